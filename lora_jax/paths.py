@@ -1,0 +1,105 @@
+"""One spelling of a parameter path, the names it goes by, and nearest-name errors.
+
+A *path* is the dotted spelling of where a leaf sits in a parameter tree:
+`model.layers.self_attn.q_proj.kernel`. Its *module* is the path without the parameter's own
+name (`model.layers.self_attn.q_proj`). Where layers are stacked on one leaf, the leaf also goes
+by one *expanded* name a layer (`model.layers.3.self_attn.q_proj`), the spelling Hugging Face
+uses.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+import jax
+
+# The last component of a leaf's path when it names the parameter, not the module it belongs to.
+PARAMETER_NAMES = frozenset(
+    {"kernel", "weight", "embedding", "w", "W", "scale", "bias", "b", "value", "raw_value"}
+)
+
+# Components after which a stacked leaf's layer number belongs in Hugging Face's spelling.
+STACK_NAMES = ("layers", "layer", "h", "blocks", "block")
+
+# Attributes that only wrap a leaf: nnx.Variable (`value`, `raw_value`), linen boxes (`value`),
+# named arrays (`array`).
+_WRAPPERS = frozenset({"value", "raw_value", "array"})
+
+
+def _component(key) -> str:
+    for attribute in ("key", "name", "idx"):
+        if (part := getattr(key, attribute, None)) is not None:
+            return str(part)
+    return str(key)
+
+
+def spell(key_path: Sequence) -> str:
+    """Spells a key path of `jax.tree_util` as dotted text.
+
+    Attribute keys that only wrap a leaf (`nnx.Variable.value`, a box's `value`) are dropped, and
+    `/` inside a key (Haiku's module names) separates components as `.` does.
+
+    Args:
+      key_path: tuple of `DictKey`, `GetAttrKey`, `SequenceKey` or `FlattenedIndexKey`.
+
+    Returns:
+      The dotted path, for example `params.Dense_0.kernel`.
+    """
+    keys = list(key_path)
+    while len(keys) > 1 and _is_wrapper(keys[-1]):
+        keys.pop()
+    return ".".join(_component(k).replace("/", ".") for k in keys)
+
+
+def _is_wrapper(key) -> bool:
+    if isinstance(key, jax.tree_util.GetAttrKey):
+        return key.name in _WRAPPERS
+    return isinstance(key, jax.tree_util.FlattenedIndexKey)
+
+
+def module_of(path: str) -> str:
+    """The module a leaf belongs to: its path without a trailing parameter name."""
+    head, _, last = path.rpartition(".")
+    return head if head and last in PARAMETER_NAMES else path
+
+
+def expand(path: str, layers: int) -> list[str]:
+    """The path once for each stacked layer, its number where Hugging Face writes it.
+
+    Args:
+      path: dotted path of a leaf, or of its module.
+      layers: length of the stack axis.
+
+    Returns:
+      `layers` paths, or an empty list when no component of the path says where the layers are.
+    """
+    parts = path.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if part in STACK_NAMES and not parts[i + 1].isdigit():
+            head, tail = ".".join(parts[: i + 1]), ".".join(parts[i + 1 :])
+            return [f"{head}.{layer}.{tail}" for layer in range(layers)]
+    return []
+
+
+def layer_of(name: str) -> tuple[str, int | None]:
+    """Takes the layer number out of an expanded name: `m.layers.3.q` is `("m.layers.q", 3)`."""
+    found = re.search(r"(?:^|\.)(?:" + "|".join(STACK_NAMES) + r")\.(\d+)(?=\.)", name)
+    if found is None:
+        return name, None
+    start, end = found.span(1)
+    return name[: start - 1] + name[end:], int(found.group(1))
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The known names most like `name`, as a phrase for an error message."""
+    known = sorted(set(known))
+    tail = name.rsplit(".", 1)[-1]
+    scored = sorted(
+        known,
+        key=lambda k: -max(_similarity(name, k), _similarity(tail, k.rsplit(".", 1)[-1])),
+    )
+    return ", ".join(f"`{k}`" for k in scored[:count]) or "none: there are no names"
+
+
+def _similarity(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
