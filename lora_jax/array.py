@@ -1,0 +1,174 @@
+"""The leaves of a LoRA tree: `LoraArray`, a weight that is never added up, and `SavedArray`.
+
+    W + scale · A·B        W (in, out)   A (in, r)   B (r, out)
+
+Each dimension of `W` has a role, one letter in `roles`:
+
+    b  stack   one adapter for each index: layers of a scan, experts
+    i  in      contracted with the activation: owned by A
+    o  out     produced: owned by B
+
+`A` holds the stack dims, then the in dims, then the rank; `B` the stack dims, the rank, then the
+out dims, each in `W`'s own order. A kernel `(layers, d_model, heads, head_dim)` with roles
+`bioo` has `A (layers, d_model, r)` and `B (layers, r, heads, head_dim)`.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def _node(*static: str):
+    """Registers a frozen dataclass as a pytree whose `static` fields are compared, not traced."""
+
+    def register(cls):
+        names = [f.name for f in dataclasses.fields(cls)]
+        return jax.tree_util.register_dataclass(
+            cls, data_fields=[n for n in names if n not in static], meta_fields=list(static)
+        )
+
+    return register
+
+
+@_node("roles", "dropout")
+@dataclasses.dataclass(frozen=True)
+class LoraArray:
+    """A weight `w` with a low-rank change `scale · a·b` that is kept apart from it.
+
+    Attributes:
+      w: the frozen base weight, any shape: an array or a `QuantArray`.
+      a: `(stack..., in..., r)`, trained.
+      b: `(stack..., r, out...)`, trained.
+      scale: `(stack...)` float32, `alpha / r` (rsLoRA: `alpha / √r`), frozen.
+      m: DoRA's magnitude `(stack..., out...)`, trained, or None.
+      roles: one letter for each dimension of `w`, see the module's docstring.
+      dropout: probability in [0, 1) with which an element of the adapter's input is dropped.
+
+    Source: Hu et al. 2021, "LoRA", eq. 3; DoRA: Liu et al. 2024, eq. 5.
+    """
+
+    w: Any
+    a: Any
+    b: Any
+    scale: Any
+    m: Any = None
+    roles: str = "io"
+    dropout: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.w.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.w.shape)
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.w.dtype)
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[-1])
+
+
+@_node()
+@dataclasses.dataclass(frozen=True)
+class SavedArray:
+    """A leaf trained whole (`modules_to_save`, `bias`): the model sees `value`, `w` is kept.
+
+    Attributes:
+      w: the frozen original, any shape.
+      value: what is trained and used, the same shape and dtype as `w`.
+    """
+
+    w: Any
+    value: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.w.shape)
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.w.dtype)
+
+
+def is_lora(x) -> bool:
+    """Whether `x` is a leaf that trains: a `LoraArray` or a `SavedArray`."""
+    return isinstance(x, LoraArray | SavedArray)
+
+
+def a_dims(roles: str) -> list[int]:
+    """The dims of `w` that `a` owns, in `a`'s order (the rank follows)."""
+    return stack_dims(roles) + [d for d, role in enumerate(roles) if role == "i"]
+
+
+def b_dims(roles: str) -> list[int]:
+    """The dims of `w` that `b` owns, in `b`'s order (the rank stands after the stack dims)."""
+    return stack_dims(roles) + out_dims(roles)
+
+
+def stack_dims(roles: str) -> list[int]:
+    return [d for d, role in enumerate(roles) if role == "b"]
+
+
+def in_dims(roles: str) -> list[int]:
+    return [d for d, role in enumerate(roles) if role == "i"]
+
+
+def out_dims(roles: str) -> list[int]:
+    return [d for d, role in enumerate(roles) if role == "o"]
+
+
+def sizes(shape: tuple[int, ...], roles: str) -> tuple[tuple[int, ...], int, int]:
+    """The stack's shape, and the products of the in and of the out dims."""
+    stack = tuple(shape[d] for d in stack_dims(roles))
+    return (
+        stack,
+        math.prod(shape[d] for d in in_dims(roles)),
+        math.prod(shape[d] for d in out_dims(roles)),
+    )
+
+
+def factor_shapes(shape: tuple[int, ...], roles: str, rank: int) -> tuple[tuple, tuple]:
+    """The shapes of `a` and of `b` for a weight of this shape, roles and rank."""
+    stack = [shape[d] for d in stack_dims(roles)]
+    a = [*stack, *(shape[d] for d in in_dims(roles)), rank]
+    b = [*stack, rank, *(shape[d] for d in out_dims(roles))]
+    return tuple(a), tuple(b)
+
+
+def delta(x: LoraArray) -> Float[Array, "..."]:
+    """The change of weight `scale · a·b`, in `w`'s shape and dimension order, in float32.
+
+    Args:
+      x: a leaf; float64 factors give float64.
+
+    Returns:
+      An array of `x.shape`.
+    """
+    stack, fan_in, fan_out = sizes(x.shape, x.roles)
+    dtype = jnp.promote_types(jnp.promote_types(x.a.dtype, x.b.dtype), jnp.float32)
+    a = x.a.astype(dtype).reshape(*stack, fan_in, x.rank)
+    b = x.b.astype(dtype).reshape(*stack, x.rank, fan_out)
+    change = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return from_matrix(change * x.scale.astype(dtype)[..., None, None], x.shape, x.roles)
+
+
+def from_matrix(matrix, shape: tuple[int, ...], roles: str):
+    """Puts a `(stack..., in, out)` matrix back into the weight's own shape and order."""
+    order = stack_dims(roles) + in_dims(roles) + out_dims(roles)
+    full = matrix.reshape([shape[d] for d in order])
+    return jnp.transpose(full, [order.index(d) for d in range(len(shape))])
+
+
+def to_matrix(w, roles: str):
+    """A weight as `(stack..., in, out)`: the inverse of `from_matrix`."""
+    stack, fan_in, fan_out = sizes(w.shape, roles)
+    order = stack_dims(roles) + in_dims(roles) + out_dims(roles)
+    return jnp.transpose(w, order).reshape(*stack, fan_in, fan_out)

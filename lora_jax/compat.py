@@ -1,0 +1,98 @@
+"""The only file that knows JAX versions or `jax.extend`: reading jaxprs on jax 0.10 to 0.12."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jexc
+
+Var = jexc.Var
+Literal = jexc.Literal
+
+# Primitives that go by several names across releases, by the one name our tables use.
+_RENAMED = {"pjit": "jit", "checkpoint": "remat", "remat2": "remat", "core_call": "closed_call"}
+
+
+def name_of(eqn) -> str:
+    """The primitive's name, the same on every supported release."""
+    name = eqn.primitive.name
+    return _RENAMED.get(name, name)
+
+
+def open_jaxpr(jaxpr) -> tuple[Any, Sequence]:
+    """Splits an inner jaxpr into the jaxpr and its constants.
+
+    Up to 0.10 jit, scan and cond hold a ClosedJaxpr and remat and shard_map an open one; from
+    0.11 the two types are one.
+    """
+    if jexc.ClosedJaxpr is not jexc.Jaxpr and isinstance(jaxpr, jexc.ClosedJaxpr):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, tuple(getattr(jaxpr, "consts", ()) or ())
+
+
+def scan_counts(params: dict, operands: int) -> tuple[int, int]:
+    """How many of scan's operands are constants, and how many carries (0.11 renamed both)."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    groups = params["ft_in"].update(list(range(operands))).unpack()
+    return len(groups[0].vals), len(groups[1].vals)
+
+
+def segment(jaxpr, eqns: list, invars: list, outvars: list):
+    """The open jaxpr of some consecutive equations of `jaxpr`."""
+    effects = set().union(*(e.effects for e in eqns))
+    info = jaxpr.debug_info
+    with contextlib.suppress(AttributeError, TypeError):
+        info = info._replace(
+            arg_names=None if info.arg_names is None else (None,) * len(invars),
+            result_paths=None if info.result_paths is None else ("",) * len(outvars),
+        )
+    return jaxpr.replace(
+        constvars=[], invars=invars, outvars=outvars, eqns=eqns, effects=effects, debug_info=info
+    )
+
+
+def eval_segment(jaxpr, args: Sequence) -> list:
+    """Evaluates an open jaxpr; JAX itself rebinds, so effects and contexts are its own."""
+    return jax.core.eval_jaxpr(jaxpr, (), *args)
+
+
+@contextlib.contextmanager
+def equation_context(eqn):
+    """Enters the name scope and the compute settings an equation was traced under."""
+    scope = str(eqn.source_info.name_stack)
+    with contextlib.ExitStack() as stack:
+        manager = getattr(getattr(eqn, "ctx", None), "manager", None)
+        if manager is not None:
+            stack.enter_context(manager)
+        if scope:
+            stack.enter_context(jax.named_scope(scope))
+        yield
+
+
+_LIBRARIES = tuple(
+    os.sep + part + os.sep
+    for part in ("jax", "jaxlib", "flax", "equinox", "haiku", "einops", "lora_jax", "contextlib")
+)
+
+
+def source_line(eqn) -> str:
+    """`file.py:12 (function)` of the line of the user's model that made this equation."""
+    traceback = eqn.source_info.traceback
+    frames = list(traceback.frames) if traceback is not None else []
+    for frame in frames:
+        if frame.file_name.startswith("<") or frame.file_name.endswith("contextlib.py"):
+            continue
+        if not any(part in frame.file_name for part in _LIBRARIES):
+            name = os.path.basename(frame.file_name)
+            return f"{name}:{frame.line_num} ({frame.function_name})"
+    return "unknown line"
+
+
+def is_traceable(x) -> bool:
+    """Whether a function's output is an array (or key) rather than a Python object."""
+    return isinstance(x, jax.Array | jax.core.Tracer) or (
+        hasattr(x, "dtype") and hasattr(x, "shape")
+    )
