@@ -1,0 +1,26 @@
+"""Exchange with Hugging Face files: PEFT adapters, safetensors, GGUF, name maps.
+
+Each name is imported when it is first asked for, so that `import lora_jax` stays light.
+"""
+
+import importlib
+
+# Public name -> the module of this package that defines it.
+_NAMES = {
+    "load_peft": "peft",
+    "read_peft": "peft",
+    "save_peft": "peft",
+}
+_MODULES = ("gguf", "hub", "names", "peft", "safetensors", "tokenizer")
+
+
+def __getattr__(name: str):
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted((*_NAMES, *_MODULES))
