@@ -1,0 +1,169 @@
+"""The demo's task: a sentence that books a table, to strict JSON.
+
+    "Could we get a table for four on Friday at half past seven in the evening? It's for Iris."
+    {"name":"Iris","guests":4,"day":"friday","time":"19:30"}
+
+Numbers come as digits or words, times in six spellings, the fields in any order, and the names
+in the test set occur in no training example, so a model must read the sentence to be right. An
+answer counts when it is one JSON object with exactly these four values and nothing around it.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+INSTRUCTION = "Write the booking as one line of JSON with name, guests, day and time (24 hours)."
+
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+# The names of the two sets are disjoint.
+TRAIN_NAMES = tuple(
+    "Adam Alice Amara Anton Bella Boris Carla Chen Clara Daniel Diana Elena Emil Farid Fatima "
+    "Felix Gloria Hannah Hugo Ines Ivan Jack Jonas Julia Karim Katya Lars Leo Lucia Maria Martin "
+    "Mei Milan Nadia Nina Oliver Olga Paula Peter Priya Rosa Ruth Samuel Sara Simon Tara Thomas "
+    "Vera Victor Yusuf".split()
+)
+TEST_NAMES = tuple(
+    "Agnes Arthur Bruno Cecilia David Edith Frank Grace Helen Iris James Kenji Laura Lena Marco "
+    "Mona Noah Omar Pedro Rita Stella Teresa Walter Zoe".split()
+)
+NUMBERS = tuple(
+    "zero one two three four five six seven eight nine ten eleven twelve".split()
+)
+TEMPLATES = (
+    "Could we get a table for {guests} on {day} at {time}? It's for {name}.",
+    "Hi, {name} here. We'd like to come {day} at {time}, {guests} people.",
+    "Please reserve for {guests} under the name {name}, {day}, {time}.",
+    "I want to book for {day} at {time}. My name is {name} and we are {guests}.",
+    "{name} would like to have dinner on {day} with a party of {guests}, arriving at {time}.",
+    "Is there room for {guests} at {time} this {day}? Name: {name}.",
+    "On {day} we are {guests} and would be there around {time}. Put it under {name}, thanks!",
+    "This is {name}. Can you fit {guests} of us in at {time} on {day}?",
+    "A table at {time} on {day} for {name}, there will be {guests} of us.",
+    "Booking for {name}: {guests} guests, {time}, {day}.",
+)
+
+
+@dataclass(frozen=True)
+class Booking:
+    """What a sentence says: the four values the answer must hold."""
+
+    name: str
+    guests: int
+    day: str
+    time: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sentence and the booking it states."""
+
+    text: str
+    booking: Booking
+
+
+def canonical(booking: Booking) -> str:
+    """The one spelling of a booking: its JSON on one line, without spaces."""
+    return json.dumps(asdict(booking), separators=(",", ":"), ensure_ascii=False)
+
+
+def _spell_number(rng: random.Random, number: int) -> str:
+    return rng.choice((str(number), NUMBERS[number]))
+
+
+def _spell_time(rng: random.Random, hour: int, minute: int) -> str:
+    twelve = (hour - 1) % 12 + 1
+    part = "in the morning" if hour < 12 else "in the afternoon" if hour < 18 else "in the evening"
+    words = {
+        0: f"{NUMBERS[twelve]} o'clock",
+        15: f"quarter past {NUMBERS[twelve]}",
+        30: f"half past {NUMBERS[twelve]}",
+        45: f"quarter to {NUMBERS[twelve % 12 + 1]}",
+    }[minute]
+    suffix = "am" if hour < 12 else "pm"
+    digits = f"{twelve}:{minute:02d}" if minute or rng.random() < 0.5 else f"{twelve}"
+    return rng.choice((f"{hour}:{minute:02d}", f"{digits} {suffix}", f"{words} {part}"))
+
+
+def _draw(rng: random.Random, names: Sequence[str]) -> Example:
+    hour, minute = rng.randint(9, 21), rng.choice((0, 15, 30, 45))
+    day, time = rng.choice(DAYS), f"{hour:02d}:{minute:02d}"
+    booking = Booking(rng.choice(names), rng.randint(2, 12), day.lower(), time)
+    text = rng.choice(TEMPLATES).format(
+        name=booking.name,
+        guests=_spell_number(rng, booking.guests),
+        day=day,
+        time=_spell_time(rng, hour, minute),
+    )
+    return Example(text, booking)
+
+
+def _draw_distinct(rng: random.Random, count: int, names: Sequence[str]) -> list[Example]:
+    """Draws `count` examples no two of which have the same sentence."""
+    drawn: dict[str, Example] = {}
+    while len(drawn) < count:
+        example = _draw(rng, names)
+        drawn.setdefault(example.text, example)
+    return list(drawn.values())
+
+
+def make_examples(
+    seed: int, *, train: int = 640, test: int = 48
+) -> tuple[list[Example], list[Example]]:
+    """Makes the training and the test set; the same seed makes the same sets.
+
+    Args:
+      seed: of the generator.
+      train: number of training examples.
+      test: number of test examples; no name in them occurs in the training set.
+
+    Returns:
+      The two lists, no sentence twice.
+    """
+    limit = 10_000  # far below the number of sentences there are, so that drawing ends
+    if not (0 < train <= limit and 0 < test <= limit):
+        raise ValueError(f"train and test must be between 1 and {limit}, got {train} and {test}")
+    rng = random.Random(seed)
+    return _draw_distinct(rng, train, TRAIN_NAMES), _draw_distinct(rng, test, TEST_NAMES)
+
+
+def question(example: Example) -> list[dict[str, str]]:
+    """The chat messages that put the task to a model: instruction and sentence."""
+    return [
+        {"role": "system", "content": INSTRUCTION},
+        {"role": "user", "content": example.text},
+    ]
+
+
+def conversation(example: Example) -> list[dict[str, str]]:
+    """The messages of a training example: the question and the right answer."""
+    return [*question(example), {"role": "assistant", "content": canonical(example.booking)}]
+
+
+def read_answer(answer: str) -> str | None:
+    """The answer in canonical spelling, or None when it is not such a JSON object.
+
+    Spaces and the order of the fields do not matter; a missing or additional field, a number
+    written as a string, or anything around the object does.
+    """
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        return None
+    if not isinstance(value, dict) or set(value) != set(Booking.__dataclass_fields__):
+        return None
+    if any(isinstance(v, (dict, list, float, bool)) or v is None for v in value.values()):
+        return None
+    return canonical(Booking(**value))
+
+
+def score(answers: Sequence[str], examples: Sequence[Example]) -> float:
+    """Share of answers, 0 to 1, that match exactly.
+
+    Raises:
+      ValueError: there is not one answer for each example.
+    """
+    if len(answers) != len(examples) or not examples:
+        raise ValueError(f"got {len(answers)} answers for {len(examples)} examples")
+    pairs = zip(answers, examples, strict=True)
+    return sum(read_answer(a) == canonical(e.booking) for a, e in pairs) / len(examples)
