@@ -54,7 +54,8 @@ class LoraConfig:
       layers_to_transform: layer number, or numbers, to adapt; None adapts all.
       layers_pattern: name, or names, of the module list that holds the layers; None takes the
         first number in a module's name.
-      extra: PEFT's remaining fields, which change no numbers, as `from_peft` found them.
+      extra: PEFT's remaining fields, which change no numbers, where a file that `from_peft` read
+        has something else than PEFT usually writes.
 
     Raises:
       TypeError: a field has the wrong type.

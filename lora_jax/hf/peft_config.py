@@ -104,7 +104,12 @@ def config_from_peft(fields: Mapping[str, Any], *, model_type: str | None = None
     if given["target_modules"] is None:
         given["target_modules"] = _default_targets(model_type)
     ours = {MAPPED[name][0]: value for name, value in given.items()}
-    extra = {name: value for name, value in fields.items() if name not in MAPPED}
+    usual = {**CARRIED, **REFUSED}
+    extra = {
+        name: value
+        for name, value in fields.items()
+        if name not in MAPPED and not (name in usual and value == usual[name])
+    }
     try:
         return LoraConfig(**ours, extra=extra)
     except (TypeError, ValueError) as error:

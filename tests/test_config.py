@@ -1,0 +1,223 @@
+"""lora_jax/config.py: what a LoraConfig accepts and refuses; PEFT's fields both ways."""
+
+import dataclasses
+import json
+
+import pytest
+
+from lora_jax.config import INITS, LoraConfig
+from lora_jax.hf import peft_config
+
+
+def test_defaults_and_normal_forms():
+    config = LoraConfig()
+    assert (config.rank, config.alpha, config.target_modules) == (8, 16, "all-linear")
+    assert LoraConfig(target_modules="All-Linear").target_modules == "all-linear"
+    assert LoraConfig(target_modules=["q", "v"]).target_modules == ("q", "v")
+    assert LoraConfig(target_modules={"v", "q"}).target_modules == ("q", "v")
+    assert LoraConfig(modules_to_save=None, exclude_modules=None) == config
+    assert LoraConfig(layers_to_transform=[1], target_modules=["q"]).layers_to_transform == (1,)
+
+
+def test_frozen_keyword_only_and_hashable():
+    config = LoraConfig(rank_pattern={"q": 4})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 4
+    with pytest.raises(TypeError):
+        LoraConfig(8)
+    assert hash(config) == hash(LoraConfig(rank_pattern={"q": 4}))
+    assert config != LoraConfig(rank_pattern={"q": 5})
+    assert dataclasses.replace(config, rank=4).rank_pattern == {"q": 4}
+
+
+def test_a_pattern_given_is_not_shared():
+    pattern = {"q": 4}
+    config = LoraConfig(rank_pattern=pattern)
+    pattern["q"] = 99
+    assert config.rank_pattern == {"q": 4}
+
+
+@pytest.mark.parametrize("init", [*INITS, "pissa_niter_4"])
+def test_inits(init):
+    assert LoraConfig(init=init).init == init
+
+
+BAD = [
+    ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
+    ({"rank": 2.0}, TypeError, r"rank must be an integer of at least 1, got 2\.0"),
+    ({"rank": True}, TypeError, "rank must be an integer"),
+    ({"alpha": 0}, ValueError, "alpha must be a finite number above 0, got 0"),
+    ({"alpha": float("nan")}, ValueError, "alpha must be a finite number above 0, got nan"),
+    ({"alpha": float("inf")}, ValueError, "alpha must be a finite number"),
+    ({"alpha": "16"}, TypeError, "alpha must be a number above 0, got '16'"),
+    ({"dropout": 1.0}, ValueError, r"dropout must be at least 0 and below 1, got 1\.0"),
+    ({"dropout": -0.1}, ValueError, "dropout must be at least 0 and below 1"),
+    ({"dropout": None}, TypeError, "dropout must be a number, 0 <= dropout < 1, got None"),
+    ({"use_dora": 1}, TypeError, "use_dora must be True or False, got 1"),
+    ({"use_rslora": "yes"}, TypeError, "use_rslora must be True or False"),
+    ({"target_modules": []}, ValueError, "target_modules is empty"),
+    ({"target_modules": None}, TypeError, "target_modules must be a tuple or list .* got None"),
+    ({"target_modules": ["q", 1]}, TypeError, "target_modules must be a tuple or list"),
+    ({"target_modules": ["q", ""]}, ValueError, "target_modules holds an empty name"),
+    ({"target_modules": "*.q_proj"}, ValueError, r"target_modules: `\*\.q_proj` is not a regular"),
+    ({"target_modules": ""}, TypeError, "target_modules must be a regular expression"),
+    ({"exclude_modules": "(q"}, ValueError, r"exclude_modules: `\(q` is not a regular expression"),
+    ({"exclude_modules": 3}, TypeError, "exclude_modules must be a tuple or list"),
+    ({"modules_to_save": "lm_head"}, TypeError, "modules_to_save must be a tuple or list"),
+    ({"modules_to_save": ["("]}, ValueError, r"modules_to_save: `\(` is not a regular expression"),
+    ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\] must be at least 1, got 0"),
+    ({"rank_pattern": {"q": 1.5}}, TypeError, r"rank_pattern\['q'\] must be an integer"),
+    ({"rank_pattern": [("q", 1)]}, TypeError, "rank_pattern must be a dict"),
+    ({"alpha_pattern": {"q": -1}}, ValueError, r"alpha_pattern\['q'\] must be a finite number"),
+    ({"alpha_pattern": {"q(": 1}}, ValueError, r"alpha_pattern: `q\(` is not a regular"),
+    ({"bias": "some"}, ValueError, 'bias must be one of "none", "all", "lora_only", got \'some\''),
+    ({"init": True}, TypeError, "init must be one of .*PEFT's True is \"default\""),
+    ({"init": "pisa"}, ValueError, 'init must be one of .*got "pisa"'),
+    ({"init": "pissa_niter_0"}, ValueError, "init must be one of"),
+    ({"init": "orthogonal", "rank": 3}, ValueError, 'init="orthogonal" needs an even rank'),
+    ({"layers_to_transform": [0]}, ValueError, "layers_to_transform needs target_modules as a lis"),
+    ({"layers_to_transform": 0, "target_modules": ".*q"}, ValueError, 'got the string "\\.\\*q"'),
+    (
+        {"layers_to_transform": [-1], "target_modules": ["q"]},
+        ValueError,
+        r"layers_to_transform counts layers from 0, got \(-1,\)",
+    ),
+    (
+        {"layers_to_transform": "0", "target_modules": ["q"]},
+        TypeError,
+        "layers_to_transform must be a layer number or a list of them, got '0'",
+    ),
+    (
+        {"layers_pattern": "h", "target_modules": ["q"]},
+        ValueError,
+        "layers_pattern='h' needs layers_to_transform as well",
+    ),
+]
+
+
+@pytest.mark.parametrize("fields, error, text", BAD, ids=lambda v: str(v)[:40])
+def test_refused(fields, error, text):
+    with pytest.raises(error, match=text) as caught:
+        LoraConfig(**fields)
+    assert "\n" not in str(caught.value)
+
+
+# ---- PEFT's JSON
+
+
+def full(**fields) -> dict:
+    """A complete PEFT 0.21 config with some fields changed."""
+    return {**LoraConfig(rank=8, alpha=8, target_modules=["q_proj"]).to_peft(), **fields}
+
+
+EVA = {
+    "adjust_scaling_factors": True,
+    "label_mask_value": -100,
+    "rho": 2.0,
+    "tau": 0.99,
+    "use_label_mask": True,
+    "whiten": False,
+}
+FULL = [
+    {},
+    {"r": 4, "lora_alpha": 11.5, "use_rslora": True, "lora_dropout": 0.1},
+    {"target_modules": r".*\.(q_proj|v_proj)", "exclude_modules": r".*\.0\..*"},
+    {"target_modules": ["v_proj", "q_proj"], "exclude_modules": ["lm_head"]},
+    {"target_modules": "all-linear"},
+    {"use_dora": True, "bias": "all", "modules_to_save": ["lm_head", "classifier"]},
+    {"rank_pattern": {"q_proj": 2, "^v_proj": 3}, "alpha_pattern": {"v_proj": 5}},
+    {"layers_to_transform": 3},
+    {"layers_to_transform": [0, 2], "layers_pattern": ["layers"]},
+    {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    {"init_lora_weights": False},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "eva", "eva_config": EVA},
+    {"task_type": "CAUSAL_LM", "base_model_name_or_path": "org/model", "revision": "main"},
+    {"peft_version": "0.15.0", "inference_mode": False, "fan_in_fan_out": True},
+    {"auto_mapping": {"base_model_class": "Net", "parent_library": "net"}},
+    {"loftq_config": {"loftq_bits": 4}, "init_lora_weights": "loftq"},
+    {"future_feature": None, "other_feature": False, "third_feature": {}},
+]
+
+
+@pytest.mark.parametrize("fields", FULL, ids=str)
+def test_peft_fields_survive_import_and_export(fields):
+    given = full(**fields)
+    config = LoraConfig.from_peft(given)
+    assert json.dumps(config.to_peft(), sort_keys=True) == json.dumps(given, sort_keys=True)
+    assert LoraConfig.from_peft(config.to_peft()) == config
+
+
+def test_extra_holds_only_what_is_unusual():
+    config = LoraConfig(rank=4, target_modules=["q_proj"], dropout=0.1)
+    assert LoraConfig.from_peft(config.to_peft()) == config
+    assert LoraConfig.from_peft(full(revision="v1")).extra == {"revision": "v1"}
+
+
+def test_absent_fields_take_pefts_defaults():
+    config = LoraConfig.from_peft({"peft_type": "LORA", "target_modules": ["q_proj"]})
+    assert (config.rank, config.alpha, config.dropout) == (8, 8, 0.0)
+    assert config.init == "default"
+    assert config.to_peft()["lora_alpha"] == 8
+
+
+@pytest.mark.parametrize(
+    "value, init", [(True, "default"), (False, "random"), (None, "default"), ("olora", "olora")]
+)
+def test_init_names(value, init):
+    assert LoraConfig.from_peft(full(init_lora_weights=value)).init == init
+
+
+def test_default_targets_by_family():
+    fields = full(target_modules=None)
+    llama = LoraConfig.from_peft(fields, model_type="llama")
+    assert llama.target_modules == ("q_proj", "v_proj")
+    gemma4 = LoraConfig.from_peft(fields, model_type="gemma4")
+    assert gemma4.target_modules == r".*language_model\..*\.(q_proj|v_proj)"
+    with pytest.raises(ValueError, match="`target_modules` is missing, and the model family"):
+        LoraConfig.from_peft(fields)
+    with pytest.raises(ValueError, match="no default for model_type 'mine'"):
+        LoraConfig.from_peft(fields, model_type="mine")
+
+
+ON = {
+    "alora_invocation_tokens": [1, 2],
+    "arrow_config": {"top_k": 3},
+    "ensure_weight_tying": True,
+    "kasa_config": {"beta": 1e-4},
+    "layer_replication": [[0, 2], [1, 3]],
+    "lora_bias": True,
+    "monteclora_config": {"num_samples": 8},
+    "target_parameters": ["experts.up"],
+    "trainable_token_indices": [3],
+    "use_bdlora": {"nblocks": 2},
+    "use_qalora": True,
+    "velora_config": {"num_groups": 64},
+}
+
+
+@pytest.mark.parametrize("field", peft_config.REFUSED)
+def test_unsupported_fields_are_named(field):
+    with pytest.raises(ValueError, match=f"`{field}` = .* is not supported and may change"):
+        LoraConfig.from_peft(full(**{field: ON[field]}))
+
+
+BAD_PEFT = [
+    (full(new_trick=0.5), r"`new_trick` = 0\.5 is unknown and may change the numbers"),
+    ({"r": 8}, "`peft_type` is missing"),
+    (full(peft_type="IA3"), "peft_type is 'IA3', only LORA can be read"),
+    ([], "expected a JSON object, got list"),
+    (full(init_lora_weights="corda"), "`init_lora_weights` = 'corda' changes the base weights"),
+    (full(init_lora_weights="lora_ga"), "path_initial_model_for_weight_conversion"),
+    (full(init_lora_weights=3), "`init_lora_weights` = 3 changes the base weights"),
+    (full(r=0), "PEFT config: rank must be at least 1, got 0"),
+    (full(target_modules=[]), "PEFT config: target_modules is empty"),
+    (full(bias="vera_only"), "PEFT config: bias must be one of"),
+]
+
+
+@pytest.mark.parametrize("fields, text", BAD_PEFT, ids=lambda v: str(v)[-40:])
+def test_peft_config_refused(fields, text):
+    with pytest.raises(ValueError, match=text):
+        LoraConfig.from_peft(fields)
