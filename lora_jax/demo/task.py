@@ -27,9 +27,7 @@ TEST_NAMES = tuple(
     "Agnes Arthur Bruno Cecilia David Edith Frank Grace Helen Iris James Kenji Laura Lena Marco "
     "Mona Noah Omar Pedro Rita Stella Teresa Walter Zoe".split()
 )
-NUMBERS = tuple(
-    "zero one two three four five six seven eight nine ten eleven twelve".split()
-)
+NUMBERS = tuple("zero one two three four five six seven eight nine ten eleven twelve".split())
 TEMPLATES = (
     "Could we get a table for {guests} on {day} at {time}? It's for {name}.",
     "Hi, {name} here. We'd like to come {day} at {time}, {guests} people.",

@@ -1,0 +1,92 @@
+"""Questions to a language model in text, answers in text: tokenizer and generate in one step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerConfig:
+    """How answers are generated.
+
+    Attributes:
+      max_new_tokens: most tokens of an answer.
+      temperature: 0 always takes the likeliest token; above 0, how freely others are drawn.
+      top_p: draws only among the likeliest tokens that together have this probability.
+      seed: of the draws, when the temperature is above 0.
+      batch_size: prompts answered at once.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+
+def as_question(text: str, *, system: str | None = None) -> Messages:
+    """The chat messages of one question, after a system message if there is one."""
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": text}]
+
+
+def answer(
+    model, params: Any, questions: Sequence[Messages | str], config: AnswerConfig
+) -> list[str]:
+    """Answers questions.
+
+    Args:
+      model: from `lora_jax.models.load`, with a tokenizer.
+      params: its parameters, with or without adapters.
+      questions: each the messages of a chat so far, or a text to go on from as it stands.
+      config: how.
+
+    Returns:
+      One text for each question, without special tokens.
+
+    Raises:
+      ValueError: the model has no tokenizer.
+    """
+    from lora_jax import models
+
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ValueError("this model came without a tokenizer, so it cannot read text")
+    prompts = [_tokens(tokenizer, question) for question in questions]
+    key = jax.random.key(config.seed)
+    answers = []
+    for start in range(0, len(prompts), config.batch_size):
+        answers += models.generate(
+            model,
+            params,
+            prompts[start : start + config.batch_size],
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            stop_tokens=(tokenizer.eos_id,),
+            key=jax.random.fold_in(key, start),
+        )
+    return [_text(tokenizer, tokens) for tokens in answers]
+
+
+def _tokens(tokenizer, question: Messages | str) -> list[int]:
+    if isinstance(question, str):
+        return list(tokenizer.encode(question))
+    return list(tokenizer.apply_chat_template(question, add_generation_prompt=True))
+
+
+def _text(tokenizer, tokens: Sequence[int]) -> str:
+    return tokenizer.decode([t for t in tokens if t != tokenizer.eos_id])

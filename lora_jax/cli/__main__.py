@@ -1,0 +1,7 @@
+"""`python -m lora_jax.cli` is `lora-jax`."""
+
+import sys
+
+from lora_jax.cli import main
+
+sys.exit(main())

