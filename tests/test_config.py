@@ -71,7 +71,7 @@ BAD = [
     ({"alpha_pattern": {"q": -1}}, ValueError, r"alpha_pattern\['q'\] must be a finite number"),
     ({"alpha_pattern": {"q(": 1}}, ValueError, r"alpha_pattern: `q\(` is not a regular"),
     ({"bias": "some"}, ValueError, 'bias must be one of "none", "all", "lora_only", got \'some\''),
-    ({"init": True}, TypeError, "init must be one of .*PEFT's True is \"default\""),
+    ({"init": True}, TypeError, 'init must be one of .*PEFT\'s True is "default"'),
     ({"init": "pisa"}, ValueError, 'init must be one of .*got "pisa"'),
     ({"init": "pissa_niter_0"}, ValueError, "init must be one of"),
     ({"init": "orthogonal", "rank": 3}, ValueError, 'init="orthogonal" needs an even rank'),

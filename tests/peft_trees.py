@@ -1,0 +1,139 @@
+"""Trees of LoRA leaves made by hand for the tests of PEFT files: no plan, no model needed."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import matching
+from lora_jax.array import LoraArray, SavedArray, factor_shapes, in_dims, out_dims, sizes
+from lora_jax.config import LoraConfig
+from lora_jax.hf import names, peft_slots
+
+D, HEADS, KV, HD, F, V, L = 16, 4, 2, 4, 24, 40, 3
+
+# Shapes of one layer's weights, (in, out).
+LAYER = {
+    "self_attn.q_proj.kernel": (D, HEADS * HD),
+    "self_attn.k_proj.kernel": (D, KV * HD),
+    "self_attn.v_proj.kernel": (D, KV * HD),
+    "self_attn.o_proj.kernel": (HEADS * HD, D),
+    "mlp.gate_proj.kernel": (D, F),
+    "mlp.up_proj.kernel": (D, F),
+    "mlp.down_proj.kernel": (F, D),
+    "input_layernorm.scale": (D,),
+    "post_attention_layernorm.scale": (D,),
+}
+
+
+def nested(flat: dict) -> dict:
+    """Dotted paths to nested dicts."""
+    tree = {}
+    for path, leaf in flat.items():
+        *around, last = path.split(".")
+        node = tree
+        for part in around:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return tree
+
+
+def llama_shapes(stacked: bool = True, biases: bool = False) -> dict[str, tuple[int, ...]]:
+    """Paths and shapes of a tiny Llama's parameters."""
+    layer = dict(LAYER)
+    if biases:
+        layer |= {f"self_attn.{p}_proj.bias": (LAYER[f"self_attn.{p}_proj.kernel"][1],)
+                  for p in "qkvo"}  # fmt: skip
+    if stacked:
+        layers = {f"model.layers.{k}": (L, *s) for k, s in layer.items()}
+    else:
+        layers = {f"model.layers.{i}.{k}": s for i in range(L) for k, s in layer.items()}
+    return {
+        "model.embed_tokens.embedding": (V, D),
+        **layers,
+        "model.norm.scale": (D,),
+        "lm_head.kernel": (D, V),
+    }
+
+
+def random_params(seed: int = 0, *, stacked: bool = True, biases: bool = False) -> dict:
+    rng = np.random.default_rng(seed)
+    flat = {
+        path: jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for path, shape in llama_shapes(stacked, biases).items()
+    }
+    return nested(flat)
+
+
+def planted(params: dict, config: LoraConfig, *, roles: dict | None = None) -> dict:
+    """`params` with zero adapters where a config means them: what plan and init would make.
+
+    Args:
+      params: nested dicts.
+      roles: roles by path where they are not `b...bio`.
+    """
+    out = {}
+    for path, w in peft_slots.leaves_of(params).items():
+        role = (roles or {}).get(path) or "b" * names.stack_depth(path) + "io"
+        names_here = [n for _, n in peft_slots.modules_of(path, w)]
+        last = path.rpartition(".")[2]
+        if last in ("kernel", "embedding") and _meant(config, path, names_here):
+            out[path] = _adapter(w, role, config, names_here)
+        elif _trained(config, path, w):
+            out[path] = SavedArray(w=w, value=w)
+        else:
+            out[path] = w
+    return nested(out)
+
+
+def _meant(config: LoraConfig, path: str, names_here: list[str]) -> bool:
+    if config.target_modules == "all-linear" and path in (
+        "lm_head.kernel",
+        "model.embed_tokens.embedding",
+    ):
+        return False
+    return any(peft_slots.adapts(config, name) for name in names_here)
+
+
+def _trained(config: LoraConfig, path: str, w) -> bool:
+    module, _, last = path.rpartition(".")
+    name = peft_slots.modules_of(path, w)
+    if any(matching.is_saved(config, n) for _, n in name):
+        return True
+    return last == "bias" and config.bias != "none"
+
+
+def _adapter(w, roles: str, config: LoraConfig, names_here: list[str]) -> LoraArray:
+    adapted = [peft_slots.adapts(config, n) for n in names_here]
+    ranks = [matching.rank_of(config, n) * on for n, on in zip(names_here, adapted, strict=True)]
+    scales = [
+        matching.scale_of(config, max(r, 1), matching.alpha_of(config, n))
+        for n, r in zip(names_here, ranks, strict=True)
+    ]
+    a, b = factor_shapes(w.shape, roles, max(ranks))
+    stack = sizes(w.shape, roles)[0]
+    m = None
+    if config.use_dora:
+        # What init would take: the norm over the in dims of each output.
+        norm = jnp.sqrt(jnp.sum(jnp.square(w), axis=tuple(in_dims(roles))))
+        m = norm.reshape(*stack, *(w.shape[d] for d in out_dims(roles)))
+    return LoraArray(
+        w=w,
+        a=jnp.zeros(a),
+        b=jnp.zeros(b),
+        scale=jnp.asarray(np.reshape(scales, stack), jnp.float32),
+        m=m,
+        roles=roles,
+        dropout=config.dropout,
+    )
+
+
+def randomized(lora_params: dict, config: LoraConfig, seed: int = 1) -> dict:
+    """The tree with random numbers in every trained part, zeros where the config has nothing."""
+    from lora_jax.hf import peft
+
+    rng = np.random.default_rng(seed)
+    tensors = {
+        slot.key: rng.normal(size=slot.shape).astype(np.float32)
+        for slot in peft_slots.slots_of(lora_params, config)
+        if slot.part != "w"
+    }
+    return peft.fill(lora_params, config, tensors)
