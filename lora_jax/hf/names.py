@@ -43,11 +43,13 @@ class Family:
       name: what messages call it.
       stacks: components of a path that are followed by a block's number there.
       rules: in order of precedence, special modules before `*`.
+      ignored: globs of tensors that checkpoints carry and that are computed here.
     """
 
     name: str
     stacks: tuple[str, ...]
     rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()
 
 
 class Tensor(NamedTuple):
@@ -76,6 +78,7 @@ LLAMA = Family(
         Rule("*", "weight", "kernel", (1, 0)),
         Rule("*", "bias", "bias"),
     ),
+    ignored=("*.rotary_emb.inv_freq",),
 )
 
 FAMILIES = {LLAMA.name: LLAMA}

@@ -1,0 +1,170 @@
+"""The configuration that a GGUF file's metadata states.
+
+llama.cpp's architecture `llama` covers Llama, SmolLM2 and Mistral. A key of the architecture that
+is not known here is an error: it may change the numbers.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.models.config import LlamaConfig
+from lora_jax.models.rope import RopeScaling, static_frequencies
+
+
+class Architecture(NamedTuple):
+    """An architecture of llama.cpp's.
+
+    Attributes:
+      model_type: ours.
+      permuted: the rows of q and k are stored as ggml's RoPE pairs them.
+      fields: values for `LlamaConfig` that hold for every model of the architecture.
+    """
+
+    model_type: str
+    permuted: bool
+    fields: Mapping[str, Any]
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture("llama", True, {}),
+}
+
+# Metadata of the architecture that states a size, and the one that only informs.
+_SIZES = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+}
+_UNDERSTOOD = frozenset(
+    {
+        *_SIZES,
+        "attention.head_count_kv", "attention.key_length", "attention.value_length",
+        "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base",
+        "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
+        "rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+        "rope.scaling.finetuned", "vocab_size", "expert_count", "expert_used_count",
+    }
+)  # fmt: skip
+
+
+def architecture_of(metadata: Mapping[str, Any], path: Path) -> str:
+    """The architecture, or an error if it is not known."""
+    kind = metadata.get("general.architecture")
+    if kind not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{path}: architecture `{kind}` is not one of {known}")
+    return kind
+
+
+def config_of(
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    path: Path,
+    divisors: np.ndarray | None = None,
+) -> LlamaConfig:
+    """The configuration of the model in a GGUF file.
+
+    Args:
+      metadata: the file's keys.
+      shapes: its tensors' shapes under Hugging Face's names; they tell biases, a tied head and
+        the size of the vocabulary.
+      path: the file, for messages.
+      divisors: the tensor `rope_freqs`, if there: what llama3 divides each frequency by.
+
+    Raises:
+      ValueError: a size missing, or a key that may change the numbers.
+    """
+    kind = architecture_of(metadata, path)
+    own = {k[len(kind) + 1 :]: v for k, v in metadata.items() if k.startswith(f"{kind}.")}
+    _check(own, path)
+    sizes = {ours: own[key] for key, ours in _SIZES.items()}
+    heads, tokens = sizes["num_attention_heads"], metadata.get("tokenizer.ggml.eos_token_id")
+    head_dim = own.get("attention.key_length", sizes["hidden_size"] // heads)
+    if own.get("rope.dimension_count", head_dim) != head_dim:
+        raise ValueError(f"{path}: RoPE over a part of each head is not supported")
+    theta = float(own.get("rope.freq_base", 10000.0))
+    scaling = _scaling(own, path)
+    if divisors is not None:
+        scaling = _llama3(divisors, head_dim, theta, path)
+    return LlamaConfig(
+        model_type=ARCHITECTURES[kind].model_type,
+        **sizes,
+        vocab_size=shapes["model.embed_tokens.weight"][0],
+        num_key_value_heads=own.get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        rms_norm_eps=_short(own["attention.layer_norm_rms_epsilon"]),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings="lm_head.weight" not in shapes,
+        qkv_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
+        o_bias="model.layers.0.self_attn.o_proj.bias" in shapes,
+        mlp_bias="model.layers.0.mlp.up_proj.bias" in shapes,
+        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+        eos_token_ids=() if tokens is None else (tokens,),
+        **ARCHITECTURES[kind].fields,
+    )
+
+
+def _check(own: Mapping[str, Any], path: Path) -> None:
+    needed = (*_SIZES, "attention.layer_norm_rms_epsilon")
+    if missing := [key for key in needed if key not in own]:
+        raise ValueError(f"{path}: metadata lacks {', '.join(f'`{m}`' for m in missing)}")
+    for key, value in own.items():
+        if key not in _UNDERSTOOD:
+            raise ValueError(
+                f"{path}: metadata key `{key}` = {str(value)[:60]} is not known and may change "
+                "the model's numbers"
+            )
+        if isinstance(value, list):
+            raise ValueError(f"{path}: `{key}` differs from block to block, which is not supported")
+    if own.get("expert_count", 0):
+        raise ValueError(f"{path}: a mixture of {own['expert_count']} experts is not supported")
+    if own.get("attention.value_length") not in (None, own.get("attention.key_length")):
+        raise ValueError(f"{path}: keys and values of different sizes are not supported")
+
+
+def _short(value: float) -> float:
+    """1e-05 for the float32 9.999999747378752e-06: the decimal it was written as."""
+    return float(str(np.float32(value)))
+
+
+def _scaling(own: Mapping[str, Any], path: Path) -> RopeScaling | None:
+    kind = own.get("rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    factor = own.get("rope.scaling.factor")
+    if kind == "linear" and factor:
+        return RopeScaling(rope_type="linear", factor=float(factor))
+    if kind == "yarn" and factor and "rope.scaling.original_context_length" in own:
+        return RopeScaling(
+            rope_type="yarn",
+            factor=float(factor),
+            original_max_position_embeddings=own["rope.scaling.original_context_length"],
+            beta_fast=own.get("rope.scaling.yarn_beta_fast"),
+            beta_slow=own.get("rope.scaling.yarn_beta_slow"),
+        )
+    raise ValueError(f"{path}: RoPE scaling of type `{kind}` is not supported")
+
+
+def _llama3(divisors: np.ndarray, head_dim: int, theta: float, path: Path) -> RopeScaling:
+    """The llama3 scaling whose frequencies the divisors give; the usual edges are checked."""
+    scaling = RopeScaling(
+        rope_type="llama3",
+        factor=float(divisors.max()),
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
+    plain = static_frequencies(head_dim, theta, None)
+    if divisors.shape == plain.shape and np.allclose(
+        plain / divisors, static_frequencies(head_dim, theta, scaling), rtol=1e-4
+    ):
+        return scaling
+    raise ValueError(f"{path}: the tensor `rope_freqs.weight` is not Llama 3's, not supported")

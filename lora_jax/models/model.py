@@ -1,0 +1,211 @@
+"""A model: its parameters, and pure functions of them.
+
+`Forward` says how to compute and holds no array; it is hashable, so that what is compiled for one
+model serves every other of the same shape. `Model` adds parameters and tokenizer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lora_jax.models.config import LlamaConfig
+from lora_jax.models.llama import Cache, CausalLM, hidden_states
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """How to compute a model: everything but its numbers.
+
+    Attributes:
+      config: the architecture.
+      dtype: dtype of the computation; norms, softmax, rotations and logits stay float32.
+      param_dtype: dtype of the parameters.
+      scan: blocks stacked on a leading axis and scanned, or kept apart by number.
+      remat: recompute each block's inside in the backward pass: False, True, or the name of a
+        policy in `jax.checkpoint_policies` (which intermediates are kept all the same).
+    """
+
+    config: LlamaConfig
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    scan: bool = True
+    remat: bool | str = False
+
+    def __post_init__(self):
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in DTYPES:
+                known = ", ".join(DTYPES)
+                raise ValueError(f"`{name}` must be one of {known}, got {getattr(self, name)!r}")
+        if isinstance(self.remat, str) and not hasattr(jax.checkpoint_policies, self.remat):
+            raise ValueError(f"`remat`: `jax.checkpoint_policies` has no policy `{self.remat}`")
+
+    def apply(
+        self,
+        params: Any,
+        tokens: Int[Array, "b t"],  # noqa: F722
+        *,
+        positions: Int[Array, "b t"] | None = None,  # noqa: F722
+        mask: Bool[Array, "b t"] | None = None,  # noqa: F722
+        cache: Cache | None = None,
+        return_hidden: bool = False,
+    ):
+        """Logits, or hidden states, of new tokens.
+
+        Args:
+          params: nested dictionaries of arrays, as in `Model.params`.
+          tokens: token ids.
+          positions: each token's place in its text; by default real tokens are counted from 0,
+            or from what the cache holds.
+          mask: true at real tokens; padding may be on either side. Texts padded on the right
+            need none: no real token attends to what follows it.
+          cache: from `init_cache` or an earlier call. Its slots must have room for the tokens.
+          return_hidden: return what the head would be applied to.
+
+        Returns:
+          Float32 logits (b, t, v), or hidden states (b, t, d) in the compute dtype; with a cache,
+          the pair of that and the new cache.
+        """
+        lm = nnx.merge(_structure(self)[0], params)
+        hidden, new_cache = hidden_states(
+            lm,
+            self.config,
+            tokens,
+            positions=positions,
+            mask=mask,
+            cache=cache,
+            wrap=_remat(self.remat),
+        )
+        out = hidden if return_hidden else lm.head(hidden)
+        return out if cache is None else (out, new_cache)
+
+    def head(self, params: Any, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:  # noqa: F722
+        """Float32 logits of hidden states that `apply(..., return_hidden=True)` returned."""
+        return nnx.merge(_structure(self)[0], params).head(hidden)
+
+    def shapes(self) -> dict[str, Any]:
+        """The parameter tree as `jax.ShapeDtypeStruct`s."""
+        shapes = _structure(self)[1]
+        count, inner = self.config.num_hidden_layers, dict(shapes["model"])
+        if self.scan:
+            inner["layers"] = jax.tree.map(
+                lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), inner["layers"]
+            )
+        return {**shapes, "model": inner}
+
+    def init_cache(self, batch: int, slots: int) -> Cache:
+        """An empty cache for `slots` tokens a row."""
+        config = self.config
+        shape = (
+            config.num_hidden_layers,
+            batch,
+            slots,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        empty = jnp.zeros(shape, self.dtype)
+        return Cache(empty, empty, jnp.zeros((batch, slots), bool), jnp.int32(0))
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A causal language model with its parameters.
+
+    Attributes:
+      forward: how it is computed.
+      params: nested dictionaries of arrays under Hugging Face's module names.
+      tokenizer: what turns text into its tokens, or None.
+    """
+
+    forward: Forward
+    params: dict[str, Any]
+    tokenizer: Any = None
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The architecture."""
+        return self.forward.config
+
+    @property
+    def apply(self) -> Callable:
+        """`Forward.apply`: a pure function of parameters and tokens."""
+        return self.forward.apply
+
+    @property
+    def head(self) -> Callable:
+        """`Forward.head`: hidden states to logits."""
+        return self.forward.head
+
+    @property
+    def init_cache(self) -> Callable:
+        """`Forward.init_cache`: an empty cache."""
+        return self.forward.init_cache
+
+
+def init(
+    key: Array,
+    config: LlamaConfig,
+    *,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    scan: bool = True,
+    remat: bool | str = False,
+) -> Model:
+    """A model with fresh parameters: kernels and embedding normal, scales 1, biases 0.
+
+    Args:
+      key: PRNG key.
+      config: the architecture.
+      dtype, param_dtype, scan, remat: see `Forward`; `param_dtype` is `dtype` by default.
+
+    Returns:
+      The model, without a tokenizer.
+    """
+    forward = Forward(
+        config=config, dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat
+    )
+    leaves, tree = jax.tree_util.tree_flatten_with_path(forward.shapes())
+    keys = jax.random.split(key, len(leaves))
+    params = [
+        _fresh(key, path[-1].key, shape, config.initializer_range)
+        for key, (path, shape) in zip(keys, leaves, strict=True)
+    ]
+    return Model(forward, jax.tree.unflatten(tree, params))
+
+
+def _fresh(key, name: str, shape: jax.ShapeDtypeStruct, spread: float):
+    if name == "scale":
+        return jnp.ones(shape.shape, shape.dtype)
+    if name == "bias":
+        return jnp.zeros(shape.shape, shape.dtype)
+    return (jax.random.normal(key, shape.shape) * spread).astype(shape.dtype)
+
+
+@lru_cache(maxsize=64)
+def _structure(forward: Forward):
+    """The module's graph without arrays, and the shapes of its parameters, of one block each."""
+    module = nnx.eval_shape(
+        lambda: CausalLM(
+            forward.config,
+            dtype=jnp.dtype(forward.dtype),
+            param_dtype=jnp.dtype(forward.param_dtype),
+            scan=forward.scan,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    graph, state = nnx.split(module)
+    return graph, nnx.to_pure_dict(state)
+
+
+def _remat(remat: bool | str) -> Callable[[Callable], Callable]:
+    if not remat:
+        return lambda run: run
+    policy = getattr(jax.checkpoint_policies, remat) if isinstance(remat, str) else None
+    return lambda run: jax.checkpoint(run, policy=policy, prevent_cse=False)
