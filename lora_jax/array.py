@@ -172,3 +172,11 @@ def to_matrix(w, roles: str):
     stack, fan_in, fan_out = sizes(w.shape, roles)
     order = stack_dims(roles) + in_dims(roles) + out_dims(roles)
     return jnp.transpose(w, order).reshape(*stack, fan_in, fan_out)
+
+
+def spread_outputs(gain, x: LoraArray):
+    """A number for each stack index and output, broadcast-ready against the weight."""
+    order = b_dims(x.roles)
+    shape = dict(zip(order, gain.shape, strict=True))
+    gain = jnp.transpose(gain, [order.index(d) for d in sorted(order)])
+    return gain.reshape([shape.get(d, 1) for d in range(x.ndim)])

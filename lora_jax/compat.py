@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jexc
+import numpy as np
 
 Var = jexc.Var
 Literal = jexc.Literal
@@ -78,8 +79,13 @@ _LIBRARIES = tuple(
 )
 
 
-def source_line(eqn) -> str:
-    """`file.py:12 (function)` of the line of the user's model that made this equation."""
+def source_line(eqn, default: str = "unknown line") -> str:
+    """`file.py:12 (function)` of the line of the user's model that made this equation.
+
+    Args:
+      eqn: an equation.
+      default: for one whose frames are all a library's, as inside a function JAX has cached.
+    """
     traceback = eqn.source_info.traceback
     frames = list(traceback.frames) if traceback is not None else []
     for frame in frames:
@@ -88,7 +94,12 @@ def source_line(eqn) -> str:
         if not any(part in frame.file_name for part in _LIBRARIES):
             name = os.path.basename(frame.file_name)
             return f"{name}:{frame.line_num} ({frame.function_name})"
-    return "unknown line"
+    return default
+
+
+def is_array(x) -> bool:
+    """Whether `x` is one array, concrete or traced (not a quantized one)."""
+    return isinstance(x, jax.Array | jax.core.Tracer | np.ndarray)
 
 
 def is_traceable(x) -> bool:

@@ -54,6 +54,8 @@ class LoraConfig:
       layers_to_transform: layer number, or numbers, to adapt; None adapts all.
       layers_pattern: name, or names, of the module list that holds the layers; None takes the
         first number in a module's name.
+      roles: what each dimension of a leaf is, where the dataflow should not decide: one letter a
+        dim, b (stack), i (in) or o (out), by pattern as in rank_pattern: {"experts.up": "bio"}.
       extra: PEFT's remaining fields, which change no numbers, where a file that `from_peft` read
         has something else than PEFT usually writes.
 
@@ -82,6 +84,7 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
     layers_to_transform: int | tuple[int, ...] | None = None
     layers_pattern: str | tuple[str, ...] | None = None
+    roles: Mapping[str, str] = field(default_factory=dict, hash=False)
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
@@ -127,12 +130,13 @@ _NORMALIZED = (
     "layers_pattern",
     "rank_pattern",
     "alpha_pattern",
+    "roles",
     "extra",
 )
 
 
 def _normalized(name: str, value):
-    if name in ("rank_pattern", "alpha_pattern", "extra"):
+    if name in ("rank_pattern", "alpha_pattern", "roles", "extra"):
         if value is None:
             return {}
         if not isinstance(value, Mapping):
@@ -225,6 +229,12 @@ def _check_patterns(config: LoraConfig) -> None:
         for pattern, value in getattr(config, name).items():
             _check_regex(name, pattern)
             check(f"{name}[{pattern!r}]", value)
+    for pattern, roles in config.roles.items():
+        _check_regex("roles", pattern)
+        if not isinstance(roles, str) or not roles or set(roles) - set("bio"):
+            raise ValueError(
+                f"roles[{pattern!r}] must be letters b (stack), i (in), o (out), got {roles!r}"
+            )
 
 
 def _check_layers(config: LoraConfig) -> None:

@@ -1,0 +1,39 @@
+"""lora_jax: LoRA as a transformation of parameter trees, for any JAX or Flax model.
+
+    y = x @ W + s · (x @ A) @ B
+
+Everything public that is not in a sub-package is here; sub-packages are imported when used.
+"""
+
+import importlib as _importlib
+
+from lora_jax.array import LoraArray as LoraArray
+from lora_jax.array import SavedArray as SavedArray
+from lora_jax.array import delta as delta
+from lora_jax.array import is_lora as is_lora
+from lora_jax.config import LoraConfig as LoraConfig
+from lora_jax.merge import merge as merge
+from lora_jax.merge import unmerge as unmerge
+from lora_jax.plan import LeafPlan as LeafPlan
+from lora_jax.plan import Plan as Plan
+from lora_jax.plan import plan as plan
+from lora_jax.transform import MaterializedWarning as MaterializedWarning
+from lora_jax.transform import lorafy as lorafy
+from lora_jax.tree import Count as Count
+from lora_jax.tree import combine as combine
+from lora_jax.tree import count_parameters as count_parameters
+from lora_jax.tree import format_trainable_parameters as format_trainable_parameters
+from lora_jax.tree import init as init
+from lora_jax.tree import masked as masked
+from lora_jax.tree import split as split
+from lora_jax.tree import trainable_mask as trainable_mask
+
+__version__ = "0.1.0"
+
+_SUBPACKAGES = ("checkpoint", "cli", "hf", "models", "train")
+
+
+def __getattr__(name: str):
+    if name in _SUBPACKAGES:
+        return _importlib.import_module(f"lora_jax.{name}")
+    raise AttributeError(f"module `lora_jax` has no attribute `{name}`")

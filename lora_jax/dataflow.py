@@ -1,0 +1,447 @@
+"""How a function uses each of its weights: a walk over the base jaxpr, nothing evaluated.
+
+Every weight is followed through operations that only rearrange it, each current dimension
+remembering which of the leaf's own dimensions it is made of, to the operations that consume it.
+Dimensions of activations remember the weights' free dimensions they came from, so that an expert
+axis kept by one contraction and batched by the next is recognised.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import compat
+from lora_jax.transform.structural import reshape_groups
+
+Dims = tuple[frozenset, ...]  # for each current dim, the original dims it is made of
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One consumption of a leaf.
+
+    Attributes:
+      primitive: its name.
+      line: source line of the model.
+      kind: "contract", "lookup" (rows by index), or "other".
+      contracted: the leaf's dims summed over (contract) or indexed (lookup).
+      stacked: the leaf's dims batched, or picked one index at a time, on the way here.
+      fallback: why the weight is added up before this use, or "".
+    """
+
+    primitive: str
+    line: str
+    kind: str
+    contracted: frozenset = frozenset()
+    stacked: frozenset = frozenset()
+    fallback: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Track:
+    """A leaf on its way: which of its dims each current dim is made of, and what happened."""
+
+    leaf: int
+    dims: Dims
+    picked: frozenset = frozenset()
+    fallback: str = ""
+    lookup: int = -1  # index into the leaf's uses of the gather it came through
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """What is known of one variable of the jaxpr."""
+
+    tracks: tuple[Track, ...] = ()
+    origin: Dims = ()  # activation dims: sets of (leaf, dim) they came from
+    fed: bool = False  # whether it depends on the function's other arguments
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """The uses of every leaf, and the dims that a later contraction batches over.
+
+    `lines` holds the source lines of the equations being walked into, innermost last.
+    """
+
+    uses: tuple[list, ...]
+    rebatched: set
+    lines: list = dataclasses.field(default_factory=lambda: ["unknown line"])
+
+    def line(self, eqn) -> str:
+        return compat.source_line(eqn, self.lines[-1])
+
+
+# Operations through which a weight keeps its low-rank form (see transform.interpret.RULES).
+_KEEPING = frozenset(
+    "transpose reshape squeeze broadcast_in_dim convert_element_type slice dynamic_slice split "
+    "unstack reshard neg concatenate sharding_constraint optimization_barrier copy copy_p "
+    "stop_gradient name reduce_precision pvary device_put".split()
+)
+_REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod argmax argmin".split())
+_INNER = {"jit": "jaxpr", "closed_call": "call_jaxpr", "remat": "jaxpr", "shard_map": "jaxpr"}
+_CUSTOM = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
+           "custom_vjp_call_jaxpr": "fun_jaxpr"}  # fmt: skip
+
+
+def usage(fn: Callable, leaves: Sequence, tree, args: Sequence, kwargs: dict) -> Usage:
+    """Traces `fn` abstractly and collects the uses of every floating-point leaf.
+
+    Args:
+      fn: `fn(params, *args, **kwargs)`.
+      leaves, tree: of params; arrays or `ShapeDtypeStruct`s.
+      args, kwargs: example arguments; arrays in them are abstract, all else is Python's.
+    """
+    outer, outer_tree = jax.tree.flatten((tuple(args), dict(kwargs)))
+    weights = [i for i, x in enumerate(leaves) if is_weight(x)]
+    # A concrete leaf stays concrete unless it is a weight; what has only a shape must be traced.
+    loose = [i for i, x in enumerate(leaves) if i not in set(weights) and _abstract_only(x)]
+    inputs = [i for i, x in enumerate(outer) if hasattr(x, "shape") and hasattr(x, "dtype")]
+
+    def staged(ws, rest, xs):
+        full, given = list(leaves), list(outer)
+        for i, w in [*zip(weights, ws, strict=True), *zip(loose, rest, strict=True)]:
+            full[i] = w
+        for i, x in zip(inputs, xs, strict=True):
+            given[i] = x
+        some, named = jax.tree.unflatten(outer_tree, given)
+        out = fn(jax.tree.unflatten(tree, full), *some, **named)
+        return [x for x in jax.tree.leaves(out) if compat.is_traceable(x)]
+
+    jaxpr = jax.make_jaxpr(staged)(
+        [leaves[i] for i in weights], [leaves[i] for i in loose], [outer[i] for i in inputs]
+    )
+    jaxpr, consts = compat.open_jaxpr(jaxpr)
+    found = Usage(tuple([] for _ in leaves), set())
+    env = {v: Flow(fed=True) for v in jaxpr.invars}
+    for v, x in zip(jaxpr.constvars, consts, strict=True):
+        env[v] = Flow(fed=jnp.ndim(x) > 0)
+    for v, i in zip(jaxpr.invars, weights, strict=False):
+        dims = tuple(frozenset([d]) for d in range(leaves[i].ndim))
+        env[v] = Flow((Track(i, dims),))
+    _walk(found, jaxpr, env)
+    return found
+
+
+def is_weight(x) -> bool:
+    """Whether a leaf can be adapted at all: a floating-point array with a dimension."""
+    shaped = hasattr(x, "shape") and hasattr(x, "dtype") and len(x.shape) > 0
+    return shaped and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _abstract_only(x) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
+def _walk(found: Usage, jaxpr, env: dict) -> list[Flow]:
+    def read(v):
+        return Flow() if isinstance(v, compat.Literal) else env.get(v, Flow())
+
+    for eqn in jaxpr.eqns:
+        flows = [read(v) for v in eqn.invars]
+        if any(f.tracks or f.fed or any(f.origin) for f in flows):
+            found.lines.append(found.line(eqn))
+            env.update(zip(eqn.outvars, _step(found, eqn, flows), strict=True))
+            found.lines.pop()
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _step(found: Usage, eqn, flows: list[Flow]) -> list[Flow]:
+    name = compat.name_of(eqn)
+    if name in _INNER or name in _CUSTOM:
+        return _enter(found, eqn, flows, name)
+    if name == "scan":
+        return _scan(found, eqn, flows)
+    if name == "while":
+        a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        _inside(found, eqn.params["cond_jaxpr"], flows[:a] + flows[a + b :])
+        return _inside(found, eqn.params["body_jaxpr"], flows[a:])
+    if name == "cond":
+        outs = [_inside(found, branch, flows[1:]) for branch in eqn.params["branches"]]
+        return [dataclasses.replace(_merge(each), tracks=()) for each in zip(*outs, strict=True)]
+    return _plain(found, eqn, flows, name)
+
+
+def _inside(found: Usage, inner, flows: Sequence[Flow]) -> list[Flow]:
+    jaxpr, _ = compat.open_jaxpr(inner)
+    return _walk(found, jaxpr, dict(zip(jaxpr.invars, flows, strict=True)))
+
+
+def _enter(found: Usage, eqn, flows: list[Flow], name: str) -> list[Flow]:
+    inner = eqn.params.get(_INNER.get(name) or _CUSTOM[name]) or eqn.params.get("jaxpr")
+    if name in _CUSTOM:
+        why = f"`{name}` takes the weight"
+        flows = [_soften(f, why) for f in flows]
+        for flow in flows:
+            for track in flow.tracks:
+                found.uses[track.leaf].append(
+                    Use(name, found.lines[-1], "other", fallback=why)
+                )
+    return _inside(found, inner, flows)
+
+
+def _soften(flow: Flow, why: str) -> Flow:
+    tracks = tuple(dataclasses.replace(t, fallback=t.fallback or why) for t in flow.tracks)
+    return dataclasses.replace(flow, tracks=tracks)
+
+
+def _scan(found: Usage, eqn, flows: list[Flow]) -> list[Flow]:
+    consts, carry = compat.scan_counts(eqn.params, len(flows))
+    inside = [*flows[: consts + carry], *(_peel(f) for f in flows[consts + carry :])]
+    outs = _inside(found, eqn.params["jaxpr"], inside)
+    return [*outs[:carry], *(_stack(f) for f in outs[carry:])]
+
+
+def _peel(flow: Flow) -> Flow:
+    """What one step of a scan sees: the first dim is picked."""
+    tracks = tuple(
+        dataclasses.replace(t, dims=t.dims[1:], picked=t.picked | t.dims[0]) for t in flow.tracks
+    )
+    return dataclasses.replace(flow, tracks=tracks, origin=flow.origin[1:])
+
+
+def _stack(flow: Flow) -> Flow:
+    tracks = tuple(dataclasses.replace(t, dims=(t.picked, *t.dims)) for t in flow.tracks)
+    origin = (frozenset(), *flow.origin) if flow.origin else ()
+    return dataclasses.replace(flow, tracks=tracks, origin=origin)
+
+
+def _merge(flows: Sequence[Flow]) -> Flow:
+    origins = [f.origin for f in flows if f.origin]
+    origin: Dims = ()
+    if origins and len({len(o) for o in origins}) == 1:
+        origin = tuple(frozenset().union(*dims) for dims in zip(*origins, strict=True))
+    tracks = tuple(t for f in flows for t in f.tracks)
+    return Flow(tracks, origin, any(f.fed for f in flows))
+
+
+def _plain(found: Usage, eqn, flows: list[Flow], name: str) -> list[Flow]:
+    maps = [_dim_map(eqn, k, name) for k in range(len(flows))]
+    fed = any(f.fed for f in flows)
+    outs = []
+    for j, var in enumerate(eqn.outvars):
+        kept = []
+        for k, flow in enumerate(flows):
+            mapped = None if maps[k] is None else maps[k][j]
+            tracks = [
+                t for t in (_follow(found, eqn, flows, k, t, mapped, name, first=j == 0)
+                            for t in flow.tracks) if t]  # fmt: skip
+            origin = () if mapped is None or not flow.origin else _through(flow.origin, mapped)
+            kept.append(Flow(tuple(tracks), origin))
+        if name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
+            kept.append(Flow((), _free_dims(found, eqn, flows, name, len(var.aval.shape))))
+        if name == "optimization_barrier":
+            outs.append(dataclasses.replace(flows[j]))
+        else:
+            outs.append(dataclasses.replace(_merge(kept), fed=fed))
+    return outs
+
+
+def _through(dims: Dims, mapped: Sequence) -> Dims:
+    return tuple(frozenset().union(*(dims[i] for i in group)) for group in mapped)
+
+
+def _follow(found: Usage, eqn, flows, k: int, track: Track, mapped, name: str, *, first: bool):
+    """Records a use of a weight, or carries the weight on; None where its way ends."""
+    others = [f for i, f in enumerate(flows) if i != k]
+    use = _consumption(found, eqn, others, k, track, name)
+    if use is not None:
+        if first:
+            _record(found, track, use)
+        if use.kind != "lookup":
+            return None
+        track = dataclasses.replace(track, lookup=len(found.uses[track.leaf]) - 1)
+        return _carry(eqn, k, track, mapped, name)
+    fed = any(f.fed for f in others) and name not in ("gather", "dynamic_slice")
+    why = "" if _keeps(eqn, k, flows, name) else f"`{name}` on the weight"
+    if mapped is None or fed:
+        if first and track.lookup < 0:
+            line = found.lines[-1]
+            found.uses[track.leaf].append(Use(name, line, "other", fallback=why or track.fallback))
+        return None
+    if why and track.lookup >= 0:
+        return None
+    if why and first:
+        line = found.lines[-1]
+        found.uses[track.leaf].append(Use(name, line, "other", fallback=why))
+    return _carry(eqn, k, dataclasses.replace(track, fallback=track.fallback or why), mapped, name)
+
+
+def _record(found: Usage, track: Track, use: Use):
+    uses = found.uses[track.leaf]
+    if track.lookup >= 0:  # rows chosen by index, then contracted: the index picks a stack
+        uses[track.lookup] = dataclasses.replace(uses[track.lookup], kind="picked")
+    uses.append(use)
+
+
+def _carry(eqn, k: int, track: Track, mapped, name: str):
+    if mapped is None:
+        return None
+    picked = track.picked | frozenset().union(
+        *(track.dims[i] for i in _picked_dims(eqn, k, name))
+    )
+    return dataclasses.replace(track, dims=_through(track.dims, mapped), picked=picked)
+
+
+def _consumption(found: Usage, eqn, others: Sequence[Flow], k: int, track: Track, name: str):
+    """The use that an equation makes of a weight at operand `k`, or None."""
+    axes = _contraction(eqn, k, name)
+    if axes is not None:
+        if not any(f.fed for f in others) and track.lookup >= 0:
+            return None
+        contracted, batch = (frozenset().union(*(track.dims[i] for i in a)) for a in axes)
+        stacked = batch | track.picked
+        kind = "contract" if contracted - stacked else "other"
+        fallback = track.fallback
+        if any(f.tracks for f in others):
+            fallback = fallback or "product of two weights"
+        line = found.lines[-1]
+        return Use(name, line, kind, contracted - stacked, stacked, fallback)
+    if name == "gather" and k == 0 and any(f.fed for f in others) and track.lookup < 0:
+        numbers = eqn.params["dimension_numbers"]
+        rows = frozenset().union(*(track.dims[i] for i in numbers.start_index_map))
+        line = found.lines[-1]
+        return Use(name, line, "lookup", rows, track.picked - rows, track.fallback)
+    return None
+
+
+def _contraction(eqn, k: int, name: str):
+    """The operand's (contracted, batched) axes if it can be a weight there, else None."""
+    if name == "dot_general" and k < 2:
+        contracting, batching = eqn.params["dimension_numbers"]
+        return contracting[k], batching[k]
+    if name == "ragged_dot_general" and k == 1:
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        contracting, batching = numbers.dot_dimension_numbers
+        return contracting[1], (*batching[1], *numbers.rhs_group_dimensions)
+    if name == "conv_general_dilated" and k == 1:
+        return eqn.params["dimension_numbers"].rhs_spec[1:], ()
+    return None
+
+
+def _keeps(eqn, k: int, flows, name: str) -> bool:
+    """Whether a weight at operand `k` keeps its low-rank form."""
+    if name in ("mul", "div"):
+        other = eqn.invars[1 - k].aval
+        return math.prod(other.shape) == 1 and (name == "mul" or k == 0)
+    if name == "reduce_sum":
+        return all(eqn.invars[0].aval.shape[a] == 1 for a in eqn.params["axes"])
+    if name == "broadcast_in_dim":
+        old, new = eqn.invars[0].aval.shape, eqn.params["shape"]
+        return math.prod(old) == math.prod(new)
+    if name == "convert_element_type":
+        return jnp.issubdtype(eqn.params["new_dtype"], jnp.floating)
+    if name in ("gather", "dynamic_slice", "slice"):
+        return k == 0
+    return name in _KEEPING
+
+
+def _free_dims(found: Usage, eqn, flows, name: str, rank: int) -> Dims:
+    """Origins of a contraction's output dims; notes the weight dims that it batches over."""
+    if name != "dot_general":
+        return ()
+    contracting, batching = eqn.params["dimension_numbers"]
+    for k in (0, 1):
+        if flows[k].origin and flows[1 - k].tracks:
+            for axis in batching[k]:
+                found.rebatched.update(flows[k].origin[axis])
+    groups = [_dims_of(flows[0], axis) | _dims_of(flows[1], other)
+              for axis, other in zip(*batching, strict=True)]  # fmt: skip
+    for k in (0, 1):
+        taken = {*contracting[k], *batching[k]}
+        free = [d for d in range(len(eqn.invars[k].aval.shape)) if d not in taken]
+        groups += [_dims_of(flows[k], d) for d in free]
+    return tuple(groups) if any(groups) and len(groups) == rank else ()
+
+
+def _dims_of(flow: Flow, axis: int) -> frozenset:
+    own = frozenset((t.leaf, d) for t in flow.tracks for d in t.dims[axis])
+    return own | (flow.origin[axis] if flow.origin else frozenset())
+
+
+def _picked_dims(eqn, k: int, name: str) -> list[int]:
+    """Dims of which an operation takes one index at a time."""
+    if k != 0:
+        return []
+    shape = eqn.invars[0].aval.shape
+    if name in ("slice", "dynamic_slice", "split"):
+        out = eqn.outvars[0].aval.shape
+        return [d for d in range(len(shape)) if out[d] == 1 != shape[d]]
+    if name == "gather":
+        return list(eqn.params["dimension_numbers"].start_index_map)
+    return [eqn.params["axis"]] if name == "unstack" else []
+
+
+def _dim_map(eqn, k: int, name: str):
+    """For each output, for each of its dims, the dims of operand `k` it is made of; or None."""
+    shape = tuple(getattr(eqn.invars[k].aval, "shape", ()))
+    handler = _DIM_MAPS.get(name)
+    if handler is not None:
+        return None if k != 0 else handler(eqn, shape)
+    if name in _REDUCTIONS or name == "reduce_and" or name == "reduce_or":
+        axes = set(eqn.params["axes"])
+        return [[(d,) for d in range(len(shape)) if d not in axes]]
+    same = [tuple(getattr(v.aval, "shape", ())) for v in eqn.outvars]
+    if name in ("dot_general", "ragged_dot_general", "conv_general_dilated", "sort"):
+        return None
+    kept = name in _KEEPING and all(len(s) == len(shape) for s in same)
+    if kept or all(s == shape for s in same):
+        return [[(d,) for d in range(len(shape))] for _ in same]
+    return None
+
+
+def _map_reshape(eqn, shape):
+    new_shape = eqn.params["new_sizes"]
+    if 0 in shape or eqn.params.get("dimensions") is not None:
+        return None
+    old = [d for d, n in enumerate(shape) if n != 1]
+    new = [d for d, n in enumerate(new_shape) if n != 1]
+    out: list[tuple] = [()] * len(new_shape)
+    for left, right in reshape_groups([shape[d] for d in old], [new_shape[d] for d in new]):
+        for j in right:
+            out[new[j]] = tuple(old[i] for i in left)
+    return [out]
+
+
+def _map_broadcast(eqn, shape):
+    out: list[tuple] = [()] * len(eqn.params["shape"])
+    for d, new in enumerate(eqn.params["broadcast_dimensions"]):
+        out[new] = (d,)
+    return [out]
+
+
+def _map_gather(eqn, shape):
+    numbers = eqn.params["dimension_numbers"]
+    if numbers.operand_batching_dims:
+        return None
+    survive = iter([d for d in range(len(shape)) if d not in numbers.collapsed_slice_dims])
+    rank = len(eqn.outvars[0].aval.shape)
+    picked = tuple(numbers.start_index_map)
+    return [[(next(survive),) if i in numbers.offset_dims else picked for i in range(rank)]]
+
+
+def _map_squeeze(eqn, shape):
+    gone = {d % len(shape) for d in eqn.params["dimensions"]}
+    return [[(d,) for d in range(len(shape)) if d not in gone]]
+
+
+def _map_unstack(eqn, shape):
+    axis = eqn.params["axis"]
+    return [[(d,) for d in range(len(shape)) if d != axis] for _ in eqn.outvars]
+
+
+_DIM_MAPS: dict[str, Callable[[Any, tuple], Any]] = {
+    "transpose": lambda eqn, shape: [[(d,) for d in eqn.params["permutation"]]],
+    "reshape": _map_reshape,
+    "broadcast_in_dim": _map_broadcast,
+    "squeeze": _map_squeeze,
+    "gather": _map_gather,
+    "unstack": _map_unstack,
+    "slice": lambda eqn, shape: [[(d,) for d in range(len(shape))]],
+    "dynamic_slice": lambda eqn, shape: [[(d,) for d in range(len(shape))]],
+    "split": lambda eqn, shape: [[(d,) for d in range(len(shape))]] * len(eqn.outvars),
+}

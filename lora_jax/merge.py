@@ -1,0 +1,109 @@
+"""Merging: plain parameters out of LoRA parameters, and back."""
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import paths
+from lora_jax.array import LoraArray, SavedArray, delta, is_lora, spread_outputs
+
+
+def merged(x: LoraArray):
+    """`gain · (W + s·A·B)` of one leaf: computed in float32 (or wider), cast once to `W`'s dtype.
+
+    A quantized base gives a float weight; it is never quantized again.
+    """
+    w = x.w.dequantize() if hasattr(x.w, "dequantize") else x.w
+    wide = jnp.promote_types(w.dtype, jnp.float32)
+    full = w.astype(wide) + delta(x).astype(wide)
+    if x.m is not None:
+        from lora_jax.methods import dora
+
+        full = full * spread_outputs(dora.gain(x), x).astype(wide)
+    return full.astype(w.dtype)
+
+
+def merge(lora_params):
+    """Plain parameters: every adapter added to its weight, every saved value in place.
+
+    Computed in float32 whatever the base's dtype, and cast once at the end.
+
+    Args:
+      lora_params: a tree with LoRA leaves.
+
+    Returns:
+      The tree the base function takes, `lorafy(fn)(lora_params) == fn(merge(lora_params))`.
+
+    Raises:
+      ValueError: a merged weight is not finite; the leaves are named. (Not under `jit`, where
+        values are unknown: check there with `jnp.isfinite`.)
+    """
+    flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_lora)
+    leaves = [_merge_leaf(x) for _, x in flat]
+    bad = [
+        paths.spell(path)
+        for (path, old), new in zip(flat, leaves, strict=True)
+        if is_lora(old) and not isinstance(new, jax.core.Tracer) and not _finite(new)
+    ]
+    if bad:
+        raise ValueError(
+            f"merged weights are not finite (NaN or infinity) at {', '.join(f'`{p}`' for p in bad)}"
+            f"; the adapter has diverged or is damaged: nothing was changed"
+        )
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _merge_leaf(x):
+    if isinstance(x, SavedArray):
+        return x.value
+    return merged(x) if isinstance(x, LoraArray) else x
+
+
+def _finite(x) -> bool:
+    return bool(jnp.all(jnp.isfinite(x)))
+
+
+def unmerge(params, lora_params):
+    """Takes the adapters out of merged parameters again: the base.
+
+    The base kept in `lora_params` is returned bit for bit where `params` is its merge; a leaf
+    that was trained further since has the same change subtracted, in float32.
+
+    Args:
+      params: merged parameters, as from `merge(lora_params)`.
+      lora_params: the tree whose adapters are in `params`.
+
+    Returns:
+      Plain base parameters.
+
+    Raises:
+      ValueError: the trees have different structures or shapes.
+    """
+    flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_lora)
+    plain, plain_tree = jax.tree.flatten(params)
+    if plain_tree != tree:
+        raise ValueError(
+            "`params` and `lora_params` are trees of different structure: pass the merge of this "
+            f"very tree; got {plain_tree} and {tree}"
+        )
+    return jax.tree.unflatten(
+        tree,
+        [_unmerge_leaf(paths.spell(p), x, y) for (p, x), y in zip(flat, plain, strict=True)],
+    )
+
+
+def _unmerge_leaf(path: str, x, y):
+    if not is_lora(x):
+        return y
+    if tuple(x.shape) != tuple(y.shape):
+        raise ValueError(f"`{path}` has shape {tuple(y.shape)} in `params`, expected {x.shape}")
+    if isinstance(x, SavedArray):
+        return x.w
+    w = x.w.dequantize() if hasattr(x.w, "dequantize") else x.w
+    wide = jnp.promote_types(w.dtype, jnp.float32)
+    full = y.astype(wide)
+    if x.m is not None:
+        from lora_jax.methods import dora
+
+        full = full / spread_outputs(dora.gain(x), x).astype(wide)
+    back = (full - delta(x).astype(wide)).astype(y.dtype)
+    return jnp.where(y == merged(x), w.astype(y.dtype), back)

@@ -1,0 +1,49 @@
+"""DoRA: the weight's direction is adapted by LoRA, its magnitude is trained by itself.
+
+    W' = m · (W + s·A·B) / ‖W + s·A·B‖
+
+with one magnitude and one norm for each output; the norm is a constant of the gradient
+(Liu et al. 2024, "DoRA", eq. 5 and section 4.3).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from lora_jax.array import LoraArray, out_dims, sizes, to_matrix
+
+
+def norm(x: LoraArray) -> Float[Array, "..."]:
+    """`‖W + s·A·B‖` over the in dims, for each stack index and output, in float32.
+
+    The `(in, out)` sum is never formed:
+    `‖W + s·A·B‖² = ‖W‖² + 2s·Σ_r (Aᵀ W)·B + s²·Σ_r B·(AᵀA)·B`.
+
+    Returns:
+      An array `(stack..., out...)`.
+    """
+    stack, fan_in, fan_out = sizes(x.shape, x.roles)
+    highest = lax.Precision.HIGHEST
+    w = to_matrix(x.w.dequantize() if hasattr(x.w, "dequantize") else x.w, x.roles)
+    wide = jnp.promote_types(w.dtype, jnp.float32)
+    a = x.a.astype(wide).reshape(*stack, fan_in, x.rank)
+    b = x.b.astype(wide).reshape(*stack, x.rank, fan_out)
+    s = x.scale.astype(wide)[..., None]
+    at = jnp.swapaxes(a, -1, -2)
+    cross = jnp.sum(jnp.matmul(at, w.astype(wide), precision=highest) * b, axis=-2)
+    gram = jnp.matmul(jnp.matmul(at, a, precision=highest), b, precision=highest)
+    square = jnp.sum(jnp.square(w.astype(wide)), axis=-2)
+    square = square + 2 * s * cross + s * s * jnp.sum(gram * b, axis=-2)
+    outs = [x.shape[d] for d in out_dims(x.roles)]
+    return jnp.sqrt(jnp.maximum(square, 0)).reshape(*stack, *outs)
+
+
+def gain(x: LoraArray) -> Float[Array, "..."]:
+    """`m / ‖W + s·A·B‖` with the norm held constant under differentiation."""
+    return x.m / lax.stop_gradient(norm(jax.tree.map(lax.stop_gradient, x)))
+
+
+def magnitude(x: LoraArray) -> Float[Array, "..."]:
+    """The magnitude that makes DoRA the identity at init: `‖W + s·A·B‖`."""
+    return norm(x)

@@ -1,0 +1,391 @@
+"""`plan`: which leaves are adapted, what each of their dimensions is, and why the others are not.
+
+Nothing is allocated: parameters and arguments may be `jax.ShapeDtypeStruct`s.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+
+from lora_jax import dataflow, matching, paths
+from lora_jax.array import factor_shapes, is_lora, out_dims, sizes
+from lora_jax.config import ALL_LINEAR, LoraConfig
+from lora_jax.dataflow import Usage, Use
+
+# Modules that turn features into logits: "all-linear" leaves them out, as PEFT does.
+HEAD_NAMES = frozenset(
+    "lm_head embed_out output_projection classifier score logits logits_dense logitdense head "
+    "unembed decoder_norm_head".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """What happens to one leaf.
+
+    Attributes:
+      path: dotted path.
+      shape, dtype: of the base weight.
+      kind: "lora" (adapted), "saved" (trained whole) or "frozen".
+      roles: one letter a dim: b stack, i in, o out; "" when frozen.
+      ranks: rank for each stack index (flattened), 0 where a layer is left out; one when unstacked.
+      alphas: alpha likewise.
+      scales: `alpha/rank`, or with rsLoRA `alpha/√rank`, likewise.
+      lookup: whether rows are looked up by index (an embedding), which decides the initial values.
+      reason: why the leaf is frozen, or a remark.
+      uses: how the function uses it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    roles: str = ""
+    ranks: tuple[int, ...] = ()
+    alphas: tuple[float, ...] = ()
+    scales: tuple[float, ...] = ()
+    lookup: bool = False
+    reason: str = ""
+    uses: tuple[Use, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The rank the leaf is allocated with: the largest of its stack."""
+        return max(self.ranks, default=0)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that train, padding of smaller ranks and of left-out layers not counted."""
+        if self.kind == "saved":
+            return math.prod(self.shape)
+        if self.kind == "frozen":
+            return 0
+        _, fan_in, fan_out = sizes(self.shape, self.roles)
+        return sum(self.ranks) * (fan_in + fan_out)
+
+    @property
+    def fallbacks(self) -> tuple[Use, ...]:
+        return tuple(use for use in self.uses if use.fallback)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The plan of a whole tree, in the tree's leaf order; `str(plan)` is a table.
+
+    Attributes:
+      config: what was asked for.
+      leaves: one `LeafPlan` a leaf that is an array.
+    """
+
+    config: LoraConfig
+    leaves: tuple[LeafPlan, ...]
+
+    @property
+    def adapted(self) -> tuple[LeafPlan, ...]:
+        return tuple(leaf for leaf in self.leaves if leaf.kind == "lora")
+
+    @property
+    def saved(self) -> tuple[LeafPlan, ...]:
+        return tuple(leaf for leaf in self.leaves if leaf.kind == "saved")
+
+    @property
+    def trainable(self) -> int:
+        """How many numbers train."""
+        magnitudes = 0
+        if self.config.use_dora:
+            magnitudes = sum(
+                math.prod(sizes(x.shape, x.roles)[0]) * sizes(x.shape, x.roles)[2]
+                for x in self.adapted
+            )
+        return magnitudes + sum(leaf.parameters for leaf in self.leaves)
+
+    def by_path(self) -> dict[str, LeafPlan]:
+        return {leaf.path: leaf for leaf in self.leaves}
+
+    def __str__(self) -> str:
+        from lora_jax.plan_table import table
+
+        return table(self)
+
+
+def plan(config: LoraConfig, fn: Callable, params, *args, **kwargs) -> Plan:
+    """Decides which leaves of `params` are adapted, from how `fn` uses them.
+
+    The roles of a weight's dimensions are read off the function's jaxpr: a contracted dim is an
+    in dim, a batched one or one taken index by index (scanned layers, chosen experts) a stack
+    dim, the others are out dims. Where a weight is used both ways the first contraction counts;
+    a table whose rows are looked up has its rows as in dim, as in PEFT. `config.roles` overrides.
+
+    Args:
+      config: what to adapt.
+      fn: `fn(params, *args, **kwargs)`, the function that will be lorafied.
+      params: parameter tree of arrays or `ShapeDtypeStruct`s.
+      *args: example arguments; arrays may be `ShapeDtypeStruct`s.
+      **kwargs: likewise.
+
+    Returns:
+      The plan. Print it to see every leaf, its roles, and why it is or is not adapted.
+
+    Raises:
+      ValueError: a name in the config matches nothing (the nearest names are listed), a matched
+        leaf is used in no way that a low-rank change could follow, or a rank exceeds the
+        smallest dimension it could have.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> params = {"up": jnp.ones((4, 16)), "down": jnp.ones((16, 4))}
+      >>> def fn(p, x):
+      ...     return jax.nn.relu(x @ p["up"]) @ p["down"]
+      >>> config = lora.LoraConfig(rank=2, target_modules=("up",))
+      >>> x = jax.ShapeDtypeStruct((1, 4), "float32")
+      >>> [leaf.path for leaf in lora.plan(config, fn, params, x).adapted]
+      ['up']
+    """
+    flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_lora)
+    for key_path, leaf in flat:
+        if is_lora(leaf):
+            raise ValueError(
+                f"`params` already has an adapter at `{paths.spell(key_path)}`; plan on the base "
+                f"parameters: `lora.unmerge` or `lora.merge` gives them"
+            )
+    leaves = [leaf for _, leaf in flat]
+    names = [paths.spell(key_path) for key_path, _ in flat]
+    usage = dataflow.usage(fn, leaves, tree, args, kwargs)
+    drafts = [
+        _draft(config, i, name, leaf, usage)
+        for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    ]
+    vocabularies = {(d.shape[0], d.shape[1]) for d in drafts if d.lookup and len(d.shape) == 2}
+    planned = tuple(_decide(config, draft, vocabularies) for draft in drafts)
+    planned = _with_biases(config, planned)
+    _check(config, planned)
+    return Plan(config, planned)
+
+
+def _draft(config: LoraConfig, index: int, path: str, leaf, usage: Usage) -> LeafPlan:
+    """A frozen leaf with the roles its uses show."""
+    uses = tuple(usage.uses[index])
+    base = LeafPlan(path, tuple(leaf.shape), str(leaf.dtype), "frozen", uses=uses)
+    if not dataflow.is_weight(leaf):
+        return dataclasses.replace(base, reason="not a floating-point array with a dimension")
+    rebatched = {d for i, d in usage.rebatched if i == index}
+    given = _given_roles(config, path, len(leaf.shape))
+    roles, lookup, remark = _roles(uses, len(leaf.shape), rebatched)
+    if given:
+        return dataclasses.replace(base, roles=given, lookup=lookup, reason="roles from config")
+    return dataclasses.replace(base, roles=roles, lookup=lookup, reason=remark)
+
+
+def _given_roles(config: LoraConfig, path: str, ndim: int) -> str:
+    for name in (path, paths.module_of(path)):
+        pattern = matching.matched_pattern(config.roles, name)
+        if pattern is not None:
+            roles = config.roles[pattern]
+            if len(roles) != ndim or not {"i", "o"} <= set(roles):
+                raise ValueError(
+                    f"roles[{pattern!r}]={roles!r} does not fit `{path}` with {ndim} dims: give "
+                    f"one letter a dim, b (stack), i (in) or o (out), with an i and an o"
+                )
+            return roles
+    return ""
+
+
+def _roles(uses: Sequence[Use], ndim: int, rebatched: set) -> tuple[str, bool, str]:
+    """Roles from uses, whether the leaf is a lookup table, and a remark."""
+    lookups = [u for u in uses if u.kind == "lookup"]
+    contractions = [u for u in uses if u.kind == "contract"]
+    deciding = (lookups or contractions or [None])[0]
+    if deciding is None:
+        return "", False, _why_not(uses)
+    stacked = set(deciding.stacked)
+    remark = ""
+    if moved := (rebatched - stacked - deciding.contracted):
+        stacked |= moved
+        dims = ", ".join(map(str, sorted(moved)))
+        remark = (
+            f"dim {dims} is kept by its contraction and batched by a later one: read as a stack, "
+            f"one adapter an index; `roles` overrides"
+        )
+    roles = "".join(
+        "b" if d in stacked else "i" if d in deciding.contracted else "o" for d in range(ndim)
+    )
+    return roles, bool(lookups), remark
+
+
+def _why_not(uses: Sequence[Use]) -> str:
+    if not uses:
+        return "the function does not use it"
+    found = ", ".join(sorted({f"`{u.primitive}`" for u in uses if u.kind != "picked"}))
+    return f"no contraction and no lookup uses it, only {found}" if found else "only indexed"
+
+
+def names_of(leaf: LeafPlan) -> list[list[str]]:
+    """The names each stack index goes by, flattened over the stack; one entry when unstacked.
+
+    Args:
+      leaf: with its roles.
+
+    Returns:
+      For each index the module's name and the parameter's, with the layer number where the path
+      says where it belongs, else without.
+    """
+    stack, _, _ = sizes(leaf.shape, leaf.roles) if leaf.roles else ((), 0, 0)
+    short = [_strip(paths.module_of(leaf.path)), _strip(leaf.path)]
+    if not stack:
+        return [short]
+    expanded = [paths.expand(name, stack[0]) for name in short]
+    repeat = math.prod(stack[1:])
+    if not all(expanded):
+        return [short] * math.prod(stack)
+    return [[m, p] for m, p in zip(*expanded, strict=True) for _ in range(repeat)]
+
+
+def _strip(path: str) -> str:
+    """A path without linen's collection name."""
+    return path.removeprefix("params.")
+
+
+def _targets(config: LoraConfig, leaf: LeafPlan, names: list[str]) -> bool:
+    if any(matching.is_excluded(config, name) for name in names):
+        return False
+    if config.target_modules == ALL_LINEAR:
+        return True
+    loose = [] if config.layers_to_transform is not None else _unnumbered(leaf)
+    return any(matching.is_target(config, name) for name in [*names, *loose])
+
+
+def _unnumbered(leaf: LeafPlan) -> list[str]:
+    return [leaf.path, paths.module_of(leaf.path), *map(_strip, _both(leaf.path))]
+
+
+def _both(path: str) -> tuple[str, str]:
+    return path, paths.module_of(path)
+
+
+def _decide(config: LoraConfig, leaf: LeafPlan, vocabularies: set) -> LeafPlan:
+    each = names_of(leaf)
+    if any(matching.is_saved(config, name) for names in each for name in names):
+        return dataclasses.replace(leaf, kind="saved", reason="in modules_to_save")
+    hits = [_targets(config, leaf, names) for names in each]
+    if not any(hits):
+        return dataclasses.replace(leaf, reason=leaf.reason if not leaf.roles else "not targeted")
+    obstacle = _obstacle(config, leaf, vocabularies)
+    if obstacle:
+        return dataclasses.replace(leaf, reason=obstacle)
+    ranks, alphas = [], []
+    for names, hit in zip(each, hits, strict=True):
+        module = names[0]
+        ranks.append(matching.rank_of(config, module) if hit else 0)
+        alphas.append(float(matching.alpha_of(config, module)) if hit else 0.0)
+    scales = [
+        matching.scale_of(config, r, a) if r else 0.0 for r, a in zip(ranks, alphas, strict=True)
+    ]
+    return dataclasses.replace(
+        leaf, kind="lora", ranks=tuple(ranks), alphas=tuple(alphas), scales=tuple(scales)
+    )
+
+
+def _obstacle(config: LoraConfig, leaf: LeafPlan, vocabularies: set) -> str:
+    """Why a targeted leaf is not adapted, or ""."""
+    if not leaf.roles:
+        return leaf.reason
+    if "i" not in leaf.roles or "o" not in leaf.roles or not out_dims(leaf.roles):
+        return f"roles {leaf.roles}: a vector, not a matrix"
+    if config.target_modules != ALL_LINEAR:
+        return ""
+    if leaf.lookup:
+        return 'an embedding: "all-linear" leaves it out'
+    last = _strip(paths.module_of(leaf.path)).rsplit(".", 1)[-1]
+    stack, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
+    if last in HEAD_NAMES or (not stack and (fan_out, fan_in) in vocabularies):
+        return 'the output head: "all-linear" leaves it out'
+    return ""
+
+
+def _with_biases(config: LoraConfig, leaves: tuple[LeafPlan, ...]) -> tuple[LeafPlan, ...]:
+    modules = {paths.module_of(leaf.path) for leaf in leaves if leaf.kind == "lora"}
+
+    def mark(leaf: LeafPlan) -> LeafPlan:
+        adapted = paths.module_of(leaf.path) in modules
+        if leaf.kind != "frozen" or not matching.trains_bias(config, leaf.path, adapted=adapted):
+            return leaf
+        return dataclasses.replace(leaf, kind="saved", reason=f'bias="{config.bias}"')
+
+    return tuple(mark(leaf) for leaf in leaves)
+
+
+def _check(config: LoraConfig, leaves: tuple[LeafPlan, ...]):
+    """Every name of the config must have matched, and every rank must fit."""
+    names = {name for leaf in leaves for each in names_of(leaf) for name in each}
+    names |= {name for leaf in leaves for name in _unnumbered(leaf)}
+    problems = [
+        f"{field} entry `{entry}` matches no module; nearest: "
+        f"{paths.nearest(entry, {paths.module_of(leaf.path) for leaf in leaves})}"
+        for field, entry in matching.unmatched(config, names)
+        if not (field == "modules_to_save" and _automatic(config, entry, names))
+    ]
+    problems += _useless_targets(config, leaves)
+    problems += [_too_high(leaf) for leaf in leaves if leaf.kind == "lora" and _too_high(leaf)]
+    if not problems and not any(leaf.kind != "frozen" for leaf in leaves):
+        problems.append(_nothing(config, leaves))
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _automatic(config: LoraConfig, entry: str, names: set) -> bool:
+    """PEFT adds both names of a classification head to modules_to_save; one is enough."""
+    head = ("classifier", "score")
+    return (
+        entry in head
+        and set(head) <= set(config.modules_to_save)
+        and any(matching.ends_with(n, h) for n in names for h in head)
+    )
+
+
+def _useless_targets(config: LoraConfig, leaves: tuple[LeafPlan, ...]) -> list[str]:
+    """Listed targets that matched leaves of which none can be adapted."""
+    if isinstance(config.target_modules, str):
+        return []
+    problems = []
+    for entry in config.target_modules:
+        matched = [
+            leaf
+            for leaf in leaves
+            if any(matching.ends_with(n, entry) for e in names_of(leaf) for n in e)
+            or any(matching.ends_with(n, entry) for n in _unnumbered(leaf))
+        ]
+        if matched and all(leaf.kind == "frozen" for leaf in matched):
+            why = "; ".join(f"`{leaf.path}`: {leaf.reason}" for leaf in matched[:3])
+            problems.append(f"target_modules entry `{entry}` adapts nothing ({why})")
+    return problems
+
+
+def _too_high(leaf: LeafPlan) -> str:
+    _, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
+    limit = min(fan_in, fan_out)
+    if leaf.rank <= limit:
+        return ""
+    return (
+        f"rank {leaf.rank} is above the smallest dimension {limit} of `{leaf.path}` "
+        f"(in {fan_in}, out {fan_out}), where full rank is reached: lower `rank`, or set "
+        f"rank_pattern={{{paths.module_of(leaf.path).rsplit('.', 1)[-1]!r}: {limit}}}"
+    )
+
+
+def _nothing(config: LoraConfig, leaves: tuple[LeafPlan, ...]) -> str:
+    some = "; ".join(f"`{leaf.path}`: {leaf.reason}" for leaf in leaves[:5])
+    known = paths.nearest(
+        str(config.target_modules), {paths.module_of(leaf.path) for leaf in leaves}
+    )
+    return (
+        f"target_modules={config.target_modules!r} matches nothing in a tree of {len(leaves)} "
+        f"leaves; nearest: {known} ({some})"
+    )
+
+
+def allocated_shapes(leaf: LeafPlan) -> tuple[tuple, tuple]:
+    """The shapes of `a` and `b` of an adapted leaf."""
+    return factor_shapes(leaf.shape, leaf.roles, leaf.rank)

@@ -1,0 +1,4 @@
+"""The forward transform: `lorafy(fn)` runs `fn` with weights that are never added up."""
+
+from lora_jax.transform.interpret import MaterializedWarning as MaterializedWarning
+from lora_jax.transform.lorafy import lorafy as lorafy

@@ -1,0 +1,298 @@
+"""Rules for operations that consume a weight: `y = op(x, W) + s·op(op(x, A), B)`."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.array import a_dims
+from lora_jax.transform import explicit
+from lora_jax.transform.labelled import contract, dropped, low_rank
+from lora_jax.transform.value import (
+    RANK,
+    Implicit,
+    Unsupported,
+    dense,
+    expand_to,
+    labels,
+    reorder,
+)
+
+
+def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, **params):
+    """A weight on one side of a dot: any contracting, batch and free dims.
+
+    Args:
+      lhs, rhs: one of them an `Implicit`, the other an array.
+      bind: binds the original primitive to dense operands.
+      use: how often the weight was used before, for dropout.
+      dimension_numbers, precision: of the primitive.
+      **params: the primitive's other parameters.
+
+    Returns:
+      The product, in the dtype the base product has.
+    """
+    if isinstance(lhs, Implicit) and isinstance(rhs, Implicit):
+        raise Unsupported("product of two adapted weights")
+    weight_left = isinstance(lhs, Implicit)
+    v, x = (lhs, rhs) if weight_left else (rhs, lhs)
+    contracting, batching = dimension_numbers
+    w_contracted, x_contracted = contracting if weight_left else contracting[::-1]
+    w_batch, x_batch = batching if weight_left else batching[::-1]
+
+    x_labels: list = [("x", d) for d in range(x.ndim)]
+    for w_dim, x_dim in zip(
+        [*w_contracted, *w_batch], [*x_contracted, *x_batch], strict=True
+    ):
+        x_labels[x_dim] = ("w", w_dim)
+    batch = [("w", d) for d in w_batch]
+    w_free = [("w", d) for d in range(v.ndim) if d not in w_contracted and d not in w_batch]
+    x_free = [label for label in x_labels if label[0] == "x"]
+    out = batch + (w_free + x_free if weight_left else x_free + w_free)
+
+    x, gain_after = _gain_before(v, x, x_labels, w_contracted)
+    base = bind(dense(v.w), x) if weight_left else bind(x, dense(v.w))
+    change = low_rank(
+        v,
+        dropped(v, x, use),
+        x_labels,
+        out,
+        contracted=w_contracted,
+        dtype=base.dtype,
+        precision=precision,
+        specs=_wanted_specs(base, out, params.get("out_sharding")),
+    )
+    return _gain_after(v, base + change, out, gain_after)
+
+
+def _wanted_specs(base, out: Sequence, out_sharding):
+    spec = explicit.spec_of(base)
+    if spec is None or out_sharding is None:
+        return None
+    return dict(zip(out, spec, strict=True))
+
+
+def _gain_before(v: Implicit, x, x_labels, contracted):
+    """Multiplies DoRA's gain into the activation where its dims are summed over.
+
+    Returns:
+      The activation, and whether the gain is still to be applied to the result.
+    """
+    if v.gain is None:
+        return x, False
+    dims = labels(v.roles, "gain")
+    summed = [d for d in dims if d in contracted]
+    if not summed:
+        return x, True
+    have = {label[1] for label in x_labels if label[0] == "w"}
+    if any(d not in have for d in dims):
+        raise Unsupported("DoRA's magnitude is over dims that are partly summed, partly kept")
+    gain = expand_to(v.gain, [("w", d) for d in dims], x_labels)
+    return (x * gain.astype(x.dtype)), False
+
+
+def _gain_after(v: Implicit, y, out_labels, pending: bool):
+    if not pending:
+        return y
+    gain = expand_to(v.gain, [("w", d) for d in labels(v.roles, "gain")], out_labels)
+    return y * gain.astype(y.dtype)
+
+
+def conv(lhs, rhs, bind, use: int, *, dimension_numbers, feature_group_count, batch_group_count,
+         precision, window_strides, padding, lhs_dilation, rhs_dilation, **_):  # fmt: skip
+    """A convolution kernel: a convolution to `r` channels with `A`, then a 1x1 product with `B`.
+
+    With feature groups each group has its own `r` channels, all from one `A`, and the part of
+    `B` that makes its outputs.
+    """
+    v = rhs
+    if isinstance(lhs, Implicit):
+        raise Unsupported("an adapted weight is convolved as the input")
+    out_dim, in_dim, *spatial = dimension_numbers.rhs_spec
+    if batch_group_count != 1:
+        raise Unsupported("batch groups")
+    if v.roles[out_dim] != "o" or any(v.roles[d] != "i" for d in (in_dim, *spatial)):
+        raise Unsupported(f"kernel with roles {v.roles}: only its output channels may be `o`")
+    groups, channel = feature_group_count, dimension_numbers.out_spec[1]
+    base = bind(lhs, dense(v.w))
+
+    dims = a_dims(v.roles)
+    a = jnp.tile(v.a.astype(lhs.dtype), (1,) * len(dims) + (groups,))
+    a_spec = lax.ConvDimensionNumbers(
+        dimension_numbers.lhs_spec,
+        (len(dims), dims.index(in_dim), *(dims.index(d) for d in spatial)),
+        dimension_numbers.out_spec,
+    )
+    middle = lax.conv_general_dilated(
+        dropped(v, lhs, use),
+        a,
+        dimension_numbers=a_spec,
+        feature_group_count=groups,
+        precision=precision,
+        preferred_element_type=jnp.promote_types(lhs.dtype, jnp.float32),
+        window_strides=window_strides,
+        padding=padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+    )
+    middle = (middle * v.scale.astype(middle.dtype)).astype(lhs.dtype)
+    shape = middle.shape
+    middle = middle.reshape(*shape[:channel], groups, v.rank, *shape[channel + 1 :])
+    rest = [("x", d) for d in range(len(shape)) if d != channel]
+    b = v.b.astype(lhs.dtype).reshape(v.rank, groups, -1)
+    change, have = contract(
+        middle,
+        [*rest[:channel], "group", RANK, *rest[channel:]],
+        b,
+        [RANK, "group", "out"],
+        keep={*rest, "group", "out"},
+        precision=precision,
+        preferred=base.dtype,
+    )
+    change = reorder(change, have, [*rest[:channel], "group", "out", *rest[channel:]])
+    y = base + change.reshape(base.shape)
+    if v.gain is None:
+        return y
+    gain = v.gain.reshape([-1 if d == channel else 1 for d in range(y.ndim)])
+    return y * gain.astype(y.dtype)
+
+
+def ragged_dot(lhs, rhs, group_sizes, bind, use: int, *, ragged_dot_dimension_numbers, precision,
+               group_offset=None, **_):  # fmt: skip
+    """Grouped matmul `(m, k) x (g, k, n)`: one `A` and one `B` a group."""
+    v, numbers = rhs, ragged_dot_dimension_numbers
+    (contracting, batching) = numbers.dot_dimension_numbers
+    plain = (
+        not isinstance(lhs, Implicit)
+        and tuple(map(tuple, contracting)) == ((1,), (1,))
+        and tuple(map(tuple, batching)) == ((), ())
+        and tuple(numbers.lhs_ragged_dimensions) == (0,)
+        and tuple(numbers.rhs_group_dimensions) == (0,)
+    )
+    if not plain or v.roles not in ("bio", "boi") or group_offset is not None:
+        raise Unsupported("ragged_dot other than (m, k) x (groups, k, n)")
+    base = bind(lhs, dense(v.w), group_sizes)
+    if v.gain is not None:
+        raise Unsupported("DoRA with ragged_dot")
+    first, second = v.a, v.b
+    if v.roles == "boi":
+        first, second = jnp.swapaxes(v.b, 1, 2), jnp.swapaxes(v.a, 1, 2)
+    x = dropped(v, lhs, use)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    middle = lax.ragged_dot(
+        x, first.astype(x.dtype), group_sizes, precision=precision, preferred_element_type=wide
+    )
+    second = (second.astype(wide) * v.scale.astype(wide)[:, None, None]).astype(x.dtype)
+    change = lax.ragged_dot(
+        middle.astype(x.dtype),
+        second,
+        group_sizes,
+        precision=precision,
+        preferred_element_type=base.dtype,
+    )
+    return base + change
+
+
+def gather(v, indices, bind, *, dimension_numbers, slice_sizes, **params):
+    """Rows of a weight by index: an embedding lookup, or the choice of layers or experts.
+
+    Indexing a stack dim gives another implicit array, one adapter an index; indexing an in (or
+    out) dim gives rows of `W` plus rows of its factor times the other factor.
+    """
+    if not isinstance(v, Implicit):
+        raise Unsupported("a weight used as indices")
+    if dimension_numbers.operand_batching_dims:
+        raise Unsupported("batched gather")
+    roles = {v.roles[d] for d in dimension_numbers.start_index_map}
+    if len(roles) != 1:
+        raise Unsupported("gather over dims of different roles")
+    out = _gather_labels(v, indices, dimension_numbers)
+    base = bind(dense(v.w), indices)
+
+    def pick(part):
+        return _gather_part(
+            getattr(v, part), labels(v.roles, part), indices, dimension_numbers, slice_sizes, params
+        )
+
+    if roles == {"b"}:
+        return _gather_stack(v, base, out, pick)
+    owner, other = ("a", "b") if roles <= {"i"} else ("b", "a")
+    whole = set(labels(v.roles, other)) - {RANK}
+    if any(slice_sizes[d] != v.shape[d] for d in whole) or not roles <= {"i", "o"}:
+        raise Unsupported("gather that slices both factors")
+    rows, have = pick(owner)
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    scale_labels = labels(v.roles, "scale")
+    rows = rows.astype(wide) * expand_to(v.scale.astype(wide), scale_labels, have)
+    change, have = contract(
+        rows,
+        have,
+        getattr(v, other).astype(wide),
+        labels(v.roles, other),
+        keep=set(out),
+        precision=lax.Precision.HIGHEST,
+    )
+    change = reorder(change, have, [label for label in out if label in have])
+    y = base + change.reshape(base.shape).astype(base.dtype)
+    return _gain_rows(v, y, out, owner, pick)
+
+
+def _gain_rows(v: Implicit, y, out, owner: str, pick):
+    """DoRA's gain over the rows that were gathered (out dims indexed) or over the whole rows."""
+    if v.gain is None:
+        return y
+    gain, have = (v.gain, labels(v.roles, "gain")) if owner == "a" else pick("gain")
+    return y * expand_to(gain, have, out).astype(y.dtype)
+
+
+def _gather_labels(v: Implicit, indices, numbers) -> list:
+    """Axes of a gather's result: `("n", i)` for index axes, dims of the weight for offsets."""
+    survive = [d for d in range(v.ndim) if d not in numbers.collapsed_slice_dims]
+    out: list = [None] * (indices.ndim - 1 + len(survive))
+    for axis, d in zip(numbers.offset_dims, survive, strict=True):
+        out[axis] = d
+    index_axes = [i for i, label in enumerate(out) if label is None]
+    for n, axis in enumerate(index_axes):
+        out[axis] = ("n", n)
+    return out
+
+
+def _gather_part(array, dims, indices, numbers, slice_sizes, params):
+    """Gathers a factor along the dims it owns; out-of-range rows give zeros, not the base's fill.
+
+    Returns:
+      The rows, and their labels: index axes first, then the factor's surviving axes.
+    """
+    survive = [d for d in dims if d == RANK or d not in numbers.collapsed_slice_dims]
+    front = indices.ndim - 1
+    own = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(front, front + len(survive))),
+        collapsed_slice_dims=tuple(
+            sorted(dims.index(d) for d in dims if d in numbers.collapsed_slice_dims)
+        ),
+        start_index_map=tuple(dims.index(d) for d in numbers.start_index_map),
+    )
+    window = tuple(
+        array.shape[i] if d == RANK else slice_sizes[d] for i, d in enumerate(dims)
+    )
+    rows = lax.gather(array, indices, own, window, mode=params.get("mode"), fill_value=0)
+    return rows, [("n", i) for i in range(front)] + survive
+
+
+def _gather_stack(v: Implicit, base, out: list, pick):
+    if v.key is not None and v.dropout:
+        raise Unsupported("gather of stacked weights with dropout")
+    roles = "".join("b" if isinstance(label, tuple) else v.roles[label] for label in out)
+    parts = {}
+    for part in ("a", "b", "scale", "gain"):
+        if getattr(v, part) is None:
+            parts[part] = None
+            continue
+        rows, have = pick(part)
+        have = [label if label == RANK else out.index(label) for label in have]
+        parts[part] = reorder(rows, have, labels(roles, part))
+    return Implicit(
+        w=base, **parts, key=None, roles=roles, dropout=v.dropout, path=v.path
+    )
+
+

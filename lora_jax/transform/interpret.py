@@ -1,0 +1,285 @@
+"""The interpreter: walks the base model's jaxpr with implicit arrays in place of weights.
+
+Equations that no implicit array reaches are handed back to JAX in runs, untouched. The others
+are looked up by name, in `CONTROL` (a sub-jaxpr to enter), then in `RULES`. Where there is no
+rule, or a rule finds no low-rank form, the weight is materialized for that equation, and said so.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from lora_jax import compat
+from lora_jax.transform import contraction, structural
+from lora_jax.transform.value import Implicit, Unsupported, is_implicit, materialize
+
+
+class MaterializedWarning(UserWarning):
+    """A weight was added up (`W + s·A·B`) because an operation on it has no low-rank form."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What one call of a lorafied function remembers while it is traced.
+
+    Attributes:
+      strict: whether a fallback is an error.
+      uses: how often each path's weight met dropout so far.
+      memo: inner jitted functions already rewritten, so that a repeated block is traced once.
+      told: fallbacks already warned of.
+      lines: source lines of the equations entered, innermost last.
+    """
+
+    strict: bool
+    uses: dict = dataclasses.field(default_factory=dict)
+    memo: dict = dataclasses.field(default_factory=dict)
+    told: set = dataclasses.field(default_factory=set)
+    lines: list = dataclasses.field(default_factory=lambda: ["unknown line"])
+
+    def next_use(self, v: Implicit) -> int:
+        if v.key is None or v.dropout == 0:
+            return 0
+        path = str(v.path)
+        self.uses[path] = self.uses.get(path, -1) + 1
+        return self.uses[path]
+
+    def resumable(self, f: Callable) -> Callable:
+        """`f` counting uses from where they stand now, however often JAX traces it."""
+        start = dict(self.uses)
+
+        def run(*args):
+            self.uses.clear()
+            self.uses.update(start)
+            return f(*args)
+
+        return run
+
+    def fall_back(self, v: Implicit, eqn, reason: str):
+        """Materializes a weight, with a warning or (strict) an error that says where and why."""
+        name, line = compat.name_of(eqn), compat.source_line(eqn, self.lines[-1])
+        text = (
+            f"`{v.path}` has no low-rank form in `{name}` at {line}: {reason}. "
+            f"W + s·A·B is added up for this operation"
+        )
+        if self.strict:
+            raise ValueError(
+                f"{text}; `strict=True` forbids that. Leave the leaf out of `target_modules`, "
+                f"or call without `strict`"
+            )
+        if (said := (str(v.path), name, line)) not in self.told:
+            self.told.add(said)
+            warnings.warn(f"{text}: the result is exact, the saving is lost", MaterializedWarning,
+                          stacklevel=2)  # fmt: skip
+        return materialize(v)
+
+
+def evaluate(context: Context, jaxpr, consts: Sequence, args: Sequence) -> list:
+    """Evaluates an open jaxpr whose arguments may be implicit arrays.
+
+    Args:
+      context: of this call.
+      jaxpr: open jaxpr.
+      consts: values of its constvars.
+      args: values of its invars, arrays or `Implicit`s.
+
+    Returns:
+      Values of its outvars, arrays or `Implicit`s.
+    """
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    eqns = _live(jaxpr)
+    last = _last_uses(eqns, jaxpr.outvars)
+    pending: list = []
+
+    def flush(end: int):
+        if pending:
+            _run_plain(jaxpr, pending, env, last, end)
+            pending.clear()
+
+    for i, eqn in enumerate(eqns):
+        if not any(is_implicit(env.get(v)) for v in eqn.invars if isinstance(v, compat.Var)):
+            pending.append(eqn)
+            continue
+        flush(i)
+        values = [_read(env, v) for v in eqn.invars]
+        env.update(zip(eqn.outvars, _apply(context, jaxpr, eqn, values), strict=True))
+        for v in [v for v in env if last.get(v, -1) <= i]:
+            del env[v]
+    flush(len(eqns))
+    return [_read(env, v) for v in jaxpr.outvars]
+
+
+def enter(context: Context, inner, values: Sequence) -> list:
+    """Evaluates an inner jaxpr, closed or open."""
+    jaxpr, consts = compat.open_jaxpr(inner)
+    return evaluate(context, jaxpr, consts, values)
+
+
+def _read(env: dict, v):
+    return v.val if isinstance(v, compat.Literal) else env[v]
+
+
+def _live(jaxpr) -> list:
+    """The equations the outputs (or an effect) need: a dead one must not force a fallback."""
+    needed = {v for v in jaxpr.outvars if isinstance(v, compat.Var)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(v in needed for v in eqn.outvars):
+            kept.append(eqn)
+            needed.update(v for v in eqn.invars if isinstance(v, compat.Var))
+    return kept[::-1]
+
+
+def _last_uses(eqns: Sequence, outvars: Sequence) -> dict:
+    last = {v: i for i, eqn in enumerate(eqns) for v in eqn.invars if isinstance(v, compat.Var)}
+    return last | {v: len(eqns) + 1 for v in outvars if isinstance(v, compat.Var)}
+
+
+def _run_plain(jaxpr, eqns: list, env: dict, last: dict, end: int):
+    """Runs consecutive equations on dense values as JAX would, keeping what is used after."""
+    made = {v for eqn in eqns for v in eqn.outvars}
+    inputs = dict.fromkeys(
+        v for eqn in eqns for v in eqn.invars if isinstance(v, compat.Var) and v not in made
+    )
+    outputs = [v for eqn in eqns for v in eqn.outvars if last.get(v, -1) >= end]
+    part = compat.segment(jaxpr, list(eqns), list(inputs), outputs)
+    env.update(
+        zip(outputs, compat.eval_segment(part, [env[v] for v in inputs]), strict=True)
+    )
+
+
+def _apply(context: Context, jaxpr, eqn, values: list) -> list:
+    from lora_jax.transform.control import CONTROL
+
+    name = compat.name_of(eqn)
+    try:
+        with compat.equation_context(eqn):
+            if name in CONTROL:
+                context.lines.append(compat.source_line(eqn, context.lines[-1]))
+                try:
+                    return list(CONTROL[name](context, eqn, values))
+                finally:
+                    context.lines.pop()
+            if name not in RULES:
+                raise Unsupported("the operation has no rule")
+            out = RULES[name](context, eqn, values)
+        return list(out) if eqn.primitive.multiple_results else [out]
+    except Unsupported as reason:
+        return _densely(context, jaxpr, eqn, values, str(reason))
+
+
+def _densely(context: Context, jaxpr, eqn, values: list, reason: str) -> list:
+    """One equation with its implicit operands materialized."""
+    env = {}
+    for v, x in zip(eqn.invars, values, strict=True):
+        if isinstance(v, compat.Var) and v not in env:
+            env[v] = context.fall_back(x, eqn, reason) if is_implicit(x) else x
+    outs = [v for v in eqn.outvars]
+    part = compat.segment(jaxpr, [eqn], list(env), outs)
+    return compat.eval_segment(part, list(env.values()))
+
+
+def _binder(eqn) -> Callable:
+    return lambda *operands: eqn.primitive.bind(*operands, **eqn.params)
+
+
+def _rearranging(rule: Callable) -> Callable:
+    """A rule of the weight (first operand), further operands being indices."""
+
+    def apply(context, eqn, values):
+        if not is_implicit(values[0]) or any(is_implicit(x) for x in values[1:]):
+            raise Unsupported("the weight is not the first operand")
+        return rule(*values, **eqn.params)
+
+    return apply
+
+
+def _binding(rule: Callable) -> Callable:
+    """A rule that binds the original primitive to the weight and its factors."""
+    return lambda context, eqn, values: rule(values[0], _binder(eqn))
+
+
+def _consuming(rule: Callable) -> Callable:
+    """A rule that contracts the weight with an activation."""
+
+    def apply(context, eqn, values):
+        weights = [x for x in values if is_implicit(x)]
+        use = context.next_use(weights[0])
+        return rule(*values, _binder(eqn), use, **eqn.params)
+
+    return apply
+
+
+def _gather(context, eqn, values):
+    return contraction.gather(*values, _binder(eqn), **eqn.params)
+
+
+def _scalar_product(context, eqn, values):
+    left, right = values
+    if is_implicit(left) and is_implicit(right):
+        raise Unsupported("elementwise product of two weights")
+    v, factor = (left, right) if is_implicit(left) else (right, left)
+    return _shaped(eqn, structural.scale_by(v, factor))
+
+
+def _scalar_quotient(context, eqn, values):
+    if not is_implicit(values[0]) or is_implicit(values[1]):
+        raise Unsupported("division by a weight")
+    return _shaped(eqn, structural.scale_by(*values, divide=True))
+
+
+def _shaped(eqn, v: Implicit) -> Implicit:
+    if tuple(eqn.outvars[0].aval.shape) != v.shape:
+        raise Unsupported("broadcasting product")
+    return v
+
+
+def _concatenate(context, eqn, values):
+    return structural.concatenate(values, eqn.params["dimension"])
+
+
+def _barrier(context, eqn, values):
+    return jax.tree.unflatten(
+        jax.tree.structure(values), lax.optimization_barrier(jax.tree.leaves(values))
+    )
+
+
+def _constraint(context, eqn, values):
+    return structural.sharding_constraint(values[0], _binder(eqn), **eqn.params)
+
+
+# One rule a primitive, by the name `compat.name_of` gives.
+RULES: dict[str, Callable[[Context, Any, list], Any]] = {
+    "dot_general": _consuming(contraction.dot_general),
+    "conv_general_dilated": _consuming(contraction.conv),
+    "ragged_dot_general": _consuming(contraction.ragged_dot),
+    "gather": _gather,
+    "transpose": _rearranging(structural.transpose),
+    "reshape": _rearranging(structural.reshape),
+    "squeeze": _rearranging(structural.squeeze),
+    "broadcast_in_dim": _rearranging(structural.broadcast_in_dim),
+    "convert_element_type": _rearranging(structural.convert),
+    "slice": _rearranging(structural.slice_),
+    "dynamic_slice": _rearranging(structural.dynamic_slice),
+    "split": _rearranging(structural.split),
+    "unstack": _rearranging(structural.unstack),
+    "reduce_sum": _rearranging(structural.reduce_unit),
+    "reshard": _rearranging(structural.reshard),
+    "neg": _rearranging(structural.negate),
+    "concatenate": _concatenate,
+    "mul": _scalar_product,
+    "div": _scalar_quotient,
+    "sharding_constraint": _constraint,
+    "optimization_barrier": _barrier,
+    "copy": _binding(structural.leafwise),
+    "copy_p": _binding(structural.leafwise),
+    "stop_gradient": _binding(structural.leafwise),
+    "name": _binding(structural.base_only),
+    "reduce_precision": _binding(structural.leafwise),
+    "pvary": _binding(structural.leafwise),
+    "device_put": _binding(structural.leafwise),
+}
+

@@ -1,0 +1,123 @@
+"""`lorafy`: traces a model once, abstract in its adapted weights, and interprets the jaxpr."""
+
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+
+import jax
+from jax import lax
+
+from lora_jax import compat, paths
+from lora_jax.array import LoraArray, SavedArray, is_lora, stack_dims
+from lora_jax.transform.interpret import Context, evaluate
+from lora_jax.transform.value import Implicit, Note, is_implicit, materialize
+
+
+def lorafy(fn: Callable, *, strict: bool = False) -> Callable:
+    """Makes a function of parameters accept LoRA parameters.
+
+        y = x @ W + s · (x @ A) @ B
+
+    in place of every `x @ W` whose `W` is a `LoraArray`; nothing else changes. The result
+    composes with jit, grad, vmap, scan, remat and shard_map, inside and outside. With no
+    `LoraArray` in its first argument it is `fn` itself.
+
+    `fn` must be pure. Un-jitted calls trace again each time: jit the result.
+
+    Args:
+      fn: `fn(params, *args, **kwargs)`, a pure function of a parameter tree.
+      strict: make it an error when a weight must be added up because an operation on it has no
+        low-rank form; otherwise that is a `MaterializedWarning` and the result stays exact.
+
+    Returns:
+      `fn'(lora_params, *args, lora_key=None, **kwargs)`. A `lora_key` (a PRNG key) turns the
+      adapters' dropout on for that call.
+
+    Raises:
+      ValueError: under `strict`, naming leaf, primitive and source line.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> params = {"w": jnp.ones((4, 3))}
+      >>> def fn(params, x):
+      ...     return x @ params["w"]
+      >>> x = jnp.ones((2, 4))
+      >>> plan = lora.plan(lora.LoraConfig(rank=2, target_modules=("w",)), fn, params, x)
+      >>> lora_params = lora.init(jax.random.key(0), plan, params)
+      >>> jax.jit(lora.lorafy(fn))(lora_params, x).shape
+      (2, 3)
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3.
+    """
+
+    @functools.wraps(fn)
+    def adapted(lora_params, *args, lora_key=None, **kwargs):
+        flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_lora)
+        leaves = [x.value if isinstance(x, SavedArray) else x for _, x in flat]
+        where = [i for i, x in enumerate(leaves) if isinstance(x, LoraArray)]
+        if not where:
+            return fn(jax.tree.unflatten(tree, leaves), *args, **kwargs)
+        originals = [leaves[i] for i in where]
+        values = [_enter(leaves[i], paths.spell(flat[i][0]), lora_key) for i in where]
+        staged, finish = _stage(fn, tree, leaves, where, args, kwargs)
+        jaxpr = jax.make_jaxpr(staged)(*[_abstract(x.w) for x in originals])
+        jaxpr, consts = compat.open_jaxpr(jaxpr)
+        outs = evaluate(Context(strict=strict), jaxpr, consts, values)
+        return finish([_leave(x, values, originals) for x in outs])
+
+    return adapted
+
+
+def _stage(fn: Callable, tree, leaves: Sequence, where: Sequence[int], args, kwargs):
+    """`fn` as a function of the adapted weights alone, and what rebuilds its output.
+
+    Everything else is closed over, so that bools, strings and module definitions stay Python's
+    and outer tracers become constants of the jaxpr.
+    """
+    seen: dict = {}
+
+    def staged(*weights):
+        full = list(leaves)
+        for i, w in zip(where, weights, strict=True):
+            full[i] = w
+        out, seen["tree"] = jax.tree.flatten(fn(jax.tree.unflatten(tree, full), *args, **kwargs))
+        seen["static"] = [None if compat.is_traceable(x) else (x,) for x in out]
+        return [x for x in out if compat.is_traceable(x)]
+
+    def finish(arrays: Sequence):
+        rest = iter(arrays)
+        return jax.tree.unflatten(
+            seen["tree"], [next(rest) if s is None else s[0] for s in seen["static"]]
+        )
+
+    return staged, finish
+
+
+def _abstract(w):
+    """What the model is traced with: the array itself (its sharding counts), or its aval."""
+    return w if compat.is_array(w) else jax.ShapeDtypeStruct(w.shape, w.dtype)
+
+
+def _enter(x: LoraArray, path: str, lora_key) -> Implicit:
+    gain = None
+    if x.m is not None:
+        from lora_jax.methods import dora
+
+        gain = dora.gain(x)
+    key = None
+    if lora_key is not None and x.dropout > 0:
+        key = jax.random.fold_in(lora_key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+        stack = [x.shape[d] for d in stack_dims(x.roles)]
+        key = jax.random.split(key, stack) if stack else key
+    scale = lax.stop_gradient(x.scale)
+    return Implicit(x.w, x.a, x.b, scale, gain, key, x.roles, x.dropout, Note(path))
+
+
+def _leave(x, values: Sequence, originals: Sequence):
+    """An output: the leaf itself if the model returned it unchanged, else an array."""
+    if not is_implicit(x):
+        return x
+    for value, original in zip(values, originals, strict=True):
+        if value is x:
+            return original
+    return materialize(x)

@@ -1,0 +1,300 @@
+"""Rules for operations that rearrange a weight: each acts on the factors that own the dim."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+
+from lora_jax.transform.explicit import part_sharding
+from lora_jax.transform.value import (
+    PARTS,
+    RANK,
+    Implicit,
+    Unsupported,
+    dense,
+    labels,
+    rebuild,
+)
+
+
+def transpose(v: Implicit, *, permutation, **_):
+    where = {old: new for new, old in enumerate(permutation)}
+    roles = "".join(v.roles[d] for d in permutation)
+    return rebuild(
+        v,
+        lax.transpose(dense(v.w), permutation),
+        roles,
+        lambda array, dims: (array, [where.get(d, d) for d in dims]),
+    )
+
+
+def convert(v: Implicit, *, new_dtype, **_):
+    """Only the base changes its dtype: factors keep theirs and are cast where they are used."""
+    if not jnp.issubdtype(new_dtype, jnp.floating):
+        raise Unsupported(f"cast to {jnp.dtype(new_dtype).name}")
+    return dataclasses.replace(v, w=v.w.astype(new_dtype))
+
+
+def squeeze(v: Implicit, *, dimensions, **_):
+    gone = {d % v.ndim for d in dimensions}
+    kept = [d for d in range(v.ndim) if d not in gone]
+
+    def drop(array, dims):
+        lost = [i for i, d in enumerate(dims) if d in gone]
+        left = [kept.index(d) if d != RANK else d for d in dims if d not in gone]
+        return jax.lax.squeeze(array, lost), left
+
+    return rebuild(v, lax.squeeze(dense(v.w), sorted(gone)), _pick(v.roles, kept), drop)
+
+
+def reduce_unit(v: Implicit, *, axes, **_):
+    if any(v.shape[d] != 1 for d in axes):
+        raise Unsupported("sum over a dimension of the weight")
+    return squeeze(v, dimensions=axes)
+
+
+def slice_(v: Implicit, *, start_indices, limit_indices, strides, **_):
+    steps = strides or (1,) * v.ndim
+
+    def cut(array, dims):
+        return lax.slice(
+            array,
+            [0 if d == RANK else start_indices[d] for d in dims],
+            [v.rank if d == RANK else limit_indices[d] for d in dims],
+            [1 if d == RANK else steps[d] for d in dims],
+        ), dims
+
+    w = lax.slice(dense(v.w), start_indices, limit_indices, strides)
+    return rebuild(v, w, v.roles, cut)
+
+
+def dynamic_slice(v: Implicit, *starts, slice_sizes, **_):
+    def cut(array, dims):
+        if not dims:
+            return array, dims
+        zero = jnp.zeros_like(starts[0])
+        return lax.dynamic_slice(
+            array,
+            [zero if d == RANK else starts[d].astype(zero.dtype) for d in dims],
+            [v.rank if d == RANK else slice_sizes[d] for d in dims],
+        ), dims
+
+    return rebuild(v, lax.dynamic_slice(dense(v.w), starts, slice_sizes), v.roles, cut)
+
+
+def split(v: Implicit, *, sizes, axis, **_):
+    pieces, start = [], 0
+    for size in sizes:
+        low = [0] * v.ndim
+        high = list(v.shape)
+        low[axis], high[axis] = start, start + int(size)
+        start += int(size)
+        pieces.append(slice_(v, start_indices=low, limit_indices=high, strides=None))
+    return pieces
+
+
+def unstack(v: Implicit, *, axis, **_):
+    pieces = split(v, sizes=(1,) * v.shape[axis], axis=axis)
+    return [squeeze(piece, dimensions=(axis,)) for piece in pieces]
+
+
+def broadcast_in_dim(v: Implicit, *dynamic, shape, broadcast_dimensions, **_):
+    if dynamic:
+        raise Unsupported("dynamic broadcast")
+    roles = ["u"] * len(shape)
+    for old, new in enumerate(broadcast_dimensions):
+        if shape[new] != v.shape[old]:
+            raise Unsupported("broadcast of a dimension of the weight")
+        roles[new] = v.roles[old]
+    if any(n != 1 for d, n in enumerate(shape) if d not in broadcast_dimensions):
+        raise Unsupported("broadcast along a new dimension")
+    where = dict(enumerate(broadcast_dimensions))
+    w = lax.broadcast_in_dim(dense(v.w), shape, broadcast_dimensions)
+    return rebuild(
+        v, w, "".join(roles), lambda array, dims: (array, [where.get(d, d) for d in dims])
+    )
+
+
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list, list]]:
+    """Pairs runs of old dims with runs of new dims that hold the same number of elements."""
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        left, right = [i], [j]
+        a, b = old[i], new[j]
+        while a != b:
+            if a < b:
+                i += 1
+                left.append(i)
+                a *= old[i]
+            else:
+                j += 1
+                right.append(j)
+                b *= new[j]
+        groups.append((left, right))
+        i, j = i + 1, j + 1
+    return groups
+
+
+def reshape_roles(shape: Sequence[int], roles: Sequence, new_shape: Sequence[int]) -> list:
+    """The set of roles that each new dim is made of; empty for a unit dim.
+
+    Args:
+      shape, roles: of the weight before.
+      new_shape: after.
+    """
+    old = [d for d, n in enumerate(shape) if n != 1]
+    new = [d for d, n in enumerate(new_shape) if n != 1]
+    result: list = [frozenset()] * len(new_shape)
+    for left, right in reshape_groups([shape[d] for d in old], [new_shape[d] for d in new]):
+        mixed = frozenset(roles[old[i]] for i in left)
+        for j in right:
+            result[new[j]] = mixed
+    return result
+
+
+def reshape(v: Implicit, *dynamic, new_sizes, dimensions=None, **_):
+    if dynamic or dimensions is not None or 0 in v.shape:
+        raise Unsupported("dynamic or permuting reshape")
+    roles = []
+    for mixed in reshape_roles(v.shape, v.roles, new_sizes):
+        if len(mixed) > 1:
+            raise Unsupported(
+                f"reshape {v.shape} -> {tuple(new_sizes)} mixes dims of roles "
+                f"{'/'.join(sorted(mixed))}"
+            )
+        roles.append(next(iter(mixed), "u"))
+    roles = "".join(roles)
+
+    def fold(array, dims, part):
+        target = labels(roles, part)
+        return lax.reshape(array, [v.rank if d == RANK else new_sizes[d] for d in target])
+
+    parts = {
+        part: None if getattr(v, part) is None else fold(getattr(v, part), None, part)
+        for part in PARTS
+    }
+    return dataclasses.replace(v, w=lax.reshape(dense(v.w), new_sizes), roles=roles, **parts)
+
+
+def concatenate(values: Sequence, axis: int) -> Implicit:
+    """Concatenates weights, adapted or not, into one whose rank is the sum of the ranks.
+
+    Along a stack dim the factors are padded to one rank and concatenated; along an in or an out
+    dim they become block-diagonal: `[W1 + A1·B1, W2 + A2·B2] = [W1, W2] + [A1, A2]·diag(B1, B2)`.
+    """
+    known = [v for v in values if isinstance(v, Implicit)]
+    roles = known[0].roles
+    if any(v.roles != roles for v in known):
+        raise Unsupported("concatenation of weights whose dims have different roles")
+    if any(v.gain is not None for v in known):
+        raise Unsupported("concatenation of DoRA weights")
+    if any(v.dropout and v.key is not None for v in known):
+        raise Unsupported("concatenation of weights with dropout")
+    parts = [v if isinstance(v, Implicit) else _zero_like(v, known[0]) for v in values]
+    parts = [_fold_scale(v) for v in parts]
+    ranks = [v.rank for v in parts]
+    owners = {"b": (), "i": ("b",), "o": ("a",), "u": ()}[roles[axis]]
+    joined = {}
+    for part in ("a", "b"):
+        dims = labels(roles, part)
+        arrays, along = [], RANK if part in owners else axis
+        for k, v in enumerate(parts):
+            array = getattr(v, part)
+            if part in owners:
+                arrays.append(array)
+                continue
+            before, after = sum(ranks[:k]), sum(ranks[k + 1 :])
+            if roles[axis] == "b":
+                before, after = 0, max(ranks) - ranks[k]
+            pad = [(before, after, 0) if d == RANK else (0, 0, 0) for d in dims]
+            arrays.append(lax.pad(array, jnp.zeros((), array.dtype), pad))
+        joined[part] = lax.concatenate(arrays, dims.index(along))
+    stack = [d for d in labels(roles, "scale")]
+    w = lax.concatenate([dense(v.w) for v in parts], axis)
+    return dataclasses.replace(
+        known[0],
+        w=w,
+        a=joined["a"],
+        b=joined["b"],
+        scale=jnp.ones([w.shape[d] for d in stack], known[0].scale.dtype),
+        key=None,
+    )
+
+
+def _zero_like(w, like: Implicit) -> Implicit:
+    def zeros(part, array):
+        dims = labels(like.roles, part)
+        return jnp.zeros([1 if d == RANK else w.shape[d] for d in dims], array.dtype)
+
+    return dataclasses.replace(
+        like,
+        w=w,
+        a=zeros("a", like.a),
+        b=zeros("b", like.b),
+        scale=jnp.ones([w.shape[d] for d in labels(like.roles, "scale")], like.scale.dtype),
+        key=None,
+    )
+
+
+def _fold_scale(v: Implicit) -> Implicit:
+    from lora_jax.transform.value import expand_to
+
+    s = expand_to(v.scale, labels(v.roles, "scale"), labels(v.roles, "a"))
+    return dataclasses.replace(v, a=v.a * s.astype(v.a.dtype))
+
+
+def scale_by(v: Implicit, factor, *, divide: bool = False) -> Implicit:
+    """Multiplication of a weight by a scalar: the base and the scale take it."""
+    if jnp.size(factor) != 1:
+        raise Unsupported("elementwise product with an array")
+    factor = jnp.reshape(jnp.asarray(factor), ())
+    if divide:
+        w, scale = dense(v.w) / factor, v.scale / factor.astype(v.scale.dtype)
+    else:
+        w, scale = dense(v.w) * factor, v.scale * factor.astype(v.scale.dtype)
+    return dataclasses.replace(v, w=w, scale=scale)
+
+
+def negate(v: Implicit, **_):
+    return dataclasses.replace(v, w=-dense(v.w), scale=-v.scale)
+
+
+def sharding_constraint(v: Implicit, bind, *, sharding, **_):
+    """Constrains the factors as the weight is: the same axes on the dims each owns."""
+    if not isinstance(sharding, NamedSharding):
+        return dataclasses.replace(v, w=bind(dense(v.w)))
+    constrain = jax.lax.with_sharding_constraint
+    return dataclasses.replace(
+        v,
+        w=bind(dense(v.w)),
+        a=constrain(v.a, part_sharding(sharding, v.roles, "a")),
+        b=constrain(v.b, part_sharding(sharding, v.roles, "b")),
+    )
+
+
+def leafwise(v: Implicit, bind) -> Implicit:
+    """Operations that change no value: applied to the weight and to both factors."""
+    return dataclasses.replace(v, w=bind(dense(v.w)), a=bind(v.a), b=bind(v.b))
+
+
+def base_only(v: Implicit, bind) -> Implicit:
+    return dataclasses.replace(v, w=bind(dense(v.w)))
+
+
+def reshard(v: Implicit, *, dst_sharding, **_):
+    """Explicit resharding: the factors take the same axes on the dims each owns."""
+    change = jax.sharding.reshard
+    parts = {}
+    for part in ("a", "b"):
+        spec = part_sharding(dst_sharding, v.roles, part)
+        parts[part] = change(getattr(v, part), spec)
+    return dataclasses.replace(v, w=change(dense(v.w), dst_sharding), **parts)
+
+
+def _pick(roles: str, dims: Sequence[int]) -> str:
+    return "".join(roles[d] for d in dims)
+
+

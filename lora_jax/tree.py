@@ -1,0 +1,226 @@
+"""Trees of LoRA leaves: make one, split it into what trains and what is frozen, count it."""
+
+import dataclasses
+import math
+import zlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.array import LoraArray, SavedArray, is_lora, stack_dims
+from lora_jax.plan import LeafPlan, Plan
+
+_TRAINED = {LoraArray: ("a", "b", "m"), SavedArray: ("value",)}
+_FROZEN = {LoraArray: ("w", "scale"), SavedArray: ("w",)}
+
+
+def init(key, plan: Plan, params):
+    """Puts adapters on the planned leaves: the identity at the start, `W + s·A·B = W`.
+
+    `A` is uniform in ±1/√fan_in and `B` zero (for a lookup table `A` zero and `B` normal), in
+    float32 also over a bfloat16 base; `config.init` names other starts. Works under `jit` and
+    `eval_shape`.
+
+    Args:
+      key: PRNG key.
+      plan: of these parameters.
+      params: the tree that was planned.
+
+    Returns:
+      The tree with `LoraArray`s and `SavedArray`s at the leaves that train.
+
+    Raises:
+      ValueError: the tree is not the planned one.
+
+    Source: Hu et al. 2021, section 4.1; PEFT's `reset_lora_parameters`.
+    """
+    flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_lora)
+    planned = plan.by_path()
+    spelled = [paths.spell(key_path) for key_path, _ in flat]
+    _check_same(planned, dict(zip(spelled, (x for _, x in flat), strict=True)))
+    leaves = [
+        _init_leaf(key, plan, planned.get(name), leaf)
+        for name, (_, leaf) in zip(spelled, flat, strict=True)
+    ]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _check_same(planned: dict[str, LeafPlan], leaves: dict):
+    for path, leaf in planned.items():
+        if path not in leaves:
+            raise ValueError(f"`params` has no leaf `{path}`, which was planned; plan again")
+        if is_lora(leaves[path]):
+            raise ValueError(f"`params` already has an adapter at `{path}`; pass the base")
+        if tuple(leaves[path].shape) != leaf.shape:
+            raise ValueError(
+                f"`params` has `{path}` with shape {tuple(leaves[path].shape)}, planned was "
+                f"{leaf.shape}; plan again"
+            )
+
+
+def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w):
+    if leaf is None or leaf.kind == "frozen":
+        return w
+    if leaf.kind == "saved":
+        return SavedArray(w, jnp.array(w, copy=True))
+    from lora_jax.methods import METHODS
+
+    own = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()) & 0x7FFFFFFF)
+    w, a, b = METHODS[plan.config.init.partition("_niter_")[0]](own, plan.config, leaf, w)
+    adapted = LoraArray(
+        w=w,
+        a=a,
+        b=b,
+        scale=jnp.asarray(stack_values(leaf, leaf.scales), jnp.float32),
+        roles=leaf.roles,
+        dropout=float(plan.config.dropout),
+    )
+    if plan.config.use_dora:
+        from lora_jax.methods import dora
+
+        adapted = dataclasses.replace(adapted, m=dora.magnitude(adapted))
+    return adapted
+
+
+def stack_values(leaf: LeafPlan, values) -> np.ndarray:
+    """One number a stack index, in the stack's shape."""
+    return np.asarray(values).reshape([leaf.shape[d] for d in stack_dims(leaf.roles)])
+
+
+def _is_none(x) -> bool:
+    return x is None
+
+
+def split(lora_params):
+    """Divides a tree into what trains and what is frozen.
+
+    Args:
+      lora_params: a tree with LoRA leaves, or the gradient or state of one.
+
+    Returns:
+      `(trainable, frozen)`: two trees of the same structure, each with `None` in the other's
+      places. `trainable` holds `a`, `b`, DoRA magnitudes and saved values only.
+    """
+    trainable = jax.tree.map(lambda x: _keep(x, _TRAINED), lora_params, is_leaf=is_lora)
+    frozen = jax.tree.map(lambda x: _keep(x, _FROZEN), lora_params, is_leaf=is_lora)
+    return trainable, frozen
+
+
+def _keep(x, fields: dict):
+    if not is_lora(x):
+        return x if fields is _FROZEN else None
+    lost = [name for group in (_TRAINED, _FROZEN) for name in group[type(x)]]
+    return dataclasses.replace(
+        x, **{name: None for name in lost if name not in fields[type(x)]}
+    )
+
+
+def combine(trainable, frozen):
+    """Puts the two halves of `split` together again: `combine(*split(x))` is `x`.
+
+    Args:
+      trainable, frozen: trees of one structure, `None` in each other's places.
+
+    Raises:
+      ValueError: the trees do not belong together.
+    """
+    try:
+        return jax.tree.map(_join, trainable, frozen, is_leaf=lambda x: x is None or is_lora(x))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`trainable` and `frozen` are not two halves of one tree: {error}"
+        ) from None
+
+
+def _join(x, y):
+    if not is_lora(x) and not is_lora(y):
+        if x is not None and y is not None:
+            raise ValueError("both trees hold the same leaf; pass the two results of `split`")
+        return y if x is None else x
+    if type(x) is not type(y):
+        raise ValueError(f"{type(x).__name__} in one tree stands where {type(y).__name__} does")
+    fields = {}
+    for name in (*_TRAINED[type(x)], *_FROZEN[type(x)]):
+        mine, other = getattr(x, name), getattr(y, name)
+        fields[name] = other if mine is None else mine
+    return dataclasses.replace(x, **fields)
+
+
+def trainable_mask(lora_params):
+    """A tree of bools, True at every array that trains: `optax.masked`'s form of `split`."""
+
+    def mark(x):
+        if not is_lora(x):
+            return False
+        marks = dict.fromkeys(_TRAINED[type(x)], True) | dict.fromkeys(_FROZEN[type(x)], False)
+        return dataclasses.replace(
+            x, **{n: mark if getattr(x, n) is not None else None for n, mark in marks.items()}
+        )
+
+    return jax.tree.map(mark, lora_params, is_leaf=is_lora)
+
+
+def masked(tx):
+    """An optax transformation for LoRA trees: state only for what trains.
+
+    Args:
+      tx: an `optax.GradientTransformation`.
+
+    Returns:
+      A transformation whose `init` takes `lora_params`, or their trainable half. `update` takes
+      gradients of either; its updates are of the same form, with a scalar zero at each frozen
+      array of a whole tree, so that `optax.apply_updates` leaves the base as it is.
+    """
+    import optax
+
+    def start(params):
+        return tx.init(split(params)[0])
+
+    def update(updates, state, params=None):
+        mine, rest = split(updates)
+        changes, state = tx.update(mine, state, None if params is None else split(params)[0])
+        if jax.tree.leaves(rest):
+            changes = combine(changes, jax.tree.map(lambda x: np.zeros((), x.dtype), rest))
+        return changes, state
+
+    return optax.GradientTransformation(start, update)
+
+
+class Count(NamedTuple):
+    """How many numbers train, of how many there are in all (adapters included)."""
+
+    trainable: int
+    total: int
+
+
+def count_parameters(lora_params) -> Count:
+    """Counts parameters as PEFT does: `total` is the base and the adapters together.
+
+    Padding of smaller ranks and of left-out layers counts as what it is, allocated. DoRA's and
+    saved values count as trainable; the kept originals of saved leaves count too, as in PEFT.
+    """
+    trainable = total = 0
+    for x in jax.tree.leaves(lora_params, is_leaf=is_lora):
+        if not is_lora(x):
+            total += math.prod(getattr(x, "shape", ()))
+            continue
+        own = sum(
+            math.prod(getattr(x, n).shape)
+            for n in _TRAINED[type(x)]
+            if getattr(x, n) is not None
+        )
+        trainable += own
+        total += own + (math.prod(x.w.shape) if x.w is not None else 0)
+    return Count(trainable, total)
+
+
+def format_trainable_parameters(lora_params) -> str:
+    """PEFT's line: `trainable params: 448 || all params: 6,416 || trainable%: 6.9825`."""
+    trainable, total = count_parameters(lora_params)
+    share = 100 * trainable / total if total else 0.0
+    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
+
+
