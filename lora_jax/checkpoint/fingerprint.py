@@ -1,0 +1,75 @@
+"""A fingerprint of a base model: enough to tell whether an adapter belongs to it.
+
+For each leaf its name, shape, dtype, and a hash of 64 of its elements spread evenly. Reading
+64 elements a leaf costs next to nothing on any device, and no two trained models share them; it
+does not find a change of a few single elements.
+"""
+
+import hashlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.checkpoint.flat import describe, flatten, summary
+
+_SAMPLES = 64
+
+
+def fingerprint(params) -> dict[str, str]:
+    """The fingerprint of a params tree, or of the base under a LoRA tree.
+
+    Args:
+      params: nested arrays; of a `LoraArray` or `SavedArray` only the base `w` counts, so an
+        adapted tree has its base's fingerprint.
+
+    Returns:
+      By leaf name, `float32[30,576,576] 9f86d081884c7d65`. Values for JSON.
+    """
+    leaves = flatten(base_of(params))
+    samples = jax.device_get({name: _sample(leaf) for name, leaf in leaves.items()})
+    return {n: f"{describe(x)} {_hash(samples[n])}" for n, x in sorted(leaves.items())}
+
+
+def base_of(tree):
+    """The tree with `w` in place of each `LoraArray` and `SavedArray`."""
+    from lora_jax.array import is_lora
+
+    return jax.tree.map(lambda x: x.w if is_lora(x) else x, tree, is_leaf=is_lora)
+
+
+def _sample(leaf):
+    count = min(_SAMPLES, leaf.size)
+    places = np.linspace(0, leaf.size - 1, count).astype(np.int64) if count else []
+    return leaf[tuple(jnp.asarray(i) for i in np.unravel_index(places, leaf.shape))]
+
+
+def _hash(sample: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(sample).tobytes()).hexdigest()[:16]
+
+
+def check_base(expected: Mapping[str, str], params, *, where: str) -> None:
+    """Refuses a base that is not the one a checkpoint was made over.
+
+    Args:
+      expected: the fingerprint that was saved.
+      params: the params tree at hand.
+      where: the checkpoint, for the error.
+
+    Raises:
+      ValueError: leaves are missing, left over, of another shape or dtype, or of other content.
+    """
+    got = fingerprint(params)
+    phrases = [f"`{n}` is missing" for n in expected if n not in got]
+    phrases += [f"`{n}` is new" for n in got if n not in expected]
+    for name in expected:
+        if name in got and got[name] != expected[name]:
+            was, now = expected[name].split(" ")[0], got[name].split(" ")[0]
+            change = f"is {now}, was {was}" if was != now else f"({now}) holds other numbers"
+            phrases.append(f"`{name}` {change}")
+    if phrases:
+        raise ValueError(
+            f"{where} was made over another base model: {summary(phrases)}; load the base it was"
+            " trained on, in the same dtype"
+        )

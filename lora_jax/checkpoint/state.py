@@ -1,0 +1,155 @@
+"""The state of a training run on disk, through Orbax's CheckpointManager.
+
+    folder/<step>/state/   Orbax: trainable, opt_state, key, step as one flat dict
+    folder/<step>/meta/    JSON: data position, configs, the base's fingerprint
+
+A step's folder appears by one rename when it is whole: a run killed while it writes leaves the
+checkpoint before. Writing waits for the disk, so an error belongs to the step that had it.
+"""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax.checkpoint.adapters import one_line
+from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
+
+
+class Checkpoint(NamedTuple):
+    """One restored checkpoint.
+
+    Attributes:
+      step: its number.
+      state: the tree that was asked for.
+      meta: the JSON beside it.
+    """
+
+    step: int
+    state: Any
+    meta: dict
+
+
+@contextlib.contextmanager
+def manager(directory: str | os.PathLike, *, keep: int | None = None):
+    """Orbax's CheckpointManager for a run, as a context.
+
+    Args:
+      directory: made if need be.
+      keep: newest checkpoints to keep; None keeps all.
+
+    Raises:
+      OSError: the folder cannot be made or written.
+    """
+    import orbax.checkpoint as ocp
+
+    directory = Path(os.path.abspath(directory))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".probe.{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise type(error)(
+            f"{directory}: checkpoints cannot be written: {one_line(error)}; choose a folder that"
+            " can be written"
+        ) from None
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+    opened = ocp.CheckpointManager(directory, options=options)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def save_state(opened, step: int, state, meta: dict) -> None:
+    """Writes one checkpoint; returns when it is whole on disk.
+
+    Args:
+      opened: from `manager`.
+      step: its number.
+      state: any tree of arrays; typed random keys are written as their data.
+      meta: JSON values.
+
+    Raises:
+      OSError: it could not be written; the checkpoints before are intact, and what was half
+        written is removed.
+    """
+    import orbax.checkpoint as ocp
+
+    arrays = {name: _plain(leaf) for name, leaf in flatten(state).items()}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+    try:
+        opened.save(step, args=args, force=True)
+    except Exception as error:
+        _sweep(Path(opened.directory), step)
+        last = max((s for s in opened.all_steps(read=True) if s != step), default=None)
+        kept = "none was there before" if last is None else f"that of step {last} is intact"
+        raise OSError(
+            f"{opened.directory}: the checkpoint of step {step} cannot be written:"
+            f" {one_line(error)}; {kept}; free some space or choose another folder, then resume"
+        ) from error
+
+
+def _sweep(directory: Path, step: int) -> None:
+    for half in directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _is_key(x) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _plain(x):
+    return jax.random.key_data(x) if _is_key(x) else x
+
+
+def read_meta_of(opened) -> tuple[int, dict] | None:
+    """The newest checkpoint's step and JSON, or None if there is no checkpoint."""
+    import orbax.checkpoint as ocp
+
+    step = opened.latest_step()
+    if step is None:
+        return None
+    restored = opened.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+    return step, restored.meta
+
+
+def restore_state(opened, like) -> Checkpoint:
+    """Reads the newest checkpoint into a tree shaped as `like`.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it holds other arrays than `like`.
+    """
+    import orbax.checkpoint as ocp
+
+    found = read_meta_of(opened)
+    if found is None:
+        raise FileNotFoundError(f"{opened.directory}: there is no checkpoint to restore")
+    step, meta = found
+    named = flatten(like)
+    wanted = {n: jax.eval_shape(_plain, x) for n, x in named.items()}
+    stored = opened.item_metadata(step).state
+    if phrases := differences(wanted, getattr(stored, "tree", stored)):
+        raise ValueError(
+            f"{opened.directory}: the checkpoint of step {step} is of another run:"
+            f" {summary(phrases)}"
+        )
+    wanted = {n: _placed(w, named[n]) for n, w in wanted.items()}
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+    arrays = opened.restore(step, args=args).state
+    typed = {
+        n: jax.random.wrap_key_data(x, impl=jax.random.key_impl(named[n]))
+        if _is_key(named[n]) else x
+        for n, x in arrays.items()
+    }  # fmt: skip
+    return Checkpoint(step, unflatten(like, typed), meta)
+
+
+def _placed(struct: jax.ShapeDtypeStruct, like) -> jax.ShapeDtypeStruct:
+    sharding = None if _is_key(like) else getattr(like, "sharding", None)
+    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=sharding)

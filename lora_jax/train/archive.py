@@ -1,0 +1,146 @@
+"""The folder of a run: what it holds, and going on from it.
+
+    output_dir/checkpoints/<step>/   see `lora_jax.checkpoint.state`
+    output_dir/metrics.jsonl         see `metrics`
+    output_dir/tensorboard/
+    output_dir/loss.png
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_jax.checkpoint import state as checkpoints
+from lora_jax.checkpoint.fingerprint import check_base
+from lora_jax.train import metrics
+from lora_jax.train.batches import data_hash
+from lora_jax.train.config import TrainConfig, fixed_fields
+from lora_jax.train.examples import Example
+from lora_jax.train.step import TrainState
+
+CHECKPOINTS = "checkpoints"
+FORMAT = "lora_jax training state 1"
+
+
+class Archive(NamedTuple):
+    """An open run folder.
+
+    Attributes:
+      directory: of the run.
+      manager: Orbax's, of its checkpoints.
+    """
+
+    directory: Path
+    manager: Any
+
+
+class Start(NamedTuple):
+    """Where a run begins.
+
+    Attributes:
+      state: fresh, or of the newest checkpoint.
+      step: optimizer steps taken.
+      position: of the data iterator; None at the beginning.
+      history: records of the steps taken.
+    """
+
+    state: TrainState
+    step: int
+    position: dict | None
+    history: list[dict]
+
+
+@contextlib.contextmanager
+def archive(config: TrainConfig) -> Iterator[Archive | None]:
+    """Opens the run's folder, or gives None when the run writes nothing.
+
+    Raises:
+      FileExistsError: it holds a run already and `resume` is false.
+      OSError: it cannot be written.
+    """
+    if config.output_dir is None:
+        yield None
+        return
+    directory = config.output_dir.absolute()
+    with checkpoints.manager(directory / CHECKPOINTS, keep=config.keep) as opened:
+        if not config.resume and _holds_a_run(directory, opened):
+            raise FileExistsError(
+                f"{directory} holds a run already (newest checkpoint: step"
+                f" {opened.latest_step()}); pass resume=True to go on with it, or choose another"
+                " output_dir"
+            )
+        yield Archive(directory, opened)
+
+
+def _holds_a_run(directory: Path, opened) -> bool:
+    return opened.latest_step() is not None or (directory / metrics.METRICS).exists()
+
+
+def describe(
+    config: TrainConfig, total: int, data: Sequence[Example], lora_config, base: dict[str, str]
+) -> dict:
+    """What makes a run the run it is, as JSON values; kept in every checkpoint."""
+    described = {
+        "format": FORMAT,
+        "train": {**fixed_fields(config), "steps": total},
+        "lora": None if lora_config is None else lora_config.to_peft(),
+        "data": data_hash(data),
+        "base": base,
+    }
+    return json.loads(json.dumps(described))  # as it will be read again: lists for tuples
+
+
+def start(opened: Archive | None, state: TrainState, described: dict, lora_params) -> Start:
+    """The newest checkpoint of the run, or its beginning.
+
+    Raises:
+      ValueError: the checkpoint is of another base, config or dataset.
+    """
+    found = None if opened is None else checkpoints.read_meta_of(opened.manager)
+    if opened is None or found is None:
+        if opened is not None:
+            metrics.rewind(opened.directory / metrics.METRICS, -1)
+        return Start(state, 0, None, [])
+    _check(found[1]["run"], described, lora_params, str(opened.manager.directory))
+    restored = checkpoints.restore_state(opened.manager, state)
+    history = metrics.rewind(opened.directory / metrics.METRICS, restored.step)
+    return Start(restored.state, restored.step, restored.meta["position"], history)
+
+
+def save(opened: Archive, step: int, state: TrainState, described: dict, position: dict) -> None:
+    """Writes a checkpoint, unless this step has one.
+
+    Raises:
+      OSError: it cannot be written; the one before is intact.
+    """
+    if opened.manager.latest_step() != step:
+        meta = {"run": described, "position": position}
+        checkpoints.save_state(opened.manager, step, state, meta)
+
+
+def _check(was: dict, now: dict, lora_params, where: str) -> None:
+    if was["format"] != now["format"]:
+        raise ValueError(f"{where}: expected format {now['format']!r}, got {was['format']!r}")
+    check_base(was["base"], lora_params, where=where)
+    _check_same(was["train"], now["train"], where)
+    _check_same(was["lora"] or {}, now["lora"] or {}, where)
+    if was["data"] != now["data"]:
+        raise ValueError(
+            f"{where} was trained on other data; resume with the same examples in the same order,"
+            " or choose another output_dir"
+        )
+
+
+def _check_same(was: dict, now: dict, where: str) -> None:
+    changed = [
+        f"`{name}` was {was.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(was.keys() | now.keys())
+        if was.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{where} is of a run with another config: {'; '.join(changed)}; resume with the same"
+            " config, or choose another output_dir"
+        )

@@ -1,0 +1,235 @@
+"""Batches: what one optimizer step eats, shuffled, prefetched and resumable through grain.
+
+A batch gives for each of its A microbatches the tokens of B rows padded to one rung T, and a list
+of P *positions* of the flattened (B, T) grid at which the model's output is wanted. P is one
+static number a rung, large enough for every batch that can come up, so a rung compiles once.
+Positions that are only there to fill P have `weights` 0, and all P are distinct (their gradient
+is then a scatter without collisions: deterministic on every device).
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from lora_jax.train.buckets import Slot, best_ladder, check_ladder, plan_epoch, plan_once
+from lora_jax.train.examples import Example
+
+# Above this share of the grid, picking positions out costs more than the outputs it saves.
+_DENSE = 0.9
+_ROUND = 16
+
+
+class Batch(NamedTuple):
+    """The arrays of one optimizer step.
+
+    Attributes:
+      tokens: int32 (A, B, T), padded on the right.
+      positions: int32 (A, P), increasing places of the flattened (B, T) grid where a learned
+        token is predicted (the token before it); P == B*T means every place, in order.
+      targets: int32 (A, P), the token to be predicted there.
+      weights: float32 (A, P), 1 where a learned token is predicted, 0 at fillers.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+
+class Item(NamedTuple):
+    """A batch and what is to be known about it outside the compiled step.
+
+    Attributes:
+      batch: the arrays.
+      tokens: real tokens in it, padding not counted.
+      epoch: the pass over the dataset it belongs to, from 0.
+    """
+
+    batch: Batch
+    tokens: int
+    epoch: int
+
+
+class Loader(NamedTuple):
+    """A dataset laid out for training: pure data, from which any batch of any epoch follows.
+
+    Attributes:
+      examples: the dataset.
+      ladder: lengths that batches are padded to.
+      places: P of each rung.
+      batch_size: B, rows of a microbatch.
+      accumulation: A, microbatches of a step.
+      pad_id: the token that fills rows up.
+      seed: of the order.
+    """
+
+    examples: Sequence[Example]
+    ladder: tuple[int, ...]
+    places: Mapping[int, int]
+    batch_size: int
+    accumulation: int
+    pad_id: int
+    seed: int
+
+
+def loader(
+    data: Sequence[Example],
+    *,
+    batch_size: int,
+    accumulation: int = 1,
+    buckets: int | Sequence[int] = 4,
+    pad_id: int = 0,
+    seed: int = 0,
+) -> Loader:
+    """Lays a dataset out in length buckets.
+
+    Args:
+      data: tokenized examples, at least one.
+      batch_size: rows of one forward pass.
+      accumulation: forward passes of one optimizer step.
+      buckets: how many lengths (the best are found), or the lengths themselves.
+      pad_id: the padding token.
+      seed: of the shuffle.
+
+    Raises:
+      ValueError: the dataset is empty, or the buckets do not hold it.
+    """
+    if len(data) == 0:
+        raise ValueError("the dataset is empty; give at least one example")
+    lengths = [len(e.tokens) for e in data]
+    if isinstance(buckets, int):
+        ladder = best_ladder(lengths, buckets)
+    else:
+        ladder = check_ladder(buckets, lengths)
+    places = _places(data, ladder, batch_size)
+    return Loader(data, ladder, places, batch_size, accumulation, pad_id, seed)
+
+
+def _places(data: Sequence[Example], ladder: tuple[int, ...], rows: int) -> dict[int, int]:
+    """P of each rung: the most learned tokens that `rows` of its examples can have, rounded up."""
+    lengths = np.array([len(e.tokens) for e in data])
+    learned = np.array([int(e.learned.sum()) for e in data])
+    places = {}
+    for rung in ladder:
+        # Shorter examples too: a rung's leftovers move up.
+        most = int(np.sort(learned[lengths <= rung])[-rows:].sum())
+        most = -(-most // _ROUND) * _ROUND
+        grid = rows * rung
+        places[rung] = grid if most > _DENSE * grid else most
+    return places
+
+
+def batches_per_epoch(loader: Loader) -> int:
+    """Optimizer steps in one pass over the dataset."""
+    return len(_epoch(loader, 0))
+
+
+def _rows(loader: Loader) -> int:
+    return loader.batch_size * loader.accumulation
+
+
+def _epoch(loader: Loader, epoch: int) -> list[Slot]:
+    lengths = [len(e.tokens) for e in loader.examples]
+    return plan_epoch(lengths, loader.ladder, _rows(loader), seed=loader.seed, epoch=epoch)
+
+
+class _Batches:
+    """The batches of a run by number: the random-access source grain reads from."""
+
+    def __init__(self, loader: Loader, steps: int):
+        self.loader = loader
+        self.steps = steps
+        self.size = batches_per_epoch(loader)
+        self.epoch = lru_cache(maxsize=2)(lambda epoch: _epoch(loader, epoch))
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index):
+        epoch, number = divmod(int(index), self.size)
+        slot = self.epoch(epoch)[number]
+        tokens = sum(len(self.loader.examples[i].tokens) for i in slot.rows)
+        return Item(make_batch(self.loader, slot), tokens, epoch)
+
+
+def iterate(loader: Loader, steps: int, *, prefetch: int = 2):
+    """The run's batches as a grain iterator, made ahead of time by a thread.
+
+    Args:
+      loader: from `loader`.
+      steps: how many batches, over as many epochs as that takes.
+      prefetch: batches made ahead.
+
+    Returns:
+      A `grain.DatasetIterator` of `Item`; `get_state()` is a small dict that can be written as
+      JSON, and `set_state` goes to that batch at once, reading none before it.
+    """
+    import grain
+
+    source = grain.MapDataset.source(_Batches(loader, steps))
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(1, prefetch))
+    return iter(source.to_iter_dataset(options))
+
+
+def once(loader: Loader) -> list[Batch]:
+    """Every example once, in batches of a fixed order, for evaluation."""
+    lengths = [len(e.tokens) for e in loader.examples]
+    return [make_batch(loader, s) for s in plan_once(lengths, loader.ladder, _rows(loader))]
+
+
+def make_batch(loader: Loader, slot: Slot) -> Batch:
+    """Looks the tokens of a slot up and pads them."""
+    rows = [loader.examples[i] for i in slot.rows]
+    # Rows that are missing from an epoch's last batch repeat the first one and learn nothing: a
+    # row of only padding would put a softmax over nothing into the model.
+    spare = rows[0]._replace(learned=np.zeros_like(rows[0].learned))
+    rows += [spare] * (_rows(loader) - len(rows))
+    size, places = loader.batch_size, loader.places[slot.rung]
+    parts = [
+        _microbatch(rows[i : i + size], slot.rung, places, loader.pad_id)
+        for i in range(0, len(rows), size)
+    ]
+    return Batch(*(np.stack(part) for part in zip(*parts, strict=True)))
+
+
+def _microbatch(rows: Sequence[Example], rung: int, places: int, pad_id: int):
+    tokens = np.full((len(rows), rung), pad_id, np.int32)
+    learned = np.zeros((len(rows), rung), bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row.tokens)] = row.tokens
+        learned[i, : len(row.tokens)] = row.learned
+    # Place t predicts token t + 1; the last place of a row predicts nothing.
+    predicts = np.zeros_like(learned)
+    predicts[:, :-1] = learned[:, 1:]
+    targets = np.zeros_like(tokens)
+    targets[:, :-1] = tokens[:, 1:]
+    positions = _pick(predicts.reshape(-1), places)
+    weights = predicts.reshape(-1)[positions].astype(np.float32)
+    return tokens, positions, targets.reshape(-1)[positions] * weights.astype(np.int32), weights
+
+
+def _pick(wanted: np.ndarray, places: int) -> np.ndarray:
+    """The wanted places, and the first unwanted ones to make up the number, in order."""
+    fill = places - int(wanted.sum())
+    chosen = wanted.copy()
+    chosen[np.flatnonzero(~wanted)[:fill]] = True
+    return np.flatnonzero(chosen).astype(np.int32)
+
+
+def data_hash(data: Sequence[Example]) -> str:
+    """A hash of every token of a dataset and of what is learned, in order."""
+    digest = hashlib.sha256()
+    for example in data:
+        digest.update(len(example.tokens).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(example.tokens, np.int32).tobytes())
+        digest.update(np.ascontiguousarray(example.learned, bool).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def padding_share(loader: Loader) -> float:
+    """The share of an epoch's grid that is padding, 0 to 1."""
+    real = sum(len(e.tokens) for e in loader.examples)
+    return 1 - real / sum(slot.rung * _rows(loader) for slot in _epoch(loader, 0))

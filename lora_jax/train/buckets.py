@@ -1,0 +1,148 @@
+"""Length buckets: few batch shapes, little padding.
+
+A *ladder* is a tuple of lengths in increasing order, its *rungs*. A batch holds examples whose
+lengths share a rung and is padded to it, so a ladder of k rungs means at most k shapes and k
+compilations. `best_ladder` finds the k rungs that pad a dataset least.
+
+An epoch is planned as a whole by a pure function of (lengths, seed, epoch), so batch number n of
+a run can be named without having made the n - 1 before it: that is what makes a run resumable.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+MULTIPLE = 8  # rungs are multiples of this: whole vector registers on a CPU, tiles elsewhere
+
+_MOST_RUNGS = 512
+
+
+class Slot(NamedTuple):
+    """One batch before its tokens are looked up.
+
+    Attributes:
+      rung: the length it is padded to.
+      rows: int (<= rows of a batch,), the examples' numbers in the dataset.
+    """
+
+    rung: int
+    rows: np.ndarray
+
+
+def check_ladder(ladder: Sequence[int], lengths: Sequence[int]) -> tuple[int, ...]:
+    """The ladder as a tuple, if it is increasing and its top holds the longest example.
+
+    Raises:
+      ValueError: it is empty, not increasing, or too low.
+    """
+    ladder = tuple(int(rung) for rung in ladder)
+    if not ladder or ladder[0] < 1 or any(a >= b for a, b in zip(ladder, ladder[1:], strict=False)):
+        raise ValueError(f"`buckets` must be increasing lengths of at least 1, got {ladder}")
+    if ladder[-1] < max(lengths):
+        raise ValueError(
+            f"`buckets` end at {ladder[-1]} tokens, but an example has {max(lengths)}; add a rung"
+            " or shorten the examples"
+        )
+    return ladder
+
+
+def best_ladder(
+    lengths: Sequence[int], count: int, *, multiple: int = MULTIPLE
+) -> tuple[int, ...]:
+    """The ladder of at most `count` rungs that pads these lengths least.
+
+    Exact, by dynamic programming over the distinct lengths rounded up to `multiple` (which is
+    doubled while that leaves more than 512 of them: the table is that number squared).
+
+    Args:
+      lengths: tokens of each example.
+      count: most rungs, at least 1.
+      multiple: every rung is a multiple of it.
+    """
+    if count < 1:
+        raise ValueError(f"`buckets` must be at least 1, got {count}")
+    while True:
+        rounded = -(-np.asarray(lengths, np.int64) // multiple) * multiple
+        rungs, examples = np.unique(rounded, return_counts=True)
+        if len(rungs) <= _MOST_RUNGS:
+            break
+        multiple *= 2
+    below = np.concatenate([[0], np.cumsum(examples)])
+    # cost[j]: fewest padded tokens when the first j rungs' examples are placed; cut[k][j]: where
+    # the last of k buckets begins.
+    cost = np.concatenate([[0.0], np.full(len(rungs), np.inf)])
+    cuts = []
+    for _ in range(min(count, len(rungs))):
+        through = cost[:-1, None] + (below[None, 1:] - below[:-1, None]) * rungs[None, :]
+        through[np.tril_indices(len(rungs), -1)] = np.inf  # a bucket ends where it begins or later
+        cuts.append(through.argmin(0))
+        cost = np.concatenate([[0.0], through.min(0)])
+    ladder, end = [], len(rungs)
+    for cut in reversed(cuts):
+        if end == 0:
+            break
+        ladder.append(int(rungs[end - 1]))
+        end = int(cut[end - 1])
+    return tuple(reversed(ladder))
+
+
+def rung_of(ladder: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+    """The smallest rung that holds each length. int (n,) -> int (n,)."""
+    return np.asarray(ladder)[np.searchsorted(ladder, lengths)]
+
+
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of `count` numbers that only `seed` and `epoch` decide.
+
+    It sorts the raw output of Philox, whose stream NumPy promises never to change (the methods of
+    `numpy.random.Generator` carry no such promise).
+    """
+    raw = np.random.Philox(key=[seed, epoch]).random_raw(count)
+    return np.argsort(raw, kind="stable")
+
+
+def plan_epoch(
+    lengths: Sequence[int], ladder: Sequence[int], rows: int, *, seed: int, epoch: int
+) -> list[Slot]:
+    """Deals one epoch's examples into batches of one rung each, every example once.
+
+    What is left over of a rung moves up to the next one, so at most one batch holds fewer than
+    `rows` (padded to the rung of its longest), and every epoch has the same number of batches.
+
+    Args:
+      lengths: tokens of each example.
+      ladder: from `best_ladder` or `check_ladder`.
+      rows: examples of a batch.
+      seed: of the whole run.
+      epoch: 0, 1, 2, ...
+
+    Returns:
+      The batches in the order they are to be trained on.
+    """
+    order = shuffled(len(lengths), seed, epoch)
+    return _shuffle(_deal(order, np.asarray(lengths), ladder, rows), seed, epoch)
+
+
+def plan_once(lengths: Sequence[int], ladder: Sequence[int], rows: int) -> list[Slot]:
+    """Every example once in a fixed order, for evaluation."""
+    return _deal(np.arange(len(lengths)), np.asarray(lengths), ladder, rows)
+
+
+def _deal(order: np.ndarray, lengths: np.ndarray, ladder, rows: int) -> list[Slot]:
+    rungs = rung_of(ladder, lengths[order])
+    slots, left = [], order[:0]
+    for rung in ladder:
+        members = np.concatenate([left, order[rungs == rung]])
+        whole = len(members) // rows * rows
+        slots += [Slot(rung, m) for m in members[:whole].reshape(-1, rows)]
+        left = members[whole:]
+    if len(left):
+        slots.append(Slot(int(rung_of(ladder, [lengths[left].max()])[0]), left))
+    return slots
+
+
+def _shuffle(slots: list[Slot], seed: int, epoch: int) -> list[Slot]:
+    # A stream of its own: the key of the examples' shuffle would tie the two orders together.
+    raw = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1]).random_raw(len(slots))
+    return [slots[i] for i in np.argsort(raw, kind="stable")]

@@ -1,0 +1,136 @@
+"""TrainConfig: every number of a training run, checked when it is made."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+# Fields that change no number of the run: a resumed run may differ in them.
+FREE_FIELDS = frozenset(
+    {"output_dir", "resume", "eval_every", "save_every", "keep", "progress", "tensorboard",
+     "prefetch"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run, apart from the model, the adapter's config and the data.
+
+    The compute dtype belongs to the model (`lora.models.load(..., dtype="bfloat16")`), and the
+    length of examples to the data (`examples(..., max_length=...)`); neither is repeated here.
+
+    Attributes:
+      output_dir: folder for checkpoints, metrics and the loss plot; None writes nothing.
+      resume: go on from the newest checkpoint in `output_dir`, or begin if there is none. False
+        refuses a folder that already holds a run.
+      epochs: passes over the data, fractions allowed; not looked at when `steps` is given.
+      steps: optimizer steps of the whole run.
+      batch_size: rows of one forward pass.
+      accumulation: forward passes of one optimizer step; a step sees
+        batch_size * accumulation rows, and their loss is averaged over all learned tokens.
+      learning_rate: at its peak.
+      schedule: "cosine", "linear" or "constant" after the warm-up.
+      warmup: optimizer steps of linear warm-up, or their share of the run when below 1.
+      final_learning_rate: where the schedule ends, as a share of the peak.
+      weight_decay: AdamW's, decoupled, on the trained parameters.
+      beta1: AdamW's decay of the mean.
+      beta2: AdamW's decay of the mean square.
+      epsilon: AdamW's, added to the root of the mean square.
+      clip: largest global norm of the gradient; None does not clip.
+      seed: of the data order and of dropout.
+      buckets: how many lengths batches are padded to (the best for the data are found), or the
+        lengths themselves.
+      eval_every: optimizer steps between evaluations; None evaluates before and after only.
+      save_every: optimizer steps between checkpoints; None saves at the end only.
+      keep: newest checkpoints that are kept.
+      progress: show a progress bar on standard error.
+      tensorboard: write TensorBoard event files too.
+      prefetch: batches made ahead of the device.
+    """
+
+    output_dir: Path | None = None
+    resume: bool = False
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 2e-4
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    final_learning_rate: float = 0.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip: float | None = 1.0
+    seed: int = 0
+    buckets: int | tuple[int, ...] = 4
+    eval_every: int | None = None
+    save_every: int | None = None
+    keep: int = 2
+    progress: bool = True
+    tensorboard: bool = True
+    prefetch: int = 2
+
+    def __post_init__(self):
+        if self.output_dir is not None:
+            object.__setattr__(self, "output_dir", Path(self.output_dir))
+        if not isinstance(self.buckets, int):
+            object.__setattr__(self, "buckets", tuple(self.buckets))
+        for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every", "keep"):
+            _check(self, name, _whole(getattr(self, name)), "a whole number of at least 1")
+        for name in ("epochs", "learning_rate", "epsilon"):
+            _check(self, name, _finite(getattr(self, name)) > 0, "a number above 0")
+        for name in ("warmup", "weight_decay"):
+            _check(self, name, _finite(getattr(self, name)) >= 0, "a number of at least 0")
+        for name in ("beta1", "beta2"):
+            _check(self, name, 0 <= _finite(getattr(self, name)) < 1, "at least 0 and below 1")
+        share = _finite(self.final_learning_rate)
+        _check(self, "final_learning_rate", 0 <= share <= 1, "a share of the peak, 0 to 1")
+        clips = self.clip is None or _finite(self.clip) > 0
+        _check(self, "clip", clips, "a number above 0, or None for no clipping")
+        _check(self, "schedule", self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES))
+        seeds = isinstance(self.seed, int) and 0 <= self.seed < 2**32
+        _check(self, "seed", seeds, "a whole number from 0 to 2**32 - 1")
+
+
+def _whole(value) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+
+
+def _finite(value) -> float:
+    """The number itself, or NaN (false in every comparison) for what is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return math.nan
+    return value
+
+
+def _check(config: TrainConfig, name: str, fine: bool, expected: str) -> None:
+    if not fine:
+        raise ValueError(f"`{name}` must be {expected}, got {getattr(config, name)!r}")
+
+
+def fixed_fields(config: TrainConfig) -> dict:
+    """What a resumed run must have in common with the one it resumes, as JSON values."""
+    values = {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}
+    if isinstance(values["buckets"], tuple):
+        values["buckets"] = list(values["buckets"])
+    return values
+
+
+def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run."""
+    if config.steps is not None:
+        return config.steps
+    return max(1, math.ceil(config.epochs * steps_per_epoch - 1e-9))
+
+
+def warmup_steps(config: TrainConfig, total: int) -> int:
+    """Optimizer steps of the warm-up."""
+    return round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+
+
+def field_names() -> tuple[str, ...]:
+    """The names of the fields, for a command line or a config file."""
+    return tuple(f.name for f in fields(TrainConfig))

@@ -1,0 +1,75 @@
+"""The loss on data that is not trained on."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import lora_jax as lora
+from lora_jax.train.batches import Batch, loader, once
+from lora_jax.train.examples import Example
+from lora_jax.train.loss import outputs_of, summed_loss
+from lora_jax.train.step import Programs
+
+
+class Evaluator(NamedTuple):
+    """An evaluation that can be repeated without compiling again.
+
+    Attributes:
+      batches: every example once.
+      programs: compiled by batch shape, `(trainable, frozen, batch) -> summed loss`.
+    """
+
+    batches: Sequence[Batch]
+    programs: Programs
+
+
+def lora_loss(model) -> Callable:
+    """The loss that training differentiates: `(trainable, frozen, batch, key) -> sum`.
+
+    Args:
+      model: see `outputs_of`.
+    """
+    transformed = lora.lorafy(outputs_of(model))
+    loss = summed_loss(lambda p, t, at, key: transformed(p, t, at, lora_key=key))
+    return lambda trainable, frozen, batch, key: loss(
+        lora.combine(trainable, frozen), batch, key
+    )
+
+
+def evaluator(model, data: Sequence[Example], *, batch_size: int = 8, buckets=4) -> Evaluator:
+    """Lays evaluation data out; nothing is compiled yet."""
+    loss = lora_loss(model)
+
+    def summed(trainable, frozen, batch):
+        # One microbatch, no dropout.
+        return loss(trainable, frozen, Batch(*(x[0] for x in batch)), None)
+
+    layout = loader(
+        data, batch_size=batch_size, buckets=buckets, pad_id=pad_id_of(model.tokenizer)
+    )
+    return Evaluator(once(layout), Programs(summed))
+
+
+def mean_loss(prepared: Evaluator, trainable, frozen) -> float:
+    """Mean cross entropy of all learned tokens, in nats."""
+    sums = [prepared.programs(trainable, frozen, batch) for batch in prepared.batches]
+    tokens = sum(float(batch.weights.sum()) for batch in prepared.batches)
+    return sum(float(s) for s in sums) / tokens
+
+
+def evaluate(model, lora_params, data: Sequence[Example], *, batch_size: int = 8) -> float:
+    """Mean cross entropy of the learned tokens of `data`, in nats, without dropout.
+
+    Args:
+      model: as for `fit`.
+      lora_params: the model's params, adapted or plain.
+      data: tokenized examples.
+      batch_size: rows of a forward pass; it does not change the result.
+    """
+    prepared = evaluator(model, data, batch_size=batch_size)
+    return mean_loss(prepared, *lora.split(lora_params))
+
+
+def pad_id_of(tokenizer) -> int:
+    """The token to pad with. Any will do: nothing real ever looks at it."""
+    pad = None if tokenizer is None else tokenizer.pad_id
+    return 0 if pad is None else pad

@@ -1,0 +1,300 @@
+"""`fit`: the training loop.
+
+The loop keeps nothing to itself: what decides the next step is in `TrainState` and in the position
+of the data iterator, both are in every checkpoint, and the compiled step is a function of them.
+So a run that is killed and resumed computes what it would have computed.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import lora_jax as lora
+from lora_jax.checkpoint.fingerprint import fingerprint
+from lora_jax.train import archive as archives
+from lora_jax.train import metrics
+from lora_jax.train.batches import Item, batches_per_epoch, iterate, loader
+from lora_jax.train.config import TrainConfig, total_steps
+from lora_jax.train.evaluate import evaluator, lora_loss, mean_loss, pad_id_of
+from lora_jax.train.examples import Example
+from lora_jax.train.interrupt import interruptible
+from lora_jax.train.memory import Memory, memory
+from lora_jax.train.optimizer import optimizer, schedule
+from lora_jax.train.plot import plot_loss
+from lora_jax.train.progress import Clock, progress, show_record
+from lora_jax.train.step import Metrics, Programs, TrainState, init_state, make_step
+
+PLOT = "loss.png"
+
+
+class Hooks(NamedTuple):
+    """What a caller of `fit` wants to hear of, or to add.
+
+    Attributes:
+      record: is given every train and eval record.
+      memory: is given the `Memory` once the first step is compiled.
+      score: is given the adapted tree at every evaluation; the numbers it gives by name stand in
+        the evaluation's record.
+    """
+
+    record: Callable[[dict], None] | None = None
+    memory: Callable[[Memory], None] | None = None
+    score: Callable[[Any], dict[str, float]] | None = None
+
+
+class Result(NamedTuple):
+    """What a run ends with.
+
+    Attributes:
+      lora_params: the trained tree.
+      history: all records of the run, those before a resume included; see `metrics`.
+      step: optimizer steps taken.
+      memory: where memory went; None if no step was run here.
+      compiled: shapes (A, B, T) of the batches that the step was compiled for.
+    """
+
+    lora_params: Any
+    history: list[dict]
+    step: int
+    memory: Memory | None
+    compiled: tuple[tuple[int, ...], ...]
+
+
+class _Job(NamedTuple):
+    """What the steps of a run need and do not change."""
+
+    config: TrainConfig
+    total: int
+    frozen: Any
+    programs: Programs
+    rates: np.ndarray
+    evaluate: Callable[[TrainState], dict[str, float]] | None
+    save: Callable[[TrainState, int], None] | None
+    emit: Callable[[dict], None]
+    hooks: Hooks
+
+
+def fit(
+    model,
+    lora_params,
+    train_data: Sequence[Example],
+    eval_data: Sequence[Example] | None,
+    config: TrainConfig,
+    *,
+    lora_config=None,
+    hooks: Hooks | None = None,
+) -> Result:
+    """Trains what `lora.init` made trainable; the base is neither changed nor written.
+
+    Args:
+      model: `apply(params, tokens, return_hidden=True)`, `head(params, hidden)`, and `tokenizer`
+        with a `pad_id`, or None.
+      lora_params: from `lora.init`; left whole.
+      train_data: tokenized examples, at least one.
+      eval_data: examples to evaluate on before, during and after; None or none to leave it out.
+      config: everything else.
+      lora_config: the adapter's config, kept in the checkpoints if given.
+      hooks: callbacks.
+
+    Returns:
+      The trained tree and the history.
+
+    Raises:
+      ValueError: bad data, or a checkpoint of another base, config or dataset.
+      FileExistsError: `output_dir` holds a run and `config.resume` is false.
+      FloatingPointError: the loss is not a finite number.
+      OSError: something cannot be written; the last checkpoint is intact.
+      KeyboardInterrupt: Ctrl-C; the step that ran is finished and saved first.
+    """
+    hooks = hooks or Hooks()
+    trainable, frozen = lora.split(lora_params)
+    if not jax.tree.leaves(trainable):
+        raise ValueError("`lora_params` has nothing to train; make it with lora.init")
+    data = loader(
+        train_data,
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        buckets=config.buckets,
+        pad_id=pad_id_of(model.tokenizer),
+        seed=config.seed,
+    )
+    total = total_steps(config, batches_per_epoch(data))
+    tx = optimizer(config, total)
+    programs = Programs(make_step(lora_loss(model), tx), donate=(0,))
+    fresh = init_state(jax.random.key(config.seed), trainable, tx)
+    described = archives.describe(config, total, train_data, lora_config, fingerprint(lora_params))
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(archives.archive(config))
+        begin = archives.start(opened, fresh, described, lora_params)
+        items = _items(data, total, begin.position, config, stack)
+        history, emit = _recorder(config, begin, hooks, stack)
+        job = _Job(
+            config,
+            total,
+            frozen,
+            programs,
+            rates=np.asarray(jax.vmap(schedule(config, total))(np.arange(total))),
+            evaluate=_evaluation(model, eval_data, config, frozen, hooks),
+            save=opened
+            and (lambda s, k: archives.save(opened, k, s, described, items.get_state())),
+            emit=emit,
+            hooks=hooks,
+        )
+        state = _run(job, begin.state, begin.step, items)
+    if config.output_dir is not None:
+        plot_loss(config.output_dir / PLOT, history, title=f"{total} optimizer steps")
+    used = _memory(job, state) if programs.compiled else None
+    trained = lora.combine(state.trainable, frozen)
+    return Result(trained, history, total, used, tuple(programs.compiled))
+
+
+def _items(data, total: int, position: dict | None, config: TrainConfig, stack):
+    items = iterate(data, total, prefetch=config.prefetch)
+    stack.callback(items.close)
+    if position is not None:
+        items.set_state(position)
+    return items
+
+
+def _recorder(config: TrainConfig, begin: archives.Start, hooks: Hooks, stack):
+    """The history so far, and a function that adds a record to it and wherever records go."""
+    history = list(begin.history)
+    write = stack.enter_context(
+        metrics.writer(config.output_dir, step=begin.step, tensorboard=config.tensorboard)
+    )
+
+    def emit(record: dict) -> None:
+        history.append(record)
+        write(record)
+        if hooks.record is not None:
+            hooks.record(record)
+
+    return history, emit
+
+
+def _evaluation(model, data, config: TrainConfig, frozen, hooks: Hooks):
+    """The evaluation of a state as a record's numbers, or None when there is nothing to do."""
+    if not data and hooks.score is None:
+        return None
+    prepared = evaluator(model, data, batch_size=config.batch_size) if data else None
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        numbers = {}
+        if prepared is not None:
+            numbers["eval_loss"] = mean_loss(prepared, state.trainable, frozen)
+        if hooks.score is not None:
+            numbers.update(hooks.score(lora.combine(state.trainable, frozen)))
+        return numbers
+
+    return evaluate
+
+
+def _run(job: _Job, state: TrainState, start: int, items) -> TrainState:
+    """Steps `start` + 1 to the last, with what is due between them."""
+    clock, pending = Clock(), None
+    with (
+        progress(job.total, start=start, show=job.config.progress) as bar,
+        interruptible() as interrupted,
+    ):
+        if start == 0:
+            _evaluate(job, state, 0)
+        for step in range(start + 1, job.total + 1):
+            item = next(items)
+            if not job.programs.has(item.batch):
+                pending = _settle(job, pending, clock, bar)
+                _compile(job, state, item)
+                clock.restart()
+            state, out = job.programs(state, job.frozen, item.batch)
+            # The step before is read while this one runs, so the device never waits for Python.
+            _settle(job, pending, clock, bar)
+            pending = (step, item, out)
+            stop = interrupted()
+            if stop or _due(job, step):
+                pending = _settle(job, pending, clock, bar)
+                _between(job, state, step, stop)
+                clock.restart()
+    return state
+
+
+def _compile(job: _Job, state: TrainState, item: Item) -> None:
+    first = not job.programs.compiled
+    job.programs.compile(state, job.frozen, item.batch)
+    if first and job.hooks.memory is not None:
+        job.hooks.memory(_memory(job, state))
+
+
+def _memory(job: _Job, state: TrainState) -> Memory:
+    compiled = job.programs.compiled.values()
+    return memory(state.trainable, job.frozen, state.opt_state, compiled)
+
+
+def _settle(job: _Job, pending: tuple[int, Item, Metrics] | None, clock: Clock, bar) -> None:
+    """Waits for a step and records it.
+
+    Raises:
+      FloatingPointError: its loss is not finite; a state after it is never saved.
+    """
+    if pending is None:
+        return
+    step, item, out = pending
+    loss, grad_norm, learned = (float(x) for x in out)
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss of step {step} is {loss}; lower `learning_rate`, lengthen `warmup` or clip"
+            " harder, and start again from the last checkpoint or the beginning"
+        )
+    seconds, speed = clock.step(item.tokens)
+    record = {
+        "kind": "train",
+        "step": step,
+        "epoch": item.epoch,
+        "loss": loss,
+        "learning_rate": float(job.rates[step - 1]),
+        "grad_norm": grad_norm,
+        "learned_tokens": int(learned),
+        "tokens": item.tokens,
+        "seconds": seconds,
+        "tokens_per_second": speed,
+    }
+    job.emit(record)
+    show_record(bar, record)
+
+
+def _due(job: _Job, step: int) -> bool:
+    every = (job.config.eval_every, job.config.save_every)
+    return step == job.total or any(n is not None and step % n == 0 for n in every)
+
+
+def _between(job: _Job, state: TrainState, step: int, stop: bool) -> None:
+    """Evaluates and saves where it is time to, and ends the run if Ctrl-C was pressed.
+
+    Raises:
+      KeyboardInterrupt: it was.
+    """
+    last = step == job.total
+    # Evaluated before it is saved: the record of an evaluation is never younger than its
+    # checkpoint, and a resumed run neither lacks nor repeats it.
+    if last or _is_time(job.config.eval_every, step):
+        _evaluate(job, state, step)
+    if job.save is not None and (last or stop or _is_time(job.config.save_every, step)):
+        job.save(state, step)
+    if stop and not last:
+        saved = (
+            "nothing was saved, because there is no output_dir"
+            if job.save is None
+            else f"saved in {job.config.output_dir}; resume=True goes on from there"
+        )
+        raise KeyboardInterrupt(f"interrupted after step {step} of {job.total}: {saved}")
+
+
+def _is_time(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def _evaluate(job: _Job, state: TrainState, step: int) -> None:
+    if job.evaluate is not None:
+        job.emit({"kind": "eval", "step": step, **job.evaluate(state)})

@@ -1,0 +1,76 @@
+"""Causal language-model loss over the learned tokens only.
+
+    loss = - (1/N) sum_i  log softmax(head(h_i))[target_i]        N learned tokens of the step
+
+The sum and N run over all rows and all microbatches of a step, so accumulating changes memory and
+not the loss. The output head, the largest matrix of a small model, is applied only at the places
+where a learned token is predicted; the others cannot reach the loss.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def outputs_of(model) -> Callable:
+    """The model as a function `(params, tokens, positions) -> logits` at those positions.
+
+    It is what `lorafy` transforms for training, and what `plan` may be given.
+
+    Args:
+      model: `apply(params, tokens, return_hidden=True)` gives hidden states (B, T, D) and
+        `head(params, hidden)` gives logits (B, T', V).
+
+    Returns:
+      `logits(params, tokens, positions)`: tokens int32 (B, T), positions int32 (P,) of the
+      flattened (B, T) grid; logits float32 (P, V).
+    """
+
+    def logits(params, tokens: Int[Array, "b t"], positions: Int[Array, " p"]):
+        hidden = model.apply(params, tokens, return_hidden=True)
+        picked = pick(hidden, positions)
+        return model.head(params, picked[None])[0].astype(jnp.float32)
+
+    return logits
+
+
+def pick(hidden: Float[Array, "b t d"], positions: Int[Array, " p"]):
+    """The hidden states at `positions` of the flattened grid, (P, D); all of them if P == B*T."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if positions.shape[0] == flat.shape[0]:
+        return flat
+    # Distinct and increasing: said so, the gradient's scatter needs no atomic additions.
+    return flat.at[positions].get(
+        indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
+    )
+
+
+def cross_entropy(
+    logits: Float[Array, "p v"],
+    targets: Int[Array, " p"],
+    weights: Float[Array, " p"],
+) -> Float[Array, ""]:
+    """The weighted sum of -log softmax(logits)[target], in float32 (not yet divided by N)."""
+    logits = logits.astype(jnp.float32)
+    target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - target) * weights)
+
+
+def summed_loss(outputs: Callable) -> Callable:
+    """The loss of one microbatch as a sum, from a function that gives logits.
+
+    Args:
+      outputs: `(params, tokens, positions, key) -> logits (P, V)`.
+
+    Returns:
+      `loss(params, batch, key) -> float32 ()`; `batch` is one microbatch: tokens (B, T), and
+      positions, targets, weights (P,).
+    """
+
+    def loss(params, batch, key):
+        logits = outputs(params, batch.tokens, batch.positions, key)
+        return cross_entropy(logits, batch.targets, batch.weights)
+
+    return loss

@@ -1,0 +1,76 @@
+"""Where the memory of a training step goes."""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Memory(NamedTuple):
+    """Bytes by what they are for.
+
+    Attributes:
+      base: the frozen weights.
+      adapters: the trained parameters.
+      optimizer: the optimizer's state.
+      temporary: what the compiled step needs beyond its arguments and results (activations,
+        gradients), the largest of the compiled shapes; None where XLA does not say.
+    """
+
+    base: int
+    adapters: int
+    optimizer: int
+    temporary: int | None
+
+
+def tree_bytes(tree) -> int:
+    """Bytes of a tree's arrays; quantized elements count as the bits they occupy."""
+    return sum(_bytes(x) for x in jax.tree.leaves(tree))
+
+
+def _bytes(x) -> int:
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return _bytes(jax.eval_shape(jax.random.key_data, x))
+    try:
+        bits = jax.numpy.iinfo(x.dtype).bits
+    except ValueError:
+        bits = x.dtype.itemsize * 8
+    return -(-x.size * bits // 8)
+
+
+def temporary_bytes(compiled) -> int | None:
+    """Temporary bytes of a compiled function, as XLA planned them."""
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+def memory(trainable, frozen, opt_state, compiled=()) -> Memory:
+    """The memory of training.
+
+    Args:
+      trainable: tree from `lora.split`.
+      frozen: the other tree.
+      opt_state: optax's state.
+      compiled: the compiled steps, one for each batch shape.
+    """
+    temporary = [b for c in compiled if (b := temporary_bytes(c)) is not None]
+    return Memory(
+        tree_bytes(frozen),
+        tree_bytes(trainable),
+        tree_bytes(opt_state),
+        max(temporary, default=None),
+    )
+
+
+def format_memory(used: Memory) -> str:
+    """The table, a line for each part, in MiB."""
+    rows = [
+        ("base (frozen)", used.base),
+        ("adapters", used.adapters),
+        ("optimizer state", used.optimizer),
+        ("temporary (activations, gradients)", used.temporary),
+    ]
+    total = sum(b for _, b in rows if b is not None)
+    lines = [(name, "unknown" if b is None else f"{b / 2**20:,.1f} MiB") for name, b in rows]
+    lines.append(("total", f"{total / 2**20:,.1f} MiB"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {size:>12}" for name, size in lines)

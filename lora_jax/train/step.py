@@ -1,0 +1,131 @@
+"""One optimizer step as a pure function of the train state, the frozen base and a batch."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+
+class TrainState(NamedTuple):
+    """All that a step changes: everything a checkpoint needs, and nothing of the base.
+
+    Attributes:
+      step: int32 (), optimizer steps taken.
+      trainable: the trainable tree of `lora.split`, None in the base's places.
+      opt_state: optax's state over `trainable`.
+      key: the run's dropout key; step k uses `fold_in(key, k)`, so it never changes.
+    """
+
+    step: Int[Array, ""]
+    trainable: Any
+    opt_state: Any
+    key: Array
+
+
+class Metrics(NamedTuple):
+    """What a step tells, as device scalars.
+
+    Attributes:
+      loss: mean cross entropy of the step's learned tokens, nats, before the update.
+      grad_norm: global norm of its gradient before clipping.
+      learned: the number of learned tokens.
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learned: Float[Array, ""]
+
+
+def init_state(key: Array, trainable, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step.
+
+    `trainable` is copied: a step donates the state's buffers, and the caller's stay whole.
+    """
+    trainable = jax.tree.map(jnp.copy, trainable)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), key)
+
+
+class Programs:
+    """A function of `(..., batch)` compiled once for each shape of its batch.
+
+    Compiling is asked for by name, not left to the first call, so that it can be counted, timed
+    and asked for its memory.
+
+    Attributes:
+      compiled: the compiled programs by the shape of `batch.tokens`.
+    """
+
+    def __init__(self, fn: Callable, *, donate: tuple[int, ...] = ()):
+        self.compiled: dict[tuple[int, ...], Any] = {}
+        self._jitted = jax.jit(fn, donate_argnums=donate)
+
+    def has(self, batch) -> bool:
+        """Whether the program for this batch's shape is there already."""
+        return batch.tokens.shape in self.compiled
+
+    def compile(self, *args):
+        """The program for the last argument's shape, compiled if need be; it is not called."""
+        shape = args[-1].tokens.shape
+        if shape not in self.compiled:
+            self.compiled[shape] = self._jitted.lower(*args).compile()
+        return self.compiled[shape]
+
+    def __call__(self, *args):
+        return self.compile(*args)(*args)
+
+
+def make_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
+    """The function of one optimizer step.
+
+    Microbatches are scanned, their gradients added up in float32 and divided once by the number
+    of learned tokens of all of them:  g = sum_i grad(loss_i) / sum_i N_i.
+
+    Args:
+      loss: `(trainable, frozen, microbatch, key) -> float32 ()`, a sum over learned tokens.
+      tx: the optimizer.
+
+    Returns:
+      `step(state, frozen, batch) -> (state, Metrics)`; `batch` is a `Batch` with a leading axis
+      of microbatches. Jit it with the state donated; `frozen` is an argument so that the base
+      is not compiled into the program as constants.
+    """
+
+    def step(state: TrainState, frozen, batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        learned = jnp.sum(batch.weights)
+        total, grads = _gradients(loss, state.trainable, frozen, batch, key)
+        # A batch always has a learned token; the maximum only keeps a hand-made one finite.
+        count = jnp.maximum(learned, 1.0)
+        grads = jax.tree.map(
+            lambda g, p: (g / count).astype(p.dtype), grads, state.trainable
+        )
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = Metrics(total / count, optax.global_norm(grads), learned)
+        return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
+
+    return step
+
+
+def _gradients(loss: Callable, trainable, frozen, batch, key):
+    """Sum of the microbatches' losses and gradients, in float32."""
+    grad = jax.value_and_grad(loss)
+    count = batch.tokens.shape[0]
+    if count == 1:
+        only = jax.tree.map(lambda x: x[0], batch)
+        return grad(trainable, frozen, only, jax.random.fold_in(key, 0))
+
+    def add(carry, item):
+        number, part = item
+        value, grads = grad(trainable, frozen, part, jax.random.fold_in(key, number))
+        total, sums = carry
+        sums = jax.tree.map(lambda s, g: s + g.astype(jnp.float32), sums, grads)
+        return (total + value, sums), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable)
+    start = (jnp.zeros((), jnp.float32), zeros)
+    (total, grads), _ = jax.lax.scan(add, start, (jnp.arange(count), batch))
+    return total, grads
