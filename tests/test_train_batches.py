@@ -1,0 +1,160 @@
+"""Buckets and batches: every example once, little padding, and the right targets."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_jax.train import Example, batches_per_epoch, best_ladder, iterate, loader, once
+from lora_jax.train.batches import data_hash, padding_share
+from lora_jax.train.buckets import plan_epoch, plan_once, rung_of
+
+PAD = 0
+
+
+def example(length, seed=0, learned=None):
+    """Distinct tokens, all but the first `learned` from the end unlearned."""
+    tokens = np.random.default_rng([seed, length]).permutation(10_000)[:length] + 1
+    mask = np.arange(length) >= length - (learned or length - 1)
+    mask[0] = False
+    return Example(tokens.astype(np.int32), mask, f"e{seed}")
+
+
+def dataset(count=50, seed=0):
+    lengths = np.random.default_rng(seed).integers(2, 70, count)
+    return [example(int(n), seed=i, learned=1 + int(n) // 3) for i, n in enumerate(lengths)]
+
+
+def padded(lengths, ladder):
+    return int(rung_of(ladder, lengths).sum())
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_best_ladder_is_the_best(lengths, count):
+    ladder = best_ladder(lengths, count)
+    assert len(ladder) <= count and ladder[-1] >= max(lengths)
+    rungs = range(8, -(-max(lengths) // 8) * 8 + 1, 8)
+    every = (c for n in range(1, count + 1) for c in itertools.combinations(rungs, n))
+    best = min(padded(lengths, c) for c in every if c[-1] >= max(lengths))
+    assert padded(lengths, ladder) == best
+
+
+def test_best_ladder_coarsens_a_long_tail():
+    lengths = np.arange(1, 100_000, 7)
+    ladder = best_ladder(lengths, 4)
+    assert len(ladder) == 4 and padded(lengths, ladder) < 1.3 * lengths.sum()
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 8), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_has_every_example_once(lengths, rows, epoch):
+    ladder = best_ladder(lengths, 3)
+    slots = plan_epoch(lengths, ladder, rows, seed=1, epoch=epoch)
+    dealt = np.concatenate([s.rows for s in slots])
+    assert sorted(dealt.tolist()) == list(range(len(lengths)))
+    assert all(max(lengths[i] for i in s.rows) <= s.rung for s in slots)
+    assert sum(len(s.rows) < rows for s in slots) <= 1
+    assert len(slots) == len(plan_once(lengths, ladder, rows)) == -(-len(lengths) // rows)
+
+
+def test_epochs_differ_and_repeat():
+    lengths = [len(e.tokens) for e in dataset()]
+    plans = [
+        [s.rows.tolist() for s in plan_epoch(lengths, (80,), 4, seed=s, epoch=e)]
+        for s, e in ((0, 0), (0, 1), (1, 0), (0, 0))
+    ]
+    assert plans[0] == plans[3]
+    assert plans[0] != plans[1] and plans[0] != plans[2] and plans[1] != plans[2]
+
+
+def pairs(batch):
+    """(token, next token) of every learned place, out of the batch's arrays."""
+    found = []
+    for tokens, at, targets, weights in zip(*batch, strict=True):
+        before = tokens.reshape(-1)[at]
+        found += [p for p, w in zip(zip(before, targets, strict=True), weights, strict=True) if w]
+    return sorted((int(a), int(b)) for a, b in found)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("learned", [None, 2])
+def test_batches_ask_for_exactly_what_is_learned(accumulation, learned):
+    data = [example(int(n), seed=i, learned=learned) for i, n in enumerate([5, 9, 17, 30, 8, 3, 3])]
+    layout = loader(data, batch_size=2, accumulation=accumulation, buckets=(8, 16, 32), pad_id=PAD)
+    batches = once(layout)
+    expected = sorted(
+        (int(e.tokens[t - 1]), int(e.tokens[t])) for e in data for t in np.flatnonzero(e.learned)
+    )
+    assert sorted(p for b in batches for p in pairs(b)) == expected
+    for batch in batches:
+        a, b, t = batch.tokens.shape
+        assert (a, b) == (accumulation, 2) and t in (8, 16, 32)
+        assert batch.positions.shape[1] == layout.places[t] <= b * t
+        assert (np.diff(batch.positions, axis=1) > 0).all()  # distinct and in order
+        assert batch.positions.max() < b * t
+        assert [x.dtype.name for x in batch] == ["int32", "int32", "int32", "float32"]
+
+
+def test_few_places_where_little_is_learned_and_all_where_it_does_not_pay():
+    short = loader([example(60, i, learned=3) for i in range(9)], batch_size=4)
+    assert short.places == {64: 16}
+    full = loader([example(64, i) for i in range(9)], batch_size=4)
+    assert full.places == {64: 256}
+    assert np.array_equal(once(full)[0].positions[0], np.arange(256))
+
+
+def test_missing_rows_repeat_one_and_learn_nothing():
+    layout = loader([example(7, 1)], batch_size=3)
+    (batch,) = once(layout)
+    assert np.array_equal(batch.tokens[0, 1], batch.tokens[0, 0])
+    assert batch.weights.sum() == 6
+
+
+def test_iterator_goes_on_from_its_position():
+    layout = loader(dataset(), batch_size=4, seed=3)
+    size = batches_per_epoch(layout)
+    items = list(iterate(layout, 2 * size + 1))
+    assert [i.epoch for i in items] == [0] * size + [1] * size + [2]
+    assert sum(i.tokens for i in items[:size]) == sum(len(e.tokens) for e in layout.examples)
+    reader = iterate(layout, 2 * size + 1)
+    for _ in range(size + 2):
+        next(reader)
+    position = json.loads(json.dumps(reader.get_state()))
+    again = iterate(layout, 2 * size + 1)
+    again.set_state(position)
+    rest = list(again)
+    assert len(rest) == size - 1
+    for got, expected in zip(rest, items[size + 2 :], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_buckets_save_padding_on_real_lengths():
+    # Lengths of sentences are far from uniform; these are drawn like SST-2's.
+    rng = np.random.default_rng(0)
+    data = [example(int(n), i) for i, n in enumerate(2 + rng.gamma(2.5, 10, 400).astype(int))]
+    one = padding_share(loader(data, batch_size=8, buckets=1))
+    four = padding_share(loader(data, batch_size=8, buckets=4))
+    assert one > 0.7 and four < 0.3
+
+
+def test_bad_layouts():
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        loader([], batch_size=2)
+    with pytest.raises(ValueError, match="`buckets` end at 8 tokens, but an example has 9"):
+        loader([example(9)], batch_size=2, buckets=(8,))
+    with pytest.raises(ValueError, match=r"`buckets` must be increasing .*, got \(16, 8\)"):
+        loader([example(9)], batch_size=2, buckets=(16, 8))
+    with pytest.raises(ValueError, match="`buckets` must be at least 1, got 0"):
+        loader([example(9)], batch_size=2, buckets=0)
+
+
+def test_hash_sees_tokens_mask_and_order():
+    data = dataset(5)
+    changed = [data[0]._replace(learned=~data[0].learned), *data[1:]]
+    hashes = {data_hash(d) for d in (data, data[::-1], data[:4], changed)}
+    assert len(hashes) == 4 and data_hash(list(data)) == data_hash(data)
