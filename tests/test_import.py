@@ -1,0 +1,55 @@
+"""`import lora_jax` stays light, and the package names nothing it should not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = (
+    "flax", "orbax", "grain", "optax", "transformers", "torch", "peft", "matplotlib", "gguf",
+    "safetensors", "tokenizers", "huggingface_hub", "tensorboardX", "tqdm", "jinja2",
+)  # fmt: skip
+
+
+def modules_after(statement: str) -> set[str]:
+    """The top-level modules that a fresh interpreter has after a statement."""
+    code = f"{statement}\nimport sys\nprint(*{{m.partition('.')[0] for m in sys.modules}})"
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", code],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    assert not modules_after("import lora_jax") & set(HEAVY)
+
+
+def test_the_public_names_are_there():
+    code = "import lora_jax as lora; print(sorted(set(lora.__all__) - set(dir(lora))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_help_of_the_command_line_imports_nothing_heavy():
+    loaded = modules_after("from lora_jax.cli.parser import make_parser; make_parser()")
+    assert not loaded & set(HEAVY)
+
+
+@pytest.mark.parametrize("name", ["torch", "jax._src", "jax.interpreters"])
+def test_the_package_never_imports(name):
+    """torch is the tests' oracle only, and private JAX breaks with its next release."""
+    for path in sorted((ROOT / "lora_jax").rglob("*.py")):
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+            words = line.split()
+            imports = words[:1] in (["import"], ["from"]) and len(words) > 1
+            assert not (imports and words[1].startswith(name)), f"{path}:{number}: {line}"
+
+
+def test_only_compat_names_jax_extend():
+    for path in sorted((ROOT / "lora_jax").rglob("*.py")):
+        if path.name != "compat.py":
+            text = path.read_text("utf-8")
+            assert "import jax.extend" not in text and "from jax.extend" not in text, path
