@@ -140,9 +140,7 @@ def fill(
     """
     slots = slots_of(lora_params, config)
     check_keys(slots, tensors, source)
-    by_path: dict[str, list[Slot]] = {}
-    for slot in slots:
-        by_path.setdefault(slot.path, []).append(slot)
+    by_path = _by_path(slots)
 
     def put(key_path, leaf):
         if not isinstance(leaf, LoraArray | SavedArray):
@@ -238,12 +236,14 @@ def to_peft(lora_params, config: LoraConfig) -> tuple[dict[str, Any], dict[str, 
             "lora_params: no leaf carries an adapter that the config means; pass the tree that "
             "lora_jax.init made with this config"
         )
-    leaves = {slot.path: None for slot in slots}
+    by_path = _by_path(slots)
+    tensors = {}
     for path, leaf in leaves_of(lora_params).items():
         if isinstance(leaf, LoraArray | SavedArray):
-            leaves[path] = leaf = jax.tree.map(np.asarray, jax.device_get(leaf))
-            _check_agreement(path, leaf, config, [s for s in slots if s.path == path])
-    tensors = {slot.key: _as_peft(read_slot(leaves[slot.path], slot), slot) for slot in slots}
+            here = by_path.get(path, [])
+            leaf = _on_host(leaf, here)
+            _check_agreement(path, leaf, config, here)
+            tensors |= {slot.key: _as_peft(read_slot(leaf, slot), slot) for slot in here}
     for name, value in tensors.items():
         peft_files.check_tensor(name, value, "lora_params")
     fields = config.to_peft()
@@ -252,8 +252,23 @@ def to_peft(lora_params, config: LoraConfig) -> tuple[dict[str, Any], dict[str, 
     return fields, tensors
 
 
+def _by_path(slots: list[Slot]) -> dict[str, list[Slot]]:
+    found: dict[str, list[Slot]] = {}
+    for slot in slots:
+        found.setdefault(slot.path, []).append(slot)
+    return found
+
+
+def _on_host(leaf, slots: list[Slot]):
+    """The leaf with NumPy arrays; an adapter's base weight only where the file repeats it."""
+    parts = ["w", "value"] if isinstance(leaf, SavedArray) else ["a", "b", "m", "scale"]
+    parts += ["w"] if any(slot.part == "w" for slot in slots) else []
+    host = {p: np.asarray(getattr(leaf, p)) for p in parts if getattr(leaf, p) is not None}
+    return dataclasses.replace(leaf, **host)
+
+
 def _as_peft(tensor: np.ndarray, slot: Slot) -> np.ndarray:
-    return tensor.astype(np.float32) if slot.part in ("a", "b", "m") else tensor
+    return tensor.astype(np.float32, copy=False) if slot.part in ("a", "b", "m") else tensor
 
 
 def named_targets(lora_params, config: LoraConfig) -> list[str]:

@@ -1,7 +1,9 @@
 """A PEFT directory as files: read strictly, written whole or not at all."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -116,7 +118,7 @@ def check_tensor(name: str, value: np.ndarray, source: str | os.PathLike) -> Non
     """Refuses a tensor that can be no trained weight: empty or not finite."""
     if value.size == 0:
         raise ValueError(f"{source}: tensor `{name}` is empty (shape {value.shape})")
-    if not np.isfinite(value.astype(np.float32)).all():
+    if not np.isfinite(value.astype(np.float32, copy=False)).all():
         raise ValueError(
             f"{source}: tensor `{name}` holds NaN or infinity, so every output would; "
             "take an earlier checkpoint of the adapter"
@@ -137,55 +139,65 @@ def write_directory(
     Raises:
       OSError: the directory cannot be written; nothing was changed.
     """
-    from safetensors.numpy import save
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
 
     root = Path(directory)
-    files = {
-        # The marker is what transformers and PEFT look for.
-        TENSOR_FILE: save(dict(tensors), metadata={"format": "pt"}),
-        CONFIG_FILE: json.dumps(fields, indent=2, sort_keys=True).encode(),
-    }
+    config = json.dumps(fields, indent=2, sort_keys=True)
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root}: expected a directory to write the adapter to, got a file")
     temporary = None
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
-        for name, content in files.items():
-            _write_synced(temporary / name, content)
+        # Beside what it will become, so that moving it is a rename and no copy.
+        place = root if root.is_dir() else root.parent
+        temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=place))
+        (temporary / CONFIG_FILE).write_text(config, "utf-8")
+        # The marker is what transformers and PEFT look for.
+        save_file(dict(tensors), temporary / TENSOR_FILE, metadata={"format": "pt"})
+        for name in (CONFIG_FILE, TENSOR_FILE):
+            _sync(temporary / name)
         _move_in(temporary, root)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(
-            error.errno,
-            f"{root}: the adapter could not be written: {error.strerror or error}; make room or "
-            "choose another directory",
+            _errno(error),
+            f"{root}: the adapter could not be written: {getattr(error, 'strerror', None) or error}"
+            "; make room or choose another directory",
         ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _errno(error: Exception) -> int:
+    """The number of the system's error, which safetensors only has in its text."""
+    in_text = re.search(r"os error (\d+)", str(error))
+    return getattr(error, "errno", None) or (int(in_text[1]) if in_text else errno.EIO)
 
 
 def _move_in(temporary: Path, root: Path) -> None:
-    # mkdtemp makes private directories and keeps the umask out; an adapter is to be shared.
-    os.chmod(temporary, 0o777 & ~_umask())
-    if not root.exists():
-        os.rename(temporary, root)
+    if root.exists():
+        _replace(temporary, root)
     else:
-        old = root / CONFIG_FILE
-        same = old.is_file() and old.read_bytes() == (temporary / CONFIG_FILE).read_bytes()
-        if not same:
-            old.unlink(missing_ok=True)
+        # mkdtemp makes a private directory; an adapter is to be shared as any other.
+        os.chmod(temporary, 0o777 & ~_umask())
+        os.rename(temporary, root)
+    _sync(root.parent)
+    _sync(root)
+
+
+def _replace(temporary: Path, root: Path) -> None:
+    """Replaces the two files, without a moment in which they do not belong together."""
+    old, aside = root / CONFIG_FILE, temporary / "old.json"
+    if old.exists() and old.read_bytes() != (temporary / CONFIG_FILE).read_bytes():
+        os.replace(old, aside)
+    try:
         os.replace(temporary / TENSOR_FILE, root / TENSOR_FILE)
-        os.replace(temporary / CONFIG_FILE, old)
-    _sync_directory(root.parent)
-    _sync_directory(root)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, old)
+        raise
+    os.replace(temporary / CONFIG_FILE, old)
 
 
 def _umask() -> int:
@@ -194,7 +206,7 @@ def _umask() -> int:
     return mask
 
 
-def _sync_directory(path: Path) -> None:
+def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
