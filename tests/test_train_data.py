@@ -85,6 +85,17 @@ def test_template_that_rewrites_turns_is_refused():
         examples([record], Rewriting(), max_length=99)
 
 
+def test_template_that_refuses_is_named_with_the_line():
+    class Refusing(Tokenizer):
+        def apply_chat_template(self, messages, add_generation_prompt):
+            raise ValueError("the chat template refuses these messages: no system role")
+
+    turns = [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]
+    record = record_of({"messages": turns}, source="d.jsonl:4")
+    with pytest.raises(ValueError, match=r"d\.jsonl:4: .* refuses .*: no system role"):
+        examples([record], Refusing(), max_length=99)
+
+
 def test_first_message_of_the_assistant_is_refused():
     record = record_of({"messages": [{"role": "assistant", "content": "b"}]}, source="d:1")
     with pytest.raises(ValueError, match="d:1: the first message is the assistant's"):

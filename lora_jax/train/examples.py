@@ -125,7 +125,7 @@ def _with_eos(tokens: list[int], tokenizer) -> list[int]:
 def _chat(record: Record, tokenizer) -> tuple[Sequence[int], Sequence[bool]]:
     """Learns what the template adds for each assistant turn, up to its end-of-turn token."""
     messages = [{"role": role, "content": content} for role, content in record.fields[0]]
-    whole = list(tokenizer.apply_chat_template(messages, add_generation_prompt=False))
+    whole = _rendered(messages, False, tokenizer, record.source)
     learned = [False] * len(whole)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -139,9 +139,8 @@ def _turn(messages, i: int, whole: list[int], tokenizer, source: str) -> tuple[i
         raise ValueError(
             f"{source}: the first message is the assistant's; begin with a system or user message"
         )
-    template = tokenizer.apply_chat_template
-    before = list(template(messages[:i], add_generation_prompt=True))
-    after = list(template(messages[: i + 1], add_generation_prompt=False))
+    before = _rendered(messages[:i], True, tokenizer, source)
+    after = _rendered(messages[: i + 1], False, tokenizer, source)
     if whole[: len(after)] != after or after[: len(before)] != before:
         raise ValueError(
             f"{source}: the tokenizer's chat template writes the turns before message {i}"
@@ -153,6 +152,13 @@ def _turn(messages, i: int, whole: list[int], tokenizer, source: str) -> tuple[i
     if tokenizer.eos_id in after[len(before) :]:
         end -= after[::-1].index(tokenizer.eos_id)
     return len(before), end
+
+
+def _rendered(messages, prompt: bool, tokenizer, source: str) -> list[int]:
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=prompt))
+    except ValueError as error:  # no template, or one that refuses these roles
+        raise ValueError(f"{source}: {error}") from None
 
 
 _FORMS = {"text": _text, "prompt": _completion, "messages": _chat}
