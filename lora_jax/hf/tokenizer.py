@@ -171,7 +171,7 @@ def _refuse_slow(directory: Path) -> None:
     for name in ("tokenizer.model", "vocab.json", "spiece.model"):
         if (directory / name).is_file():
             raise ValueError(
-                f"{directory / name}: only tokenizer.json can be read; write one with transformers: "
+                f"{directory / name}: only tokenizer.json can be read; write one by transformers' "
                 "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
             )
 

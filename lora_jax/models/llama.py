@@ -6,7 +6,8 @@
 Modules and parameters are Flax NNX's, module names are Hugging Face's. The blocks run as one
 `jax.lax.scan` over their stacked parameters, or one after the other where they are not stacked.
 
-B batch, T new tokens, S key slots, D width, N query heads, K key/value heads, H head size, L blocks.
+B batch, T new tokens, S key slots, D width, N query heads, K key/value heads, H size of a head,
+L blocks.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,179 @@
+"""The decoder against transformers on the same random weights, in float32."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lora_jax import models
+
+pytestmark = pytest.mark.torch
+
+# float32 products summed in another order, over three blocks.
+TOLERANCE = 1e-4
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+CASES = {
+    "plain": {},
+    "tied": dict(tie_word_embeddings=True),
+    "every query head its own key head": dict(num_key_value_heads=4),
+    "one key head": dict(num_key_value_heads=1),
+    "wide heads": dict(head_dim=16),
+    "biases": dict(attention_bias=True, mlp_bias=True),
+    "theta and eps": dict(rope_parameters=dict(rope_theta=500.0), rms_norm_eps=1e-3),
+    "linear": dict(rope_parameters=dict(rope_type="linear", factor=3.0)),
+    "dynamic": dict(
+        rope_parameters=dict(rope_type="dynamic", factor=2.0), max_position_embeddings=8
+    ),
+    "llama3": dict(rope_parameters=LLAMA3),
+    "yarn": dict(rope_parameters=YARN),
+    "yarn told all": dict(
+        rope_parameters=dict(
+            **YARN, beta_fast=8.0, beta_slow=2.0, mscale=0.7, mscale_all_dim=1.3, truncate=False
+        )
+    ),
+    "yarn with its length": dict(rope_parameters=dict(**YARN, attention_factor=1.5)),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Makes and saves a random transformers model of a case, once."""
+    made = {}
+
+    def make(case):
+        if case not in made:
+            torch.manual_seed(0)
+            config = LlamaConfig(**{**SIZES, "initializer_range": 0.3, **CASES[case]})
+            model = LlamaForCausalLM(config).eval()
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    if name.endswith(("bias", "norm.weight")):
+                        weight.add_(torch.randn_like(weight) * 0.1)
+            directory = tmp_path_factory.mktemp("model")
+            model.save_pretrained(directory)
+            made[case] = model, directory
+        return made[case]
+
+    return make
+
+
+def texts(padding):
+    """Three texts of 12, 7 and 1 tokens, padded on one side with a token that is a real one."""
+    tokens = np.asarray(jax.random.randint(jax.random.key(1), (3, 12), 0, 97))
+    mask = np.arange(12) < np.array([[12], [7], [1]])
+    return tokens, mask if padding == "right" else mask[:, ::-1].copy()
+
+
+def theirs(model, tokens, mask, positions):
+    with torch.no_grad():
+        return model(
+            torch.tensor(tokens), attention_mask=torch.tensor(mask), position_ids=positions
+        ).logits.numpy()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_transformers(saved, case):
+    oracle, directory = saved(case)
+    model = models.load(directory)
+    tokens, mask = (
+        np.concatenate(both) for both in zip(texts("left"), texts("right"), strict=True)
+    )
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    want = theirs(oracle, tokens, mask, torch.tensor(positions))
+    got = np.asarray(jax.jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
+    assert got.dtype == np.float32
+    assert np.abs(got - want)[mask].max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["plain", "tied", "biases", "dynamic"])
+def test_unstacked_blocks_compute_the_same(saved, case):
+    _, directory = saved(case)
+    tokens, mask = texts("left")
+    stacked, apart = (models.load(directory, scan=scan) for scan in (True, False))
+    a = np.asarray(stacked.apply(stacked.params, tokens, mask=jnp.asarray(mask)))
+    b = np.asarray(apart.apply(apart.params, tokens, mask=jnp.asarray(mask)))
+    # The same operations; XLA may fuse them differently.
+    np.testing.assert_allclose(a, b, atol=1e-5)
+    assert set(apart.params["model"]["layers"]) == {"0", "1", "2"}
+
+
+def test_padding_on_the_right_needs_no_mask(saved):
+    _, directory = saved("plain")
+    model = models.load(directory)
+    tokens, mask = texts("right")
+    with_mask = np.asarray(model.apply(model.params, tokens, mask=jnp.asarray(mask)))
+    without = np.asarray(model.apply(model.params, tokens))
+    np.testing.assert_allclose(with_mask[mask], without[mask], atol=1e-5)
+
+
+def test_bfloat16_stays_near_transformers_in_bfloat16(saved):
+    oracle, directory = saved("plain")
+    model = models.load(directory, dtype="bfloat16")
+    assert model.params["lm_head"]["kernel"].dtype == jnp.bfloat16
+    tokens, mask = texts("right")
+    exact = theirs(oracle, tokens, mask, None)
+    with torch.no_grad():
+        coarse = copy.deepcopy(oracle).to(torch.bfloat16)
+        rounded = coarse(torch.tensor(tokens), torch.tensor(mask)).logits
+    got = np.asarray(model.apply(model.params, tokens, mask=jnp.asarray(mask)))
+    assert got.dtype == np.float32
+    # No farther from the exact logits than twice what torch's own rounding costs.
+    allowed = 2 * np.abs(rounded.float().numpy() - exact)[mask].max()
+    assert np.abs(got - exact)[mask].max() <= allowed
+
+
+def test_a_saved_bfloat16_model_loads_exactly(saved, tmp_path):
+    oracle, _ = saved("tied")
+    oracle = copy.deepcopy(oracle).to(torch.bfloat16)
+    oracle.save_pretrained(tmp_path)
+    table = oracle.model.embed_tokens.weight.float().numpy(force=True)
+    kernel = oracle.model.layers[1].mlp.up_proj.weight.float().numpy(force=True)
+    model = models.load(tmp_path)
+    np.testing.assert_array_equal(model.params["model"]["embed_tokens"]["embedding"], table)
+    loaded = model.params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    np.testing.assert_array_equal(loaded[1], kernel.T)
+
+
+def test_greedy_text_is_transformers(saved):
+    oracle, directory = saved("llama3")
+    model = models.load(directory)
+    tokens, mask = texts("left")
+    prompts = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
+    with torch.no_grad():
+        want = oracle.generate(
+            torch.tensor(tokens),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=None,
+        )[:, 12:].tolist()
+    got = models.generate(model, model.params, prompts, max_new_tokens=20)
+    assert got == want
+
+
+def test_shards_load_as_one(saved, tmp_path):
+    oracle, directory = saved("plain")
+    oracle.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    one, many = models.load(directory), models.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, one.params, many.params)
