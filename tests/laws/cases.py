@@ -1,0 +1,85 @@
+"""The table: every case of the laws, and the model, plan and adapters of each, made once."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import lora_jax as lora
+from laws import (
+    cases_control,
+    cases_dots,
+    cases_hard,
+    cases_linen,
+    cases_nnx,
+    cases_structure,
+)
+from laws.case import Case
+
+CASES: tuple[Case, ...] = (
+    *cases_dots.CASES,
+    *cases_structure.CASES,
+    *cases_control.CASES,
+    *cases_hard.CASES,
+    *cases_linen.CASES,
+    *cases_nnx.CASES,
+)
+
+
+class Model(NamedTuple):
+    """A case made: `lora_params` has random A and B (neither zero)."""
+
+    fn: Any
+    params: Any
+    args: tuple
+    plan: lora.Plan
+    lora_params: Any
+
+
+def config_of(case: Case, **changes) -> lora.LoraConfig:
+    """The config that targets the case's leaves by their paths; factors start at random."""
+    fields = {"rank": 2, "alpha": 3, "init": "random", "target_modules": tuple(case.roles)}
+    return lora.LoraConfig(**(fields | dict(case.config) | changes))
+
+
+@functools.cache
+def model(case_name: str) -> Model:
+    """The case's model, planned and with adapters."""
+    case = by_name(case_name)
+    fn, params, args = case.build()
+    plan = lora.plan(config_of(case), fn, params, *args)
+    return Model(fn, params, args, plan, lora.init(jax.random.key(1), plan, params))
+
+
+def by_name(name: str) -> Case:
+    return {case.name: case for case in CASES}[name]
+
+
+def outputs(tree) -> list[jax.Array]:
+    """The floating-point arrays of an output; an adapter the model handed back counts merged."""
+    leaves = jax.tree.leaves(lora.merge(tree))
+    return [x for x in map(jnp.asarray, leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def loss(tree) -> jax.Array:
+    """A scalar that depends on every output in a way that is not linear."""
+    parts = []
+    for x in outputs(tree):
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        weights = jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+        parts.append(jnp.sum(weights * x + jnp.sin(x)))
+    return sum(parts)
+
+
+def assert_near(got, want, tolerance: float, what: str):
+    """Every array of `got` is `want`'s, relative to the largest absolute value of the latter."""
+    got, want = jax.tree.leaves(got), jax.tree.leaves(want)
+    assert len(got) == len(want), what
+    for i, (x, y) in enumerate(zip(got, want, strict=True)):
+        assert x.shape == y.shape and x.dtype == y.dtype, (what, i, x, y)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        x, y = x.astype(wide), y.astype(wide)
+        error = float(jnp.max(jnp.abs(x - y), initial=0))
+        size = float(jnp.max(jnp.abs(y), initial=0)) + 1e-6
+        assert error <= tolerance * size, f"{what}[{i}]: error {error:.2e} of {size:.2e}"
