@@ -94,16 +94,17 @@ def open_gguf(path: str | Path) -> Gguf:
 def weights_of(file: Gguf) -> Weights:
     """The file's weights under Hugging Face's names, dequantized when asked for.
 
+    To be read only once `config_of` has found the metadata whole.
+
     Raises:
       ValueError: an architecture that is not known, or a tensor that has no place in it.
     """
     architecture = ARCHITECTURES[architecture_of(file.metadata, file.path)]
     theirs = {_hf_name(name, file): name for name in file.tensors if name != "rope_freqs.weight"}
-    heads = _heads(file) if architecture.permuted else {}
 
     def read(name: str) -> np.ndarray:
         tensor = _dequantize(file, theirs[name])
-        count = heads.get(name.split(".")[-2])
+        count = _heads(file).get(name.split(".")[-2]) if architecture.permuted else None
         return tensor if count is None else _undo_permutation(tensor, count)
 
     return Weights(

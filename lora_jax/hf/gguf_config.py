@@ -40,14 +40,18 @@ _SIZES = {
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
 }
+_NUMBERS = (
+    "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor",
+    "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+)  # fmt: skip
 _UNDERSTOOD = frozenset(
     {
         *_SIZES,
+        *_NUMBERS,
         "attention.head_count_kv", "attention.key_length", "attention.value_length",
-        "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base",
-        "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
-        "rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
-        "rope.scaling.finetuned", "vocab_size", "expert_count", "expert_used_count",
+        "rope.dimension_count", "rope.scaling.type", "rope.scaling.finetuned", "vocab_size",
+        "expert_count", "expert_used_count",
     }
 )  # fmt: skip
 
@@ -83,6 +87,8 @@ def config_of(
     kind = architecture_of(metadata, path)
     own = {k[len(kind) + 1 :]: v for k, v in metadata.items() if k.startswith(f"{kind}.")}
     _check(own, path)
+    if "model.embed_tokens.weight" not in shapes:
+        raise ValueError(f"{path}: the tensor `token_embd.weight` is missing")
     sizes = {ours: own[key] for key, ours in _SIZES.items()}
     heads, tokens = sizes["num_attention_heads"], metadata.get("tokenizer.ggml.eos_token_id")
     head_dim = own.get("attention.key_length", sizes["hidden_size"] // heads)
@@ -92,7 +98,7 @@ def config_of(
     scaling = _scaling(own, path)
     if divisors is not None:
         scaling = _llama3(divisors, head_dim, theta, path)
-    return LlamaConfig(
+    fields = dict(
         model_type=ARCHITECTURES[kind].model_type,
         **sizes,
         vocab_size=shapes["model.embed_tokens.weight"][0],
@@ -110,12 +116,22 @@ def config_of(
         eos_token_ids=() if tokens is None else (tokens,),
         **ARCHITECTURES[kind].fields,
     )
+    try:
+        return LlamaConfig(**fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _check(own: Mapping[str, Any], path: Path) -> None:
     needed = (*_SIZES, "attention.layer_norm_rms_epsilon")
     if missing := [key for key in needed if key not in own]:
         raise ValueError(f"{path}: metadata lacks {', '.join(f'`{m}`' for m in missing)}")
+    for key in (*_SIZES, "attention.head_count_kv", "attention.key_length"):
+        if type(own.get(key, 1)) is not int and not isinstance(own[key], list):
+            raise ValueError(f"{path}: `{key}` must be a whole number, got {own[key]!r}")
+    for key in _NUMBERS:
+        if not isinstance(own.get(key, 1), int | float):
+            raise ValueError(f"{path}: `{key}` must be a number, got {own[key]!r}")
     for key, value in own.items():
         if key not in _UNDERSTOOD:
             raise ValueError(
@@ -124,6 +140,8 @@ def _check(own: Mapping[str, Any], path: Path) -> None:
             )
         if isinstance(value, list):
             raise ValueError(f"{path}: `{key}` differs from block to block, which is not supported")
+    if own["attention.head_count"] < 1:
+        raise ValueError(f"{path}: `attention.head_count` must be above 0")
     if own.get("expert_count", 0):
         raise ValueError(f"{path}: a mixture of {own['expert_count']} experts is not supported")
     if own.get("attention.value_length") not in (None, own.get("attention.key_length")):

@@ -69,6 +69,12 @@ def build(metadata: Mapping[str, Any], *, path: Path):
     return _byte_level(metadata, SPLITS[name], path)
 
 
+def special_token(metadata: Mapping[str, Any], tokens: list[str], key: str) -> str | None:
+    """Text of the token whose number the file states, or None if it states none that exists."""
+    number = metadata.get(f"tokenizer.ggml.{key}")
+    return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None
+
+
 def _byte_level(metadata: Mapping[str, Any], split: Split, path: Path):
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
@@ -83,13 +89,15 @@ def _byte_level(metadata: Mapping[str, Any], split: Split, path: Path):
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _pre_tokenizer(split)
     tokenizer.decoder = decoders.ByteLevel()
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise ValueError(f"{path}: the tokenizer does not give every token its type")
     for kind in (_CONTROL, _USER_DEFINED):
         special = kind == _CONTROL
         tokenizer.add_tokens(
             [
                 AddedToken(token, normalized=False, special=special)
-                for token, its in zip(tokens, types, strict=False)
+                for token, its in zip(tokens, types, strict=True)
                 if its == kind
             ]
         )
@@ -99,8 +107,9 @@ def _byte_level(metadata: Mapping[str, Any], split: Split, path: Path):
 
 def _tables(metadata: Mapping[str, Any], path: Path) -> tuple[list[str], list[tuple[str, str]]]:
     tokens, merges = (metadata.get(f"tokenizer.ggml.{k}") for k in ("tokens", "merges"))
-    if not tokens or merges is None:
-        raise ValueError(f"{path}: the tokenizer lacks its tokens or its merges")
+    for table in (tokens, merges):
+        if not isinstance(table, list) or not all(isinstance(t, str) for t in table):
+            raise ValueError(f"{path}: the tokenizer lacks its tokens or its merges")
     if len(set(tokens)) < len(tokens):
         raise ValueError(f"{path}: the tokenizer has the same token twice")
     pairs = [tuple(merge.split(" ")) for merge in merges]
@@ -132,9 +141,8 @@ def _post_processor(metadata: Mapping[str, Any], tokens: list[str], split: Split
     from tokenizers import processors
 
     def wanted(name: str, default: bool) -> str | None:
-        number = metadata.get(f"tokenizer.ggml.{name}_token_id")
         add = metadata.get(f"tokenizer.ggml.add_{name}_token", default)
-        return tokens[number] if add and number is not None else None
+        return special_token(metadata, tokens, f"{name}_token_id") if add else None
 
     bos, eos = wanted("bos", split.bos), wanted("eos", False)
     plain = processors.ByteLevel(trim_offsets=False)

@@ -16,7 +16,13 @@ from lora_jax.hf.safetensors import read_json
 
 Message = Mapping[str, Any]
 
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+# The special tokens, and the keys that number them in a GGUF file.
+_GGUF_SPECIAL = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -96,7 +102,7 @@ class Tokenizer:
                 documents=None,
                 **self.special,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from None
 
     def _id(self, name: str) -> int | None:
@@ -133,7 +139,7 @@ def from_directory(directory: str | Path) -> Tokenizer | None:
     special = {**(read_json(tokens) if tokens.is_file() else {}), **settings}
     return Tokenizer(
         backend=backend,
-        special={n: text for n in _SPECIAL if (text := _text(special.get(n))) is not None},
+        special={n: text for n in _GGUF_SPECIAL if (text := _text(special.get(n))) is not None},
         chat_template=_template(directory, settings),
     )
 
@@ -144,26 +150,20 @@ def from_gguf(metadata: Mapping[str, Any], *, path: Path) -> Tokenizer | None:
     Raises:
       ValueError: a kind of tokenizer, or a way of splitting text, that is not known.
     """
-    from lora_jax.hf.gguf_tokenizer import build
+    from lora_jax.hf.gguf_tokenizer import build, special_token
 
     if "tokenizer.ggml.model" not in metadata:
         return None
+    backend = build(metadata, path=path)
     tokens = metadata["tokenizer.ggml.tokens"]
-    ids = {
-        "bos_token": "bos_token_id",
-        "eos_token": "eos_token_id",
-        "unk_token": "unknown_token_id",
-        "pad_token": "padding_token_id",
-    }
-    special = {
-        name: tokens[number]
-        for name, key in ids.items()
-        if (number := metadata.get(f"tokenizer.ggml.{key}")) is not None and number < len(tokens)
-    }
+    found = {name: special_token(metadata, tokens, key) for name, key in _GGUF_SPECIAL.items()}
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{path}: `tokenizer.chat_template` is not text")
     return Tokenizer(
-        backend=build(metadata, path=path),
-        special=special,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        backend=backend,
+        special={name: token for name, token in found.items() if token is not None},
+        chat_template=template,
     )
 
 

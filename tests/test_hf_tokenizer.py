@@ -1,0 +1,235 @@
+"""Tokenizers against transformers': SmolLM2's from the GGUF file, and ones saved in a directory."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lora_jax.hf.gguf import open_gguf
+from lora_jax.hf.tokenizer import Tokenizer, from_directory, from_gguf
+
+pytestmark = pytest.mark.torch
+
+WORDS = [
+    "The quick brown fox doesn't jump; it's lazy.",
+    "  two  spaces\n\n\tand a tab ",
+    "Grün ist die Heide — 猫が好きです。🎉",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>",
+    "def f(x):\n    return x",
+    "",
+]
+DIGITS = [" 1 12  123", "x² ½ ٣٤", "2026-11-21, 3.14159"]
+CHAT = [
+    {"role": "user", "content": "Hi 12"},
+    {"role": "assistant", "content": " ok "},
+    {"role": "user", "content": "<b>&'\"</b>"},
+]
+
+
+@pytest.fixture(scope="module")
+def ours(smollm2):
+    return from_gguf(open_gguf(smollm2).metadata, path=smollm2)
+
+
+@pytest.fixture(scope="module")
+def oracle(smollm2):
+    directory, _, file = smollm2.rpartition("/")
+    return AutoTokenizer.from_pretrained(directory, gguf_file=file)
+
+
+@pytest.mark.parametrize("text", WORDS)
+def test_tokens_are_transformers(ours, oracle, text):
+    assert ours.encode(text) == oracle.encode(text)
+    assert ours.decode(ours.encode(text), skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("text", DIGITS)
+def test_digits_stand_alone_as_smollm2_learned_them(ours, oracle, text):
+    # transformers' reading of a GGUF file does not know the split `smollm`; SmolLM2's own
+    # tokenizer.json has it, and llama.cpp too: every digit apart, then GPT-2's expression.
+    backend = Backend.from_str(oracle.backend_tokenizer.to_str())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+    )
+    assert ours.encode(text) == backend.encode(text).ids
+    assert ours.decode(ours.encode(text)) == text
+
+
+def test_the_chat_is_transformers(ours, oracle):
+    for turns in (CHAT, CHAT[:1], [{"role": "system", "content": "Be brief."}, *CHAT]):
+        for prompt in (False, True):
+            want = oracle.apply_chat_template(turns, add_generation_prompt=prompt, tokenize=False)
+            assert ours.render_chat(turns, prompt) == want
+            assert ours.apply_chat_template(turns, prompt) == oracle(want)["input_ids"]
+
+
+def test_special_tokens(ours):
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (1, 2, 2, 49152)
+    ids = ours.encode("<|im_start|>a<|im_end|>")
+    assert ids[0] == 1 and ids[-1] == 2
+    assert ours.decode(ids) == "a"
+
+
+# A small tokenizer saved by transformers, with BOS, a template, and padding left switched on.
+
+TEMPLATES = {
+    "loop controls and whitespace": (
+        "{% for m in messages %}\n  {% if m.role == 'skip' %}\n    {% continue %}\n  {% endif %}\n"
+        "{{ bos_token }}[{{ m.role }}] {{ m.content | trim }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    ),
+    "JSON": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}",
+    "the generation tag": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    ),
+    "tools that are not there": "{{ tools is none }}{{ messages | length }}{{ pad_token }}",
+}
+
+
+@pytest.fixture(scope="module")
+def small():
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(WORDS, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s>:0 $A:0", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_saved_tokenizer_is_transformers(small, tmp_path, case):
+    small.chat_template = TEMPLATES[case]
+    small.save_pretrained(tmp_path)
+    ours, theirs = from_directory(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in WORDS + DIGITS:
+        assert ours.encode(text) == theirs.encode(text)
+        plain = ours.encode(text, add_special_tokens=False)
+        assert plain == theirs.encode(text, add_special_tokens=False)
+    turns = [{"role": "skip", "content": "ä"}, *CHAT]
+    for prompt in (False, True):
+        want = theirs.apply_chat_template(turns, add_generation_prompt=prompt, tokenize=False)
+        assert ours.render_chat(turns, prompt) == want
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (0, 1, 2)
+
+
+def test_padding_and_truncation_of_the_saver_are_dropped(small, tmp_path):
+    small.save_pretrained(tmp_path)
+    raw = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    raw.enable_padding(length=50)
+    raw.enable_truncation(3)
+    raw.save(str(tmp_path / "tokenizer.json"))
+    assert from_directory(tmp_path).encode(WORDS[0]) == small.encode(WORDS[0])
+
+
+def test_templates_in_older_places(small, tmp_path):
+    small.chat_template = None
+    small.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    for given in ("A", [{"name": "tool", "template": "B"}, {"name": "default", "template": "A"}]):
+        path.write_text(json.dumps({**settings, "chat_template": given}))
+        assert from_directory(tmp_path).render_chat(CHAT) == "A"
+    path.write_text(json.dumps({**settings, "eos_token": {"content": "<pad>", "lstrip": False}}))
+    assert from_directory(tmp_path).eos_id == 2
+    path.unlink()
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    assert from_directory(tmp_path).eos_id == 1
+
+
+def test_no_tokenizer_is_none(tmp_path):
+    assert from_directory(tmp_path) is None
+    assert from_gguf({}, path=tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json"])
+def test_a_slow_tokenizer_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"{name}: only tokenizer.json can be read"):
+        from_directory(tmp_path)
+
+
+def test_broken_files(small, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer"):
+        from_directory(tmp_path)
+    small.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"a":\n 1,,}')
+    with pytest.raises(ValueError, match="tokenizer_config.json:2: not JSON"):
+        from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "template, messages, text",
+    [
+        (None, CHAT, "no chat template"),
+        ("{% if %}", CHAT, "not valid Jinja"),
+        ("{{ raise_exception('only users') }}", CHAT, "refuses these messages: only users"),
+        ("{{ messages.append(1) }}", CHAT, "refuses these messages: .*append"),
+        ("{{ ''.__class__.__mro__ }}", CHAT, "refuses these messages: .*__class__"),
+        ("{{ messages[0].content + 1 }}", CHAT, "refuses these messages: can only concatenate"),
+        ("x", ["hi"], "message 0 is not an object with a `role`: 'hi'"),
+        ("x", [CHAT[0], {"content": "a"}], "message 1 is not an object with a `role`"),
+    ],
+)
+def test_templates_that_cannot_be_used(small, template, messages, text):
+    tokenizer = Tokenizer(backend=small.backend_tokenizer, chat_template=template)
+    with pytest.raises(ValueError, match=text):
+        tokenizer.apply_chat_template(messages)
+
+
+GGUF = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": ["a", "b", "ab", "<e>", "c"],
+    "tokenizer.ggml.token_type": [1, 1, 1, 3, 4],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.eos_token_id": 3,
+    "tokenizer.ggml.bos_token_id": 3,
+}
+
+
+def test_a_gguf_may_ask_for_bos_and_eos(tmp_path):
+    def encode(**keys):
+        keys = {f"tokenizer.ggml.{k}": v for k, v in keys.items()}
+        return from_gguf({**GGUF, **keys}, path=tmp_path).encode("abc")
+
+    assert encode() == [2, 4]
+    assert encode(add_bos_token=True) == [3, 2, 4]
+    assert encode(add_eos_token=True) == [2, 4, 3]
+    assert encode(add_bos_token=True, add_eos_token=True) == [3, 2, 4, 3]
+    assert encode(pre="llama-bpe") == [3, 2, 4]
+    assert encode(pre="llama-bpe", add_bos_token=False) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"model": "bert"}, "tokenizer of kind `bert` cannot be built"),
+        ({"pre": "viking"}, "`tokenizer.ggml.pre` is `viking`, not one of gpt-2, smollm"),
+        ({"pre": None}, "`tokenizer.ggml.pre` is `None`"),
+        ({"merges": None}, "lacks its tokens or its merges"),
+        ({"tokens": 3}, "lacks its tokens or its merges"),
+        ({"merges": ["a c d"]}, "merge 'a c d' is not of tokens"),
+        ({"merges": ["a x"]}, "merge 'a x' is not of tokens"),
+        ({"tokens": ["a", "b", "ab", "a", "c"]}, "same token twice"),
+        ({"token_type": [1]}, "does not give every token its type"),
+    ],
+)
+def test_gguf_tokenizers_that_cannot_be_built(tmp_path, change, text):
+    keys = {f"tokenizer.ggml.{k}": v for k, v in change.items()}
+    with pytest.raises(ValueError, match=text) as error:
+        from_gguf({**GGUF, **keys}, path=tmp_path / "a.gguf")
+    assert "a.gguf" in str(error.value)
