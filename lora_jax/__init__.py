@@ -17,6 +17,7 @@ from lora_jax.merge import unmerge as unmerge
 from lora_jax.plan import LeafPlan as LeafPlan
 from lora_jax.plan import Plan as Plan
 from lora_jax.plan import plan as plan
+from lora_jax.sharding import partition_specs as partition_specs
 from lora_jax.transform import MaterializedWarning as MaterializedWarning
 from lora_jax.transform import lorafy as lorafy
 from lora_jax.tree import Count as Count

@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.array import LoraArray, SavedArray, is_lora, stack_dims
 from lora_jax.plan import LeafPlan, Plan
+from lora_jax.sharding import place
 
 _TRAINED = {LoraArray: ("a", "b", "m"), SavedArray: ("value",)}
 _FROZEN = {LoraArray: ("w", "scale"), SavedArray: ("w",)}
@@ -82,7 +83,7 @@ def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w):
         from lora_jax.methods import dora
 
         adapted = dataclasses.replace(adapted, m=dora.magnitude(adapted))
-    return adapted
+    return place(adapted)
 
 
 def stack_values(leaf: LeafPlan, values) -> np.ndarray:

@@ -1,0 +1,135 @@
+"""What does a LoRA step cost beside full fine-tuning, and beside LoRA written by hand?
+
+    python benchmarks/step.py [--rounds 9] [--batch 4] [--length 128] [--layers 30]
+
+Whole optimizer steps (forward, backward, AdamW) of a SmolLM2-135M-shaped model on the same batch,
+in one process, interleaved; ratios are medians over rounds. Also: dot operations in the optimized
+HLO, temporary bytes, optimizer bytes, and the time to trace, lower and compile.
+"""
+
+import argparse
+import time
+
+import handwritten
+import jax
+import jax.numpy as jnp
+import optax
+from common import interleaved, ratio, report
+
+import lora_jax as lora
+from lora_jax import models
+
+
+def smollm2_config(layers: int) -> models.LlamaConfig:
+    return models.LlamaConfig.from_hf(
+        {
+            "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+            "num_hidden_layers": layers, "num_attention_heads": 9, "num_key_value_heads": 3,
+            "vocab_size": 49152, "max_position_embeddings": 8192, "rope_theta": 100000.0,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "hidden_act": "silu",
+        }
+    )  # fmt: skip
+
+
+def cross_entropy(logits, tokens):
+    target = jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], axis=-1)
+    return jnp.mean(jax.nn.logsumexp(logits[:, :-1], axis=-1) - target[..., 0])
+
+
+def step_of(loss, tx):
+    """An AdamW step of `loss(trainable, frozen, tokens)`; nothing donated, so it can be repeated."""
+
+    def step(trainable, state, frozen, tokens):
+        value, grads = jax.value_and_grad(loss)(trainable, frozen, tokens)
+        updates, state = tx.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state, value
+
+    return step
+
+
+def compiled(name: str, loss, tx, trainable, frozen, tokens) -> dict:
+    """Compiles a step and says what it is made of."""
+    state = tx.init(trainable)
+    start = time.perf_counter()
+    traced = jax.jit(step_of(loss, tx)).trace(trainable, state, frozen, tokens)
+    traced_at = time.perf_counter()
+    lowered = traced.lower()
+    lowered_at = time.perf_counter()
+    program = lowered.compile()
+    done = time.perf_counter()
+    text = program.as_text()
+    return {
+        "name": name,
+        "run": lambda: program(trainable, state, frozen, tokens),
+        "dots": text.count(" dot(") + text.count("__onednn$matmul") + text.count("ynn_fusion"),
+        "temp_mib": program.memory_analysis().temp_size_in_bytes / 2**20,
+        "adapter_mib": _bytes(trainable) / 2**20,
+        "optimizer_mib": (_bytes(state) - 4) / 2**20,
+        "trace_s": traced_at - start,
+        "lower_s": lowered_at - traced_at,
+        "compile_s": done - lowered_at,
+    }
+
+
+def _bytes(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def variants(model, tokens) -> list[dict]:
+    """The three steps: full fine-tuning, LoRA through `lorafy`, LoRA by hand."""
+    tx = optax.adamw(1e-4)
+
+    def loss(params, tokens):
+        return cross_entropy(model.apply(params, tokens), tokens)
+
+    config = lora.LoraConfig(rank=8, target_modules="all-linear")
+    plan = lora.plan(config, loss, model.params, tokens)
+    lora_params = lora.init(jax.random.key(0), plan, model.params)
+    trainable, frozen = lora.split(lora_params)
+    adapted = lora.lorafy(loss, strict=True)
+
+    def lora_loss(trainable, frozen, tokens):
+        return adapted(lora.combine(trainable, frozen), tokens)
+
+    def hand_loss(adapters, params, tokens):
+        logits = handwritten.logits(adapters, params, tokens, config=model.config, scale=2.0)
+        return cross_entropy(logits, tokens)
+
+    by_hand = handwritten.factors(lora_params)
+    first, second = (
+        jax.jit(lora_loss)(trainable, frozen, tokens),
+        jax.jit(hand_loss)(by_hand, model.params, tokens),
+    )
+    assert abs(float(first) - float(second)) < 1e-4, (first, second)
+    return [
+        compiled("full", lambda p, _, t: loss(p, t), tx, model.params, {}, tokens),
+        compiled("lora_jax", lora_loss, tx, trainable, frozen, tokens),
+        compiled("by hand", hand_loss, tx, by_hand, model.params, tokens),
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=30)
+    options = parser.parse_args()
+    model = models.init(jax.random.key(0), smollm2_config(options.layers))
+    shape = (options.batch, options.length)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, model.config.vocab_size)
+    rows = variants(model, tokens)
+    runs = {row["name"]: row.pop("run") for row in rows}
+    times = interleaved(runs, rounds=options.rounds)
+    for row in rows:
+        row["step_s"] = sorted(times[row["name"]])[options.rounds // 2]
+        row["step / full"] = ratio(times, row["name"], "full")
+        row["step / by hand"] = ratio(times, row["name"], "by hand")
+    by_name = {row["name"]: row for row in rows}
+    for row in rows:
+        row["temp / by hand"] = row["temp_mib"] / by_name["by hand"]["temp_mib"]
+    report("step", __doc__.splitlines()[0], rows, options=vars(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Shardings of adapters: they follow from the weight's, with the rank replicated.
+
+    W  (layers, in, out)   P(None, "data", "model")
+    A  (layers, in, r)     P(None, "data", None)
+    B  (layers, r, out)    P(None, None, "model")
+"""
+
+import dataclasses
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax.array import LoraArray, SavedArray, is_lora
+from lora_jax.transform.explicit import part_spec, spec_of
+
+_PARTS = {"a": "a", "b": "b", "scale": "scale", "m": "gain"}
+
+
+def partition_specs(lora_params, specs):
+    """The `PartitionSpec` of every array of a LoRA tree, from those of the base parameters.
+
+    Args:
+      lora_params: a tree with LoRA leaves (arrays or `ShapeDtypeStruct`s).
+      specs: a tree like the base parameters, with a `PartitionSpec` at each leaf.
+
+    Returns:
+      A tree like `lora_params` with a `PartitionSpec` at each array, for `jax.jit`'s shardings,
+      `shard_map`'s specs, or to restore a checkpoint onto a mesh.
+
+    Example:
+      >>> import jax, lora_jax as lora
+      >>> from jax.sharding import PartitionSpec as P
+      >>> shape = lambda *s: jax.ShapeDtypeStruct(s, "float32")
+      >>> w = lora.LoraArray(shape(8, 6), shape(8, 2), shape(2, 6), shape())
+      >>> lora.partition_specs({"w": w}, {"w": P("data", "model")})["w"].b
+      PartitionSpec(None, 'model')
+    """
+    return jax.tree.map(_leaf_specs, lora_params, specs, is_leaf=is_lora)
+
+
+def _leaf_specs(x, spec: PartitionSpec):
+    if isinstance(x, SavedArray):
+        return SavedArray(spec, spec)
+    if not isinstance(x, LoraArray):
+        return spec
+    parts = {
+        name: None if getattr(x, name) is None else part_spec(spec, x.roles, part)
+        for name, part in _PARTS.items()
+    }
+    return dataclasses.replace(x, w=spec, **parts)
+
+
+def place(x: LoraArray) -> LoraArray:
+    """Puts new factors where the weight is: on its mesh, under the specs that follow from its own.
+
+    A weight on one device, or traced under automatic sharding, leaves the factors as they are.
+    """
+    if isinstance(x.w, jax.core.Tracer):
+        spec = spec_of(x.w)
+        if spec is None or not any(spec):
+            return x
+        return _move(x, PartitionSpec(*spec), jax.sharding.reshard)
+    sharding = getattr(x.w, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
+        return x
+    return _move(
+        x, sharding.spec, lambda y, s: jax.device_put(y, NamedSharding(sharding.mesh, s))
+    )
+
+
+def _move(x: LoraArray, spec: PartitionSpec, put) -> LoraArray:
+    parts = {
+        name: put(getattr(x, name), part_spec(spec, x.roles, part))
+        for name, part in _PARTS.items()
+        if getattr(x, name) is not None
+    }
+    return dataclasses.replace(x, **parts)
