@@ -76,7 +76,7 @@ def planted(params: dict, config: LoraConfig, *, roles: dict | None = None) -> d
         names_here = [n for _, n in peft_slots.modules_of(path, w)]
         last = path.rpartition(".")[2]
         if last in ("kernel", "embedding") and _meant(config, path, names_here):
-            out[path] = _adapter(w, role, config, names_here)
+            out[path] = _adapter(w, role, config, path, names_here)
         elif _trained(config, path, w):
             out[path] = SavedArray(w=w, value=w)
         else:
@@ -90,7 +90,7 @@ def _meant(config: LoraConfig, path: str, names_here: list[str]) -> bool:
         "model.embed_tokens.embedding",
     ):
         return False
-    return any(peft_slots.adapts(config, name) for name in names_here)
+    return any(peft_slots.adapts(config, path, name) for name in names_here)
 
 
 def _trained(config: LoraConfig, path: str, w) -> bool:
@@ -101,8 +101,8 @@ def _trained(config: LoraConfig, path: str, w) -> bool:
     return last == "bias" and config.bias != "none"
 
 
-def _adapter(w, roles: str, config: LoraConfig, names_here: list[str]) -> LoraArray:
-    adapted = [peft_slots.adapts(config, n) for n in names_here]
+def _adapter(w, roles: str, config: LoraConfig, path: str, names_here: list[str]) -> LoraArray:
+    adapted = [peft_slots.adapts(config, path, n) for n in names_here]
     ranks = [matching.rank_of(config, n) * on for n, on in zip(names_here, adapted, strict=True)]
     scales = [
         matching.scale_of(config, max(r, 1), matching.alpha_of(config, n))
@@ -134,6 +134,6 @@ def randomized(lora_params: dict, config: LoraConfig, seed: int = 1) -> dict:
     tensors = {
         slot.key: rng.normal(size=slot.shape).astype(np.float32)
         for slot in peft_slots.slots_of(lora_params, config)
-        if slot.part != "w"
+        if not slot.repeats
     }
     return peft.fill(lora_params, config, tensors)

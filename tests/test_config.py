@@ -151,8 +151,12 @@ def test_peft_fields_survive_import_and_export(fields):
 
 def test_extra_holds_only_what_is_unusual():
     config = LoraConfig(rank=4, target_modules=["q_proj"], dropout=0.1)
-    assert LoraConfig.from_peft(config.to_peft()) == config
-    assert LoraConfig.from_peft(full(revision="v1")).extra == {"revision": "v1"}
+    read = LoraConfig.from_peft(config.to_peft())
+    # Even none is kept of the task type, so that saving again does not fill it in.
+    assert read == dataclasses.replace(config, extra={"task_type": None})
+    assert LoraConfig.from_peft({"peft_type": "LORA", "target_modules": ["q"]}).extra == {}
+    some = LoraConfig.from_peft(full(revision="v1", task_type="SEQ_CLS"))
+    assert some.extra == {"revision": "v1", "task_type": "SEQ_CLS"}
 
 
 def test_absent_fields_take_pefts_defaults():
@@ -184,7 +188,6 @@ def test_default_targets_by_family():
 ON = {
     "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 3},
-    "ensure_weight_tying": True,
     "kasa_config": {"beta": 1e-4},
     "layer_replication": [[0, 2], [1, 3]],
     "lora_bias": True,

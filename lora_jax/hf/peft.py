@@ -23,6 +23,7 @@ from lora_jax.array import LoraArray, SavedArray
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.hf import peft_files
 from lora_jax.hf.peft_slots import (
+    TYING,
     Slot,
     adapted_names,
     adapts,
@@ -31,6 +32,7 @@ from lora_jax.hf.peft_slots import (
     modules_of,
     read_slot,
     slots_of,
+    tied_tables,
     write_slot,
 )
 from lora_jax.paths import spell
@@ -101,7 +103,9 @@ def load_peft(
     import lora_jax as lora
 
     config, tensors = read_peft(directory, model_type=model_type)
-    plan = lora.plan(_buildable(config, directory), fn, params, *args, **kwargs)
+    buildable = _without_excluded(_buildable(config, directory), params)
+    plan = lora.plan(buildable, fn, params, *args, **kwargs)
+    _check_tying(config, plan, directory)
     # The key is of no consequence: every factor drawn with it is replaced.
     blank = lora.init(jax.random.key(0), plan, params)
     return fill(blank, config, tensors, source=str(directory)), config
@@ -118,6 +122,35 @@ def _buildable(config: LoraConfig, directory) -> LoraConfig:
         "weights in a way that cannot be repeated; save it in PEFT with "
         "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
     )
+
+
+def _without_excluded(config: LoraConfig, params) -> LoraConfig:
+    """The config without targets that mean excluded modules only.
+
+    PEFT writes those for "all-linear" with exclude_modules or modules_to_save; a plan takes them
+    for a mistake.
+    """
+    if isinstance(config.target_modules, str):
+        return config
+    every = [name for path, leaf in leaves_of(params).items() for _, name in modules_of(path, leaf)]
+    kept = []
+    for entry in config.target_modules:
+        meant = [name for name in every if matching.ends_with(name, entry)]
+        if not meant or not all(matching.is_excluded(config, name) for name in meant):
+            kept.append(entry)
+    return dataclasses.replace(config, target_modules=kept or config.target_modules)
+
+
+def _check_tying(config: LoraConfig, plan, directory) -> None:
+    """A table that is also the head: PEFT changes both only where the config ties them."""
+    for leaf in (*plan.adapted, *plan.saved):
+        if leaf.lookup and any(use.kind == "contract" for use in leaf.uses):
+            if not config.extra.get(TYING):
+                raise ValueError(
+                    f"{directory}: the adapter changes `{leaf.path}` as an embedding only, but "
+                    "this model uses it as the output head too; train it in PEFT with "
+                    f"{TYING}=True, or load a model whose head is not tied"
+                )
 
 
 def fill(
@@ -146,9 +179,11 @@ def fill(
         if not isinstance(leaf, LoraArray | SavedArray):
             return leaf
         here = by_path.get(spell(key_path), [])
-        _check_base(leaf, here, tensors, source)
         parts = ("value",) if isinstance(leaf, SavedArray) else ("a", "b", "m")
-        return dataclasses.replace(leaf, **{p: _filled(leaf, p, here, tensors) for p in parts})
+        filled = {p: _filled(leaf, p, here, tensors) for p in parts}
+        leaf = dataclasses.replace(leaf, **filled)
+        _check_repeats(leaf, here, tensors, source)
+        return leaf
 
     return jax.tree_util.tree_map_with_path(
         put, lora_params, is_leaf=lambda x: isinstance(x, LoraArray | SavedArray)
@@ -163,7 +198,7 @@ def _filled(leaf, part: str, slots: list[Slot], tensors: Mapping[str, np.ndarray
     # Where no tensor belongs there is no adapter: zeros, but the base's own magnitude or value.
     new = np.zeros(old.shape, old.dtype) if part in "ab" else np.array(old)
     for slot in slots:
-        if slot.part == part:
+        if slot.part == part and not slot.repeats:
             write_slot(new, slot, tensors[slot.key].astype(new.dtype))
     sharding = getattr(old, "sharding", None)
     if isinstance(sharding, jax.sharding.NamedSharding):
@@ -171,16 +206,25 @@ def _filled(leaf, part: str, slots: list[Slot], tensors: Mapping[str, np.ndarray
     return jnp.asarray(new)
 
 
-def _check_base(leaf, slots: list[Slot], tensors: Mapping[str, np.ndarray], source: str) -> None:
-    for slot in slots:
-        if slot.part != "w" or slot.key not in tensors:
+def _check_repeats(leaf, slots: list[Slot], tensors: Mapping[str, np.ndarray], source: str) -> None:
+    """What the file says twice, or repeats from the base, is the same."""
+    repeats = [slot for slot in slots if slot.repeats and slot.key in tensors]
+    if not repeats:
+        return
+    host = _on_host(leaf, repeats)
+    for slot in repeats:
+        ours = read_slot(host, slot)
+        if np.array_equal(ours, tensors[slot.key].astype(ours.dtype)):
             continue
-        ours = read_slot(dataclasses.replace(leaf, w=np.asarray(leaf.w)), slot)
-        if not np.array_equal(ours, tensors[slot.key].astype(ours.dtype)):
+        if slot.part == "w":
             raise ValueError(
                 f"{source}: `{slot.key}` is not this model's base weight; the adapter was made on "
                 "another model, or on one whose vocabulary was resized: load that one"
             )
+        raise ValueError(
+            f"{source}: `{slot.key}` differs from the embedding's, though {TYING} is true and the "
+            "model ties head and embedding; tie them in PEFT and save again"
+        )
 
 
 def save_peft(
@@ -213,12 +257,16 @@ def save_peft(
     """
     if target not in TARGETS:
         raise ValueError(f'target must be one of "peft", "vllm", got {target!r}')
+    task_type = config.extra.get("task_type", task_type)
+    if task_type == "CAUSAL_LM" and tied_tables(lora_params):
+        # Our table is one leaf, so its change is the head's too.
+        config = dataclasses.replace(config, extra={**config.extra, TYING: True})
     fields, tensors = to_peft(lora_params, config)
     if target == "vllm":
         from lora_jax.hf.peft_vllm import for_vllm
 
         fields, tensors = for_vllm(fields, tensors, config)
-    fields["task_type"] = config.extra.get("task_type", task_type)
+    fields["task_type"] = task_type
     if base_model_name is not None:
         fields["base_model_name_or_path"] = base_model_name
     peft_files.write_directory(directory, fields, tensors)
@@ -247,7 +295,11 @@ def to_peft(lora_params, config: LoraConfig) -> tuple[dict[str, Any], dict[str, 
     for name, value in tensors.items():
         peft_files.check_tensor(name, value, "lora_params")
     fields = config.to_peft()
-    if config.target_modules == ALL_LINEAR:
+    adapted = adapted_names(lora_params, config)
+    if config.target_modules == ALL_LINEAR or not all(
+        matching.is_target(config, name) for name in adapted
+    ):
+        # Names that mean in PEFT, which knows no stacked paths, what they mean here.
         fields["target_modules"] = named_targets(lora_params, config)
     return fields, tensors
 
@@ -298,7 +350,7 @@ def _check_agreement(path: str, leaf, config: LoraConfig, slots: list[Slot]) -> 
             "use the config the adapter was made with"
         )
     for index, name in modules_of(path, leaf):
-        rank = matching.rank_of(config, name) if adapts(config, name) else 0
+        rank = matching.rank_of(config, name) if adapts(config, path, name) else 0
         if np.any(leaf.a[index][..., rank:]) and np.any(leaf.b[index][rank:]):
             raise ValueError(
                 f"leaf `{path}`: `{name}` has an adapter beyond rank {rank}, which the config "

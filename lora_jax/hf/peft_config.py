@@ -29,12 +29,14 @@ MAPPED = {
 }
 
 # What PEFT writes for a field that changes no numbers of a finished adapter. fan_in_fan_out says
-# how the base stores its weight; A and B are stored alike either way. The *_config fields only
-# steer an initialisation or a layout over devices.
+# how the base stores its weight; A and B are stored alike either way. ensure_weight_tying is
+# checked against the model when an adapter is loaded or saved. The *_config fields only steer an
+# initialisation or a layout over devices.
 CARRIED = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
     "corda_config": None,
+    "ensure_weight_tying": False,
     "eva_config": None,
     "fan_in_fan_out": False,
     "inference_mode": True,  # PEFT itself writes true, whatever the config said
@@ -53,7 +55,6 @@ CARRIED = {
 REFUSED = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
-    "ensure_weight_tying": False,
     "kasa_config": None,
     "layer_replication": None,
     "lora_bias": False,
@@ -96,6 +97,10 @@ DEFAULT_TARGETS = {
 }
 
 
+# Unlike any value of JSON.
+_NONE = object()
+
+
 def config_from_peft(fields: Mapping[str, Any], *, model_type: str | None = None) -> LoraConfig:
     """Translates PEFT's JSON object; see `LoraConfig.from_peft`."""
     _check_fields(fields)
@@ -108,7 +113,7 @@ def config_from_peft(fields: Mapping[str, Any], *, model_type: str | None = None
     extra = {
         name: value
         for name, value in fields.items()
-        if name not in MAPPED and not (name in usual and value == usual[name])
+        if name not in MAPPED and (name == "task_type" or usual.get(name, _NONE) != value)
     }
     try:
         return LoraConfig(**ours, extra=extra)

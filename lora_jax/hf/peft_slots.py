@@ -23,6 +23,10 @@ PREFIX = "base_model.model."
 
 # Modules whose whole base weight PEFT adds to the file when target_modules names them.
 EMBEDDING_MODULES = ("embed_tokens", "lm_head")
+HEAD = "lm_head"
+
+# PEFT's field that makes it adapt a tied head and embedding alike.
+TYING = "ensure_weight_tying"
 
 # PEFT's suffix for each part of an adapter, of a linear layer and of an embedding.
 _SUFFIX = {
@@ -43,7 +47,10 @@ class Slot(NamedTuple):
         frozen base weight that PEFT repeats in the file.
       index: position along the leaf's stack dims.
       rank: rank of this layer's adapter, at most the leaf's (0 where no adapter is meant).
-      axes: `ours = theirs.transpose(axes)` for a "value" or "w"; None leaves the order.
+      axes: `ours = theirs.transpose(axes)`; None leaves the order of a "value" or "w", and
+        exchanges the dimensions of an "a" or "b".
+      repeats: the file says again what stands elsewhere: the base's weight, or the tied head's
+        copy of the embedding's adapter. Such a tensor is compared, not read.
     """
 
     key: str
@@ -53,6 +60,7 @@ class Slot(NamedTuple):
     index: tuple[int, ...] = ()
     rank: int = 0
     axes: tuple[int, ...] | None = None
+    repeats: bool = False
 
 
 def leaves_of(lora_params) -> dict[str, Any]:
@@ -104,11 +112,21 @@ def _named(module: str, index: tuple[int, ...], sizes: tuple[int, ...], path: st
     )
 
 
-def adapts(config: LoraConfig, name: str) -> bool:
-    """Whether a config means a module; with "all-linear", any that is not excluded."""
+def adapts(config: LoraConfig, path: str, name: str) -> bool:
+    """Whether a config means a layer of a leaf; with "all-linear", any that is not excluded.
+
+    As in `lora_jax.plan`, a module also goes by its parameter's name and, where no layers are
+    chosen, by its path without numbers.
+    """
+    bare = _bare(path)
+    spelled = [name, f"{name}.{bare.rpartition('.')[2]}"]
+    if any(matching.is_excluded(config, n) for n in spelled):
+        return False
     if config.target_modules == ALL_LINEAR:
-        return not matching.is_excluded(config, name)
-    return matching.is_target(config, name)
+        return True
+    if config.layers_to_transform is None:
+        spelled += [path, module_of(path), bare, module_of(bare)]
+    return any(matching.is_target(config, n) for n in spelled)
 
 
 def adapted_names(lora_params, config: LoraConfig) -> list[str]:
@@ -118,7 +136,19 @@ def adapted_names(lora_params, config: LoraConfig) -> list[str]:
         for path, leaf in leaves_of(lora_params).items()
         if isinstance(leaf, LoraArray)
         for _, name in modules_of(path, leaf)
-        if adapts(config, name)
+        if adapts(config, path, name)
+    ]
+
+
+def tied_tables(lora_params) -> list[str]:
+    """Paths of trained embedding tables that are the output head as well: no head of its own."""
+    leaves = leaves_of(lora_params)
+    if any(module_of(path).rpartition(".")[2] == HEAD for path in leaves):
+        return []
+    return [
+        path
+        for path, leaf in leaves.items()
+        if is_embedding(path) and isinstance(leaf, LoraArray | SavedArray)
     ]
 
 
@@ -130,18 +160,22 @@ def slots_of(lora_params, config: LoraConfig) -> list[Slot]:
       config: the config it was made with.
 
     Returns:
-      The slots in the tree's order. Those of part "w" may be absent from a file.
+      The slots in the tree's order. Those of part "w" may be absent from a file. Where the config
+      ties head and embedding (`ensure_weight_tying`), a tied table's slots are there for both.
 
     Raises:
       ValueError: a leaf cannot be named, or its rank disagrees with the config.
     """
     adapted = set(adapted_names(lora_params, config))
+    tied = tied_tables(lora_params) if config.extra.get(TYING) else []
     slots = []
     for path, leaf in leaves_of(lora_params).items():
         if isinstance(leaf, LoraArray):
             slots += _lora_slots(path, leaf, config)
         elif isinstance(leaf, SavedArray):
             slots += _saved_slots(path, leaf, config, adapted)
+        if path in tied:
+            slots += _head_slots(path, leaf, [s for s in slots if s.path == path])
     return slots
 
 
@@ -150,7 +184,7 @@ def _lora_slots(path: str, leaf: LoraArray, config: LoraConfig) -> Iterator[Slot
     fan_out = int(np.prod([leaf.shape[d] for d in out_dims(leaf.roles)], dtype=int))
     embedding = is_embedding(path)
     for index, name in modules_of(path, leaf):
-        if not adapts(config, name):
+        if not adapts(config, path, name):
             continue
         rank = matching.rank_of(config, name)
         if rank > leaf.rank:
@@ -183,7 +217,28 @@ def _repeats_base(config: LoraConfig, name: str) -> bool:
 def _base_slot(path: str, leaf: LoraArray, name: str, index: tuple[int, ...]) -> Slot:
     tensor = names.tensor_of(_bare(path), index)
     shape = _theirs(leaf.shape[len(index) :], tensor.axes, path)
-    return Slot(f"{PREFIX}{name}.base_layer.weight", shape, path, "w", index, 0, tensor.axes)
+    key = f"{PREFIX}{name}.base_layer.weight"
+    return Slot(key, shape, path, "w", index, 0, tensor.axes, repeats=True)
+
+
+def _head_slots(path: str, leaf, table: list[Slot]) -> Iterator[Slot]:
+    """The slots of a tied head: PEFT writes `lora_A = lora_embedding_Bᵀ` and the reverse.
+
+    table  W + s·a·b  (V, D)      head  W + s·(B·A)  (V, D),  B = a,  A = b
+    """
+    if isinstance(leaf, LoraArray) and leaf.m is not None:
+        raise ValueError(
+            f"leaf `{path}` is head and embedding in one, and PEFT's DoRA keeps a magnitude for "
+            "each; exclude the embedding, or leave DoRA out"
+        )
+    for slot in table:
+        shape, axes = slot.shape, slot.axes
+        if slot.part in ("a", "b"):
+            name, shape, axes = _SUFFIX["b" if slot.part == "a" else "a"][0], shape[::-1], (0, 1)
+        else:
+            name = slot.key.rpartition(f"{module_of(_bare(path))}.")[2]
+        key = f"{PREFIX}{HEAD}.{name}"
+        yield slot._replace(key=key, shape=shape, axes=axes, repeats=True)
 
 
 def _saved_slots(
@@ -223,16 +278,14 @@ def read_slot(leaf, slot: Slot) -> np.ndarray:
     Returns:
       An array of `slot.shape`, contiguous.
     """
-    block = getattr(leaf, slot.part)
-    if slot.part == "a":
-        matrix = block[slot.index].reshape(-1, leaf.rank)[:, : slot.rank].T
-    elif slot.part == "b":
-        matrix = block[slot.index].reshape(leaf.rank, -1)[: slot.rank].T
-    elif slot.axes is None:
-        matrix = block[slot.index].reshape(slot.shape)
-    else:
-        matrix = block[slot.index].transpose(np.argsort(slot.axes))
-    return np.ascontiguousarray(matrix)
+    block = getattr(leaf, slot.part)[slot.index]
+    if slot.part in ("a", "b"):
+        flat = block.reshape(*((-1, leaf.rank) if slot.part == "a" else (leaf.rank, -1)))
+        matrix = flat[:, : slot.rank] if slot.part == "a" else flat[: slot.rank]
+        return np.ascontiguousarray(matrix if slot.axes else matrix.T)
+    if slot.axes is None:
+        return np.ascontiguousarray(block.reshape(slot.shape))
+    return np.ascontiguousarray(block.transpose(np.argsort(slot.axes)))
 
 
 def write_slot(part: np.ndarray, slot: Slot, tensor: np.ndarray) -> None:
