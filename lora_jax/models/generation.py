@@ -57,7 +57,7 @@ def generate(
     _check(model, prompts, max_new_tokens, temperature, top_p, key)
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
-    tokens, mask = _left_padded(prompts, model.config.vocab_size)
+    tokens, mask = _left_padded(prompts)
     stops = np.full(_bucket(len(stop_tokens), _SMALLEST_STOPS), _NO_TOKEN, np.int32)
     stops[: len(stop_tokens)] = stop_tokens
     out = _generate(
@@ -99,8 +99,7 @@ def _check(model, prompts, max_new_tokens, temperature, top_p, key) -> None:
             )
 
 
-def _left_padded(prompts, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    del vocabulary
+def _left_padded(prompts) -> tuple[np.ndarray, np.ndarray]:
     width = _bucket(max(len(p) for p in prompts), _SMALLEST_PROMPT)
     tokens = np.zeros((len(prompts), width), np.int32)
     mask = np.zeros(tokens.shape, bool)

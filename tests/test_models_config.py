@@ -1,0 +1,166 @@
+"""Configurations: from config.json and back, and every field that is refused."""
+
+import dataclasses
+
+import pytest
+
+from lora_jax.models import LlamaConfig
+from lora_jax.models.rope import RopeScaling
+
+RAW = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+# What a real config.json of SmolLM2 says beside its sizes.
+REAL = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 0],
+    "hidden_act": "silu",
+    "initializer_range": 0.041666666666666664,
+    "is_llama_config": True,
+    "mlp_bias": False,
+    "num_key_value_heads": 2,
+    "pad_token_id": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def read(**fields):
+    return LlamaConfig.from_hf({**RAW, **fields})
+
+
+def test_defaults_are_transformers():
+    config = read()
+    assert config.num_key_value_heads == 4 and config.head_dim == 8
+    assert config.rope_theta == 10000.0 and config.rms_norm_eps == 1e-6
+    assert not config.tie_word_embeddings and config.eos_token_ids == ()
+
+
+def test_a_real_config():
+    config = read(**REAL)
+    assert config.num_key_value_heads == 2 and config.rope_theta == 100000.0
+    assert config.tie_word_embeddings and config.eos_token_ids == (2, 0)
+    assert hash(config) == hash(read(**REAL))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        REAL,
+        {"attention_bias": True, "mlp_bias": True, "eos_token_id": 5},
+        {"rope_scaling": LLAMA3},
+        {"head_dim": 16, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    ],
+)
+def test_to_hf_and_back(fields):
+    config = read(**fields)
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+
+
+def test_old_and_new_ways_to_state_rope_are_one():
+    old = read(rope_theta=500.0, rope_scaling={**LLAMA3, "type": "llama3"})
+    new = read(rope_parameters={**LLAMA3, "rope_theta": 500.0, "partial_rotary_factor": 1.0})
+    oldest = read(rope_scaling={"type": "linear", "factor": 2.0})
+    assert old == new and old.rope_scaling.original_max_position_embeddings == 16
+    assert oldest.rope_scaling == RopeScaling(rope_type="linear", factor=2.0)
+    assert read(rope_parameters={"rope_type": "default", "rope_theta": 7.0}).rope_theta == 7.0
+
+
+def test_the_context_is_stretched_where_scaling_stretches_it():
+    assert read().context == 64
+    assert read(rope_scaling={"rope_type": "dynamic", "factor": 2.0}).context == 128
+    assert read(rope_scaling=LLAMA3).context == 64
+
+
+REFUSED = {
+    "another family": ({"model_type": "mamba"}, "model_type `mamba` is not one of llama"),
+    "no family": ({"model_type": None}, "model_type `None` is not one of"),
+    "an unknown field": (
+        {"residual_multiplier": 2.0},
+        "field `residual_multiplier` = 2.0 is not known for model_type `llama` and may change",
+    ),
+    "another activation": ({"hidden_act": "gelu"}, "`hidden_act` `gelu` is not supported"),
+    "dropout": ({"attention_dropout": 0.1}, "`attention_dropout` = 0.1 is not supported"),
+    "partial rotation": ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor` = 0.5 is not"),
+    "interleaved": ({"rope_interleaved": True}, "`rope_interleaved` = True is not supported"),
+    "quantized": (
+        {"quantization_config": {"quant_method": "gptq"}},
+        "the weights are quantized .*method `gptq`",
+    ),
+    "a size missing": ({"hidden_size": None}, "config.json lacks `hidden_size`"),
+    "no blocks": ({"num_hidden_layers": 0}, "`num_hidden_layers` must be a whole number above 0"),
+    "half a head": (
+        {"hidden_size": 32.5},
+        "`hidden_size` must be a whole number above 0, got 32.5",
+    ),
+    "uneven groups": (
+        {"num_key_value_heads": 3},
+        r"`num_attention_heads` \(4\) is not a multiple of `num_key_value_heads` \(3\)",
+    ),
+    "odd heads": ({"head_dim": 7}, "`head_dim` must be even for RoPE, got 7"),
+    "unknown rope": (
+        {"rope_scaling": {"rope_type": "su", "factor": 2.0}},
+        "rope_type `su` is not one of default, linear, dynamic, llama3, yarn",
+    ),
+    "rope lacks": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+        r"of type `llama3`: missing \['low_freq_factor', 'high_freq_factor'\]",
+    ),
+    "rope has more": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}},
+        r"of type `linear`: missing nothing, not understood \['beta'\]",
+    ),
+    "rope shrinks": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 0.5}},
+        "`factor` must be at least 1, got 0.5",
+    ),
+    "rope no number": (
+        {"rope_scaling": {"rope_type": "linear", "factor": "two"}},
+        "`factor` must be a number, got 'two'",
+    ),
+    "rope edges": (
+        {"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}},
+        "`low_freq_factor` must be below `high_freq_factor`",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    fields, text = REFUSED[case]
+    with pytest.raises(ValueError, match=text) as error:
+        read(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_is_frozen_and_checked_when_made():
+    config = read()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.vocab_size = 3
+    with pytest.raises(ValueError, match="`vocab_size` must be a whole number"):
+        dataclasses.replace(config, vocab_size=-1)

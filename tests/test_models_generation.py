@@ -1,0 +1,214 @@
+"""The cache and generation: against runs without a cache, on a small random model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import models
+
+CONFIG = models.LlamaConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    initializer_range=0.3,
+)
+PROMPTS = [[5, 9, 11, 3, 7], [8], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.init(jax.random.key(0), CONFIG)
+
+
+def without_cache(model, prompt, count):
+    """Greedy tokens by running the whole text again for each."""
+    text = list(prompt)
+    apply = jax.jit(model.apply)
+    for _ in range(count):
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(text)] = text
+        text.append(int(apply(model.params, padded)[0, len(text) - 1].argmax()))
+    return text[len(prompt) :]
+
+
+def generate(model, prompts=PROMPTS, count=12, **options):
+    return models.generate(model, model.params, prompts, max_new_tokens=count, **options)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("chunks", [(9,), (4, 5), (1,) * 9])
+def test_a_cached_run_equals_a_whole_one(model, scan, chunks):
+    config = CONFIG
+    model = models.init(jax.random.key(0), config, scan=scan)
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 61)
+    mask = jnp.arange(9) >= jnp.array([[0], [3]])
+    whole = np.asarray(jax.jit(model.apply)(model.params, tokens, mask=mask))
+    cache, at, parts = model.init_cache(2, 11), 0, []
+    apply = jax.jit(model.apply)
+    for size in chunks:
+        here = slice(at, at + size)
+        out, cache = apply(model.params, tokens[:, here], mask=mask[:, here], cache=cache)
+        parts.append(np.asarray(out))
+        at += size
+    real = np.asarray(mask)
+    assert int(cache.length) == 9
+    np.testing.assert_array_equal(cache.valid[:, :9], real)
+    np.testing.assert_allclose(np.concatenate(parts, 1)[real], whole[real], atol=1e-5)
+
+
+def test_greedy_equals_a_run_without_a_cache(model):
+    got = generate(model)
+    assert got == [without_cache(model, p, 12) for p in PROMPTS]
+    assert got[1] == generate(model, [PROMPTS[1]])[0]  # alone as in company
+
+
+def test_hidden_states_and_head_are_the_logits(model):
+    tokens = jnp.arange(6)[None]
+    hidden = model.apply(model.params, tokens, return_hidden=True)
+    assert hidden.shape == (1, 6, 32)
+    logits = model.apply(model.params, tokens)
+    np.testing.assert_array_equal(model.head(model.params, hidden), logits)
+    hidden, cache = model.apply(
+        model.params, tokens, return_hidden=True, cache=model.init_cache(1, 6)
+    )
+    np.testing.assert_allclose(model.head(model.params, hidden), logits, atol=1e-5)
+
+
+def test_a_row_ends_before_its_first_stop_token(model):
+    free = generate(model)
+    stop = free[0][4]
+    want = [row[: row.index(stop)] if stop in row else row for row in free]
+    assert generate(model, stop_tokens=(60, stop)) == want
+    assert generate(model, stop_tokens=range(61)) == [[], [], []]
+
+
+def test_sampling_depends_on_key_and_row_only(model):
+    options = dict(temperature=1.0, top_p=0.9)
+    a = generate(model, key=jax.random.key(1), **options)
+    assert a == generate(model, key=jax.random.key(1), **options)
+    assert a != generate(model, key=jax.random.key(2), **options)
+    assert a[:1] == generate(model, PROMPTS[:1], key=jax.random.key(1), **options)
+    # A small temperature and a small nucleus leave the likeliest token only.
+    greedy = generate(model)
+    assert generate(model, key=jax.random.key(1), temperature=1e-6) == greedy
+    assert generate(model, key=jax.random.key(1), temperature=1.0, top_p=1e-6) == greedy
+
+
+def test_samples_follow_the_models_distribution(model):
+    # 4000 rows of one token each against softmax(logits / T) cut to the nucleus, renormalized.
+    rows, temperature, top_p = 4000, 1.5, 0.8
+    got = generate(
+        model, [[5, 9]] * rows, 1, temperature=temperature, top_p=top_p, key=jax.random.key(0)
+    )
+    counts = np.bincount(np.array(got)[:, 0], minlength=61) / rows
+    logits = np.asarray(model.apply(model.params, jnp.array([[5, 9]])))[0, -1]
+    chances = np.exp(logits / temperature - (logits / temperature).max())
+    chances /= chances.sum()
+    order = np.argsort(-chances)
+    keep = order[: np.searchsorted(np.cumsum(chances[order]), top_p) + 1]
+    want = np.zeros(61)
+    want[keep] = chances[keep] / chances[keep].sum()
+    assert set(np.flatnonzero(counts)) <= set(keep)
+    # Five standard deviations of a frequency over 4000 draws.
+    assert np.abs(counts - want).max() < 5 * np.sqrt(0.25 / rows)
+
+
+def compilations(run):
+    from jax import monitoring
+
+    seen = []
+
+    def note(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration)
+
+    monitoring.register_event_duration_secs_listener(note)
+    try:
+        run()
+    finally:
+        monitoring.unregister_event_duration_listener(note)
+    return len(seen)
+
+
+def test_a_second_call_in_the_same_buckets_compiles_nothing(model):
+    def first():
+        generate(model, [[1], [2, 3]], 9, temperature=0.5, key=jax.random.key(3))
+
+    def second():
+        generate(
+            model,
+            [[4] * 16, [5, 6]],
+            16,
+            temperature=0.9,
+            top_p=0.5,
+            stop_tokens=(1, 2, 3),
+            key=jax.random.key(4),
+        )
+
+    first()
+    assert compilations(second) == 0
+    # Nor does another model of the same shape.
+    other = models.init(jax.random.key(9), CONFIG)
+    assert (
+        compilations(
+            lambda: generate(other, [[1], [2, 3]], 5, temperature=1.0, key=jax.random.key(0))
+        )
+        <= 1
+    )
+
+
+@pytest.mark.parametrize(
+    "prompts, options, text",
+    [
+        ([[1], []], {}, "prompt 1 is empty: give at least one token"),
+        ([[1], [61]], {}, "prompt 1 has a token outside the vocabulary of 61"),
+        ([[-1]], {}, "prompt 0 has a token outside the vocabulary"),
+        ([[1] * 60], {}, "has 60 tokens; with 12 new ones that is more than the model's context"),
+        ([[1]], {"temperature": 1.0}, "`key` is needed to sample"),
+        ([[1]], {"temperature": -1.0}, "`temperature` must be at least 0 and `top_p` in"),
+        ([[1]], {"top_p": 0.0}, r"`top_p` in \(0, 1\], got 0.0, 0.0"),
+        ([[1]], {"count": -1}, "`max_new_tokens` must be at least 0"),
+    ],
+)
+def test_refused(model, prompts, options, text):
+    with pytest.raises(ValueError, match=text):
+        generate(model, prompts, **options)
+
+
+def test_nothing_to_do(model):
+    assert generate(model, []) == []
+    assert generate(model, [[1], [2]], 0) == [[], []]
+
+
+def test_remat_and_its_policies_change_no_number(model):
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 61)
+
+    def loss(params, apply):
+        return apply(params, tokens).std()
+
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    plain = grad(model.params, model.apply)
+    for remat in (True, "dots_with_no_batch_dims_saveable"):
+        other = models.init(jax.random.key(0), CONFIG, remat=remat)
+        grads = grad(other.params, other.apply)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, grads)
+        assert "remat" in str(jax.make_jaxpr(lambda p, f=other.apply: f(p, tokens))(other.params))
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"dtype": "int8"}, "`dtype` must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"param_dtype": "f32"}, "`param_dtype` must be one of"),
+        ({"remat": "everything"}, "`jax.checkpoint_policies` has no policy `everything`"),
+    ],
+)
+def test_options_that_do_not_exist(options, text):
+    with pytest.raises(ValueError, match=text):
+        models.init(jax.random.key(0), CONFIG, **options)
