@@ -66,6 +66,7 @@ def answer(
     if tokenizer is None:
         raise ValueError("this model came without a tokenizer, so it cannot read text")
     prompts = [_tokens(tokenizer, question) for question in questions]
+    stops = sorted({*model.config.eos_token_ids, tokenizer.eos_id} - {None})
     key = jax.random.key(config.seed)
     answers = []
     for start in range(0, len(prompts), config.batch_size):
@@ -76,17 +77,13 @@ def answer(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
-            stop_tokens=(tokenizer.eos_id,),
+            stop_tokens=stops,
             key=jax.random.fold_in(key, start),
         )
-    return [_text(tokenizer, tokens) for tokens in answers]
+    return [tokenizer.decode(tokens) for tokens in answers]
 
 
 def _tokens(tokenizer, question: Messages | str) -> list[int]:
     if isinstance(question, str):
         return list(tokenizer.encode(question))
     return list(tokenizer.apply_chat_template(question, add_generation_prompt=True))
-
-
-def _text(tokenizer, tokens: Sequence[int]) -> str:
-    return tokenizer.decode([t for t in tokens if t != tokenizer.eos_id])

@@ -89,7 +89,7 @@ def _examples(model, path: Path | None, job: FinetuneConfig) -> list | None:
 
     if path is None:
         return None
-    length = job.max_length or model.config.max_position_embeddings
+    length = job.max_length or model.config.context
     return train.load_examples(path, model.tokenizer, max_length=length, too_long=job.too_long)
 
 
@@ -145,6 +145,29 @@ def export_checkpoint(source: str, checkpoint: Path, output: Path) -> None:
     model = load_model(source)
     params, config = checkpoints.restore(checkpoint, model.apply, model.params, _TOKENS)
     hf.save_peft(output, params, config, base_model_name=hub_name(source))
+
+
+def merge_adapter(source: str, adapter: Path, output: Path, *, dtype: str = "float32") -> None:
+    """Adds an adapter into its model and writes the model as a Hugging Face directory.
+
+    Args:
+      source: the model, as for `load_model`.
+      adapter: a PEFT directory.
+      output: the directory to write; nothing may be there yet.
+      dtype: of the weights that are written.
+
+    Raises:
+      FileExistsError: there is something at `output`.
+      ValueError: the adapter is for another model, or the sum is not finite.
+    """
+    import lora_jax as lora
+    from lora_jax.hf.save_model import save_model
+
+    if Path(output).exists():
+        raise FileExistsError(f"{output}: there is something already; give another directory")
+    model = load_model(source)
+    params, _ = load_adapter(model, adapter)
+    save_model(output, model, lora.merge(params), dtype=dtype)
 
 
 # Roles are inferred from a trace with any tokens.

@@ -11,8 +11,8 @@ from lora_jax.config import LoraConfig
 from lora_jax.demo import files, task
 from lora_jax.train.config import TrainConfig
 
-# The right answers have at most 40 tokens.
-_ANSWERS = AnswerConfig(max_new_tokens=48, batch_size=24)
+# The right answers have at most 27 tokens.
+_ANSWERS = AnswerConfig(max_new_tokens=32, batch_size=24)
 _MAX_LENGTH = 256
 
 

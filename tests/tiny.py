@@ -1,0 +1,66 @@
+"""A Hugging Face directory of a model small enough to train in a moment, with a tokenizer."""
+
+from pathlib import Path
+
+import jax
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as token_models
+
+from lora_jax import models
+from lora_jax.demo import task
+from lora_jax.hf.save_model import save_model
+from lora_jax.hf.tokenizer import Tokenizer as OurTokenizer
+
+SPECIAL = ("<|im_start|>", "<|im_end|>")
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer(size: int = 320) -> OurTokenizer:
+    """A byte-level BPE that knows the demo's sentences."""
+    backend = Tokenizer(token_models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[AddedToken(text, special=True) for text in SPECIAL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    examples, _ = task.make_examples(0, train=200, test=1)
+    backend.train_from_iterator([e.text + task.canonical(e.booking) for e in examples], trainer)
+    return OurTokenizer(
+        backend=backend,
+        special={"eos_token": SPECIAL[1], "pad_token": SPECIAL[1]},
+        chat_template=TEMPLATE,
+    )
+
+
+def tiny_model(*, tied: bool = True) -> models.Model:
+    """A random decoder with that tokenizer."""
+    tokenizer = tiny_tokenizer()
+    config = models.LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        eos_token_ids=(tokenizer.eos_id,),
+        pad_token_id=tokenizer.pad_id,
+        initializer_range=0.2,
+    )
+    fresh = models.init(jax.random.key(0), config)
+    return models.Model(fresh.forward, fresh.params, tokenizer)
+
+
+def write_tiny(directory: Path, *, tied: bool = True) -> Path:
+    """Writes it."""
+    model = tiny_model(tied=tied)
+    save_model(directory, model, model.params)
+    return directory
