@@ -37,7 +37,7 @@ def cross_entropy(logits, tokens):
 
 
 def step_of(loss, tx):
-    """An AdamW step of `loss(trainable, frozen, tokens)`; nothing donated, so it can be repeated."""
+    """An AdamW step of `loss(trainable, frozen, tokens)`; repeatable: nothing is donated."""
 
     def step(trainable, state, frozen, tokens):
         value, grads = jax.value_and_grad(loss)(trainable, frozen, tokens)

@@ -31,7 +31,7 @@ from lora_jax.tree import trainable_mask as trainable_mask
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("checkpoint", "cli", "hf", "models", "train")
+_SUBPACKAGES = ("checkpoint", "cli", "hf", "linen", "models", "nnx", "train")
 
 
 def __getattr__(name: str):

@@ -71,19 +71,27 @@ def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w):
 
     own = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()) & 0x7FFFFFFF)
     w, a, b = METHODS[plan.config.init.partition("_niter_")[0]](own, plan.config, leaf, w)
-    adapted = LoraArray(
-        w=w,
-        a=a,
-        b=b,
-        scale=jnp.asarray(stack_values(leaf, leaf.scales), jnp.float32),
-        roles=leaf.roles,
-        dropout=float(plan.config.dropout),
-    )
+    adapted = leaf_of(plan, leaf, w, a=a, b=b)
     if plan.config.use_dora:
         from lora_jax.methods import dora
 
         adapted = dataclasses.replace(adapted, m=dora.magnitude(adapted))
     return place(adapted)
+
+
+def leaf_of(plan: Plan, leaf: LeafPlan, w, **trained) -> LoraArray | SavedArray:
+    """A planned leaf from its base weight and its trained arrays (`a`, `b`, `m`, or `value`)."""
+    if leaf.kind == "saved":
+        return SavedArray(w, **trained)
+    scale = jnp.asarray(stack_values(leaf, leaf.scales), jnp.float32)
+    return LoraArray(
+        w, scale=scale, roles=leaf.roles, dropout=float(plan.config.dropout), **trained
+    )
+
+
+def trained_fields(x: LoraArray | SavedArray) -> tuple[str, ...]:
+    """The names of a leaf's fields that train."""
+    return _TRAINED[type(x)]
 
 
 def stack_values(leaf: LeafPlan, values) -> np.ndarray:

@@ -43,11 +43,11 @@ def mlp(p, x):
     return jnp.tanh(x @ p["w1"]) @ p["w2"]
 
 
-def make(mesh, specs, x_spec=P("data"), fn=mlp):
+def make(mesh, specs, fn=mlp):
     """Sharded LoRA parameters and input, and the merged parameters on one device."""
     params, x = base()
     params = {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in params.items()}
-    x = jax.device_put(x, NamedSharding(mesh, x_spec))
+    x = jax.device_put(x, NamedSharding(mesh, P("data")))
     config = lora.LoraConfig(rank=4, target_modules=("w1", "w2"), init="random")
     plan = lora.plan(config, fn, params, x)
     return lora.init(jax.random.key(5), plan, params), x

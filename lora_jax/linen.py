@@ -1,0 +1,63 @@
+"""Glue for Flax linen: a module and its variables as a pure function of parameters, and back.
+
+No arithmetic here. linen modules are pure already; what this adds is keeping the other
+collections (batch statistics, caches) apart from the parameters, and putting both together again.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Functional(NamedTuple):
+    """A linen module taken apart.
+
+    Attributes:
+      fn: `fn(params, *args, state=None, rngs=None, **kwargs) -> output`, or
+        `(output, new_state)` when `state` is given: then its collections are mutable.
+      params: the "params" collection.
+      state: the other collections, `{}` if there are none.
+    """
+
+    fn: Callable
+    params: Any
+    state: dict[str, Any]
+
+
+def functional(module, variables: Mapping[str, Any], *, method=None) -> Functional:
+    """Takes a linen module and its variables apart into a pure function and its parameters.
+
+    Args:
+      module: a `flax.linen.Module`.
+      variables: what `module.init` returned, boxed or not.
+      method: the method to call, as in `Module.apply`; `__call__` by default.
+
+    Returns:
+      `(fn, params, state)`. `fn(params, x)` reads the other collections as they were in
+      `variables`; `fn(params, x, state=state)` reads them from `state` and returns them updated.
+
+    Raises:
+      ValueError: `variables` has no "params".
+
+    Example:
+      fn, params, state = lora.linen.functional(module, module.init(key, x))
+      lora_params = lora.init(key, lora.plan(config, fn, params, x), params)
+      y = lora.lorafy(fn)(lora_params, x)
+    """
+    if "params" not in variables:
+        raise ValueError(
+            f'`variables` has no "params" collection, only {sorted(variables)}: pass what '
+            f"`module.init` returned"
+        )
+    held = {name: value for name, value in variables.items() if name != "params"}
+
+    def fn(params, *args, state=None, rngs=None, **kwargs):
+        given = {"params": params, **(held if state is None else state)}
+        mutable = False if state is None else list(state)
+        return module.apply(given, *args, rngs=rngs, method=method, mutable=mutable, **kwargs)
+
+    return Functional(fn, variables["params"], held)
+
+
+def variables(params, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What `module.apply` takes, from parameters (merged or base) and the other collections."""
+    return {"params": params, **(state or {})}

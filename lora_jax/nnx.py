@@ -1,0 +1,177 @@
+"""Glue for Flax NNX: a module as a pure function of parameters, and a module with adapters inside.
+
+No arithmetic here.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from lora_jax import paths
+from lora_jax.array import is_lora
+from lora_jax.config import LoraConfig
+from lora_jax.merge import merge as merge_tree
+from lora_jax.plan import LeafPlan, Plan
+from lora_jax.plan import plan as make_plan
+from lora_jax.transform import lorafy
+from lora_jax.tree import init as init_tree
+from lora_jax.tree import leaf_of, trained_fields
+
+
+class LoraParam(nnx.Param):
+    """A variable that an adapter trains: `nnx.Optimizer(model, tx, wrt=lora.nnx.LoraParam)`."""
+
+
+class Functional(NamedTuple):
+    """An NNX module taken apart.
+
+    Attributes:
+      fn: `fn(params, *args, state=None, **kwargs) -> output`, or `(output, new_state)` when
+        `state` is given.
+      params: the parameters, an `nnx.State` (a pytree).
+      state: every other variable (batch statistics, caches, random streams), an `nnx.State`.
+    """
+
+    fn: Callable
+    params: Any
+    state: Any
+
+
+def functional(module: nnx.Module, *, method: str = "__call__") -> Functional:
+    """Takes an NNX module apart into a pure function and its parameters.
+
+    Args:
+      module: the module; it is not changed.
+      method: name of the method that `fn` calls.
+
+    Returns:
+      `(fn, params, state)`. `fn(params, x)` uses the other variables as they are now, and is an
+      error if the call changes them; `fn(params, x, state=state)` returns them updated.
+
+    Example:
+      fn, params, state = lora.nnx.functional(module)
+      plan = lora.plan(lora.LoraConfig(target_modules=("query",)), fn, params, x)
+    """
+    graph, params, held = nnx.split(module, nnx.Param, ...)
+    return Functional(_function(graph, held, method), params, held)
+
+
+def _function(graph, held, method: str) -> Callable:
+    def fn(params, *args, state=None, **kwargs):
+        module = nnx.merge(graph, params, held if state is None else state, copy=True)
+        out = getattr(module, method)(*args, **kwargs)
+        _, _, after = nnx.split(module, nnx.Param, ...)
+        if state is not None:
+            return out, after
+        if changed := _changed(held, after):
+            raise ValueError(
+                f"the call changes {', '.join(f'`{c}`' for c in changed)}, which would be lost: "
+                f"pass `state=state` and keep the state that comes back"
+            )
+        return out
+
+    return fn
+
+
+def _changed(before, after) -> list[str]:
+    old = jax.tree_util.tree_leaves_with_path(before)
+    new = jax.tree_util.tree_leaves_with_path(after)
+    if len(old) != len(new):
+        return ["the set of variables"]
+    return [paths.spell(p) for (p, x), (_, y) in zip(old, new, strict=True) if x is not y]
+
+
+class Adapted(nnx.Module):
+    """An NNX module with adapters inside: called as the module it was made from.
+
+    What trains are `LoraParam`s; the base's own variables are there as before, and state that a
+    call changes (batch statistics, caches, random streams) is kept, as in the base.
+
+    Attributes:
+      base: the module that was adapted (its structure; its arrays are shared, not copied).
+      adapters: the trained arrays, `{leaf path with /: {"a": LoraParam, "b": LoraParam, ...}}`.
+      plan: what is adapted.
+    """
+
+    def __init__(self, base: nnx.Module, lora_params, plan: Plan):
+        self.plan = nnx.static(plan)
+        parts, bare = {}, []
+        flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_lora)
+        for path, leaf in flat:
+            bare.append(leaf.w if is_lora(leaf) else leaf)
+            if is_lora(leaf):
+                trained = {name: getattr(leaf, name) for name in trained_fields(leaf)}
+                parts[_name(path)] = nnx.Dict(
+                    {name: LoraParam(x) for name, x in trained.items() if x is not None}
+                )
+        graph, _, held = nnx.split(base, nnx.Param, ...)
+        self.base = nnx.merge(graph, jax.tree.unflatten(tree, bare), held, copy=True)
+        self.adapters = nnx.Dict(parts)
+
+    def lora_params(self):
+        """The tree that `lora.lorafy`, `lora.merge` and the savers take."""
+        _, params, _ = nnx.split(self.base, nnx.Param, ...)
+        flat, tree = jax.tree_util.tree_flatten_with_path(params)
+        planned = self.plan.by_path()
+        leaves = [self._leaf(planned[paths.spell(path)], path, w) for path, w in flat]
+        return jax.tree.unflatten(tree, leaves)
+
+    def _leaf(self, planned: LeafPlan, path, w):
+        if planned.kind == "frozen":
+            return w
+        trained = {name: x.get_value() for name, x in self.adapters[_name(path)].items()}
+        return leaf_of(self.plan, planned, w, **trained)
+
+    def __call__(self, *args, **kwargs):
+        return self.call("__call__", *args, **kwargs)
+
+    def call(self, method: str, *args, lora_key=None, **kwargs):
+        """Calls any method of the base with the adapters on.
+
+        Args:
+          method: its name.
+          *args, **kwargs: its arguments.
+          lora_key: PRNG key for the adapters' dropout, None for none.
+        """
+        graph, _, held = nnx.split(self.base, nnx.Param, ...)
+        fn = lorafy(_function(graph, held, method))
+        out, state = fn(self.lora_params(), *args, state=held, lora_key=lora_key, **kwargs)
+        nnx.update(self.base, state)
+        return out
+
+
+def _name(path) -> str:
+    return paths.spell(path).replace(".", "/")
+
+
+def adapt(
+    module: nnx.Module, config: LoraConfig, *args, key, method: str = "__call__", **kwargs
+) -> Adapted:
+    """Puts adapters into an NNX module; the result is called as the module was.
+
+    Args:
+      module: the base; it is left as it is, its arrays are shared.
+      config: what to adapt.
+      *args, **kwargs: example arguments of the method, from which roles are inferred.
+      key: PRNG key of the adapters.
+      method: the method that shows how the weights are used.
+
+    Returns:
+      A module whose `LoraParam`s train.
+
+    Example:
+      model = lora.nnx.adapt(model, lora.LoraConfig(target_modules=("query",)), x, key=key)
+      optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=lora.nnx.LoraParam)
+    """
+    fn, params, state = functional(module, method=method)
+    plan = make_plan(config, fn, params, *args, state=state, **kwargs)
+    return Adapted(module, init_tree(key, plan, params), plan)
+
+
+def merged(model: Adapted) -> nnx.Module:
+    """A copy of the base module with the adapters merged into its parameters."""
+    graph, _, held = nnx.split(model.base, nnx.Param, ...)
+    return nnx.merge(graph, merge_tree(model.lora_params()), held, copy=True)
+

@@ -1,0 +1,144 @@
+"""linen and NNX modules to functions and back: state kept, adapters inside, called as before."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import lora_jax as lora
+
+X = jax.random.normal(jax.random.key(9), (4, 8))
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(16, name="up")(x))
+        x = nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
+        return nn.Dense(8, name="down")(x)
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.up = nnx.Linear(8, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.down = nnx.Linear(16, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(self.drop(nnx.relu(self.norm(self.up(x)))))
+
+    def features(self, x):
+        return self.up(x)
+
+
+CONFIG = lora.LoraConfig(rank=2, target_modules=("up", "down"), init="random")
+
+
+def close(x, y):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)  # float32 sums in another order
+
+
+def test_linen_takes_a_module_apart_and_puts_it_together():
+    module = LinenNet()
+    variables = module.init(jax.random.key(0), X)
+    fn, params, state = lora.linen.functional(module, variables)
+    assert set(state) == {"batch_stats"}
+    lp = lora.init(jax.random.key(1), lora.plan(CONFIG, fn, params, X), params)
+    merged = lora.linen.variables(lora.merge(lp), state)
+    close(lora.lorafy(fn)(lp, X), module.apply(merged, X))
+    out, new = lora.lorafy(fn)(
+        lp, X, train=True, state=state, rngs={"dropout": jax.random.key(2)}
+    )
+    want, changed = module.apply(
+        merged, X, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(2)}
+    )
+    close(out, want)
+    jax.tree.map(close, new, changed)
+    assert not np.allclose(
+        new["batch_stats"]["BatchNorm_0"]["mean"], state["batch_stats"]["BatchNorm_0"]["mean"]
+    )
+
+
+def test_linen_needs_params():
+    with pytest.raises(ValueError, match='has no "params" collection, only'):
+        lora.linen.functional(LinenNet(), {"batch_stats": {}})
+
+
+def test_nnx_function_keeps_state_and_refuses_to_lose_it():
+    module = NnxNet(nnx.Rngs(0))
+    fn, params, state = lora.nnx.functional(module)
+    with pytest.raises(ValueError, match="the call changes .*`norm.mean`.*pass `state=state`"):
+        fn(params, X)
+    lp = lora.init(jax.random.key(1), lora.plan(CONFIG, fn, params, X, state=state), params)
+    out, new = lora.lorafy(fn)(lp, X, state=state)
+    graph, _, _ = nnx.split(module, nnx.Param, ...)
+    reference = nnx.merge(graph, lora.merge(lp), state, copy=True)
+    close(out, reference(X))
+    close(new["norm"]["mean"].get_value(), reference.norm.mean.get_value())
+    module.eval()
+    fn, params, _ = lora.nnx.functional(module)
+    assert fn(params, X).shape == (4, 8)
+
+
+def test_adapted_module_is_called_as_before():
+    module = NnxNet(nnx.Rngs(0))
+    module.eval()
+    before = module(X)
+    model = lora.nnx.adapt(
+        module, lora.LoraConfig(rank=2, target_modules=("up", "down")), X, key=jax.random.key(1)
+    )
+    close(model(X), before)
+    close(model.call("features", X), module.features(X))
+    close(lora.nnx.merged(model)(X), before)
+    assert set(model.adapters) == {"up/kernel", "down/kernel"}
+
+
+def test_adapted_module_updates_its_state_like_the_base():
+    module = NnxNet(nnx.Rngs(0))
+    config = lora.LoraConfig(rank=2, target_modules=("up", "down"))
+    model = lora.nnx.adapt(module, config, X, key=jax.random.key(1))
+    got, want = model(X), module(X)
+    close(got, want)
+    close(model.base.norm.mean.get_value(), module.norm.mean.get_value())
+
+
+def test_adapted_module_trains_only_its_adapters():
+    module = NnxNet(nnx.Rngs(0))
+    module.eval()
+    model = lora.nnx.adapt(module, CONFIG, X, key=jax.random.key(1))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=lora.nnx.LoraParam)
+    kernel = np.asarray(model.base.up.kernel.get_value())
+    target = jnp.ones((4, 8))
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            return jnp.mean((model(X) - target) ** 2)
+
+        wrt = nnx.DiffState(0, lora.nnx.LoraParam)
+        value, grads = nnx.value_and_grad(loss, argnums=wrt)(model)
+        optimizer.update(model, grads)
+        return value
+
+    losses = [float(step(model, optimizer)) for _ in range(30)]
+    assert losses[-1] < 0.5 * losses[0]
+    np.testing.assert_array_equal(kernel, model.base.up.kernel.get_value())
+    moments = [x for x in jax.tree.leaves(nnx.state(optimizer)) if jnp.ndim(x) > 0]
+    adapter = sum(x.size for x in jax.tree.leaves(nnx.state(model, lora.nnx.LoraParam)))
+    assert sum(x.size for x in moments) == 2 * adapter
+
+
+def test_adapted_module_with_saved_leaf_and_pissa():
+    module = NnxNet(nnx.Rngs(0))
+    module.eval()
+    config = lora.LoraConfig(
+        rank=2, target_modules=("up",), modules_to_save=("down",), init="pissa"
+    )
+    model = lora.nnx.adapt(module, config, X, key=jax.random.key(1))
+    close(model(X), module(X))
+    assert set(model.adapters["down/kernel"]) == {"value"}
+    assert not np.allclose(model.base.up.kernel.get_value(), module.up.kernel.get_value())
