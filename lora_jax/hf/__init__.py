@@ -9,9 +9,11 @@ import importlib
 _NAMES = {
     "load_peft": "peft",
     "read_peft": "peft",
+    "save_model": "save_model",
     "save_peft": "peft",
+    "to_peft": "peft",
 }
-_MODULES = ("gguf", "hub", "names", "peft", "safetensors", "tokenizer")
+_MODULES = ("gguf", "hub", "names", "peft", "safetensors", "tokenizer", "weights")
 
 
 def __getattr__(name: str):
