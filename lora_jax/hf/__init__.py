@@ -9,11 +9,10 @@ import importlib
 _NAMES = {
     "load_peft": "peft",
     "read_peft": "peft",
-    "save_model": "save_model",
     "save_peft": "peft",
     "to_peft": "peft",
 }
-_MODULES = ("gguf", "hub", "names", "peft", "safetensors", "tokenizer", "weights")
+_MODULES = ("gguf", "hub", "names", "peft", "safetensors", "save_model", "tokenizer", "weights")
 
 
 def __getattr__(name: str):
