@@ -3,7 +3,7 @@
 Neither ever writes the base model; both carry its fingerprint and refuse another one.
 """
 
-from lora_jax.checkpoint.adapters import read_meta, restore, restore_into, save
+from lora_jax.checkpoint.adapters import find, read_config, restore, restore_into, save
 from lora_jax.checkpoint.fingerprint import base_of, check_base, fingerprint
 from lora_jax.checkpoint.state import (
     Checkpoint,
@@ -17,9 +17,10 @@ __all__ = [
     "Checkpoint",
     "base_of",
     "check_base",
+    "find",
     "fingerprint",
     "manager",
-    "read_meta",
+    "read_config",
     "read_meta_of",
     "restore",
     "restore_into",

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -16,6 +17,8 @@ from lora_jax.checkpoint.fingerprint import check_base, fingerprint
 from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
 
 FORMAT = "lora_jax adapter 1"
+RUN_FORMAT = "lora_jax training state 1"
+RUN_CHECKPOINTS = "checkpoints"
 
 
 def save(directory: str | os.PathLike, lora_params, config) -> None:
@@ -44,10 +47,19 @@ def save(directory: str | os.PathLike, lora_params, config) -> None:
     trainable, _ = lora.split(lora_params)
     meta = {
         "format": FORMAT,
-        "config": config.to_peft(),
+        "config": config_json(config),
         "base": fingerprint(lora_params),
     }
     _replace(directory, lambda new: _write(new, flatten(trainable), meta))
+
+
+def config_json(config) -> dict:
+    """A `LoraConfig` as JSON values, such that `from_peft` gives an equal one."""
+    values = config.to_peft()
+    # to_peft always says a task type; from_peft takes a said one for the user's choice.
+    if "task_type" not in config.extra:
+        values.pop("task_type", None)
+    return values
 
 
 def _listing(directory: Path):
@@ -94,41 +106,95 @@ def _write(directory: Path, arrays: dict, meta: dict) -> None:
     import orbax.checkpoint as ocp
 
     args = ocp.args.Composite(adapter=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _checkpointer("adapter") as checkpointer:
         checkpointer.save(directory, args)
 
 
-def read_meta(directory: str | os.PathLike) -> dict:
-    """The JSON beside an adapter: `format`, `config` (PEFT's spelling), `base`.
-
-    Raises:
-      FileNotFoundError: no such folder.
-      ValueError: not an adapter of this format.
-    """
+def _checkpointer(item: str):
+    """Orbax's reader and writer of a folder with arrays under `item` and JSON under `meta`."""
     import orbax.checkpoint as ocp
 
+    handlers = {item: ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+class Stored(NamedTuple):
+    """An adapter on disk before its arrays are read.
+
+    Attributes:
+      directory: that Orbax reads: the adapter's folder, or a step of a training run.
+      item: its part that holds the arrays.
+      prefix: what the arrays' names begin with.
+      config: the LoRA config in PEFT's spelling.
+      base: the base's fingerprint.
+    """
+
+    directory: Path
+    item: str
+    prefix: str
+    config: dict
+    base: dict[str, str]
+
+
+def find(directory: str | os.PathLike) -> Stored:
+    """The adapter in a folder of `save`, or in the newest checkpoint of a training run.
+
+    Raises:
+      FileNotFoundError: no such folder, or a run without a checkpoint.
+      ValueError: not an adapter, or one of another format.
+    """
     directory = Path(os.path.abspath(directory))
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such adapter folder")
-    if not _is_adapter(directory):
-        raise ValueError(
-            f"{directory} is not an adapter written by lora.checkpoint.save (no `adapter` and"
-            " `meta` in it); a PEFT folder is read by lora.hf.load_peft"
-        )
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        meta = checkpointer.restore(
-            directory, ocp.args.Composite(meta=ocp.args.JsonRestore())
-        ).meta
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"{directory}: expected format {FORMAT!r}, got {meta.get('format')!r}")
+    if _is_adapter(directory):
+        meta = _read_meta(directory, FORMAT)
+        return Stored(directory, "adapter", "", meta["config"], meta["base"])
+    if (directory / RUN_CHECKPOINTS).is_dir():
+        step = _newest(directory / RUN_CHECKPOINTS)
+        run = _read_meta(step, RUN_FORMAT, part="run")
+        if run["lora"] is None:
+            raise ValueError(
+                f"{step} was written without `lora_config`, so its adapter cannot be rebuilt from"
+                " the file alone; pass lora_config= to fit"
+            )
+        return Stored(step, "state", "trainable.", run["lora"], run["base"])
+    raise ValueError(
+        f"{directory} is neither an adapter written by lora.checkpoint.save nor the folder of a"
+        " training run; a PEFT folder is read by lora.hf.load_peft"
+    )
+
+
+def _newest(checkpoints: Path) -> Path:
+    steps = [p for p in checkpoints.iterdir() if p.name.isdigit()]
+    if not steps:
+        raise FileNotFoundError(f"{checkpoints}: the run has no checkpoint yet")
+    return max(steps, key=lambda p: int(p.name))
+
+
+def _read_meta(directory: Path, expected: str, *, part: str | None = None) -> dict:
+    import orbax.checkpoint as ocp
+
+    with _checkpointer("adapter") as checkpointer:
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta = checkpointer.restore(directory, args).meta
+    meta = meta if part is None else meta[part]
+    if meta.get("format") != expected:
+        raise ValueError(f"{directory}: expected format {expected!r}, got {meta.get('format')!r}")
     return meta
+
+
+def read_config(directory: str | os.PathLike):
+    """The `LoraConfig` of an adapter on disk; see `find` for what may be given."""
+    import lora_jax as lora
+
+    return lora.LoraConfig.from_peft(find(directory).config)
 
 
 def restore(directory: str | os.PathLike, fn: Callable, params, *args, **kwargs):
     """Reads an adapter over its base model.
 
     Args:
-      directory: from `save`.
+      directory: from `save`, or the `output_dir` of a training run (its newest checkpoint).
       fn: the model's function, as for `lora.plan`.
       params: the base's params.
       *args: example arguments of `fn`, as for `lora.plan`.
@@ -138,41 +204,52 @@ def restore(directory: str | os.PathLike, fn: Callable, params, *args, **kwargs)
       `(lora_params, config)`.
 
     Raises:
+      FileNotFoundError: there is no adapter.
       ValueError: the base is another one, or an array is missing, left over or misshapen.
     """
     import lora_jax as lora
 
-    meta = read_meta(directory)
-    check_base(meta["base"], params, where=str(directory))
-    config = lora.LoraConfig.from_peft(meta["config"])
+    stored = find(directory)
+    check_base(stored.base, params, where=str(stored.directory))
+    config = lora.LoraConfig.from_peft(stored.config)
     plan = lora.plan(config, fn, params, *args, **kwargs)
     # The key's numbers are all replaced; init gives the structure and the frozen scales.
-    lora_params = lora.init(jax.random.key(0), plan, params)
-    return _filled(directory, lora_params), config
+    return _filled(stored, lora.init(jax.random.key(0), plan, params)), config
 
 
 def restore_into(directory: str | os.PathLike, lora_params):
     """Reads an adapter into a tree that `lora.init` made for the same config and base."""
-    check_base(read_meta(directory)["base"], lora_params, where=str(directory))
-    return _filled(directory, lora_params)
+    stored = find(directory)
+    check_base(stored.base, lora_params, where=str(stored.directory))
+    return _filled(stored, lora_params)
 
 
-def _filled(directory: str | os.PathLike, lora_params):
+def _filled(stored: Stored, lora_params):
     import lora_jax as lora
 
     trainable, frozen = lora.split(lora_params)
-    arrays = _read_arrays(Path(os.path.abspath(directory)), flatten(trainable))
+    arrays = _read_arrays(stored, flatten(trainable))
     return lora.combine(unflatten(trainable, arrays), frozen)
 
 
-def _read_arrays(directory: Path, expected: dict) -> dict:
+def _read_arrays(stored: Stored, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
     import orbax.checkpoint as ocp
 
-    like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for n, x in expected.items()}  # fmt: skip
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        stored = checkpointer.item_metadata(directory).adapter
-        if phrases := differences(like, getattr(stored, "tree", stored)):
-            raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")
-        args = ocp.args.Composite(adapter=ocp.args.StandardRestore(like))
-        return checkpointer.restore(directory, args).adapter
+    cut = len(stored.prefix)
+    with _checkpointer(stored.item) as checkpointer:
+        found = checkpointer.metadata(stored.directory).item_metadata[stored.item].tree
+        named = {n[cut:]: x for n, x in found.items() if n.startswith(stored.prefix)}
+        if phrases := differences(like, named):
+            raise ValueError(f"{stored.directory} does not fit the model: {summary(phrases)}")
+        place = next(iter(like.values())).sharding
+        wanted = {
+            n: _struct(like[n[cut:]]) if n.startswith(stored.prefix) else _struct(x, place)
+            for n, x in found.items()
+        }
+        args = ocp.args.Composite(**{stored.item: ocp.args.StandardRestore(wanted)})
+        arrays = checkpointer.restore(stored.directory, args)[stored.item]
+    return {n: arrays[stored.prefix + n] for n in like}
+
+
+def _struct(x, sharding=None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding)

@@ -40,8 +40,9 @@ def base_of(tree):
 
 
 def _sample(leaf):
-    count = min(_SAMPLES, leaf.size)
-    places = np.linspace(0, leaf.size - 1, count).astype(np.int64) if count else []
+    if leaf.size == 0 or leaf.ndim == 0:
+        return leaf
+    places = np.linspace(0, leaf.size - 1, min(_SAMPLES, leaf.size)).astype(np.int64)
     return leaf[tuple(jnp.asarray(i) for i in np.unravel_index(places, leaf.shape))]
 
 

@@ -58,7 +58,9 @@ def manager(directory: str | os.PathLike, *, keep: int | None = None):
             " can be written"
         ) from None
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-    opened = ocp.CheckpointManager(directory, options=options)
+    # Handlers said beforehand: without them a fresh manager cannot tell what a checkpoint holds.
+    handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    opened = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
     try:
         yield opened
     finally:
@@ -133,8 +135,7 @@ def restore_state(opened, like) -> Checkpoint:
     step, meta = found
     named = flatten(like)
     wanted = {n: jax.eval_shape(_plain, x) for n, x in named.items()}
-    stored = opened.item_metadata(step).state
-    if phrases := differences(wanted, getattr(stored, "tree", stored)):
+    if phrases := differences(wanted, opened.item_metadata(step).state.tree):
         raise ValueError(
             f"{opened.directory}: the checkpoint of step {step} is of another run:"
             f" {summary(phrases)}"

@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.checkpoint import state as checkpoints
+from lora_jax.checkpoint.adapters import RUN_CHECKPOINTS, RUN_FORMAT, config_json
 from lora_jax.checkpoint.fingerprint import check_base
 from lora_jax.train import metrics
 from lora_jax.train.batches import data_hash
 from lora_jax.train.config import TrainConfig, fixed_fields
 from lora_jax.train.examples import Example
 from lora_jax.train.step import TrainState
-
-CHECKPOINTS = "checkpoints"
-FORMAT = "lora_jax training state 1"
 
 
 class Archive(NamedTuple):
@@ -64,7 +62,7 @@ def archive(config: TrainConfig) -> Iterator[Archive | None]:
         yield None
         return
     directory = config.output_dir.absolute()
-    with checkpoints.manager(directory / CHECKPOINTS, keep=config.keep) as opened:
+    with checkpoints.manager(directory / RUN_CHECKPOINTS, keep=config.keep) as opened:
         if not config.resume and _holds_a_run(directory, opened):
             raise FileExistsError(
                 f"{directory} holds a run already (newest checkpoint: step"
@@ -83,9 +81,9 @@ def describe(
 ) -> dict:
     """What makes a run the run it is, as JSON values; kept in every checkpoint."""
     described = {
-        "format": FORMAT,
+        "format": RUN_FORMAT,
         "train": {**fixed_fields(config), "steps": total},
-        "lora": None if lora_config is None else lora_config.to_peft(),
+        "lora": None if lora_config is None else config_json(lora_config),
         "data": data_hash(data),
         "base": base,
     }

@@ -296,5 +296,12 @@ def _is_time(every: int | None, step: int) -> bool:
 
 
 def _evaluate(job: _Job, state: TrainState, step: int) -> None:
-    if job.evaluate is not None:
-        job.emit({"kind": "eval", "step": step, **job.evaluate(state)})
+    if job.evaluate is None:
+        return
+    numbers = job.evaluate(state)
+    if not math.isfinite(numbers.get("eval_loss", 0.0)):
+        raise FloatingPointError(
+            f"the evaluation loss after step {step} is {numbers['eval_loss']}; lower"
+            " `learning_rate`, or check the base model's weights if this is step 0"
+        )
+    job.emit({"kind": "eval", "step": step, **numbers})

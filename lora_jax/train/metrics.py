@@ -9,15 +9,14 @@ import contextlib
 import errno
 import json
 import os
-import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from lora_jax.train.events import open_events, write_scalars
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
 _LABELS = {"kind", "step"}
-_FLUSH_SECONDS = 5.0
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
@@ -81,14 +80,19 @@ def writer(
         directory.mkdir(parents=True, exist_ok=True)
         # Unbuffered: a record is in the file when it was written, whatever happens next.
         file = stack.enter_context(open(directory / METRICS, "ab", buffering=0))
-        events = _events(directory / EVENTS, step, stack) if tensorboard else None
+        events = None
+        if tensorboard:
+            opened = open_events(directory / EVENTS, purge=step + 1 if step else 0)
+            events = stack.enter_context(opened)
 
         def write(record: dict) -> None:
             line = json.dumps(record).encode() + b"\n"
             if file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if events is not None:
-                events(record)
+                kind = record["kind"]
+                scalars = {f"{kind}/{k}": v for k, v in record.items() if k not in _LABELS}
+                write_scalars(events, record["step"], scalars)
 
         yield write
 
@@ -104,42 +108,3 @@ def _explained(directory: Path):
             f"{directory}: metrics cannot be written: {os.strerror(error.errno)}; checkpoints are"
             " intact; free some space or choose another folder, then resume"
         ) from error
-
-
-def _events(directory: Path, step: int, stack: contextlib.ExitStack) -> Callable[[dict], None]:
-    """Appends records to a new TensorBoard event file.
-
-    Through tensorboardX's file format but not its `SummaryWriter`, which writes in a thread: on a
-    full disk that thread dies, and the training loop then waits for it forever.
-    """
-    from tensorboardX import RecordWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.proto.summary_pb2 import Summary
-
-    directory.mkdir(parents=True, exist_ok=True)
-    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{step}"
-    file = RecordWriter(str(directory / name))
-    stack.callback(file.close)
-
-    def add(step: int, **content) -> None:
-        file.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
-
-    add(0, file_version="brain.Event:2")
-    # TensorBoard drops what earlier files say of this step and later ones.
-    add(step + 1 if step else 0, session_log=SessionLog(status=SessionLog.START))
-
-    flushed = time.monotonic()
-
-    def write(record: dict) -> None:
-        nonlocal flushed
-        values = [
-            Summary.Value(tag=f"{record['kind']}/{name}", simple_value=value)
-            for name, value in record.items()
-            if name not in _LABELS
-        ]
-        add(record["step"], summary=Summary(value=values))
-        if time.monotonic() - flushed > _FLUSH_SECONDS:
-            file.flush()
-            flushed = time.monotonic()
-
-    return write

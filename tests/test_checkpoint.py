@@ -1,0 +1,219 @@
+"""Adapters on disk: they come back to the bit, over their own base only, and never half."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from train_toys import CONFIG, TOKENS, Toy, toy_lora, toy_params
+
+import lora_jax as lora
+from lora_jax import checkpoint
+from lora_jax.checkpoint.adapters import one_line
+from lora_jax.checkpoint.flat import differences, flatten, unflatten
+
+
+def moved(lora_params, seed=3):
+    """The tree with random trained leaves, as after training."""
+    trainable, frozen = lora.split(lora_params)
+    leaves, tree = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return lora.combine(jax.tree.unflatten(tree, leaves), frozen)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return moved(toy_lora())
+
+
+@pytest.fixture
+def saved(tmp_path, trained):
+    checkpoint.save(tmp_path / "adapter", trained, CONFIG)
+    return tmp_path / "adapter"
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_adapter_comes_back_with_its_config(saved, trained):
+    restored, config = checkpoint.restore(saved, Toy().apply, toy_params(), TOKENS)
+    assert_same_bits(restored, trained)
+    assert jax.tree.structure(restored) == jax.tree.structure(trained)
+    assert config == CONFIG == checkpoint.read_config(saved)
+    assert_same_bits(checkpoint.restore_into(saved, toy_lora()), trained)
+
+
+def test_only_adapters_are_written(saved):
+    embedding = np.asarray(toy_params()["embed"]["embedding"]).tobytes()
+    files = [p for p in saved.rglob("*") if p.is_file()]
+    assert files and not any(embedding[:64] in p.read_bytes() for p in files)
+    assert [p.name for p in saved.parent.iterdir()] == ["adapter"]  # nothing temporary is left
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtypes_come_back(tmp_path, dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), toy_params())
+    plan = lora.plan(CONFIG, Toy().apply, params, TOKENS)
+    trained = moved(lora.init(jax.random.key(0), plan, params))
+    checkpoint.save(tmp_path / "a", trained, CONFIG)
+    restored, _ = checkpoint.restore(tmp_path / "a", Toy().apply, params, TOKENS)
+    assert [x.dtype for x in jax.tree.leaves(restored)] == [
+        x.dtype for x in jax.tree.leaves(trained)
+    ]
+    assert_same_bits(restored, trained)
+
+
+def test_a_saved_module_comes_back(tmp_path):
+    config = lora.LoraConfig(rank=2, target_modules=("mix",), modules_to_save=("embed",))
+    plan = lora.plan(config, Toy().apply, toy_params(), TOKENS)
+    trained = moved(lora.init(jax.random.key(0), plan, toy_params()))
+    checkpoint.save(tmp_path / "a", trained, config)
+    restored, got = checkpoint.restore(tmp_path / "a", Toy().apply, toy_params(), TOKENS)
+    assert got == config
+    assert_same_bits(restored, trained)
+
+
+def test_saving_again_replaces(saved, trained):
+    other = moved(toy_lora(), seed=9)
+    checkpoint.save(saved, other, CONFIG)
+    assert_same_bits(checkpoint.restore_into(saved, toy_lora()), other)
+    assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
+
+
+def test_what_is_not_an_adapter_is_not_replaced(tmp_path, trained):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="exists and is not an adapter written by lora_jax"):
+        checkpoint.save(tmp_path, trained, CONFIG)
+    with pytest.raises(FileExistsError, match="thesis.tex exists and is not"):
+        checkpoint.save(tmp_path / "thesis.tex", trained, CONFIG)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "new").mkdir()
+    checkpoint.save(tmp_path / "new", trained, CONFIG)  # an empty folder is nobody's
+
+
+@pytest.mark.parametrize("when", ["write", "rename"])
+def test_failed_save_leaves_the_one_before(saved, trained, monkeypatch, when):
+    import os
+
+    from lora_jax.checkpoint import adapters
+
+    if when == "write":
+        def fail(directory, *rest):
+            directory.mkdir()
+            (directory / "half").write_text("half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(adapters, "_write", fail)
+    else:
+        rename = os.rename
+
+        def fail(a, b):
+            if str(a).endswith(".new"):
+                raise OSError(28, "No space left on device")
+            rename(a, b)
+
+        monkeypatch.setattr(adapters.os, "rename", fail)
+    with pytest.raises(OSError, match=r"cannot write .*adapter: No space left on device; .*intact"):
+        checkpoint.save(saved, moved(toy_lora(), seed=9), CONFIG)
+    monkeypatch.undo()
+    assert_same_bits(checkpoint.restore_into(saved, toy_lora()), trained)
+    assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
+
+
+def test_another_base_is_refused(saved):
+    def restore(params):
+        return checkpoint.restore(saved, Toy().apply, params, TOKENS)
+
+    with pytest.raises(ValueError, match=r"another base model: `embed.embedding` \(float32\[23,16"):
+        restore(toy_params(seed=1))
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), toy_params())
+    with pytest.raises(ValueError, match=r"`mix.kernel` is bfloat16\[16,16\], was float32"):
+        restore(half)
+    params = toy_params()
+    with pytest.raises(ValueError, match="`mix.kernel` is missing; `mix.w` is new; load the base"):
+        restore({"embed": params["embed"], "mix": {"w": params["mix"]["kernel"]}})
+
+
+def test_adapter_of_another_shape_is_refused(saved):
+    config = lora.LoraConfig(rank=3, target_modules=("mix",))
+    with pytest.raises(ValueError, match=r"`mix.kernel.a` is float32\[16,2\], expected .*\[16,3\]"):
+        checkpoint.restore_into(saved, toy_lora(config))
+    both = lora.LoraConfig(rank=2, target_modules=("mix", "embed"))
+    with pytest.raises(ValueError, match="`embed.embedding.a` is missing; `embed.embedding.b` is"):
+        checkpoint.restore_into(saved, toy_lora(both))
+
+
+def test_what_is_no_adapter_is_refused(tmp_path, saved):
+    with pytest.raises(FileNotFoundError, match="none: no such adapter folder"):
+        checkpoint.find(tmp_path / "none")
+    (tmp_path / "peft").mkdir()
+    with pytest.raises(ValueError, match="a PEFT folder is read by lora.hf.load_peft"):
+        checkpoint.find(tmp_path / "peft")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="the run has no checkpoint yet"):
+        checkpoint.find(tmp_path / "run")
+    path = saved / "meta" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": "lora_jax adapter 9"}))
+    with pytest.raises(ValueError, match="expected format 'lora_jax adapter 1', got '.* 9'"):
+        checkpoint.find(saved)
+
+
+def test_fingerprint_sees_names_shapes_dtypes_and_numbers():
+    params = toy_params()
+    one = checkpoint.fingerprint(params)
+    assert one == checkpoint.fingerprint(toy_lora())  # an adapted tree has its base's
+    assert one == checkpoint.fingerprint(jax.tree.map(np.asarray, params))
+    assert set(one) == {"embed.embedding", "mix.kernel"}
+    assert one["mix.kernel"].startswith("float32[16,16] ")
+    scaled = jax.tree.map(lambda x: x * 1.0001, params)
+    assert all(checkpoint.fingerprint(scaled)[n] != one[n] for n in one)
+    odd = {"empty": jnp.zeros((0, 3)), "scalar": jnp.float32(2), "one": jnp.ones((1,))}
+    assert len(set(checkpoint.fingerprint(odd).values())) == 3
+
+
+def test_flat_names_every_leaf_once():
+    tree = {"a": [jnp.ones(2), None], "b/c": toy_lora()}
+    named = flatten(tree)
+    assert sorted(named) == [
+        "a.0", "b.c.embed.embedding", "b.c.mix.kernel.a", "b.c.mix.kernel.b",
+        "b.c.mix.kernel.scale", "b.c.mix.kernel.w",
+    ]  # fmt: skip
+    assert_same_bits(unflatten(tree, named), tree)
+    with pytest.raises(ValueError, match="two leaves of the tree are both spelled `b.c`"):
+        flatten({"b": {"c": 1}, "b.c": 2})
+    assert differences({"x": jnp.ones(2)}, {"y": jnp.ones(2)}) == [
+        "`x` is missing", "`y` is left over",
+    ]  # fmt: skip
+
+
+def test_state_with_a_random_key_comes_back(tmp_path):
+    state = {"key": jax.random.key(7), "step": jnp.int32(3), "x": [jnp.arange(5.0), None]}
+    blank = {"key": jax.random.key(0), "step": jnp.int32(0), "x": [jnp.zeros(5), None]}
+    with checkpoint.manager(tmp_path, keep=2) as opened:
+        assert checkpoint.read_meta_of(opened) is None
+        with pytest.raises(FileNotFoundError, match="there is no checkpoint to restore"):
+            checkpoint.restore_state(opened, blank)
+        for step in (1, 5, 7):
+            checkpoint.save_state(opened, step, state, {"position": {"next_index": step}})
+        assert opened.all_steps() == [5, 7]
+    with checkpoint.manager(tmp_path) as opened:
+        found = checkpoint.restore_state(opened, blank)
+        with pytest.raises(ValueError, match="step 7 is of another run: `y` is missing; `step` is"):
+            wrong = {k: v for k, v in blank.items() if k != "step"}
+            checkpoint.restore_state(opened, {**wrong, "y": jnp.zeros(1)})
+    assert (found.step, found.meta) == (7, {"position": {"next_index": 7}})
+    assert jax.random.key_data(found.state["key"]).tolist() == [0, 7]
+    assert_same_bits(found.state["x"], state["x"])
+    assert int(jax.random.bits(found.state["key"])) == int(jax.random.bits(state["key"]))
+
+
+def test_one_line_of_long_errors():
+    assert one_line(OSError(13, "Permission denied", "x")) == "Permission denied"
+    assert one_line(ValueError("INTERNAL: tensorstore\n [OS error 28: No space left on device] at"
+                               " 0x7f")) == "No space left on device"  # fmt: skip
+    assert one_line(ValueError("a\n  b")) == "a b"
+    assert one_line(ValueError("x" * 300)) == "x" * 200 + "..."
+    assert one_line(KeyError()) == "KeyError"
