@@ -37,6 +37,8 @@ NAMES = {
     "gate_proj": "ffn_gate",
     "up_proj": "ffn_up",
     "down_proj": "ffn_down",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
 }
 
 
@@ -120,6 +122,23 @@ def test_an_untied_head_and_biases_come_back(tmp_path):
     model = models.init(jax.random.key(1), config)
     model = models.Model(model.forward, jax.tree.map(lambda x: x + 0.01 * x.size, model.params))
     loaded = models.load(write(tmp_path / "a.gguf", config, tensors_of(model)))
+    assert loaded.config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
+def test_qwens_rows_are_not_reordered(tmp_path, arch):
+    raw = {k: v for k, v in CONFIG.to_hf().items() if k != "attention_bias"}
+    config = models.LlamaConfig.from_hf({**raw, "model_type": arch})
+    model = models.init(jax.random.key(1), config)
+    tensors = tensors_of(model)
+    for name in list(tensors):
+        if ".attn_q." in name or ".attn_k." in name:
+            heads = 4 if ".attn_q." in name else 2
+            rows = tensors[name]
+            pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+            tensors[name] = np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows.shape))
+    loaded = models.load(write(tmp_path / "a.gguf", config, tensors, arch=arch))
     assert loaded.config == config
     jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
 
@@ -211,7 +230,7 @@ def test_tensors_that_do_not_fit(tmp_path, tiny):
 
 def test_an_unknown_architecture(tmp_path, tiny):
     path = write(tmp_path / "a.gguf", CONFIG, tensors_of(tiny), arch="mamba")
-    with pytest.raises(ValueError, match="architecture `mamba` is not one of llama"):
+    with pytest.raises(ValueError, match="architecture `mamba` is not one of llama, qwen2, qwen3"):
         models.load(path)
 
 

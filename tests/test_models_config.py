@@ -150,6 +150,36 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    "fields, window",
+    [
+        ({}, None),
+        ({"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 0}, None),
+        ({"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 3}, None),
+        ({"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 0}, 7),
+        (
+            {
+                "sliding_window": 7,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention"] * 3,
+            },
+            7,
+        ),
+    ],
+)
+def test_qwens_window(fields, window):
+    config = read(model_type="qwen2", num_key_value_heads=2, **fields)
+    assert config.sliding_window == window and config.qkv_bias and not config.o_bias
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+
+
+def test_windows_that_differ_are_refused():
+    with pytest.raises(ValueError, match="blocks with and without a sliding window"):
+        read(model_type="qwen3", sliding_window=7, use_sliding_window=True, max_window_layers=1)
+    with pytest.raises(ValueError, match="field `use_sliding_window` = True is not known|`use_sli"):
+        read(use_sliding_window=True)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
     fields, text = REFUSED[case]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_jax import models
 
@@ -52,6 +52,14 @@ CASES = {
         )
     ),
     "yarn with its length": dict(rope_parameters=dict(**YARN, attention_factor=1.5)),
+    "mistral": dict(model_type="mistral", sliding_window=None),
+    "mistral that sees 3 tokens": dict(model_type="mistral", sliding_window=3),
+    "qwen2": dict(model_type="qwen2"),
+    "qwen2 that sees 5 tokens": dict(
+        model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=0
+    ),
+    "qwen3": dict(model_type="qwen3", head_dim=16, tie_word_embeddings=True),
+    "qwen3 with biases": dict(model_type="qwen3", head_dim=8, attention_bias=True),
 }
 
 
@@ -63,8 +71,9 @@ def saved(tmp_path_factory):
     def make(case):
         if case not in made:
             torch.manual_seed(0)
-            config = LlamaConfig(**{**SIZES, "initializer_range": 0.3, **CASES[case]})
-            model = LlamaForCausalLM(config).eval()
+            fields = {"model_type": "llama", **SIZES, "initializer_range": 0.3, **CASES[case]}
+            config = AutoConfig.for_model(**copy.deepcopy(fields))
+            model = AutoModelForCausalLM.from_config(config).eval()
             with torch.no_grad():
                 for name, weight in model.named_parameters():
                     if name.endswith(("bias", "norm.weight")):
@@ -105,13 +114,15 @@ def test_logits_are_transformers(saved, case):
     assert np.abs(got - want)[mask].max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["plain", "tied", "biases", "dynamic"])
+@pytest.mark.parametrize("case", ["plain", "biases", "qwen3"])
 def test_unstacked_blocks_compute_the_same(saved, case):
     _, directory = saved(case)
     tokens, mask = texts("left")
     stacked, apart = (models.load(directory, scan=scan) for scan in (True, False))
-    a = np.asarray(stacked.apply(stacked.params, tokens, mask=jnp.asarray(mask)))
-    b = np.asarray(apart.apply(apart.params, tokens, mask=jnp.asarray(mask)))
+    a, b = (
+        np.asarray(jax.jit(m.apply)(m.params, tokens, mask=jnp.asarray(mask)))
+        for m in (stacked, apart)
+    )
     # The same operations; XLA may fuse them differently.
     np.testing.assert_allclose(a, b, atol=1e-5)
     assert set(apart.params["model"]["layers"]) == {"0", "1", "2"}
@@ -121,8 +132,9 @@ def test_padding_on_the_right_needs_no_mask(saved):
     _, directory = saved("plain")
     model = models.load(directory)
     tokens, mask = texts("right")
-    with_mask = np.asarray(model.apply(model.params, tokens, mask=jnp.asarray(mask)))
-    without = np.asarray(model.apply(model.params, tokens))
+    apply = jax.jit(model.apply)
+    with_mask = np.asarray(apply(model.params, tokens, mask=jnp.asarray(mask)))
+    without = np.asarray(apply(model.params, tokens))
     np.testing.assert_allclose(with_mask[mask], without[mask], atol=1e-5)
 
 
@@ -135,7 +147,7 @@ def test_bfloat16_stays_near_transformers_in_bfloat16(saved):
     with torch.no_grad():
         coarse = copy.deepcopy(oracle).to(torch.bfloat16)
         rounded = coarse(torch.tensor(tokens), torch.tensor(mask)).logits
-    got = np.asarray(model.apply(model.params, tokens, mask=jnp.asarray(mask)))
+    got = np.asarray(jax.jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
     assert got.dtype == np.float32
     # No farther from the exact logits than twice what torch's own rounding costs.
     allowed = 2 * np.abs(rounded.float().numpy() - exact)[mask].max()
@@ -154,8 +166,9 @@ def test_a_saved_bfloat16_model_loads_exactly(saved, tmp_path):
     np.testing.assert_array_equal(loaded[1], kernel.T)
 
 
-def test_greedy_text_is_transformers(saved):
-    oracle, directory = saved("llama3")
+@pytest.mark.parametrize("case", ["llama3", "mistral that sees 3 tokens", "qwen3"])
+def test_greedy_text_is_transformers(saved, case):
+    oracle, directory = saved(case)
     model = models.load(directory)
     tokens, mask = texts("left")
     prompts = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
@@ -169,6 +182,17 @@ def test_greedy_text_is_transformers(saved):
         )[:, 12:].tolist()
     got = models.generate(model, model.params, prompts, max_new_tokens=20)
     assert got == want
+
+
+@pytest.mark.parametrize("case", ["llama3", "mistral that sees 3 tokens", "qwen2", "qwen3"])
+def test_the_written_config_is_read_by_transformers(saved, case, tmp_path):
+    oracle, directory = saved(case)
+    config = models.load(directory).config
+    assert models.LlamaConfig.from_hf(config.to_hf()) == config
+    again = AutoConfig.for_model(**config.to_hf()).to_dict()
+    raw = oracle.config.to_dict()
+    for name in ("sliding_window", "rope_parameters", "layer_types", "attention_bias", *SIZES):
+        assert again.get(name) == raw.get(name), name
 
 
 def test_shards_load_as_one(saved, tmp_path):

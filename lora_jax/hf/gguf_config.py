@@ -20,16 +20,16 @@ class Architecture(NamedTuple):
     Attributes:
       model_type: ours.
       permuted: the rows of q and k are stored as ggml's RoPE pairs them.
-      fields: values for `LlamaConfig` that hold for every model of the architecture.
     """
 
     model_type: str
     permuted: bool
-    fields: Mapping[str, Any]
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", True, {}),
+    "llama": Architecture("llama", permuted=True),
+    "qwen2": Architecture("qwen2", permuted=False),
+    "qwen3": Architecture("qwen3", permuted=False),
 }
 
 # Metadata of the architecture that states a size, and the one that only informs.
@@ -109,12 +109,12 @@ def config_of(
         rope_scaling=scaling,
         tie_word_embeddings="lm_head.weight" not in shapes,
         qkv_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
+        qk_norm="model.layers.0.self_attn.q_norm.weight" in shapes,
         o_bias="model.layers.0.self_attn.o_proj.bias" in shapes,
         mlp_bias="model.layers.0.mlp.up_proj.bias" in shapes,
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
         pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
         eos_token_ids=() if tokens is None else (tokens,),
-        **ARCHITECTURES[kind].fields,
     )
     try:
         return LlamaConfig(**fields)

@@ -16,7 +16,7 @@ IGNORED = frozenset(
         "architectures", "auto_map", "bad_words_ids", "begin_suppress_tokens",
         "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "finetuning_task",
         "forced_bos_token_id", "forced_eos_token_id", "id2label", "is_llama_config", "label2id",
-        "max_length", "max_window_layers", "min_length", "model_type", "no_repeat_ngram_size",
+        "max_length", "min_length", "model_type", "no_repeat_ngram_size",
         "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
         "output_hidden_states", "output_scores", "prefix", "problem_type", "remove_invalid_values",
         "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
@@ -36,7 +36,7 @@ NEUTRAL: Mapping[str, tuple] = {
     "cross_attention_hidden_size": (None,),
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
-    "layer_types": (None,),
+    "mlp_bias": (False, None),
     "partial_rotary_factor": (1.0, None),
     "pruned_heads": ({}, None),
     "rope_interleaved": (False, None),
@@ -137,7 +137,8 @@ class LlamaConfig:
         out["eos_token_id"] = _scalar_if_one(self.eos_token_ids)
         out["rope_scaling"] = scaling_to_hf(self.rope_scaling)
         family = FAMILIES[self.model_type]
-        return {**out, "architectures": [family.architecture], **family.write(self)}
+        fixed = {"architectures": [family.architecture], "hidden_act": "silu"}
+        return {**out, **fixed, **family.write(self)}
 
 
 class Family(NamedTuple):

@@ -5,7 +5,7 @@ loop that stops when every row has. Shapes are bucketed, everything else (temper
 tokens, how many tokens) is data, so that a second call seldom compiles.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from lora_jax.models.llama import Cache
 from lora_jax.models.model import Forward, Model
+from lora_jax.transform import lorafy
 
 # The fewest slots for a prompt, for new tokens and for stop tokens; then powers of two.
 _SMALLEST_PROMPT, _SMALLEST_NEW, _SMALLEST_STOPS = 16, 16, 4
@@ -140,7 +141,7 @@ def _generate(
     stops,
     key,
 ):
-    run, head = _adapted(forward.apply), _adapted(forward.head)
+    run, head = lorafy(forward.apply), lorafy(forward.head)
     rows, width = tokens.shape
 
     def choose(hidden, step):
@@ -188,11 +189,3 @@ def _nucleus(logits: Float[Array, "b v"], top_p) -> Float[Array, "b v"]:  # noqa
     before = jnp.cumsum(chances, axis=-1) - chances
     least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
-
-
-def _adapted(function: Callable) -> Callable:
-    """The function of parameters that may hold LoRA leaves."""
-    import lora_jax
-
-    lorafy = getattr(lora_jax, "lorafy", None)
-    return function if lorafy is None else lorafy(function)

@@ -1,0 +1,70 @@
+"""The decoder under the transform: every adapted weight keeps its low-rank form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from lora_jax import models
+
+CONFIG = models.LlamaConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    tie_word_embeddings=True,
+    initializer_range=0.3,
+)
+EVERYWHERE = ("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+TOKENS = np.asarray(jax.random.randint(jax.random.key(5), (2, 9), 0, 61))
+MASK = np.arange(9) >= np.array([[0], [4]])
+
+
+def adapted(targets, **options):
+    """A model and adapters that change its logits."""
+    model = models.init(jax.random.key(0), CONFIG, **options)
+    config = lora.LoraConfig(rank=3, alpha=6, target_modules=targets)
+    plan = lora.plan(config, model.apply, model.params, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    params = lora.init(jax.random.key(1), plan, model.params)
+    trainable, frozen = lora.split(params)
+    leaves, tree = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return model, lora.combine(jax.tree.unflatten(tree, moved), frozen)
+
+
+@pytest.mark.parametrize("options", [{}, {"scan": False}, {"remat": True}], ids=str)
+@pytest.mark.parametrize("targets", ["all-linear", EVERYWHERE], ids=["linear", "tied table too"])
+def test_logits_equal_those_of_merged_weights(targets, options):
+    model, params = adapted(targets, **options)
+    apply = jax.jit(lora.lorafy(model.apply, strict=True))
+    got = np.asarray(apply(params, TOKENS, mask=jnp.asarray(MASK)))
+    want = np.asarray(jax.jit(model.apply)(lora.merge(params), TOKENS, mask=jnp.asarray(MASK)))
+    base = np.asarray(jax.jit(model.apply)(model.params, TOKENS, mask=jnp.asarray(MASK)))
+    assert np.abs(want - base)[MASK].max() > 0.5
+    # Logits of about 10 in float32.
+    np.testing.assert_allclose(got[MASK], want[MASK], atol=1e-4)
+
+
+def test_generation_takes_adapters():
+    model, params = adapted(EVERYWHERE)
+    prompts = [[5, 9, 11], [8], [1, 2, 3, 4]]
+    got = models.generate(model, params, prompts, max_new_tokens=10)
+    assert got == models.generate(model, lora.merge(params), prompts, max_new_tokens=10)
+    assert got != models.generate(model, model.params, prompts, max_new_tokens=10)
+
+
+def test_the_cache_is_not_touched_by_the_transform():
+    model, params = adapted("all-linear")
+    apply = jax.jit(lora.lorafy(model.apply, strict=True))
+    whole = np.asarray(apply(params, TOKENS))
+    cache, parts = model.init_cache(2, 9), []
+    for at in (slice(0, 5), slice(5, 6), slice(6, 9)):
+        out, cache = apply(params, TOKENS[:, at], cache=cache)
+        parts.append(np.asarray(out))
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-4)
