@@ -7,15 +7,13 @@ axis kept by one contraction and batched by the next is recognised.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax import compat
-from lora_jax.transform.structural import reshape_groups
+from lora_jax.dataflow_dims import dim_map
 
 Dims = tuple[frozenset, ...]  # for each current dim, the original dims it is made of
 
@@ -30,7 +28,8 @@ class Use:
       kind: "contract", "lookup" (rows by index), or "other".
       contracted: the leaf's dims summed over (contract) or indexed (lookup).
       stacked: the leaf's dims batched, or picked one index at a time, on the way here.
-      fallback: why the weight is added up before this use, or "".
+      fallback: why the weight is added up for this use, or "". The dataflow does not say: `plan`
+        asks the interpreter itself.
     """
 
     primitive: str
@@ -48,7 +47,6 @@ class Track:
     leaf: int
     dims: Dims
     picked: frozenset = frozenset()
-    fallback: str = ""
     lookup: int = -1  # index into the leaf's uses of the gather it came through
 
 
@@ -76,13 +74,12 @@ class Usage:
         return compat.source_line(eqn, self.lines[-1])
 
 
-# Operations through which a weight keeps its low-rank form (see transform.interpret.RULES).
+# Operations after which rows looked up by index are still rows of the table, not features.
 _KEEPING = frozenset(
     "transpose reshape squeeze broadcast_in_dim convert_element_type slice dynamic_slice split "
-    "unstack reshard neg concatenate sharding_constraint optimization_barrier copy copy_p "
-    "stop_gradient name reduce_precision pvary device_put".split()
+    "unstack reshard neg sharding_constraint optimization_barrier copy copy_p stop_gradient name "
+    "reduce_precision pvary device_put".split()
 )
-_REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod argmax argmin".split())
 _INNER = {"jit": "jaxpr", "closed_call": "call_jaxpr", "remat": "jaxpr", "shard_map": "jaxpr"}
 _CUSTOM = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
            "custom_vjp_call_jaxpr": "fun_jaxpr"}  # fmt: skip
@@ -162,7 +159,7 @@ def _step(found: Usage, eqn, flows: list[Flow]) -> list[Flow]:
         return _inside(found, eqn.params["body_jaxpr"], flows[a:])
     if name == "cond":
         outs = [_inside(found, branch, flows[1:]) for branch in eqn.params["branches"]]
-        return [dataclasses.replace(_merge(each), tracks=()) for each in zip(*outs, strict=True)]
+        return [_merge(each) for each in zip(*outs, strict=True)]
     return _plain(found, eqn, flows, name)
 
 
@@ -173,20 +170,7 @@ def _inside(found: Usage, inner, flows: Sequence[Flow]) -> list[Flow]:
 
 def _enter(found: Usage, eqn, flows: list[Flow], name: str) -> list[Flow]:
     inner = eqn.params.get(_INNER.get(name) or _CUSTOM[name]) or eqn.params.get("jaxpr")
-    if name in _CUSTOM:
-        why = f"`{name}` takes the weight"
-        flows = [_soften(f, why) for f in flows]
-        for flow in flows:
-            for track in flow.tracks:
-                found.uses[track.leaf].append(
-                    Use(name, found.lines[-1], "other", fallback=why)
-                )
     return _inside(found, inner, flows)
-
-
-def _soften(flow: Flow, why: str) -> Flow:
-    tracks = tuple(dataclasses.replace(t, fallback=t.fallback or why) for t in flow.tracks)
-    return dataclasses.replace(flow, tracks=tracks)
 
 
 def _scan(found: Usage, eqn, flows: list[Flow]) -> list[Flow]:
@@ -199,9 +183,16 @@ def _scan(found: Usage, eqn, flows: list[Flow]) -> list[Flow]:
 def _peel(flow: Flow) -> Flow:
     """What one step of a scan sees: the first dim is picked."""
     tracks = tuple(
-        dataclasses.replace(t, dims=t.dims[1:], picked=t.picked | t.dims[0]) for t in flow.tracks
+        dataclasses.replace(t, dims=t.dims[1:], picked=t.picked | _whole(t.dims, [0]))
+        for t in flow.tracks
     )
     return dataclasses.replace(flow, tracks=tracks, origin=flow.origin[1:])
+
+
+def _whole(dims: Dims, axes: Sequence[int]) -> frozenset:
+    """The leaf's dims that the current dims `axes` are all of: not a part, as after a split."""
+    rest = frozenset().union(*(d for i, d in enumerate(dims) if i not in axes))
+    return frozenset().union(*(dims[i] for i in axes)) - rest
 
 
 def _stack(flow: Flow) -> Flow:
@@ -220,7 +211,7 @@ def _merge(flows: Sequence[Flow]) -> Flow:
 
 
 def _plain(found: Usage, eqn, flows: list[Flow], name: str) -> list[Flow]:
-    maps = [_dim_map(eqn, k, name) for k in range(len(flows))]
+    maps = [dim_map(eqn, k, name) for k in range(len(flows))]
     fed = any(f.fed for f in flows)
     outs = []
     for j, var in enumerate(eqn.outvars):
@@ -257,18 +248,13 @@ def _follow(found: Usage, eqn, flows, k: int, track: Track, mapped, name: str, *
         track = dataclasses.replace(track, lookup=len(found.uses[track.leaf]) - 1)
         return _carry(eqn, k, track, mapped, name)
     fed = any(f.fed for f in others) and name not in ("gather", "dynamic_slice")
-    why = "" if _keeps(eqn, k, flows, name) else f"`{name}` on the weight"
-    if mapped is None or fed:
+    if mapped is None or (fed and not _scales(eqn, k, name)):
         if first and track.lookup < 0:
-            line = found.lines[-1]
-            found.uses[track.leaf].append(Use(name, line, "other", fallback=why or track.fallback))
+            found.uses[track.leaf].append(Use(name, found.lines[-1], "other"))
         return None
-    if why and track.lookup >= 0:
+    if track.lookup >= 0 and not _keeps(eqn, k, name):
         return None
-    if why and first:
-        line = found.lines[-1]
-        found.uses[track.leaf].append(Use(name, line, "other", fallback=why))
-    return _carry(eqn, k, dataclasses.replace(track, fallback=track.fallback or why), mapped, name)
+    return _carry(eqn, k, track, mapped, name)
 
 
 def _record(found: Usage, track: Track, use: Use):
@@ -281,9 +267,7 @@ def _record(found: Usage, track: Track, use: Use):
 def _carry(eqn, k: int, track: Track, mapped, name: str):
     if mapped is None:
         return None
-    picked = track.picked | frozenset().union(
-        *(track.dims[i] for i in _picked_dims(eqn, k, name))
-    )
+    picked = track.picked | _whole(track.dims, _picked_dims(eqn, k, name))
     return dataclasses.replace(track, dims=_through(track.dims, mapped), picked=picked)
 
 
@@ -293,19 +277,14 @@ def _consumption(found: Usage, eqn, others: Sequence[Flow], k: int, track: Track
     if axes is not None:
         if not any(f.fed for f in others) and track.lookup >= 0:
             return None
-        contracted, batch = (frozenset().union(*(track.dims[i] for i in a)) for a in axes)
-        stacked = batch | track.picked
+        contracted = frozenset().union(*(track.dims[i] for i in axes[0]))
+        stacked = _whole(track.dims, axes[1]) | track.picked
         kind = "contract" if contracted - stacked else "other"
-        fallback = track.fallback
-        if any(f.tracks for f in others):
-            fallback = fallback or "product of two weights"
-        line = found.lines[-1]
-        return Use(name, line, kind, contracted - stacked, stacked, fallback)
+        return Use(name, found.lines[-1], kind, contracted - stacked, stacked)
     if name == "gather" and k == 0 and any(f.fed for f in others) and track.lookup < 0:
         numbers = eqn.params["dimension_numbers"]
         rows = frozenset().union(*(track.dims[i] for i in numbers.start_index_map))
-        line = found.lines[-1]
-        return Use(name, line, "lookup", rows, track.picked - rows, track.fallback)
+        return Use(name, found.lines[-1], "lookup", rows, track.picked - rows)
     return None
 
 
@@ -323,21 +302,20 @@ def _contraction(eqn, k: int, name: str):
     return None
 
 
-def _keeps(eqn, k: int, flows, name: str) -> bool:
-    """Whether a weight at operand `k` keeps its low-rank form."""
-    if name in ("mul", "div"):
-        other = eqn.invars[1 - k].aval
-        return math.prod(other.shape) == 1 and (name == "mul" or k == 0)
-    if name == "reduce_sum":
-        return all(eqn.invars[0].aval.shape[a] == 1 for a in eqn.params["axes"])
-    if name == "broadcast_in_dim":
-        old, new = eqn.invars[0].aval.shape, eqn.params["shape"]
-        return math.prod(old) == math.prod(new)
-    if name == "convert_element_type":
-        return jnp.issubdtype(eqn.params["new_dtype"], jnp.floating)
+def _keeps(eqn, k: int, name: str) -> bool:
+    """Whether rows looked up by index are rows still, after this operation."""
     if name in ("gather", "dynamic_slice", "slice"):
         return k == 0
-    return name in _KEEPING
+    return name in _KEEPING or _scales(eqn, k, name)
+
+
+def _scales(eqn, k: int, name: str) -> bool:
+    """Whether the equation multiplies operand `k` by a number, or a matrix by a vector's gains."""
+    if name not in ("mul", "div") or (name == "div" and k == 1):
+        return False
+    own, other = (tuple(eqn.invars[i].aval.shape) for i in (k, 1 - k))
+    large = sum(n > 1 for n in other)
+    return large == 0 or (large == 1 and sum(n > 1 for n in own) > 1)
 
 
 def _free_dims(found: Usage, eqn, flows, name: str, rank: int) -> Dims:
@@ -374,74 +352,3 @@ def _picked_dims(eqn, k: int, name: str) -> list[int]:
     if name == "gather":
         return list(eqn.params["dimension_numbers"].start_index_map)
     return [eqn.params["axis"]] if name == "unstack" else []
-
-
-def _dim_map(eqn, k: int, name: str):
-    """For each output, for each of its dims, the dims of operand `k` it is made of; or None."""
-    shape = tuple(getattr(eqn.invars[k].aval, "shape", ()))
-    handler = _DIM_MAPS.get(name)
-    if handler is not None:
-        return None if k != 0 else handler(eqn, shape)
-    if name in _REDUCTIONS or name == "reduce_and" or name == "reduce_or":
-        axes = set(eqn.params["axes"])
-        return [[(d,) for d in range(len(shape)) if d not in axes]]
-    same = [tuple(getattr(v.aval, "shape", ())) for v in eqn.outvars]
-    if name in ("dot_general", "ragged_dot_general", "conv_general_dilated", "sort"):
-        return None
-    kept = name in _KEEPING and all(len(s) == len(shape) for s in same)
-    if kept or all(s == shape for s in same):
-        return [[(d,) for d in range(len(shape))] for _ in same]
-    return None
-
-
-def _map_reshape(eqn, shape):
-    new_shape = eqn.params["new_sizes"]
-    if 0 in shape or eqn.params.get("dimensions") is not None:
-        return None
-    old = [d for d, n in enumerate(shape) if n != 1]
-    new = [d for d, n in enumerate(new_shape) if n != 1]
-    out: list[tuple] = [()] * len(new_shape)
-    for left, right in reshape_groups([shape[d] for d in old], [new_shape[d] for d in new]):
-        for j in right:
-            out[new[j]] = tuple(old[i] for i in left)
-    return [out]
-
-
-def _map_broadcast(eqn, shape):
-    out: list[tuple] = [()] * len(eqn.params["shape"])
-    for d, new in enumerate(eqn.params["broadcast_dimensions"]):
-        out[new] = (d,)
-    return [out]
-
-
-def _map_gather(eqn, shape):
-    numbers = eqn.params["dimension_numbers"]
-    if numbers.operand_batching_dims:
-        return None
-    survive = iter([d for d in range(len(shape)) if d not in numbers.collapsed_slice_dims])
-    rank = len(eqn.outvars[0].aval.shape)
-    picked = tuple(numbers.start_index_map)
-    return [[(next(survive),) if i in numbers.offset_dims else picked for i in range(rank)]]
-
-
-def _map_squeeze(eqn, shape):
-    gone = {d % len(shape) for d in eqn.params["dimensions"]}
-    return [[(d,) for d in range(len(shape)) if d not in gone]]
-
-
-def _map_unstack(eqn, shape):
-    axis = eqn.params["axis"]
-    return [[(d,) for d in range(len(shape)) if d != axis] for _ in eqn.outvars]
-
-
-_DIM_MAPS: dict[str, Callable[[Any, tuple], Any]] = {
-    "transpose": lambda eqn, shape: [[(d,) for d in eqn.params["permutation"]]],
-    "reshape": _map_reshape,
-    "broadcast_in_dim": _map_broadcast,
-    "squeeze": _map_squeeze,
-    "gather": _map_gather,
-    "unstack": _map_unstack,
-    "slice": lambda eqn, shape: [[(d,) for d in range(len(shape))]],
-    "dynamic_slice": lambda eqn, shape: [[(d,) for d in range(len(shape))]],
-    "split": lambda eqn, shape: [[(d,) for d in range(len(shape))]] * len(eqn.outvars),
-}

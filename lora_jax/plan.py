@@ -13,6 +13,7 @@ from lora_jax import dataflow, matching, paths
 from lora_jax.array import factor_shapes, is_lora, out_dims, sizes
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.dataflow import Usage, Use
+from lora_jax.foresee import foreseen
 
 # Modules that turn features into logits: "all-linear" leaves them out, as PEFT does.
 HEAD_NAMES = frozenset(
@@ -162,7 +163,11 @@ def plan(config: LoraConfig, fn: Callable, params, *args, **kwargs) -> Plan:
     planned = tuple(_decide(config, draft, vocabularies) for draft in drafts)
     planned = _with_biases(config, planned)
     _check(config, planned)
-    return Plan(config, planned)
+    found = foreseen(planned, fn, jax.tree.unflatten(tree, leaves), args, kwargs)
+    return Plan(
+        config,
+        tuple(dataclasses.replace(x, uses=(*x.uses, *found.get(x.path, ()))) for x in planned),
+    )
 
 
 def _draft(config: LoraConfig, index: int, path: str, leaf, usage: Usage) -> LeafPlan:

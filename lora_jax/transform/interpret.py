@@ -30,15 +30,17 @@ class Context:
       strict: whether a fallback is an error.
       uses: how often each path's weight met dropout so far.
       memo: inner jitted functions already rewritten, so that a repeated block is traced once.
-      told: fallbacks already warned of.
+      told: fallbacks already warned of, by path, primitive and line, with the reason.
+      quiet: whether fallbacks are only collected in `told`, not warned of.
       lines: source lines of the equations entered, innermost last.
     """
 
     strict: bool
     uses: dict = dataclasses.field(default_factory=dict)
     memo: dict = dataclasses.field(default_factory=dict)
-    told: set = dataclasses.field(default_factory=set)
+    told: dict = dataclasses.field(default_factory=dict)
     lines: list = dataclasses.field(default_factory=lambda: ["unknown line"])
+    quiet: bool = False
 
     def next_use(self, v: Implicit) -> int:
         if v.key is None or v.dropout == 0:
@@ -71,9 +73,10 @@ class Context:
                 f"or call without `strict`"
             )
         if (said := (str(v.path), name, line)) not in self.told:
-            self.told.add(said)
-            warnings.warn(f"{text}: the result is exact, the saving is lost", MaterializedWarning,
-                          stacklevel=2)  # fmt: skip
+            self.told[said] = reason
+            if not self.quiet:
+                text = f"{text}: the result is exact, the saving is lost"
+                warnings.warn(text, MaterializedWarning, stacklevel=2)
         return materialize(v)
 
 

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import compat, paths
@@ -52,20 +53,59 @@ def lorafy(fn: Callable, *, strict: bool = False) -> Callable:
 
     @functools.wraps(fn)
     def adapted(lora_params, *args, lora_key=None, **kwargs):
-        flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_lora)
-        leaves = [x.value if isinstance(x, SavedArray) else x for _, x in flat]
-        where = [i for i, x in enumerate(leaves) if isinstance(x, LoraArray)]
-        if not where:
-            return fn(jax.tree.unflatten(tree, leaves), *args, **kwargs)
-        originals = [leaves[i] for i in where]
-        values = [_enter(leaves[i], paths.spell(flat[i][0]), lora_key) for i in where]
-        staged, finish = _stage(fn, tree, leaves, where, args, kwargs)
-        jaxpr = jax.make_jaxpr(staged)(*[_abstract(x.w) for x in originals])
-        jaxpr, consts = compat.open_jaxpr(jaxpr)
-        outs = evaluate(Context(strict=strict), jaxpr, consts, values)
-        return finish([_leave(x, values, originals) for x in outs])
+        return _run(Context(strict=strict), fn, lora_params, args, kwargs, lora_key)
 
     return adapted
+
+
+def _run(context: Context, fn: Callable, lora_params, args, kwargs, lora_key=None):
+    flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_lora)
+    leaves = [x.value if isinstance(x, SavedArray) else x for _, x in flat]
+    where = [i for i, x in enumerate(leaves) if isinstance(x, LoraArray)]
+    if not where:
+        return fn(jax.tree.unflatten(tree, leaves), *args, **kwargs)
+    originals = [leaves[i] for i in where]
+    values = [_enter(leaves[i], paths.spell(flat[i][0]), lora_key) for i in where]
+    staged, finish = _stage(fn, tree, leaves, where, args, kwargs)
+    jaxpr = jax.make_jaxpr(staged)(*[_abstract(x.w) for x in originals])
+    jaxpr, consts = compat.open_jaxpr(jaxpr)
+    outs = evaluate(context, jaxpr, consts, values)
+    return finish([_leave(x, values, originals) for x in outs])
+
+
+def materializations(fn: Callable, lora_params, args: Sequence, kwargs: dict) -> dict:
+    """What a call would materialize, found without computing or allocating anything.
+
+    Args:
+      fn: the base function.
+      lora_params: with `LoraArray`s of arrays or `ShapeDtypeStruct`s.
+      args, kwargs: of the call; arrays may be `ShapeDtypeStruct`s.
+
+    Returns:
+      `(path, primitive, source line)` to the reason.
+    """
+    context = Context(strict=False, quiet=True)
+    leaves, tree = jax.tree.flatten((lora_params, tuple(args), dict(kwargs)))
+    own = len(jax.tree.leaves(lora_params))
+    # A concrete parameter that is no floating-point array may decide a Python branch.
+    loose = [
+        i
+        for i, x in enumerate(leaves)
+        if hasattr(x, "dtype") and hasattr(x, "shape")
+        and (i >= own or isinstance(x, jax.ShapeDtypeStruct)
+             or jnp.issubdtype(x.dtype, jnp.inexact))
+    ]  # fmt: skip
+
+    def call(given):
+        full = list(leaves)
+        for i, x in zip(loose, given, strict=True):
+            full[i] = x
+        lora_params, args, kwargs = jax.tree.unflatten(tree, full)
+        out = _run(context, fn, lora_params, args, kwargs)
+        return [x for x in jax.tree.leaves(out) if compat.is_array(x)]
+
+    jax.eval_shape(call, [leaves[i] for i in loose])
+    return context.told
 
 
 def _stage(fn: Callable, tree, leaves: Sequence, where: Sequence[int], args, kwargs):

@@ -1,6 +1,8 @@
 """The table: every case of the laws, and the model, plan and adapters of each, made once."""
 
+import dataclasses
 import functools
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +17,9 @@ from laws import (
     cases_nnx,
     cases_structure,
 )
-from laws.case import Case
+from laws.case import Case, normal
+from lora_jax import paths
+from lora_jax.tree import stack_values
 
 CASES: tuple[Case, ...] = (
     *cases_dots.CASES,
@@ -28,7 +32,7 @@ CASES: tuple[Case, ...] = (
 
 
 class Model(NamedTuple):
-    """A case made: `lora_params` has random A and B (neither zero)."""
+    """A case made."""
 
     fn: Any
     params: Any
@@ -38,18 +42,39 @@ class Model(NamedTuple):
 
 
 def config_of(case: Case, **changes) -> lora.LoraConfig:
-    """The config that targets the case's leaves by their paths; factors start at random."""
-    fields = {"rank": 2, "alpha": 3, "init": "random", "target_modules": tuple(case.roles)}
+    """The config that targets the case's leaves by their paths."""
+    fields = {"rank": 2, "alpha": 3, "target_modules": tuple(case.roles)}
     return lora.LoraConfig(**(fields | dict(case.config) | changes))
 
 
 @functools.cache
 def model(case_name: str) -> Model:
-    """The case's model, planned and with adapters."""
+    """The case's model, planned and with adapters of made-up numbers, neither factor zero."""
     case = by_name(case_name)
     fn, params, args = case.build()
     plan = lora.plan(config_of(case), fn, params, *args)
-    return Model(fn, params, args, plan, lora.init(jax.random.key(1), plan, params))
+    return Model(fn, params, args, plan, adapted(plan, params))
+
+
+def adapted(plan: lora.Plan, params):
+    """`lora.init` with numpy's numbers in A and B: nothing is compiled for them."""
+    shapes = jax.eval_shape(lambda p: lora.init(jax.random.key(0), plan, p), params)
+    planned = plan.by_path()
+
+    def fill(key_path, x, w):
+        if not isinstance(x, lora.LoraArray):
+            return w
+        leaf = planned[paths.spell(key_path)]
+        seed = zlib.crc32(leaf.path.encode())
+        return dataclasses.replace(
+            x,
+            w=w,
+            a=normal(seed, *x.a.shape).astype(x.a.dtype),
+            b=normal(seed + 1, *x.b.shape).astype(x.b.dtype),
+            scale=jnp.asarray(stack_values(leaf, leaf.scales), jnp.float32),
+        )
+
+    return jax.tree_util.tree_map_with_path(fill, shapes, params, is_leaf=lora.is_lora)
 
 
 def by_name(name: str) -> Case:

@@ -1,0 +1,98 @@
+"""Which dims of an operand each dim of an operation's output is made of."""
+
+from collections.abc import Callable
+from typing import Any
+
+from lora_jax.transform.structural import reshape_groups
+
+REDUCTIONS = frozenset(
+    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split()
+)
+# Operations that hold the number of dims and their order, whatever happens to the sizes.
+_SAME_DIMS = frozenset("concatenate optimization_barrier rev pad tile".split())
+_MIXING = frozenset("dot_general ragged_dot_general conv_general_dilated sort".split())
+
+
+def dim_map(eqn, k: int, name: str):
+    """For each output, for each of its dims, the dims of operand `k` it is made of; or None.
+
+    Args:
+      eqn: an equation.
+      k: number of the operand.
+      name: of the primitive.
+    """
+    shape = tuple(getattr(eqn.invars[k].aval, "shape", ()))
+    if name == "stack":
+        return _map_stack(eqn, shape)
+    handler = _DIM_MAPS.get(name)
+    if handler is not None:
+        return None if k != 0 else handler(eqn, shape)
+    if name in REDUCTIONS:
+        axes = set(eqn.params["axes"])
+        return [[(d,) for d in range(len(shape)) if d not in axes]]
+    same = [tuple(getattr(v.aval, "shape", ())) for v in eqn.outvars]
+    if name in _MIXING:
+        return None
+    kept = name in _SAME_DIMS and all(len(s) == len(shape) for s in same)
+    if kept or all(s == shape for s in same):
+        return [[(d,) for d in range(len(shape))] for _ in same]
+    return None
+
+
+def _map_reshape(eqn, shape):
+    new_shape = eqn.params["new_sizes"]
+    if 0 in shape or eqn.params.get("dimensions") is not None:
+        return None
+    old = [d for d, n in enumerate(shape) if n != 1]
+    new = [d for d, n in enumerate(new_shape) if n != 1]
+    out: list[tuple] = [()] * len(new_shape)
+    for left, right in reshape_groups([shape[d] for d in old], [new_shape[d] for d in new]):
+        for j in right:
+            out[new[j]] = tuple(old[i] for i in left)
+    return [out]
+
+
+def _map_broadcast(eqn, shape):
+    out: list[tuple] = [()] * len(eqn.params["shape"])
+    for d, new in enumerate(eqn.params["broadcast_dimensions"]):
+        out[new] = (d,)
+    return [out]
+
+
+def _map_gather(eqn, shape):
+    numbers = eqn.params["dimension_numbers"]
+    if numbers.operand_batching_dims:
+        return None
+    survive = iter([d for d in range(len(shape)) if d not in numbers.collapsed_slice_dims])
+    rank = len(eqn.outvars[0].aval.shape)
+    picked = tuple(numbers.start_index_map)
+    return [[(next(survive),) if i in numbers.offset_dims else picked for i in range(rank)]]
+
+
+def _map_stack(eqn, shape):
+    axis = eqn.params["axis"]
+    dims: list[tuple] = [(d,) for d in range(len(shape))]
+    return [[*dims[:axis], (), *dims[axis:]]]
+
+
+def _map_squeeze(eqn, shape):
+    gone = {d % len(shape) for d in eqn.params["dimensions"]}
+    return [[(d,) for d in range(len(shape)) if d not in gone]]
+
+
+def _map_unstack(eqn, shape):
+    axis = eqn.params["axis"]
+    return [[(d,) for d in range(len(shape)) if d != axis] for _ in eqn.outvars]
+
+
+_DIM_MAPS: dict[str, Callable[[Any, tuple], Any]] = {
+    "transpose": lambda eqn, shape: [[(d,) for d in eqn.params["permutation"]]],
+    "reshape": _map_reshape,
+    "broadcast_in_dim": _map_broadcast,
+    "squeeze": _map_squeeze,
+    "gather": _map_gather,
+    "unstack": _map_unstack,
+    "slice": lambda eqn, shape: [[(d,) for d in range(len(shape))]],
+    "dynamic_slice": lambda eqn, shape: [[(d,) for d in range(len(shape))]],
+    "split": lambda eqn, shape: [[(d,) for d in range(len(shape))]] * len(eqn.outvars),
+}

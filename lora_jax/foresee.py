@@ -1,0 +1,44 @@
+"""What a plan would materialize, asked of the interpreter itself before anything is allocated."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import paths
+from lora_jax.array import LoraArray, factor_shapes, sizes
+from lora_jax.dataflow import Use
+from lora_jax.transform.lorafy import materializations
+
+
+def foreseen(planned: Sequence, fn: Callable, params, args: Sequence, kwargs: dict) -> dict:
+    """Traces the lorafied function with abstract factors and collects its fallbacks.
+
+    Args:
+      planned: `LeafPlan`s.
+      fn, params, args, kwargs: as `plan` has them.
+
+    Returns:
+      Path of an adapted leaf to the `Use`s, with their reason as `fallback`, that add it up.
+    """
+    adapted = {leaf.path: leaf for leaf in planned if leaf.kind == "lora"}
+    if not adapted:
+        return {}
+
+    def abstract(key_path, w):
+        leaf = adapted.get(paths.spell(key_path))
+        return w if leaf is None else _abstract(leaf, w)
+
+    lora_params = jax.tree_util.tree_map_with_path(abstract, params)
+    uses: dict[str, list[Use]] = {}
+    for (path, primitive, line), reason in materializations(fn, lora_params, args, kwargs).items():
+        uses.setdefault(path, []).append(Use(primitive, line, "other", fallback=reason))
+    return uses
+
+
+def _abstract(leaf, w) -> LoraArray:
+    a, b = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
+    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    stack = sizes(leaf.shape, leaf.roles)[0]
+    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in ((a, dtype), (b, dtype), (stack, jnp.float32))]
+    return LoraArray(w, *shapes, roles=leaf.roles)
