@@ -33,10 +33,8 @@ def describe(source: str, *, tensors: bool = False) -> str:
     path = Path(source)
     if (path / "adapter_config.json").is_file():
         return _peft(path, tensors)
-    if (path / "adapter").is_dir() and (path / "meta").is_dir():
-        return _adapter(path)
-    if (folder := _steps_folder(path)) is not None:
-        return _run(folder)
+    if (path / "checkpoints").is_dir() or (path / "meta").is_dir():
+        return _checkpoint(path)
     if path.suffix == ".safetensors":
         return "\n".join(["safetensors file", *_tensor_lines(_header(path), tensors)])
     return _model(source, tensors)
@@ -57,33 +55,19 @@ def _peft(path: Path, tensors: bool) -> str:
     return "\n".join([*lines, *_tensor_lines(_header(path / TENSOR_FILE), tensors)])
 
 
-def _adapter(path: Path) -> str:
+def _checkpoint(path: Path) -> str:
     from lora_jax import checkpoint
 
-    meta = checkpoint.read_meta(path)
-    lines = ["Orbax checkpoint of an adapter"]
-    lines += [_row(name, meta["config"].get(name)) for name in _PEFT_FIELDS[1:]]
-    return "\n".join([*lines, _row("base", f"{len(meta['base'])} weights")])
-
-
-def _steps_folder(path: Path) -> Path | None:
-    """The folder of a run that holds its checkpoints, one folder for each step."""
-    for folder in (path, path / "checkpoints"):
-        if folder.is_dir() and any(p.name.isdigit() and p.is_dir() for p in folder.iterdir()):
-            return folder
-    return None
-
-
-def _run(folder: Path) -> str:
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
-    lines = ["checkpoints of a training run", _row("steps", steps)]
-    metrics = folder.parent / "metrics.jsonl"
-    if metrics.is_file():
+    found = checkpoint.find(path)
+    lines = ["Orbax checkpoint", _row("in", found.directory)]
+    lines += [_row(name, found.config.get(name)) for name in _PEFT_FIELDS[1:]]
+    lines.append(_row("base", f"{len(found.base)} weights"))
+    if (metrics := path / "metrics.jsonl").is_file():
         from lora_jax.train.metrics import read_metrics
 
-        losses = [r["loss"] for r in read_metrics(metrics) if r.get("kind") == "train"]
-        if losses:
-            lines.append(_row("loss", f"{losses[0]:.4f} at first, {losses[-1]:.4f} at last"))
+        records = [r for r in read_metrics(metrics) if r.get("kind") == "train"]
+        lines += [_row(f"loss of step {r['step']}", f"{r['loss']:.4f}") for r in records[:1]]
+        lines += [_row(f"loss of step {r['step']}", f"{r['loss']:.4f}") for r in records[1:][-1:]]
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """From a model, a data file and three configs to a trained adapter on disk; and on from there."""
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,10 @@ def finetune(
 
     if train_config.output_dir is None:
         raise ValueError("`output_dir` is missing: say where the run is to be written")
+    # Read before the model is loaded, so that a mistake in the data shows at once.
+    records = [_records(path) for path in (job.train_data, job.eval_data)]
     model = load_model(job.model, dtype=job.dtype, remat=job.remat)
-    data, held_out = (_examples(model, path, job) for path in (job.train_data, job.eval_data))
+    data, held_out = (_examples(model, found, job) for found in records)
     params = init_adapter(model, lora_config, seed=train_config.seed)
     say(lora.format_trainable_parameters(params))
     result = train.fit(
@@ -76,7 +79,7 @@ def finetune(
         held_out,
         train_config,
         lora_config=lora_config,
-        hooks=train.Hooks(memory=lambda used: say(train.format_memory(used))),
+        hooks=train.Hooks(memory=show_memory(say)),
     )
     adapter = Path(train_config.output_dir) / ADAPTER
     hf.save_peft(adapter, result.lora_params, lora_config, base_model_name=hub_name(job.model))
@@ -84,13 +87,32 @@ def finetune(
     return result
 
 
-def _examples(model, path: Path | None, job: FinetuneConfig) -> list | None:
+def _records(path: Path | None) -> list | None:
     from lora_jax import train
 
-    if path is None:
+    return None if path is None else train.load_jsonl(path)
+
+
+def _examples(model, records: list | None, job: FinetuneConfig) -> list | None:
+    from lora_jax import train
+
+    if records is None:
         return None
     length = job.max_length or model.config.context
-    return train.load_examples(path, model.tokenizer, max_length=length, too_long=job.too_long)
+    return train.examples(records, model.tokenizer, max_length=length, too_long=job.too_long)
+
+
+def show_memory(say: Callable[[str], None]) -> Callable:
+    """A hook for `fit` that says where memory goes, above the progress bar."""
+    from tqdm import tqdm
+
+    from lora_jax.train import format_memory
+
+    def show(used) -> None:
+        with tqdm.external_write_mode():
+            say(f"memory:\n{textwrap.indent(format_memory(used), '  ')}\n")
+
+    return show
 
 
 def load_model(source: str, *, dtype: str = "float32", remat: bool = False):
@@ -127,22 +149,27 @@ def load_adapter(model, directory: Path) -> tuple[Any, LoraConfig]:
     return hf.load_peft(directory, model.apply, model.params, _TOKENS)
 
 
-def export_checkpoint(source: str, checkpoint: Path, output: Path) -> None:
-    """Turns an Orbax checkpoint's adapter into a PEFT directory.
+def export_checkpoint(
+    source: str, checkpoint: Path, output: Path, *, dtype: str = "float32"
+) -> None:
+    """Turns the adapter in an Orbax checkpoint into a PEFT directory.
 
     Args:
       source: the model it was trained over, as for `load_model`.
-      checkpoint: a run's folder, or an adapter's folder of `lora_jax.checkpoint.save`.
+      checkpoint: the folder of a run, whose newest checkpoint is taken, or an adapter's folder
+        of `lora_jax.checkpoint.save`.
       output: the directory to write.
+      dtype: the one it was trained in.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      ValueError: it was made over another model.
+      ValueError: it was made over another model, or in another dtype.
     """
     from lora_jax import checkpoint as checkpoints
     from lora_jax import hf
 
-    model = load_model(source)
+    checkpoints.find(checkpoint)  # before the model is loaded, as that takes a while
+    model = load_model(source, dtype=dtype)
     params, config = checkpoints.restore(checkpoint, model.apply, model.params, _TOKENS)
     hf.save_peft(output, params, config, base_model_name=hub_name(source))
 

@@ -33,13 +33,8 @@ def _read_time(text: str) -> str:
         return f"{hour:02d}:{int(found[2] or 0):02d}"
     if found := re.search(r"(\d+):(\d\d)", text):
         return f"{int(found[1]):02d}:{found[2]}"
-    words = r"(?:(half past|quarter past|quarter to) )?(\w+)(?: o'clock)? in the (\w+)"
-    found = re.search(words, text)
-    minute = {None: 0, "half past": 30, "quarter past": 15, "quarter to": -15}[found[1]]
-    minutes = (task.NUMBERS.index(found[2]) * 60 + minute) % 720
-    if found[3] != "morning":
-        minutes += 720
-    return f"{minutes // 60:02d}:{minutes % 60:02d}"
+    found = re.search(r"(\d+)h(\d\d)", text)
+    return f"{found[1]}:{found[2]}"
 
 
 @pytest.mark.parametrize(

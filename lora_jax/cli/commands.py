@@ -67,7 +67,7 @@ def generate(arguments: argparse.Namespace) -> None:
     from lora_jax.answer import answer, as_question
 
     config = _from_flags(generate_sections(), arguments)[0]
-    model = finetune.load_model(arguments.model)
+    model = finetune.load_model(arguments.model, dtype=arguments.dtype)
     params = model.params
     if arguments.adapter is not None:
         params, _ = finetune.load_adapter(model, arguments.adapter)
@@ -96,7 +96,9 @@ def export(arguments: argparse.Namespace) -> None:
     """`lora-jax export`."""
     from lora_jax.finetune import export_checkpoint
 
-    export_checkpoint(arguments.model, arguments.checkpoint, arguments.output)
+    export_checkpoint(
+        arguments.model, arguments.checkpoint, arguments.output, dtype=arguments.dtype
+    )
     print(f"wrote the adapter to {arguments.output}")
 
 

@@ -150,6 +150,7 @@ examples:
     parser.add_argument(
         "--raw", action="store_true", help="go on from the prompt as it stands, without a template"
     )
+    _add_dtype(parser, "float32", "of the computation")
     settings.add_flags(parser, settings.options(commands.generate_sections()))
 
 
@@ -168,10 +169,7 @@ example:
     parser.add_argument("model", help=MODEL)
     parser.add_argument("adapter", type=Path, help=ADAPTER)
     parser.add_argument("output", type=Path, help="the directory to write; must not exist yet")
-    parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-        help="of the weights that are written (default: float32)",
-    )  # fmt: skip
+    _add_dtype(parser, "float32", "of the weights that are written")
 
 
 def _export(command: Callable) -> None:
@@ -184,13 +182,23 @@ Reads the adapter from an Orbax checkpoint, as `train` saves them while it runs,
 as a directory that the Python package peft loads.
 
 example:
-  lora-jax export smollm2 outputs/first/checkpoints outputs/first/adapter""",
+  lora-jax export smollm2 outputs/first outputs/first/adapter""",
     )
     parser.add_argument("model", help=MODEL)
-    parser.add_argument("checkpoint", type=Path, help="a folder of checkpoints, or one adapter's")
-    parser.add_argument("output", type=Path, help="the directory to write; must not exist yet")
+    parser.add_argument("checkpoint", type=Path, help="the folder of a run, or of one adapter")
+    parser.add_argument("output", type=Path, help="the directory to write")
+    _add_dtype(parser, "float32", "that the adapter was trained in")
     parser.add_argument(
         "--step", type=int, metavar="N", help="which checkpoint (default: the last)"
+    )
+
+
+def _add_dtype(parser: argparse.ArgumentParser, default: str, what: str) -> None:
+    parser.add_argument(
+        "--dtype",
+        default=default,
+        choices=("float32", "bfloat16", "float16"),
+        help=f"{what} (default: {default})",
     )
 
 

@@ -35,8 +35,8 @@ class DemoConfig:
     output_dir: Path = Path("outputs/demo")
     model: str = "smollm2"
     rank: int = 8
-    steps: int = 48
-    batch_size: int = 12
+    steps: int = 40
+    batch_size: int = 8
     learning_rate: float = 2e-3
     test_examples: int = 48
     seed: int = 0
@@ -119,10 +119,10 @@ def _make_data(config: DemoConfig) -> tuple[list[task.Example], list[task.Exampl
 
 def train_on(model, params, data: Path, lora_config: LoraConfig, config: DemoConfig, say: Callable):
     """Fine-tunes on the data file and says where memory goes; `fit`'s result."""
-    from lora_jax import train
+    from lora_jax import finetune, train
 
     examples = train.load_examples(data, model.tokenizer, max_length=_MAX_LENGTH)
-    hooks = train.Hooks(memory=lambda used: say(f"memory:\n{train.format_memory(used)}"))
+    hooks = train.Hooks(memory=finetune.show_memory(say))
     return train.fit(
         model, params, examples, None, training(config), lora_config=lora_config, hooks=hooks
     )

@@ -1,9 +1,9 @@
 """The demo's task: a sentence that books a table, to strict JSON.
 
-    "Could we get a table for four on Friday at half past seven in the evening? It's for Iris."
+    "Could we get a table for four on Friday at 7:30 pm? It's for Iris."
     {"name":"Iris","guests":4,"day":"friday","time":"19:30"}
 
-Numbers come as digits or words, times in six spellings, the fields in any order, and the names
+Numbers come as digits or words, times in three spellings, the fields in any order, and the names
 in the test set occur in no training example, so a model must read the sentence to be right. An
 answer counts when it is one JSON object with exactly these four values and nothing around it.
 """
@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-INSTRUCTION = "Write the booking as one line of JSON with name, guests, day and time (24 hours)."
+INSTRUCTION = "Write the booking as JSON with name, guests, day and time (HH:MM)."
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 # The names of the two sets are disjoint.
@@ -70,21 +70,12 @@ def _spell_number(rng: random.Random, number: int) -> str:
 
 
 def _spell_time(rng: random.Random, hour: int, minute: int) -> str:
-    twelve = (hour - 1) % 12 + 1
-    part = "in the morning" if hour < 12 else "in the afternoon" if hour < 18 else "in the evening"
-    words = {
-        0: f"{NUMBERS[twelve]} o'clock",
-        15: f"quarter past {NUMBERS[twelve]}",
-        30: f"half past {NUMBERS[twelve]}",
-        45: f"quarter to {NUMBERS[twelve % 12 + 1]}",
-    }[minute]
-    suffix = "am" if hour < 12 else "pm"
-    digits = f"{twelve}:{minute:02d}" if minute or rng.random() < 0.5 else f"{twelve}"
-    return rng.choice((f"{hour}:{minute:02d}", f"{digits} {suffix}", f"{words} {part}"))
+    evening = f"{hour - 12}:{minute:02d} pm" if minute else f"{hour - 12} pm"
+    return rng.choice((f"{hour}:{minute:02d}", f"{hour}h{minute:02d}", evening))
 
 
 def _draw(rng: random.Random, names: Sequence[str]) -> Example:
-    hour, minute = rng.randint(9, 21), rng.choice((0, 15, 30, 45))
+    hour, minute = rng.randint(17, 21), rng.choice((0, 15, 30, 45))
     day, time = rng.choice(DAYS), f"{hour:02d}:{minute:02d}"
     booking = Booking(rng.choice(names), rng.randint(2, 12), day.lower(), time)
     text = rng.choice(TEMPLATES).format(

@@ -1,0 +1,189 @@
+"""Every command for real, on a model that is small enough: files in, files and text out."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import lora_jax as lora
+from lora_jax import finetune, models
+from lora_jax.cli import main
+from lora_jax.demo import task
+from lora_jax.hf.save_model import save_model
+
+pytestmark = pytest.mark.slow  # every command loads and compiles a model
+
+SENTENCE = "Booking for Iris: 4 guests, 19:30, Friday."
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(tiny.write_tiny(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    examples, _ = task.make_examples(0, train=24, test=1)
+    lines = (json.dumps({"messages": task.conversation(e)}) for e in examples)
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(model, data, tmp_path_factory):
+    """The folder of a run, from a TOML file with a flag that wins over it."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "run.toml").write_text(
+        f'model = "{model}"\ntrain_data = "{data}"\neval_data = "{data}"\n'
+        "[lora]\nrank = 2\nalpha = 8\ntarget_modules = ['q_proj', 'down_proj']\n"
+        f"[training]\nsteps = 3\nlearning_rate = 0.1\noutput_dir = '{folder}/out'\n"
+        "progress = false\nbuckets = 1\n"
+    )
+    assert main(["train", str(folder / "run.toml"), "--rank", "4", "--tensorboard"]) == 0
+    return folder / "out"
+
+
+def test_train_writes_adapter_checkpoint_metrics_and_plot(run):
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    assert sorted(config["target_modules"]) == ["down_proj", "q_proj"]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3]
+    evals = [r["eval_loss"] for r in records if r["kind"] == "eval"]
+    assert evals[-1] < evals[0]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "checkpoints" / "3").is_dir()
+    assert list((run / "tensorboard").glob("events*"))
+
+
+def test_train_refuses_a_folder_that_holds_a_run(run, model, data, capsys):
+    before = (run / "metrics.jsonl").read_bytes()
+    line = ["train", "--model", model, "--train-data", data, "--output-dir", str(run)]
+    assert main([*line, "--no-progress"]) == 1
+    error = capsys.readouterr().err
+    assert "holds a run already" in error and error.count("\n") == 1
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_train_names_file_and_line_of_a_bad_record(model, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"prompt": "no completion"}\n')
+    line = ["train", "--model", model, "--train-data", str(bad), "--output-dir"]
+    assert main([*line, str(tmp_path / "out")]) == 1
+    assert re.match(
+        r'lora-jax train: .*bad.jsonl:2: missing field "completion"', capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_names_the_nearest_target(model, data, tmp_path, capsys):
+    line = ["train", "--model", model, "--train-data", data, "--output-dir", str(tmp_path / "o")]
+    assert main([*line, "--target-modules", "q_prj"]) == 1
+    assert re.match(r"lora-jax train: .*`q_prj`.*q_proj", capsys.readouterr().err)
+
+
+def test_generate_with_and_without_adapter(model, run, capsys):
+    line = ["generate", model, SENTENCE, "--max-new-tokens", "8"]
+    loaded = models.load(model)
+    adapted, _ = finetune.load_adapter(loaded, run / "adapter")
+    chat = loaded.tokenizer.apply_chat_template(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": SENTENCE}],
+        add_generation_prompt=True,
+    )
+    cases = [
+        (["--system", "Be brief."], loaded.params, chat),
+        (["--system", "Be brief.", "--adapter", str(run / "adapter")], adapted, chat),
+        (["--raw"], loaded.params, loaded.tokenizer.encode(SENTENCE)),
+    ]
+    outs = []
+    for flags, params, prompt in cases:
+        assert main([*line, *flags]) == 0
+        (tokens,) = models.generate(
+            loaded, params, [prompt], max_new_tokens=8, stop_tokens=[loaded.tokenizer.eos_id]
+        )
+        outs.append(capsys.readouterr().out)
+        assert outs[-1] == loaded.tokenizer.decode(tokens) + "\n"
+    assert len(set(outs)) == 3
+
+
+def test_sampling_is_seeded(model, capsys):
+    line = ["generate", model, SENTENCE, "--max-new-tokens", "12", "--temperature", "1.5"]
+    outs = []
+    for seed in ("1", "1", "2"):
+        assert main([*line, "--seed", seed]) == 0
+        outs.append(capsys.readouterr().out)
+    assert outs[0] == outs[1] != outs[2]
+
+
+def test_merge_writes_a_model_that_says_the_same(model, run, tmp_path, capsys):
+    assert main(["merge", model, str(run / "adapter"), str(tmp_path / "merged")]) == 0
+    capsys.readouterr()
+    merged, base = models.load(tmp_path / "merged"), models.load(model)
+    tokens = np.arange(12).reshape(1, 12)
+    params, _ = finetune.load_adapter(base, run / "adapter")
+    expected = lora.lorafy(base.apply)(params, tokens)
+    # float32: A·B added to W first, or to its product
+    np.testing.assert_allclose(merged.apply(merged.params, tokens), expected, atol=2e-5)
+    assert abs(expected - base.apply(base.params, tokens)).max() > 1e-2
+    assert main(["merge", model, str(run / "adapter"), str(tmp_path / "merged")]) == 1
+    assert "there is something already" in capsys.readouterr().err
+
+
+def test_export_gives_the_adapter_that_train_wrote(model, run, tmp_path, capsys):
+    assert main(["export", model, str(run), str(tmp_path / "adapter")]) == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "adapter" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+    assert main(["export", model, str(tmp_path), str(tmp_path / "x")]) == 1
+    assert "is neither an adapter" in capsys.readouterr().err
+
+
+def test_export_refuses_another_base(run, tmp_path, capsys):
+    other = tiny.tiny_model()
+    params = jax.tree.map(lambda x: x + 1, other.params)
+    save_model(tmp_path / "other", other, params)
+    assert main(["export", str(tmp_path / "other"), str(run), str(tmp_path / "x")]) == 1
+    assert "was made over another base model" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("adapter", ["PEFT adapter (LORA)", "lora_alpha", "q_proj", "tensors"]),
+        ("", ["Orbax checkpoint", "loss of step 1", "loss of step 3"]),
+        ("adapter/adapter_model.safetensors", ["safetensors file", "parameters"]),
+    ],
+)
+def test_inspect_what_a_run_wrote(run, path, words, capsys):
+    assert main(["inspect", str(run / path)]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in words), out
+
+
+def test_inspect_counts_a_models_parameters(model, capsys):
+    assert main(["inspect", model, "--tensors"]) == 0
+    out = capsys.readouterr().out
+    count = sum(x.size for x in jax.tree.leaves(models.load(model).params))
+    assert f"{count:,} F32" in out
+    assert re.search(r"model.layers.1.self_attn.k_proj.weight +F32 +16×32", out)
+
+
+def test_the_demo_on_a_tiny_model(model, tmp_path, capsys):
+    line = ["demo", "--model", model, "--output-dir", str(tmp_path / "demo"), "--no-progress"]
+    line += ["--steps", "3", "--batch-size", "4", "--test-examples", "6"]
+    outs = []
+    for _ in range(2):
+        assert main(line) == 0
+        outs.append(capsys.readouterr().out)
+    found = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert found["before"] == found["after"] == found["reloaded"] == 0.0
+    assert "trainable params: " in outs[0] and "optimizer state" in outs[0]
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/3", "loss.png", "metrics.jsonl"):
+        assert (tmp_path / "demo" / name).exists(), name
+    # A repeated run gives the same numbers; only the seconds differ.
+    first, second = (re.sub(r"done in .*", "", out) for out in outs)
+    assert first == second
