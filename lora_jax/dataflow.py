@@ -25,8 +25,9 @@ class Use:
     Attributes:
       primitive: its name.
       line: source line of the model.
-      kind: "contract", "lookup" (rows by index), or "other".
-      contracted: the leaf's dims summed over (contract) or indexed (lookup).
+      kind: "contract", "lookup" (rows by index), "transform" (contracted with something that no
+        argument of the function feeds, such as a resizing matrix), or "other".
+      contracted: the leaf's dims summed over (contract, transform) or indexed (lookup).
       stacked: the leaf's dims batched, or picked one index at a time, on the way here.
       fallback: why the weight is added up for this use, or "". The dataflow does not say: `plan`
         asks the interpreter itself.
@@ -55,7 +56,7 @@ class Flow:
     """What is known of one variable of the jaxpr."""
 
     tracks: tuple[Track, ...] = ()
-    origin: Dims = ()  # activation dims: sets of (leaf, dim) they came from
+    origin: Dims = ()  # activation dims: sets of (leaf, dim, straight from it) they came from
     fed: bool = False  # whether it depends on the function's other arguments
 
 
@@ -243,6 +244,8 @@ def _follow(found: Usage, eqn, flows, k: int, track: Track, mapped, name: str, *
     if use is not None:
         if first:
             _record(found, track, use)
+        if use.kind == "transform":
+            return dataclasses.replace(track, dims=_transformed(eqn, k, track.dims))
         if use.kind != "lookup":
             return None
         track = dataclasses.replace(track, lookup=len(found.uses[track.leaf]) - 1)
@@ -280,12 +283,26 @@ def _consumption(found: Usage, eqn, others: Sequence[Flow], k: int, track: Track
         contracted = frozenset().union(*(track.dims[i] for i in axes[0]))
         stacked = _whole(track.dims, axes[1]) | track.picked
         kind = "contract" if contracted - stacked else "other"
+        given = any(f.fed or f.tracks for f in others)
+        kind = "transform" if (kind, name, given) == ("contract", "dot_general", False) else kind
         return Use(name, found.lines[-1], kind, contracted - stacked, stacked)
     if name == "gather" and k == 0 and any(f.fed for f in others) and track.lookup < 0:
         numbers = eqn.params["dimension_numbers"]
         rows = frozenset().union(*(track.dims[i] for i in numbers.start_index_map))
         return Use(name, found.lines[-1], "lookup", rows, track.picked - rows)
     return None
+
+
+def _transformed(eqn, k: int, dims: Dims) -> Dims:
+    """Dims of a weight after a constant matrix: the matrix's own come from those it sums over."""
+    contracting, batching = eqn.params["dimension_numbers"]
+    summed = frozenset().union(*(dims[d] for d in contracting[k]))
+    sides = []
+    for side in (0, 1):
+        taken = {*contracting[side], *batching[side]}
+        free = [d for d in range(len(eqn.invars[side].aval.shape)) if d not in taken]
+        sides.append([dims[d] for d in free] if side == k else [summed for _ in free])
+    return (*(dims[d] for d in batching[k]), *sides[0], *sides[1])
 
 
 def _contraction(eqn, k: int, name: str):
@@ -326,7 +343,10 @@ def _free_dims(found: Usage, eqn, flows, name: str, rank: int) -> Dims:
     for k in (0, 1):
         if flows[k].origin and flows[1 - k].tracks:
             for axis in batching[k]:
-                found.rebatched.update(flows[k].origin[axis])
+                found.rebatched.update((leaf, d) for leaf, d, _ in flows[k].origin[axis])
+            _note_experts(found, flows[k].origin, flows[1 - k], contracting[k], contracting[1 - k])
+    if not any(f.tracks for f in flows):  # attention, say: the dims are no hidden layer's any more
+        flows = [dataclasses.replace(f, origin=_indirect(f.origin)) for f in flows]
     groups = [_dims_of(flows[0], axis) | _dims_of(flows[1], other)
               for axis, other in zip(*batching, strict=True)]  # fmt: skip
     for k in (0, 1):
@@ -336,8 +356,33 @@ def _free_dims(found: Usage, eqn, flows, name: str, rank: int) -> Dims:
     return tuple(groups) if any(groups) and len(groups) == rank else ()
 
 
+def _indirect(origin: Dims) -> Dims:
+    return tuple(frozenset((leaf, d, False) for leaf, d, _ in dims) for dims in origin)
+
+
+def _note_experts(found: Usage, origin: Dims, weight: Flow, summed: Sequence, own: Sequence):
+    """Notes an expert axis that is summed away together with the experts' hidden dim.
+
+    In `btd,edf->btef` then `btef,efd->btd` nothing but the layout tells experts from heads: the
+    expert axis stands before the first kernel's in dim, the hidden dim after it, and nothing mixes
+    the activations in between (attention would).
+    """
+    for axis, dim in zip(summed, own, strict=True):
+        for leaf, e, direct in origin[axis]:
+            contracted = [u.contracted for u in found.uses[leaf] if u.kind == "contract"]
+            after = [
+                f
+                for other in summed
+                for same, f, straight in origin[other]
+                if same == leaf and straight and other != axis
+            ]
+            if direct and contracted and after and e < min(contracted[0]) < min(after):
+                found.rebatched.add((leaf, e))
+                found.rebatched.update((t.leaf, d) for t in weight.tracks for d in t.dims[dim])
+
+
 def _dims_of(flow: Flow, axis: int) -> frozenset:
-    own = frozenset((t.leaf, d) for t in flow.tracks for d in t.dims[axis])
+    own = frozenset((t.leaf, d, True) for t in flow.tracks for d in t.dims[axis])
     return own | (flow.origin[axis] if flow.origin else frozenset())
 
 

@@ -202,17 +202,18 @@ def _roles(uses: Sequence[Use], ndim: int, rebatched: set) -> tuple[str, bool, s
     """Roles from uses, whether the leaf is a lookup table, and a remark."""
     lookups = [u for u in uses if u.kind == "lookup"]
     contractions = [u for u in uses if u.kind == "contract"]
-    deciding = (lookups or contractions or [None])[0]
+    transforms = [u for u in uses if u.kind == "transform"]
+    deciding = (lookups or contractions or transforms or [None])[0]
     if deciding is None:
         return "", False, _why_not(uses)
     stacked = set(deciding.stacked)
     remark = ""
-    if moved := (rebatched - stacked - deciding.contracted):
+    if moved := (rebatched - stacked):
         stacked |= moved
         dims = ", ".join(map(str, sorted(moved)))
         remark = (
-            f"dim {dims} is kept by its contraction and batched by a later one: read as a stack, "
-            f"one adapter an index; `roles` overrides"
+            f"dim {dims} looks like experts (kept by one contraction, batched or summed away with "
+            f"the hidden dim by the next): read as a stack, one adapter an index; `roles` overrides"
         )
     roles = "".join(
         "b" if d in stacked else "i" if d in deciding.contracted else "o" for d in range(ndim)

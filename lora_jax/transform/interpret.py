@@ -94,6 +94,7 @@ def evaluate(context: Context, jaxpr, consts: Sequence, args: Sequence) -> list:
     """
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     eqns = _live(jaxpr)
+    constant = _constants(eqns)
     last = _last_uses(eqns, jaxpr.outvars)
     pending: list = []
 
@@ -108,7 +109,8 @@ def evaluate(context: Context, jaxpr, consts: Sequence, args: Sequence) -> list:
             continue
         flush(i)
         values = [_read(env, v) for v in eqn.invars]
-        env.update(zip(eqn.outvars, _apply(context, jaxpr, eqn, values), strict=True))
+        outs = _apply(context, jaxpr, eqn, values, constant)
+        env.update(zip(eqn.outvars, outs, strict=True))
         for v in [v for v in env if last.get(v, -1) <= i]:
             del env[v]
     flush(len(eqns))
@@ -136,6 +138,26 @@ def _live(jaxpr) -> list:
     return kept[::-1]
 
 
+def _constants(eqns: Sequence) -> set:
+    """Variables that depend on nothing: made of literals and iotas, such as a resizing matrix."""
+    found: set = set()
+    for eqn in eqns:
+        if all(not isinstance(v, compat.Var) or v in found for v in eqn.invars):
+            found.update(eqn.outvars)
+    return found
+
+
+def _refuse_transforms(eqn, values: Sequence, constant: set):
+    """A constant matrix that mixes some in dims makes another weight, it is no activation."""
+    if compat.name_of(eqn) != "dot_general" or not any(v in constant for v in eqn.invars
+                                                       if isinstance(v, compat.Var)):  # fmt: skip
+        return
+    contracting, _ = eqn.params["dimension_numbers"]
+    for v, dims in zip(values, contracting, strict=True):
+        if is_implicit(v) and {d for d in range(v.ndim) if v.roles[d] == "i"} - set(dims):
+            raise Unsupported("a constant matrix transforms the weight before its use")
+
+
 def _last_uses(eqns: Sequence, outvars: Sequence) -> dict:
     last = {v: i for i, eqn in enumerate(eqns) for v in eqn.invars if isinstance(v, compat.Var)}
     return last | {v: len(eqns) + 1 for v in outvars if isinstance(v, compat.Var)}
@@ -154,7 +176,7 @@ def _run_plain(jaxpr, eqns: list, env: dict, last: dict, end: int):
     )
 
 
-def _apply(context: Context, jaxpr, eqn, values: list) -> list:
+def _apply(context: Context, jaxpr, eqn, values: list, constant: set) -> list:
     from lora_jax.transform.control import CONTROL
 
     name = compat.name_of(eqn)
@@ -168,6 +190,7 @@ def _apply(context: Context, jaxpr, eqn, values: list) -> list:
                     context.lines.pop()
             if name not in RULES:
                 raise Unsupported("the operation has no rule")
+            _refuse_transforms(eqn, values, constant)
             out = RULES[name](context, eqn, values)
         return list(out) if eqn.primitive.multiple_results else [out]
     except Unsupported as reason:
@@ -244,6 +267,10 @@ def _concatenate(context, eqn, values):
     return structural.concatenate(values, eqn.params["dimension"])
 
 
+def _stack(context, eqn, values):
+    return structural.stack(values, eqn.params["axis"])
+
+
 def _barrier(context, eqn, values):
     return jax.tree.unflatten(
         jax.tree.structure(values), lax.optimization_barrier(jax.tree.leaves(values))
@@ -272,7 +299,9 @@ RULES: dict[str, Callable[[Context, Any, list], Any]] = {
     "reduce_sum": _rearranging(structural.reduce_unit),
     "reshard": _rearranging(structural.reshard),
     "neg": _rearranging(structural.negate),
+    "rev": _rearranging(structural.reverse),
     "concatenate": _concatenate,
+    "stack": _stack,
     "mul": _scalar_product,
     "div": _scalar_quotient,
     "sharding_constraint": _constraint,

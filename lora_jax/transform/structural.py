@@ -15,6 +15,7 @@ from lora_jax.transform.value import (
     Implicit,
     Unsupported,
     dense,
+    expand_to,
     labels,
     rebuild,
 )
@@ -85,6 +86,13 @@ def dynamic_slice(v: Implicit, *starts, slice_sizes, **_):
     return rebuild(v, lax.dynamic_slice(dense(v.w), starts, slice_sizes), v.roles, cut)
 
 
+def reverse(v: Implicit, *, dimensions, **_):
+    def turn(array, dims):
+        return lax.rev(array, [i for i, d in enumerate(dims) if d in dimensions]), dims
+
+    return rebuild(v, lax.rev(dense(v.w), dimensions), v.roles, turn)
+
+
 def split(v: Implicit, *, sizes, axis, **_):
     pieces, start = [], 0
     for size in sizes:
@@ -102,20 +110,23 @@ def unstack(v: Implicit, *, axis, **_):
 
 
 def broadcast_in_dim(v: Implicit, *dynamic, shape, broadcast_dimensions, **_):
+    """New dims of more than one index are a stack: every index has the same factors."""
     if dynamic:
         raise Unsupported("dynamic broadcast")
-    roles = ["u"] * len(shape)
+    roles = ["u" if n == 1 else "b" for n in shape]
     for old, new in enumerate(broadcast_dimensions):
         if shape[new] != v.shape[old]:
             raise Unsupported("broadcast of a dimension of the weight")
         roles[new] = v.roles[old]
-    if any(n != 1 for d, n in enumerate(shape) if d not in broadcast_dimensions):
-        raise Unsupported("broadcast along a new dimension")
     where = dict(enumerate(broadcast_dimensions))
+    added = [d for d in range(len(shape)) if d not in broadcast_dimensions and shape[d] != 1]
+
+    def spread(array, dims):
+        dims = [where.get(d, d) for d in dims]
+        return jnp.broadcast_to(array, [*(shape[d] for d in added), *array.shape]), added + dims
+
     w = lax.broadcast_in_dim(dense(v.w), shape, broadcast_dimensions)
-    return rebuild(
-        v, w, "".join(roles), lambda array, dims: (array, [where.get(d, d) for d in dims])
-    )
+    return rebuild(v, w, "".join(roles), spread)
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list, list]]:
@@ -185,18 +196,19 @@ def concatenate(values: Sequence, axis: int) -> Implicit:
     Along a stack dim the factors are padded to one rank and concatenated; along an in or an out
     dim they become block-diagonal: `[W1 + A1·B1, W2 + A2·B2] = [W1, W2] + [A1, A2]·diag(B1, B2)`.
     """
+    values = [_unit_as_stack(v, axis) for v in values]
     known = [v for v in values if isinstance(v, Implicit)]
     roles = known[0].roles
     if any(v.roles != roles for v in known):
         raise Unsupported("concatenation of weights whose dims have different roles")
     if any(v.gain is not None for v in known):
         raise Unsupported("concatenation of DoRA weights")
-    if any(v.dropout and v.key is not None for v in known):
-        raise Unsupported("concatenation of weights with dropout")
+    if len({(v.dropout, v.key is None) for v in known}) > 1:
+        raise Unsupported("concatenation of weights with different dropout")
     parts = [v if isinstance(v, Implicit) else _zero_like(v, known[0]) for v in values]
     parts = [_fold_scale(v) for v in parts]
     ranks = [v.rank for v in parts]
-    owners = {"b": (), "i": ("b",), "o": ("a",), "u": ()}[roles[axis]]
+    owners = {"b": (), "i": ("b",), "o": ("a",)}[roles[axis]]
     joined = {}
     for part in ("a", "b"):
         dims = labels(roles, part)
@@ -220,8 +232,42 @@ def concatenate(values: Sequence, axis: int) -> Implicit:
         a=joined["a"],
         b=joined["b"],
         scale=jnp.ones([w.shape[d] for d in stack], known[0].scale.dtype),
-        key=None,
+        key=_joined_keys(parts, roles, axis),
     )
+
+
+def _joined_keys(parts: Sequence[Implicit], roles: str, axis: int):
+    """Keys of a concatenation: of each along a stack, else the first one's for the whole."""
+    if parts[0].key is None or roles[axis] != "b":
+        return parts[0].key
+    return jnp.concatenate([v.key for v in parts], labels(roles, "key").index(axis))
+
+
+def stack(values: Sequence, axis: int) -> Implicit:
+    """Weights stacked along a new dim, which is a stack dim."""
+    return concatenate(
+        [
+            _with_stack_axis(v, axis) if isinstance(v, Implicit) else lax.expand_dims(v, [axis])
+            for v in values
+        ],
+        axis,
+    )
+
+
+def _with_stack_axis(v: Implicit, axis: int) -> Implicit:
+    roles = v.roles[:axis] + "b" + v.roles[axis:]
+
+    def add(array, dims):
+        moved = [d if d == RANK or d < axis else d + 1 for d in dims]
+        return array.reshape(1, *array.shape), [axis, *moved]
+
+    return rebuild(v, lax.expand_dims(dense(v.w), [axis]), roles, add)
+
+
+def _unit_as_stack(v, axis: int):
+    if not isinstance(v, Implicit) or v.roles[axis] != "u":
+        return v
+    return _with_stack_axis(squeeze(v, dimensions=(axis,)), axis)
 
 
 def _zero_like(w, like: Implicit) -> Implicit:
@@ -229,33 +275,50 @@ def _zero_like(w, like: Implicit) -> Implicit:
         dims = labels(like.roles, part)
         return jnp.zeros([1 if d == RANK else w.shape[d] for d in dims], array.dtype)
 
+    shape = [w.shape[d] for d in labels(like.roles, "scale")]
+    key = None if like.key is None else jnp.broadcast_to(like.key.reshape(-1)[0], shape)
     return dataclasses.replace(
         like,
         w=w,
         a=zeros("a", like.a),
         b=zeros("b", like.b),
-        scale=jnp.ones([w.shape[d] for d in labels(like.roles, "scale")], like.scale.dtype),
-        key=None,
+        scale=jnp.ones(shape, like.scale.dtype),
+        key=key,
     )
 
 
 def _fold_scale(v: Implicit) -> Implicit:
-    from lora_jax.transform.value import expand_to
-
     s = expand_to(v.scale, labels(v.roles, "scale"), labels(v.roles, "a"))
     return dataclasses.replace(v, a=v.a * s.astype(v.a.dtype))
 
 
 def scale_by(v: Implicit, factor, *, divide: bool = False) -> Implicit:
-    """Multiplication of a weight by a scalar: the base and the scale take it."""
+    """Multiplication of a weight by a number, which the scale takes, or by gains, see `_gains`."""
     if jnp.size(factor) != 1:
-        raise Unsupported("elementwise product with an array")
+        return _gains(v, factor, divide=divide)
     factor = jnp.reshape(jnp.asarray(factor), ())
     if divide:
         w, scale = dense(v.w) / factor, v.scale / factor.astype(v.scale.dtype)
     else:
         w, scale = dense(v.w) * factor, v.scale * factor.astype(v.scale.dtype)
     return dataclasses.replace(v, w=w, scale=scale)
+
+
+def _gains(v: Implicit, factor, *, divide: bool) -> Implicit:
+    """Multiplication by an array that varies along dims of one factor only: that factor takes it.
+
+    `(W + A·B) * g[None, :] = W * g[None, :] + A·(B * g)`.
+    """
+    varies = [d for d in range(factor.ndim) if factor.shape[d] != 1]
+    roles = {v.roles[d] for d in varies} if factor.ndim == v.ndim else {"i", "o"}
+    if {"i", "o"} <= roles:
+        raise Unsupported("elementwise product with an array")
+    part = "a" if "i" in roles else "b"
+    array = getattr(v, part)
+    own = lax.reshape(factor, [factor.shape[d] for d in varies]).astype(array.dtype)
+    own = expand_to(own, varies, labels(v.roles, part))
+    w = dense(v.w) / factor if divide else dense(v.w) * factor
+    return dataclasses.replace(v, w=w, **{part: array / own if divide else array * own})
 
 
 def negate(v: Implicit, **_):

@@ -275,8 +275,8 @@ _LOOPS = (
     Case("while_carry", _one(_while_carry), {"w": "io"}, reverse=False),
     Case("while_condition", _one(_while_condition), {"w": "io"}, reverse=False),
     Case("fori", _one(_fori, 3, 8, 8), {"w": "bio"}),
-    Case("cond", _one(_cond), {"w": "io"}),
-    Case("cond_returns_weight", _one(_cond_returns), {"w": "io"}, frozenset({("w", "cond")})),
+    Case("cond", _one(_cond), {"w": "oi"}),
+    Case("cond_returns_weight", _one(_cond_returns), {"w": "oi"}, frozenset({("w", "cond")})),
     Case("switch_layers", _one(_switch_layers, 3, 8, 6), {"w": "bio"}),
 )  # fmt: skip
 

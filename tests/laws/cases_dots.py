@@ -161,7 +161,7 @@ _DOTS = (
                           normal(3, 8, 5, 6)), {"w": "iio"}),
     Case("dot_two_weights", lambda: (
         lambda p, x: x @ (p["w"] @ p["v"]), {"w": normal(3, 8, 5), "v": normal(4, 5, 6)},
-        (features(),)), {"w": "io", "v": "io"},
+        (features(),)), {"w": "oi", "v": "io"},
         frozenset({("w", "dot_general"), ("v", "dot_general")})),
 )  # fmt: skip
 
@@ -207,8 +207,6 @@ _GATHERS = (
          {"w": "oi"}, linear=()),
     Case("gather_take_clip", _take("clip"), {"w": "io"}, linear=()),
     Case("gather_take_wrap", _take("wrap"), {"w": "io"}, linear=()),
-    Case("gather_one_row", _one(lambda w, i: w[i[0]], normal(3, 11, 8), jnp.array([4, 2])),
-         {"w": "io"}, linear=()),
     Case("gather_one_hot", _one(lambda w, i: jax.nn.one_hot(i, 11) @ w, normal(3, 11, 8),
                                 jnp.array([4, 2])), {"w": "io"}),
     Case(
