@@ -181,6 +181,36 @@ def test_refused(model, prompts, options, text):
         generate(model, prompts, **options)
 
 
+def test_rows_of_padding_only_are_finite_and_so_are_their_gradients(model):
+    tokens = jnp.arange(12).reshape(2, 6)
+    mask = jnp.array([[False] * 6, [False] * 2 + [True] * 4])
+
+    def loss(params):
+        return jnp.where(mask[..., None], model.apply(params, tokens, mask=mask), 0.0).sum()
+
+    assert np.isfinite(model.apply(model.params, tokens, mask=mask)).all()
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.jit(jax.grad(loss))(model.params)))
+
+
+@pytest.mark.parametrize(
+    "tokens, options, text",
+    [
+        (
+            np.ones(3, int),
+            {},
+            r"`tokens` must be integers of shape \(batch, length\), got int.* of shape \(3,\)",
+        ),
+        (np.ones((1, 3)), {}, "`tokens` must be integers of shape .*, got float"),
+        (np.ones((1, 3), int), {"mask": np.ones((1, 3), int)}, "`mask` must be bool, true at real"),
+        (np.ones((1, 3), int), {"mask": np.ones((1, 4), bool)}, r"got bool of shape \(1, 4\)"),
+        (np.ones((1, 3), int), {"positions": np.ones((1, 4), int)}, r"got shape \(1, 4\)"),
+    ],
+)
+def test_inputs_of_another_shape(model, tokens, options, text):
+    with pytest.raises(ValueError, match=text):
+        model.apply(model.params, tokens, **options)
+
+
 def test_nothing_to_do(model):
     assert generate(model, []) == []
     assert generate(model, [[1], [2]], 0) == [[], []]

@@ -88,7 +88,17 @@ def open_gguf(path: str | Path) -> Gguf:
         metadata, tensors = _header(_Cursor(mapped))
     except (struct.error, IndexError, KeyError, UnicodeDecodeError, _BadHeader) as error:
         raise ValueError(f"{path}: not a whole GGUF file: {_reason(error)}") from None
+    _refuse_parts(metadata, path)
     return Gguf(path, metadata, tensors, np.frombuffer(mapped, np.uint8))
+
+
+def _refuse_parts(metadata: Mapping[str, Any], path: Path) -> None:
+    if isinstance(parts := metadata.get("split.count"), int) and parts > 1:
+        raise ValueError(
+            f"{path}: one of {parts} parts of a model; join them first (llama-gguf-split --merge)"
+        )
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise ValueError(f"{path}: holds a GGUF of type `{kind}`, not a model")
 
 
 def weights_of(file: Gguf) -> Weights:

@@ -72,7 +72,11 @@ class Forward:
         Returns:
           Float32 logits (b, t, v), or hidden states (b, t, d) in the compute dtype; with a cache,
           the pair of that and the new cache.
+
+        Raises:
+          ValueError: tokens, mask or positions of another shape or dtype.
         """
+        _check_inputs(tokens, mask, positions)
         lm = nnx.merge(_structure(self)[0], params)
         hidden, new_cache = hidden_states(
             lm,
@@ -186,6 +190,26 @@ def _fresh(key, name: str, shape: jax.ShapeDtypeStruct, spread: float):
     if name == "bias":
         return jnp.zeros(shape.shape, shape.dtype)
     return (jax.random.normal(key, shape.shape) * spread).astype(shape.dtype)
+
+
+def _check_inputs(tokens, mask, positions) -> None:
+    if jnp.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+        raise ValueError(
+            f"`tokens` must be integers of shape (batch, length), got {jnp.result_type(tokens)} of "
+            f"shape {jnp.shape(tokens)}"
+        )
+    if mask is not None and (
+        jnp.shape(mask) != jnp.shape(tokens) or jnp.result_type(mask) != jnp.bool_
+    ):
+        raise ValueError(
+            f"`mask` must be bool, true at real tokens, of the tokens' shape {jnp.shape(tokens)}, "
+            f"got {jnp.result_type(mask)} of shape {jnp.shape(mask)}"
+        )
+    if positions is not None and jnp.shape(positions)[-1:] != jnp.shape(tokens)[-1:]:
+        raise ValueError(
+            f"`positions` must number the tokens of shape {jnp.shape(tokens)}, got shape "
+            f"{jnp.shape(positions)}"
+        )
 
 
 @lru_cache(maxsize=64)
