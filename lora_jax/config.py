@@ -255,6 +255,8 @@ def _check_layers(config: LoraConfig) -> None:
             )
     if pattern and layers is None:
         raise ValueError(f"layers_pattern={pattern!r} needs layers_to_transform as well")
+    if pattern is not None and not isinstance(pattern, (str, tuple)):
+        raise TypeError(f"layers_pattern must be a name or a list of names, got {pattern!r}")
     for part in (pattern,) if isinstance(pattern, str) and pattern else pattern or ():
         _check_regex("layers_pattern", part)
 

@@ -88,6 +88,11 @@ BAD = [
         "layers_to_transform must be a layer number or a list of them, got '0'",
     ),
     (
+        {"layers_pattern": 3, "layers_to_transform": 0, "target_modules": ["q"]},
+        TypeError,
+        "layers_pattern must be a name or a list of names, got 3",
+    ),
+    (
         {"layers_pattern": "h", "target_modules": ["q"]},
         ValueError,
         "layers_pattern='h' needs layers_to_transform as well",

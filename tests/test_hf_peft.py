@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax.array import LoraArray, SavedArray
 from lora_jax.config import LoraConfig
-from lora_jax.hf import peft, peft_files, peft_slots
+from lora_jax.hf import peft, peft_config, peft_files, peft_slots
 
 QV = LoraConfig(rank=4, alpha=6, target_modules=("q_proj", "v_proj"))
 BASE = "base_model.model.model.layers"
@@ -232,6 +232,13 @@ def test_not_finite_or_nothing_adapted(tree):
 
 
 # ---- keys
+
+
+def test_a_tree_of_another_config_is_an_error(tree):
+    _, tensors = peft.to_peft(tree, QV)
+    other = dataclasses.replace(QV, target_modules=("v_proj",))
+    with pytest.raises(ValueError, match="q_proj.kernel` has an adapter, but the config does not"):
+        peft.fill(tree, other, tensors)
 
 
 def test_missing_left_over_and_misshapen_keys_are_one_error(tree):
@@ -469,6 +476,27 @@ def test_any_damage_is_an_error_or_harmless(data, tmp_path_factory):
         peft.fill(_blank(), config, tensors)
     except ValueError as error:
         assert len(str(error)) < 2000
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=6,
+)
+FIELDS = sorted({*peft_config.MAPPED, *peft_config.CARRIED, *peft_config.REFUSED, "unheard_of"})
+
+
+@settings(max_examples=300, deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=3))
+def test_any_config_is_an_error_or_a_config(changes):
+    """Whatever a field holds: one error of one line, or a config that survives being written."""
+    fields = {**QV.to_peft(), **changes}
+    try:
+        config = LoraConfig.from_peft(fields)
+    except (ValueError, TypeError) as error:
+        assert "\n" not in str(error).replace(repr(changes), "")
+        return
+    assert LoraConfig.from_peft(config.to_peft()) == config
 
 
 _CACHE: dict = {}

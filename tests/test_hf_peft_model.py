@@ -170,6 +170,22 @@ def test_our_adapter_in_peft_and_back(case, base, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj", "query_key_value", "c_attn"]},
+        {"target_modules": ["q_proj"], "exclude_modules": ["dense"], "modules_to_save": ["score"]},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.v_proj"},
+        {"target_modules": ["k_proj"], "r": 40},
+        {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 20, "dense": 2}},
+    ],
+    ids=str,
+)
+def test_what_peft_allows_is_read(fields, base, tmp_path):
+    """Names that match nothing, ranks above full rank: PEFT is silent, the file is complete."""
+    here_and_back(fields, base, tmp_path)
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_inits_that_change_the_base_are_repeated(init, base, tmp_path):
     """PEFT's file holds A and B only: the residual base is made anew from the original."""

@@ -7,6 +7,7 @@ A *slot* is one tensor of the file and the piece of a leaf it corresponds to. Ex
 slots of a tree, import fills them; neither knows more than the list.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -61,6 +62,22 @@ class Slot(NamedTuple):
     rank: int = 0
     axes: tuple[int, ...] | None = None
     repeats: bool = False
+
+
+def by_path(slots: list[Slot]) -> dict[str, list[Slot]]:
+    """The slots of each leaf."""
+    found: dict[str, list[Slot]] = {}
+    for slot in slots:
+        found.setdefault(slot.path, []).append(slot)
+    return found
+
+
+def on_host(leaf, slots: list[Slot]):
+    """A leaf with NumPy arrays; an adapter's base weight only where the file repeats it."""
+    parts = ["w", "value"] if isinstance(leaf, SavedArray) else ["a", "b", "m", "scale"]
+    parts += ["w"] if any(slot.part == "w" for slot in slots) else []
+    host = {p: np.asarray(getattr(leaf, p)) for p in parts if getattr(leaf, p) is not None}
+    return dataclasses.replace(leaf, **host)
 
 
 def leaves_of(lora_params) -> dict[str, Any]:

@@ -1,0 +1,117 @@
+"""A tree of LoRA leaves as the content of a PEFT directory, checked against its config."""
+
+from typing import Any
+
+import numpy as np
+
+from lora_jax import matching
+from lora_jax.array import LoraArray, SavedArray
+from lora_jax.config import ALL_LINEAR, LoraConfig
+from lora_jax.hf import peft_files
+from lora_jax.hf.peft_slots import (
+    Slot,
+    adapted_names,
+    adapts,
+    by_path,
+    leaves_of,
+    modules_of,
+    on_host,
+    read_slot,
+    slots_of,
+)
+
+
+def to_peft(lora_params, config: LoraConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The content of a PEFT directory: the config's fields and the tensors by name.
+
+    Raises:
+      ValueError: as `save_peft`.
+    """
+    slots = slots_of(lora_params, config)
+    if not any(slot.part == "a" for slot in slots):
+        raise ValueError(
+            "lora_params: no leaf carries an adapter that the config means; pass the tree that "
+            "lora_jax.init made with this config"
+        )
+    grouped = by_path(slots)
+    tensors = {}
+    for path, leaf in leaves_of(lora_params).items():
+        if isinstance(leaf, LoraArray | SavedArray):
+            here = grouped.get(path, [])
+            leaf = on_host(leaf, here)
+            _check_agreement(path, leaf, config, here)
+            tensors |= {slot.key: _as_peft(read_slot(leaf, slot), slot) for slot in here}
+    for name, value in tensors.items():
+        peft_files.check_tensor(name, value, "lora_params")
+    fields = config.to_peft()
+    adapted = adapted_names(lora_params, config)
+    if config.target_modules == ALL_LINEAR or not all(
+        matching.is_target(config, name) for name in adapted
+    ):
+        # Names that mean in PEFT, which knows no stacked paths, what they mean here.
+        fields["target_modules"] = named_targets(lora_params, config)
+    return fields, tensors
+
+
+def _as_peft(tensor: np.ndarray, slot: Slot) -> np.ndarray:
+    return tensor.astype(np.float32, copy=False) if slot.part in ("a", "b", "m") else tensor
+
+
+def named_targets(lora_params, config: LoraConfig) -> list[str]:
+    """The adapted modules as names for target_modules that mean exactly these, sorted.
+
+    The last components of the names, unless they also mean a module that is not adapted: then
+    the full names.
+    """
+    adapted = set(adapted_names(lora_params, config))
+    every = {
+        name for path, leaf in leaves_of(lora_params).items() for _, name in modules_of(path, leaf)
+    }
+    short = {name.rpartition(".")[2] for name in adapted}
+    meant = {n for n in every if any(matching.ends_with(n, s) for s in short)}
+    excluded = {n for n in every if matching.is_excluded(config, n)}
+    return sorted(short if meant - excluded == adapted else adapted)
+
+
+def _check_agreement(path: str, leaf, config: LoraConfig, slots: list[Slot]) -> None:
+    if isinstance(leaf, SavedArray):
+        _check_saved(path, leaf, slots)
+        return
+    if (leaf.m is not None) != config.use_dora:
+        has = "has" if leaf.m is not None else "has no"
+        raise ValueError(
+            f"leaf `{path}` {has} DoRA magnitude, but the config says use_dora={config.use_dora}; "
+            "use the config the adapter was made with"
+        )
+    for index, name in modules_of(path, leaf):
+        rank = matching.rank_of(config, name) if adapts(config, path, name) else 0
+        if np.any(leaf.a[index][..., rank:]) and np.any(leaf.b[index][rank:]):
+            raise ValueError(
+                f"leaf `{path}`: `{name}` has an adapter beyond rank {rank}, which the config "
+                "gives it; use the config the adapter was made with"
+            )
+        if rank:
+            _check_scale(path, name, float(leaf.scale[index]), config)
+
+
+def _check_scale(path: str, name: str, scale: float, config: LoraConfig) -> None:
+    rank, alpha = matching.rank_of(config, name), matching.alpha_of(config, name)
+    expected = matching.scale_of(config, rank, alpha)
+    if abs(scale - expected) > 1e-6 * abs(expected):
+        raise ValueError(
+            f"leaf `{path}`: `{name}` has scale {scale:.6g}, but the config's alpha and rank give "
+            f"{expected:.6g}, and PEFT would use that; change alpha (or alpha_pattern), or "
+            "multiply b by the ratio"
+        )
+
+
+def _check_saved(path: str, leaf: SavedArray, slots: list[Slot]) -> None:
+    """Nothing that was trained is left out of the file."""
+    unwritten = np.ones(leaf.shape, bool)
+    for slot in slots:
+        unwritten[slot.index] = False
+    if np.any(unwritten & (np.asarray(leaf.value) != np.asarray(leaf.w))):
+        raise ValueError(
+            f"leaf `{path}` was trained, but the config's bias and modules_to_save do not mean "
+            "it (or some of its layers); use the config the adapter was made with"
+        )

@@ -1,0 +1,203 @@
+"""PEFT's tensors into a tree of LoRA leaves: the tree planned, sized, filled and checked."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import matching
+from lora_jax.array import SavedArray, factor_shapes, is_lora
+from lora_jax.config import LoraConfig
+from lora_jax.hf.peft_slots import (
+    TYING,
+    Slot,
+    adapts,
+    by_path,
+    check_keys,
+    leaves_of,
+    modules_of,
+    on_host,
+    read_slot,
+    slots_of,
+    stack_sizes,
+    write_slot,
+)
+from lora_jax.paths import spell
+
+# Initialisations after which the base weight is what it was, so that A and B are the whole
+# adapter; and those that change it, but the same way each time.
+_PLAIN_INITS = ("default", "random", "gaussian", "orthogonal", "eva", "mica")
+_REPEATABLE_INITS = ("pissa", "olora")
+
+
+def plannable(config: LoraConfig, params, source: str) -> LoraConfig:
+    """A config with which a plan finds the adapter's leaves, and no fault with what PEFT allows.
+
+    PEFT ignores names that match nothing, or excluded modules only (it writes such ones itself),
+    and allows ranks above full rank. The tensors of the file are checked one by one, so nothing
+    is lost by that.
+
+    Raises:
+      ValueError: the adapter's initialisation changed the base in a way that cannot be repeated.
+    """
+    if config.init not in (*_PLAIN_INITS, *_REPEATABLE_INITS):
+        raise ValueError(
+            f'{source}: the adapter was initialised by "{config.init}", which changed the base '
+            "weights in a way that cannot be repeated; save it in PEFT with "
+            "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
+    config = _without_unused(config, params)
+    if config.init in _REPEATABLE_INITS:
+        return config
+    # The ranks are `fill`'s business, which makes the factors anew.
+    return dataclasses.replace(config, init="default", rank=1, rank_pattern={}, alpha_pattern={})
+
+
+def _without_unused(config: LoraConfig, params) -> LoraConfig:
+    every = [name for path, leaf in leaves_of(params).items() for _, name in modules_of(path, leaf)]
+    unused = set(matching.unmatched(config, every))
+    free = [name for name in every if not matching.is_excluded(config, name)]
+    kept: dict = {}
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        value = getattr(config, field)
+        if isinstance(value, tuple):
+            kept[field] = tuple(entry for entry in value if (field, entry) not in unused)
+    if "target_modules" in kept:
+        meant = (e for e in kept["target_modules"] if any(matching.ends_with(n, e) for n in free))
+        # With none left the plan says what is nearest.
+        kept["target_modules"] = tuple(meant) or config.target_modules
+    if ("exclude_modules", config.exclude_modules) in unused:
+        kept["exclude_modules"] = ()
+    for field in ("rank_pattern", "alpha_pattern"):
+        value = getattr(config, field)
+        kept[field] = {k: v for k, v in value.items() if (field, k) not in unused}
+    return dataclasses.replace(config, **kept)
+
+
+def check_tying(config: LoraConfig, plan, source: str) -> None:
+    """A table that is also the head: PEFT changes both only where the config ties them."""
+    for leaf in (*plan.adapted, *plan.saved):
+        if leaf.lookup and any(use.kind == "contract" for use in leaf.uses):
+            if not config.extra.get(TYING):
+                raise ValueError(
+                    f"{source}: the adapter changes `{leaf.path}` as an embedding only, but "
+                    "this model uses it as the output head too; train it in PEFT with "
+                    f"{TYING}=True, or load a model whose head is not tied"
+                )
+
+
+def fill(
+    lora_params, config: LoraConfig, tensors: Mapping[str, np.ndarray], *, source: str = "adapter"
+):
+    """Puts PEFT's tensors into a tree of LoRA leaves.
+
+    Args:
+      lora_params: tree as `lora_jax.init` makes it; which leaves have an adapter, and their roles,
+        are taken from it, the factors, ranks and scales are made anew.
+      config: the adapter's config.
+      tensors: PEFT's tensors by name.
+      source: what messages call the adapter.
+
+    Returns:
+      The tree with the adapter's numbers, factors in float32; layers without an adapter have
+      zeros.
+
+    Raises:
+      ValueError: tensors are missing, left over or misshapen, the base weights in the file are
+        not the tree's, or the config does not mean a leaf that has an adapter.
+    """
+    sized = _map(lambda path, leaf: _sized(path, leaf, config), lora_params)
+    slots = slots_of(sized, config)
+    check_keys(slots, tensors, source)
+    grouped = by_path(slots)
+
+    def put(path, leaf):
+        here = grouped.get(path, [])
+        parts = ("value",) if isinstance(leaf, SavedArray) else ("a", "b", "m")
+        leaf = dataclasses.replace(leaf, **{p: _filled(leaf, p, here, tensors) for p in parts})
+        _check_repeats(leaf, here, tensors, source)
+        return leaf
+
+    before = leaves_of(lora_params)
+    return _map(lambda path, leaf: _placed(put(path, leaf), before[path]), sized)
+
+
+def _map(change, lora_params):
+    """`change(path, leaf)` at every leaf that trains."""
+
+    def at(key_path, leaf):
+        return change(spell(key_path), leaf) if is_lora(leaf) else leaf
+
+    return jax.tree_util.tree_map_with_path(at, lora_params, is_leaf=is_lora)
+
+
+def _sized(path: str, leaf, config: LoraConfig):
+    """The leaf with zero factors of the ranks, and with the scales, that the config gives it."""
+    if isinstance(leaf, SavedArray):
+        return leaf
+    ranks, scales = [], []
+    for _, name in modules_of(path, leaf):
+        rank = matching.rank_of(config, name) if adapts(config, path, name) else 0
+        alpha = matching.alpha_of(config, name)
+        ranks.append(rank)
+        scales.append(matching.scale_of(config, rank, alpha) if rank else 0.0)
+    if not any(ranks):
+        raise ValueError(
+            f"leaf `{path}` has an adapter, but the config does not mean it; use the config the "
+            "tree was made with"
+        )
+    a, b = factor_shapes(leaf.shape, leaf.roles, max(ranks))
+    return dataclasses.replace(
+        leaf,
+        a=np.zeros(a, np.float32),
+        b=np.zeros(b, np.float32),
+        scale=np.asarray(scales, np.float32).reshape(stack_sizes(path, leaf)),
+    )
+
+
+def _filled(leaf, part: str, slots: list[Slot], tensors: Mapping[str, np.ndarray]):
+    """One part of a leaf from its tensors."""
+    old = getattr(leaf, part)
+    if old is None:
+        return None
+    # Where no tensor belongs there is no adapter: zeros, but the base's own magnitude or value.
+    new = old if part in "ab" else np.array(old)
+    for slot in slots:
+        if slot.part == part and not slot.repeats:
+            write_slot(new, slot, tensors[slot.key].astype(new.dtype))
+    return new
+
+
+def _placed(leaf, before):
+    """The leaf's new arrays as JAX's, sharded as those before were."""
+    placed = {}
+    for field in dataclasses.fields(leaf):
+        new, old = getattr(leaf, field.name), getattr(before, field.name)
+        if isinstance(new, np.ndarray) and new is not old:
+            sharding = getattr(old, "sharding", None)
+            named = isinstance(sharding, jax.sharding.NamedSharding)
+            placed[field.name] = jax.device_put(new, sharding) if named else jnp.asarray(new)
+    return dataclasses.replace(leaf, **placed)
+
+
+def _check_repeats(leaf, slots: list[Slot], tensors: Mapping[str, np.ndarray], source: str) -> None:
+    """What the file says twice, or repeats from the base, is the same."""
+    repeats = [slot for slot in slots if slot.repeats and slot.key in tensors]
+    if not repeats:
+        return
+    host = on_host(leaf, repeats)
+    for slot in repeats:
+        ours = read_slot(host, slot)
+        if np.array_equal(ours, tensors[slot.key].astype(ours.dtype)):
+            continue
+        if slot.part == "w":
+            raise ValueError(
+                f"{source}: `{slot.key}` is not this model's base weight; the adapter was made on "
+                "another model, or on one whose vocabulary was resized: load that one"
+            )
+        raise ValueError(
+            f"{source}: `{slot.key}` differs from the embedding's, though {TYING} is true and the "
+            "model ties head and embedding; tie them in PEFT and save again"
+        )
