@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import zlib
 from typing import Any, NamedTuple
 
@@ -28,6 +29,13 @@ CASES: tuple[Case, ...] = (
     *cases_hard.CASES,
     *cases_linen.CASES,
     *cases_nnx.CASES,
+)
+
+
+# What is compiled once and run once: the laws are about mathematics, not about LLVM's tuning.
+QUICK = {"xla_backend_optimization_level": 0}
+TEXT = re.compile(
+    r"`(?P<path>[^`]+)` has no low-rank form in `(?P<primitive>\w+)` at (?P<line>.+?): "
 )
 
 
@@ -79,6 +87,17 @@ def adapted(plan: lora.Plan, params):
 
 def by_name(name: str) -> Case:
     return {case.name: case for case in CASES}[name]
+
+
+def materialized(caught) -> frozenset:
+    """The (path, primitive) pairs that warnings name; any other warning fails the test."""
+    found = set()
+    for warning in caught:
+        assert issubclass(warning.category, lora.MaterializedWarning), warning.message
+        match = TEXT.match(str(warning.message))
+        assert match, warning.message
+        found.add((match["path"], match["primitive"]))
+    return frozenset(found)
 
 
 def outputs(tree) -> list[jax.Array]:

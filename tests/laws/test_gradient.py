@@ -1,0 +1,92 @@
+"""Law: gradients for A and B are those through the merged weights, and finite differences'.
+
+Both gradients are taken in float64, where two right formulas agree to ten digits: a float32
+tolerance would hide a term that is small. The second derivative is compared where JAX has one.
+"""
+
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_vjp
+
+import lora_jax as lora
+from laws.cases import CASES, QUICK, Case, assert_near, loss, model
+
+REVERSIBLE = tuple(case for case in CASES if case.reverse)
+# Cases whose second derivative is compared as well: one or more of every kind of rule.
+SECOND = frozenset(
+    "dot_matmul dot_transposed dot_partial dot_inner_product dot_batched conv_1d conv_grouped "
+    "gather_tied gather_experts split_columns concatenate_rows gain_columns checkpoint_policy "
+    "inner_gradient scan scan_checkpoint scan_constant cond shard_map heads_oio experts_summed "
+    "weight_norm ragged_dot".split()
+)
+# float64 against float64: roundings alone.
+FLOAT64 = 1e-9
+
+
+def wide(tree):
+    """float32 arrays as float64; narrower ones stay, they are the model's choice."""
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float64) if getattr(x, "dtype", None) == jnp.float32 else x, tree
+    )
+
+
+def derivatives(fn, second: bool):
+    """Jitted: value and gradient for the trainable half, and the gradient of its half square."""
+
+    def value(trainable, frozen, *args):
+        return loss(fn(lora.combine(trainable, frozen), *args))
+
+    def half_square(trainable, *rest):
+        return sum(jnp.sum(g * g) / 2 for g in jax.tree.leaves(jax.grad(value)(trainable, *rest)))
+
+    def run(*given):
+        first = jax.value_and_grad(value)(*given)
+        return first, jax.grad(half_square)(*given) if second else ()
+
+    return jax.jit(run, compiler_options=QUICK)
+
+
+@pytest.mark.parametrize("case", REVERSIBLE, ids=str)
+@pytest.mark.filterwarnings("ignore::lora_jax.MaterializedWarning")
+def test_gradient(case: Case):
+    made = model(case.name)
+    second = case.name in SECOND
+    with jax.enable_x64(True):
+        trainable, frozen = lora.split(wide(made.lora_params))
+        args = wide(made.args)
+        adapted = derivatives(lora.lorafy(made.fn), second)
+        got = adapted(trainable, frozen, *args)
+        merged = derivatives(lambda p, *a: made.fn(lora.merge(p), *a), second)
+        want = merged(trainable, frozen, *args)
+        tolerance = max(case.tolerance, FLOAT64) if not case.numerical else FLOAT64
+        assert_near(got, want, tolerance, str(case))
+        if case.numerical:
+            check_numerically(adapted, trainable, frozen, args)
+
+
+def check_numerically(adapted, trainable, frozen, args):
+    """The gradient along a random direction against central differences of the value."""
+
+    def value(t):
+        return adapted(t, frozen, *args)[0][0]
+
+    def vjp(t):
+        out, gradient = adapted(t, frozen, *args)[0]
+        return out, lambda g: (jax.tree.map(lambda x: g * x, gradient),)
+
+    # Central differences in float64 with JAX's step of 1e-6: about six digits.
+    check_vjp(value, vjp, (trainable,), atol=1e-5, rtol=1e-5)
+
+
+def test_finite_differences_would_notice():
+    """The check itself: a gradient that is 1 % off fails."""
+    with jax.enable_x64(True):
+        x = jnp.arange(3.0)
+        with pytest.raises(AssertionError):
+            check_vjp(jnp.sum, lambda x: (jnp.sum(x), lambda g: (np.full(3, 1.01) * g,)), (x,),
+                      atol=1e-5, rtol=1e-5)  # fmt: skip
+
+
