@@ -34,7 +34,8 @@ def read_peft(
     """Reads a PEFT directory without a model.
 
     Args:
-      directory: holds `adapter_config.json` and `adapter_model.safetensors`.
+      directory: holds `adapter_config.json` and `adapter_model.safetensors`; a Hub id
+        (`owner/name`) is looked for in the cache, then fetched.
       model_type: Hugging Face's name of the model family, for a config that leaves
         target_modules to PEFT's default.
 

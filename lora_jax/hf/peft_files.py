@@ -19,11 +19,12 @@ TENSOR_FILE = "adapter_model.safetensors"
 
 # A config of PEFT is a few kilobytes; this only keeps a wrong file from being read whole.
 _MAX_CONFIG_BYTES = 16 * 2**20
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _DTYPES = ("F32", "F16", "BF16")
 
 
 def read_directory(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Reads the JSON object and the tensors of a PEFT directory.
+    """Reads the JSON object and the tensors of a PEFT directory, or of a Hub repository.
 
     Returns:
       The config's fields, and the tensors by name in their stored dtype (float32, float16 or
@@ -31,15 +32,17 @@ def read_directory(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[s
 
     Raises:
       FileNotFoundError: the directory, or a file that belongs in it, is missing.
+      ConnectionError: a Hub id that is not cached, and the Hub cannot be reached.
       ValueError: a file is damaged, is a link out of the directory, is a pickle, or holds
         something that is no adapter's weights.
     """
     root = Path(directory)
+    if not root.exists() and _HUB_ID.fullmatch(str(directory)):
+        from lora_jax.hf.hub import snapshot
+
+        root = snapshot(str(directory))
     if not root.exists():
-        raise FileNotFoundError(
-            f"{root}: there is no such directory; download a Hub adapter first, for instance "
-            "with `hf download`"
-        )
+        raise FileNotFoundError(f"{root}: there is no such directory")
     if not root.is_dir():
         raise ValueError(f"{root}: expected a directory with {CONFIG_FILE}, got a file")
     config = _existing(root, CONFIG_FILE)
