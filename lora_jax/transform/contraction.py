@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -280,8 +281,6 @@ def _gather_part(array, dims, indices, numbers, slice_sizes, params):
 
 
 def _gather_stack(v: Implicit, base, out: list, pick):
-    if v.key is not None and v.dropout:
-        raise Unsupported("gather of stacked weights with dropout")
     roles = "".join("b" if isinstance(label, tuple) else v.roles[label] for label in out)
     parts = {}
     for part in ("a", "b", "scale", "gain"):
@@ -291,8 +290,9 @@ def _gather_stack(v: Implicit, base, out: list, pick):
         rows, have = pick(part)
         have = [label if label == RANK else out.index(label) for label in have]
         parts[part] = reorder(rows, have, labels(roles, part))
-    return Implicit(
-        w=base, **parts, key=None, roles=roles, dropout=v.dropout, path=v.path
-    )
+    key = v.key
+    if key is not None:  # a mask has the activation's shape: it differs between the indices
+        key = jax.random.split(key.reshape(-1)[0], parts["scale"].shape)
+    return Implicit(w=base, **parts, key=key, roles=roles, dropout=v.dropout, path=v.path)
 
 

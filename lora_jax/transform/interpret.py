@@ -75,7 +75,8 @@ class Context:
         if (said := (str(v.path), name, line)) not in self.told:
             self.told[said] = reason
             if not self.quiet:
-                text = f"{text}: the result is exact, the saving is lost"
+                off = "" if v.key is None or v.dropout == 0 else " and so is this use's dropout"
+                text = f"{text}: the result is exact, the saving is lost{off}"
                 warnings.warn(text, MaterializedWarning, stacklevel=2)
         return materialize(v)
 

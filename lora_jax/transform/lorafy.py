@@ -146,6 +146,8 @@ def _enter(x: LoraArray, path: str, lora_key) -> Implicit:
         gain = dora.gain(x)
     key = None
     if lora_key is not None and x.dropout > 0:
+        if not jnp.issubdtype(lora_key.dtype, jax.dtypes.prng_key):
+            lora_key = jax.random.wrap_key_data(lora_key)  # an old-style uint32 key
         key = jax.random.fold_in(lora_key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
         stack = [x.shape[d] for d in stack_dims(x.roles)]
         key = jax.random.split(key, stack) if stack else key
