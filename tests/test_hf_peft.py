@@ -223,6 +223,11 @@ def test_a_trained_leaf_that_would_not_be_written_is_an_error(tree):
         peft.to_peft(tree, QV)
 
 
+def test_a_base_changed_for_good_is_an_error(tree):
+    with pytest.raises(ValueError, match='init="pissa_niter_4", changed the base .* merged model'):
+        peft.to_peft(tree, dataclasses.replace(QV, init="pissa_niter_4"))
+
+
 def test_not_finite_or_nothing_adapted(tree):
     with pytest.raises(ValueError, match="no leaf carries an adapter"):
         peft.to_peft(random_params(), QV)
@@ -286,6 +291,7 @@ def test_another_base_embedding_in_the_file_is_an_error():
         ({"use_dora": True}, r"DoRA \(use_dora=True\)"),
         ({"bias": "all"}, 'trained biases \\(bias="all"\\)'),
         ({"modules_to_save": ("lm_head",)}, r"whole saved modules \(lm_head\)"),
+        ({"init": "pissa"}, r'a changed base weight \(init="pissa"\)'),
     ],
 )
 def test_vllm_refuses(fields, what, tmp_path):

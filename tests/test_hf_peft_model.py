@@ -111,6 +111,7 @@ OURS = {
     "head": lora.LoraConfig(rank=2, target_modules=("lm_head",)),
     "saved": lora.LoraConfig(rank=2, modules_to_save=("lm_head", "post_attention_layernorm")),
     "bias": lora.LoraConfig(rank=2, target_modules=("q_proj", "o_proj"), bias="lora_only"),
+    "pissa": lora.LoraConfig(rank=2, target_modules=("q_proj", "up_proj"), init="pissa"),
 }
 
 
@@ -199,10 +200,9 @@ def test_inits_that_change_the_base_are_repeated(init, base, tmp_path):
 
 
 def test_inits_that_cannot_be_repeated_are_refused(base, tmp_path):
-    config = lora.LoraConfig(rank=2, target_modules=("q_proj",))
-    plan = lora.plan(config, base.apply, base.params, TOKENS)
-    params = lora.init(jax.random.key(0), plan, base.params)
-    save_peft(tmp_path / "a", params, dataclasses.replace(config, init="pissa_niter_4"))
+    fields = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_4"}
+    model = peft.get_peft_model(torch_llama(), peft.LoraConfig(task_type="CAUSAL_LM", **fields))
+    model.save_pretrained(str(tmp_path / "a"))
     with pytest.raises(ValueError, match='initialised by "pissa_niter_4", which changed the base'):
         load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
 

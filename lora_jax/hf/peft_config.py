@@ -69,6 +69,11 @@ REFUSED = {
 # Initialisations that also change the base weight in a way a reader cannot repeat.
 _BASE_CHANGING_INITS = ("corda", "lora_ga")
 
+# Initialisations after which the base weight is what it was, so that A and B are the whole
+# adapter; and those that change it, but the same way each time, so that a reader can repeat them.
+PLAIN_INITS = ("default", "random", "gaussian", "orthogonal", "eva", "mica")
+REPEATABLE_INITS = ("pissa", "olora")
+
 # PEFT's default target modules by model family (peft/utils/constants.py).
 _QV, _BERT, _FUSED = ("q_proj", "v_proj"), ("query", "value"), ("query_key_value",)
 DEFAULT_TARGETS = {

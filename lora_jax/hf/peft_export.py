@@ -8,6 +8,7 @@ from lora_jax import matching
 from lora_jax.array import LoraArray, SavedArray
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.hf import peft_files
+from lora_jax.hf.peft_config import PLAIN_INITS, REPEATABLE_INITS
 from lora_jax.hf.peft_slots import (
     Slot,
     adapted_names,
@@ -27,6 +28,12 @@ def to_peft(lora_params, config: LoraConfig) -> tuple[dict[str, Any], dict[str, 
     Raises:
       ValueError: as `save_peft`.
     """
+    if config.init not in (*PLAIN_INITS, *REPEATABLE_INITS):
+        raise ValueError(
+            f'lora_params: their start, init="{config.init}", changed the base weights in a way '
+            "that a reader of the adapter cannot repeat; save the merged model (lora_jax.merge) "
+            "instead"
+        )
     slots = slots_of(lora_params, config)
     if not any(slot.part == "a" for slot in slots):
         raise ValueError(

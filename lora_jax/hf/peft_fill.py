@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax import matching
 from lora_jax.array import SavedArray, factor_shapes, is_lora
 from lora_jax.config import LoraConfig
+from lora_jax.hf.peft_config import PLAIN_INITS, REPEATABLE_INITS
 from lora_jax.hf.peft_slots import (
     TYING,
     Slot,
@@ -26,11 +27,6 @@ from lora_jax.hf.peft_slots import (
 )
 from lora_jax.paths import spell
 
-# Initialisations after which the base weight is what it was, so that A and B are the whole
-# adapter; and those that change it, but the same way each time.
-_PLAIN_INITS = ("default", "random", "gaussian", "orthogonal", "eva", "mica")
-_REPEATABLE_INITS = ("pissa", "olora")
-
 
 def plannable(config: LoraConfig, params, source: str) -> LoraConfig:
     """A config with which a plan finds the adapter's leaves, and no fault with what PEFT allows.
@@ -42,14 +38,14 @@ def plannable(config: LoraConfig, params, source: str) -> LoraConfig:
     Raises:
       ValueError: the adapter's initialisation changed the base in a way that cannot be repeated.
     """
-    if config.init not in (*_PLAIN_INITS, *_REPEATABLE_INITS):
+    if config.init not in (*PLAIN_INITS, *REPEATABLE_INITS):
         raise ValueError(
             f'{source}: the adapter was initialised by "{config.init}", which changed the base '
             "weights in a way that cannot be repeated; save it in PEFT with "
             "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
     config = _without_unused(config, params)
-    if config.init in _REPEATABLE_INITS:
+    if config.init in REPEATABLE_INITS:
         return config
     # The ranks are `fill`'s business, which makes the factors anew.
     return dataclasses.replace(config, init="default", rank=1, rank_pattern={}, alpha_pattern={})

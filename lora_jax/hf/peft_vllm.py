@@ -16,6 +16,7 @@ import numpy as np
 
 from lora_jax import matching
 from lora_jax.config import LoraConfig
+from lora_jax.hf.peft_config import REPEATABLE_INITS
 from lora_jax.hf.peft_slots import PREFIX
 
 _A = (".lora_A.weight", ".lora_embedding_A")
@@ -36,7 +37,8 @@ def for_vllm(
       Fields and tensors; scales stay where they are if all modules share rank and alpha.
 
     Raises:
-      ValueError: the adapter has DoRA, trained biases or saved modules.
+      ValueError: the adapter has DoRA, trained biases or saved modules, or its initialisation
+        changed the base.
     """
     _check_servable(config)
     modules = [k.removesuffix(s) for k in tensors for s in _A if k.endswith(s)]
@@ -64,6 +66,7 @@ def _check_servable(config: LoraConfig) -> None:
     for on, what in (
         (config.use_dora, "DoRA (use_dora=True)"),
         (config.bias != "none", f'trained biases (bias="{config.bias}")'),
+        (config.init in REPEATABLE_INITS, f'a changed base weight (init="{config.init}")'),
         (config.modules_to_save, f"whole saved modules ({', '.join(config.modules_to_save)})"),
     ):
         if on:
