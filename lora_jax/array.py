@@ -103,6 +103,12 @@ def is_lora(x) -> bool:
     return isinstance(x, LoraArray | SavedArray)
 
 
+def widened(*dtypes):
+    """float32, or float64 where one of the dtypes is: also under strict promotion."""
+    double = any(jnp.dtype(d) == jnp.float64 for d in dtypes)
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
+
+
 def a_dims(roles: str) -> list[int]:
     """The dims of `w` that `a` owns, in `a`'s order (the rank follows)."""
     return stack_dims(roles) + [d for d, role in enumerate(roles) if role == "i"]
@@ -153,7 +159,7 @@ def delta(x: LoraArray) -> Float[Array, "..."]:
       An array of `x.shape`.
     """
     stack, fan_in, fan_out = sizes(x.shape, x.roles)
-    dtype = jnp.promote_types(jnp.promote_types(x.a.dtype, x.b.dtype), jnp.float32)
+    dtype = widened(x.a.dtype, x.b.dtype)
     a = x.a.astype(dtype).reshape(*stack, fan_in, x.rank)
     b = x.b.astype(dtype).reshape(*stack, x.rank, fan_out)
     change = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

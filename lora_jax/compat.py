@@ -75,26 +75,34 @@ def equation_context(eqn):
 
 _LIBRARIES = tuple(
     os.sep + part + os.sep
-    for part in ("jax", "jaxlib", "flax", "equinox", "haiku", "einops", "lora_jax", "contextlib")
+    for part in ("jax", "jaxlib", "lora_jax", "flax", "equinox", "haiku", "einops", "contextlib")
 )
+_UNKNOWN = "unknown line"
 
 
-def source_line(eqn, default: str = "unknown line") -> str:
+def source_line(eqn, default: str = _UNKNOWN) -> str:
     """`file.py:12 (function)` of the line of the user's model that made this equation.
 
     Args:
       eqn: an equation.
-      default: for one whose frames are all a library's, as inside a function JAX has cached.
+      default: for one whose frames are all a library's, as inside a function JAX has cached;
+        where that is unknown too, the line of the model library (flax, equinox) is given.
     """
     traceback = eqn.source_info.traceback
     frames = list(traceback.frames) if traceback is not None else []
+    if line := _innermost(frames, _LIBRARIES):
+        return line
+    return default if default != _UNKNOWN else _innermost(frames, _LIBRARIES[:3]) or default
+
+
+def _innermost(frames: Sequence, left_out: Sequence[str]) -> str:
     for frame in frames:
         if frame.file_name.startswith("<") or frame.file_name.endswith("contextlib.py"):
             continue
-        if not any(part in frame.file_name for part in _LIBRARIES):
+        if not any(part in frame.file_name for part in left_out):
             name = os.path.basename(frame.file_name)
             return f"{name}:{frame.line_num} ({frame.function_name})"
-    return default
+    return ""
 
 
 def is_array(x) -> bool:

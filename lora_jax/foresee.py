@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.array import LoraArray, factor_shapes, sizes
+from lora_jax.array import LoraArray, factor_shapes, sizes, widened
 from lora_jax.dataflow import Use
 from lora_jax.transform.lorafy import materializations
 
@@ -38,7 +38,7 @@ def foreseen(planned: Sequence, fn: Callable, params, args: Sequence, kwargs: di
 
 def _abstract(leaf, w) -> LoraArray:
     a, b = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
-    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    dtype = widened(leaf.dtype)
     stack = sizes(leaf.shape, leaf.roles)[0]
     shapes = [jax.ShapeDtypeStruct(s, d) for s, d in ((a, dtype), (b, dtype), (stack, jnp.float32))]
     return LoraArray(w, *shapes, roles=leaf.roles)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.array import LoraArray, SavedArray, delta, is_lora, spread_outputs
+from lora_jax.array import LoraArray, SavedArray, delta, is_lora, spread_outputs, widened
 
 
 def merged(x: LoraArray):
@@ -13,7 +13,7 @@ def merged(x: LoraArray):
     A quantized base gives a float weight; it is never quantized again.
     """
     w = x.w.dequantize() if hasattr(x.w, "dequantize") else x.w
-    wide = jnp.promote_types(w.dtype, jnp.float32)
+    wide = widened(w.dtype)
     full = w.astype(wide) + delta(x).astype(wide)
     if x.m is not None:
         from lora_jax.methods import dora
@@ -99,7 +99,7 @@ def _unmerge_leaf(path: str, x, y):
     if isinstance(x, SavedArray):
         return x.w
     w = x.w.dequantize() if hasattr(x.w, "dequantize") else x.w
-    wide = jnp.promote_types(w.dtype, jnp.float32)
+    wide = widened(w.dtype)
     full = y.astype(wide)
     if x.m is not None:
         from lora_jax.methods import dora

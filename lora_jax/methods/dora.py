@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lora_jax.array import LoraArray, out_dims, sizes, to_matrix
+from lora_jax.array import LoraArray, out_dims, sizes, to_matrix, widened
 
 
 def norm(x: LoraArray) -> Float[Array, "..."]:
@@ -26,7 +26,7 @@ def norm(x: LoraArray) -> Float[Array, "..."]:
     stack, fan_in, fan_out = sizes(x.shape, x.roles)
     highest = lax.Precision.HIGHEST
     w = to_matrix(x.w.dequantize() if hasattr(x.w, "dequantize") else x.w, x.roles)
-    wide = jnp.promote_types(w.dtype, jnp.float32)
+    wide = widened(w.dtype)
     a = x.a.astype(wide).reshape(*stack, fan_in, x.rank)
     b = x.b.astype(wide).reshape(*stack, x.rank, fan_out)
     s = x.scale.astype(wide)[..., None]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.array import factor_shapes, from_matrix, sizes, stack_dims, to_matrix
+from lora_jax.array import factor_shapes, from_matrix, sizes, stack_dims, to_matrix, widened
 from lora_jax.config import LoraConfig
 from lora_jax.plan import LeafPlan
 
@@ -116,7 +116,7 @@ def eva(key, config: LoraConfig, leaf: LeafPlan, w):
 
 def factor_dtype(leaf: LeafPlan):
     """float32, also over a 16-bit base (as PEFT); float64 over a float64 base."""
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+    return widened(leaf.dtype)
 
 
 def _uniform(key, shape, bound: float, dtype):
@@ -154,7 +154,7 @@ def _uniform_rank(leaf: LeafPlan, name: str):
 
 def _matrix(leaf: LeafPlan, w):
     w = w.dequantize() if hasattr(w, "dequantize") else w
-    wide = jnp.promote_types(w.dtype, jnp.float32)
+    wide = widened(w.dtype)
     return to_matrix(w.astype(wide), leaf.roles), leaf.scales[0]
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.array import a_dims
+from lora_jax.array import a_dims, widened
 from lora_jax.transform import explicit
 from lora_jax.transform.labelled import contract, dropped, low_rank
 from lora_jax.transform.value import (
@@ -130,7 +130,7 @@ def conv(lhs, rhs, bind, use: int, *, dimension_numbers, feature_group_count, ba
         dimension_numbers=a_spec,
         feature_group_count=groups,
         precision=precision,
-        preferred_element_type=jnp.promote_types(lhs.dtype, jnp.float32),
+        preferred_element_type=widened(lhs.dtype),
         window_strides=window_strides,
         padding=padding,
         lhs_dilation=lhs_dilation,
@@ -179,7 +179,7 @@ def ragged_dot(lhs, rhs, group_sizes, bind, use: int, *, ragged_dot_dimension_nu
     if v.roles == "boi":
         first, second = jnp.swapaxes(v.b, 1, 2), jnp.swapaxes(v.a, 1, 2)
     x = dropped(v, lhs, use)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = widened(x.dtype)
     middle = lax.ragged_dot(
         x, first.astype(x.dtype), group_sizes, precision=precision, preferred_element_type=wide
     )
@@ -222,7 +222,7 @@ def gather(v, indices, bind, *, dimension_numbers, slice_sizes, **params):
     if any(slice_sizes[d] != v.shape[d] for d in whole) or not roles <= {"i", "o"}:
         raise Unsupported("gather that slices both factors")
     rows, have = pick(owner)
-    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    wide = widened(rows.dtype)
     scale_labels = labels(v.roles, "scale")
     rows = rows.astype(wide) * expand_to(v.scale.astype(wide), scale_labels, have)
     change, have = contract(

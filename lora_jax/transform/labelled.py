@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.array import widened
 from lora_jax.transform import explicit
 from lora_jax.transform.value import Implicit, expand_to, labels, reorder
 
@@ -100,7 +101,7 @@ def low_rank(
     factors = [(getattr(v, part), _label(labels(v.roles, part))) for part in order]
     (first, first_labels), (second, second_labels) = factors
     compute = _compute_dtype(x.dtype)
-    wide = jnp.promote_types(compute, jnp.float32)
+    wide = widened(compute)
     x = x.astype(compute)
     middle, middle_labels = contract(
         x,

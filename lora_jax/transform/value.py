@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.array import stack_dims
+from lora_jax.array import stack_dims, widened
 
 # A label names one axis of a factor: a dimension number of the weight, or RANK.
 RANK = "r"
@@ -144,7 +144,7 @@ def materialize(v: Implicit):
     from lora_jax.transform.labelled import contract
 
     dims = [d for d in range(v.ndim) if v.roles[d] != "u"]
-    wide = jnp.promote_types(v.a.dtype, jnp.float32)
+    wide = widened(v.a.dtype)
     la, lb = labels(v.roles, "a"), labels(v.roles, "b")
     a = v.a.astype(wide) * expand_to(v.scale.astype(wide), labels(v.roles, "scale"), la)
     change, have = contract(
