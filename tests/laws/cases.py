@@ -106,6 +106,21 @@ def outputs(tree) -> list[jax.Array]:
     return [x for x in map(jnp.asarray, leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
+def with_dropout(lora_params, rate: float):
+    """The tree with this dropout probability at every adapter."""
+
+    def change(x):
+        return dataclasses.replace(x, dropout=rate) if isinstance(x, lora.LoraArray) else x
+
+    return jax.tree.map(change, lora_params, is_leaf=lora.is_lora)
+
+
+def adapter_bytes(lora_params) -> int:
+    """Bytes of every A and B, found without `split`."""
+    leaves = jax.tree.leaves(lora_params, is_leaf=lora.is_lora)
+    return sum(x.a.nbytes + x.b.nbytes for x in leaves if isinstance(x, lora.LoraArray))
+
+
 def loss(tree) -> jax.Array:
     """A scalar that depends on every output in a way that is not linear."""
     parts = []

@@ -1,0 +1,82 @@
+"""Laws of training: the identity at init, nothing for the base, one compilation, and back again."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax as lora
+from laws.cases import CASES, QUICK, Case, adapter_bytes, assert_near, loss, model, outputs
+
+TX = optax.adamw(1e-2)
+
+
+def _step(fn, reverse: bool):
+    """One optimizer step on the trainable half; without a reverse mode, the outputs alone."""
+
+    def value(trainable, frozen, *args):
+        out = lora.lorafy(fn)(lora.combine(trainable, frozen), *args)
+        return loss(out), outputs(out)
+
+    def step(trainable, state, frozen, *args):
+        if not reverse:
+            return trainable, state, value(trainable, frozen, *args)[1]
+        gradient, out = jax.grad(value, has_aux=True)(trainable, frozen, *args)
+        updates, state = TX.update(gradient, state, trainable)
+        return optax.apply_updates(trainable, updates), state, out
+
+    return jax.jit(step, compiler_options=QUICK)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.filterwarnings("ignore::lora_jax.MaterializedWarning")
+def test_training_step(case: Case):
+    """At init the model is the base; a step changes the adapters only; it compiles once."""
+    made = model(case.name)
+    init = jax.jit(lambda p: lora.init(jax.random.key(2), made.plan, p), compiler_options=QUICK)
+    lora_params = init(made.params)
+    trainable, frozen = lora.split(lora_params)
+    state = TX.init(trainable)
+    assert moment_bytes(state) == 2 * adapter_bytes(lora_params)
+
+    step = _step(made.fn, case.reverse)
+    after, state, at_init = step(trainable, state, frozen, *made.args)
+    base = outputs(jax.jit(made.fn, compiler_options=QUICK)(made.params, *made.args))
+    assert_near(at_init, base, 1e-6 if case.numerical else case.tolerance, f"{case} at init")
+    _, _, later = step(after, state, frozen, *made.args)
+    assert step._cache_size() == 1
+    if case.reverse:
+        moved = [float(jnp.max(jnp.abs(x - y))) for x, y in zip(
+            jax.tree.leaves(later), jax.tree.leaves(at_init), strict=True)]  # fmt: skip
+        assert max(moved) > 0, "the adapters do not change the outputs"
+
+
+def moment_bytes(state) -> int:
+    """Bytes of an optimizer state apart from its scalar step count."""
+    return sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_merge_then_unmerge_is_the_base_bit_for_bit(case: Case):
+    made = model(case.name)
+    back = jax.jit(lambda p: lora.unmerge(lora.merge(p), p), compiler_options=QUICK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        params = back(made.lora_params)
+    assert jax.tree.structure(params) == jax.tree.structure(made.params)
+    for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(made.params), strict=True):
+        assert got.dtype == want.dtype
+        if not jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_masked_optimizer_has_no_state_for_the_base(case: Case):
+    """`masked(adamw)` holds two moments an adapter and nothing else, abstractly."""
+    made = model(case.name)
+    state = jax.eval_shape(lora.masked(TX).init, made.lora_params)
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
+    assert held == 2 * adapter_bytes(made.lora_params)
