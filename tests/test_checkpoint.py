@@ -10,7 +10,7 @@ from train_toys import CONFIG, TOKENS, Toy, toy_lora, toy_params
 
 import lora_jax as lora
 from lora_jax import checkpoint
-from lora_jax.checkpoint.adapters import one_line
+from lora_jax.checkpoint.disk import check_space, one_line
 from lora_jax.checkpoint.flat import differences, flatten, unflatten
 
 
@@ -217,3 +217,17 @@ def test_one_line_of_long_errors():
     assert one_line(ValueError("a\n  b")) == "a b"
     assert one_line(ValueError("x" * 300)) == "x" * 200 + "..."
     assert one_line(KeyError()) == "KeyError"
+
+
+def test_full_disk_is_known_beforehand(tmp_path, monkeypatch, trained):
+    import shutil
+
+    check_space(tmp_path, {"x": jnp.ones(3)})
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**17))
+    with pytest.raises(OSError, match=r"No space left on device \(0.52 MiB are needed and 0.1"):
+        check_space(tmp_path, {"x": jnp.ones(2**17)})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(OSError, match=r"cannot write .*/a: No space left on device \(0.02 MiB"):
+        checkpoint.save(tmp_path / "a", trained, CONFIG)
+    assert list(tmp_path.iterdir()) == []

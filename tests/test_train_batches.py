@@ -100,6 +100,20 @@ def test_batches_ask_for_exactly_what_is_learned(accumulation, learned):
         assert [x.dtype.name for x in batch] == ["int32", "int32", "int32", "float32"]
 
 
+def test_places_are_what_the_planned_epochs_need():
+    data = dataset()
+    for epochs in (1, 3):
+        layout = loader(data, batch_size=4, accumulation=2, buckets=2, seed=3, epochs=epochs)
+        items = list(iterate(layout, epochs * batches_per_epoch(layout)))
+        needed = {rung: 0 for rung in layout.ladder}
+        for batch in [item.batch for item in items] + once(layout):
+            rung = batch.tokens.shape[2]
+            needed[rung] = max(needed[rung], int(batch.weights.sum(1).max()))
+        assert {r: -(-n // 16) * 16 for r, n in needed.items()} == layout.places
+    with pytest.raises(ValueError, match="`steps` is 22, but .* for 3 epochs of 7; lay it out"):
+        iterate(layout, 22)
+
+
 def test_few_places_where_little_is_learned_and_all_where_it_does_not_pay():
     short = loader([example(60, i, learned=3) for i in range(9)], batch_size=4)
     assert short.places == {64: 16}
@@ -116,7 +130,7 @@ def test_missing_rows_repeat_one_and_learn_nothing():
 
 
 def test_iterator_goes_on_from_its_position():
-    layout = loader(dataset(), batch_size=4, seed=3)
+    layout = loader(dataset(), batch_size=4, seed=3, epochs=3)
     size = batches_per_epoch(layout)
     items = list(iterate(layout, 2 * size + 1))
     assert [i.epoch for i in items] == [0] * size + [1] * size + [2]

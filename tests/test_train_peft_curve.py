@@ -45,7 +45,7 @@ def data():
 def labelled():
     """The batches of `fit` in their order, as torch wants them: (tokens, labels)."""
     layout = train.loader(
-        data(), batch_size=2, accumulation=2, buckets=2, seed=CONFIG.seed, pad_id=0
+        data(), batch_size=2, accumulation=2, buckets=2, seed=CONFIG.seed, epochs=3
     )
     for item in train.iterate(layout, STEPS):
         parts = []

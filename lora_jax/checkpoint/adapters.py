@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 
+from lora_jax.checkpoint.disk import check_space, one_line, quiet
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
 from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
 
@@ -91,22 +92,12 @@ def _replace(directory: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def one_line(error: BaseException) -> str:
-    """The text of an error of Orbax or TensorStore, cut to what a person can use."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = " ".join(text.split()) or type(error).__name__
-    for known in ("No space left on device", "Permission denied", "Read-only file system",
-                  "Disk quota exceeded", "File too large", "Not a directory"):  # fmt: skip
-        if known.lower() in text.lower():
-            return known
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
 def _write(directory: Path, arrays: dict, meta: dict) -> None:
     import orbax.checkpoint as ocp
 
     args = ocp.args.Composite(adapter=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
-    with _checkpointer("adapter") as checkpointer:
+    check_space(directory.parent, arrays)
+    with quiet(), _checkpointer("adapter") as checkpointer:
         checkpointer.save(directory, args)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax.checkpoint.adapters import one_line
+from lora_jax.checkpoint.disk import check_space, one_line, quiet
 from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
 
 
@@ -85,10 +85,13 @@ def save_state(opened, step: int, state, meta: dict) -> None:
     arrays = {name: _plain(leaf) for name, leaf in flatten(state).items()}
     args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
     try:
-        opened.save(step, args=args, force=True)
+        check_space(Path(opened.directory), arrays)
+        with quiet():
+            opened.save(step, args=args, force=True)
     except Exception as error:
         _sweep(Path(opened.directory), step)
-        last = max((s for s in opened.all_steps(read=True) if s != step), default=None)
+        opened.reload()
+        last = max((s for s in opened.all_steps() if s != step), default=None)
         kept = "none was there before" if last is None else f"that of step {last} is intact"
         raise OSError(
             f"{opened.directory}: the checkpoint of step {step} cannot be written:"

@@ -2,7 +2,7 @@
 
 A batch gives for each of its A microbatches the tokens of B rows padded to one rung T, and a list
 of P *positions* of the flattened (B, T) grid at which the model's output is wanted. P is one
-static number a rung, large enough for every batch that can come up, so a rung compiles once.
+static number a rung, the most that any batch of the planned epochs needs, so a rung compiles once.
 Positions that are only there to fill P have `weights` 0, and all P are distinct (their gradient
 is then a scatter without collisions: deterministic on every device).
 """
@@ -60,6 +60,7 @@ class Loader(NamedTuple):
       examples: the dataset.
       ladder: lengths that batches are padded to.
       places: P of each rung.
+      epochs: the passes that `places` is enough for.
       batch_size: B, rows of a microbatch.
       accumulation: A, microbatches of a step.
       pad_id: the token that fills rows up.
@@ -69,6 +70,7 @@ class Loader(NamedTuple):
     examples: Sequence[Example]
     ladder: tuple[int, ...]
     places: Mapping[int, int]
+    epochs: int
     batch_size: int
     accumulation: int
     pad_id: int
@@ -83,6 +85,7 @@ def loader(
     buckets: int | Sequence[int] = 4,
     pad_id: int = 0,
     seed: int = 0,
+    epochs: int = 1,
 ) -> Loader:
     """Lays a dataset out in length buckets.
 
@@ -93,6 +96,7 @@ def loader(
       buckets: how many lengths (the best are found), or the lengths themselves.
       pad_id: the padding token.
       seed: of the shuffle.
+      epochs: passes that will be made, at most.
 
     Raises:
       ValueError: the dataset is empty, or the buckets do not hold it.
@@ -104,27 +108,30 @@ def loader(
         ladder = best_ladder(lengths, buckets)
     else:
         ladder = check_ladder(buckets, lengths)
-    places = _places(data, ladder, batch_size)
-    return Loader(data, ladder, places, batch_size, accumulation, pad_id, seed)
+    rows = batch_size * accumulation
+    plans = [plan_epoch(lengths, ladder, rows, seed=seed, epoch=e) for e in range(epochs)]
+    places = _places(data, batch_size, [plan_once(lengths, ladder, rows), *plans])
+    return Loader(data, ladder, places, epochs, batch_size, accumulation, pad_id, seed)
 
 
-def _places(data: Sequence[Example], ladder: tuple[int, ...], rows: int) -> dict[int, int]:
-    """P of each rung: the most learned tokens that `rows` of its examples can have, rounded up."""
-    lengths = np.array([len(e.tokens) for e in data])
+def _places(data: Sequence[Example], size: int, plans: Sequence[list[Slot]]) -> dict[int, int]:
+    """P of each rung: the most learned tokens that a microbatch of these plans has, rounded up."""
     learned = np.array([int(e.learned.sum()) for e in data])
-    places = {}
-    for rung in ladder:
-        # Shorter examples too: a rung's leftovers move up.
-        most = int(np.sort(learned[lengths <= rung])[-rows:].sum())
-        most = -(-most // _ROUND) * _ROUND
-        grid = rows * rung
-        places[rung] = grid if most > _DENSE * grid else most
-    return places
+    most: dict[int, int] = {}
+    for slot in (slot for plan in plans for slot in plan):
+        sums = np.add.reduceat(learned[slot.rows], np.arange(0, len(slot.rows), size))
+        most[slot.rung] = max(most.get(slot.rung, 0), int(sums.max()))
+    return {rung: _places_of(count, size * rung) for rung, count in most.items()}
+
+
+def _places_of(count: int, grid: int) -> int:
+    rounded = -(-count // _ROUND) * _ROUND
+    return grid if rounded > _DENSE * grid else rounded
 
 
 def batches_per_epoch(loader: Loader) -> int:
     """Optimizer steps in one pass over the dataset."""
-    return len(_epoch(loader, 0))
+    return -(-len(loader.examples) // _rows(loader))
 
 
 def _rows(loader: Loader) -> int:
@@ -169,6 +176,11 @@ def iterate(loader: Loader, steps: int, *, prefetch: int = 2):
     """
     import grain
 
+    if steps > loader.epochs * batches_per_epoch(loader):
+        raise ValueError(
+            f"`steps` is {steps}, but the loader was laid out for {loader.epochs} epochs of"
+            f" {batches_per_epoch(loader)}; lay it out with more `epochs`"
+        )
     source = grain.MapDataset.source(_Batches(loader, steps))
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(1, prefetch))
     return iter(source.to_iter_dataset(options))

@@ -17,7 +17,7 @@ import lora_jax as lora
 from lora_jax.checkpoint.fingerprint import fingerprint
 from lora_jax.train import archive as archives
 from lora_jax.train import metrics
-from lora_jax.train.batches import Item, batches_per_epoch, iterate, loader
+from lora_jax.train.batches import Item, iterate, loader
 from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import evaluator, lora_loss, mean_loss, pad_id_of
 from lora_jax.train.examples import Example
@@ -114,6 +114,8 @@ def fit(
     trainable, frozen = lora.split(lora_params)
     if not jax.tree.leaves(trainable):
         raise ValueError("`lora_params` has nothing to train; make it with lora.init")
+    size = -(-len(train_data) // (config.batch_size * config.accumulation))
+    total = total_steps(config, size)
     data = loader(
         train_data,
         batch_size=config.batch_size,
@@ -121,8 +123,8 @@ def fit(
         buckets=config.buckets,
         pad_id=pad_id_of(model.tokenizer),
         seed=config.seed,
+        epochs=-(-total // max(size, 1)),
     )
-    total = total_steps(config, batches_per_epoch(data))
     tx = optimizer(config, total)
     programs = Programs(make_step(lora_loss(model), tx), donate=(0,))
     fresh = init_state(jax.random.key(config.seed), trainable, tx)
