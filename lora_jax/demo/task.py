@@ -16,12 +16,21 @@ from dataclasses import asdict, dataclass
 INSTRUCTION = "Write the booking as JSON with name, guests, day and time (HH:MM)."
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-# The names of the two sets are disjoint.
+# The names of the two sets are disjoint, and there are many to learn from: with few, a model
+# learns them instead of learning to copy.
 TRAIN_NAMES = tuple(
-    "Adam Alice Amara Anton Bella Boris Carla Chen Clara Daniel Diana Elena Emil Farid Fatima "
-    "Felix Gloria Hannah Hugo Ines Ivan Jack Jonas Julia Karim Katya Lars Leo Lucia Maria Martin "
-    "Mei Milan Nadia Nina Oliver Olga Paula Peter Priya Rosa Ruth Samuel Sara Simon Tara Thomas "
-    "Vera Victor Yusuf".split()
+    "Aaron Abigail Adam Adele Ahmed Aisha Alan Albert Alice Alma Amara Amy Andrea Angela Anna "
+    "Anton April Astrid Barbara Ben Bella Bernard Bianca Boris Brian Camille Carl Carla Carmen "
+    "Catherine Charles Chen Chloe Clara Claudia Colin Dana Daniel Daphne Denis Diana Dieter Dora "
+    "Edward Elena Elias Ella Elsa Emil Emma Eric Esther Eva Evelyn Fabian Farid Fatima Felix "
+    "Flora Francis Frida Gabriel Gavin Gerda Gloria Gordon Greta Hannah Harold Harry Heidi Henry "
+    "Hugo Ida Igor Ines Ingrid Irene Ivan Jack Jacob Jamal Jane Jasmine Jean Jonas Joseph Judith "
+    "Julia Karen Karim Katya Keith Lars Leah Leo Leonard Linda Louis Lucia Lukas Lydia Magnus "
+    "Manuel Maria Marie Martha Martin Matteo Maya Mei Michael Milan Miriam Mohammed Monica Nadia "
+    "Nathan Nick Nina Nora Oliver Olga Oscar Otto Patricia Paula Peter Petra Philip Priya Rachel "
+    "Ralph Ravi Rebecca Robert Roland Rosa Ruth Samuel Sandra Sara Sasha Sean Selma Simon Sofia "
+    "Sonia Stefan Susan Sven Tanya Tara Theo Thomas Tina Tom Ursula Vera Victor Viola Wanda Wendy "
+    "William Xavier Yara Yusuf Yvonne".split()
 )
 TEST_NAMES = tuple(
     "Agnes Arthur Bruno Cecilia David Edith Frank Grace Helen Iris James Kenji Laura Lena Marco "

@@ -1,0 +1,62 @@
+"""The examples run, and do what they say."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("[0-9][0-9]_*.py"))
+
+
+def run(name: str, *args) -> dict:
+    (path,) = [p for p in EXAMPLES if p.stem == name]
+    return runpy.run_path(str(path))["main"](*args)
+
+
+def test_quickstart():
+    found = run("01_quickstart")
+    assert found["before"] > 0.3
+    assert found["after"] < 0.01
+    # float32: the adapted and the merged function add in another order
+    assert abs(found["merged"] - found["after"]) < 1e-5
+
+
+def test_linen():
+    found = run("02_linen")
+    assert found["losses"][-1] < 0.6 * found["losses"][0]
+    assert found["difference"] < 1e-4
+
+
+def test_nnx():
+    found = run("03_nnx")
+    assert found["losses"][-1] < 0.3 * found["losses"][0]
+    assert found["right"]["base"] < 0.6 < 0.9 < found["right"]["adapted"]
+    assert found["right"]["merged"] == found["right"]["adapted"]
+
+
+def test_optax_masked():
+    found = run("04_optax_masked")
+    assert found["losses"][-1] < 0.3 * found["losses"][0]
+    assert found["faster"][20] < found["losses"][20]
+    assert found["ratio"] == 2 and found["unmoved"]
+
+
+def test_train_llm(tmp_path):
+    found = run("05_train_llm", tmp_path)
+    assert found["losses"][-1] < 0.05
+    assert found["said"] == ["rouge", "bleu"]
+    assert found["same"]
+
+
+def test_every_example_is_tested_here():
+    here = Path(__file__).read_text("utf-8")
+    assert len(EXAMPLES) >= 5
+    for path in EXAMPLES:
+        assert f'run("{path.stem}"' in here, path
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_every_example_says_what_it_shows(path):
+    lines = path.read_text("utf-8").splitlines()
+    assert lines[0].startswith('"""') and lines[0].endswith(".")
