@@ -8,7 +8,7 @@ from jax import lax
 
 from lora_jax.array import a_dims, widened
 from lora_jax.transform import explicit
-from lora_jax.transform.labelled import contract, dropped, low_rank
+from lora_jax.transform.labelled import compute_dtype, contract, dropped, low_rank
 from lora_jax.transform.value import (
     RANK,
     Implicit,
@@ -179,6 +179,7 @@ def ragged_dot(lhs, rhs, group_sizes, bind, use: int, *, ragged_dot_dimension_nu
     if v.roles == "boi":
         first, second = jnp.swapaxes(v.b, 1, 2), jnp.swapaxes(v.a, 1, 2)
     x = dropped(v, lhs, use)
+    x = x.astype(compute_dtype(x, v))
     wide = widened(x.dtype)
     middle = lax.ragged_dot(
         x, first.astype(x.dtype), group_sizes, precision=precision, preferred_element_type=wide

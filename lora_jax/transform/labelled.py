@@ -80,7 +80,8 @@ def low_rank(
     """`scale · (x·A)·B` for any set of contracted, batched and free dims of the weight.
 
     The factor that owns a contracted dim comes first, so that the intermediate has the rank's
-    size. It is kept in float32, where the scale is applied; both products run in `x`'s dtype.
+    size. It is kept in float32, where the scale is applied; both products run in the wider of the
+    operands' dtypes.
 
     Args:
       v: the implicit weight; its dims are labelled `("w", d)`.
@@ -100,7 +101,7 @@ def low_rank(
     order = ("a", "b") if a_first else ("b", "a")
     factors = [(getattr(v, part), _label(labels(v.roles, part))) for part in order]
     (first, first_labels), (second, second_labels) = factors
-    compute = _compute_dtype(x.dtype)
+    compute = compute_dtype(x, v)
     wide = widened(compute)
     x = x.astype(compute)
     middle, middle_labels = contract(
@@ -136,9 +137,15 @@ def _label(dims: Sequence) -> list:
     return [("w", d) if isinstance(d, int) else d for d in dims]
 
 
-def _compute_dtype(dtype):
-    """The dtype the two thin products run in: the activation's, at least 16 bits wide."""
-    return dtype if jnp.dtype(dtype).itemsize >= 2 else jnp.bfloat16
+def compute_dtype(x, v: Implicit):
+    """The dtype the two thin products run in: the activation's or the weight's, the wider one.
+
+    A base product of a bfloat16 activation with a float32 weight has float32's precision, and so
+    has the change. At least 16 bits.
+    """
+    floating = [d for d in (x.dtype, v.dtype) if jnp.issubdtype(d, jnp.floating)]
+    dtype = max(floating, key=lambda d: d.itemsize)
+    return dtype if dtype.itemsize >= 2 else jnp.dtype(jnp.bfloat16)
 
 
 def dropped(v: Implicit, x, use: int):
