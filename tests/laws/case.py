@@ -27,8 +27,9 @@ class Case:
       linear: paths that "all-linear" adapts; None where they are the same as `roles`.
       config: further fields of the `LoraConfig`.
       tolerance: relative to the largest reference value.
-      numerical: whether A and B are checked by finite differences (in float64).
-      second: whether reverse over reverse is compared (JAX has none through `while`).
+      numerical: whether gradients are taken in float64 and checked by finite differences. Not for
+        models that compute in a lower precision whatever they are given, and not where what is
+        differentiated is not the derivative (`stop_gradient`, running statistics).
       reverse: whether JAX can differentiate the base model in reverse.
       mapped: whether the base model itself can be vmapped over its arguments.
     """
@@ -41,7 +42,6 @@ class Case:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tolerance: float = FLOAT32
     numerical: bool = True
-    second: bool = True
     reverse: bool = True
     mapped: bool = True
 
