@@ -87,7 +87,7 @@ def best_ladder(
     return tuple(reversed(ladder))
 
 
-def rung_of(ladder: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+def rung_of(ladder: Sequence[int], lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """The smallest rung that holds each length. int (n,) -> int (n,)."""
     return np.asarray(ladder)[np.searchsorted(ladder, lengths)]
 

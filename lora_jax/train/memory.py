@@ -28,7 +28,7 @@ def tree_bytes(tree) -> int:
 
 
 def _bytes(x) -> int:
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
         return _bytes(jax.eval_shape(jax.random.key_data, x))
     try:
         bits = jax.numpy.iinfo(x.dtype).bits
