@@ -67,9 +67,11 @@ def finetune(
     if train_config.output_dir is None:
         raise ValueError("`output_dir` is missing: say where the run is to be written")
     # Read before the model is loaded, so that a mistake in the data shows at once.
-    records = [_records(path) for path in (job.train_data, job.eval_data)]
+    records = train.load_jsonl(job.train_data)
+    eval_records = None if job.eval_data is None else train.load_jsonl(job.eval_data)
     model = load_model(job.model, dtype=job.dtype, remat=job.remat)
-    data, held_out = (_examples(model, found, job) for found in records)
+    data = _examples(model, records, job)
+    held_out = None if eval_records is None else _examples(model, eval_records, job)
     params = init_adapter(model, lora_config, seed=train_config.seed)
     say(lora.format_trainable_parameters(params))
     result = train.fit(
@@ -87,17 +89,9 @@ def finetune(
     return result
 
 
-def _records(path: Path | None) -> list | None:
+def _examples(model, records: list, job: FinetuneConfig) -> list:
     from lora_jax import train
 
-    return None if path is None else train.load_jsonl(path)
-
-
-def _examples(model, records: list | None, job: FinetuneConfig) -> list | None:
-    from lora_jax import train
-
-    if records is None:
-        return None
     length = job.max_length or model.config.context
     return train.examples(records, model.tokenizer, max_length=length, too_long=job.too_long)
 

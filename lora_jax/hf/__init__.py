@@ -4,6 +4,7 @@ Each name is imported when it is first asked for, so that `import lora_jax` stay
 """
 
 import importlib
+from typing import Any
 
 # Public name -> the module of this package that defines it.
 _NAMES = {
@@ -15,7 +16,7 @@ _NAMES = {
 _MODULES = ("gguf", "hub", "names", "peft", "safetensors", "save_model", "tokenizer", "weights")
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _NAMES:
         return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
     if name in _MODULES:
