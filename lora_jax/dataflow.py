@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import compat
-from lora_jax.dataflow_dims import dim_map
+from lora_jax.dataflow_dims import contraction, dim_map, picked_dims, transformed
 
 Dims = tuple[frozenset, ...]  # for each current dim, the original dims it is made of
 
@@ -25,9 +25,9 @@ class Use:
     Attributes:
       primitive: its name.
       line: source line of the model.
-      kind: "contract", "lookup" (rows by index), "transform" (contracted with something that no
-        argument of the function feeds, such as a resizing matrix), or "other".
-      contracted: the leaf's dims summed over (contract, transform) or indexed (lookup).
+      kind: "contract", "lookup" (rows by index), "transform" and "rows" (the same, but with a
+        matrix or indices that no argument of the function feeds), or "other".
+      contracted: the leaf's dims summed over (contract, transform) or indexed (lookup, rows).
       stacked: the leaf's dims batched, or picked one index at a time, on the way here.
       fallback: why the weight is added up for this use, or "". The dataflow does not say: `plan`
         asks the interpreter itself.
@@ -58,17 +58,23 @@ class Flow:
     tracks: tuple[Track, ...] = ()
     origin: Dims = ()  # activation dims: sets of (leaf, dim, straight from it) they came from
     fed: bool = False  # whether it depends on the function's other arguments
+    made: frozenset = frozenset()  # the leaves whose contractions it is the result of
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """The uses of every leaf, and the dims that a later contraction batches over.
+    """The uses of every leaf, and what later contractions say of earlier ones.
 
-    `lines` holds the source lines of the equations being walked into, innermost last.
+    Attributes:
+      uses: of each leaf.
+      rebatched: pairs (leaf, dim) that a later contraction treats as experts.
+      inner: leaves whose results meet another weight: no output heads.
+      lines: source lines of the equations being walked into, innermost last.
     """
 
     uses: tuple[list, ...]
     rebatched: set
+    inner: set = dataclasses.field(default_factory=set)
     lines: list = dataclasses.field(default_factory=lambda: ["unknown line"])
 
     def line(self, eqn) -> str:
@@ -117,7 +123,7 @@ def usage(fn: Callable, leaves: Sequence, tree, args: Sequence, kwargs: dict) ->
     found = Usage(tuple([] for _ in leaves), set())
     env = {v: Flow(fed=True) for v in jaxpr.invars}
     for v, x in zip(jaxpr.constvars, consts, strict=True):
-        env[v] = Flow(fed=jnp.ndim(x) > 0)
+        env[v] = Flow(fed=_may_be_data(x))
     for v, i in zip(jaxpr.invars, weights, strict=False):
         dims = tuple(frozenset([d]) for d in range(leaves[i].ndim))
         env[v] = Flow((Track(i, dims),))
@@ -131,6 +137,11 @@ def is_weight(x) -> bool:
     return shaped and jnp.issubdtype(x.dtype, jnp.floating)
 
 
+def _may_be_data(x) -> bool:
+    """Whether a constant stands for an argument: not a few numbers, such as factors of a resize."""
+    return jnp.ndim(x) > 1 or (jnp.ndim(x) == 1 and not jnp.issubdtype(x.dtype, jnp.inexact))
+
+
 def _abstract_only(x) -> bool:
     return isinstance(x, jax.ShapeDtypeStruct)
 
@@ -141,7 +152,7 @@ def _walk(found: Usage, jaxpr, env: dict) -> list[Flow]:
 
     for eqn in jaxpr.eqns:
         flows = [read(v) for v in eqn.invars]
-        if any(f.tracks or f.fed or any(f.origin) for f in flows):
+        if any(f.tracks or f.fed or f.made or any(f.origin) for f in flows):
             found.lines.append(found.line(eqn))
             env.update(zip(eqn.outvars, _step(found, eqn, flows), strict=True))
             found.lines.pop()
@@ -156,8 +167,9 @@ def _step(found: Usage, eqn, flows: list[Flow]) -> list[Flow]:
         return _scan(found, eqn, flows)
     if name == "while":
         a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        _inside(found, eqn.params["cond_jaxpr"], flows[:a] + flows[a + b :])
-        return _inside(found, eqn.params["body_jaxpr"], flows[a:])
+        carry = _looped(flows, flows[a + b :])
+        _inside(found, eqn.params["cond_jaxpr"], [*flows[:a], *carry])
+        return _inside(found, eqn.params["body_jaxpr"], [*flows[a : a + b], *carry])
     if name == "cond":
         outs = [_inside(found, branch, flows[1:]) for branch in eqn.params["branches"]]
         return [_merge(each) for each in zip(*outs, strict=True)]
@@ -176,9 +188,16 @@ def _enter(found: Usage, eqn, flows: list[Flow], name: str) -> list[Flow]:
 
 def _scan(found: Usage, eqn, flows: list[Flow]) -> list[Flow]:
     consts, carry = compat.scan_counts(eqn.params, len(flows))
-    inside = [*flows[: consts + carry], *(_peel(f) for f in flows[consts + carry :])]
+    state = _looped(flows, flows[consts : consts + carry])
+    inside = [*flows[:consts], *state, *(_peel(f) for f in flows[consts + carry :])]
     outs = _inside(found, eqn.params["jaxpr"], inside)
     return [*outs[:carry], *(_stack(f) for f in outs[carry:])]
+
+
+def _looped(flows: Sequence[Flow], carry: Sequence[Flow]) -> list[Flow]:
+    """Carries of a loop: what starts as zeros may depend on the arguments from the second step."""
+    fed = any(f.fed for f in flows)
+    return [f if f.tracks else dataclasses.replace(f, fed=f.fed or fed) for f in carry]
 
 
 def _peel(flow: Flow) -> Flow:
@@ -208,12 +227,20 @@ def _merge(flows: Sequence[Flow]) -> Flow:
     if origins and len({len(o) for o in origins}) == 1:
         origin = tuple(frozenset().union(*dims) for dims in zip(*origins, strict=True))
     tracks = tuple(t for f in flows for t in f.tracks)
-    return Flow(tracks, origin, any(f.fed for f in flows))
+    return Flow(tracks, origin, any(f.fed for f in flows), _all_made(flows))
+
+
+def _all_made(flows: Sequence[Flow]) -> frozenset:
+    return frozenset().union(*(f.made for f in flows))
 
 
 def _plain(found: Usage, eqn, flows: list[Flow], name: str) -> list[Flow]:
     maps = [dim_map(eqn, k, name) for k in range(len(flows))]
-    fed = any(f.fed for f in flows)
+    fed, made = any(f.fed for f in flows), _all_made(flows)
+    for k, flow in enumerate(flows):
+        if flow.tracks and contraction(eqn, k, name) is not None:
+            found.inner.update(made)
+            made |= {t.leaf for t in flow.tracks}
     outs = []
     for j, var in enumerate(eqn.outvars):
         kept = []
@@ -229,7 +256,7 @@ def _plain(found: Usage, eqn, flows: list[Flow], name: str) -> list[Flow]:
         if name == "optimization_barrier":
             outs.append(dataclasses.replace(flows[j]))
         else:
-            outs.append(dataclasses.replace(_merge(kept), fed=fed))
+            outs.append(dataclasses.replace(_merge(kept), fed=fed, made=made))
     return outs
 
 
@@ -245,10 +272,11 @@ def _follow(found: Usage, eqn, flows, k: int, track: Track, mapped, name: str, *
         if first:
             _record(found, track, use)
         if use.kind == "transform":
-            return dataclasses.replace(track, dims=_transformed(eqn, k, track.dims))
-        if use.kind != "lookup":
+            return dataclasses.replace(track, dims=transformed(eqn, k, track.dims))
+        if use.kind not in ("lookup", "rows"):
             return None
-        track = dataclasses.replace(track, lookup=len(found.uses[track.leaf]) - 1)
+        if use.kind == "lookup":
+            track = dataclasses.replace(track, lookup=len(found.uses[track.leaf]) - 1)
         return _carry(eqn, k, track, mapped, name)
     fed = any(f.fed for f in others) and name not in ("gather", "dynamic_slice")
     if mapped is None or (fed and not _scales(eqn, k, name)):
@@ -270,13 +298,13 @@ def _record(found: Usage, track: Track, use: Use):
 def _carry(eqn, k: int, track: Track, mapped, name: str):
     if mapped is None:
         return None
-    picked = track.picked | _whole(track.dims, _picked_dims(eqn, k, name))
+    picked = track.picked | _whole(track.dims, picked_dims(eqn, k, name))
     return dataclasses.replace(track, dims=_through(track.dims, mapped), picked=picked)
 
 
 def _consumption(found: Usage, eqn, others: Sequence[Flow], k: int, track: Track, name: str):
     """The use that an equation makes of a weight at operand `k`, or None."""
-    axes = _contraction(eqn, k, name)
+    axes = contraction(eqn, k, name)
     if axes is not None:
         if not any(f.fed for f in others) and track.lookup >= 0:
             return None
@@ -286,36 +314,11 @@ def _consumption(found: Usage, eqn, others: Sequence[Flow], k: int, track: Track
         given = any(f.fed or f.tracks for f in others)
         kind = "transform" if (kind, name, given) == ("contract", "dot_general", False) else kind
         return Use(name, found.lines[-1], kind, contracted - stacked, stacked)
-    if name == "gather" and k == 0 and any(f.fed for f in others) and track.lookup < 0:
+    if name == "gather" and k == 0 and track.lookup < 0:
         numbers = eqn.params["dimension_numbers"]
         rows = frozenset().union(*(track.dims[i] for i in numbers.start_index_map))
-        return Use(name, found.lines[-1], "lookup", rows, track.picked - rows)
-    return None
-
-
-def _transformed(eqn, k: int, dims: Dims) -> Dims:
-    """Dims of a weight after a constant matrix: the matrix's own come from those it sums over."""
-    contracting, batching = eqn.params["dimension_numbers"]
-    summed = frozenset().union(*(dims[d] for d in contracting[k]))
-    sides = []
-    for side in (0, 1):
-        taken = {*contracting[side], *batching[side]}
-        free = [d for d in range(len(eqn.invars[side].aval.shape)) if d not in taken]
-        sides.append([dims[d] for d in free] if side == k else [summed for _ in free])
-    return (*(dims[d] for d in batching[k]), *sides[0], *sides[1])
-
-
-def _contraction(eqn, k: int, name: str):
-    """The operand's (contracted, batched) axes if it can be a weight there, else None."""
-    if name == "dot_general" and k < 2:
-        contracting, batching = eqn.params["dimension_numbers"]
-        return contracting[k], batching[k]
-    if name == "ragged_dot_general" and k == 1:
-        numbers = eqn.params["ragged_dot_dimension_numbers"]
-        contracting, batching = numbers.dot_dimension_numbers
-        return contracting[1], (*batching[1], *numbers.rhs_group_dimensions)
-    if name == "conv_general_dilated" and k == 1:
-        return eqn.params["dimension_numbers"].rhs_spec[1:], ()
+        kind = "lookup" if any(f.fed for f in others) else "rows"
+        return Use(name, found.lines[-1], kind, rows, track.picked - rows)
     return None
 
 
@@ -384,16 +387,3 @@ def _note_experts(found: Usage, origin: Dims, weight: Flow, summed: Sequence, ow
 def _dims_of(flow: Flow, axis: int) -> frozenset:
     own = frozenset((t.leaf, d, True) for t in flow.tracks for d in t.dims[axis])
     return own | (flow.origin[axis] if flow.origin else frozenset())
-
-
-def _picked_dims(eqn, k: int, name: str) -> list[int]:
-    """Dims of which an operation takes one index at a time."""
-    if k != 0:
-        return []
-    shape = eqn.invars[0].aval.shape
-    if name in ("slice", "dynamic_slice", "split"):
-        out = eqn.outvars[0].aval.shape
-        return [d for d in range(len(shape)) if out[d] == 1 != shape[d]]
-    if name == "gather":
-        return list(eqn.params["dimension_numbers"].start_index_map)
-    return [eqn.params["axis"]] if name == "unstack" else []

@@ -1,6 +1,6 @@
 """Which dims of an operand each dim of an operation's output is made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_jax.transform.structural import reshape_groups
@@ -96,3 +96,42 @@ _DIM_MAPS: dict[str, Callable[[Any, tuple], Any]] = {
     "dynamic_slice": lambda eqn, shape: [[(d,) for d in range(len(shape))]],
     "split": lambda eqn, shape: [[(d,) for d in range(len(shape))]] * len(eqn.outvars),
 }
+
+
+def transformed(eqn, k: int, dims: Sequence[frozenset]) -> tuple:
+    """Dims of a weight after a constant matrix: the matrix's own come from those it sums over."""
+    contracting, batching = eqn.params["dimension_numbers"]
+    summed = frozenset().union(*(dims[d] for d in contracting[k]))
+    sides = []
+    for side in (0, 1):
+        taken = {*contracting[side], *batching[side]}
+        free = [d for d in range(len(eqn.invars[side].aval.shape)) if d not in taken]
+        sides.append([dims[d] for d in free] if side == k else [summed for _ in free])
+    return (*(dims[d] for d in batching[k]), *sides[0], *sides[1])
+
+
+def contraction(eqn, k: int, name: str):
+    """The operand's (contracted, batched) axes if it can be a weight there, else None."""
+    if name == "dot_general" and k < 2:
+        contracting, batching = eqn.params["dimension_numbers"]
+        return contracting[k], batching[k]
+    if name == "ragged_dot_general" and k == 1:
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        contracting, batching = numbers.dot_dimension_numbers
+        return contracting[1], (*batching[1], *numbers.rhs_group_dimensions)
+    if name == "conv_general_dilated" and k == 1:
+        return eqn.params["dimension_numbers"].rhs_spec[1:], ()
+    return None
+
+
+def picked_dims(eqn, k: int, name: str) -> list[int]:
+    """Dims of which an operation takes one index at a time."""
+    if k != 0:
+        return []
+    shape = eqn.invars[0].aval.shape
+    if name in ("slice", "dynamic_slice", "split"):
+        out = eqn.outvars[0].aval.shape
+        return [d for d in range(len(shape)) if out[d] == 1 != shape[d]]
+    if name == "gather":
+        return list(eqn.params["dimension_numbers"].start_index_map)
+    return [eqn.params["axis"]] if name == "unstack" else []

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from lora_jax import dataflow, matching, paths
+from lora_jax import roles as roles_of
 from lora_jax.array import factor_shapes, is_lora, out_dims, sizes
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.dataflow import Usage, Use
@@ -159,8 +160,8 @@ def plan(config: LoraConfig, fn: Callable, params, *args, **kwargs) -> Plan:
         for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     ]
-    vocabularies = {(d.shape[0], d.shape[1]) for d in drafts if d.lookup and len(d.shape) == 2}
-    planned = tuple(_decide(config, draft, vocabularies) for draft in drafts)
+    heads = _heads(drafts, {names[i] for i in usage.inner})
+    planned = tuple(_decide(config, draft, heads) for draft in drafts)
     planned = _with_biases(config, planned)
     _check(config, planned)
     found = foreseen(planned, fn, jax.tree.unflatten(tree, leaves), args, kwargs)
@@ -177,55 +178,11 @@ def _draft(config: LoraConfig, index: int, path: str, leaf, usage: Usage) -> Lea
     if not dataflow.is_weight(leaf):
         return dataclasses.replace(base, reason="not a floating-point array with a dimension")
     rebatched = {d for i, d in usage.rebatched if i == index}
-    given = _given_roles(config, path, len(leaf.shape))
-    roles, lookup, remark = _roles(uses, len(leaf.shape), rebatched)
+    given = roles_of.given(config, path, len(leaf.shape))
+    roles, lookup, remark = roles_of.inferred(uses, len(leaf.shape), rebatched)
     if given:
         return dataclasses.replace(base, roles=given, lookup=lookup, reason="roles from config")
     return dataclasses.replace(base, roles=roles, lookup=lookup, reason=remark)
-
-
-def _given_roles(config: LoraConfig, path: str, ndim: int) -> str:
-    for name in (path, paths.module_of(path)):
-        pattern = matching.matched_pattern(config.roles, name)
-        if pattern is not None:
-            roles = config.roles[pattern]
-            if len(roles) != ndim or not {"i", "o"} <= set(roles):
-                raise ValueError(
-                    f"roles[{pattern!r}]={roles!r} does not fit `{path}` with {ndim} dims: give "
-                    f"one letter a dim, b (stack), i (in) or o (out), with an i and an o"
-                )
-            return roles
-    return ""
-
-
-def _roles(uses: Sequence[Use], ndim: int, rebatched: set) -> tuple[str, bool, str]:
-    """Roles from uses, whether the leaf is a lookup table, and a remark."""
-    lookups = [u for u in uses if u.kind == "lookup"]
-    contractions = [u for u in uses if u.kind == "contract"]
-    transforms = [u for u in uses if u.kind == "transform"]
-    deciding = (lookups or contractions or transforms or [None])[0]
-    if deciding is None:
-        return "", False, _why_not(uses)
-    stacked = set(deciding.stacked)
-    remark = ""
-    if moved := (rebatched - stacked):
-        stacked |= moved
-        dims = ", ".join(map(str, sorted(moved)))
-        remark = (
-            f"dim {dims} looks like experts (kept by one contraction, batched or summed away with "
-            f"the hidden dim by the next): read as a stack, one adapter an index; `roles` overrides"
-        )
-    roles = "".join(
-        "b" if d in stacked else "i" if d in deciding.contracted else "o" for d in range(ndim)
-    )
-    return roles, bool(lookups), remark
-
-
-def _why_not(uses: Sequence[Use]) -> str:
-    if not uses:
-        return "the function does not use it"
-    found = ", ".join(sorted({f"`{u.primitive}`" for u in uses if u.kind != "picked"}))
-    return f"no contraction and no lookup uses it, only {found}" if found else "only indexed"
 
 
 def names_of(leaf: LeafPlan) -> list[list[str]]:
@@ -271,14 +228,28 @@ def _both(path: str) -> tuple[str, str]:
     return path, paths.module_of(path)
 
 
-def _decide(config: LoraConfig, leaf: LeafPlan, vocabularies: set) -> LeafPlan:
+def _heads(drafts: Sequence[LeafPlan], inner: set) -> frozenset:
+    """Paths of output heads: by name, or features to a table's rows with no weight after it."""
+    tables = {(d.shape[0], d.shape[1]) for d in drafts if d.lookup and len(d.shape) == 2}
+
+    def is_head(leaf: LeafPlan) -> bool:
+        if not leaf.roles:
+            return False
+        stack, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
+        last = not stack and leaf.path not in inner and (fan_out, fan_in) in tables
+        return last or _strip(paths.module_of(leaf.path)).rsplit(".", 1)[-1] in HEAD_NAMES
+
+    return frozenset(leaf.path for leaf in drafts if is_head(leaf))
+
+
+def _decide(config: LoraConfig, leaf: LeafPlan, heads: frozenset) -> LeafPlan:
     each = names_of(leaf)
     if any(matching.is_saved(config, name) for names in each for name in names):
         return dataclasses.replace(leaf, kind="saved", reason="in modules_to_save")
     hits = [_targets(config, leaf, names) for names in each]
     if not any(hits):
         return dataclasses.replace(leaf, reason=leaf.reason if not leaf.roles else "not targeted")
-    obstacle = _obstacle(config, leaf, vocabularies)
+    obstacle = _obstacle(config, leaf, heads)
     if obstacle:
         return dataclasses.replace(leaf, reason=obstacle)
     ranks, alphas = [], []
@@ -289,12 +260,16 @@ def _decide(config: LoraConfig, leaf: LeafPlan, vocabularies: set) -> LeafPlan:
     scales = [
         matching.scale_of(config, r, a) if r else 0.0 for r, a in zip(ranks, alphas, strict=True)
     ]
-    return dataclasses.replace(
+    planned = dataclasses.replace(
         leaf, kind="lora", ranks=tuple(ranks), alphas=tuple(alphas), scales=tuple(scales)
     )
+    if config.target_modules == ALL_LINEAR and planned.rank == config.rank and _too_high(planned):
+        # Nobody named this leaf: a router of four experts must not stop a rank of eight.
+        return dataclasses.replace(leaf, reason=f'"all-linear" leaves it out: {_too_high(planned)}')
+    return planned
 
 
-def _obstacle(config: LoraConfig, leaf: LeafPlan, vocabularies: set) -> str:
+def _obstacle(config: LoraConfig, leaf: LeafPlan, heads: frozenset) -> str:
     """Why a targeted leaf is not adapted, or ""."""
     if not leaf.roles:
         return leaf.reason
@@ -304,9 +279,10 @@ def _obstacle(config: LoraConfig, leaf: LeafPlan, vocabularies: set) -> str:
         return ""
     if leaf.lookup:
         return 'an embedding: "all-linear" leaves it out'
-    last = _strip(paths.module_of(leaf.path)).rsplit(".", 1)[-1]
-    stack, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
-    if last in HEAD_NAMES or (not stack and (fan_out, fan_in) in vocabularies):
+    given = roles_of.given(config, leaf.path, len(leaf.shape))
+    if not given and not roles_of.is_linear(leaf.uses):
+        return 'mixed with a constant, then added to features: "all-linear" leaves it out'
+    if leaf.path in heads:
         return 'the output head: "all-linear" leaves it out'
     return ""
 
@@ -382,7 +358,8 @@ def _too_high(leaf: LeafPlan) -> str:
 
 
 def _nothing(config: LoraConfig, leaves: tuple[LeafPlan, ...]) -> str:
-    some = "; ".join(f"`{leaf.path}`: {leaf.reason}" for leaf in leaves[:5])
+    likely = sorted(leaves, key=lambda leaf: not leaf.roles)  # the ones that could be adapted first
+    some = "; ".join(f"`{leaf.path}`: {leaf.reason}" for leaf in likely[:5])
     known = paths.nearest(
         str(config.target_modules), {paths.module_of(leaf.path) for leaf in leaves}
     )

@@ -1,0 +1,147 @@
+"""What third-party models showed, reduced to a few lines of plain JAX, with values and gradients.
+
+Each case names the model it was met in. No package of models is needed here.
+"""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from laws.case import features, normal
+from laws.cases import adapted, assert_near, loss, outputs
+
+import lora_jax as lora
+
+# Two products rounded apart against one, a few layers deep.
+TOLERANCE = 2e-5
+
+
+def planned(fn, params, *args, **config) -> dict[str, str]:
+    """Roles of the leaves that a config adapts."""
+    plan = lora.plan(_config(**config), fn, params, *args)
+    return {leaf.path: leaf.roles for leaf in plan.adapted}
+
+
+def _config(**config) -> lora.LoraConfig:
+    return lora.LoraConfig(**({"rank": 2, "alpha": 3, "target_modules": "all-linear"} | config))
+
+
+def check(fn, params, *args, fallbacks: int = 0, **config) -> lora.Plan:
+    """Output and gradients of a jitted lorafied function are those through merged weights."""
+    plan = lora.plan(_config(**config), fn, params, *args)
+    trainable, frozen = lora.split(adapted(plan, params))
+
+    def run(trainable, *args):
+        out = lora.lorafy(fn)(lora.combine(trainable, frozen), *args)
+        return loss(out), outputs(out)
+
+    def reference(trainable, *args):
+        out = fn(lora.merge(lora.combine(trainable, frozen)), *args)
+        return loss(out), outputs(out)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = jax.jit(jax.value_and_grad(run, has_aux=True))(trainable, *args)
+    want = jax.jit(jax.value_and_grad(reference, has_aux=True))(trainable, *args)
+    assert_near(got[0][1], want[0][1], TOLERANCE, "output")
+    assert_near(got[1], want[1], 10 * TOLERANCE, "gradient")
+    told = [w for w in caught if issubclass(w.category, lora.MaterializedWarning)]
+    assert len(told) == len(caught) == fallbacks, [str(w.message) for w in caught]
+    assert sum(len(leaf.fallbacks) for leaf in plan.adapted) == fallbacks
+    return plan
+
+
+def _resized_positions(p, x):
+    """DINOv2: a table of positions resized to the image, and added to the patches."""
+    scale = jnp.array([1.5, 1.5], jnp.float32)
+    table = jax.image.scale_and_translate(
+        p["positions"], (3, 3, 8), (0, 1), scale, jnp.array([0.0, 0.0]), "bicubic"
+    )
+    return (x + table.reshape(9, 8)) @ p["w"]
+
+
+RESIZED = {"positions": normal(1, 2, 2, 8), "w": normal(2, 8, 6)}
+
+
+def test_resized_positions_are_no_linear_layer():
+    x = features(2, 9, 8)
+    plan = check(_resized_positions, RESIZED, x)
+    assert {leaf.path for leaf in plan.adapted} == {"w"}
+    assert "mixed with a constant" in plan.by_path()["positions"].reason
+
+
+def test_resized_positions_can_be_targeted():
+    plan = check(_resized_positions, RESIZED, features(2, 9, 8), target_modules=("positions",))
+    assert plan.by_path()["positions"].kind == "lora"
+
+
+def _fixed_positions(p, x):
+    """Transformer-XL: a kernel that maps fixed sinusoids, its result contracted with queries."""
+    angles = jnp.arange(5)[:, None] / jnp.array([1.0, 3.0, 9.0, 27.0])
+    r = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1) @ p["r"]["kernel"] + p["r"]["bias"]
+    scores = jnp.einsum("btd,sd->bts", x @ p["q"]["kernel"], r)
+    return jax.nn.softmax(scores) @ x
+
+
+def test_kernel_of_fixed_positions():
+    params = {
+        "r": {"kernel": normal(1, 8, 6), "bias": normal(2, 6)},
+        "q": {"kernel": normal(3, 8, 6)},
+    }
+    plan = check(_fixed_positions, params, features(2, 5, 8))
+    assert {x.path: x.roles for x in plan.adapted} == {"r.kernel": "io", "q.kernel": "io"}
+
+
+def _learned_positions(p, x):
+    """GPT-2: rows of a table of positions, by indices that no argument feeds."""
+    rows = jnp.take(p["wpe"]["embedding"], jnp.arange(x.shape[1])[None], axis=0)
+    return (x + rows) @ p["w"]
+
+
+def test_learned_positions_are_an_embedding():
+    params = {"wpe": {"embedding": normal(1, 7, 8)}, "w": normal(2, 8, 6)}
+    x = features(2, 5, 8)
+    plan = check(_learned_positions, params, x, target_modules=("wpe", "w"))
+    assert plan.by_path()["wpe.embedding"].roles == "io"
+    assert plan.by_path()["wpe.embedding"].lookup
+    assert planned(_learned_positions, params, x) == {"w": "io"}
+
+
+def _decoder(p, tokens):
+    x = p["embed"][tokens]
+    x = x + jax.nn.silu(x @ p["up"]) @ p["down"]
+    return x @ (p["out"] if "out" in p else p["embed"].T)
+
+
+DECODER = {"embed": normal(1, 12, 8), "up": normal(2, 8, 12), "down": normal(3, 12, 8)}
+TOKENS = jnp.array([[3, 1, 4, 1], [5, 9, 2, 6]])
+
+
+def test_hidden_size_equal_to_vocabulary_is_no_head():
+    plan = check(_decoder, DECODER, TOKENS)
+    assert {leaf.path for leaf in plan.adapted} == {"up", "down"}
+
+
+def test_head_without_a_head_name():
+    plan = check(_decoder, DECODER | {"out": normal(4, 8, 12)}, TOKENS)
+    assert {leaf.path for leaf in plan.adapted} == {"up", "down"}
+    assert "output head" in plan.by_path()["out"].reason
+
+
+def _routed(p, x):
+    gates = jax.nn.softmax(x @ p["router"])
+    return jnp.einsum("bted,bte->btd", jnp.einsum("btd,edf->btef", x, p["experts"]), gates)
+
+
+def test_router_smaller_than_the_rank():
+    """Qwen3-MoE, ELECTRA's one output: "all-linear" names none of them, so none is an error."""
+    params = {"router": normal(1, 8, 3), "experts": normal(2, 3, 8, 6)}
+    plan = check(_routed, params, features(2, 5, 8), rank=4)
+    assert {leaf.path: leaf.roles for leaf in plan.adapted} == {"experts": "oio"}
+    assert "rank 4 is above the smallest dimension 3" in plan.by_path()["router"].reason
+    for config in ({"target_modules": ("router",)}, {"rank": 7}):
+        with pytest.raises(ValueError, match=r"above the smallest dimension 3 of `router`"):
+            lora.plan(_config(**({"rank": 4} | config)), _routed, params, features(2, 5, 8))
+    np.testing.assert_equal(plan.trainable, 4 * (8 + 3 * 6))
