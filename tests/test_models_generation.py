@@ -224,7 +224,7 @@ def test_remat_and_its_policies_change_no_number(model):
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
     plain = grad(model.params, model.apply)
-    for remat in (True, "dots_with_no_batch_dims_saveable"):
+    for remat in (True, "projections", "dots_with_no_batch_dims_saveable"):
         other = models.init(jax.random.key(0), CONFIG, remat=remat)
         grads = grad(other.params, other.apply)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, grads)
@@ -236,7 +236,7 @@ def test_remat_and_its_policies_change_no_number(model):
     [
         ({"dtype": "int8"}, "`dtype` must be one of float32, bfloat16, float16, got 'int8'"),
         ({"param_dtype": "f32"}, "`param_dtype` must be one of"),
-        ({"remat": "everything"}, "`jax.checkpoint_policies` has no policy `everything`"),
+        ({"remat": "everything"}, "`remat` must be False, True, `projections` or .* got `everything`"),
     ],
 )
 def test_options_that_do_not_exist(options, text):

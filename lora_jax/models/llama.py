@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.models.config import LlamaConfig
@@ -38,6 +39,14 @@ class Cache(NamedTuple):
 
 # (queries, keys, values, stored keys and values or None, block number) -> (mixed values, stored)
 Attend = Callable[..., tuple[Array, tuple[Array, Array] | None]]
+
+
+# Name of the projections' results under rematerialization policies.
+PROJECTION = "projection"
+
+
+def _kept(x: Array) -> Array:
+    return checkpoint_name(x, PROJECTION)
 
 
 class RMSNorm(nnx.Module):
@@ -88,13 +97,13 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"], turn: Rotation, attend: Attend, stored, block):  # noqa: F722
         q, k, v = (
-            projected.reshape(*x.shape[:2], -1, self.head_dim)
-            for projected in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+            _kept(project(x)).reshape(*x.shape[:2], -1, self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         mixed, stored = attend(rotate(q, turn), rotate(k, turn), v, stored, block)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), stored
+        return _kept(self.o_proj(mixed.reshape(*x.shape[:2], -1))), stored
 
 
 class MLP(nnx.Module):
@@ -116,7 +125,8 @@ class MLP(nnx.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:  # noqa: F722
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = _kept(self.gate_proj(x)), _kept(self.up_proj(x))
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
