@@ -46,6 +46,8 @@ def test_training_step(case: Case):
     after, state, at_init = step(trainable, state, frozen, *made.args)
     base = outputs(jax.jit(made.fn, compiler_options=QUICK)(made.params, *made.args))
     assert_near(at_init, base, 1e-6 if case.numerical else case.tolerance, f"{case} at init")
+    # Through the host: what a mesh has spread over devices would be another compilation, JAX's own.
+    after, state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (after, state))
     _, _, later = step(after, state, frozen, *made.args)
     assert step._cache_size() == 1
     if case.reverse:
@@ -70,7 +72,7 @@ def test_merge_then_unmerge_is_the_base_bit_for_bit(case: Case):
     for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(made.params), strict=True):
         assert got.dtype == want.dtype
         if not jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
-            np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
+            assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
