@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import compat
-from lora_jax.dataflow_dims import contraction, dim_map, picked_dims, transformed
+from lora_jax.dataflow_dims import (
+    contraction,
+    dim_map,
+    indexed_dims,
+    keeps,
+    picked_dims,
+    scales,
+    transformed,
+)
 
 Dims = tuple[frozenset, ...]  # for each current dim, the original dims it is made of
 
@@ -29,6 +37,7 @@ class Use:
         matrix or indices that no argument of the function feeds), or "other".
       contracted: the leaf's dims summed over (contract, transform) or indexed (lookup, rows).
       stacked: the leaf's dims batched, or picked one index at a time, on the way here.
+      constant: whether none of the function's arguments feeds the other operand.
       fallback: why the weight is added up for this use, or "". The dataflow does not say: `plan`
         asks the interpreter itself.
     """
@@ -38,6 +47,7 @@ class Use:
     kind: str
     contracted: frozenset = frozenset()
     stacked: frozenset = frozenset()
+    constant: bool = False
     fallback: str = ""
 
 
@@ -49,6 +59,7 @@ class Track:
     dims: Dims
     picked: frozenset = frozenset()
     lookup: int = -1  # index into the leaf's uses of the gather it came through
+    mapped: frozenset = frozenset()  # dims that the first constant matrix on the way summed over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +68,7 @@ class Flow:
 
     tracks: tuple[Track, ...] = ()
     origin: Dims = ()  # activation dims: sets of (leaf, dim, straight from it) they came from
-    fed: bool = False  # whether it depends on the function's other arguments
+    fed: int = 0  # 2: by the function's other arguments; 1: only by constants that may be data
     made: frozenset = frozenset()  # the leaves whose contractions it is the result of
 
 
@@ -81,12 +92,6 @@ class Usage:
         return compat.source_line(eqn, self.lines[-1])
 
 
-# Operations after which rows looked up by index are still rows of the table, not features.
-_KEEPING = frozenset(
-    "transpose reshape squeeze broadcast_in_dim convert_element_type slice dynamic_slice split "
-    "unstack reshard neg sharding_constraint optimization_barrier copy copy_p stop_gradient name "
-    "reduce_precision pvary device_put".split()
-)
 _INNER = {"jit": "jaxpr", "closed_call": "call_jaxpr", "remat": "jaxpr", "shard_map": "jaxpr"}
 _CUSTOM = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
            "custom_vjp_call_jaxpr": "fun_jaxpr"}  # fmt: skip
@@ -121,9 +126,9 @@ def usage(fn: Callable, leaves: Sequence, tree, args: Sequence, kwargs: dict) ->
     )
     jaxpr, consts = compat.open_jaxpr(jaxpr)
     found = Usage(tuple([] for _ in leaves), set())
-    env = {v: Flow(fed=True) for v in jaxpr.invars}
+    env = {v: Flow(fed=2) for v in jaxpr.invars}
     for v, x in zip(jaxpr.constvars, consts, strict=True):
-        env[v] = Flow(fed=_may_be_data(x))
+        env[v] = Flow(fed=int(_may_be_data(x)))
     for v, i in zip(jaxpr.invars, weights, strict=False):
         dims = tuple(frozenset([d]) for d in range(leaves[i].ndim))
         env[v] = Flow((Track(i, dims),))
@@ -196,8 +201,8 @@ def _scan(found: Usage, eqn, flows: list[Flow]) -> list[Flow]:
 
 def _looped(flows: Sequence[Flow], carry: Sequence[Flow]) -> list[Flow]:
     """Carries of a loop: what starts as zeros may depend on the arguments from the second step."""
-    fed = any(f.fed for f in flows)
-    return [f if f.tracks else dataclasses.replace(f, fed=f.fed or fed) for f in carry]
+    fed = max((f.fed for f in flows), default=0)
+    return [f if f.tracks else dataclasses.replace(f, fed=max(f.fed, fed)) for f in carry]
 
 
 def _peel(flow: Flow) -> Flow:
@@ -227,7 +232,7 @@ def _merge(flows: Sequence[Flow]) -> Flow:
     if origins and len({len(o) for o in origins}) == 1:
         origin = tuple(frozenset().union(*dims) for dims in zip(*origins, strict=True))
     tracks = tuple(t for f in flows for t in f.tracks)
-    return Flow(tracks, origin, any(f.fed for f in flows), _all_made(flows))
+    return Flow(tracks, origin, max((f.fed for f in flows), default=0), _all_made(flows))
 
 
 def _all_made(flows: Sequence[Flow]) -> frozenset:
@@ -236,7 +241,7 @@ def _all_made(flows: Sequence[Flow]) -> frozenset:
 
 def _plain(found: Usage, eqn, flows: list[Flow], name: str) -> list[Flow]:
     maps = [dim_map(eqn, k, name) for k in range(len(flows))]
-    fed, made = any(f.fed for f in flows), _all_made(flows)
+    fed, made = max((f.fed for f in flows), default=0), _all_made(flows)
     for k, flow in enumerate(flows):
         if flow.tracks and contraction(eqn, k, name) is not None:
             found.inner.update(made)
@@ -272,18 +277,19 @@ def _follow(found: Usage, eqn, flows, k: int, track: Track, mapped, name: str, *
         if first:
             _record(found, track, use)
         if use.kind == "transform":
-            return dataclasses.replace(track, dims=transformed(eqn, k, track.dims))
+            mapped = track.mapped or use.contracted
+            return dataclasses.replace(track, dims=transformed(eqn, k, track.dims), mapped=mapped)
         if use.kind not in ("lookup", "rows"):
             return None
         if use.kind == "lookup":
             track = dataclasses.replace(track, lookup=len(found.uses[track.leaf]) - 1)
         return _carry(eqn, k, track, mapped, name)
     fed = any(f.fed for f in others) and name not in ("gather", "dynamic_slice")
-    if mapped is None or (fed and not _scales(eqn, k, name)):
+    if mapped is None or (fed and not scales(eqn, k, name)):
         if first and track.lookup < 0:
             found.uses[track.leaf].append(Use(name, found.lines[-1], "other"))
         return None
-    if track.lookup >= 0 and not _keeps(eqn, k, name):
+    if track.lookup >= 0 and not keeps(eqn, k, name):
         return None
     return _carry(eqn, k, track, mapped, name)
 
@@ -313,29 +319,15 @@ def _consumption(found: Usage, eqn, others: Sequence[Flow], k: int, track: Track
         kind = "contract" if contracted - stacked else "other"
         given = any(f.fed or f.tracks for f in others)
         kind = "transform" if (kind, name, given) == ("contract", "dot_general", False) else kind
-        return Use(name, found.lines[-1], kind, contracted - stacked, stacked)
+        if not track.mapped <= contracted:  # fixed positions times a kernel, not a resized kernel
+            contracted = track.mapped
+        constant = max((f.fed for f in others), default=0) < 2
+        return Use(name, found.lines[-1], kind, contracted - stacked, stacked, constant)
     if name == "gather" and k == 0 and track.lookup < 0:
-        numbers = eqn.params["dimension_numbers"]
-        rows = frozenset().union(*(track.dims[i] for i in numbers.start_index_map))
+        rows = frozenset().union(*(track.dims[i] for i in indexed_dims(eqn)))
         kind = "lookup" if any(f.fed for f in others) else "rows"
         return Use(name, found.lines[-1], kind, rows, track.picked - rows)
     return None
-
-
-def _keeps(eqn, k: int, name: str) -> bool:
-    """Whether rows looked up by index are rows still, after this operation."""
-    if name in ("gather", "dynamic_slice", "slice"):
-        return k == 0
-    return name in _KEEPING or _scales(eqn, k, name)
-
-
-def _scales(eqn, k: int, name: str) -> bool:
-    """Whether the equation multiplies operand `k` by a number, or a matrix by a vector's gains."""
-    if name not in ("mul", "div") or (name == "div" and k == 1):
-        return False
-    own, other = (tuple(eqn.invars[i].aval.shape) for i in (k, 1 - k))
-    large = sum(n > 1 for n in other)
-    return large == 0 or (large == 1 and sum(n > 1 for n in own) > 1)
 
 
 def _free_dims(found: Usage, eqn, flows, name: str, rank: int) -> Dims:

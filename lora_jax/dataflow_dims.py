@@ -11,6 +11,12 @@ REDUCTIONS = frozenset(
 # Operations that hold the number of dims and their order, whatever happens to the sizes.
 _SAME_DIMS = frozenset("concatenate optimization_barrier rev pad tile".split())
 _MIXING = frozenset("dot_general ragged_dot_general conv_general_dilated sort".split())
+# Operations after which rows looked up by index are still rows of the table, not features.
+_KEEPING = frozenset(
+    "transpose reshape squeeze broadcast_in_dim convert_element_type slice dynamic_slice split "
+    "unstack reshard neg sharding_constraint optimization_barrier copy copy_p stop_gradient name "
+    "reduce_precision pvary device_put".split()
+)
 
 
 def dim_map(eqn, k: int, name: str):
@@ -65,7 +71,7 @@ def _map_gather(eqn, shape):
         return None
     survive = iter([d for d in range(len(shape)) if d not in numbers.collapsed_slice_dims])
     rank = len(eqn.outvars[0].aval.shape)
-    picked = tuple(numbers.start_index_map)
+    picked = tuple(indexed_dims(eqn))
     return [[(next(survive),) if i in numbers.offset_dims else picked for i in range(rank)]]
 
 
@@ -133,5 +139,27 @@ def picked_dims(eqn, k: int, name: str) -> list[int]:
         out = eqn.outvars[0].aval.shape
         return [d for d in range(len(shape)) if out[d] == 1 != shape[d]]
     if name == "gather":
-        return list(eqn.params["dimension_numbers"].start_index_map)
+        return indexed_dims(eqn)
     return [eqn.params["axis"]] if name == "unstack" else []
+
+
+def indexed_dims(eqn) -> list[int]:
+    """The dims of which a gather takes a part; others may have an index, which can only be 0."""
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    return [d for d in eqn.params["dimension_numbers"].start_index_map if sizes[d] != shape[d]]
+
+
+def keeps(eqn, k: int, name: str) -> bool:
+    """Whether rows looked up by index are rows still, after this operation."""
+    if name in ("gather", "dynamic_slice", "slice"):
+        return k == 0
+    return name in _KEEPING or scales(eqn, k, name)
+
+
+def scales(eqn, k: int, name: str) -> bool:
+    """Whether the equation multiplies operand `k` by a number, or a matrix by a vector's gains."""
+    if name not in ("mul", "div") or (name == "div" and k == 1):
+        return False
+    own, other = (tuple(eqn.invars[i].aval.shape) for i in (k, 1 - k))
+    large = sum(n > 1 for n in other)
+    return large == 0 or (large == 1 and sum(n > 1 for n in own) > 1)

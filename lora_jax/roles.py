@@ -69,19 +69,14 @@ def is_linear(uses: Sequence[Use]) -> bool:
 def _deciding(uses: Sequence[Use]) -> Use | None:
     """The use that shows the roles: a lookup, the first contraction, or what is like one.
 
-    A contraction with a constant decides if no other contraction sums the same dims: fixed
-    positions times a kernel, then products of the result; not a kernel that is resized first.
+    A contraction that an argument feeds comes before one with a constant only (the vectors of a
+    spectral norm).
     """
-    of = {kind: [u for u in uses if u.kind == kind] for kind in ("lookup", "transform", "rows")}
-    first = next((u for u in uses if u.kind == "contract"), None)
-    if of["lookup"]:
-        return of["lookup"][0]
-    if of["transform"]:
-        mapped = of["transform"][0]
-        before = first is None or uses.index(mapped) < uses.index(first)
-        if before and (first is None or not mapped.contracted <= first.contracted):
-            return mapped
-    return first or next(iter(of["rows"]), None)
+    for kind in ("lookup", "contract", "transform", "rows"):
+        of_kind = [use for use in uses if use.kind == kind]
+        if of_kind:
+            return min(of_kind, key=lambda use: use.constant and kind == "contract")
+    return None
 
 
 def _why_not(uses: Sequence[Use]) -> str:

@@ -145,3 +145,43 @@ def test_router_smaller_than_the_rank():
         with pytest.raises(ValueError, match=r"above the smallest dimension 3 of `router`"):
             lora.plan(_config(**({"rank": 4} | config)), _routed, params, features(2, 5, 8))
     np.testing.assert_equal(plan.trainable, 4 * (8 + 3 * 6))
+
+
+def _spectral_norm(p, x):
+    """flax's SpectralNorm: the kernel meets a stored vector before it meets features."""
+    u = jnp.asarray(np.linspace(0.5, 1.0, 6, dtype=np.float32))[None]
+    v = u @ p["w"].T
+    v = jax.lax.stop_gradient(v / jnp.linalg.norm(v))
+    return x @ (p["w"] / jnp.sum(v @ p["w"] * u))
+
+
+def test_roles_are_those_that_features_show():
+    plan = check(_spectral_norm, {"w": normal(1, 8, 6)}, features(2, 8))
+    assert plan.by_path()["w"].roles == "io"
+
+
+def _vmapped_lookup(p, tokens):
+    """Equinox's Embedding: one row by a scalar index, under vmap over positions."""
+
+    def row(i):
+        return p["embed"]["weight"][(i,)]
+
+    return jnp.tanh(jax.vmap(jax.vmap(row))(tokens)) @ p["w"]
+
+
+def test_vmapped_lookup():
+    params = {"embed": {"weight": normal(1, 12, 8)}, "w": normal(2, 8, 6)}
+    plan = check(_vmapped_lookup, params, TOKENS, target_modules=("embed", "w"))
+    assert plan.by_path()["embed.weight"].roles == "io" and plan.by_path()["embed.weight"].lookup
+    assert planned(_vmapped_lookup, params, TOKENS) == {"w": "io"}
+
+
+def test_vmapped_lookup_of_layers():
+    def fn(p, x):
+        def layer(i):
+            return jnp.tanh(x @ jax.lax.dynamic_index_in_dim(p["w"], i, keepdims=False))
+
+        return jax.vmap(layer)(jnp.array([2, 0]))
+
+    plan = check(fn, {"w": normal(1, 3, 8, 6)}, features(2, 8))
+    assert plan.by_path()["w"].roles == "bio"

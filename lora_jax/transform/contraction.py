@@ -205,11 +205,12 @@ def gather(v, indices, bind, *, dimension_numbers, slice_sizes, **params):
         raise Unsupported("a weight used as indices")
     if dimension_numbers.operand_batching_dims:
         raise Unsupported("batched gather")
+    base = bind(dense(v.w), indices)
+    indices, dimension_numbers = _clamped(v, indices, dimension_numbers, slice_sizes, params)
     roles = {v.roles[d] for d in dimension_numbers.start_index_map}
     if len(roles) != 1:
         raise Unsupported("gather over dims of different roles")
     out = _gather_labels(v, indices, dimension_numbers)
-    base = bind(dense(v.w), indices)
 
     def pick(part):
         return _gather_part(
@@ -237,6 +238,21 @@ def gather(v, indices, bind, *, dimension_numbers, slice_sizes, **params):
     change = reorder(change, have, [label for label in out if label in have])
     y = base + change.reshape(base.shape).astype(base.dtype)
     return _gain_rows(v, y, out, owner, pick)
+
+
+def _clamped(v: Implicit, indices, numbers, slice_sizes, params):
+    """Drops the indices of dims taken whole: clamped, they can only be 0 (vmap of a slice)."""
+    where = numbers.start_index_map
+    kept = [k for k, d in enumerate(where) if slice_sizes[d] != v.shape[d]]
+    modes = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    if not kept or len(kept) == len(where) or params.get("mode") not in modes:
+        return indices, numbers
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=numbers.offset_dims,
+        collapsed_slice_dims=numbers.collapsed_slice_dims,
+        start_index_map=tuple(where[k] for k in kept),
+    )
+    return indices[..., jnp.array(kept)], numbers
 
 
 def _gain_rows(v: Implicit, y, out, owner: str, pick):
