@@ -1,0 +1,193 @@
+"""Plans: what a config adapts, what each error says, what the table shows."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax as lora
+
+
+def fn(p, tokens):
+    x = p["model"]["embed"]["embedding"][tokens]
+
+    def layer(x, p):
+        h = x * p["norm"]["scale"]
+        q, v = h @ p["attn"]["q_proj"]["kernel"], h @ p["attn"]["v_proj"]["kernel"]
+        return x + jnp.tanh(q * v) @ p["attn"]["o_proj"]["kernel"].T, None
+
+    x, _ = jax.lax.scan(layer, x, p["model"]["layers"])
+    return x @ p["lm_head"]["kernel"]
+
+
+def shaped(*shape: int, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+PARAMS = {
+    "model": {
+        "embed": {"embedding": shaped(20, 8)},
+        "layers": {
+            "norm": {"scale": shaped(3, 8)},
+            "attn": {
+                "q_proj": {"kernel": shaped(3, 8, 6)},
+                "v_proj": {"kernel": shaped(3, 8, 6)},
+                "o_proj": {"kernel": shaped(3, 8, 6)},
+            },
+        },
+    },
+    "lm_head": {"kernel": shaped(8, 20)},
+    "step": shaped(dtype="int32"),
+}
+TOKENS = shaped(2, 5, dtype="int32")
+ATTENTION = [f"model.layers.attn.{n}.kernel" for n in ("o_proj", "q_proj", "v_proj")]
+
+
+def planned(**fields) -> lora.Plan:
+    return lora.plan(lora.LoraConfig(**({"rank": 2} | fields)), fn, PARAMS, TOKENS)
+
+
+def adapted(**fields) -> list[str]:
+    return [leaf.path for leaf in planned(**fields).adapted]
+
+
+def test_all_linear_leaves_out_embedding_head_and_norms():
+    plan = planned(target_modules="all-linear")
+    assert [leaf.path for leaf in plan.adapted] == ATTENTION
+    why = {leaf.path: leaf.reason for leaf in plan.leaves if leaf.kind == "frozen"}
+    assert why == {
+        "lm_head.kernel": 'the output head: "all-linear" leaves it out',
+        "model.embed.embedding": 'an embedding: "all-linear" leaves it out',
+        "model.layers.norm.scale": "no contraction and no lookup uses it, only `mul`",
+        "step": "not a floating-point array with a dimension",
+    }
+
+
+@pytest.mark.parametrize(
+    ("targets", "want"),
+    [
+        (("q_proj",), ATTENTION[1:2]),
+        (("attn.q_proj", "o_proj"), ATTENTION[:2]),
+        (("model.layers.attn.v_proj",), ATTENTION[2:]),
+        (r".*\.(q|v)_proj", ATTENTION[1:]),
+        (r"model\.layers\.\d+\.attn\.o_proj", ATTENTION[:1]),
+        (("embed", "lm_head"), ["lm_head.kernel", "model.embed.embedding"]),
+    ],
+)
+def test_targets(targets, want):
+    assert adapted(target_modules=targets) == want
+
+
+def test_excluded_modules_are_left_out():
+    assert adapted(target_modules="all-linear", exclude_modules=("o_proj",)) == ATTENTION[1:]
+
+
+def test_roles_ranks_and_alphas_of_stacked_layers():
+    plan = planned(target_modules=("q_proj", "o_proj"), alpha=8, use_rslora=True,
+                   layers_to_transform=(0, 2), rank_pattern={"o_proj": 4},
+                   alpha_pattern={r"layers\.2\.attn\.q_proj": 2})  # fmt: skip
+    q, o = (plan.by_path()[ATTENTION[i]] for i in (1, 0))
+    assert (q.roles, o.roles) == ("bio", "boi")
+    assert (q.ranks, o.ranks) == ((2, 0, 2), (4, 0, 4))
+    assert q.alphas == (8.0, 0.0, 2.0)
+    assert q.scales == pytest.approx((8 / 2**0.5, 0.0, 2 / 2**0.5))
+    assert q.parameters == 2 * 2 * (8 + 6) and q.rank == 2
+    assert plan.trainable == q.parameters + o.parameters
+
+
+def test_roles_of_a_table_and_of_a_head():
+    plan = planned(target_modules=("embed", "lm_head")).by_path()
+    assert plan["model.embed.embedding"].roles == "io" and plan["model.embed.embedding"].lookup
+    assert plan["lm_head.kernel"].roles == "io"
+
+
+def test_uses_name_primitive_and_line():
+    use = planned(target_modules=("q_proj",)).by_path()[ATTENTION[1]].uses[0]
+    assert use.primitive == "dot_general" and use.contracted == {1} and use.stacked == {0}
+    assert use.line.startswith("test_plan.py:") and use.line.endswith("layer)")
+
+
+def test_table_has_a_row_a_leaf_and_a_total():
+    plan = planned(target_modules=("q_proj", "v_proj"), alpha=4)
+    lines = str(plan).splitlines()
+    assert len(lines) == len(plan.leaves) + 3
+    [row] = [line for line in lines if line.startswith(ATTENTION[1])]
+    assert row.split()[1:8] == ["3x8x6", "float32", "lora", "bio", "2", "4", "84"]
+    assert "dot_general test_plan.py:" in row
+    assert lines[-1] == "2 of 7 leaves adapted, 0 trained whole; 168 trainable parameters"
+
+
+def test_given_roles_override():
+    plan = planned(target_modules=("q_proj",), roles={"q_proj": "ioo"}, rank_pattern={"q_proj": 3})
+    leaf = plan.by_path()[ATTENTION[1]]
+    assert (leaf.roles, leaf.reason) == ("ioo", "roles from config")
+    assert leaf.fallbacks, "scanned over an in dim: the weight is added up, and the plan says so"
+    assert leaf.fallbacks[0].fallback == "it is scanned over a dim of role `i`"
+
+
+def test_saved_modules_are_trained_whole():
+    plan = planned(target_modules=("q_proj",), modules_to_save=("lm_head",))
+    assert [leaf.path for leaf in plan.saved] == ["lm_head.kernel"]
+    assert plan.trainable == 84 + 160
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"target_modules": ("q_prj",)}, r"target_modules entry `q_prj` matches no module; neare.*"
+         r"`model.layers.attn.q_proj`"),
+        ({"target_modules": ("q_proj", "w1")}, "target_modules entry `w1` matches no module"),
+        ({"target_modules": "nothing.*"}, r"target_modules entry `nothing.\*` matches no module"),
+        ({"target_modules": ("norm",)}, r"target_modules entry `norm` adapts nothing "
+         r"\(`model.layers.norm.scale`: no contraction and no lookup uses it, only `mul`\)"),
+        ({"target_modules": ("q_proj",), "rank": 7}, r"rank 7 is above the smallest dimension 6 of "
+         r"`model.layers.attn.q_proj.kernel` \(in 8, out 6\)"),
+        ({"target_modules": ("q_proj",), "modules_to_save": ("score",)},
+         "modules_to_save entry `score` matches no module"),
+        ({"target_modules": ("q_proj",), "roles": {"q_proj": "io"}},
+         r"roles\['q_proj'\]='io' does not fit `model.layers.attn.q_proj.kernel` with 3 dims"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_errors_that_help(fields, text: str):
+    with pytest.raises(ValueError, match=text):
+        planned(**fields)
+
+
+def test_an_adapted_tree_cannot_be_planned_again():
+    params = {"w": jnp.ones((8, 6))}
+    config = lora.LoraConfig(rank=2, target_modules=("w",))
+
+    def one(p, x):
+        return x @ p["w"]
+
+    plan = lora.plan(config, one, params, jnp.ones((1, 8)))
+    tree = lora.init(jax.random.key(0), plan, params)
+    with pytest.raises(ValueError, match="`params` already has an adapter at `w`"):
+        lora.plan(config, one, tree, jnp.ones((1, 8)))
+
+
+def test_experts_are_said_and_can_be_overridden():
+    def moe(p, x):
+        h = jax.nn.gelu(jnp.einsum("btd,edf->btef", x, p["up"]))
+        return jnp.einsum("btef,efd->btd", h, p["down"])
+
+    params = {"up": shaped(3, 8, 6), "down": shaped(3, 6, 8)}
+    config = lora.LoraConfig(rank=2)
+    leaf = lora.plan(config, moe, params, shaped(2, 5, 8)).by_path()["up"]
+    assert leaf.roles == "bio" and leaf.ranks == (2, 2, 2)
+    assert "looks like experts" in leaf.reason and "`roles` overrides" in leaf.reason
+    assert leaf.reason in str(lora.plan(config, moe, params, shaped(2, 5, 8)))
+    config = lora.LoraConfig(rank=2, roles={"up": "oio", "down": "iio"})
+    assert lora.plan(config, moe, params, shaped(2, 5, 8)).by_path()["up"].roles == "oio"
+
+
+def test_python_branches_on_concrete_parameters_are_allowed():
+    """An integer parameter that decides a branch stays concrete while planning."""
+    params = {"w": jnp.ones((8, 6)), "twice": 2}
+
+    def branching(p, x, flag):
+        y = x @ p["w"]
+        return y @ p["w"].T if flag and p["twice"] == 2 else y
+
+    config = lora.LoraConfig(rank=2, target_modules=("w",))
+    plan = lora.plan(config, branching, params, shaped(1, 8), True)
+    assert len(plan.by_path()["w"].uses) == 2
