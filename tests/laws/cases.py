@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 import lora_jax as lora
 from laws import (
+    cases_blocks,
     cases_control,
     cases_dots,
     cases_hard,
@@ -29,6 +30,7 @@ CASES: tuple[Case, ...] = (
     *cases_hard.CASES,
     *cases_linen.CASES,
     *cases_nnx.CASES,
+    *cases_blocks.CASES,
 )
 
 
