@@ -29,7 +29,7 @@ def demo(arguments: argparse.Namespace) -> None:
     """`lora-jax demo`."""
     from lora_jax.demo.run import run
 
-    run(_from_flags(demo_sections(), arguments)[0])
+    run(_from_flags(demo_sections(), arguments)[0], say=_say)
 
 
 def train_sections() -> list[Section]:
@@ -53,7 +53,7 @@ def train(arguments: argparse.Namespace) -> None:
     found = settings.options(sections)
     values = settings.from_toml(arguments.config, found) if arguments.config else {}
     values |= settings.from_flags(arguments, found)
-    finetune(*(settings.build(section, values) for section in sections))
+    finetune(*(settings.build(section, values) for section in sections), say=_say)
 
 
 def generate_sections() -> list[Section]:
@@ -73,7 +73,7 @@ def generate(arguments: argparse.Namespace) -> None:
         params, _ = finetune.load_adapter(model, arguments.adapter)
     for prompt in _prompts(arguments.prompts):
         question = prompt if arguments.raw else as_question(prompt, system=arguments.system)
-        print(answer(model, params, [question], config)[0], flush=True)
+        _say(answer(model, params, [question], config)[0])
 
 
 def _prompts(given: list[str]) -> Iterable[str]:
@@ -89,7 +89,7 @@ def merge(arguments: argparse.Namespace) -> None:
     from lora_jax.finetune import merge_adapter
 
     merge_adapter(arguments.model, arguments.adapter, arguments.output, dtype=arguments.dtype)
-    print(f"wrote the merged model to {arguments.output}")
+    _say(f"wrote the merged model to {arguments.output}")
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -99,14 +99,19 @@ def export(arguments: argparse.Namespace) -> None:
     export_checkpoint(
         arguments.model, arguments.checkpoint, arguments.output, dtype=arguments.dtype
     )
-    print(f"wrote the adapter to {arguments.output}")
+    _say(f"wrote the adapter to {arguments.output}")
 
 
 def inspect(arguments: argparse.Namespace) -> None:
     """`lora-jax inspect`."""
     from lora_jax.describe import describe
 
-    print(describe(arguments.path, tensors=arguments.tensors))
+    _say(describe(arguments.path, tensors=arguments.tensors))
+
+
+def _say(text: str) -> None:
+    """Prints at once, in order with the progress bar on standard error."""
+    print(text, flush=True)
 
 
 def _from_flags(sections: list[Section], arguments: argparse.Namespace) -> list:
