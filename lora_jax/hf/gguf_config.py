@@ -58,7 +58,7 @@ _UNDERSTOOD = frozenset(
 
 def architecture_of(metadata: Mapping[str, Any], path: Path) -> str:
     """The architecture, or an error if it is not known."""
-    kind = metadata.get("general.architecture")
+    kind = str(metadata.get("general.architecture"))
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{path}: architecture `{kind}` is not one of {known}")
@@ -98,7 +98,7 @@ def config_of(
     scaling = _scaling(own, path)
     if divisors is not None:
         scaling = _llama3(divisors, head_dim, theta, path)
-    fields = dict(
+    fields: dict[str, Any] = dict(
         model_type=ARCHITECTURES[kind].model_type,
         **sizes,
         vocab_size=shapes["model.embed_tokens.weight"][0],

@@ -62,7 +62,7 @@ def build(metadata: Mapping[str, Any], *, path: Path):
             f"{path}: a tokenizer of kind `{kind}` cannot be built from a GGUF file, only `gpt2` "
             "(byte-level BPE); load the model from its Hugging Face directory"
         )
-    name = metadata.get("tokenizer.ggml.pre")
+    name = str(metadata.get("tokenizer.ggml.pre"))
     if name not in SPLITS:
         known = ", ".join(SPLITS)
         raise ValueError(f"{path}: `tokenizer.ggml.pre` is `{name}`, not one of {known}")
@@ -106,17 +106,21 @@ def _byte_level(metadata: Mapping[str, Any], split: Split, path: Path):
 
 
 def _tables(metadata: Mapping[str, Any], path: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    tokens, merges = (metadata.get(f"tokenizer.ggml.{k}") for k in ("tokens", "merges"))
+    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
+    merges: list[str] = metadata.get("tokenizer.ggml.merges", [])
     for table in (tokens, merges):
         if not isinstance(table, list) or not all(isinstance(t, str) for t in table):
-            raise ValueError(f"{path}: the tokenizer lacks its tokens or its merges")
+            raise ValueError(f"{path}: the tokenizer's tokens or merges are not lists of text")
+    if not tokens or not merges:
+        raise ValueError(f"{path}: the tokenizer lacks its tokens or its merges")
     if len(set(tokens)) < len(tokens):
         raise ValueError(f"{path}: the tokenizer has the same token twice")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    known = set(tokens)
-    for pair in pairs:
-        if len(pair) != 2 or not {*pair, "".join(pair)} <= known:
-            raise ValueError(f"{path}: the tokenizer's merge {' '.join(pair)!r} is not of tokens")
+    known, pairs = set(tokens), []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= known:
+            raise ValueError(f"{path}: the tokenizer's merge {merge!r} is not of tokens")
+        pairs.append((left, right))
     return tokens, pairs
 
 

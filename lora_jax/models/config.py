@@ -110,8 +110,9 @@ class LlamaConfig:
     @property
     def context(self) -> int:
         """Tokens a text may have: dynamic and linear scaling stretch the stated context."""
-        stretches = self.rope_scaling and self.rope_scaling.rope_type in ("dynamic", "linear")
-        return int(self.max_position_embeddings * (self.rope_scaling.factor if stretches else 1))
+        scaling = self.rope_scaling
+        stretches = scaling is not None and scaling.rope_type in ("dynamic", "linear")
+        return int(self.max_position_embeddings * (scaling.factor if stretches else 1))
 
     @staticmethod
     def from_hf(raw: Mapping[str, Any]) -> "LlamaConfig":
@@ -123,7 +124,7 @@ class LlamaConfig:
         """
         from lora_jax.models.families import FAMILIES
 
-        kind = raw.get("model_type")
+        kind = str(raw.get("model_type"))
         if kind not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise ValueError(f"config: model_type `{kind}` is not one of {known}")

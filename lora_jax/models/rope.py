@@ -154,12 +154,9 @@ def rotate(x: Float[Array, "b t n d"], by: Rotation) -> Float[Array, "b t n d"]:
 def static_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """The `d/2` frequencies of every variant whose frequencies do not depend on the text."""
     plain = _plain(head_dim, theta)
-    kind = "default" if scaling is None else scaling.rope_type
-    if kind == "default":
+    if scaling is None:
         return plain
-    if kind == "linear":
-        return plain / np.float32(scaling.factor)
-    return {"llama3": _llama3, "yarn": _yarn}[kind](plain, head_dim, theta, scaling)
+    return _STATIC[scaling.rope_type](plain, head_dim, theta, scaling)
 
 
 def _plain(head_dim: int, theta: float) -> np.ndarray:
@@ -175,11 +172,17 @@ def _dynamic(length, head_dim: int, theta: float, scaling: RopeScaling, context:
     return 1.0 / grown**exponents
 
 
+def _linear(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Every plane is slowed alike: positions are pressed together."""
+    del head_dim, theta
+    return plain / np.float32(scaling.factor)
+
+
 def _llama3(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
     """Slow planes are slowed by `factor`, fast ones kept, those between blended."""
     del head_dim, theta
-    turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    low, high = _set(scaling.low_freq_factor), _set(scaling.high_freq_factor)
+    turns = _set(scaling.original_max_position_embeddings) * plain / (2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return ((1 - keep) * plain / scaling.factor + keep * plain).astype(np.float32)
 
@@ -188,7 +191,7 @@ def _yarn(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) 
     """As llama3, with the blend linear in the plane's number instead of its frequency."""
 
     def plane(turns: float) -> float:
-        trained = scaling.original_max_position_embeddings
+        trained = _set(scaling.original_max_position_embeddings)
         return head_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = plane(scaling.beta_fast or 32), plane(scaling.beta_slow or 1)
@@ -198,6 +201,16 @@ def _yarn(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) 
     high = high + 0.001 if low == high else high
     slow = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
     return (plain / scaling.factor * slow + plain * (1 - slow)).astype(np.float32)
+
+
+_STATIC = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+
+
+def _set(value: float | None) -> float:
+    """A value that the variant needs; `scaling_from_hf` has checked that it is there."""
+    if value is None:
+        raise ValueError("`rope_scaling` lacks a value that its type needs")
+    return value
 
 
 def _length(scaling: RopeScaling) -> float:
