@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from train_toys import CONFIG, Toy, numbers, toy_data, toy_fit, toy_lora, toy_params
+from train_toys import CONFIG, Toy, compiled_once, numbers, toy_data, toy_fit, toy_lora, toy_params
 
 import lora_jax as lora
 from lora_jax import train
@@ -24,16 +24,8 @@ from lora_jax.train.step import Programs
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory):
     """Equal programs of the many runs here are compiled once, those of killed processes too."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield options
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with compiled_once(tmp_path_factory.mktemp("cache")) as options:
+        yield options
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +266,14 @@ def test_nothing_to_train_and_nothing_to_train_on():
         toy_fit(lora_params=toy_params())
     with pytest.raises(ValueError, match="the dataset is empty"):
         toy_fit(data=[])
+
+
+def test_token_the_model_does_not_know_is_named():
+    (first, *rest) = toy_data()
+    for token in (23, -1):
+        wrong = first._replace(tokens=np.where(first.learned, token, first.tokens), source="d:7")
+        with pytest.raises(ValueError, match=f"d:7: .* token {token}, but the model knows 0 to 22"):
+            toy_fit(data=[*rest, wrong])
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -103,6 +103,11 @@ def test_plot_is_replaced_when_it_is_whole(tmp_path):
         train.plot_loss(path, [])
 
 
+def test_plot_that_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(OSError, match="loss.png: the plot cannot be written: No such file"):
+        train.plot_loss(tmp_path / "none" / "loss.png", RECORDS)
+
+
 def test_running_mean_starts_where_the_values_do():
     values = np.array([3.0, 1.0, 2.0])
     weights = [[1, 0, 0], [0.9, 1, 0], [0.81, 0.9, 1]]

@@ -1,5 +1,6 @@
 """A causal language model small enough to compile in a moment, and data for it."""
 
+import contextlib
 from typing import NamedTuple
 
 import jax
@@ -73,3 +74,20 @@ def numbers(history):
     """What of a history must not depend on the clock."""
     timed = ("seconds", "tokens_per_second")
     return [{k: v for k, v in record.items() if k not in timed} for record in history]
+
+
+@contextlib.contextmanager
+def compiled_once(directory):
+    """Equal programs of many runs are compiled once; gives the JAX options that say so."""
+    options = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    try:
+        yield options
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

@@ -17,11 +17,12 @@ import lora_jax as lora
 from lora_jax.checkpoint.fingerprint import fingerprint
 from lora_jax.train import archive as archives
 from lora_jax.train import metrics
-from lora_jax.train.batches import Item, iterate, loader
+from lora_jax.train.batches import Item, Loader, iterate, loader
 from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import evaluator, lora_loss, mean_loss, pad_id_of
 from lora_jax.train.examples import Example
 from lora_jax.train.interrupt import interruptible
+from lora_jax.train.loss import outputs_of
 from lora_jax.train.memory import Memory, memory
 from lora_jax.train.optimizer import optimizer, schedule
 from lora_jax.train.plot import plot_loss
@@ -114,17 +115,8 @@ def fit(
     trainable, frozen = lora.split(lora_params)
     if not jax.tree.leaves(trainable):
         raise ValueError("`lora_params` has nothing to train; make it with lora.init")
-    size = -(-len(train_data) // (config.batch_size * config.accumulation))
-    total = total_steps(config, size)
-    data = loader(
-        train_data,
-        batch_size=config.batch_size,
-        accumulation=config.accumulation,
-        buckets=config.buckets,
-        pad_id=pad_id_of(model.tokenizer),
-        seed=config.seed,
-        epochs=-(-total // max(size, 1)),
-    )
+    data, total = _layout(model, train_data, config)
+    _check_tokens(model, lora_params, [*train_data, *(eval_data or ())])
     tx = optimizer(config, total)
     programs = Programs(make_step(lora_loss(model), tx), donate=(0,))
     fresh = init_state(jax.random.key(config.seed), trainable, tx)
@@ -139,7 +131,7 @@ def fit(
             total,
             frozen,
             programs,
-            rates=np.asarray(jax.vmap(schedule(config, total))(np.arange(total))),
+            rates=np.asarray(schedule(config, total)(np.arange(total))),
             evaluate=_evaluation(model, eval_data, config, frozen, hooks),
             save=opened
             and (lambda s, k: archives.save(opened, k, s, described, items.get_state())),
@@ -152,6 +144,40 @@ def fit(
     used = _memory(job, state) if programs.compiled else None
     trained = lora.combine(state.trainable, frozen)
     return Result(trained, history, total, used, tuple(programs.compiled))
+
+
+def _layout(model, data: Sequence[Example], config: TrainConfig) -> tuple[Loader, int]:
+    """The data in buckets for as many epochs as the run has, and the steps of the run."""
+    size = -(-len(data) // (config.batch_size * config.accumulation))
+    total = total_steps(config, size)
+    layout = loader(
+        data,
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        buckets=config.buckets,
+        pad_id=pad_id_of(model.tokenizer),
+        seed=config.seed,
+        epochs=-(-total // max(size, 1)),
+    )
+    return layout, total
+
+
+def _check_tokens(model, lora_params, data: Sequence[Example]) -> None:
+    """Refuses tokens the model has no row for: a lookup would quietly take another row.
+
+    Raises:
+      ValueError: there is one.
+    """
+    logits = lora.lorafy(outputs_of(model))
+    token, place = (jax.ShapeDtypeStruct(s, "int32") for s in ((1, 2), (1,)))
+    known = jax.eval_shape(logits, lora_params, token, place).shape[-1]
+    for example in data:
+        if not 0 <= example.tokens.min() <= example.tokens.max() < known:
+            raise ValueError(
+                f"{example.source}: the example has token"
+                f" {max(example.tokens, key=lambda t: (t < 0, t))}, but the model knows 0 to"
+                f" {known - 1}; tokenize with the model's own tokenizer"
+            )
 
 
 def _items(data, total: int, position: dict | None, config: TrainConfig, stack):

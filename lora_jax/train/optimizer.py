@@ -21,7 +21,7 @@ def schedule(config: TrainConfig, total: int) -> Callable:
       total: optimizer steps of the run.
 
     Returns:
-      `lr(step)`, step counted from 0, traceable.
+      `lr(step)`, step counted from 0, traceable and elementwise.
     """
     warm = warmup_steps(config, total)
     final = config.final_learning_rate

@@ -15,6 +15,7 @@ def plot_loss(path: str | os.PathLike, history: Sequence[dict], *, title: str = 
 
     Raises:
       ValueError: no record has a loss.
+      OSError: it cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -37,6 +38,9 @@ def plot_loss(path: str | os.PathLike, history: Sequence[dict], *, title: str = 
     try:
         FigureCanvasAgg(figure).print_png(str(new))
         os.replace(new, path)
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else error
+        raise OSError(f"{path}: the plot cannot be written: {why}") from error
     finally:
         new.unlink(missing_ok=True)
 
