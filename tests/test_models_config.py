@@ -49,6 +49,81 @@ LLAMA3 = {
 }
 
 
+# What other real config.json files say, and what of it must be read.
+COMMON = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.1",
+    "use_cache": True,
+}
+SEEN = {
+    "Llama 3.2": (
+        {
+            "attention_bias": False,
+            "head_dim": 8,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "pretraining_tp": 1,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+        },
+        {"rope_theta": 500000.0, "tie_word_embeddings": True, "context": 131072},
+    ),
+    "Vicuna": (
+        {"max_sequence_length": 2048, "_name_or_path": "vicuna-7b", "pad_token_id": 0},
+        {"pad_token_id": 0, "tie_word_embeddings": False, "rope_scaling": None},
+    ),
+    "Mistral 0.1": (
+        {
+            "model_type": "mistral",
+            "sliding_window": 4096,
+            "tie_word_embeddings": False,
+            "rope_theta": 10000.0,
+        },
+        {"sliding_window": 4096, "qkv_bias": False},
+    ),
+    "Qwen2.5": (
+        {
+            "model_type": "qwen2",
+            "max_window_layers": 24,
+            "rope_theta": 1000000.0,
+            "sliding_window": 32768,
+            "tie_word_embeddings": True,
+            "use_mrope": False,
+            "use_sliding_window": False,
+        },
+        {"sliding_window": None, "qkv_bias": True, "o_bias": False, "rope_theta": 1000000.0},
+    ),
+    "Qwen3": (
+        {
+            "model_type": "qwen3",
+            "attention_bias": False,
+            "head_dim": 128,
+            "max_window_layers": 28,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+        },
+        {"qk_norm": True, "head_dim": 128, "qkv_bias": False, "sliding_window": None},
+    ),
+}
+
+
 def read(**fields):
     return LlamaConfig.from_hf({**RAW, **fields})
 
@@ -65,6 +140,14 @@ def test_a_real_config():
     assert config.num_key_value_heads == 2 and config.rope_theta == 100000.0
     assert config.tie_word_embeddings and config.eos_token_ids == (2, 0)
     assert hash(config) == hash(read(**REAL))
+
+
+@pytest.mark.parametrize("case", SEEN)
+def test_other_real_configs(case):
+    fields, want = SEEN[case]
+    config = read(**{**COMMON, **fields})
+    assert {name: getattr(config, name) for name in want} == want
+    assert LlamaConfig.from_hf(config.to_hf()) == config
 
 
 @pytest.mark.parametrize(

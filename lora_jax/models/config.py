@@ -13,10 +13,11 @@ from lora_jax.models.rope import RopeScaling, scaling_from_hf, scaling_to_hf
 # Fields that say how a model was saved, trained or is served; they do not change its numbers.
 IGNORED = frozenset(
     {
-        "architectures", "auto_map", "bad_words_ids", "begin_suppress_tokens",
+        "architectures", "attn_implementation", "auto_map", "bad_words_ids",
+        "begin_suppress_tokens",
         "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "finetuning_task",
         "forced_bos_token_id", "forced_eos_token_id", "id2label", "is_llama_config", "label2id",
-        "max_length", "min_length", "model_type", "no_repeat_ngram_size",
+        "max_length", "max_sequence_length", "min_length", "model_type", "no_repeat_ngram_size",
         "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
         "output_hidden_states", "output_scores", "prefix", "problem_type", "remove_invalid_values",
         "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
@@ -42,6 +43,7 @@ NEUTRAL: Mapping[str, tuple] = {
     "rope_interleaved": (False, None),
     "sliding_window": (None,),
     "tie_encoder_decoder": (False,),
+    "use_mrope": (False, None),
     "use_sliding_window": (False, None),
 }
 
