@@ -15,15 +15,16 @@ import jax
 
 # The last component of a leaf's path when it names the parameter, not the module it belongs to.
 PARAMETER_NAMES = frozenset(
-    {"kernel", "weight", "embedding", "w", "W", "scale", "bias", "b", "value", "raw_value"}
+    "kernel weight weights embedding embeddings w W scale bias b value raw_value "
+    "weight_ih weight_hh".split()
 )
 
 # Components after which a stacked leaf's layer number belongs in Hugging Face's spelling.
 STACK_NAMES = ("layers", "layer", "h", "blocks", "block")
 
 # Attributes that only wrap a leaf: nnx.Variable (`value`, `raw_value`), linen boxes (`value`),
-# named arrays (`array`).
-_WRAPPERS = frozenset({"value", "raw_value", "array"})
+# named arrays (haliax's `array`, penzai's `data_array`).
+_WRAPPERS = frozenset({"value", "raw_value", "array", "data_array"})
 
 
 def _component(key) -> str:

@@ -3,6 +3,7 @@
 Each case names the model it was met in. No package of models is needed here.
 """
 
+import dataclasses
 import warnings
 
 import jax
@@ -185,3 +186,55 @@ def test_vmapped_lookup_of_layers():
 
     plan = check(fn, {"w": normal(1, 3, 8, 6)}, features(2, 8))
     assert plan.by_path()["w"].roles == "bio"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Named:
+    """penzai's named array: the leaf is one attribute further down."""
+
+    data_array: jax.Array
+
+
+def test_names_of_other_libraries():
+    params = {
+        "attention.query.weights": Named(normal(1, 8, 6)),
+        "multi_head_attention/key": {"w": normal(2, 6, 6)},
+        "embed": {"embeddings": normal(3, 12, 8)},
+        "gru": {"weight_ih": normal(4, 6, 6)},
+    }
+
+    def fn(p, tokens):
+        h = jnp.tanh(p["embed"]["embeddings"][tokens] @ p["attention.query.weights"].data_array)
+        return jnp.tanh(h @ p["multi_head_attention/key"]["w"]) @ p["gru"]["weight_ih"].T
+
+    plan = check(fn, params, TOKENS, target_modules=("query", "key", "embed", "gru"))
+    assert {leaf.path: leaf.roles for leaf in plan.adapted} == {
+        "attention.query.weights": "io",
+        "multi_head_attention.key.w": "io",
+        "embed.embeddings": "io",
+        "gru.weight_ih": "oi",
+    }
+    with pytest.raises(ValueError, match=r"`quary` matches no module; nearest: `attention.query`"):
+        lora.plan(_config(target_modules=("quary",)), fn, params, TOKENS)
+
+
+def _modulated(p, x):
+    """StyleGAN2: a kernel is scaled for each example before its convolution."""
+    w = p["w"][None] * (1 + x.mean((1, 2)))[:, None, None, :, None]
+    w = w.transpose(1, 2, 3, 0, 4).reshape(3, 3, 4, 12)
+    x = x.transpose(1, 2, 0, 3).reshape(1, 5, 5, 8)
+    y = jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
+    )
+    return jnp.tanh(y) @ p["out"]
+
+
+def test_kernel_modulated_for_each_example():
+    params = {"w": normal(1, 3, 3, 4, 6), "out": normal(2, 12, 5)}
+    x = features(2, 5, 5, 4)
+    assert planned(_modulated, params, x) == {"out": "io"}
+    with pytest.raises(ValueError, match="`w` adapts nothing .*only `mul`"):
+        lora.plan(_config(target_modules=("w",)), _modulated, params, x)
+    plan = check(_modulated, params, x, fallbacks=1, target_modules=("w",), roles={"w": "iiio"})
+    assert "repeats the weight" in plan.by_path()["w"].fallbacks[0].fallback
