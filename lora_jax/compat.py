@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.extend.core as jexc
 import numpy as np
 
@@ -18,7 +19,7 @@ _RENAMED = {"pjit": "jit", "checkpoint": "remat", "remat2": "remat", "core_call"
 
 def name_of(eqn) -> str:
     """The primitive's name, the same on every supported release."""
-    name = eqn.primitive.name
+    name: str = eqn.primitive.name
     return _RENAMED.get(name, name)
 
 

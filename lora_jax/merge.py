@@ -1,6 +1,7 @@
 """Merging: plain parameters out of LoRA parameters, and back."""
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from lora_jax import paths

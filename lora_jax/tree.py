@@ -72,6 +72,7 @@ def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w):
     own = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()) & 0x7FFFFFFF)
     w, a, b = METHODS[plan.config.init.partition("_niter_")[0]](own, plan.config, leaf, w)
     adapted = leaf_of(plan, leaf, w, a=a, b=b)
+    assert isinstance(adapted, LoraArray)  # no other kind is left
     if plan.config.use_dora:
         from lora_jax.methods import dora
 
