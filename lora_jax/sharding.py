@@ -8,6 +8,7 @@
 import dataclasses
 
 import jax
+import jax.core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.array import LoraArray, SavedArray, is_lora
