@@ -1,5 +1,6 @@
 """Rules for operations that consume a weight: `y = op(x, W) + s·op(op(x, A), B)`."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -112,6 +113,7 @@ def conv(lhs, rhs, bind, use: int, *, dimension_numbers, feature_group_count, ba
     out_dim, in_dim, *spatial = dimension_numbers.rhs_spec
     if batch_group_count != 1:
         raise Unsupported("batch groups")
+    v = _own_units(v, (in_dim, *spatial))
     if v.roles[out_dim] != "o" or any(v.roles[d] != "i" for d in (in_dim, *spatial)):
         raise Unsupported(f"kernel with roles {v.roles}: only its output channels may be `o`")
     groups, channel = feature_group_count, dimension_numbers.out_spec[1]
@@ -156,6 +158,13 @@ def conv(lhs, rhs, bind, use: int, *, dimension_numbers, feature_group_count, ba
         return y
     gain = v.gain.reshape([-1 if d == channel else 1 for d in range(y.ndim)])
     return y * gain.astype(y.dtype)
+
+
+def _own_units(v: Implicit, dims: Sequence[int]) -> Implicit:
+    """Gives the unit dims among `dims` to `A`, as where a matrix is made a kernel by `w[None]`."""
+    roles = "".join("i" if d in dims and r == "u" else r for d, r in enumerate(v.roles))
+    shape = [v.shape[d] for d in a_dims(roles)]
+    return dataclasses.replace(v, a=v.a.reshape(*shape, v.rank), roles=roles)
 
 
 def ragged_dot(lhs, rhs, group_sizes, bind, use: int, *, ragged_dot_dimension_numbers, precision,
@@ -310,6 +319,6 @@ def _gather_stack(v: Implicit, base, out: list, pick):
     key = v.key
     if key is not None:  # a mask has the activation's shape: it differs between the indices
         key = jax.random.split(key.reshape(-1)[0], parts["scale"].shape)
-    return Implicit(w=base, **parts, key=key, roles=roles, dropout=v.dropout, path=v.path)
+    return dataclasses.replace(v, w=base, **parts, key=key, roles=roles)
 
 

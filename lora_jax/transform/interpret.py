@@ -33,6 +33,7 @@ class Context:
       told: fallbacks already warned of, by path, primitive and line, with the reason.
       quiet: whether fallbacks are only collected in `told`, not warned of.
       lines: source lines of the equations entered, innermost last.
+      reverse_only: whether the thin products have a backward of their own.
     """
 
     strict: bool
@@ -41,6 +42,7 @@ class Context:
     told: dict = dataclasses.field(default_factory=dict)
     lines: list = dataclasses.field(default_factory=lambda: ["unknown line"])
     quiet: bool = False
+    reverse_only: bool = False
 
     def next_use(self, v: Implicit) -> int:
         if v.key is None or v.dropout == 0:
@@ -149,14 +151,16 @@ def _constants(eqns: Sequence) -> set:
 
 
 def _refuse_transforms(eqn, values: Sequence, constant: set):
-    """A constant matrix that mixes some in dims makes another weight, it is no activation."""
+    """A constant matrix that mixes some of the in dims makes another weight: no activation."""
     if compat.name_of(eqn) != "dot_general" or not any(v in constant for v in eqn.invars
                                                        if isinstance(v, compat.Var)):  # fmt: skip
         return
     contracting, _ = eqn.params["dimension_numbers"]
     for v, dims in zip(values, contracting, strict=True):
-        if is_implicit(v) and {d for d in range(v.ndim) if v.roles[d] == "i"} - set(dims):
-            raise Unsupported("a constant matrix transforms the weight before its use")
+        for role in "io" if is_implicit(v) else "":
+            own = {d for d in range(v.ndim) if v.roles[d] == role}
+            if own & set(dims) and own - set(dims):
+                raise Unsupported("a constant matrix transforms the weight before its use")
 
 
 def _last_uses(eqns: Sequence, outvars: Sequence) -> dict:
@@ -278,6 +282,13 @@ def _barrier(context, eqn, values):
     )
 
 
+def _device_put(context, eqn, values):
+    return [
+        structural.device_put(x, to) if is_implicit(x) else jax.device_put(x, to)
+        for x, to in zip(values, eqn.params["devices"], strict=True)
+    ]
+
+
 def _constraint(context, eqn, values):
     return structural.sharding_constraint(values[0], _binder(eqn), **eqn.params)
 
@@ -311,8 +322,8 @@ RULES: dict[str, Callable[[Context, Any, list], Any]] = {
     "copy_p": _binding(structural.leafwise),
     "stop_gradient": _binding(structural.leafwise),
     "name": _binding(structural.base_only),
-    "reduce_precision": _binding(structural.leafwise),
+    "reduce_precision": _binding(structural.base_only),
     "pvary": _binding(structural.leafwise),
-    "device_put": _binding(structural.leafwise),
+    "device_put": _device_put,
 }
 

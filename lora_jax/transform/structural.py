@@ -313,6 +313,8 @@ def _gains(v: Implicit, factor, *, divide: bool) -> Implicit:
     roles = {v.roles[d] for d in varies} if factor.ndim == v.ndim else {"i", "o"}
     if {"i", "o"} <= roles:
         raise Unsupported("elementwise product with an array")
+    if any(factor.shape[d] != v.shape[d] for d in varies):
+        raise Unsupported("product with an array that repeats the weight")
     part = "a" if "i" in roles else "b"
     array = getattr(v, part)
     own = lax.reshape(factor, [factor.shape[d] for d in varies]).astype(array.dtype)
@@ -336,6 +338,15 @@ def sharding_constraint(v: Implicit, bind, *, sharding, **_):
         a=constrain(v.a, part_sharding(sharding, v.roles, "a")),
         b=constrain(v.b, part_sharding(sharding, v.roles, "b")),
     )
+
+
+def device_put(v: Implicit, to) -> Implicit:
+    """Moves the weight and its factors: to a memory space or a device, or spread as the weight."""
+    parts = {}
+    for part in ("a", "b"):
+        there = part_sharding(to, v.roles, part) if isinstance(to, NamedSharding) else to
+        parts[part] = jax.device_put(getattr(v, part), there)
+    return dataclasses.replace(v, w=jax.device_put(dense(v.w), to), **parts)
 
 
 def leafwise(v: Implicit, bind) -> Implicit:

@@ -47,6 +47,7 @@ class Implicit:
       roles: one letter for each current dim of `w`: b, i, o, or u (a unit dim no factor owns).
       dropout: probability.
       path: where the leaf is in the parameter tree, for messages.
+      reverse_only: whether its products may have a backward of their own (no forward mode).
     """
 
     w: Any
@@ -58,6 +59,7 @@ class Implicit:
     roles: str = dataclasses.field(metadata={"static": True})
     dropout: float = dataclasses.field(metadata={"static": True}, default=0.0)
     path: Note = dataclasses.field(metadata={"static": True}, default=Note(""))
+    reverse_only: bool = dataclasses.field(metadata={"static": True}, default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -141,7 +143,7 @@ def expand_to(array, have: Sequence, want: Sequence):
 
 def materialize(v: Implicit):
     """The dense weight `gain · (w + scale · a·b)` in `w`'s dtype, computed in float32 or wider."""
-    from lora_jax.transform.labelled import contract
+    from lora_jax.transform.product import contract
 
     dims = [d for d in range(v.ndim) if v.roles[d] != "u"]
     wide = widened(v.a.dtype)

@@ -67,6 +67,18 @@ def _constrained(w, x):
     return x @ lax.with_sharding_constraint(w, spec)
 
 
+def _spread(w, x):
+    mesh = jax.make_mesh((4, 2), ("data", "model"),
+                         axis_types=(jax.sharding.AxisType.Auto,) * 2)  # fmt: skip
+    return x @ jax.device_put(w, NamedSharding(mesh, PartitionSpec(None, "model")))
+
+
+def _conv1d(x, kernel, **options):
+    return lax.conv_general_dilated(
+        x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), **options
+    )
+
+
 def _weight_norm(w, x):
     return x @ (w / jnp.linalg.norm(w, axis=0))
 
@@ -161,6 +173,26 @@ CASES = (
     Case("weight_masked", _one(_masked, 8, 8), {"w": "io"}, frozenset({("w", "select_n")})),
     Case("weights_added", _many(_sum_of_weights, w=(8, 6), v=(8, 6)), {"w": "io", "v": "io"},
          frozenset({("w", "add"), ("v", "add")})),
+    Case("device_put", _one(lambda w, x: x @ jax.device_put(w), 8, 6), {"w": "io"}),
+    Case("device_put_spread", _one(_spread, 8, 6), {"w": "io"}),
+    Case("kernel_of_a_matrix", _one(lambda w, x: _conv1d(x, w[None]), 8, 6), {"w": "io"}),
+    Case("depthwise_kernel_of_a_matrix",
+         _one(lambda w, x: _conv1d(x, w[:, None], feature_group_count=8), 3, 8), {"w": "io"}),
+    Case("broadcast_over_the_batch",
+         _one(lambda w, x: jnp.matmul(x, jnp.broadcast_to(w, (2, 8, 6))), 8, 6), {"w": "io"}),
+    Case("mixture_of_weights",
+         _one(lambda w, x: x @ jnp.einsum("e,eio->io", jax.nn.softmax(x[0, 0, :3]), w), 3, 8, 6),
+         {"w": "ioo"}),
+    Case("weight_padded", _one(lambda w, x: x @ jnp.pad(w, ((0, 0), (0, 2))), 8, 6), {"w": "io"},
+         frozenset({("w", "pad")})),
+    Case("weight_repeated", _one(lambda w, x: x @ jnp.tile(w, (1, 2)), 8, 6), {"w": "io"},
+         frozenset({("w", "tile")})),
+    Case("weight_written_to", _one(lambda w, x: x @ w.at[0].set(1.0), 8, 6), {"w": "io"},
+         frozenset({("w", "scatter")})),
+    Case("weight_symmetrised", _one(lambda w, x: x @ (w + w.T), 8, 8), {"w": "io"},
+         frozenset({("w", "add")})),
+    Case("experts_averaged", _one(lambda w, x: x @ w.sum(0) + jnp.tanh(x @ w[0]), 3, 8, 6),
+         {"w": "bio"}, frozenset({("w", "reduce_sum")}), config={"roles": {"w": "bio"}}),
     Case("weight_returned", _one(lambda w, x: (x @ w, w), 8, 6), {"w": "io"}),
     Case("weight_returned_transposed", _one(lambda w, x: (x @ w, w.T), 8, 6), {"w": "io"}),
 )  # fmt: skip
