@@ -76,7 +76,7 @@ def _bytes(tree) -> int:
 
 
 def variants(model, tokens) -> list[dict]:
-    """The three steps: full fine-tuning, LoRA through `lorafy`, LoRA by hand."""
+    """Steps of full fine-tuning, of LoRA through `lorafy`, as `train.fit` does it, and by hand."""
     tx = optax.adamw(1e-4)
 
     def loss(params, tokens):
@@ -91,6 +91,11 @@ def variants(model, tokens) -> list[dict]:
     def lora_loss(trainable, frozen, tokens):
         return adapted(lora.combine(trainable, frozen), tokens)
 
+    own = lora.lorafy(loss, strict=True, reverse_only=True)
+
+    def own_loss(trainable, frozen, tokens):
+        return own(lora.combine(trainable, frozen), tokens)
+
     def hand_loss(adapters, params, tokens):
         logits = handwritten.logits(adapters, params, tokens, config=model.config, scale=2.0)
         return cross_entropy(logits, tokens)
@@ -104,6 +109,7 @@ def variants(model, tokens) -> list[dict]:
     return [
         compiled("full", lambda p, _, t: loss(p, t), tx, model.params, {}, tokens),
         compiled("lora_jax", lora_loss, tx, trainable, frozen, tokens),
+        compiled("lora_jax, reverse_only", own_loss, tx, trainable, frozen, tokens),
         compiled("by hand", hand_loss, tx, by_hand, model.params, tokens),
     ]
 

@@ -28,7 +28,7 @@ def lora_loss(model) -> Callable:
     Args:
       model: see `outputs_of`.
     """
-    transformed = lora.lorafy(outputs_of(model))
+    transformed = lora.lorafy(outputs_of(model), reverse_only=True)
     loss = summed_loss(lambda p, t, at, key: transformed(p, t, at, lora_key=key))
     return lambda trainable, frozen, batch, key: loss(
         lora.combine(trainable, frozen), batch, key
