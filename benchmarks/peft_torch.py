@@ -154,7 +154,7 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(2)
     source = str(models.find_smollm2())
-    model = models.load(source)
+    model = models.load(source, remat="projections")  # as `lora-jax train` loads it
     data = sentences(options.data, model.tokenizer, 2000)
     other = torch_side(source)
     longest = max(len(e.tokens) for e in data)

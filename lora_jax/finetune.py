@@ -28,7 +28,8 @@ class FinetuneConfig:
       max_length: most tokens of an example; none takes the model's context.
       too_long: what to do with a longer example: "error", "truncate" or "skip".
       dtype: of the computation, "float32" or "bfloat16"; the adapters stay float32.
-      remat: compute activations again in the backward pass, which saves memory and costs time.
+      remat: keep only what goes from block to block for the backward pass and compute the rest
+        again, which saves memory and costs time; else the results of the projections are kept.
     """
 
     model: str
@@ -114,7 +115,8 @@ def load_model(source: str, *, dtype: str = "float32", remat: bool = False):
     from lora_jax import models
 
     path = models.find_smollm2() if source == "smollm2" else source
-    return models.load(path, dtype=dtype, remat=remat)
+    # Recomputing all but the projections takes less time than storing and reading it back.
+    return models.load(path, dtype=dtype, remat=remat or "projections")
 
 
 def hub_name(source: str) -> str:
