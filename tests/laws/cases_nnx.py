@@ -123,7 +123,7 @@ CASES = (
     Case("nnx_einsum", module(lambda r: nnx.Einsum("btd,dhk->bthk", (8, 2, 6), rngs=r)),
          {"kernel": "ioo"}),
     Case("nnx_embed_tied", module(lambda r: nnx.Embed(11, 8, rngs=r), _IDS, call=_tied),
-         {"embedding": "io"}, linear=()),
+         {"embedding": "io"}, linear=(), numerical=False),
     Case("nnx_attention", module(_attention), _MHA),
     Case("nnx_conv", module(lambda r: nnx.Conv(3, 6, (3, 3), rngs=r), features(2, 5, 5, 3)),
          {"kernel": "iiio"}),

@@ -1,7 +1,8 @@
-"""Law: gradients for A and B are those through the merged weights, and finite differences'.
+"""Laws: gradients for A and B are those through the merged weights, and finite differences'; what
+`lora.init` gives is the base model; a second call compiles nothing.
 
-Both gradients are taken in float64, where two right formulas agree to ten digits: a float32
-tolerance would hide a term that is small. The second derivative is compared where JAX has one.
+Gradients are taken in float64, where two right formulas agree to ten digits: a float32 tolerance
+would hide a term that is small. The second derivative is compared where JAX has one.
 """
 
 
@@ -65,8 +66,19 @@ def test_gradient(case: Case):
         # In lower precisions a gradient sums roundings over every position.
         tolerance = FLOAT64 if case.numerical else 4 * case.tolerance
         assert_near(got, want, tolerance, str(case))
+        start = lora.split(widen(at_init(made)))[0]
+        (value, _), _ = adapted(start, frozen, *args)
+        (base, _), _ = merged(jax.tree.map(jnp.zeros_like, start), frozen, *args)
+        assert_near(value, base, tolerance, f"{case} at init")
+        assert adapted._cache_size() == 1
         if case.numerical:
             check_numerically(adapted, trainable, frozen, args)
+
+
+def at_init(made):
+    """What `lora.init` gives."""
+    init = jax.jit(lambda p: lora.init(jax.random.key(2), made.plan, p), compiler_options=QUICK)
+    return init(made.params)
 
 
 def check_numerically(adapted, trainable, frozen, args):

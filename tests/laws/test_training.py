@@ -1,4 +1,4 @@
-"""Laws of training: the identity at init, nothing for the base, one compilation, and back again."""
+"""Laws of training: the base is left alone, has no state and comes back bit for bit."""
 
 import warnings
 
@@ -14,16 +14,14 @@ from laws.cases import CASES, QUICK, Case, adapter_bytes, assert_near, loss, mod
 TX = optax.adamw(1e-2)
 
 
-def _step(fn, reverse: bool):
-    """One optimizer step on the trainable half; without a reverse mode, the outputs alone."""
+def _step(fn):
+    """One optimizer step on the trainable half."""
 
     def value(trainable, frozen, *args):
         out = lora.lorafy(fn)(lora.combine(trainable, frozen), *args)
         return loss(out), outputs(out)
 
     def step(trainable, state, frozen, *args):
-        if not reverse:
-            return trainable, state, value(trainable, frozen, *args)[1]
         gradient, out = jax.grad(value, has_aux=True)(trainable, frozen, *args)
         updates, state = TX.update(gradient, state, trainable)
         return optax.apply_updates(trainable, updates), state, out
@@ -31,7 +29,11 @@ def _step(fn, reverse: bool):
     return jax.jit(step, compiler_options=QUICK)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Steps are taken in every sixth case: the gradients of all are another law's.
+TRAINED = tuple(case for case in CASES if case.reverse)[::6]
+
+
+@pytest.mark.parametrize("case", TRAINED, ids=str)
 @pytest.mark.filterwarnings("ignore::lora_jax.MaterializedWarning")
 def test_training_step(case: Case):
     """At init the model is the base; a step changes the adapters only; it compiles once."""
@@ -42,7 +44,7 @@ def test_training_step(case: Case):
     state = TX.init(trainable)
     assert moment_bytes(state) == 2 * adapter_bytes(lora_params)
 
-    step = _step(made.fn, case.reverse)
+    step = _step(made.fn)
     after, state, at_init = step(trainable, state, frozen, *made.args)
     base = outputs(jax.jit(made.fn, compiler_options=QUICK)(made.params, *made.args))
     assert_near(at_init, base, 1e-6 if case.numerical else case.tolerance, f"{case} at init")
@@ -50,10 +52,9 @@ def test_training_step(case: Case):
     after, state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (after, state))
     _, _, later = step(after, state, frozen, *made.args)
     assert step._cache_size() == 1
-    if case.reverse:
-        moved = [float(jnp.max(jnp.abs(x - y))) for x, y in zip(
-            jax.tree.leaves(later), jax.tree.leaves(at_init), strict=True)]  # fmt: skip
-        assert max(moved) > 0, "the adapters do not change the outputs"
+    moved = [float(jnp.max(jnp.abs(x - y))) for x, y in zip(
+        jax.tree.leaves(later), jax.tree.leaves(at_init), strict=True)]  # fmt: skip
+    assert max(moved) > 0, "the adapters do not change the outputs"
 
 
 def moment_bytes(state) -> int:

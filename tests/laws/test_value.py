@@ -1,8 +1,12 @@
-"""Law: a lorafied model's outputs are the base model's with merged weights, eager and jitted."""
+"""Law: a lorafied model's outputs are the base model's with merged weights.
+
+Eager, call by call, and under vmap inside jit; jit alone is in the law of gradients.
+"""
 
 import warnings
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import lora_jax as lora
@@ -12,13 +16,35 @@ from laws.cases import CASES, QUICK, Case, assert_near, materialized, model, out
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_value_is_that_of_merged_weights(case: Case):
     made = model(case.name)
-    merged = jax.jit(lambda p, *args: made.fn(lora.merge(p), *args), compiler_options=QUICK)
-    want = outputs(merged(made.lora_params, *made.args))
     adapted = lora.lorafy(made.fn)
+    merged = jax.jit(
+        lambda p, *args: outputs(made.fn(lora.merge(p), *args)), compiler_options=QUICK
+    )
+    want = merged(made.lora_params, *made.args)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", lora.MaterializedWarning)
         eager = outputs(adapted(made.lora_params, *made.args))
-        jitted = jax.jit(adapted, compiler_options=QUICK)(made.lora_params, *made.args)
     assert_near(eager, want, case.tolerance, f"{case} eager")
-    assert_near(outputs(jitted), want, case.tolerance, f"{case} jitted")
     assert materialized(caught) == case.fallbacks
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lora.MaterializedWarning)
+        if case.mapped:
+            check_mapped(case, adapted, merged, want)
+        else:
+            run = jax.jit(adapted, compiler_options=QUICK)
+            assert_near(outputs(run(made.lora_params, *made.args)), want, case.tolerance, "jitted")
+
+
+def check_mapped(case: Case, adapted, merged, first):
+    """Two examples at once, jitted, against each by itself."""
+    made = model(case.name)
+    other = [x[::-1] if x.ndim else x for x in made.args]
+    both = [jnp.stack(pair) for pair in zip(made.args, other, strict=True)]
+
+    def mapped(p, *args):
+        return jax.vmap(lambda *xs: outputs(adapted(p, *xs)))(*args)
+
+    got = jax.jit(mapped, compiler_options=QUICK)(made.lora_params, *both)
+    second = merged(made.lora_params, *other)
+    want = [jnp.stack(pair) for pair in zip(first, second, strict=True)]
+    assert_near(got, want, case.tolerance, f"{case} jitted and vmapped")

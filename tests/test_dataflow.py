@@ -1,0 +1,102 @@
+"""The walk over a base jaxpr: how each leaf is used, dimension by dimension."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from lora_jax import dataflow
+
+
+def uses(fn, *shapes, x=(2, 5, 8), ids=None):
+    """The uses of each leaf as (kind, contracted, stacked)."""
+    leaves = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    given = jax.ShapeDtypeStruct(x, jnp.float32) if ids is None else ids
+    found = dataflow.usage(fn, leaves, jax.tree.structure(leaves), (given,), {})
+    return [[(u.kind, set(u.contracted), set(u.stacked)) for u in each] for each in found.uses]
+
+
+IDS = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("fn", "shape", "want"),
+    [
+        (lambda p, x: x @ p[0], (8, 6), ("contract", {0}, set())),
+        (lambda p, x: x @ p[0].T, (6, 8), ("contract", {1}, set())),
+        (lambda p, x: jnp.einsum("btd,dhk->bthk", x, p[0]), (8, 2, 3), ("contract", {0}, set())),
+        (lambda p, x: x @ p[0].reshape(8, 6), (2, 4, 6), ("contract", {0, 1}, set())),
+        (lambda p, x: x @ p[0][1], (3, 8, 6), ("contract", {1}, {0})),
+        (lambda p, x: x @ p[0][:, jnp.argmax(x) % 3], (8, 3, 6), ("contract", {0}, {1})),
+        (lambda p, x: lax.scan(lambda c, w: (c @ w, None), x, p[0])[0], (3, 8, 8),
+         ("contract", {1}, {0})),
+        (lambda p, x: lax.scan(lambda c, w: (c @ w, None), x, jnp.moveaxis(p[0], 1, 0))[0],
+         (8, 3, 8), ("contract", {0}, {1})),
+        (lambda p, x: jax.vmap(lambda w, x: x @ w)(p[0], x), (2, 8, 6), ("contract", {1}, {0})),
+        (lambda p, x: x @ (p[0] * 3.0), (8, 6), ("contract", {0}, set())),
+        (lambda p, x: x @ p[0].reshape(8, 3, 2)[:, 1], (8, 6), ("contract", {0}, set())),
+        (lambda p, x: jax.checkpoint(lambda x: jnp.sin(x @ p[0]))(x), (8, 6),
+         ("contract", {0}, set())),
+        (lambda p, x: lax.cond(x[0, 0, 0] > 0, lambda: x @ p[0], lambda: x), (8, 8),
+         ("contract", {0}, set())),
+        (lambda p, x: x * p[0], (8,), ("other", set(), set())),
+        (lambda p, x: x + p[0][2], (3, 8), ("other", set(), set())),
+    ],
+)  # fmt: skip
+def test_the_first_use(fn, shape, want):
+    assert uses(fn, shape)[0][0] == want
+
+
+def test_a_lookup_and_its_rows_contracted():
+    """Rows looked up are a table's; contracted with features afterwards, they were a stack's."""
+    assert uses(lambda p, i: p[0][i], (11, 8), ids=IDS)[0] == [("lookup", {0}, set())]
+    tied = uses(lambda p, i: jnp.tanh(p[0][i]) @ p[0].T, (11, 8), ids=IDS)[0]
+    assert [u[0] for u in tied] == ["lookup", "contract"]
+    ids = jax.ShapeDtypeStruct((4,), jnp.int32)
+    chosen = uses(
+        lambda p, i: jnp.einsum("nd,ndf->nf", jnp.sin(i[:, None] * jnp.ones(8)), p[0][i]),
+        (3, 8, 6), ids=ids)[0]  # fmt: skip
+    assert [u[0] for u in chosen] == ["picked", "contract"]
+    assert chosen[1] == ("contract", {1}, {0})
+
+
+def test_a_constant_matrix_is_no_activation():
+    """Resizing a patch kernel transforms it; what decides is the convolution after it."""
+
+    def fn(p, x):
+        kernel = jax.image.resize(p[0], (4, 4, 8, 6), "bilinear")
+        return lax.conv_general_dilated(
+            x[:, :, None], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    found = uses(fn, (2, 2, 8, 6))[0]
+    assert [u[0] for u in found] == ["transform", "transform", "contract"]
+    assert found[-1] == ("contract", {0, 1, 2}, set())
+
+
+def test_unused_and_dead_leaves():
+    def fn(p, x):
+        dead = x @ p[1]
+        del dead
+        return x @ p[0]
+
+    first, second, third = uses(fn, (8, 6), (8, 6), (8, 6))
+    assert len(first) == 1 and len(second) == 1 and third == []
+
+
+def test_integers_and_scalars_are_no_weights():
+    assert not dataflow.is_weight(jax.ShapeDtypeStruct((), jnp.float32))
+    assert not dataflow.is_weight(jax.ShapeDtypeStruct((2,), jnp.int8))
+    assert not dataflow.is_weight(3.0)
+    assert dataflow.is_weight(jax.ShapeDtypeStruct((2,), jnp.bfloat16))
+
+
+def test_lines_are_the_models():
+    leaves = [jax.ShapeDtypeStruct((8, 6), jnp.float32)]
+
+    def fn(p, x):
+        return jax.jit(lambda w, x: x @ w)(p[0], x)
+
+    given = jax.ShapeDtypeStruct((2, 8), jnp.float32)
+    found = dataflow.usage(fn, leaves, jax.tree.structure(leaves), (given,), {})
+    assert found.uses[0][0].line.startswith("test_dataflow.py:")
