@@ -64,10 +64,11 @@ def archive(config: TrainConfig) -> Iterator[Archive | None]:
     directory = config.output_dir.absolute()
     with checkpoints.manager(directory / RUN_CHECKPOINTS, keep=config.keep) as opened:
         if not config.resume and _holds_a_run(directory, opened):
+            step = opened.latest_step()
+            newest = "no checkpoint yet" if step is None else f"newest checkpoint: step {step}"
             raise FileExistsError(
-                f"{directory} holds a run already (newest checkpoint: step"
-                f" {opened.latest_step()}); pass resume=True to go on with it, or choose another"
-                " output_dir"
+                f"{directory} holds a run already ({newest}); pass resume=True to go on with it,"
+                " or choose another output_dir"
             )
         yield Archive(directory, opened)
 

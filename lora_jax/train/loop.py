@@ -208,7 +208,9 @@ def _evaluation(model, data, config: TrainConfig, frozen, hooks: Hooks):
     """The evaluation of a state as a record's numbers, or None when there is nothing to do."""
     if not data and hooks.score is None:
         return None
-    prepared = evaluator(model, data, batch_size=config.batch_size) if data else None
+    # As many lengths as in training, but its own: evaluation data may be longer.
+    count = config.buckets if isinstance(config.buckets, int) else len(config.buckets)
+    prepared = evaluator(model, data, batch_size=config.batch_size, buckets=count) if data else None
 
     def evaluate(state: TrainState) -> dict[str, float]:
         numbers = {}
