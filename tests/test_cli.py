@@ -49,7 +49,9 @@ def test_help_of_each_command_shows_an_example_that_parses(capsys, command):
     assert examples
     for example in examples:
         words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', example)]
-        arguments, unknown = make_parser().parse_known_args([*words, *(["-"] * ("- <" in out))])
+        arguments, unknown = make_parser(command).parse_known_args(
+            [*words, *(["-"] * ("- <" in out))]
+        )
         assert arguments.command == command and not [w for w in unknown if w != "-"]
 
 
@@ -91,7 +93,7 @@ def test_a_wrong_command_line_is_one_line_and_status_2(capsys, argv, message):
         (["generate", "smollm2", "x", "--top-p", "2"], "top_p must be above 0 and at most 1"),
         (["generate", "no.gguf", "x"], "no.gguf: no such file"),
         (["merge", "no.gguf", "a", "b"], "no.gguf: no such file"),
-        (["export", "no.gguf", "a", "b"], "no.gguf: no such file"),
+        (["export", "no.gguf", "a", "b"], "a: no such adapter folder"),
         (["demo", "--steps", "0"], "train and test must be between 1 and"),
     ],
 )
@@ -99,7 +101,8 @@ def test_an_error_is_one_line_and_status_1(capsys, tmp_path, monkeypatch, argv, 
     monkeypatch.chdir(tmp_path)
     status, out, err = run(capsys, *argv)
     assert (status, out) == (1, "")
-    assert err.startswith(f"lora-jax {argv[0]}: {message}") and err.count("\n") == 1
+    assert err.startswith(f"lora-jax {argv[0]}: ") and err.count("\n") == 1
+    assert message in err
     assert not list(tmp_path.iterdir())
 
 

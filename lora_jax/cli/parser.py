@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -27,7 +28,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
       SystemExit: help was asked for (status 0), or the command line is wrong (status 2, one
         line on stderr).
     """
-    arguments, unknown = make_parser().parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = next((word for word in argv if not word.startswith("-")), None)
+    arguments, unknown = make_parser(command).parse_known_args(argv)
     if unknown:
         parser = arguments.parser
         flags = [f for a in parser._actions for f in a.option_strings if f.startswith("--")]
@@ -36,8 +39,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of every command."""
+def make_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser of a command line that names this command.
+
+    The arguments of the other commands are left out: finding them out would import what only
+    those commands need.
+    """
     parser = _one_line_errors(
         argparse.ArgumentParser(
             prog="lora-jax",
@@ -48,13 +55,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lora-jax {commands.version()}")
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True)
-    for add in (_demo, _train, _generate, _merge, _export, _inspect):
-        add(functools.partial(_command, subparsers))
+    for name, (summary, add) in COMMANDS.items():
+        if name == command:
+            add(functools.partial(_command, subparsers, name, summary))
+        else:
+            subparsers.add_parser(name, help=summary)
     return parser
 
 
 def _command(
-    subparsers, name: str, run: Callable, summary: str, about: str, *, usage: str | None = None
+    subparsers, name: str, summary: str, run: Callable, about: str, *, usage: str | None = None
 ) -> argparse.ArgumentParser:
     parser = _one_line_errors(
         subparsers.add_parser(
@@ -83,9 +93,7 @@ def _one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
 
 def _demo(command: Callable) -> None:
     parser = command(
-        "demo",
         commands.demo,
-        "teach a small model a task on this machine, and prove that it learned it",
         """\
 Fine-tunes SmolLM2-135M with LoRA to turn sentences into strict JSON, which it cannot do
 before, scores it on sentences it never saw, and exports the adapter for PEFT. Takes a few
@@ -100,9 +108,7 @@ example:
 
 def _train(command: Callable) -> None:
     parser = command(
-        "train",
         commands.train,
-        "fine-tune a model on JSON lines",
         """\
 Fine-tunes a model with LoRA and writes a PEFT adapter. The settings come from a TOML file,
 from flags, or from both: a flag that is given wins. Each line of the data is one JSON object:
@@ -132,9 +138,7 @@ the same from a file, `lora-jax train first.toml`:
 
 def _generate(command: Callable) -> None:
     parser = command(
-        "generate",
         commands.generate,
-        "let a model, with or without an adapter, answer prompts",
         """\
 Prints the model's answer to each prompt. A prompt is put as a chat message where the model has
 a chat template, unless --raw is given; `-` reads prompts from standard input, one a line.
@@ -156,9 +160,7 @@ examples:
 
 def _merge(command: Callable) -> None:
     parser = command(
-        "merge",
         commands.merge,
-        "add an adapter into its model and write the model",
         """\
 Computes W + s·A·B for every adapted weight and writes the whole model as a Hugging Face
 directory that transformers loads without PEFT.
@@ -174,9 +176,7 @@ example:
 
 def _export(command: Callable) -> None:
     parser = command(
-        "export",
         commands.export,
-        "turn a training checkpoint into a PEFT adapter",
         """\
 Reads the adapter from an Orbax checkpoint, as `train` saves them while it runs, and writes it
 as a directory that the Python package peft loads.
@@ -204,9 +204,7 @@ def _add_dtype(parser: argparse.ArgumentParser, default: str, what: str) -> None
 
 def _inspect(command: Callable) -> None:
     parser = command(
-        "inspect",
         commands.inspect,
-        "say what a model, an adapter or a checkpoint holds",
         """\
 Prints what a path holds: a PEFT adapter, a model (directory or .gguf), a .safetensors file or
 a folder of checkpoints; its configuration, its tensors and how many parameters they are.
@@ -217,3 +215,32 @@ examples:
     )
     parser.add_argument("path", help=f"a PEFT directory, a checkpoint folder, or {MODEL}")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
+
+
+# name -> one line about it, and the function that adds its arguments
+COMMANDS = {
+    "demo": (
+        "teach a small model a task on this machine, and prove that it learned it",
+        _demo,
+    ),
+    "train": (
+        "fine-tune a model on JSON lines",
+        _train,
+    ),
+    "generate": (
+        "let a model, with or without an adapter, answer prompts",
+        _generate,
+    ),
+    "merge": (
+        "add an adapter into its model and write the model",
+        _merge,
+    ),
+    "export": (
+        "turn a training checkpoint into a PEFT adapter",
+        _export,
+    ),
+    "inspect": (
+        "say what a model, an adapter or a checkpoint holds",
+        _inspect,
+    ),
+}

@@ -9,7 +9,6 @@ from typing import NamedTuple
 from lora_jax.answer import AnswerConfig, answer
 from lora_jax.config import LoraConfig
 from lora_jax.demo import files, task
-from lora_jax.train.config import TrainConfig
 
 # The right answers have at most 27 tokens.
 _ANSWERS = AnswerConfig(max_new_tokens=32, batch_size=24)
@@ -128,8 +127,10 @@ def train_on(model, params, data: Path, lora_config: LoraConfig, config: DemoCon
     )
 
 
-def training(config: DemoConfig) -> TrainConfig:
-    """The training run of a demo."""
+def training(config: DemoConfig):
+    """The `TrainConfig` of a demo."""
+    from lora_jax.train import TrainConfig
+
     return TrainConfig(
         output_dir=config.output_dir,
         steps=config.steps,
