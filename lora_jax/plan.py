@@ -248,7 +248,7 @@ def _decide(config: LoraConfig, leaf: LeafPlan, heads: frozenset) -> LeafPlan:
         return dataclasses.replace(leaf, kind="saved", reason="in modules_to_save")
     hits = [_targets(config, leaf, names) for names in each]
     if not any(hits):
-        return dataclasses.replace(leaf, reason=leaf.reason if not leaf.roles else "not targeted")
+        return dataclasses.replace(leaf, reason=_untargeted(config, leaf, each))
     obstacle = _obstacle(config, leaf, heads)
     if obstacle:
         return dataclasses.replace(leaf, reason=obstacle)
@@ -267,6 +267,23 @@ def _decide(config: LoraConfig, leaf: LeafPlan, heads: frozenset) -> LeafPlan:
         # Nobody named this leaf: a router of four experts must not stop a rank of eight.
         return dataclasses.replace(leaf, reason=f'"all-linear" leaves it out: {_too_high(planned)}')
     return planned
+
+
+def _untargeted(config: LoraConfig, leaf: LeafPlan, each: list) -> str:
+    """Why no name of a leaf is a target."""
+    if not leaf.roles:
+        return leaf.reason
+    numberless = len(each) > 1 and each[0] == each[-1] and config.layers_to_transform is not None
+    if numberless and any(matching.is_target(_all_layers(config), name) for name in each[0]):
+        return (
+            f"its {len(each)} layers are stacked under a name that does not say so (known are "
+            f"{', '.join(paths.STACK_NAMES)}), so `layers_to_transform` cannot choose among them"
+        )
+    return "not targeted"
+
+
+def _all_layers(config: LoraConfig) -> LoraConfig:
+    return dataclasses.replace(config, layers_to_transform=None, layers_pattern=None)
 
 
 def _obstacle(config: LoraConfig, leaf: LeafPlan, heads: frozenset) -> str:

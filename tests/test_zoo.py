@@ -238,3 +238,17 @@ def test_kernel_modulated_for_each_example():
         lora.plan(_config(target_modules=("w",)), _modulated, params, x)
     plan = check(_modulated, params, x, fallbacks=1, target_modules=("w",), roles={"w": "iiio"})
     assert "repeats the weight" in plan.by_path()["w"].fallbacks[0].fallback
+
+
+def test_layers_stacked_under_an_unknown_name():
+    """nn.scan's default name: which of the stack's indices are layers cannot be told."""
+
+    def fn(p, x):
+        stack = p["ScanBlock_0"]["dense"]["kernel"]
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, stack)[0]
+
+    params = {"ScanBlock_0": {"dense": {"kernel": normal(1, 3, 8, 8)}}}
+    config = {"target_modules": ("dense",)}
+    assert planned(fn, params, features(2, 8), **config) == {"ScanBlock_0.dense.kernel": "bio"}
+    with pytest.raises(ValueError, match="stacked under a name that does not say so"):
+        lora.plan(_config(**config, layers_to_transform=[1]), fn, params, features(2, 8))
