@@ -229,8 +229,11 @@ def _both(path: str) -> tuple[str, str]:
 
 
 def _heads(drafts: Sequence[LeafPlan], inner: set) -> frozenset:
-    """Paths of output heads: by name, or features to a table's rows with no weight after it."""
-    tables = {(d.shape[0], d.shape[1]) for d in drafts if d.lookup and len(d.shape) == 2}
+    """Paths of output heads: by name, or features to a table's rows with no weight after it.
+
+    Only tables looked up by an argument count: a vocabulary, not positions.
+    """
+    tables = {d.shape for d in drafts if any(u.kind == "lookup" for u in d.uses)}
 
     def is_head(leaf: LeafPlan) -> bool:
         if not leaf.roles:

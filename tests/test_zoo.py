@@ -252,3 +252,9 @@ def test_layers_stacked_under_an_unknown_name():
     assert planned(fn, params, features(2, 8), **config) == {"ScanBlock_0.dense.kernel": "bio"}
     with pytest.raises(ValueError, match="stacked under a name that does not say so"):
         lora.plan(_config(**config, layers_to_transform=[1]), fn, params, features(2, 8))
+
+
+def test_projection_as_wide_as_there_are_positions():
+    """CLIP: an unnamed last projection is no head because it has a table of positions' shape."""
+    params = {"wpe": {"embedding": normal(1, 7, 8)}, "w": normal(2, 8, 7)}
+    assert planned(_learned_positions, params, features(2, 5, 8)) == {"w": "io"}
