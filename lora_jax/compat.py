@@ -111,6 +111,13 @@ def is_array(x) -> bool:
     return isinstance(x, jax.Array | jax.core.Tracer | np.ndarray)
 
 
+def varying_axes(x) -> frozenset:
+    """The mesh axes along which `x` differs inside a `shard_map`; none outside."""
+    aval = jax.typeof(x)
+    return frozenset(getattr(getattr(aval, "manual_axis_type", aval), "varying", ()) or
+                     getattr(aval, "vma", ()))  # fmt: skip
+
+
 def is_traceable(x) -> bool:
     """Whether a function's output is an array (or key) rather than a Python object."""
     return isinstance(x, jax.Array | jax.core.Tracer) or (

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax import compat
 from lora_jax.array import widened
 from lora_jax.transform import explicit
 from lora_jax.transform.product import contract as contract
@@ -64,7 +65,9 @@ def low_rank(
         v.scale.astype(wide), _label(labels(v.roles, "scale")), middle_labels
     )
     middle, second = middle.astype(compute), second.astype(compute)
-    if v.reverse_only and specs is None and explicit.spec_of(middle) is None:
+    # Inside shard_map JAX's own backward sums over the axes along which only one operand varies.
+    spread = compat.varying_axes(middle) | compat.varying_axes(second)
+    if v.reverse_only and not spread and specs is None and explicit.spec_of(middle) is None:
         form = (tuple(middle_labels), tuple(second_labels), tuple(out_labels), precision, dtype)
         result = thin_product(form, middle, second)
         have = result_labels(*form[:3])

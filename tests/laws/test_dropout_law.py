@@ -160,6 +160,29 @@ def test_without_a_key_nothing_is_dropped(name: str):
     np.testing.assert_array_equal(np.asarray(out), np.full((uses, 6, D), 2.0 * D))
 
 
+@pytest.mark.parametrize("name", ["two uses", "scanned layers", "a jitted function in a scan"])
+def test_gradients_see_the_masks_of_the_forward(name: str):
+    """With `W = 0` the output is linear in A and in B: `<grad A, A> = <grad B, B> = value`."""
+    fn, stack, _ = FRESH[name]
+    trainable, frozen = lora.split({"w": masks_of(stack)})
+
+    def value(reverse_only):
+        adapted = lora.lorafy(fn, reverse_only=reverse_only)
+        return jax.value_and_grad(
+            lambda t: jnp.sum(adapted(lora.combine(t, frozen), ONES, lora_key=KEY)) / 1000
+        )
+
+    def both(t):
+        return value(False)(t), value(True)(t)
+
+    (total, plain), (same, reverse) = jax.jit(both, compiler_options=QUICK)(trainable)
+    assert_near((same, reverse), (total, plain), 1e-5, name)
+    # Sums of some ten thousand float32 numbers.
+    for factor in ("a", "b"):
+        inner = jnp.vdot(getattr(plain["w"], factor), getattr(trainable["w"], factor))
+        assert float(jnp.abs(inner - total)) <= 1e-4 * float(total)
+
+
 def test_kept_inputs_are_scaled_up():
     """Each output is the count of kept inputs over 1 - p; the mean over many is the whole sum."""
     params = {"w": masks_of(rate=0.25)}

@@ -34,17 +34,18 @@ def wide(tree):
     )
 
 
-def derivatives(fn, second: bool):
-    """Jitted: value and gradient for the trainable half, and the gradient of its half square."""
+def derivatives(*fns, second: bool):
+    """Jitted: value and gradient for the trainable half of each function; for the first one the
+    gradient of the gradient's half square as well."""
 
-    def value(trainable, frozen, *args):
-        return loss(fn(lora.combine(trainable, frozen), *args))
+    def value(fn):
+        return lambda trainable, frozen, *args: loss(fn(lora.combine(trainable, frozen), *args))
 
-    def half_square(trainable, *rest):
-        return sum(jnp.sum(g * g) / 2 for g in jax.tree.leaves(jax.grad(value)(trainable, *rest)))
+    def half_square(*given):
+        return sum(jnp.sum(g * g) / 2 for g in jax.tree.leaves(jax.grad(value(fns[0]))(*given)))
 
     def run(*given):
-        first = jax.value_and_grad(value)(*given)
+        first = [jax.value_and_grad(value(fn))(*given) for fn in fns]
         return first, jax.grad(half_square)(*given) if second else ()
 
     return jax.jit(run, compiler_options=QUICK)
@@ -59,16 +60,19 @@ def test_gradient(case: Case):
         widen = wide if case.numerical else lambda tree: tree
         trainable, frozen = lora.split(widen(made.lora_params))
         args = widen(made.args)
-        adapted = derivatives(lora.lorafy(made.fn), second)
-        got = adapted(trainable, frozen, *args)
-        merged = derivatives(lambda p, *a: made.fn(lora.merge(p), *a), second)
-        want = merged(trainable, frozen, *args)
+        fns = (lora.lorafy(made.fn), lora.lorafy(made.fn, reverse_only=True))
+        adapted = derivatives(*fns, second=second)
+        (got, got_reverse), got_second = adapted(trainable, frozen, *args)
+        merged = derivatives(lambda p, *a: made.fn(lora.merge(p), *a), second=second)
+        (want,), want_second = merged(trainable, frozen, *args)
         # In lower precisions a gradient sums roundings over every position.
         tolerance = FLOAT64 if case.numerical else 4 * case.tolerance
         assert_near(got, want, tolerance, str(case))
+        assert_near(got_reverse, want, tolerance, f"{case} reverse only")
+        assert_near(got_second, want_second, 10 * tolerance, f"{case} second derivative")
         start = lora.split(widen(at_init(made)))[0]
-        (value, _), _ = adapted(start, frozen, *args)
-        (base, _), _ = merged(jax.tree.map(jnp.zeros_like, start), frozen, *args)
+        value = adapted(start, frozen, *args)[0][0][0]
+        base = merged(jax.tree.map(jnp.zeros_like, start), frozen, *args)[0][0][0]
         assert_near(value, base, tolerance, f"{case} at init")
         assert adapted._cache_size() == 1
         if case.numerical:
@@ -85,10 +89,10 @@ def check_numerically(adapted, trainable, frozen, args):
     """The gradient along a random direction against central differences of the value."""
 
     def value(t):
-        return adapted(t, frozen, *args)[0][0]
+        return adapted(t, frozen, *args)[0][0][0]
 
     def vjp(t):
-        out, gradient = adapted(t, frozen, *args)[0]
+        out, gradient = adapted(t, frozen, *args)[0][0]
         return out, lambda g: (jax.tree.map(lambda x: g * x, gradient),)
 
     # Central differences in float64: six digits, less one for models of strong curvature.
