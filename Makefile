@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 IN = $(VENV)/bin/
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-quick test-core test-all lint clean
+.PHONY: help demo test test-core test-all lint clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,17 +21,15 @@ help:  ## what there is to make
 demo: $(VENV)/.stamp-model  ## fine-tune SmolLM2 on this machine: environment, model, training, proof
 	$(IN)lora-jax demo $(DEMO_ARGS)
 
-test: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## the whole suite, with torch and peft as oracles
-	$(IN)python -m pytest $(PYTEST_ARGS)
-
-test-quick: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## the suite without its slow tests
+test: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## the suite, with torch and peft as oracles
 	$(IN)python -m pytest $(PYTEST_ARGS) -m "not slow"
 
 # `make test-core PYTHON=python3.12`: newest JAX, no torch, an environment of its own.
 test-core: $(VENV_CORE)/.stamp-core  ## the tests without torch, in a second environment
 	$(VENV_CORE)/bin/python -m pytest $(PYTEST_ARGS) -m "not torch and not slow"
 
-test-all: test test-core  ## both
+test-all: $(VENV)/.stamp-test $(VENV)/.stamp-model test-core  ## all of it, with the slow tests
+	$(IN)python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-test  ## ruff and pyright
 	$(IN)ruff check .
