@@ -171,10 +171,11 @@ def ragged_dot(lhs, rhs, group_sizes, bind, use: int, *, ragged_dot_dimension_nu
                group_offset=None, **_):  # fmt: skip
     """Grouped matmul `(m, k) x (g, k, n)`: one `A` and one `B` a group."""
     v, numbers = rhs, ragged_dot_dimension_numbers
+    if isinstance(lhs, Implicit):
+        raise Unsupported("an adapted weight is the rows of ragged_dot")
     (contracting, batching) = numbers.dot_dimension_numbers
     plain = (
-        not isinstance(lhs, Implicit)
-        and tuple(map(tuple, contracting)) == ((1,), (1,))
+        tuple(map(tuple, contracting)) == ((1,), (1,))
         and tuple(map(tuple, batching)) == ((), ())
         and tuple(numbers.lhs_ragged_dimensions) == (0,)
         and tuple(numbers.rhs_group_dimensions) == (0,)

@@ -245,7 +245,8 @@ def _consuming(rule: Callable) -> Callable:
 
 
 def _gather(context, eqn, values):
-    return contraction.gather(*values, _binder(eqn), **eqn.params)
+    v, indices = values
+    return contraction.gather(v, indices, _binder(eqn), **eqn.params)
 
 
 def _scalar_product(context, eqn, values):

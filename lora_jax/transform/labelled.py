@@ -1,6 +1,7 @@
 """The one low-rank contraction, and the dropout of its input."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,7 @@ def low_rank(
     middle, second = middle.astype(compute), second.astype(compute)
     # Inside shard_map JAX's own backward sums over the axes along which only one operand varies.
     spread = compat.varying_axes(middle) | compat.varying_axes(second)
+    result: Any
     if v.reverse_only and not spread and specs is None and explicit.spec_of(middle) is None:
         form = (tuple(middle_labels), tuple(second_labels), tuple(out_labels), precision, dtype)
         result = thin_product(form, middle, second)

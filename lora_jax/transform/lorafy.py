@@ -153,7 +153,7 @@ def _enter(context: Context, x: LoraArray, path: str, lora_key) -> Implicit:
         if not jnp.issubdtype(lora_key.dtype, jax.dtypes.prng_key):
             lora_key = jax.random.wrap_key_data(lora_key)  # an old-style uint32 key
         key = jax.random.fold_in(lora_key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
-        stack = [x.shape[d] for d in stack_dims(x.roles)]
+        stack = tuple(x.shape[d] for d in stack_dims(x.roles))
         key = jax.random.split(key, stack) if stack else key
     scale = lax.stop_gradient(x.scale)
     return Implicit(
