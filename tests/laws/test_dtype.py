@@ -28,7 +28,11 @@ def equations(jaxpr):
                     yield from equations(inner)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# JAX has no FFT of bfloat16, so this base model itself does not run.
+HALF_CASES = [case for case in CASES if case.name != "block_fourier_kernel"]
+
+
+@pytest.mark.parametrize("case", HALF_CASES, ids=str)
 @pytest.mark.filterwarnings("ignore::lora_jax.MaterializedWarning")
 def test_outputs_keep_the_base_models_dtypes(case: Case):
     """In bfloat16 throughout, each output has the dtype and shape that the base model gives it."""
