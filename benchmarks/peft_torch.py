@@ -164,7 +164,7 @@ def main():
         model, data, rows=options.rows, buckets=(one_rung,), steps=options.rounds + 1
     )
     runs["padded alike"] = alike(step, other, items, data, options.rounds)
-    step, items = jax_side(model, data, rows=options.rows, buckets=6, steps=options.rounds * 6)
+    step, items = jax_side(model, data, rows=options.rows, buckets=8, steps=options.rounds * 6)
     runs["as run"] = as_run(
         step, other, items, data, options.rows, model.tokenizer.pad_id, options.rounds
     )
