@@ -11,7 +11,7 @@ import jax
 
 from lora_jax import dataflow, matching, paths
 from lora_jax import roles as roles_of
-from lora_jax.array import factor_shapes, is_lora, out_dims, sizes
+from lora_jax.array import is_lora, out_dims, sizes
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.dataflow import Usage, Use
 from lora_jax.foresee import foreseen
@@ -387,8 +387,3 @@ def _nothing(config: LoraConfig, leaves: tuple[LeafPlan, ...]) -> str:
         f"target_modules={config.target_modules!r} matches nothing in a tree of {len(leaves)} "
         f"leaves; nearest: {known} ({some})"
     )
-
-
-def allocated_shapes(leaf: LeafPlan) -> tuple[tuple, tuple]:
-    """The shapes of `a` and `b` of an adapted leaf."""
-    return factor_shapes(leaf.shape, leaf.roles, leaf.rank)

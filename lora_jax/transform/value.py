@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.array import stack_dims, widened
+from lora_jax.array import in_dims, out_dims, stack_dims, widened
 
 # A label names one axis of a factor: a dimension number of the weight, or RANK.
 RANK = "r"
@@ -85,8 +85,7 @@ def is_implicit(x) -> bool:
 def labels(roles: str, part: str) -> list:
     """The axes of one part of an implicit array, as labels in order."""
     stack = stack_dims(roles)
-    ins = [d for d, role in enumerate(roles) if role == "i"]
-    outs = [d for d, role in enumerate(roles) if role == "o"]
+    ins, outs = in_dims(roles), out_dims(roles)
     return {
         "w": list(range(len(roles))),
         "a": [*stack, *ins, RANK],
