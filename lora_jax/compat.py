@@ -123,3 +123,12 @@ def is_traceable(x) -> bool:
     return isinstance(x, jax.Array | jax.core.Tracer) or (
         hasattr(x, "dtype") and hasattr(x, "shape")
     )
+
+
+def compiler_options() -> dict[str, int]:
+    """Options to compile a training step with on the default device.
+
+    XLA:CPU holds LLVM to vectors of 256 bits; with the 512 that AVX-512 has, a step of SmolLM2
+    takes about 3 % less. Processors without it split them.
+    """
+    return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else {}

@@ -94,7 +94,8 @@ def test_batches_ask_for_exactly_what_is_learned(accumulation, learned):
     for batch in batches:
         a, b, t = batch.tokens.shape
         assert (a, b) == (accumulation, 2) and t in (8, 16, 32)
-        assert batch.positions.shape[1] == layout.places[t] <= b * t
+        assert batch.positions.shape[1] in layout.places[t]
+        assert layout.places[t][-1] <= b * t
         assert (np.diff(batch.positions, axis=1) > 0).all()  # distinct and in order
         assert batch.positions.max() < b * t
         assert [x.dtype.name for x in batch] == ["int32", "int32", "int32", "float32"]
@@ -109,17 +110,31 @@ def test_places_are_what_the_planned_epochs_need():
         for batch in [item.batch for item in items] + once(layout):
             rung = batch.tokens.shape[2]
             needed[rung] = max(needed[rung], int(batch.weights.sum(1).max()))
-        assert {r: -(-n // 16) * 16 for r, n in needed.items()} == layout.places
+        assert {r: (-(-n // 16) * 16,) for r, n in needed.items()} == layout.places
     with pytest.raises(ValueError, match="`steps` is 22, but .* for 3 epochs of 7; lay it out"):
         iterate(layout, 22)
 
 
 def test_few_places_where_little_is_learned_and_all_where_it_does_not_pay():
     short = loader([example(60, i, learned=3) for i in range(9)], batch_size=4)
-    assert short.places == {64: 16}
+    assert short.places == {64: (16,)}
     full = loader([example(64, i) for i in range(9)], batch_size=4)
-    assert full.places == {64: 256}
+    assert full.places == {64: (256,)}
     assert np.array_equal(once(full)[0].positions[0], np.arange(256))
+
+
+def test_a_second_number_of_places_where_most_batches_need_much_less():
+    rare = [example(60, i, learned=50 if i % 100 == 0 else 3) for i in range(400)]
+    layout = loader(rare, batch_size=4)
+    # 4 * 3 learned tokens in most batches, and 50 + 3 * 3 or a little more in the few others.
+    assert layout.places[64][0] == 16 and layout.places[64][1] >= 64
+    batches = [item.batch for item in iterate(layout, batches_per_epoch(layout))]
+    counts = np.array([int(b.weights.sum()) for b in batches])
+    places = np.array([b.positions.shape[1] for b in batches])
+    assert counts.sum() == 4 * 50 + 396 * 3
+    assert np.array_equal(places, np.where(counts <= 16, 16, layout.places[64][1]))
+    few = loader(rare[:100], batch_size=4)  # too few batches to be worth a second program
+    assert len(few.places[64]) == 1
 
 
 def test_missing_rows_repeat_one_and_learn_nothing():

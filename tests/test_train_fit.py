@@ -323,6 +323,6 @@ def test_bfloat16_base_trains_float32_adapters():
 
 def test_programs_compile_what_is_asked_for():
     programs = Programs(lambda x, batch: x + batch.tokens.sum())
-    batch = train.Batch(np.ones((2, 2)), None, None, None)
+    batch = train.Batch(np.ones((2, 2)), np.ones((2, 3)), None, None)
     assert not programs.has(batch)
     assert programs(np.float32(1), batch) == 5 and programs.has(batch)

@@ -1,8 +1,10 @@
 """Batches: what one optimizer step eats, shuffled, prefetched and resumable through grain.
 
 A batch gives for each of its A microbatches the tokens of B rows padded to one rung T, and a list
-of P *positions* of the flattened (B, T) grid at which the model's output is wanted. P is one
-static number a rung, the most that any batch of the planned epochs needs, so a rung compiles once.
+of P *positions* of the flattened (B, T) grid at which the model's output is wanted. P is a static
+number of the rung, the most that any batch of the planned epochs needs; where most batches need
+much less and there are many of them, a rung has a second, smaller P. So a rung compiles once or
+twice.
 Positions that are only there to fill P have `weights` 0, and all P are distinct (their gradient
 is then a scatter without collisions: deterministic on every device).
 """
@@ -20,6 +22,10 @@ from lora_jax.train.examples import Example
 # Above this share of the grid, picking positions out costs more than the outputs it saves.
 _DENSE = 0.9
 _ROUND = 16
+# A second number of places costs a compilation: it must spare this share of a rung's places, over
+# this many batches.
+_SPARED = 0.15
+_BATCHES = 64
 
 
 class Batch(NamedTuple):
@@ -59,7 +65,7 @@ class Loader(NamedTuple):
     Attributes:
       examples: the dataset.
       ladder: lengths that batches are padded to.
-      places: P of each rung.
+      places: the one or two P of each rung, in increasing order.
       epochs: the passes that `places` is enough for.
       batch_size: B, rows of a microbatch.
       accumulation: A, microbatches of a step.
@@ -69,7 +75,7 @@ class Loader(NamedTuple):
 
     examples: Sequence[Example]
     ladder: tuple[int, ...]
-    places: Mapping[int, int]
+    places: Mapping[int, tuple[int, ...]]
     epochs: int
     batch_size: int
     accumulation: int
@@ -114,19 +120,32 @@ def loader(
     return Loader(data, ladder, places, epochs, batch_size, accumulation, pad_id, seed)
 
 
-def _places(data: Sequence[Example], size: int, plans: Sequence[list[Slot]]) -> dict[int, int]:
-    """P of each rung: the most learned tokens that a microbatch of these plans has, rounded up."""
-    learned = np.array([int(e.learned.sum()) for e in data])
-    most: dict[int, int] = {}
+def _places(
+    data: Sequence[Example], size: int, plans: Sequence[list[Slot]]
+) -> dict[int, tuple[int, ...]]:
+    """The one or two P of each rung that the batches of these plans need."""
+    needs: dict[int, list[int]] = {}
     for slot in (slot for plan in plans for slot in plan):
-        sums = np.add.reduceat(learned[slot.rows], np.arange(0, len(slot.rows), size))
-        most[slot.rung] = max(most.get(slot.rung, 0), int(sums.max()))
-    return {rung: _places_of(count, size * rung) for rung, count in most.items()}
+        needs.setdefault(slot.rung, []).append(_needed(data, slot, size))
+    return {rung: _places_of(counts, size * rung) for rung, counts in needs.items()}
 
 
-def _places_of(count: int, grid: int) -> int:
-    rounded = -(-count // _ROUND) * _ROUND
-    return grid if rounded > _DENSE * grid else rounded
+def _needed(data: Sequence[Example], slot: Slot, size: int) -> int:
+    """The most learned tokens that a microbatch of a slot has."""
+    learned = [int(data[i].learned.sum()) for i in slot.rows]
+    return max(sum(learned[i : i + size]) for i in range(0, len(learned), size))
+
+
+def _places_of(counts: Sequence[int], grid: int) -> tuple[int, ...]:
+    rounded = np.sort(-(-np.asarray(counts) // _ROUND) * _ROUND)
+    top = int(rounded[-1])
+    top = grid if top > _DENSE * grid else top
+    # With the k smallest needs served by the k-th of them, k (top - need_k) places are spared.
+    spared = np.arange(1, len(rounded) + 1) * (top - rounded)
+    best = int(spared.argmax())
+    if spared[best] < _SPARED * top * len(rounded) or best + 1 < _BATCHES:
+        return (top,)
+    return (int(rounded[best]), top)
 
 
 def batches_per_epoch(loader: Loader) -> int:
@@ -199,7 +218,9 @@ def make_batch(loader: Loader, slot: Slot) -> Batch:
     # row of only padding would put a softmax over nothing into the model.
     spare = rows[0]._replace(learned=np.zeros_like(rows[0].learned))
     rows += [spare] * (_rows(loader) - len(rows))
-    size, places = loader.batch_size, loader.places[slot.rung]
+    size = loader.batch_size
+    needed = _needed(loader.examples, slot, size)
+    places = next(p for p in loader.places[slot.rung] if p >= needed)
     parts = [
         _microbatch(rows[i : i + size], slot.rung, places, loader.pad_id)
         for i in range(0, len(rows), size)

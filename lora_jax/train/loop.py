@@ -55,7 +55,7 @@ class Result(NamedTuple):
       history: all records of the run, those before a resume included; see `metrics`.
       step: optimizer steps taken.
       memory: where memory went; None if no step was run here.
-      compiled: shapes (A, B, T) of the batches that the step was compiled for.
+      compiled: (A, B, T, P) of the batches that the step was compiled for.
     """
 
     lora_params: Any

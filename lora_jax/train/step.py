@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from lora_jax import compat
+
 
 class TrainState(NamedTuple):
     """All that a step changes: everything a checkpoint needs, and nothing of the base.
@@ -55,7 +57,7 @@ class Programs:
     and asked for its memory.
 
     Attributes:
-      compiled: the compiled programs by the shape of `batch.tokens`.
+      compiled: the compiled programs by the batch's (A, B, T, P).
     """
 
     def __init__(self, fn: Callable, *, donate: tuple[int, ...] = ()):
@@ -64,17 +66,22 @@ class Programs:
 
     def has(self, batch) -> bool:
         """Whether the program for this batch's shape is there already."""
-        return batch.tokens.shape in self.compiled
+        return _shape(batch) in self.compiled
 
     def compile(self, *args):
         """The program for the last argument's shape, compiled if need be; it is not called."""
-        shape = args[-1].tokens.shape
+        shape = _shape(args[-1])
         if shape not in self.compiled:
-            self.compiled[shape] = self._jitted.lower(*args).compile()
+            lowered = self._jitted.lower(*args)
+            self.compiled[shape] = lowered.compile(compiler_options=compat.compiler_options())
         return self.compiled[shape]
 
     def __call__(self, *args):
         return self.compile(*args)(*args)
+
+
+def _shape(batch) -> tuple[int, ...]:
+    return (*batch.tokens.shape, batch.positions.shape[-1])
 
 
 def make_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
