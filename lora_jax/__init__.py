@@ -17,6 +17,9 @@ from lora_jax.merge import unmerge as unmerge
 from lora_jax.plan import LeafPlan as LeafPlan
 from lora_jax.plan import Plan as Plan
 from lora_jax.plan import plan as plan
+from lora_jax.quant.array import QuantArray as QuantArray
+from lora_jax.quant.params import dequantize as dequantize
+from lora_jax.quant.params import quantize as quantize
 from lora_jax.sharding import partition_specs as partition_specs
 from lora_jax.transform import MaterializedWarning as MaterializedWarning
 from lora_jax.transform import lorafy as lorafy

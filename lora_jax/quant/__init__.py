@@ -1,0 +1,15 @@
+"""Block-quantized base weights: NF4, int4, int8, and products that never keep a float copy."""
+
+from lora_jax.quant.array import QuantArray as QuantArray
+from lora_jax.quant.array import check as check
+from lora_jax.quant.array import is_quant as is_quant
+from lora_jax.quant.array import quantize_array as quantize_array
+from lora_jax.quant.dispatch import ReferenceWarning as ReferenceWarning
+from lora_jax.quant.imports import from_bitsandbytes as from_bitsandbytes
+from lora_jax.quant.imports import from_codes as from_codes
+from lora_jax.quant.imports import from_gguf as from_gguf
+from lora_jax.quant.imports import stack as stack
+from lora_jax.quant.imports import to_bitsandbytes as to_bitsandbytes
+from lora_jax.quant.matmul import matmul as matmul
+from lora_jax.quant.params import dequantize as dequantize
+from lora_jax.quant.params import quantize as quantize

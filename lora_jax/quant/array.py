@@ -1,0 +1,336 @@
+"""`QuantArray`: a weight in 4 or 8 bits a number that stands in a tree as the float array would.
+
+It has the shape, dtype and roles of the weight it holds; its arrays are those of the matrix
+`(stack..., K, N)`, in dims first and out dims last, in the layout of `lora_jax.quant.formats`.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from lora_jax.array import in_dims, is_lora, out_dims, sizes, stack_dims
+from lora_jax.quant import formats
+
+_DATA = ("packed", "scale", "bias", "scale2", "offset", "scale_map")
+_META = ("format", "block", "shape", "roles", "dtype", "backend")
+SCALE_BLOCK = 256  # scales a block of the second quantization
+SCALE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantArray:
+    """A block-quantized weight.
+
+    Attributes:
+      packed: codes, uint8 `(stack..., K/2, N)` two a byte, or int8 `(stack..., K, N)`. K is
+        filled up to whole superblocks.
+      scale: `(stack..., K/B, N)` float, or uint8 codes where the scales are quantized too.
+      bias: `(stack..., K/B, N)` of the affine format, else None.
+      scale2: float32 `(stack..., ⌈K/B·N/256⌉)`, the scales of the scales, or None.
+      offset: float32 `(stack...)`, what was taken from the scales before they were quantized.
+      scale_map: float32 `(stack..., 256)`, the values of the scales' codes. It is kept because
+        bitsandbytes computes it anew on each machine, not always to the same last bit.
+      format: a name of `formats.FORMATS`.
+      block: inputs that share a scale.
+      shape: of the weight.
+      roles: one letter a dim of the weight: b stack, i in, o out, u a unit dim.
+      dtype: of the weight: what `dequantize` gives.
+      backend: which kernels multiply with it, see `lora_jax.quant.dispatch`.
+
+    The second quantization is bitsandbytes': 256 scales in the order of the weight `(N, K)` share
+    one, `scale = scale_map[code] · scale2 + offset`.
+
+    Source: Dettmers et al. 2023, "QLoRA", section 3.
+    """
+
+    packed: Any
+    scale: Any
+    bias: Any = None
+    scale2: Any = None
+    offset: Any = None
+    scale_map: Any = None
+    format: str = "nf4"
+    block: int = 64
+    shape: tuple[int, ...] = ()
+    roles: str = "io"
+    dtype: Any = np.dtype("float32")
+    backend: str = "auto"
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are stored, scales included."""
+        return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays(self))
+
+    @property
+    def sharding(self):
+        """Where it lies, in the terms of its own shape."""
+        from lora_jax.quant.sharding import logical_sharding
+
+        return logical_sharding(self)
+
+    def astype(self, dtype) -> "QuantArray":
+        """The same codes, decoded to another dtype."""
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def dequantize(self) -> Float[Array, "..."]:
+        """The weight as an array of `shape` and `dtype`, computed in float32 and rounded once."""
+        return unfold(matrix(self), self.shape, self.roles)
+
+
+jax.tree_util.register_dataclass(QuantArray, data_fields=list(_DATA), meta_fields=list(_META))
+
+
+def is_quant(x) -> bool:
+    return isinstance(x, QuantArray)
+
+
+def is_leaf(x) -> bool:
+    """Whether `x` is one leaf of ours, with several arrays in it."""
+    return isinstance(x, QuantArray) or is_lora(x)
+
+
+def arrays(q: QuantArray) -> list:
+    """The arrays that are there."""
+    return [x for x in (getattr(q, name) for name in _DATA) if x is not None]
+
+
+def form_of(q: QuantArray) -> formats.Format:
+    return formats.FORMATS[q.format]
+
+
+def matrix_sizes(q: QuantArray) -> tuple[tuple[int, ...], int, int]:
+    """The stack's shape, K and N of the weight (without what fills up K)."""
+    return sizes(q.shape, q.roles)
+
+
+def fold(w, roles: str):
+    """A weight as its matrix `(stack..., K, N)`."""
+    order = stack_dims(roles) + in_dims(roles) + out_dims(roles)
+    units = [d for d in range(len(roles)) if d not in order]
+    stack, fan_in, fan_out = sizes(w.shape, roles)
+    return w.transpose([*order, *units]).reshape(*stack, fan_in, fan_out)
+
+
+def unfold(matrix, shape, roles: str):
+    """The weight of a matrix `(stack..., K or more, N)`: the inverse of `fold`."""
+    order = stack_dims(roles) + in_dims(roles) + out_dims(roles)
+    _, fan_in, _ = sizes(shape, roles)
+    if matrix.shape[-2] != fan_in:
+        matrix = lax.slice_in_dim(matrix, 0, fan_in, axis=matrix.ndim - 2)
+    full = matrix.reshape([shape[d] for d in order])
+    return full.transpose([order.index(d) for d in sorted(order)]).reshape(shape)
+
+
+def scales(q: QuantArray):
+    """The scales as numbers, `(stack..., K/B, N)`: expanded where they are quantized."""
+    if q.scale2 is None:
+        return q.scale
+    from lora_jax.quant.double import expand
+
+    return expand(q.scale, q.scale2, q.offset, q.scale_map, _true_blocks(q))
+
+
+def expanded(q: QuantArray) -> QuantArray:
+    """The same weight with its scales as float32 numbers."""
+    return q if q.scale2 is None else dataclasses.replace(
+        q, scale=scales(q), scale2=None, offset=None, scale_map=None
+    )  # fmt: skip
+
+
+def _true_blocks(q: QuantArray) -> int:
+    """Blocks of the inputs that are there; those that fill up a superblock come after."""
+    return -(-matrix_sizes(q)[1] // q.block)
+
+
+def matrix(q: QuantArray) -> Float[Array, "*s k n"]:
+    """The decoded matrix, K filled up to whole superblocks, in the weight's dtype."""
+    return formats.decode(q.packed, scales(q), q.bias, form_of(q), q.block, q.dtype)
+
+
+def quantize_array(
+    w,
+    *,
+    format: str = "nf4",
+    block_size: int = 64,
+    scale_dtype: str | None = None,
+    double_quant: bool = False,
+    roles: str | None = None,
+    pad: bool = False,
+    name: str = "w",
+) -> QuantArray:
+    """Quantizes one weight.
+
+    Args:
+      w: floating-point array.
+      format: "nf4", "fp4", "int4" (signed scales), "uint4" (a scale and a bias a block) or
+        "int8".
+      block_size: inputs that share a scale, a power of two of at least 16.
+      scale_dtype: of the scales: "bfloat16" by default, "float32" with `double_quant` (where
+        they are only met while quantizing) and as bitsandbytes has them.
+      double_quant: quantize the scales too, to 8 bits.
+      roles: one letter a dim (b stack, i in, o out); `...bio` by default: the last dim is
+        produced, the one before contracted, all others stacked.
+      pad: fill a block that is not whole with zeros; otherwise that is an error.
+      name: what errors call it.
+
+    Returns:
+      The quantized weight; works under `jit` and `eval_shape`.
+
+    Raises:
+      ValueError: an unknown format or block size, a block that does not divide the inputs,
+        non-finite weights, or scales beyond the range of `scale_dtype`.
+    """
+    form = formats.known_format(format)
+    roles = default_roles(len(w.shape)) if roles is None else roles
+    scale_dtype = scale_dtype or ("float32" if double_quant else "bfloat16")
+    _check_request(w, form, block_size, scale_dtype, double_quant, roles, pad, name)
+    if not isinstance(w, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(jnp.asarray(w)))):
+        raise ValueError(f"`{name}` is not finite (NaN or infinity): it cannot be quantized")
+    parts = _encode(w, roles, form, block_size, jnp.dtype(scale_dtype), double_quant)
+    q = QuantArray(**parts, format=form.name, block=block_size, shape=tuple(w.shape), roles=roles,
+                   dtype=jnp.dtype(w.dtype))  # fmt: skip
+    if not double_quant:
+        _check_range(q, w, name)
+    return q
+
+
+def default_roles(ndim: int) -> str:
+    """The last dim out, the one before in, all others a stack."""
+    return "b" * (ndim - 2) + "io"
+
+
+def _check_request(w, form, block: int, scale_dtype, double: bool, roles: str, pad: bool, name):
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"`{name}` is {w.dtype}: only floating-point weights are quantized")
+    if block not in formats.BLOCK_SIZES:
+        known = ", ".join(map(str, formats.BLOCK_SIZES))
+        raise ValueError(f"`block_size` must be one of {known}, got {block}")
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(
+            f"`scale_dtype` must be one of {', '.join(SCALE_DTYPES)}, got {scale_dtype!r}"
+        )
+    if double and form.scale != "absmax":
+        raise ValueError(
+            f"`double_quant` needs a format whose scales are magnitudes (nf4, fp4, int8), got "
+            f'"{form.name}"'
+        )
+    if len(roles) != len(w.shape) or not {"i", "o"} <= set(roles) or set(roles) - set("biou"):
+        raise ValueError(
+            f"`roles` {roles!r} does not fit `{name}` of shape {tuple(w.shape)}: one letter a dim, "
+            f"b (stack), i (in) or o (out), with an i and an o"
+        )
+    _, fan_in, _ = sizes(w.shape, roles)
+    if fan_in % block and not pad:
+        fits = [b for b in formats.BLOCK_SIZES if fan_in % b == 0]
+        hint = f"choose {fits[-1]} or less" if fits else "none does"
+        raise ValueError(
+            f"`block_size` {block} does not divide the {fan_in} inputs of `{name}` (shape "
+            f"{tuple(w.shape)}, roles {roles}): {hint}, or fill the last block with `pad=True`"
+        )
+
+
+def _check_range(q: QuantArray, w, name: str):
+    """A scale must not become infinite, nor zero or denormal where there was something."""
+    if isinstance(q.scale, jax.core.Tracer) or q.scale.dtype == jnp.float32:
+        return
+    size = jnp.abs(q.scale.astype(jnp.float32))
+    lost = ~jnp.all(jnp.isfinite(size))
+    if q.scale.dtype == jnp.float16:  # bfloat16 reaches as far down as float32
+        least = float(jnp.finfo(q.scale.dtype).tiny)
+        lost |= jnp.any((size < least) & (_spread(q, w) > 0))
+    if bool(lost):
+        raise ValueError(
+            f"the scales of `{name}` leave the range of {q.scale.dtype}: use scale_dtype="
+            f'"bfloat16" or "float32"'
+        )
+
+
+def _spread(q: QuantArray, w):
+    """Highest less lowest value of each block, or its largest magnitude: what a scale is of."""
+    folded = fold(jnp.asarray(w, jnp.float32), q.roles)
+    folded = _fill(folded, formats.padded(folded.shape[-2], form_of(q), q.block))
+    *stack, rows, cols = folded.shape
+    blocks = folded.reshape(*stack, rows // q.block, q.block, cols)
+    if form_of(q).affine:
+        return jnp.max(blocks, axis=-2) - jnp.min(blocks, axis=-2)
+    return jnp.max(jnp.abs(blocks), axis=-2)
+
+
+def _fill(m, rows: int):
+    return jnp.pad(m, [(0, 0)] * (m.ndim - 2) + [(0, rows - m.shape[-2]), (0, 0)])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _encode(w, roles: str, form, block: int, scale_dtype, double: bool) -> dict:
+    """The arrays of a quantized weight; the matrices of a stack one after the other."""
+    m = fold(w, roles)
+    *stack, fan_in, fan_out = m.shape
+    rows = formats.padded(fan_in, form, block)
+
+    def one(m):
+        codes, scale, bias = formats.encode(
+            _fill(m.astype(jnp.float32), rows), form, block,
+            jnp.float32 if double else scale_dtype,
+        )  # fmt: skip
+        out = {"packed": formats.pack(codes, form, block), "scale": scale, "bias": bias}
+        if double:
+            from lora_jax.quant.double import compress
+
+            out |= compress(scale, -(-fan_in // block))
+        return out
+
+    if not stack:
+        return one(m)
+    flat = lax.map(one, m.reshape(-1, fan_in, fan_out))
+    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), flat)
+
+
+def check(q: QuantArray, name: str = "w") -> QuantArray:
+    """A `QuantArray` whose arrays are those its metadata says; for what comes from a file.
+
+    Raises:
+      ValueError: the metadata disagrees with the arrays.
+    """
+    form = formats.known_format(q.format)
+    stack, fan_in, fan_out = matrix_sizes(q)
+    rows = formats.padded(fan_in, form, q.block)
+    blocks = (*stack, rows // q.block, fan_out)
+    code = "uint8" if form.bits == 4 else "int8"
+    wanted: dict = {"packed": ((*stack, rows * form.bits // 8, fan_out), (code,))}
+    double = q.scale2 is not None
+    wanted["scale"] = (blocks, ("uint8",) if double else SCALE_DTYPES)
+    if form.affine:
+        wanted["bias"] = (blocks, SCALE_DTYPES)
+    if double:
+        count = -(-_true_blocks(q) * fan_out // SCALE_BLOCK)
+        wanted |= {"scale2": ((*stack, count), ("float32",)), "offset": (stack, ("float32",))}
+        wanted["scale_map"] = ((*stack, 256), ("float32",))
+    for part in _DATA:
+        have = getattr(q, part)
+        if part not in wanted and have is None:
+            continue
+        shape, dtypes = wanted.get(part, (None, ()))
+        got = "nothing" if have is None else f"{have.dtype}{list(have.shape)}"
+        if have is None or tuple(have.shape) != shape or str(have.dtype) not in dtypes:
+            expected = f"{' or '.join(dtypes)}{list(shape)}" if shape is not None else "nothing"
+            raise ValueError(
+                f"`{name}`: metadata (format {q.format}, block {q.block}, shape {q.shape}, roles "
+                f"{q.roles}) disagrees with the arrays: `{part}` should be {expected}, is {got}"
+            )
+    return q

@@ -1,0 +1,173 @@
+"""A quantized weight in the operations that consume it: any contraction, and rows by index."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.array import in_dims, out_dims, stack_dims
+from lora_jax.quant import formats
+from lora_jax.quant.array import QuantArray, form_of, scales
+from lora_jax.quant.matmul import linear, matmul
+
+
+def dot_general(
+    q: QuantArray,
+    x,
+    bind: Callable,
+    *,
+    weight_left: bool,
+    contracting: tuple[Sequence[int], Sequence[int]],
+    batching: tuple[Sequence[int], Sequence[int]],
+    precision=None,
+    preferred=None,
+    plain: bool = True,
+):
+    """`lax.dot_general` with a quantized operand.
+
+    All in dims or all out dims contracted, all stack dims batched: the dequantizing `matmul`.
+    Anything else decodes the weight inside `linear`.
+
+    Args:
+      q: the weight.
+      x: the other operand.
+      bind: the primitive, of dense operands in their order.
+      weight_left: whether the weight is the left operand.
+      contracting, batching: dims of the weight, and of `x`.
+      precision, preferred: as in `lax.dot_general`.
+      plain: False keeps the primitive itself (it states shardings).
+    """
+    transposed = _direction(q, contracting[0], batching[0])
+    if not plain or transposed is None or x.dtype != q.dtype:
+        if weight_left:
+            return linear(lambda x, w: bind(w, x), x, q)
+        return linear(lambda x, w: bind(x, w), x, q)
+    stack, owners = stack_dims(q.roles), (in_dims(q.roles), out_dims(q.roles))
+    summed, free = owners[::-1] if transposed else owners
+    partner = dict(zip(contracting[0], contracting[1], strict=True))
+    partner |= dict(zip(batching[0], batching[1], strict=True))
+    x_free = [d for d in range(x.ndim) if d not in set(partner.values())]
+    order = [partner[d] for d in stack] + x_free + [partner[d] for d in summed]
+    rows = [x.shape[d] for d in x_free]
+    flat = x.transpose(order).reshape(
+        *(q.shape[d] for d in stack), *rows, math.prod(q.shape[d] for d in summed)
+    )
+    y = matmul(flat, q, transposed=transposed, precision=precision, preferred=preferred)
+    y = y.reshape(*y.shape[:-1], *(q.shape[d] for d in free))
+    have = [*(("w", d) for d in stack), *(("x", d) for d in x_free), *(("w", d) for d in free)]
+    shown = [("w", d) for d in range(q.ndim) if d not in partner]  # unit dims included
+    batch = [("w", d) for d in batching[0]]
+    mine = [("x", d) for d in x_free]
+    want = batch + (shown + mine if weight_left else mine + shown)
+    y = y.transpose([have.index(label) for label in want if label in have])
+    return y.reshape([q.shape[d] if side == "w" else x.shape[d] for side, d in want])
+
+
+def _direction(q: QuantArray, contracted: Sequence[int], batch: Sequence[int]) -> bool | None:
+    """False where the in dims are contracted, True where the out dims are, None for neither."""
+    if set(batch) != set(stack_dims(q.roles)):
+        return None
+    if set(contracted) == set(in_dims(q.roles)):
+        return False
+    return True if set(contracted) == set(out_dims(q.roles)) else None
+
+
+def gather(q: QuantArray, indices, *, dimension_numbers, slice_sizes, mode, fill_value=None, **_):
+    """Rows (or columns, or matrices of the stack) of a weight by index, none else decoded.
+
+    Args:
+      q: the weight.
+      indices: integers `(..., 1)`.
+      dimension_numbers, slice_sizes, mode, fill_value: of the gather primitive.
+
+    Returns:
+      An array of the weight's dtype, or a `QuantArray` where a stack dim is indexed; None where
+      the gather is another than one dim by index and all others whole.
+    """
+    numbers = dimension_numbers
+    if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+        return None
+    (dim,) = numbers.start_index_map
+    whole = all(n == q.shape[d] for d, n in enumerate(slice_sizes) if d != dim)
+    if numbers.collapsed_slice_dims != (dim,) or not whole or slice_sizes[dim] != 1:
+        return None
+    index, valid = _index(indices[..., 0], q.shape[dim], mode)
+    role = q.roles[dim]
+    if role == "b":
+        return _pick_stack(q, index, valid, dim, numbers)
+    if role == "u" or [d for d in range(q.ndim) if q.roles[d] == role] != [dim]:
+        return None
+    rows = _rows(q, index) if role == "i" else _columns(q, index)
+    if valid is not None:
+        fill = jnp.nan if fill_value is None else fill_value
+        rows = jnp.where(valid.reshape(valid.shape + (1,) * (q.ndim - 1)), rows, fill)
+    survive = [d for d in range(q.ndim) if d != dim]
+    front = [a for a in range(rows.ndim) if a not in numbers.offset_dims]
+    place = [*front, *numbers.offset_dims[: len(survive)]]
+    return rows.transpose([place.index(a) for a in range(rows.ndim)]).astype(q.dtype)
+
+
+def _index(index, size: int, mode):
+    """The indices inside the dim, and which of them were, where that decides."""
+    if mode == lax.GatherScatterMode.FILL_OR_DROP:
+        return jnp.clip(index, 0, size - 1), (index >= 0) & (index < size)
+    return jnp.clip(index, 0, size - 1), None
+
+
+def _rows(q: QuantArray, index):
+    """`W[index]` of an in dim: `(index..., the other dims)`; stack dims stay in front of outs."""
+    form, block = form_of(q), q.block
+    number = index.reshape(-1)
+    take = lambda a, i: jnp.take(a, i, axis=a.ndim - 2)  # noqa: E731
+    if form.bits == 8:
+        codes = take(q.packed, number)
+    else:
+        inside = number % (2 * block)
+        byte = take(q.packed, number // (2 * block) * block + inside % block)
+        codes = jnp.where((inside >= block)[:, None], byte >> 4, byte & 15)
+    values = formats.code_values(codes, form)
+    values = values * take(scales(q), number // block).astype(jnp.float32)
+    if q.bias is not None:
+        values = values + take(q.bias, number // block).astype(jnp.float32)
+    return _shaped(q, index, values, -2, "i")
+
+
+def _columns(q: QuantArray, index):
+    """`W[..., index]` of an out dim."""
+    number = index.reshape(-1)
+    take = lambda a: None if a is None else jnp.take(a, number, axis=a.ndim - 1)  # noqa: E731
+    values = formats.decode(
+        take(q.packed), take(scales(q)), take(q.bias), form_of(q), q.block, jnp.float32
+    )
+    fan_in = math.prod(q.shape[d] for d in in_dims(q.roles))
+    return _shaped(q, index, values[..., :fan_in, :], -1, "o")
+
+
+def _shaped(q: QuantArray, index, values, axis: int, role: str):
+    """Index axes first, then the weight's other dims in its own order."""
+    values = jnp.moveaxis(values, axis, 0)
+    other = out_dims(q.roles) if role == "i" else in_dims(q.roles)
+    have = [*stack_dims(q.roles), *other]
+    values = values.reshape(*index.shape, *(q.shape[d] for d in have))
+    values = values.transpose(
+        [*range(index.ndim), *(index.ndim + have.index(d) for d in sorted(have))]
+    )
+    shown = [q.shape[d] for d in range(q.ndim) if q.roles[d] != role]
+    return values.astype(q.dtype).reshape(*index.shape, *shown)
+
+
+def _pick_stack(q: QuantArray, index, valid, dim: int, numbers):
+    """Matrices of a stack with one dim; None where an index may be outside, or dims move."""
+    survive = q.ndim - 1
+    front = tuple(range(index.ndim, index.ndim + survive))
+    if stack_dims(q.roles) != [dim] or valid is not None or tuple(numbers.offset_dims) != front:
+        return None
+    rest = [d for d in range(q.ndim) if d != dim]
+    return dataclasses.replace(
+        jax.tree.map(lambda x: jnp.take(x, index, axis=0), q),
+        shape=(*index.shape, *(q.shape[d] for d in rest)),
+        roles="b" * index.ndim + "".join(q.roles[d] for d in rest),
+    )

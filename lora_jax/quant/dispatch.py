@@ -1,0 +1,111 @@
+"""Which kernel multiplies: by device, format, shape and number of rows, from a table.
+
+    reference  jnp, any shape                       gpu  Pallas, Triton lowering
+    tpu        Mosaic                               *_interpret  the same, interpreted on a CPU
+
+A shape that a kernel does not take uses the reference, and says why once.
+"""
+
+import dataclasses
+import functools
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from lora_jax.quant.array import QuantArray, form_of
+from lora_jax.quant.kernels import reference
+
+BACKENDS = ("auto", "reference", "gpu", "tpu", "gpu_interpret", "tpu_interpret")
+
+
+class ReferenceWarning(UserWarning):
+    """A quantized product runs without a kernel because none takes its shape."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How one product is computed.
+
+    Attributes:
+      decode: `(packed, scale, bias, *, form, block, dtype, name) -> (K, N)`.
+      matmul: the fused kernel, or None to decode and then multiply.
+      reason: why no kernel is used although one was asked for, or "".
+    """
+
+    decode: Callable
+    matmul: Callable | None = None
+    reason: str = ""
+
+    @property
+    def fused(self) -> bool:
+        return self.matmul is not None
+
+
+def backend_of(q: QuantArray) -> str:
+    """The backend of a weight, "auto" resolved by JAX's default device.
+
+    Raises:
+      ValueError: an unknown one.
+    """
+    if q.backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {q.backend!r}")
+    if q.backend != "auto":
+        return q.backend
+    return {"gpu": "gpu", "cuda": "gpu", "tpu": "tpu"}.get(jax.default_backend(), "reference")
+
+
+def choose(q: QuantArray, rows: int, packed: tuple, *, transposed: bool, dtype) -> Way:
+    """The way to compute one product.
+
+    Args:
+      q: the weight.
+      rows: of `x`.
+      packed: shape of the codes of one matrix.
+      transposed: whether outputs are contracted.
+      dtype: of `x`, in which products are taken.
+    """
+    backend, _, interpreted = backend_of(q).partition("_")
+    if backend == "reference":
+        return Way(_reference)
+    if backend == "gpu":
+        from lora_jax.quant.kernels import gpu as kernels
+    else:
+        from lora_jax.quant.kernels import tpu as kernels
+    form = form_of(q)
+    if reason := kernels.obstacle(form, q.block, packed):
+        _tell(f"{backend}: {reason}; the reference decodes it")
+        return Way(_reference, reason=reason)
+    options = {"interpret": bool(interpreted)}
+    decode = functools.partial(kernels.decode, **options)
+    limit = fused_rows(backend, form.name, packed[-1], transposed=transposed)
+    if rows > limit or kernels.fused_obstacle(form, q.block, packed, dtype):
+        return Way(decode)
+    return Way(decode, functools.partial(kernels.matmul, **options))
+
+
+def _reference(packed, scale, bias, *, form, block, dtype, name):
+    return reference.decode(packed, scale, bias, form=form, block=block, dtype=dtype)
+
+
+@functools.cache
+def _tell(text: str):
+    warnings.warn(text, ReferenceWarning, stacklevel=4)
+
+
+@functools.cache
+def table() -> list[dict]:
+    """The crossover points, from `dispatch.json`: the first row that fits decides."""
+    return json.loads((Path(__file__).parent / "dispatch.json").read_text("utf-8"))["fused_rows"]
+
+
+def fused_rows(backend: str, form: str, outputs: int, *, transposed: bool) -> int:
+    """The most rows with which the fused kernel is used, 0 for never."""
+    for row in table():
+        if row["backend"] != backend or row["format"] not in (form, "*"):
+            continue
+        if outputs >= row["least_outputs"] and row["transposed"] in (transposed, None):
+            return row["rows"]
+    return 0

@@ -1,0 +1,223 @@
+"""Block formats: what a code means, and how a matrix becomes codes, scales and back.
+
+    w ≈ codebook[code] · scale (+ bias)
+
+with one scale (and, in the affine format, one bias) for each block of `B` consecutive inputs of
+one output. Everything here is of matrices `(..., K, N)`: K inputs, N outputs.
+
+Two 4-bit codes share a byte. The rows of a superblock of `2B` inputs are stored in `B` bytes, its
+first half in the low and its second half in the high four bits, so that unpacking gives two
+contiguous slabs with one scale row each, in the forward and in the transposed product:
+
+    packed[jB + r, n] = code(2jB + r, n) | code(2jB + B + r, n) << 4
+
+Source: Dettmers et al. 2023, "QLoRA", section 3 and appendix E (NF4's values are bitsandbytes').
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+# bitsandbytes' tables; NF4 is its create_normal_map(offset=0.9677083).
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4_POSITIVE = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+_FP4 = tuple(x / 12 for x in _FP4_POSITIVE) + tuple(-x / 12 for x in _FP4_POSITIVE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A block format.
+
+    Attributes:
+      name: what the user calls it.
+      bits: of a code, 4 or 8.
+      codebook: value of each 4-bit code; None for 8-bit codes, which are their own value.
+      scale: "absmax" (largest magnitude becomes 1), "signed" (it becomes the lowest code, so the
+        scale takes its sign: an eighth less error than a symmetric one), or "range" (lowest and
+        highest value become the first and the last code, and there is a bias).
+      zero: the code that padding is filled with; its value is 0 (or its scale is).
+    """
+
+    name: str
+    bits: int
+    codebook: tuple[float, ...] | None
+    scale: str
+    zero: int
+
+    @property
+    def affine(self) -> bool:
+        return self.scale == "range"
+
+    def rows(self, block: int) -> int:
+        """Inputs of one superblock: their codes lie together."""
+        return 2 * block if self.bits == 4 else block
+
+
+FORMATS = {
+    "nf4": Format("nf4", 4, _NF4, "absmax", 7),
+    "fp4": Format("fp4", 4, _FP4, "absmax", 0),
+    "int4": Format("int4", 4, tuple(float(c - 8) for c in range(16)), "signed", 8),
+    "uint4": Format("uint4", 4, tuple(float(c) for c in range(16)), "range", 0),
+    "int8": Format("int8", 8, None, "absmax", 0),
+}
+BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def known_format(name: str) -> Format:
+    """A format by name.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, got {name!r}")
+    return FORMATS[name]
+
+
+def padded(inputs: int, form: Format, block: int) -> int:
+    """The inputs that are stored: whole superblocks."""
+    rows = form.rows(block)
+    return -(-inputs // rows) * rows
+
+
+def code_values(codes, form: Format) -> Float[Array, "..."]:
+    """The codebook's value of each code, float32: arithmetic and selects only, no gather."""
+    if form.codebook is None:
+        return codes.astype(jnp.float32)
+    steps = np.diff(form.codebook)
+    if np.all(steps == 1.0):
+        return codes.astype(jnp.int32).astype(jnp.float32) + np.float32(form.codebook[0])
+    level = [np.float32(v) for v in form.codebook]
+    wide = codes.astype(jnp.int32)
+    for bit in range(4):  # a tree of selects: a gather of 16 entries is a scalar loop on a CPU
+        chosen = (wide & (1 << bit)) != 0
+        level = [
+            jnp.where(chosen, high, low) for low, high in zip(level[::2], level[1::2], strict=True)
+        ]
+    return jnp.asarray(level[0])
+
+
+def pack(codes: UInt8[Array, "*s k n"], form: Format, block: int) -> Array:
+    """Puts the codes of whole superblocks into bytes (8-bit codes are their own bytes)."""
+    if form.bits == 8:
+        return codes.astype(jnp.int8)
+    *stack, rows, cols = codes.shape
+    halves = codes.reshape(*stack, rows // (2 * block), 2, block, cols)
+    low, high = halves[..., 0, :, :], halves[..., 1, :, :]
+    return (low | (high << 4)).astype(jnp.uint8).reshape(*stack, rows // 2, cols)
+
+
+def unpack(packed, form: Format, block: int) -> Array:
+    """The codes `(..., K, N)`: the inverse of `pack`."""
+    if form.bits == 8:
+        return packed
+    *stack, rows, cols = packed.shape
+    bytes_ = packed.reshape(*stack, rows // block, block, cols)
+    both = jnp.stack([bytes_ & 15, bytes_ >> 4], axis=-3)
+    return both.reshape(*stack, 2 * rows, cols)
+
+
+def encode(w: Float[Array, "*s k n"], form: Format, block: int, scale_dtype):
+    """Codes, scales and biases of a matrix of whole superblocks.
+
+    Codes are chosen for the scale as it is stored, so that its rounding costs nothing.
+
+    Args:
+      w: float32.
+      form, block: the format and the inputs of one block.
+      scale_dtype: of scales and biases.
+
+    Returns:
+      `(codes uint8 or int8 (..., K, N), scale (..., K/B, N), bias likewise or None)`.
+    """
+    *stack, rows, cols = w.shape
+    blocks = w.astype(jnp.float32).reshape(*stack, rows // block, block, cols)
+    bias = None
+    if form.affine:
+        low = jnp.min(blocks, axis=-2)
+        bias = low.astype(scale_dtype)
+        scale = (jnp.max(blocks, axis=-2) - low) / 15
+        blocks = blocks - bias.astype(jnp.float32)[..., None, :]
+    else:
+        scale = _magnitude(blocks, form)
+    scale = scale.astype(scale_dtype)
+    inverse = _inverse(scale.astype(jnp.float32))[..., None, :]
+    codes = _nearest(blocks * inverse, form)
+    return codes.reshape(*stack, rows, cols), scale, bias
+
+
+def _magnitude(blocks, form: Format):
+    largest = jnp.max(jnp.abs(blocks), axis=-2)
+    if form.scale == "signed":
+        top, bottom = jnp.max(blocks, axis=-2), jnp.min(blocks, axis=-2)
+        return jnp.where(top > -bottom, top, bottom) / -8
+    return largest / 127 if form.codebook is None else largest
+
+
+def _inverse(scale):
+    # As bitsandbytes: one division a block, then products.
+    return jnp.where(scale == 0, 0.0, 1 / jnp.where(scale == 0, 1.0, scale))
+
+
+def _nearest(x, form: Format):
+    if form.codebook is None:
+        return jnp.clip(jnp.round(x), -127, 127).astype(jnp.int8)
+    first, last = form.codebook[0], form.codebook[-1]
+    if form.scale != "absmax":
+        return (jnp.clip(jnp.round(x), first, last) - first).astype(jnp.uint8)
+    order, middles = _ladder(form)
+    x = jnp.clip(x, -1.0, 1.0)
+    place = sum((x > m).astype(jnp.uint8) for m in middles)  # a tie takes the lower code
+    if np.array_equal(order, np.arange(16)):
+        return place
+    return jnp.take(jnp.asarray(order, jnp.uint8), place)
+
+
+def _ladder(form: Format) -> tuple[np.ndarray, np.ndarray]:
+    """The codes in the order of their values (one code for each value), and the midpoints."""
+    values = np.asarray(form.codebook, np.float32)
+    _, order = np.unique(values, return_index=True)
+    ordered = values[order]
+    return order, (ordered[1:] + ordered[:-1]) / np.float32(2)
+
+
+def decode(packed, scale, bias, form: Format, block: int, dtype) -> Float[Array, "*s k n"]:
+    """The matrix: computed in float32, rounded once to `dtype`."""
+    codes = unpack(packed, form, block)
+    *stack, rows, cols = codes.shape
+    values = code_values(codes, form).reshape(*stack, rows // block, block, cols)
+    values = values * scale.astype(jnp.float32)[..., None, :]
+    if bias is not None:
+        values = values + bias.astype(jnp.float32)[..., None, :]
+    return values.reshape(*stack, rows, cols).astype(dtype)
+
+
+def dynamic_map() -> np.ndarray:
+    """bitsandbytes' signed dynamic map: the 256 values of an 8-bit code of a scale, ascending.
+
+    Source: Dettmers 2015, "8-Bit Approximations for Parallelism in Deep Learning", section 2.1.3;
+    bitsandbytes `create_dynamic_map(signed=True)`.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = _linspace(0.1, 1.0, 2**exponent + 1)
+        means = (edges[:-1] + edges[1:]) / np.float32(2)
+        tens = np.float32(10.0 ** (exponent - 6))
+        values += [*(tens * means).tolist(), *(-tens * means).tolist()]
+    return np.sort(np.asarray(values, np.float32))
+
+
+def _linspace(first: float, last: float, count: int) -> np.ndarray:
+    """float32 points counted from both ends, as torch.linspace does, whose bits the map has."""
+    step = np.float32((np.float32(last) - np.float32(first)) / np.float32(count - 1))
+    number = np.arange(count)
+    up = np.float32(first) + step * number.astype(np.float32)
+    down = np.float32(last) - step * (count - 1 - number).astype(np.float32)
+    return np.where(number < count / 2, up, down).astype(np.float32)

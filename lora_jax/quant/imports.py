@@ -1,0 +1,296 @@
+"""Weights that others have quantized, held as they are: bitsandbytes, GGUF, GPTQ and AWQ.
+
+The codes and scales are only put in another order, so that nothing is lost either way.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.array import sizes
+from lora_jax.quant import formats
+from lora_jax.quant.array import (
+    SCALE_BLOCK,
+    SCALE_DTYPES,
+    QuantArray,
+    check,
+    default_roles,
+    form_of,
+    matrix_sizes,
+)
+
+_STATE = "quant_state.bitsandbytes__"
+_GGUF = {"Q4_0": ("int4", 18, 2), "Q4_1": ("uint4", 20, 4), "Q8_0": ("int8", 34, 2)}
+_GGUF_BLOCK = 32
+
+
+def from_codes(
+    codes,
+    scale,
+    bias=None,
+    *,
+    format: str,
+    block_size: int,
+    roles: str | None = None,
+    shape: Sequence[int] | None = None,
+    dtype="float32",
+    name: str = "w",
+) -> QuantArray:
+    """Holds codes, scales and biases that are there already: `w = codebook[code]·scale + bias`.
+
+    GPTQ's and AWQ's `(code − zero)·scale` is the format "uint4" with `bias = −zero·scale` in
+    float32, which is exact: a product of four and eleven bits.
+
+    Args:
+      codes: `(stack..., K, N)` uint8 below 16, or int8 for "int8".
+      scale: `(stack..., K/block_size, N)` in float32, bfloat16 or float16.
+      bias: likewise, for "uint4" only.
+      format, block_size: as in `quantize_array`.
+      roles: of the weight; `...bio` by default.
+      shape: of the weight; that of `codes` by default.
+      dtype: what it decodes to.
+      name: what errors call it.
+
+    Raises:
+      ValueError: the arrays do not fit each other.
+    """
+    form = formats.known_format(format)
+    codes, scale = np.asarray(codes), np.asarray(scale)
+    roles = roles or default_roles(codes.ndim)
+    shape = tuple(codes.shape if shape is None else shape)
+    *stack, fan_in, fan_out = codes.shape
+    wanted = (tuple(stack), fan_in, fan_out)
+    if (
+        sizes(shape, roles) != wanted
+        or fan_in % block_size
+        or _blocks(scale) != ((*stack, fan_in // block_size, fan_out))
+    ):
+        raise ValueError(
+            f"`{name}`: codes {list(codes.shape)} and scales {list(scale.shape)} do not fit a "
+            f"weight of shape {shape}, roles {roles}, in blocks of {block_size}: expected "
+            f"(stack..., K, N) and (stack..., K/{block_size}, N), the block dividing K"
+        )
+    if str(scale.dtype) not in SCALE_DTYPES:
+        raise ValueError(
+            f"`{name}`: scales are {scale.dtype}, expected {' or '.join(SCALE_DTYPES)}"
+        )
+    rows = formats.padded(fan_in, form, block_size)
+
+    def fill(x, count: int, value=0):
+        pads = [(0, 0)] * (x.ndim - 2) + [(0, count - x.shape[-2]), (0, 0)]
+        return np.pad(x, pads, constant_values=value)
+
+    q = QuantArray(
+        _pack(fill(codes, rows, form.zero), form, block_size),
+        jnp.asarray(fill(scale, rows // block_size)),
+        None if bias is None else jnp.asarray(fill(np.asarray(bias), rows // block_size)),
+        format=format,
+        block=block_size,
+        shape=shape,
+        roles=roles,
+        dtype=jnp.dtype(dtype),
+    )
+    return check(q, name)
+
+
+def _blocks(scale) -> tuple[int, ...]:
+    return tuple(scale.shape)
+
+
+def _pack(codes: np.ndarray, form: formats.Format, block: int):
+    """`formats.pack` on the host."""
+    if form.bits == 8:
+        return jnp.asarray(codes.astype(np.int8))
+    *stack, rows, cols = codes.shape
+    halves = codes.astype(np.uint8).reshape(*stack, rows // (2 * block), 2, block, cols)
+    both = halves[..., 0, :, :] | (halves[..., 1, :, :] << 4)
+    return jnp.asarray(both.reshape(*stack, rows // 2, cols))
+
+
+def codes_of(q: QuantArray) -> np.ndarray:
+    """The codes `(stack..., K, N)` of the weight, without what fills up K."""
+    form = form_of(q)
+    codes = np.asarray(formats.unpack(q.packed, form, q.block))
+    return codes[..., : matrix_sizes(q)[1], :]
+
+
+def from_gguf(
+    blocks: np.ndarray,
+    kind: str,
+    *,
+    roles: str = "io",
+    shape: Sequence[int] | None = None,
+    dtype="float32",
+    name: str = "w",
+) -> QuantArray:
+    """Holds a GGUF tensor in its own blocks of 32; float16 scales are kept as they are.
+
+    Args:
+      blocks: the tensor's bytes, uint8 `(outputs, bytes a row)`, rows in the order wanted.
+      kind: "Q4_0", "Q4_1" or "Q8_0".
+      roles: "io" for a kernel `(in, out)`, "oi" for one `(out, in)` such as an embedding table,
+        or more letters with `shape`.
+      shape: of the weight, where it is not a matrix.
+      dtype: what it decodes to.
+      name: what errors call it.
+
+    Returns:
+      The weight; `dequantize()` gives the gguf package's numbers to the bit.
+
+    Raises:
+      ValueError: another kind, or rows that are not whole blocks.
+
+    Source: ggml's `block_q4_0`, `block_q4_1`, `block_q8_0`.
+    """
+    if kind not in _GGUF:
+        raise ValueError(
+            f"`{name}` has GGUF type {kind}: only {', '.join(_GGUF)} are held as they are; "
+            f"dequantize it, then `lora.quantize`"
+        )
+    format, size, head = _GGUF[kind]
+    blocks = np.asarray(blocks)
+    if blocks.ndim != 2 or blocks.dtype != np.uint8 or blocks.shape[1] % size:
+        raise ValueError(
+            f"`{name}`: expected the bytes of whole {kind} blocks, uint8 (outputs, n·{size}), got "
+            f"{blocks.dtype}{list(blocks.shape)}"
+        )
+    parts = blocks.reshape(blocks.shape[0], -1, size)
+    fields = np.ascontiguousarray(parts[..., :head]).view(np.float16)
+    data = parts[..., head:]
+    codes = data.view(np.int8) if format == "int8" else np.concatenate([data & 15, data >> 4], -1)
+    outputs = blocks.shape[0]
+    fan_in = parts.shape[1] * _GGUF_BLOCK
+    if shape is None:
+        shape = (fan_in, outputs) if roles.index("i") < roles.index("o") else (outputs, fan_in)
+    return from_codes(
+        codes.reshape(outputs, fan_in).T,
+        fields[..., 0].T,
+        fields[..., 1].T if format == "uint4" else None,
+        format=format,
+        block_size=_GGUF_BLOCK,
+        roles=roles,
+        shape=shape,
+        dtype=dtype,
+        name=name,
+    )
+
+
+def from_bitsandbytes(
+    tensors: Mapping[str, np.ndarray], *, roles: str = "io", dtype=None, name: str = "weight"
+) -> QuantArray:
+    """Holds a 4-bit weight of a bitsandbytes checkpoint.
+
+    Args:
+      tensors: the tensors as saved, by what follows the parameter's name: "" (the codes),
+        "absmax", "quant_map", "quant_state.bitsandbytes__nf4" and, double-quantized,
+        "nested_absmax" and "nested_quant_map".
+      roles: "io" for a kernel `(in, out)`, "oi" to keep torch's `(out, in)`.
+      dtype: what it decodes to; the checkpoint's own by default.
+      name: what errors call it.
+
+    Raises:
+      ValueError: a tensor is missing, a table is not the known one, or blocks cross rows.
+
+    Source: bitsandbytes `QuantState.as_dict`, `quantize_4bit`.
+    """
+    key = next((k for k in tensors if k.startswith(_STATE)), None)
+    missing = [k for k in ("", "absmax", "quant_map") if k not in tensors]
+    if key is None or missing:
+        lost = missing + ([_STATE + "nf4"] if key is None else [])
+        raise ValueError(f"`{name}`: bitsandbytes tensors {', '.join(map(repr, lost))} are missing")
+    state = json.loads(np.asarray(tensors[key], np.uint8).tobytes())
+    format, block = state["quant_type"], int(state["blocksize"])
+    form = formats.known_format(format)
+    outputs, fan_in = _torch_shape(state, name)
+    if fan_in % block:
+        raise ValueError(
+            f"`{name}`: blocks of {block} cross the rows of shape {(outputs, fan_in)}; dequantize "
+            f"it, then `lora.quantize(..., pad=True)`"
+        )
+    _same_table(tensors["quant_map"], np.asarray(form.codebook, np.float32), "quant_map", name)
+    raw = np.asarray(tensors[""]).reshape(-1).view(np.uint8)
+    codes = np.stack([raw >> 4, raw & 15], 1).reshape(-1)[: outputs * fan_in]
+    absmax = np.asarray(tensors["absmax"]).reshape(outputs, fan_in // block).T
+    double = "nested_absmax" in tensors
+    shape = (fan_in, outputs) if roles == "io" else (outputs, fan_in)
+    scale = absmax.astype(np.float32)
+    q = from_codes(codes.reshape(outputs, fan_in).T, scale, format=format, block_size=block,
+                   roles=roles, shape=shape, dtype=dtype or state["dtype"], name=name)  # fmt: skip
+    if not double:
+        return q
+    table = np.asarray(tensors["nested_quant_map"], np.float32).reshape(-1)
+    _same_table(table, formats.dynamic_map(), "nested_quant_map", name, ulp=4)
+    if int(state["nested_blocksize"]) != SCALE_BLOCK:
+        raise ValueError(f"`{name}`: nested_blocksize is {state['nested_blocksize']}, not 256")
+    return check(
+        dataclasses.replace(
+            q,
+            scale=jnp.asarray(np.asarray(q.scale).astype(np.uint8)),
+            scale2=jnp.asarray(np.asarray(tensors["nested_absmax"], np.float32).reshape(-1)),
+            offset=jnp.float32(state["nested_offset"]),
+            scale_map=jnp.asarray(table),
+        ),
+        name,
+    )
+
+
+def _torch_shape(state: Mapping, name: str) -> tuple[int, int]:
+    if len(state["shape"]) != 2:
+        raise ValueError(f"`{name}` has shape {state['shape']}, expected a matrix (out, in)")
+    outputs, fan_in = map(int, state["shape"])
+    return outputs, fan_in
+
+
+def _same_table(got, want: np.ndarray, part: str, name: str, *, ulp: float = 0):
+    got = np.asarray(got, np.float32).reshape(-1)
+    near = ulp * np.spacing(np.abs(want))
+    if got.shape != want.shape or np.any(np.abs(got - want) > near):
+        raise ValueError(f"`{name}`: `{part}` is another table than bitsandbytes' own")
+
+
+def to_bitsandbytes(q: QuantArray, *, name: str = "weight") -> dict[str, np.ndarray]:
+    """The tensors of a weight as bitsandbytes saves them: the inverse of `from_bitsandbytes`.
+
+    Raises:
+      ValueError: the format is not bitsandbytes', or the weight is no matrix of whole blocks.
+    """
+    stack, fan_in, outputs = matrix_sizes(q)
+    if q.format not in ("nf4", "fp4") or stack or fan_in % q.block:
+        raise ValueError(
+            f"`{name}`: bitsandbytes holds nf4 and fp4 matrices of whole blocks, got {q.format} "
+            f"of shape {q.shape}, roles {q.roles}, block {q.block}"
+        )
+    codes = codes_of(q).T.reshape(-1, 2)
+    blocks = fan_in // q.block
+    absmax = np.asarray(q.scale)[:blocks].T.reshape(-1)
+    state = {"quant_type": q.format, "blocksize": q.block, "dtype": str(jnp.dtype(q.dtype)),
+             "shape": [outputs, fan_in]}  # fmt: skip
+    out = {
+        "": (codes[:, 0] << 4 | codes[:, 1]).astype(np.uint8)[:, None],
+        "absmax": absmax if q.scale2 is not None else absmax.astype(np.float32),
+        "quant_map": np.asarray(form_of(q).codebook, np.float32),
+    }
+    if q.scale2 is not None:
+        out |= {"nested_absmax": np.asarray(q.scale2), "nested_quant_map": np.asarray(q.scale_map)}
+        state |= {"nested_blocksize": SCALE_BLOCK, "nested_dtype": "float32",
+                  "nested_offset": float(q.offset)}  # fmt: skip
+    out[_STATE + q.format] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    return out
+
+
+def stack(parts: Sequence[QuantArray]) -> QuantArray:
+    """Weights of one kind as one with a leading stack dim.
+
+    Raises:
+      ValueError: they differ in more than their numbers.
+    """
+    if len({jax.tree.structure(q) for q in parts}) != 1:
+        kinds = sorted({f"{q.format} {q.shape} block {q.block}" for q in parts})
+        raise ValueError(f"only weights of one kind can be stacked, got {'; '.join(kinds)}")
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
+    first = parts[0]
+    return dataclasses.replace(stacked, shape=(len(parts), *first.shape), roles="b" + first.roles)

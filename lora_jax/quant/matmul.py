@@ -1,0 +1,186 @@
+"""Products with a quantized weight that keep nothing but its codes for the backward pass.
+
+    y = x · W        dx = g · Wᵀ        (no dW; W decoded again in the backward pass)
+
+Plain autodiff saves the decoded `W` of every layer, which undoes the saving; a decoding that XLA
+can share between forward and backward does the same in an unrolled model. So the rule is a
+`custom_vjp` whose residual is the packed weight, and on accelerators the decoding is a kernel that
+XLA cannot see into, under another name in the backward pass.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import compat
+from lora_jax.quant import dispatch
+from lora_jax.quant.array import QuantArray, expanded, form_of, matrix_sizes
+from lora_jax.quant.kernels import reference
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What a product is, apart from its numbers: hashable.
+
+    Attributes:
+      transposed: whether outputs are contracted.
+      precision, preferred: as in `lax.dot_general`.
+      spread: mesh axes along which, inside a `shard_map`, the weight varies and `x` does not.
+    """
+
+    transposed: bool
+    precision: Any
+    preferred: Any
+    spread: tuple = ()
+
+
+def matmul(x, q: QuantArray, *, transposed: bool = False, precision=None, preferred=None):
+    """`x · W` with the stacked matrices of a quantized weight, differentiable in `x`.
+
+    Args:
+      x: `(stack..., ..., K)`, or `(stack..., ..., N)` when transposed; K and N are products of
+        the weight's in and out dims.
+      q: the weight; a stacked one multiplies each index's `x` with its own matrix.
+      transposed: multiply with the transposed matrices.
+      precision: as in `lax.dot_general`.
+      preferred: dtype of the result, `x`'s by default.
+
+    Returns:
+      `(stack..., ..., N)`, or `(stack..., ..., K)` when transposed.
+
+    Raises:
+      ValueError: the dims do not fit.
+      TypeError: forward-mode differentiation (JAX's error); use reverse mode.
+
+    Source: Dettmers et al. 2023, "QLoRA", eq. 5 and 6.
+    """
+    stack, fan_in, fan_out = matrix_sizes(q)
+    want = fan_out if transposed else fan_in
+    if x.shape[: len(stack)] != stack or x.ndim <= len(stack) or x.shape[-1] != want:
+        raise ValueError(
+            f"`x` of shape {x.shape} does not fit a quantized weight of shape {q.shape} (roles "
+            f"{q.roles}): expected {(*stack, '...', want)}"
+        )
+    spread = _spread(x, q)
+    preferred = jnp.dtype(preferred or x.dtype)
+    return _product(_Form(transposed, precision, preferred, spread), x, expanded(q))
+
+
+def _spread(x, q: QuantArray) -> tuple:
+    return tuple(sorted(compat.varying_axes(q.packed) - compat.varying_axes(x)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(form: _Form, x, q: QuantArray):
+    return _multiply(form, x, q, "forward")
+
+
+def _product_forward(form: _Form, x, q: QuantArray):
+    # `x` itself is not needed again: an empty array remembers its dtype.
+    return _multiply(form, x, q, "forward"), (q, jnp.zeros((0,), x.dtype))
+
+
+def _product_backward(form: _Form, saved, g):
+    q, like = saved
+    back = dataclasses.replace(form, transposed=not form.transposed, preferred=like.dtype)
+    dx = _multiply(back, g.astype(like.dtype), q, "backward")
+    return (lax.psum(dx, form.spread) if form.spread else dx), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _multiply(form: _Form, x, q: QuantArray, direction: str):
+    """Each matrix of the stack in turn, so that one is decoded at a time."""
+    stack, _, _ = matrix_sizes(q)
+    if not stack:
+        return _single(form, x, q.packed, q.scale, q.bias, q, direction)
+    count = len(stack)
+
+    def flat(a):
+        return None if a is None else a.reshape(math.prod(stack), *a.shape[count:])
+
+    def one(each):
+        return _single(form, *each, q, direction)
+
+    y = lax.map(one, (flat(x), flat(q.packed), flat(q.scale), flat(q.bias)))
+    return y.reshape(*stack, *y.shape[1:])
+
+
+def _single(form: _Form, x, packed, scale, bias, q: QuantArray, direction: str):
+    _, fan_in, fan_out = matrix_sizes(q)
+    rows = math.prod(x.shape[:-1])
+    way = dispatch.choose(q, rows, packed.shape, transposed=form.transposed, dtype=x.dtype)
+    kind = form_of(q)
+    if way.fused:
+        flat = x.reshape(rows, x.shape[-1])
+        if not form.transposed:
+            flat = _fill_columns(flat, packed.shape[0] * 8 // kind.bits)
+        y = way.matmul(flat, packed, scale, bias, form=kind, block=q.block,
+                       transposed=form.transposed, dtype=form.preferred)  # fmt: skip
+        y = y[:, : fan_in if form.transposed else fan_out]
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+    w = way.decode(packed, scale, bias, form=kind, block=q.block, dtype=x.dtype, name=direction)
+    if w.shape[0] != fan_in:
+        w = lax.slice_in_dim(w, 0, fan_in)
+    return reference.product(x, w, transposed=form.transposed, precision=form.precision,
+                             preferred=form.preferred)  # fmt: skip
+
+
+def _fill_columns(x, count: int):
+    return x if x.shape[1] == count else jnp.pad(x, ((0, 0), (0, count - x.shape[1])))
+
+
+def linear(op: Callable, x, q: QuantArray, *rest):
+    """Any `op(x, W, *rest)` that is linear in `x`, keeping only the codes of `W`.
+
+    For what `matmul` does not cover: convolutions, grouped products, contractions of some of a
+    group's dims.
+
+    Args:
+      op: of arrays.
+      x: what is differentiated.
+      q: the weight.
+      rest: further operands, constant under differentiation.
+    """
+    return _linear(op, _spread(x, q), x, q, rest)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear(op: Callable, spread: tuple, x, q: QuantArray, rest):
+    return op(x, q.dequantize(), *rest)
+
+
+def _linear_forward(op, spread, x, q, rest):
+    return op(x, q.dequantize(), *rest), (q, rest, _like(x))
+
+
+def _linear_backward(op, spread, saved, g):
+    q, rest, like = saved
+    w = q.dequantize()
+    (dx,) = jax.linear_transpose(lambda x: op(x, w, *rest), like.get())(g)
+    return (lax.psum(dx, spread) if spread else dx), None, None
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Like:
+    """The type of an array among residuals."""
+
+    aval: Any = dataclasses.field(metadata={"static": True})
+
+    def get(self) -> jax.ShapeDtypeStruct:
+        return self.aval
+
+
+def _like(x) -> _Like:
+    return _Like(jax.ShapeDtypeStruct(x.shape, x.dtype))

@@ -1,0 +1,119 @@
+"""Shardings of quantized weights: one spec for codes, scales and biases.
+
+The arrays of a weight are those of its matrix `(stack..., K, N)`, so a spec of the weight's own
+dims becomes one of the matrix: the axes of a group's first dim, as the others follow it in
+memory. The scales of scales are few, and replicated.
+"""
+
+import dataclasses
+
+import jax
+import jax.core
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax.array import in_dims, out_dims, stack_dims
+from lora_jax.quant.array import QuantArray, form_of
+
+
+def matrix_spec(q: QuantArray, spec: PartitionSpec) -> PartitionSpec:
+    """The spec of `packed`, `scale` and `bias` from one of the weight's own dims.
+
+    Raises:
+      ValueError: a dim is sharded that is not the first of its group.
+    """
+    full = tuple(spec) + (None,) * (q.ndim - len(spec))
+    groups = (in_dims(q.roles), out_dims(q.roles))
+    for group in groups:
+        if any(full[d] is not None for d in group[1:]):
+            raise ValueError(
+                f"spec {spec} of a quantized weight of shape {q.shape}, roles {q.roles}: only the "
+                f"first of the dims that are stored as one can be sharded"
+            )
+    owners = [full[group[0]] if group else None for group in groups]
+    return PartitionSpec(*(full[d] for d in stack_dims(q.roles)), *owners)
+
+
+def partition_specs(q: QuantArray, spec: PartitionSpec) -> QuantArray:
+    """A `QuantArray` with a spec in place of each array."""
+    matrix = matrix_spec(q, spec)
+    stack = PartitionSpec(*tuple(matrix)[:-2])
+    return dataclasses.replace(
+        q,
+        packed=matrix,
+        scale=matrix,
+        bias=None if q.bias is None else matrix,
+        scale2=None if q.scale2 is None else stack,
+        offset=None if q.offset is None else stack,
+        scale_map=None if q.scale_map is None else stack,
+    )
+
+
+def shardings(q: QuantArray, mesh, spec: PartitionSpec) -> QuantArray:
+    """A `QuantArray` with a sharding in place of each array, for `jax.device_put` and `jit`."""
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, s),
+        partition_specs(q, spec),
+        is_leaf=lambda s: isinstance(s, PartitionSpec),
+    )
+
+
+def check_shards(q: QuantArray, spec: PartitionSpec, mesh) -> None:
+    """Shards of the inputs must be whole superblocks.
+
+    Raises:
+      ValueError: they are not.
+    """
+    axes = matrix_spec(q, spec)[-2]
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    parts = 1
+    for name in names:
+        parts *= mesh.shape[name]
+    rows = form_of(q).rows(q.block)
+    blocks = q.scale.shape[-2] * q.block // rows
+    if blocks % parts:
+        raise ValueError(
+            f"a quantized weight of shape {q.shape}, roles {q.roles}, has {blocks} superblocks of "
+            f"{rows} inputs: they cannot be split among {parts} devices; shard another dim or "
+            f"use a smaller block"
+        )
+
+
+def put(q: QuantArray, sharding) -> QuantArray:
+    """Moves a weight: to a device, a memory space, or spread over a mesh as `sharding` says."""
+    if not isinstance(sharding, NamedSharding):
+        return jax.device_put(q, sharding)
+    check_shards(q, sharding.spec, sharding.mesh)
+    places = shardings(q, sharding.mesh, sharding.spec)
+    if sharding.memory_kind is not None:
+        places = jax.tree.map(lambda s: s.with_memory_kind(sharding.memory_kind), places)
+    return jax.tree.map(jax.device_put, q, places)
+
+
+def logical_sharding(q: QuantArray):
+    """The sharding of the weight's own dims, from that of its codes; None where unknown."""
+    if isinstance(q.packed, jax.core.Tracer):
+        return None
+    sharding = getattr(q.packed, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = tuple(sharding.spec) + (None,) * (q.packed.ndim - len(sharding.spec))
+    own = dict(zip(stack_dims(q.roles), spec, strict=False))
+    for group, axes in zip((in_dims(q.roles), out_dims(q.roles)), spec[-2:], strict=True):
+        own |= dict.fromkeys(group[:1], axes)
+    return NamedSharding(sharding.mesh, PartitionSpec(*(own.get(d) for d in range(q.ndim))))
+
+
+def local_part(q: QuantArray, spec: PartitionSpec, mesh) -> QuantArray:
+    """The weight as one device sees it inside a `shard_map`: its shape divided as the spec says.
+
+    Args:
+      q: with expanded scales; its arrays are replaced by the local ones afterwards.
+      spec: of the weight's own dims.
+      mesh: whose axes the spec names.
+    """
+    check_shards(q, spec, mesh)
+    shape = list(q.shape)
+    for d, axes in enumerate(spec):
+        for name in (axes,) if isinstance(axes, str) else axes or ():
+            shape[d] //= mesh.shape[name]
+    return dataclasses.replace(q, shape=tuple(shape))
