@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.hf.gguf_config import ARCHITECTURES, architecture_of
+from lora_jax.hf.gguf_names import to_halves
 from lora_jax.hf.weights import Weights
 
 _MAGIC = 0x46554747
@@ -70,12 +71,17 @@ class Gguf(NamedTuple):
     data: np.ndarray
 
 
-def open_gguf(path: str | Path) -> Gguf:
+def open_gguf(path: str | Path, *, kind: str = "model") -> Gguf:
     """Opens a file and reads its header; tensors stay on disk.
+
+    Args:
+      path: the file.
+      kind: what it must hold, its `general.type`: "model" or "adapter".
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: not a GGUF file, cut short, or a header that does not fit the file.
+      ValueError: not a GGUF file, cut short, a header that does not fit the file, or of another
+        kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -88,17 +94,18 @@ def open_gguf(path: str | Path) -> Gguf:
         metadata, tensors = _header(_Cursor(mapped))
     except (struct.error, IndexError, KeyError, UnicodeDecodeError, _BadHeader) as error:
         raise ValueError(f"{path}: not a whole GGUF file: {_reason(error)}") from None
-    _refuse_parts(metadata, path)
+    _check_kind(metadata, kind, path)
     return Gguf(path, metadata, tensors, np.frombuffer(mapped, np.uint8))
 
 
-def _refuse_parts(metadata: Mapping[str, Any], path: Path) -> None:
+def _check_kind(metadata: Mapping[str, Any], wanted: str, path: Path) -> None:
     if isinstance(parts := metadata.get("split.count"), int) and parts > 1:
         raise ValueError(
             f"{path}: one of {parts} parts of a model; join them first (llama-gguf-split --merge)"
         )
-    if (kind := metadata.get("general.type", "model")) != "model":
-        raise ValueError(f"{path}: holds a GGUF of type `{kind}`, not a model")
+    if (kind := metadata.get("general.type", "model")) != wanted:
+        article = "an" if wanted[0] in "aeiou" else "a"
+        raise ValueError(f"{path}: holds a GGUF of type `{kind}`, not {article} {wanted}")
 
 
 def weights_of(file: Gguf) -> Weights:
@@ -113,9 +120,9 @@ def weights_of(file: Gguf) -> Weights:
     theirs = {_hf_name(name, file): name for name in file.tensors if name != "rope_freqs.weight"}
 
     def read(name: str) -> np.ndarray:
-        tensor = _dequantize(file, theirs[name])
+        tensor = read_tensor(file, theirs[name])
         count = _heads(file).get(name.split(".")[-2]) if architecture.permuted else None
-        return tensor if count is None else _undo_permutation(tensor, count)
+        return tensor if count is None else to_halves(tensor, count)
 
     return Weights(
         source=str(file.path),
@@ -127,7 +134,7 @@ def weights_of(file: Gguf) -> Weights:
 
 def rope_divisors(file: Gguf) -> np.ndarray | None:
     """What Llama 3 divides each rotary frequency by, where the file says so."""
-    return _dequantize(file, "rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
+    return read_tensor(file, "rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
 
 
 class _BadHeader(Exception):
@@ -257,13 +264,12 @@ def _heads(file: Gguf) -> dict[str, int]:
     }
 
 
-def _undo_permutation(tensor: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head back from pairs side by side (ggml's RoPE) to halves (Hugging Face's)."""
-    pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(tensor.shape)
+def read_tensor(file: Gguf, name: str) -> np.ndarray:
+    """A tensor as it is in the file, in float32, dequantized by the `gguf` package.
 
-
-def _dequantize(file: Gguf, name: str) -> np.ndarray:
+    Raises:
+      ValueError: a type that cannot be dequantized, or numbers that are not finite.
+    """
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -271,14 +277,20 @@ def _dequantize(file: Gguf, name: str) -> np.ndarray:
     kind = GGMLQuantizationType(record.kind)
     raw = file.data[record.start : record.start + record.size]
     if kind == GGMLQuantizationType.F32:
-        return raw.view(np.float32).reshape(record.shape)
-    if kind == GGMLQuantizationType.F16:
-        return raw.view(np.float16).astype(np.float32).reshape(record.shape)
-    rows = raw.reshape(*record.shape[:-1], -1)
-    try:
-        return dequantize(rows, kind).reshape(record.shape)
-    except NotImplementedError:
-        raise ValueError(
-            f"{file.path}: tensor `{name}` has type {kind.name}, which the gguf package cannot "
-            "dequantize; use a file of another type (Q4_0, Q4_K_M, Q8_0, F16)"
-        ) from None
+        tensor = raw.view(np.float32).reshape(record.shape)
+    else:
+        rows = raw.reshape(*record.shape[:-1], -1)
+        rows = rows.view(np.float16) if kind == GGMLQuantizationType.F16 else rows
+        try:
+            # A scale that is damaged is found below.
+            with np.errstate(invalid="ignore", over="ignore"):
+                tensor = dequantize(rows, kind).astype(np.float32, copy=False)
+        except NotImplementedError:
+            raise ValueError(
+                f"{file.path}: tensor `{name}` has type {kind.name}, which the gguf package cannot "
+                "dequantize; use a file of another type (Q4_0, Q4_K_M, Q8_0, F16)"
+            ) from None
+        tensor = tensor.reshape(record.shape)
+    if not np.isfinite(tensor).all():
+        raise ValueError(f"{file.path}: tensor `{name}` holds NaN or infinity; download it again")
+    return tensor

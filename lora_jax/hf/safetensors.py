@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax.hf import bnb
 from lora_jax.hf.weights import Weights
 
 SINGLE = "model.safetensors"
@@ -82,6 +83,8 @@ def load_file(path: str | Path) -> dict[str, np.ndarray]:
 def open_directory(directory: str | Path) -> Weights:
     """Opens the weights of a Hugging Face directory, single or sharded.
 
+    Weights that bitsandbytes quantized are dequantized when they are read (`lora_jax.hf.bnb`).
+
     Args:
       directory: holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
 
@@ -96,19 +99,22 @@ def open_directory(directory: str | Path) -> Weights:
     files = _files(directory)
     entries = {name: entry for names in files.values() for name, entry in names.items()}
     owner = {name: file for file, names in files.items() for name in names}
+    read = _reader()
+    weights = Weights(
+        source=str(directory),
+        shapes={name: entry.shape for name, entry in entries.items()},
+        read=lambda name: read(owner[name], name),
+        where=lambda name: owner[name].name,
+    )
+    if bnb.is_quantized(entries):
+        return bnb.dequantized(weights, {name: entry.dtype for name, entry in entries.items()})
     for name, entry in entries.items():
         if entry.dtype not in _FLOATS:
             raise ValueError(
                 f"{owner[name]}: tensor `{name}` has dtype {entry.dtype}; only "
                 f"{', '.join(_FLOATS)} weights can be read, not quantized ones"
             )
-    read = _reader()
-    return Weights(
-        source=str(directory),
-        shapes={name: entry.shape for name, entry in entries.items()},
-        read=lambda name: read(owner[name], name),
-        where=lambda name: owner[name].name,
-    )
+    return weights
 
 
 def refuse_pickle(path: str | Path) -> None:

@@ -1,0 +1,354 @@
+"""GGUF LoRA files: evaluated as llama.cpp does, read back, refused where llama.cpp could not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
+from gguf.constants import MODEL_ARCH
+from gguf.tensor_mapping import get_tensor_name_map
+from test_hf_gguf import CONFIG, tensors_of, write
+
+import lora_jax as lora
+from lora_jax import models
+from lora_jax.finetune import plan_model
+from lora_jax.hf import gguf_lora, gguf_names, peft, peft_slots
+from lora_jax.hf.gguf_lora import load_gguf_lora, read_gguf_lora, save_gguf_lora
+from lora_jax.hf.gguf_names import Base, base_of, read_base
+from lora_jax.hf.gguf_names import gguf_names as names_of
+
+TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+UNTIED = models.LlamaConfig.from_hf({**CONFIG.to_hf(), "tie_word_embeddings": False})
+BASE = base_of(CONFIG)
+
+
+def config(**fields):
+    return lora.LoraConfig(**{"rank": 4, "alpha": 6, "target_modules": ("q_proj", "v_proj"),
+                              **fields})  # fmt: skip
+
+
+def adapted(model, lora_config, seed=3):
+    """The model's parameters with random adapters where the config means them."""
+    blank = lora.init(jax.random.key(0), plan_model(model, lora_config), model.params)
+    rng = np.random.default_rng(seed)
+    tensors = {
+        slot.key: rng.normal(size=slot.shape).astype(np.float32)
+        for slot in peft_slots.slots_of(blank, lora_config)
+        if not slot.repeats
+    }
+    return peft.fill(blank, lora_config, tensors)
+
+
+@pytest.fixture(scope="module")
+def tied():
+    return models.init(jax.random.key(0), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def untied():
+    return models.init(jax.random.key(0), UNTIED)
+
+
+def as_llama_cpp(base_path, adapter_path):
+    """The base's weights after llama.cpp's `llama_adapter_lora_init` and `build_lora_mm`.
+
+    Written from those functions alone; `ne` is ggml's order of dimensions, the fastest first.
+    """
+    base = {t.name: t for t in GGUFReader(base_path).tensors}
+    file = GGUFReader(adapter_path)
+    field = {name: value.contents() for name, value in file.fields.items()}
+    assert field["general.type"] == "adapter" and field["adapter.type"] == "lora"
+    assert field["general.architecture"] == GGUFReader(base_path).get_field(
+        "general.architecture").contents()  # fmt: skip
+    found = {t.name: t for t in file.tensors}
+    out = {name: np.array(t.data, np.float32) for name, t in base.items()}
+    for name in {n.rpartition(".")[0] for n in found}:
+        a, b, w = found[f"{name}.lora_a"], found[f"{name}.lora_b"], base[name]
+        a_ne, b_ne, w_ne = (list(map(int, t.shape)) for t in (a, b, w))
+        scale = field["adapter.lora.alpha"] / b_ne[0]
+        values = [quants.dequantize(t.data, t.tensor_type).astype(np.float64) for t in (a, b)]
+        if name == "token_embd.weight":
+            assert w_ne[0] == b_ne[1] and w_ne[1] == a_ne[1] and a_ne[0] == b_ne[0]
+            change = values[0] @ values[1].T  # get_rows(a), then mul_mat(b, .)
+        else:
+            assert w_ne[0] == a_ne[0] and w_ne[1] == b_ne[1] and a_ne[1] == b_ne[0]
+            change = values[1] @ values[0]  # mul_mat(b, mul_mat(a, x))
+        out[name] = out[name] + (scale * change).astype(np.float32)
+    return out
+
+
+CASES = {
+    "plain": config(),
+    "all-linear, rsLoRA": config(target_modules="all-linear", use_rslora=True, rank=3),
+    "ranks and alphas": config(
+        target_modules="all-linear",
+        rank_pattern={"q_proj": 2, "down_proj": 1},
+        alpha_pattern={"layers.1.self_attn.q_proj": 24, "up_proj": 1.5},
+    ),
+    "ranks under rsLoRA": config(
+        target_modules=("k_proj", "o_proj"), use_rslora=True, rank_pattern={"k_proj": 2}
+    ),
+    "one layer": config(target_modules=("k_proj", "gate_proj"), layers_to_transform=(1,)),
+    "embedding and head": config(target_modules=("embed_tokens", "lm_head", "k_proj")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_the_merged_model(tmp_path, untied, case):
+    params = adapted(untied, CASES[case])
+    base = write(tmp_path / "base.gguf", UNTIED, tensors_of(untied))
+    path = tmp_path / "adapter.gguf"
+    save_gguf_lora(path, params, CASES[case], base=read_base(base))
+    merged = models.Model(untied.forward, lora.merge(params))
+    want, got = tensors_of(merged), as_llama_cpp(base, path)
+    assert want.keys() == got.keys()
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    moved = [n for n, w in tensors_of(untied).items() if np.abs(w - want[n]).max() > 0.1]
+    assert len(moved) == sum(n.endswith(".lora_a") for n in (t.name for t in
+                                                            GGUFReader(path).tensors))  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_file_comes_back_and_is_written_the_same_again(tmp_path, untied, case):
+    params, base = adapted(untied, CASES[case]), base_of(UNTIED)
+    save_gguf_lora(tmp_path / "a.gguf", params, CASES[case], base=base)
+    loaded, read = load_gguf_lora(
+        tmp_path / "a.gguf", untied.apply, untied.params, TOKENS, base=base
+    )
+    # Folding an alpha into B rounds it once.
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-6),
+        lora.merge(loaded), lora.merge(params),
+    )  # fmt: skip
+    save_gguf_lora(tmp_path / "b.gguf", loaded, read, base=base)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_nothing_is_folded_where_all_scales_agree(tmp_path, tied):
+    lora_config = config(target_modules="all-linear", use_rslora=True, alpha=4)
+    params = adapted(tied, lora_config)
+    save_gguf_lora(tmp_path / "a.gguf", params, lora_config, base=BASE)
+    loaded, read = load_gguf_lora(tmp_path / "a.gguf", tied.apply, tied.params, TOKENS, base=BASE)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert (read.rank, read.alpha, read.use_rslora) == (4, 8, False)  # 4/√4 is 8/4
+    assert read.target_modules == (
+        "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_qwens_rows_stay(tmp_path, family):
+    raw = {k: v for k, v in CONFIG.to_hf().items() if k != "attention_bias"}
+    model = models.init(
+        jax.random.key(0), models.LlamaConfig.from_hf({**raw, "model_type": family})
+    )
+    params = adapted(model, config())
+    save_gguf_lora(tmp_path / "a.gguf", params, config(), base=base_of(model.config))
+    found = {t.name: t.data for t in GGUFReader(tmp_path / "a.gguf").tensors}
+    leaf = params["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+    np.testing.assert_array_equal(found["blk.1.attn_q.weight.lora_b"], leaf.b[1].T)
+    np.testing.assert_array_equal(found["blk.1.attn_q.weight.lora_a"], leaf.a[1].T)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_smaller_numbers(tmp_path, tied, dtype, error):
+    params = adapted(tied, config())
+    save_gguf_lora(tmp_path / "a.gguf", params, config(), base=BASE, dtype=dtype, name="mine")
+    file = GGUFReader(tmp_path / "a.gguf")
+    kind = {"float16": "F16", "bfloat16": "BF16"}[dtype]
+    assert {t.tensor_type for t in file.tensors} == {GGMLQuantizationType[kind]}
+    assert file.get_field("general.name").contents() == "mine"
+    loaded, _ = load_gguf_lora(tmp_path / "a.gguf", tied.apply, tied.params, TOKENS, base=BASE)
+    leaf, was = (p["model"]["layers"]["self_attn"]["v_proj"]["kernel"] for p in (loaded, params))
+    np.testing.assert_allclose(leaf.b, was.b, rtol=error)
+    assert np.any(leaf.b != was.b)
+    huge = jax.tree.map(lambda x: x * 1e5 if x.ndim == 3 and x.shape[-2] == 4 else x, params)
+    if dtype == "float16":
+        with pytest.raises(ValueError, match="has a number that float16 cannot hold"):
+            save_gguf_lora(tmp_path / "a.gguf", huge, config(), base=BASE, dtype=dtype)
+        assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
+    with pytest.raises(ValueError, match="`dtype` must be one of float32, float16, bfloat16"):
+        save_gguf_lora(tmp_path / "a.gguf", params, config(), base=BASE, dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"use_dora": True}, r"with DoRA \(use_dora=True\); merge the adapter into the model"),
+        ({"modules_to_save": ("lm_head",)}, r"with whole saved modules \(lm_head\); merge"),
+        ({"bias": "all"}, r'with trained biases \(bias="all"\); merge'),
+    ],
+)
+def test_what_llama_cpp_cannot_apply_is_to_be_merged(tmp_path, untied, fields, text):
+    params = adapted(untied, config(**fields))
+    with pytest.raises(ValueError, match=f"llama.cpp cannot apply an adapter {text}"):
+        save_gguf_lora(tmp_path / "a.gguf", params, config(**fields), base=base_of(UNTIED))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tied_table_is_to_be_merged(tmp_path, tied):
+    lora_config = config(target_modules=("embed_tokens", "q_proj"))
+    params = adapted(tied, lora_config)
+    with pytest.raises(ValueError, match="`model.embed_tokens` where the output head is the emb"):
+        save_gguf_lora(tmp_path / "a.gguf", params, lora_config, base=BASE)
+
+
+def test_tensors_without_a_place(untied):
+    base, pair = base_of(UNTIED), {"lora_A.weight": np.ones((2, 32)), "lora_B.weight": np.ones(
+        (8, 2))}  # fmt: skip
+
+    def content(module, tensors):
+        tensors = {f"base_model.model.{module}.{k}": v for k, v in tensors.items()}
+        return gguf_lora.to_gguf(tensors, config(), base)
+
+    with pytest.raises(ValueError, match="no place for an adapter of `model.layers.2.mlp.up_proj`"):
+        content("model.layers.2.mlp.up_proj", pair)
+    with pytest.raises(ValueError, match="cannot apply `.*lora_B.bias`: it reads pairs of lora_A"):
+        content("model.layers.1.mlp.up_proj", {**pair, "lora_B.bias": np.ones(8)})
+    with pytest.raises(ValueError, match=r"no pair of matrices \(r, in\) and \(out, r\)"):
+        content("model.layers.1.mlp.up_proj", {**pair, "lora_B.weight": np.ones((8, 3))})
+    with pytest.raises(ValueError, match="no pair of lora_A and lora_B; there is nothing to wri"):
+        content("model.layers.1.mlp.up_proj", {})
+    # PEFT repeats the base's table; one with more rows is a resized vocabulary.
+    table = {"lora_embedding_A": np.ones((2, 40)), "lora_embedding_B": np.ones((32, 2))}
+    assert content("model.embed_tokens", {**table, "base_layer.weight": np.ones((40, 32))})
+    with pytest.raises(ValueError, match="cannot apply `.*embed_tokens.base_layer.weight`"):
+        content("model.embed_tokens", {**table, "base_layer.weight": np.ones((41, 32))})
+
+
+def test_names_are_the_gguf_packages():
+    from lora_jax.hf.gguf import _INNER, _OUTER
+
+    ours = names_of("llama", 12)
+    assert ours["model.layers.11.self_attn.q_proj"] == "blk.11.attn_q"
+    known = {theirs: module for theirs, module in (*_INNER.items(), *_OUTER.items())}
+    for module, theirs in ours.items():
+        short = theirs.removeprefix("blk.").lstrip("0123456789.")
+        assert module.removeprefix("model.layers.").lstrip("0123456789.") == known[short]
+    for arch in ("GEMMA", "GEMMA2", "GEMMA3", "PHI3", "GPT2", "QWEN2", "QWEN3"):
+        table = get_tensor_name_map(MODEL_ARCH[arch], 2)
+        names = names_of(arch.lower(), 2)
+        assert len(names) == len(set(names.values())) > 8
+        assert all(table[module] == theirs for module, theirs in names.items())
+
+
+@pytest.mark.parametrize(
+    ("raw", "base"),
+    [
+        ({"model_type": "mistral", "num_hidden_layers": 2, "num_attention_heads": 4,
+          "vocab_size": 9}, Base("llama", 2, 4, 4, 9, False)),
+        ({"model_type": "gpt2", "n_layer": 2, "n_head": 4, "vocab_size": 9},
+         Base("gpt2", 2, 4, 4, 9, True)),
+        ({"model_type": "gemma3_text", "num_hidden_layers": 2, "num_attention_heads": 4,
+          "num_key_value_heads": 1, "vocab_size": 9}, Base("gemma3", 2, 4, 1, 9, True)),
+    ],
+)  # fmt: skip
+def test_a_base_from_its_config(raw, base):
+    assert gguf_names.base_from_hf(raw) == base
+
+
+def test_bases_that_are_not_known(tmp_path):
+    with pytest.raises(ValueError, match="llama.cpp's names of model_type `t5` are not known"):
+        gguf_names.base_from_hf({"model_type": "t5"})
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="config.json: config: `num_attention_heads` must be a"):
+        read_base(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json: "):
+        read_base(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_base(tmp_path / "gone")
+
+
+def write_lora(path, tensors, keys=None, arch="llama", kind="adapter", alpha=8.0):
+    writer = GGUFWriter(path, arch)
+    writer.add_type(kind)
+    for key, value in {"adapter.type": "lora", **(keys or {})}.items():
+        writer.add_string(key, value)
+    if alpha is not None:
+        writer.add_float32("adapter.lora.alpha", alpha)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, np.asarray(tensor, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def pair(name="blk.0.attn_v", rank=2, rows=16, columns=32):
+    rng = np.random.default_rng(rank)
+    return {
+        f"{name}.weight.lora_a": rng.normal(size=(rank, columns)),
+        f"{name}.weight.lora_b": rng.normal(size=(rows, rank)),
+    }
+
+
+@pytest.mark.parametrize("alpha", [0.0, None])
+def test_without_an_alpha_the_scale_is_one(tmp_path, tied, alpha):
+    tensors = {**pair(rank=2), **pair("blk.1.attn_v", rank=3), **pair("blk.1.ffn_up", 2, 64)}
+    path = write_lora(tmp_path / "a.gguf", tensors, alpha=alpha)
+    loaded, read = load_gguf_lora(path, tied.apply, tied.params, TOKENS, base=BASE)
+    leaf = loaded["model"]["layers"]["self_attn"]["v_proj"]["kernel"]
+    np.testing.assert_array_equal(leaf.scale, [1.0, 1.0])
+    change = tensors["blk.1.attn_v.weight.lora_b"] @ tensors["blk.1.attn_v.weight.lora_a"]
+    np.testing.assert_allclose(lora.array.delta(leaf)[1], change.T, rtol=1e-5, atol=1e-6)
+    assert read.rank_pattern == {"model.layers.1.self_attn.v_proj": 3}
+    assert read.target_modules == ("model.layers.1.mlp.up_proj", "v_proj")
+
+
+BROKEN = {
+    "a model": (pair(), dict(kind="model"), "holds a GGUF of type `model`, not an adapter"),
+    "another kind": (pair(), dict(keys={"adapter.type": "ia3"}), "of type `lora`, got `ia3`"),
+    "another model": (pair(), dict(arch="qwen2"), "for a `qwen2`, the model is a `llama`"),
+    "alpha": (pair(), dict(alpha=float("nan")), "`adapter.lora.alpha` must be a number above 0"),
+    "half a pair": (dict(list(pair().items())[:1]), {}, "`blk.0.attn_v.weight.lora_b` is missing"),
+    "another tensor": ({**pair(), "blk.0.x": [1]}, {}, "`blk.0.x` is neither a lora_a nor a lora"),
+    "no place": (pair("blk.7.attn_v"), {}, "has no place in a `llama` of 2 blocks"),
+    "nothing": ({"output_norm.weight": np.ones(32)}, {}, "holds no adapter"),
+    "two ranks": ({**pair(), "blk.0.attn_v.weight.lora_a": np.ones((3, 32))}, {}, "no pair of one"),
+    "a vector": ({**pair(), "blk.0.attn_v.weight.lora_a": np.ones(32)}, {}, "no pair of one rank"),
+    "NaN": ({**pair(), "blk.0.attn_v.weight.lora_a": np.full((2, 32), np.nan)}, {},
+            "`blk.0.attn_v.weight.lora_a` holds NaN"),
+    "rows": (pair("blk.0.attn_k", rows=10), {}, "`blk.0.attn_k.weight.lora_b` has 10 rows, not"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_files(tmp_path, case):
+    tensors, options, text = BROKEN[case]
+    path = write_lora(tmp_path / "a.gguf", tensors, **options)
+    with pytest.raises(ValueError, match=text) as error:
+        read_gguf_lora(path, base=BASE)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_adapter_of_another_size(tmp_path, tied):
+    path = write_lora(tmp_path / "a.gguf", pair(rows=24))
+    with pytest.raises(ValueError, match=r"1 misshapen: .*v_proj.lora_B.weight` is \(24, 2\)"):
+        load_gguf_lora(path, tied.apply, tied.params, TOKENS, base=BASE)
+
+
+def test_norms_are_left_out_with_a_warning(tmp_path):
+    path = write_lora(tmp_path / "a.gguf", {**pair(), "blk.0.attn_norm.weight": np.ones(32)})
+    with pytest.warns(UserWarning, match="1 norms such as `blk.0.attn_norm.weight` are left out"):
+        _, tensors = read_gguf_lora(path, base=BASE)
+    assert len(tensors) == 2
+
+
+def test_what_was_there_stays_when_writing_fails(tmp_path, tied, monkeypatch):
+    params = adapted(tied, config())
+    path = tmp_path / "a.gguf"
+    save_gguf_lora(path, params, config(), base=BASE)
+    before = path.read_bytes()
+
+    def fail(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(GGUFWriter, "write_tensors_to_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_gguf_lora(path, adapted(tied, config(), 9), config(), base=BASE)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
+    with pytest.raises(ValueError, match="expected a file to write the adapter to, got a direc"):
+        save_gguf_lora(tmp_path, params, config(), base=BASE)
