@@ -208,7 +208,7 @@ REFUSED = {
     "odd heads": ({"head_dim": 7}, "`head_dim` must be even for RoPE, got 7"),
     "unknown rope": (
         {"rope_scaling": {"rope_type": "su", "factor": 2.0}},
-        "rope_type `su` is not one of default, linear, dynamic, llama3, yarn",
+        "rope_type `su` is not one of default, linear, dynamic, llama3, yarn, longrope",
     ),
     "rope lacks": (
         {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
@@ -256,9 +256,17 @@ def test_qwens_window(fields, window):
     assert LlamaConfig.from_hf(config.to_hf()) == config
 
 
-def test_windows_that_differ_are_refused():
-    with pytest.raises(ValueError, match="blocks with and without a sliding window"):
-        read(model_type="qwen3", sliding_window=7, use_sliding_window=True, max_window_layers=1)
+def test_blocks_with_and_without_a_window():
+    fields = {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8}
+    window = {"sliding_window": 7, "use_sliding_window": True}
+    config = read(**fields, **window, max_window_layers=1)
+    assert config.sliding_layers == (False, True, True)
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+    kinds = ["sliding_attention", "chunked_attention", "full_attention"]
+    with pytest.raises(ValueError, match="`layer_types` has `chunked_attention`, which is neither"):
+        read(**fields, **window, layer_types=kinds)
+    with pytest.raises(ValueError, match="1 `layer_types` for 3 `num_hidden_layers`"):
+        read(**fields, **window, layer_types=kinds[:1])
     with pytest.raises(ValueError, match="field `use_sliding_window` = True is not known|`use_sli"):
         read(use_sliding_window=True)
 

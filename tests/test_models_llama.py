@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch_models import both_paddings, greedy, saver, texts, theirs
+from transformers import AutoConfig
 
 from lora_jax import models
 
@@ -66,47 +67,14 @@ CASES = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Makes and saves a random transformers model of a case, once."""
-    made = {}
-
-    def make(case):
-        if case not in made:
-            torch.manual_seed(0)
-            fields = {"model_type": "llama", **SIZES, "initializer_range": 0.3, **CASES[case]}
-            config = AutoConfig.for_model(**copy.deepcopy(fields))
-            model = AutoModelForCausalLM.from_config(config).eval()
-            with torch.no_grad():
-                for name, weight in model.named_parameters():
-                    if name.endswith(("bias", "norm.weight")):
-                        weight.add_(torch.randn_like(weight) * 0.1)
-            directory = tmp_path_factory.mktemp("model")
-            model.save_pretrained(directory)
-            made[case] = model, directory
-        return made[case]
-
-    return make
-
-
-def texts(padding):
-    """Three texts of 12, 7 and 1 tokens, padded on one side with a token that is a real one."""
-    tokens = np.asarray(jax.random.randint(jax.random.key(1), (3, 12), 0, 97))
-    mask = np.arange(12) < np.array([[12], [7], [1]])
-    return tokens, mask if padding == "right" else mask[:, ::-1].copy()
-
-
-def theirs(model, tokens, mask, positions):
-    with torch.no_grad():
-        return model(
-            torch.tensor(tokens), attention_mask=torch.tensor(mask), position_ids=positions
-        ).logits.numpy()
+    return saver({case: {**SIZES, **fields} for case, fields in CASES.items()}, tmp_path_factory)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_transformers(saved, case):
     oracle, directory = saved(case)
     model = models.load(directory)
-    tokens, mask = (
-        np.concatenate(both) for both in zip(texts("left"), texts("right"), strict=True)
-    )
+    tokens, mask = both_paddings()
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     want = theirs(oracle, tokens, mask, torch.tensor(positions))
     got = np.asarray(jax.jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
@@ -172,14 +140,7 @@ def test_greedy_text_is_transformers(saved, case):
     model = models.load(directory)
     tokens, mask = texts("left")
     prompts = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
-    with torch.no_grad():
-        want = oracle.generate(
-            torch.tensor(tokens),
-            attention_mask=torch.tensor(mask),
-            max_new_tokens=20,
-            do_sample=False,
-            eos_token_id=None,
-        )[:, 12:].tolist()
+    want = greedy(oracle, tokens, mask, 20)
     got = models.generate(model, model.params, prompts, max_new_tokens=20)
     assert got == want
 

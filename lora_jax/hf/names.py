@@ -9,6 +9,14 @@ the parameter (`kernel` for a `Linear`'s `weight`), the order of its dimensions 
 
 A path may carry its numbers itself (`model.layers.3...`, an unstacked tree): then its index is
 empty. With two stacks (layers of experts) the index has two numbers, in the path's order.
+
+Which table: whoever reads or writes a whole model (`weights.fill`, `save_model`) takes the table
+of its architecture (`lora_jax.models.registry`). Every function here takes `ANY` where it is given
+none. It is the union of the known tables, which contradict each other nowhere: a component `h` or
+`layer` stacks blocks in one family and does not occur in the others, and only GPT-2 has modules
+called `c_attn`, `c_proj` and `c_fc`, whose weights (Conv1D) already are (in, out). A model of the
+user's own whose names mean something else needs its own `Family`; one whose paths already are
+Hugging Face's names, with the arrays in its order, is `SAME`.
 """
 
 from collections.abc import Sequence
@@ -24,8 +32,8 @@ class Rule(NamedTuple):
 
     Attributes:
       module: glob over the module's name without its numbers; the first rule that fits decides.
-      theirs: name of the parameter there.
-      ours: name of the parameter here.
+      theirs: name of the parameter there; `*` is any.
+      ours: name of the parameter here; `*` is the same as there.
       axes: `ours = theirs.transpose(axes)` for one block; `None` leaves the order.
     """
 
@@ -44,12 +52,17 @@ class Family:
       stacks: components of a path that are followed by a block's number there.
       rules: in order of precedence, special modules before `*`.
       ignored: globs of tensors that checkpoints carry and that are computed here.
+      prefix: what some checkpoints leave out at the start of every name but the head's (those
+        saved from the model without its head).
+      tied: the tensor that may be left out because it repeats another, and that other one.
     """
 
     name: str
     stacks: tuple[str, ...]
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
+    prefix: str = ""
+    tied: tuple[str, str] | None = None
 
 
 class Tensor(NamedTuple):
@@ -67,24 +80,64 @@ class Leaf(NamedTuple):
     axes: tuple[int, ...] | None
 
 
-# Decoders with separate projections: Llama, SmolLM2, Mistral, Qwen2, Qwen3; fused projections
-# (Phi-3's qkv_proj, gate_up_proj) and numbered experts need no rule of their own.
+_NORM = Rule("*norm", "weight", "scale")
+_EMBEDDING = Rule("*embed_tokens", "weight", "embedding")
+_LINEAR = Rule("*", "weight", "kernel", (1, 0))
+_BIAS = Rule("*", "bias", "bias")
+
+# Decoders with RMS norms and rotary positions: Llama, SmolLM2, Mistral, Qwen2, Qwen3, Gemma,
+# Gemma 2, Gemma 3; fused projections (Phi-3's qkv_proj, gate_up_proj) and numbered experts need no
+# rule of their own.
 LLAMA = Family(
     name="llama",
     stacks=("layers", "experts"),
-    rules=(
-        Rule("*norm", "weight", "scale"),
-        Rule("*embed_tokens", "weight", "embedding"),
-        Rule("*", "weight", "kernel", (1, 0)),
-        Rule("*", "bias", "bias"),
-    ),
+    rules=(_NORM, _EMBEDDING, _LINEAR, _BIAS),
     ignored=("*.rotary_emb.inv_freq",),
+    prefix="model.",
+    tied=("lm_head.weight", "model.embed_tokens.weight"),
 )
 
-FAMILIES = {LLAMA.name: LLAMA}
+_GPT2_RULES = (
+    Rule("*ln_?", "weight", "scale"),
+    Rule("*wte", "weight", "embedding"),
+    Rule("*wpe", "weight", "embedding"),
+    *(Rule(f"*.{name}", "weight", "kernel") for name in ("c_attn", "c_proj", "c_fc")),
+)
+
+# Conv1D weights are (in, out) there too; the causal mask is a tensor in old checkpoints.
+GPT2 = Family(
+    name="gpt2",
+    stacks=("h",),
+    rules=(*_GPT2_RULES, _LINEAR, _BIAS),
+    ignored=("*.attn.bias", "*.attn.masked_bias"),
+    prefix="transformer.",
+    tied=("lm_head.weight", "transformer.wte.weight"),
+)
+
+# Encoders with numbered `layer`s: BERT, RoBERTa.
+_BERT_RULES = (
+    Rule("*LayerNorm", "weight", "scale"),
+    Rule("*_embeddings", "weight", "embedding"),
+)
+
+# The norm of RoBERTa's masked-LM head is called `layer_norm`.
+BERT = Family(
+    name="bert",
+    stacks=("layer",),
+    rules=(*_BERT_RULES, _NORM, _LINEAR, _BIAS),
+)
+
+ANY = Family(
+    name="known",
+    stacks=("layers", "experts", "h", "layer"),
+    rules=(_NORM, _EMBEDDING, *_GPT2_RULES, *_BERT_RULES, _LINEAR, _BIAS),
+    ignored=LLAMA.ignored,
+)
+
+SAME = Family(name="Hugging Face", stacks=(), rules=(Rule("*", "*", "*"),))
 
 
-def tensor_of(path: str, index: Sequence[int] = (), *, family: Family = LLAMA) -> Tensor:
+def tensor_of(path: str, index: Sequence[int] = (), *, family: Family = ANY) -> Tensor:
     """Names the Hugging Face tensor that a leaf, or one block of a stacked leaf, corresponds to.
 
     Args:
@@ -105,8 +158,9 @@ def tensor_of(path: str, index: Sequence[int] = (), *, family: Family = LLAMA) -
     module, _, parameter = path.rpartition(".")
     plain = _without_numbers(module, family)[0]
     for rule in family.rules:
-        if rule.ours == parameter and fnmatchcase(plain, rule.module):
-            return Tensor(f"{module_name(module, index, family=family)}.{rule.theirs}", rule.axes)
+        if rule.ours in (parameter, "*") and fnmatchcase(plain, rule.module):
+            theirs = parameter if rule.theirs == "*" else rule.theirs
+            return Tensor(_join(module_name(module, index, family=family), theirs), rule.axes)
     known = ", ".join(dict.fromkeys(f"`{r.ours}`" for r in family.rules))
     raise ValueError(
         f"leaf `{path}`: the {family.name} names know no parameter `{parameter}` there; "
@@ -114,7 +168,7 @@ def tensor_of(path: str, index: Sequence[int] = (), *, family: Family = LLAMA) -
     )
 
 
-def leaf_of(name: str, *, family: Family = LLAMA, stacked: bool = True) -> Leaf:
+def leaf_of(name: str, *, family: Family = ANY, stacked: bool = True) -> Leaf:
     """Finds the leaf that a Hugging Face tensor corresponds to: the inverse of `tensor_of`.
 
     Args:
@@ -131,8 +185,9 @@ def leaf_of(name: str, *, family: Family = LLAMA, stacked: bool = True) -> Leaf:
     module, _, parameter = name.rpartition(".")
     plain, index = _without_numbers(module, family)
     for rule in family.rules:
-        if rule.theirs == parameter and fnmatchcase(plain, rule.module):
-            path = f"{plain if stacked else module}.{rule.ours}"
+        if rule.theirs in (parameter, "*") and fnmatchcase(plain, rule.module):
+            ours = parameter if rule.ours == "*" else rule.ours
+            path = _join(plain if stacked else module, ours)
             return Leaf(path, index if stacked else (), rule.axes)
     raise ValueError(
         f"tensor `{name}`: the {family.name} names know no parameter `{parameter}`; "
@@ -140,7 +195,7 @@ def leaf_of(name: str, *, family: Family = LLAMA, stacked: bool = True) -> Leaf:
     )
 
 
-def module_name(module: str, index: Sequence[int] = (), *, family: Family = LLAMA) -> str:
+def module_name(module: str, index: Sequence[int] = (), *, family: Family = ANY) -> str:
     """Writes a module's block numbers where Hugging Face writes them.
 
     Args:
@@ -167,10 +222,14 @@ def module_name(module: str, index: Sequence[int] = (), *, family: Family = LLAM
     return ".".join(out)
 
 
-def stack_depth(path: str, *, family: Family = LLAMA) -> int:
+def stack_depth(path: str, *, family: Family = ANY) -> int:
     """How many stack axes a leaf at `path` starts with: numbers that its path leaves out."""
     parts = path.split(".")
     return sum(_is_open_stack(parts, i, family) for i in range(len(parts)))
+
+
+def _join(module: str, parameter: str) -> str:
+    return f"{module}.{parameter}" if module else parameter
 
 
 def _is_open_stack(parts: Sequence[str], i: int, family: Family) -> bool:

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from lora_jax.array import is_lora
-from lora_jax.hf.names import stack_depth, tensor_of
+from lora_jax.hf.names import Family, stack_depth, tensor_of
 from lora_jax.paths import spell
 
 DTYPES = {
@@ -53,7 +53,10 @@ def save_model(directory: str | Path, model, params: Any, *, dtype: str = "float
         raise FileExistsError(f"{directory}: there is something already; give another directory")
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    tensors = dict(_tensors(params, DTYPES[dtype]))
+    from lora_jax.models.registry import architecture_of
+
+    family = architecture_of(model.config.model_type).names
+    tensors = dict(_tensors(params, DTYPES[dtype], family))
     directory.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -68,7 +71,7 @@ def save_model(directory: str | Path, model, params: Any, *, dtype: str = "float
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _tensors(params: Any, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(params: Any, dtype: np.dtype, family: Family) -> Iterator[tuple[str, np.ndarray]]:
     """Every weight under Hugging Face's name, in its order of dimensions."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lora)
     for key_path, leaf in leaves:
@@ -76,8 +79,9 @@ def _tensors(params: Any, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
         if is_lora(leaf):
             raise ValueError(f"`{path}` still has an adapter; merge first: lora.merge(params)")
         value = np.asarray(leaf)
-        for index in product(*(range(n) for n in value.shape[: stack_depth(path)])):
-            name, axes = tensor_of(path, index)
+        depth = stack_depth(path, family=family)
+        for index in product(*(range(n) for n in value.shape[:depth])):
+            name, axes = tensor_of(path, index, family=family)
             block = value[index]
             block = block if axes is None else block.transpose(np.argsort(axes))
             yield name, _cast(block, dtype, name)

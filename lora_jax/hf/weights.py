@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax.hf.names import LLAMA, Family, stack_depth, tensor_of
+from lora_jax.hf.names import ANY, Family, stack_depth, tensor_of
 from lora_jax.paths import nearest, spell
 
 _SHOWN = 3
@@ -43,7 +43,7 @@ class _Slot(NamedTuple):
     shape: tuple[int, ...]
 
 
-def fill(shapes: Any, weights: Weights, *, family: Family = LLAMA) -> Any:
+def fill(shapes: Any, weights: Weights, *, family: Family = ANY) -> Any:
     """Fills a parameter tree from a checkpoint.
 
     Args:

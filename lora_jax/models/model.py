@@ -1,4 +1,4 @@
-"""A model: its parameters, and pure functions of them.
+"""A decoder: its parameters, and pure functions of them.
 
 `Forward` says how to compute and holds no array; it is hashable, so that what is compiled for one
 model serves every other of the same shape. `Model` adds parameters and tokenizer.
@@ -6,7 +6,7 @@ model serves every other of the same shape. `Model` adds parameters and tokenize
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import jax
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from lora_jax.models.config import LlamaConfig
-from lora_jax.models.llama import PROJECTION, Cache, CausalLM, hidden_states
+from lora_jax.models.attention import Cache, attention, positions_of
+from lora_jax.models.layers import PROJECTION, run_blocks
+from lora_jax.models.llama import CausalLM
 
 DTYPES = ("float32", "bfloat16", "float16")
 PROJECTIONS = "projections"
@@ -35,20 +36,18 @@ class Forward:
         recomputes what is cheap (norms, rotations, softmax, activations): on a CPU a third of the
         memory of False and a little faster than it; or the name of a policy in
         `jax.checkpoint_policies`.
+      module: the NNX class, with the methods of `lora_jax.models.llama.CausalLM`.
     """
 
-    config: LlamaConfig
+    config: Any
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan: bool = True
     remat: bool | str = False
+    module: Callable[..., Any] = CausalLM
 
     def __post_init__(self):
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in DTYPES:
-                known = ", ".join(DTYPES)
-                raise ValueError(f"`{name}` must be one of {known}, got {getattr(self, name)!r}")
-        _policy(self.remat)
+        check_options(self.dtype, self.param_dtype, self.remat)
 
     def apply(
         self,
@@ -79,33 +78,52 @@ class Forward:
         Raises:
           ValueError: tokens, mask or positions of another shape or dtype.
         """
-        _check_inputs(tokens, mask, positions)
-        lm = nnx.merge(_structure(self)[0], params)
-        hidden, new_cache = hidden_states(
-            lm,
-            self.config,
-            tokens,
-            positions=positions,
-            mask=mask,
-            cache=cache,
-            wrap=_remat(self.remat),
-        )
+        check_inputs(tokens, mask, positions)
+        lm = nnx.merge(structure(self)[0], params)
+        hidden, new_cache = self._hidden_states(lm, tokens, positions, mask, cache)
         out = hidden if return_hidden else lm.head(hidden)
         return out if cache is None else (out, new_cache)
 
     def head(self, params: Any, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:  # noqa: F722
         """Float32 logits of hidden states that `apply(..., return_hidden=True)` returned."""
-        return nnx.merge(_structure(self)[0], params).head(hidden)
+        return nnx.merge(structure(self)[0], params).head(hidden)
+
+    def _hidden_states(self, lm, tokens, positions, mask, cache: Cache | None):
+        """Runs the decoder up to its final norm; returns that and the cache."""
+        seen = None if cache is None else cache.valid.sum(axis=1, dtype=jnp.int32)[:, None]
+        if positions is None:
+            counted = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+            positions = counted if mask is None else positions_of(mask)
+            positions = positions if seen is None else positions + seen
+        config = self.config
+        sight, stored, cache = attention(
+            tokens, mask, cache, config.mixing, partial(lm.turns, config, positions)
+        )
+
+        # What is the same for every block is computed before their scan.
+        known = {slides: sight(slides) for slides in set(config.mixing.slides)}
+
+        def run(block, carry, number, slides):
+            x, stored = carry
+            attend = known[slides] if isinstance(slides, bool) else sight(slides)
+            return block(x, attend, stored, number)
+
+        x, stored = run_blocks(
+            reduce(getattr, lm.BLOCKS, lm),
+            (lm.embed(tokens, positions), stored),
+            run,
+            wrap=rematerialized(self.remat),
+            each=config.mixing.slides,
+        )
+        if cache is not None:
+            cache = cache._replace(keys=stored[0], values=stored[1])
+        return lm.final(x), cache
 
     def shapes(self) -> dict[str, Any]:
         """The parameter tree as `jax.ShapeDtypeStruct`s."""
-        shapes = _structure(self)[1]
-        count, inner = self.config.num_hidden_layers, dict(shapes["model"])
-        if self.scan:
-            inner["layers"] = jax.tree.map(
-                lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), inner["layers"]
-            )
-        return {**shapes, "model": inner}
+        shapes = structure(self)[1]
+        count = self.config.num_hidden_layers
+        return stacked(shapes, self.module.BLOCKS, count) if self.scan else shapes
 
     def init_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `slots` tokens a row."""
@@ -123,20 +141,20 @@ class Forward:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A causal language model with its parameters.
+    """A model with its parameters.
 
     Attributes:
-      forward: how it is computed.
+      forward: how it is computed: `Forward` of a decoder, or an encoder's.
       params: nested dictionaries of arrays under Hugging Face's module names.
       tokenizer: what turns text into its tokens, or None.
     """
 
-    forward: Forward
+    forward: Any
     params: dict[str, Any]
     tokenizer: Any = None
 
     @property
-    def config(self) -> LlamaConfig:
+    def config(self) -> Any:
         """The architecture."""
         return self.forward.config
 
@@ -156,46 +174,16 @@ class Model:
         return self.forward.init_cache
 
 
-def init(
-    key: Array,
-    config: LlamaConfig,
-    *,
-    dtype: str = "float32",
-    param_dtype: str | None = None,
-    scan: bool = True,
-    remat: bool | str = False,
-) -> Model:
-    """A model with fresh parameters: kernels and embedding normal, scales 1, biases 0.
-
-    Args:
-      key: PRNG key.
-      config: the architecture.
-      dtype, param_dtype, scan, remat: see `Forward`; `param_dtype` is `dtype` by default.
-
-    Returns:
-      The model, without a tokenizer.
-    """
-    forward = Forward(
-        config=config, dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat
-    )
-    leaves, tree = jax.tree_util.tree_flatten_with_path(forward.shapes())
-    keys = jax.random.split(key, len(leaves))
-    params = [
-        _fresh(key, path[-1].key, shape, config.initializer_range)
-        for key, (path, shape) in zip(keys, leaves, strict=True)
-    ]
-    return Model(forward, jax.tree.unflatten(tree, params))
+def check_options(dtype: str, param_dtype: str, remat: bool | str) -> None:
+    """Refuses a dtype that is not known and a way of rematerializing that does not exist."""
+    for name, given in (("dtype", dtype), ("param_dtype", param_dtype)):
+        if given not in DTYPES:
+            raise ValueError(f"`{name}` must be one of {', '.join(DTYPES)}, got {given!r}")
+    _policy(remat)
 
 
-def _fresh(key, name: str, shape: jax.ShapeDtypeStruct, spread: float):
-    if name == "scale":
-        return jnp.ones(shape.shape, shape.dtype)
-    if name == "bias":
-        return jnp.zeros(shape.shape, shape.dtype)
-    return (jax.random.normal(key, shape.shape) * spread).astype(shape.dtype)
-
-
-def _check_inputs(tokens, mask, positions) -> None:
+def check_inputs(tokens, mask, positions=None) -> None:
+    """Refuses tokens, masks and positions of another shape or dtype."""
     if jnp.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
         raise ValueError(
             f"`tokens` must be integers of shape (batch, length), got {jnp.result_type(tokens)} of "
@@ -216,10 +204,14 @@ def _check_inputs(tokens, mask, positions) -> None:
 
 
 @lru_cache(maxsize=64)
-def _structure(forward: Forward):
-    """The module's graph without arrays, and the shapes of its parameters, of one block each."""
+def structure(forward: Any):
+    """The module's graph without arrays, and the shapes of its parameters, of one block each.
+
+    Args:
+      forward: has `module`, `config`, `dtype`, `param_dtype` and `scan`, as `Forward`.
+    """
     module = nnx.eval_shape(
-        lambda: CausalLM(
+        lambda: forward.module(
             forward.config,
             dtype=jnp.dtype(forward.dtype),
             param_dtype=jnp.dtype(forward.param_dtype),
@@ -231,7 +223,24 @@ def _structure(forward: Forward):
     return graph, nnx.to_pure_dict(state)
 
 
-def _remat(remat: bool | str) -> Callable[[Callable], Callable]:
+def stacked(shapes: dict[str, Any], blocks: tuple[str, ...], count: int) -> dict[str, Any]:
+    """The shapes of `count` stacked blocks, from those of one.
+
+    Args:
+      shapes: nested dictionaries of `jax.ShapeDtypeStruct`s.
+      blocks: where the block is in them.
+      count: how many there are.
+    """
+    first, *rest = blocks
+    inner = shapes[first]
+    if rest:
+        return {**shapes, first: stacked(inner, tuple(rest), count)}
+    many = jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), inner)
+    return {**shapes, first: many}
+
+
+def rematerialized(remat: bool | str) -> Callable[[Callable], Callable]:
+    """Wraps the function that runs one block as `Forward.remat` says."""
     if not remat:
         return lambda run: run
     return lambda run: jax.checkpoint(run, policy=_policy(remat), prevent_cse=False)

@@ -1,11 +1,13 @@
 """Rotary position embedding and its ways of reaching beyond the trained context.
 
-A head of size `d` is `d/2` planes; plane `j` turns by `p · f_j` at position `p`, with
-`f_j = theta^(-2j/d)` by default. Planes pair dimension `j` with `j + d/2` (Hugging Face's layout).
-The variants change `f`, and YaRN also the length of the rotated vector.
+The first `d` dimensions of a head (by default all) are `d/2` planes; plane `j` turns by `p · f_j`
+at position `p`, with `f_j = theta^(-2j/d)` by default. Planes pair dimension `j` with `j + d/2`
+(Hugging Face's layout). The variants change `f`, YaRN and LongRoPE also the length of the rotated
+vector.
 
 Sources: RoPE arXiv:2104.09864; linear arXiv:2306.15595; dynamic NTK and YaRN arXiv:2309.00071;
-llama3 as Llama 3.1's reference code does it. Numbers agree with transformers' to float32.
+LongRoPE arXiv:2402.13753; llama3 as Llama 3.1's reference code does it. Numbers agree with
+transformers' to float32.
 """
 
 import math
@@ -29,7 +31,13 @@ VARIANTS = {
         ("factor", "original_max_position_embeddings"),
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
+    "longrope": (
+        ("short_factor", "long_factor", "original_max_position_embeddings"),
+        ("attention_factor", "factor"),
+    ),
 }
+# Values that are one number a plane.
+_LISTS = ("short_factor", "long_factor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +46,19 @@ class RopeScaling:
 
     Attributes:
       rope_type: a key of `VARIANTS`.
-      factor: how many times longer the context is meant to be.
-      original_max_position_embeddings: the trained context, in tokens (llama3, yarn).
+      factor: how many times longer the context is meant to be; for longrope None is the ratio of
+        the contexts.
+      original_max_position_embeddings: the trained context, in tokens (llama3, yarn, longrope).
       low_freq_factor, high_freq_factor: edges of llama3's blend, in turns per trained context.
       beta_fast, beta_slow: edges of YaRN's blend, in turns per trained context.
-      attention_factor, mscale, mscale_all_dim: YaRN's length of the rotated vectors.
+      attention_factor, mscale, mscale_all_dim: length of the rotated vectors (yarn, longrope).
       truncate: whether YaRN rounds the edges of its blend to whole planes.
+      short_factor, long_factor: LongRoPE's divisor of each plane's frequency, in texts up to the
+        trained context and beyond.
     """
 
     rope_type: str
-    factor: float
+    factor: float | None = None
     original_max_position_embeddings: int | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
@@ -57,13 +68,18 @@ class RopeScaling:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of each token's angles, times the variant's length factor."""
+    """Cosine and sine of each token's angles, times the variant's length factor.
 
-    cos: Float[Array, "b t 1 half"]  # noqa: F722
-    sin: Float[Array, "b t 1 half"]  # noqa: F722
+    Where there are fewer planes than a head has pairs, the head's last dimensions stay.
+    """
+
+    cos: Float[Array, "b t 1 planes"]  # noqa: F722
+    sin: Float[Array, "b t 1 planes"]  # noqa: F722
 
 
 def scaling_from_hf(raw: Mapping[str, Any] | None, *, context: int) -> RopeScaling | None:
@@ -71,7 +87,7 @@ def scaling_from_hf(raw: Mapping[str, Any] | None, *, context: int) -> RopeScali
 
     Args:
       raw: the JSON object, or None.
-      context: `max_position_embeddings`: llama3 and yarn take it where their own
+      context: `max_position_embeddings`: llama3, yarn and longrope take it where their own
         `original_max_position_embeddings` is left out, as transformers does.
 
     Returns:
@@ -88,9 +104,10 @@ def scaling_from_hf(raw: Mapping[str, Any] | None, *, context: int) -> RopeScali
         known = ", ".join(("default", *VARIANTS))
         raise ValueError(f"`rope_scaling`: rope_type `{kind}` is not one of {known}")
     needed, optional = VARIANTS[kind]
-    if kind in ("llama3", "yarn"):
+    if "original_max_position_embeddings" in needed:
         given.setdefault("original_max_position_embeddings", context)
     _check_keys(kind, given, needed, optional)
+    given.update({name: tuple(given[name]) for name in _LISTS if name in given})
     return RopeScaling(rope_type=kind, **given)
 
 
@@ -103,19 +120,36 @@ def _check_keys(kind: str, given: Mapping[str, Any], needed, optional) -> None:
             f"not understood {extra or 'nothing'}"
         )
     for name, value in given.items():
-        if isinstance(value, bool) != (name == "truncate") or not isinstance(value, int | float):
+        if name in _LISTS:
+            if not isinstance(value, list | tuple) or not all(map(_is_number, value)):
+                raise ValueError(f"`rope_scaling`: `{name}` must list numbers, got {value!r}")
+        elif isinstance(value, bool) != (name == "truncate") or not isinstance(value, int | float):
             raise ValueError(f"`rope_scaling`: `{name}` must be a number, got {value!r}")
-    if given["factor"] < 1:
+    if given.get("factor", 1) < 1:
         raise ValueError(f"`rope_scaling`: `factor` must be at least 1, got {given['factor']}")
     if kind == "llama3" and not given["low_freq_factor"] < given["high_freq_factor"]:
         raise ValueError("`rope_scaling`: `low_freq_factor` must be below `high_freq_factor`")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
     """Hugging Face's `rope_scaling`, without what is not set."""
     if scaling is None:
         return None
-    return {k: v for k, v in asdict(scaling).items() if v is not None}
+    set_ = {k: v for k, v in asdict(scaling).items() if v is not None}
+    return {k: list(v) if k in _LISTS else v for k, v in set_.items()}
+
+
+def depends_on_text(scaling: RopeScaling | None) -> bool:
+    """Whether the frequencies of LongRoPE change, so that stored keys cannot be rotated yet.
+
+    The dynamic variant changes them too, but transformers keeps stored keys as they were rotated
+    first, and so do we.
+    """
+    return scaling is not None and scaling.rope_type == "longrope"
 
 
 def rotation(
@@ -125,27 +159,39 @@ def rotation(
     theta: float,
     scaling: RopeScaling | None,
     context: int,
+    longest: Int[Array, ""] | None = None,  # noqa: F722
 ) -> Rotation:
     """Cosines and sines for tokens at the given positions, in float32.
 
     Args:
       positions: each token's place in its text, from 0.
-      head_dim: size of a head, `d`.
+      head_dim: dimensions of a head that turn, `d`.
       theta: base wavelength.
       scaling: how the frequencies are changed, or None.
       context: `max_position_embeddings`; the dynamic variant starts to change beyond it.
+      longest: tokens of the longest text; by default the last position says it.
     """
-    if scaling is not None and scaling.rope_type == "dynamic":
-        frequencies = _dynamic(positions.max() + 1, head_dim, theta, scaling, context)
+    if scaling is not None and scaling.rope_type in _BY_LENGTH:
+        longest = positions.max() + 1 if longest is None else longest
+        frequencies = _BY_LENGTH[scaling.rope_type](longest, head_dim, theta, scaling, context)
     else:
         frequencies = jnp.asarray(static_frequencies(head_dim, theta, scaling))
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
-    length = 1.0 if scaling is None else _length(scaling)
+    length = 1.0 if scaling is None else _length(scaling, context)
     return Rotation(jnp.cos(angles) * length, jnp.sin(angles) * length)
 
 
-def rotate(x: Float[Array, "b t n d"], by: Rotation) -> Float[Array, "b t n d"]:  # noqa: F722
-    """Turns each head's planes: `(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)`."""
+def rotate(x: Float[Array, "b t n d"], by: Rotation | None) -> Float[Array, "b t n d"]:  # noqa: F722
+    """Turns each head's planes: `(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)`.
+
+    Args:
+      x: heads.
+      by: the rotation; None is none.
+    """
+    if by is None:
+        return x
+    if (size := 2 * by.cos.shape[-1]) < x.shape[-1]:
+        return jnp.concatenate((rotate(x[..., :size], by), x[..., size:]), axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * by.cos - second * by.sin, second * by.cos + first * by.sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
@@ -167,15 +213,27 @@ def _plain(head_dim: int, theta: float) -> np.ndarray:
 def _dynamic(length, head_dim: int, theta: float, scaling: RopeScaling, context: int):
     """NTK scaling that grows with the text: theta is raised once `length` exceeds the context."""
     ratio = jnp.maximum(length, context).astype(jnp.float32) / context
-    grown = theta * (scaling.factor * ratio - (scaling.factor - 1)) ** (head_dim / (head_dim - 2))
+    factor = _set(scaling.factor)
+    grown = theta * (factor * ratio - (factor - 1)) ** (head_dim / (head_dim - 2))
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     return 1.0 / grown**exponents
+
+
+def _longrope(length, head_dim: int, theta: float, scaling: RopeScaling, context: int):
+    """Every plane has a divisor of its own, and another one in texts beyond the trained context."""
+    del context
+    plain = _plain(head_dim, theta)
+    short, long = (
+        jnp.asarray(plain / np.asarray(divisors, np.float32))
+        for divisors in (_set(scaling.short_factor), _set(scaling.long_factor))
+    )
+    return jnp.where(length > _set(scaling.original_max_position_embeddings), long, short)
 
 
 def _linear(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
     """Every plane is slowed alike: positions are pressed together."""
     del head_dim, theta
-    return plain / np.float32(scaling.factor)
+    return plain / np.float32(_set(scaling.factor))
 
 
 def _llama3(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
@@ -204,24 +262,30 @@ def _yarn(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) 
 
 
 _STATIC = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+_BY_LENGTH = {"dynamic": _dynamic, "longrope": _longrope}
 
 
-def _set(value: float | None) -> float:
+def _set(value: Any) -> Any:
     """A value that the variant needs; `scaling_from_hf` has checked that it is there."""
     if value is None:
         raise ValueError("`rope_scaling` lacks a value that its type needs")
     return value
 
 
-def _length(scaling: RopeScaling) -> float:
-    """YaRN's factor on the rotated vectors (its temperature); 1 for every other variant."""
-    if scaling.rope_type != "yarn":
+def _length(scaling: RopeScaling, context: int) -> float:
+    """The factor on the rotated vectors (YaRN's temperature); 1 where the variant has none."""
+    if scaling.rope_type not in ("yarn", "longrope"):
         return 1.0
     if scaling.attention_factor is not None:
         return float(scaling.attention_factor)
+    if scaling.rope_type == "longrope":
+        trained = _set(scaling.original_max_position_embeddings)
+        factor = context / trained if scaling.factor is None else scaling.factor
+        return math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+    factor = _set(scaling.factor)
 
     def grow(weight: float) -> float:
-        return 0.1 * weight * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if scaling.mscale and scaling.mscale_all_dim:
         return grow(scaling.mscale) / grow(scaling.mscale_all_dim)

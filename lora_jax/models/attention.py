@@ -1,0 +1,182 @@
+"""Causal attention of a decoder, with and without a cache, in every way a block may see.
+
+What happens between a block's projections and its output is one function, `Attend`: it rotates
+queries and keys, stores the keys and values, and mixes. Blocks that slide (a token sees only so
+many before it) and blocks that do not get different ones, from a `Sight`.
+
+B batch, T new tokens, S key slots, N query heads, K key/value heads, H size of a head, L blocks.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from lora_jax.models.rope import Rotation, rotate
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far, in slots that are filled from the left.
+
+    A call writes its T tokens into the slots `length .. length + T`; who calls sees to it that
+    they are there. Slots that hold padding are never attended to.
+    """
+
+    keys: Float[Array, "l b s k h"]  # noqa: F722
+    values: Float[Array, "l b s k h"]  # noqa: F722
+    valid: Bool[Array, "b s"]  # noqa: F722
+    length: Int[Array, ""]  # noqa: F722
+
+
+class Mixing(NamedTuple):
+    """How a decoder's queries weigh its keys.
+
+    Attributes:
+      slides: for each block, whether a token sees only `window` tokens, itself included.
+      window: that many.
+      scale: factor of the products; None is `1 / sqrt(H)`.
+      softcap: logits are squeezed into `(-softcap, softcap)`; None leaves them.
+    """
+
+    slides: tuple[bool, ...]
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+
+class Turn(NamedTuple):
+    """How queries and keys are rotated; None is not at all.
+
+    Attributes:
+      queries: of the new tokens.
+      keys: of the new tokens' keys, before they are stored.
+      stored: of the keys of all slots, after they are read.
+    """
+
+    queries: Rotation | None = None
+    keys: Rotation | None = None
+    stored: Rotation | None = None
+
+
+# (queries, keys, values, stored keys and values or None, block number) -> (mixed values, stored)
+Attend = Callable[..., tuple[Array, tuple[Array, Array] | None]]
+
+# Whether a block slides, as a Python bool or, in a scan over blocks that differ, an array.
+Sight = Callable[[bool | Array], Attend]
+
+
+def choose(slides: bool | Array, sliding, full):
+    """One of two trees of arrays."""
+    if isinstance(slides, bool):
+        return sliding if slides else full
+    return jax.tree.map(lambda a, b: jnp.where(slides, a, b), sliding, full)
+
+
+def attention(tokens, mask, cache: Cache | None, mixing: Mixing, turns):
+    """The way of attending, what is stored for it, and the cache with its slots counted.
+
+    Args:
+      tokens: (b, t) new tokens.
+      mask: (b, t) true at real tokens, or None.
+      cache: what was seen before, or None.
+      mixing: how queries weigh keys.
+      turns: (b, s) slots that hold a real token, or None without a cache -> whether a block
+        slides -> its `Turn`.
+
+    Returns:
+      `Sight`, the pair of stored keys and values or None, and the new cache or None.
+    """
+    if cache is None:
+        return _see_new(mask, mixing, turns(None)), None, None
+    new = jnp.ones(tokens.shape, bool) if mask is None else mask
+    valid = lax.dynamic_update_slice(cache.valid, new, (0, cache.length))
+    sight = _see_stored(valid, cache.length, tokens.shape[1], mixing, turns(valid))
+    counted = cache._replace(valid=valid, length=cache.length + tokens.shape[1])
+    return sight, (cache.keys, cache.values), counted
+
+
+def positions_of(valid: Bool[Array, "b t"]) -> Int[Array, "b t"]:  # noqa: F722
+    """Real tokens are counted, so padding on the left shifts nothing."""
+    return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def _see_new(mask, mixing: Mixing, turns) -> Sight:
+    # Under causal attention padding on the right is seen by padding only: without a mask it
+    # costs nothing. The mask stays (b, 1, 1, s); XLA fuses it and the causal one into the softmax.
+    keys_seen = None if mask is None else mask[:, None, None, :]
+
+    def sight(slides) -> Attend:
+        turn = turns(slides)
+        near = (mixing.window - 1, 0) if slides is True else None
+
+        def attend(q, k, v, stored, block):
+            q, k = rotate(q, turn.queries), rotate(k, turn.keys)
+            if isinstance(slides, bool) and mixing.softcap is None:
+                mixed = jax.nn.dot_product_attention(
+                    q, k, v, mask=keys_seen, scale=mixing.scale, is_causal=True,
+                    local_window_size=near,
+                )  # fmt: skip
+                return mixed, stored
+            at = jnp.arange(q.shape[1])
+            seen = _near(at[:, None] - at, mixing, slides)[None, None]
+            seen = seen if keys_seen is None else seen & keys_seen
+            return _mix(q, k, v, seen, mixing), stored
+
+        return attend
+
+    return sight
+
+
+def _see_stored(valid, start, count: int, mixing: Mixing, turns) -> Sight:
+    back = start + jnp.arange(count)[:, None] - jnp.arange(valid.shape[1])
+
+    def sight(slides) -> Attend:
+        turn = turns(slides)
+        seen = valid[:, None, None, :] & _near(back, mixing, slides)
+
+        # The cache is the scan's carry and written in place: as its input and output it would be
+        # copied whole for every token.
+        def attend(q, k, v, stored, block):
+            q, k = rotate(q, turn.queries), rotate(k, turn.keys)
+            at = (block, 0, start, 0, 0)
+            keys, values = (
+                lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
+                for old, new in zip(stored, (k, v), strict=True)
+            )
+            this_keys, this_values = (
+                lax.dynamic_index_in_dim(kept, block, keepdims=False).astype(q.dtype)
+                for kept in (keys, values)
+            )
+            mixed = _mix(q, rotate(this_keys, turn.stored), this_values, seen, mixing)
+            return mixed, (keys, values)
+
+        return attend
+
+    return sight
+
+
+def _near(back: Int[Array, "t s"], mixing: Mixing, slides) -> Bool[Array, "t s"]:  # noqa: F722
+    """Which keys a query may see, by how many slots they lie back."""
+    if slides is False:
+        return back >= 0
+    if slides is True:
+        return (back >= 0) & (back < mixing.window)
+    return (back >= 0) & ((back < mixing.window) | ~slides)
+
+
+def _mix(q, k, v, seen: Bool[Array, "#b 1 t s"], mixing: Mixing):  # noqa: F722
+    """Values in the proportions of the keys' weights: `softmax(cap(scale · q kᵀ)) v`."""
+    if mixing.softcap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=seen, scale=mixing.scale)
+    b, t, n, h = q.shape
+    groups = q.reshape(b, t, k.shape[2], -1, h)
+    logits = jnp.einsum("btkgh,bskh->bkgts", groups, k, preferred_element_type=jnp.float32)
+    logits = logits * (h**-0.5 if mixing.scale is None else mixing.scale)
+    logits = jnp.tanh(logits / mixing.softcap) * mixing.softcap
+    # Not -inf: a row of padding sees nothing, and its gradient would be NaN.
+    logits = jnp.where(seen[:, :, None], logits, -0.7 * jnp.finfo(jnp.float32).max)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h)

@@ -1,0 +1,303 @@
+"""The encoder: blocks of full attention and an MLP, a norm after each (BERT, RoBERTa).
+
+    x <- LayerNorm(x + W_o Attention(x) + b_o)
+    x <- LayerNorm(x + W_2 act(W_1 x + b_1) + b_2)
+
+Modules and parameters are Flax NNX's, module names are Hugging Face's. The blocks run as one
+`jax.lax.scan` over their stacked parameters, or one after the other where they are not stacked.
+There is no dropout: adapters have their own.
+
+B batch, T tokens, D width, N heads, H size of a head, L blocks, C classes, V vocabulary.
+
+Sources: Devlin et al. 2018, arXiv:1810.04805; Liu et al. 2019, arXiv:1907.11692.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lora_jax.models.bert_config import CLASSIFICATION, MASKED_LM, BertConfig
+from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, kept, logits_of, run_blocks
+
+
+class Features(NamedTuple):
+    """What an encoder without a head returns.
+
+    Attributes:
+      hidden: the last block's hidden states.
+      pooled: `tanh` of the pooler's layer on the first one, or None without a pooler.
+    """
+
+    hidden: Float[Array, "b t d"]  # noqa: F722
+    pooled: Float[Array, "b d"] | None  # noqa: F722
+
+
+class _Build(NamedTuple):
+    """What every module is made with."""
+
+    config: BertConfig
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    rngs: nnx.Rngs
+
+    def linear(self, inputs: int, outputs: int) -> nnx.Linear:
+        return nnx.Linear(
+            inputs, outputs, dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs
+        )
+
+    def norm(self) -> LayerNorm:
+        config = self.config
+        return LayerNorm(
+            config.hidden_size, eps=config.layer_norm_eps, param_dtype=self.param_dtype
+        )
+
+    def table(self, rows: int) -> Embedding:
+        width = self.config.hidden_size
+        return Embedding(rows, width, dtype=self.dtype, param_dtype=self.param_dtype)
+
+
+class Embeddings(nnx.Module):
+    """The sum of a token's, its type's and its position's vectors, normalized."""
+
+    def __init__(self, build: _Build):
+        config = build.config
+        self.word_embeddings = build.table(config.vocab_size)
+        self.position_embeddings = build.table(config.max_position_embeddings)
+        self.token_type_embeddings = build.table(config.type_vocab_size)
+        self.LayerNorm = build.norm()
+
+    def __call__(self, tokens, token_type_ids, positions) -> Float[Array, "b t d"]:  # noqa: F722
+        words = self.word_embeddings(tokens) + self.token_type_embeddings(token_type_ids)
+        return self.LayerNorm(words + self.position_embeddings(positions))
+
+
+class SelfAttention(nnx.Module):
+    """Every token attends to every real token."""
+
+    def __init__(self, build: _Build):
+        width = build.config.hidden_size
+        self.heads = build.config.num_attention_heads
+        self.query = build.linear(width, width)
+        self.key = build.linear(width, width)
+        self.value = build.linear(width, width)
+
+    def __call__(self, x: Float[Array, "b t d"], seen) -> Float[Array, "b t d"]:  # noqa: F722
+        q, k, v = (
+            kept(project(x)).reshape(*x.shape[:2], self.heads, -1)
+            for project in (self.query, self.key, self.value)
+        )
+        return jax.nn.dot_product_attention(q, k, v, mask=seen).reshape(x.shape)
+
+
+class Output(nnx.Module):
+    """`LayerNorm(residual + W x + b)`: what ends attention and MLP."""
+
+    def __init__(self, inputs: int, build: _Build):
+        self.dense = build.linear(inputs, build.config.hidden_size)
+        self.LayerNorm = build.norm()
+
+    def __call__(self, x: Float[Array, "b t f"], residual) -> Float[Array, "b t d"]:  # noqa: F722
+        return self.LayerNorm(residual + kept(self.dense(x)))
+
+
+class Attention(nnx.Module):
+    """Attention and its output layer."""
+
+    def __init__(self, build: _Build):
+        self.self = SelfAttention(build)
+        self.output = Output(build.config.hidden_size, build)
+
+
+class Dense(nnx.Module):
+    """A dense layer under a name of its own."""
+
+    def __init__(self, outputs: int, build: _Build):
+        self.dense = build.linear(build.config.hidden_size, outputs)
+
+
+class Layer(nnx.Module):
+    """One block."""
+
+    def __init__(self, build: _Build):
+        config = build.config
+        self.act = config.hidden_act
+        self.attention = Attention(build)
+        self.intermediate = Dense(config.intermediate_size, build)
+        self.output = Output(config.intermediate_size, build)
+
+    def __call__(self, x: Float[Array, "b t d"], seen) -> Float[Array, "b t d"]:  # noqa: F722
+        x = self.attention.output(self.attention.self(x, seen), x)
+        wide = kept(self.intermediate.dense(x))
+        return self.output(ACTIVATIONS[self.act](wide), x)
+
+
+class Stack(nnx.Module):
+    """The blocks.
+
+    `layer` is one block whose parameters carry a leading axis L (`scan`), or a dictionary of L
+    blocks named by their number.
+    """
+
+    def __init__(self, build: _Build, *, scan: bool):
+        numbers = range(build.config.num_hidden_layers)
+        self.layer = Layer(build) if scan else nnx.Dict({str(i): Layer(build) for i in numbers})
+
+
+class Encoder(nnx.Module):
+    """Embeddings, blocks and, where the config has one, the pooler."""
+
+    def __init__(self, build: _Build, *, scan: bool):
+        self.embeddings = Embeddings(build)
+        self.encoder = Stack(build, scan=scan)
+        if build.config.pooler:
+            self.pooler = Dense(build.config.hidden_size, build)
+
+
+class Transform(nnx.Module):
+    """BERT's layer before the vocabulary."""
+
+    def __init__(self, build: _Build):
+        self.dense = build.linear(build.config.hidden_size, build.config.hidden_size)
+        self.LayerNorm = build.norm()
+
+
+class Predictions(nnx.Module):
+    """BERT's masked-LM head; its table is the word embedding."""
+
+    def __init__(self, build: _Build):
+        self.transform = Transform(build)
+        self.bias = nnx.Param(jnp.zeros((build.config.vocab_size,), build.param_dtype))
+
+
+class Cls(nnx.Module):
+    """What Hugging Face puts around BERT's masked-LM head."""
+
+    def __init__(self, build: _Build):
+        self.predictions = Predictions(build)
+
+
+class LMHead(nnx.Module):
+    """RoBERTa's masked-LM head; its table is the word embedding."""
+
+    def __init__(self, build: _Build):
+        self.dense = build.linear(build.config.hidden_size, build.config.hidden_size)
+        self.layer_norm = build.norm()
+        self.bias = nnx.Param(jnp.zeros((build.config.vocab_size,), build.param_dtype))
+
+
+class FirstTokenHead(nnx.Module):
+    """RoBERTa's classification head: `W_2 tanh(W_1 x + b_1) + b_2` of the first hidden state."""
+
+    def __init__(self, build: _Build):
+        width = build.config.hidden_size
+        self.dense = build.linear(width, width)
+        self.out_proj = build.linear(width, len(build.config.labels))
+
+
+class Headed(nnx.Module):
+    """An encoder under its family's name, and the head of a task."""
+
+    def __init__(self, build: _Build, *, scan: bool):
+        config = build.config
+        setattr(self, config.kind.prefix, Encoder(build, scan=scan))
+        own = config.kind.roberta_heads
+        if config.task == CLASSIFICATION:
+            classes = len(config.labels)
+            pooled = FirstTokenHead if own else lambda b: b.linear(config.hidden_size, classes)
+            self.classifier = pooled(build)
+        elif own:
+            self.lm_head = LMHead(build)
+        else:
+            self.cls = Cls(build)
+
+
+def make(config: BertConfig, *, dtype, param_dtype, scan: bool, rngs: nnx.Rngs) -> nnx.Module:
+    """The module for a config's task: the bare encoder, or one with a head."""
+    build = _Build(config, dtype, param_dtype, rngs)
+    headed = config.task in (CLASSIFICATION, MASKED_LM)
+    return (Headed if headed else Encoder)(build, scan=scan)
+
+
+def encoder_of(module: nnx.Module, config: BertConfig) -> Encoder:
+    """The encoder in a model."""
+    return getattr(module, config.kind.prefix) if isinstance(module, Headed) else module  # type: ignore[return-value]
+
+
+def hidden_states(
+    encoder: Encoder,
+    config: BertConfig,
+    tokens: Int[Array, "b t"],  # noqa: F722
+    *,
+    mask: Bool[Array, "b t"] | None,  # noqa: F722
+    token_type_ids: Int[Array, "b t"] | None,  # noqa: F722
+    positions: Int[Array, "b t"] | None,  # noqa: F722
+    wrap: Callable[[Callable], Callable],
+) -> Float[Array, "b t d"]:  # noqa: F722
+    """Runs the encoder up to its last block.
+
+    Args:
+      encoder: the module, holding its parameters.
+      config: its configuration.
+      tokens: token ids.
+      mask: true at real tokens; None if there is no padding.
+      token_type_ids: which of two texts a token belongs to; None is 0 everywhere.
+      positions: rows of the position table, or None for the family's own counting.
+      wrap: applied to the function that runs one block (rematerialization).
+
+    Returns:
+      Hidden states, of no meaning at padding.
+    """
+    if positions is None:
+        positions = _positions(tokens, config)
+    if token_type_ids is None:
+        token_type_ids = jnp.zeros_like(tokens)
+    seen = None if mask is None else jnp.asarray(mask)[:, None, None, :]
+    x = encoder.embeddings(tokens, token_type_ids, positions)
+    return run_blocks(
+        encoder.encoder.layer,
+        x,
+        lambda block, x, number, own: block(x, seen),
+        wrap=wrap,
+        each=(False,) * config.num_hidden_layers,
+    )
+
+
+def pooled(encoder: Encoder, hidden: Float[Array, "b t d"]) -> Float[Array, "b d"]:  # noqa: F722
+    """`tanh(W x + b)` of the first hidden state."""
+    return jnp.tanh(encoder.pooler.dense(hidden[:, 0]))
+
+
+def logits(module: Headed, config: BertConfig, hidden: Float[Array, "b t d"]) -> Array:  # noqa: F722
+    """The head's float32 logits: (b, c) of a classifier, (b, t, v) of a masked LM."""
+    encoder = encoder_of(module, config)
+    if config.task == MASKED_LM:
+        return _vocabulary(module, config, hidden)
+    if not config.kind.roberta_heads:
+        return module.classifier(pooled(encoder, hidden)).astype(jnp.float32)
+    head = module.classifier
+    return head.out_proj(jnp.tanh(head.dense(hidden[:, 0]))).astype(jnp.float32)
+
+
+def _vocabulary(module: Headed, config: BertConfig, hidden) -> Float[Array, "b t v"]:  # noqa: F722
+    if config.kind.roberta_heads:
+        head = module.lm_head
+        x = head.layer_norm(ACTIVATIONS["gelu"](head.dense(hidden)))
+    else:
+        head = module.cls.predictions
+        x = ACTIVATIONS[config.hidden_act](head.transform.dense(hidden))
+        x = head.transform.LayerNorm(x)
+    table = encoder_of(module, config).embeddings.word_embeddings.embedding.get_value()
+    scores = logits_of(x, table, tied=True, dtype=x.dtype)
+    return scores + head.bias.get_value().astype(jnp.float32)
+
+
+def _positions(tokens: Int[Array, "b t"], config: BertConfig) -> Int[Array, "b t"]:  # noqa: F722
+    if not config.kind.offset_positions:
+        return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    # fairseq's way: padding stays at its own row, whatever the mask says.
+    real = tokens != config.pad_token_id
+    return jnp.cumsum(real, axis=1, dtype=jnp.int32) * real + jnp.int32(config.pad_token_id)

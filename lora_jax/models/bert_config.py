@@ -1,0 +1,267 @@
+"""What an encoder of the BERT family is made of, from and to Hugging Face's config.json.
+
+As for the decoders, a field that could change numbers is never passed over. Dropout is carried
+from file to file and not applied: adapters have their own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lora_jax.models.config import refuse_unsupported, scalar_if_one, tuple_of
+from lora_jax.models.layers import ACTIVATIONS
+
+FEATURES = "features"
+CLASSIFICATION = "sequence-classification"
+MASKED_LM = "masked-lm"
+TASKS = (FEATURES, CLASSIFICATION, MASKED_LM)
+
+
+class Kind(NamedTuple):
+    """How one model type differs from BERT.
+
+    Attributes:
+      prefix: the module that holds the encoder in a model with a head.
+      classes: Hugging Face's class for each task.
+      offset_positions: positions are counted over tokens that are not padding, from
+        `pad_token_id + 1` (fairseq's way), not from 0 over all.
+      roberta_heads: the classification head takes the first hidden state through layers of its
+        own (`dense`, `out_proj`), not the pooler's result; the masked-LM head is `lm_head`.
+      defaults: what transformers assumes for fields that config.json leaves out.
+    """
+
+    prefix: str
+    classes: Mapping[str, str]
+    offset_positions: bool
+    roberta_heads: bool
+    defaults: Mapping[str, Any]
+
+
+def _classes(name: str) -> dict[str, str]:
+    return {
+        FEATURES: f"{name}Model",
+        CLASSIFICATION: f"{name}ForSequenceClassification",
+        MASKED_LM: f"{name}ForMaskedLM",
+    }
+
+
+_BERT_DEFAULTS = {
+    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "max_position_embeddings": 512, "pad_token_id": 0,
+}  # fmt: skip
+_ROBERTA_DEFAULTS = {
+    **_BERT_DEFAULTS, "vocab_size": 50265, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def _roberta(name: str, vocab_size: int) -> Kind:
+    return Kind(
+        prefix="roberta",
+        classes=_classes(name),
+        offset_positions=True,
+        roberta_heads=True,
+        defaults={**_ROBERTA_DEFAULTS, "vocab_size": vocab_size},
+    )
+
+
+KINDS: Mapping[str, Kind] = {
+    "bert": Kind("bert", _classes("Bert"), False, False, _BERT_DEFAULTS),
+    "roberta": _roberta("Roberta", 50265),
+    "xlm-roberta": _roberta("XLMRoberta", 30522),
+    "camembert": _roberta("Camembert", 30522),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """An encoder of the BERT family; named as Hugging Face names it where it has a name.
+
+    Attributes:
+      model_type: the family, a key of `KINDS`.
+      vocab_size: tokens the embedding knows.
+      hidden_size: width of the residual stream.
+      intermediate_size: width of the MLP.
+      num_hidden_layers: blocks.
+      num_attention_heads: heads; each has `hidden_size / num_attention_heads` dimensions.
+      max_position_embeddings: rows of the position table.
+      type_vocab_size: rows of the token type table.
+      hidden_act: one of `lora_jax.models.layers.ACTIVATIONS`.
+      layer_norm_eps: added to the variance before the root.
+      initializer_range: standard deviation of fresh weights.
+      pad_token_id: padding; RoBERTa's positions are counted around it.
+      bos_token_id: or None.
+      eos_token_ids: or empty.
+      task: what the model returns: "features" (hidden states and pooled state),
+        "sequence-classification" or "masked-lm".
+      pooler: whether there is a pooler (`tanh` of a dense layer on the first hidden state).
+      labels: the classes' names, in the order of the logits.
+      problem_type: transformers' hint which loss is meant, or None; carried only.
+      hidden_dropout_prob, attention_probs_dropout_prob, classifier_dropout: carried only.
+    """
+
+    model_type: str = "bert"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    task: str = FEATURES
+    pooler: bool = True
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    problem_type: str | None = None
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+
+    def __post_init__(self):
+        for name in _SIZES:
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"config: `{name}` must be a whole number above 0, got {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"config: `hidden_size` ({self.hidden_size}) is not a multiple of "
+                f"`num_attention_heads` ({self.num_attention_heads})"
+            )
+        _one_of("model_type", self.model_type, KINDS)
+        _one_of("task", self.task, TASKS)
+        _one_of("hidden_act", self.hidden_act, ACTIVATIONS)
+        if self.task == CLASSIFICATION and not self.labels:
+            raise ValueError("config: `labels` is empty: name at least one class")
+        if self.pooler != self.needs_pooler and self.task != FEATURES:
+            raise ValueError(
+                f"config: task `{self.task}` of `{self.model_type}` needs `pooler` "
+                f"{self.needs_pooler}, got {self.pooler}"
+            )
+        if self.kind.offset_positions and self.pad_token_id is None:
+            raise ValueError(f"config: `{self.model_type}` counts positions from `pad_token_id`")
+
+    @property
+    def kind(self) -> Kind:
+        """How the family differs from BERT."""
+        return KINDS[self.model_type]
+
+    @property
+    def fresh_scale(self) -> float:
+        """What a norm's `scale` starts as."""
+        return 1.0
+
+    @property
+    def needs_pooler(self) -> bool:
+        """Whether the task's head is on the pooler."""
+        return self.task == CLASSIFICATION and not self.kind.roberta_heads
+
+    @property
+    def head_modules(self) -> tuple[str, ...]:
+        """What the names of the task's own tensors begin with."""
+        if self.task == FEATURES:
+            return ()
+        if self.task == CLASSIFICATION:
+            return ("classifier.",)
+        return ("lm_head.",) if self.kind.roberta_heads else ("cls.predictions.",)
+
+    @property
+    def context(self) -> int:
+        """Tokens a text may have."""
+        used = (self.pad_token_id or 0) + 1 if self.kind.offset_positions else 0
+        return self.max_position_embeddings - used
+
+    @staticmethod
+    def from_hf(raw: Mapping[str, Any], *, task: str | None = None) -> "BertConfig":
+        """Reads the object in config.json.
+
+        Args:
+          raw: the object.
+          task: one of `TASKS`; by default what `architectures` says.
+
+        Raises:
+          ValueError: a family or class that is not known, or a field that changes numbers in a
+            way that is not supported.
+        """
+        _one_of("model_type", str(raw.get("model_type")), KINDS)
+        kind = KINDS[raw["model_type"]]
+        refuse_unsupported(raw, (*_PLAIN, *_CARRIED), _NEUTRAL)
+        given = {**kind.defaults, **{k: v for k, v in raw.items() if v is not None}}
+        task = task or _task(raw, kind)
+        if task == MASKED_LM and raw.get("tie_word_embeddings") is False:
+            raise ValueError("config: a masked-LM head with a table of its own is not supported")
+        plain = {name: given[name] for name in _PLAIN if name in given}
+        return BertConfig(
+            **plain,
+            eos_token_ids=tuple_of(given.get("eos_token_id")),
+            task=task,
+            pooler=task == FEATURES or (task == CLASSIFICATION and not kind.roberta_heads),
+            labels=_labels(given),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The object for config.json; `from_hf` reads it back."""
+        out = {name: getattr(self, name) for name in _PLAIN}
+        out["eos_token_id"] = scalar_if_one(self.eos_token_ids)
+        out["architectures"] = [self.kind.classes[self.task]]
+        out["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
+        out["label2id"] = {label: i for i, label in enumerate(self.labels)}
+        return out
+
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings", "type_vocab_size",
+)  # fmt: skip
+_PLAIN = (
+    "model_type", *_SIZES, "hidden_act", "layer_norm_eps", "initializer_range", "pad_token_id",
+    "bos_token_id", "problem_type", "hidden_dropout_prob", "attention_probs_dropout_prob",
+    "classifier_dropout",
+)  # fmt: skip
+
+# Fields that would change numbers, with the values that do not.
+_NEUTRAL: Mapping[str, tuple] = {
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "embedding_size": (None,),
+    "is_decoder": (False,),
+    "is_encoder_decoder": (False,),
+    "position_embedding_type": ("absolute", None),
+    "pruned_heads": ({}, None),
+    "tie_encoder_decoder": (False,),
+}
+# What else old and multilingual checkpoints carry along.
+_CARRIED = frozenset(
+    {
+        "directionality", "eos_token_id", "gradient_checkpointing", "num_labels", "output_past",
+        "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
+        "pooler_size_per_head", "pooler_type", "tie_word_embeddings",
+    }
+)  # fmt: skip
+
+
+def _one_of(field: str, value: str, known) -> None:
+    if value not in known:
+        raise ValueError(f"config: {field} `{value}` is not one of {', '.join(known)}")
+
+
+def _task(raw: Mapping[str, Any], kind: Kind) -> str:
+    """The task whose class the file names."""
+    named = (raw.get("architectures") or [kind.classes[FEATURES]])[0]
+    for task, name in kind.classes.items():
+        if name == named:
+            return task
+    raise ValueError(
+        f"config: `architectures` names `{named}`, which is not one of "
+        f"{', '.join(kind.classes.values())}; say which task is meant: "
+        f"{', '.join(f'`{t}`' for t in TASKS)}"
+    )
+
+
+def _labels(given: Mapping[str, Any]) -> tuple[str, ...]:
+    names = given.get("id2label")
+    if names:
+        return tuple(str(names[i]) for i in sorted(names, key=int))
+    return tuple(f"LABEL_{i}" for i in range(given.get("num_labels", 2)))

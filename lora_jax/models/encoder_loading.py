@@ -1,0 +1,198 @@
+"""Loading an encoder from a Hugging Face directory, whole or with a head drawn anew."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+
+from lora_jax.hf.names import BERT
+from lora_jax.hf.safetensors import open_directory, read_json
+from lora_jax.hf.weights import Weights, fill
+from lora_jax.models.bert_config import CLASSIFICATION, FEATURES, TASKS, BertConfig
+from lora_jax.models.encoder import EncoderForward
+from lora_jax.models.fresh import draw
+from lora_jax.models.model import Model
+
+# Modules of an encoder; all else in a checkpoint belongs to a head.
+_ENCODER = ("embeddings.", "encoder.", "pooler.")
+# Constants that old checkpoints store: 0, 1, 2, ... and zeros.
+_CONSTANTS = ("embeddings.position_ids", "embeddings.token_type_ids")
+
+
+def load_encoder(
+    source: str | Path,
+    *,
+    task: str | None = None,
+    labels: Sequence[str] | None = None,
+    fresh_head: Array | None = None,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    scan: bool = True,
+    remat: bool | str = False,
+) -> Model:
+    """Loads an encoder (BERT, RoBERTa, XLM-RoBERTa, CamemBERT) and its tokenizer.
+
+    Without `task` the model is the one config.json names, and every tensor of the checkpoint must
+    have its place. With `task` the heads of other tasks are left out; a missing head is an error
+    unless `fresh_head` says that it is to be drawn.
+
+    Args:
+      source: a Hugging Face directory or a hub id.
+      task: "features", "sequence-classification" or "masked-lm".
+      labels: names of the classes, for a classification head that is drawn.
+      fresh_head: PRNG key; the classification head (and BERT's pooler, if the checkpoint has
+        none) is drawn anew, whatever head the checkpoint has.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters, `dtype` by default.
+      scan: stack the blocks and scan over them; otherwise they are kept apart and unrolled.
+      remat: see `Forward`.
+
+    Returns:
+      The model; its tokenizer is None if the source has none.
+
+    Raises:
+      FileNotFoundError: nothing there, or a file is missing.
+      ConnectionError: a hub id that is not cached, offline.
+      ValueError: a file that is broken, a model that is not supported, tensors missing or left
+        over, or options that contradict each other.
+
+    Example:
+      model = load_encoder("bert-base-uncased", task="sequence-classification",
+                           labels=("no", "yes"), fresh_head=jax.random.key(0))
+    """
+    from lora_jax.hf.tokenizer import from_directory
+
+    directory = _directory(source)
+    config = _config(directory / "config.json", task, labels, fresh_head)
+    weights = _as_ours(open_directory(directory), config, chosen=task is not None)
+    if config.task == FEATURES:
+        config = replace(config, pooler="pooler.dense.weight" in weights.shapes)
+    forward = EncoderForward(
+        config=config, dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat
+    )
+    params = _fill(forward, weights, fresh_head)
+    return Model(forward, params, from_directory(directory))
+
+
+def _directory(source: str | Path) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists():
+        raise ValueError(f"{source}: not a directory")
+    from lora_jax.hf.hub import snapshot
+
+    return snapshot(str(source))
+
+
+def _config(path: Path, task, labels, fresh_head) -> BertConfig:
+    if task is not None and task not in TASKS:
+        raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}")
+    if fresh_head is not None and task != CLASSIFICATION:
+        raise ValueError(f'`fresh_head` needs task="{CLASSIFICATION}", got task={task!r}')
+    if labels is not None and fresh_head is None:
+        raise ValueError("`labels` are the checkpoint's own unless `fresh_head` draws a new head")
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    try:
+        config = BertConfig.from_hf(raw, task=task)
+        return config if labels is None else replace(config, labels=tuple(labels))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _as_ours(weights: Weights, config: BertConfig, *, chosen: bool) -> Weights:
+    """The checkpoint under the names of the task's class.
+
+    A checkpoint of the bare encoder lacks the family's prefix, one with a head has it. Norms of
+    TensorFlow's time are called gamma and beta.
+    """
+    prefix = f"{config.kind.prefix}."
+    prefixed = any(name.startswith(prefix) for name in weights.shapes)
+    theirs: dict[str, str] = {}
+    for name in weights.shapes:
+        inside = name.startswith(prefix if prefixed else _ENCODER)
+        bare = name.removeprefix(prefix) if inside else name
+        if bare in _CONSTANTS or (chosen and not _belongs(bare, inside, config)):
+            continue
+        ours = prefix + bare if inside and config.task != FEATURES else bare
+        ours = ours.replace("LayerNorm.gamma", "LayerNorm.weight")
+        theirs[ours.replace("LayerNorm.beta", "LayerNorm.bias")] = name
+    return Weights(
+        source=weights.source,
+        shapes={ours: weights.shapes[name] for ours, name in theirs.items()},
+        read=lambda ours: weights.read(theirs[ours]),
+        where=lambda ours: weights.where(theirs[ours]),
+    )
+
+
+def _belongs(bare: str, inside: bool, config: BertConfig) -> bool:
+    """Whether a tensor is part of the task: of the encoder, or of the task's own head."""
+    if inside:
+        return not bare.startswith("pooler.") or config.task == FEATURES or config.needs_pooler
+    return bare.startswith(config.head_modules)
+
+
+def _fill(forward: EncoderForward, weights: Weights, fresh_head: Array | None) -> dict[str, Any]:
+    weights = _without_tied(weights, forward.config)
+    shapes = forward.shapes()
+    if fresh_head is None:
+        try:
+            return fill(shapes, weights, family=BERT)
+        except ValueError as error:
+            raise ValueError(f"{error}{_hint(weights, forward.config)}") from None
+    return _with_fresh_head(forward, weights, fresh_head)
+
+
+def _hint(weights: Weights, config: BertConfig) -> str:
+    heads = [n for n in weights.shapes if n.startswith(config.head_modules)]
+    if config.task == CLASSIFICATION and not heads:
+        return (
+            "; the checkpoint has no classification head: pass `fresh_head` (a PRNG key), "
+            f'`labels` and task="{CLASSIFICATION}" to draw one'
+        )
+    return "; to leave out the heads of other tasks say which `task` is meant"
+
+
+def _with_fresh_head(forward: EncoderForward, weights: Weights, key: Array) -> dict[str, Any]:
+    """The encoder from the checkpoint, the head drawn."""
+    from lora_jax.models.model import fresh
+
+    config = forward.config
+    shapes, prefix = forward.shapes(), config.kind.prefix
+    if config.pooler and f"{prefix}.pooler.dense.weight" not in weights.shapes:
+        drawn = ("pooler",)
+        rest = {name: s for name, s in shapes[prefix].items() if name not in drawn}
+    else:
+        drawn, rest = (), shapes[prefix]
+    kept = {n: s for n, s in weights.shapes.items() if n.startswith(f"{prefix}.")}
+    loaded = fill({prefix: rest}, weights._replace(shapes=kept), family=BERT)[prefix]
+    made = draw(
+        key,
+        {"classifier": shapes["classifier"], prefix: {n: shapes[prefix][n] for n in drawn}},
+        config,
+    )
+    return {prefix: {**loaded, **made[prefix]}, "classifier": made["classifier"]}
+
+
+def _without_tied(weights: Weights, config: BertConfig) -> Weights:
+    """Leaves out what only repeats the embedding table or the head's bias."""
+    table = f"{config.kind.prefix}.embeddings.word_embeddings.weight"
+    repeats = {
+        "cls.predictions.decoder.weight": table,
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+        "lm_head.decoder.weight": table,
+        "lm_head.decoder.bias": "lm_head.bias",
+    }
+    found = [n for n in repeats if n in weights.shapes and repeats[n] in weights.shapes]
+    for name in found:
+        if not np.array_equal(weights.read(name), weights.read(repeats[name])):
+            raise ValueError(
+                f"{weights.source}: `{name}` differs from `{repeats[name]}`, to which the model "
+                "ties it"
+            )
+    shapes = {name: shape for name, shape in weights.shapes.items() if name not in found}
+    return weights._replace(shapes=shapes)

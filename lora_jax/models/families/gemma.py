@@ -1,0 +1,153 @@
+"""Gemma, Gemma 2 and the text model of Gemma 3.
+
+All: norms by `1 + scale`, embeddings times the root of the width, a gelu in the gated MLP, a tied
+head. Gemma 2 adds norms behind attention and MLP, soft-capped logits, and a window in every other
+block; Gemma 3 norms on queries and keys instead of the caps, five blocks with a window to one
+without, and a rotary embedding of their own in the blocks that slide.
+
+Sources: arXiv:2403.08295, arXiv:2408.00118, arXiv:2503.19786.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.models.config import Dialect, LlamaConfig, read_rope
+from lora_jax.models.families.layer_types import (
+    FULL,
+    SLIDING,
+    read_layer_types,
+    write_layer_types,
+)
+
+# Blocks from one that does not slide to the next.
+_PERIOD_2, _PERIOD_3 = 2, 6
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+
+
+def _read_gemma(raw: Mapping[str, Any]) -> dict[str, Any]:
+    if raw.get("hidden_activation") not in (None, *_TANH):
+        raise ValueError(
+            f"config: `hidden_activation` `{raw['hidden_activation']}` is not supported, only "
+            "`gelu_pytorch_tanh`"
+        )
+    bias = bool(raw.get("attention_bias", False))
+    return {"norm_offset": True, "scale_embeddings": True, "qkv_bias": bias, "o_bias": bias}
+
+
+def _write_gemma(config: LlamaConfig) -> dict[str, Any]:
+    return {"attention_bias": config.qkv_bias, "hidden_act": config.hidden_activation}
+
+
+def _read_gemma2(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **_read_gemma(raw),
+        **{name: raw[name] for name in (*_CAPS, "query_pre_attn_scalar")},
+        "norm_outputs": True,
+        **_windows(raw, _PERIOD_2),
+    }
+
+
+def _read_gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
+    windows = _windows(raw, raw["sliding_window_pattern"])
+    return {**_read_gemma2(raw), "qk_norm": True, **windows}
+
+
+def _windows(raw: Mapping[str, Any], period: int) -> dict[str, Any]:
+    blocks = tuple((block + 1) % period != 0 for block in range(raw["num_hidden_layers"]))
+    return {
+        "sliding_window": raw["sliding_window"],
+        "sliding_layers": read_layer_types(raw, blocks),
+    }
+
+
+def _write_gemma2(config: LlamaConfig) -> dict[str, Any]:
+    return {
+        **_write_gemma(config),
+        **{name: getattr(config, name) for name in (*_CAPS, "query_pre_attn_scalar")},
+        "sliding_window": config.sliding_window,
+        "layer_types": write_layer_types(config),
+    }
+
+
+def _write_gemma3(config: LlamaConfig) -> dict[str, Any]:
+    return {**_write_gemma2(config), "rope_local_base_freq": config.rope_local_base_freq}
+
+
+def _read_two_ropes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Full blocks have theta and scaling, sliding ones a theta: flat fields, or one by kind."""
+    nested = given.get("rope_parameters") or {}
+    if not ({FULL, SLIDING} & set(nested)):
+        return {**read_rope(given), "rope_local_base_freq": float(given["rope_local_base_freq"])}
+    full = read_rope({**given, "rope_scaling": nested.get(FULL), "rope_parameters": None})
+    local = read_rope(
+        {
+            **given,
+            "rope_theta": given["rope_local_base_freq"],
+            "rope_scaling": nested.get(SLIDING),
+            "rope_parameters": None,
+        }
+    )
+    if local["rope_scaling"] is not None:
+        raise ValueError(
+            "config: `rope_parameters` of type "
+            f"`{local['rope_scaling'].rope_type}` in `{SLIDING}` are not supported"
+        )
+    return {**full, "rope_local_base_freq": local["rope_theta"]}
+
+
+# transformers takes "gelu", which the first checkpoints say, for the approximation.
+_TANH = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu"), "gelu_pytorch_tanh")
+_TANH_ONLY = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu_pytorch_tanh")
+_DEFAULTS = {
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+_FIELDS_2 = (
+    "attention_bias", "hidden_act", "layer_types", "query_pre_attn_scalar", "sliding_window",
+    *_CAPS,
+)  # fmt: skip
+_DEFAULTS_2 = {
+    **_DEFAULTS,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+
+GEMMA = Dialect(
+    architecture="GemmaForCausalLM",
+    fields=("attention_bias", "hidden_activation"),
+    read=_read_gemma,
+    write=_write_gemma,
+    defaults={**_DEFAULTS, "num_key_value_heads": 16},
+    activations=_TANH,
+)
+
+GEMMA2 = Dialect(
+    architecture="Gemma2ForCausalLM",
+    fields=_FIELDS_2,
+    read=_read_gemma2,
+    write=_write_gemma2,
+    defaults={**_DEFAULTS_2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    activation="hidden_activation",
+    activations=_TANH_ONLY,
+)
+
+GEMMA3 = Dialect(
+    architecture="Gemma3ForCausalLM",
+    fields=(*_FIELDS_2, "rope_local_base_freq", "sliding_window_pattern"),
+    read=_read_gemma3,
+    write=_write_gemma3,
+    defaults={
+        **_DEFAULTS_2,
+        **dict.fromkeys(_CAPS),
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "sliding_window_pattern": _PERIOD_3,
+    },
+    activation="hidden_activation",
+    activations=_TANH_ONLY,
+    rope=_read_two_ropes,
+)

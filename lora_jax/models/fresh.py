@@ -1,0 +1,54 @@
+"""A model with fresh parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lora_jax.models.model import Model
+from lora_jax.models.registry import architecture_of
+
+
+def init(
+    key: Array,
+    config: Any,
+    *,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    scan: bool = True,
+    remat: bool | str = False,
+) -> Model:
+    """A model with fresh parameters: kernels and embeddings normal, norms neutral, biases 0.
+
+    Args:
+      key: PRNG key.
+      config: the configuration, of any architecture of `lora_jax.models.registry`.
+      dtype, param_dtype, scan, remat: see `Forward`; `param_dtype` is `dtype` by default.
+
+    Returns:
+      The model, without a tokenizer.
+    """
+    forward = architecture_of(config.model_type).forward(
+        config=config, dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat
+    )
+    return Model(forward, draw(key, forward.shapes(), config))
+
+
+def draw(key: Array, shapes: Any, config: Any) -> Any:
+    """Fresh parameters of these shapes: nested dictionaries of `jax.ShapeDtypeStruct`s."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    keys = jax.random.split(key, len(leaves))
+    params = [
+        _fresh(key, path[-1].key, shape, config)
+        for key, (path, shape) in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, params)
+
+
+def _fresh(key, name: str, shape: jax.ShapeDtypeStruct, config):
+    if name == "scale":
+        return jnp.full(shape.shape, config.fresh_scale, shape.dtype)
+    if name == "bias":
+        return jnp.zeros(shape.shape, shape.dtype)
+    return (jax.random.normal(key, shape.shape) * config.initializer_range).astype(shape.dtype)

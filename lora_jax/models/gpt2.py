@@ -1,0 +1,284 @@
+"""GPT-2: learned positions, LayerNorm, one fused projection for queries, keys and values.
+
+    x <- x + Attention(LayerNorm(x))
+    x <- x + W_proj gelu(W_fc LayerNorm(x) + b_fc) + b_proj
+
+Modules and parameters are Flax NNX's, module names are Hugging Face's.
+
+Source: Radford et al., Language Models are Unsupervised Multitask Learners, 2019. Dropout of the
+base model is not applied; its rates are carried through config.json.
+
+B batch, T new tokens, D width, V tokens known.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lora_jax.models.attention import Attend, Mixing, Turn
+from lora_jax.models.config import refuse_unsupported, scalar_if_one, tuple_of
+from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, kept, logits_of
+
+# Names in config.json, Hugging Face's -> ours.
+_NAMES = {
+    "vocab_size": "vocab_size",
+    "n_positions": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "layer_norm_epsilon": "layer_norm_epsilon",
+    "activation_function": "activation_function",
+    "scale_attn_weights": "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx": "scale_attn_by_inverse_layer_idx",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "bos_token_id": "bos_token_id",
+    "pad_token_id": "pad_token_id",
+    "initializer_range": "initializer_range",
+}
+_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+# `n_ctx` says `n_positions` again, and attention is always computed in float32.
+_WITHOUT_EFFECT = (
+    "n_ctx", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj",
+)  # fmt: skip
+_DEFAULTS = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+}
+_MAYBE_NONE = ("bos_token_id", "pad_token_id", "eos_token_id")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPT2Config:
+    """GPT-2's configuration, under the names that other decoders have here.
+
+    Attributes:
+      model_type: "gpt2".
+      vocab_size: tokens the embedding knows.
+      hidden_size: width of the residual stream.
+      intermediate_size: width of the MLP; None is four times `hidden_size`.
+      num_hidden_layers: blocks.
+      num_attention_heads: heads.
+      max_position_embeddings: positions learned: the context, in tokens.
+      layer_norm_epsilon: added to the variance before the root.
+      activation_function: a key of `lora_jax.models.layers.ACTIVATIONS`.
+      scale_attn_weights: products are divided by the root of the size of a head.
+      scale_attn_by_inverse_layer_idx: products of block i are divided by i + 1.
+      tie_word_embeddings: the output head is the embedding table.
+      dropout: rates behind residuals, embeddings and attention weights; not applied.
+      bos_token_id, pad_token_id: or None.
+      eos_token_ids: the tokens that end a text.
+      initializer_range: standard deviation of fresh weights.
+    """
+
+    model_type: str = "gpt2"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int | None = None
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    layer_norm_epsilon: float = 1e-5
+    activation_function: str = "gelu_new"
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool = True
+    dropout: tuple[float, float, float] = (0.1, 0.1, 0.1)
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    initializer_range: float = 0.02
+
+    fresh_scale: ClassVar[float] = 1.0
+
+    def __post_init__(self):
+        for theirs, ours in _NAMES.items():
+            value = getattr(self, ours)
+            if theirs in _DEFAULTS and ours != "bos_token_id":
+                if not isinstance(value, int) or value < 1:
+                    raise ValueError(
+                        f"config: `{theirs}` must be a whole number above 0, got {value!r}"
+                    )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"config: `n_embd` ({self.hidden_size}) is not a multiple of `n_head` "
+                f"({self.num_attention_heads})"
+            )
+        if self.activation_function not in ACTIVATIONS:
+            raise ValueError(
+                f"config: `activation_function` `{self.activation_function}` is not one of "
+                f"{', '.join(ACTIVATIONS)}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """As many as query heads."""
+        return self.num_attention_heads
+
+    @property
+    def context(self) -> int:
+        """Tokens a text may have."""
+        return self.max_position_embeddings
+
+    @property
+    def mixing(self) -> Mixing:
+        """How queries weigh keys; no block slides."""
+        scale = None if self.scale_attn_weights else 1.0
+        return Mixing(slides=(False,) * self.num_hidden_layers, scale=scale)
+
+    @staticmethod
+    def from_hf(raw: Mapping[str, Any]) -> "GPT2Config":
+        """Reads the object in config.json.
+
+        Raises:
+          ValueError: a size that cannot be, or a field that changes numbers in a way that is not
+            supported.
+        """
+        refuse_unsupported(raw, (*_NAMES, *_DROPOUT, *_WITHOUT_EFFECT, "eos_token_id"))
+        if raw.get("n_ctx", (stated := raw.get("n_positions", 1024))) != stated:
+            raise ValueError(f"config: `n_ctx` is {raw['n_ctx']}, but `n_positions` {stated}")
+        set_ = {k: v for k, v in raw.items() if v is not None or k in _MAYBE_NONE}
+        given = {**_DEFAULTS, **set_}
+        fields = {ours: given[theirs] for theirs, ours in _NAMES.items() if theirs in given}
+        rates = tuple(float(given.get(name, 0.1)) for name in _DROPOUT)
+        ends = tuple_of(given["eos_token_id"])
+        return GPT2Config(**fields, dropout=rates, eos_token_ids=ends)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The object for config.json; `from_hf` reads it back unchanged."""
+        return {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            **{theirs: getattr(self, ours) for theirs, ours in _NAMES.items()},
+            **dict(zip(_DROPOUT, self.dropout, strict=True)),
+            "eos_token_id": scalar_if_one(self.eos_token_ids),
+        }
+
+
+class Attention(nnx.Module):
+    """Attention of every head over its own part of one projection."""
+
+    def __init__(self, config: GPT2Config, *, linear):
+        self.head_dim = config.head_dim
+        self.by_number = config.scale_attn_by_inverse_layer_idx
+        self.c_attn = linear(config.hidden_size, 3 * config.hidden_size)
+        self.c_proj = linear(config.hidden_size, config.hidden_size)
+
+    def __call__(self, x: Float[Array, "b t d"], attend: Attend, stored, block):  # noqa: F722
+        q, k, v = (
+            part.reshape(*x.shape[:2], -1, self.head_dim)
+            for part in jnp.split(kept(self.c_attn(x)), 3, axis=-1)
+        )
+        if self.by_number:
+            q = q / (block + 1).astype(q.dtype)
+        mixed, stored = attend(q, k, v, stored, block)
+        return kept(self.c_proj(mixed.reshape(x.shape))), stored
+
+
+class MLP(nnx.Module):
+    """`W_proj gelu(W_fc x + b_fc) + b_proj`."""
+
+    def __init__(self, config: GPT2Config, *, linear):
+        inner = config.intermediate_size or 4 * config.hidden_size
+        self.activation = config.activation_function
+        self.c_fc = linear(config.hidden_size, inner)
+        self.c_proj = linear(inner, config.hidden_size)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:  # noqa: F722
+        return self.c_proj(ACTIVATIONS[self.activation](kept(self.c_fc(x))))
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each behind a norm and beside the residual stream."""
+
+    def __init__(self, config: GPT2Config, *, norm, linear):
+        self.ln_1 = norm()
+        self.attn = Attention(config, linear=linear)
+        self.ln_2 = norm()
+        self.mlp = MLP(config, linear=linear)
+
+    def __call__(self, x: Float[Array, "b t d"], attend: Attend, stored, block):  # noqa: F722
+        mixed, stored = self.attn(self.ln_1(x), attend, stored, block)
+        x = x + mixed
+        return x + self.mlp(self.ln_2(x)), stored
+
+
+class Decoder(nnx.Module):
+    """Embeddings, blocks, final norm; `h` is stacked or a dictionary, as Llama's `layers`."""
+
+    def __init__(self, config: GPT2Config, *, dtype, param_dtype, scan: bool, rngs: nnx.Rngs):
+        size = config.hidden_size
+
+        def norm() -> LayerNorm:
+            return LayerNorm(size, eps=config.layer_norm_epsilon, param_dtype=param_dtype)
+
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        def table(rows: int) -> Embedding:
+            return Embedding(rows, size, dtype=dtype, param_dtype=param_dtype)
+
+        def block() -> Block:
+            return Block(config, norm=norm, linear=linear)
+
+        self.wte = table(config.vocab_size)
+        self.wpe = table(config.max_position_embeddings)
+        numbers = range(config.num_hidden_layers)
+        self.h = block() if scan else nnx.Dict({str(i): block() for i in numbers})
+        self.ln_f = norm()
+
+
+class GPT2LM(nnx.Module):
+    """The decoder and, unless it is tied to the embedding, its head."""
+
+    BLOCKS: ClassVar[tuple[str, ...]] = ("transformer", "h")
+
+    def __init__(self, config: GPT2Config, *, dtype, param_dtype, scan: bool, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.transformer = Decoder(
+            config, dtype=dtype, param_dtype=param_dtype, scan=scan, rngs=rngs
+        )
+        self.tied = config.tie_word_embeddings
+        if not self.tied:
+            self.lm_head = nnx.Linear(
+                config.hidden_size,
+                config.vocab_size,
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+    def embed(self, tokens: Int[Array, "b t"], positions) -> Float[Array, "b t d"]:  # noqa: F722
+        """What the first block gets: each token's vector and its position's."""
+        return self.transformer.wte(tokens) + self.transformer.wpe(positions)
+
+    def final(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:  # noqa: F722
+        """What the head is applied to."""
+        return self.transformer.ln_f(x)
+
+    def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:  # noqa: F722
+        """Logits in float32."""
+        weight = self.transformer.wte.embedding if self.tied else self.lm_head.kernel
+        return logits_of(hidden, weight.get_value(), tied=self.tied, dtype=self.dtype)
+
+    @staticmethod
+    def turns(config: GPT2Config, positions, valid):
+        """Nothing is rotated."""
+        del config, positions, valid
+        return lambda slides: Turn()

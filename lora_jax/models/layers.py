@@ -1,0 +1,145 @@
+"""What the models are made of: norms, the embedding, activations, and scanned blocks.
+
+Parameters are Flax NNX's; `kernel`s are (in, out), tables are `embedding`s, norms have a `scale`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+# Name of the projections' results under rematerialization policies.
+PROJECTION = "projection"
+
+# Hugging Face's names of activations.
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def kept(x: Array) -> Array:
+    """Marks a projection's result for the rematerialization policy `projections`."""
+    return checkpoint_name(x, PROJECTION)
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale`, the mean in float32.
+
+    With `offset` (Gemma) the factor is `1 + scale`, and the product is rounded once.
+    """
+
+    def __init__(self, size: int, *, eps: float, param_dtype, offset: bool = False):
+        self.eps = eps
+        self.offset = offset
+        fresh = jnp.zeros if offset else jnp.ones
+        self.scale = nnx.Param(fresh((size,), param_dtype))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:  # noqa: F722
+        wide = x.astype(jnp.float32)
+        normal = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale.get_value()
+        if self.offset:
+            return (normal * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+        return scale.astype(x.dtype) * normal.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias`, mean and variance in float32."""
+
+    def __init__(self, size: int, *, eps: float, param_dtype):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((size,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((size,), param_dtype))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:  # noqa: F722
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normal = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale, bias = self.scale.get_value(), self.bias.get_value()
+        return normal.astype(x.dtype) * scale.astype(x.dtype) + bias.astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, one a token."""
+
+    def __init__(self, tokens: int, size: int, *, dtype, param_dtype):
+        self.dtype = dtype
+        self.embedding = nnx.Param(jnp.zeros((tokens, size), param_dtype))
+
+    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:  # noqa: F722
+        return jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
+
+
+def logits_of(
+    hidden: Float[Array, "b t d"],  # noqa: F722
+    weight: Float[Array, "v d"] | Float[Array, "d v"],  # noqa: F722
+    *,
+    tied: bool,
+    dtype,
+) -> Float[Array, "b t v"]:  # noqa: F722
+    """Logits in float32; products in the compute dtype, sums in float32.
+
+    Args:
+      hidden: what the final norm returned.
+      weight: the embedding table (v, d) if `tied`, else the head's kernel (d, v).
+      tied: which of the two.
+      dtype: the compute dtype.
+    """
+    contract = (((hidden.ndim - 1,), (1 if tied else 0,)), ((), ()))
+    return lax.dot_general(
+        hidden.astype(dtype), weight.astype(dtype), contract, preferred_element_type=jnp.float32
+    )
+
+
+def run_blocks(
+    layers: Any,
+    carry: Any,
+    call: Callable[..., Any],
+    *,
+    wrap: Callable[[Callable], Callable],
+    each: Sequence[bool],
+) -> Any:
+    """Runs blocks one after the other: one `lax.scan` where they are stacked.
+
+    Args:
+      layers: one block whose parameters carry a leading axis, or an `nnx.Dict` of blocks by number.
+      carry: what the first block gets.
+      call: `(block, carry, number, own) -> carry`; `number` is an int32 scalar.
+      wrap: applied to the function that runs one block (rematerialization).
+      each: what sets each block apart, one value a block. `own` is a Python value where it is
+        known when tracing: in blocks that are not stacked, and where all values are the same, so
+        that blocks that do not differ cost nothing.
+
+    Returns:
+      What the last block returned.
+    """
+    if isinstance(layers, nnx.Dict):
+        for number, own in enumerate(each):
+            graph, state = nnx.split(layers[str(number)])
+
+            def one(state, carry, i, graph=graph, own=own):
+                return call(nnx.merge(graph, state), carry, i, own)
+
+            carry = wrap(one)(state, carry, jnp.int32(number))
+        return carry
+    graph, states = nnx.split(layers)
+    alike = len(set(each)) == 1
+    xs = (states, jnp.arange(len(each), dtype=jnp.int32))
+
+    def run(state, carry, i, own=each[0]):
+        return call(nnx.merge(graph, state), carry, i, own)
+
+    body = wrap(run)
+    if not alike:
+        xs = (*xs, jnp.asarray(each))
+    return lax.scan(lambda carry, x: (body(x[0], carry, *x[1:]), None), carry, xs)[0]
