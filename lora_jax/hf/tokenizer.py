@@ -1,4 +1,6 @@
-"""Text to tokens and back: from a Hugging Face directory's tokenizer.json or a GGUF's metadata.
+"""Text to tokens and back: from a Hugging Face directory's files or a GGUF's metadata.
+
+A directory's tokenizer is tokenizer.json, or BERT's vocab.txt where there is none.
 
 Chat templates are Jinja, run as transformers runs them: in an immutable sandbox, blocks trimmed,
 with `raise_exception` and `strftime_now`.
@@ -10,8 +12,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Bool, Int
+
+from lora_jax.hf import wordpiece
 from lora_jax.hf.safetensors import read_json
 
 Message = Mapping[str, Any]
@@ -23,6 +29,21 @@ _GGUF_SPECIAL = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+_SPECIAL = (*_GGUF_SPECIAL, "cls_token", "sep_token", "mask_token")
+
+
+class Batch(NamedTuple):
+    """Texts of a batch, padded on the right to the longest.
+
+    Attributes:
+      tokens: token ids, `pad_id` at padding.
+      mask: true at real tokens.
+      token_type_ids: which of two texts a token belongs to.
+    """
+
+    tokens: Int[np.ndarray, "b t"]  # noqa: F722
+    mask: Bool[np.ndarray, "b t"]  # noqa: F722
+    token_type_ids: Int[np.ndarray, "b t"]  # noqa: F722
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -31,7 +52,8 @@ class Tokenizer:
 
     Attributes:
       backend: the `tokenizers.Tokenizer`.
-      special: text of the special tokens that are set: bos_token, eos_token, unk_token, pad_token.
+      special: text of the special tokens that are set: bos_token, eos_token, unk_token,
+        pad_token, and an encoder's cls_token, sep_token, mask_token.
       chat_template: Jinja source, or None.
     """
 
@@ -65,6 +87,32 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokens of a text, with those the tokenizer puts around a text (a leading BOS)."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_batch(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Batch:
+        """Tokens of several texts, or pairs of texts, as an encoder takes them.
+
+        Args:
+          texts: the texts.
+          pairs: as many second texts, or None.
+
+        Raises:
+          ValueError: no text, or another number of second texts.
+        """
+        if not texts or (pairs is not None and len(pairs) != len(texts)):
+            raise ValueError(
+                f"`texts` must be at least one and `pairs` as many, got {len(texts)} and "
+                f"{None if pairs is None else len(pairs)}"
+            )
+        given = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+        rows = self.backend.encode_batch(given)
+        width = max(len(row.ids) for row in rows)
+        tokens = np.full((len(rows), width), self.pad_id, np.int32)
+        types = np.zeros(tokens.shape, np.int32)
+        for number, row in enumerate(rows):
+            tokens[number, : len(row.ids)] = row.ids
+            types[number, : len(row.ids)] = row.type_ids
+        mask = np.arange(width) < np.array([[len(row.ids)] for row in rows])
+        return Batch(tokens, mask, types)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of tokens; special tokens are left out unless asked for."""
@@ -117,15 +165,30 @@ def from_directory(directory: str | Path) -> Tokenizer | None:
       The tokenizer, or None if the directory has no tokenizer at all.
 
     Raises:
-      ValueError: a broken tokenizer.json, or only files that hold a slow tokenizer.
+      ValueError: a broken tokenizer.json or vocab.txt, or only files of a slow tokenizer.
     """
-    import tokenizers
-
     directory = Path(directory)
-    path = directory / "tokenizer.json"
-    if not path.is_file():
+    config, tokens = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
+    settings = read_json(config) if config.is_file() else {}
+    named = {**(read_json(tokens) if tokens.is_file() else {}), **settings}
+    special = {name: text for name in _SPECIAL if (text := _text(named.get(name))) is not None}
+    if (directory / "tokenizer.json").is_file():
+        backend = _saved(directory / "tokenizer.json")
+    elif (directory / "vocab.txt").is_file():
+        special = {**wordpiece.SPECIAL, **special}
+        known = {name: special[name] for name in wordpiece.SPECIAL}
+        backend = wordpiece.build(directory / "vocab.txt", settings, known)
+    else:
         _refuse_slow(directory)
         return None
+    return Tokenizer(
+        backend=backend, special=special, chat_template=_template(directory, settings)
+    )
+
+
+def _saved(path: Path):
+    import tokenizers
+
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -133,15 +196,7 @@ def from_directory(directory: str | Path) -> Tokenizer | None:
     # A saved tokenizer may carry the padding and truncation of the run that saved it.
     backend.no_padding()
     backend.no_truncation()
-    config = directory / "tokenizer_config.json"
-    settings = read_json(config) if config.is_file() else {}
-    tokens = directory / "special_tokens_map.json"
-    special = {**(read_json(tokens) if tokens.is_file() else {}), **settings}
-    return Tokenizer(
-        backend=backend,
-        special={n: text for n in _GGUF_SPECIAL if (text := _text(special.get(n))) is not None},
-        chat_template=_template(directory, settings),
-    )
+    return backend
 
 
 def from_gguf(metadata: Mapping[str, Any], *, path: Path) -> Tokenizer | None:

@@ -1,0 +1,64 @@
+"""BERT's WordPiece tokenizer from a bare vocab.txt, as transformers builds it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# What BERT's own files call them; tokenizer_config.json may say otherwise.
+SPECIAL = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+
+
+def build(path: Path, settings: Mapping[str, Any], special: Mapping[str, str]):
+    """A tokenizer of the pieces in vocab.txt.
+
+    Args:
+      path: vocab.txt, one piece a line; a piece's id is its line's number, from 0.
+      settings: tokenizer_config.json; `do_lower_case`, `strip_accents` and
+        `tokenize_chinese_chars` count.
+      special: text of the special tokens, all of `SPECIAL`.
+
+    Returns:
+      The `tokenizers.Tokenizer`.
+
+    Raises:
+      ValueError: not text, a piece that stands there twice, or a special token that is missing.
+    """
+    from tokenizers import BertWordPieceTokenizer
+    from tokenizers.implementations.base_tokenizer import BaseTokenizer
+
+    made: BaseTokenizer = BertWordPieceTokenizer(
+        vocab=_vocabulary(path, special),
+        **special,
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+    return made._tokenizer
+
+
+def _vocabulary(path: Path, special: Mapping[str, str]) -> dict[str, int]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+    pieces = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    vocabulary: dict[str, int] = {}
+    for number, piece in enumerate(pieces):
+        if piece in vocabulary:
+            raise ValueError(
+                f"{path}, line {number + 1}: `{piece}` stands on line {vocabulary[piece] + 1} "
+                "already; a piece has one id"
+            )
+        vocabulary[piece] = number
+    if missing := [text for text in special.values() if text not in vocabulary]:
+        raise ValueError(
+            f"{path}: lacks {', '.join(f'`{m}`' for m in missing)}, which BERT needs; name the "
+            "file's own special tokens in tokenizer_config.json"
+        )
+    return vocabulary

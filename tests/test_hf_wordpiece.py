@@ -1,0 +1,115 @@
+"""Encoders' tokenizers against transformers': a bare vocab.txt, a saved tokenizer, batches."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoTokenizer, RobertaTokenizerFast
+
+from lora_jax.hf.tokenizer import from_directory
+
+pytestmark = pytest.mark.torch
+
+TEXTS = [
+    "The quick brown fox doesn't jump; it's lazy.",
+    "  Grün  ist die HEIDE — 猫が好きです。🎉",
+    "[CLS] a [MASK] b\tc\n",
+    "unaffable",
+    "",
+]
+PIECES = [
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "The", "quick", "brown", "fox", "jump",
+    "##s", "it", "'", "s", ".", ";", "t", "is", "ist", "die", "heide", "HEIDE", "grun", "grün",
+    "Gr", "##ün", "猫", "が", "a", "b", "c", "un", "##aff", "##able", "—", "does", "##n", "lazy",
+]  # fmt: skip
+
+
+def write_vocabulary(directory, pieces=PIECES, **settings):
+    (directory / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    given = {"tokenizer_class": "BertTokenizer", **settings}
+    (directory / "tokenizer_config.json").write_text(json.dumps(given))
+    (directory / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_lower_case": False},
+        {"do_lower_case": True, "strip_accents": False},
+        {"tokenize_chinese_chars": False},
+    ],
+    ids=str,
+)
+def test_a_bare_vocabulary_is_transformers(tmp_path, settings):
+    ours = from_directory(write_vocabulary(tmp_path, **settings))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text), text
+    assert ours.pad_id == 0 and ours.special["mask_token"] == "[MASK]"
+    assert ours.decode(ours.encode("unaffable")) == theirs.decode(
+        theirs.encode("unaffable"), skip_special_tokens=True
+    )
+
+
+def test_special_tokens_of_other_names(tmp_path):
+    pieces = [piece.replace("[MASK]", "<mask>") for piece in PIECES]
+    directory = write_vocabulary(tmp_path, pieces, mask_token="<mask>")
+    ours = from_directory(directory)
+    assert ours.encode("a <mask>") == [2, PIECES.index("a"), 4, 3]
+
+
+@pytest.mark.parametrize("pairs", [None, ["a b", "the fox", "c", "", "is"]], ids=["one", "pairs"])
+def test_batches_are_transformers(tmp_path, pairs):
+    ours = from_directory(write_vocabulary(tmp_path))
+    batch = ours.encode_batch(TEXTS, pairs)
+    want = AutoTokenizer.from_pretrained(tmp_path)(TEXTS, pairs, padding=True)
+    np.testing.assert_array_equal(batch.tokens, want["input_ids"])
+    np.testing.assert_array_equal(batch.mask, want["attention_mask"])
+    np.testing.assert_array_equal(batch.token_type_ids, want["token_type_ids"])
+    assert batch.mask.dtype == bool
+
+
+def test_robertas_saved_tokenizer(tmp_path):
+    backend = ByteLevelBPETokenizer()
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    backend.train_from_iterator(TEXTS, vocab_size=300, special_tokens=specials)
+    backend.save_model(str(tmp_path))
+    theirs = RobertaTokenizerFast.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "saved")
+    ours = from_directory(tmp_path / "saved")
+    for text in [*TEXTS, "a <mask> b"]:
+        assert ours.encode(text) == theirs.encode(text)
+    assert ours.pad_id == 1 and ours.special["cls_token"] == "<s>"
+    batch = ours.encode_batch(TEXTS, TEXTS[::-1])
+    np.testing.assert_array_equal(
+        batch.tokens, theirs(TEXTS, TEXTS[::-1], padding=True)["input_ids"]
+    )
+
+
+BROKEN = {
+    "twice": ([*PIECES, "fox"], r"vocab.txt, line 40: `fox` stands on line 10 already"),
+    "no [SEP]": ([p for p in PIECES if p != "[SEP]"], r"vocab.txt: lacks `\[SEP\]`, which BERT"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_vocabulary(tmp_path, case):
+    pieces, text = BROKEN[case]
+    with pytest.raises(ValueError, match=text):
+        from_directory(write_vocabulary(tmp_path, pieces))
+
+
+def test_a_vocabulary_that_is_not_text(tmp_path):
+    (write_vocabulary(tmp_path) / "vocab.txt").write_bytes(b"\xff\xfe[PAD]")
+    with pytest.raises(ValueError, match="vocab.txt: not UTF-8 text"):
+        from_directory(tmp_path)
+
+
+def test_a_batch_of_nothing(tmp_path):
+    ours = from_directory(write_vocabulary(tmp_path))
+    for texts, pairs in [([], None), (["a"], ["b", "c"])]:
+        with pytest.raises(ValueError, match="`texts` must be at least one and `pairs` as many"):
+            ours.encode_batch(texts, pairs)
