@@ -1,4 +1,4 @@
-"""The leaves of a LoRA tree: `LoraArray`, a weight that is never added up, and `SavedArray`.
+"""The leaves of a LoRA tree: `LoraArray`, a weight that is never added up, and what trains whole.
 
     W + scale · A·B        W (in, out)   A (in, r)   B (r, out)
 
@@ -15,7 +15,7 @@ out dims, each in `W`'s own order. A kernel `(layers, d_model, heads, head_dim)`
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,19 @@ def _node(*static: str):
     return register
 
 
-@_node("roles", "dropout")
+class Window(NamedTuple):
+    """What makes a weight a convolution's kernel.
+
+    Attributes:
+      dims: the kernel's spatial dims, in the convolution's order (height, width).
+      groups: number of feature groups.
+    """
+
+    dims: tuple[int, ...]
+    groups: int = 1
+
+
+@_node("roles", "dropout", "window")
 @dataclasses.dataclass(frozen=True)
 class LoraArray:
     """A weight `w` with a low-rank change `scale · a·b` that is kept apart from it.
@@ -47,6 +59,9 @@ class LoraArray:
       m: DoRA's magnitude `(stack..., out...)`, trained, or None.
       roles: one letter for each dimension of `w`, see the module's docstring.
       dropout: probability in [0, 1) with which an element of the adapter's input is dropped.
+      bias: PEFT's `lora_bias` `(stack..., out...)`, trained, or None: the product with the weight
+        also gets `+ scale · bias`.
+      window: of a convolution's kernel, else None.
 
     Source: Hu et al. 2021, "LoRA", eq. 3; DoRA: Liu et al. 2024, eq. 5.
     """
@@ -58,6 +73,8 @@ class LoraArray:
     m: Any = None
     roles: str = "io"
     dropout: float = 0.0
+    bias: Any = None
+    window: Window | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,7 +93,7 @@ class LoraArray:
         return int(self.a.shape[-1])
 
 
-@_node()
+@_node("only")
 @dataclasses.dataclass(frozen=True)
 class SavedArray:
     """A leaf trained whole (`modules_to_save`, `bias`): the model sees `value`, `w` is kept.
@@ -84,10 +101,41 @@ class SavedArray:
     Attributes:
       w: the frozen original, any shape.
       value: what is trained and used, the same shape and dtype as `w`.
+      only: of stacked layers the ones that train, as indices of the leading dims; the model sees
+        `w` for the others, whatever `value` holds there. None: all.
     """
 
     w: Any
     value: Any
+    only: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.w.shape)
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.w.dtype)
+
+
+@_node("ids", "axis")
+@dataclasses.dataclass(frozen=True)
+class RowsArray:
+    """A table of which a few rows train (`trainable_token_indices`): `w` with `rows` in it.
+
+    Attributes:
+      w: the frozen table `(vocabulary, features)`, or an output head `(features, vocabulary)`.
+      rows: what stands at the trained rows `(len(ids), features)`: numbers, not changes.
+      ids: the trained rows, each once.
+      axis: the vocabulary's dim of `w`.
+
+    Source: PEFT's `TrainableTokensLayer`.
+    """
+
+    w: Any
+    rows: Any
+    ids: tuple[int, ...]
+    axis: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,8 +147,46 @@ class SavedArray:
 
 
 def is_lora(x) -> bool:
-    """Whether `x` is a leaf that trains: a `LoraArray` or a `SavedArray`."""
-    return isinstance(x, LoraArray | SavedArray)
+    """Whether `x` is a leaf that trains: a `LoraArray`, a `SavedArray` or a `RowsArray`."""
+    return isinstance(x, LoraArray | SavedArray | RowsArray)
+
+
+def effective(x: SavedArray):
+    """What the model sees of a leaf that trains whole."""
+    if x.only is None:
+        return x.value
+    where = tuple(jnp.asarray(dim) for dim in zip(*x.only, strict=True))
+    return dense(x.w).at[where].set(x.value[where].astype(x.w.dtype))
+
+
+def dense(w):
+    """A base weight as an array: itself, or dequantized."""
+    return w.dequantize() if hasattr(w, "dequantize") else w
+
+
+def base_rows(x: RowsArray) -> Float[Array, "n d"]:
+    """The frozen table's own rows where others train, in the trained rows' dtype."""
+    rows = jnp.take(dense(x.w), jnp.asarray(x.ids), axis=x.axis)
+    return jnp.moveaxis(rows, x.axis, 0)
+
+
+def with_rows(x: RowsArray):
+    """The table with the trained rows in it, in the table's dtype."""
+    w = jnp.moveaxis(dense(x.w), x.axis, 0)
+    return jnp.moveaxis(w.at[jnp.asarray(x.ids)].set(x.rows.astype(w.dtype)), 0, x.axis)
+
+
+def rows_as_lora(x: RowsArray) -> LoraArray:
+    """The same table as a low-rank change, which is never added up: `W + E·(rows − W[ids])`.
+
+    `E (vocabulary, n)` has a one for each trained row. Only `rows` has a gradient.
+    """
+    wide = widened(x.rows.dtype)
+    n = len(x.ids)
+    one_hot = jnp.zeros((x.shape[x.axis], n), wide).at[jnp.asarray(x.ids), jnp.arange(n)].set(1)
+    change = x.rows.astype(wide) - jax.lax.stop_gradient(base_rows(x)).astype(wide)
+    roles = "io" if x.axis == 0 else "oi"
+    return LoraArray(x.w, one_hot, change, jnp.ones((), jnp.float32), roles=roles)
 
 
 def widened(*dtypes):

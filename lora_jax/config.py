@@ -47,7 +47,15 @@ class LoraConfig:
       use_dora: also learn the magnitude of each output column (DoRA).
       init: how A and B start, one of `INITS` or "pissa_niter_N".
       bias: which biases of the base train: "none", "all", or "lora_only" (of adapted modules).
+      lora_bias: give B a bias, `y = x·W + s·((x·A)·B + b)`, where A and B have their default
+        start; merging then needs a bias of the base that takes it.
       modules_to_save: modules trained whole instead of adapted, by the end of their names.
+      trainable_token_indices: rows of an embedding table that train while the others stay: token
+        ids of the input embedding (the largest table that an argument looks up), or a dict of ids
+        by the end of a module's name. A head tied to the table follows.
+      target_parameters: parameters to adapt besides, by the end of their names, where PEFT must
+        be told that they are no module's weight: experts stored as one array
+        ("experts.gate_up_proj").
       rank_pattern: rank of the modules a pattern matches, for instance {"down_proj": 16}; the
         first pattern that matches the end of a name (after a dot) wins, "^" anchors it.
       alpha_pattern: the same for alpha.
@@ -78,14 +86,16 @@ class LoraConfig:
     use_dora: bool = False
     init: str = "default"
     bias: str = "none"
+    lora_bias: bool = False
     modules_to_save: tuple[str, ...] = ()
-    # A dict has no hash; equality still compares it.
-    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
+    target_parameters: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: int | tuple[int, ...] | None = None
     layers_pattern: str | tuple[str, ...] | None = None
-    roles: Mapping[str, str] = field(default_factory=dict, hash=False)
-    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    roles: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         for name in _NORMALIZED:
@@ -95,6 +105,12 @@ class LoraConfig:
         _check_patterns(self)
         _check_layers(self)
         _check_choices(self)
+        _check_tokens(self)
+        _check_combinations(self)
+
+    def __hash__(self):
+        # A dict has no hash; equality still compares it.
+        return hash(tuple(v for v in vars(self).values() if not isinstance(v, dict)))
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any], *, model_type: str | None = None) -> "LoraConfig":
@@ -132,6 +148,8 @@ _NORMALIZED = (
     "alpha_pattern",
     "roles",
     "extra",
+    "trainable_token_indices",
+    "target_parameters",
 )
 
 
@@ -142,15 +160,24 @@ def _normalized(name: str, value):
         if not isinstance(value, Mapping):
             raise TypeError(f"{name} must be a dict, got {value!r}")
         return dict(value)
+    if name == "trainable_token_indices" and isinstance(value, Mapping):
+        ids = {k: tuple(v) if isinstance(v, (list, range)) else v for k, v in value.items()}
+        return ids or ()
     if isinstance(value, (set, frozenset)):
         return tuple(sorted(value))
     if isinstance(value, list):
         return tuple(value)
     if name == "target_modules" and isinstance(value, str) and value.lower() == ALL_LINEAR:
         return ALL_LINEAR  # PEFT compares it without regard to case
-    if name in ("exclude_modules", "modules_to_save") and value is None:
-        return ()
-    return value
+    return () if name in _EMPTY_FOR_NONE and value is None else value
+
+
+_EMPTY_FOR_NONE = (
+    "exclude_modules",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+)
 
 
 def _is_int(value) -> bool:
@@ -179,7 +206,7 @@ def _check_numbers(config: LoraConfig) -> None:
         raise TypeError(f"dropout must be a number, 0 <= dropout < 1, got {dropout!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-    for name in ("use_rslora", "use_dora"):
+    for name in ("use_rslora", "use_dora", "lora_bias"):
         if not isinstance(getattr(config, name), bool):
             raise TypeError(f"{name} must be True or False, got {getattr(config, name)!r}")
 
@@ -209,7 +236,7 @@ def _check_names(config: LoraConfig) -> None:
         _check_regex("target_modules", targets)
     else:
         _check_strings("target_modules", targets)
-        if not targets:
+        if not targets and not config.target_parameters:
             raise ValueError(
                 'target_modules is empty, so nothing would be adapted; name modules ("q_proj") '
                 'or use "all-linear"'
@@ -218,6 +245,7 @@ def _check_names(config: LoraConfig) -> None:
         _check_regex("exclude_modules", excluded)
     else:
         _check_strings("exclude_modules", excluded)
+    _check_strings("target_parameters", config.target_parameters)
     _check_strings("modules_to_save", config.modules_to_save)
     for name in config.modules_to_save:
         # PEFT puts these names into a regular expression as well.
@@ -274,6 +302,40 @@ def _check_choices(config: LoraConfig) -> None:
         raise ValueError(f'init must be one of {_spelled(INITS)}, "pissa_niter_N", got "{init}"')
     if init == "orthogonal" and config.rank % 2:
         raise ValueError(f'init="orthogonal" needs an even rank, got rank={config.rank}')
+
+
+def _check_tokens(config: LoraConfig) -> None:
+    asked = config.trainable_token_indices
+    named = asked if isinstance(asked, dict) else {"": asked} if asked != () else {}
+    for module, ids in named.items():
+        where = "trainable_token_indices" + (f"[{module!r}]" if module else "")
+        if not isinstance(ids, tuple) or not all(_is_int(i) for i in ids):
+            raise TypeError(f"{where} must be a list of token ids, got {ids!r}")
+        if not ids or min(ids) < 0 or len(set(ids)) < len(ids):
+            raise ValueError(f"{where} must be token ids from 0, each once, got {list(ids)}")
+        if module and module in config.modules_to_save:
+            raise ValueError(
+                f"`{module}` is in modules_to_save and in trainable_token_indices: train it whole "
+                "or some of its rows, not both"
+            )
+    if isinstance(asked, dict):
+        _check_strings("trainable_token_indices", tuple(asked))
+
+
+def _check_combinations(config: LoraConfig) -> None:
+    """What PEFT refuses as well, because the numbers would not be what the fields say."""
+    if config.lora_bias and config.use_dora:
+        raise ValueError("lora_bias=True does not work with use_dora=True: leave one out")
+    if config.lora_bias and config.init not in ("default", "random"):
+        raise ValueError(
+            f'lora_bias=True works with init="default" or "random" only, got "{config.init}"'
+        )
+    for name in ("use_dora", "lora_bias", "dropout") if config.target_parameters else ():
+        if getattr(config, name):
+            raise ValueError(
+                f"target_parameters does not work with {name}={getattr(config, name)!r} in PEFT: "
+                "leave one out, or name the parameters in target_modules"
+            )
 
 
 def _spelled(names) -> str:

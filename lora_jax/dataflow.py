@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import compat
+from lora_jax.array import Window
 from lora_jax.dataflow_dims import (
     contraction,
     dim_map,
@@ -21,6 +22,7 @@ from lora_jax.dataflow_dims import (
     picked_dims,
     scales,
     transformed,
+    window_axes,
 )
 
 Dims = tuple[frozenset, ...]  # for each current dim, the original dims it is made of
@@ -40,6 +42,7 @@ class Use:
       constant: whether none of the function's arguments feeds the other operand.
       fallback: why the weight is added up for this use, or "". The dataflow does not say: `plan`
         asks the interpreter itself.
+      window: the leaf's spatial dims where it is a convolution's kernel, else None.
     """
 
     primitive: str
@@ -49,6 +52,7 @@ class Use:
     stacked: frozenset = frozenset()
     constant: bool = False
     fallback: str = ""
+    window: Window | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +126,9 @@ def usage(fn: Callable, leaves: Sequence, tree, args: Sequence, kwargs: dict) ->
         return [x for x in jax.tree.leaves(out) if compat.is_traceable(x)]
 
     jaxpr = jax.make_jaxpr(staged)(
-        [leaves[i] for i in weights], [leaves[i] for i in loose], [outer[i] for i in inputs]
+        [_as_array(leaves[i]) for i in weights],
+        [leaves[i] for i in loose],
+        [outer[i] for i in inputs],
     )
     jaxpr, consts = compat.open_jaxpr(jaxpr)
     found = Usage(tuple([] for _ in leaves), set())
@@ -134,6 +140,11 @@ def usage(fn: Callable, leaves: Sequence, tree, args: Sequence, kwargs: dict) ->
         env[v] = Flow((Track(i, dims),))
     _walk(found, jaxpr, env)
     return found
+
+
+def _as_array(x):
+    """What the function is traced with: a quantized weight as the array it stands for."""
+    return x if compat.is_array(x) else jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def is_weight(x) -> bool:
@@ -322,12 +333,24 @@ def _consumption(found: Usage, eqn, others: Sequence[Flow], k: int, track: Track
         if not track.mapped <= contracted:  # fixed positions times a kernel, not a resized kernel
             contracted = track.mapped
         constant = max((f.fed for f in others), default=0) < 2
-        return Use(name, found.lines[-1], kind, contracted - stacked, stacked, constant)
+        window = _window(eqn, track, name)
+        contracted = contracted - stacked
+        return Use(name, found.lines[-1], kind, contracted, stacked, constant, window=window)
     if name == "gather" and k == 0 and track.lookup < 0:
         rows = frozenset().union(*(track.dims[i] for i in indexed_dims(eqn)))
         kind = "lookup" if any(f.fed for f in others) else "rows"
         return Use(name, found.lines[-1], kind, rows, track.picked - rows)
     return None
+
+
+def _window(eqn, track: Track, name: str) -> Window | None:
+    """Which of the leaf's own dims are spatial, if each is one dim of it."""
+    if name != "conv_general_dilated":
+        return None
+    dims = [track.dims[axis] for axis in window_axes(eqn)]
+    if any(len(d) != 1 for d in dims):
+        return None
+    return Window(tuple(next(iter(d)) for d in dims), eqn.params["feature_group_count"])
 
 
 def _free_dims(found: Usage, eqn, flows, name: str, rank: int) -> Dims:

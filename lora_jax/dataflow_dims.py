@@ -130,6 +130,11 @@ def contraction(eqn, k: int, name: str):
     return None
 
 
+def window_axes(eqn) -> tuple[int, ...]:
+    """The spatial axes of a convolution's kernel, in the convolution's order."""
+    return tuple(eqn.params["dimension_numbers"].rhs_spec[2:])
+
+
 def picked_dims(eqn, k: int, name: str) -> list[int]:
     """Dims of which an operation takes one index at a time."""
     if k != 0:

@@ -53,6 +53,11 @@ def is_target(config: LoraConfig, name: str) -> bool:
     return any(name.endswith("." + entry) for entry in targets) and in_layers(config, name)
 
 
+def names_parameter(config: LoraConfig, name: str) -> bool:
+    """Whether target_parameters means a parameter, by its whole name or its end after a dot."""
+    return any(ends_with(name, entry) for entry in config.target_parameters)
+
+
 def in_layers(config: LoraConfig, name: str) -> bool:
     """Whether layers_to_transform lets a module through; without it, every module."""
     layers = config.layers_to_transform
@@ -144,7 +149,7 @@ def unmatched(config: LoraConfig, names: Iterable[str]) -> list[tuple[str, str]]
     """
     names = list(names)
     missing = []
-    for field in ("target_modules", "exclude_modules"):
+    for field in ("target_modules", "exclude_modules", "target_parameters"):
         value = getattr(config, field)
         if isinstance(value, str):
             if value != ALL_LINEAR and not any(re.fullmatch(value, n) for n in names):

@@ -1,11 +1,25 @@
 """Merging: plain parameters out of LoRA parameters, and back."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.core
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.array import LoraArray, SavedArray, delta, is_lora, spread_outputs, widened
+from lora_jax.array import (
+    LoraArray,
+    RowsArray,
+    SavedArray,
+    b_dims,
+    delta,
+    dense,
+    effective,
+    is_lora,
+    spread_outputs,
+    widened,
+    with_rows,
+)
 
 
 def merged(x: LoraArray):
@@ -13,7 +27,7 @@ def merged(x: LoraArray):
 
     A quantized base gives a float weight; it is never quantized again.
     """
-    w = x.w.dequantize() if hasattr(x.w, "dequantize") else x.w
+    w = dense(x.w)
     wide = widened(w.dtype)
     full = w.astype(wide) + delta(x).astype(wide)
     if x.m is not None:
@@ -36,14 +50,20 @@ def merge(lora_params):
 
     Raises:
       ValueError: a merged weight is not finite; the leaves are named. (Not under `jit`, where
-        values are unknown: check there with `jnp.isfinite`.)
+        values are unknown: check there with `jnp.isfinite`.) Or an adapter has a bias
+        (`lora_bias`) and its module has none to take it.
     """
     flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_lora)
     leaves = [_merge_leaf(x) for _, x in flat]
+    for place, change in _bias_changes(flat).items():
+        wide = widened(leaves[place].dtype)
+        leaves[place] = (leaves[place].astype(wide) + change.astype(wide)).astype(
+            leaves[place].dtype
+        )
     bad = [
         paths.spell(path)
         for (path, old), new in zip(flat, leaves, strict=True)
-        if is_lora(old) and not isinstance(new, jax.core.Tracer) and not _finite(new)
+        if new is not old and not isinstance(new, jax.core.Tracer) and not _finite(new)
     ]
     if bad:
         raise ValueError(
@@ -55,8 +75,37 @@ def merge(lora_params):
 
 def _merge_leaf(x):
     if isinstance(x, SavedArray):
-        return x.value
+        return effective(x)
+    if isinstance(x, RowsArray):
+        return with_rows(x)
     return merged(x) if isinstance(x, LoraArray) else x
+
+
+def _bias_changes(flat: Sequence) -> dict[int, jax.Array]:
+    """Where each adapter's own bias goes: the place of its module's bias, and `scale · bias`.
+
+    Raises:
+      ValueError: a module has no bias that could take it, as in PEFT.
+    """
+    places = {paths.spell(path): i for i, (path, _) in enumerate(flat)}
+    changes = {}
+    for path, x in flat:
+        if not isinstance(x, LoraArray) or x.bias is None:
+            continue
+        weight = paths.spell(path)
+        name = f"{paths.module_of(weight)}.bias"
+        outs = tuple(x.shape[d] for d in b_dims(x.roles))
+        there = flat[places[name]][1] if name in places else None
+        if there is None or tuple(there.shape) != outs:
+            found = "there is none" if there is None else f"that has shape {tuple(there.shape)}"
+            raise ValueError(
+                f"`{weight}` has an adapter with a bias (`lora_bias=True`) of shape {outs}, which "
+                f"can only be merged into a bias `{name}` of the base, but {found}: use the "
+                "adapter unmerged, or train without `lora_bias`"
+            )
+        scale = x.scale.reshape(*x.scale.shape, *[1] * (x.bias.ndim - x.scale.ndim))
+        changes[places[name]] = x.bias * scale.astype(x.bias.dtype)
+    return changes
 
 
 def _finite(x) -> bool:
@@ -86,10 +135,18 @@ def unmerge(params, lora_params):
             "`params` and `lora_params` are trees of different structure: pass the merge of this "
             f"very tree; got {plain_tree} and {tree}"
         )
-    return jax.tree.unflatten(
-        tree,
-        [_unmerge_leaf(paths.spell(p), x, y) for (p, x), y in zip(flat, plain, strict=True)],
-    )
+    leaves = [_unmerge_leaf(paths.spell(p), x, y) for (p, x), y in zip(flat, plain, strict=True)]
+    for place, change in _bias_changes(flat).items():
+        if not is_lora(x := flat[place][1]):
+            leaves[place] = _without_change(x, plain[place], change)
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _without_change(x, y, change):
+    """A merged bias without the adapter's: the base's own bits where nothing else changed it."""
+    wide = widened(x.dtype)
+    merged = (x.astype(wide) + change.astype(wide)).astype(x.dtype)
+    return jnp.where(y == merged, x, (y.astype(wide) - change.astype(wide)).astype(y.dtype))
 
 
 def _unmerge_leaf(path: str, x, y):
@@ -97,9 +154,9 @@ def _unmerge_leaf(path: str, x, y):
         return y
     if tuple(x.shape) != tuple(y.shape):
         raise ValueError(f"`{path}` has shape {tuple(y.shape)} in `params`, expected {x.shape}")
-    if isinstance(x, SavedArray):
+    if isinstance(x, SavedArray | RowsArray):
         return x.w
-    w = x.w.dequantize() if hasattr(x.w, "dequantize") else x.w
+    w = dense(x.w)
     wide = widened(w.dtype)
     full = y.astype(wide)
     if x.m is not None:

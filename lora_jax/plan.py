@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from lora_jax import dataflow, matching, paths
+from lora_jax import dataflow, matching, paths, plan_saved
 from lora_jax import roles as roles_of
 from lora_jax.array import is_lora, out_dims, sizes
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.dataflow import Usage, Use
 from lora_jax.foresee import foreseen
+from lora_jax.plan_names import every_name, names_of, strip, unnumbered
+from lora_jax.quant.array import is_leaf
 
 # Modules that turn features into logits: "all-linear" leaves them out, as PEFT does.
 HEAD_NAMES = frozenset(
@@ -30,7 +32,7 @@ class LeafPlan:
     Attributes:
       path: dotted path.
       shape, dtype: of the base weight.
-      kind: "lora" (adapted), "saved" (trained whole) or "frozen".
+      kind: "lora" (adapted), "saved" (trained whole), "rows" (some rows trained) or "frozen".
       roles: one letter a dim: b stack, i in, o out; "" when frozen.
       ranks: rank for each stack index (flattened), 0 where a layer is left out; one when unstacked.
       alphas: alpha likewise.
@@ -38,6 +40,8 @@ class LeafPlan:
       lookup: whether rows are looked up by index (an embedding), which decides the initial values.
       reason: why the leaf is frozen, or a remark.
       uses: how the function uses it.
+      only: of a saved leaf's stack the indices that train, None for all.
+      ids, axis: of a "rows" leaf the trained rows, and the dim they are counted along.
     """
 
     path: str
@@ -51,6 +55,13 @@ class LeafPlan:
     lookup: bool = False
     reason: str = ""
     uses: tuple[Use, ...] = ()
+    only: tuple[tuple[int, ...], ...] | None = None
+    ids: tuple[int, ...] = ()
+    axis: int = 0
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
 
     @property
     def rank(self) -> int:
@@ -60,8 +71,8 @@ class LeafPlan:
     @property
     def parameters(self) -> int:
         """Numbers that train, padding of smaller ranks and of left-out layers not counted."""
-        if self.kind == "saved":
-            return math.prod(self.shape)
+        if self.kind in ("saved", "rows"):
+            return plan_saved.saved_parameters(self)
         if self.kind == "frozen":
             return 0
         _, fan_in, fan_out = sizes(self.shape, self.roles)
@@ -90,18 +101,18 @@ class Plan:
 
     @property
     def saved(self) -> tuple[LeafPlan, ...]:
-        return tuple(leaf for leaf in self.leaves if leaf.kind == "saved")
+        return tuple(leaf for leaf in self.leaves if leaf.kind in ("saved", "rows"))
 
     @property
     def trainable(self) -> int:
         """How many numbers train."""
-        magnitudes = 0
-        if self.config.use_dora:
-            magnitudes = sum(
+        vectors = 0  # DoRA's magnitudes, or lora_bias: one number for each output of each layer
+        if self.config.use_dora or self.config.lora_bias:
+            vectors = sum(
                 math.prod(sizes(x.shape, x.roles)[0]) * sizes(x.shape, x.roles)[2]
                 for x in self.adapted
             )
-        return magnitudes + sum(leaf.parameters for leaf in self.leaves)
+        return vectors + sum(leaf.parameters for leaf in self.leaves)
 
     def by_path(self) -> dict[str, LeafPlan]:
         return {leaf.path: leaf for leaf in self.leaves}
@@ -145,7 +156,7 @@ def plan(config: LoraConfig, fn: Callable, params, *args, **kwargs) -> Plan:
       >>> [leaf.path for leaf in lora.plan(config, fn, params, x).adapted]
       ['up']
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_lora)
+    flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     for key_path, leaf in flat:
         if is_lora(leaf):
             raise ValueError(
@@ -162,9 +173,11 @@ def plan(config: LoraConfig, fn: Callable, params, *args, **kwargs) -> Plan:
     ]
     heads = _heads(drafts, {names[i] for i in usage.inner})
     planned = tuple(_decide(config, draft, heads) for draft in drafts)
-    planned = _with_biases(config, planned)
+    planned = plan_saved.with_biases(config, planned)
+    planned = plan_saved.with_token_rows(config, planned)
     _check(config, planned)
-    found = foreseen(planned, fn, jax.tree.unflatten(tree, leaves), args, kwargs)
+    params = jax.tree.unflatten(tree, leaves)
+    found = foreseen(planned, fn, params, args, kwargs, bias=config.lora_bias)
     return Plan(
         config,
         tuple(dataclasses.replace(x, uses=(*x.uses, *found.get(x.path, ()))) for x in planned),
@@ -185,47 +198,15 @@ def _draft(config: LoraConfig, index: int, path: str, leaf, usage: Usage) -> Lea
     return dataclasses.replace(base, roles=roles, lookup=lookup, reason=remark)
 
 
-def names_of(leaf: LeafPlan) -> list[list[str]]:
-    """The names each stack index goes by, flattened over the stack; one entry when unstacked.
-
-    Args:
-      leaf: with its roles.
-
-    Returns:
-      For each index the module's name and the parameter's, with the layer number where the path
-      says where it belongs, else without.
-    """
-    stack, _, _ = sizes(leaf.shape, leaf.roles) if leaf.roles else ((), 0, 0)
-    short = [_strip(paths.module_of(leaf.path)), _strip(leaf.path)]
-    if not stack:
-        return [short]
-    expanded = [paths.expand(name, stack[0]) for name in short]
-    repeat = math.prod(stack[1:])
-    if not all(expanded):
-        return [short] * math.prod(stack)
-    return [[m, p] for m, p in zip(*expanded, strict=True) for _ in range(repeat)]
-
-
-def _strip(path: str) -> str:
-    """A path without linen's collection name."""
-    return path.removeprefix("params.")
-
-
 def _targets(config: LoraConfig, leaf: LeafPlan, names: list[str]) -> bool:
+    if matching.names_parameter(config, names[1]):
+        return True
     if any(matching.is_excluded(config, name) for name in names):
         return False
     if config.target_modules == ALL_LINEAR:
         return True
-    loose = [] if config.layers_to_transform is not None else _unnumbered(leaf)
+    loose = [] if config.layers_to_transform is not None else unnumbered(leaf)
     return any(matching.is_target(config, name) for name in [*names, *loose])
-
-
-def _unnumbered(leaf: LeafPlan) -> list[str]:
-    return [leaf.path, paths.module_of(leaf.path), *map(_strip, _both(leaf.path))]
-
-
-def _both(path: str) -> tuple[str, str]:
-    return path, paths.module_of(path)
 
 
 def _heads(drafts: Sequence[LeafPlan], inner: set) -> frozenset:
@@ -240,15 +221,15 @@ def _heads(drafts: Sequence[LeafPlan], inner: set) -> frozenset:
             return False
         stack, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
         last = not stack and leaf.path not in inner and (fan_out, fan_in) in tables
-        return last or _strip(paths.module_of(leaf.path)).rsplit(".", 1)[-1] in HEAD_NAMES
+        return last or strip(paths.module_of(leaf.path)).rsplit(".", 1)[-1] in HEAD_NAMES
 
     return frozenset(leaf.path for leaf in drafts if is_head(leaf))
 
 
 def _decide(config: LoraConfig, leaf: LeafPlan, heads: frozenset) -> LeafPlan:
     each = names_of(leaf)
-    if any(matching.is_saved(config, name) for names in each for name in names):
-        return dataclasses.replace(leaf, kind="saved", reason="in modules_to_save")
+    if saved := plan_saved.saved(config, leaf, each):
+        return saved
     hits = [_targets(config, leaf, names) for names in each]
     if not any(hits):
         return dataclasses.replace(leaf, reason=_untargeted(config, leaf, each))
@@ -257,7 +238,7 @@ def _decide(config: LoraConfig, leaf: LeafPlan, heads: frozenset) -> LeafPlan:
         return dataclasses.replace(leaf, reason=obstacle)
     ranks, alphas = [], []
     for names, hit in zip(each, hits, strict=True):
-        module = names[0]
+        module = names[1] if matching.names_parameter(config, names[1]) else names[0]
         ranks.append(matching.rank_of(config, module) if hit else 0)
         alphas.append(float(matching.alpha_of(config, module)) if hit else 0.0)
     scales = [
@@ -307,22 +288,15 @@ def _obstacle(config: LoraConfig, leaf: LeafPlan, heads: frozenset) -> str:
     return ""
 
 
-def _with_biases(config: LoraConfig, leaves: tuple[LeafPlan, ...]) -> tuple[LeafPlan, ...]:
-    modules = {paths.module_of(leaf.path) for leaf in leaves if leaf.kind == "lora"}
-
-    def mark(leaf: LeafPlan) -> LeafPlan:
-        adapted = paths.module_of(leaf.path) in modules
-        if leaf.kind != "frozen" or not matching.trains_bias(config, leaf.path, adapted=adapted):
-            return leaf
-        return dataclasses.replace(leaf, kind="saved", reason=f'bias="{config.bias}"')
-
-    return tuple(mark(leaf) for leaf in leaves)
-
-
 def _check(config: LoraConfig, leaves: tuple[LeafPlan, ...]):
     """Every name of the config must have matched, and every rank must fit."""
-    names = {name for leaf in leaves for each in names_of(leaf) for name in each}
-    names |= {name for leaf in leaves for name in _unnumbered(leaf)}
+    names = {
+        name
+        for leaf in leaves
+        for each in plan_saved.layer_names(leaf, names_of(leaf))
+        for name in each
+    }
+    names |= {name for leaf in leaves for name in unnumbered(leaf)}
     problems = [
         f"{field} entry `{entry}` matches no module; nearest: "
         f"{paths.nearest(entry, {paths.module_of(leaf.path) for leaf in leaves})}"
@@ -330,6 +304,11 @@ def _check(config: LoraConfig, leaves: tuple[LeafPlan, ...]):
         if not (field == "modules_to_save" and _automatic(config, entry, names))
     ]
     problems += _useless_targets(config, leaves)
+    problems += [
+        f"lora_bias=True does not work with the embedding `{leaf.path}`: exclude it"
+        for leaf in leaves
+        if config.lora_bias and leaf.kind == "lora" and leaf.lookup
+    ]
     problems += [_too_high(leaf) for leaf in leaves if leaf.kind == "lora" and _too_high(leaf)]
     if not problems and not any(leaf.kind != "frozen" for leaf in leaves):
         problems.append(_nothing(config, leaves))
@@ -348,17 +327,16 @@ def _automatic(config: LoraConfig, entry: str, names: set) -> bool:
 
 
 def _useless_targets(config: LoraConfig, leaves: tuple[LeafPlan, ...]) -> list[str]:
-    """Listed targets that matched leaves of which none can be adapted."""
+    """Listed targets that matched leaves of which none can be adapted; excluded is no fault."""
     if isinstance(config.target_modules, str):
         return []
     problems = []
     for entry in config.target_modules:
         matched = [
-            leaf
-            for leaf in leaves
-            if any(matching.ends_with(n, entry) for e in names_of(leaf) for n in e)
-            or any(matching.ends_with(n, entry) for n in _unnumbered(leaf))
+            leaf for leaf in leaves if any(matching.ends_with(n, entry) for n in every_name(leaf))
         ]
+        if any(matching.is_excluded(config, n) for leaf in matched for n in every_name(leaf)):
+            continue
         if matched and all(leaf.kind == "frozen" for leaf in matched):
             why = "; ".join(f"`{leaf.path}`: {leaf.reason}" for leaf in matched[:3])
             problems.append(f"target_modules entry `{entry}` adapts nothing ({why})")

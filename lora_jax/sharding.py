@@ -11,10 +11,12 @@ import jax
 import jax.core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax.array import LoraArray, SavedArray, is_lora
+from lora_jax.array import LoraArray, RowsArray, SavedArray
+from lora_jax.quant import sharding as quant_sharding
+from lora_jax.quant.array import QuantArray, is_leaf
 from lora_jax.transform.explicit import part_spec, spec_of
 
-_PARTS = {"a": "a", "b": "b", "scale": "scale", "m": "gain"}
+_PARTS = {"a": "a", "b": "b", "scale": "scale", "m": "gain", "bias": "bias"}
 
 
 def partition_specs(lora_params, specs):
@@ -36,19 +38,27 @@ def partition_specs(lora_params, specs):
       >>> lora.partition_specs({"w": w}, {"w": P("data", "model")})["w"].b
       PartitionSpec(None, 'model')
     """
-    return jax.tree.map(_leaf_specs, lora_params, specs, is_leaf=is_lora)
+    return jax.tree.map(_leaf_specs, lora_params, specs, is_leaf=is_leaf)
+
+
+def _base_specs(w, spec: PartitionSpec):
+    return quant_sharding.partition_specs(w, spec) if isinstance(w, QuantArray) else spec
 
 
 def _leaf_specs(x, spec: PartitionSpec):
     if isinstance(x, SavedArray):
-        return SavedArray(spec, spec)
+        return dataclasses.replace(x, w=_base_specs(x.w, spec), value=spec)
+    if isinstance(x, RowsArray):  # few rows: whole on every device of the vocabulary's axis
+        full = (*spec, None, None)
+        rows = PartitionSpec(None, full[1 - x.axis])
+        return dataclasses.replace(x, w=_base_specs(x.w, spec), rows=rows)
     if not isinstance(x, LoraArray):
-        return spec
+        return _base_specs(x, spec)
     parts = {
         name: None if getattr(x, name) is None else part_spec(spec, x.roles, part)
         for name, part in _PARTS.items()
     }
-    return dataclasses.replace(x, w=spec, **parts)
+    return dataclasses.replace(x, w=_base_specs(x.w, spec), **parts)
 
 
 def place(x: LoraArray) -> LoraArray:

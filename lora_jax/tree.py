@@ -10,12 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.array import LoraArray, SavedArray, is_lora, stack_dims
+from lora_jax.array import (
+    LoraArray,
+    RowsArray,
+    SavedArray,
+    Window,
+    b_dims,
+    base_rows,
+    dense,
+    is_lora,
+    stack_dims,
+    widened,
+)
 from lora_jax.plan import LeafPlan, Plan
+from lora_jax.quant.array import is_leaf
 from lora_jax.sharding import place
 
-_TRAINED = {LoraArray: ("a", "b", "m"), SavedArray: ("value",)}
-_FROZEN = {LoraArray: ("w", "scale"), SavedArray: ("w",)}
+_TRAINED = {LoraArray: ("a", "b", "m", "bias"), SavedArray: ("value",), RowsArray: ("rows",)}
+_FROZEN = {LoraArray: ("w", "scale"), SavedArray: ("w",), RowsArray: ("w",)}
 
 
 def init(key, plan: Plan, params):
@@ -38,7 +50,7 @@ def init(key, plan: Plan, params):
 
     Source: Hu et al. 2021, section 4.1; PEFT's `reset_lora_parameters`.
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_lora)
+    flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     planned = plan.by_path()
     spelled = [paths.spell(key_path) for key_path, _ in flat]
     _check_same(planned, dict(zip(spelled, (x for _, x in flat), strict=True)))
@@ -66,12 +78,18 @@ def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w):
     if leaf is None or leaf.kind == "frozen":
         return w
     if leaf.kind == "saved":
-        return SavedArray(w, jnp.array(w, copy=True))
+        return leaf_of(plan, leaf, w, value=jnp.array(dense(w), copy=True))
+    if leaf.kind == "rows":
+        rows = RowsArray(w, None, leaf.ids, leaf.axis)
+        return dataclasses.replace(rows, rows=base_rows(rows).astype(widened(w.dtype)))
     from lora_jax.methods import METHODS
 
     own = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()) & 0x7FFFFFFF)
     w, a, b = METHODS[plan.config.init.partition("_niter_")[0]](own, plan.config, leaf, w)
-    adapted = leaf_of(plan, leaf, w, a=a, b=b)
+    bias = {}
+    if plan.config.lora_bias:
+        bias["bias"] = jnp.zeros([leaf.shape[d] for d in b_dims(leaf.roles)], b.dtype)
+    adapted = leaf_of(plan, leaf, w, a=a, b=b, **bias)
     assert isinstance(adapted, LoraArray)  # no other kind is left
     if plan.config.use_dora:
         from lora_jax.methods import dora
@@ -80,17 +98,30 @@ def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w):
     return place(adapted)
 
 
-def leaf_of(plan: Plan, leaf: LeafPlan, w, **trained) -> LoraArray | SavedArray:
-    """A planned leaf from its base weight and its trained arrays (`a`, `b`, `m`, or `value`)."""
+def leaf_of(plan: Plan, leaf: LeafPlan, w, **trained) -> LoraArray | SavedArray | RowsArray:
+    """A planned leaf from its base weight and its trained arrays by field (`a`, `b`, `value`)."""
     if leaf.kind == "saved":
-        return SavedArray(w, **trained)
+        return SavedArray(w, only=leaf.only, **trained)
+    if leaf.kind == "rows":
+        return RowsArray(w, ids=leaf.ids, axis=leaf.axis, **trained)
     scale = jnp.asarray(stack_values(leaf, leaf.scales), jnp.float32)
     return LoraArray(
-        w, scale=scale, roles=leaf.roles, dropout=float(plan.config.dropout), **trained
+        w,
+        scale=scale,
+        roles=leaf.roles,
+        dropout=float(plan.config.dropout),
+        window=_window(leaf),
+        **trained,
     )
 
 
-def trained_fields(x: LoraArray | SavedArray) -> tuple[str, ...]:
+def _window(leaf: LeafPlan) -> Window | None:
+    """What the uses of a leaf say of it as a convolution's kernel."""
+    found = {use.window for use in leaf.uses if use.window is not None}
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def trained_fields(x: LoraArray | SavedArray | RowsArray) -> tuple[str, ...]:
     """The names of a leaf's fields that train."""
     return _TRAINED[type(x)]
 
@@ -193,10 +224,15 @@ def masked(tx):
         mine, rest = split(updates)
         changes, state = tx.update(mine, state, None if params is None else split(params)[0])
         if jax.tree.leaves(rest):
-            changes = combine(changes, jax.tree.map(lambda x: np.zeros((), x.dtype), rest))
+            changes = combine(changes, jax.tree.map(_no_change, rest))
         return changes, state
 
     return optax.GradientTransformation(start, update)
+
+
+def _no_change(x):
+    """A scalar zero that leaves an array as it is; `allow_int` gives codes a float0 gradient."""
+    return np.zeros((), np.uint8 if x.dtype == jax.dtypes.float0 else x.dtype)
 
 
 class Count(NamedTuple):
@@ -213,7 +249,7 @@ def count_parameters(lora_params) -> Count:
     saved values count as trainable; the kept originals of saved leaves count too, as in PEFT.
     """
     trainable = total = 0
-    for x in jax.tree.leaves(lora_params, is_leaf=is_lora):
+    for x in jax.tree.leaves(lora_params, is_leaf=is_leaf):
         if not is_lora(x):
             total += math.prod(getattr(x, "shape", ()))
             continue

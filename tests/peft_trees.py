@@ -4,7 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import matching
-from lora_jax.array import LoraArray, SavedArray, factor_shapes, in_dims, out_dims, sizes
+from lora_jax.array import (
+    LoraArray,
+    RowsArray,
+    SavedArray,
+    b_dims,
+    factor_shapes,
+    in_dims,
+    out_dims,
+    sizes,
+)
 from lora_jax.config import LoraConfig
 from lora_jax.hf import names, peft_slots
 
@@ -79,6 +88,9 @@ def planted(params: dict, config: LoraConfig, *, roles: dict | None = None) -> d
             out[path] = _adapter(w, role, config, path, names_here)
         elif _trained(config, path, w):
             out[path] = SavedArray(w=w, value=w)
+        elif ids := _rows(config, path):
+            axis = 0 if last == "embedding" else 1
+            out[path] = RowsArray(w, jnp.moveaxis(w, axis, 0)[jnp.array(ids)], ids, axis)
         else:
             out[path] = w
     return nested(out)
@@ -101,6 +113,12 @@ def _trained(config: LoraConfig, path: str, w) -> bool:
     return last == "bias" and config.bias != "none"
 
 
+def _rows(config: LoraConfig, path: str) -> tuple[int, ...]:
+    asked = config.trainable_token_indices
+    named = asked if isinstance(asked, dict) else {"embed_tokens": asked}
+    return next((ids for name, ids in named.items() if path.split(".")[-2] == name), ())
+
+
 def _adapter(w, roles: str, config: LoraConfig, path: str, names_here: list[str]) -> LoraArray:
     adapted = [peft_slots.adapts(config, path, n) for n in names_here]
     ranks = [matching.rank_of(config, n) * on for n, on in zip(names_here, adapted, strict=True)]
@@ -121,6 +139,7 @@ def _adapter(w, roles: str, config: LoraConfig, path: str, names_here: list[str]
         b=jnp.zeros(b),
         scale=jnp.asarray(np.reshape(scales, stack), jnp.float32),
         m=m,
+        bias=jnp.zeros([w.shape[d] for d in b_dims(roles)]) if config.lora_bias else None,
         roles=roles,
         dropout=config.dropout,
     )

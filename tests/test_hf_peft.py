@@ -404,8 +404,8 @@ def test_damaged_weights(content, text, directory):
         (b'{"r": 4}', "`peft_type` is missing"),
         (b'{"peft_type": "LORA", "r": 4}', "`target_modules` is missing"),
         (
-            b'{"peft_type": "LORA", "target_modules": ["q"], "lora_bias": true}',
-            "`lora_bias` = True",
+            b'{"peft_type": "LORA", "target_modules": ["q"], "use_qalora": true}',
+            "`use_qalora` = True",
         ),
         (b'{"peft_type": "LORA", "target_modules": ["q"], "r": "4"}', "rank must be an integer"),
     ],

@@ -13,7 +13,7 @@ from test_hf_peft_oracle import CASES, torch_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_jax as lora
-from lora_jax.array import LoraArray, SavedArray
+from lora_jax.array import LoraArray, RowsArray, SavedArray, effective
 from lora_jax.hf import load_peft, save_peft
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
@@ -111,6 +111,15 @@ OURS = {
     "head": lora.LoraConfig(rank=2, target_modules=("lm_head",)),
     "saved": lora.LoraConfig(rank=2, modules_to_save=("lm_head", "post_attention_layernorm")),
     "bias": lora.LoraConfig(rank=2, target_modules=("q_proj", "o_proj"), bias="lora_only"),
+    "bias-one-layer": lora.LoraConfig(
+        rank=2, target_modules=("q_proj", "o_proj"), bias="lora_only", layers_to_transform=(2,)
+    ),
+    "saved-one-layer": lora.LoraConfig(rank=2, modules_to_save=("1.post_attention_layernorm",)),
+    "lora-bias": lora.LoraConfig(rank=2, target_modules=("q_proj", "up_proj"), lora_bias=True),
+    "tokens": lora.LoraConfig(rank=2, trainable_token_indices=(30, 2, 9)),
+    "excluded": lora.LoraConfig(
+        rank=2, target_modules=("q_proj", "v_proj"), exclude_modules=("v_proj",)
+    ),
     "pissa": lora.LoraConfig(rank=2, target_modules=("q_proj", "up_proj"), init="pissa"),
 }
 
@@ -121,9 +130,15 @@ def noisy(params, seed=0):
 
     def add(x):
         if isinstance(x, SavedArray):
-            return dataclasses.replace(x, value=x.value + rng.normal(size=x.shape).astype("f4"))
+            moved = dataclasses.replace(x, value=x.value + rng.normal(size=x.shape).astype("f4"))
+            return dataclasses.replace(x, value=effective(moved))
+        if isinstance(x, RowsArray):
+            return dataclasses.replace(x, rows=x.rows + rng.normal(size=x.rows.shape).astype("f4"))
         if not isinstance(x, LoraArray):
             return x
+        if x.bias is not None:
+            noise = rng.normal(size=x.bias.shape).astype("f4") * _on(x, x.bias.ndim)
+            x = dataclasses.replace(x, bias=x.bias + noise.astype("f4"))
         b = x.b + rng.normal(size=x.b.shape).astype("f4") * _means_something(x)
         m = None if x.m is None else x.m * np.where(_on(x, x.m.ndim), 1.1, 1).astype("f4")
         return dataclasses.replace(x, b=b, m=m)
@@ -228,6 +243,7 @@ TIED = {
     "adapted-regex": {"target_modules": r".*(embed_tokens|q_proj)"},
     "adapted-by-head": {"target_modules": ["lm_head"]},
     "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 30]},
 }
 
 

@@ -13,7 +13,7 @@ from peft_trees import nested, planted, randomized
 from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_jax.array import LoraArray, SavedArray, delta
+from lora_jax.array import LoraArray, RowsArray, SavedArray, delta
 from lora_jax.config import LoraConfig
 from lora_jax.hf import names, peft_slots
 from lora_jax.hf import peft as ours
@@ -54,6 +54,14 @@ CASES = {
     "bias-all": {"target_modules": QV, "bias": "all"},
     "bias-lora-only": {"target_modules": QV, "bias": "lora_only"},
     "bias-one-layer": {"target_modules": QV, "bias": "lora_only", "layers_to_transform": [1]},
+    "lora-bias": {"r": 2, "target_modules": QV, "lora_bias": True},
+    "lora-bias-none": {"r": 2, "target_modules": ["up_proj"], "lora_bias": True, "bias": "all"},
+    "tokens": {"r": 2, "target_modules": QV, "trainable_token_indices": [5, 30, 0]},
+    "tokens-two": {
+        "r": 2,
+        "target_modules": QV,
+        "trainable_token_indices": {"embed_tokens": [1, 30], "lm_head": [4, 30, 7]},
+    },
     "dropout-gaussian": {
         "target_modules": QV,
         "lora_dropout": 0.1,
@@ -123,13 +131,30 @@ def merged_torch(lora_params) -> LlamaForCausalLM:
             block = value[index]
             block = block if tensor.axes is None else block.transpose(np.argsort(tensor.axes))
             state[tensor.name] = torch.tensor(block)
+    for path, leaf in peft_slots.leaves_of(lora_params).items():
+        if isinstance(leaf, LoraArray) and leaf.bias is not None:
+            _add_biases(model, state, path, leaf)
     model.load_state_dict(state, strict=True)
     return model
+
+
+def _add_biases(model, state: dict, path: str, leaf: LoraArray) -> None:
+    """Adds s·b to the bias of each layer's module, which is given one if it has none."""
+    for index, name in peft_slots.modules_of(path, leaf):
+        change = torch.tensor(np.asarray(leaf.scale[index] * leaf.bias[index]))
+        module = model.get_submodule(name)
+        if module.bias is None:
+            module.bias = torch.nn.Parameter(torch.zeros_like(change))
+        state[f"{name}.bias"] = state.get(f"{name}.bias", 0) + change
 
 
 def _merged(leaf):
     if isinstance(leaf, SavedArray):
         return leaf.value
+    if isinstance(leaf, RowsArray):
+        table = np.moveaxis(np.array(leaf.w), leaf.axis, 0)
+        table[list(leaf.ids)] = leaf.rows
+        return np.moveaxis(table, 0, leaf.axis)
     if not isinstance(leaf, LoraArray):
         return leaf
     changed = leaf.w + delta(leaf)

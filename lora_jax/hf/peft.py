@@ -11,7 +11,7 @@ Source: PEFT 0.21, `save_and_load.py`; the format was checked by loading both wa
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,8 @@ from lora_jax.hf.peft_export import named_targets as named_targets
 from lora_jax.hf.peft_export import to_peft as to_peft
 from lora_jax.hf.peft_fill import check_tying, plannable
 from lora_jax.hf.peft_fill import fill as fill
-from lora_jax.hf.peft_slots import TYING, tied_tables
+from lora_jax.hf.peft_names import tied_tables
+from lora_jax.hf.peft_slots import TYING
 
 TARGETS = ("peft", "vllm")
 
@@ -87,8 +88,40 @@ def load_peft(
     import lora_jax as lora
 
     config, tensors = read_peft(directory, model_type=model_type)
-    source = str(directory)
-    plan = lora.plan(plannable(config, params, source), fn, params, *args, **kwargs)
+    return attach(
+        config,
+        tensors,
+        lambda wanted: lora.plan(wanted, fn, params, *args, **kwargs),
+        params,
+        str(directory),
+    )
+
+
+def attach(
+    config: LoraConfig,
+    tensors: Mapping[str, np.ndarray],
+    plan_of: Callable[[LoraConfig], Any],
+    params,
+    source: str,
+) -> tuple[Any, LoraConfig]:
+    """Puts the content of an adapter's file onto a model.
+
+    Args:
+      config: the adapter's config.
+      tensors: PEFT's tensors by name.
+      plan_of: plans a config on the model.
+      params: the base parameters.
+      source: what messages call the adapter.
+
+    Returns:
+      `params` with LoRA leaves, and the config.
+
+    Raises:
+      ValueError: as `load_peft`.
+    """
+    import lora_jax as lora
+
+    plan = plan_of(plannable(config, params, source))
     check_tying(config, plan, source)
     # The key is of no consequence: every factor drawn with it is replaced.
     blank = lora.init(jax.random.key(0), plan, params)

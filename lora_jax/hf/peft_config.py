@@ -26,6 +26,9 @@ MAPPED = {
     "alpha_pattern": ("alpha_pattern", {}),
     "layers_to_transform": ("layers_to_transform", None),
     "layers_pattern": ("layers_pattern", None),
+    "lora_bias": ("lora_bias", False),
+    "target_parameters": ("target_parameters", None),
+    "trainable_token_indices": ("trainable_token_indices", None),
 }
 
 # What PEFT writes for a field that changes no numbers of a finished adapter. fan_in_fan_out says
@@ -57,10 +60,7 @@ REFUSED = {
     "arrow_config": None,
     "kasa_config": None,
     "layer_replication": None,
-    "lora_bias": False,
     "monteclora_config": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
@@ -111,6 +111,8 @@ def config_from_peft(fields: Mapping[str, Any], *, model_type: str | None = None
     _check_fields(fields)
     given = {name: fields.get(name, default) for name, (_, default) in MAPPED.items()}
     given["init_lora_weights"] = _init_from_peft(given["init_lora_weights"])
+    if given["target_modules"] is None and given["target_parameters"]:
+        given["target_modules"] = []
     if given["target_modules"] is None:
         given["target_modules"] = _default_targets(model_type)
     ours = {MAPPED[name][0]: value for name, value in given.items()}
@@ -130,15 +132,23 @@ def config_to_peft(config: LoraConfig) -> dict[str, Any]:
     """The JSON object of a config; see `LoraConfig.to_peft`."""
     mapped = {name: _to_json(getattr(config, ours)) for name, (ours, _) in MAPPED.items()}
     mapped["init_lora_weights"] = {"default": True, "random": False}.get(config.init, config.init)
-    for name in ("exclude_modules", "modules_to_save"):
+    for name in _NONE_WHEN_EMPTY:
         mapped[name] = mapped[name] or None
     return dict(sorted({**CARRIED, **REFUSED, **config.extra, **mapped}.items()))
+
+
+_NONE_WHEN_EMPTY = (
+    "exclude_modules",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+)
 
 
 def _to_json(value):
     if isinstance(value, tuple):
         return list(value)
-    return dict(value) if isinstance(value, Mapping) else value
+    return {k: _to_json(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def _check_fields(fields: Mapping[str, Any]) -> None:

@@ -1,25 +1,18 @@
 """A tree of LoRA leaves as the content of a PEFT directory, checked against its config."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from lora_jax import matching
-from lora_jax.array import LoraArray, SavedArray
+from lora_jax.array import RowsArray, SavedArray, is_lora
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.hf import peft_files
 from lora_jax.hf.peft_config import PLAIN_INITS, REPEATABLE_INITS
-from lora_jax.hf.peft_slots import (
-    Slot,
-    adapted_names,
-    adapts,
-    by_path,
-    leaves_of,
-    modules_of,
-    on_host,
-    read_slot,
-    slots_of,
-)
+from lora_jax.hf.peft_names import adapted_names, adapts, leaves_of, modules_of, parameters_of
+from lora_jax.hf.peft_slots import Slot, by_path, slots_of
+from lora_jax.hf.peft_tensors import on_host, read_slot
 
 
 def to_peft(lora_params, config: LoraConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -43,7 +36,7 @@ def to_peft(lora_params, config: LoraConfig) -> tuple[dict[str, Any], dict[str, 
     grouped = by_path(slots)
     tensors = {}
     for path, leaf in leaves_of(lora_params).items():
-        if isinstance(leaf, LoraArray | SavedArray):
+        if is_lora(leaf):
             here = grouped.get(path, [])
             leaf = on_host(leaf, here)
             _check_agreement(path, leaf, config, here)
@@ -61,7 +54,7 @@ def to_peft(lora_params, config: LoraConfig) -> tuple[dict[str, Any], dict[str, 
 
 
 def _as_peft(tensor: np.ndarray, slot: Slot) -> np.ndarray:
-    return tensor.astype(np.float32, copy=False) if slot.part in ("a", "b", "m") else tensor
+    return tensor if slot.part in ("w", "value") else tensor.astype(np.float32, copy=False)
 
 
 def named_targets(lora_params, config: LoraConfig) -> list[str]:
@@ -72,7 +65,10 @@ def named_targets(lora_params, config: LoraConfig) -> list[str]:
     """
     adapted = set(adapted_names(lora_params, config))
     every = {
-        name for path, leaf in leaves_of(lora_params).items() for _, name in modules_of(path, leaf)
+        name
+        for path, leaf in leaves_of(lora_params).items()
+        if not parameters_of(path, leaf, config)
+        for _, name in modules_of(path, leaf)
     }
     short = {name.rpartition(".")[2] for name in adapted}
     meant = {n for n in every if any(matching.ends_with(n, s) for s in short)}
@@ -84,13 +80,22 @@ def _check_agreement(path: str, leaf, config: LoraConfig, slots: list[Slot]) -> 
     if isinstance(leaf, SavedArray):
         _check_saved(path, leaf, slots)
         return
+    if isinstance(leaf, RowsArray):
+        _check_rows(path, leaf, config)
+        return
+    if (leaf.bias is not None) != config.lora_bias:
+        has = "has" if leaf.bias is not None else "has no"
+        raise ValueError(
+            f"leaf `{path}` {has} adapter's bias, but the config says lora_bias="
+            f"{config.lora_bias}; use the config the adapter was made with"
+        )
     if (leaf.m is not None) != config.use_dora:
         has = "has" if leaf.m is not None else "has no"
         raise ValueError(
             f"leaf `{path}` {has} DoRA magnitude, but the config says use_dora={config.use_dora}; "
             "use the config the adapter was made with"
         )
-    for index, name in modules_of(path, leaf):
+    for index, name in modules_of(path, leaf, config):
         rank = matching.rank_of(config, name) if adapts(config, path, name) else 0
         if np.any(leaf.a[index][..., rank:]) and np.any(leaf.b[index][rank:]):
             raise ValueError(
@@ -117,8 +122,22 @@ def _check_saved(path: str, leaf: SavedArray, slots: list[Slot]) -> None:
     unwritten = np.ones(leaf.shape, bool)
     for slot in slots:
         unwritten[slot.index] = False
-    if np.any(unwritten & (np.asarray(leaf.value) != np.asarray(leaf.w))):
+    trains = np.full(leaf.shape, leaf.only is None)
+    for place in leaf.only or ():
+        trains[place] = True
+    if np.any(unwritten & trains & (np.asarray(leaf.value) != np.asarray(leaf.w))):
         raise ValueError(
             f"leaf `{path}` was trained, but the config's bias and modules_to_save do not mean "
             "it (or some of its layers); use the config the adapter was made with"
+        )
+
+
+def _check_rows(path: str, leaf: RowsArray, config: LoraConfig) -> None:
+    """The rows that train are the config's: PEFT's file does not say which they are."""
+    asked = config.trainable_token_indices
+    lists = asked.values() if isinstance(asked, Mapping) else [asked]
+    if leaf.ids not in [tuple(ids) for ids in lists]:
+        raise ValueError(
+            f"leaf `{path}`: its trained rows {list(leaf.ids)[:8]} are not those of the config's "
+            f"trainable_token_indices {asked!r}; use the config the adapter was made with"
         )

@@ -8,23 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import matching
-from lora_jax.array import SavedArray, factor_shapes, is_lora
+from lora_jax.array import LoraArray, factor_shapes, is_lora
 from lora_jax.config import LoraConfig
 from lora_jax.hf.peft_config import PLAIN_INITS, REPEATABLE_INITS
-from lora_jax.hf.peft_slots import (
-    TYING,
-    Slot,
-    adapts,
-    by_path,
-    check_keys,
-    leaves_of,
-    modules_of,
-    on_host,
-    read_slot,
-    slots_of,
-    stack_sizes,
-    write_slot,
-)
+from lora_jax.hf.peft_names import HEAD, adapts, leaves_of, modules_of, stack_sizes
+from lora_jax.hf.peft_slots import TYING, Slot, by_path, slots_of
+from lora_jax.hf.peft_tensors import PARTS, check_keys, on_host, read_slot, write_slot
 from lora_jax.paths import spell
 
 
@@ -52,11 +41,12 @@ def plannable(config: LoraConfig, params, source: str) -> LoraConfig:
 
 
 def _without_unused(config: LoraConfig, params) -> LoraConfig:
-    every = [name for path, leaf in leaves_of(params).items() for _, name in modules_of(path, leaf)]
+    leaves = leaves_of(params).items()
+    every = [name for path, leaf in leaves for _, name in modules_of(path, leaf, config)]
     unused = set(matching.unmatched(config, every))
     free = [name for name in every if not matching.is_excluded(config, name)]
     kept: dict = {}
-    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+    for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         value = getattr(config, field)
         if isinstance(value, tuple):
             kept[field] = tuple(entry for entry in value if (field, entry) not in unused)
@@ -66,16 +56,27 @@ def _without_unused(config: LoraConfig, params) -> LoraConfig:
         kept["target_modules"] = tuple(meant) or config.target_modules
     if ("exclude_modules", config.exclude_modules) in unused:
         kept["exclude_modules"] = ()
+    kept["trainable_token_indices"] = _without_tied_rows(config, every)
     for field in ("rank_pattern", "alpha_pattern"):
         value = getattr(config, field)
         kept[field] = {k: v for k, v in value.items() if (field, k) not in unused}
     return dataclasses.replace(config, **kept)
 
 
+def _without_tied_rows(config: LoraConfig, every: list[str]):
+    """Rows asked for of the embedding and of a head that is the same table: PEFT keeps one."""
+    asked = config.trainable_token_indices
+    if not isinstance(asked, Mapping) or any(matching.ends_with(n, HEAD) for n in every):
+        return asked
+    rest = {entry: ids for entry, ids in asked.items() if not matching.ends_with(entry, HEAD)}
+    same = all(ids in rest.values() for ids in asked.values())
+    return rest if rest and same else asked
+
+
 def check_tying(config: LoraConfig, plan, source: str) -> None:
     """A table that is also the head: PEFT changes both only where the config ties them."""
     for leaf in (*plan.adapted, *plan.saved):
-        if leaf.lookup and any(use.kind == "contract" for use in leaf.uses):
+        if leaf.kind != "rows" and leaf.lookup and any(use.kind == "contract" for use in leaf.uses):
             if not config.extra.get(TYING):
                 raise ValueError(
                     f"{source}: the adapter changes `{leaf.path}` as an embedding only, but "
@@ -111,8 +112,8 @@ def fill(
 
     def put(path, leaf):
         here = grouped.get(path, [])
-        parts = ("value",) if isinstance(leaf, SavedArray) else ("a", "b", "m")
-        leaf = dataclasses.replace(leaf, **{p: _filled(leaf, p, here, tensors) for p in parts})
+        parts = {p: _filled(leaf, p, here, tensors) for p in PARTS[type(leaf)]}
+        leaf = dataclasses.replace(leaf, **parts)
         _check_repeats(leaf, here, tensors, source)
         return leaf
 
@@ -131,10 +132,10 @@ def _map(change, lora_params):
 
 def _sized(path: str, leaf, config: LoraConfig):
     """The leaf with zero factors of the ranks, and with the scales, that the config gives it."""
-    if isinstance(leaf, SavedArray):
+    if not isinstance(leaf, LoraArray):
         return leaf
     ranks, scales = [], []
-    for _, name in modules_of(path, leaf):
+    for _, name in modules_of(path, leaf, config):
         rank = matching.rank_of(config, name) if adapts(config, path, name) else 0
         alpha = matching.alpha_of(config, name)
         ranks.append(rank)
@@ -159,7 +160,7 @@ def _filled(leaf, part: str, slots: list[Slot], tensors: Mapping[str, np.ndarray
     if old is None:
         return None
     # Where no tensor belongs there is no adapter: zeros, but the base's own magnitude or value.
-    new = old if part in "ab" else np.array(old)
+    new = old if part in ("a", "b") else np.array(old)
     for slot in slots:
         if slot.part == part and not slot.repeats:
             write_slot(new, slot, tensors[slot.key].astype(new.dtype))

@@ -4,36 +4,54 @@
         path model.layers.self_attn.q_proj.kernel, part a, index (3,):  a[3] (in..., R)
 
 A *slot* is one tensor of the file and the piece of a leaf it corresponds to. Export reads the
-slots of a tree, import fills them; neither knows more than the list.
+slots of a tree, import fills them; neither knows more than the list. The layouts:
+
+    linear       A (r, in)             B (out, r)
+    embedding    A (r, vocabulary)     B (features, r)
+    convolution  A (r, in, window...)  B (out, r, 1...)      magnitude (1, out, 1...)
+    experts      A (E·r, in)           B (out, r·E): expert slowest in A, fastest in B
 """
 
-import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from lora_jax import matching
-from lora_jax.array import LoraArray, SavedArray, in_dims, out_dims, stack_dims
+from lora_jax.array import LoraArray, RowsArray, SavedArray, in_dims, out_dims, stack_dims
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.hf import names
-from lora_jax.paths import expand, module_of, nearest, spell
+from lora_jax.hf.peft_names import (
+    HEAD,
+    adapted_names,
+    bare,
+    is_embedding,
+    nesting,
+    parameters_of,
+    stack_sizes,
+    tied_tables,
+)
+from lora_jax.hf.peft_names import adapts as adapts
+from lora_jax.hf.peft_names import leaves_of as leaves_of
+from lora_jax.hf.peft_names import modules_of as modules_of
+from lora_jax.paths import module_of
 
 PREFIX = "base_model.model."
 
 # Modules whose whole base weight PEFT adds to the file when target_modules names them.
-EMBEDDING_MODULES = ("embed_tokens", "lm_head")
-HEAD = "lm_head"
+EMBEDDING_MODULES = ("embed_tokens", HEAD)
 
 # PEFT's field that makes it adapt a tied head and embedding alike.
 TYING = "ensure_weight_tying"
+
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 
 # PEFT's suffix for each part of an adapter, of a linear layer and of an embedding.
 _SUFFIX = {
     "a": ("lora_A.weight", "lora_embedding_A"),
     "b": ("lora_B.weight", "lora_embedding_B"),
     "m": ("lora_magnitude_vector", "lora_magnitude_vector"),
+    "bias": ("lora_B.bias", ""),
 }
 
 
@@ -44,12 +62,12 @@ class Slot(NamedTuple):
       key: its name in the file.
       shape: its shape in the file.
       path: the leaf it belongs to.
-      part: field of the leaf: "a", "b", "m" of a LoraArray, "value" of a SavedArray, or "w", the
-        frozen base weight that PEFT repeats in the file.
+      part: field of the leaf: "a", "b", "m", "bias" of a LoraArray, "value" of a SavedArray,
+        "rows" of a RowsArray, or "w", the frozen base weight that PEFT repeats in the file.
       index: position along the leaf's stack dims.
       rank: rank of this layer's adapter, at most the leaf's (0 where no adapter is meant).
-      axes: `ours = theirs.transpose(axes)`; None leaves the order of a "value" or "w", and
-        exchanges the dimensions of an "a" or "b".
+      cut: axis of the block that is cut to the rank, None where it has no rank.
+      axes: `theirs = ours.transpose(axes).reshape(shape)`; None leaves the order.
       repeats: the file says again what stands elsewhere: the base's weight, or the tied head's
         copy of the embedding's adapter. Such a tensor is compared, not read.
     """
@@ -60,8 +78,17 @@ class Slot(NamedTuple):
     part: str
     index: tuple[int, ...] = ()
     rank: int = 0
+    cut: int | None = None
     axes: tuple[int, ...] | None = None
     repeats: bool = False
+
+
+class _Layout(NamedTuple):
+    """How one part of an adapter is laid out there: fields of a `Slot`."""
+
+    shape: tuple[int, ...]
+    cut: int | None = None
+    axes: tuple[int, ...] | None = None
 
 
 def by_path(slots: list[Slot]) -> dict[str, list[Slot]]:
@@ -72,108 +99,11 @@ def by_path(slots: list[Slot]) -> dict[str, list[Slot]]:
     return found
 
 
-def on_host(leaf, slots: list[Slot]):
-    """A leaf with NumPy arrays; an adapter's base weight only where the file repeats it."""
-    parts = ["w", "value"] if isinstance(leaf, SavedArray) else ["a", "b", "m", "scale"]
-    parts += ["w"] if any(slot.part == "w" for slot in slots) else []
-    host = {p: np.asarray(getattr(leaf, p)) for p in parts if getattr(leaf, p) is not None}
-    return dataclasses.replace(leaf, **host)
-
-
-def leaves_of(lora_params) -> dict[str, Any]:
-    """Every leaf of a tree by its path, LoRA and saved leaves whole."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(
-        lora_params, is_leaf=lambda x: isinstance(x, LoraArray | SavedArray)
-    )
-    return {spell(path): leaf for path, leaf in flat}
-
-
-def modules_of(path: str, leaf) -> Iterator[tuple[tuple[int, ...], str]]:
-    """The full module name of each layer of a leaf, with the layer's index.
-
-    Args:
-      path: the leaf's path.
-      leaf: a leaf, whose stack dims are its roles' `b`; a plain array is stacked along as many
-        leading dims as its path leaves numbers out.
-
-    Raises:
-      ValueError: the path does not say where the numbers of the leaf's layers belong.
-    """
-    module = module_of(_bare(path))
-    sizes = stack_sizes(path, leaf)
-    for index in np.ndindex(*sizes):
-        yield index, _named(module, index, sizes, path)
-
-
-def stack_sizes(path: str, leaf) -> tuple[int, ...]:
-    """Sizes of a leaf's stack dims."""
-    if isinstance(leaf, LoraArray):
-        return tuple(leaf.shape[d] for d in stack_dims(leaf.roles))
-    return tuple(leaf.shape[: names.stack_depth(_bare(path))])
-
-
-def _bare(path: str) -> str:
-    """A path as a checkpoint knows it: without linen's collection name."""
-    return path.removeprefix("params.")
-
-
-def _named(module: str, index: tuple[int, ...], sizes: tuple[int, ...], path: str) -> str:
-    if len(index) == names.stack_depth(module):
-        return names.module_name(module, index)
-    if len(index) == 1 and (expanded := expand(module, sizes[0])):
-        return expanded[index[0]]
-    raise ValueError(
-        f"leaf `{path}` stacks {len(index)} dimension(s) of layers, but its path does not say "
-        "where their numbers belong in a PEFT name; rename the tree so that a component such as "
-        "`layers` holds the stacked modules, or unstack it"
-    )
-
-
-def adapts(config: LoraConfig, path: str, name: str) -> bool:
-    """Whether a config means a layer of a leaf; with "all-linear", any that is not excluded.
-
-    As in `lora_jax.plan`, a module also goes by its parameter's name and, where no layers are
-    chosen, by its path without numbers.
-    """
-    bare = _bare(path)
-    spelled = [name, f"{name}.{bare.rpartition('.')[2]}"]
-    if any(matching.is_excluded(config, n) for n in spelled):
-        return False
-    if config.target_modules == ALL_LINEAR:
-        return True
-    if config.layers_to_transform is None:
-        spelled += [path, module_of(path), bare, module_of(bare)]
-    return any(matching.is_target(config, n) for n in spelled)
-
-
-def adapted_names(lora_params, config: LoraConfig) -> list[str]:
-    """Full names of the modules that carry an adapter, in the tree's order."""
-    return [
-        name
-        for path, leaf in leaves_of(lora_params).items()
-        if isinstance(leaf, LoraArray)
-        for _, name in modules_of(path, leaf)
-        if adapts(config, path, name)
-    ]
-
-
-def tied_tables(lora_params) -> list[str]:
-    """Paths of trained embedding tables that are the output head as well: no head of its own."""
-    leaves = leaves_of(lora_params)
-    if any(module_of(path).rpartition(".")[2] == HEAD for path in leaves):
-        return []
-    return [
-        path
-        for path, leaf in leaves.items()
-        if is_embedding(path) and isinstance(leaf, LoraArray | SavedArray)
-    ]
-
-
 def slots_of(lora_params, config: LoraConfig) -> list[Slot]:
     """Every tensor that a PEFT file of this adapter holds.
 
     Args:
-      lora_params: tree with LoraArray and SavedArray leaves.
+      lora_params: tree with leaves that train.
       config: the config it was made with.
 
     Returns:
@@ -185,42 +115,122 @@ def slots_of(lora_params, config: LoraConfig) -> list[Slot]:
     """
     adapted = set(adapted_names(lora_params, config))
     tied = tied_tables(lora_params) if config.extra.get(TYING) else []
+    wrapped = nesting(config, lora_params)
     slots = []
     for path, leaf in leaves_of(lora_params).items():
         if isinstance(leaf, LoraArray):
-            slots += _lora_slots(path, leaf, config)
+            experts = parameters_of(path, leaf, config)
+            slots += (
+                _expert_slots(path, leaf, config, experts, wrapped)
+                if experts
+                else _lora_slots(path, leaf, config)
+            )
         elif isinstance(leaf, SavedArray):
             slots += _saved_slots(path, leaf, config, adapted)
+        elif isinstance(leaf, RowsArray):
+            for index, name in modules_of(path, leaf):
+                key = f"{PREFIX}{name}.{TOKEN_ROWS}"
+                slots.append(Slot(key, tuple(leaf.rows.shape), path, "rows", index))
         if path in tied:
             slots += _head_slots(path, leaf, [s for s in slots if s.path == path])
     return slots
 
 
 def _lora_slots(path: str, leaf: LoraArray, config: LoraConfig) -> Iterator[Slot]:
-    fan_in = int(np.prod([leaf.shape[d] for d in in_dims(leaf.roles)], dtype=int))
-    fan_out = int(np.prod([leaf.shape[d] for d in out_dims(leaf.roles)], dtype=int))
     embedding = is_embedding(path)
     for index, name in modules_of(path, leaf):
         if not adapts(config, path, name):
             continue
-        rank = matching.rank_of(config, name)
-        if rank > leaf.rank:
-            raise ValueError(
-                f"leaf `{path}`: its rank is {leaf.rank}, but the config gives `{name}` rank "
-                f"{rank}; use the config the adapter was made with"
-            )
-        shapes = {"a": (rank, fan_in), "b": (fan_out, rank), "m": (fan_out,)}
-        for part, shape in shapes.items():
-            if part != "m" or leaf.m is not None:
+        rank = _rank(path, leaf, config, name)
+        for part, layout in _layouts(path, leaf, rank).items():
+            if getattr(leaf, part) is not None:
                 key = f"{PREFIX}{name}.{_SUFFIX[part][embedding]}"
-                yield Slot(key, shape, path, part, index, rank)
+                yield Slot(key, layout.shape, path, part, index, rank, layout.cut, layout.axes)
         if _repeats_base(config, name):
             yield _base_slot(path, leaf, name, index)
 
 
-def is_embedding(path: str) -> bool:
-    """Whether a leaf is a lookup table, which PEFT names differently: Flax calls it so."""
-    return path.rpartition(".")[2] == "embedding"
+def _rank(path: str, leaf: LoraArray, config: LoraConfig, name: str) -> int:
+    rank = matching.rank_of(config, name)
+    if rank > leaf.rank:
+        raise ValueError(
+            f"leaf `{path}`: its rank is {leaf.rank}, but the config gives `{name}` rank "
+            f"{rank}; use the config the adapter was made with"
+        )
+    return rank
+
+
+def _layouts(path: str, leaf: LoraArray, rank: int) -> dict[str, _Layout]:
+    """The layout of each part of one layer's adapter."""
+    ins, outs = in_dims(leaf.roles), out_dims(leaf.roles)
+    fan_in, fan_out = _size(leaf, ins), _size(leaf, outs)
+    last = tuple(range(1, len(outs) + 1))  # b's block is (R, out...)
+    if leaf.window is None:
+        return {
+            "a": _Layout((rank, fan_in), len(ins), (len(ins), *range(len(ins)))),
+            "b": _Layout((fan_out, rank), 0, (*last, 0)),
+            "m": _Layout((fan_out,)),
+            "bias": _Layout((fan_out,)),
+        }
+    channel = [ins.index(d) for d in ins if d not in leaf.window.dims]
+    window = [ins.index(d) for d in leaf.window.dims]
+    if leaf.window.groups > 1 or len(channel) != 1:
+        raise ValueError(
+            f"leaf `{path}` is the kernel of a convolution with {leaf.window.groups} groups, whose "
+            "adapter PEFT makes otherwise: its A mixes the channels of all groups, which no change "
+            "of this kernel can; exclude it, or merge the adapter (lora_jax.merge)"
+        )
+    ones = (1,) * len(window)
+    spatial = tuple(leaf.shape[d] for d in leaf.window.dims)
+    return {
+        "a": _Layout((rank, fan_in // int(np.prod(spatial)), *spatial), len(ins),
+                     (len(ins), *channel, *window)),
+        "b": _Layout((fan_out, rank, *ones), 0, (*last, 0)),
+        "m": _Layout((1, fan_out, *ones)),
+        "bias": _Layout((fan_out,)),
+    }  # fmt: skip
+
+
+def _size(leaf: LoraArray, dims: list[int]) -> int:
+    return int(np.prod([leaf.shape[d] for d in dims], dtype=int))
+
+
+def _expert_slots(
+    path: str,
+    leaf: LoraArray,
+    config: LoraConfig,
+    layers: dict[tuple[int, ...], str],
+    wrapped: dict[str, int],
+) -> Iterator[Slot]:
+    """The slots of a parameter that target_parameters names: all experts of a layer in one."""
+    ins, outs, stack = in_dims(leaf.roles), out_dims(leaf.roles), stack_dims(leaf.roles)
+    depth = len(next(iter(layers)))
+    if len(stack) == depth:  # a matrix of its own, laid out as a linear layer's
+        experts, layouts = 1, lambda rank: _layouts(path, leaf, rank)
+    elif len(stack) == depth + 1:
+        experts = leaf.shape[stack[-1]]
+        # Blocks: a is (E, in..., R), b is (E, R, out...).
+        a = (0, len(ins) + 1, *range(1, len(ins) + 1))
+        b = (*range(2, len(outs) + 2), 1, 0)
+
+        def layouts(rank):
+            return {
+                "a": _Layout((experts * rank, _size(leaf, ins)), len(ins) + 1, a),
+                "b": _Layout((_size(leaf, outs), rank * experts), 1, b),
+            }
+    else:
+        raise ValueError(
+            f"leaf `{path}` stacks {len(stack)} dims, but PEFT's target_parameters know one dim "
+            f"of experts besides the layers ({depth} here): adapt it with target_modules"
+        )
+    for index, name in layers.items():
+        if not matching.names_parameter(config, name):
+            continue
+        module = PREFIX + name.rpartition(".")[0] + ".base_layer" * wrapped[name]
+        rank = _rank(path, leaf, config, name)
+        for part in ("a", "b"):
+            shape, cut, axes = layouts(rank)[part]
+            yield Slot(f"{module}.{_SUFFIX[part][0]}", shape, path, part, index, rank, cut, axes)
 
 
 def _repeats_base(config: LoraConfig, name: str) -> bool:
@@ -228,14 +238,15 @@ def _repeats_base(config: LoraConfig, name: str) -> bool:
     targets = config.target_modules
     if targets == ALL_LINEAR or name.rpartition(".")[2] not in EMBEDDING_MODULES:
         return False
+    if config.trainable_token_indices:
+        return False
     return isinstance(targets, str) or any(entry in targets for entry in EMBEDDING_MODULES)
 
 
 def _base_slot(path: str, leaf: LoraArray, name: str, index: tuple[int, ...]) -> Slot:
-    tensor = names.tensor_of(_bare(path), index)
-    shape = _theirs(leaf.shape[len(index) :], tensor.axes, path)
+    layout = _whole(path, leaf.shape[len(index) :], names.tensor_of(bare(path), index).axes)
     key = f"{PREFIX}{name}.base_layer.weight"
-    return Slot(key, shape, path, "w", index, 0, tensor.axes, repeats=True)
+    return Slot(key, layout.shape, path, "w", index, axes=layout.axes, repeats=True)
 
 
 def _head_slots(path: str, leaf, table: list[Slot]) -> Iterator[Slot]:
@@ -251,9 +262,9 @@ def _head_slots(path: str, leaf, table: list[Slot]) -> Iterator[Slot]:
     for slot in table:
         shape, axes = slot.shape, slot.axes
         if slot.part in ("a", "b"):
-            name, shape, axes = _SUFFIX["b" if slot.part == "a" else "a"][0], shape[::-1], (0, 1)
+            name, shape, axes = _SUFFIX["b" if slot.part == "a" else "a"][0], shape[::-1], None
         else:
-            name = slot.key.rpartition(f"{module_of(_bare(path))}.")[2]
+            name = slot.key.rpartition(f"{module_of(bare(path))}.")[2]
         key = f"{PREFIX}{HEAD}.{name}"
         yield slot._replace(key=key, shape=shape, axes=axes, repeats=True)
 
@@ -261,9 +272,9 @@ def _head_slots(path: str, leaf, table: list[Slot]) -> Iterator[Slot]:
 def _saved_slots(
     path: str, leaf: SavedArray, config: LoraConfig, adapted: set[str]
 ) -> Iterator[Slot]:
-    sizes = stack_sizes(path, leaf)
+    depth = len(stack_sizes(path, leaf))
     for index, name in modules_of(path, leaf):
-        tensor = names.tensor_of(_bare(path), index)
+        tensor = names.tensor_of(bare(path), index)
         key = PREFIX + tensor.name
         if not matching.is_saved(config, name):
             # A bias that trains beside an adapter sits in the module that the adapter wraps.
@@ -271,92 +282,20 @@ def _saved_slots(
                 continue
             if name in adapted:
                 key = f"{PREFIX}{name}.base_layer.bias"
-        shape = _theirs(leaf.shape[len(sizes) :], tensor.axes, path)
-        yield Slot(key, shape, path, "value", index, 0, tensor.axes)
+        layout = _whole(path, leaf.shape[depth:], tensor.axes)
+        yield Slot(key, layout.shape, path, "value", index, axes=layout.axes)
 
 
-def _theirs(shape: tuple[int, ...], axes: tuple[int, ...] | None, path: str) -> tuple[int, ...]:
-    """The shape there of one block of ours."""
+def _whole(path: str, shape: tuple[int, ...], axes: tuple[int, ...] | None) -> _Layout:
+    """The layout there of one block of ours, from `ours = theirs.transpose(axes)`."""
     if path.rpartition(".")[2] == "bias":
-        return (int(np.prod(shape, dtype=int)),)
+        return _Layout((int(np.prod(shape, dtype=int)),))
     if axes is None:
-        return tuple(shape)
+        return _Layout(tuple(shape))
     if len(axes) != len(shape):
         raise ValueError(
             f"leaf `{path}`: one layer of it has shape {tuple(shape)}, which cannot be told "
             f"apart into Hugging Face's {len(axes)} dimensions; reshape the leaf to two"
         )
-    return tuple(shape[axes.index(d)] for d in range(len(shape)))
-
-
-def read_slot(leaf, slot: Slot) -> np.ndarray:
-    """The tensor of a slot, out of a leaf whose arrays are NumPy's.
-
-    Returns:
-      An array of `slot.shape`, contiguous.
-    """
-    block = getattr(leaf, slot.part)[slot.index]
-    if slot.part in ("a", "b"):
-        flat = block.reshape(*((-1, leaf.rank) if slot.part == "a" else (leaf.rank, -1)))
-        matrix = flat[:, : slot.rank] if slot.part == "a" else flat[: slot.rank]
-        return np.ascontiguousarray(matrix if slot.axes else matrix.T)
-    if slot.axes is None:
-        return np.ascontiguousarray(block.reshape(slot.shape))
-    return np.ascontiguousarray(block.transpose(np.argsort(slot.axes)))
-
-
-def write_slot(part: np.ndarray, slot: Slot, tensor: np.ndarray) -> None:
-    """Puts the tensor of a slot in its place in a leaf's part, an array that may be written."""
-    block = part[slot.index]
-    if slot.part == "a":
-        block.reshape(-1, block.shape[-1])[:, : slot.rank] = tensor.T
-    elif slot.part == "b":
-        block.reshape(block.shape[0], -1)[: slot.rank] = tensor.T
-    elif slot.axes is None:
-        part[slot.index] = tensor.reshape(block.shape)
-    else:
-        part[slot.index] = tensor.transpose(slot.axes)
-
-
-def check_keys(slots: list[Slot], tensors: Mapping[str, np.ndarray], source: str) -> None:
-    """Refuses a file whose tensors are not exactly the slots.
-
-    Raises:
-      ValueError: one message with all that is missing, left over or misshapen, each with the
-        nearest names.
-    """
-    wanted = {slot.key: slot for slot in slots}
-    missing = [k for k, s in wanted.items() if s.part != "w" and k not in tensors]
-    extra = [k for k in tensors if k not in wanted]
-    problems = _listed(
-        "missing",
-        [
-            f"`{k}` (nearest in the file: {_near(k, extra)})" if extra else f"`{k}`"
-            for k in missing[:3]
-        ],
-        len(missing),
-    )
-    problems += _listed(
-        "left over",
-        [f"`{k}` (nearest expected: {_near(k, wanted)})" for k in extra[:3]],
-        len(extra),
-    )
-    shapes = [
-        f"`{k}` is {tensors[k].shape}, expected {s.shape}"
-        for k, s in wanted.items()
-        if k in tensors and tensors[k].shape != s.shape
-    ]
-    problems += _listed("misshapen", shapes[:3], len(shapes))
-    if problems:
-        raise ValueError(f"{source}: the adapter does not fit this model; {'; '.join(problems)}")
-
-
-def _near(key: str, known) -> str:
-    return nearest(key, known, 1)
-
-
-def _listed(what: str, shown: list[str], count: int) -> list[str]:
-    if not count:
-        return []
-    more = f" and {count - len(shown)} more" if count > len(shown) else ""
-    return [f"{count} {what}: {', '.join(shown)}{more}"]
+    back = tuple(axes.index(d) for d in range(len(axes)))
+    return _Layout(tuple(shape[d] for d in back), None, back)

@@ -65,6 +65,9 @@ def for_vllm(
 def _check_servable(config: LoraConfig) -> None:
     for on, what in (
         (config.use_dora, "DoRA (use_dora=True)"),
+        (config.lora_bias, "biases of its own (lora_bias=True)"),
+        (config.trainable_token_indices, "trained rows (trainable_token_indices)"),
+        (config.target_parameters, "adapted parameters (target_parameters)"),
         (config.bias != "none", f'trained biases (bias="{config.bias}")'),
         (config.init in REPEATABLE_INITS, f'a changed base weight (init="{config.init}")'),
         (config.modules_to_save, f"whole saved modules ({', '.join(config.modules_to_save)})"),

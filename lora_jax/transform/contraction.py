@@ -64,7 +64,8 @@ def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, **par
         precision=precision,
         specs=_wanted_specs(base, out, params.get("out_sharding")),
     )
-    return _gain_after(v, base + change, out, gain_after)
+    y = _gain_after(v, base + change, out, gain_after)
+    return _with_bias(v, y, out, w_contracted)
 
 
 def _wanted_specs(base, out: Sequence, out_sharding):
@@ -91,6 +92,23 @@ def _gain_before(v: Implicit, x, x_labels, contracted):
         raise Unsupported("DoRA's magnitude is over dims that are partly summed, partly kept")
     gain = expand_to(v.gain, [("w", d) for d in dims], x_labels)
     return (x * gain.astype(x.dtype)), False
+
+
+def _with_bias(v: Implicit, y, out_labels, contracted):
+    """Adds `scale · bias` where the in dims have been summed over, once for every output."""
+    if v.bias is None:
+        return y
+    roles = [v.roles[d] for d in range(v.ndim) if d in contracted and v.shape[d] != 1]
+    if "b" in roles or "o" in roles or roles.count("i") != _large(v).count("i"):
+        raise Unsupported("it is contracted over other dims than its in dims")
+    dims = labels(v.roles, "bias")
+    bias = v.bias * expand_to(v.scale.astype(v.bias.dtype), labels(v.roles, "scale"), dims)
+    return y + expand_to(bias, [("w", d) for d in dims], out_labels).astype(y.dtype)
+
+
+def _large(v: Implicit) -> list[str]:
+    """Roles of the dims that are not of size one."""
+    return [role for role, n in zip(v.roles, v.shape, strict=True) if n != 1]
 
 
 def _gain_after(v: Implicit, y, out_labels, pending: bool):
@@ -154,6 +172,9 @@ def conv(lhs, rhs, bind, use: int, *, dimension_numbers, feature_group_count, ba
     )
     change = reorder(change, have, [*rest[:channel], "group", "out", *rest[channel:]])
     y = base + change.reshape(base.shape)
+    if v.bias is not None:
+        bias = v.bias * v.scale.astype(v.bias.dtype)
+        y = y + bias.reshape([-1 if d == channel else 1 for d in range(y.ndim)]).astype(y.dtype)
     if v.gain is None:
         return y
     gain = v.gain.reshape([-1 if d == channel else 1 for d in range(y.ndim)])
@@ -183,8 +204,8 @@ def ragged_dot(lhs, rhs, group_sizes, bind, use: int, *, ragged_dot_dimension_nu
     if not plain or v.roles not in ("bio", "boi") or group_offset is not None:
         raise Unsupported("ragged_dot other than (m, k) x (groups, k, n)")
     base = bind(lhs, dense(v.w), group_sizes)
-    if v.gain is not None:
-        raise Unsupported("DoRA with ragged_dot")
+    if v.gain is not None or v.bias is not None:
+        raise Unsupported("DoRA, or an adapter's bias, with ragged_dot")
     first, second = v.a, v.b
     if v.roles == "boi":
         first, second = jnp.swapaxes(v.b, 1, 2), jnp.swapaxes(v.a, 1, 2)
@@ -229,6 +250,8 @@ def gather(v, indices, bind, *, dimension_numbers, slice_sizes, **params):
 
     if roles == {"b"}:
         return _gather_stack(v, base, out, pick)
+    if v.bias is not None:
+        raise Unsupported("lookup of a weight whose adapter has a bias")
     owner, other = ("a", "b") if roles <= {"i"} else ("b", "a")
     whole = set(labels(v.roles, other)) - {RANK}
     if any(slice_sizes[d] != v.shape[d] for d in whole) or not roles <= {"i", "o"}:
@@ -310,7 +333,7 @@ def _gather_part(array, dims, indices, numbers, slice_sizes, params):
 def _gather_stack(v: Implicit, base, out: list, pick):
     roles = "".join("b" if isinstance(label, tuple) else v.roles[label] for label in out)
     parts = {}
-    for part in ("a", "b", "scale", "gain"):
+    for part in ("a", "b", "scale", "gain", "bias"):
         if getattr(v, part) is None:
             parts[part] = None
             continue

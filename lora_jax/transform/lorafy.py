@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import compat, paths
-from lora_jax.array import LoraArray, SavedArray, is_lora, stack_dims
+from lora_jax.array import (
+    LoraArray,
+    RowsArray,
+    SavedArray,
+    effective,
+    is_lora,
+    rows_as_lora,
+    stack_dims,
+)
 from lora_jax.transform.interpret import Context, evaluate
 from lora_jax.transform.value import Implicit, Note, is_implicit, materialize
 
@@ -64,8 +72,8 @@ def lorafy(fn: Callable, *, strict: bool = False, reverse_only: bool = False) ->
 
 def _run(context: Context, fn: Callable, lora_params, args, kwargs, lora_key=None):
     flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_lora)
-    leaves = [x.value if isinstance(x, SavedArray) else x for _, x in flat]
-    where = [i for i, x in enumerate(leaves) if isinstance(x, LoraArray)]
+    leaves = [effective(x) if isinstance(x, SavedArray) else x for _, x in flat]
+    where = [i for i, x in enumerate(leaves) if isinstance(x, LoraArray | RowsArray)]
     if not where:
         return fn(jax.tree.unflatten(tree, leaves), *args, **kwargs)
     originals = [leaves[i] for i in where]
@@ -142,7 +150,8 @@ def _abstract(w):
     return w if compat.is_array(w) else jax.ShapeDtypeStruct(w.shape, w.dtype)
 
 
-def _enter(context: Context, x: LoraArray, path: str, lora_key) -> Implicit:
+def _enter(context: Context, x: LoraArray | RowsArray, path: str, lora_key) -> Implicit:
+    x = rows_as_lora(x) if isinstance(x, RowsArray) else x
     gain = None
     if x.m is not None:
         from lora_jax.methods import dora
@@ -157,7 +166,17 @@ def _enter(context: Context, x: LoraArray, path: str, lora_key) -> Implicit:
         key = jax.random.split(key, stack) if stack else key
     scale = lax.stop_gradient(x.scale)
     return Implicit(
-        x.w, x.a, x.b, scale, gain, key, x.roles, x.dropout, Note(path), context.reverse_only
+        x.w,
+        x.a,
+        x.b,
+        scale,
+        gain,
+        key,
+        x.roles,
+        x.dropout,
+        Note(path),
+        context.reverse_only,
+        x.bias,
     )
 
 

@@ -201,8 +201,8 @@ def concatenate(values: Sequence, axis: int) -> Implicit:
     roles = known[0].roles
     if any(v.roles != roles for v in known):
         raise Unsupported("concatenation of weights whose dims have different roles")
-    if any(v.gain is not None for v in known):
-        raise Unsupported("concatenation of DoRA weights")
+    if any(v.gain is not None or v.bias is not None for v in known):
+        raise Unsupported("concatenation of DoRA weights, or of adapters with a bias")
     if len({(v.dropout, v.key is None) for v in known}) > 1:
         raise Unsupported("concatenation of weights with different dropout")
     parts = [v if isinstance(v, Implicit) else _zero_like(v, known[0]) for v in values]
@@ -315,6 +315,8 @@ def _gains(v: Implicit, factor, *, divide: bool) -> Implicit:
         raise Unsupported("elementwise product with an array")
     if any(factor.shape[d] != v.shape[d] for d in varies):
         raise Unsupported("product with an array that repeats the weight")
+    if v.bias is not None:
+        raise Unsupported("product of a weight with an array, where its adapter has a bias")
     part = "a" if "i" in roles else "b"
     array = getattr(v, part)
     own = lax.reshape(factor, [factor.shape[d] for d in varies]).astype(array.dtype)

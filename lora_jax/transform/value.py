@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.array import dense as dense
 from lora_jax.array import in_dims, out_dims, stack_dims, widened
 
 # A label names one axis of a factor: a dimension number of the weight, or RANK.
@@ -48,6 +49,7 @@ class Implicit:
       dropout: probability.
       path: where the leaf is in the parameter tree, for messages.
       reverse_only: whether its products may have a backward of their own (no forward mode).
+      bias: added to a product with the weight, times the scale (PEFT's `lora_bias`), or None.
     """
 
     w: Any
@@ -60,6 +62,7 @@ class Implicit:
     dropout: float = dataclasses.field(metadata={"static": True}, default=0.0)
     path: Note = dataclasses.field(metadata={"static": True}, default=Note(""))
     reverse_only: bool = dataclasses.field(metadata={"static": True}, default=False)
+    bias: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,16 +95,12 @@ def labels(roles: str, part: str) -> list:
         "b": [*stack, RANK, *outs],
         "scale": stack,
         "gain": [*stack, *outs],
+        "bias": [*stack, *outs],
         "key": stack,
     }[part]
 
 
-PARTS = ("a", "b", "scale", "gain", "key")
-
-
-def dense(w):
-    """The base weight as an array: itself, or dequantized."""
-    return w.dequantize() if hasattr(w, "dequantize") else w
+PARTS = ("a", "b", "scale", "gain", "key", "bias")
 
 
 def reorder(array, have: Sequence, want: Sequence):
@@ -141,9 +140,22 @@ def expand_to(array, have: Sequence, want: Sequence):
 
 
 def materialize(v: Implicit):
-    """The dense weight `gain · (w + scale · a·b)` in `w`'s dtype, computed in float32 or wider."""
+    """The dense weight `gain · (w + scale · a·b)` in `w`'s dtype, computed in float32 or wider.
+
+    Raises:
+      ValueError: the adapter has a bias, which is no part of the weight.
+    """
     from lora_jax.transform.product import contract
 
+    if v.bias is not None:
+        raise ValueError(
+            f"`{v.path}` is used otherwise than in a product, so the bias of its adapter "
+            "(`lora_bias=True`) has no place to be added: leave it out of `target_modules`, or "
+            "train without `lora_bias`"
+        )
+
+    if not v.rank:  # a quantized weight without an adapter
+        return dense(v.w)
     dims = [d for d in range(v.ndim) if v.roles[d] != "u"]
     wide = widened(v.a.dtype)
     la, lb = labels(v.roles, "a"), labels(v.roles, "b")
