@@ -151,6 +151,14 @@ def test_quantized_weights_are_refused(tmp_path, dtype):
         open_directory(tmp_path)
 
 
+def test_indices_may_be_there_but_not_be_read(tmp_path):
+    save_file({"a": A, "position_ids": np.arange(3)}, tmp_path / "model.safetensors")
+    weights = open_directory(tmp_path)
+    np.testing.assert_array_equal(weights.read("a"), A)
+    with pytest.raises(ValueError, match="tensor `position_ids` has dtype I64; only F64, F32"):
+        weights.read("position_ids")
+
+
 @pytest.mark.parametrize(
     "place", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", 3, None]
 )

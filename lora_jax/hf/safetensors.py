@@ -29,6 +29,7 @@ _BYTES = {
     "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_INDICES = ("I64", "I32", "BOOL")
 _LONGEST_HEADER = 100_000_000
 
 
@@ -84,6 +85,7 @@ def open_directory(directory: str | Path) -> Weights:
     """Opens the weights of a Hugging Face directory, single or sharded.
 
     Weights that bitsandbytes quantized are dequantized when they are read (`lora_jax.hf.bnb`).
+    Indices may be there, as old checkpoints' position numbers are, but not be read.
 
     Args:
       directory: holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
@@ -100,21 +102,31 @@ def open_directory(directory: str | Path) -> Weights:
     entries = {name: entry for names in files.values() for name, entry in names.items()}
     owner = {name: file for file, names in files.items() for name in names}
     read = _reader()
+
+    def read_float(name: str) -> np.ndarray:
+        if entries[name].dtype in _INDICES:
+            raise ValueError(_not_a_weight(owner[name], name, entries[name].dtype))
+        return read(owner[name], name)
+
     weights = Weights(
         source=str(directory),
         shapes={name: entry.shape for name, entry in entries.items()},
-        read=lambda name: read(owner[name], name),
+        read=read_float,
         where=lambda name: owner[name].name,
     )
     if bnb.is_quantized(entries):
         return bnb.dequantized(weights, {name: entry.dtype for name, entry in entries.items()})
     for name, entry in entries.items():
-        if entry.dtype not in _FLOATS:
-            raise ValueError(
-                f"{owner[name]}: tensor `{name}` has dtype {entry.dtype}; only "
-                f"{', '.join(_FLOATS)} weights can be read, not quantized ones"
-            )
+        if entry.dtype not in (*_FLOATS, *_INDICES):
+            raise ValueError(_not_a_weight(owner[name], name, entry.dtype))
     return weights
+
+
+def _not_a_weight(path: Path, name: str, dtype: str) -> str:
+    return (
+        f"{path}: tensor `{name}` has dtype {dtype}; only {', '.join(_FLOATS)} weights can be "
+        "read, not quantized ones"
+    )
 
 
 def refuse_pickle(path: str | Path) -> None:

@@ -159,8 +159,6 @@ def _hint(weights: Weights, config: BertConfig) -> str:
 
 def _with_fresh_head(forward: EncoderForward, weights: Weights, key: Array) -> dict[str, Any]:
     """The encoder from the checkpoint, the head drawn."""
-    from lora_jax.models.model import fresh
-
     config = forward.config
     shapes, prefix = forward.shapes(), config.kind.prefix
     if config.pooler and f"{prefix}.pooler.dense.weight" not in weights.shapes:

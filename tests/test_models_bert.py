@@ -1,0 +1,402 @@
+"""The encoders against transformers on the same random weights, in float32."""
+
+import copy
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+import lora_jax as lora
+from lora_jax import models
+from lora_jax.hf.save_model import save_model
+from lora_jax.models.bert_config import BertConfig
+
+pytestmark = pytest.mark.torch
+
+# float32 products summed in another order, over three blocks.
+TOLERANCE = 1e-4
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=40,
+    type_vocab_size=2,
+    pad_token_id=1,
+)
+CLASSES = {
+    "features": transformers.AutoModel,
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+    "masked-lm": transformers.AutoModelForMaskedLM,
+}
+CASES = {
+    "bert": ("bert", "features", {}),
+    "bert classifies": ("bert", "sequence-classification", dict(num_labels=3)),
+    "bert by the tanh gelu": ("bert", "features", dict(hidden_act="gelu_new")),
+    "bert by relu": ("bert", "masked-lm", dict(hidden_act="relu", layer_norm_eps=1e-3)),
+    "roberta": ("roberta", "features", {}),
+    "roberta classifies": ("roberta", "sequence-classification", dict(num_labels=1)),
+    "roberta guesses words": ("roberta", "masked-lm", dict(hidden_act="gelu_new")),
+    "xlm-roberta": ("xlm-roberta", "sequence-classification", dict(pad_token_id=3)),
+    "camembert": ("camembert", "masked-lm", {}),
+}
+
+
+def torch_encoder(kind, task, fields):
+    """A random model: every number of it, so that nothing is neutral."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **fields})
+    model = CLASSES[task].from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Makes and saves the model of a case, once."""
+    made = {}
+
+    def make(case):
+        if case not in made:
+            model = torch_encoder(*CASES[case])
+            directory = tmp_path_factory.mktemp("encoder")
+            model.save_pretrained(directory)
+            made[case] = model, directory
+        return made[case]
+
+    return make
+
+
+def texts(padding_id=1):
+    """Tokens, mask and types of four texts, two padded on the left and two on the right."""
+    tokens = np.array(jax.random.randint(jax.random.key(1), (4, 12), 4, 97))
+    mask = np.arange(12) < np.array([[12], [7], [5], [1]])
+    mask[2:] = mask[2:, ::-1]
+    types = np.arange(12)[None] // 4 % 2 * mask
+    return np.where(mask, tokens, padding_id), mask, types
+
+
+def theirs(model, tokens, mask, types):
+    with torch.no_grad():
+        out = model(
+            torch.tensor(tokens),
+            attention_mask=torch.tensor(mask),
+            token_type_ids=torch.tensor(types),
+        )
+    return out
+
+
+def quick(fn):
+    """Each case compiles anew and runs once: little optimization halves the time."""
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def close(got, want):
+    np.testing.assert_allclose(np.asarray(got), want.numpy(), atol=TOLERANCE, rtol=0)
+
+
+def compare(model, oracle, got, mask, tokens, types):
+    want = theirs(oracle, tokens, mask, types)
+    if model.config.task == "features":
+        close(got.hidden[mask], want.last_hidden_state[torch.tensor(mask)])
+        close(got.pooled, want.pooler_output)
+    elif model.config.task == "masked-lm":
+        close(got[mask], want.logits[torch.tensor(mask)])
+    else:
+        close(got, want.logits)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_are_transformers_there_and_back(saved, case, tmp_path):
+    oracle, directory = saved(case)
+    model = models.load(directory)
+    tokens, mask, types = texts(oracle.config.pad_token_id)
+    got = quick(model.apply)(
+        model.params, tokens, mask=jnp.asarray(mask), token_type_ids=jnp.asarray(types)
+    )
+    compare(model, oracle, got, mask, tokens, types)
+
+    save_model(tmp_path / "again", model, model.params)
+    again = type(oracle).from_pretrained(tmp_path / "again").eval()
+    for name, weight in oracle.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name].numpy(), weight.numpy())
+    compare(model, again, got, mask, tokens, types)
+    loaded = models.load(tmp_path / "again")
+    assert loaded.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
+
+
+@pytest.mark.parametrize("case", ["bert classifies", "roberta"])
+def test_blocks_apart_compute_the_same(saved, case, tmp_path):
+    oracle, directory = saved(case)
+    model = models.load(directory, scan=False)
+    outer = model.params if case == "roberta" else model.params["bert"]
+    assert set(outer["encoder"]["layer"]) == {"0", "1", "2"}
+    tokens, mask, types = texts()
+    got = model.apply(
+        model.params, tokens, mask=jnp.asarray(mask), token_type_ids=jnp.asarray(types)
+    )
+    compare(model, oracle, got, mask, tokens, types)
+    save_model(tmp_path / "again", model, model.params)
+    whole = models.load(directory)
+    jax.tree.map(
+        np.testing.assert_array_equal, models.load(tmp_path / "again").params, whole.params
+    )
+
+
+def test_roberta_counts_tokens_by_the_padding_id_not_by_the_mask(saved):
+    oracle, directory = saved("roberta classifies")
+    model = models.load(directory)
+    tokens, mask, _ = texts()
+    # A token that is masked, but is no padding, takes a position all the same.
+    tokens[2, 6], mask[2, 6] = 9, False
+    want = theirs(oracle, tokens, mask, np.zeros_like(tokens)).logits
+    close(model.apply(model.params, tokens, mask=jnp.asarray(mask)), want)
+
+
+def test_the_head_is_applied_to_hidden_states(saved):
+    _, directory = saved("bert classifies")
+    model = models.load(directory)
+    tokens, mask, _ = texts()
+    hidden = model.apply(model.params, tokens, mask=jnp.asarray(mask), return_hidden=True)
+    assert hidden.shape == (4, 12, 32)
+    want = model.apply(model.params, tokens, mask=jnp.asarray(mask))
+    np.testing.assert_array_equal(model.head(model.params, hidden), want)
+
+
+def test_bfloat16_stays_near_transformers_in_bfloat16(saved):
+    oracle, directory = saved("bert classifies")
+    model = models.load(directory, dtype="bfloat16")
+    tokens, mask, types = texts()
+    exact = theirs(oracle, tokens, mask, types).logits.numpy()
+    rounded = theirs(copy.deepcopy(oracle).to(torch.bfloat16), tokens, mask, types).logits
+    got = model.apply(
+        model.params, tokens, mask=jnp.asarray(mask), token_type_ids=jnp.asarray(types)
+    )
+    assert got.dtype == np.float32 and model.params["classifier"]["kernel"].dtype == jnp.bfloat16
+    allowed = 2 * np.abs(rounded.float().numpy() - exact).max()
+    assert np.abs(got - exact).max() <= allowed
+
+
+# ---- other classes' checkpoints
+
+
+def test_a_bare_encoders_checkpoint_gets_a_head_that_is_asked_for(saved):
+    oracle, directory = saved("bert")
+    with pytest.raises(ValueError, match=r"2 missing: `classifier.bias`, `classifier.weight`.*pass "
+                       r"`fresh_head`"):  # fmt: skip
+        models.load_encoder(directory, task="sequence-classification")
+    model = models.load_encoder(
+        directory,
+        task="sequence-classification",
+        labels=("no", "maybe", "yes"),
+        fresh_head=jax.random.key(0),
+    )
+    assert model.config.labels == ("no", "maybe", "yes")
+    weight = oracle.encoder.layer[1].attention.self.query.weight.detach().numpy()
+    kernel = model.params["bert"]["encoder"]["layer"]["attention"]["self"]["query"]["kernel"]
+    np.testing.assert_array_equal(kernel[1], weight.T)
+    head = model.params["classifier"]
+    assert head["kernel"].shape == (32, 3) and 0.01 < float(jnp.std(head["kernel"])) < 0.03
+    np.testing.assert_array_equal(head["bias"], np.zeros(3))
+    tokens, mask, types = texts()
+    pooled = theirs(oracle, tokens, mask, types).pooler_output.numpy()
+    got = model.apply(
+        model.params, tokens, mask=jnp.asarray(mask), token_type_ids=jnp.asarray(types)
+    )
+    np.testing.assert_allclose(got, pooled @ head["kernel"], atol=TOLERANCE)
+
+
+def test_a_masked_lm_becomes_an_encoder_or_a_classifier(saved):
+    oracle, directory = saved("roberta guesses words")
+    bare = models.load_encoder(directory, task="features")
+    assert not bare.config.pooler and "pooler" not in bare.params
+    tokens, mask, types = texts()
+    out = bare.apply(bare.params, tokens, mask=jnp.asarray(mask), token_type_ids=jnp.asarray(types))
+    with torch.no_grad():
+        want = oracle.roberta(
+            torch.tensor(tokens), torch.tensor(mask), torch.tensor(types)
+        ).last_hidden_state
+    close(out.hidden[mask], want[torch.tensor(mask)])
+    assert out.pooled is None
+    options = dict(task="sequence-classification", fresh_head=jax.random.key(0))
+    model = models.load_encoder(directory, **options)
+    assert set(model.params["classifier"]) == {"dense", "out_proj"}
+    assert "lm_head" not in model.params
+    # BERT's classifier sits on a pooler, which a masked LM lacks: drawn with the head.
+    _, directory = saved("bert by relu")
+    assert "pooler" in models.load_encoder(directory, **options).params["bert"]
+
+
+def test_the_key_draws_the_head(saved):
+    _, directory = saved("bert")
+    make = lambda seed: models.load_encoder(  # noqa: E731
+        directory, task="sequence-classification", fresh_head=jax.random.key(seed)
+    ).params["classifier"]["kernel"]
+    np.testing.assert_array_equal(make(0), make(0))
+    assert not np.array_equal(make(0), make(1))
+
+
+def test_an_old_checkpoint_loads(saved, tmp_path):
+    """Norms called gamma and beta, stored position ids, a repeated table."""
+    oracle, directory = saved("bert by relu")
+    tensors = load_file(directory / "model.safetensors")
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): value
+        for name, value in tensors.items()
+    }
+    table = old["bert.embeddings.word_embeddings.weight"]
+    old |= {
+        "bert.embeddings.position_ids": np.arange(40)[None],
+        "cls.predictions.decoder.weight": table,
+    }
+    save_file(old, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        models.load(tmp_path).params,
+        models.load(directory).params,
+    )
+    save_file({**old, "cls.predictions.decoder.weight": table + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="`cls.predictions.decoder.weight` differs from `bert.emb"):
+        models.load(tmp_path)
+
+
+def edited(directory, tmp_path, **fields):
+    raw = json.loads((directory / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **fields}))
+    (tmp_path / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
+    return tmp_path
+
+
+BAD_CONFIGS = {
+    "another class": (
+        dict(architectures=["BertForPreTraining"]),
+        "`architectures` names `BertForPreTraining`, which is not one of BertModel",
+    ),
+    "a decoder": (dict(is_decoder=True), "`is_decoder` = True is not supported"),
+    "relative positions": (
+        dict(position_embedding_type="relative_key"),
+        "`position_embedding_type` = 'relative_key' is not supported",
+    ),
+    "an unknown field": (dict(sparkle=3), "field `sparkle` = 3 is not known for model_type `bert`"),
+    "an activation": (dict(hidden_act="mish"), "hidden_act `mish` is not one of silu"),
+    "heads": (dict(num_attention_heads=5), r"`hidden_size` \(32\) is not a multiple"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_what_is_not_known_is_refused(saved, tmp_path, case):
+    fields, text = BAD_CONFIGS[case]
+    with pytest.raises(ValueError, match=text):
+        models.load(edited(saved("bert classifies")[1], tmp_path, **fields))
+
+
+BAD_OPTIONS = {
+    "task": (dict(task="translation"), "`task` must be one of features, sequence-class.*'transl"),
+    "head": (dict(fresh_head=jax.random.key(0)), '`fresh_head` needs task="sequence-classifi'),
+    "labels": (dict(labels=("a",)), "`labels` are the checkpoint's own unless"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_options_that_contradict_each_other(saved, case):
+    options, text = BAD_OPTIONS[case]
+    with pytest.raises(ValueError, match=text):
+        models.load_encoder(saved("bert classifies")[1], **options)
+
+
+def test_a_checkpoint_of_another_class_is_an_error(saved, tmp_path):
+    _, directory = saved("bert classifies")
+    moved = edited(directory, tmp_path, architectures=["BertModel"])
+    with pytest.raises(ValueError, match="2 not part of the model: `classifier.bias`.*say which "):
+        models.load(moved)
+
+
+def test_inputs_are_checked(saved):
+    model = models.load(saved("roberta classifies")[1])
+    tokens, mask, _ = texts()
+    for inputs, options, text in [
+        (tokens[0], {}, "`tokens` must be integers of shape"),
+        (np.ones((1, 39), int), {}, "longer than the model's context of 38"),
+        (tokens, dict(mask=mask.astype(int)), "`mask` must be bool"),
+        (
+            tokens,
+            dict(token_type_ids=mask),
+            "`token_type_ids` must be integers of the tokens' shape",
+        ),
+        (tokens, dict(positions=tokens[:1]), "`positions` must be integers of the tokens' shape"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            model.apply(model.params, inputs, **options)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "camembert"])
+@pytest.mark.parametrize("task", CLASSES)
+def test_the_written_config_is_read_by_transformers(kind, task):
+    config = BertConfig.from_hf(
+        dict(model_type=kind, id2label={"0": "a", "1": "b", "2": "c"}, **SIZES), task=task
+    )
+    assert BertConfig.from_hf(config.to_hf()) == config
+    again = transformers.AutoConfig.for_model(**config.to_hf())
+    assert again.num_labels == 3 and again.pad_token_id == 1
+    model = CLASSES[task].from_config(again)
+    assert [type(model).__name__] == config.to_hf()["architectures"]
+
+
+# ---- under the transform
+
+
+def adapted(model, targets, key=1):
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    config = lora.LoraConfig(rank=3, alpha=6, target_modules=targets)
+    plan = lora.plan(config, model.apply, model.params, tokens)
+    params = lora.init(jax.random.key(key), plan, model.params)
+    trainable, frozen = lora.split(params)
+    leaves, tree = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return plan, lora.combine(jax.tree.unflatten(tree, moved), frozen)
+
+
+@pytest.mark.parametrize(
+    "case, targets",
+    [
+        ("bert classifies", "all-linear"),
+        ("bert classifies", ("query", "value")),
+        ("bert by relu", ("word_embeddings", "dense")),
+        ("roberta classifies", "all-linear"),
+    ],
+)
+def test_adapters_equal_merged_weights(saved, case, targets):
+    model = models.load(saved(case)[1])
+    _, params = adapted(model, targets)
+    tokens, mask, _ = texts()
+    mask = jnp.asarray(mask)
+    got = quick(lora.lorafy(model.apply, strict=True))(params, tokens, mask=mask)
+    apply = quick(model.apply)
+    want = apply(lora.merge(params), tokens, mask=mask)
+    base = apply(model.params, tokens, mask=mask)
+    assert np.abs(want - base).max() > 0.01
+    np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+def test_query_and_value_mean_what_users_think(saved):
+    model = models.load(saved("bert classifies")[1])
+    plan, _ = adapted(model, ("query", "value"))
+    assert [leaf.path for leaf in plan.adapted] == [
+        "bert.encoder.layer.attention.self.query.kernel",
+        "bert.encoder.layer.attention.self.value.kernel",
+    ]
+    plan, _ = adapted(model, ("bert.encoder.layer.1.attention.self.query",))
+    assert plan.adapted[0].ranks == (0, 3, 0)
