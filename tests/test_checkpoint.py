@@ -1,6 +1,8 @@
 """Adapters on disk: they come back to the bit, over their own base only, and never half."""
 
+import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from train_toys import CONFIG, TOKENS, Toy, toy_lora, toy_params
 
 import lora_jax as lora
 from lora_jax import checkpoint
+from lora_jax.checkpoint import adapters, swap
 from lora_jax.checkpoint.disk import check_space, one_line
 from lora_jax.checkpoint.flat import differences, flatten, unflatten
 
@@ -94,28 +97,28 @@ def test_what_is_not_an_adapter_is_not_replaced(tmp_path, trained):
     checkpoint.save(tmp_path / "new", trained, CONFIG)  # an empty folder is nobody's
 
 
-@pytest.mark.parametrize("when", ["write", "rename"])
+def fail(*args):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("when", ["write", "exchange", "rename"])
 def test_failed_save_leaves_the_one_before(saved, trained, monkeypatch, when):
-    import os
-
-    from lora_jax.checkpoint import adapters
-
     if when == "write":
-        def fail(directory, *rest):
+
+        def half(directory, *rest):
             directory.mkdir()
             (directory / "half").write_text("half")
-            raise OSError(28, "No space left on device")
+            fail()
 
-        monkeypatch.setattr(adapters, "_write", fail)
+        monkeypatch.setattr(adapters, "_write", half)
+    elif when == "exchange":
+        monkeypatch.setattr(swap, "exchange", fail)
     else:
         rename = os.rename
-
-        def fail(a, b):
-            if str(a).endswith(".new"):
-                raise OSError(28, "No space left on device")
-            rename(a, b)
-
-        monkeypatch.setattr(adapters.os, "rename", fail)
+        monkeypatch.setattr(swap, "exchange", lambda a, b: False)
+        monkeypatch.setattr(
+            swap.os, "rename", lambda a, b: (fail if str(a).endswith(".new") else rename)(a, b)
+        )
     with pytest.raises(OSError, match=r"cannot write .*adapter: No space left on device; .*intact"):
         checkpoint.save(saved, moved(toy_lora(), seed=9), CONFIG)
     monkeypatch.undo()
@@ -138,12 +141,30 @@ def test_another_base_is_refused(saved):
 
 
 def test_adapter_of_another_shape_is_refused(saved):
-    config = lora.LoraConfig(rank=3, target_modules=("mix",))
+    config = dataclasses.replace(CONFIG, rank=3, alpha=6)
     with pytest.raises(ValueError, match=r"`mix.kernel.a` is float32\[16,2\], expected .*\[16,3\]"):
         checkpoint.restore_into(saved, toy_lora(config))
-    both = lora.LoraConfig(rank=2, target_modules=("mix", "embed"))
-    with pytest.raises(ValueError, match="`embed.embedding.a` is missing; `embed.embedding.b` is"):
+
+
+def test_another_plan_is_refused(saved):
+    dropout = dataclasses.replace(CONFIG, dropout=0.5)
+    with pytest.raises(ValueError, match=r"another plan: `mix.kernel`: dropout was 0.2 and is 0.5"):
+        checkpoint.restore_into(saved, toy_lora(dropout))
+    louder = dataclasses.replace(CONFIG, alpha=5)
+    with pytest.raises(ValueError, match=r"`mix.kernel`: scale was 2.0 and is 2.5; use the config"):
+        checkpoint.restore_into(saved, toy_lora(louder))
+    both = dataclasses.replace(CONFIG, target_modules=("mix", "embed"))
+    with pytest.raises(ValueError, match="`embed.embedding` has one that is not there"):
         checkpoint.restore_into(saved, toy_lora(both))
+
+
+def test_leaves_are_read_without_the_model(saved, trained):
+    found = checkpoint.find(saved)
+    leaf = adapters.read_leaves(found)["mix.kernel"]
+    kernel = trained["mix"]["kernel"]
+    assert_same_bits((leaf.a, leaf.b, leaf.scale), (kernel.a, kernel.b, kernel.scale))
+    assert (leaf.roles, leaf.dropout, leaf.shape, leaf.m) == ("io", 0.2, (16, 16), None)
+    assert leaf.w.dtype == kernel.dtype
 
 
 def test_what_is_no_adapter_is_refused(tmp_path, saved):
@@ -157,8 +178,13 @@ def test_what_is_no_adapter_is_refused(tmp_path, saved):
         checkpoint.find(tmp_path / "run")
     path = saved / "meta" / "metadata"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": "lora_jax adapter 9"}))
-    with pytest.raises(ValueError, match="expected format 'lora_jax adapter 1', got '.* 9'"):
+    with pytest.raises(ValueError, match="expected format 'lora_jax adapter 2', got '.* 9'"):
         checkpoint.find(saved)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="adapter: its `meta` cannot be read: "):
+        checkpoint.find(saved)
+    with pytest.raises(ValueError, match="is one adapter, not a run: it has no step 3"):
+        checkpoint.find(saved, step=3)
 
 
 def test_fingerprint_sees_names_shapes_dtypes_and_numbers():

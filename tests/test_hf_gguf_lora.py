@@ -13,7 +13,8 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.finetune import plan_model
 from lora_jax.hf import gguf_lora, gguf_names, peft, peft_slots
-from lora_jax.hf.gguf_lora import load_gguf_lora, read_gguf_lora, save_gguf_lora
+from lora_jax.hf.gguf_lora import save_gguf_lora
+from lora_jax.hf.gguf_lora_read import load_gguf_lora, read_gguf_lora
 from lora_jax.hf.gguf_names import Base, base_of, read_base
 from lora_jax.hf.gguf_names import gguf_names as names_of
 

@@ -1,10 +1,19 @@
-"""Checkpoints through Orbax: adapters alone, and the state of a training run.
+"""Checkpoints through Orbax: adapters alone, plain parameters, and the state of a training run.
 
-Neither ever writes the base model; both carry its fingerprint and refuse another one.
+Adapters and runs never write the base model; both carry its fingerprint and refuse another one.
 """
 
-from lora_jax.checkpoint.adapters import find, read_config, restore, restore_into, save
+from lora_jax.checkpoint.adapters import (
+    Pending,
+    find,
+    read_config,
+    restore,
+    restore_into,
+    save,
+    save_async,
+)
 from lora_jax.checkpoint.fingerprint import base_of, check_base, fingerprint
+from lora_jax.checkpoint.params import restore_params, save_params
 from lora_jax.checkpoint.state import (
     Checkpoint,
     manager,
@@ -15,6 +24,7 @@ from lora_jax.checkpoint.state import (
 
 __all__ = [
     "Checkpoint",
+    "Pending",
     "base_of",
     "check_base",
     "find",
@@ -24,7 +34,10 @@ __all__ = [
     "read_meta_of",
     "restore",
     "restore_into",
+    "restore_params",
     "restore_state",
     "save",
+    "save_async",
+    "save_params",
     "save_state",
 ]

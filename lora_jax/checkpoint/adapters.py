@@ -1,32 +1,37 @@
-"""Adapters on disk: what was trained, its config and its base's fingerprint, and nothing else.
+"""Adapters on disk: what was trained, its config, its plan and its base's fingerprint.
 
     folder/
       adapter/     Orbax: a flat dict, `model.layers.self_attn.q_proj.kernel.a` and so on
-      meta/        JSON: format, the LoRA config in PEFT's spelling, the base's fingerprint
+      meta/        JSON: format, the LoRA config in PEFT's spelling, the plan (`outline`), the
+                   base's fingerprint
 """
 
 import os
-import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax.checkpoint.disk import check_space, one_line, quiet
+from lora_jax.checkpoint.disk import check_space, quiet
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
 from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
+from lora_jax.checkpoint.folder import checkpointer, is_folder, place_for, read_meta
+from lora_jax.checkpoint.outline import check_outline, leaf_from, outline
+from lora_jax.checkpoint.swap import leftovers, replace
 
-FORMAT = "lora_jax adapter 1"
+FORMAT = "lora_jax adapter 2"
 RUN_FORMAT = "lora_jax training state 1"
 RUN_CHECKPOINTS = "checkpoints"
+ITEM = "adapter"
 
 
 def save(directory: str | os.PathLike, lora_params, config) -> None:
     """Writes the trained leaves of `lora_params`; the base is never written.
 
     The folder is written under another name beside its place and moved there when it is whole,
-    so that a failure leaves an earlier one as it was.
+    so that a failure, or being killed, leaves an earlier one as it was.
 
     Args:
       directory: the folder; its parent is made if need be. An adapter already there is replaced,
@@ -38,20 +43,78 @@ def save(directory: str | os.PathLike, lora_params, config) -> None:
       FileExistsError: the folder holds something that is not an adapter.
       OSError: it cannot be written (the earlier content is intact).
     """
+    directory = place_for(directory, ITEM, "an adapter")
+    arrays, meta = _content(lora_params, config)
+    replace(directory, lambda new: _write(new, arrays, meta))
+
+
+class Pending(NamedTuple):
+    """A save under way.
+
+    Attributes:
+      thread: that writes.
+      failures: what it raised, once it has.
+    """
+
+    thread: threading.Thread
+    failures: list[Exception]
+
+    def wait(self) -> None:
+        """Returns when the adapter is on disk.
+
+        Raises:
+          OSError: it could not be written; the earlier content is intact.
+        """
+        self.thread.join()
+        if self.failures:
+            raise self.failures[0]
+
+
+def save_async(directory: str | os.PathLike, lora_params, config) -> Pending:
+    """As `save`, but returns once the trained arrays are copied; the disk is written meanwhile.
+
+    Training may go on at once, donated buffers included. Until the copy is whole on disk the
+    earlier adapter is what `restore` finds. Wait for one save before the next to that folder,
+    and before the program ends.
+
+    Returns:
+      The save; its `wait()` raises what went wrong.
+
+    Raises:
+      FileExistsError: as `save`.
+
+    Example:
+      pending = lora.checkpoint.save_async("adapter", lora_params, config)
+      ...
+      pending.wait()
+    """
+    directory = place_for(directory, ITEM, "an adapter")
+    arrays, meta = _content(lora_params, config)
+    copied = {name: x.copy() for name, x in arrays.items()}
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            replace(directory, lambda new: _write(new, copied, meta))
+        except Exception as error:  # raised again by `wait`
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name=f"save {directory.name}")
+    thread.start()
+    return Pending(thread, failures)
+
+
+def _content(lora_params, config) -> tuple[dict[str, Any], dict]:
     import lora_jax as lora
 
-    directory = Path(os.path.abspath(directory))
-    if directory.exists() and not _is_adapter(directory) and any(_listing(directory)):
-        raise FileExistsError(
-            f"{directory} exists and is not an adapter written by lora_jax; choose another folder"
-        )
     trainable, _ = lora.split(lora_params)
     meta = {
         "format": FORMAT,
         "config": config_json(config),
+        "plan": outline(lora_params),
         "base": fingerprint(lora_params),
     }
-    _replace(directory, lambda new: _write(new, flatten(trainable), meta))
+    return flatten(trainable), meta
 
 
 def config_json(config) -> dict:
@@ -63,50 +126,13 @@ def config_json(config) -> dict:
     return values
 
 
-def _listing(directory: Path):
-    return directory.iterdir() if directory.is_dir() else [directory]
-
-
-def _is_adapter(directory: Path) -> bool:
-    return (directory / "adapter").is_dir() and (directory / "meta").is_dir()
-
-
-def _replace(directory: Path, write: Callable[[Path], None]) -> None:
-    """Writes a folder beside its place, then moves it there."""
-    mark = f".{directory.name}.{os.getpid()}"
-    new, old = directory.with_name(mark + ".new"), directory.with_name(mark + ".old")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        write(new)
-        if directory.exists():
-            os.rename(directory, old)
-        os.rename(new, directory)
-    except Exception as error:
-        if old.exists() and not directory.exists():
-            os.rename(old, directory)
-        raise OSError(
-            f"cannot write {directory}: {one_line(error)}; what was there before is intact"
-        ) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _write(directory: Path, arrays: dict, meta: dict) -> None:
     import orbax.checkpoint as ocp
 
     args = ocp.args.Composite(adapter=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
     check_space(directory.parent, arrays)
-    with quiet(), _checkpointer("adapter") as checkpointer:
-        checkpointer.save(directory, args)
-
-
-def _checkpointer(item: str):
-    """Orbax's reader and writer of a folder with arrays under `item` and JSON under `meta`."""
-    import orbax.checkpoint as ocp
-
-    handlers = {item: ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+    with quiet(), checkpointer(ITEM) as opened:
+        opened.save(directory, args)
 
 
 class Stored(NamedTuple):
@@ -118,6 +144,7 @@ class Stored(NamedTuple):
       prefix: what the arrays' names begin with.
       config: the LoRA config in PEFT's spelling.
       base: the base's fingerprint.
+      plan: what each leaf is, see `outline`; None for a step of a training run.
     """
 
     directory: Path
@@ -125,10 +152,15 @@ class Stored(NamedTuple):
     prefix: str
     config: dict
     base: dict[str, str]
+    plan: dict[str, dict] | None
 
 
-def find(directory: str | os.PathLike) -> Stored:
-    """The adapter in a folder of `save`, or in the newest checkpoint of a training run.
+def find(directory: str | os.PathLike, *, step: int | None = None) -> Stored:
+    """The adapter in a folder of `save`, or in a checkpoint of a training run.
+
+    Args:
+      directory: the adapter's folder, or the run's.
+      step: of the run; the newest by default.
 
     Raises:
       FileNotFoundError: no such folder, or a run without a checkpoint.
@@ -136,42 +168,41 @@ def find(directory: str | os.PathLike) -> Stored:
     """
     directory = Path(os.path.abspath(directory))
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such adapter folder")
-    if _is_adapter(directory):
-        meta = _read_meta(directory, FORMAT)
-        return Stored(directory, "adapter", "", meta["config"], meta["base"])
+        raise FileNotFoundError(f"{directory}: no such adapter folder{_hint(directory)}")
+    if is_folder(directory, ITEM):
+        if step is not None:
+            raise ValueError(f"{directory} is one adapter, not a run: it has no step {step}")
+        meta = read_meta(directory, FORMAT)
+        return Stored(directory, ITEM, "", meta["config"], meta["base"], meta["plan"])
     if (directory / RUN_CHECKPOINTS).is_dir():
-        step = _newest(directory / RUN_CHECKPOINTS)
-        run = _read_meta(step, RUN_FORMAT, part="run")
+        place = _step(directory / RUN_CHECKPOINTS, step)
+        run = read_meta(place, RUN_FORMAT, part="run")
         if run["lora"] is None:
             raise ValueError(
-                f"{step} was written without `lora_config`, so its adapter cannot be rebuilt from"
+                f"{place} was written without `lora_config`, so its adapter cannot be rebuilt from"
                 " the file alone; pass lora_config= to fit"
             )
-        return Stored(step, "state", "trainable.", run["lora"], run["base"])
+        return Stored(place, "state", "trainable.", run["lora"], run["base"], None)
     raise ValueError(
         f"{directory} is neither an adapter written by lora.checkpoint.save nor the folder of a"
         " training run; a PEFT folder is read by lora.hf.load_peft"
     )
 
 
-def _newest(checkpoints: Path) -> Path:
-    steps = [p for p in checkpoints.iterdir() if p.name.isdigit()]
+def _hint(directory: Path) -> str:
+    """Where the system cannot exchange folders, a save killed at the worst moment leaves two."""
+    old = [half for half in leftovers(directory) if half.suffix == ".old"]
+    return f"; a save was interrupted: rename {old[0]} to it" if old else ""
+
+
+def _step(checkpoints: Path, step: int | None) -> Path:
+    steps = sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
     if not steps:
         raise FileNotFoundError(f"{checkpoints}: the run has no checkpoint yet")
-    return max(steps, key=lambda p: int(p.name))
-
-
-def _read_meta(directory: Path, expected: str, *, part: str | None = None) -> dict:
-    import orbax.checkpoint as ocp
-
-    with _checkpointer("adapter") as checkpointer:
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        meta = checkpointer.restore(directory, args).meta
-    meta = meta if part is None else meta[part]
-    if meta.get("format") != expected:
-        raise ValueError(f"{directory}: expected format {expected!r}, got {meta.get('format')!r}")
-    return meta
+    if step is not None and step not in steps:
+        kept = ", ".join(map(str, steps))
+        raise FileNotFoundError(f"{checkpoints}: there is no step {step}; kept are {kept}")
+    return checkpoints / str(steps[-1] if step is None else step)
 
 
 def read_config(directory: str | os.PathLike):
@@ -182,7 +213,7 @@ def read_config(directory: str | os.PathLike):
 
 
 def restore(directory: str | os.PathLike, fn: Callable, params, *args, **kwargs):
-    """Reads an adapter over its base model.
+    """Reads an adapter over its base model; where the base lies on a mesh, so does the adapter.
 
     Args:
       directory: from `save`, or the `output_dir` of a training run (its newest checkpoint).
@@ -200,12 +231,25 @@ def restore(directory: str | os.PathLike, fn: Callable, params, *args, **kwargs)
     """
     import lora_jax as lora
 
-    stored = find(directory)
+    return restore_stored(
+        find(directory), lambda config: lora.plan(config, fn, params, *args, **kwargs), params
+    )
+
+
+def restore_stored(stored: Stored, plan_of: Callable, params):
+    """As `restore`, of what `find` found.
+
+    Args:
+      stored: from `find`.
+      plan_of: plans a config on the model.
+      params: the base's params.
+    """
+    import lora_jax as lora
+
     check_base(stored.base, params, where=str(stored.directory))
     config = lora.LoraConfig.from_peft(stored.config)
-    plan = lora.plan(config, fn, params, *args, **kwargs)
     # The key's numbers are all replaced; init gives the structure and the frozen scales.
-    return _filled(stored, lora.init(jax.random.key(0), plan, params)), config
+    return _filled(stored, lora.init(jax.random.key(0), plan_of(config), params)), config
 
 
 def restore_into(directory: str | os.PathLike, lora_params):
@@ -215,32 +259,63 @@ def restore_into(directory: str | os.PathLike, lora_params):
     return _filled(stored, lora_params)
 
 
+def read_leaves(stored: Stored) -> dict[str, Any]:
+    """The adapter's leaves by name, without its model: of each weight there is the shape only.
+
+    Args:
+      stored: from `find`.
+
+    Raises:
+      ValueError: its plan was not saved, as in a training run; that takes the model.
+    """
+    import numpy as np
+
+    if stored.plan is None:
+        raise ValueError(
+            f"{stored.directory} is of a training run, which keeps no plan of its adapter; read "
+            "it over its model (lora.checkpoint.restore)"
+        )
+    arrays = jax.tree.map(np.asarray, _read_arrays(stored, None))
+    leaves = {}
+    for name, described in stored.plan.items():
+        own = {n.rpartition(".")[2]: x for n, x in arrays.items() if n.startswith(f"{name}.")}
+        leaves[name] = leaf_from(described, own)
+    return leaves
+
+
 def _filled(stored: Stored, lora_params):
     import lora_jax as lora
 
+    if stored.plan is not None:
+        check_outline(stored.plan, lora_params, where=str(stored.directory))
     trainable, frozen = lora.split(lora_params)
     arrays = _read_arrays(stored, flatten(trainable))
     return lora.combine(unflatten(trainable, arrays), frozen)
 
 
-def _read_arrays(stored: Stored, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _read_arrays(stored: Stored, like: dict[str, Any] | None) -> dict[str, jax.Array]:
+    """The trained arrays, each with the sharding of `like`'s; all on one device without it."""
     import orbax.checkpoint as ocp
 
     cut = len(stored.prefix)
-    with _checkpointer(stored.item) as checkpointer:
-        found = checkpointer.metadata(stored.directory).item_metadata[stored.item].tree
+    with checkpointer(stored.item) as opened:
+        found = opened.metadata(stored.directory).item_metadata[stored.item].tree
         named = {n[cut:]: x for n, x in found.items() if n.startswith(stored.prefix)}
+        like = named if like is None else like
         if phrases := differences(like, named):
             raise ValueError(f"{stored.directory} does not fit the model: {summary(phrases)}")
-        place = next(iter(like.values())).sharding
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        # Only what belongs to the adapter is read: a run's state has more.
         wanted = {
-            n: _struct(like[n[cut:]]) if n.startswith(stored.prefix) else _struct(x, place)
-            for n, x in found.items()
+            n: _struct(like[n[cut:]], here) if n.startswith(stored.prefix) else ocp.PLACEHOLDER
+            for n in found
         }
         args = ocp.args.Composite(**{stored.item: ocp.args.StandardRestore(wanted)})
-        arrays = checkpointer.restore(stored.directory, args)[stored.item]
+        arrays = opened.restore(stored.directory, args)[stored.item]
     return {n: arrays[stored.prefix + n] for n in like}
 
 
-def _struct(x, sharding=None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding)
+def _struct(x, here) -> jax.ShapeDtypeStruct:
+    own = getattr(x, "sharding", None)
+    own = own if isinstance(own, jax.sharding.Sharding) else here
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)

@@ -43,7 +43,28 @@ def _sample(leaf):
     if leaf.size == 0 or leaf.ndim == 0:
         return leaf
     places = np.linspace(0, leaf.size - 1, min(_SAMPLES, leaf.size)).astype(np.int64)
-    return leaf[tuple(jnp.asarray(i) for i in np.unravel_index(places, leaf.shape))]
+    where = np.unravel_index(places, leaf.shape)
+    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+        return _from_shards(leaf, where)
+    return leaf[tuple(jnp.asarray(i) for i in where)]
+
+
+def _from_shards(leaf: jax.Array, where: tuple[np.ndarray, ...]) -> np.ndarray:
+    """The elements at `where`, each from the device that has it: nothing else is moved."""
+    if not leaf.is_fully_addressable:
+        raise ValueError(
+            "the base lies on devices of other processes too, where it cannot be sampled; save "
+            "and restore from one process"
+        )
+    out = np.empty(len(where[0]), leaf.dtype)
+    for shard in leaf.addressable_shards:
+        starts = [s.indices(size)[0] for s, size in zip(shard.index, leaf.shape, strict=True)]
+        local = [i - start for i, start in zip(where, starts, strict=True)]
+        ends = zip(local, shard.data.shape, strict=True)
+        inside = np.all([(i >= 0) & (i < end) for i, end in ends], axis=0)
+        if shard.replica_id == 0 and inside.any():
+            out[inside] = shard.data[tuple(jnp.asarray(i[inside]) for i in local)]
+    return out
 
 
 def _hash(sample: np.ndarray) -> str:

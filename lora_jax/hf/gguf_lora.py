@@ -1,4 +1,4 @@
-"""Adapters as llama.cpp's GGUF LoRA files, both ways.
+"""Adapters as llama.cpp's GGUF LoRA files: written here, read in `gguf_lora_read`.
 
     PEFT       lora_A (r, in)   lora_B (out, r)   scale: alpha/r or alpha/√r, per module
     llama.cpp  lora_a (r, in)   lora_b (out, r)   scale: adapter.lora.alpha / r, one alpha
@@ -14,9 +14,8 @@ Source: llama.cpp's `convert_lora_to_gguf.py`, `src/llama-adapter.cpp` (what is 
 
 import os
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,16 +23,14 @@ import numpy as np
 
 from lora_jax import matching
 from lora_jax.config import LoraConfig
-from lora_jax.hf.gguf_names import MODULES, Base, gguf_names, heads_of, to_halves, to_pairs
-from lora_jax.hf.peft_files import check_tensor
+from lora_jax.hf.gguf_names import Base, gguf_names, heads_of, to_pairs
 from lora_jax.hf.peft_slots import PREFIX
 from lora_jax.paths import nearest
 
 DTYPES = ("float32", "float16", "bfloat16")
 
-_LINEAR = (".lora_A.weight", ".lora_B.weight")
-_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
-_OURS = (".lora_a", ".lora_b")
+LINEAR = (".lora_A.weight", ".lora_B.weight")
+EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # gguf's LlamaFileType
 _MERGE = "merge the adapter into the model (lora_jax.merge) and convert the merged model instead"
 
@@ -52,9 +49,6 @@ class Content(NamedTuple):
 
     alpha: float
     tensors: dict[str, np.ndarray]
-
-
-# --- out ----------------------------------------------------------------------------------------
 
 
 def save_gguf_lora(
@@ -133,7 +127,7 @@ def _check_plain(config: LoraConfig) -> None:
 def _pairs(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -> dict[str, Pair]:
     pairs = {}
     for key, a in tensors.items():
-        for (in_a, in_b), embedding in ((_LINEAR, False), (_EMBEDDING, True)):
+        for (in_a, in_b), embedding in ((LINEAR, False), (EMBEDDING, True)):
             if not key.endswith(in_a):
                 continue
             module = key.removesuffix(in_a).removeprefix(PREFIX)
@@ -150,7 +144,7 @@ def _pairs(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) ->
 def _check_rest(tensors: Mapping[str, np.ndarray], pairs: Mapping[str, Pair], base: Base) -> None:
     """Every tensor is of a pair, or the base's own weight that PEFT repeats beside an embedding."""
     for key, value in tensors.items():
-        if key.endswith((*_LINEAR, *_EMBEDDING)):
+        if key.endswith((*LINEAR, *EMBEDDING)):
             continue
         module = key.removesuffix(".base_layer.weight").removeprefix(PREFIX)
         if module in pairs and value.shape[0] == base.vocab_size:
@@ -238,175 +232,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-# --- in -----------------------------------------------------------------------------------------
-
-
-def read_gguf_lora(
-    path: str | os.PathLike, *, base: Base
-) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-    """Reads a GGUF LoRA file without a model.
-
-    Args:
-      path: the file.
-      base: the model it is for; the file itself does not say how many heads it has.
-
-    Returns:
-      A config that gives the file's scales, and PEFT's tensors by their names, in float32.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is damaged, no adapter, of another architecture, or has what is not known.
-    """
-    from lora_jax.hf.gguf import open_gguf, read_tensor
-
-    file = open_gguf(path, kind="adapter")
-    alpha = _check_metadata(file.metadata, base, file.path)
-    modules = {theirs: ours for ours, theirs in gguf_names(base.architecture, base.layers).items()}
-    pairs: dict[str, Pair] = {}
-    for theirs in _pair_names(file.tensors, file.path):
-        if theirs not in modules:
-            raise ValueError(
-                f"{file.path}: tensor `{theirs}.weight.lora_a` has no place in a "
-                f"`{base.architecture}` of {base.layers} blocks; is it for another model?"
-            )
-        read = (read_tensor(file, f"{theirs}.weight{ending}") for ending in _OURS)
-        pairs[modules[theirs]] = _pair(modules[theirs], theirs, *read, alpha, base, file.path)
-    config = _config(pairs, alpha, base)
-    return config, _as_peft(pairs)
-
-
-def load_gguf_lora(
-    path: str | os.PathLike, fn: Callable, params: Any, *args: Any, base: Base, **kwargs: Any
-) -> tuple[Any, LoraConfig]:
-    """Loads a GGUF LoRA file onto a model: as `load_peft`, from a file of llama.cpp's.
-
-    Args:
-      path: the file.
-      fn: the model, a function of its parameters.
-      params: the base parameters.
-      *args: example arguments for `fn`, shapes are enough; see `lora_jax.plan`.
-      base: the model, for llama.cpp: `lora_jax.hf.gguf_names.base_of(model.config)`.
-      **kwargs: more example arguments for `fn`.
-
-    Returns:
-      `params` with LoRA leaves, and a config that gives the file's scales.
-
-    Raises:
-      FileNotFoundError, ValueError: as `read_gguf_lora`; also when the adapter is of another
-        model: one message names all that is missing, left over or misshapen.
-    """
-    import lora_jax as lora
-    from lora_jax.hf.peft import attach
-
-    config, tensors = read_gguf_lora(path, base=base)
-    return attach(
-        config, tensors, lambda c: lora.plan(c, fn, params, *args, **kwargs), params, str(path)
-    )
-
-
-def _check_metadata(metadata: Mapping[str, Any], base: Base, path: Path) -> float:
-    """The alpha; 0 stands for the scale 1, as llama.cpp has it."""
-    if (kind := metadata.get("adapter.type")) != "lora":
-        raise ValueError(f"{path}: expected an adapter of type `lora`, got `{kind}`")
-    if (arch := metadata.get("general.architecture")) != base.architecture:
-        raise ValueError(
-            f"{path}: the adapter is for a `{arch}`, the model is a `{base.architecture}`; load "
-            "the model it was made for"
-        )
-    if "adapter.alora.invocation_tokens" in metadata:
-        raise ValueError(
-            f"{path}: an activated LoRA (`adapter.alora.invocation_tokens`) is not supported"
-        )
-    alpha = metadata.get("adapter.lora.alpha", 0.0)
-    if not isinstance(alpha, int | float) or not np.isfinite(alpha) or alpha < 0:
-        raise ValueError(f"{path}: `adapter.lora.alpha` must be a number above 0, got {alpha!r}")
-    return float(alpha)
-
-
-def _pair_names(tensors: Mapping[str, Any], path: Path) -> list[str]:
-    """llama.cpp's names of the modules, each with both its tensors there."""
-    names, norms = {}, []
-    for tensor in tensors:
-        ending = next((e for e in _OURS if tensor.endswith(f".weight{e}")), None)
-        if ending is not None:
-            names[tensor.removesuffix(f".weight{ending}")] = None
-        elif tensor.endswith("_norm.weight"):
-            norms.append(tensor)
-        else:
-            raise ValueError(f"{path}: tensor `{tensor}` is neither a lora_a nor a lora_b")
-    for name in names:
-        for ending in _OURS:
-            if f"{name}.weight{ending}" not in tensors:
-                raise ValueError(f"{path}: tensor `{name}.weight{ending}` is missing")
-    if not names:
-        raise ValueError(f"{path}: holds no adapter: no tensor ends in .lora_a")
-    if norms:
-        warnings.warn(
-            f"{path}: {len(norms)} norms such as `{norms[0]}` are left out, as llama.cpp does",
-            stacklevel=3,
-        )
-    return list(names)
-
-
-def _pair(
-    module: str, theirs: str, a: np.ndarray, b: np.ndarray, alpha: float, base: Base, path: Path
-) -> Pair:
-    embedding = theirs == "token_embd"
-    a = a.T if embedding and a.ndim == 2 else a
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-        raise ValueError(
-            f"{path}: `{theirs}.weight.lora_a` and `.lora_b` of shapes {a.shape} and {b.shape} "
-            "are no pair of one rank"
-        )
-    for ending, tensor in zip(_OURS, (a, b), strict=True):
-        check_tensor(f"{theirs}.weight{ending}", tensor, path)
-    if (heads := heads_of(module, base)) is not None:
-        if b.shape[0] % (2 * heads):
-            raise ValueError(f"{path}: `{theirs}.weight.lora_b` has {b.shape[0]} rows, not whole "
-                             f"pairs for each of {heads} heads")  # fmt: skip
-        b = to_halves(b, heads)
-    scale = alpha / a.shape[0] if alpha else 1.0
-    return Pair(np.ascontiguousarray(a), np.ascontiguousarray(b), scale, embedding)
-
-
-def _as_peft(pairs: Mapping[str, Pair]) -> dict[str, np.ndarray]:
-    out = {}
-    for module, pair in pairs.items():
-        in_a, in_b = _EMBEDDING if pair.embedding else _LINEAR
-        out[f"{PREFIX}{module}{in_a}"], out[f"{PREFIX}{module}{in_b}"] = pair.a, pair.b
-    return out
-
-
-def _config(pairs: Mapping[str, Pair], alpha: float, base: Base) -> LoraConfig:
-    """A config with the file's ranks and scales: most modules' rank, patterns for the others."""
-    ranks = {module: pair.a.shape[0] for module, pair in pairs.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {module: r for module, r in ranks.items() if r != rank}
-    return LoraConfig(
-        rank=rank,
-        alpha=_short(alpha or rank),
-        target_modules=_targets(list(pairs), base),
-        rank_pattern=others,
-        # Without an alpha every scale is 1: each module's alpha is its rank.
-        alpha_pattern={} if alpha else {module: _short(r) for module, r in others.items()},
-    )
-
-
-def _short(number: float) -> float:
-    return int(number) if float(number).is_integer() else number
-
-
-def _targets(modules: list[str], base: Base) -> tuple[str, ...]:
-    """Names for target_modules that mean exactly these: ends of names where all blocks have it."""
-    stack, inner, _ = MODULES[base.architecture]
-    rest, targets = set(modules), []
-    for module in inner:
-        everywhere = {f"{stack}.{i}.{module}" for i in range(base.layers)}
-        last = module.rpartition(".")[2]
-        if everywhere <= rest:
-            unique = sum(other.rpartition(".")[2] == last for other in inner) == 1
-            targets.append(last if unique else module)
-            rest -= everywhere
-    return tuple(sorted([*targets, *rest]))

@@ -1,0 +1,112 @@
+"""Plain parameters through Orbax: a merged model, or any other.
+
+    folder/
+      params/   Orbax: the tree as nested dicts, as any other program reads it
+      meta/     JSON: format, and each leaf's shape, dtype and a hash of some of its numbers
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lora_jax.array import is_lora
+from lora_jax.checkpoint.disk import check_space, quiet
+from lora_jax.checkpoint.fingerprint import fingerprint
+from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
+from lora_jax.checkpoint.folder import checkpointer, is_folder, place_for, read_meta
+from lora_jax.checkpoint.swap import replace
+from lora_jax.paths import spell
+
+FORMAT = "lora_jax params 1"
+ITEM = "params"
+
+
+def save_params(directory: str | os.PathLike, params: Any) -> None:
+    """Writes plain parameters as an Orbax checkpoint, whole or not at all.
+
+    `orbax.checkpoint.StandardCheckpointer().restore(directory / "params")` reads them as well.
+
+    Args:
+      directory: the folder; parameters already there are replaced, anything else is refused.
+      params: nested dicts of arrays, sharded or not.
+
+    Raises:
+      FileExistsError: the folder holds something else.
+      ValueError: a leaf still has an adapter.
+      OSError: it cannot be written (the earlier content is intact).
+    """
+    import orbax.checkpoint as ocp
+
+    directory = place_for(directory, ITEM, "plain parameters")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lora):
+        if is_lora(leaf):
+            raise ValueError(
+                f"`{spell(path)}` still has an adapter; merge first: lora.merge(params)"
+            )
+    arrays = flatten(params)
+    meta = {"format": FORMAT, "weights": fingerprint(params)}
+    args = ocp.args.Composite(
+        params=ocp.args.StandardSave(_nested(arrays)), meta=ocp.args.JsonSave(meta)
+    )
+
+    def write(new: Path) -> None:
+        check_space(new.parent, arrays)
+        with quiet(), checkpointer(ITEM) as opened:
+            opened.save(new, args)
+
+    replace(directory, write)
+
+
+def restore_params(directory: str | os.PathLike, like: Any) -> Any:
+    """Reads plain parameters, each shard only onto its own device.
+
+    Args:
+      directory: from `save_params`.
+      like: tree of arrays or `jax.ShapeDtypeStruct`s: the shapes and dtypes expected, and the
+        shardings wanted; without one, a leaf comes onto one device.
+
+    Returns:
+      A tree shaped as `like`.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: not such a folder, or leaves missing, left over or misshapen.
+    """
+    import orbax.checkpoint as ocp
+
+    directory = Path(os.path.abspath(directory))
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such folder")
+    if not is_folder(directory, ITEM):
+        raise ValueError(f"{directory} is not written by lora.checkpoint.save_params")
+    read_meta(directory, FORMAT)
+    named = flatten(like)
+    with checkpointer(ITEM) as opened:
+        found = flatten(opened.metadata(directory).item_metadata[ITEM].tree)
+        if phrases := differences(named, found):
+            raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")
+        wanted = {n: placed(x) for n, x in named.items()}
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(_nested(wanted)))
+        arrays = flatten(opened.restore(directory, args)[ITEM])
+    return unflatten(like, arrays)
+
+
+def placed(x: Any) -> jax.ShapeDtypeStruct:
+    """What Orbax is asked for: a shape, a dtype, and where it is to lie."""
+    where = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
+def _nested(named: Mapping[str, Any]) -> dict:
+    """Dotted names as nested dicts."""
+    out: dict = {}
+    for name, leaf in named.items():
+        *around, last = name.split(".")
+        node = out
+        for part in around:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return out
