@@ -21,6 +21,7 @@ from lora_jax.quant.array import QuantArray as QuantArray
 from lora_jax.quant.params import dequantize as dequantize
 from lora_jax.quant.params import quantize as quantize
 from lora_jax.sharding import partition_specs as partition_specs
+from lora_jax.transform import DecodedWarning as DecodedWarning
 from lora_jax.transform import MaterializedWarning as MaterializedWarning
 from lora_jax.transform import lorafy as lorafy
 from lora_jax.tree import Count as Count

@@ -20,6 +20,7 @@ from lora_jax.array import (
     widened,
     with_rows,
 )
+from lora_jax.quant.array import is_leaf
 
 
 def merged(x: LoraArray):
@@ -40,6 +41,7 @@ def merged(x: LoraArray):
 def merge(lora_params):
     """Plain parameters: every adapter added to its weight, every saved value in place.
 
+    Quantized weights become arrays, with or without an adapter; they are not quantized again.
     Computed in float32 whatever the base's dtype, and cast once at the end.
 
     Args:
@@ -53,7 +55,7 @@ def merge(lora_params):
         values are unknown: check there with `jnp.isfinite`.) Or an adapter has a bias
         (`lora_bias`) and its module has none to take it.
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_lora)
+    flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_leaf)
     leaves = [_merge_leaf(x) for _, x in flat]
     for place, change in _bias_changes(flat).items():
         wide = widened(leaves[place].dtype)
@@ -78,7 +80,7 @@ def _merge_leaf(x):
         return effective(x)
     if isinstance(x, RowsArray):
         return with_rows(x)
-    return merged(x) if isinstance(x, LoraArray) else x
+    return merged(x) if isinstance(x, LoraArray) else dense(x)
 
 
 def _bias_changes(flat: Sequence) -> dict[int, jax.Array]:
@@ -128,7 +130,7 @@ def unmerge(params, lora_params):
     Raises:
       ValueError: the trees have different structures or shapes.
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_lora)
+    flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_leaf)
     plain, plain_tree = jax.tree.flatten(params)
     if plain_tree != tree:
         raise ValueError(

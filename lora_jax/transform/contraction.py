@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.array import a_dims, widened
-from lora_jax.transform import explicit
+from lora_jax.transform import explicit, weight
 from lora_jax.transform.labelled import compute_dtype, contract, dropped, low_rank
 from lora_jax.transform.value import (
     RANK,
     Implicit,
     Unsupported,
-    dense,
     expand_to,
     labels,
     reorder,
@@ -53,7 +52,17 @@ def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, **par
     out = batch + (w_free + x_free if weight_left else x_free + w_free)
 
     x, gain_after = _gain_before(v, x, x_labels, w_contracted)
-    base = bind(dense(v.w), x) if weight_left else bind(x, dense(v.w))
+    base = weight.product(
+        v,
+        x,
+        bind,
+        weight_left=weight_left,
+        dimension_numbers=dimension_numbers,
+        precision=precision,
+        **params,
+    )
+    if not v.rank:  # a quantized weight without an adapter
+        return base
     change = low_rank(
         v,
         dropped(v, x, use),
@@ -135,7 +144,9 @@ def conv(lhs, rhs, bind, use: int, *, dimension_numbers, feature_group_count, ba
     if v.roles[out_dim] != "o" or any(v.roles[d] != "i" for d in (in_dim, *spatial)):
         raise Unsupported(f"kernel with roles {v.roles}: only its output channels may be `o`")
     groups, channel = feature_group_count, dimension_numbers.out_spec[1]
-    base = bind(lhs, dense(v.w))
+    base = weight.applied(v, lhs, bind)
+    if not v.rank:
+        return base
 
     dims = a_dims(v.roles)
     a = jnp.tile(v.a.astype(lhs.dtype), (1,) * len(dims) + (groups,))
@@ -203,7 +214,9 @@ def ragged_dot(lhs, rhs, group_sizes, bind, use: int, *, ragged_dot_dimension_nu
     )
     if not plain or v.roles not in ("bio", "boi") or group_offset is not None:
         raise Unsupported("ragged_dot other than (m, k) x (groups, k, n)")
-    base = bind(lhs, dense(v.w), group_sizes)
+    base = weight.applied(v, lhs, bind, group_sizes)
+    if not v.rank:
+        return base
     if v.gain is not None or v.bias is not None:
         raise Unsupported("DoRA, or an adapter's bias, with ragged_dot")
     first, second = v.a, v.b
@@ -236,7 +249,15 @@ def gather(v, indices, bind, *, dimension_numbers, slice_sizes, **params):
         raise Unsupported("a weight used as indices")
     if dimension_numbers.operand_batching_dims:
         raise Unsupported("batched gather")
-    base = bind(dense(v.w), indices)
+    base = weight.rows(
+        v,
+        indices,
+        bind,
+        dimension_numbers=dimension_numbers,
+        slice_sizes=slice_sizes,
+        mode=params.get("mode"),
+        fill_value=params.get("fill_value"),
+    )
     indices, dimension_numbers = _clamped(v, indices, dimension_numbers, slice_sizes, params)
     roles = {v.roles[d] for d in dimension_numbers.start_index_map}
     if len(roles) != 1:
@@ -250,6 +271,8 @@ def gather(v, indices, bind, *, dimension_numbers, slice_sizes, **params):
 
     if roles == {"b"}:
         return _gather_stack(v, base, out, pick)
+    if not v.rank:
+        return base
     if v.bias is not None:
         raise Unsupported("lookup of a weight whose adapter has a bias")
     owner, other = ("a", "b") if roles <= {"i"} else ("b", "a")

@@ -14,9 +14,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax import compat
+from lora_jax.transform import weight
 from lora_jax.transform.explicit import part_spec
 from lora_jax.transform.interpret import Context, enter
-from lora_jax.transform.value import PARTS, Implicit, Unsupported, dense, is_implicit
+from lora_jax.transform.value import PARTS, Implicit, Unsupported, is_implicit
 
 # Added to the number of a repeated call of one inner jit, apart from the numbers of uses.
 _CALL_SITES = 1 << 20
@@ -160,16 +161,20 @@ def scan(context: Context, eqn, values):
 def _scannable(context: Context, eqn, x):
     if is_implicit(x) and x.roles[0] != "b":
         return context.fall_back(x, eqn, f"it is scanned over a dim of role `{x.roles[0]}`")
-    return dataclasses.replace(x, w=dense(x.w)) if is_implicit(x) else x
+    return weight.scannable(x) if is_implicit(x) else x
 
 
 def _sliced(x):
     """What one step sees of a scanned implicit array: its roles without the stack axis."""
-    return dataclasses.replace(x, roles=x.roles[1:]) if is_implicit(x) else x
+    if not is_implicit(x):
+        return x
+    return dataclasses.replace(x, w=weight.unstacked(x.w), roles=x.roles[1:])
 
 
 def _stacked(y):
-    return dataclasses.replace(y, roles="b" + y.roles) if is_implicit(y) else y
+    if not is_implicit(y):
+        return y
+    return dataclasses.replace(y, w=weight.restacked(y.w), roles="b" + y.roles)
 
 
 def while_loop(context: Context, eqn, values):
@@ -228,11 +233,18 @@ def _forwarded_by_all(branches, operands) -> dict[int, Any]:
 def shard_map(context: Context, eqn, values):
     """`jax.shard_map`: the factors enter under the specs that follow from the weight's."""
     p = eqn.params
-    specs, inputs = [], []
+    specs, inputs, inside = [], [], []
     for v, spec in zip(values, p["in_specs"], strict=True):
-        specs.append(_part_specs(v, spec) if is_implicit(v) else spec)
-        inputs.append(dataclasses.replace(v, w=dense(v.w)) if is_implicit(v) else v)
-    leaves, tree = jax.tree.flatten(inputs)
+        there = v
+        if is_implicit(v):
+            w, w_spec, w_there = weight.mapped(v, spec, p["mesh"])
+            spec = dataclasses.replace(_part_specs(v, spec), w=w_spec)
+            v = dataclasses.replace(v, w=w)
+            there = v if w_there is None else dataclasses.replace(v, w=w_there)
+        specs.append(spec)
+        inputs.append(v)
+        inside.append(there)
+    leaves, tree = jax.tree.flatten(inputs)[0], jax.tree.structure(inside)
     flat_specs = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
     def run(*xs):

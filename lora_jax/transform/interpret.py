@@ -68,6 +68,9 @@ class Context:
         text = (
             f"`{v.path}` has no low-rank form in `{name}` at {line}: {reason}. "
             f"W + s·A·B is added up for this operation"
+            if v.rank
+            else f"`{v.path}` is quantized, and `{name}` at {line} needs it as an array: {reason}. "
+            f"It is decoded for this operation"
         )
         if self.strict:
             raise ValueError(
@@ -322,7 +325,7 @@ RULES: dict[str, Callable[[Context, Any, list], Any]] = {
     "copy": _binding(structural.leafwise),
     "copy_p": _binding(structural.leafwise),
     "stop_gradient": _binding(structural.leafwise),
-    "name": _binding(structural.base_only),
+    "name": _binding(structural.named),
     "reduce_precision": _binding(structural.base_only),
     "pvary": _binding(structural.leafwise),
     "device_put": _device_put,

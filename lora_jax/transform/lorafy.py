@@ -14,10 +14,11 @@ from lora_jax.array import (
     RowsArray,
     SavedArray,
     effective,
-    is_lora,
     rows_as_lora,
     stack_dims,
 )
+from lora_jax.quant.array import QuantArray, is_leaf
+from lora_jax.transform import weight
 from lora_jax.transform.interpret import Context, evaluate
 from lora_jax.transform.value import Implicit, Note, is_implicit, materialize
 
@@ -71,15 +72,15 @@ def lorafy(fn: Callable, *, strict: bool = False, reverse_only: bool = False) ->
 
 
 def _run(context: Context, fn: Callable, lora_params, args, kwargs, lora_key=None):
-    flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_lora)
+    flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_leaf)
     leaves = [effective(x) if isinstance(x, SavedArray) else x for _, x in flat]
-    where = [i for i, x in enumerate(leaves) if isinstance(x, LoraArray | RowsArray)]
+    where = [i for i, x in enumerate(leaves) if isinstance(x, LoraArray | RowsArray | QuantArray)]
     if not where:
         return fn(jax.tree.unflatten(tree, leaves), *args, **kwargs)
     originals = [leaves[i] for i in where]
     values = [_enter(context, leaves[i], paths.spell(flat[i][0]), lora_key) for i in where]
     staged, finish = _stage(fn, tree, leaves, where, args, kwargs)
-    jaxpr = jax.make_jaxpr(staged)(*[_abstract(x.w) for x in originals])
+    jaxpr = jax.make_jaxpr(staged)(*[_abstract(getattr(x, "w", x)) for x in originals])
     jaxpr, consts = compat.open_jaxpr(jaxpr)
     outs = evaluate(context, jaxpr, consts, values)
     return finish([_leave(x, values, originals) for x in outs])
@@ -150,7 +151,11 @@ def _abstract(w):
     return w if compat.is_array(w) else jax.ShapeDtypeStruct(w.shape, w.dtype)
 
 
-def _enter(context: Context, x: LoraArray | RowsArray, path: str, lora_key) -> Implicit:
+def _enter(
+    context: Context, x: LoraArray | RowsArray | QuantArray, path: str, lora_key
+) -> Implicit:
+    if isinstance(x, QuantArray):
+        return weight.bare(x, Note(path))
     x = rows_as_lora(x) if isinstance(x, RowsArray) else x
     gain = None
     if x.m is not None:

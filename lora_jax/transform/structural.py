@@ -8,17 +8,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
+from lora_jax.quant.array import QuantArray
 from lora_jax.transform.explicit import part_sharding
 from lora_jax.transform.value import (
     PARTS,
     RANK,
     Implicit,
     Unsupported,
-    dense,
     expand_to,
     labels,
     rebuild,
 )
+from lora_jax.transform.weight import each, moved, opened, rearranged
 
 
 def transpose(v: Implicit, *, permutation, **_):
@@ -26,7 +27,7 @@ def transpose(v: Implicit, *, permutation, **_):
     roles = "".join(v.roles[d] for d in permutation)
     return rebuild(
         v,
-        lax.transpose(dense(v.w), permutation),
+        rearranged(v, "transpose", permutation),
         roles,
         lambda array, dims: (array, [where.get(d, d) for d in dims]),
     )
@@ -48,7 +49,7 @@ def squeeze(v: Implicit, *, dimensions, **_):
         left = [kept.index(d) if d != RANK else d for d in dims if d not in gone]
         return jax.lax.squeeze(array, lost), left
 
-    return rebuild(v, lax.squeeze(dense(v.w), sorted(gone)), _pick(v.roles, kept), drop)
+    return rebuild(v, rearranged(v, "squeeze", sorted(gone)), _pick(v.roles, kept), drop)
 
 
 def reduce_unit(v: Implicit, *, axes, **_):
@@ -68,7 +69,7 @@ def slice_(v: Implicit, *, start_indices, limit_indices, strides, **_):
             [1 if d == RANK else steps[d] for d in dims],
         ), dims
 
-    w = lax.slice(dense(v.w), start_indices, limit_indices, strides)
+    w = rearranged(v, "slice", start_indices, limit_indices, strides)
     return rebuild(v, w, v.roles, cut)
 
 
@@ -83,14 +84,14 @@ def dynamic_slice(v: Implicit, *starts, slice_sizes, **_):
             [v.rank if d == RANK else slice_sizes[d] for d in dims],
         ), dims
 
-    return rebuild(v, lax.dynamic_slice(dense(v.w), starts, slice_sizes), v.roles, cut)
+    return rebuild(v, rearranged(v, "dynamic_slice", starts, slice_sizes), v.roles, cut)
 
 
 def reverse(v: Implicit, *, dimensions, **_):
     def turn(array, dims):
         return lax.rev(array, [i for i, d in enumerate(dims) if d in dimensions]), dims
 
-    return rebuild(v, lax.rev(dense(v.w), dimensions), v.roles, turn)
+    return rebuild(v, lax.rev(opened(v, "rev"), dimensions), v.roles, turn)
 
 
 def split(v: Implicit, *, sizes, axis, **_):
@@ -125,7 +126,7 @@ def broadcast_in_dim(v: Implicit, *dynamic, shape, broadcast_dimensions, **_):
         dims = [where.get(d, d) for d in dims]
         return jnp.broadcast_to(array, [*(shape[d] for d in added), *array.shape]), added + dims
 
-    w = lax.broadcast_in_dim(dense(v.w), shape, broadcast_dimensions)
+    w = rearranged(v, "broadcast_in_dim", shape, broadcast_dimensions)
     return rebuild(v, w, "".join(roles), spread)
 
 
@@ -187,7 +188,7 @@ def reshape(v: Implicit, *dynamic, new_sizes, dimensions=None, **_):
         part: None if getattr(v, part) is None else fold(getattr(v, part), None, part)
         for part in PARTS
     }
-    return dataclasses.replace(v, w=lax.reshape(dense(v.w), new_sizes), roles=roles, **parts)
+    return dataclasses.replace(v, w=rearranged(v, "reshape", new_sizes), roles=roles, **parts)
 
 
 def concatenate(values: Sequence, axis: int) -> Implicit:
@@ -225,7 +226,7 @@ def concatenate(values: Sequence, axis: int) -> Implicit:
             arrays.append(lax.pad(array, jnp.zeros((), array.dtype), pad))
         joined[part] = lax.concatenate(arrays, dims.index(along))
     stack = [d for d in labels(roles, "scale")]
-    w = lax.concatenate([dense(v.w) for v in parts], axis)
+    w = lax.concatenate([opened(v, "concatenate") for v in parts], axis)
     return dataclasses.replace(
         known[0],
         w=w,
@@ -261,7 +262,9 @@ def _with_stack_axis(v: Implicit, axis: int) -> Implicit:
         moved = [d if d == RANK or d < axis else d + 1 for d in dims]
         return array.reshape(1, *array.shape), [axis, *moved]
 
-    return rebuild(v, lax.expand_dims(dense(v.w), [axis]), roles, add)
+    shape = (*v.shape[:axis], 1, *v.shape[axis:])
+    w = rearranged(v, "broadcast_in_dim", shape, [d for d in range(v.ndim + 1) if d != axis])
+    return rebuild(v, w, roles, add)
 
 
 def _unit_as_stack(v, axis: int):
@@ -298,9 +301,9 @@ def scale_by(v: Implicit, factor, *, divide: bool = False) -> Implicit:
         return _gains(v, factor, divide=divide)
     factor = jnp.reshape(jnp.asarray(factor), ())
     if divide:
-        w, scale = dense(v.w) / factor, v.scale / factor.astype(v.scale.dtype)
+        w, scale = opened(v, "div") / factor, v.scale / factor.astype(v.scale.dtype)
     else:
-        w, scale = dense(v.w) * factor, v.scale * factor.astype(v.scale.dtype)
+        w, scale = opened(v, "mul") * factor, v.scale * factor.astype(v.scale.dtype)
     return dataclasses.replace(v, w=w, scale=scale)
 
 
@@ -321,22 +324,22 @@ def _gains(v: Implicit, factor, *, divide: bool) -> Implicit:
     array = getattr(v, part)
     own = lax.reshape(factor, [factor.shape[d] for d in varies]).astype(array.dtype)
     own = expand_to(own, varies, labels(v.roles, part))
-    w = dense(v.w) / factor if divide else dense(v.w) * factor
+    w = opened(v, "div") / factor if divide else opened(v, "mul") * factor
     return dataclasses.replace(v, w=w, **{part: array / own if divide else array * own})
 
 
 def negate(v: Implicit, **_):
-    return dataclasses.replace(v, w=-dense(v.w), scale=-v.scale)
+    return dataclasses.replace(v, w=-opened(v, "neg"), scale=-v.scale)
 
 
 def sharding_constraint(v: Implicit, bind, *, sharding, **_):
     """Constrains the factors as the weight is: the same axes on the dims each owns."""
     if not isinstance(sharding, NamedSharding):
-        return dataclasses.replace(v, w=bind(dense(v.w)))
+        return dataclasses.replace(v, w=each(v, bind))
     constrain = jax.lax.with_sharding_constraint
     return dataclasses.replace(
         v,
-        w=bind(dense(v.w)),
+        w=moved(v, sharding, constrain),
         a=constrain(v.a, part_sharding(sharding, v.roles, "a")),
         b=constrain(v.b, part_sharding(sharding, v.roles, "b")),
     )
@@ -348,16 +351,21 @@ def device_put(v: Implicit, to) -> Implicit:
     for part in ("a", "b"):
         there = part_sharding(to, v.roles, part) if isinstance(to, NamedSharding) else to
         parts[part] = jax.device_put(getattr(v, part), there)
-    return dataclasses.replace(v, w=jax.device_put(dense(v.w), to), **parts)
+    return dataclasses.replace(v, w=moved(v, to, jax.device_put), **parts)
 
 
 def leafwise(v: Implicit, bind) -> Implicit:
     """Operations that change no value: applied to the weight and to both factors."""
-    return dataclasses.replace(v, w=bind(dense(v.w)), a=bind(v.a), b=bind(v.b))
+    return dataclasses.replace(v, w=each(v, bind), a=bind(v.a), b=bind(v.b))
 
 
 def base_only(v: Implicit, bind) -> Implicit:
-    return dataclasses.replace(v, w=bind(dense(v.w)))
+    return dataclasses.replace(v, w=bind(opened(v, "reduce_precision")))
+
+
+def named(v: Implicit, bind) -> Implicit:
+    """A name for rematerialization: a quantized weight is decoded anew wherever it is used."""
+    return v if isinstance(v.w, QuantArray) else dataclasses.replace(v, w=bind(v.w))
 
 
 def reshard(v: Implicit, *, dst_sharding, **_):
@@ -367,7 +375,7 @@ def reshard(v: Implicit, *, dst_sharding, **_):
     for part in ("a", "b"):
         spec = part_sharding(dst_sharding, v.roles, part)
         parts[part] = change(getattr(v, part), spec)
-    return dataclasses.replace(v, w=change(dense(v.w), dst_sharding), **parts)
+    return dataclasses.replace(v, w=moved(v, dst_sharding, change), **parts)
 
 
 def _pick(roles: str, dims: Sequence[int]) -> str:

@@ -1,0 +1,228 @@
+"""Quantized bases under the transform: values and gradients are those of the decoded weights."""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lora_jax as lora
+from lora_jax import quant
+
+D, H, R = 32, 64, 4
+
+
+def weights(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape) / 4
+
+
+def mlp(p, x):
+    return jnp.tanh(x @ p["up"]) @ p["down"] + p["bias"]
+
+
+def scanned(p, x):
+    def step(x, w):
+        return jnp.tanh(x @ w["up"]) @ w["down"], None
+
+    return lax.scan(jax.checkpoint(step), x, p)[0]
+
+
+def unrolled(p, x):
+    for i in range(2):
+        x = jnp.tanh(x @ p["up"][i]) @ p["down"][i]
+    return x
+
+
+def tied(p, tokens):
+    x = jnp.take(p["table"], tokens, axis=0) @ p["mix"]
+    return x @ p["table"].T
+
+
+def experts(p, x):
+    hidden = jnp.einsum("emd,edh->emh", jnp.stack([x, x * 2, -x]), p["up"])
+    return jnp.einsum("emh,ehd->emd", jnp.tanh(hidden), p["down"])
+
+
+def heads(p, x):
+    q = jnp.einsum("md,dnh->mnh", x, p["q"])
+    return jnp.einsum("mnh,nhd->md", jnp.tanh(q), p["o"])
+
+
+def reshaped(p, x):
+    q = x @ p["q"].reshape(D, -1)
+    return (p["o"].reshape(-1, D).T @ q.T).T
+
+
+def grouped(p, x):
+    return lax.ragged_dot(x, p["up"], jnp.array([3, 2, 2], jnp.int32))
+
+
+def convolved(p, x):
+    image = x.reshape(1, 7, D)
+    return lax.conv_general_dilated(image, p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))  # fmt: skip
+
+
+def branched(p, x):
+    return jax.jit(lambda w, x: lax.cond(x.sum() > 0, lambda: x @ w, lambda: -x @ w))(p["up"], x)
+
+
+MLP = {"up": weights(D, H), "down": weights(H, D, seed=1), "bias": weights(D, seed=2)}
+STACK = {"up": weights(2, D, H), "down": weights(2, H, D, seed=1)}
+HEADS = {"q": weights(D, 4, 8), "o": weights(4, 8, D, seed=1)}
+X = weights(7, D, seed=9)
+CASES = {
+    "mlp": (mlp, MLP, {}, X),
+    "scanned layers": (scanned, STACK, {}, X),
+    "indexed layers": (unrolled, STACK, {}, X),
+    "tied head": (tied, {"table": weights(64, D), "mix": weights(D, D)}, {}, jnp.array([1, 63, 5])),
+    "tied head, rows of blocks": (
+        tied,
+        {"table": weights(64, D), "mix": weights(D, D)},
+        {"table": "oi"},
+        jnp.array([[1, 63], [0, 17]]),
+    ),
+    "experts": (experts, {"up": weights(3, D, H), "down": weights(3, H, D, seed=1)}, {}, X),
+    "heads": (heads, HEADS, {"q": "ioo", "o": "iio"}, X),
+    "reshaped heads": (reshaped, HEADS, {"q": "ioo", "o": "iio"}, X),
+    "grouped product": (grouped, {"up": weights(3, D, H)}, {}, X),
+    "convolution": (convolved, {"k": weights(3, D, H)}, {"k": "iio"}, X),
+    "jit and cond": (branched, {"up": weights(D, H)}, {}, X),
+}
+
+
+def make(name, **options):
+    """The function, its quantized parameters, and its inputs."""
+    fn, params, roles, x = CASES[name]
+    where = [k for k, w in params.items() if w.ndim > 1]
+    options = {"block_size": 16} | options
+    return fn, lora.quantize(params, where, roles=roles, **options), x
+
+
+def loss_of(fn, *args):
+    def loss(trainable, frozen, x):
+        return jnp.sum(jnp.sin(lora.lorafy(fn)(lora.combine(trainable, frozen), x)))
+
+    return loss
+
+
+def adapted(fn, params, x, **options):
+    config = lora.LoraConfig(rank=R, target_modules=".*", init="random", **options)
+    plan = lora.plan(config, fn, params, x)
+    return lora.init(jax.random.key(3), plan, params)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_the_decoded_weights(name):
+    fn, params, x = make(name)
+    quantized = adapted(fn, params, x)
+    floats = jax.tree.map(
+        lambda w: dataclasses.replace(w, w=w.w.dequantize())
+        if isinstance(w, lora.LoraArray) else lora.dequantize(w),
+        quantized, is_leaf=lambda w: lora.is_lora(w) or quant.is_quant(w),
+    )  # fmt: skip
+    assert any(isinstance(w, lora.LoraArray) and quant.is_quant(w.w) for w in jax.tree.leaves(
+        quantized, is_leaf=lora.is_lora))  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = jax.jit(jax.value_and_grad(loss_of(fn)))(*lora.split(quantized), x)
+    want = jax.jit(jax.value_and_grad(loss_of(fn)))(*lora.split(floats), x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5),
+                 jax.tree.leaves(got), jax.tree.leaves(want))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_quantized_base_without_adapters_is_called_through_lorafy(name):
+    fn, params, x = make(name, format="int4")
+    want = fn(lora.dequantize(params), x)
+    np.testing.assert_allclose(lora.lorafy(fn)(params, x), want, rtol=2e-5, atol=2e-5)
+
+
+def test_gradients_reach_the_inputs_and_no_float_weight_is_kept():
+    fn, params, x = make("mlp")
+
+    def loss(params, x):
+        return jnp.sum(lora.lorafy(fn)(params, x) ** 2)
+
+    want = jax.grad(lambda p, x: jnp.sum(fn(p, x) ** 2), 1)(lora.dequantize(params), x)
+    np.testing.assert_allclose(jax.grad(loss, 1)(params, x), want, rtol=1e-4, atol=1e-5)
+    _, pull = jax.vjp(lambda x: loss(params, x), x)
+    kept = [r for r in jax.tree.leaves(pull) if hasattr(r, "shape")]
+    assert not [r for r in kept if r.shape in ((D, H), (H, D)) and r.dtype == jnp.float32]
+
+
+def test_scanned_layers_keep_their_codes_only():
+    fn, params, x = make("scanned layers")
+    lora_params = adapted(fn, params, x)
+    trainable, frozen = lora.split(lora_params)
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss_of(fn)))(trainable, frozen, x))
+    assert f"f32[2,{D},{H}]" not in jaxpr and f"f32[2,{H},{D}]" not in jaxpr
+
+
+@pytest.mark.parametrize("options", [dict(format="uint4"), dict(format="int8"), dict(double_quant=True),
+                                     dict(block_size=64, pad=True)], ids=str)  # fmt: skip
+def test_every_format_under_scan(options):
+    fn, params, x = make("scanned layers", **options)
+    want = fn(lora.dequantize(params), x)
+    np.testing.assert_allclose(lora.lorafy(fn)(params, x), want, rtol=2e-5, atol=2e-5)
+
+
+def test_merge_gives_floats_and_counts_what_the_weights_stand_for():
+    fn, params, x = make("mlp")
+    lora_params = adapted(fn, params, x)
+    merged = lora.merge(lora_params)
+    assert {k: w.dtype for k, w in merged.items()} == dict.fromkeys(merged, jnp.float32)
+    np.testing.assert_allclose(fn(merged, x), lora.lorafy(fn)(lora_params, x), rtol=1e-4, atol=1e-5)
+    plain = lora.dequantize(params)
+    same = lora.count_parameters(adapted(fn, plain, x))
+    assert lora.count_parameters(lora_params) == same
+    back = lora.unmerge(merged, lora_params)
+    np.testing.assert_array_equal(back["up"], plain["up"])
+
+
+def test_plans_of_quantized_and_of_float_bases_are_the_same():
+    fn, params, x = make("heads")
+    config = lora.LoraConfig(rank=R, target_modules="all-linear")
+    got = lora.plan(config, fn, params, x)
+    want = lora.plan(config, fn, lora.dequantize(params), x)
+    assert str(got) == str(want)
+    by_plan = lora.quantize(lora.dequantize(params), want, block_size=16)
+    assert {k: q.roles for k, q in by_plan.items()} == {"q": "ioo", "o": "iio"}
+
+
+def test_what_needs_an_array_is_decoded_and_said():
+    params = {"up": quant.quantize_array(weights(D, H), block_size=16)}
+
+    def fn(p, x):
+        return x @ (p["up"] * 2.0)
+
+    with pytest.warns(lora.DecodedWarning, match=r"`up` \(quantized, nf4\) is decoded for `mul`"):
+        got = lora.lorafy(fn)(params, X)
+    np.testing.assert_allclose(got, fn(lora.dequantize(params), X), rtol=1e-5)
+
+
+def test_codes_have_no_gradient():
+    fn, params, x = make("mlp")
+    lora_params = adapted(fn, params, x)
+
+    def loss(lora_params):
+        return jnp.sum(lora.lorafy(fn)(lora_params, x))
+
+    with pytest.raises(TypeError, match="uint8"):
+        jax.grad(loss)(lora_params)
+    trainable, frozen = lora.split(lora_params)
+    grads = jax.grad(lambda t: loss(lora.combine(t, frozen)))(trainable)
+    assert all(jnp.issubdtype(g.dtype, jnp.floating) for g in jax.tree.leaves(grads))
+
+
+def test_dora_and_saved_leaves_over_a_quantized_base():
+    fn, params, x = make("mlp")
+    lora_params = adapted(fn, params, x, use_dora=True)
+    merged = lora.merge(lora_params)
+    np.testing.assert_allclose(fn(merged, x), lora.lorafy(fn)(lora_params, x), rtol=1e-4, atol=1e-5)
+    config = lora.LoraConfig(rank=R, target_modules=("up",), modules_to_save=("down",))
+    saved = lora.init(jax.random.key(0), lora.plan(config, fn, params, x), params)
+    np.testing.assert_array_equal(saved["down"].value, params["down"].dequantize())
+    np.testing.assert_allclose(lora.lorafy(fn)(saved, x), fn(lora.dequantize(params), x), rtol=1e-5)
