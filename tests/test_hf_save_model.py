@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.hf.save_model import save_model
+from lora_jax.hf.save_model import save_merged, save_model
+from lora_jax.hf.shards import size_of
 
 TEXT = [{"role": "user", "content": "Booking for Iris: 4 guests, 19:30, Friday."}]
 
@@ -98,11 +100,74 @@ def test_a_number_too_large_for_the_dtype(pair, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_shards_hold_what_one_file_holds(pair, tmp_path):
+    model, directory = pair
+    save_model(tmp_path / "cut", model, model.params, max_shard_size="8KB")
+    files = sorted((tmp_path / "cut").glob("model-*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    whole = load_file(directory / "model.safetensors")
+    shards = [load_file(file) for file in files]
+    held = {name: tensor for shard in shards for name, tensor in shard.items()}
+    assert len(held) == sum(map(len, shards))
+    jax.tree.map(np.testing.assert_array_equal, held, whole)
+    for shard in shards:
+        assert len(shard) == 1 or sum(x.nbytes for x in shard.values()) <= 8000
+    index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in whole.values())
+    assert index["weight_map"] == {
+        name: file.name for file, shard in zip(files, shards, strict=True) for name in shard
+    }
+    jax.tree.map(np.testing.assert_array_equal, models.load(tmp_path / "cut").params, model.params)
+
+
+@pytest.mark.parametrize("size", [0, -3, "5 apples", "", "0.1B"])
+def test_a_size_that_is_none(size):
+    with pytest.raises(ValueError, match="`max_shard_size` must be bytes or like `5GB` or `2GiB`"):
+        size_of(size)
+
+
+def test_sizes():
+    texts = (7, "7", "5GB", "1.5 kB", "2GiB", "3MB")
+    assert [size_of(text) for text in texts] == [7, 7, 5 * 10**9, 1500, 2 * 2**30, 3 * 10**6]
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["stacked", "apart"])
+def test_adapters_are_merged_as_they_are_written(tmp_path, scan):
+    """Low-rank leaves, DoRA's magnitudes and a norm trained whole, against `lora.merge`."""
+    fresh = models.init(jax.random.key(0), tiny.tiny_model().config, scan=scan)
+    config = lora.LoraConfig(
+        rank=2, target_modules=("q_proj", "up_proj"), use_dora=True, modules_to_save=("norm",)
+    )
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    plan = lora.plan(config, fresh.apply, fresh.params, tokens)
+    trainable, frozen = lora.split(lora.init(jax.random.key(1), plan, fresh.params))
+    params = lora.combine(jax.tree.map(lambda x: x + 0.1, trainable), frozen)
+    save_merged(tmp_path / "merged", fresh, params, dtype="bfloat16")
+    want = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora.merge(params))
+    got = models.load(tmp_path / "merged", dtype="bfloat16", scan=scan).params
+    # The same float32 sums for one block instead of all; a rounding may fall the other way.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-7), got, want)
+    changed = jax.tree.map(lambda a, b: bool((a != b.astype(a.dtype)).any()), got, fresh.params)
+    assert sum(jax.tree.leaves(changed)) == (3 if scan else 5)
+
+
+def test_a_sum_that_is_not_finite(pair, tmp_path):
+    model, _ = pair
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    plan = lora.plan(lora.LoraConfig(rank=2), model.apply, model.params, tokens)
+    params = lora.init(jax.random.key(0), plan, model.params)
+    trainable, frozen = lora.split(params)
+    params = lora.combine(jax.tree.map(lambda x: x + jnp.inf, trainable), frozen)
+    with pytest.raises(ValueError, match=r"not finite .* at `model.layers.0.self_attn.q_proj.k"):
+        save_merged(tmp_path / "x", model, params)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failure_leaves_nothing(pair, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    monkeypatch.setattr("lora_jax.hf.shards._write", full)
     with pytest.raises(OSError, match="No space left"):
         save_model(tmp_path / "x", pair[0], pair[0].params)
     assert not list(tmp_path.iterdir())

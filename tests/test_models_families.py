@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from torch_models import both_paddings, saver, theirs
+from torch_models import both_paddings, greedy, saver, texts, theirs
+from transformers import AutoModelForCausalLM
 
+import lora_jax as lora
 from lora_jax import models
+from lora_jax.array import delta, is_lora
+from lora_jax.hf.save_model import save_merged
 from lora_jax.models import config_from_hf
 
 pytestmark = pytest.mark.torch
@@ -91,3 +95,109 @@ def test_logits_are_transformers(saved, case):
     assert got.dtype == np.float32
     assert np.abs(got - want)[mask].max() <= TOLERANCE
     assert config_from_hf(model.config.to_hf()) == model.config
+
+
+@pytest.mark.parametrize("case", [*ONE_EACH, "phi3 long", "gemma3 that reaches far"])
+def test_greedy_text_is_transformers(saved, case):
+    """From prompts of 12, 7 and 1 tokens, beyond windows and LongRoPE's trained context."""
+    oracle, directory = saved(case)
+    model = models.load(directory)
+    tokens, mask = texts("left")
+    prompts = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
+    want = greedy(oracle, tokens, mask, 16)
+    assert models.generate(model, model.params, prompts, max_new_tokens=16) == want
+
+
+def test_a_text_that_outgrows_the_trained_context(saved):
+    """LongRoPE changes every rotation at once, those of the tokens already seen too."""
+    oracle, directory = saved("phi3 long")
+    model = models.load(directory)
+    prompt = np.array([[5, 9, 11, 3, 7]])  # 5 of 8 tokens
+    want = greedy(oracle, prompt, np.ones_like(prompt), 12)
+    assert models.generate(model, model.params, prompt.tolist(), max_new_tokens=12) == want
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_blocks_that_are_not_stacked_compute_the_same(saved, case):
+    _, directory = saved(case)
+    stacked, apart = (models.load(directory, scan=scan) for scan in (True, False))
+    tokens, mask = texts("left")
+    mask = jnp.asarray(mask)
+    a = np.asarray(jax.jit(stacked.apply)(stacked.params, tokens, mask=mask))
+    b = np.asarray(jax.jit(apart.apply)(apart.params, tokens, mask=mask))
+    # The same operations; XLA may fuse them differently.
+    np.testing.assert_allclose(a[mask], b[mask], atol=2e-5)
+
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTED = {
+    "phi3 that rotates half": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+}
+
+
+def adapted(model):
+    """Adapters on every linear layer that change the logits, and the example batch."""
+    config = lora.LoraConfig(rank=2, alpha=4, target_modules="all-linear")
+    plan = lora.plan(config, model.apply, model.params, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    trainable, frozen = lora.split(lora.init(jax.random.key(1), plan, model.params))
+    leaves, tree = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [x + 0.03 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved), frozen
+
+
+def added_up(params):
+    """Every weight with its change, in a way that can be differentiated."""
+    return jax.tree.map(lambda x: x.w + delta(x) if is_lora(x) else x, params, is_leaf=is_lora)
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_adapters_stay_low_rank_and_train(saved, case, tmp_path):
+    """Logits and gradients equal those of the weights added up; transformers loads the sum."""
+    _, directory = saved(case)
+    model = models.load(directory)
+    trainable, frozen = adapted(model)
+    paths = {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".kernel")
+        for path, x in jax.tree_util.tree_leaves_with_path(
+            lora.combine(trainable, frozen), is_leaf=is_lora
+        )
+        if is_lora(x)
+    }
+    wanted = ADAPTED.get(case, LINEAR)
+    assert len(paths) == len(wanted) and all(p.endswith(wanted) for p in paths)
+    tokens, mask = texts("left")
+    seen = jnp.asarray(mask)
+    run = lora.lorafy(model.apply, strict=True)
+
+    def loss(trainable, prepare, apply):
+        logits = apply(prepare(lora.combine(trainable, frozen)), tokens, mask=seen)
+        return jnp.where(seen[..., None], jnp.sin(logits), 0.0).sum(), logits
+
+    grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(1, 2))
+    (_, got), slopes = grad(trainable, lambda x: x, run)
+    (_, want), expected = grad(trainable, added_up, model.apply)
+    np.testing.assert_allclose(got[seen], want[seen], atol=TOLERANCE)
+    size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    # float32 sums of hundreds of terms, against the largest slope.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * size), slopes, expected)
+
+    save_merged(tmp_path / "merged", model, lora.combine(trainable, frozen))
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    there = theirs(oracle, tokens, mask, torch.tensor(positions_of(mask)))
+    np.testing.assert_allclose(there[mask], got[seen], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "case", ["gemma3 that reaches far", "phi3 long", "qwen3 mixed", "gpt2 with a head of its own"]
+)
+def test_what_is_saved_is_the_same_to_transformers(saved, case, tmp_path):
+    oracle, directory = saved(case)
+    model = models.load(directory)
+    save_merged(tmp_path / "again", model, model.params)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    tokens, mask = texts("right")
+    positions = torch.tensor(positions_of(mask))
+    got, want = (theirs(m, tokens, mask, positions) for m in (again, oracle))
+    np.testing.assert_array_equal(got[mask], want[mask])

@@ -76,11 +76,11 @@ def _slots(leaves: list[tuple[str, tuple[int, ...]]], family: Family) -> dict[st
         depth = stack_depth(path, family=family)
         for index in product(*(range(n) for n in shape[:depth])):
             name, axes = tensor_of(path, index, family=family)
-            slots[name] = _Slot(i, index, axes, _there(shape[depth:], axes))
+            slots[name] = _Slot(i, index, axes, shape_there(shape[depth:], axes))
     return slots
 
 
-def _there(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[int, ...]:
+def shape_there(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[int, ...]:
     """The shape in the checkpoint of a block with this shape here."""
     return shape if axes is None else tuple(shape[axes.index(i)] for i in range(len(shape)))
 
