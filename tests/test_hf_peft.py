@@ -426,7 +426,7 @@ def test_missing_files(directory, tmp_path):
         peft.read_peft(directory / peft_files.CONFIG_FILE)
     (directory / peft_files.TENSOR_FILE).rename(directory / "model.safetensors")
     with pytest.raises(
-        FileNotFoundError, match="adapter_model.safetensors is missing.* holds adap"
+        FileNotFoundError, match="adapter_model.safetensors is missing.* holds README"
     ):
         peft.read_peft(directory)
     (directory / peft_files.CONFIG_FILE).unlink()
@@ -531,8 +531,24 @@ def test_the_json_is_as_peft_writes_it(directory):
     assert text == json.dumps(fields, indent=2, sort_keys=True)
     assert fields["task_type"] == "CAUSAL_LM" and fields["inference_mode"] is True
     assert sorted(p.name for p in directory.iterdir()) == sorted(
-        [peft_files.CONFIG_FILE, peft_files.TENSOR_FILE]
+        ["README.md", peft_files.CONFIG_FILE, peft_files.TENSOR_FILE]
     )
+
+
+def test_the_model_card_says_what_it_is_and_a_users_own_stays(tree, tmp_path):
+    place = tmp_path / "a"
+    peft.save_peft(place, tree, QV, base_model_name="org/it's")
+    text = (place / "README.md").read_text()
+    assert text.startswith("---\nbase_model: 'org/it''s'\nlibrary_name: peft\n")
+    for line in ("- rank: 4", "- alpha: 6", "- adapted modules: `q_proj`, `v_proj`"):
+        assert line in text.splitlines()
+    assert 'AutoModelForCausalLM.from_pretrained("org/it\'s")' in text
+    peft.save_peft(place, tree, QV, task_type="SEQ_CLS")  # the card of what is replaced goes too
+    text = (place / "README.md").read_text()
+    assert "- base model: not recorded" in text and "SequenceClassification" in text
+    (place / "README.md").write_text(text + "mine")
+    peft.save_peft(place, tree, QV, base_model_name="org/base")
+    assert (place / "README.md").read_text() == text + "mine"
 
 
 def test_names_given_and_names_kept(tree, tmp_path):

@@ -140,7 +140,8 @@ def save_peft(
     """Writes an adapter as a PEFT directory, whole or not at all.
 
     Args:
-      directory: made if it does not exist; other files in it stay.
+      directory: made if it does not exist; other files in it stay. A model card (README.md) is
+        written where there is none.
       lora_params: tree with the adapter.
       config: the config the adapter was made with.
       base_model_name: Hub id or path of the base model, for `base_model_name_or_path`.

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.hf.peft_card import CARD_FILE, card
 from lora_jax.hf.safetensors import PICKLES, read_header
 
 CONFIG_FILE = "adapter_config.json"
@@ -131,7 +132,9 @@ def check_tensor(name: str, value: np.ndarray, source: str | os.PathLike) -> Non
 def write_directory(
     directory: str | os.PathLike, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes both files of a PEFT directory, byte for byte as PEFT does.
+    """Writes both files of a PEFT directory, byte for byte as PEFT does, and a model card.
+
+    A README.md that is there stays, unless it is the card of the adapter that is replaced.
 
     Everything is written and synced under temporary names first, so that a full disk or an
     interruption leaves what was there. A new directory appears whole, by one rename. In an
@@ -158,7 +161,8 @@ def write_directory(
         (temporary / CONFIG_FILE).write_text(config, "utf-8")
         # The marker is what transformers and PEFT look for.
         save_file(dict(tensors), temporary / TENSOR_FILE, metadata={"format": "pt"})
-        for name in (CONFIG_FILE, TENSOR_FILE):
+        (temporary / CARD_FILE).write_text(card(fields), "utf-8")
+        for name in (CONFIG_FILE, TENSOR_FILE, CARD_FILE):
             _sync(temporary / name)
         _move_in(temporary, root)
     except (OSError, SafetensorError) as error:
@@ -192,6 +196,7 @@ def _move_in(temporary: Path, root: Path) -> None:
 def _replace(temporary: Path, root: Path) -> None:
     """Replaces the two files, without a moment in which they do not belong together."""
     old, aside = root / CONFIG_FILE, temporary / "old.json"
+    own_card = _may_replace_card(root)
     if old.exists() and old.read_bytes() != (temporary / CONFIG_FILE).read_bytes():
         os.replace(old, aside)
     try:
@@ -201,6 +206,18 @@ def _replace(temporary: Path, root: Path) -> None:
             os.replace(aside, old)
         raise
     os.replace(temporary / CONFIG_FILE, old)
+    if own_card:
+        os.replace(temporary / CARD_FILE, root / CARD_FILE)
+
+
+def _may_replace_card(root: Path) -> bool:
+    """Whether there is no card, or the very one that was written for the config that is there."""
+    if not (root / CARD_FILE).exists():
+        return True
+    try:
+        return (root / CARD_FILE).read_text("utf-8") == card(_read_json(root / CONFIG_FILE))
+    except (OSError, ValueError, TypeError, AttributeError):  # no config of ours, or no text
+        return False
 
 
 def _umask() -> int:
