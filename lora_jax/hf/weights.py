@@ -4,7 +4,7 @@ Every key is accounted for before the first tensor is read, and no more than one
 held beside the parameters that are already done.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ def fill(shapes: Any, weights: Weights, *, family: Family = ANY) -> Any:
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     slots = _slots([(spell(path), leaf.shape) for path, leaf in leaves], family)
-    _check(slots, weights, family)
+    check_fit({name: slot.shape for name, slot in slots.items()}, weights, ignored=family.ignored)
     by_leaf: dict[int, list[str]] = {}
     for name, slot in slots.items():
         by_leaf.setdefault(slot.leaf, []).append(name)
@@ -85,16 +85,26 @@ def shape_there(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[i
     return shape if axes is None else tuple(shape[axes.index(i)] for i in range(len(shape)))
 
 
-def _check(slots: Mapping[str, _Slot], weights: Weights, family: Family) -> None:
+def check_fit(
+    wanted: Mapping[str, tuple[int, ...]], weights: Weights, *, ignored: Sequence[str] = ()
+) -> None:
+    """Refuses a checkpoint whose tensors are not exactly the wanted ones.
+
+    Args:
+      wanted: shapes by name.
+      weights: the checkpoint.
+      ignored: globs of tensors that may be there besides.
+
+    Raises:
+      ValueError: keys missing, left over or misshapen, all in one message.
+    """
     have = weights.shapes
-    missing = [n for n in slots if n not in have]
-    extra = [
-        n for n in have if n not in slots and not any(fnmatchcase(n, g) for g in family.ignored)
-    ]
+    missing = [n for n in wanted if n not in have]
+    extra = [n for n in have if n not in wanted and not any(fnmatchcase(n, g) for g in ignored)]
     wrong = [
-        f"`{n}` in {weights.where(n)} has shape {tuple(have[n])}, expected {slot.shape}"
-        for n, slot in slots.items()
-        if n in have and tuple(have[n]) != slot.shape
+        f"`{n}` in {weights.where(n)} has shape {tuple(have[n])}, expected {shape}"
+        for n, shape in wanted.items()
+        if n in have and tuple(have[n]) != shape
     ]
     problems = [
         _say("missing", [f"`{n}`" for n in missing]),
