@@ -1,0 +1,286 @@
+"""Kernels for NVIDIA GPUs, in Pallas with the Triton lowering.
+
+`decode` writes the matrix down for the library's matmul: an opaque call, under another name in
+the backward pass, so that XLA cannot compute it once for both and keep every layer's. `matmul`
+decodes in registers between loading codes and multiplying, for few rows (decoding text): it reads
+a quarter of the bytes. Both work on superblocks, see `lora_jax.quant.formats`.
+
+Formats with a table look values up in its 16 float32 entries (7 instructions a weight on sm_90; a
+tree of selects takes 19), integer ones are computed. Arithmetic is float32, rounded once.
+"""
+
+import functools
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from lora_jax.quant import formats
+from lora_jax.quant.kernels.partition import sharded_decode
+
+_COLUMNS = (128, 64, 32, 16)
+_ROWS = 64  # of a superblock's half that one program decodes
+_FUSED_BLOCKS = (16, 32, 64, 128)
+_SMS = 132
+
+
+def _triton(warps: int, stages: int):
+    from jax.experimental.pallas import triton
+
+    return triton.CompilerParams(num_warps=warps, num_stages=stages)
+
+
+def _columns(outputs: int) -> int:
+    return next((n for n in _COLUMNS if outputs % n == 0), 0)
+
+
+def obstacle(form: formats.Format, block: int, packed: tuple) -> str:
+    """Why no kernel takes a matrix with codes of shape `packed`, or ""."""
+    if not _columns(packed[-1]):
+        return f"{packed[-1]} outputs are no multiple of {_COLUMNS[-1]}"
+    return ""
+
+
+def fused_obstacle(form: formats.Format, block: int, packed: tuple, dtype) -> str:
+    """Why `matmul` does not take it, or ""."""
+    if form.bits != 4:
+        return "8-bit codes are multiplied after decoding"
+    if block not in _FUSED_BLOCKS:
+        return f"blocks of {block} do not fit the registers"
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"{jnp.dtype(dtype).name} has no tensor-core product that keeps its precision"
+    return ""
+
+
+def _table(form: formats.Format) -> np.ndarray:
+    if form.codebook is None:
+        return np.zeros((16,), np.float32)
+    return np.asarray(form.codebook, np.float32)
+
+
+def _values(codes, form: formats.Format, table_ref):
+    """The value of each code in float32."""
+    if form.codebook is None or np.all(np.diff(form.codebook) == 1):
+        return formats.code_values(codes, form)
+    return _load(table_ref, codes.astype(jnp.int32))
+
+
+def _load(table_ref, index):
+    from jax.experimental.pallas import triton
+
+    return triton.load(table_ref.at[index])
+
+
+def _slabs(codes, form: formats.Format, scale, bias, table_ref) -> list:
+    """The halves of a superblock as float32 slabs, each with its own row of scales."""
+    halves = [codes] if form.bits == 8 else [codes & 15, codes >> 4]
+    out = []
+    for i, half in enumerate(halves):
+        values = _values(half, form, table_ref) * scale[i].astype(jnp.float32)[None, :]
+        if bias is not None:
+            values = values + bias[i].astype(jnp.float32)[None, :]
+        out.append(values)
+    return out
+
+
+def _call(kernel, *, warps: int, stages: int, interpret: bool, **options):
+    """`pl.pallas_call` through Triton, which later releases call deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        run = pl.pallas_call(
+            kernel, compiler_params=_triton(warps, stages), interpret=interpret, **options
+        )
+
+    def quietly(*args):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return run(*args)
+
+    return quietly
+
+
+def _decode_kernel(packed_ref, scale_ref, bias_ref, table_ref, out_ref, *, form):
+    bias = None if bias_ref is None else [bias_ref[i, :] for i in range(bias_ref.shape[0])]
+    scale = [scale_ref[i, :] for i in range(scale_ref.shape[0])]
+    for i, slab in enumerate(_slabs(packed_ref[...], form, scale, bias, table_ref)):
+        out_ref[i, :, :] = slab.astype(out_ref.dtype)
+
+
+def decode(packed, scale, bias, *, form: formats.Format, block: int, dtype, name: str,
+           interpret: bool = False):  # fmt: skip
+    """The matrix `(K, N)` in `dtype`, K filled up to whole superblocks.
+
+    Args:
+      packed, scale, bias: of one matrix.
+      form, block, dtype: how to read it, and in what.
+      name: "forward" or "backward", which keeps XLA from sharing the result.
+      interpret: run the kernel's Python instead of compiling it.
+    """
+    halves = form.rows(block) // block
+    supers = packed.shape[0] // block
+    cols = packed.shape[1]
+    run = functools.partial(
+        _decode_blocks, form=form, dtype=jnp.dtype(dtype), name=name, interpret=interpret
+    )
+    parts = [packed.reshape(supers, block, cols), scale.reshape(supers, halves, cols)]
+    if bias is not None:
+        parts.append(bias.reshape(supers, halves, cols))
+    parts.append(jnp.asarray(_table(form)))
+    return sharded_decode(run, *parts).reshape(supers * halves * block, cols)
+
+
+def _decode_blocks(packed, scale, *rest, form, dtype, name: str, interpret: bool):
+    """`(S, B, N), (S, halves, N), perhaps biases, table -> (S, halves, B, N)`."""
+    supers, block, cols = packed.shape
+    halves, bn, rows = scale.shape[1], _columns(cols), min(block, _ROWS)
+
+    def codes_at(s, r, j):
+        return s, r, j
+
+    def scales_at(s, r, j):
+        return s, 0, j
+
+    scales = pl.BlockSpec((None, halves, bn), scales_at)
+    specs = [pl.BlockSpec((None, rows, bn), codes_at), scales] + [scales] * (len(rest) - 1)
+    specs.append(pl.BlockSpec((16,), lambda s, r, j: (0,)))
+
+    def kernel(packed_ref, scale_ref, *refs):
+        bias_ref = refs[0] if len(rest) == 2 else None
+        _decode_kernel(packed_ref, scale_ref, bias_ref, refs[-2], refs[-1], form=form)
+
+    run = _call(
+        kernel,
+        warps=4,
+        stages=1,
+        interpret=interpret,
+        grid=(supers, block // rows, cols // bn),
+        in_specs=specs,
+        out_specs=pl.BlockSpec((None, halves, rows, bn), lambda s, r, j: (s, 0, r, j)),
+        out_shape=jax.ShapeDtypeStruct((supers, halves, block, cols), dtype),
+        name=f"quant_decode_{name}",
+    )
+    return run(packed, scale, *rest)
+
+
+def _tile_rows(rows: int) -> int:
+    """Rows of one tile: a tensor-core product has at least 16."""
+    return min(64, max(16, 1 << math.ceil(math.log2(max(rows, 1)))))
+
+
+def _split(supers: int, tiles: int) -> int:
+    """Into how many parts the inputs are split so that every multiprocessor has work."""
+    parts = [p for p in range(1, supers + 1) if supers % p == 0 and p <= 16]
+    return next((p for p in parts if p * tiles >= 2 * _SMS), parts[-1])
+
+
+def matmul(x, packed, scale, bias, *, form: formats.Format, block: int, transposed: bool, dtype,
+           interpret: bool = False):  # fmt: skip
+    """`x (M, K) · w`, or transposed `x (M, N) · wᵀ`, decoding as it goes; sums in float32.
+
+    Args:
+      x: few rows.
+      packed, scale, bias: of one matrix.
+      form, block: how to read it.
+      transposed: whether outputs are contracted.
+      dtype: of the result.
+      interpret: run the kernel's Python instead of compiling it.
+    """
+    rows = x.shape[0]
+    bm = _tile_rows(rows)
+    x = jnp.pad(x, ((0, -rows % bm), (0, 0)))
+    run = _backward if transposed else _forward
+    y = run(x, packed, scale, bias, bm=bm, form=form, block=block, interpret=interpret)
+    return y[:rows].astype(dtype)
+
+
+def _operands(scale, bias, spec) -> tuple[list, list]:
+    return ([scale], [spec]) if bias is None else ([scale, bias], [spec, spec])
+
+
+def _forward(x, packed, scale, bias, *, bm: int, form, block: int, interpret: bool):
+    (m, k), cols = x.shape, packed.shape[1]
+    bn, supers = _columns(cols), packed.shape[0] // block
+    splits = _split(supers, (m // bm) * (cols // bn))
+    steps = supers // splits
+
+    def kernel(x_ref, packed_ref, *rest):
+        *scale_refs, table_ref, out_ref = rest
+        first = pl.program_id(2) * steps
+
+        def body(i, acc):
+            j = first + i
+            codes = packed_ref[pl.ds(j * block, block), :]
+            read = [[ref[2 * j + h, :] for h in range(2)] for ref in scale_refs]
+            slabs = _slabs(codes, form, read[0], read[1] if len(read) > 1 else None, table_ref)
+            for h, slab in enumerate(slabs):
+                left = x_ref[:, pl.ds((2 * j + h) * block, block)]
+                acc = acc + jnp.dot(left, slab.astype(x.dtype), preferred_element_type=jnp.float32)
+            return acc
+
+        out_ref[...] = lax.fori_loop(0, steps, body, jnp.zeros((bm, bn), jnp.float32))
+
+    scales, specs = _operands(
+        scale, bias, pl.BlockSpec((scale.shape[0], bn), lambda i, j, s: (0, j))
+    )
+    parts = _call(
+        kernel,
+        warps=4,
+        stages=3,
+        interpret=interpret,
+        grid=(m // bm, cols // bn, splits),
+        in_specs=[
+            pl.BlockSpec((bm, k), lambda i, j, s: (i, 0)),
+            pl.BlockSpec((packed.shape[0], bn), lambda i, j, s: (0, j)),
+            *specs,
+            pl.BlockSpec((16,), lambda i, j, s: (0,)),
+        ],
+        out_specs=pl.BlockSpec((None, bm, bn), lambda i, j, s: (s, i, j)),
+        out_shape=jax.ShapeDtypeStruct((splits, m, cols), jnp.float32),
+        name="quant_matmul_forward",
+    )(x, packed, *scales, jnp.asarray(_table(form)))
+    return jnp.sum(parts, axis=0)
+
+
+def _backward(g, packed, scale, bias, *, bm: int, form, block: int, interpret: bool):
+    (m, n), supers = g.shape, packed.shape[0] // block
+    bn = _columns(n)
+
+    def kernel(g_ref, packed_ref, *rest):
+        *scale_refs, table_ref, out_ref = rest
+
+        def body(j, sums):
+            at = pl.ds(j * bn, bn)
+            codes, left = packed_ref[:, at], g_ref[:, at]
+            read = [[ref[h, at] for h in range(2)] for ref in scale_refs]
+            slabs = _slabs(codes, form, read[0], read[1] if len(read) > 1 else None, table_ref)
+            return tuple(
+                acc + jnp.dot(left, slab.astype(g.dtype).T, preferred_element_type=jnp.float32)
+                for acc, slab in zip(sums, slabs, strict=True)
+            )
+
+        start = (jnp.zeros((bm, block), jnp.float32),) * 2
+        low, high = lax.fori_loop(0, n // bn, body, start)
+        out_ref[:, pl.ds(0, block)] = low
+        out_ref[:, pl.ds(block, block)] = high
+
+    scales, specs = _operands(scale, bias, pl.BlockSpec((2, n), lambda i, k: (k, 0)))
+    return _call(
+        kernel,
+        warps=4,
+        stages=3,
+        interpret=interpret,
+        grid=(m // bm, supers),
+        in_specs=[
+            pl.BlockSpec((bm, n), lambda i, k: (i, 0)),
+            pl.BlockSpec((block, n), lambda i, k: (k, 0)),
+            *specs,
+            pl.BlockSpec((16,), lambda i, k: (0,)),
+        ],
+        out_specs=pl.BlockSpec((bm, 2 * block), lambda i, k: (i, k)),
+        out_shape=jax.ShapeDtypeStruct((m, supers * 2 * block), jnp.float32),
+        name="quant_matmul_backward",
+    )(g, packed, *scales, jnp.asarray(_table(form)))

@@ -1,0 +1,184 @@
+"""Kernels for TPUs, in Pallas with the Mosaic lowering; the contract of `kernels.gpu`.
+
+Values come from a tree of selects: a table lookup is a gather, of which a TPU has none. Codes are
+widened to 32 bits before they are shifted. A grid step takes some whole superblocks, whose codes,
+scales and biases are given a dim of their own so that no tile has to be aligned across them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from lora_jax.quant import formats
+from lora_jax.quant.kernels.partition import sharded_decode
+
+_LANES = 128
+_COLUMNS = (512, 256, 128)
+_STEPS = 8  # superblocks of a grid step, at most
+_ROWS = 256  # rows of `x` in a tile, at most
+_BLOCKS = (32, 64, 128, 256)
+
+
+def _columns(outputs: int) -> int:
+    return next((n for n in _COLUMNS if outputs % n == 0), 0)
+
+
+def _steps(supers: int) -> int:
+    return max(s for s in range(1, _STEPS + 1) if supers % s == 0)
+
+
+def obstacle(form: formats.Format, block: int, packed: tuple) -> str:
+    """Why no kernel takes a matrix with codes of shape `packed`, or ""."""
+    if not _columns(packed[-1]):
+        return f"{packed[-1]} outputs are no multiple of {_LANES}"
+    if block not in _BLOCKS:
+        return f"blocks of {block} do not fit its tiles ({', '.join(map(str, _BLOCKS))} do)"
+    return ""
+
+
+def fused_obstacle(form: formats.Format, block: int, packed: tuple, dtype) -> str:
+    """Why `matmul` does not take it, or ""."""
+    if form.bits != 4:
+        return "8-bit codes are multiplied after decoding"
+    supers = packed[0] // block
+    if _steps(supers) * 2 * block % _LANES and _steps(supers) != supers:
+        return f"{supers} superblocks of {2 * block} inputs fill no tile of {_LANES} lanes"
+    return ""
+
+
+def _slabs(i: int, packed_ref, scale_ref, bias_ref, form: formats.Format) -> list:
+    """The halves of superblock `i` of a tile, in float32."""
+    codes = packed_ref[i].astype(jnp.int32)
+    halves = [codes] if form.bits == 8 else [codes & 15, codes >> 4]
+    out = []
+    for h, half in enumerate(halves):
+        values = formats.code_values(half, form)
+        values = values * scale_ref[i, h : h + 1, :].astype(jnp.float32)
+        if bias_ref is not None:
+            values = values + bias_ref[i, h : h + 1, :].astype(jnp.float32)
+        out.append(values)
+    return out
+
+
+def _blocks(packed, scale, bias, form: formats.Format, block: int) -> list:
+    """Codes `(S, B, N)`, scales and biases `(S, halves, N)`; float16 is no dtype of a TPU."""
+    halves = form.rows(block) // block
+    supers, cols = packed.shape[0] // block, packed.shape[1]
+    out = [packed.reshape(supers, block, cols)]
+    for x in (scale, bias):
+        if x is not None:
+            x = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+            out.append(x.reshape(supers, halves, cols))
+    return out
+
+
+def _compiler(*semantics: str):
+    from jax.experimental.pallas import tpu
+
+    return tpu.CompilerParams(dimension_semantics=semantics)
+
+
+def decode(packed, scale, bias, *, form: formats.Format, block: int, dtype, name: str,
+           interpret: bool = False):  # fmt: skip
+    """The matrix `(K, N)`; arguments as of `kernels.gpu.decode`."""
+    parts = _blocks(packed, scale, bias, form, block)
+    run = functools.partial(
+        _decode_blocks, form=form, dtype=jnp.dtype(dtype), name=name, interpret=interpret
+    )
+    return sharded_decode(run, *parts).reshape(-1, packed.shape[1])
+
+
+def _decode_blocks(packed, scale, bias=None, *, form, dtype, name: str, interpret: bool):
+    supers, block, cols = packed.shape
+    halves, bn, steps = scale.shape[1], _columns(cols), _steps(supers)
+
+    def kernel(packed_ref, scale_ref, *rest):
+        bias_ref = rest[0] if bias is not None else None
+        for i in range(steps):
+            for h, slab in enumerate(_slabs(i, packed_ref, scale_ref, bias_ref, form)):
+                rest[-1][i, h] = slab.astype(dtype)
+
+    def at(s, j):
+        return s, 0, j
+
+    scales = pl.BlockSpec((steps, halves, bn), at)
+    return pl.pallas_call(
+        kernel,
+        grid=(supers // steps, cols // bn),
+        in_specs=[pl.BlockSpec((steps, block, bn), at), scales] + [scales] * (bias is not None),
+        out_specs=pl.BlockSpec((steps, halves, block, bn), lambda s, j: (s, 0, 0, j)),
+        out_shape=jax.ShapeDtypeStruct((supers, halves, block, cols), dtype),
+        compiler_params=_compiler("parallel", "parallel"),
+        interpret=interpret,
+        name=f"quant_decode_{name}",
+    )(packed, scale, *([] if bias is None else [bias]))
+
+
+def matmul(x, packed, scale, bias, *, form: formats.Format, block: int, transposed: bool, dtype,
+           interpret: bool = False):  # fmt: skip
+    """`x (M, K) · w`, or transposed `x (M, N) · wᵀ`; arguments as of `kernels.gpu.matmul`."""
+    rows, supers, cols = x.shape[0], packed.shape[0] // block, packed.shape[1]
+    bm = min(_ROWS, -(-rows // 16) * 16)
+    x = jnp.pad(x, ((0, -rows % bm), (0, 0)))
+    bn, steps = _columns(cols), _steps(supers)
+    bk = steps * 2 * block
+    m, k = x.shape[0], supers * 2 * block
+    parts = _blocks(packed, scale, bias, form, block)
+    tiles = (m // bm, k // bk, cols // bn) if transposed else (m // bm, cols // bn, k // bk)
+
+    def kernel(x_ref, packed_ref, scale_ref, *rest):
+        bias_ref = rest[0] if bias is not None else None
+        out_ref, sum_ref = rest[-2:]
+
+        @pl.when(pl.program_id(2) == 0)
+        def _():
+            sum_ref[...] = jnp.zeros_like(sum_ref)
+
+        for i in range(steps):
+            slabs = _slabs(i, packed_ref, scale_ref, bias_ref, form)
+            w = jnp.concatenate([slab.astype(x.dtype) for slab in slabs], axis=0)
+            at = pl.ds(i * 2 * block, 2 * block)
+            if transposed:
+                sum_ref[:, at] += _dot(x_ref[...], w, 1)
+            else:
+                sum_ref[...] += _dot(x_ref[:, at], w, 0)
+
+        @pl.when(pl.program_id(2) == tiles[2] - 1)
+        def _():
+            out_ref[...] = sum_ref[...].astype(out_ref.dtype)
+
+    def of_weight(i, a, b):
+        return (a, 0, b) if transposed else (b, 0, a)
+
+    scales = pl.BlockSpec((steps, 2, bn), of_weight)
+    y = pl.pallas_call(
+        kernel,
+        grid=tiles,
+        in_specs=[
+            pl.BlockSpec((bm, bn if transposed else bk), lambda i, a, b: (i, b)),
+            pl.BlockSpec((steps, block, bn), of_weight),
+            *[scales] * (len(parts) - 1),
+        ],
+        out_specs=pl.BlockSpec((bm, bk if transposed else bn), lambda i, a, b: (i, a)),
+        out_shape=jax.ShapeDtypeStruct((m, k if transposed else cols), dtype),
+        scratch_shapes=[_vmem((bm, bk if transposed else bn))],
+        compiler_params=_compiler("parallel", "parallel", "arbitrary"),
+        interpret=interpret,
+        name=f"quant_matmul_{'backward' if transposed else 'forward'}",
+    )(x, *parts)
+    return y[:rows]
+
+
+def _vmem(shape: tuple):
+    from jax.experimental.pallas import tpu
+
+    return tpu.VMEM(shape, jnp.float32)
+
+
+def _dot(left, right, dim: int):
+    return lax.dot_general(
+        left, right, (((1,), (dim,)), ((), ())), preferred_element_type=jnp.float32
+    )

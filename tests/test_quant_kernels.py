@@ -1,0 +1,111 @@
+"""Kernels: interpreted on the CPU against plain jnp, and lowered for CUDA and TPU from here."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import quant
+from lora_jax.quant import dispatch
+from lora_jax.quant.array import form_of, scales
+from lora_jax.quant.kernels import gpu, reference, tpu
+
+KERNELS = {"gpu": gpu, "tpu": tpu}
+
+
+def quantized(rows, cols, **options):
+    w = jax.random.normal(jax.random.key(0), (rows, cols)) / 8
+    return quant.quantize_array(w, **{"block_size": 16, "format": "nf4"} | options)
+
+
+def parts(q):
+    return (q.packed, scales(q), q.bias), dict(form=form_of(q), block=q.block)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int4", "uint4", "int8"])
+@pytest.mark.parametrize("device", KERNELS)
+def test_decoding_is_that_of_the_reference_to_the_bit(device, format):
+    kernels = KERNELS[device]
+    q = quantized(128, 256, format=format, block_size=32)
+    arrays, how = parts(q)
+    want = reference.decode(*arrays, **how, dtype=jnp.bfloat16)
+    got = kernels.decode(*arrays, **how, dtype=jnp.bfloat16, name="forward", interpret=True)
+    np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("format", ["nf4", "int4", "uint4"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("device", KERNELS)
+def test_fused_products_are_those_of_the_reference(device, format, transposed):
+    kernels = KERNELS[device]
+    q = quantized(256, 128, format=format, block_size=64)
+    arrays, how = parts(q)
+    x = jax.random.normal(jax.random.key(1), (5, 128 if transposed else 256))
+    options = dict(how, transposed=transposed, dtype=jnp.float32)
+    want = reference.matmul(x, *arrays, **options)
+    got = kernels.matmul(x, *arrays, **options, interpret=True)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["gpu_interpret", "tpu_interpret"])
+def test_products_and_gradients_go_through_the_kernels(backend):
+    q = dataclasses.replace(quantized(256, 128, block_size=64), backend=backend)
+    plain = dataclasses.replace(q, backend="reference")
+    x = jax.random.normal(jax.random.key(1), (2, 140, 256))  # too many rows for the fused kernel
+
+    def loss(x, q):
+        return jnp.sum(jnp.sin(quant.matmul(x, q)))
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(x, q))
+    assert "quant_decode_forward" in text and "quant_decode_backward" in text
+    got, want = (jax.jit(jax.value_and_grad(loss))(x, each) for each in (q, plain))
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_table_decides_by_rows_and_a_shape_no_kernel_takes_is_told():
+    q = dataclasses.replace(quantized(128, 128, block_size=64), backend="gpu")
+
+    def way(rows, dtype=jnp.bfloat16, q=q, shape=(64, 128)):
+        return dispatch.choose(q, rows, shape, transposed=False, dtype=dtype)
+
+    assert way(1).fused and way(16).fused and not way(17).fused
+    assert way(64, shape=(64, 28672)).fused
+    assert not way(1, jnp.float32).fused
+    assert not way(1, q=quantized(128, 128, format="int8")).fused
+    with pytest.warns(quant.ReferenceWarning, match="gpu: 10 outputs are no multiple of 16"):
+        odd = way(1, shape=(64, 10))
+    assert odd.reason and not odd.fused
+    with pytest.raises(ValueError, match="`backend` must be one of auto, reference, gpu"):
+        way(1, q=dataclasses.replace(q, backend="cuda"))
+
+
+def _lowered(f, platform, *args) -> str:
+    if jax.__version_info__ >= (0, 11) and platform == "cuda":
+        device = jax.sharding.AbstractDevice("NVIDIA H200", 132, platform="gpu")
+        mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform, backend", [("cuda", "gpu"), ("tpu", "tpu")])
+@pytest.mark.parametrize("rows", [4, 512])
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_kernels_lower_for_the_device_from_here(platform, backend, rows, format, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+    shape = jax.ShapeDtypeStruct((1408, 512), jnp.bfloat16)  # 11 superblocks: no power of two
+    q = jax.eval_shape(lambda w: quant.quantize_array(w, format=format), shape)
+    q = dataclasses.replace(q, backend=backend)
+    x = jax.ShapeDtypeStruct((rows, 1408), jnp.bfloat16)
+
+    def loss(x, q):
+        return jnp.sum(quant.matmul(x, q).astype(jnp.float32) ** 2)
+
+    text = _lowered(jax.grad(loss), platform, x, q)
+    call = "__gpu$xla.gpu.triton" if platform == "cuda" else "tpu_custom_call"
+    kind = "decode" if rows > 256 or (rows > 16 and platform == "cuda") else "matmul"
+    assert text.count(call) == 2
+    assert f"quant_{kind}_forward" in text and f"quant_{kind}_backward" in text
