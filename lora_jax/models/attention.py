@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from lora_jax.models.rope import Rotation, rotate
+from lora_jax.models.rope import rotate
 
 
 class Cache(NamedTuple):
@@ -47,20 +47,6 @@ class Mixing(NamedTuple):
     softcap: float | None = None
 
 
-class Turn(NamedTuple):
-    """How queries and keys are rotated; None is not at all.
-
-    Attributes:
-      queries: of the new tokens.
-      keys: of the new tokens' keys, before they are stored.
-      stored: of the keys of all slots, after they are read.
-    """
-
-    queries: Rotation | None = None
-    keys: Rotation | None = None
-    stored: Rotation | None = None
-
-
 # (queries, keys, values, stored keys and values or None, block number) -> (mixed values, stored)
 Attend = Callable[..., tuple[Array, tuple[Array, Array] | None]]
 
@@ -83,17 +69,16 @@ def attention(tokens, mask, cache: Cache | None, mixing: Mixing, turns):
       mask: (b, t) true at real tokens, or None.
       cache: what was seen before, or None.
       mixing: how queries weigh keys.
-      turns: (b, s) slots that hold a real token, or None without a cache -> whether a block
-        slides -> its `Turn`.
+      turns: whether a block slides -> how its queries and keys are rotated, or None.
 
     Returns:
       `Sight`, the pair of stored keys and values or None, and the new cache or None.
     """
     if cache is None:
-        return _see_new(mask, mixing, turns(None)), None, None
+        return _see_new(mask, mixing, turns), None, None
     new = jnp.ones(tokens.shape, bool) if mask is None else mask
     valid = lax.dynamic_update_slice(cache.valid, new, (0, cache.length))
-    sight = _see_stored(valid, cache.length, tokens.shape[1], mixing, turns(valid))
+    sight = _see_stored(valid, cache.length, tokens.shape[1], mixing, turns)
     counted = cache._replace(valid=valid, length=cache.length + tokens.shape[1])
     return sight, (cache.keys, cache.values), counted
 
@@ -113,7 +98,7 @@ def _see_new(mask, mixing: Mixing, turns) -> Sight:
         near = (mixing.window - 1, 0) if slides is True else None
 
         def attend(q, k, v, stored, block):
-            q, k = rotate(q, turn.queries), rotate(k, turn.keys)
+            q, k = rotate(q, turn), rotate(k, turn)
             if isinstance(slides, bool) and mixing.softcap is None:
                 mixed = jax.nn.dot_product_attention(
                     q, k, v, mask=keys_seen, scale=mixing.scale, is_causal=True,
@@ -140,7 +125,7 @@ def _see_stored(valid, start, count: int, mixing: Mixing, turns) -> Sight:
         # The cache is the scan's carry and written in place: as its input and output it would be
         # copied whole for every token.
         def attend(q, k, v, stored, block):
-            q, k = rotate(q, turn.queries), rotate(k, turn.keys)
+            q, k = rotate(q, turn), rotate(k, turn)
             at = (block, 0, start, 0, 0)
             keys, values = (
                 lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
@@ -150,7 +135,7 @@ def _see_stored(valid, start, count: int, mixing: Mixing, turns) -> Sight:
                 lax.dynamic_index_in_dim(kept, block, keepdims=False).astype(q.dtype)
                 for kept in (keys, values)
             )
-            mixed = _mix(q, rotate(this_keys, turn.stored), this_values, seen, mixing)
+            mixed = _mix(q, this_keys, this_values, seen, mixing)
             return mixed, (keys, values)
 
         return attend

@@ -148,6 +148,13 @@ class LlamaConfig:
         return int(self.max_position_embeddings * (scaling.factor if stretches else 1))
 
     @property
+    def turning_point(self) -> int | None:
+        """The longest text that is rotated like a short one; a longer one is another throughout."""
+        scaling = self.rope_scaling
+        longrope = scaling is not None and scaling.rope_type == "longrope"
+        return scaling.original_max_position_embeddings if longrope else None
+
+    @property
     def rotary_dim(self) -> int:
         """Dimensions of a head that are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)

@@ -58,23 +58,54 @@ def generate(
     _check(model, prompts, max_new_tokens, temperature, top_p, key)
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
-    tokens, mask = _left_padded(prompts)
     stops = np.full(_bucket(len(stop_tokens), _SMALLEST_STOPS), _NO_TOKEN, np.int32)
     stops[: len(stop_tokens)] = stop_tokens
+    chance = np.float32(temperature), np.float32(top_p), key
+    run = partial(_run, model.forward, params, stops=stops, chance=chance)
+    first = _before_turning(model, prompts, max_new_tokens)
+    new = run(prompts, first, done=0)
+    if first < max_new_tokens and any(
+        len(_until(row, stop_tokens)) == first for row in new.tolist()
+    ):
+        # The tokens so far are read again, as all their numbers change with the text's length.
+        texts = [[*old, *row] for old, row in zip(prompts, _without_gaps(new), strict=True)]
+        new = np.concatenate((new, run(texts, max_new_tokens - first, done=first)), axis=1)
+    return [_until(row, stop_tokens) for row in new.tolist()]
+
+
+def _run(forward, params, prompts, count: int, *, stops, chance, done: int) -> np.ndarray:
+    """`count` more tokens of each prompt, after the `done` first."""
+    tokens, mask = _left_padded(prompts)
+    temperature, top_p, key = chance
     out = _generate(
-        model.forward,
-        _bucket(max_new_tokens, _SMALLEST_NEW),
-        temperature > 0,
+        forward,
+        _bucket(count, _SMALLEST_NEW),
+        bool(temperature > 0),
         params,
         tokens,
         mask,
-        np.int32(max_new_tokens),
-        np.float32(temperature),
-        np.float32(top_p),
+        np.int32(count),
+        temperature,
+        top_p,
         stops,
         jax.random.key(0) if key is None else key,
+        np.int32(done),
     )
-    return [_until(row, stop_tokens) for row in np.asarray(out)[:, :max_new_tokens].tolist()]
+    return np.asarray(out)[:, :count]
+
+
+def _before_turning(model, prompts, count: int) -> int:
+    """How many of `count` tokens can be had before LongRoPE rotates all tokens otherwise.
+
+    As in transformers, the batch's longest text decides for all of them.
+    """
+    point, longest = model.config.turning_point, max(map(len, prompts))
+    return count if point is None or longest > point else min(count, point - longest + 1)
+
+
+def _without_gaps(new: np.ndarray) -> np.ndarray:
+    """Rows that have stopped go on with token 0, which nobody will see."""
+    return np.where(new == _NO_TOKEN, 0, new)
 
 
 def _check(model, prompts, max_new_tokens, temperature, top_p, key) -> None:
@@ -140,6 +171,7 @@ def _generate(
     top_p,
     stops,
     key,
+    first,
 ):
     run, head = lorafy(forward.apply), lorafy(forward.head)
     rows, width = tokens.shape
@@ -148,7 +180,7 @@ def _generate(
         logits = head(params, hidden[:, -1:])[:, 0]
         if not sample:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), step))(
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), first + step))(
             jnp.arange(rows)
         )
         kept = _nucleus(logits / temperature, top_p)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lora_jax.models.attention import Attend, Mixing, Turn
+from lora_jax.models.attention import Attend, Mixing
 from lora_jax.models.config import refuse_unsupported, scalar_if_one, tuple_of
 from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, kept, logits_of
 
@@ -100,6 +100,7 @@ class GPT2Config:
     initializer_range: float = 0.02
 
     fresh_scale: ClassVar[float] = 1.0
+    turning_point: ClassVar[None] = None
 
     def __post_init__(self):
         for theirs, ours in _NAMES.items():
@@ -278,7 +279,7 @@ class GPT2LM(nnx.Module):
         return logits_of(hidden, weight.get_value(), tied=self.tied, dtype=self.dtype)
 
     @staticmethod
-    def turns(config: GPT2Config, positions, valid):
+    def turns(config: GPT2Config, positions):
         """Nothing is rotated."""
-        del config, positions, valid
-        return lambda slides: Turn()
+        del config, positions
+        return lambda slides: None

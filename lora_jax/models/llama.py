@@ -9,17 +9,16 @@ share this decoder do differently is in their configuration (`lora_jax.models.fa
 B batch, T new tokens, D width, N query heads, K key/value heads, H size of a head, V tokens known.
 """
 
-from functools import partial
 from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lora_jax.models.attention import Attend, Turn, choose, positions_of
+from lora_jax.models.attention import Attend, choose
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.layers import ACTIVATIONS, Embedding, RMSNorm, kept, logits_of
-from lora_jax.models.rope import RopeScaling, depends_on_text, rotation
+from lora_jax.models.rope import RopeScaling, Rotation, rotation
 
 
 class Attention(nnx.Module):
@@ -184,30 +183,25 @@ class CausalLM(nnx.Module):
         return logits if self.softcap is None else jnp.tanh(logits / self.softcap) * self.softcap
 
     @staticmethod
-    def turns(config: LlamaConfig, positions, valid):
-        """Rotations of new tokens, and of the stored ones where their keys are not rotated yet.
+    def turns(config: LlamaConfig, positions: Int[Array, "b t"]):  # noqa: F722
+        """Rotations of queries and keys.
 
         Args:
           config: the configuration.
-          positions: (b, t) of the new tokens.
-          valid: (b, s) slots that hold a real token, the new ones too; None without a cache.
+          positions: of the new tokens.
 
         Returns:
-          A function: whether a block slides -> its `Turn`.
+          A function: whether a block slides -> its rotation.
         """
-        late = valid is not None and depends_on_text(config.rope_scaling)
 
-        def turn(theta: float, scaling: RopeScaling | None) -> Turn:
-            at = partial(
-                rotation,
+        def turn(theta: float, scaling: RopeScaling | None) -> Rotation:
+            return rotation(
+                positions,
                 head_dim=config.rotary_dim,
                 theta=theta,
                 scaling=scaling,
                 context=config.max_position_embeddings,
-                longest=positions.max() + 1 if late else None,
             )
-            new = at(positions)
-            return Turn(new, None, at(positions_of(valid))) if late else Turn(new, new)
 
         full = turn(config.rope_theta, config.rope_scaling)
         if config.rope_local_base_freq is None or not any(config.mixing.slides):

@@ -6,7 +6,7 @@ model serves every other of the same shape. `Model` adds parameters and tokenize
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, reduce
 from typing import Any
 
 import jax
@@ -96,9 +96,8 @@ class Forward:
             positions = counted if mask is None else positions_of(mask)
             positions = positions if seen is None else positions + seen
         config = self.config
-        sight, stored, cache = attention(
-            tokens, mask, cache, config.mixing, partial(lm.turns, config, positions)
-        )
+        turns = lm.turns(config, positions)
+        sight, stored, cache = attention(tokens, mask, cache, config.mixing, turns)
 
         # What is the same for every block is computed before their scan.
         known = {slides: sight(slides) for slides in set(config.mixing.slides)}

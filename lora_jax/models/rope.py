@@ -143,15 +143,6 @@ def scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
     return {k: list(v) if k in _LISTS else v for k, v in set_.items()}
 
 
-def depends_on_text(scaling: RopeScaling | None) -> bool:
-    """Whether the frequencies of LongRoPE change, so that stored keys cannot be rotated yet.
-
-    The dynamic variant changes them too, but transformers keeps stored keys as they were rotated
-    first, and so do we.
-    """
-    return scaling is not None and scaling.rope_type == "longrope"
-
-
 def rotation(
     positions: Int[Array, "b t"],  # noqa: F722
     *,
@@ -159,7 +150,6 @@ def rotation(
     theta: float,
     scaling: RopeScaling | None,
     context: int,
-    longest: Int[Array, ""] | None = None,  # noqa: F722
 ) -> Rotation:
     """Cosines and sines for tokens at the given positions, in float32.
 
@@ -169,10 +159,9 @@ def rotation(
       theta: base wavelength.
       scaling: how the frequencies are changed, or None.
       context: `max_position_embeddings`; the dynamic variant starts to change beyond it.
-      longest: tokens of the longest text; by default the last position says it.
     """
     if scaling is not None and scaling.rope_type in _BY_LENGTH:
-        longest = positions.max() + 1 if longest is None else longest
+        longest = positions.max() + 1
         frequencies = _BY_LENGTH[scaling.rope_type](longest, head_dim, theta, scaling, context)
     else:
         frequencies = jnp.asarray(static_frequencies(head_dim, theta, scaling))
