@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,15 +167,26 @@ def _values(
     block: _Block, modules: Modules, family: Family, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
     """Their numbers, in Hugging Face's order of dimensions."""
-    leaves = modules[block.module]
-    parts = {parameter: _part(leaf, block.index) for parameter, leaf in leaves.items()}
+    leaves, index = modules[block.module], block.index
+    parts = {name: x if _is_low_rank(x) else _part(x, index) for name, x in leaves.items()}
     if any(map(is_lora, parts.values())):
-        known = module_name(block.module, block.index, family=family)  # in merge's messages
-        parts = merge({known: parts})[known]
+        label = ".".join("*" if part.isdigit() else part for part in block.module.split("."))
+        parts = _merged(label, parts, index)
     for parameter, part in parts.items():
-        name, axes = tensor_of(f"{block.module}.{parameter}", block.index, family=family)
+        name, axes = tensor_of(f"{block.module}.{parameter}", index, family=family)
         there = np.asarray(dense(part))
         yield _cast(there if axes is None else there.transpose(np.argsort(axes)), dtype, name)
+
+
+@partial(jax.jit, static_argnums=0)
+def _merged(label: str, leaves: dict[str, Any], index: tuple[int, ...]) -> dict[str, Any]:
+    """One block of a module merged; compiled once for all blocks of its shape."""
+    cut = {name: _part(x, index) if _is_low_rank(x) else x for name, x in leaves.items()}
+    return merge({label: cut})[label]
+
+
+def _is_low_rank(x) -> bool:
+    return isinstance(x, LoraArray)
 
 
 def _part(leaf, index: tuple[int, ...]):
@@ -183,7 +195,7 @@ def _part(leaf, index: tuple[int, ...]):
         return leaf
     if isinstance(leaf, SavedArray):
         return (leaf.value if leaf.only is None or index in leaf.only else dense(leaf.w))[index]
-    if isinstance(leaf, LoraArray):
+    if _is_low_rank(leaf):
         whole = dataclasses.replace(leaf, w=None)
         cut = jax.tree.map(lambda x: x[index], whole)
         return dataclasses.replace(cut, w=_part(leaf.w, index), roles=leaf.roles[len(index) :])
