@@ -40,6 +40,11 @@ class Way:
     reason: str = ""
 
     @property
+    def plain(self) -> bool:
+        """Whether it is the reference."""
+        return self.decode is _reference
+
+    @property
     def fused(self) -> bool:
         return self.matmul is not None
 

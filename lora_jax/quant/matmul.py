@@ -129,7 +129,13 @@ def _single(form: _Form, x, packed, scale, bias, q: QuantArray, direction: str):
     w = way.decode(packed, scale, bias, form=kind, block=q.block, dtype=x.dtype, name=direction)
     if w.shape[0] != fan_in:
         w = lax.slice_in_dim(w, 0, fan_in)
-    return reference.product(x, w, transposed=form.transposed, precision=form.precision,
+    precision = form.precision
+    if direction == "backward" and x.dtype.itemsize == 2 and not way.plain:
+        # XLA would merge this product with the adapter's, which also takes `g`: both weights
+        # copied into one, and all layers' results kept. Another precision, which 16-bit operands
+        # do not have, keeps them apart.
+        precision = lax.Precision.HIGHEST
+    return reference.product(x, w, transposed=form.transposed, precision=precision,
                              preferred=form.preferred)  # fmt: skip
 
 
