@@ -9,7 +9,6 @@ float32 as PEFT keeps it. Loading is whole or an error: no key missing, left ove
 Source: PEFT 0.21, `save_and_load.py`; the format was checked by loading both ways.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,10 +20,9 @@ from lora_jax.config import LoraConfig
 from lora_jax.hf import peft_files
 from lora_jax.hf.peft_export import named_targets as named_targets
 from lora_jax.hf.peft_export import to_peft as to_peft
-from lora_jax.hf.peft_fill import check_tying, plannable
+from lora_jax.hf.peft_fill import check_tying, plannable, tied_by_file
 from lora_jax.hf.peft_fill import fill as fill
-from lora_jax.hf.peft_names import tied_tables
-from lora_jax.hf.peft_slots import TYING
+from lora_jax.hf.peft_names import tied_config
 
 TARGETS = ("peft", "vllm")
 
@@ -121,6 +119,7 @@ def attach(
     """
     import lora_jax as lora
 
+    config = tied_by_file(config, tensors)
     plan = plan_of(plannable(config, params, source))
     check_tying(config, plan, source)
     # The key is of no consequence: every factor drawn with it is replaced.
@@ -160,9 +159,8 @@ def save_peft(
     if target not in TARGETS:
         raise ValueError(f'target must be one of "peft", "vllm", got {target!r}')
     task_type = config.extra.get("task_type", task_type)
-    if task_type == "CAUSAL_LM" and tied_tables(lora_params):
-        # Our table is one leaf, so its change is the head's too.
-        config = dataclasses.replace(config, extra={**config.extra, TYING: True})
+    if task_type == "CAUSAL_LM":
+        config = tied_config(lora_params, config)
     fields, tensors = to_peft(lora_params, config)
     if target == "vllm":
         from lora_jax.hf.peft_vllm import for_vllm

@@ -10,7 +10,15 @@ from lora_jax.array import RowsArray, SavedArray, is_lora
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.hf import peft_files
 from lora_jax.hf.peft_config import PLAIN_INITS, REPEATABLE_INITS
-from lora_jax.hf.peft_names import adapted_names, adapts, leaves_of, modules_of, parameters_of
+from lora_jax.hf.peft_names import (
+    HEAD,
+    adapted_names,
+    adapts,
+    leaves_of,
+    modules_of,
+    parameters_of,
+    ties,
+)
 from lora_jax.hf.peft_slots import Slot, by_path, slots_of
 from lora_jax.hf.peft_tensors import on_host, read_slot
 
@@ -50,6 +58,8 @@ def to_peft(lora_params, config: LoraConfig) -> tuple[dict[str, Any], dict[str, 
     ):
         # Names that mean in PEFT, which knows no stacked paths, what they mean here.
         fields["target_modules"] = named_targets(lora_params, config)
+        if ties(config) and HEAD in config.target_modules:
+            fields["target_modules"].append(HEAD)  # no module of ours: it ties PEFT's
     return fields, tensors
 
 

@@ -11,8 +11,16 @@ from lora_jax import matching
 from lora_jax.array import LoraArray, factor_shapes, is_lora
 from lora_jax.config import LoraConfig
 from lora_jax.hf.peft_config import PLAIN_INITS, REPEATABLE_INITS
-from lora_jax.hf.peft_names import HEAD, adapts, leaves_of, modules_of, stack_sizes
-from lora_jax.hf.peft_slots import TYING, Slot, by_path, slots_of
+from lora_jax.hf.peft_names import (
+    HEAD,
+    TYING,
+    adapts,
+    leaves_of,
+    modules_of,
+    stack_sizes,
+    ties,
+)
+from lora_jax.hf.peft_slots import PREFIX, Slot, by_path, slots_of
 from lora_jax.hf.peft_tensors import PARTS, check_keys, on_host, read_slot, write_slot
 from lora_jax.paths import spell
 
@@ -73,15 +81,33 @@ def _without_tied_rows(config: LoraConfig, every: list[str]):
     return rest if rest and same else asked
 
 
+def tied_by_file(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> LoraConfig:
+    """A config that names the head where only the file says that PEFT tied it.
+
+    PEFT takes the head out of the config that it writes, and then no longer ties a table whose
+    name it does not know (`wte`) when it loads its own file.
+    """
+    if ties(config) or not config.extra.get(TYING):
+        return config
+    adapted = any(key.startswith(f"{PREFIX}{HEAD}.lora_") for key in tensors)
+    saved = f"{PREFIX}{HEAD}.weight" in tensors
+    if isinstance(config.target_modules, tuple) and adapted:
+        return dataclasses.replace(config, target_modules=(*config.target_modules, HEAD))
+    if saved:
+        return dataclasses.replace(config, modules_to_save=(*config.modules_to_save, HEAD))
+    return config
+
+
 def check_tying(config: LoraConfig, plan, source: str) -> None:
     """A table that is also the head: PEFT changes both only where the config ties them."""
     for leaf in (*plan.adapted, *plan.saved):
         if leaf.kind != "rows" and leaf.lookup and any(use.kind == "contract" for use in leaf.uses):
-            if not config.extra.get(TYING):
+            if not ties(config):
                 raise ValueError(
                     f"{source}: the adapter changes `{leaf.path}` as an embedding only, but "
                     "this model uses it as the output head too; train it in PEFT with "
-                    f"{TYING}=True, or load a model whose head is not tied"
+                    f'{TYING}=True and "{HEAD}" among its modules, or load a model whose head is '
+                    "not tied"
                 )
 
 
@@ -131,7 +157,10 @@ def _map(change, lora_params):
 
 
 def _sized(path: str, leaf, config: LoraConfig):
-    """The leaf with zero factors of the ranks, and with the scales, that the config gives it."""
+    """The leaf with zero factors of the ranks, and with the scales, that the config gives it.
+
+    The zeros take no memory: `_filled` makes arrays of them one leaf at a time.
+    """
     if not isinstance(leaf, LoraArray):
         return leaf
     ranks, scales = [], []
@@ -148,8 +177,8 @@ def _sized(path: str, leaf, config: LoraConfig):
     a, b = factor_shapes(leaf.shape, leaf.roles, max(ranks))
     return dataclasses.replace(
         leaf,
-        a=np.zeros(a, np.float32),
-        b=np.zeros(b, np.float32),
+        a=np.broadcast_to(np.float32(0), a),
+        b=np.broadcast_to(np.float32(0), b),
         scale=np.asarray(scales, np.float32).reshape(stack_sizes(path, leaf)),
     )
 
@@ -160,7 +189,7 @@ def _filled(leaf, part: str, slots: list[Slot], tensors: Mapping[str, np.ndarray
     if old is None:
         return None
     # Where no tensor belongs there is no adapter: zeros, but the base's own magnitude or value.
-    new = old if part in ("a", "b") else np.array(old)
+    new = np.array(old, order="C")
     for slot in slots:
         if slot.part == part and not slot.repeats:
             write_slot(new, slot, tensors[slot.key].astype(new.dtype))

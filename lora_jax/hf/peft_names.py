@@ -7,7 +7,9 @@
 Experts of a parameter that `target_parameters` does not name are numbered like layers.
 """
 
+import dataclasses
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +23,10 @@ from lora_jax.hf import names
 from lora_jax.paths import expand, module_of, spell
 
 HEAD = "lm_head"
+
+# Modules that PEFT takes for embeddings by their names, and its field that ties their adapters.
+EMBEDDING_MODULES = ("embed_tokens", HEAD)
+TYING = "ensure_weight_tying"
 
 # The order in which models register the parameters of their experts, which decides how PEFT nests
 # the adapters of several parameters of one module.
@@ -162,6 +168,37 @@ def adapted_names(lora_params, config: LoraConfig) -> list[str]:
 def is_embedding(path: str) -> bool:
     """Whether a leaf is a lookup table, which PEFT names differently: Flax calls it so."""
     return path.rpartition(".")[2] == "embedding"
+
+
+def ties(config: LoraConfig) -> bool:
+    """Whether PEFT adapts a tied head and embedding alike: asked to, and one is named in full.
+
+    PEFT looks for its own names of embeddings only; a table of another name (`wte`) is tied
+    where the head is named.
+    """
+    if not config.extra.get(TYING):
+        return False
+    targets = config.target_modules
+    named = [*config.modules_to_save, *(targets if isinstance(targets, tuple) else ())]
+    if isinstance(targets, str) and any(re.fullmatch(targets, m) for m in EMBEDDING_MODULES):
+        return True
+    return any(name.rpartition(".")[2] in EMBEDDING_MODULES for name in named)
+
+
+def tied_config(lora_params, config: LoraConfig) -> LoraConfig:
+    """A config with which PEFT adapts the head as well where our table is both in one leaf."""
+    tables = tied_tables(lora_params)
+    if not tables:
+        return config
+    config = dataclasses.replace(config, extra={**config.extra, TYING: True})
+    if ties(config):
+        return config
+    field = "target_modules"
+    if not isinstance(leaves_of(lora_params)[tables[0]], LoraArray):
+        field = "modules_to_save"
+    entries = getattr(config, field)
+    named = f"{entries}|{HEAD}" if isinstance(entries, str) else (*entries, HEAD)
+    return dataclasses.replace(config, **{field: named})
 
 
 def tied_tables(lora_params) -> list[str]:

@@ -22,6 +22,7 @@ from lora_jax.array import LoraArray, RowsArray, SavedArray, in_dims, out_dims, 
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.hf import names
 from lora_jax.hf.peft_names import (
+    EMBEDDING_MODULES,
     HEAD,
     adapted_names,
     bare,
@@ -30,6 +31,7 @@ from lora_jax.hf.peft_names import (
     parameters_of,
     stack_sizes,
     tied_tables,
+    ties,
 )
 from lora_jax.hf.peft_names import adapts as adapts
 from lora_jax.hf.peft_names import leaves_of as leaves_of
@@ -37,12 +39,6 @@ from lora_jax.hf.peft_names import modules_of as modules_of
 from lora_jax.paths import module_of
 
 PREFIX = "base_model.model."
-
-# Modules whose whole base weight PEFT adds to the file when target_modules names them.
-EMBEDDING_MODULES = ("embed_tokens", HEAD)
-
-# PEFT's field that makes it adapt a tied head and embedding alike.
-TYING = "ensure_weight_tying"
 
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 
@@ -114,7 +110,7 @@ def slots_of(lora_params, config: LoraConfig) -> list[Slot]:
       ValueError: a leaf cannot be named, or its rank disagrees with the config.
     """
     adapted = set(adapted_names(lora_params, config))
-    tied = tied_tables(lora_params) if config.extra.get(TYING) else []
+    tied = tied_tables(lora_params) if ties(config) else []
     wrapped = nesting(config, lora_params)
     slots = []
     for path, leaf in leaves_of(lora_params).items():
@@ -123,7 +119,7 @@ def slots_of(lora_params, config: LoraConfig) -> list[Slot]:
             slots += (
                 _expert_slots(path, leaf, config, experts, wrapped)
                 if experts
-                else _lora_slots(path, leaf, config)
+                else _lora_slots(path, leaf, config, tied)
             )
         elif isinstance(leaf, SavedArray):
             slots += _saved_slots(path, leaf, config, adapted)
@@ -136,7 +132,7 @@ def slots_of(lora_params, config: LoraConfig) -> list[Slot]:
     return slots
 
 
-def _lora_slots(path: str, leaf: LoraArray, config: LoraConfig) -> Iterator[Slot]:
+def _lora_slots(path: str, leaf: LoraArray, config: LoraConfig, tied: list[str]) -> Iterator[Slot]:
     embedding = is_embedding(path)
     for index, name in modules_of(path, leaf):
         if not adapts(config, path, name):
@@ -146,7 +142,8 @@ def _lora_slots(path: str, leaf: LoraArray, config: LoraConfig) -> Iterator[Slot
             if getattr(leaf, part) is not None:
                 key = f"{PREFIX}{name}.{_SUFFIX[part][embedding]}"
                 yield Slot(key, layout.shape, path, part, index, rank, layout.cut, layout.axes)
-        if _repeats_base(config, name):
+        embeds = path in tied or name.rpartition(".")[2] in EMBEDDING_MODULES
+        if embeds and _repeats_base(config):
             yield _base_slot(path, leaf, name, index)
 
 
@@ -233,12 +230,10 @@ def _expert_slots(
             yield Slot(f"{module}.{_SUFFIX[part][0]}", shape, path, part, index, rank, cut, axes)
 
 
-def _repeats_base(config: LoraConfig, name: str) -> bool:
-    """Whether PEFT writes the module's base weight too (`save_embedding_layers="auto"`)."""
+def _repeats_base(config: LoraConfig) -> bool:
+    """Whether PEFT writes embeddings' base weights too (`save_embedding_layers="auto"`)."""
     targets = config.target_modules
-    if targets == ALL_LINEAR or name.rpartition(".")[2] not in EMBEDDING_MODULES:
-        return False
-    if config.trainable_token_indices:
+    if targets == ALL_LINEAR or config.trainable_token_indices:
         return False
     return isinstance(targets, str) or any(entry in targets for entry in EMBEDDING_MODULES)
 
