@@ -8,9 +8,13 @@ from typing import Any
 
 # Public name -> the module of this package that defines it.
 _NAMES = {
+    "FLAX": "flax_names",
+    "from_hugging_face": "own_names",
     "load_peft": "peft",
+    "name_map": "own_names",
     "read_peft": "peft",
     "save_peft": "peft",
+    "to_hugging_face": "own_names",
     "to_peft": "peft",
 }
 _MODULES = ("gguf", "hub", "names", "peft", "safetensors", "save_model", "tokenizer", "weights")

@@ -18,6 +18,8 @@ import numpy as np
 
 from lora_jax.config import LoraConfig
 from lora_jax.hf import peft_files
+from lora_jax.hf.flax_names import recognise
+from lora_jax.hf.own_names import NameMap
 from lora_jax.hf.peft_export import named_targets as named_targets
 from lora_jax.hf.peft_export import to_peft as to_peft
 from lora_jax.hf.peft_fill import check_tying, plannable, tied_by_file
@@ -61,6 +63,7 @@ def load_peft(
     params,
     *args,
     model_type: str | None = None,
+    name_map: NameMap | None = None,
     **kwargs,
 ) -> tuple[Any, LoraConfig]:
     """Loads a PEFT adapter onto a model.
@@ -71,6 +74,8 @@ def load_peft(
       params: the base parameters.
       *args: example arguments for `fn`, shapes are enough; see `lora_jax.plan`.
       model_type: as for `read_peft`.
+      name_map: what Hugging Face calls the model's parameters, from `lora_jax.hf.name_map`; None
+        where their paths are Hugging Face's names, or those of transformers' Flax models.
       **kwargs: more example arguments for `fn`.
 
     Returns:
@@ -86,6 +91,17 @@ def load_peft(
     import lora_jax as lora
 
     config, tensors = read_peft(directory, model_type=model_type)
+    if (using := name_map or recognise(params)) is not None:
+        from lora_jax.hf import own_peft
+
+        return own_peft.attach(
+            config,
+            tensors,
+            lambda wanted: lora.plan(wanted, fn, params, *args, **kwargs),
+            params,
+            str(directory),
+            using,
+        )
     return attach(
         config,
         tensors,
@@ -135,6 +151,7 @@ def save_peft(
     base_model_name: str | None = None,
     task_type: str | None = "CAUSAL_LM",
     target: str = "peft",
+    name_map: NameMap | None = None,
 ) -> None:
     """Writes an adapter as a PEFT directory, whole or not at all.
 
@@ -147,6 +164,7 @@ def save_peft(
       task_type: PEFT's task type; a config that came from PEFT keeps its own.
       target: "peft", or "vllm" for an adapter that vLLM serves at the right scale: vLLM knows one
         rank and one alpha, so other scales are multiplied into B and ranks filled up with zeros.
+      name_map: as for `load_peft`.
 
     Raises:
       ValueError: the tree and the config disagree, a number is not finite, or vLLM could not
@@ -159,6 +177,10 @@ def save_peft(
     if target not in TARGETS:
         raise ValueError(f'target must be one of "peft", "vllm", got {target!r}')
     task_type = config.extra.get("task_type", task_type)
+    if (using := name_map or recognise(lora_params)) is not None:
+        from lora_jax.hf import own_peft
+
+        lora_params, config = own_peft.in_their_names(lora_params, config, using)
     if task_type == "CAUSAL_LM":
         config = tied_config(lora_params, config)
     fields, tensors = to_peft(lora_params, config)

@@ -1,0 +1,170 @@
+"""How an array here is laid out against Hugging Face's tensor, said as in einops.
+
+    "(n h) d -> d n h"            heads split off, and the order turned
+    "(n p h) d -> d (n h p)"      and each head's rotary planes taken from two halves to pairs
+
+Left is Hugging Face's tensor, right ours; a name is a dimension, a group in parentheses one
+dimension made of several, the last the fastest. Names on the right only are stacks: one tensor
+there for each index here.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Groups = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parsed layout.
+
+    Attributes:
+      text: as it was written.
+      theirs: names of each of their dimensions.
+      ours: names of each of our dimensions.
+      sizes: sizes that shapes alone do not tell, as pairs.
+    """
+
+    text: str
+    theirs: Groups
+    ours: Groups
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def stacks(self) -> tuple[int, ...]:
+        """Our dimensions that are stacks."""
+        inside = {name for group in self.theirs for name in group}
+        return tuple(d for d, group in enumerate(self.ours) if not set(group) & inside)
+
+    @property
+    def block(self) -> Groups:
+        """Our dimensions without the stacks."""
+        return tuple(group for d, group in enumerate(self.ours) if d not in self.stacks)
+
+
+def parse(text: str, sizes: Mapping[str, int] | None = None) -> Layout:
+    """Reads a layout.
+
+    Raises:
+      ValueError: it has no arrow, a name stands twice, or one on the left is missing on the right.
+    """
+    left, arrow, right = text.partition("->")
+    if not arrow:
+        raise ValueError(f"layout `{text}`: expected `theirs -> ours`, got no arrow")
+    theirs, ours = _groups(left, text), _groups(right, text)
+    known = [name for group in ours for name in group]
+    for name in (name for group in theirs for name in group):
+        if name not in known:
+            raise ValueError(f"layout `{text}`: `{name}` stands on the left only")
+    used = {k: v for k, v in (sizes or {}).items() if k in known}
+    layout = Layout(text, theirs, ours, tuple(sorted(used.items())))
+    stacked = {name for d in layout.stacks for name in ours[d]}
+    if any(len(ours[d]) != 1 for d in layout.stacks) or len(stacked) != len(known) - sum(
+        map(len, theirs)
+    ):
+        raise ValueError(f"layout `{text}`: a stack must be a dimension of its own")
+    return layout
+
+
+def _groups(side: str, text: str) -> Groups:
+    tokens = re.findall(r"\([^()]*\)|[A-Za-z]\w*|\S", side)
+    groups = tuple(tuple(token.strip("()").split()) for token in tokens)
+    names = [name for group in groups for name in group]
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z]\w*", name):
+            raise ValueError(f"layout `{text}`: `{name}` is not the name of a dimension")
+        if names.count(name) > 1:
+            raise ValueError(f"layout `{text}`: `{name}` stands twice on one side")
+    return groups
+
+
+def measured(layout: Layout, shape: Sequence[int]) -> dict[str, int]:
+    """The size of every name, from the shape of our whole array.
+
+    Raises:
+      ValueError: the shape does not fit, or leaves a size open.
+    """
+    if len(shape) != len(layout.ours):
+        raise ValueError(
+            f"layout `{layout.text}` has {len(layout.ours)} dimensions on the right, got shape "
+            f"{tuple(shape)}"
+        )
+    known = dict(layout.sizes)
+    for size, group in zip(shape, layout.ours, strict=True):
+        open_names = [name for name in group if name not in known]
+        rest = math.prod(known[name] for name in group if name in known)
+        if len(open_names) > 1:
+            raise ValueError(
+                f"layout `{layout.text}`: the sizes of {', '.join(f'`{n}`' for n in open_names)} "
+                "are not known; give all but one of them in `sizes`"
+            )
+        if size % rest or (not open_names and size != rest):
+            raise ValueError(
+                f"layout `{layout.text}`: {dict(layout.sizes)} does not fit shape {tuple(shape)}"
+            )
+        known |= {name: size // rest for name in open_names}
+    return known
+
+
+def their_shape(layout: Layout, known: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of Hugging Face's tensor."""
+    return tuple(math.prod(known[name] for name in group) for group in layout.theirs)
+
+
+def to_theirs(layout: Layout, block: Any, known: Mapping[str, int]) -> Any:
+    """One block of ours, without its stacks, as Hugging Face's tensor.
+
+    Args:
+      layout: the layout.
+      block: an array, NumPy's or JAX's.
+      known: sizes, from `measured`.
+    """
+    source, target = _flat(layout.block), _flat(layout.theirs)
+    apart = block.reshape([known[name] for name in source])
+    turned = apart.transpose([source.index(name) for name in target])
+    return turned.reshape(their_shape(layout, known))
+
+
+def to_ours(layout: Layout, tensor: Any, known: Mapping[str, int]) -> Any:
+    """Hugging Face's tensor as one block of ours: the inverse of `to_theirs`."""
+    source, target = _flat(layout.theirs), _flat(layout.block)
+    apart = tensor.reshape([known[name] for name in source])
+    turned = apart.transpose([source.index(name) for name in target])
+    return turned.reshape([math.prod(known[name] for name in group) for group in layout.block])
+
+
+def order(layout: Layout, dims: Sequence[int], known: Mapping[str, int]) -> np.ndarray:
+    """Where the elements of some of our dimensions, flattened, stand in theirs.
+
+    Args:
+      layout: the layout.
+      dims: dimensions of our whole array: the in dims, or the out dims, of a weight.
+      known: sizes, from `measured`.
+
+    Returns:
+      `o` with `ours_flat = theirs_flat[o]`, for a vector over those dimensions.
+
+    Raises:
+      ValueError: Hugging Face's tensor mixes them with others in one dimension.
+    """
+    here = [name for d in dims for name in layout.ours[d]]
+    for group in layout.theirs:
+        if set(group) & set(here) and set(group) - set(here):
+            raise ValueError(
+                f"layout `{layout.text}`: their dimension ({' '.join(group)}) is partly what "
+                "the weight takes in and partly what it gives out; an adapter of it cannot be "
+                "told apart"
+            )
+    there = [name for name in _flat(layout.theirs) if name in here]
+    numbers = np.arange(math.prod(known[name] for name in there), dtype=np.int64)
+    apart = numbers.reshape([known[name] for name in there])
+    return apart.transpose([there.index(name) for name in here]).reshape(-1)
+
+
+def _flat(groups: Groups) -> list[str]:
+    return [name for group in groups for name in group]

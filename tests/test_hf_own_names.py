@@ -1,0 +1,183 @@
+"""A model of the user's own under a name map, against torch and the real `peft`."""
+
+import filecmp
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import own_decoder
+import peft
+import pytest
+import torch
+from own_decoder import MAP, PARAMS
+from test_hf_peft_model import close, noisy, randomize, torch_logits
+from test_hf_peft_model import TOKENS
+from test_hf_peft_oracle import torch_llama
+from transformers import LlamaForCausalLM
+
+import lora_jax as lora
+from lora_jax.hf import from_hugging_face, load_peft, save_peft, to_hugging_face
+from lora_jax.hf.safetensors import open_directory
+from lora_jax.hf.save_model import save_model
+
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+
+
+def logits(params) -> np.ndarray:
+    quick = {"xla_backend_optimization_level": 0}
+    run = jax.jit(lora.lorafy(own_decoder.forward), compiler_options=quick)
+    return np.asarray(run(params, TOKENS))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    model = torch_llama()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    model.save_pretrained(str(path))
+    return path
+
+
+def torch_base(directory):
+    return LlamaForCausalLM.from_pretrained(str(directory)).eval()
+
+
+@pytest.fixture(scope="module")
+def base(directory):
+    return from_hugging_face(PARAMS, open_directory(directory), MAP)
+
+
+def test_the_base_is_read_and_written(directory, base, tmp_path):
+    close(logits(base), torch_logits(torch_base(directory)))
+    model = lora.models.load(directory)
+    save_model(tmp_path / "again", model, to_hugging_face(base, MAP))
+    again = lora.models.load(tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+
+
+CASES = {
+    "plain": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]},
+    "all-linear-rslora": {"r": 3, "target_modules": "all-linear", "use_rslora": True},
+    "patterns": {
+        "target_modules": ["q_proj", "k_proj", "down_proj", "o_proj"],
+        "rank_pattern": {"down_proj": 2, r"layers\.1\.self_attn\.q_proj": 5},
+        "alpha_pattern": {"k_proj": 3, r"^model\.layers\.2\..*q_proj": 1},
+        "r": 4,
+    },
+    "layers": {"r": 2, "target_modules": ["k_proj", "up_proj"], "layers_to_transform": [0, 2]},
+    "dora": {"r": 2, "target_modules": ["q_proj", "v_proj", "gate_proj"], "use_dora": True},
+    "bias": {"r": 2, "target_modules": ["q_proj", "v_proj"], "bias": "all"},
+    "bias-lora-only": {"r": 2, "target_modules": ["k_proj"], "bias": "lora_only"},
+    "adapters-bias": {"r": 2, "target_modules": ["k_proj", "o_proj"], "lora_bias": True},
+    "embedding": {"r": 4, "target_modules": ["embed_tokens", "q_proj"]},
+    "head": {"r": 4, "target_modules": ["lm_head", "q_proj"]},
+    "saved": {
+        "r": 2,
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["lm_head", "input_layernorm"],
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pefts_adapter_here_and_back(case, directory, base, tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **CASES[case])
+    model = peft.get_peft_model(torch_base(directory), config)
+    randomize(model)
+    model.save_pretrained(str(tmp_path / "theirs"))
+    params, config = load_peft(tmp_path / "theirs", own_decoder.forward, base, TOKENS, name_map=MAP)
+    close(logits(params), torch_logits(model))
+    save_peft(tmp_path / "ours", params, config, name_map=MAP)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert filecmp.cmp(tmp_path / "theirs" / name, tmp_path / "ours" / name, shallow=False)
+
+
+OURS = {
+    "own names": lora.LoraConfig(rank=4, target_modules=("q", "attn.v", "down")),
+    "all-linear": lora.LoraConfig(rank=3, use_rslora=True),
+    "patterns": lora.LoraConfig(
+        rank=3, target_modules=("q", "up"), rank_pattern={"q": 2}, alpha_pattern={"attn.q": 5}
+    ),
+    "dora": lora.LoraConfig(rank=2, target_modules=("k", "o"), use_dora=True),
+    "one layer": lora.LoraConfig(
+        rank=2, target_modules=("o", "gate"), layers_to_transform=(1,), layers_pattern="blocks"
+    ),
+    "saved": lora.LoraConfig(rank=2, target_modules=("q",), modules_to_save=("out", "last_norm")),
+}
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_our_adapter_in_peft_and_back(case, directory, base, tmp_path):
+    config = OURS[case]
+    plan = lora.plan(config, own_decoder.forward, base, TOKENS)
+    params = noisy(lora.init(jax.random.key(0), plan, base))
+    save_peft(tmp_path / "a", params, config, name_map=MAP)
+    model = peft.PeftModel.from_pretrained(torch_base(directory), str(tmp_path / "a"))
+    close(torch_logits(model), logits(params))
+    again, _ = load_peft(tmp_path / "a", own_decoder.forward, base, TOKENS, name_map=MAP)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_the_file_speaks_hugging_faces_names(base, tmp_path):
+    config = OURS["one layer"]
+    plan = lora.plan(config, own_decoder.forward, base, TOKENS)
+    save_peft(tmp_path, lora.init(jax.random.key(0), plan, base), config, name_map=MAP)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert sorted(fields["target_modules"]) == [
+        "model.layers.1.mlp.gate_proj",
+        "model.layers.1.self_attn.o_proj",
+    ]
+    assert fields["layers_to_transform"] is None
+
+
+# ---- what is refused
+
+
+def test_what_has_no_rule(base):
+    with pytest.raises(ValueError, match="leaf `extra.w`: name map `own decoder` has no rule for"):
+        to_hugging_face({**base, "extra": {"w": jnp.ones(3)}}, MAP)
+
+
+def test_a_checkpoint_that_does_not_fit(directory):
+    small = {**PARAMS, "out": jax.ShapeDtypeStruct((16, 41), jnp.float32)}
+    text = r"1 misshapen: `lm_head.weight` in model.safetensors has shape \(40, 16\), expected \(41"
+    with pytest.raises(ValueError, match=text):
+        from_hugging_face(small, open_directory(directory), MAP)
+
+
+RULES = {
+    "stars": ([("blocks.*", "model.layers.weight")], r"must have as many `\*`"),
+    "numbers": ([("blocks.{}.w", "model.layer.weight")], "at least as many `{}`"),
+    "arrow": ([("w", "w.weight", "a b")], "expected `theirs -> ours`, got no arrow"),
+    "twice": ([("w", "w.weight", "a a -> a b")], "`a` stands twice on one side"),
+    "left": ([("w", "w.weight", "a b -> a")], "`b` stands on the left only"),
+    "name": ([("w", "w.weight", "a ? -> a b")], r"`\?` is not the name of a dimension"),
+    "stack": ([("w", "w.weight", "a -> (l m) a")], "a stack must be a dimension of its own"),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_a_table_that_makes_no_sense(case):
+    rules, text = RULES[case]
+    with pytest.raises(ValueError, match=text):
+        lora.hf.name_map("x", rules)
+
+
+SHAPES = {
+    "sizes": ("a.weight", "(n p h) -> (n h p)", (8,), r"the sizes of `n`, `h`, `p` are not known"),
+    "dims": ("a.weight", "a b -> b a", (8,), r"has 2 dimensions on the right, got shape \(8,\)"),
+    "stacks": ("a.{}.weight", "a b -> b a", (8, 2), "0 stacks, but `a.{}.weight` numbers 1"),
+    "fit": ("a.weight", "(n t) -> n t", (8, 4), r"\{'t': 3\} does not fit shape \(8, 4\)"),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_a_layout_that_does_not_fit(case):
+    tensor, layout, shape, text = SHAPES[case]
+    using = lora.hf.name_map("x", [("w", tensor, layout)], sizes={"t": 3})
+    with pytest.raises(ValueError, match=f"leaf `w`: .*{text}"):
+        to_hugging_face({"w": jnp.zeros(shape)}, using)
