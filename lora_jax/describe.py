@@ -1,6 +1,6 @@
-"""What a path holds, in words: a PEFT adapter, a model, a safetensors file, a checkpoint.
+"""What a path holds, in words: an adapter, a model, a safetensors file, a checkpoint.
 
-Only headers and metadata are read, so a large file takes no longer than a small one.
+Of a model only headers and metadata are read, so a large file takes no longer than a small one.
 """
 
 import math
@@ -8,67 +8,77 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Fields of a PEFT config that say what the adapter is; the others only when they are set.
-_PEFT_FIELDS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
-_PEFT_DULL = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "revision")
-
 # name -> (dtype, shape)
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
-def describe(source: str, *, tensors: bool = False) -> str:
+def describe(source: str, *, tensors: bool = False, check: bool = False) -> str:
     """Describes what a path holds.
 
     Args:
       source: a path, a hub id whose files are cached, or "smollm2".
       tensors: list every tensor.
+      check: raise what looks wrong with an adapter, instead of saying it.
 
     Returns:
       Lines of text.
 
     Raises:
       FileNotFoundError: there is nothing of that name.
-      ValueError: it is nothing that is known here, or a file is damaged.
+      ValueError: it is nothing that is known here, a file is damaged, or a check failed.
     """
     path = Path(source)
-    if (path / "adapter_config.json").is_file():
-        return _peft(path, tensors)
-    if (path / "checkpoints").is_dir() or (path / "meta").is_dir():
-        return _checkpoint(path)
+    if _is_adapter(path):
+        return _adapter(path, tensors, check)
+    if (path / "params").is_dir() and (path / "meta").is_dir():
+        return _params(path, tensors)
     if path.suffix == ".safetensors":
         return "\n".join(["safetensors file", *_tensor_lines(_header(path), tensors)])
     return _model(source, tensors)
 
 
-def _peft(path: Path, tensors: bool) -> str:
-    from lora_jax.hf.peft_files import CONFIG_FILE, TENSOR_FILE
-    from lora_jax.hf.safetensors import read_json
+def _is_adapter(path: Path) -> bool:
+    if path.suffix == ".gguf" and path.is_file():
+        from lora_jax.hf.gguf import kind_of_file
 
-    fields = read_json(path / CONFIG_FILE)
-    others = [
-        name
-        for name, value in fields.items()
-        if name not in (*_PEFT_FIELDS, *_PEFT_DULL) and value not in (None, False, 0, {}, [], "")
-    ]
-    lines = [f"PEFT adapter ({fields.get('peft_type', 'of no type')})"]
-    lines += [_row(name, fields.get(name)) for name in (*_PEFT_FIELDS, *sorted(others))]
-    return "\n".join([*lines, *_tensor_lines(_header(path / TENSOR_FILE), tensors)])
+        return kind_of_file(path) == "adapter"
+    parts = ("adapter_config.json", "checkpoints", "adapter")
+    return any((path / part).exists() for part in parts)
 
 
-def _checkpoint(path: Path) -> str:
-    from lora_jax import checkpoint
+def _adapter(path: Path, tensors: bool, check: bool) -> str:
+    from lora_jax import adapter_report as report
 
-    found = checkpoint.find(path)
-    lines = ["Orbax checkpoint", _row("in", found.directory)]
-    lines += [_row(name, found.config.get(name)) for name in _PEFT_FIELDS[1:]]
-    lines.append(_row("base", f"{len(found.base)} weights"))
-    if (metrics := path / "metrics.jsonl").is_file():
-        from lora_jax.train.metrics import read_metrics
+    found = report.read(path)
+    wrong = report.problems(found)
+    if check and wrong:
+        raise ValueError(f"{path}: {'; '.join(wrong)}")
+    lines = [found.kind, *(_row(name, value) for name, value in report.facts(found).items())]
+    listed = {f"{m.name} lora_{end}": (str(x.dtype), x.shape)
+              for m in found.modules for end, x in zip("AB", (m.a, m.b), strict=True)
+              if x is not None}  # fmt: skip
+    listed |= {name: (str(x.dtype), x.shape) for name, x in found.others.items()}
+    lines += [*_tensor_lines(listed, tensors), *_losses(path)]
+    lines += ["  change of each weight, ‖s·B·A‖", *(f"    {t}" for t in report.norm_table(found))]
+    return "\n".join([*lines, *(_row("looks wrong", text) for text in wrong)])
 
-        records = [r for r in read_metrics(metrics) if r.get("kind") == "train"]
-        lines += [_row(f"loss of step {r['step']}", f"{r['loss']:.4f}") for r in records[:1]]
-        lines += [_row(f"loss of step {r['step']}", f"{r['loss']:.4f}") for r in records[1:][-1:]]
-    return "\n".join(lines)
+
+def _losses(run: Path) -> list[str]:
+    """The first and the last loss, where the path is a run's."""
+    if not (metrics := run / "metrics.jsonl").is_file():
+        return []
+    from lora_jax.train.metrics import read_metrics
+
+    records = [r for r in read_metrics(metrics) if r.get("kind") == "train"]
+    ends = records[:1] + records[1:][-1:]
+    return [_row(f"loss of step {r['step']}", f"{r['loss']:.4f}") for r in ends]
+
+
+def _params(path: Path, tensors: bool) -> str:
+    from lora_jax.checkpoint.params import described
+
+    found = {name: (kind, shape) for name, (kind, shape) in described(path).items()}
+    return "\n".join(["plain parameters (Orbax)", *_tensor_lines(found, tensors)])
 
 
 def _model(source: str, tensors: bool) -> str:

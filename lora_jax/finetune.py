@@ -138,36 +138,49 @@ def init_adapter(model, config: LoraConfig, *, seed: int) -> Any:
     return lora.init(jax.random.key(seed), plan_model(model, config), model.params)
 
 
-def load_adapter(model, directory: Path) -> tuple[Any, LoraConfig]:
-    """Reads a PEFT directory onto a model: its parameters with the adapter, and the config."""
-    from lora_jax import hf
+def load_adapter(model, source: str | Path, *, step: int | None = None) -> tuple[Any, LoraConfig]:
+    """Reads an adapter of any format onto a model; see `lora_jax.exchange.load_adapter`."""
+    from lora_jax import exchange
 
-    return hf.load_peft(directory, model.apply, model.params, _TOKENS)
+    return exchange.load_adapter(model, source, lambda config: plan_model(model, config), step=step)
 
 
-def export_checkpoint(
-    source: str, checkpoint: Path, output: Path, *, dtype: str = "float32"
+def export_adapter(
+    source: str,
+    adapter: str | Path,
+    output: Path,
+    *,
+    to: str = "peft",
+    dtype: str = "float32",
+    model_dtype: str = "float32",
+    step: int | None = None,
 ) -> None:
-    """Turns the adapter in an Orbax checkpoint into a PEFT directory.
+    """Turns an adapter of any format into another, over its model.
 
     Args:
-      source: the model it was trained over, as for `load_model`.
-      checkpoint: the folder of a run, whose newest checkpoint is taken, or an adapter's folder
-        of `lora_jax.checkpoint.save`.
-      output: the directory to write.
-      dtype: the one it was trained in.
+      source: the model it is for, as for `load_model`.
+      adapter: a PEFT directory, a GGUF LoRA file, the folder of a run, whose newest checkpoint is
+        taken, or an adapter's folder of `lora_jax.checkpoint.save`.
+      output: what to write.
+      to: the format, one of `lora_jax.exchange.WRITTEN`.
+      dtype: of the numbers in a GGUF file or a merged model.
+      model_dtype: the one the adapter was trained in.
+      step: of a run; the newest by default.
 
     Raises:
-      FileNotFoundError: there is no checkpoint.
-      ValueError: it was made over another model, or in another dtype.
+      FileNotFoundError: there is no adapter.
+      ValueError: it is for another model or dtype, or the format cannot hold it.
     """
-    from lora_jax import checkpoint as checkpoints
-    from lora_jax import hf
+    from lora_jax import exchange
 
-    checkpoints.find(checkpoint)  # before the model is loaded, as that takes a while
-    model = load_model(source, dtype=dtype)
-    params, config = checkpoints.restore(checkpoint, model.apply, model.params, _TOKENS)
-    hf.save_peft(output, params, config, base_model_name=hub_name(source))
+    exchange.check_there(adapter, step=step)  # before the model is loaded, as that takes a while
+    if to == "hf" and Path(output).exists():
+        raise FileExistsError(f"{output}: there is something already; give another directory")
+    model = load_model(source, dtype=model_dtype)
+    params, config = load_adapter(model, adapter, step=step)
+    exchange.save_adapter(
+        model, params, config, output, to=to, base_model_name=hub_name(source), dtype=dtype
+    )
 
 
 def merge_adapter(source: str, adapter: Path, output: Path, *, dtype: str = "float32") -> None:
@@ -183,14 +196,13 @@ def merge_adapter(source: str, adapter: Path, output: Path, *, dtype: str = "flo
       FileExistsError: there is something at `output`.
       ValueError: the adapter is for another model, or the sum is not finite.
     """
-    import lora_jax as lora
-    from lora_jax.hf.save_model import save_model
+    from lora_jax.hf.save_model import save_merged
 
     if Path(output).exists():
         raise FileExistsError(f"{output}: there is something already; give another directory")
     model = load_model(source)
     params, _ = load_adapter(model, adapter)
-    save_model(output, model, lora.merge(params), dtype=dtype)
+    save_merged(output, model, params, dtype=dtype)
 
 
 # Roles are inferred from a trace with any tokens.

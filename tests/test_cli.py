@@ -14,7 +14,7 @@ import pytest
 from lora_jax.cli import commands, errors, main
 from lora_jax.cli.parser import make_parser
 
-COMMANDS = ("demo", "train", "generate", "merge", "export", "inspect")
+COMMANDS = ("demo", "train", "generate", "merge", "export", "import", "convert", "inspect")
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
@@ -71,6 +71,9 @@ def test_the_version(capsys):
          "nearest are `--rank`"),
         (["inspect", "a", "b"], "lora-jax inspect: `b` is no argument of this command;"),
         (["merge", "m", "a", "o", "--dtype", "int3"], "lora-jax merge: argument --dtype: invalid"),
+        (["export", "m", "a", "o", "--to", "zip"], "lora-jax export: argument --to: invalid"),
+        (["convert", "a", "o"], "lora-jax convert: the following arguments are required: --to;"),
+        (["convert", "a", "o", "--to", "hf"], "lora-jax convert: argument --to: invalid choice"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_is_one_line_and_status_2(capsys, argv, message):
@@ -93,7 +96,12 @@ def test_a_wrong_command_line_is_one_line_and_status_2(capsys, argv, message):
         (["generate", "smollm2", "x", "--top-p", "2"], "top_p must be above 0 and at most 1"),
         (["generate", "no.gguf", "x"], "no.gguf: no such file"),
         (["merge", "no.gguf", "a", "b"], "no.gguf: no such file"),
-        (["export", "no.gguf", "a", "b"], "a: no such adapter folder"),
+        (["export", "no.gguf", "a", "b"], "a: there is no such directory"),
+        (["import", "no.gguf", "a.gguf", "b"], "a.gguf: no such file"),
+        (["convert", "a", "b", "--to", "peft"], "a: there is no such directory"),
+        (["convert", "a", "b", "--to", "gguf"], "`base` is missing: a GGUF adapter orders some"),
+        (["convert", "a", "b", "--to", "vllm", "--output-dtype", "float16"], "vllm keeps the ad"),
+        (["inspect", "no/adapter"], "`no/adapter` is not a local directory"),
         (["demo", "--steps", "0"], "train and test must be between 1 and"),
     ],
 )

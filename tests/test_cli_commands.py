@@ -12,6 +12,7 @@ import lora_jax as lora
 from lora_jax import finetune, models
 from lora_jax.cli import main
 from lora_jax.demo import task
+from lora_jax.hf.safetensors import load_file
 from lora_jax.hf.save_model import save_model
 
 pytestmark = pytest.mark.slow  # every command loads and compiles a model
@@ -139,6 +140,34 @@ def test_export_gives_the_adapter_that_train_wrote(model, run, tmp_path, capsys)
         assert (tmp_path / "adapter" / name).read_bytes() == (run / "adapter" / name).read_bytes()
     assert main(["export", model, str(tmp_path), str(tmp_path / "x")]) == 1
     assert "is neither an adapter" in capsys.readouterr().err
+    assert main(["export", model, str(run), str(tmp_path / "x"), "--step", "7"]) == 1
+    assert "there is no step 7; kept are 3" in capsys.readouterr().err
+
+
+def test_every_format_gives_the_adapter_back(model, run, tmp_path, capsys):
+    """train -> gguf -> Orbax -> PEFT and vLLM, over the model and without it."""
+    adapter, gguf, own = str(run / "adapter"), str(tmp_path / "a.gguf"), str(tmp_path / "own")
+    assert main(["export", model, str(run), gguf, "--to", "gguf"]) == 0
+    assert main(["import", model, gguf, own]) == 0
+    assert main(["convert", own, str(tmp_path / "peft"), "--to", "peft"]) == 0
+    assert main(["convert", adapter, str(tmp_path / "b.gguf"), "--to", "gguf", "--base", model]) == 0
+    assert main(["export", model, adapter, str(tmp_path / "hf"), "--to", "hf"]) == 0
+    assert main(["export", model, adapter, str(tmp_path / "vllm"), "--to", "vllm"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("wrote the adapter to") == 5 and "wrote the merged model to" in out
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    tensors = [load_file(d / "adapter_model.safetensors") for d in (run / "adapter",
+               tmp_path / "peft", tmp_path / "vllm")]  # fmt: skip
+    for other in tensors[1:]:
+        jax.tree.map(np.testing.assert_array_equal, tensors[0], other)
+    merged, base = models.load(tmp_path / "hf"), models.load(model)
+    params, _ = finetune.load_adapter(base, own)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), merged.params, lora.merge(params)
+    )
+    for path in (gguf, own):
+        assert main(["inspect", path, "--check"]) == 0
+        assert "‖s·B·A‖" in capsys.readouterr().out
 
 
 def test_export_refuses_another_base(run, tmp_path, capsys):
@@ -154,7 +183,7 @@ def test_export_refuses_another_base(run, tmp_path, capsys):
     ("path", "words"),
     [
         ("adapter", ["PEFT adapter (LORA)", "lora_alpha", "q_proj", "tensors"]),
-        ("", ["Orbax checkpoint", "loss of step 1", "loss of step 3"]),
+        ("", ["Orbax checkpoint", "q_proj ×2", "loss of step 1", "loss of step 3"]),
         ("adapter/adapter_model.safetensors", ["safetensors file", "parameters"]),
     ],
 )

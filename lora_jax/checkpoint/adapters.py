@@ -22,7 +22,7 @@ from lora_jax.checkpoint.outline import check_outline, leaf_from, outline
 from lora_jax.checkpoint.swap import leftovers, replace
 
 FORMAT = "lora_jax adapter 2"
-RUN_FORMAT = "lora_jax training state 1"
+RUN_FORMAT = "lora_jax training state 2"
 RUN_CHECKPOINTS = "checkpoints"
 ITEM = "adapter"
 
@@ -144,7 +144,7 @@ class Stored(NamedTuple):
       prefix: what the arrays' names begin with.
       config: the LoRA config in PEFT's spelling.
       base: the base's fingerprint.
-      plan: what each leaf is, see `outline`; None for a step of a training run.
+      plan: what each leaf is, see `outline`.
     """
 
     directory: Path
@@ -152,7 +152,7 @@ class Stored(NamedTuple):
     prefix: str
     config: dict
     base: dict[str, str]
-    plan: dict[str, dict] | None
+    plan: dict[str, dict]
 
 
 def find(directory: str | os.PathLike, *, step: int | None = None) -> Stored:
@@ -182,7 +182,7 @@ def find(directory: str | os.PathLike, *, step: int | None = None) -> Stored:
                 f"{place} was written without `lora_config`, so its adapter cannot be rebuilt from"
                 " the file alone; pass lora_config= to fit"
             )
-        return Stored(place, "state", "trainable.", run["lora"], run["base"], None)
+        return Stored(place, "state", "trainable.", run["lora"], run["base"], run["plan"])
     raise ValueError(
         f"{directory} is neither an adapter written by lora.checkpoint.save nor the folder of a"
         " training run; a PEFT folder is read by lora.hf.load_peft"
@@ -264,17 +264,9 @@ def read_leaves(stored: Stored) -> dict[str, Any]:
 
     Args:
       stored: from `find`.
-
-    Raises:
-      ValueError: its plan was not saved, as in a training run; that takes the model.
     """
     import numpy as np
 
-    if stored.plan is None:
-        raise ValueError(
-            f"{stored.directory} is of a training run, which keeps no plan of its adapter; read "
-            "it over its model (lora.checkpoint.restore)"
-        )
     arrays = jax.tree.map(np.asarray, _read_arrays(stored, None))
     leaves = {}
     for name, described in stored.plan.items():
@@ -286,8 +278,7 @@ def read_leaves(stored: Stored) -> dict[str, Any]:
 def _filled(stored: Stored, lora_params):
     import lora_jax as lora
 
-    if stored.plan is not None:
-        check_outline(stored.plan, lora_params, where=str(stored.directory))
+    check_outline(stored.plan, lora_params, where=str(stored.directory))
     trainable, frozen = lora.split(lora_params)
     arrays = _read_arrays(stored, flatten(trainable))
     return lora.combine(unflatten(trainable, arrays), frozen)
@@ -305,10 +296,10 @@ def _read_arrays(stored: Stored, like: dict[str, Any] | None) -> dict[str, jax.A
         if phrases := differences(like, named):
             raise ValueError(f"{stored.directory} does not fit the model: {summary(phrases)}")
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        # Only what belongs to the adapter is read: a run's state has more.
+        # Orbax reads a tree whole, so the rest of a run's state too.
         wanted = {
-            n: _struct(like[n[cut:]], here) if n.startswith(stored.prefix) else ocp.PLACEHOLDER
-            for n in found
+            n: _struct(like[n[cut:]] if n.startswith(stored.prefix) else x, here)
+            for n, x in found.items()
         }
         args = ocp.args.Composite(**{stored.item: ocp.args.StandardRestore(wanted)})
         arrays = opened.restore(stored.directory, args)[stored.item]

@@ -47,6 +47,18 @@ def unflatten(like, named: Mapping[str, Any]):
     return jax.tree_util.tree_map_with_path(lambda path, _: named[name_of(path)], like)
 
 
+def nested(named: Mapping[str, Any]) -> dict:
+    """Dotted names as nested dicts."""
+    out: dict = {}
+    for name, leaf in named.items():
+        *around, last = name.split(".")
+        node = out
+        for part in around:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return out
+
+
 def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
     """Each way in which the arrays of `got` are not those of `expected`, as a phrase.
 
@@ -67,6 +79,12 @@ def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str
 def describe(x) -> str:
     """Dtype and shape as jaxtyping spells them: `float32[576,8]`."""
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+
+
+def parse(described: str) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of what `describe` (or a fingerprint, with its hash) spells."""
+    dtype, _, sizes = described.partition(" ")[0].rstrip("]").partition("[")
+    return dtype, tuple(int(n) for n in sizes.split(",") if n)
 
 
 def summary(phrases: list[str]) -> str:

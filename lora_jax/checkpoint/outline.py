@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import array
@@ -78,7 +79,7 @@ def leaf_from(described: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
     kinds = {c.__name__: c for c in (array.LoraArray, array.SavedArray, array.RowsArray)}
     if described.get("kind") not in kinds:
         raise ValueError(f"an adapter's leaf of the unknown kind {described.get('kind')!r}")
-    weight = jax.ShapeDtypeStruct(tuple(described["shape"]), np.dtype(described["dtype"]))
+    weight = jax.ShapeDtypeStruct(tuple(described["shape"]), jnp.dtype(described["dtype"]))
     names = {f.name for f in dataclasses.fields(kinds[described["kind"]])}
     static = {n: _tuples(v) for n, v in described.items() if n in names and v is not None}
     if "scale" in static:

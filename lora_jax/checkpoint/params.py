@@ -6,7 +6,6 @@
 """
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax
 from lora_jax.array import is_lora
 from lora_jax.checkpoint.disk import check_space, quiet
 from lora_jax.checkpoint.fingerprint import fingerprint
-from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
+from lora_jax.checkpoint.flat import differences, flatten, nested, parse, summary, unflatten
 from lora_jax.checkpoint.folder import checkpointer, is_folder, place_for, read_meta
 from lora_jax.checkpoint.swap import replace
 from lora_jax.paths import spell
@@ -49,7 +48,7 @@ def save_params(directory: str | os.PathLike, params: Any) -> None:
     arrays = flatten(params)
     meta = {"format": FORMAT, "weights": fingerprint(params)}
     args = ocp.args.Composite(
-        params=ocp.args.StandardSave(_nested(arrays)), meta=ocp.args.JsonSave(meta)
+        params=ocp.args.StandardSave(nested(arrays)), meta=ocp.args.JsonSave(meta)
     )
 
     def write(new: Path) -> None:
@@ -89,24 +88,19 @@ def restore_params(directory: str | os.PathLike, like: Any) -> Any:
         if phrases := differences(named, found):
             raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")
         wanted = {n: placed(x) for n, x in named.items()}
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(_nested(wanted)))
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(nested(wanted)))
         arrays = flatten(opened.restore(directory, args)[ITEM])
     return unflatten(like, arrays)
+
+
+def described(directory: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every leaf in a folder of `save_params`, by name; nothing is read."""
+    directory = Path(os.path.abspath(directory))
+    weights = read_meta(directory, FORMAT)["weights"]
+    return {name: parse(text) for name, text in weights.items()}
 
 
 def placed(x: Any) -> jax.ShapeDtypeStruct:
     """What Orbax is asked for: a shape, a dtype, and where it is to lie."""
     where = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-
-def _nested(named: Mapping[str, Any]) -> dict:
-    """Dotted names as nested dicts."""
-    out: dict = {}
-    for name, leaf in named.items():
-        *around, last = name.split(".")
-        node = out
-        for part in around:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return out

@@ -93,11 +93,32 @@ def merge(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """`lora-jax export`."""
-    from lora_jax.finetune import export_checkpoint
+    """`lora-jax export`, and `import`, which is an export to Orbax."""
+    from lora_jax.finetune import export_adapter
 
-    export_checkpoint(
-        arguments.model, arguments.checkpoint, arguments.output, dtype=arguments.dtype
+    export_adapter(
+        arguments.model,
+        arguments.adapter,
+        arguments.output,
+        to=arguments.to,
+        dtype=arguments.output_dtype,
+        model_dtype=arguments.dtype,
+        step=arguments.step,
+    )
+    what = "merged model" if arguments.to == "hf" else "adapter"
+    _say(f"wrote the {what} to {arguments.output}")
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """`lora-jax convert`."""
+    from lora_jax.exchange import convert as convert_adapter
+
+    convert_adapter(
+        arguments.adapter,
+        arguments.output,
+        to=arguments.to,
+        base=arguments.base,
+        dtype=arguments.output_dtype,
     )
     _say(f"wrote the adapter to {arguments.output}")
 
@@ -106,7 +127,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     """`lora-jax inspect`."""
     from lora_jax.describe import describe
 
-    _say(describe(arguments.path, tensors=arguments.tensors))
+    _say(describe(arguments.path, tensors=arguments.tensors, check=arguments.check))
 
 
 def _say(text: str) -> None:

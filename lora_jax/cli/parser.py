@@ -7,12 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from lora_jax import exchange
 from lora_jax.cli import commands, settings
 from lora_jax.cli.errors import USAGE
 from lora_jax.paths import nearest
 
 MODEL = "a Hugging Face directory, a hub id, or a .gguf file; `smollm2` is the demo's model"
-ADAPTER = "a PEFT directory: adapter_config.json and adapter_model.safetensors"
+ADAPTER = (
+    "a PEFT directory, a GGUF LoRA file, the folder of a run, or one of lora_jax.checkpoint.save"
+)
+_NUMBERS = ("float32", "bfloat16", "float16")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -178,18 +182,81 @@ def _export(command: Callable) -> None:
     parser = command(
         commands.export,
         """\
-Reads the adapter from an Orbax checkpoint, as `train` saves them while it runs, and writes it
-as a directory that the Python package peft loads.
+Writes an adapter in another format. It is read over its model, so that every number is checked
+against it. The formats:
+  peft    a directory that the Python package peft loads (the default)
+  vllm    the same, with one rank and one alpha, as vLLM serves it
+  gguf    a file for llama.cpp: llama-cli --lora adapter.gguf
+  hf      the merged model, as a directory that transformers loads
+  orbax   a folder that lora_jax.checkpoint.restore reads, with the base's fingerprint
 
-example:
-  lora-jax export smollm2 outputs/first outputs/first/adapter""",
+examples:
+  lora-jax export smollm2 outputs/first outputs/first/adapter
+  lora-jax export smollm2 outputs/first adapter.gguf --to gguf --output-dtype float16
+  lora-jax export smollm2 owner/adapter outputs/merged --to hf --output-dtype bfloat16""",
     )
     parser.add_argument("model", help=MODEL)
-    parser.add_argument("checkpoint", type=Path, help="the folder of a run, or of one adapter")
-    parser.add_argument("output", type=Path, help="the directory to write")
-    _add_dtype(parser, "float32", "that the adapter was trained in")
+    parser.add_argument("adapter", help=ADAPTER)
+    parser.add_argument("output", type=Path, help="the directory or file to write")
     parser.add_argument(
-        "--step", type=int, metavar="N", help="which checkpoint (default: the last)"
+        "--to", default="peft", choices=exchange.WRITTEN, help="the format (default: peft)"
+    )
+    _add_output_dtype(parser, "a GGUF file or a merged model")
+    _add_dtype(parser, "float32", "that the adapter was trained in")
+    _add_step(parser)
+
+
+def _import(command: Callable) -> None:
+    parser = command(
+        commands.export,
+        """\
+Reads an adapter of PEFT or llama.cpp over its model and writes it as a folder that
+lora_jax.checkpoint.restore reads: with its config, its plan and the base's fingerprint.
+
+example:
+  lora-jax import smollm2 owner/adapter outputs/imported""",
+    )
+    parser.set_defaults(to="orbax", output_dtype="float32")
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument("adapter", help=ADAPTER)
+    parser.add_argument("output", type=Path, help="the folder to write")
+    _add_dtype(parser, "float32", "of the model's weights")
+    _add_step(parser)
+
+
+def _convert(command: Callable) -> None:
+    parser = command(
+        commands.convert,
+        """\
+Turns an adapter into another format without its model. Where one of the formats is GGUF, --base
+says which model it is for: only its config.json, or the header of its .gguf file, is read.
+
+examples:
+  lora-jax convert outputs/first/adapter adapter.gguf --to gguf --base models/smollm2
+  lora-jax convert outputs/first/adapter outputs/served --to vllm
+  lora-jax convert adapter.gguf outputs/adapter --to peft --base smollm2.gguf""",
+    )
+    parser.add_argument("adapter", help=ADAPTER)
+    parser.add_argument("output", type=Path, help="the directory or file to write")
+    parser.add_argument("--to", required=True, choices=exchange.CONVERTED, help="the format")
+    parser.add_argument(
+        "--base", type=Path, metavar="PATH", help="the model's directory, or its .gguf file"
+    )
+    _add_output_dtype(parser, "a GGUF file")
+
+
+def _add_output_dtype(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--output-dtype",
+        default="float32",
+        choices=_NUMBERS,
+        help=f"of the numbers in {what} (default: float32)",
+    )
+
+
+def _add_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="which checkpoint of a run (default: the last)"
     )
 
 
@@ -197,7 +264,7 @@ def _add_dtype(parser: argparse.ArgumentParser, default: str, what: str) -> None
     parser.add_argument(
         "--dtype",
         default=default,
-        choices=("float32", "bfloat16", "float16"),
+        choices=_NUMBERS,
         help=f"{what} (default: {default})",
     )
 
@@ -206,15 +273,21 @@ def _inspect(command: Callable) -> None:
     parser = command(
         commands.inspect,
         """\
-Prints what a path holds: a PEFT adapter, a model (directory or .gguf), a .safetensors file or
-a folder of checkpoints; its configuration, its tensors and how many parameters they are.
+Prints what a path holds: an adapter of any format, a model (directory or .gguf), or a
+.safetensors file; its configuration, its tensors and how many parameters they are. Of an adapter
+also how much each module changes its weight, and what looks wrong: numbers that are not finite,
+a half of a pair that is missing, a module in which nothing was learned.
 
 examples:
   lora-jax inspect outputs/demo/adapter
+  lora-jax inspect adapter.gguf --check
   lora-jax inspect smollm2""",
     )
-    parser.add_argument("path", help=f"a PEFT directory, a checkpoint folder, or {MODEL}")
+    parser.add_argument("path", help=f"an adapter ({ADAPTER}), or {MODEL}")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument(
+        "--check", action="store_true", help="make anything that looks wrong an error"
+    )
 
 
 # name -> one line about it, and the function that adds its arguments
@@ -236,8 +309,16 @@ COMMANDS = {
         _merge,
     ),
     "export": (
-        "turn a training checkpoint into a PEFT adapter",
+        "write an adapter for PEFT, vLLM, llama.cpp or Orbax, or merged",
         _export,
+    ),
+    "import": (
+        "take over an adapter of PEFT or llama.cpp",
+        _import,
+    ),
+    "convert": (
+        "turn an adapter into another format without its model",
+        _convert,
     ),
     "inspect": (
         "say what a model, an adapter or a checkpoint holds",

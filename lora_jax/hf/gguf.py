@@ -83,7 +83,21 @@ def open_gguf(path: str | Path, *, kind: str = "model") -> Gguf:
       ValueError: not a GGUF file, cut short, a header that does not fit the file, or of another
         kind.
     """
-    path = Path(path)
+    file = _opened(Path(path))
+    _check_kind(file.metadata, kind, file.path)
+    return file
+
+
+def kind_of_file(path: str | Path) -> str:
+    """What a file holds: "model", "adapter" or another word for its `general.type`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `open_gguf`.
+    """
+    return str(_opened(Path(path)).metadata.get("general.type", "model"))
+
+
+def _opened(path: Path) -> Gguf:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size < 24:
@@ -94,7 +108,6 @@ def open_gguf(path: str | Path, *, kind: str = "model") -> Gguf:
         metadata, tensors = _header(_Cursor(mapped))
     except (struct.error, IndexError, KeyError, UnicodeDecodeError, _BadHeader) as error:
         raise ValueError(f"{path}: not a whole GGUF file: {_reason(error)}") from None
-    _check_kind(metadata, kind, path)
     return Gguf(path, metadata, tensors, np.frombuffer(mapped, np.uint8))
 
 

@@ -94,8 +94,7 @@ def to_gguf(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -
     names = gguf_names(base.architecture, base.layers)
     pairs = _pairs(tensors, config, base)
     alpha = _common_alpha(pairs)
-    out = {}
-    for module, pair in pairs.items():
+    for module in pairs:
         if module not in names:
             raise ValueError(
                 f"llama.cpp's architecture `{base.architecture}` has no place for an adapter of "
@@ -106,7 +105,9 @@ def to_gguf(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -
                 f"llama.cpp cannot apply an adapter of `{module}` where the output head is the "
                 f"embedding table: to it both are one tensor; {_MERGE}"
             )
-        a, b = _in_file(module, pair, alpha, base)
+    out = {}
+    for module in (m for m in names if m in pairs):  # one order, whatever the source's was
+        a, b = _in_file(module, pairs[module], alpha, base)
         out[f"{names[module]}.weight.lora_a"], out[f"{names[module]}.weight.lora_b"] = a, b
     return Content(alpha, out)
 

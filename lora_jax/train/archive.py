@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from lora_jax.checkpoint import state as checkpoints
 from lora_jax.checkpoint.adapters import RUN_CHECKPOINTS, RUN_FORMAT, config_json
-from lora_jax.checkpoint.fingerprint import check_base
+from lora_jax.checkpoint.fingerprint import check_base, fingerprint
+from lora_jax.checkpoint.outline import outline
 from lora_jax.train import metrics
 from lora_jax.train.batches import data_hash
 from lora_jax.train.config import TrainConfig, fixed_fields
@@ -78,7 +79,7 @@ def _holds_a_run(directory: Path, opened) -> bool:
 
 
 def describe(
-    config: TrainConfig, total: int, data: Sequence[Example], lora_config, base: dict[str, str]
+    config: TrainConfig, total: int, data: Sequence[Example], lora_config, lora_params
 ) -> dict:
     """What makes a run the run it is, as JSON values; kept in every checkpoint."""
     described = {
@@ -86,7 +87,8 @@ def describe(
         "train": {**fixed_fields(config), "steps": total},
         "lora": None if lora_config is None else config_json(lora_config),
         "data": data_hash(data),
-        "base": base,
+        "base": fingerprint(lora_params),
+        "plan": outline(lora_params),
     }
     return json.loads(json.dumps(described))  # as it will be read again: lists for tuples
 

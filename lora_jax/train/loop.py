@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 import lora_jax as lora
-from lora_jax.checkpoint.fingerprint import fingerprint
 from lora_jax.train import archive as archives
 from lora_jax.train import metrics
 from lora_jax.train.batches import Item, Loader, iterate, loader
@@ -120,7 +119,7 @@ def fit(
     tx = optimizer(config, total)
     programs = Programs(make_step(lora_loss(model), tx), donate=(0,))
     fresh = init_state(jax.random.key(config.seed), trainable, tx)
-    described = archives.describe(config, total, train_data, lora_config, fingerprint(lora_params))
+    described = archives.describe(config, total, train_data, lora_config, lora_params)
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(archives.archive(config))
         begin = archives.start(opened, fresh, described, lora_params)

@@ -1,0 +1,224 @@
+"""Adapters from format to format: over the model and without it, to the same bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_hf_gguf import tensors_of, write
+from test_hf_gguf_lora import UNTIED, adapted, as_llama_cpp, config
+
+import lora_jax as lora
+from lora_jax import adapter_report, checkpoint, exchange, models
+from lora_jax.describe import describe
+from lora_jax.finetune import plan_model
+from lora_jax.hf.peft import load_peft, save_peft
+from lora_jax.hf.safetensors import load_file, read_json
+from lora_jax.hf.save_model import save_model
+
+TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+CONFIG = config(target_modules=("q_proj", "k_proj", "down_proj"), rank_pattern={"k_proj": 2})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.init(jax.random.key(0), UNTIED)
+
+
+@pytest.fixture(scope="module")
+def trained(model):
+    return adapted(model, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model, trained):
+    """The adapter in every format, and its base."""
+    folder = tmp_path_factory.mktemp("formats")
+    for to in ("peft", "vllm", "orbax"):
+        exchange.save_adapter(model, trained, CONFIG, folder / to, to=to)
+    exchange.save_adapter(model, trained, CONFIG, folder / "a.gguf", to="gguf")
+    save_model(folder / "base", model, model.params)
+    return folder
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("peft", "peft"), ("vllm", "peft"), ("orbax", "orbax"), ("a.gguf", "gguf")]
+)
+def test_every_format_is_recognized_and_loads(folder, model, trained, name, kind):
+    assert exchange.kind_of(folder / name) == kind
+    loaded, read = exchange.load_adapter(model, folder / name, lambda c: plan_model(model, c))
+    merged, want = lora.merge(loaded), lora.merge(trained)
+    if kind == "orbax":
+        assert read == CONFIG
+    if name == "vllm":  # each scale was multiplied into B
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), merged, want)
+    else:
+        same(merged, want)
+
+
+def test_the_merged_model_and_the_gguf_file_say_the_same(folder, model, trained, tmp_path):
+    exchange.save_adapter(model, trained, CONFIG, tmp_path / "hf", to="hf")
+    merged = models.load(tmp_path / "hf")
+    base = write(tmp_path / "base.gguf", UNTIED, tensors_of(model))
+    want = as_llama_cpp(base, folder / "a.gguf")
+    for name, tensor in tensors_of(merged).items():
+        np.testing.assert_allclose(tensor, want[name], atol=1e-5, rtol=1e-5)
+
+
+# source, format, and whose file the result must be
+CONVERSIONS = [
+    ("peft", "gguf", "a.gguf"),
+    ("orbax", "gguf", "a.gguf"),
+    ("a.gguf", "gguf", "a.gguf"),
+    ("orbax", "peft", "peft"),
+    ("peft", "peft", "peft"),
+    ("peft", "vllm", "vllm"),
+    ("orbax", "vllm", "vllm"),
+]
+
+
+@pytest.mark.parametrize(("source", "to", "like"), CONVERSIONS)
+def test_converting_without_the_model_writes_what_exporting_over_it_does(
+    folder, tmp_path, source, to, like
+):
+    exchange.convert(folder / source, tmp_path / like, to=to, base=folder / "base")
+    if to == "gguf":
+        assert (tmp_path / like).read_bytes() == (folder / like).read_bytes()
+        return
+    got, want = (load_file(d / like / "adapter_model.safetensors") for d in (tmp_path, folder))
+    assert got.keys() == want.keys()
+    same(got, want)
+    got, want = (read_json(d / like / "adapter_config.json") for d in (tmp_path, folder))
+    assert {n: v for n, v in got.items() if n != "task_type"} == {
+        n: v for n, v in want.items() if n != "task_type"
+    }
+
+
+def test_a_gguf_file_becomes_a_peft_directory(folder, model, trained, tmp_path):
+    exchange.convert(folder / "a.gguf", tmp_path / "p", to="peft", base=folder / "base")
+    loaded, read = load_peft(tmp_path / "p", model.apply, model.params, TOKENS)
+    same(lora.merge(loaded), lora.merge(trained))
+    assert read.rank_pattern == {f"model.layers.{i}.self_attn.k_proj": 2 for i in range(2)}
+    assert read.target_modules == ("down_proj", "k_proj", "q_proj")
+
+
+def test_the_tensors_of_a_run_with_saved_modules_take_the_model(model, tmp_path):
+    saved = config(modules_to_save=("lm_head",))
+    checkpoint.save(tmp_path / "a", adapted(model, saved), saved)
+    with pytest.raises(ValueError, match="`lm_head.kernel` takes the model to convert"):
+        exchange.convert(tmp_path / "a", tmp_path / "b", to="peft")
+    table = config(target_modules=("embed_tokens",))
+    checkpoint.save(tmp_path / "t", adapted(model, table), table)
+    with pytest.raises(ValueError, match="`model.embed_tokens.embedding` takes the model to conv"):
+        exchange.convert(tmp_path / "t", tmp_path / "b", to="peft")
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_cannot_be_done_is_said(folder, model, trained, tmp_path):
+    with pytest.raises(ValueError, match="`base` is missing: a GGUF adapter orders some rows by"):
+        exchange.convert(folder / "a.gguf", tmp_path / "x", to="peft")
+    with pytest.raises(ValueError, match="`to` must be one of peft, vllm, gguf, got 'orbax'"):
+        exchange.convert(folder / "peft", tmp_path / "x", to="orbax")
+    with pytest.raises(ValueError, match="`to` must be one of peft, vllm, gguf, hf, orbax, got 'z"):
+        exchange.save_adapter(model, trained, CONFIG, tmp_path / "x", to="zip")
+    with pytest.raises(ValueError, match="peft keeps the adapter's own float32; dtype float16 is"):
+        exchange.save_adapter(model, trained, CONFIG, tmp_path / "x", to="peft", dtype="float16")
+    with pytest.raises(ValueError, match="has no step 3: it is no training run"):
+        exchange.check_there(folder / "peft", step=3)
+    with pytest.raises(ValueError, match="holds a GGUF of type `model`, not an adapter"):
+        exchange.check_there(write(tmp_path / "base.gguf", UNTIED, tensors_of(model)))
+    assert [p.name for p in tmp_path.iterdir()] == ["base.gguf"]
+
+
+# --- what an adapter is -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["peft", "orbax", "a.gguf"])
+def test_the_report_of_an_adapter(folder, trained, name):
+    found = adapter_report.read(folder / name)
+    assert adapter_report.problems(found) == []
+    facts = adapter_report.facts(found)
+    assert facts["ranks"] == "4 in 4 modules, 2 in 2 modules"
+    assert facts["scales"] == "1.5 in 4 modules, 3 in 2 modules"
+    names = {"a.gguf": "attn_k ×2, attn_q ×2, ffn_down ×2"}
+    assert facts["modules"] == names.get(name, "down_proj ×2, k_proj ×2, q_proj ×2")
+    assert facts["size"] == "0.01 MiB"
+    leaf = trained["model"]["layers"]["mlp"]["down_proj"]["kernel"]
+    for layer in range(2):
+        change = float(leaf.scale[layer]) * np.linalg.norm(leaf.a[layer] @ leaf.b[layer])
+        module = next(m for m in found.modules if f".{layer}." in m.name and "down" in m.name)
+        np.testing.assert_allclose(adapter_report.norm(module), change, rtol=1e-5)
+    text = describe(str(folder / name), check=True)
+    column = "ffn_down" if name == "a.gguf" else "down_proj"
+    assert f"layer  {'attn_k' if name == 'a.gguf' else column:>9}" in text
+    assert f"{change:.4g}" in text
+
+
+def broken(folder, tmp_path, model, **changes):
+    """The PEFT directory with some tensors replaced or (None) removed."""
+    from lora_jax.hf import peft_files
+
+    fields, tensors = peft_files.read_directory(folder / "peft")
+    for name, change in changes.items():
+        key = next(k for k in tensors if k.replace(".", "_").endswith(name))
+        if change is None:
+            del tensors[key]
+        else:
+            tensors[key] = change(tensors[key])
+    peft_files.write_directory(tmp_path / "broken", fields, tensors)
+    return tmp_path / "broken"
+
+
+B = "0_mlp_down_proj_lora_B_weight"
+A = "0_mlp_down_proj_lora_A_weight"
+MODULE = "`model.layers.0.mlp.down_proj`"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({B: None}, f"{MODULE} has no lora_B"),
+        ({A: None}, f"{MODULE} has no lora_A"),
+        ({B: lambda x: x * 0}, f"{MODULE} was not trained: its B is zero"),
+        ({A: lambda x: x * 0}, f"{MODULE} has no effect: its A is zero"),
+        ({A: lambda x: x * np.nan}, f"{MODULE} holds NaN or infinity"),
+        ({A: lambda x: x[:3]}, f"{MODULE} has an A and a B of different ranks"),
+        ({A: lambda x: x[:3], B: lambda x: np.ascontiguousarray(x[:, :3])},
+         f"{MODULE} is of another rank than the config says"),
+    ],
+)  # fmt: skip
+def test_what_looks_wrong_is_said_and_with_check_an_error(folder, tmp_path, model, changes, text):
+    path = broken(folder, tmp_path, model, **changes)
+    said = describe(str(path))
+    assert f"looks wrong              {text}" in said
+    with pytest.raises(ValueError, match="broken: ") as error:
+        describe(str(path), check=True)
+    assert text in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_config_that_is_not_supported_still_gets_a_report(folder, tmp_path, model):
+    import json
+
+    path = broken(folder, tmp_path, model) / "adapter_config.json"
+    fields = {**json.loads(path.read_text()), "use_qalora": True}
+    path.write_text(json.dumps({**fields, "target_modules": ["q_proj", "up_proj"]}))
+    text = describe(str(path.parent))
+    assert "`use_qalora` = True is not supported" in text and "nan" in text
+    path.write_text(json.dumps({**fields, "target_modules": ["up_proj"], "use_qalora": False}))
+    assert "`up_proj` of target_modules is no module of the file" in describe(str(path.parent))
+
+
+def test_a_fresh_adapter_looks_untrained(model, tmp_path):
+    fresh = lora.init(jax.random.key(0), plan_model(model, CONFIG), model.params)
+    save_peft(tmp_path / "fresh", fresh, CONFIG)
+    assert "and 3 more was not trained: its B is zero" in describe(str(tmp_path / "fresh"))
+
+
+def test_plain_parameters_are_described(model, tmp_path):
+    checkpoint.save_params(tmp_path / "p", model.params)
+    text = describe(str(tmp_path / "p"), tensors=True)
+    count = sum(x.size for x in jax.tree.leaves(model.params))
+    assert f"{count:,} float32" in text and "model.layers.mlp.up_proj.kernel" in text
