@@ -11,8 +11,7 @@ import peft
 import pytest
 import torch
 from own_decoder import MAP, PARAMS
-from test_hf_peft_model import close, noisy, randomize, torch_logits
-from test_hf_peft_model import TOKENS
+from test_hf_peft_model import TOKENS, close, noisy, randomize, torch_logits
 from test_hf_peft_oracle import torch_llama
 from transformers import LlamaForCausalLM
 

@@ -11,8 +11,8 @@ import numpy as np
 from lora_jax import matching
 from lora_jax.array import LoraArray, SavedArray, is_lora
 from lora_jax.config import ALL_LINEAR, LoraConfig
-from lora_jax.hf.own_names import NameMap, Part, Placed, place
 from lora_jax.hf.own_leaves import to_ours, to_theirs
+from lora_jax.hf.own_names import NameMap, Part, Placed, place
 from lora_jax.hf.peft_config import REPEATABLE_INITS
 from lora_jax.hf.peft_fill import check_tying, fill, plannable
 from lora_jax.hf.peft_names import adapts, bare, leaves_of
