@@ -14,6 +14,9 @@ from lora_jax.array import is_lora as is_lora
 from lora_jax.config import LoraConfig as LoraConfig
 from lora_jax.merge import merge as merge
 from lora_jax.merge import unmerge as unmerge
+from lora_jax.multi.select import select as select
+from lora_jax.multi.stack import replace as replace
+from lora_jax.multi.stack import stack as stack
 from lora_jax.plan import LeafPlan as LeafPlan
 from lora_jax.plan import Plan as Plan
 from lora_jax.plan import plan as plan
@@ -35,7 +38,7 @@ from lora_jax.tree import trainable_mask as trainable_mask
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("checkpoint", "cli", "hf", "linen", "models", "nnx", "train")
+_SUBPACKAGES = ("analysis", "checkpoint", "cli", "hf", "linen", "models", "multi", "nnx", "train")
 
 
 def __getattr__(name: str):

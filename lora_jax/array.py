@@ -56,7 +56,7 @@ class LoraArray:
       a: `(stack..., in..., r)`, trained.
       b: `(stack..., r, out...)`, trained.
       scale: `(stack...)` float32, `alpha / r` (rsLoRA: `alpha / √r`), frozen.
-      m: DoRA's magnitude `(stack..., out...)`, trained, or None.
+      m: DoRA's magnitude `(stack..., out...)`, trained, or None; or a `Gain`.
       roles: one letter for each dimension of `w`, see the module's docstring.
       dropout: probability in [0, 1) with which an element of the adapter's input is dropped.
       bias: PEFT's `lora_bias` `(stack..., out...)`, trained, or None: the product with the weight
@@ -146,9 +146,110 @@ class RowsArray:
         return jnp.dtype(self.w.dtype)
 
 
+@_node()
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """DoRA's `m / ‖W + s·A·B‖` itself, where it is known beforehand: `(stack..., out...)`."""
+
+    value: Any
+
+
+@_node("roles", "dropout", "window", "chosen")
+@dataclasses.dataclass(frozen=True)
+class LoraStack:
+    """Many adapters of one weight, padded to one rank: `W + scale[n] · a[n]·b[n]`, n adapters.
+
+    Attributes:
+      w: the frozen base weight, shared.
+      a: `(stack..., n, in..., r)`, trained.
+      b: `(stack..., n, r, out...)`, trained.
+      scale: `(stack..., n)` float32, frozen; 0 where an adapter leaves the weight alone.
+      m: DoRA's magnitudes `(stack..., n, out...)`, trained, or None.
+      gain: DoRA's gains `(stack..., n, out...)` where the magnitudes do not train, or None.
+      bias: `(stack..., n, out...)`, trained, or None.
+      roles, dropout, window: as in `LoraArray`.
+      chosen: the adapters are those of the rows of a batch, one a row and in their order.
+    """
+
+    w: Any
+    a: Any
+    b: Any
+    scale: Any
+    m: Any = None
+    gain: Any = None
+    bias: Any = None
+    roles: str = "io"
+    dropout: float = 0.0
+    window: Window | None = None
+    chosen: bool = False
+
+    @property
+    def axis(self) -> int:
+        """Where the adapters are numbered: the axis after the stack dims."""
+        return self.roles.count("b")
+
+    @property
+    def count(self) -> int:
+        return int(self.a.shape[self.axis])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.w.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.w.shape)
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.w.dtype)
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[-1])
+
+
+@_node("chosen")
+@dataclasses.dataclass(frozen=True)
+class SavedStack:
+    """Many adapters' own values of a leaf that trains whole.
+
+    Attributes:
+      w: the frozen original, shared.
+      value: `(n, ...)`, one for each adapter, trained; an adapter without one holds `w`.
+      chosen: as in `LoraStack`.
+    """
+
+    w: Any
+    value: Any
+    chosen: bool = False
+
+    @property
+    def axis(self) -> int:
+        """Where the adapters are numbered."""
+        return 0
+
+    @property
+    def count(self) -> int:
+        return int(self.value.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.w.shape)
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.w.dtype)
+
+
+def is_stack(x) -> bool:
+    """Whether `x` is a leaf with many adapters."""
+    return isinstance(x, LoraStack | SavedStack)
+
+
 def is_lora(x) -> bool:
-    """Whether `x` is a leaf that trains: a `LoraArray`, a `SavedArray` or a `RowsArray`."""
-    return isinstance(x, LoraArray | SavedArray | RowsArray)
+    """Whether `x` is a leaf that trains, of one adapter or of many."""
+    return isinstance(x, LoraArray | SavedArray | RowsArray | LoraStack | SavedStack)
 
 
 def effective(x: SavedArray):

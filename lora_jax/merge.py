@@ -16,6 +16,7 @@ from lora_jax.array import (
     dense,
     effective,
     is_lora,
+    is_stack,
     spread_outputs,
     widened,
     with_rows,
@@ -76,6 +77,11 @@ def merge(lora_params):
 
 
 def _merge_leaf(x):
+    if is_stack(x):
+        raise ValueError(
+            "`lora_params` is a stack of adapters: merge one of them, "
+            "`lora.merge(lora.multi.adapter(stacked, slot))`"
+        )
     if isinstance(x, SavedArray):
         return effective(x)
     if isinstance(x, RowsArray):

@@ -12,8 +12,10 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.array import (
     LoraArray,
+    LoraStack,
     RowsArray,
     SavedArray,
+    SavedStack,
     Window,
     b_dims,
     base_rows,
@@ -26,8 +28,20 @@ from lora_jax.plan import LeafPlan, Plan
 from lora_jax.quant.array import is_leaf
 from lora_jax.sharding import place
 
-_TRAINED = {LoraArray: ("a", "b", "m", "bias"), SavedArray: ("value",), RowsArray: ("rows",)}
-_FROZEN = {LoraArray: ("w", "scale"), SavedArray: ("w",), RowsArray: ("w",)}
+_TRAINED = {
+    LoraArray: ("a", "b", "m", "bias"),
+    LoraStack: ("a", "b", "m", "bias"),
+    SavedArray: ("value",),
+    SavedStack: ("value",),
+    RowsArray: ("rows",),
+}
+_FROZEN = {
+    LoraArray: ("w", "scale"),
+    LoraStack: ("w", "scale", "gain"),
+    SavedArray: ("w",),
+    SavedStack: ("w",),
+    RowsArray: ("w",),
+}
 
 
 def init(key, plan: Plan, params):

@@ -3,6 +3,7 @@
 import functools
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,13 @@ from jax import lax
 
 from lora_jax import compat, paths
 from lora_jax.array import (
+    Gain,
     LoraArray,
     RowsArray,
     SavedArray,
     effective,
+    is_lora,
+    is_stack,
     rows_as_lora,
     stack_dims,
 )
@@ -23,7 +27,14 @@ from lora_jax.transform.interpret import Context, evaluate
 from lora_jax.transform.value import Implicit, Note, is_implicit, materialize
 
 
-def lorafy(fn: Callable, *, strict: bool = False, reverse_only: bool = False) -> Callable:
+def lorafy(
+    fn: Callable,
+    *,
+    strict: bool = False,
+    reverse_only: bool = False,
+    row_axes: Any = 0,
+    out_axes: Any = 0,
+) -> Callable:
     """Makes a function of parameters accept LoRA parameters.
 
         y = x @ W + s · (x @ A) @ B
@@ -41,13 +52,19 @@ def lorafy(fn: Callable, *, strict: bool = False, reverse_only: bool = False) ->
       reverse_only: give the thin products a backward of their own, which saves a fifth of a
         training step on a CPU; JAX then refuses forward-mode differentiation (`jvp`, `hessian`).
         For training with `jax.grad`.
+      row_axes: with many adapters (`lora.stack`): where the arguments number the rows, a prefix
+        of `(args, kwargs)` with None for what all rows share; by default every array's first axis.
+      out_axes: likewise for the output, whose axis there has size 1 for a batch of one row.
 
     Returns:
-      `fn'(lora_params, *args, lora_key=None, **kwargs)`. A `lora_key` (a PRNG key) turns the
-      adapters' dropout on for that call.
+      `fn'(lora_params, *args, lora_key=None, adapter_ids=None, **kwargs)`. A `lora_key` (a PRNG
+      key) turns the adapters' dropout on for that call. `adapter_ids` int (rows,) gives each row
+      its own adapter of a stack, -1 the plain base: row k of the result is what `fn` gives for a
+      batch of row k alone with adapter `adapter_ids[k]`.
 
     Raises:
-      ValueError: under `strict`, naming leaf, primitive and source line.
+      ValueError: under `strict`, naming leaf, primitive and source line; ids without a stack, a
+        stack without ids, an id out of range, an argument that has not as many rows.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -63,10 +80,26 @@ def lorafy(fn: Callable, *, strict: bool = False, reverse_only: bool = False) ->
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3.
     """
 
-    @functools.wraps(fn)
-    def adapted(lora_params, *args, lora_key=None, **kwargs):
+    def single(lora_params, *args, lora_key=None, **kwargs):
         context = Context(strict=strict, reverse_only=reverse_only)
         return _run(context, fn, lora_params, args, kwargs, lora_key)
+
+    @functools.wraps(fn)
+    def adapted(lora_params, *args, lora_key=None, adapter_ids=None, **kwargs):
+        stacks = [x for x in jax.tree.leaves(lora_params, is_leaf=is_lora) if is_stack(x)]
+        if adapter_ids is None and not stacks:
+            return single(lora_params, *args, lora_key=lora_key, **kwargs)
+        from lora_jax.multi.select import rowwise, select
+
+        if adapter_ids is not None:
+            lora_params = select(lora_params, adapter_ids)
+        elif not stacks[0].chosen:
+            raise ValueError(
+                "`lora_params` holds a stack of adapters: pass `adapter_ids`, one for each row"
+            )
+        return rowwise(
+            single, lora_params, args, kwargs, lora_key, row_axes=row_axes, out_axes=out_axes
+        )
 
     return adapted
 
@@ -158,7 +191,9 @@ def _enter(
         return weight.bare(x, Note(path))
     x = rows_as_lora(x) if isinstance(x, RowsArray) else x
     gain = None
-    if x.m is not None:
+    if isinstance(x.m, Gain):
+        gain = x.m.value
+    elif x.m is not None:
         from lora_jax.methods import dora
 
         gain = dora.gain(x)

@@ -1,0 +1,6 @@
+"""Experiments: what rank a change of weights has, and how much of it an adapter can hold."""
+
+from lora_jax.analysis.spectrum import MatrixSpectrum as MatrixSpectrum
+from lora_jax.analysis.spectrum import Spectrum as Spectrum
+from lora_jax.analysis.spectrum import intruder_dimensions as intruder_dimensions
+from lora_jax.analysis.spectrum import spectrum as spectrum

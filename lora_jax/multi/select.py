@@ -1,0 +1,235 @@
+"""Choosing each row's adapter, and running a function row by row in one batch.
+
+A row's result is by definition what the function gives for a batch of that row alone with its own
+adapter; `jax.vmap` turns all rows into batched operations. The base weights are not batched, so
+every base product is one matmul over all rows; the factors, gathered for the rows, meet the
+activations in batched thin products. No weight is added up and there is no loop over adapters.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax import compat
+from lora_jax.array import Gain, LoraArray, LoraStack, SavedStack, is_lora, is_stack
+from lora_jax.multi.stack import count
+
+
+def select(stacked, ids):
+    """Gathers the adapters of a batch's rows: a stack with one adapter a row, in their order.
+
+    `lorafy(fn)(select(stacked, ids), ...)` is `lorafy(fn)(stacked, ..., adapter_ids=ids)`; where
+    the same rows run many times (decoding), the gathering is done once.
+
+    Args:
+      stacked: from `stack`.
+      ids: int (rows,), a slot for each row; -1 for the plain base.
+
+    Returns:
+      The tree; its size is one adapter a row.
+
+    Raises:
+      ValueError: an id out of range, or ids that are no vector of integers. Ids that are traced
+        cannot be checked: one out of range gives NaN in its row.
+    """
+    ids = jnp.asarray(ids)
+    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"`adapter_ids` must be integers of shape (rows,), got {ids.dtype} of shape {ids.shape}"
+        )
+    number = count(stacked)
+    if not isinstance(ids, jax.core.Tracer):
+        known = np.asarray(ids)
+        if len(bad := known[(known < -1) | (known >= number)]):
+            raise ValueError(
+                f"`adapter_ids` has {sorted(set(bad.tolist()))}, but the stack has slots 0 to "
+                f"{number - 1} (-1 is the plain base)"
+            )
+    return jax.tree.map(
+        lambda x: _select_leaf(x, ids, number) if is_stack(x) else x, stacked, is_leaf=is_lora
+    )
+
+
+def _select_leaf(x: LoraStack | SavedStack, ids, number: int):
+    # The base and ids out of range read nothing: another's numbers never reach their rows.
+    where = jnp.where((ids >= 0) & (ids < number), ids, number)
+    poison = jnp.where((ids < -1) | (ids >= number), jnp.nan, 0.0)
+
+    def pick(array, fill=0):
+        return jnp.take(array, where, axis=x.axis, mode="fill", fill_value=fill)
+
+    if isinstance(x, SavedStack):
+        shape = (-1,) + (1,) * len(x.shape)
+        value = jnp.where((where < number).reshape(shape), pick(x.value), x.w)
+        value = value + poison.reshape(shape).astype(value.dtype)
+        return SavedStack(x.w, value, chosen=True)
+    if x.m is not None:
+        gain = pick(_gains(x), 1)
+    else:
+        gain = None if x.gain is None else pick(x.gain, 1)
+    return dataclasses.replace(
+        x,
+        a=pick(x.a),
+        b=pick(x.b),
+        scale=pick(x.scale) + poison.astype(x.scale.dtype),
+        m=None,
+        gain=gain,
+        bias=None if x.bias is None else pick(x.bias),
+        chosen=True,
+    )
+
+
+def _gains(x: LoraStack):
+    """DoRA's gain of every adapter, from magnitudes that train."""
+    from lora_jax.methods.dora import gain
+
+    at = x.axis
+    return jax.vmap(
+        lambda a, b, scale, m: gain(LoraArray(x.w, a, b, scale, m, roles=x.roles)),
+        in_axes=(at, at, at, at),
+        out_axes=at,
+    )(x.a, x.b, x.scale, x.m)
+
+
+def row_arrays(chosen) -> tuple[list, list[int], Callable[[list], Any]]:
+    """What of a tree of chosen adapters differs between rows.
+
+    Args:
+      chosen: from `select`.
+
+    Returns:
+      The arrays, for each the axis that numbers the rows, and a function that makes the tree of
+      one row (with `LoraArray`s) from one row's arrays.
+    """
+    flat, tree = jax.tree.flatten(chosen, is_leaf=is_lora)
+    fields = {LoraStack: ("a", "b", "scale", "gain", "bias"), SavedStack: ("value",)}
+    where = [
+        (i, name)
+        for i, x in enumerate(flat)
+        if is_stack(x)
+        for name in fields[type(x)]
+        if getattr(x, name) is not None
+    ]
+    arrays = [getattr(flat[i], name) for i, name in where]
+
+    def rebuild(row: list):
+        own: dict[int, dict] = {}
+        for (i, name), array in zip(where, row, strict=True):
+            own.setdefault(i, {})[name] = array
+        leaves = [_row_leaf(x, own[i]) if is_stack(x) else x for i, x in enumerate(flat)]
+        return jax.tree.unflatten(tree, leaves)
+
+    return arrays, [flat[i].axis for i, _ in where], rebuild
+
+
+def _row_leaf(x: LoraStack | SavedStack, own: dict):
+    if isinstance(x, SavedStack):
+        return own["value"]
+    gain = own.pop("gain", None)
+    m = None if gain is None else Gain(gain)
+    return LoraArray(x.w, m=m, roles=x.roles, dropout=x.dropout, window=x.window, **own)
+
+
+def rowwise(call: Callable, chosen, args: tuple, kwargs: dict, key, *, row_axes, out_axes):
+    """Runs `call(tree, *args, lora_key=, **kwargs)` on every row with its own adapter.
+
+    Args:
+      call: a function that accepts LoRA parameters and a batch of one row.
+      chosen: from `select`.
+      args, kwargs: of the call; arrays hold all rows along the axes that `row_axes` names.
+      key: dropout key, or None.
+      row_axes: a prefix of `(args, kwargs)`: where each array numbers the rows, None for what all
+        rows share. An int leaves arrays without dims and what is no array to all rows alike.
+      out_axes: a prefix of the output: where a batch of one row has its axis of size 1. Outputs
+        without dims come as one number a row.
+
+    Returns:
+      The outputs with the rows along `out_axes`.
+    """
+    arrays, at, rebuild = row_arrays(chosen)
+    rows = arrays[0].shape[at[0]]
+    flat, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda x: x is None)
+    axes = _axes_of(row_axes, flat, tree, rows)
+    mapped = {i: axis for i, axis in enumerate(axes) if axis is not None}
+    seen: dict = {}
+
+    def one(number, own, given):
+        full = list(flat)
+        for (i, axis), x in zip(mapped.items(), given, strict=True):
+            full[i] = lax.expand_dims(x, [axis])
+        args, kwargs = jax.tree.unflatten(tree, full)
+        if key is not None:
+            kwargs = {**kwargs, "lora_key": jax.random.fold_in(key, number)}
+        out = call(rebuild(own), *args, **kwargs)
+        return _split_outputs(out, out_axes, seen)
+
+    own_rows, shared = jax.vmap(
+        one, in_axes=(0, at, list(mapped.values())), out_axes=(0, None)
+    )(jnp.arange(rows), arrays, [flat[i] for i in mapped])
+    own_rows = iter(
+        jnp.moveaxis(x, 0, axis) for x, axis in zip(own_rows, seen["axes"], strict=True)
+    )
+    parts = {"row": own_rows, "shared": iter(shared), "static": iter(seen["static"])}
+    return jax.tree.unflatten(seen["tree"], [next(parts[kind]) for kind in seen["kinds"]])
+
+
+def _axes_of(row_axes, flat: list, tree, rows: int) -> list[int | None]:
+    full = jax.tree.unflatten(tree, flat)
+    axes = jax.tree.leaves(
+        jax.tree.broadcast(row_axes, full, is_leaf=lambda x: x is None), is_leaf=lambda x: x is None
+    )
+    found: list[int | None] = []
+    for x, axis in zip(flat, axes, strict=True):
+        shape = getattr(x, "shape", None)
+        loose = isinstance(row_axes, int) and (shape is None or not len(shape))
+        if axis is None or loose:
+            found.append(None)
+            continue
+        if shape is None or axis >= len(shape) or shape[axis] != rows:
+            raise ValueError(
+                f"`adapter_ids` has {rows} rows, but an argument of shape {shape} has not that "
+                f"many along axis {axis}; say with `row_axes` where arguments number their rows "
+                "(a prefix of (args, kwargs), None for what all rows share)"
+            )
+        found.append(axis)
+    return found
+
+
+def _split_outputs(out, out_axes, seen: dict) -> tuple[list, list]:
+    """The outputs that differ by row, and those that all rows share; notes how to join them."""
+    flat, tree = jax.tree.flatten(out, is_leaf=lambda x: x is None)
+    axes = jax.tree.leaves(
+        jax.tree.broadcast(out_axes, out, is_leaf=lambda x: x is None), is_leaf=lambda x: x is None
+    )
+    row: list = []
+    shared: list = []
+    seen.update(tree=tree, kinds=[], axes=[], static=[])
+    for x, axis in zip(flat, axes, strict=True):
+        if not compat.is_traceable(x):
+            seen["kinds"].append("static")
+            seen["static"].append(x)
+        elif axis is None:
+            seen["kinds"].append("shared")
+            shared.append(x)
+        else:
+            seen["kinds"].append("row")
+            seen["axes"].append(axis if x.ndim else 0)
+            row.append(_one_row(x, axis))
+    return row, shared
+
+
+def _one_row(x, axis: int):
+    if not x.ndim:
+        return x
+    if axis >= x.ndim or x.shape[axis] != 1:
+        raise ValueError(
+            f"an output of shape {x.shape} for a batch of one row has no axis of size 1 at {axis}: "
+            "say where the outputs number their rows with `out_axes` (None for what all rows share)"
+        )
+    return lax.squeeze(x, [axis])

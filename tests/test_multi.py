@@ -1,0 +1,304 @@
+"""Many adapters in one batch: each row is what it would be alone with its own adapter."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.test_util import check_grads
+
+import lora_jax as lora
+from lora_jax import multi
+
+DIM, OUT = 12, 7
+
+
+def noisy(tree, seed, spread=0.3):
+    """The tree with every trained array moved away from its start."""
+    trainable, frozen = lora.split(tree)
+    leaves, structure = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [x + spread * jax.random.normal(k, x.shape, x.dtype)
+             for k, x in zip(keys, leaves, strict=True)]  # fmt: skip
+    return lora.combine(jax.tree.unflatten(structure, moved), frozen)
+
+
+class Net(nn.Module):
+    """A lookup table, a scanned pair of layers, a convolution over the sequence, a head."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(11, DIM, name="embed")(tokens)
+        x = nn.Conv(DIM, (3,), name="conv")(x)
+
+        def block(module, x, _):
+            h = nn.LayerNorm(name="norm")(x)
+            return x + nn.Dense(DIM, name="down")(jax.nn.gelu(nn.Dense(24, name="up")(h))), None
+
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return block(self, x, _)
+
+        scanned = nn.scan(
+            Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
+        x, _ = scanned(name="layers")(x, None)
+        return nn.Dense(OUT, name="head")(x)
+
+
+TOKENS = jnp.arange(20).reshape(5, 4) % 11
+NET = Net()
+PARAMS = NET.init(jax.random.key(0), TOKENS)
+
+CONFIGS = {
+    "plain": lora.LoraConfig(rank=2, target_modules=("up", "down")),
+    "more": lora.LoraConfig(rank=4, alpha=3, use_rslora=True, target_modules=("up", "head")),
+    "all": lora.LoraConfig(rank=3, target_modules=("embed", "conv", "up", "down", "head")),
+    "dora": lora.LoraConfig(rank=3, use_dora=True, target_modules=("embed", "conv", "down")),
+    "saved": lora.LoraConfig(rank=1, target_modules=("up",), modules_to_save=("head",),
+                             bias="lora_only"),
+}  # fmt: skip
+
+
+def make(name, seed=1):
+    plan = lora.plan(CONFIGS[name], NET.apply, PARAMS, TOKENS)
+    return noisy(lora.init(jax.random.key(seed), plan, PARAMS), seed)
+
+
+def alone(adapters, ids, tokens=TOKENS, fn=NET.apply):
+    """Every row by itself, with its adapter or the plain base."""
+    rows = []
+    for row, number in enumerate(ids):
+        one = tokens[row : row + 1]
+        rows.append(fn(PARAMS, one) if number < 0 else lora.lorafy(fn)(adapters[number], one))
+    return jnp.concatenate(rows)
+
+
+@pytest.mark.parametrize(
+    "names", [("plain",), ("plain", "more"), ("all", "dora", "plain"), ("dora", "more", "all")],
+    ids="+".join,
+)  # fmt: skip
+def test_each_row_is_what_it_is_alone(names):
+    adapters = [make(name, seed) for seed, name in enumerate(names, start=1)]
+    stacked = lora.stack(adapters)
+    assert multi.count(stacked) == len(names)
+    run = jax.jit(lora.lorafy(NET.apply, strict=True))
+    for ids in ([0] * 5, [-1] * 5, [k % (len(names) + 1) - 1 for k in (3, 0, 2, 1, 4)]):
+        got = run(stacked, TOKENS, adapter_ids=jnp.array(ids))
+        # Only the order of float32 additions differs.
+        np.testing.assert_allclose(got, alone(adapters, ids), rtol=2e-5, atol=2e-5)
+    assert run._cache_size() == 1
+    base = run(stacked, TOKENS, adapter_ids=jnp.full((5,), -1))
+    np.testing.assert_allclose(base, NET.apply(PARAMS, TOKENS), rtol=1e-5, atol=1e-5)
+
+
+def test_saved_modules_and_biases_go_by_row_too():
+    order = [make("saved", 1), make("saved", 3), make("plain", 2)]
+    # The head of an adapter that does not train it is the base's.
+    stacked = lora.stack(order, slots=4)
+    ids = [2, 0, -1, 1, 3]
+    got = lora.lorafy(NET.apply)(stacked, TOKENS, adapter_ids=jnp.array(ids))
+    expected = alone(order, [2, 0, -1, 1, -1])
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_chosen_rows_run_again_without_ids():
+    adapters = [make("all", 1), make("dora", 2)]
+    stacked = lora.stack(adapters)
+    ids = jnp.array([1, 0, -1, 1, 0])
+    run = lora.lorafy(NET.apply)
+    chosen = lora.select(stacked, ids)
+    np.testing.assert_array_equal(run(chosen, TOKENS), run(stacked, TOKENS, adapter_ids=ids))
+
+
+def test_arguments_and_outputs_that_number_their_rows_elsewhere():
+    w = jax.random.normal(jax.random.key(0), (4, 3))
+    params = {"w": w}
+
+    def fn(params, x, *, offset, flip):
+        y = jnp.einsum("tbi,io->tbo", x, params["w"]) + offset
+        return {"y": -y if flip else y, "mean": y.mean(), "offset": offset * 2, "name": "fn"}
+
+    x = jax.random.normal(jax.random.key(1), (5, 6, 4))  # rows on axis 1
+    plan = lora.plan(lora.LoraConfig(rank=2, target_modules=("w",)), fn, params, x, offset=1.0,
+                     flip=True)  # fmt: skip
+    adapters = [noisy(lora.init(jax.random.key(k), plan, params), k) for k in range(2)]
+    stacked, ids = lora.stack(adapters), jnp.array([0, 1, 1, -1, 0, 1])
+    run = lora.lorafy(
+        fn,
+        row_axes=((1,), {"offset": None, "flip": None}),
+        out_axes={"y": 1, "mean": 0, "offset": None, "name": None},
+    )
+    out = run(stacked, x, offset=jnp.float32(0.5), flip=True, adapter_ids=ids)
+    assert out["y"].shape == (5, 6, 3) and out["mean"].shape == (6,) and out["name"] == "fn"
+    assert out["offset"] == 1.0
+    for row, number in enumerate(ids.tolist()):
+        tree = params if number < 0 else adapters[number]
+        one = lora.lorafy(fn)(tree, x[:, row : row + 1], offset=0.5, flip=True)
+        np.testing.assert_allclose(out["y"][:, row : row + 1], one["y"], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(out["mean"][row], one["mean"], rtol=1e-4, atol=1e-6)
+
+
+def test_experts_each_row_its_own():
+    def fn(params, x):
+        up = jnp.einsum("btd,edf->btef", x, params["up"])
+        return jnp.einsum("btef,efd->btd", jax.nn.relu(up), params["down"])
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    shapes = {"up": (3, 4, 6), "down": (3, 6, 4)}
+    params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    x = jax.random.normal(jax.random.key(2), (4, 5, 4))
+    config = lora.LoraConfig(rank=2, target_modules=("up", "down"), roles={"down": "bio"})
+    plan = lora.plan(config, fn, params, x)
+    adapters = [noisy(lora.init(jax.random.key(k), plan, params), k) for k in range(3)]
+    ids = [2, -1, 0, 1]
+    got = lora.lorafy(fn)(lora.stack(adapters), x, adapter_ids=jnp.array(ids))
+    for row, number in enumerate(ids):
+        tree = params if number < 0 else adapters[number]
+        one = lora.lorafy(fn)(tree, x[row : row + 1])
+        np.testing.assert_allclose(got[row : row + 1], one, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["all", "dora"])
+def test_training_moves_each_rows_own_adapter_only(name):
+    adapters = [make(name, k) for k in range(3)]
+    stacked = lora.stack(adapters, train=True)
+    trainable, frozen = lora.split(stacked)
+    targets = jax.random.normal(jax.random.key(9), (5, 4, OUT))
+    ids = jnp.array([0, 2, 0, -1, 2])
+
+    def loss(trainable, ids):
+        y = lora.lorafy(NET.apply)(lora.combine(trainable, frozen), TOKENS, adapter_ids=ids)
+        return jnp.sum((y - targets) ** 2)
+
+    grads = jax.jit(jax.grad(loss))(trainable, ids)
+
+    def own(number):
+        """The gradient of adapter `number` by itself on its own rows."""
+        part, rest = lora.split(adapters[number])
+        rows = jnp.flatnonzero(ids == number)
+
+        def loss(part):
+            y = lora.lorafy(NET.apply)(lora.combine(part, rest), TOKENS[rows])
+            return jnp.sum((y - targets[rows]) ** 2)
+
+        return jax.grad(loss)(part)
+
+    whole = lora.combine(grads, frozen)
+    for number in (0, 2):
+        got = lora.split(multi.adapter(whole, number))[0]
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, own(number)
+        )
+    untouched = lora.split(multi.adapter(whole, 1))[0]
+    assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(untouched))
+
+    tx = lora.masked(optax.adam(1e-2))
+    state = tx.init(stacked)
+    sizes = sum(x.size for x in jax.tree.leaves(trainable))
+    assert sum(x.size for x in jax.tree.leaves(state) if x.ndim) == 2 * sizes
+
+
+def test_gradients_by_finite_differences():
+    adapters = [make("plain", 1), make("more", 2)]
+    trainable, frozen = lora.split(lora.stack(adapters, train=True))
+
+    def loss(trainable):
+        lp = lora.combine(trainable, frozen)
+        y = lora.lorafy(NET.apply)(lp, TOKENS[:3], adapter_ids=jnp.array([1, 0, 1]))
+        return jnp.mean(jnp.sin(y))
+
+    check_grads(loss, (trainable,), order=1, modes=("rev",), atol=2e-2, rtol=2e-2)
+
+
+def test_dropout_differs_by_row_and_is_off_without_a_key():
+    config = lora.LoraConfig(rank=2, target_modules=("w",), dropout=0.5)
+    params = {"w": jnp.eye(16)}
+    x = jnp.ones((2, 3, 16))
+
+    def fn(p, x):
+        return x @ p["w"]
+
+    adapter = noisy(lora.init(jax.random.key(0), lora.plan(config, fn, params, x), params), 1)
+    stacked, ids = lora.stack([adapter], train=True), jnp.zeros((2,), int)
+    run = lora.lorafy(fn)
+    plain = run(stacked, x, adapter_ids=ids)
+    np.testing.assert_array_equal(plain[0], plain[1])
+    noisy_rows = run(stacked, x, adapter_ids=ids, lora_key=jax.random.key(3))
+    assert not np.allclose(noisy_rows[0], noisy_rows[1])
+    again = run(stacked, x, adapter_ids=ids, lora_key=jax.random.key(3))
+    np.testing.assert_array_equal(noisy_rows, again)
+
+
+def test_a_slot_is_replaced_without_compiling():
+    first, second = make("plain", 1), make("more", 2)
+    stacked = lora.stack([first, make("all", 3)], slots=3, rank=4)
+    run = jax.jit(lora.lorafy(NET.apply))
+    ids = jnp.array([0, 1, 2, 0, -1])
+    run(stacked, TOKENS, adapter_ids=ids)
+    swapped = lora.replace(stacked, 0, second)
+    got = run(swapped, TOKENS, adapter_ids=ids)
+    assert run._cache_size() == 1
+    expected = alone([second, make("all", 3)], [0, 1, -1, 0, -1])
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+    emptied = lora.replace(swapped, 0, PARAMS)
+    np.testing.assert_allclose(
+        run(emptied, TOKENS, adapter_ids=ids)[0], NET.apply(PARAMS, TOKENS[:1])[0], atol=2e-5
+    )
+
+
+def test_taking_an_adapter_out_again_gives_its_numbers():
+    adapters = [make("plain", 1), make("more", 2), make("all", 3)]
+    stacked = lora.stack(adapters)
+    for number, adapter in enumerate(adapters):
+        out = multi.adapter(stacked, number)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+            lora.merge(out), lora.merge(adapter),
+        )  # fmt: skip
+
+
+def test_a_damaged_neighbour_does_not_reach_other_rows():
+    good, bad = make("plain", 1), make("plain", 2)
+    bad = jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.nan) if x is not None else None, lora.split(bad)[0]
+    )
+    bad = lora.combine(bad, lora.split(good)[1])
+    got = lora.lorafy(NET.apply)(
+        lora.stack([bad, good]), TOKENS, adapter_ids=jnp.array([0, 1, -1, 1, -1])
+    )
+    assert np.isnan(got[0]).all() and np.isfinite(got[1:]).all()
+
+
+def test_clear_errors():
+    one, other = make("plain", 1), make("more", 2)
+    stacked = lora.stack([one, other])
+    run = lora.lorafy(NET.apply)
+    with pytest.raises(ValueError, match=r"`adapter_ids` has \[2\], but the stack has slots"):
+        run(stacked, TOKENS, adapter_ids=jnp.array([0, 2, 1, 0, 0]))
+    with pytest.raises(ValueError, match="has 2 rows, but an argument of shape"):
+        run(stacked, TOKENS, adapter_ids=jnp.array([0, 1]))
+    with pytest.raises(ValueError, match="pass `adapter_ids`"):
+        run(stacked, TOKENS)
+    with pytest.raises(ValueError, match="holds no stack of adapters"):
+        run(one, TOKENS, adapter_ids=jnp.array([0, 0, 0, 0, 0]))
+    with pytest.raises(ValueError, match="merge one of them"):
+        lora.merge(stacked)
+    with pytest.raises(ValueError, match="`rank` is 1, but an adapter has rank 2"):
+        lora.stack([one], rank=1)
+    with pytest.raises(ValueError, match="make the stack with a larger `rank`"):
+        lora.replace(lora.stack([make("all", 1)]), 0, other)
+    with pytest.raises(ValueError, match="the stack has no room for it there"):
+        lora.replace(lora.stack([one]), 0, make("all", 3))
+    with pytest.raises(ValueError, match="slots 0 to 1"):
+        lora.replace(stacked, 2, one)
+    elsewhere = jax.tree.map(lambda x: x + 1, PARAMS)
+    plan = lora.plan(CONFIGS["plain"], NET.apply, elsewhere, TOKENS)
+    with pytest.raises(ValueError, match="the bases of adapter 0 and of adapter 1 differ"):
+        lora.stack([one, lora.init(jax.random.key(0), plan, elsewhere)])
+    with pytest.raises(ValueError, match="trains whole in one adapter"):
+        lora.stack([make("saved", 1), make("all", 2)])
+    got = jax.jit(run)(stacked, TOKENS, adapter_ids=jnp.array([0, 1, 7, -2, -1]))
+    assert np.isfinite(got[jnp.array([0, 1, 4])]).all() and np.isnan(got[2:4]).all()
