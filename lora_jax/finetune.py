@@ -28,6 +28,9 @@ class FinetuneConfig:
       max_length: most tokens of an example; none takes the model's context.
       too_long: what to do with a longer example: "error", "truncate" or "skip".
       dtype: of the computation, "float32" or "bfloat16"; the adapters stay float32.
+      quantize: QLoRA: hold the base in 4 or 8 bits, "nf4", "int4", "int8", or "file" for the
+        blocks that a GGUF or bitsandbytes file has; none holds it in `dtype`.
+      quantize_block: inputs that share a scale, unless the file says so.
       remat: keep only what goes from block to block for the backward pass and compute the rest
         again, which saves memory and costs time; else the results of the projections are kept.
     """
@@ -38,6 +41,8 @@ class FinetuneConfig:
     max_length: int | None = None
     too_long: str = "error"
     dtype: str = "float32"
+    quantize: str | None = None
+    quantize_block: int = 64
     remat: bool = False
 
 
@@ -70,7 +75,13 @@ def finetune(
     # Read before the model is loaded, so that a mistake in the data shows at once.
     records = train.load_jsonl(job.train_data)
     eval_records = None if job.eval_data is None else train.load_jsonl(job.eval_data)
-    model = load_model(job.model, dtype=job.dtype, remat=job.remat)
+    model = load_model(
+        job.model,
+        dtype=job.dtype,
+        remat=job.remat,
+        quantize=job.quantize,
+        quantize_block=job.quantize_block,
+    )
     data = _examples(model, records, job)
     held_out = None if eval_records is None else _examples(model, eval_records, job)
     params = init_adapter(model, lora_config, seed=train_config.seed)
@@ -110,13 +121,22 @@ def show_memory(say: Callable[[str], None]) -> Callable:
     return show
 
 
-def load_model(source: str, *, dtype: str = "float32", remat: bool = False):
-    """Loads a model; the source "smollm2" is the installed demo model."""
+def load_model(
+    source: str,
+    *,
+    dtype: str = "float32",
+    remat: bool = False,
+    quantize: str | None = None,
+    quantize_block: int = 64,
+):
+    """Loads a model; the source "smollm2" is the installed demo model. Settings as above."""
     from lora_jax import models
+    from lora_jax.quant import QuantConfig
 
     path = models.find_smollm2() if source == "smollm2" else source
     # Recomputing all but the projections takes less time than storing and reading it back.
-    return models.load(path, dtype=dtype, remat=remat or "projections")
+    held = None if quantize is None else QuantConfig(format=quantize, block_size=quantize_block)
+    return models.load(path, dtype=dtype, remat=remat or "projections", quantize=held)
 
 
 def hub_name(source: str) -> str:

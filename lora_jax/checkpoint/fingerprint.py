@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.checkpoint.flat import describe, flatten, summary
+from lora_jax.quant.array import arrays, is_quant
 
 _SAMPLES = 64
 
@@ -25,11 +26,24 @@ def fingerprint(params) -> dict[str, str]:
         adapted tree has its base's fingerprint.
 
     Returns:
-      By leaf name, `float32[30,576,576] 9f86d081884c7d65`. Values for JSON.
+      By leaf name, `float32[30,576,576] 9f86d081884c7d65`; a quantized leaf is one leaf, with
+      its format and block size. Values for JSON.
     """
-    leaves = flatten(base_of(params))
-    samples = jax.device_get({name: _sample(leaf) for name, leaf in leaves.items()})
-    return {n: f"{describe(x)} {_hash(samples[n])}" for n, x in sorted(leaves.items())}
+    leaves = flatten(base_of(params), is_leaf=is_quant)
+    samples = jax.device_get({name: _samples(leaf) for name, leaf in leaves.items()})
+    return {n: f"{_kind(x)} {_hash(samples[n])}" for n, x in sorted(leaves.items())}
+
+
+def _kind(leaf) -> str:
+    """Dtype and shape, and how it is quantized: `nf4-64:float32[30,576,576]`."""
+    if not is_quant(leaf):
+        return describe(leaf)
+    return f"{leaf.format}-{leaf.block}:{describe(leaf)}"
+
+
+def _samples(leaf) -> list:
+    """Elements of the leaf, or of each array of a quantized one."""
+    return [_sample(x) for x in (arrays(leaf) if is_quant(leaf) else [leaf])]
 
 
 def base_of(tree):
@@ -67,8 +81,9 @@ def _from_shards(leaf: jax.Array, where: tuple[np.ndarray, ...]) -> np.ndarray:
     return out
 
 
-def _hash(sample: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(sample).tobytes()).hexdigest()[:16]
+def _hash(samples: list) -> str:
+    joined = b"".join(np.ascontiguousarray(x).tobytes() for x in samples)
+    return hashlib.sha256(joined).hexdigest()[:16]
 
 
 def check_base(expected: Mapping[str, str], params, *, where: str) -> None:

@@ -27,13 +27,13 @@ def name_of(key_path) -> str:
     return ".".join(_component(key).replace("/", ".") for key in key_path)
 
 
-def flatten(tree) -> dict[str, Any]:
-    """The leaves of a tree by name.
+def flatten(tree, *, is_leaf=None) -> dict[str, Any]:
+    """The leaves of a tree by name; `is_leaf` as in `jax.tree.leaves`.
 
     Raises:
       ValueError: two leaves have the same name.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     named = {name_of(path): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
         names = [name_of(path) for path, _ in leaves]

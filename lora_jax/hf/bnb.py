@@ -108,7 +108,13 @@ def dequantized(raw: Weights, dtypes: Mapping[str, str]) -> Weights:
     shapes |= {name: state.shape for name, state in states.items()}
     readers: dict[str, Callable] = {n: lambda n: four_bits(n, states[n], raw) for n in states}
     readers |= {n: lambda n: _eight_bits(n, raw) for n in eights}
-    return raw._replace(shapes=shapes, read=lambda name: readers.get(name, raw.read)(name))
+
+    def blocks(name: str):
+        return four_bit_blocks(name, states[name], raw) if name in states else None
+
+    return raw._replace(
+        shapes=shapes, read=lambda name: readers.get(name, raw.read)(name), blocks=blocks
+    )
 
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -219,6 +225,17 @@ def four_bits(name: str, state: State, raw: Weights) -> Float[np.ndarray, "..."]
     values[:whole].reshape(-1, state.block)[:] *= scales[: whole // state.block, None]
     values[whole:] *= scales[-1]
     return values.reshape(state.shape)
+
+
+def four_bit_blocks(name: str, state: State, raw: Weights):
+    """One 4-bit weight as it is on disk, a `lora_jax.quant.QuantArray` of `state.shape`."""
+    from lora_jax.quant.imports import from_bitsandbytes
+
+    absmax(name, state, raw)  # refuses what is not finite
+    key = _STATE[1:] + state.kind
+    parts = [part for part in (*_PARTS, key) if f"{name}.{part}" in raw.shapes]
+    tensors = {part: raw.read(f"{name}.{part}") for part in parts}
+    return from_bitsandbytes({"": raw.read(name), **tensors}, roles="oi", name=name)
 
 
 def absmax(name: str, state: State, raw: Weights) -> Float[np.ndarray, " blocks"]:

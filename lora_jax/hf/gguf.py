@@ -20,6 +20,7 @@ import numpy as np
 from lora_jax.hf.gguf_config import ARCHITECTURES, architecture_of
 from lora_jax.hf.gguf_names import to_halves
 from lora_jax.hf.weights import Weights
+from lora_jax.quant.imports import GGUF_KINDS, from_gguf
 
 _MAGIC = 0x46554747
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -137,11 +138,20 @@ def weights_of(file: Gguf) -> Weights:
         count = _heads(file).get(name.split(".")[-2]) if architecture.permuted else None
         return tensor if count is None else to_halves(tensor, count)
 
+    def blocks(name: str):
+        kind, rows = blocks_of(file, theirs[name])
+        if kind not in GGUF_KINDS:
+            return None
+        count = _heads(file).get(name.split(".")[-2]) if architecture.permuted else None
+        rows = rows if count is None else to_halves(rows, count)
+        return from_gguf(rows, kind, roles="oi", name=name)
+
     return Weights(
         source=str(file.path),
         shapes={name: file.tensors[original].shape for name, original in theirs.items()},
         read=read,
         where=lambda name: file.path.name,
+        blocks=blocks,
     )
 
 
@@ -275,6 +285,15 @@ def _heads(file: Gguf) -> dict[str, int]:
         "q_proj": queries,
         "k_proj": file.metadata.get(f"{kind}.attention.head_count_kv", queries),
     }
+
+
+def blocks_of(file: Gguf, name: str) -> tuple[str, np.ndarray]:
+    """A matrix in the file's own blocks: their type, and the bytes of each row."""
+    from gguf.constants import GGMLQuantizationType
+
+    record = file.tensors[name]
+    raw = file.data[record.start : record.start + record.size]
+    return GGMLQuantizationType(record.kind).name, raw.reshape(record.shape[0], -1)
 
 
 def read_tensor(file: Gguf, name: str) -> np.ndarray:

@@ -26,12 +26,15 @@ class Weights(NamedTuple):
       shapes: shape of every tensor, in Hugging Face's order of dimensions.
       read: name -> the tensor.
       where: name -> the file that holds it.
+      blocks: name -> the tensor in the quantized blocks that the file has, a
+        `lora_jax.quant.QuantArray`, or None; None for a file without any.
     """
 
     source: str
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
     where: Callable[[str], str]
+    blocks: Callable[[str], Any] | None = None
 
 
 class _Slot(NamedTuple):
@@ -43,13 +46,16 @@ class _Slot(NamedTuple):
     shape: tuple[int, ...]
 
 
-def fill(shapes: Any, weights: Weights, *, family: Family = ANY) -> Any:
+def fill(
+    shapes: Any, weights: Weights, *, family: Family = ANY, hold: Callable | None = None
+) -> Any:
     """Fills a parameter tree from a checkpoint.
 
     Args:
       shapes: tree of `jax.ShapeDtypeStruct`s, paths as in `lora_jax.hf.names`.
       weights: the checkpoint.
       family: the table of names.
+      hold: makes quantized leaves, see `lora_jax.quant.loading.holder`; a progress bar is shown.
 
     Returns:
       The tree with arrays of those shapes and dtypes.
@@ -63,11 +69,19 @@ def fill(shapes: Any, weights: Weights, *, family: Family = ANY) -> Any:
     by_leaf: dict[int, list[str]] = {}
     for name, slot in slots.items():
         by_leaf.setdefault(slot.leaf, []).append(name)
-    arrays = [
-        _leaf(leaf, [(slots[n], n) for n in by_leaf[i]], weights.read)
-        for i, (_, leaf) in enumerate(leaves)
-    ]
+    arrays = []
+    for i, (path, leaf) in enumerate(leaves if hold is None else _shown(leaves)):
+        own = [(slots[n], n) for n in by_leaf[i]]
+        held = hold and hold(spell(path), leaf, [(n, slot.axes) for slot, n in own])
+        arrays.append(_leaf(leaf, own, weights.read) if held is None else held)
     return jax.tree.unflatten(tree, arrays)
+
+
+def _shown(leaves: list):
+    """With a progress bar, where there is a terminal: quantizing takes its time."""
+    from tqdm import tqdm
+
+    return tqdm(leaves, desc="quantizing", unit="leaf", disable=None)
 
 
 def _slots(leaves: list[tuple[str, tuple[int, ...]]], family: Family) -> dict[str, _Slot]:

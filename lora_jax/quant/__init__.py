@@ -10,6 +10,7 @@ from lora_jax.quant.imports import from_codes as from_codes
 from lora_jax.quant.imports import from_gguf as from_gguf
 from lora_jax.quant.imports import stack as stack
 from lora_jax.quant.imports import to_bitsandbytes as to_bitsandbytes
+from lora_jax.quant.loading import QuantConfig as QuantConfig
 from lora_jax.quant.matmul import matmul as matmul
 from lora_jax.quant.params import dequantize as dequantize
 from lora_jax.quant.params import quantize as quantize

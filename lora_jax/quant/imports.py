@@ -24,7 +24,7 @@ from lora_jax.quant.array import (
 )
 
 _STATE = "quant_state.bitsandbytes__"
-_GGUF = {"Q4_0": ("int4", 18, 2), "Q4_1": ("uint4", 20, 4), "Q8_0": ("int8", 34, 2)}
+GGUF_KINDS = {"Q4_0": ("int4", 18, 2), "Q4_1": ("uint4", 20, 4), "Q8_0": ("int8", 34, 2)}
 _GGUF_BLOCK = 32
 
 
@@ -74,6 +74,10 @@ def from_codes(
             f"weight of shape {shape}, roles {roles}, in blocks of {block_size}: expected "
             f"(stack..., K, N) and (stack..., K/{block_size}, N), the block dividing K"
         )
+    if not all(
+        np.isfinite(np.asarray(x, np.float32)).all() for x in (scale, bias) if x is not None
+    ):
+        raise ValueError(f"`{name}`: its scales hold NaN or infinity; the file is damaged")
     if str(scale.dtype) not in SCALE_DTYPES:
         raise ValueError(
             f"`{name}`: scales are {scale.dtype}, expected {' or '.join(SCALE_DTYPES)}"
@@ -146,12 +150,12 @@ def from_gguf(
 
     Source: ggml's `block_q4_0`, `block_q4_1`, `block_q8_0`.
     """
-    if kind not in _GGUF:
+    if kind not in GGUF_KINDS:
         raise ValueError(
-            f"`{name}` has GGUF type {kind}: only {', '.join(_GGUF)} are held as they are; "
+            f"`{name}` has GGUF type {kind}: only {', '.join(GGUF_KINDS)} are held as they are; "
             f"dequantize it, then `lora.quantize`"
         )
-    format, size, head = _GGUF[kind]
+    format, size, head = GGUF_KINDS[kind]
     blocks = np.asarray(blocks)
     if blocks.ndim != 2 or blocks.dtype != np.uint8 or blocks.shape[1] % size:
         raise ValueError(

@@ -1,0 +1,127 @@
+"""Checkpoints read tensor by tensor into quantized leaves: the model in floats is never in memory.
+
+At most one tensor is held as floats, beside what is quantized already.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.quant import formats, lazy
+from lora_jax.quant.array import QuantArray, quantize_array
+from lora_jax.quant.imports import stack
+
+FILE = "file"
+
+# Modules that bitsandbytes leaves in floats too: their errors are those of the logits.
+_HEADS = frozenset({"lm_head", "score", "classifier", "pooler"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """How a model's weights are quantized while they are loaded.
+
+    Attributes:
+      format: "nf4", "fp4", "int4", "uint4" or "int8", of the kernels but for the output head's;
+        or "file": whatever the file itself holds in blocks is kept so (GGUF's Q4_0, Q4_1 and
+        Q8_0, bitsandbytes' 4 bits), the rest in floats.
+      block_size: inputs that share a scale.
+      double_quant: quantize the scales too.
+      scale_dtype: of the scales, "bfloat16" if None.
+    """
+
+    format: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = False
+    scale_dtype: str | None = None
+
+    def __post_init__(self):
+        if self.format != FILE:
+            formats.known_format(self.format)
+
+
+def quant_config(quantize: "str | QuantConfig | None") -> QuantConfig | None:
+    """What `models.load(quantize=)` is given, as a `QuantConfig`."""
+    if quantize is None or isinstance(quantize, QuantConfig):
+        return quantize
+    if quantize not in (FILE, *formats.FORMATS):
+        known = ", ".join([*formats.FORMATS, FILE])
+        raise ValueError(f"`quantize` must be one of {known}, or a QuantConfig, got {quantize!r}")
+    return QuantConfig(format=quantize)
+
+
+# (path, leaf's shape and dtype, (tensor's name, order of its dims) of each layer) -> leaf or None
+Hold = Callable[[str, jax.ShapeDtypeStruct, Sequence[tuple]], Any]
+
+
+def holder(config: QuantConfig, weights) -> Hold:
+    """What turns a leaf's tensors into a `QuantArray`, or says None: it stays in floats.
+
+    Args:
+      config: how.
+      weights: the checkpoint, a `lora_jax.hf.weights.Weights`.
+    """
+
+    def hold(path: str, leaf: jax.ShapeDtypeStruct, tensors: Sequence[tuple]):
+        parts = list(_parts(config, weights, path, leaf, tensors))
+        if not parts:
+            return None
+        q = parts[0] if len(leaf.shape) == 2 else _stacked(parts, path, weights)
+        return lazy.reshape(q, leaf.shape) if q.shape != tuple(leaf.shape) else q
+
+    return hold
+
+
+def _parts(config: QuantConfig, weights, path: str, leaf, tensors) -> Iterator[QuantArray]:
+    if config.format == FILE:
+        yield from _own_blocks(weights, path, leaf, tensors)
+    elif is_linear(path, leaf):
+        for name, axes in tensors:
+            tensor = weights.read(name)
+            tensor = tensor if axes is None else tensor.transpose(axes)
+            yield quantize_array(
+                jnp.asarray(tensor),
+                format=config.format,
+                block_size=config.block_size,
+                double_quant=config.double_quant,
+                scale_dtype=config.scale_dtype,
+                name=name,
+            ).astype(leaf.dtype)
+
+
+def is_linear(path: str, leaf) -> bool:
+    """Whether a leaf is the kernel of a layer inside the model."""
+    *modules, last = path.split(".")
+    return last == "kernel" and len(leaf.shape) > 1 and not _HEADS & set(modules)
+
+
+def _own_blocks(weights, path: str, leaf, tensors) -> Iterator[QuantArray]:
+    if weights.blocks is None:
+        raise ValueError(
+            f'{weights.source}: `quantize="file"` keeps blocks that a file holds, and this one '
+            f'holds floats; ask for "nf4" or another format'
+        )
+    found = [weights.blocks(name) for name, _ in tensors]
+    if any(q is None for q in found):
+        if all(q is None for q in found):
+            return
+        lost = next(name for (name, _), q in zip(tensors, found, strict=True) if q is None)
+        raise ValueError(
+            f"{weights.source}: tensor `{lost}` is not quantized as the other layers of `{path}` "
+            f"are: load with `scan=False`, or ask for a format of our own"
+        )
+    for (_, axes), q in zip(tensors, found, strict=True):
+        yield (q if axes is None else lazy.transpose(q, axes)).astype(leaf.dtype)
+
+
+def _stacked(parts: list, path: str, weights) -> QuantArray:
+    try:
+        return stack(parts)
+    except ValueError as error:
+        raise ValueError(
+            f"{weights.source}: `{path}`: {error}; load with `scan=False`, or ask for a format "
+            f"of our own"
+        ) from None
