@@ -1,5 +1,7 @@
 """Gemma, Gemma 2, Gemma 3, Phi-3, GPT-2, and Qwen's mixed windows, against transformers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,8 @@ from lora_jax.models import config_from_hf
 
 pytestmark = pytest.mark.torch
 
+# Compiling is most of what these tests do.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 # float32 products summed in another order, over three blocks.
 TOLERANCE = 1e-4
 SIZES = dict(
@@ -91,15 +95,15 @@ def test_logits_are_transformers(saved, case):
     model = models.load(directory)
     tokens, mask = both_paddings()
     want = theirs(oracle, tokens, mask, torch.tensor(positions_of(mask)))
-    got = np.asarray(jax.jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
+    got = np.asarray(quick_jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
     assert got.dtype == np.float32
     assert np.abs(got - want)[mask].max() <= TOLERANCE
     assert config_from_hf(model.config.to_hf()) == model.config
 
 
-@pytest.mark.parametrize("case", [*ONE_EACH, "phi3 long", "gemma3 that reaches far"])
+@pytest.mark.parametrize("case", ONE_EACH[1:])
 def test_greedy_text_is_transformers(saved, case):
-    """From prompts of 12, 7 and 1 tokens, beyond windows and LongRoPE's trained context."""
+    """From prompts of 12, 7 and 1 tokens, beyond windows."""
     oracle, directory = saved(case)
     model = models.load(directory)
     tokens, mask = texts("left")
@@ -117,14 +121,14 @@ def test_a_text_that_outgrows_the_trained_context(saved):
     assert models.generate(model, model.params, prompt.tolist(), max_new_tokens=12) == want
 
 
-@pytest.mark.parametrize("case", ONE_EACH)
+@pytest.mark.parametrize("case", ["gemma3", "phi3", "gpt2"])
 def test_blocks_that_are_not_stacked_compute_the_same(saved, case):
     _, directory = saved(case)
     stacked, apart = (models.load(directory, scan=scan) for scan in (True, False))
     tokens, mask = texts("left")
     mask = jnp.asarray(mask)
-    a = np.asarray(jax.jit(stacked.apply)(stacked.params, tokens, mask=mask))
-    b = np.asarray(jax.jit(apart.apply)(apart.params, tokens, mask=mask))
+    a = np.asarray(quick_jit(stacked.apply)(stacked.params, tokens, mask=mask))
+    b = np.asarray(quick_jit(apart.apply)(apart.params, tokens, mask=mask))
     # The same operations; XLA may fuse them differently.
     np.testing.assert_allclose(a[mask], b[mask], atol=2e-5)
 
@@ -175,7 +179,7 @@ def test_adapters_stay_low_rank_and_train(saved, case, tmp_path):
         logits = apply(prepare(lora.combine(trainable, frozen)), tokens, mask=seen)
         return jnp.where(seen[..., None], jnp.sin(logits), 0.0).sum(), logits
 
-    grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(1, 2))
+    grad = quick_jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(1, 2))
     (_, got), slopes = grad(trainable, lambda x: x, run)
     (_, want), expected = grad(trainable, added_up, model.apply)
     np.testing.assert_allclose(got[seen], want[seen], atol=TOLERANCE)
