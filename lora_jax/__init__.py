@@ -8,6 +8,7 @@ Everything public that is not in a sub-package is here; sub-packages are importe
 import importlib as _importlib
 
 from lora_jax.array import LoraArray as LoraArray
+from lora_jax.array import RowsArray as RowsArray
 from lora_jax.array import SavedArray as SavedArray
 from lora_jax.array import delta as delta
 from lora_jax.array import is_lora as is_lora

@@ -15,10 +15,16 @@ def table(plan: Plan) -> str:
     lines.insert(1, "-" * max(len(line) for line in lines[:1]))
     adapted = len(plan.adapted)
     lines.append(
-        f"{adapted} of {len(plan.leaves)} leaves adapted, {len(plan.saved)} trained whole; "
+        f"{adapted} of {len(plan.leaves)} leaves adapted, {_whole(plan)}; "
         f"{plan.trainable:,} trainable parameters"
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _whole(plan: Plan) -> str:
+    """How many leaves train whole, and how many in some rows."""
+    rows = sum(leaf.kind == "rows" for leaf in plan.saved)
+    return f"{len(plan.saved) - rows} trained whole" + (f", {rows} in some rows" if rows else "")
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:

@@ -38,6 +38,7 @@ class Tuning:
       targets: names.
       ranks: by name.
       layers: some.
+      rows: of one table, or by name.
       hidden: not a setting.
     """
 
@@ -47,6 +48,7 @@ class Tuning:
     targets: tuple[str, ...] | str = "all-linear"
     ranks: Mapping[str, int] = field(default_factory=dict)
     layers: int | tuple[int, ...] | None = None
+    rows: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
     hidden: int = 0
 
 
@@ -71,7 +73,7 @@ def test_each_field_is_one_option_with_the_docstrings_text():
     assert [o.key for o in OPTIONS] == [
         "model", "limit", "out",
         "tuning.rank", "tuning.rate", "tuning.fast", "tuning.targets", "tuning.ranks",
-        "tuning.layers",
+        "tuning.layers", "tuning.rows",
     ]  # fmt: skip
     assert OPTIONS[1].help == "how much, in tokens."
     assert OPTIONS[3].flag == "--rank"
@@ -128,6 +130,12 @@ def test_two_sections_may_not_share_a_flag():
             {("tuning", "ranks"): {"down_proj": 16, "up": 4}},
         ),
         ("--layers 4", "tuning.layers = 4", {("tuning", "layers"): 4}),
+        ("--rows 4 5", "tuning.rows = [4, 5]", {("tuning", "rows"): (4, 5)}),
+        (
+            "--rows wte=4,5 lm_head=2",
+            "[tuning]\nrows = {wte = [4, 5], lm_head = [2]}",
+            {("tuning", "rows"): {"wte": (4, 5), "lm_head": (2,)}},
+        ),
         ("--layers 4 5", "tuning.layers = [4, 5]", {("tuning", "layers"): (4, 5)}),
     ],
 )

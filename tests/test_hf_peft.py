@@ -484,6 +484,35 @@ def test_any_damage_is_an_error_or_harmless(data, tmp_path_factory):
         assert len(str(error)) < 2000
 
 
+LIES = {
+    "dtype": st.sampled_from(["F64", "I8", "BOOL", "", None, 3, "F16", "BF16"]),
+    "shape": st.lists(st.integers(-2, 2**62) | st.booleans() | st.floats(), max_size=4),
+    "data_offsets": st.lists(st.integers(-1, 2**62), max_size=3),
+}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_any_lie_of_a_header_is_an_error(data, tmp_path_factory):
+    """Valid JSON that says something else of one tensor, or of another: one ValueError."""
+    whole = _whole(tmp_path_factory)
+    size = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + size])
+    names = sorted(name for name in header if name != "__metadata__")
+    name, field = data.draw(st.sampled_from(names)), data.draw(st.sampled_from(sorted(LIES)))
+    if data.draw(st.booleans()):
+        header[name][field] = data.draw(LIES[field].filter(lambda v: v != header[name][field]))
+    else:  # its numbers under another name, or another's under its own
+        other = data.draw(st.sampled_from([*(n for n in names if n != name), "left.over"]))
+        header[other] = header.pop(name)
+    directory = tmp_path_factory.getbasetemp() / "fuzzed"
+    (directory / peft_files.TENSOR_FILE).write_bytes(raw(header, whole[8 + size :]))
+    with pytest.raises(ValueError) as caught:
+        config, tensors = peft.read_peft(directory)
+        peft.fill(_blank(), config, tensors)
+    assert len(str(caught.value)) < 2000 and "\n" not in str(caught.value)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),

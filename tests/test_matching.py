@@ -40,6 +40,10 @@ CASES = [
     Case(Q3 + ".inner", ["q_proj"], False),
     Case("model.layers.3.self_attn.rotary", ["q_proj", "v_proj"], False),
     Case("a.b.q_proj", ["q_proj"], True),
+    # an empty list means nothing
+    Case("", [], False),
+    Case("q_proj", [], False),
+    Case(Q3, [], False, pattern=[]),
     # a string: a regular expression for the whole name
     Case("q_proj", "q_proj", True),
     Case(Q3, "q_proj", False),
@@ -120,6 +124,8 @@ def config_of(case: Case) -> LoraConfig:
         layers_pattern=case.pattern,
         exclude_modules=case.exclude,
         modules_to_save=case.save,
+        # An empty list of modules is allowed beside parameters only.
+        target_parameters=() if case.targets else ("experts.up",),
     )
 
 

@@ -107,6 +107,42 @@ def test_nothing_as_large_as_the_table_is_made():
     assert set(table_sized) <= {"transpose", "stop_gradient"}, table_sized
 
 
+def test_specs_follow_the_tables():
+    P = jax.sharding.PartitionSpec
+    tree, _ = adapted(untied, {"lm_head": IDS, "embed_tokens": (1,)}, lora_bias=True)
+    specs = jax.tree.map(lambda w: P("model", None), PARAMS)
+    specs["lm_head"]["kernel"] = P(None, "model")
+    specs["proj"]["kernel"] = P("data", "model")
+    found = lora.partition_specs(tree, specs)
+    table, head = found["embed_tokens"]["embedding"], found["lm_head"]["kernel"]
+    assert (table.w, table.rows) == (P("model", None), P(None, None))
+    assert (head.w, head.rows) == (P(None, "model"), P(None, None))
+    assert found["proj"]["kernel"].bias == P("model")
+
+
+def test_inside_an_nnx_module():
+    from flax import nnx
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(V, D, rngs=rngs)
+            self.proj = nnx.Linear(D, D, rngs=rngs)
+
+        def __call__(self, tokens):
+            return self.embed.attend(self.proj(self.embed(tokens)))
+
+    net = Net(nnx.Rngs(0))
+    config = lora.LoraConfig(
+        rank=2, target_modules=("proj",), trainable_token_indices=IDS, lora_bias=True
+    )
+    model = lora.nnx.adapt(net, config, TOKENS, key=KEY)
+    np.testing.assert_allclose(model(TOKENS), net(TOKENS), atol=1e-6)
+    rows = model.adapters["embed/embedding"]["rows"]
+    rows.set_value(rows.get_value() + 1)
+    model.adapters["proj/kernel"]["bias"].set_value(jnp.arange(D, dtype=jnp.float32))
+    np.testing.assert_allclose(lora.nnx.merged(model)(TOKENS), model(TOKENS), atol=1e-5)
+
+
 def test_a_head_of_its_own_by_name():
     tree, _ = adapted(untied, {"lm_head": IDS, "embed_tokens": (1,)})
     head = tree["lm_head"]["kernel"]

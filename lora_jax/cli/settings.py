@@ -202,6 +202,8 @@ def _parse_pair(text: str, item: type) -> tuple[str, Any]:
     name, equals, value = text.rpartition("=")
     if not equals or not name:
         raise ValueError
+    if typing.get_origin(item) is tuple:
+        return name, tuple(typing.get_args(item)[0](part) for part in value.split(","))
     return name, item(value)
 
 
@@ -252,13 +254,20 @@ def _flat(content: Mapping[str, Any], sections: set[str], path: Path):
 
 
 def _checked(option: Option, value: Any, path: Path) -> Any:
-    value = tuple(value) if isinstance(value, list) else value
+    value = _tuples(value)
     for kind in _all_kinds(option.kind):
         if _fits(value, kind):
             return Path(value) if kind is Path else value
     raise ValueError(
         f"{path}: `{option.key}` expects {_spelled_kind(option.kind)}, got {_spelled(value)}"
     )
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, in a table's values too."""
+    if isinstance(value, dict):
+        return {name: _tuples(inner) for name, inner in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -66,6 +66,18 @@ REFUSED = {
     "velora_config": None,
 }
 
+# What to do about a refused field, where it is not the usual.
+_INSTEAD = {
+    "alora_invocation_tokens": (
+        "it changes only what follows its invocation tokens, which no merged model can do either: "
+        "train the adapter without it"
+    ),
+    "layer_replication": (
+        "repeat the layers in the base model itself, as the ranges say, and set the field to null: "
+        "the adapter's tensors already are numbered by the repeated layers"
+    ),
+}
+
 # Initialisations that also change the base weight in a way a reader cannot repeat.
 _BASE_CHANGING_INITS = ("corda", "lora_ga")
 
@@ -167,9 +179,10 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
         off = value is None or value is False or value in ({}, [], "")
         if not off:
             kind = "is not supported" if name in REFUSED else "is unknown"
+            usual = "train the adapter without it, or merge it in PEFT and load the merged model"
             raise ValueError(
                 f"PEFT config: `{name}` = {value!r} {kind} and may change the numbers; "
-                "train the adapter without it, or merge it in PEFT and load the merged model"
+                f"{_INSTEAD.get(name, usual)}"
             )
 
 
