@@ -9,15 +9,11 @@ table, writes `results/aot.json`, and fails where a bound is not held.
 
 import argparse
 import dataclasses
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-DUMP = tempfile.mkdtemp(prefix="aot-")  # XLA writes the PTX of what it compiles there
-os.environ["XLA_FLAGS"] = f"--xla_dump_to={DUMP} --xla_dump_hlo_pass_re=NONE"
 
 import aot_targets as targets  # sets the environment: before jax
 import jax
@@ -167,7 +163,7 @@ def assembled(run, args, ptxas: str | None) -> dict:
 
 def newest_ptx() -> str:
     """The PTX of the last compilation's largest kernel; the dump is emptied."""
-    folder = Path(DUMP)
+    folder = Path(targets.DUMP)
     files = sorted(folder.glob("*.ptx"), key=lambda p: p.stat().st_size)
     text = files[-1].read_text()
     for file in folder.iterdir():

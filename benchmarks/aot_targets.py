@@ -4,8 +4,14 @@ Needs the wheels of `make aot` (the CUDA plugin without NVIDIA's libraries; libt
 is the real optimized program, with its buffers; times are not to be had.
 """
 
+import atexit
 import contextlib
 import os
+import shutil
+import tempfile
+
+DUMP = tempfile.mkdtemp(prefix="aot-")  # XLA writes the PTX of what it compiles there
+atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
 
 # Before jax is imported. Autotuning runs candidates on the device, of which there is none.
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
@@ -14,7 +20,9 @@ os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+os.environ["XLA_FLAGS"] = (
+    f"--xla_gpu_autotune_level=0 --xla_dump_to={DUMP} --xla_dump_hlo_pass_re=NONE"
+)
 
 import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
@@ -60,14 +68,15 @@ def device(kind: str):
     return found.devices[0]
 
 
-def compiled(f, *args, kind: str = "cuda"):
+def compiled(f, *args, kind: str = "cuda", donate: tuple = ()):
     """`f` compiled for the device; arguments are trees of anything with a shape and a dtype."""
     place = jax.sharding.SingleDeviceSharding(device(kind))
     args = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args
     )
     with _context(kind):
-        return jax.jit(f).trace(*args).lower(lowering_platforms=(kind,)).compile()
+        traced = jax.jit(f, donate_argnums=donate).trace(*args)
+        return traced.lower(lowering_platforms=(kind,)).compile()
 
 
 def _context(kind: str):

@@ -123,7 +123,7 @@ def test_gguf_blocks_of_smollm2_are_kept_and_give_the_same_logits(smollm2):
 def test_what_cannot_be_quantized_while_loading_is_refused(directory):
     with pytest.raises(ValueError, match="`quantize` must be one of nf4, .*file, .* got 'q4'"):
         models.load(directory, quantize="q4")
-    with pytest.raises(ValueError, match="`block_size` 64 does not divide the 32 inputs of `model"):
+    with pytest.raises(ValueError, match="`block_size` 64 does not divide the 48 inputs of `model"):
         models.load(directory, quantize="nf4")
     with pytest.raises(ValueError, match="keeps blocks that a file holds, and this one holds fl"):
         models.load(directory, quantize="file")

@@ -1,0 +1,260 @@
+"""How fast are products with a quantized weight on a GPU, beside bfloat16 and others' kernels?
+
+    python benchmarks/gpu_quant.py            under eight minutes on one H200
+    python benchmarks/gpu_quant.py --tiny     the same on a CPU, interpreted: does it run at all
+
+In one process, interleaved: XLA's bfloat16 product; ours, fused and decoded first, forward and dx;
+bitsandbytes' `dequantize_4bit` and `gemm_4bit` and torch's `_weight_int4pack_mm` where torch sees
+the GPU. Each timing is the median over repeats of a loop over enough different weights to leave
+the caches cold. Writes `results/gpu_quant.json` with ratios, and the crossover of fused and
+decoded products for `lora_jax/quant/kernels/dispatch.json`.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from common import report
+
+from lora_jax.quant import QuantArray, matmul, quantize_array
+from lora_jax.quant.array import form_of
+from lora_jax.quant.kernels import gpu
+
+COLD_BYTES = 240 * 2**20  # four times an H200's second-level cache
+GOALS = {
+    "forward + dx / bfloat16": {2048: 1.18, 4096: 1.10, 8192: 1.06},
+    "int4 speedup over bfloat16": {1: 2.5, 16: 2.5},
+    "nf4 speedup over bfloat16": {1: 1.6, 16: 1.6},
+    "decode / copy bandwidth": 0.75,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is measured: matrices (K, N), rows of `x`, rounds, and which kernels."""
+
+    shapes: tuple[tuple[int, int], ...] = ((4096, 14336), (8192, 28672))
+    few: tuple[int, ...] = (1, 4, 16, 32, 64, 128, 256)
+    many: tuple[int, ...] = (2048, 4096, 8192)
+    rounds: int = 15
+    backend: str = "gpu"
+    cold: int = COLD_BYTES
+
+
+TINY = Sizes(((256, 128),), (1, 16), (32,), rounds=1, backend="gpu_interpret", cold=1)
+
+
+def seconds(run: Callable, operands: list, rounds: int) -> float:
+    """Median seconds of one call, over rounds through all operands."""
+    jax.block_until_ready([run(*each) for each in operands])
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        out = [run(*each) for each in operands]
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / len(operands))
+    return statistics.median(times)
+
+
+def chained(f: Callable) -> Callable:
+    """`f` with one weight after the other inside one program: no launch from Python between.
+
+    Each product waits for the one before, so that XLA merges none of them.
+    """
+
+    def run(x, weights: list):
+        for w in weights:
+            x = x + 0 * f(x, w)[:1, :1]
+        return x
+
+    return jax.jit(run)
+
+
+def weights_of(k: int, n: int, form: str, sizes: Sizes) -> tuple[list, list[QuantArray]]:
+    """Enough bfloat16 weights to leave the caches cold, and the same quantized."""
+    count = max(2, -(-sizes.cold // (k * n // 2)))
+    keys = jax.random.split(jax.random.key(0), count)
+    dense = [jax.random.normal(key, (k, n), jnp.bfloat16) / 64 for key in keys]
+    held = [dataclasses.replace(quantize_array(w, format=form), backend=sizes.backend)
+            for w in dense]  # fmt: skip
+    return dense, held
+
+
+def ways(q: QuantArray, m: int, sizes: Sizes) -> dict[str, Callable]:
+    """Products `(x, arrays of one weight) -> y`, by name."""
+    interpret = sizes.backend.endswith("interpret")
+    how = dict(form=form_of(q), block=q.block, interpret=interpret)
+
+    def fused(x, w: QuantArray, transposed=False):
+        return gpu.matmul(x, w.packed, w.scale, w.bias, **how, transposed=transposed,
+                          dtype=x.dtype)  # fmt: skip
+
+    def decoded(x, w: QuantArray, transposed=False):
+        name = "backward" if transposed else "forward"
+        full = gpu.decode(w.packed, w.scale, w.bias, **how, dtype=x.dtype, name=name)
+        return x @ (full.T if transposed else full)
+
+    def chosen(x, w: QuantArray):
+        return matmul(x, w)
+
+    out = {"decoded": decoded, "chosen": chosen}
+    return out | ({"fused": fused} if m <= 256 else {})
+
+
+def product_rows(sizes: Sizes) -> list[dict]:
+    rows = []
+    for k, n in sizes.shapes:
+        for form in ("nf4", "int4"):
+            dense, held = weights_of(k, n, form, sizes)
+            for m in (*sizes.few, *sizes.many):
+                x = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
+                g = jax.random.normal(jax.random.key(2), (m, n), jnp.bfloat16)
+                rows.append(one_row(form, m, x, g, dense, held, sizes))
+                print(rows[-1], flush=True)
+    return rows
+
+
+def one_row(form: str, m: int, x, g, dense: list, held: list, sizes: Sizes) -> dict:
+    """Forward of each way, and dx of the decoded one, beside bfloat16."""
+    k, n = dense[0].shape
+    row = {"format": form, "K": k, "N": n, "rows": m}
+
+    def timed(f, left, weights) -> float:
+        return seconds(chained(f), [(left, weights)], sizes.rounds) / len(weights)
+
+    ours = ways(held[0], m, sizes)
+    plain = timed(lambda x, w: x @ w, x, dense)
+    plain_dx = timed(lambda g, w: g @ w.T, g, dense)
+    found = {name: timed(f, x, held) for name, f in ours.items()}
+    dx = timed(lambda g, w: ours["decoded"](g, w, True), g, held)
+    row |= {"bf16_us": plain * 1e6} | {f"{name}_us": t * 1e6 for name, t in found.items()}
+    row |= {f"{name}_over_bf16": t / plain for name, t in found.items()}
+    row["forward_dx_over_bf16"] = (found["decoded"] + dx) / (plain + plain_dx)
+    row["chosen_over_best"] = found["chosen"] / min(found.values())
+    return row
+
+
+def decode_rows(sizes: Sizes) -> list[dict]:
+    """Bandwidth of decoding alone, against that of a copy."""
+    rows = []
+    for k, n in sizes.shapes:
+        for form in ("nf4", "int4"):
+            dense, held = weights_of(k, n, form, sizes)
+            how = dict(form=form_of(held[0]), block=held[0].block, dtype=jnp.bfloat16,
+                       name="forward", interpret=sizes.backend.endswith("interpret"))  # fmt: skip
+            decode = jax.jit(lambda p, s, how=how: gpu.decode(p, s, None, **how))
+            operands = [(q.packed, q.scale) for q in held]
+            copy = jax.jit(lambda x: x + jnp.bfloat16(1))
+            ours = seconds(decode, operands, sizes.rounds)
+            copied = seconds(copy, [(w,) for w in dense], sizes.rounds)
+            moved = held[0].nbytes + k * n * 2
+            rows.append({
+                "format": form, "K": k, "N": n, "decode_us": ours * 1e6,
+                "decode_gb_s": moved / ours / 1e9, "copy_gb_s": 4 * k * n / copied / 1e9,
+                "decode_over_copy": (moved / ours) / (4 * k * n / copied),
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+def torch_rows(sizes: Sizes) -> list[dict]:
+    """bitsandbytes and torch's int4 product on the same shapes; empty where they cannot run."""
+    if importlib.util.find_spec("torch") is None:
+        return []
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    rows = []
+    for k, n in sizes.shapes:
+        for m in (*sizes.few, *sizes.many):
+            rows += [*_bnb(torch, k, n, m, sizes), *_tinygemm(torch, k, n, m, sizes)]
+    return rows
+
+
+def _cuda_seconds(torch, run: Callable, count: int, rounds: int) -> float:
+    """Median of one call by CUDA's own clock."""
+    for i in range(count):
+        run(i)
+    times = []
+    for _ in range(rounds):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for i in range(count):
+            run(i)
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3 / count)
+    return statistics.median(times)
+
+
+def _bnb(torch, k: int, n: int, m: int, sizes: Sizes) -> list[dict]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return []
+    import bitsandbytes as bnb
+
+    count = max(2, -(-sizes.cold // (k * n // 2)))
+    x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+    held = [
+        bnb.functional.quantize_4bit(
+            torch.randn(n, k, dtype=torch.bfloat16, device="cuda") / 64, quant_type="nf4"
+        )
+        for _ in range(count)
+    ]
+    product = _cuda_seconds(
+        torch, lambda i: bnb.matmul_4bit(x, held[i][0].t(), held[i][1]), count, sizes.rounds
+    )
+    decode = _cuda_seconds(
+        torch, lambda i: bnb.functional.dequantize_4bit(*held[i]), count, sizes.rounds
+    )
+    base = {"peer": "bitsandbytes " + bnb.__version__, "format": "nf4", "K": k, "N": n, "rows": m}
+    return [base | {"product_us": product * 1e6, "decode_us": decode * 1e6}]
+
+
+def _tinygemm(torch, k: int, n: int, m: int, sizes: Sizes) -> list[dict]:
+    count = max(2, -(-sizes.cold // (k * n // 2)))
+    x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+    codes = torch.randint(0, 255, (n, k // 2), dtype=torch.uint8, device="cuda")
+    held = [torch.ops.aten._convert_weight_to_int4pack(codes, 8) for _ in range(count)]
+    scales = torch.ones(k // 64, n, 2, dtype=torch.bfloat16, device="cuda")
+    product = _cuda_seconds(
+        torch,
+        lambda i: torch.ops.aten._weight_int4pack_mm(x, held[i], 64, scales),
+        count,
+        sizes.rounds,
+    )
+    base = {"peer": "torch " + torch.__version__, "format": "int4", "K": k, "N": n, "rows": m}
+    return [base | {"product_us": product * 1e6}]
+
+
+def crossover(rows: list[dict]) -> list[dict]:
+    """For each format and shape the most rows at which the fused kernel still wins."""
+    out = []
+    for form, n in sorted({(r["format"], r["N"]) for r in rows}):
+        own = [r for r in rows if (r["format"], r["N"]) == (form, n) and "fused_us" in r]
+        wins = [r["rows"] for r in own if r["fused_us"] <= r["decoded_us"]]
+        out.append({"format": form, "N": n, "fused_rows": max(wins, default=0)})
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="small shapes, interpreted on a CPU")
+    options = parser.parse_args()
+    sizes = TINY if options.tiny else Sizes()
+    if not options.tiny and jax.default_backend() != "gpu":
+        raise SystemExit("this benchmark is for a GPU; `--tiny` runs it on a CPU")
+    decode, rows = decode_rows(sizes), product_rows(sizes)
+    peers = torch_rows(sizes)
+    if not options.tiny:
+        report("gpu_quant", "Products with a quantized weight, as ratios to bfloat16", rows,
+               decode=decode, peers=peers, crossover=crossover(rows), goals=GOALS)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

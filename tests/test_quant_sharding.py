@@ -1,0 +1,119 @@
+"""Quantized weights on meshes of eight devices: specs, values, kernels under custom partitioning."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lora
+from lora_jax import quant
+from lora_jax.quant.sharding import put
+
+K, N = 512, 256
+SPECS = {"w1": P("data", "model"), "w2": P("model", None)}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def mlp(p, x):
+    return jnp.tanh(x @ p["w1"]) @ p["w2"]
+
+
+def base(**options):
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "w1": jax.random.normal(keys[0], (K, N)) / 16,
+        "w2": jax.random.normal(keys[1], (N, K)) / 16,
+    }
+    quantized = lora.quantize(params, ["w1", "w2"], block_size=32, **options)
+    return quantized, jax.random.normal(keys[2], (40, K))
+
+
+def adapted(params, x):
+    config = lora.LoraConfig(rank=4, target_modules=("w1", "w2"), init="random")
+    return lora.init(jax.random.key(5), lora.plan(config, mlp, params, x), params)
+
+
+def value_and_grad(lora_params, x):
+    trainable, frozen = lora.split(lora_params)
+
+    def loss(trainable, frozen, x):
+        return jnp.sum(jnp.sin(lora.lorafy(mlp)(lora.combine(trainable, frozen), x)))
+
+    return jax.jit(jax.value_and_grad(loss))(trainable, frozen, x)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(backend="gpu_interpret"), dict(format="uint4"), dict(double_quant=True)],
+    ids=str,
+)  # fmt: skip
+def test_sharded_values_and_gradients_are_those_of_one_device(mesh, options):
+    params, x = base(**options)
+    plain = jax.tree.map(lambda q: dataclasses.replace(q, backend="reference"), params,
+                         is_leaf=quant.is_quant)  # fmt: skip
+    want = value_and_grad(adapted(plain, x), x)
+    sharded = {k: put(q, NamedSharding(mesh, SPECS[k])) for k, q in params.items()}
+    packed = sharded["w1"].packed
+    assert packed.sharding.spec == P("data", "model")
+    assert packed.addressable_shards[0].data.shape == (K // 8, N // 2)
+    lora_params = adapted(sharded, x)
+    assert lora_params["w1"].a.sharding.spec == P("data", None)
+    got = value_and_grad(lora_params, jax.device_put(x, NamedSharding(mesh, P("data"))))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4),
+        jax.tree.leaves(got), jax.tree.leaves(want),
+    )  # fmt: skip
+
+
+def test_a_partitioned_kernel_moves_no_codes(mesh):
+    """Each device decodes its own shard: no collective gives it another's codes."""
+    params, _ = base(backend="gpu_interpret")
+    q = put(params["w1"], NamedSharding(mesh, SPECS["w1"]))
+    x = jax.device_put(jnp.ones((40, K)), NamedSharding(mesh, P(None, "data")))
+    text = jax.jit(quant.matmul).lower(x, q).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text and "u8[256,256]" not in text
+
+
+def test_specs_of_a_quantized_base_and_its_adapters(mesh):
+    params, x = base(double_quant=True)
+    specs = lora.partition_specs(adapted(params, x), SPECS)
+    assert specs["w1"].w.packed == specs["w1"].w.scale == P("data", "model")
+    assert specs["w1"].w.scale2 == P() and specs["w1"].b == P(None, "model")
+    w = quant.quantize_array(jnp.ones((64, 4, 16)), block_size=32, roles="ioo")
+    both = lora.partition_specs({"w": w}, {"w": P(None, "model")})["w"]
+    assert both.packed == P(None, "model")
+    with pytest.raises(ValueError, match="only the first of the dims that are stored as one"):
+        lora.partition_specs({"w": w}, {"w": P(None, None, "model")})
+
+
+@pytest.mark.parametrize("spec, x_spec, out", [(P(None, "model"), P(), P(None, "model")),
+                                               (P("model", None), P(None, "model"), P())])  # fmt: skip
+def test_inside_a_shard_map(mesh, spec, x_spec, out):
+    params, x = base()
+
+    def fn(p, x):
+        def inside(w, x):
+            y = x @ w
+            return y if out != P() else jax.lax.psum(y, "model")
+
+        return jax.shard_map(inside, mesh=mesh, in_specs=(spec, x_spec), out_specs=out)(p["w1"], x)
+
+    got = jax.jit(lora.lorafy(fn))({"w1": params["w1"]}, x)
+    want = x @ params["w1"].dequantize()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(lora.lorafy(fn)({"w1": params["w1"]}, x) ** 2)))(x)
+    np.testing.assert_allclose(grad, 2 * want @ params["w1"].dequantize().T, rtol=1e-3, atol=1e-3)
+
+
+def test_shards_must_be_whole_superblocks(mesh):
+    w = quant.quantize_array(jnp.ones((128, 16)), block_size=64)
+    with pytest.raises(ValueError, match="has 1 superblocks of 128 inputs: they cannot be split"):
+        put(w, NamedSharding(mesh, P("data", None)))
