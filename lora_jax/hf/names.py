@@ -209,12 +209,12 @@ def module_name(module: str, index: Sequence[int] = (), *, family: Family = ANY)
       ValueError: the index has too few or too many numbers for the path.
     """
     parts, numbers, out = module.split("."), list(index), []
+    wanted = sum(_is_open_stack(parts, i, family) for i in range(len(parts)))
     for i, part in enumerate(parts):
         out.append(part)
-        if _is_open_stack(parts, i, family):
-            out.append(str(numbers.pop(0)) if numbers else "")
-    if numbers or "" in out:
-        wanted = sum(_is_open_stack(parts, i, family) for i in range(len(parts)))
+        if numbers and _is_open_stack(parts, i, family):
+            out.append(str(numbers.pop(0)))
+    if len(index) != wanted:
         raise ValueError(
             f"module `{module}`: its blocks are numbered by {wanted} number(s), "
             f"got index {tuple(index)}"

@@ -34,10 +34,14 @@ IGNORED = frozenset(
 # Fields that would change numbers, with the values that do not.
 NEUTRAL: Mapping[str, tuple] = {
     "add_cross_attention": (False,),
+    "attention_bias": (False, None),
     "attention_dropout": (0, None),
     "cross_attention_hidden_size": (None,),
+    "full_attn_mod": (1, None),
+    "interpolate_factor": (1, None),
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
+    "lm_head_bias": (False, None),
     "mlp_bias": (False, None),
     "partial_rotary_factor": (1.0, None),
     "pruned_heads": ({}, None),

@@ -68,7 +68,9 @@ def generate(
         len(_until(row, stop_tokens)) == first for row in new.tolist()
     ):
         # The tokens so far are read again, as all their numbers change with the text's length.
-        texts = [[*old, *row] for old, row in zip(prompts, _without_gaps(new), strict=True)]
+        # Rows that have stopped go on with token 0, which nobody will see.
+        read = np.where(new == _NO_TOKEN, 0, new).tolist()
+        texts = [[*old, *row] for old, row in zip(prompts, read, strict=True)]
         new = np.concatenate((new, run(texts, max_new_tokens - first, done=first)), axis=1)
     return [_until(row, stop_tokens) for row in new.tolist()]
 
@@ -103,12 +105,12 @@ def _before_turning(model, prompts, count: int) -> int:
     return count if point is None or longest > point else min(count, point - longest + 1)
 
 
-def _without_gaps(new: np.ndarray) -> np.ndarray:
-    """Rows that have stopped go on with token 0, which nobody will see."""
-    return np.where(new == _NO_TOKEN, 0, new)
-
-
 def _check(model, prompts, max_new_tokens, temperature, top_p, key) -> None:
+    if not isinstance(model.forward, Forward):
+        raise ValueError(
+            f"`model` is a `{model.config.model_type}`, an encoder, which writes nothing: pass a "
+            "decoder"
+        )
     if max_new_tokens < 0:
         raise ValueError(f"`max_new_tokens` must be at least 0, got {max_new_tokens}")
     if temperature < 0 or not 0 < top_p <= 1:
