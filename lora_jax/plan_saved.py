@@ -26,7 +26,9 @@ def layer_names(leaf: "LeafPlan", each: Sequence[list[str]]) -> list[list[str]]:
     if leaf.roles or not leaf.shape or len(each) != 1:
         return list(each)
     expanded = [paths.expand(name, leaf.shape[0]) for name in each[0]]
-    return [list(names) for names in zip(*expanded, strict=True)] or list(each)
+    # A name that ends where a stack begins has no place for a number.
+    numbered = [names for names in expanded if names]
+    return [list(names) for names in zip(*numbered, strict=True)] or list(each)
 
 
 def saved(config: LoraConfig, leaf: "LeafPlan", each: Sequence[list[str]]) -> "LeafPlan | None":
