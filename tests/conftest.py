@@ -34,6 +34,19 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if _needs_torch(collection_path) else None
 
 
+# What does not depend on the release of JAX is tested on one of them: files, names, numbers of a
+# config, the command line.
+ONCE = re.compile(
+    r"test_(cli|demo|config|matching|readme|examples|hf_|train_(batches|data|metrics)|analysis)"
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if ONCE.match(item.path.name):
+            item.add_marker(pytest.mark.once)
+
+
 def pytest_report_header() -> str:
     """Says what was left out, so that nothing is silent."""
     if HAS_TORCH:

@@ -34,6 +34,14 @@ CASES: tuple[Case, ...] = (
 )
 
 
+# One or more cases of every kind of rule: these also run eagerly, are differentiated twice, and
+# their gradients are taken on every supported release.
+WHOLE = frozenset(
+    "dot_matmul dot_transposed dot_partial dot_inner_product dot_batched conv_1d conv_grouped "
+    "gather_tied gather_experts split_columns concatenate_rows gain_columns checkpoint_policy "
+    "inner_gradient scan scan_checkpoint scan_constant cond shard_map heads_oio experts_summed "
+    "weight_norm".split()
+)
 # What is compiled once and run once: the laws are about mathematics, not about LLVM's tuning.
 QUICK = {"xla_backend_optimization_level": 0}
 TEXT = re.compile(

@@ -1,6 +1,7 @@
 """Law: a lorafied model's outputs are the base model's with merged weights.
 
-Eager, call by call, and under vmap inside jit; jit alone is in the law of gradients.
+Under vmap inside jit, or jit alone; eager for a case or more of every kind of rule. Jit alone is
+in the law of gradients too.
 """
 
 import warnings
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax as lora
-from laws.cases import CASES, QUICK, Case, assert_near, materialized, model, outputs
+from laws.cases import CASES, QUICK, WHOLE, Case, assert_near, materialized, model, outputs
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -23,8 +24,11 @@ def test_value_is_that_of_merged_weights(case: Case):
     want = merged(made.lora_params, *made.args)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", lora.MaterializedWarning)
-        eager = outputs(adapted(made.lora_params, *made.args))
-    assert_near(eager, want, case.tolerance, f"{case} eager")
+        if case.name in WHOLE:
+            eager = outputs(adapted(made.lora_params, *made.args))
+            assert_near(eager, want, case.tolerance, f"{case} eager")
+        else:
+            jax.eval_shape(adapted, made.lora_params, *made.args)
     assert materialized(caught) == case.fallbacks
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lora.MaterializedWarning)
