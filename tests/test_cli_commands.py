@@ -150,7 +150,8 @@ def test_every_format_gives_the_adapter_back(model, run, tmp_path, capsys):
     assert main(["export", model, str(run), gguf, "--to", "gguf"]) == 0
     assert main(["import", model, gguf, own]) == 0
     assert main(["convert", own, str(tmp_path / "peft"), "--to", "peft"]) == 0
-    assert main(["convert", adapter, str(tmp_path / "b.gguf"), "--to", "gguf", "--base", model]) == 0
+    line = ["convert", adapter, str(tmp_path / "b.gguf"), "--to", "gguf", "--base", model]
+    assert main(line) == 0
     assert main(["export", model, adapter, str(tmp_path / "hf"), "--to", "hf"]) == 0
     assert main(["export", model, adapter, str(tmp_path / "vllm"), "--to", "vllm"]) == 0
     out = capsys.readouterr().out

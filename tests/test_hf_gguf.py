@@ -284,6 +284,13 @@ BROKEN = {
         ),
         "tensor `a` ends past the end of the file",
     ),
+    "an empty tensor": (
+        header(
+            tensors=1,
+            rest=text_of(b"a") + struct.pack("<IQQIQ", 2, 0, 1 << 60, 2, 0) + bytes(64),
+        ),
+        r"tensor `a` is empty, of shape \(1152921504606846976, 0\)",
+    ),
     "an unknown block": (
         header(tensors=1, rest=text_of(b"a") + struct.pack("<IQIQ", 1, 4, 77, 0) + bytes(64)),
         "tensor `a` has the unknown type 77",

@@ -17,6 +17,9 @@ from lora_jax.hf.gguf_lora import save_gguf_lora
 from lora_jax.hf.gguf_lora_read import load_gguf_lora, read_gguf_lora
 from lora_jax.hf.gguf_names import Base, base_of, read_base
 from lora_jax.hf.gguf_names import gguf_names as names_of
+from lora_jax.hf.safetensors import load_file
+from lora_jax.hf.save_model import save_model
+from lora_jax.models.registry import config_from_hf
 
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 UNTIED = models.LlamaConfig.from_hf({**CONFIG.to_hf(), "tie_word_embeddings": False})
@@ -150,6 +153,50 @@ def test_qwens_rows_stay(tmp_path, family):
     leaf = params["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     np.testing.assert_array_equal(found["blk.1.attn_q.weight.lora_b"], leaf.b[1].T)
     np.testing.assert_array_equal(found["blk.1.attn_q.weight.lora_a"], leaf.a[1].T)
+
+FAMILIES = {
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 4},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 4},
+    "phi3": {"pad_token_id": 0},
+    "gpt2": {},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_decoders(tmp_path, family):
+    """No rows are reordered; GPT-2's weights are (out, in) to llama.cpp."""
+    sizes = {name: getattr(CONFIG, name) for name in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "max_position_embeddings")}  # fmt: skip
+    small = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    raw = {"model_type": family, **(small if family == "gpt2" else sizes), **FAMILIES[family]}
+    model = models.init(jax.random.key(0), config_from_hf(raw))
+    lora_config = config(target_modules="all-linear", rank_pattern={"mlp.c_proj": 2})
+    if family != "gpt2":
+        lora_config = config(target_modules="all-linear")
+    params = adapted(model, lora_config)
+    save_gguf_lora(tmp_path / "a.gguf", params, lora_config, base=base_of(model.config))
+    for name, tree in (("base", model.params), ("merged", lora.merge(params))):
+        save_model(tmp_path / name, model, tree)
+    base, merged = (load_file(tmp_path / n / "model.safetensors") for n in ("base", "merged"))
+    file = GGUFReader(tmp_path / "a.gguf")
+    found = {t.name: t.data for t in file.tensors}
+    alpha = file.get_field("adapter.lora.alpha").contents()
+    arch = gguf_names.ARCHITECTURE_OF[family]
+    table = get_tensor_name_map(MODEL_ARCH[arch.upper()], 2)
+    seen = 0
+    for name, weight in base.items():
+        b = found.get(f"{table.get_name(name, try_suffixes=('.weight', '.bias'))}.lora_b")
+        if b is None:
+            np.testing.assert_array_equal(merged[name], weight)
+            continue
+        a = found[f"{table.get_name(name, try_suffixes=('.weight',))}.lora_a"]
+        change = alpha / b.shape[1] * (b @ a)
+        change = change.T if family == "gpt2" else change
+        np.testing.assert_allclose(merged[name], weight + change, rtol=1e-5, atol=1e-5)
+        seen += 1
+    assert 2 * seen == len(found) == 2 * 2 * (4 if family in ("phi3", "gpt2") else 7)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float16", 2**-11), ("bfloat16", 2**-8)])

@@ -82,8 +82,9 @@ def describe(x) -> str:
 
 
 def parse(described: str) -> tuple[str, tuple[int, ...]]:
-    """Dtype and shape of what `describe` (or a fingerprint, with its hash) spells."""
-    dtype, _, sizes = described.partition(" ")[0].rstrip("]").partition("[")
+    """Dtype and shape of what `describe` spells, or a fingerprint, with more around it."""
+    kind = described.partition(" ")[0].rpartition(":")[2]
+    dtype, _, sizes = kind.rstrip("]").partition("[")
     return dtype, tuple(int(n) for n in sizes.split(",") if n)
 
 

@@ -1,4 +1,4 @@
-"""Exchange with Hugging Face files: PEFT adapters, safetensors, GGUF, name maps.
+"""Exchange with files of others: PEFT, safetensors, llama.cpp, bitsandbytes, name maps.
 
 Each name is imported when it is first asked for, so that `import lora_jax` stays light.
 """
@@ -9,15 +9,22 @@ from typing import Any
 # Public name -> the module of this package that defines it.
 _NAMES = {
     "FLAX": "flax_names",
+    "base_of": "gguf_names",
     "from_hugging_face": "own_names",
+    "load_gguf_lora": "gguf_lora_read",
     "load_peft": "peft",
     "name_map": "own_names",
+    "read_base": "gguf_names",
+    "read_gguf_lora": "gguf_lora_read",
     "read_peft": "peft",
+    "save_gguf_lora": "gguf_lora",
     "save_peft": "peft",
     "to_hugging_face": "own_names",
     "to_peft": "peft",
 }
-_MODULES = ("gguf", "hub", "names", "peft", "safetensors", "save_model", "tokenizer", "weights")
+_MODULES = (
+    "bnb", "gguf", "hub", "names", "peft", "safetensors", "save_model", "tokenizer", "weights",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

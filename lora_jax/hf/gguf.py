@@ -144,7 +144,10 @@ def weights_of(file: Gguf) -> Weights:
             return None
         count = _heads(file).get(name.split(".")[-2]) if architecture.permuted else None
         rows = rows if count is None else to_halves(rows, count)
-        return from_gguf(rows, kind, roles="oi", name=name)
+        held = from_gguf(rows, kind, roles="oi", name=name)
+        for part in (held.scale, held.bias):
+            _check_finite(np.zeros(0) if part is None else part, theirs[name], file)
+        return held
 
     return Weights(
         source=str(file.path),
@@ -254,6 +257,8 @@ def _place(records, alignment: Any, cursor: _Cursor) -> dict[str, Record]:
             raise _BadHeader(f"tensor `{name}` is there twice")
         if kind not in known:
             raise _BadHeader(f"tensor `{name}` has the unknown type {kind}")
+        if 0 in shape:
+            raise _BadHeader(f"tensor `{name}` is empty, of shape {shape}")
         block, width = known[kind]
         if shape and shape[-1] % block:
             raise _BadHeader(
@@ -323,6 +328,10 @@ def read_tensor(file: Gguf, name: str) -> np.ndarray:
                 "dequantize; use a file of another type (Q4_0, Q4_K_M, Q8_0, F16)"
             ) from None
         tensor = tensor.reshape(record.shape)
-    if not np.isfinite(tensor).all():
-        raise ValueError(f"{file.path}: tensor `{name}` holds NaN or infinity; download it again")
+    _check_finite(tensor, name, file)
     return tensor
+
+
+def _check_finite(values: Any, name: str, file: Gguf) -> None:
+    if not np.isfinite(np.asarray(values)).all():
+        raise ValueError(f"{file.path}: tensor `{name}` holds NaN or infinity; download it again")
