@@ -1,5 +1,7 @@
 """Many adapters on one base: stacked, chosen row by row, exchanged while the model runs."""
 
+from lora_jax.multi.combine import combine as combine
+from lora_jax.multi.combine import rank_of as rank_of
 from lora_jax.multi.select import select as select
 from lora_jax.multi.stack import adapter as adapter
 from lora_jax.multi.stack import count as count

@@ -64,7 +64,7 @@ def stack(
     slots = len(adapters) if slots is None else slots
     if slots < len(adapters):
         raise ValueError(f"`slots` is {slots}, but there are {len(adapters)} adapters")
-    columns, tree, names = _columns(adapters)
+    columns, tree, names = columns_of(adapters)
     if not any(is_lora(x) for column in columns for x in column):
         raise ValueError("no adapter in `adapters` has a LoRA leaf: pass trees from `lora.init`")
     leaves = [
@@ -74,8 +74,15 @@ def stack(
     return jax.tree.unflatten(tree, leaves)
 
 
-def _columns(adapters: Sequence):
-    """The leaves of all adapters side by side, checked to be of one tree."""
+def columns_of(adapters: Sequence):
+    """The leaves of all adapters side by side, checked to be of one base.
+
+    Returns:
+      For each leaf the adapters' own, the tree, and the leaves' paths.
+
+    Raises:
+      ValueError: trees of different structure, or other bases.
+    """
     flat = [jax.tree_util.tree_flatten_with_path(x, is_leaf=_whole) for x in adapters]
     names = [paths.spell(path) for path, _ in flat[0][0]]
     for number, (leaves, tree) in enumerate(flat):

@@ -1,0 +1,314 @@
+"""Several adapters of one base as one: weighted sums, exact or thinned.
+
+    ΔW = Σ_i w_i · s_i · A_i · B_i
+
+is what is meant, whatever the adapters' ranks and scalings (`α/r` or `α/√r`) are. `cat` holds it
+exactly, `svd` its best approximation of a given rank. The others change the sum on purpose, to
+keep adapters from disturbing each other: `ties` keeps each adapter's largest changes and, number by
+number, those of the sign that wins; `dare` drops changes at random and makes up for it;
+`magnitude_prune` keeps the largest. They act on the `ΔW_i` themselves and are then brought to a
+rank; what PEFT calls `linear`, `ties` and so on acts on `A` and `B` apart, whose product then holds
+terms `A_i·B_j` that no adapter had: for `linear` that is offered under its name, as PEFT does it.
+
+Sources: TIES: Yadav et al. 2023, algorithm 1. DARE: Yu et al. 2024, eq. 2-4. The best approximation
+of a rank: Eckart and Young 1936.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.array import LoraArray, RowsArray, SavedArray, factor_shapes, is_stack, sizes
+from lora_jax.multi.stack import columns_of
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def combine(
+    adapters: Sequence,
+    weights: Sequence[float],
+    *,
+    method: str = "cat",
+    rank: int | None = None,
+    density: float = 1.0,
+    majority_sign: str = "total",
+    key=None,
+):
+    """The weighted combination of adapters of one base, as one adapter.
+
+    Args:
+      adapters: trees with LoRA leaves over the same base.
+      weights: one number an adapter, of either sign.
+      method: "cat" (exact, its rank the sum of the ranks), "svd" (the best of a rank), "linear"
+        (PEFT's: factors are added, only for equal ranks, a rough approximation), or on the
+        changes of the weights "ties", "dare_linear", "dare_ties", "magnitude_prune".
+      rank: of the result; by default all there is for "cat", the largest of the adapters' for the
+        others. "cat" with a rank is "svd".
+      density: the share of each adapter's changes that is kept, in (0, 1], for the last four.
+      majority_sign: "total" (the sign of the sum) or "frequency" (of most adapters), for TIES.
+      key: PRNG key, for DARE.
+
+    Returns:
+      A tree with LoRA leaves of scale 1: save it with a config whose rank and alpha are
+      `rank_of(tree)`, without patterns and rsLoRA. A leaf that only one adapter trains whole
+      (`modules_to_save`) is that adapter's.
+
+    Raises:
+      ValueError: no adapters, as many weights as adapters were not given, an option out of range,
+        other bases, DoRA or adapters' biases (whose sum is no adapter: merge them instead), a
+        leaf that two adapters train whole.
+
+    Example:
+      both = lora.multi.combine([polite, french], [0.7, 0.3], method="svd", rank=16)
+    """
+    _check(adapters, weights, method, rank, density, majority_sign, key)
+    columns, tree, names = columns_of(adapters)
+    join = _JOINS[method]
+    out = []
+    for number, (name, column) in enumerate(zip(names, columns, strict=True)):
+        parts = [(float(w), x) for w, x in zip(weights, column, strict=True) if _adapts(name, x)]
+        saved = [x for x in column if isinstance(x, SavedArray)]
+        if saved:
+            out.append(_only(name, saved, parts))
+        elif not parts:
+            out.append(column[0])
+        else:
+            own = None if key is None else jax.random.fold_in(key, number)
+            options = _Options(rank, density, majority_sign, own)
+            out.append(join(name, [(w, _wide(x)) for w, x in parts], options))
+    return jax.tree.unflatten(tree, _one_rank(out))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    rank: int | None
+    density: float
+    majority_sign: str
+    key: jax.Array | None
+
+
+def rank_of(lora_params) -> int:
+    """The rank of a combined adapter, the same at every leaf.
+
+    Raises:
+      ValueError: the tree has no adapter, or leaves of different ranks.
+    """
+    leaves = jax.tree.leaves(lora_params, is_leaf=lambda x: isinstance(x, LoraArray))
+    ranks = {x.rank for x in leaves if isinstance(x, LoraArray)}
+    if len(ranks) != 1:
+        raise ValueError(f"the leaves have ranks {sorted(ranks)}, expected one")
+    return ranks.pop()
+
+
+def _check(adapters, weights, method, rank, density, majority_sign, key):
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(
+            f"got {len(adapters)} adapters and {len(weights)} weights: give as many, one at least"
+        )
+    if method not in _JOINS:
+        raise ValueError(f"`method` must be one of {', '.join(_JOINS)}, got {method!r}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"`rank` must be at least 1, got {rank}")
+    if not 0 < density <= 1:
+        raise ValueError(f"`density` must be in (0, 1], got {density}")
+    if majority_sign not in ("total", "frequency"):
+        raise ValueError(f'`majority_sign` must be "total" or "frequency", got {majority_sign!r}')
+    if method.startswith("dare") and key is None:
+        raise ValueError(f"`key` is needed for {method}: pass jax.random.key(seed)")
+
+
+def _adapts(name: str, x) -> bool:
+    if is_stack(x) or isinstance(x, RowsArray):
+        raise ValueError(
+            f"`{name}` is a stack of adapters, or has trained rows: only single adapters with "
+            "factors can be combined"
+        )
+    if isinstance(x, LoraArray) and (x.m is not None or x.bias is not None):
+        what = "DoRA's magnitude" if x.m is not None else "an adapter's bias"
+        raise ValueError(
+            f"`{name}` has {what}, and the weighted sum of such adapters is none; merge them into "
+            "the weights (lora_jax.merge) and add those up"
+        )
+    return isinstance(x, LoraArray)
+
+
+def _only(name: str, saved: list, parts: list):
+    if len(saved) > 1 or parts:
+        raise ValueError(
+            f"`{name}` trains whole in {len(saved)} of the adapters and has factors in "
+            f"{len(parts)}: whole weights cannot be combined; merge the adapters instead"
+        )
+    return saved[0]
+
+
+def _wide(x: LoraArray) -> LoraArray:
+    return dataclasses.replace(x, a=x.a.astype(jnp.float32), b=x.b.astype(jnp.float32))
+
+
+def _flat(x: LoraArray):
+    """The factors as `(stack..., in, r)` and `(stack..., r, out)`, the scale in `b`."""
+    stack, fan_in, fan_out = sizes(x.shape, x.roles)
+    a = x.a.reshape(*stack, fan_in, x.rank)
+    return a, x.b.reshape(*stack, x.rank, fan_out) * x.scale[..., None, None]
+
+
+def _leaf(like: LoraArray, a, b) -> LoraArray:
+    a_shape, b_shape = factor_shapes(like.shape, like.roles, a.shape[-1])
+    return dataclasses.replace(
+        like, a=a.reshape(a_shape), b=b.reshape(b_shape), scale=jnp.ones_like(like.scale)
+    )
+
+
+def _cat(name: str, parts: list, options: _Options) -> LoraArray:
+    if options.rank is not None:
+        return _svd(name, parts, options)
+    return _leaf(parts[0][1], *_beside(parts))
+
+
+def _beside(parts: list):
+    flat = [(w, *_flat(x)) for w, x in parts]
+    a = jnp.concatenate([a for _, a, _ in flat], axis=-1)
+    return a, jnp.concatenate([w * b for w, _, b in flat], axis=-2)
+
+
+def _svd(name: str, parts: list, options: _Options) -> LoraArray:
+    """Of the sum, without forming it: the singular values of `Ra·Rbᵀ`, a matrix of the ranks."""
+    del name
+    a, b = _beside(parts)
+    qa, ra = jnp.linalg.qr(a)
+    qb, rb = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
+    u, s, vt = jnp.linalg.svd(
+        jnp.matmul(ra, jnp.swapaxes(rb, -1, -2), precision=_HIGHEST), full_matrices=False
+    )
+    first = jnp.matmul(qa, u, precision=_HIGHEST)
+    second = jnp.matmul(vt, jnp.swapaxes(qb, -1, -2), precision=_HIGHEST)
+    return _leaf(parts[0][1], *_shared(first, s, second, _rank(parts, options)))
+
+
+def _shared(u, s, vt, rank: int):
+    """The largest `rank` values, their roots in both factors; zeros where there are fewer."""
+    root = jnp.sqrt(s[..., :rank])
+    a, b = u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
+    missing = rank - root.shape[-1]
+    if missing > 0:
+        none = [(0, 0)] * (a.ndim - 2)
+        a = jnp.pad(a, [*none, (0, 0), (0, missing)])
+        b = jnp.pad(b, [*none, (0, missing), (0, 0)])
+    return a, b
+
+
+def _rank(parts: list, options: _Options) -> int:
+    return options.rank or max(x.rank for _, x in parts)
+
+
+def _linear(name: str, parts: list, options: _Options) -> LoraArray:
+    """Factors added up, each weighted by `√|w·s|`, the sign on `A`: PEFT's `linear`."""
+    ranks = sorted({x.rank for _, x in parts})
+    if len(ranks) > 1 or options.rank not in (None, ranks[0]):
+        raise ValueError(
+            f'`{name}`: method="linear" needs adapters of one rank, got {ranks}; take "cat" or '
+            '"svd", which hold the sum itself'
+        )
+    a = b = 0.0
+    for w, x in parts:
+        stack, fan_in, fan_out = sizes(x.shape, x.roles)
+        size = (w * x.scale)[..., None, None]
+        root = jnp.sqrt(jnp.abs(size))
+        a = a + x.a.reshape(*stack, fan_in, x.rank) * root * jnp.where(size >= 0, 1, -1)
+        b = b + x.b.reshape(*stack, x.rank, fan_out) * root
+    return _leaf(parts[0][1], a, b)
+
+
+def _thinned(merge: Callable) -> Callable:
+    """A join that acts on the changes of the weights, one matrix of a stack at a time."""
+
+    def join(name: str, parts: list, options: _Options) -> LoraArray:
+        del name
+        like = parts[0][1]
+        stack, fan_in, fan_out = sizes(like.shape, like.roles)
+        flat = [_flat(x) for _, x in parts]
+        weights = jnp.array([w for w, _ in parts])
+        each = [
+            (a.reshape(-1, fan_in, a.shape[-1]), b.reshape(-1, b.shape[-2], fan_out))
+            for a, b in flat
+        ]
+        rank = _rank(parts, options)
+        matrices = []
+        for index in range(each[0][0].shape[0]):
+            changes = jnp.stack(
+                [jnp.matmul(a[index], b[index], precision=_HIGHEST) for a, b in each]
+            )
+            key = None if options.key is None else jax.random.fold_in(options.key, index)
+            whole = merge(changes, weights, dataclasses.replace(options, key=key))
+            matrices.append(_shared(*jnp.linalg.svd(whole, full_matrices=False), rank))
+        a, b = (jnp.stack([m[i] for m in matrices]) for i in (0, 1))
+        return _leaf(like, a.reshape(*stack, fan_in, rank), b.reshape(*stack, rank, fan_out))
+
+    return join
+
+
+def _largest(changes, options: _Options):
+    """Of each adapter the `density · size` numbers of largest size, the others 0."""
+    count = int(options.density * changes[0].size)
+    if count == changes[0].size:
+        return changes
+
+    def keep(x):
+        flat = x.reshape(-1)
+        kept = jnp.zeros(flat.shape, bool).at[jax.lax.top_k(jnp.abs(flat), count)[1]].set(True)
+        return jnp.where(kept, flat, 0).reshape(x.shape)
+
+    return jax.vmap(keep)(changes)
+
+
+def _dropped(changes, options: _Options):
+    """Numbers kept with probability `density`, and divided by it."""
+    kept = jax.random.bernoulli(options.key, options.density, changes.shape)
+    return jnp.where(kept, changes / options.density, 0)
+
+
+def _sum(changes, weights, options: _Options):
+    del options
+    return jnp.tensordot(weights, changes, 1, precision=_HIGHEST)
+
+
+def _elected(changes, weights, options: _Options):
+    """The mean over the adapters whose sign wins, each number by itself."""
+    votes = changes if options.majority_sign == "total" else jnp.sign(changes)
+    winner = jnp.where(votes.sum(0) >= 0, 1, -1)
+    agree = jnp.sign(changes) == winner
+    total = jnp.sum(jnp.where(agree, changes * weights[:, None, None], 0), axis=0)
+    return total / jnp.maximum(agree.sum(0), 1)
+
+
+def _after(thin: Callable, merge: Callable) -> Callable:
+    return _thinned(lambda changes, weights, o: merge(thin(changes, o), weights, o))
+
+
+_JOINS: dict[str, Callable] = {
+    "cat": _cat,
+    "svd": _svd,
+    "linear": _linear,
+    "ties": _after(_largest, _elected),
+    "dare_linear": _after(_dropped, _sum),
+    "dare_ties": _after(_dropped, _elected),
+    "magnitude_prune": _after(_largest, _sum),
+}
+
+
+def _one_rank(leaves: list) -> list:
+    """Fills the ranks up to the largest, so that one config says them all."""
+    rank = max(x.rank for x in leaves if isinstance(x, LoraArray))
+
+    def fill(x):
+        if not isinstance(x, LoraArray) or x.rank == rank:
+            return x
+        a, b = _flat(x)
+        none = [(0, 0)] * (a.ndim - 2)
+        more = (0, rank - x.rank)
+        return _leaf(x, jnp.pad(a, [*none, (0, 0), more]), jnp.pad(b, [*none, more, (0, 0)]))
+
+    return [fill(x) for x in leaves]
+

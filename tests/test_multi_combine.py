@@ -1,0 +1,183 @@
+"""Weighted combinations against the dense sum, and against PEFT's where PEFT's are right."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+
+import lora_jax as lora
+from lora_jax import multi
+
+pytestmark = pytest.mark.torch
+IN, OUT = 10, 8
+
+
+def base():
+    rng = np.random.default_rng(0)
+    return {
+        "up": {"kernel": jnp.asarray(rng.normal(size=(IN, OUT)), jnp.float32)},
+        "layers": {"down": {"kernel": jnp.asarray(rng.normal(size=(2, OUT, OUT)), jnp.float32)}},
+    }
+
+
+def fn(params, x):
+    x = x @ params["up"]["kernel"]
+    layers = params["layers"]["down"]["kernel"]
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)[0]
+
+
+def make(seed, **config):
+    params = base()
+    config = {"target_modules": ("up", "down"), "rank": 3, "alpha": 5} | config
+    plan = lora.plan(lora.LoraConfig(**config), fn, params, jnp.ones((2, IN)))
+    trainable, frozen = lora.split(lora.init(jax.random.key(seed), plan, params))
+    leaves, tree = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [x + 0.5 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return lora.combine(jax.tree.unflatten(tree, moved), frozen)
+
+
+def changes(tree):
+    merged = lora.merge(tree)
+    return jax.tree.map(lambda x, y: np.asarray(x - y, np.float64), merged, base())
+
+
+def weighted(adapters, weights):
+    each = [changes(x) for x in adapters]
+    return jax.tree.map(lambda *xs: sum(w * x for w, x in zip(weights, xs, strict=True)), *each)
+
+
+def assert_close(got, want, tolerance=2e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), got, want)
+
+
+def test_cat_is_the_sum_whatever_ranks_alphas_targets_and_scalings():
+    adapters = [
+        make(1), make(2, rank=5, alpha=16, use_rslora=True), make(3, target_modules=("up",)),
+    ]  # fmt: skip
+    weights = [0.7, -0.3, 1.5]
+    both = multi.combine(adapters, weights)
+    assert multi.rank_of(both) == 11
+    assert_close(changes(both), weighted(adapters, weights))
+    exact = multi.combine(adapters, weights, method="svd", rank=8)
+    assert_close(changes(exact), weighted(adapters, weights))  # 8 is all the rank there can be
+
+
+def test_svd_is_the_best_of_its_rank():
+    adapters, weights = [make(1), make(2, rank=4)], [1.0, 0.5]
+    got = changes(multi.combine(adapters, weights, rank=2))
+    want = weighted(adapters, weights)
+
+    def best(w):
+        u, s, v = np.linalg.svd(w, full_matrices=False)
+        return (u[..., :2] * s[..., None, :2]) @ v[..., :2, :]
+
+    assert_close(got, jax.tree.map(best, want))
+
+
+def peft_model(adapters, rslora=False):
+    """A torch model of one linear layer with the adapters of `up` in PEFT."""
+    linear = torch.nn.Sequential()
+    linear.add_module("up", torch.nn.Linear(IN, OUT, bias=False))
+    with torch.no_grad():
+        linear.up.weight.copy_(torch.from_numpy(np.asarray(base()["up"]["kernel"]).T.copy()))
+    model = None
+    for number, tree in enumerate(adapters):
+        leaf = tree["up"]["kernel"]
+        rank = leaf.rank
+        alpha = float(leaf.scale) * (rank**0.5 if rslora else rank)
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["up"],
+                                 use_rslora=rslora)  # fmt: skip
+        if model is None:
+            model = peft.get_peft_model(linear, config, adapter_name=f"a{number}")
+        else:
+            model.add_adapter(f"a{number}", config)
+        layer = model.base_model.model.up
+        with torch.no_grad():
+            layer.lora_A[f"a{number}"].weight.copy_(torch.from_numpy(np.array(leaf.a.T)))
+            layer.lora_B[f"a{number}"].weight.copy_(torch.from_numpy(np.array(leaf.b.T)))
+    return model
+
+
+def peft_change(model, weights, kind, **options):
+    names = [f"a{number}" for number in range(len(weights))]
+    model.add_weighted_adapter(names, weights, "sum", combination_type=kind, **options)
+    return model.base_model.model.up.get_delta_weight("sum").detach().numpy().T
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "options"),
+    [
+        ("cat", "cat", {}),
+        ("svd", "svd", {"rank": 2}),
+        ("linear", "linear", {}),
+        ("magnitude_prune", "magnitude_prune_svd", {"rank": 3, "density": 0.5}),
+        ("ties", "ties_svd", {"rank": 3, "density": 0.4}),
+        ("ties", "ties_svd", {"rank": 3, "density": 0.6, "majority_sign": "frequency"}),
+    ],
+    ids=str,
+)
+def test_what_peft_gives(ours, theirs, options):
+    adapters = [make(seed, target_modules=("up",)) for seed in (1, 2, 3)]
+    weights = [0.7, 0.3, -0.4] if ours != "ties" else [0.7, 0.3, 0.4]
+    got = changes(multi.combine(adapters, weights, method=ours, **options))["up"]["kernel"]
+    renamed = {"rank": "svd_rank", "majority_sign": "majority_sign_method"}
+    want = peft_change(
+        peft_model(adapters), weights, theirs, **{renamed.get(k, k): v for k, v in options.items()}
+    )
+    np.testing.assert_allclose(got, want, atol=3e-5)
+
+
+def test_rslora_is_scaled_right_where_peft_is_not():
+    adapters = [make(seed, target_modules=("up",), use_rslora=True) for seed in (1, 2)]
+    got = changes(multi.combine(adapters, [0.5, 0.5]))["up"]["kernel"]
+    np.testing.assert_allclose(got, weighted(adapters, [0.5, 0.5])["up"]["kernel"], atol=2e-5)
+
+
+def test_dare_keeps_the_mean_and_the_key_decides():
+    adapters = [make(1, target_modules=("up",))]
+    want = weighted(adapters, [1.0])["up"]["kernel"]
+
+    def one(seed):
+        tree = multi.combine(adapters, [1.0], method="dare_linear", rank=OUT, density=0.5,
+                             key=jax.random.key(seed))  # fmt: skip
+        return changes(tree)["up"]["kernel"]
+
+    np.testing.assert_array_equal(one(0), one(0))
+    kept = np.abs(one(0)) > 1e-4
+    assert 0.3 < kept.mean() < 0.7
+    np.testing.assert_allclose(one(0)[kept], 2 * want[kept], atol=1e-4)
+    mean = np.mean([one(seed) for seed in range(60)], axis=0)
+    # The standard error of 60 draws of an entry that is 0 or twice itself is |entry| / sqrt(60).
+    assert (np.abs(mean - want) < 5 * np.abs(want) / np.sqrt(60) + 1e-4).all()
+    elected = multi.combine([*adapters, make(2, target_modules=("up",))], [1.0, 1.0],
+                            method="dare_ties", density=0.5, key=jax.random.key(0))  # fmt: skip
+    assert np.isfinite(changes(elected)["up"]["kernel"]).all()
+
+
+def test_the_result_exports(tmp_path):
+    adapters = [make(1), make(2, rank=2)]
+    both = multi.combine(adapters, [0.5, 0.5])
+    rank = multi.rank_of(both)
+    config = lora.LoraConfig(rank=rank, alpha=rank, target_modules=("up", "down"))
+    lora.hf.save_peft(tmp_path / "sum", both, config)
+    back, _ = lora.hf.load_peft(tmp_path / "sum", fn, base(), jnp.ones((2, IN)))
+    assert_close(changes(back), weighted(adapters, [0.5, 0.5]))
+
+
+def test_clear_errors():
+    one, two = make(1), make(2, rank=2)
+    with pytest.raises(ValueError, match="got 2 adapters and 1 weights"):
+        multi.combine([one, two], [1.0])
+    with pytest.raises(ValueError, match="`method` must be one of cat, svd"):
+        multi.combine([one], [1.0], method="best")
+    with pytest.raises(ValueError, match='method="linear" needs adapters of one rank'):
+        multi.combine([one, two], [1.0, 1.0], method="linear")
+    with pytest.raises(ValueError, match="`key` is needed for dare_linear"):
+        multi.combine([one], [1.0], method="dare_linear", density=0.5)
+    with pytest.raises(ValueError, match=r"`density` must be in \(0, 1\], got 0"):
+        multi.combine([one], [1.0], method="ties", density=0)
+    with pytest.raises(ValueError, match="`up.kernel` has DoRA's magnitude"):
+        multi.combine([make(1, use_dora=True, target_modules=("up",))], [1.0])
