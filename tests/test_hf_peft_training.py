@@ -32,6 +32,18 @@ CASES = {
         "modules_to_save": ["lm_head", "input_layernorm"],
         "bias": "all",
     },
+    "own-biases-and-tokens": {
+        "r": 4,
+        "target_modules": ["q_proj", "o_proj", "up_proj"],
+        "lora_bias": True,
+        "trainable_token_indices": [3, 7, 30, 12],
+    },
+    "one-layer-with-its-biases": {
+        "r": 4,
+        "target_modules": ["q_proj", "o_proj"],
+        "bias": "lora_only",
+        "layers_to_transform": [1],
+    },
 }
 
 
