@@ -1,5 +1,7 @@
 """The cache and generation: against runs without a cache, on a small random model."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,6 +181,12 @@ def test_a_second_call_in_the_same_buckets_compiles_nothing(model):
 def test_refused(model, prompts, options, text):
     with pytest.raises(ValueError, match=text):
         generate(model, prompts, **options)
+
+
+def test_an_encoder_writes_nothing():
+    bert = SimpleNamespace(config=SimpleNamespace(model_type="bert"), forward=object())
+    with pytest.raises(ValueError, match="`model` is a `bert`, an encoder, which writes nothing"):
+        models.generate(bert, {}, PROMPTS, max_new_tokens=3)
 
 
 def test_rows_of_padding_only_are_finite_and_so_are_their_gradients(model):

@@ -1,5 +1,6 @@
 """Finding and loading models: each source, and each way it is refused."""
 
+import dataclasses
 import importlib.metadata
 import json
 from pathlib import PurePosixPath
@@ -7,7 +8,7 @@ from pathlib import PurePosixPath
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from lora_jax import models
 from lora_jax.hf.names import stack_depth, tensor_of
@@ -122,3 +123,44 @@ def test_fresh_parameters_are_spread_as_the_config_says():
     assert kernel.std() == pytest.approx(0.02, rel=0.05) and abs(kernel.mean()) < 1e-3
     assert (np.asarray(params["model"]["norm"]["scale"]) == 1).all()
     assert not np.array_equal(kernel[0], kernel[1])
+
+
+GPT2 = models.GPT2Config(
+    vocab_size=11,
+    hidden_size=4,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=8,
+)
+
+
+def test_gpt2_as_it_was_published(tmp_path):
+    """Without the head's prefix, with the causal masks, and with the tied table twice."""
+    model = models.init(jax.random.key(0), GPT2)
+    save(tmp_path, model)
+    tensors = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    masks = {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, 8, 8), np.float32)) for i in (0, 1)}
+    save_file({**bare, **masks}, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, models.load(tmp_path).params, model.params)
+    twice = {**tensors, "lm_head.weight": tensors["transformer.wte.weight"]}
+    save_file(twice, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, models.load(tmp_path).params, model.params)
+    save_file({**bare, "h.0.attn.gain": masks["h.0.attn.bias"]}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="1 not part of the model: `transformer.h.0.attn.gain`"):
+        models.load(tmp_path)
+
+
+def test_a_headless_llama(tmp_path, model):
+    save(tmp_path, model)
+    tensors = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, models.load(tmp_path).params, model.params)
+
+
+def test_fresh_norms_are_neutral():
+    gemma = dataclasses.replace(CONFIG, model_type="gemma", norm_offset=True)
+    for config, start in ((CONFIG, 1.0), (gemma, 0.0)):
+        scale = models.init(jax.random.key(0), config).params["model"]["norm"]["scale"]
+        np.testing.assert_array_equal(scale, np.full(4, start))

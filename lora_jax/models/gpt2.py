@@ -93,7 +93,7 @@ class GPT2Config:
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     tie_word_embeddings: bool = True
-    dropout: tuple[float, float, float] = (0.1, 0.1, 0.1)
+    dropout: tuple[float, ...] = (0.1, 0.1, 0.1)
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -96,8 +96,12 @@ def _read_two_ropes(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # transformers takes "gelu", which the first checkpoints say, for the approximation.
-_TANH = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu"), "gelu_pytorch_tanh")
-_TANH_ONLY = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu_pytorch_tanh")
+_TANH: Mapping[str, str] = dict.fromkeys(
+    ("gelu_pytorch_tanh", "gelu_new", "gelu"), "gelu_pytorch_tanh"
+)
+_TANH_ONLY: Mapping[str, str] = dict.fromkeys(
+    ("gelu_pytorch_tanh", "gelu_new"), "gelu_pytorch_tanh"
+)
 _DEFAULTS = {
     "head_dim": 256,
     "tie_word_embeddings": True,
