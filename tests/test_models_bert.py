@@ -11,7 +11,6 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-import lora_jax as lora
 from lora_jax import models
 from lora_jax.hf.save_model import save_model
 from lora_jax.models.bert_config import BertConfig
@@ -352,51 +351,3 @@ def test_the_written_config_is_read_by_transformers(kind, task):
     assert again.num_labels == 3 and again.pad_token_id == 1
     model = CLASSES[task].from_config(again)
     assert [type(model).__name__] == config.to_hf()["architectures"]
-
-
-# ---- under the transform
-
-
-def adapted(model, targets, key=1):
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    config = lora.LoraConfig(rank=3, alpha=6, target_modules=targets)
-    plan = lora.plan(config, model.apply, model.params, tokens)
-    params = lora.init(jax.random.key(key), plan, model.params)
-    trainable, frozen = lora.split(params)
-    leaves, tree = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return plan, lora.combine(jax.tree.unflatten(tree, moved), frozen)
-
-
-@pytest.mark.parametrize(
-    "case, targets",
-    [
-        ("bert classifies", "all-linear"),
-        ("bert classifies", ("query", "value")),
-        ("bert by relu", ("word_embeddings", "dense")),
-        ("roberta classifies", "all-linear"),
-    ],
-)
-def test_adapters_equal_merged_weights(saved, case, targets):
-    model = models.load(saved(case)[1])
-    _, params = adapted(model, targets)
-    tokens, mask, _ = texts()
-    mask = jnp.asarray(mask)
-    got = quick(lora.lorafy(model.apply, strict=True))(params, tokens, mask=mask)
-    apply = quick(model.apply)
-    want = apply(lora.merge(params), tokens, mask=mask)
-    base = apply(model.params, tokens, mask=mask)
-    assert np.abs(want - base).max() > 0.01
-    np.testing.assert_allclose(got, want, atol=2e-4)
-
-
-def test_query_and_value_mean_what_users_think(saved):
-    model = models.load(saved("bert classifies")[1])
-    plan, _ = adapted(model, ("query", "value"))
-    assert [leaf.path for leaf in plan.adapted] == [
-        "bert.encoder.layer.attention.self.query.kernel",
-        "bert.encoder.layer.attention.self.value.kernel",
-    ]
-    plan, _ = adapted(model, ("bert.encoder.layer.1.attention.self.query",))
-    assert plan.adapted[0].ranks == (0, 3, 0)

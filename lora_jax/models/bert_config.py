@@ -188,7 +188,8 @@ class BertConfig:
         _one_of("model_type", str(raw.get("model_type")), KINDS)
         kind = KINDS[raw["model_type"]]
         refuse_unsupported(raw, (*_PLAIN, *_CARRIED), _NEUTRAL)
-        given = {**kind.defaults, **{k: v for k, v in raw.items() if v is not None}}
+        set_to_null = {k: None for k in _MAYBE_NULL if k in raw}
+        given = {**kind.defaults, **set_to_null, **{k: v for k, v in raw.items() if v is not None}}
         task = task or _task(raw, kind)
         if task == MASKED_LM and raw.get("tie_word_embeddings") is False:
             raise ValueError("config: a masked-LM head with a table of its own is not supported")
@@ -220,6 +221,9 @@ _PLAIN = (
     "bos_token_id", "problem_type", "hidden_dropout_prob", "attention_probs_dropout_prob",
     "classifier_dropout",
 )  # fmt: skip
+
+# Fields whose null is not the default.
+_MAYBE_NULL = ("bos_token_id", "pad_token_id", "eos_token_id")
 
 # Fields that would change numbers, with the values that do not.
 _NEUTRAL: Mapping[str, tuple] = {
