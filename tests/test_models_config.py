@@ -285,3 +285,5 @@ def test_a_config_is_frozen_and_checked_when_made():
         config.vocab_size = 3
     with pytest.raises(ValueError, match="`vocab_size` must be a whole number"):
         dataclasses.replace(config, vocab_size=-1)
+    with pytest.raises(ValueError, match="`hidden_activation` `mish` is not one of silu, swish"):
+        dataclasses.replace(config, hidden_activation="mish")

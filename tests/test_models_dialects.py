@@ -249,6 +249,11 @@ REFUSED = {
         "`rope_parameters` of type `linear` in `sliding_attention` are not supported",
     ),
     "no window": (GEMMA3, {"sliding_window": 0}, "`sliding_window` must be above 0, got 0"),
+    "sliding without a window": (
+        GEMMA3,
+        {"sliding_window": None},
+        "`sliding_attention` blocks without a `sliding_window` are not supported",
+    ),
     "dropout": (PHI3, {"resid_pdrop": 0.1}, "`resid_pdrop` = 0.1 is not supported"),
     "too few factors": (
         PHI3,

@@ -18,6 +18,7 @@ _NAMES = {
     "read_gguf_lora": "gguf_lora_read",
     "read_peft": "peft",
     "save_gguf_lora": "gguf_lora",
+    "save_merged": "save_model",
     "save_peft": "peft",
     "to_hugging_face": "own_names",
     "to_peft": "peft",

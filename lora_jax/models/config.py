@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lora_jax.models.attention import Mixing
+from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.rope import RopeScaling, scaling_from_hf, scaling_to_hf
 
 # Fields that say how a model was saved, trained or is served; they do not change its numbers.
@@ -140,6 +141,11 @@ class LlamaConfig:
             raise ValueError(
                 f"config: {len(self.sliding_layers)} `layer_types` for {self.num_hidden_layers} "
                 "`num_hidden_layers`"
+            )
+        if self.hidden_activation not in ACTIVATIONS:
+            raise ValueError(
+                f"config: `hidden_activation` `{self.hidden_activation}` is not one of "
+                f"{', '.join(ACTIVATIONS)}"
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"config: `sliding_window` must be above 0, got {self.sliding_window}")

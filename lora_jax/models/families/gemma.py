@@ -49,6 +49,9 @@ def _read_gemma2(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
     windows = _windows(raw, raw["sliding_window_pattern"])
+    if windows["sliding_window"] is None and any(windows["sliding_layers"]):
+        # They would see everything, and still have a rotary embedding of their own.
+        raise ValueError(f"config: `{SLIDING}` blocks without a `sliding_window` are not supported")
     return {**_read_gemma2(raw), "qk_norm": True, **windows}
 
 
