@@ -17,7 +17,8 @@ from jaxtyping import Array, Float
 
 from lora_jax.models.attention import Cache
 from lora_jax.models.model import Forward, Model
-from lora_jax.transform import lorafy
+from lora_jax.multi.decode import runner
+from lora_jax.multi.select import select
 
 # The fewest slots for a prompt, for new tokens and for stop tokens; then powers of two.
 _SMALLEST_PROMPT, _SMALLEST_NEW, _SMALLEST_STOPS = 16, 16, 4
@@ -34,6 +35,7 @@ def generate(
     top_p: float = 1.0,
     stop_tokens: Sequence[int] = (),
     key: Array | None = None,
+    adapter_ids: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continues each prompt.
 
@@ -47,6 +49,8 @@ def generate(
       stop_tokens: a row ends before the first of these.
       key: PRNG key, needed with a temperature. A row's tokens depend on it and the row's number,
         not on the rows beside it.
+      adapter_ids: where `params` is a stack of adapters (`lora.stack`), each prompt's own; -1 is
+        the plain base.
 
     Returns:
       The new tokens of each prompt, without the stop token.
@@ -58,6 +62,8 @@ def generate(
     _check(model, prompts, max_new_tokens, temperature, top_p, key)
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
+    if adapter_ids is not None:
+        params = select(params, jnp.asarray(adapter_ids))
     stops = np.full(_bucket(len(stop_tokens), _SMALLEST_STOPS), _NO_TOKEN, np.int32)
     stops[: len(stop_tokens)] = stop_tokens
     chance = np.float32(temperature), np.float32(top_p), key
@@ -175,11 +181,11 @@ def _generate(
     key,
     first,
 ):
-    run, head = lorafy(forward.apply), lorafy(forward.head)
     rows, width = tokens.shape
+    decoder = runner(forward, params, rows, width + room)
 
     def choose(hidden, step):
-        logits = head(params, hidden[:, -1:])[:, 0]
+        logits = decoder.head(hidden[:, -1:])[:, 0]
         if not sample:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), first + step))(
@@ -200,11 +206,10 @@ def _generate(
         )
 
     def advance(state: _State) -> _State:
-        hidden, cache = run(params, state.last[:, None], cache=state.cache, return_hidden=True)
+        hidden, cache = decoder.apply(state.last[:, None], None, state.cache)
         return note(state._replace(cache=cache), hidden)
 
-    cache = forward.init_cache(rows, width + room)
-    hidden, cache = run(params, tokens, mask=mask, cache=cache, return_hidden=True)
+    hidden, cache = decoder.apply(tokens, mask, decoder.cache)
     empty = _State(
         jnp.int32(0),
         jnp.zeros(rows, jnp.int32),
