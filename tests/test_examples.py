@@ -35,6 +35,13 @@ def test_nnx():
     assert found["right"]["merged"] == found["right"]["adapted"]
 
 
+def test_own_model_map():
+    found = run("06_own_model_map")
+    assert found["losses"][-1] < 0.3 * found["losses"][0]
+    # Two programs of the same arithmetic in float32.
+    assert found["gap"] < 1e-4 and found["apart"] < 1e-4 and found["same"]
+
+
 def test_optax_masked():
     found = run("04_optax_masked")
     assert found["losses"][-1] < 0.3 * found["losses"][0]

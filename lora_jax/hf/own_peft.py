@@ -14,6 +14,7 @@ from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.hf.own_leaves import to_ours, to_theirs
 from lora_jax.hf.own_names import NameMap, Part, Placed, place
 from lora_jax.hf.peft_config import REPEATABLE_INITS
+from lora_jax.hf.peft_export import named_targets
 from lora_jax.hf.peft_fill import check_tying, fill, plannable
 from lora_jax.hf.peft_names import adapts, bare, leaves_of
 from lora_jax.paths import expand, module_of, spell
@@ -152,7 +153,7 @@ def in_their_names(
     alphas = {_exact(n): matching.alpha_of(config, own) for n, own in adapted.items()}
     saved = [module_of(path) for path, x in flat.items() if isinstance(x, SavedArray)]
     whole = [n for n in saved if n not in adapted] if config.bias == "none" else []
-    return flat, dataclasses.replace(
+    named = dataclasses.replace(
         config,
         target_modules=tuple(adapted),
         exclude_modules=(),
@@ -162,6 +163,7 @@ def in_their_names(
         layers_to_transform=None,
         layers_pattern=None,
     )
+    return flat, dataclasses.replace(named, target_modules=tuple(named_targets(flat, named)))
 
 
 def _part(path: str) -> Part:
