@@ -4,6 +4,7 @@ import pytest
 
 from lora_jax import models
 from lora_jax.models import GPT2Config, LlamaConfig, config_from_hf
+from lora_jax.models.rope import RopeScaling
 
 # What published config.json files say, and what of it must be read.
 COMMON = {
@@ -168,6 +169,33 @@ SEEN = {
             "sliding_window": 512,
         },
     ),
+    "Gemma 3 with eyes": (
+        {
+            "model_type": "gemma3",
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "boi_token_index": 255999,
+            "eos_token_id": [1, 106],
+            "mm_tokens_per_image": 256,
+            "text_config": {
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+            "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+        },
+        {
+            "eos_token_ids": (1, 106),
+            "model_type": "gemma3_text",
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "rope_local_base_freq": 10000.0,
+            "rope_scaling": RopeScaling(rope_type="linear", factor=8.0),
+            "vocab_size": 262208,
+        },
+    ),
     "Phi-3 mini": (
         PHI3,
         {
@@ -243,6 +271,7 @@ REFUSED = {
     "another activation": (GEMMA2, {"hidden_activation": "silu"}, "`hidden_activation` `silu` is"),
     "another activation of the first": (GEMMA, {"hidden_activation": "relu"}, "`relu` is not supp"),
     "both ways": (GEMMA3, {"use_bidirectional_attention": True}, "`use_bidirectional_attention` ="),
+    "eyes only": ({"model_type": "gemma3"}, {}, "a `gemma3` needs a `text_config`, an object"),
     "a scaled local rope": (
         GEMMA3,
         {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch_models import both_paddings, greedy, saver, texts, theirs
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 import lora_jax as lora
 from lora_jax import models
@@ -99,6 +99,28 @@ def test_logits_are_transformers(saved, case):
     assert got.dtype == np.float32
     assert np.abs(got - want)[mask].max() <= TOLERANCE
     assert config_from_hf(model.config.to_hf()) == model.config
+
+
+def test_the_text_model_of_a_gemma3_with_eyes(tmp_path):
+    torch.manual_seed(0)
+    text = {k: v for k, v in CASES["gemma3"].items() if k != "model_type"}
+    eyes = dict(
+        model_type="siglip_vision_model", hidden_size=8, intermediate_size=8, image_size=8,
+        num_hidden_layers=1, num_attention_heads=2, patch_size=4,
+    )  # fmt: skip
+    config = Gemma3Config(
+        text_config=text, vision_config=eyes, mm_tokens_per_image=4, image_token_index=96,
+        boi_token_index=95, eoi_token_index=94, initializer_range=0.3,
+    )  # fmt: skip
+    oracle = Gemma3ForConditionalGeneration(config).eval()
+    oracle.save_pretrained(tmp_path)
+    model = models.load(tmp_path)
+    assert model.config.model_type == "gemma3_text"
+    tokens, mask = texts("right")
+    tokens = np.minimum(tokens, 93)
+    want = theirs(oracle, tokens, mask, torch.tensor(positions_of(mask)))
+    got = np.asarray(quick_jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
+    assert np.abs(got - want)[mask].max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("case", ONE_EACH[1:])

@@ -20,7 +20,7 @@ Hugging Face's names, with the arrays in its order, is `SAME`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -54,6 +54,7 @@ class Family:
       ignored: globs of tensors that checkpoints carry and that are computed here.
       prefix: what some checkpoints leave out at the start of every name but the head's (those
         saved from the model without its head).
+      starts: other starts of names in some checkpoints, and what they are here.
       tied: the tensor that may be left out because it repeats another, and that other one.
     """
 
@@ -62,6 +63,7 @@ class Family:
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     prefix: str = ""
+    starts: tuple[tuple[str, str], ...] = ()
     tied: tuple[str, str] | None = None
 
 
@@ -95,6 +97,18 @@ LLAMA = Family(
     ignored=("*.rotary_emb.inv_freq",),
     prefix="model.",
     tied=("lm_head.weight", "model.embed_tokens.weight"),
+)
+
+# Gemma 3 beyond the smallest size comes with eyes, which are not read.
+GEMMA3 = replace(
+    LLAMA,
+    name="gemma3",
+    ignored=(*LLAMA.ignored, "*vision_tower.*", "*multi_modal_projector.*"),
+    starts=(
+        ("language_model.model.", "model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("model.language_model.", "model."),
+    ),
 )
 
 _GPT2_RULES = (

@@ -117,7 +117,7 @@ def _load_gguf(path: Path, options: dict[str, Any], quant: QuantConfig | None) -
 
 def _fill(forward, weights: Weights, quant: QuantConfig | None):
     family = architecture_of(forward.config.model_type).names
-    weights = _with_prefix(weights, family)
+    weights = _renamed(weights, family)
     tied = family.tied is not None and family.tied[0] in weights.shapes
     if tied and forward.config.tie_word_embeddings:
         weights = _without_tied(weights, *family.tied)
@@ -125,20 +125,28 @@ def _fill(forward, weights: Weights, quant: QuantConfig | None):
     return fill(forward.shapes(), weights, family=family, hold=hold)
 
 
-def _with_prefix(weights: Weights, family: Family) -> Weights:
-    """Names of a checkpoint that was saved from the model without its head, as the others'."""
-    start = family.prefix
-    if not start or any(name.startswith(start) for name in weights.shapes):
+def _renamed(weights: Weights, family: Family) -> Weights:
+    """Names that begin otherwise in some checkpoints, as in the others."""
+    there = {_start(name, family): name for name in weights.shapes}
+    if family.prefix and not any(name.startswith(family.prefix) for name in there):
+        head = family.tied and family.tied[0]  # saved from the model without its head
+        there = {n if n == head else f"{family.prefix}{n}": old for n, old in there.items()}
+    if all(name == old for name, old in there.items()):
         return weights
-    head = family.tied and family.tied[0]
-    there = {name if name == head else f"{start}{name}": name for name in weights.shapes}
     return Weights(
         source=weights.source,
-        shapes={name: weights.shapes[plain] for name, plain in there.items()},
+        shapes={name: weights.shapes[old] for name, old in there.items()},
         read=lambda name: weights.read(there[name]),
         where=lambda name: weights.where(there[name]),
-        blocks=None if weights.blocks is None else lambda name: weights.blocks(there[name]),
+        blocks=None if (blocks := weights.blocks) is None else lambda name: blocks(there[name]),
     )
+
+
+def _start(name: str, family: Family) -> str:
+    for theirs, ours in family.starts:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
 
 
 def _without_tied(weights: Weights, head: str, table: str) -> Weights:

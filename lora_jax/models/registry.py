@@ -24,6 +24,7 @@ from lora_jax.models.bert_config import KINDS, BertConfig
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.families import DIALECTS
+from lora_jax.models.families.gemma import text_of_gemma3
 from lora_jax.models.gpt2 import GPT2LM, GPT2Config
 from lora_jax.models.model import Forward
 
@@ -51,6 +52,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         kind: Architecture(CAUSAL_LM, LlamaConfig.from_hf, Forward, names.LLAMA)
         for kind in DIALECTS
     },
+    "gemma3_text": Architecture(CAUSAL_LM, LlamaConfig.from_hf, Forward, names.GEMMA3),
+    "gemma3": Architecture(CAUSAL_LM, text_of_gemma3, Forward, names.GEMMA3),
     "gpt2": Architecture(
         CAUSAL_LM, GPT2Config.from_hf, partial(Forward, module=GPT2LM), names.GPT2
     ),

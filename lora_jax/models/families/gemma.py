@@ -98,6 +98,23 @@ def _read_two_ropes(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**full, "rope_local_base_freq": local["rope_theta"]}
 
 
+def text_of_gemma3(raw: Mapping[str, Any]) -> LlamaConfig:
+    """The text model of a Gemma 3 with eyes (`model_type` `gemma3`), which becomes `gemma3_text`.
+
+    Raises:
+      ValueError: there is no `text_config`, or it is not understood.
+    """
+    if not isinstance(text := raw.get("text_config"), Mapping):
+        raise ValueError("config: a `gemma3` needs a `text_config`, an object; there is none")
+    outside = {name: raw[name] for name in _OUTSIDE if name in raw}
+    return LlamaConfig.from_hf({**outside, **text, "model_type": "gemma3_text"})
+
+
+# What a file with a `text_config` says beside it.
+_OUTSIDE = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "tie_word_embeddings",
+)  # fmt: skip
+
 # transformers takes "gelu", which the first checkpoints say, for the approximation.
 _TANH: Mapping[str, str] = dict.fromkeys(
     ("gelu_pytorch_tanh", "gelu_new", "gelu"), "gelu_pytorch_tanh"
@@ -150,6 +167,12 @@ GEMMA3 = Dialect(
     defaults={
         **_DEFAULTS_2,
         **dict.fromkeys(_CAPS),
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 131_072,
         "rope_theta": 1e6,
         "rope_local_base_freq": 1e4,
         "sliding_window_pattern": _PERIOD_3,
