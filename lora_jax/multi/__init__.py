@@ -2,6 +2,7 @@
 
 from lora_jax.multi.combine import combine as combine
 from lora_jax.multi.combine import rank_of as rank_of
+from lora_jax.multi.pool import AdapterPool as AdapterPool
 from lora_jax.multi.select import select as select
 from lora_jax.multi.stack import adapter as adapter
 from lora_jax.multi.stack import count as count

@@ -242,7 +242,8 @@ def _thinned(merge: Callable) -> Callable:
             )
             key = None if options.key is None else jax.random.fold_in(options.key, index)
             whole = merge(changes, weights, dataclasses.replace(options, key=key))
-            matrices.append(_shared(*jnp.linalg.svd(whole, full_matrices=False), rank))
+            u, s, vt = jnp.linalg.svd(whole, full_matrices=False)
+            matrices.append(_shared(u, s, vt, rank))
         a, b = (jnp.stack([m[i] for m in matrices]) for i in (0, 1))
         return _leaf(like, a.reshape(*stack, fan_in, rank), b.reshape(*stack, rank, fan_out))
 
@@ -265,6 +266,7 @@ def _largest(changes, options: _Options):
 
 def _dropped(changes, options: _Options):
     """Numbers kept with probability `density`, and divided by it."""
+    assert options.key is not None  # `_check` has asked for it
     kept = jax.random.bernoulli(options.key, options.density, changes.shape)
     return jnp.where(kept, changes / options.density, 0)
 

@@ -32,7 +32,7 @@ class Runner(NamedTuple):
 
 
 # Where the caches of a batch of rows number them: the rows are written at one place.
-ROWS = Cache(keys=0, values=0, valid=0, length=None)  # type: ignore[arg-type]
+ROWS = Cache._make((0, 0, 0, None))
 
 
 def runner(forward, params, rows: int, slots: int) -> Runner:

@@ -303,35 +303,53 @@ def replace(stacked, slot: int, adapter):
     number = count(stacked)
     if not isinstance(slot, jax.core.Tracer) and not 0 <= int(slot) < number:
         raise ValueError(f"`slot` is {slot}, but the stack has slots 0 to {number - 1}")
+    def put(x, one):
+        if not is_stack(x):
+            return x
+        changed = {
+            field: lax.dynamic_update_slice_in_dim(
+                getattr(x, field), getattr(one, field).astype(getattr(x, field).dtype), slot, x.axis
+            )
+            for field in slot_fields(x)
+        }
+        return dataclasses.replace(x, **changed)
+
+    return jax.tree.map(put, stacked, one_slot(stacked, adapter), is_leaf=_whole)
+
+
+def one_slot(stacked, adapter):
+    """An adapter as a stack of one slot, of the same form as `stacked`.
+
+    Args:
+      stacked: from `stack`.
+      adapter: as for `replace`.
+
+    Raises:
+      ValueError: as `replace`.
+    """
     flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=_whole)
     new, new_tree = jax.tree.flatten(adapter, is_leaf=_whole)
     if new_tree != tree:
         raise ValueError("`adapter` is a tree of another structure than the stack's base")
-    leaves = [
-        _replace_leaf(paths.spell(path), x, slot, y)
-        for (path, x), y in zip(flat, new, strict=True)
-    ]
+    leaves = [_slot_leaf(paths.spell(p), x, y) for (p, x), y in zip(flat, new, strict=True)]
     return jax.tree.unflatten(tree, leaves)
 
 
-def _replace_leaf(name: str, x, slot, y):
+def slot_fields(x: LoraStack | SavedStack) -> tuple[str, ...]:
+    """The fields of a leaf that hold something for each adapter."""
+    return tuple(name for name in _OWN[type(x)] if getattr(x, name) is not None)
+
+
+def _slot_leaf(name: str, x, y):
     _check_same_base(name, [_base(x), _base(y)])
-    if not is_stack(x):
-        if is_lora(y):
-            raise ValueError(
-                f"`{name}` is adapted by the new adapter, but the stack has no room for it there; "
-                "make the stack from adapters that together adapt every leaf"
-            )
-        return x
-    one = _slot_of(name, x, y)
-    changed = {
-        field: lax.dynamic_update_index_in_dim(
-            getattr(x, field), getattr(one, field).astype(getattr(x, field).dtype), slot, x.axis
+    if is_stack(x):
+        return _slot_of(name, x, y)
+    if is_lora(y):
+        raise ValueError(
+            f"`{name}` is adapted by the new adapter, but the stack has no room for it there; "
+            "make the stack from adapters that together adapt every leaf"
         )
-        for field in _OWN[type(x)]
-        if getattr(x, field) is not None
-    }
-    return dataclasses.replace(x, **changed)
+    return x
 
 
 def _slot_of(name: str, x: LoraStack | SavedStack, y) -> LoraStack | SavedStack:
@@ -346,8 +364,7 @@ def _slot_of(name: str, x: LoraStack | SavedStack, y) -> LoraStack | SavedStack:
         x,
         **{
             field: jnp.zeros_like(lax.slice_in_dim(getattr(x, field), 0, 1, axis=x.axis))
-            for field in _OWN[LoraStack]
-            if getattr(x, field) is not None
+            for field in slot_fields(x)
         },
     )
     if x.gain is not None:
