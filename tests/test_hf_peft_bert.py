@@ -148,3 +148,15 @@ def test_an_adapter_of_the_bare_encoder(tmp_path):
         want = model.eval()(input_ids=tokens, attention_mask=torch.tensor(MASK))
     close(got.pooled, want.pooler_output.numpy())
     close(got.hidden[MASK], want.last_hidden_state.numpy()[MASK])
+
+
+def test_a_head_that_peft_would_look_for(base, tmp_path):
+    config = lora.LoraConfig(rank=2, target_modules=("key",))
+    plan = lora.plan(config, base.apply, base.params, TOKENS)
+    params = lora.init(jax.random.key(0), plan, base.params)
+    with pytest.raises(ValueError, match='"SEQ_CLS": PEFT would look for the head `classifier`'):
+        save_peft(tmp_path / "a", params, config, task_type="SEQ_CLS")
+    assert not (tmp_path / "a").exists()
+    save_peft(tmp_path / "a", params, config, task_type=None)
+    model = torch_classifier(base.config.model_type)
+    peft.PeftModel.from_pretrained(model, str(tmp_path / "a"))

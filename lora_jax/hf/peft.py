@@ -24,7 +24,7 @@ from lora_jax.hf.peft_export import named_targets as named_targets
 from lora_jax.hf.peft_export import to_peft as to_peft
 from lora_jax.hf.peft_fill import check_tying, plannable, tied_by_file
 from lora_jax.hf.peft_fill import fill as fill
-from lora_jax.hf.peft_names import tied_config
+from lora_jax.hf.peft_names import leaves_of, tied_config
 
 TARGETS = ("peft", "vllm")
 
@@ -167,8 +167,8 @@ def save_peft(
       name_map: as for `load_peft`.
 
     Raises:
-      ValueError: the tree and the config disagree, a number is not finite, or vLLM could not
-        serve the adapter.
+      ValueError: the tree and the config disagree, a number is not finite, a classifier's head
+        that PEFT would look for is not trained, or vLLM could not serve the adapter.
       OSError: the directory cannot be written; nothing was changed.
 
     Example:
@@ -184,6 +184,7 @@ def save_peft(
     if task_type == "CAUSAL_LM":
         config = tied_config(lora_params, config)
     fields, tensors = to_peft(lora_params, config)
+    _check_head(task_type, lora_params, tensors)
     if target == "vllm":
         from lora_jax.hf.peft_vllm import for_vllm
 
@@ -192,3 +193,17 @@ def save_peft(
     if base_model_name is not None:
         fields["base_model_name_or_path"] = base_model_name
     peft_files.write_directory(directory, fields, tensors)
+
+
+def _check_head(task_type: str | None, lora_params, tensors: Mapping[str, np.ndarray]) -> None:
+    """PEFT takes the heads of classifiers for trained, and finds no file whole that lacks them."""
+    if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return
+    parts = {part for path in leaves_of(lora_params) for part in path.split(".")}
+    written = {part for key in tensors for part in key.split(".")}
+    for head in ("classifier", "score"):
+        if head in parts - written:
+            raise ValueError(
+                f'task_type "{task_type}": PEFT would look for the head `{head}` in the file; '
+                f'train it too, modules_to_save=("{head}",), or pass task_type=None'
+            )
