@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from lora_jax import matching
-from lora_jax.array import LoraArray, is_lora, stack_dims
+from lora_jax.array import LoraArray, is_lora, sizes, stack_dims
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.hf import names
 from lora_jax.paths import expand, module_of, spell
@@ -92,19 +92,38 @@ def nesting(config: LoraConfig, lora_params) -> dict[str, int]:
 
     PEFT wraps a module once for each of its parameters, in the order in which the model
     registers them; a JAX tree does not keep that order. Known names stand in transformers' order,
-    others as `target_parameters` lists them.
+    others as `target_parameters` lists them: if that is wrong, the shapes do not fit.
+
+    Raises:
+      ValueError: the order is not known, and shapes could not tell that it is wrong.
     """
     modules: dict[str, list[str]] = {}
+    sizes_by_name = {}
     for path, leaf in leaves_of(lora_params).items():
         if isinstance(leaf, LoraArray):
             for name in parameters_of(path, leaf, config).values():
                 if matching.names_parameter(config, name):
                     modules.setdefault(name.rpartition(".")[0], []).append(name)
+                    sizes_by_name[name] = sizes(leaf.shape, leaf.roles)[1:]
+    for found in modules.values():
+        _check_order(found, sizes_by_name)
     return {
         name: len(found) - 1 - place
         for found in modules.values()
         for place, name in enumerate(sorted(found, key=lambda n: _registered(config, n)))
     }
+
+
+def _check_order(found: list[str], sizes_by_name: dict[str, tuple[int, int]]) -> None:
+    unknown = [name for name in found if name.rpartition(".")[2] not in _REGISTERED]
+    alike = len({sizes_by_name[name] for name in found}) < len(found)
+    if unknown and len(found) > 1 and alike:
+        raise ValueError(
+            f"target_parameters: PEFT numbers the adapters of {', '.join(f'`{n}`' for n in found)} "
+            "by the order in which its model registers them, which is not known here, and their "
+            "shapes are alike: adapt one of them, or rename them as transformers does "
+            f"({', '.join(_REGISTERED)})"
+        )
 
 
 def _registered(config: LoraConfig, name: str) -> tuple[int, int]:
