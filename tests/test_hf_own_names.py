@@ -146,37 +146,3 @@ def test_a_checkpoint_that_does_not_fit(directory):
     text = r"1 misshapen: `lm_head.weight` in model.safetensors has shape \(40, 16\), expected \(41"
     with pytest.raises(ValueError, match=text):
         from_hugging_face(small, open_directory(directory), MAP)
-
-
-RULES = {
-    "stars": ([("blocks.*", "model.layers.weight")], r"must have as many `\*`"),
-    "numbers": ([("blocks.{}.w", "model.layer.weight")], "at least as many `{}`"),
-    "arrow": ([("w", "w.weight", "a b")], "expected `theirs -> ours`, got no arrow"),
-    "twice": ([("w", "w.weight", "a a -> a b")], "`a` stands twice on one side"),
-    "left": ([("w", "w.weight", "a b -> a")], "`b` stands on the left only"),
-    "name": ([("w", "w.weight", "a ? -> a b")], r"`\?` is not the name of a dimension"),
-    "stack": ([("w", "w.weight", "a -> (l m) a")], "a stack must be a dimension of its own"),
-}
-
-
-@pytest.mark.parametrize("case", RULES)
-def test_a_table_that_makes_no_sense(case):
-    rules, text = RULES[case]
-    with pytest.raises(ValueError, match=text):
-        lora.hf.name_map("x", rules)
-
-
-SHAPES = {
-    "sizes": ("a.weight", "(n p h) -> (n h p)", (8,), r"the sizes of `n`, `h`, `p` are not known"),
-    "dims": ("a.weight", "a b -> b a", (8,), r"has 2 dimensions on the right, got shape \(8,\)"),
-    "stacks": ("a.{}.weight", "a b -> b a", (8, 2), "0 stacks, but `a.{}.weight` numbers 1"),
-    "fit": ("a.weight", "(n t) -> n t", (8, 4), r"\{'t': 3\} does not fit shape \(8, 4\)"),
-}
-
-
-@pytest.mark.parametrize("case", SHAPES)
-def test_a_layout_that_does_not_fit(case):
-    tensor, layout, shape, text = SHAPES[case]
-    using = lora.hf.name_map("x", [("w", tensor, layout)], sizes={"t": 3})
-    with pytest.raises(ValueError, match=f"leaf `w`: .*{text}"):
-        to_hugging_face({"w": jnp.zeros(shape)}, using)

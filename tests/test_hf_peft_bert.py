@@ -73,20 +73,25 @@ def close(one, other):
     np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
 
 
-@pytest.fixture(scope="module", params=["bert", "roberta"])
-def kind(request):
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def base(kind, tmp_path_factory):
-    path = tmp_path_factory.mktemp("base")
-    torch_classifier(kind).save_pretrained(str(path))
-    return lora.models.load(path)
+def bases(tmp_path_factory):
+    """Our models of both kinds, each loaded once."""
+    loaded = {}
+    for kind in ("bert", "roberta"):
+        path = tmp_path_factory.mktemp("base")
+        torch_classifier(kind).save_pretrained(str(path))
+        loaded[kind] = lora.models.load(path)
+    return loaded
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_pefts_adapter_here_and_back(case, kind, base, tmp_path):
+def of_both(cases, *robertas):
+    """Every case for BERT, and for RoBERTa, whose blocks are the same, those named."""
+    return [*(("bert", case) for case in cases), *(("roberta", case) for case in robertas)]
+
+
+@pytest.mark.parametrize("kind, case", of_both(CASES, "all-linear-rslora", "saved-norm"))
+def test_pefts_adapter_here_and_back(case, kind, bases, tmp_path):
+    base = bases[kind]
     config = peft.LoraConfig(**{"task_type": "SEQ_CLS", **CASES[case]})
     model = peft.get_peft_model(torch_classifier(kind), config)
     randomize(model)
@@ -117,8 +122,9 @@ OURS = {
 }
 
 
-@pytest.mark.parametrize("case", OURS)
-def test_our_adapter_in_peft_and_back(case, kind, base, tmp_path):
+@pytest.mark.parametrize("kind, case", of_both(OURS, "all-linear"))
+def test_our_adapter_in_peft_and_back(case, kind, bases, tmp_path):
+    base = bases[kind]
     config = OURS[case]
     plan = lora.plan(config, base.apply, base.params, TOKENS)
     params = noisy(lora.init(jax.random.key(0), plan, base.params))
@@ -150,7 +156,8 @@ def test_an_adapter_of_the_bare_encoder(tmp_path):
     close(got.hidden[MASK], want.last_hidden_state.numpy()[MASK])
 
 
-def test_a_head_that_peft_would_look_for(base, tmp_path):
+def test_a_head_that_peft_would_look_for(bases, tmp_path):
+    base = bases["roberta"]
     config = lora.LoraConfig(rank=2, target_modules=("key",))
     plan = lora.plan(config, base.apply, base.params, TOKENS)
     params = lora.init(jax.random.key(0), plan, base.params)

@@ -15,7 +15,7 @@ from lora_jax.hf.own_leaves import to_ours, to_theirs
 from lora_jax.hf.own_names import NameMap, Part, Placed, place
 from lora_jax.hf.peft_config import REPEATABLE_INITS
 from lora_jax.hf.peft_export import named_targets
-from lora_jax.hf.peft_fill import check_tying, fill, plannable
+from lora_jax.hf.peft_fill import check_tying, fill, plannable, tied_by_file
 from lora_jax.hf.peft_names import adapts, bare, leaves_of
 from lora_jax.paths import expand, module_of, spell
 
@@ -46,6 +46,7 @@ def attach(
     """
     import lora_jax as lora
 
+    config = tied_by_file(config, tensors)
     wanted = plannable(config, to_theirs(params, using), source)
     targets, saved = in_our_names(wanted, params, source, using)
     plan = plan_of(targets)
