@@ -51,8 +51,7 @@ def check_there(source: str | Path, *, step: int | None = None) -> None:
 
         adapters.find(source, step=step)
         return
-    if step is not None:
-        raise ValueError(f"{source}: has no step {step}: it is no training run")
+    _refuse_step(source, step)
     if kind == "gguf":
         from lora_jax.hf.gguf import open_gguf
 
@@ -61,6 +60,11 @@ def check_there(source: str | Path, *, step: int | None = None) -> None:
         from lora_jax.hf.peft_files import read_directory
 
         read_directory(source)
+
+
+def _refuse_step(source: str | Path, step: int | None) -> None:
+    if step is not None:
+        raise ValueError(f"{source}: has no step {step}: it is no training run")
 
 
 def load_adapter(
@@ -84,10 +88,10 @@ def load_adapter(
     from lora_jax.checkpoint import adapters
     from lora_jax.hf.peft import attach, read_peft
 
-    check_there(source, step=step)
     kind = kind_of(source)
     if kind == "orbax":
         return adapters.restore_stored(adapters.find(source, step=step), plan_of, model.params)
+    _refuse_step(source, step)
     if kind == "gguf":
         from lora_jax.hf.gguf_lora_read import read_gguf_lora
         from lora_jax.hf.gguf_names import base_of
@@ -215,7 +219,7 @@ def _from_orbax(source: str | Path) -> Content:
     from lora_jax.hf.peft_slots import slots_of
 
     stored = adapters.find(source)
-    config = LoraConfig.from_peft(stored.config)
+    config = adapters.config_from(stored.config)
     leaves = adapters.read_leaves(stored)
     whole = [name for name, leaf in leaves.items() if not isinstance(leaf, LoraArray)]
     shapes = {name: parse(text) for name, text in stored.base.items()}

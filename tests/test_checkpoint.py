@@ -158,6 +158,37 @@ def test_another_plan_is_refused(saved):
         checkpoint.restore_into(saved, toy_lora(both))
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_changes_the_base_comes_back(tmp_path, init):
+    config = lora.LoraConfig(rank=2, target_modules=("mix",), init=init)
+    trained = moved(toy_lora(config))
+    checkpoint.save(tmp_path / "a", trained, config)
+    restored, got = checkpoint.restore(tmp_path / "a", Toy().apply, toy_params(), TOKENS)
+    assert got == config
+    assert_same_bits(restored, trained)
+    with pytest.raises(ValueError, match="was made over another base model"):
+        checkpoint.restore(tmp_path / "a", Toy().apply, toy_params(seed=1), TOKENS)
+
+
+def test_every_field_of_a_config_comes_back(tmp_path, trained):
+    config = lora.LoraConfig(
+        rank=2, alpha=4, target_modules=("mix",), exclude_modules=("embed",), dropout=0.2,
+        rank_pattern={"mix": 2}, alpha_pattern={"mix": 4}, roles={"mix.kernel": "io"},
+        extra={"task_type": "CAUSAL_LM", "revision": "main"},
+    )  # fmt: skip
+    checkpoint.save(tmp_path / "a", trained, config)
+    assert checkpoint.read_config(tmp_path / "a") == config
+    assert checkpoint.restore(tmp_path / "a", Toy().apply, toy_params(), TOKENS)[1] == config
+
+
+def test_damaged_arrays_are_one_line(saved):
+    for path in saved.glob("adapter/**/d/*"):
+        path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(ValueError, match="adapter: its arrays cannot be read: ") as error:
+        checkpoint.restore_into(saved, toy_lora())
+    assert "\n" not in str(error.value)
+
+
 def test_leaves_are_read_without_the_model(saved, trained):
     found = checkpoint.find(saved)
     leaf = adapters.read_leaves(found)["mix.kernel"]
@@ -179,6 +210,10 @@ def test_what_is_no_adapter_is_refused(tmp_path, saved):
     path = saved / "meta" / "metadata"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": "lora_jax adapter 9"}))
     with pytest.raises(ValueError, match="expected format 'lora_jax adapter 2', got '.* 9'"):
+        checkpoint.find(saved)
+    whole = {**json.loads(path.read_text()), "format": "lora_jax adapter 2"}
+    path.write_text(json.dumps({n: v for n, v in whole.items() if n != "plan"}))
+    with pytest.raises(ValueError, match="adapter: its `meta` has no `plan`; it is damaged"):
         checkpoint.find(saved)
     path.write_text("{")
     with pytest.raises(ValueError, match="adapter: its `meta` cannot be read: "):

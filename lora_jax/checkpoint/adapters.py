@@ -8,7 +8,8 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +18,17 @@ import jax
 from lora_jax.checkpoint.disk import check_space, quiet
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
 from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
-from lora_jax.checkpoint.folder import checkpointer, is_folder, place_for, read_meta
+from lora_jax.checkpoint.folder import (
+    checkpointer,
+    is_folder,
+    place_for,
+    read_arrays,
+    read_meta,
+    read_shapes,
+)
 from lora_jax.checkpoint.outline import check_outline, leaf_from, outline
 from lora_jax.checkpoint.swap import leftovers, replace
+from lora_jax.hf.peft_config import PLAIN_INITS
 
 FORMAT = "lora_jax adapter 2"
 RUN_FORMAT = "lora_jax training state 2"
@@ -117,13 +126,25 @@ def _content(lora_params, config) -> tuple[dict[str, Any], dict]:
     return flatten(trainable), meta
 
 
+_ROLES = "lora_jax_roles"  # the one field that PEFT has not
+
+
 def config_json(config) -> dict:
-    """A `LoraConfig` as JSON values, such that `from_peft` gives an equal one."""
+    """A `LoraConfig` as JSON values, such that `config_from` gives an equal one."""
     values = config.to_peft()
     # to_peft always says a task type; from_peft takes a said one for the user's choice.
     if "task_type" not in config.extra:
         values.pop("task_type", None)
-    return values
+    return {**values, _ROLES: dict(config.roles)} if config.roles else values
+
+
+def config_from(values: Mapping[str, Any]):
+    """The `LoraConfig` of what `config_json` gave."""
+    import lora_jax as lora
+
+    values = dict(values)
+    roles = values.pop(_ROLES, {})
+    return replace_fields(lora.LoraConfig.from_peft(values), roles=roles)
 
 
 def _write(directory: Path, arrays: dict, meta: dict) -> None:
@@ -172,11 +193,11 @@ def find(directory: str | os.PathLike, *, step: int | None = None) -> Stored:
     if is_folder(directory, ITEM):
         if step is not None:
             raise ValueError(f"{directory} is one adapter, not a run: it has no step {step}")
-        meta = read_meta(directory, FORMAT)
+        meta = read_meta(directory, FORMAT, needs=("config", "base", "plan"))
         return Stored(directory, ITEM, "", meta["config"], meta["base"], meta["plan"])
     if (directory / RUN_CHECKPOINTS).is_dir():
         place = _step(directory / RUN_CHECKPOINTS, step)
-        run = read_meta(place, RUN_FORMAT, part="run")
+        run = read_meta(place, RUN_FORMAT, part="run", needs=("lora", "base", "plan"))
         if run["lora"] is None:
             raise ValueError(
                 f"{place} was written without `lora_config`, so its adapter cannot be rebuilt from"
@@ -207,9 +228,7 @@ def _step(checkpoints: Path, step: int | None) -> Path:
 
 def read_config(directory: str | os.PathLike):
     """The `LoraConfig` of an adapter on disk; see `find` for what may be given."""
-    import lora_jax as lora
-
-    return lora.LoraConfig.from_peft(find(directory).config)
+    return config_from(find(directory).config)
 
 
 def restore(directory: str | os.PathLike, fn: Callable, params, *args, **kwargs):
@@ -246,10 +265,16 @@ def restore_stored(stored: Stored, plan_of: Callable, params):
     """
     import lora_jax as lora
 
-    check_base(stored.base, params, where=str(stored.directory))
-    config = lora.LoraConfig.from_peft(stored.config)
-    # The key's numbers are all replaced; init gives the structure and the frozen scales.
-    return _filled(stored, lora.init(jax.random.key(0), plan_of(config), params)), config
+    config, where = config_from(stored.config), str(stored.directory)
+    keeps_base = config.init in PLAIN_INITS
+    if keeps_base:
+        check_base(stored.base, params, where=where)
+    # The key's numbers are all replaced; init gives the structure and the frozen scales, and the
+    # base that starts such as PiSSA's leave.
+    blank = lora.init(jax.random.key(0), plan_of(config), params)
+    if not keeps_base:
+        check_base(stored.base, blank, where=where)
+    return _filled(stored, blank), config
 
 
 def restore_into(directory: str | os.PathLike, lora_params):
@@ -286,11 +311,9 @@ def _filled(stored: Stored, lora_params):
 
 def _read_arrays(stored: Stored, like: dict[str, Any] | None) -> dict[str, jax.Array]:
     """The trained arrays, each with the sharding of `like`'s; all on one device without it."""
-    import orbax.checkpoint as ocp
-
     cut = len(stored.prefix)
     with checkpointer(stored.item) as opened:
-        found = opened.metadata(stored.directory).item_metadata[stored.item].tree
+        found = read_shapes(opened, stored.directory, stored.item)
         named = {n[cut:]: x for n, x in found.items() if n.startswith(stored.prefix)}
         like = named if like is None else like
         if phrases := differences(like, named):
@@ -301,8 +324,7 @@ def _read_arrays(stored: Stored, like: dict[str, Any] | None) -> dict[str, jax.A
             n: _struct(like[n[cut:]] if n.startswith(stored.prefix) else x, here)
             for n, x in found.items()
         }
-        args = ocp.args.Composite(**{stored.item: ocp.args.StandardRestore(wanted)})
-        arrays = opened.restore(stored.directory, args)[stored.item]
+        arrays = read_arrays(opened, stored.directory, stored.item, wanted)
     return {n: arrays[stored.prefix + n] for n in like}
 
 

@@ -1,8 +1,12 @@
 """Folders with arrays under one name and JSON under `meta`, as Orbax writes them."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from lora_jax.checkpoint.disk import one_line, quiet
 
 
 def checkpointer(item: str) -> Any:
@@ -36,8 +40,16 @@ def place_for(directory: str | os.PathLike, item: str, what: str) -> Path:
     return directory
 
 
-def read_meta(directory: Path, expected: str, *, part: str | None = None) -> dict:
-    """The JSON of a folder, or one part of it, which must say that it is of a format.
+def read_meta(
+    directory: Path, expected: str, *, part: str | None = None, needs: tuple[str, ...] = ()
+) -> dict:
+    """The JSON of a folder, or one part of it.
+
+    Args:
+      directory: the folder.
+      expected: the format that it must say it is of.
+      part: read this value of it.
+      needs: what must be there, objects all.
 
     Raises:
       ValueError: damaged, or of another format.
@@ -55,4 +67,47 @@ def read_meta(directory: Path, expected: str, *, part: str | None = None) -> dic
         ) from None
     if found != expected:
         raise ValueError(f"{directory}: expected format {expected!r}, got {found!r}")
+    # A run without a LoRA config says null there.
+    if lost := [n for n in needs if not isinstance(meta.get(n, "absent"), dict | None)]:
+        raise ValueError(f"{directory}: its `meta` has no `{lost[0]}`; it is damaged")
     return meta
+
+
+def read_shapes(opened: Any, directory: Path, item: str) -> Any:
+    """Shapes and dtypes of a folder's arrays, as a tree.
+
+    Raises:
+      ValueError: they cannot be read, in one line.
+    """
+    with _readable(directory):
+        return opened.metadata(directory).item_metadata[item].tree
+
+
+def read_arrays(opened: Any, directory: Path, item: str, wanted: Any) -> Any:
+    """The arrays of a folder.
+
+    Args:
+      opened: from `checkpointer`.
+      directory: the folder.
+      item: the part of it with the arrays.
+      wanted: tree of `jax.ShapeDtypeStruct`s that say where each is to lie.
+
+    Raises:
+      ValueError: they cannot be read, in one line.
+    """
+    import orbax.checkpoint as ocp
+
+    args = ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)})
+    with _readable(directory):
+        return opened.restore(directory, args)[item]
+
+
+@contextlib.contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    try:
+        with quiet():
+            yield
+    except Exception as error:
+        raise ValueError(
+            f"{directory}: its arrays cannot be read: {one_line(error)}; take an earlier one"
+        ) from error

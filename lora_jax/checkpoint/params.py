@@ -15,7 +15,14 @@ from lora_jax.array import is_lora
 from lora_jax.checkpoint.disk import check_space, quiet
 from lora_jax.checkpoint.fingerprint import fingerprint
 from lora_jax.checkpoint.flat import differences, flatten, nested, parse, summary, unflatten
-from lora_jax.checkpoint.folder import checkpointer, is_folder, place_for, read_meta
+from lora_jax.checkpoint.folder import (
+    checkpointer,
+    is_folder,
+    place_for,
+    read_arrays,
+    read_meta,
+    read_shapes,
+)
 from lora_jax.checkpoint.swap import replace
 from lora_jax.paths import spell
 
@@ -74,8 +81,6 @@ def restore_params(directory: str | os.PathLike, like: Any) -> Any:
       FileNotFoundError: there is no such folder.
       ValueError: not such a folder, or leaves missing, left over or misshapen.
     """
-    import orbax.checkpoint as ocp
-
     directory = Path(os.path.abspath(directory))
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such folder")
@@ -84,19 +89,18 @@ def restore_params(directory: str | os.PathLike, like: Any) -> Any:
     read_meta(directory, FORMAT)
     named = flatten(like)
     with checkpointer(ITEM) as opened:
-        found = flatten(opened.metadata(directory).item_metadata[ITEM].tree)
+        found = flatten(read_shapes(opened, directory, ITEM))
         if phrases := differences(named, found):
             raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")
         wanted = {n: placed(x) for n, x in named.items()}
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(nested(wanted)))
-        arrays = flatten(opened.restore(directory, args)[ITEM])
+        arrays = flatten(read_arrays(opened, directory, ITEM, nested(wanted)))
     return unflatten(like, arrays)
 
 
 def described(directory: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of every leaf in a folder of `save_params`, by name; nothing is read."""
     directory = Path(os.path.abspath(directory))
-    weights = read_meta(directory, FORMAT)["weights"]
+    weights = read_meta(directory, FORMAT, needs=("weights",))["weights"]
     return {name: parse(text) for name, text in weights.items()}
 
 

@@ -36,7 +36,7 @@ def read_gguf_lora(
     """
     from lora_jax.hf.gguf import open_gguf, read_tensor
 
-    file = open_gguf(path, kind="adapter")
+    file = open_gguf(Path(path), kind="adapter")
     alpha = _check_metadata(file.metadata, base, file.path)
     modules = {theirs: ours for ours, theirs in gguf_names(base.architecture, base.layers).items()}
     pairs: dict[str, Pair] = {}
@@ -46,8 +46,8 @@ def read_gguf_lora(
                 f"{file.path}: tensor `{theirs}.weight.lora_a` has no place in a "
                 f"`{base.architecture}` of {base.layers} blocks; is it for another model?"
             )
-        read = (read_tensor(file, f"{theirs}.weight{ending}") for ending in _OURS)
-        pairs[modules[theirs]] = _pair(modules[theirs], theirs, *read, alpha, base, file.path)
+        a, b = (read_tensor(file, f"{theirs}.weight{ending}") for ending in _OURS)
+        pairs[modules[theirs]] = _pair(modules[theirs], theirs, a, b, alpha, base, file.path)
     config = _config(pairs, alpha, base)
     return config, _as_peft(pairs)
 

@@ -127,13 +127,18 @@ def _from_gguf(path: Path) -> Base:
         raise ValueError(f"{path}: architecture `{kind}` is not one of {', '.join(MODULES)}")
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{path}: the tensor `token_embd.weight` is missing")
-    heads = own.get("attention.head_count")
-    sizes = (own.get("block_count"), heads, own.get("attention.head_count_kv", heads))
-    if any(type(size) is not int or size < 1 for size in sizes):
-        raise ValueError(f"{path}: its metadata does not state blocks and heads, got {sizes}")
+    heads = own.get("attention.head_count", 0)
+    layers, kv_heads = own.get("block_count", 0), own.get("attention.head_count_kv", heads)
+    if any(type(size) is not int or size < 1 for size in (layers, heads, kv_heads)):
+        raise ValueError(
+            f"{path}: its metadata must state blocks and heads as whole numbers, got "
+            f"{(layers, heads, kv_heads)}"
+        )
     return Base(
-        kind,
-        *sizes,
+        architecture=kind,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
         vocab_size=file.tensors["token_embd.weight"].shape[0],
         tied="output.weight" not in file.tensors,
     )
