@@ -56,6 +56,14 @@ def test_train_llm(tmp_path):
     assert found["same"]
 
 
+def test_many_adapters():
+    found = run("07_many_adapters", True)
+    assert found["right"] == found["checked"] >= 4
+    # Rows are refilled as they come free: 24 requests of 12 tokens in 8 rows.
+    assert found["steps"] < 24 * 12 / 8 + 12 and found["slots"] >= 8
+    assert found["different"] > 12
+
+
 def test_every_example_is_tested_here():
     here = Path(__file__).read_text("utf-8")
     assert len(EXAMPLES) >= 5

@@ -68,7 +68,8 @@ def test_other_ids_compile_nothing_and_sampling_stays_by_row(model, adapters):
 
 
 def test_a_quantized_base_serves_them_too(model):
-    base = lora.quantize(model.params, ("q_proj", "down_proj", "up_proj"), format="int8", block_size=16)
+    names = ("q_proj", "down_proj", "up_proj")
+    base = lora.quantize(model.params, names, format="int8", block_size=16)
     quantized = models.Model(model.forward, base, model.tokenizer)
     some = [adapter(quantized, k, rank=2, target_modules=("q_proj", "down_proj")) for k in (1, 2)]
     got = write(quantized, lora.stack(some), PROMPTS, adapter_ids=[1, -1, 0, 1])

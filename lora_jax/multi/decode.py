@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int
 
 from lora_jax.array import is_lora, is_stack
 from lora_jax.models.attention import Cache
-from lora_jax.multi.select import row_arrays
+from lora_jax.multi.select import by_row
 from lora_jax.transform import lorafy
 
 
@@ -56,25 +56,27 @@ def runner(forward, params, rows: int, slots: int) -> Runner:
 
 
 def _by_row(forward, params, rows: int, slots: int) -> Runner:
-    arrays, at, rebuild = row_arrays(params)
-    if (chosen := arrays[0].shape[at[0]]) != rows:
+    parts = by_row(params)
+    if (chosen := parts.arrays[0].shape[parts.axes[0]]) != rows:
         raise ValueError(f"adapters are chosen for {chosen} rows, but there are {rows} prompts")
     run, head = lorafy(forward.apply), lorafy(forward.head)
 
     def one(own, tokens, mask, cache):
         mask = None if mask is None else mask[None]
         hidden, cache = run(
-            rebuild(own), tokens[None], mask=mask, cache=cache, return_hidden=True
+            parts.join(own, parts.base), tokens[None], mask=mask, cache=cache, return_hidden=True
         )
         return hidden[0], cache
 
     def apply(tokens, mask, cache):
-        axes = (at, 0, None if mask is None else 0, ROWS)
-        return jax.vmap(one, in_axes=axes, out_axes=(0, ROWS))(arrays, tokens, mask, cache)
+        axes = (parts.axes, 0, None if mask is None else 0, ROWS)
+        return jax.vmap(one, in_axes=axes, out_axes=(0, ROWS))(parts.arrays, tokens, mask, cache)
 
     def logits(hidden):
-        mapped = jax.vmap(lambda own, h: head(rebuild(own), h[None])[0], in_axes=(at, 0))
-        return mapped(arrays, hidden)
+        def one_head(own, h):
+            return head(parts.join(own, parts.base), h[None])[0]
+
+        return jax.vmap(one_head, in_axes=(parts.axes, 0))(parts.arrays, hidden)
 
     cache = forward.init_cache(1, slots)
     wide = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), cache)

@@ -8,7 +8,7 @@ activations in batched thin products. No weight is added up and there is no loop
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -97,16 +97,24 @@ def _gains(x: LoraStack):
     )(x.a, x.b, x.scale, x.m)
 
 
-def row_arrays(chosen) -> tuple[list, list[int], Callable[[list], Any]]:
-    """What of a tree of chosen adapters differs between rows.
+class Rows(NamedTuple):
+    """A tree of chosen adapters, taken apart into what differs between rows and what does not.
 
-    Args:
-      chosen: from `select`.
-
-    Returns:
-      The arrays, for each the axis that numbers the rows, and a function that makes the tree of
-      one row (with `LoraArray`s) from one row's arrays.
+    Attributes:
+      arrays: what differs.
+      axes: for each of them the axis that numbers the rows.
+      base: the leaves that all rows share.
+      join: `(one row's arrays, base)` to the tree of that row, with `LoraArray`s.
     """
+
+    arrays: list
+    axes: list[int]
+    base: list
+    join: Callable[[list, list], Any]
+
+
+def by_row(chosen) -> Rows:
+    """Takes a tree of chosen adapters (from `select`) apart."""
     flat, tree = jax.tree.flatten(chosen, is_leaf=is_lora)
     fields = {LoraStack: ("a", "b", "scale", "gain", "bias"), SavedStack: ("value",)}
     where = [
@@ -118,22 +126,30 @@ def row_arrays(chosen) -> tuple[list, list[int], Callable[[list], Any]]:
     ]
     arrays = [getattr(flat[i], name) for i, name in where]
 
-    def rebuild(row: list):
+    # Only the form of a stack is needed to make a leaf of it.
+    forms = [dataclasses.replace(x, w=None, **dict.fromkeys(fields[type(x)])) if is_stack(x)
+             else None for x in flat]  # fmt: skip
+
+    def join(row: list, base: list):
         own: dict[int, dict] = {}
         for (i, name), array in zip(where, row, strict=True):
             own.setdefault(i, {})[name] = array
-        leaves = [_row_leaf(x, own[i]) if is_stack(x) else x for i, x in enumerate(flat)]
+        leaves = [
+            w if form is None else _row_leaf(form, w, own[i])
+            for i, (form, w) in enumerate(zip(forms, base, strict=True))
+        ]
         return jax.tree.unflatten(tree, leaves)
 
-    return arrays, [flat[i].axis for i, _ in where], rebuild
+    base = [x.w if is_stack(x) else x for x in flat]
+    return Rows(arrays, [flat[i].axis for i, _ in where], base, join)
 
 
-def _row_leaf(x: LoraStack | SavedStack, own: dict):
-    if isinstance(x, SavedStack):
+def _row_leaf(form: LoraStack | SavedStack, w, own: dict):
+    if isinstance(form, SavedStack):
         return own["value"]
     gain = own.pop("gain", None)
     m = None if gain is None else Gain(gain)
-    return LoraArray(x.w, m=m, roles=x.roles, dropout=x.dropout, window=x.window, **own)
+    return LoraArray(w, m=m, roles=form.roles, dropout=form.dropout, window=form.window, **own)
 
 
 def rowwise(call: Callable, chosen, args: tuple, kwargs: dict, key, *, row_axes, out_axes):
@@ -152,8 +168,8 @@ def rowwise(call: Callable, chosen, args: tuple, kwargs: dict, key, *, row_axes,
     Returns:
       The outputs with the rows along `out_axes`.
     """
-    arrays, at, rebuild = row_arrays(chosen)
-    rows = arrays[0].shape[at[0]]
+    parts = by_row(chosen)
+    rows = parts.arrays[0].shape[parts.axes[0]]
     flat, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda x: x is None)
     axes = _axes_of(row_axes, flat, tree, rows)
     mapped = {i: axis for i, axis in enumerate(axes) if axis is not None}
@@ -166,17 +182,17 @@ def rowwise(call: Callable, chosen, args: tuple, kwargs: dict, key, *, row_axes,
         args, kwargs = jax.tree.unflatten(tree, full)
         if key is not None:
             kwargs = {**kwargs, "lora_key": jax.random.fold_in(key, number)}
-        out = call(rebuild(own), *args, **kwargs)
+        out = call(parts.join(own, parts.base), *args, **kwargs)
         return _split_outputs(out, out_axes, seen)
 
     own_rows, shared = jax.vmap(
-        one, in_axes=(0, at, list(mapped.values())), out_axes=(0, None)
-    )(jnp.arange(rows), arrays, [flat[i] for i in mapped])
+        one, in_axes=(0, parts.axes, list(mapped.values())), out_axes=(0, None)
+    )(jnp.arange(rows), parts.arrays, [flat[i] for i in mapped])
     own_rows = iter(
         jnp.moveaxis(x, 0, axis) for x, axis in zip(own_rows, seen["axes"], strict=True)
     )
-    parts = {"row": own_rows, "shared": iter(shared), "static": iter(seen["static"])}
-    return jax.tree.unflatten(seen["tree"], [next(parts[kind]) for kind in seen["kinds"]])
+    found = {"row": own_rows, "shared": iter(shared), "static": iter(seen["static"])}
+    return jax.tree.unflatten(seen["tree"], [next(found[kind]) for kind in seen["kinds"]])
 
 
 def _axes_of(row_axes, flat: list, tree, rows: int) -> list[int | None]:

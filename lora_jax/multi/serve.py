@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.array import is_lora
 from lora_jax.models.attention import Cache
 from lora_jax.models.model import Model
 from lora_jax.multi.pool import AdapterPool
-from lora_jax.multi.select import row_arrays, select
+from lora_jax.multi.select import by_row, select
 from lora_jax.transform import lorafy
 
 _SMALLEST_PROMPT = 16
@@ -97,14 +96,16 @@ class Server:
         self._waiting: deque[Request] = deque()
         self._running: list[Request | None] = [None] * rows
         chosen = select(pool.stacked, np.full(rows, -1))
-        arrays, self._at, rebuild = row_arrays(chosen)
+        parts = by_row(chosen)
         cache = model.forward.init_cache(1, room)
         wide = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), cache)
-        self._state = _State(arrays, wide, jnp.zeros(rows, jnp.int32))
-        apply = functools.partial(_next_token, model.forward, rebuild)
-        self._step = jax.jit(functools.partial(_advance, apply, self._at), donate_argnums=(0,))
+        self._state = _State(parts.arrays, wide, jnp.zeros(rows, jnp.int32))
+        # The base is an argument: closed over it would be compiled into the programs.
+        self._base = parts.base
+        apply = functools.partial(_next_token, model.forward, parts.join)
+        self._step = jax.jit(functools.partial(_advance, apply, parts.axes), donate_argnums=(1,))
         self._admit = jax.jit(
-            functools.partial(_admit, apply, model.forward, self._at, room), donate_argnums=(0,)
+            functools.partial(_admit, apply, model.forward, parts.axes, room), donate_argnums=(1,)
         )
 
     def submit(
@@ -147,7 +148,7 @@ class Server:
                 self._waiting.popleft()
         if not any(self._running):
             return bool(self._waiting)
-        self._state, tokens = self._step(self._state)
+        self._state, tokens = self._step(self._base, self._state)
         self.steps += 1
         for row, token in enumerate(np.asarray(tokens).tolist()):
             self._note(row, token)
@@ -161,8 +162,10 @@ class Server:
         mask = np.zeros((1, width), bool)
         tokens[0, width - len(request.prompt) :] = request.prompt
         mask[0, width - len(request.prompt) :] = True
-        one = row_arrays(select(self._pool.stacked, slot))[0]
-        self._state, token = self._admit(self._state, one, tokens, mask, np.int32(row))
+        own = by_row(select(self._pool.stacked, slot)).arrays
+        self._state, token = self._admit(
+            self._base, self._state, own, tokens, mask, np.int32(row)
+        )
         self._running[row] = request
         self._note(row, int(token))
 
@@ -183,9 +186,9 @@ def _bucket(count: int) -> int:
     return max(_SMALLEST_PROMPT, 1 << (count - 1).bit_length())
 
 
-def _next_token(forward, rebuild, own: list, tokens, mask, cache) -> tuple[Any, Cache]:
+def _next_token(forward, join, base: list, own: list, tokens, mask, cache) -> tuple[Any, Cache]:
     """The likeliest token after one row's tokens, and the row's cache with them in it."""
-    params = rebuild(own)
+    params = join(own, base)
     hidden, cache = lorafy(forward.apply)(
         params, tokens, mask=mask, cache=cache, return_hidden=True
     )
@@ -193,19 +196,19 @@ def _next_token(forward, rebuild, own: list, tokens, mask, cache) -> tuple[Any, 
     return jnp.argmax(logits[0, 0]).astype(jnp.int32), cache
 
 
-def _advance(apply, at, state: _State) -> tuple[_State, Any]:
+def _advance(apply, at, base: list, state: _State) -> tuple[_State, Any]:
     # A free row goes on writing at the end of its cache; nobody reads it.
     def one(own, token, cache):
-        return apply(own, token[None, None], None, cache)
+        return apply(base, own, token[None, None], None, cache)
 
     tokens, cache = jax.vmap(one, in_axes=(at, 0, 0))(state.adapters, state.last, state.cache)
     return _State(state.adapters, cache, tokens), tokens
 
 
-def _admit(apply, forward, at, room: int, state: _State, own: list, tokens, mask, row):
+def _admit(apply, forward, at, room: int, base: list, state: _State, own, tokens, mask, row):
     """Reads a prompt into a row."""
     single = [lax.squeeze(x, [axis]) for x, axis in zip(own, at, strict=True)]
-    token, cache = apply(single, tokens, mask, forward.init_cache(1, room))
+    token, cache = apply(base, single, tokens, mask, forward.init_cache(1, room))
 
     def put(whole, part, axis=0):
         return lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), row, axis)
@@ -214,7 +217,3 @@ def _admit(apply, forward, at, room: int, state: _State, own: list, tokens, mask
     caches = jax.tree.map(put, state.cache, cache)
     return _State(adapters, caches, put(state.last, token)), token
 
-
-def base_of(pool: AdapterPool):
-    """The base parameters that a pool's adapters share."""
-    return jax.tree.map(lambda x: x.w if is_lora(x) else x, pool.stacked, is_leaf=is_lora)
