@@ -146,3 +146,18 @@ def test_tokens_are_generated_from_a_quantized_model(quantized):
     text = models.generate(quantized, quantized.params, [[1, 2, 3]], max_new_tokens=3)
     assert text is not None
     assert dataclasses.is_dataclass(quantized)
+
+
+def test_the_train_command_fine_tunes_over_a_quantized_base(directory, tmp_path):
+    from lora_jax.cli import main
+
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"text": "book a table for two"}\n' * 4, encoding="utf-8")
+    out = tmp_path / "run"
+    code = main(
+        ["train", "--model", str(directory), "--train-data", str(data), "--output-dir", str(out),
+         "--quantize", "nf4", "--quantize-block", "16", "--rank", "2", "--steps", "2",
+         "--target-modules", "q_proj", "v_proj", "--batch-size", "2"]
+    )  # fmt: skip
+    assert not code
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()

@@ -15,6 +15,7 @@ Source: Dettmers et al. 2023, "QLoRA", section 3 and appendix E (NF4's values ar
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -174,7 +175,7 @@ def _nearest(x, form: Format):
         return (jnp.clip(jnp.round(x), first, last) - first).astype(jnp.uint8)
     order, middles = _ladder(form)
     x = jnp.clip(x, -1.0, 1.0)
-    place = sum((x > m).astype(jnp.uint8) for m in middles)  # a tie takes the lower code
+    place: Any = sum((x > m).astype(jnp.uint8) for m in middles)  # a tie takes the lower code
     if np.array_equal(order, np.arange(16)):
         return place
     return jnp.take(jnp.asarray(order, jnp.uint8), place)

@@ -69,7 +69,8 @@ def matmul(x, q: QuantArray, *, transposed: bool = False, precision=None, prefer
         )
     spread = _spread(x, q)
     preferred = jnp.dtype(preferred or x.dtype)
-    return _product(_Form(transposed, precision, preferred, spread), x, expanded(q))
+    y: Any = _product(_Form(transposed, precision, preferred, spread), x, expanded(q))
+    return y
 
 
 def _spread(x, q: QuantArray) -> tuple:
@@ -107,7 +108,8 @@ def _multiply(form: _Form, x, q: QuantArray, direction: str):
         return None if a is None else a.reshape(math.prod(stack), *a.shape[count:])
 
     def one(each):
-        return _single(form, *each, q, direction)
+        x, packed, scale, bias = each
+        return _single(form, x, packed, scale, bias, q, direction)
 
     y = lax.map(one, (flat(x), flat(q.packed), flat(q.scale), flat(q.bias)))
     return y.reshape(*stack, *y.shape[1:])
@@ -118,7 +120,7 @@ def _single(form: _Form, x, packed, scale, bias, q: QuantArray, direction: str):
     rows = math.prod(x.shape[:-1])
     way = dispatch.choose(q, rows, packed.shape, transposed=form.transposed, dtype=x.dtype)
     kind = form_of(q)
-    if way.fused:
+    if way.matmul is not None:
         flat = x.reshape(rows, x.shape[-1])
         if not form.transposed:
             flat = _fill_columns(flat, packed.shape[0] * 8 // kind.bits)

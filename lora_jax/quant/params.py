@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from lora_jax import matching, paths
 from lora_jax.quant.array import QuantArray, is_leaf, is_quant, quantize_array
 
 # Names, a regular expression, a `lora_jax.Plan`, or `f(path, leaf)`.
-Where = str | Sequence[str] | Callable[[str, Any], bool] | Any
+Where = Any
 
 
 def quantize(

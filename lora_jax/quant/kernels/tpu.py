@@ -6,6 +6,7 @@ scales and biases are given a dim of their own so that no tile has to be aligned
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def _blocks(packed, scale, bias, form: formats.Format, block: int) -> list:
     return out
 
 
-def _compiler(*semantics: str):
+def _compiler(*semantics: Any):
     from jax.experimental.pallas import tpu
 
     return tpu.CompilerParams(dimension_semantics=semantics)
