@@ -104,6 +104,25 @@ def test_a_convolution():
     close(lora.lorafy(fn)(tree, x), fn(merged, x) + leaf.scale * leaf.bias)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_fused_kernels(axis):
+    """Weights joined in the model: biases stand side by side, or add up where inputs do."""
+    params = {n: {"kernel": normal(i, 4, 4)} for i, n in enumerate(("q", "k", "v"))}
+
+    def fn(params, x):
+        kernels = [params[n]["kernel"] for n in ("q", "k", "v")]
+        return (x[:, : 4 if axis else 12]) @ jnp.concatenate(kernels, axis=axis)
+
+    x = normal(9, 3, 12)
+    tree, _ = adapted(fn, params, x, target_modules=("q", "v"))
+    leaves = [tree[n]["kernel"] for n in ("q", "v")]
+    biases = [leaf.scale * leaf.bias for leaf in leaves]
+    plain = {**params, **{n: {"kernel": leaf.w + lora.array.delta(leaf)}
+                          for n, leaf in zip(("q", "v"), leaves, strict=True)}}  # fmt: skip
+    change = jnp.concatenate([biases[0], jnp.zeros(4), biases[1]]) if axis else sum(biases)
+    close(lora.lorafy(fn, strict=True)(tree, x), fn(plain, x) + change)
+
+
 def test_merge_adds_it_to_the_bases_bias_and_unmerge_takes_it_out():
     x = normal(4, 3, 5)
     tree, _ = adapted(dense, DENSE, x, target_modules=("up",))

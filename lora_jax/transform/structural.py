@@ -202,11 +202,12 @@ def concatenate(values: Sequence, axis: int) -> Implicit:
     roles = known[0].roles
     if any(v.roles != roles for v in known):
         raise Unsupported("concatenation of weights whose dims have different roles")
-    if any(v.gain is not None or v.bias is not None for v in known):
-        raise Unsupported("concatenation of DoRA weights, or of adapters with a bias")
+    if any(v.gain is not None for v in known):
+        raise Unsupported("concatenation of DoRA weights")
     if len({(v.dropout, v.key is None) for v in known}) > 1:
         raise Unsupported("concatenation of weights with different dropout")
     parts = [v if isinstance(v, Implicit) else _zero_like(v, known[0]) for v in values]
+    bias = _joined_bias(parts, roles, axis)
     parts = [_fold_scale(v) for v in parts]
     ranks = [v.rank for v in parts]
     owners = {"b": (), "i": ("b",), "o": ("a",)}[roles[axis]]
@@ -225,7 +226,7 @@ def concatenate(values: Sequence, axis: int) -> Implicit:
             pad = [(before, after, 0) if d == RANK else (0, 0, 0) for d in dims]
             arrays.append(lax.pad(array, jnp.zeros((), array.dtype), pad))
         joined[part] = lax.concatenate(arrays, dims.index(along))
-    stack = [d for d in labels(roles, "scale")]
+    stack = labels(roles, "scale")
     w = lax.concatenate([opened(v, "concatenate") for v in parts], axis)
     return dataclasses.replace(
         known[0],
@@ -234,7 +235,23 @@ def concatenate(values: Sequence, axis: int) -> Implicit:
         b=joined["b"],
         scale=jnp.ones([w.shape[d] for d in stack], known[0].scale.dtype),
         key=_joined_keys(parts, roles, axis),
+        bias=bias,
     )
+
+
+def _joined_bias(parts: Sequence[Implicit], roles: str, axis: int):
+    """The biases of a concatenation, scaled: side by side, or added up along an in dim."""
+    dims = labels(roles, "bias")
+    dtype = next((v.bias.dtype for v in parts if v.bias is not None), None)
+    if dtype is None:
+        return None
+    each = [
+        v.bias * expand_to(v.scale.astype(dtype), labels(roles, "scale"), dims)
+        if v.bias is not None
+        else jnp.zeros([v.shape[d] for d in dims], dtype)
+        for v in parts
+    ]
+    return sum(each[1:], each[0]) if roles[axis] == "i" else lax.concatenate(each, dims.index(axis))
 
 
 def _joined_keys(parts: Sequence[Implicit], roles: str, axis: int):
@@ -287,6 +304,7 @@ def _zero_like(w, like: Implicit) -> Implicit:
         b=zeros("b", like.b),
         scale=jnp.ones(shape, like.scale.dtype),
         key=key,
+        bias=None,
     )
 
 
@@ -380,5 +398,3 @@ def reshard(v: Implicit, *, dst_sharding, **_):
 
 def _pick(roles: str, dims: Sequence[int]) -> str:
     return "".join(roles[d] for d in dims)
-
-
