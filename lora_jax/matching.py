@@ -122,7 +122,14 @@ def is_saved(config: LoraConfig, name: str) -> bool:
 
     PEFT asks for no dot before the end here: "head" also means `lm_head`.
     """
-    return any(_saved_by(entry, name) for entry in config.modules_to_save)
+    return saved_root(config, name) is not None
+
+
+def saved_root(config: LoraConfig, name: str) -> str | None:
+    """The saved module that a module is or lies in, or None; see `is_saved`."""
+    parts = name.split(".")
+    around = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return next((m for m in around if m.endswith(config.modules_to_save)), None)
 
 
 def trains_bias(config: LoraConfig, name: str, *, adapted: bool) -> bool:

@@ -278,7 +278,16 @@ def _saved_slots(
             if name in adapted:
                 key = f"{PREFIX}{name}.base_layer.bias"
         layout = _whole(path, leaf.shape[depth:], tensor.axes)
-        yield Slot(key, layout.shape, path, "value", index, axes=layout.axes)
+        slot = Slot(key, layout.shape, path, "value", index, axes=layout.axes)
+        yield slot
+        root = matching.saved_root(config, name)
+        if root and config.bias == "all" and key.endswith(".bias"):
+            # PEFT writes every bias it comes by: those of both its copies of a saved module. The
+            # adapter's name is left out of a key only where one component follows it.
+            rest = tensor.name.removeprefix(root)
+            trained = "modules_to_save" if rest == ".bias" else "modules_to_save.default"
+            for part, copy in (("value", trained), ("w", "original_module")):
+                yield slot._replace(key=f"{PREFIX}{root}.{copy}{rest}", part=part, repeats=True)
 
 
 def _whole(path: str, shape: tuple[int, ...], axes: tuple[int, ...] | None) -> _Layout:
