@@ -139,7 +139,7 @@ def main():
                 "/ plain base": ratio(times, f"{side} base", name),
             }
         )
-    extra = {"rows": rows}
+    extra = {"batch": rows}
     if not options.no_peft:
         extra["ours / peft at 64"] = ratio(times, f"peft {min(64, rows)}",
                                            f"ours {min(64, max(options.counts))}")  # fmt: skip
