@@ -8,6 +8,7 @@ B batch, T new tokens, S key slots, N query heads, K key/value heads, H size of 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.models.rope import rotate
+
+MOST_SCORES = 2**28  # bytes of float32 scores that are there at once, while training
 
 
 class Cache(NamedTuple):
@@ -100,11 +103,11 @@ def _see_new(mask, mixing: Mixing, turns) -> Sight:
         def attend(q, k, v, stored, block):
             q, k = rotate(q, turn), rotate(k, turn)
             if isinstance(slides, bool) and mixing.softcap is None:
-                mixed = jax.nn.dot_product_attention(
-                    q, k, v, mask=keys_seen, scale=mixing.scale, is_causal=True,
-                    local_window_size=near,
+                mix = partial(
+                    jax.nn.dot_product_attention, mask=keys_seen, scale=mixing.scale,
+                    is_causal=True, local_window_size=near,
                 )  # fmt: skip
-                return mixed, stored
+                return _in_parts(mix, q, k, v), stored
             at = jnp.arange(q.shape[1])
             seen = _near(at[:, None] - at, mixing, slides)[None, None]
             seen = seen if keys_seen is None else seen & keys_seen
@@ -141,6 +144,30 @@ def _see_stored(valid, start, count: int, mixing: Mixing, turns) -> Sight:
         return attend
 
     return sight
+
+
+def _in_parts(mix: Callable, q, k, v):
+    """`mix(q, k, v)` for some heads at a time, and again in the backward pass, where it is large.
+
+    The float32 scores of all heads at once would be the largest arrays of a training step over a
+    quantized base. Heads are taken in strides, so that heads spread over devices stay there.
+    """
+    b, t, n, h = q.shape
+    s, heads = k.shape[1:3]
+    scores = 4 * b * n * t * s
+    fits = [p for p in range(1, heads + 1) if heads % p == 0 and scores <= p * MOST_SCORES]
+    parts = fits[0] if fits else heads
+    if parts == 1:
+        return mix(q, k, v)
+
+    def split(x, group: int):
+        x = x.reshape(*x.shape[:2], heads // parts, parts, group, h)
+        return jnp.moveaxis(x, 3, 0).reshape(parts, *x.shape[:2], -1, h)
+
+    operands = (split(q, n // heads), split(k, 1), split(v, 1))
+    mixed = lax.map(jax.checkpoint(lambda each: mix(*each)), operands)
+    mixed = mixed.reshape(parts, b, t, heads // parts, n // heads, h)
+    return jnp.moveaxis(mixed, 0, 3).reshape(b, t, n, h)
 
 
 def _near(back: Int[Array, "t s"], mixing: Mixing, slides) -> Bool[Array, "t s"]:  # noqa: F722
