@@ -1,5 +1,6 @@
 """A saved model is the same model when it is loaded, here and by transformers."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,9 +15,12 @@ from safetensors.numpy import load_file
 
 import lora_jax as lora
 from lora_jax import models
+from lora_jax.array import dense, is_lora
 from lora_jax.hf.save_model import save_merged, save_model
 from lora_jax.hf.shards import size_of
+from lora_jax.quant.array import is_quant, quantize_array
 
+CONFIG = tiny.tiny_model().config
 TEXT = [{"role": "user", "content": "Booking for Iris: 4 guests, 19:30, Friday."}]
 
 
@@ -137,7 +141,7 @@ def test_sizes():
 @pytest.mark.parametrize("scan", [True, False], ids=["stacked", "apart"])
 def test_adapters_are_merged_as_they_are_written(tmp_path, scan):
     """Low-rank leaves, DoRA's magnitudes and a norm trained whole, against `lora.merge`."""
-    fresh = models.init(jax.random.key(0), tiny.tiny_model().config, scan=scan)
+    fresh = models.init(jax.random.key(0), CONFIG, scan=scan)
     config = lora.LoraConfig(
         rank=2, target_modules=("q_proj", "up_proj"), use_dora=True, modules_to_save=("norm",)
     )
@@ -152,6 +156,28 @@ def test_adapters_are_merged_as_they_are_written(tmp_path, scan):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-7), got, want)
     changed = jax.tree.map(lambda a, b: bool((a != b.astype(a.dtype)).any()), got, fresh.params)
     assert sum(jax.tree.leaves(changed)) == (5 if scan else 9)
+
+
+def test_quantized_weights_are_written_as_what_they_stand_for(tmp_path):
+    model = models.init(jax.random.key(0), dataclasses.replace(CONFIG, hidden_size=64, head_dim=16))
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    config = lora.LoraConfig(rank=2, target_modules=("down_proj",))
+    params = lora.init(
+        jax.random.key(1), lora.plan(config, model.apply, model.params, tokens), model.params
+    )
+    layers = params["model"]["layers"]
+    for module, name in (("self_attn", "q_proj"), ("mlp", "down_proj")):
+        leaf = layers[module][name]["kernel"]
+        weight = leaf.w if is_lora(leaf) else leaf
+        held = quantize_array(weight, format="int8", block_size=16, roles="bio")
+        layers[module][name]["kernel"] = (
+            dataclasses.replace(leaf, w=held, b=leaf.b + 0.1) if is_lora(leaf) else held
+        )
+    save_merged(tmp_path / "merged", model, params)
+    merged = lora.merge(params)
+    want = jax.tree.map(dense, merged, is_leaf=is_quant)
+    got = models.load(tmp_path / "merged").params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
 
 
 def test_a_sum_that_is_not_finite(pair, tmp_path):
@@ -185,6 +211,7 @@ import jax
 import jax.numpy as jnp
 import lora_jax as lora
 from lora_jax import models
+from lora_jax.array import dense, is_lora
 from lora_jax.hf.save_model import save_merged
 
 def memory(key):
