@@ -8,7 +8,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from gguf.constants import GGML_QUANT_SIZES
 from test_hf_gguf import CONFIG, NAMES, tensors_of, write
-from test_hf_gguf_lora import BASE, pair, write_lora
+from test_hf_gguf_lora_read import BASE, pair, write_lora
 
 from lora_jax import models
 from lora_jax.hf.gguf import open_gguf, read_tensor, weights_of
