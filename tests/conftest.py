@@ -35,9 +35,11 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 # What does not depend on the release of JAX is tested on one of them: files, names, numbers of a
-# config, the command line.
+# config, the command line; and what is built on parts that are tested on both.
 ONCE = re.compile(
-    r"test_(cli|demo|config|matching|readme|examples|hf_|train_(batches|data|metrics)|analysis)"
+    r"test_(cli|demo|config|matching|readme|examples|exchange|hf_|train_|analysis|checkpoint"
+    r"|models_(?!llama|generation)|multi_(combine|serve)|reverse_only|adapter_report|dtype"
+    r"|token_rows|lora_bias|plan_saved|quant_(models|formats|imports|params))"
 )
 
 
