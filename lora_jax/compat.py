@@ -125,7 +125,7 @@ def is_traceable(x) -> bool:
     )
 
 
-def compiler_options() -> dict[str, int]:
+def compiler_options() -> dict[str, Any]:
     """Options to compile a training step with on the default device.
 
     XLA:CPU holds LLVM to vectors of 256 bits; with the 512 that AVX-512 has, a step of SmolLM2

@@ -40,7 +40,9 @@ def test_the_public_names_are_there():
     assert not missing
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "merge", "export", "import", "convert", "inspect"])
+@pytest.mark.parametrize(
+    "command", ["demo", "generate", "merge", "export", "import", "convert", "inspect"]
+)
 def test_the_command_line_imports_nothing_heavy_before_it_runs(command):
     code = f"from lora_jax.cli.parser import make_parser; make_parser({command!r})"
     assert not modules_after(code) & set(HEAVY)

@@ -1,4 +1,4 @@
-"""Quantized weights on meshes of eight devices: specs, values, kernels under custom partitioning."""
+"""Quantized weights on meshes of eight devices: specs, values, kernels partitioned by hand."""
 
 import dataclasses
 
@@ -94,8 +94,10 @@ def test_specs_of_a_quantized_base_and_its_adapters(mesh):
         lora.partition_specs({"w": w}, {"w": P(None, None, "model")})
 
 
-@pytest.mark.parametrize("spec, x_spec, out", [(P(None, "model"), P(), P(None, "model")),
-                                               (P("model", None), P(None, "model"), P())])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, x_spec, out",
+    [(P(None, "model"), P(), P(None, "model")), (P("model", None), P(None, "model"), P())],
+)
 def test_inside_a_shard_map(mesh, spec, x_spec, out):
     params, x = base()
 

@@ -62,7 +62,8 @@ def grouped(p, x):
 
 def convolved(p, x):
     image = x.reshape(1, 7, D)
-    return lax.conv_general_dilated(image, p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))  # fmt: skip
+    numbers = ("NWC", "WIO", "NWC")
+    return lax.conv_general_dilated(image, p["k"], (1,), "SAME", dimension_numbers=numbers)
 
 
 def branched(p, x):

@@ -8,6 +8,7 @@ an operation would mix what the codes keep apart it is decoded, and said so.
 import dataclasses
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def each(v: Implicit, bind: Callable):
 
 
 def product(v: Implicit, x, bind: Callable, *, weight_left: bool, dimension_numbers, precision,
-            **params):  # fmt: skip
+            **params) -> Any:  # fmt: skip
     """`lax.dot_general` of the weight and an array, either one on the left."""
     if not isinstance(v.w, QuantArray):
         return bind(v.w, x) if weight_left else bind(x, v.w)
@@ -90,7 +91,7 @@ def product(v: Implicit, x, bind: Callable, *, weight_left: bool, dimension_numb
     )
 
 
-def applied(v: Implicit, x, op: Callable, *rest):
+def applied(v: Implicit, x, op: Callable, *rest) -> Any:
     """`op(x, weight, *rest)`, linear in `x`: a convolution, a grouped product."""
     return linear(op, x, v.w, *rest) if isinstance(v.w, QuantArray) else op(x, v.w, *rest)
 
