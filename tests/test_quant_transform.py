@@ -115,7 +115,12 @@ def adapted(fn, params, x, **options):
     return lora.init(jax.random.key(3), plan, params)
 
 
-@pytest.mark.parametrize("name", CASES)
+# In every run the ways a decoder uses its weights; the other operations in `make test-all`.
+OFTEN = ("scanned layers", "tied head, rows of blocks", "experts", "heads", "convolution")
+EACH = [pytest.param(n, marks=() if n in OFTEN else pytest.mark.slow) for n in CASES]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_values_and_gradients_are_those_of_the_decoded_weights(name):
     fn, params, x = make(name)
     quantized = adapted(fn, params, x)
@@ -134,7 +139,7 @@ def test_values_and_gradients_are_those_of_the_decoded_weights(name):
                  jax.tree.leaves(got), jax.tree.leaves(want))  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["scanned layers", "tied head", "heads", "grouped product"])
+@pytest.mark.parametrize("name", ["tied head", "grouped product"])
 def test_a_quantized_base_without_adapters_is_called_through_lorafy(name):
     fn, params, x = make(name, format="int4")
     got, want = jax.jit(lambda p, x: (lora.lorafy(fn)(p, x), fn(lora.dequantize(p), x)))(params, x)
