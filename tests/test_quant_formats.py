@@ -204,13 +204,20 @@ def test_stacked_weights_must_be_of_one_kind():
 def test_trees_are_quantized_by_name_and_come_back():
     rng = np.random.default_rng(5)
     params = {
-        "layers": {"up": {"kernel": rng.standard_normal((2, 64, 32)).astype(np.float32)}},
+        "layers": {
+            "up": {"kernel": rng.standard_normal((2, 64, 32)).astype(np.float32)},
+            "norm": {"scale": np.ones((2, 64), np.float32)},
+        },
         "head": {"kernel": rng.standard_normal((64, 8)).astype(np.float32)},
         "norm": {"scale": np.ones(8, np.float32)},
     }
     q = lora.quantize(params, ["up"], format="int8")
     assert isinstance(q["layers"]["up"]["kernel"], lora.QuantArray)
     assert q["head"]["kernel"] is params["head"]["kernel"]
+    # A stack of vectors has two dims and is no matrix.
+    whole = lora.quantize(params, r"layers\..*", format="int8")["layers"]
+    assert isinstance(whole["up"]["kernel"], lora.QuantArray)
+    assert whole["norm"]["scale"] is params["layers"]["norm"]["scale"]
     back = lora.dequantize(q)
     np.testing.assert_allclose(
         back["layers"]["up"]["kernel"], params["layers"]["up"]["kernel"], atol=0.02

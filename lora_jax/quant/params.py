@@ -129,9 +129,17 @@ def _chosen(where: Where, named: list) -> set[str]:
     return chosen
 
 
+# A stack of these has two dims, and is no matrix for that.
+_VECTORS = ("scale", "bias")
+
+
 def _by_name(where: str | Sequence[str], named: list) -> set[str]:
     """Leaves of at least two dims whose path or module is meant; vectors are never quantized."""
-    wide = [path for path, leaf in named if len(getattr(leaf, "shape", ())) > 1]
+    wide = [
+        path
+        for path, leaf in named
+        if len(getattr(leaf, "shape", ())) > 1 and path.rpartition(".")[2] not in _VECTORS
+    ]
     entries = [where] if isinstance(where, str) else list(where)
     chosen: set[str] = set()
     for entry in entries:
