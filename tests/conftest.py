@@ -4,8 +4,11 @@ import os
 
 # Before jax (and torch) is first imported, or it has no effect.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most programs here run once: LLVM's tuning would take longer than they do (half of the suite's
+# time). What XLA makes of a program, and so its HLO and its memory, stays the same.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ).strip()
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
