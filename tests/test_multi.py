@@ -186,12 +186,13 @@ def test_training_moves_each_rows_own_adapter_only(name):
 
         return jax.grad(loss)(part)
 
+    def check(got, want):
+        # The gradients reach 1e5, and the order of their sums is another: by the largest.
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-5 * float(jnp.abs(want).max()))
+
     whole = lora.combine(grads, frozen)
     for number in (0, 2):
-        got = lora.split(multi.adapter(whole, number))[0]
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, own(number)
-        )
+        jax.tree.map(check, lora.split(multi.adapter(whole, number))[0], own(number))
     untouched = lora.split(multi.adapter(whole, 1))[0]
     assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(untouched))
 

@@ -23,6 +23,7 @@ import numpy as np
 from lora_jax import matching, paths
 from lora_jax.array import LoraArray, dense, is_lora, sizes, to_matrix
 from lora_jax.merge import merge
+from lora_jax.quant.array import is_leaf
 
 # σ below this share of σ1 is what float32 leaves of a zero.
 _NOTHING = 1e-6
@@ -213,14 +214,14 @@ def _named(where, path: str) -> bool:
 
 
 def _alone(tree) -> Iterator[tuple[str, Any, Any]]:
-    for key_path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_whole):
+    for key_path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
         if is_lora(x):
             yield paths.spell(key_path), x, None
 
 
 def _pairs(before, after) -> Iterator[tuple[str, Any, Any]]:
-    first, tree = jax.tree_util.tree_flatten_with_path(before, is_leaf=_whole)
-    second, other = jax.tree.flatten(after, is_leaf=_whole)
+    first, tree = jax.tree_util.tree_flatten_with_path(before, is_leaf=is_leaf)
+    second, other = jax.tree.flatten(after, is_leaf=is_leaf)
     if tree != other:
         raise ValueError(
             "`before` and `after` are trees of different structure: pass the same model's "
@@ -236,10 +237,6 @@ def _pairs(before, after) -> Iterator[tuple[str, Any, Any]]:
         yield path, x, y
 
 
-def _whole(x) -> bool:
-    return is_lora(x) or hasattr(x, "dequantize")
-
-
 def _of_leaf(path: str, x, y) -> Iterator[MatrixSpectrum]:
     """The spectra of a leaf against another, or of an adapter by itself."""
     if len(x.shape) < 2:
@@ -247,7 +244,7 @@ def _of_leaf(path: str, x, y) -> Iterator[MatrixSpectrum]:
     if y is None and isinstance(x, LoraArray) and x.m is None:
         values, base = _adapter_values(x), to_matrix(_plain(x, base=True), x.roles)
     else:
-        roles = next((z.roles for z in (x, y) if isinstance(z, LoraArray)), None)
+        roles = _roles(x, y)
         base = _matrix(_plain(x, base=y is None), roles)
         values = jnp.linalg.svd(
             _matrix(_plain(x if y is None else y), roles) - base, compute_uv=False
@@ -264,6 +261,10 @@ def _of_leaf(path: str, x, y) -> Iterator[MatrixSpectrum]:
 def _plain(x, *, base: bool = False):
     """A leaf's weight in float32: with its adapter merged, or the frozen base."""
     return dense(x.w if base and is_lora(x) else merge(x)).astype(jnp.float32)
+
+
+def _roles(*leaves) -> str | None:
+    return next((x.roles for x in leaves if isinstance(x, LoraArray)), None)
 
 
 def _matrix(w, roles: str | None):
@@ -311,7 +312,7 @@ def intruder_dimensions(
     for path, x, y in _pairs(before, after):
         if len(x.shape) < 2 or (where is not None and not _named(where, path)):
             continue
-        roles = next((z.roles for z in (x, y) if isinstance(z, LoraArray)), None)
+        roles = _roles(x, y)
         old, new = (_matrix(_plain(z, base=b), roles) for z, b in ((x, True), (y, False)))
         # Of (in, out) matrices the outputs' directions are the right vectors, the `U` of (out, in).
         _, _, had = jnp.linalg.svd(old, full_matrices=False)

@@ -28,6 +28,7 @@ from lora_jax.hf.shards import DTYPES, Entry, size_of, write_shards
 from lora_jax.hf.weights import shape_there
 from lora_jax.merge import merge
 from lora_jax.paths import spell
+from lora_jax.quant.array import is_leaf
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -131,14 +132,10 @@ def save_merged(
 def _modules(params: Any) -> Modules:
     """The leaves of every module together: an adapter's bias is merged into its module's."""
     modules: dict[str, dict[str, Any]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_whole):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf):
         module, _, name = spell(path).rpartition(".")
         modules.setdefault(module, {})[name] = leaf
     return modules
-
-
-def _is_whole(x) -> bool:
-    return is_lora(x) or hasattr(x, "dequantize")
 
 
 def _blocks(modules: Modules, family: Family) -> list[_Block]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lora_jax.array import LoraArray, out_dims, sizes, to_matrix, widened
+from lora_jax.array import LoraArray, dense, out_dims, sizes, to_matrix, widened
 
 
 def norm(x: LoraArray) -> Float[Array, "..."]:
@@ -25,7 +25,7 @@ def norm(x: LoraArray) -> Float[Array, "..."]:
     """
     stack, fan_in, fan_out = sizes(x.shape, x.roles)
     highest = lax.Precision.HIGHEST
-    w = to_matrix(x.w.dequantize() if hasattr(x.w, "dequantize") else x.w, x.roles)
+    w = to_matrix(dense(x.w), x.roles)
     wide = widened(w.dtype)
     a = x.a.astype(wide).reshape(*stack, fan_in, x.rank)
     b = x.b.astype(wide).reshape(*stack, x.rank, fan_out)

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.array import factor_shapes, from_matrix, sizes, stack_dims, to_matrix, widened
+from lora_jax.array import (
+    dense,
+    factor_shapes,
+    from_matrix,
+    sizes,
+    stack_dims,
+    to_matrix,
+    widened,
+)
 from lora_jax.config import LoraConfig
 from lora_jax.plan import LeafPlan
 
@@ -153,7 +161,7 @@ def _uniform_rank(leaf: LeafPlan, name: str):
 
 
 def _matrix(leaf: LeafPlan, w):
-    w = w.dequantize() if hasattr(w, "dequantize") else w
+    w = dense(w)
     wide = widened(w.dtype)
     return to_matrix(w.astype(wide), leaf.roles), leaf.scales[0]
 

@@ -64,7 +64,7 @@ def generate(
         return [[] for _ in prompts]
     if adapter_ids is not None:
         params = select(params, jnp.asarray(adapter_ids))
-    stops = np.full(_bucket(len(stop_tokens), _SMALLEST_STOPS), _NO_TOKEN, np.int32)
+    stops = np.full(bucket(len(stop_tokens), _SMALLEST_STOPS), _NO_TOKEN, np.int32)
     stops[: len(stop_tokens)] = stop_tokens
     chance = np.float32(temperature), np.float32(top_p), key
     run = partial(_run, model.forward, params, stops=stops, chance=chance)
@@ -83,11 +83,11 @@ def generate(
 
 def _run(forward, params, prompts, count: int, *, stops, chance, done: int) -> np.ndarray:
     """`count` more tokens of each prompt, after the `done` first."""
-    tokens, mask = _left_padded(prompts)
+    tokens, mask = left_padded(prompts)
     temperature, top_p, key = chance
     out = _generate(
         forward,
-        _bucket(count, _SMALLEST_NEW),
+        bucket(count, _SMALLEST_NEW),
         bool(temperature > 0),
         params,
         tokens,
@@ -139,8 +139,9 @@ def _check(model, prompts, max_new_tokens, temperature, top_p, key) -> None:
             )
 
 
-def _left_padded(prompts) -> tuple[np.ndarray, np.ndarray]:
-    width = _bucket(max(len(p) for p in prompts), _SMALLEST_PROMPT)
+def left_padded(prompts) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts padded on the left to a common bucket, and where their real tokens are."""
+    width = bucket(max(len(p) for p in prompts))
     tokens = np.zeros((len(prompts), width), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, prompt in enumerate(prompts):
@@ -149,7 +150,8 @@ def _left_padded(prompts) -> tuple[np.ndarray, np.ndarray]:
     return tokens, mask
 
 
-def _bucket(count: int, smallest: int) -> int:
+def bucket(count: int, smallest: int = _SMALLEST_PROMPT) -> int:
+    """The slots for `count` tokens: a power of two, `smallest` at least."""
     return max(smallest, 1 << (count - 1).bit_length()) if count else smallest
 
 

@@ -17,12 +17,11 @@ import numpy as np
 from jax import lax
 
 from lora_jax.models.attention import Cache
+from lora_jax.models.generation import bucket, left_padded
 from lora_jax.models.model import Model
 from lora_jax.multi.pool import AdapterPool
 from lora_jax.multi.select import by_row, select
 from lora_jax.transform import lorafy
-
-_SMALLEST_PROMPT = 16
 
 
 class _State(NamedTuple):
@@ -121,9 +120,9 @@ class Server:
             raise ValueError(f"`prompt` must be tokens in 0..{vocabulary - 1}, at least one")
         if max_new_tokens < 1:
             raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}")
-        if (wanted := _bucket(len(prompt)) + max_new_tokens) > self.room:
+        if (wanted := bucket(len(prompt)) + max_new_tokens) > self.room:
             raise ValueError(
-                f"the prompt (in a bucket of {_bucket(len(prompt))} tokens) and {max_new_tokens} "
+                f"the prompt (in a bucket of {bucket(len(prompt))} tokens) and {max_new_tokens} "
                 f"new tokens need {wanted} places, but a row has `room` for {self.room}"
             )
         request = Request(list(prompt), adapter, max_new_tokens)
@@ -157,11 +156,7 @@ class Server:
     def _let_in(self, row: int, request: Request) -> None:
         running = [r.adapter for r in self._running if r is not None and r.adapter is not None]
         slot = self._pool.ids([request.adapter], keep=running)
-        width = _bucket(len(request.prompt))
-        tokens = np.zeros((1, width), np.int32)
-        mask = np.zeros((1, width), bool)
-        tokens[0, width - len(request.prompt) :] = request.prompt
-        mask[0, width - len(request.prompt) :] = True
+        tokens, mask = left_padded([request.prompt])
         own = by_row(select(self._pool.stacked, slot)).arrays
         self._state, token = self._admit(
             self._base, self._state, own, tokens, mask, np.int32(row)
@@ -180,10 +175,6 @@ class Server:
             request.done = len(request.tokens) == request.max_new_tokens
         if request.done:
             self._running[row] = None
-
-
-def _bucket(count: int) -> int:
-    return max(_SMALLEST_PROMPT, 1 << (count - 1).bit_length())
 
 
 def _next_token(forward, join, base: list, own: list, tokens, mask, cache) -> tuple[Any, Cache]:

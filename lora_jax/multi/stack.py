@@ -29,6 +29,7 @@ from lora_jax.array import (
     rows_as_lora,
     stack_dims,
 )
+from lora_jax.quant.array import is_leaf
 
 # What of an adapter stands at each slot of a leaf.
 _OWN = {LoraStack: ("a", "b", "scale", "m", "gain", "bias"), SavedStack: ("value",)}
@@ -83,7 +84,7 @@ def columns_of(adapters: Sequence):
     Raises:
       ValueError: trees of different structure, or other bases.
     """
-    flat = [jax.tree_util.tree_flatten_with_path(x, is_leaf=_whole) for x in adapters]
+    flat = [jax.tree_util.tree_flatten_with_path(x, is_leaf=is_leaf) for x in adapters]
     names = [paths.spell(path) for path, _ in flat[0][0]]
     for number, (leaves, tree) in enumerate(flat):
         if tree != flat[0][1]:
@@ -99,10 +100,6 @@ def columns_of(adapters: Sequence):
     for name, column in zip(names, columns, strict=True):
         _check_same_base(name, [_base(x) for x in column])
     return columns, flat[0][1], names
-
-
-def _whole(x) -> bool:
-    return is_lora(x) or hasattr(x, "dequantize")
 
 
 def _base(x):
@@ -142,7 +139,7 @@ def _stack_leaf(name: str, column: list, slots: int, rank: int | None, train: bo
         return _stack_saved(name, column, slots)
     column = [_as_lora(name, x, train) for x in column]
     like = next(x for x in column if isinstance(x, LoraArray))
-    _check_alike(name, column, like, train)
+    _check_alike(name, column, train)
     largest = max(x.rank for x in column if isinstance(x, LoraArray))
     rank = largest if rank is None else rank
     if rank < largest:
@@ -175,7 +172,7 @@ def _as_lora(name: str, x, train: bool):
     return rows_as_lora(x)
 
 
-def _check_alike(name: str, column: list, like: LoraArray, train: bool):
+def _check_alike(name: str, column: list, train: bool):
     known = [x for x in column if isinstance(x, LoraArray)]
     if len({x.roles for x in known}) > 1:
         raise ValueError(
@@ -192,7 +189,6 @@ def _check_alike(name: str, column: list, like: LoraArray, train: bool):
             f"`{name}`: adapters have different dropout {sorted({x.dropout for x in known})}; "
             "adapters that train together must have one"
         )
-    del like
 
 
 def _blank(like: LoraArray, column: list, rank: int, train: bool) -> LoraStack:
@@ -314,7 +310,7 @@ def replace(stacked, slot: int, adapter):
         }
         return dataclasses.replace(x, **changed)
 
-    return jax.tree.map(put, stacked, one_slot(stacked, adapter), is_leaf=_whole)
+    return jax.tree.map(put, stacked, one_slot(stacked, adapter), is_leaf=is_leaf)
 
 
 def one_slot(stacked, adapter):
@@ -327,8 +323,8 @@ def one_slot(stacked, adapter):
     Raises:
       ValueError: as `replace`.
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=_whole)
-    new, new_tree = jax.tree.flatten(adapter, is_leaf=_whole)
+    flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=is_leaf)
+    new, new_tree = jax.tree.flatten(adapter, is_leaf=is_leaf)
     if new_tree != tree:
         raise ValueError("`adapter` is a tree of another structure than the stack's base")
     leaves = [_slot_leaf(paths.spell(p), x, y) for (p, x), y in zip(flat, new, strict=True)]
@@ -396,7 +392,7 @@ def adapter(stacked, slot: int):
     number = count(stacked)
     if not 0 <= slot < number:
         raise ValueError(f"`slot` is {slot}, but the stack has slots 0 to {number - 1}")
-    flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=_whole)
+    flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=is_leaf)
     return jax.tree.unflatten(tree, [_single(paths.spell(p), x, slot) for p, x in flat])
 
 
