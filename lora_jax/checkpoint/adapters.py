@@ -198,6 +198,11 @@ def find(directory: str | os.PathLike, *, step: int | None = None) -> Stored:
     if (directory / RUN_CHECKPOINTS).is_dir():
         place = _step(directory / RUN_CHECKPOINTS, step)
         run = read_meta(place, RUN_FORMAT, part="run", needs=("lora", "base", "plan"))
+        if not run["plan"]:
+            raise ValueError(
+                f"{place} is of full fine-tuning: it holds whole weights and no adapter; resume "
+                "the run with train.fit(..., full=True) to have its parameters"
+            )
         if run["lora"] is None:
             raise ValueError(
                 f"{place} was written without `lora_config`, so its adapter cannot be rebuilt from"

@@ -20,6 +20,7 @@ from lora_jax.train.batches import Item, Loader, iterate, loader
 from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import evaluator, lora_loss, mean_loss, pad_id_of
 from lora_jax.train.examples import Example
+from lora_jax.train.full import split_full
 from lora_jax.train.interrupt import interruptible
 from lora_jax.train.loss import outputs_of
 from lora_jax.train.memory import Memory, memory
@@ -50,7 +51,7 @@ class Result(NamedTuple):
     """What a run ends with.
 
     Attributes:
-      lora_params: the trained tree.
+      lora_params: the trained tree; plain parameters after full fine-tuning.
       history: all records of the run, those before a resume included; see `metrics`.
       step: optimizer steps taken.
       memory: where memory went; None if no step was run here.
@@ -85,18 +86,23 @@ def fit(
     eval_data: Sequence[Example] | None,
     config: TrainConfig,
     *,
+    full: bool = False,
     lora_config=None,
     hooks: Hooks | None = None,
 ) -> Result:
     """Trains what `lora.init` made trainable; the base is neither changed nor written.
 
+    Or, with `full`, trains every leaf of plain parameters: the baseline of an adapter, by the same
+    data order, schedule, evaluation and checkpoints (which then hold a whole model each).
+
     Args:
       model: `apply(params, tokens, return_hidden=True)`, `head(params, hidden)`, and `tokenizer`
         with a `pad_id`, or None.
-      lora_params: from `lora.init`; left whole.
+      lora_params: from `lora.init`, or plain parameters if `full`; left whole.
       train_data: tokenized examples, at least one.
       eval_data: examples to evaluate on before, during and after; None or none to leave it out.
       config: everything else.
+      full: train every parameter; there is no adapter then.
       lora_config: the adapter's config, kept in the checkpoints if given.
       hooks: callbacks.
 
@@ -104,16 +110,14 @@ def fit(
       The trained tree and the history.
 
     Raises:
-      ValueError: bad data, or a checkpoint of another base, config or dataset.
+      ValueError: bad data, nothing to train, or a checkpoint of another base, config or dataset.
       FileExistsError: `output_dir` holds a run and `config.resume` is false.
       FloatingPointError: the loss is not a finite number.
       OSError: something cannot be written; the last checkpoint is intact.
       KeyboardInterrupt: Ctrl-C; the step that ran is finished and saved first.
     """
     hooks = hooks or Hooks()
-    trainable, frozen = lora.split(lora_params)
-    if not jax.tree.leaves(trainable):
-        raise ValueError("`lora_params` has nothing to train; make it with lora.init")
+    trainable, frozen = _halves(lora_params, full, lora_config)
     data, total = _layout(model, train_data, config)
     _check_tokens(model, lora_params, [*train_data, *(eval_data or ())])
     tx = optimizer(config, total)
@@ -143,6 +147,25 @@ def fit(
     used = _memory(job, state) if programs.compiled else None
     trained = lora.combine(state.trainable, frozen)
     return Result(trained, history, total, used, tuple(programs.compiled))
+
+
+def _halves(lora_params, full: bool, lora_config):
+    """What trains and what is frozen.
+
+    Raises:
+      ValueError: nothing trains, or an adapter's config came with `full`.
+    """
+    if full:
+        if lora_config is not None:
+            raise ValueError("`full` trains without an adapter: leave `lora_config` out")
+        return split_full(lora_params)
+    trainable, frozen = lora.split(lora_params)
+    if not jax.tree.leaves(trainable):
+        raise ValueError(
+            "`lora_params` has nothing to train; make it with lora.init, or pass full=True to "
+            "train every parameter"
+        )
+    return trainable, frozen
 
 
 def _layout(model, data: Sequence[Example], config: TrainConfig) -> tuple[Loader, int]:
