@@ -1,6 +1,10 @@
 """Experiments: what rank a change of weights has, and how much of it an adapter can hold."""
 
+from lora_jax.analysis.rank_sweep import SweepConfig as SweepConfig
+from lora_jax.analysis.rank_sweep import Task as Task
+from lora_jax.analysis.rank_sweep import rank_sweep as rank_sweep
 from lora_jax.analysis.spectrum import MatrixSpectrum as MatrixSpectrum
 from lora_jax.analysis.spectrum import Spectrum as Spectrum
 from lora_jax.analysis.spectrum import intruder_dimensions as intruder_dimensions
 from lora_jax.analysis.spectrum import spectrum as spectrum
+from lora_jax.analysis.sweep_result import Sweep as Sweep

@@ -17,7 +17,6 @@ def plot_loss(path: str | os.PathLike, history: Sequence[dict], *, title: str = 
       ValueError: no record has a loss.
       OSError: it cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     train = [(r["step"], r["loss"], r["learning_rate"]) for r in history if r["kind"] == "train"]
@@ -33,6 +32,17 @@ def plot_loss(path: str | os.PathLike, history: Sequence[dict], *, title: str = 
         axes.plot(*zip(*evals, strict=True), "o-", color="tab:red", label="evaluation loss")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per learned token)", title=title)
     axes.legend(loc="upper right")
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: str | os.PathLike) -> None:
+    """Writes a matplotlib `Figure` as a PNG, which replaces an older one when it is whole.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     path = Path(path)
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,0 +1,291 @@
+"""The rank sweep: every adapter of a batch moves as it would alone, and the table says so."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax as lora
+from lora_jax import analysis, quant
+from lora_jax.analysis import sweep_result, sweep_train
+from lora_jax.analysis.rank_sweep import with_rank
+from lora_jax.train import TrainConfig
+from lora_jax.train.optimizer import optimizer
+
+D = 16
+# What is to be learned: a change of rank 3, with a clear gap behind it.
+_U = np.linalg.qr(np.random.default_rng(1).normal(size=(D, 3)))[0]
+_V = np.linalg.qr(np.random.default_rng(2).normal(size=(D, 3)))[0]
+CHANGE = jnp.asarray(_U @ np.diag([3.0, 2.0, 1.5]) @ _V.T, jnp.float32)
+PARAMS = {"layer": {"kernel": jnp.asarray(np.random.default_rng(3).normal(size=(D, D)) / 4,
+                                          jnp.float32)}}  # fmt: skip
+TARGET = np.asarray(PARAMS["layer"]["kernel"] + CHANGE)
+TRAIN = TrainConfig(steps=60, warmup=0.1, progress=False, clip=1.0)
+CONFIG = lora.LoraConfig(rank=4, alpha=8, target_modules=("layer",))
+
+
+def batches(seed, count=60):
+    random = np.random.default_rng(seed)
+    for _ in range(count):
+        x = random.normal(size=(32, D)).astype(np.float32)
+        yield x, x @ TARGET
+
+
+EVALUATION = list(batches(99, 4))
+
+
+def apply(params, x):
+    return x @ params["layer"]["kernel"]
+
+
+def loss(params, batch):
+    x, y = batch
+    return jnp.mean((apply(params, x) - y) ** 2)
+
+
+def score(params):
+    return np.concatenate([np.mean((apply(params, x) - y) ** 2, axis=1) for x, y in EVALUATION])
+
+
+TASK = analysis.Task(
+    params=PARAMS,
+    loss=loss,
+    batches=batches,
+    score=score,
+    tuning=lambda params: float(np.mean(score(params))),
+    metric="squared error",
+    lower_is_better=True,
+    data="rank 3",
+)
+SWEEP = analysis.SweepConfig(
+    ranks=(1, 2, 4), learning_rates=(3e-3, 3e-2), full_learning_rates=(3e-2,), together=3,
+    tolerance=0.5,
+)  # fmt: skip
+
+
+def start(rank, seed=0):
+    plan = lora.plan(with_rank(CONFIG, rank), loss, PARAMS, next(batches(0)))
+    return lora.init(jax.random.key(seed), plan, PARAMS)
+
+
+def test_each_adapter_of_a_batch_moves_as_it_would_alone():
+    ranks, rates = (1, 4, 2), (1e-2, 3e-3, 3e-2)
+    adapters = [start(r) for r in ranks]
+    together = sweep_train.train_adapters(
+        loss, adapters, rates, batches(0), TRAIN, key=jax.random.key(0), rank=5
+    )
+
+    def alone(adapter, rate):
+        trainable, frozen = lora.split(adapter)
+        tx = optimizer(dataclasses.replace(TRAIN, learning_rate=rate), 60)
+
+        @jax.jit
+        def step(trainable, state, batch):
+            def of(t):
+                return lora.lorafy(loss)(lora.combine(t, frozen), batch)
+
+            value, grads = jax.value_and_grad(of)(trainable)
+            updates, state = tx.update(grads, state, trainable)
+            return optax.apply_updates(trainable, updates), state, value
+
+        state, losses = tx.init(trainable), []
+        for batch in batches(0):
+            trainable, state, value = step(trainable, state, batch)
+            losses.append(float(value))
+        return lora.merge(lora.combine(trainable, frozen)), losses
+
+    for adapter, rate, tree, losses, rank in zip(
+        adapters, rates, together.trees, together.losses, ranks, strict=True
+    ):
+        merged, expected = alone(adapter, rate)
+        np.testing.assert_allclose(losses, expected, rtol=2e-3)
+        np.testing.assert_allclose(
+            lora.merge(tree)["layer"]["kernel"], merged["layer"]["kernel"], atol=2e-3
+        )
+        # What only pads an adapter never moves.
+        leaf = tree["layer"]["kernel"]
+        assert leaf.rank == 5
+        assert not np.any(leaf.a[:, rank:]) and not np.any(leaf.b[rank:])
+
+
+def test_full_fine_tuning_is_the_optimizer_on_every_weight():
+    found = sweep_train.train_full(loss, PARAMS, 1e-2, batches(0), TRAIN, key=jax.random.key(0))
+    tx = optimizer(dataclasses.replace(TRAIN, learning_rate=1e-2), 60)
+    params, state = PARAMS, tx.init(PARAMS)
+    step = jax.jit(jax.value_and_grad(loss))
+    for batch in batches(0):
+        _, grads = step(params, batch)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(
+        found.trees[0]["layer"]["kernel"], params["layer"]["kernel"], atol=1e-4
+    )
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    config = dataclasses.replace(TRAIN, output_dir=folder)
+    said: list[str] = []
+    return folder, analysis.rank_sweep(TASK, SWEEP, CONFIG, config, say=said.append), said
+
+
+def test_the_rank_of_the_task_is_found(swept):
+    _, found, _ = swept
+    rows = {row.rank: row for row in found.rows}
+    assert list(rows) == ["base", 1, 2, 4, "full"]
+    assert rows[1].score > rows[2].score > 10 * rows[4].score
+    assert found.smallest == 4
+    assert found.smallest_interval == (4, 4)
+    assert rows[2].parameters == 2 * 2 * D and rows["full"].parameters == D * D
+    # The error that no change of rank 1 or 2 can go below, by Eckart, Young and Mirsky.
+    assert rows[1].score > (2.0**2 + 1.5**2) / D * 0.8
+    assert rows[1].interval[0] < rows[1].score < rows[1].interval[1]
+    assert rows[2].ratio == pytest.approx(rows[2].score / rows["full"].score)
+    assert "the smallest rank within 50% of full fine-tuning is 4" in str(found)
+
+
+def test_each_rank_takes_its_best_learning_rate(swept):
+    _, found, _ = swept
+    for row in found.rows:
+        tried = [r for r in found.runs if r.rank == row.rank and r.tuning is not None]
+        if row.rank in (1, 2, 4):
+            assert len(tried) == 2
+            assert row.learning_rate == min(tried, key=lambda r: r.tuning).learning_rate
+
+
+def test_the_table_the_json_and_the_figure(swept, tmp_path):
+    _, found, _ = swept
+    found.save_json(tmp_path / "sweep.json")
+    held = json.loads((tmp_path / "sweep.json").read_text())
+    assert held["smallest_rank"] == 4 and held["rows"][1]["rank"] == 1
+    assert held["rows"][2]["score"] == found.rows[2].score
+    found.plot(tmp_path / "sweep.png", title="a task of rank 3")
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(str(found).splitlines()) == 1 + len(found.rows) + 1
+
+
+def never(*_):
+    raise AssertionError("this was computed already")
+
+
+def test_a_sweep_that_is_done_computes_nothing_again(swept):
+    folder, found, _ = swept
+    config = dataclasses.replace(TRAIN, output_dir=folder, resume=True)
+    again = analysis.rank_sweep(
+        TASK._replace(batches=never, score=never, tuning=never), SWEEP, CONFIG, config
+    )
+    assert again.rows == found.rows
+    assert not list((folder / "runs").glob("*.npz"))  # scored: no weights are left behind
+
+
+def test_nothing_is_lost_when_scoring_fails(tmp_path):
+    config = dataclasses.replace(TRAIN, output_dir=tmp_path, steps=10)
+    sweep = dataclasses.replace(SWEEP, learning_rates=(1e-2,))
+    calls = []
+
+    def breaks(params):
+        calls.append(1)
+        if len(calls) == 3:  # the base, the first rank, and then
+            raise OSError("the disk is full")
+        return score(params)
+
+    with pytest.raises(OSError, match="the disk is full"):
+        analysis.rank_sweep(TASK._replace(score=breaks), sweep, CONFIG, config)
+    resumed = analysis.rank_sweep(
+        TASK, sweep, CONFIG, dataclasses.replace(config, resume=True), say=calls.append
+    )
+    assert not any("trained" in line for line in calls if isinstance(line, str))
+    whole = analysis.rank_sweep(TASK, sweep, CONFIG, dataclasses.replace(config, output_dir=None))
+    assert [r.score for r in resumed.rows] == [r.score for r in whole.rows]
+
+
+def test_a_short_search_for_the_learning_rate(tmp_path):
+    config = dataclasses.replace(TRAIN, steps=20)
+    sweep = dataclasses.replace(SWEEP, ranks=(4,), full=False, tune_steps=5)
+    found = analysis.rank_sweep(TASK, sweep, CONFIG, config, say=lambda _: None)
+    assert sorted((r.steps, r.values is not None) for r in found.runs if r.rank == 4) == [
+        (5, False), (5, False), (20, True),
+    ]  # fmt: skip
+    assert found.smallest is None and "without full fine-tuning" in found.verdict()
+
+
+def run_of(rank, values):
+    return sweep_result.Run(rank, 1e-3, 0, 1, 1, [0.0], None, 1.0, 1, np.asarray(values, float))
+
+
+def test_intervals_are_those_of_paired_draws():
+    """A rank that errs on just the same examples as full fine-tuning is surely as good."""
+    right = np.arange(100) % 4 != 0
+    other = np.roll(right, 1)
+    worse = right & (np.arange(100) % 10 != 1)
+    found = sweep_result.summarize(
+        {1: [run_of(1, worse)], 2: [run_of(2, other)], 4: [run_of(4, right)],
+         "full": [run_of("full", right)]},
+        [], reduce=lambda v: float(np.mean(v)), metric="accuracy", lower_is_better=False,
+        tolerance=0.01,
+    )  # fmt: skip
+    rows = {row.rank: row for row in found.rows}
+    assert rows[4].ratio_interval == (1.0, 1.0)
+    assert rows[2].ratio_interval[0] < 0.9 < 1.1 < rows[2].ratio_interval[1]
+    # An accuracy of 75 % on 100 examples: a standard error of 4.3 points.
+    assert rows[4].interval == pytest.approx((0.665, 0.835), abs=0.02)
+    assert found.smallest == 2 and found.smallest_interval == (2, 4)
+
+
+def test_no_rank_is_enough():
+    found = sweep_result.summarize(
+        {1: [run_of(1, [0.5] * 20)], "full": [run_of("full", [1.0] * 20)]},
+        [], reduce=lambda v: float(np.mean(v)), metric="accuracy", lower_is_better=False,
+        tolerance=0.01,
+    )  # fmt: skip
+    assert found.smallest is None
+    assert "above the largest" in found.verdict()
+
+
+@pytest.mark.parametrize(
+    ("task", "sweep", "error", "text"),
+    [
+        ({"score": lambda p: np.zeros(0)}, {}, ValueError, "the evaluation set is empty"),
+        ({"score": lambda p: np.full(3, np.nan)}, {}, ValueError, "not finite"),
+        ({"tuning": None}, {}, ValueError, "no `tuning` loss"),
+        ({"batches": lambda seed: iter(())}, {}, ValueError, "the training set is empty"),
+        ({"batches": lambda seed: batches(seed, 3)}, {}, ValueError, "3 batches for 60 steps"),
+        ({}, {"learning_rates": (1e30,)}, FloatingPointError, "lower the learning rates"),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(task, sweep, error, text):
+    with pytest.raises(error, match=text):
+        analysis.rank_sweep(
+            TASK._replace(**task), dataclasses.replace(SWEEP, **sweep), CONFIG, TRAIN
+        )
+
+
+def test_another_sweeps_folder_is_refused(swept):
+    folder, _, _ = swept
+    config = dataclasses.replace(TRAIN, output_dir=folder)
+    with pytest.raises(FileExistsError, match="resume=True"):
+        analysis.rank_sweep(TASK, SWEEP, CONFIG, config)
+    config = dataclasses.replace(config, resume=True)
+    with pytest.raises(ValueError, match="has data = 'rank 3', this one has 'other'"):
+        analysis.rank_sweep(TASK._replace(data="other"), SWEEP, CONFIG, config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [("ranks", (), "empty"), ("ranks", (0,), "above 0"), ("together", 0, "at least 1"),
+     ("learning_rates", (-1.0,), "above 0"), ("tolerance", 1.5, "in"), ("tune_steps", 0, "least")],
+)  # fmt: skip
+def test_a_sweeps_settings_are_checked(field, value, text):
+    with pytest.raises(ValueError, match=f"`{field}`.*{text}"):
+        dataclasses.replace(SWEEP, full=False, **{field: value})
+
+
+def test_quantized_weights_cannot_all_be_trained():
+    quantized = quant.quantize({"k": jnp.ones((64, 64))}, ["k"])
+    with pytest.raises(ValueError, match="quantized weights"):
+        sweep_train.train_full(loss, quantized, 1e-3, batches(0), TRAIN, key=jax.random.key(0))
