@@ -56,6 +56,35 @@ def train(arguments: argparse.Namespace) -> None:
     finetune(*(settings.build(section, values) for section in sections), say=_say)
 
 
+def sweep_sections() -> list[Section]:
+    """The settings of `sweep`: what is swept at the top of the file, and three tables."""
+    from lora_jax.analysis.language import LanguageSweepConfig
+    from lora_jax.analysis.rank_sweep import SweepConfig
+    from lora_jax.config import LoraConfig
+    from lora_jax.train.config import TrainConfig
+
+    chosen = {"rank_pattern", "alpha_pattern", "extra"}
+    swept = {"learning_rate", "seed", "eval_every", "save_every", "keep", "tensorboard",
+             "accumulation"}  # fmt: skip
+    return [
+        Section("", LanguageSweepConfig),
+        Section("sweep", SweepConfig),
+        Section("lora", LoraConfig, frozenset(chosen)),
+        Section("training", TrainConfig, frozenset(swept)),
+    ]
+
+
+def sweep(arguments: argparse.Namespace) -> None:
+    """`lora-jax sweep`."""
+    from lora_jax.analysis.language import sweep_language_model
+
+    sections = sweep_sections()
+    found = settings.options(sections)
+    values = settings.from_toml(arguments.config, found) if arguments.config else {}
+    values |= settings.from_flags(arguments, found)
+    sweep_language_model(*(settings.build(section, values) for section in sections), say=_say)
+
+
 def generate_sections() -> list[Section]:
     """The settings of `generate`."""
     return [Section("", AnswerConfig)]

@@ -140,6 +140,24 @@ the same from a file, `lora-jax train first.toml`:
     settings.add_flags(parser, settings.options(commands.train_sections()))
 
 
+def _sweep(command: Callable) -> None:
+    parser = command(
+        commands.sweep,
+        """\
+Trains adapters of several ranks and the whole model on the same data with as many steps, each
+with the learning rate that suits it, and says which rank is enough. Adapters train side by side
+in one batch. Every finished run is kept: a sweep that was stopped goes on with --resume, and
+--ranks may then name more of them. --rank and --alpha give the scale, alpha / rank, of all.
+
+example:
+  lora-jax sweep --model smollm2 --train-data train.jsonl --eval-data test.jsonl --metric bleu \\
+    --ranks 1 4 16 64 --steps 60 --output-dir outputs/sweep""",
+        usage="lora-jax sweep [CONFIG.toml] [any of the flags below]",
+    )
+    parser.add_argument("config", nargs="?", type=Path, help="a TOML file with any of the settings")
+    settings.add_flags(parser, settings.options(commands.sweep_sections()))
+
+
 def _generate(command: Callable) -> None:
     parser = command(
         commands.generate,
@@ -299,6 +317,10 @@ COMMANDS = {
     "train": (
         "fine-tune a model on JSON lines",
         _train,
+    ),
+    "sweep": (
+        "find the smallest rank that does as well as full fine-tuning",
+        _sweep,
     ),
     "generate": (
         "let a model, with or without an adapter, answer prompts",
