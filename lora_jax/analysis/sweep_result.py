@@ -211,7 +211,20 @@ def summarize(
         places = _within(drawn, ranks, lower_is_better, tolerance)
         low, high = np.percentile(places, _TAILS, method="nearest")
         interval = (float(low), float(high))
-    return Sweep(tuple(rows), smallest, interval, tolerance, metric, lower_is_better, tuple(runs))
+    return Sweep(
+        tuple(rows),
+        smallest,
+        interval,
+        tolerance,
+        metric,
+        lower_is_better,
+        tuple(sorted(runs, key=_place)),
+    )
+
+
+def _place(run: Run) -> tuple:
+    of_rank = run.rank if isinstance(run.rank, int) else {BASE: 0, FULL: math.inf}[run.rank]
+    return of_rank, run.steps, run.learning_rate, run.seed
 
 
 def _score(seeds: Sequence[np.ndarray], reduce: Callable) -> float:

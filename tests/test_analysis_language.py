@@ -1,0 +1,127 @@
+"""Sweeps of language models: their losses, their BLEU, and `lora-jax sweep` from end to end."""
+
+import json
+
+import numpy as np
+import pytest
+import sacrebleu
+from tiny import write_tiny
+
+from lora_jax import finetune, train
+from lora_jax.analysis import language
+from lora_jax.answer import AnswerConfig, answer
+from lora_jax.cli import main
+from lora_jax.train import TrainConfig
+from lora_jax.train.jsonl import record_of
+
+LINES = [
+    {"prompt": "area : city centre", "completion": " a place in the city centre ."},
+    {"prompt": "area : riverside", "completion": " by the river there is a pub ."},
+    {"prompt": "area : riverside", "completion": " it is at the riverside ."},
+    {"prompt": "price : cheap | food : English", "completion": " cheap English food ."},
+    {"prompt": "food : French", "completion": " a French place ."},
+]
+RECORDS = [record_of(line, source=f"lines:{i}") for i, line in enumerate(LINES)]
+CONFIG = TrainConfig(steps=2, batch_size=2, buckets=1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    return finetune.load_model(str(directory))
+
+
+def task(model, metric="loss", **options):
+    return language.language_task(
+        model, RECORDS, RECORDS, RECORDS, CONFIG, metric=metric, **options
+    )
+
+
+def test_the_loss_is_that_of_training(model):
+    made = task(model, answers=AnswerConfig(batch_size=2))
+    values = made.score(model.params)
+    data = train.examples(RECORDS, model.tokenizer, max_length=256)
+    assert values.shape == (5, 2)
+    assert sorted(values[:, 1]) == sorted(e.learned.sum() for e in data)
+    mean = train.evaluate(model, model.params, data)
+    assert made.reduce(values) == pytest.approx(mean, rel=1e-5)
+    assert made.tuning(model.params) == pytest.approx(mean, rel=1e-5)
+    for values_of_one, example in zip(
+        sorted(map(tuple, values)),
+        sorted((train.evaluate(model, model.params, [e]) * e.learned.sum(), e.learned.sum())
+               for e in data), strict=True,
+    ):  # fmt: skip
+        assert values_of_one == pytest.approx(example, rel=1e-4)
+    batch = next(iter(made.batches(0)))
+    assert float(made.loss(model.params, batch)) > 0
+
+
+def test_bleu_is_sacrebleus_of_the_corpus():
+    hypotheses = ["a place in the city .", "it is at the river", "French food ."]
+    references = [["a place in the city centre ."], ["by the river", "it is at the riverside ."],
+                  ["a French place with food ."]]  # fmt: skip
+    values = np.stack([language.bleu_counts(h, r) for h, r in
+                       zip(hypotheses, references, strict=True)])  # fmt: skip
+    # sacrebleu wants streams of first and of second references.
+    streams = [[r[0] for r in references], [r[-1] for r in references]]
+    expected = sacrebleu.corpus_bleu(hypotheses, streams)
+    assert language.bleu_of(values) == pytest.approx(expected.score, abs=1e-9)
+
+
+def test_records_with_one_prompt_are_references_of_one_example(model):
+    made = task(model, "exact", answers=AnswerConfig(max_new_tokens=4))
+    values = made.score(model.params)
+    assert values.shape == (4,)
+    (said,) = answer(model, model.params, ["area : riverside"], AnswerConfig(max_new_tokens=4))
+    records = [*RECORDS, record_of({"prompt": "area : riverside", "completion": said}, source="x")]
+    made = language.language_task(
+        model, RECORDS, RECORDS, records, CONFIG, metric="exact",
+        answers=AnswerConfig(max_new_tokens=4),
+    )  # fmt: skip
+    assert made.score(model.params)[1] == 1
+
+
+def test_what_a_sweep_of_text_refuses(model):
+    with pytest.raises(ValueError, match="one of loss, exact, bleu"):
+        task(model, "rouge")
+    with pytest.raises(ValueError, match="batch_size"):
+        language.language_task(
+            model, RECORDS, RECORDS, RECORDS, TrainConfig(steps=1, accumulation=2)
+        )
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        language.language_task(model, RECORDS, RECORDS, [], CONFIG)
+    plain = [record_of({"text": "only text"}, source="lines:9")]
+    with pytest.raises(ValueError, match="lines:9: completions are generated"):
+        language.language_task(model, RECORDS, RECORDS, plain, CONFIG, metric="bleu")
+
+
+def test_the_command_from_end_to_end(directory, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in LINES * 3), "utf-8")
+    out = tmp_path / "out"
+    arguments = [
+        "sweep", "--model", str(directory), "--train-data", str(data), "--eval-data", str(data),
+        "--metric", "bleu", "--ranks", "1", "2", "--learning-rates", "1e-3", "1e-2",
+        "--full-learning-rates", "1e-2", "--together", "4", "--steps", "2", "--batch-size", "4",
+        "--buckets", "1", "--max-new-tokens", "4", "--no-progress", "--output-dir", str(out),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "of full fine-tuning" in said and "trained 1 (0.001), 1 (0.01), 2 (0.001)" in said
+    result = json.loads((out / "result.json").read_text())
+    assert [row["rank"] for row in result["rows"]] == ["base", 1, 2, "full"]
+    assert (out / "sweep.png").stat().st_size > 1000
+    assert (out / "table.txt").read_text().startswith("rank")
+    # Once more: nothing is trained, nothing is scored.
+    assert main([*arguments, "--resume"]) == 0
+    assert "trained 1" not in capsys.readouterr().out
+    assert json.loads((out / "result.json").read_text()) == result
+
+
+def test_a_training_file_too_small_to_hold_a_tenth_out(tmp_path):
+    with pytest.raises(ValueError, match="give `tuning_data`"):
+        language._held_out(RECORDS, tmp_path / "train.jsonl")
