@@ -13,6 +13,8 @@ from lora_jax.array import SavedArray as SavedArray
 from lora_jax.array import delta as delta
 from lora_jax.array import is_lora as is_lora
 from lora_jax.config import LoraConfig as LoraConfig
+from lora_jax.gradient import grad as grad
+from lora_jax.gradient import value_and_grad as value_and_grad
 from lora_jax.merge import merge as merge
 from lora_jax.merge import unmerge as unmerge
 from lora_jax.multi.select import select as select

@@ -204,6 +204,26 @@ def _join(x, y):
     return dataclasses.replace(x, **fields)
 
 
+def check_trainable(trainable, name: str = "trainable") -> None:
+    """Every array of a tree can be trained, and there is one.
+
+    Raises:
+      ValueError: there is none, or one holds integers, as a quantized base's codes are.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(trainable)
+    if not flat:
+        raise ValueError(
+            f"`{name}` holds nothing that trains: pass the tree of `lora.init`, whose adapters do"
+        )
+    for path, x in flat:
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise ValueError(
+                f"`{name}` holds {x.dtype} numbers at `{paths.spell(path)}`, which have no "
+                "gradient (a quantized base's codes?): differentiate with `lora.value_and_grad`, "
+                "or with respect to the first tree of `lora.split`"
+            )
+
+
 def trainable_mask(lora_params):
     """A tree of bools, True at every array that trains: `optax.masked`'s form of `split`."""
 
@@ -226,19 +246,28 @@ def masked(tx):
 
     Returns:
       A transformation whose `init` takes `lora_params`, or their trainable half. `update` takes
-      gradients of either; its updates are of the same form, with a scalar zero at each frozen
-      array of a whole tree, so that `optax.apply_updates` leaves the base as it is.
+      gradients of either, and `params` in either form. Where one of them is a whole tree its
+      updates are too, with a scalar zero at each frozen array, so that `optax.apply_updates`
+      leaves the base as it is.
+
+    Raises:
+      ValueError: from `init`, nothing in the tree trains.
     """
     import optax
 
     def start(params):
-        return tx.init(split(params)[0])
+        trainable, frozen = split(params)
+        if jax.tree.leaves(frozen):  # optax also starts from trees without any array
+            check_trainable(trainable, "params")
+        return tx.init(trainable)
 
     def update(updates, state, params=None):
         mine, rest = split(updates)
-        changes, state = tx.update(mine, state, None if params is None else split(params)[0])
-        if jax.tree.leaves(rest):
-            changes = combine(changes, jax.tree.map(_no_change, rest))
+        held = (None, None) if params is None else split(params)
+        changes, state = tx.update(mine, state, held[0])
+        whole = rest if jax.tree.leaves(rest) else held[1]
+        if jax.tree.leaves(whole):
+            changes = combine(changes, jax.tree.map(_no_change, whole))
         return changes, state
 
     return optax.GradientTransformation(start, update)
@@ -282,5 +311,3 @@ def format_trainable_parameters(lora_params) -> str:
     trainable, total = count_parameters(lora_params)
     share = 100 * trainable / total if total else 0.0
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
-
-

@@ -259,3 +259,16 @@ def test_parameters_that_do_not_fit(tmp_path, trained):
     checkpoint.save_params(tmp_path / "m", toy_params())
     with pytest.raises(ValueError, match=r"`mix.kernel` is float32\[16,16\], expected .*\[8,8\]"):
         checkpoint.restore_params(tmp_path / "m", toy_params(width=8))
+
+
+def test_codes_are_not_read_as_those_of_another_format(tmp_path):
+    """The arrays of two formats have the same shapes: only what is written beside them tells."""
+    w = {"w": jnp.linspace(-1, 1, 32 * 32).reshape(32, 32)}
+    params = lora.quantize(w, ["w"], block_size=16)
+    checkpoint.save_params(tmp_path / "m", params)
+    like = jax.eval_shape(lambda: params)
+    assert_same_bits(checkpoint.restore_params(tmp_path / "m", like), params)
+    for options, got in [(dict(format="fp4"), r"fp4-16:"), (dict(roles={"w": "oi"}), "nf4-16-oi:")]:
+        other = lora.quantize(w, ["w"], block_size=16, **options)
+        with pytest.raises(ValueError, match=rf"`w` is nf4-16:float32\[32,32\], expected {got}"):
+            checkpoint.restore_params(tmp_path / "m", other)

@@ -177,6 +177,31 @@ def test_bad_weights_are_refused():
         with pytest.raises(ValueError, match="leave the range of float16"):
             quant.quantize_array(w * np.float32(size), scale_dtype="float16")
     quant.quantize_array(w * 0, scale_dtype="float16")
+    # Biases, scales of scales and the decoded weights have a range too.
+    with pytest.raises(ValueError, match="leave the range of float16, or its weights"):
+        quant.quantize_array(w * 7e4, format="uint4", scale_dtype="float16")
+    with pytest.raises(ValueError, match="leave the range of float32"):
+        quant.quantize_array(w * 3.4e38, double_quant=True)
+    with pytest.raises(ValueError, match="or its weights that of float16"):
+        quant.quantize_array(np.full((64, 4), 65504, np.float16))
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (dict(block_size=48), r"do not fit a weight of shape \(128, 4\).*in blocks of 48"),
+        (dict(scale=np.ones((3, 4), np.float32)), r"scales \[3, 4\] do not fit"),
+        (dict(scale=np.full((2, 4), np.nan, np.float32)), "scales hold NaN or infinity"),
+        (dict(scale=np.ones((2, 4), np.int32)), "scales are int32, expected float32 or bfl"),
+        (dict(format="uint4"), "`bias` should be .* is nothing"),
+        (dict(format="nf3"), "`format` must be one of nf4"),
+    ],
+)
+def test_codes_that_do_not_fit_are_refused(change, text):
+    codes = np.zeros((128, 4), np.uint8)
+    given = dict(scale=np.ones((2, 4), np.float32), format="int4", block_size=64) | change
+    with pytest.raises(ValueError, match=text):
+        quant.from_codes(codes, given.pop("scale"), **given)
 
 
 def test_metadata_that_disagrees_with_the_arrays_is_refused():

@@ -211,20 +211,6 @@ def test_what_needs_an_array_is_decoded_and_said():
     np.testing.assert_allclose(got, fn(lora.dequantize(params), X), rtol=1e-5)
 
 
-def test_codes_have_no_gradient():
-    fn, params, x = make("mlp")
-    lora_params = adapted(fn, params, x)
-
-    def loss(lora_params):
-        return jnp.sum(lora.lorafy(fn)(lora_params, x))
-
-    with pytest.raises(TypeError, match="uint8"):
-        jax.grad(loss)(lora_params)
-    trainable, frozen = lora.split(lora_params)
-    grads = jax.grad(lambda t: loss(lora.combine(t, frozen)))(trainable)
-    assert all(jnp.issubdtype(g.dtype, jnp.floating) for g in jax.tree.leaves(grads))
-
-
 def test_dora_and_saved_leaves_over_a_quantized_base():
     fn, params, x = make("mlp")
     lora_params = adapted(fn, params, x, use_dora=True)

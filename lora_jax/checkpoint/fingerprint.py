@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.checkpoint.flat import describe, flatten, summary
-from lora_jax.quant.array import arrays, is_quant
+from lora_jax.quant.array import arrays, default_roles, is_quant
 
 _SAMPLES = 64
 
@@ -38,7 +38,14 @@ def _kind(leaf) -> str:
     """Dtype and shape, and how it is quantized: `nf4-64:float32[30,576,576]`."""
     if not is_quant(leaf):
         return describe(leaf)
-    return f"{leaf.format}-{leaf.block}:{describe(leaf)}"
+    usual = leaf.roles == default_roles(leaf.ndim)
+    roles = "" if usual else f"-{leaf.roles}"
+    return f"{leaf.format}-{leaf.block}{roles}:{describe(leaf)}"
+
+
+def kinds(params) -> dict[str, str]:
+    """Dtype, shape and quantization of every leaf by name; abstract leaves will do."""
+    return {name: _kind(leaf) for name, leaf in flatten(params, is_leaf=is_quant).items()}
 
 
 def _samples(leaf) -> list:

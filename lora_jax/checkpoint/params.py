@@ -13,7 +13,7 @@ import jax
 
 from lora_jax.array import is_lora
 from lora_jax.checkpoint.disk import check_space, quiet
-from lora_jax.checkpoint.fingerprint import fingerprint
+from lora_jax.checkpoint.fingerprint import fingerprint, kinds
 from lora_jax.checkpoint.flat import differences, flatten, nested, parse, summary, unflatten
 from lora_jax.checkpoint.folder import (
     checkpointer,
@@ -79,22 +79,35 @@ def restore_params(directory: str | os.PathLike, like: Any) -> Any:
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: not such a folder, or leaves missing, left over or misshapen.
+      ValueError: not such a folder, or leaves missing, left over, misshapen or quantized in
+        another way.
     """
     directory = Path(os.path.abspath(directory))
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such folder")
     if not is_folder(directory, ITEM):
         raise ValueError(f"{directory} is not written by lora.checkpoint.save_params")
-    read_meta(directory, FORMAT)
+    written = read_meta(directory, FORMAT).get("weights", {})
     named = flatten(like)
     with checkpointer(ITEM) as opened:
         found = flatten(read_shapes(opened, directory, ITEM))
         if phrases := differences(named, found):
             raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")
+        # Formats and blocks are no arrays: the same bytes would be read as other numbers.
+        got = {name: text.partition(" ")[0] for name, text in written.items()}
+        if phrases := _requantized(kinds(like), got):
+            raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")
         wanted = {n: placed(x) for n, x in named.items()}
         arrays = flatten(read_arrays(opened, directory, ITEM, nested(wanted)))
     return unflatten(like, arrays)
+
+
+def _requantized(expected: dict[str, str], got: dict[str, str]) -> list[str]:
+    return [
+        f"`{name}` is {got[name]}, expected {kind}"
+        for name, kind in expected.items()
+        if got.get(name, kind) != kind
+    ]
 
 
 def described(directory: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -194,7 +194,8 @@ def quantize_array(
 
     Raises:
       ValueError: an unknown format or block size, a block that does not divide the inputs,
-        non-finite weights, or scales beyond the range of `scale_dtype`.
+        non-finite weights, or scales beyond the range of `scale_dtype`. (The last two not under
+        `jit`, where values are unknown.)
     """
     form = formats.known_format(format)
     roles = default_roles(len(w.shape)) if roles is None else roles
@@ -205,8 +206,7 @@ def quantize_array(
     parts = _encode(w, roles, form, block_size, jnp.dtype(scale_dtype), double_quant)
     q = QuantArray(**parts, format=form.name, block=block_size, shape=tuple(w.shape), roles=roles,
                    dtype=jnp.dtype(w.dtype))  # fmt: skip
-    if not double_quant:
-        _check_range(q, w, name)
+    _check_range(q, w, name)
     return q
 
 
@@ -246,19 +246,30 @@ def _check_request(w, form, block: int, scale_dtype, double: bool, roles: str, p
 
 
 def _check_range(q: QuantArray, w, name: str):
-    """A scale must not become infinite, nor zero or denormal where there was something."""
-    if isinstance(q.scale, jax.core.Tracer) or q.scale.dtype == jnp.float32:
+    """A scale must not become zero or denormal where there was something, nor a weight infinite."""
+    if isinstance(q.packed, jax.core.Tracer):
         return
-    size = jnp.abs(q.scale.astype(jnp.float32))
-    lost = ~jnp.all(jnp.isfinite(size))
+    size = jnp.abs(scales(q).astype(jnp.float32))
+    lost = ~jnp.all(jnp.isfinite(_extremes(q, size)))
     if q.scale.dtype == jnp.float16:  # bfloat16 reaches as far down as float32
         least = float(jnp.finfo(q.scale.dtype).tiny)
         lost |= jnp.any((size < least) & (_spread(q, w) > 0))
     if bool(lost):
+        held = "float32" if q.scale2 is not None else q.scale.dtype
         raise ValueError(
-            f"the scales of `{name}` leave the range of {q.scale.dtype}: use scale_dtype="
-            f'"bfloat16" or "float32"'
+            f"the scales of `{name}` leave the range of {held}, or its weights that of "
+            f'{q.dtype}: use scale_dtype="bfloat16" or "float32", or wider weights'
         )
+
+
+def _extremes(q: QuantArray, size):
+    """The largest numbers that the codes of each block stand for, in the weight's dtype."""
+    form = form_of(q)
+    values = (-127, 127) if form.codebook is None else form.codebook
+    ends = [size * v for v in (min(values), max(values))]
+    if q.bias is not None:
+        ends = [end + q.bias.astype(jnp.float32) for end in ends]
+    return jnp.stack(ends).astype(q.dtype)
 
 
 def _spread(q: QuantArray, w):

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lora_jax import compat
+from lora_jax.tree import check_trainable
 
 
 class TrainState(NamedTuple):
@@ -45,7 +46,11 @@ def init_state(key: Array, trainable, tx: optax.GradientTransformation) -> Train
     """The state before the first step.
 
     `trainable` is copied: a step donates the state's buffers, and the caller's stay whole.
+
+    Raises:
+      ValueError: `trainable` holds nothing, or integers: a quantized base's codes.
     """
+    check_trainable(trainable)
     trainable = jax.tree.map(jnp.copy, trainable)
     return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), key)
 

@@ -111,12 +111,23 @@ def _run(context: Context, fn: Callable, lora_params, args, kwargs, lora_key=Non
     if not where:
         return fn(jax.tree.unflatten(tree, leaves), *args, **kwargs)
     originals = [leaves[i] for i in where]
+    _check_whole(originals, [flat[i][0] for i in where])
     values = [_enter(context, leaves[i], paths.spell(flat[i][0]), lora_key) for i in where]
     staged, finish = _stage(fn, tree, leaves, where, args, kwargs)
     jaxpr = jax.make_jaxpr(staged)(*[_abstract(getattr(x, "w", x)) for x in originals])
     jaxpr, consts = compat.open_jaxpr(jaxpr)
     outs = evaluate(context, jaxpr, consts, values)
     return finish([_leave(x, values, originals) for x in outs])
+
+
+def _check_whole(leaves: Sequence, key_paths: Sequence):
+    """The trainable half of a tree has no weights to run a model with."""
+    for x, key_path in zip(leaves, key_paths, strict=True):
+        if getattr(x, "w", x) is None:
+            raise ValueError(
+                f"`lora_params` has no base weight at `{paths.spell(key_path)}`: pass the whole "
+                "tree, `lora.combine(trainable, frozen)`"
+            )
 
 
 def materializations(fn: Callable, lora_params, args: Sequence, kwargs: dict) -> dict:
