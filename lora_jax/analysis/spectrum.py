@@ -2,28 +2,20 @@
 
     ΔW = W_after − W_before = U · diag(σ) · Vᵀ,     σ1 ≥ σ2 ≥ ...
 
-Every weight that is a matrix (every layer of a stack by itself) is looked at. Of an adapter
-`ΔW = s·A·B` the values are found without forming the `(in, out)` matrix: with `A = Qa·Ra` and
-`Bᵀ = Qb·Rb` they are those of the `(r, r)` matrix `s·Ra·Rbᵀ`.
+Every weight that is a matrix (every layer of a stack by itself) is looked at; an adapter's without
+forming it, see `changes`.
 
-Sources: Hu et al. 2021, "LoRA", section 7 (the rank of ΔW); Shuttleworth et al. 2024, "LoRA vs
-full fine-tuning: an illusion of equivalence" (intruder dimensions, definition 3.1 and algorithm 1).
+Source: Hu et al. 2021, "LoRA", section 7 (the rank of ΔW).
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import matching, paths
-from lora_jax.array import LoraArray, dense, is_lora, sizes, to_matrix
-from lora_jax.merge import merge
-from lora_jax.quant.array import is_leaf
+from lora_jax.analysis.changes import changes, singular_values
 
 # σ below this share of σ1 is what float32 leaves of a zero.
 _NOTHING = 1e-6
@@ -53,6 +45,12 @@ class MatrixSpectrum:
         return self.path + "".join(f"[{i}]" for i in self.index)
 
     @property
+    def kind(self) -> str:
+        """The module's own name, `q_proj`."""
+        names = self.path.split(".")
+        return names[-2] if len(names) > 1 else self.path
+
+    @property
     def norm(self) -> float:
         """Frobenius norm of the change, `sqrt(Σ σ²)`."""
         return float(np.sqrt(np.sum(self.values**2)))
@@ -79,6 +77,16 @@ class MatrixSpectrum:
             return 0
         held = np.cumsum(self.values**2) / np.sum(self.values**2)
         return int(np.searchsorted(held, share * (1 - 1e-12)) + 1)
+
+    def energy_share(self, rank: int) -> float:
+        """The share of `Σ σ²` in the first `rank` values: what the best change of that rank holds.
+
+        1 for no change (Eckart and Young 1936: no matrix of that rank is nearer).
+        """
+        if rank < 1:
+            raise ValueError(f"`rank` must be at least 1, got {rank}")
+        squares = self.values**2
+        return float(squares[:rank].sum() / squares.sum()) if self.norm else 1.0
 
     def fall(self, place: int = 10) -> float:
         """`σ1 / σ_place`: infinite where there are fewer values."""
@@ -117,12 +125,29 @@ class Spectrum:
     def to_json(self) -> str:
         """All rows with all singular values; infinite ratios are null."""
         rows = [
-            {**row, "values": [float(v) for v in m.values]}
+            {**row, "path": m.path, "index": list(m.index), "before": m.before,
+             "values": [float(v) for v in m.values]}
             for row, m in zip(self.rows(), self.matrices, strict=True)
-        ]
+        ]  # fmt: skip
         for row in rows:
             row |= {k: None for k, v in row.items() if isinstance(v, float) and not np.isfinite(v)}
         return json.dumps({"matrices": rows}, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> "Spectrum":
+        """Reads what `to_json` gave."""
+        return Spectrum(
+            tuple(
+                MatrixSpectrum(
+                    row["path"],
+                    tuple(row["index"]),
+                    (row["shape"][0], row["shape"][1]),
+                    np.asarray(row["values"], np.float64),
+                    row["before"],
+                )
+                for row in json.loads(text)["matrices"]
+            )
+        )
 
     def __str__(self) -> str:
         heads = ["matrix", "shape", "90 %", "99 %", "σ1", "σ1/σ10", "stable rank", "‖ΔW‖/‖W‖"]
@@ -145,28 +170,18 @@ class Spectrum:
             for line in [heads, *lines]
         )
 
-    def plot(self, path: str | Path) -> None:
-        """Draws how the values fall, `σk / σ1` against k, one line a matrix, as a PNG or SVG."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        kinds = list(dict.fromkeys(m.path.split(".")[-2] for m in self.matrices if "." in m.path))
+    def by_kind(self) -> dict[str, list[MatrixSpectrum]]:
+        """The matrices by their module's own name, in the order of the tree."""
+        groups: dict[str, list[MatrixSpectrum]] = {}
         for m in self.matrices:
-            if not m.norm:
-                continue
-            kind = m.path.split(".")[-2] if "." in m.path else m.path
-            color = f"C{kinds.index(kind) % 10}" if kind in kinds else "0.5"
-            axes.semilogy(np.arange(1, len(m.values) + 1), m.values / m.values[0], color=color,
-                          alpha=0.5, linewidth=0.8)  # fmt: skip
-        for i, kind in enumerate(kinds):
-            axes.plot([], [], color=f"C{i % 10}", label=kind)
-        axes.set(xlabel="k", ylabel="σk / σ1", title="Singular values of the change of weights")
-        if kinds:
-            axes.legend(fontsize="small")
-        figure.savefig(path, dpi=150)
+            groups.setdefault(m.kind, []).append(m)
+        return groups
+
+    def plot(self, path: str | Path) -> None:
+        """Draws how the values fall, `σk / σ1` against k, as a PNG; see `plots.plot_decay`."""
+        from lora_jax.analysis.plots import plot_decay
+
+        plot_decay(path, self)
 
 
 def spectrum(before, after=None, *, where: tuple[str, ...] | str | None = None) -> Spectrum:
@@ -175,9 +190,10 @@ def spectrum(before, after=None, *, where: tuple[str, ...] | str | None = None) 
     Args:
       before: parameters before training; or, alone, a tree with LoRA leaves, whose change is the
         adapter's.
-      after: parameters after training, plain or with LoRA leaves (which are merged).
+      after: parameters after training, plain or with LoRA leaves. Those over the very weights of
+        `before` are not merged either.
       where: names or a regular expression of modules to look at, as `target_modules`; all by
-        default.
+        default, but norms' scales and biases.
 
     Returns:
       A spectrum for each matrix: of leaves with two or more dims; the last two are the matrix,
@@ -192,135 +208,15 @@ def spectrum(before, after=None, *, where: tuple[str, ...] | str | None = None) 
       print(spectrum(base, fine_tuned))        # full fine-tuning
       print(spectrum(lora_params))             # an adapter, without forming its matrices
     """
-    pairs = _alone(before) if after is None else _pairs(before, after)
-    found = []
-    for path, first, second in pairs:
-        if where is None or _named(where, path):
-            found += list(_of_leaf(path, first, second))
-    if not found:
-        raise ValueError(
-            "there is no matrix to look at"
-            + (f" that `where` = {where!r} names" if where is not None else "")
-            + "; pass trees with weights of two or more dims, or a tree with LoRA leaves alone"
-        )
-    return Spectrum(tuple(found))
-
-
-def _named(where, path: str) -> bool:
-    from lora_jax.config import LoraConfig
-
-    config = LoraConfig(target_modules=where)
-    return any(matching.is_target(config, name) for name in (path, paths.module_of(path)))
-
-
-def _alone(tree) -> Iterator[tuple[str, Any, Any]]:
-    for key_path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
-        if is_lora(x):
-            yield paths.spell(key_path), x, None
-
-
-def _pairs(before, after) -> Iterator[tuple[str, Any, Any]]:
-    first, tree = jax.tree_util.tree_flatten_with_path(before, is_leaf=is_leaf)
-    second, other = jax.tree.flatten(after, is_leaf=is_leaf)
-    if tree != other:
-        raise ValueError(
-            "`before` and `after` are trees of different structure: pass the same model's "
-            "parameters before and after training"
-        )
-    for (key_path, x), y in zip(first, second, strict=True):
-        path = paths.spell(key_path)
-        if tuple(x.shape) != tuple(y.shape):
-            raise ValueError(
-                f"`{path}` has shape {tuple(x.shape)} before and {tuple(y.shape)} after; pass the "
-                "same model's parameters before and after training"
+    return Spectrum(
+        tuple(
+            MatrixSpectrum(
+                change.path,
+                change.index,
+                (change.before.shape[0], change.before.shape[1]),
+                singular_values(change.delta),
+                float(np.linalg.norm(change.before)),
             )
-        yield path, x, y
-
-
-def _of_leaf(path: str, x, y) -> Iterator[MatrixSpectrum]:
-    """The spectra of a leaf against another, or of an adapter by itself."""
-    if len(x.shape) < 2:
-        return
-    if y is None and isinstance(x, LoraArray) and x.m is None:
-        values, base = _adapter_values(x), to_matrix(_plain(x, base=True), x.roles)
-    else:
-        roles = _roles(x, y)
-        base = _matrix(_plain(x, base=y is None), roles)
-        values = jnp.linalg.svd(
-            _matrix(_plain(x if y is None else y), roles) - base, compute_uv=False
+            for change in changes(before, after, where)
         )
-    norms = np.asarray(jnp.linalg.norm(base, axis=(-2, -1)), np.float64)
-    values = np.asarray(values, np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f"`{path}`: the change is not finite (NaN or infinity)")
-    shape = (int(base.shape[-2]), int(base.shape[-1]))
-    for index in np.ndindex(*values.shape[:-1]):
-        yield MatrixSpectrum(path, index, shape, values[index], float(norms[index]))
-
-
-def _plain(x, *, base: bool = False):
-    """A leaf's weight in float32: with its adapter merged, or the frozen base."""
-    return dense(x.w if base and is_lora(x) else merge(x)).astype(jnp.float32)
-
-
-def _roles(*leaves) -> str | None:
-    return next((x.roles for x in leaves if isinstance(x, LoraArray)), None)
-
-
-def _matrix(w, roles: str | None):
-    return w if roles is None else to_matrix(w, roles)
-
-
-def _adapter_values(x: LoraArray):
-    """The singular values of `s·A·B` from its factors."""
-    stack, fan_in, fan_out = sizes(x.shape, x.roles)
-    a = x.a.astype(jnp.float32).reshape(*stack, fan_in, x.rank)
-    b = x.b.astype(jnp.float32).reshape(*stack, x.rank, fan_out)
-    first = jnp.linalg.qr(a, mode="r")
-    second = jnp.linalg.qr(jnp.swapaxes(b, -1, -2), mode="r")
-    small = jnp.matmul(first, jnp.swapaxes(second, -1, -2), precision=jax.lax.Precision.HIGHEST)
-    return jnp.linalg.svd(small * jnp.abs(x.scale)[..., None, None], compute_uv=False)
-
-
-def intruder_dimensions(
-    before, after, *, top: int = 10, similarity: float = 0.5, where=None
-) -> dict[str, int]:
-    """Counts the singular directions of the trained weights that the weights before had not.
-
-    A left singular vector among the `top` first of `W_after` is an intruder if its cosine with
-    every left singular vector of `W_before` is below `similarity` in size.
-
-    Args:
-      before, after: as for `spectrum`.
-      top: how many of the largest directions are looked at, at least 1.
-      similarity: in (0, 1).
-      where: as for `spectrum`.
-
-    Returns:
-      Matrix name to number of intruders, 0 to `top`.
-
-    Raises:
-      ValueError: as `spectrum`; `top` or `similarity` out of range.
-
-    Source: Shuttleworth et al. 2024, algorithm 1.
-    """
-    if top < 1 or not 0 < similarity < 1:
-        raise ValueError(
-            f"`top` must be at least 1 and `similarity` in (0, 1), got {top} and {similarity}"
-        )
-    counts = {}
-    for path, x, y in _pairs(before, after):
-        if len(x.shape) < 2 or (where is not None and not _named(where, path)):
-            continue
-        roles = _roles(x, y)
-        old, new = (_matrix(_plain(z, base=b), roles) for z, b in ((x, True), (y, False)))
-        # Of (in, out) matrices the outputs' directions are the right vectors, the `U` of (out, in).
-        _, _, had = jnp.linalg.svd(old, full_matrices=False)
-        _, _, has = jnp.linalg.svd(new, full_matrices=False)
-        cosine = jnp.abs(jnp.matmul(has[..., :top, :], jnp.swapaxes(had, -1, -2)))
-        found = np.asarray(jnp.sum(jnp.max(cosine, axis=-1) < similarity, axis=-1))
-        for index in np.ndindex(*found.shape):
-            counts[path + "".join(f"[{i}]" for i in index)] = int(found[index])
-    if not counts:
-        raise ValueError("there is no matrix to look at; pass trees with weights of two dims")
-    return counts
+    )
