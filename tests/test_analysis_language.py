@@ -49,6 +49,7 @@ def test_the_loss_is_that_of_training(model):
     assert sorted(values[:, 1]) == sorted(e.learned.sum() for e in data)
     mean = train.evaluate(model, model.params, data)
     assert made.reduce(values) == pytest.approx(mean, rel=1e-5)
+    assert made.tuning is not None
     assert made.tuning(model.params) == pytest.approx(mean, rel=1e-5)
     for values_of_one, example in zip(
         sorted(map(tuple, values)),

@@ -1,5 +1,6 @@
 """Language-model tasks for `rank_sweep`: JSON-lines records judged by loss, exact match or BLEU."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from lora_jax.answer import AnswerConfig, answer
 from lora_jax.config import LoraConfig
 from lora_jax.train.batches import (
     Batch,
-    batches_per_epoch,
     data_hash,
     iterate,
     loader,
@@ -78,7 +78,8 @@ def sweep_language_model(
     """
     from lora_jax.finetune import load_model
 
-    if train_config.output_dir is None:
+    output_dir = train_config.output_dir
+    if output_dir is None:
         raise ValueError("`output_dir` is missing: say where the sweep is to be written")
     train, scored = load_jsonl(job.train_data), load_jsonl(job.eval_data)
     if job.tuning_data is None:
@@ -99,7 +100,7 @@ def sweep_language_model(
     if train_config.steps is None:
         train_config = with_steps(train_config, len(train))
     found = rank_sweep(task, sweep, lora_config, train_config, say=say)
-    folder = Path(train_config.output_dir)
+    folder = output_dir
     (folder / "table.txt").write_text(f"{found}\n", "utf-8")
     found.save_json(folder / "result.json")
     found.plot(folder / "sweep.png", title=f"{job.model} on {job.train_data.name}")
@@ -109,8 +110,6 @@ def sweep_language_model(
 
 def with_steps(config: TrainConfig, count: int) -> TrainConfig:
     """The config with its epochs over `count` examples as a number of steps."""
-    import dataclasses
-
     per_epoch = -(-count // (config.batch_size * config.accumulation))
     return dataclasses.replace(config, steps=total_steps(config, per_epoch))
 
@@ -193,12 +192,16 @@ def language_task(
 
 
 def _batches(model, data: Sequence[Example], config: TrainConfig, seed: int) -> Iterator[Batch]:
-    layout = dict(batch_size=config.batch_size, buckets=config.buckets,
-                  pad_id=pad_id_of(model.tokenizer), seed=seed)  # fmt: skip
     steps = config.steps or 1
-    epochs = -(-steps // batches_per_epoch(loader(data, **layout)))
-    items = iterate(loader(data, **layout, epochs=epochs), steps, prefetch=config.prefetch)
-    return (_first(item.batch) for item in items)
+    layout = loader(
+        data,
+        batch_size=config.batch_size,
+        buckets=config.buckets,
+        pad_id=pad_id_of(model.tokenizer),
+        seed=seed,
+        epochs=-(-steps * config.batch_size // len(data)),
+    )
+    return (_first(item.batch) for item in iterate(layout, steps, prefetch=config.prefetch))
 
 
 def _once(model, data: Sequence[Example], size: int) -> list[Batch]:

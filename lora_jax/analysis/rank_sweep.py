@@ -216,9 +216,10 @@ class _Sweep:
         run = Run(BASE, 0.0, 0, 0, 0, (), None, 0.0, 1, None)
         if run.name in self.store.runs:
             return self.store.runs[run.name]
-        run = run._replace(values=_checked(self.task.score(self.task.params), "the base"))
+        values = _checked(self.task.score(self.task.params), "the base")
+        run = run._replace(values=values)
         self.store.scored(run)
-        self.say(f"as it came: {self.task.metric} {self.task.reduce(run.values):.4f}")
+        self.say(f"as it came: {self.task.metric} {self.task.reduce(values):.4f}")
         return run
 
     def _train(self, jobs: Sequence[_Job]) -> None:

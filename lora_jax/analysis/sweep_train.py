@@ -14,13 +14,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import lora_jax as lora
 from lora_jax import compat, multi
 from lora_jax.array import is_lora, is_stack
-from lora_jax.quant.array import is_leaf
 from lora_jax.train.config import TrainConfig
+from lora_jax.train.full import split_full
 from lora_jax.train.optimizer import optimizer
 
 
@@ -97,33 +96,21 @@ def train_full(
     key,
     advance: Callable[[float], None] = lambda loss: None,
 ) -> Trained:
-    """Trains every floating-point weight of a model, as `train_adapters` trains adapters.
+    """Trains every weight of a model, as `train_adapters` trains adapters.
 
     Raises:
-      ValueError: a weight is quantized.
+      ValueError: a leaf is quantized, or holds no floats.
     """
-    if any(is_leaf(x) for x in jax.tree.leaves(params, is_leaf=is_leaf)):
-        raise ValueError(
-            "full fine-tuning cannot move quantized weights: load the base in float, or leave "
-            "full fine-tuning out"
-        )
-    leaves, tree = jax.tree.flatten(params)
-    moves = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
-    still = [None if m else x for x, m in zip(leaves, moves, strict=True)]
+    leaves, tree = jax.tree.flatten(split_full(params)[0])
 
-    def losses(moving, still, batch, key):
-        del key
-        rest = iter(moving)
-        params = jax.tree.unflatten(tree, [next(rest) if x is None else x for x in still])
-        found = loss(params, batch)
+    def losses(leaves, frozen, batch, key):
+        del frozen, key
+        found = loss(jax.tree.unflatten(tree, leaves), batch)
         return found, found
 
-    moving = [x for x, m in zip(leaves, moves, strict=True) if m]
     run = _Run(config, losses, jnp.asarray(rate, jnp.float32))
-    moving, found, seconds = run(moving, still, batches, key, advance)
-    rest = iter(moving)
-    tree = jax.tree.unflatten(tree, [next(rest) if x is None else x for x in still])
-    return Trained([tree], np.stack(found)[None], seconds)
+    leaves, found, seconds = run(leaves, None, batches, key, advance)
+    return Trained([jax.tree.unflatten(tree, leaves)], np.stack(found)[None], seconds)
 
 
 def _axes(stacked) -> list[int]:
@@ -183,13 +170,13 @@ class _Run:
 
         def move(grads, leaves, opt_state, rate):
             updates, opt_state = self.tx.update(grads, opt_state, leaves)
-            updates = [rate.astype(u.dtype) * u for u in updates]
-            return updates, opt_state
+            return [rate.astype(u.dtype) * u for u in jax.tree.leaves(updates)], opt_state
 
         updates, opt_state = self._mapped(move, 2)(grads, leaves, opt_state, self.rates)
         if self.axes is not None:
             updates = [jnp.moveaxis(u, 0, at) for u, at in zip(updates, self.axes, strict=True)]
-        return (optax.apply_updates(leaves, updates), opt_state), out
+        moved = [x + u for x, u in zip(leaves, updates, strict=True)]
+        return (moved, opt_state), out
 
 
 def _steps(config: TrainConfig) -> int:

