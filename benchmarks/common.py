@@ -62,14 +62,21 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def report(name: str, question: str, rows: Sequence[Mapping], **extra) -> None:
-    """Prints the rows as a table and writes them with the machine to `results/<name>.json`."""
-    print(f"\n{question}\n")
+def table(rows: Sequence[Mapping]) -> str:
+    """The rows as lines of aligned columns."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(c, "")) for c in columns] for row in rows]
     widths = [max(len(c), *(len(r[i]) for r in cells)) for i, c in enumerate(columns)]
-    for line in [columns, ["-" * w for w in widths], *cells]:
-        print("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip())
+    lines = [columns, ["-" * w for w in widths], *cells]
+    return "\n".join(
+        "  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def report(name: str, question: str, rows: Sequence[Mapping], **extra) -> None:
+    """Prints the rows as a table and writes them with the machine to `results/<name>.json`."""
+    print(f"\n{question}\n\n{table(rows)}")
     RESULTS.mkdir(exist_ok=True)
     content = {"question": question, "machine": machine(), "rows": list(rows), **extra}
     path = RESULTS / f"{name}.json"
