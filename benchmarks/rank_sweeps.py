@@ -85,13 +85,13 @@ def sst2(options) -> tuple[analysis.Sweep, dict]:
     )  # fmt: skip
     coded = {name: _encoded(model, rows) for name, rows in splits.items()}
     config = TrainConfig(
-        steps=options.steps or 150, batch_size=16, warmup=0.1, output_dir=options.runs / "sst2",
+        steps=options.steps or 100, batch_size=16, warmup=0.1, output_dir=options.runs / "sst2",
         resume=True,
     )  # fmt: skip
     sweep = analysis.SweepConfig(
         ranks=tuple(options.ranks or (1, 2, 4, 8, 16, 32, 64)), learning_rates=(1e-3, 4e-3),
         full_learning_rates=(1e-4, 5e-4), seeds=tuple(options.seeds),
-        tune_steps=options.tune_steps or 50, together=options.together or 7,
+        tune_steps=options.tune_steps or 30, together=options.together or 2,
     )  # fmt: skip
 
     @jax.jit
@@ -183,7 +183,7 @@ def e2e(options) -> tuple[analysis.Sweep, dict]:
     sweep = analysis.SweepConfig(
         ranks=tuple(options.ranks or (1, 4, 16, 64)), learning_rates=(1e-3, 4e-3),
         full_learning_rates=(3e-5, 2e-4), seeds=tuple(options.seeds),
-        tune_steps=options.tune_steps or 20, together=options.together or 4,
+        tune_steps=options.tune_steps or 20, together=options.together or 2,
     )  # fmt: skip
     job = language.LanguageSweepConfig(
         model="smollm2",

@@ -277,10 +277,9 @@ class _Sweep:
                 self.task.loss, self.task.params, jobs[0].rate, batches, config,
                 key=key, advance=advance,
             )  # fmt: skip
-        # Padded to the widest rank in every group: all groups of a size run one program.
         return train_adapters(
             self.task.loss, [self._adapter(job) for job in jobs], [j.rate for j in jobs], batches,
-            config, key=key, rank=self._widest, advance=advance,
+            config, key=key, advance=advance,
         )  # fmt: skip
 
     def _count(self, job: _Job) -> int:
@@ -320,11 +319,7 @@ class _Sweep:
         """A tree of the structure that training gives."""
         if job.rank == FULL:
             return self.task.params
-        return multi.adapter(lora.stack([self._adapter(job)], train=True, rank=self._widest), 0)
-
-    @functools.cached_property
-    def _widest(self) -> int:
-        return max(self.sweep.ranks)
+        return multi.adapter(lora.stack([self._adapter(job)], train=True), 0)
 
     @functools.cached_property
     def _batch(self):
