@@ -19,6 +19,7 @@ import argparse
 import importlib.metadata
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,32 +152,58 @@ def halves(method: str, model, seed: int):
     return lora.split(lora.init(jax.random.key(seed), plan, model.params))
 
 
-def prepare(method: str, model, rate: float, options, *, seed: int, donate: bool = True) -> Job:
-    trainable, frozen = halves(method, model, seed)
-    config = train.TrainConfig(learning_rate=rate, warmup=0.1)
-    tx = train.optimizer(config, options.steps)
-    logits = lora.lorafy(lambda p, tokens, mask: model.apply(p, tokens, mask=mask))
+@cache
+def optimizer(steps: int, rate: float = 1.0) -> optax.GradientTransformation:
+    """AdamW as `train.optimizer`, its peak rate in the state: all rates are one program."""
+    unit = train.schedule(train.TrainConfig(learning_rate=1.0, warmup=0.1), steps)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(),
+        optax.scale_by_schedule(lambda k: -unit(k)),
+        optax.inject_hyperparams(optax.scale)(step_size=rate),
+    )
+
+
+@cache
+def logits_of(forward) -> Callable:
+    """`(params, tokens, mask) -> logits`, transformed."""
+    return jax.jit(lora.lorafy(lambda p, tokens, mask: forward.apply(p, tokens, mask=mask)))
+
+
+@cache
+def program(forward, steps: int, *, donate: bool) -> Callable:
+    """The step, compiled once for each method and shape of a batch."""
+    logits = lora.lorafy(
+        lambda p, tokens, mask: forward.apply(p, tokens, mask=mask), reverse_only=True
+    )
 
     def loss(trainable, frozen, batch, key):
         found = logits(lora.combine(trainable, frozen), batch.tokens, batch.mask)
         return optax.softmax_cross_entropy_with_integer_labels(found, batch.labels).sum()
 
-    step = jax.jit(
-        train.make_step(loss, tx),
+    return jax.jit(
+        train.make_step(loss, optimizer(steps)),
         donate_argnums=(0,) if donate else (),
         compiler_options=compat.compiler_options(),
     )
-    return Job(trainable, frozen, step, train.init_state(jax.random.key(seed), trainable, tx))
+
+
+def prepare(method: str, model, rate: float, steps: int, *, seed: int, donate: bool = True) -> Job:
+    trainable, frozen = halves(method, model, seed)
+    state = train.init_state(jax.random.key(seed), trainable, optimizer(steps, rate))
+    # Of a Python number's type the rate would make a second program.
+    strong = jax.tree.map(lambda x: jnp.array(x, x.dtype), state.opt_state)
+    step = program(model.forward, steps, donate=donate)
+    return Job(trainable, frozen, step, state._replace(opt_state=strong))
 
 
 def right(model, params, data: Coded, name: str) -> list[int]:
     """1 for each sentence that is told rightly, 0 for the others, in the data's order."""
-    logits = jax.jit(lora.lorafy(lambda p, tokens, mask: model.apply(p, tokens, mask=mask)))
     lengths = [len(tokens) for tokens in data.tokens]
-    found = np.zeros(len(lengths), int)
+    found, logits = np.zeros(len(lengths), int), logits_of(model.forward)
     slots = plan_once(lengths, best_ladder(lengths, 3), EVALUATED)
     for slot in tqdm(slots, desc=f"accuracy on {name}", leave=False):
-        # The last batch is filled up with its first sentence, so that no shape is new.
+        # The last batch is filled up with its own sentences, so that no shape is new.
         rows = np.resize(slot.rows, EVALUATED)
         batch = batch_of(data, rows, slot.rung)
         said = np.asarray(logits(params, batch.tokens[0], batch.mask[0])).argmax(axis=-1)
@@ -190,7 +217,7 @@ def run(method: str, rate: float, seed: int, data: dict[str, Coded], options) ->
 
     def make() -> dict:
         model = load(seed)
-        job = prepare(method, model, rate, options, seed=seed)
+        job = prepare(method, model, rate, options.steps, seed=seed)
         state, losses = job.state, []
         source = batches(data["train"], options.batch, options.steps, seed)
         with tqdm(source, total=options.steps, desc=name) as bar:
@@ -235,7 +262,7 @@ def timed(found: dict[str, reporting.Method], data: Coded, options) -> dict[str,
     calls = {}
     for method, each in found.items():
         rate = each.runs[0]["learning_rate"]
-        job = prepare(method, model, rate, options, seed=0, donate=False)
+        job = prepare(method, model, rate, options.steps, seed=0, donate=False)
         calls[method] = lambda job=job: job.step(job.state, job.frozen, batch)[1]
     return interleaved(calls, rounds=options.rounds, warmup=2)
 
@@ -255,7 +282,7 @@ def exported(chosen: dict, sentences: Sequence[sst2.Sentence]) -> dict:
     params, _ = lora.hf.load_peft(folder, model.apply, model.params, jnp.zeros((1, 4), jnp.int32))
     batch = model.tokenizer.encode_batch([s.text for s in sentences])
     mask = jnp.asarray(batch.mask, bool)
-    ours = jax.jit(lora.lorafy(model.apply))(params, jnp.asarray(batch.tokens), mask=mask)
+    ours = logits_of(model.forward)(params, jnp.asarray(batch.tokens), mask)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(directory())
     theirs = peft.PeftModel.from_pretrained(base, str(folder)).eval()
     with torch.no_grad():

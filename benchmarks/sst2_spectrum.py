@@ -10,13 +10,15 @@ singular values of what changed: the rank that holds 90 % and 99 % of the energy
 dimensions; beside random matrices of the same shapes.
 
 Trained parts are kept in `outputs/sst2_spectrum`: a stopped run goes on where it was. Writes
-`results/sst2_spectrum.json` and `results/sst2_spectrum.png`.
+`results/sst2_spectrum.json` and `.png`, and `results/sst2_spectrum_matrices.json`, a line a matrix.
 """
 
 import argparse
 import dataclasses
 import json
 import statistics
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -68,12 +70,18 @@ def examples(model, sentences: list[sst2.Sentence]) -> list[train.Example]:
     return found
 
 
+@cache
+def label_logits(model) -> Callable:
+    """`(params, tokens, positions) -> logits of the two labels`; compiled once for all its uses."""
+    outputs = lora.lorafy(train.outputs_of(model))
+    labels = np.asarray(label_tokens(model.tokenizer))
+    return jax.jit(lambda params, tokens, at: outputs(params, tokens, at)[:, labels])
+
+
 def score(model, params, data: list[train.Example], name: str) -> dict:
     """Accuracy between the two labels, and the mean loss of choosing between them."""
-    negative, positive = label_tokens(model.tokenizer)
-    outputs = lora.lorafy(train.outputs_of(model))
-    both = jax.jit(lambda p, tokens, at: outputs(p, tokens, at)[:, np.array([negative, positive])])
-    correct = loss = 0.0
+    _, positive = label_tokens(model.tokenizer)
+    both, correct, loss = label_logits(model), 0, 0.0
     batches = train.once(train.loader(data, batch_size=32, buckets=3))
     for batch in tqdm(batches, desc=f"accuracy {name}", leave=False):
         logits = np.asarray(both(params, batch.tokens[0], batch.positions[0]), np.float64)
@@ -229,8 +237,10 @@ def main():
         settings={k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()
                   if k != "data"},
         accuracy={"before": before, "full": full_rows, "lora": lora_rows},
-        conclusions=conclusions, matrices=reporting.matrices(found),
+        conclusions=conclusions, decay=reporting.decay(found),
     )  # fmt: skip
+    lines = ",\n".join(json.dumps(row) for row in reporting.matrices(found))
+    RESULTS.joinpath(f"{options.name}_matrices.json").write_text(f"[\n{lines}\n]\n", "utf-8")
     print(f"and to {path.name}\n\n" + "\n".join(f"* {line}" for line in conclusions))
 
 

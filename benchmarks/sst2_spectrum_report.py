@@ -14,7 +14,7 @@ from lora_jax.analysis.plots import draw_decay
 from lora_jax.train.plot import save_figure
 
 # Singular values that are written of each matrix of full fine-tuning.
-_WRITTEN = 32
+_WRITTEN = 16
 
 
 class Found(NamedTuple):
@@ -110,6 +110,18 @@ def matrices(found: Found) -> list[dict]:
             }
         )
     return table
+
+
+def decay(found: Found) -> dict[str, dict[str, list]]:
+    """`σk / σ1` of full fine-tuning at k = 1, 2, 4, ..., the median over layers of each kind."""
+    out = {}
+    for kind, matrices in found.changed.by_kind().items():
+        falls = [m.values / m.values[0] for m in matrices if m.norm]
+        if falls:
+            middle = np.median(np.stack(falls), axis=0)
+            places = [2**i for i in range(len(middle).bit_length())]
+            out[kind] = {"k": places, "fall": [_short(float(middle[k - 1])) for k in places]}
+    return out
 
 
 def _numbers(row: dict, values: np.ndarray, intruders: int) -> dict:

@@ -182,8 +182,10 @@ def directions(delta: np.ndarray | Factors, top: int | None = None) -> Direction
 
     gram = _gram(delta)
     size = len(gram)
-    some = None if top is None else [max(0, size - top), size - 1]
-    squares, vectors = eigh(gram, subset_by_index=some)
+    if top is None or top >= size:
+        squares, vectors = eigh(gram, driver="evd")  # the fastest for all of them
+    else:
+        squares, vectors = eigh(gram, subset_by_index=[size - top, size - 1])
     values, vectors = _roots(squares), vectors[:, ::-1]
     wide = delta.shape[0] <= delta.shape[1]
     other = (delta.T if wide else delta) @ vectors / np.maximum(values, 1e-300)
