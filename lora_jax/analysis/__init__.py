@@ -1,5 +1,9 @@
-"""Experiments: what rank a change of weights has, and how much of it an adapter can hold."""
+"""Experiments: ranks of changes of weights, sweeps of ranks, and the memory of training."""
 
+from lora_jax.analysis.memory import MemoryEstimate as MemoryEstimate
+from lora_jax.analysis.memory import memory as memory
+from lora_jax.analysis.memory import memory_table as memory_table
+from lora_jax.analysis.memory import parameters as parameters
 from lora_jax.analysis.rank_sweep import SweepConfig as SweepConfig
 from lora_jax.analysis.rank_sweep import Task as Task
 from lora_jax.analysis.rank_sweep import rank_sweep as rank_sweep

@@ -25,11 +25,13 @@ from typing import Any
 import jax
 
 from lora_jax.analysis import memory_mesh, memory_step
-from lora_jax.analysis.memory_live import Alive, alive, whole_bytes
+from lora_jax.analysis.memory_exact import compiled
+from lora_jax.analysis.memory_live import Alive, alive
+from lora_jax.analysis.memory_program import whole_bytes
 from lora_jax.analysis.memory_shapes import config_of
 from lora_jax.analysis.memory_step import AbstractStep, Spread, StepSettings
 from lora_jax.config import LoraConfig
-from lora_jax.tree import count_parameters
+from lora_jax.tree import Count, count_parameters
 
 GIB = 2**30
 
@@ -92,6 +94,11 @@ class MemoryEstimate:
         """Devices of the mesh."""
         return math.prod(self.settings.mesh.values())
 
+    @property
+    def described(self) -> str:
+        """The settings in words."""
+        return _described(self.settings)
+
     def fits(self, device_memory: int) -> bool:
         """Whether the step fits a device of so many bytes."""
         return self.total <= device_memory
@@ -124,11 +131,11 @@ class MemoryEstimate:
 
     def table(self) -> str:
         """A line for each part, in GiB."""
-        where = "on each device" if self.devices > 1 else "bytes"
+        where = "on each device" if self.devices > 1 else ""
         lines = [(name, getattr(self, name)) for name in _PARTS]
-        text = [f"{self.model}, {self.settings.method}: {_described(self.settings)}"]
+        text = [f"{self.model}, {self.settings.method}: {self.described}"]
         text += [f"  {name:<12} {_gib(size):>12}" for name, size in lines]
-        text += [f"  {'total':<12} {_gib(self.total):>12}  {where if self.devices > 1 else ''}"]
+        text += [f"  {'total':<12} {_gib(self.total):>12}  {where}"]
         text += [f"  kept between forward and backward pass: {_gib(self.kept)}"]
         text += [f"  {_share(self.trainable, self.parameters)}"]
         if self.devices > 1:
@@ -223,7 +230,7 @@ def estimate(
     ]
     rest.append(_device_bytes(step.batch, places.batch, settings))
     every = [trained, base, *rest]
-    found = (_compiled if exact else _read)(config, settings, step, places)
+    found = compiled(step, places, settings) if exact else _read(config, settings, step, places)
     whole = settings.adapter is None
     counted = count_parameters(step.params)
     return MemoryEstimate(
@@ -242,6 +249,21 @@ def estimate(
         largest=found.largest,
         exact=exact,
     )
+
+
+def parameters(model: str | Path | Mapping[str, Any] | Any, adapter: LoraConfig) -> Count:
+    """How many parameters an adapter trains, of how many there are with it.
+
+    Args:
+      model: as for `memory`.
+      adapter: what is adapted.
+
+    Raises:
+      FileNotFoundError, ValueError: as `memory`.
+    """
+    _, config = config_of(model)
+    settings = StepSettings(adapter=adapter, length=1)
+    return count_parameters(memory_step.abstract_step(config, settings, batch=1).params)
 
 
 @dataclass(frozen=True)
@@ -279,43 +301,7 @@ def _read(config: Any, settings: StepSettings, step: AbstractStep, places: Sprea
     return alive(step.fn, *args, donate=(0,), gathered=state + others, parts=[*state, 1, 1, 1])
 
 
-def _compiled(config: Any, settings: StepSettings, step: AbstractStep, places: Spread) -> Alive:
-    """Temporaries as the compiler plans them."""
-    del config
-    args = (step.state, step.frozen, step.batch)
-    specs = (places.state, places.frozen, places.batch)
-    if math.prod(settings.mesh.values()) > 1:
-        args = _placed(args, specs, settings)
-    compiled = jax.jit(step.fn, donate_argnums=(0,)).lower(*args).compile()
-    said = compiled.memory_analysis()
-    if said is None:
-        raise ValueError("`exact`: this backend's compiler does not say; leave it out")
-    new = said.output_size_in_bytes - said.alias_size_in_bytes
-    return Alive(said.temp_size_in_bytes + max(new, 0), 0, ())
-
-
-def _placed(args: Any, specs: Any, settings: StepSettings) -> Any:
-    names, sizes = tuple(settings.mesh), tuple(settings.mesh.values())
-    if len(jax.devices()) < math.prod(sizes):
-        raise ValueError(
-            f"`exact`: the mesh has {math.prod(sizes)} devices, this machine {len(jax.devices())}; "
-            "leave `exact` out"
-        )
-    grid = jax.make_mesh(
-        sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names),
-        devices=jax.devices()[: math.prod(sizes)],
-    )  # fmt: skip
-    flat, tree = jax.tree.flatten(args)
-    placed = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(grid, spec))
-        for x, spec in zip(flat, memory_mesh.leaves(specs), strict=True)
-    ]
-    return jax.tree.unflatten(tree, placed)
-
-
-def memory_table(
-    estimates: Sequence[MemoryEstimate], *, device_memory: int | None = None
-) -> str:
+def memory_table(estimates: Sequence[MemoryEstimate], *, device_memory: int | None = None) -> str:
     """A row for each estimate: its parts in GiB, and whether it fits.
 
     Args:

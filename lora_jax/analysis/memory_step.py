@@ -90,7 +90,7 @@ class StepSettings:
 
     @property
     def method(self) -> str:
-        """"full", "LoRA" or "QLoRA"."""
+        """What is trained: "full", "LoRA" or "QLoRA"."""
         return "full" if self.adapter is None else "QLoRA" if self.quantize else "LoRA"
 
     @property
@@ -164,9 +164,7 @@ def _base(forward, settings: StepSettings):
         return shapes
 
     def quantized(params):
-        return lora.quantize(
-            params, is_linear, format=settings.quantize, backend=settings.backend
-        )
+        return lora.quantize(params, is_linear, format=settings.quantize, backend=settings.backend)
 
     return jax.eval_shape(quantized, shapes)
 

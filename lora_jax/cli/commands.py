@@ -11,6 +11,7 @@ from importlib import metadata
 from lora_jax.answer import AnswerConfig
 from lora_jax.cli import settings
 from lora_jax.cli.settings import Section
+from lora_jax.estimate import EstimateConfig
 
 
 def version() -> str:
@@ -157,6 +158,19 @@ def inspect(arguments: argparse.Namespace) -> None:
     from lora_jax.describe import describe
 
     _say(describe(arguments.path, tensors=arguments.tensors, check=arguments.check))
+
+
+def estimate_sections() -> list[Section]:
+    """The settings of `estimate`."""
+    return [Section("", EstimateConfig)]
+
+
+def estimate(arguments: argparse.Namespace) -> None:
+    """`lora-jax estimate`."""
+    from lora_jax.estimate import estimate as estimate_memory
+
+    config = _from_flags(estimate_sections(), arguments)[0]
+    estimate_memory(arguments.model, config, say=_say)
 
 
 def _say(text: str) -> None:

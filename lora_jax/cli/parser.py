@@ -308,6 +308,28 @@ examples:
     )
 
 
+def _estimate(command: Callable) -> None:
+    parser = command(
+        commands.estimate,
+        """\
+Says how much memory full fine-tuning, LoRA and QLoRA take: weights, adapters, optimizer state,
+gradients and activations, on one device or on each of a mesh. Only the model's config.json is
+read. Without a model it shows Llama 2's sizes, and how few parameters LoRA trains.
+
+examples:
+  lora-jax estimate
+  lora-jax estimate llama-2-70b --method qlora --device-memory 48GB
+  lora-jax estimate models/mine/config.json --batch 8 --length 4096 --rank 32 --mesh fsdp=8""",
+        usage="lora-jax estimate [MODEL] [any of the flags below]",
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="a config.json, the directory it is in, or a known shape such as llama-2-7b",
+    )
+    settings.add_flags(parser, settings.options(commands.estimate_sections()))
+
+
 # name -> one line about it, and the function that adds its arguments
 COMMANDS = {
     "demo": (
@@ -345,5 +367,9 @@ COMMANDS = {
     "inspect": (
         "say what a model, an adapter or a checkpoint holds",
         _inspect,
+    ),
+    "estimate": (
+        "say how much memory a training step takes, from a config.json",
+        _estimate,
     ),
 }

@@ -1,0 +1,238 @@
+"""A traced program as a list of operations, and which of its arrays are written to memory.
+
+The rules are stated in `lora_jax.analysis.memory_live`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import compat
+from lora_jax.train.memory import tree_bytes
+
+_VIEWS = frozenset(
+    {
+        "copy", "expand_dims", "name", "optimization_barrier", "pvary", "reduce_precision",
+        "reshape", "sharding_constraint", "squeeze", "stop_gradient", "transpose",
+    }
+)  # fmt: skip
+_CALLS = frozenset(
+    {"jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat", "shard_map"}
+)
+# What reads its operands whole, from memory.
+READERS = frozenset(
+    {
+        "cond", "conv_general_dilated", "cumlogsumexp", "cummax", "cumprod", "cumsum",
+        "custom_call", "dot_general", "pallas_call", "ragged_dot",
+        "ragged_dot_general", "random_bits", "scan", "scatter", "scatter-add", "sort",
+        "threefry2x32", "top_k", "while",
+    }
+)  # fmt: skip
+_COSTLY = frozenset(
+    {
+        "cbrt", "cos", "div", "erf", "erf_inv", "exp", "exp2", "expm1", "gather", "log",
+        "log1p", "logistic", "pow", "rem", "rsqrt", "sin", "sqrt", "tanh",
+    }
+)  # fmt: skip
+
+
+# Where a value comes from, as bits: computed here (none), an argument that stays, an argument
+# whose buffer may be written over, a slice of a stack, and one that other devices hold parts of.
+HELD, OWNED, SLICE, SPREAD = 1, 2, 4, 8
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """An array of the program; views are the same value."""
+
+    aval: Any
+    source: int = 0
+    node: "Node | None" = None
+    parts: int = 1
+
+    @property
+    def bytes(self) -> int:
+        return -(-whole_bytes(self.aval) // self.parts)
+
+    @property
+    def label(self) -> str:
+        op = self.node.op if self.node is not None else "slice"
+        return f"{op} {self.aval.dtype.name}{list(self.aval.shape)}"
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """An operation."""
+
+    op: str
+    ins: list[Value]
+    outs: list[Value]
+    eqn: Any
+    at: int = 0
+
+
+@dataclass(eq=False)
+class Program:
+    """A jaxpr with its calls unfolded, and which of its values are written down."""
+
+    nodes: list[Node]
+    values: list[Value]
+    outs: list[Value]
+    stacked_from: int
+    users: dict[Value, list[Node]] = field(default_factory=dict)
+    real: set[Value] = field(default_factory=set)
+    found: dict[Value, list[Value]] = field(default_factory=dict)
+
+
+def whole_bytes(aval) -> int:
+    """Bytes of an array of this shape and dtype."""
+    return tree_bytes(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+
+
+def read(jaxpr, sources: Iterable[int], *, stacked_from: int, parts=None) -> Program:
+    """The program of an open jaxpr.
+
+    Args:
+      jaxpr: it.
+      sources: of its arguments.
+      stacked_from: results from here on are written into a stack that exists outside.
+      parts: as in `alive`.
+    """
+    env: dict[Any, Value] = {v: Value(v.aval, HELD) for v in jaxpr.constvars}
+    env |= {v: Value(v.aval, s) for v, s in zip(jaxpr.invars, sources, strict=True)}
+    arguments = list(env.values())
+    nodes: list[Node] = []
+    _unfold(jaxpr, env, nodes, {})
+    # A result that is a literal stays one: it takes no room worth counting.
+    literal = Value(jax.ShapeDtypeStruct((), jnp.float32), HELD)
+    outs = [env.get(v, literal) for v in map(_hashable, jaxpr.outvars)]
+    nodes = _needed(nodes, outs)
+    program = Program(nodes, arguments, outs, stacked_from)
+    for at, node in enumerate(nodes):
+        node.at = at
+        for x in node.ins:
+            program.users.setdefault(x, []).append(node)
+    _write_down(program)
+    for out, count in zip(outs, parts or (), strict=parts is not None):
+        _spread_gradient(program, out, count)
+    return program
+
+
+def _hashable(v):
+    return None if isinstance(v, compat.Literal) else v
+
+
+def _unfold(jaxpr, env: dict, nodes: list[Node], known: dict) -> None:
+    """Appends the operations of a jaxpr, those inside its calls included, each once."""
+    for eqn in jaxpr.eqns:
+        op = compat.name_of(eqn)
+        ins = [None if isinstance(v, compat.Literal) else env.get(v) for v in eqn.invars]
+        inner = _body(eqn) if op in _CALLS else None
+        if inner is not None:
+            own, _ = compat.open_jaxpr(inner)
+            scope = {v: Value(v.aval, HELD) for v in own.constvars}
+            for v, x in zip(own.invars, ins, strict=True):
+                if x is not None:
+                    scope[v] = x
+            _unfold(own, scope, nodes, known)
+            for v, o in zip(eqn.outvars, map(_hashable, own.outvars), strict=True):
+                if o in scope:
+                    env[v] = scope[o]
+        elif op in _VIEWS:
+            for v, x in zip(eqn.outvars, ins, strict=True):
+                if x is not None:
+                    env[v] = x
+        else:
+            same = known.get(key := _same(op, eqn, ins))
+            if same is None:
+                same = Node(op, [x for x in ins if x is not None], [], eqn)
+                same.outs = [Value(v.aval, node=same) for v in eqn.outvars]
+                nodes.append(same)
+            known[key] = same
+            env |= dict(zip(eqn.outvars, same.outs, strict=True))
+
+
+def _same(op: str, eqn, ins: list[Value | None]) -> Any:
+    """What operations have in common that compute the same; loops and products are not merged."""
+    if op in READERS:
+        return object()
+    given = [
+        (str(v), str(v.aval)) if x is None else x for v, x in zip(eqn.invars, ins, strict=True)
+    ]
+    return op, tuple(given), str(eqn.params)
+
+
+def _body(eqn):
+    found = (eqn.params.get(name) for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"))
+    return next((x for x in found if x is not None), None)
+
+
+def _needed(nodes: list[Node], outs: list[Value]) -> list[Node]:
+    """Those that the results depend on."""
+    wanted, kept = set(outs), []
+    for node in reversed(nodes):
+        if not wanted.isdisjoint(node.outs):
+            kept.append(node)
+            wanted.update(node.ins)
+    return kept[::-1]
+
+
+def stores(op: str) -> bool:
+    """Whether an operation writes its results down, whoever reads them."""
+    return op in READERS or op == "dynamic_update_slice" or _sums(op)
+
+
+def _sums(op: str) -> bool:
+    return op.startswith(("reduce_", "argm")) and op != "reduce_precision"
+
+
+def _write_down(program: Program) -> None:
+    """Finds the values that get buffers."""
+    real = program.real
+    real.update(x for x in program.values if x.source & (HELD | OWNED))
+    real.update(program.outs[: program.stacked_from])
+    for node in program.nodes:
+        if stores(node.op):
+            real.update(node.outs)
+        if node.op in READERS:
+            real.update(node.ins)
+        elif node.op == "gather":  # of a table; the places may be computed on the way
+            real.add(node.ins[0])
+    costly: set[Value] = set()
+    for node in program.nodes:
+        if node.op in _COSTLY or any(x in costly and x not in real for x in node.ins):
+            costly.update(node.outs)
+            real.update(o for o in node.outs if len(set(program.users.get(o, ()))) > 1)
+
+
+def _origins(program: Program, x: Value) -> list[Value]:
+    """The buffers that a value is computed from; itself, if it has one."""
+    if x in program.real:
+        return [x]
+    if x not in program.found:
+        ins = [] if x.node is None else x.node.ins
+        found = {o: None for i in ins for o in _origins(program, i)}
+        program.found[x] = list(found)
+    return program.found[x]
+
+
+def inputs(program: Program, node: Node) -> list[Value]:
+    return list({o: None for x in node.ins for o in _origins(program, x)})
+
+
+def _spread_gradient(program: Program, out: Value, parts: int) -> None:
+    """What an updated parameter is made of, back to its gradient, is spread as it is."""
+    if parts == 1 or out.source:
+        return
+    out.parts, todo = parts, [out]
+    while todo:
+        node = todo.pop().node
+        if node is None or node.op in READERS:
+            continue
+        for x in inputs(program, node):
+            if not x.source and x.parts == 1 and x.aval.shape == out.aval.shape:
+                x.parts = parts
+                todo.append(x)

@@ -1,0 +1,200 @@
+"""The memory of a training step, estimated from a configuration: beside XLA's own analysis."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lora_jax import LoraConfig, analysis
+from lora_jax.analysis import memory_fit, memory_live
+from lora_jax.analysis.memory_shapes import SHAPES
+from lora_jax.cli import main
+
+GIB = 2**30
+LLAMA = {
+    **SHAPES["llama-2-7b"], "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 2000,
+}  # fmt: skip
+# What a CPU computes in: in bfloat16 it would hold float32 copies, as no accelerator does.
+CPU = dict(batch=2, length=256, dtype="float32", backend="reference")
+METHODS = {
+    "full": dict(adapter=None),
+    "lora": dict(adapter=LoraConfig(rank=8)),
+    "qlora": dict(adapter=LoraConfig(rank=8), quantize="nf4"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_estimate_is_within_a_tenth_of_the_compiled_step(method):
+    options = {**CPU, **METHODS[method]}
+    found = analysis.memory(LLAMA, **options)
+    compiled = analysis.memory(LLAMA, exact=True, **options)
+    assert compiled.exact and compiled.arguments == found.arguments
+    assert found.total == pytest.approx(compiled.total, rel=0.1)
+
+
+def test_the_papers_reduction_of_parameters():
+    adapter = LoraConfig(rank=8, target_modules=("q_proj", "v_proj"))
+    assert analysis.parameters("llama-2-7b", adapter) == (4_194_304, 6_742_609_920)
+    text = analysis.memory("llama-2-7b", adapter=adapter, length=128).table()
+    assert "4,194,304 || all params: 6,742,609,920 || trainable%: 0.0622" in text
+
+
+def test_what_is_counted_of_a_known_model():
+    """By hand: 2 bytes a weight, 4 an adapter's, two moments, a gradient; NF4 4.25 bits."""
+    found = analysis.memory("llama-2-7b", adapter=LoraConfig(rank=16), length=128)
+    per_block = 16 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert found.trainable == 32 * per_block == 39_976_960
+    scales = 4 * 32 * 7  # a float32 scale a matrix and block stays frozen
+    assert found.weights == 2 * 6_738_415_616 + scales
+    assert found.adapters == found.gradients == 4 * found.trainable
+    assert found.optimizer == pytest.approx(2 * found.adapters, rel=1e-4)
+    held = analysis.memory("llama-2-7b", adapter=LoraConfig(rank=16), quantize="nf4", length=128)
+    matrices = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    assert held.weights == found.weights - 2 * matrices + matrices * 17 // 32
+    full = analysis.memory("llama-2-7b", adapter=None, length=128)
+    assert full.weights + full.gradients == 8 * 6_738_415_616
+    assert full.optimizer == pytest.approx(8 * 6_738_415_616, rel=1e-6)
+    assert 16 * 6_738_415_616 < full.total < 16.5 * 6_738_415_616
+
+
+def test_what_is_kept_follows_remat():
+    """L blocks of B rows of T tokens: the stream before each, or that and the projections."""
+    kept = {
+        remat: analysis.memory(LLAMA, remat=remat, adapter=LoraConfig(rank=8), **CPU).kept
+        for remat in (True, "projections", False)
+    }
+    tokens = 4 * 2 * 256 * 4  # of all blocks, in bytes a channel
+    assert kept[True] == tokens * 512
+    assert kept["projections"] == tokens * (512 + 512 + 2 * 256 + 512 + 2 * 1408)
+    assert kept[False] > kept["projections"] + 4 * 4 * 2 * 8 * 256 * 256
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "copies"), [("adamw", 2), ("lion", 1), ("momentum", 1), ("sgd", 0)]
+)
+def test_optimizers_hold_their_copies(optimizer, copies):
+    found = analysis.memory(LLAMA, optimizer=optimizer, length=16)
+    assert found.optimizer == pytest.approx(copies * found.adapters, abs=4096)
+
+
+def test_a_mesh_spreads_weights_and_rows():
+    one = analysis.memory(LLAMA, adapter=None, batch=8, length=64)
+    fsdp = analysis.memory(LLAMA, adapter=None, batch=8, length=64, mesh={"fsdp": 8})
+    assert fsdp.devices == 8
+    norms = 4 * (2 * 4 + 1) * 512
+    assert fsdp.weights == (one.weights - norms) // 8 + norms
+    assert fsdp.gradients == fsdp.weights
+    assert fsdp.kept == one.kept // 8
+    assert fsdp.all_devices == one.arguments
+    assert "on each device" in fsdp.table() and "spread over fsdp 8" in fsdp.table()
+    both = analysis.memory(LLAMA, adapter=None, batch=8, length=64, mesh={"fsdp": 2, "tensor": 4})
+    assert both.weights == fsdp.weights and both.kept == one.kept // 2
+    data = analysis.memory(LLAMA, adapter=None, batch=8, length=64, mesh={"data": 8})
+    assert data.weights == one.weights and data.kept == fsdp.kept
+    assert data.copied >= 3 * data.weights
+
+
+def test_adapters_are_spread_as_their_weights_are():
+    spread = analysis.memory(LLAMA, batch=4, length=16, mesh={"fsdp": 4}, quantize="nf4")
+    whole = analysis.memory(LLAMA, batch=4, length=16, quantize="nf4")
+    in_parts = 8 * 4 * 4 * (3 * 512 + 512 + 2 * 512 + 1408)  # A: q k v, o, gate up, down
+    assert spread.adapters == whole.adapters - in_parts * 3 // 4
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert-base", "mistral-7b"])
+def test_other_families(name):
+    found = analysis.memory(name, length=64, quantize="nf4")
+    assert 0 < found.trainable < found.parameters / 50
+    assert found.weights < found.parameters * 1.5 and found.activations > 0
+
+
+def test_a_gradient_of_a_gram_matrix_is_counted_as_xla_counts():
+    """Two products and an elementwise chain: what is alive is known by hand."""
+
+    def fn(x, w):
+        y = jnp.tanh(x @ w)
+        return jnp.sum(jnp.sin(y) * 2 + 1), y @ w
+
+    x, w = (jax.ShapeDtypeStruct(s, "float32") for s in ((256, 512), (512, 512)))
+    found = memory_live.alive(fn, x, w)
+    product = 256 * 512 * 4
+    assert found.bytes == pytest.approx(2 * product, abs=16)
+    assert found.largest[0][1] == product
+
+
+def test_what_would_fit_is_said():
+    found = analysis.memory(LLAMA, adapter=LoraConfig(rank=8), **{**CPU, "batch": 4}, remat=False)
+    lines = memory_fit.remedies(LLAMA, found, int(0.8 * found.total))
+    assert lines[0].startswith("remat True: ")
+    assert any(line.startswith("batch 2, accumulation 2: ") for line in lines)
+    assert memory_fit.remedies(LLAMA, found, found.total) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80 * 10**9), ("24 GiB", 24 * GIB), ("1.5gb", 15 * 10**8), (7, 7)]
+)
+def test_sizes_are_spelled_in_two_ways(text, size):
+    assert memory_fit.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("llama-2-8b", {}, "`llama-2-8b` is no file or directory, and no known shape .nearest: "
+         "`llama-2-7b`"),
+        ({**LLAMA, "model_type": "llama5"}, {}, "model_type `llama5` is not one of"),
+        ({**LLAMA, "moe_layers": 3}, {}, "field `moe_layers` = 3 is not known for model_type"),
+        (7, {}, "`model` must be a name, a path, .* got int"),
+        (LLAMA, dict(batch=0), "`batch` must be a whole number above 0, got 0"),
+        (LLAMA, dict(length=5000), "`length` 5000 is more than the model's context of 4096"),
+        (LLAMA, dict(dtype="int3"), "`dtype` must be one of float32, bfloat16"),
+        (LLAMA, dict(remat="some"), "`remat` must be False, True, `projections`"),
+        (LLAMA, dict(optimizer="adam2"), "`optimizer` must be one of adamw, lion"),
+        (LLAMA, dict(adapter=None, quantize="nf4"), "`quantize` is for a frozen base"),
+        (LLAMA, dict(quantize="nf3"), "nf3"),
+        (LLAMA, dict(mesh={"model": 2}), "`mesh` axis `model` is not one of data, fsdp, tensor"),
+        (LLAMA, dict(mesh={"fsdp": 0}), "`mesh` axis `fsdp` must be a whole number above 0"),
+        (LLAMA, dict(mesh={"fsdp": 4}), "`batch` 1 cannot be divided among the 4 devices"),
+        (LLAMA, dict(mesh={"tensor": 3}), "`tensor` = 3 does not divide `num_attention_heads` = 8"),
+        (LLAMA, dict(mesh={"fsdp": 3}, batch=3), "`fsdp` = 3 divides no dim of `lm_head.kernel`"),
+        ("gpt2", dict(mesh={"tensor": 2}), "`tensor` is not known for model_type `gpt2`"),
+        (LLAMA, dict(adapter=LoraConfig(target_modules=("q_prj",))), "q_prj"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_in_one_line(model, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        analysis.memory(model, **{"length": 16, **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_size_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="`device_memory` must be a size above 0 such as 80GB"):
+        memory_fit.parse_bytes("80 apples")
+
+
+def test_the_command_reads_a_directory_and_says_what_fits(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    argv = ["estimate", str(tmp_path), "--length", "64", "--device-memory", "100MB"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()[1:5]]
+    assert [row[1] for row in rows] == ["method", "full", "LoRA", "QLoRA"]
+    assert [row[-1] for row in rows[1:]] == ["no", "yes", "yes"]
+    assert "full, does not fit; these would:\n  LoRA instead of full fine-tuning: " in out
+
+
+def test_the_command_writes_json(capsys):
+    argv = ["estimate", "smollm2-135m", "--length", "64", "--method", "lora", "--json"]
+    assert main([*argv, "--rank", "8", "--targets", "q_proj", "v_proj"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["estimates"]
+    assert found["parameters"] == 134_515_008 + found["trainable"]
+    assert found["settings"]["adapter"]["r"] == 8
+    assert found["total"] == found["arguments"] + found["temporaries"]
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{")
+    assert main(["estimate", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"lora-jax: {tmp_path}/config.json:1: not JSON")
