@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax import compat
 from lora_jax.train.memory import tree_bytes
@@ -105,10 +104,7 @@ def read(jaxpr, sources: Iterable[int], *, stacked_from: int, parts=None) -> Pro
     env |= {v: Value(v.aval, s) for v, s in zip(jaxpr.invars, sources, strict=True)}
     arguments = list(env.values())
     nodes: list[Node] = []
-    _unfold(jaxpr, env, nodes, {})
-    # A result that is a literal stays one: it takes no room worth counting.
-    literal = Value(jax.ShapeDtypeStruct((), jnp.float32), HELD)
-    outs = [env.get(v, literal) for v in map(_hashable, jaxpr.outvars)]
+    outs = _unfold(jaxpr, env, nodes, {})
     nodes = _needed(nodes, outs)
     program = Program(nodes, arguments, outs, stacked_from)
     for at, node in enumerate(nodes):
@@ -121,48 +117,49 @@ def read(jaxpr, sources: Iterable[int], *, stacked_from: int, parts=None) -> Pro
     return program
 
 
-def _hashable(v):
-    return None if isinstance(v, compat.Literal) else v
+def _unfold(jaxpr, env: dict, nodes: list[Node], known: dict) -> list[Value]:
+    """Appends the operations of a jaxpr, those inside its calls included, each once.
 
+    Args:
+      jaxpr: open; its arguments and constants are in `env`, and its variables come to be.
+      env: variable to value.
+      nodes: the operations so far.
+      known: what they are by `_same`, and literals.
 
-def _unfold(jaxpr, env: dict, nodes: list[Node], known: dict) -> None:
-    """Appends the operations of a jaxpr, those inside its calls included, each once."""
+    Returns:
+      The results.
+    """
+
+    def value(v) -> Value:
+        if isinstance(v, compat.Literal):
+            return known.setdefault((str(v), str(v.aval)), Value(v.aval, HELD))
+        return env[v]
+
     for eqn in jaxpr.eqns:
-        op = compat.name_of(eqn)
-        ins = [None if isinstance(v, compat.Literal) else env.get(v) for v in eqn.invars]
+        op, ins = compat.name_of(eqn), [value(v) for v in eqn.invars]
         inner = _body(eqn) if op in _CALLS else None
         if inner is not None:
             own, _ = compat.open_jaxpr(inner)
             scope = {v: Value(v.aval, HELD) for v in own.constvars}
-            for v, x in zip(own.invars, ins, strict=True):
-                if x is not None:
-                    scope[v] = x
-            _unfold(own, scope, nodes, known)
-            for v, o in zip(eqn.outvars, map(_hashable, own.outvars), strict=True):
-                if o in scope:
-                    env[v] = scope[o]
+            scope |= dict(zip(own.invars, ins, strict=True))
+            outs = _unfold(own, scope, nodes, known)
         elif op in _VIEWS:
-            for v, x in zip(eqn.outvars, ins, strict=True):
-                if x is not None:
-                    env[v] = x
+            outs = ins
         else:
             same = known.get(key := _same(op, eqn, ins))
             if same is None:
-                same = Node(op, [x for x in ins if x is not None], [], eqn)
+                same = Node(op, ins, [], eqn)
                 same.outs = [Value(v.aval, node=same) for v in eqn.outvars]
                 nodes.append(same)
             known[key] = same
-            env |= dict(zip(eqn.outvars, same.outs, strict=True))
+            outs = same.outs
+        env |= dict(zip(eqn.outvars, outs, strict=True))
+    return [value(v) for v in jaxpr.outvars]
 
 
-def _same(op: str, eqn, ins: list[Value | None]) -> Any:
+def _same(op: str, eqn, ins: list[Value]) -> Any:
     """What operations have in common that compute the same; loops and products are not merged."""
-    if op in READERS:
-        return object()
-    given = [
-        (str(v), str(v.aval)) if x is None else x for v, x in zip(eqn.invars, ins, strict=True)
-    ]
-    return op, tuple(given), str(eqn.params)
+    return object() if op in READERS else (op, tuple(ins), str(eqn.params))
 
 
 def _body(eqn):
@@ -193,6 +190,7 @@ def _write_down(program: Program) -> None:
     """Finds the values that get buffers."""
     real = program.real
     real.update(x for x in program.values if x.source & (HELD | OWNED))
+    real.update(x for node in program.nodes for x in node.ins if x.source & HELD)
     real.update(program.outs[: program.stacked_from])
     for node in program.nodes:
         if stores(node.op):
