@@ -46,6 +46,8 @@ class LoraConfig:
       use_rslora: scale by alpha/√rank.
       use_dora: also learn the magnitude of each output column (DoRA).
       init: how A and B start, one of `INITS` or "pissa_niter_N".
+      loftq_config: of init="loftq", as PEFT has it: "loftq_iter", how often quantizing and
+        decomposing take turns (1), and "loftq_bits" (4) where the base is not quantized yet.
       bias: which biases of the base train: "none", "all", or "lora_only" (of adapted modules).
       lora_bias: give B a bias, `y = x·W + s·((x·A)·B + b)`, where A and B have their default
         start; merging then needs a bias of the base that takes it.
@@ -85,6 +87,7 @@ class LoraConfig:
     use_rslora: bool = False
     use_dora: bool = False
     init: str = "default"
+    loftq_config: Mapping[str, int] = field(default_factory=dict)
     bias: str = "none"
     lora_bias: bool = False
     modules_to_save: tuple[str, ...] = ()
@@ -100,11 +103,14 @@ class LoraConfig:
     def __post_init__(self):
         for name in _NORMALIZED:
             object.__setattr__(self, name, _normalized(name, getattr(self, name)))
+        if self.init == "loftq":
+            object.__setattr__(self, "loftq_config", _LOFTQ | dict(self.loftq_config))
         _check_numbers(self)
         _check_names(self)
         _check_patterns(self)
         _check_layers(self)
         _check_choices(self)
+        _check_loftq(self)
         _check_tokens(self)
         _check_combinations(self)
 
@@ -148,13 +154,14 @@ _NORMALIZED = (
     "alpha_pattern",
     "roles",
     "extra",
+    "loftq_config",
     "trainable_token_indices",
     "target_parameters",
 )
 
 
 def _normalized(name: str, value):
-    if name in ("rank_pattern", "alpha_pattern", "roles", "extra"):
+    if name in ("rank_pattern", "alpha_pattern", "roles", "extra", "loftq_config"):
         if value is None:
             return {}
         if not isinstance(value, Mapping):
@@ -302,6 +309,22 @@ def _check_choices(config: LoraConfig) -> None:
         raise ValueError(f'init must be one of {_spelled(INITS)}, "pissa_niter_N", got "{init}"')
     if init == "orthogonal" and config.rank % 2:
         raise ValueError(f'init="orthogonal" needs an even rank, got rank={config.rank}')
+
+
+_LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's defaults; it needs both
+
+
+def _check_loftq(config: LoraConfig) -> None:
+    given = config.loftq_config
+    if given and config.init != "loftq":
+        raise ValueError(f'loftq_config needs init="loftq", got init="{config.init}"')
+    for name, value in given.items():
+        if name not in _LOFTQ:
+            raise ValueError(f'loftq_config has "loftq_bits" and "loftq_iter", got {name!r}')
+        if not _is_int(value) or value < 1:
+            raise ValueError(f"loftq_config[{name!r}] must be an integer from 1, got {value!r}")
+    if given and given["loftq_bits"] not in (4, 8):
+        raise ValueError(f"loftq_config['loftq_bits'] must be 4 or 8, got {given['loftq_bits']}")
 
 
 def _check_tokens(config: LoraConfig) -> None:

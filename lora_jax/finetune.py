@@ -84,7 +84,9 @@ def finetune(
     )
     data = _examples(model, records, job)
     held_out = None if eval_records is None else _examples(model, eval_records, job)
-    params = init_adapter(model, lora_config, seed=train_config.seed)
+    params = init_adapter(
+        model, lora_config, seed=train_config.seed, weights=_weights_for_start(job, lora_config)
+    )
     say(lora.format_trainable_parameters(params))
     result = train.fit(
         model,
@@ -151,11 +153,19 @@ def plan_model(model, config: LoraConfig):
     return lora.plan(config, model.apply, model.params, _TOKENS)
 
 
-def init_adapter(model, config: LoraConfig, *, seed: int) -> Any:
-    """The model's parameters with a fresh adapter."""
+def init_adapter(model, config: LoraConfig, *, seed: int, weights=None) -> Any:
+    """The model's parameters with a fresh adapter; `weights` as in `lora_jax.init`."""
     import lora_jax as lora
 
-    return lora.init(jax.random.key(seed), plan_model(model, config), model.params)
+    plan = plan_model(model, config)
+    return lora.init(jax.random.key(seed), plan, model.params, weights=weights)
+
+
+def _weights_for_start(job: FinetuneConfig, config: LoraConfig) -> Any:
+    """The base in floats, where LoftQ starts from what the quantization of it has lost."""
+    if config.init != "loftq" or job.quantize is None:
+        return None
+    return load_model(job.model, dtype=job.dtype).params
 
 
 def load_adapter(model, source: str | Path, *, step: int | None = None) -> tuple[Any, LoraConfig]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -44,7 +45,7 @@ _FROZEN = {
 }
 
 
-def init(key, plan: Plan, params):
+def init(key, plan: Plan, params, *, weights=None):
     """Puts adapters on the planned leaves: the identity at the start, `W + s·A·B = W`.
 
     `A` is uniform in ±1/√fan_in and `B` zero (for a lookup table `A` zero and `B` normal), in
@@ -55,12 +56,15 @@ def init(key, plan: Plan, params):
       key: PRNG key.
       plan: of these parameters.
       params: the tree that was planned.
+      weights: with init="loftq" and a quantized base the numbers it stands for: the same tree in
+        floats, or `f(path) -> array` to hold one of them at a time.
 
     Returns:
       The tree with `LoraArray`s and `SavedArray`s at the leaves that train.
 
     Raises:
-      ValueError: the tree is not the planned one.
+      ValueError: the tree is not the planned one, or `weights` are missing, misshapen or of no
+        use.
 
     Source: Hu et al. 2021, section 4.1; PEFT's `reset_lora_parameters`.
     """
@@ -68,11 +72,40 @@ def init(key, plan: Plan, params):
     planned = plan.by_path()
     spelled = [paths.spell(key_path) for key_path, _ in flat]
     _check_same(planned, dict(zip(spelled, (x for _, x in flat), strict=True)))
+    full = _weights_of(plan, weights)
     leaves = [
-        _init_leaf(key, plan, planned.get(name), leaf)
+        _init_leaf(key, plan, planned.get(name), leaf, full)
         for name, (_, leaf) in zip(spelled, flat, strict=True)
     ]
     return jax.tree.unflatten(tree, leaves)
+
+
+def leaves_by_path(params) -> dict:
+    """The leaves of a tree by their spelled paths; a quantized or adapted weight is one leaf."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
+    return {paths.spell(key_path): leaf for key_path, leaf in flat}
+
+
+def _weights_of(plan: Plan, weights) -> Callable:
+    """What gives a planned leaf its numbers in floats, or None where none are given."""
+    if weights is None:
+        return lambda leaf: None
+    if plan.config.init != "loftq":
+        raise ValueError(
+            f'`weights` are for init="loftq", got init="{plan.config.init}": leave them out'
+        )
+    held = weights if callable(weights) else leaves_by_path(weights).get
+
+    def get(leaf: LeafPlan):
+        w = held(leaf.path)
+        found = "none" if w is None else f"{w.dtype} of shape {tuple(w.shape)}"
+        if w is None or is_leaf(w) or tuple(w.shape) != leaf.shape:
+            raise ValueError(
+                f"`weights` must have `{leaf.path}` in floats with shape {leaf.shape}, got {found}"
+            )
+        return w
+
+    return get
 
 
 def _check_same(planned: dict[str, LeafPlan], leaves: dict):
@@ -88,7 +121,7 @@ def _check_same(planned: dict[str, LeafPlan], leaves: dict):
             )
 
 
-def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w):
+def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w, full: Callable):
     if leaf is None or leaf.kind == "frozen":
         return w
     if leaf.kind == "saved":
@@ -99,7 +132,9 @@ def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w):
     from lora_jax.methods import METHODS
 
     own = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()) & 0x7FFFFFFF)
-    w, a, b = METHODS[plan.config.init.partition("_niter_")[0]](own, plan.config, leaf, w)
+    start = METHODS[plan.config.init.partition("_niter_")[0]]
+    given = () if (numbers := full(leaf)) is None else (numbers,)
+    w, a, b = start(own, plan.config, leaf, w, *given)
     bias = {}
     if plan.config.lora_bias:
         bias["bias"] = jnp.zeros([leaf.shape[d] for d in b_dims(leaf.roles)], b.dtype)

@@ -153,7 +153,7 @@ FULL = [
     {"task_type": "CAUSAL_LM", "base_model_name_or_path": "org/model", "revision": "main"},
     {"peft_version": "0.15.0", "inference_mode": False, "fan_in_fan_out": True},
     {"auto_mapping": {"base_model_class": "Net", "parent_library": "net"}},
-    {"loftq_config": {"loftq_bits": 4}, "init_lora_weights": "loftq"},
+    {"loftq_config": {"loftq_bits": 4, "loftq_iter": 2}, "init_lora_weights": "loftq"},
     {"lora_bias": True},
     {"trainable_token_indices": [7, 3]},
     {"trainable_token_indices": {"wte": [1], "lm_head": [2, 0]}},

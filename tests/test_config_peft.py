@@ -39,7 +39,7 @@ def test_defaults_are_pefts():
         assert theirs[name] == off, name
 
 
-KNOWN_TO_PEFT = [f for f in FULL if "future_feature" not in f and "loftq_config" not in f]
+KNOWN_TO_PEFT = [f for f in FULL if "future_feature" not in f]
 
 
 @pytest.mark.parametrize("fields", KNOWN_TO_PEFT, ids=str)

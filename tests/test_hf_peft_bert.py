@@ -1,6 +1,7 @@
 """Adapters of encoders between `lora_jax.models` and the real `peft`: the same logits both ways."""
 
 import filecmp
+import json
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,10 @@ def jax_logits(model, params) -> np.ndarray:
     quick = {"xla_backend_optimization_level": 0}
     run = jax.jit(lora.lorafy(model.apply), compiler_options=quick)
     return np.asarray(run(params, TOKENS, mask=jnp.asarray(MASK)))
+
+
+def task_type(directory):
+    return json.loads((directory / "adapter_config.json").read_text())["task_type"]
 
 
 def close(one, other):
@@ -140,7 +145,8 @@ def test_our_adapter_in_peft_and_back(case, kind, bases, tmp_path):
     config = OURS[case]
     plan = lora.plan(config, base.apply, base.params, TOKENS)
     params = noisy(lora.init(jax.random.key(0), plan, base.params))
-    save_peft(tmp_path / "a", params, config, task_type="SEQ_CLS")
+    save_peft(tmp_path / "a", params, config)
+    assert task_type(tmp_path / "a") == "SEQ_CLS"
     model = peft.PeftModel.from_pretrained(torch_classifier(kind), str(tmp_path / "a"))
     close(torch_logits(model), jax_logits(base, params))
     again, _ = load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
@@ -166,6 +172,17 @@ def test_an_adapter_of_the_bare_encoder(tmp_path):
         want = model.eval()(input_ids=tokens, attention_mask=torch.tensor(MASK))
     close(got.pooled, want.pooler_output.numpy())
     close(got.hidden[MASK], want.last_hidden_state.numpy()[MASK])
+    # Told by the tree alone, and with its table trained: an encoder has no head that shares it.
+    ours = lora.LoraConfig(rank=2, target_modules=("query", "word_embeddings"))
+    fresh = lora.init(jax.random.key(0), lora.plan(ours, base.apply, base.params, TOKENS),
+                      base.params)  # fmt: skip
+    save_peft(tmp_path / "ours", fresh, ours)
+    assert task_type(tmp_path / "ours") == "FEATURE_EXTRACTION"
+    plain = transformers.AutoModel.from_pretrained(tmp_path / "base").eval()
+    loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path / "ours"))
+    assert isinstance(loaded, peft.PeftModelForFeatureExtraction)
+    save_peft(tmp_path / "ours", fresh, ours, task_type=None)
+    assert task_type(tmp_path / "ours") is None
 
 
 def test_a_head_that_peft_would_look_for(bases, tmp_path):
@@ -176,6 +193,7 @@ def test_a_head_that_peft_would_look_for(bases, tmp_path):
     with pytest.raises(ValueError, match='"SEQ_CLS": PEFT would look for the head `classifier`'):
         save_peft(tmp_path / "a", params, config, task_type="SEQ_CLS")
     assert not (tmp_path / "a").exists()
-    save_peft(tmp_path / "a", params, config, task_type=None)
+    save_peft(tmp_path / "a", params, config)  # not of that type, then
+    assert task_type(tmp_path / "a") is None
     model = torch_classifier(base.config.model_type)
     peft.PeftModel.from_pretrained(model, str(tmp_path / "a"))

@@ -95,7 +95,7 @@ def test_its_adapter_in_peft(directory, ours, tmp_path):
     noise = np.random.default_rng(0)
     moved = jax.tree.map(lambda x: x + 0.05 * noise.normal(size=x.shape).astype("f4"), trainable)
     params = lora.combine(moved, frozen)
-    lora.hf.save_peft(tmp_path, params, config, task_type="FEATURE_EXTRACTION")
+    lora.hf.save_peft(tmp_path, params, config)
     base = transformers.AutoModel.from_pretrained(directory)
     want = theirs(peft.PeftModel.from_pretrained(base, str(tmp_path)).eval(), batch)
     got = run(ours, params, batch)

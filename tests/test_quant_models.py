@@ -1,6 +1,7 @@
 """Models loaded into quantized leaves: from float checkpoints, GGUF's and bitsandbytes' blocks."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +156,10 @@ def test_the_train_command_fine_tunes_over_a_quantized_base(directory, tmp_path)
     code = main(
         ["train", "--model", str(directory), "--train-data", str(data), "--output-dir", str(out),
          "--quantize", "nf4", "--quantize-block", "16", "--rank", "2", "--steps", "2",
+         "--init", "loftq", "--loftq-config", "loftq_iter=2",
          "--target-modules", "q_proj", "v_proj", "--batch-size", "2"]
     )  # fmt: skip
     assert not code
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    written = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert written["loftq_config"] == {"loftq_bits": 4, "loftq_iter": 2}

@@ -29,6 +29,7 @@ from lora_jax.checkpoint.folder import (
 from lora_jax.checkpoint.outline import check_outline, leaf_from, outline
 from lora_jax.checkpoint.swap import leftovers, replace
 from lora_jax.hf.peft_config import PLAIN_INITS
+from lora_jax.methods.loftq import as_read
 
 FORMAT = "lora_jax adapter 2"
 RUN_FORMAT = "lora_jax training state 2"
@@ -276,7 +277,8 @@ def restore_stored(stored: Stored, plan_of: Callable, params):
         check_base(stored.base, params, where=where)
     # The key's numbers are all replaced; init gives the structure and the frozen scales, and the
     # base that starts such as PiSSA's leave.
-    blank = lora.init(jax.random.key(0), plan_of(config), params)
+    plan = as_read(plan_of(config), params, source=where, checked=True)
+    blank = lora.init(jax.random.key(0), plan, params)
     if not keeps_base:
         check_base(stored.base, blank, where=where)
     return _filled(stored, blank), config

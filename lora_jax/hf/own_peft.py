@@ -17,6 +17,7 @@ from lora_jax.hf.peft_config import REPEATABLE_INITS
 from lora_jax.hf.peft_export import named_targets
 from lora_jax.hf.peft_fill import check_tying, fill, plannable, tied_by_file
 from lora_jax.hf.peft_names import adapts, bare, leaves_of
+from lora_jax.methods.loftq import as_read
 from lora_jax.paths import expand, module_of, spell
 
 
@@ -51,6 +52,7 @@ def attach(
     targets, saved = in_our_names(wanted, params, source, using)
     plan = plan_of(targets)
     check_tying(config, plan, source)
+    plan = as_read(plan, params, source=source)
     blank = _with_saved(lora.init(jax.random.key(0), plan, params), saved)
     filled = fill(to_theirs(blank, using, config=config), config, tensors, source=source)
     return to_ours(filled, blank, using), config

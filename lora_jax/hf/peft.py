@@ -24,9 +24,12 @@ from lora_jax.hf.peft_export import named_targets as named_targets
 from lora_jax.hf.peft_export import to_peft as to_peft
 from lora_jax.hf.peft_fill import check_tying, plannable, tied_by_file
 from lora_jax.hf.peft_fill import fill as fill
-from lora_jax.hf.peft_names import leaves_of, tied_config
+from lora_jax.hf.peft_names import tied_config
+from lora_jax.hf.peft_task import check_head, is_encoder, task_of
+from lora_jax.methods.loftq import as_read
 
 TARGETS = ("peft", "vllm")
+AUTO = "auto"
 
 
 def read_peft(
@@ -139,7 +142,7 @@ def attach(
     plan = plan_of(plannable(config, params, source))
     check_tying(config, plan, source)
     # The key is of no consequence: every factor drawn with it is replaced.
-    blank = lora.init(jax.random.key(0), plan, params)
+    blank = lora.init(jax.random.key(0), as_read(plan, params, source=source), params)
     return fill(blank, config, tensors, source=source), config
 
 
@@ -149,7 +152,7 @@ def save_peft(
     config: LoraConfig,
     *,
     base_model_name: str | None = None,
-    task_type: str | None = "CAUSAL_LM",
+    task_type: str | None = AUTO,
     target: str = "peft",
     name_map: NameMap | None = None,
 ) -> None:
@@ -161,7 +164,9 @@ def save_peft(
       lora_params: tree with the adapter.
       config: the config the adapter was made with.
       base_model_name: Hub id or path of the base model, for `base_model_name_or_path`.
-      task_type: PEFT's task type; a config that came from PEFT keeps its own.
+      task_type: PEFT's task type, or None; "auto" keeps that of a config that came from PEFT, and
+        tells a decoder (CAUSAL_LM), an encoder (FEATURE_EXTRACTION) and a classifier (SEQ_CLS)
+        apart otherwise.
       target: "peft", or "vllm" for an adapter that vLLM serves at the right scale: vLLM knows one
         rank and one alpha, so other scales are multiplied into B and ranks filled up with zeros.
       name_map: as for `load_peft`.
@@ -176,15 +181,17 @@ def save_peft(
     """
     if target not in TARGETS:
         raise ValueError(f'target must be one of "peft", "vllm", got {target!r}')
-    task_type = config.extra.get("task_type", task_type)
     if (using := name_map or recognise(lora_params)) is not None:
         from lora_jax.hf import own_peft
 
         lora_params, config = own_peft.in_their_names(lora_params, config, using)
-    if task_type == "CAUSAL_LM":
+    if task_type == AUTO and "task_type" in config.extra:
+        task_type = config.extra["task_type"]
+    if task_type == "CAUSAL_LM" or (task_type == AUTO and not is_encoder(lora_params)):
         config = tied_config(lora_params, config)
     fields, tensors = to_peft(lora_params, config)
-    _check_head(task_type, lora_params, tensors)
+    task_type = task_of(lora_params, tensors) if task_type == AUTO else task_type
+    check_head(task_type, lora_params, tensors)
     if target == "vllm":
         from lora_jax.hf.peft_vllm import for_vllm
 
@@ -193,17 +200,3 @@ def save_peft(
     if base_model_name is not None:
         fields["base_model_name_or_path"] = base_model_name
     peft_files.write_directory(directory, fields, tensors)
-
-
-def _check_head(task_type: str | None, lora_params, tensors: Mapping[str, np.ndarray]) -> None:
-    """PEFT takes the heads of classifiers for trained, and finds no file whole that lacks them."""
-    if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
-        return
-    parts = {part for path in leaves_of(lora_params) for part in path.split(".")}
-    written = {part for key in tensors for part in key.split(".")}
-    for head in ("classifier", "score"):
-        if head in parts - written:
-            raise ValueError(
-                f'task_type "{task_type}": PEFT would look for the head `{head}` in the file; '
-                f'train it too, modules_to_save=("{head}",), or pass task_type=None'
-            )

@@ -43,6 +43,13 @@ def card(fields: Mapping[str, Any]) -> str:
     facts = [f"- base model: {base or 'not recorded'}"]
     facts += [f"- {name}: {_spelled(fields[key])}" for key, name in _LINES if fields.get(key)]
     facts += [f"- {text}" for key, text in _FLAGS if fields.get(key)]
+    if fields.get("init_lora_weights") == "loftq":
+        steps = fields["loftq_config"]
+        facts.append(
+            f"- started by LoftQ ({steps['loftq_bits']} bits, {steps['loftq_iter']} turns): it "
+            "belongs to the base model quantized so, which PEFT does when it reads the adapter "
+            "over the base in floats"
+        )
     if fields.get("bias", "none") != "none":
         facts.append(f"- biases of the base trained: {fields['bias']}")
     front = ["---", "library_name: peft", "tags:", "- lora", "- lora_jax"]

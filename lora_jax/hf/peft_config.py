@@ -20,6 +20,7 @@ MAPPED = {
     "use_rslora": ("use_rslora", False),
     "use_dora": ("use_dora", False),
     "init_lora_weights": ("init", True),
+    "loftq_config": ("loftq_config", {}),
     "bias": ("bias", "none"),
     "modules_to_save": ("modules_to_save", None),
     "rank_pattern": ("rank_pattern", {}),
@@ -43,7 +44,6 @@ CARRIED = {
     "eva_config": None,
     "fan_in_fan_out": False,
     "inference_mode": True,  # PEFT itself writes true, whatever the config said
-    "loftq_config": {},
     "lora_ga_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
@@ -84,7 +84,7 @@ _BASE_CHANGING_INITS = ("corda", "lora_ga")
 # Initialisations after which the base weight is what it was, so that A and B are the whole
 # adapter; and those that change it, but the same way each time, so that a reader can repeat them.
 PLAIN_INITS = ("default", "random", "gaussian", "orthogonal", "eva", "mica")
-REPEATABLE_INITS = ("pissa", "olora")
+REPEATABLE_INITS = ("pissa", "olora", "loftq")
 
 # PEFT's default target modules by model family (peft/utils/constants.py).
 _QV, _BERT, _FUSED = ("q_proj", "v_proj"), ("query", "value"), ("query_key_value",)
@@ -123,6 +123,8 @@ def config_from_peft(fields: Mapping[str, Any], *, model_type: str | None = None
     _check_fields(fields)
     given = {name: fields.get(name, default) for name, (_, default) in MAPPED.items()}
     given["init_lora_weights"] = _init_from_peft(given["init_lora_weights"])
+    if given["init_lora_weights"] != "loftq":
+        given["loftq_config"] = {}  # without effect, in PEFT too
     if given["target_modules"] is None and given["target_parameters"]:
         given["target_modules"] = []
     if given["target_modules"] is None:

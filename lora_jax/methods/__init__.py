@@ -1,8 +1,12 @@
-"""Ways to start an adapter, one function each: `start(key, config, leaf, w) -> (w, a, b)`."""
+"""Ways to start an adapter, one function each: `start(key, config, leaf, w) -> (w, a, b)`.
+
+LoftQ also takes the numbers that a quantized `w` stands for.
+"""
 
 from collections.abc import Callable
 
 from lora_jax.methods import starts
+from lora_jax.methods.loftq import loftq
 
 METHODS: dict[str, Callable] = {
     "default": starts.default,
@@ -12,6 +16,6 @@ METHODS: dict[str, Callable] = {
     "pissa": starts.pissa,
     "olora": starts.olora,
     "mica": starts.mica,
-    "loftq": starts.loftq,
+    "loftq": loftq,
     "eva": starts.eva,
 }

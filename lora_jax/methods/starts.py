@@ -7,18 +7,21 @@ that `W + s·A·B` is still the weight that was given.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from lora_jax.array import (
-    dense,
-    factor_shapes,
-    from_matrix,
-    sizes,
-    stack_dims,
-    to_matrix,
-    widened,
-)
+from lora_jax.array import factor_shapes, sizes
 from lora_jax.config import LoraConfig
+from lora_jax.methods.parts import (
+    factor_dtype,
+    mask,
+    matrix_of,
+    per_stack,
+    principal,
+    residual,
+    scale_of,
+    shaped,
+    uniform,
+    uniform_rank,
+)
 from lora_jax.plan import LeafPlan
 
 
@@ -28,9 +31,9 @@ def default(key, config: LoraConfig, leaf: LeafPlan, w):
     dtype = factor_dtype(leaf)
     if leaf.lookup:
         b = jax.random.normal(key, b_shape, dtype)
-        return w, jnp.zeros(a_shape, dtype), _mask(leaf, b, rank_axis="b")
-    a = _uniform(key, a_shape, 1 / np.sqrt(sizes(leaf.shape, leaf.roles)[1]), dtype)
-    return w, _mask(leaf, a, rank_axis="a"), jnp.zeros(b_shape, dtype)
+        return w, jnp.zeros(a_shape, dtype), mask(leaf, b, rank_axis="b")
+    a = uniform(key, a_shape, 1 / np.sqrt(sizes(leaf.shape, leaf.roles)[1]), dtype)
+    return w, mask(leaf, a, rank_axis="a"), jnp.zeros(b_shape, dtype)
 
 
 def gaussian(key, config: LoraConfig, leaf: LeafPlan, w):
@@ -39,8 +42,8 @@ def gaussian(key, config: LoraConfig, leaf: LeafPlan, w):
         return default(key, config, leaf, w)
     a_shape, b_shape = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
     dtype = factor_dtype(leaf)
-    a = jax.random.normal(key, a_shape, dtype) / _per_stack(leaf, np.maximum(leaf.ranks, 1), "a")
-    return w, _mask(leaf, a.astype(dtype), rank_axis="a"), jnp.zeros(b_shape, dtype)
+    a = jax.random.normal(key, a_shape, dtype) / per_stack(leaf, np.maximum(leaf.ranks, 1), "a")
+    return w, mask(leaf, a.astype(dtype), rank_axis="a"), jnp.zeros(b_shape, dtype)
 
 
 def random(key, config: LoraConfig, leaf: LeafPlan, w):
@@ -48,10 +51,10 @@ def random(key, config: LoraConfig, leaf: LeafPlan, w):
     first, second = jax.random.split(key)
     a_shape, b_shape = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
     dtype = factor_dtype(leaf)
-    a = _uniform(first, a_shape, 1 / np.sqrt(sizes(leaf.shape, leaf.roles)[1]), dtype)
+    a = uniform(first, a_shape, 1 / np.sqrt(sizes(leaf.shape, leaf.roles)[1]), dtype)
     bound = 1 / np.sqrt(np.maximum(leaf.ranks, 1))
-    b = _uniform(second, b_shape, 1.0, dtype) * _per_stack(leaf, bound, "b")
-    return w, _mask(leaf, a, rank_axis="a"), _mask(leaf, b.astype(dtype), rank_axis="b")
+    b = uniform(second, b_shape, 1.0, dtype) * per_stack(leaf, bound, "b")
+    return w, mask(leaf, a, rank_axis="a"), mask(leaf, b.astype(dtype), rank_axis="b")
 
 
 def orthogonal(key, config: LoraConfig, leaf: LeafPlan, w):
@@ -61,7 +64,7 @@ def orthogonal(key, config: LoraConfig, leaf: LeafPlan, w):
     """
     if leaf.rank % 2:
         raise ValueError(f'init="orthogonal" needs an even rank, `{leaf.path}` has {leaf.rank}')
-    _uniform_rank(leaf, "orthogonal")
+    uniform_rank(leaf, "orthogonal")
     stack, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
     keys = jax.random.split(key, 3)
     half = leaf.rank // 2
@@ -69,7 +72,7 @@ def orthogonal(key, config: LoraConfig, leaf: LeafPlan, w):
     odd, even = q[..., 0::2, :], q[..., 1::2, :]
     a = jnp.matmul(jax.random.normal(keys[1], (*stack, fan_in, half)), odd) / 10
     b = jnp.matmul(jax.random.normal(keys[2], (*stack, fan_out, half)), even) / 10
-    return w, *_shaped(leaf, a, jnp.swapaxes(b, -1, -2))
+    return w, *shaped(leaf, a, jnp.swapaxes(b, -1, -2))
 
 
 def pissa(key, config: LoraConfig, leaf: LeafPlan, w):
@@ -79,13 +82,10 @@ def pissa(key, config: LoraConfig, leaf: LeafPlan, w):
 
     Source: Meng et al. 2024, "PiSSA", eq. 2 and 3.
     """
-    _uniform_rank(leaf, "pissa")
-    matrix, s = _matrix(leaf, w)
-    u, values, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    r = leaf.rank
-    root = jnp.sqrt(values[..., :r] / s)
-    a, b = u[..., :r] * root[..., None, :], root[..., :, None] * vt[..., :r, :]
-    return _residual(leaf, w, a, b, s), *_shaped(leaf, a, b)
+    uniform_rank(leaf, "pissa")
+    s = scale_of(leaf)
+    a, b = principal(matrix_of(leaf, w), leaf.rank, s)
+    return residual(leaf, w, a, b, s), *shaped(leaf, a, b)
 
 
 def olora(key, config: LoraConfig, leaf: LeafPlan, w):
@@ -93,12 +93,11 @@ def olora(key, config: LoraConfig, leaf: LeafPlan, w):
 
     Source: Büyükakyüz 2024, "OLoRA"; as PEFT, without division by the scale.
     """
-    _uniform_rank(leaf, "olora")
-    matrix, s = _matrix(leaf, w)
-    q, r = jnp.linalg.qr(jnp.swapaxes(matrix, -1, -2))
+    uniform_rank(leaf, "olora")
+    q, r = jnp.linalg.qr(jnp.swapaxes(matrix_of(leaf, w), -1, -2))
     a = jnp.swapaxes(r[..., : leaf.rank, :], -1, -2)
     b = jnp.swapaxes(q[..., : leaf.rank], -1, -2)
-    return _residual(leaf, w, a, b, s), *_shaped(leaf, a, b)
+    return residual(leaf, w, a, b, scale_of(leaf)), *shaped(leaf, a, b)
 
 
 def mica(key, config: LoraConfig, leaf: LeafPlan, w):
@@ -108,73 +107,8 @@ def mica(key, config: LoraConfig, leaf: LeafPlan, w):
     )
 
 
-def loftq(key, config: LoraConfig, leaf: LeafPlan, w):
-    raise ValueError(
-        'init="loftq" starts from a quantization error and needs a quantized base, which this '
-        'version does not have yet: use "default" or "pissa"'
-    )
-
-
 def eva(key, config: LoraConfig, leaf: LeafPlan, w):
     raise ValueError(
         'init="eva" starts from activations of training data, which this version does not '
         'collect yet: use "default" or "pissa"'
     )
-
-
-def factor_dtype(leaf: LeafPlan):
-    """float32, also over a 16-bit base (as PEFT); float64 over a float64 base."""
-    return widened(leaf.dtype)
-
-
-def _uniform(key, shape, bound: float, dtype):
-    return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
-
-
-def _per_stack(leaf: LeafPlan, values, part: str):
-    """One number a stack index, broadcast-ready against a factor."""
-    a_shape, b_shape = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
-    stack = [leaf.shape[d] for d in stack_dims(leaf.roles)]
-    rest = len(a_shape if part == "a" else b_shape) - len(stack)
-    return np.asarray(values, np.float32).reshape(*stack, *[1] * rest)
-
-
-def _mask(leaf: LeafPlan, factor, *, rank_axis: str):
-    """Zeroes the padding of smaller ranks and of layers left out: zeros never train."""
-    if len(set(leaf.ranks)) == 1:
-        return factor
-    stack = [leaf.shape[d] for d in stack_dims(leaf.roles)]
-    keep = np.arange(leaf.rank)[None] < np.asarray(leaf.ranks)[:, None]
-    extra = factor.ndim - len(stack) - 1
-    shape = (*stack, *[1] * extra, leaf.rank)
-    if rank_axis == "b":
-        shape = (*stack, leaf.rank, *[1] * extra)
-    return factor * keep.reshape(shape).astype(factor.dtype)
-
-
-def _uniform_rank(leaf: LeafPlan, name: str):
-    if len(set(leaf.ranks)) > 1:
-        raise ValueError(
-            f'init="{name}" needs one rank for the whole stack `{leaf.path}`, got ranks '
-            f"{sorted(set(leaf.ranks))}: use unstacked layers or one rank"
-        )
-
-
-def _matrix(leaf: LeafPlan, w):
-    w = dense(w)
-    wide = widened(w.dtype)
-    return to_matrix(w.astype(wide), leaf.roles), leaf.scales[0]
-
-
-def _residual(leaf: LeafPlan, w, a, b, s: float):
-    if hasattr(w, "dequantize"):
-        raise ValueError(f"`{leaf.path}` is quantized: this init changes the base, quantize after")
-    change = s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-    return (w.astype(a.dtype) - from_matrix(change, leaf.shape, leaf.roles)).astype(w.dtype)
-
-
-def _shaped(leaf: LeafPlan, a, b):
-    """Matrices `(stack..., in, r)` and `(stack..., r, out)` in the factors' own shapes."""
-    a_shape, b_shape = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
-    dtype = factor_dtype(leaf)
-    return a.reshape(a_shape).astype(dtype), b.reshape(b_shape).astype(dtype)

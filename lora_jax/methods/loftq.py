@@ -1,0 +1,138 @@
+"""LoftQ: a quantized base, and an adapter that starts as what the quantization has lost.
+
+    Q_t = quantize(W − s·A_{t−1}·B_{t−1})        s·A_t·B_t = SVD_r(W − Q_t)        A_0·B_0 = 0
+
+The base becomes `Q_T`, so that `Q_T + s·A_T·B_T` is as near to `W` as quantizing and decomposing
+in turn bring it.
+
+Source: Li et al. 2023, "LoftQ", arXiv:2310.08659, algorithm 1; PEFT's `loftq_init`.
+"""
+
+import dataclasses
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.array import from_matrix, to_matrix, widened
+from lora_jax.config import LoraConfig
+from lora_jax.methods.parts import principal, scale_of, shaped, uniform_rank
+from lora_jax.plan import LeafPlan, Plan
+from lora_jax.quant.array import QuantArray, is_quant, quantize_array
+
+
+def loftq(key, config: LoraConfig, leaf: LeafPlan, w, weight=None):
+    """The quantized weight and the factors of its error.
+
+    A weight in floats is quantized as PEFT does: NF4 in blocks of 64 inputs with float32 scales.
+    A quantized one needs the numbers it was made of, stays as it is in the first turn (all of
+    PEFT's `replace_lora_weights_loftq`), and keeps its own format in later ones. Other than in
+    PEFT, whose factors are right for a scale of 1 only, the factors are divided by the scale.
+
+    Args:
+      key: unused.
+      config: with `loftq_config`.
+      leaf: of the plan.
+      w: the base weight, in floats or quantized.
+      weight: what a quantized `w` stands for, in floats.
+
+    Raises:
+      ValueError: a quantized `w` without `weight`, or the reverse; 8 bits; a block that does not
+        divide the inputs; or a weight that quantizing does not change.
+    """
+    uniform_rank(leaf, "loftq")
+    _check(config, leaf, w, weight)
+    q = w if is_quant(w) else None
+    full = jnp.asarray(w if weight is None else weight)
+    full = full.astype(widened(full.dtype))
+    s = scale_of(leaf).astype(full.dtype)
+    rest, a, b = full, None, None
+    for turn in range(config.loftq_config["loftq_iter"]):
+        if turn or q is None:
+            q = _quantize(rest, w, q, leaf)
+        lost = full - q.astype(full.dtype).dequantize()
+        if not isinstance(lost, jax.core.Tracer) and not jnp.any(lost):
+            raise ValueError(
+                f"`{leaf.path}`: quantizing has lost nothing that LoftQ could start from (factors "
+                'of zero never train): the weights are the blocks\' own numbers; use init="default"'
+            )
+        a, b = principal(to_matrix(lost, leaf.roles), leaf.rank, s)
+        change = s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+        rest = full - from_matrix(change, leaf.shape, leaf.roles)
+    return q, *shaped(leaf, a, b)
+
+
+def _check(config: LoraConfig, leaf: LeafPlan, w, weight):
+    if is_quant(w) and weight is None:
+        raise ValueError(
+            f"`{leaf.path}` is quantized: LoftQ needs the numbers it was made of, "
+            "lora.init(key, plan, params, weights=the parameters in floats)"
+        )
+    if not is_quant(w) and weight is not None:
+        raise ValueError(f"`{leaf.path}` is not quantized: leave `weights` out of lora.init")
+    if not is_quant(w) and config.loftq_config["loftq_bits"] != 4:
+        raise ValueError(
+            f"`{leaf.path}`: LoftQ with loftq_bits=8 is done on a base that is quantized already: "
+            'lora.quantize(params, plan, format="int8"), then lora.init(..., weights=params)'
+        )
+
+
+def _quantize(x, w, like: QuantArray | None, leaf: LeafPlan) -> QuantArray:
+    """`x` in the format of `like`, else in PEFT's."""
+    if like is None:
+        # PEFT's blocks are of a table's row, and of the inputs of anything else.
+        roles = leaf.roles.translate(str.maketrans("io", "oi")) if leaf.lookup else leaf.roles
+        return quantize_array(x.astype(w.dtype), roles=roles, scale_dtype="float32", name=leaf.path)
+    double = like.scale2 is not None
+    q = quantize_array(
+        x,
+        format=like.format,
+        block_size=like.block,
+        scale_dtype=None if double else str(like.scale.dtype),
+        double_quant=double,
+        roles=like.roles,
+        pad=True,
+        name=leaf.path,
+    )
+    return dataclasses.replace(q, dtype=like.dtype, backend=like.backend)
+
+
+def as_read(plan: Plan, params, *, source: str, checked: bool = False) -> Plan:
+    """The plan of an adapter that is read from a file, over the base at hand.
+
+    Over floats LoftQ is repeated, which gives the base the adapter was trained on. A base that is
+    quantized already is taken for it; after more than one turn that is not the one that
+    quantizing gives.
+
+    Args:
+      plan: of the adapter's config on `params`.
+      params: the base.
+      source: what messages call the adapter.
+      checked: whether the base is compared with the adapter's otherwise.
+
+    Raises:
+      ValueError: the base cannot be the adapter's.
+    """
+    if plan.config.init != "loftq":
+        return plan
+    from lora_jax.tree import leaves_by_path
+
+    held = leaves_by_path(params)
+    quantized = [leaf.path for leaf in plan.adapted if is_quant(held[leaf.path])]
+    if not quantized:
+        return plan
+    if len(quantized) < len(plan.adapted):
+        lost = next(leaf.path for leaf in plan.adapted if leaf.path not in quantized)
+        raise ValueError(
+            f"{source}: the adapter was started by LoftQ, but of the base `{quantized[0]}` is "
+            f"quantized and `{lost}` is not: load it over the base in floats"
+        )
+    turns = plan.config.loftq_config["loftq_iter"]
+    if turns > 1 and not checked:
+        raise ValueError(
+            f"{source}: the adapter was started by LoftQ in {turns} turns, whose base is not the "
+            "weights quantized: load it over the base in floats, which is quantized so again"
+        )
+    config = dataclasses.replace(plan.config, init="default", loftq_config={})
+    return dataclasses.replace(plan, config=config)
