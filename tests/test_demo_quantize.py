@@ -1,0 +1,61 @@
+"""The demo over a GGUF file's own blocks: the same numbers as over the floats they stand for."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from test_hf_gguf import CONFIG, tensors_of, write
+
+from lora_jax import models
+from lora_jax.cli import main
+from tests.tiny import TEMPLATE, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random decoder with the tiny tokenizer in one file, its matrices in Q4_1."""
+    backend = json.loads(tiny_tokenizer().backend.to_str())
+    tokens = sorted(backend["model"]["vocab"], key=backend["model"]["vocab"].get)
+    special = {token["content"] for token in backend["added_tokens"]}
+    merges = [m if isinstance(m, str) else " ".join(m) for m in backend["model"]["merges"]]
+    keys = {
+        "tokenizer.ggml.model": ("string", "gpt2"),
+        "tokenizer.ggml.pre": ("string", "gpt-2"),
+        "tokenizer.ggml.tokens": ("array", tokens),
+        "tokenizer.ggml.merges": ("array", merges),
+        "tokenizer.ggml.token_type": ("array", [3 if t in special else 1 for t in tokens]),
+        "tokenizer.chat_template": ("string", TEMPLATE),
+    }
+    raw = CONFIG.to_hf() | {"vocab_size": len(tokens), "max_position_embeddings": 256}
+    config = models.LlamaConfig.from_hf(raw | {"initializer_range": 0.2})
+    tensors = tensors_of(models.init(jax.random.key(0), config))
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return str(write(path, config, tensors, GGMLQuantizationType.Q4_1, keys=keys))
+
+
+def demo(model, directory, *more):
+    line = ["demo", "--model", model, "--output-dir", str(directory), "--no-progress"]
+    line += ["--steps", "2", "--batch-size", "2", "--test-examples", "2", *more]
+    assert main(line) == 0
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
+
+
+def test_the_base_stays_in_its_blocks_and_trains_alike(model, tmp_path, capsys):
+    want = demo(model, tmp_path / "floats")
+    floats = capsys.readouterr().out
+    got = demo(model, tmp_path / "blocks", "--quantize", "file")
+    out = capsys.readouterr().out
+    assert len(want) == 2 and want[0] != want[1]
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    # Four bits and two float16 numbers for every 32 weights; the norms stay floats.
+    size = r"parameters in ([\d.]+) MiB \((?:quantized \"file\"; )?float32"
+    share = float(re.search(size, out)[1]) / float(re.search(size, floats)[1])
+    assert 0.15 < share < 0.35
+    said = [re.search(r"base \(frozen\) +([\d.]+) MiB", text)[1] for text in (out, floats)]
+    assert float(said[0]) < float(said[1])
+    scores = [json.loads((tmp_path / n / "demo.json").read_text()) for n in ("floats", "blocks")]
+    assert scores[0].keys() == scores[1].keys()
