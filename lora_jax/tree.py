@@ -4,7 +4,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,10 +94,10 @@ def _weights_of(plan: Plan, weights) -> Callable:
         raise ValueError(
             f'`weights` are for init="loftq", got init="{plan.config.init}": leave them out'
         )
-    held = weights if callable(weights) else leaves_by_path(weights).get
+    held: Callable = weights if callable(weights) else leaves_by_path(weights).get
 
     def get(leaf: LeafPlan):
-        w = held(leaf.path)
+        w: Any = held(leaf.path)
         found = "none" if w is None else f"{w.dtype} of shape {tuple(w.shape)}"
         if w is None or is_leaf(w) or tuple(w.shape) != leaf.shape:
             raise ValueError(
