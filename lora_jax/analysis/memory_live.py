@@ -36,6 +36,7 @@ from lora_jax.analysis.memory_program import (
     inputs,
     read,
     stores,
+    whole_bytes,
 )
 
 # Readers whose result may not lie where an operand lay.
@@ -172,7 +173,7 @@ def _takes_over(kernel: _Kernel, dying: list[Value]) -> dict[Value, Value]:
         by_aval = Counter((v.aval.shape, v.aval.dtype) for v in inits)
         free = [x for x in free if by_aval[x.aval.shape, x.aval.dtype]]
     for o in kernel.writes[:carries] if node.op == "scan" else kernel.writes:
-        match = next((x for x in free if x.bytes == o.bytes), None)
+        match = next((x for x in free if whole_bytes(x.aval) == whole_bytes(o.aval)), None)
         if match is not None:
             pairs[o] = match
             free.remove(match)

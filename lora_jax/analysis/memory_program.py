@@ -19,8 +19,11 @@ _VIEWS = frozenset(
     }
 )  # fmt: skip
 _CALLS = frozenset(
-    {"jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat", "shard_map"}
-)
+    {
+        "closed_call", "custom_jvp_call", "custom_partitioning", "custom_vjp_call", "jit", "remat",
+        "shard_map",
+    }
+)  # fmt: skip
 # What reads its operands whole, from memory.
 READERS = frozenset(
     {
@@ -163,7 +166,7 @@ def _same(op: str, eqn, ins: list[Value]) -> Any:
 
 
 def _body(eqn):
-    found = (eqn.params.get(name) for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"))
+    found = (eqn.params.get(name) for name in ("jaxpr", "call_jaxpr", "call"))
     return next((x for x in found if x is not None), None)
 
 
