@@ -1,6 +1,7 @@
 """The memory of a training step, estimated from a configuration: beside XLA's own analysis."""
 
 import json
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from lora_jax import LoraConfig, analysis
 from lora_jax.analysis import memory_fit, memory_live
 from lora_jax.analysis.memory_shapes import SHAPES
+from lora_jax.analysis.memory_step import StepSettings
 from lora_jax.cli import main
 
 GIB = 2**30
@@ -37,8 +39,6 @@ def test_an_estimate_is_within_a_tenth_of_the_compiled_step(method):
 def test_the_papers_reduction_of_parameters():
     adapter = LoraConfig(rank=8, target_modules=("q_proj", "v_proj"))
     assert analysis.parameters("llama-2-7b", adapter) == (4_194_304, 6_742_609_920)
-    text = analysis.memory("llama-2-7b", adapter=adapter, length=128).table()
-    assert "4,194,304 || all params: 6,742,609,920 || trainable%: 0.0622" in text
 
 
 def test_what_is_counted_of_a_known_model():
@@ -46,6 +46,7 @@ def test_what_is_counted_of_a_known_model():
     found = analysis.memory("llama-2-7b", adapter=LoraConfig(rank=16), length=128)
     per_block = 16 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
     assert found.trainable == 32 * per_block == 39_976_960
+    assert "39,976,960 || all params: 6,778,392,576 || trainable%: 0.5898" in found.table()
     scales = 4 * 32 * 7  # a float32 scale a matrix and block stays frozen
     assert found.weights == 2 * 6_738_415_616 + scales
     assert found.adapters == found.gradients == 4 * found.trainable
@@ -71,65 +72,106 @@ def test_what_is_kept_follows_remat():
     assert kept[False] > kept["projections"] + 4 * 4 * 2 * 8 * 256 * 256
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "copies"), [("adamw", 2), ("lion", 1), ("momentum", 1), ("sgd", 0)]
-)
+@pytest.mark.parametrize(("optimizer", "copies"), [("lion", 1), ("sgd", 0)])
 def test_optimizers_hold_their_copies(optimizer, copies):
     found = analysis.memory(LLAMA, optimizer=optimizer, length=16)
     assert found.optimizer == pytest.approx(copies * found.adapters, abs=4096)
 
 
 def test_a_mesh_spreads_weights_and_rows():
-    one = analysis.memory(LLAMA, adapter=None, batch=8, length=64)
-    fsdp = analysis.memory(LLAMA, adapter=None, batch=8, length=64, mesh={"fsdp": 8})
-    assert fsdp.devices == 8
+    options = dict(adapter=None, batch=8, length=64)
+    one, fsdp, both, data = (
+        analysis.memory(LLAMA, mesh=mesh, **options)
+        for mesh in ({}, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 8})
+    )
     norms = 4 * (2 * 4 + 1) * 512
-    assert fsdp.weights == (one.weights - norms) // 8 + norms
-    assert fsdp.gradients == fsdp.weights
-    assert fsdp.kept == one.kept // 8
+    assert fsdp.devices == 8
+    assert fsdp.weights == fsdp.gradients == (one.weights - norms) // 8 + norms
+    assert fsdp.kept == data.kept == one.kept // 8
     assert fsdp.all_devices == one.arguments
     assert "on each device" in fsdp.table() and "spread over fsdp 8" in fsdp.table()
-    both = analysis.memory(LLAMA, adapter=None, batch=8, length=64, mesh={"fsdp": 2, "tensor": 4})
     assert both.weights == fsdp.weights and both.kept == one.kept // 2
-    data = analysis.memory(LLAMA, adapter=None, batch=8, length=64, mesh={"data": 8})
-    assert data.weights == one.weights and data.kept == fsdp.kept
-    assert data.copied >= 3 * data.weights
+    assert data.weights == one.weights and data.copied >= 3 * data.weights
 
 
 def test_adapters_are_spread_as_their_weights_are():
-    spread = analysis.memory(LLAMA, batch=4, length=16, mesh={"fsdp": 4}, quantize="nf4")
-    whole = analysis.memory(LLAMA, batch=4, length=16, quantize="nf4")
-    in_parts = 8 * 4 * 4 * (3 * 512 + 512 + 2 * 512 + 1408)  # A: q k v, o, gate up, down
-    assert spread.adapters == whole.adapters - in_parts * 3 // 4
+    spread = analysis.memory(LLAMA, batch=4, length=16, mesh={"fsdp": 4})
+    inputs = 4 * 4 * 8 * (3 * 512 + 512 + 2 * 512 + 1408)  # of A: q k v, o, gate up, down
+    outputs = 4 * 4 * 8 * (512 + 2 * 256 + 512 + 2 * 1408 + 512)
+    assert spread.adapters == inputs // 4 + outputs
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert-base", "mistral-7b"])
+@pytest.mark.parametrize("name", ["gpt2", "bert-base"])
 def test_other_families(name):
-    found = analysis.memory(name, length=64, quantize="nf4")
+    found = analysis.memory(name, length=64)
     assert 0 < found.trainable < found.parameters / 50
-    assert found.weights < found.parameters * 1.5 and found.activations > 0
+    assert found.weights == pytest.approx(2 * (found.parameters - found.trainable), rel=1e-5)
+    assert found.activations > found.kept == 12 * 64 * 768 * 2
 
 
-def test_a_gradient_of_a_gram_matrix_is_counted_as_xla_counts():
-    """Two products and an elementwise chain: what is alive is known by hand."""
+def test_what_is_alive_in_a_program_that_is_known():
+    """Two products and an elementwise chain between them; a loop; a donated argument."""
 
     def fn(x, w):
         y = jnp.tanh(x @ w)
         return jnp.sum(jnp.sin(y) * 2 + 1), y @ w
 
     x, w = (jax.ShapeDtypeStruct(s, "float32") for s in ((256, 512), (512, 512)))
-    found = memory_live.alive(fn, x, w)
     product = 256 * 512 * 4
+    found = memory_live.alive(fn, x, w)
     assert found.bytes == pytest.approx(2 * product, abs=16)
-    assert found.largest[0][1] == product
+    assert found.largest[0] == ("tanh float32[256, 512]", product)
+
+    def loop(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), jnp.sin(x)), x, w)
+
+    stack = jax.ShapeDtypeStruct((4, 512, 512), "float32")
+    found = memory_live.alive(loop, x, stack)  # carry, stack of results, slice, product
+    assert found.bytes == product + 4 * product + 512 * 512 * 4 + product
+
+    def update(x, g):
+        return x - 0.1 * jnp.sin(g), g @ g.T
+
+    assert memory_live.alive(update, x, x, donate=(0,)).bytes == 256 * 256 * 4
+    assert memory_live.alive(update, x, x).bytes == 256 * 256 * 4 + product
 
 
-def test_what_would_fit_is_said():
-    found = analysis.memory(LLAMA, adapter=LoraConfig(rank=8), **{**CPU, "batch": 4}, remat=False)
-    lines = memory_fit.remedies(LLAMA, found, int(0.8 * found.total))
-    assert lines[0].startswith("remat True: ")
-    assert any(line.startswith("batch 2, accumulation 2: ") for line in lines)
-    assert memory_fit.remedies(LLAMA, found, found.total) == []
+def test_what_would_fit_is_said(monkeypatch):
+    """By a model of memory that is a product: batch, twice that without rematerialization."""
+
+    class Found(NamedTuple):
+        model: str
+        settings: StepSettings
+
+        @property
+        def total(self) -> int:
+            s = self.settings
+            weights = 8 if s.adapter is None else 4 if s.quantize is None else 1
+            return (s.batch * (1 if s.remat is True else 2) + weights) * GIB // s.mesh["fsdp"]
+
+        def fits(self, device_memory: int) -> bool:
+            return self.total <= device_memory
+
+    def lines(limit: int, **settings) -> list[str]:
+        return memory_fit.remedies(LLAMA, Found("m", StepSettings(**settings)), limit * GIB)
+
+    monkeypatch.setattr(memory_fit, "estimate", lambda name, config, s: Found(name, s))
+    assert lines(8, batch=4) == []
+    assert lines(8, batch=4, remat=False) == [
+        "remat True: 8.00 GiB",
+        "batch 2, accumulation 2: 8.00 GiB",
+        "batch 1, accumulation 4: 6.00 GiB",
+        "fsdp 2 as it is, batch 4: 6.00 GiB on each device",
+    ]
+    assert lines(7, adapter=None) == [
+        "LoRA instead of full fine-tuning: 5.00 GiB",
+        "QLoRA, base in nf4: 2.00 GiB",
+        "fsdp 2 as it is, batch 2: 5.00 GiB on each device",
+    ]
+    found = lines(2, batch=8)
+    together = "batch 1, accumulation 8; QLoRA, base in nf4"
+    assert found[0] == f"all of these together ({together}): 2.00 GiB"
+    assert found[1] == "fsdp 8 as it is, batch 8: 1.50 GiB on each device"
 
 
 @pytest.mark.parametrize(
@@ -177,12 +219,12 @@ def test_a_size_that_is_none_is_refused():
 def test_the_command_reads_a_directory_and_says_what_fits(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     argv = ["estimate", str(tmp_path), "--length", "64", "--device-memory", "100MB"]
-    assert main(argv) == 0
+    assert main([*argv, "--method", "full", "lora"]) == 0
     out = capsys.readouterr().out
-    rows = [line.split() for line in out.splitlines()[1:5]]
-    assert [row[1] for row in rows] == ["method", "full", "LoRA", "QLoRA"]
-    assert [row[-1] for row in rows[1:]] == ["no", "yes", "yes"]
-    assert "full, does not fit; these would:\n  LoRA instead of full fine-tuning: " in out
+    rows = [line.split() for line in out.splitlines()[1:4]]
+    assert [row[1] for row in rows] == ["method", "full", "LoRA"]
+    assert [row[-1] for row in rows] == ["fits", "no", "yes"]
+    assert "full, does not fit; these would:\n  LoRA instead of full fine-tuning: 0.0" in out
 
 
 def test_the_command_writes_json(capsys):
@@ -197,4 +239,6 @@ def test_the_command_writes_json(capsys):
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     assert main(["estimate", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith(f"lora-jax: {tmp_path}/config.json:1: not JSON")
+    assert capsys.readouterr().err.startswith(
+        f"lora-jax estimate: {tmp_path}/config.json:1: not JSON"
+    )

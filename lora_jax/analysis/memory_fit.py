@@ -97,7 +97,9 @@ def _joined(together: Any, start: Any, change: Any) -> Any:
 
 
 def _names(settings: Any) -> str:
-    return "; ".join(name for name, _ in _changes(settings))
+    """All changes in words; of the batches, the smallest."""
+    last = {name.split()[0]: name for name, _ in _changes(settings)}
+    return "; ".join(last.values())
 
 
 def _devices(name: str, config: Any, settings: Any, device_memory: int, label: str) -> str:
