@@ -7,6 +7,12 @@ with an adapter of its own choice out of a stack of `count`; the gathering of th
 timed too, as it would be if every step had other rows. Tokens a second over those with one adapter
 and over the plain base. PEFT's `adapter_names` on torch runs the same step (a forward pass over as
 many tokens) with 1 and 64 adapters. One process, interleaved, medians.
+
+    python benchmarks/multi_adapter.py --ways [--dim 576] [--rounds 7]
+
+compares the ways instead (`adapter_way`): four square layers with adapters of rank 8, over shapes
+from decoding to training and to an adapter for each token; time and temporary memory of each way
+over those of "gathered", and which of them the rule takes.
 """
 
 import argparse
@@ -21,6 +27,7 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.array import is_lora, is_stack
 from lora_jax.multi.decode import runner
+from lora_jax.transform.grouped import way_of
 
 SLOTS = 64
 
@@ -32,8 +39,8 @@ def template(model):
     return lora.init(jax.random.key(0), plan, model.params)
 
 
-def filled(stacked, count: int):
-    """A stack of `count` random adapters in bfloat16, as they would be served."""
+def filled(stacked, count: int, dtype=jnp.bfloat16):
+    """A stack of `count` random adapters, in bfloat16 as they would be served."""
 
     def fill(x):
         if not is_stack(x):
@@ -42,7 +49,7 @@ def filled(stacked, count: int):
         def noise(array):
             shape = [*array.shape[: x.axis], count, *array.shape[x.axis + 1 :]]
             rng = np.random.default_rng(len(shape))
-            return jnp.asarray(0.02 * rng.standard_normal(shape, np.float32), jnp.bfloat16)
+            return jnp.asarray(0.02 * rng.standard_normal(shape, np.float32), dtype)
 
         from dataclasses import replace
 
@@ -96,13 +103,91 @@ def peft_loop(source: str, rows: int, counts):
     return {f"peft {n}": (lambda n=n: forward(n)) for n in counts} | {"peft base": plain}
 
 
+# rows, tokens of each, adapters in the stack, whether each token has its own, whether it trains
+SHAPES = (
+    (64, 1, 1, False, False),
+    (64, 1, 8, False, False),
+    (64, 1, 64, False, False),
+    (64, 1, 512, False, False),
+    (8, 256, 4, False, False),
+    (8, 256, 4, False, True),
+    (64, 4, 4, False, True),
+    (8, 256, 8, True, False),
+    (8, 256, 8, True, True),
+    (8, 256, 512, True, False),
+)
+
+
+def way_runs(rows: int, tokens: int, slots: int, by_token: bool, train: bool, dim: int):
+    """Each way's compiled function of no argument, its temporary bytes, and the rule's choice."""
+    layers, rank = 4, 8
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.standard_normal((layers, dim, dim), np.float32) / dim**0.5)
+    x = jnp.asarray(rng.standard_normal((rows, tokens, dim), np.float32))
+
+    def fn(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    config = lora.LoraConfig(rank=rank, target_modules=("w",), roles={"w": "bio"}, init="random")
+    plan = lora.plan(config, fn, {"w": w}, x)
+    one = lora.stack([lora.init(jax.random.key(0), plan, {"w": w})], train=True)
+    stack = filled(one, slots, jnp.float32)
+    ids = rng.integers(0, slots, (rows, tokens) if by_token else rows).astype(np.int32)
+    trainable, frozen = lora.split(stack)
+    ways = ["gathered", "grouped"] + (["ragged"] if slots <= 8 else [])
+    found = {}
+    for way in ways:
+        run = lora.lorafy(fn, adapter_way=way, reverse_only=train)
+
+        def forward(trainable, frozen, x, ids, run=run):
+            return jnp.sum(run(lora.combine(trainable, frozen), x, adapter_ids=ids) ** 2)
+
+        step = jax.jit(jax.grad(forward) if train else forward)
+        compiled = step.lower(trainable, frozen, x, ids).compile()
+        size = compiled.memory_analysis().temp_size_in_bytes
+        found[way] = (lambda c=compiled: c(trainable, frozen, x, ids)), size
+    rule = way_of(ids.size, 1 if by_token else tokens, slots, rank)
+    return found, rule
+
+
+def compare_ways(options):
+    table = []
+    for shape in SHAPES:
+        rows, tokens, slots, by_token, train = shape
+        runs, rule = way_runs(*shape, options.dim)
+        times = interleaved({n: run for n, (run, _) in runs.items()},
+                            rounds=options.rounds, warmup=2)  # fmt: skip
+        for way, (_, size) in runs.items():
+            table.append(
+                {
+                    "rows": rows,
+                    "tokens": tokens,
+                    "adapters": slots,
+                    "for each": "token" if by_token else "row",
+                    "step": "training" if train else "forward",
+                    "way": way,
+                    "the rule's": way == rule,
+                    "ms": 1e3 * float(np.median(times[way])),
+                    "time / gathered": ratio(times, way, "gathered"),
+                    "temporary MB": size / 1e6,
+                }
+            )
+        gc.collect()
+    report("multi_adapter_ways", "Which way of computing many adapters is cheaper?", table,
+           dim=options.dim)  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 64, 512, 2048])
     parser.add_argument("--no-peft", action="store_true")
+    parser.add_argument("--ways", action="store_true", help="compare the ways instead")
+    parser.add_argument("--dim", type=int, default=576)
     options = parser.parse_args()
+    if options.ways:
+        return compare_ways(options)
     source, rows = str(models.find_smollm2()), options.rows
     model = models.load(source)
     one = lora.stack([template(model)])

@@ -19,6 +19,8 @@ from jax import lax
 from lora_jax import compat
 from lora_jax.array import Gain, LoraArray, LoraStack, SavedStack, is_lora, is_stack
 from lora_jax.multi.stack import count
+from lora_jax.transform.grouped import take_slots
+from lora_jax.transform.lorafy import gains
 
 
 def select(stacked, ids):
@@ -38,10 +40,27 @@ def select(stacked, ids):
       ValueError: an id out of range, or ids that are no vector of integers. Ids that are traced
         cannot be checked: one out of range gives NaN in its row.
     """
-    ids = jnp.asarray(ids)
-    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+    ids = checked(stacked, ids)
+    if ids.ndim != 1:
         raise ValueError(
-            f"`adapter_ids` must be integers of shape (rows,), got {ids.dtype} of shape {ids.shape}"
+            f"`adapter_ids` must be of shape (rows,) to choose rows, got shape {ids.shape}"
+        )
+    return jax.tree.map(
+        lambda x: select_leaf(x, ids) if is_stack(x) else x, stacked, is_leaf=is_lora
+    )
+
+
+def checked(stacked, ids):
+    """Ids of rows or tokens as an array.
+
+    Raises:
+      ValueError: no integers of one or two dims, or one out of range (unless they are traced).
+    """
+    ids = jnp.asarray(ids)
+    if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            "`adapter_ids` must be integers of shape (rows,) or (rows, tokens), got "
+            f"{ids.dtype} of shape {ids.shape}"
         )
     number = count(stacked)
     if not isinstance(ids, jax.core.Tracer):
@@ -51,12 +70,12 @@ def select(stacked, ids):
                 f"`adapter_ids` has {sorted(set(bad.tolist()))}, but the stack has slots 0 to "
                 f"{number - 1} (-1 is the plain base)"
             )
-    return jax.tree.map(
-        lambda x: _select_leaf(x, ids, number) if is_stack(x) else x, stacked, is_leaf=is_lora
-    )
+    return ids
 
 
-def _select_leaf(x: LoraStack | SavedStack, ids, number: int):
+def select_leaf(x: LoraStack | SavedStack, ids):
+    """One leaf of `select`; the ids have been checked."""
+    number = x.count
     # The base and ids out of range read nothing: another's numbers never reach their rows.
     where = jnp.where((ids >= 0) & (ids < number), ids, number)
     poison = jnp.where((ids < -1) | (ids >= number), jnp.nan, 0.0)
@@ -69,44 +88,17 @@ def _select_leaf(x: LoraStack | SavedStack, ids, number: int):
         value = jnp.where((where < number).reshape(shape), pick(x.value), x.w)
         value = value + poison.reshape(shape).astype(value.dtype)
         return SavedStack(x.w, value, chosen=True)
-    if x.m is not None:
-        gain = pick(_gains(x), 1)
-    else:
-        gain = None if x.gain is None else pick(x.gain, 1)
+    gain = gains(x)
     return dataclasses.replace(
         x,
         a=pick(x.a),
         b=pick(x.b),
         scale=pick(x.scale) + poison.astype(x.scale.dtype),
         m=None,
-        gain=gain,
+        gain=None if gain is None else pick(gain, 1),
         bias=None if x.bias is None else pick(x.bias),
         chosen=True,
     )
-
-
-def take_slots(array, where, axis: int, fill=0):
-    """Slots of a stack by number; one that is not there gives `fill`.
-
-    A slot is taken as one long run: XLA:CPU gathers number by number in a loop over the last dim,
-    and over a last dim of the rank's size (8) it takes three times as long.
-    """
-    shape = array.shape
-    runs = array.reshape(*shape[: axis + 1], -1)
-    taken = jnp.take(runs, where, axis=axis, mode="fill", fill_value=fill)
-    return taken.reshape(*shape[:axis], *where.shape, *shape[axis + 1 :])
-
-
-def _gains(x: LoraStack):
-    """DoRA's gain of every adapter, from magnitudes that train."""
-    from lora_jax.methods.dora import gain
-
-    at = x.axis
-    return jax.vmap(
-        lambda a, b, scale, m: gain(LoraArray(x.w, a, b, scale, m, roles=x.roles)),
-        in_axes=(at, at, at, at),
-        out_axes=at,
-    )(x.a, x.b, x.scale, x.m)
 
 
 class Rows(NamedTuple):
@@ -126,21 +118,21 @@ class Rows(NamedTuple):
 
 
 def by_row(chosen) -> Rows:
-    """Takes a tree of chosen adapters (from `select`) apart."""
+    """Takes a tree of chosen adapters (from `select`) apart; other stacks are the rows' base."""
     flat, tree = jax.tree.flatten(chosen, is_leaf=is_lora)
     fields = {LoraStack: ("a", "b", "scale", "gain", "bias"), SavedStack: ("value",)}
     where = [
         (i, name)
         for i, x in enumerate(flat)
-        if is_stack(x)
+        if _is_chosen(x)
         for name in fields[type(x)]
         if getattr(x, name) is not None
     ]
     arrays = [getattr(flat[i], name) for i, name in where]
 
     # Only the form of a stack is needed to make a leaf of it.
-    forms = [dataclasses.replace(x, w=None, **dict.fromkeys(fields[type(x)])) if is_stack(x)
-             else None for x in flat]  # fmt: skip
+    forms = [dataclasses.replace(x, w=None, **dict.fromkeys(fields[type(x)]))
+             if _is_chosen(x) else None for x in flat]  # fmt: skip
 
     def join(row: list, base: list):
         own: dict[int, dict] = {}
@@ -152,8 +144,12 @@ def by_row(chosen) -> Rows:
         ]
         return jax.tree.unflatten(tree, leaves)
 
-    base = [x.w if is_stack(x) else x for x in flat]
+    base = [x.w if _is_chosen(x) else x for x in flat]
     return Rows(arrays, [flat[i].axis for i, _ in where], base, join)
+
+
+def _is_chosen(x) -> bool:
+    return is_stack(x) and x.chosen
 
 
 def _row_leaf(form: LoraStack | SavedStack, w, own: dict):
@@ -164,12 +160,13 @@ def _row_leaf(form: LoraStack | SavedStack, w, own: dict):
     return LoraArray(w, m=m, roles=form.roles, dropout=form.dropout, window=form.window, **own)
 
 
-def rowwise(call: Callable, chosen, args: tuple, kwargs: dict, key, *, row_axes, out_axes):
-    """Runs `call(tree, *args, lora_key=, **kwargs)` on every row with its own adapter.
+def rowwise(call: Callable, chosen, ids, args: tuple, kwargs: dict, key, *, row_axes, out_axes):
+    """Runs `call(row's ids, tree, args, kwargs, key)` on every row with its own adapter.
 
     Args:
       call: a function that accepts LoRA parameters and a batch of one row.
-      chosen: from `select`.
+      chosen: from `select`, or with stacks of which `call` chooses by the ids.
+      ids: (rows, ...), anything that differs between rows.
       args, kwargs: of the call; arrays hold all rows along the axes that `row_axes` names.
       key: dropout key, or None.
       row_axes: a prefix of `(args, kwargs)`: where each array numbers the rows, None for what all
@@ -181,25 +178,24 @@ def rowwise(call: Callable, chosen, args: tuple, kwargs: dict, key, *, row_axes,
       The outputs with the rows along `out_axes`.
     """
     parts = by_row(chosen)
-    rows = parts.arrays[0].shape[parts.axes[0]]
+    rows = ids.shape[0]
     flat, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda x: x is None)
-    axes = _axes_of(row_axes, flat, tree, rows)
+    axes = axes_of(row_axes, flat, tree, rows)
     mapped = {i: axis for i, axis in enumerate(axes) if axis is not None}
     seen: dict = {}
 
-    def one(number, own, given):
+    def one(number, own_ids, own, given):
         full = list(flat)
         for (i, axis), x in zip(mapped.items(), given, strict=True):
             full[i] = lax.expand_dims(x, [axis])
         args, kwargs = jax.tree.unflatten(tree, full)
-        if key is not None:
-            kwargs = {**kwargs, "lora_key": jax.random.fold_in(key, number)}
-        out = call(parts.join(own, parts.base), *args, **kwargs)
+        own_key = None if key is None else jax.random.fold_in(key, number)
+        out = call(own_ids, parts.join(own, parts.base), args, kwargs, own_key)
         return _split_outputs(out, out_axes, seen)
 
     own_rows, shared = jax.vmap(
-        one, in_axes=(0, parts.axes, list(mapped.values())), out_axes=(0, None)
-    )(jnp.arange(rows), parts.arrays, [flat[i] for i in mapped])
+        one, in_axes=(0, 0, parts.axes, list(mapped.values())), out_axes=(0, None)
+    )(jnp.arange(rows), ids, parts.arrays, [flat[i] for i in mapped])
     own_rows = iter(
         jnp.moveaxis(x, 0, axis) for x, axis in zip(own_rows, seen["axes"], strict=True)
     )
@@ -207,7 +203,12 @@ def rowwise(call: Callable, chosen, args: tuple, kwargs: dict, key, *, row_axes,
     return jax.tree.unflatten(seen["tree"], [next(found[kind]) for kind in seen["kinds"]])
 
 
-def _axes_of(row_axes, flat: list, tree, rows: int) -> list[int | None]:
+def axes_of(row_axes, flat: list, tree, rows: int) -> list[int | None]:
+    """For each of the flat arguments the axis that numbers the rows, or None.
+
+    Raises:
+      ValueError: an argument has another number of entries there.
+    """
     full = jax.tree.unflatten(tree, flat)
     axes = jax.tree.leaves(
         jax.tree.broadcast(row_axes, full, is_leaf=lambda x: x is None), is_leaf=lambda x: x is None

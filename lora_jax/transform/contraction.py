@@ -20,7 +20,7 @@ from lora_jax.transform.value import (
 )
 
 
-def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, **params):
+def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, chosen=None, **params):
     """A weight on one side of a dot: any contracting, batch and free dims.
 
     Args:
@@ -28,6 +28,7 @@ def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, **par
       bind: binds the original primitive to dense operands.
       use: how often the weight was used before, for dropout.
       dimension_numbers, precision: of the primitive.
+      chosen: for a weight with many adapters, see `lora_jax.transform.slots`.
       **params: the primitive's other parameters.
 
     Returns:
@@ -51,7 +52,10 @@ def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, **par
     x_free = [label for label in x_labels if label[0] == "x"]
     out = batch + (w_free + x_free if weight_left else x_free + w_free)
 
-    x, gain_after = _gain_before(v, x, x_labels, w_contracted)
+    first: list = []
+    if chosen is not None:
+        v, first = chosen.spread(v)
+    x, gain_after = _gain_before(v, x, x_labels, w_contracted, first)
     base = weight.product(
         v,
         x,
@@ -63,18 +67,14 @@ def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, **par
     )
     if not v.rank:  # a quantized weight without an adapter
         return base
-    change = low_rank(
-        v,
-        dropped(v, x, use),
-        x_labels,
-        out,
-        contracted=w_contracted,
-        dtype=base.dtype,
-        precision=precision,
-        specs=_wanted_specs(base, out, params.get("out_sharding")),
-    )
-    y = _gain_after(v, base + change, out, gain_after)
-    return _with_bias(v, y, out, w_contracted)
+    form = {"contracted": w_contracted, "dtype": base.dtype, "precision": precision}
+    if chosen is not None:
+        change = chosen.low_rank(v, dropped(v, x, use), x_labels, out, **form)
+    else:
+        specs = _wanted_specs(base, out, params.get("out_sharding"))
+        change = low_rank(v, dropped(v, x, use), x_labels, out, specs=specs, **form)
+    y = _gain_after(v, base + change, out, gain_after, first)
+    return _with_bias(v, y, out, w_contracted, first)
 
 
 def _wanted_specs(base, out: Sequence, out_sharding):
@@ -84,8 +84,14 @@ def _wanted_specs(base, out: Sequence, out_sharding):
     return dict(zip(out, spec, strict=True))
 
 
-def _gain_before(v: Implicit, x, x_labels, contracted):
+def _gain_before(v: Implicit, x, x_labels, contracted, first: Sequence = ()):
     """Multiplies DoRA's gain into the activation where its dims are summed over.
+
+    Args:
+      v: the weight.
+      x, x_labels: the activation.
+      contracted: dims of the weight.
+      first: labels of axes that gain, scale and bias have before their own.
 
     Returns:
       The activation, and whether the gain is still to be applied to the result.
@@ -99,20 +105,21 @@ def _gain_before(v: Implicit, x, x_labels, contracted):
     have = {label[1] for label in x_labels if label[0] == "w"}
     if any(d not in have for d in dims):
         raise Unsupported("DoRA's magnitude is over dims that are partly summed, partly kept")
-    gain = expand_to(v.gain, [("w", d) for d in dims], x_labels)
+    gain = expand_to(v.gain, [*first, *(("w", d) for d in dims)], x_labels)
     return (x * gain.astype(x.dtype)), False
 
 
-def _with_bias(v: Implicit, y, out_labels, contracted):
+def _with_bias(v: Implicit, y, out_labels, contracted, first: Sequence = ()):
     """Adds `scale · bias` where the in dims have been summed over, once for every output."""
     if v.bias is None:
         return y
     roles = [v.roles[d] for d in range(v.ndim) if d in contracted and v.shape[d] != 1]
     if "b" in roles or "o" in roles or roles.count("i") != _large(v).count("i"):
         raise Unsupported("it is contracted over other dims than its in dims")
-    dims = labels(v.roles, "bias")
-    bias = v.bias * expand_to(v.scale.astype(v.bias.dtype), labels(v.roles, "scale"), dims)
-    return y + expand_to(bias, [("w", d) for d in dims], out_labels).astype(y.dtype)
+    dims = [*first, *(("w", d) for d in labels(v.roles, "bias"))]
+    scales = [*first, *(("w", d) for d in labels(v.roles, "scale"))]
+    bias = v.bias * expand_to(v.scale.astype(v.bias.dtype), scales, dims)
+    return y + expand_to(bias, dims, out_labels).astype(y.dtype)
 
 
 def _large(v: Implicit) -> list[str]:
@@ -120,10 +127,10 @@ def _large(v: Implicit) -> list[str]:
     return [role for role, n in zip(v.roles, v.shape, strict=True) if n != 1]
 
 
-def _gain_after(v: Implicit, y, out_labels, pending: bool):
+def _gain_after(v: Implicit, y, out_labels, pending: bool, first: Sequence = ()):
     if not pending:
         return y
-    gain = expand_to(v.gain, [("w", d) for d in labels(v.roles, "gain")], out_labels)
+    gain = expand_to(v.gain, [*first, *(("w", d) for d in labels(v.roles, "gain"))], out_labels)
     return y * gain.astype(y.dtype)
 
 

@@ -14,7 +14,7 @@ import jax
 from jax import lax
 
 from lora_jax import compat
-from lora_jax.transform import contraction, structural
+from lora_jax.transform import contraction, slots, structural
 from lora_jax.transform.value import Implicit, Unsupported, is_implicit, materialize
 
 
@@ -34,6 +34,7 @@ class Context:
       quiet: whether fallbacks are only collected in `told`, not warned of.
       lines: source lines of the equations entered, innermost last.
       reverse_only: whether the thin products have a backward of their own.
+      chooser: where weights hold many adapters, the row's own.
     """
 
     strict: bool
@@ -43,6 +44,7 @@ class Context:
     lines: list = dataclasses.field(default_factory=lambda: ["unknown line"])
     quiet: bool = False
     reverse_only: bool = False
+    chooser: slots.Chooser | None = None
 
     def next_use(self, v: Implicit) -> int:
         if v.key is None or v.dropout == 0:
@@ -64,6 +66,8 @@ class Context:
 
     def fall_back(self, v: Implicit, eqn, reason: str):
         """Materializes a weight, with a warning or (strict) an error that says where and why."""
+        if v.slots:
+            v = slots.whole(self, v, eqn, reason)
         name, line = compat.name_of(eqn), compat.source_line(eqn, self.lines[-1])
         text = (
             f"`{v.path}` has no low-rank form in `{name}` at {line}: {reason}. "
@@ -190,16 +194,20 @@ def _apply(context: Context, jaxpr, eqn, values: list, constant: set) -> list:
     name = compat.name_of(eqn)
     try:
         with compat.equation_context(eqn):
-            if name in CONTROL:
+            if name in CONTROL and not (name == "shard_map" and any(map(slots.is_stacked, values))):
                 context.lines.append(compat.source_line(eqn, context.lines[-1]))
                 try:
                     return list(CONTROL[name](context, eqn, values))
                 finally:
                     context.lines.pop()
-            if name not in RULES:
+            rule = RULES.get(name, CONTROL.get(name))
+            if rule is None:
                 raise Unsupported("the operation has no rule")
             _refuse_transforms(eqn, values, constant)
-            out = RULES[name](context, eqn, values)
+            if any(map(slots.is_stacked, values)):
+                out = slots.apply(context, eqn, values, _binder(eqn), rule)
+            else:
+                out = rule(context, eqn, values)
         return list(out) if eqn.primitive.multiple_results else [out]
     except Unsupported as reason:
         return _densely(context, jaxpr, eqn, values, str(reason))

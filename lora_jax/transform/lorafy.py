@@ -1,5 +1,6 @@
 """`lorafy`: traces a model once, abstract in its adapted weights, and interprets the jaxpr."""
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from lora_jax import compat, paths
 from lora_jax.array import (
     Gain,
     LoraArray,
+    LoraStack,
     RowsArray,
     SavedArray,
     effective,
@@ -24,6 +26,7 @@ from lora_jax.array import (
 from lora_jax.quant.array import QuantArray, is_leaf
 from lora_jax.transform import weight
 from lora_jax.transform.interpret import Context, evaluate
+from lora_jax.transform.positions import follow
 from lora_jax.transform.value import Implicit, Note, is_implicit, materialize
 
 
@@ -34,6 +37,8 @@ def lorafy(
     reverse_only: bool = False,
     row_axes: Any = 0,
     out_axes: Any = 0,
+    token_axes: Any = 1,
+    adapter_way: str | None = None,
 ) -> Callable:
     """Makes a function of parameters accept LoRA parameters.
 
@@ -55,16 +60,27 @@ def lorafy(
       row_axes: with many adapters (`lora.stack`): where the arguments number the rows, a prefix
         of `(args, kwargs)` with None for what all rows share; by default every array's first axis.
       out_axes: likewise for the output, whose axis there has size 1 for a batch of one row.
+      token_axes: with an adapter for each token: where the arguments number the tokens, a prefix
+        of `(args, kwargs)` with None where they do not; by default the second axis of every array
+        that has as many entries there as there are tokens.
+      adapter_way: how the rows' adapters are computed with: "gathered" copies each row's factors,
+        "grouped" sorts the rows (or tokens) by adapter, "ragged" does so with
+        `jax.lax.ragged_dot` on every device; by default by shape, see
+        `lora_jax.transform.grouped.way_of`. The results differ by rounding only.
 
     Returns:
       `fn'(lora_params, *args, lora_key=None, adapter_ids=None, **kwargs)`. A `lora_key` (a PRNG
       key) turns the adapters' dropout on for that call. `adapter_ids` int (rows,) gives each row
       its own adapter of a stack, -1 the plain base: row k of the result is what `fn` gives for a
-      batch of row k alone with adapter `adapter_ids[k]`.
+      batch of row k alone with adapter `adapter_ids[k]`. `adapter_ids` int (rows, tokens) gives
+      each token its own: every product of a token's activation with a weight takes that token's
+      adapter, while what mixes tokens (attention) mixes them as ever.
 
     Raises:
       ValueError: under `strict`, naming leaf, primitive and source line; ids without a stack, a
-        stack without ids, an id out of range, an argument that has not as many rows.
+        stack without ids, an id out of range, an argument that has not as many rows; an adapter
+        for each token where the tokens' axis of the model cannot be followed, such as behind a
+        convolution over them, or on a leaf that trains whole.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -89,17 +105,21 @@ def lorafy(
         stacks = [x for x in jax.tree.leaves(lora_params, is_leaf=is_lora) if is_stack(x)]
         if adapter_ids is None and not stacks:
             return single(lora_params, *args, lora_key=lora_key, **kwargs)
-        from lora_jax.multi.select import rowwise, select
+        from lora_jax.multi import ways
 
-        if adapter_ids is not None:
-            lora_params = select(lora_params, adapter_ids)
-        elif not stacks[0].chosen:
-            raise ValueError(
-                "`lora_params` holds a stack of adapters: pass `adapter_ids`, one for each row"
-            )
-        return rowwise(
-            single, lora_params, args, kwargs, lora_key, row_axes=row_axes, out_axes=out_axes
-        )
+        call = ways.Call(args, kwargs, lora_key, row_axes, out_axes)
+        if adapter_ids is None:
+            if not stacks[0].chosen:
+                raise ValueError(
+                    "`lora_params` holds a stack of adapters: pass `adapter_ids`, one for each row"
+                )
+            return ways.gathered(single, lora_params, call)
+
+        def row(chooser, tree, args, kwargs, key):
+            context = Context(strict=strict, reverse_only=reverse_only, chooser=chooser)
+            return _run(context, fn, tree, args, kwargs, key)
+
+        return ways.run(single, row, lora_params, adapter_ids, call, token_axes, adapter_way)
 
     return adapted
 
@@ -107,16 +127,20 @@ def lorafy(
 def _run(context: Context, fn: Callable, lora_params, args, kwargs, lora_key=None):
     flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_leaf)
     leaves = [effective(x) if isinstance(x, SavedArray) else x for _, x in flat]
-    where = [i for i, x in enumerate(leaves) if isinstance(x, LoraArray | RowsArray | QuantArray)]
+    entered = LoraArray | RowsArray | QuantArray | LoraStack
+    where = [i for i, x in enumerate(leaves) if isinstance(x, entered)]
     if not where:
         return fn(jax.tree.unflatten(tree, leaves), *args, **kwargs)
     originals = [leaves[i] for i in where]
     _check_whole(originals, [flat[i][0] for i in where])
     values = [_enter(context, leaves[i], paths.spell(flat[i][0]), lora_key) for i in where]
-    staged, finish = _stage(fn, tree, leaves, where, args, kwargs)
-    jaxpr = jax.make_jaxpr(staged)(*[_abstract(getattr(x, "w", x)) for x in originals])
+    tokens = _Tokens(context, args, kwargs)
+    staged, finish = _stage(fn, tree, leaves, where, tokens)
+    inputs = [_abstract(getattr(x, "w", x)) for x in originals]
+    jaxpr = jax.make_jaxpr(staged)(*inputs, *tokens.arrays)
     jaxpr, consts = compat.open_jaxpr(jaxpr)
-    outs = evaluate(context, jaxpr, consts, values)
+    context = tokens.followed(context, jaxpr, len(inputs))
+    outs = evaluate(context, jaxpr, consts, [*values, *tokens.arrays])
     return finish([_leave(x, values, originals) for x in outs])
 
 
@@ -165,18 +189,48 @@ def materializations(fn: Callable, lora_params, args: Sequence, kwargs: dict) ->
     return context.told
 
 
-def _stage(fn: Callable, tree, leaves: Sequence, where: Sequence[int], args, kwargs):
-    """`fn` as a function of the adapted weights alone, and what rebuilds its output.
+class _Tokens:
+    """The arguments of a call that number tokens which have an adapter each; else none."""
+
+    def __init__(self, context: Context, args: tuple, kwargs: dict):
+        self.plain = args, kwargs
+        axes = () if context.chooser is None else context.chooser.token_axes or ()
+        self.flat, self.tree = jax.tree.flatten((args, kwargs), is_leaf=lambda x: x is None)
+        self.axes = {i: axis for i, axis in enumerate(axes) if axis is not None}
+        self.arrays = [self.flat[i] for i in self.axes]
+
+    def call(self, arrays: Sequence) -> tuple[tuple, dict]:
+        """The arguments with other arrays in these places."""
+        if not self.axes:
+            return self.plain
+        full = list(self.flat)
+        for i, x in zip(self.axes, arrays, strict=True):
+            full[i] = x
+        return jax.tree.unflatten(self.tree, full)
+
+    def followed(self, context: Context, jaxpr, weights: int) -> Context:
+        """The context, knowing where the tokens are in a jaxpr of the weights and these arrays."""
+        if not self.axes:
+            return context
+        axes = [frozenset()] * weights + [frozenset({axis}) for axis in self.axes.values()]
+        chooser = dataclasses.replace(context.chooser, positions=follow(jaxpr, axes))
+        return dataclasses.replace(context, chooser=chooser)
+
+
+def _stage(fn: Callable, tree, leaves: Sequence, where: Sequence[int], tokens: _Tokens):
+    """`fn` as a function of the adapted weights (and of what numbers tokens), and what rebuilds
+    its output.
 
     Everything else is closed over, so that bools, strings and module definitions stay Python's
     and outer tracers become constants of the jaxpr.
     """
     seen: dict = {}
 
-    def staged(*weights):
+    def staged(*given):
         full = list(leaves)
-        for i, w in zip(where, weights, strict=True):
+        for i, w in zip(where, given, strict=False):
             full[i] = w
+        args, kwargs = tokens.call(given[len(where) :])
         out, seen["tree"] = jax.tree.flatten(fn(jax.tree.unflatten(tree, full), *args, **kwargs))
         seen["static"] = [None if compat.is_traceable(x) else (x,) for x in out]
         return [x for x in out if compat.is_traceable(x)]
@@ -196,13 +250,15 @@ def _abstract(w):
 
 
 def _enter(
-    context: Context, x: LoraArray | RowsArray | QuantArray, path: str, lora_key
+    context: Context, x: LoraArray | RowsArray | QuantArray | LoraStack, path: str, lora_key
 ) -> Implicit:
     if isinstance(x, QuantArray):
         return weight.bare(x, Note(path))
     x = rows_as_lora(x) if isinstance(x, RowsArray) else x
     gain = None
-    if isinstance(x.m, Gain):
+    if isinstance(x, LoraStack):
+        gain = gains(x)
+    elif isinstance(x.m, Gain):
         gain = x.m.value
     elif x.m is not None:
         from lora_jax.methods import dora
@@ -228,7 +284,22 @@ def _enter(
         Note(path),
         context.reverse_only,
         x.bias,
+        x.count if isinstance(x, LoraStack) else 0,
     )
+
+
+def gains(x: LoraStack):
+    """DoRA's gain of every adapter of a stack, also from magnitudes that train; or None."""
+    if x.m is None:
+        return x.gain
+    from lora_jax.methods.dora import gain
+
+    at = x.axis
+    return jax.vmap(
+        lambda a, b, scale, m: gain(LoraArray(x.w, a, b, scale, m, roles=x.roles)),
+        in_axes=(at, at, at, at),
+        out_axes=at,
+    )(x.a, x.b, x.scale, x.m)
 
 
 def _leave(x, values: Sequence, originals: Sequence):

@@ -50,6 +50,8 @@ class Implicit:
       path: where the leaf is in the parameter tree, for messages.
       reverse_only: whether its products may have a backward of their own (no forward mode).
       bias: added to a product with the weight, times the scale (PEFT's `lora_bias`), or None.
+      slots: how many adapters the factors hold (scale, gain and bias too), numbered on the axis
+        after the stack dims; 0 for one adapter without such an axis.
     """
 
     w: Any
@@ -63,6 +65,7 @@ class Implicit:
     path: Note = dataclasses.field(metadata={"static": True}, default=Note(""))
     reverse_only: bool = dataclasses.field(metadata={"static": True}, default=False)
     bias: Any = None
+    slots: int = dataclasses.field(metadata={"static": True}, default=0)
 
     @property
     def shape(self) -> tuple[int, ...]:

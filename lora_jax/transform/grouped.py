@@ -1,0 +1,276 @@
+"""Low-rank products of elements that each have an adapter of their own, sorted by adapter.
+
+    y[e] = (x[e] · A[id[e]]) · B[id[e]] · scale[id[e]]          e: a row of a batch, or a token
+
+Nothing of size elements x factors is made. The elements are sorted by adapter, the plain base's
+last, and multiplied group by group, in one of two ways:
+
+- `tiles`: every group is filled up to whole tiles of a few elements, each tile is one entry of a
+  batched product with its adapter's factors. There are at most `e // size + min(slots, e)` tiles.
+- `ragged`: `jax.lax.ragged_dot`, which takes the groups as they are. TPUs have an instruction for
+  it. XLA:CPU (and by default XLA:GPU) expands it to a product with every adapter, and keeps a copy
+  of the activations for each: 8 adapters cost 8 times the work. There it runs only when asked for.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Where `ragged_dot` is one operation; elsewhere groups are products of tiles.
+_RAGGED = frozenset({"tpu"})
+# The rank a tile's size is reckoned for: small, since a larger one only makes tiles cheaper.
+_USUAL_RANK = 8
+
+
+class Groups(NamedTuple):
+    """Elements sorted by adapter.
+
+    Attributes:
+      which: (e,) each element's slot, the number of slots for the plain base.
+      order: (e,) the element at each sorted place.
+      place: (e,) each element's sorted place.
+      sizes: (slots + 1,) elements of each slot, the plain base's last.
+    """
+
+    which: Any
+    order: Any
+    place: Any
+    sizes: Any
+
+
+class Form(NamedTuple):
+    """What is static about a product.
+
+    Attributes:
+      precision: as in `lax.dot_general`.
+      compute, wide, result: dtypes of the operands, of what is between the products, of `y`.
+      way: "gathered" (factors for every element), "grouped" (tiles) or "ragged".
+      reverse_only: whether moving elements has a backward of its own (no forward mode).
+    """
+
+    precision: Any
+    compute: Any
+    wide: Any
+    result: Any
+    way: str
+    reverse_only: bool
+
+
+def sort(ids, slots: int) -> Groups:
+    """Sorts elements by adapter.
+
+    Args:
+      ids: int (e,); what is no slot's number is the plain base.
+      slots: how many there are.
+    """
+    which = jnp.where((ids >= 0) & (ids < slots), ids, slots).astype(jnp.int32)
+    order = jnp.argsort(which, stable=True).astype(jnp.int32)
+    numbers = jnp.arange(which.shape[0], dtype=jnp.int32)
+    place = jnp.zeros_like(order).at[order].set(numbers, unique_indices=True)
+    return Groups(which, order, place, jnp.bincount(which, length=slots + 1).astype(jnp.int32))
+
+
+def tile_size(elements: int, slots: int) -> int:
+    """How many elements of one adapter are multiplied together, a power of two.
+
+    A tile of `T` costs its adapter's factors once, and up to `T` elements of filling for each
+    adapter: `r · e / T + T · slots` numbers for each input is least at `T = √(r · e / slots)`.
+    """
+    best = (_USUAL_RANK * elements / min(slots, elements)) ** 0.5
+    size = 1
+    while size * 2 <= min(best * 1.5, elements):
+        size *= 2
+    return size
+
+
+def tile_count(elements: int, slots: int) -> int:
+    """How many tiles there are at most."""
+    return elements // tile_size(elements, slots) + min(slots, elements)
+
+
+def way_of(elements: int, positions: int, slots: int, rank: int) -> str:
+    """The cheaper way, by the numbers that are moved for each input of a weight.
+
+    Gathering copies `rank` numbers for each element. Sorting copies the element's own
+    `positions` there and back (reckoned once: reading it is common to both) and the factors of
+    every tile: it pays where few adapters serve many elements of few positions each, as in
+    decoding with fewer adapters than rows, or with one adapter for each token. A row of a training
+    batch or a prompt has more tokens than the rank: there gathering costs next to nothing.
+    `benchmarks/multi_adapter.py --ways` measures both; CPU and GPU follow the same rule.
+
+    Args:
+      elements: rows, or tokens of all rows where each has its own adapter.
+      positions: of an element: the tokens of a row; 1 for a token.
+      slots: adapters in the stack.
+      rank: of the stack.
+
+    Returns:
+      "gathered" or "grouped".
+    """
+    moved = positions + rank * tile_count(elements, slots) / elements
+    return "grouped" if moved < rank else "gathered"
+
+
+def on_device(way: str) -> str:
+    """The way as the default device does it: "grouped" is `ragged_dot` where that is native."""
+    return "ragged" if way == "grouped" and jax.default_backend() in _RAGGED else way
+
+
+def product(form: Form, x, ids, factors: tuple, scale, groups: Groups):
+    """`x · factors[0][id] · factors[1][id] · scale[id]`, element by element.
+
+    Inside a `jax.vmap` over rows the elements of all rows are multiplied together: `groups` sorts
+    them, the first row's before the second's.
+
+    Args:
+      form: static.
+      x: (e, positions, k).
+      ids: int (e,), what is no slot's number is the plain base: 0.
+      factors: one or two stacks (slots, k, r), (slots, r, n).
+      scale: (slots,).
+      groups: of the elements of all rows.
+
+    Returns:
+      (e, positions, n) in `form.result`.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def one_row(x, ids, factors, scale, groups):
+        return _each(form, x, ids, factors, scale)
+
+    @one_row.def_vmap
+    def all_rows(rows, batched, x, ids, factors, scale, groups):
+        if any(jax.tree.leaves(batched[2:])):  # the stack itself differs between rows
+            axes = jax.tree.map(lambda b: 0 if b else None, tuple(batched[:4]))
+            run = jax.vmap(functools.partial(_each, form), in_axes=axes)
+            return run(x, ids, factors, scale), True
+        wide = [
+            y if mapped else jnp.broadcast_to(y, (rows, *y.shape))
+            for y, mapped in zip((x, ids), batched, strict=False)
+        ]
+        flat = [y.reshape(-1, *y.shape[2:]) for y in wide]
+        if form.way == "gathered":
+            y = _each(form, *flat, factors, scale)
+        else:
+            run = _by_ragged if form.way == "ragged" else _by_tiles
+            y = run(form, flat[0], factors, scale, groups)
+        return y.reshape(*wide[1].shape, *y.shape[1:]), True
+
+    return one_row(x, ids, factors, scale, groups)
+
+
+def take_slots(array, where, axis: int, fill=0):
+    """Slots of a stack by number; one that is not there gives `fill`.
+
+    A slot is taken as one long run: XLA:CPU gathers number by number in a loop over the last dim,
+    and over a last dim of the rank's size (8) it takes three times as long.
+    """
+    shape = array.shape
+    runs = array.reshape(*shape[: axis + 1], -1)
+    taken = jnp.take(runs, where, axis=axis, mode="fill", fill_value=fill)
+    return taken.reshape(*shape[:axis], *where.shape, *shape[axis + 1 :])
+
+
+def _each(form: Form, x, ids, factors, scale):
+    """Every element with factors gathered for it."""
+    which = jnp.where((ids >= 0) & (ids < scale.shape[0]), ids, scale.shape[0])
+
+    chosen = [take_slots(f, which, 0) for f in factors]
+    return _steps(form, x, chosen, take_slots(scale, which, 0))
+
+
+def _steps(form: Form, x, factors, scale):
+    """`x (n, p, k)` through factors `(n, k, r)`, `(n, r, m)`, the scale `(n,)` before the last."""
+    y = x
+    for number, factor in enumerate(factors, start=1):
+        last = number == len(factors)
+        if last:
+            y = y.astype(form.wide) * scale[:, None, None].astype(form.wide)
+        y = lax.dot_general(
+            y.astype(form.compute),
+            factor.astype(form.compute),
+            (((2,), (1,)), ((0,), (0,))),
+            precision=form.precision,
+            preferred_element_type=form.result if last else form.wide,
+        )
+    return y
+
+
+def _by_tiles(form: Form, x, factors, scale, groups: Groups):
+    elements, positions, width = x.shape
+    slots = scale.shape[0]
+    size = tile_size(elements, slots)
+    owner, source, target = _tiles(groups, slots, size)
+    tiles = move(x, source, target, form.reverse_only)
+    tiles = tiles.reshape(owner.shape[0], size * positions, width)
+    y = _steps(form, tiles, [f[owner] for f in factors], scale[owner])
+    y = y.reshape(owner.shape[0] * size, positions, -1)
+    return move(y, target, source, form.reverse_only)
+
+
+def _tiles(groups: Groups, slots: int, size: int):
+    """Each tile's slot, the element at each of its places, and each element's place.
+
+    Whatever is nowhere (the filling of a tile, an element of the plain base) has a number beyond
+    the last.
+    """
+    elements = groups.which.shape[0]
+    count = tile_count(elements, slots)
+    sizes = groups.sizes[:slots]
+    needed = -(-sizes // size)
+    ends = jnp.cumsum(needed)
+    owner = jnp.searchsorted(ends, jnp.arange(count), side="right").clip(max=slots - 1)
+    first = (ends - needed) * size - (jnp.cumsum(sizes) - sizes)
+    target = groups.place + jnp.take(first, groups.which, mode="clip")
+    target = jnp.where(groups.which < slots, target, count * size)
+    numbers = jnp.arange(elements, dtype=jnp.int32)
+    source = jnp.full(count * size, elements, jnp.int32)
+    return owner, source.at[target].set(numbers, mode="drop", unique_indices=True), target
+
+
+def _by_ragged(form: Form, x, factors, scale, groups: Groups):
+    elements, positions, width = x.shape
+    slots = scale.shape[0]
+    sizes = groups.sizes[:slots] * positions
+    known = jnp.repeat(groups.which[groups.order] < slots, positions)[:, None]
+    y = move(x, groups.order, groups.place, form.reverse_only).reshape(-1, width)
+    # What `ragged_dot` does with rows behind the last group is nobody's promise.
+    y = jnp.where(known, y, 0)
+    spread = jnp.repeat(jnp.take(scale, groups.which[groups.order], mode="clip"), positions)
+    for number, factor in enumerate(factors, start=1):
+        last = number == len(factors)
+        if last:
+            y = y.astype(form.wide) * spread[:, None].astype(form.wide)
+        y = lax.ragged_dot(
+            y.astype(form.compute),
+            factor.astype(form.compute),
+            sizes,
+            precision=form.precision,
+            preferred_element_type=form.result if last else form.wide,
+        )
+        y = jnp.where(known, y, 0)
+    y = y.reshape(elements, positions, -1)
+    return move(y, groups.place, groups.order, form.reverse_only)
+
+
+def move(x, source, target, reverse_only: bool):
+    """`x[source]`, 0 for a number beyond the last; `target` is where each of `x` went.
+
+    Its transpose would scatter; for reverse mode alone it is the same gather the other way.
+    """
+    return (_moved if reverse_only else _take)(x, source, target)
+
+
+def _take(x, source, target):
+    del target
+    return jnp.take(x, source, axis=0, mode="fill", fill_value=0, unique_indices=True)
+
+
+_moved = jax.custom_vjp(_take)
+_moved.defvjp(
+    lambda x, source, target: (_take(x, source, target), (source, target)),
+    lambda saved, g: (_take(g, saved[1], saved[0]), None, None),
+)

@@ -1,0 +1,240 @@
+"""Both ways to compute many adapters in one batch, and one adapter for each token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from test_multi_generate import adapter
+from tiny import tiny_model
+
+import lora_jax as lora
+from lora_jax.multi.decode import runner
+from lora_jax.transform import grouped
+
+DIM, VOCAB, LAYERS = 6, 11, 2
+SHAPES = {"table": (VOCAB, DIM), "layers": (LAYERS, DIM, DIM), "experts": (3, DIM, DIM)}
+PARAMS = {
+    name: jax.random.normal(jax.random.key(k), shape) / 2
+    for k, (name, shape) in enumerate(SHAPES.items())
+}
+ROLES = {"table": "io", "layers": "bio", "experts": "bio"}
+
+
+def model(params, tokens):
+    """A lookup, scanned and rematerialized layers with attention, experts, a tied head."""
+
+    @jax.jit
+    def mix(x, w):
+        q = jnp.tanh(x @ w)
+        scores = jax.nn.softmax(jnp.einsum("btd,bsd->bts", q, x), -1)
+        return x + jnp.einsum("bts,bsd->btd", scores, q)
+
+    x = params["table"][tokens]
+    x, _ = lax.scan(lambda x, w: (jax.checkpoint(mix)(x, w), None), x, params["layers"])
+    x = x + jnp.einsum("btd,edf->btef", x, params["experts"]).max(2)
+    return x.reshape(*tokens.shape, 2, DIM // 2).reshape(x.shape) @ params["table"].T
+
+
+def by_hand(stacked, tokens, ids):
+    """The same with every token's weights added up: `ids (b, t)`."""
+
+    def own(name):
+        x = stacked[name]
+        delta = x.scale[..., None, None] * (x.a @ x.b)
+        full = jnp.moveaxis(jnp.expand_dims(x.w, x.axis) + delta, x.axis, 0)
+        if x.gain is not None:
+            full = full * jnp.moveaxis(x.gain, x.axis, 0)[..., None, :]
+        return jnp.concatenate([full, x.w[None]])[ids]  # (b, t, ...), -1 is the last
+
+    table, layers, experts = own("table"), own("layers"), own("experts")
+    x = jnp.take_along_axis(table, tokens[..., None, None], 2)[:, :, 0]
+    for layer in range(LAYERS):
+        q = jnp.tanh(jnp.einsum("btd,btdf->btf", x, layers[:, :, layer]))
+        scores = jax.nn.softmax(jnp.einsum("btd,bsd->bts", q, x), -1)
+        x = x + jnp.einsum("bts,bsd->btd", scores, q)
+    x = x + jnp.einsum("btd,btedf->btef", x, experts).max(2)
+    return jnp.einsum("btd,btvd->btv", x, table)
+
+
+TOKENS = jnp.arange(12).reshape(3, 4) % VOCAB
+BY_TOKEN = jnp.array([[0, 1, 2, -1], [2, 2, -1, 0], [1, 1, 1, 1]])
+
+
+def make(seed, **options):
+    config = lora.LoraConfig(target_modules=tuple(SHAPES), roles=ROLES, **options)
+    plan = lora.plan(config, model, PARAMS, TOKENS)
+    trainable, frozen = lora.split(lora.init(jax.random.key(seed), plan, PARAMS))
+    leaves, tree = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return lora.combine(jax.tree.unflatten(tree, moved), frozen)
+
+
+@pytest.fixture(scope="module")
+def adapters():
+    return [make(1, rank=2), make(2, rank=3, use_dora=True), make(3, rank=1, alpha=5)]
+
+
+@pytest.fixture(scope="module")
+def stacked(adapters):
+    return lora.stack(adapters)
+
+
+@pytest.mark.parametrize("way", ["gathered", "grouped", "ragged"])
+def test_each_row_and_each_token_has_its_own_adapter(stacked, way):
+    run = jax.jit(lora.lorafy(model, strict=True, adapter_way=way))
+    want = jax.jit(by_hand)
+    for ids in (jnp.array([2, -1, 1]), jnp.array([0, 0, 0])):
+        got = run(stacked, TOKENS, adapter_ids=ids)
+        expected = want(stacked, TOKENS, jnp.broadcast_to(ids[:, None], TOKENS.shape))
+        # Only the order of float32 additions differs.
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    for ids in (BY_TOKEN, jnp.sort(BY_TOKEN.reshape(-1)).reshape(3, 4)):
+        got = run(stacked, TOKENS, adapter_ids=ids)
+        np.testing.assert_allclose(got, want(stacked, TOKENS, ids), rtol=1e-4, atol=1e-4)
+    assert run._cache_size() == 2  # one for rows, one for tokens, whatever the ids
+
+
+def test_ids_out_of_range_and_a_damaged_neighbour(stacked):
+    broken = dict(stacked, layers=stacked["layers"].__class__(**{
+        **vars(stacked["layers"]), "a": stacked["layers"].a.at[:, 1].set(jnp.nan)}))  # fmt: skip
+    run = jax.jit(lora.lorafy(model, adapter_way="grouped"))
+    got = run(broken, TOKENS, adapter_ids=jnp.array([0, -1, 1]))
+    assert np.isfinite(got[:2]).all() and np.isnan(got[2]).all()
+    got = run(stacked, TOKENS, adapter_ids=jnp.array([0, 3, -2]))
+    assert np.isfinite(got[0]).all() and np.isnan(got[1:]).all()
+    with pytest.raises(ValueError, match=r"`adapter_ids` has \[3\], but the stack has slots 0 to"):
+        lora.lorafy(model)(stacked, TOKENS, adapter_ids=BY_TOKEN.at[0, 0].set(3))
+
+
+@pytest.mark.parametrize("reverse_only", [False, True])
+def test_training_moves_each_tokens_own_adapter(reverse_only):
+    stack = lora.stack([make(k, rank=2) for k in range(3)], train=True)
+    trainable, frozen = lora.split(stack)
+    ids = jnp.array([[0, 2, 2, -1], [2, 2, -1, 0], [0, 0, 0, 2]])
+    run = lora.lorafy(model, adapter_way="grouped", reverse_only=reverse_only)
+
+    @jax.jit
+    def got(trainable):
+        loss = lambda t: jnp.sin(  # noqa: E731
+            run(lora.combine(t, frozen), TOKENS, adapter_ids=ids)
+        ).sum()
+        return jax.grad(loss)(trainable)
+
+    @jax.jit
+    def want(trainable):
+        loss = lambda t: jnp.sin(by_hand(lora.combine(t, frozen), TOKENS, ids)).sum()  # noqa: E731
+        return jax.grad(loss)(trainable)
+
+    grads = got(trainable)
+    jax.tree.map(
+        # Sums of a hundred products of size one, in another order.
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-4 * np.abs(y).max()),
+        grads,
+        want(trainable),
+    )
+    leaf = grads["layers"].a
+    assert (np.asarray(leaf[:, 1]) == 0).all() and np.abs(leaf[:, 0]).max() > 0
+
+
+def test_no_factor_is_copied_for_every_row():
+    rows, dim, rank = 48, 40, 5
+    params = {"w": jnp.ones((dim, dim))}
+
+    def fn(p, x):
+        return x @ p["w"]
+
+    x = jnp.ones((rows, 1, dim))
+    plan = lora.plan(lora.LoraConfig(rank=rank, target_modules=("w",)), fn, params, x)
+    stack = lora.stack([lora.init(jax.random.key(k), plan, params) for k in range(2)])
+    copies = f"[{rows},{dim},{rank}]", f"[{rows},{rank},{dim}]"
+    found = {}
+    for way in ("gathered", "grouped", None):
+        run = jax.jit(lora.lorafy(fn, adapter_way=way))
+        text = run.lower(stack, x, adapter_ids=jnp.zeros(rows, int)).compile().as_text()
+        found[way] = any(shape in text for shape in copies)
+    assert found == {"gathered": True, "grouped": False, None: False}
+
+
+def test_the_way_follows_the_shape():
+    # Decoding: few adapters for many rows are sorted, as many as rows are gathered.
+    assert grouped.way_of(64, 1, 8, 8) == "grouped"
+    assert grouped.way_of(64, 1, 2048, 8) == "gathered"
+    # A prompt or a training row has more tokens than the rank.
+    assert grouped.way_of(8, 512, 4, 8) == "gathered"
+    # An adapter for each token.
+    assert grouped.way_of(4096, 1, 8, 8) == "grouped"
+    assert grouped.tile_size(4096, 8) == 64
+    assert grouped.tile_size(1, 8) == 1
+
+
+def test_a_decoder_with_an_adapter_for_each_token():
+    """Against the decoder with a cache, which reads the tokens one by one with their adapters."""
+    decoder = tiny_model()
+    configs = (
+        {"rank": 2, "target_modules": ("q_proj", "down_proj", "embed_tokens")},
+        {"rank": 3, "use_dora": True, "target_modules": ("v_proj", "o_proj")},
+    )
+    stack = lora.stack([adapter(decoder, k, **c) for k, c in enumerate(configs)])
+    tokens = jnp.array([[5, 6, 7, 8, 9], [3, 1, 4, 1, 5]])
+    ids = jnp.array([[0, 0, 1, -1, 1], [-1, 1, 0, 0, 1]])
+    forward = decoder.forward
+    run = jax.jit(lora.lorafy(lambda p, t: forward.apply(p, t, return_hidden=True)))
+    got = run(stack, tokens, adapter_ids=ids)
+
+    @jax.jit
+    def step(ids, token, cache):
+        return runner(forward, lora.select(stack, ids), 2, 8).apply(token, None, cache)
+
+    cache = runner(forward, lora.select(stack, ids[:, 0]), 2, 8).cache
+    for place in range(tokens.shape[1]):
+        hidden, cache = step(ids[:, place], tokens[:, place : place + 1], cache)
+        np.testing.assert_allclose(got[:, place], hidden[:, 0], rtol=3e-4, atol=3e-4)
+
+
+def test_what_cannot_be_per_token_is_said(adapters, stacked):
+    def shaped(fn, *args, **options):
+        return jax.eval_shape(
+            lambda: lora.lorafy(fn, **options)(stacked, *args, adapter_ids=BY_TOKEN)
+        )
+
+    def shifted(params, tokens):
+        x = params["table"][tokens]
+        x = jnp.concatenate([x[:, 1:], x[:, :1]], 1)
+        return x @ params["table"].T
+
+    with pytest.raises(ValueError, match="`table` has no adapter for each token in `dot_general`"
+                       r".*test_multi_ways.py:\d+ \(shifted\).*lost in `slice`"):  # fmt: skip
+        shaped(shifted, TOKENS)
+
+    def pooled(params, tokens):
+        return params["table"][tokens].mean(1) @ params["table"].T
+
+    with pytest.raises(ValueError, match="the tokens' axis was lost in `reduce_sum`"):
+        shaped(pooled, TOKENS)
+
+    def convolved(params, tokens):
+        x = params["table"][tokens]
+        return lax.conv_general_dilated(x, params["experts"], (1,), "SAME",
+                                        dimension_numbers=("NTC", "TIO", "NTC"))  # fmt: skip
+
+    with pytest.raises(ValueError, match="a convolution mixes the tokens under its window"):
+        shaped(convolved, TOKENS)
+
+    def together(params, tokens):
+        return params["table"][tokens].sum(1) + tokens.sum()
+
+    shaped(together, TOKENS)  # the lookup comes before the sum
+    with pytest.raises(ValueError, match="no argument has 4 entries along the axis of its tokens"):
+        shaped(model, TOKENS[:, :3])
+    with pytest.raises(ValueError, match="has not that many along axis 1, as `token_axes` says"):
+        shaped(model, TOKENS[:, :3], token_axes=((1,), {}))
+    with pytest.raises(ValueError, match="`adapter_way` must be one of gathered, grouped, ragged"):
+        shaped(model, TOKENS, adapter_way="sorted")
+    config = lora.LoraConfig(rank=1, target_modules=("layers",), modules_to_save=("table",),
+                             roles={"layers": "bio"})  # fmt: skip
+    plan = lora.plan(config, model, PARAMS, TOKENS)
+    saved = lora.stack([lora.init(jax.random.key(0), plan, PARAMS)])
+    with pytest.raises(ValueError, match="`table` trains whole in an adapter"):
+        lora.lorafy(model)(saved, TOKENS, adapter_ids=jnp.zeros((3, 4), int))
