@@ -171,19 +171,19 @@ def _batches(rows: list, size: int, seed: int, epochs: int) -> Iterator[tuple]:
 def e2e(options) -> tuple[analysis.Sweep, dict]:
     """Texts about restaurants from their attributes: all linear layers of SmolLM2."""
     options.runs.mkdir(parents=True, exist_ok=True)
-    files = {"train": ("valid", 0, 4000), "tune": ("valid", 4000, 4064), "test": ("test", 0, None)}
+    files = {"train": ("valid", 64, None), "tune": ("valid", 0, 64), "test": ("test", 0, None)}
     for part, (split, start, stop) in files.items():
         lines = _e2e_lines(options.data, split, part, start, stop)
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (options.runs / f"e2e_{part}.jsonl").write_text(text, "utf-8")
     config = TrainConfig(
-        steps=options.steps or 60, batch_size=8, warmup=0.1, buckets=1,
+        steps=options.steps or 40, batch_size=8, warmup=0.1, buckets=1,
         output_dir=options.runs / "e2e", resume=True,
     )  # fmt: skip
     sweep = analysis.SweepConfig(
         ranks=tuple(options.ranks or (1, 4, 16, 64)), learning_rates=(1e-3, 4e-3),
         full_learning_rates=(3e-5, 2e-4), seeds=tuple(options.seeds),
-        tune_steps=options.tune_steps or 20, together=options.together or 2,
+        tune_steps=options.tune_steps or 12, together=options.together or 2,
     )  # fmt: skip
     job = language.LanguageSweepConfig(
         model="smollm2",
@@ -208,6 +208,8 @@ def _e2e_lines(folder: Path, split: str, part: str, start: int, stop: int | None
         prompts = list(dict.fromkeys(line["prompt"] for line in made))
         chosen = set(random.Random(0).sample(prompts, 64))
         return [line for line in made if line["prompt"] in chosen]
+    # Of like lengths, so that little is padded.
+    made = [line for line in made if len(line["prompt"]) + len(line["completion"]) <= 230]
     random.Random(0).shuffle(made)
     return made[start:stop]
 
