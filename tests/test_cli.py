@@ -14,7 +14,9 @@ import pytest
 from lora_jax.cli import commands, errors, main
 from lora_jax.cli.parser import make_parser
 
-COMMANDS = ("demo", "train", "generate", "merge", "export", "import", "convert", "inspect")
+COMMANDS = (
+    "demo", "train", "generate", "merge", "export", "import", "convert", "inspect", "estimate",
+)  # fmt: skip
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:

@@ -41,7 +41,8 @@ def test_the_public_names_are_there():
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "generate", "merge", "export", "import", "convert", "inspect"]
+    "command",
+    ["demo", "generate", "merge", "export", "import", "convert", "inspect", "estimate"],
 )
 def test_the_command_line_imports_nothing_heavy_before_it_runs(command):
     code = f"from lora_jax.cli.parser import make_parser; make_parser({command!r})"

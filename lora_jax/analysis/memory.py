@@ -194,7 +194,7 @@ def memory(
       >>> from lora_jax import analysis
       >>> found = analysis.memory("smollm2-135m", length=256)
       >>> found.trainable, found.weights
-      (2442240, 269030016)
+      (2442240, 269030856)
     """
     name, config = config_of(model)
     context = getattr(config, "context", config.max_position_embeddings)

@@ -146,7 +146,8 @@ def abstract_step(config: Any, settings: StepSettings, *, batch: int) -> Abstrac
         remat=settings.remat,
     )
     base = _base(forward, settings)
-    params = base if whole else _adapted(forward, base, settings)
+    adapter = settings.adapter
+    params = base if adapter is None else _adapted(forward, base, adapter)
     trainable, frozen = split_full(params) if whole else lora.split(params)
     tx = settings.tx
     state = jax.eval_shape(lambda t: init_state(jax.random.key(0), t, tx), trainable)
@@ -159,27 +160,27 @@ def abstract_step(config: Any, settings: StepSettings, *, batch: int) -> Abstrac
 
 
 def _base(forward, settings: StepSettings):
-    shapes = forward.shapes()
-    if settings.quantize is None:
+    shapes, form = forward.shapes(), settings.quantize
+    if form is None:
         return shapes
 
     def quantized(params):
-        return lora.quantize(params, is_linear, format=settings.quantize, backend=settings.backend)
+        return lora.quantize(params, is_linear, format=form, backend=settings.backend)
 
     return jax.eval_shape(quantized, shapes)
 
 
-def _adapted(forward, base, settings: StepSettings):
+def _adapted(forward, base, adapter: LoraConfig):
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    plan = lora.plan(settings.adapter, forward.apply, base, tokens)
+    plan = lora.plan(adapter, forward.apply, base, tokens)
     return jax.eval_shape(lambda p: lora.init(jax.random.key(0), plan, p), base)
 
 
 def _batch(settings: StepSettings, batch: int, places: int) -> Batch:
-    def whole(*shape: int):
+    def whole(*shape: int) -> Any:
         return jax.ShapeDtypeStruct((settings.accumulation, *shape), jnp.int32)
 
-    weights = jax.ShapeDtypeStruct((settings.accumulation, places), jnp.float32)
+    weights: Any = jax.ShapeDtypeStruct((settings.accumulation, places), jnp.float32)
     return Batch(whole(batch, settings.length), whole(places), whole(places), weights)
 
 
@@ -218,7 +219,7 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
         trainable, frozen = params, step.frozen
     else:
         trainable, frozen = lora.split(params)
-    copied = PartitionSpec()
+    copied: Any = PartitionSpec()
     moments = optax.tree_utils.tree_map_params(
         settings.tx,
         lambda x, spec: spec if len(spec) <= len(x.shape) else copied,
@@ -226,6 +227,6 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
         trainable,
         transform_non_params=lambda x: copied,
     )
-    rows = PartitionSpec(None, memory_mesh.ROWS)
+    rows: Any = PartitionSpec(None, memory_mesh.ROWS)
     state = TrainState(copied, trainable, moments, copied)
     return Spread(params, state, frozen, Batch(rows, rows, rows, rows))
