@@ -45,6 +45,10 @@ LABELS = ("negative", "positive")
 CONFIG = lora.LoraConfig(
     rank=8, alpha=16, target_modules=("query", "value"), modules_to_save=("classifier",)
 )
+LORA_SETTINGS = {
+    "rank": CONFIG.rank, "alpha": CONFIG.alpha, "target_modules": CONFIG.target_modules,
+    "modules_to_save": CONFIG.modules_to_save,
+}  # fmt: skip
 LORA, FULL, HEAD = METHODS = tuple(reporting.NAMES)
 RATES = {LORA: (1e-3, 3e-3), FULL: (1e-4, 3e-4), HEAD: (3e-3, 1e-2)}
 EVALUATED = 64  # rows of a forward pass of evaluation
@@ -336,7 +340,7 @@ def main():
     report(
         options.name, __doc__.splitlines()[0], reporting.rows(found, steps),
         settings={"steps": options.steps, "batch": options.batch, "seeds": options.seeds,
-                  "rates": options.rates, "lora": CONFIG.to_peft(),
+                  "rates": options.rates, "lora": LORA_SETTINGS,
                   "sentences": {split: len(rows) for split, rows in texts.items()}},
         runs=reporting.runs(found), differences=reporting.differences(found),
         step_seconds=times, adapter=files, conclusions=conclusions,

@@ -102,13 +102,13 @@ def _alone(tree) -> Iterator[tuple[str, Any, Any]]:
 
 def _pairs(before, after) -> Iterator[tuple[str, Any, Any]]:
     first, tree = jax.tree_util.tree_flatten_with_path(before, is_leaf=is_leaf)
-    second, other = jax.tree.flatten(after, is_leaf=is_leaf)
+    second, other = jax.tree_util.tree_flatten_with_path(after, is_leaf=is_leaf)
     if tree != other:
         raise ValueError(
-            "`before` and `after` are trees of different structure: pass the same model's "
-            "parameters before and after training"
+            f"`before` and `after` are trees of different structure{_apart(first, second)}; pass "
+            "the same model's parameters before and after training"
         )
-    for (key_path, x), y in zip(first, second, strict=True):
+    for (key_path, x), (_, y) in zip(first, second, strict=True):
         path = paths.spell(key_path)
         if tuple(x.shape) != tuple(y.shape):
             raise ValueError(
@@ -116,6 +116,15 @@ def _pairs(before, after) -> Iterator[tuple[str, Any, Any]]:
                 "same model's parameters before and after training"
             )
         yield path, x, y
+
+
+def _apart(first: list, second: list) -> str:
+    """The first leaf that only one of two trees has."""
+    names = [[paths.spell(key_path) for key_path, _ in flat] for flat in (first, second)]
+    for mine, other, which in ((*names, "before"), (*names[::-1], "after")):
+        if extra := [name for name in mine if name not in other]:
+            return f": only `{which}` has `{extra[0]}`"
+    return ""
 
 
 def _of_leaf(path: str, x, y) -> Iterator[Change]:

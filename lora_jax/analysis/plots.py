@@ -27,14 +27,13 @@ def plot_decay(path: str | os.PathLike, found: Spectrum, *, title: str = "") -> 
     save_figure(figure, path)
 
 
-def draw_decay(axes, found: Spectrum, *, style: str = "-", label: str = "") -> None:
-    """Draws `σk / σ1` against k: the median of each kind, and the band from lowest to highest.
+def draw_decay(axes, found: Spectrum, *, band: bool = True) -> None:
+    """Draws `σk / σ1` against k: the median of each kind of module.
 
     Args:
       axes: matplotlib's.
       found: what `spectrum` found; matrices that did not change are left out.
-      style: of the medians' lines.
-      label: stands before each kind's name.
+      band: also from the lowest to the highest.
     """
     for i, (kind, matrices) in enumerate(found.by_kind().items()):
         falls = [m.values / m.values[0] for m in matrices if m.norm]
@@ -44,8 +43,10 @@ def draw_decay(axes, found: Spectrum, *, style: str = "-", label: str = "") -> N
         k = np.arange(1, stack.shape[1] + 1)
         # What is zero cannot stand on a logarithmic axis.
         stack = np.maximum(stack, 1e-9)
-        axes.fill_between(k, stack.min(0), stack.max(0), color=f"C{i % 10}", alpha=0.12, lw=0)
-        axes.plot(k, np.median(stack, 0), style, color=f"C{i % 10}", lw=1.2, label=label + kind)
+        color = f"C{i % 10}"
+        if band:
+            axes.fill_between(k, stack.min(0), stack.max(0), color=color, alpha=0.12, lw=0)
+        axes.plot(k, np.median(stack, 0), color=color, lw=1.2, label=kind)
     axes.set(xlabel="k", ylabel="σk / σ1", yscale="log")
     if axes.lines:
         axes.legend(fontsize="x-small")
