@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 import lora_jax as lora
 from lora_jax.analysis import memory_mesh
 from lora_jax.config import LoraConfig
+from lora_jax.models.bert_config import CLASSIFICATION
 from lora_jax.models.model import check_options
 from lora_jax.models.registry import CAUSAL_LM, architecture_of
 from lora_jax.quant import formats
@@ -21,6 +22,7 @@ from lora_jax.quant.loading import is_linear
 from lora_jax.train.batches import Batch
 from lora_jax.train.evaluate import lora_loss
 from lora_jax.train.full import split_full
+from lora_jax.train.loss import cross_entropy
 from lora_jax.train.step import TrainState, init_state, make_step
 
 # Optimizers by name, with the arrays they hold beside each trained one.
@@ -151,10 +153,9 @@ def abstract_step(config: Any, settings: StepSettings, *, batch: int) -> Abstrac
     trainable, frozen = split_full(params) if whole else lora.split(params)
     tx = settings.tx
     state = jax.eval_shape(lambda t: init_state(jax.random.key(0), t, tx), trainable)
-    if architecture.kind == CAUSAL_LM:
-        loss, places = lora_loss(forward), batch * settings.length
-    else:
-        loss, places = _encoder_loss(forward), batch
+    loss = (lora_loss if architecture.kind == CAUSAL_LM else _encoder_loss)(forward)
+    one_a_row = getattr(config, "task", None) == CLASSIFICATION
+    places = batch if one_a_row else batch * settings.length
     shapes = _batch(settings, batch, places)
     return AbstractStep(make_step(loss, tx), params, state, frozen, shapes, base)
 
@@ -185,15 +186,14 @@ def _batch(settings: StepSettings, batch: int, places: int) -> Batch:
 
 
 def _encoder_loss(forward):
-    """Cross entropy of what the encoder's head gives; of features, which have none, a sum."""
+    """Cross entropy of what the encoder's head gives, or, where it has none, of its features."""
     apply = lora.lorafy(forward.apply, reverse_only=True)
 
     def loss(trainable, frozen, batch, key):
         out = apply(lora.combine(trainable, frozen), batch.tokens, lora_key=key)
-        logits = jax.tree.leaves(out)[0].astype(jnp.float32)
-        logits = logits.reshape(batch.tokens.shape[0], -1, logits.shape[-1])
-        picked = jnp.take_along_axis(logits, batch.targets[:, None, None], axis=-1)[:, 0, 0]
-        return jnp.sum((jax.nn.logsumexp(logits, axis=-1)[:, 0] - picked) * batch.weights)
+        logits = jax.tree.leaves(out)[0]
+        logits = logits.reshape(batch.targets.shape[0], logits.shape[-1])
+        return cross_entropy(logits, batch.targets, batch.weights)
 
     return loss
 
