@@ -89,9 +89,9 @@ def sst2(options) -> tuple[analysis.Sweep, dict]:
         resume=True,
     )  # fmt: skip
     sweep = analysis.SweepConfig(
-        ranks=tuple(options.ranks or (1, 2, 4, 8, 16, 32, 64)), learning_rates=(1e-3, 4e-3),
-        full_learning_rates=(1e-4, 5e-4), seeds=tuple(options.seeds),
-        tune_steps=options.tune_steps or 30, together=options.together or 2,
+        ranks=tuple(options.ranks or (1, 2, 4, 8, 16, 32, 64)), learning_rates=(3e-4, 1e-3, 4e-3),
+        full_learning_rates=(5e-5, 1.5e-4, 5e-4), seeds=tuple(options.seeds),
+        tune_steps=options.tune_steps, together=options.together or 2,
     )  # fmt: skip
 
     @jax.jit
