@@ -267,8 +267,11 @@ def dense(w):
 
 def base_rows(x: RowsArray) -> Float[Array, "n d"]:
     """The frozen table's own rows where others train, in the trained rows' dtype."""
-    rows = jnp.take(dense(x.w), jnp.asarray(x.ids), axis=x.axis)
-    return jnp.moveaxis(rows, x.axis, 0)
+    if hasattr(x.w, "dequantize"):
+        from lora_jax.quant.contract import take
+
+        return take(x.w, x.ids, x.axis)
+    return jnp.moveaxis(jnp.take(x.w, jnp.asarray(x.ids), axis=x.axis), x.axis, 0)
 
 
 def with_rows(x: RowsArray):

@@ -251,6 +251,8 @@ def test_trees_are_quantized_by_name_and_come_back():
         lora.quantize(params, ["upp"])
     with pytest.raises(ValueError, match="quantized already"):
         lora.quantize(q, ["up"])
+    with pytest.raises(ValueError, match="`backend` must be one of auto, .* got 'cuda'"):
+        lora.quantize(params, ["up"], backend="cuda")
     with pytest.raises(ValueError, match="`block_size` 64 does not divide the 8 inputs"):
         lora.quantize({"k": np.ones((8, 8), np.float32)}, ["k"])
     mapped = lora.quantize(params, lambda path, leaf: path == "head.kernel", roles={"head": "oi"},

@@ -82,6 +82,27 @@ def test_a_partitioned_kernel_moves_no_codes(mesh):
     assert "all-gather" not in text and "u8[256,256]" not in text
 
 
+@pytest.mark.parametrize(
+    "backend, dtype", [("gpu_interpret", "bfloat16"), ("tpu_interpret", "float32")]
+)
+def test_fused_products_are_partitioned_too(mesh, backend, dtype):
+    """Few rows: each device multiplies with its own codes, and only sums are exchanged."""
+    params, x = base(backend=backend)
+    q = params["w1"].astype(dtype)
+    x = x[:8].astype(dtype)
+    both = jax.jit(lambda x, q: jax.value_and_grad(
+        lambda x: jnp.sum(jnp.sin(quant.matmul(x, q).astype(jnp.float32))))(x))  # fmt: skip
+    plain = dataclasses.replace(q, backend="reference")
+    want = both(x, plain)
+    sharded = put(q, NamedSharding(mesh, SPECS["w1"]))
+    run = both.lower(x, sharded).compile()
+    assert "all-gather" not in run.as_text()
+    got = run(x, sharded)
+    close = dict(rtol=2e-2, atol=5e-2) if dtype == "bfloat16" else dict(rtol=1e-4, atol=1e-4)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(np.float32(a), np.float32(b), **close)
+
+
 def test_specs_of_a_quantized_base_and_its_adapters(mesh):
     params, x = base(double_quant=True)
     specs = lora.partition_specs(adapted(params, x), SPECS)
@@ -113,6 +134,54 @@ def test_inside_a_shard_map(mesh, spec, x_spec, out):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     grad = jax.jit(jax.grad(lambda x: jnp.sum(lora.lorafy(fn)({"w1": params["w1"]}, x) ** 2)))(x)
     np.testing.assert_allclose(grad, 2 * want @ params["w1"].dequantize().T, rtol=1e-3, atol=1e-3)
+
+
+def experts(w, x):
+    return jnp.einsum("emd,edh->emh", x, w)
+
+
+def heads(w, x):
+    return jnp.einsum("md,dnh->mnh", x, w)
+
+
+@pytest.mark.parametrize(
+    "inside, shape, roles, specs",
+    [
+        (experts, (4, 64, 32), "bio", (P("model"), P("model"), P("model"))),
+        (heads, (64, 4, 8), "ioo", (P(None, "model"), P(), P(None, "model"))),
+    ],
+)
+def test_stacks_and_heads_inside_a_shard_map(mesh, inside, shape, roles, specs):
+    w = jax.random.normal(jax.random.key(0), shape)
+    q = quant.quantize_array(w, block_size=16, roles=roles)
+    x = jax.random.normal(jax.random.key(1), (4, 5, 64) if roles == "bio" else (5, 64))
+
+    def fn(p, x):
+        w_spec, x_spec, out = specs
+        return jax.shard_map(inside, mesh=mesh, in_specs=(w_spec, x_spec), out_specs=out)(p["w"], x)
+
+    def loss(w, x):
+        return jnp.sum(jnp.sin(lora.lorafy(fn)({"w": w}, x)))
+
+    got = jax.jit(jax.value_and_grad(loss, 1))(q, x)
+    want = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(inside(q.dequantize(), x))))(x)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_filled_up_weight_is_not_split_inside_a_shard_map(mesh):
+    """96 inputs are stored as two superblocks of 64: the first shard would hold 64 of them."""
+    q = quant.quantize_array(jnp.ones((96, 16)), block_size=32)
+
+    def fn(p, x):
+        def inside(w, x):
+            return jax.lax.psum(x @ w, "model")
+
+        specs = (P("model", None), P(None, "model"))
+        return jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=P())(p["w"], x)
+
+    with pytest.raises(ValueError, match="has 96 inputs filled up to 128: inside a shard_map"):
+        lora.lorafy(fn)({"w": q}, jnp.ones((3, 96)))
 
 
 def test_shards_must_be_whole_superblocks(mesh):

@@ -1,6 +1,7 @@
 """Quantized bases under the transform: values and gradients are those of the decoded weights."""
 
 import dataclasses
+import re
 import warnings
 
 import jax
@@ -159,12 +160,50 @@ def test_gradients_reach_the_inputs_and_no_float_weight_is_kept():
     assert not [r for r in kept if r.shape in ((D, H), (H, D)) and r.dtype == jnp.float32]
 
 
-def test_scanned_layers_keep_their_codes_only():
-    fn, params, x = make("scanned layers")
+@pytest.mark.parametrize("double", [False, True])
+def test_scanned_layers_keep_their_codes_only(double):
+    fn, params, x = make("scanned layers", double_quant=double)
     lora_params = adapted(fn, params, x)
     trainable, frozen = lora.split(lora_params)
-    jaxpr = str(jax.make_jaxpr(jax.grad(loss_of(fn)))(trainable, frozen, x))
+
+    def loss(trainable, frozen, x):  # without the blocks' own checkpoint
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "checkpoint", lambda f: f)
+            return loss_of(fn)(trainable, frozen, x)
+
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(trainable, frozen, x))
+    assert f"u8[2,{D // 2},{H}]" in jaxpr
     assert f"f32[2,{D},{H}]" not in jaxpr and f"f32[2,{H},{D}]" not in jaxpr
+    # Nor the scales that were expanded from their codes.
+    assert f"f32[2,{D // 16},{H}]" not in jaxpr and f"f32[2,{H // 16},{D}]" not in jaxpr
+
+
+def test_rows_of_a_table_are_taken_without_decoding_the_others():
+    w = weights(64, D)
+    for roles in ("io", "oi"):
+        q = quant.quantize_array(w, block_size=16, roles=roles)
+
+        def rows(q, ids):
+            return lora.lorafy(lambda p, ids: p["table"][ids])({"table": q}, ids)
+
+        def trained(q):
+            table = lora.RowsArray(q, jnp.zeros((2, D)), (3, 60))
+            return lora.lorafy(lambda p, ids: p["table"][ids])({"table": table}, jnp.array([3, 5]))
+
+        for call in (lambda q: rows(q, jnp.array([63, 0, 17])), trained):
+            text = str(jax.make_jaxpr(call)(q))
+            assert not re.search(rf"f32\[(64,{D}|{D},64)\]", text)
+        want = q.dequantize()
+        np.testing.assert_array_equal(rows(q, jnp.array([63, 0, 17])), want[jnp.array([63, 0, 17])])
+        np.testing.assert_allclose(trained(q), jnp.stack([jnp.zeros(D), want[5]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["grouped product", "convolution"])
+def test_operations_without_a_kernel_of_their_own_decode_with_one(name):
+    """Under two names, so that XLA does not keep the decoded weight from forward to backward."""
+    fn, params, x = make(name, backend="gpu_interpret")
+    text = str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(lora.lorafy(fn)(params, x) ** 2)))(x))
+    assert "quant_decode_forward" in text and "quant_decode_backward" in text
 
 
 @pytest.mark.parametrize(

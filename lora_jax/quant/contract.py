@@ -110,6 +110,20 @@ def gather(q: QuantArray, indices, *, dimension_numbers, slice_sizes, mode, fill
     return rows.transpose([place.index(a) for a in range(rows.ndim)]).astype(q.dtype)
 
 
+def take(q: QuantArray, index, dim: int):
+    """`W` at some indices of a dim, which comes first then; none else is decoded.
+
+    Args:
+      q: the weight.
+      index: integers `(n,)` inside the dim.
+      dim: alone in its role (in or out); otherwise the whole weight is decoded.
+    """
+    index, role = jnp.asarray(index), q.roles[dim]
+    if role not in "io" or q.roles.count(role) > 1:
+        return jnp.moveaxis(jnp.take(q.dequantize(), index, axis=dim), dim, 0)
+    return _rows(q, index) if role == "i" else _columns(q, index)
+
+
 def _index(index, size: int, mode):
     """The indices inside the dim, and which of them were, where that decides."""
     if mode == lax.GatherScatterMode.FILL_OR_DROP:

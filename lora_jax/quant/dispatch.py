@@ -49,25 +49,38 @@ class Way:
         return self.matmul is not None
 
 
+def check_backend(backend: str) -> None:
+    """Raises ValueError where there is no such backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
 def backend_of(q: QuantArray) -> str:
     """The backend of a weight, "auto" resolved by JAX's default device.
 
     Raises:
       ValueError: an unknown one.
     """
-    if q.backend not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {q.backend!r}")
+    check_backend(q.backend)
     if q.backend != "auto":
         return q.backend
-    return {"gpu": "gpu", "cuda": "gpu", "tpu": "tpu"}.get(jax.default_backend(), "reference")
+    return {"gpu": "gpu", "cuda": "gpu", "tpu": "tpu"}.get(_platform(), "reference")
 
 
-def choose(q: QuantArray, rows: int, packed: tuple, *, transposed: bool, dtype) -> Way:
+def _platform() -> str:
+    """The platform of JAX's default device, which `jax.default_device` may have changed."""
+    device = getattr(jax.config, "jax_default_device", None)
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
+def choose(q: QuantArray, rows: float, packed: tuple, *, transposed: bool, dtype) -> Way:
     """The way to compute one product.
 
     Args:
       q: the weight.
-      rows: of `x`.
+      rows: of `x`; infinite for the decoded weight itself.
       packed: shape of the codes of one matrix.
       transposed: whether outputs are contracted.
       dtype: of `x`, in which products are taken.

@@ -20,7 +20,7 @@ from jax import lax
 
 from lora_jax import compat
 from lora_jax.quant import dispatch
-from lora_jax.quant.array import QuantArray, expanded, form_of, matrix_sizes
+from lora_jax.quant.array import QuantArray, expanded, form_of, matrix_sizes, unfold
 from lora_jax.quant.kernels import reference
 
 
@@ -69,7 +69,7 @@ def matmul(x, q: QuantArray, *, transposed: bool = False, precision=None, prefer
         )
     spread = _spread(x, q)
     preferred = jnp.dtype(preferred or x.dtype)
-    y: Any = _product(_Form(transposed, precision, preferred, spread), x, expanded(q))
+    y: Any = _product(_Form(transposed, precision, preferred, spread), x, q)
     return y
 
 
@@ -79,22 +79,29 @@ def _spread(x, q: QuantArray) -> tuple:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(form: _Form, x, q: QuantArray):
-    return _multiply(form, x, q, "forward")
+    return _multiply(form, x, expanded(q), "forward")
 
 
 def _product_forward(form: _Form, x, q: QuantArray):
     # `x` itself is not needed again: an empty array remembers its dtype.
-    return _multiply(form, x, q, "forward"), (q, jnp.zeros((0,), x.dtype))
+    return _multiply(form, x, expanded(q), "forward"), (q, jnp.zeros((0,), x.dtype))
 
 
 def _product_backward(form: _Form, saved, g):
     q, like = saved
     back = dataclasses.replace(form, transposed=not form.transposed, preferred=like.dtype)
-    dx = _multiply(back, g.astype(like.dtype), q, "backward")
+    dx = _multiply(back, g.astype(like.dtype), expanded(_apart(q)), "backward")
     return (lax.psum(dx, form.spread) if form.spread else dx), None
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def _apart(q: QuantArray) -> QuantArray:
+    """The same weight, of which XLA cannot tell that its scales were expanded before."""
+    if q.scale2 is None:
+        return q
+    return dataclasses.replace(q, scale=lax.optimization_barrier(q.scale))
 
 
 def _multiply(form: _Form, x, q: QuantArray, direction: str):
@@ -162,21 +169,42 @@ def linear(op: Callable, x, q: QuantArray, *rest):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _linear(op: Callable, spread: tuple, x, q: QuantArray, rest):
-    return op(x, q.dequantize(), *rest)
+    return op(x, _decoded(q, "forward"), *rest)
 
 
 def _linear_forward(op, spread, x, q, rest):
-    return op(x, q.dequantize(), *rest), (q, rest, _like(x))
+    return op(x, _decoded(q, "forward"), *rest), (q, rest, _like(x))
 
 
 def _linear_backward(op, spread, saved, g):
     q, rest, like = saved
-    w = q.dequantize()
+    w = _decoded(_apart(q), "backward")
     (dx,) = jax.linear_transpose(lambda x: op(x, w, *rest), like.get())(g)
     return (lax.psum(dx, spread) if spread else dx), None, None
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _decoded(q: QuantArray, direction: str):
+    """The whole weight, by the kernel of the device, matrix by matrix of a stack."""
+    stack, _, _ = matrix_sizes(q)
+    way = dispatch.choose(q, math.inf, q.packed.shape[-2:], transposed=False, dtype=q.dtype)
+    if way.plain:
+        return q.dequantize()
+    q, count = expanded(q), len(stack)
+
+    def one(each):
+        return way.decode(*each, form=form_of(q), block=q.block, dtype=q.dtype, name=direction)
+
+    def flat(a):
+        return None if a is None else a.reshape(math.prod(stack), *a.shape[count:])
+
+    parts = (q.packed, q.scale, q.bias)
+    if not stack:
+        return unfold(one(parts), q.shape, q.roles)
+    m = lax.map(one, tuple(map(flat, parts)))
+    return unfold(m.reshape(*stack, *m.shape[1:]), q.shape, q.roles)
 
 
 @jax.tree_util.register_dataclass

@@ -9,6 +9,7 @@ import jax
 
 from lora_jax import matching, paths
 from lora_jax.quant.array import QuantArray, is_leaf, is_quant, quantize_array
+from lora_jax.quant.dispatch import check_backend
 
 # Names, a regular expression, a `lora_jax.Plan`, or `f(path, leaf)`.
 Where = Any
@@ -45,8 +46,8 @@ def quantize(
       The tree with `QuantArray`s; other leaves are as they were.
 
     Raises:
-      ValueError: `where` names nothing (the nearest names are listed), or a leaf cannot be
-        quantized so.
+      ValueError: `where` names nothing (the nearest names are listed), a leaf cannot be
+        quantized so, or there is no such backend.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lora
@@ -56,6 +57,7 @@ def quantize(
 
     Source: Dettmers et al. 2023, "QLoRA", section 3.
     """
+    check_backend(backend)
     flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     named = [(paths.spell(path), leaf) for path, leaf in flat]
     chosen = _chosen(where, named)

@@ -6,13 +6,14 @@ memory. The scales of scales are few, and replicated.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.array import in_dims, out_dims, stack_dims
-from lora_jax.quant.array import QuantArray, form_of
+from lora_jax.quant.array import QuantArray, form_of, matrix_sizes
 
 
 def matrix_spec(q: QuantArray, spec: PartitionSpec) -> PartitionSpec:
@@ -63,11 +64,7 @@ def check_shards(q: QuantArray, spec: PartitionSpec, mesh) -> None:
     Raises:
       ValueError: they are not.
     """
-    axes = matrix_spec(q, spec)[-2]
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    parts = 1
-    for name in names:
-        parts *= mesh.shape[name]
+    parts = _parts(q, spec, mesh)
     rows = form_of(q).rows(q.block)
     blocks = q.scale.shape[-2] * q.block // rows
     if blocks % parts:
@@ -76,6 +73,13 @@ def check_shards(q: QuantArray, spec: PartitionSpec, mesh) -> None:
             f"{rows} inputs: they cannot be split among {parts} devices; shard another dim or "
             f"use a smaller block"
         )
+
+
+def _parts(q: QuantArray, spec: PartitionSpec, mesh) -> int:
+    """Among how many devices the inputs are split."""
+    axes = matrix_spec(q, spec)[-2]
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def put(q: QuantArray, sharding) -> QuantArray:
@@ -110,8 +114,18 @@ def local_part(q: QuantArray, spec: PartitionSpec, mesh) -> QuantArray:
       q: with expanded scales; its arrays are replaced by the local ones afterwards.
       spec: of the weight's own dims.
       mesh: whose axes the spec names.
+
+    Raises:
+      ValueError: a shard's inputs are not whole superblocks of its own.
     """
     check_shards(q, spec, mesh)
+    stored, inputs = q.scale.shape[-2] * q.block, matrix_sizes(q)[1]
+    if stored != inputs and _parts(q, spec, mesh) > 1:
+        raise ValueError(
+            f"a quantized weight of shape {q.shape}, roles {q.roles}, has {inputs} inputs filled "
+            f"up to {stored}: inside a shard_map they cannot be split; shard another dim or use a "
+            f"block of which {2 * _parts(q, spec, mesh)} divide the inputs"
+        )
     shape = list(q.shape)
     for d, axes in enumerate(spec):
         for name in (axes,) if isinstance(axes, str) else axes or ():

@@ -20,7 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from lora_jax.quant import formats
-from lora_jax.quant.kernels.partition import sharded_decode
+from lora_jax.quant.kernels import reference
+from lora_jax.quant.kernels.partition import sharded_decode, sharded_matmul
 
 _COLUMNS = (128, 64, 32, 16)
 _ROWS = 64  # of a superblock's half that one program decodes
@@ -137,6 +138,8 @@ def _decode_blocks(packed, scale, *rest, form, dtype, name: str, interpret: bool
     """`(S, B, N), (S, halves, N), perhaps biases, table -> (S, halves, B, N)`."""
     supers, block, cols = packed.shape
     halves, bn, rows = scale.shape[1], _columns(cols), min(block, _ROWS)
+    if not bn:  # of a shard, where the whole has more
+        return reference.decode_blocks(packed, scale, *rest[:-1], form=form, dtype=dtype)
 
     def codes_at(s, r, j):
         return s, r, j
@@ -189,11 +192,26 @@ def matmul(x, packed, scale, bias, *, form: formats.Format, block: int, transpos
       dtype: of the result.
       interpret: run the kernel's Python instead of compiling it.
     """
+    run = functools.partial(
+        _fused, form=form, block=block, transposed=transposed, interpret=interpret
+    )
+    supers = packed.shape[0] // block
+    return sharded_matmul(run, x, packed, scale, bias, jnp.asarray(_table(form)), supers=supers,
+                          transposed=transposed, dtype=dtype)  # fmt: skip
+
+
+def _fused(x, packed, scale, bias, table, *, form, block: int, transposed: bool, dtype,
+           interpret: bool):  # fmt: skip
+    """`matmul` of what one device has."""
+    how = dict(form=form, block=block)
+    if not _columns(packed.shape[1]):  # of a shard, where the whole has more
+        return reference.matmul(x, packed, scale, bias, **how, transposed=transposed,
+                                dtype=dtype)  # fmt: skip
     rows = x.shape[0]
     bm = _tile_rows(rows)
     x = jnp.pad(x, ((0, -rows % bm), (0, 0)))
     run = _backward if transposed else _forward
-    y = run(x, packed, scale, bias, bm=bm, form=form, block=block, interpret=interpret)
+    y = run(x, packed, scale, bias, table, bm=bm, **how, interpret=interpret)
     return y[:rows].astype(dtype)
 
 
@@ -201,7 +219,7 @@ def _operands(scale, bias, spec) -> tuple[list, list]:
     return ([scale], [spec]) if bias is None else ([scale, bias], [spec, spec])
 
 
-def _forward(x, packed, scale, bias, *, bm: int, form, block: int, interpret: bool):
+def _forward(x, packed, scale, bias, table, *, bm: int, form, block: int, interpret: bool):
     (m, k), cols = x.shape, packed.shape[1]
     bn, supers = _columns(cols), packed.shape[0] // block
     splits = _split(supers, (m // bm) * (cols // bn))
@@ -241,11 +259,11 @@ def _forward(x, packed, scale, bias, *, bm: int, form, block: int, interpret: bo
         out_specs=pl.BlockSpec((None, bm, bn), lambda i, j, s: (s, i, j)),
         out_shape=jax.ShapeDtypeStruct((splits, m, cols), jnp.float32),
         name="quant_matmul_forward",
-    )(x, packed, *scales, jnp.asarray(_table(form)))
+    )(x, packed, *scales, table)
     return jnp.sum(parts, axis=0)
 
 
-def _backward(g, packed, scale, bias, *, bm: int, form, block: int, interpret: bool):
+def _backward(g, packed, scale, bias, table, *, bm: int, form, block: int, interpret: bool):
     (m, n), supers = g.shape, packed.shape[0] // block
     bn = _columns(n)
 
@@ -283,4 +301,4 @@ def _backward(g, packed, scale, bias, *, bm: int, form, block: int, interpret: b
         out_specs=pl.BlockSpec((bm, 2 * block), lambda i, k: (i, k)),
         out_shape=jax.ShapeDtypeStruct((m, supers * 2 * block), jnp.float32),
         name="quant_matmul_backward",
-    )(g, packed, *scales, jnp.asarray(_table(form)))
+    )(g, packed, *scales, table)

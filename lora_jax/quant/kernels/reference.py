@@ -14,6 +14,14 @@ def decode(packed, scale, bias, *, form: formats.Format, block: int, dtype):
     return formats.decode(packed, scale, bias, form, block, dtype)
 
 
+def decode_blocks(packed, scale, bias=None, *, form: formats.Format, dtype):
+    """As the kernels have it: of codes `(S, B, N)` and scales `(S, h, N)`, `(S, h, B, N)`."""
+    supers, block, cols = packed.shape
+    parts = (a if a is None else a.reshape(-1, cols) for a in (packed, scale, bias))
+    w = decode(*parts, form=form, block=block, dtype=dtype)
+    return w.reshape(supers, scale.shape[1], block, cols)
+
+
 def product(x, w, *, transposed: bool, precision=None, preferred=None):
     """`x · w`, or `x · wᵀ`: the last dim of `x` against the first, or last, of a matrix."""
     return lax.dot_general(

@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from lora_jax.quant import formats
-from lora_jax.quant.kernels.partition import sharded_decode
+from lora_jax.quant.kernels import reference
+from lora_jax.quant.kernels.partition import sharded_decode, sharded_matmul
 
 _LANES = 128
 _COLUMNS = (512, 256, 128)
@@ -95,6 +96,8 @@ def decode(packed, scale, bias, *, form: formats.Format, block: int, dtype, name
 def _decode_blocks(packed, scale, bias=None, *, form, dtype, name: str, interpret: bool):
     supers, block, cols = packed.shape
     halves, bn, steps = scale.shape[1], _columns(cols), _steps(supers)
+    if not bn:  # of a shard, where the whole has more
+        return reference.decode_blocks(packed, scale, bias, form=form, dtype=dtype)
 
     def kernel(packed_ref, scale_ref, *rest):
         bias_ref = rest[0] if bias is not None else None
@@ -121,6 +124,20 @@ def _decode_blocks(packed, scale, bias=None, *, form, dtype, name: str, interpre
 def matmul(x, packed, scale, bias, *, form: formats.Format, block: int, transposed: bool, dtype,
            interpret: bool = False):  # fmt: skip
     """`x (M, K) · w`, or transposed `x (M, N) · wᵀ`; arguments as of `kernels.gpu.matmul`."""
+    run = functools.partial(
+        _fused, form=form, block=block, transposed=transposed, interpret=interpret
+    )
+    supers = packed.shape[0] // block
+    return sharded_matmul(run, x, packed, scale, bias, supers=supers, transposed=transposed,
+                          dtype=dtype)  # fmt: skip
+
+
+def _fused(x, packed, scale, bias, *, form, block: int, transposed: bool, dtype, interpret: bool):
+    """`matmul` of what one device has."""
+    if obstacle(form, block, packed.shape) or fused_obstacle(form, block, packed.shape, x.dtype):
+        # Of a shard, where the whole has none.
+        return reference.matmul(x, packed, scale, bias, form=form, block=block,
+                                transposed=transposed, dtype=dtype)  # fmt: skip
     rows, supers, cols = x.shape[0], packed.shape[0] // block, packed.shape[1]
     bm = min(_ROWS, -(-rows // 16) * 16)
     x = jnp.pad(x, ((0, -rows % bm), (0, 0)))
