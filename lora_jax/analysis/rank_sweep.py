@@ -366,8 +366,10 @@ def _open(task: Task, sweep: SweepConfig, lora_config: LoraConfig, config: Train
             f"{folder}: there is a sweep already; go on with resume=True (--resume), or give "
             "another output_dir"
         )
-    own = {"rank", "alpha"} if not lora_config.use_rslora else {"rank"}
-    adapters = {k: v for k, v in dataclasses.asdict(lora_config).items() if k not in own}
+    # Only what differs from the defaults: a field that a later release adds changes no run.
+    usual = dataclasses.asdict(LoraConfig())
+    adapters = {k: v for k, v in dataclasses.asdict(lora_config).items()
+                if v != usual[k] and k not in ("rank", "alpha")}  # fmt: skip
     one = with_rank(lora_config, 1)
     free = ("learning_rate", "steps", "epochs", "seed")
     training = {k: v for k, v in fixed_fields(config).items() if k not in free}
