@@ -153,7 +153,8 @@ def _median(values) -> float | None:
 
 def conclusions(found: Found) -> list[str]:
     """What the numbers say, in sentences."""
-    return [_on_accuracy(found), _on_rank(found), _on_overlap(found), _on_intruders(found)]
+    said = [_on_accuracy(found), _on_rank(found), _on_depth(found)]
+    return [*said, _on_overlap(found), _on_intruders(found)]
 
 
 def _on_accuracy(found: Found) -> str:
@@ -193,6 +194,25 @@ def _on_rank(found: Found) -> str:
         f"{verdict}: 90 % of its energy take a median of {rank:.0f} directions of {size:.0f} "
         f"(a random matrix: {random_rank:.0f}), and the best change of rank {found.rank} holds "
         f"{percent(held)} (of a random one: {percent(random_held)})."
+    )
+
+
+def _on_depth(found: Found) -> str:
+    layers = 1 + max(m.index[-1] for m in found.changed.matrices)
+    third = max(1, layers // 3)
+    first, last = (
+        [m for m in found.changed.matrices if inside(m.index[-1])]
+        for inside in (lambda i: i < third, lambda i: i >= layers - third)
+    )
+    ranks = [statistics.median(m.energy_rank(0.9) for m in part) for part in (first, last)]
+    held = [statistics.median(m.energy_share(found.rank) for m in part) for part in (first, last)]
+    verdict = "falls with depth" if ranks[1] < ranks[0] / 2 else (
+        "rises with depth" if ranks[1] > 2 * ranks[0] else "is much the same at all depths"
+    )  # fmt: skip
+    return (
+        f"That rank {verdict}: a median of {ranks[0]:.0f} in the first {third} layers, where the "
+        f"best rank {found.rank} holds {percent(held[0])}, and of {ranks[1]:.0f} in the last "
+        f"{third}, where it holds {percent(held[1])}."
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax.analysis import intruder_dimensions, spectrum
+from lora_jax.analysis import Spectrum, changes, intruder_dimensions, overlap, spectrum
 
 
 def orthogonal(size, seed):
@@ -50,6 +50,8 @@ def test_known_values_and_what_follows_from_them():
     np.testing.assert_allclose(
         layer.before, np.linalg.norm(before["layers"]["up"]["kernel"][1]), rtol=1e-5
     )
+    np.testing.assert_allclose(layer.energy_share(2), energy[:2].sum() / energy.sum(), rtol=1e-5)
+    assert layer.kind == "up" and list(found.by_kind()) == ["up"]
     # The others did not change: nothing is divided by zero.
     still = found.matrices[0]
     assert (still.norm, still.rank, still.energy_rank(0.9), still.fall()) == (0, 0, 0, 1)
@@ -98,6 +100,8 @@ def test_table_json_and_plot(tmp_path):
     for row, m in zip(rows, found.matrices, strict=True):
         np.testing.assert_allclose(row["values"], m.values)
         assert row["rank_90"] == m.energy_rank(0.9)
+    again = Spectrum.from_json(found.to_json())
+    assert str(again) == str(found) and again.matrices[1].index == (0,)
     assert rows[0]["sigma_1_over_10"] is None  # the head has six values
     found.plot(tmp_path / "fall.png")
     assert (tmp_path / "fall.png").read_bytes().startswith(b"\x89PNG")
@@ -117,12 +121,77 @@ def test_intruders_are_directions_that_were_not_there():
     assert intruder_dimensions(before, before) == {"w": 0}
 
 
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
+def test_directions_are_those_of_a_decomposition(shape):
+    """Also of the smallest values: float64's square keeps half of its sixteen digits."""
+    matrix = change([8, 3, 1, 1e-3, 1e-4], shape)
+    u, values, vt = np.linalg.svd(matrix)
+    for top in (None, 3):
+        found = changes.directions(matrix, top)
+        k = len(found.values)
+        assert k == (5 if top is None else 3)
+        np.testing.assert_allclose(found.values, values[:k], rtol=1e-5)
+        for mine, want in ((found.inputs, u[:, :k]), (found.outputs, vt[:k].T)):
+            np.testing.assert_allclose(np.abs(np.sum(mine * want, axis=0)), 1, atol=1e-5)
+    a, b = matrix @ vt[:3].T, vt[:3]
+    factors = changes.directions(changes.Factors(a, b))
+    np.testing.assert_allclose(factors.values, values[:3], rtol=1e-12)
+    np.testing.assert_allclose(np.abs(np.sum(factors.inputs * u[:, :3], axis=0)), 1)
+    assert len(changes.directions(np.zeros(shape)).values) == 0
+
+
+def test_overlap_of_known_subspaces():
+    u, v = orthogonal(12, 0), orthogonal(20, 1)
+    before = {"w": {"kernel": jnp.asarray(change([1.0] * 12, (12, 20), seed=5), jnp.float32)}}
+
+    def after(values, rows, columns):
+        step = (u[:, rows] * np.asarray(values)) @ v[:, columns].T
+        return {"w": {"kernel": before["w"]["kernel"] + jnp.asarray(step, jnp.float32)}}
+
+    # Two of three inputs' directions are the same, and one of the outputs'.
+    first = after([4, 3, 2, 1], [0, 1, 2, 3], [0, 1, 2, 3])
+    second = after([5, 2, 1], [0, 1, 7], [0, 8, 9])
+    (found,) = overlap(before, first, second, top=3)
+    assert found.top == 3 and found.name == "w.kernel"
+    np.testing.assert_allclose([found.inputs, found.outputs], [2 / 3, 1 / 3], atol=1e-5)
+    np.testing.assert_allclose([found.chance_inputs, found.chance_outputs], [3 / 12, 3 / 20])
+    np.testing.assert_allclose([found.captured, found.best], [16 / 30, 29 / 30], rtol=1e-5)
+    # An adapter is compared by its factors; it is a change of its own as any other.
+    plan = lora.plan(
+        lora.LoraConfig(rank=2, alpha=3, target_modules=("w",)),
+        lambda p, x: x @ p["w"]["kernel"], before, jnp.ones((1, 12)),
+    )  # fmt: skip
+    trainable, frozen = lora.split(lora.init(jax.random.key(0), plan, before))
+    adapted = lora.combine(jax.tree.map(lambda x: x + 0.1 * jnp.cos(x + 1), trainable), frozen)
+    (mine,) = overlap(before, first, adapted, top=2)
+    (dense,) = overlap(before, first, lora.merge(adapted), top=2)
+    # `B` is one row twice: the adapter has one direction.
+    assert mine.top == dense.top == 1
+    for name in ("inputs", "outputs", "captured", "best"):
+        np.testing.assert_allclose(getattr(mine, name), getattr(dense, name), rtol=1e-3)
+    (same,) = overlap(before, adapted, adapted, top=2)
+    np.testing.assert_allclose([same.inputs, same.outputs, same.captured], 1, rtol=1e-6)
+    with pytest.raises(ValueError, match="no matrix was changed by both"):
+        overlap(before, first, before)
+    with pytest.raises(ValueError, match="`top` must be at least 1, got 0"):
+        overlap(before, first, second, top=0)
+
+
+def test_norms_and_biases_of_a_stack_are_no_matrices():
+    before = {**params(), "norm": {"scale": jnp.ones((3, 9))}}
+    names = {m.path for m in spectrum(before, before).matrices}
+    assert names == {"layers.up.kernel", "head.kernel"}
+    assert len(spectrum(before, before, where=("norm",)).matrices) == 1
+
+
 def test_clear_errors():
     before = params()
     with pytest.raises(ValueError, match=r"`head.kernel` has shape \(14, 6\) before and \(14, 7\)"):
         spectrum(before, {**before, "head": {"kernel": jnp.ones((14, 7)), "bias": jnp.zeros(6)}})
-    with pytest.raises(ValueError, match="trees of different structure"):
+    with pytest.raises(ValueError, match="different structure: only `before` has `layers.up"):
         spectrum(before, {"head": before["head"]})
+    with pytest.raises(ValueError, match="only `after` has `more`; pass the same model's"):
+        spectrum(before, {**before, "more": jnp.ones((2, 2))})
     with pytest.raises(ValueError, match=r"no matrix to look at that `where` = \('nose',\) names"):
         spectrum(before, before, where=("nose",))
     with pytest.raises(ValueError, match="no matrix to look at"):

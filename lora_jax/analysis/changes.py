@@ -3,8 +3,8 @@
 Computed on the host in float64, one matrix at a time. The change of an adapter `ΔW = s·A·B` is kept
 as its factors and never formed: with `A = Qa·Ra` and `Bᵀ = Qb·Rb` all that is looked for is in the
 `(r, r)` matrix `s·Ra·Rbᵀ`. That of a dense change is in the eigenvalues of `ΔW·ΔWᵀ` or `ΔWᵀ·ΔW`,
-whichever is smaller: in float64 these give σ down to 1e-8·σ1, below what float32 weights hold, at
-a tenth of the cost of a singular value decomposition.
+whichever is smaller: in float64 these give σ down to some 1e-8·σ1, below what float32 weights hold,
+at a tenth of the cost of a singular value decomposition.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from lora_jax.quant.array import is_leaf
 
 # A stack of these has two dims, and is no matrix for that.
 _VECTORS = ("scale", "bias")
+_EPSILON = float(np.finfo(np.float64).eps)
 
 
 class Factors(NamedTuple):
@@ -181,12 +182,13 @@ def singular_values(delta: np.ndarray | Factors) -> Float[np.ndarray, " k"]:
 def directions(delta: np.ndarray | Factors, top: int | None = None) -> Directions:
     """The `top` largest singular values with their vectors; all by default.
 
-    Vectors of values below 1e-8·σ1 are noise: they are left out.
+    Those that rounding alone may have made are left out: values of factors below `n·ε·σ1`, of a
+    dense change below `√(n·ε)·σ1`, as its squares are what is computed.
     """
     if isinstance(delta, Factors):
         (first, second), small = _small(delta)
         u, values, vt = np.linalg.svd(small)
-        return _cut(Directions(first @ u, values, second @ vt.T), top)
+        return _cut(Directions(first @ u, values, second @ vt.T), top, len(small) * _EPSILON)
     from scipy.linalg import eigh
 
     gram = _gram(delta)
@@ -199,11 +201,11 @@ def directions(delta: np.ndarray | Factors, top: int | None = None) -> Direction
     wide = delta.shape[0] <= delta.shape[1]
     other = (delta.T if wide else delta) @ vectors / np.maximum(values, 1e-300)
     found = (vectors, values, other) if wide else (other, values, vectors)
-    return _cut(Directions(*found), top)
+    return _cut(Directions(*found), top, np.sqrt(size * _EPSILON))
 
 
-def _cut(found: Directions, top: int | None) -> Directions:
-    real = int(np.sum(found.values > 1e-8 * found.values[0])) if found.values[0] else 0
+def _cut(found: Directions, top: int | None, noise: float) -> Directions:
+    real = int(np.sum(found.values > noise * found.values[0]))
     keep = real if top is None else min(top, real)
     return Directions(found.inputs[:, :keep], found.values[:keep], found.outputs[:, :keep])
 
