@@ -86,7 +86,7 @@ def estimate(
     if config.json:
         say(json.dumps({"estimates": [one.to_dict() for one in every]}, indent=1))
         return
-    say(f"{every[0].described}; GiB on each device")
+    say(f"{every[-1].described}; GiB on each device")
     say(memory_table(every, device_memory=limit))
     if len(every) == 1:
         say(f"\n{every[0]}")

@@ -12,6 +12,11 @@
 
 Adapters follow their weights, see `lora_jax.partition_specs`.
 
+Bytes that stay are exact under these shardings. What a step needs besides is counted for a program
+that gathers one layer at a time and keeps activations spread; XLA's partitioner, left alone, may
+not find it: of small Llamas on 8 CPU devices it held about twice those temporaries (`exact=True`
+asks it). Constrain the activations where that matters.
+
 Sources: Rajbhandari et al. 2020, "ZeRO", section 5; Shoeybi et al. 2019, "Megatron-LM", section 3.
 """
 
