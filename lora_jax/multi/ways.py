@@ -109,16 +109,16 @@ def _flat(call: Call):
 def _positions(call: Call, rows: int) -> int:
     """About how many positions a row has: of its integer arguments, or all but their features."""
     flat, tree = _flat(call)
-    found = {True: 1, False: 1}
+    tokens, features = [], [1]
     for x, axis in zip(flat, axes_of(call.row_axes, flat, tree, rows), strict=True):
         if axis is None:
             continue
-        whole = jnp.issubdtype(jnp.result_type(x), jnp.integer)
         shape = [n for d, n in enumerate(x.shape) if d != axis]
-        found[whole] = max(found[whole], math.prod(shape if whole else shape[:-1]))
-    has_tokens = any(jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in flat
-                     if hasattr(x, "shape") and len(x.shape))  # fmt: skip
-    return found[has_tokens]
+        if jnp.issubdtype(jnp.result_type(x), jnp.integer):
+            tokens.append(math.prod(shape))
+        else:
+            features.append(math.prod(shape[:-1]))
+    return max(tokens or features)
 
 
 def _token_axes(token_axes, call: Call, ids) -> tuple:

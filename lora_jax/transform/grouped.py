@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import custom_batching, lax
 
 # Where `ragged_dot` is one operation; elsewhere groups are products of tiles.
 _RAGGED = frozenset({"tpu"})
@@ -137,7 +137,7 @@ def product(form: Form, x, ids, factors: tuple, scale, groups: Groups):
       (e, positions, n) in `form.result`.
     """
 
-    @jax.custom_batching.custom_vmap
+    @custom_batching.custom_vmap
     def one_row(x, ids, factors, scale, groups):
         return _each(form, x, ids, factors, scale)
 

@@ -210,7 +210,7 @@ class _Tokens:
 
     def followed(self, context: Context, jaxpr, weights: int) -> Context:
         """The context, knowing where the tokens are in a jaxpr of the weights and these arrays."""
-        if not self.axes:
+        if context.chooser is None or not self.axes:
             return context
         axes = [frozenset()] * weights + [frozenset({axis}) for axis in self.axes.values()]
         chooser = dataclasses.replace(context.chooser, positions=follow(jaxpr, axes))

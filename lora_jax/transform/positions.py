@@ -139,9 +139,7 @@ def _transpose(eqn, shapes, ins):
 
 def _broadcast(eqn, shapes, ins):
     p, (old, *_) = eqn.params, shapes
-    where = {
-        d: new for d, new in enumerate(p["broadcast_dimensions"]) if p["shape"][new] == old[d]
-    }
+    where = {d: new for d, new in enumerate(p["broadcast_dimensions"]) if p["shape"][new] == old[d]}
     return _moved(ins[0], where)
 
 

@@ -286,8 +286,7 @@ def gather(context, eqn, values: Sequence, bind: Callable):
     if token is not None:
         index = jnp.moveaxis(index, token, 0)
     which = jnp.where((chooser.ids >= 0) & (chooser.ids < v.slots), chooser.ids, v.slots)
-    which = jnp.broadcast_to(which.reshape(-1, *[1] * (index.ndim - which.ndim)), index.shape) \
-        if which.ndim else jnp.broadcast_to(which, index.shape)  # fmt: skip
+    which = lax.broadcast_in_dim(which, index.shape, tuple(range(which.ndim)))
     at_a = v.roles[d] == "i"
     table = v.a if at_a else jnp.swapaxes(v.b, 1, 2)
     other = v.b if at_a else jnp.swapaxes(v.a, 1, 2)
@@ -331,7 +330,7 @@ def _index(index, size: int, mode):
     return jnp.clip(index, 0, size - 1)
 
 
-# Operations with a form for many adapters of their own; `(context, eqn, values, bind)`.
+# Operations that take each row's own adapter, and why they have none for each token.
 _REASONS = {
     "conv_general_dilated": "a convolution mixes the tokens under its window",
     "ragged_dot_general": "experts have their tokens in another order",
