@@ -72,7 +72,7 @@ def train_adapters(
     leaves, tree = jax.tree.flatten(trainable)
     ids = jnp.arange(len(adapters))
     # One row is one adapter; the batch is the same for all.
-    each = lora.lorafy(loss, reverse_only=True, row_axes=None)
+    each = lora.lorafy(loss, reverse_only=True, row_axes=None, adapter_way="gathered")
 
     def losses(leaves, frozen, batch, key):
         params = lora.combine(jax.tree.unflatten(tree, leaves), frozen)
