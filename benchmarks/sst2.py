@@ -90,3 +90,14 @@ def percent(share: float, interval: tuple[float, float] | list[float] | None = N
     return (
         text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
     )
+
+
+def shrink(path: Path) -> None:
+    """Writes a PNG anew with 64 colors: a third of the bytes, and to the eye the same lines."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        few = image.convert("RGB").quantize(64)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    few.save(new, format="PNG", optimize=True)
+    os.replace(new, path)

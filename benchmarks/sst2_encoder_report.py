@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from sst2 import percent, wilson
+from sst2 import percent, shrink, wilson
 
 from lora_jax.train.plot import running_mean, save_figure
 
@@ -166,6 +166,7 @@ def draw(path: Path, found: dict[str, Method], steps: dict[str, dict]) -> None:
     losses.legend(fontsize="small")
     figure.suptitle("MiniLM (22 M) on SST-2")
     save_figure(figure, path)
+    shrink(path)
 
 
 def _label(name: str, method: Method, steps: dict[str, dict]) -> str:

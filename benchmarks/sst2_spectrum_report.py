@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from sst2 import percent
+from sst2 import percent, shrink
 
 from lora_jax import analysis
 from lora_jax.analysis.plots import draw_decay
@@ -285,6 +285,7 @@ def draw(path: Path, found: Found) -> None:
         f"{lora} LoRA of rank {found.rank}"
     )
     save_figure(figure, path)
+    shrink(path)
 
 
 def _by_layer(axes, values: dict[str, Sequence[float]], level: float) -> None:
