@@ -278,7 +278,7 @@ def draw(path: Path, found: Found) -> None:
               for k, ms in groups.items()}  # fmt: skip
     _by_layer(panels[1, 1], common, found.overlaps[0]["chance_outputs"] if found.overlaps else 0)
     panels[1, 1].set(ylabel="overlap of the outputs' directions",
-                     title="LoRA's directions and the full change's (dashed: chance)")  # fmt: skip
+                     title="Overlap with LoRA (dashed: chance)")  # fmt: skip
     full, lora = (percent(run["dev"]["accuracy"]) for run in (found.full, found.lora))
     figure.suptitle(
         f"SmolLM2-135M on SST-2: {percent(found.before['accuracy'])} before, {full} full, "
