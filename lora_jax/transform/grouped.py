@@ -153,7 +153,7 @@ def product(form: Form, x, ids, factors: tuple, scale, groups: Groups):
         ]
         flat = [y.reshape(-1, *y.shape[2:]) for y in wide]
         if form.way == "gathered":
-            y = _each(form, *flat, factors, scale)
+            y = _each(form, flat[0], flat[1], factors, scale)
         else:
             run = _by_ragged if form.way == "ragged" else _by_tiles
             y = run(form, flat[0], factors, scale, groups)

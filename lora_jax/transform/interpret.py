@@ -204,6 +204,7 @@ def _apply(context: Context, jaxpr, eqn, values: list, constant: set) -> list:
             if rule is None:
                 raise Unsupported("the operation has no rule")
             _refuse_transforms(eqn, values, constant)
+            out: Any
             if any(map(slots.is_stacked, values)):
                 out = slots.apply(context, eqn, values, _binder(eqn), rule)
             else:

@@ -151,7 +151,8 @@ def _token_axis(context, v: Implicit, eqn, operand: int, among: Sequence[int]) -
         if lost
         else "nothing in it is numbered by the tokens of `token_axes`"
     )
-    whole(context, v, eqn, f"the other operand has shape {tuple(var.aval.shape)}, and {why}")
+    shape = getattr(var.aval, "shape", ())
+    whole(context, v, eqn, f"the other operand has shape {shape}, and {why}")
     return None
 
 
@@ -196,7 +197,9 @@ class Chosen:
 
 
 def _product(chooser: Chooser, v: Implicit, x, factors: tuple, scale, dtypes: tuple):
-    form = grouped.Form(*dtypes, grouped.on_device(chooser.way), v.reverse_only)
+    precision, compute, wide, result = dtypes
+    way = grouped.on_device(chooser.way)
+    form = grouped.Form(precision, compute, wide, result, way, v.reverse_only)
     ids = jnp.reshape(chooser.ids, (-1,))
     y = grouped.product(form, x, ids, factors, scale, chooser.groups)
     poison = jnp.where((ids < -1) | (ids >= scale.shape[0]), jnp.nan, 0.0)
@@ -243,11 +246,13 @@ def dot_general(context, eqn, values: Sequence, bind: Callable, use: int):
     chooser = context.chooser
     if _is_matrix(v, contracting[side], batching[side]):
         chosen = Chosen(chooser, v, token)
-        return contraction.dot_general(*values, bind, use, chosen=chosen, **eqn.params)
+        return contraction.dot_general(
+            values[0], values[1], bind, use, chosen=chosen, **eqn.params
+        )
 
     def one(v, x):
-        operands = (v, x) if side == 0 else (x, v)
-        return contraction.dot_general(*operands, bind, use, **eqn.params)
+        lhs, rhs = (v, x) if side == 0 else (x, v)
+        return contraction.dot_general(lhs, rhs, bind, use, **eqn.params)
 
     if token is None:
         return one(picked(v, chooser.ids), x)
