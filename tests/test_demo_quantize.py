@@ -44,6 +44,7 @@ def demo(model, directory, *more):
     return [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_the_base_stays_in_its_blocks_and_trains_alike(model, tmp_path, capsys):
     want = demo(model, tmp_path / "floats")
     floats = capsys.readouterr().out

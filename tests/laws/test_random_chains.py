@@ -183,7 +183,7 @@ def wrapped(f, wrapper: str):
     return f
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None,
+@settings(max_examples=25, deadline=None, derandomize=True, database=None,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(chains())
 def test_random_chain(chain):
