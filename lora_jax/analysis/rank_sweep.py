@@ -256,12 +256,13 @@ class _Sweep:
             found = self._trained(
                 jobs, dataclasses.replace(self.train_config, steps=steps), advance
             )
+        tuning = self.task.tuning
         for job, tree, losses in zip(jobs, found.trees, found.losses, strict=True):
             run = Run(
                 *job,
                 parameters=self._count(job),
                 losses=losses.tolist(),
-                tuning=None if self.task.tuning is None else float(self.task.tuning(_plain(tree))),
+                tuning=None if tuning is None else float(tuning(lora.merge(tree))),
                 seconds=found.seconds / len(jobs),
                 together=len(jobs),
                 values=None,
@@ -295,7 +296,7 @@ class _Sweep:
         if run.values is not None:
             return
         tree = self.store.tree(run, self._like(job))
-        values = _checked(self.task.score(_plain(tree)), f"rank {job.rank}")
+        values = _checked(self.task.score(lora.merge(tree)), f"rank {job.rank}")
         base = self.store.runs[_Job(BASE, 0.0, 0, 0).name]
         if base.values is None or len(values) != len(base.values):
             raise ValueError(
@@ -340,11 +341,6 @@ def with_rank(config: LoraConfig, rank: int) -> LoraConfig:
     if config.use_rslora:
         return dataclasses.replace(config, rank=rank, alpha=config.alpha)
     return dataclasses.replace(config, rank=rank, alpha=config.alpha * rank / config.rank)
-
-
-def _plain(tree):
-    """The merged weights, of the base's own structure."""
-    return lora.merge(tree)
 
 
 def _checked(values, whose: str) -> np.ndarray:

@@ -50,11 +50,7 @@ def train(arguments: argparse.Namespace) -> None:
     """`lora-jax train`."""
     from lora_jax.finetune import finetune
 
-    sections = train_sections()
-    found = settings.options(sections)
-    values = settings.from_toml(arguments.config, found) if arguments.config else {}
-    values |= settings.from_flags(arguments, found)
-    finetune(*(settings.build(section, values) for section in sections), say=_say)
+    finetune(*_from_file_and_flags(train_sections(), arguments), say=_say)
 
 
 def sweep_sections() -> list[Section]:
@@ -79,11 +75,7 @@ def sweep(arguments: argparse.Namespace) -> None:
     """`lora-jax sweep`."""
     from lora_jax.analysis.language import sweep_language_model
 
-    sections = sweep_sections()
-    found = settings.options(sections)
-    values = settings.from_toml(arguments.config, found) if arguments.config else {}
-    values |= settings.from_flags(arguments, found)
-    sweep_language_model(*(settings.build(section, values) for section in sections), say=_say)
+    sweep_language_model(*_from_file_and_flags(sweep_sections(), arguments), say=_say)
 
 
 def generate_sections() -> list[Section]:
@@ -180,4 +172,11 @@ def _say(text: str) -> None:
 
 def _from_flags(sections: list[Section], arguments: argparse.Namespace) -> list:
     values = settings.from_flags(arguments, settings.options(sections))
+    return [settings.build(section, values) for section in sections]
+
+
+def _from_file_and_flags(sections: list[Section], arguments: argparse.Namespace) -> list:
+    found = settings.options(sections)
+    values = settings.from_toml(arguments.config, found) if arguments.config else {}
+    values |= settings.from_flags(arguments, found)
     return [settings.build(section, values) for section in sections]

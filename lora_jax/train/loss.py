@@ -53,9 +53,18 @@ def cross_entropy(
     weights: Float[Array, " p"],
 ) -> Float[Array, ""]:
     """The weighted sum of -log softmax(logits)[target], in float32 (not yet divided by N)."""
+    return jnp.sum(token_losses(logits, targets, weights))
+
+
+def token_losses(
+    logits: Float[Array, "p v"],
+    targets: Int[Array, " p"],
+    weights: Float[Array, " p"],
+) -> Float[Array, " p"]:
+    """The weighted -log softmax(logits)[target] of each place, in float32."""
     logits = logits.astype(jnp.float32)
     target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - target) * weights)
+    return (jax.nn.logsumexp(logits, axis=-1) - target) * weights
 
 
 def summed_loss(outputs: Callable) -> Callable:
