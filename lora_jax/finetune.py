@@ -184,6 +184,8 @@ def export_adapter(
     dtype: str = "float32",
     model_dtype: str = "float32",
     step: int | None = None,
+    quantize: str | None = None,
+    quantize_block: int = 64,
 ) -> None:
     """Turns an adapter of any format into another, over its model.
 
@@ -196,24 +198,34 @@ def export_adapter(
       dtype: of the numbers in a GGUF file or a merged model.
       model_dtype: the one the adapter was trained in.
       step: of a run; the newest by default.
+      quantize, quantize_block: how the base was held while it was trained (QLoRA). A merged model
+        then has the weights that its codes stand for.
 
     Raises:
       FileNotFoundError: there is no adapter.
-      ValueError: it is for another model or dtype, or the format cannot hold it.
+      ValueError: it is for another model, dtype or quantization, or the format cannot hold it.
     """
     from lora_jax import exchange
 
     exchange.check_there(adapter, step=step)  # before the model is loaded, as that takes a while
     if to == "hf" and Path(output).exists():
         raise FileExistsError(f"{output}: there is something already; give another directory")
-    model = load_model(source, dtype=model_dtype)
+    model = load_model(source, dtype=model_dtype, quantize=quantize, quantize_block=quantize_block)
     params, config = load_adapter(model, adapter, step=step)
     exchange.save_adapter(
         model, params, config, output, to=to, base_model_name=hub_name(source), dtype=dtype
     )
 
 
-def merge_adapter(source: str, adapter: Path, output: Path, *, dtype: str = "float32") -> None:
+def merge_adapter(
+    source: str,
+    adapter: Path,
+    output: Path,
+    *,
+    dtype: str = "float32",
+    quantize: str | None = None,
+    quantize_block: int = 64,
+) -> None:
     """Adds an adapter into its model and writes the model as a Hugging Face directory.
 
     Args:
@@ -221,6 +233,8 @@ def merge_adapter(source: str, adapter: Path, output: Path, *, dtype: str = "flo
       adapter: a PEFT directory.
       output: the directory to write; nothing may be there yet.
       dtype: of the weights that are written.
+      quantize, quantize_block: as for `export_adapter`: the model that the adapter was trained
+        on is the one whose weights were quantized.
 
     Raises:
       FileExistsError: there is something at `output`.
@@ -230,7 +244,7 @@ def merge_adapter(source: str, adapter: Path, output: Path, *, dtype: str = "flo
 
     if Path(output).exists():
         raise FileExistsError(f"{output}: there is something already; give another directory")
-    model = load_model(source)
+    model = load_model(source, quantize=quantize, quantize_block=quantize_block)
     params, _ = load_adapter(model, adapter)
     save_merged(output, model, params, dtype=dtype)
 

@@ -144,6 +144,38 @@ def test_export_gives_the_adapter_that_train_wrote(model, run, tmp_path, capsys)
     assert "there is no step 7; kept are 3" in capsys.readouterr().err
 
 
+def test_a_quantized_run_is_exported_over_its_own_base(model, data, tmp_path, capsys):
+    """QLoRA: the checkpoint fits the base as it was held, and nothing else."""
+    held, out = ["--quantize", "nf4", "--quantize-block", "16"], tmp_path / "out"
+    line = ["train", "--model", model, "--train-data", data, "--output-dir", str(out)]
+    assert main([*line, "--no-progress", "--steps", "2", "--rank", "2", *held]) == 0
+    adapter = tmp_path / "adapter"
+    assert main(["export", model, str(out), str(adapter)]) == 1
+    error = capsys.readouterr().err
+    assert "was nf4-16:float32" in error and "in the same dtype and `quantize`" in error
+    assert not adapter.exists()
+    assert main(["export", model, str(out), str(adapter), *held]) == 0
+    name = "adapter_model.safetensors"
+    assert (adapter / name).read_bytes() == (out / "adapter" / name).read_bytes()
+    # Merged, the base is what its codes stand for.
+    assert main(["merge", model, str(adapter), str(tmp_path / "merged"), *held]) == 0
+    base = finetune.load_model(model, quantize="nf4", quantize_block=16)
+    params, _ = finetune.load_adapter(base, adapter)
+    merged, tokens = models.load(tmp_path / "merged"), np.arange(12).reshape(1, 12)
+    want = lora.lorafy(base.apply)(params, tokens)
+    np.testing.assert_allclose(merged.apply(merged.params, tokens), want, atol=2e-5)
+    floats = models.load(model)
+    assert abs(want - floats.apply(floats.params, tokens)).max() > 1e-2
+    capsys.readouterr()
+    flags = ["--raw", "--max-new-tokens", "4", "--adapter", str(adapter), *held]
+    assert main(["generate", model, SENTENCE, *flags]) == 0
+    (tokens,) = models.generate(
+        base, params, [base.tokenizer.encode(SENTENCE)], max_new_tokens=4,
+        stop_tokens=[base.tokenizer.eos_id],
+    )  # fmt: skip
+    assert capsys.readouterr().out == base.tokenizer.decode(tokens) + "\n"
+
+
 def test_every_format_gives_the_adapter_back(model, run, tmp_path, capsys):
     """train -> gguf -> Orbax -> PEFT and vLLM, over the model and without it."""
     adapter, gguf, own = str(run / "adapter"), str(tmp_path / "a.gguf"), str(tmp_path / "own")

@@ -113,7 +113,9 @@ def check_base(expected: Mapping[str, str], params, *, where: str) -> None:
             change = f"is {now}, was {was}" if was != now else f"({now}) holds other numbers"
             phrases.append(f"`{name}` {change}")
     if phrases:
+        held = any(":" in kind.split(" ")[0] for kind in (*expected.values(), *got.values()))
+        alike = "dtype and `quantize`" if held else "dtype"
         raise ValueError(
             f"{where} was made over another base model: {summary(phrases)}; load the base it was"
-            " trained on, in the same dtype"
+            f" trained on, in the same {alike}"
         )

@@ -89,7 +89,7 @@ def generate(arguments: argparse.Namespace) -> None:
     from lora_jax.answer import answer, as_question
 
     config = _from_flags(generate_sections(), arguments)[0]
-    model = finetune.load_model(arguments.model, dtype=arguments.dtype)
+    model = finetune.load_model(arguments.model, dtype=arguments.dtype, **_held(arguments))
     params = model.params
     if arguments.adapter is not None:
         params, _ = finetune.load_adapter(model, arguments.adapter)
@@ -110,7 +110,13 @@ def merge(arguments: argparse.Namespace) -> None:
     """`lora-jax merge`."""
     from lora_jax.finetune import merge_adapter
 
-    merge_adapter(arguments.model, arguments.adapter, arguments.output, dtype=arguments.dtype)
+    merge_adapter(
+        arguments.model,
+        arguments.adapter,
+        arguments.output,
+        dtype=arguments.dtype,
+        **_held(arguments),
+    )
     _say(f"wrote the merged model to {arguments.output}")
 
 
@@ -126,6 +132,7 @@ def export(arguments: argparse.Namespace) -> None:
         dtype=arguments.output_dtype,
         model_dtype=arguments.dtype,
         step=arguments.step,
+        **_held(arguments),
     )
     what = "merged model" if arguments.to == "hf" else "adapter"
     _say(f"wrote the {what} to {arguments.output}")
@@ -163,6 +170,11 @@ def estimate(arguments: argparse.Namespace) -> None:
 
     config = _from_flags(estimate_sections(), arguments)[0]
     estimate_memory(arguments.model, config, say=_say)
+
+
+def _held(arguments: argparse.Namespace) -> dict:
+    """How the base is held, for `finetune.load_model` and what calls it."""
+    return {"quantize": arguments.quantize, "quantize_block": arguments.quantize_block}
 
 
 def _say(text: str) -> None:

@@ -167,7 +167,8 @@ a chat template, unless --raw is given; `-` reads prompts from standard input, o
 
 examples:
   lora-jax generate smollm2 "What is the capital of Norway?" --max-new-tokens 30
-  lora-jax generate smollm2 --adapter outputs/first/adapter - < questions.txt""",
+  lora-jax generate smollm2 --adapter outputs/first/adapter - < questions.txt
+  lora-jax generate smollm2 --quantize file "Name three rivers."                 in 4 bits""",
     )
     parser.add_argument("model", help=MODEL)
     parser.add_argument("prompts", nargs="+", metavar="prompt", help="what to answer, or -")
@@ -177,6 +178,7 @@ examples:
         "--raw", action="store_true", help="go on from the prompt as it stands, without a template"
     )
     _add_dtype(parser, "float32", "of the computation")
+    _add_quantize(parser)
     settings.add_flags(parser, settings.options(commands.generate_sections()))
 
 
@@ -194,6 +196,7 @@ example:
     parser.add_argument("adapter", type=Path, help=ADAPTER)
     parser.add_argument("output", type=Path, help="the directory to write; must not exist yet")
     _add_dtype(parser, "float32", "of the weights that are written")
+    _add_quantize(parser)
 
 
 def _export(command: Callable) -> None:
@@ -211,7 +214,8 @@ against it. The formats:
 examples:
   lora-jax export smollm2 outputs/first outputs/first/adapter
   lora-jax export smollm2 outputs/first adapter.gguf --to gguf --output-dtype float16
-  lora-jax export smollm2 owner/adapter outputs/merged --to hf --output-dtype bfloat16""",
+  lora-jax export smollm2 owner/adapter outputs/merged --to hf --output-dtype bfloat16
+  lora-jax export smollm2 outputs/qlora outputs/qlora/step-50 --quantize nf4 --step 50""",
     )
     parser.add_argument("model", help=MODEL)
     parser.add_argument("adapter", help=ADAPTER)
@@ -221,6 +225,7 @@ examples:
     )
     _add_output_dtype(parser, "a GGUF file or a merged model")
     _add_dtype(parser, "float32", "that the adapter was trained in")
+    _add_quantize(parser)
     _add_step(parser)
 
 
@@ -239,6 +244,7 @@ example:
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("output", type=Path, help="the folder to write")
     _add_dtype(parser, "float32", "of the model's weights")
+    _add_quantize(parser)
     _add_step(parser)
 
 
@@ -269,6 +275,22 @@ def _add_output_dtype(parser: argparse.ArgumentParser, what: str) -> None:
         default="float32",
         choices=_NUMBERS,
         help=f"of the numbers in {what} (default: float32)",
+    )
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantize",
+        metavar="FORMAT",
+        help='hold the base in 4 or 8 bits, as it was in training (QLoRA): "nf4", "int4", "int8", '
+        'or "file" for the blocks that a GGUF or bitsandbytes file has',
+    )
+    parser.add_argument(
+        "--quantize-block",
+        type=int,
+        default=64,
+        metavar="N",
+        help="inputs that share a scale, unless the file says so (default: 64)",
     )
 
 
