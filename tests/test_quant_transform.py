@@ -178,6 +178,22 @@ def test_scanned_layers_keep_their_codes_only(double):
     assert f"f32[2,{D // 16},{H}]" not in jaxpr
 
 
+def test_decoding_leaves_nothing_outside_the_loop_over_layers():
+    """Not the codebook's constants either, which XLA would spread over the weight's shape."""
+    w, x = weights(4, 128, 128), jnp.ones((2, 128))
+    sizes = []
+    for options in (dict(format="nf4"), dict(format="int4")):
+        q = quant.quantize_array(w, block_size=64, **options)
+
+        def loss(x, q):
+            run = lora.lorafy(lambda w, x: lax.scan(lambda x, w: (x @ w, None), x, w)[0])
+            return jnp.sum(run(q, x) ** 2)
+
+        compiled = jax.jit(jax.grad(loss)).lower(x, q).compile()
+        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert sizes[0] < sizes[1] + 128 * 128 * 4 // 2 and sizes[1] < 3 * 128 * 128 * 4
+
+
 def test_rows_of_a_table_are_taken_without_decoding_the_others():
     w = weights(64, D)
     for roles in ("io", "oi"):

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 # bitsandbytes' tables; NF4 is its create_normal_map(offset=0.9677083).
@@ -95,9 +96,16 @@ def code_values(codes, form: Format) -> Float[Array, "..."]:
     steps = np.diff(form.codebook)
     if np.all(steps == 1.0):
         return codes.astype(jnp.int32).astype(jnp.float32) + np.float32(form.codebook[0])
-    level = [np.float32(v) for v in form.codebook]
     wide = codes.astype(jnp.int32)
-    for bit in range(4):  # a tree of selects: a gather of 16 entries is a scalar loop on a CPU
+    # The lowest bit chooses between two constants. As a select XLA:CPU would move both, at the
+    # weight's full size, out of a loop over layers: 16 float32 copies of it.
+    odd = -(wide & 1)
+    bits = np.asarray(form.codebook, np.float32).view(np.int32)
+    level = [
+        lax.bitcast_convert_type((odd & (low ^ high)) ^ low, jnp.float32)
+        for low, high in zip(bits[::2], bits[1::2], strict=True)
+    ]
+    for bit in range(1, 4):  # a tree of selects: a gather of 16 entries is a scalar loop on a CPU
         chosen = (wide & (1 << bit)) != 0
         level = [
             jnp.where(chosen, high, low) for low, high in zip(level[::2], level[1::2], strict=True)
