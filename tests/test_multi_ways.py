@@ -1,5 +1,7 @@
 """Both ways to compute many adapters in one batch, and one adapter for each token."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,10 +64,10 @@ TOKENS = jnp.arange(12).reshape(3, 4) % VOCAB
 BY_TOKEN = jnp.array([[0, 1, 2, -1], [2, 2, -1, 0], [1, 1, 1, 1]])
 
 
-def make(seed, **options):
+def make(seed, params=PARAMS, **options):
     config = lora.LoraConfig(target_modules=tuple(SHAPES), roles=ROLES, **options)
-    plan = lora.plan(config, model, PARAMS, TOKENS)
-    trainable, frozen = lora.split(lora.init(jax.random.key(seed), plan, PARAMS))
+    plan = lora.plan(config, model, params, TOKENS)
+    trainable, frozen = lora.split(lora.init(jax.random.key(seed), plan, params))
     leaves, tree = jax.tree.flatten(trainable)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     moved = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
@@ -100,6 +102,40 @@ def test_each_row_and_each_token_has_its_own_adapter(stacked, way):
         got = run(stacked, TOKENS, adapter_ids=ids)
         np.testing.assert_allclose(got, want(stacked, TOKENS, ids), rtol=1e-4, atol=1e-4)
     assert run._cache_size() == 2  # one for rows, one for tokens, whatever the ids
+
+
+def test_a_quantized_base_takes_them_too():
+    """Rows and tokens, forward and backward, over codes that stay codes."""
+    options = dict(format="nf4", block_size=16, pad=True)
+    base = lora.quantize(PARAMS, ("layers", "experts"), roles=ROLES, **options)
+    some = [make(1, base, rank=2), make(2, base, rank=3)]
+    trainable, frozen = lora.split(lora.stack(some, train=True))
+    run = lora.lorafy(model, adapter_way="grouped")
+    floats = lora.dequantize(base)
+
+    def alone(tree):
+        return {name: dataclasses.replace(x, w=floats[name]) for name, x in tree.items()}
+
+    def loss(trainable, ids):
+        return jnp.sin(run(lora.combine(trainable, frozen), TOKENS, adapter_ids=ids)).sum()
+
+    def loss_by_hand(trainable, ids):
+        stack = alone(lora.combine(trainable, frozen))
+        return jnp.sin(by_hand(stack, TOKENS, ids)).sum()
+
+    step, oracle = jax.jit(jax.value_and_grad(loss)), jax.jit(jax.value_and_grad(loss_by_hand))
+    for ids in (jnp.array([1, -1, 0]), jnp.array([[0, 1, 1, -1], [1, 1, -1, 0], [0, 0, 0, 1]])):
+        each = jnp.broadcast_to(ids.reshape(3, -1), TOKENS.shape)
+        (got, grads), (want, expected) = step(trainable, ids), oracle(trainable, each)
+        np.testing.assert_allclose(got, want, rtol=1e-4)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-4 * np.abs(y).max()),
+            grads,
+            expected,
+        )
+    # No layer's weight is kept in floats from forward to backward.
+    text = str(jax.make_jaxpr(jax.grad(loss))(trainable, ids))
+    assert f"u8[{LAYERS},16,{DIM}]" in text and f"f32[{LAYERS},32,{DIM}]" not in text
 
 
 def test_ids_out_of_range_and_a_damaged_neighbour(stacked):
