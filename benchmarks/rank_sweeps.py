@@ -4,8 +4,10 @@
     python benchmarks/rank_sweeps.py e2e      SmolLM2-135M, restaurant texts of E2E, BLEU
 
 Both want the data of SST-2 (`sst2_{train,dev,test}.tsv`) and E2E (`e2e_{valid,test}.txt`) in
-`--data`. Runs are kept in `outputs/rank_sweeps`: a stopped sweep goes on where it was. The result
-is `results/rank_sweep_<task>.json` and `.png`.
+`--data`. Runs are kept in `outputs/rank_sweeps`: a stopped sweep goes on where it was, and one
+with more ranks, seeds or learning rates takes over the runs that are there. Learning rates are
+chosen by whole runs of the first seed; `--tune-steps` chooses by short ones, which take too high a
+rate where only a long run diverges. The result is `results/rank_sweep_<task>.json` and `.png`.
 """
 
 import argparse
@@ -28,28 +30,51 @@ from lora_jax.analysis import language
 from lora_jax.train import TrainConfig
 from lora_jax.train.buckets import best_ladder, plan_epoch
 
-RUNS = Path("outputs") / "rank_sweeps"
+RUNS = sst2_data.ROOT / "outputs" / "rank_sweeps"
+RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def main() -> None:
     """Runs a sweep and writes what it found."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    options = _options()
+    found, settings = {"sst2": sst2, "e2e": e2e}[options.task](options)
+    path = options.results / (options.name or f"rank_sweep_{options.task}")
+    content = {"machine": machine(), "settings": settings, **found.to_dict()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    found.plot(path.with_suffix(".png"), title=settings["title"])
+    print(f"\n{found}\n\nwritten to {path}.json and .png")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", choices=("sst2", "e2e"))
     sst2_data.add_data_option(parser)
-    parser.add_argument("--runs", type=Path, default=RUNS)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--tune-steps", type=int)
-    parser.add_argument("--ranks", type=int, nargs="+")
-    parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
-    parser.add_argument("--together", type=int)
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder that keeps every run")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--name", help="of the result, the task's by default")
-    options = parser.parse_args()
-    found, settings = {"sst2": sst2, "e2e": e2e}[options.task](options)
-    name = options.name or f"rank_sweep_{options.task}"
-    content = {"machine": machine(), "settings": settings, **found.to_dict()}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    found.plot(RESULTS / f"{name}.png", title=settings["title"])
-    print(f"\n{found}\n\nwritten to benchmarks/results/{name}.json and .png")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--tune-steps", type=int, help="of the runs that choose the learning rates")
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
+    parser.add_argument("--learning-rates", type=float, nargs="+", help="of the adapters")
+    parser.add_argument("--full-learning-rates", type=float, nargs="+")
+    parser.add_argument("--together", type=int, default=2, help="adapters of one batch")
+    parser.add_argument("--most", type=int, help="texts to choose by and to score, to try it out")
+    return parser.parse_args()
+
+
+def _sweep_config(options, rates: tuple[float, ...], full_rates: tuple[float, ...]):
+    return analysis.SweepConfig(
+        ranks=tuple(options.ranks),
+        learning_rates=tuple(options.learning_rates or rates),
+        full_learning_rates=tuple(options.full_learning_rates or full_rates),
+        seeds=tuple(options.seeds),
+        tune_steps=options.tune_steps,
+        together=options.together,
+    )
 
 
 def _read(folder: Path, name: str) -> list[str]:
@@ -79,6 +104,8 @@ def _settings(title: str, config: TrainConfig, sweep: analysis.SweepConfig, **mo
 def sst2(options) -> tuple[analysis.Sweep, dict]:
     """Sentiment of film reviews: all linear layers of MiniLM and a new head."""
     splits = {name: sst2_data.read(options.data, name) for name in sst2_data.SPLITS}
+    for name in ("dev", "test"):
+        splits[name] = splits[name][: options.most]
     model = models.load_encoder(
         directory(), task="sequence-classification", labels=("negative", "positive"),
         fresh_head=jax.random.key(0),
@@ -88,11 +115,7 @@ def sst2(options) -> tuple[analysis.Sweep, dict]:
         steps=options.steps or 100, batch_size=16, warmup=0.1, output_dir=options.runs / "sst2",
         resume=True,
     )  # fmt: skip
-    sweep = analysis.SweepConfig(
-        ranks=tuple(options.ranks or (1, 2, 4, 8, 16, 32, 64)), learning_rates=(3e-4, 1e-3, 4e-3),
-        full_learning_rates=(5e-5, 1.5e-4, 5e-4), seeds=tuple(options.seeds),
-        tune_steps=options.tune_steps, together=options.together or 2,
-    )  # fmt: skip
+    sweep = _sweep_config(options, (3e-4, 1e-3, 4e-3), (5e-5, 1.5e-4, 5e-4))
 
     @jax.jit
     def logits(params, tokens, mask):
@@ -128,7 +151,7 @@ def sst2(options) -> tuple[analysis.Sweep, dict]:
     )
     adapters = lora.LoraConfig(rank=8, alpha=16, modules_to_save=("classifier",))
     found = analysis.rank_sweep(task, sweep, adapters, config)
-    title = "MiniLM (22 M) on SST-2: accuracy on 1,821 sentences"
+    title = f"MiniLM (22 M) on SST-2: accuracy on {len(splits['test']):,} sentences"
     return found, _settings(title, config, sweep, scale=2, scored=len(splits["test"]))
 
 
@@ -159,7 +182,8 @@ def _batches(rows: list, size: int, seed: int, epochs: int) -> Iterator[tuple]:
 def e2e(options) -> tuple[analysis.Sweep, dict]:
     """Texts about restaurants from their attributes: all linear layers of SmolLM2."""
     options.runs.mkdir(parents=True, exist_ok=True)
-    files = {"train": ("valid", 64, None), "tune": ("valid", 0, 64), "test": ("test", 0, None)}
+    most = options.most or 64
+    files = {"train": ("valid", 64, None), "tune": ("valid", 0, most), "test": ("test", 0, most)}
     for part, (split, start, stop) in files.items():
         lines = _e2e_lines(options.data, split, part, start, stop)
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -168,11 +192,7 @@ def e2e(options) -> tuple[analysis.Sweep, dict]:
         steps=options.steps or 40, batch_size=8, warmup=0.1, buckets=1,
         output_dir=options.runs / "e2e", resume=True,
     )  # fmt: skip
-    sweep = analysis.SweepConfig(
-        ranks=tuple(options.ranks or (1, 4, 16, 64)), learning_rates=(1e-3, 4e-3),
-        full_learning_rates=(3e-5, 2e-4), seeds=tuple(options.seeds),
-        tune_steps=options.tune_steps or 12, together=options.together or 2,
-    )  # fmt: skip
+    sweep = _sweep_config(options, (1e-3, 4e-3), (3e-5, 2e-4))
     job = language.LanguageSweepConfig(
         model="smollm2",
         train_data=options.runs / "e2e_train.jsonl",
@@ -184,17 +204,17 @@ def e2e(options) -> tuple[analysis.Sweep, dict]:
     )
     adapters = lora.LoraConfig(rank=8, alpha=16)
     found = language.sweep_language_model(job, sweep, adapters, config)
-    title = "SmolLM2-135M on E2E: BLEU on 64 sets of attributes"
-    return found, _settings(title, config, sweep, scale=2, scored=64)
+    title = f"SmolLM2-135M on E2E: BLEU on {most} sets of attributes"
+    return found, _settings(title, config, sweep, scale=2, scored=most)
 
 
 def _e2e_lines(folder: Path, split: str, part: str, start: int, stop: int | None) -> list[dict]:
     """Lines of a file in an order of their own: neighbours there have the same attributes."""
     pairs = [line.split("||", 1) for line in _read(folder, f"e2e_{split}.txt") if "||" in line]
     made = [{"prompt": f"{said.strip()}\n", "completion": text.strip()} for said, text in pairs]
-    if part == "test":  # 64 sets of attributes with all their references
+    if part == "test":  # that many sets of attributes with all their references
         prompts = list(dict.fromkeys(line["prompt"] for line in made))
-        chosen = set(random.Random(0).sample(prompts, 64))
+        chosen = set(random.Random(0).sample(prompts, stop or 64))
         return [line for line in made if line["prompt"] in chosen]
     # Of like lengths, so that little is padded.
     made = [line for line in made if len(line["prompt"]) + len(line["completion"]) <= 230]
