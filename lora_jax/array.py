@@ -46,9 +46,27 @@ class Window(NamedTuple):
     groups: int = 1
 
 
+class OverBase:
+    """Looks from outside like the base weight `w` that it holds."""
+
+    w: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.w.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.w.shape)
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.w.dtype)
+
+
 @_node("roles", "dropout", "window")
 @dataclasses.dataclass(frozen=True)
-class LoraArray:
+class LoraArray(OverBase):
     """A weight `w` with a low-rank change `scale · a·b` that is kept apart from it.
 
     Attributes:
@@ -77,25 +95,13 @@ class LoraArray:
     window: Window | None = None
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.w.shape)
-
-    @property
-    def dtype(self):
-        return jnp.dtype(self.w.dtype)
-
-    @property
     def rank(self) -> int:
         return int(self.a.shape[-1])
 
 
 @_node("only")
 @dataclasses.dataclass(frozen=True)
-class SavedArray:
+class SavedArray(OverBase):
     """A leaf trained whole (`modules_to_save`, `bias`): the model sees `value`, `w` is kept.
 
     Attributes:
@@ -109,18 +115,10 @@ class SavedArray:
     value: Any
     only: tuple[tuple[int, ...], ...] | None = None
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def dtype(self):
-        return jnp.dtype(self.w.dtype)
-
 
 @_node("ids", "axis")
 @dataclasses.dataclass(frozen=True)
-class RowsArray:
+class RowsArray(OverBase):
     """A table of which a few rows train (`trainable_token_indices`): `w` with `rows` in it.
 
     Attributes:
@@ -137,14 +135,6 @@ class RowsArray:
     ids: tuple[int, ...]
     axis: int = 0
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def dtype(self):
-        return jnp.dtype(self.w.dtype)
-
 
 @_node()
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +146,7 @@ class Gain:
 
 @_node("roles", "dropout", "window", "chosen")
 @dataclasses.dataclass(frozen=True)
-class LoraStack:
+class LoraStack(OverBase):
     """Many adapters of one weight, padded to one rank: `W + scale[n] · a[n]·b[n]`, n adapters.
 
     Attributes:
@@ -193,25 +183,13 @@ class LoraStack:
         return int(self.a.shape[self.axis])
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.w.shape)
-
-    @property
-    def dtype(self):
-        return jnp.dtype(self.w.dtype)
-
-    @property
     def rank(self) -> int:
         return int(self.a.shape[-1])
 
 
 @_node("chosen")
 @dataclasses.dataclass(frozen=True)
-class SavedStack:
+class SavedStack(OverBase):
     """Many adapters' own values of a leaf that trains whole.
 
     Attributes:
@@ -232,14 +210,6 @@ class SavedStack:
     @property
     def count(self) -> int:
         return int(self.value.shape[0])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def dtype(self):
-        return jnp.dtype(self.w.dtype)
 
 
 def is_stack(x) -> bool:

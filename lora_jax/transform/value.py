@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.array import OverBase, in_dims, out_dims, stack_dims, widened
 from lora_jax.array import dense as dense
-from lora_jax.array import in_dims, out_dims, stack_dims, widened
 
 # A label names one axis of a factor: a dimension number of the weight, or RANK.
 RANK = "r"
@@ -36,7 +35,7 @@ class Note(str):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Implicit:
+class Implicit(OverBase):
     """`gain · (w + scale · a·b)`, never added up while the model runs.
 
     Attributes:
@@ -66,18 +65,6 @@ class Implicit:
     reverse_only: bool = dataclasses.field(metadata={"static": True}, default=False)
     bias: Any = None
     slots: int = dataclasses.field(metadata={"static": True}, default=0)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.w.shape)
-
-    @property
-    def dtype(self):
-        return jnp.dtype(self.w.dtype)
 
     @property
     def rank(self) -> int:
