@@ -207,7 +207,9 @@ def test_a_reader_that_leaves_is_no_error():
 
 def test_ctrl_c_in_a_process_is_clean(tmp_path):
     code = (
-        "import sys, time; from lora_jax.cli import commands, main\n"
+        "import signal, sys, time; from lora_jax.cli import commands, main\n"
+        # As a shell's foreground job: one in the background starts with the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "commands.inspect = lambda a: (print('ready', flush=True), time.sleep(60))\n"
         "sys.exit(main(['inspect', 'x']))"
     )
