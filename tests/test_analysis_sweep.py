@@ -278,7 +278,8 @@ def test_another_sweeps_folder_is_refused(swept):
 @pytest.mark.parametrize(
     ("field", "value", "text"),
     [("ranks", (), "empty"), ("ranks", (0,), "above 0"), ("together", 0, "at least 1"),
-     ("learning_rates", (-1.0,), "above 0"), ("tolerance", 1.5, "in"), ("tune_steps", 0, "least")],
+     ("learning_rates", (-1.0,), "above 0"), ("tolerance", 1.5, "in"), ("tune_steps", 0, "least"),
+     ("save_every", -1, "at least 0 seconds")],
 )  # fmt: skip
 def test_a_sweeps_settings_are_checked(field, value, text):
     with pytest.raises(ValueError, match=f"`{field}`.*{text}"):

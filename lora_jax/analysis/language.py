@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import compat
-from lora_jax.analysis.rank_sweep import SweepConfig, Task, rank_sweep
+from lora_jax.analysis.rank_sweep import rank_sweep
+from lora_jax.analysis.sweep_config import SweepConfig, Task
 from lora_jax.analysis.sweep_result import Sweep
 from lora_jax.answer import AnswerConfig, answer
 from lora_jax.config import LoraConfig
+from lora_jax.files import write_text
 from lora_jax.train.batches import (
     Batch,
     data_hash,
@@ -101,7 +103,7 @@ def sweep_language_model(
         train_config = with_steps(train_config, len(train))
     found = rank_sweep(task, sweep, lora_config, train_config, say=say)
     folder = output_dir
-    (folder / "table.txt").write_text(f"{found}\n", "utf-8")
+    write_text(folder / "table.txt", f"{found}\n")
     found.save_json(folder / "result.json")
     found.plot(folder / "sweep.png", title=f"{job.model} on {job.train_data.name}")
     say(f"\n{found}\n\nwrote result.json, table.txt and sweep.png to {folder}")

@@ -2,96 +2,24 @@
 
 import dataclasses
 import functools
+import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 import lora_jax as lora
 from lora_jax import multi
+from lora_jax.analysis.sweep_config import SweepConfig, Task, with_rank
 from lora_jax.analysis.sweep_result import BASE, FULL, Run, Sweep, summarize
+from lora_jax.analysis.sweep_resume import Keeper
 from lora_jax.analysis.sweep_store import COMMON, Store
 from lora_jax.analysis.sweep_train import Trained, train_adapters, train_full
 from lora_jax.config import LoraConfig
 from lora_jax.train.config import TrainConfig, fixed_fields
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(np.mean(values))
-
-
-class Task(NamedTuple):
-    """What is learned, and how it is judged. Parameters are the base's own tree in all of them.
-
-    Attributes:
-      params: the base.
-      loss: `(params, batch) -> float32 ()`, the mean loss of a batch; it is what `plan` traces
-        and `lorafy` transforms, a pure function.
-      batches: `seed -> batches`, at least as many as there are steps; a new shape compiles anew.
-      score: `params -> (n, ...)`: for each of n evaluation examples its value, or several
-        numbers that `reduce` needs.
-      tuning: `params -> float`, lower is better, chooses among learning rates; best on examples
-        that are neither trained on nor scored. None where there is nothing to choose.
-      reduce: from `(n, ...)` values to the score; the mean by default.
-      metric: the score's name.
-      lower_is_better: of the score.
-      data: names the data and the model, so that a resumed sweep notices other ones.
-    """
-
-    params: Any
-    loss: Callable[[Any, Any], Any]
-    batches: Callable[[int], Iterable]
-    score: Callable[[Any], np.ndarray]
-    tuning: Callable[[Any], float] | None = None
-    reduce: Callable[[np.ndarray], float] = _mean
-    metric: str = "score"
-    lower_is_better: bool = False
-    data: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """What is swept.
-
-    Attributes:
-      ranks: of the adapters.
-      full: whether full fine-tuning is run too; the ranks are measured against it.
-      learning_rates: candidates for every rank; each rank takes its best by the tuning loss.
-      full_learning_rates: candidates for full fine-tuning.
-      seeds: of the order of the data and the start; the first also chooses the learning rates.
-      tune_steps: steps of the runs that choose; none runs them to the end and keeps the best.
-      together: adapters that train in one batch, as many as memory holds.
-      tolerance: how far from full fine-tuning, relatively, is still good enough.
-    """
-
-    ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    full: bool = True
-    learning_rates: tuple[float, ...] = (5e-4, 2e-3)
-    full_learning_rates: tuple[float, ...] = (2e-5, 1e-4)
-    seeds: tuple[int, ...] = (0,)
-    tune_steps: int | None = None
-    together: int = 4
-    tolerance: float = 0.01
-
-    def __post_init__(self):
-        for name in ("ranks", "learning_rates", "full_learning_rates", "seeds"):
-            value = getattr(self, name)
-            value = tuple(value) if isinstance(value, Sequence) else (value,)
-            object.__setattr__(self, name, tuple(dict.fromkeys(value)))
-            if not value and not (name == "ranks" and self.full):
-                raise ValueError(f"`{name}` is empty: give at least one")
-        for name in ("ranks", "learning_rates", "full_learning_rates"):
-            if bad := [x for x in getattr(self, name) if not x > 0]:
-                raise ValueError(f"`{name}` must be above 0, got {bad[0]}")
-        if self.tune_steps is not None and self.tune_steps < 1:
-            raise ValueError(f"`tune_steps` must be at least 1, got {self.tune_steps}")
-        if self.together < 1:
-            raise ValueError(f"`together` must be at least 1, got {self.together}")
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"`tolerance` must be in [0, 1), got {self.tolerance}")
 
 
 def rank_sweep(
@@ -113,9 +41,9 @@ def rank_sweep(
       sweep: what is swept.
       lora_config: the adapters but for their rank; `alpha` goes with the rank, so that the scale
         `alpha / rank` is the config's (with rsLoRA `alpha` stays).
-      train_config: `steps`, optimizer and schedule. `output_dir` keeps every run: a sweep that
-        was stopped goes on where it was with `resume`, and one with more ranks takes over those
-        that are there.
+      train_config: `steps`, optimizer and schedule. `output_dir` keeps every run, and of the
+        training under way a checkpoint: a sweep that was stopped goes on where it was with
+        `resume`, and one with more ranks or seeds takes over the runs that are there.
       say: gets a line for every group of runs.
 
     Returns:
@@ -160,6 +88,7 @@ class _Sweep:
         self.lora_config, self.train_config = lora_config, train_config
         self._plans: dict = {}
         self._parameters: dict = {}
+        self._shapes_of: dict[tuple[int, int], str] = {}
         self.store = _open(task, sweep, lora_config, train_config)
 
     def run(self) -> Sweep:
@@ -223,15 +152,50 @@ class _Sweep:
         return run
 
     def _train(self, jobs: Sequence[_Job]) -> None:
-        """Trains adapters in groups of the same seed and length, and whole models one by one."""
-        groups: dict[tuple, list[_Job]] = {}
+        """Trains what was under way, then the rest: adapters in groups, whole models one by one."""
+        begun = list(self._begun(jobs))
+        left = [j for j in jobs if j not in [member for group in begun for member in group]]
+        for group in (*begun, *self._groups(left)):
+            self._train_group(group)
+
+    def _begun(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+        """The groups of these jobs that have a checkpoint."""
+        wanted = {job.name: job for job in jobs}
+        for found in self.store.unfinished():
+            members = [wanted[name] for name in found.jobs if name in wanted]
+            if not members:
+                continue
+            if len(members) < len(found.jobs):
+                why = "other runs train with them in it, which are not wanted now"
+            elif len(members) > self.sweep.together:
+                why = f"it holds {len(members)} adapters, and `together` is {self.sweep.together}"
+            else:
+                yield members
+                continue
+            self.say(f"{found.folder}: started again, not gone on with after step {found.step}: "
+                     f"{why}")  # fmt: skip
+
+    def _groups(self, jobs: Sequence[_Job]) -> list[list[_Job]]:
+        """Adapters that train side by side: for as many steps, on batches of the same shapes."""
+        several = len({j.seed for j in jobs if j.rank != FULL}) > 1
+        alike: dict[tuple, list[_Job]] = {}
         for job in jobs:
-            alone = job.name if job.rank == FULL else ""
-            groups.setdefault((alone, job.seed, job.steps), []).append(job)
-        for members in groups.values():
-            size = self.sweep.together
-            for start in range(0, len(members), size):
-                self._train_group(members[start : start + size])
+            kind = job.name if job.rank == FULL else self._shapes(job) if several else ""
+            alike.setdefault((kind, job.steps), []).append(job)
+        size = self.sweep.together
+        parts = [range(0, len(members), size) for members in alike.values()]
+        return [m[at : at + size] for m, part in zip(alike.values(), parts, strict=True)
+                for at in part]  # fmt: skip
+
+    def _shapes(self, job: _Job) -> str:
+        """A digest of the shapes of the batches that a job sees."""
+        if (key := (job.seed, job.steps)) not in self._shapes_of:
+            found = hashlib.sha256()
+            for batch in itertools.islice(self.task.batches(job.seed), job.steps):
+                kinds = jax.tree.map(lambda x: f"{np.asarray(x).dtype}{np.shape(x)}", batch)
+                found.update(str(kinds).encode())
+            self._shapes_of[key] = found.hexdigest()
+        return self._shapes_of[key]
 
     def _tuned(self, job: _Job) -> bool:
         return job.name in self.store.runs and self.store.runs[job.name].tuning is not None
@@ -243,9 +207,9 @@ class _Sweep:
     def _train_group(self, jobs: Sequence[_Job]) -> None:
         from tqdm import tqdm
 
-        seed, steps = jobs[0].seed, jobs[0].steps
         names = ", ".join(f"{j.rank} ({j.rate:g})" for j in jobs)
-        bar = tqdm(total=steps, desc=f"rank {names}, seed {seed}", leave=False,
+        seeds = ", ".join(str(seed) for seed in dict.fromkeys(j.seed for j in jobs))
+        bar = tqdm(total=jobs[0].steps, desc=f"rank {names}, seed {seeds}", leave=False,
                    disable=not self.train_config.progress)  # fmt: skip
 
         def advance(loss: float) -> None:
@@ -253,35 +217,53 @@ class _Sweep:
             bar.update()
 
         with bar:
-            found = self._trained(
-                jobs, dataclasses.replace(self.train_config, steps=steps), advance
-            )
-        tuning = self.task.tuning
-        for job, tree, losses in zip(jobs, found.trees, found.losses, strict=True):
-            run = Run(
-                *job,
-                parameters=self._count(job),
-                losses=losses.tolist(),
-                tuning=None if tuning is None else float(tuning(lora.merge(tree))),
-                seconds=found.seconds / len(jobs),
-                together=len(jobs),
-                values=None,
-            )
+            found = self._trained(jobs, advance)
+        runs = [self._run_of(job, found, i, len(jobs)) for i, job in enumerate(jobs)]
+        # All at once: a group of which one is missing would have to be trained again.
+        for run, tree in zip(runs, found.trees, strict=True):
             self.store.trained(run, tree)
+        self.store.finished(runs)
         self.say(f"trained {names}: {found.seconds:.0f} s")
 
-    def _trained(self, jobs: Sequence[_Job], config: TrainConfig, advance: Callable) -> Trained:
-        batches = self.task.batches(jobs[0].seed)
-        key = jax.random.key(jobs[0].seed)
+    def _run_of(self, job: _Job, found: Trained, place: int, together: int) -> Run:
+        tuning = self.task.tuning
+        return Run(
+            *job,
+            parameters=self._count(job),
+            losses=found.losses[place].tolist(),
+            tuning=None if tuning is None else float(tuning(lora.merge(found.trees[place]))),
+            seconds=found.seconds / together,
+            together=together,
+            values=None,
+        )
+
+    def _trained(self, jobs: Sequence[_Job], advance: Callable) -> Trained:
+        config = dataclasses.replace(self.train_config, steps=jobs[0].steps)
+        seeds = list(dict.fromkeys(job.seed for job in jobs))
+        batches, key = self.task.batches(seeds[0]), jax.random.key(seeds[0])
+        keeper = self._keeper(jobs)
         if jobs[0].rank == FULL:
             return train_full(
                 self.task.loss, self.task.params, jobs[0].rate, batches, config,
-                key=key, advance=advance,
+                key=key, advance=advance, keeper=keeper,
             )  # fmt: skip
+        sources = None
+        if len(seeds) > 1:
+            batches = zip(*(self.task.batches(seed) for seed in seeds), strict=False)
+            sources = [seeds.index(job.seed) for job in jobs]
         return train_adapters(
             self.task.loss, [self._adapter(job) for job in jobs], [j.rate for j in jobs], batches,
-            config, key=key, advance=advance,
+            config, key=key, sources=sources, advance=advance, keeper=keeper,
         )  # fmt: skip
+
+    def _keeper(self, jobs: Sequence[_Job]) -> Keeper | None:
+        folder = self.store.place_of([job.name for job in jobs])
+        if folder is None or self.sweep.save_every is None:
+            return None
+        described = {"jobs": [job.name for job in jobs], "base": self._fingerprint}
+        return Keeper(
+            folder, described, self.sweep.save_every, params=self.task.params, say=self.say
+        )
 
     def _count(self, job: _Job) -> int:
         """The trained parameters, padding left out."""
@@ -323,24 +305,17 @@ class _Sweep:
         return multi.adapter(lora.stack([self._adapter(job)], train=True), 0)
 
     @functools.cached_property
+    def _fingerprint(self) -> dict[str, str]:
+        from lora_jax.checkpoint import fingerprint
+
+        return fingerprint(self.task.params)
+
+    @functools.cached_property
     def _batch(self):
         batch = next(iter(self.task.batches(self.sweep.seeds[0])), None)
         if batch is None:
             raise ValueError("`batches` gave no batch: the training set is empty")
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), batch)
-
-
-def with_rank(config: LoraConfig, rank: int) -> LoraConfig:
-    """The config with another rank and the same scale (with rsLoRA the same `alpha`).
-
-    Raises:
-      ValueError: it has a `rank_pattern` or an `alpha_pattern`, which says ranks of its own.
-    """
-    if config.rank_pattern or config.alpha_pattern:
-        raise ValueError("a sweep chooses the ranks: leave out `rank_pattern` and `alpha_pattern`")
-    if config.use_rslora:
-        return dataclasses.replace(config, rank=rank, alpha=config.alpha)
-    return dataclasses.replace(config, rank=rank, alpha=config.alpha * rank / config.rank)
 
 
 def _checked(values, whose: str) -> np.ndarray:

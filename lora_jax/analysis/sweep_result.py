@@ -10,10 +10,11 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from lora_jax.files import write_text
 
 FULL = "full"
 BASE = "base"
@@ -148,7 +149,7 @@ class Sweep:
 
     def save_json(self, path: str | os.PathLike) -> None:
         """Writes `to_dict` as a file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", "utf-8")
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def plot(self, path: str | os.PathLike, *, title: str = "") -> None:
         """Draws the score against rank, trained parameters and seconds, as a PNG."""

@@ -3,11 +3,11 @@
 output_dir/sweep.json             what the runs have in common; a resumed sweep must agree
            runs/NAME.json         a run's numbers, written when it is trained, again when scored
            runs/NAME.npz          its trained numbers, until it is scored or passed over
+           unfinished/NAME/       a training under way, see `sweep_resume`
 """
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ import jax
 import numpy as np
 
 import lora_jax as lora
+from lora_jax.analysis import sweep_resume
 from lora_jax.analysis.sweep_result import Run
+from lora_jax.files import kept, replacing, write_text
 
 COMMON = "sweep.json"
+_UNFINISHED = "unfinished"
 
 
 class Store:
@@ -43,10 +46,8 @@ class Store:
         """Keeps a run that is trained and not scored yet, with its weights."""
         if self._folder is not None:
             arrays = [np.asarray(x) for x in jax.tree.leaves(_moved(tree))]
-            new = self._path(run, ".npz.new")
-            with open(new, "wb") as file:
+            with replacing(self._path(run, ".npz")) as new, open(new, "wb") as file:
                 np.savez(file, *[_plain(x) for x in arrays])
-            os.replace(new, self._path(run, ".npz"))
         else:
             self._trees[run.name] = tree
         self._write(run)
@@ -89,6 +90,26 @@ class Store:
         if self._folder is not None:
             self._path(run, ".npz").unlink(missing_ok=True)
 
+    def place_of(self, jobs: Sequence[str]) -> Path | None:
+        """Where runs that train together are kept on the way; None without a folder."""
+        if self._folder is None:
+            return None
+        return sweep_resume.folder_of(self._folder / _UNFINISHED, jobs)
+
+    def unfinished(self) -> Iterator[sweep_resume.Unfinished]:
+        """Trainings that were under way when the sweep was stopped."""
+        if self._folder is not None:
+            yield from sweep_resume.unfinished(self._folder / _UNFINISHED)
+
+    def finished(self, runs: Sequence[Run]) -> None:
+        """Takes away the checkpoints that hold any of these runs, which are trained now."""
+        names = [run.name for run in runs]
+        if (own := self.place_of(names)) is not None:
+            sweep_resume.remove(own)
+        for found in list(self.unfinished()):
+            if set(names) & set(found.jobs):
+                sweep_resume.remove(found.folder)
+
     def _write(self, run: Run) -> None:
         self.runs[run.name] = run
         if self._folder is None:
@@ -97,9 +118,7 @@ class Store:
             "losses": [float(x) for x in run.losses],
             "values": None if run.values is None else np.asarray(run.values).tolist(),
         }
-        new = self._path(run, ".json.new")
-        new.write_text(json.dumps(values), "utf-8")
-        os.replace(new, self._path(run, ".json"))
+        write_text(self._path(run, ".json"), json.dumps(values))
 
     def _path(self, run: Run, suffix: str) -> Path:
         assert self._folder is not None
@@ -129,12 +148,7 @@ def _read(path: Path) -> Run:
 
 
 def _check_common(path: Path, common: dict) -> None:
-    if not path.is_file():
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(common, indent=1), "utf-8")
-        os.replace(new, path)
-        return
-    had = json.loads(path.read_text("utf-8"))
+    had = kept(path, lambda: common, indent=1)
     if differs := [k for k in common.keys() | had.keys() if common.get(k) != had.get(k)]:
         name = sorted(differs)[0]
         raise ValueError(

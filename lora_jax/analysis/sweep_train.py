@@ -8,7 +8,7 @@ only pad an adapter stay zero: A's gradient is a product with B's zeros there, a
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,9 +17,11 @@ import numpy as np
 
 import lora_jax as lora
 from lora_jax import compat, multi
+from lora_jax.analysis.sweep_resume import Keeper, Progress, digest
 from lora_jax.array import is_lora, is_stack
 from lora_jax.train.config import TrainConfig
 from lora_jax.train.full import split_full
+from lora_jax.train.interrupt import interruptible
 from lora_jax.train.optimizer import optimizer
 
 
@@ -46,9 +48,11 @@ def train_adapters(
     *,
     key,
     rank: int | None = None,
+    sources: Sequence[int] | None = None,
     advance: Callable[[float], None] = lambda loss: None,
+    keeper: Keeper | None = None,
 ) -> Trained:
-    """Trains adapters of one base side by side on the same batches.
+    """Trains adapters of one base side by side, on the same batches or each on its own.
 
     Args:
       loss: `(params, batch) -> ()`, the mean loss of a batch.
@@ -58,7 +62,10 @@ def train_adapters(
       config: the optimizer and its schedule; its own learning rate is not looked at.
       key: of the adapters' dropout.
       rank: what all are padded to; the largest by default.
+      sources: each item of `batches` is then a tuple of batches of the same shapes, and this says
+        which of them each adapter sees. None: an item is one batch, and all see it.
       advance: is given the mean loss after each step.
+      keeper: writes checkpoints, and has the one to go on from; None keeps nothing.
 
     Returns:
       The trained trees in the same order, padded to `rank`.
@@ -70,20 +77,17 @@ def train_adapters(
     stacked = lora.stack(adapters, train=True, rank=rank)
     trainable, frozen = lora.split(stacked)
     leaves, tree = jax.tree.flatten(trainable)
-    ids = jnp.arange(len(adapters))
-    # One row is one adapter; the batch is the same for all.
-    each = lora.lorafy(loss, reverse_only=True, row_axes=None, adapter_way="gathered")
+    each = _each(loss, len(adapters), sources)
 
     def losses(leaves, frozen, batch, key):
-        params = lora.combine(jax.tree.unflatten(tree, leaves), frozen)
-        found = each(params, batch, adapter_ids=ids, lora_key=key)
+        found = each(lora.combine(jax.tree.unflatten(tree, leaves), frozen), batch, key)
         return jnp.sum(found), found
 
     run = _Run(config, losses, jnp.asarray(rates, jnp.float32), axes=_axes(stacked))
-    leaves, found, seconds = run(leaves, frozen, batches, key, advance)
-    stacked = lora.combine(jax.tree.unflatten(tree, leaves), frozen)
+    done = run(leaves, frozen, batches, key, advance, keeper)
+    stacked = lora.combine(jax.tree.unflatten(tree, done.state[0]), frozen)
     trees = [multi.adapter(stacked, slot) for slot in range(len(adapters))]
-    return Trained(trees, np.stack(found, axis=1), seconds)
+    return Trained(trees, done.losses.T, _seconds(done))
 
 
 def train_full(
@@ -95,6 +99,7 @@ def train_full(
     *,
     key,
     advance: Callable[[float], None] = lambda loss: None,
+    keeper: Keeper | None = None,
 ) -> Trained:
     """Trains every weight of a model, as `train_adapters` trains adapters.
 
@@ -109,8 +114,28 @@ def train_full(
         return found, found
 
     run = _Run(config, losses, jnp.asarray(rate, jnp.float32))
-    leaves, found, seconds = run(leaves, None, batches, key, advance)
-    return Trained([jax.tree.unflatten(tree, leaves)], np.stack(found)[None], seconds)
+    done = run(leaves, None, batches, key, advance, keeper)
+    return Trained([jax.tree.unflatten(tree, done.state[0])], done.losses[None], _seconds(done))
+
+
+def _each(loss: Callable, count: int, sources: Sequence[int] | None) -> Callable:
+    """`(stacked, batch, key) -> (count,)`, every adapter's loss. One row is one adapter."""
+    ids = jnp.arange(count)
+    if sources is None:
+        shared = lora.lorafy(loss, reverse_only=True, row_axes=None, adapter_way="gathered")
+        return lambda params, batch, key: shared(params, batch, adapter_ids=ids, lora_key=key)
+
+    def one(params, batch):  # whose arrays hold one row
+        return loss(params, jax.tree.map(lambda x: x[0], batch))
+
+    own = lora.lorafy(one, reverse_only=True, adapter_way="gathered")
+    which = jnp.asarray(sources)
+
+    def each(params, batches: tuple, key):
+        rows = jax.tree.map(lambda *x: jnp.stack(x)[which], *batches)
+        return own(params, rows, adapter_ids=ids, lora_key=key)
+
+    return each
 
 
 def _axes(stacked) -> list[int]:
@@ -135,26 +160,48 @@ class _Run:
             self._step, donate_argnums=0, compiler_options=compat.compiler_options()
         )
 
-    def __call__(self, leaves: list, frozen, batches: Iterable, key, advance: Callable):
+    def __call__(
+        self, leaves: list, frozen, batches: Iterable, key, advance: Callable, keeper: Keeper | None
+    ) -> Progress:
         state = ([jnp.copy(x) for x in leaves], self._mapped(self.tx.init, 1)(leaves))
-        found, seconds, seen = [], 0.0, set()
-        for number, batch in zip(range(self.steps), batches, strict=False):
-            shapes = tuple(np.shape(x) for x in jax.tree.leaves(batch))
-            began = time.perf_counter()
-            state, out = self.step(state, frozen, batch, jax.random.fold_in(key, number))
-            found.append(np.asarray(out))
-            # The first step of a shape also compiles.
-            seconds += time.perf_counter() - began if shapes in seen else 0.0
-            seen.add(shapes)
-            if not np.isfinite(found[-1]).any():
-                raise FloatingPointError(
-                    f"the loss of step {number + 1} is {found[-1]}: lower the learning rates"
-                )
-            advance(float(np.mean(found[-1])))
-        if len(found) < self.steps:
-            raise ValueError(f"`batches` gave {len(found)} batches for {self.steps} steps")
-        counted = self.steps - len(seen)
-        return state[0], found, seconds * self.steps / counted if counted else float("nan")
+        losses = np.full((self.steps, *np.shape(self.rates)), np.nan, np.float32)
+        at = Progress(0, state, losses, 0.0, 0, "")
+        at = at if keeper is None else keeper.restore(at)
+        source, first, seen = iter(batches), at.step, set()
+        _skip(source, at, advance)
+        with interruptible() as interrupted:
+            for number, batch in zip(range(first, self.steps), source, strict=False):
+                at = self._taken(at, frozen, batch, jax.random.fold_in(key, number), seen)
+                advance(float(np.mean(at.losses[number])))
+                if keeper is not None:
+                    at = at._replace(batches=digest(at.batches, batch))
+                    if interrupted() or keeper.due():
+                        keeper.save(at)
+                if interrupted():
+                    raise KeyboardInterrupt(_interrupted(at.step, self.steps, keeper))
+        if at.step < self.steps:
+            raise ValueError(f"`batches` gave {at.step} batches for {self.steps} steps")
+        if keeper is not None and keeper.begun:
+            keeper.save(at)  # what follows may take long as well
+        return at
+
+    def _taken(self, at: Progress, frozen, batch, key, seen: set) -> Progress:
+        """One step; `at.losses` is written in place."""
+        shapes = tuple(np.shape(x) for x in jax.tree.leaves(batch))
+        began = time.perf_counter()
+        state, out = self.step(at.state, frozen, batch, key)
+        at.losses[at.step] = loss = np.asarray(out)
+        seconds = time.perf_counter() - began
+        if not np.isfinite(loss).any():
+            raise FloatingPointError(
+                f"the loss of step {at.step + 1} is {loss}: lower the learning rates"
+            )
+        at = at._replace(step=at.step + 1, state=state)
+        if shapes in seen:
+            return at._replace(seconds=at.seconds + seconds, timed=at.timed + 1)
+        # The first step of a shape also compiles.
+        seen.add(shapes)
+        return at
 
     def _mapped(self, fn: Callable, trees: int):
         """`fn` for every slot by itself: of `trees` trees of leaves first, then of the rest."""
@@ -177,6 +224,34 @@ class _Run:
             updates = [jnp.moveaxis(u, 0, at) for u, at in zip(updates, self.axes, strict=True)]
         moved = [x + u for x, u in zip(leaves, updates, strict=True)]
         return (moved, opt_state), out
+
+
+def _skip(source: Iterator, at: Progress, advance: Callable) -> None:
+    """Passes over the batches of the steps that were taken before.
+
+    Raises:
+      ValueError: they are not the ones that were trained on.
+    """
+    seen = ""
+    for loss, batch in zip(at.losses[: at.step], source, strict=False):
+        seen = digest(seen, batch)
+        advance(float(np.mean(loss)))
+    if seen != at.batches:
+        raise ValueError(
+            f"the first {at.step} batches are not those that the unfinished training saw: "
+            "`batches` must give the same ones each time for a seed; with other data, give "
+            "another output_dir"
+        )
+
+
+def _interrupted(step: int, steps: int, keeper: Keeper | None) -> str:
+    saved = "nothing of it was saved" if keeper is None else f"saved in {keeper.folder}"
+    return f"interrupted after step {step} of {steps}: {saved}"
+
+
+def _seconds(at: Progress) -> float:
+    """Of all steps, as those took that compiled nothing; NaN where all compiled."""
+    return at.seconds * at.step / at.timed if at.timed else float("nan")
 
 
 def _steps(config: TrainConfig) -> int:

@@ -146,8 +146,9 @@ def _sweep(command: Callable) -> None:
         """\
 Trains adapters of several ranks and the whole model on the same data with as many steps, each
 with the learning rate that suits it, and says which rank is enough. Adapters train side by side
-in one batch. Every finished run is kept: a sweep that was stopped goes on with --resume, and
---ranks may then name more of them. --rank and --alpha give the scale, alpha / rank, of all.
+in one batch. Every finished run is kept, and checkpoints of the one under way: a sweep that was
+stopped goes on with --resume, and --ranks and --seeds may then name more of them. --rank and
+--alpha give the scale, alpha / rank, of all.
 
 example:
   lora-jax sweep --model smollm2 --train-data train.jsonl --eval-data test.jsonl --metric bleu \\

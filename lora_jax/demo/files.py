@@ -1,12 +1,12 @@
 """The demo's folder: its data as JSON lines, its result, and what it may replace."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lora_jax.demo import task
+from lora_jax.files import replacing
 
 MARK = "demo.json"  # says that a folder is a demo's; the next demo may replace it
 _WHAT = {
@@ -65,15 +65,8 @@ def finish(directory: Path, result: Mapping) -> None:
 
 
 def _write_lines(path: Path, values: Iterable) -> None:
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(new, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
 def contents(directory: Path) -> str:

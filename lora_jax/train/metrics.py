@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lora_jax.files import write_text
 from lora_jax.train.events import open_events, write_scalars
 
 METRICS = "metrics.jsonl"
@@ -46,15 +47,7 @@ def rewind(path: Path, step: int) -> list[dict]:
     if not path.exists():
         return []
     kept = [r for r in read_metrics(path) if r["step"] <= step]
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(new, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+
+from lora_jax.files import replacing
 
 
 def plot_loss(path: str | os.PathLike, history: Sequence[dict], *, title: str = "") -> None:
@@ -43,16 +44,12 @@ def save_figure(figure, path: str | os.PathLike) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    path = Path(path)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        FigureCanvasAgg(figure).print_png(str(new))
-        os.replace(new, path)
+        with replacing(path) as new:
+            FigureCanvasAgg(figure).print_png(str(new))
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else error
         raise OSError(f"{path}: the plot cannot be written: {why}") from error
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _draw_train(axes, train: Sequence[tuple]) -> None:

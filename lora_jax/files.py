@@ -1,0 +1,59 @@
+"""Files that are there whole or not at all, and what is computed once and kept."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a temporary path in the same folder; what is written there becomes `path` at the end.
+
+    A reader finds the old file or the new one, never half of one, also after a power cut. When
+    the block raises, the old file stays and nothing is left behind.
+
+        with replacing("result.json") as new:
+            new.write_text("{}")
+    """
+    path = Path(path)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield new
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes UTF-8 text as a whole file."""
+    with replacing(path) as new:
+        new.write_text(text, "utf-8")
+
+
+def kept(path: str | os.PathLike, make: Callable[[], Any], *, indent: int | None = None) -> Any:
+    """The JSON that an earlier run left at `path`, or what `make` gives, which is then left there.
+
+    Args:
+      path: a JSON file; its name says every setting that its values depend on. Its folder is made
+        if need be.
+      make: computes the values.
+      indent: of the file, as in `json.dumps`.
+
+    Raises:
+      ValueError: there is a file that is no JSON.
+    """
+    path = Path(path)
+    if path.is_file():
+        try:
+            return json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error}); remove the file, run again") from None
+    text = json.dumps(make(), indent=indent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    return json.loads(text)  # as it will be read again: lists for tuples
