@@ -121,13 +121,16 @@ class AbstractStep(NamedTuple):
     base: Any
 
 
-def abstract_step(config: Any, settings: StepSettings, *, batch: int) -> AbstractStep:
+def abstract_step(
+    config: Any, settings: StepSettings, *, batch: int, rows: tuple[str, ...] = ()
+) -> AbstractStep:
     """The step of a model, over shapes.
 
     Args:
       config: the model's configuration.
       settings: of the step.
       batch: rows of one forward pass.
+      rows: as in `lora_jax.models.Forward`; the step is to be traced under its mesh then.
 
     Raises:
       ValueError: a text longer than the model's context, targets that match nothing, a rank that
@@ -153,7 +156,8 @@ def abstract_step(config: Any, settings: StepSettings, *, batch: int) -> Abstrac
     trainable, frozen = split_full(params) if whole else lora.split(params)
     tx = settings.tx
     state = jax.eval_shape(lambda t: init_state(jax.random.key(0), t, tx), trainable)
-    loss = (lora_loss if architecture.kind == CAUSAL_LM else _encoder_loss)(forward)
+    kind = lora_loss if architecture.kind == CAUSAL_LM else _encoder_loss
+    loss = kind(dataclasses.replace(forward, rows=rows))
     one_a_row = getattr(config, "task", None) == CLASSIFICATION
     places = batch if one_a_row else batch * settings.length
     shapes = _batch(settings, batch, places)

@@ -21,7 +21,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.models.bert_config import CLASSIFICATION, MASKED_LM, BertConfig
-from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, kept, logits_of, run_blocks
+from lora_jax.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    LayerNorm,
+    kept,
+    logits_of,
+    on_rows,
+    run_blocks,
+)
 
 
 class Features(NamedTuple):
@@ -236,6 +244,7 @@ def hidden_states(
     token_type_ids: Int[Array, "b t"] | None,  # noqa: F722
     positions: Int[Array, "b t"] | None,  # noqa: F722
     wrap: Callable[[Callable], Callable],
+    rows: tuple[str, ...] = (),
 ) -> Float[Array, "b t d"]:  # noqa: F722
     """Runs the encoder up to its last block.
 
@@ -247,6 +256,7 @@ def hidden_states(
       token_type_ids: which of two texts a token belongs to; None is 0 everywhere.
       positions: rows of the position table, or None for the family's own counting.
       wrap: applied to the function that runs one block (rematerialization).
+      rows: axes of the mesh that rows are spread over, see `lora_jax.models.layers.on_rows`.
 
     Returns:
       Hidden states, of no meaning at padding.
@@ -259,8 +269,8 @@ def hidden_states(
     x = encoder.embeddings(tokens, token_type_ids, positions)
     return run_blocks(
         encoder.encoder.layer,
-        x,
-        lambda block, x, number, own: block(x, seen),
+        on_rows(x, rows),
+        lambda block, x, number, own: on_rows(block(on_rows(x, rows), seen), rows),
         wrap=wrap,
         each=(False,) * config.num_hidden_layers,
     )

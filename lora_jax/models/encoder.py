@@ -29,6 +29,7 @@ class EncoderForward:
       param_dtype: dtype of the parameters.
       scan: blocks stacked on a leading axis and scanned, or kept apart by number.
       remat: recompute each block's inside in the backward pass; see `Forward`.
+      rows: axes of the mesh that the batch's rows are spread over; see `Forward`.
     """
 
     config: BertConfig
@@ -36,6 +37,7 @@ class EncoderForward:
     param_dtype: str = "float32"
     scan: bool = True
     remat: bool | str = False
+    rows: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_options(self.dtype, self.param_dtype, self.remat)
@@ -85,6 +87,7 @@ class EncoderForward:
             token_type_ids=token_type_ids,
             positions=positions,
             wrap=rematerialized(self.remat),
+            rows=self.rows,
         )
         if return_hidden:
             return hidden

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 # Name of the projections' results under rematerialization policies.
@@ -30,6 +31,20 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 def kept(x: Array) -> Array:
     """Marks a projection's result for the rematerialization policy `projections`."""
     return checkpoint_name(x, PROJECTION)
+
+
+def on_rows(x: Float[Array, "b ..."], axes: Sequence[str]) -> Array:  # noqa: F722
+    """Keeps a batch's rows, and so their gradients, on the devices of these axes of the mesh.
+
+    Left alone, XLA's partitioner takes the residual stream's sharding from the embedding table:
+    a table whose width is spread over an axis makes every device of it hold all the rows and a
+    part of the width, and gather that for every product.
+
+    Args:
+      x: what is spread; its other dims are whole on each device.
+      axes: of the mesh in `jax.set_mesh`; none leaves `x` as it is.
+    """
+    return lax.with_sharding_constraint(x, PartitionSpec(tuple(axes))) if axes else x
 
 
 class RMSNorm(nnx.Module):

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.models.attention import Cache, attention, positions_of
-from lora_jax.models.layers import PROJECTION, run_blocks
+from lora_jax.models.layers import PROJECTION, on_rows, run_blocks
 from lora_jax.models.llama import CausalLM
 from lora_jax.quant.array import is_quant
 from lora_jax.transform import lorafy
@@ -39,6 +39,8 @@ class Forward:
         memory of False and a little faster than it; or the name of a policy in
         `jax.checkpoint_policies`.
       module: the NNX class, with the methods of `lora_jax.models.llama.CausalLM`.
+      rows: axes of the mesh (`jax.set_mesh`) that the batch's rows are spread over, such as
+        ("data", "fsdp"); see `lora_jax.models.layers.on_rows`. () says nothing to the partitioner.
     """
 
     config: Any
@@ -47,6 +49,7 @@ class Forward:
     scan: bool = True
     remat: bool | str = False
     module: Callable[..., Any] = CausalLM
+    rows: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_options(self.dtype, self.param_dtype, self.remat)
@@ -107,11 +110,12 @@ class Forward:
         def run(block, carry, number, slides):
             x, stored = carry
             attend = known[slides] if isinstance(slides, bool) else sight(slides)
-            return block(x, attend, stored, number)
+            x, stored = block(on_rows(x, self.rows), attend, stored, number)
+            return on_rows(x, self.rows), stored
 
         x, stored = run_blocks(
             reduce(getattr, lm.BLOCKS, lm),
-            (lm.embed(tokens, positions), stored),
+            (on_rows(lm.embed(tokens, positions), self.rows), stored),
             run,
             wrap=rematerialized(self.remat),
             each=config.mixing.slides,
