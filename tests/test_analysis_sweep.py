@@ -12,7 +12,8 @@ import pytest
 import lora_jax as lora
 from lora_jax import analysis, quant
 from lora_jax.analysis import sweep_result, sweep_train
-from lora_jax.analysis.rank_sweep import with_rank
+from lora_jax.analysis.rank_sweep import _Job, _Sweep
+from lora_jax.analysis.sweep_config import with_rank
 from lora_jax.train import TrainConfig
 from lora_jax.train.optimizer import optimizer
 
@@ -166,7 +167,10 @@ def test_the_table_the_json_and_the_figure(swept, tmp_path):
     assert held["rows"][2]["score"] == found.rows[2].score
     found.plot(tmp_path / "sweep.png", title="a task of rank 3")
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(str(found).splitlines()) == 1 + len(found.rows) + 1
+    *lines, intervals, _ = str(found).splitlines()
+    assert len(lines) == 1 + len(found.rows)
+    assert intervals.startswith("one seed; 95 % of 1,000 draws of the examples: another order")
+    assert held["seeds"] == 1 and held["rows"][2]["seed_scores"] == [held["rows"][2]["score"]]
 
 
 def never(*_):
@@ -214,6 +218,69 @@ def test_a_short_search_for_the_learning_rate(tmp_path):
     assert found.smallest is None and "without full fine-tuning" in found.verdict()
 
 
+def test_adapters_of_several_seeds_each_see_their_own_batches():
+    config = dataclasses.replace(TRAIN, steps=20)
+    adapters, rates = [start(2, seed) for seed in (0, 1, 0)], (1e-2, 1e-2, 3e-2)
+    both = zip(batches(0), batches(1), strict=True)
+    key = jax.random.key(0)
+    together = sweep_train.train_adapters(
+        loss, adapters, rates, both, config, key=key, sources=(0, 1, 0)
+    )
+    for seed, places in ((0, (0, 2)), (1, (1,))):
+        alone = sweep_train.train_adapters(
+            loss, [adapters[i] for i in places], [rates[i] for i in places], batches(seed), config,
+            key=key,
+        )  # fmt: skip
+        np.testing.assert_allclose(together.losses[list(places)], alone.losses, rtol=1e-4)
+        for i, tree in zip(places, alone.trees, strict=True):
+            got, want = lora.merge(together.trees[i]), lora.merge(tree)
+            np.testing.assert_allclose(got["layer"]["kernel"], want["layer"]["kernel"], atol=1e-5)
+
+
+def test_seeds_stand_side_by_side_where_their_batches_have_the_same_shapes():
+    def groups(source):
+        under_way = _Sweep(
+            TASK._replace(batches=source), dataclasses.replace(SWEEP, together=4), CONFIG, TRAIN,
+            print,
+        )  # fmt: skip
+        jobs = [_Job(r, 1e-2, s, 60) for r in (1, 2, "full") for s in (0, 1, 2)]
+        return [[(j.rank, j.seed) for j in group] for group in under_way._groups(jobs)]
+
+    alone = [[("full", s)] for s in (0, 1, 2)]
+    assert groups(batches) == [
+        [(1, 0), (1, 1), (1, 2), (2, 0)], [(2, 1), (2, 2)], *alone
+    ]  # fmt: skip
+    # The last batch of seed 1 is shorter.
+    assert groups(
+        lambda seed: (b if seed != 1 or i < 59 else (b[0][:5], b[1][:5])
+                      for i, b in enumerate(batches(seed)))
+    ) == [[(1, 0), (1, 2), (2, 0), (2, 2)], [(1, 1), (2, 1)], *alone]  # fmt: skip
+
+
+def test_more_ranks_and_seeds_take_over_the_runs_that_are_there(tmp_path):
+    config = dataclasses.replace(TRAIN, steps=10, output_dir=tmp_path, resume=True)
+    fewer = dataclasses.replace(SWEEP, ranks=(1,), learning_rates=(1e-2,), together=5)
+    more = dataclasses.replace(fewer, ranks=(1, 2), seeds=(0, 1, 2))
+    said: list[str] = []
+    first = analysis.rank_sweep(TASK, fewer, CONFIG, config, say=said.append)
+    del said[:]
+    found = analysis.rank_sweep(TASK, more, CONFIG, config, say=said.append)
+    trained = [line.partition(":")[0] for line in said if line.startswith("trained")]
+    full = "trained full (0.03)"
+    assert trained == ["trained " + ", ".join(["1 (0.01)"] * 2 + ["2 (0.01)"] * 3), full, full]
+    rows = {row.rank: row for row in found.rows}
+    for row in first.rows:
+        assert rows[row.rank].seed_scores[0] == row.score
+    for rank in (1, 2, "full"):
+        scores = [np.mean(r.values) for r in found.runs if r.rank == rank]
+        assert len(scores) == 3 and len(set(scores)) == 3
+        assert rows[rank].score == pytest.approx(np.mean(scores))
+        assert rows[rank].deviation == pytest.approx(np.std(scores, ddof=1))
+    assert "means of 3 seeds, with the standard deviation between them" in str(found)
+    assert f"±{rows[2].deviation:.4f}" in str(found)
+    found.plot(tmp_path / "sweep.png")
+
+
 def run_of(rank, values):
     return sweep_result.Run(rank, 1e-3, 0, 1, 1, [0.0], None, 1.0, 1, np.asarray(values, float))
 
@@ -235,6 +302,52 @@ def test_intervals_are_those_of_paired_draws():
     # An accuracy of 75 % on 100 examples: a standard error of 4.3 points.
     assert rows[4].interval == pytest.approx((0.665, 0.835), abs=0.02)
     assert found.smallest == 2 and found.smallest_interval == (2, 4)
+
+
+def draws_of(seeds):
+    """A rank's interval, and the draws that it is of, for a list of a seed's values."""
+    runs = [run_of(1, values) for values in seeds]
+    found = sweep_result.summarize(
+        {1: runs, "full": runs}, [], reduce=lambda v: float(np.mean(v)), metric="accuracy",
+        lower_is_better=False, tolerance=0.01,
+    )  # fmt: skip
+    drawn = sweep_result._draws({1: seeds}, lambda v: float(np.mean(v)), 0)[1]
+    return found.rows[0], drawn
+
+
+def test_intervals_hold_what_seeds_and_what_examples_add():
+    """Against the variance of a mean over seeds and over examples: both parts, and their sum."""
+    effects = np.asarray([-0.06, -0.02, 0.02, 0.06])
+    of_seeds = np.var(effects, ddof=1) / 4
+    alike = np.random.default_rng(0).normal(0.8, 0.3, size=100)
+    of_examples = np.var(alike) / 100
+    for seeds, variance in (
+        (0.8 + effects[:, None] + np.zeros(100), of_seeds),
+        (np.stack([alike] * 4), of_examples),
+        (alike + effects[:, None], of_seeds + of_examples),
+    ):
+        row, drawn = draws_of(list(seeds))
+        assert np.var(drawn) == pytest.approx(variance, rel=0.1)
+        assert row.score == pytest.approx(np.mean(seeds))
+        wanted = row.score + 1.96 * np.sqrt(variance) * np.asarray([-1, 1])
+        assert row.interval == pytest.approx(wanted, abs=0.01)
+        assert row.deviation == pytest.approx(np.std(seeds.mean(axis=1), ddof=1))
+
+
+def test_two_seeds_that_differ_leave_the_smallest_rank_open():
+    """Each rank is 0.9 in one seed and 0.8 in the other: the means are the same, nothing more."""
+    runs = {1: (0.8, 0.9), 2: (0.9, 0.8), "full": (0.9, 0.8)}
+    found = sweep_result.summarize(
+        {rank: [run_of(rank, [score] * 20) for score in of] for rank, of in runs.items()},
+        [], reduce=lambda v: float(np.mean(v)), metric="accuracy", lower_is_better=False,
+        tolerance=0.01,
+    )  # fmt: skip
+    rows = {row.rank: row for row in found.rows}
+    assert found.smallest == 1 and found.smallest_interval == (1, 2)
+    assert rows[1].ratio_interval == pytest.approx((0.8 / 0.9, 0.9 / 0.8))
+    assert rows[2].ratio_interval == (1.0, 1.0)  # the seeds are paired
+    assert rows[2].interval == pytest.approx((0.8, 0.9))
+    assert rows[1].deviation == pytest.approx(0.1 / np.sqrt(2))
 
 
 def test_no_rank_is_enough():

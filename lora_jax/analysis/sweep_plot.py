@@ -9,6 +9,8 @@ from lora_jax.train.plot import save_figure
 def plot_sweep(path: str | os.PathLike, sweep: Sweep, *, title: str = "") -> None:
     """Draws the score of every rank, with its 95 % interval, against three costs.
 
+    Where there are several seeds, each one's score is a cross beside their mean.
+
     Args:
       path: of the PNG; replaced when the new one is whole.
       sweep: what `rank_sweep` found.
@@ -37,7 +39,8 @@ def plot_sweep(path: str | os.PathLike, sweep: Sweep, *, title: str = "") -> Non
         axes.set_xscale("log", base=2 if label == "rank" else 10)
     panels[0].set_xticks([r.rank for r in trained if r.rank != FULL])
     panels[0].get_xaxis().set_major_formatter(lambda x, _: f"{x:g}")
-    panels[0].set_ylabel(sweep.metric)
+    several = f", mean of {sweep.seeds} seeds" if sweep.seeds > 1 else ""
+    panels[0].set_ylabel(sweep.metric + several)
     panels[0].legend(fontsize="small")
     figure.suptitle(title)
     save_figure(figure, path)
@@ -52,6 +55,9 @@ def _points(axes, rows: list[Row], cost, color: str, label: str) -> None:
         [max(0.0, r.score - r.interval[0]) for r in rows],
         [max(0.0, r.interval[1] - r.score) for r in rows],
     ]
+    for row in rows:
+        if (count := len(row.seed_scores)) > 1:
+            axes.plot([cost(row)] * count, row.seed_scores, "x", color=color, alpha=0.6)
     style = "o-" if len(rows) > 1 else "s"
     axes.errorbar([cost(r) for r in rows], scores, spread, fmt=style, color=color, capsize=3,
                   label=label)  # fmt: skip

@@ -2,7 +2,12 @@
 
 Uncertainty is the paired bootstrap's (Efron & Tibshirani 1993, chapter 13; Koehn 2004 for BLEU):
 evaluation examples, and seeds where there are several, are drawn anew with replacement, the same
-for every rank and for full fine-tuning, and every score is computed again.
+for every rank and for full fine-tuning, and every score is computed again. Every seed is judged on
+the same examples, so the two are drawn independently of each other (Owen 2007, "The pigeonhole
+bootstrap", Annals of Applied Statistics 1(2): at worst a little wide). Of S seeds S - 1 are drawn:
+S draws of few seeds would give only (S - 1)/S of their mean's variance, S - 1 give all of it (Rao &
+Wu 1988, "Resampling inference with complex survey data", JASA 83(401), section 2). One seed says
+nothing of what another would give; the table says so.
 """
 
 import json
@@ -67,6 +72,7 @@ class Row(NamedTuple):
       interval: of the score, 95 %.
       ratio: score over full fine-tuning's, None without full fine-tuning.
       ratio_interval: its, 95 %.
+      seed_scores: of each seed, in the order of the runs; one for the base.
     """
 
     rank: int | str
@@ -77,6 +83,12 @@ class Row(NamedTuple):
     interval: tuple[float, float]
     ratio: float | None
     ratio_interval: tuple[float, float] | None
+    seed_scores: tuple[float, ...] = ()
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation between seeds; None of fewer than two."""
+        return float(np.std(self.seed_scores, ddof=1)) if len(self.seed_scores) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -105,14 +117,34 @@ class Sweep:
         return self.table()
 
     def table(self) -> str:
-        """The table, and a sentence on the smallest rank that is enough."""
-        head = ("rank", "learning rate", "trained", "seconds", self.metric, "95 %", "of full")
+        """The table, what its intervals hold, and the smallest rank that is enough."""
+        head = ("rank", "learning rate", "trained", "seconds", "seeds", self.metric, "between",
+                "95 %", "of full")  # fmt: skip
         lines = [head, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        if self.seeds == 1:
+            lines = [line[:6] + line[7:] for line in lines]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = "\n".join(
             "  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
         )
-        return f"{text}\n{self.verdict()}"
+        return f"{text}\n{self.intervals()}\n{self.verdict()}"
+
+    @property
+    def seeds(self) -> int:
+        """Seeds of every rank and of full fine-tuning."""
+        return max(len(row.seed_scores) for row in self.rows)
+
+    def intervals(self) -> str:
+        """What the intervals are of, in a sentence."""
+        if self.seeds == 1:
+            return (
+                f"one seed; 95 % of {_DRAWS:,} draws of the examples: another order of the data "
+                "or another start may differ by more"
+            )
+        return (
+            f"means of {self.seeds} seeds, with the standard deviation between them; 95 % of "
+            f"{_DRAWS:,} draws of examples and seeds"
+        )
 
     def verdict(self) -> str:
         """The answer in a sentence."""
@@ -135,6 +167,8 @@ class Sweep:
             "tolerance": self.tolerance,
             "smallest_rank": self.smallest,
             "smallest_rank_interval": interval and [_rank_text(x) for x in interval],
+            "seeds": self.seeds,
+            "intervals": self.intervals(),
             "verdict": self.verdict(),
             "rows": [row._asdict() for row in self.rows],
             "runs": [
@@ -172,7 +206,9 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.learning_rate:g}" if trains else "",
         f"{row.parameters:,}" if trains else "",
         f"{row.seconds:.1f}" if trains else "",
+        str(len(row.seed_scores)) if trains else "",
         f"{row.score:.4f}",
+        "" if row.deviation is None else f"±{row.deviation:.4f}",
         f"[{row.interval[0]:.4f}, {row.interval[1]:.4f}]",
         ratio,
     )
@@ -200,11 +236,12 @@ def summarize(
       seed: of the draws.
     """
     values = {rank: [np.asarray(r.values) for r in of] for rank, of in chosen.items()}
-    scores = {rank: _score(v, reduce) for rank, v in values.items()}
+    each = {rank: tuple(float(reduce(v)) for v in of) for rank, of in values.items()}
+    scores = {rank: float(np.mean(of)) for rank, of in each.items()}
     drawn = _draws(values, reduce, seed)
     ranks = sorted(r for r in chosen if isinstance(r, int))
     order = [r for r in (BASE, *ranks, FULL) if r in chosen]
-    rows = [_row(r, chosen[r], scores, drawn) for r in order]
+    rows = [_row(r, chosen[r], scores, drawn, each[r]) for r in order]
     smallest, interval = None, None
     if FULL in chosen and ranks:
         within = _within(scores, ranks, lower_is_better, tolerance)
@@ -228,10 +265,6 @@ def _place(run: Run) -> tuple:
     return of_rank, run.steps, run.learning_rate, run.seed
 
 
-def _score(seeds: Sequence[np.ndarray], reduce: Callable) -> float:
-    return float(np.mean([reduce(v) for v in seeds]))
-
-
 def _draws(values: Mapping, reduce: Callable, seed: int) -> dict:
     """The scores of every rank under the same draws of examples and seeds, (draws,) each."""
     random = np.random.default_rng(seed)
@@ -242,12 +275,12 @@ def _draws(values: Mapping, reduce: Callable, seed: int) -> dict:
         which = random.random(max(len(v) for v in values.values()))
         for rank, seeds in values.items():
             # The same uniform numbers choose the seeds, however many a rank has.
-            picked = [seeds[int(u * len(seeds))] for u in which[: len(seeds)]]
+            picked = [seeds[int(u * len(seeds))] for u in which[: max(1, len(seeds) - 1)]]
             found[rank][i] = np.mean([reduce(v[rows]) for v in picked])
     return found
 
 
-def _row(rank, runs: Sequence[Run], scores: Mapping, drawn: Mapping) -> Row:
+def _row(rank, runs: Sequence[Run], scores: Mapping, drawn: Mapping, seeds: tuple) -> Row:
     ratio = ratios = None
     if FULL in scores and scores[FULL]:
         ratio = scores[rank] / scores[FULL]
@@ -262,6 +295,7 @@ def _row(rank, runs: Sequence[Run], scores: Mapping, drawn: Mapping) -> Row:
         _interval(drawn[rank]),
         ratio,
         ratios,
+        seeds,
     )
 
 
