@@ -74,14 +74,16 @@ def table(rows: Sequence[Mapping]) -> str:
     )
 
 
-def report(name: str, question: str, rows: Sequence[Mapping], **extra) -> None:
-    """Prints the rows as a table and writes them with the machine to `results/<name>.json`."""
+def report(
+    name: str, question: str, rows: Sequence[Mapping], *, folder: Path = RESULTS, **extra
+) -> None:
+    """Prints the rows as a table and writes them with the machine to `<folder>/<name>.json`."""
     print(f"\n{question}\n\n{table(rows)}")
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     content = {"question": question, "machine": machine(), "rows": list(rows), **extra}
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n")
-    print(f"\nwritten to benchmarks/results/{path.name}; machine: {machine()}")
+    print(f"\nwritten to {path}; machine: {machine()}")
 
 
 def _cell(value) -> str:

@@ -13,22 +13,20 @@ rate where only a long run diverges. The result is `results/rank_sweep_<task>.js
 import argparse
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
+import minilm
 import numpy as np
 import optax
 import sst2 as sst2_data
 from common import RESULTS, machine
-from sst2_encoder import directory
 
 import lora_jax as lora
-from lora_jax import analysis, models
+from lora_jax import analysis
 from lora_jax.analysis import language
+from lora_jax.files import write_text
 from lora_jax.train import TrainConfig
-from lora_jax.train.buckets import best_ladder, plan_epoch
 
 RUNS = sst2_data.ROOT / "outputs" / "rank_sweeps"
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -41,7 +39,7 @@ def main() -> None:
     path = options.results / (options.name or f"rank_sweep_{options.task}")
     content = {"machine": machine(), "settings": settings, **found.to_dict()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    write_text(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
     found.plot(path.with_suffix(".png"), title=settings["title"])
     print(f"\n{found}\n\nwritten to {path}.json and .png")
 
@@ -106,44 +104,33 @@ def sst2(options) -> tuple[analysis.Sweep, dict]:
     splits = {name: sst2_data.read(options.data, name) for name in sst2_data.SPLITS}
     for name in ("dev", "test"):
         splits[name] = splits[name][: options.most]
-    model = models.load_encoder(
-        directory(), task="sequence-classification", labels=("negative", "positive"),
-        fresh_head=jax.random.key(0),
-    )  # fmt: skip
-    coded = {name: _encoded(model, rows) for name, rows in splits.items()}
+    model = minilm.load(0)
+    coded = {name: minilm.coded(model, rows) for name, rows in splits.items()}
     config = TrainConfig(
         steps=options.steps or 100, batch_size=16, warmup=0.1, output_dir=options.runs / "sst2",
         resume=True,
     )  # fmt: skip
     sweep = _sweep_config(options, (3e-4, 1e-3, 4e-3), (5e-5, 1.5e-4, 5e-4))
 
-    @jax.jit
-    def logits(params, tokens, mask):
-        return model.apply(params, tokens, mask=mask)
+    order = minilm.order(coded["test"])
 
-    def loss(params, batch):
-        tokens, mask, labels = batch
-        found = model.apply(params, tokens, mask=mask)
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(found, labels))
-
-    def all_logits(params, name: str):
-        batches = list(_batches(coded[name], 64, 0, 1))
-        found = [np.asarray(logits(params, t, m), np.float64) for t, m, _ in batches]
-        return np.concatenate(found), np.concatenate([labels for *_, labels in batches])
+    def loss(params, batch: minilm.Batch):
+        found = model.apply(params, batch.tokens, mask=batch.mask)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(found, batch.labels))
 
     def tuning(params) -> float:
-        found, labels = all_logits(params, "dev")
+        found, labels = minilm.logits(model, params, coded["dev"]), coded["dev"].labels
         own = found[np.arange(len(labels)), labels]
         return float(np.mean(np.logaddexp(found[:, 0], found[:, 1]) - own))
 
     def score(params) -> np.ndarray:
-        found, labels = all_logits(params, "test")
-        return (found.argmax(axis=1) == labels).astype(np.float64)
+        right = minilm.logits(model, params, coded["test"]).argmax(axis=1) == coded["test"].labels
+        return right[order].astype(np.float64)
 
     task = analysis.Task(
         params=model.params,
         loss=loss,
-        batches=lambda seed: _batches(coded["train"], config.batch_size, seed, 1000),
+        batches=lambda seed: minilm.batches(coded["train"], config.batch_size, seed),
         score=score,
         tuning=tuning,
         metric="accuracy",
@@ -153,27 +140,6 @@ def sst2(options) -> tuple[analysis.Sweep, dict]:
     found = analysis.rank_sweep(task, sweep, adapters, config)
     title = f"MiniLM (22 M) on SST-2: accuracy on {len(splits['test']):,} sentences"
     return found, _settings(title, config, sweep, scale=2, scored=len(splits["test"]))
-
-
-def _encoded(model, rows: list[sst2_data.Sentence]) -> list[tuple[np.ndarray, int]]:
-    batch = model.tokenizer.encode_batch([row.text for row in rows])
-    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask).astype(bool)
-    return [(t[m], row.label) for t, m, row in zip(tokens, mask, rows, strict=True)]
-
-
-def _batches(rows: list, size: int, seed: int, epochs: int) -> Iterator[tuple]:
-    """Batches of like lengths; an epoch's last ones may be smaller only when there is one epoch."""
-    lengths = [len(tokens) for tokens, _ in rows]
-    ladder = best_ladder(lengths, 3)
-    for epoch in range(epochs):
-        for slot in plan_epoch(lengths, ladder, size, seed=seed, epoch=epoch):
-            if len(slot.rows) < size and epochs > 1:
-                continue
-            tokens = np.zeros((len(slot.rows), slot.rung), np.int32)
-            for i, row in enumerate(slot.rows):
-                tokens[i, : lengths[row]] = rows[row][0]
-            mask = np.arange(slot.rung) < np.asarray([[lengths[row]] for row in slot.rows])
-            yield tokens, mask, np.asarray([rows[row][1] for row in slot.rows], np.int32)
 
 
 # --- generation -----------------------------------------------------------------------------------
@@ -187,7 +153,7 @@ def e2e(options) -> tuple[analysis.Sweep, dict]:
     for part, (split, start, stop) in files.items():
         lines = _e2e_lines(options.data, split, part, start, stop)
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        (options.runs / f"e2e_{part}.jsonl").write_text(text, "utf-8")
+        write_text(options.runs / f"e2e_{part}.jsonl", text)
     config = TrainConfig(
         steps=options.steps or 40, batch_size=8, warmup=0.1, buckets=1,
         output_dir=options.runs / "e2e", resume=True,

@@ -1,4 +1,4 @@
-"""What the experiments on SST-2 share: the sentences, the interval of an accuracy, kept parts.
+"""What the experiments on SST-2 share: the sentences, and the interval of an accuracy.
 
 The data is not in the repository: `sst2_{train,dev,test}.tsv`, a sentence, a tab and 0 (negative)
 or 1 (positive) a line, in `--data DIR`, else in `$LORA_JAX_DATA`, else in `../shared/data` beside
@@ -6,12 +6,12 @@ the repository.
 """
 
 import argparse
-import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from lora_jax.files import replacing
 
 ROOT = Path(__file__).parent.parent
 SPLITS = ("train", "dev", "test")
@@ -67,23 +67,6 @@ def wilson(correct: float, total: int, z: float = 1.96) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def kept(path: Path, make: Callable[[], dict]) -> dict:
-    """What an earlier, stopped run left at `path`, or what `make` gives, which is then left there.
-
-    Args:
-      path: a JSON file; its name says every setting that the numbers depend on.
-      make: computes them.
-    """
-    if path.is_file():
-        return json.loads(path.read_text("utf-8"))
-    content = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(json.dumps(content), "utf-8")
-    os.replace(new, path)
-    return content
-
-
 def percent(share: float, interval: tuple[float, float] | list[float] | None = None) -> str:
     """`81.2 % [78.5, 83.7]`."""
     text = f"{100 * share:.1f} %"
@@ -98,6 +81,5 @@ def shrink(path: Path) -> None:
 
     with Image.open(path) as image:
         few = image.convert("RGB").quantize(160)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    few.save(new, format="PNG", optimize=True)
-    os.replace(new, path)
+    with replacing(path) as new:
+        few.save(new, format="PNG", optimize=True)

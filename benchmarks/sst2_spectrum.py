@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import lora_jax as lora
 from lora_jax import analysis, finetune, train
+from lora_jax.files import kept
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LABELS = (" negative", " positive")
@@ -116,8 +117,8 @@ def trained(model, data, options, *, full: bool, rate: float):
         lora_config=None if full else adapter,
     )  # fmt: skip
     steps = [r for r in result.history if r["kind"] == "train"]
-    numbers = sst2.kept(RUNS / name / f"dev{options.dev}.json",
-                        lambda: score(model, result.lora_params, data["dev"], name))  # fmt: skip
+    numbers = kept(RUNS / name / f"dev{options.dev}.json",
+                   lambda: score(model, result.lora_params, data["dev"], name))  # fmt: skip
     sizes = lora.count_parameters(result.lora_params)
     return result.lora_params, {
         "name": name,
@@ -160,7 +161,7 @@ def spectra(before, after, name: str) -> analysis.Spectrum:
             found += analysis.spectrum(before, after, where=(kind,)).matrices
         return json.loads(analysis.Spectrum(tuple(found)).to_json())
 
-    return analysis.Spectrum.from_json(json.dumps(sst2.kept(RUNS / name / "spectrum.json", make)))
+    return analysis.Spectrum.from_json(json.dumps(kept(RUNS / name / "spectrum.json", make)))
 
 
 def overlaps(before, full, adapted, names: tuple[str, str], rank: int) -> list[dict]:
@@ -172,7 +173,7 @@ def overlaps(before, full, adapted, names: tuple[str, str], rank: int) -> list[d
             found += analysis.overlap(before, full, adapted, top=rank, where=(kind,))
         return {"matrices": [dataclasses.asdict(o) for o in found]}
 
-    return sst2.kept(RUNS / names[1] / f"overlap-{names[0]}.json", make)["matrices"]
+    return kept(RUNS / names[1] / f"overlap-{names[0]}.json", make)["matrices"]
 
 
 def intruders(before, after, name: str) -> dict[str, int]:
@@ -184,7 +185,7 @@ def intruders(before, after, name: str) -> dict[str, int]:
             found |= analysis.intruder_dimensions(before, after, where=(kind,))
         return found
 
-    return sst2.kept(RUNS / name / "intruders.json", make)
+    return kept(RUNS / name / "intruders.json", make)
 
 
 def settings() -> argparse.Namespace:
@@ -210,8 +211,8 @@ def main():
     texts["dev"] = texts["dev"][: options.dev]
     model = load(options.layers)
     data = {split: examples(model, rows) for split, rows in texts.items()}
-    before = sst2.kept(RUNS / f"base{options.layers or ''}-dev{options.dev}.json",
-                       lambda: score(model, model.params, data["dev"], "before"))  # fmt: skip
+    before = kept(RUNS / f"base{options.layers or ''}-dev{options.dev}.json",
+                  lambda: score(model, model.params, data["dev"], "before"))  # fmt: skip
     print(f"before: {sst2.percent(before['accuracy'], before['interval'])} on dev")
     full, full_row, full_rows = best(model, data, options, full=True)
     changed = spectra(model.params, full, full_row["name"])
