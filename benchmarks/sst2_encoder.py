@@ -85,7 +85,8 @@ class Job(NamedTuple):
 def batches(data: minilm.Coded, size: int, steps: int, seed: int) -> Iterator[Batch]:
     """A batch for each step."""
     for batch in itertools.islice(minilm.batches(data, size, seed), steps):
-        yield Batch(*(x[None] for x in batch), np.ones((1, size), np.float32))
+        tokens, mask, labels = (x[None] for x in batch)
+        yield Batch(tokens, mask, labels, np.ones((1, size), np.float32))
 
 
 def halves(method: str, model, seed: int):
