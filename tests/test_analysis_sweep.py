@@ -212,6 +212,7 @@ def test_a_short_search_for_the_learning_rate(tmp_path):
     config = dataclasses.replace(TRAIN, steps=20)
     sweep = dataclasses.replace(SWEEP, ranks=(4,), full=False, tune_steps=5)
     found = analysis.rank_sweep(TASK, sweep, CONFIG, config, say=lambda _: None)
+    assert all(run.seconds > 0 for run in found.runs if run.rank == 4)
     assert sorted((r.steps, r.values is not None) for r in found.runs if r.rank == 4) == [
         (5, False), (5, False), (20, True),
     ]  # fmt: skip
@@ -350,7 +351,7 @@ def test_two_seeds_that_differ_leave_the_smallest_rank_open():
     assert rows[1].deviation == pytest.approx(0.1 / np.sqrt(2))
 
 
-def test_no_rank_is_enough():
+def test_no_rank_is_enough(tmp_path):
     found = sweep_result.summarize(
         {1: [run_of(1, [0.5] * 20)], "full": [run_of("full", [1.0] * 20)]},
         [], reduce=lambda v: float(np.mean(v)), metric="accuracy", lower_is_better=False,
@@ -358,6 +359,10 @@ def test_no_rank_is_enough():
     )  # fmt: skip
     assert found.smallest is None
     assert "above the largest" in found.verdict()
+    # Runs that were not timed have no place in a panel, and the figure is made all the same.
+    rows = tuple(row._replace(seconds=float("nan")) for row in found.rows)
+    dataclasses.replace(found, rows=rows).plot(tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The figure of a rank sweep."""
 
+import math
 import os
 
 from lora_jax.analysis.sweep_result import BASE, FULL, Row, Sweep
@@ -27,7 +28,7 @@ def plot_sweep(path: str | os.PathLike, sweep: Sweep, *, title: str = "") -> Non
         ("rank", "trained parameters", "seconds of training"),
         strict=True,
     ):
-        shown = [row for row in trained if isinstance(cost(row), int | float)]
+        shown = [row for row in trained if _positive(cost(row))]
         _points(axes, [r for r in shown if r.rank != FULL], cost, "tab:blue", "LoRA")
         _points(axes, [r for r in shown if r.rank == FULL], cost, "tab:red", "full")
         for row in sweep.rows:
@@ -36,7 +37,8 @@ def plot_sweep(path: str | os.PathLike, sweep: Sweep, *, title: str = "") -> Non
                 text = "full fine-tuning" if row.rank == FULL else "as it came"
                 axes.axhline(row.score, color=color, linestyle="--", linewidth=1, label=text)
         axes.set_xlabel(label)
-        axes.set_xscale("log", base=2 if label == "rank" else 10)
+        if shown:
+            axes.set_xscale("log", base=2 if label == "rank" else 10)
     panels[0].set_xticks([r.rank for r in trained if r.rank != FULL])
     panels[0].get_xaxis().set_major_formatter(lambda x, _: f"{x:g}")
     several = f", mean of {sweep.seeds} seeds" if sweep.seeds > 1 else ""
@@ -44,6 +46,11 @@ def plot_sweep(path: str | os.PathLike, sweep: Sweep, *, title: str = "") -> Non
     panels[0].legend(fontsize="small")
     figure.suptitle(title)
     save_figure(figure, path)
+
+
+def _positive(cost) -> bool:
+    """Whether a logarithmic axis has a place for it."""
+    return isinstance(cost, int | float) and math.isfinite(cost) and cost > 0
 
 
 def _points(axes, rows: list[Row], cost, color: str, label: str) -> None:

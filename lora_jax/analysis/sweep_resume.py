@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 FORMAT = "lora_jax unfinished training 1"
+_KEPT = ("seconds", "timed", "batches", "compiled")
 _SHARE = 20  # of the time between checkpoints, at most one part writes
 
 
@@ -31,6 +32,7 @@ class Progress(NamedTuple):
       seconds: of the timed steps, those that compiled nothing.
       timed: how many those are.
       batches: digest of the batches seen so far, in their order.
+      compiled: seconds of the steps that compiled as well.
     """
 
     step: int
@@ -39,6 +41,7 @@ class Progress(NamedTuple):
     seconds: float
     timed: int
     batches: str
+    compiled: float = 0.0
 
 
 class Keeper:
@@ -111,7 +114,7 @@ class Keeper:
 
         began = time.monotonic()
         state = {"state": progress.state, "losses": jax.numpy.asarray(progress.losses)}
-        values = {k: getattr(progress, k) for k in ("seconds", "timed", "batches")}
+        values = {k: getattr(progress, k) for k in _KEPT}
         meta = {"training": self._described, "progress": values}
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with manager(self.folder, keep=1) as opened:

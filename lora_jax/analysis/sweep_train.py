@@ -31,7 +31,7 @@ class Trained(NamedTuple):
     Attributes:
       trees: a parameter tree for each member.
       losses: float32 (members, steps), before each step's update.
-      seconds: of the whole group, compilation left out.
+      seconds: of the whole group, compilation left out unless every step compiled.
     """
 
     trees: list
@@ -201,7 +201,7 @@ class _Run:
             return at._replace(seconds=at.seconds + seconds, timed=at.timed + 1)
         # The first step of a shape also compiles.
         seen.add(shapes)
-        return at
+        return at._replace(compiled=at.compiled + seconds)
 
     def _mapped(self, fn: Callable, trees: int):
         """`fn` for every slot by itself: of `trees` trees of leaves first, then of the rest."""
@@ -250,8 +250,8 @@ def _interrupted(step: int, steps: int, keeper: Keeper | None) -> str:
 
 
 def _seconds(at: Progress) -> float:
-    """Of all steps, as those took that compiled nothing; NaN where all compiled."""
-    return at.seconds * at.step / at.timed if at.timed else float("nan")
+    """Of all steps, as those took that compiled nothing; with compilation where all did."""
+    return at.seconds * at.step / at.timed if at.timed else at.compiled
 
 
 def _steps(config: TrainConfig) -> int:
