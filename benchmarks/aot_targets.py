@@ -57,15 +57,20 @@ device_description_str: "NVIDIA H200"
 
 def device(kind: str):
     """A device to compile for: "cuda" (an H200) or "tpu" (a v5e)."""
+    return devices(kind, 1)[0]
+
+
+def devices(kind: str, count: int) -> list:
+    """So many of them in one machine: any number of "cuda", 4 or fewer of "tpu"."""
     if kind == "cuda":
         found = topologies.get_topology_desc(
-            platform="cuda", target_config=_H200, topology="1x1x1"
+            platform="cuda", target_config=_H200, topology=f"1x1x{count}"
         )
     else:
         found = topologies.get_topology_desc(
             platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1)
         )
-    return found.devices[0]
+    return found.devices[:count]
 
 
 def compiled(f, *args, kind: str = "cuda", donate: tuple = ()):

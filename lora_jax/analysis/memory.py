@@ -26,7 +26,7 @@ import jax
 
 from lora_jax.analysis import memory_mesh, memory_step
 from lora_jax.analysis.memory_exact import compiled
-from lora_jax.analysis.memory_live import Alive, alive
+from lora_jax.analysis.memory_live import HABITS, Alive, Habits, alive, on_cpu
 from lora_jax.analysis.memory_program import whole_bytes
 from lora_jax.analysis.memory_shapes import config_of
 from lora_jax.analysis.memory_step import AbstractStep, Spread, StepSettings
@@ -220,7 +220,8 @@ def estimate(
 ) -> MemoryEstimate:
     """As `memory`, of a configuration and settings that are made already."""
     memory_mesh.one_device(config, settings.mesh)  # refuses what cannot be spread
-    step = memory_step.abstract_step(config, settings, batch=settings.batch)
+    rows = memory_mesh.ROWS if exact and math.prod(settings.mesh.values()) > 1 else ()
+    step = memory_step.abstract_step(config, settings, batch=settings.batch, rows=rows)
     places = memory_step.spread(step, settings)
     trained = _device_bytes(step.state.trainable, places.state.trainable, settings)
     base = _device_bytes(step.frozen, places.frozen, settings)
@@ -230,7 +231,10 @@ def estimate(
     ]
     rest.append(_device_bytes(step.batch, places.batch, settings))
     every = [trained, base, *rest]
-    found = compiled(step, places, settings) if exact else _read(config, settings, step, places)
+    if exact:
+        found = compiled(step, places, settings)
+    else:
+        found = _read(config, settings, step, places, trained.here)
     whole = settings.adapter is None
     counted = count_parameters(step.params)
     return MemoryEstimate(
@@ -285,7 +289,9 @@ def _device_bytes(tree: Any, specs: Any, settings: StepSettings) -> _Bytes:
     return _Bytes(here, copied, everywhere)
 
 
-def _read(config: Any, settings: StepSettings, step: AbstractStep, places: Spread) -> Alive:
+def _read(
+    config: Any, settings: StepSettings, step: AbstractStep, places: Spread, trained: int
+) -> Alive:
     """Temporaries of what one device computes, from the jaxpr."""
     rows = settings.batch // memory_mesh.parts(places.batch.tokens, settings.mesh)
     own = memory_mesh.one_device(config, settings.mesh)
@@ -298,7 +304,20 @@ def _read(config: Any, settings: StepSettings, step: AbstractStep, places: Sprea
     args = (step.state, step.frozen, step.batch)
     state = counts(places.state)
     others = counts(places.frozen) + [1] * len(step.batch)
-    return alive(step.fn, *args, donate=(0,), gathered=state + others, parts=[*state, 1, 1, 1])
+    found = alive(
+        step.fn,
+        *args,
+        donate=(0,),
+        gathered=state + others,
+        parts=[*state, 1, 1, 1],
+        habits=HABITS.get(settings.backend, Habits()),
+    )
+    if settings.backend != "reference":
+        return found
+    own_parts = counts(places.state.trainable)
+    flat = zip(jax.tree.leaves(step.state.trainable), own_parts, strict=True)
+    single = sum(-(-whole_bytes(x) // n) for x, n in flat if x.ndim == 2)
+    return on_cpu(found, trained=trained, single=single)
 
 
 def memory_table(estimates: Sequence[MemoryEstimate], *, device_memory: int | None = None) -> str:

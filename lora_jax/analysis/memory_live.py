@@ -9,7 +9,9 @@ XLA's buffers are imitated by a few rules:
 * a buffer is free after its last reader; an elementwise result takes the place of an operand of
   its size that is read for the last time, and so does what a donated argument turns into;
 * a loop holds its stacked results, its carry, and what one turn needs; of a stacked operand a turn
-  holds one slice, as a copy where a product reads it.
+  holds one slice, as a copy where a product reads it;
+* an argument that is spread over devices is gathered once: it is whole from the first product that
+  reads it to the last; a gradient is whole until it is summed over them.
 
 The most bytes alive at any operation are the answer. Against XLA's own figures for training steps
 of Llama-shaped models (an H200 in bfloat16, a CPU in float32) the temporaries come out within
@@ -18,7 +20,7 @@ about a sixth and, with the arguments, the whole within a few per cent: `benchma
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,10 +41,32 @@ from lora_jax.analysis.memory_program import (
     whole_bytes,
 )
 
+_PRODUCTS = frozenset({"dot_general", "ragged_dot", "ragged_dot_general"})
 # Readers whose result may not lie where an operand lay.
-_APART = frozenset(
-    {"conv_general_dilated", "dot_general", "pallas_call", "ragged_dot", "ragged_dot_general"}
-)
+_APART = _PRODUCTS | {"conv_general_dilated", "pallas_call"}
+
+
+class Habits(NamedTuple):
+    """What one compiler does and another does not.
+
+    Attributes:
+      in_place: an elementwise result may take the place of an operand.
+      early_zeros: the stacks that a loop fills are there, as zeros, when the loop before it is
+        done: they depend on nothing, and the scheduler is after time, not memory.
+      turned: where a product sums over the first dims of both operands, as a weight's gradient
+        does, one of them is copied transposed, as soon as it is there.
+    """
+
+    in_place: bool = True
+    early_zeros: bool = False
+    turned: bool = False
+
+
+# By the backend of `StepSettings`, as seen in what each compiler assigned to buffers.
+HABITS: Mapping[str, Habits] = {
+    "gpu": Habits(early_zeros=True),
+    "reference": Habits(in_place=False, turned=True),  # a CPU
+}
 
 
 class Alive(NamedTuple):
@@ -60,12 +84,29 @@ class Alive(NamedTuple):
     largest: tuple[tuple[str, int], ...]
 
 
+def on_cpu(found: Alive, *, trained: int, single: int) -> Alive:
+    """What a CPU holds of a step's gradients beside that.
+
+    It sums squares in kernels that read them whole: a gradient divided by the number of tokens is
+    written beside the gradient, which clipping reads again. In the update that is so of all, while
+    the blocks' backward pass runs of what is there already: the head's, and the zeros that the
+    embedding's will be added to.
+
+    Args:
+      found: as `alive` says.
+      trained: bytes of all gradients on this device.
+      single: of those of matrices outside the blocks.
+    """
+    return found._replace(bytes=max(found.bytes + single, 2 * trained))
+
+
 def alive(
     fn: Callable,
     *args,
     donate: Sequence[int] = (),
     gathered: Sequence[int] | None = None,
     parts: Sequence[int] | None = None,
+    habits: Habits = Habits(),  # noqa: B008 (a tuple)
 ) -> Alive:
     """The bytes that `fn` needs beside its arguments, at its fullest moment.
 
@@ -77,6 +118,7 @@ def alive(
         product needs it whole; 1 by default.
       parts: for each array of the result, among how many devices it, and so the gradient it was
         updated by, is spread; 1 by default.
+      habits: of the compiler.
     """
     jaxpr, _ = compat.open_jaxpr(jax.make_jaxpr(fn)(*args))
     sources = []
@@ -86,7 +128,7 @@ def alive(
         spread = zip(sources, gathered, strict=True)
         sources = [source if n == 1 else source | SPREAD for source, n in spread]
     program = read(jaxpr, sources, stacked_from=len(jaxpr.outvars), parts=parts)
-    return _fullest(program)
+    return _fullest(program, habits)
 
 
 @dataclass(eq=False, slots=True)
@@ -99,13 +141,14 @@ class _Kernel:
     reads: list[Value]
 
 
-def _kernels(program: Program) -> list[_Kernel]:
+def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
     """What runs, in the program's order."""
     real, found = program.real, []
     for x in program.values:
         if x.source & SLICE and x in real and (users := program.users.get(x)):
             found.append(_Kernel(users[0].at - 0.5, None, [x], []))
-    last = set(program.outs[program.stacked_from :])
+    whole = {x: Value(x.aval, SPREAD) for x in program.values if x.source & SPREAD}
+    last, before = set(program.outs[program.stacked_from :]), None
     for node in program.nodes:
         writes = node.outs if stores(node.op) else [o for o in node.outs if o in real]
         if not writes and last.isdisjoint(node.outs):
@@ -117,8 +160,35 @@ def _kernels(program: Program) -> list[_Kernel]:
             room = sum(x.bytes for x in reads if not x.source & HELD)
             if sum(o.bytes for o in writes) > room:
                 at = max(at, _firstread(program, writes) - 0.25)
+        if node.op in _PRODUCTS:
+            reads += [whole[x] for x in reads if x in whole]
+        if habits.turned and (x := _turned(node)) is not None:
+            copy = Value(x.aval, node=node)
+            found.append(_Kernel(x.node.at + 0.25 if x.node else at - 0.25, None, [copy], [x]))
+            reads = [copy if y is x else y for y in reads]
+        if node.op == "scan" and habits.early_zeros:
+            _, carries = compat.scan_counts(node.eqn.params, len(node.eqn.invars))
+            if before is not None:
+                found.append(_Kernel(before + 0.5, None, writes[carries:], []))
+                writes = writes[:carries]
+            before = node.at
         found.append(_Kernel(at, node, writes, reads))
+    for x in whole.values():
+        at = min((k.at for k in found if x in k.reads), default=None)
+        if at is not None:
+            found.append(_Kernel(at - 0.5, None, [x], []))
     return sorted(found, key=lambda k: k.at)
+
+
+def _turned(node: Node) -> Value | None:
+    """The operand that is copied transposed for a product."""
+    if node.op != "dot_general":
+        return None
+    summed, batch = node.eqn.params["dimension_numbers"]
+    both = zip(summed, batch, strict=True)
+    first = all(max(dims) < len(dims) + len(rows) for dims, rows in both if dims)
+    free = all(x.aval.ndim > len(summed[0]) + len(batch[0]) for x in node.ins)
+    return node.ins[1] if first and free else None
 
 
 def _firstread(program: Program, values: list[Value]) -> float:
@@ -134,18 +204,18 @@ def _firstread(program: Program, values: list[Value]) -> float:
     return 0 if first == math.inf else first
 
 
-def _fullest(program: Program) -> Alive:
+def _fullest(program: Program, habits: Habits) -> Alive:
     """Runs the kernels in order and counts what is alive."""
-    kernels = _kernels(program)
+    kernels = _kernels(program, habits)
     last = {x: number for number, kernel in enumerate(kernels) for x in kernel.reads}
     last |= dict.fromkeys(program.outs, len(kernels))
     held: dict[Value, int] = {}
     size, best = 0, Alive(0, 0, ())
     for number, kernel in enumerate(kernels):
         dying = [x for x in kernel.reads if last[x] == number and (x in held or x.source & OWNED)]
-        takes = _takes_over(kernel, dying)
+        takes = _takes_over(kernel, dying, habits)
         new = [o for o in kernel.writes if o in last or o in program.users]
-        inside = _inside(kernel)
+        inside = _inside(kernel, habits)
         cost = {o: held.get(takes[o], 0) if o in takes else o.bytes for o in new}
         now = size + sum(b for o, b in cost.items() if o not in takes) + inside.bytes
         if now > best.bytes:
@@ -160,13 +230,15 @@ def _fullest(program: Program) -> Alive:
     return best._replace(kept=_kept(program))
 
 
-def _takes_over(kernel: _Kernel, dying: list[Value]) -> dict[Value, Value]:
+def _takes_over(kernel: _Kernel, dying: list[Value], habits: Habits) -> dict[Value, Value]:
     """Which results lie where an operand lay that is read for the last time."""
     node = kernel.node
     if node is None or node.op in _APART or node.op == "cond":
         return {}
     # A donated argument first: its buffer is there in any case.
     pairs, free = {}, sorted(dying, key=lambda x: not x.source & OWNED)
+    if not habits.in_place and node.op != "scan":
+        free = [x for x in free if x.source & OWNED]
     if node.op == "scan":
         consts, carries = compat.scan_counts(node.eqn.params, len(node.eqn.invars))
         inits = node.eqn.invars[consts : consts + carries]
@@ -180,8 +252,8 @@ def _takes_over(kernel: _Kernel, dying: list[Value]) -> dict[Value, Value]:
     return pairs
 
 
-def _inside(kernel: _Kernel) -> Alive:
-    """What a loop needs for a turn, and a product for a weight that is spread."""
+def _inside(kernel: _Kernel, habits: Habits) -> Alive:
+    """What a loop needs for a turn, and a product for a gradient that is spread."""
     nothing, node = Alive(0, 0, ()), kernel.node
     if node is None:
         return nothing
@@ -190,16 +262,15 @@ def _inside(kernel: _Kernel) -> Alive:
         consts, carries = compat.scan_counts(node.eqn.params, len(node.eqn.invars))
         rest = len(inner.invars) - consts - carries
         sources = [HELD] * consts + [OWNED] * carries + [SLICE] * rest
-        return _fullest(read(inner, sources, stacked_from=carries))
+        return _fullest(read(inner, sources, stacked_from=carries), habits)
     if node.op in ("cond", "while"):
         bodies = node.eqn.params.get("branches") or (node.eqn.params["body_jaxpr"],)
         every = [compat.open_jaxpr(body)[0] for body in bodies]
         done = [read(j, [HELD] * len(j.invars), stacked_from=len(j.outvars)) for j in every]
-        return max(map(_fullest, done), key=lambda a: a.bytes)
-    if node.op in ("dot_general", "ragged_dot_general"):
-        spread = [x for x in kernel.reads if x.source & SPREAD]
-        return nothing._replace(bytes=sum(x.bytes for x in spread))
-    return nothing
+        return max((_fullest(p, habits) for p in done), key=lambda a: a.bytes)
+    # A gradient is whole on each device before it is summed over them and each keeps its part.
+    size = sum(whole_bytes(o.aval) - o.bytes for o in kernel.writes)
+    return nothing._replace(bytes=size)
 
 
 def _largest(held: dict[Value, int], inside: Alive, count: int = 6):

@@ -13,9 +13,11 @@
 Adapters follow their weights, see `lora_jax.partition_specs`.
 
 Bytes that stay are exact under these shardings. What a step needs besides is counted for a program
-that gathers one layer at a time and keeps activations spread; XLA's partitioner, left alone, may
-not find it: of small Llamas on 8 CPU devices it held about twice those temporaries (`exact=True`
-asks it). Constrain the activations where that matters.
+that gathers one layer at a time and keeps the batch's rows where their tokens are. XLA's
+partitioner finds it if it is told so: `Forward(rows=("data", "fsdp"))`, traced under
+`jax.set_mesh`, as `exact=True` does. Left alone, it takes the residual stream's sharding from the
+embedding table, so that all devices of an axis hold all its rows, and holds up to twice the
+temporaries.
 
 Sources: Rajbhandari et al. 2020, "ZeRO", section 5; Shoeybi et al. 2019, "Megatron-LM", section 3.
 """
@@ -29,7 +31,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from lora_jax import paths
-from lora_jax.quant.array import is_leaf
+from lora_jax.quant.array import is_leaf, is_quant
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that rows of the batch are spread over
@@ -97,17 +99,17 @@ def base_specs(params: Any, mesh: Mapping[str, int]) -> Any:
       ValueError: a matrix neither of whose dims `fsdp` divides.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: _spec(paths.spell(path), tuple(x.shape), mesh), params, is_leaf=is_leaf
+        lambda path, x: _spec(paths.spell(path), x, mesh), params, is_leaf=is_leaf
     )
 
 
-def _spec(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> PartitionSpec:
+def _spec(path: str, x: Any, mesh: Mapping[str, int]) -> PartitionSpec:
     *_, module, last = ["", *path.split(".")]
-    first, second = len(shape) - 2, len(shape) - 1
-    spec: list[str | None] = [None] * len(shape)
+    first, second = x.ndim - 2, x.ndim - 1
+    spec: list[str | None] = [None] * x.ndim
     if last == "embedding":
         split, free = (first if module == "embed_tokens" else None), [second, first]
-    elif last == "kernel" and len(shape) > 1:
+    elif last == "kernel" and x.ndim > 1:
         split = second if module in _OUTPUTS else first if module in _INPUTS else None
         free = [first, second]
     elif last == "bias" and module in _OUTPUTS:
@@ -117,19 +119,20 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> Partiti
     if split is not None and mesh["tensor"] > 1:
         spec[split] = "tensor"
     if free and mesh["fsdp"] > 1:
-        spec[_divided(path, shape, [d for d in free if spec[d] is None], mesh)] = "fsdp"
+        spec[_divided(path, x, [d for d in free if spec[d] is None], mesh)] = "fsdp"
     return PartitionSpec(*spec)
 
 
-def _divided(path: str, shape: tuple[int, ...], dims: list[int], mesh: Mapping[str, int]) -> int:
-    # A quantized matrix is stored in superblocks of inputs, which must stay whole.
-    for whole in (128, 1):
+def _divided(path: str, x: Any, dims: list[int], mesh: Mapping[str, int]) -> int:
+    # A quantized matrix is stored in superblocks of inputs, which must stay whole. Any other is
+    # spread by its inputs if it can be: gathering outputs takes a transposed copy of every layer.
+    for whole in (128, 1) if is_quant(x) else (1,):
         for d in dims:
-            if shape[d] % (mesh["fsdp"] * whole) == 0:
+            if x.shape[d] % (mesh["fsdp"] * whole) == 0:
                 return d
     raise ValueError(
-        f"`mesh` axis `fsdp` = {mesh['fsdp']} divides no dim of `{path}` {shape} that is free; "
-        "take a divisor of the model's width"
+        f"`mesh` axis `fsdp` = {mesh['fsdp']} divides no dim of `{path}` {tuple(x.shape)} that is "
+        "free; take a divisor of the model's width"
     )
 
 

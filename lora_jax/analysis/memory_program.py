@@ -61,7 +61,8 @@ class Value:
 
     @property
     def label(self) -> str:
-        op = self.node.op if self.node is not None else "slice"
+        alone = "gathered" if self.source & SPREAD else "slice"
+        op = self.node.op if self.node is not None else alone
         return f"{op} {self.aval.dtype.name}{list(self.aval.shape)}"
 
 
@@ -231,9 +232,10 @@ def _spread_gradient(program: Program, out: Value, parts: int) -> None:
     out.parts, todo = parts, [out]
     while todo:
         node = todo.pop().node
-        if node is None or node.op in READERS:
+        adds = node is not None and node.op == "scatter-add"  # to zeros, of a table's rows
+        if node is None or (node.op in READERS and not adds):
             continue
-        for x in inputs(program, node):
-            if not x.source and x.parts == 1 and x.aval.shape == out.aval.shape:
+        for x in inputs(program, node):  # by size: a transposed one is another view of it
+            if not x.source and x.parts == 1 and x.aval.size == out.aval.size:
                 x.parts = parts
                 todo.append(x)
