@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 
+from lora_jax import paths
 from lora_jax.analysis import memory_mesh, memory_step
 from lora_jax.analysis.memory_exact import compiled
 from lora_jax.analysis.memory_live import HABITS, Alive, Habits, alive, on_cpu
@@ -314,9 +315,13 @@ def _read(
     )
     if settings.backend != "reference":
         return found
-    own_parts = counts(places.state.trainable)
-    flat = zip(jax.tree.leaves(step.state.trainable), own_parts, strict=True)
-    single = sum(-(-whole_bytes(x) // n) for x, n in flat if x.ndim == 2)
+    named = jax.tree_util.tree_leaves_with_path(step.state.trainable)
+    flat = zip(named, counts(places.state.trainable), strict=True)
+    single = sum(  # the head's, a product's result, stays whole as it was summed over devices
+        -(-whole_bytes(x) // (1 if paths.spell(path).endswith("kernel") else n))
+        for (path, x), n in flat
+        if x.ndim == 2
+    )
     return on_cpu(found, trained=trained, single=single)
 
 
