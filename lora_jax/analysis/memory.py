@@ -145,6 +145,8 @@ class MemoryEstimate:
                 f"which {_gib(self.copied)} is copied to every device and the rest is spread over "
                 + " x ".join(f"{name} {n}" for name, n in self.settings.mesh.items() if n > 1)
             )
+            if not self.exact:
+                text.append(f"  {memory_mesh.said(self.settings.backend)}")
         return "\n".join(line.rstrip() for line in text)
 
     def __str__(self) -> str:

@@ -19,6 +19,9 @@ partitioner finds it if it is told so: `Forward(rows=("data", "fsdp"))`, traced 
 embedding table, so that all devices of an axis hold all its rows, and holds up to twice the
 temporaries.
 
+Against XLA's own figures the whole is within a tenth in `benchmarks/results/estimate.json`: 8 H200s
+1.00 to 1.08, 8 CPU devices 0.94 to 1.10. No TPU's compiler was asked.
+
 Sources: Rajbhandari et al. 2020, "ZeRO", section 5; Shoeybi et al. 2019, "Megatron-LM", section 3.
 """
 
@@ -134,6 +137,12 @@ def _divided(path: str, x: Any, dims: list[int], mesh: Mapping[str, int]) -> int
         f"`mesh` axis `fsdp` = {mesh['fsdp']} divides no dim of `{path}` {tuple(x.shape)} that is "
         "free; take a divisor of the model's width"
     )
+
+
+def said(backend: str) -> str:
+    """What an estimate on a mesh takes for granted, in a line."""
+    line = 'with Forward(rows=("data", "fsdp")); without, XLA holds up to twice the activations'
+    return line if backend != "tpu" else f"{line}; not checked against a TPU's compiler"
 
 
 def parts(spec: PartitionSpec, mesh: Mapping[str, int], *axes: str) -> int:
