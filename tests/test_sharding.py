@@ -1,5 +1,6 @@
 """Adapters on meshes of eight devices: specs that follow the weight's, values, collectives."""
 
+import dataclasses
 import re
 import warnings
 
@@ -12,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
+from lora_jax import models
 
 D = 64
 TP = {"w1": P(None, "model"), "w2": P("model", None)}
@@ -270,3 +272,39 @@ def test_init_under_jit_on_an_explicit_mesh_shards_the_factors(explicit_mesh):
 
 def mlp_out_sharded(p, x):
     return jnp.einsum("bf,fd->bd", jnp.tanh(x @ p["w1"]), p["w2"], out_sharding=P(None, None))
+
+
+def test_a_model_keeps_rows_where_their_tokens_are(mesh):
+    """Unsaid, the width that the table is spread by would be the residual stream's too."""
+    config = models.LlamaConfig(
+        vocab_size=96, hidden_size=D, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=16,
+    )  # fmt: skip
+    model = models.init(jax.random.key(0), config)
+    tokens = jax.random.randint(jax.random.key(1), (16, 12), 0, 96)
+    specs = jax.tree.map(lambda x: P(), model.params)
+    specs["model"]["embed_tokens"]["embedding"] = P(None, "data")
+    places = jax.tree.map(lambda s: NamedSharding(mesh, s), specs,
+                          is_leaf=lambda s: isinstance(s, P))  # fmt: skip
+    params = jax.device_put(model.params, places)
+
+    def loss(forward):
+        def fn(params, tokens):
+            hidden = forward.apply(params, tokens, return_hidden=True)
+            return jnp.sum(jnp.sin(hidden)), hidden
+
+        return jax.jit(jax.value_and_grad(fn, has_aux=True))
+
+    (_, hidden), want = loss(model.forward)(model.params, tokens)
+    told = dataclasses.replace(model.forward, rows=("data",))
+    spread = jax.device_put(tokens, NamedSharding(mesh, P("data")))
+    with jax.set_mesh(mesh):
+        run = loss(told).lower(params, spread).compile()
+    (_, got), grads = run(params, spread)
+    assert got.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 3)
+    text = run.as_text()
+    assert "f32[4,12,64]" in text and "f32[16,12,64]" not in text
+    close(got, hidden)
+    for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
+        # float32 sums in another order, through two blocks, relative to the largest of the array
+        np.testing.assert_allclose(np.asarray(g), np.asarray(w), atol=2e-4 * np.abs(w).max())
