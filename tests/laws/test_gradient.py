@@ -60,15 +60,18 @@ def test_gradient(case: Case):
         widen = wide if case.numerical else lambda tree: tree
         trainable, frozen = lora.split(widen(made.lora_params))
         args = widen(made.args)
-        fns = (lora.lorafy(made.fn), lora.lorafy(made.fn, reverse_only=True))
+        # Without rules of its own for the backward pass the derivative is JAX's, of a value that
+        # another law checks: one or more cases of every kind will do.
+        fns = [lora.lorafy(made.fn, reverse_only=True)]
+        fns = [lora.lorafy(made.fn), *fns] if second else fns
         adapted = derivatives(*fns, second=second)
-        (got, got_reverse), got_second = adapted(trainable, frozen, *args)
+        gradients, got_second = adapted(trainable, frozen, *args)
         merged = derivatives(lambda p, *a: made.fn(lora.merge(p), *a), second=second)
         (want,), want_second = merged(trainable, frozen, *args)
         # In lower precisions a gradient sums roundings over every position.
         tolerance = FLOAT64 if case.numerical else 4 * case.tolerance
-        assert_near(got, want, tolerance, str(case))
-        assert_near(got_reverse, want, tolerance, f"{case} reverse only")
+        for got in gradients:
+            assert_near(got, want, tolerance, str(case))
         assert_near(got_second, want_second, 10 * tolerance, f"{case} second derivative")
         start = lora.split(widen(at_init(made)))[0]
         value = adapted(start, frozen, *args)[0][0][0]
