@@ -29,7 +29,8 @@ def plot_sweep(path: str | os.PathLike, sweep: Sweep, *, title: str = "") -> Non
         strict=True,
     ):
         shown = [row for row in trained if _positive(cost(row))]
-        _points(axes, [r for r in shown if r.rank != FULL], cost, "tab:blue", "LoRA")
+        ranks = sorted((r for r in shown if r.rank != FULL), key=cost)
+        _points(axes, ranks, cost, "tab:blue", "LoRA")
         _points(axes, [r for r in shown if r.rank == FULL], cost, "tab:red", "full")
         for row in sweep.rows:
             if isinstance(row.rank, str):
@@ -37,8 +38,10 @@ def plot_sweep(path: str | os.PathLike, sweep: Sweep, *, title: str = "") -> Non
                 text = "full fine-tuning" if row.rank == FULL else "as it came"
                 axes.axhline(row.score, color=color, linestyle="--", linewidth=1, label=text)
         axes.set_xlabel(label)
-        if shown:
-            axes.set_xscale("log", base=2 if label == "rank" else 10)
+        if label == "rank":
+            axes.set_xscale("log", base=2)
+        elif shown and max(map(cost, shown)) > 10 * min(map(cost, shown)):
+            axes.set_xscale("log")
     panels[0].set_xticks([r.rank for r in trained if r.rank != FULL])
     panels[0].get_xaxis().set_major_formatter(lambda x, _: f"{x:g}")
     several = f", mean of {sweep.seeds} seeds" if sweep.seeds > 1 else ""
@@ -49,7 +52,7 @@ def plot_sweep(path: str | os.PathLike, sweep: Sweep, *, title: str = "") -> Non
 
 
 def _positive(cost) -> bool:
-    """Whether a logarithmic axis has a place for it."""
+    """Whether an axis, logarithmic perhaps, has a place for it."""
     return isinstance(cost, int | float) and math.isfinite(cost) and cost > 0
 
 
