@@ -6,12 +6,14 @@ The same adapter, data, order and steps over the float32 base, the same in NF4 (
 scales; also from LoftQ's start, and with the block's size halved), signed int4 (block 32), and in
 the GGUF file's own blocks. The text is GSM8K: questions of
 school arithmetic and their worked answers, from its training file; the evaluation loss is that of
-answers from its test file. Bound: it ends within two per cent of float32's. Writes
-`results/qlora.json`.
+answers from its test file. Bound: it ends within two per cent of float32's. Every run is kept in
+`outputs/qlora`. Writes `results/qlora.json`.
 """
 
 import argparse
+import functools
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -20,14 +22,17 @@ from common import report
 
 import lora_jax as lora
 from lora_jax import finetune, models, train
+from lora_jax.files import kept
 from lora_jax.quant import QuantConfig
 
 DATA = Path(os.environ.get("LORA_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
+RUNS = Path(__file__).parents[1] / "outputs" / "qlora"
 MOST_WORSE = 0.02
 BASES = {
     "float32": None,
     "nf4, block 64": QuantConfig(),
     "nf4, block 64, LoftQ": QuantConfig(),
+    "nf4, block 64, LoftQ 5 times": QuantConfig(),
     "nf4, block 32": QuantConfig(block_size=32),
     "int4, block 32": QuantConfig(format="int4", block_size=32),
     "the file's own blocks": QuantConfig(format="file"),
@@ -45,17 +50,25 @@ def examples(model, options, split: str, count: int) -> list:
 def adapter(name: str, model, options):
     """A fresh adapter of all linear layers, scale 1."""
     loftq = "LoftQ" in name
+    often = {"loftq_iter": 5} if "5 times" in name else {}
+    start = {"init": "loftq", "loftq_config": often} if loftq else {}
     config = lora.LoraConfig(
-        rank=options.rank, alpha=options.rank, target_modules="all-linear",
-        init="loftq" if loftq else "default",
-    )  # fmt: skip
+        rank=options.rank, alpha=options.rank, target_modules="all-linear", **start
+    )
     weights = models.load(models.find_smollm2()).params if loftq else None
     return finetune.init_adapter(model, config, seed=0, weights=weights)
 
 
-def row(name: str, quantize: QuantConfig | None, options) -> dict:
+def path_of(name: str, options) -> Path:
+    """Where one run's row is kept: a later call adds bases to those that are there."""
+    said = f"{name} rate {options.learning_rate:g} rank {options.rank} steps {options.steps}"
+    said += f" of {options.batch} length {options.length} on {options.held_out}"
+    return RUNS / f"{re.sub('[^a-zA-Z0-9.-]+', '_', said)}.json"
+
+
+def row(name: str, options) -> dict:
     """One run."""
-    model = models.load(models.find_smollm2(), remat="projections", quantize=quantize)
+    model = models.load(models.find_smollm2(), remat="projections", quantize=BASES[name])
     data = examples(model, options, "train", options.steps * options.batch)
     held_out = examples(model, options, "test", options.held_out)
     params = adapter(name, model, options)
@@ -84,7 +97,7 @@ def main():
     options = parser.parse_args()
     rows = []
     for name in options.bases:
-        rows.append(row(name, BASES[name], options))
+        rows.append(kept(path_of(name, options), functools.partial(row, name, options)))
         print(rows[-1], flush=True)
     for each in rows:
         each["after_over_float32"] = each["after"] / rows[0]["after"]
