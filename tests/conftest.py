@@ -41,8 +41,8 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 # config, the command line; and what is built on parts that are tested on both.
 ONCE = re.compile(
     r"test_(cli|demo|config|matching|readme|examples|exchange|hf_|train_|analysis|checkpoint"
-    r"|models_(?!llama|generation)|multi_(combine|serve|generate)|reverse_only|adapter_report|dtype"
-    r"|token_rows|lora_bias|plan_saved|quant_(models|formats|imports|params)"
+    r"|models_(?!llama)|multi_|reverse_only|adapter_report|dtype"
+    r"|token_rows|lora_bias|plan_saved|quant_(models|formats|imports|params|transform)"
     r"|training|dropout_law|random_chains|loftq)"
 )
 

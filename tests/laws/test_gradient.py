@@ -13,16 +13,9 @@ import pytest
 from jax.test_util import check_vjp
 
 import lora_jax as lora
-from laws import cases_control
-from laws.cases import CASES, QUICK, WHOLE, Case, assert_near, loss, model
+from laws.cases import CASES, QUICK, WHOLE, Case, assert_near, loss, model, once
 
-# JAX releases differ in control flow, not in what a derivative is.
-REPEATED = {case.name for case in cases_control.CASES} | WHOLE
-REVERSIBLE = [
-    pytest.param(case, marks=() if case.name in REPEATED else pytest.mark.once, id=str(case))
-    for case in CASES
-    if case.reverse
-]
+REVERSIBLE = once(case for case in CASES if case.reverse)
 # float64 against float64: roundings alone.
 FLOAT64 = 1e-9
 

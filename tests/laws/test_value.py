@@ -11,10 +11,20 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax as lora
-from laws.cases import CASES, QUICK, WHOLE, Case, assert_near, materialized, model, outputs
+from laws.cases import (
+    CASES,
+    QUICK,
+    WHOLE,
+    Case,
+    assert_near,
+    materialized,
+    model,
+    once,
+    outputs,
+)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", once(CASES))
 def test_value_is_that_of_merged_weights(case: Case):
     made = model(case.name)
     adapted = lora.lorafy(made.fn)
