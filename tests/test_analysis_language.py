@@ -100,6 +100,7 @@ def test_what_a_sweep_of_text_refuses(model):
         language.language_task(model, RECORDS, RECORDS, plain, CONFIG, metric="bleu")
 
 
+@pytest.mark.slow
 def test_the_command_from_end_to_end(directory, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in LINES * 3), "utf-8")

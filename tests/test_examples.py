@@ -35,6 +35,7 @@ def test_nnx():
     assert found["right"]["merged"] == found["right"]["adapted"]
 
 
+@pytest.mark.slow
 def test_own_model_map():
     found = run("06_own_model_map")
     assert found["losses"][-1] < 0.3 * found["losses"][0]
@@ -49,6 +50,7 @@ def test_optax_masked():
     assert found["ratio"] == 2 and found["unmoved"]
 
 
+@pytest.mark.slow
 def test_train_llm(tmp_path):
     found = run("05_train_llm", tmp_path)
     assert found["losses"][-1] < 0.05

@@ -181,7 +181,9 @@ def test_nothing_flows_to_the_scale_or_is_needed_of_the_base():
     np.testing.assert_allclose(grads["w"].w, want["w"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["leaks", "disable_jit", "nans", "checks"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("leaks", marks=pytest.mark.slow), "disable_jit", "nans", "checks"]
+)
 def test_under_jaxs_debugging_modes(mode: str):
     def fn(p, x):
         def layer(c, _):

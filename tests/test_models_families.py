@@ -178,7 +178,10 @@ def added_up(params):
     return jax.tree.map(lambda x: x.w + delta(x) if is_lora(x) else x, params, is_leaf=is_lora)
 
 
-@pytest.mark.parametrize("case", ONE_EACH)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.slow) if c in ("gemma", "gemma2") else c for c in ONE_EACH],
+)
 def test_adapters_stay_low_rank_and_train(saved, case, tmp_path):
     """Logits and gradients equal those of the weights added up; transformers loads the sum."""
     _, directory = saved(case)

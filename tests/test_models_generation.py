@@ -224,6 +224,7 @@ def test_nothing_to_do(model):
     assert generate(model, [[1], [2]], 0) == [[], []]
 
 
+@pytest.mark.slow
 def test_remat_and_its_policies_change_no_number(model):
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 61)
 

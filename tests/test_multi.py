@@ -41,9 +41,7 @@ class Net(nn.Module):
             def __call__(self, x, _):
                 return block(self, x, _)
 
-        scanned = nn.scan(
-            Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
-        )
+        scanned = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
         x, _ = scanned(name="layers")(x, None)
         return nn.Dense(OUT, name="head")(x)
 
@@ -164,7 +162,7 @@ def test_experts_each_row_its_own():
         np.testing.assert_allclose(got[row : row + 1], one, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["all", "dora"])
+@pytest.mark.parametrize("name", ["all", pytest.param("dora", marks=pytest.mark.slow)])
 def test_training_moves_each_rows_own_adapter_only(name):
     adapters = [make(name, k) for k in range(3)]
     stacked = lora.stack(adapters, train=True)

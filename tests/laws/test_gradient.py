@@ -5,7 +5,6 @@ Gradients are taken in float64, where two right formulas agree to ten digits: a 
 would hide a term that is small. The second derivative is compared where JAX has one.
 """
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,15 @@ from jax.test_util import check_vjp
 import lora_jax as lora
 from laws.cases import CASES, QUICK, WHOLE, Case, assert_near, loss, model, once
 
-REVERSIBLE = once(case for case in CASES if case.reverse)
+# Every case of control flow, and of every kind of rule one or more; of the rest every second one,
+# where the clock runs.
+REVERSIBLE = [
+    pytest.param(
+        *case.values, marks=(*case.marks, *([pytest.mark.slow] if rest else ())), id=case.id
+    )
+    for number, case in enumerate(once(case for case in CASES if case.reverse))
+    for rest in [bool(case.marks) and number % 2 == 1]
+]
 # float64 against float64: roundings alone.
 FLOAT64 = 1e-9
 
@@ -102,5 +109,3 @@ def test_finite_differences_would_notice():
         with pytest.raises(AssertionError):
             check_vjp(jnp.sum, lambda x: (jnp.sum(x), lambda g: (np.full(3, 1.01) * g,)), (x,),
                       atol=1e-5, rtol=1e-5)  # fmt: skip
-
-
