@@ -174,9 +174,9 @@ def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
             before = node.at
         found.append(_Kernel(at, node, writes, reads))
     for x in whole.values():
-        at = min((k.at for k in found if x in k.reads), default=None)
-        if at is not None:
-            found.append(_Kernel(at - 0.5, None, [x], []))
+        readers = [k.at for k in found if x in k.reads]
+        if readers:
+            found.append(_Kernel(min(readers) - 0.5, None, [x], []))
     return sorted(found, key=lambda k: k.at)
 
 

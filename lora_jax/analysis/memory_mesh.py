@@ -129,8 +129,9 @@ def _spec(path: str, x: Any, mesh: Mapping[str, int]) -> PartitionSpec:
 def _divided(path: str, x: Any, dims: list[int], mesh: Mapping[str, int]) -> int:
     # A quantized matrix is stored in superblocks of inputs, which must stay whole. Any other is
     # spread by its inputs if it can be: gathering outputs takes a transposed copy of every layer.
-    for whole in (128, 1) if is_quant(x) else (1,):
-        for d in dims:
+    # Failing that its outputs are.
+    for whole, order in ((128, dims), (1, dims[::-1])) if is_quant(x) else ((1, dims),):
+        for d in order:
             if x.shape[d] % (mesh["fsdp"] * whole) == 0:
                 return d
     raise ValueError(
@@ -142,7 +143,11 @@ def _divided(path: str, x: Any, dims: list[int], mesh: Mapping[str, int]) -> int
 def said(backend: str) -> str:
     """What an estimate on a mesh takes for granted, in a line."""
     line = 'with Forward(rows=("data", "fsdp")); without, XLA holds up to twice the activations'
-    return line if backend != "tpu" else f"{line}; not checked against a TPU's compiler"
+    known = {
+        "tpu": "; not checked against a TPU's compiler",
+        "reference": "; on CPU devices up to a sixth too high along `tensor`",
+    }
+    return line + known.get(backend, "")
 
 
 def parts(spec: PartitionSpec, mesh: Mapping[str, int], *axes: str) -> int:
