@@ -13,7 +13,6 @@ Source: llama.cpp's `convert_lora_to_gguf.py`, `src/llama-adapter.cpp` (what is 
 """
 
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 
 from lora_jax import matching
 from lora_jax.config import LoraConfig
+from lora_jax.files import replacing
 from lora_jax.hf.gguf_names import Base, gguf_names, heads_of, to_pairs
 from lora_jax.hf.peft_slots import PREFIX
 from lora_jax.paths import nearest
@@ -188,14 +188,8 @@ def write_gguf_lora(
     if path.is_dir():
         raise ValueError(f"{path}: expected a file to write the adapter to, got a directory")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        _write(Path(temporary), content, base, dtype, name)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as new:
+        _write(new, content, base, dtype, name)
 
 
 def _write(path: Path, content: Content, base: Base, dtype: str, name: str | None) -> None:
@@ -225,11 +219,3 @@ def _write(path: Path, content: Content, base: Base, dtype: str, name: str | Non
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

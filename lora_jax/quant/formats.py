@@ -110,7 +110,7 @@ def code_values(codes, form: Format) -> Float[Array, "..."]:
         level = [
             jnp.where(chosen, high, low) for low, high in zip(level[::2], level[1::2], strict=True)
         ]
-    return jnp.asarray(level[0])
+    return level[0]
 
 
 def pack(codes: UInt8[Array, "*s k n"], form: Format, block: int) -> Array:
