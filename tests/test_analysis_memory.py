@@ -28,8 +28,15 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_estimate_is_within_a_tenth_of_the_compiled_step(method):
-    options = {**CPU, **METHODS[method]}
+@pytest.mark.parametrize(
+    ("batch", "remat"),
+    [
+        (2, True),
+        *(pytest.param(16, each, marks=pytest.mark.slow) for each in (True, "projections", False)),
+    ],
+)
+def test_an_estimate_is_within_a_tenth_of_the_compiled_step(method, batch, remat):
+    options = {**CPU, **METHODS[method], "batch": batch, "remat": remat}
     found = analysis.memory(LLAMA, **options)
     compiled = analysis.memory(LLAMA, exact=True, **options)
     assert compiled.exact and compiled.arguments == found.arguments
@@ -109,8 +116,8 @@ def _slow(method: str, remat, *marks, **mesh: int):
     return pytest.param(method, mesh, remat, marks=(pytest.mark.slow, *marks))
 
 
-# The table of an estimate says so.
-TOO_HIGH = pytest.mark.xfail(strict=True, reason="15 and 17 % above the compiled step")
+# With weights eight times as large the same step is within 4 %.
+GAPS = pytest.mark.xfail(strict=True, reason="a fifth of XLA's buffer is gaps: 34 MiB alive of 42")
 
 
 @pytest.mark.parametrize(
@@ -122,10 +129,10 @@ TOO_HIGH = pytest.mark.xfail(strict=True, reason="15 and 17 % above the compiled
         _slow("lora", False, data=8),
         _slow("lora", True, fsdp=8),
         _slow("lora", False, fsdp=8),
-        _slow("lora", "projections", fsdp=4, data=2),
-        _slow("lora", True, TOO_HIGH, tensor=4),
+        _slow("lora", "projections", GAPS, fsdp=4, data=2),
+        _slow("lora", True, tensor=4),
         _slow("lora", False, tensor=4),
-        _slow("lora", True, TOO_HIGH, fsdp=2, tensor=4),
+        _slow("lora", True, fsdp=2, tensor=4),
         _slow("lora", False, fsdp=2, tensor=4),
         _slow("qlora", True, data=8),
         _slow("qlora", True, fsdp=8),

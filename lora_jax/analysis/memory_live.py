@@ -44,6 +44,7 @@ from lora_jax.analysis.memory_program import (
 _PRODUCTS = frozenset({"dot_general", "ragged_dot", "ragged_dot_general"})
 # Readers whose result may not lie where an operand lay.
 _APART = _PRODUCTS | {"conv_general_dilated", "pallas_call"}
+_FAR_SMALLER = 8  # times, as an adapter's side of a gradient is
 
 
 class Habits(NamedTuple):
@@ -53,19 +54,26 @@ class Habits(NamedTuple):
       in_place: an elementwise result may take the place of an operand.
       early_zeros: the stacks that a loop fills are there, as zeros, when the loop before it is
         done: they depend on nothing, and the scheduler is after time, not memory.
+      early_gathers: an argument that is spread, and needed whole outside the loops, is gathered at
+        the start.
       turned: where a product sums over the first dims of both operands, as a weight's gradient
-        does, one of them is copied transposed, as soon as it is there.
+        does, one of them is copied transposed, as soon as it is there: the second, or the first if
+        it is far smaller.
+      sums_read: a sum over a dim reads memory: a slice of a stack is copied for it, and what has
+        other readers beside is written down.
     """
 
     in_place: bool = True
     early_zeros: bool = False
+    early_gathers: bool = False
     turned: bool = False
+    sums_read: bool = False
 
 
 # By the backend of `StepSettings`, as seen in what each compiler assigned to buffers.
 HABITS: Mapping[str, Habits] = {
     "gpu": Habits(early_zeros=True),
-    "reference": Habits(in_place=False, turned=True),  # a CPU
+    "reference": Habits(in_place=False, early_gathers=True, turned=True, sums_read=True),  # a CPU
 }
 
 
@@ -127,8 +135,7 @@ def alive(
     if gathered is not None:
         spread = zip(sources, gathered, strict=True)
         sources = [source if n == 1 else source | SPREAD for source, n in spread]
-    program = read(jaxpr, sources, stacked_from=len(jaxpr.outvars), parts=parts)
-    return _fullest(program, habits)
+    return _fullest_of(jaxpr, sources, len(jaxpr.outvars), habits, parts)
 
 
 @dataclass(eq=False, slots=True)
@@ -173,22 +180,27 @@ def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
                 writes = writes[:carries]
             before = node.at
         found.append(_Kernel(at, node, writes, reads))
-    for x in whole.values():
-        readers = [k.at for k in found if x in k.reads]
+    for x, gathered in whole.items():
+        readers = [k.at for k in found if gathered in k.reads]
         if readers:
-            found.append(_Kernel(min(readers) - 0.5, None, [x], []))
+            early = habits.early_gathers and not x.source & SLICE
+            at = -1 if early else min(readers) - 0.5
+            found.append(_Kernel(at, None, [gathered], []))
     return sorted(found, key=lambda k: k.at)
 
 
 def _turned(node: Node) -> Value | None:
-    """The operand that is copied transposed for a product."""
+    """The operand that is copied transposed for a product, see `Habits.turned`."""
     if node.op != "dot_general":
         return None
     summed, batch = node.eqn.params["dimension_numbers"]
     both = zip(summed, batch, strict=True)
     first = all(max(dims) < len(dims) + len(rows) for dims, rows in both if dims)
     free = all(x.aval.ndim > len(summed[0]) + len(batch[0]) for x in node.ins)
-    return node.ins[1] if first and free else None
+    if not (first and free):
+        return None
+    one, other = node.ins
+    return one if _FAR_SMALLER * one.bytes < other.bytes else other
 
 
 def _firstread(program: Program, values: list[Value]) -> float:
@@ -202,6 +214,14 @@ def _firstread(program: Program, values: list[Value]) -> float:
             todo += [o for o in node.outs if o not in seen]
             seen.update(node.outs)
     return 0 if first == math.inf else first
+
+
+def _fullest_of(jaxpr, sources, stacked_from: int, habits: Habits, parts=None) -> Alive:
+    """The fullest moment of a jaxpr; arguments as of `read`."""
+    program = read(
+        jaxpr, sources, stacked_from=stacked_from, parts=parts, sums_read=habits.sums_read
+    )
+    return _fullest(program, habits)
 
 
 def _fullest(program: Program, habits: Habits) -> Alive:
@@ -262,12 +282,12 @@ def _inside(kernel: _Kernel, habits: Habits) -> Alive:
         consts, carries = compat.scan_counts(node.eqn.params, len(node.eqn.invars))
         rest = len(inner.invars) - consts - carries
         sources = [HELD] * consts + [OWNED] * carries + [SLICE] * rest
-        return _fullest(read(inner, sources, stacked_from=carries), habits)
+        return _fullest_of(inner, sources, carries, habits)
     if node.op in ("cond", "while"):
         bodies = node.eqn.params.get("branches") or (node.eqn.params["body_jaxpr"],)
         every = [compat.open_jaxpr(body)[0] for body in bodies]
-        done = [read(j, [HELD] * len(j.invars), stacked_from=len(j.outvars)) for j in every]
-        return max((_fullest(p, habits) for p in done), key=lambda a: a.bytes)
+        done = (_fullest_of(j, [HELD] * len(j.invars), len(j.outvars), habits) for j in every)
+        return max(done, key=lambda a: a.bytes)
     # A gradient is whole on each device before it is summed over them and each keeps its part.
     size = sum(whole_bytes(o.aval) - o.bytes for o in kernel.writes)
     return nothing._replace(bytes=size)

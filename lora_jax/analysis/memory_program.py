@@ -95,7 +95,9 @@ def whole_bytes(aval) -> int:
     return tree_bytes(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
 
 
-def read(jaxpr, sources: Iterable[int], *, stacked_from: int, parts=None) -> Program:
+def read(
+    jaxpr, sources: Iterable[int], *, stacked_from: int, parts=None, sums_read: bool = False
+) -> Program:
     """The program of an open jaxpr.
 
     Args:
@@ -103,6 +105,7 @@ def read(jaxpr, sources: Iterable[int], *, stacked_from: int, parts=None) -> Pro
       sources: of its arguments.
       stacked_from: results from here on are written into a stack that exists outside.
       parts: as in `alive`.
+      sums_read: as in `memory_live.Habits`.
     """
     env: dict[Any, Value] = {v: Value(v.aval, HELD) for v in jaxpr.constvars}
     env |= {v: Value(v.aval, s) for v, s in zip(jaxpr.invars, sources, strict=True)}
@@ -116,6 +119,8 @@ def read(jaxpr, sources: Iterable[int], *, stacked_from: int, parts=None) -> Pro
         for x in node.ins:
             program.users.setdefault(x, []).append(node)
     _write_down(program)
+    if sums_read:
+        _write_down_for_sums(program)
     for out, count in zip(outs, parts or (), strict=parts is not None):
         _spread_gradient(program, out, count)
     return program
@@ -208,6 +213,19 @@ def _write_down(program: Program) -> None:
         if node.op in _COSTLY or any(x in costly and x not in real for x in node.ins):
             costly.update(node.outs)
             real.update(o for o in node.outs if len(set(program.users.get(o, ()))) > 1)
+
+
+def _write_down_for_sums(program: Program) -> None:
+    """Slices, and what has other readers, where a sum over a dim is made of them."""
+    summed: set[Value] = set()
+    for node in reversed(program.nodes):
+        if _sums(node.op):
+            summed.update(node.ins)
+        elif not stores(node.op) and any(o in summed and o not in program.real for o in node.outs):
+            summed.update(node.ins)
+    for x in summed:
+        if x.source & SLICE or (x.node and len(set(program.users[x])) > 1):
+            program.real.add(x)
 
 
 def _origins(program: Program, x: Value) -> list[Value]:
