@@ -1,6 +1,8 @@
 """What every benchmark needs: interleaved timing, the machine's name, a table and a JSON file."""
 
+import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -10,6 +12,18 @@ from pathlib import Path
 import jax
 
 RESULTS = Path(__file__).parent / "results"
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def add_data_option(parser: argparse.ArgumentParser, files: str) -> None:
+    """The option `--data`: by default `$LORA_JAX_DATA`, else `../shared/data` by the repository.
+
+    Args:
+      parser: to add it to.
+      files: what must lie there, for the help.
+    """
+    default = Path(os.environ.get("LORA_JAX_DATA", DATA))
+    parser.add_argument("--data", type=Path, default=default, help=f"folder of {files}")
 
 
 def interleaved(
@@ -47,7 +61,7 @@ def machine() -> dict[str, str]:
     return {
         "device": f"{device.platform} {device.device_kind}",
         "processor": _processor(),
-        "cores": str(len(getattr(__import__("os"), "sched_getaffinity", lambda _: [0])(0))),
+        "cores": str(len(getattr(os, "sched_getaffinity", lambda _: [0])(0))),
         "python": platform.python_version(),
         "jax": jax.__version__,
     }

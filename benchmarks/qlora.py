@@ -2,40 +2,53 @@
 
     python benchmarks/qlora.py [--steps 60] [--learning-rate 2e-4] [--rank 16] [--bases ...]
 
-The same adapter, data, order and steps over the float32 base, the same in NF4 (block 64, bfloat16
-scales; also from LoftQ's start, and with the block's size halved), signed int4 (block 32), and in
-the GGUF file's own blocks. The text is GSM8K: questions of
-school arithmetic and their worked answers, from its training file; the evaluation loss is that of
-answers from its test file. Bound: it ends within two per cent of float32's. Every run is kept in
-`outputs/qlora`. Writes `results/qlora.json`.
+The same adapter, data, order and steps over the float32 base and over quantized ones: NF4 (block
+64, bfloat16 scales; also from LoftQ's start, and with the block's size halved), signed int4 (block
+32), and the GGUF file's own blocks. The text is GSM8K: questions of school arithmetic and their
+worked answers, from its training file; the evaluation loss is that of answers from its test file.
+Bound: it ends within two per cent of float32's. Every run is kept in `outputs/qlora`: a later call
+adds bases to those that are there. Writes `results/qlora.json`.
 """
 
 import argparse
 import functools
-import os
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-from common import report
+from common import add_data_option, report
 
 import lora_jax as lora
 from lora_jax import finetune, models, train
 from lora_jax.files import kept
 from lora_jax.quant import QuantConfig
 
-DATA = Path(os.environ.get("LORA_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RUNS = Path(__file__).parents[1] / "outputs" / "qlora"
 MOST_WORSE = 0.02
+
+
+class Base(NamedTuple):
+    """How a base is held, and how its adapter starts: arguments of `LoraConfig`."""
+
+    quantize: QuantConfig | None
+    start: dict
+
+
+def loftq(turns: int) -> dict:
+    """A start that makes up for what the quantization has lost."""
+    return {"init": "loftq", "loftq_config": {"loftq_iter": turns}}
+
+
 BASES = {
-    "float32": None,
-    "nf4, block 64": QuantConfig(),
-    "nf4, block 64, LoftQ": QuantConfig(),
-    "nf4, block 64, LoftQ 5 times": QuantConfig(),
-    "nf4, block 32": QuantConfig(block_size=32),
-    "int4, block 32": QuantConfig(format="int4", block_size=32),
-    "the file's own blocks": QuantConfig(format="file"),
+    "float32": Base(None, {}),
+    "nf4, block 64": Base(QuantConfig(), {}),
+    "nf4, block 64, LoftQ": Base(QuantConfig(), loftq(turns=1)),
+    "nf4, block 64, LoftQ 5 times": Base(QuantConfig(), loftq(turns=5)),
+    "nf4, block 32": Base(QuantConfig(block_size=32), {}),
+    "int4, block 32": Base(QuantConfig(format="int4", block_size=32), {}),
+    "the file's own blocks": Base(QuantConfig(format="file"), {}),
 }
 
 
@@ -47,20 +60,17 @@ def examples(model, options, split: str, count: int) -> list:
     return train.examples(records, model.tokenizer, max_length=length, too_long="skip")[:count]
 
 
-def adapter(name: str, model, options):
+def adapter(start: dict, model, options):
     """A fresh adapter of all linear layers, scale 1."""
-    loftq = "LoftQ" in name
-    often = {"loftq_iter": 5} if "5 times" in name else {}
-    start = {"init": "loftq", "loftq_config": often} if loftq else {}
     config = lora.LoraConfig(
         rank=options.rank, alpha=options.rank, target_modules="all-linear", **start
     )
-    weights = models.load(models.find_smollm2()).params if loftq else None
+    weights = models.load(models.find_smollm2()).params if start else None
     return finetune.init_adapter(model, config, seed=0, weights=weights)
 
 
 def path_of(name: str, options) -> Path:
-    """Where one run's row is kept: a later call adds bases to those that are there."""
+    """Where one run's row is kept."""
     said = f"{name} rate {options.learning_rate:g} rank {options.rank} steps {options.steps}"
     said += f" of {options.batch} length {options.length} on {options.held_out}"
     return RUNS / f"{re.sub('[^a-zA-Z0-9.-]+', '_', said)}.json"
@@ -68,10 +78,11 @@ def path_of(name: str, options) -> Path:
 
 def row(name: str, options) -> dict:
     """One run."""
-    model = models.load(models.find_smollm2(), remat="projections", quantize=BASES[name])
+    base = BASES[name]
+    model = models.load(models.find_smollm2(), remat="projections", quantize=base.quantize)
     data = examples(model, options, "train", options.steps * options.batch)
     held_out = examples(model, options, "test", options.held_out)
-    params = adapter(name, model, options)
+    params = adapter(base.start, model, options)
     settings = train.TrainConfig(
         steps=options.steps,
         batch_size=options.batch,
@@ -92,8 +103,8 @@ def main():
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--length", type=int, default=160)
     parser.add_argument("--held-out", type=int, default=48, help="answers that are evaluated")
-    parser.add_argument("--data", type=Path, default=DATA, help="where gsm8k_*.jsonl are")
-    parser.add_argument("--bases", nargs="*", default=list(BASES))
+    add_data_option(parser, "gsm8k_*.jsonl")
+    parser.add_argument("--bases", nargs="*", choices=BASES, default=list(BASES))
     options = parser.parse_args()
     rows = []
     for name in options.bases:

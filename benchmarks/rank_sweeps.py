@@ -20,7 +20,7 @@ import minilm
 import numpy as np
 import optax
 import sst2 as sst2_data
-from common import RESULTS, machine
+from common import RESULTS, add_data_option, machine
 
 import lora_jax as lora
 from lora_jax import analysis
@@ -49,7 +49,7 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("task", choices=("sst2", "e2e"))
-    sst2_data.add_data_option(parser)
+    add_data_option(parser, "sst2_*.tsv and e2e_*.txt")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder that keeps every run")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--name", help="of the result, the task's by default")

@@ -1,13 +1,10 @@
 """What the experiments on SST-2 share: the sentences, and the interval of an accuracy.
 
 The data is not in the repository: `sst2_{train,dev,test}.tsv`, a sentence, a tab and 0 (negative)
-or 1 (positive) a line, in `--data DIR`, else in `$LORA_JAX_DATA`, else in `../shared/data` beside
-the repository.
+or 1 (positive) a line, in the folder of `common.add_data_option`.
 """
 
-import argparse
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,12 +26,6 @@ class Sentence(NamedTuple):
     text: str
     label: int
     source: str
-
-
-def add_data_option(parser: argparse.ArgumentParser) -> None:
-    """The option `--data`."""
-    default = os.environ.get("LORA_JAX_DATA", ROOT.parent / "shared" / "data")
-    parser.add_argument("--data", type=Path, default=Path(default), help="folder of sst2_*.tsv")
 
 
 def read(folder: Path, split: str) -> list[Sentence]:

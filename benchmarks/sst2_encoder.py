@@ -30,7 +30,7 @@ import numpy as np
 import optax
 import sst2
 import sst2_encoder_report as reporting
-from common import RESULTS, interleaved, ratio, report
+from common import RESULTS, add_data_option, interleaved, ratio, report
 from tqdm import tqdm
 
 import lora_jax as lora
@@ -237,7 +237,7 @@ def settings() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    sst2.add_data_option(parser)
+    add_data_option(parser, "sst2_*.tsv")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import sst2
 import sst2_spectrum_report as reporting
-from common import RESULTS, report
+from common import RESULTS, add_data_option, report
 from tqdm import tqdm
 
 import lora_jax as lora
@@ -192,7 +192,7 @@ def settings() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    sst2.add_data_option(parser)
+    add_data_option(parser, "sst2_*.tsv")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rank", type=int, default=8)
