@@ -18,7 +18,7 @@ from lora_jax.gradient import value_and_grad as value_and_grad
 from lora_jax.merge import merge as merge
 from lora_jax.merge import unmerge as unmerge
 from lora_jax.multi.select import select as select
-from lora_jax.multi.stack import replace as replace
+from lora_jax.multi.slots import replace as replace
 from lora_jax.multi.stack import stack as stack
 from lora_jax.plan import LeafPlan as LeafPlan
 from lora_jax.plan import Plan as Plan

@@ -15,17 +15,18 @@ import jax.numpy as jnp
 from lora_jax import compat
 from lora_jax.array import Window
 from lora_jax.dataflow_dims import (
+    Dims,
     contraction,
     dim_map,
     indexed_dims,
     keeps,
     picked_dims,
     scales,
+    through,
     transformed,
+    whole,
     window_axes,
 )
-
-Dims = tuple[frozenset, ...]  # for each current dim, the original dims it is made of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,16 +220,10 @@ def _looped(flows: Sequence[Flow], carry: Sequence[Flow]) -> list[Flow]:
 def _peel(flow: Flow) -> Flow:
     """What one step of a scan sees: the first dim is picked."""
     tracks = tuple(
-        dataclasses.replace(t, dims=t.dims[1:], picked=t.picked | _whole(t.dims, [0]))
+        dataclasses.replace(t, dims=t.dims[1:], picked=t.picked | whole(t.dims, [0]))
         for t in flow.tracks
     )
     return dataclasses.replace(flow, tracks=tracks, origin=flow.origin[1:])
-
-
-def _whole(dims: Dims, axes: Sequence[int]) -> frozenset:
-    """The leaf's dims that the current dims `axes` are all of: not a part, as after a split."""
-    rest = frozenset().union(*(d for i, d in enumerate(dims) if i not in axes))
-    return frozenset().union(*(dims[i] for i in axes)) - rest
 
 
 def _stack(flow: Flow) -> Flow:
@@ -265,7 +260,7 @@ def _plain(found: Usage, eqn, flows: list[Flow], name: str) -> list[Flow]:
             tracks = [
                 t for t in (_follow(found, eqn, flows, k, t, mapped, name, first=j == 0)
                             for t in flow.tracks) if t]  # fmt: skip
-            origin = () if mapped is None or not flow.origin else _through(flow.origin, mapped)
+            origin = () if mapped is None or not flow.origin else through(flow.origin, mapped)
             kept.append(Flow(tuple(tracks), origin))
         if name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
             kept.append(Flow((), _free_dims(found, eqn, flows, name, len(var.aval.shape))))
@@ -274,10 +269,6 @@ def _plain(found: Usage, eqn, flows: list[Flow], name: str) -> list[Flow]:
         else:
             outs.append(dataclasses.replace(_merge(kept), fed=fed, made=made))
     return outs
-
-
-def _through(dims: Dims, mapped: Sequence) -> Dims:
-    return tuple(frozenset().union(*(dims[i] for i in group)) for group in mapped)
 
 
 def _follow(found: Usage, eqn, flows, k: int, track: Track, mapped, name: str, *, first: bool):
@@ -315,8 +306,8 @@ def _record(found: Usage, track: Track, use: Use):
 def _carry(eqn, k: int, track: Track, mapped, name: str):
     if mapped is None:
         return None
-    picked = track.picked | _whole(track.dims, picked_dims(eqn, k, name))
-    return dataclasses.replace(track, dims=_through(track.dims, mapped), picked=picked)
+    picked = track.picked | whole(track.dims, picked_dims(eqn, k, name))
+    return dataclasses.replace(track, dims=through(track.dims, mapped), picked=picked)
 
 
 def _consumption(found: Usage, eqn, others: Sequence[Flow], k: int, track: Track, name: str):
@@ -326,7 +317,7 @@ def _consumption(found: Usage, eqn, others: Sequence[Flow], k: int, track: Track
         if not any(f.fed for f in others) and track.lookup >= 0:
             return None
         contracted = frozenset().union(*(track.dims[i] for i in axes[0]))
-        stacked = _whole(track.dims, axes[1]) | track.picked
+        stacked = whole(track.dims, axes[1]) | track.picked
         kind = "contract" if contracted - stacked else "other"
         given = any(f.fed or f.tracks for f in others)
         kind = "transform" if (kind, name, given) == ("contract", "dot_general", False) else kind

@@ -5,6 +5,8 @@ from typing import Any
 
 from lora_jax.transform.structural import reshape_groups
 
+Dims = tuple[frozenset, ...]  # for each current dim, the original dims it is made of
+
 REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split()
 )
@@ -168,3 +170,14 @@ def scales(eqn, k: int, name: str) -> bool:
     own, other = (tuple(eqn.invars[i].aval.shape) for i in (k, 1 - k))
     large = sum(n > 1 for n in other)
     return large == 0 or (large == 1 and sum(n > 1 for n in own) > 1)
+
+
+def through(dims: Dims, mapped: Sequence) -> Dims:
+    """The dims after an operation whose result's are made of its operand's as `mapped` says."""
+    return tuple(frozenset().union(*(dims[i] for i in group)) for group in mapped)
+
+
+def whole(dims: Dims, axes: Sequence[int]) -> frozenset:
+    """The leaf's dims that the current dims `axes` are all of: not a part, as after a split."""
+    rest = frozenset().union(*(d for i, d in enumerate(dims) if i not in axes))
+    return frozenset().union(*(dims[i] for i in axes)) - rest

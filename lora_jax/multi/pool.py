@@ -17,7 +17,8 @@ import numpy as np
 from jax import lax
 
 from lora_jax.array import is_lora, is_stack
-from lora_jax.multi.stack import one_slot, slot_fields, stack
+from lora_jax.multi.slots import one_slot, slot_fields
+from lora_jax.multi.stack import stack
 
 
 class AdapterPool:

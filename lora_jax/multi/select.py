@@ -18,7 +18,7 @@ from jax import lax
 
 from lora_jax import compat
 from lora_jax.array import Gain, LoraArray, LoraStack, SavedStack, is_lora, is_stack
-from lora_jax.multi.stack import count
+from lora_jax.multi.slots import count
 from lora_jax.transform.grouped import take_slots
 from lora_jax.transform.lorafy import gains
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import jax
 import jax.core
 import jax.numpy as jnp
-from jax import lax
 
 from lora_jax import paths
 from lora_jax.array import (
@@ -32,7 +31,7 @@ from lora_jax.array import (
 from lora_jax.quant.array import is_leaf
 
 # What of an adapter stands at each slot of a leaf.
-_OWN = {LoraStack: ("a", "b", "scale", "m", "gain", "bias"), SavedStack: ("value",)}
+OWN = {LoraStack: ("a", "b", "scale", "m", "gain", "bias"), SavedStack: ("value",)}
 
 
 def stack(
@@ -98,15 +97,17 @@ def columns_of(adapters: Sequence):
     columns = [list(column) for column in zip(*([x for _, x in leaves] for leaves, _ in flat),
                                               strict=True)]  # fmt: skip
     for name, column in zip(names, columns, strict=True):
-        _check_same_base(name, [_base(x) for x in column])
+        check_same_base(name, [base_of(x) for x in column])
     return columns, flat[0][1], names
 
 
-def _base(x):
+def base_of(x):
+    """A leaf without its adapter."""
     return x.w if is_lora(x) else x
 
 
-def _check_same_base(name: str, bases: Sequence):
+def check_same_base(name: str, bases: Sequence):
+    """Raises `ValueError` where the adapters' bases of a leaf differ, unless they are traced."""
     first = jax.tree.leaves(bases[0])
     for number, base in enumerate(bases[1:], start=1):
         other = jax.tree.leaves(base)
@@ -136,8 +137,8 @@ def _stack_leaf(name: str, column: list, slots: int, rank: int | None, train: bo
     if any(is_stack(x) for x in column):
         raise ValueError(f"`{name}` is a stack already: pass single adapters")
     if any(isinstance(x, SavedArray) for x in column):
-        return _stack_saved(name, column, slots)
-    column = [_as_lora(name, x, train) for x in column]
+        return stack_saved(name, column, slots)
+    column = [as_lora(name, x, train) for x in column]
     like = next(x for x in column if isinstance(x, LoraArray))
     _check_alike(name, column, train)
     largest = max(x.rank for x in column if isinstance(x, LoraArray))
@@ -145,23 +146,25 @@ def _stack_leaf(name: str, column: list, slots: int, rank: int | None, train: bo
     if rank < largest:
         raise ValueError(f"`rank` is {rank}, but an adapter has rank {largest} at `{name}`")
     blank = _blank(like, column, rank, train)
-    filled = [_padded(x, blank) if isinstance(x, LoraArray) else blank for x in column]
+    filled = [padded(x, blank) if isinstance(x, LoraArray) else blank for x in column]
     return _join(filled + [blank] * (slots - len(column)))
 
 
-def _stack_saved(name: str, column: list, slots: int) -> SavedStack:
+def stack_saved(name: str, column: list, slots: int) -> SavedStack:
+    """A leaf that trains whole in some adapters."""
     for number, x in enumerate(column):
         if is_lora(x) and not isinstance(x, SavedArray):
             raise ValueError(
                 f"`{name}` trains whole in one adapter and has factors in adapter {number}: such "
                 "two cannot be stacked; merge one of them"
             )
-    base = _base(column[0])
+    base = base_of(column[0])
     values = [effective(x) if isinstance(x, SavedArray) else base for x in column]
     return SavedStack(base, jnp.stack([*values, *[base] * (slots - len(column))]))
 
 
-def _as_lora(name: str, x, train: bool):
+def as_lora(name: str, x, train: bool):
+    """A leaf with trained rows as factors; any other as it is."""
     if not isinstance(x, RowsArray):
         return x
     if train:
@@ -225,7 +228,7 @@ def _blank(like: LoraArray, column: list, rank: int, train: bool) -> LoraStack:
     )
 
 
-def _padded(x: LoraArray, blank: LoraStack) -> LoraStack:
+def padded(x: LoraArray, blank: LoraStack) -> LoraStack:
     """An adapter as the one slot of a stack like `blank`."""
     axis, missing = blank.axis, blank.rank - x.rank
     put = {
@@ -258,157 +261,7 @@ def _join(slots: Sequence[LoraStack]) -> LoraStack:
     axis = slots[0].axis
     joined = {
         name: jnp.concatenate([getattr(x, name) for x in slots], axis)
-        for name in _OWN[LoraStack]
+        for name in OWN[LoraStack]
         if getattr(slots[0], name) is not None
     }
     return dataclasses.replace(slots[0], **joined)
-
-
-def count(stacked) -> int:
-    """How many slots a stack has.
-
-    Raises:
-      ValueError: the tree is no stack.
-    """
-    counts = {x.count for x in jax.tree.leaves(stacked, is_leaf=is_stack) if is_stack(x)}
-    if len(counts) != 1:
-        raise ValueError(
-            "the tree holds no stack of adapters: make one with `lora.stack([...])`"
-            if not counts
-            else f"the leaves hold different numbers of adapters {sorted(counts)}"
-        )
-    return counts.pop()
-
-
-def replace(stacked, slot: int, adapter):
-    """Puts an adapter into a slot, in place of what was there; no shape changes.
-
-    Args:
-      stacked: from `stack`.
-      slot: its number; a traced one is not checked.
-      adapter: a tree with LoRA leaves over the same base, its rank at most the stack's; or the
-        plain base, which empties the slot.
-
-    Returns:
-      A new tree; what was compiled for `stacked` serves it too.
-
-    Raises:
-      ValueError: no such slot, another base, a rank that is too large, or a leaf for which the
-        stack has no room.
-    """
-    number = count(stacked)
-    if not isinstance(slot, jax.core.Tracer) and not 0 <= int(slot) < number:
-        raise ValueError(f"`slot` is {slot}, but the stack has slots 0 to {number - 1}")
-    def put(x, one):
-        if not is_stack(x):
-            return x
-        changed = {
-            field: lax.dynamic_update_slice_in_dim(
-                getattr(x, field), getattr(one, field).astype(getattr(x, field).dtype), slot, x.axis
-            )
-            for field in slot_fields(x)
-        }
-        return dataclasses.replace(x, **changed)
-
-    return jax.tree.map(put, stacked, one_slot(stacked, adapter), is_leaf=is_leaf)
-
-
-def one_slot(stacked, adapter):
-    """An adapter as a stack of one slot, of the same form as `stacked`.
-
-    Args:
-      stacked: from `stack`.
-      adapter: as for `replace`.
-
-    Raises:
-      ValueError: as `replace`.
-    """
-    flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=is_leaf)
-    new, new_tree = jax.tree.flatten(adapter, is_leaf=is_leaf)
-    if new_tree != tree:
-        raise ValueError("`adapter` is a tree of another structure than the stack's base")
-    leaves = [_slot_leaf(paths.spell(p), x, y) for (p, x), y in zip(flat, new, strict=True)]
-    return jax.tree.unflatten(tree, leaves)
-
-
-def slot_fields(x: LoraStack | SavedStack) -> tuple[str, ...]:
-    """The fields of a leaf that hold something for each adapter."""
-    return tuple(name for name in _OWN[type(x)] if getattr(x, name) is not None)
-
-
-def _slot_leaf(name: str, x, y):
-    _check_same_base(name, [_base(x), _base(y)])
-    if is_stack(x):
-        return _slot_of(name, x, y)
-    if is_lora(y):
-        raise ValueError(
-            f"`{name}` is adapted by the new adapter, but the stack has no room for it there; "
-            "make the stack from adapters that together adapt every leaf"
-        )
-    return x
-
-
-def _slot_of(name: str, x: LoraStack | SavedStack, y) -> LoraStack | SavedStack:
-    """A leaf of a single adapter in the form of one slot."""
-    train = isinstance(x, LoraStack) and x.m is not None
-    if isinstance(x, SavedStack):
-        return _stack_saved(name, [y], 1)
-    y = _as_lora(name, y, train)
-    if isinstance(y, SavedArray):
-        raise ValueError(f"`{name}` trains whole in the new adapter and has factors in the stack")
-    blank = dataclasses.replace(
-        x,
-        **{
-            field: jnp.zeros_like(lax.slice_in_dim(getattr(x, field), 0, 1, axis=x.axis))
-            for field in slot_fields(x)
-        },
-    )
-    if x.gain is not None:
-        blank = dataclasses.replace(blank, gain=jnp.ones_like(blank.gain))
-    if not isinstance(y, LoraArray):
-        return blank
-    if y.roles != x.roles or y.rank > x.rank:
-        raise ValueError(
-            f"`{name}` has rank {y.rank} and roles `{y.roles}` in the new adapter; the stack holds "
-            f"rank {x.rank} at most and roles `{x.roles}`: make the stack with a larger `rank`"
-        )
-    for field, why in (("m", "DoRA's magnitude"), ("bias", "a bias")):
-        room = x.bias is not None if field == "bias" else (x.m is not None or x.gain is not None)
-        if getattr(y, field) is not None and not room:
-            raise ValueError(f"`{name}` has {why} in the new adapter, and the stack has none there")
-    return _padded(y, blank)
-
-
-def adapter(stacked, slot: int):
-    """One adapter of a stack as a tree by itself, filled up to the stack's rank.
-
-    Args:
-      stacked: from `stack`, trained or not.
-      slot: its number.
-
-    Raises:
-      ValueError: no such slot; or the stack holds DoRA's gains only (stack with `train=True`).
-    """
-    number = count(stacked)
-    if not 0 <= slot < number:
-        raise ValueError(f"`slot` is {slot}, but the stack has slots 0 to {number - 1}")
-    flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=is_leaf)
-    return jax.tree.unflatten(tree, [_single(paths.spell(p), x, slot) for p, x in flat])
-
-
-def _single(name: str, x, slot: int):
-    if isinstance(x, SavedStack):
-        return SavedArray(x.w, x.value[slot])
-    if not isinstance(x, LoraStack):
-        return x
-    if x.gain is not None:
-        raise ValueError(
-            f"`{name}` holds DoRA's gains, not its magnitudes: stack the adapters with "
-            "`train=True` to take single ones out again"
-        )
-    own = {
-        field: lax.index_in_dim(getattr(x, field), slot, x.axis, keepdims=False)
-        for field in ("a", "b", "scale", "m", "bias")
-        if getattr(x, field) is not None
-    }
-    return LoraArray(x.w, roles=x.roles, dropout=x.dropout, window=x.window, **own)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.array import LoraStack, SavedStack, is_lora, is_stack
 from lora_jax.multi.select import axes_of, checked, rowwise, select, select_leaf
-from lora_jax.multi.stack import count
+from lora_jax.multi.slots import count
 from lora_jax.quant.array import is_leaf
 from lora_jax.transform import grouped
 from lora_jax.transform.slots import Chooser

@@ -1,0 +1,164 @@
+"""The slots of a stack: what stands at one, put in and taken out."""
+
+import dataclasses
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import paths
+from lora_jax.array import LoraArray, LoraStack, SavedArray, SavedStack, is_lora, is_stack
+from lora_jax.multi.stack import OWN, as_lora, base_of, check_same_base, padded, stack_saved
+from lora_jax.quant.array import is_leaf
+
+
+def count(stacked) -> int:
+    """How many slots a stack has.
+
+    Raises:
+      ValueError: the tree is no stack.
+    """
+    counts = {x.count for x in jax.tree.leaves(stacked, is_leaf=is_stack) if is_stack(x)}
+    if len(counts) != 1:
+        raise ValueError(
+            "the tree holds no stack of adapters: make one with `lora.stack([...])`"
+            if not counts
+            else f"the leaves hold different numbers of adapters {sorted(counts)}"
+        )
+    return counts.pop()
+
+
+def replace(stacked, slot: int, adapter):
+    """Puts an adapter into a slot, in place of what was there; no shape changes.
+
+    Args:
+      stacked: from `stack`.
+      slot: its number; a traced one is not checked.
+      adapter: a tree with LoRA leaves over the same base, its rank at most the stack's; or the
+        plain base, which empties the slot.
+
+    Returns:
+      A new tree; what was compiled for `stacked` serves it too.
+
+    Raises:
+      ValueError: no such slot, another base, a rank that is too large, or a leaf for which the
+        stack has no room.
+    """
+    number = count(stacked)
+    if not isinstance(slot, jax.core.Tracer) and not 0 <= int(slot) < number:
+        raise ValueError(f"`slot` is {slot}, but the stack has slots 0 to {number - 1}")
+
+    def put(x, one):
+        if not is_stack(x):
+            return x
+        changed = {
+            field: lax.dynamic_update_slice_in_dim(
+                getattr(x, field), getattr(one, field).astype(getattr(x, field).dtype), slot, x.axis
+            )
+            for field in slot_fields(x)
+        }
+        return dataclasses.replace(x, **changed)
+
+    return jax.tree.map(put, stacked, one_slot(stacked, adapter), is_leaf=is_leaf)
+
+
+def one_slot(stacked, adapter):
+    """An adapter as a stack of one slot, of the same form as `stacked`.
+
+    Args:
+      stacked: from `stack`.
+      adapter: as for `replace`.
+
+    Raises:
+      ValueError: as `replace`.
+    """
+    flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=is_leaf)
+    new, new_tree = jax.tree.flatten(adapter, is_leaf=is_leaf)
+    if new_tree != tree:
+        raise ValueError("`adapter` is a tree of another structure than the stack's base")
+    leaves = [_slot_leaf(paths.spell(p), x, y) for (p, x), y in zip(flat, new, strict=True)]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def slot_fields(x: LoraStack | SavedStack) -> tuple[str, ...]:
+    """The fields of a leaf that hold something for each adapter."""
+    return tuple(name for name in OWN[type(x)] if getattr(x, name) is not None)
+
+
+def _slot_leaf(name: str, x, y):
+    check_same_base(name, [base_of(x), base_of(y)])
+    if is_stack(x):
+        return _slot_of(name, x, y)
+    if is_lora(y):
+        raise ValueError(
+            f"`{name}` is adapted by the new adapter, but the stack has no room for it there; "
+            "make the stack from adapters that together adapt every leaf"
+        )
+    return x
+
+
+def _slot_of(name: str, x: LoraStack | SavedStack, y) -> LoraStack | SavedStack:
+    """A leaf of a single adapter in the form of one slot."""
+    train = isinstance(x, LoraStack) and x.m is not None
+    if isinstance(x, SavedStack):
+        return stack_saved(name, [y], 1)
+    y = as_lora(name, y, train)
+    if isinstance(y, SavedArray):
+        raise ValueError(f"`{name}` trains whole in the new adapter and has factors in the stack")
+    blank = dataclasses.replace(
+        x,
+        **{
+            field: jnp.zeros_like(lax.slice_in_dim(getattr(x, field), 0, 1, axis=x.axis))
+            for field in slot_fields(x)
+        },
+    )
+    if x.gain is not None:
+        blank = dataclasses.replace(blank, gain=jnp.ones_like(blank.gain))
+    if not isinstance(y, LoraArray):
+        return blank
+    if y.roles != x.roles or y.rank > x.rank:
+        raise ValueError(
+            f"`{name}` has rank {y.rank} and roles `{y.roles}` in the new adapter; the stack holds "
+            f"rank {x.rank} at most and roles `{x.roles}`: make the stack with a larger `rank`"
+        )
+    for field, why in (("m", "DoRA's magnitude"), ("bias", "a bias")):
+        room = x.bias is not None if field == "bias" else (x.m is not None or x.gain is not None)
+        if getattr(y, field) is not None and not room:
+            raise ValueError(f"`{name}` has {why} in the new adapter, and the stack has none there")
+    return padded(y, blank)
+
+
+def adapter(stacked, slot: int):
+    """One adapter of a stack as a tree by itself, filled up to the stack's rank.
+
+    Args:
+      stacked: from `stack`, trained or not.
+      slot: its number.
+
+    Raises:
+      ValueError: no such slot; or the stack holds DoRA's gains only (stack with `train=True`).
+    """
+    number = count(stacked)
+    if not 0 <= slot < number:
+        raise ValueError(f"`slot` is {slot}, but the stack has slots 0 to {number - 1}")
+    flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=is_leaf)
+    return jax.tree.unflatten(tree, [_single(paths.spell(p), x, slot) for p, x in flat])
+
+
+def _single(name: str, x, slot: int):
+    if isinstance(x, SavedStack):
+        return SavedArray(x.w, x.value[slot])
+    if not isinstance(x, LoraStack):
+        return x
+    if x.gain is not None:
+        raise ValueError(
+            f"`{name}` holds DoRA's gains, not its magnitudes: stack the adapters with "
+            "`train=True` to take single ones out again"
+        )
+    own = {
+        field: lax.index_in_dim(getattr(x, field), slot, x.axis, keepdims=False)
+        for field in ("a", "b", "scale", "m", "bias")
+        if getattr(x, field) is not None
+    }
+    return LoraArray(x.w, roles=x.roles, dropout=x.dropout, window=x.window, **own)
