@@ -85,23 +85,27 @@ def our_rows(size: str, length: int, rounds: int, backend: str, layers: int | No
     ]  # fmt: skip
 
 
-def peft_rows(size: str, length: int, rounds: int, layers: int | None) -> list[dict]:
-    """HF PEFT's step on the same shape; empty where torch has no GPU."""
+def peft_rows(
+    size: str, length: int, rounds: int, layers: int | None, device: str = "cuda"
+) -> list[dict]:
+    """HF PEFT's step on the same shape; empty where torch is not there, or has no such device."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "peft")):
         return []
     import torch
 
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         return []
     rows = []
     for form in ("bfloat16", "nf4"):
         if form == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
             continue
-        rows.append(_peft_row(torch, size, length, rounds, form, layers))
+        rows.append(_peft_row(torch, size, length, rounds, form, layers, device))
     return rows
 
 
-def _peft_row(torch, size: str, length: int, rounds: int, form: str, layers: int | None) -> dict:
+def _peft_row(
+    torch, size: str, length: int, rounds: int, form: str, layers: int | None, device: str
+) -> dict:
     import peft
     import transformers
 
@@ -111,32 +115,35 @@ def _peft_row(torch, size: str, length: int, rounds: int, form: str, layers: int
         num_hidden_layers=layers or s["layers"], num_attention_heads=s["heads"],
         num_key_value_heads=s["kv"], attn_implementation="sdpa", use_cache=False,
     )  # fmt: skip
-    with torch.device("cuda"):
+    with torch.device(device):
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     if form == "nf4":
-        _quantize(torch, model)
+        _quantize(torch, model, device)
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=16,
                                                        target_modules="all-linear"))  # fmt: skip
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
-    tokens = torch.randint(0, s["vocab"], (1, length), device="cuda")
+    tokens = torch.randint(0, s["vocab"], (1, length), device=device)
 
     def step():
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        torch.cuda.synchronize()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     seconds = timed({form: step}, rounds)[form]
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    del model, optimizer
-    torch.cuda.empty_cache()
-    return {"who": f"PEFT {peft.__version__}", "base": form, "tokens_per_s": length / seconds,
-            "peak_gib": peak}  # fmt: skip
+    row = {"who": f"PEFT {peft.__version__}", "base": form, "tokens_per_s": length / seconds}
+    if device == "cuda":
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        del model, optimizer
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return row
 
 
-def _quantize(torch, model):
+def _quantize(torch, model, device: str):
     """Replaces the linear layers of the blocks by bitsandbytes' NF4 ones."""
     import bitsandbytes as bnb
 
@@ -151,18 +158,20 @@ def _quantize(torch, model):
                     new.weight = bnb.nn.Params4bit(
                         layer.weight.data.cpu(), requires_grad=False, quant_type="nf4"
                     )
-                    setattr(parent, name, new.to("cuda"))
+                    setattr(parent, name, new.to(device))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="two small layers, on any device")
+    parser.add_argument("--tiny", action="store_true",
+                        help="two small layers, on any device; PEFT on the CPU")  # fmt: skip
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
     if options.tiny:
-        for row in our_rows("tiny", 64, 2, "auto", None):
+        rows = our_rows("tiny", 64, 2, "auto", None)
+        for row in rows + peft_rows("tiny", 64, 2, None, device="cpu"):
             print(row)
         return
     if jax.default_backend() != "gpu":
