@@ -7,7 +7,7 @@ The same adapter, data, order and steps over the float32 base and over quantized
 32), and the GGUF file's own blocks. The text is GSM8K: questions of school arithmetic and their
 worked answers, from its training file; the evaluation loss is that of answers from its test file.
 Bound: it ends within two per cent of float32's. Every run is kept in `outputs/qlora`: a later call
-adds bases to those that are there. Writes `results/qlora.json`.
+adds bases to those that are there. Writes `results/<--name>.json`.
 """
 
 import argparse
@@ -105,6 +105,7 @@ def main():
     parser.add_argument("--held-out", type=int, default=48, help="answers that are evaluated")
     add_data_option(parser, "gsm8k_*.jsonl")
     parser.add_argument("--bases", nargs="*", choices=BASES, default=list(BASES))
+    parser.add_argument("--name", default="qlora", help="of the result")
     options = parser.parse_args()
     rows = []
     for name in options.bases:
@@ -112,8 +113,8 @@ def main():
         print(rows[-1], flush=True)
     for each in rows:
         each["after_over_float32"] = each["after"] / rows[0]["after"]
-    report("qlora", "QLoRA beside LoRA: SmolLM2-135M on GSM8K", rows,
-           settings={k: v for k, v in vars(options).items() if k != "data"})  # fmt: skip
+    settings = {k: v for k, v in vars(options).items() if k not in ("data", "name")}
+    report(options.name, "QLoRA beside LoRA: SmolLM2-135M on GSM8K", rows, settings=settings)
     if any(each["after_over_float32"] > 1 + MOST_WORSE for each in rows):
         sys.exit(f"a quantized base ends more than {MOST_WORSE:.0%} above float32")
 
