@@ -79,7 +79,13 @@ def alone(adapters, ids):
 
 
 @pytest.mark.parametrize("way", ["gathered", "grouped"])
-@pytest.mark.parametrize("names", [("plain", "more"), ("dora", "more", "all")], ids="+".join)
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("plain", "more"), marks=pytest.mark.slow, id="plain+more"),
+        pytest.param(("dora", "more", "all"), id="dora+more+all"),
+    ],
+)
 def test_each_row_is_what_it_is_alone(names, way):
     adapters = [make(name, seed) for seed, name in enumerate(names, start=1)]
     stacked = lora.stack(adapters)

@@ -67,6 +67,7 @@ def test_other_ids_compile_nothing_and_sampling_stays_by_row(model, adapters):
     assert first[0] == second[0] and first[2] == second[2]
 
 
+@pytest.mark.slow
 def test_a_quantized_base_serves_them_too(model):
     names = ("q_proj", "down_proj", "up_proj")
     base = lora.quantize(model.params, names, format="int8", block_size=16)

@@ -206,6 +206,7 @@ def test_the_way_follows_the_shape():
     assert grouped.tile_size(1, 8) == 1
 
 
+@pytest.mark.slow
 def test_a_decoder_with_an_adapter_for_each_token():
     """Against the decoder with a cache, which reads the tokens one by one with their adapters."""
     decoder = tiny_model()

@@ -83,6 +83,7 @@ def test_values_and_gradients_are_the_same(name, config):
     close(both, jax.jit(jax.value_and_grad(plain))(trainable, X, key))
 
 
+@pytest.mark.slow
 def test_under_vmap_remat_and_twice():
     plain, own, trainable = losses(*CASES["scanned"])
     rows = X[:, None]

@@ -128,7 +128,7 @@ def test_mask_marks_what_trains():
     assert (saved.w, saved.value) == (False, True) and mask["embed"]["embedding"] is False
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_masked_trains_the_adapters_as_adamw_alone_would(whole: bool):
     """Through the whole tree or through its trainable half: the same steps, the base untouched."""
     tree = made(init="random")

@@ -46,14 +46,25 @@ WHOLE = frozenset(
 # JAX releases differ in control flow and in what they trace, not in what a rule computes: that a
 # case is traced as expected is checked on all releases, the numbers of the rest on one.
 REPEATED = frozenset(case.name for case in cases_control.CASES) | WHOLE
+REVERSIBLE = tuple(case for case in CASES if case.reverse)
+# Of the rest, whose gradients are taken where the clock runs; the others' values are.
+QUARTER = frozenset(case.name for case in REVERSIBLE[::4]) - REPEATED
 
 
-def once(cases) -> list:
-    """The cases as parameters, those that one release is enough for marked."""
-    return [
-        pytest.param(c, marks=() if c.name in REPEATED else pytest.mark.once, id=str(c))
-        for c in cases
-    ]
+def marked(cases, *, slow) -> list:
+    """The cases as parameters.
+
+    Args:
+      cases: some of `CASES`.
+      slow: `(name)` to whether a case that one release is enough for waits for all tests.
+    """
+
+    def marks(name: str) -> list:
+        if name in REPEATED:
+            return []
+        return [pytest.mark.once, *([pytest.mark.slow] if slow(name) else [])]
+
+    return [pytest.param(c, marks=marks(c.name), id=str(c)) for c in cases]
 
 
 # What is compiled once and run once: the laws are about mathematics, not about LLVM's tuning.

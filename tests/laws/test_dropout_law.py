@@ -214,7 +214,10 @@ def test_old_style_keys_work():
     assert distinct(rows) == 3
 
 
-@pytest.mark.parametrize("policy", [None, "dots_saveable", "everything_saveable"])
+@pytest.mark.parametrize(
+    "policy",
+    [None, "dots_saveable", pytest.param("everything_saveable", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("where", ["block", "scan body", "inner jit"])
 def test_remat_changes_neither_value_nor_gradient(where: str, policy: str | None):
     """The recomputed forward draws the very masks of the first one, bit for bit."""

@@ -12,18 +12,18 @@ import pytest
 from jax.test_util import check_vjp
 
 import lora_jax as lora
-from laws.cases import CASES, QUICK, WHOLE, Case, assert_near, loss, model, once
+from laws.cases import (
+    QUARTER,
+    QUICK,
+    REVERSIBLE,
+    WHOLE,
+    Case,
+    assert_near,
+    loss,
+    marked,
+    model,
+)
 
-
-def thinned(number: int, case):
-    """Every case of control flow, and of every kind of rule one or more; of the rest every second
-    one, where the clock runs."""
-    if not case.marks or number % 2 == 0:
-        return case
-    return pytest.param(*case.values, marks=(*case.marks, pytest.mark.slow), id=case.id)
-
-
-REVERSIBLE = [thinned(*each) for each in enumerate(once(case for case in CASES if case.reverse))]
 # float64 against float64: roundings alone.
 FLOAT64 = 1e-9
 
@@ -52,7 +52,7 @@ def derivatives(*fns, second: bool):
     return jax.jit(run, compiler_options=QUICK)
 
 
-@pytest.mark.parametrize("case", REVERSIBLE)
+@pytest.mark.parametrize("case", marked(REVERSIBLE, slow=lambda name: name not in QUARTER))
 @pytest.mark.filterwarnings("ignore::lora_jax.MaterializedWarning")
 def test_gradient(case: Case):
     made = model(case.name)
