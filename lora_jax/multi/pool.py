@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 
 from lora_jax.array import is_lora, is_stack
-from lora_jax.multi.slots import one_slot, slot_fields
-from lora_jax.multi.stack import stack
+from lora_jax.multi.slots import one_slot
+from lora_jax.multi.stack import slot_fields, stack
 
 
 class AdapterPool:

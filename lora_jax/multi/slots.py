@@ -9,7 +9,14 @@ from jax import lax
 
 from lora_jax import paths
 from lora_jax.array import LoraArray, LoraStack, SavedArray, SavedStack, is_lora, is_stack
-from lora_jax.multi.stack import OWN, as_lora, base_of, check_same_base, padded, stack_saved
+from lora_jax.multi.stack import (
+    as_lora,
+    base_of,
+    check_same_base,
+    padded,
+    slot_fields,
+    stack_saved,
+)
 from lora_jax.quant.array import is_leaf
 
 
@@ -79,11 +86,6 @@ def one_slot(stacked, adapter):
         raise ValueError("`adapter` is a tree of another structure than the stack's base")
     leaves = [_slot_leaf(paths.spell(p), x, y) for (p, x), y in zip(flat, new, strict=True)]
     return jax.tree.unflatten(tree, leaves)
-
-
-def slot_fields(x: LoraStack | SavedStack) -> tuple[str, ...]:
-    """The fields of a leaf that hold something for each adapter."""
-    return tuple(name for name in OWN[type(x)] if getattr(x, name) is not None)
 
 
 def _slot_leaf(name: str, x, y):

@@ -31,7 +31,7 @@ from lora_jax.array import (
 from lora_jax.quant.array import is_leaf
 
 # What of an adapter stands at each slot of a leaf.
-OWN = {LoraStack: ("a", "b", "scale", "m", "gain", "bias"), SavedStack: ("value",)}
+_OWN = {LoraStack: ("a", "b", "scale", "m", "gain", "bias"), SavedStack: ("value",)}
 
 
 def stack(
@@ -257,11 +257,15 @@ def _pad_axis(x, axis: int, missing: int):
     return jnp.pad(x, pad) if missing else x
 
 
+def slot_fields(x: LoraStack | SavedStack) -> tuple[str, ...]:
+    """The fields of a leaf that hold something for each adapter."""
+    return tuple(name for name in _OWN[type(x)] if getattr(x, name) is not None)
+
+
 def _join(slots: Sequence[LoraStack]) -> LoraStack:
     axis = slots[0].axis
     joined = {
         name: jnp.concatenate([getattr(x, name) for x in slots], axis)
-        for name in OWN[LoraStack]
-        if getattr(slots[0], name) is not None
+        for name in slot_fields(slots[0])
     }
     return dataclasses.replace(slots[0], **joined)
