@@ -22,10 +22,10 @@ import llama_step
 from common import report
 
 from lora_jax import LoraConfig
-from lora_jax.analysis import memory_exact, memory_mesh, memory_step
-from lora_jax.analysis.memory import estimate
-from lora_jax.analysis.memory_live import alive
-from lora_jax.analysis.memory_shapes import SHAPES, config_of
+from lora_jax.analysis.memory import compiled, mesh as memory_mesh, step as memory_step
+from lora_jax.analysis.memory.estimate import estimate
+from lora_jax.analysis.memory.liveness import alive
+from lora_jax.analysis.memory.shapes import SHAPES, config_of
 from lora_jax.train.memory import tree_bytes
 
 GIB = 2**30
@@ -65,7 +65,7 @@ def mesh_row(kind: str, method: str, mesh: dict) -> dict:
     step = memory_step.abstract_step(config, settings, batch=settings.batch, rows=memory_mesh.ROWS)
     devices = jax.devices() if kind == "cpu" else targets.devices(kind, 8)
     places = memory_step.spread(step, settings)
-    said = memory_exact.compiled(step, places, settings, devices=devices, platform=kind)
+    said = compiled.compiled(step, places, settings, devices=devices, platform=kind)
     total = found.arguments + said.bytes
     return {
         "model": found.model,

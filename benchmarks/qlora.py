@@ -21,7 +21,8 @@ import jax
 from common import add_data_option, report
 
 import lora_jax as lora
-from lora_jax import finetune, models, train
+from lora_jax.recipes import finetune
+from lora_jax import models, train
 from lora_jax.files import kept
 from lora_jax.quant import QuantConfig
 

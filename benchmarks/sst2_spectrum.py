@@ -29,7 +29,8 @@ from common import RESULTS, add_data_option, report
 from tqdm import tqdm
 
 import lora_jax as lora
-from lora_jax import analysis, finetune, train
+from lora_jax import analysis, train
+from lora_jax.recipes import finetune
 from lora_jax.files import kept
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 
 import lora_jax as lora
-from lora_jax.hf.safetensors import open_directory
-from lora_jax.hf.save_model import save_model
+from lora_jax.hf.checkpoint.safetensors import open_directory
+from lora_jax.models.saving import save_model
 
 WIDTH, HEADS, SIZE, INNER, WORDS, LAYERS = 32, 4, 8, 64, 48, 2
 

@@ -13,7 +13,7 @@ import numpy as np
 
 import lora_jax as lora
 from lora_jax import models, multi
-from lora_jax.multi.serve import Server
+from lora_jax.models.serve import Server
 
 ADAPTERS = 1000
 

@@ -238,7 +238,7 @@ def dense(w):
 def base_rows(x: RowsArray) -> Float[Array, "n d"]:
     """The frozen table's own rows where others train, in the trained rows' dtype."""
     if hasattr(x.w, "dequantize"):
-        from lora_jax.quant.contract import take
+        from lora_jax.quant.ops import take
 
         return take(x.w, x.ids, x.axis)
     return jnp.moveaxis(jnp.take(x.w, jnp.asarray(x.ids), axis=x.axis), x.axis, 0)

@@ -33,7 +33,7 @@ def merged(x: LoraArray):
     wide = widened(w.dtype)
     full = w.astype(wide) + delta(x).astype(wide)
     if x.m is not None:
-        from lora_jax.methods import dora
+        from lora_jax import dora
 
         full = full * spread_outputs(dora.gain(x), x).astype(wide)
     return full.astype(w.dtype)
@@ -168,7 +168,7 @@ def _unmerge_leaf(path: str, x, y):
     wide = widened(w.dtype)
     full = y.astype(wide)
     if x.m is not None:
-        from lora_jax.methods import dora
+        from lora_jax import dora
 
         full = full / spread_outputs(dora.gain(x), x).astype(wide)
     back = (full - delta(x).astype(wide)).astype(y.dtype)

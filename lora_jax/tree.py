@@ -25,7 +25,7 @@ from lora_jax.array import (
     stack_dims,
     widened,
 )
-from lora_jax.plan import LeafPlan, Plan
+from lora_jax.plan.decide import LeafPlan, Plan
 from lora_jax.quant.array import is_leaf
 from lora_jax.sharding import place
 
@@ -141,7 +141,7 @@ def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w, full: Callable):
     adapted = leaf_of(plan, leaf, w, a=a, b=b, **bias)
     assert isinstance(adapted, LoraArray)  # no other kind is left
     if plan.config.use_dora:
-        from lora_jax.methods import dora
+        from lora_jax import dora
 
         adapted = dataclasses.replace(adapted, m=dora.magnitude(adapted))
     return place(adapted)

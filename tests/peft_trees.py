@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import matching
+from lora_jax.config import matching
 from lora_jax.array import (
     LoraArray,
     RowsArray,
@@ -14,8 +14,9 @@ from lora_jax.array import (
     out_dims,
     sizes,
 )
-from lora_jax.config import LoraConfig
-from lora_jax.hf import names, peft_slots
+from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.checkpoint import names
+from lora_jax.hf.peft import tensors as peft_slots
 
 D, HEADS, KV, HD, F, V, L = 16, 4, 2, 4, 24, 40, 3
 
@@ -147,7 +148,7 @@ def _adapter(w, roles: str, config: LoraConfig, path: str, names_here: list[str]
 
 def randomized(lora_params: dict, config: LoraConfig, seed: int = 1) -> dict:
     """The tree with random numbers in every trained part, zeros where the config has nothing."""
-    from lora_jax.hf import peft
+    from lora_jax.hf.peft import api
 
     rng = np.random.default_rng(seed)
     tensors = {
@@ -155,4 +156,4 @@ def randomized(lora_params: dict, config: LoraConfig, seed: int = 1) -> dict:
         for slot in peft_slots.slots_of(lora_params, config)
         if not slot.repeats
     }
-    return peft.fill(lora_params, config, tensors)
+    return api.fill(lora_params, config, tensors)

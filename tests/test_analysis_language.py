@@ -7,9 +7,10 @@ import pytest
 import sacrebleu
 from tiny import write_tiny
 
-from lora_jax import finetune, train
-from lora_jax.analysis import language
-from lora_jax.answer import AnswerConfig, answer
+from lora_jax.recipes import finetune
+from lora_jax import train
+from lora_jax.recipes import sweep
+from lora_jax.recipes.generate import AnswerConfig, answer
 from lora_jax.cli import main
 from lora_jax.train import TrainConfig
 from lora_jax.train.jsonl import record_of
@@ -36,7 +37,7 @@ def model(directory):
 
 
 def task(model, metric="loss", **options):
-    return language.language_task(
+    return sweep.language_task(
         model, RECORDS, RECORDS, RECORDS, CONFIG, metric=metric, **options
     )
 
@@ -65,12 +66,12 @@ def test_bleu_is_sacrebleus_of_the_corpus():
     hypotheses = ["a place in the city .", "it is at the river", "French food ."]
     references = [["a place in the city centre ."], ["by the river", "it is at the riverside ."],
                   ["a French place with food ."]]  # fmt: skip
-    values = np.stack([language.bleu_counts(h, r) for h, r in
+    values = np.stack([sweep.bleu_counts(h, r) for h, r in
                        zip(hypotheses, references, strict=True)])  # fmt: skip
     # sacrebleu wants streams of first and of second references.
     streams = [[r[0] for r in references], [r[-1] for r in references]]
     expected = sacrebleu.corpus_bleu(hypotheses, streams)
-    assert language.bleu_of(values) == pytest.approx(expected.score, abs=1e-9)
+    assert sweep.bleu_of(values) == pytest.approx(expected.score, abs=1e-9)
 
 
 def test_records_with_one_prompt_are_references_of_one_example(model):
@@ -79,7 +80,7 @@ def test_records_with_one_prompt_are_references_of_one_example(model):
     assert values.shape == (4,)
     (said,) = answer(model, model.params, ["area : riverside"], AnswerConfig(max_new_tokens=4))
     records = [*RECORDS, record_of({"prompt": "area : riverside", "completion": said}, source="x")]
-    made = language.language_task(
+    made = sweep.language_task(
         model, RECORDS, RECORDS, records, CONFIG, metric="exact",
         answers=AnswerConfig(max_new_tokens=4),
     )  # fmt: skip
@@ -90,14 +91,14 @@ def test_what_a_sweep_of_text_refuses(model):
     with pytest.raises(ValueError, match="one of loss, exact, bleu"):
         task(model, "rouge")
     with pytest.raises(ValueError, match="batch_size"):
-        language.language_task(
+        sweep.language_task(
             model, RECORDS, RECORDS, RECORDS, TrainConfig(steps=1, accumulation=2)
         )
     with pytest.raises(ValueError, match="the dataset is empty"):
-        language.language_task(model, RECORDS, RECORDS, [], CONFIG)
+        sweep.language_task(model, RECORDS, RECORDS, [], CONFIG)
     plain = [record_of({"text": "only text"}, source="lines:9")]
     with pytest.raises(ValueError, match="lines:9: completions are generated"):
-        language.language_task(model, RECORDS, RECORDS, plain, CONFIG, metric="bleu")
+        sweep.language_task(model, RECORDS, RECORDS, plain, CONFIG, metric="bleu")
 
 
 @pytest.mark.slow
@@ -126,4 +127,4 @@ def test_the_command_from_end_to_end(directory, tmp_path, capsys):
 
 def test_a_training_file_too_small_to_hold_a_tenth_out(tmp_path):
     with pytest.raises(ValueError, match="give `tuning_data`"):
-        language._held_out(RECORDS, tmp_path / "train.jsonl")
+        sweep._held_out(RECORDS, tmp_path / "train.jsonl")

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from lora_jax import LoraConfig, analysis
-from lora_jax.analysis import memory_fit, memory_live
-from lora_jax.analysis.memory_shapes import SHAPES
-from lora_jax.analysis.memory_step import StepSettings
+from lora_jax.analysis.memory import fit, liveness
+from lora_jax.analysis.memory.shapes import SHAPES
+from lora_jax.analysis.memory.step import StepSettings
 from lora_jax.cli import main
 
 GIB = 2**30
@@ -171,7 +171,7 @@ def test_what_is_alive_in_a_program_that_is_known():
 
     x, w = (jax.ShapeDtypeStruct(s, "float32") for s in ((256, 512), (512, 512)))
     product = 256 * 512 * 4
-    found = memory_live.alive(fn, x, w)
+    found = liveness.alive(fn, x, w)
     assert found.bytes == pytest.approx(2 * product, abs=16)
     assert found.largest[0] == ("tanh float32[256, 512]", product)
 
@@ -179,14 +179,14 @@ def test_what_is_alive_in_a_program_that_is_known():
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), jnp.sin(x)), x, w)
 
     stack = jax.ShapeDtypeStruct((4, 512, 512), "float32")
-    found = memory_live.alive(loop, x, stack)  # carry, stack of results, slice, product
+    found = liveness.alive(loop, x, stack)  # carry, stack of results, slice, product
     assert found.bytes == product + 4 * product + 512 * 512 * 4 + product
 
     def update(x, g):
         return x - 0.1 * jnp.sin(g), g @ g.T
 
-    assert memory_live.alive(update, x, x, donate=(0,)).bytes == 256 * 256 * 4
-    assert memory_live.alive(update, x, x).bytes == 256 * 256 * 4 + product
+    assert liveness.alive(update, x, x, donate=(0,)).bytes == 256 * 256 * 4
+    assert liveness.alive(update, x, x).bytes == 256 * 256 * 4 + product
 
 
 def test_what_would_fit_is_said(monkeypatch):
@@ -206,9 +206,9 @@ def test_what_would_fit_is_said(monkeypatch):
             return self.total <= device_memory
 
     def lines(limit: int, **settings) -> list[str]:
-        return memory_fit.remedies(LLAMA, Found("m", StepSettings(**settings)), limit * GIB)
+        return fit.remedies(LLAMA, Found("m", StepSettings(**settings)), limit * GIB)
 
-    monkeypatch.setattr(memory_fit, "estimate", lambda name, config, s: Found(name, s))
+    monkeypatch.setattr(fit, "estimate", lambda name, config, s: Found(name, s))
     assert lines(8, batch=4) == []
     assert lines(8, batch=4, remat=False) == [
         "remat True: 8.00 GiB",
@@ -231,7 +231,7 @@ def test_what_would_fit_is_said(monkeypatch):
     ("text", "size"), [("80GB", 80 * 10**9), ("24 GiB", 24 * GIB), ("1.5gb", 15 * 10**8), (7, 7)]
 )
 def test_sizes_are_spelled_in_two_ways(text, size):
-    assert memory_fit.parse_bytes(text) == size
+    assert fit.parse_bytes(text) == size
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_bad_input_is_refused_in_one_line(model, options, message):
 
 def test_a_size_that_is_none_is_refused():
     with pytest.raises(ValueError, match="`device_memory` must be a size above 0 such as 80GB"):
-        memory_fit.parse_bytes("80 apples")
+        fit.parse_bytes("80 apples")
 
 
 def test_the_command_reads_a_directory_and_says_what_fits(tmp_path, capsys):

@@ -11,9 +11,9 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import analysis, quant
-from lora_jax.analysis import sweep_result, sweep_train
-from lora_jax.analysis.rank_sweep import _Job, _Sweep
-from lora_jax.analysis.sweep_config import with_rank
+from lora_jax.analysis.sweep import result, train
+from lora_jax.analysis.sweep.sweep import _Job, _Sweep
+from lora_jax.analysis.sweep.config import with_rank
 from lora_jax.train import TrainConfig
 from lora_jax.train.optimizer import optimizer
 
@@ -76,7 +76,7 @@ def start(rank, seed=0):
 def test_each_adapter_of_a_batch_moves_as_it_would_alone():
     ranks, rates = (1, 4, 2), (1e-2, 3e-3, 3e-2)
     adapters = [start(r) for r in ranks]
-    together = sweep_train.train_adapters(
+    together = train.train_adapters(
         loss, adapters, rates, batches(0), TRAIN, key=jax.random.key(0), rank=5
     )
 
@@ -114,7 +114,7 @@ def test_each_adapter_of_a_batch_moves_as_it_would_alone():
 
 
 def test_full_fine_tuning_is_the_optimizer_on_every_weight():
-    found = sweep_train.train_full(loss, PARAMS, 1e-2, batches(0), TRAIN, key=jax.random.key(0))
+    found = train.train_full(loss, PARAMS, 1e-2, batches(0), TRAIN, key=jax.random.key(0))
     tx = optimizer(dataclasses.replace(TRAIN, learning_rate=1e-2), 60)
     params, state = PARAMS, tx.init(PARAMS)
     step = jax.jit(jax.value_and_grad(loss))
@@ -224,11 +224,11 @@ def test_adapters_of_several_seeds_each_see_their_own_batches():
     adapters, rates = [start(2, seed) for seed in (0, 1, 0)], (1e-2, 1e-2, 3e-2)
     both = zip(batches(0), batches(1), strict=True)
     key = jax.random.key(0)
-    together = sweep_train.train_adapters(
+    together = train.train_adapters(
         loss, adapters, rates, both, config, key=key, sources=(0, 1, 0)
     )
     for seed, places in ((0, (0, 2)), (1, (1,))):
-        alone = sweep_train.train_adapters(
+        alone = train.train_adapters(
             loss, [adapters[i] for i in places], [rates[i] for i in places], batches(seed), config,
             key=key,
         )  # fmt: skip
@@ -283,7 +283,7 @@ def test_more_ranks_and_seeds_take_over_the_runs_that_are_there(tmp_path):
 
 
 def run_of(rank, values):
-    return sweep_result.Run(rank, 1e-3, 0, 1, 1, [0.0], None, 1.0, 1, np.asarray(values, float))
+    return result.Run(rank, 1e-3, 0, 1, 1, [0.0], None, 1.0, 1, np.asarray(values, float))
 
 
 def test_intervals_are_those_of_paired_draws():
@@ -291,7 +291,7 @@ def test_intervals_are_those_of_paired_draws():
     right = np.arange(100) % 4 != 0
     other = np.roll(right, 1)
     worse = right & (np.arange(100) % 10 != 1)
-    found = sweep_result.summarize(
+    found = result.summarize(
         {1: [run_of(1, worse)], 2: [run_of(2, other)], 4: [run_of(4, right)],
          "full": [run_of("full", right)]},
         [], reduce=lambda v: float(np.mean(v)), metric="accuracy", lower_is_better=False,
@@ -308,11 +308,11 @@ def test_intervals_are_those_of_paired_draws():
 def draws_of(seeds):
     """A rank's interval, and the draws that it is of, for a list of a seed's values."""
     runs = [run_of(1, values) for values in seeds]
-    found = sweep_result.summarize(
+    found = result.summarize(
         {1: runs, "full": runs}, [], reduce=lambda v: float(np.mean(v)), metric="accuracy",
         lower_is_better=False, tolerance=0.01,
     )  # fmt: skip
-    drawn = sweep_result._draws({1: seeds}, lambda v: float(np.mean(v)), 0)[1]
+    drawn = result._draws({1: seeds}, lambda v: float(np.mean(v)), 0)[1]
     return found.rows[0], drawn
 
 
@@ -338,7 +338,7 @@ def test_intervals_hold_what_seeds_and_what_examples_add():
 def test_two_seeds_that_differ_leave_the_smallest_rank_open():
     """Each rank is 0.9 in one seed and 0.8 in the other: the means are the same, nothing more."""
     runs = {1: (0.8, 0.9), 2: (0.9, 0.8), "full": (0.9, 0.8)}
-    found = sweep_result.summarize(
+    found = result.summarize(
         {rank: [run_of(rank, [score] * 20) for score in of] for rank, of in runs.items()},
         [], reduce=lambda v: float(np.mean(v)), metric="accuracy", lower_is_better=False,
         tolerance=0.01,
@@ -352,7 +352,7 @@ def test_two_seeds_that_differ_leave_the_smallest_rank_open():
 
 
 def test_no_rank_is_enough(tmp_path):
-    found = sweep_result.summarize(
+    found = result.summarize(
         {1: [run_of(1, [0.5] * 20)], "full": [run_of("full", [1.0] * 20)]},
         [], reduce=lambda v: float(np.mean(v)), metric="accuracy", lower_is_better=False,
         tolerance=0.01,
@@ -407,4 +407,4 @@ def test_a_sweeps_settings_are_checked(field, value, text):
 def test_quantized_weights_cannot_all_be_trained():
     quantized = quant.quantize({"k": jnp.ones((64, 64))}, ["k"])
     with pytest.raises(ValueError, match="is quantized"):
-        sweep_train.train_full(loss, quantized, 1e-3, batches(0), TRAIN, key=jax.random.key(0))
+        train.train_full(loss, quantized, 1e-3, batches(0), TRAIN, key=jax.random.key(0))

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from lora_jax.config import INITS, LoraConfig
-from lora_jax.hf import peft_config
+from lora_jax.config.lora import INITS, LoraConfig
+from lora_jax.config import peft
 
 
 def test_defaults_and_normal_forms():
@@ -219,7 +219,7 @@ ON = {
 }
 
 
-@pytest.mark.parametrize("field", peft_config.REFUSED)
+@pytest.mark.parametrize("field", peft.REFUSED)
 def test_unsupported_fields_are_named(field):
     with pytest.raises(ValueError, match=f"`{field}` = .* is not supported and may change"):
         LoraConfig.from_peft(full(**{field: ON[field]}))

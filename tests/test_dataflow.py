@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from lora_jax import dataflow
+from lora_jax.plan import usage
 
 
 def uses(fn, *shapes, x=(2, 5, 8), ids=None):
     """The uses of each leaf as (kind, contracted, stacked)."""
     leaves = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
     given = jax.ShapeDtypeStruct(x, jnp.float32) if ids is None else ids
-    found = dataflow.usage(fn, leaves, jax.tree.structure(leaves), (given,), {})
+    found = usage.usage(fn, leaves, jax.tree.structure(leaves), (given,), {})
     return [[(u.kind, set(u.contracted), set(u.stacked)) for u in each] for each in found.uses]
 
 
@@ -85,10 +85,10 @@ def test_unused_and_dead_leaves():
 
 
 def test_integers_and_scalars_are_no_weights():
-    assert not dataflow.is_weight(jax.ShapeDtypeStruct((), jnp.float32))
-    assert not dataflow.is_weight(jax.ShapeDtypeStruct((2,), jnp.int8))
-    assert not dataflow.is_weight(3.0)
-    assert dataflow.is_weight(jax.ShapeDtypeStruct((2,), jnp.bfloat16))
+    assert not usage.is_weight(jax.ShapeDtypeStruct((), jnp.float32))
+    assert not usage.is_weight(jax.ShapeDtypeStruct((2,), jnp.int8))
+    assert not usage.is_weight(3.0)
+    assert usage.is_weight(jax.ShapeDtypeStruct((2,), jnp.bfloat16))
 
 
 def test_lines_are_the_models():
@@ -98,5 +98,5 @@ def test_lines_are_the_models():
         return jax.jit(lambda w, x: x @ w)(p[0], x)
 
     given = jax.ShapeDtypeStruct((2, 8), jnp.float32)
-    found = dataflow.usage(fn, leaves, jax.tree.structure(leaves), (given,), {})
+    found = usage.usage(fn, leaves, jax.tree.structure(leaves), (given,), {})
     assert found.uses[0][0].line.startswith("test_dataflow.py:")

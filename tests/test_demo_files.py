@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lora_jax.demo import files, task
+from lora_jax.recipes.demo import files, task
 
 
 def examples():

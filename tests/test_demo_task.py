@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_jax.demo import task
+from lora_jax.recipes.demo import task
 
 
 def test_the_same_seed_makes_the_same_sets_and_another_seed_others():

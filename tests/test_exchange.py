@@ -8,12 +8,13 @@ from test_hf_gguf import tensors_of, write
 from test_hf_gguf_lora import UNTIED, adapted, as_llama_cpp, config
 
 import lora_jax as lora
-from lora_jax import adapter_report, checkpoint, exchange, models
-from lora_jax.describe import describe
-from lora_jax.finetune import plan_model
-from lora_jax.hf.peft import load_peft, save_peft
-from lora_jax.hf.safetensors import load_file, read_json
-from lora_jax.hf.save_model import save_model
+from lora_jax.recipes import inspect_adapter, convert
+from lora_jax import checkpoint, models
+from lora_jax.recipes.inspect import describe
+from lora_jax.recipes.finetune import plan_model
+from lora_jax.hf.peft.api import load_peft, save_peft
+from lora_jax.hf.checkpoint.safetensors import load_file, read_json
+from lora_jax.models.saving import save_model
 
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 CONFIG = config(target_modules=("q_proj", "k_proj", "down_proj"), rank_pattern={"k_proj": 2})
@@ -34,8 +35,8 @@ def folder(tmp_path_factory, model, trained):
     """The adapter in every format, and its base."""
     folder = tmp_path_factory.mktemp("formats")
     for to in ("peft", "vllm", "orbax"):
-        exchange.save_adapter(model, trained, CONFIG, folder / to, to=to)
-    exchange.save_adapter(model, trained, CONFIG, folder / "a.gguf", to="gguf")
+        convert.save_adapter(model, trained, CONFIG, folder / to, to=to)
+    convert.save_adapter(model, trained, CONFIG, folder / "a.gguf", to="gguf")
     save_model(folder / "base", model, model.params)
     return folder
 
@@ -48,8 +49,8 @@ def same(a, b):
     ("name", "kind"), [("peft", "peft"), ("vllm", "peft"), ("orbax", "orbax"), ("a.gguf", "gguf")]
 )
 def test_every_format_is_recognized_and_loads(folder, model, trained, name, kind):
-    assert exchange.kind_of(folder / name) == kind
-    loaded, read = exchange.load_adapter(model, folder / name, lambda c: plan_model(model, c))
+    assert convert.kind_of(folder / name) == kind
+    loaded, read = convert.load_adapter(model, folder / name, lambda c: plan_model(model, c))
     merged, want = lora.merge(loaded), lora.merge(trained)
     if kind == "orbax":
         assert read == CONFIG
@@ -60,7 +61,7 @@ def test_every_format_is_recognized_and_loads(folder, model, trained, name, kind
 
 
 def test_the_merged_model_and_the_gguf_file_say_the_same(folder, model, trained, tmp_path):
-    exchange.save_adapter(model, trained, CONFIG, tmp_path / "hf", to="hf")
+    convert.save_adapter(model, trained, CONFIG, tmp_path / "hf", to="hf")
     merged = models.load(tmp_path / "hf")
     base = write(tmp_path / "base.gguf", UNTIED, tensors_of(model))
     want = as_llama_cpp(base, folder / "a.gguf")
@@ -84,7 +85,7 @@ CONVERSIONS = [
 def test_converting_without_the_model_writes_what_exporting_over_it_does(
     folder, tmp_path, source, to, like
 ):
-    exchange.convert(folder / source, tmp_path / like, to=to, base=folder / "base")
+    convert.convert(folder / source, tmp_path / like, to=to, base=folder / "base")
     if to == "gguf":
         assert (tmp_path / like).read_bytes() == (folder / like).read_bytes()
         return
@@ -98,7 +99,7 @@ def test_converting_without_the_model_writes_what_exporting_over_it_does(
 
 
 def test_a_gguf_file_becomes_a_peft_directory(folder, model, trained, tmp_path):
-    exchange.convert(folder / "a.gguf", tmp_path / "p", to="peft", base=folder / "base")
+    convert.convert(folder / "a.gguf", tmp_path / "p", to="peft", base=folder / "base")
     loaded, read = load_peft(tmp_path / "p", model.apply, model.params, TOKENS)
     same(lora.merge(loaded), lora.merge(trained))
     assert read.rank_pattern == {f"model.layers.{i}.self_attn.k_proj": 2 for i in range(2)}
@@ -109,27 +110,27 @@ def test_the_tensors_of_a_run_with_saved_modules_take_the_model(model, tmp_path)
     saved = config(modules_to_save=("lm_head",))
     checkpoint.save(tmp_path / "a", adapted(model, saved), saved)
     with pytest.raises(ValueError, match="`lm_head.kernel` takes the model to convert"):
-        exchange.convert(tmp_path / "a", tmp_path / "b", to="peft")
+        convert.convert(tmp_path / "a", tmp_path / "b", to="peft")
     table = config(target_modules=("embed_tokens",))
     checkpoint.save(tmp_path / "t", adapted(model, table), table)
     with pytest.raises(ValueError, match="`model.embed_tokens.embedding` takes the model to conv"):
-        exchange.convert(tmp_path / "t", tmp_path / "b", to="peft")
+        convert.convert(tmp_path / "t", tmp_path / "b", to="peft")
     assert not (tmp_path / "b").exists()
 
 
 def test_what_cannot_be_done_is_said(folder, model, trained, tmp_path):
     with pytest.raises(ValueError, match="`base` is missing: a GGUF adapter orders some rows by"):
-        exchange.convert(folder / "a.gguf", tmp_path / "x", to="peft")
+        convert.convert(folder / "a.gguf", tmp_path / "x", to="peft")
     with pytest.raises(ValueError, match="`to` must be one of peft, vllm, gguf, got 'orbax'"):
-        exchange.convert(folder / "peft", tmp_path / "x", to="orbax")
+        convert.convert(folder / "peft", tmp_path / "x", to="orbax")
     with pytest.raises(ValueError, match="`to` must be one of peft, vllm, gguf, hf, orbax, got 'z"):
-        exchange.save_adapter(model, trained, CONFIG, tmp_path / "x", to="zip")
+        convert.save_adapter(model, trained, CONFIG, tmp_path / "x", to="zip")
     with pytest.raises(ValueError, match="peft keeps the adapter's own float32; dtype float16 is"):
-        exchange.save_adapter(model, trained, CONFIG, tmp_path / "x", to="peft", dtype="float16")
+        convert.save_adapter(model, trained, CONFIG, tmp_path / "x", to="peft", dtype="float16")
     with pytest.raises(ValueError, match="has no step 3: it is no training run"):
-        exchange.check_there(folder / "peft", step=3)
+        convert.check_there(folder / "peft", step=3)
     with pytest.raises(ValueError, match="holds a GGUF of type `model`, not an adapter"):
-        exchange.check_there(write(tmp_path / "base.gguf", UNTIED, tensors_of(model)))
+        convert.check_there(write(tmp_path / "base.gguf", UNTIED, tensors_of(model)))
     assert [p.name for p in tmp_path.iterdir()] == ["base.gguf"]
 
 
@@ -138,9 +139,9 @@ def test_what_cannot_be_done_is_said(folder, model, trained, tmp_path):
 
 @pytest.mark.parametrize("name", ["peft", "orbax", "a.gguf"])
 def test_the_report_of_an_adapter(folder, trained, name):
-    found = adapter_report.read(folder / name)
-    assert adapter_report.problems(found) == []
-    facts = adapter_report.facts(found)
+    found = inspect_adapter.read(folder / name)
+    assert inspect_adapter.problems(found) == []
+    facts = inspect_adapter.facts(found)
     assert facts["ranks"] == "4 in 4 modules, 2 in 2 modules"
     assert facts["scales"] == "1.5 in 4 modules, 3 in 2 modules"
     names = {"a.gguf": "attn_k ×2, attn_q ×2, ffn_down ×2"}
@@ -150,7 +151,7 @@ def test_the_report_of_an_adapter(folder, trained, name):
     for layer in range(2):
         change = float(leaf.scale[layer]) * np.linalg.norm(leaf.a[layer] @ leaf.b[layer])
         module = next(m for m in found.modules if f".{layer}." in m.name and "down" in m.name)
-        np.testing.assert_allclose(adapter_report.norm(module), change, rtol=1e-5)
+        np.testing.assert_allclose(inspect_adapter.norm(module), change, rtol=1e-5)
     text = describe(str(folder / name), check=True)
     column = "ffn_down" if name == "a.gguf" else "down_proj"
     assert f"layer  {'attn_k' if name == 'a.gguf' else column:>9}" in text
@@ -159,16 +160,16 @@ def test_the_report_of_an_adapter(folder, trained, name):
 
 def broken(folder, tmp_path, model, **changes):
     """The PEFT directory with some tensors replaced or (None) removed."""
-    from lora_jax.hf import peft_files
+    from lora_jax.hf.peft import directory
 
-    fields, tensors = peft_files.read_directory(folder / "peft")
+    fields, tensors = directory.read_directory(folder / "peft")
     for name, change in changes.items():
         key = next(k for k in tensors if k.replace(".", "_").endswith(name))
         if change is None:
             del tensors[key]
         else:
             tensors[key] = change(tensors[key])
-    peft_files.write_directory(tmp_path / "broken", fields, tensors)
+    directory.write_directory(tmp_path / "broken", fields, tensors)
     return tmp_path / "broken"
 
 

@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 from test_hf_gguf import CONFIG
 
 from lora_jax import models
-from lora_jax.hf import bnb
-from lora_jax.hf.safetensors import load_file, open_directory
-from lora_jax.hf.save_model import save_model
+from lora_jax.hf.checkpoint import bnb
+from lora_jax.hf.checkpoint.safetensors import load_file, open_directory
+from lora_jax.models.saving import save_model
 
 # Made by bitsandbytes 0.50.2 itself: its tensors, and under "want." what it dequantizes them to.
 GOLDEN = Path(__file__).parent / "golden" / "bitsandbytes.safetensors"

@@ -9,8 +9,8 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 
 from lora_jax import models
-from lora_jax.hf.gguf import open_gguf, weights_of
-from lora_jax.hf.gguf_config import config_of
+from lora_jax.hf.gguf.file import open_gguf, weights_of
+from lora_jax.models.gguf import config_of
 from lora_jax.models.rope import RopeScaling, static_frequencies
 
 CONFIG = models.LlamaConfig(

@@ -13,14 +13,15 @@ from test_hf_gguf import CONFIG, tensors_of, write
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.finetune import plan_model
-from lora_jax.hf import gguf_lora, gguf_names, peft, peft_slots
-from lora_jax.hf.gguf_lora import save_gguf_lora
-from lora_jax.hf.gguf_lora_read import load_gguf_lora
-from lora_jax.hf.gguf_names import Base, base_of, read_base
-from lora_jax.hf.gguf_names import gguf_names as names_of
-from lora_jax.hf.safetensors import load_file
-from lora_jax.hf.save_model import save_model
+from lora_jax.recipes.finetune import plan_model
+from lora_jax.hf.gguf import lora_write, names as gguf_names
+from lora_jax.hf.peft import api, tensors as peft_slots
+from lora_jax.hf.gguf.lora_write import save_gguf_lora
+from lora_jax.hf.gguf.lora_read import load_gguf_lora
+from lora_jax.hf.gguf.names import Base, base_of, read_base
+from lora_jax.hf.gguf.names import gguf_names as names_of
+from lora_jax.hf.checkpoint.safetensors import load_file
+from lora_jax.models.saving import save_model
 from lora_jax.models.registry import config_from_hf
 
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
@@ -42,7 +43,7 @@ def adapted(model, lora_config, seed=3):
         for slot in peft_slots.slots_of(blank, lora_config)
         if not slot.repeats
     }
-    return peft.fill(blank, lora_config, tensors)
+    return api.fill(blank, lora_config, tensors)
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +258,7 @@ def test_tensors_without_a_place(untied):
 
     def content(module, tensors):
         tensors = {f"base_model.model.{module}.{k}": v for k, v in tensors.items()}
-        return gguf_lora.to_gguf(tensors, config(), base)
+        return lora_write.to_gguf(tensors, config(), base)
 
     with pytest.raises(ValueError, match="no place for an adapter of `model.layers.2.mlp.up_proj`"):
         content("model.layers.2.mlp.up_proj", pair)
@@ -275,7 +276,7 @@ def test_tensors_without_a_place(untied):
 
 
 def test_names_are_the_gguf_packages():
-    from lora_jax.hf.gguf import _INNER, _OUTER
+    from lora_jax.hf.gguf.file import _INNER, _OUTER
 
     ours = names_of("llama", 12)
     assert ours["model.layers.11.self_attn.q_proj"] == "blk.11.attn_q"

@@ -6,7 +6,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax.hf import to_hugging_face
-from lora_jax.hf.layout import measured, order, parse, their_shape, to_ours, to_theirs
+from lora_jax.hf.name_maps.layout import measured, order, parse, their_shape, to_ours, to_theirs
 
 RNG = np.random.default_rng(0)
 

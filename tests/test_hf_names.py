@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_jax.hf import names
+from lora_jax.hf.checkpoint import names
 
 PAIRS = [
     ("model.embed_tokens.embedding", (), "model.embed_tokens.weight", None),

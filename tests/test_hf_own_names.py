@@ -17,8 +17,8 @@ from transformers import LlamaForCausalLM
 
 import lora_jax as lora
 from lora_jax.hf import from_hugging_face, load_peft, save_peft, to_hugging_face
-from lora_jax.hf.safetensors import open_directory
-from lora_jax.hf.save_model import save_model
+from lora_jax.hf.checkpoint.safetensors import open_directory
+from lora_jax.models.saving import save_model
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

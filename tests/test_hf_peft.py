@@ -11,8 +11,8 @@ from peft_trees import D, L, V, nested, planted, random_params, randomized
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.array import LoraArray, SavedArray, Window
-from lora_jax.config import LoraConfig
-from lora_jax.hf import peft, peft_files, peft_slots
+from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.peft import api, directory as peft_files, tensors as peft_slots
 
 QV = LoraConfig(rank=4, alpha=6, target_modules=("q_proj", "v_proj"))
 BASE = "base_model.model.model.layers"
@@ -25,7 +25,7 @@ def tree():
 
 @pytest.fixture
 def directory(tree, tmp_path):
-    peft.save_peft(tmp_path / "adapter", tree, QV)
+    api.save_peft(tmp_path / "adapter", tree, QV)
     return tmp_path / "adapter"
 
 
@@ -38,7 +38,7 @@ def equal(one, other):
 
 
 def test_a_layer_is_a_pair_of_transposed_matrices(tree):
-    _, tensors = peft.to_peft(tree, QV)
+    _, tensors = api.to_peft(tree, QV)
     q = tree["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     assert len(tensors) == 2 * 2 * L
     a = tensors[f"{BASE}.2.self_attn.q_proj.lora_A.weight"]
@@ -49,11 +49,11 @@ def test_a_layer_is_a_pair_of_transposed_matrices(tree):
 
 
 def test_stacked_and_unstacked_trees_write_the_same(tree):
-    _, tensors = peft.to_peft(tree, QV)
+    _, tensors = api.to_peft(tree, QV)
     flat = planted(random_params(stacked=False), QV)
-    filled = peft.fill(flat, QV, tensors)
+    filled = api.fill(flat, QV, tensors)
     assert isinstance(filled["model"]["layers"]["1"]["self_attn"]["q_proj"]["kernel"], LoraArray)
-    _, again = peft.to_peft(filled, QV)
+    _, again = api.to_peft(filled, QV)
     assert again.keys() == tensors.keys()
     for name, value in tensors.items():
         np.testing.assert_array_equal(again[name], value)
@@ -78,7 +78,7 @@ def test_split_heads_are_flattened_in_hugging_faces_order():
             ("o", "B", (6, 2)),
         )
     }
-    filled = peft.fill(tree, config, tensors)
+    filled = api.fill(tree, config, tensors)
     attention = filled["model"]["layers"]["0"]["self_attn"]
     q, o = attention["q_proj"]["kernel"], attention["o_proj"]["kernel"]
     assert (q.b.shape, o.a.shape) == ((2, 3, 5), (3, 5, 2))
@@ -86,7 +86,7 @@ def test_split_heads_are_flattened_in_hugging_faces_order():
     a = tensors[f"{BASE}.0.self_attn.o_proj.lora_A.weight"]
     np.testing.assert_array_equal(np.asarray(q.b).reshape(2, 15), b.T)
     np.testing.assert_array_equal(np.asarray(o.a).reshape(15, 2), a.T)
-    _, again = peft.to_peft(filled, config)
+    _, again = api.to_peft(filled, config)
     for name, value in tensors.items():
         np.testing.assert_array_equal(again[name], value)
 
@@ -113,29 +113,29 @@ def test_a_stack_without_a_place_for_its_numbers_is_an_error():
         roles="bio",
     )
     with pytest.raises(ValueError, match="leaf `tower.up.kernel` stacks 1 dimension.* rename"):
-        peft.to_peft({"tower": {"up": {"kernel": leaf}}}, config)
+        api.to_peft({"tower": {"up": {"kernel": leaf}}}, config)
 
 
 def test_bfloat16_base_and_saved_modules_keep_their_dtype(tmp_path):
     config = dataclasses.replace(QV, modules_to_save=("lm_head", "input_layernorm"))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params())
     tree = randomized(planted(half, config), config)
-    peft.save_peft(tmp_path / "a", tree, config)
-    _, tensors = peft.read_peft(tmp_path / "a")
+    api.save_peft(tmp_path / "a", tree, config)
+    _, tensors = api.read_peft(tmp_path / "a")
     head = tensors["base_model.model.lm_head.weight"]
     assert head.dtype == ml_dtypes.bfloat16 and head.shape == (V, D)
     norm = tensors[f"{BASE}.1.input_layernorm.weight"]
     assert norm.dtype == ml_dtypes.bfloat16 and norm.shape == (D,)
     assert tensors[f"{BASE}.0.self_attn.q_proj.lora_A.weight"].dtype == np.float32
-    equal(peft.fill(planted(half, config), config, tensors), tree)
+    equal(api.fill(planted(half, config), config, tensors), tree)
 
 
 def test_adapters_stored_in_16_bits_are_read_as_float32(tree, directory):
     path = directory / peft_files.TENSOR_FILE
     halved = {k: v.astype(ml_dtypes.bfloat16) for k, v in load_file(path).items()}
     save_file(halved, path, metadata={"format": "pt"})
-    config, tensors = peft.read_peft(directory)
-    filled = peft.fill(planted(random_params(), QV), config, tensors)
+    config, tensors = api.read_peft(directory)
+    filled = api.fill(planted(random_params(), QV), config, tensors)
     q = filled["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     want = tree["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     assert q.a.dtype == jnp.float32
@@ -144,7 +144,7 @@ def test_adapters_stored_in_16_bits_are_read_as_float32(tree, directory):
 
 def test_all_linear_is_written_as_names():
     config = LoraConfig(rank=2)
-    fields, tensors = peft.to_peft(randomized(planted(random_params(), config), config), config)
+    fields, tensors = api.to_peft(randomized(planted(random_params(), config), config), config)
     assert fields["target_modules"] == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
@@ -156,12 +156,12 @@ def test_all_linear_is_written_as_full_names_where_ends_would_mean_more():
     params["other"] = {"up_proj": {"kernel": jnp.zeros((3, 3))}}
     config = LoraConfig(rank=2, exclude_modules=("self_attn.q_proj",))
     tree = planted(params, config)
-    assert "q_proj" not in peft.named_targets(tree, config)
+    assert "q_proj" not in api.named_targets(tree, config)
     tree["other"]["up_proj"] = params["other"]["up_proj"]  # not adapted, though linear
     layers = tree["model"]["layers"]
     for block, name in (("self_attn", "k_proj"), ("self_attn", "v_proj"), ("self_attn", "o_proj")):
         layers[block][name] = params["model"]["layers"][block][name]
-    assert peft.named_targets(tree, config) == sorted(
+    assert api.named_targets(tree, config) == sorted(
         f"model.layers.{i}.mlp.{p}_proj" for i in range(L) for p in ("down", "gate", "up")
     )
 
@@ -172,7 +172,7 @@ def test_layers_without_an_adapter_stay_zero(tree):
     filled = randomized(blank, config)
     q = filled["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     assert not np.any(q.a[0]) and not np.any(q.b[2]) and np.any(q.a[1])
-    _, tensors = peft.to_peft(filled, config)
+    _, tensors = api.to_peft(filled, config)
     assert sorted(tensors) == [f"{BASE}.1.self_attn.q_proj.lora_{p}.weight" for p in "AB"]
 
 
@@ -189,66 +189,66 @@ def test_another_scale_is_an_error(tree):
     with pytest.raises(
         ValueError, match=r"layers\.0\.self_attn\.q_proj` has scale 3, .* give 1\.5"
     ):
-        peft.to_peft(changed(tree, scale=jnp.full(L, 3.0)), QV)
+        api.to_peft(changed(tree, scale=jnp.full(L, 3.0)), QV)
 
 
 def test_an_adapter_the_config_does_not_mean_is_an_error(tree):
     other = dataclasses.replace(QV, target_modules=("v_proj",))
     with pytest.raises(ValueError, match="q_proj` has an adapter beyond rank 0"):
-        peft.to_peft(tree, other)
+        api.to_peft(tree, other)
     smaller = dataclasses.replace(QV, rank=2, alpha=3)
     with pytest.raises(ValueError, match="has an adapter beyond rank 2"):
-        peft.to_peft(tree, smaller)
+        api.to_peft(tree, smaller)
     larger = dataclasses.replace(QV, rank=5)
     with pytest.raises(ValueError, match="its rank is 4, but the config gives .* rank 5"):
-        peft.to_peft(tree, larger)
+        api.to_peft(tree, larger)
 
 
 def test_dora_of_tree_and_config_agree(tree):
     with pytest.raises(ValueError, match="has no DoRA magnitude, but the config says use_dora=Tr"):
-        peft.to_peft(tree, dataclasses.replace(QV, use_dora=True))
+        api.to_peft(tree, dataclasses.replace(QV, use_dora=True))
     with pytest.raises(ValueError, match="has DoRA magnitude, but the config says use_dora=False"):
-        peft.to_peft(changed(tree, m=jnp.ones((L, D))), QV)
+        api.to_peft(changed(tree, m=jnp.ones((L, D))), QV)
 
 
 def test_a_trained_leaf_that_would_not_be_written_is_an_error(tree):
     head = tree["lm_head"]["kernel"]
     tree["lm_head"]["kernel"] = SavedArray(w=head, value=head + 1)
     with pytest.raises(ValueError, match="`lm_head.kernel` was trained, but .* do not mean it"):
-        peft.to_peft(tree, QV)
+        api.to_peft(tree, QV)
 
 
 def test_a_base_changed_for_good_is_an_error(tree):
     with pytest.raises(ValueError, match='init="pissa_niter_4", changed the base .* merged model'):
-        peft.to_peft(tree, dataclasses.replace(QV, init="pissa_niter_4"))
+        api.to_peft(tree, dataclasses.replace(QV, init="pissa_niter_4"))
 
 
 def test_not_finite_or_nothing_adapted(tree):
     with pytest.raises(ValueError, match="no leaf carries an adapter"):
-        peft.to_peft(random_params(), QV)
+        api.to_peft(random_params(), QV)
     q = tree["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     with pytest.raises(ValueError, match="q_proj.lora_A.weight` holds NaN or infinity"):
-        peft.to_peft(changed(tree, a=q.a.at[1, 2, 3].set(jnp.inf)), QV)
+        api.to_peft(changed(tree, a=q.a.at[1, 2, 3].set(jnp.inf)), QV)
 
 
 # ---- keys
 
 
 def test_a_tree_of_another_config_is_an_error(tree):
-    _, tensors = peft.to_peft(tree, QV)
+    _, tensors = api.to_peft(tree, QV)
     other = dataclasses.replace(QV, target_modules=("v_proj",))
     with pytest.raises(ValueError, match="q_proj.kernel` has an adapter, but the config does not"):
-        peft.fill(tree, other, tensors)
+        api.fill(tree, other, tensors)
 
 
 def test_missing_left_over_and_misshapen_keys_are_one_error(tree):
-    _, tensors = peft.to_peft(tree, QV)
+    _, tensors = api.to_peft(tree, QV)
     q0 = f"{BASE}.0.self_attn.q_proj.lora_A.weight"
     tensors[q0.replace("q_proj", "q_prj")] = tensors.pop(q0)
     v1 = f"{BASE}.1.self_attn.v_proj.lora_B.weight"
     tensors[v1] = tensors[v1][:, :2]
     with pytest.raises(ValueError) as caught:
-        peft.fill(planted(random_params(), QV), QV, tensors, source="here")
+        api.fill(planted(random_params(), QV), QV, tensors, source="here")
     text = str(caught.value)
     assert text.startswith("here: the adapter does not fit this model; 1 missing: `" + q0)
     assert "nearest in the file: `" + q0.replace("q_proj", "q_prj") in text
@@ -258,23 +258,23 @@ def test_missing_left_over_and_misshapen_keys_are_one_error(tree):
 
 
 def test_an_adapter_of_another_model_says_how_many_keys(tree):
-    _, tensors = peft.to_peft(tree, QV)
+    _, tensors = api.to_peft(tree, QV)
     strangers = {k.replace("model.layers", "transformer.h"): v for k, v in tensors.items()}
     with pytest.raises(ValueError, match=r"12 missing: .* and 9 more; 12 left over: .* and 9 more"):
-        peft.fill(planted(random_params(), QV), QV, strangers)
+        api.fill(planted(random_params(), QV), QV, strangers)
 
 
 def test_another_base_embedding_in_the_file_is_an_error():
     config = LoraConfig(rank=2, target_modules=("embed_tokens",))
     tree = randomized(planted(random_params(), config), config)
-    _, tensors = peft.to_peft(tree, config)
+    _, tensors = api.to_peft(tree, config)
     key = "base_model.model.model.embed_tokens.base_layer.weight"
     assert tensors[key].shape == (V, D)
-    equal(peft.fill(planted(random_params(), config), config, tensors), tree)
+    equal(api.fill(planted(random_params(), config), config, tensors), tree)
     without = {k: v for k, v in tensors.items() if k != key}
-    equal(peft.fill(planted(random_params(), config), config, without), tree)
+    equal(api.fill(planted(random_params(), config), config, without), tree)
     with pytest.raises(ValueError, match="is not this model's base weight"):
-        peft.fill(planted(random_params(7), config), config, tensors)
+        api.fill(planted(random_params(7), config), config, tensors)
 
 
 # ---- vLLM
@@ -293,7 +293,7 @@ def test_vllm_refuses(fields, what, tmp_path):
     config = dataclasses.replace(QV, **fields)
     tree = randomized(planted(random_params(biases=True), config), config)
     with pytest.raises(ValueError, match=f"vLLM cannot serve an adapter with {what}; merge the ad"):
-        peft.save_peft(tmp_path / "a", tree, config, target="vllm")
+        api.save_peft(tmp_path / "a", tree, config, target="vllm")
     assert not list(tmp_path.iterdir())
 
 
@@ -301,11 +301,11 @@ def test_vllm_refuses_what_only_peft_knows(tmp_path):
     config = dataclasses.replace(QV, lora_bias=True)
     tree = randomized(planted(random_params(), config), config)
     with pytest.raises(ValueError, match=r"with biases of its own \(lora_bias=True\); merge the"):
-        peft.save_peft(tmp_path / "a", tree, config, target="vllm")
+        api.save_peft(tmp_path / "a", tree, config, target="vllm")
     config = dataclasses.replace(QV, trainable_token_indices=(3, 5))
     tree = randomized(planted(random_params(), config), config)
     with pytest.raises(ValueError, match=r"with trained rows \(trainable_token_indices\)"):
-        peft.save_peft(tmp_path / "a", tree, config, target="vllm")
+        api.save_peft(tmp_path / "a", tree, config, target="vllm")
 
 
 def test_biases_and_rows_of_tree_and_config_agree(tmp_path):
@@ -319,12 +319,12 @@ def test_biases_and_rows_of_tree_and_config_agree(tmp_path):
         ),
     ):
         with pytest.raises(ValueError, match=text):
-            peft.save_peft(tmp_path / "a", tree, other)
-    peft.save_peft(tmp_path / "a", tree, config)
-    _, tensors = peft.read_peft(tmp_path / "a")
+            api.save_peft(tmp_path / "a", tree, other)
+    api.save_peft(tmp_path / "a", tree, config)
+    _, tensors = api.read_peft(tmp_path / "a")
     with pytest.raises(ValueError, match=r"1 misshapen: `.*_delta` is \(2, 16\), expected \(1, 16"):
         fewer = dataclasses.replace(config, trainable_token_indices=(3,))
-        peft.fill(planted(random_params(), fewer), fewer, tensors)
+        api.fill(planted(random_params(), fewer), fewer, tensors)
 
 
 def test_kernels_of_any_layout_are_written_alike():
@@ -336,7 +336,7 @@ def test_kernels_of_any_layout_are_written_alike():
     oihw = LoraArray(np.zeros((6, 4, 3, 2), "f4"), np.float32(a.transpose(2, 0, 1, 3)), **common,
                      roles="oiii", window=Window((2, 3)))  # fmt: skip
     config = LoraConfig(rank=2, alpha=8, target_modules=("conv",))
-    one, other = (peft.to_peft({"conv": {"kernel": x}}, config)[1] for x in (hwio, oihw))
+    one, other = (api.to_peft({"conv": {"kernel": x}}, config)[1] for x in (hwio, oihw))
     equal(one, other)
     theirs = one["base_model.model.conv.lora_A.weight"]
     np.testing.assert_array_equal(theirs, np.float32(a.transpose(3, 2, 0, 1)))
@@ -350,8 +350,8 @@ def test_parameters_whose_order_nobody_knows():
     with pytest.raises(
         ValueError, match="`moe.phi`, `moe.theta` by the order in which its model r"
     ):
-        peft.to_peft({"moe": {"theta": leaf, "phi": leaf}}, config)
-    assert len(peft.to_peft({"moe": {"theta": leaf}}, config)[1]) == 2
+        api.to_peft({"moe": {"theta": leaf, "phi": leaf}}, config)
+    assert len(api.to_peft({"moe": {"theta": leaf}}, config)[1]) == 2
 
 
 def test_vllm_folds_scales_and_pads_ranks(tmp_path):
@@ -364,9 +364,9 @@ def test_vllm_folds_scales_and_pads_ranks(tmp_path):
         use_rslora=True,
     )
     tree = randomized(planted(random_params(), config), config)
-    _, plain = peft.to_peft(tree, config)
-    peft.save_peft(tmp_path / "a", tree, config, target="vllm")
-    read, folded = peft.read_peft(tmp_path / "a")
+    _, plain = api.to_peft(tree, config)
+    api.save_peft(tmp_path / "a", tree, config, target="vllm")
+    read, folded = api.read_peft(tmp_path / "a")
     assert (read.rank, read.alpha, read.use_rslora) == (4, 4, False)
     assert not read.rank_pattern and not read.alpha_pattern
     for name, scale in (("0.self_attn.q_proj", 3.0), ("1.self_attn.q_proj", 1.0)):
@@ -379,8 +379,8 @@ def test_vllm_folds_scales_and_pads_ranks(tmp_path):
 
 
 def test_vllm_leaves_numbers_alone_when_one_scale_holds(tree):
-    fields, tensors = peft.to_peft(tree, QV)
-    from lora_jax.hf.peft_vllm import for_vllm
+    fields, tensors = api.to_peft(tree, QV)
+    from lora_jax.hf.peft.vllm import for_vllm
 
     same, folded = for_vllm(fields, tensors, QV)
     assert same == fields
@@ -390,4 +390,4 @@ def test_vllm_leaves_numbers_alone_when_one_scale_holds(tree):
 
 def test_unknown_target_of_export(tree, tmp_path):
     with pytest.raises(ValueError, match='target must be one of "peft", "vllm", got \'tgi\''):
-        peft.save_peft(tmp_path / "a", tree, QV, target="tgi")
+        api.save_peft(tmp_path / "a", tree, QV, target="tgi")

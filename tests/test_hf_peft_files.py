@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from peft_trees import nested, planted, random_params, randomized
 
 from lora_jax.array import LoraArray
-from lora_jax.config import LoraConfig
-from lora_jax.hf import peft, peft_config, peft_files
+from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.peft import api, directory as peft_files
+from lora_jax.config import peft as peft_config
 
 QV = LoraConfig(rank=4, alpha=6, target_modules=("q_proj", "v_proj"))
 
@@ -26,7 +27,7 @@ def tree():
 
 @pytest.fixture
 def directory(tree, tmp_path):
-    peft.save_peft(tmp_path / "adapter", tree, QV)
+    api.save_peft(tmp_path / "adapter", tree, QV)
     return tmp_path / "adapter"
 
 
@@ -82,7 +83,7 @@ def test_damaged_weights(content, text, directory):
     path = directory / peft_files.TENSOR_FILE
     path.write_bytes(content)
     with pytest.raises(ValueError, match=text) as caught:
-        peft.read_peft(directory)
+        api.read_peft(directory)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -109,30 +110,30 @@ def test_damaged_config(content, text, directory):
     path = directory / peft_files.CONFIG_FILE
     path.write_bytes(content)
     with pytest.raises((ValueError, TypeError), match=text) as caught:
-        peft.read_peft(directory)
+        api.read_peft(directory)
     assert str(path) in str(caught.value)
 
 
 def test_missing_files(directory, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no such directory"):
-        peft.read_peft(tmp_path / "nowhere")
+        api.read_peft(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="expected a directory with adapter_config.json, got a fi"):
-        peft.read_peft(directory / peft_files.CONFIG_FILE)
+        api.read_peft(directory / peft_files.CONFIG_FILE)
     (directory / peft_files.TENSOR_FILE).rename(directory / "model.safetensors")
     with pytest.raises(
         FileNotFoundError, match="adapter_model.safetensors is missing.* holds README"
     ):
-        peft.read_peft(directory)
+        api.read_peft(directory)
     (directory / peft_files.CONFIG_FILE).unlink()
     with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
-        peft.read_peft(directory)
+        api.read_peft(directory)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
 def test_pickles_are_refused_with_the_reason(name, directory):
     (directory / peft_files.TENSOR_FILE).rename(directory / name)
     with pytest.raises(ValueError, match=f"{name}: pickle files are refused, because reading one"):
-        peft.read_peft(directory)
+        api.read_peft(directory)
 
 
 def test_links_out_of_the_directory_are_refused(directory, tmp_path):
@@ -140,7 +141,7 @@ def test_links_out_of_the_directory_are_refused(directory, tmp_path):
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="links to .*elsewhere, outside the adapter's directory"):
-        peft.read_peft(directory)
+        api.read_peft(directory)
 
 
 def test_links_of_the_hubs_cache_are_followed(tree, directory, tmp_path):
@@ -150,8 +151,8 @@ def test_links_of_the_hubs_cache_are_followed(tree, directory, tmp_path):
     for number, name in enumerate((peft_files.CONFIG_FILE, peft_files.TENSOR_FILE)):
         (directory / name).rename(blobs / str(number))
         (snapshot / name).symlink_to(f"../../blobs/{number}")
-    config, tensors = peft.read_peft(snapshot)
-    equal(peft.fill(planted(random_params(), config), config, tensors), tree)
+    config, tensors = api.read_peft(snapshot)
+    equal(api.fill(planted(random_params(), config), config, tensors), tree)
 
 
 @settings(
@@ -172,8 +173,8 @@ def test_any_damage_is_an_error_or_harmless(data, tmp_path_factory):
     directory = tmp_path_factory.getbasetemp() / "fuzzed"
     (directory / peft_files.TENSOR_FILE).write_bytes(content)
     try:
-        config, tensors = peft.read_peft(directory)
-        peft.fill(_blank(), config, tensors)
+        config, tensors = api.read_peft(directory)
+        api.fill(_blank(), config, tensors)
     except ValueError as error:
         assert len(str(error)) < 2000
 
@@ -202,8 +203,8 @@ def test_any_lie_of_a_header_is_an_error(data, tmp_path_factory):
     directory = tmp_path_factory.getbasetemp() / "fuzzed"
     (directory / peft_files.TENSOR_FILE).write_bytes(raw(header, whole[8 + size :]))
     with pytest.raises(ValueError) as caught:
-        config, tensors = peft.read_peft(directory)
-        peft.fill(_blank(), config, tensors)
+        config, tensors = api.read_peft(directory)
+        api.fill(_blank(), config, tensors)
     assert len(str(caught.value)) < 2000 and "\n" not in str(caught.value)
 
 
@@ -240,7 +241,7 @@ def _blank():
 def _whole(tmp_path_factory) -> bytes:
     directory = tmp_path_factory.getbasetemp() / "fuzzed"
     if "whole" not in _CACHE or not directory.exists():
-        peft.save_peft(directory, randomized(_blank(), QV), QV)
+        api.save_peft(directory, randomized(_blank(), QV), QV)
         _CACHE["whole"] = (directory / peft_files.TENSOR_FILE).read_bytes()
     return _CACHE["whole"]
 
@@ -260,33 +261,33 @@ def test_the_json_is_as_peft_writes_it(directory):
 
 def test_the_model_card_says_what_it_is_and_a_users_own_stays(tree, tmp_path):
     place = tmp_path / "a"
-    peft.save_peft(place, tree, QV, base_model_name="org/it's")
+    api.save_peft(place, tree, QV, base_model_name="org/it's")
     text = (place / "README.md").read_text()
     assert text.startswith("---\nbase_model: 'org/it''s'\nlibrary_name: peft\n")
     for line in ("- rank: 4", "- alpha: 6", "- adapted modules: `q_proj`, `v_proj`"):
         assert line in text.splitlines()
     assert 'AutoModelForCausalLM.from_pretrained("org/it\'s")' in text
-    peft.save_peft(place, tree, QV, task_type="SEQ_CLS")  # the card of what is replaced goes too
+    api.save_peft(place, tree, QV, task_type="SEQ_CLS")  # the card of what is replaced goes too
     text = (place / "README.md").read_text()
     assert "- base model: not recorded" in text and "SequenceClassification" in text
     (place / "README.md").write_text(text + "mine")
-    peft.save_peft(place, tree, QV, base_model_name="org/base")
+    api.save_peft(place, tree, QV, base_model_name="org/base")
     assert (place / "README.md").read_text() == text + "mine"
 
 
 def test_names_given_and_names_kept(tree, tmp_path):
-    peft.save_peft(tmp_path / "a", tree, QV, base_model_name="org/base", task_type="SEQ_CLS")
-    config, _ = peft.read_peft(tmp_path / "a")
+    api.save_peft(tmp_path / "a", tree, QV, base_model_name="org/base", task_type="SEQ_CLS")
+    config, _ = api.read_peft(tmp_path / "a")
     assert config.extra["base_model_name_or_path"] == "org/base"
-    peft.save_peft(tmp_path / "b", tree, config)
-    assert peft.read_peft(tmp_path / "b")[0] == config
+    api.save_peft(tmp_path / "b", tree, config)
+    assert api.read_peft(tmp_path / "b")[0] == config
 
 
 def test_import_export_import_is_bitwise(tree, directory, tmp_path):
-    config, tensors = peft.read_peft(directory)
-    again = peft.fill(planted(random_params(), config), config, tensors)
+    config, tensors = api.read_peft(directory)
+    again = api.fill(planted(random_params(), config), config, tensors)
     equal(again, tree)
-    peft.save_peft(tmp_path / "b", again, config)
+    api.save_peft(tmp_path / "b", again, config)
     for name in (peft_files.CONFIG_FILE, peft_files.TENSOR_FILE):
         assert (tmp_path / "b" / name).read_bytes() == (directory / name).read_bytes()
 
@@ -303,8 +304,8 @@ def test_other_files_stay_and_both_are_replaced(tree, directory):
         tree,
         is_leaf=lambda x: isinstance(x, LoraArray),
     )
-    peft.save_peft(directory, scaled, other)
-    assert peft.read_peft(directory)[0].alpha == 12
+    api.save_peft(directory, scaled, other)
+    assert api.read_peft(directory)[0].alpha == 12
     assert (directory / "README.md").read_text() == "mine"
     assert len(list(directory.iterdir())) == 3
 
@@ -319,7 +320,7 @@ def test_a_failing_disk_leaves_the_old_adapter(call, tree, directory, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
         with pytest.raises(OSError, match="could not be written: No space left on device; make ro"):
-            peft.save_peft(directory, tree, QV, base_model_name="other")
+            api.save_peft(directory, tree, QV, base_model_name="other")
     assert snapshot(directory) == before
     assert len(list(directory.parent.iterdir())) == 1
 
@@ -330,16 +331,16 @@ def test_a_failing_disk_leaves_no_new_directory(tree, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left on device"):
-        peft.save_peft(tmp_path / "new", tree, QV)
+        api.save_peft(tmp_path / "new", tree, QV)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_in_the_way(tree, tmp_path):
     (tmp_path / "a").write_text("")
     with pytest.raises(ValueError, match="expected a directory to write the adapter to, got a fi"):
-        peft.save_peft(tmp_path / "a", tree, QV)
+        api.save_peft(tmp_path / "a", tree, QV)
     with pytest.raises(OSError, match="could not be written"):
-        peft.save_peft(tmp_path / "a" / "b", tree, QV)
+        api.save_peft(tmp_path / "a" / "b", tree, QV)
 
 
 def test_a_7b_shaped_adapter_needs_no_base(tmp_path):
@@ -355,9 +356,9 @@ def test_a_7b_shaped_adapter_needs_no_base(tmp_path):
     )
     tree = nested({f"model.layers.self_attn.{p}_proj.kernel": leaf for p in "qv"})
     config = LoraConfig(target_modules=("q_proj", "v_proj"))
-    peft.save_peft(tmp_path / "big", tree, config)
-    _, tensors = peft.read_peft(tmp_path / "big")
-    filled = peft.fill(tree, config, tensors)
+    api.save_peft(tmp_path / "big", tree, config)
+    _, tensors = api.read_peft(tmp_path / "big")
+    filled = api.fill(tree, config, tensors)
     q = filled["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     np.testing.assert_array_equal(q.a, leaf.a)
     assert q.w is wide

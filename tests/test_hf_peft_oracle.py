@@ -14,9 +14,10 @@ from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_jax.array import LoraArray, RowsArray, SavedArray, delta
-from lora_jax.config import LoraConfig
-from lora_jax.hf import names, peft_slots
-from lora_jax.hf import peft as ours
+from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.checkpoint import names
+from lora_jax.hf.peft import tensors as peft_slots
+from lora_jax.hf.peft import api as ours
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

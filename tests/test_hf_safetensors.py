@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_jax.hf.names import stack_depth, tensor_of
-from lora_jax.hf.safetensors import load_file, open_directory, read_header
-from lora_jax.hf.weights import fill
+from lora_jax.hf.checkpoint.names import stack_depth, tensor_of
+from lora_jax.hf.checkpoint.safetensors import load_file, open_directory, read_header
+from lora_jax.hf.checkpoint.weights import fill
 from lora_jax.models import LlamaConfig, init
 from lora_jax.paths import spell
 

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.array import dense, is_lora
-from lora_jax.hf.save_model import save_merged, save_model
-from lora_jax.hf.shards import size_of
+from lora_jax.models.saving import save_merged, save_model
+from lora_jax.hf.checkpoint.shards import size_of
 from lora_jax.quant.array import is_quant, quantize_array
 
 CONFIG = tiny.tiny_model().config
@@ -198,7 +198,7 @@ def test_a_failure_leaves_nothing(pair, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_jax.hf.shards._write", full)
+    monkeypatch.setattr("lora_jax.hf.checkpoint.shards._write", full)
     with pytest.raises(OSError, match="No space left"):
         save_model(tmp_path / "x", pair[0], pair[0].params)
     assert not list(tmp_path.iterdir())

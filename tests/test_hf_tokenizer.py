@@ -7,8 +7,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_jax.hf.gguf import open_gguf
-from lora_jax.hf.tokenizer import Tokenizer, from_directory, from_gguf
+from lora_jax.hf.gguf.file import open_gguf
+from lora_jax.hf.tokenizer.tokenizer import Tokenizer, from_directory, from_gguf
 
 pytestmark = pytest.mark.torch
 

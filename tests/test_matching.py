@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import pytest
 
-from lora_jax import matching
-from lora_jax.config import LoraConfig
+from lora_jax.config import matching
+from lora_jax.config.lora import LoraConfig
 
 Q3 = "model.layers.3.self_attn.q_proj"
 EXPERT = "model.layers.1.mlp.experts.0.up_proj"

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from test_matching import CASES, PATTERNS, Q3, SAVED, config_of
 
-from lora_jax import matching
+from lora_jax.config import matching
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

@@ -12,7 +12,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import models
-from lora_jax.hf.save_model import save_model
+from lora_jax.models.saving import save_model
 from lora_jax.models.bert_config import BertConfig
 
 pytestmark = pytest.mark.torch

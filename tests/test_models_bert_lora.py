@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.hf.save_model import save_model
+from lora_jax.models.saving import save_model
 
 SIZES = dict(
     vocab_size=61,

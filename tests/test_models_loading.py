@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import models
-from lora_jax.hf.names import stack_depth, tensor_of
+from lora_jax.hf.checkpoint.names import stack_depth, tensor_of
 from lora_jax.models import loading
 from lora_jax.paths import spell
 

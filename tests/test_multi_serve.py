@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 import lora_jax as lora
 from lora_jax import models, multi
-from lora_jax.multi.serve import Server
+from lora_jax.models.serve import Server
 
 # Few ranks: every one is a program of its own where an adapter runs alone.
 RANKS = {"ann": 2, "bob": 4, "cid": 2, "dan": 2, "eve": 4}

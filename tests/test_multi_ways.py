@@ -11,8 +11,8 @@ from test_multi_generate import adapter
 from tiny import tiny_model
 
 import lora_jax as lora
-from lora_jax.multi.decode import runner
-from lora_jax.transform import grouped
+from lora_jax.models.decode import runner
+from lora_jax.transform.many import grouped
 
 DIM, VOCAB, LAYERS = 6, 11, 2
 SHAPES = {"table": (VOCAB, DIM), "layers": (LAYERS, DIM, DIM), "experts": (3, DIM, DIM)}

@@ -12,7 +12,7 @@ from gguf import quants as gguf_quants
 
 import lora_jax as lora
 from lora_jax import quant
-from lora_jax.quant import formats, imports
+from lora_jax.quant import formats, foreign
 
 # bitsandbytes' NF4 of x_i = (-1)^i (i + 1) / 64 in one block.
 GOLDEN = "77868686959595a4a4b4b3b3c3c3c2c2d2d2d2d1d1e1e1e1e1e1e1e0f0f0f0f0"
@@ -223,7 +223,7 @@ def test_stacked_weights_must_be_of_one_kind():
     both = quant.stack([a, a])
     assert both.shape == (2, 64, 4) and both.roles == "bio"
     with pytest.raises(ValueError, match="only weights of one kind can be stacked"):
-        imports.stack([a, b])
+        foreign.stack([a, b])
 
 
 def test_trees_are_quantized_by_name_and_come_back():

@@ -28,7 +28,7 @@ from lora_jax.checkpoint.folder import (
 )
 from lora_jax.checkpoint.outline import check_outline, leaf_from, outline
 from lora_jax.checkpoint.swap import leftovers, replace
-from lora_jax.hf.peft_config import PLAIN_INITS
+from lora_jax.config.peft import PLAIN_INITS
 from lora_jax.methods.loftq import as_read
 
 FORMAT = "lora_jax adapter 2"

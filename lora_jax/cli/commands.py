@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 
-from lora_jax.answer import AnswerConfig
+from lora_jax.recipes.generate import AnswerConfig
 from lora_jax.cli import settings
 from lora_jax.cli.settings import Section
-from lora_jax.estimate import EstimateConfig
+from lora_jax.recipes.estimate import EstimateConfig
 
 
 def version() -> str:
@@ -21,22 +21,22 @@ def version() -> str:
 
 def demo_sections() -> list[Section]:
     """The settings of `demo`."""
-    from lora_jax.demo.run import DemoConfig
+    from lora_jax.recipes.demo.run import DemoConfig
 
     return [Section("", DemoConfig)]
 
 
 def demo(arguments: argparse.Namespace) -> None:
     """`lora-jax demo`."""
-    from lora_jax.demo.run import run
+    from lora_jax.recipes.demo.run import run
 
     run(_from_flags(demo_sections(), arguments)[0], say=_say)
 
 
 def train_sections() -> list[Section]:
     """The settings of `train`: the run at the top of the file, and two tables."""
-    from lora_jax.config import LoraConfig
-    from lora_jax.finetune import FinetuneConfig
+    from lora_jax.config.lora import LoraConfig
+    from lora_jax.recipes.finetune import FinetuneConfig
     from lora_jax.train.config import TrainConfig
 
     return [
@@ -48,16 +48,16 @@ def train_sections() -> list[Section]:
 
 def train(arguments: argparse.Namespace) -> None:
     """`lora-jax train`."""
-    from lora_jax.finetune import finetune
+    from lora_jax.recipes.finetune import finetune
 
     finetune(*_from_file_and_flags(train_sections(), arguments), say=_say)
 
 
 def sweep_sections() -> list[Section]:
     """The settings of `sweep`: what is swept at the top of the file, and three tables."""
-    from lora_jax.analysis.language import LanguageSweepConfig
-    from lora_jax.analysis.rank_sweep import SweepConfig
-    from lora_jax.config import LoraConfig
+    from lora_jax.recipes.sweep import LanguageSweepConfig
+    from lora_jax.analysis.sweep.sweep import SweepConfig
+    from lora_jax.config.lora import LoraConfig
     from lora_jax.train.config import TrainConfig
 
     chosen = {"rank_pattern", "alpha_pattern", "extra"}
@@ -73,7 +73,7 @@ def sweep_sections() -> list[Section]:
 
 def sweep(arguments: argparse.Namespace) -> None:
     """`lora-jax sweep`."""
-    from lora_jax.analysis.language import sweep_language_model
+    from lora_jax.recipes.sweep import sweep_language_model
 
     sweep_language_model(*_from_file_and_flags(sweep_sections(), arguments), say=_say)
 
@@ -85,8 +85,8 @@ def generate_sections() -> list[Section]:
 
 def generate(arguments: argparse.Namespace) -> None:
     """`lora-jax generate`."""
-    from lora_jax import finetune
-    from lora_jax.answer import answer, as_question
+    from lora_jax.recipes import finetune
+    from lora_jax.recipes.generate import answer, as_question
 
     config = _from_flags(generate_sections(), arguments)[0]
     model = finetune.load_model(arguments.model, dtype=arguments.dtype, **_held(arguments))
@@ -108,7 +108,7 @@ def _prompts(given: list[str]) -> Iterable[str]:
 
 def merge(arguments: argparse.Namespace) -> None:
     """`lora-jax merge`."""
-    from lora_jax.finetune import merge_adapter
+    from lora_jax.recipes.finetune import merge_adapter
 
     merge_adapter(
         arguments.model,
@@ -122,7 +122,7 @@ def merge(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """`lora-jax export`, and `import`, which is an export to Orbax."""
-    from lora_jax.finetune import export_adapter
+    from lora_jax.recipes.finetune import export_adapter
 
     export_adapter(
         arguments.model,
@@ -140,7 +140,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 def convert(arguments: argparse.Namespace) -> None:
     """`lora-jax convert`."""
-    from lora_jax.exchange import convert as convert_adapter
+    from lora_jax.recipes.convert import convert as convert_adapter
 
     convert_adapter(
         arguments.adapter,
@@ -154,7 +154,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def inspect(arguments: argparse.Namespace) -> None:
     """`lora-jax inspect`."""
-    from lora_jax.describe import describe
+    from lora_jax.recipes.inspect import describe
 
     _say(describe(arguments.path, tensors=arguments.tensors, check=arguments.check))
 
@@ -166,7 +166,7 @@ def estimate_sections() -> list[Section]:
 
 def estimate(arguments: argparse.Namespace) -> None:
     """`lora-jax estimate`."""
-    from lora_jax.estimate import estimate as estimate_memory
+    from lora_jax.recipes.estimate import estimate as estimate_memory
 
     config = _from_flags(estimate_sections(), arguments)[0]
     estimate_memory(arguments.model, config, say=_say)

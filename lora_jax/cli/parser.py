@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lora_jax import exchange
+from lora_jax.recipes import convert
 from lora_jax.cli import commands, settings
 from lora_jax.cli.errors import USAGE
 from lora_jax.paths import nearest
@@ -222,7 +222,7 @@ examples:
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("output", type=Path, help="the directory or file to write")
     parser.add_argument(
-        "--to", default="peft", choices=exchange.WRITTEN, help="the format (default: peft)"
+        "--to", default="peft", choices=convert.WRITTEN, help="the format (default: peft)"
     )
     _add_output_dtype(parser, "a GGUF file or a merged model")
     _add_dtype(parser, "float32", "that the adapter was trained in")
@@ -263,7 +263,7 @@ examples:
     )
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("output", type=Path, help="the directory or file to write")
-    parser.add_argument("--to", required=True, choices=exchange.CONVERTED, help="the format")
+    parser.add_argument("--to", required=True, choices=convert.CONVERTED, help="the format")
     parser.add_argument(
         "--base", type=Path, metavar="PATH", help="the model's directory, or its .gguf file"
     )

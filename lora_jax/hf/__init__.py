@@ -8,31 +8,43 @@ from typing import Any
 
 # Public name -> the module of this package that defines it.
 _NAMES = {
-    "FLAX": "flax_names",
-    "base_of": "gguf_names",
-    "from_hugging_face": "own_names",
-    "load_gguf_lora": "gguf_lora_read",
-    "load_peft": "peft",
-    "name_map": "own_names",
-    "read_base": "gguf_names",
-    "read_gguf_lora": "gguf_lora_read",
-    "read_peft": "peft",
-    "save_gguf_lora": "gguf_lora",
-    "save_merged": "save_model",
-    "save_peft": "peft",
-    "to_hugging_face": "own_names",
-    "to_peft": "peft",
+    "FLAX": "name_maps.flax",
+    "base_of": "gguf.names",
+    "from_hugging_face": "name_maps.rules",
+    "load_gguf_lora": "gguf.lora_read",
+    "load_peft": "peft.api",
+    "name_map": "name_maps.rules",
+    "read_base": "gguf.names",
+    "read_gguf_lora": "gguf.lora_read",
+    "read_peft": "peft.api",
+    "save_gguf_lora": "gguf.lora_write",
+    "save_merged": "lora_jax.models.saving",
+    "save_peft": "peft.api",
+    "to_hugging_face": "name_maps.rules",
+    "to_peft": "peft.api",
 }
-_MODULES = (
-    "bnb", "gguf", "hub", "names", "peft", "safetensors", "save_model", "tokenizer", "weights",
-)  # fmt: skip
+_MODULES = {
+    "bnb": "checkpoint.bnb",
+    "gguf": "gguf",
+    "hub": "hub",
+    "names": "checkpoint.names",
+    "peft": "peft",
+    "safetensors": "checkpoint.safetensors",
+    "save_model": "lora_jax.models.saving",
+    "tokenizer": "tokenizer",
+    "weights": "checkpoint.weights",
+}
+
+
+def _module(name: str):
+    return importlib.import_module(name if name.startswith("lora_jax") else f"{__name__}.{name}")
 
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
-        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+        return getattr(_module(_NAMES[name]), name)
     if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
+        return _module(_MODULES[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.array import from_matrix, to_matrix, widened
-from lora_jax.config import LoraConfig
+from lora_jax.config.lora import LoraConfig
 from lora_jax.methods.parts import principal, scale_of, shaped, uniform_rank
-from lora_jax.plan import LeafPlan, Plan
+from lora_jax.plan.decide import LeafPlan, Plan
 from lora_jax.quant.array import QuantArray, is_quant, quantize_array
 
 

@@ -14,7 +14,7 @@ from lora_jax.array import (
     to_matrix,
     widened,
 )
-from lora_jax.plan import LeafPlan
+from lora_jax.plan.decide import LeafPlan
 from lora_jax.quant.array import is_quant
 
 

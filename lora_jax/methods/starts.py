@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.array import factor_shapes, sizes
-from lora_jax.config import LoraConfig
+from lora_jax.config.lora import LoraConfig
 from lora_jax.methods.parts import (
     factor_dtype,
     mask,
@@ -22,7 +22,7 @@ from lora_jax.methods.parts import (
     uniform,
     uniform_rank,
 )
-from lora_jax.plan import LeafPlan
+from lora_jax.plan.decide import LeafPlan
 
 
 def default(key, config: LoraConfig, leaf: LeafPlan, w):

@@ -317,7 +317,7 @@ def refuse_unsupported(
       ValueError: quantized weights, a field that is not known, or one with another value.
     """
     if raw.get("quantization_config"):
-        from lora_jax.hf import bnb
+        from lora_jax.hf.checkpoint import bnb
 
         bnb.check_config(raw["quantization_config"])
     for name, value in raw.items():

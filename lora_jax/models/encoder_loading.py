@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from lora_jax.hf.names import BERT
-from lora_jax.hf.safetensors import open_directory, read_json
-from lora_jax.hf.weights import Weights, fill
+from lora_jax.hf.checkpoint.names import BERT
+from lora_jax.hf.checkpoint.safetensors import open_directory, read_json
+from lora_jax.hf.checkpoint.weights import Weights, fill
 from lora_jax.models.bert_config import CLASSIFICATION, FEATURES, TASKS, BertConfig
 from lora_jax.models.encoder import EncoderForward
-from lora_jax.models.fresh import draw
+from lora_jax.models.init import draw
 from lora_jax.models.model import Model
 
 # Modules of an encoder; all else in a checkpoint belongs to a head.
@@ -63,7 +63,7 @@ def load_encoder(
       model = load_encoder("bert-base-uncased", task="sequence-classification",
                            labels=("no", "yes"), fresh_head=jax.random.key(0))
     """
-    from lora_jax.hf.tokenizer import from_directory
+    from lora_jax.hf.tokenizer.tokenizer import from_directory
 
     directory = _directory(source)
     config = _config(directory / "config.json", task, labels, fresh_head)

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 
 from lora_jax.models.attention import Cache
 from lora_jax.models.model import Forward, Model
-from lora_jax.multi.decode import runner
-from lora_jax.multi.select import select
+from lora_jax.models.decode import runner
+from lora_jax.transform.many.rows import select
 
 # The fewest slots for a prompt, for new tokens and for stop tokens; then powers of two.
 _SMALLEST_PROMPT, _SMALLEST_NEW, _SMALLEST_STOPS = 16, 16, 4

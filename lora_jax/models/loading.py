@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.hf.names import Family
-from lora_jax.hf.safetensors import open_directory, read_json, refuse_pickle
-from lora_jax.hf.weights import Weights, fill
+from lora_jax.hf.checkpoint.names import Family
+from lora_jax.hf.checkpoint.safetensors import open_directory, read_json, refuse_pickle
+from lora_jax.hf.checkpoint.weights import Weights, fill
 from lora_jax.models.encoder_loading import load_encoder
 from lora_jax.models.model import Model
 from lora_jax.models.registry import ENCODER, architecture_of, config_from_hf
@@ -83,7 +83,7 @@ def find_smollm2() -> Path:
 
 
 def _load_directory(directory: Path, options: dict[str, Any], quant: QuantConfig | None) -> Model:
-    from lora_jax.hf.tokenizer import from_directory
+    from lora_jax.hf.tokenizer.tokenizer import from_directory
 
     path = directory / "config.json"
     raw = read_json(path)
@@ -104,9 +104,9 @@ def _load_directory(directory: Path, options: dict[str, Any], quant: QuantConfig
 
 
 def _load_gguf(path: Path, options: dict[str, Any], quant: QuantConfig | None) -> Model:
-    from lora_jax.hf.gguf import open_gguf, rope_divisors, weights_of
-    from lora_jax.hf.gguf_config import config_of
-    from lora_jax.hf.tokenizer import from_gguf
+    from lora_jax.hf.gguf.file import open_gguf, rope_divisors, weights_of
+    from lora_jax.models.gguf import config_of
+    from lora_jax.hf.tokenizer.tokenizer import from_gguf
 
     file = open_gguf(path)
     weights = weights_of(file)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from lora_jax.hf import names
+from lora_jax.hf.checkpoint import names
 from lora_jax.models.bert_config import KINDS, BertConfig
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.encoder import EncoderForward

@@ -208,7 +208,7 @@ def _blank(like: LoraArray, column: list, rank: int, train: bool) -> LoraStack:
     bias = next((x for x in known if x.bias is not None), None)
     gain = m = None
     if dora is not None:
-        from lora_jax.methods.dora import norm
+        from lora_jax.dora import norm
 
         if train:
             m = jnp.expand_dims(norm(dataclasses.replace(dora, scale=dora.scale * 0)), depth)
@@ -240,7 +240,7 @@ def padded(x: LoraArray, blank: LoraStack) -> LoraStack:
     if blank.m is not None:
         put["m"] = x.m
     if blank.gain is not None and x.m is not None:
-        from lora_jax.methods.dora import gain
+        from lora_jax.dora import gain
 
         put["gain"] = gain(x)
     slot = {

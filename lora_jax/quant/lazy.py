@@ -36,7 +36,7 @@ def transpose(q: QuantArray, permutation: Sequence[int]) -> QuantArray | None:
 
 
 def reshape(q: QuantArray, shape: Sequence[int]) -> QuantArray | None:
-    from lora_jax.transform.structural import reshape_roles
+    from lora_jax.transform.rules_rearrange import reshape_roles
 
     made = reshape_roles(q.shape, q.roles, shape)
     if any(len(roles) > 1 for roles in made):

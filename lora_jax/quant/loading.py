@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lora_jax.quant import formats, lazy
 from lora_jax.quant.array import QuantArray, quantize_array
-from lora_jax.quant.imports import stack
+from lora_jax.quant.foreign import stack
 
 FILE = "file"
 
@@ -62,7 +62,7 @@ def holder(config: QuantConfig, weights) -> Hold:
 
     Args:
       config: how.
-      weights: the checkpoint, a `lora_jax.hf.weights.Weights`.
+      weights: the checkpoint, a `lora_jax.hf.checkpoint.weights.Weights`.
     """
 
     def hold(path: str, leaf: jax.ShapeDtypeStruct, tensors: Sequence[tuple]):

@@ -2,4 +2,4 @@
 
 from lora_jax.transform.interpret import MaterializedWarning as MaterializedWarning
 from lora_jax.transform.lorafy import lorafy as lorafy
-from lora_jax.transform.weight import DecodedWarning as DecodedWarning
+from lora_jax.transform.base_weight import DecodedWarning as DecodedWarning

@@ -3,7 +3,7 @@
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax.transform.value import labels
+from lora_jax.transform.implicit import labels
 
 
 def spec_of(x) -> tuple | None:

@@ -14,8 +14,9 @@ import jax
 from jax import lax
 
 from lora_jax import compat
-from lora_jax.transform import contraction, slots, structural
-from lora_jax.transform.value import Implicit, Unsupported, is_implicit, materialize
+from lora_jax.transform import rules_consume, rules_rearrange
+from lora_jax.transform.many import rules as slots
+from lora_jax.transform.implicit import Implicit, Unsupported, is_implicit, materialize
 
 
 class MaterializedWarning(UserWarning):
@@ -189,7 +190,7 @@ def _run_plain(jaxpr, eqns: list, env: dict, last: dict, end: int):
 
 
 def _apply(context: Context, jaxpr, eqn, values: list, constant: set) -> list:
-    from lora_jax.transform.control import CONTROL
+    from lora_jax.transform.rules_control import CONTROL
 
     name = compat.name_of(eqn)
     try:
@@ -258,7 +259,7 @@ def _consuming(rule: Callable) -> Callable:
 
 def _gather(context, eqn, values):
     v, indices = values
-    return contraction.gather(v, indices, _binder(eqn), **eqn.params)
+    return rules_consume.gather(v, indices, _binder(eqn), **eqn.params)
 
 
 def _scalar_product(context, eqn, values):
@@ -266,13 +267,13 @@ def _scalar_product(context, eqn, values):
     if is_implicit(left) and is_implicit(right):
         raise Unsupported("elementwise product of two weights")
     v, factor = (left, right) if is_implicit(left) else (right, left)
-    return _shaped(eqn, structural.scale_by(v, factor))
+    return _shaped(eqn, rules_rearrange.scale_by(v, factor))
 
 
 def _scalar_quotient(context, eqn, values):
     if not is_implicit(values[0]) or is_implicit(values[1]):
         raise Unsupported("division by a weight")
-    return _shaped(eqn, structural.scale_by(*values, divide=True))
+    return _shaped(eqn, rules_rearrange.scale_by(*values, divide=True))
 
 
 def _shaped(eqn, v: Implicit) -> Implicit:
@@ -282,11 +283,11 @@ def _shaped(eqn, v: Implicit) -> Implicit:
 
 
 def _concatenate(context, eqn, values):
-    return structural.concatenate(values, eqn.params["dimension"])
+    return rules_rearrange.concatenate(values, eqn.params["dimension"])
 
 
 def _stack(context, eqn, values):
-    return structural.stack(values, eqn.params["axis"])
+    return rules_rearrange.stack(values, eqn.params["axis"])
 
 
 def _barrier(context, eqn, values):
@@ -297,46 +298,46 @@ def _barrier(context, eqn, values):
 
 def _device_put(context, eqn, values):
     return [
-        structural.device_put(x, to) if is_implicit(x) else jax.device_put(x, to)
+        rules_rearrange.device_put(x, to) if is_implicit(x) else jax.device_put(x, to)
         for x, to in zip(values, eqn.params["devices"], strict=True)
     ]
 
 
 def _constraint(context, eqn, values):
-    return structural.sharding_constraint(values[0], _binder(eqn), **eqn.params)
+    return rules_rearrange.sharding_constraint(values[0], _binder(eqn), **eqn.params)
 
 
 # One rule a primitive, by the name `compat.name_of` gives.
 RULES: dict[str, Callable[[Context, Any, list], Any]] = {
-    "dot_general": _consuming(contraction.dot_general),
-    "conv_general_dilated": _consuming(contraction.conv),
-    "ragged_dot_general": _consuming(contraction.ragged_dot),
+    "dot_general": _consuming(rules_consume.dot_general),
+    "conv_general_dilated": _consuming(rules_consume.conv),
+    "ragged_dot_general": _consuming(rules_consume.ragged_dot),
     "gather": _gather,
-    "transpose": _rearranging(structural.transpose),
-    "reshape": _rearranging(structural.reshape),
-    "squeeze": _rearranging(structural.squeeze),
-    "broadcast_in_dim": _rearranging(structural.broadcast_in_dim),
-    "convert_element_type": _rearranging(structural.convert),
-    "slice": _rearranging(structural.slice_),
-    "dynamic_slice": _rearranging(structural.dynamic_slice),
-    "split": _rearranging(structural.split),
-    "unstack": _rearranging(structural.unstack),
-    "reduce_sum": _rearranging(structural.reduce_unit),
-    "reshard": _rearranging(structural.reshard),
-    "neg": _rearranging(structural.negate),
-    "rev": _rearranging(structural.reverse),
+    "transpose": _rearranging(rules_rearrange.transpose),
+    "reshape": _rearranging(rules_rearrange.reshape),
+    "squeeze": _rearranging(rules_rearrange.squeeze),
+    "broadcast_in_dim": _rearranging(rules_rearrange.broadcast_in_dim),
+    "convert_element_type": _rearranging(rules_rearrange.convert),
+    "slice": _rearranging(rules_rearrange.slice_),
+    "dynamic_slice": _rearranging(rules_rearrange.dynamic_slice),
+    "split": _rearranging(rules_rearrange.split),
+    "unstack": _rearranging(rules_rearrange.unstack),
+    "reduce_sum": _rearranging(rules_rearrange.reduce_unit),
+    "reshard": _rearranging(rules_rearrange.reshard),
+    "neg": _rearranging(rules_rearrange.negate),
+    "rev": _rearranging(rules_rearrange.reverse),
     "concatenate": _concatenate,
     "stack": _stack,
     "mul": _scalar_product,
     "div": _scalar_quotient,
     "sharding_constraint": _constraint,
     "optimization_barrier": _barrier,
-    "copy": _binding(structural.leafwise),
-    "copy_p": _binding(structural.leafwise),
-    "stop_gradient": _binding(structural.leafwise),
-    "name": _binding(structural.named),
-    "reduce_precision": _binding(structural.base_only),
-    "pvary": _binding(structural.leafwise),
+    "copy": _binding(rules_rearrange.leafwise),
+    "copy_p": _binding(rules_rearrange.leafwise),
+    "stop_gradient": _binding(rules_rearrange.leafwise),
+    "name": _binding(rules_rearrange.named),
+    "reduce_precision": _binding(rules_rearrange.base_only),
+    "pvary": _binding(rules_rearrange.leafwise),
     "device_put": _device_put,
 }
 

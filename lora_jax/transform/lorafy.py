@@ -24,10 +24,10 @@ from lora_jax.array import (
     stack_dims,
 )
 from lora_jax.quant.array import QuantArray, is_leaf
-from lora_jax.transform import weight
+from lora_jax.transform import base_weight
 from lora_jax.transform.interpret import Context, evaluate
-from lora_jax.transform.positions import follow
-from lora_jax.transform.value import Implicit, Note, is_implicit, materialize
+from lora_jax.transform.many.token_axis import follow
+from lora_jax.transform.implicit import Implicit, Note, is_implicit, materialize
 
 
 def lorafy(
@@ -66,7 +66,7 @@ def lorafy(
       adapter_way: how the rows' adapters are computed with: "gathered" copies each row's factors,
         "grouped" sorts the rows (or tokens) by adapter, "ragged" does so with
         `jax.lax.ragged_dot` on every device; by default by shape, see
-        `lora_jax.transform.grouped.way_of`. The results differ by rounding only.
+        `lora_jax.transform.many.grouped.way_of`. The results differ by rounding only.
 
     Returns:
       `fn'(lora_params, *args, lora_key=None, adapter_ids=None, **kwargs)`. A `lora_key` (a PRNG
@@ -105,21 +105,21 @@ def lorafy(
         stacks = [x for x in jax.tree.leaves(lora_params, is_leaf=is_lora) if is_stack(x)]
         if adapter_ids is None and not stacks:
             return single(lora_params, *args, lora_key=lora_key, **kwargs)
-        from lora_jax.multi import ways
+        from lora_jax.transform.many import run
 
-        call = ways.Call(args, kwargs, lora_key, row_axes, out_axes)
+        call = run.Call(args, kwargs, lora_key, row_axes, out_axes)
         if adapter_ids is None:
             if not stacks[0].chosen:
                 raise ValueError(
                     "`lora_params` holds a stack of adapters: pass `adapter_ids`, one for each row"
                 )
-            return ways.gathered(single, lora_params, call)
+            return run.gathered(single, lora_params, call)
 
         def row(chooser, tree, args, kwargs, key):
             context = Context(strict=strict, reverse_only=reverse_only, chooser=chooser)
             return _run(context, fn, tree, args, kwargs, key)
 
-        return ways.run(single, row, lora_params, adapter_ids, call, token_axes, adapter_way)
+        return run.run(single, row, lora_params, adapter_ids, call, token_axes, adapter_way)
 
     return adapted
 
@@ -253,7 +253,7 @@ def _enter(
     context: Context, x: LoraArray | RowsArray | QuantArray | LoraStack, path: str, lora_key
 ) -> Implicit:
     if isinstance(x, QuantArray):
-        return weight.bare(x, Note(path))
+        return base_weight.bare(x, Note(path))
     x = rows_as_lora(x) if isinstance(x, RowsArray) else x
     gain = None
     if isinstance(x, LoraStack):
@@ -261,7 +261,7 @@ def _enter(
     elif isinstance(x.m, Gain):
         gain = x.m.value
     elif x.m is not None:
-        from lora_jax.methods import dora
+        from lora_jax import dora
 
         gain = dora.gain(x)
     key = None
@@ -292,7 +292,7 @@ def gains(x: LoraStack):
     """DoRA's gain of every adapter of a stack, also from magnitudes that train; or None."""
     if x.m is None:
         return x.gain
-    from lora_jax.methods.dora import gain
+    from lora_jax.dora import gain
 
     at = x.axis
     return jax.vmap(

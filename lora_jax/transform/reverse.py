@@ -10,8 +10,8 @@ import functools
 
 import jax
 
-from lora_jax.transform.product import contract
-from lora_jax.transform.value import reorder
+from lora_jax.transform.labels import contract
+from lora_jax.transform.implicit import reorder
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,0 +1,119 @@
+"""What to change where a training step does not fit a device."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from lora_jax.analysis.memory.estimate import GIB, MemoryEstimate, estimate
+from lora_jax.analysis.memory.shapes import config_of
+from lora_jax.config.lora import LoraConfig
+
+_UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+_MOST_DEVICES = 1024
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of "80GB" (10^9 each), "80GiB" (2^30 each), or a number of bytes.
+
+    Raises:
+      ValueError: it spells no size above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
+        raise ValueError(
+            f"`device_memory` must be a size above 0 such as 80GB, 24GiB or a number of bytes, "
+            f"got {text!r}"
+        )
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]:
+    """Single changes of the settings with which the step fits, or all of them together.
+
+    Args:
+      model: as `found` was asked for.
+      found: an estimate that may not fit.
+      device_memory: bytes of a device.
+
+    Returns:
+      A line for each change that is enough by itself: more rematerialization, a smaller batch,
+      an adapter instead of full fine-tuning, a quantized base, more devices. Where none is, what
+      all of them but more devices come to, and how many devices that takes. Empty if it fits.
+    """
+    if found.fits(device_memory):
+        return []
+    _, config = config_of(model)
+    lines, together = [], found.settings
+    for name, change in _changes(found.settings):
+        best = estimate(found.model, config, change)
+        if best.fits(device_memory):
+            lines.append(f"{name}: {best.total / GIB:.2f} GiB")
+        together = _joined(together, found.settings, change)
+    best = estimate(found.model, config, together)
+    if not lines and best.fits(device_memory):
+        lines.append(
+            f"all of these together ({_names(found.settings)}): {best.total / GIB:.2f} GiB"
+        )
+    for settings, label in ((found.settings, "as it is"), (together, "with all of the above")):
+        if line := _devices(found.model, config, settings, device_memory, label):
+            return [*lines, line]
+    return lines or [
+        f"nothing that is known here: with {_names(found.settings)} it still takes "
+        f"{best.total / GIB:.2f} GiB on each of {_MOST_DEVICES} devices or fewer"
+    ]
+
+
+def _changes(settings: Any) -> Iterator[tuple[str, Any]]:
+    """Each change by itself."""
+    replace = dataclasses.replace
+    if settings.remat is not True:
+        yield "remat True", replace(settings, remat=True)
+    least = settings.mesh["data"] * settings.mesh["fsdp"]
+    batch = settings.batch // 2
+    while batch >= least and batch % least == 0:
+        count = settings.accumulation * (settings.batch // batch)
+        name = f"batch {batch}, accumulation {count}"
+        yield name, replace(settings, batch=batch, accumulation=count)
+        batch //= 2
+    if settings.adapter is None:
+        yield "LoRA instead of full fine-tuning", replace(settings, adapter=LoraConfig())
+    if settings.quantize is None:
+        adapter = settings.adapter or LoraConfig()
+        yield "QLoRA, base in nf4", replace(settings, adapter=adapter, quantize="nf4")
+
+
+def _joined(together: Any, start: Any, change: Any) -> Any:
+    """`together` with what `change` changed."""
+    own = {
+        field.name: getattr(change, field.name)
+        for field in dataclasses.fields(change)
+        if getattr(change, field.name) != getattr(start, field.name)
+    }
+    return dataclasses.replace(together, **own)
+
+
+def _names(settings: Any) -> str:
+    """All changes in words; of the batches, the smallest."""
+    last = {name.split()[0]: name for name, _ in _changes(settings)}
+    return "; ".join(last.values())
+
+
+def _devices(name: str, config: Any, settings: Any, device_memory: int, label: str) -> str:
+    """How many devices the step takes, spread over `fsdp`; a row of the batch each, at least."""
+    count = 2 * settings.mesh["fsdp"]
+    while count <= _MOST_DEVICES:
+        mesh = {**settings.mesh, "fsdp": count}
+        rows = mesh["data"] * count
+        batch = -(-settings.batch // rows) * rows
+        try:
+            best = estimate(name, config, dataclasses.replace(settings, mesh=mesh, batch=batch))
+        except ValueError:  # some matrix cannot be divided among so many
+            return ""
+        if best.fits(device_memory):
+            return f"fsdp {count} {label}, batch {batch}: {best.total / GIB:.2f} GiB on each device"
+        count *= 2
+    return ""

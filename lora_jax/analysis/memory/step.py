@@ -1,0 +1,236 @@
+"""The training step of an estimate: `lora_jax.train`'s own, over shapes instead of arrays."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+import lora_jax as lora
+from lora_jax.analysis.memory import mesh as memory_mesh
+from lora_jax.config.lora import LoraConfig
+from lora_jax.models.bert_config import CLASSIFICATION
+from lora_jax.models.model import check_options
+from lora_jax.models.registry import CAUSAL_LM, architecture_of
+from lora_jax.quant import formats
+from lora_jax.quant.dispatch import BACKENDS
+from lora_jax.quant.loading import is_linear
+from lora_jax.train.batches import Batch
+from lora_jax.train.evaluate import lora_loss
+from lora_jax.train.full import split_full
+from lora_jax.train.loss import cross_entropy
+from lora_jax.train.step import TrainState, init_state, make_step
+
+# Optimizers by name, with the arrays they hold beside each trained one.
+OPTIMIZERS: Mapping[str, Any] = {
+    "adamw": partial(optax.adamw, 2e-4),  # 2
+    "lion": partial(optax.lion, 2e-4),  # 1
+    "momentum": partial(optax.sgd, 2e-4, momentum=0.9),  # 1
+    "sgd": partial(optax.sgd, 2e-4),  # 0
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What decides the memory of a training step, beside the model.
+
+    Attributes:
+      adapter: what is adapted; None trains every weight.
+      quantize: format of the frozen base's matrices ("nf4", "int4", ...), or None.
+      batch: rows of one forward pass, on all devices together.
+      length: tokens of a row.
+      accumulation: forward passes of one optimizer step.
+      dtype: of the computation and of frozen weights that are not quantized.
+      train_dtype: of weights that are trained whole, and so of their gradients and optimizer
+        state; adapters are float32.
+      remat: as in `lora_jax.models.Forward`.
+      optimizer: a name of `OPTIMIZERS`, or an `optax.GradientTransformation`.
+      clip: whether the gradient's global norm is clipped, as `lora_jax.train` does.
+      mesh: axis to number of devices, see `lora_jax.analysis.memory.mesh`.
+      backend: the kernels of quantized products, see `lora_jax.quant.dispatch`.
+    """
+
+    adapter: LoraConfig | None = dataclasses.field(default_factory=LoraConfig)
+    quantize: str | None = None
+    batch: int = 1
+    length: int = 2048
+    accumulation: int = 1
+    dtype: str = "bfloat16"
+    train_dtype: str = "float32"
+    remat: bool | str = True
+    optimizer: Any = "adamw"
+    clip: bool = True
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    backend: str = "gpu"
+
+    def __post_init__(self):
+        for name in ("batch", "length", "accumulation"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number above 0, got {value!r}")
+        check_options(self.dtype, self.train_dtype, self.remat)
+        if self.quantize is not None:
+            formats.known_format(self.quantize)
+            if self.adapter is None:
+                raise ValueError(
+                    "`quantize` is for a frozen base, and full fine-tuning trains it: pass an "
+                    "adapter, or no `quantize`"
+                )
+        if isinstance(self.optimizer, str) and self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"`optimizer` must be one of {', '.join(OPTIMIZERS)}, or optax's, got "
+                f"{self.optimizer!r}"
+            )
+        if self.backend not in BACKENDS:
+            raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {self.backend}")
+        mesh = memory_mesh.check_mesh(self.mesh, batch=self.batch)
+        object.__setattr__(self, "mesh", mesh)
+
+    @property
+    def method(self) -> str:
+        """What is trained: "full", "LoRA" or "QLoRA"."""
+        return "full" if self.adapter is None else "QLoRA" if self.quantize else "LoRA"
+
+    @property
+    def tx(self) -> optax.GradientTransformation:
+        """The optimizer, behind clipping."""
+        given = self.optimizer
+        tx = OPTIMIZERS[given]() if isinstance(given, str) else given
+        return optax.chain(optax.clip_by_global_norm(1.0), tx) if self.clip else tx
+
+
+class AbstractStep(NamedTuple):
+    """A step and the shapes of its arguments.
+
+    Attributes:
+      fn: `fn(state, frozen, batch) -> (state, metrics)`; the state is donated.
+      params: the whole tree: trained and frozen.
+      state, frozen, batch: `ShapeDtypeStruct`s.
+      base: the base's parameters, before adapters.
+    """
+
+    fn: Any
+    params: Any
+    state: TrainState
+    frozen: Any
+    batch: Batch
+    base: Any
+
+
+def abstract_step(
+    config: Any, settings: StepSettings, *, batch: int, rows: tuple[str, ...] = ()
+) -> AbstractStep:
+    """The step of a model, over shapes.
+
+    Args:
+      config: the model's configuration.
+      settings: of the step.
+      batch: rows of one forward pass.
+      rows: as in `lora_jax.models.Forward`; the step is to be traced under its mesh then.
+
+    Raises:
+      ValueError: a text longer than the model's context, targets that match nothing, a rank that
+        is too large, a block size that divides nothing.
+    """
+    architecture = architecture_of(config.model_type)
+    context = getattr(config, "context", config.max_position_embeddings)
+    if settings.length > context:
+        raise ValueError(
+            f"`length` {settings.length} is more than the model's context of {context} tokens"
+        )
+    whole = settings.adapter is None
+    forward = architecture.forward(
+        config=config,
+        dtype=settings.dtype,
+        param_dtype=settings.train_dtype if whole else settings.dtype,
+        scan=True,
+        remat=settings.remat,
+    )
+    base = _base(forward, settings)
+    adapter = settings.adapter
+    params = base if adapter is None else _adapted(forward, base, adapter)
+    trainable, frozen = split_full(params) if whole else lora.split(params)
+    tx = settings.tx
+    state = jax.eval_shape(lambda t: init_state(jax.random.key(0), t, tx), trainable)
+    kind = lora_loss if architecture.kind == CAUSAL_LM else _encoder_loss
+    loss = kind(dataclasses.replace(forward, rows=rows))
+    one_a_row = getattr(config, "task", None) == CLASSIFICATION
+    places = batch if one_a_row else batch * settings.length
+    shapes = _batch(settings, batch, places)
+    return AbstractStep(make_step(loss, tx), params, state, frozen, shapes, base)
+
+
+def _base(forward, settings: StepSettings):
+    shapes, form = forward.shapes(), settings.quantize
+    if form is None:
+        return shapes
+
+    def quantized(params):
+        return lora.quantize(params, is_linear, format=form, backend=settings.backend)
+
+    return jax.eval_shape(quantized, shapes)
+
+
+def _adapted(forward, base, adapter: LoraConfig):
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    plan = lora.plan(adapter, forward.apply, base, tokens)
+    return jax.eval_shape(lambda p: lora.init(jax.random.key(0), plan, p), base)
+
+
+def _batch(settings: StepSettings, batch: int, places: int) -> Batch:
+    def whole(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct((settings.accumulation, *shape), jnp.int32)
+
+    weights: Any = jax.ShapeDtypeStruct((settings.accumulation, places), jnp.float32)
+    return Batch(whole(batch, settings.length), whole(places), whole(places), weights)
+
+
+def _encoder_loss(forward):
+    """Cross entropy of what the encoder's head gives, or, where it has none, of its features."""
+    apply = lora.lorafy(forward.apply, reverse_only=True)
+
+    def loss(trainable, frozen, batch, key):
+        out = apply(lora.combine(trainable, frozen), batch.tokens, lora_key=key)
+        logits = jax.tree.leaves(out)[0]
+        logits = logits.reshape(batch.targets.shape[0], logits.shape[-1])
+        return cross_entropy(logits, batch.targets, batch.weights)
+
+    return loss
+
+
+class Spread(NamedTuple):
+    """Where every array of a step lies: trees of `PartitionSpec`s like its arguments."""
+
+    params: Any
+    state: Any
+    frozen: Any
+    batch: Any
+
+
+def spread(step: AbstractStep, settings: StepSettings) -> Spread:
+    """The specs of a step's arguments.
+
+    Raises:
+      ValueError: a mesh that does not divide a matrix.
+    """
+    base = memory_mesh.base_specs(step.base, settings.mesh)
+    params = lora.partition_specs(step.params, base)
+    if settings.adapter is None:
+        trainable, frozen = params, step.frozen
+    else:
+        trainable, frozen = lora.split(params)
+    copied: Any = PartitionSpec()
+    moments = optax.tree_utils.tree_map_params(
+        settings.tx,
+        lambda x, spec: spec if len(spec) <= len(x.shape) else copied,
+        step.state.opt_state,
+        trainable,
+        transform_non_params=lambda x: copied,
+    )
+    rows: Any = PartitionSpec(None, memory_mesh.ROWS)
+    state = TrainState(copied, trainable, moments, copied)
+    return Spread(params, state, frozen, Batch(rows, rows, rows, rows))

@@ -1,0 +1,150 @@
+"""Which directions training changed: those of another training, or ones that were not there.
+
+Sources: Hu et al. 2021, "LoRA", section 7.2, equation 4 (similarity of subspaces); Shuttleworth et
+al. 2024, "LoRA vs full fine-tuning: an illusion of equivalence", definition 3.1 and algorithm 1
+(intruder dimensions).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_jax.analysis.spectrum.changes import Change, Directions, Factors, changes, directions
+
+# A direction counts if its value is above this share of the largest: float32's noise is below.
+_NOTHING = 1e-6
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much the main directions of two changes of one matrix are the same.
+
+    Attributes:
+      name: of the matrix.
+      top: how many directions of each were compared.
+      inputs: `‖U1ᵀ U2‖² / top` of the directions on the side of the inputs, 0 to 1.
+      outputs: the same on the side of the outputs.
+      chance_inputs: what random directions would give, `top / in`.
+      chance_outputs: the same, `top / out`.
+      captured: the share of the first change's energy `‖ΔW1‖²` between the second's directions,
+        `‖U2ᵀ ΔW1 V2‖² / ‖ΔW1‖²`.
+      best: the most that `top` directions could capture.
+    """
+
+    name: str
+    top: int
+    inputs: float
+    outputs: float
+    chance_inputs: float
+    chance_outputs: float
+    captured: float
+    best: float
+
+
+def overlap(before, first, second, *, top: int = 8, where=None) -> list[Overlap]:
+    """Compares the `top` main directions of two trainings of the same weights.
+
+    Args:
+      before: parameters before training.
+      first: after one training, plain or with LoRA leaves.
+      second: after the other.
+      top: how many directions, at least 1; fewer where a change has fewer.
+      where: as for `spectrum`.
+
+    Returns:
+      One for each matrix that both changed.
+
+    Raises:
+      ValueError: as `spectrum`; no matrix was changed by both.
+
+    Source: Hu et al. 2021, equation 4, for `i = j = top`.
+    """
+    if top < 1:
+        raise ValueError(f"`top` must be at least 1, got {top}")
+    pairs = zip(changes(before, first, where), changes(before, second, where), strict=True)
+    found = [o for one, other in pairs if (o := _overlap(one, other, top)) is not None]
+    if not found:
+        raise ValueError("no matrix was changed by both `first` and `second`")
+    return found
+
+
+def _overlap(one: Change, other: Change, top: int) -> Overlap | None:
+    first, second = _real(directions(one.delta, top)), _real(directions(other.delta, top))
+    count = min(len(first.values), len(second.values))
+    if not count:
+        return None
+    (u1, s1, v1), (u2, _, v2) = _head(first, count), _head(second, count)
+    energy = _energy(one.delta)
+    return Overlap(
+        one.name,
+        count,
+        inputs=float(np.sum((u1.T @ u2) ** 2) / count),
+        outputs=float(np.sum((v1.T @ v2) ** 2) / count),
+        chance_inputs=count / u1.shape[0],
+        chance_outputs=count / v1.shape[0],
+        captured=float(np.sum(_between(u2, one.delta, v2) ** 2) / energy),
+        best=float(np.sum(s1**2) / energy),
+    )
+
+
+def _real(found: Directions) -> Directions:
+    return _head(found, int(np.sum(found.values > _NOTHING * found.values[:1])))
+
+
+def _head(found: Directions, count: int) -> Directions:
+    return Directions(found.inputs[:, :count], found.values[:count], found.outputs[:, :count])
+
+
+def _between(u: np.ndarray, delta: np.ndarray | Factors, v: np.ndarray) -> np.ndarray:
+    """`Uᵀ ΔW V`."""
+    if isinstance(delta, Factors):
+        return (u.T @ delta.a) @ (delta.b @ v)
+    return u.T @ delta @ v
+
+
+def _energy(delta: np.ndarray | Factors) -> float:
+    if isinstance(delta, Factors):
+        return float(np.sum((delta.a.T @ delta.a) * (delta.b @ delta.b.T)))
+    return float(np.sum(delta**2))
+
+
+def intruder_dimensions(
+    before, after, *, top: int = 10, similarity: float = 0.5, where=None
+) -> dict[str, int]:
+    """Counts the singular directions of the trained weights that the weights before had not.
+
+    A left singular vector among the `top` first of `W_after` is an intruder if its cosine with
+    every left singular vector of `W_before` is below `similarity` in size.
+
+    Args:
+      before, after: as for `spectrum`.
+      top: how many of the largest directions are looked at, at least 1.
+      similarity: in (0, 1).
+      where: as for `spectrum`.
+
+    Returns:
+      Matrix name to number of intruders, 0 to `top`.
+
+    Raises:
+      ValueError: as `spectrum`; `top` or `similarity` out of range.
+
+    Source: Shuttleworth et al. 2024, algorithm 1.
+    """
+    if top < 1 or not 0 < similarity < 1:
+        raise ValueError(
+            f"`top` must be at least 1 and `similarity` in (0, 1), got {top} and {similarity}"
+        )
+    return {
+        change.name: _intruders(change, top, similarity) for change in changes(before, after, where)
+    }
+
+
+def _intruders(change: Change, top: int, similarity: float) -> int:
+    # Of (in, out) matrices the outputs' directions are the right vectors, the `U` of (out, in).
+    delta = change.delta
+    step = delta.a @ delta.b if isinstance(delta, Factors) else delta
+    if not step.any():
+        return 0
+    had = directions(change.before).outputs
+    has = directions(change.before + step, top).outputs
+    return int(np.sum(np.max(np.abs(has.T @ had), axis=1, initial=0.0) < similarity))

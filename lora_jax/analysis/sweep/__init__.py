@@ -1,0 +1,1 @@
+"""Rank sweeps against full fine-tuning."""

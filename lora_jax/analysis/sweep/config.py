@@ -1,0 +1,107 @@
+"""What is swept: the task, and the settings of a sweep."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.config.lora import LoraConfig
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.mean(values))
+
+
+class Task(NamedTuple):
+    """What is learned, and how it is judged. Parameters are the base's own tree in all of them.
+
+    Attributes:
+      params: the base.
+      loss: `(params, batch) -> float32 ()`, the mean loss of a batch; it is what `plan` traces
+        and `lorafy` transforms, a pure function.
+      batches: `seed -> batches`, at least as many as there are steps, for a seed the same ones each
+        time; a new shape compiles anew. Where the batches of several seeds have the same shapes
+        step by step, adapters of these seeds train side by side.
+      score: `params -> (n, ...)`: for each of n evaluation examples its value, or several
+        numbers that `reduce` needs.
+      tuning: `params -> float`, lower is better, chooses among learning rates; best on examples
+        that are neither trained on nor scored. None where there is nothing to choose.
+      reduce: from `(n, ...)` values to the score; the mean by default.
+      metric: the score's name.
+      lower_is_better: of the score.
+      data: names the data and the model, so that a resumed sweep notices other ones.
+    """
+
+    params: Any
+    loss: Callable[[Any, Any], Any]
+    batches: Callable[[int], Iterable]
+    score: Callable[[Any], np.ndarray]
+    tuning: Callable[[Any], float] | None = None
+    reduce: Callable[[np.ndarray], float] = _mean
+    metric: str = "score"
+    lower_is_better: bool = False
+    data: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What is swept.
+
+    Attributes:
+      ranks: of the adapters.
+      full: whether full fine-tuning is run too; the ranks are measured against it.
+      learning_rates: candidates for every rank; each rank takes its best by the tuning loss.
+      full_learning_rates: candidates for full fine-tuning.
+      seeds: of the order of the data, the adapters' start and dropout; the base, a new head in it
+        too, is the same for all. The first also chooses the learning rates.
+      tune_steps: steps of the runs that choose; none runs them to the end and keeps the best.
+      together: adapters that train in one batch, as many as memory holds.
+      tolerance: how far from full fine-tuning, relatively, is still good enough.
+      save_every: seconds between checkpoints inside a training, from which a killed one goes on;
+        None for none. They are farther apart where writing one takes over a twentieth of that; 0
+        writes one after each step, whatever it takes.
+    """
+
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    full: bool = True
+    learning_rates: tuple[float, ...] = (5e-4, 2e-3)
+    full_learning_rates: tuple[float, ...] = (2e-5, 1e-4)
+    seeds: tuple[int, ...] = (0,)
+    tune_steps: int | None = None
+    together: int = 4
+    tolerance: float = 0.01
+    save_every: float | None = 60.0
+
+    def __post_init__(self):
+        for name in ("ranks", "learning_rates", "full_learning_rates", "seeds"):
+            value = getattr(self, name)
+            value = tuple(value) if isinstance(value, Sequence) else (value,)
+            object.__setattr__(self, name, tuple(dict.fromkeys(value)))
+            if not value and not (name == "ranks" and self.full):
+                raise ValueError(f"`{name}` is empty: give at least one")
+        for name in ("ranks", "learning_rates", "full_learning_rates"):
+            if bad := [x for x in getattr(self, name) if not x > 0]:
+                raise ValueError(f"`{name}` must be above 0, got {bad[0]}")
+        if self.tune_steps is not None and self.tune_steps < 1:
+            raise ValueError(f"`tune_steps` must be at least 1, got {self.tune_steps}")
+        if self.together < 1:
+            raise ValueError(f"`together` must be at least 1, got {self.together}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"`tolerance` must be in [0, 1), got {self.tolerance}")
+        if self.save_every is not None and not self.save_every >= 0:
+            raise ValueError(f"`save_every` must be at least 0 seconds, got {self.save_every}")
+
+
+def with_rank(config: LoraConfig, rank: int) -> LoraConfig:
+    """The config with another rank and the same scale (with rsLoRA the same `alpha`).
+
+    Raises:
+      ValueError: it has a `rank_pattern` or an `alpha_pattern`, which says ranks of its own.
+    """
+    if config.rank_pattern or config.alpha_pattern:
+        raise ValueError("a sweep chooses the ranks: leave out `rank_pattern` and `alpha_pattern`")
+    if config.use_rslora:
+        return dataclasses.replace(config, rank=rank, alpha=config.alpha)
+    return dataclasses.replace(config, rank=rank, alpha=config.alpha * rank / config.rank)

@@ -1,0 +1,260 @@
+"""Training for a sweep: several adapters of different rank in one batch, or every weight.
+
+The adapters stand padded to one rank in a stack (`lora.stack(..., train=True)`), and all of them
+see the same batch: the base's product is one matmul over the batches of all. Each has its own
+optimizer state, gradient clipping and learning rate, so it moves as it would alone. Entries that
+only pad an adapter stay zero: A's gradient is a product with B's zeros there, and the reverse.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax as lora
+from lora_jax import compat, multi
+from lora_jax.analysis.sweep.resume import Keeper, Progress, digest
+from lora_jax.array import is_lora, is_stack
+from lora_jax.train.config import TrainConfig
+from lora_jax.train.full import split_full
+from lora_jax.train.interrupt import interruptible
+from lora_jax.train.optimizer import optimizer
+
+
+class Trained(NamedTuple):
+    """What training a group ends with.
+
+    Attributes:
+      trees: a parameter tree for each member.
+      losses: float32 (members, steps), before each step's update.
+      seconds: of the whole group, compilation left out unless every step compiled.
+    """
+
+    trees: list
+    losses: np.ndarray
+    seconds: float
+
+
+def train_adapters(
+    loss: Callable,
+    adapters: Sequence,
+    rates: Sequence[float],
+    batches: Iterable,
+    config: TrainConfig,
+    *,
+    key,
+    rank: int | None = None,
+    sources: Sequence[int] | None = None,
+    advance: Callable[[float], None] = lambda loss: None,
+    keeper: Keeper | None = None,
+) -> Trained:
+    """Trains adapters of one base side by side, on the same batches or each on its own.
+
+    Args:
+      loss: `(params, batch) -> ()`, the mean loss of a batch.
+      adapters: trees from `lora.init`, of any ranks.
+      rates: a learning rate for each, at its peak.
+      batches: as many as `config.steps`.
+      config: the optimizer and its schedule; its own learning rate is not looked at.
+      key: of the adapters' dropout.
+      rank: what all are padded to; the largest by default.
+      sources: each item of `batches` is then a tuple of batches of the same shapes, and this says
+        which of them each adapter sees. None: an item is one batch, and all see it.
+      advance: is given the mean loss after each step.
+      keeper: writes checkpoints, and has the one to go on from; None keeps nothing.
+
+    Returns:
+      The trained trees in the same order, padded to `rank`.
+
+    Raises:
+      FloatingPointError: every adapter's loss has become NaN or infinite. One alone is left to
+        its fate: it is the sweep that finds a learning rate too high.
+    """
+    stacked = lora.stack(adapters, train=True, rank=rank)
+    trainable, frozen = lora.split(stacked)
+    leaves, tree = jax.tree.flatten(trainable)
+    each = _each(loss, len(adapters), sources)
+
+    def losses(leaves, frozen, batch, key):
+        found = each(lora.combine(jax.tree.unflatten(tree, leaves), frozen), batch, key)
+        return jnp.sum(found), found
+
+    run = _Run(config, losses, jnp.asarray(rates, jnp.float32), axes=_axes(stacked))
+    done = run(leaves, frozen, batches, key, advance, keeper)
+    stacked = lora.combine(jax.tree.unflatten(tree, done.state[0]), frozen)
+    trees = [multi.adapter(stacked, slot) for slot in range(len(adapters))]
+    return Trained(trees, done.losses.T, _seconds(done))
+
+
+def train_full(
+    loss: Callable,
+    params,
+    rate: float,
+    batches: Iterable,
+    config: TrainConfig,
+    *,
+    key,
+    advance: Callable[[float], None] = lambda loss: None,
+    keeper: Keeper | None = None,
+) -> Trained:
+    """Trains every weight of a model, as `train_adapters` trains adapters.
+
+    Raises:
+      ValueError: a leaf is quantized, or holds no floats.
+    """
+    leaves, tree = jax.tree.flatten(split_full(params)[0])
+
+    def losses(leaves, frozen, batch, key):
+        del frozen, key
+        found = loss(jax.tree.unflatten(tree, leaves), batch)
+        return found, found
+
+    run = _Run(config, losses, jnp.asarray(rate, jnp.float32))
+    done = run(leaves, None, batches, key, advance, keeper)
+    return Trained([jax.tree.unflatten(tree, done.state[0])], done.losses[None], _seconds(done))
+
+
+def _each(loss: Callable, count: int, sources: Sequence[int] | None) -> Callable:
+    """`(stacked, batch, key) -> (count,)`, every adapter's loss. One row is one adapter."""
+    ids = jnp.arange(count)
+    if sources is None:
+        shared = lora.lorafy(loss, reverse_only=True, row_axes=None, adapter_way="gathered")
+        return lambda params, batch, key: shared(params, batch, adapter_ids=ids, lora_key=key)
+
+    def one(params, batch):  # whose arrays hold one row
+        return loss(params, jax.tree.map(lambda x: x[0], batch))
+
+    own = lora.lorafy(one, reverse_only=True, adapter_way="gathered")
+    which = jnp.asarray(sources)
+
+    def each(params, batches: tuple, key):
+        rows = jax.tree.map(lambda *x: jnp.stack(x)[which], *batches)
+        return own(params, rows, adapter_ids=ids, lora_key=key)
+
+    return each
+
+
+def _axes(stacked) -> list[int]:
+    """The axis of each trained leaf that numbers the slots."""
+    trainable, _ = lora.split(stacked)
+    found = jax.tree.map(
+        lambda x: jax.tree.map(lambda _: x.axis, x) if is_stack(x) else x,
+        trainable,
+        is_leaf=is_lora,
+    )
+    return jax.tree.leaves(found)
+
+
+class _Run:
+    """The steps of one group."""
+
+    def __init__(self, config: TrainConfig, losses: Callable, rates, *, axes=None):
+        # AdamW's update is linear in the learning rate: the schedule gives its share of the peak.
+        self.tx = optimizer(dataclasses.replace(config, learning_rate=1.0), _steps(config))
+        self.steps, self.losses, self.rates, self.axes = _steps(config), losses, rates, axes
+        self.step = jax.jit(
+            self._step, donate_argnums=0, compiler_options=compat.compiler_options()
+        )
+
+    def __call__(
+        self, leaves: list, frozen, batches: Iterable, key, advance: Callable, keeper: Keeper | None
+    ) -> Progress:
+        state = ([jnp.copy(x) for x in leaves], self._mapped(self.tx.init, 1)(leaves))
+        losses = np.full((self.steps, *np.shape(self.rates)), np.nan, np.float32)
+        at = Progress(0, state, losses, 0.0, 0, "")
+        at = at if keeper is None else keeper.restore(at)
+        source, first, seen = iter(batches), at.step, set()
+        _skip(source, at, advance)
+        with interruptible() as interrupted:
+            for number, batch in zip(range(first, self.steps), source, strict=False):
+                at = self._taken(at, frozen, batch, jax.random.fold_in(key, number), seen)
+                advance(float(np.mean(at.losses[number])))
+                if keeper is not None:
+                    at = at._replace(batches=digest(at.batches, batch))
+                    if interrupted() or keeper.due():
+                        keeper.save(at)
+                if interrupted():
+                    raise KeyboardInterrupt(_interrupted(at.step, self.steps, keeper))
+        if at.step < self.steps:
+            raise ValueError(f"`batches` gave {at.step} batches for {self.steps} steps")
+        if keeper is not None and keeper.begun:
+            keeper.save(at)  # what follows may take long as well
+        return at
+
+    def _taken(self, at: Progress, frozen, batch, key, seen: set) -> Progress:
+        """One step; `at.losses` is written in place."""
+        shapes = tuple(np.shape(x) for x in jax.tree.leaves(batch))
+        began = time.perf_counter()
+        state, out = self.step(at.state, frozen, batch, key)
+        at.losses[at.step] = loss = np.asarray(out)
+        seconds = time.perf_counter() - began
+        if not np.isfinite(loss).any():
+            raise FloatingPointError(
+                f"the loss of step {at.step + 1} is {loss}: lower the learning rates"
+            )
+        at = at._replace(step=at.step + 1, state=state)
+        if shapes in seen:
+            return at._replace(seconds=at.seconds + seconds, timed=at.timed + 1)
+        # The first step of a shape also compiles.
+        seen.add(shapes)
+        return at._replace(compiled=at.compiled + seconds)
+
+    def _mapped(self, fn: Callable, trees: int):
+        """`fn` for every slot by itself: of `trees` trees of leaves first, then of the rest."""
+        if self.axes is None:
+            return fn
+        return lambda *args: jax.vmap(
+            fn, in_axes=(*[self.axes] * trees, *[0] * (len(args) - trees))
+        )(*args)
+
+    def _step(self, state, frozen, batch, key):
+        leaves, opt_state = state
+        grads, out = jax.grad(self.losses, has_aux=True)(leaves, frozen, batch, key)
+
+        def move(grads, leaves, opt_state, rate):
+            updates, opt_state = self.tx.update(grads, opt_state, leaves)
+            return [rate.astype(u.dtype) * u for u in jax.tree.leaves(updates)], opt_state
+
+        updates, opt_state = self._mapped(move, 2)(grads, leaves, opt_state, self.rates)
+        if self.axes is not None:
+            updates = [jnp.moveaxis(u, 0, at) for u, at in zip(updates, self.axes, strict=True)]
+        moved = [x + u for x, u in zip(leaves, updates, strict=True)]
+        return (moved, opt_state), out
+
+
+def _skip(source: Iterator, at: Progress, advance: Callable) -> None:
+    """Passes over the batches of the steps that were taken before.
+
+    Raises:
+      ValueError: they are not the ones that were trained on.
+    """
+    seen = ""
+    for loss, batch in zip(at.losses[: at.step], source, strict=False):
+        seen = digest(seen, batch)
+        advance(float(np.mean(loss)))
+    if seen != at.batches:
+        raise ValueError(
+            f"the first {at.step} batches are not those that the unfinished training saw: "
+            "`batches` must give the same ones each time for a seed; with other data, give "
+            "another output_dir"
+        )
+
+
+def _interrupted(step: int, steps: int, keeper: Keeper | None) -> str:
+    saved = "nothing of it was saved" if keeper is None else f"saved in {keeper.folder}"
+    return f"interrupted after step {step} of {steps}: {saved}"
+
+
+def _seconds(at: Progress) -> float:
+    """Of all steps, as those took that compiled nothing; with compilation where all did."""
+    return at.seconds * at.step / at.timed if at.timed else at.compiled
+
+
+def _steps(config: TrainConfig) -> int:
+    if config.steps is None:
+        raise ValueError("`steps` is missing in the TrainConfig: a sweep gives every rank as many")
+    return config.steps

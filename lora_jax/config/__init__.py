@@ -1,0 +1,1 @@
+"""LoraConfig, its module patterns, and PEFT's JSON."""

@@ -1,0 +1,178 @@
+"""Which module a LoraConfig means: PEFT's matching rules as pure functions of names.
+
+A name is a module's full dotted name, `model.layers.3.self_attn.q_proj`.
+
+Source: PEFT 0.21, `check_target_module_exists`, `get_pattern_key`, `_set_trainable`.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from lora_jax.config.lora import ALL_LINEAR, LoraConfig
+
+
+def ends_with(name: str, entry: str) -> bool:
+    """Whether `entry` is the whole of `name`, or its end after a dot."""
+    return name == entry or name.endswith("." + entry)
+
+
+def is_excluded(config: LoraConfig, name: str) -> bool:
+    """Whether a module is never adapted: in exclude_modules, or inside a saved module."""
+    excluded = config.exclude_modules
+    if isinstance(excluded, str):
+        if re.fullmatch(excluded, name):
+            return True
+    elif any(ends_with(name, entry) for entry in excluded):
+        return True
+    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save)
+
+
+def is_target(config: LoraConfig, name: str) -> bool:
+    """Whether a module is adapted, for target_modules as names or as a regular expression.
+
+    Exclusion comes first; a regular expression must match the whole name; a list entry must be
+    the whole name or its end after a dot, and is no regular expression. `layers_to_transform`
+    filters the matches by end, not a module that is listed by its whole name.
+
+    Raises:
+      ValueError: target_modules is "all-linear", which names alone cannot decide.
+    """
+    targets = config.target_modules
+    if targets == ALL_LINEAR:
+        raise ValueError(
+            'target_modules="all-linear" is decided by how weights are used, not by names: '
+            "ask is_excluded, and lora_jax.plan for the rest"
+        )
+    if is_excluded(config, name):
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if name in targets:
+        return True
+    return any(name.endswith("." + entry) for entry in targets) and in_layers(config, name)
+
+
+def names_parameter(config: LoraConfig, name: str) -> bool:
+    """Whether target_parameters means a parameter, by its whole name or its end after a dot."""
+    return any(ends_with(name, entry) for entry in config.target_parameters)
+
+
+def in_layers(config: LoraConfig, name: str) -> bool:
+    """Whether layers_to_transform lets a module through; without it, every module."""
+    layers = config.layers_to_transform
+    if layers is None or layers == ():
+        return True
+    layer = layer_number(name, config.layers_pattern)
+    return layer in layers if isinstance(layers, tuple) else layer == layers
+
+
+def layer_number(name: str, pattern: str | tuple[str, ...] | None = None) -> int | None:
+    """The layer a module belongs to: the first number in its name that follows two names.
+
+    Args:
+      name: full module name.
+      pattern: name (or names, tried in turn) of the module list that must come before the
+        number; it may then stand at the very start of the name.
+
+    Returns:
+      The number, or None where the name has none.
+    """
+    if not pattern:
+        # Lazy, so that the layer is found and not the expert further inside.
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+        return int(found[1]) if found else None
+    for entry in (pattern,) if isinstance(pattern, str) else pattern:
+        found = re.match(rf"(?:^|.*?\.){entry}\.(?P<idx>\d+)\.", name)
+        if found:
+            return int(found["idx"])
+    return None
+
+
+def matched_pattern(patterns: Iterable[str], name: str) -> str | None:
+    """The first of the patterns that matches the end of a name, from a dot or from its start."""
+    for pattern in patterns:
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return pattern
+    return None
+
+
+def _from_pattern(patterns: Mapping, name: str, default):
+    found = matched_pattern(patterns, name)
+    return default if found is None else patterns[found]
+
+
+def rank_of(config: LoraConfig, name: str) -> int:
+    """The rank of a module: rank_pattern's first match, else config.rank."""
+    return _from_pattern(config.rank_pattern, name, config.rank)
+
+
+def alpha_of(config: LoraConfig, name: str) -> float:
+    """The alpha of a module: alpha_pattern's first match, else config.alpha."""
+    return _from_pattern(config.alpha_pattern, name, config.alpha)
+
+
+def scale_of(config: LoraConfig, rank: int, alpha: float) -> float:
+    """The factor of A·B: alpha/rank, with rsLoRA alpha/√rank."""
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def is_saved(config: LoraConfig, name: str) -> bool:
+    """Whether a module is trained whole: it, or a module around it, ends with a saved name.
+
+    PEFT asks for no dot before the end here: "head" also means `lm_head`.
+    """
+    return saved_root(config, name) is not None
+
+
+def saved_root(config: LoraConfig, name: str) -> str | None:
+    """The saved module that a module is or lies in, or None; see `is_saved`."""
+    parts = name.split(".")
+    around = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return next((m for m in around if m.endswith(config.modules_to_save)), None)
+
+
+def trains_bias(config: LoraConfig, name: str, *, adapted: bool) -> bool:
+    """Whether a parameter is a bias that trains.
+
+    Args:
+      name: full parameter name, `model.layers.0.self_attn.q_proj.bias`.
+      adapted: whether its module carries an adapter.
+    """
+    if config.bias == "none" or not ends_with(name, "bias"):
+        return False
+    return adapted or config.bias == "all"
+
+
+def unmatched(config: LoraConfig, names: Iterable[str]) -> list[tuple[str, str]]:
+    """The config's entries that match none of the model's modules.
+
+    Args:
+      names: full names of every module that could be adapted or saved.
+
+    Returns:
+      Pairs (field, entry), in the config's order. A target that matches only modules which are
+      excluded, or in other layers, counts as matched.
+    """
+    names = list(names)
+    missing = []
+    for field in ("target_modules", "exclude_modules", "target_parameters"):
+        value = getattr(config, field)
+        if isinstance(value, str):
+            if value != ALL_LINEAR and not any(re.fullmatch(value, n) for n in names):
+                missing.append((field, value))
+            continue
+        missing += [(field, e) for e in value if not any(ends_with(n, e) for n in names)]
+    for entry in config.modules_to_save:
+        if not any(_saved_by(entry, name) for name in names):
+            missing.append(("modules_to_save", entry))
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field):
+            if all(matched_pattern((pattern,), name) is None for name in names):
+                missing.append((field, pattern))
+    return missing
+
+
+def _saved_by(entry: str, name: str) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[: i + 1]).endswith(entry) for i in range(len(parts)))

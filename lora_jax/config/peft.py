@@ -1,0 +1,216 @@
+"""PEFT's `adapter_config.json` and LoraConfig, both ways, every field accounted for.
+
+Each field of PEFT 0.21's LoraConfig is in exactly one of three tables: MAPPED to a field of our
+LoraConfig, CARRIED in `LoraConfig.extra` because it changes no numbers of a finished adapter, or
+REFUSED unless it is off, because it changes the numbers and is not supported.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.config.lora import LoraConfig
+
+# PEFT's name of a field: ours, and PEFT's default.
+MAPPED = {
+    "r": ("rank", 8),
+    "lora_alpha": ("alpha", 8),
+    "target_modules": ("target_modules", None),
+    "exclude_modules": ("exclude_modules", None),
+    "lora_dropout": ("dropout", 0.0),
+    "use_rslora": ("use_rslora", False),
+    "use_dora": ("use_dora", False),
+    "init_lora_weights": ("init", True),
+    "loftq_config": ("loftq_config", {}),
+    "bias": ("bias", "none"),
+    "modules_to_save": ("modules_to_save", None),
+    "rank_pattern": ("rank_pattern", {}),
+    "alpha_pattern": ("alpha_pattern", {}),
+    "layers_to_transform": ("layers_to_transform", None),
+    "layers_pattern": ("layers_pattern", None),
+    "lora_bias": ("lora_bias", False),
+    "target_parameters": ("target_parameters", None),
+    "trainable_token_indices": ("trainable_token_indices", None),
+}
+
+# What PEFT writes for a field that changes no numbers of a finished adapter. fan_in_fan_out says
+# how the base stores its weight; A and B are stored alike either way. ensure_weight_tying is
+# checked against the model when an adapter is loaded or saved. The *_config fields only steer an
+# initialisation or a layout over devices.
+CARRIED = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,  # PEFT itself writes true, whatever the config said
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "peft_type": "LORA",
+    "peft_version": "0.21.2",  # the version whose fields these are
+    "qalora_group_size": 16,
+    "revision": None,
+    "task_type": None,
+}
+
+# A field that changes the numbers and is not supported, and its value when off.
+REFUSED = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "layer_replication": None,
+    "monteclora_config": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "velora_config": None,
+}
+
+# What to do about a refused field, where it is not the usual.
+_INSTEAD = {
+    "alora_invocation_tokens": (
+        "it changes only what follows its invocation tokens, which no merged model can do either: "
+        "train the adapter without it"
+    ),
+    "layer_replication": (
+        "repeat the layers in the base model itself, as the ranges say, and set the field to null: "
+        "the adapter's tensors already are numbered by the repeated layers"
+    ),
+}
+
+# Initialisations that also change the base weight in a way a reader cannot repeat.
+_BASE_CHANGING_INITS = ("corda", "lora_ga")
+
+# Initialisations after which the base weight is what it was, so that A and B are the whole
+# adapter; and those that change it, but the same way each time, so that a reader can repeat them.
+PLAIN_INITS = ("default", "random", "gaussian", "orthogonal", "eva", "mica")
+REPEATABLE_INITS = ("pissa", "olora", "loftq")
+
+# PEFT's default target modules by model family (peft/utils/constants.py).
+_QV, _BERT, _FUSED = ("q_proj", "v_proj"), ("query", "value"), ("query_key_value",)
+DEFAULT_TARGETS = {
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    **dict.fromkeys(
+        ("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm"),
+        _QV,
+    ),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _QV),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), _BERT),
+    **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "falcon"), _FUSED),
+    **dict.fromkeys(("RefinedWebModel", "RefinedWeb"), _FUSED),
+    "blip-2": ("q", "v", "q_proj", "v_proj"),
+    "btlm": ("c_proj", "c_attn"),
+    "codegen": ("qkv_proj",),
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "gpt2": ("c_attn",),
+    "gpt_bigcode": ("c_attn",),
+    "mpt": ("Wqkv",),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
+
+
+# Unlike any value of JSON.
+_NONE = object()
+
+
+def config_from_peft(fields: Mapping[str, Any], *, model_type: str | None = None) -> LoraConfig:
+    """Translates PEFT's JSON object; see `LoraConfig.from_peft`."""
+    _check_fields(fields)
+    given = {name: fields.get(name, default) for name, (_, default) in MAPPED.items()}
+    given["init_lora_weights"] = _init_from_peft(given["init_lora_weights"])
+    if given["init_lora_weights"] != "loftq":
+        given["loftq_config"] = {}  # without effect, in PEFT too
+    if given["target_modules"] is None and given["target_parameters"]:
+        given["target_modules"] = []
+    if given["target_modules"] is None:
+        given["target_modules"] = _default_targets(model_type)
+    ours = {MAPPED[name][0]: value for name, value in given.items()}
+    usual = {**CARRIED, **REFUSED}
+    extra = {
+        name: value
+        for name, value in fields.items()
+        if name not in MAPPED and (name == "task_type" or usual.get(name, _NONE) != value)
+    }
+    try:
+        return LoraConfig(**ours, extra=extra)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"PEFT config: {error}") from None
+
+
+def config_to_peft(config: LoraConfig) -> dict[str, Any]:
+    """The JSON object of a config; see `LoraConfig.to_peft`."""
+    mapped = {name: _to_json(getattr(config, ours)) for name, (ours, _) in MAPPED.items()}
+    mapped["init_lora_weights"] = {"default": True, "random": False}.get(config.init, config.init)
+    for name in _NONE_WHEN_EMPTY:
+        mapped[name] = mapped[name] or None
+    return dict(sorted({**CARRIED, **REFUSED, **config.extra, **mapped}.items()))
+
+
+_NONE_WHEN_EMPTY = (
+    "exclude_modules",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+)
+
+
+def _to_json(value):
+    if isinstance(value, tuple):
+        return list(value)
+    return {k: _to_json(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"PEFT config: expected a JSON object, got {type(fields).__name__}")
+    if "peft_type" not in fields:
+        raise ValueError("PEFT config: `peft_type` is missing; is this an adapter's config?")
+    if fields["peft_type"] != "LORA":
+        raise ValueError(
+            f"PEFT config: peft_type is {fields['peft_type']!r}, only LORA can be read"
+        )
+    for name, value in fields.items():
+        if name in MAPPED or name in CARRIED or value == REFUSED.get(name):
+            continue
+        # null, false and empty are what PEFT writes for a feature that is off.
+        off = value is None or value is False or value in ({}, [], "")
+        if not off:
+            kind = "is not supported" if name in REFUSED else "is unknown"
+            usual = "train the adapter without it, or merge it in PEFT and load the merged model"
+            raise ValueError(
+                f"PEFT config: `{name}` = {value!r} {kind} and may change the numbers; "
+                f"{_INSTEAD.get(name, usual)}"
+            )
+
+
+def _init_from_peft(value) -> str:
+    if value is True or value is None:
+        return "default"
+    if value is False:
+        return "random"
+    if value in _BASE_CHANGING_INITS or not isinstance(value, str):
+        raise ValueError(
+            f"PEFT config: `init_lora_weights` = {value!r} changes the base weights in a way that "
+            "cannot be repeated here; save the adapter in PEFT with "
+            "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
+    return value
+
+
+def _default_targets(model_type: str | None):
+    if model_type is None:
+        raise ValueError(
+            "PEFT config: `target_modules` is missing, and the model family that would give "
+            "PEFT's default is unknown; write target_modules into the file or pass model_type"
+        )
+    if model_type not in DEFAULT_TARGETS:
+        raise ValueError(
+            f"PEFT config: `target_modules` is missing, and PEFT has no default for model_type "
+            f"{model_type!r}; write target_modules into the file"
+        )
+    return DEFAULT_TARGETS[model_type]

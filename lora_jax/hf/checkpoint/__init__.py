@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: safetensors files, shards, tensor names and bitsandbytes blocks."""

@@ -1,0 +1,284 @@
+"""Weights that bitsandbytes quantized, read as plain floats, to the bit.
+
+    4 bits  w[i] = code[q[i]] · absmax[i // block]      q: two to a byte, the first in the high half
+            absmax[j] = code₂[absmax₈[j]] · absmax₂[j // block₂] + offset      double quantization
+    8 bits  w[r, c] = q[r, c] · SCB[r] / 127
+
+Products are float32, as in bitsandbytes, which then rounds them to its compute dtype; here they
+stay as they are, and are rounded once, to the dtype that the model is loaded in.
+
+    X.weight                                 uint8 (n/2, 1), or any dtype of those bytes
+    X.weight.absmax                          float32 (blocks,), or uint8 with nested_absmax
+    X.weight.quant_map                       float32 (16,)
+    X.weight.nested_absmax, .nested_quant_map    float32 (blocks of blocks,), (256,)
+    X.weight.quant_state.bitsandbytes__nf4   JSON in uint8: blocksize, shape, nested_offset, ...
+    X.weight, X.SCB, X.weight_format         int8 (out, in), float32 (out,), 0
+
+Source: bitsandbytes 0.50, `functional.py` (`QuantState`), `backends/default/ops.py`
+(`_dequantize_4bit_compute`); Dettmers et al. 2023, "QLoRA", section 3.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from lora_jax.hf.checkpoint.weights import Weights
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4 = tuple(sign * x / 12 for sign in (1, -1) for x in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+CODES = {"nf4": NF4, "fp4": _FP4}
+
+_STATE = ".quant_state.bitsandbytes__"
+_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_SCB, _FORMAT = ".SCB", ".weight_format"
+# Some hundred bytes; this only keeps a wrong file from being read whole.
+_LONGEST_STATE = 16_384
+_EIGHTH = np.float32(7.874015718698502e-3)  # 1/127 as bitsandbytes spells it
+
+
+class State(NamedTuple):
+    """How one weight was quantized to 4 bits.
+
+    Attributes:
+      kind: "nf4" or "fp4".
+      shape: of the weight.
+      block: weights that share an absmax.
+      nested_block: absmaxes that share one of their own, or None without double quantization.
+      offset: added to each absmax under double quantization.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    block: int
+    nested_block: int | None
+    offset: float
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.count // self.block)
+
+
+def is_quantized(names: Iterable[str]) -> bool:
+    """Whether the tensors of a checkpoint are bitsandbytes'."""
+    return any(_STATE in name or name.endswith(_SCB) for name in names)
+
+
+def dequantized(raw: Weights, dtypes: Mapping[str, str]) -> Weights:
+    """The checkpoint under its plain names, every tensor a float.
+
+    Args:
+      raw: the checkpoint as it is on disk.
+      dtypes: safetensors' dtype of each of its tensors.
+
+    Returns:
+      Weights whose `read` dequantizes; what was not quantized comes as it is.
+
+    Raises:
+      ValueError: tensors that do not fit together; the message names file and tensor.
+    """
+    states = {n.split(_STATE)[0]: _state(n, raw) for n in raw.shapes if _STATE in n}
+    eights = [n.removesuffix(_SCB) + ".weight" for n in raw.shapes if n.endswith(_SCB)]
+    helpers = {f"{name}.{part}" for name in states for part in _PARTS}
+    helpers |= {n for n in raw.shapes if _STATE in n or n.endswith((_SCB, _FORMAT))}
+    for name, state in states.items():
+        _check_state(name, state, raw, dtypes)
+    for name in eights:
+        _check_eight(name, raw, dtypes)
+    shapes = {n: s for n, s in raw.shapes.items() if n not in helpers}
+    for name in shapes:
+        if name not in states and name not in eights and dtypes[name] not in _FLOATS:
+            raise ValueError(
+                f"{_file(name, raw)}: tensor `{name}` has dtype {dtypes[name]}, but nothing beside "
+                "it says how bitsandbytes quantized it; save the model again"
+            )
+    shapes |= {name: state.shape for name, state in states.items()}
+    readers: dict[str, Callable] = {n: lambda n: four_bits(n, states[n], raw) for n in states}
+    readers |= {n: lambda n: _eight_bits(n, raw) for n in eights}
+
+    def blocks(name: str):
+        return four_bit_blocks(name, states[name], raw) if name in states else None
+
+    return raw._replace(
+        shapes=shapes, read=lambda name: readers.get(name, raw.read)(name), blocks=blocks
+    )
+
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def _file(name: str, raw: Weights) -> str:
+    return os.path.join(raw.source, raw.where(name))
+
+
+def _state(key: str, raw: Weights) -> State:
+    """Reads the JSON beside a weight."""
+    where, kind = _file(key, raw), key.split(_STATE)[1]
+    if kind not in CODES:
+        raise ValueError(f"{where}: tensor `{key}` is of the unknown type `{kind}`")
+    if math.prod(raw.shapes[key]) > _LONGEST_STATE:
+        raise ValueError(f"{where}: tensor `{key}` is no quant_state: {raw.shapes[key]} is too big")
+    try:
+        found = json.loads(raw.read(key).tobytes())
+        nested = found.get("nested_blocksize")
+        state = State(
+            kind=kind,
+            shape=tuple(found["shape"]),
+            block=found["blocksize"],
+            nested_block=nested,
+            offset=0.0 if nested is None else float(found["nested_offset"]),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{where}: tensor `{key}` is no quant_state: {type(error).__name__}: {error}"
+        ) from None
+    numbers = [*state.shape, state.block, *([] if nested is None else [nested])]
+    whole = all(type(n) is int and n > 0 for n in numbers)
+    if not whole or found.get("quant_type", kind) != kind or not math.isfinite(state.offset):
+        raise ValueError(f"{where}: tensor `{key}` states impossible sizes: {state}")
+    return state
+
+
+def _check_state(name: str, state: State, raw: Weights, dtypes: Mapping[str, str]) -> None:
+    """Every tensor beside a weight is there, with the dtype and size that the state asks for."""
+    nested = state.nested_block is not None
+    wanted: dict[str, tuple[str, int]] = {
+        "absmax": ("U8" if nested else "F32", state.blocks),
+        "quant_map": ("F32", 16),
+    }
+    if nested:
+        wanted["nested_absmax"] = ("F32", -(-state.blocks // state.nested_block))
+        wanted["nested_quant_map"] = ("F32", 256)
+    for part, (dtype, count) in wanted.items():
+        _check_tensor(f"{name}.{part}", dtype, count, raw, dtypes)
+    for part in _PARTS:
+        if part not in wanted and f"{name}.{part}" in raw.shapes:
+            raise ValueError(
+                f"{_file(f'{name}.{part}', raw)}: tensor `{name}.{part}` is left over: the "
+                "quant_state knows no double quantization"
+            )
+    if name not in raw.shapes:
+        raise ValueError(f"{raw.source}: tensor `{name}` is missing beside its quant_state")
+    packed = math.prod(raw.shapes[name]) * _SIZES.get(dtypes[name], 0)
+    if packed != -(-state.count // 2):
+        raise ValueError(
+            f"{_file(name, raw)}: tensor `{name}` has {packed} bytes, but its quant_state says "
+            f"{state.shape} at 4 bits, which take {-(-state.count // 2)}"
+        )
+
+
+_SIZES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+
+
+def _check_tensor(
+    name: str, dtype: str, count: int, raw: Weights, dtypes: Mapping[str, str]
+) -> None:
+    if name not in raw.shapes:
+        raise ValueError(f"{raw.source}: tensor `{name}` is missing")
+    if dtypes[name] != dtype or math.prod(raw.shapes[name]) != count:
+        raise ValueError(
+            f"{_file(name, raw)}: tensor `{name}` is {dtypes[name]} of shape {raw.shapes[name]}, "
+            f"expected {count} numbers {dtype}"
+        )
+
+
+def _check_eight(name: str, raw: Weights, dtypes: Mapping[str, str]) -> None:
+    module = name.removesuffix(".weight")
+    if name not in raw.shapes:
+        raise ValueError(f"{raw.source}: tensor `{name}` is missing beside `{module}{_SCB}`")
+    if dtypes[name] != "I8" or len(raw.shapes[name]) != 2:
+        raise ValueError(
+            f"{_file(name, raw)}: tensor `{name}` is {dtypes[name]} of shape {raw.shapes[name]}, "
+            "expected an I8 matrix beside its SCB"
+        )
+    _check_tensor(module + _SCB, "F32", raw.shapes[name][0], raw, dtypes)
+    key = module + _FORMAT
+    if key in raw.shapes and (math.prod(raw.shapes[key]) != 1 or raw.read(key).item() != 0):
+        raise ValueError(
+            f"{_file(key, raw)}: tensor `{key}` is not 0 (row by row); only that can be read: load "
+            "and save the model again with a newer bitsandbytes"
+        )
+
+
+def four_bits(name: str, state: State, raw: Weights) -> Float[np.ndarray, "..."]:
+    """One 4-bit weight as float32, of `state.shape`."""
+    code = _code(name, state, raw)
+    packed = np.ascontiguousarray(raw.read(name)).reshape(-1).view(np.uint8)
+    # Both numbers of every byte that there can be.
+    both = np.stack([np.repeat(code, 16), np.tile(code, 16)], axis=1)
+    values = both[packed].reshape(-1)[: state.count]
+    scales = absmax(name, state, raw)
+    whole = state.count // state.block * state.block
+    values[:whole].reshape(-1, state.block)[:] *= scales[: whole // state.block, None]
+    values[whole:] *= scales[-1]
+    return values.reshape(state.shape)
+
+
+def four_bit_blocks(name: str, state: State, raw: Weights):
+    """One 4-bit weight as it is on disk, a `lora_jax.quant.QuantArray` of `state.shape`."""
+    from lora_jax.quant.foreign import from_bitsandbytes
+
+    absmax(name, state, raw)  # refuses what is not finite
+    key = _STATE[1:] + state.kind
+    parts = [part for part in (*_PARTS, key) if f"{name}.{part}" in raw.shapes]
+    tensors = {part: raw.read(f"{name}.{part}") for part in parts}
+    return from_bitsandbytes({"": raw.read(name), **tensors}, roles="oi", name=name)
+
+
+def absmax(name: str, state: State, raw: Weights) -> Float[np.ndarray, " blocks"]:
+    """The float32 absmax of each block of a 4-bit weight."""
+    scales = raw.read(f"{name}.absmax").reshape(-1)
+    if state.nested_block is not None:
+        code = raw.read(f"{name}.nested_quant_map").reshape(-1)
+        outer = raw.read(f"{name}.nested_absmax").reshape(-1)
+        scales = code[scales] * np.repeat(outer, state.nested_block)[: state.blocks]
+        scales = scales + np.float32(state.offset)
+    if not np.isfinite(scales).all():
+        raise ValueError(f"{_file(name, raw)}: tensor `{name}.absmax` holds NaN or infinity")
+    return scales
+
+
+def _code(name: str, state: State, raw: Weights) -> Float[np.ndarray, "16"]:
+    """The file's own codebook, which must be that of its type: bitsandbytes' kernels use theirs."""
+    code = raw.read(f"{name}.quant_map").reshape(-1)
+    if not np.allclose(code, CODES[state.kind], rtol=0, atol=1e-6):
+        raise ValueError(
+            f"{_file(name, raw)}: tensor `{name}.quant_map` is not the codebook of {state.kind}"
+        )
+    return code
+
+
+def _eight_bits(name: str, raw: Weights) -> Float[np.ndarray, "out in"]:  # noqa: F722
+    scales = raw.read(name.removesuffix(".weight") + _SCB)
+    if not np.isfinite(scales).all():
+        raise ValueError(f"{_file(name, raw)}: tensor `{name}`: its SCB holds NaN or infinity")
+    return raw.read(name).astype(np.float32) * scales[:, None] * _EIGHTH
+
+
+def check_config(settings: Any) -> None:
+    """Refuses a `quantization_config` of config.json that is not of bitsandbytes.
+
+    Raises:
+      ValueError: another method, whose weights cannot be read.
+    """
+    settings = settings if isinstance(settings, Mapping) else {}
+    bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    kind = settings.get("quant_method", "bitsandbytes" if bits else "unknown")
+    if kind != "bitsandbytes":
+        raise ValueError(
+            f"config: the weights are quantized (`quantization_config`, method `{kind}`), which "
+            "cannot be read; load the unquantized model, or one of bitsandbytes"
+        )

@@ -1,0 +1,277 @@
+"""Reading safetensors weights, in one file or in shards, without torch and without trust.
+
+A header is read only as far as the file reaches, and every tensor in it is checked against the
+file before anything is allocated. Pickle files are refused: reading one runs whatever code is in
+it.
+
+Format: 8 bytes little-endian header length, the header (JSON: name -> dtype, shape, data_offsets,
+and `__metadata__`), the data. https://github.com/huggingface/safetensors
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.hf.checkpoint import bnb
+from lora_jax.hf.checkpoint.weights import Weights
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# Bytes of one element, for what the header of a file may claim.
+_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8,
+    "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_INDICES = ("I64", "I32", "BOOL")
+_LONGEST_HEADER = 100_000_000
+
+
+class Entry(NamedTuple):
+    """One tensor of a file: its dtype in safetensors' spelling, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: str | Path) -> dict[str, Entry]:
+    """Reads and checks the header of one file.
+
+    Args:
+      path: a safetensors file.
+
+    Returns:
+      Name -> dtype and shape of every tensor.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: not a safetensors file, cut short, or a header that does not fit its file.
+    """
+    path = Path(path)
+    refuse_pickle(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+            raise ValueError(
+                f"{path}: not a whole safetensors file: its header claims {length} bytes, the file "
+                f"has {size}; download it again"
+            )
+        raw = file.read(length)
+    entries = _parse(raw, path)
+    _check_extents(entries, size - 8 - length, path)
+    return {name: Entry(e["dtype"], tuple(e["shape"])) for name, e in entries.items()}
+
+
+def load_file(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads every tensor of one file; bfloat16 comes as `ml_dtypes.bfloat16`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_header`.
+    """
+    read = _reader()
+    return {name: read(Path(path), name) for name in read_header(path)}
+
+
+def open_directory(directory: str | Path) -> Weights:
+    """Opens the weights of a Hugging Face directory, single or sharded.
+
+    Weights that bitsandbytes quantized are dequantized when they are read (`lora_jax.hf.checkpoint.bnb`).
+    Indices may be there, as old checkpoints' position numbers are, but not be read.
+
+    Args:
+      directory: holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
+
+    Returns:
+      The weights; tensors are read when asked for.
+
+    Raises:
+      FileNotFoundError: no weights, or a shard is missing.
+      ValueError: only pickle weights, or files that do not hold what they claim.
+    """
+    directory = Path(directory)
+    files = _files(directory)
+    entries = {name: entry for names in files.values() for name, entry in names.items()}
+    owner = {name: file for file, names in files.items() for name in names}
+    read = _reader()
+
+    def read_float(name: str) -> np.ndarray:
+        if entries[name].dtype in _INDICES:
+            raise ValueError(_not_a_weight(owner[name], name, entries[name].dtype))
+        return read(owner[name], name)
+
+    weights = Weights(
+        source=str(directory),
+        shapes={name: entry.shape for name, entry in entries.items()},
+        read=read_float,
+        where=lambda name: owner[name].name,
+    )
+    if bnb.is_quantized(entries):
+        return bnb.dequantized(weights, {name: entry.dtype for name, entry in entries.items()})
+    for name, entry in entries.items():
+        if entry.dtype not in (*_FLOATS, *_INDICES):
+            raise ValueError(_not_a_weight(owner[name], name, entry.dtype))
+    return weights
+
+
+def _not_a_weight(path: Path, name: str, dtype: str) -> str:
+    return (
+        f"{path}: tensor `{name}` has dtype {dtype}; only {', '.join(_FLOATS)} weights can be "
+        "read, not quantized ones"
+    )
+
+
+def refuse_pickle(path: str | Path) -> None:
+    """Raises ValueError if the name is a pickle file's."""
+    if Path(path).suffix in PICKLES:
+        raise ValueError(
+            f"{path}: a pickle file, refused: reading one runs whatever code is in it; convert it "
+            "to safetensors (transformers: model.save_pretrained(..., safe_serialization=True))"
+        )
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads a JSON file, or raises an error that names it and the line."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+
+
+def _files(directory: Path) -> dict[Path, dict[str, Entry]]:
+    """Every weight file with its tensors."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such directory")
+    if (single := directory / SINGLE).exists():
+        return {single: read_header(single)}
+    if (directory / INDEX).exists():
+        return _shards(directory)
+    for pickle in sorted(p for p in directory.iterdir() if p.suffix in PICKLES):
+        refuse_pickle(pickle)
+    raise FileNotFoundError(f"{directory}: no weights: neither {SINGLE} nor {INDEX} is there")
+
+
+def _shards(directory: Path) -> dict[Path, dict[str, Entry]]:
+    index = directory / INDEX
+    table = read_json(index)
+    placed = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(placed, dict) or not placed:
+        raise ValueError(f"{index}: has no `weight_map` object that names tensors and files")
+    files = {}
+    for name, file in placed.items():
+        # Names only are compared: in a hub cache the shards are links to files elsewhere.
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise ValueError(f"{index}: tensor `{name}` lies outside the directory: {file!r}")
+        if directory / file not in files:
+            if not (directory / file).is_file():
+                raise FileNotFoundError(f"{directory / file}: shard missing, named in {INDEX}")
+            files[directory / file] = read_header(directory / file)
+    _check_index(placed, files, index)
+    return files
+
+
+def _check_index(placed: Mapping[str, str], files: Mapping[Path, Mapping], index: Path) -> None:
+    """The index and the shards name the same tensors, each once."""
+    for path, entries in files.items():
+        for name in entries:
+            if name not in placed:
+                raise ValueError(f"{path}: tensor `{name}` is not in {index.name}")
+            if placed[name] != path.name:
+                raise ValueError(
+                    f"{path}: tensor `{name}` is a duplicate: {index.name} places it in "
+                    f"{placed[name]}"
+                )
+    for name, file in placed.items():
+        if name not in files[index.parent / file]:
+            raise ValueError(f"{index}: tensor `{name}` is not in {file}, where it should be")
+
+
+def _parse(raw: bytes, path: Path) -> dict[str, Any]:
+    twice: list[str] = []
+
+    def note_duplicates(pairs):
+        out = {}
+        for name, value in pairs:
+            if name in out:
+                twice.append(name)
+            out[name] = value
+        return out
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=note_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a safetensors file: header is not JSON: {error}") from None
+    if twice:
+        raise ValueError(f"{path}: the header names `{twice[0]}` twice")
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: not a safetensors file: header is not a JSON object")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _check_extents(entries: Mapping[str, Any], size: int, path: Path) -> None:
+    """Each tensor's bytes are as many as its shape takes; together they are the file's, once."""
+    spans = []
+    for name, entry in entries.items():
+        dtype, shape, (begin, end) = _fields(name, entry, path)
+        if end - begin != math.prod(shape) * _BYTES[dtype]:
+            raise ValueError(
+                f"{path}: the header lies: tensor `{name}` ({dtype} {shape}) takes "
+                f"{math.prod(shape) * _BYTES[dtype]} bytes, its offsets span {end - begin}"
+            )
+        if end > size:
+            raise ValueError(
+                f"{path}: cut short: tensor `{name}` ends at byte {end} of the data, the file has "
+                f"{size}; download it again"
+            )
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise ValueError(f"{path}: the header lies: a gap or an overlap before `{name}`")
+        position = end
+    if position != size:
+        raise ValueError(f"{path}: {size - position} bytes after the last tensor; not a whole file")
+
+
+def _fields(name: str, entry: Any, path: Path) -> tuple[str, list[int], tuple[int, int]]:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, begin, end]
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"{path}: the header's entry for `{name}` is not a tensor's") from None
+    if dtype not in _BYTES:
+        raise ValueError(f"{path}: tensor `{name}` has the unknown dtype {dtype!r}")
+    if any(type(n) is not int or n < 0 for n in numbers) or begin > end:
+        raise ValueError(f"{path}: the header lies: tensor `{name}` has impossible sizes")
+    return dtype, shape, (begin, end)
+
+
+def _reader() -> Callable[[Path, str], np.ndarray]:
+    """Reads tensors, each file opened once."""
+    handles: dict[Path, Any] = {}
+
+    def read(path: Path, name: str) -> np.ndarray:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            if path not in handles:
+                handles[path] = safe_open(str(path), framework="numpy")
+            return handles[path].get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: tensor `{name}` cannot be read: {error}") from None
+
+    return read

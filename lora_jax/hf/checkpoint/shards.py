@@ -1,0 +1,130 @@
+"""Writing safetensors one tensor at a time, in one file or in shards with an index.
+
+The library's own writer wants all tensors of a file at once; here names and shapes are known
+beforehand, so that the header can be written first and each tensor's bytes as they come.
+
+Format: 8 bytes little-endian header length, the header (JSON: name -> dtype, shape, data_offsets,
+and `__metadata__`), the data. https://github.com/huggingface/safetensors
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from lora_jax.hf.checkpoint.safetensors import INDEX, SINGLE
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+_NAMES = {DTYPES["float32"]: "F32", DTYPES["bfloat16"]: "BF16", DTYPES["float16"]: "F16"}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+class Entry(NamedTuple):
+    """A tensor that will be written: its name and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def size_of(text: int | str) -> int:
+    """Bytes, from a number of them or as Hugging Face writes it: `5GB`, `500MB`, `2GiB`.
+
+    Raises:
+      ValueError: it is neither, or not above 0.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?)B?", str(text).strip().upper())
+    size = int(float(found[1]) * _UNITS.get(found[2], 0)) if found else 0
+    if size < 1:
+        raise ValueError(f"`max_shard_size` must be bytes or like `5GB` or `2GiB`, got {text!r}")
+    return size
+
+
+def write_shards(
+    directory: Path,
+    entries: Sequence[Entry],
+    values: Iterable[np.ndarray],
+    *,
+    dtype: np.dtype,
+    max_shard_size: int,
+) -> None:
+    """Writes tensors as a Hugging Face model's weights.
+
+    One file `model.safetensors` if it holds them all, else `model-00001-of-0000N.safetensors` and
+    `model.safetensors.index.json`. No more than one tensor is held at a time.
+
+    Args:
+      directory: where; the files are not there yet.
+      entries: every tensor.
+      values: the tensors in the same order, of that dtype.
+      dtype: of all of them, one of `DTYPES`.
+      max_shard_size: bytes of tensors in a file; a tensor larger than that has a file of its own.
+
+    Raises:
+      ValueError: a tensor is not what its entry says.
+      OSError: a file cannot be written.
+    """
+    shards = list(_shards(entries, dtype.itemsize, max_shard_size))
+    values, placed = iter(values), {}
+    for number, shard in enumerate(shards, 1):
+        many = len(shards) > 1
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if many else SINGLE
+        _write(directory / file, shard, islice(values, len(shard)), dtype)
+        placed.update({entry.name: file for entry in shard})
+    if len(shards) > 1:
+        total = sum(_bytes(entry, dtype.itemsize) for entry in entries)
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (directory / INDEX).write_text(text, encoding="utf-8")
+
+
+def _shards(entries: Sequence[Entry], item: int, most: int) -> Iterator[list[Entry]]:
+    shard, held = [], 0
+    for entry in entries:
+        size = _bytes(entry, item)
+        if shard and held + size > most:
+            yield shard
+            shard, held = [], 0
+        shard.append(entry)
+        held += size
+    yield shard
+
+
+def _bytes(entry: Entry, item: int) -> int:
+    return math.prod(entry.shape) * item
+
+
+def _write(path: Path, entries: list[Entry], values: Iterable, dtype: np.dtype) -> None:
+    with path.open("xb") as file:
+        file.write(_header(entries, dtype))
+        for entry, value in zip(entries, values, strict=True):
+            if value.shape != entry.shape or value.dtype != dtype:
+                raise ValueError(
+                    f"`{entry.name}` is {value.dtype} {value.shape}, expected {dtype} {entry.shape}"
+                )
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(entries: list[Entry], dtype: np.dtype) -> bytes:
+    header: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        begin, end = end, end + _bytes(entry, dtype.itemsize)
+        header[entry.name] = {
+            "dtype": _NAMES[dtype], "shape": entry.shape, "data_offsets": (begin, end)
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,145 @@
+"""A checkpoint as names, shapes and a way to read one tensor; and our tree filled from it.
+
+Every key is accounted for before the first tensor is read, and no more than one stacked leaf is
+held beside the parameters that are already done.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lora_jax.hf.checkpoint.names import ANY, Family, stack_depth, tensor_of
+from lora_jax.paths import nearest, spell
+
+_SHOWN = 3
+
+
+class Weights(NamedTuple):
+    """A checkpoint under Hugging Face's tensor names.
+
+    Attributes:
+      source: what messages call it: a directory or a file.
+      shapes: shape of every tensor, in Hugging Face's order of dimensions.
+      read: name -> the tensor.
+      where: name -> the file that holds it.
+      blocks: name -> the tensor in the quantized blocks that the file has, a
+        `lora_jax.quant.QuantArray`, or None; None for a file without any.
+    """
+
+    source: str
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+    where: Callable[[str], str]
+    blocks: Callable[[str], Any] | None = None
+
+
+class _Slot(NamedTuple):
+    """Where a tensor goes: leaf number, index into the leaf, order of dimensions, shape there."""
+
+    leaf: int
+    index: tuple[int, ...]
+    axes: tuple[int, ...] | None
+    shape: tuple[int, ...]
+
+
+def fill(
+    shapes: Any, weights: Weights, *, family: Family = ANY, hold: Callable | None = None
+) -> Any:
+    """Fills a parameter tree from a checkpoint.
+
+    Args:
+      shapes: tree of `jax.ShapeDtypeStruct`s, paths as in `lora_jax.hf.checkpoint.names`.
+      weights: the checkpoint.
+      family: the table of names.
+      hold: makes quantized leaves, see `lora_jax.quant.loading.holder`; a progress bar is shown.
+
+    Returns:
+      The tree with arrays of those shapes and dtypes.
+
+    Raises:
+      ValueError: keys missing, left over or misshapen, all in one message.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    slots = _slots([(spell(path), leaf.shape) for path, leaf in leaves], family)
+    check_fit({name: slot.shape for name, slot in slots.items()}, weights, ignored=family.ignored)
+    by_leaf: dict[int, list[str]] = {}
+    for name, slot in slots.items():
+        by_leaf.setdefault(slot.leaf, []).append(name)
+    arrays = []
+    for i, (path, leaf) in enumerate(leaves if hold is None else _shown(leaves)):
+        own = [(slots[n], n) for n in by_leaf[i]]
+        held = hold and hold(spell(path), leaf, [(n, slot.axes) for slot, n in own])
+        arrays.append(_leaf(leaf, own, weights.read) if held is None else held)
+    return jax.tree.unflatten(tree, arrays)
+
+
+def _shown(leaves: list):
+    """With a progress bar, where there is a terminal: quantizing takes its time."""
+    from tqdm import tqdm
+
+    return tqdm(leaves, desc="quantizing", unit="leaf", disable=None)
+
+
+def _slots(leaves: list[tuple[str, tuple[int, ...]]], family: Family) -> dict[str, _Slot]:
+    slots = {}
+    for i, (path, shape) in enumerate(leaves):
+        depth = stack_depth(path, family=family)
+        for index in product(*(range(n) for n in shape[:depth])):
+            name, axes = tensor_of(path, index, family=family)
+            slots[name] = _Slot(i, index, axes, shape_there(shape[depth:], axes))
+    return slots
+
+
+def shape_there(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape in the checkpoint of a block with this shape here."""
+    return shape if axes is None else tuple(shape[axes.index(i)] for i in range(len(shape)))
+
+
+def check_fit(
+    wanted: Mapping[str, tuple[int, ...]], weights: Weights, *, ignored: Sequence[str] = ()
+) -> None:
+    """Refuses a checkpoint whose tensors are not exactly the wanted ones.
+
+    Args:
+      wanted: shapes by name.
+      weights: the checkpoint.
+      ignored: globs of tensors that may be there besides.
+
+    Raises:
+      ValueError: keys missing, left over or misshapen, all in one message.
+    """
+    have = weights.shapes
+    missing = [n for n in wanted if n not in have]
+    extra = [n for n in have if n not in wanted and not any(fnmatchcase(n, g) for g in ignored)]
+    wrong = [
+        f"`{n}` in {weights.where(n)} has shape {tuple(have[n])}, expected {shape}"
+        for n, shape in wanted.items()
+        if n in have and tuple(have[n]) != shape
+    ]
+    problems = [
+        _say("missing", [f"`{n}`" for n in missing]),
+        _say("not part of the model", [f"`{n}` in {weights.where(n)}" for n in extra]),
+        _say("misshapen", wrong),
+    ]
+    if problems := [p for p in problems if p]:
+        hint = ""
+        if missing and extra:
+            hint = f"; nearest to `{missing[0]}`: {nearest(missing[0], extra)}"
+        raise ValueError(f"{weights.source}: tensors do not fit: {'; '.join(problems)}{hint}")
+
+
+def _say(what: str, items: list[str]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return f"{len(items)} {what}: {', '.join(items[:_SHOWN])}{more}" if items else ""
+
+
+def _leaf(shape: jax.ShapeDtypeStruct, slots: list[tuple[_Slot, str]], read) -> jax.Array:
+    out = np.empty(shape.shape, shape.dtype)
+    for slot, name in slots:
+        tensor = read(name)
+        out[slot.index] = tensor if slot.axes is None else tensor.transpose(slot.axes)
+    return jax.device_put(out)

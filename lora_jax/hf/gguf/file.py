@@ -1,0 +1,337 @@
+"""Reading a GGUF file: its metadata, its weights under Hugging Face's names, its configuration.
+
+The header is parsed here and not by `gguf.GGUFReader`, which believes every count it reads (a
+false one makes it allocate without end) and takes seconds for a vocabulary. The formats of
+quantized blocks are the `gguf` package's.
+
+Layout: magic, version, tensor count, key count; keys with typed values; one record a tensor (name,
+dimensions with the fastest first, type, offset); padding; data. Source: ggml's docs/gguf.md.
+"""
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.models.gguf import ARCHITECTURES, architecture_of
+from lora_jax.hf.gguf.names import to_halves
+from lora_jax.hf.checkpoint.weights import Weights
+from lora_jax.quant.foreign import GGUF_KINDS, from_gguf
+
+_MAGIC = 0x46554747
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+_SCALARS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
+# The fewest bytes an element of an array, a key or a tensor's record can take: a count that asks
+# for more than the file has is refused before anything is built.
+_LEAST = {
+    **{kind: struct.calcsize(code) for kind, code in _SCALARS.items()},
+    _STRING: 8,
+    _ARRAY: 12,
+}
+_LEAST_KEY, _LEAST_RECORD = 13, 24
+_MOST_DIMENSIONS, _MOST_NESTED = 4, 4
+
+# llama.cpp's names of the parts of a block, and of what is around the blocks.
+_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_INNER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class Record(NamedTuple):
+    """A tensor of the file: shape in Hugging Face's order, ggml type, first byte, bytes."""
+
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+    size: int
+
+
+class Gguf(NamedTuple):
+    """A file's metadata and where its tensors lie."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Record]
+    data: np.ndarray
+
+
+def open_gguf(path: str | Path, *, kind: str = "model") -> Gguf:
+    """Opens a file and reads its header; tensors stay on disk.
+
+    Args:
+      path: the file.
+      kind: what it must hold, its `general.type`: "model" or "adapter".
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: not a GGUF file, cut short, a header that does not fit the file, or of another
+        kind.
+    """
+    file = _opened(Path(path))
+    _check_kind(file.metadata, kind, file.path)
+    return file
+
+
+def kind_of_file(path: str | Path) -> str:
+    """What a file holds: "model", "adapter" or another word for its `general.type`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `open_gguf`.
+    """
+    return str(_opened(Path(path)).metadata.get("general.type", "model"))
+
+
+def _opened(path: Path) -> Gguf:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.stat().st_size < 24:
+        raise ValueError(f"{path}: not a GGUF file: only {path.stat().st_size} bytes")
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        metadata, tensors = _header(_Cursor(mapped))
+    except (struct.error, IndexError, KeyError, UnicodeDecodeError, _BadHeader) as error:
+        raise ValueError(f"{path}: not a whole GGUF file: {_reason(error)}") from None
+    return Gguf(path, metadata, tensors, np.frombuffer(mapped, np.uint8))
+
+
+def _check_kind(metadata: Mapping[str, Any], wanted: str, path: Path) -> None:
+    if isinstance(parts := metadata.get("split.count"), int) and parts > 1:
+        raise ValueError(
+            f"{path}: one of {parts} parts of a model; join them first (llama-gguf-split --merge)"
+        )
+    if (kind := metadata.get("general.type", "model")) != wanted:
+        article = "an" if wanted[0] in "aeiou" else "a"
+        raise ValueError(f"{path}: holds a GGUF of type `{kind}`, not {article} {wanted}")
+
+
+def weights_of(file: Gguf) -> Weights:
+    """The file's weights under Hugging Face's names, dequantized when asked for.
+
+    To be read only once `config_of` has found the metadata whole.
+
+    Raises:
+      ValueError: an architecture that is not known, or a tensor that has no place in it.
+    """
+    architecture = ARCHITECTURES[architecture_of(file.metadata, file.path)]
+    theirs = {_hf_name(name, file): name for name in file.tensors if name != "rope_freqs.weight"}
+
+    def read(name: str) -> np.ndarray:
+        tensor = read_tensor(file, theirs[name])
+        count = _heads(file).get(name.split(".")[-2]) if architecture.permuted else None
+        return tensor if count is None else to_halves(tensor, count)
+
+    def blocks(name: str):
+        kind, rows = blocks_of(file, theirs[name])
+        if kind not in GGUF_KINDS:
+            return None
+        count = _heads(file).get(name.split(".")[-2]) if architecture.permuted else None
+        rows = rows if count is None else to_halves(rows, count)
+        held = from_gguf(rows, kind, roles="oi", name=name)
+        for part in (held.scale, held.bias):
+            _check_finite(np.zeros(0) if part is None else part, theirs[name], file)
+        return held
+
+    return Weights(
+        source=str(file.path),
+        shapes={name: file.tensors[original].shape for name, original in theirs.items()},
+        read=read,
+        where=lambda name: file.path.name,
+        blocks=blocks,
+    )
+
+
+def rope_divisors(file: Gguf) -> np.ndarray | None:
+    """What Llama 3 divides each rotary frequency by, where the file says so."""
+    return read_tensor(file, "rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
+
+
+class _BadHeader(Exception):
+    """What is wrong with a header, in words."""
+
+
+class _Cursor:
+    """A place in the file that cannot run past its end."""
+
+    def __init__(self, data: mmap.mmap):
+        self.data, self.at = data, 0
+
+    def take(self, code: str) -> Any:
+        (value,) = struct.unpack_from("<" + code, self.data, self.at)
+        self.at += struct.calcsize("<" + code)
+        return value
+
+    def bytes(self, count: int) -> bytes:
+        if count > len(self.data) - self.at:
+            raise _BadHeader(f"{count} bytes wanted at byte {self.at}, past its end; cut short?")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def string(self) -> str:
+        return self.bytes(self.take("Q")).decode("utf-8")
+
+    def count(self, code: str, least: int, what: str) -> int:
+        """A count, refused if that many things of `least` bytes would not fit the file."""
+        number = self.take(code)
+        if number * least > len(self.data) - self.at:
+            raise _BadHeader(f"its header claims {number} {what}, more than the file could hold")
+        return number
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, struct.error | IndexError):
+        return "its header runs past its end; cut short?"
+    if isinstance(error, KeyError):
+        return f"a value of the unknown type {error}"
+    return str(error)
+
+
+def _header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Record]]:
+    if cursor.take("I") != _MAGIC:
+        raise _BadHeader("it does not start with GGUF")
+    if (version := cursor.take("I")) not in (2, 3):
+        raise _BadHeader(f"version {version} is not 2 or 3 (little-endian)")
+    tensors = cursor.count("Q", _LEAST_RECORD, "tensors")
+    keys = cursor.count("Q", _LEAST_KEY, "keys")
+    metadata: dict[str, Any] = {}
+    for _ in range(keys):
+        name = cursor.string()
+        if name in metadata:
+            raise _BadHeader(f"the key `{name}` is there twice")
+        metadata[name] = _value(cursor, cursor.take("I"), 0)
+    records = [_record(cursor) for _ in range(tensors)]
+    return metadata, _place(records, metadata.get("general.alignment", 32), cursor)
+
+
+def _value(cursor: _Cursor, kind: int, depth: int) -> Any:
+    if kind == _STRING:
+        return cursor.string()
+    if kind != _ARRAY:
+        value = cursor.take(_SCALARS[kind])
+        return bool(value) if kind == _BOOL else value
+    if depth == _MOST_NESTED:
+        raise _BadHeader("arrays nested too deep")
+    inner = cursor.take("I")
+    count = cursor.count("Q", _LEAST[inner], "elements of an array")
+    if inner in _SCALARS:
+        dtype = np.dtype("<" + _SCALARS[inner])
+        return np.frombuffer(cursor.bytes(count * dtype.itemsize), dtype).tolist()
+    return [_value(cursor, inner, depth + 1) for _ in range(count)]
+
+
+def _record(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    name = cursor.string()
+    if (dimensions := cursor.take("I")) > _MOST_DIMENSIONS:
+        raise _BadHeader(f"tensor `{name}` has {dimensions} dimensions")
+    shape = tuple(cursor.take("Q") for _ in range(dimensions))[::-1]
+    return name, shape, cursor.take("I"), cursor.take("Q")
+
+
+def _place(records, alignment: Any, cursor: _Cursor) -> dict[str, Record]:
+    """Where each tensor lies, inside the file."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    known = {int(kind): GGML_QUANT_SIZES[kind] for kind in GGMLQuantizationType}
+    if not isinstance(alignment, int) or alignment < 1:
+        raise _BadHeader(f"`general.alignment` is {alignment!r}")
+    first, out = -(-cursor.at // alignment) * alignment, {}
+    for name, shape, kind, offset in records:
+        if name in out:
+            raise _BadHeader(f"tensor `{name}` is there twice")
+        if kind not in known:
+            raise _BadHeader(f"tensor `{name}` has the unknown type {kind}")
+        if 0 in shape:
+            raise _BadHeader(f"tensor `{name}` is empty, of shape {shape}")
+        block, width = known[kind]
+        if shape and shape[-1] % block:
+            raise _BadHeader(
+                f"tensor `{name}`: rows of {shape[-1]} are not whole blocks of {block}"
+            )
+        size = math.prod(shape) // block * width
+        if first + offset + size > len(cursor.data):
+            raise _BadHeader(f"tensor `{name}` ends past the end of the file; cut short?")
+        out[name] = Record(shape, kind, first + offset, size)
+    return out
+
+
+def _hf_name(name: str, file: Gguf) -> str:
+    """`blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
+    parts = name.split(".")
+    if len(parts) == 2 and parts[0] in _OUTER and parts[1] in ("weight", "bias"):
+        return f"{_OUTER[parts[0]]}.{parts[1]}"
+    known = len(parts) == 4 and parts[0] == "blk" and parts[1].isdigit() and parts[2] in _INNER
+    if known and parts[3] in ("weight", "bias"):
+        return f"model.layers.{int(parts[1])}.{_INNER[parts[2]]}.{parts[3]}"
+    raise ValueError(f"{file.path}: tensor `{name}` has no place in a Llama-family decoder")
+
+
+def _heads(file: Gguf) -> dict[str, int]:
+    """Heads of the projections whose rows llama.cpp reorders."""
+    kind = file.metadata["general.architecture"]
+    queries = file.metadata[f"{kind}.attention.head_count"]
+    return {
+        "q_proj": queries,
+        "k_proj": file.metadata.get(f"{kind}.attention.head_count_kv", queries),
+    }
+
+
+def blocks_of(file: Gguf, name: str) -> tuple[str, np.ndarray]:
+    """A matrix in the file's own blocks: their type, and the bytes of each row."""
+    from gguf.constants import GGMLQuantizationType
+
+    record = file.tensors[name]
+    raw = file.data[record.start : record.start + record.size]
+    return GGMLQuantizationType(record.kind).name, raw.reshape(record.shape[0], -1)
+
+
+def read_tensor(file: Gguf, name: str) -> np.ndarray:
+    """A tensor as it is in the file, in float32, dequantized by the `gguf` package.
+
+    Raises:
+      ValueError: a type that cannot be dequantized, or numbers that are not finite.
+    """
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    record = file.tensors[name]
+    kind = GGMLQuantizationType(record.kind)
+    raw = file.data[record.start : record.start + record.size]
+    if kind == GGMLQuantizationType.F32:
+        tensor = raw.view(np.float32).reshape(record.shape)
+    else:
+        rows = raw.reshape(*record.shape[:-1], -1)
+        rows = rows.view(np.float16) if kind == GGMLQuantizationType.F16 else rows
+        try:
+            # A scale that is damaged is found below.
+            with np.errstate(invalid="ignore", over="ignore"):
+                tensor = dequantize(rows, kind).astype(np.float32, copy=False)
+        except NotImplementedError:
+            raise ValueError(
+                f"{file.path}: tensor `{name}` has type {kind.name}, which the gguf package cannot "
+                "dequantize; use a file of another type (Q4_0, Q4_K_M, Q8_0, F16)"
+            ) from None
+        tensor = tensor.reshape(record.shape)
+    _check_finite(tensor, name, file)
+    return tensor
+
+
+def _check_finite(values: Any, name: str, file: Gguf) -> None:
+    if not np.isfinite(np.asarray(values)).all():
+        raise ValueError(f"{file.path}: tensor `{name}` holds NaN or infinity; download it again")

@@ -1,0 +1,187 @@
+"""Adapters out of llama.cpp's GGUF LoRA files; see `gguf_lora` for what they hold."""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.gguf.lora_write import EMBEDDING, LINEAR, Pair
+from lora_jax.hf.gguf.names import MODULES, Base, gguf_names, heads_of, to_halves
+from lora_jax.hf.peft.directory import check_tensor
+from lora_jax.hf.peft.tensors import PREFIX
+
+_OURS = (".lora_a", ".lora_b")
+
+
+def read_gguf_lora(
+    path: str | os.PathLike, *, base: Base
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """Reads a GGUF LoRA file without a model.
+
+    Args:
+      path: the file.
+      base: the model it is for; the file itself does not say how many heads it has.
+
+    Returns:
+      A config that gives the file's scales, and PEFT's tensors by their names, in float32.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged, no adapter, of another architecture, or has what is not known.
+    """
+    from lora_jax.hf.gguf.file import open_gguf, read_tensor
+
+    file = open_gguf(Path(path), kind="adapter")
+    alpha = _check_metadata(file.metadata, base, file.path)
+    modules = {theirs: ours for ours, theirs in gguf_names(base.architecture, base.layers).items()}
+    pairs: dict[str, Pair] = {}
+    for theirs in _pair_names(file.tensors, file.path):
+        if theirs not in modules:
+            raise ValueError(
+                f"{file.path}: tensor `{theirs}.weight.lora_a` has no place in a "
+                f"`{base.architecture}` of {base.layers} blocks; is it for another model?"
+            )
+        a, b = (read_tensor(file, f"{theirs}.weight{ending}") for ending in _OURS)
+        pairs[modules[theirs]] = _pair(modules[theirs], theirs, a, b, alpha, base, file.path)
+    config = _config(pairs, alpha, base)
+    return config, _as_peft(pairs)
+
+
+def load_gguf_lora(
+    path: str | os.PathLike, fn: Callable, params: Any, *args: Any, base: Base, **kwargs: Any
+) -> tuple[Any, LoraConfig]:
+    """Loads a GGUF LoRA file onto a model: as `load_peft`, from a file of llama.cpp's.
+
+    Args:
+      path: the file.
+      fn: the model, a function of its parameters.
+      params: the base parameters.
+      *args: example arguments for `fn`, shapes are enough; see `lora_jax.plan`.
+      base: the model, for llama.cpp: `lora_jax.hf.gguf.names.base_of(model.config)`.
+      **kwargs: more example arguments for `fn`.
+
+    Returns:
+      `params` with LoRA leaves, and a config that gives the file's scales.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_gguf_lora`; also when the adapter is of another
+        model: one message names all that is missing, left over or misshapen.
+    """
+    import lora_jax as lora
+    from lora_jax.hf.peft.api import attach
+
+    config, tensors = read_gguf_lora(path, base=base)
+    return attach(
+        config, tensors, lambda c: lora.plan(c, fn, params, *args, **kwargs), params, str(path)
+    )
+
+
+def _check_metadata(metadata: Mapping[str, Any], base: Base, path: Path) -> float:
+    """The alpha; 0 stands for the scale 1, as llama.cpp has it."""
+    if (kind := metadata.get("adapter.type")) != "lora":
+        raise ValueError(f"{path}: expected an adapter of type `lora`, got `{kind}`")
+    if (arch := metadata.get("general.architecture")) != base.architecture:
+        raise ValueError(
+            f"{path}: the adapter is for a `{arch}`, the model is a `{base.architecture}`; load "
+            "the model it was made for"
+        )
+    if "adapter.alora.invocation_tokens" in metadata:
+        raise ValueError(
+            f"{path}: an activated LoRA (`adapter.alora.invocation_tokens`) is not supported"
+        )
+    alpha = metadata.get("adapter.lora.alpha", 0.0)
+    if not isinstance(alpha, int | float) or not np.isfinite(alpha) or alpha < 0:
+        raise ValueError(f"{path}: `adapter.lora.alpha` must be a number above 0, got {alpha!r}")
+    return float(alpha)
+
+
+def _pair_names(tensors: Mapping[str, Any], path: Path) -> list[str]:
+    """llama.cpp's names of the modules, each with both its tensors there."""
+    names, norms = {}, []
+    for tensor in tensors:
+        ending = next((e for e in _OURS if tensor.endswith(f".weight{e}")), None)
+        if ending is not None:
+            names[tensor.removesuffix(f".weight{ending}")] = None
+        elif tensor.endswith("_norm.weight"):
+            norms.append(tensor)
+        else:
+            raise ValueError(f"{path}: tensor `{tensor}` is neither a lora_a nor a lora_b")
+    for name in names:
+        for ending in _OURS:
+            if f"{name}.weight{ending}" not in tensors:
+                raise ValueError(f"{path}: tensor `{name}.weight{ending}` is missing")
+    if not names:
+        raise ValueError(f"{path}: holds no adapter: no tensor ends in .lora_a")
+    if norms:
+        warnings.warn(
+            f"{path}: {len(norms)} norms such as `{norms[0]}` are left out, as llama.cpp does",
+            stacklevel=3,
+        )
+    return list(names)
+
+
+def _pair(
+    module: str, theirs: str, a: np.ndarray, b: np.ndarray, alpha: float, base: Base, path: Path
+) -> Pair:
+    embedding = theirs == "token_embd"
+    a = a.T if embedding and a.ndim == 2 else a
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise ValueError(
+            f"{path}: `{theirs}.weight.lora_a` and `.lora_b` of shapes {a.shape} and {b.shape} "
+            "are no pair of one rank"
+        )
+    for ending, tensor in zip(_OURS, (a, b), strict=True):
+        check_tensor(f"{theirs}.weight{ending}", tensor, path)
+    if (heads := heads_of(module, base)) is not None:
+        if b.shape[0] % (2 * heads):
+            raise ValueError(f"{path}: `{theirs}.weight.lora_b` has {b.shape[0]} rows, not whole "
+                             f"pairs for each of {heads} heads")  # fmt: skip
+        b = to_halves(b, heads)
+    scale = alpha / a.shape[0] if alpha else 1.0
+    return Pair(np.ascontiguousarray(a), np.ascontiguousarray(b), scale, embedding)
+
+
+def _as_peft(pairs: Mapping[str, Pair]) -> dict[str, np.ndarray]:
+    out = {}
+    for module, pair in pairs.items():
+        in_a, in_b = EMBEDDING if pair.embedding else LINEAR
+        out[f"{PREFIX}{module}{in_a}"], out[f"{PREFIX}{module}{in_b}"] = pair.a, pair.b
+    return out
+
+
+def _config(pairs: Mapping[str, Pair], alpha: float, base: Base) -> LoraConfig:
+    """A config with the file's ranks and scales: most modules' rank, patterns for the others."""
+    ranks = {module: pair.a.shape[0] for module, pair in pairs.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {module: r for module, r in ranks.items() if r != rank}
+    return LoraConfig(
+        rank=rank,
+        alpha=_short(alpha or rank),
+        target_modules=_targets(list(pairs), base),
+        rank_pattern=others,
+        # Without an alpha every scale is 1: each module's alpha is its rank.
+        alpha_pattern={} if alpha else {module: _short(r) for module, r in others.items()},
+    )
+
+
+def _short(number: float) -> float:
+    return int(number) if float(number).is_integer() else number
+
+
+def _targets(modules: list[str], base: Base) -> tuple[str, ...]:
+    """Names for target_modules that mean exactly these: ends of names where all blocks have it."""
+    stack, inner, _ = MODULES[base.architecture]
+    rest, targets = set(modules), []
+    for module in inner:
+        everywhere = {f"{stack}.{i}.{module}" for i in range(base.layers)}
+        last = module.rpartition(".")[2]
+        if everywhere <= rest:
+            unique = sum(other.rpartition(".")[2] == last for other in inner) == 1
+            targets.append(last if unique else module)
+            rest -= everywhere
+    return tuple(sorted([*targets, *rest]))

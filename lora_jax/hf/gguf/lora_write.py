@@ -1,0 +1,221 @@
+"""Adapters as llama.cpp's GGUF LoRA files: written here, read in `gguf_lora_read`.
+
+    PEFT       lora_A (r, in)   lora_B (out, r)   scale: alpha/r or alpha/√r, per module
+    llama.cpp  lora_a (r, in)   lora_b (out, r)   scale: adapter.lora.alpha / r, one alpha
+
+A module whose scale is not `alpha / r` with the file's one alpha has the rest of it multiplied
+into B; where all modules agree nothing is. Three things are llama.cpp's own: rows of B of q and
+k are reordered for the architecture `llama`; an embedding's A is (vocabulary, r); and a head
+tied to the embedding is the same tensor to it, so that neither can be adapted.
+
+Source: llama.cpp's `convert_lora_to_gguf.py`, `src/llama-adapter.cpp` (what is read),
+`src/llama-adapter.h` (`get_scale`), `src/llama-graph.cpp` (`build_lora_mm`, `build_inp_embd`).
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.config import matching
+from lora_jax.config.lora import LoraConfig
+from lora_jax.files import replacing
+from lora_jax.hf.gguf.names import Base, gguf_names, heads_of, to_pairs
+from lora_jax.hf.peft.tensors import PREFIX
+from lora_jax.paths import nearest
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+LINEAR = (".lora_A.weight", ".lora_B.weight")
+EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+_FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # gguf's LlamaFileType
+_MERGE = "merge the adapter into the model (lora_jax.merge) and convert the merged model instead"
+
+
+class Pair(NamedTuple):
+    """The adapter of one module as PEFT has it: `a` (r, in), `b` (out, r), and its scale."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+    embedding: bool
+
+
+class Content(NamedTuple):
+    """What a GGUF LoRA file holds: the one alpha, and tensors under llama.cpp's names."""
+
+    alpha: float
+    tensors: dict[str, np.ndarray]
+
+
+def save_gguf_lora(
+    path: str | os.PathLike,
+    lora_params: Any,
+    config: LoraConfig,
+    *,
+    base: Base,
+    dtype: str = "float32",
+    name: str | None = None,
+) -> None:
+    """Writes an adapter as a GGUF LoRA file (`llama-cli --lora`), whole or not at all.
+
+    Args:
+      path: the file; one that is there is replaced.
+      lora_params: tree with the adapter.
+      config: the config the adapter was made with.
+      base: the model it is for: `lora_jax.hf.gguf.names.base_of(model.config)`.
+      dtype: "float32", "float16" or "bfloat16".
+      name: written as `general.name`.
+
+    Raises:
+      ValueError: llama.cpp could not apply the adapter, the tree and the config disagree, or a
+        number is not finite or does not fit the dtype.
+      OSError: the file cannot be written; what was there before is intact.
+
+    Example:
+      save_gguf_lora("adapter.gguf", params, config, base=base_of(model.config))
+    """
+    from lora_jax.hf.peft.save import to_peft
+
+    content = to_gguf(to_peft(lora_params, config)[1], config, base)
+    write_gguf_lora(path, content, base, dtype=dtype, name=name)
+
+
+def to_gguf(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -> Content:
+    """The content of a GGUF LoRA file from that of a PEFT directory.
+
+    Raises:
+      ValueError: llama.cpp could not apply the adapter.
+    """
+    _check_plain(config)
+    names = gguf_names(base.architecture, base.layers)
+    pairs = _pairs(tensors, config, base)
+    alpha = _common_alpha(pairs)
+    for module in pairs:
+        if module not in names:
+            raise ValueError(
+                f"llama.cpp's architecture `{base.architecture}` has no place for an adapter of "
+                f"`{module}`; nearest: {nearest(module, names, 1)}; {_MERGE}"
+            )
+        if base.tied and names[module] in ("token_embd", "output"):
+            raise ValueError(
+                f"llama.cpp cannot apply an adapter of `{module}` where the output head is the "
+                f"embedding table: to it both are one tensor; {_MERGE}"
+            )
+    out = {}
+    for module in (m for m in names if m in pairs):  # one order, whatever the source's was
+        a, b = _in_file(module, pairs[module], alpha, base)
+        out[f"{names[module]}.weight.lora_a"], out[f"{names[module]}.weight.lora_b"] = a, b
+    return Content(alpha, out)
+
+
+def _check_plain(config: LoraConfig) -> None:
+    from lora_jax.config.peft import REPEATABLE_INITS
+
+    for on, what in (
+        (config.use_dora, "DoRA (use_dora=True)"),
+        (config.bias != "none", f'trained biases (bias="{config.bias}")'),
+        (config.init in REPEATABLE_INITS, f'a changed base weight (init="{config.init}")'),
+        (config.modules_to_save, f"whole saved modules ({', '.join(config.modules_to_save)})"),
+    ):
+        if on:
+            raise ValueError(f"llama.cpp cannot apply an adapter with {what}; {_MERGE}")
+
+
+def _pairs(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -> dict[str, Pair]:
+    pairs = {}
+    for key, a in tensors.items():
+        for (in_a, in_b), embedding in ((LINEAR, False), (EMBEDDING, True)):
+            if not key.endswith(in_a):
+                continue
+            module = key.removesuffix(in_a).removeprefix(PREFIX)
+            b = tensors.get(key.removesuffix(in_a) + in_b)
+            if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+                raise ValueError(f"`{key}`: no pair of matrices (r, in) and (out, r) with its B")
+            rank, alpha = a.shape[0], matching.alpha_of(config, module)
+            scale = matching.scale_of(config, rank, alpha)
+            pairs[module] = Pair(a, b, scale, embedding)
+    _check_rest(tensors, pairs, base)
+    return pairs
+
+
+def _check_rest(tensors: Mapping[str, np.ndarray], pairs: Mapping[str, Pair], base: Base) -> None:
+    """Every tensor is of a pair, or the base's own weight that PEFT repeats beside an embedding."""
+    for key, value in tensors.items():
+        if key.endswith((*LINEAR, *EMBEDDING)):
+            continue
+        module = key.removesuffix(".base_layer.weight").removeprefix(PREFIX)
+        if module in pairs and value.shape[0] == base.vocab_size:
+            continue
+        raise ValueError(
+            f"llama.cpp cannot apply `{key}`: it reads pairs of lora_A and lora_B only; {_MERGE}"
+        )
+
+
+def _common_alpha(pairs: Mapping[str, Pair]) -> float:
+    """The alpha with which most modules need nothing multiplied into B."""
+    if not pairs:
+        raise ValueError("the adapter has no pair of lora_A and lora_B; there is nothing to write")
+    wanted = Counter(float(np.float32(pair.scale * pair.a.shape[0])) for pair in pairs.values())
+    return wanted.most_common(1)[0][0]
+
+
+def _in_file(module: str, pair: Pair, alpha: float, base: Base) -> tuple[np.ndarray, np.ndarray]:
+    a, b = (x.astype(np.float32, copy=False) for x in (pair.a, pair.b))
+    wanted = pair.scale * a.shape[0]
+    if np.float32(wanted) != np.float32(alpha):
+        b = b * np.float32(wanted / alpha)
+    if (heads := heads_of(module, base)) is not None:
+        b = to_pairs(b, heads)
+    return np.ascontiguousarray(a.T if pair.embedding else a), np.ascontiguousarray(b)
+
+
+def write_gguf_lora(
+    path: str | os.PathLike,
+    content: Content,
+    base: Base,
+    *,
+    dtype: str = "float32",
+    name: str | None = None,
+) -> None:
+    """Writes the content of `to_gguf` as a file; see `save_gguf_lora`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a file to write the adapter to, got a directory")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as new:
+        _write(new, content, base, dtype, name)
+
+
+def _write(path: Path, content: Content, base: Base, dtype: str, name: str | None) -> None:
+    from gguf.constants import GGMLQuantizationType, GGUFType, Keys
+    from gguf.gguf_writer import GGUFWriter
+    from gguf.quants import quantize
+
+    writer = GGUFWriter(path, base.architecture)
+    writer.add_type(GGUFType.ADAPTER)
+    if name is not None:
+        writer.add_name(name)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, content.alpha)
+    writer.add_file_type(_FILE_TYPES[dtype])
+    writer.add_quantization_version(2)
+    kind = {"float16": "F16", "bfloat16": "BF16"}.get(dtype)
+    for key, tensor in content.tensors.items():
+        if kind is None:
+            writer.add_tensor(key, tensor)
+            continue
+        with np.errstate(over="ignore"):  # found below
+            packed = quantize(tensor, GGMLQuantizationType[kind])
+        if kind == "F16" and not np.isfinite(packed).all():
+            raise ValueError(f"`{key}` has a number that float16 cannot hold; take bfloat16")
+        writer.add_tensor(key, packed, raw_dtype=GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,218 @@
+"""Leaves that train, taken apart into Hugging Face's tensors and put together again.
+
+A leaf `(layers, d_model, heads, head_dim)` with roles `bioo` is, there, one matrix (in, out) a
+layer. Its A and B are permuted as the weight's rows and columns are:
+
+    ours_flat = theirs_flat[order]      for the in dims, and for the out dims
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.array import (
+    LoraArray,
+    RowsArray,
+    SavedArray,
+    in_dims,
+    is_lora,
+    out_dims,
+    sizes,
+    stack_dims,
+)
+from lora_jax.hf.name_maps.layout import order
+from lora_jax.hf.name_maps.rules import NameMap, Part, Placed, at, block_here, block_there, place
+from lora_jax.hf.name_maps.rules import shape_there as shape_of_part
+from lora_jax.hf.peft.modules import HEAD, adapts, is_embedding, leaves_of
+from lora_jax.paths import module_of, spell
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A leaf that does not train: only its shape is looked at."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def to_theirs(lora_params: Any, using: NameMap, *, config=None) -> dict[str, Any]:
+    """A tree in Hugging Face's terms: its leaves by path, one for each tensor.
+
+    Args:
+      lora_params: parameters, with or without leaves that train.
+      using: the map.
+      config: says, in Hugging Face's names, which layers carry an adapter; None is those whose
+        scale is not 0.
+
+    Returns:
+      `LoraArray`s (in, out) with NumPy arrays, `SavedArray`s, `RowsArray`s; `Frozen` for the rest.
+
+    Raises:
+      ValueError: a leaf has no rule, or an adapter cannot be told apart.
+    """
+    flat: dict[str, Any] = {}
+    for path, leaf in leaves_of(lora_params).items():
+        placed = place(path, leaf.shape, using)
+        apart = _APART.get(type(leaf), _frozen)(path, leaf, placed)
+        for part, one in zip(placed.parts, apart, strict=True):
+            if part.path in flat:
+                raise ValueError(f"leaf `{path}`: another leaf is tensor `{part.tensor}` already")
+            if isinstance(one, LoraArray) and not _means(config, part, one):
+                one = Frozen(one.shape, one.dtype)
+            flat[part.path] = one
+    return flat
+
+
+def _means(config, part: Part, leaf: LoraArray) -> bool:
+    if config is None:
+        return bool(leaf.scale != 0)
+    return adapts(config, part.path, module_of(part.path))
+
+
+def _frozen(path: str, leaf, placed: Placed) -> list[Frozen]:
+    return [Frozen(shape_of_part(placed, part), leaf.dtype) for part in placed.parts]
+
+
+def _orders(path: str, leaf: LoraArray, placed: Placed) -> tuple[np.ndarray, np.ndarray]:
+    """The orders of the in and of the out dims."""
+    stacks = tuple(stack_dims(leaf.roles))
+    if leaf.window is not None or stacks != placed.layout.stacks:
+        raise ValueError(
+            f"leaf `{path}`: its adapter has roles `{leaf.roles}`, which stack dims {stacks}, but "
+            f"layout `{placed.layout.text}` stacks {placed.layout.stacks}; only matrices, stacked "
+            "alike, can be exchanged under a name map"
+        )
+    try:
+        ins = order(placed.layout, in_dims(leaf.roles), placed.sizes)
+        return ins, order(placed.layout, out_dims(leaf.roles), placed.sizes)
+    except ValueError as error:
+        raise ValueError(f"leaf `{path}`: {error}") from None
+
+
+def _lora_apart(path: str, leaf: LoraArray, placed: Placed) -> list[LoraArray]:
+    ins, outs = _orders(path, leaf, placed)
+    _, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
+    host = {p: np.asarray(getattr(leaf, p)) for p in ("a", "b", "scale")}
+    rows = {p: None if (x := getattr(leaf, p)) is None else np.asarray(x) for p in ("m", "bias")}
+    back_in, back_out = np.argsort(ins), np.argsort(outs)
+
+    def one(part: Part) -> LoraArray:
+        vectors = {
+            p: None if x is None else x[part.index].reshape(fan_out)[back_out]
+            for p, x in rows.items()
+        }
+        return LoraArray(
+            w=_base(leaf, placed, part, (fan_in, fan_out)),
+            a=host["a"][part.index].reshape(fan_in, -1)[back_in],
+            b=host["b"][part.index].reshape(-1, fan_out)[:, back_out],
+            scale=host["scale"][part.index],
+            roles="io",
+            dropout=leaf.dropout,
+            **vectors,
+        )
+
+    return [one(part) for part in placed.parts]
+
+
+def _base(leaf: LoraArray, placed: Placed, part: Part, shape: tuple[int, int]) -> Any:
+    """The base weight where PEFT may repeat it in the file, else its shape alone."""
+    if is_embedding(part.path) or module_of(part.path).rpartition(".")[2] == HEAD:
+        return block_there(np.asarray(leaf.w), placed, part)
+    return Frozen(shape, leaf.dtype)
+
+
+def _saved_apart(path: str, leaf: SavedArray, placed: Placed) -> list[Any]:
+    value, w = np.asarray(leaf.value), np.asarray(leaf.w)
+    return [
+        SavedArray(w=block_there(w, placed, part), value=block_there(value, placed, part))
+        if leaf.only is None or part.index in leaf.only
+        else Frozen(shape_of_part(placed, part), leaf.dtype)
+        for part in placed.parts
+    ]
+
+
+def _rows_apart(path: str, leaf: RowsArray, placed: Placed) -> list[RowsArray]:
+    if len(placed.parts) != 1 or len(leaf.shape) != 2:
+        raise ValueError(f"leaf `{path}`: rows that train must be those of one table")
+    part = placed.parts[0]
+    table = block_there(np.asarray(leaf.w), placed, part)
+    axis = 0 if is_embedding(part.path) else 1
+    return [RowsArray(w=table, rows=np.asarray(leaf.rows), ids=leaf.ids, axis=axis)]
+
+
+_APART = {LoraArray: _lora_apart, SavedArray: _saved_apart, RowsArray: _rows_apart}
+
+
+def to_ours(theirs: Mapping[str, Any], lora_params: Any, using: NameMap) -> Any:
+    """Puts leaves in Hugging Face's terms back into a tree: the inverse of `to_theirs`.
+
+    Args:
+      theirs: leaves by path.
+      lora_params: the tree they came from; leaves that do not train are taken from it.
+      using: the map.
+
+    Returns:
+      The tree; ranks that differ from layer to layer are filled up with zeros.
+    """
+
+    def whole(key_path, leaf):
+        if not is_lora(leaf):
+            return leaf
+        path = spell(key_path)
+        placed = place(path, leaf.shape, using)
+        return _WHOLE[type(leaf)](path, leaf, placed, [theirs[p.path] for p in placed.parts])
+
+    return jax.tree_util.tree_map_with_path(whole, lora_params, is_leaf=is_lora)
+
+
+def _lora_whole(path: str, leaf: LoraArray, placed: Placed, found: list[Any]) -> LoraArray:
+    ins, outs = _orders(path, leaf, placed)
+    rank = max(one.rank for one in found if isinstance(one, LoraArray))
+    stack, _, _ = sizes(leaf.shape, leaf.roles)
+    shape_in = [leaf.shape[d] for d in in_dims(leaf.roles)]
+    shape_out = [leaf.shape[d] for d in out_dims(leaf.roles)]
+    a = np.zeros((*stack, *shape_in, rank), np.float32)
+    b = np.zeros((*stack, rank, *shape_out), np.float32)
+    scale = np.zeros(stack, np.float32)
+    rows = {p: None if (x := getattr(leaf, p)) is None else np.array(x) for p in ("m", "bias")}
+    for part, one in zip(placed.parts, found, strict=True):
+        if not isinstance(one, LoraArray):
+            continue
+        a[(*part.index, ..., slice(one.rank))] = np.asarray(one.a)[ins].reshape(*shape_in, one.rank)
+        b[(*part.index, slice(one.rank))] = np.asarray(one.b)[:, outs].reshape(one.rank, *shape_out)
+        scale[part.index] = one.scale
+        for name, x in rows.items():
+            if x is not None:
+                x[part.index] = np.asarray(getattr(one, name))[outs].reshape(shape_out)
+    return dataclasses.replace(leaf, **_like(leaf, {"a": a, "b": b, "scale": scale, **rows}))
+
+
+def _saved_whole(path: str, leaf: SavedArray, placed: Placed, found: list[Any]) -> SavedArray:
+    value = np.array(leaf.value)
+    for part, one in zip(placed.parts, found, strict=True):
+        if isinstance(one, SavedArray):
+            place_there = at(part.index, placed.layout.stacks, value.ndim)
+            value[place_there] = block_here(np.asarray(one.value), placed, part)
+    return dataclasses.replace(leaf, **_like(leaf, {"value": value}))
+
+
+def _rows_whole(path: str, leaf: RowsArray, placed: Placed, found: list[Any]) -> RowsArray:
+    return dataclasses.replace(leaf, **_like(leaf, {"rows": np.asarray(found[0].rows)}))
+
+
+_WHOLE = {LoraArray: _lora_whole, SavedArray: _saved_whole, RowsArray: _rows_whole}
+
+
+def _like(leaf, parts: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
+    """New arrays on the devices, sharded as those before were."""
+    placed = {}
+    for name, new in parts.items():
+        sharding = getattr(getattr(leaf, name), "sharding", None)
+        named = isinstance(sharding, jax.sharding.NamedSharding)
+        if new is not None:
+            placed[name] = jax.device_put(new, sharding) if named else jnp.asarray(new)
+    return placed

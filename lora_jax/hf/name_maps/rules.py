@@ -1,0 +1,269 @@
+"""A model of the user's own against Hugging Face's tensors: a table of a few lines.
+
+    DECODER = name_map(
+        "my decoder",
+        [
+            ("embed.table", "model.embed_tokens.weight"),
+            ("blocks.attn.q", "model.layers.{}.self_attn.q_proj.weight", "(n h) d -> l d n h"),
+            ("blocks.attn.o", "model.layers.{}.self_attn.o_proj.weight", "d (n h) -> l n h d"),
+            ("blocks.norm", "model.layers.{}.input_layernorm.weight"),
+            ("out", "lm_head.weight", "v d -> d v"),
+        ],
+    )
+
+Left is a leaf's path here, right the tensor there; `*` is anything and `{}` a number, the same on
+both sides. A `{}` that stands on the right only numbers the layers stacked on the leaf. The third
+entry says how the dimensions lie (`lora_jax.hf.name_maps.layout`); without it they are the same, behind the
+stacks. The first rule that fits a leaf decides.
+
+What is done with a map is done in Hugging Face's terms: a flat dictionary of leaves, one for each
+tensor, under the paths that `lora_jax.hf.checkpoint.names.ANY` gives them.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lora_jax.hf.checkpoint import names
+from lora_jax.hf.name_maps.layout import Layout, measured, parse, their_shape, to_ours, to_theirs
+from lora_jax.hf.peft.modules import bare, leaves_of
+from lora_jax.hf.checkpoint.weights import Weights, check_fit
+from lora_jax.paths import nearest, spell
+
+
+@dataclass(frozen=True)
+class MapRule:
+    """How one sort of leaf is called here and there.
+
+    Attributes:
+      ours: pattern of the leaf's path.
+      theirs: pattern of the tensor's name.
+      layout: how the dimensions lie, or "" for the same order behind the stacks.
+    """
+
+    ours: str
+    theirs: str
+    layout: str = ""
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """All rules of one sort of model; made by `name_map`.
+
+    Attributes:
+      name: what messages call it.
+      rules: in order of precedence.
+      sizes: sizes that layouts cannot tell from shapes, as pairs.
+      ignored: globs of tensors that checkpoints carry and this model has not.
+    """
+
+    name: str
+    rules: tuple[MapRule, ...]
+    sizes: tuple[tuple[str, int], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+class Part(NamedTuple):
+    """One of Hugging Face's tensors in a leaf.
+
+    Attributes:
+      tensor: its name there.
+      index: position along the leaf's stacks.
+      path: its path as `lora_jax.hf.checkpoint.names.ANY` gives it.
+      axes: `array under that path = tensor.transpose(axes)`; None leaves the order.
+    """
+
+    tensor: str
+    index: tuple[int, ...]
+    path: str
+    axes: tuple[int, ...] | None
+
+
+class Placed(NamedTuple):
+    """A leaf in Hugging Face's terms: its layout, the sizes in it, and the tensors."""
+
+    layout: Layout
+    sizes: dict[str, int]
+    parts: tuple[Part, ...]
+
+
+def name_map(
+    name: str,
+    rules: Sequence[tuple[str, str] | tuple[str, str, str]],
+    *,
+    sizes: Mapping[str, int] | None = None,
+    ignored: Sequence[str] = (),
+) -> NameMap:
+    """Makes a map from its table.
+
+    Args:
+      name: what messages call it.
+      rules: (path here, tensor there) or (path, tensor, layout).
+      sizes: sizes of names that layouts use inside parentheses on both sides.
+      ignored: globs of tensors that checkpoints carry and this model has not, such as a head
+        that only repeats the embedding.
+
+    Raises:
+      ValueError: a layout that cannot be read, or a rule whose numbers do not agree.
+    """
+    made = tuple(MapRule(*rule) for rule in rules)
+    for rule in made:
+        if rule.layout:
+            parse(rule.layout)
+        stars, numbers = rule.ours.count("*"), rule.ours.count("{}")
+        if stars != rule.theirs.count("*") or numbers > rule.theirs.count("{}"):
+            raise ValueError(
+                f"name map `{name}`, rule `{rule.ours}`: `{rule.theirs}` must have as many `*` "
+                "and at least as many `{}`"
+            )
+    return NameMap(name, made, tuple(sorted((sizes or {}).items())), tuple(ignored))
+
+
+def place(path: str, shape: Sequence[int], using: NameMap) -> Placed:
+    """Finds a leaf's tensors.
+
+    Args:
+      path: the leaf's path.
+      shape: its shape, stacks included.
+      using: the map.
+
+    Raises:
+      ValueError: no rule fits the path, or the rule does not fit the shape.
+    """
+    for rule in using.rules:
+        if (found := _match(rule, bare(path))) is not None:
+            try:
+                return _place(found, shape, rule.layout, dict(using.sizes))
+            except ValueError as error:
+                raise ValueError(f"leaf `{path}`: {error}") from None
+    near = nearest(bare(path), (rule.ours for rule in using.rules))
+    raise ValueError(f"leaf `{path}`: name map `{using.name}` has no rule for it; nearest: {near}")
+
+
+def _match(rule: MapRule, path: str) -> str | None:
+    """The tensor's name with `{}` left where a stack numbers it; None if the rule is another's."""
+    tokens = re.split(r"(\{\}|\*)", rule.ours)
+    kinds = [token for token in tokens if token in ("{}", "*")]
+    pattern = "".join({"{}": r"(\d+)", "*": "(.*)"}.get(t) or re.escape(t) for t in tokens)
+    found = re.fullmatch(pattern, path)
+    if found is None:
+        return None
+    filled = rule.theirs
+    for kind, text in zip(kinds, found.groups(), strict=True):
+        filled = filled.replace(kind, text, 1)
+    return filled
+
+
+def _place(template: str, shape: Sequence[int], text: str, sizes: Mapping[str, int]) -> Placed:
+    stacks = template.count("{}")
+    layout = parse(text, sizes) if text else _same(stacks, len(shape))
+    if len(layout.stacks) != stacks:
+        raise ValueError(
+            f"layout `{layout.text}` has {len(layout.stacks)} stacks, but `{template}` numbers "
+            f"{stacks}"
+        )
+    known = measured(layout, shape)
+    counts = [range(shape[d]) for d in layout.stacks]
+    parts = []
+    for index in product(*counts):
+        tensor = template.format(*index)
+        leaf = names.leaf_of(tensor, stacked=False)
+        parts.append(Part(tensor, index, leaf.path, leaf.axes))
+    return Placed(layout, known, tuple(parts))
+
+
+def _same(stacks: int, ndim: int) -> Layout:
+    if ndim < stacks:
+        raise ValueError(f"{stacks} stacks need as many dimensions, got {ndim}")
+    dims = " ".join(f"d{i}" for i in range(ndim - stacks))
+    return parse(f"{dims} -> {' '.join(f's{i}' for i in range(stacks))} {dims}")
+
+
+def at(index: Sequence[int], stacks: Sequence[int], ndim: int) -> tuple[Any, ...]:
+    """The index of one block of an array whose stacks are any of its dimensions."""
+    whole: list[Any] = [slice(None)] * ndim
+    for d, i in zip(stacks, index, strict=True):
+        whole[d] = i
+    return tuple(whole)
+
+
+def block_there(value: Any, placed: Placed, part: Part) -> Any:
+    """One tensor out of a leaf, laid out as under `part.path`."""
+    block = value[at(part.index, placed.layout.stacks, value.ndim)]
+    tensor = to_theirs(placed.layout, block, placed.sizes)
+    return tensor if part.axes is None else tensor.transpose(part.axes)
+
+
+def block_here(array: Any, placed: Placed, part: Part) -> Any:
+    """The block of a leaf that an array under `part.path` is."""
+    tensor = array if part.axes is None else array.transpose(np.argsort(part.axes))
+    return to_ours(placed.layout, tensor, placed.sizes)
+
+
+def shape_there(placed: Placed, part: Part) -> tuple[int, ...]:
+    """The shape of the array under `part.path`."""
+    shape = their_shape(placed.layout, placed.sizes)
+    return shape if part.axes is None else tuple(shape[d] for d in part.axes)
+
+
+def to_hugging_face(params: Any, using: NameMap) -> dict[str, np.ndarray]:
+    """A model's parameters under the paths of `lora_jax.hf.checkpoint.names.ANY`, one array for each tensor.
+
+    `lora_jax.models.saving.save_model(directory, model, to_hugging_face(params, MAP))` writes
+    them as a Hugging Face directory; `model` gives configuration and tokenizer.
+
+    Args:
+      params: plain parameters; merge adapters first.
+      using: the map.
+
+    Raises:
+      ValueError: a leaf has no rule, or two leaves are the same tensor.
+    """
+    flat: dict[str, np.ndarray] = {}
+    for path, leaf in leaves_of(params).items():
+        value = np.asarray(leaf)
+        placed = place(path, value.shape, using)
+        for part in placed.parts:
+            if part.path in flat:
+                raise ValueError(f"leaf `{path}`: another leaf is tensor `{part.tensor}` already")
+            flat[part.path] = block_there(value, placed, part)
+    return flat
+
+
+def from_hugging_face(shapes: Any, weights: Weights, using: NameMap) -> Any:
+    """Fills a model's parameters from a Hugging Face checkpoint.
+
+    Args:
+      shapes: tree of `jax.ShapeDtypeStruct`s, as `jax.eval_shape` of an init makes it.
+      weights: the checkpoint, from `lora_jax.hf.checkpoint.safetensors.open_directory`.
+      using: the map.
+
+    Returns:
+      The tree with arrays of those shapes and dtypes.
+
+    Raises:
+      ValueError: tensors missing, left over or misshapen, all in one message.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    places = [place(spell(path), leaf.shape, using) for path, leaf in leaves]
+    wanted = {
+        part.tensor: their_shape(placed.layout, placed.sizes)
+        for placed in places
+        for part in placed.parts
+    }
+    check_fit(wanted, weights, ignored=using.ignored)
+    filled = (_filled(leaf, p, weights) for (_, leaf), p in zip(leaves, places, strict=True))
+    return jax.tree.unflatten(tree, list(filled))
+
+
+def _filled(leaf: jax.ShapeDtypeStruct, placed: Placed, weights: Weights) -> jax.Array:
+    out = np.empty(leaf.shape, leaf.dtype)
+    for part in placed.parts:
+        block = to_ours(placed.layout, weights.read(part.tensor), placed.sizes)
+        out[at(part.index, placed.layout.stacks, out.ndim)] = block
+    return jax.device_put(out)

@@ -1,0 +1,1 @@
+"""PEFT directories: adapters read and written without loss."""

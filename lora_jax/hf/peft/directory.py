@@ -1,0 +1,234 @@
+"""A PEFT directory as files: read strictly, written whole or not at all."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.hf.peft.card import CARD_FILE, card
+from lora_jax.hf.checkpoint.safetensors import PICKLES, read_header
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+
+# A config of PEFT is a few kilobytes; this only keeps a wrong file from being read whole.
+_MAX_CONFIG_BYTES = 16 * 2**20
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_DTYPES = ("F32", "F16", "BF16")
+
+
+def read_directory(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Reads the JSON object and the tensors of a PEFT directory, or of a Hub repository.
+
+    Returns:
+      The config's fields, and the tensors by name in their stored dtype (float32, float16 or
+      bfloat16), all finite.
+
+    Raises:
+      FileNotFoundError: the directory, or a file that belongs in it, is missing.
+      ConnectionError: a Hub id that is not cached, and the Hub cannot be reached.
+      ValueError: a file is damaged, is a link out of the directory, is a pickle, or holds
+        something that is no adapter's weights.
+    """
+    root = Path(directory)
+    if not root.exists() and _HUB_ID.fullmatch(str(directory)):
+        from lora_jax.hf.hub import snapshot
+
+        root = snapshot(str(directory))
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: there is no such directory")
+    if not root.is_dir():
+        raise ValueError(f"{root}: expected a directory with {CONFIG_FILE}, got a file")
+    config = _existing(root, CONFIG_FILE)
+    tensors = _existing(root, TENSOR_FILE)
+    return _read_json(config), _read_tensors(tensors)
+
+
+def _existing(root: Path, name: str) -> Path:
+    path = root / name
+    if not path.is_file():
+        pickles = sorted(p.name for p in root.glob("adapter_model.*") if p.suffix in PICKLES)
+        if name == TENSOR_FILE and pickles:
+            raise ValueError(
+                f"{root / pickles[0]}: pickle files are refused, because reading one runs "
+                "whatever code it holds; save the adapter again in PEFT, which writes "
+                f"{TENSOR_FILE}"
+            )
+        there = sorted(p.name for p in root.iterdir())[:8]
+        raise FileNotFoundError(
+            f"{root}: {name} is missing, so this is no whole PEFT adapter; the directory holds "
+            f"{', '.join(there) or 'nothing'}"
+        )
+    real, home = path.resolve(), root.resolve()
+    if not real.is_relative_to(home) and not real.is_relative_to(_hub_blobs(home)):
+        raise ValueError(f"{path}: links to {real}, outside the adapter's directory; copy the file")
+    return path
+
+
+def _hub_blobs(home: Path) -> Path:
+    """Where the Hub's cache keeps the files that `snapshots/<revision>` links to."""
+    in_cache = home.parent.name == "snapshots"
+    return home.parent.parent / "blobs" if in_cache else home
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a PEFT config")
+    try:
+        content = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError(f"{path}: not a PEFT config: nested too deeply") from None
+    except ValueError as error:  # also JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"{path}: not JSON that PEFT writes: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"`{twice}` stands twice in one object")
+    return content
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import safe_open
+
+    header = read_header(path)
+    for name, entry in header.items():
+        if entry.dtype not in _DTYPES:
+            raise ValueError(
+                f"{path}: tensor `{name}` is {entry.dtype}, expected {', '.join(_DTYPES)}; convert "
+                "it and save the adapter again"
+            )
+    with safe_open(str(path), framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in header}
+    for name, value in tensors.items():
+        check_tensor(name, value, path)
+    return tensors
+
+
+def check_tensor(name: str, value: np.ndarray, source: str | os.PathLike) -> None:
+    """Refuses a tensor that can be no trained weight: empty or not finite."""
+    if value.size == 0:
+        raise ValueError(f"{source}: tensor `{name}` is empty (shape {value.shape})")
+    if not np.isfinite(value.astype(np.float32, copy=False)).all():
+        raise ValueError(
+            f"{source}: tensor `{name}` holds NaN or infinity, so every output would; "
+            "take an earlier checkpoint of the adapter"
+        )
+
+
+def write_directory(
+    directory: str | os.PathLike, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Writes both files of a PEFT directory, byte for byte as PEFT does, and a model card.
+
+    A README.md that is there stays, unless it is the card of the adapter that is replaced.
+
+    Everything is written and synced under temporary names first, so that a full disk or an
+    interruption leaves what was there. A new directory appears whole, by one rename. In an
+    existing one the old config goes before the weights are replaced, and the new one comes last:
+    whoever looks (or crashes) in between finds an adapter without a config, never one with
+    another adapter's scale.
+
+    Raises:
+      OSError: the directory cannot be written; nothing was changed.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    root = Path(directory)
+    config = json.dumps(fields, indent=2, sort_keys=True)
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root}: expected a directory to write the adapter to, got a file")
+    temporary = None
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        # Beside what it will become, so that moving it is a rename and no copy.
+        place = root if root.is_dir() else root.parent
+        temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=place))
+        (temporary / CONFIG_FILE).write_text(config, "utf-8")
+        # The marker is what transformers and PEFT look for.
+        save_file(dict(tensors), temporary / TENSOR_FILE, metadata={"format": "pt"})
+        (temporary / CARD_FILE).write_text(card(fields), "utf-8")
+        for name in (CONFIG_FILE, TENSOR_FILE, CARD_FILE):
+            _sync(temporary / name)
+        _move_in(temporary, root)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            _errno(error),
+            f"{root}: the adapter could not be written: {getattr(error, 'strerror', None) or error}"
+            "; make room or choose another directory",
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _errno(error: Exception) -> int:
+    """The number of the system's error, which safetensors only has in its text."""
+    in_text = re.search(r"os error (\d+)", str(error))
+    return getattr(error, "errno", None) or (int(in_text[1]) if in_text else errno.EIO)
+
+
+def _move_in(temporary: Path, root: Path) -> None:
+    if root.exists():
+        _replace(temporary, root)
+    else:
+        # mkdtemp makes a private directory; an adapter is to be shared as any other.
+        os.chmod(temporary, 0o777 & ~_umask())
+        os.rename(temporary, root)
+    _sync(root.parent)
+    _sync(root)
+
+
+def _replace(temporary: Path, root: Path) -> None:
+    """Replaces the two files, without a moment in which they do not belong together."""
+    old, aside = root / CONFIG_FILE, temporary / "old.json"
+    own_card = _may_replace_card(root)
+    if old.exists() and old.read_bytes() != (temporary / CONFIG_FILE).read_bytes():
+        os.replace(old, aside)
+    try:
+        os.replace(temporary / TENSOR_FILE, root / TENSOR_FILE)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, old)
+        raise
+    os.replace(temporary / CONFIG_FILE, old)
+    if own_card:
+        os.replace(temporary / CARD_FILE, root / CARD_FILE)
+
+
+def _may_replace_card(root: Path) -> bool:
+    """Whether there is no card, or the very one that was written for the config that is there."""
+    if not (root / CARD_FILE).exists():
+        return True
+    try:
+        return (root / CARD_FILE).read_text("utf-8") == card(_read_json(root / CONFIG_FILE))
+    except (OSError, ValueError, TypeError, AttributeError):  # no config of ours, or no text
+        return False
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,256 @@
+"""Writing a model as a Hugging Face directory that transformers loads.
+
+directory/config.json, generation_config.json
+directory/model.safetensors                 every weight under Hugging Face's name, or
+directory/model-00001-of-0000N.safetensors  shards of them, with model.safetensors.index.json
+directory/tokenizer.json, tokenizer_config.json, chat_template.jinja   if there is a tokenizer
+
+Weights are merged, cast and written one block of one module at a time.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lora_jax.array import LoraArray, SavedArray, dense, is_lora
+from lora_jax.hf.checkpoint.names import Family, module_name, stack_depth, tensor_of
+from lora_jax.hf.checkpoint.shards import DTYPES, Entry, size_of, write_shards
+from lora_jax.hf.checkpoint.weights import shape_there
+from lora_jax.merge import merge
+from lora_jax.paths import spell
+from lora_jax.quant.array import is_leaf
+
+MAX_SHARD_SIZE = "5GB"
+
+# Module -> its parameters.
+Modules = Mapping[str, Mapping[str, Any]]
+
+
+class _Block(NamedTuple):
+    """One block of a module: its numbers."""
+
+    module: str
+    index: tuple[int, ...]
+
+
+def save_model(
+    directory: str | Path,
+    model,
+    params: Any,
+    *,
+    dtype: str = "float32",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
+    """Writes a model's configuration, weights and tokenizer.
+
+    Everything is written beside its place first and appears by one rename, so that a failure
+    leaves nothing half-written.
+
+    Args:
+      directory: to be made; nothing may be there yet.
+      model: gives the configuration and the tokenizer, from `lora_jax.models.load`.
+      params: its plain parameters; for adapters there is `save_merged`.
+      dtype: "float32", "bfloat16" or "float16".
+      max_shard_size: bytes in one file, or as Hugging Face writes it: "5GB".
+
+    Raises:
+      FileExistsError: there is something already.
+      ValueError: `params` holds adapters, or numbers that the dtype cannot hold.
+      OSError: the directory cannot be written.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lora):
+        if is_lora(leaf):
+            raise ValueError(
+                f"`{spell(path)}` still has an adapter; merge first: lora.merge(params), or let "
+                "`save_merged` do it"
+            )
+    save_merged(directory, model, params, dtype=dtype, max_shard_size=max_shard_size)
+
+
+def save_merged(
+    directory: str | Path,
+    model,
+    lora_params: Any,
+    *,
+    dtype: str = "float32",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
+    """Merges adapters into a model and writes it, without ever holding the merged model.
+
+    The numbers are those of `lora_jax.merge`, rounded to `dtype`.
+
+    Args:
+      directory: to be made; nothing may be there yet.
+      model: gives the configuration and the tokenizer, from `lora_jax.models.load`.
+      lora_params: its parameters with adapters, or without.
+      dtype: "float32", "bfloat16" or "float16".
+      max_shard_size: bytes in one file, or as Hugging Face writes it: "5GB".
+
+    Raises:
+      FileExistsError: there is something already.
+      ValueError: a sum that is not finite, or numbers that the dtype cannot hold.
+      OSError: the directory cannot be written.
+    """
+    from lora_jax.models.registry import architecture_of
+
+    directory = Path(directory)
+    if directory.exists():
+        raise FileExistsError(f"{directory}: there is something already; give another directory")
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    most, family = size_of(max_shard_size), architecture_of(model.config.model_type).names
+    modules = _modules(lora_params)
+    blocks = _blocks(modules, family)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        entries = [entry for block in blocks for entry in _entries(block, modules, family)]
+        values = (
+            value for block in blocks for value in _values(block, modules, family, DTYPES[dtype])
+        )
+        write_shards(new, entries, values, dtype=DTYPES[dtype], max_shard_size=most)
+        for name, text in _texts(model, dtype).items():
+            (new / name).write_text(text, encoding="utf-8")
+        for path in new.iterdir():
+            _sync(path)
+        _share(new)
+        os.rename(new, directory)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _modules(params: Any) -> Modules:
+    """The leaves of every module together: an adapter's bias is merged into its module's."""
+    modules: dict[str, dict[str, Any]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf):
+        module, _, name = spell(path).rpartition(".")
+        modules.setdefault(module, {})[name] = leaf
+    return modules
+
+
+def _blocks(modules: Modules, family: Family) -> list[_Block]:
+    """Every block of every module, layer after layer, however the tree stacks them."""
+    blocks = []
+    for module, leaves in modules.items():
+        name, leaf = next(iter(leaves.items()))
+        depth = stack_depth(f"{module}.{name}", family=family)
+        blocks += [_Block(module, i) for i in product(*(range(n) for n in leaf.shape[:depth]))]
+
+    def place(block: _Block):
+        parts = module_name(block.module, block.index, family=family).split(".")
+        return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+    return sorted(blocks, key=place)
+
+
+def _entries(block: _Block, modules: Modules, family: Family) -> Iterator[Entry]:
+    """Names and shapes of a block's tensors."""
+    for parameter, leaf in modules[block.module].items():
+        name, axes = tensor_of(f"{block.module}.{parameter}", block.index, family=family)
+        yield Entry(name, shape_there(leaf.shape[len(block.index) :], axes))
+
+
+def _values(
+    block: _Block, modules: Modules, family: Family, dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    """Their numbers, in Hugging Face's order of dimensions."""
+    leaves, index = modules[block.module], block.index
+    parts = {name: x if _is_low_rank(x) else _part(x, index) for name, x in leaves.items()}
+    if any(map(is_lora, parts.values())):
+        label = ".".join("*" if part.isdigit() else part for part in block.module.split("."))
+        parts = _merged(label, parts, index)
+    for parameter, part in parts.items():
+        name, axes = tensor_of(f"{block.module}.{parameter}", index, family=family)
+        there = np.asarray(dense(part))
+        yield _cast(there if axes is None else there.transpose(np.argsort(axes)), dtype, name)
+
+
+@partial(jax.jit, static_argnums=0)
+def _merged(label: str, leaves: dict[str, Any], index: tuple[int, ...]) -> dict[str, Any]:
+    """One block of a module merged; compiled once for all blocks of its shape."""
+    cut = {name: _part(x, index) if _is_low_rank(x) else x for name, x in leaves.items()}
+    return merge({label: cut})[label]
+
+
+def _is_low_rank(x) -> bool:
+    return isinstance(x, LoraArray)
+
+
+def _part(leaf, index: tuple[int, ...]):
+    """One block of a leaf, as a leaf of its own."""
+    if not index:
+        return leaf
+    if isinstance(leaf, SavedArray):
+        return (leaf.value if leaf.only is None or index in leaf.only else dense(leaf.w))[index]
+    if _is_low_rank(leaf):
+        whole = dataclasses.replace(leaf, w=None)
+        cut = jax.tree.map(lambda x: x[index], whole)
+        return dataclasses.replace(cut, w=_part(leaf.w, index), roles=leaf.roles[len(index) :])
+    if hasattr(leaf, "dequantize"):
+        cut = jax.tree.map(lambda x: x[index], leaf)
+        return dataclasses.replace(
+            cut, shape=leaf.shape[len(index) :], roles=leaf.roles[len(index) :]
+        )
+    return leaf[index]
+
+
+def _cast(block: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # found below
+        cast = np.ascontiguousarray(block.astype(dtype, copy=False))
+    if not np.isfinite(cast).all():
+        raise ValueError(
+            f"`{name}` has a number that {dtype} cannot hold; take another dtype, or look at the "
+            "adapter: it may have diverged"
+        )
+    return cast
+
+
+def _texts(model, dtype: str) -> dict[str, str]:
+    config = {**model.config.to_hf(), "torch_dtype": dtype}
+    tokens = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    texts = {"config.json": _json(config), "generation_config.json": _json(tokens)}
+    if model.tokenizer is not None:
+        texts |= _tokenizer_texts(model.tokenizer, model.config.max_position_embeddings)
+    return texts
+
+
+def _tokenizer_texts(tokenizer, length: int) -> dict[str, str]:
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": length,
+        "clean_up_tokenization_spaces": False,
+        **tokenizer.special,
+    }
+    texts = {
+        "tokenizer.json": tokenizer.backend.to_str(pretty=True),
+        "tokenizer_config.json": _json(settings),
+    }
+    if tokenizer.chat_template is not None:
+        texts["chat_template.jinja"] = tokenizer.chat_template
+    return texts
+
+
+def _json(value: dict) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _share(directory: Path) -> None:
+    """Gives a directory of mkdtemp, which is private, the rights of any other."""
+    mask = os.umask(0)
+    os.umask(mask)
+    directory.chmod(0o777 & ~mask)

@@ -1,0 +1,1 @@
+"""Which leaves are adapted, and the role of each of their dimensions."""

@@ -1,0 +1,395 @@
+"""How a function uses each of its weights: a walk over the base jaxpr, nothing evaluated.
+
+Every weight is followed through operations that only rearrange it, each current dimension
+remembering which of the leaf's own dimensions it is made of, to the operations that consume it.
+Dimensions of activations remember the weights' free dimensions they came from, so that an expert
+axis kept by one contraction and batched by the next is recognised.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import compat
+from lora_jax.array import Window
+from lora_jax.plan.usage_dims import (
+    Dims,
+    contraction,
+    dim_map,
+    indexed_dims,
+    keeps,
+    picked_dims,
+    scales,
+    through,
+    transformed,
+    whole,
+    window_axes,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One consumption of a leaf.
+
+    Attributes:
+      primitive: its name.
+      line: source line of the model.
+      kind: "contract", "lookup" (rows by index), "transform" and "rows" (the same, but with a
+        matrix or indices that no argument of the function feeds), or "other".
+      contracted: the leaf's dims summed over (contract, transform) or indexed (lookup, rows).
+      stacked: the leaf's dims batched, or picked one index at a time, on the way here.
+      constant: whether none of the function's arguments feeds the other operand.
+      fallback: why the weight is added up for this use, or "". The dataflow does not say: `plan`
+        asks the interpreter itself.
+      window: the leaf's spatial dims where it is a convolution's kernel, else None.
+    """
+
+    primitive: str
+    line: str
+    kind: str
+    contracted: frozenset = frozenset()
+    stacked: frozenset = frozenset()
+    constant: bool = False
+    fallback: str = ""
+    window: Window | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Track:
+    """A leaf on its way: which of its dims each current dim is made of, and what happened."""
+
+    leaf: int
+    dims: Dims
+    picked: frozenset = frozenset()
+    lookup: int = -1  # index into the leaf's uses of the gather it came through
+    mapped: frozenset = frozenset()  # dims that the first constant matrix on the way summed over
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """What is known of one variable of the jaxpr."""
+
+    tracks: tuple[Track, ...] = ()
+    origin: Dims = ()  # activation dims: sets of (leaf, dim, straight from it) they came from
+    fed: int = 0  # 2: by the function's other arguments; 1: only by constants that may be data
+    made: frozenset = frozenset()  # the leaves whose contractions it is the result of
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """The uses of every leaf, and what later contractions say of earlier ones.
+
+    Attributes:
+      uses: of each leaf.
+      rebatched: pairs (leaf, dim) that a later contraction treats as experts.
+      inner: leaves whose results meet another weight: no output heads.
+      lines: source lines of the equations being walked into, innermost last.
+    """
+
+    uses: tuple[list, ...]
+    rebatched: set
+    inner: set = dataclasses.field(default_factory=set)
+    lines: list = dataclasses.field(default_factory=lambda: ["unknown line"])
+
+    def line(self, eqn) -> str:
+        return compat.source_line(eqn, self.lines[-1])
+
+
+_INNER = {"jit": "jaxpr", "closed_call": "call_jaxpr", "remat": "jaxpr", "shard_map": "jaxpr"}
+_CUSTOM = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
+           "custom_vjp_call_jaxpr": "fun_jaxpr"}  # fmt: skip
+
+
+def usage(fn: Callable, leaves: Sequence, tree, args: Sequence, kwargs: dict) -> Usage:
+    """Traces `fn` abstractly and collects the uses of every floating-point leaf.
+
+    Args:
+      fn: `fn(params, *args, **kwargs)`.
+      leaves, tree: of params; arrays or `ShapeDtypeStruct`s.
+      args, kwargs: example arguments; arrays in them are abstract, all else is Python's.
+    """
+    outer, outer_tree = jax.tree.flatten((tuple(args), dict(kwargs)))
+    weights = [i for i, x in enumerate(leaves) if is_weight(x)]
+    # A concrete leaf stays concrete unless it is a weight; what has only a shape must be traced.
+    loose = [i for i, x in enumerate(leaves) if i not in set(weights) and _abstract_only(x)]
+    inputs = [i for i, x in enumerate(outer) if hasattr(x, "shape") and hasattr(x, "dtype")]
+
+    def staged(ws, rest, xs):
+        full, given = list(leaves), list(outer)
+        for i, w in [*zip(weights, ws, strict=True), *zip(loose, rest, strict=True)]:
+            full[i] = w
+        for i, x in zip(inputs, xs, strict=True):
+            given[i] = x
+        some, named = jax.tree.unflatten(outer_tree, given)
+        out = fn(jax.tree.unflatten(tree, full), *some, **named)
+        return [x for x in jax.tree.leaves(out) if compat.is_traceable(x)]
+
+    jaxpr = jax.make_jaxpr(staged)(
+        [_as_array(leaves[i]) for i in weights],
+        [leaves[i] for i in loose],
+        [outer[i] for i in inputs],
+    )
+    jaxpr, consts = compat.open_jaxpr(jaxpr)
+    found = Usage(tuple([] for _ in leaves), set())
+    env = {v: Flow(fed=2) for v in jaxpr.invars}
+    for v, x in zip(jaxpr.constvars, consts, strict=True):
+        env[v] = Flow(fed=int(_may_be_data(x)))
+    for v, i in zip(jaxpr.invars, weights, strict=False):
+        dims = tuple(frozenset([d]) for d in range(leaves[i].ndim))
+        env[v] = Flow((Track(i, dims),))
+    _walk(found, jaxpr, env)
+    return found
+
+
+def _as_array(x):
+    """What the function is traced with: a quantized weight as the array it stands for."""
+    return x if compat.is_array(x) else jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def is_weight(x) -> bool:
+    """Whether a leaf can be adapted at all: a floating-point array with a dimension."""
+    shaped = hasattr(x, "shape") and hasattr(x, "dtype") and len(x.shape) > 0
+    return shaped and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _may_be_data(x) -> bool:
+    """Whether a constant stands for an argument: not a few numbers, such as factors of a resize."""
+    return jnp.ndim(x) > 1 or (jnp.ndim(x) == 1 and not jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def _abstract_only(x) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
+def _walk(found: Usage, jaxpr, env: dict) -> list[Flow]:
+    def read(v):
+        return Flow() if isinstance(v, compat.Literal) else env.get(v, Flow())
+
+    for eqn in jaxpr.eqns:
+        flows = [read(v) for v in eqn.invars]
+        if any(f.tracks or f.fed or f.made or any(f.origin) for f in flows):
+            found.lines.append(found.line(eqn))
+            env.update(zip(eqn.outvars, _step(found, eqn, flows), strict=True))
+            found.lines.pop()
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _step(found: Usage, eqn, flows: list[Flow]) -> list[Flow]:
+    name = compat.name_of(eqn)
+    if name in _INNER or name in _CUSTOM:
+        return _enter(found, eqn, flows, name)
+    if name == "scan":
+        return _scan(found, eqn, flows)
+    if name == "while":
+        a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        carry = _looped(flows, flows[a + b :])
+        _inside(found, eqn.params["cond_jaxpr"], [*flows[:a], *carry])
+        return _inside(found, eqn.params["body_jaxpr"], [*flows[a : a + b], *carry])
+    if name == "cond":
+        outs = [_inside(found, branch, flows[1:]) for branch in eqn.params["branches"]]
+        return [_merge(each) for each in zip(*outs, strict=True)]
+    return _plain(found, eqn, flows, name)
+
+
+def _inside(found: Usage, inner, flows: Sequence[Flow]) -> list[Flow]:
+    jaxpr, _ = compat.open_jaxpr(inner)
+    return _walk(found, jaxpr, dict(zip(jaxpr.invars, flows, strict=True)))
+
+
+def _enter(found: Usage, eqn, flows: list[Flow], name: str) -> list[Flow]:
+    inner = eqn.params.get(_INNER.get(name) or _CUSTOM[name]) or eqn.params.get("jaxpr")
+    return _inside(found, inner, flows)
+
+
+def _scan(found: Usage, eqn, flows: list[Flow]) -> list[Flow]:
+    consts, carry = compat.scan_counts(eqn.params, len(flows))
+    state = _looped(flows, flows[consts : consts + carry])
+    inside = [*flows[:consts], *state, *(_peel(f) for f in flows[consts + carry :])]
+    outs = _inside(found, eqn.params["jaxpr"], inside)
+    return [*outs[:carry], *(_stack(f) for f in outs[carry:])]
+
+
+def _looped(flows: Sequence[Flow], carry: Sequence[Flow]) -> list[Flow]:
+    """Carries of a loop: what starts as zeros may depend on the arguments from the second step."""
+    fed = max((f.fed for f in flows), default=0)
+    return [f if f.tracks else dataclasses.replace(f, fed=max(f.fed, fed)) for f in carry]
+
+
+def _peel(flow: Flow) -> Flow:
+    """What one step of a scan sees: the first dim is picked."""
+    tracks = tuple(
+        dataclasses.replace(t, dims=t.dims[1:], picked=t.picked | whole(t.dims, [0]))
+        for t in flow.tracks
+    )
+    return dataclasses.replace(flow, tracks=tracks, origin=flow.origin[1:])
+
+
+def _stack(flow: Flow) -> Flow:
+    tracks = tuple(dataclasses.replace(t, dims=(t.picked, *t.dims)) for t in flow.tracks)
+    origin = (frozenset(), *flow.origin) if flow.origin else ()
+    return dataclasses.replace(flow, tracks=tracks, origin=origin)
+
+
+def _merge(flows: Sequence[Flow]) -> Flow:
+    origins = [f.origin for f in flows if f.origin]
+    origin: Dims = ()
+    if origins and len({len(o) for o in origins}) == 1:
+        origin = tuple(frozenset().union(*dims) for dims in zip(*origins, strict=True))
+    tracks = tuple(t for f in flows for t in f.tracks)
+    return Flow(tracks, origin, max((f.fed for f in flows), default=0), _all_made(flows))
+
+
+def _all_made(flows: Sequence[Flow]) -> frozenset:
+    return frozenset().union(*(f.made for f in flows))
+
+
+def _plain(found: Usage, eqn, flows: list[Flow], name: str) -> list[Flow]:
+    maps = [dim_map(eqn, k, name) for k in range(len(flows))]
+    fed, made = max((f.fed for f in flows), default=0), _all_made(flows)
+    for k, flow in enumerate(flows):
+        if flow.tracks and contraction(eqn, k, name) is not None:
+            found.inner.update(made)
+            made |= {t.leaf for t in flow.tracks}
+    outs = []
+    for j, var in enumerate(eqn.outvars):
+        kept = []
+        for k, flow in enumerate(flows):
+            mapped = None if maps[k] is None else maps[k][j]
+            tracks = [
+                t for t in (_follow(found, eqn, flows, k, t, mapped, name, first=j == 0)
+                            for t in flow.tracks) if t]  # fmt: skip
+            origin = () if mapped is None or not flow.origin else through(flow.origin, mapped)
+            kept.append(Flow(tuple(tracks), origin))
+        if name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
+            kept.append(Flow((), _free_dims(found, eqn, flows, name, len(var.aval.shape))))
+        if name == "optimization_barrier":
+            outs.append(dataclasses.replace(flows[j]))
+        else:
+            outs.append(dataclasses.replace(_merge(kept), fed=fed, made=made))
+    return outs
+
+
+def _follow(found: Usage, eqn, flows, k: int, track: Track, mapped, name: str, *, first: bool):
+    """Records a use of a weight, or carries the weight on; None where its way ends."""
+    others = [f for i, f in enumerate(flows) if i != k]
+    use = _consumption(found, eqn, others, k, track, name)
+    if use is not None:
+        if first:
+            _record(found, track, use)
+        if use.kind == "transform":
+            mapped = track.mapped or use.contracted
+            return dataclasses.replace(track, dims=transformed(eqn, k, track.dims), mapped=mapped)
+        if use.kind not in ("lookup", "rows"):
+            return None
+        if use.kind == "lookup":
+            track = dataclasses.replace(track, lookup=len(found.uses[track.leaf]) - 1)
+        return _carry(eqn, k, track, mapped, name)
+    fed = any(f.fed for f in others) and name not in ("gather", "dynamic_slice")
+    if mapped is None or (fed and not scales(eqn, k, name)):
+        if first and track.lookup < 0:
+            found.uses[track.leaf].append(Use(name, found.lines[-1], "other"))
+        return None
+    if track.lookup >= 0 and not keeps(eqn, k, name):
+        return None
+    return _carry(eqn, k, track, mapped, name)
+
+
+def _record(found: Usage, track: Track, use: Use):
+    uses = found.uses[track.leaf]
+    if track.lookup >= 0:  # rows chosen by index, then contracted: the index picks a stack
+        uses[track.lookup] = dataclasses.replace(uses[track.lookup], kind="picked")
+    uses.append(use)
+
+
+def _carry(eqn, k: int, track: Track, mapped, name: str):
+    if mapped is None:
+        return None
+    picked = track.picked | whole(track.dims, picked_dims(eqn, k, name))
+    return dataclasses.replace(track, dims=through(track.dims, mapped), picked=picked)
+
+
+def _consumption(found: Usage, eqn, others: Sequence[Flow], k: int, track: Track, name: str):
+    """The use that an equation makes of a weight at operand `k`, or None."""
+    axes = contraction(eqn, k, name)
+    if axes is not None:
+        if not any(f.fed for f in others) and track.lookup >= 0:
+            return None
+        contracted = frozenset().union(*(track.dims[i] for i in axes[0]))
+        stacked = whole(track.dims, axes[1]) | track.picked
+        kind = "contract" if contracted - stacked else "other"
+        given = any(f.fed or f.tracks for f in others)
+        kind = "transform" if (kind, name, given) == ("contract", "dot_general", False) else kind
+        if not track.mapped <= contracted:  # fixed positions times a kernel, not a resized kernel
+            contracted = track.mapped
+        constant = max((f.fed for f in others), default=0) < 2
+        window = _window(eqn, track, name)
+        contracted = contracted - stacked
+        return Use(name, found.lines[-1], kind, contracted, stacked, constant, window=window)
+    if name == "gather" and k == 0 and track.lookup < 0:
+        rows = frozenset().union(*(track.dims[i] for i in indexed_dims(eqn)))
+        kind = "lookup" if any(f.fed for f in others) else "rows"
+        return Use(name, found.lines[-1], kind, rows, track.picked - rows)
+    return None
+
+
+def _window(eqn, track: Track, name: str) -> Window | None:
+    """Which of the leaf's own dims are spatial, if each is one dim of it."""
+    if name != "conv_general_dilated":
+        return None
+    dims = [track.dims[axis] for axis in window_axes(eqn)]
+    if any(len(d) != 1 for d in dims):
+        return None
+    return Window(tuple(next(iter(d)) for d in dims), eqn.params["feature_group_count"])
+
+
+def _free_dims(found: Usage, eqn, flows, name: str, rank: int) -> Dims:
+    """Origins of a contraction's output dims; notes the weight dims that it batches over."""
+    if name != "dot_general":
+        return ()
+    contracting, batching = eqn.params["dimension_numbers"]
+    for k in (0, 1):
+        if flows[k].origin and flows[1 - k].tracks:
+            for axis in batching[k]:
+                found.rebatched.update((leaf, d) for leaf, d, _ in flows[k].origin[axis])
+            _note_experts(found, flows[k].origin, flows[1 - k], contracting[k], contracting[1 - k])
+    if not any(f.tracks for f in flows):  # attention, say: the dims are no hidden layer's any more
+        flows = [dataclasses.replace(f, origin=_indirect(f.origin)) for f in flows]
+    groups = [_dims_of(flows[0], axis) | _dims_of(flows[1], other)
+              for axis, other in zip(*batching, strict=True)]  # fmt: skip
+    for k in (0, 1):
+        taken = {*contracting[k], *batching[k]}
+        free = [d for d in range(len(eqn.invars[k].aval.shape)) if d not in taken]
+        groups += [_dims_of(flows[k], d) for d in free]
+    return tuple(groups) if any(groups) and len(groups) == rank else ()
+
+
+def _indirect(origin: Dims) -> Dims:
+    return tuple(frozenset((leaf, d, False) for leaf, d, _ in dims) for dims in origin)
+
+
+def _note_experts(found: Usage, origin: Dims, weight: Flow, summed: Sequence, own: Sequence):
+    """Notes an expert axis that is summed away together with the experts' hidden dim.
+
+    In `btd,edf->btef` then `btef,efd->btd` nothing but the layout tells experts from heads: the
+    expert axis stands before the first kernel's in dim, the hidden dim after it, and nothing mixes
+    the activations in between (attention would).
+    """
+    for axis, dim in zip(summed, own, strict=True):
+        for leaf, e, direct in origin[axis]:
+            contracted = [u.contracted for u in found.uses[leaf] if u.kind == "contract"]
+            after = [
+                f
+                for other in summed
+                for same, f, straight in origin[other]
+                if same == leaf and straight and other != axis
+            ]
+            if direct and contracted and after and e < min(contracted[0]) < min(after):
+                found.rebatched.add((leaf, e))
+                found.rebatched.update((t.leaf, d) for t in weight.tracks for d in t.dims[dim])
+
+
+def _dims_of(flow: Flow, axis: int) -> frozenset:
+    own = frozenset((t.leaf, d, True) for t in flow.tracks for d in t.dims[axis])
+    return own | (flow.origin[axis] if flow.origin else frozenset())

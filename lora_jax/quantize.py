@@ -1,0 +1,172 @@
+"""Trees with quantized leaves: `quantize`, leaf by leaf, and `dequantize`."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from lora_jax.config import matching
+from lora_jax import paths
+from lora_jax.quant.array import QuantArray, is_leaf, is_quant, quantize_array
+from lora_jax.quant.dispatch import check_backend
+
+# Names, a regular expression, a `lora_jax.Plan`, or `f(path, leaf)`.
+Where = Any
+
+
+def quantize(
+    params,
+    where: Where,
+    *,
+    format: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = False,
+    scale_dtype: str | None = None,
+    roles: dict[str, str] | None = None,
+    pad: bool = False,
+    backend: str = "auto",
+    progress: bool = False,
+):
+    """Quantizes leaves of a parameter tree, one after the other.
+
+    Args:
+      params: the base's parameters; arrays, numpy's included, or `ShapeDtypeStruct`s under
+        `jax.eval_shape`.
+      where: which leaves: module names as in `LoraConfig.target_modules` (a list of names'
+        ends, or one regular expression for the whole name), a `Plan` (the leaves it adapts, with
+        the roles it found), or `f(path, leaf) -> bool`.
+      format, block_size, double_quant, scale_dtype, pad: see `quant.quantize_array`.
+      roles: roles by a pattern of the path's end, as in `LoraConfig.roles`; by default the
+        plan's, else `...bio`.
+      backend: which kernels multiply with the leaves, see `lora_jax.quant.dispatch`.
+      progress: show a progress bar.
+
+    Returns:
+      The tree with `QuantArray`s; other leaves are as they were.
+
+    Raises:
+      ValueError: `where` names nothing (the nearest names are listed), a leaf cannot be
+        quantized so, or there is no such backend.
+
+    Example:
+      >>> import jax.numpy as jnp, lora_jax as lora
+      >>> params = {"up": jnp.ones((64, 16)), "scale": jnp.ones(16)}
+      >>> lora.quantize(params, ["up"])["up"].nbytes
+      1088
+
+    Source: Dettmers et al. 2023, "QLoRA", section 3.
+    """
+    check_backend(backend)
+    flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
+    named = [(paths.spell(path), leaf) for path, leaf in flat]
+    chosen = _chosen(where, named)
+    planned = where.by_path() if _is_plan(where) else {}
+
+    def one(path: str, leaf):
+        own = _roles_of(roles or {}, path) or (planned[path].roles if path in planned else None)
+        q = quantize_array(
+            leaf,
+            format=format,
+            block_size=block_size,
+            scale_dtype=scale_dtype,
+            double_quant=double_quant,
+            roles=own,
+            pad=pad,
+            name=path,
+        )
+        return dataclasses.replace(q, backend=backend)
+
+    out = [
+        one(path, leaf) if path in chosen else leaf
+        for path, leaf in _shown(named, progress, len(chosen))
+    ]
+    return jax.tree.unflatten(tree, out)
+
+
+def _is_plan(where) -> bool:
+    from lora_jax.plan.decide import Plan  # which itself needs to know a quantized leaf
+
+    return isinstance(where, Plan)
+
+
+def _shown(named: list, progress: bool, count: int) -> Iterator:
+    if not progress:
+        return iter(named)
+    from tqdm import tqdm
+
+    return iter(tqdm(named, desc=f"quantizing {count} weights", unit="leaf"))
+
+
+def _roles_of(roles: dict[str, str], path: str) -> str | None:
+    for name in (path, paths.module_of(path)):
+        pattern = matching.matched_pattern(roles, name)
+        if pattern is not None:
+            return roles[pattern]
+    return None
+
+
+def _chosen(where: Where, named: list) -> set[str]:
+    for path, leaf in named:
+        if not is_quant(leaf) and is_leaf(leaf):
+            raise ValueError(
+                f"`params` has an adapter at `{path}`: quantize the base, then `lora.init`"
+            )
+    if _is_plan(where):
+        chosen = {leaf.path for leaf in where.adapted}
+        unknown = chosen - {path for path, _ in named}
+        if unknown:
+            raise ValueError(f"`where` plans `{sorted(unknown)[0]}`, which `params` has not")
+    elif isinstance(where, str | Sequence):
+        chosen = _by_name(where, named)
+    else:
+        chosen = {path for path, leaf in named if not is_quant(leaf) and where(path, leaf)}
+    done = [path for path, leaf in named if path in chosen and is_quant(leaf)]
+    if done:
+        raise ValueError(
+            f"`{done[0]}` is quantized already; `lora.dequantize` first to choose another format"
+        )
+    if not chosen:
+        raise ValueError("`where` chooses no leaf of `params`")
+    return chosen
+
+
+# A stack of these has two dims, and is no matrix for that.
+_VECTORS = ("scale", "bias")
+
+
+def _by_name(where: str | Sequence[str], named: list) -> set[str]:
+    """Leaves of at least two dims whose path or module is meant; vectors are never quantized."""
+    wide = [
+        path
+        for path, leaf in named
+        if len(getattr(leaf, "shape", ())) > 1 and path.rpartition(".")[2] not in _VECTORS
+    ]
+    entries = [where] if isinstance(where, str) else list(where)
+    chosen: set[str] = set()
+    for entry in entries:
+        hits = {
+            path
+            for path in wide
+            for name in (path, paths.module_of(path))
+            if _means(entry, name, isinstance(where, str))
+        }
+        if not hits:
+            known = paths.nearest(entry, {paths.module_of(path) for path in wide})
+            raise ValueError(f"`where` entry `{entry}` matches no matrix; nearest: {known}")
+        chosen |= hits
+    return chosen
+
+
+def _means(entry: str, name: str, pattern: bool) -> bool:
+    if pattern:
+        return re.fullmatch(entry, name) is not None
+    return matching.ends_with(name, entry)
+
+
+def dequantize(params):
+    """A tree's quantized leaves as arrays of their dtype; other leaves as they are."""
+    return jax.tree.map(
+        lambda x: x.dequantize() if isinstance(x, QuantArray) else x, params, is_leaf=is_leaf
+    )

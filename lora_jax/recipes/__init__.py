@@ -1,0 +1,1 @@
+"""Whole tasks in a few calls: what the command line runs."""

@@ -1,0 +1,75 @@
+"""The demo's folder: its data as JSON lines, its result, and what it may replace."""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from lora_jax.recipes.demo import task
+from lora_jax.files import replacing
+
+MARK = "demo.json"  # says that a folder is a demo's; the next demo may replace it
+_WHAT = {
+    "adapter": "the adapter, for PEFT",
+    "checkpoints": "the training state, an Orbax checkpoint",
+    "loss.png": "the loss curve",
+    "metrics.jsonl": "the metrics of every step",
+    "tensorboard": "the same for TensorBoard",
+    "train.jsonl": "what was learned from",
+    "test.jsonl": "what the score was measured on",
+    MARK: "the scores",
+}
+
+
+def prepare(directory: Path, train: Sequence[task.Example], test: Sequence[task.Example]) -> Path:
+    """Empties or makes the folder and writes the data into it.
+
+    Args:
+      directory: the folder.
+      train: what is learned from.
+      test: what the score is measured on.
+
+    Returns:
+      The path of the training data.
+
+    Raises:
+      FileExistsError: the folder holds something, and no demo made it.
+    """
+    _clear(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    finish(directory, {"state": "running"})
+    for name, examples in (("train.jsonl", train), ("test.jsonl", test)):
+        _write_lines(directory / name, ({"messages": task.conversation(e)} for e in examples))
+    return directory / "train.jsonl"
+
+
+def _clear(directory: Path) -> None:
+    """Removes what an earlier demo left, and nothing else."""
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file; choose another folder with --output-dir")
+    found = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    if found and (MARK not in found or found - set(_WHAT)):
+        stranger = min(found - set(_WHAT) or found)
+        raise FileExistsError(
+            f"{directory} holds `{stranger}`, which no demo wrote; choose another folder with "
+            "--output-dir"
+        )
+    for name in found:
+        path = directory / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def finish(directory: Path, result: Mapping) -> None:
+    """Writes the demo's result, by which the folder is known as a demo's."""
+    _write_lines(directory / MARK, [result])
+
+
+def _write_lines(path: Path, values: Iterable) -> None:
+    with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
+def contents(directory: Path) -> str:
+    """A line for everything the demo wrote."""
+    found = [name for name in _WHAT if (directory / name).exists()]
+    return "\n".join(f"  {directory / name}: {_WHAT[name]}" for name in found)

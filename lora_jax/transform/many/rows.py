@@ -1,0 +1,264 @@
+"""Choosing each row's adapter, and running a function row by row in one batch.
+
+A row's result is by definition what the function gives for a batch of that row alone with its own
+adapter; `jax.vmap` turns all rows into batched operations. The base weights are not batched, so
+every base product is one matmul over all rows; the factors, gathered for the rows, meet the
+activations in batched thin products. No weight is added up and there is no loop over adapters.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax import compat
+from lora_jax.array import Gain, LoraArray, LoraStack, SavedStack, is_lora, is_stack
+from lora_jax.multi.slots import count
+from lora_jax.transform.many.grouped import take_slots
+from lora_jax.transform.lorafy import gains
+
+
+def select(stacked, ids):
+    """Gathers the adapters of a batch's rows: a stack with one adapter a row, in their order.
+
+    `lorafy(fn)(select(stacked, ids), ...)` is `lorafy(fn)(stacked, ..., adapter_ids=ids)`; where
+    the same rows run many times (decoding), the gathering is done once.
+
+    Args:
+      stacked: from `stack`.
+      ids: int (rows,), a slot for each row; -1 for the plain base.
+
+    Returns:
+      The tree; its size is one adapter a row.
+
+    Raises:
+      ValueError: an id out of range, or ids that are no vector of integers. Ids that are traced
+        cannot be checked: one out of range gives NaN in its row.
+    """
+    ids = checked(stacked, ids)
+    if ids.ndim != 1:
+        raise ValueError(
+            f"`adapter_ids` must be of shape (rows,) to choose rows, got shape {ids.shape}"
+        )
+    return jax.tree.map(
+        lambda x: select_leaf(x, ids) if is_stack(x) else x, stacked, is_leaf=is_lora
+    )
+
+
+def checked(stacked, ids):
+    """Ids of rows or tokens as an array.
+
+    Raises:
+      ValueError: no integers of one or two dims, or one out of range (unless they are traced).
+    """
+    ids = jnp.asarray(ids)
+    if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            "`adapter_ids` must be integers of shape (rows,) or (rows, tokens), got "
+            f"{ids.dtype} of shape {ids.shape}"
+        )
+    number = count(stacked)
+    if not isinstance(ids, jax.core.Tracer):
+        known = np.asarray(ids)
+        if len(bad := known[(known < -1) | (known >= number)]):
+            raise ValueError(
+                f"`adapter_ids` has {sorted(set(bad.tolist()))}, but the stack has slots 0 to "
+                f"{number - 1} (-1 is the plain base)"
+            )
+    return ids
+
+
+def select_leaf(x: LoraStack | SavedStack, ids):
+    """One leaf of `select`; the ids have been checked."""
+    number = x.count
+    # The base and ids out of range read nothing: another's numbers never reach their rows.
+    where = jnp.where((ids >= 0) & (ids < number), ids, number)
+    poison = jnp.where((ids < -1) | (ids >= number), jnp.nan, 0.0)
+
+    def pick(array, fill=0):
+        return take_slots(array, where, x.axis, fill)
+
+    if isinstance(x, SavedStack):
+        shape = (-1,) + (1,) * len(x.shape)
+        value = jnp.where((where < number).reshape(shape), pick(x.value), x.w)
+        value = value + poison.reshape(shape).astype(value.dtype)
+        return SavedStack(x.w, value, chosen=True)
+    gain = gains(x)
+    return dataclasses.replace(
+        x,
+        a=pick(x.a),
+        b=pick(x.b),
+        scale=pick(x.scale) + poison.astype(x.scale.dtype),
+        m=None,
+        gain=None if gain is None else pick(gain, 1),
+        bias=None if x.bias is None else pick(x.bias),
+        chosen=True,
+    )
+
+
+class Rows(NamedTuple):
+    """A tree of chosen adapters, taken apart into what differs between rows and what does not.
+
+    Attributes:
+      arrays: what differs.
+      axes: for each of them the axis that numbers the rows.
+      base: the leaves that all rows share.
+      join: `(one row's arrays, base)` to the tree of that row, with `LoraArray`s.
+    """
+
+    arrays: list
+    axes: list[int]
+    base: list
+    join: Callable[[list, list], Any]
+
+
+def by_row(chosen) -> Rows:
+    """Takes a tree of chosen adapters (from `select`) apart; other stacks are the rows' base."""
+    flat, tree = jax.tree.flatten(chosen, is_leaf=is_lora)
+    fields = {LoraStack: ("a", "b", "scale", "gain", "bias"), SavedStack: ("value",)}
+    where = [
+        (i, name)
+        for i, x in enumerate(flat)
+        if _is_chosen(x)
+        for name in fields[type(x)]
+        if getattr(x, name) is not None
+    ]
+    arrays = [getattr(flat[i], name) for i, name in where]
+
+    # Only the form of a stack is needed to make a leaf of it.
+    forms = [dataclasses.replace(x, w=None, **dict.fromkeys(fields[type(x)]))
+             if _is_chosen(x) else None for x in flat]  # fmt: skip
+
+    def join(row: list, base: list):
+        own: dict[int, dict] = {}
+        for (i, name), array in zip(where, row, strict=True):
+            own.setdefault(i, {})[name] = array
+        leaves = [
+            w if form is None else _row_leaf(form, w, own[i])
+            for i, (form, w) in enumerate(zip(forms, base, strict=True))
+        ]
+        return jax.tree.unflatten(tree, leaves)
+
+    base = [x.w if _is_chosen(x) else x for x in flat]
+    return Rows(arrays, [flat[i].axis for i, _ in where], base, join)
+
+
+def _is_chosen(x) -> bool:
+    return is_stack(x) and x.chosen
+
+
+def _row_leaf(form: LoraStack | SavedStack, w, own: dict):
+    if isinstance(form, SavedStack):
+        return own["value"]
+    gain = own.pop("gain", None)
+    m = None if gain is None else Gain(gain)
+    return LoraArray(w, m=m, roles=form.roles, dropout=form.dropout, window=form.window, **own)
+
+
+def rowwise(call: Callable, chosen, ids, args: tuple, kwargs: dict, key, *, row_axes, out_axes):
+    """Runs `call(row's ids, tree, args, kwargs, key)` on every row with its own adapter.
+
+    Args:
+      call: a function that accepts LoRA parameters and a batch of one row.
+      chosen: from `select`, or with stacks of which `call` chooses by the ids.
+      ids: (rows, ...), anything that differs between rows.
+      args, kwargs: of the call; arrays hold all rows along the axes that `row_axes` names.
+      key: dropout key, or None.
+      row_axes: a prefix of `(args, kwargs)`: where each array numbers the rows, None for what all
+        rows share. An int leaves arrays without dims and what is no array to all rows alike.
+      out_axes: a prefix of the output: where a batch of one row has its axis of size 1. Outputs
+        without dims come as one number a row.
+
+    Returns:
+      The outputs with the rows along `out_axes`.
+    """
+    parts = by_row(chosen)
+    rows = ids.shape[0]
+    flat, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda x: x is None)
+    axes = axes_of(row_axes, flat, tree, rows)
+    mapped = {i: axis for i, axis in enumerate(axes) if axis is not None}
+    seen: dict = {}
+
+    def one(number, own_ids, own, given):
+        full = list(flat)
+        for (i, axis), x in zip(mapped.items(), given, strict=True):
+            full[i] = lax.expand_dims(x, [axis])
+        args, kwargs = jax.tree.unflatten(tree, full)
+        own_key = None if key is None else jax.random.fold_in(key, number)
+        out = call(own_ids, parts.join(own, parts.base), args, kwargs, own_key)
+        return _split_outputs(out, out_axes, seen)
+
+    own_rows, shared = jax.vmap(
+        one, in_axes=(0, 0, parts.axes, list(mapped.values())), out_axes=(0, None)
+    )(jnp.arange(rows), ids, parts.arrays, [flat[i] for i in mapped])
+    own_rows = iter(
+        jnp.moveaxis(x, 0, axis) for x, axis in zip(own_rows, seen["axes"], strict=True)
+    )
+    found = {"row": own_rows, "shared": iter(shared), "static": iter(seen["static"])}
+    return jax.tree.unflatten(seen["tree"], [next(found[kind]) for kind in seen["kinds"]])
+
+
+def axes_of(row_axes, flat: list, tree, rows: int) -> list[int | None]:
+    """For each of the flat arguments the axis that numbers the rows, or None.
+
+    Raises:
+      ValueError: an argument has another number of entries there.
+    """
+    full = jax.tree.unflatten(tree, flat)
+    axes = jax.tree.leaves(
+        jax.tree.broadcast(row_axes, full, is_leaf=lambda x: x is None), is_leaf=lambda x: x is None
+    )
+    found: list[int | None] = []
+    for x, axis in zip(flat, axes, strict=True):
+        shape = getattr(x, "shape", None)
+        loose = isinstance(row_axes, int) and (shape is None or not len(shape))
+        if axis is None or loose:
+            found.append(None)
+            continue
+        if shape is None or axis >= len(shape) or shape[axis] != rows:
+            raise ValueError(
+                f"`adapter_ids` has {rows} rows, but an argument of shape {shape} has not that "
+                f"many along axis {axis}; say with `row_axes` where arguments number their rows "
+                "(a prefix of (args, kwargs), None for what all rows share)"
+            )
+        found.append(axis)
+    return found
+
+
+def _split_outputs(out, out_axes, seen: dict) -> tuple[list, list]:
+    """The outputs that differ by row, and those that all rows share; notes how to join them."""
+    flat, tree = jax.tree.flatten(out, is_leaf=lambda x: x is None)
+    axes = jax.tree.leaves(
+        jax.tree.broadcast(out_axes, out, is_leaf=lambda x: x is None), is_leaf=lambda x: x is None
+    )
+    row: list = []
+    shared: list = []
+    seen.update(tree=tree, kinds=[], axes=[], static=[])
+    for x, axis in zip(flat, axes, strict=True):
+        if not compat.is_traceable(x):
+            seen["kinds"].append("static")
+            seen["static"].append(x)
+        elif axis is None:
+            seen["kinds"].append("shared")
+            shared.append(x)
+        else:
+            seen["kinds"].append("row")
+            seen["axes"].append(axis if x.ndim else 0)
+            row.append(_one_row(x, axis))
+    return row, shared
+
+
+def _one_row(x, axis: int):
+    if not x.ndim:
+        return x
+    if axis >= x.ndim or x.shape[axis] != 1:
+        raise ValueError(
+            f"an output of shape {x.shape} for a batch of one row has no axis of size 1 at {axis}: "
+            "say where the outputs number their rows with `out_axes` (None for what all rows share)"
+        )
+    return lax.squeeze(x, [axis])

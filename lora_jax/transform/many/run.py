@@ -1,0 +1,152 @@
+"""Both ways to run a batch whose rows, or tokens, have adapters of their own.
+
+Gathered: each row's factors are copied out of the stack, once for the call, and meet the row's
+activations in batched products. Grouped: the factors stay where they are, and the rows (or tokens)
+are sorted by adapter (`lora_jax.transform.many.grouped`). `way_of` there says which one a call takes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import paths
+from lora_jax.array import LoraStack, SavedStack, is_lora, is_stack
+from lora_jax.transform.many.rows import axes_of, checked, rowwise, select, select_leaf
+from lora_jax.multi.slots import count
+from lora_jax.quant.array import is_leaf
+from lora_jax.transform.many import grouped
+from lora_jax.transform.many.rules import Chooser
+
+WAYS = ("gathered", "grouped", "ragged")
+
+
+class Call(NamedTuple):
+    """A call of a lorafied function with many adapters.
+
+    Attributes:
+      args, kwargs: of the function.
+      key: dropout key, or None.
+      row_axes, out_axes: as in `lorafy`.
+    """
+
+    args: tuple
+    kwargs: dict
+    key: Any
+    row_axes: Any
+    out_axes: Any
+
+
+def gathered(single: Callable, chosen, call: Call):
+    """Runs rows whose adapters have been chosen; `single` is the function for one adapter."""
+    first = next(x for x in jax.tree.leaves(chosen, is_leaf=is_lora) if is_stack(x))
+
+    def row(number, tree, args, kwargs, key):
+        return single(tree, *args, lora_key=key, **kwargs)
+
+    return _rows(row, chosen, jnp.arange(first.count), call)
+
+
+def run(single: Callable, row: Callable, stacked, ids, call: Call, token_axes, way: str | None):
+    """Runs rows that choose from a stack.
+
+    Args:
+      single: the function for one adapter.
+      row: the same for one row of many, `row(chooser, tree, args, kwargs, key)`.
+      stacked: from `lora.stack`.
+      ids: int (rows,) or (rows, tokens).
+      call: what to call it with.
+      token_axes, way: as in `lorafy`.
+    """
+    if way is not None and way not in WAYS:
+        raise ValueError(f"`adapter_way` must be one of {', '.join(WAYS)} or None, got {way!r}")
+    ids = checked(stacked, ids)
+    by_token = ids.ndim == 2 and ids.shape[1] != 1
+    if not by_token:
+        ids = ids.reshape(ids.shape[0])
+    slots = count(stacked)
+    leaves = jax.tree.leaves(stacked, is_leaf=is_lora)
+    rank = max((x.rank for x in leaves if isinstance(x, LoraStack)), default=0)
+    if way is None:
+        positions = 1 if by_token else _positions(call, ids.shape[0])
+        way = grouped.way_of(ids.size, positions, slots, rank)
+    if way == "gathered" and not by_token:
+        return gathered(single, select(stacked, ids), call)
+    axes = _token_axes(token_axes, call, ids) if by_token else None
+    groups = grouped.sort(ids.reshape(-1), slots)
+
+    def one(row_ids, tree, args, kwargs, key):
+        return row(Chooser(row_ids, groups, way, axes), tree, args, kwargs, key)
+
+    return _rows(one, _saved_chosen(stacked, ids), ids, call)
+
+
+def _rows(row: Callable, tree, ids, call: Call):
+    return rowwise(row, tree, ids, call.args, call.kwargs, call.key,
+                   row_axes=call.row_axes, out_axes=call.out_axes)  # fmt: skip
+
+
+def _saved_chosen(stacked, ids):
+    """The stack with what trains whole chosen for the rows."""
+    flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=is_leaf)
+    for path, x in flat:
+        if isinstance(x, SavedStack) and ids.ndim == 2:
+            raise ValueError(
+                f"`{paths.spell(path)}` trains whole in an adapter (`modules_to_save`, biases), "
+                "and is one for a row: give `adapter_ids` one for each row, or stack adapters "
+                "without it"
+            )
+    leaves = [select_leaf(x, ids) if isinstance(x, SavedStack) else x for _, x in flat]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _flat(call: Call):
+    return jax.tree.flatten((call.args, call.kwargs), is_leaf=lambda x: x is None)
+
+
+def _positions(call: Call, rows: int) -> int:
+    """About how many positions a row has: of its integer arguments, or all but their features."""
+    flat, tree = _flat(call)
+    tokens, features = [], [1]
+    for x, axis in zip(flat, axes_of(call.row_axes, flat, tree, rows), strict=True):
+        if axis is None:
+            continue
+        shape = [n for d, n in enumerate(x.shape) if d != axis]
+        if jnp.issubdtype(jnp.result_type(x), jnp.integer):
+            tokens.append(math.prod(shape))
+        else:
+            features.append(math.prod(shape[:-1]))
+    return max(tokens or features)
+
+
+def _token_axes(token_axes, call: Call, ids) -> tuple:
+    """For each of the flat arguments the axis that numbers the tokens, or None."""
+    flat, tree = _flat(call)
+    rows, tokens = ids.shape
+    by_row = axes_of(call.row_axes, flat, tree, rows)
+    full = jax.tree.unflatten(tree, flat)
+    wanted = jax.tree.leaves(
+        jax.tree.broadcast(token_axes, full, is_leaf=lambda x: x is None),
+        is_leaf=lambda x: x is None,
+    )
+    found = []
+    for x, axis, row_axis in zip(flat, wanted, by_row, strict=True):
+        shape = getattr(x, "shape", ())
+        fits = axis is not None and axis < len(shape) and shape[axis] == tokens
+        if isinstance(token_axes, int):
+            axis = axis if fits and row_axis not in (None, axis) else None
+        elif axis is not None and not fits:
+            raise ValueError(
+                f"`adapter_ids` has {tokens} tokens a row, but an argument of shape {shape} has "
+                f"not that many along axis {axis}, as `token_axes` says"
+            )
+        found.append(axis)
+    if all(axis is None for axis in found):
+        raise ValueError(
+            f"`adapter_ids` has shape {tuple(ids.shape)}, but no argument has {tokens} entries "
+            "along the axis of its tokens: say with `token_axes` where arguments number their "
+            "tokens (a prefix of (args, kwargs), None where they do not)"
+        )
+    return tuple(found)

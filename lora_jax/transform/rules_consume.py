@@ -1,0 +1,371 @@
+"""Rules for operations that consume a weight: `y = op(x, W) + s·op(op(x, A), B)`."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.array import a_dims, widened
+from lora_jax.transform import explicit, base_weight
+from lora_jax.transform.low_rank import compute_dtype, contract, dropped, low_rank
+from lora_jax.transform.implicit import RANK, Implicit, Unsupported, expand_to, labels, reorder
+
+
+def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, chosen=None, **params):
+    """A weight on one side of a dot: any contracting, batch and free dims.
+
+    Args:
+      lhs, rhs: one of them an `Implicit`, the other an array.
+      bind: binds the original primitive to dense operands.
+      use: how often the weight was used before, for dropout.
+      dimension_numbers, precision: of the primitive.
+      chosen: for a weight with many adapters, see `lora_jax.transform.many.rules`.
+      **params: the primitive's other parameters.
+
+    Returns:
+      The product, in the dtype the base product has.
+    """
+    if isinstance(lhs, Implicit) and isinstance(rhs, Implicit):
+        raise Unsupported("product of two adapted weights")
+    weight_left = isinstance(lhs, Implicit)
+    v, x = (lhs, rhs) if weight_left else (rhs, lhs)
+    contracting, batching = dimension_numbers
+    w_contracted, x_contracted = contracting if weight_left else contracting[::-1]
+    w_batch, x_batch = batching if weight_left else batching[::-1]
+
+    x_labels: list = [("x", d) for d in range(x.ndim)]
+    for w_dim, x_dim in zip(
+        [*w_contracted, *w_batch], [*x_contracted, *x_batch], strict=True
+    ):
+        x_labels[x_dim] = ("w", w_dim)
+    batch = [("w", d) for d in w_batch]
+    w_free = [("w", d) for d in range(v.ndim) if d not in w_contracted and d not in w_batch]
+    x_free = [label for label in x_labels if label[0] == "x"]
+    out = batch + (w_free + x_free if weight_left else x_free + w_free)
+
+    first: list = []
+    if chosen is not None:
+        v, first = chosen.spread(v)
+    x, gain_after = _gain_before(v, x, x_labels, w_contracted, first)
+    base = base_weight.product(
+        v,
+        x,
+        bind,
+        weight_left=weight_left,
+        dimension_numbers=dimension_numbers,
+        precision=precision,
+        **params,
+    )
+    if not v.rank:  # a quantized weight without an adapter
+        return base
+    form = {"contracted": w_contracted, "dtype": base.dtype, "precision": precision}
+    if chosen is not None:
+        change = chosen.low_rank(v, dropped(v, x, use), x_labels, out, **form)
+    else:
+        specs = _wanted_specs(base, out, params.get("out_sharding"))
+        change = low_rank(v, dropped(v, x, use), x_labels, out, specs=specs, **form)
+    y = _gain_after(v, base + change, out, gain_after, first)
+    return _with_bias(v, y, out, w_contracted, first)
+
+
+def _wanted_specs(base, out: Sequence, out_sharding):
+    spec = explicit.spec_of(base)
+    if spec is None or out_sharding is None:
+        return None
+    return dict(zip(out, spec, strict=True))
+
+
+def _gain_before(v: Implicit, x, x_labels, contracted, first: Sequence = ()):
+    """Multiplies DoRA's gain into the activation where its dims are summed over.
+
+    Args:
+      v: the weight.
+      x, x_labels: the activation.
+      contracted: dims of the weight.
+      first: labels of axes that gain, scale and bias have before their own.
+
+    Returns:
+      The activation, and whether the gain is still to be applied to the result.
+    """
+    if v.gain is None:
+        return x, False
+    dims = labels(v.roles, "gain")
+    summed = [d for d in dims if d in contracted]
+    if not summed:
+        return x, True
+    have = {label[1] for label in x_labels if label[0] == "w"}
+    if any(d not in have for d in dims):
+        raise Unsupported("DoRA's magnitude is over dims that are partly summed, partly kept")
+    gain = expand_to(v.gain, [*first, *(("w", d) for d in dims)], x_labels)
+    return (x * gain.astype(x.dtype)), False
+
+
+def _with_bias(v: Implicit, y, out_labels, contracted, first: Sequence = ()):
+    """Adds `scale · bias` where the in dims have been summed over, once for every output."""
+    if v.bias is None:
+        return y
+    roles = [v.roles[d] for d in range(v.ndim) if d in contracted and v.shape[d] != 1]
+    if "b" in roles or "o" in roles or roles.count("i") != _large(v).count("i"):
+        raise Unsupported("it is contracted over other dims than its in dims")
+    dims = [*first, *(("w", d) for d in labels(v.roles, "bias"))]
+    scales = [*first, *(("w", d) for d in labels(v.roles, "scale"))]
+    bias = v.bias * expand_to(v.scale.astype(v.bias.dtype), scales, dims)
+    return y + expand_to(bias, dims, out_labels).astype(y.dtype)
+
+
+def _large(v: Implicit) -> list[str]:
+    """Roles of the dims that are not of size one."""
+    return [role for role, n in zip(v.roles, v.shape, strict=True) if n != 1]
+
+
+def _gain_after(v: Implicit, y, out_labels, pending: bool, first: Sequence = ()):
+    if not pending:
+        return y
+    gain = expand_to(v.gain, [*first, *(("w", d) for d in labels(v.roles, "gain"))], out_labels)
+    return y * gain.astype(y.dtype)
+
+
+def conv(lhs, rhs, bind, use: int, *, dimension_numbers, feature_group_count, batch_group_count,
+         precision, window_strides, padding, lhs_dilation, rhs_dilation, **_):  # fmt: skip
+    """A convolution kernel: a convolution to `r` channels with `A`, then a 1x1 product with `B`.
+
+    With feature groups each group has its own `r` channels, all from one `A`, and the part of
+    `B` that makes its outputs.
+    """
+    v = rhs
+    if isinstance(lhs, Implicit):
+        raise Unsupported("an adapted weight is convolved as the input")
+    out_dim, in_dim, *spatial = dimension_numbers.rhs_spec
+    if batch_group_count != 1:
+        raise Unsupported("batch groups")
+    v = _own_units(v, (in_dim, *spatial))
+    if v.roles[out_dim] != "o" or any(v.roles[d] != "i" for d in (in_dim, *spatial)):
+        raise Unsupported(f"kernel with roles {v.roles}: only its output channels may be `o`")
+    groups, channel = feature_group_count, dimension_numbers.out_spec[1]
+    base = base_weight.applied(v, lhs, bind)
+    if not v.rank:
+        return base
+
+    dims = a_dims(v.roles)
+    a = jnp.tile(v.a.astype(lhs.dtype), (1,) * len(dims) + (groups,))
+    a_spec = lax.ConvDimensionNumbers(
+        dimension_numbers.lhs_spec,
+        (len(dims), dims.index(in_dim), *(dims.index(d) for d in spatial)),
+        dimension_numbers.out_spec,
+    )
+    middle = lax.conv_general_dilated(
+        dropped(v, lhs, use),
+        a,
+        dimension_numbers=a_spec,
+        feature_group_count=groups,
+        precision=precision,
+        preferred_element_type=widened(lhs.dtype),
+        window_strides=window_strides,
+        padding=padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+    )
+    middle = (middle * v.scale.astype(middle.dtype)).astype(lhs.dtype)
+    shape = middle.shape
+    middle = middle.reshape(*shape[:channel], groups, v.rank, *shape[channel + 1 :])
+    rest = [("x", d) for d in range(len(shape)) if d != channel]
+    b = v.b.astype(lhs.dtype).reshape(v.rank, groups, -1)
+    change, have = contract(
+        middle,
+        [*rest[:channel], "group", RANK, *rest[channel:]],
+        b,
+        [RANK, "group", "out"],
+        keep={*rest, "group", "out"},
+        precision=precision,
+        preferred=base.dtype,
+    )
+    change = reorder(change, have, [*rest[:channel], "group", "out", *rest[channel:]])
+    y = base + change.reshape(base.shape)
+    if v.bias is not None:
+        bias = v.bias * v.scale.astype(v.bias.dtype)
+        y = y + bias.reshape([-1 if d == channel else 1 for d in range(y.ndim)]).astype(y.dtype)
+    if v.gain is None:
+        return y
+    gain = v.gain.reshape([-1 if d == channel else 1 for d in range(y.ndim)])
+    return y * gain.astype(y.dtype)
+
+
+def _own_units(v: Implicit, dims: Sequence[int]) -> Implicit:
+    """Gives the unit dims among `dims` to `A`, as where a matrix is made a kernel by `w[None]`."""
+    roles = "".join("i" if d in dims and r == "u" else r for d, r in enumerate(v.roles))
+    shape = [v.shape[d] for d in a_dims(roles)]
+    return dataclasses.replace(v, a=v.a.reshape(*shape, v.rank), roles=roles)
+
+
+def ragged_dot(lhs, rhs, group_sizes, bind, use: int, *, ragged_dot_dimension_numbers, precision,
+               group_offset=None, **_):  # fmt: skip
+    """Grouped matmul `(m, k) x (g, k, n)`: one `A` and one `B` a group."""
+    v, numbers = rhs, ragged_dot_dimension_numbers
+    if isinstance(lhs, Implicit):
+        raise Unsupported("an adapted weight is the rows of ragged_dot")
+    (contracting, batching) = numbers.dot_dimension_numbers
+    plain = (
+        tuple(map(tuple, contracting)) == ((1,), (1,))
+        and tuple(map(tuple, batching)) == ((), ())
+        and tuple(numbers.lhs_ragged_dimensions) == (0,)
+        and tuple(numbers.rhs_group_dimensions) == (0,)
+    )
+    if not plain or v.roles not in ("bio", "boi") or group_offset is not None:
+        raise Unsupported("ragged_dot other than (m, k) x (groups, k, n)")
+    base = base_weight.applied(v, lhs, bind, group_sizes)
+    if not v.rank:
+        return base
+    if v.gain is not None or v.bias is not None:
+        raise Unsupported("DoRA, or an adapter's bias, with ragged_dot")
+    first, second = v.a, v.b
+    if v.roles == "boi":
+        first, second = jnp.swapaxes(v.b, 1, 2), jnp.swapaxes(v.a, 1, 2)
+    x = dropped(v, lhs, use)
+    x = x.astype(compute_dtype(x, v))
+    wide = widened(x.dtype)
+    middle = lax.ragged_dot(
+        x, first.astype(x.dtype), group_sizes, precision=precision, preferred_element_type=wide
+    )
+    second = (second.astype(wide) * v.scale.astype(wide)[:, None, None]).astype(x.dtype)
+    change = lax.ragged_dot(
+        middle.astype(x.dtype),
+        second,
+        group_sizes,
+        precision=precision,
+        preferred_element_type=base.dtype,
+    )
+    return base + change
+
+
+def gather(v, indices, bind, *, dimension_numbers, slice_sizes, **params):
+    """Rows of a weight by index: an embedding lookup, or the choice of layers or experts.
+
+    Indexing a stack dim gives another implicit array, one adapter an index; indexing an in (or
+    out) dim gives rows of `W` plus rows of its factor times the other factor.
+    """
+    if not isinstance(v, Implicit):
+        raise Unsupported("a weight used as indices")
+    if dimension_numbers.operand_batching_dims:
+        raise Unsupported("batched gather")
+    base = base_weight.rows(
+        v,
+        indices,
+        bind,
+        dimension_numbers=dimension_numbers,
+        slice_sizes=slice_sizes,
+        mode=params.get("mode"),
+        fill_value=params.get("fill_value"),
+    )
+    indices, dimension_numbers = _clamped(v, indices, dimension_numbers, slice_sizes, params)
+    roles = {v.roles[d] for d in dimension_numbers.start_index_map}
+    if len(roles) != 1:
+        raise Unsupported("gather over dims of different roles")
+    out = _gather_labels(v, indices, dimension_numbers)
+
+    def pick(part):
+        return _gather_part(
+            getattr(v, part), labels(v.roles, part), indices, dimension_numbers, slice_sizes, params
+        )
+
+    if roles == {"b"}:
+        return _gather_stack(v, base, out, pick)
+    if not v.rank:
+        return base
+    if v.bias is not None:
+        raise Unsupported("lookup of a weight whose adapter has a bias")
+    owner, other = ("a", "b") if roles <= {"i"} else ("b", "a")
+    whole = set(labels(v.roles, other)) - {RANK}
+    if any(slice_sizes[d] != v.shape[d] for d in whole) or not roles <= {"i", "o"}:
+        raise Unsupported("gather that slices both factors")
+    rows, have = pick(owner)
+    wide = widened(rows.dtype)
+    scale_labels = labels(v.roles, "scale")
+    rows = rows.astype(wide) * expand_to(v.scale.astype(wide), scale_labels, have)
+    change, have = contract(
+        rows,
+        have,
+        getattr(v, other).astype(wide),
+        labels(v.roles, other),
+        keep=set(out),
+        precision=lax.Precision.HIGHEST,
+    )
+    change = reorder(change, have, [label for label in out if label in have])
+    y = base + change.reshape(base.shape).astype(base.dtype)
+    return _gain_rows(v, y, out, owner, pick)
+
+
+def _clamped(v: Implicit, indices, numbers, slice_sizes, params):
+    """Drops the indices of dims taken whole: clamped, they can only be 0 (vmap of a slice)."""
+    where = numbers.start_index_map
+    kept = [k for k, d in enumerate(where) if slice_sizes[d] != v.shape[d]]
+    modes = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    if not kept or len(kept) == len(where) or params.get("mode") not in modes:
+        return indices, numbers
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=numbers.offset_dims,
+        collapsed_slice_dims=numbers.collapsed_slice_dims,
+        start_index_map=tuple(where[k] for k in kept),
+    )
+    return indices[..., jnp.array(kept)], numbers
+
+
+def _gain_rows(v: Implicit, y, out, owner: str, pick):
+    """DoRA's gain over the rows that were gathered (out dims indexed) or over the whole rows."""
+    if v.gain is None:
+        return y
+    gain, have = (v.gain, labels(v.roles, "gain")) if owner == "a" else pick("gain")
+    return y * expand_to(gain, have, out).astype(y.dtype)
+
+
+def _gather_labels(v: Implicit, indices, numbers) -> list:
+    """Axes of a gather's result: `("n", i)` for index axes, dims of the weight for offsets."""
+    survive = [d for d in range(v.ndim) if d not in numbers.collapsed_slice_dims]
+    out: list = [None] * (indices.ndim - 1 + len(survive))
+    for axis, d in zip(numbers.offset_dims, survive, strict=True):
+        out[axis] = d
+    index_axes = [i for i, label in enumerate(out) if label is None]
+    for n, axis in enumerate(index_axes):
+        out[axis] = ("n", n)
+    return out
+
+
+def _gather_part(array, dims, indices, numbers, slice_sizes, params):
+    """Gathers a factor along the dims it owns; out-of-range rows give zeros, not the base's fill.
+
+    Returns:
+      The rows, and their labels: index axes first, then the factor's surviving axes.
+    """
+    survive = [d for d in dims if d == RANK or d not in numbers.collapsed_slice_dims]
+    front = indices.ndim - 1
+    own = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(front, front + len(survive))),
+        collapsed_slice_dims=tuple(
+            sorted(dims.index(d) for d in dims if d in numbers.collapsed_slice_dims)
+        ),
+        start_index_map=tuple(dims.index(d) for d in numbers.start_index_map),
+    )
+    window = tuple(
+        array.shape[i] if d == RANK else slice_sizes[d] for i, d in enumerate(dims)
+    )
+    rows = lax.gather(array, indices, own, window, mode=params.get("mode"), fill_value=0)
+    return rows, [("n", i) for i in range(front)] + survive
+
+
+def _gather_stack(v: Implicit, base, out: list, pick):
+    roles = "".join("b" if isinstance(label, tuple) else v.roles[label] for label in out)
+    parts = {}
+    for part in ("a", "b", "scale", "gain", "bias"):
+        if getattr(v, part) is None:
+            parts[part] = None
+            continue
+        rows, have = pick(part)
+        have = [label if label == RANK else out.index(label) for label in have]
+        parts[part] = reorder(rows, have, labels(roles, part))
+    key = v.key
+    if key is not None:  # a mask has the activation's shape: it differs between the indices
+        key = jax.random.split(key.reshape(-1)[0], parts["scale"].shape)
+    return dataclasses.replace(v, w=base, **parts, key=key, roles=roles)
+
+
