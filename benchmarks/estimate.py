@@ -22,10 +22,12 @@ import llama_step
 from common import report
 
 from lora_jax import LoraConfig
-from lora_jax.analysis.memory import compiled, mesh as memory_mesh, step as memory_step
+from lora_jax.analysis.memory import compiled
+from lora_jax.analysis.memory import mesh as memory_mesh
+from lora_jax.analysis.memory import step as memory_step
 from lora_jax.analysis.memory.estimate import estimate
 from lora_jax.analysis.memory.liveness import alive
-from lora_jax.analysis.memory.shapes import SHAPES, config_of
+from lora_jax.analysis.memory.step import SHAPES, config_of
 from lora_jax.train.memory import tree_bytes
 
 GIB = 2**30

@@ -31,7 +31,7 @@ from common import interleaved, ratio, report
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.array import is_lora, is_stack
-from lora_jax.models.decode import runner
+from lora_jax.models.generation import runner
 from lora_jax.transform.many.grouped import way_of
 
 SLOTS = 64

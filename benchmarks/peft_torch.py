@@ -25,8 +25,7 @@ import lora_jax as lora
 from lora_jax import models, train
 from lora_jax.train.batches import iterate, loader
 from lora_jax.train.evaluate import lora_loss
-from lora_jax.train.optimizer import optimizer
-from lora_jax.train.step import Programs, init_state, make_step
+from lora_jax.train.step import Programs, init_state, make_step, optimizer
 
 
 def sentences(path: Path, tokenizer, count: int) -> list:

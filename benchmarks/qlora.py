@@ -21,10 +21,10 @@ import jax
 from common import add_data_option, report
 
 import lora_jax as lora
-from lora_jax.recipes import finetune
 from lora_jax import models, train
 from lora_jax.files import kept
 from lora_jax.quant import QuantConfig
+from lora_jax.recipes import finetune
 
 RUNS = Path(__file__).parents[1] / "outputs" / "qlora"
 MOST_WORSE = 0.02

@@ -24,8 +24,8 @@ from common import RESULTS, add_data_option, machine
 
 import lora_jax as lora
 from lora_jax import analysis
-from lora_jax.recipes import sweep as language
 from lora_jax.files import write_text
+from lora_jax.recipes import sweep as language
 from lora_jax.train import TrainConfig
 
 RUNS = sst2_data.ROOT / "outputs" / "rank_sweeps"

@@ -36,8 +36,8 @@ from tqdm import tqdm
 import lora_jax as lora
 from lora_jax import compat, train
 from lora_jax.files import kept
-from lora_jax.train.full import split_full
 from lora_jax.train.memory import tree_bytes
+from lora_jax.train.step import split_full
 
 RUNS = sst2.ROOT / "outputs" / "sst2_encoder"
 CONFIG = lora.LoraConfig(

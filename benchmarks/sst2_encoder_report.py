@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from sst2 import percent, shrink, wilson
 
-from lora_jax.train.plot import running_mean, save_figure
+from lora_jax.train.progress import running_mean, save_figure
 
 LORA, FULL, HEAD = "LoRA", "full", "head"
 NAMES = {LORA: "LoRA r=8 on query, value", FULL: "full fine-tuning", HEAD: "head alone"}

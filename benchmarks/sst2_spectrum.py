@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import lora_jax as lora
 from lora_jax import analysis, train
-from lora_jax.recipes import finetune
 from lora_jax.files import kept
+from lora_jax.recipes import finetune
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LABELS = (" negative", " positive")

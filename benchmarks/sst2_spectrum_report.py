@@ -10,8 +10,8 @@ import numpy as np
 from sst2 import percent, shrink
 
 from lora_jax import analysis
-from lora_jax.analysis.spectrum.plots import draw_decay
-from lora_jax.train.plot import save_figure
+from lora_jax.analysis.spectrum.spectrum import draw_decay
+from lora_jax.train.progress import save_figure
 
 # Singular values that are written of each matrix of full fine-tuning.
 _WRITTEN = 16

@@ -13,31 +13,31 @@ from lora_jax.array import SavedArray as SavedArray
 from lora_jax.array import delta as delta
 from lora_jax.array import is_lora as is_lora
 from lora_jax.config.lora import LoraConfig as LoraConfig
-from lora_jax.gradient import grad as grad
-from lora_jax.gradient import value_and_grad as value_and_grad
 from lora_jax.merge import merge as merge
 from lora_jax.merge import unmerge as unmerge
-from lora_jax.transform.many.rows import select as select
 from lora_jax.multi.slots import replace as replace
 from lora_jax.multi.stack import stack as stack
-from lora_jax.plan.decide import LeafPlan as LeafPlan
-from lora_jax.plan.decide import Plan as Plan
+from lora_jax.optim import grad as grad
+from lora_jax.optim import masked as masked
+from lora_jax.optim import trainable_mask as trainable_mask
+from lora_jax.optim import value_and_grad as value_and_grad
 from lora_jax.plan.decide import plan as plan
+from lora_jax.plan.leaf import LeafPlan as LeafPlan
+from lora_jax.plan.leaf import Plan as Plan
 from lora_jax.quant.array import QuantArray as QuantArray
 from lora_jax.quantize import dequantize as dequantize
 from lora_jax.quantize import quantize as quantize
 from lora_jax.sharding import partition_specs as partition_specs
 from lora_jax.transform import DecodedWarning as DecodedWarning
 from lora_jax.transform import MaterializedWarning as MaterializedWarning
-from lora_jax.transform import lorafy
+from lora_jax.transform.lorafy import lorafy as lorafy
+from lora_jax.transform.many.rows import select as select
 from lora_jax.tree import Count as Count
 from lora_jax.tree import combine as combine
 from lora_jax.tree import count_parameters as count_parameters
 from lora_jax.tree import format_trainable_parameters as format_trainable_parameters
 from lora_jax.tree import init as init
-from lora_jax.tree import masked as masked
 from lora_jax.tree import split as split
-from lora_jax.tree import trainable_mask as trainable_mask
 
 __version__ = "0.1.0"
 

@@ -14,12 +14,16 @@ out dims, each in `W`'s own order. A kernel `(layers, d_model, heads, head_dim)`
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from lora_jax import paths
+from lora_jax.dims import b_dims, from_matrix, sizes
+from lora_jax.quant.array import QuantArray
+from lora_jax.quant.ops import take
 
 
 def _node(*static: str):
@@ -238,8 +242,6 @@ def dense(w):
 def base_rows(x: RowsArray) -> Float[Array, "n d"]:
     """The frozen table's own rows where others train, in the trained rows' dtype."""
     if hasattr(x.w, "dequantize"):
-        from lora_jax.quant.ops import take
-
         return take(x.w, x.ids, x.axis)
     return jnp.moveaxis(jnp.take(x.w, jnp.asarray(x.ids), axis=x.axis), x.axis, 0)
 
@@ -269,46 +271,6 @@ def widened(*dtypes):
     return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
-def a_dims(roles: str) -> list[int]:
-    """The dims of `w` that `a` owns, in `a`'s order (the rank follows)."""
-    return stack_dims(roles) + [d for d, role in enumerate(roles) if role == "i"]
-
-
-def b_dims(roles: str) -> list[int]:
-    """The dims of `w` that `b` owns, in `b`'s order (the rank stands after the stack dims)."""
-    return stack_dims(roles) + out_dims(roles)
-
-
-def stack_dims(roles: str) -> list[int]:
-    return [d for d, role in enumerate(roles) if role == "b"]
-
-
-def in_dims(roles: str) -> list[int]:
-    return [d for d, role in enumerate(roles) if role == "i"]
-
-
-def out_dims(roles: str) -> list[int]:
-    return [d for d, role in enumerate(roles) if role == "o"]
-
-
-def sizes(shape: tuple[int, ...], roles: str) -> tuple[tuple[int, ...], int, int]:
-    """The stack's shape, and the products of the in and of the out dims."""
-    stack = tuple(shape[d] for d in stack_dims(roles))
-    return (
-        stack,
-        math.prod(shape[d] for d in in_dims(roles)),
-        math.prod(shape[d] for d in out_dims(roles)),
-    )
-
-
-def factor_shapes(shape: tuple[int, ...], roles: str, rank: int) -> tuple[tuple, tuple]:
-    """The shapes of `a` and of `b` for a weight of this shape, roles and rank."""
-    stack = [shape[d] for d in stack_dims(roles)]
-    a = [*stack, *(shape[d] for d in in_dims(roles)), rank]
-    b = [*stack, rank, *(shape[d] for d in out_dims(roles))]
-    return tuple(a), tuple(b)
-
-
 def delta(x: LoraArray) -> Float[Array, "..."]:
     """The change of weight `scale · a·b`, in `w`'s shape and dimension order, in float32.
 
@@ -326,23 +288,36 @@ def delta(x: LoraArray) -> Float[Array, "..."]:
     return from_matrix(change * x.scale.astype(dtype)[..., None, None], x.shape, x.roles)
 
 
-def from_matrix(matrix, shape: tuple[int, ...], roles: str):
-    """Puts a `(stack..., in, out)` matrix back into the weight's own shape and order."""
-    order = stack_dims(roles) + in_dims(roles) + out_dims(roles)
-    full = matrix.reshape([shape[d] for d in order])
-    return jnp.transpose(full, [order.index(d) for d in range(len(shape))])
-
-
-def to_matrix(w, roles: str):
-    """A weight as `(stack..., in, out)`: the inverse of `from_matrix`."""
-    stack, fan_in, fan_out = sizes(w.shape, roles)
-    order = stack_dims(roles) + in_dims(roles) + out_dims(roles)
-    return jnp.transpose(w, order).reshape(*stack, fan_in, fan_out)
-
-
 def spread_outputs(gain, x: LoraArray):
     """A number for each stack index and output, broadcast-ready against the weight."""
     order = b_dims(x.roles)
     shape = dict(zip(order, gain.shape, strict=True))
     gain = jnp.transpose(gain, [order.index(d) for d in sorted(order)])
     return gain.reshape([shape.get(d, 1) for d in range(x.ndim)])
+
+
+def count(stacked) -> int:
+    """How many slots a stack has.
+
+    Raises:
+      ValueError: the tree is no stack.
+    """
+    counts = {x.count for x in jax.tree.leaves(stacked, is_leaf=is_stack) if is_stack(x)}
+    if len(counts) != 1:
+        raise ValueError(
+            "the tree holds no stack of adapters: make one with `lora.stack([...])`"
+            if not counts
+            else f"the leaves hold different numbers of adapters {sorted(counts)}"
+        )
+    return counts.pop()
+
+
+def is_leaf(x) -> bool:
+    """Whether `x` is one leaf of ours, with several arrays in it."""
+    return isinstance(x, QuantArray) or is_lora(x)
+
+
+def leaves_by_path(params) -> dict:
+    """The leaves of a tree by their spelled paths; a quantized or adapted weight is one leaf."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
+    return {paths.spell(key_path): leaf for key_path, leaf in flat}

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lora_jax.array import LoraArray, dense, out_dims, sizes, to_matrix, widened
+from lora_jax.array import LoraArray, LoraStack, dense, widened
+from lora_jax.dims import out_dims, sizes, to_matrix
 
 
 def norm(x: LoraArray) -> Float[Array, "..."]:
@@ -47,3 +48,17 @@ def gain(x: LoraArray) -> Float[Array, "..."]:
 def magnitude(x: LoraArray) -> Float[Array, "..."]:
     """The magnitude that makes DoRA the identity at init: `‖W + s·A·B‖`."""
     return norm(x)
+
+
+def gains(x: LoraStack):
+    """DoRA's gain of every adapter of a stack, also from magnitudes that train; or None."""
+    if x.m is None:
+        return x.gain
+    from lora_jax.dora import gain
+
+    at = x.axis
+    return jax.vmap(
+        lambda a, b, scale, m: gain(LoraArray(x.w, a, b, scale, m, roles=x.roles)),
+        in_axes=(at, at, at, at),
+        out_axes=at,
+    )(x.a, x.b, x.scale, x.m)

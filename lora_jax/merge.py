@@ -6,22 +6,22 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from lora_jax import paths
+from lora_jax import dora, paths
 from lora_jax.array import (
     LoraArray,
     RowsArray,
     SavedArray,
-    b_dims,
     delta,
     dense,
     effective,
+    is_leaf,
     is_lora,
     is_stack,
     spread_outputs,
     widened,
     with_rows,
 )
-from lora_jax.quant.array import is_leaf
+from lora_jax.dims import b_dims
 
 
 def merged(x: LoraArray):
@@ -33,8 +33,6 @@ def merged(x: LoraArray):
     wide = widened(w.dtype)
     full = w.astype(wide) + delta(x).astype(wide)
     if x.m is not None:
-        from lora_jax import dora
-
         full = full * spread_outputs(dora.gain(x), x).astype(wide)
     return full.astype(w.dtype)
 
@@ -168,8 +166,6 @@ def _unmerge_leaf(path: str, x, y):
     wide = widened(w.dtype)
     full = y.astype(wide)
     if x.m is not None:
-        from lora_jax import dora
-
         full = full / spread_outputs(dora.gain(x), x).astype(wide)
     back = (full - delta(x).astype(wide)).astype(y.dtype)
     return jnp.where(y == merged(x), w.astype(y.dtype), back)

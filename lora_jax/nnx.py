@@ -13,8 +13,8 @@ from lora_jax import paths
 from lora_jax.array import is_lora
 from lora_jax.config.lora import LoraConfig
 from lora_jax.merge import merge as merge_tree
-from lora_jax.plan.decide import LeafPlan, Plan
 from lora_jax.plan.decide import plan as make_plan
+from lora_jax.plan.leaf import LeafPlan, Plan
 from lora_jax.transform import lorafy
 from lora_jax.tree import init as init_tree
 from lora_jax.tree import leaf_of, trained_fields

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 
-from lora_jax.config import matching
 from lora_jax import paths
-from lora_jax.quant.array import QuantArray, is_leaf, is_quant, quantize_array
+from lora_jax.array import is_leaf
+from lora_jax.config import matching
+from lora_jax.plan.leaf import Plan
+from lora_jax.quant.array import QuantArray, is_quant, quantize_array
 from lora_jax.quant.dispatch import check_backend
 
 # Names, a regular expression, a `lora_jax.Plan`, or `f(path, leaf)`.
@@ -86,8 +88,6 @@ def quantize(
 
 
 def _is_plan(where) -> bool:
-    from lora_jax.plan.decide import Plan  # which itself needs to know a quantized leaf
-
     return isinstance(where, Plan)
 
 

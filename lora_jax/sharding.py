@@ -11,10 +11,10 @@ import jax
 import jax.core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax.array import LoraArray, RowsArray, SavedArray
+from lora_jax.array import LoraArray, RowsArray, SavedArray, is_leaf
 from lora_jax.quant import sharding as quant_sharding
-from lora_jax.quant.array import QuantArray, is_leaf
-from lora_jax.transform.explicit import part_spec, spec_of
+from lora_jax.quant.array import QuantArray
+from lora_jax.transform.labels import part_spec, spec_of
 
 _PARTS = {"a": "a", "b": "b", "scale": "scale", "m": "gain", "bias": "bias"}
 

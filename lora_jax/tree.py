@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import paths
+from lora_jax import dora, paths
 from lora_jax.array import (
     LoraArray,
     LoraStack,
@@ -18,15 +18,16 @@ from lora_jax.array import (
     SavedArray,
     SavedStack,
     Window,
-    b_dims,
     base_rows,
     dense,
+    is_leaf,
     is_lora,
-    stack_dims,
+    leaves_by_path,
     widened,
 )
-from lora_jax.plan.decide import LeafPlan, Plan
-from lora_jax.quant.array import is_leaf
+from lora_jax.dims import b_dims, stack_dims
+from lora_jax.methods import METHODS
+from lora_jax.plan.leaf import LeafPlan, Plan
 from lora_jax.sharding import place
 
 _TRAINED = {
@@ -80,12 +81,6 @@ def init(key, plan: Plan, params, *, weights=None):
     return jax.tree.unflatten(tree, leaves)
 
 
-def leaves_by_path(params) -> dict:
-    """The leaves of a tree by their spelled paths; a quantized or adapted weight is one leaf."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
-    return {paths.spell(key_path): leaf for key_path, leaf in flat}
-
-
 def _weights_of(plan: Plan, weights) -> Callable:
     """What gives a planned leaf its numbers in floats, or None where none are given."""
     if weights is None:
@@ -129,7 +124,6 @@ def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w, full: Callable):
     if leaf.kind == "rows":
         rows = RowsArray(w, None, leaf.ids, leaf.axis)
         return dataclasses.replace(rows, rows=base_rows(rows).astype(widened(w.dtype)))
-    from lora_jax.methods import METHODS
 
     own = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()) & 0x7FFFFFFF)
     start = METHODS[plan.config.init.partition("_niter_")[0]]
@@ -141,8 +135,6 @@ def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w, full: Callable):
     adapted = leaf_of(plan, leaf, w, a=a, b=b, **bias)
     assert isinstance(adapted, LoraArray)  # no other kind is left
     if plan.config.use_dora:
-        from lora_jax import dora
-
         adapted = dataclasses.replace(adapted, m=dora.magnitude(adapted))
     return place(adapted)
 
@@ -237,80 +229,6 @@ def _join(x, y):
         mine, other = getattr(x, name), getattr(y, name)
         fields[name] = other if mine is None else mine
     return dataclasses.replace(x, **fields)
-
-
-def check_trainable(trainable, name: str = "trainable") -> None:
-    """Every array of a tree can be trained, and there is one.
-
-    Raises:
-      ValueError: there is none, or one holds integers, as a quantized base's codes are.
-    """
-    flat, _ = jax.tree_util.tree_flatten_with_path(trainable)
-    if not flat:
-        raise ValueError(
-            f"`{name}` holds nothing that trains: pass the tree of `lora.init`, whose adapters do"
-        )
-    for path, x in flat:
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            raise ValueError(
-                f"`{name}` holds {x.dtype} numbers at `{paths.spell(path)}`, which have no "
-                "gradient (a quantized base's codes?): differentiate with `lora.value_and_grad`, "
-                "or with respect to the first tree of `lora.split`"
-            )
-
-
-def trainable_mask(lora_params):
-    """A tree of bools, True at every array that trains: `optax.masked`'s form of `split`."""
-
-    def mark(x):
-        if not is_lora(x):
-            return False
-        marks = dict.fromkeys(_TRAINED[type(x)], True) | dict.fromkeys(_FROZEN[type(x)], False)
-        return dataclasses.replace(
-            x, **{n: mark if getattr(x, n) is not None else None for n, mark in marks.items()}
-        )
-
-    return jax.tree.map(mark, lora_params, is_leaf=is_lora)
-
-
-def masked(tx):
-    """An optax transformation for LoRA trees: state only for what trains.
-
-    Args:
-      tx: an `optax.GradientTransformation`.
-
-    Returns:
-      A transformation whose `init` takes `lora_params`, or their trainable half. `update` takes
-      gradients of either, and `params` in either form. Where one of them is a whole tree its
-      updates are too, with a scalar zero at each frozen array, so that `optax.apply_updates`
-      leaves the base as it is.
-
-    Raises:
-      ValueError: from `init`, nothing in the tree trains.
-    """
-    import optax
-
-    def start(params):
-        trainable, frozen = split(params)
-        if jax.tree.leaves(frozen):  # optax also starts from trees without any array
-            check_trainable(trainable, "params")
-        return tx.init(trainable)
-
-    def update(updates, state, params=None):
-        mine, rest = split(updates)
-        held = (None, None) if params is None else split(params)
-        changes, state = tx.update(mine, state, held[0])
-        whole = rest if jax.tree.leaves(rest) else held[1]
-        if jax.tree.leaves(whole):
-            changes = combine(changes, jax.tree.map(_no_change, whole))
-        return changes, state
-
-    return optax.GradientTransformation(start, update)
-
-
-def _no_change(x):
-    """A scalar zero that leaves an array as it is; `allow_int` gives codes a float0 gradient."""
-    return np.zeros((), np.uint8 if x.dtype == jax.dtypes.float0 else x.dtype)
 
 
 class Count(NamedTuple):

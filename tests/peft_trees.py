@@ -3,18 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.array import LoraArray, RowsArray, SavedArray
 from lora_jax.config import matching
-from lora_jax.array import (
-    LoraArray,
-    RowsArray,
-    SavedArray,
-    b_dims,
-    factor_shapes,
-    in_dims,
-    out_dims,
-    sizes,
-)
 from lora_jax.config.lora import LoraConfig
+from lora_jax.dims import b_dims, factor_shapes, in_dims, out_dims, sizes
 from lora_jax.hf.checkpoint import names
 from lora_jax.hf.peft import tensors as peft_slots
 

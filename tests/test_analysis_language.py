@@ -7,11 +7,10 @@ import pytest
 import sacrebleu
 from tiny import write_tiny
 
-from lora_jax.recipes import finetune
 from lora_jax import train
-from lora_jax.recipes import sweep
-from lora_jax.recipes.generate import AnswerConfig, answer
 from lora_jax.cli import main
+from lora_jax.recipes import finetune, sweep
+from lora_jax.recipes.generate import AnswerConfig, answer
 from lora_jax.train import TrainConfig
 from lora_jax.train.jsonl import record_of
 

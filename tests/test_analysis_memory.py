@@ -9,8 +9,7 @@ import pytest
 
 from lora_jax import LoraConfig, analysis
 from lora_jax.analysis.memory import fit, liveness
-from lora_jax.analysis.memory.shapes import SHAPES
-from lora_jax.analysis.memory.step import StepSettings
+from lora_jax.analysis.memory.step import SHAPES, StepSettings
 from lora_jax.cli import main
 
 GIB = 2**30

@@ -12,10 +12,10 @@ import pytest
 import lora_jax as lora
 from lora_jax import analysis, quant
 from lora_jax.analysis.sweep import result, train
-from lora_jax.analysis.sweep.sweep import _Job, _Sweep
 from lora_jax.analysis.sweep.config import with_rank
+from lora_jax.analysis.sweep.sweep import _Job, _Sweep
 from lora_jax.train import TrainConfig
-from lora_jax.train.optimizer import optimizer
+from lora_jax.train.step import optimizer
 
 D = 16
 # What is to be learned: a change of rank 3, with a clear gap behind it.
@@ -405,6 +405,6 @@ def test_a_sweeps_settings_are_checked(field, value, text):
 
 
 def test_quantized_weights_cannot_all_be_trained():
-    quantized = quant.quantize({"k": jnp.ones((64, 64))}, ["k"])
+    quantized = lora.quantize({"k": jnp.ones((64, 64))}, ["k"])
     with pytest.raises(ValueError, match="is quantized"):
         train.train_full(loss, quantized, 1e-3, batches(0), TRAIN, key=jax.random.key(0))

@@ -12,7 +12,7 @@ import pytest
 from test_analysis_sweep import CONFIG, PARAMS, SWEEP, TASK, TRAIN, batches, score
 
 from lora_jax import analysis
-from lora_jax.analysis.sweep import resume, train
+from lora_jax.analysis.sweep import store, train
 from lora_jax.analysis.sweep.sweep import _Job, _Sweep
 from lora_jax.checkpoint import fingerprint
 
@@ -72,7 +72,7 @@ def stopped(tmp_path_factory):
 def test_adapters_and_full_fine_tuning_end_bit_for_bit_as_if_never_stopped(stopped, tmp_path):
     folder = tmp_path / "sweep"
     shutil.copytree(stopped, folder)
-    (held,) = resume.unfinished(folder / "unfinished")
+    (held,) = store.unfinished(folder / "unfinished")
     assert held.step == 5 and len(held.jobs) == 2
     files = [p for p in held.folder.rglob("*") if p.is_file()]
     # Two adapters of rank 2, their gradients' two means, and what Orbax writes besides.
@@ -95,7 +95,7 @@ def test_adapters_and_full_fine_tuning_end_bit_for_bit_as_if_never_stopped(stopp
 
 def test_only_what_fits_is_gone_on_with(stopped):
     said: list[str] = []
-    (held,) = resume.unfinished(stopped / "unfinished")
+    (held,) = store.unfinished(stopped / "unfinished")
     config = dataclasses.replace(TRAIN, steps=STEPS, output_dir=stopped, resume=True)
 
     def begun(ranks, together=2):
@@ -116,14 +116,14 @@ def test_only_what_fits_is_gone_on_with(stopped):
 
 def keeper(folder, params=PARAMS, jobs=("a", "b")):
     described = {"jobs": list(jobs), "base": fingerprint(params)}
-    return resume.Keeper(folder, described, 0, params=params, say=lambda _: None)
+    return store.Keeper(folder, described, 0, params=params, say=lambda _: None)
 
 
 def progress(width=4, step=0):
     state = ([jnp.arange(width * 1.0)], {"mu": jnp.ones(width, jnp.bfloat16)})
     losses = np.full((3, 2), np.nan, np.float32)
     losses[:step] = [1.5, np.inf]
-    return resume.Progress(step, state, losses, 2.5, step, "abc" if step else "")
+    return store.Progress(step, state, losses, 2.5, step, "abc" if step else "")
 
 
 def test_a_checkpoint_is_read_as_it_was_written_or_not_at_all(tmp_path):
@@ -149,7 +149,7 @@ def test_a_checkpoint_is_read_as_it_was_written_or_not_at_all(tmp_path):
 
 
 def test_other_batches_than_those_trained_on_are_refused():
-    seen = resume.digest(resume.digest("", np.ones(3)), np.zeros(3))
+    seen = store.digest(store.digest("", np.ones(3)), np.zeros(3))
     at = progress(step=2)._replace(batches=seen)
     shown: list[float] = []
     train._skip(iter([np.ones(3), np.zeros(3)]), at, shown.append)
@@ -161,8 +161,8 @@ def test_other_batches_than_those_trained_on_are_refused():
 
 def test_writing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
-    kept = resume.Keeper(tmp_path, {}, 60, params=PARAMS, say=print)
+    monkeypatch.setattr(store.time, "monotonic", lambda: now[0])
+    kept = store.Keeper(tmp_path, {}, 60, params=PARAMS, say=print)
     assert not kept.due()
     now[0] = 60.0
     assert kept.due()

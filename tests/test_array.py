@@ -6,16 +6,8 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax.array import (
-    a_dims,
-    b_dims,
-    factor_shapes,
-    from_matrix,
-    sizes,
-    spread_outputs,
-    to_matrix,
-    widened,
-)
+from lora_jax.array import spread_outputs, widened
+from lora_jax.dims import a_dims, b_dims, factor_shapes, from_matrix, sizes, to_matrix
 
 LETTERS = "pqstu"
 

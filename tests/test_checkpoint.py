@@ -13,8 +13,8 @@ from train_toys import CONFIG, TOKENS, Toy, toy_lora, toy_params
 import lora_jax as lora
 from lora_jax import checkpoint
 from lora_jax.checkpoint import adapters, swap
-from lora_jax.checkpoint.disk import check_space, one_line
 from lora_jax.checkpoint.flat import differences, flatten, unflatten
+from lora_jax.checkpoint.folder import check_space, one_line
 
 
 def moved(lora_params, seed=3):

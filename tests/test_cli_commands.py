@@ -9,12 +9,12 @@ import pytest
 import tiny
 
 import lora_jax as lora
-from lora_jax.recipes import finetune
 from lora_jax import models
 from lora_jax.cli import main
-from lora_jax.recipes.demo import task
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.models.saving import save_model
+from lora_jax.recipes import finetune
+from lora_jax.recipes.demo import task
 
 pytestmark = pytest.mark.slow  # every command loads and compiles a model
 

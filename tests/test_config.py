@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from lora_jax.config.lora import INITS, LoraConfig
 from lora_jax.config import peft
+from lora_jax.config.lora import INITS, LoraConfig
 
 
 def test_defaults_and_normal_forms():

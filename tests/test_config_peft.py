@@ -7,8 +7,8 @@ import pytest
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from test_config import FULL, full
 
-from lora_jax.config.lora import LoraConfig
 from lora_jax.config import peft as peft_config
+from lora_jax.config.lora import LoraConfig
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

@@ -8,13 +8,13 @@ from test_hf_gguf import tensors_of, write
 from test_hf_gguf_lora import UNTIED, adapted, as_llama_cpp, config
 
 import lora_jax as lora
-from lora_jax.recipes import inspect_adapter, convert
 from lora_jax import checkpoint, models
-from lora_jax.recipes.inspect import describe
-from lora_jax.recipes.finetune import plan_model
-from lora_jax.hf.peft.api import load_peft, save_peft
 from lora_jax.hf.checkpoint.safetensors import load_file, read_json
+from lora_jax.hf.peft.api import load_peft, save_peft
 from lora_jax.models.saving import save_model
+from lora_jax.recipes import convert, inspect_adapter
+from lora_jax.recipes.finetune import plan_model
+from lora_jax.recipes.inspect import describe
 
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 CONFIG = config(target_modules=("q_proj", "k_proj", "down_proj"), rank_pattern={"k_proj": 2})

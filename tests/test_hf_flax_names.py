@@ -19,9 +19,9 @@ from test_hf_peft_model import close, noisy, randomize
 
 import lora_jax as lora
 from lora_jax.hf import FLAX, from_hugging_face, load_peft, save_peft, to_hugging_face
-from lora_jax.hf.name_maps.flax import recognise
-from lora_jax.hf.peft.modules import leaves_of
 from lora_jax.hf.checkpoint.safetensors import open_directory
+from lora_jax.hf.name_maps.rules import recognise
+from lora_jax.hf.peft.modules import leaves_of
 from lora_jax.models.saving import save_model
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]

@@ -13,16 +13,19 @@ from test_hf_gguf import CONFIG, tensors_of, write
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.recipes.finetune import plan_model
-from lora_jax.hf.gguf import lora_write, names as gguf_names
-from lora_jax.hf.peft import api, tensors as peft_slots
-from lora_jax.hf.gguf.lora_write import save_gguf_lora
-from lora_jax.hf.gguf.lora_read import load_gguf_lora
-from lora_jax.hf.gguf.names import Base, base_of, read_base
-from lora_jax.hf.gguf.names import gguf_names as names_of
 from lora_jax.hf.checkpoint.safetensors import load_file
-from lora_jax.models.saving import save_model
+from lora_jax.hf.gguf import lora_write
+from lora_jax.hf.gguf import names as gguf_names
+from lora_jax.hf.gguf.lora_read import load_gguf_lora
+from lora_jax.hf.gguf.lora_write import save_gguf_lora
+from lora_jax.hf.gguf.names import Base, read_base
+from lora_jax.hf.gguf.names import gguf_names as names_of
+from lora_jax.hf.peft import api
+from lora_jax.hf.peft import tensors as peft_slots
+from lora_jax.models.gguf import base_of
 from lora_jax.models.registry import config_from_hf
+from lora_jax.models.saving import save_model
+from lora_jax.recipes.finetune import plan_model
 
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 UNTIED = models.LlamaConfig.from_hf({**CONFIG.to_hf(), "tie_word_embeddings": False})

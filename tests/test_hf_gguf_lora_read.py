@@ -10,7 +10,7 @@ from test_hf_gguf import CONFIG
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.hf.gguf.lora_read import load_gguf_lora, read_gguf_lora
-from lora_jax.hf.gguf.names import base_of
+from lora_jax.models.gguf import base_of
 
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 BASE = base_of(CONFIG)

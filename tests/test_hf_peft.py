@@ -12,7 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax.array import LoraArray, SavedArray, Window
 from lora_jax.config.lora import LoraConfig
-from lora_jax.hf.peft import api, directory as peft_files, tensors as peft_slots
+from lora_jax.hf.peft import api
+from lora_jax.hf.peft import directory as peft_files
+from lora_jax.hf.peft import tensors as peft_slots
 
 QV = LoraConfig(rank=4, alpha=6, target_modules=("q_proj", "v_proj"))
 BASE = "base_model.model.model.layers"

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from peft_trees import nested, planted, random_params, randomized
 
 from lora_jax.array import LoraArray
-from lora_jax.config.lora import LoraConfig
-from lora_jax.hf.peft import api, directory as peft_files
 from lora_jax.config import peft as peft_config
+from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.peft import api
+from lora_jax.hf.peft import directory as peft_files
 
 QV = LoraConfig(rank=4, alpha=6, target_modules=("q_proj", "v_proj"))
 

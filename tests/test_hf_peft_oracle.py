@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lora_jax.array import LoraArray, RowsArray, SavedArray, delta
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.checkpoint import names
-from lora_jax.hf.peft import tensors as peft_slots
 from lora_jax.hf.peft import api as ours
+from lora_jax.hf.peft import tensors as peft_slots
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

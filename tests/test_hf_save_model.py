@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.array import dense, is_lora
-from lora_jax.models.saving import save_merged, save_model
 from lora_jax.hf.checkpoint.shards import size_of
+from lora_jax.models.saving import save_merged, save_model
 from lora_jax.quant.array import is_quant, quantize_array
 
 CONFIG = tiny.tiny_model().config

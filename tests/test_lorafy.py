@@ -260,7 +260,7 @@ def test_dora(name: str):
     kernels = {"scan": ((3, D, D), "bio"), "transposed": ((6, D), "oi"), "gather": ((11, D), "io"),
                "conv": ((3, D, 6), "iio"), "heads": ((D, 2, 3), "ioo")}  # fmt: skip
     shape, roles = kernels.get(name, ((D, 6), "io"))
-    from lora_jax.array import factor_shapes
+    from lora_jax.dims import factor_shapes
 
     a, b = factor_shapes(shape, roles, 2)
     rng = np.random.default_rng(3)

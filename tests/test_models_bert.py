@@ -12,8 +12,8 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import models
-from lora_jax.models.saving import save_model
 from lora_jax.models.bert_config import BertConfig
+from lora_jax.models.saving import save_model
 
 pytestmark = pytest.mark.torch
 

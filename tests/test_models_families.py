@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.array import delta, is_lora
-from lora_jax.models.saving import save_merged
 from lora_jax.models import config_from_hf
+from lora_jax.models.saving import save_merged
 
 pytestmark = pytest.mark.torch
 

@@ -81,7 +81,7 @@ def test_a_quantized_base_serves_them_too(model):
 
 def test_the_decode_step_moves_no_cache(model, adapters):
     """A step with chosen adapters holds one cache, not copies of it in another order."""
-    from lora_jax.models.decode import runner
+    from lora_jax.models.generation import runner
 
     rows, slots = 16, 256
     chosen = lora.select(lora.stack(adapters[:2]), jnp.zeros(rows, int))

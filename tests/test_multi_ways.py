@@ -11,7 +11,7 @@ from test_multi_generate import adapter
 from tiny import tiny_model
 
 import lora_jax as lora
-from lora_jax.models.decode import runner
+from lora_jax.models.generation import runner
 from lora_jax.transform.many import grouped
 
 DIM, VOCAB, LAYERS = 6, 11, 2

@@ -9,8 +9,7 @@ import pytest
 from lora_jax import train
 from lora_jax.train import metrics
 from lora_jax.train.events import _masked_crc
-from lora_jax.train.plot import running_mean
-from lora_jax.train.progress import Clock
+from lora_jax.train.progress import Clock, running_mean
 
 RECORDS = [
     {"kind": "eval", "step": 0, "eval_loss": 4.5},

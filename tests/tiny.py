@@ -7,9 +7,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as token_models
 
 from lora_jax import models
-from lora_jax.recipes.demo import task
-from lora_jax.models.saving import save_model
 from lora_jax.hf.tokenizer.tokenizer import Tokenizer as OurTokenizer
+from lora_jax.models.saving import save_model
+from lora_jax.recipes.demo import task
 
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 TEMPLATE = (

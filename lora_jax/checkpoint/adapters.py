@@ -15,21 +15,32 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax.checkpoint.disk import check_space, quiet
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
-from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
+from lora_jax.checkpoint.flat import (
+    check_outline,
+    differences,
+    flatten,
+    leaf_from,
+    outline,
+    summary,
+    unflatten,
+)
 from lora_jax.checkpoint.folder import (
+    check_space,
     checkpointer,
     is_folder,
     place_for,
+    quiet,
     read_arrays,
     read_meta,
     read_shapes,
 )
-from lora_jax.checkpoint.outline import check_outline, leaf_from, outline
 from lora_jax.checkpoint.swap import leftovers, replace
+from lora_jax.config.lora import LoraConfig
 from lora_jax.config.peft import PLAIN_INITS
-from lora_jax.methods.loftq import as_read
+from lora_jax.hf.peft.base import as_read
+from lora_jax.plan.decide import plan as make_plan
+from lora_jax.tree import combine, init, split
 
 FORMAT = "lora_jax adapter 2"
 RUN_FORMAT = "lora_jax training state 2"
@@ -115,9 +126,7 @@ def save_async(directory: str | os.PathLike, lora_params, config) -> Pending:
 
 
 def _content(lora_params, config) -> tuple[dict[str, Any], dict]:
-    import lora_jax as lora
-
-    trainable, _ = lora.split(lora_params)
+    trainable, _ = split(lora_params)
     meta = {
         "format": FORMAT,
         "config": config_json(config),
@@ -141,11 +150,9 @@ def config_json(config) -> dict:
 
 def config_from(values: Mapping[str, Any]):
     """The `LoraConfig` of what `config_json` gave."""
-    import lora_jax as lora
-
     values = dict(values)
     roles = values.pop(_ROLES, {})
-    return replace_fields(lora.LoraConfig.from_peft(values), roles=roles)
+    return replace_fields(LoraConfig.from_peft(values), roles=roles)
 
 
 def _write(directory: Path, arrays: dict, meta: dict) -> None:
@@ -254,10 +261,8 @@ def restore(directory: str | os.PathLike, fn: Callable, params, *args, **kwargs)
       FileNotFoundError: there is no adapter.
       ValueError: the base is another one, or an array is missing, left over or misshapen.
     """
-    import lora_jax as lora
-
     return restore_stored(
-        find(directory), lambda config: lora.plan(config, fn, params, *args, **kwargs), params
+        find(directory), lambda config: make_plan(config, fn, params, *args, **kwargs), params
     )
 
 
@@ -269,8 +274,6 @@ def restore_stored(stored: Stored, plan_of: Callable, params):
       plan_of: plans a config on the model.
       params: the base's params.
     """
-    import lora_jax as lora
-
     config, where = config_from(stored.config), str(stored.directory)
     keeps_base = config.init in PLAIN_INITS
     if keeps_base:
@@ -278,7 +281,7 @@ def restore_stored(stored: Stored, plan_of: Callable, params):
     # The key's numbers are all replaced; init gives the structure and the frozen scales, and the
     # base that starts such as PiSSA's leave.
     plan = as_read(plan_of(config), params, source=where, checked=True)
-    blank = lora.init(jax.random.key(0), plan, params)
+    blank = init(jax.random.key(0), plan, params)
     if not keeps_base:
         check_base(stored.base, blank, where=where)
     return _filled(stored, blank), config
@@ -308,12 +311,10 @@ def read_leaves(stored: Stored) -> dict[str, Any]:
 
 
 def _filled(stored: Stored, lora_params):
-    import lora_jax as lora
-
     check_outline(stored.plan, lora_params, where=str(stored.directory))
-    trainable, frozen = lora.split(lora_params)
+    trainable, frozen = split(lora_params)
     arrays = _read_arrays(stored, flatten(trainable))
-    return lora.combine(unflatten(trainable, arrays), frozen)
+    return combine(unflatten(trainable, arrays), frozen)
 
 
 def _read_arrays(stored: Stored, like: dict[str, Any] | None) -> dict[str, jax.Array]:

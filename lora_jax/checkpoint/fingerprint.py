@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.array import is_lora
 from lora_jax.checkpoint.flat import describe, flatten, summary
 from lora_jax.quant.array import arrays, default_roles, is_quant
 
@@ -55,8 +56,6 @@ def _samples(leaf) -> list:
 
 def base_of(tree):
     """The tree with `w` in place of each `LoraArray` and `SavedArray`."""
-    from lora_jax.array import is_lora
-
     return jax.tree.map(lambda x: x.w if is_lora(x) else x, tree, is_leaf=is_lora)
 
 

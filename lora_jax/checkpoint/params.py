@@ -12,13 +12,14 @@ from typing import Any
 import jax
 
 from lora_jax.array import is_lora
-from lora_jax.checkpoint.disk import check_space, quiet
 from lora_jax.checkpoint.fingerprint import fingerprint, kinds
 from lora_jax.checkpoint.flat import differences, flatten, nested, parse, summary, unflatten
 from lora_jax.checkpoint.folder import (
+    check_space,
     checkpointer,
     is_folder,
     place_for,
+    quiet,
     read_arrays,
     read_meta,
     read_shapes,

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax.checkpoint.disk import check_space, one_line, quiet
 from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
+from lora_jax.checkpoint.folder import check_space, one_line, quiet
 
 
 class Checkpoint(NamedTuple):

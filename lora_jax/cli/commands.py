@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 
-from lora_jax.recipes.generate import AnswerConfig
 from lora_jax.cli import settings
 from lora_jax.cli.settings import Section
 from lora_jax.recipes.estimate import EstimateConfig
+from lora_jax.recipes.generate import AnswerConfig
 
 
 def version() -> str:
@@ -55,9 +55,9 @@ def train(arguments: argparse.Namespace) -> None:
 
 def sweep_sections() -> list[Section]:
     """The settings of `sweep`: what is swept at the top of the file, and three tables."""
-    from lora_jax.recipes.sweep import LanguageSweepConfig
     from lora_jax.analysis.sweep.sweep import SweepConfig
     from lora_jax.config.lora import LoraConfig
+    from lora_jax.recipes.sweep import LanguageSweepConfig
     from lora_jax.train.config import TrainConfig
 
     chosen = {"rank_pattern", "alpha_pattern", "extra"}

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lora_jax.recipes import convert
 from lora_jax.cli import commands, settings
 from lora_jax.cli.errors import USAGE
 from lora_jax.paths import nearest
+from lora_jax.recipes import convert
 
 MODEL = "a Hugging Face directory, a hub id, or a .gguf file; `smollm2` is the demo's model"
 ADAPTER = (

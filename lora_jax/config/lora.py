@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_jax.config.peft import fields_from_peft, fields_to_peft
+
 ALL_LINEAR = "all-linear"
 
 # PEFT's `init_lora_weights` by our name ("default" is its True, "random" its False).
@@ -133,15 +135,15 @@ class LoraConfig:
           ValueError: the file is of another method, or a field changes the numbers and is not
             supported; the message names the field.
         """
-        from lora_jax.config.peft import config_from_peft
-
-        return config_from_peft(fields, model_type=model_type)
+        ours = fields_from_peft(fields, model_type=model_type)
+        try:
+            return cls(**ours)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"PEFT config: {error}") from None
 
     def to_peft(self) -> dict[str, Any]:
         """All fields of PEFT 0.21's `adapter_config.json`, ready for `json.dumps`."""
-        from lora_jax.config.peft import config_to_peft
-
-        return config_to_peft(self)
+        return fields_to_peft(self)
 
 
 _NORMALIZED = (

@@ -8,8 +8,6 @@ REFUSED unless it is off, because it changes the numbers and is not supported.
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.config.lora import LoraConfig
-
 # PEFT's name of a field: ours, and PEFT's default.
 MAPPED = {
     "r": ("rank", 8),
@@ -118,8 +116,10 @@ DEFAULT_TARGETS = {
 _NONE = object()
 
 
-def config_from_peft(fields: Mapping[str, Any], *, model_type: str | None = None) -> LoraConfig:
-    """Translates PEFT's JSON object; see `LoraConfig.from_peft`."""
+def fields_from_peft(
+    fields: Mapping[str, Any], *, model_type: str | None = None
+) -> dict[str, Any]:
+    """The fields of a `LoraConfig` that PEFT's JSON object states; see `LoraConfig.from_peft`."""
     _check_fields(fields)
     given = {name: fields.get(name, default) for name, (_, default) in MAPPED.items()}
     given["init_lora_weights"] = _init_from_peft(given["init_lora_weights"])
@@ -136,13 +136,10 @@ def config_from_peft(fields: Mapping[str, Any], *, model_type: str | None = None
         for name, value in fields.items()
         if name not in MAPPED and (name == "task_type" or usual.get(name, _NONE) != value)
     }
-    try:
-        return LoraConfig(**ours, extra=extra)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"PEFT config: {error}") from None
+    return {**ours, "extra": extra}
 
 
-def config_to_peft(config: LoraConfig) -> dict[str, Any]:
+def fields_to_peft(config: Any) -> dict[str, Any]:
     """The JSON object of a config; see `LoraConfig.to_peft`."""
     mapped = {name: _to_json(getattr(config, ours)) for name, (ours, _) in MAPPED.items()}
     mapped["init_lora_weights"] = {"default": True, "random": False}.get(config.init, config.init)

@@ -9,7 +9,7 @@ from typing import Any
 # Public name -> the module of this package that defines it.
 _NAMES = {
     "FLAX": "name_maps.flax",
-    "base_of": "gguf.names",
+    "base_of": "lora_jax.models.gguf",
     "from_hugging_face": "name_maps.rules",
     "load_gguf_lora": "gguf.lora_read",
     "load_peft": "peft.api",

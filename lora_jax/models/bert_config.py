@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lora_jax.models.config import refuse_unsupported, scalar_if_one, tuple_of
+from lora_jax.models.dialect import refuse_unsupported, scalar_if_one, tuple_of
 from lora_jax.models.layers import ACTIVATIONS
 
 FEATURES = "features"

@@ -4,55 +4,15 @@ A field that could change numbers is never passed over: one that is not known he
 unless its value is the neutral one.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from lora_jax.models.attention import Mixing
+from lora_jax.models.dialect import Dialect, refuse_unsupported, scalar_if_one, tuple_of
+from lora_jax.models.families import DIALECTS
 from lora_jax.models.layers import ACTIVATIONS
-from lora_jax.models.rope import RopeScaling, scaling_from_hf, scaling_to_hf
-
-# Fields that say how a model was saved, trained or is served; they do not change its numbers.
-IGNORED = frozenset(
-    {
-        "architectures", "attn_implementation", "auto_map", "bad_words_ids",
-        "begin_suppress_tokens", "cache_implementation",
-        "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "finetuning_task",
-        "forced_bos_token_id", "forced_eos_token_id", "id2label", "is_llama_config", "label2id",
-        "max_length", "max_sequence_length", "min_length", "model_type", "no_repeat_ngram_size",
-        "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
-        "output_hidden_states", "output_scores", "prefix", "problem_type", "remove_invalid_values",
-        "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
-        "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k",
-        "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version",
-        "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache", "do_sample",
-        "early_stopping", "diversity_penalty", "encoder_no_repeat_ngram_size",
-        "exponential_decay_length_penalty", "length_penalty", "pretraining_tp",
-        "suppress_tokens",
-    }
-)  # fmt: skip
-
-# Fields that would change numbers, with the values that do not.
-NEUTRAL: Mapping[str, tuple] = {
-    "add_cross_attention": (False,),
-    "attention_bias": (False, None),
-    "attention_dropout": (0, None),
-    "cross_attention_hidden_size": (None,),
-    "full_attn_mod": (1, None),
-    "interpolate_factor": (1, None),
-    "is_decoder": (False, True),
-    "is_encoder_decoder": (False,),
-    "lm_head_bias": (False, None),
-    "mlp_bias": (False, None),
-    "partial_rotary_factor": (1.0, None),
-    "pruned_heads": ({}, None),
-    "rope_interleaved": (False, None),
-    "sliding_window": (None,),
-    "tie_encoder_decoder": (False,),
-    "use_bidirectional_attention": (False, None),
-    "use_mrope": (False, None),
-    "use_sliding_window": (False, None),
-}
+from lora_jax.models.rope import RopeScaling, scaling_to_hf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +156,6 @@ class LlamaConfig:
           ValueError: a family that is not known, a size that is missing, or a field that changes
             numbers in a way that is not supported.
         """
-        from lora_jax.models.families import DIALECTS
-
         kind = str(raw.get("model_type"))
         if kind not in DIALECTS:
             known = ", ".join(DIALECTS)
@@ -206,8 +164,6 @@ class LlamaConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The object for config.json; `from_hf` reads it back unchanged."""
-        from lora_jax.models.families import DIALECTS
-
         out = {name: getattr(self, name) for name in _PLAIN}
         out["eos_token_id"] = scalar_if_one(self.eos_token_ids)
         out["rope_scaling"] = scaling_to_hf(self.rope_scaling)
@@ -219,40 +175,6 @@ class LlamaConfig:
         return {**out, **fixed, **dialect.write(self)}
 
 
-def read_rope(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Theta and scaling, from the old pair of fields or from transformers 5's one."""
-    scaling = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
-    theta = scaling.pop("rope_theta", None) or given.get("rope_theta") or 10000.0
-    if scaling.get("partial_rotary_factor") == 1:
-        del scaling["partial_rotary_factor"]
-    context = given["max_position_embeddings"]
-    return {"rope_theta": float(theta), "rope_scaling": scaling_from_hf(scaling, context=context)}
-
-
-class Dialect(NamedTuple):
-    """How one model type's config.json differs from Llama's.
-
-    Attributes:
-      architecture: Hugging Face's class.
-      fields: names in config.json that `read` understands beyond the plain ones.
-      read: the raw object, with defaults -> values for `LlamaConfig`.
-      write: the config -> what config.json says beyond the plain fields.
-      defaults: what transformers assumes for fields that config.json leaves out.
-      activation: the field that names the MLP's activation.
-      activations: what it may be, Hugging Face's name -> ours.
-      rope: the raw object, with defaults -> values that say how positions are rotated.
-    """
-
-    architecture: str
-    fields: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], dict[str, Any]]
-    write: Callable[[LlamaConfig], dict[str, Any]]
-    defaults: Mapping[str, Any] = {}
-    activation: str = "hidden_act"
-    activations: Mapping[str, str] = {"silu": "silu", "swish": "silu"}
-    rope: Callable[[Mapping[str, Any]], dict[str, Any]] = read_rope
-
-
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -262,6 +184,8 @@ _PLAIN = (
     "pad_token_id", "initializer_range",
 )  # fmt: skip
 _READ = (*_PLAIN, "rope_scaling", "rope_parameters", "eos_token_id")
+
+
 # Fields whose null is not the default.
 _MAYBE_NONE = ("bos_token_id", "pad_token_id", "eos_token_id")
 _REQUIRED = (
@@ -301,46 +225,3 @@ def _activation(given: Mapping[str, Any], dialect: Dialect) -> str:
         known = " or ".join(f"`{name}`" for name in dict.fromkeys(dialect.activations.values()))
         raise ValueError(f"config: `{dialect.activation}` `{act}` is not supported, only {known}")
     return dialect.activations[act]
-
-
-def refuse_unsupported(
-    raw: Mapping[str, Any], known: Collection[str], neutral: Mapping[str, tuple] = NEUTRAL
-) -> None:
-    """Refuses what might change the numbers and is not understood.
-
-    Args:
-      raw: the object in config.json.
-      known: its fields that are read.
-      neutral: fields that would change the numbers, with the values that do not.
-
-    Raises:
-      ValueError: quantized weights, a field that is not known, or one with another value.
-    """
-    if raw.get("quantization_config"):
-        from lora_jax.hf.checkpoint import bnb
-
-        bnb.check_config(raw["quantization_config"])
-    for name, value in raw.items():
-        if name in IGNORED or name in known or name.startswith("_"):
-            continue
-        if name not in neutral and value is not None and name != "quantization_config":
-            raise ValueError(
-                f"config: field `{name}` = {value!r} is not known for model_type "
-                f"`{raw['model_type']}` and may change its numbers; remove it if it does not"
-            )
-        if name in neutral and value not in neutral[name]:
-            raise ValueError(f"config: `{name}` = {value!r} is not supported")
-
-
-def tuple_of(ids: int | list[int] | None) -> tuple[int, ...]:
-    """Token ids, from one, several or none."""
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
-
-
-def scalar_if_one(ids: tuple[int, ...]) -> int | list[int] | None:
-    """The reverse of `tuple_of`."""
-    if not ids:
-        return None
-    return ids[0] if len(ids) == 1 else list(ids)

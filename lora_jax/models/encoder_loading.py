@@ -11,6 +11,8 @@ from jaxtyping import Array
 from lora_jax.hf.checkpoint.names import BERT
 from lora_jax.hf.checkpoint.safetensors import open_directory, read_json
 from lora_jax.hf.checkpoint.weights import Weights, fill
+from lora_jax.hf.hub import snapshot
+from lora_jax.hf.tokenizer.tokenizer import from_directory
 from lora_jax.models.bert_config import CLASSIFICATION, FEATURES, TASKS, BertConfig
 from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.init import draw
@@ -63,8 +65,6 @@ def load_encoder(
       model = load_encoder("bert-base-uncased", task="sequence-classification",
                            labels=("no", "yes"), fresh_head=jax.random.key(0))
     """
-    from lora_jax.hf.tokenizer.tokenizer import from_directory
-
     directory = _directory(source)
     config = _config(directory / "config.json", task, labels, fresh_head)
     weights = _as_ours(open_directory(directory), config, chosen=task is not None)
@@ -82,7 +82,6 @@ def _directory(source: str | Path) -> Path:
         return Path(source)
     if Path(source).exists():
         raise ValueError(f"{source}: not a directory")
-    from lora_jax.hf.hub import snapshot
 
     return snapshot(str(source))
 

@@ -5,7 +5,7 @@ loop that stops when every row has. Shapes are bucketed, everything else (temper
 tokens, how many tokens) is data, so that a second call seldom compiles.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from lora_jax.array import is_lora, is_stack
 from lora_jax.models.attention import Cache
 from lora_jax.models.model import Forward, Model
-from lora_jax.models.decode import runner
-from lora_jax.transform.many.rows import select
+from lora_jax.transform import lorafy
+from lora_jax.transform.many.rows import by_row, select
 
 # The fewest slots for a prompt, for new tokens and for stop tokens; then powers of two.
 _SMALLEST_PROMPT, _SMALLEST_NEW, _SMALLEST_STOPS = 16, 16, 4
@@ -230,3 +231,69 @@ def _nucleus(logits: Float[Array, "b v"], top_p) -> Float[Array, "b v"]:  # noqa
     before = jnp.cumsum(chances, axis=-1) - chances
     least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+class Runner(NamedTuple):
+    """A decoder's functions with its parameters in them.
+
+    Attributes:
+      apply: `(tokens (b, t), mask (b, t) or None, cache) -> (hidden states (b, t, d), cache)`.
+      head: `(hidden states (b, 1, d)) -> logits (b, 1, v)`.
+      cache: an empty cache.
+    """
+
+    apply: Callable
+    head: Callable
+    cache: Cache
+
+
+# Where the caches of a batch of rows number them: the rows are written at one place.
+ROWS = Cache._make((0, 0, 0, None))
+
+
+def runner(forward, params, rows: int, slots: int) -> Runner:
+    """What decodes a batch.
+
+    Args:
+      forward: a decoder's `Forward`.
+      params: its parameters, plain or with LoRA leaves, or adapters chosen for the rows
+        (`lora.select`).
+      rows: of the batch.
+      slots: tokens a row of the cache has room for.
+    """
+    if any(is_stack(x) for x in jax.tree.leaves(params, is_leaf=is_lora)):
+        return _by_row(forward, params, rows, slots)
+    run, head = lorafy(forward.apply), lorafy(forward.head)
+
+    def apply(tokens: Int[Array, "b t"], mask: Bool[Array, "b t"] | None, cache):  # noqa: F722
+        return run(params, tokens, mask=mask, cache=cache, return_hidden=True)
+
+    return Runner(apply, lambda hidden: head(params, hidden), forward.init_cache(rows, slots))
+
+
+def _by_row(forward, params, rows: int, slots: int) -> Runner:
+    parts = by_row(params)
+    if (chosen := parts.arrays[0].shape[parts.axes[0]]) != rows:
+        raise ValueError(f"adapters are chosen for {chosen} rows, but there are {rows} prompts")
+    run, head = lorafy(forward.apply), lorafy(forward.head)
+
+    def one(own, tokens, mask, cache):
+        mask = None if mask is None else mask[None]
+        hidden, cache = run(
+            parts.join(own, parts.base), tokens[None], mask=mask, cache=cache, return_hidden=True
+        )
+        return hidden[0], cache
+
+    def apply(tokens, mask, cache):
+        axes = (parts.axes, 0, None if mask is None else 0, ROWS)
+        return jax.vmap(one, in_axes=axes, out_axes=(0, ROWS))(parts.arrays, tokens, mask, cache)
+
+    def logits(hidden):
+        def one_head(own, h):
+            return head(parts.join(own, parts.base), h[None])[0]
+
+        return jax.vmap(one_head, in_axes=(parts.axes, 0))(parts.arrays, hidden)
+
+    cache = forward.init_cache(1, slots)
+    wide = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), cache)
+    return Runner(apply, logits, wide._replace(length=cache.length))

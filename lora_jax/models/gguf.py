@@ -6,31 +6,14 @@ is not known here is an error: it may change the numbers.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from lora_jax.hf.gguf.architectures import ARCHITECTURES, architecture_of
+from lora_jax.hf.gguf.names import Base, base_from_hf
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.rope import RopeScaling, static_frequencies
-
-
-class Architecture(NamedTuple):
-    """An architecture of llama.cpp's.
-
-    Attributes:
-      model_type: ours.
-      permuted: the rows of q and k are stored as ggml's RoPE pairs them.
-    """
-
-    model_type: str
-    permuted: bool
-
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", permuted=True),
-    "qwen2": Architecture("qwen2", permuted=False),
-    "qwen3": Architecture("qwen3", permuted=False),
-}
 
 # Metadata of the architecture that states a size, and the one that only informs.
 _SIZES = {
@@ -54,15 +37,6 @@ _UNDERSTOOD = frozenset(
         "expert_count", "expert_used_count",
     }
 )  # fmt: skip
-
-
-def architecture_of(metadata: Mapping[str, Any], path: Path) -> str:
-    """The architecture, or an error if it is not known."""
-    kind = str(metadata.get("general.architecture"))
-    if kind not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{path}: architecture `{kind}` is not one of {known}")
-    return kind
 
 
 def config_of(
@@ -186,3 +160,8 @@ def _llama3(divisors: np.ndarray, head_dim: int, theta: float, path: Path) -> Ro
     ):
         return scaling
     raise ValueError(f"{path}: the tensor `rope_freqs.weight` is not Llama 3's, not supported")
+
+
+def base_of(config: Any) -> Base:
+    """The base of a model of `lora_jax.models`, from its configuration."""
+    return base_from_hf(config.to_hf())

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lora_jax.models.attention import Attend, Mixing
-from lora_jax.models.config import refuse_unsupported, scalar_if_one, tuple_of
+from lora_jax.models.dialect import refuse_unsupported, scalar_if_one, tuple_of
 from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, kept, logits_of
 
 # Names in config.json, Hugging Face's -> ours.

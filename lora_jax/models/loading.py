@@ -9,7 +9,11 @@ import numpy as np
 from lora_jax.hf.checkpoint.names import Family
 from lora_jax.hf.checkpoint.safetensors import open_directory, read_json, refuse_pickle
 from lora_jax.hf.checkpoint.weights import Weights, fill
+from lora_jax.hf.gguf.file import open_gguf, rope_divisors, weights_of
+from lora_jax.hf.hub import snapshot
+from lora_jax.hf.tokenizer.tokenizer import from_directory, from_gguf
 from lora_jax.models.encoder_loading import load_encoder
+from lora_jax.models.gguf import config_of
 from lora_jax.models.model import Model
 from lora_jax.models.registry import ENCODER, architecture_of, config_from_hf
 from lora_jax.quant.loading import QuantConfig, holder, quant_config
@@ -57,7 +61,6 @@ def load(
         if path.exists():
             refuse_pickle(path)
             raise ValueError(f"{path}: not a directory and not a .gguf file")
-        from lora_jax.hf.hub import snapshot
 
         path = snapshot(str(source))
     return _load_directory(path, options, quant)
@@ -83,8 +86,6 @@ def find_smollm2() -> Path:
 
 
 def _load_directory(directory: Path, options: dict[str, Any], quant: QuantConfig | None) -> Model:
-    from lora_jax.hf.tokenizer.tokenizer import from_directory
-
     path = directory / "config.json"
     raw = read_json(path)
     if not isinstance(raw, dict):
@@ -104,10 +105,6 @@ def _load_directory(directory: Path, options: dict[str, Any], quant: QuantConfig
 
 
 def _load_gguf(path: Path, options: dict[str, Any], quant: QuantConfig | None) -> Model:
-    from lora_jax.hf.gguf.file import open_gguf, rope_divisors, weights_of
-    from lora_jax.models.gguf import config_of
-    from lora_jax.hf.tokenizer.tokenizer import from_gguf
-
     file = open_gguf(path)
     weights = weights_of(file)
     config = config_of(file.metadata, weights.shapes, path=path, divisors=rope_divisors(file))

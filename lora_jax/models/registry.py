@@ -24,7 +24,6 @@ from lora_jax.models.bert_config import KINDS, BertConfig
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.families import DIALECTS
-from lora_jax.models.families.gemma import text_of_gemma3
 from lora_jax.models.gpt2 import GPT2LM, GPT2Config
 from lora_jax.models.model import Forward
 
@@ -45,6 +44,24 @@ class Architecture(NamedTuple):
     from_hf: Callable[[Mapping[str, Any]], Any]
     forward: Callable[..., Any]
     names: names.Family
+
+
+# What a file with a `text_config` says beside it.
+_OUTSIDE = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def text_of_gemma3(raw: Mapping[str, Any]) -> LlamaConfig:
+    """The text model of a Gemma 3 with eyes (`model_type` `gemma3`), which becomes `gemma3_text`.
+
+    Raises:
+      ValueError: there is no `text_config`, or it is not understood.
+    """
+    if not isinstance(text := raw.get("text_config"), Mapping):
+        raise ValueError("config: a `gemma3` needs a `text_config`, an object; there is none")
+    outside = {name: raw[name] for name in _OUTSIDE if name in raw}
+    return LlamaConfig.from_hf({**outside, **text, "model_type": "gemma3_text"})
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {

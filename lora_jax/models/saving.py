@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax.array import LoraArray, SavedArray, dense, is_lora
+from lora_jax.array import LoraArray, SavedArray, dense, is_leaf, is_lora
 from lora_jax.hf.checkpoint.names import Family, module_name, stack_depth, tensor_of
 from lora_jax.hf.checkpoint.shards import DTYPES, Entry, size_of, write_shards
 from lora_jax.hf.checkpoint.weights import shape_there
 from lora_jax.merge import merge
+from lora_jax.models.registry import architecture_of
 from lora_jax.paths import spell
-from lora_jax.quant.array import is_leaf
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -101,8 +101,6 @@ def save_merged(
       ValueError: a sum that is not finite, or numbers that the dtype cannot hold.
       OSError: the directory cannot be written.
     """
-    from lora_jax.models.registry import architecture_of
-
     directory = Path(directory)
     if directory.exists():
         raise FileExistsError(f"{directory}: there is something already; give another directory")

@@ -20,8 +20,8 @@ from lora_jax.models.attention import Cache
 from lora_jax.models.generation import bucket, left_padded
 from lora_jax.models.model import Model
 from lora_jax.multi.pool import AdapterPool
-from lora_jax.transform.many.rows import by_row, select
 from lora_jax.transform import lorafy
+from lora_jax.transform.many.rows import by_row, select
 
 
 class _State(NamedTuple):

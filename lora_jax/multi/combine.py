@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from lora_jax.array import LoraArray, RowsArray, SavedArray, factor_shapes, is_stack, sizes
+from lora_jax.array import LoraArray, RowsArray, SavedArray, is_stack
+from lora_jax.dims import factor_shapes, sizes
 from lora_jax.multi.stack import columns_of
 
 _HIGHEST = jax.lax.Precision.HIGHEST

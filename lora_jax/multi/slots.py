@@ -2,13 +2,21 @@
 
 import dataclasses
 
-import jax
 import jax.core
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import paths
-from lora_jax.array import LoraArray, LoraStack, SavedArray, SavedStack, is_lora, is_stack
+from lora_jax.array import (
+    LoraArray,
+    LoraStack,
+    SavedArray,
+    SavedStack,
+    count,
+    is_leaf,
+    is_lora,
+    is_stack,
+)
 from lora_jax.multi.stack import (
     as_lora,
     base_of,
@@ -17,23 +25,6 @@ from lora_jax.multi.stack import (
     slot_fields,
     stack_saved,
 )
-from lora_jax.quant.array import is_leaf
-
-
-def count(stacked) -> int:
-    """How many slots a stack has.
-
-    Raises:
-      ValueError: the tree is no stack.
-    """
-    counts = {x.count for x in jax.tree.leaves(stacked, is_leaf=is_stack) if is_stack(x)}
-    if len(counts) != 1:
-        raise ValueError(
-            "the tree holds no stack of adapters: make one with `lora.stack([...])`"
-            if not counts
-            else f"the leaves hold different numbers of adapters {sorted(counts)}"
-        )
-    return counts.pop()
 
 
 def replace(stacked, slot: int, adapter):

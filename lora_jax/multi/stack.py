@@ -20,15 +20,14 @@ from lora_jax.array import (
     RowsArray,
     SavedArray,
     SavedStack,
-    b_dims,
     effective,
-    factor_shapes,
+    is_leaf,
     is_lora,
     is_stack,
     rows_as_lora,
-    stack_dims,
 )
-from lora_jax.quant.array import is_leaf
+from lora_jax.dims import b_dims, factor_shapes, stack_dims
+from lora_jax.dora import gain, norm
 
 # What of an adapter stands at each slot of a leaf.
 _OWN = {LoraStack: ("a", "b", "scale", "m", "gain", "bias"), SavedStack: ("value",)}
@@ -208,8 +207,6 @@ def _blank(like: LoraArray, column: list, rank: int, train: bool) -> LoraStack:
     bias = next((x for x in known if x.bias is not None), None)
     gain = m = None
     if dora is not None:
-        from lora_jax.dora import norm
-
         if train:
             m = jnp.expand_dims(norm(dataclasses.replace(dora, scale=dora.scale * 0)), depth)
         else:
@@ -240,8 +237,6 @@ def padded(x: LoraArray, blank: LoraStack) -> LoraStack:
     if blank.m is not None:
         put["m"] = x.m
     if blank.gain is not None and x.m is not None:
-        from lora_jax.dora import gain
-
         put["gain"] = gain(x)
     slot = {
         name: jnp.expand_dims(value, axis).astype(getattr(blank, name).dtype)

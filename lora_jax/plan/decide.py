@@ -4,125 +4,28 @@ Nothing is allocated: parameters and arguments may be `jax.ShapeDtypeStruct`s.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 
-from lora_jax.plan import usage as dataflow, saved as plan_saved
-from lora_jax.config import matching
 from lora_jax import paths
-from lora_jax.plan import roles as roles_of
-from lora_jax.array import is_lora, out_dims, sizes
+from lora_jax.array import LoraArray, RowsArray, is_leaf, is_lora, widened
+from lora_jax.config import matching
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
-from lora_jax.plan.usage import Usage, Use
-from lora_jax.plan.fallbacks import foreseen
-from lora_jax.plan.names import every_name, names_of, strip, unnumbered
-from lora_jax.quant.array import is_leaf
+from lora_jax.dims import b_dims, factor_shapes, out_dims, sizes
+from lora_jax.plan import roles as roles_of
+from lora_jax.plan import saved as plan_saved
+from lora_jax.plan import usage as dataflow
+from lora_jax.plan.leaf import LeafPlan, Plan, Use, every_name, names_of, strip, unnumbered
+from lora_jax.plan.usage import Usage
+from lora_jax.transform.lorafy import materializations
 
 # Modules that turn features into logits: "all-linear" leaves them out, as PEFT does.
 HEAD_NAMES = frozenset(
     "lm_head embed_out output_projection classifier score logits logits_dense logitdense head "
     "unembed decoder_norm_head".split()
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class LeafPlan:
-    """What happens to one leaf.
-
-    Attributes:
-      path: dotted path.
-      shape, dtype: of the base weight.
-      kind: "lora" (adapted), "saved" (trained whole), "rows" (some rows trained) or "frozen".
-      roles: one letter a dim: b stack, i in, o out; "" when frozen.
-      ranks: rank for each stack index (flattened), 0 where a layer is left out; one when unstacked.
-      alphas: alpha likewise.
-      scales: `alpha/rank`, or with rsLoRA `alpha/√rank`, likewise.
-      lookup: whether rows are looked up by index (an embedding), which decides the initial values.
-      reason: why the leaf is frozen, or a remark.
-      uses: how the function uses it.
-      only: of a saved leaf's stack the indices that train, None for all.
-      ids, axis: of a "rows" leaf the trained rows, and the dim they are counted along.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    kind: str
-    roles: str = ""
-    ranks: tuple[int, ...] = ()
-    alphas: tuple[float, ...] = ()
-    scales: tuple[float, ...] = ()
-    lookup: bool = False
-    reason: str = ""
-    uses: tuple[Use, ...] = ()
-    only: tuple[tuple[int, ...], ...] | None = None
-    ids: tuple[int, ...] = ()
-    axis: int = 0
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def rank(self) -> int:
-        """The rank the leaf is allocated with: the largest of its stack."""
-        return max(self.ranks, default=0)
-
-    @property
-    def parameters(self) -> int:
-        """Numbers that train, padding of smaller ranks and of left-out layers not counted."""
-        if self.kind in ("saved", "rows"):
-            return plan_saved.saved_parameters(self)
-        if self.kind == "frozen":
-            return 0
-        _, fan_in, fan_out = sizes(self.shape, self.roles)
-        return sum(self.ranks) * (fan_in + fan_out)
-
-    @property
-    def fallbacks(self) -> tuple[Use, ...]:
-        return tuple(use for use in self.uses if use.fallback)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The plan of a whole tree, in the tree's leaf order; `str(plan)` is a table.
-
-    Attributes:
-      config: what was asked for.
-      leaves: one `LeafPlan` a leaf that is an array.
-    """
-
-    config: LoraConfig
-    leaves: tuple[LeafPlan, ...]
-
-    @property
-    def adapted(self) -> tuple[LeafPlan, ...]:
-        return tuple(leaf for leaf in self.leaves if leaf.kind == "lora")
-
-    @property
-    def saved(self) -> tuple[LeafPlan, ...]:
-        return tuple(leaf for leaf in self.leaves if leaf.kind in ("saved", "rows"))
-
-    @property
-    def trainable(self) -> int:
-        """How many numbers train."""
-        vectors = 0  # DoRA's magnitudes, or lora_bias: one number for each output of each layer
-        if self.config.use_dora or self.config.lora_bias:
-            vectors = sum(
-                math.prod(sizes(x.shape, x.roles)[0]) * sizes(x.shape, x.roles)[2]
-                for x in self.adapted
-            )
-        return vectors + sum(leaf.parameters for leaf in self.leaves)
-
-    def by_path(self) -> dict[str, LeafPlan]:
-        return {leaf.path: leaf for leaf in self.leaves}
-
-    def __str__(self) -> str:
-        from lora_jax.plan.table import table
-
-        return table(self)
 
 
 def plan(config: LoraConfig, fn: Callable, params, *args, **kwargs) -> Plan:
@@ -367,3 +270,44 @@ def _nothing(config: LoraConfig, leaves: tuple[LeafPlan, ...]) -> str:
         f"target_modules={config.target_modules!r} matches nothing in a tree of {len(leaves)} "
         f"leaves; nearest: {known} ({some})"
     )
+
+
+def foreseen(
+    planned: Sequence, fn: Callable, params, args: Sequence, kwargs: dict, *, bias: bool = False
+) -> dict:
+    """Traces the lorafied function with abstract factors and collects its fallbacks.
+
+    Args:
+      planned: `LeafPlan`s.
+      fn, params, args, kwargs: as `plan` has them.
+      bias: whether the adapters have one (`lora_bias`).
+
+    Returns:
+      Path of an adapted leaf to the `Use`s, with their reason as `fallback`, that add it up.
+    """
+    adapted = {leaf.path: leaf for leaf in planned if leaf.kind in ("lora", "rows")}
+    if not adapted:
+        return {}
+
+    def abstract(key_path, w):
+        leaf = adapted.get(paths.spell(key_path))
+        return w if leaf is None else _abstract(leaf, w, bias=bias)
+
+    lora_params = jax.tree_util.tree_map_with_path(abstract, params, is_leaf=is_leaf)
+    uses: dict[str, list[Use]] = {}
+    for (path, primitive, line), reason in materializations(fn, lora_params, args, kwargs).items():
+        uses.setdefault(path, []).append(Use(primitive, line, "other", fallback=reason))
+    return uses
+
+
+def _abstract(leaf, w, *, bias: bool) -> LoraArray | RowsArray:
+    dtype = widened(leaf.dtype)
+    if leaf.kind == "rows":
+        features = leaf.shape[1 - leaf.axis]
+        rows = jax.ShapeDtypeStruct((len(leaf.ids), features), dtype)
+        return RowsArray(w, rows, leaf.ids, leaf.axis)
+    a, b = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
+    stack = sizes(leaf.shape, leaf.roles)[0]
+    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in ((a, dtype), (b, dtype), (stack, jnp.float32))]
+    outs = jax.ShapeDtypeStruct([leaf.shape[d] for d in b_dims(leaf.roles)], dtype)
+    return LoraArray(w, *shapes, roles=leaf.roles, bias=outs if bias else None)

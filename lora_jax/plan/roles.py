@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from lora_jax.config import matching
 from lora_jax import paths
+from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
-from lora_jax.plan.usage import Use
+from lora_jax.plan.leaf import Use
 
 
 def given(config: LoraConfig, path: str, ndim: int) -> str:

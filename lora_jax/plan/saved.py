@@ -1,22 +1,18 @@
 """What trains besides adapters: whole leaves, biases, and single rows of a table."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_jax.config import matching
 from lora_jax import paths
-from lora_jax.array import in_dims, out_dims, sizes, stack_dims
+from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
+from lora_jax.dims import in_dims, out_dims, sizes, stack_dims
+from lora_jax.plan.leaf import LeafPlan
 
-if TYPE_CHECKING:
-    from lora_jax.plan.decide import LeafPlan
 
-
-def layer_names(leaf: "LeafPlan", each: Sequence[list[str]]) -> list[list[str]]:
+def layer_names(leaf: LeafPlan, each: Sequence[list[str]]) -> list[list[str]]:
     """The names that each layer of a leaf goes by, one entry when it is not stacked.
 
     Args:
@@ -32,7 +28,7 @@ def layer_names(leaf: "LeafPlan", each: Sequence[list[str]]) -> list[list[str]]:
     return [list(names) for names in zip(*numbered, strict=True)] or list(each)
 
 
-def saved(config: LoraConfig, leaf: "LeafPlan", each: Sequence[list[str]]) -> "LeafPlan | None":
+def saved(config: LoraConfig, leaf: LeafPlan, each: Sequence[list[str]]) -> LeafPlan | None:
     """The leaf as one that trains whole, or None where modules_to_save does not mean it."""
     layers = layer_names(leaf, each)
     hits = [any(matching.is_saved(config, name) for name in names) for names in layers]
@@ -45,7 +41,7 @@ def saved(config: LoraConfig, leaf: "LeafPlan", each: Sequence[list[str]]) -> "L
     return dataclasses.replace(leaf, kind="saved", only=only, reason=reason)
 
 
-def _only(leaf: "LeafPlan", hits: Sequence[bool]) -> tuple[tuple[int, ...], ...] | None:
+def _only(leaf: LeafPlan, hits: Sequence[bool]) -> tuple[tuple[int, ...], ...] | None:
     """The stack indices that train, None for all of them."""
     if all(hits):
         return None
@@ -59,11 +55,11 @@ def _only(leaf: "LeafPlan", hits: Sequence[bool]) -> tuple[tuple[int, ...], ...]
     return tuple(place for place, hit in zip(places, hits, strict=True) if hit)
 
 
-def with_biases(config: LoraConfig, leaves: tuple["LeafPlan", ...]) -> tuple["LeafPlan", ...]:
+def with_biases(config: LoraConfig, leaves: tuple[LeafPlan, ...]) -> tuple[LeafPlan, ...]:
     """Marks the biases that `config.bias` trains: with "lora_only" those of adapted layers."""
     adapted = {paths.module_of(leaf.path): leaf for leaf in leaves if leaf.kind == "lora"}
 
-    def mark(leaf: "LeafPlan") -> "LeafPlan":
+    def mark(leaf: LeafPlan) -> LeafPlan:
         weight = adapted.get(paths.module_of(leaf.path))
         trains = matching.trains_bias(config, leaf.path, adapted=weight is not None)
         if leaf.kind != "frozen" or not trains:
@@ -75,7 +71,7 @@ def with_biases(config: LoraConfig, leaves: tuple["LeafPlan", ...]) -> tuple["Le
     return tuple(mark(leaf) for leaf in leaves)
 
 
-def _adapted_layers(weight, bias: "LeafPlan") -> tuple[tuple[int, ...], ...] | None:
+def _adapted_layers(weight, bias: LeafPlan) -> tuple[tuple[int, ...], ...] | None:
     """The layers of a bias whose weights have an adapter, None where all have."""
     stack = sizes(weight.shape, weight.roles)[0]
     if all(weight.ranks) or bias.shape[: len(stack)] != stack:
@@ -83,7 +79,7 @@ def _adapted_layers(weight, bias: "LeafPlan") -> tuple[tuple[int, ...], ...] | N
     return tuple(place for place, r in zip(np.ndindex(*stack), weight.ranks, strict=True) if r)
 
 
-def with_token_rows(config: LoraConfig, leaves: tuple["LeafPlan", ...]) -> tuple["LeafPlan", ...]:
+def with_token_rows(config: LoraConfig, leaves: tuple[LeafPlan, ...]) -> tuple[LeafPlan, ...]:
     """Marks the tables of which `config.trainable_token_indices` trains some rows.
 
     Raises:
@@ -104,7 +100,7 @@ def with_token_rows(config: LoraConfig, leaves: tuple["LeafPlan", ...]) -> tuple
     return tuple(_rows(leaf, meant[leaf.path]) if leaf.path in meant else leaf for leaf in leaves)
 
 
-def _input_table(leaves: Sequence["LeafPlan"]) -> "LeafPlan":
+def _input_table(leaves: Sequence[LeafPlan]) -> LeafPlan:
     """The largest table that an argument looks up: the vocabulary, not positions or types."""
     tables = [x for x in leaves if any(use.kind == "lookup" for use in x.uses)]
     tables.sort(key=lambda x: -x.shape[_vocabulary(x)])
@@ -121,7 +117,7 @@ def _input_table(leaves: Sequence["LeafPlan"]) -> "LeafPlan":
     return tables[0]
 
 
-def _named_table(entry: str, leaves: Sequence["LeafPlan"]) -> "LeafPlan":
+def _named_table(entry: str, leaves: Sequence[LeafPlan]) -> LeafPlan:
     """The table of the module that ends with a name."""
     found = [
         x for x in leaves if x.roles and paths.module_of(x.path).endswith(entry) and x.ndim == 2
@@ -136,12 +132,12 @@ def _named_table(entry: str, leaves: Sequence["LeafPlan"]) -> "LeafPlan":
     )
 
 
-def _vocabulary(leaf: "LeafPlan") -> int:
+def _vocabulary(leaf: LeafPlan) -> int:
     """The dim whose indices are tokens: the rows that are looked up, or a head's outputs."""
     return (in_dims if leaf.lookup else out_dims)(leaf.roles)[0]
 
 
-def _rows(leaf: "LeafPlan", ids: tuple[int, ...]) -> "LeafPlan":
+def _rows(leaf: LeafPlan, ids: tuple[int, ...]) -> LeafPlan:
     if leaf.kind != "frozen":
         how = "has an adapter" if leaf.kind == "lora" else "trains whole"
         raise ValueError(
@@ -162,13 +158,3 @@ def _rows(leaf: "LeafPlan", ids: tuple[int, ...]) -> "LeafPlan":
     return dataclasses.replace(
         leaf, kind="rows", ids=ids, axis=axis, reason=f"{len(ids)} trainable rows"
     )
-
-
-def saved_parameters(leaf: "LeafPlan") -> int:
-    """How many numbers of a leaf train, layers that do not left out."""
-    if leaf.kind == "rows":
-        return len(leaf.ids) * leaf.shape[1 - leaf.axis]
-    layers = math.prod(leaf.shape)
-    if leaf.only is None:
-        return layers
-    return len(leaf.only) * math.prod(leaf.shape[len(leaf.only[0]) :])

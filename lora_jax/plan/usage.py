@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax import compat
 from lora_jax.array import Window
+from lora_jax.plan.leaf import Use
 from lora_jax.plan.usage_dims import (
     Dims,
     contraction,
@@ -27,33 +28,6 @@ from lora_jax.plan.usage_dims import (
     whole,
     window_axes,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One consumption of a leaf.
-
-    Attributes:
-      primitive: its name.
-      line: source line of the model.
-      kind: "contract", "lookup" (rows by index), "transform" and "rows" (the same, but with a
-        matrix or indices that no argument of the function feeds), or "other".
-      contracted: the leaf's dims summed over (contract, transform) or indexed (lookup, rows).
-      stacked: the leaf's dims batched, or picked one index at a time, on the way here.
-      constant: whether none of the function's arguments feeds the other operand.
-      fallback: why the weight is added up for this use, or "". The dataflow does not say: `plan`
-        asks the interpreter itself.
-      window: the leaf's spatial dims where it is a convolution's kernel, else None.
-    """
-
-    primitive: str
-    line: str
-    kind: str
-    contracted: frozenset = frozenset()
-    stacked: frozenset = frozenset()
-    constant: bool = False
-    fallback: str = ""
-    window: Window | None = None
 
 
 @dataclasses.dataclass(frozen=True)

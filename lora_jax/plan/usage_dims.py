@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lora_jax.transform.rules_rearrange import reshape_groups
+from lora_jax.dims import reshape_groups
 
 Dims = tuple[frozenset, ...]  # for each current dim, the original dims it is made of
 

@@ -12,5 +12,3 @@ from lora_jax.quant.foreign import stack as stack
 from lora_jax.quant.foreign import to_bitsandbytes as to_bitsandbytes
 from lora_jax.quant.loading import QuantConfig as QuantConfig
 from lora_jax.quant.matmul import matmul as matmul
-from lora_jax.quantize import dequantize as dequantize
-from lora_jax.quantize import quantize as quantize

@@ -9,15 +9,16 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from lora_jax.array import in_dims, is_lora, out_dims, sizes, stack_dims
+from lora_jax.dims import in_dims, out_dims, sizes, stack_dims
 from lora_jax.quant import formats
+from lora_jax.quant.formats import compress, expand
 
 _DATA = ("packed", "scale", "bias", "scale2", "offset", "scale_map")
 _META = ("format", "block", "shape", "roles", "dtype", "backend")
@@ -80,7 +81,7 @@ class QuantArray:
     @property
     def sharding(self):
         """Where it lies, in the terms of its own shape."""
-        from lora_jax.quant.sharding import logical_sharding
+        pass
 
         return logical_sharding(self)
 
@@ -98,11 +99,6 @@ jax.tree_util.register_dataclass(QuantArray, data_fields=list(_DATA), meta_field
 
 def is_quant(x) -> bool:
     return isinstance(x, QuantArray)
-
-
-def is_leaf(x) -> bool:
-    """Whether `x` is one leaf of ours, with several arrays in it."""
-    return isinstance(x, QuantArray) or is_lora(x)
 
 
 def arrays(q: QuantArray) -> list:
@@ -141,7 +137,6 @@ def scales(q: QuantArray):
     """The scales as numbers, `(stack..., K/B, N)`: expanded where they are quantized."""
     if q.scale2 is None:
         return q.scale
-    from lora_jax.quant.double import expand
 
     return expand(q.scale, q.scale2, q.offset, q.scale_map, _true_blocks(q))
 
@@ -301,8 +296,6 @@ def _encode(w, roles: str, form, block: int, scale_dtype, double: bool) -> dict:
         )  # fmt: skip
         out = {"packed": formats.pack(codes, form, block), "scale": scale, "bias": bias}
         if double:
-            from lora_jax.quant.double import compress
-
             out |= compress(scale, -(-fan_in // block))
         return out
 
@@ -345,3 +338,17 @@ def check(q: QuantArray, name: str = "w") -> QuantArray:
                 f"{q.roles}) disagrees with the arrays: `{part}` should be {expected}, is {got}"
             )
     return q
+
+
+def logical_sharding(q: QuantArray):
+    """The sharding of the weight's own dims, from that of its codes; None where unknown."""
+    if isinstance(q.packed, jax.core.Tracer):
+        return None
+    sharding = getattr(q.packed, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = tuple(sharding.spec) + (None,) * (q.packed.ndim - len(sharding.spec))
+    own = dict(zip(stack_dims(q.roles), spec, strict=False))
+    for group, axes in zip((in_dims(q.roles), out_dims(q.roles)), spec[-2:], strict=True):
+        own |= dict.fromkeys(group[:1], axes)
+    return NamedSharding(sharding.mesh, PartitionSpec(*(own.get(d) for d in range(q.ndim))))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.array import sizes
+from lora_jax.dims import sizes
 from lora_jax.quant import formats
 from lora_jax.quant.array import (
     SCALE_BLOCK,

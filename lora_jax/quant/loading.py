@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.quant import formats, lazy
+from lora_jax.quant import formats, ops
 from lora_jax.quant.array import QuantArray, quantize_array
 from lora_jax.quant.foreign import stack
 
@@ -70,7 +70,7 @@ def holder(config: QuantConfig, weights) -> Hold:
         if not parts:
             return None
         q = parts[0] if len(leaf.shape) == 2 else _stacked(parts, path, weights)
-        return lazy.reshape(q, leaf.shape) if q.shape != tuple(leaf.shape) else q
+        return ops.reshape(q, leaf.shape) if q.shape != tuple(leaf.shape) else q
 
     return hold
 
@@ -114,7 +114,7 @@ def _own_blocks(weights, path: str, leaf, tensors) -> Iterator[QuantArray]:
             f"are: load with `scan=False`, or ask for a format of our own"
         )
     for (_, axes), q in zip(tensors, found, strict=True):
-        yield (q if axes is None else lazy.transpose(q, axes)).astype(leaf.dtype)
+        yield (q if axes is None else ops.transpose(q, axes)).astype(leaf.dtype)
 
 
 def _stacked(parts: list, path: str, weights) -> QuantArray:

@@ -8,11 +8,10 @@ memory. The scales of scales are few, and replicated.
 import dataclasses
 import math
 
-import jax
 import jax.core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax.array import in_dims, out_dims, stack_dims
+from lora_jax.dims import in_dims, out_dims, stack_dims
 from lora_jax.quant.array import QuantArray, form_of, matrix_sizes
 
 
@@ -91,20 +90,6 @@ def put(q: QuantArray, sharding) -> QuantArray:
     if sharding.memory_kind is not None:
         places = jax.tree.map(lambda s: s.with_memory_kind(sharding.memory_kind), places)
     return jax.tree.map(jax.device_put, q, places)
-
-
-def logical_sharding(q: QuantArray):
-    """The sharding of the weight's own dims, from that of its codes; None where unknown."""
-    if isinstance(q.packed, jax.core.Tracer):
-        return None
-    sharding = getattr(q.packed, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    spec = tuple(sharding.spec) + (None,) * (q.packed.ndim - len(sharding.spec))
-    own = dict(zip(stack_dims(q.roles), spec, strict=False))
-    for group, axes in zip((in_dims(q.roles), out_dims(q.roles)), spec[-2:], strict=True):
-        own |= dict.fromkeys(group[:1], axes)
-    return NamedSharding(sharding.mesh, PartitionSpec(*(own.get(d) for d in range(q.ndim))))
 
 
 def local_part(q: QuantArray, spec: PartitionSpec, mesh) -> QuantArray:

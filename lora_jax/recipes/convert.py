@@ -94,7 +94,7 @@ def load_adapter(
     _refuse_step(source, step)
     if kind == "gguf":
         from lora_jax.hf.gguf.lora_read import read_gguf_lora
-        from lora_jax.hf.gguf.names import base_of
+        from lora_jax.models.gguf import base_of
 
         config, tensors = read_gguf_lora(source, base=base_of(model.config))
     else:
@@ -130,8 +130,8 @@ def save_adapter(
     """
     from lora_jax import checkpoint
     from lora_jax.hf.gguf.lora_write import save_gguf_lora
-    from lora_jax.hf.gguf.names import base_of
     from lora_jax.hf.peft.api import save_peft
+    from lora_jax.models.gguf import base_of
 
     _check_target(to, WRITTEN, dtype, ("gguf", "hf"))
     if to in ("peft", "vllm"):
@@ -169,7 +169,8 @@ def convert(
       ValueError: damaged, it takes the model itself, or the format cannot hold it.
       OSError: it cannot be written.
     """
-    from lora_jax.hf.gguf import lora_write, names as gguf_names
+    from lora_jax.hf.gguf import lora_write
+    from lora_jax.hf.gguf import names as gguf_names
     from lora_jax.hf.peft import directory, vllm
 
     _check_target(to, CONVERTED, dtype, ("gguf",))

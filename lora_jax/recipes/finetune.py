@@ -67,8 +67,8 @@ def finetune(
     Raises:
       ValueError: there is no `output_dir`, or any of the configs does not fit the model or data.
     """
-    import lora_jax as lora
     from lora_jax import hf, train
+    from lora_jax.tree import format_trainable_parameters
 
     if train_config.output_dir is None:
         raise ValueError("`output_dir` is missing: say where the run is to be written")
@@ -87,7 +87,7 @@ def finetune(
     params = init_adapter(
         model, lora_config, seed=train_config.seed, weights=_weights_for_start(job, lora_config)
     )
-    say(lora.format_trainable_parameters(params))
+    say(format_trainable_parameters(params))
     result = train.fit(
         model,
         params,
@@ -148,17 +148,17 @@ def hub_name(source: str) -> str:
 
 def plan_model(model, config: LoraConfig):
     """The plan of a language model: which of its weights the config adapts."""
-    import lora_jax as lora
+    from lora_jax.plan.decide import plan as make_plan
 
-    return lora.plan(config, model.apply, model.params, _TOKENS)
+    return make_plan(config, model.apply, model.params, _TOKENS)
 
 
 def init_adapter(model, config: LoraConfig, *, seed: int, weights=None) -> Any:
     """The model's parameters with a fresh adapter; `weights` as in `lora_jax.init`."""
-    import lora_jax as lora
+    from lora_jax.tree import init
 
     plan = plan_model(model, config)
-    return lora.init(jax.random.key(seed), plan, model.params, weights=weights)
+    return init(jax.random.key(seed), plan, model.params, weights=weights)
 
 
 def _weights_for_start(job: FinetuneConfig, config: LoraConfig) -> Any:

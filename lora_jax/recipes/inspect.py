@@ -112,8 +112,8 @@ def _gguf(path: Path) -> tuple[str, dict[str, Any], Tensors]:
 
 
 def _directory(path: Path, source: str) -> tuple[str, dict[str, Any], Tensors]:
-    from lora_jax.hf.hub import snapshot
     from lora_jax.hf.checkpoint.safetensors import open_directory, read_json
+    from lora_jax.hf.hub import snapshot
 
     if not path.exists():
         path = snapshot(source)

@@ -165,8 +165,8 @@ _DULL = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "revisio
 
 
 def _read_peft(path: Path) -> Adapter:
-    from lora_jax.hf.peft.directory import CONFIG_FILE, TENSOR_FILE
     from lora_jax.hf.checkpoint.safetensors import load_file, read_json
+    from lora_jax.hf.peft.directory import CONFIG_FILE, TENSOR_FILE
 
     fields = read_json(path / CONFIG_FILE)
     if not isinstance(fields, dict):
@@ -255,8 +255,9 @@ def _read_gguf(path: Path) -> Adapter:
 
 
 def _read_orbax(path: Path) -> Adapter:
-    from lora_jax.array import LoraArray, sizes
+    from lora_jax.array import LoraArray
     from lora_jax.checkpoint import adapters
+    from lora_jax.dims import sizes
 
     stored = adapters.find(path)
     shown = {"in": str(stored.directory), **{n: stored.config.get(n) for n in FIELDS[1:]}}

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import compat
-from lora_jax.analysis.sweep.sweep import rank_sweep
 from lora_jax.analysis.sweep.config import SweepConfig, Task
 from lora_jax.analysis.sweep.result import Sweep
-from lora_jax.recipes.generate import AnswerConfig, answer
+from lora_jax.analysis.sweep.sweep import rank_sweep
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import write_text
+from lora_jax.recipes.generate import AnswerConfig, answer
 from lora_jax.train.batches import (
     Batch,
     data_hash,

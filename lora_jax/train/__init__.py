@@ -23,9 +23,16 @@ from lora_jax.train.loop import Hooks, Result, fit
 from lora_jax.train.loss import cross_entropy, outputs_of, summed_loss
 from lora_jax.train.memory import Memory, format_memory, memory
 from lora_jax.train.metrics import read_metrics
-from lora_jax.train.optimizer import optimizer, schedule
-from lora_jax.train.plot import plot_loss
-from lora_jax.train.step import Metrics, Programs, TrainState, init_state, make_step
+from lora_jax.train.progress import plot_loss
+from lora_jax.train.step import (
+    Metrics,
+    Programs,
+    TrainState,
+    init_state,
+    make_step,
+    optimizer,
+    schedule,
+)
 
 __all__ = [
     "Batch",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from lora_jax.checkpoint import state as checkpoints
 from lora_jax.checkpoint.adapters import RUN_CHECKPOINTS, RUN_FORMAT, config_json
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
-from lora_jax.checkpoint.outline import outline
+from lora_jax.checkpoint.flat import outline
 from lora_jax.train import metrics
 from lora_jax.train.batches import data_hash
 from lora_jax.train.config import TrainConfig, fixed_fields

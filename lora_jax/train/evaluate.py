@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import lora_jax as lora
 from lora_jax.train.batches import Batch, loader, once
 from lora_jax.train.examples import Example
 from lora_jax.train.loss import outputs_of, summed_loss
 from lora_jax.train.step import Programs
+from lora_jax.transform.lorafy import lorafy
+from lora_jax.tree import combine, split
 
 
 class Evaluator(NamedTuple):
@@ -28,10 +29,10 @@ def lora_loss(model) -> Callable:
     Args:
       model: see `outputs_of`.
     """
-    transformed = lora.lorafy(outputs_of(model), reverse_only=True)
+    transformed = lorafy(outputs_of(model), reverse_only=True)
     loss = summed_loss(lambda p, t, at, key: transformed(p, t, at, lora_key=key))
     return lambda trainable, frozen, batch, key: loss(
-        lora.combine(trainable, frozen), batch, key
+        combine(trainable, frozen), batch, key
     )
 
 
@@ -66,7 +67,7 @@ def evaluate(model, lora_params, data: Sequence[Example], *, batch_size: int = 8
       batch_size: rows of a forward pass; it does not change the result.
     """
     prepared = evaluator(model, data, batch_size=batch_size)
-    return mean_loss(prepared, *lora.split(lora_params))
+    return mean_loss(prepared, *split(lora_params))
 
 
 def pad_id_of(tokenizer) -> int:

@@ -13,21 +13,27 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-import lora_jax as lora
 from lora_jax.train import archive as archives
 from lora_jax.train import metrics
 from lora_jax.train.batches import Item, Loader, iterate, loader
 from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import evaluator, lora_loss, mean_loss, pad_id_of
 from lora_jax.train.examples import Example
-from lora_jax.train.full import split_full
-from lora_jax.train.interrupt import interruptible
 from lora_jax.train.loss import outputs_of
 from lora_jax.train.memory import Memory, memory
-from lora_jax.train.optimizer import optimizer, schedule
-from lora_jax.train.plot import plot_loss
-from lora_jax.train.progress import Clock, progress, show_record
-from lora_jax.train.step import Metrics, Programs, TrainState, init_state, make_step
+from lora_jax.train.progress import Clock, interruptible, plot_loss, progress, show_record
+from lora_jax.train.step import (
+    Metrics,
+    Programs,
+    TrainState,
+    init_state,
+    make_step,
+    optimizer,
+    schedule,
+    split_full,
+)
+from lora_jax.transform.lorafy import lorafy
+from lora_jax.tree import combine, split
 
 PLOT = "loss.png"
 
@@ -145,7 +151,7 @@ def fit(
     if config.output_dir is not None:
         plot_loss(config.output_dir / PLOT, history, title=f"{total} optimizer steps")
     used = _memory(job, state) if programs.compiled else None
-    trained = lora.combine(state.trainable, frozen)
+    trained = combine(state.trainable, frozen)
     return Result(trained, history, total, used, tuple(programs.compiled))
 
 
@@ -159,7 +165,7 @@ def _halves(lora_params, full: bool, lora_config):
         if lora_config is not None:
             raise ValueError("`full` trains without an adapter: leave `lora_config` out")
         return split_full(lora_params)
-    trainable, frozen = lora.split(lora_params)
+    trainable, frozen = split(lora_params)
     if not jax.tree.leaves(trainable):
         raise ValueError(
             "`lora_params` has nothing to train; make it with lora.init, or pass full=True to "
@@ -190,7 +196,7 @@ def _check_tokens(model, lora_params, data: Sequence[Example]) -> None:
     Raises:
       ValueError: there is one.
     """
-    logits = lora.lorafy(outputs_of(model))
+    logits = lorafy(outputs_of(model))
     token, place = (jax.ShapeDtypeStruct(s, "int32") for s in ((1, 2), (1,)))
     known = jax.eval_shape(logits, lora_params, token, place).shape[-1]
     for example in data:
@@ -239,7 +245,7 @@ def _evaluation(model, data, config: TrainConfig, frozen, hooks: Hooks):
         if prepared is not None:
             numbers["eval_loss"] = mean_loss(prepared, state.trainable, frozen)
         if hooks.score is not None:
-            numbers.update(hooks.score(lora.combine(state.trainable, frozen)))
+            numbers.update(hooks.score(combine(state.trainable, frozen)))
         return numbers
 
     return evaluate

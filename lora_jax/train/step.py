@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from lora_jax import compat
-from lora_jax.tree import check_trainable
+from lora_jax import compat, paths
+from lora_jax.array import is_leaf, is_lora
+from lora_jax.optim import check_trainable
+from lora_jax.quant.array import is_quant
+from lora_jax.train.config import TrainConfig, warmup_steps
 
 
 class TrainState(NamedTuple):
@@ -141,3 +144,84 @@ def _gradients(loss: Callable, trainable, frozen, batch, key):
     start = (jnp.zeros((), jnp.float32), zeros)
     (total, grads), _ = jax.lax.scan(add, start, (jnp.arange(count), batch))
     return total, grads
+
+
+def split_full(params):
+    """The counterpart of `lora.split` where everything trains.
+
+    Args:
+      params: plain parameters, every leaf an array of floats.
+
+    Returns:
+      `(trainable, frozen)`: `params` itself, and its structure with None in every place.
+
+    Raises:
+      ValueError: a leaf has an adapter, is quantized or holds no floats: it has no gradient of its
+        own.
+    """
+    for key_path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf):
+        found = _untrainable(x)
+        if found is not None:
+            raise ValueError(
+                f"full fine-tuning trains every leaf, but `{paths.spell(key_path)}` {found}"
+            )
+    if not jax.tree.leaves(params):
+        raise ValueError("full fine-tuning has nothing to train: `lora_params` has no leaves")
+    return params, jax.tree.map(lambda x: None, params)
+
+
+def _untrainable(x) -> str | None:
+    if is_lora(x):
+        return "has an adapter; merge it first (lora.merge), or train the adapter alone"
+    if is_quant(x):
+        return f"is quantized ({x.format}); load the model without `quantize`, or train an adapter"
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return f"holds {x.dtype}, which has no gradient; keep it out of the parameters"
+    return None
+
+
+def schedule(config: TrainConfig, total: int) -> Callable:
+    """The learning rate of each optimizer step.
+
+        lr(k) = peak * min(1, (k + 1)/w) * (f + (1 - f) * d(t)),     t = (k - w)/(total - w)
+        d(t) = (1 + cos(pi t))/2   or   1 - t   or   1
+
+    for warm-up steps w and final share f. Step 0 already moves: its rate is peak/w, not 0.
+
+    Args:
+      config: gives the schedule's name, peak, warm-up and final share.
+      total: optimizer steps of the run.
+
+    Returns:
+      `lr(step)`, step counted from 0, traceable and elementwise.
+    """
+    warm = warmup_steps(config, total)
+    final = config.final_learning_rate
+    decay = {
+        "cosine": lambda t: 0.5 * (1 + jnp.cos(jnp.pi * t)),
+        "linear": lambda t: 1 - t,
+        "constant": jnp.ones_like,
+    }[config.schedule]
+    floor = 1.0 if config.schedule == "constant" else final
+
+    def rate(step):
+        step = jnp.asarray(step, jnp.float32)
+        rise = jnp.minimum(1.0, (step + 1) / max(warm, 1))
+        t = jnp.clip((step - warm) / max(total - warm, 1), 0.0, 1.0)
+        return config.learning_rate * rise * (floor + (1 - floor) * decay(t))
+
+    return rate
+
+
+def optimizer(config: TrainConfig, total: int) -> optax.GradientTransformation:
+    """Clipping, then AdamW: p <- p - lr * (m/(sqrt(v) + eps) + decay * p), as torch.optim.AdamW."""
+    adamw = optax.adamw(
+        schedule(config, total),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+    )
+    if config.clip is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)

@@ -1,5 +1,5 @@
 """The forward transform: `lorafy(fn)` runs `fn` with weights that are never added up."""
 
+from lora_jax.transform.base_weight import DecodedWarning as DecodedWarning
 from lora_jax.transform.interpret import MaterializedWarning as MaterializedWarning
 from lora_jax.transform.lorafy import lorafy as lorafy
-from lora_jax.transform.base_weight import DecodedWarning as DecodedWarning

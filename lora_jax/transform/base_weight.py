@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
-from lora_jax.array import in_dims, out_dims, stack_dims
-from lora_jax.quant import ops, lazy
+from lora_jax.dims import in_dims, out_dims, stack_dims
+from lora_jax.quant import ops
 from lora_jax.quant import sharding as quant_sharding
 from lora_jax.quant.array import QuantArray, expanded
 from lora_jax.quant.matmul import linear
-from lora_jax.transform import explicit
+from lora_jax.transform import labels
 from lora_jax.transform.implicit import Implicit, Note
 
 
@@ -56,11 +56,11 @@ def rearranged(v: Implicit, operation: str, *args):
 
     Args:
       v: the implicit array.
-      operation: a name that both `_PLAIN` and `lora_jax.quant.lazy` have.
+      operation: a name that both `_PLAIN` and `lora_jax.quant.ops` have.
       *args: of the operation.
     """
     if isinstance(v.w, QuantArray):
-        q = getattr(lazy, operation)(v.w, *args)
+        q = getattr(ops, operation)(v.w, *args)
         if q is not None:
             return q
     return _PLAIN[operation](opened(v, operation), *args)
@@ -87,7 +87,7 @@ def product(v: Implicit, x, bind: Callable, *, weight_left: bool, dimension_numb
         batching=batching[::side],
         precision=precision,
         preferred=params.get("preferred_element_type"),
-        plain=explicit.spec_of(x) is None and params.get("out_sharding") is None,
+        plain=labels.spec_of(x) is None and params.get("out_sharding") is None,
     )
 
 
@@ -107,12 +107,12 @@ def rows(v: Implicit, indices, bind: Callable, **params):
 
 def unstacked(w):
     """What one step of a scan sees of a stacked weight whose arrays have been sliced."""
-    return lazy.first_index(w) if isinstance(w, QuantArray) else w
+    return ops.first_index(w) if isinstance(w, QuantArray) else w
 
 
 def restacked(w):
     """A weight that a scan has stacked."""
-    return lazy.with_stack(w, w.packed.shape[0]) if isinstance(w, QuantArray) else w
+    return ops.with_stack(w, w.packed.shape[0]) if isinstance(w, QuantArray) else w
 
 
 def scannable(v: Implicit) -> Implicit:

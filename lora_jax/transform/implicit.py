@@ -1,17 +1,13 @@
 """The implicit array inside the interpreter: a weight, its factors, and what each dim is."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax import lax
 
-from lora_jax.array import OverBase, in_dims, out_dims, stack_dims, widened
-from lora_jax.array import dense as dense
-
-# A label names one axis of a factor: a dimension number of the weight, or RANK.
-RANK = "r"
+from lora_jax.array import OverBase, dense, widened
+from lora_jax.transform.labels import PARTS, contract, expand_to, labels, reorder
 
 
 class Unsupported(Exception):  # noqa: N818  (control flow: a rule has no low-rank form)
@@ -75,31 +71,6 @@ def is_implicit(x) -> bool:
     return isinstance(x, Implicit)
 
 
-def labels(roles: str, part: str) -> list:
-    """The axes of one part of an implicit array, as labels in order."""
-    stack = stack_dims(roles)
-    ins, outs = in_dims(roles), out_dims(roles)
-    return {
-        "w": list(range(len(roles))),
-        "a": [*stack, *ins, RANK],
-        "b": [*stack, RANK, *outs],
-        "scale": stack,
-        "gain": [*stack, *outs],
-        "bias": [*stack, *outs],
-        "key": stack,
-    }[part]
-
-
-PARTS = ("a", "b", "scale", "gain", "key", "bias")
-
-
-def reorder(array, have: Sequence, want: Sequence):
-    """Transposes an array from one order of labels to another (the same labels)."""
-    if list(have) == list(want):
-        return array
-    return lax.transpose(array, [list(have).index(label) for label in want])
-
-
 def rebuild(v: Implicit, w, roles: str, transform) -> Implicit:
     """An implicit array after a per-dimension operation.
 
@@ -121,22 +92,12 @@ def rebuild(v: Implicit, w, roles: str, transform) -> Implicit:
     return dataclasses.replace(v, w=w, roles=roles, **parts)
 
 
-def expand_to(array, have: Sequence, want: Sequence):
-    """Broadcast-ready view of `array` (axes `have`) against axes `want`: missing ones are 1."""
-    order = [label for label in want if label in have]
-    array = reorder(array, list(have), order)
-    shape = dict(zip(order, array.shape, strict=True))
-    return lax.reshape(array, [shape.get(label, 1) for label in want])
-
-
 def materialize(v: Implicit):
     """The dense weight `gain · (w + scale · a·b)` in `w`'s dtype, computed in float32 or wider.
 
     Raises:
       ValueError: the adapter has a bias, which is no part of the weight.
     """
-    from lora_jax.transform.labels import contract
-
     if v.bias is not None:
         raise ValueError(
             f"`{v.path}` is used otherwise than in a product, so the bias of its adapter "

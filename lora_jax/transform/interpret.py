@@ -1,22 +1,18 @@
 """The interpreter: walks the base model's jaxpr with implicit arrays in place of weights.
 
 Equations that no implicit array reaches are handed back to JAX in runs, untouched. The others
-are looked up by name, in `CONTROL` (a sub-jaxpr to enter), then in `RULES`. Where there is no
+are looked up by name in the context's tables: a sub-jaxpr to enter, or a rule. Where there is no
 rule, or a rule finds no low-rank form, the weight is materialized for that equation, and said so.
 """
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-from jax import lax
-
 from lora_jax import compat
-from lora_jax.transform import rules_consume, rules_rearrange
-from lora_jax.transform.many import rules as slots
 from lora_jax.transform.implicit import Implicit, Unsupported, is_implicit, materialize
+from lora_jax.transform.many import rules as slots
 
 
 class MaterializedWarning(UserWarning):
@@ -28,6 +24,8 @@ class Context:
     """What one call of a lorafied function remembers while it is traced.
 
     Attributes:
+      rules: the rule of each primitive.
+      control: the primitives that hold a jaxpr of their own, with what enters it.
       strict: whether a fallback is an error.
       uses: how often each path's weight met dropout so far.
       memo: inner jitted functions already rewritten, so that a repeated block is traced once.
@@ -38,6 +36,8 @@ class Context:
       chooser: where weights hold many adapters, the row's own.
     """
 
+    rules: Mapping[str, Callable]
+    control: Mapping[str, Callable]
     strict: bool
     uses: dict = dataclasses.field(default_factory=dict)
     memo: dict = dataclasses.field(default_factory=dict)
@@ -190,18 +190,16 @@ def _run_plain(jaxpr, eqns: list, env: dict, last: dict, end: int):
 
 
 def _apply(context: Context, jaxpr, eqn, values: list, constant: set) -> list:
-    from lora_jax.transform.rules_control import CONTROL
-
     name = compat.name_of(eqn)
     try:
         with compat.equation_context(eqn):
-            if name in CONTROL and not (name == "shard_map" and any(map(slots.is_stacked, values))):
+            if name in context.control and not (name == "shard_map" and any(map(slots.is_stacked, values))):
                 context.lines.append(compat.source_line(eqn, context.lines[-1]))
                 try:
-                    return list(CONTROL[name](context, eqn, values))
+                    return list(context.control[name](context, eqn, values))
                 finally:
                     context.lines.pop()
-            rule = RULES.get(name, CONTROL.get(name))
+            rule = context.rules.get(name, context.control.get(name))
             if rule is None:
                 raise Unsupported("the operation has no rule")
             _refuse_transforms(eqn, values, constant)
@@ -228,116 +226,3 @@ def _densely(context: Context, jaxpr, eqn, values: list, reason: str) -> list:
 
 def _binder(eqn) -> Callable:
     return lambda *operands: eqn.primitive.bind(*operands, **eqn.params)
-
-
-def _rearranging(rule: Callable) -> Callable:
-    """A rule of the weight (first operand), further operands being indices."""
-
-    def apply(context, eqn, values):
-        if not is_implicit(values[0]) or any(is_implicit(x) for x in values[1:]):
-            raise Unsupported("the weight is not the first operand")
-        return rule(*values, **eqn.params)
-
-    return apply
-
-
-def _binding(rule: Callable) -> Callable:
-    """A rule that binds the original primitive to the weight and its factors."""
-    return lambda context, eqn, values: rule(values[0], _binder(eqn))
-
-
-def _consuming(rule: Callable) -> Callable:
-    """A rule that contracts the weight with an activation."""
-
-    def apply(context, eqn, values):
-        weights = [x for x in values if is_implicit(x)]
-        use = context.next_use(weights[0])
-        return rule(*values, _binder(eqn), use, **eqn.params)
-
-    return apply
-
-
-def _gather(context, eqn, values):
-    v, indices = values
-    return rules_consume.gather(v, indices, _binder(eqn), **eqn.params)
-
-
-def _scalar_product(context, eqn, values):
-    left, right = values
-    if is_implicit(left) and is_implicit(right):
-        raise Unsupported("elementwise product of two weights")
-    v, factor = (left, right) if is_implicit(left) else (right, left)
-    return _shaped(eqn, rules_rearrange.scale_by(v, factor))
-
-
-def _scalar_quotient(context, eqn, values):
-    if not is_implicit(values[0]) or is_implicit(values[1]):
-        raise Unsupported("division by a weight")
-    return _shaped(eqn, rules_rearrange.scale_by(*values, divide=True))
-
-
-def _shaped(eqn, v: Implicit) -> Implicit:
-    if tuple(eqn.outvars[0].aval.shape) != v.shape:
-        raise Unsupported("broadcasting product")
-    return v
-
-
-def _concatenate(context, eqn, values):
-    return rules_rearrange.concatenate(values, eqn.params["dimension"])
-
-
-def _stack(context, eqn, values):
-    return rules_rearrange.stack(values, eqn.params["axis"])
-
-
-def _barrier(context, eqn, values):
-    return jax.tree.unflatten(
-        jax.tree.structure(values), lax.optimization_barrier(jax.tree.leaves(values))
-    )
-
-
-def _device_put(context, eqn, values):
-    return [
-        rules_rearrange.device_put(x, to) if is_implicit(x) else jax.device_put(x, to)
-        for x, to in zip(values, eqn.params["devices"], strict=True)
-    ]
-
-
-def _constraint(context, eqn, values):
-    return rules_rearrange.sharding_constraint(values[0], _binder(eqn), **eqn.params)
-
-
-# One rule a primitive, by the name `compat.name_of` gives.
-RULES: dict[str, Callable[[Context, Any, list], Any]] = {
-    "dot_general": _consuming(rules_consume.dot_general),
-    "conv_general_dilated": _consuming(rules_consume.conv),
-    "ragged_dot_general": _consuming(rules_consume.ragged_dot),
-    "gather": _gather,
-    "transpose": _rearranging(rules_rearrange.transpose),
-    "reshape": _rearranging(rules_rearrange.reshape),
-    "squeeze": _rearranging(rules_rearrange.squeeze),
-    "broadcast_in_dim": _rearranging(rules_rearrange.broadcast_in_dim),
-    "convert_element_type": _rearranging(rules_rearrange.convert),
-    "slice": _rearranging(rules_rearrange.slice_),
-    "dynamic_slice": _rearranging(rules_rearrange.dynamic_slice),
-    "split": _rearranging(rules_rearrange.split),
-    "unstack": _rearranging(rules_rearrange.unstack),
-    "reduce_sum": _rearranging(rules_rearrange.reduce_unit),
-    "reshard": _rearranging(rules_rearrange.reshard),
-    "neg": _rearranging(rules_rearrange.negate),
-    "rev": _rearranging(rules_rearrange.reverse),
-    "concatenate": _concatenate,
-    "stack": _stack,
-    "mul": _scalar_product,
-    "div": _scalar_quotient,
-    "sharding_constraint": _constraint,
-    "optimization_barrier": _barrier,
-    "copy": _binding(rules_rearrange.leafwise),
-    "copy_p": _binding(rules_rearrange.leafwise),
-    "stop_gradient": _binding(rules_rearrange.leafwise),
-    "name": _binding(rules_rearrange.named),
-    "reduce_precision": _binding(rules_rearrange.base_only),
-    "pvary": _binding(rules_rearrange.leafwise),
-    "device_put": _device_put,
-}
-

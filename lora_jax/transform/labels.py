@@ -2,10 +2,12 @@
 
 from collections.abc import Collection, Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax.transform import explicit
+from lora_jax.dims import in_dims, out_dims, stack_dims
 
 
 def contract(
@@ -51,7 +53,7 @@ def contract(
         dimension_numbers,
         precision=precision,
         preferred_element_type=preferred,
-        out_sharding=explicit.result_spec(x, x_labels, y, y_labels, summed, out, specs),
+        out_sharding=result_spec(x, x_labels, y, y_labels, summed, out, specs),
     )
     return result, out
 
@@ -61,3 +63,82 @@ def _sum_away(array, own: Sequence, other: Sequence, keep: Collection):
     if lost:
         array = jnp.sum(array, axis=tuple(lost))
     return array, [label for label in own if label in keep or label in other]
+
+
+def spec_of(x) -> tuple | None:
+    """The mesh axes of each dim of `x` under an explicit mesh, None under any other."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return None
+    return tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
+
+
+def result_spec(x, x_labels, y, y_labels, summed, out, specs: dict | None):
+    """The `out_sharding` a labelled contraction must state, None where JAX infers it.
+
+    A contraction over a sharded dim is ambiguous under an explicit mesh; its result is then
+    replicated along that axis, as the base's own would be.
+    """
+    sx, sy = spec_of(x), spec_of(y)
+    if sx is None and sy is None:
+        return None
+    known = dict(zip(y_labels, sy or (), strict=False))
+    known |= dict(zip(x_labels, sx or (), strict=False))
+    if specs is None and all(known.get(label) is None for label in summed):
+        return None
+    return PartitionSpec(*((specs or known).get(label) for label in out))
+
+
+def part_spec(spec: PartitionSpec, roles: str, part: str) -> PartitionSpec:
+    """The spec of a factor from the weight's spec: the same axes on its dims, none on the rank.
+
+    Args:
+      spec: of the weight.
+      roles: one letter a dim of the weight.
+      part: "a", "b", "scale", "gain" or "key".
+    """
+    full = tuple(spec) + (None,) * (len(roles) - len(spec))
+    return PartitionSpec(*(full[d] if isinstance(d, int) else None for d in labels(roles, part)))
+
+
+def part_sharding(sharding: NamedSharding, roles: str, part: str) -> NamedSharding:
+    """`part_spec` on the weight's own mesh."""
+    return NamedSharding(sharding.mesh, part_spec(sharding.spec, roles, part))
+
+
+# A label names one axis of a factor: a dimension number of the weight, or RANK.
+RANK = "r"
+
+
+def labels(roles: str, part: str) -> list:
+    """The axes of one part of an implicit array, as labels in order."""
+    stack = stack_dims(roles)
+    ins, outs = in_dims(roles), out_dims(roles)
+    return {
+        "w": list(range(len(roles))),
+        "a": [*stack, *ins, RANK],
+        "b": [*stack, RANK, *outs],
+        "scale": stack,
+        "gain": [*stack, *outs],
+        "bias": [*stack, *outs],
+        "key": stack,
+    }[part]
+
+
+PARTS = ("a", "b", "scale", "gain", "key", "bias")
+
+
+def reorder(array, have: Sequence, want: Sequence):
+    """Transposes an array from one order of labels to another (the same labels)."""
+    if list(have) == list(want):
+        return array
+    return lax.transpose(array, [list(have).index(label) for label in want])
+
+
+def expand_to(array, have: Sequence, want: Sequence):
+    """Broadcast-ready view of `array` (axes `have`) against axes `want`: missing ones are 1."""
+    order = [label for label in want if label in have]
+    array = reorder(array, list(have), order)
+    shape = dict(zip(order, array.shape, strict=True))
+    return lax.reshape(array, [shape.get(label, 1) for label in want])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import compat, paths
+from lora_jax import compat, dora, paths
 from lora_jax.array import (
     Gain,
     LoraArray,
@@ -18,16 +18,21 @@ from lora_jax.array import (
     RowsArray,
     SavedArray,
     effective,
+    is_leaf,
     is_lora,
     is_stack,
     rows_as_lora,
-    stack_dims,
 )
-from lora_jax.quant.array import QuantArray, is_leaf
+from lora_jax.dims import stack_dims
+from lora_jax.dora import gains
+from lora_jax.quant.array import QuantArray
 from lora_jax.transform import base_weight
-from lora_jax.transform.interpret import Context, evaluate
-from lora_jax.transform.many.token_axis import follow
 from lora_jax.transform.implicit import Implicit, Note, is_implicit, materialize
+from lora_jax.transform.interpret import Context, evaluate
+from lora_jax.transform.many import run
+from lora_jax.transform.many.token_axis import follow
+from lora_jax.transform.rules import RULES
+from lora_jax.transform.rules_control import CONTROL
 
 
 def lorafy(
@@ -97,7 +102,7 @@ def lorafy(
     """
 
     def single(lora_params, *args, lora_key=None, **kwargs):
-        context = Context(strict=strict, reverse_only=reverse_only)
+        context = Context(RULES, CONTROL, strict=strict, reverse_only=reverse_only)
         return _run(context, fn, lora_params, args, kwargs, lora_key)
 
     @functools.wraps(fn)
@@ -105,7 +110,6 @@ def lorafy(
         stacks = [x for x in jax.tree.leaves(lora_params, is_leaf=is_lora) if is_stack(x)]
         if adapter_ids is None and not stacks:
             return single(lora_params, *args, lora_key=lora_key, **kwargs)
-        from lora_jax.transform.many import run
 
         call = run.Call(args, kwargs, lora_key, row_axes, out_axes)
         if adapter_ids is None:
@@ -116,7 +120,9 @@ def lorafy(
             return run.gathered(single, lora_params, call)
 
         def row(chooser, tree, args, kwargs, key):
-            context = Context(strict=strict, reverse_only=reverse_only, chooser=chooser)
+            context = Context(
+                RULES, CONTROL, strict=strict, reverse_only=reverse_only, chooser=chooser
+            )
             return _run(context, fn, tree, args, kwargs, key)
 
         return run.run(single, row, lora_params, adapter_ids, call, token_axes, adapter_way)
@@ -165,7 +171,7 @@ def materializations(fn: Callable, lora_params, args: Sequence, kwargs: dict) ->
     Returns:
       `(path, primitive, source line)` to the reason.
     """
-    context = Context(strict=False, quiet=True)
+    context = Context(RULES, CONTROL, strict=False, quiet=True)
     leaves, tree = jax.tree.flatten((lora_params, tuple(args), dict(kwargs)))
     own = len(jax.tree.leaves(lora_params))
     # A concrete parameter that is no floating-point array may decide a Python branch.
@@ -261,8 +267,6 @@ def _enter(
     elif isinstance(x.m, Gain):
         gain = x.m.value
     elif x.m is not None:
-        from lora_jax import dora
-
         gain = dora.gain(x)
     key = None
     if lora_key is not None and x.dropout > 0:
@@ -286,20 +290,6 @@ def _enter(
         x.bias,
         x.count if isinstance(x, LoraStack) else 0,
     )
-
-
-def gains(x: LoraStack):
-    """DoRA's gain of every adapter of a stack, also from magnitudes that train; or None."""
-    if x.m is None:
-        return x.gain
-    from lora_jax.dora import gain
-
-    at = x.axis
-    return jax.vmap(
-        lambda a, b, scale, m: gain(LoraArray(x.w, a, b, scale, m, roles=x.roles)),
-        in_axes=(at, at, at, at),
-        out_axes=at,
-    )(x.a, x.b, x.scale, x.m)
 
 
 def _leave(x, values: Sequence, originals: Sequence):

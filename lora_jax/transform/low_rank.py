@@ -1,5 +1,6 @@
 """The one low-rank contraction, and the dropout of its input."""
 
+import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -9,10 +10,9 @@ from jax import lax
 
 from lora_jax import compat
 from lora_jax.array import widened
-from lora_jax.transform import explicit
-from lora_jax.transform.labels import contract as contract
-from lora_jax.transform.reverse import result_labels, thin_product
-from lora_jax.transform.implicit import Implicit, expand_to, labels, reorder
+from lora_jax.transform import labels as explicit
+from lora_jax.transform.implicit import Implicit
+from lora_jax.transform.labels import contract, expand_to, labels, reorder
 
 
 def low_rank(
@@ -121,3 +121,54 @@ def dropped(v: Implicit, x, use: int):
         key = key[0]
     mask = jax.random.bernoulli(jax.random.fold_in(key, use), 1 - v.dropout, x.shape)
     return jnp.where(mask, x / jnp.asarray(1 - v.dropout, x.dtype), jnp.zeros((), x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def thin_product(form: tuple, thin, factor):
+    """`contract(thin, factor)` with a backward of its own.
+
+    Args:
+      form: `(thin labels, factor labels, kept labels, precision, dtype of the result)`, hashable.
+      thin: `x·A`, tokens by rank.
+      factor: `B`.
+
+    Returns:
+      The product, its axes in the order `contract` gives.
+    """
+    thin_labels, factor_labels, keep, precision, dtype = form
+    return contract(
+        thin, thin_labels, factor, factor_labels, keep=keep, precision=precision, preferred=dtype
+    )[0]
+
+
+def result_labels(thin_labels, factor_labels, keep) -> list:
+    """The axes of `thin_product`'s result: batch, then the thin operand's, then the factor's."""
+    shared = [s for s in thin_labels if s in factor_labels]
+    batch = [s for s in shared if s in keep]
+    own = [s for s in thin_labels if s not in shared and s in keep]
+    return batch + own + [s for s in factor_labels if s not in shared and s in keep]
+
+
+def _forward(form, thin, factor):
+    return thin_product(form, thin, factor), (thin, factor)
+
+
+def _backward(form, saved, g):
+    thin, factor = saved
+    thin_labels, factor_labels, keep, precision, _ = form
+    g_labels = result_labels(thin_labels, factor_labels, keep)
+    g = g.astype(thin.dtype)
+
+    def against(x, x_labels, y, y_labels, want, dtype):
+        out, have = contract(
+            x, x_labels, y, y_labels, keep=set(want), precision=precision, preferred=dtype
+        )
+        return reorder(out, have, list(want))
+
+    return (
+        against(g, g_labels, factor, factor_labels, thin_labels, thin.dtype),
+        against(thin, thin_labels, g, g_labels, factor_labels, factor.dtype),
+    )
+
+
+thin_product.defvjp(_forward, _backward)

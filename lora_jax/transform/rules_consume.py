@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.array import a_dims, widened
-from lora_jax.transform import explicit, base_weight
+from lora_jax.array import widened
+from lora_jax.dims import a_dims
+from lora_jax.transform import base_weight
+from lora_jax.transform.implicit import Implicit, Unsupported
+from lora_jax.transform.labels import RANK, expand_to, labels, reorder, spec_of
 from lora_jax.transform.low_rank import compute_dtype, contract, dropped, low_rank
-from lora_jax.transform.implicit import RANK, Implicit, Unsupported, expand_to, labels, reorder
 
 
 def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, chosen=None, **params):
@@ -71,7 +73,7 @@ def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, chose
 
 
 def _wanted_specs(base, out: Sequence, out_sharding):
-    spec = explicit.spec_of(base)
+    spec = spec_of(base)
     if spec is None or out_sharding is None:
         return None
     return dict(zip(out, spec, strict=True))

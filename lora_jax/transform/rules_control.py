@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec
 
 from lora_jax import compat
 from lora_jax.transform import base_weight
-from lora_jax.transform.explicit import part_spec
+from lora_jax.transform.implicit import Implicit, Unsupported, is_implicit
 from lora_jax.transform.interpret import Context, enter
-from lora_jax.transform.implicit import PARTS, Implicit, Unsupported, is_implicit
+from lora_jax.transform.labels import PARTS, part_spec
 
 # Added to the number of a repeated call of one inner jit, apart from the numbers of uses.
 _CALL_SITES = 1 << 20

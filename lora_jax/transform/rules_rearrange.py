@@ -8,18 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
+from lora_jax.dims import reshape_roles
 from lora_jax.quant.array import QuantArray
-from lora_jax.transform.explicit import part_sharding
-from lora_jax.transform.implicit import (
-    PARTS,
-    RANK,
-    Implicit,
-    Unsupported,
-    expand_to,
-    labels,
-    rebuild,
-)
 from lora_jax.transform.base_weight import each, moved, opened, rearranged
+from lora_jax.transform.implicit import Implicit, Unsupported, rebuild
+from lora_jax.transform.labels import PARTS, RANK, expand_to, labels, part_sharding
 
 
 def transpose(v: Implicit, *, permutation, **_):
@@ -128,43 +121,6 @@ def broadcast_in_dim(v: Implicit, *dynamic, shape, broadcast_dimensions, **_):
 
     w = rearranged(v, "broadcast_in_dim", shape, broadcast_dimensions)
     return rebuild(v, w, "".join(roles), spread)
-
-
-def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list, list]]:
-    """Pairs runs of old dims with runs of new dims that hold the same number of elements."""
-    groups, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        left, right = [i], [j]
-        a, b = old[i], new[j]
-        while a != b:
-            if a < b:
-                i += 1
-                left.append(i)
-                a *= old[i]
-            else:
-                j += 1
-                right.append(j)
-                b *= new[j]
-        groups.append((left, right))
-        i, j = i + 1, j + 1
-    return groups
-
-
-def reshape_roles(shape: Sequence[int], roles: Sequence, new_shape: Sequence[int]) -> list:
-    """The set of roles that each new dim is made of; empty for a unit dim.
-
-    Args:
-      shape, roles: of the weight before.
-      new_shape: after.
-    """
-    old = [d for d, n in enumerate(shape) if n != 1]
-    new = [d for d, n in enumerate(new_shape) if n != 1]
-    result: list = [frozenset()] * len(new_shape)
-    for left, right in reshape_groups([shape[d] for d in old], [new_shape[d] for d in new]):
-        mixed = frozenset(roles[old[i]] for i in left)
-        for j in right:
-            result[new[j]] = mixed
-    return result
 
 
 def reshape(v: Implicit, *dynamic, new_sizes, dimensions=None, **_):

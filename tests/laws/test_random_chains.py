@@ -19,7 +19,7 @@ from jax import lax
 import lora_jax as lora
 from laws.case import normal
 from laws.cases import QUICK, assert_near
-from lora_jax.array import factor_shapes
+from lora_jax.dims import factor_shapes
 
 RANK = 2
 

@@ -25,12 +25,12 @@ from typing import Any
 import jax
 
 from lora_jax import paths
-from lora_jax.analysis.memory import mesh as memory_mesh, step as memory_step
+from lora_jax.analysis.memory import mesh as memory_mesh
+from lora_jax.analysis.memory import step as memory_step
 from lora_jax.analysis.memory.compiled import compiled
 from lora_jax.analysis.memory.liveness import HABITS, Alive, Habits, alive, on_cpu
 from lora_jax.analysis.memory.program import whole_bytes
-from lora_jax.analysis.memory.shapes import config_of
-from lora_jax.analysis.memory.step import AbstractStep, Spread, StepSettings
+from lora_jax.analysis.memory.step import AbstractStep, Spread, StepSettings, config_of
 from lora_jax.config.lora import LoraConfig
 from lora_jax.tree import Count, count_parameters
 

@@ -34,7 +34,9 @@ import jax
 from jax.sharding import PartitionSpec
 
 from lora_jax import paths
-from lora_jax.quant.array import is_leaf, is_quant
+from lora_jax.array import is_leaf
+from lora_jax.models.config import LlamaConfig
+from lora_jax.quant.array import is_quant
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that rows of the batch are spread over
@@ -77,7 +79,6 @@ def one_device(config: Any, mesh: Mapping[str, int]) -> Any:
     count = mesh["tensor"]
     if count == 1:
         return config
-    from lora_jax.models.config import LlamaConfig
 
     if not isinstance(config, LlamaConfig):
         raise ValueError(

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,20 +11,25 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-import lora_jax as lora
 from lora_jax.analysis.memory import mesh as memory_mesh
 from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.checkpoint.safetensors import read_json
 from lora_jax.models.bert_config import CLASSIFICATION
 from lora_jax.models.model import check_options
-from lora_jax.models.registry import CAUSAL_LM, architecture_of
+from lora_jax.models.registry import CAUSAL_LM, architecture_of, config_from_hf
+from lora_jax.paths import nearest
+from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import formats
 from lora_jax.quant.dispatch import BACKENDS
 from lora_jax.quant.loading import is_linear
+from lora_jax.quantize import quantize
+from lora_jax.sharding import partition_specs
 from lora_jax.train.batches import Batch
 from lora_jax.train.evaluate import lora_loss
-from lora_jax.train.full import split_full
 from lora_jax.train.loss import cross_entropy
-from lora_jax.train.step import TrainState, init_state, make_step
+from lora_jax.train.step import TrainState, init_state, make_step, split_full
+from lora_jax.transform.lorafy import lorafy
+from lora_jax.tree import combine, init, split
 
 # Optimizers by name, with the arrays they hold beside each trained one.
 OPTIMIZERS: Mapping[str, Any] = {
@@ -153,7 +159,7 @@ def abstract_step(
     base = _base(forward, settings)
     adapter = settings.adapter
     params = base if adapter is None else _adapted(forward, base, adapter)
-    trainable, frozen = split_full(params) if whole else lora.split(params)
+    trainable, frozen = split_full(params) if whole else split(params)
     tx = settings.tx
     state = jax.eval_shape(lambda t: init_state(jax.random.key(0), t, tx), trainable)
     kind = lora_loss if architecture.kind == CAUSAL_LM else _encoder_loss
@@ -170,15 +176,15 @@ def _base(forward, settings: StepSettings):
         return shapes
 
     def quantized(params):
-        return lora.quantize(params, is_linear, format=form, backend=settings.backend)
+        return quantize(params, is_linear, format=form, backend=settings.backend)
 
     return jax.eval_shape(quantized, shapes)
 
 
 def _adapted(forward, base, adapter: LoraConfig):
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    plan = lora.plan(adapter, forward.apply, base, tokens)
-    return jax.eval_shape(lambda p: lora.init(jax.random.key(0), plan, p), base)
+    plan = make_plan(adapter, forward.apply, base, tokens)
+    return jax.eval_shape(lambda p: init(jax.random.key(0), plan, p), base)
 
 
 def _batch(settings: StepSettings, batch: int, places: int) -> Batch:
@@ -191,10 +197,10 @@ def _batch(settings: StepSettings, batch: int, places: int) -> Batch:
 
 def _encoder_loss(forward):
     """Cross entropy of what the encoder's head gives, or, where it has none, of its features."""
-    apply = lora.lorafy(forward.apply, reverse_only=True)
+    apply = lorafy(forward.apply, reverse_only=True)
 
     def loss(trainable, frozen, batch, key):
-        out = apply(lora.combine(trainable, frozen), batch.tokens, lora_key=key)
+        out = apply(combine(trainable, frozen), batch.tokens, lora_key=key)
         logits = jax.tree.leaves(out)[0]
         logits = logits.reshape(batch.targets.shape[0], logits.shape[-1])
         return cross_entropy(logits, batch.targets, batch.weights)
@@ -218,11 +224,11 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
       ValueError: a mesh that does not divide a matrix.
     """
     base = memory_mesh.base_specs(step.base, settings.mesh)
-    params = lora.partition_specs(step.params, base)
+    params = partition_specs(step.params, base)
     if settings.adapter is None:
         trainable, frozen = params, step.frozen
     else:
-        trainable, frozen = lora.split(params)
+        trainable, frozen = split(params)
     copied: Any = PartitionSpec()
     moments = optax.tree_utils.tree_map_params(
         settings.tx,
@@ -234,3 +240,86 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
     rows: Any = PartitionSpec(None, memory_mesh.ROWS)
     state = TrainState(copied, trainable, moments, copied)
     return Spread(params, state, frozen, Batch(rows, rows, rows, rows))
+
+
+_LLAMA_2: Mapping[str, Any] = {
+    "model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096,
+    "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}  # fmt: skip
+_LLAMA_3: Mapping[str, Any] = {
+    **_LLAMA_2, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
+}  # fmt: skip
+
+
+def _sizes(width: int, inner: int, blocks: int, heads: int, pairs: int) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": pairs,
+    }
+
+
+# What these models' config.json says, as far as it decides shapes.
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "llama-2-7b": {**_LLAMA_2, **_sizes(4096, 11008, 32, 32, 32)},
+    "llama-2-13b": {**_LLAMA_2, **_sizes(5120, 13824, 40, 40, 40)},
+    "llama-2-70b": {**_LLAMA_2, **_sizes(8192, 28672, 80, 64, 8)},
+    "llama-3-8b": {**_LLAMA_3, **_sizes(4096, 14336, 32, 32, 8)},
+    "llama-3-70b": {**_LLAMA_3, **_sizes(8192, 28672, 80, 64, 8)},
+    "mistral-7b": {
+        **_LLAMA_2, **_sizes(4096, 14336, 32, 32, 8), "model_type": "mistral",
+        "max_position_embeddings": 32768, "sliding_window": 4096,
+    },
+    "smollm2-135m": {
+        **_LLAMA_2, **_sizes(576, 1536, 30, 9, 3), "vocab_size": 49152,
+        "max_position_embeddings": 8192, "rope_theta": 100000.0, "tie_word_embeddings": True,
+    },
+    "gpt2": {"model_type": "gpt2"},
+    "bert-base": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+}  # fmt: skip
+
+
+def config_of(model: str | Path | Mapping[str, Any] | Any) -> tuple[str, Any]:
+    """A name to show, and the configuration of a model.
+
+    Args:
+      model: a name of `SHAPES`, the path of a config.json or of its directory, the object in it,
+        or a configuration (`lora_jax.models.LlamaConfig` and its like).
+
+    Raises:
+      FileNotFoundError: no such name, file or directory.
+      ValueError: a model type or a field that is not known, or a file that is not JSON.
+    """
+    if isinstance(model, Mapping):
+        return str(model.get("model_type")), config_from_hf(model)
+    if not isinstance(model, str | Path):
+        if not hasattr(model, "num_hidden_layers"):
+            raise ValueError(
+                f"`model` must be a name, a path, the object in a config.json or a configuration, "
+                f"got {type(model).__name__}"
+            )
+        return str(model.model_type), model
+    if str(model).lower() in SHAPES:
+        return str(model).lower(), config_from_hf(SHAPES[str(model).lower()])
+    return _from_path(Path(model))
+
+
+def _from_path(path: Path) -> tuple[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"`model`: `{path}` is no file or directory, and no known shape (nearest: "
+            f"{nearest(str(path).lower(), SHAPES)}); give the path of a config.json"
+        )
+    file = path / "config.json" if path.is_dir() else path
+    if file.suffix != ".json":
+        raise ValueError(f"{file}: not a config.json; give its path, or its directory's")
+    raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    try:
+        return path.name if path.is_dir() else str(path), config_from_hf(raw)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None

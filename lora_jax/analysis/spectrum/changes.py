@@ -14,11 +14,12 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from lora_jax.config import matching
 from lora_jax import paths
-from lora_jax.array import LoraArray, dense, is_lora, sizes, to_matrix
+from lora_jax.array import LoraArray, dense, is_leaf, is_lora
+from lora_jax.config import matching
+from lora_jax.config.lora import LoraConfig
+from lora_jax.dims import sizes, to_matrix
 from lora_jax.merge import merge
-from lora_jax.quant.array import is_leaf
 
 # A stack of these has two dims, and is no matrix for that.
 _VECTORS = ("scale", "bias")
@@ -90,7 +91,6 @@ def changes(before, after=None, where: tuple[str, ...] | str | None = None) -> I
 def _wanted(where, path: str) -> bool:
     if where is None:
         return path.rpartition(".")[2] not in _VECTORS
-    from lora_jax.config.lora import LoraConfig
 
     config = LoraConfig(target_modules=where)
     return any(matching.is_target(config, name) for name in (path, paths.module_of(path)))

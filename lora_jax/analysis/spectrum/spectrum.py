@@ -9,6 +9,7 @@ Source: Hu et al. 2021, "LoRA", section 7 (the rank of ΔW).
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.analysis.spectrum.changes import changes, singular_values
+from lora_jax.train.progress import save_figure
 
 # σ below this share of σ1 is what float32 leaves of a zero.
 _NOTHING = 1e-6
@@ -179,7 +181,7 @@ class Spectrum:
 
     def plot(self, path: str | Path) -> None:
         """Draws how the values fall, `σk / σ1` against k, as a PNG; see `plots.plot_decay`."""
-        from lora_jax.analysis.spectrum.plots import plot_decay
+        pass
 
         plot_decay(path, self)
 
@@ -220,3 +222,47 @@ def spectrum(before, after=None, *, where: tuple[str, ...] | str | None = None) 
             for change in changes(before, after, where)
         )
     )
+
+
+def plot_decay(path: str | os.PathLike, found: Spectrum, *, title: str = "") -> None:
+    """Writes a PNG of how the singular values of every kind of module fall.
+
+    Args:
+      path: of the PNG; replaced when the new one is whole.
+      found: what `spectrum` found.
+      title: above the plot.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    draw_decay(figure.add_subplot(), found)
+    figure.suptitle(title or "Singular values of the change of weights")
+    save_figure(figure, path)
+
+
+def draw_decay(axes, found: Spectrum, *, band: bool = True) -> None:
+    """Draws `σk / σ1` against k: the median of each kind of module.
+
+    Args:
+      axes: matplotlib's.
+      found: what `spectrum` found; matrices that did not change are left out.
+      band: also from the lowest to the highest.
+    """
+    for i, (kind, matrices) in enumerate(found.by_kind().items()):
+        falls = [m.values / m.values[0] for m in matrices if m.norm]
+        if not falls:
+            continue
+        stack = np.stack([f[: min(map(len, falls))] for f in falls])
+        k = np.arange(1, stack.shape[1] + 1)
+        # What is zero cannot stand on a logarithmic axis.
+        stack = np.maximum(stack, 1e-9)
+        color = f"C{i % 10}"
+        if band:
+            axes.fill_between(k, stack.min(0), stack.max(0), color=color, alpha=0.12, lw=0)
+        axes.plot(k, np.median(stack, 0), color=color, lw=1.2, label=kind)
+    axes.set(xlabel="k", ylabel="σk / σ1", yscale="log")
+    if axes.lines:
+        axes.legend(fontsize="x-small")

@@ -6,21 +6,198 @@ output_dir/sweep.json             what the runs have in common; a resumed sweep 
            unfinished/NAME/       a training under way, see `sweep_resume`
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-import lora_jax as lora
-from lora_jax.analysis.sweep import resume
 from lora_jax.analysis.sweep.result import Run
+from lora_jax.checkpoint import check_base, manager, read_meta_of, restore_state, save_state
 from lora_jax.files import kept, replacing, write_text
+from lora_jax.tree import combine, split
 
 COMMON = "sweep.json"
 _UNFINISHED = "unfinished"
+
+
+FORMAT = "lora_jax unfinished training 1"
+_KEPT = ("seconds", "timed", "batches", "compiled")
+_SHARE = 20  # of the time between checkpoints, at most one part writes
+
+
+class Progress(NamedTuple):
+    """How far a training is.
+
+    Attributes:
+      step: steps taken.
+      state: what trains, and the optimizer's state.
+      losses: float32 (steps, members), or (steps,); NaN where it has not been.
+      seconds: of the timed steps, those that compiled nothing.
+      timed: how many those are.
+      batches: digest of the batches seen so far, in their order.
+      compiled: seconds of the steps that compiled as well.
+    """
+
+    step: int
+    state: Any
+    losses: np.ndarray
+    seconds: float
+    timed: int
+    batches: str
+    compiled: float = 0.0
+
+
+class Keeper:
+    """Keeps one training under way.
+
+    Args:
+      folder: its own.
+      described: what makes the training the one it is, JSON values; `base` is a fingerprint.
+      every: seconds between checkpoints; 0 for one after each step.
+      params: the base, compared with the one that a checkpoint was made over.
+      say: is told when a training goes on.
+
+    Attributes:
+      folder: of the checkpoint.
+      begun: whether there is one.
+    """
+
+    def __init__(
+        self, folder: Path, described: dict, every: float, *, params, say: Callable[[str], None]
+    ):
+        self.folder, self._params, self._say = folder, params, say
+        self._described, self._every = {"format": FORMAT, **described}, every
+        self._last, self._took, self.begun = time.monotonic(), 0.0, False
+
+    def restore(self, fresh: Progress) -> Progress:
+        """The newest checkpoint, or `fresh` where there is none.
+
+        Raises:
+          ValueError: it is of another training, another base, or its arrays have other shapes.
+        """
+        if not self.folder.is_dir():
+            return fresh
+        with manager(self.folder, keep=1) as opened:
+            if opened.latest_step() is None:
+                return fresh
+            meta = _meta(opened, self.folder)
+            self._check(meta["training"])
+            check_base(meta["training"]["base"], self._params, where=str(self.folder))
+            like = {"state": fresh.state, "losses": jax.numpy.asarray(fresh.losses)}
+            found = restore_state(opened, like)
+        self.begun = True
+        self._say(f"going on after step {found.step} of {len(fresh.losses)}: {self.folder}")
+        losses = np.array(found.state["losses"])
+        return Progress(found.step, found.state["state"], losses, **meta["progress"])
+
+    def _check(self, had: Mapping) -> None:
+        now = self._described
+        for name in sorted((had.keys() | now.keys()) - {"base"}):
+            if had.get(name) != now.get(name):
+                raise ValueError(
+                    f"{self.folder}: the unfinished training there has {name} = "
+                    f"{had.get(name)!r}, this one has {now.get(name)!r}; remove the folder to "
+                    "start it again"
+                )
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        wait = max(self._every, _SHARE * self._took) if self._every else 0.0
+        return time.monotonic() - self._last >= wait
+
+    def save(self, progress: Progress) -> None:
+        """Writes a checkpoint; the one before goes when the new one is whole.
+
+        Raises:
+          OSError: it cannot be written; the one before is intact.
+        """
+        began = time.monotonic()
+        state = {"state": progress.state, "losses": jax.numpy.asarray(progress.losses)}
+        values = {k: getattr(progress, k) for k in _KEPT}
+        meta = {"training": self._described, "progress": values}
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with manager(self.folder, keep=1) as opened:
+            if opened.latest_step() != progress.step:
+                save_state(opened, progress.step, state, meta)
+        self.begun, self._last = True, time.monotonic()
+        self._took = self._last - began
+
+
+class Unfinished(NamedTuple):
+    """A checkpoint that lies there.
+
+    Attributes:
+      folder: its own.
+      step: steps taken.
+      jobs: names of the runs that train together in it.
+    """
+
+    folder: Path
+    step: int
+    jobs: tuple[str, ...]
+
+
+def unfinished(folder: Path) -> Iterator[Unfinished]:
+    """All checkpoints below a folder; what was stopped before its first one is left out.
+
+    Raises:
+      ValueError: one cannot be read.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        with manager(path, keep=1) as opened:
+            step = opened.latest_step()
+            if step is not None:
+                yield Unfinished(path, step, tuple(_meta(opened, path)["training"]["jobs"]))
+
+
+def folder_of(folder: Path, jobs: Sequence[str]) -> Path:
+    """Where runs that train together are kept: readable, and different for other runs."""
+    digest = hashlib.sha256("\n".join(jobs).encode()).hexdigest()[:8]
+    return folder / f"{jobs[0]}-of-{len(jobs)}-{digest}"
+
+
+def remove(folder: Path) -> None:
+    """Takes a checkpoint away, and the folder of all when it was the last."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
+
+
+def digest(before: str, batch) -> str:
+    """The digest of the batches so far, with one more.
+
+    Args:
+      before: of those before it; empty for none.
+      batch: a tree of arrays.
+    """
+    found = hashlib.sha256(before.encode())
+    for leaf in jax.tree.leaves(batch):
+        array = np.asarray(leaf)
+        found.update(f"{array.dtype}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:16]
+
+
+def _meta(opened, folder: Path) -> dict:
+    try:
+        found = read_meta_of(opened)
+        assert found is not None
+        meta = found[1]
+        if {"training", "progress"} <= meta.keys() and "jobs" in meta["training"]:
+            return meta
+        reason = "its `meta` lacks parts"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+    raise ValueError(
+        f"{folder}: not the checkpoint of an unfinished training ({reason}); remove the folder to "
+        "start it again"
+    )
 
 
 class Store:
@@ -61,7 +238,7 @@ class Store:
         """
         if run.name in self._trees:
             return self._trees[run.name]
-        moved, still = lora.split(like)
+        moved, still = split(like)
         whole = not jax.tree.leaves(moved)
         leaves, tree = jax.tree.flatten(like if whole else moved)
         with np.load(self._path(run, ".npz")) as held:
@@ -71,7 +248,7 @@ class Store:
             for x, leaf in zip(arrays, leaves, strict=True)
         ]
         tree = jax.tree.unflatten(tree, arrays)
-        return tree if whole else lora.combine(tree, still)
+        return tree if whole else combine(tree, still)
 
     def holds(self, run: Run) -> bool:
         """Whether the weights of a run are still there."""
@@ -94,21 +271,21 @@ class Store:
         """Where runs that train together are kept on the way; None without a folder."""
         if self._folder is None:
             return None
-        return resume.folder_of(self._folder / _UNFINISHED, jobs)
+        return folder_of(self._folder / _UNFINISHED, jobs)
 
-    def unfinished(self) -> Iterator[resume.Unfinished]:
+    def unfinished(self) -> Iterator[Unfinished]:
         """Trainings that were under way when the sweep was stopped."""
         if self._folder is not None:
-            yield from resume.unfinished(self._folder / _UNFINISHED)
+            yield from unfinished(self._folder / _UNFINISHED)
 
     def finished(self, runs: Sequence[Run]) -> None:
         """Takes away the checkpoints that hold any of these runs, which are trained now."""
         names = [run.name for run in runs]
         if (own := self.place_of(names)) is not None:
-            resume.remove(own)
+            remove(own)
         for found in list(self.unfinished()):
             if set(names) & set(found.jobs):
-                resume.remove(found.folder)
+                remove(found.folder)
 
     def _write(self, run: Run) -> None:
         self.runs[run.name] = run
@@ -127,7 +304,7 @@ class Store:
 
 def _moved(tree):
     """What a run trained: the trainable half, or the whole tree of full fine-tuning."""
-    moved, _ = lora.split(tree)
+    moved, _ = split(tree)
     return moved if jax.tree.leaves(moved) else tree
 
 

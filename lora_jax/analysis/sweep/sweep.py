@@ -11,15 +11,18 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-import lora_jax as lora
 from lora_jax import multi
 from lora_jax.analysis.sweep.config import SweepConfig, Task, with_rank
 from lora_jax.analysis.sweep.result import BASE, FULL, Run, Sweep, summarize
-from lora_jax.analysis.sweep.resume import Keeper
-from lora_jax.analysis.sweep.store import COMMON, Store
+from lora_jax.analysis.sweep.store import COMMON, Keeper, Store
 from lora_jax.analysis.sweep.train import Trained, train_adapters, train_full
+from lora_jax.checkpoint import fingerprint
 from lora_jax.config.lora import LoraConfig
+from lora_jax.merge import merge
+from lora_jax.multi.stack import stack
+from lora_jax.plan.decide import plan as make_plan
 from lora_jax.train.config import TrainConfig, fixed_fields
+from lora_jax.tree import count_parameters, init
 
 
 def rank_sweep(
@@ -231,7 +234,7 @@ class _Sweep:
             *job,
             parameters=self._count(job),
             losses=found.losses[place].tolist(),
-            tuning=None if tuning is None else float(tuning(lora.merge(found.trees[place]))),
+            tuning=None if tuning is None else float(tuning(merge(found.trees[place]))),
             seconds=found.seconds / together,
             together=together,
             values=None,
@@ -269,7 +272,7 @@ class _Sweep:
         """The trained parameters, padding left out."""
         if job.rank not in self._parameters:
             tree = self.task.params if job.rank == FULL else self._adapter(job)
-            counted = lora.count_parameters(tree)
+            counted = count_parameters(tree)
             self._parameters[job.rank] = counted.total if job.rank == FULL else counted.trainable
         return self._parameters[job.rank]
 
@@ -278,7 +281,7 @@ class _Sweep:
         if run.values is not None:
             return
         tree = self.store.tree(run, self._like(job))
-        values = _checked(self.task.score(lora.merge(tree)), f"rank {job.rank}")
+        values = _checked(self.task.score(merge(tree)), f"rank {job.rank}")
         base = self.store.runs[_Job(BASE, 0.0, 0, 0).name]
         if base.values is None or len(values) != len(base.values):
             raise ValueError(
@@ -290,24 +293,22 @@ class _Sweep:
 
     def _adapter(self, job: _Job):
         plan = self._plan(job.rank)
-        return lora.init(jax.random.key(job.seed), plan, self.task.params)
+        return init(jax.random.key(job.seed), plan, self.task.params)
 
     def _plan(self, rank: int | str):
         if rank not in self._plans:
             config = with_rank(self.lora_config, int(rank))
-            self._plans[rank] = lora.plan(config, self.task.loss, self.task.params, self._batch)
+            self._plans[rank] = make_plan(config, self.task.loss, self.task.params, self._batch)
         return self._plans[rank]
 
     def _like(self, job: _Job):
         """A tree of the structure that training gives."""
         if job.rank == FULL:
             return self.task.params
-        return multi.adapter(lora.stack([self._adapter(job)], train=True), 0)
+        return multi.adapter(stack([self._adapter(job)], train=True), 0)
 
     @functools.cached_property
     def _fingerprint(self) -> dict[str, str]:
-        from lora_jax.checkpoint import fingerprint
-
         return fingerprint(self.task.params)
 
     @functools.cached_property

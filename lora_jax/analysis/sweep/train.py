@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import lora_jax as lora
 from lora_jax import compat, multi
-from lora_jax.analysis.sweep.resume import Keeper, Progress, digest
+from lora_jax.analysis.sweep.store import Keeper, Progress, digest
 from lora_jax.array import is_lora, is_stack
+from lora_jax.multi.stack import stack
 from lora_jax.train.config import TrainConfig
-from lora_jax.train.full import split_full
-from lora_jax.train.interrupt import interruptible
-from lora_jax.train.optimizer import optimizer
+from lora_jax.train.progress import interruptible
+from lora_jax.train.step import optimizer, split_full
+from lora_jax.transform.lorafy import lorafy
+from lora_jax.tree import combine, split
 
 
 class Trained(NamedTuple):
@@ -74,18 +75,18 @@ def train_adapters(
       FloatingPointError: every adapter's loss has become NaN or infinite. One alone is left to
         its fate: it is the sweep that finds a learning rate too high.
     """
-    stacked = lora.stack(adapters, train=True, rank=rank)
-    trainable, frozen = lora.split(stacked)
+    stacked = stack(adapters, train=True, rank=rank)
+    trainable, frozen = split(stacked)
     leaves, tree = jax.tree.flatten(trainable)
     each = _each(loss, len(adapters), sources)
 
     def losses(leaves, frozen, batch, key):
-        found = each(lora.combine(jax.tree.unflatten(tree, leaves), frozen), batch, key)
+        found = each(combine(jax.tree.unflatten(tree, leaves), frozen), batch, key)
         return jnp.sum(found), found
 
     run = _Run(config, losses, jnp.asarray(rates, jnp.float32), axes=_axes(stacked))
     done = run(leaves, frozen, batches, key, advance, keeper)
-    stacked = lora.combine(jax.tree.unflatten(tree, done.state[0]), frozen)
+    stacked = combine(jax.tree.unflatten(tree, done.state[0]), frozen)
     trees = [multi.adapter(stacked, slot) for slot in range(len(adapters))]
     return Trained(trees, done.losses.T, _seconds(done))
 
@@ -122,13 +123,13 @@ def _each(loss: Callable, count: int, sources: Sequence[int] | None) -> Callable
     """`(stacked, batch, key) -> (count,)`, every adapter's loss. One row is one adapter."""
     ids = jnp.arange(count)
     if sources is None:
-        shared = lora.lorafy(loss, reverse_only=True, row_axes=None, adapter_way="gathered")
+        shared = lorafy(loss, reverse_only=True, row_axes=None, adapter_way="gathered")
         return lambda params, batch, key: shared(params, batch, adapter_ids=ids, lora_key=key)
 
     def one(params, batch):  # whose arrays hold one row
         return loss(params, jax.tree.map(lambda x: x[0], batch))
 
-    own = lora.lorafy(one, reverse_only=True, adapter_way="gathered")
+    own = lorafy(one, reverse_only=True, adapter_way="gathered")
     which = jnp.asarray(sources)
 
     def each(params, batches: tuple, key):
@@ -140,7 +141,7 @@ def _each(loss: Callable, count: int, sources: Sequence[int] | None) -> Callable
 
 def _axes(stacked) -> list[int]:
     """The axis of each trained leaf that numbers the slots."""
-    trainable, _ = lora.split(stacked)
+    trainable, _ = split(stacked)
     found = jax.tree.map(
         lambda x: jax.tree.map(lambda _: x.axis, x) if is_stack(x) else x,
         trainable,

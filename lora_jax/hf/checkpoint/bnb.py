@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lora_jax.hf.checkpoint.weights import Weights
+from lora_jax.quant.foreign import from_bitsandbytes
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -229,8 +230,6 @@ def four_bits(name: str, state: State, raw: Weights) -> Float[np.ndarray, "..."]
 
 def four_bit_blocks(name: str, state: State, raw: Weights):
     """One 4-bit weight as it is on disk, a `lora_jax.quant.QuantArray` of `state.shape`."""
-    from lora_jax.quant.foreign import from_bitsandbytes
-
     absmax(name, state, raw)  # refuses what is not finite
     key = _STATE[1:] + state.kind
     parts = [part for part in (*_PARTS, key) if f"{name}.{part}" in raw.shapes]

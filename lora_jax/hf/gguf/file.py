@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.models.gguf import ARCHITECTURES, architecture_of
-from lora_jax.hf.gguf.names import to_halves
 from lora_jax.hf.checkpoint.weights import Weights
+from lora_jax.hf.gguf.architectures import ARCHITECTURES, architecture_of
 from lora_jax.quant.foreign import GGUF_KINDS, from_gguf
 
 _MAGIC = 0x46554747
@@ -27,6 +26,8 @@ _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
+
+
 # The fewest bytes an element of an array, a key or a tensor's record can take: a count that asks
 # for more than the file has is refused before anything is built.
 _LEAST = {
@@ -36,6 +37,7 @@ _LEAST = {
 }
 _LEAST_KEY, _LEAST_RECORD = 13, 24
 _MOST_DIMENSIONS, _MOST_NESTED = 4, 4
+
 
 # llama.cpp's names of the parts of a block, and of what is around the blocks.
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -335,3 +337,15 @@ def read_tensor(file: Gguf, name: str) -> np.ndarray:
 def _check_finite(values: Any, name: str, file: Gguf) -> None:
     if not np.isfinite(np.asarray(values)).all():
         raise ValueError(f"{file.path}: tensor `{name}` holds NaN or infinity; download it again")
+
+
+def to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head from halves (Hugging Face's RoPE) to pairs side by side (ggml's)."""
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `to_pairs`."""
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

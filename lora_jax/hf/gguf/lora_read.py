@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.gguf.file import open_gguf, read_tensor, to_halves
 from lora_jax.hf.gguf.lora_write import EMBEDDING, LINEAR, Pair
-from lora_jax.hf.gguf.names import MODULES, Base, gguf_names, heads_of, to_halves
+from lora_jax.hf.gguf.names import MODULES, Base, gguf_names, heads_of
+from lora_jax.hf.peft.api import attach
 from lora_jax.hf.peft.directory import check_tensor
 from lora_jax.hf.peft.tensors import PREFIX
+from lora_jax.plan.decide import plan
 
 _OURS = (".lora_a", ".lora_b")
 
@@ -34,8 +37,6 @@ def read_gguf_lora(
       FileNotFoundError: there is no such file.
       ValueError: it is damaged, no adapter, of another architecture, or has what is not known.
     """
-    from lora_jax.hf.gguf.file import open_gguf, read_tensor
-
     file = open_gguf(Path(path), kind="adapter")
     alpha = _check_metadata(file.metadata, base, file.path)
     modules = {theirs: ours for ours, theirs in gguf_names(base.architecture, base.layers).items()}
@@ -62,7 +63,7 @@ def load_gguf_lora(
       fn: the model, a function of its parameters.
       params: the base parameters.
       *args: example arguments for `fn`, shapes are enough; see `lora_jax.plan`.
-      base: the model, for llama.cpp: `lora_jax.hf.gguf.names.base_of(model.config)`.
+      base: the model, for llama.cpp: `lora_jax.models.gguf.base_of(model.config)`.
       **kwargs: more example arguments for `fn`.
 
     Returns:
@@ -72,12 +73,9 @@ def load_gguf_lora(
       FileNotFoundError, ValueError: as `read_gguf_lora`; also when the adapter is of another
         model: one message names all that is missing, left over or misshapen.
     """
-    import lora_jax as lora
-    from lora_jax.hf.peft.api import attach
-
     config, tensors = read_gguf_lora(path, base=base)
     return attach(
-        config, tensors, lambda c: lora.plan(c, fn, params, *args, **kwargs), params, str(path)
+        config, tensors, lambda c: plan(c, fn, params, *args, **kwargs), params, str(path)
     )
 
 

@@ -22,8 +22,11 @@ import numpy as np
 
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
+from lora_jax.config.peft import REPEATABLE_INITS
 from lora_jax.files import replacing
-from lora_jax.hf.gguf.names import Base, gguf_names, heads_of, to_pairs
+from lora_jax.hf.gguf.file import to_pairs
+from lora_jax.hf.gguf.names import Base, gguf_names, heads_of
+from lora_jax.hf.peft.save import to_peft
 from lora_jax.hf.peft.tensors import PREFIX
 from lora_jax.paths import nearest
 
@@ -66,7 +69,7 @@ def save_gguf_lora(
       path: the file; one that is there is replaced.
       lora_params: tree with the adapter.
       config: the config the adapter was made with.
-      base: the model it is for: `lora_jax.hf.gguf.names.base_of(model.config)`.
+      base: the model it is for: `lora_jax.models.gguf.base_of(model.config)`.
       dtype: "float32", "float16" or "bfloat16".
       name: written as `general.name`.
 
@@ -78,8 +81,6 @@ def save_gguf_lora(
     Example:
       save_gguf_lora("adapter.gguf", params, config, base=base_of(model.config))
     """
-    from lora_jax.hf.peft.save import to_peft
-
     content = to_gguf(to_peft(lora_params, config)[1], config, base)
     write_gguf_lora(path, content, base, dtype=dtype, name=name)
 
@@ -113,8 +114,6 @@ def to_gguf(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -
 
 
 def _check_plain(config: LoraConfig) -> None:
-    from lora_jax.config.peft import REPEATABLE_INITS
-
     for on, what in (
         (config.use_dora, "DoRA (use_dora=True)"),
         (config.bias != "none", f'trained biases (bias="{config.bias}")'),

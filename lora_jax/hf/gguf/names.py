@@ -12,13 +12,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+from lora_jax.hf.checkpoint.safetensors import read_json
+from lora_jax.hf.gguf.file import open_gguf
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 _OUTER = ("model.embed_tokens", "lm_head")
 _LLAMA = ("model.layers", (*_ATTENTION, *_MLP), _OUTER)
+
 
 # llama.cpp's architecture -> the list of blocks, a block's modules, the modules around them.
 MODULES: Mapping[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -31,12 +33,15 @@ MODULES: Mapping[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 
+
 # Hugging Face's model_type -> llama.cpp's architecture.
 ARCHITECTURE_OF: Mapping[str, str] = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma",
     "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "gpt2": "gpt2",
 }  # fmt: skip
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "gpt2")
+
+
 # Modules of the architecture `llama` whose rows are reordered, and whose heads count.
 _REORDERED = {"q_proj": "heads", "k_proj": "kv_heads"}
 
@@ -59,11 +64,6 @@ class Base(NamedTuple):
     kv_heads: int
     vocab_size: int
     tied: bool
-
-
-def base_of(config: Any) -> Base:
-    """The base of a model of `lora_jax.models`, from its configuration."""
-    return base_from_hf(config.to_hf())
 
 
 def base_from_hf(raw: Mapping[str, Any]) -> Base:
@@ -107,7 +107,6 @@ def read_base(source: str | Path) -> Base:
     path = Path(source)
     if path.suffix == ".gguf":
         return _from_gguf(path)
-    from lora_jax.hf.checkpoint.safetensors import read_json
 
     path = path / "config.json" if path.is_dir() else path
     raw = read_json(path)
@@ -118,8 +117,6 @@ def read_base(source: str | Path) -> Base:
 
 
 def _from_gguf(path: Path) -> Base:
-    from lora_jax.hf.gguf.file import open_gguf
-
     file = open_gguf(path)
     kind = str(file.metadata.get("general.architecture"))
     own = {k.removeprefix(f"{kind}."): v for k, v in file.metadata.items()}
@@ -170,15 +167,3 @@ def heads_of(name: str, base: Base) -> int | None:
     """Heads over which llama.cpp reorders a module's rows; None where it leaves them."""
     kind = _REORDERED.get(name.rpartition(".")[2])
     return getattr(base, kind) if kind and base.architecture == "llama" else None
-
-
-def to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from halves (Hugging Face's RoPE) to pairs side by side (ggml's)."""
-    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
-def to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `to_pairs`."""
-    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)

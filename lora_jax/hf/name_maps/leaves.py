@@ -14,16 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.array import (
-    LoraArray,
-    RowsArray,
-    SavedArray,
-    in_dims,
-    is_lora,
-    out_dims,
-    sizes,
-    stack_dims,
-)
+from lora_jax.array import LoraArray, RowsArray, SavedArray, is_lora
+from lora_jax.dims import in_dims, out_dims, sizes, stack_dims
 from lora_jax.hf.name_maps.layout import order
 from lora_jax.hf.name_maps.rules import NameMap, Part, Placed, at, block_here, block_there, place
 from lora_jax.hf.name_maps.rules import shape_there as shape_of_part

@@ -8,17 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.config import matching
 from lora_jax.array import LoraArray, SavedArray, is_lora
+from lora_jax.config import matching
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
+from lora_jax.config.peft import REPEATABLE_INITS
 from lora_jax.hf.name_maps.leaves import to_ours, to_theirs
 from lora_jax.hf.name_maps.rules import NameMap, Part, Placed, place
-from lora_jax.config.peft import REPEATABLE_INITS
-from lora_jax.hf.peft.save import named_targets
+from lora_jax.hf.peft.base import as_read
 from lora_jax.hf.peft.load import check_tying, fill, plannable, tied_by_file
 from lora_jax.hf.peft.modules import adapts, bare, leaves_of
-from lora_jax.methods.loftq import as_read
+from lora_jax.hf.peft.save import named_targets
 from lora_jax.paths import expand, module_of, spell
+from lora_jax.tree import init
 
 
 def attach(
@@ -45,15 +46,13 @@ def attach(
     Raises:
       ValueError: as `lora_jax.hf.load_peft`, or the map cannot say what the config asks for.
     """
-    import lora_jax as lora
-
     config = tied_by_file(config, tensors)
     wanted = plannable(config, to_theirs(params, using), source)
     targets, saved = in_our_names(wanted, params, source, using)
     plan = plan_of(targets)
     check_tying(config, plan, source)
     plan = as_read(plan, params, source=source)
-    blank = _with_saved(lora.init(jax.random.key(0), plan, params), saved)
+    blank = _with_saved(init(jax.random.key(0), plan, params), saved)
     filled = fill(to_theirs(blank, using, config=config), config, tensors, source=source)
     return to_ours(filled, blank, using), config
 

@@ -30,9 +30,9 @@ import jax
 import numpy as np
 
 from lora_jax.hf.checkpoint import names
+from lora_jax.hf.checkpoint.weights import Weights, check_fit
 from lora_jax.hf.name_maps.layout import Layout, measured, parse, their_shape, to_ours, to_theirs
 from lora_jax.hf.peft.modules import bare, leaves_of
-from lora_jax.hf.checkpoint.weights import Weights, check_fit
 from lora_jax.paths import nearest, spell
 
 
@@ -267,3 +267,43 @@ def _filled(leaf: jax.ShapeDtypeStruct, placed: Placed, weights: Weights) -> jax
         block = to_ours(placed.layout, weights.read(part.tensor), placed.sizes)
         out[at(part.index, placed.layout.stacks, out.ndim)] = block
     return jax.device_put(out)
+
+
+_CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
+FLAX = name_map(
+    "transformers' Flax models",
+    [
+        *((f"*.{name}.kernel", f"*.{name}.weight", "i o -> o i") for name in _CONV1D),
+        ("*.kernel", "*.weight", "o i -> i o"),
+        ("*.scale", "*.weight"),
+        ("*.embedding", "*.weight"),
+        ("*.weight", "*.weight"),
+        ("*.bias", "*.bias"),
+    ],
+    ignored=(
+        "*.attn.bias", "*.attn.masked_bias", "*.rotary_emb.inv_freq", "*position_ids",
+        "lm_head.weight", "*.decoder.weight", "*.decoder.bias",
+    ),
+)  # fmt: skip
+
+
+def recognise(params: Any) -> NameMap | None:
+    """The map of a tree that is a Flax model's of transformers 4.x, where it needs one.
+
+    Such a tree is told by what no tree of ours has: norms whose parameter is `weight` beside
+    `kernel`s (Llama, Mistral, Gemma), or a fused projection of GPT-2's that gives three times
+    what it takes, stored (out, in). The others have our own names already.
+
+    Args:
+      params: parameters, with or without leaves that train.
+
+    Returns:
+      `FLAX` or None.
+    """
+    leaves = leaves_of(params)
+    if any(path.endswith("norm.weight") for path in leaves):
+        return FLAX if any(path.endswith(".kernel") for path in leaves) else None
+    for path, leaf in leaves.items():
+        if path.endswith(".attn.c_attn.kernel") and len(leaf.shape) == 2:
+            return FLAX if leaf.shape[0] == 3 * leaf.shape[1] else None
+    return None

@@ -17,16 +17,19 @@ import jax
 import numpy as np
 
 from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.name_maps import peft
+from lora_jax.hf.name_maps.rules import NameMap, recognise
 from lora_jax.hf.peft import directory as peft_files
-from lora_jax.hf.name_maps.flax import recognise
-from lora_jax.hf.name_maps.rules import NameMap
-from lora_jax.hf.peft.save import named_targets as named_targets
-from lora_jax.hf.peft.save import to_peft as to_peft
+from lora_jax.hf.peft.base import as_read
 from lora_jax.hf.peft.load import check_tying, plannable, tied_by_file
 from lora_jax.hf.peft.load import fill as fill
 from lora_jax.hf.peft.modules import tied_config
-from lora_jax.hf.peft.task import check_head, is_encoder, task_of
-from lora_jax.methods.loftq import as_read
+from lora_jax.hf.peft.save import check_head, is_encoder, task_of
+from lora_jax.hf.peft.save import named_targets as named_targets
+from lora_jax.hf.peft.save import to_peft as to_peft
+from lora_jax.hf.peft.vllm import for_vllm
+from lora_jax.plan.decide import plan as make_plan
+from lora_jax.tree import init
 
 TARGETS = ("peft", "vllm")
 AUTO = "auto"
@@ -91,16 +94,12 @@ def load_peft(
     Example:
       lora_params, config = load_peft("adapter", model.apply, model.params, tokens)
     """
-    import lora_jax as lora
-
     config, tensors = read_peft(directory, model_type=model_type)
     if (using := name_map or recognise(params)) is not None:
-        from lora_jax.hf.name_maps import peft
-
         return peft.attach(
             config,
             tensors,
-            lambda wanted: lora.plan(wanted, fn, params, *args, **kwargs),
+            lambda wanted: make_plan(wanted, fn, params, *args, **kwargs),
             params,
             str(directory),
             using,
@@ -108,7 +107,7 @@ def load_peft(
     return attach(
         config,
         tensors,
-        lambda wanted: lora.plan(wanted, fn, params, *args, **kwargs),
+        lambda wanted: make_plan(wanted, fn, params, *args, **kwargs),
         params,
         str(directory),
     )
@@ -136,13 +135,11 @@ def attach(
     Raises:
       ValueError: as `load_peft`.
     """
-    import lora_jax as lora
-
     config = tied_by_file(config, tensors)
     plan = plan_of(plannable(config, params, source))
     check_tying(config, plan, source)
     # The key is of no consequence: every factor drawn with it is replaced.
-    blank = lora.init(jax.random.key(0), as_read(plan, params, source=source), params)
+    blank = init(jax.random.key(0), as_read(plan, params, source=source), params)
     return fill(blank, config, tensors, source=source), config
 
 
@@ -182,8 +179,6 @@ def save_peft(
     if target not in TARGETS:
         raise ValueError(f'target must be one of "peft", "vllm", got {target!r}')
     if (using := name_map or recognise(lora_params)) is not None:
-        from lora_jax.hf.name_maps import peft
-
         lora_params, config = peft.in_their_names(lora_params, config, using)
     if task_type == AUTO and "task_type" in config.extra:
         task_type = config.extra["task_type"]
@@ -193,8 +188,6 @@ def save_peft(
     task_type = task_of(lora_params, tensors) if task_type == AUTO else task_type
     check_head(task_type, lora_params, tensors)
     if target == "vllm":
-        from lora_jax.hf.peft.vllm import for_vllm
-
         fields, tensors = for_vllm(fields, tensors, config)
     fields["task_type"] = task_type
     if base_model_name is not None:

@@ -7,13 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.array import LoraArray, is_lora
 from lora_jax.config import matching
-from lora_jax.array import LoraArray, factor_shapes, is_lora
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.peft import PLAIN_INITS, REPEATABLE_INITS
+from lora_jax.dims import factor_shapes
 from lora_jax.hf.peft.modules import HEAD, TYING, adapts, leaves_of, modules_of, stack_sizes, ties
-from lora_jax.hf.peft.tensors import PREFIX, Slot, by_path, slots_of
-from lora_jax.hf.peft.peft_tensors import PARTS, check_keys, on_host, read_slot, write_slot
+from lora_jax.hf.peft.tensors import (
+    PARTS,
+    PREFIX,
+    Slot,
+    by_path,
+    check_keys,
+    on_host,
+    read_slot,
+    slots_of,
+    write_slot,
+)
 from lora_jax.paths import spell
 
 

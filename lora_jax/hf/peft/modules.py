@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.array import LoraArray, is_lora
 from lora_jax.config import matching
-from lora_jax.array import LoraArray, is_lora, sizes, stack_dims
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
+from lora_jax.dims import sizes, stack_dims
 from lora_jax.hf.checkpoint import names
 from lora_jax.paths import expand, module_of, spell
 

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from lora_jax.hf.tokenizer import wordpiece
 from lora_jax.hf.checkpoint.safetensors import read_json
+from lora_jax.hf.tokenizer import wordpiece
+from lora_jax.hf.tokenizer.backends import build, special_token
 
 Message = Mapping[str, Any]
 
@@ -205,8 +206,6 @@ def from_gguf(metadata: Mapping[str, Any], *, path: Path) -> Tokenizer | None:
     Raises:
       ValueError: a kind of tokenizer, or a way of splitting text, that is not known.
     """
-    from lora_jax.hf.tokenizer.backends import build, special_token
-
     if "tokenizer.ggml.model" not in metadata:
         return None
     backend = build(metadata, path=path)

@@ -7,7 +7,7 @@ it, an entry here and one in `lora_jax.models.registry`.
 
 from collections.abc import Mapping
 
-from lora_jax.models.config import Dialect
+from lora_jax.models.dialect import Dialect
 from lora_jax.models.families import gemma, llama, phi3, qwen
 
 DIALECTS: Mapping[str, Dialect] = {

@@ -11,11 +11,12 @@ Sources: arXiv:2403.08295, arXiv:2408.00118, arXiv:2503.19786.
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.config import Dialect, LlamaConfig, read_rope
-from lora_jax.models.families.layer_types import (
+from lora_jax.models.dialect import (
     FULL,
     SLIDING,
+    Dialect,
     read_layer_types,
+    read_rope,
     write_layer_types,
 )
 
@@ -34,7 +35,7 @@ def _read_gemma(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"norm_offset": True, "scale_embeddings": True, "qkv_bias": bias, "o_bias": bias}
 
 
-def _write_gemma(config: LlamaConfig) -> dict[str, Any]:
+def _write_gemma(config: Any) -> dict[str, Any]:
     return {"attention_bias": config.qkv_bias, "hidden_act": config.hidden_activation}
 
 
@@ -63,7 +64,7 @@ def _windows(raw: Mapping[str, Any], period: int) -> dict[str, Any]:
     }
 
 
-def _write_gemma2(config: LlamaConfig) -> dict[str, Any]:
+def _write_gemma2(config: Any) -> dict[str, Any]:
     return {
         **_write_gemma(config),
         **{name: getattr(config, name) for name in (*_CAPS, "query_pre_attn_scalar")},
@@ -72,7 +73,7 @@ def _write_gemma2(config: LlamaConfig) -> dict[str, Any]:
     }
 
 
-def _write_gemma3(config: LlamaConfig) -> dict[str, Any]:
+def _write_gemma3(config: Any) -> dict[str, Any]:
     return {**_write_gemma2(config), "rope_local_base_freq": config.rope_local_base_freq}
 
 
@@ -98,23 +99,6 @@ def _read_two_ropes(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**full, "rope_local_base_freq": local["rope_theta"]}
 
 
-def text_of_gemma3(raw: Mapping[str, Any]) -> LlamaConfig:
-    """The text model of a Gemma 3 with eyes (`model_type` `gemma3`), which becomes `gemma3_text`.
-
-    Raises:
-      ValueError: there is no `text_config`, or it is not understood.
-    """
-    if not isinstance(text := raw.get("text_config"), Mapping):
-        raise ValueError("config: a `gemma3` needs a `text_config`, an object; there is none")
-    outside = {name: raw[name] for name in _OUTSIDE if name in raw}
-    return LlamaConfig.from_hf({**outside, **text, "model_type": "gemma3_text"})
-
-
-# What a file with a `text_config` says beside it.
-_OUTSIDE = (
-    "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "tie_word_embeddings",
-)  # fmt: skip
-
 # transformers takes "gelu", which the first checkpoints say, for the approximation.
 _TANH: Mapping[str, str] = dict.fromkeys(
     ("gelu_pytorch_tanh", "gelu_new", "gelu"), "gelu_pytorch_tanh"
@@ -139,7 +123,6 @@ _DEFAULTS_2 = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
 }
-
 GEMMA = Dialect(
     architecture="GemmaForCausalLM",
     fields=("attention_bias", "hidden_activation"),
@@ -148,7 +131,6 @@ GEMMA = Dialect(
     defaults={**_DEFAULTS, "num_key_value_heads": 16},
     activations=_TANH,
 )
-
 GEMMA2 = Dialect(
     architecture="Gemma2ForCausalLM",
     fields=_FIELDS_2,
@@ -158,7 +140,6 @@ GEMMA2 = Dialect(
     activation="hidden_activation",
     activations=_TANH_ONLY,
 )
-
 GEMMA3 = Dialect(
     architecture="Gemma3ForCausalLM",
     fields=(*_FIELDS_2, "rope_local_base_freq", "sliding_window_pattern"),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.config import Dialect, LlamaConfig
+from lora_jax.models.dialect import Dialect
 
 
 def _read_llama(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -11,7 +11,7 @@ def _read_llama(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(raw.get("mlp_bias", False))}
 
 
-def _write_llama(config: LlamaConfig) -> dict[str, Any]:
+def _write_llama(config: Any) -> dict[str, Any]:
     return {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
 
 

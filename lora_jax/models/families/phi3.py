@@ -7,7 +7,7 @@ two contexts is the one that counts, as in transformers.
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.config import Dialect, LlamaConfig, read_rope
+from lora_jax.models.dialect import Dialect, read_rope
 from lora_jax.models.rope import scaling_to_hf
 
 _TRAINED = "original_max_position_embeddings"
@@ -51,7 +51,7 @@ def _check_planes(scaling, planes: int) -> None:
             )
 
 
-def _write(config: LlamaConfig) -> dict[str, Any]:
+def _write(config: Any) -> dict[str, Any]:
     out: dict[str, Any] = {
         "sliding_window": config.sliding_window,
         "partial_rotary_factor": config.partial_rotary_factor,

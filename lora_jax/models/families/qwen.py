@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.config import Dialect, LlamaConfig
-from lora_jax.models.families.layer_types import read_layer_types, write_layer_types
+from lora_jax.models.dialect import Dialect, read_layer_types, write_layer_types
 
 
 def _read_qwen2(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +25,7 @@ def _windows(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(config: LlamaConfig) -> dict[str, Any]:
+def _write(config: Any) -> dict[str, Any]:
     return {
         "use_sliding_window": config.sliding_window is not None,
         "sliding_window": config.sliding_window,

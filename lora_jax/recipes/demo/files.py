@@ -5,8 +5,8 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lora_jax.recipes.demo import task
 from lora_jax.files import replacing
+from lora_jax.recipes.demo import task
 
 MARK = "demo.json"  # says that a folder is a demo's; the next demo may replace it
 _WHAT = {

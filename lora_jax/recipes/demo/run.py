@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_jax.recipes.generate import AnswerConfig, answer
 from lora_jax.config.lora import LoraConfig
 from lora_jax.recipes.demo import files, task
+from lora_jax.recipes.generate import AnswerConfig, answer
 
 # The right answers have at most 27 tokens.
 _ANSWERS = AnswerConfig(max_new_tokens=32, batch_size=24)
@@ -82,9 +82,9 @@ def run(config: DemoConfig, *, say: Callable[[str], None] = print) -> DemoResult
       FileExistsError: `output_dir` holds something that is no earlier demo's.
       RuntimeError: the exported adapter, read back, does not give the same answers.
     """
-    import lora_jax as lora
-    from lora_jax.recipes import finetune
     from lora_jax import hf
+    from lora_jax.recipes import finetune
+    from lora_jax.tree import format_trainable_parameters
 
     started = time.monotonic()
     examples, test = _make_data(config)
@@ -96,7 +96,7 @@ def run(config: DemoConfig, *, say: Callable[[str], None] = print) -> DemoResult
 
     lora_config = LoraConfig(rank=config.rank, alpha=2 * config.rank)
     params = finetune.init_adapter(model, lora_config, seed=config.seed)
-    say(lora.format_trainable_parameters(params))
+    say(format_trainable_parameters(params))
     trained = train_on(model, params, data, lora_config, config, say)
 
     after = ask(model, trained.lora_params, test)
@@ -116,10 +116,10 @@ def run(config: DemoConfig, *, say: Callable[[str], None] = print) -> DemoResult
 
 def _described(config: DemoConfig, params) -> str:
     """The model's size: `smollm2: 134,515,008 parameters in 513.1 MiB (float32)`."""
-    import lora_jax as lora
     from lora_jax.train.memory import tree_bytes
+    from lora_jax.tree import count_parameters
 
-    count = lora.count_parameters(params).total
+    count = count_parameters(params).total
     size = f"{tree_bytes(params) / 2**20:,.1f} MiB"
     beside = "float32"
     if config.quantize is not None:
@@ -135,8 +135,8 @@ def _make_data(config: DemoConfig) -> tuple[list[task.Example], list[task.Exampl
 
 def train_on(model, params, data: Path, lora_config: LoraConfig, config: DemoConfig, say: Callable):
     """Fine-tunes on the data file and says where memory goes; `fit`'s result."""
-    from lora_jax.recipes import finetune
     from lora_jax import train
+    from lora_jax.recipes import finetune
 
     examples = train.load_examples(data, model.tokenizer, max_length=_MAX_LENGTH)
     hooks = train.Hooks(memory=finetune.show_memory(say))

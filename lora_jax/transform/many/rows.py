@@ -17,10 +17,9 @@ import numpy as np
 from jax import lax
 
 from lora_jax import compat
-from lora_jax.array import Gain, LoraArray, LoraStack, SavedStack, is_lora, is_stack
-from lora_jax.multi.slots import count
+from lora_jax.array import Gain, LoraArray, LoraStack, SavedStack, count, is_lora, is_stack
+from lora_jax.dora import gains
 from lora_jax.transform.many.grouped import take_slots
-from lora_jax.transform.lorafy import gains
 
 
 def select(stacked, ids):

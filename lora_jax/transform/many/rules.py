@@ -17,12 +17,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import compat
-from lora_jax.array import in_dims, out_dims, widened
-from lora_jax.transform import rules_consume, base_weight
-from lora_jax.transform.many import grouped
+from lora_jax.array import widened
+from lora_jax.dims import in_dims, out_dims
+from lora_jax.transform import base_weight, rules_consume
+from lora_jax.transform.implicit import Implicit, Unsupported, is_implicit
+from lora_jax.transform.labels import reorder
 from lora_jax.transform.low_rank import compute_dtype
+from lora_jax.transform.many import grouped
 from lora_jax.transform.many.token_axis import Positions
-from lora_jax.transform.implicit import Implicit, Unsupported, is_implicit, reorder
 
 # The parts of an implicit array that there is one of for each adapter.
 OWN = ("a", "b", "scale", "gain", "bias")

@@ -13,11 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.array import LoraStack, SavedStack, is_lora, is_stack
-from lora_jax.transform.many.rows import axes_of, checked, rowwise, select, select_leaf
-from lora_jax.multi.slots import count
-from lora_jax.quant.array import is_leaf
+from lora_jax.array import LoraStack, SavedStack, count, is_leaf, is_lora, is_stack
 from lora_jax.transform.many import grouped
+from lora_jax.transform.many.rows import axes_of, checked, rowwise, select, select_leaf
 from lora_jax.transform.many.rules import Chooser
 
 WAYS = ("gathered", "grouped", "ragged")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lora_jax import compat
-from lora_jax.transform.rules_rearrange import reshape_groups
+from lora_jax.dims import reshape_groups
 
 Axes = frozenset  # of the axes that number the tokens
 _NONE: Axes = frozenset()

@@ -1,0 +1,97 @@
+"""Roles of dimensions: which are stacked, in and out, their sizes, and the matrix form."""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+
+def a_dims(roles: str) -> list[int]:
+    """The dims of `w` that `a` owns, in `a`'s order (the rank follows)."""
+    return stack_dims(roles) + [d for d, role in enumerate(roles) if role == "i"]
+
+
+def b_dims(roles: str) -> list[int]:
+    """The dims of `w` that `b` owns, in `b`'s order (the rank stands after the stack dims)."""
+    return stack_dims(roles) + out_dims(roles)
+
+
+def stack_dims(roles: str) -> list[int]:
+    return [d for d, role in enumerate(roles) if role == "b"]
+
+
+def in_dims(roles: str) -> list[int]:
+    return [d for d, role in enumerate(roles) if role == "i"]
+
+
+def out_dims(roles: str) -> list[int]:
+    return [d for d, role in enumerate(roles) if role == "o"]
+
+
+def sizes(shape: tuple[int, ...], roles: str) -> tuple[tuple[int, ...], int, int]:
+    """The stack's shape, and the products of the in and of the out dims."""
+    stack = tuple(shape[d] for d in stack_dims(roles))
+    return (
+        stack,
+        math.prod(shape[d] for d in in_dims(roles)),
+        math.prod(shape[d] for d in out_dims(roles)),
+    )
+
+
+def factor_shapes(shape: tuple[int, ...], roles: str, rank: int) -> tuple[tuple, tuple]:
+    """The shapes of `a` and of `b` for a weight of this shape, roles and rank."""
+    stack = [shape[d] for d in stack_dims(roles)]
+    a = [*stack, *(shape[d] for d in in_dims(roles)), rank]
+    b = [*stack, rank, *(shape[d] for d in out_dims(roles))]
+    return tuple(a), tuple(b)
+
+
+def from_matrix(matrix, shape: tuple[int, ...], roles: str):
+    """Puts a `(stack..., in, out)` matrix back into the weight's own shape and order."""
+    order = stack_dims(roles) + in_dims(roles) + out_dims(roles)
+    full = matrix.reshape([shape[d] for d in order])
+    return jnp.transpose(full, [order.index(d) for d in range(len(shape))])
+
+
+def to_matrix(w, roles: str):
+    """A weight as `(stack..., in, out)`: the inverse of `from_matrix`."""
+    stack, fan_in, fan_out = sizes(w.shape, roles)
+    order = stack_dims(roles) + in_dims(roles) + out_dims(roles)
+    return jnp.transpose(w, order).reshape(*stack, fan_in, fan_out)
+
+
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list, list]]:
+    """Pairs runs of old dims with runs of new dims that hold the same number of elements."""
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        left, right = [i], [j]
+        a, b = old[i], new[j]
+        while a != b:
+            if a < b:
+                i += 1
+                left.append(i)
+                a *= old[i]
+            else:
+                j += 1
+                right.append(j)
+                b *= new[j]
+        groups.append((left, right))
+        i, j = i + 1, j + 1
+    return groups
+
+
+def reshape_roles(shape: Sequence[int], roles: Sequence, new_shape: Sequence[int]) -> list:
+    """The set of roles that each new dim is made of; empty for a unit dim.
+
+    Args:
+      shape, roles: of the weight before.
+      new_shape: after.
+    """
+    old = [d for d, n in enumerate(shape) if n != 1]
+    new = [d for d, n in enumerate(new_shape) if n != 1]
+    result: list = [frozenset()] * len(new_shape)
+    for left, right in reshape_groups([shape[d] for d in old], [new_shape[d] for d in new]):
+        mixed = frozenset(roles[old[i]] for i in left)
+        for j in right:
+            result[new[j]] = mixed
+    return result

@@ -1,0 +1,153 @@
+"""How a config.json is read: which fields are known, and what a model type changes."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+from lora_jax.hf.checkpoint import bnb
+from lora_jax.models.rope import scaling_from_hf
+
+# Fields that say how a model was saved, trained or is served; they do not change its numbers.
+IGNORED = frozenset(
+    {
+        "architectures", "attn_implementation", "auto_map", "bad_words_ids",
+        "begin_suppress_tokens", "cache_implementation",
+        "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "finetuning_task",
+        "forced_bos_token_id", "forced_eos_token_id", "id2label", "is_llama_config", "label2id",
+        "max_length", "max_sequence_length", "min_length", "model_type", "no_repeat_ngram_size",
+        "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
+        "output_hidden_states", "output_scores", "prefix", "problem_type", "remove_invalid_values",
+        "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
+        "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k",
+        "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version",
+        "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache", "do_sample",
+        "early_stopping", "diversity_penalty", "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty", "length_penalty", "pretraining_tp",
+        "suppress_tokens",
+    }
+)  # fmt: skip
+
+
+# Fields that would change numbers, with the values that do not.
+NEUTRAL: Mapping[str, tuple] = {
+    "add_cross_attention": (False,),
+    "attention_bias": (False, None),
+    "attention_dropout": (0, None),
+    "cross_attention_hidden_size": (None,),
+    "full_attn_mod": (1, None),
+    "interpolate_factor": (1, None),
+    "is_decoder": (False, True),
+    "is_encoder_decoder": (False,),
+    "lm_head_bias": (False, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "pruned_heads": ({}, None),
+    "rope_interleaved": (False, None),
+    "sliding_window": (None,),
+    "tie_encoder_decoder": (False,),
+    "use_bidirectional_attention": (False, None),
+    "use_mrope": (False, None),
+    "use_sliding_window": (False, None),
+}
+
+
+def read_rope(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Theta and scaling, from the old pair of fields or from transformers 5's one."""
+    scaling = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
+    theta = scaling.pop("rope_theta", None) or given.get("rope_theta") or 10000.0
+    if scaling.get("partial_rotary_factor") == 1:
+        del scaling["partial_rotary_factor"]
+    context = given["max_position_embeddings"]
+    return {"rope_theta": float(theta), "rope_scaling": scaling_from_hf(scaling, context=context)}
+
+
+class Dialect(NamedTuple):
+    """How one model type's config.json differs from Llama's.
+
+    Attributes:
+      architecture: Hugging Face's class.
+      fields: names in config.json that `read` understands beyond the plain ones.
+      read: the raw object, with defaults -> values for `LlamaConfig`.
+      write: the config -> what config.json says beyond the plain fields.
+      defaults: what transformers assumes for fields that config.json leaves out.
+      activation: the field that names the MLP's activation.
+      activations: what it may be, Hugging Face's name -> ours.
+      rope: the raw object, with defaults -> values that say how positions are rotated.
+    """
+
+    architecture: str
+    fields: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    write: Callable[[Any], dict[str, Any]]
+    defaults: Mapping[str, Any] = {}
+    activation: str = "hidden_act"
+    activations: Mapping[str, str] = {"silu": "silu", "swish": "silu"}
+    rope: Callable[[Mapping[str, Any]], dict[str, Any]] = read_rope
+
+
+def refuse_unsupported(
+    raw: Mapping[str, Any], known: Collection[str], neutral: Mapping[str, tuple] = NEUTRAL
+) -> None:
+    """Refuses what might change the numbers and is not understood.
+
+    Args:
+      raw: the object in config.json.
+      known: its fields that are read.
+      neutral: fields that would change the numbers, with the values that do not.
+
+    Raises:
+      ValueError: quantized weights, a field that is not known, or one with another value.
+    """
+    if raw.get("quantization_config"):
+        bnb.check_config(raw["quantization_config"])
+    for name, value in raw.items():
+        if name in IGNORED or name in known or name.startswith("_"):
+            continue
+        if name not in neutral and value is not None and name != "quantization_config":
+            raise ValueError(
+                f"config: field `{name}` = {value!r} is not known for model_type "
+                f"`{raw['model_type']}` and may change its numbers; remove it if it does not"
+            )
+        if name in neutral and value not in neutral[name]:
+            raise ValueError(f"config: `{name}` = {value!r} is not supported")
+
+
+def tuple_of(ids: int | list[int] | None) -> tuple[int, ...]:
+    """Token ids, from one, several or none."""
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+
+
+def scalar_if_one(ids: tuple[int, ...]) -> int | list[int] | None:
+    """The reverse of `tuple_of`."""
+    if not ids:
+        return None
+    return ids[0] if len(ids) == 1 else list(ids)
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def read_layer_types(raw: Mapping[str, Any], default: tuple[bool, ...]) -> tuple[bool, ...]:
+    """For each block whether it slides.
+
+    Args:
+      raw: the object in config.json.
+      default: what holds where it does not say.
+
+    Raises:
+      ValueError: a kind of block that is neither sliding nor full.
+    """
+    if raw.get("layer_types") is None:
+        return default
+    for kind in raw["layer_types"]:
+        if kind not in (SLIDING, FULL):
+            raise ValueError(
+                f"config: `layer_types` has `{kind}`, which is neither `{SLIDING}` nor `{FULL}`"
+            )
+    return tuple(kind == SLIDING for kind in raw["layer_types"])
+
+
+def write_layer_types(config: Any) -> list[str]:
+    """The reverse."""
+    return [SLIDING if slides else FULL for slides in config.mixing.slides]

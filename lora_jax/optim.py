@@ -1,0 +1,139 @@
+"""optax masking and gradients: state and derivatives for what trains alone."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.array import is_lora
+from lora_jax.tree import _FROZEN, _TRAINED, combine, split
+
+
+def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
+    """`jax.value_and_grad` of a function of LoRA parameters, with respect to what trains.
+
+    `jax.grad` itself would compute the base's gradients too, and refuses a quantized base, whose
+    codes are integers. Here the base is a constant: no gradient of it is computed or stored.
+
+    Args:
+      fn: `fn(lora_params, *args, **kwargs) -> scalar`, or `(scalar, aux)`.
+      has_aux: whether `fn` returns something besides the scalar.
+
+    Returns:
+      `f(lora_params, *args, **kwargs) -> (value, gradients)`, value `(scalar, aux)` with
+      `has_aux`. The gradients have the structure of `split(lora_params)[0]`: `None` in the base's
+      places; `lora.masked(tx)` takes them with the whole tree.
+
+    Raises:
+      ValueError: nothing in `lora_params` trains.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> base = {"w": lora.quantize({"w": jnp.ones((64, 8))}, ["w"])["w"]}
+      >>> fn = lora.lorafy(lambda p, x: jnp.sum(x @ p["w"]))
+      >>> x = jnp.ones((2, 64))
+      >>> plan = lora.plan(lora.LoraConfig(rank=2, target_modules=("w",)), fn, base, x)
+      >>> params = lora.init(jax.random.key(0), plan, base)
+      >>> value, grads = jax.jit(lora.value_and_grad(fn))(params, x)
+      >>> grads["w"].b.shape, grads["w"].w
+      ((2, 8), None)
+    """
+
+    def run(lora_params, *args, **kwargs):
+        trainable, frozen = split(lora_params)
+        check_trainable(trainable, "lora_params")
+
+        def of_trainable(trainable, *args, **kwargs):
+            return fn(combine(trainable, frozen), *args, **kwargs)
+
+        return jax.value_and_grad(of_trainable, has_aux=has_aux)(trainable, *args, **kwargs)
+
+    return run
+
+
+def grad(fn: Callable, *, has_aux: bool = False) -> Callable:
+    """`value_and_grad` without the value: `f(...) -> gradients`, or `(gradients, aux)`."""
+    both = value_and_grad(fn, has_aux=has_aux)
+
+    def run(lora_params, *args, **kwargs):
+        value, grads = both(lora_params, *args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return run
+
+
+def check_trainable(trainable, name: str = "trainable") -> None:
+    """Every array of a tree can be trained, and there is one.
+
+    Raises:
+      ValueError: there is none, or one holds integers, as a quantized base's codes are.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(trainable)
+    if not flat:
+        raise ValueError(
+            f"`{name}` holds nothing that trains: pass the tree of `lora.init`, whose adapters do"
+        )
+    for path, x in flat:
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise ValueError(
+                f"`{name}` holds {x.dtype} numbers at `{paths.spell(path)}`, which have no "
+                "gradient (a quantized base's codes?): differentiate with `lora.value_and_grad`, "
+                "or with respect to the first tree of `lora.split`"
+            )
+
+
+def trainable_mask(lora_params):
+    """A tree of bools, True at every array that trains: `optax.masked`'s form of `split`."""
+
+    def mark(x):
+        if not is_lora(x):
+            return False
+        marks = dict.fromkeys(_TRAINED[type(x)], True) | dict.fromkeys(_FROZEN[type(x)], False)
+        return dataclasses.replace(
+            x, **{n: mark if getattr(x, n) is not None else None for n, mark in marks.items()}
+        )
+
+    return jax.tree.map(mark, lora_params, is_leaf=is_lora)
+
+
+def masked(tx):
+    """An optax transformation for LoRA trees: state only for what trains.
+
+    Args:
+      tx: an `optax.GradientTransformation`.
+
+    Returns:
+      A transformation whose `init` takes `lora_params`, or their trainable half. `update` takes
+      gradients of either, and `params` in either form. Where one of them is a whole tree its
+      updates are too, with a scalar zero at each frozen array, so that `optax.apply_updates`
+      leaves the base as it is.
+
+    Raises:
+      ValueError: from `init`, nothing in the tree trains.
+    """
+    import optax
+
+    def start(params):
+        trainable, frozen = split(params)
+        if jax.tree.leaves(frozen):  # optax also starts from trees without any array
+            check_trainable(trainable, "params")
+        return tx.init(trainable)
+
+    def update(updates, state, params=None):
+        mine, rest = split(updates)
+        held = (None, None) if params is None else split(params)
+        changes, state = tx.update(mine, state, held[0])
+        whole = rest if jax.tree.leaves(rest) else held[1]
+        if jax.tree.leaves(whole):
+            changes = combine(changes, jax.tree.map(_no_change, whole))
+        return changes, state
+
+    return optax.GradientTransformation(start, update)
+
+
+def _no_change(x):
+    """A scalar zero that leaves an array as it is; `allow_int` gives codes a float0 gradient."""
+    return np.zeros((), np.uint8 if x.dtype == jax.dtypes.float0 else x.dtype)

@@ -1,0 +1,244 @@
+"""A planned leaf, its names, and the plan of a whole tree with its table."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from lora_jax import paths
+from lora_jax.array import Window
+from lora_jax.config.lora import LoraConfig
+from lora_jax.dims import sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One consumption of a leaf.
+
+    Attributes:
+      primitive: its name.
+      line: source line of the model.
+      kind: "contract", "lookup" (rows by index), "transform" and "rows" (the same, but with a
+        matrix or indices that no argument of the function feeds), or "other".
+      contracted: the leaf's dims summed over (contract, transform) or indexed (lookup, rows).
+      stacked: the leaf's dims batched, or picked one index at a time, on the way here.
+      constant: whether none of the function's arguments feeds the other operand.
+      fallback: why the weight is added up for this use, or "". The dataflow does not say: `plan`
+        asks the interpreter itself.
+      window: the leaf's spatial dims where it is a convolution's kernel, else None.
+    """
+
+    primitive: str
+    line: str
+    kind: str
+    contracted: frozenset = frozenset()
+    stacked: frozenset = frozenset()
+    constant: bool = False
+    fallback: str = ""
+    window: Window | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """What happens to one leaf.
+
+    Attributes:
+      path: dotted path.
+      shape, dtype: of the base weight.
+      kind: "lora" (adapted), "saved" (trained whole), "rows" (some rows trained) or "frozen".
+      roles: one letter a dim: b stack, i in, o out; "" when frozen.
+      ranks: rank for each stack index (flattened), 0 where a layer is left out; one when unstacked.
+      alphas: alpha likewise.
+      scales: `alpha/rank`, or with rsLoRA `alpha/√rank`, likewise.
+      lookup: whether rows are looked up by index (an embedding), which decides the initial values.
+      reason: why the leaf is frozen, or a remark.
+      uses: how the function uses it.
+      only: of a saved leaf's stack the indices that train, None for all.
+      ids, axis: of a "rows" leaf the trained rows, and the dim they are counted along.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    roles: str = ""
+    ranks: tuple[int, ...] = ()
+    alphas: tuple[float, ...] = ()
+    scales: tuple[float, ...] = ()
+    lookup: bool = False
+    reason: str = ""
+    uses: tuple[Use, ...] = ()
+    only: tuple[tuple[int, ...], ...] | None = None
+    ids: tuple[int, ...] = ()
+    axis: int = 0
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def rank(self) -> int:
+        """The rank the leaf is allocated with: the largest of its stack."""
+        return max(self.ranks, default=0)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that train, padding of smaller ranks and of left-out layers not counted."""
+        if self.kind in ("saved", "rows"):
+            return saved_parameters(self)
+        if self.kind == "frozen":
+            return 0
+        _, fan_in, fan_out = sizes(self.shape, self.roles)
+        return sum(self.ranks) * (fan_in + fan_out)
+
+    @property
+    def fallbacks(self) -> tuple[Use, ...]:
+        return tuple(use for use in self.uses if use.fallback)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The plan of a whole tree, in the tree's leaf order; `str(plan)` is a table.
+
+    Attributes:
+      config: what was asked for.
+      leaves: one `LeafPlan` a leaf that is an array.
+    """
+
+    config: LoraConfig
+    leaves: tuple[LeafPlan, ...]
+
+    @property
+    def adapted(self) -> tuple[LeafPlan, ...]:
+        return tuple(leaf for leaf in self.leaves if leaf.kind == "lora")
+
+    @property
+    def saved(self) -> tuple[LeafPlan, ...]:
+        return tuple(leaf for leaf in self.leaves if leaf.kind in ("saved", "rows"))
+
+    @property
+    def trainable(self) -> int:
+        """How many numbers train."""
+        vectors = 0  # DoRA's magnitudes, or lora_bias: one number for each output of each layer
+        if self.config.use_dora or self.config.lora_bias:
+            vectors = sum(
+                math.prod(sizes(x.shape, x.roles)[0]) * sizes(x.shape, x.roles)[2]
+                for x in self.adapted
+            )
+        return vectors + sum(leaf.parameters for leaf in self.leaves)
+
+    def by_path(self) -> dict[str, LeafPlan]:
+        return {leaf.path: leaf for leaf in self.leaves}
+
+    def __str__(self) -> str:
+        return table(self)
+
+
+def names_of(leaf: LeafPlan) -> list[list[str]]:
+    """The names each stack index goes by, flattened over the stack; one entry when unstacked.
+
+    Args:
+      leaf: with its roles.
+
+    Returns:
+      For each index the module's name and the parameter's, with the layer number where the path
+      says where it belongs, else without.
+    """
+    stack, _, _ = sizes(leaf.shape, leaf.roles) if leaf.roles else ((), 0, 0)
+    short = [strip(paths.module_of(leaf.path)), strip(leaf.path)]
+    if not stack:
+        return [short]
+    expanded = [paths.expand(name, stack[0]) for name in short]
+    repeat = math.prod(stack[1:])
+    if not all(expanded):
+        return [short] * math.prod(stack)
+    return [[m, p] for m, p in zip(*expanded, strict=True) for _ in range(repeat)]
+
+
+def strip(path: str) -> str:
+    """A path without linen's collection name."""
+    return path.removeprefix("params.")
+
+
+def unnumbered(leaf: LeafPlan) -> list[str]:
+    """A leaf's path and its module's, layers not numbered, with and without a collection."""
+    return [leaf.path, paths.module_of(leaf.path), *map(strip, _both(leaf.path))]
+
+
+def _both(path: str) -> tuple[str, str]:
+    return path, paths.module_of(path)
+
+
+def every_name(leaf: LeafPlan) -> list[str]:
+    """All that a leaf goes by."""
+    return [*(n for each in names_of(leaf) for n in each), *unnumbered(leaf)]
+
+
+def saved_parameters(leaf: LeafPlan) -> int:
+    """How many numbers of a leaf train, layers that do not left out."""
+    if leaf.kind == "rows":
+        return len(leaf.ids) * leaf.shape[1 - leaf.axis]
+    layers = math.prod(leaf.shape)
+    if leaf.only is None:
+        return layers
+    return len(leaf.only) * math.prod(leaf.shape[len(leaf.only[0]) :])
+
+
+_HEADER = ("leaf", "shape", "dtype", "kind", "roles", "rank", "alpha", "parameters", "uses / why")
+
+
+def table(plan: Plan) -> str:
+    """Formats a plan, one row a leaf, would-be fallbacks marked, with a total."""
+    rows = [_HEADER, *(_row(leaf) for leaf in plan.leaves)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER) - 1)]
+    lines = [_line(row, widths) for row in rows]
+    lines.insert(1, "-" * max(len(line) for line in lines[:1]))
+    adapted = len(plan.adapted)
+    lines.append(
+        f"{adapted} of {len(plan.leaves)} leaves adapted, {_whole(plan)}; "
+        f"{plan.trainable:,} trainable parameters"
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _whole(plan: Plan) -> str:
+    """How many leaves train whole, and how many in some rows."""
+    rows = sum(leaf.kind == "rows" for leaf in plan.saved)
+    return f"{len(plan.saved) - rows} trained whole" + (f", {rows} in some rows" if rows else "")
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+    return "  ".join([*cells, row[-1]])
+
+
+def _row(leaf: LeafPlan) -> tuple[str, ...]:
+    return (
+        leaf.path,
+        "x".join(map(str, leaf.shape)) or "scalar",
+        leaf.dtype,
+        leaf.kind,
+        leaf.roles if leaf.kind == "lora" else "",
+        _range(leaf.ranks),
+        _range(leaf.alphas),
+        f"{leaf.parameters:,}" if leaf.parameters else "",
+        _uses(leaf),
+    )
+
+
+def _range(values: Sequence) -> str:
+    some = sorted({v for v in values})
+    if not some:
+        return ""
+    return f"{some[0]:g}" if len(some) == 1 else f"{some[0]:g}-{some[-1]:g}"
+
+
+def _uses(leaf: LeafPlan) -> str:
+    if leaf.kind != "lora":
+        return leaf.reason
+    parts = list(dict.fromkeys(f"{u.primitive} {u.line}" for u in leaf.uses if not u.fallback))
+    if len(parts) > 3:
+        parts = [*parts[:3], f"{len(parts) - 3} more"]
+    parts += dict.fromkeys(f"MATERIALIZED for {u.fallback} at {u.line}" for u in leaf.fallbacks)
+    if leaf.reason:
+        parts.append(leaf.reason)
+    return "; ".join(parts)
