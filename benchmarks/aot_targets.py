@@ -76,9 +76,7 @@ def devices(kind: str, count: int) -> list:
 def compiled(f, *args, kind: str = "cuda", donate: tuple = ()):
     """`f` compiled for the device; arguments are trees of anything with a shape and a dtype."""
     place = jax.sharding.SingleDeviceSharding(device(kind))
-    args = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args
-    )
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
     with _context(kind):
         traced = jax.jit(f, donate_argnums=donate).trace(*args)
         return traced.lower(lowering_platforms=(kind,)).compile()

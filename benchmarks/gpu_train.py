@@ -29,7 +29,7 @@ def fresh(forward, key):
     return jax.tree.unflatten(
         tree,
         [
-            jax.jit(lambda k, s=s: (jax.random.normal(k, s.shape, jnp.bfloat16) / 64))(k)
+            jax.jit(lambda k, s=s: jax.random.normal(k, s.shape, jnp.bfloat16) / 64)(k)
             for k, s in zip(keys, leaves, strict=True)
         ],
     )

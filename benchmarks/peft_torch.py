@@ -38,9 +38,7 @@ def sentences(path: Path, tokenizer, count: int) -> list:
 
 def jax_side(model, data, *, rows: int, buckets, steps: int):
     """A function of an `Item` that takes one step, and the items of a run."""
-    batches = loader(
-        data, batch_size=rows, buckets=buckets, pad_id=model.tokenizer.pad_id, seed=0
-    )
+    batches = loader(data, batch_size=rows, buckets=buckets, pad_id=model.tokenizer.pad_id, seed=0)
     config = lora.LoraConfig(rank=8, target_modules="all-linear")
     tokens = jax.ShapeDtypeStruct((rows, 16), "int32")
     plan = lora.plan(config, model.apply, model.params, tokens)

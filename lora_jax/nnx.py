@@ -174,4 +174,3 @@ def merged(model: Adapted) -> nnx.Module:
     """A copy of the base module with the adapters merged into its parameters."""
     graph, _, held = nnx.split(model.base, nnx.Param, ...)
     return nnx.merge(graph, merge_tree(model.lora_params()), held, copy=True)
-

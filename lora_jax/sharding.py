@@ -1,8 +1,8 @@
 """Shardings of adapters: they follow from the weight's, with the rank replicated.
 
-    W  (layers, in, out)   P(None, "data", "model")
-    A  (layers, in, r)     P(None, "data", None)
-    B  (layers, r, out)    P(None, None, "model")
+W  (layers, in, out)   P(None, "data", "model")
+A  (layers, in, r)     P(None, "data", None)
+B  (layers, r, out)    P(None, None, "model")
 """
 
 import dataclasses
@@ -74,9 +74,7 @@ def place(x: LoraArray) -> LoraArray:
     sharding = getattr(x.w, "sharding", None)
     if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
         return x
-    return _move(
-        x, sharding.spec, lambda y, s: jax.device_put(y, NamedSharding(sharding.mesh, s))
-    )
+    return _move(x, sharding.spec, lambda y, s: jax.device_put(y, NamedSharding(sharding.mesh, s)))
 
 
 def _move(x: LoraArray, spec: PartitionSpec, put) -> LoraArray:

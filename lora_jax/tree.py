@@ -195,9 +195,7 @@ def _keep(x, fields: dict):
     if not is_lora(x):
         return x if fields is _FROZEN else None
     lost = [name for group in (_TRAINED, _FROZEN) for name in group[type(x)]]
-    return dataclasses.replace(
-        x, **{name: None for name in lost if name not in fields[type(x)]}
-    )
+    return dataclasses.replace(x, **{name: None for name in lost if name not in fields[type(x)]})
 
 
 def combine(trainable, frozen):
@@ -250,9 +248,7 @@ def count_parameters(lora_params) -> Count:
             total += math.prod(getattr(x, "shape", ()))
             continue
         own = sum(
-            math.prod(getattr(x, n).shape)
-            for n in _TRAINED[type(x)]
-            if getattr(x, n) is not None
+            math.prod(getattr(x, n).shape) for n in _TRAINED[type(x)] if getattr(x, n) is not None
         )
         trainable += own
         total += own + (math.prod(x.w.shape) if x.w is not None else 0)

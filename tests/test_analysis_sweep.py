@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import lora_jax as lora
-from lora_jax import analysis, quant
+from lora_jax import analysis
 from lora_jax.analysis.sweep import result, train
 from lora_jax.analysis.sweep.config import with_rank
 from lora_jax.analysis.sweep.sweep import _Job, _Sweep

@@ -1,9 +1,9 @@
 """Adapters on disk: what was trained, its config, its plan and its base's fingerprint.
 
-    folder/
-      adapter/     Orbax: a flat dict, `model.layers.self_attn.q_proj.kernel.a` and so on
-      meta/        JSON: format, the LoRA config in PEFT's spelling, the plan (`outline`), the
-                   base's fingerprint
+folder/
+  adapter/     Orbax: a flat dict, `model.layers.self_attn.q_proj.kernel.a` and so on
+  meta/        JSON: format, the LoRA config in PEFT's spelling, the plan (`outline`), the
+               base's fingerprint
 """
 
 import os

@@ -1,8 +1,8 @@
 """Plain parameters through Orbax: a merged model, or any other.
 
-    folder/
-      params/   Orbax: the tree as nested dicts, as any other program reads it
-      meta/     JSON: format, and each leaf's shape, dtype and a hash of some of its numbers
+folder/
+  params/   Orbax: the tree as nested dicts, as any other program reads it
+  meta/     JSON: format, and each leaf's shape, dtype and a hash of some of its numbers
 """
 
 import os

@@ -116,9 +116,7 @@ DEFAULT_TARGETS = {
 _NONE = object()
 
 
-def fields_from_peft(
-    fields: Mapping[str, Any], *, model_type: str | None = None
-) -> dict[str, Any]:
+def fields_from_peft(fields: Mapping[str, Any], *, model_type: str | None = None) -> dict[str, Any]:
     """The fields of a `LoraConfig` that PEFT's JSON object states; see `LoraConfig.from_peft`."""
     _check_fields(fields)
     given = {name: fields.get(name, default) for name, (_, default) in MAPPED.items()}

@@ -107,9 +107,7 @@ class Server:
             functools.partial(_admit, apply, model.forward, parts.axes, room), donate_argnums=(1,)
         )
 
-    def submit(
-        self, prompt: Sequence[int], *, adapter: str | None, max_new_tokens: int
-    ) -> Request:
+    def submit(self, prompt: Sequence[int], *, adapter: str | None, max_new_tokens: int) -> Request:
         """Puts a request in the queue; its adapter starts to load beside whatever runs.
 
         Raises:
@@ -158,9 +156,7 @@ class Server:
         slot = self._pool.ids([request.adapter], keep=running)
         tokens, mask = left_padded([request.prompt])
         own = by_row(select(self._pool.stacked, slot)).arrays
-        self._state, token = self._admit(
-            self._base, self._state, own, tokens, mask, np.int32(row)
-        )
+        self._state, token = self._admit(self._base, self._state, own, tokens, mask, np.int32(row))
         self._running[row] = request
         self._note(row, int(token))
 
@@ -207,4 +203,3 @@ def _admit(apply, forward, at, room: int, base: list, state: _State, own, tokens
     adapters = [put(x, y, axis) for x, y, axis in zip(state.adapters, single, at, strict=True)]
     caches = jax.tree.map(put, state.cache, cache)
     return _State(adapters, caches, put(state.last, token)), token
-

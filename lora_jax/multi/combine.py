@@ -314,4 +314,3 @@ def _one_rank(leaves: list) -> list:
         return _leaf(x, jnp.pad(a, [*none, (0, 0), more]), jnp.pad(b, [*none, more, (0, 0)]))
 
     return [fill(x) for x in leaves]
-

@@ -1,8 +1,8 @@
 """Training: data, loss, optimizer step, metrics and the loop, each usable alone.
 
-    records = load_jsonl("train.jsonl")                        text
-    data = examples(records, tokenizer, max_length=2048)       tokens and what is learned
-    result = fit(model, lora_params, data, None, TrainConfig(steps=100))
+records = load_jsonl("train.jsonl")                        text
+data = examples(records, tokenizer, max_length=2048)       tokens and what is learned
+result = fit(model, lora_params, data, None, TrainConfig(steps=100))
 """
 
 from lora_jax.train.batches import (

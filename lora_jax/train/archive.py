@@ -1,9 +1,9 @@
 """The folder of a run: what it holds, and going on from it.
 
-    output_dir/checkpoints/<step>/   see `lora_jax.checkpoint.state`
-    output_dir/metrics.jsonl         see `metrics`
-    output_dir/tensorboard/
-    output_dir/loss.png
+output_dir/checkpoints/<step>/   see `lora_jax.checkpoint.state`
+output_dir/metrics.jsonl         see `metrics`
+output_dir/tensorboard/
+output_dir/loss.png
 """
 
 import contextlib

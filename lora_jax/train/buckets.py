@@ -47,9 +47,7 @@ def check_ladder(ladder: Sequence[int], lengths: Sequence[int]) -> tuple[int, ..
     return ladder
 
 
-def best_ladder(
-    lengths: Sequence[int], count: int, *, multiple: int = MULTIPLE
-) -> tuple[int, ...]:
+def best_ladder(lengths: Sequence[int], count: int, *, multiple: int = MULTIPLE) -> tuple[int, ...]:
     """The ladder of at most `count` rungs that pads these lengths least.
 
     Exact, by dynamic programming over the distinct lengths rounded up to `multiple` (which is

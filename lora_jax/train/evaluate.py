@@ -31,9 +31,7 @@ def lora_loss(model) -> Callable:
     """
     transformed = lorafy(outputs_of(model), reverse_only=True)
     loss = summed_loss(lambda p, t, at, key: transformed(p, t, at, lora_key=key))
-    return lambda trainable, frozen, batch, key: loss(
-        combine(trainable, frozen), batch, key
-    )
+    return lambda trainable, frozen, batch, key: loss(combine(trainable, frozen), batch, key)
 
 
 def evaluator(model, data: Sequence[Example], *, batch_size: int = 8, buckets=4) -> Evaluator:
@@ -44,9 +42,7 @@ def evaluator(model, data: Sequence[Example], *, batch_size: int = 8, buckets=4)
         # One microbatch, no dropout.
         return loss(trainable, frozen, Batch(*(x[0] for x in batch)), None)
 
-    layout = loader(
-        data, batch_size=batch_size, buckets=buckets, pad_id=pad_id_of(model.tokenizer)
-    )
+    layout = loader(data, batch_size=batch_size, buckets=buckets, pad_id=pad_id_of(model.tokenizer))
     return Evaluator(once(layout), Programs(summed))
 
 

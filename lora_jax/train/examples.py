@@ -63,8 +63,10 @@ def examples(
     fitted = (_fit(_tokenize(r, tokenizer), max_length, too_long) for r in records)
     kept = [example for example in fitted if example is not None]
     if not kept:
-        why = "there are no records" if not records else (
-            f"all {len(records)} examples are longer than {max_length} tokens and skipped"
+        why = (
+            "there are no records"
+            if not records
+            else (f"all {len(records)} examples are longer than {max_length} tokens and skipped")
         )
         raise ValueError(f"the dataset is empty: {why}; give more or shorter examples")
     return kept

@@ -32,9 +32,7 @@ class Record(NamedTuple):
     source: str
 
 
-def load_jsonl(
-    path: str | os.PathLike, *, fields: Mapping[str, str] | None = None
-) -> list[Record]:
+def load_jsonl(path: str | os.PathLike, *, fields: Mapping[str, str] | None = None) -> list[Record]:
     """Reads every record of a JSON-lines file.
 
     Args:
@@ -51,9 +49,7 @@ def load_jsonl(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such data file; expected JSON lines with {_HOW}")
-    records = [
-        record_of(value, source=source, fields=fields) for value, source in _values(path)
-    ]
+    records = [record_of(value, source=source, fields=fields) for value, source in _values(path)]
     if not records:
         raise ValueError(f"{path}: the dataset is empty; expected a JSON object a line with {_HOW}")
     return records
@@ -128,9 +124,7 @@ def _part(value: dict, part: str, name: str, source: str):
 
 def _messages(value: Any, name: str, source: str) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, list) or not value:
-        raise ValueError(
-            f'{source}: field "{name}" must be a list of messages, got {_kind(value)}'
-        )
+        raise ValueError(f'{source}: field "{name}" must be a list of messages, got {_kind(value)}')
     turns = tuple(_message(m, f'{source}: "{name}"[{i}]') for i, m in enumerate(value))
     if not any(role == "assistant" for role, _ in turns):
         raise ValueError(

@@ -114,9 +114,7 @@ def make_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
         total, grads = _gradients(loss, state.trainable, frozen, batch, key)
         # A batch always has a learned token; the maximum only keeps a hand-made one finite.
         count = jnp.maximum(learned, 1.0)
-        grads = jax.tree.map(
-            lambda g, p: (g / count).astype(p.dtype), grads, state.trainable
-        )
+        grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.trainable)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = Metrics(total / count, optax.global_norm(grads), learned)

@@ -155,5 +155,3 @@ def bare(q: QuantArray, path: Note) -> Implicit:
         q.roles,
         path=path,
     )
-
-

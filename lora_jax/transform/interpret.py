@@ -184,16 +184,16 @@ def _run_plain(jaxpr, eqns: list, env: dict, last: dict, end: int):
     )
     outputs = [v for eqn in eqns for v in eqn.outvars if last.get(v, -1) >= end]
     part = compat.segment(jaxpr, list(eqns), list(inputs), outputs)
-    env.update(
-        zip(outputs, compat.eval_segment(part, [env[v] for v in inputs]), strict=True)
-    )
+    env.update(zip(outputs, compat.eval_segment(part, [env[v] for v in inputs]), strict=True))
 
 
 def _apply(context: Context, jaxpr, eqn, values: list, constant: set) -> list:
     name = compat.name_of(eqn)
     try:
         with compat.equation_context(eqn):
-            if name in context.control and not (name == "shard_map" and any(map(slots.is_stacked, values))):
+            if name in context.control and not (
+                name == "shard_map" and any(map(slots.is_stacked, values))
+            ):
                 context.lines.append(compat.source_line(eqn, context.lines[-1]))
                 try:
                     return list(context.control[name](context, eqn, values))

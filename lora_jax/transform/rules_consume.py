@@ -38,9 +38,7 @@ def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, chose
     w_batch, x_batch = batching if weight_left else batching[::-1]
 
     x_labels: list = [("x", d) for d in range(x.ndim)]
-    for w_dim, x_dim in zip(
-        [*w_contracted, *w_batch], [*x_contracted, *x_batch], strict=True
-    ):
+    for w_dim, x_dim in zip([*w_contracted, *w_batch], [*x_contracted, *x_batch], strict=True):
         x_labels[x_dim] = ("w", w_dim)
     batch = [("w", d) for d in w_batch]
     w_free = [("w", d) for d in range(v.ndim) if d not in w_contracted and d not in w_batch]
@@ -348,9 +346,7 @@ def _gather_part(array, dims, indices, numbers, slice_sizes, params):
         ),
         start_index_map=tuple(dims.index(d) for d in numbers.start_index_map),
     )
-    window = tuple(
-        array.shape[i] if d == RANK else slice_sizes[d] for i, d in enumerate(dims)
-    )
+    window = tuple(array.shape[i] if d == RANK else slice_sizes[d] for i, d in enumerate(dims))
     rows = lax.gather(array, indices, own, window, mode=params.get("mode"), fill_value=0)
     return rows, [("n", i) for i in range(front)] + survive
 
@@ -369,5 +365,3 @@ def _gather_stack(v: Implicit, base, out: list, pick):
     if key is not None:  # a mask has the activation's shape: it differs between the indices
         key = jax.random.split(key.reshape(-1)[0], parts["scale"].shape)
     return dataclasses.replace(v, w=base, **parts, key=key, roles=roles)
-
-

@@ -266,8 +266,7 @@ def shard_map(context: Context, eqn, values):
 
 def _part_specs(v: Implicit, spec: PartitionSpec) -> Implicit:
     parts = {
-        part: None if getattr(v, part) is None else part_spec(spec, v.roles, part)
-        for part in PARTS
+        part: None if getattr(v, part) is None else part_spec(spec, v.roles, part) for part in PARTS
     }
     return dataclasses.replace(v, w=spec, **parts)
 

@@ -182,9 +182,7 @@ def from_directory(directory: str | Path) -> Tokenizer | None:
     else:
         _refuse_slow(directory)
         return None
-    return Tokenizer(
-        backend=backend, special=special, chat_template=_template(directory, settings)
-    )
+    return Tokenizer(backend=backend, special=special, chat_template=_template(directory, settings))
 
 
 def _saved(path: Path):
