@@ -8,7 +8,7 @@ from typing import Any
 
 # Public name -> the module of this package that defines it.
 _NAMES = {
-    "FLAX": "name_maps.flax",
+    "FLAX": "name_maps.rules",
     "base_of": "lora_jax.models.gguf",
     "from_hugging_face": "name_maps.rules",
     "load_gguf_lora": "gguf.lora_read",

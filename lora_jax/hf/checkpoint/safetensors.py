@@ -84,7 +84,8 @@ def load_file(path: str | Path) -> dict[str, np.ndarray]:
 def open_directory(directory: str | Path) -> Weights:
     """Opens the weights of a Hugging Face directory, single or sharded.
 
-    Weights that bitsandbytes quantized are dequantized when they are read (`lora_jax.hf.checkpoint.bnb`).
+    Weights that bitsandbytes quantized are dequantized when they are read
+    (`lora_jax.hf.checkpoint.bnb`).
     Indices may be there, as old checkpoints' position numbers are, but not be read.
 
     Args:
