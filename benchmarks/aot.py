@@ -49,7 +49,7 @@ def lora_params(w, width: int, *, stacked: bool):
             jax.ShapeDtypeStruct((*stack, width, RANK), jnp.float32),
             jax.ShapeDtypeStruct((*stack, RANK, width), jnp.float32),
             jax.ShapeDtypeStruct(stack, jnp.float32),
-            roles="bio" if stacked else "io",
+            roles="sio" if stacked else "io",
         )
 
     return leaf(w) if stacked else [leaf(each) for each in w]

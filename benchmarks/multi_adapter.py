@@ -155,7 +155,7 @@ def way_runs(rows: int, tokens: int, slots: int, by_token: bool, train: bool, di
     def fn(params, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
 
-    config = lora.LoraConfig(rank=rank, target_modules=("w",), roles={"w": "bio"}, init="random")
+    config = lora.LoraConfig(rank=rank, target_modules=("w",), roles={"w": "sio"}, init="random")
     plan = lora.plan(config, fn, {"w": w}, x)
     one = lora.stack([lora.init(jax.random.key(0), plan, {"w": w})], train=True)
     stack = filled(one, slots)

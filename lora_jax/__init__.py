@@ -41,10 +41,27 @@ from lora_jax.tree import split as split
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("analysis", "checkpoint", "cli", "hf", "linen", "models", "multi", "nnx", "train")
+# Public name -> the module of this package that is imported when it is first asked for.
+_LAZY = {
+    "analysis": "analysis",
+    "checkpoint": "checkpoint",
+    "cli": "cli",
+    "finetune": "recipes.finetune",
+    "hf": "hf",
+    "linen": "linen",
+    "models": "models",
+    "multi": "multi",
+    "nnx": "nnx",
+    "recipes": "recipes",
+    "train": "train",
+}
 
 
 def __getattr__(name: str):
-    if name in _SUBPACKAGES:
-        return _importlib.import_module(f"lora_jax.{name}")
+    if name in _LAZY:
+        return _importlib.import_module(f"lora_jax.{_LAZY[name]}")
     raise AttributeError(f"module `lora_jax` has no attribute `{name}`")
+
+
+def __dir__():
+    return sorted({*globals(), *_LAZY})

@@ -4,13 +4,13 @@
 
 Each dimension of `W` has a role, one letter in `roles`:
 
-    b  stack   one adapter for each index: layers of a scan, experts
+    s  stack   one adapter for each index: layers of a scan, experts
     i  in      contracted with the activation: owned by A
     o  out     produced: owned by B
 
 `A` holds the stack dims, then the in dims, then the rank; `B` the stack dims, the rank, then the
 out dims, each in `W`'s own order. A kernel `(layers, d_model, heads, head_dim)` with roles
-`bioo` has `A (layers, d_model, r)` and `B (layers, r, heads, head_dim)`.
+`sioo` has `A (layers, d_model, r)` and `B (layers, r, heads, head_dim)`.
 """
 
 import dataclasses
@@ -180,7 +180,7 @@ class LoraStack(OverBase):
     @property
     def axis(self) -> int:
         """Where the adapters are numbered: the axis after the stack dims."""
-        return self.roles.count("b")
+        return self.roles.count("s")
 
     @property
     def count(self) -> int:

@@ -17,7 +17,7 @@ def b_dims(roles: str) -> list[int]:
 
 
 def stack_dims(roles: str) -> list[int]:
-    return [d for d, role in enumerate(roles) if role == "b"]
+    return [d for d, role in enumerate(roles) if role == "s"]
 
 
 def in_dims(roles: str) -> list[int]:

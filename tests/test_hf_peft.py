@@ -96,7 +96,7 @@ def test_split_heads_are_flattened_in_hugging_faces_order():
 def test_linen_collections_and_experts_are_named():
     config = LoraConfig(rank=2, target_modules=("up",))
     flat = {"params.layers.mlp.experts.up.kernel": jnp.zeros((2, 3, 4, 5))}
-    tree = planted(nested(flat), config, roles={next(iter(flat)): "bbio"})
+    tree = planted(nested(flat), config, roles={next(iter(flat)): "ssio"})
     slots = peft_slots.slots_of(tree, config)
     assert [s.key for s in slots][::2] == [
         f"base_model.model.layers.{i}.mlp.experts.{j}.up.lora_A.weight"
@@ -112,7 +112,7 @@ def test_a_stack_without_a_place_for_its_numbers_is_an_error():
         a=jnp.zeros((3, 4, 2)),
         b=jnp.zeros((3, 2, 5)),
         scale=jnp.ones(3),
-        roles="bio",
+        roles="sio",
     )
     with pytest.raises(ValueError, match="leaf `tower.up.kernel` stacks 1 dimension.* rename"):
         api.to_peft({"tower": {"up": {"kernel": leaf}}}, config)
@@ -347,7 +347,7 @@ def test_kernels_of_any_layout_are_written_alike():
 
 def test_parameters_whose_order_nobody_knows():
     leaf = LoraArray(np.zeros((3, 4, 4), "f4"), np.ones((3, 4, 2), "f4"), np.ones((3, 2, 4), "f4"),
-                     np.full(3, 8, "f4"), roles="bio")  # fmt: skip
+                     np.full(3, 8, "f4"), roles="sio")  # fmt: skip
     config = LoraConfig(rank=2, target_modules=(), target_parameters=("theta", "phi"))
     with pytest.raises(
         ValueError, match="`moe.phi`, `moe.theta` by the order in which its model r"

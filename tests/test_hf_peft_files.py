@@ -353,7 +353,7 @@ def test_a_7b_shaped_adapter_needs_no_base(tmp_path):
         a=rng.normal(size=(32, 4096, 8)).astype(np.float32),
         b=rng.normal(size=(32, 8, 4096)).astype(np.float32),
         scale=np.full(32, 2, np.float32),
-        roles="bio",
+        roles="sio",
     )
     tree = nested({f"model.layers.self_attn.{p}_proj.kernel": leaf for p in "qv"})
     config = LoraConfig(target_modules=("q_proj", "v_proj"))

@@ -27,7 +27,7 @@ def leaf(fan_in, fan_out, fill):
     return LoraArray(
         np.broadcast_to(np.float32(0), (LAYERS, fan_in, fan_out)),
         fill((LAYERS, fan_in, RANK)), fill((LAYERS, RANK, fan_out)),
-        np.full(LAYERS, 2, np.float32), roles="bio")
+        np.full(LAYERS, 2, np.float32), roles="sio")
 
 
 def tree(fill):

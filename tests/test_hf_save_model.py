@@ -169,7 +169,7 @@ def test_quantized_weights_are_written_as_what_they_stand_for(tmp_path):
     for module, name in (("self_attn", "q_proj"), ("mlp", "down_proj")):
         leaf = layers[module][name]["kernel"]
         weight = leaf.w if is_lora(leaf) else leaf
-        held = quantize_array(weight, format="int8", block_size=16, roles="bio")
+        held = quantize_array(weight, format="int8", block_size=16, roles="sio")
         layers[module][name]["kernel"] = (
             dataclasses.replace(leaf, w=held, b=leaf.b + 0.1) if is_lora(leaf) else held
         )

@@ -257,7 +257,7 @@ def test_a_primitive_nobody_has_heard_of():
 @pytest.mark.parametrize("name", ["matmul", "transposed", "scan", "gather", "conv", "heads"])
 def test_dora(name: str):
     """`m·(W + sAB)/‖W + sAB‖`, the norm a constant of the gradient, against itself merged."""
-    kernels = {"scan": ((3, D, D), "bio"), "transposed": ((6, D), "oi"), "gather": ((11, D), "io"),
+    kernels = {"scan": ((3, D, D), "sio"), "transposed": ((6, D), "oi"), "gather": ((11, D), "io"),
                "conv": ((3, D, 6), "iio"), "heads": ((D, 2, 3), "ioo")}  # fmt: skip
     shape, roles = kernels.get(name, ((D, 6), "io"))
     from lora_jax.dims import factor_shapes

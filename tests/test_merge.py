@@ -18,7 +18,7 @@ def leaf(dtype=jnp.float32, seed: int = 0) -> lora.LoraArray:
 
     return lora.LoraArray(
         numbers(3, 8, 6).astype(dtype), numbers(3, 8, 2), numbers(3, 2, 6),
-        jnp.asarray([0.5, 1.0, 2.0]), roles="bio")  # fmt: skip
+        jnp.asarray([0.5, 1.0, 2.0]), roles="sio")  # fmt: skip
 
 
 def exact(x: lora.LoraArray) -> np.ndarray:

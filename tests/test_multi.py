@@ -157,7 +157,7 @@ def test_experts_each_row_its_own():
     shapes = {"up": (3, 4, 6), "down": (3, 6, 4)}
     params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
     x = jax.random.normal(jax.random.key(2), (4, 5, 4))
-    config = lora.LoraConfig(rank=2, target_modules=("up", "down"), roles={"down": "bio"})
+    config = lora.LoraConfig(rank=2, target_modules=("up", "down"), roles={"down": "sio"})
     plan = lora.plan(config, fn, params, x)
     adapters = [noisy(lora.init(jax.random.key(k), plan, params), k) for k in range(3)]
     ids = [2, -1, 0, 1]

@@ -20,7 +20,7 @@ PARAMS = {
     name: jax.random.normal(jax.random.key(k), shape) / 2
     for k, (name, shape) in enumerate(SHAPES.items())
 }
-ROLES = {"table": "io", "layers": "bio", "experts": "bio"}
+ROLES = {"table": "io", "layers": "sio", "experts": "sio"}
 
 
 def model(params, tokens):
@@ -271,7 +271,7 @@ def test_what_cannot_be_per_token_is_said(adapters, stacked):
     with pytest.raises(ValueError, match="`adapter_way` must be one of gathered, grouped, ragged"):
         shaped(model, TOKENS, adapter_way="sorted")
     config = lora.LoraConfig(rank=1, target_modules=("layers",), modules_to_save=("table",),
-                             roles={"layers": "bio"})  # fmt: skip
+                             roles={"layers": "sio"})  # fmt: skip
     plan = lora.plan(config, model, PARAMS, TOKENS)
     saved = lora.stack([lora.init(jax.random.key(0), plan, PARAMS)])
     with pytest.raises(ValueError, match="`table` trains whole in an adapter"):

@@ -86,7 +86,7 @@ def test_roles_ranks_and_alphas_of_stacked_layers():
                    layers_to_transform=(0, 2), rank_pattern={"o_proj": 4},
                    alpha_pattern={r"layers\.2\.attn\.q_proj": 2})  # fmt: skip
     q, o = (plan.by_path()[ATTENTION[i]] for i in (1, 0))
-    assert (q.roles, o.roles) == ("bio", "boi")
+    assert (q.roles, o.roles) == ("sio", "soi")
     assert (q.ranks, o.ranks) == ((2, 0, 2), (4, 0, 4))
     assert q.alphas == (8.0, 0.0, 2.0)
     assert q.scales == pytest.approx((8 / 2**0.5, 0.0, 2 / 2**0.5))
@@ -111,7 +111,7 @@ def test_table_has_a_row_a_leaf_and_a_total():
     lines = str(plan).splitlines()
     assert len(lines) == len(plan.leaves) + 3
     [row] = [line for line in lines if line.startswith(ATTENTION[1])]
-    assert row.split()[1:8] == ["3x8x6", "float32", "lora", "bio", "2", "4", "84"]
+    assert row.split()[1:8] == ["3x8x6", "float32", "lora", "sio", "2", "4", "84"]
     assert "dot_general test_plan.py:" in row
     assert lines[-1] == "2 of 7 leaves adapted, 0 trained whole; 168 trainable parameters"
 
@@ -173,7 +173,7 @@ def test_experts_are_said_and_can_be_overridden():
     params = {"up": shaped(3, 8, 6), "down": shaped(3, 6, 8)}
     config = lora.LoraConfig(rank=2)
     leaf = lora.plan(config, moe, params, shaped(2, 5, 8)).by_path()["up"]
-    assert leaf.roles == "bio" and leaf.ranks == (2, 2, 2)
+    assert leaf.roles == "sio" and leaf.ranks == (2, 2, 2)
     assert "looks like experts" in leaf.reason and "`roles` overrides" in leaf.reason
     assert leaf.reason in str(lora.plan(config, moe, params, shaped(2, 5, 8)))
     config = lora.LoraConfig(rank=2, roles={"up": "oio", "down": "iio"})

@@ -124,8 +124,8 @@ def test_gptq_weights_are_held_without_loss():
 
 @pytest.mark.parametrize(
     "shape, roles, format",
-    [((3, 2, 64, 8), "bbio", "nf4"), ((64, 2, 5), "ioo", "uint4"), ((2, 64, 7), "iio", "int8"),
-     ((1, 64, 5), "uio", "nf4"), ((64, 3, 5), "ibo", "int8")],
+    [((3, 2, 64, 8), "ssio", "nf4"), ((64, 2, 5), "ioo", "uint4"), ((2, 64, 7), "iio", "int8"),
+     ((1, 64, 5), "uio", "nf4"), ((64, 3, 5), "iso", "int8")],
 )  # fmt: skip
 def test_shapes_and_roles_are_kept(shape, roles, format):
     w = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
@@ -221,7 +221,7 @@ def test_stacked_weights_must_be_of_one_kind():
     a = quant.quantize_array(np.ones((64, 4), np.float32))
     b = quant.quantize_array(np.ones((64, 4), np.float32), format="int4")
     both = quant.stack([a, a])
-    assert both.shape == (2, 64, 4) and both.roles == "bio"
+    assert both.shape == (2, 64, 4) and both.roles == "sio"
     with pytest.raises(ValueError, match="only weights of one kind can be stacked"):
         foreign.stack([a, b])
 

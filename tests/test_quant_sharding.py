@@ -147,14 +147,14 @@ def heads(w, x):
 @pytest.mark.parametrize(
     "inside, shape, roles, specs",
     [
-        (experts, (4, 64, 32), "bio", (P("model"), P("model"), P("model"))),
+        (experts, (4, 64, 32), "sio", (P("model"), P("model"), P("model"))),
         (heads, (64, 4, 8), "ioo", (P(None, "model"), P(), P(None, "model"))),
     ],
 )
 def test_stacks_and_heads_inside_a_shard_map(mesh, inside, shape, roles, specs):
     w = jax.random.normal(jax.random.key(0), shape)
     q = quant.quantize_array(w, block_size=16, roles=roles)
-    x = jax.random.normal(jax.random.key(1), (4, 5, 64) if roles == "bio" else (5, 64))
+    x = jax.random.normal(jax.random.key(1), (4, 5, 64) if roles == "sio" else (5, 64))
 
     def fn(p, x):
         w_spec, x_spec, out = specs

@@ -117,7 +117,7 @@ def test_partition_specs_of_a_stack(mesh):
         b=shape((3, 4, 2, 6), "float32"),
         scale=shape((3,), "float32"),
         m=shape((3, 2, 6), "float32"),
-        roles="bioo",
+        roles="sioo",
     )
     got = lora.partition_specs({"q": leaf, "bias": shape((4,), "float32")},
                                {"q": spec, "bias": P("model")})  # fmt: skip

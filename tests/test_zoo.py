@@ -185,7 +185,7 @@ def test_vmapped_lookup_of_layers():
         return jax.vmap(layer)(jnp.array([2, 0]))
 
     plan = check(fn, {"w": normal(1, 3, 8, 6)}, features(2, 8))
-    assert plan.by_path()["w"].roles == "bio"
+    assert plan.by_path()["w"].roles == "sio"
 
 
 @jax.tree_util.register_dataclass
@@ -249,7 +249,7 @@ def test_layers_stacked_under_an_unknown_name():
 
     params = {"ScanBlock_0": {"dense": {"kernel": normal(1, 3, 8, 8)}}}
     config = {"target_modules": ("dense",)}
-    assert planned(fn, params, features(2, 8), **config) == {"ScanBlock_0.dense.kernel": "bio"}
+    assert planned(fn, params, features(2, 8), **config) == {"ScanBlock_0.dense.kernel": "sio"}
     with pytest.raises(ValueError, match="stacked under a name that does not say so"):
         lora.plan(_config(**config, layers_to_transform=[1]), fn, params, features(2, 8))
 

@@ -99,7 +99,7 @@ def summary(phrases: list[str]) -> str:
     return "; ".join(phrases[:_SHOWN]) + more
 
 
-_SHOWN = 3
+_MOST = 3
 
 
 def outline(lora_params: Any) -> dict[str, dict]:
@@ -143,9 +143,9 @@ def check_outline(expected: Mapping[str, dict], lora_params: Any, *, where: str)
             if was != now:
                 phrases.append(f"`{name}`: {field} was {was} and is {now}")
     if phrases:
-        more = f"; and {len(phrases) - _SHOWN} more" if len(phrases) > _SHOWN else ""
+        more = f"; and {len(phrases) - _MOST} more" if len(phrases) > _MOST else ""
         raise ValueError(
-            f"{where} was made with another plan: {'; '.join(phrases[:_SHOWN])}{more}; use the "
+            f"{where} was made with another plan: {'; '.join(phrases[:_MOST])}{more}; use the "
             "config and the version that it was made with"
         )
 

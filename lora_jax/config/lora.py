@@ -67,7 +67,7 @@ class LoraConfig:
       layers_pattern: name, or names, of the module list that holds the layers; None takes the
         first number in a module's name.
       roles: what each dimension of a leaf is, where the dataflow should not decide: one letter a
-        dim, b (stack), i (in) or o (out), by pattern as in rank_pattern: {"experts.up": "bio"}.
+        dim, s (stack), i (in) or o (out), by pattern as in rank_pattern: {"experts.up": "sio"}.
       extra: PEFT's remaining fields, which change no numbers, where a file that `from_peft` read
         has something else than PEFT usually writes.
 
@@ -105,6 +105,9 @@ class LoraConfig:
     def __post_init__(self):
         for name in _NORMALIZED:
             object.__setattr__(self, name, _normalized(name, getattr(self, name)))
+        # `b` was the letter of a stack dim before 0.2.
+        stacked = {k: v.replace("b", "s") for k, v in self.roles.items() if isinstance(v, str)}
+        object.__setattr__(self, "roles", {**self.roles, **stacked})
         if self.init == "loftq":
             object.__setattr__(self, "loftq_config", _LOFTQ | dict(self.loftq_config))
         _check_numbers(self)
@@ -268,9 +271,9 @@ def _check_patterns(config: LoraConfig) -> None:
             check(f"{name}[{pattern!r}]", value)
     for pattern, roles in config.roles.items():
         _check_regex("roles", pattern)
-        if not isinstance(roles, str) or not roles or set(roles) - set("bio"):
+        if not isinstance(roles, str) or not roles or set(roles) - set("sio"):
             raise ValueError(
-                f"roles[{pattern!r}] must be letters b (stack), i (in), o (out), got {roles!r}"
+                f"roles[{pattern!r}] must be letters s (stack), i (in), o (out), got {roles!r}"
             )
 
 

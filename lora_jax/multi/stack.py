@@ -197,7 +197,7 @@ def _blank(like: LoraArray, column: list, rank: int, train: bool) -> LoraStack:
     """One slot without an adapter, at axis `like.axis` of size 1: the plain base."""
     known = [x for x in column if isinstance(x, LoraArray)]
     a, b = factor_shapes(like.shape, like.roles, rank)
-    depth = like.roles.count("b")
+    depth = like.roles.count("s")
     outs = [like.shape[d] for d in b_dims(like.roles)]
 
     def full(shape, value, dtype):

@@ -21,7 +21,7 @@ def given(config: LoraConfig, path: str, ndim: int) -> str:
             if len(roles) != ndim or not {"i", "o"} <= set(roles):
                 raise ValueError(
                     f"roles[{pattern!r}]={roles!r} does not fit `{path}` with {ndim} dims: give "
-                    f"one letter a dim, b (stack), i (in) or o (out), with an i and an o"
+                    f"one letter a dim, s (stack), i (in) or o (out), with an i and an o"
                 )
             return roles
     return ""
@@ -52,7 +52,7 @@ def inferred(uses: Sequence[Use], ndim: int, rebatched: set) -> tuple[str, bool,
             f"the hidden dim by the next): read as a stack, one adapter an index; `roles` overrides"
         )
     roles = "".join(
-        "b" if d in stacked else "i" if d in deciding.contracted else "o" for d in range(ndim)
+        "s" if d in stacked else "i" if d in deciding.contracted else "o" for d in range(ndim)
     )
     return roles, deciding.kind in ("lookup", "rows"), remark
 

@@ -179,7 +179,7 @@ def quantize_array(
       scale_dtype: of the scales: "bfloat16" by default, "float32" with `double_quant` (where
         they are only met while quantizing) and as bitsandbytes has them.
       double_quant: quantize the scales too, to 8 bits.
-      roles: one letter a dim (b stack, i in, o out); `...bio` by default: the last dim is
+      roles: one letter a dim (s stack, i in, o out); `...sio` by default: the last dim is
         produced, the one before contracted, all others stacked.
       pad: fill a block that is not whole with zeros; otherwise that is an error.
       name: what errors call it.
@@ -207,7 +207,7 @@ def quantize_array(
 
 def default_roles(ndim: int) -> str:
     """The last dim out, the one before in, all others a stack."""
-    return "b" * (ndim - 2) + "io"
+    return "s" * (ndim - 2) + "io"
 
 
 def _check_request(w, form, block: int, scale_dtype, double: bool, roles: str, pad: bool, name):
@@ -225,10 +225,10 @@ def _check_request(w, form, block: int, scale_dtype, double: bool, roles: str, p
             f"`double_quant` needs a format whose scales are magnitudes (nf4, fp4, int8), got "
             f'"{form.name}"'
         )
-    if len(roles) != len(w.shape) or not {"i", "o"} <= set(roles) or set(roles) - set("biou"):
+    if len(roles) != len(w.shape) or not {"i", "o"} <= set(roles) or set(roles) - set("siou"):
         raise ValueError(
             f"`roles` {roles!r} does not fit `{name}` of shape {tuple(w.shape)}: one letter a dim, "
-            f"b (stack), i (in) or o (out), with an i and an o"
+            f"s (stack), i (in) or o (out), with an i and an o"
         )
     _, fan_in, _ = sizes(w.shape, roles)
     if fan_in % block and not pad:

@@ -50,7 +50,7 @@ def from_codes(
       scale: `(stack..., K/block_size, N)` in float32, bfloat16 or float16.
       bias: likewise, for "uint4" only.
       format, block_size: as in `quantize_array`.
-      roles: of the weight; `...bio` by default.
+      roles: of the weight; `...sio` by default.
       shape: of the weight; that of `codes` by default.
       dtype: what it decodes to.
       name: what errors call it.
@@ -297,4 +297,4 @@ def stack(parts: Sequence[QuantArray]) -> QuantArray:
         raise ValueError(f"only weights of one kind can be stacked, got {'; '.join(kinds)}")
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
     first = parts[0]
-    return dataclasses.replace(stacked, shape=(len(parts), *first.shape), roles="b" + first.roles)
+    return dataclasses.replace(stacked, shape=(len(parts), *first.shape), roles="s" + first.roles)

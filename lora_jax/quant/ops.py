@@ -96,7 +96,7 @@ def gather(q: QuantArray, indices, *, dimension_numbers, slice_sizes, mode, fill
         return None
     index, valid = _index(indices[..., 0], q.shape[dim], mode)
     role = q.roles[dim]
-    if role == "b":
+    if role == "s":
         return _pick_stack(q, index, valid, dim, numbers)
     if role == "u" or [d for d in range(q.ndim) if q.roles[d] == role] != [dim]:
         return None
@@ -183,7 +183,7 @@ def _pick_stack(q: QuantArray, index, valid, dim: int, numbers):
     return dataclasses.replace(
         jax.tree.map(lambda x: jnp.take(x, index, axis=0), q),
         shape=(*index.shape, *(q.shape[d] for d in rest)),
-        roles="b" * index.ndim + "".join(q.roles[d] for d in rest),
+        roles="s" * index.ndim + "".join(q.roles[d] for d in rest),
     )
 
 
@@ -199,7 +199,7 @@ def _relabelled(q: QuantArray, shape: Sequence[int], roles: str) -> QuantArray:
 
 
 def transpose(q: QuantArray, permutation: Sequence[int]) -> QuantArray | None:
-    for role in "bio":
+    for role in "sio":
         order = [d for d in permutation if q.roles[d] == role]
         if order != sorted(order):
             return None
@@ -282,4 +282,4 @@ def first_index(q: QuantArray) -> QuantArray:
 
 def with_stack(q: QuantArray, count: int) -> QuantArray:
     """The inverse of `first_index`: the arrays have got a leading dim."""
-    return dataclasses.replace(q, shape=(count, *q.shape), roles="b" + q.roles)
+    return dataclasses.replace(q, shape=(count, *q.shape), roles="s" + q.roles)

@@ -117,7 +117,7 @@ def restacked(w):
 
 def scannable(v: Implicit) -> Implicit:
     """Makes sure that the weight's first dim is a stack dim of its arrays."""
-    if isinstance(v.w, QuantArray) and v.w.roles[0] != "b":
+    if isinstance(v.w, QuantArray) and v.w.roles[0] != "s":
         return dataclasses.replace(v, w=opened(v, "scan"))
     return v
 

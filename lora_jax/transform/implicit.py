@@ -40,7 +40,7 @@ class Implicit(OverBase):
       scale: one number a stack index.
       gain: DoRA's `m / ‖W + ΔW‖` over stack and out dims, or None.
       key: dropout key, one a stack index, or None when dropout is off.
-      roles: one letter for each current dim of `w`: b, i, o, or u (a unit dim no factor owns).
+      roles: one letter for each current dim of `w`: s, i, o, or u (a unit dim no factor owns).
       dropout: probability.
       path: where the leaf is in the parameter tree, for messages.
       reverse_only: whether its products may have a backward of their own (no forward mode).

@@ -107,7 +107,7 @@ def _with_bias(v: Implicit, y, out_labels, contracted, first: Sequence = ()):
     if v.bias is None:
         return y
     roles = [v.roles[d] for d in range(v.ndim) if d in contracted and v.shape[d] != 1]
-    if "b" in roles or "o" in roles or roles.count("i") != _large(v).count("i"):
+    if "s" in roles or "o" in roles or roles.count("i") != _large(v).count("i"):
         raise Unsupported("it is contracted over other dims than its in dims")
     dims = [*first, *(("w", d) for d in labels(v.roles, "bias"))]
     scales = [*first, *(("w", d) for d in labels(v.roles, "scale"))]
@@ -212,7 +212,7 @@ def ragged_dot(lhs, rhs, group_sizes, bind, use: int, *, ragged_dot_dimension_nu
         and tuple(numbers.lhs_ragged_dimensions) == (0,)
         and tuple(numbers.rhs_group_dimensions) == (0,)
     )
-    if not plain or v.roles not in ("bio", "boi") or group_offset is not None:
+    if not plain or v.roles not in ("sio", "soi") or group_offset is not None:
         raise Unsupported("ragged_dot other than (m, k) x (groups, k, n)")
     base = base_weight.applied(v, lhs, bind, group_sizes)
     if not v.rank:
@@ -220,7 +220,7 @@ def ragged_dot(lhs, rhs, group_sizes, bind, use: int, *, ragged_dot_dimension_nu
     if v.gain is not None or v.bias is not None:
         raise Unsupported("DoRA, or an adapter's bias, with ragged_dot")
     first, second = v.a, v.b
-    if v.roles == "boi":
+    if v.roles == "soi":
         first, second = jnp.swapaxes(v.b, 1, 2), jnp.swapaxes(v.a, 1, 2)
     x = dropped(v, lhs, use)
     x = x.astype(compute_dtype(x, v))
@@ -269,7 +269,7 @@ def gather(v, indices, bind, *, dimension_numbers, slice_sizes, **params):
             getattr(v, part), labels(v.roles, part), indices, dimension_numbers, slice_sizes, params
         )
 
-    if roles == {"b"}:
+    if roles == {"s"}:
         return _gather_stack(v, base, out, pick)
     if not v.rank:
         return base
@@ -352,7 +352,7 @@ def _gather_part(array, dims, indices, numbers, slice_sizes, params):
 
 
 def _gather_stack(v: Implicit, base, out: list, pick):
-    roles = "".join("b" if isinstance(label, tuple) else v.roles[label] for label in out)
+    roles = "".join("s" if isinstance(label, tuple) else v.roles[label] for label in out)
     parts = {}
     for part in ("a", "b", "scale", "gain", "bias"):
         if getattr(v, part) is None:

@@ -159,7 +159,7 @@ def scan(context: Context, eqn, values):
 
 
 def _scannable(context: Context, eqn, x):
-    if is_implicit(x) and x.roles[0] != "b":
+    if is_implicit(x) and x.roles[0] != "s":
         return context.fall_back(x, eqn, f"it is scanned over a dim of role `{x.roles[0]}`")
     return base_weight.scannable(x) if is_implicit(x) else x
 
@@ -174,7 +174,7 @@ def _sliced(x):
 def _stacked(y):
     if not is_implicit(y):
         return y
-    return dataclasses.replace(y, w=base_weight.restacked(y.w), roles="b" + y.roles)
+    return dataclasses.replace(y, w=base_weight.restacked(y.w), roles="s" + y.roles)
 
 
 def while_loop(context: Context, eqn, values):

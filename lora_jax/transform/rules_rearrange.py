@@ -107,7 +107,7 @@ def broadcast_in_dim(v: Implicit, *dynamic, shape, broadcast_dimensions, **_):
     """New dims of more than one index are a stack: every index has the same factors."""
     if dynamic:
         raise Unsupported("dynamic broadcast")
-    roles = ["u" if n == 1 else "b" for n in shape]
+    roles = ["u" if n == 1 else "s" for n in shape]
     for old, new in enumerate(broadcast_dimensions):
         if shape[new] != v.shape[old]:
             raise Unsupported("broadcast of a dimension of the weight")
@@ -166,7 +166,7 @@ def concatenate(values: Sequence, axis: int) -> Implicit:
     bias = _joined_bias(parts, roles, axis)
     parts = [_fold_scale(v) for v in parts]
     ranks = [v.rank for v in parts]
-    owners = {"b": (), "i": ("b",), "o": ("a",)}[roles[axis]]
+    owners = {"s": (), "i": ("b",), "o": ("a",)}[roles[axis]]
     joined = {}
     for part in ("a", "b"):
         dims = labels(roles, part)
@@ -177,7 +177,7 @@ def concatenate(values: Sequence, axis: int) -> Implicit:
                 arrays.append(array)
                 continue
             before, after = sum(ranks[:k]), sum(ranks[k + 1 :])
-            if roles[axis] == "b":
+            if roles[axis] == "s":
                 before, after = 0, max(ranks) - ranks[k]
             pad = [(before, after, 0) if d == RANK else (0, 0, 0) for d in dims]
             arrays.append(lax.pad(array, jnp.zeros((), array.dtype), pad))
@@ -212,7 +212,7 @@ def _joined_bias(parts: Sequence[Implicit], roles: str, axis: int):
 
 def _joined_keys(parts: Sequence[Implicit], roles: str, axis: int):
     """Keys of a concatenation: of each along a stack, else the first one's for the whole."""
-    if parts[0].key is None or roles[axis] != "b":
+    if parts[0].key is None or roles[axis] != "s":
         return parts[0].key
     return jnp.concatenate([v.key for v in parts], labels(roles, "key").index(axis))
 
@@ -229,7 +229,7 @@ def stack(values: Sequence, axis: int) -> Implicit:
 
 
 def _with_stack_axis(v: Implicit, axis: int) -> Implicit:
-    roles = v.roles[:axis] + "b" + v.roles[axis:]
+    roles = v.roles[:axis] + "s" + v.roles[axis:]
 
     def add(array, dims):
         moved = [d if d == RANK or d < axis else d + 1 for d in dims]

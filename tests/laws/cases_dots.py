@@ -132,11 +132,11 @@ _DOTS = (
     Case("dot_iio", _einsum("bhk,hkd->bd", normal(3, 5, 8, 6), features()), {"w": "iio"}),
     Case("dot_ioi", _einsum("bhk,hdk->bd", normal(3, 5, 6, 8), features()), {"w": "ioi"}),
     Case("dot_ooio", _einsum("btd,chdk->cbthk", normal(3, 3, 2, 8, 4), features()), {"w": "ooio"}),
-    Case("dot_batched", _einsum("ecd,edf->ecf", _stack(), features(3, 5, 8)), {"w": "bio"}),
+    Case("dot_batched", _einsum("ecd,edf->ecf", _stack(), features(3, 5, 8)), {"w": "sio"}),
     Case("dot_batched_last", _einsum("ecd,dfe->ecf", normal(3, 8, 6, 3), features(3, 5, 8)),
-         {"w": "iob"}),
+         {"w": "ios"}),
     Case("dot_two_batches", _einsum("abd,abdf->abf", normal(3, 2, 5, 8, 6), features()),
-         {"w": "bbio"}),
+         {"w": "ssio"}),
     Case("dot_partial", _one(_partial, normal(3, 5, 8, 6), features()), {"w": "iio"}),
     Case("dot_inner_product", _one(_inner_product, normal(3, 5, 8), features()), {"w": "io"}),
     Case(
@@ -213,14 +213,14 @@ _GATHERS = (
         "gather_experts",
         lambda: (_chosen_experts, {"up": normal(3, 3, 8, 6), "down": normal(4, 3, 6, 8)},
                  (features(4, 8), jnp.array([0, 2, 1, 1]))),
-        {"up": "bio", "down": "bio"},
+        {"up": "sio", "down": "sio"},
     ),
     Case("gather_two_experts",
          _one(_top_two, _stack(), features(4, 8), jnp.array([[0, 2], [1, 0], [1, 2], [2, 0]])),
-         {"w": "bio"}),
-    Case("ragged_dot", _one(_ragged, _stack(), features(6, 8)), {"w": "bio"}, mapped=False),
+         {"w": "sio"}),
+    Case("ragged_dot", _one(_ragged, _stack(), features(6, 8)), {"w": "sio"}, mapped=False),
     Case("ragged_dot_transposed", _one(_ragged_transposed, normal(4, 3, 6, 8), features(6, 8)),
-         {"w": "boi"}, mapped=False),
+         {"w": "soi"}, mapped=False),
 )  # fmt: skip
 
 CASES = (*_DOTS, *_CONVS, *_GATHERS)

@@ -192,7 +192,7 @@ _STREAM = {
     "embed": normal(4, 11, 8),
 }
 _LOW = jnp.bfloat16
-_STREAM_ROLES = {f"layers.{n}": "bio" for n in ("gate", "up", "down")}
+_STREAM_ROLES = {f"layers.{n}": "sio" for n in ("gate", "up", "down")}
 
 CASES = (
     Case("heads_ioo", _IOO, {"q": "ioo", "k": "ioo", "v": "ioo", "o": "iio"}),
@@ -205,10 +205,10 @@ CASES = (
          {"a.kernel": "io", "b.kernel": "oi"}),
     Case("experts_routed", _model(_experts, {"up": normal(1, 3, 8, 6), "down": normal(2, 3, 6, 8),
                                              "router": normal(3, 8, 3)}),
-         {"up": "bio", "down": "bio", "router": "io"}),
+         {"up": "sio", "down": "sio", "router": "io"}),
     Case("experts_summed", _model(_summed_experts, {"up": normal(1, 3, 8, 6),
                                                     "down": normal(2, 3, 6, 8)}),
-         {"up": "bio", "down": "bio"}),
+         {"up": "sio", "down": "sio"}),
     Case("experts_summed_read_as_heads",
          _model(_summed_experts, {"up": normal(1, 3, 8, 6), "down": normal(2, 3, 6, 8)}),
          {"up": "oio", "down": "iio"}, config={"roles": {"up": "oio", "down": "iio"}}),
@@ -219,10 +219,10 @@ CASES = (
          {"up": "ioo", "down": "iio"}),
     Case("experts_override", _model(_experts, {"up": normal(1, 3, 8, 6), "router": normal(3, 8, 3),
                                                "down": normal(2, 3, 6, 8)}),
-         {"up": "oio", "down": "bio", "router": "io"}, config={"roles": {"up": "oio"}}),
+         {"up": "oio", "down": "sio", "router": "io"}, config={"roles": {"up": "oio"}}),
     Case("experts_gated", _model(_gated_experts, {n: normal(i, *s) for i, (n, s) in enumerate(
         {"gate": (3, 8, 6), "up": (3, 8, 6), "down": (3, 6, 8)}.items())}),
-        {"gate": "bio", "up": "bio", "down": "bio"}),
+        {"gate": "sio", "up": "sio", "down": "sio"}),
     Case("used_on_content_and_positions",
          _model(_position_attention, {n: normal(i, 8, 8) for i, n in enumerate("qkv")}),
          {"q": "io", "k": "io", "v": "io"}),

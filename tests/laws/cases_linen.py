@@ -110,8 +110,8 @@ def _boxed(make_init):
 
 
 _FIRST = lambda made: lambda p, *xs: made.apply(p, *xs)[0]  # noqa: E731
-_SCAN_ROLES = {"params.Dense_0.kernel": "bio", "params.Dense_1.kernel": "bio"}
-_SCAN_AXIS = {"params.Dense_0.kernel": "ibo", "params.Dense_1.kernel": "ibo"}
+_SCAN_ROLES = {"params.Dense_0.kernel": "sio", "params.Dense_1.kernel": "sio"}
+_SCAN_AXIS = {"params.Dense_0.kernel": "iso", "params.Dense_1.kernel": "iso"}
 _QKVO = {
     "params.MultiHeadDotProductAttention_0.query.kernel": "ioo",
     "params.MultiHeadDotProductAttention_0.key.kernel": "ioo",
@@ -151,7 +151,7 @@ CASES = (
     Case("linen_dense_general", module(General),
          {"params.DenseGeneral_1.kernel": "ioo", "params.DenseGeneral_0.kernel": "iio"}),
     Case("linen_dense_general_batched",
-         module(lambda: nn.DenseGeneral(6, axis=-1, batch_dims=(0,))), {"params.kernel": "bio"},
+         module(lambda: nn.DenseGeneral(6, axis=-1, batch_dims=(0,))), {"params.kernel": "sio"},
          mapped=False),
     Case("linen_einsum", module(lambda: nn.Einsum((8, 2, 6), "abc,cde->abde")),
          {"params.kernel": "ioo"}),
@@ -163,7 +163,7 @@ CASES = (
          {"params.kernel": "iio"}),
     Case("linen_conv_grouped", module(lambda: nn.Conv(6, (3,), feature_group_count=2)),
          {"params.kernel": "iio"}),
-    Case("linen_conv_local", module(lambda: nn.ConvLocal(4, (3,))), {"params.kernel": "bio"}),
+    Case("linen_conv_local", module(lambda: nn.ConvLocal(4, (3,))), {"params.kernel": "sio"}),
     Case("linen_attention", module(SelfAttention), _QKVO),
     Case("linen_scan", module(_scanned(), apply=_FIRST), _SCAN_ROLES),
     Case("linen_scan_axis_1", module(_scanned(axis=1), apply=_FIRST), _SCAN_AXIS),
@@ -174,7 +174,7 @@ CASES = (
     Case("linen_vmap_experts",
          module(lambda: nn.vmap(nn.Dense, variable_axes={"params": 0},
                                 split_rngs={"params": True}, in_axes=0)(6)),
-         {"params.kernel": "bio"}, mapped=False),
+         {"params.kernel": "sio"}, mapped=False),
     Case("linen_shared_block", module(Shared), {"params.block.kernel": "io"}),
     Case("linen_bfloat16", module(lambda: Block(dtype=jnp.bfloat16), apply=_FIRST), _TWO,
          tolerance=BFLOAT16, numerical=False),

@@ -17,7 +17,7 @@ ONES = jnp.ones((6, D))
 
 def masks_of(stack: tuple[int, ...] = (), rate: float = 0.5) -> lora.LoraArray:
     """A leaf whose output column is the sum over kept inputs: it shows the mask that was drawn."""
-    roles = "b" * len(stack) + "io"
+    roles = "s" * len(stack) + "io"
     return lora.LoraArray(
         w=jnp.zeros((*stack, D, D)),
         a=jnp.ones((*stack, D, 2)),
@@ -227,7 +227,7 @@ def test_remat_changes_neither_value_nor_gradient(where: str, policy: str | None
         normal(2, *((3,) if stacked else ()), D, 2),
         normal(3, *((3,) if stacked else ()), 2, D),
         jnp.ones((3,) if stacked else (), jnp.float32),
-        roles="bio" if stacked else "io",
+        roles="sio" if stacked else "io",
         dropout=0.5,
     )
     policy = getattr(jax.checkpoint_policies, policy) if policy else None

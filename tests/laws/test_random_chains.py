@@ -34,7 +34,7 @@ class Step:
 
 def leaf(seed: int, shape: tuple[int, ...], roles: str) -> lora.LoraArray:
     a, b = factor_shapes(shape, roles, RANK)
-    stack = tuple(n for n, role in zip(shape, roles, strict=True) if role == "b")
+    stack = tuple(n for n, role in zip(shape, roles, strict=True) if role == "s")
     scale = 1 + jnp.abs(normal(seed + 3, *stack)) if stack else jnp.float32(1.5)
     return lora.LoraArray(
         normal(seed, *shape), normal(seed + 1, *a), normal(seed + 2, *b), scale, roles=roles
@@ -142,7 +142,7 @@ def _reshapes(draw, shape: tuple[int, ...]) -> tuple[int, ...]:
 def chains(draw):
     """A shape, the roles of two weights, steps, a wrapper and a consumption."""
     shape = tuple(draw(st.lists(st.sampled_from([2, 3, 4, 6]), min_size=2, max_size=3)))
-    roles = st.permutations("io" + draw(st.sampled_from("bio"))[: len(shape) - 2]).map("".join)
+    roles = st.permutations("io" + draw(st.sampled_from("sio"))[: len(shape) - 2]).map("".join)
     first, second = draw(roles), draw(roles)
     made: list[Step] = []
     now = shape

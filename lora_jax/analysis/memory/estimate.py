@@ -4,8 +4,8 @@
 
 Weights, adapters and optimizer state are exact: they are the shapes of the real model, planned and
 initialized abstractly. Gradients and activations are what the step of `lora_jax.train` holds at its
-fullest moment, found by reading its jaxpr (`lora_jax.analysis.memory.liveness`). `remat` decides what is kept for
-the backward pass:
+fullest moment, found by reading its jaxpr (`lora_jax.analysis.memory.liveness`). `remat`
+decides what is kept for the backward pass:
 
     True            the residual stream before each block: L · B · T · D
     "projections"   that, and what every projection gave

@@ -1,6 +1,6 @@
 """Leaves that train, taken apart into Hugging Face's tensors and put together again.
 
-A leaf `(layers, d_model, heads, head_dim)` with roles `bioo` is, there, one matrix (in, out) a
+A leaf `(layers, d_model, heads, head_dim)` with roles `sioo` is, there, one matrix (in, out) a
 layer. Its A and B are permuted as the weight's rows and columns are:
 
     ours_flat = theirs_flat[order]      for the in dims, and for the out dims

@@ -13,8 +13,9 @@
 
 Left is a leaf's path here, right the tensor there; `*` is anything and `{}` a number, the same on
 both sides. A `{}` that stands on the right only numbers the layers stacked on the leaf. The third
-entry says how the dimensions lie (`lora_jax.hf.name_maps.layout`); without it they are the same, behind
-the stacks. The first rule that fits a leaf decides.
+entry says how the dimensions lie (`lora_jax.hf.name_maps.layout`); without it they are the
+same, behind the stacks. The first rule that
+fits a leaf decides.
 
 What is done with a map is done in Hugging Face's terms: a flat dictionary of leaves, one for each
 tensor, under the paths that `lora_jax.hf.checkpoint.names.ANY` gives them.
@@ -212,7 +213,7 @@ def shape_there(placed: Placed, part: Part) -> tuple[int, ...]:
 
 
 def to_hugging_face(params: Any, using: NameMap) -> dict[str, np.ndarray]:
-    """A model's parameters under the paths of `lora_jax.hf.checkpoint.names.ANY`, one array a tensor.
+    """A model's parameters by their path in `lora_jax.hf.checkpoint.names.ANY`, an array a tensor.
 
     `lora_jax.models.saving.save_model(directory, model, to_hugging_face(params, MAP))` writes
     them as a Hugging Face directory; `model` gives configuration and tokenizer.

@@ -52,7 +52,7 @@ def modules_of(
 
     Args:
       path: the leaf's path.
-      leaf: a leaf, whose stack dims are its roles' `b`; a plain array is stacked along as many
+      leaf: a leaf, whose stack dims are its roles' `s`; a plain array is stacked along as many
         leading dims as its path leaves numbers out.
       config: where its target_parameters mean the leaf, all experts go by the parameter's name.
 

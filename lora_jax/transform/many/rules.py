@@ -2,7 +2,8 @@
 
 The factors of such a weight hold all adapters (`Implicit.slots`); what a row sees of it is the
 same for all rows, only the row's ids differ. Operations that rearrange the weight rearrange every
-adapter (`mapped`); a product with it sorts or gathers (`lora_jax.transform.many.grouped`). What has no
+adapter (`mapped`); a product with it sorts or gathers (`lora_jax.transform.many.grouped`). What
+has no
 such form takes the row's own adapter out first (`picked`), and is an error where each token has
 its own.
 """
@@ -66,7 +67,7 @@ def picked(v: Implicit, ids, parts: Sequence[str] = OWN) -> Implicit:
     known = (ids >= 0) & (ids < v.slots)
     which = jnp.where(known, ids, v.slots)
     poison = jnp.where(known | (ids == -1), 0.0, jnp.nan)
-    axis = v.roles.count("b")
+    axis = v.roles.count("s")
     own = {
         part: grouped.take_slots(getattr(v, part), which, axis, 1 if part == "gain" else 0)
         for part in parts
@@ -89,7 +90,7 @@ def mapped(rule: Callable, values: Sequence):
     slots = values[where[0]].slots
     own = [[getattr(values[i], part) for part in OWN] for i in where]
     axes = [
-        [None if x is None else values[i].roles.count("b") for x in parts]
+        [None if x is None else values[i].roles.count("s") for x in parts]
         for i, parts in zip(where, own, strict=True)
     ]
     forms: list = []
@@ -114,7 +115,7 @@ def mapped(rule: Callable, values: Sequence):
 def _rejoined(x, parts, slots: int):
     if not is_implicit(x):
         return x
-    axis = x.roles.count("b")
+    axis = x.roles.count("s")
     moved = [None if p is None else jnp.moveaxis(p, 0, axis) for p in parts]
     return dataclasses.replace(x, slots=slots, **dict(zip(OWN, moved, strict=True)))
 

@@ -2,7 +2,8 @@
 
 Gathered: each row's factors are copied out of the stack, once for the call, and meet the row's
 activations in batched products. Grouped: the factors stay where they are, and the rows (or tokens)
-are sorted by adapter (`lora_jax.transform.many.grouped`). `way_of` there says which one a call takes.
+are sorted by adapter (`lora_jax.transform.many.grouped`). `way_of` there says
+which one a call takes.
 """
 
 import math
