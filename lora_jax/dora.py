@@ -54,8 +54,6 @@ def gains(x: LoraStack):
     """DoRA's gain of every adapter of a stack, also from magnitudes that train; or None."""
     if x.m is None:
         return x.gain
-    from lora_jax.dora import gain
-
     at = x.axis
     return jax.vmap(
         lambda a, b, scale, m: gain(LoraArray(x.w, a, b, scale, m, roles=x.roles)),

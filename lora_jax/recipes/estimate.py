@@ -99,7 +99,7 @@ def estimate(
 
 
 def _estimates(model: str, config: EstimateConfig) -> list[Any]:
-    from lora_jax import LoraConfig
+    from lora_jax.config.lora import LoraConfig
     from lora_jax.analysis.memory import estimate as memory
 
     adapter = LoraConfig(rank=config.rank, target_modules=config.targets)
@@ -126,7 +126,7 @@ def _estimates(model: str, config: EstimateConfig) -> list[Any]:
 
 def _reductions() -> str:
     """How many parameters LoRA trains: rank 8 on queries and values."""
-    from lora_jax import LoraConfig
+    from lora_jax.config.lora import LoraConfig
     from lora_jax.analysis import parameters
 
     lines = [f"\nrank 8 on {' and '.join(_QUERY_VALUE)}:"]
