@@ -3,11 +3,12 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from tests.support.places import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.mark.slow

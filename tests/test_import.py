@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.places import ROOT
+
 HEAVY = (
     "flax", "orbax", "grain", "optax", "transformers", "torch", "peft", "matplotlib", "gguf",
     "safetensors", "tokenizers", "huggingface_hub", "tensorboardX", "tqdm", "jinja2",

@@ -50,9 +50,7 @@ def test_linen_takes_a_module_apart_and_puts_it_together():
     lp = lora.init(jax.random.key(1), lora.plan(CONFIG, fn, params, X), params)
     merged = lora.linen.variables(lora.merge(lp), state)
     close(lora.lorafy(fn)(lp, X), module.apply(merged, X))
-    out, new = lora.lorafy(fn)(
-        lp, X, train=True, state=state, rngs={"dropout": jax.random.key(2)}
-    )
+    out, new = lora.lorafy(fn)(lp, X, train=True, state=state, rngs={"dropout": jax.random.key(2)})
     want, changed = module.apply(
         merged, X, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(2)}
     )

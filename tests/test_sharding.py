@@ -151,9 +151,7 @@ def test_fsdp_adds_at_most_the_adapters_own_gathers(mesh):
 def test_constraint_on_a_weight(mesh):
     def fn(p, x):
         w1 = lax.with_sharding_constraint(p["w1"], NamedSharding(mesh, P(None, "model")))
-        h = lax.with_sharding_constraint(
-            jnp.tanh(x @ w1), NamedSharding(mesh, P("data", "model"))
-        )
+        h = lax.with_sharding_constraint(jnp.tanh(x @ w1), NamedSharding(mesh, P("data", "model")))
         return h @ p["w2"]
 
     check(fn, *make(mesh, BOTH, fn=fn))

@@ -94,9 +94,9 @@ def test_layers_left_out_and_smaller_ranks_are_zero_and_stay_so():
     assert kernel.rank == 4 and kernel.scale.tolist() == [2.0, 1.0, 2.0]
     assert not kernel.a[0, :, 2:].any() and not kernel.b[2, 2:].any() and kernel.a[1].all()
     trainable, frozen = lora.split(tree)
-    grads = jax.grad(
-        lambda t: jnp.sum(jnp.sin(lora.lorafy(fn)(lora.combine(t, frozen), *ARGS)))
-    )(trainable)["layers"]["up"]["kernel"]
+    grads = jax.grad(lambda t: jnp.sum(jnp.sin(lora.lorafy(fn)(lora.combine(t, frozen), *ARGS))))(
+        trainable
+    )["layers"]["up"]["kernel"]
     assert not grads.a[0, :, 2:].any() and not grads.b[2, 2:].any()
 
 

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from train_toys import CONFIG, TOKENS, Toy, toy_lora, toy_params
 
 import lora_jax as lora
 from lora_jax import checkpoint
 from lora_jax.checkpoint import adapters, swap
 from lora_jax.checkpoint.flat import differences, flatten, unflatten
 from lora_jax.checkpoint.folder import check_space, one_line
+
+from tests.support.train_toys import CONFIG, TOKENS, Toy, toy_lora, toy_params
 
 
 def moved(lora_params, seed=3):

@@ -13,12 +13,14 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_checkpoint import assert_same_bits, moved
-from train_toys import CONFIG, TOKENS, Toy, toy_lora, toy_params
 
 import lora_jax as lora
 from lora_jax import checkpoint
 from lora_jax.checkpoint import adapters, swap
+
+from tests.checkpoint.test_adapters import assert_same_bits, moved
+from tests.support.places import ROOT
+from tests.support.train_toys import CONFIG, TOKENS, Toy, toy_lora, toy_params
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_an_old_folder_that_waits_is_named(tmp_path, trained):
 # replaces an adapter.
 KILLED = """
     import os, pathlib, signal, sys
-    sys.path.insert(0, {tests!r})
+    sys.path.insert(0, {root!r})
     from lora_jax.checkpoint import swap
 
     def die(*args, **kwargs):
@@ -114,7 +116,7 @@ KILLED = """
 
     from lora_jax import checkpoint
     from lora_jax.checkpoint import adapters
-    from train_toys import CONFIG, toy_lora
+    from tests.support.train_toys import CONFIG, toy_lora
 
     adapters._write = lambda folder, *rest: (folder.mkdir(), write(folder / "adapter", end=die))
     checkpoint.save({place!r} + "adapter", toy_lora(), CONFIG)
@@ -126,9 +128,7 @@ def test_a_save_that_is_killed_leaves_the_one_before(tmp_path, trained):
     for moment in moments:
         write_text("before")(tmp_path / moment)
     checkpoint.save(tmp_path / "adapter", trained, CONFIG)
-    code = textwrap.dedent(KILLED).format(
-        tests=os.path.dirname(__file__), place=str(tmp_path) + os.sep
-    )
+    code = textwrap.dedent(KILLED).format(root=str(ROOT), place=str(tmp_path) + os.sep)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.split()) == (-9, list(moments)), done.stderr
     for moment in moments:
@@ -203,9 +203,7 @@ def test_an_adapter_comes_onto_a_mesh_shard_by_shard(tmp_path, trained, mesh):
     checkpoint.save(tmp_path / "b", restored, CONFIG)
     assert_same_bits(checkpoint.restore_into(tmp_path / "b", toy_lora()), trained)
     other = mesh_of(8, 1)
-    again, _ = checkpoint.restore(
-        tmp_path / "b", Toy().apply, sharded(other, toy_params()), TOKENS
-    )
+    again, _ = checkpoint.restore(tmp_path / "b", Toy().apply, sharded(other, toy_params()), TOKENS)
     assert {s.data.shape for s in again["mix"]["kernel"].a.addressable_shards} == {(2, 2)}
     assert_same_bits(jax.tree.map(np.asarray, again), trained)
 

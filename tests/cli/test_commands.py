@@ -6,7 +6,6 @@ import re
 import jax
 import numpy as np
 import pytest
-import tiny
 
 import lora_jax as lora
 from lora_jax import models
@@ -15,6 +14,8 @@ from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.models.saving import save_model
 from lora_jax.recipes import finetune
 from lora_jax.recipes.demo import task
+
+from tests.support import tiny
 
 pytestmark = pytest.mark.slow  # every command loads and compiles a model
 

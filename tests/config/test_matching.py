@@ -1,4 +1,4 @@
-"""lora_jax/matching.py: a table of names and configs; test_matching_peft.py asks PEFT the same."""
+"""Which leaves a config means, as a table; test_matching_peft.py asks PEFT the same."""
 
 import math
 from typing import NamedTuple

@@ -5,9 +5,10 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
-from test_matching import CASES, PATTERNS, Q3, SAVED, config_of
 
 from lora_jax.config import matching
+
+from tests.config.test_matching import CASES, PATTERNS, Q3, SAVED, config_of
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

@@ -5,10 +5,11 @@ import json
 import peft
 import pytest
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from test_config import FULL, full
 
 from lora_jax.config import peft as peft_config
 from lora_jax.config.lora import LoraConfig
+
+from tests.config.test_lora import FULL, full
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax as lora
-from laws import (
+from lora_jax import paths
+from lora_jax.tree import stack_values
+
+from tests.laws import (
     cases_blocks,
     cases_control,
     cases_dots,
@@ -20,9 +23,7 @@ from laws import (
     cases_nnx,
     cases_structure,
 )
-from laws.case import Case, normal
-from lora_jax import paths
-from lora_jax.tree import stack_values
+from tests.laws.case import Case, normal
 
 CASES: tuple[Case, ...] = (
     *cases_dots.CASES,

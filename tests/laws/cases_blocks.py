@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from laws.case import Case, features, normal
+from tests.laws.case import Case, features, normal
 
 
 def _model(fn, *args, **shapes):

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
-from laws.case import Case, features, normal
+from tests.laws.case import Case, features, normal
 
 
 def _one(fn, *shape: int, x=None):
@@ -191,8 +191,11 @@ def _shard_map_scan(p, x):
         return lax.psum(jnp.tanh(c @ layer[0]) @ layer[1], "model"), None
 
     run = jax.shard_map(
-        lambda up, down, x: lax.scan(body, x, (up, down))[0], mesh=_mesh(),
-        in_specs=(P(None, None, "model"), P(None, "model"), P("data")), out_specs=P("data"))
+        lambda up, down, x: lax.scan(body, x, (up, down))[0],
+        mesh=_mesh(),
+        in_specs=(P(None, None, "model"), P(None, "model"), P("data")),
+        out_specs=P("data"),
+    )
     return run(p["up"], p["down"], x)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from laws.case import BFLOAT16, Case, features, normal
+from tests.laws.case import BFLOAT16, Case, features, normal
 
 
 def _one(fn, w, *args):

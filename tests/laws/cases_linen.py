@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from laws.case import BFLOAT16, Case, features, filled
+from tests.laws.case import BFLOAT16, Case, features, filled
 
 
 def module(make: Callable[[], nn.Module], *args, apply=None):

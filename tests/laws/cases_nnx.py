@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import nnx
 
-from laws.case import Case, features, filled
+from tests.laws.case import Case, features, filled
 
 
 def module(make: Callable[[nnx.Rngs], nnx.Module], *args, call=None):
@@ -141,4 +141,3 @@ CASES = (
     Case("nnx_gru", module(lambda r: nnx.RNN(nnx.GRUCell(8, 6, rngs=r))),
          {"cell.dense_i.kernel": "io", "cell.dense_h.kernel": "io"}, numerical=False),
 )  # fmt: skip
-

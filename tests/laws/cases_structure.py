@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from laws.case import Case, features, normal
+from tests.laws.case import Case, features, normal
 
 
 def _one(fn, *shape: int, x=None):

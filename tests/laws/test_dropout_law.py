@@ -7,8 +7,9 @@ import pytest
 from jax import lax
 
 import lora_jax as lora
-from laws.case import normal
-from laws.cases import CASES, QUICK, Case, assert_near, model, outputs, with_dropout
+
+from tests.laws.case import normal
+from tests.laws.cases import CASES, QUICK, Case, assert_near, model, outputs, with_dropout
 
 KEY = jax.random.key(11)
 D = 32

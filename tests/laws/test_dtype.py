@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax as lora
-from laws.case import normal
-from laws.cases import CASES, Case, adapted, by_name, config_of, model, outputs
+
+from tests.laws.case import normal
+from tests.laws.cases import CASES, Case, adapted, by_name, config_of, model, outputs
 
 LOW = jnp.bfloat16
 
@@ -105,9 +106,7 @@ def test_bfloat16_is_near_the_float32_merge():
     """The bfloat16 model against the float32 model with float32 merged weights."""
     lora_params, x = _low_model()
     got = lora.lorafy(_mlp)(lora_params, x).astype(jnp.float32)
-    full = {
-        name: v.w.astype(jnp.float32) + lora.delta(v) for name, v in lora_params.items()
-    }
+    full = {name: v.w.astype(jnp.float32) + lora.delta(v) for name, v in lora_params.items()}
     want = _mlp(full, x.astype(jnp.float32))
     # Two products and three sums, each rounded to 8 bits.
     assert float(jnp.max(jnp.abs(got - want))) <= 2e-2 * float(jnp.max(jnp.abs(want)))

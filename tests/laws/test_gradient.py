@@ -12,7 +12,8 @@ import pytest
 from jax.test_util import check_vjp
 
 import lora_jax as lora
-from laws.cases import (
+
+from tests.laws.cases import (
     QUARTER,
     QUICK,
     REVERSIBLE,

@@ -13,8 +13,9 @@ import pytest
 from jax import lax
 
 import lora_jax as lora
-from laws.case import normal
-from laws.cases import adapted
+
+from tests.laws.case import normal
+from tests.laws.cases import adapted
 
 LAYERS, D, HIDDEN, RANK, SCALE = 3, 32, 48, 4, 1.5
 SHAPES = {"up": (D, HIDDEN), "gate": (D, HIDDEN), "down": (HIDDEN, D)}

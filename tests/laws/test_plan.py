@@ -4,7 +4,8 @@ import jax
 import pytest
 
 import lora_jax as lora
-from laws.cases import CASES, Case, config_of, model
+
+from tests.laws.cases import CASES, Case, config_of, model
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

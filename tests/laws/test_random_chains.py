@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from jax import lax
 
 import lora_jax as lora
-from laws.case import normal
-from laws.cases import QUICK, assert_near
 from lora_jax.dims import factor_shapes
+
+from tests.laws.case import normal
+from tests.laws.cases import QUICK, assert_near
 
 RANK = 2
 
@@ -174,8 +175,12 @@ def wrapped(f, wrapper: str):
     if wrapper == "checkpoint":
         return jax.checkpoint(f)
     if wrapper == "scan":
-        return lambda w, v: lax.scan(lambda c, _: (c + jnp.sin(f(w, v)), None),
-                                     jnp.zeros(jax.eval_shape(f, w, v).shape), None, 2)[0]
+        return lambda w, v: lax.scan(
+            lambda c, _: (c + jnp.sin(f(w, v)), None),
+            jnp.zeros(jax.eval_shape(f, w, v).shape),
+            None,
+            2,
+        )[0]
     if wrapper == "switch":
         return lambda w, v: lax.cond(jnp.array(1) > 0, f, lambda w, v: 2 * f(w, v), w, v)
     if wrapper == "vmap":

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 import lora_jax as lora
-from laws.cases import CASES, Case, by_name, config_of, model, with_dropout
+
+from tests.laws.cases import CASES, Case, by_name, config_of, model, with_dropout
 
 EXACT = tuple(case for case in CASES if not case.fallbacks)
 FALLING = tuple(case for case in CASES if case.fallbacks)

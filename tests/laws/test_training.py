@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import lora_jax as lora
-from laws.cases import (
+
+from tests.laws.cases import (
     CASES,
     QUICK,
     REVERSIBLE,

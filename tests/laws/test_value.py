@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax as lora
-from laws.cases import (
+
+from tests.laws.cases import (
     CASES,
     QUARTER,
     QUICK,

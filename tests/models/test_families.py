@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from torch_models import both_paddings, greedy, saver, texts, theirs
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 import lora_jax as lora
@@ -15,6 +14,8 @@ from lora_jax import models
 from lora_jax.array import delta, is_lora
 from lora_jax.models import config_from_hf
 from lora_jax.models.saving import save_merged
+
+from tests.support.torch_models import both_paddings, greedy, saver, texts, theirs
 
 pytestmark = pytest.mark.torch
 

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_model
 
 import lora_jax as lora
 from lora_jax import models
+
+from tests.support.tiny import tiny_model
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [3], [11, 12, 13, 14]]
 TARGETS = {

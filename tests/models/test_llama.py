@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from torch_models import both_paddings, greedy, saver, texts, theirs
 from transformers import AutoConfig
 
 from lora_jax import models
+
+from tests.support.torch_models import both_paddings, greedy, saver, texts, theirs
 
 pytestmark = pytest.mark.torch
 

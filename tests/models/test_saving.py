@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from safetensors.numpy import load_file
 
 import lora_jax as lora
@@ -19,6 +18,8 @@ from lora_jax.array import dense, is_lora
 from lora_jax.hf.checkpoint.shards import size_of
 from lora_jax.models.saving import save_merged, save_model
 from lora_jax.quant.array import is_quant, quantize_array
+
+from tests.support import tiny
 
 CONFIG = tiny.tiny_model().config
 TEXT = [{"role": "user", "content": "Booking for Iris: 4 guests, 19:30, Friday."}]

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_multi_generate import adapter
-from tiny import tiny_model
 
 import lora_jax as lora
 from lora_jax import models, multi
 from lora_jax.models.serve import Server
+
+from tests.models.test_generate_many import adapter
+from tests.support.tiny import tiny_model
 
 # Few ranks: every one is a program of its own where an adapter runs alone.
 RANKS = {"ann": 2, "bob": 4, "cid": 2, "dan": 2, "eve": 4}

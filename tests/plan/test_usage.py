@@ -99,4 +99,4 @@ def test_lines_are_the_models():
 
     given = jax.ShapeDtypeStruct((2, 8), jnp.float32)
     found = usage.usage(fn, leaves, jax.tree.structure(leaves), (given,), {})
-    assert found.uses[0][0].line.startswith("test_dataflow.py:")
+    assert found.uses[0][0].line.startswith("test_usage.py:")

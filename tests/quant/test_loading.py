@@ -12,7 +12,8 @@ import lora_jax as lora
 from lora_jax import checkpoint, models, quant
 from lora_jax.hf.gguf.file import open_gguf, weights_of
 from lora_jax.quant.array import is_quant
-from tests.tiny import write_tiny
+
+from tests.support.tiny import write_tiny
 
 TOKENS = jnp.arange(12).reshape(2, 6)
 

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_hf_gguf import tensors_of, write
-from test_hf_gguf_lora import UNTIED, adapted, as_llama_cpp, config
 
 import lora_jax as lora
 from lora_jax import checkpoint, models
@@ -15,6 +13,9 @@ from lora_jax.models.saving import save_model
 from lora_jax.recipes import convert, inspect_adapter
 from lora_jax.recipes.finetune import plan_model
 from lora_jax.recipes.inspect import describe
+
+from tests.hf.gguf.test_file import tensors_of, write
+from tests.hf.gguf.test_lora_write import UNTIED, adapted, as_llama_cpp, config
 
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 CONFIG = config(target_modules=("q_proj", "k_proj", "down_proj"), rank_pattern={"k_proj": 2})

@@ -3,10 +3,11 @@
 import dataclasses
 
 import pytest
-import tiny
 
 from lora_jax import models
 from lora_jax.recipes.generate import AnswerConfig, answer, as_question
+
+from tests.support import tiny
 
 TEXTS = ("Booking for Iris: 4 guests, 19:30, Friday.", "Hi", "On Friday we are two.")
 CONFIG = AnswerConfig(max_new_tokens=6)

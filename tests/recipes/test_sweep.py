@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import sacrebleu
-from tiny import write_tiny
 
 from lora_jax import train
 from lora_jax.cli import main
@@ -13,6 +12,8 @@ from lora_jax.recipes import finetune, sweep
 from lora_jax.recipes.generate import AnswerConfig, answer
 from lora_jax.train import TrainConfig
 from lora_jax.train.jsonl import record_of
+
+from tests.support.tiny import write_tiny
 
 LINES = [
     {"prompt": "area : city centre", "completion": " a place in the city centre ."},
@@ -36,9 +37,7 @@ def model(directory):
 
 
 def task(model, metric="loss", **options):
-    return sweep.language_task(
-        model, RECORDS, RECORDS, RECORDS, CONFIG, metric=metric, **options
-    )
+    return sweep.language_task(model, RECORDS, RECORDS, RECORDS, CONFIG, metric=metric, **options)
 
 
 def test_the_loss_is_that_of_training(model):
@@ -90,9 +89,7 @@ def test_what_a_sweep_of_text_refuses(model):
     with pytest.raises(ValueError, match="one of loss, exact, bleu"):
         task(model, "rouge")
     with pytest.raises(ValueError, match="batch_size"):
-        sweep.language_task(
-            model, RECORDS, RECORDS, RECORDS, TrainConfig(steps=1, accumulation=2)
-        )
+        sweep.language_task(model, RECORDS, RECORDS, RECORDS, TrainConfig(steps=1, accumulation=2))
     with pytest.raises(ValueError, match="the dataset is empty"):
         sweep.language_task(model, RECORDS, RECORDS, [], CONFIG)
     plain = [record_of({"text": "only text"}, source="lines:9")]

@@ -14,11 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from train_toys import CONFIG, Toy, compiled_once, numbers, toy_data, toy_fit, toy_lora, toy_params
 
 import lora_jax as lora
 from lora_jax import train
 from lora_jax.train.step import Programs
+
+from tests.support.places import ROOT
+from tests.support.train_toys import (
+    CONFIG,
+    Toy,
+    compiled_once,
+    numbers,
+    toy_data,
+    toy_fit,
+    toy_lora,
+    toy_params,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,6 +101,7 @@ def test_one_program_a_bucket_and_none_later(caplog):
     counted = []
     data = toy_data()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
+
         def note(record):
             counted.append(sum("Compiling" in m for m in caplog.messages))
 
@@ -103,7 +115,7 @@ def test_one_program_a_bucket_and_none_later(caplog):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from train_toys import toy_fit
+from tests.support.train_toys import toy_fit
 from lora_jax import train
 
 where, directory, step = sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -134,8 +146,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_bits(tmp_path, whole, compil
     cache = {name.upper(): str(value) for name, value in compile_once.items()}
 
     def killed(where, step):
-        tests = os.path.dirname(__file__)
-        command = [sys.executable, "-c", KILLED, tests, where, str(tmp_path), str(step)]
+        command = [sys.executable, "-c", KILLED, str(ROOT), where, str(tmp_path), str(step)]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=1500, env={**os.environ, **cache}
         )
@@ -217,6 +228,7 @@ def files_at_most(size):
 
 def test_full_disk_leaves_the_last_checkpoint(tmp_path):
     with files_at_most(16) as fill:
+
         def before_the_second(record):
             if record["step"] == 8:
                 fill()
@@ -232,6 +244,7 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
 
 def test_metrics_that_cannot_be_written_are_one_line(tmp_path):
     with files_at_most(600) as fill:
+
         def soon(record):
             if record["step"] == 1:
                 fill()

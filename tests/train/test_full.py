@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from train_toys import (
+
+import lora_jax as lora
+from lora_jax import train
+
+from tests.support.train_toys import (
     CONFIG,
     Toy,
     compiled_once,
@@ -15,9 +19,6 @@ from train_toys import (
     toy_lora,
     toy_params,
 )
-
-import lora_jax as lora
-from lora_jax import train
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,11 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from train_toys import compiled_once, numbers
 
 import lora_jax as lora
 from lora_jax import train
 from lora_jax.models import LlamaConfig
+
+from tests.support.train_toys import compiled_once, numbers
 
 pytestmark = pytest.mark.slow
 

@@ -51,9 +51,7 @@ def losses(fn, params, **config):
     leaves = jax.tree_util.tree_leaves_with_path(params)
     names = tuple(path[-1].key for path, _ in leaves)
     config = lora.LoraConfig(rank=2, target_modules=names, init="random", **config)
-    trainable, frozen = lora.split(
-        lora.init(KEYS[7], lora.plan(config, fn, params, X), params)
-    )
+    trainable, frozen = lora.split(lora.init(KEYS[7], lora.plan(config, fn, params, X), params))
 
     def make(reverse_only):
         call = lora.lorafy(fn, strict=True, reverse_only=reverse_only)

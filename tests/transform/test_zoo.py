@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from laws.case import features, normal
-from laws.cases import adapted, assert_near, loss, outputs
 
 import lora_jax as lora
+
+from tests.laws.case import features, normal
+from tests.laws.cases import adapted, assert_near, loss, outputs
 
 # Two products rounded apart against one, a few layers deep.
 TOLERANCE = 2e-5

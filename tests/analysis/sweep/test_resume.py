@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_analysis_sweep import CONFIG, PARAMS, SWEEP, TASK, TRAIN, batches, score
 
 from lora_jax import analysis
 from lora_jax.analysis.sweep import store, train
 from lora_jax.analysis.sweep.sweep import _Job, _Sweep
 from lora_jax.checkpoint import fingerprint
+
+from tests.analysis.sweep.test_sweep import CONFIG, PARAMS, SWEEP, TASK, TRAIN, batches, score
 
 STEPS = 8
 SMALL = dataclasses.replace(SWEEP, ranks=(1, 2), learning_rates=(1e-2,), together=2, save_every=0)

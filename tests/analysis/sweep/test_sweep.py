@@ -224,9 +224,7 @@ def test_adapters_of_several_seeds_each_see_their_own_batches():
     adapters, rates = [start(2, seed) for seed in (0, 1, 0)], (1e-2, 1e-2, 3e-2)
     both = zip(batches(0), batches(1), strict=True)
     key = jax.random.key(0)
-    together = train.train_adapters(
-        loss, adapters, rates, both, config, key=key, sources=(0, 1, 0)
-    )
+    together = train.train_adapters(loss, adapters, rates, both, config, key=key, sources=(0, 1, 0))
     for seed, places in ((0, (0, 2)), (1, (1,))):
         alone = train.train_adapters(
             loss, [adapters[i] for i in places], [rates[i] for i in places], batches(seed), config,

@@ -2,7 +2,6 @@
 
 import json
 import tracemalloc
-from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,21 +10,23 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from test_hf_gguf import CONFIG
 
 from lora_jax import models
 from lora_jax.hf.checkpoint import bnb
 from lora_jax.hf.checkpoint.safetensors import load_file, open_directory
 from lora_jax.models.saving import save_model
 
+from tests.hf.gguf.test_file import CONFIG
+from tests.support.places import GOLDEN
+
 # Made by bitsandbytes 0.50.2 itself: its tensors, and under "want." what it dequantizes them to.
-GOLDEN = Path(__file__).parent / "golden" / "bitsandbytes.safetensors"
+BITSANDBYTES = GOLDEN / "bitsandbytes.safetensors"
 CASES = ("nf4", "fp4", "double", "fp4double", "partial", "odd", "f32storage", "reference", "eight")
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return load_file(GOLDEN)
+    return load_file(BITSANDBYTES)
 
 
 def part(golden, *cases):
@@ -39,7 +40,7 @@ def saved(directory, tensors):
 
 
 def test_the_golden_file_is_bitsandbytes_own():
-    with safe_open(str(GOLDEN), "numpy") as file:
+    with safe_open(str(BITSANDBYTES), "numpy") as file:
         assert file.metadata()["made_by"].startswith("bitsandbytes 0.50.2")
 
 
@@ -199,7 +200,7 @@ def test_what_double_quantization_leaves_over(tmp_path, golden):
 @hypothesis.given(data=st.data())
 def test_damaged_files_are_read_or_refused_never_worse(tmp_path_factory, data):
     """Any bytes of the file changed: an error that names it, or numbers, never another error."""
-    tensors = part(load_file(GOLDEN), "double", "eight")
+    tensors = part(load_file(BITSANDBYTES), "double", "eight")
     directory = saved(tmp_path_factory.mktemp("fuzz") / "m", tensors)
     path = directory / "model.safetensors"
     raw = bytearray(path.read_bytes())

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from test_hf_gguf import CONFIG
 
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.hf.gguf.lora_read import load_gguf_lora, read_gguf_lora
 from lora_jax.models.gguf import base_of
+
+from tests.hf.gguf.test_file import CONFIG
 
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 BASE = base_of(CONFIG)

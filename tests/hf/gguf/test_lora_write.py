@@ -9,7 +9,6 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 from gguf.constants import MODEL_ARCH
 from gguf.tensor_mapping import get_tensor_name_map
-from test_hf_gguf import CONFIG, tensors_of, write
 
 import lora_jax as lora
 from lora_jax import models
@@ -26,6 +25,8 @@ from lora_jax.models.gguf import base_of
 from lora_jax.models.registry import config_from_hf
 from lora_jax.models.saving import save_model
 from lora_jax.recipes.finetune import plan_model
+
+from tests.hf.gguf.test_file import CONFIG, tensors_of, write
 
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 UNTIED = models.LlamaConfig.from_hf({**CONFIG.to_hf(), "tie_word_embeddings": False})

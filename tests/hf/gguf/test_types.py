@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from gguf.constants import GGML_QUANT_SIZES
-from test_hf_gguf import CONFIG, NAMES, tensors_of, write
-from test_hf_gguf_lora_read import BASE, pair, write_lora
 
 from lora_jax import models
 from lora_jax.hf.gguf.file import open_gguf, read_tensor, weights_of
 from lora_jax.hf.gguf.lora_read import read_gguf_lora
 from lora_jax.models.gguf import config_of
+
+from tests.hf.gguf.test_file import CONFIG, NAMES, tensors_of, write
+from tests.hf.gguf.test_lora_read import BASE, pair, write_lora
 
 # No weights come in these: integers, intermediate results, and types still without a decoder.
 NOT_WEIGHTS = {"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K", "Q1_0"}

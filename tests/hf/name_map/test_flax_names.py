@@ -7,15 +7,12 @@ transformers 4.56.2. The functions below compute on such trees as those classes 
 import dataclasses
 import filecmp
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
 import peft
 import pytest
 import transformers
-from peft_trees import nested
-from test_hf_peft_model import close, noisy, randomize
 
 import lora_jax as lora
 from lora_jax.hf import FLAX, from_hugging_face, load_peft, save_peft, to_hugging_face
@@ -24,9 +21,13 @@ from lora_jax.hf.name_maps.rules import recognise
 from lora_jax.hf.peft.modules import leaves_of
 from lora_jax.models.saving import save_model
 
+from tests.hf.peft.test_model import close, noisy, randomize
+from tests.support.peft_trees import nested
+from tests.support.places import GOLDEN
+
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
-TREES = json.loads(Path(__file__).with_name("flax_trees.json").read_text())
+TREES = json.loads((GOLDEN / "flax_trees.json").read_text())
 SIZES = dict(
     vocab_size=40,
     hidden_size=16,

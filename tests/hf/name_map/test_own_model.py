@@ -6,19 +6,20 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import own_decoder
 import peft
 import pytest
 import torch
-from own_decoder import MAP, PARAMS
-from test_hf_peft_model import TOKENS, close, noisy, randomize, torch_logits
-from test_hf_peft_oracle import torch_llama
 from transformers import LlamaForCausalLM
 
 import lora_jax as lora
 from lora_jax.hf import from_hugging_face, load_peft, save_peft, to_hugging_face
 from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.models.saving import save_model
+
+from tests.hf.peft.test_model import TOKENS, close, noisy, randomize, torch_logits
+from tests.hf.peft.test_oracle import torch_llama
+from tests.support import own_decoder
+from tests.support.own_decoder import MAP, PARAMS
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

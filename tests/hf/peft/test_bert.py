@@ -10,10 +10,11 @@ import peft
 import pytest
 import torch
 import transformers
-from test_hf_peft_model import noisy, randomize
 
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
+
+from tests.hf.peft.test_model import noisy, randomize
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

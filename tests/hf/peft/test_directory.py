@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft_trees import nested, planted, random_params, randomized
 
 from lora_jax.array import LoraArray
 from lora_jax.config import peft as peft_config
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.peft import api
 from lora_jax.hf.peft import directory as peft_files
+
+from tests.support.peft_trees import nested, planted, random_params, randomized
 
 QV = LoraConfig(rank=4, alpha=6, target_modules=("q_proj", "v_proj"))
 

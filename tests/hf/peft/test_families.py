@@ -1,6 +1,6 @@
 """Adapters of every family of decoders between `lora_jax.models` and the real `peft`.
 
-Each case combines what test_hf_peft_model.py has one by one for Llama: what differs here are the
+Each case combines what test_model.py has one by one for Llama: what differs here are the
 families' modules (fused projections, Conv1D, scaled and tied tables).
 """
 
@@ -12,11 +12,12 @@ import numpy as np
 import peft
 import pytest
 import torch
-from test_hf_peft_model import noisy, randomize
-from torch_models import saver
 
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
+
+from tests.hf.peft.test_model import noisy, randomize
+from tests.support.torch_models import saver
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

@@ -12,10 +12,11 @@ import peft
 import pytest
 import torch
 from peft.utils import loftq_utils
-from test_loftq import quantized
 
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
+
+from tests.methods.test_loftq import quantized
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

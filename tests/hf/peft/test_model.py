@@ -9,12 +9,13 @@ import peft
 import pytest
 import torch
 from safetensors.numpy import load_file
-from test_hf_peft_oracle import CASES, torch_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_jax as lora
 from lora_jax.array import LoraArray, RowsArray, SavedArray, effective
 from lora_jax.hf import load_peft, save_peft
+
+from tests.hf.peft.test_oracle import CASES, torch_llama
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

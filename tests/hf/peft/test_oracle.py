@@ -9,7 +9,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from peft_trees import nested, planted, randomized
 from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,6 +17,8 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.checkpoint import names
 from lora_jax.hf.peft import api as ours
 from lora_jax.hf.peft import tensors as peft_slots
+
+from tests.support.peft_trees import nested, planted, randomized
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

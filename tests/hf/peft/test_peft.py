@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from peft_trees import D, L, V, nested, planted, random_params, randomized
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.array import LoraArray, SavedArray, Window
@@ -15,6 +14,8 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.peft import api
 from lora_jax.hf.peft import directory as peft_files
 from lora_jax.hf.peft import tensors as peft_slots
+
+from tests.support.peft_trees import D, L, V, nested, planted, random_params, randomized
 
 QV = LoraConfig(rank=4, alpha=6, target_modules=("q_proj", "v_proj"))
 BASE = "base_model.model.model.layers"

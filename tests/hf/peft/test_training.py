@@ -7,10 +7,11 @@ import optax
 import peft
 import pytest
 import torch
-from test_hf_peft_oracle import torch_llama
 
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
+
+from tests.hf.peft.test_oracle import torch_llama
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from test_hf_gguf import CONFIG, tensors_of, write
 
 from lora_jax import models
 from lora_jax.cli import main
 from lora_jax.recipes import finetune
 from lora_jax.train.memory import tree_bytes
-from tests.tiny import TEMPLATE, tiny_tokenizer
+
+from tests.hf.gguf.test_file import CONFIG, tensors_of, write
+from tests.support.tiny import TEMPLATE, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

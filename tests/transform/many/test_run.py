@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from test_multi_generate import adapter
-from tiny import tiny_model
 
 import lora_jax as lora
 from lora_jax.models.generation import runner
 from lora_jax.transform.many import grouped
+
+from tests.models.test_generate_many import adapter
+from tests.support.tiny import tiny_model
 
 DIM, VOCAB, LAYERS = 6, 11, 2
 SHAPES = {"table": (VOCAB, DIM), "layers": (LAYERS, DIM, DIM), "experts": (3, DIM, DIM)}
@@ -243,7 +244,7 @@ def test_what_cannot_be_per_token_is_said(adapters, stacked):
         return x @ params["table"].T
 
     with pytest.raises(ValueError, match="`table` has no adapter for each token in `dot_general`"
-                       r".*test_multi_ways.py:\d+ \(.*shifted\).*lost in `slice`"):  # fmt: skip
+                       r".*test_run.py:\d+ \(.*shifted\).*lost in `slice`"):  # fmt: skip
         shaped(shifted, TOKENS)
 
     def pooled(params, tokens):
