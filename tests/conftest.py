@@ -37,27 +37,12 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if _needs_torch(collection_path) else None
 
 
-# What does not depend on the release of JAX is tested on one of them: files, names, numbers of a
-# config, the command line; and what is built on parts that are tested on both.
-ONCE = re.compile(
-    r"test_(cli|demo|config|matching|readme|examples|exchange|hf_|train_|analysis|checkpoint"
-    r"|models_(?!llama)|multi_|reverse_only|adapter_report|dtype"
-    r"|token_rows|lora_bias|plan_saved|quant_(models|formats|imports|params|transform)"
-    r"|training|dropout_law|random_chains|loftq)"
-)
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if ONCE.match(item.path.name):
-            item.add_marker(pytest.mark.once)
-
-
 def pytest_report_header() -> str:
     """Says what was left out, so that nothing is silent."""
     if HAS_TORCH:
         return f"jax {jax.__version__}, with torch"
-    left_out = sorted(p.name for p in Path(__file__).parent.rglob("*.py") if _needs_torch(p))
+    tests = Path(__file__).parent
+    left_out = sorted(str(p.relative_to(tests)) for p in tests.rglob("*.py") if _needs_torch(p))
     return f"jax {jax.__version__}, no torch here: left out {', '.join(left_out) or 'nothing'}"
 
 

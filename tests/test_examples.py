@@ -7,6 +7,8 @@ import pytest
 
 from tests.support.places import ROOT
 
+pytestmark = pytest.mark.once
+
 EXAMPLES = sorted((ROOT / "examples").glob("[0-9][0-9]_*.py"))
 
 

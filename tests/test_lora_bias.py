@@ -10,6 +10,8 @@ import pytest
 import lora_jax as lora
 from lora_jax.array import LoraArray
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 
 

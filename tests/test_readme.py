@@ -6,6 +6,8 @@ import pytest
 
 from tests.support.places import ROOT
 
+pytestmark = pytest.mark.once
+
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 

@@ -11,6 +11,8 @@ import pytest
 import lora_jax as lora
 from lora_jax.array import RowsArray
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 V, D = 11, 4
 IDS = (7, 2, 9)

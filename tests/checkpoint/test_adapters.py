@@ -17,6 +17,8 @@ from lora_jax.checkpoint.folder import check_space, one_line
 
 from tests.support.train_toys import CONFIG, TOKENS, Toy, toy_lora, toy_params
 
+pytestmark = pytest.mark.once
+
 
 def moved(lora_params, seed=3):
     """The tree with random trained leaves, as after training."""

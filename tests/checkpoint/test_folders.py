@@ -22,6 +22,8 @@ from tests.checkpoint.test_adapters import assert_same_bits, moved
 from tests.support.places import ROOT
 from tests.support.train_toys import CONFIG, TOKENS, Toy, toy_lora, toy_params
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def trained():

@@ -14,6 +14,8 @@ import pytest
 from lora_jax.cli import commands, errors, main
 from lora_jax.cli.parser import make_parser
 
+pytestmark = pytest.mark.once
+
 COMMANDS = (
     "demo", "train", "generate", "merge", "export", "import", "convert", "inspect", "estimate",
 )  # fmt: skip

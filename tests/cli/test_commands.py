@@ -17,7 +17,8 @@ from lora_jax.recipes.demo import task
 
 from tests.support import tiny
 
-pytestmark = pytest.mark.slow  # every command loads and compiles a model
+# Slow: every command loads and compiles a model.
+pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 SENTENCE = "Booking for Iris: 4 guests, 19:30, Friday."
 

@@ -10,6 +10,8 @@ import pytest
 from lora_jax.cli import settings
 from lora_jax.cli.settings import Section
 
+pytestmark = pytest.mark.once
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:

@@ -8,6 +8,8 @@ import pytest
 from lora_jax.config import peft
 from lora_jax.config.lora import INITS, LoraConfig
 
+pytestmark = pytest.mark.once
+
 
 def test_defaults_and_normal_forms():
     config = LoraConfig()

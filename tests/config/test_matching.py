@@ -8,6 +8,8 @@ import pytest
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 
+pytestmark = pytest.mark.once
+
 Q3 = "model.layers.3.self_attn.q_proj"
 EXPERT = "model.layers.1.mlp.experts.0.up_proj"
 

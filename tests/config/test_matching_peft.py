@@ -10,7 +10,7 @@ from lora_jax.config import matching
 
 from tests.config.test_matching import CASES, PATTERNS, Q3, SAVED, config_of
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.name}-{c.targets}")

@@ -11,7 +11,7 @@ from lora_jax.config.lora import LoraConfig
 
 from tests.config.test_lora import FULL, full
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
 
 def written(config: peft.LoraConfig, directory) -> dict:

@@ -7,6 +7,8 @@ from huggingface_hub import errors
 from lora_jax import models
 from lora_jax.hf.hub import PATTERNS, snapshot
 
+pytestmark = pytest.mark.once
+
 
 def test_a_hub_id_becomes_its_directory(monkeypatch, tmp_path):
     asked = {}

@@ -11,6 +11,8 @@ import lora_jax as lora
 from tests.laws.case import normal
 from tests.laws.cases import CASES, QUICK, Case, assert_near, model, outputs, with_dropout
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(11)
 D = 32
 ONES = jnp.ones((6, D))

@@ -9,6 +9,8 @@ import lora_jax as lora
 from tests.laws.case import normal
 from tests.laws.cases import CASES, Case, adapted, by_name, config_of, model, outputs
 
+pytestmark = pytest.mark.once
+
 LOW = jnp.bfloat16
 
 

@@ -12,6 +12,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -21,6 +22,8 @@ from lora_jax.dims import factor_shapes
 
 from tests.laws.case import normal
 from tests.laws.cases import QUICK, assert_near
+
+pytestmark = pytest.mark.once
 
 RANK = 2
 

@@ -22,6 +22,8 @@ from tests.laws.cases import (
     outputs,
 )
 
+pytestmark = pytest.mark.once
+
 TX = optax.adamw(1e-2)
 
 

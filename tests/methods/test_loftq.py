@@ -9,6 +9,8 @@ import lora_jax as lora
 from lora_jax import checkpoint, quant
 from lora_jax.quant import formats
 
+pytestmark = pytest.mark.once
+
 RANK = 4
 NF4 = np.asarray(formats.FORMATS["nf4"].codebook, np.float64)
 

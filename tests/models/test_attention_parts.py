@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lora_jax import models
 from lora_jax.models import attention
+
+pytestmark = pytest.mark.once
 
 
 def test_heads_in_parts_give_the_same_logits_and_gradients(monkeypatch):

@@ -15,7 +15,7 @@ from lora_jax import models
 from lora_jax.models.bert_config import BertConfig
 from lora_jax.models.saving import save_model
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.once, pytest.mark.torch]
 
 # float32 products summed in another order, over three blocks.
 TOLERANCE = 1e-4

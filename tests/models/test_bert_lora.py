@@ -11,6 +11,8 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.models.saving import save_model
 
+pytestmark = pytest.mark.once
+
 SIZES = dict(
     vocab_size=61,
     hidden_size=32,

@@ -7,6 +7,8 @@ import pytest
 from lora_jax.models import LlamaConfig
 from lora_jax.models.rope import RopeScaling
 
+pytestmark = pytest.mark.once
+
 RAW = {
     "model_type": "llama",
     "vocab_size": 97,

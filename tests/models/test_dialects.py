@@ -6,6 +6,8 @@ from lora_jax import models
 from lora_jax.models import GPT2Config, LlamaConfig, config_from_hf
 from lora_jax.models.rope import RopeScaling
 
+pytestmark = pytest.mark.once
+
 # What published config.json files say, and what of it must be read.
 COMMON = {
     "attention_bias": False,

@@ -17,7 +17,7 @@ from lora_jax.models.saving import save_merged
 
 from tests.support.torch_models import both_paddings, greedy, saver, texts, theirs
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.once, pytest.mark.torch]
 
 # Compiling is most of what these tests do.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

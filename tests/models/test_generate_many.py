@@ -10,6 +10,8 @@ from lora_jax import models
 
 from tests.support.tiny import tiny_model
 
+pytestmark = pytest.mark.once
+
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [3], [11, 12, 13, 14]]
 TARGETS = {
     "attention": {"rank": 2, "target_modules": ("q_proj", "v_proj")},

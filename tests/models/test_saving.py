@@ -21,6 +21,8 @@ from lora_jax.quant.array import is_quant, quantize_array
 
 from tests.support import tiny
 
+pytestmark = pytest.mark.once
+
 CONFIG = tiny.tiny_model().config
 TEXT = [{"role": "user", "content": "Booking for Iris: 4 guests, 19:30, Friday."}]
 

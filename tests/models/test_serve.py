@@ -14,6 +14,8 @@ from lora_jax.models.serve import Server
 from tests.models.test_generate_many import adapter
 from tests.support.tiny import tiny_model
 
+pytestmark = pytest.mark.once
+
 # Few ranks: every one is a program of its own where an adapter runs alone.
 RANKS = {"ann": 2, "bob": 4, "cid": 2, "dan": 2, "eve": 4}
 

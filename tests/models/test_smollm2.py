@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_jax import models
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.slow]
 
 SENTENCES = [
     "The capital of France is",

@@ -10,7 +10,7 @@ import torch
 import lora_jax as lora
 from lora_jax import multi
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.once, pytest.mark.torch]
 IN, OUT = 10, 8
 
 

@@ -8,6 +8,8 @@ import pytest
 import lora_jax as lora
 from lora_jax.array import SavedArray, effective
 
+pytestmark = pytest.mark.once
+
 
 def shaped(*shape: int):
     return jax.ShapeDtypeStruct(shape, "float32")

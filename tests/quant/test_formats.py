@@ -14,6 +14,8 @@ import lora_jax as lora
 from lora_jax import quant
 from lora_jax.quant import foreign, formats
 
+pytestmark = pytest.mark.once
+
 # bitsandbytes' NF4 of x_i = (-1)^i (i + 1) / 64 in one block.
 GOLDEN = "77868686959595a4a4b4b3b3c3c3c2c2d2d2d2d1d1e1e1e1e1e1e1e0f0f0f0f0"
 

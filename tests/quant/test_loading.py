@@ -15,6 +15,8 @@ from lora_jax.quant.array import is_quant
 
 from tests.support.tiny import write_tiny
 
+pytestmark = pytest.mark.once
+
 TOKENS = jnp.arange(12).reshape(2, 6)
 
 

@@ -13,6 +13,8 @@ from jax import lax
 import lora_jax as lora
 from lora_jax import quant
 
+pytestmark = pytest.mark.once
+
 D, H, R = 32, 64, 4
 
 

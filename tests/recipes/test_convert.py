@@ -17,6 +17,8 @@ from lora_jax.recipes.inspect import describe
 from tests.hf.gguf.test_file import tensors_of, write
 from tests.hf.gguf.test_lora_write import UNTIED, adapted, as_llama_cpp, config
 
+pytestmark = pytest.mark.once
+
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 CONFIG = config(target_modules=("q_proj", "k_proj", "down_proj"), rank_pattern={"k_proj": 2})
 

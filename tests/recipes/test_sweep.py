@@ -15,6 +15,8 @@ from lora_jax.train.jsonl import record_of
 
 from tests.support.tiny import write_tiny
 
+pytestmark = pytest.mark.once
+
 LINES = [
     {"prompt": "area : city centre", "completion": " a place in the city centre ."},
     {"prompt": "area : riverside", "completion": " by the river there is a pub ."},

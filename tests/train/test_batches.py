@@ -13,6 +13,8 @@ from lora_jax.train import Example, batches_per_epoch, best_ladder, iterate, loa
 from lora_jax.train.batches import data_hash, padding_share
 from lora_jax.train.buckets import plan_epoch, plan_once, rung_of
 
+pytestmark = pytest.mark.once
+
 PAD = 0
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from lora_jax.train import Record, examples, load_examples, load_jsonl, record_of
 
+pytestmark = pytest.mark.once
+
 BOS, EOS, PAD = 1, 2, 0
 ROLES = {"system": 3, "user": 4, "assistant": 5}
 NEWLINE = 6

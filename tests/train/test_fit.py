@@ -31,6 +31,8 @@ from tests.support.train_toys import (
     toy_params,
 )
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory):

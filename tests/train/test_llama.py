@@ -10,7 +10,7 @@ from lora_jax.models import LlamaConfig
 
 from tests.support.train_toys import compiled_once, numbers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 VOCAB = 40
 TINY = LlamaConfig(

@@ -27,6 +27,8 @@ from lora_jax.train import (
 )
 from lora_jax.train.config import fixed_fields, warmup_steps
 
+pytestmark = pytest.mark.once
+
 VOCAB, WIDTH = 23, 6
 
 

@@ -11,6 +11,8 @@ from lora_jax.train import metrics
 from lora_jax.train.events import _masked_crc
 from lora_jax.train.progress import Clock, running_mean
 
+pytestmark = pytest.mark.once
+
 RECORDS = [
     {"kind": "eval", "step": 0, "eval_loss": 4.5},
     {"kind": "train", "step": 1, "loss": 4.25, "learning_rate": 0.5},

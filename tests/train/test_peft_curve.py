@@ -13,7 +13,12 @@ import transformers
 import lora_jax as lora
 from lora_jax import train
 
-pytestmark = [pytest.mark.slow, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.slow,
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore"),
+]
 
 STEPS = 20
 CONFIG = train.TrainConfig(

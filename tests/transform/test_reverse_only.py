@@ -8,6 +8,8 @@ from jax import lax
 
 import lora_jax as lora
 
+pytestmark = pytest.mark.once
+
 KEYS = jax.random.split(jax.random.key(0), 8)
 X = jax.random.normal(KEYS[0], (3, 5, 8))
 

@@ -12,6 +12,8 @@ from lora_jax.analysis.memory import fit, liveness
 from lora_jax.analysis.memory.step import SHAPES, StepSettings
 from lora_jax.cli import main
 
+pytestmark = pytest.mark.once
+
 GIB = 2**30
 LLAMA = {
     **SHAPES["llama-2-7b"], "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,

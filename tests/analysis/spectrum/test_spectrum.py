@@ -11,6 +11,8 @@ import lora_jax as lora
 from lora_jax.analysis import Spectrum, intruder_dimensions, overlap
 from lora_jax.analysis.spectrum import changes, spectrum
 
+pytestmark = pytest.mark.once
+
 
 def orthogonal(size, seed):
     return np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))[0]

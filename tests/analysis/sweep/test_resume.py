@@ -17,6 +17,8 @@ from lora_jax.checkpoint import fingerprint
 
 from tests.analysis.sweep.test_sweep import CONFIG, PARAMS, SWEEP, TASK, TRAIN, batches, score
 
+pytestmark = pytest.mark.once
+
 STEPS = 8
 SMALL = dataclasses.replace(SWEEP, ranks=(1, 2), learning_rates=(1e-2,), together=2, save_every=0)
 ADAPTERS = dataclasses.replace(CONFIG, dropout=0.2)

@@ -17,6 +17,8 @@ from lora_jax.analysis.sweep.sweep import _Job, _Sweep
 from lora_jax.train import TrainConfig
 from lora_jax.train.step import optimizer
 
+pytestmark = pytest.mark.once
+
 D = 16
 # What is to be learned: a change of rank 3, with a clear gap behind it.
 _U = np.linalg.qr(np.random.default_rng(1).normal(size=(D, 3)))[0]

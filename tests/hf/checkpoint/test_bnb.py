@@ -19,6 +19,8 @@ from lora_jax.models.saving import save_model
 from tests.hf.gguf.test_file import CONFIG
 from tests.support.places import GOLDEN
 
+pytestmark = pytest.mark.once
+
 # Made by bitsandbytes 0.50.2 itself: its tensors, and under "want." what it dequantizes them to.
 BITSANDBYTES = GOLDEN / "bitsandbytes.safetensors"
 CASES = ("nf4", "fp4", "double", "fp4double", "partial", "odd", "f32storage", "reference", "eight")

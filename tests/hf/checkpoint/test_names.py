@@ -4,6 +4,8 @@ import pytest
 
 from lora_jax.hf.checkpoint import names
 
+pytestmark = pytest.mark.once
+
 PAIRS = [
     ("model.embed_tokens.embedding", (), "model.embed_tokens.weight", None),
     ("model.norm.scale", (), "model.norm.weight", None),

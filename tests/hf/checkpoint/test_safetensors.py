@@ -16,6 +16,8 @@ from lora_jax.hf.checkpoint.weights import fill
 from lora_jax.models import LlamaConfig, init
 from lora_jax.paths import spell
 
+pytestmark = pytest.mark.once
+
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 B = np.arange(4, dtype=np.float32) / 3
 

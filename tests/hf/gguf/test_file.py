@@ -13,6 +13,8 @@ from lora_jax.hf.gguf.file import open_gguf, weights_of
 from lora_jax.models.gguf import config_of
 from lora_jax.models.rope import RopeScaling, static_frequencies
 
+pytestmark = pytest.mark.once
+
 CONFIG = models.LlamaConfig(
     vocab_size=40,
     hidden_size=32,

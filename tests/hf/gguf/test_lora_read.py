@@ -13,6 +13,8 @@ from lora_jax.models.gguf import base_of
 
 from tests.hf.gguf.test_file import CONFIG
 
+pytestmark = pytest.mark.once
+
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 BASE = base_of(CONFIG)
 

@@ -28,6 +28,8 @@ from lora_jax.recipes.finetune import plan_model
 
 from tests.hf.gguf.test_file import CONFIG, tensors_of, write
 
+pytestmark = pytest.mark.once
+
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 UNTIED = models.LlamaConfig.from_hf({**CONFIG.to_hf(), "tie_word_embeddings": False})
 BASE = base_of(CONFIG)

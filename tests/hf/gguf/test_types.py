@@ -16,6 +16,8 @@ from lora_jax.models.gguf import config_of
 from tests.hf.gguf.test_file import CONFIG, NAMES, tensors_of, write
 from tests.hf.gguf.test_lora_read import BASE, pair, write_lora
 
+pytestmark = pytest.mark.once
+
 # No weights come in these: integers, intermediate results, and types still without a decoder.
 NOT_WEIGHTS = {"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K", "Q1_0"}
 ROWS, COLUMNS = 3, 512

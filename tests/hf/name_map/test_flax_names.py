@@ -25,7 +25,7 @@ from tests.hf.peft.test_model import close, noisy, randomize
 from tests.support.peft_trees import nested
 from tests.support.places import GOLDEN
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
 TREES = json.loads((GOLDEN / "flax_trees.json").read_text())
 SIZES = dict(

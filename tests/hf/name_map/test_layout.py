@@ -8,6 +8,8 @@ import lora_jax as lora
 from lora_jax.hf import to_hugging_face
 from lora_jax.hf.name_maps.layout import measured, order, parse, their_shape, to_ours, to_theirs
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(0)
 
 # layout, sizes, shape of ours without stacks, and the same by NumPy

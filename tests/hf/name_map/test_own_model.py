@@ -21,7 +21,7 @@ from tests.hf.peft.test_oracle import torch_llama
 from tests.support import own_decoder
 from tests.support.own_decoder import MAP, PARAMS
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
 
 def logits(params) -> np.ndarray:

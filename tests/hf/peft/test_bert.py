@@ -16,7 +16,7 @@ from lora_jax.hf import load_peft, save_peft
 
 from tests.hf.peft.test_model import noisy, randomize
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
 SIZES = dict(
     vocab_size=40,

@@ -19,6 +19,8 @@ from lora_jax.hf.peft import directory as peft_files
 
 from tests.support.peft_trees import nested, planted, random_params, randomized
 
+pytestmark = pytest.mark.once
+
 QV = LoraConfig(rank=4, alpha=6, target_modules=("q_proj", "v_proj"))
 
 

@@ -19,7 +19,7 @@ from lora_jax.hf import load_peft, save_peft
 from tests.hf.peft.test_model import noisy, randomize
 from tests.support.torch_models import saver
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
 SIZES = dict(
     vocab_size=40,

@@ -18,7 +18,7 @@ from lora_jax.hf import load_peft, save_peft
 
 from tests.methods.test_loftq import quantized
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
 X = np.random.default_rng(3).standard_normal((5, 64)).astype(np.float32)
 

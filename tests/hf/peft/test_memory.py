@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 # Run in a process of its own, whose peak is then this alone. The base has no memory: a view of one
 # zero. What is measured is above the process with what it starts from.

@@ -17,7 +17,7 @@ from lora_jax.hf import load_peft, save_peft
 
 from tests.hf.peft.test_oracle import CASES, torch_llama
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
 TOKENS = np.array([[1, 5, 9, 30, 2, 17], [4, 4, 39, 0, 11, 3]], np.int32)
 

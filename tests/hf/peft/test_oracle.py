@@ -20,7 +20,7 @@ from lora_jax.hf.peft import tensors as peft_slots
 
 from tests.support.peft_trees import nested, planted, randomized
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
 QV = ["q_proj", "v_proj"]
 CASES = {

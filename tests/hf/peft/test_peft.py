@@ -17,6 +17,8 @@ from lora_jax.hf.peft import tensors as peft_slots
 
 from tests.support.peft_trees import D, L, V, nested, planted, random_params, randomized
 
+pytestmark = pytest.mark.once
+
 QV = LoraConfig(rank=4, alpha=6, target_modules=("q_proj", "v_proj"))
 BASE = "base_model.model.model.layers"
 

@@ -16,7 +16,7 @@ import lora_jax as lora
 from lora_jax.array import LoraArray, Window
 from lora_jax.hf import load_peft, save_peft
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
 
 def close(one, other):

@@ -13,6 +13,7 @@ import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
 
 pytestmark = [
+    pytest.mark.once,
     pytest.mark.slow,
     pytest.mark.torch,
     pytest.mark.filterwarnings("ignore"),

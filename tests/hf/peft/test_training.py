@@ -13,7 +13,12 @@ from lora_jax.hf import load_peft, save_peft
 
 from tests.hf.peft.test_oracle import torch_llama
 
-pytestmark = [pytest.mark.slow, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.slow,
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore"),
+]
 
 STEPS, RATE, DECAY = 20, 1e-2, 0.05
 CASES = {

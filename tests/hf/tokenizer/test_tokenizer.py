@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.tokenizer.tokenizer import Tokenizer, from_directory, from_gguf
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.once, pytest.mark.torch]
 
 WORDS = [
     "The quick brown fox doesn't jump; it's lazy.",

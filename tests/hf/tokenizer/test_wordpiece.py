@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, RobertaTokenizerFast
 
 from lora_jax.hf.tokenizer.tokenizer import from_directory
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.once, pytest.mark.torch]
 
 TEXTS = [
     "The quick brown fox doesn't jump; it's lazy.",

@@ -7,6 +7,8 @@ import pytest
 
 from lora_jax.recipes.demo import files, task
 
+pytestmark = pytest.mark.once
+
 
 def examples():
     return task.make_examples(0, train=3, test=2)

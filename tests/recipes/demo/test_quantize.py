@@ -15,6 +15,8 @@ from lora_jax.train.memory import tree_bytes
 from tests.hf.gguf.test_file import CONFIG, tensors_of, write
 from tests.support.tiny import TEMPLATE, tiny_tokenizer
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

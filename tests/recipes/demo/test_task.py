@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from lora_jax.recipes.demo import task
 
+pytestmark = pytest.mark.once
+
 
 def test_the_same_seed_makes_the_same_sets_and_another_seed_others():
     assert task.make_examples(3, train=50, test=10) == task.make_examples(3, train=50, test=10)

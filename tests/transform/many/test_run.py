@@ -15,6 +15,8 @@ from lora_jax.transform.many import grouped
 from tests.models.test_generate_many import adapter
 from tests.support.tiny import tiny_model
 
+pytestmark = pytest.mark.once
+
 DIM, VOCAB, LAYERS = 6, 11, 2
 SHAPES = {"table": (VOCAB, DIM), "layers": (LAYERS, DIM, DIM), "experts": (3, DIM, DIM)}
 PARAMS = {
