@@ -70,11 +70,11 @@ def planted(params: dict, config: LoraConfig, *, roles: dict | None = None) -> d
 
     Args:
       params: nested dicts.
-      roles: roles by path where they are not `b...bio`.
+      roles: roles by path where they are not `s...sio`.
     """
     out = {}
     for path, w in peft_slots.leaves_of(params).items():
-        role = (roles or {}).get(path) or "b" * names.stack_depth(path) + "io"
+        role = (roles or {}).get(path) or "s" * names.stack_depth(path) + "io"
         names_here = [n for _, n in peft_slots.modules_of(path, w)]
         last = path.rpartition(".")[2]
         if last in ("kernel", "embedding") and _meant(config, path, names_here):
