@@ -10,6 +10,7 @@ uses.
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 
@@ -27,7 +28,8 @@ STACK_NAMES = ("layers", "layer", "h", "blocks", "block")
 _WRAPPERS = frozenset({"value", "raw_value", "array", "data_array"})
 
 
-def _component(key) -> str:
+def component(key: Any) -> str:
+    """The text of one key of a key path."""
     for attribute in ("key", "name", "idx"):
         if (part := getattr(key, attribute, None)) is not None:
             return str(part)
@@ -49,7 +51,7 @@ def spell(key_path: Sequence) -> str:
     keys = list(key_path)
     while len(keys) > 1 and _is_wrapper(keys[-1]):
         keys.pop()
-    return ".".join(_component(k).replace("/", ".") for k in keys)
+    return ".".join(component(k).replace("/", ".") for k in keys)
 
 
 def _is_wrapper(key) -> bool:
@@ -62,6 +64,11 @@ def module_of(path: str) -> str:
     """The module a leaf belongs to: its path without a trailing parameter name."""
     head, _, last = path.rpartition(".")
     return head if head and last in PARAMETER_NAMES else path
+
+
+def bare(path: str) -> str:
+    """A path without linen's collection name, as configs and checkpoints spell it."""
+    return path.removeprefix("params.")
 
 
 def expand(path: str, layers: int) -> list[str]:

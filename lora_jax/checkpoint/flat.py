@@ -13,15 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import array
+from lora_jax.paths import component
 
 _SHOWN = 5
-
-
-def _component(key) -> str:
-    for attribute in ("key", "name", "idx"):
-        if (part := getattr(key, attribute, None)) is not None:
-            return str(part)
-    return str(key)
 
 
 def name_of(key_path) -> str:
@@ -29,7 +23,7 @@ def name_of(key_path) -> str:
 
     A `/` inside a key stands as a dot too: Orbax would read it as a folder.
     """
-    return ".".join(_component(key).replace("/", ".") for key in key_path)
+    return ".".join(component(key).replace("/", ".") for key in key_path)
 
 
 def flatten(tree, *, is_leaf=None) -> dict[str, Any]:

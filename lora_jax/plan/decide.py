@@ -17,7 +17,7 @@ from lora_jax.dims import b_dims, factor_shapes, out_dims, sizes
 from lora_jax.plan import roles as roles_of
 from lora_jax.plan import saved as plan_saved
 from lora_jax.plan import usage as dataflow
-from lora_jax.plan.leaf import LeafPlan, Plan, Use, every_name, names_of, strip, unnumbered
+from lora_jax.plan.leaf import LeafPlan, Plan, Use, every_name, names_of, unnumbered
 from lora_jax.plan.usage import Usage
 from lora_jax.transform.lorafy import materializations
 
@@ -126,7 +126,7 @@ def _heads(drafts: Sequence[LeafPlan], inner: set) -> frozenset:
             return False
         stack, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
         last = not stack and leaf.path not in inner and (fan_out, fan_in) in tables
-        return last or strip(paths.module_of(leaf.path)).rsplit(".", 1)[-1] in HEAD_NAMES
+        return last or paths.bare(paths.module_of(leaf.path)).rsplit(".", 1)[-1] in HEAD_NAMES
 
     return frozenset(leaf.path for leaf in drafts if is_head(leaf))
 

@@ -144,7 +144,7 @@ def names_of(leaf: LeafPlan) -> list[list[str]]:
       says where it belongs, else without.
     """
     stack, _, _ = sizes(leaf.shape, leaf.roles) if leaf.roles else ((), 0, 0)
-    short = [strip(paths.module_of(leaf.path)), strip(leaf.path)]
+    short = [paths.bare(paths.module_of(leaf.path)), paths.bare(leaf.path)]
     if not stack:
         return [short]
     expanded = [paths.expand(name, stack[0]) for name in short]
@@ -154,14 +154,9 @@ def names_of(leaf: LeafPlan) -> list[list[str]]:
     return [[m, p] for m, p in zip(*expanded, strict=True) for _ in range(repeat)]
 
 
-def strip(path: str) -> str:
-    """A path without linen's collection name."""
-    return path.removeprefix("params.")
-
-
 def unnumbered(leaf: LeafPlan) -> list[str]:
     """A leaf's path and its module's, layers not numbered, with and without a collection."""
-    return [leaf.path, paths.module_of(leaf.path), *map(strip, _both(leaf.path))]
+    return [leaf.path, paths.module_of(leaf.path), *map(paths.bare, _both(leaf.path))]
 
 
 def _both(path: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from lora_jax.config import matching
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.dims import sizes, stack_dims
 from lora_jax.hf.checkpoint import names
-from lora_jax.paths import expand, module_of, spell
+from lora_jax.paths import bare, expand, module_of, spell
 
 HEAD = "lm_head"
 
@@ -38,11 +38,6 @@ def leaves_of(lora_params) -> dict[str, Any]:
     """Every leaf of a tree by its path, leaves that train whole."""
     flat, _ = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_lora)
     return {spell(path): leaf for path, leaf in flat}
-
-
-def bare(path: str) -> str:
-    """A path as a checkpoint knows it: without linen's collection name."""
-    return path.removeprefix("params.")
 
 
 def modules_of(
