@@ -30,7 +30,7 @@ def test_delta_is_the_einsum_of_its_factors(roles: str):
     shape = (2, 3, 4, 5)[: len(roles)]
     x = leaf(shape, roles)
     name = dict(enumerate(LETTERS))
-    stack = "".join(name[d] for d, r in enumerate(roles) if r == "b")
+    stack = "".join(name[d] for d, r in enumerate(roles) if r == "s")
     ins = "".join(name[d] for d, r in enumerate(roles) if r == "i")
     outs = "".join(name[d] for d, r in enumerate(roles) if r == "o")
     whole = "".join(name[d] for d in range(len(roles)))
