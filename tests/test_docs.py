@@ -59,7 +59,7 @@ PYTHON = [name for name, path in PAGES.items() if any(b.language == "python" for
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> Path:
     """A Hugging Face directory of a decoder whose weights divide into blocks of 64."""
-    from lora_jax.hf.save_model import save_model
+    from lora_jax.models.saving import save_model
 
     tokenizer = tiny.tiny_tokenizer()
     config = models.LlamaConfig(
