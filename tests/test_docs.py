@@ -17,13 +17,16 @@ from typing import NamedTuple
 
 import jax
 import pytest
-import tiny
 
 from lora_jax import models
 from lora_jax.cli import commands, settings
 from lora_jax.cli.parser import COMMANDS, parse
 
-ROOT = Path(__file__).parent.parent
+from tests.support import tiny
+from tests.support.places import ROOT
+
+pytestmark = pytest.mark.once
+
 PAGES = {
     str(path.relative_to(ROOT)): path
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md")))
@@ -56,8 +59,7 @@ def blocks(page: Path) -> list[Block]:
 PYTHON = [name for name, path in PAGES.items() if any(b.language == "python" for b in blocks(path))]
 
 
-@pytest.fixture(scope="session")
-def small_model(tmp_path_factory) -> Path:
+def write_small_model(directory: Path) -> Path:
     """A Hugging Face directory of a decoder whose weights divide into blocks of 64."""
     from lora_jax.models.saving import save_model
 
@@ -77,9 +79,14 @@ def small_model(tmp_path_factory) -> Path:
         initializer_range=0.2,
     )
     fresh = models.init(jax.random.key(0), config)
-    directory = tmp_path_factory.mktemp("docs") / "smollm2"
-    save_model(directory, models.Model(fresh.forward, fresh.params, tokenizer), fresh.params)
-    return directory
+    model = models.Model(fresh.forward, fresh.params, tokenizer)
+    save_model(directory / "smollm2", model, fresh.params)
+    return directory / "smollm2"
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    return write_small_model(tmp_path_factory.mktemp("docs"))
 
 
 @pytest.mark.parametrize("name", PYTHON)
@@ -93,6 +100,34 @@ def test_the_python_of_a_page_runs(name, small_model, tmp_path, monkeypatch):
         if block.language == "python":
             shown = after.text if after is not None and after.language == "text" else None
             run(name, block, shown, names)
+
+
+def test_the_first_block_of_the_readme_learns_and_merges():
+    names = executed(1)
+    assert names["loss"](names["trainable"]) < 0.2 * names["loss"](
+        names["lora"].split(names["lora_params"])[0]
+    )
+    base = names["params"]["up"]["kernel"]
+    leaf = names["lora"].combine(names["trainable"], names["frozen"])["up"]["kernel"]
+    assert abs(names["merged"]["up"]["kernel"] - (base + 2.0 * leaf.a @ leaf.b)).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_the_readme_runs_with_the_real_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = executed(2)
+    losses = [r["loss"] for r in names["result"].history if r["kind"] == "train"]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def executed(count: int) -> dict:
+    """The names after the first Python blocks of the README."""
+    names: dict = {}
+    python = [b for b in blocks(PAGES["README.md"]) if b.language == "python"]
+    for block in python[:count]:
+        run("README.md", block, None, names)
+    return names
 
 
 def run(page: str, block: Block, shown: str | None, names: dict) -> None:
@@ -166,7 +201,7 @@ SHELL = [
 RULES = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
     "optional-dependencies"
-]
+] | {"llm": []}
 
 
 @pytest.mark.parametrize(("name", "line"), SHELL, ids=[f"{n}:{x[:40]}" for n, x in SHELL])
@@ -229,16 +264,22 @@ def public_names(face: str) -> set[str]:
     }  # fmt: skip
 
 
+def value_of(name: str):
+    package, _, last = name.rpartition(".")
+    return getattr(importlib.import_module(package), last)
+
+
 def test_every_public_name_is_in_the_reference():
     text = "\n".join(path.read_text("utf-8") for path in (ROOT / "docs/reference").glob("*.md"))
     named = re.findall(r"^::: (lora_jax[\w.]*)$", text, re.MULTILINE)
     assert len(named) == len(set(named)), "a name stands twice in the reference"
-    missing = set().union(*map(public_names, FACES)) - set(named)
+    # What two packages offer is described once.
+    described = {id(value_of(name)) for name in named}
+    public = set().union(*map(public_names, FACES))
+    missing = {name for name in public if id(value_of(name)) not in described}
     assert not missing, f"not in docs/reference: {sorted(missing)}"
     for name in named:
-        package, _, last = name.rpartition(".")
-        value = getattr(importlib.import_module(package), last)
-        assert getattr(value, "__doc__", None), f"{name} has no docstring"
+        assert getattr(value_of(name), "__doc__", None), f"{name} has no docstring"
 
 
 def test_every_command_is_in_the_reference_and_the_readme():
@@ -259,6 +300,11 @@ def test_the_readme_is_short():
     assert len(lines) <= 140 and max(map(len, lines)) <= 100
     first = next(b for b in blocks(PAGES["README.md"]) if b.language == "python")
     assert len([line for line in first.text.splitlines() if line.strip()]) <= 15
+
+
+def test_the_readme_links_to_files():
+    links = re.findall(r"\]\(([^)]+)\)", PAGES["README.md"].read_text("utf-8"))
+    assert links and all((ROOT / link).is_file() for link in links)
 
 
 def test_files_that_pages_name_are_there():

@@ -98,6 +98,7 @@ jax.tree_util.register_dataclass(QuantArray, data_fields=list(_DATA), meta_field
 
 
 def is_quant(x) -> bool:
+    """Whether a leaf is a quantized weight."""
     return isinstance(x, QuantArray)
 
 
