@@ -26,7 +26,7 @@ from lora_jax.array import (
     widened,
 )
 from lora_jax.dims import b_dims, stack_dims
-from lora_jax.methods import METHODS
+from lora_jax.methods import start_function
 from lora_jax.plan.leaf import LeafPlan, Plan
 from lora_jax.sharding import place
 
@@ -126,7 +126,7 @@ def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w, full: Callable):
         return dataclasses.replace(rows, rows=base_rows(rows).astype(widened(w.dtype)))
 
     own = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()) & 0x7FFFFFFF)
-    start = METHODS[plan.config.init.partition("_niter_")[0]]
+    start = start_function(plan.config.init)
     given = () if (numbers := full(leaf)) is None else (numbers,)
     w, a, b = start(own, plan.config, leaf, w, *given)
     bias = {}

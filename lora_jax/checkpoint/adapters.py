@@ -37,7 +37,7 @@ from lora_jax.checkpoint.folder import (
 )
 from lora_jax.checkpoint.swap import leftovers, replace
 from lora_jax.config.lora import LoraConfig
-from lora_jax.config.peft import PLAIN_INITS
+from lora_jax.config.starts import base_change
 from lora_jax.hf.peft.base import as_read
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.tree import combine, init, split
@@ -275,7 +275,7 @@ def restore_stored(stored: Stored, plan_of: Callable, params):
       params: the base's params.
     """
     config, where = config_from(stored.config), str(stored.directory)
-    keeps_base = config.init in PLAIN_INITS
+    keeps_base = base_change(config.init) == "none"
     if keeps_base:
         check_base(stored.base, params, where=where)
     # The key's numbers are all replaced; init gives the structure and the frozen scales, and the

@@ -11,22 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_jax.config.peft import fields_from_peft, fields_to_peft
+from lora_jax.config.starts import STARTS, find_start
 
 ALL_LINEAR = "all-linear"
 
-# PEFT's `init_lora_weights` by our name ("default" is its True, "random" its False).
-# `pissa_niter_N` is allowed besides.
-INITS = (
-    "default",
-    "random",
-    "gaussian",
-    "orthogonal",
-    "pissa",
-    "olora",
-    "loftq",
-    "eva",
-    "mica",
-)
 BIASES = ("none", "all", "lora_only")
 
 
@@ -47,7 +35,8 @@ class LoraConfig:
       dropout: probability of zeroing an element of the adapters' input, 0 <= dropout < 1.
       use_rslora: scale by alpha/√rank.
       use_dora: also learn the magnitude of each output column (DoRA).
-      init: how A and B start, one of `INITS` or "pissa_niter_N".
+      init: how A and B start, a name in `lora_jax.config.starts.STARTS` ("pissa_niter_4" for
+        "pissa_niter_N").
       loftq_config: of init="loftq", as PEFT has it: "loftq_iter", how often quantizing and
         decomposing take turns (1), and "loftq_bits" (4) where the base is not quantized yet.
       bias: which biases of the base train: "none", "all", or "lora_only" (of adapted modules).
@@ -305,13 +294,15 @@ def _check_choices(config: LoraConfig) -> None:
     if config.bias not in BIASES:
         raise ValueError(f"bias must be one of {_spelled(BIASES)}, got {config.bias!r}")
     init = config.init
+    known = _spelled(start.name for start in STARTS if start.known)
     if not isinstance(init, str):
         raise TypeError(
-            f"init must be one of {_spelled(INITS)}, got {init!r}; PEFT's True is "
-            '"default", its False is "random"'
+            f'init must be one of {known}, got {init!r}; PEFT\'s True is "default", its False is '
+            '"random"'
         )
-    if init not in INITS and not re.fullmatch(r"pissa_niter_[1-9]\d*", init):
-        raise ValueError(f'init must be one of {_spelled(INITS)}, "pissa_niter_N", got "{init}"')
+    start = find_start(init)
+    if start is None or not start.known:
+        raise ValueError(f'init must be one of {known}, got "{init}"')
     if init == "orthogonal" and config.rank % 2:
         raise ValueError(f'init="orthogonal" needs an even rank, got rank={config.rank}')
 
@@ -354,7 +345,8 @@ def _check_combinations(config: LoraConfig) -> None:
     """What PEFT refuses as well, because the numbers would not be what the fields say."""
     if config.lora_bias and config.use_dora:
         raise ValueError("lora_bias=True does not work with use_dora=True: leave one out")
-    if config.lora_bias and config.init not in ("default", "random"):
+    start = find_start(config.init)
+    if config.lora_bias and not (start and start.allows_bias):
         raise ValueError(
             f'lora_bias=True works with init="default" or "random" only, got "{config.init}"'
         )

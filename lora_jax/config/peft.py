@@ -8,6 +8,8 @@ REFUSED unless it is off, because it changes the numbers and is not supported.
 from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.config.starts import STARTS, find_start
+
 # PEFT's name of a field: ours, and PEFT's default.
 MAPPED = {
     "r": ("rank", 8),
@@ -76,14 +78,6 @@ _INSTEAD = {
     ),
 }
 
-# Initialisations that also change the base weight in a way a reader cannot repeat.
-_BASE_CHANGING_INITS = ("corda", "lora_ga")
-
-# Initialisations after which the base weight is what it was, so that A and B are the whole
-# adapter; and those that change it, but the same way each time, so that a reader can repeat them.
-PLAIN_INITS = ("default", "random", "gaussian", "orthogonal", "eva", "mica")
-REPEATABLE_INITS = ("pissa", "olora", "loftq")
-
 # PEFT's default target modules by model family (peft/utils/constants.py).
 _QV, _BERT, _FUSED = ("q_proj", "v_proj"), ("query", "value"), ("query_key_value",)
 DEFAULT_TARGETS = {
@@ -140,7 +134,9 @@ def fields_from_peft(fields: Mapping[str, Any], *, model_type: str | None = None
 def fields_to_peft(config: Any) -> dict[str, Any]:
     """The JSON object of a config; see `LoraConfig.to_peft`."""
     mapped = {name: _to_json(getattr(config, ours)) for name, (ours, _) in MAPPED.items()}
-    mapped["init_lora_weights"] = {"default": True, "random": False}.get(config.init, config.init)
+    start = find_start(config.init)
+    if start is not None and start.peft is not None:
+        mapped["init_lora_weights"] = start.peft
     for name in _NONE_WHEN_EMPTY:
         mapped[name] = mapped[name] or None
     return dict(sorted({**CARRIED, **REFUSED, **config.extra, **mapped}.items()))
@@ -184,11 +180,13 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
 
 
 def _init_from_peft(value) -> str:
-    if value is True or value is None:
-        return "default"
-    if value is False:
-        return "random"
-    if value in _BASE_CHANGING_INITS or not isinstance(value, str):
+    if value is None:
+        value = True  # PEFT's default
+    for start in STARTS:
+        if start.peft is not None and start.peft is value:
+            return start.name
+    start = find_start(value) if isinstance(value, str) else None
+    if not isinstance(value, str) or (start is not None and not start.known):
         raise ValueError(
             f"PEFT config: `init_lora_weights` = {value!r} changes the base weights in a way that "
             "cannot be repeated here; save the adapter in PEFT with "

@@ -1,4 +1,4 @@
-"""Ways to start an adapter, one function each: `start(key, config, leaf, w) -> (w, a, b)`.
+"""The functions that start an adapter: `start(key, config, leaf, w) -> (w, a, b)`.
 
 LoftQ also takes the numbers that a quantized `w` stands for.
 """
@@ -8,14 +8,10 @@ from collections.abc import Callable
 from lora_jax.methods import starts
 from lora_jax.methods.loftq import loftq
 
-METHODS: dict[str, Callable] = {
-    "default": starts.default,
-    "random": starts.random,
-    "gaussian": starts.gaussian,
-    "orthogonal": starts.orthogonal,
-    "pissa": starts.pissa,
-    "olora": starts.olora,
-    "mica": starts.mica,
-    "loftq": loftq,
-    "eva": starts.eva,
-}
+_FUNCTIONS: dict[str, Callable] = {**vars(starts), "loftq": loftq}
+
+
+def start_function(init: str) -> Callable:
+    """The function that starts an adapter with `LoraConfig(init=init)`."""
+    # "pissa_niter_4" asks PEFT for a faster SVD of the same start.
+    return _FUNCTIONS[init.partition("_niter_")[0]]

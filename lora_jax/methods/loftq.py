@@ -17,7 +17,7 @@ from jax import lax
 from lora_jax.array import widened
 from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import from_matrix, to_matrix
-from lora_jax.methods.starts import principal, scale_of, shaped, uniform_rank
+from lora_jax.methods.factors import principal, scale_of, shaped, uniform_rank
 from lora_jax.plan.leaf import LeafPlan
 from lora_jax.quant.array import QuantArray, is_quant, quantize_array
 

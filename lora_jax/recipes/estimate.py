@@ -99,8 +99,8 @@ def estimate(
 
 
 def _estimates(model: str, config: EstimateConfig) -> list[Any]:
-    from lora_jax.config.lora import LoraConfig
     from lora_jax.analysis.memory import estimate as memory
+    from lora_jax.config.lora import LoraConfig
 
     adapter = LoraConfig(rank=config.rank, target_modules=config.targets)
     return [
@@ -126,8 +126,8 @@ def _estimates(model: str, config: EstimateConfig) -> list[Any]:
 
 def _reductions() -> str:
     """How many parameters LoRA trains: rank 8 on queries and values."""
-    from lora_jax.config.lora import LoraConfig
     from lora_jax.analysis import parameters
+    from lora_jax.config.lora import LoraConfig
 
     lines = [f"\nrank 8 on {' and '.join(_QUERY_VALUE)}:"]
     for name in MODELS:

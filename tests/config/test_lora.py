@@ -6,7 +6,9 @@ import json
 import pytest
 
 from lora_jax.config import peft
-from lora_jax.config.lora import INITS, LoraConfig
+from lora_jax.config.lora import LoraConfig
+from lora_jax.config.starts import STARTS, find_start
+from lora_jax.methods import start_function
 
 pytestmark = pytest.mark.once
 
@@ -39,7 +41,7 @@ def test_a_pattern_given_is_not_shared():
     assert config.rank_pattern == {"q": 4}
 
 
-@pytest.mark.parametrize("init", [*INITS, "pissa_niter_4"])
+@pytest.mark.parametrize("init", [start.name.replace("N", "4") for start in STARTS if start.known])
 def test_inits(init):
     assert LoraConfig(init=init).init == init
 
@@ -245,3 +247,14 @@ BAD_PEFT = [
 def test_peft_config_refused(fields, text):
     with pytest.raises(ValueError, match=text):
         LoraConfig.from_peft(fields)
+
+
+@pytest.mark.parametrize("start", STARTS, ids=lambda start: start.name)
+def test_every_start_that_a_config_knows_has_a_function(start):
+    init = start.name.replace("N", "4")
+    assert find_start(init) is start
+    if start.known:
+        assert start_function(init).__name__ == init.partition("_niter_")[0]
+    else:
+        with pytest.raises(ValueError, match="init must be one of"):
+            LoraConfig(init=init)

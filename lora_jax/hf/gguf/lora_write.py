@@ -22,7 +22,7 @@ import numpy as np
 
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
-from lora_jax.config.peft import REPEATABLE_INITS
+from lora_jax.config.starts import base_change
 from lora_jax.files import replacing
 from lora_jax.hf.gguf.file import to_pairs
 from lora_jax.hf.gguf.names import Base, gguf_names, heads_of
@@ -117,7 +117,7 @@ def _check_plain(config: LoraConfig) -> None:
     for on, what in (
         (config.use_dora, "DoRA (use_dora=True)"),
         (config.bias != "none", f'trained biases (bias="{config.bias}")'),
-        (config.init in REPEATABLE_INITS, f'a changed base weight (init="{config.init}")'),
+        (base_change(config.init) == "repeatable", f'a changed base weight (init="{config.init}")'),
         (config.modules_to_save, f"whole saved modules ({', '.join(config.modules_to_save)})"),
     ):
         if on:

@@ -11,7 +11,7 @@ import numpy as np
 from lora_jax.array import LoraArray, SavedArray, is_lora
 from lora_jax.config import matching
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
-from lora_jax.config.peft import REPEATABLE_INITS
+from lora_jax.config.starts import base_change
 from lora_jax.hf.name_maps.leaves import to_ours, to_theirs
 from lora_jax.hf.name_maps.rules import NameMap, Part, Placed, place
 from lora_jax.hf.peft.base import as_read
@@ -72,8 +72,8 @@ def in_our_names(
     refused = {
         "target_parameters": config.target_parameters,
         "trainable_token_indices": config.trainable_token_indices,
-        "rank_pattern": config.init in REPEATABLE_INITS and config.rank_pattern,
-        "alpha_pattern": config.init in REPEATABLE_INITS and config.alpha_pattern,
+        "rank_pattern": base_change(config.init) == "repeatable" and config.rank_pattern,
+        "alpha_pattern": base_change(config.init) == "repeatable" and config.alpha_pattern,
     }
     for field, value in refused.items():
         if value:

@@ -10,7 +10,7 @@ import numpy as np
 from lora_jax.array import LoraArray, is_lora
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
-from lora_jax.config.peft import PLAIN_INITS, REPEATABLE_INITS
+from lora_jax.config.starts import base_change
 from lora_jax.dims import factor_shapes
 from lora_jax.hf.peft.modules import HEAD, TYING, adapts, leaves_of, modules_of, stack_sizes, ties
 from lora_jax.hf.peft.tensors import (
@@ -37,14 +37,14 @@ def plannable(config: LoraConfig, params, source: str) -> LoraConfig:
     Raises:
       ValueError: the adapter's initialisation changed the base in a way that cannot be repeated.
     """
-    if config.init not in (*PLAIN_INITS, *REPEATABLE_INITS):
+    if base_change(config.init) == "unrepeatable":
         raise ValueError(
             f'{source}: the adapter was initialised by "{config.init}", which changed the base '
             "weights in a way that cannot be repeated; save it in PEFT with "
             "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
     config = _without_unused(config, params)
-    if config.init in REPEATABLE_INITS:
+    if base_change(config.init) == "repeatable":
         return config
     # The ranks are `fill`'s business, which makes the factors anew.
     return dataclasses.replace(config, init="default", rank=1, rank_pattern={}, alpha_pattern={})

@@ -8,7 +8,7 @@ import numpy as np
 from lora_jax.array import RowsArray, SavedArray, is_lora
 from lora_jax.config import matching
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
-from lora_jax.config.peft import PLAIN_INITS, REPEATABLE_INITS
+from lora_jax.config.starts import base_change
 from lora_jax.hf.peft import directory
 from lora_jax.hf.peft.modules import (
     HEAD,
@@ -28,7 +28,7 @@ def to_peft(lora_params, config: LoraConfig) -> tuple[dict[str, Any], dict[str, 
     Raises:
       ValueError: as `save_peft`.
     """
-    if config.init not in (*PLAIN_INITS, *REPEATABLE_INITS):
+    if base_change(config.init) == "unrepeatable":
         raise ValueError(
             f'lora_params: their start, init="{config.init}", changed the base weights in a way '
             "that a reader of the adapter cannot repeat; save the merged model (lora_jax.merge) "

@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
-from lora_jax.config.peft import REPEATABLE_INITS
+from lora_jax.config.starts import base_change
 from lora_jax.hf.peft.tensors import PREFIX
 
 _A = (".lora_A.weight", ".lora_embedding_A")
@@ -69,7 +69,7 @@ def _check_servable(config: LoraConfig) -> None:
         (config.trainable_token_indices, "trained rows (trainable_token_indices)"),
         (config.target_parameters, "adapted parameters (target_parameters)"),
         (config.bias != "none", f'trained biases (bias="{config.bias}")'),
-        (config.init in REPEATABLE_INITS, f'a changed base weight (init="{config.init}")'),
+        (base_change(config.init) == "repeatable", f'a changed base weight (init="{config.init}")'),
         (config.modules_to_save, f"whole saved modules ({', '.join(config.modules_to_save)})"),
     ):
         if on:

@@ -1,0 +1,86 @@
+"""Arithmetic that several starts share: shapes, masks and decompositions of the factors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax.array import dense, widened
+from lora_jax.dims import factor_shapes, from_matrix, sizes, stack_dims, to_matrix
+from lora_jax.plan.leaf import LeafPlan
+from lora_jax.quant.array import is_quant
+
+
+def factor_dtype(leaf: LeafPlan):
+    """float32, also over a 16-bit base (as PEFT); float64 over a float64 base."""
+    return widened(leaf.dtype)
+
+
+def uniform(key, shape, bound: float, dtype):
+    return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
+
+
+def per_stack(leaf: LeafPlan, values, part: str):
+    """One number a stack index, broadcast-ready against a factor."""
+    a_shape, b_shape = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
+    stack = [leaf.shape[d] for d in stack_dims(leaf.roles)]
+    rest = len(a_shape if part == "a" else b_shape) - len(stack)
+    return np.asarray(values, np.float32).reshape(*stack, *[1] * rest)
+
+
+def mask(leaf: LeafPlan, factor, *, rank_axis: str):
+    """Zeroes the padding of smaller ranks and of layers left out: zeros never train."""
+    if len(set(leaf.ranks)) == 1:
+        return factor
+    stack = [leaf.shape[d] for d in stack_dims(leaf.roles)]
+    keep = np.arange(leaf.rank)[None] < np.asarray(leaf.ranks)[:, None]
+    extra = factor.ndim - len(stack) - 1
+    shape = (*stack, *[1] * extra, leaf.rank)
+    if rank_axis == "b":
+        shape = (*stack, leaf.rank, *[1] * extra)
+    return factor * keep.reshape(shape).astype(factor.dtype)
+
+
+def uniform_rank(leaf: LeafPlan, name: str):
+    if len(set(leaf.ranks)) > 1:
+        raise ValueError(
+            f'init="{name}" needs one rank for the whole stack `{leaf.path}`, got ranks '
+            f"{sorted(set(leaf.ranks))}: use unstacked layers or one rank"
+        )
+
+
+def matrix_of(leaf: LeafPlan, w):
+    """The weight as `(stack..., in, out)` in float32 or wider."""
+    w = dense(w)
+    return to_matrix(w.astype(widened(w.dtype)), leaf.roles)
+
+
+def scale_of(leaf: LeafPlan) -> np.ndarray:
+    """The scale of each matrix of the stack, `(stack..., 1, 1)`."""
+    stack, _, _ = sizes(leaf.shape, leaf.roles)
+    return np.asarray(leaf.scales, widened(leaf.dtype)).reshape(*stack, 1, 1)
+
+
+def principal(matrix, rank: int, s: np.ndarray):
+    """Factors with `s·A·B` the best approximation of that rank: `(stack..., in, r)`, `(..., out)`.
+
+    A = U_r·√(S_r/s),  B = √(S_r/s)·V_rᵀ
+    """
+    u, values, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    root = jnp.sqrt(values[..., :rank] / s[..., 0])
+    return u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
+
+
+def residual(leaf: LeafPlan, w, a, b, s: np.ndarray):
+    """The weight without what the factors hold: `W − s·A·B`."""
+    if is_quant(w):
+        raise ValueError(f"`{leaf.path}` is quantized: this init changes the base, quantize after")
+    change = s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+    return (w.astype(a.dtype) - from_matrix(change, leaf.shape, leaf.roles)).astype(w.dtype)
+
+
+def shaped(leaf: LeafPlan, a, b):
+    """Matrices `(stack..., in, r)` and `(stack..., r, out)` in the factors' own shapes."""
+    a_shape, b_shape = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
+    dtype = factor_dtype(leaf)
+    return a.reshape(a_shape).astype(dtype), b.reshape(b_shape).astype(dtype)
