@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
 
 
 def a_dims(roles: str) -> list[int]:
@@ -46,18 +48,27 @@ def factor_shapes(shape: tuple[int, ...], roles: str, rank: int) -> tuple[tuple,
     return tuple(a), tuple(b)
 
 
-def from_matrix(matrix, shape: tuple[int, ...], roles: str):
-    """Puts a `(stack..., in, out)` matrix back into the weight's own shape and order."""
+def to_matrix(w: Array | np.ndarray, roles: str) -> Array:
+    """A weight as `(stack..., in, out)`; unit dims, with role `u`, are dropped."""
     order = stack_dims(roles) + in_dims(roles) + out_dims(roles)
-    full = matrix.reshape([shape[d] for d in order])
-    return jnp.transpose(full, [order.index(d) for d in range(len(shape))])
-
-
-def to_matrix(w, roles: str):
-    """A weight as `(stack..., in, out)`: the inverse of `from_matrix`."""
+    units = [d for d in range(len(roles)) if d not in order]
     stack, fan_in, fan_out = sizes(w.shape, roles)
+    return jnp.transpose(w, [*order, *units]).reshape(*stack, fan_in, fan_out)
+
+
+def from_matrix(matrix: Array | np.ndarray, shape: tuple[int, ...], roles: str) -> Array:
+    """The weight of a `(stack..., in, out)` matrix, in its own shape and order of dims.
+
+    Args:
+      matrix: of `to_matrix`, perhaps with rows of padding after the last input.
+      shape, roles: of the weight.
+    """
     order = stack_dims(roles) + in_dims(roles) + out_dims(roles)
-    return jnp.transpose(w, order).reshape(*stack, fan_in, fan_out)
+    _, fan_in, _ = sizes(shape, roles)
+    if matrix.shape[-2] != fan_in:
+        matrix = lax.slice_in_dim(matrix, 0, fan_in, axis=matrix.ndim - 2)
+    full = matrix.reshape([shape[d] for d in order])
+    return jnp.transpose(full, [order.index(d) for d in sorted(order)]).reshape(shape)
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list, list]]:

@@ -16,13 +16,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from lora_jax.dims import in_dims, out_dims, sizes, stack_dims
+from lora_jax.dims import from_matrix, in_dims, out_dims, sizes, stack_dims, to_matrix
 from lora_jax.quant import formats
-from lora_jax.quant.formats import compress, expand
 
 _DATA = ("packed", "scale", "bias", "scale2", "offset", "scale_map")
 _META = ("format", "block", "shape", "roles", "dtype", "backend")
-SCALE_BLOCK = 256  # scales a block of the second quantization
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -81,8 +79,6 @@ class QuantArray:
     @property
     def sharding(self):
         """Where it lies, in the terms of its own shape."""
-        pass
-
         return logical_sharding(self)
 
     def astype(self, dtype) -> "QuantArray":
@@ -91,7 +87,7 @@ class QuantArray:
 
     def dequantize(self) -> Float[Array, "..."]:
         """The weight as an array of `shape` and `dtype`, computed in float32 and rounded once."""
-        return unfold(matrix(self), self.shape, self.roles)
+        return from_matrix(matrix(self), self.shape, self.roles)
 
 
 jax.tree_util.register_dataclass(QuantArray, data_fields=list(_DATA), meta_fields=list(_META))
@@ -116,30 +112,11 @@ def matrix_sizes(q: QuantArray) -> tuple[tuple[int, ...], int, int]:
     return sizes(q.shape, q.roles)
 
 
-def fold(w, roles: str):
-    """A weight as its matrix `(stack..., K, N)`."""
-    order = stack_dims(roles) + in_dims(roles) + out_dims(roles)
-    units = [d for d in range(len(roles)) if d not in order]
-    stack, fan_in, fan_out = sizes(w.shape, roles)
-    return w.transpose([*order, *units]).reshape(*stack, fan_in, fan_out)
-
-
-def unfold(matrix, shape, roles: str):
-    """The weight of a matrix `(stack..., K or more, N)`: the inverse of `fold`."""
-    order = stack_dims(roles) + in_dims(roles) + out_dims(roles)
-    _, fan_in, _ = sizes(shape, roles)
-    if matrix.shape[-2] != fan_in:
-        matrix = lax.slice_in_dim(matrix, 0, fan_in, axis=matrix.ndim - 2)
-    full = matrix.reshape([shape[d] for d in order])
-    return full.transpose([order.index(d) for d in sorted(order)]).reshape(shape)
-
-
 def scales(q: QuantArray):
     """The scales as numbers, `(stack..., K/B, N)`: expanded where they are quantized."""
     if q.scale2 is None:
         return q.scale
-
-    return expand(q.scale, q.scale2, q.offset, q.scale_map, _true_blocks(q))
+    return formats.expand_scales(q.scale, q.scale2, q.offset, q.scale_map, _true_blocks(q))
 
 
 def expanded(q: QuantArray) -> QuantArray:
@@ -270,8 +247,8 @@ def _extremes(q: QuantArray, size):
 
 def _spread(q: QuantArray, w):
     """Highest less lowest value of each block, or its largest magnitude: what a scale is of."""
-    folded = fold(jnp.asarray(w, jnp.float32), q.roles)
-    folded = _fill(folded, formats.padded(folded.shape[-2], form_of(q), q.block))
+    folded = to_matrix(jnp.asarray(w, jnp.float32), q.roles)
+    folded = _fill(folded, formats.padded_inputs(folded.shape[-2], form_of(q), q.block))
     *stack, rows, cols = folded.shape
     blocks = folded.reshape(*stack, rows // q.block, q.block, cols)
     if form_of(q).affine:
@@ -286,9 +263,9 @@ def _fill(m, rows: int):
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _encode(w, roles: str, form, block: int, scale_dtype, double: bool) -> dict:
     """The arrays of a quantized weight; the matrices of a stack one after the other."""
-    m = fold(w, roles)
+    m = to_matrix(w, roles)
     *stack, fan_in, fan_out = m.shape
-    rows = formats.padded(fan_in, form, block)
+    rows = formats.padded_inputs(fan_in, form, block)
 
     def one(m):
         codes, scale, bias = formats.encode(
@@ -297,7 +274,7 @@ def _encode(w, roles: str, form, block: int, scale_dtype, double: bool) -> dict:
         )  # fmt: skip
         out = {"packed": formats.pack(codes, form, block), "scale": scale, "bias": bias}
         if double:
-            out |= compress(scale, -(-fan_in // block))
+            out |= formats.compress_scales(scale, -(-fan_in // block))
         return out
 
     if not stack:
@@ -314,16 +291,16 @@ def check(q: QuantArray, name: str = "w") -> QuantArray:
     """
     form = formats.known_format(q.format)
     stack, fan_in, fan_out = matrix_sizes(q)
-    rows = formats.padded(fan_in, form, q.block)
+    rows = formats.padded_inputs(fan_in, form, q.block)
     blocks = (*stack, rows // q.block, fan_out)
-    code = "uint8" if form.bits == 4 else "int8"
-    wanted: dict = {"packed": ((*stack, rows * form.bits // 8, fan_out), (code,))}
+    packing = form.packing
+    wanted: dict = {"packed": ((*stack, rows // packing.slabs, fan_out), (packing.dtype,))}
     double = q.scale2 is not None
     wanted["scale"] = (blocks, ("uint8",) if double else SCALE_DTYPES)
     if form.affine:
         wanted["bias"] = (blocks, SCALE_DTYPES)
     if double:
-        count = -(-_true_blocks(q) * fan_out // SCALE_BLOCK)
+        count = -(-_true_blocks(q) * fan_out // formats.SCALE_BLOCK)
         wanted |= {"scale2": ((*stack, count), ("float32",)), "offset": (stack, ("float32",))}
         wanted["scale_map"] = ((*stack, 256), ("float32",))
     for part in _DATA:

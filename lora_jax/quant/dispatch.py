@@ -3,7 +3,7 @@
     reference  jnp, any shape                       gpu  Pallas, Triton lowering
     tpu        Mosaic                               *_interpret  the same, interpreted on a CPU
 
-A shape that a kernel does not take uses the reference, and says why once.
+A shape that no kernel takes uses the reference, with one warning.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ class ReferenceWarning(UserWarning):
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
+class Kernel:
     """How one product is computed.
 
     Attributes:
       decode: `(packed, scale, bias, *, form, block, dtype, name) -> (K, N)`.
-      matmul: the fused kernel, or None to decode and then multiply.
-      reason: why no kernel is used although one was asked for, or "".
+      matmul: the fused product, or None to decode and then multiply.
+      reason: why the reference runs although another backend was chosen, or "".
     """
 
     decode: Callable
@@ -40,8 +40,7 @@ class Way:
     reason: str = ""
 
     @property
-    def plain(self) -> bool:
-        """Whether it is the reference."""
+    def is_reference(self) -> bool:
         return self.decode is _reference
 
     @property
@@ -50,7 +49,7 @@ class Way:
 
 
 def check_backend(backend: str) -> None:
-    """Raises ValueError where there is no such backend."""
+    """Raises ValueError for an unknown backend."""
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
@@ -75,8 +74,10 @@ def _platform() -> str:
     return device if isinstance(device, str) else device.platform
 
 
-def choose(q: QuantArray, rows: float, packed: tuple, *, transposed: bool, dtype) -> Way:
-    """The way to compute one product.
+def choose_kernel(
+    q: QuantArray, rows: float, packed: tuple[int, ...], *, transposed: bool, dtype
+) -> Kernel:
+    """The kernel of one product.
 
     Args:
       q: the weight.
@@ -87,41 +88,42 @@ def choose(q: QuantArray, rows: float, packed: tuple, *, transposed: bool, dtype
     """
     backend, _, interpreted = backend_of(q).partition("_")
     if backend == "reference":
-        return Way(_reference)
+        return Kernel(_reference)
     if backend == "gpu":
         from lora_jax.quant.kernels import gpu as kernels
     else:
         from lora_jax.quant.kernels import tpu as kernels
     form = form_of(q)
     if reason := kernels.obstacle(form, q.block, packed):
-        _tell(f"{backend}: {reason}; the reference decodes it")
-        return Way(_reference, reason=reason)
+        _warn_once(f"{backend}: {reason}; the reference decodes it")
+        return Kernel(_reference, reason=reason)
     options = {"interpret": bool(interpreted)}
     decode = functools.partial(kernels.decode, **options)
     limit = fused_rows(backend, form.name, packed[-1], transposed=transposed)
     if rows > limit or kernels.fused_obstacle(form, q.block, packed, dtype):
-        return Way(decode)
-    return Way(decode, functools.partial(kernels.matmul, **options))
+        return Kernel(decode)
+    return Kernel(decode, functools.partial(kernels.matmul, **options))
 
 
 def _reference(packed, scale, bias, *, form, block, dtype, name):
+    del name  # only kernels have one
     return reference.decode(packed, scale, bias, form=form, block=block, dtype=dtype)
 
 
 @functools.cache
-def _tell(text: str):
+def _warn_once(text: str):
     warnings.warn(text, ReferenceWarning, stacklevel=4)
 
 
 @functools.cache
-def table() -> list[dict]:
-    """The crossover points, from `dispatch.json`: the first row that fits decides."""
+def crossovers() -> list[dict]:
+    """The most rows for which a fused kernel is faster, from `dispatch.json`; first match."""
     return json.loads((Path(__file__).parent / "dispatch.json").read_text("utf-8"))["fused_rows"]
 
 
 def fused_rows(backend: str, form: str, outputs: int, *, transposed: bool) -> int:
     """The most rows with which the fused kernel is used, 0 for never."""
-    for row in table():
+    for row in crossovers():
         if row["backend"] != backend or row["format"] not in (form, "*"):
             continue
         if outputs >= row["least_outputs"] and row["transposed"] in (transposed, None):

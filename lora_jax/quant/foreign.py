@@ -14,7 +14,6 @@ import numpy as np
 from lora_jax.dims import sizes
 from lora_jax.quant import formats
 from lora_jax.quant.array import (
-    SCALE_BLOCK,
     SCALE_DTYPES,
     QuantArray,
     check,
@@ -82,14 +81,14 @@ def from_codes(
         raise ValueError(
             f"`{name}`: scales are {scale.dtype}, expected {' or '.join(SCALE_DTYPES)}"
         )
-    rows = formats.padded(fan_in, form, block_size)
+    rows = formats.padded_inputs(fan_in, form, block_size)
 
     def fill(x, count: int, value=0):
         pads = [(0, 0)] * (x.ndim - 2) + [(0, count - x.shape[-2]), (0, 0)]
         return np.pad(x, pads, constant_values=value)
 
     q = QuantArray(
-        _pack(fill(codes, rows, form.zero), form, block_size),
+        jnp.asarray(formats.pack(fill(codes, rows, form.zero), form, block_size)),
         jnp.asarray(fill(scale, rows // block_size)),
         None if bias is None else jnp.asarray(fill(np.asarray(bias), rows // block_size)),
         format=format,
@@ -103,16 +102,6 @@ def from_codes(
 
 def _blocks(scale) -> tuple[int, ...]:
     return tuple(scale.shape)
-
-
-def _pack(codes: np.ndarray, form: formats.Format, block: int):
-    """`formats.pack` on the host."""
-    if form.bits == 8:
-        return jnp.asarray(codes.astype(np.int8))
-    *stack, rows, cols = codes.shape
-    halves = codes.astype(np.uint8).reshape(*stack, rows // (2 * block), 2, block, cols)
-    both = halves[..., 0, :, :] | (halves[..., 1, :, :] << 4)
-    return jnp.asarray(both.reshape(*stack, rows // 2, cols))
 
 
 def codes_of(q: QuantArray) -> np.ndarray:
@@ -228,7 +217,7 @@ def from_bitsandbytes(
         return q
     table = np.asarray(tensors["nested_quant_map"], np.float32).reshape(-1)
     _same_table(table, formats.dynamic_map(), "nested_quant_map", name, ulp=4)
-    if int(state["nested_blocksize"]) != SCALE_BLOCK:
+    if int(state["nested_blocksize"]) != formats.SCALE_BLOCK:
         raise ValueError(f"`{name}`: nested_blocksize is {state['nested_blocksize']}, not 256")
     return check(
         dataclasses.replace(
@@ -280,7 +269,7 @@ def to_bitsandbytes(q: QuantArray, *, name: str = "weight") -> dict[str, np.ndar
     }
     if q.scale2 is not None:
         out |= {"nested_absmax": np.asarray(q.scale2), "nested_quant_map": np.asarray(q.scale_map)}
-        state |= {"nested_blocksize": SCALE_BLOCK, "nested_dtype": "float32",
+        state |= {"nested_blocksize": formats.SCALE_BLOCK, "nested_dtype": "float32",
                   "nested_offset": float(q.offset)}  # fmt: skip
     out[_STATE + q.format] = np.frombuffer(json.dumps(state).encode(), np.uint8)
     return out

@@ -15,12 +15,13 @@ Source: Dettmers et al. 2023, "QLoRA", section 3 and appendix E (NF4's values ar
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Integer
 
 # bitsandbytes' tables; NF4 is its create_normal_map(offset=0.9677083).
 _NF4 = (
@@ -34,13 +35,39 @@ _FP4 = tuple(x / 12 for x in _FP4_POSITIVE) + tuple(-x / 12 for x in _FP4_POSITI
 
 
 @dataclasses.dataclass(frozen=True)
+class Packing:
+    """How codes share bytes, for JAX and NumPy arrays and inside kernels.
+
+    Attributes:
+      dtype: of the packed array.
+      slabs: blocks of a superblock, whose codes share their bytes.
+      join: the codes of each slab (unsigned where several share a byte) to bytes.
+      split: bytes to the codes of each slab.
+    """
+
+    dtype: Literal["uint8", "int8"]
+    slabs: int
+    join: Callable[[list], Any]
+    split: Callable[[Any], list]
+
+
+NIBBLES = Packing(
+    "uint8",
+    2,
+    lambda halves: halves[0] | (halves[1] << 4),
+    lambda packed: [packed & 15, packed >> 4],
+)
+BYTES = Packing("int8", 1, lambda slabs: slabs[0], lambda byte: [byte])
+
+
+@dataclasses.dataclass(frozen=True)
 class Format:
     """A block format.
 
     Attributes:
       name: what the user calls it.
-      bits: of a code, 4 or 8.
-      codebook: value of each 4-bit code; None for 8-bit codes, which are their own value.
+      packing: how its codes share bytes.
+      codebook: value of each code; None for codes that are their own value.
       scale: "absmax" (largest magnitude becomes 1), "signed" (it becomes the lowest code, so the
         scale takes its sign: an eighth less error than a symmetric one), or "range" (lowest and
         highest value become the first and the last code, and there is a bias).
@@ -48,9 +75,9 @@ class Format:
     """
 
     name: str
-    bits: int
+    packing: Packing
     codebook: tuple[float, ...] | None
-    scale: str
+    scale: Literal["absmax", "signed", "range"]
     zero: int
 
     @property
@@ -59,15 +86,15 @@ class Format:
 
     def rows(self, block: int) -> int:
         """Inputs of one superblock: their codes lie together."""
-        return 2 * block if self.bits == 4 else block
+        return self.packing.slabs * block
 
 
 FORMATS = {
-    "nf4": Format("nf4", 4, _NF4, "absmax", 7),
-    "fp4": Format("fp4", 4, _FP4, "absmax", 0),
-    "int4": Format("int4", 4, tuple(float(c - 8) for c in range(16)), "signed", 8),
-    "uint4": Format("uint4", 4, tuple(float(c) for c in range(16)), "range", 0),
-    "int8": Format("int8", 8, None, "absmax", 0),
+    "nf4": Format("nf4", NIBBLES, _NF4, "absmax", 7),
+    "fp4": Format("fp4", NIBBLES, _FP4, "absmax", 0),
+    "int4": Format("int4", NIBBLES, tuple(float(c - 8) for c in range(16)), "signed", 8),
+    "uint4": Format("uint4", NIBBLES, tuple(float(c) for c in range(16)), "range", 0),
+    "int8": Format("int8", BYTES, None, "absmax", 0),
 }
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -83,7 +110,7 @@ def known_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def padded(inputs: int, form: Format, block: int) -> int:
+def padded_inputs(inputs: int, form: Format, block: int) -> int:
     """The inputs that are stored: whole superblocks."""
     rows = form.rows(block)
     return -(-inputs // rows) * rows
@@ -113,24 +140,35 @@ def code_values(codes, form: Format) -> Float[Array, "..."]:
     return level[0]
 
 
-def pack(codes: UInt8[Array, "*s k n"], form: Format, block: int) -> Array:
-    """Puts the codes of whole superblocks into bytes (8-bit codes are their own bytes)."""
-    if form.bits == 8:
-        return codes.astype(jnp.int8)
+def pack(codes: Integer[Array | np.ndarray, "*s k n"], form: Format, block: int) -> Any:
+    """Puts the codes of whole superblocks into bytes."""
+    packing = form.packing
     *stack, rows, cols = codes.shape
-    halves = codes.reshape(*stack, rows // (2 * block), 2, block, cols)
-    low, high = halves[..., 0, :, :], halves[..., 1, :, :]
-    return (low | (high << 4)).astype(jnp.uint8).reshape(*stack, rows // 2, cols)
+    by_slab = codes.reshape(*stack, rows // form.rows(block), packing.slabs, block, cols)
+    packed = packing.join([by_slab[..., i, :, :] for i in range(packing.slabs)])
+    return packed.astype(packing.dtype).reshape(*stack, rows // packing.slabs, cols)
 
 
 def unpack(packed, form: Format, block: int) -> Array:
     """The codes `(..., K, N)`: the inverse of `pack`."""
-    if form.bits == 8:
-        return packed
     *stack, rows, cols = packed.shape
-    bytes_ = packed.reshape(*stack, rows // block, block, cols)
-    both = jnp.stack([bytes_ & 15, bytes_ >> 4], axis=-3)
-    return both.reshape(*stack, 2 * rows, cols)
+    slabs = form.packing.split(packed.reshape(*stack, rows // block, block, cols))
+    return jnp.stack(slabs, axis=-3).reshape(*stack, len(slabs) * rows, cols)
+
+
+def unpack_rows(packed, rows, form: Format, block: int) -> Array:
+    """The codes of some rows of a matrix, without unpacking the others.
+
+    Args:
+      packed: of the matrix, perhaps with stack dims before it.
+      rows: integers `(n,)` below K.
+    """
+    superblock, inside = rows // form.rows(block), rows % form.rows(block)
+    byte = jnp.take(packed, superblock * block + inside % block, axis=packed.ndim - 2)
+    first, *others = form.packing.split(byte)
+    for slab, codes in enumerate(others, start=1):
+        first = jnp.where((inside // block == slab)[:, None], codes, first)
+    return first
 
 
 def encode(w: Float[Array, "*s k n"], form: Format, block: int, scale_dtype):
@@ -232,10 +270,10 @@ def _linspace(first: float, last: float, count: int) -> np.ndarray:
     return np.where(number < count / 2, up, down).astype(np.float32)
 
 
-_BLOCK = 256
+SCALE_BLOCK = 256  # scales that share a scale
 
 
-def compress(scale, blocks: int) -> dict:
+def compress_scales(scale, blocks: int) -> dict:
     """Quantizes the scales of one matrix.
 
     Args:
@@ -248,8 +286,8 @@ def compress(scale, blocks: int) -> dict:
     rows, cols = scale.shape
     flat = scale[:blocks].T.reshape(-1)
     offset = jnp.mean(flat)
-    count = -(-flat.size // _BLOCK)
-    rest = jnp.pad(flat - offset, (0, count * _BLOCK - flat.size)).reshape(count, _BLOCK)
+    count = -(-flat.size // SCALE_BLOCK)
+    rest = jnp.pad(flat - offset, (0, count * SCALE_BLOCK - flat.size)).reshape(count, SCALE_BLOCK)
     scale2 = jnp.max(jnp.abs(rest), axis=1)
     scaled = rest * jnp.where(scale2 == 0, 0.0, 1 / jnp.where(scale2 == 0, 1.0, scale2))[:, None]
     table = dynamic_map()
@@ -265,17 +303,17 @@ def compress(scale, blocks: int) -> dict:
     }
 
 
-def expand(codes, scale2, offset, scale_map, blocks: int):
+def expand_scales(codes, scale2, offset, scale_map, blocks: int):
     """The scales as float32 numbers, `(stack..., K/B, N)`.
 
     Args:
       codes: uint8 `(stack..., K/B, N)`.
-      scale2, offset, scale_map: of `compress`, with the same stack.
+      scale2, offset, scale_map: of `compress_scales`, with the same stack.
       blocks: how many of `K/B` belong to the weight.
     """
     *stack, rows, cols = codes.shape
     row = jnp.minimum(lax.broadcasted_iota(jnp.int32, (rows, cols), 0), blocks - 1)
-    group = (lax.broadcasted_iota(jnp.int32, (rows, cols), 1) * blocks + row) // _BLOCK
+    group = (lax.broadcasted_iota(jnp.int32, (rows, cols), 1) * blocks + row) // SCALE_BLOCK
     number = codes.astype(jnp.int32).reshape(*stack, rows * cols)
     value = jnp.take_along_axis(scale_map, number, axis=-1).reshape(codes.shape)
     return value * jnp.take(scale2, group, axis=-1) + offset[..., None, None]

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import compat
+from lora_jax.dims import from_matrix
 from lora_jax.quant import dispatch
-from lora_jax.quant.array import QuantArray, expanded, form_of, matrix_sizes, unfold
+from lora_jax.quant.array import QuantArray, expanded, form_of, matrix_sizes
 from lora_jax.quant.kernels import reference
 
 
@@ -125,21 +126,23 @@ def _multiply(form: _Form, x, q: QuantArray, direction: str):
 def _single(form: _Form, x, packed, scale, bias, q: QuantArray, direction: str):
     _, fan_in, fan_out = matrix_sizes(q)
     rows = math.prod(x.shape[:-1])
-    way = dispatch.choose(q, rows, packed.shape, transposed=form.transposed, dtype=x.dtype)
+    kernel = dispatch.choose_kernel(
+        q, rows, packed.shape, transposed=form.transposed, dtype=x.dtype
+    )
     kind = form_of(q)
-    if way.matmul is not None:
+    if kernel.matmul is not None:
         flat = x.reshape(rows, x.shape[-1])
         if not form.transposed:
-            flat = _fill_columns(flat, packed.shape[0] * 8 // kind.bits)
-        y = way.matmul(flat, packed, scale, bias, form=kind, block=q.block,
+            flat = _fill_columns(flat, packed.shape[0] * kind.packing.slabs)
+        y = kernel.matmul(flat, packed, scale, bias, form=kind, block=q.block,
                        transposed=form.transposed, dtype=form.preferred)  # fmt: skip
         y = y[:, : fan_in if form.transposed else fan_out]
         return y.reshape(*x.shape[:-1], y.shape[-1])
-    w = way.decode(packed, scale, bias, form=kind, block=q.block, dtype=x.dtype, name=direction)
+    w = kernel.decode(packed, scale, bias, form=kind, block=q.block, dtype=x.dtype, name=direction)
     if w.shape[0] != fan_in:
         w = lax.slice_in_dim(w, 0, fan_in)
     precision = form.precision
-    if direction == "backward" and x.dtype.itemsize == 2 and not way.plain:
+    if direction == "backward" and x.dtype.itemsize == 2 and not kernel.is_reference:
         # XLA would merge this product with the adapter's, which also takes `g`: both weights
         # copied into one, and all layers' results kept. Another precision, which 16-bit operands
         # do not have, keeps them apart.
@@ -189,22 +192,24 @@ _linear.defvjp(_linear_forward, _linear_backward)
 def _decoded(q: QuantArray, direction: str):
     """The whole weight, by the kernel of the device, matrix by matrix of a stack."""
     stack, _, _ = matrix_sizes(q)
-    way = dispatch.choose(q, math.inf, q.packed.shape[-2:], transposed=False, dtype=q.dtype)
-    if way.plain:
+    kernel = dispatch.choose_kernel(
+        q, math.inf, q.packed.shape[-2:], transposed=False, dtype=q.dtype
+    )
+    if kernel.is_reference:
         return q.dequantize()
     q, count = expanded(q), len(stack)
 
     def one(each):
-        return way.decode(*each, form=form_of(q), block=q.block, dtype=q.dtype, name=direction)
+        return kernel.decode(*each, form=form_of(q), block=q.block, dtype=q.dtype, name=direction)
 
     def flat(a):
         return None if a is None else a.reshape(math.prod(stack), *a.shape[count:])
 
     parts = (q.packed, q.scale, q.bias)
     if not stack:
-        return unfold(one(parts), q.shape, q.roles)
+        return from_matrix(one(parts), q.shape, q.roles)
     m = lax.map(one, tuple(map(flat, parts)))
-    return unfold(m.reshape(*stack, *m.shape[1:]), q.shape, q.roles)
+    return from_matrix(m.reshape(*stack, *m.shape[1:]), q.shape, q.roles)
 
 
 @jax.tree_util.register_dataclass

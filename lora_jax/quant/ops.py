@@ -136,13 +136,7 @@ def _rows(q: QuantArray, index):
     form, block = form_of(q), q.block
     number = index.reshape(-1)
     take = lambda a, i: jnp.take(a, i, axis=a.ndim - 2)  # noqa: E731
-    if form.bits == 8:
-        codes = take(q.packed, number)
-    else:
-        inside = number % (2 * block)
-        byte = take(q.packed, number // (2 * block) * block + inside % block)
-        codes = jnp.where((inside >= block)[:, None], byte >> 4, byte & 15)
-    values = formats.code_values(codes, form)
+    values = formats.code_values(formats.unpack_rows(q.packed, number, form, block), form)
     values = values * take(scales(q), number // block).astype(jnp.float32)
     if q.bias is not None:
         values = values + take(q.bias, number // block).astype(jnp.float32)

@@ -68,7 +68,7 @@ def test_the_table_decides_by_rows_and_a_shape_no_kernel_takes_is_told():
     q = dataclasses.replace(quantized(128, 128, block_size=64), backend="gpu")
 
     def way(rows, dtype=jnp.bfloat16, q=q, shape=(64, 128)):
-        return dispatch.choose(q, rows, shape, transposed=False, dtype=dtype)
+        return dispatch.choose_kernel(q, rows, shape, transposed=False, dtype=dtype)
 
     assert way(1).fused and way(16).fused and not way(17).fused
     assert way(64, shape=(64, 28672)).fused

@@ -48,7 +48,7 @@ def obstacle(form: formats.Format, block: int, packed: tuple) -> str:
 
 def fused_obstacle(form: formats.Format, block: int, packed: tuple, dtype) -> str:
     """Why `matmul` does not take it, or ""."""
-    if form.bits != 4:
+    if form.packing.slabs != 2:
         return "8-bit codes are multiplied after decoding"
     if block not in _FUSED_BLOCKS:
         return f"blocks of {block} do not fit the registers"
@@ -78,7 +78,7 @@ def _load(table_ref, index):
 
 def _slabs(codes, form: formats.Format, scale, bias, table_ref) -> list:
     """The halves of a superblock as float32 slabs, each with its own row of scales."""
-    halves = [codes] if form.bits == 8 else [codes & 15, codes >> 4]
+    halves = form.packing.split(codes)
     out = []
     for i, half in enumerate(halves):
         values = _values(half, form, table_ref) * scale[i].astype(jnp.float32)[None, :]

@@ -43,7 +43,7 @@ def obstacle(form: formats.Format, block: int, packed: tuple) -> str:
 
 def fused_obstacle(form: formats.Format, block: int, packed: tuple, dtype) -> str:
     """Why `matmul` does not take it, or ""."""
-    if form.bits != 4:
+    if form.packing.slabs != 2:
         return "8-bit codes are multiplied after decoding"
     supers = packed[0] // block
     if _steps(supers) * 2 * block % _LANES and _steps(supers) != supers:
@@ -54,7 +54,7 @@ def fused_obstacle(form: formats.Format, block: int, packed: tuple, dtype) -> st
 def _slabs(i: int, packed_ref, scale_ref, bias_ref, form: formats.Format) -> list:
     """The halves of superblock `i` of a tile, in float32."""
     codes = packed_ref[i].astype(jnp.int32)
-    halves = [codes] if form.bits == 8 else [codes & 15, codes >> 4]
+    halves = form.packing.split(codes)
     out = []
     for h, half in enumerate(halves):
         values = formats.code_values(half, form)
