@@ -314,3 +314,11 @@ def test_files_that_pages_name_are_there():
             continue
         for file in re.findall(rf"`({known}/[\w./-]*)`", path.read_text("utf-8")):
             assert (ROOT / file).exists(), f"{name} names {file}"
+
+
+def test_tables_that_contributing_names_are_there():
+    text = PAGES["CONTRIBUTING.md"].read_text("utf-8")
+    named = re.findall(r"`([A-Z_]+)`\s+in\s+`(lora_jax/[\w/]+\.py)`", text)
+    assert len(named) >= 4
+    for table, file in named:
+        assert re.search(rf"^{table}\b", (ROOT / file).read_text("utf-8"), re.MULTILINE), table
