@@ -7,6 +7,7 @@ block that begins with its name, "ValueError: ", and the rest is filled in.
 """
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -21,15 +22,15 @@ sys.path.insert(0, str(ROOT))
 FENCE = re.compile(r"(^```\w*[^\n]*\n.*?^```$)", re.DOTALL | re.MULTILINE)
 
 
-def main(pages: list[str]) -> None:
+def main(names: list[str]) -> None:
+    importlib.import_module("tests.conftest")  # the environment of the tests, before JAX
     from lora_jax import models
 
-    from tests import conftest  # noqa: F401  the environment of the tests
-    from tests import test_docs as tests
+    from tests.support import pages as tests
 
     small = tests.write_small_model(Path(tempfile.mkdtemp()))
     models.find_smollm2 = lambda: small
-    for page in pages:
+    for page in names:
         path = Path(page).resolve()
         os.chdir(tempfile.mkdtemp())
         path.write_text(refreshed(path.read_text("utf-8"), tests), "utf-8")
