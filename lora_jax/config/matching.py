@@ -7,7 +7,8 @@ Source: PEFT 0.21, `check_target_module_exists`, `get_pattern_key`, `_set_traina
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 
@@ -38,19 +39,25 @@ def is_target(config: LoraConfig, name: str) -> bool:
     Raises:
       ValueError: target_modules is "all-linear", which names alone cannot decide.
     """
+    if not _is_listed(config, name):
+        return False
+    targets = config.target_modules
+    return isinstance(targets, str) or name in targets or in_layers(config, name)
+
+
+def _is_listed(config: LoraConfig, name: str) -> bool:
+    """As `is_target`, for a module of any layer."""
     targets = config.target_modules
     if targets == ALL_LINEAR:
         raise ValueError(
             'target_modules="all-linear" is decided by how weights are used, not by names: '
-            "ask is_excluded, and lora_jax.plan for the rest"
+            "use is_excluded, and lora_jax.plan for the rest"
         )
     if is_excluded(config, name):
         return False
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    if name in targets:
-        return True
-    return any(name.endswith("." + entry) for entry in targets) and in_layers(config, name)
+    return any(ends_with(name, entry) for entry in targets)
 
 
 def names_parameter(config: LoraConfig, name: str) -> bool:
@@ -117,6 +124,80 @@ def scale_of(config: LoraConfig, rank: int, alpha: float) -> float:
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
+class Match(NamedTuple):
+    """What a config does with one layer of a leaf, as far as names decide it.
+
+    Attributes:
+      targeted: it is to be adapted; every leaf that is not excluded, for "all-linear".
+      other_layer: it would be targeted, but `layers_to_transform` leaves its layer out.
+      saved: it trains whole.
+      rank, alpha, scale: of its adapter.
+    """
+
+    targeted: bool
+    other_layer: bool
+    saved: bool
+    rank: int
+    alpha: float
+    scale: float
+
+
+def match(config: LoraConfig, names: tuple[str, ...], unnumbered: Sequence[str]) -> Match:
+    """What `config` does with one layer of a leaf.
+
+    Args:
+      names: the module's and the parameter's, `(model.layers.3.up, model.layers.3.up.kernel)`;
+        one of them alone where the other has no place for a layer number.
+      unnumbered: the leaf's names without layer numbers: they count where every layer is meant.
+    """
+    module, parameter = names[0], names[-1]
+    by_parameter = names_parameter(config, parameter)
+    targeted = by_parameter
+    other_layer = False
+    if not by_parameter and not any(is_excluded(config, name) for name in names):
+        if config.target_modules == ALL_LINEAR:
+            targeted = True
+        else:
+            every_layer = config.layers_to_transform is None
+            known = [*names, *unnumbered] if every_layer else names
+            targeted = any(is_target(config, name) for name in known)
+            other_layer = not targeted and any(_is_listed(config, name) for name in names)
+    # PEFT looks a parameter of `target_parameters` up by its own name, all else by its module's.
+    name = parameter if by_parameter else module
+    rank, alpha = rank_of(config, name), float(alpha_of(config, name))
+    return Match(
+        targeted=targeted,
+        other_layer=other_layer,
+        saved=any(is_saved(config, name) for name in names),
+        rank=rank,
+        alpha=alpha,
+        scale=scale_of(config, rank, alpha),
+    )
+
+
+def given_roles(config: LoraConfig, names: Sequence[str], ndim: int) -> str:
+    """The roles that `config.roles` gives a leaf, or "".
+
+    Args:
+      names: the leaf's path, then its module.
+      ndim: of the leaf.
+
+    Raises:
+      ValueError: they do not fit the leaf.
+    """
+    for name in names:
+        pattern = matched_pattern(config.roles, name)
+        if pattern is not None:
+            roles = config.roles[pattern]
+            if len(roles) != ndim or not {"i", "o"} <= set(roles):
+                raise ValueError(
+                    f"roles[{pattern!r}]={roles!r} does not fit `{names[0]}` with {ndim} dims: "
+                    "give one letter a dim, s (stack), i (in) or o (out), with an i and an o"
+                )
+            return roles
+    return ""
+
+
 def is_saved(config: LoraConfig, name: str) -> bool:
     """Whether a module is trained whole: it, or a module around it, ends with a saved name.
 
@@ -171,6 +252,14 @@ def unmatched(config: LoraConfig, names: Iterable[str]) -> list[tuple[str, str]]
             if all(matched_pattern((pattern,), name) is None for name in names):
                 missing.append((field, pattern))
     return missing
+
+
+def unmatched_and_excluded(
+    config: LoraConfig, names: Iterable[str]
+) -> tuple[list[tuple[str, str]], set[str]]:
+    """The entries of `unmatched`, and the names that are never adapted."""
+    names = list(names)
+    return unmatched(config, names), {name for name in names if is_excluded(config, name)}
 
 
 def _saved_by(entry: str, name: str) -> bool:

@@ -15,10 +15,11 @@ from lora_jax.config import matching
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.dims import b_dims, factor_shapes, out_dims, sizes
 from lora_jax.plan import roles as roles_of
-from lora_jax.plan import saved as plan_saved
-from lora_jax.plan import usage as dataflow
-from lora_jax.plan.leaf import LeafPlan, Plan, Use, every_name, names_of, unnumbered
-from lora_jax.plan.usage import Usage
+from lora_jax.plan.check import check, too_high
+from lora_jax.plan.draft import Draft, names_of
+from lora_jax.plan.leaf import LeafPlan, Plan, Use
+from lora_jax.plan.saved import saved_whole, with_saved
+from lora_jax.plan.usage import Usage, is_weight, usage
 from lora_jax.transform.lorafy import materializations
 
 # Modules that turn features into logits: "all-linear" leaves them out, as PEFT does.
@@ -62,228 +63,132 @@ def plan(config: LoraConfig, fn: Callable, params, *args, **kwargs) -> Plan:
       ['up']
     """
     flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
-    for key_path, leaf in flat:
+    spelled = [paths.spell(key_path) for key_path, _ in flat]
+    leaves = [leaf for _, leaf in flat]
+    for path, leaf in zip(spelled, leaves, strict=True):
         if is_lora(leaf):
             raise ValueError(
-                f"`params` already has an adapter at `{paths.spell(key_path)}`; plan on the base "
-                f"parameters: `lora.unmerge` or `lora.merge` gives them"
+                f"`params` already has an adapter at `{path}`; plan on the base parameters: "
+                f"`lora.unmerge` or `lora.merge` gives them"
             )
-    leaves = [leaf for _, leaf in flat]
-    names = [paths.spell(key_path) for key_path, _ in flat]
-    usage = dataflow.usage(fn, leaves, tree, args, kwargs)
+    used = usage(fn, leaves, tree, args, kwargs)
     drafts = [
-        _draft(config, i, name, leaf, usage)
-        for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
+        _draft(config, i, path, leaf, used)
+        for i, (path, leaf) in enumerate(zip(spelled, leaves, strict=True))
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     ]
-    heads = _heads(drafts, {names[i] for i in usage.inner})
-    planned = tuple(_decide(config, draft, heads) for draft in drafts)
-    planned = plan_saved.with_biases(config, planned)
-    planned = plan_saved.with_token_rows(config, planned)
-    _check(config, planned)
-    params = jax.tree.unflatten(tree, leaves)
-    found = foreseen(planned, fn, params, args, kwargs, bias=config.lora_bias)
+    heads = _heads(drafts, {spelled[i] for i in used.inner})
+    drafts = [draft._replace(leaf=_decide(config, draft, heads)) for draft in drafts]
+    drafts = with_saved(config, drafts)
+    check(config, drafts)
+    planned = [draft.leaf for draft in drafts]
+    fallbacks = predict_fallbacks(planned, fn, params, args, kwargs, bias=config.lora_bias)
     return Plan(
         config,
-        tuple(dataclasses.replace(x, uses=(*x.uses, *found.get(x.path, ()))) for x in planned),
+        tuple(
+            dataclasses.replace(leaf, uses=(*leaf.uses, *fallbacks.get(leaf.path, ())))
+            for leaf in planned
+        ),
     )
 
 
-def _draft(config: LoraConfig, index: int, path: str, leaf, usage: Usage) -> LeafPlan:
-    """A frozen leaf with the roles its uses show."""
-    uses = tuple(usage.uses[index])
-    base = LeafPlan(path, tuple(leaf.shape), str(leaf.dtype), "frozen", uses=uses)
-    if not dataflow.is_weight(leaf):
-        return dataclasses.replace(base, reason="not a floating-point array with a dimension")
-    rebatched = {d for i, d in usage.rebatched if i == index}
-    given = roles_of.given(config, path, len(leaf.shape))
-    roles, lookup, remark = roles_of.inferred(uses, len(leaf.shape), rebatched)
+def _draft(config: LoraConfig, index: int, path: str, leaf, used: Usage) -> Draft:
+    """A frozen leaf with the roles its uses show, or the config gives, and its names."""
+    uses = tuple(used.uses[index])
+    shape = tuple(leaf.shape)
+    base = LeafPlan(path, shape, str(leaf.dtype), "frozen", uses=uses)
+    if not is_weight(leaf):
+        base = dataclasses.replace(base, reason="not a floating-point array with a dimension")
+        return Draft(base, names_of(base))
+    given = matching.given_roles(config, (path, paths.module_of(path)), len(shape))
+    rebatched = {dim for leaf_index, dim in used.rebatched if leaf_index == index}
+    roles, lookup, remark = roles_of.inferred(uses, len(shape), rebatched)
     if given:
-        return dataclasses.replace(base, roles=given, lookup=lookup, reason="roles from config")
-    return dataclasses.replace(base, roles=roles, lookup=lookup, reason=remark)
+        roles, remark = given, "roles from config"
+    base = dataclasses.replace(base, roles=roles, lookup=lookup, reason=remark)
+    return Draft(base, names_of(base), roles_given=bool(given))
 
 
-def _targets(config: LoraConfig, leaf: LeafPlan, names: list[str]) -> bool:
-    if matching.names_parameter(config, names[1]):
-        return True
-    if any(matching.is_excluded(config, name) for name in names):
-        return False
-    if config.target_modules == ALL_LINEAR:
-        return True
-    loose = [] if config.layers_to_transform is not None else unnumbered(leaf)
-    return any(matching.is_target(config, name) for name in [*names, *loose])
-
-
-def _heads(drafts: Sequence[LeafPlan], inner: set) -> frozenset:
+def _heads(drafts: Sequence[Draft], inner: set[str]) -> frozenset[str]:
     """Paths of output heads: by name, or features to a table's rows with no weight after it.
 
     Only tables looked up by an argument count: a vocabulary, not positions.
     """
-    tables = {d.shape for d in drafts if any(u.kind == "lookup" for u in d.uses)}
+    tables = {x.leaf.shape for x in drafts if any(use.kind == "lookup" for use in x.leaf.uses)}
 
-    def is_head(leaf: LeafPlan) -> bool:
+    def is_head(draft: Draft) -> bool:
+        leaf = draft.leaf
         if not leaf.roles:
             return False
         stack, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
         last = not stack and leaf.path not in inner and (fan_out, fan_in) in tables
-        return last or paths.bare(paths.module_of(leaf.path)).rsplit(".", 1)[-1] in HEAD_NAMES
+        return last or draft.names.unnumbered[-1].rsplit(".", 1)[-1] in HEAD_NAMES
 
-    return frozenset(leaf.path for leaf in drafts if is_head(leaf))
+    return frozenset(x.leaf.path for x in drafts if is_head(x))
 
 
-def _decide(config: LoraConfig, leaf: LeafPlan, heads: frozenset) -> LeafPlan:
-    each = names_of(leaf)
-    if saved := plan_saved.saved(config, leaf, each):
-        return saved
-    hits = [_targets(config, leaf, names) for names in each]
-    if not any(hits):
-        return dataclasses.replace(leaf, reason=_untargeted(config, leaf, each))
-    obstacle = _obstacle(config, leaf, heads)
+def _decide(config: LoraConfig, draft: Draft, heads: frozenset[str]) -> LeafPlan:
+    """A leaf as one that is adapted, trains whole, or stays frozen for a reason."""
+    leaf, names, _ = draft
+    matches = [matching.match(config, layer, names.unnumbered) for layer in names.layers]
+    if any(match.saved for match in matches):
+        return saved_whole(leaf, [match.saved for match in matches])
+    obstacle = _obstacle(draft, matches, heads, all_linear=config.target_modules == ALL_LINEAR)
     if obstacle:
         return dataclasses.replace(leaf, reason=obstacle)
-    ranks, alphas = [], []
-    for names, hit in zip(each, hits, strict=True):
-        module = names[1] if matching.names_parameter(config, names[1]) else names[0]
-        ranks.append(matching.rank_of(config, module) if hit else 0)
-        alphas.append(float(matching.alpha_of(config, module)) if hit else 0.0)
-    scales = [
-        matching.scale_of(config, r, a) if r else 0.0 for r, a in zip(ranks, alphas, strict=True)
-    ]
-    planned = dataclasses.replace(
-        leaf, kind="lora", ranks=tuple(ranks), alphas=tuple(alphas), scales=tuple(scales)
+    adapted = dataclasses.replace(
+        leaf,
+        kind="lora",
+        ranks=tuple(match.rank if match.targeted else 0 for match in matches),
+        alphas=tuple(match.alpha if match.targeted else 0.0 for match in matches),
+        scales=tuple(match.scale if match.targeted else 0.0 for match in matches),
     )
-    if config.target_modules == ALL_LINEAR and planned.rank == config.rank and _too_high(planned):
+    if config.target_modules == ALL_LINEAR and adapted.rank == config.rank and too_high(adapted):
         # Nobody named this leaf: a router of four experts must not stop a rank of eight.
-        return dataclasses.replace(leaf, reason=f'"all-linear" leaves it out: {_too_high(planned)}')
-    return planned
+        return dataclasses.replace(leaf, reason=f'"all-linear" leaves it out: {too_high(adapted)}')
+    return adapted
 
 
-def _untargeted(config: LoraConfig, leaf: LeafPlan, each: list) -> str:
-    """Why no name of a leaf is a target."""
+def _obstacle(
+    draft: Draft, matches: Sequence[matching.Match], heads: frozenset[str], *, all_linear: bool
+) -> str:
+    """Why a leaf is not adapted, or ""."""
+    leaf, names, roles_given = draft
     if not leaf.roles:
         return leaf.reason
-    numberless = len(each) > 1 and each[0] == each[-1] and config.layers_to_transform is not None
-    if numberless and any(matching.is_target(_all_layers(config), name) for name in each[0]):
+    if not any(match.targeted for match in matches):
+        if names.numbered or not matches[0].other_layer:
+            return "not targeted"
         return (
-            f"its {len(each)} layers are stacked under a name that does not say so (known are "
+            f"its {len(matches)} layers are stacked under a name that does not show it (known are "
             f"{', '.join(paths.STACK_NAMES)}), so `layers_to_transform` cannot choose among them"
         )
-    return "not targeted"
-
-
-def _all_layers(config: LoraConfig) -> LoraConfig:
-    return dataclasses.replace(config, layers_to_transform=None, layers_pattern=None)
-
-
-def _obstacle(config: LoraConfig, leaf: LeafPlan, heads: frozenset) -> str:
-    """Why a targeted leaf is not adapted, or ""."""
-    if not leaf.roles:
-        return leaf.reason
-    if "i" not in leaf.roles or "o" not in leaf.roles or not out_dims(leaf.roles):
+    if "i" not in leaf.roles or not out_dims(leaf.roles):
         return f"roles {leaf.roles}: a vector, not a matrix"
-    if config.target_modules != ALL_LINEAR:
+    if not all_linear:
         return ""
     if leaf.lookup:
         return 'an embedding: "all-linear" leaves it out'
-    given = roles_of.given(config, leaf.path, len(leaf.shape))
-    if not given and not roles_of.is_linear(leaf.uses):
+    if not roles_given and not roles_of.maps_features(leaf.uses):
         return 'mixed with a constant, then added to features: "all-linear" leaves it out'
     if leaf.path in heads:
         return 'the output head: "all-linear" leaves it out'
     return ""
 
 
-def _check(config: LoraConfig, leaves: tuple[LeafPlan, ...]):
-    """Every name of the config must have matched, and every rank must fit."""
-    names = {
-        name
-        for leaf in leaves
-        for each in plan_saved.layer_names(leaf, names_of(leaf))
-        for name in each
-    }
-    names |= {name for leaf in leaves for name in unnumbered(leaf)}
-    problems = [
-        f"{field} entry `{entry}` matches no module; nearest: "
-        f"{paths.nearest(entry, {paths.module_of(leaf.path) for leaf in leaves})}"
-        for field, entry in matching.unmatched(config, names)
-        if not (field == "modules_to_save" and _automatic(config, entry, names))
-    ]
-    problems += _useless_targets(config, leaves)
-    problems += [
-        f"lora_bias=True does not work with the embedding `{leaf.path}`: exclude it"
-        for leaf in leaves
-        if config.lora_bias and leaf.kind == "lora" and leaf.lookup
-    ]
-    problems += [_too_high(leaf) for leaf in leaves if leaf.kind == "lora" and _too_high(leaf)]
-    if not problems and not any(leaf.kind != "frozen" for leaf in leaves):
-        problems.append(_nothing(config, leaves))
-    if problems:
-        raise ValueError("; ".join(problems))
-
-
-def _automatic(config: LoraConfig, entry: str, names: set) -> bool:
-    """PEFT adds both names of a classification head to modules_to_save; one is enough."""
-    head = ("classifier", "score")
-    return (
-        entry in head
-        and set(head) <= set(config.modules_to_save)
-        and any(matching.ends_with(n, h) for n in names for h in head)
-    )
-
-
-def _useless_targets(config: LoraConfig, leaves: tuple[LeafPlan, ...]) -> list[str]:
-    """Listed targets that matched leaves of which none can be adapted; excluded is no fault."""
-    if isinstance(config.target_modules, str):
-        return []
-    problems = []
-    for entry in config.target_modules:
-        matched = [
-            leaf for leaf in leaves if any(matching.ends_with(n, entry) for n in every_name(leaf))
-        ]
-        if any(matching.is_excluded(config, n) for leaf in matched for n in every_name(leaf)):
-            continue
-        if matched and all(leaf.kind == "frozen" for leaf in matched):
-            why = "; ".join(f"`{leaf.path}`: {leaf.reason}" for leaf in matched[:3])
-            problems.append(f"target_modules entry `{entry}` adapts nothing ({why})")
-    return problems
-
-
-def _too_high(leaf: LeafPlan) -> str:
-    _, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
-    limit = min(fan_in, fan_out)
-    if leaf.rank <= limit:
-        return ""
-    return (
-        f"rank {leaf.rank} is above the smallest dimension {limit} of `{leaf.path}` "
-        f"(in {fan_in}, out {fan_out}), where full rank is reached: lower `rank`, or set "
-        f"rank_pattern={{{paths.module_of(leaf.path).rsplit('.', 1)[-1]!r}: {limit}}}"
-    )
-
-
-def _nothing(config: LoraConfig, leaves: tuple[LeafPlan, ...]) -> str:
-    likely = sorted(leaves, key=lambda leaf: not leaf.roles)  # the ones that could be adapted first
-    some = "; ".join(f"`{leaf.path}`: {leaf.reason}" for leaf in likely[:5])
-    known = paths.nearest(
-        str(config.target_modules), {paths.module_of(leaf.path) for leaf in leaves}
-    )
-    return (
-        f"target_modules={config.target_modules!r} matches nothing in a tree of {len(leaves)} "
-        f"leaves; nearest: {known} ({some})"
-    )
-
-
-def foreseen(
-    planned: Sequence, fn: Callable, params, args: Sequence, kwargs: dict, *, bias: bool = False
-) -> dict:
+def predict_fallbacks(
+    planned: Sequence[LeafPlan], fn: Callable, params, args: Sequence, kwargs: dict, *, bias: bool
+) -> dict[str, list[Use]]:
     """Traces the lorafied function with abstract factors and collects its fallbacks.
 
     Args:
-      planned: `LeafPlan`s.
-      fn, params, args, kwargs: as `plan` has them.
+      planned: all leaves.
+      fn, params, args, kwargs: as `plan` takes them.
       bias: whether the adapters have one (`lora_bias`).
 
     Returns:
-      Path of an adapted leaf to the `Use`s, with their reason as `fallback`, that add it up.
+      For the path of each adapted leaf that falls back, the uses that add its weight up, with
+      the reason as their `fallback`.
     """
     adapted = {leaf.path: leaf for leaf in planned if leaf.kind in ("lora", "rows")}
     if not adapted:
@@ -300,7 +205,7 @@ def foreseen(
     return uses
 
 
-def _abstract(leaf, w, *, bias: bool) -> LoraArray | RowsArray:
+def _abstract(leaf: LeafPlan, w, *, bias: bool) -> LoraArray | RowsArray:
     dtype = widened(leaf.dtype)
     if leaf.kind == "rows":
         features = leaf.shape[1 - leaf.axis]

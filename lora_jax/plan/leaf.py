@@ -1,13 +1,16 @@
-"""A planned leaf, its names, and the plan of a whole tree with its table."""
+"""A planned leaf, and the plan of a whole tree with its table."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
-from lora_jax import paths
 from lora_jax.array import Window
 from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import sizes
+
+UseKind = Literal["contract", "lookup", "transform", "rows", "picked", "other"]
+LeafKind = Literal["lora", "saved", "rows", "frozen"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,18 +21,18 @@ class Use:
       primitive: its name.
       line: source line of the model.
       kind: "contract", "lookup" (rows by index), "transform" and "rows" (the same, but with a
-        matrix or indices that no argument of the function feeds), or "other".
+        matrix or indices that no argument of the function feeds), "picked" (some indices of a
+        stack taken) or "other".
       contracted: the leaf's dims summed over (contract, transform) or indexed (lookup, rows).
       stacked: the leaf's dims batched, or picked one index at a time, on the way here.
       constant: whether none of the function's arguments feeds the other operand.
-      fallback: why the weight is added up for this use, or "". The dataflow does not say: `plan`
-        asks the interpreter itself.
+      fallback: why `lorafy` adds the weight up for this use, or ""; from `predict_fallbacks`.
       window: the leaf's spatial dims where it is a convolution's kernel, else None.
     """
 
     primitive: str
     line: str
-    kind: str
+    kind: UseKind
     contracted: frozenset = frozenset()
     stacked: frozenset = frozenset()
     constant: bool = False
@@ -52,14 +55,14 @@ class LeafPlan:
       lookup: whether rows are looked up by index (an embedding), which decides the initial values.
       reason: why the leaf is frozen, or a remark.
       uses: how the function uses it.
-      only: of a saved leaf's stack the indices that train, None for all.
-      ids, axis: of a "rows" leaf the trained rows, and the dim they are counted along.
+      only: the indices of a saved leaf's stack that train, None for all.
+      ids, axis: of a "rows" leaf the trained rows, and the dim that they index.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: str
-    kind: str
+    kind: LeafKind
     roles: str = ""
     ranks: tuple[int, ...] = ()
     alphas: tuple[float, ...] = ()
@@ -82,7 +85,7 @@ class LeafPlan:
 
     @property
     def parameters(self) -> int:
-        """Numbers that train, padding of smaller ranks and of left-out layers not counted."""
+        """How many numbers train, without the padding of smaller ranks and of left-out layers."""
         if self.kind in ("saved", "rows"):
             return saved_parameters(self)
         if self.kind == "frozen":
@@ -100,8 +103,8 @@ class Plan:
     """The plan of a whole tree, in the tree's leaf order; `str(plan)` is a table.
 
     Attributes:
-      config: what was asked for.
-      leaves: one `LeafPlan` a leaf that is an array.
+      config: of the adapters.
+      leaves: one `LeafPlan` for each leaf that is an array.
     """
 
     config: LoraConfig
@@ -133,43 +136,8 @@ class Plan:
         return table(self)
 
 
-def names_of(leaf: LeafPlan) -> list[list[str]]:
-    """The names each stack index goes by, flattened over the stack; one entry when unstacked.
-
-    Args:
-      leaf: with its roles.
-
-    Returns:
-      For each index the module's name and the parameter's, with the layer number where the path
-      says where it belongs, else without.
-    """
-    stack, _, _ = sizes(leaf.shape, leaf.roles) if leaf.roles else ((), 0, 0)
-    short = [paths.bare(paths.module_of(leaf.path)), paths.bare(leaf.path)]
-    if not stack:
-        return [short]
-    expanded = [paths.expand(name, stack[0]) for name in short]
-    repeat = math.prod(stack[1:])
-    if not all(expanded):
-        return [short] * math.prod(stack)
-    return [[m, p] for m, p in zip(*expanded, strict=True) for _ in range(repeat)]
-
-
-def unnumbered(leaf: LeafPlan) -> list[str]:
-    """A leaf's path and its module's, layers not numbered, with and without a collection."""
-    return [leaf.path, paths.module_of(leaf.path), *map(paths.bare, _both(leaf.path))]
-
-
-def _both(path: str) -> tuple[str, str]:
-    return path, paths.module_of(path)
-
-
-def every_name(leaf: LeafPlan) -> list[str]:
-    """All that a leaf goes by."""
-    return [*(n for each in names_of(leaf) for n in each), *unnumbered(leaf)]
-
-
 def saved_parameters(leaf: LeafPlan) -> int:
-    """How many numbers of a leaf train, layers that do not left out."""
+    """How many numbers of a leaf train, without layers that stay frozen."""
     if leaf.kind == "rows":
         return len(leaf.ids) * leaf.shape[1 - leaf.axis]
     layers = math.prod(leaf.shape)
@@ -182,7 +150,7 @@ _HEADER = ("leaf", "shape", "dtype", "kind", "roles", "rank", "alpha", "paramete
 
 
 def table(plan: Plan) -> str:
-    """Formats a plan, one row a leaf, would-be fallbacks marked, with a total."""
+    """A plan as text: one row a leaf, fallbacks marked, and a total."""
     rows = [_HEADER, *(_row(leaf) for leaf in plan.leaves)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER) - 1)]
     lines = [_line(row, widths) for row in rows]
@@ -196,7 +164,7 @@ def table(plan: Plan) -> str:
 
 
 def _whole(plan: Plan) -> str:
-    """How many leaves train whole, and how many in some rows."""
+    """How many leaves train whole, and of how many some rows train."""
     rows = sum(leaf.kind == "rows" for leaf in plan.saved)
     return f"{len(plan.saved) - rows} trained whole" + (f", {rows} in some rows" if rows else "")
 

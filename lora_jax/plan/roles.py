@@ -1,30 +1,8 @@
-"""What each dim of a weight is: read off its uses, or given in the config."""
+"""The role of each dim of a weight, read off its uses."""
 
 from collections.abc import Sequence
 
-from lora_jax import paths
-from lora_jax.config import matching
-from lora_jax.config.lora import LoraConfig
 from lora_jax.plan.leaf import Use
-
-
-def given(config: LoraConfig, path: str, ndim: int) -> str:
-    """The config's own roles for a leaf, or "".
-
-    Raises:
-      ValueError: they do not fit the leaf.
-    """
-    for name in (path, paths.module_of(path)):
-        pattern = matching.matched_pattern(config.roles, name)
-        if pattern is not None:
-            roles = config.roles[pattern]
-            if len(roles) != ndim or not {"i", "o"} <= set(roles):
-                raise ValueError(
-                    f"roles[{pattern!r}]={roles!r} does not fit `{path}` with {ndim} dims: give "
-                    f"one letter a dim, s (stack), i (in) or o (out), with an i and an o"
-                )
-            return roles
-    return ""
 
 
 def inferred(uses: Sequence[Use], ndim: int, rebatched: set) -> tuple[str, bool, str]:
@@ -57,7 +35,7 @@ def inferred(uses: Sequence[Use], ndim: int, rebatched: set) -> tuple[str, bool,
     return roles, deciding.kind in ("lookup", "rows"), remark
 
 
-def is_linear(uses: Sequence[Use]) -> bool:
+def maps_features(uses: Sequence[Use]) -> bool:
     """Whether a weight maps features: not one that is resized or mixed, and then added.
 
     A resized table of positions is contracted only with a matrix that no argument feeds, and then

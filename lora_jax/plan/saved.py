@@ -1,7 +1,7 @@
 """What trains besides adapters: whole leaves, biases, and single rows of a table."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -9,35 +9,44 @@ from lora_jax import paths
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import in_dims, out_dims, sizes, stack_dims
+from lora_jax.plan.draft import Draft
 from lora_jax.plan.leaf import LeafPlan
 
 
-def layer_names(leaf: LeafPlan, each: Sequence[list[str]]) -> list[list[str]]:
-    """The names that each layer of a leaf goes by, one entry when it is not stacked.
-
-    Args:
-      leaf: with its roles, if its uses show any.
-      each: `names_of(leaf)`; a leaf without roles (a bias, a norm's scale) is stacked where its
-        path leaves the layers' numbers out.
-    """
-    if leaf.roles or not leaf.shape or len(each) != 1:
-        return list(each)
-    expanded = [paths.expand(name, leaf.shape[0]) for name in each[0]]
-    # A name that ends where a stack begins has no place for a number.
-    numbered = [names for names in expanded if names]
-    return [list(names) for names in zip(*numbered, strict=True)] or list(each)
-
-
-def saved(config: LoraConfig, leaf: LeafPlan, each: Sequence[list[str]]) -> LeafPlan | None:
-    """The leaf as one that trains whole, or None where modules_to_save does not mean it."""
-    layers = layer_names(leaf, each)
-    hits = [any(matching.is_saved(config, name) for name in names) for names in layers]
-    if not any(hits):
-        return None
-    only = _only(leaf, hits)
+def saved_whole(leaf: LeafPlan, layers: Sequence[bool]) -> LeafPlan:
+    """The leaf as one that trains whole, in the layers that modules_to_save names."""
+    only = _only(leaf, layers)
     reason = "in modules_to_save"
     if only is not None:
-        reason += f", {len(only)} of {len(hits)} layers"
+        reason += f", {len(only)} of {len(layers)} layers"
+    return dataclasses.replace(leaf, kind="saved", only=only, reason=reason)
+
+
+def with_saved(config: LoraConfig, drafts: Sequence[Draft]) -> list[Draft]:
+    """Marks what trains beside the adapters: biases, and rows of tables.
+
+    Raises:
+      ValueError: trainable_token_indices means no table, or rows that it has not.
+    """
+    adapted = {x.names.module: x.leaf for x in drafts if x.leaf.kind == "lora"}
+    trains = {
+        leaf.path: matching.trains_bias(config, leaf.path, adapted=names.module in adapted)
+        for leaf, names, _ in drafts
+    }
+    marked = []
+    for draft in drafts:
+        leaf, weight = draft.leaf, adapted.get(draft.names.module)
+        if leaf.kind == "frozen" and trains[leaf.path]:
+            draft = draft._replace(leaf=_bias(leaf, config.bias, weight))
+        marked.append(draft)
+    asked = config.trainable_token_indices
+    return _with_token_rows(asked, marked) if asked else marked
+
+
+def _bias(leaf: LeafPlan, which: str, weight: LeafPlan | None) -> LeafPlan:
+    """A bias that trains: with "lora_only" in the layers whose weight is adapted."""
+    only = _adapted_layers(weight, leaf) if weight and which == "lora_only" else None
+    reason = f'bias="{which}"' + (f", {len(only)} layers" if only is not None else "")
     return dataclasses.replace(leaf, kind="saved", only=only, reason=reason)
 
 
@@ -55,23 +64,7 @@ def _only(leaf: LeafPlan, hits: Sequence[bool]) -> tuple[tuple[int, ...], ...] |
     return tuple(place for place, hit in zip(places, hits, strict=True) if hit)
 
 
-def with_biases(config: LoraConfig, leaves: tuple[LeafPlan, ...]) -> tuple[LeafPlan, ...]:
-    """Marks the biases that `config.bias` trains: with "lora_only" those of adapted layers."""
-    adapted = {paths.module_of(leaf.path): leaf for leaf in leaves if leaf.kind == "lora"}
-
-    def mark(leaf: LeafPlan) -> LeafPlan:
-        weight = adapted.get(paths.module_of(leaf.path))
-        trains = matching.trains_bias(config, leaf.path, adapted=weight is not None)
-        if leaf.kind != "frozen" or not trains:
-            return leaf
-        only = _adapted_layers(weight, leaf) if config.bias == "lora_only" else None
-        reason = f'bias="{config.bias}"' + (f", {len(only)} layers" if only is not None else "")
-        return dataclasses.replace(leaf, kind="saved", only=only, reason=reason)
-
-    return tuple(mark(leaf) for leaf in leaves)
-
-
-def _adapted_layers(weight, bias: LeafPlan) -> tuple[tuple[int, ...], ...] | None:
+def _adapted_layers(weight: LeafPlan, bias: LeafPlan) -> tuple[tuple[int, ...], ...] | None:
     """The layers of a bias whose weights have an adapter, None where all have."""
     stack = sizes(weight.shape, weight.roles)[0]
     if all(weight.ranks) or bias.shape[: len(stack)] != stack:
@@ -79,30 +72,30 @@ def _adapted_layers(weight, bias: LeafPlan) -> tuple[tuple[int, ...], ...] | Non
     return tuple(place for place, r in zip(np.ndindex(*stack), weight.ranks, strict=True) if r)
 
 
-def with_token_rows(config: LoraConfig, leaves: tuple[LeafPlan, ...]) -> tuple[LeafPlan, ...]:
-    """Marks the tables of which `config.trainable_token_indices` trains some rows.
-
-    Raises:
-      ValueError: there is no such table, it trains otherwise already, or an id is no row of it.
-    """
-    asked = config.trainable_token_indices
-    if not asked:
-        return leaves
+def _with_token_rows(
+    asked: tuple[int, ...] | Mapping[str, tuple[int, ...]], drafts: Sequence[Draft]
+) -> list[Draft]:
+    """Marks the tables of which some rows train."""
     if isinstance(asked, tuple):
-        meant = {_input_table(leaves).path: asked}
+        ids = {_input_table(drafts).path: asked}
     else:
-        meant = {_named_table(entry, leaves).path: ids for entry, ids in asked.items()}
-        if len(meant) < len(asked):
+        ids = {_named_table(entry, drafts).path: rows for entry, rows in asked.items()}
+        if len(ids) < len(asked):
             raise ValueError(
                 f"trainable_token_indices: two of the names {sorted(asked)} mean one table "
-                f"{sorted(meant)} (head and embedding are tied): give its ids once"
+                f"{sorted(ids)} (head and embedding are tied): give its ids once"
             )
-    return tuple(_rows(leaf, meant[leaf.path]) if leaf.path in meant else leaf for leaf in leaves)
+    return [
+        draft._replace(leaf=_rows(draft.leaf, ids[draft.leaf.path]))
+        if draft.leaf.path in ids
+        else draft
+        for draft in drafts
+    ]
 
 
-def _input_table(leaves: Sequence[LeafPlan]) -> LeafPlan:
+def _input_table(drafts: Sequence[Draft]) -> LeafPlan:
     """The largest table that an argument looks up: the vocabulary, not positions or types."""
-    tables = [x for x in leaves if any(use.kind == "lookup" for use in x.uses)]
+    tables = [x.leaf for x in drafts if any(use.kind == "lookup" for use in x.leaf.uses)]
     tables.sort(key=lambda x: -x.shape[_vocabulary(x)])
     if not tables:
         raise ValueError(
@@ -117,14 +110,16 @@ def _input_table(leaves: Sequence[LeafPlan]) -> LeafPlan:
     return tables[0]
 
 
-def _named_table(entry: str, leaves: Sequence[LeafPlan]) -> LeafPlan:
+def _named_table(entry: str, drafts: Sequence[Draft]) -> LeafPlan:
     """The table of the module that ends with a name."""
     found = [
-        x for x in leaves if x.roles and paths.module_of(x.path).endswith(entry) and x.ndim == 2
+        leaf
+        for leaf, names, _ in drafts
+        if leaf.roles and names.module.endswith(entry) and leaf.ndim == 2
     ]
     if len(found) == 1:
         return found[0]
-    known = {paths.module_of(x.path) for x in leaves if x.lookup}
+    known = {names.module for leaf, names, _ in drafts if leaf.lookup}
     several = f"{len(found)} tables ({', '.join(f'`{x.path}`' for x in found[:3])})"
     raise ValueError(
         f"trainable_token_indices: `{entry}` means {several if found else 'no table'}; "

@@ -1,0 +1,98 @@
+"""Whether a plan does what its config names: every entry matches, and every rank fits."""
+
+from collections.abc import Sequence
+
+from lora_jax import paths
+from lora_jax.config import matching
+from lora_jax.config.lora import LoraConfig
+from lora_jax.dims import sizes
+from lora_jax.plan.draft import Draft
+from lora_jax.plan.leaf import LeafPlan
+
+
+def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
+    """Raises where the config names what is not there, or a rank is too high.
+
+    Args:
+      config: of the plan.
+      drafts: of all leaves, decided.
+
+    Raises:
+      ValueError: with every problem found.
+    """
+    leaves = [draft.leaf for draft in drafts]
+    names = {name for draft in drafts for name in draft.names.every}
+    modules = {draft.names.module for draft in drafts}
+    unmatched, excluded = matching.unmatched_and_excluded(config, names)
+    problems = [
+        f"{field} entry `{entry}` matches no module; nearest: {paths.nearest(entry, modules)}"
+        for field, entry in unmatched
+        if not (field == "modules_to_save" and _is_other_head(config.modules_to_save, entry, names))
+    ]
+    if not isinstance(config.target_modules, str):
+        problems += _useless_targets(config.target_modules, drafts, excluded)
+    adapted = [leaf for leaf in leaves if leaf.kind == "lora"]
+    problems += [
+        f"lora_bias=True does not work with the embedding `{leaf.path}`: exclude it"
+        for leaf in adapted
+        if config.lora_bias and leaf.lookup
+    ]
+    problems += [message for leaf in adapted if (message := too_high(leaf))]
+    if not problems and all(leaf.kind == "frozen" for leaf in leaves):
+        problems.append(_nothing(config.target_modules, leaves, modules))
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _is_other_head(saved: tuple[str, ...], entry: str, names: set[str]) -> bool:
+    """Whether an entry is one of the two heads PEFT lists together, and the other is there.
+
+    PEFT adds both names of a classification head to modules_to_save, and a model has one.
+    """
+    heads = ("classifier", "score")
+    return (
+        entry in heads
+        and set(heads) <= set(saved)
+        and any(matching.ends_with(name, head) for name in names for head in heads)
+    )
+
+
+def _useless_targets(
+    targets: tuple[str, ...], drafts: Sequence[Draft], excluded: set[str]
+) -> list[str]:
+    """Listed targets that match only frozen leaves, unless the config also excludes one of them."""
+    problems = []
+    for entry in targets:
+        matched, names = [], set()
+        for leaf, own, _ in drafts:
+            # Without roles there is no stack to number: see `names_of`.
+            known = own.every if leaf.roles else set(own.unnumbered)
+            if any(matching.ends_with(name, entry) for name in known):
+                matched.append(leaf)
+                names |= known
+        if matched and not names & excluded and all(leaf.kind == "frozen" for leaf in matched):
+            why = "; ".join(f"`{leaf.path}`: {leaf.reason}" for leaf in matched[:3])
+            problems.append(f"target_modules entry `{entry}` adapts nothing ({why})")
+    return problems
+
+
+def too_high(leaf: LeafPlan) -> str:
+    """Why an adapted leaf cannot have its rank, or ""."""
+    _, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
+    limit = min(fan_in, fan_out)
+    if leaf.rank <= limit:
+        return ""
+    return (
+        f"rank {leaf.rank} is above the smallest dimension {limit} of `{leaf.path}` "
+        f"(in {fan_in}, out {fan_out}), where full rank is reached: lower `rank`, or set "
+        f"rank_pattern={{{paths.module_of(leaf.path).rsplit('.', 1)[-1]!r}: {limit}}}"
+    )
+
+
+def _nothing(targets: tuple[str, ...] | str, leaves: Sequence[LeafPlan], modules: set[str]) -> str:
+    likely = sorted(leaves, key=lambda leaf: not leaf.roles)  # the ones that could be adapted first
+    some = "; ".join(f"`{leaf.path}`: {leaf.reason}" for leaf in likely[:5])
+    return (
+        f"target_modules={targets!r} matches nothing in a tree of {len(leaves)} leaves; nearest: "
+        f"{paths.nearest(str(targets), modules)} ({some})"
+    )
