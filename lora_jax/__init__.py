@@ -15,7 +15,7 @@ from lora_jax.array import is_lora as is_lora
 from lora_jax.config.lora import LoraConfig as LoraConfig
 from lora_jax.merge import merge as merge
 from lora_jax.merge import unmerge as unmerge
-from lora_jax.multi.slots import replace as replace
+from lora_jax.multi.single import replace as replace
 from lora_jax.multi.stack import stack as stack
 from lora_jax.optim import grad as grad
 from lora_jax.optim import masked as masked

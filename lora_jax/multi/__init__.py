@@ -1,10 +1,10 @@
 """Many adapters on one base: stacked, chosen row by row, exchanged while the model runs."""
 
 from lora_jax.array import count as count
-from lora_jax.multi.combine import combine as combine
-from lora_jax.multi.combine import rank_of as rank_of
 from lora_jax.multi.pool import AdapterPool as AdapterPool
-from lora_jax.multi.slots import adapter as adapter
-from lora_jax.multi.slots import replace as replace
+from lora_jax.multi.single import adapter as adapter
+from lora_jax.multi.single import replace as replace
 from lora_jax.multi.stack import stack as stack
+from lora_jax.multi.weighted import add_weighted_adapter as add_weighted_adapter
+from lora_jax.multi.weighted import common_rank as common_rank
 from lora_jax.transform.many.rows import select as select

@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 
 from lora_jax.array import is_lora, is_stack
-from lora_jax.multi.slots import one_slot
-from lora_jax.multi.stack import slot_fields, stack
+from lora_jax.multi.single import stack_of_one
+from lora_jax.multi.stack import adapter_fields, stack
 
 
 class AdapterPool:
@@ -120,7 +120,7 @@ class AdapterPool:
         return list(self._where)
 
     def _read(self, name: str) -> list[np.ndarray]:
-        one = one_slot(self._form, self._load(name))
+        one = stack_of_one(self._form, self._load(name))
         return [np.asarray(x) for x in _arrays(one)]
 
     def _on_host(self, name: str) -> list[np.ndarray]:
@@ -149,11 +149,11 @@ def _stacks(stacked) -> list:
 
 def _arrays(stacked) -> list:
     """What of a stack belongs to the adapters, in one order."""
-    return [getattr(x, name) for x in _stacks(stacked) for name in slot_fields(x)]
+    return [getattr(x, name) for x in _stacks(stacked) for name in adapter_fields(x)]
 
 
 def _axes(stacked) -> list[int]:
-    return [x.axis for x in _stacks(stacked) for _ in slot_fields(x)]
+    return [x.axis for x in _stacks(stacked) for _ in adapter_fields(x)]
 
 
 def _with_arrays(stacked, arrays: Sequence):
@@ -162,7 +162,7 @@ def _with_arrays(stacked, arrays: Sequence):
     def fill(x):
         if not is_stack(x):
             return x
-        return dataclasses.replace(x, **{name: next(rest) for name in slot_fields(x)})
+        return dataclasses.replace(x, **{name: next(rest) for name in adapter_fields(x)})
 
     return jax.tree.map(fill, stacked, is_leaf=is_lora)
 
@@ -179,7 +179,7 @@ def _emptied(stacked):
     blank = [
         jnp.full_like(x, 1 if name == "gain" else 0)
         for leaf in _stacks(stacked)
-        for name, x in ((name, getattr(leaf, name)) for name in slot_fields(leaf))
+        for name, x in ((name, getattr(leaf, name)) for name in adapter_fields(leaf))
     ]
     return _with_arrays(stacked, blank)
 

@@ -1,4 +1,4 @@
-"""The slots of a stack: what stands at one, put in and taken out."""
+"""One adapter of a stack: put in, and taken out."""
 
 import dataclasses
 
@@ -18,21 +18,21 @@ from lora_jax.array import (
     is_stack,
 )
 from lora_jax.multi.stack import (
+    adapter_fields,
     as_lora,
-    base_of,
     check_same_base,
     padded,
-    slot_fields,
     stack_saved,
+    without_adapter,
 )
 
 
-def replace(stacked, slot: int, adapter):
+def replace(stacked, index: int, adapter):
     """Puts an adapter into a slot, in place of what was there; no shape changes.
 
     Args:
       stacked: from `stack`.
-      slot: its number; a traced one is not checked.
+      index: of the slot; a traced one is not checked.
       adapter: a tree with LoRA leaves over the same base, its rank at most the stack's; or the
         plain base, which empties the slot.
 
@@ -44,24 +44,23 @@ def replace(stacked, slot: int, adapter):
         stack has no room.
     """
     number = count(stacked)
-    if not isinstance(slot, jax.core.Tracer) and not 0 <= int(slot) < number:
-        raise ValueError(f"`slot` is {slot}, but the stack has slots 0 to {number - 1}")
+    if not isinstance(index, jax.core.Tracer) and not 0 <= int(index) < number:
+        raise ValueError(f"`index` is {index}, but the stack has slots 0 to {number - 1}")
 
     def put(x, one):
         if not is_stack(x):
             return x
-        changed = {
-            field: lax.dynamic_update_slice_in_dim(
-                getattr(x, field), getattr(one, field).astype(getattr(x, field).dtype), slot, x.axis
-            )
-            for field in slot_fields(x)
-        }
+        changed = {}
+        for field in adapter_fields(x):
+            held, new = getattr(x, field), getattr(one, field)
+            new = new.astype(held.dtype)
+            changed[field] = lax.dynamic_update_slice_in_dim(held, new, index, x.axis)
         return dataclasses.replace(x, **changed)
 
-    return jax.tree.map(put, stacked, one_slot(stacked, adapter), is_leaf=is_leaf)
+    return jax.tree.map(put, stacked, stack_of_one(stacked, adapter), is_leaf=is_leaf)
 
 
-def one_slot(stacked, adapter):
+def stack_of_one(stacked, adapter):
     """An adapter as a stack of one slot, of the same form as `stacked`.
 
     Args:
@@ -75,14 +74,14 @@ def one_slot(stacked, adapter):
     new, new_tree = jax.tree.flatten(adapter, is_leaf=is_leaf)
     if new_tree != tree:
         raise ValueError("`adapter` is a tree of another structure than the stack's base")
-    leaves = [_slot_leaf(paths.spell(p), x, y) for (p, x), y in zip(flat, new, strict=True)]
+    leaves = [_one_leaf(paths.spell(p), x, y) for (p, x), y in zip(flat, new, strict=True)]
     return jax.tree.unflatten(tree, leaves)
 
 
-def _slot_leaf(name: str, x, y):
-    check_same_base(name, [base_of(x), base_of(y)])
+def _one_leaf(name: str, x, y):
+    check_same_base(name, [without_adapter(x), without_adapter(y)])
     if is_stack(x):
-        return _slot_of(name, x, y)
+        return _one_stack(name, x, y)
     if is_lora(y):
         raise ValueError(
             f"`{name}` is adapted by the new adapter, but the stack has no room for it there; "
@@ -91,7 +90,7 @@ def _slot_leaf(name: str, x, y):
     return x
 
 
-def _slot_of(name: str, x: LoraStack | SavedStack, y) -> LoraStack | SavedStack:
+def _one_stack(name: str, x: LoraStack | SavedStack, y) -> LoraStack | SavedStack:
     """A leaf of a single adapter in the form of one slot."""
     train = isinstance(x, LoraStack) and x.m is not None
     if isinstance(x, SavedStack):
@@ -103,7 +102,7 @@ def _slot_of(name: str, x: LoraStack | SavedStack, y) -> LoraStack | SavedStack:
         x,
         **{
             field: jnp.zeros_like(lax.slice_in_dim(getattr(x, field), 0, 1, axis=x.axis))
-            for field in slot_fields(x)
+            for field in adapter_fields(x)
         },
     )
     if x.gain is not None:
@@ -122,26 +121,26 @@ def _slot_of(name: str, x: LoraStack | SavedStack, y) -> LoraStack | SavedStack:
     return padded(y, blank)
 
 
-def adapter(stacked, slot: int):
+def adapter(stacked, index: int):
     """One adapter of a stack as a tree by itself, filled up to the stack's rank.
 
     Args:
       stacked: from `stack`, trained or not.
-      slot: its number.
+      index: of the adapter.
 
     Raises:
       ValueError: no such slot; or the stack holds DoRA's gains only (stack with `train=True`).
     """
     number = count(stacked)
-    if not 0 <= slot < number:
-        raise ValueError(f"`slot` is {slot}, but the stack has slots 0 to {number - 1}")
+    if not 0 <= index < number:
+        raise ValueError(f"`index` is {index}, but the stack has slots 0 to {number - 1}")
     flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=is_leaf)
-    return jax.tree.unflatten(tree, [_single(paths.spell(p), x, slot) for p, x in flat])
+    return jax.tree.unflatten(tree, [_single(paths.spell(p), x, index) for p, x in flat])
 
 
-def _single(name: str, x, slot: int):
+def _single(name: str, x, index: int):
     if isinstance(x, SavedStack):
-        return SavedArray(x.w, x.value[slot])
+        return SavedArray(x.w, x.value[index])
     if not isinstance(x, LoraStack):
         return x
     if x.gain is not None:
@@ -150,7 +149,7 @@ def _single(name: str, x, slot: int):
             "`train=True` to take single ones out again"
         )
     own = {
-        field: lax.index_in_dim(getattr(x, field), slot, x.axis, keepdims=False)
+        field: lax.index_in_dim(getattr(x, field), index, x.axis, keepdims=False)
         for field in ("a", "b", "scale", "m", "bias")
         if getattr(x, field) is not None
     }

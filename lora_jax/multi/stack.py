@@ -96,11 +96,11 @@ def columns_of(adapters: Sequence):
     columns = [list(column) for column in zip(*([x for _, x in leaves] for leaves, _ in flat),
                                               strict=True)]  # fmt: skip
     for name, column in zip(names, columns, strict=True):
-        check_same_base(name, [base_of(x) for x in column])
+        check_same_base(name, [without_adapter(x) for x in column])
     return columns, flat[0][1], names
 
 
-def base_of(x):
+def without_adapter(x):
     """A leaf without its adapter."""
     return x.w if is_lora(x) else x
 
@@ -157,7 +157,7 @@ def stack_saved(name: str, column: list, slots: int) -> SavedStack:
                 f"`{name}` trains whole in one adapter and has factors in adapter {number}: such "
                 "two cannot be stacked; merge one of them"
             )
-    base = base_of(column[0])
+    base = without_adapter(column[0])
     values = [effective(x) if isinstance(x, SavedArray) else base for x in column]
     return SavedStack(base, jnp.stack([*values, *[base] * (slots - len(column))]))
 
@@ -252,7 +252,7 @@ def _pad_axis(x, axis: int, missing: int):
     return jnp.pad(x, pad) if missing else x
 
 
-def slot_fields(x: LoraStack | SavedStack) -> tuple[str, ...]:
+def adapter_fields(x: LoraStack | SavedStack) -> tuple[str, ...]:
     """The fields of a leaf that hold something for each adapter."""
     return tuple(name for name in _OWN[type(x)] if getattr(x, name) is not None)
 
@@ -261,6 +261,6 @@ def _join(slots: Sequence[LoraStack]) -> LoraStack:
     axis = slots[0].axis
     joined = {
         name: jnp.concatenate([getattr(x, name) for x in slots], axis)
-        for name in slot_fields(slots[0])
+        for name in adapter_fields(slots[0])
     }
     return dataclasses.replace(slots[0], **joined)

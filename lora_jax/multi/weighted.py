@@ -27,7 +27,7 @@ from lora_jax.multi.stack import columns_of
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def combine(
+def add_weighted_adapter(
     adapters: Sequence,
     weights: Sequence[float],
     *,
@@ -37,7 +37,7 @@ def combine(
     majority_sign: str = "total",
     key=None,
 ):
-    """The weighted combination of adapters of one base, as one adapter.
+    """The weighted sum of adapters of one base, as one adapter.
 
     Args:
       adapters: trees with LoRA leaves over the same base.
@@ -53,7 +53,7 @@ def combine(
 
     Returns:
       A tree with LoRA leaves of scale 1: save it with a config whose rank and alpha are
-      `rank_of(tree)`, without patterns and rsLoRA. A leaf that only one adapter trains whole
+      `common_rank(tree)`, without patterns and rsLoRA. A leaf that only one adapter trains whole
       (`modules_to_save`) is that adapter's.
 
     Raises:
@@ -62,7 +62,7 @@ def combine(
         leaf that two adapters train whole.
 
     Example:
-      both = lora.multi.combine([polite, french], [0.7, 0.3], method="svd", rank=16)
+      both = lora.multi.add_weighted_adapter([polite, french], [0.7, 0.3], method="svd", rank=16)
     """
     _check(adapters, weights, method, rank, density, majority_sign, key)
     columns, tree, names = columns_of(adapters)
@@ -90,8 +90,8 @@ class _Options:
     key: jax.Array | None
 
 
-def rank_of(lora_params) -> int:
-    """The rank of a combined adapter, the same at every leaf.
+def common_rank(lora_params) -> int:
+    """The rank of an adapter that has the same at every leaf.
 
     Raises:
       ValueError: the tree has no adapter, or leaves of different ranks.

@@ -58,16 +58,16 @@ def test_cat_is_the_sum_whatever_ranks_alphas_targets_and_scalings():
         make(1), make(2, rank=5, alpha=16, use_rslora=True), make(3, target_modules=("up",)),
     ]  # fmt: skip
     weights = [0.7, -0.3, 1.5]
-    both = multi.combine(adapters, weights)
-    assert multi.rank_of(both) == 11
+    both = multi.add_weighted_adapter(adapters, weights)
+    assert multi.common_rank(both) == 11
     assert_close(changes(both), weighted(adapters, weights))
-    exact = multi.combine(adapters, weights, method="svd", rank=8)
+    exact = multi.add_weighted_adapter(adapters, weights, method="svd", rank=8)
     assert_close(changes(exact), weighted(adapters, weights))  # 8 is all the rank there can be
 
 
 def test_svd_is_the_best_of_its_rank():
     adapters, weights = [make(1), make(2, rank=4)], [1.0, 0.5]
-    got = changes(multi.combine(adapters, weights, rank=2))
+    got = changes(multi.add_weighted_adapter(adapters, weights, rank=2))
     want = weighted(adapters, weights)
 
     def best(w):
@@ -122,7 +122,9 @@ def peft_change(model, weights, kind, **options):
 def test_what_peft_gives(ours, theirs, options):
     adapters = [make(seed, target_modules=("up",)) for seed in (1, 2, 3)]
     weights = [0.7, 0.3, -0.4] if ours != "ties" else [0.7, 0.3, 0.4]
-    got = changes(multi.combine(adapters, weights, method=ours, **options))["up"]["kernel"]
+    got = changes(multi.add_weighted_adapter(adapters, weights, method=ours, **options))["up"][
+        "kernel"
+    ]
     renamed = {"rank": "svd_rank", "majority_sign": "majority_sign_method"}
     want = peft_change(
         peft_model(adapters), weights, theirs, **{renamed.get(k, k): v for k, v in options.items()}
@@ -132,7 +134,7 @@ def test_what_peft_gives(ours, theirs, options):
 
 def test_rslora_is_scaled_right_where_peft_is_not():
     adapters = [make(seed, target_modules=("up",), use_rslora=True) for seed in (1, 2)]
-    got = changes(multi.combine(adapters, [0.5, 0.5]))["up"]["kernel"]
+    got = changes(multi.add_weighted_adapter(adapters, [0.5, 0.5]))["up"]["kernel"]
     np.testing.assert_allclose(got, weighted(adapters, [0.5, 0.5])["up"]["kernel"], atol=2e-5)
 
 
@@ -141,8 +143,10 @@ def test_dare_keeps_the_mean_and_the_key_decides():
     want = weighted(adapters, [1.0])["up"]["kernel"]
 
     def one(seed):
-        tree = multi.combine(adapters, [1.0], method="dare_linear", rank=OUT, density=0.5,
-                             key=jax.random.key(seed))  # fmt: skip
+        key = jax.random.key(seed)
+        tree = multi.add_weighted_adapter(
+            adapters, [1.0], method="dare_linear", rank=OUT, density=0.5, key=key
+        )
         return changes(tree)["up"]["kernel"]
 
     np.testing.assert_array_equal(one(0), one(0))
@@ -152,15 +156,15 @@ def test_dare_keeps_the_mean_and_the_key_decides():
     mean = np.mean([one(seed) for seed in range(60)], axis=0)
     # The standard error of 60 draws of an entry that is 0 or twice itself is |entry| / sqrt(60).
     assert (np.abs(mean - want) < 5 * np.abs(want) / np.sqrt(60) + 1e-4).all()
-    elected = multi.combine([*adapters, make(2, target_modules=("up",))], [1.0, 1.0],
+    elected = multi.add_weighted_adapter([*adapters, make(2, target_modules=("up",))], [1.0, 1.0],
                             method="dare_ties", density=0.5, key=jax.random.key(0))  # fmt: skip
     assert np.isfinite(changes(elected)["up"]["kernel"]).all()
 
 
 def test_the_result_exports(tmp_path):
     adapters = [make(1), make(2, rank=2)]
-    both = multi.combine(adapters, [0.5, 0.5])
-    rank = multi.rank_of(both)
+    both = multi.add_weighted_adapter(adapters, [0.5, 0.5])
+    rank = multi.common_rank(both)
     config = lora.LoraConfig(rank=rank, alpha=rank, target_modules=("up", "down"))
     lora.hf.save_peft(tmp_path / "sum", both, config)
     back, _ = lora.hf.load_peft(tmp_path / "sum", fn, base(), jnp.ones((2, IN)))
@@ -170,14 +174,14 @@ def test_the_result_exports(tmp_path):
 def test_clear_errors():
     one, two = make(1), make(2, rank=2)
     with pytest.raises(ValueError, match="got 2 adapters and 1 weights"):
-        multi.combine([one, two], [1.0])
+        multi.add_weighted_adapter([one, two], [1.0])
     with pytest.raises(ValueError, match="`method` must be one of cat, svd"):
-        multi.combine([one], [1.0], method="best")
+        multi.add_weighted_adapter([one], [1.0], method="best")
     with pytest.raises(ValueError, match='method="linear" needs adapters of one rank'):
-        multi.combine([one, two], [1.0, 1.0], method="linear")
+        multi.add_weighted_adapter([one, two], [1.0, 1.0], method="linear")
     with pytest.raises(ValueError, match="`key` is needed for dare_linear"):
-        multi.combine([one], [1.0], method="dare_linear", density=0.5)
+        multi.add_weighted_adapter([one], [1.0], method="dare_linear", density=0.5)
     with pytest.raises(ValueError, match=r"`density` must be in \(0, 1\], got 0"):
-        multi.combine([one], [1.0], method="ties", density=0)
+        multi.add_weighted_adapter([one], [1.0], method="ties", density=0)
     with pytest.raises(ValueError, match="`up.kernel` has DoRA's magnitude"):
-        multi.combine([make(1, use_dora=True, target_modules=("up",))], [1.0])
+        multi.add_weighted_adapter([make(1, use_dora=True, target_modules=("up",))], [1.0])
