@@ -1,6 +1,12 @@
-"""The only file that knows JAX versions or `jax.extend`: reading jaxprs on jax 0.10 to 0.12."""
+"""The only file that knows what differs between installations.
+
+Releases of JAX: reading jaxprs (`jax.extend`) on jax 0.10 to 0.12. Packages: how those that may be
+missing, or that take long to import, are imported, and which extra installs them.
+"""
 
 import contextlib
+import importlib
+import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +19,56 @@ import numpy as np
 Var = jexc.Var
 Literal = jexc.Literal
 
+# The packages of every extra, by the names they are imported by; pyproject.toml has the same.
+EXTRAS = {
+    "llm": ("gguf", "grain", "huggingface_hub", "jinja2", "matplotlib", "tokenizers", "tqdm"),
+    "bleu": ("sacrebleu",),
+}
+
 # Primitives that go by several names across releases, by the one name our tables use.
 _RENAMED = {"pjit": "jit", "checkpoint": "remat", "remat2": "remat", "core_call": "closed_call"}
+
+
+def require(module: str) -> Any:
+    """Imports a package where it is used: one that takes long to import, or that may be missing.
+
+    Args:
+      module: its full name, such as `orbax.checkpoint`.
+
+    Returns:
+      The module.
+
+    Raises:
+      ModuleNotFoundError: it is not installed; the message names the extra that installs it.
+
+    Example:
+      bar = require("tqdm").tqdm(total=10)
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != package:  # installed, but something it needs itself is not
+            raise
+        raise _not_installed(package) from None
+
+
+def check_installed(*packages: str) -> None:
+    """Refuses at once what would fail later, without importing anything.
+
+    Raises:
+      ModuleNotFoundError: one of the packages is not installed.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise _not_installed(package)
+
+
+def _not_installed(package: str) -> ModuleNotFoundError:
+    extra = next((f"[{e}]" for e, packages in EXTRAS.items() if package in packages), "")
+    return ModuleNotFoundError(
+        f"`{package}` is not installed: pip install 'lora-jax{extra}'", name=package
+    )
 
 
 def name_of(eqn) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.array import is_lora
+from lora_jax.compat import require
 from lora_jax.tree import _FROZEN, _TRAINED, combine, split
 
 
@@ -114,7 +115,7 @@ def masked(tx):
     Raises:
       ValueError: from `init`, nothing in the tree trains.
     """
-    import optax
+    optax = require("optax")
 
     def start(params):
         trainable, frozen = split(params)

@@ -9,6 +9,7 @@ import jax
 
 from lora_jax import paths
 from lora_jax.array import is_leaf
+from lora_jax.compat import require
 from lora_jax.config import matching
 from lora_jax.plan.leaf import Plan
 from lora_jax.quant.array import QuantArray, is_quant, quantize_array
@@ -94,9 +95,7 @@ def _is_plan(where) -> bool:
 def _shown(named: list, progress: bool, count: int) -> Iterator:
     if not progress:
         return iter(named)
-    from tqdm import tqdm
-
-    return iter(tqdm(named, desc=f"quantizing {count} weights", unit="leaf"))
+    return iter(require("tqdm").tqdm(named, desc=f"quantizing {count} weights", unit="leaf"))
 
 
 def _roles_of(roles: dict[str, str], path: str) -> str | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
 from lora_jax.checkpoint.flat import (
@@ -36,6 +37,7 @@ from lora_jax.checkpoint.folder import (
     read_shapes,
 )
 from lora_jax.checkpoint.swap import leftovers, replace
+from lora_jax.compat import require
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.hf.peft.base import as_read
@@ -156,8 +158,7 @@ def config_from(values: Mapping[str, Any]):
 
 
 def _write(directory: Path, arrays: dict, meta: dict) -> None:
-    import orbax.checkpoint as ocp
-
+    ocp = require("orbax.checkpoint")
     args = ocp.args.Composite(adapter=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
     check_space(directory.parent, arrays)
     with quiet(), checkpointer(ITEM) as opened:
@@ -300,8 +301,6 @@ def read_leaves(stored: Stored) -> dict[str, Any]:
     Args:
       stored: from `find`.
     """
-    import numpy as np
-
     arrays = jax.tree.map(np.asarray, _read_arrays(stored, None))
     leaves = {}
     for name, described in stored.plan.items():

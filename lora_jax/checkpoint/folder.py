@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.compat import require
+
 
 def checkpointer(item: str) -> Any:
     """Orbax's reader and writer of a folder with arrays under `item` and JSON under `meta`."""
-    import orbax.checkpoint as ocp
-
+    ocp = require("orbax.checkpoint")
     handlers = {item: ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
 
@@ -55,8 +56,7 @@ def read_meta(
     Raises:
       ValueError: damaged, or of another format.
     """
-    import orbax.checkpoint as ocp
-
+    ocp = require("orbax.checkpoint")
     try:
         with checkpointer("adapter") as opened:
             meta = opened.restore(directory, ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
@@ -96,8 +96,7 @@ def read_arrays(opened: Any, directory: Path, item: str, wanted: Any) -> Any:
     Raises:
       ValueError: they cannot be read, in one line.
     """
-    import orbax.checkpoint as ocp
-
+    ocp = require("orbax.checkpoint")
     args = ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)})
     with _readable(directory):
         return opened.restore(directory, args)[item]

@@ -25,6 +25,7 @@ from lora_jax.checkpoint.folder import (
     read_shapes,
 )
 from lora_jax.checkpoint.swap import replace
+from lora_jax.compat import require
 from lora_jax.paths import spell
 
 FORMAT = "lora_jax params 1"
@@ -45,8 +46,7 @@ def save_params(directory: str | os.PathLike, params: Any) -> None:
       ValueError: a leaf still has an adapter.
       OSError: it cannot be written (the earlier content is intact).
     """
-    import orbax.checkpoint as ocp
-
+    ocp = require("orbax.checkpoint")
     directory = place_for(directory, ITEM, "plain parameters")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lora):
         if is_lora(leaf):

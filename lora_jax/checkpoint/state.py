@@ -17,6 +17,7 @@ import jax
 
 from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
 from lora_jax.checkpoint.folder import check_space, one_line, quiet
+from lora_jax.compat import require
 
 
 class Checkpoint(NamedTuple):
@@ -44,8 +45,7 @@ def manager(directory: str | os.PathLike, *, keep: int | None = None):
     Raises:
       OSError: the folder cannot be made or written.
     """
-    import orbax.checkpoint as ocp
-
+    ocp = require("orbax.checkpoint")
     directory = Path(os.path.abspath(directory))
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -80,8 +80,7 @@ def save_state(opened, step: int, state, meta: dict) -> None:
       OSError: it could not be written; the checkpoints before are intact, and what was half
         written is removed.
     """
-    import orbax.checkpoint as ocp
-
+    ocp = require("orbax.checkpoint")
     arrays = {name: _plain(leaf) for name, leaf in flatten(state).items()}
     args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
     try:
@@ -114,8 +113,7 @@ def _plain(x):
 
 def read_meta_of(opened) -> tuple[int, dict] | None:
     """The newest checkpoint's step and JSON, or None if there is no checkpoint."""
-    import orbax.checkpoint as ocp
-
+    ocp = require("orbax.checkpoint")
     step = opened.latest_step()
     if step is None:
         return None
@@ -130,8 +128,7 @@ def restore_state(opened, like) -> Checkpoint:
       FileNotFoundError: there is none.
       ValueError: it holds other arrays than `like`.
     """
-    import orbax.checkpoint as ocp
-
+    ocp = require("orbax.checkpoint")
     found = read_meta_of(opened)
     if found is None:
         raise FileNotFoundError(f"{opened.directory}: there is no checkpoint to restore")

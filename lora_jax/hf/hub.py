@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from lora_jax.compat import require
+
 # What a model needs; pickle weights are not fetched at all.
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
 
@@ -20,28 +22,21 @@ def snapshot(name: str, *, revision: str | None = None) -> Path:
       FileNotFoundError: the hub has no such model, or none that may be read.
       ConnectionError: the hub cannot be reached and the cache does not have the model.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
+    hub = require("huggingface_hub")
+    errors = require("huggingface_hub.errors")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
-    except HFValidationError:
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
+    except errors.HFValidationError:
         raise FileNotFoundError(
             f"`{name}` is neither a directory nor a .gguf file that exists, nor a hub id "
             "(`owner/name`)"
         ) from None
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise FileNotFoundError(
             f"`{name}`: the hub has no such model or revision, or it is gated: "
             f"{str(error).splitlines()[0]}"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         raise ConnectionError(
             f"`{name}` is not a local directory, and the hub cannot be reached to fetch it "
             f"({type(error).__name__}); download it elsewhere and give its directory"

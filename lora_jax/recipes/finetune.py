@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.compat import EXTRAS, check_installed, require
 from lora_jax.config.lora import LoraConfig
 from lora_jax.train.config import TrainConfig
 
@@ -70,6 +71,7 @@ def finetune(
     from lora_jax import hf, train
     from lora_jax.tree import format_trainable_parameters
 
+    check_installed(*EXTRAS["llm"])
     if train_config.output_dir is None:
         raise ValueError("`output_dir` is missing: say where the run is to be written")
     # Read before the model is loaded, so that a mistake in the data shows at once.
@@ -112,9 +114,9 @@ def _examples(model, records: list, job: FinetuneConfig) -> list:
 
 def show_memory(say: Callable[[str], None]) -> Callable:
     """A hook for `fit` that says where memory goes, above the progress bar."""
-    from tqdm import tqdm
-
     from lora_jax.train import format_memory
+
+    tqdm = require("tqdm").tqdm
 
     def show(used) -> None:
         with tqdm.external_write_mode():

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.compat import require
+
 # name -> (dtype, shape)
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -94,15 +96,11 @@ def _model(source: str, tensors: bool) -> str:
 
 
 def _gguf(path: Path) -> tuple[str, dict[str, Any], Tensors]:
-    from gguf import GGMLQuantizationType
-
     from lora_jax.hf.gguf.file import open_gguf
 
+    kinds = require("gguf").GGMLQuantizationType
     file = open_gguf(path)
-    found = {
-        name: (GGMLQuantizationType(record.kind).name, record.shape)
-        for name, record in file.tensors.items()
-    }
+    found = {name: (kinds(record.kind).name, record.shape) for name, record in file.tensors.items()}
     config = {
         name: value
         for name, value in file.metadata.items()

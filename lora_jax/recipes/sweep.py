@@ -14,6 +14,7 @@ from lora_jax import compat
 from lora_jax.analysis.sweep.config import SweepConfig, Task
 from lora_jax.analysis.sweep.result import Sweep
 from lora_jax.analysis.sweep.sweep import rank_sweep
+from lora_jax.compat import EXTRAS, check_installed, require
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import write_text
 from lora_jax.recipes.generate import AnswerConfig, answer
@@ -80,6 +81,7 @@ def sweep_language_model(
     """
     from lora_jax.recipes.finetune import load_model
 
+    check_installed(*EXTRAS["llm"], *(EXTRAS["bleu"] if job.metric == "bleu" else ()))
     output_dir = train_config.output_dir
     if output_dir is None:
         raise ValueError("`output_dir` is missing: say where the sweep is to be written")
@@ -301,16 +303,14 @@ def bleu_counts(hypothesis: str, references: Sequence[str]) -> np.ndarray:
 
     Source: Papineni et al. 2002; computed by sacrebleu (Post 2018), tokenization 13a.
     """
-    from sacrebleu.metrics.bleu import BLEU
-
-    found = BLEU(effective_order=True).sentence_score(hypothesis, list(references))
+    bleu = require("sacrebleu").BLEU(effective_order=True)
+    found = bleu.sentence_score(hypothesis, list(references))
     return np.asarray([*found.counts, *found.totals, found.sys_len, found.ref_len], np.float64)
 
 
 def bleu_of(values: np.ndarray) -> float:
     """Corpus BLEU, 0 to 100, of `bleu_counts` of its sentences."""
-    from sacrebleu.metrics.bleu import BLEU
-
+    BLEU = require("sacrebleu").BLEU
     sums = [int(x) for x in values.sum(axis=0)]
     found = BLEU.compute_bleu(sums[:4], sums[4:8], sums[8], sums[9], smooth_method="exp")
     return float(found.score)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lora_jax.compat import require
 from lora_jax.train.buckets import Slot, best_ladder, check_ladder, plan_epoch, plan_once
 from lora_jax.train.examples import Example
 
@@ -193,8 +194,7 @@ def iterate(loader: Loader, steps: int, *, prefetch: int = 2):
       A `grain.DatasetIterator` of `Item`; `get_state()` is a small dict that can be written as
       JSON, and `set_state` goes to that batch at once, reading none before it.
     """
-    import grain
-
+    grain = require("grain")
     if steps > loader.epochs * batches_per_epoch(loader):
         raise ValueError(
             f"`steps` is {steps}, but the loader was laid out for {loader.epochs} epochs of"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lora_jax.compat import check_installed
 from lora_jax.train import archive as archives
 from lora_jax.train import metrics
 from lora_jax.train.batches import Item, Loader, iterate, loader
@@ -120,8 +121,10 @@ def fit(
       FileExistsError: `output_dir` holds a run and `config.resume` is false.
       FloatingPointError: the loss is not a finite number.
       OSError: something cannot be written; the last checkpoint is intact.
+      ModuleNotFoundError: the extra `llm` is not installed.
       KeyboardInterrupt: Ctrl-C; the step that ran is finished and saved first.
     """
+    _check_extra(config)
     hooks = hooks or Hooks()
     trainable, frozen = _halves(lora_params, full, lora_config)
     data, total = _layout(model, train_data, config)
@@ -153,6 +156,12 @@ def fit(
     used = _memory(job, state) if programs.compiled else None
     trained = combine(state.trainable, frozen)
     return Result(trained, history, total, used, tuple(programs.compiled))
+
+
+def _check_extra(config: TrainConfig) -> None:
+    """Refuses before the first step what would fail after the last one."""
+    needed = {"grain": True, "tqdm": config.progress, "matplotlib": config.output_dir is not None}
+    check_installed(*(package for package, used in needed.items() if used))
 
 
 def _halves(lora_params, full: bool, lora_config):

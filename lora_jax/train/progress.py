@@ -6,7 +6,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+from lora_jax.compat import require
 from lora_jax.files import replacing
 
 _FORMAT = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -21,16 +23,31 @@ def progress(total: int, *, start: int = 0, show: bool = True) -> Iterator:
       start: steps already taken (a resumed run); they do not count for the time left.
       show: draw it at all.
     """
-    from tqdm import tqdm
+    with bar(
+        show, total=total, initial=start, bar_format=_FORMAT, desc="train: ", dynamic_ncols=True
+    ) as shown:
+        yield shown
 
-    bar = tqdm(
-        total=total, initial=start, disable=not show, bar_format=_FORMAT, desc="train: ",
-        dynamic_ncols=True,
-    )  # fmt: skip
-    try:
-        yield bar
-    finally:
-        bar.close()
+
+def bar(show: bool, **options: Any) -> Any:
+    """A tqdm bar with these options, or one that draws nothing and needs no tqdm."""
+    return require("tqdm").tqdm(**options) if show else _NoBar()
+
+
+class _NoBar:
+    """The methods of a tqdm bar that are used here, none of which does anything."""
+
+    def __enter__(self) -> "_NoBar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def set_postfix(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def update(self, steps: int = 1) -> None:
+        pass
 
 
 def show_record(bar, record: dict) -> None:
@@ -104,14 +121,12 @@ def plot_loss(path: str | os.PathLike, history: Sequence[dict], *, title: str = 
       ValueError: no record has a loss.
       OSError: it cannot be written.
     """
-    from matplotlib.figure import Figure
-
     train = [(r["step"], r["loss"], r["learning_rate"]) for r in history if r["kind"] == "train"]
     evals = [(r["step"], r["eval_loss"]) for r in history if r["kind"] == "eval"]
     if not train and not evals:
         raise ValueError("`history` has no record with a loss: there is nothing to plot")
     # A figure without pyplot: no global state, no display.
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = require("matplotlib.figure").Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if train:
         _draw_train(axes, train)
@@ -128,11 +143,10 @@ def save_figure(figure, path: str | os.PathLike) -> None:
     Raises:
       OSError: it cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
+    agg = require("matplotlib.backends.backend_agg")
     try:
         with replacing(path) as new:
-            FigureCanvasAgg(figure).print_png(str(new))
+            agg.FigureCanvasAgg(figure).print_png(str(new))
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else error
         raise OSError(f"{path}: the plot cannot be written: {why}") from error

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Float
+from scipy.linalg import eigh
 
 from lora_jax import paths
 from lora_jax.array import LoraArray, dense, is_leaf, is_lora
@@ -190,8 +191,6 @@ def directions(delta: np.ndarray | Factors, top: int | None = None) -> Direction
         (first, second), small = _small(delta)
         u, values, vt = np.linalg.svd(small)
         return _cut(Directions(first @ u, values, second @ vt.T), top, len(small) * _EPSILON)
-    from scipy.linalg import eigh
-
     gram = _gram(delta)
     size = len(gram)
     if top is None or top >= size:

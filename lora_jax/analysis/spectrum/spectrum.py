@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.analysis.spectrum.changes import changes, singular_values
+from lora_jax.compat import require
 from lora_jax.train.progress import save_figure
 
 # σ below this share of σ1 is what float32 leaves of a zero.
@@ -235,9 +236,7 @@ def plot_decay(path: str | os.PathLike, found: Spectrum, *, title: str = "") -> 
     Raises:
       OSError: it cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = require("matplotlib.figure").Figure(figsize=(7, 4.5), layout="constrained")
     draw_decay(figure.add_subplot(), found)
     figure.suptitle(title or "Singular values of the change of weights")
     save_figure(figure, path)

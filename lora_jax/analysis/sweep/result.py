@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax.compat import require
 from lora_jax.files import write_text
 from lora_jax.train.progress import save_figure
 
@@ -327,9 +328,7 @@ def plot_sweep(path: str | os.PathLike, sweep: Sweep, *, title: str = "") -> Non
       sweep: what `rank_sweep` found.
       title: above the plot.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = require("matplotlib.figure").Figure(figsize=(11, 3.6), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     trained = [row for row in sweep.rows if row.rank != BASE]
     for axes, cost, label in zip(

@@ -22,6 +22,7 @@ from lora_jax.merge import merge
 from lora_jax.multi.stack import stack
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.train.config import TrainConfig, fixed_fields
+from lora_jax.train.progress import bar
 from lora_jax.tree import count_parameters, init
 
 
@@ -208,18 +209,20 @@ class _Sweep:
         return run is not None and (run.values is not None or self.store.holds(run))
 
     def _train_group(self, jobs: Sequence[_Job]) -> None:
-        from tqdm import tqdm
-
         names = ", ".join(f"{j.rank} ({j.rate:g})" for j in jobs)
         seeds = ", ".join(str(seed) for seed in dict.fromkeys(j.seed for j in jobs))
-        bar = tqdm(total=jobs[0].steps, desc=f"rank {names}, seed {seeds}", leave=False,
-                   disable=not self.train_config.progress)  # fmt: skip
+        shown = bar(
+            self.train_config.progress,
+            total=jobs[0].steps,
+            desc=f"rank {names}, seed {seeds}",
+            leave=False,
+        )
 
         def advance(loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            bar.update()
+            shown.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            shown.update()
 
-        with bar:
+        with shown:
             found = self._trained(jobs, advance)
         runs = [self._run_of(job, found, i, len(jobs)) for i, job in enumerate(jobs)]
         # All at once: a group of which one is missing would have to be trained again.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from lora_jax.hf.checkpoint import bnb
 from lora_jax.hf.checkpoint.weights import Weights
@@ -266,8 +267,6 @@ def _reader() -> Callable[[Path, str], np.ndarray]:
     handles: dict[Path, Any] = {}
 
     def read(path: Path, name: str) -> np.ndarray:
-        from safetensors import SafetensorError, safe_open
-
         try:
             if path not in handles:
                 handles[path] = safe_open(str(path), framework="numpy")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lora_jax.compat import require
 from lora_jax.hf.checkpoint.names import ANY, Family, stack_depth, tensor_of
 from lora_jax.paths import nearest, spell
 
@@ -79,9 +80,7 @@ def fill(
 
 def _shown(leaves: list):
     """With a progress bar, where there is a terminal: quantizing takes its time."""
-    from tqdm import tqdm
-
-    return tqdm(leaves, desc="quantizing", unit="leaf", disable=None)
+    return require("tqdm").tqdm(leaves, desc="quantizing", unit="leaf", disable=None)
 
 
 def _slots(leaves: list[tuple[str, tuple[int, ...]]], family: Family) -> dict[str, _Slot]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax.compat import require
 from lora_jax.hf.checkpoint.weights import Weights
 from lora_jax.hf.gguf.architectures import ARCHITECTURES, architecture_of
 from lora_jax.quant.foreign import GGUF_KINDS, from_gguf
@@ -248,9 +249,8 @@ def _record(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 def _place(records, alignment: Any, cursor: _Cursor) -> dict[str, Record]:
     """Where each tensor lies, inside the file."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    known = {int(kind): GGML_QUANT_SIZES[kind] for kind in GGMLQuantizationType}
+    gguf = require("gguf")
+    known = {int(kind): gguf.GGML_QUANT_SIZES[kind] for kind in gguf.GGMLQuantizationType}
     if not isinstance(alignment, int) or alignment < 1:
         raise _BadHeader(f"`general.alignment` is {alignment!r}")
     first, out = -(-cursor.at // alignment) * alignment, {}
@@ -296,11 +296,10 @@ def _heads(file: Gguf) -> dict[str, int]:
 
 def blocks_of(file: Gguf, name: str) -> tuple[str, np.ndarray]:
     """A matrix in the file's own blocks: their type, and the bytes of each row."""
-    from gguf.constants import GGMLQuantizationType
-
+    kinds = require("gguf").GGMLQuantizationType
     record = file.tensors[name]
     raw = file.data[record.start : record.start + record.size]
-    return GGMLQuantizationType(record.kind).name, raw.reshape(record.shape[0], -1)
+    return kinds(record.kind).name, raw.reshape(record.shape[0], -1)
 
 
 def read_tensor(file: Gguf, name: str) -> np.ndarray:
@@ -309,21 +308,20 @@ def read_tensor(file: Gguf, name: str) -> np.ndarray:
     Raises:
       ValueError: a type that cannot be dequantized, or numbers that are not finite.
     """
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import dequantize
-
+    gguf = require("gguf")
     record = file.tensors[name]
-    kind = GGMLQuantizationType(record.kind)
+    kinds = gguf.GGMLQuantizationType
+    kind = kinds(record.kind)
     raw = file.data[record.start : record.start + record.size]
-    if kind == GGMLQuantizationType.F32:
+    if kind == kinds.F32:
         tensor = raw.view(np.float32).reshape(record.shape)
     else:
         rows = raw.reshape(*record.shape[:-1], -1)
-        rows = rows.view(np.float16) if kind == GGMLQuantizationType.F16 else rows
+        rows = rows.view(np.float16) if kind == kinds.F16 else rows
         try:
             # A scale that is damaged is found below.
             with np.errstate(invalid="ignore", over="ignore"):
-                tensor = dequantize(rows, kind).astype(np.float32, copy=False)
+                tensor = gguf.dequantize(rows, kind).astype(np.float32, copy=False)
         except NotImplementedError:
             raise ValueError(
                 f"{file.path}: tensor `{name}` has type {kind.name}, which the gguf package cannot "

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax.compat import require
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
@@ -192,16 +193,13 @@ def write_gguf_lora(
 
 
 def _write(path: Path, content: Content, base: Base, dtype: str, name: str | None) -> None:
-    from gguf.constants import GGMLQuantizationType, GGUFType, Keys
-    from gguf.gguf_writer import GGUFWriter
-    from gguf.quants import quantize
-
-    writer = GGUFWriter(path, base.architecture)
-    writer.add_type(GGUFType.ADAPTER)
+    gguf = require("gguf")
+    writer = gguf.GGUFWriter(path, base.architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
     if name is not None:
         writer.add_name(name)
-    writer.add_string(Keys.Adapter.TYPE, "lora")
-    writer.add_float32(Keys.Adapter.LORA_ALPHA, content.alpha)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, content.alpha)
     writer.add_file_type(_FILE_TYPES[dtype])
     writer.add_quantization_version(2)
     kind = {"float16": "F16", "bfloat16": "BF16"}.get(dtype)
@@ -210,10 +208,10 @@ def _write(path: Path, content: Content, base: Base, dtype: str, name: str | Non
             writer.add_tensor(key, tensor)
             continue
         with np.errstate(over="ignore"):  # found below
-            packed = quantize(tensor, GGMLQuantizationType[kind])
+            packed = gguf.quantize(tensor, gguf.GGMLQuantizationType[kind])
         if kind == "F16" and not np.isfinite(packed).all():
             raise ValueError(f"`{key}` has a number that float16 cannot hold; take bfloat16")
-        writer.add_tensor(key, packed, raw_dtype=GGMLQuantizationType[kind])
+        writer.add_tensor(key, packed, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

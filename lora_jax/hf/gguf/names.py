@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_jax.compat import require
 from lora_jax.hf.checkpoint.safetensors import read_json
 from lora_jax.hf.gguf.file import open_gguf
 
@@ -148,13 +149,11 @@ def gguf_names(architecture: str, layers: int) -> dict[str, str]:
     Raises:
       ValueError: the architecture is not known here.
     """
-    from gguf.constants import MODEL_ARCH_NAMES
-    from gguf.tensor_mapping import get_tensor_name_map
-
+    gguf = require("gguf")
     if architecture not in MODULES:
         raise ValueError(f"architecture `{architecture}` is not one of {', '.join(MODULES)}")
-    arch = next(a for a, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    table = get_tensor_name_map(arch, 1)
+    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(arch, 1)
     stack, inner, outer = MODULES[architecture]
     names = {module: table[module] for module in outer if module in table}
     for module in inner:

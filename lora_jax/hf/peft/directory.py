@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from lora_jax.hf.checkpoint.safetensors import PICKLES, read_header
 from lora_jax.hf.hub import snapshot
@@ -101,8 +103,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import safe_open
-
     header = read_header(path)
     for name, entry in header.items():
         if entry.dtype not in _DTYPES:
@@ -144,9 +144,6 @@ def write_directory(
     Raises:
       OSError: the directory cannot be written; nothing was changed.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     root = Path(directory)
     config = json.dumps(fields, indent=2, sort_keys=True)
     if root.exists() and not root.is_dir():

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_jax.compat import require
+
 _CONTROL, _USER_DEFINED = 3, 4
 
 _LLAMA3 = (
@@ -76,19 +78,18 @@ def special_token(metadata: Mapping[str, Any], tokens: list[str], key: str) -> s
 
 
 def _byte_level(metadata: Mapping[str, Any], split: Split, path: Path):
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-
+    library = require("tokenizers")
     tokens, merges = _tables(metadata, path)
-    model = models.BPE(
+    model = library.models.BPE(
         vocab={token: i for i, token in enumerate(tokens)},
         merges=merges,
         ignore_merges=split.whole_words,
     )
-    tokenizer = Tokenizer(model)
+    tokenizer = library.Tokenizer(model)
     if split.normalize:
-        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.normalizer = library.normalizers.NFC()
     tokenizer.pre_tokenizer = _pre_tokenizer(split)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.decoder = library.decoders.ByteLevel()
     types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise ValueError(f"{path}: the tokenizer does not give every token its type")
@@ -96,7 +97,7 @@ def _byte_level(metadata: Mapping[str, Any], split: Split, path: Path):
         special = kind == _CONTROL
         tokenizer.add_tokens(
             [
-                AddedToken(token, normalized=False, special=special)
+                library.AddedToken(token, normalized=False, special=special)
                 for token, its in zip(tokens, types, strict=True)
                 if its == kind
             ]
@@ -125,12 +126,12 @@ def _tables(metadata: Mapping[str, Any], path: Path) -> tuple[list[str], list[tu
 
 
 def _pre_tokenizer(split: Split):
-    from tokenizers import Regex, pre_tokenizers
-
+    library = require("tokenizers")
+    pre_tokenizers = library.pre_tokenizers
     if split.regex is not None:
         return pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(split.regex), behavior="isolated"),
+                pre_tokenizers.Split(library.Regex(split.regex), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
@@ -142,7 +143,7 @@ def _pre_tokenizer(split: Split):
 
 def _post_processor(metadata: Mapping[str, Any], tokens: list[str], split: Split):
     """Byte-level offsets, and BOS or EOS around a text where the file asks for them."""
-    from tokenizers import processors
+    processors = require("tokenizers").processors
 
     def wanted(name: str, default: bool) -> str | None:
         add = metadata.get(f"tokenizer.ggml.add_{name}_token", default)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from lora_jax.compat import require
 from lora_jax.hf.checkpoint.safetensors import read_json
 from lora_jax.hf.tokenizer import wordpiece
 from lora_jax.hf.tokenizer.backends import build, special_token
@@ -136,8 +137,7 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The conversation as the template writes it; see `apply_chat_template`."""
-        import jinja2
-
+        jinja2 = require("jinja2")
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template; give the text itself")
         for number, message in enumerate(messages):
@@ -186,8 +186,7 @@ def from_directory(directory: str | Path) -> Tokenizer | None:
 
 
 def _saved(path: Path):
-    import tokenizers
-
+    tokenizers = require("tokenizers")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -245,11 +244,11 @@ def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
 
 @lru_cache(maxsize=16)
 def _compiled(source: str):
-    import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
+    jinja2 = require("jinja2")
+    Extension = require("jinja2.ext").Extension
+    Environment = require("jinja2.sandbox").ImmutableSandboxedEnvironment
 
-    class Generation(jinja2.ext.Extension):
+    class Generation(Extension):
         """`{% generation %}` marks the assistant's words; here it only lets them through."""
 
         tags = {"generation"}  # noqa: RUF012
@@ -270,7 +269,7 @@ def _compiled(source: str):
             sort_keys=sort_keys,
         )
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.compat import require
+
 # What BERT's own files call them; tokenizer_config.json may say otherwise.
 SPECIAL = {
     "unk_token": "[UNK]",
@@ -29,10 +31,7 @@ def build(path: Path, settings: Mapping[str, Any], special: Mapping[str, str]):
     Raises:
       ValueError: not text, a piece that stands there twice, or a special token that is missing.
     """
-    from tokenizers import BertWordPieceTokenizer
-    from tokenizers.implementations.base_tokenizer import BaseTokenizer
-
-    made: BaseTokenizer = BertWordPieceTokenizer(
+    made = require("tokenizers").BertWordPieceTokenizer(
         vocab=_vocabulary(path, special),
         **special,
         lowercase=settings.get("do_lower_case", True),

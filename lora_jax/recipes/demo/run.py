@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from lora_jax.compat import EXTRAS, check_installed
 from lora_jax.config.lora import LoraConfig
 from lora_jax.recipes.demo import files, task
 from lora_jax.recipes.generate import AnswerConfig, answer
@@ -86,6 +87,7 @@ def run(config: DemoConfig, *, say: Callable[[str], None] = print) -> DemoResult
     from lora_jax.recipes import finetune
     from lora_jax.tree import format_trainable_parameters
 
+    check_installed(*EXTRAS["llm"])
     started = time.monotonic()
     examples, test = _make_data(config)
     data = files.prepare(config.output_dir, examples, test)
