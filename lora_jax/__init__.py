@@ -12,6 +12,7 @@ from lora_jax.array import RowsArray as RowsArray
 from lora_jax.array import SavedArray as SavedArray
 from lora_jax.array import delta as delta
 from lora_jax.array import is_lora as is_lora
+from lora_jax.compat import VERSION as __version__  # noqa: F401
 from lora_jax.config.lora import LoraConfig as LoraConfig
 from lora_jax.merge import merge as merge
 from lora_jax.merge import unmerge as unmerge
@@ -38,8 +39,6 @@ from lora_jax.tree import count_parameters as count_parameters
 from lora_jax.tree import format_trainable_parameters as format_trainable_parameters
 from lora_jax.tree import init as init
 from lora_jax.tree import split as split
-
-__version__ = "0.1.0"
 
 # Public name -> the module of this package that is imported when it is first asked for.
 _LAZY = {

@@ -19,6 +19,8 @@ import numpy as np
 Var = jexc.Var
 Literal = jexc.Literal
 
+VERSION = "0.1.0"  # of this package; pyproject.toml and `lora_jax.__version__` read it
+
 # The packages of every extra, by the names they are imported by; pyproject.toml has the same.
 EXTRAS = {
     "llm": ("gguf", "grain", "huggingface_hub", "jinja2", "matplotlib", "tokenizers", "tqdm"),

@@ -6,17 +6,17 @@ What a command imports, it imports when it runs, so that `--help` answers at onc
 import argparse
 import sys
 from collections.abc import Iterable
-from importlib import metadata
 
 from lora_jax.cli import settings
 from lora_jax.cli.settings import Section
+from lora_jax.compat import VERSION
 from lora_jax.recipes.estimate import EstimateConfig
 from lora_jax.recipes.generate import AnswerConfig
 
 
 def version() -> str:
-    """The installed version of this package."""
-    return metadata.version("lora-jax")
+    """The version of this package."""
+    return VERSION
 
 
 def demo_sections() -> list[Section]:
