@@ -99,7 +99,7 @@ def estimate(
 
 
 def _estimates(model: str, config: EstimateConfig) -> list[Any]:
-    from lora_jax.analysis.memory import estimate as memory
+    from lora_jax.analysis.memory.estimate import memory
     from lora_jax.config.lora import LoraConfig
 
     adapter = LoraConfig(rank=config.rank, target_modules=config.targets)
