@@ -27,8 +27,8 @@ import lora_jax
 from lora_jax.cli.parser import COMMANDS
 from lora_jax.compat import EXTRAS
 
+from tests.support.pages import blocks, write_small_model
 from tests.support.places import ROOT
-from tests.test_docs import blocks, write_small_model
 
 pytestmark = pytest.mark.once
 
