@@ -8,6 +8,7 @@ import pytest
 
 from lora_jax.cli import commands, settings
 from lora_jax.cli.parser import COMMANDS, parse
+from lora_jax.train import load_jsonl
 
 from tests.support.pages import PAGES, blocks
 from tests.support.places import ROOT
@@ -68,6 +69,15 @@ def test_a_settings_file_of_a_page_is_one(name, text, tmp_path):
     sections = commands.train_sections()
     values = settings.from_toml(file, settings.options(sections))
     assert [settings.build(section, values) for section in sections]
+
+
+def test_the_data_that_pages_show_can_be_read(tmp_path):
+    shown = [b for path in PAGES.values() for b in blocks(path) if b.language == "json"]
+    assert shown
+    for block in shown:
+        file = tmp_path / f"{block.line}.jsonl"
+        file.write_text(block.text, "utf-8")
+        assert len(load_jsonl(file)) == len(block.text.splitlines())
 
 
 def test_every_command_is_in_the_reference_and_the_readme():
