@@ -43,7 +43,8 @@ def refreshed(text: str, tests) -> str:
     names: dict = {"__name__": "__main__"}
     printed = None
     for i in range(1, len(parts), 2):
-        language, body = re.fullmatch(r"```(\w*)[^\n]*\n(.*)```", parts[i], re.DOTALL).groups()
+        opening, _, rest = parts[i].partition("\n")
+        language, body = opening.removeprefix("```").strip(), rest.removesuffix("```")
         if language == "python":
             following = parts[i + 2] if i + 2 < len(parts) else ""
             shown = following.removeprefix("```text\n") if "```text\n" in following else None

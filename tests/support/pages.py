@@ -112,6 +112,7 @@ def write_small_model(directory: Path) -> Path:
     from lora_jax.models.saving import save_model
 
     tokenizer = tiny.tiny_tokenizer()
+    assert tokenizer.eos_id is not None
     config = models.LlamaConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=64,
