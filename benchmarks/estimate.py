@@ -23,11 +23,11 @@ from common import report
 
 from lora_jax import LoraConfig
 from lora_jax.analysis.memory import compiled
-from lora_jax.analysis.memory import mesh as memory_mesh
 from lora_jax.analysis.memory import step as memory_step
 from lora_jax.analysis.memory.estimate import estimate
 from lora_jax.analysis.memory.liveness import alive
 from lora_jax.analysis.memory.step import SHAPES, config_of
+from lora_jax.models.sharding import ROWS
 from lora_jax.train.memory import tree_bytes
 
 GIB = 2**30
@@ -64,7 +64,7 @@ def mesh_row(kind: str, method: str, mesh: dict) -> dict:
     settings = memory_step.StepSettings(mesh=mesh, **KINDS[kind], **METHODS[method])
     _, config = config_of(SHAPE)
     found = estimate("0.5B", config, settings)
-    step = memory_step.abstract_step(config, settings, batch=settings.batch, rows=memory_mesh.ROWS)
+    step = memory_step.abstract_step(config, settings, batch=settings.batch, rows=ROWS)
     devices = jax.devices() if kind == "cpu" else targets.devices(kind, 8)
     places = memory_step.spread(step, settings)
     said = compiled.compiled(step, places, settings, devices=devices, platform=kind)

@@ -1,4 +1,4 @@
-"""The memory of a step as the compiler plans it: the step is compiled, nothing is allocated."""
+"""The memory of a step as XLA plans it: the step is compiled, and no array is allocated."""
 
 import math
 from collections.abc import Sequence
@@ -21,22 +21,22 @@ def compiled(
     devices: Sequence[Any] | None = None,
     platform: str | None = None,
 ) -> Alive:
-    """What a compiler plans for a step, beside its arguments.
+    """The bytes that a compiled step needs beside its arguments.
 
     Args:
-      step: it; on a mesh, made with `rows=memory_mesh.ROWS`.
-      places: where its arguments lie on the mesh.
-      settings: its settings.
-      devices: to compile for, such as those of a topology that is not there; by default the local
-        ones.
-      platform: of these devices, as jax's `lowering_platforms` names it.
+      step: the step; for a mesh, made with `rows=lora_jax.models.sharding.ROWS`.
+      places: the sharding of its arguments.
+      settings: the settings it was made with.
+      devices: the devices to compile for, which may be those of a topology that is not attached;
+        the local ones by default.
+      platform: the platform of `devices`, as jax's `lowering_platforms` names it.
 
     Raises:
-      ValueError: a mesh of more devices than there are, or a compiler that does not say.
+      ValueError: a mesh of more devices than there are, or a compiler without memory statistics.
     """
     args = (step.state, step.frozen, step.batch)
     if devices is None and math.prod(settings.mesh.values()) == 1:
-        return _asked(step, args, platform)
+        return _temporaries(step, args, platform)
     grid = _grid(settings, jax.devices() if devices is None else devices)
     specs = mesh.leaves((places.state, places.frozen, places.batch))
     flat, tree = jax.tree.flatten(args)
@@ -45,17 +45,19 @@ def compiled(
         for x, spec in zip(flat, specs, strict=True)
     ]
     with jax.set_mesh(grid):
-        return _asked(step, jax.tree.unflatten(tree, placed), platform)
+        return _temporaries(step, jax.tree.unflatten(tree, placed), platform)
 
 
-def _asked(step: AbstractStep, args: Any, platform: str | None) -> Alive:
+def _temporaries(step: AbstractStep, args: Any, platform: str | None) -> Alive:
     traced = jax.jit(step.fn, donate_argnums=(0,)).trace(*args)
     lowered = traced.lower(lowering_platforms=None if platform is None else (platform,))
-    said = lowered.compile().memory_analysis()
-    if said is None:
-        raise ValueError("`exact`: this backend's compiler does not say; leave it out")
-    new = said.output_size_in_bytes - said.alias_size_in_bytes
-    return Alive(said.temp_size_in_bytes + max(new, 0), 0, ())
+    stats = lowered.compile().memory_analysis()
+    if stats is None:
+        raise ValueError(
+            "`exact`: the compiler of this backend reports no memory statistics; leave it out"
+        )
+    new = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return Alive(stats.temp_size_in_bytes + max(new, 0), 0, ())
 
 
 def _grid(settings: StepSettings, devices: Sequence[Any]) -> Mesh:

@@ -15,7 +15,6 @@ and with True and "projections" one block is computed again at a time.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from lora_jax.analysis.memory.liveness import HABITS, Alive, Habits, alive, on_c
 from lora_jax.analysis.memory.program import whole_bytes
 from lora_jax.analysis.memory.step import AbstractStep, Spread, StepSettings, config_of
 from lora_jax.config.lora import LoraConfig
+from lora_jax.models.sharding import ROWS
 from lora_jax.tree import Count, count_parameters
 
 GIB = 2**30
@@ -126,10 +126,6 @@ class MemoryEstimate:
             "settings": settings,
         }
 
-    def to_json(self) -> str:
-        """`to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=1)
-
     def table(self) -> str:
         """A line for each part, in GiB."""
         where = "on each device" if self.devices > 1 else ""
@@ -146,7 +142,7 @@ class MemoryEstimate:
                 + " x ".join(f"{name} {n}" for name, n in self.settings.mesh.items() if n > 1)
             )
             if not self.exact:
-                text.append(f"  {memory_mesh.said(self.settings.backend)}")
+                text.append(f"  {memory_mesh.mesh_note(self.settings.backend)}")
         return "\n".join(line.rstrip() for line in text)
 
     def __str__(self) -> str:
@@ -173,16 +169,16 @@ def memory(
     """The memory of a training step of a model, of which only its configuration is needed.
 
     Args:
-      model: a known shape ("llama-2-7b", see `memory_shapes.SHAPES`), the path of a config.json or
-        of its directory, the object in it, or a configuration of `lora_jax.models`.
+      model: a known shape ("llama-2-7b", see `analysis.memory.step.SHAPES`), the path of a
+        config.json or of its directory, the parsed JSON, or a configuration of `lora_jax.models`.
       adapter: what is adapted; None is full fine-tuning.
       quantize: format of the frozen base ("nf4", "int4", ...): QLoRA. As `models.load(quantize=)`
         every matrix but the head's and the tables is quantized.
       batch: rows of one forward pass, on all devices together.
       length: tokens of a row; the smaller of 2048 and the model's context by default.
       accumulation, dtype, train_dtype, remat, optimizer, clip, backend: see `StepSettings`.
-      mesh: axis ("data", "fsdp", "tensor") to number of devices; see `memory_mesh` for what is
-        spread over which.
+      mesh: axis ("data", "fsdp", "tensor") to number of devices; see
+        `lora_jax.models.sharding` for what each axis shards.
       exact: compile the step on this machine's default backend and ask the compiler for gradients
         and activations. A mesh takes as many local devices.
 
@@ -223,7 +219,7 @@ def estimate(
 ) -> MemoryEstimate:
     """As `memory`, of a configuration and settings that are made already."""
     memory_mesh.one_device(config, settings.mesh)  # refuses what cannot be spread
-    rows = memory_mesh.ROWS if exact and math.prod(settings.mesh.values()) > 1 else ()
+    rows = ROWS if exact and math.prod(settings.mesh.values()) > 1 else ()
     step = memory_step.abstract_step(config, settings, batch=settings.batch, rows=rows)
     places = memory_step.spread(step, settings)
     trained = _device_bytes(step.state.trainable, places.state.trainable, settings)

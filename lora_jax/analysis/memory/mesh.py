@@ -1,28 +1,14 @@
-"""How a training step is spread over a mesh: which array is sharded over what, which is copied.
+"""The mesh in the estimate of a training step; the rules are those of `lora_jax.models.sharding`.
 
-    data     rows of the batch; everything else is copied
-    fsdp     rows of the batch, and of every matrix and table one dim: each device keeps its part
-             of weights, adapters, gradients and optimizer state, and gathers a layer to use it
-    tensor   heads, the MLP's inside and the vocabulary (Megatron's way), for Llama's decoders
-
-    q, k, v, gate, up, head  (in, out)      P("fsdp", "tensor")
-    o, down                  (in, out)      P("tensor", "fsdp")
-    table                    (tokens, d)    P("tensor", "fsdp")
-    norms, biases                           copied (biases of the first row: P("tensor"))
-
-Adapters follow their weights, see `lora_jax.partition_specs`.
-
-Bytes that stay are exact under these shardings. What a step needs besides is counted for a program
-that gathers one layer at a time and keeps the batch's rows where their tokens are. XLA's
-partitioner finds it if it is told so: `Forward(rows=("data", "fsdp"))`, traced under
-`jax.set_mesh`, as `exact=True` does. Left alone, it takes the residual stream's sharding from the
-embedding table, so that all devices of an axis hold all its rows, and holds up to twice the
+The bytes that stay from step to step are exact under these shardings. The temporaries are those of
+a program that gathers one layer at a time and keeps the rows of the batch on the devices that hold
+their tokens. XLA's partitioner finds that program under `Forward(rows=("data", "fsdp"))`, traced
+under `jax.set_mesh`, as `exact=True` does. Without it, XLA takes the sharding of the residual
+stream from the embedding table: all devices of an axis hold all rows, and up to twice the
 temporaries.
 
-Against XLA's own figures the whole is within a tenth in `benchmarks/results/estimate.json`: 8 H200s
-0.95 to 1.08, 8 CPU devices 0.91 to 1.06. No TPU's compiler was asked.
-
-Sources: Rajbhandari et al. 2020, "ZeRO", section 5; Shoeybi et al. 2019, "Megatron-LM", section 3.
+The totals are within a tenth of XLA's own figures in `benchmarks/results/estimate.json`: 0.95 to
+1.08 on 8 H200s, 0.91 to 1.06 on 8 CPU devices. No TPU compiler was compared.
 """
 
 import dataclasses
@@ -33,27 +19,19 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from lora_jax import paths
-from lora_jax.array import is_leaf
 from lora_jax.models.config import LlamaConfig
-from lora_jax.quant.array import is_quant
+from lora_jax.models.sharding import AXES, ROWS
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the axes that rows of the batch are spread over
-
-_OUTPUTS = frozenset(
-    {"q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "lm_head"}
-)
-_INPUTS = frozenset({"o_proj", "down_proj"})
-_SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+# The sizes of a configuration that the axis `tensor` divides.
+_DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 
 
 def check_mesh(mesh: Mapping[str, int], *, batch: int) -> dict[str, int]:
-    """A mesh with all axes.
+    """The mesh with every axis, those left out with one device.
 
     Raises:
-      ValueError: an axis that is not known, a size that is no whole number above 0, or rows that
-        cannot be divided.
+      ValueError: an unknown axis, a size that is not a positive integer, or a batch that the
+        devices do not divide.
     """
     for name, size in mesh.items():
         if name not in AXES:
@@ -71,10 +49,11 @@ def check_mesh(mesh: Mapping[str, int], *, batch: int) -> dict[str, int]:
 
 
 def one_device(config: Any, mesh: Mapping[str, int]) -> Any:
-    """The configuration of what one device computes: its share of heads, MLP and vocabulary.
+    """The configuration of one device's part: its share of heads, MLP and vocabulary.
 
     Raises:
-      ValueError: a family that `tensor` is not known for, or a size it does not divide.
+      ValueError: a model family without rules for `tensor`, or a size that `tensor` does not
+        divide.
     """
     count = mesh["tensor"]
     if count == 1:
@@ -85,70 +64,26 @@ def one_device(config: Any, mesh: Mapping[str, int]) -> Any:
             f"`mesh` axis `tensor` is not known for model_type `{config.model_type}`, only for "
             f"Llama's decoders; use data and fsdp"
         )
-    for name in _SPLIT:
+    for name in _DIVIDED:
         if getattr(config, name) % count:
             raise ValueError(
                 f"`mesh` axis `tensor` = {count} does not divide `{name}` = "
                 f"{getattr(config, name)}; take a divisor of both"
             )
-    own = {name: getattr(config, name) // count for name in _SPLIT}
-    # Derived from the width otherwise, as the queries' scale is from it.
-    return dataclasses.replace(config, head_dim=config.head_dim, **own)
+    share = {name: getattr(config, name) // count for name in _DIVIDED}
+    # Without it `head_dim` would be derived from the divided heads, and the scale of the scores
+    # from that.
+    return dataclasses.replace(config, head_dim=config.head_dim, **share)
 
 
-def base_specs(params: Any, mesh: Mapping[str, int]) -> Any:
-    """The `PartitionSpec` of every base leaf (a quantized one is one leaf).
-
-    Raises:
-      ValueError: a matrix neither of whose dims `fsdp` divides.
-    """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: _spec(paths.spell(path), x, mesh), params, is_leaf=is_leaf
-    )
-
-
-def _spec(path: str, x: Any, mesh: Mapping[str, int]) -> PartitionSpec:
-    *_, module, last = ["", *path.split(".")]
-    first, second = x.ndim - 2, x.ndim - 1
-    spec: list[str | None] = [None] * x.ndim
-    if last == "embedding":
-        split, free = (first if module == "embed_tokens" else None), [second, first]
-    elif last == "kernel" and x.ndim > 1:
-        split = second if module in _OUTPUTS else first if module in _INPUTS else None
-        free = [first, second]
-    elif last == "bias" and module in _OUTPUTS:
-        split, free = second, []
-    else:
-        return PartitionSpec()
-    if split is not None and mesh["tensor"] > 1:
-        spec[split] = "tensor"
-    if free and mesh["fsdp"] > 1:
-        spec[_divided(path, x, [d for d in free if spec[d] is None], mesh)] = "fsdp"
-    return PartitionSpec(*spec)
-
-
-def _divided(path: str, x: Any, dims: list[int], mesh: Mapping[str, int]) -> int:
-    # A quantized matrix is stored in superblocks of inputs, which must stay whole: where there are
-    # too few it is spread by its outputs. Any other is spread by its inputs if it can be: gathering
-    # outputs takes a transposed copy of every layer.
-    for whole, order in ((128, dims), (1, dims[::-1])) if is_quant(x) else ((1, dims),):
-        for d in order:
-            if x.shape[d] % (mesh["fsdp"] * whole) == 0:
-                return d
-    raise ValueError(
-        f"`mesh` axis `fsdp` = {mesh['fsdp']} divides no dim of `{path}` {tuple(x.shape)} that is "
-        "free; take a divisor of the model's width"
-    )
-
-
-def said(backend: str) -> str:
-    """What an estimate on a mesh takes for granted, in a line."""
+def mesh_note(backend: str) -> str:
+    """The assumptions behind an estimate on a mesh, in a line."""
     line = 'with Forward(rows=("data", "fsdp")); without, XLA holds up to twice the activations'
     return line + ("; not checked against a TPU's compiler" if backend == "tpu" else "")
 
 
 def parts(spec: PartitionSpec, mesh: Mapping[str, int], *axes: str) -> int:
-    """Among how many devices an array is spread, over these axes (all by default)."""
+    """How many parts an array is divided into along these axes (all by default)."""
     named = [n for entry in spec for n in ((entry,) if isinstance(entry, str) else entry or ())]
     return math.prod(mesh[name] for name in named if not axes or name in axes)
 

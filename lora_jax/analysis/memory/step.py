@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from lora_jax.analysis.memory import mesh as memory_mesh
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.checkpoint.safetensors import read_json
+from lora_jax.models import sharding
 from lora_jax.models.bert_config import CLASSIFICATION
 from lora_jax.models.model import check_options
 from lora_jax.models.registry import CAUSAL_LM, architecture_of, config_from_hf
@@ -56,7 +57,7 @@ class StepSettings:
       remat: as in `lora_jax.models.Forward`.
       optimizer: a name of `OPTIMIZERS`, or an `optax.GradientTransformation`.
       clip: whether the gradient's global norm is clipped, as `lora_jax.train` does.
-      mesh: axis to number of devices, see `lora_jax.analysis.memory.mesh`.
+      mesh: axis to number of devices, see `lora_jax.models.sharding`.
       backend: the kernels of quantized products, see `lora_jax.quant.dispatch`.
     """
 
@@ -223,7 +224,7 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
     Raises:
       ValueError: a mesh that does not divide a matrix.
     """
-    base = memory_mesh.base_specs(step.base, settings.mesh)
+    base = sharding.specs(step.base, sharding.RULES, settings.mesh)
     params = partition_specs(step.params, base)
     if settings.adapter is None:
         trainable, frozen = params, step.frozen
@@ -237,7 +238,7 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
         trainable,
         transform_non_params=lambda x: copied,
     )
-    rows: Any = PartitionSpec(None, memory_mesh.ROWS)
+    rows: Any = PartitionSpec(None, sharding.ROWS)
     state = TrainState(copied, trainable, moments, copied)
     return Spread(params, state, frozen, Batch(rows, rows, rows, rows))
 

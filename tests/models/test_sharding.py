@@ -1,0 +1,96 @@
+"""The sharding rules of base models: the mesh axis of each dim, and how a user changes them."""
+
+import dataclasses
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lora
+from lora_jax.models.sharding import RULES, LeafDims, specs
+
+MESH = {"data": 1, "fsdp": 4, "tensor": 2}
+CONFIG = lora.models.LlamaConfig(
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+)
+
+
+def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, "float32")
+
+
+def kernel(name: str, *sizes: int) -> dict:
+    return {name: {"kernel": shape(*sizes)}}
+
+
+def by_path(tree) -> dict:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, P))
+    return {lora.paths.spell(path): spec for path, spec in leaves}
+
+
+def test_a_decoder_has_fsdp_on_its_width_and_tensor_on_heads_mlp_and_vocabulary():
+    forward = lora.models.registry.architecture_of("llama").forward(config=CONFIG, scan=True)
+    found = by_path(specs(forward.shapes(), RULES, MESH))
+    ends = {path.removeprefix("model.layers."): spec for path, spec in found.items()}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert ends[f"self_attn.{name}.kernel"] == P(None, "fsdp", "tensor")
+    assert ends["self_attn.o_proj.kernel"] == P(None, "tensor", "fsdp")
+    assert ends["mlp.gate_proj.kernel"] == ends["mlp.up_proj.kernel"] == P(None, "fsdp", "tensor")
+    assert ends["mlp.down_proj.kernel"] == P(None, "tensor", "fsdp")
+    assert ends["lm_head.kernel"] == P("fsdp", "tensor")
+    assert ends["model.embed_tokens.embedding"] == P("tensor", "fsdp")
+    assert ends["input_layernorm.scale"] == P()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "expected"),
+    [
+        ({}, P(None, None)),
+        ({"data": 8}, P(None, None)),
+        ({"fsdp": 4}, P("fsdp", None)),
+        ({"tensor": 2}, P("tensor", None)),
+        ({"fsdp": 4, "tensor": 2}, P("tensor", "fsdp")),
+        ({"fsdp": 5}, P(None, "fsdp")),  # divides the outputs only
+    ],
+)
+def test_an_axis_takes_the_first_free_dim_that_it_divides(mesh, expected):
+    assert specs(kernel("o_proj", 64, 320), RULES, mesh)["o_proj"]["kernel"] == expected
+
+
+def test_biases_follow_tensor_and_are_never_gathered():
+    tree = {"q_proj": {"bias": shape(64)}, "o_proj": {"bias": shape(64)}}
+    found = specs(tree, RULES, MESH)
+    assert found == {"q_proj": {"bias": P("tensor")}, "o_proj": {"bias": P()}}
+
+
+def test_a_quantized_matrix_keeps_its_superblocks_whole():
+    params = {"q_proj": {"kernel": jax.numpy.ones((256, 512))}}
+    q = lora.quantize(params, ["kernel"], format="nf4")
+    assert specs(q, RULES, {"fsdp": 2})["q_proj"]["kernel"] == P("fsdp", None)
+    # Four parts of 256 inputs would be half a superblock each.
+    assert specs(q, RULES, {"fsdp": 4})["q_proj"]["kernel"] == P(None, "fsdp")
+
+
+def test_rules_are_changed_by_a_dim_or_by_a_pattern_on_paths():
+    tree = kernel("lm_head", 64, 512) | kernel("experts", 64, 512)
+    whole = dataclasses.replace(RULES, axes={**RULES.axes, "vocabulary": ()})
+    assert specs(tree, whole, MESH)["lm_head"]["kernel"] == P("fsdp", None)
+    row = LeafDims(r"experts\.kernel$", ("hidden", "mlp"))
+    own = dataclasses.replace(RULES, leaves=(row, *RULES.leaves))
+    assert specs(tree, RULES, MESH)["experts"]["kernel"] == P("fsdp", None)
+    assert specs(tree, own, MESH)["experts"]["kernel"] == P("fsdp", "tensor")
+
+
+@pytest.mark.parametrize(("axis", "sizes"), [("fsdp", (6, 10)), ("tensor", (8, 9))])
+def test_an_axis_that_divides_nothing_is_an_error_with_path_and_shape(axis, sizes):
+    with pytest.raises(ValueError) as error:
+        specs(kernel("q_proj", *sizes), RULES, {axis: 4})
+    assert f"`mesh` axis `{axis}` = 4 divides no dim of `q_proj.kernel` {sizes}" in str(error.value)
