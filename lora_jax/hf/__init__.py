@@ -21,7 +21,7 @@ _NAMES = {
     "save_merged": "lora_jax.models.saving",
     "save_peft": "peft.api",
     "to_hugging_face": "name_maps.rules",
-    "to_peft": "peft.api",
+    "to_peft": "peft.save",
 }
 _MODULES = {
     "bnb": "checkpoint.bnb",

@@ -99,7 +99,7 @@ def load_adapter(
         config, tensors = read_gguf_lora(source, base=base_of(model.config))
     else:
         config, tensors = read_peft(source, model_type=model.config.model_type)
-    return attach(config, tensors, plan_of, model.params, str(source))
+    return attach(config, tensors, plan_of, model.params, source=str(source))
 
 
 def save_adapter(
@@ -214,11 +214,12 @@ def _content(kind: str, source: str | Path, base: Any) -> Content:
 
 def _from_orbax(source: str | Path) -> Content:
     """An Orbax adapter as PEFT names it, its base known by names and shapes only."""
-    from lora_jax.array import LoraArray
+    from lora_jax.array import LoraArray, leaves_by_path
     from lora_jax.checkpoint import adapters
     from lora_jax.checkpoint.flat import nested, parse
-    from lora_jax.hf.peft.api import to_peft
-    from lora_jax.hf.peft.tensors import slots_of
+    from lora_jax.hf.peft.index import make_index
+    from lora_jax.hf.peft.save import content_of
+    from lora_jax.hf.peft.tensors import tensor_specs
 
     stored = adapters.find(source)
     config = adapters.config_from(stored.config)
@@ -226,12 +227,13 @@ def _from_orbax(source: str | Path) -> Content:
     whole = [name for name, leaf in leaves.items() if not isinstance(leaf, LoraArray)]
     shapes = {name: parse(text) for name, text in stored.base.items()}
     base = {n: jax.ShapeDtypeStruct(shape, jnp.dtype(kind)) for n, (kind, shape) in shapes.items()}
-    tree = nested(base | leaves)
-    whole += [slot.path for slot in slots_of(tree, config) if slot.part == "w"]
+    index = make_index(leaves_by_path(nested(base | leaves)), config)
+    specs = tensor_specs(index)
+    whole += [path for path, here in specs.items() if any(spec.part == "w" for spec in here)]
     if whole:
         raise ValueError(
             f"{stored.directory}: `{whole[0]}` takes the model to convert, for the file repeats "
             "or compares the base's numbers; export the adapter over its model"
         )
-    fields, tensors = to_peft(tree, config)
+    fields, tensors = content_of(index)
     return LoraConfig.from_peft(fields), tensors

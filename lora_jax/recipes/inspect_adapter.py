@@ -277,7 +277,7 @@ def _read_orbax(path: Path) -> Adapter:
 
 def _names(name: str, leaf: Any, stack: tuple[int, ...]) -> Iterable[tuple[tuple, str]]:
     """Each layer's name as Hugging Face writes it, or with its number at the end."""
-    from lora_jax.hf.peft.modules import modules_of
+    from lora_jax.hf.peft.index import modules_of
 
     try:
         return list(modules_of(name, leaf))

@@ -3,12 +3,13 @@
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.array import LoraArray, RowsArray, SavedArray
+from lora_jax.array import LoraArray, RowsArray, SavedArray, leaves_by_path
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import b_dims, factor_shapes, in_dims, out_dims, sizes
 from lora_jax.hf.checkpoint import names
-from lora_jax.hf.peft import tensors as peft_slots
+from lora_jax.hf.peft.index import adapts, make_index, modules_of
+from lora_jax.hf.peft.tensors import TensorSpec, tensor_specs
 
 D, HEADS, KV, HD, F, V, L = 16, 4, 2, 4, 24, 40, 3
 
@@ -73,9 +74,9 @@ def planted(params: dict, config: LoraConfig, *, roles: dict | None = None) -> d
       roles: roles by path where they are not `s...sio`.
     """
     out = {}
-    for path, w in peft_slots.leaves_of(params).items():
+    for path, w in leaves_by_path(params).items():
         role = (roles or {}).get(path) or "s" * names.stack_depth(path) + "io"
-        names_here = [n for _, n in peft_slots.modules_of(path, w)]
+        names_here = [n for _, n in modules_of(path, w)]
         last = path.rpartition(".")[2]
         if last in ("kernel", "embedding") and _meant(config, path, names_here):
             out[path] = _adapter(w, role, config, path, names_here)
@@ -95,12 +96,12 @@ def _meant(config: LoraConfig, path: str, names_here: list[str]) -> bool:
         "model.embed_tokens.embedding",
     ):
         return False
-    return any(peft_slots.adapts(config, path, name) for name in names_here)
+    return any(adapts(config, path, name) for name in names_here)
 
 
 def _trained(config: LoraConfig, path: str, w) -> bool:
     module, _, last = path.rpartition(".")
-    name = peft_slots.modules_of(path, w)
+    name = modules_of(path, w)
     if any(matching.is_saved(config, n) for _, n in name):
         return True
     return last == "bias" and config.bias != "none"
@@ -113,7 +114,7 @@ def _rows(config: LoraConfig, path: str) -> tuple[int, ...]:
 
 
 def _adapter(w, roles: str, config: LoraConfig, path: str, names_here: list[str]) -> LoraArray:
-    adapted = [peft_slots.adapts(config, path, n) for n in names_here]
+    adapted = [adapts(config, path, n) for n in names_here]
     ranks = [matching.rank_of(config, n) * on for n, on in zip(names_here, adapted, strict=True)]
     scales = [
         matching.scale_of(config, max(r, 1), matching.alpha_of(config, n))
@@ -138,14 +139,20 @@ def _adapter(w, roles: str, config: LoraConfig, path: str, names_here: list[str]
     )
 
 
+def specs_of(lora_params: dict, config: LoraConfig) -> list[TensorSpec]:
+    """Every tensor of the PEFT file of an adapter."""
+    found = tensor_specs(make_index(leaves_by_path(lora_params), config))
+    return [spec for specs in found.values() for spec in specs]
+
+
 def randomized(lora_params: dict, config: LoraConfig, seed: int = 1) -> dict:
     """The tree with random numbers in every trained part, zeros where the config has nothing."""
     from lora_jax.hf.peft import api
 
     rng = np.random.default_rng(seed)
     tensors = {
-        slot.key: rng.normal(size=slot.shape).astype(np.float32)
-        for slot in peft_slots.slots_of(lora_params, config)
-        if not slot.repeats
+        spec.key: rng.normal(size=spec.shape).astype(np.float32)
+        for spec in specs_of(lora_params, config)
+        if not spec.repeats
     }
     return api.fill(lora_params, config, tensors)

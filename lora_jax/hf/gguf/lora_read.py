@@ -15,7 +15,7 @@ from lora_jax.hf.gguf.lora_write import EMBEDDING, LINEAR, Pair
 from lora_jax.hf.gguf.names import MODULES, Base, gguf_names, heads_of
 from lora_jax.hf.peft.api import attach
 from lora_jax.hf.peft.directory import check_tensor
-from lora_jax.hf.peft.tensors import PREFIX
+from lora_jax.hf.peft.index import PREFIX
 from lora_jax.plan.decide import plan
 
 _OURS = (".lora_a", ".lora_b")
@@ -75,7 +75,7 @@ def load_gguf_lora(
     """
     config, tensors = read_gguf_lora(path, base=base)
     return attach(
-        config, tensors, lambda c: plan(c, fn, params, *args, **kwargs), params, str(path)
+        config, tensors, lambda c: plan(c, fn, params, *args, **kwargs), params, source=str(path)
     )
 
 

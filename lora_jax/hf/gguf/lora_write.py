@@ -27,8 +27,8 @@ from lora_jax.config.starts import base_change
 from lora_jax.files import replacing
 from lora_jax.hf.gguf.file import to_pairs
 from lora_jax.hf.gguf.names import Base, gguf_names, heads_of
+from lora_jax.hf.peft.index import PREFIX
 from lora_jax.hf.peft.save import to_peft
-from lora_jax.hf.peft.tensors import PREFIX
 from lora_jax.paths import nearest
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -15,40 +15,47 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.array import LoraArray, RowsArray, SavedArray, is_lora
+from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import in_dims, out_dims, sizes, stack_dims
 from lora_jax.hf.name_maps.layout import order
-from lora_jax.hf.name_maps.rules import NameMap, Part, Placed, at, block_here, block_there, place
+from lora_jax.hf.name_maps.rules import Part, Placed, at, block_here, block_there
 from lora_jax.hf.name_maps.rules import shape_there as shape_of_part
-from lora_jax.hf.peft.modules import HEAD, adapts, is_embedding, leaves_of
+from lora_jax.hf.peft.index import adapts, is_embedding
+from lora_jax.hf.peft.tying import HEAD
 from lora_jax.paths import module_of, spell
 
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """A leaf that does not train: only its shape is looked at."""
+    """A leaf that does not train: its shape and dtype alone."""
 
     shape: tuple[int, ...]
     dtype: Any
 
 
-def to_theirs(lora_params: Any, using: NameMap, *, config=None) -> dict[str, Any]:
-    """A tree in Hugging Face's terms: its leaves by path, one for each tensor.
+def to_theirs(
+    leaves: Mapping[str, Any],
+    places: Mapping[str, Placed],
+    *,
+    config: LoraConfig | None = None,
+) -> dict[str, Any]:
+    """Leaves in Hugging Face's terms: by path, one for each tensor.
 
     Args:
-      lora_params: parameters, with or without leaves that train.
-      using: the map.
-      config: says, in Hugging Face's names, which layers carry an adapter; None is those whose
-        scale is not 0.
+      leaves: parameters by path, with or without leaves that train.
+      places: the place of each, from `places_of`.
+      config: in Hugging Face's names; the layers that it adapts carry an adapter. None: those
+        whose scale is not 0.
 
     Returns:
       `LoraArray`s (in, out) with NumPy arrays, `SavedArray`s, `RowsArray`s; `Frozen` for the rest.
 
     Raises:
-      ValueError: a leaf has no rule, or an adapter cannot be told apart.
+      ValueError: two leaves are one tensor, or an adapter cannot be split into tensors.
     """
     flat: dict[str, Any] = {}
-    for path, leaf in leaves_of(lora_params).items():
-        placed = place(path, leaf.shape, using)
+    for path, leaf in leaves.items():
+        placed = places[path]
         apart = _APART.get(type(leaf), _frozen)(path, leaf, placed)
         for part, one in zip(placed.parts, apart, strict=True):
             if part.path in flat:
@@ -59,7 +66,7 @@ def to_theirs(lora_params: Any, using: NameMap, *, config=None) -> dict[str, Any
     return flat
 
 
-def _means(config, part: Part, leaf: LoraArray) -> bool:
+def _means(config: LoraConfig | None, part: Part, leaf: LoraArray) -> bool:
     if config is None:
         return bool(leaf.scale != 0)
     return adapts(config, part.path, module_of(part.path))
@@ -139,23 +146,23 @@ def _rows_apart(path: str, leaf: RowsArray, placed: Placed) -> list[RowsArray]:
 _APART = {LoraArray: _lora_apart, SavedArray: _saved_apart, RowsArray: _rows_apart}
 
 
-def to_ours(theirs: Mapping[str, Any], lora_params: Any, using: NameMap) -> Any:
+def to_ours(theirs: Mapping[str, Any], lora_params: Any, places: Mapping[str, Placed]) -> Any:
     """Puts leaves in Hugging Face's terms back into a tree: the inverse of `to_theirs`.
 
     Args:
       theirs: leaves by path.
       lora_params: the tree they came from; leaves that do not train are taken from it.
-      using: the map.
+      places: the place of each of its leaves.
 
     Returns:
       The tree; ranks that differ from layer to layer are filled up with zeros.
     """
 
-    def whole(key_path, leaf):
+    def whole(key_path: tuple, leaf: Any) -> Any:
         if not is_lora(leaf):
             return leaf
         path = spell(key_path)
-        placed = place(path, leaf.shape, using)
+        placed = places[path]
         return _WHOLE[type(leaf)](path, leaf, placed, [theirs[p.path] for p in placed.parts])
 
     return jax.tree_util.tree_map_with_path(whole, lora_params, is_leaf=is_lora)

@@ -1,70 +1,38 @@
-"""PEFT adapters of a model under a name map: the configs' names translated, both ways."""
+"""PEFT configs of a model under a name map: their names translated, both ways."""
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from lora_jax.array import LoraArray, SavedArray, is_lora
 from lora_jax.config import matching
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.config.starts import base_change
-from lora_jax.hf.name_maps.leaves import to_ours, to_theirs
-from lora_jax.hf.name_maps.rules import NameMap, Part, Placed, place
-from lora_jax.hf.peft.base import as_read
-from lora_jax.hf.peft.load import check_tying, fill, plannable, tied_by_file
-from lora_jax.hf.peft.modules import adapts, bare, leaves_of
-from lora_jax.hf.peft.save import named_targets
-from lora_jax.paths import expand, module_of, spell
-from lora_jax.tree import init
+from lora_jax.hf.name_maps.leaves import to_theirs
+from lora_jax.hf.name_maps.rules import NameMap, Part, Placed, places_of, recognise
+from lora_jax.hf.peft.index import adapts, make_index, named_targets
+from lora_jax.paths import bare, expand, module_of, spell
 
-
-def attach(
-    config: LoraConfig,
-    tensors: Mapping[str, np.ndarray],
-    plan_of: Callable[[LoraConfig], Any],
-    params: Any,
-    source: str,
-    using: NameMap,
-) -> tuple[Any, LoraConfig]:
-    """`lora_jax.hf.peft.attach` for a model whose names are its own.
-
-    Args:
-      config: the adapter's config, in Hugging Face's names.
-      tensors: PEFT's tensors by name.
-      plan_of: plans a config on the model.
-      params: the base parameters.
-      source: what messages call the adapter.
-      using: the map.
-
-    Returns:
-      `params` with LoRA leaves, and the config as it was.
-
-    Raises:
-      ValueError: as `lora_jax.hf.load_peft`, or the map cannot say what the config asks for.
-    """
-    config = tied_by_file(config, tensors)
-    wanted = plannable(config, to_theirs(params, using), source)
-    targets, saved = in_our_names(wanted, params, source, using)
-    plan = plan_of(targets)
-    check_tying(config, plan, source)
-    plan = as_read(plan, params, source=source)
-    blank = _with_saved(init(jax.random.key(0), plan, params), saved)
-    filled = fill(to_theirs(blank, using, config=config), config, tensors, source=source)
-    return to_ours(filled, blank, using), config
+# Leaves that train whole, with the layers that do (None: all).
+Saved = Mapping[str, tuple[tuple[int, ...], ...] | None]
 
 
 def in_our_names(
-    config: LoraConfig, params: Any, source: str, using: NameMap
-) -> tuple[LoraConfig, dict[str, tuple[tuple[int, ...], ...] | None]]:
-    """What `config` means by Hugging Face's names, by our paths.
+    config: LoraConfig, places: Mapping[str, Placed], *, source: str, name_map: NameMap
+) -> tuple[LoraConfig, Saved]:
+    """A config in Hugging Face's names, translated into ours.
+
+    Args:
+      config: the config.
+      places: the place of every leaf of the model, by our path.
+      source: what messages call the adapter.
+      name_map: the map that gave the places.
 
     Returns:
-      A config that adapts the same leaves; and the leaves that train whole, with the indices of
-      the layers that do (None: all).
+      A config that adapts the same leaves, and the leaves that train whole.
 
     Raises:
       ValueError: the config has what cannot be translated.
@@ -79,18 +47,20 @@ def in_our_names(
         if value:
             raise ValueError(
                 f"{source}: `{field}` = {value!r} cannot be translated by name map "
-                f"`{using.name}`; merge the adapter in PEFT, or rename the tree"
+                f"`{name_map.name}`; merge the adapter in PEFT, or rename the tree"
             )
-    places = [(p, place(p, leaf.shape, using)) for p, leaf in leaves_of(params).items()]
-    adapted = {part.path for _, placed in places for part in placed.parts if _adapts(config, part)}
+    parts = [part for placed in places.values() for part in placed.parts]
+    adapted = {part.path for part in parts if _adapts(config, part)}
     modules = {module_of(path) for path in adapted}
     saved = {}
-    for path, placed in places:
+    for path, placed in places.items():
         train = tuple(p.index for p in placed.parts if _trains_whole(config, p, modules))
         if train:
             saved[path] = None if len(train) == len(placed.parts) else train
-    targets: Any = tuple(
-        bare(path) for path, placed in places if any(p.path in adapted for p in placed.parts)
+    targets = tuple(
+        bare(path)
+        for path, placed in places.items()
+        if any(part.path in adapted for part in placed.parts)
     )
     named = dataclasses.replace(
         config,
@@ -104,10 +74,10 @@ def in_our_names(
     return named, saved
 
 
-def _with_saved(lora_params: Any, saved: Mapping[str, tuple | None]) -> Any:
-    """The tree with leaves that train whole."""
+def with_saved(lora_params: Any, saved: Saved) -> Any:
+    """The tree with the leaves that train whole as `SavedArray`s."""
 
-    def mark(key_path, leaf):
+    def mark(key_path: tuple, leaf: Any) -> Any:
         path = spell(key_path)
         if is_lora(leaf) or path not in saved:
             return leaf
@@ -129,30 +99,33 @@ def _trains_whole(config: LoraConfig, part: Part, adapted: set[str]) -> bool:
 
 
 def in_their_names(
-    lora_params: Any, config: LoraConfig, using: NameMap
-) -> tuple[dict[str, Any], LoraConfig]:
-    """A tree and its config, both in Hugging Face's terms, as `lora_jax.hf.save_peft` takes them.
+    leaves: Mapping[str, Any], config: LoraConfig, name_map: NameMap | None
+) -> tuple[Mapping[str, Any], LoraConfig]:
+    """Leaves and their config, both in Hugging Face's terms, as `lora_jax.hf.save_peft` takes them.
 
     Args:
-      lora_params: tree with the adapter.
+      leaves: leaves by path, with the adapter.
       config: the config it was made with, in our names, or in Hugging Face's where it was loaded.
-      using: the map.
+      name_map: the map; None where our paths are Hugging Face's names, or those of transformers'
+        Flax models.
 
     Returns:
-      The leaves by path, and a config that means exactly those that train.
+      The leaves by path, and a config that names exactly those that train.
     """
-    flat = to_theirs(lora_params, using)
+    if (using := name_map or recognise(leaves)) is None:
+        return leaves, config
+    places = places_of(leaves, using)
+    flat = to_theirs(leaves, places)
     if all(_adapts(config, _part(path)) == isinstance(x, LoraArray) for path, x in flat.items()):
         return flat, config
     ours = {
         part.path: _our_name(path, placed, number)
-        for path, leaf in leaves_of(lora_params).items()
-        for placed in [place(path, leaf.shape, using)]
+        for path, placed in places.items()
         for number, part in enumerate(placed.parts)
     }
     adapted = {module_of(path): ours[path] for path, x in flat.items() if isinstance(x, LoraArray)}
-    ranks = {_exact(n): matching.rank_of(config, own) for n, own in adapted.items()}
-    alphas = {_exact(n): matching.alpha_of(config, own) for n, own in adapted.items()}
+    ranks = {_exact(n): matching.rank_of(config, name) for n, name in adapted.items()}
+    alphas = {_exact(n): matching.alpha_of(config, name) for n, name in adapted.items()}
     saved = [module_of(path) for path, x in flat.items() if isinstance(x, SavedArray)]
     whole = [n for n in saved if n not in adapted] if config.bias == "none" else []
     named = dataclasses.replace(
@@ -165,7 +138,8 @@ def in_their_names(
         layers_to_transform=None,
         layers_pattern=None,
     )
-    return flat, dataclasses.replace(named, target_modules=tuple(named_targets(flat, named)))
+    targets = named_targets(make_index(flat, named))
+    return flat, dataclasses.replace(named, target_modules=tuple(targets))
 
 
 def _part(path: str) -> Part:

@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lora_jax.array import dense, leaves_by_path
 from lora_jax.hf.checkpoint import names
 from lora_jax.hf.checkpoint.weights import Weights, check_fit
 from lora_jax.hf.name_maps.layout import Layout, measured, parse, their_shape, to_ours, to_theirs
-from lora_jax.hf.peft.modules import bare, leaves_of
-from lora_jax.paths import nearest, spell
+from lora_jax.paths import bare, nearest, spell
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,11 @@ def place(path: str, shape: Sequence[int], using: NameMap) -> Placed:
     raise ValueError(f"leaf `{path}`: name map `{using.name}` has no rule for it; nearest: {near}")
 
 
+def places_of(leaves: Mapping[str, Any], using: NameMap) -> dict[str, Placed]:
+    """The place of every leaf, by its path; see `place`."""
+    return {path: place(path, leaf.shape, using) for path, leaf in leaves.items()}
+
+
 def _match(rule: MapRule, path: str) -> str | None:
     """The tensor's name with `{}` left where a stack numbers it; None if the rule is another's."""
     tokens = re.split(r"(\{\}|\*)", rule.ours)
@@ -226,8 +231,8 @@ def to_hugging_face(params: Any, using: NameMap) -> dict[str, np.ndarray]:
       ValueError: a leaf has no rule, or two leaves are the same tensor.
     """
     flat: dict[str, np.ndarray] = {}
-    for path, leaf in leaves_of(params).items():
-        value = np.asarray(leaf)
+    for path, leaf in leaves_by_path(params).items():
+        value = np.asarray(dense(leaf))
         placed = place(path, value.shape, using)
         for part in placed.parts:
             if part.path in flat:
@@ -288,20 +293,19 @@ FLAX = name_map(
 )  # fmt: skip
 
 
-def recognise(params: Any) -> NameMap | None:
-    """The map of a tree that is a Flax model's of transformers 4.x, where it needs one.
+def recognise(leaves: Mapping[str, Any]) -> NameMap | None:
+    """The name map of a Flax model of transformers 4.x, where its tree needs one.
 
-    Such a tree is told by what no tree of ours has: norms whose parameter is `weight` beside
-    `kernel`s (Llama, Mistral, Gemma), or a fused projection of GPT-2's that gives three times
-    what it takes, stored (out, in). The others have our own names already.
+    Two signs tell such a tree from ours: norms whose parameter is `weight` beside `kernel`s
+    (Llama, Mistral, Gemma), or GPT-2's fused projection, three times as wide as its input, stored
+    (out, in). Other Flax models of transformers have our names already.
 
     Args:
-      params: parameters, with or without leaves that train.
+      leaves: parameters by path, with or without leaves that train.
 
     Returns:
       `FLAX` or None.
     """
-    leaves = leaves_of(params)
     if any(path.endswith("norm.weight") for path in leaves):
         return FLAX if any(path.endswith(".kernel") for path in leaves) else None
     for path, leaf in leaves.items():

@@ -16,23 +16,22 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.array import leaves_by_path
 from lora_jax.config.lora import LoraConfig
-from lora_jax.hf.name_maps import peft
-from lora_jax.hf.name_maps.rules import NameMap, recognise
-from lora_jax.hf.peft import directory as peft_files
+from lora_jax.hf.name_maps import leaves as translated
+from lora_jax.hf.name_maps.peft import in_our_names, in_their_names, with_saved
+from lora_jax.hf.name_maps.rules import NameMap, places_of, recognise
 from lora_jax.hf.peft.base import as_read
-from lora_jax.hf.peft.load import check_tying, plannable, tied_by_file
-from lora_jax.hf.peft.load import fill as fill
-from lora_jax.hf.peft.modules import tied_config
-from lora_jax.hf.peft.save import check_head, is_encoder, task_of
-from lora_jax.hf.peft.save import named_targets as named_targets
-from lora_jax.hf.peft.save import to_peft as to_peft
+from lora_jax.hf.peft.directory import CONFIG_FILE, read_directory, write_directory
+from lora_jax.hf.peft.load import fill, plannable
+from lora_jax.hf.peft.save import AUTO, with_task
+from lora_jax.hf.peft.tying import check_tying, tied_by_file
 from lora_jax.hf.peft.vllm import for_vllm
 from lora_jax.plan.decide import plan as make_plan
+from lora_jax.plan.leaf import Plan
 from lora_jax.tree import init
 
 TARGETS = ("peft", "vllm")
-AUTO = "auto"
 
 
 def read_peft(
@@ -54,11 +53,11 @@ def read_peft(
       ValueError: a file is damaged, a pickle, a link out of the directory, or holds NaN; or the
         config asks for what is not supported.
     """
-    fields, tensors = peft_files.read_directory(directory)
+    fields, tensors = read_directory(directory)
     try:
         config = LoraConfig.from_peft(fields, model_type=model_type)
     except (TypeError, ValueError) as error:
-        path = os.path.join(directory, peft_files.CONFIG_FILE)
+        path = os.path.join(directory, CONFIG_FILE)
         raise type(error)(f"{path}: {error}") from None
     return config, tensors
 
@@ -66,11 +65,11 @@ def read_peft(
 def load_peft(
     directory: str | os.PathLike,
     fn: Callable,
-    params,
-    *args,
+    params: Any,
+    *args: Any,
     model_type: str | None = None,
     name_map: NameMap | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Any, LoraConfig]:
     """Loads a PEFT adapter onto a model.
 
@@ -80,8 +79,8 @@ def load_peft(
       params: the base parameters.
       *args: example arguments for `fn`, shapes are enough; see `lora_jax.plan`.
       model_type: as for `read_peft`.
-      name_map: what Hugging Face calls the model's parameters, from `lora_jax.hf.name_map`; None
-        where their paths are Hugging Face's names, or those of transformers' Flax models.
+      name_map: Hugging Face's names of the model's parameters, from `lora_jax.hf.name_map`; None
+        where their paths are these names, or those of transformers' Flax models.
       **kwargs: more example arguments for `fn`.
 
     Returns:
@@ -95,57 +94,68 @@ def load_peft(
       lora_params, config = load_peft("adapter", model.apply, model.params, tokens)
     """
     config, tensors = read_peft(directory, model_type=model_type)
-    if (using := name_map or recognise(params)) is not None:
-        return peft.attach(
-            config,
-            tensors,
-            lambda wanted: make_plan(wanted, fn, params, *args, **kwargs),
-            params,
-            str(directory),
-            using,
-        )
     return attach(
         config,
         tensors,
         lambda wanted: make_plan(wanted, fn, params, *args, **kwargs),
         params,
-        str(directory),
+        source=str(directory),
+        name_map=name_map or recognise(leaves_by_path(params)),
     )
 
 
 def attach(
     config: LoraConfig,
     tensors: Mapping[str, np.ndarray],
-    plan_of: Callable[[LoraConfig], Any],
-    params,
+    plan_of: Callable[[LoraConfig], Plan],
+    params: Any,
+    *,
     source: str,
+    name_map: NameMap | None = None,
 ) -> tuple[Any, LoraConfig]:
     """Puts the content of an adapter's file onto a model.
 
     Args:
-      config: the adapter's config.
+      config: the adapter's config, in Hugging Face's names.
       tensors: PEFT's tensors by name.
       plan_of: plans a config on the model.
       params: the base parameters.
       source: what messages call the adapter.
+      name_map: Hugging Face's names of the parameters, where their paths are not these names.
 
     Returns:
       `params` with LoRA leaves, and the config.
 
     Raises:
-      ValueError: as `load_peft`.
+      ValueError: as `load_peft`, or the map cannot translate what the config adapts.
     """
     config = tied_by_file(config, tensors)
-    plan = plan_of(plannable(config, params, source))
+    leaves = leaves_by_path(params)
+    if name_map is None:
+        plan = plan_of(plannable(config, leaves, source))
+        blank = _blank(plan, config, params, source)
+        return fill(blank, config, tensors, source=source), config
+
+    # The same in Hugging Face's terms: plan and init see our names, config and file theirs.
+    places = places_of(leaves, name_map)
+    wanted = plannable(config, translated.to_theirs(leaves, places), source)
+    wanted, saved = in_our_names(wanted, places, source=source, name_map=name_map)
+    blank = with_saved(_blank(plan_of(wanted), config, params, source), saved)
+    theirs = translated.to_theirs(leaves_by_path(blank), places, config=config)
+    filled = fill(theirs, config, tensors, source=source)
+    return translated.to_ours(filled, blank, places), config
+
+
+def _blank(plan: Plan, config: LoraConfig, params: Any, source: str) -> Any:
+    """The tree with the new adapters of a plan."""
     check_tying(config, plan, source)
-    # The key is of no consequence: every factor drawn with it is replaced.
-    blank = init(jax.random.key(0), as_read(plan, params, source=source), params)
-    return fill(blank, config, tensors, source=source), config
+    # The key has no effect: every factor drawn with it is replaced.
+    return init(jax.random.key(0), as_read(plan, params, source=source), params)
 
 
 def save_peft(
     directory: str | os.PathLike,
-    lora_params,
+    lora_params: Any,
     config: LoraConfig,
     *,
     base_model_name: str | None = None,
@@ -178,18 +188,10 @@ def save_peft(
     """
     if target not in TARGETS:
         raise ValueError(f'target must be one of "peft", "vllm", got {target!r}')
-    if (using := name_map or recognise(lora_params)) is not None:
-        lora_params, config = peft.in_their_names(lora_params, config, using)
-    if task_type == AUTO and "task_type" in config.extra:
-        task_type = config.extra["task_type"]
-    if task_type == "CAUSAL_LM" or (task_type == AUTO and not is_encoder(lora_params)):
-        config = tied_config(lora_params, config)
-    fields, tensors = to_peft(lora_params, config)
-    task_type = task_of(lora_params, tensors) if task_type == AUTO else task_type
-    check_head(task_type, lora_params, tensors)
+    leaves, config = in_their_names(leaves_by_path(lora_params), config, name_map)
+    fields, tensors = with_task(leaves, config, task_type)
     if target == "vllm":
         fields, tensors = for_vllm(fields, tensors, config)
-    fields["task_type"] = task_type
     if base_model_name is not None:
         fields["base_model_name_or_path"] = base_model_name
-    peft_files.write_directory(directory, fields, tensors)
+    write_directory(directory, fields, tensors)

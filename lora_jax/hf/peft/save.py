@@ -1,97 +1,111 @@
-"""A tree of LoRA leaves as the content of a PEFT directory, checked against its config."""
+"""An indexed adapter as the content of a PEFT directory, checked against its config."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lora_jax.array import RowsArray, SavedArray, is_lora
+from lora_jax.array import LoraArray, RowsArray, SavedArray, leaves_by_path
 from lora_jax.config import matching
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.hf.peft import directory
-from lora_jax.hf.peft.modules import (
-    HEAD,
-    adapted_names,
-    adapts,
-    leaves_of,
-    modules_of,
-    parameters_of,
-    ties,
-)
-from lora_jax.hf.peft.tensors import Slot, by_path, on_host, read_slot, slots_of
+from lora_jax.hf.peft.index import AdapterIndex, Row, make_index, named_targets
+from lora_jax.hf.peft.tensors import TensorSpec, read_leaf, tensor_specs
+from lora_jax.hf.peft.tying import HEAD, tied_config, ties
+
+AUTO = "auto"
 
 
-def to_peft(lora_params, config: LoraConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def to_peft(lora_params: Any, config: LoraConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The content of a PEFT directory: the config's fields and the tensors by name.
 
     Raises:
       ValueError: as `save_peft`.
     """
+    return content_of(make_index(leaves_by_path(lora_params), config))
+
+
+def with_task(
+    leaves: Mapping[str, Any], config: LoraConfig, task_type: str | None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """As `to_peft`, with the field `task_type` and what it takes.
+
+    Args:
+      leaves: leaves by path, in Hugging Face's terms.
+      config: the config they were made with.
+      task_type: as for `save_peft`.
+
+    Raises:
+      ValueError: as `save_peft`.
+    """
+    if task_type == AUTO:
+        task_type = config.extra.get("task_type", AUTO)
+    # PEFT ties head and embedding of decoders; an encoder's head is a matrix of its own.
+    if task_type == "CAUSAL_LM" or (task_type == AUTO and not _is_encoder(leaves)):
+        config = tied_config(leaves, config)
+    fields, tensors = content_of(make_index(leaves, config))
+    if task_type == AUTO:
+        task_type = _task_of(leaves, tensors)
+    _check_head(task_type, leaves, tensors)
+    return {**fields, "task_type": task_type}, tensors
+
+
+def content_of(index: AdapterIndex) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """As `to_peft`, of an adapter that is indexed already."""
+    config = index.config
     if base_change(config.init) == "unrepeatable":
         raise ValueError(
             f'lora_params: their start, init="{config.init}", changed the base weights in a way '
             "that a reader of the adapter cannot repeat; save the merged model (lora_jax.merge) "
             "instead"
         )
-    slots = slots_of(lora_params, config)
-    if not any(slot.part == "a" for slot in slots):
+    if not any(row.rank for rows in index.rows.values() for row in rows):
         raise ValueError(
             "lora_params: no leaf carries an adapter that the config means; pass the tree that "
             "lora_jax.init made with this config"
         )
-    grouped = by_path(slots)
     tensors = {}
-    for path, leaf in leaves_of(lora_params).items():
-        if is_lora(leaf):
-            here = grouped.get(path, [])
-            leaf = on_host(leaf, here)
-            _check_agreement(path, leaf, config, here)
-            tensors |= {slot.key: _as_peft(read_slot(leaf, slot), slot) for slot in here}
+    for path, specs in tensor_specs(index).items():
+        host, found = read_leaf(index.leaves[path], specs)
+        _check_agreement(host, index.rows[path], config, specs)
+        tensors |= {spec.key: _as_peft(found[spec.key], spec) for spec in specs}
     for name, value in tensors.items():
         directory.check_tensor(name, value, "lora_params")
     fields = config.to_peft()
-    adapted = adapted_names(lora_params, config)
     if config.target_modules == ALL_LINEAR or not all(
-        matching.is_target(config, name) for name in adapted
+        matching.is_target(config, name) for name in index.adapted
     ):
-        # Names that mean in PEFT, which knows no stacked paths, what they mean here.
-        fields["target_modules"] = named_targets(lora_params, config)
+        # PEFT knows no paths of stacked layers: names that match there the modules adapted here.
+        fields["target_modules"] = named_targets(index)
         if ties(config) and HEAD in config.target_modules:
-            fields["target_modules"].append(HEAD)  # no module of ours: it ties PEFT's
+            # The tree has no such module; for PEFT the entry ties head and embedding.
+            fields["target_modules"].append(HEAD)
     return fields, tensors
 
 
-def _as_peft(tensor: np.ndarray, slot: Slot) -> np.ndarray:
-    return tensor if slot.part in ("w", "value") else tensor.astype(np.float32, copy=False)
+def _as_peft(tensor: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """PEFT keeps adapters in float32, and base weights and saved modules in their own dtype."""
+    return tensor if spec.part in ("w", "value") else tensor.astype(np.float32, copy=False)
 
 
-def named_targets(lora_params, config: LoraConfig) -> list[str]:
-    """The adapted modules as names for target_modules that mean exactly these, sorted.
-
-    The last components of the names, unless they also mean a module that is not adapted: then
-    the full names.
-    """
-    adapted = set(adapted_names(lora_params, config))
-    every = {
-        name
-        for path, leaf in leaves_of(lora_params).items()
-        if not parameters_of(path, leaf, config)
-        for _, name in modules_of(path, leaf)
-    }
-    short = {name.rpartition(".")[2] for name in adapted}
-    meant = {n for n in every if any(matching.ends_with(n, s) for s in short)}
-    excluded = {n for n in every if matching.is_excluded(config, n)}
-    return sorted(short if meant - excluded == adapted else adapted)
-
-
-def _check_agreement(path: str, leaf, config: LoraConfig, slots: list[Slot]) -> None:
+def _check_agreement(
+    leaf: Any, rows: Sequence[Row], config: LoraConfig, specs: Sequence[TensorSpec]
+) -> None:
+    """The file and its config stand for the same numbers as the leaf."""
     if isinstance(leaf, SavedArray):
-        _check_saved(path, leaf, slots)
-        return
-    if isinstance(leaf, RowsArray):
-        _check_rows(path, leaf, config)
-        return
+        _check_saved(leaf, rows[0].path, specs)
+    elif isinstance(leaf, RowsArray):
+        _check_rows(leaf, rows[0].path, config)
+    else:
+        _check_parts(leaf, rows[0].path, config)
+        for row in rows:
+            _check_rank(leaf, row)
+            if row.rank:
+                _check_scale(leaf, row)
+
+
+def _check_parts(leaf: LoraArray, path: str, config: LoraConfig) -> None:
     if (leaf.bias is not None) != config.lora_bias:
         has = "has" if leaf.bias is not None else "has no"
         raise ValueError(
@@ -104,33 +118,39 @@ def _check_agreement(path: str, leaf, config: LoraConfig, slots: list[Slot]) -> 
             f"leaf `{path}` {has} DoRA magnitude, but the config says use_dora={config.use_dora}; "
             "use the config the adapter was made with"
         )
-    for index, name in modules_of(path, leaf, config):
-        rank = matching.rank_of(config, name) if adapts(config, path, name) else 0
-        if np.any(leaf.a[index][..., rank:]) and np.any(leaf.b[index][rank:]):
-            raise ValueError(
-                f"leaf `{path}`: `{name}` has an adapter beyond rank {rank}, which the config "
-                "gives it; use the config the adapter was made with"
-            )
-        if rank:
-            _check_scale(path, name, float(leaf.scale[index]), config)
 
 
-def _check_scale(path: str, name: str, scale: float, config: LoraConfig) -> None:
-    rank, alpha = matching.rank_of(config, name), matching.alpha_of(config, name)
-    expected = matching.scale_of(config, rank, alpha)
-    if abs(scale - expected) > 1e-6 * abs(expected):
+def _check_rank(leaf: LoraArray, row: Row) -> None:
+    if row.rank > leaf.rank:
         raise ValueError(
-            f"leaf `{path}`: `{name}` has scale {scale:.6g}, but the config's alpha and rank give "
-            f"{expected:.6g}, and PEFT would use that; change alpha (or alpha_pattern), or "
-            "multiply b by the ratio"
+            f"leaf `{row.path}`: its rank is {leaf.rank}, but the config gives `{row.name}` rank "
+            f"{row.rank}; use the config the adapter was made with"
+        )
+    # One layer of b is (experts..., r, out...): the rank is counted from the end.
+    outs = (slice(None),) * leaf.roles.count("o")
+    beyond = slice(row.rank, None)
+    if np.any(leaf.a[row.layer][..., beyond]) and np.any(leaf.b[row.layer][(..., beyond, *outs)]):
+        raise ValueError(
+            f"leaf `{row.path}`: `{row.name}` has an adapter beyond rank {row.rank}, which the "
+            "config gives it; use the config the adapter was made with"
         )
 
 
-def _check_saved(path: str, leaf: SavedArray, slots: list[Slot]) -> None:
+def _check_scale(leaf: LoraArray, row: Row) -> None:
+    for scale in np.ravel(leaf.scale[row.layer]):
+        if abs(scale - row.scale) > 1e-6 * abs(row.scale):
+            raise ValueError(
+                f"leaf `{row.path}`: `{row.name}` has scale {scale:.6g}, but the config's alpha "
+                f"and rank give {row.scale:.6g}, and PEFT would use that; change alpha (or "
+                "alpha_pattern), or multiply b by the ratio"
+            )
+
+
+def _check_saved(leaf: SavedArray, path: str, specs: Sequence[TensorSpec]) -> None:
     """Nothing that was trained is left out of the file."""
     unwritten = np.ones(leaf.shape, bool)
-    for slot in slots:
-        unwritten[slot.index] = False
+    for spec in specs:
+        unwritten[spec.layer] = False
     trains = np.full(leaf.shape, leaf.only is None)
     for place in leaf.only or ():
         trains[place] = True
@@ -141,14 +161,14 @@ def _check_saved(path: str, leaf: SavedArray, slots: list[Slot]) -> None:
         )
 
 
-def _check_rows(path: str, leaf: RowsArray, config: LoraConfig) -> None:
-    """The rows that train are the config's: PEFT's file does not say which they are."""
-    asked = config.trainable_token_indices
-    lists = asked.values() if isinstance(asked, Mapping) else [asked]
+def _check_rows(leaf: RowsArray, path: str, config: LoraConfig) -> None:
+    """The rows that train are the config's: PEFT's file does not name them."""
+    wanted = config.trainable_token_indices
+    lists = wanted.values() if isinstance(wanted, Mapping) else [wanted]
     if leaf.ids not in [tuple(ids) for ids in lists]:
         raise ValueError(
             f"leaf `{path}`: its trained rows {list(leaf.ids)[:8]} are not those of the config's "
-            f"trainable_token_indices {asked!r}; use the config the adapter was made with"
+            f"trainable_token_indices {wanted!r}; use the config the adapter was made with"
         )
 
 
@@ -156,12 +176,12 @@ def _check_rows(path: str, leaf: RowsArray, config: LoraConfig) -> None:
 _HEADS = ("classifier", "score")
 
 
-def task_of(lora_params, tensors: Mapping[str, np.ndarray]) -> str | None:
-    """The task type of a tree.
+def _task_of(paths: Collection[str], tensors: Collection[str]) -> str | None:
+    """The task type of a model.
 
     Args:
-      lora_params: in Hugging Face's names, or ours.
-      tensors: what is written, by PEFT's names.
+      paths: of the model's leaves.
+      tensors: PEFT's names of the tensors in the file.
 
     Returns:
       "CAUSAL_LM" for all that is no encoder; "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" for an
@@ -169,9 +189,9 @@ def task_of(lora_params, tensors: Mapping[str, np.ndarray]) -> str | None:
       "FEATURE_EXTRACTION" without a head; None (any model) otherwise, for instance with the head
       of a masked language model.
     """
-    if not is_encoder(lora_params):
+    if not _is_encoder(paths):
         return "CAUSAL_LM"
-    parts = _parts(leaves_of(lora_params))
+    parts = _parts(paths)
     if "classifier" in parts:
         whole = bool({"pooler", "out_proj"} & parts)  # classifiers of tokens have neither
         found = "SEQ_CLS" if whole else "TOKEN_CLS"
@@ -181,14 +201,14 @@ def task_of(lora_params, tensors: Mapping[str, np.ndarray]) -> str | None:
     return None if {"cls", "lm_head"} & parts else "FEATURE_EXTRACTION"
 
 
-def is_encoder(lora_params) -> bool:
-    """Whether a tree is an encoder of BERT's kind, with whatever head."""
-    parts = _parts(leaves_of(lora_params))
+def _is_encoder(paths: Collection[str]) -> bool:
+    """Whether leaves of these paths are an encoder of BERT's kind, with whatever head."""
+    parts = _parts(paths)
     return {"word_embeddings", "encoder"} <= parts and "decoder" not in parts
 
 
-def check_head(task_type: str | None, lora_params, tensors: Mapping[str, np.ndarray]) -> None:
-    """PEFT takes the heads of classifiers for trained, and finds no file whole that lacks them.
+def _check_head(task_type: str | None, paths: Collection[str], tensors: Collection[str]) -> None:
+    """PEFT takes the heads of classifiers for trained, and refuses a file without them.
 
     Raises:
       ValueError: the file would lack a head.
@@ -196,12 +216,12 @@ def check_head(task_type: str | None, lora_params, tensors: Mapping[str, np.ndar
     if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return
     for head in _HEADS:
-        if head in _parts(leaves_of(lora_params)) - _parts(tensors):
+        if head in _parts(paths) - _parts(tensors):
             raise ValueError(
                 f'task_type "{task_type}": PEFT would look for the head `{head}` in the file; '
                 f'train it too, modules_to_save=("{head}",), or pass task_type=None'
             )
 
 
-def _parts(names) -> set[str]:
+def _parts(names: Iterable[str]) -> set[str]:
     return {part for name in names for part in name.split(".")}

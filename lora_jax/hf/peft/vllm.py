@@ -17,7 +17,7 @@ import numpy as np
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
-from lora_jax.hf.peft.tensors import PREFIX
+from lora_jax.hf.peft.index import PREFIX
 
 _A = (".lora_A.weight", ".lora_embedding_A")
 _B = (".lora_B.weight", ".lora_embedding_B")

@@ -20,13 +20,13 @@ from lora_jax.hf.gguf.lora_write import save_gguf_lora
 from lora_jax.hf.gguf.names import Base, read_base
 from lora_jax.hf.gguf.names import gguf_names as names_of
 from lora_jax.hf.peft import api
-from lora_jax.hf.peft import tensors as peft_slots
 from lora_jax.models.gguf import base_of
 from lora_jax.models.registry import config_from_hf
 from lora_jax.models.saving import save_model
 from lora_jax.recipes.finetune import plan_model
 
 from tests.hf.gguf.test_file import CONFIG, tensors_of, write
+from tests.support.peft_trees import specs_of
 
 pytestmark = pytest.mark.once
 
@@ -45,9 +45,9 @@ def adapted(model, lora_config, seed=3):
     blank = lora.init(jax.random.key(0), plan_model(model, lora_config), model.params)
     rng = np.random.default_rng(seed)
     tensors = {
-        slot.key: rng.normal(size=slot.shape).astype(np.float32)
-        for slot in peft_slots.slots_of(blank, lora_config)
-        if not slot.repeats
+        spec.key: rng.normal(size=spec.shape).astype(np.float32)
+        for spec in specs_of(blank, lora_config)
+        if not spec.repeats
     }
     return api.fill(blank, lora_config, tensors)
 

@@ -15,10 +15,10 @@ import pytest
 import transformers
 
 import lora_jax as lora
+from lora_jax.array import leaves_by_path
 from lora_jax.hf import FLAX, from_hugging_face, load_peft, save_peft, to_hugging_face
 from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.name_maps.rules import recognise
-from lora_jax.hf.peft.modules import leaves_of
 from lora_jax.models.saving import save_model
 
 from tests.hf.peft.test_model import close, noisy, randomize
@@ -77,9 +77,11 @@ def test_the_real_trees_are_torchs_models(name, tmp_path):
     model = torch_model(name)
     model.save_pretrained(tmp_path)
     params = from_hugging_face(shapes(name), open_directory(tmp_path), FLAX)
-    assert recognise(params) is (FLAX if name in ("gpt2", "llama", "mistral", "gemma") else None)
+    assert recognise(leaves_by_path(params)) is (
+        FLAX if name in ("gpt2", "llama", "mistral", "gemma") else None
+    )
     state = model.state_dict()
-    for path, leaf in leaves_of(params).items():
+    for path, leaf in leaves_by_path(params).items():
         tensor = state[path.rpartition(".")[0] + (".bias" if path.endswith("bias") else ".weight")]
         # What transformers' own conversion does: Linear is turned, Conv1D is turned too.
         turned = path.endswith("kernel")
@@ -205,4 +207,7 @@ def test_our_own_trees_are_not_taken_for_flaxs(tmp_path):
     for name in ("gpt2", "llama"):
         torch_model(name).save_pretrained(tmp_path / name)
         for scan in (True, False):
-            assert recognise(lora.models.load(tmp_path / name, scan=scan).params) is None
+            assert (
+                recognise(leaves_by_path(lora.models.load(tmp_path / name, scan=scan).params))
+                is None
+            )

@@ -12,11 +12,11 @@ import torch
 from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_jax.array import LoraArray, RowsArray, SavedArray, delta
+from lora_jax.array import LoraArray, RowsArray, SavedArray, delta, leaves_by_path
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.checkpoint import names
 from lora_jax.hf.peft import api as ours
-from lora_jax.hf.peft import tensors as peft_slots
+from lora_jax.hf.peft.index import modules_of
 
 from tests.support.peft_trees import nested, planted, randomized
 
@@ -125,7 +125,7 @@ def our_params(model: torch.nn.Module) -> dict:
 def merged_torch(lora_params) -> LlamaForCausalLM:
     """The plain torch model with W + s·A·B as weights, computed by us."""
     model, state = torch_llama(), {}
-    for path, leaf in peft_slots.leaves_of(lora_params).items():
+    for path, leaf in leaves_by_path(lora_params).items():
         depth = names.stack_depth(path)
         value = np.asarray(_merged(leaf))
         for index in np.ndindex(*value.shape[:depth]):
@@ -133,7 +133,7 @@ def merged_torch(lora_params) -> LlamaForCausalLM:
             block = value[index]
             block = block if tensor.axes is None else block.transpose(np.argsort(tensor.axes))
             state[tensor.name] = torch.tensor(block)
-    for path, leaf in peft_slots.leaves_of(lora_params).items():
+    for path, leaf in leaves_by_path(lora_params).items():
         if isinstance(leaf, LoraArray) and leaf.bias is not None:
             _add_biases(model, state, path, leaf)
     model.load_state_dict(state, strict=True)
@@ -142,7 +142,7 @@ def merged_torch(lora_params) -> LlamaForCausalLM:
 
 def _add_biases(model, state: dict, path: str, leaf: LoraArray) -> None:
     """Adds s·b to the bias of each layer's module, which is given one if it has none."""
-    for index, name in peft_slots.modules_of(path, leaf):
+    for index, name in modules_of(path, leaf):
         change = torch.tensor(np.asarray(leaf.scale[index] * leaf.bias[index]))
         module = model.get_submodule(name)
         if module.bias is None:

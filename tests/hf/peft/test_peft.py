@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_jax.array import LoraArray, SavedArray, Window
+from lora_jax.array import LoraArray, SavedArray, Window, leaves_by_path
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.peft import api
 from lora_jax.hf.peft import directory as peft_files
-from lora_jax.hf.peft import tensors as peft_slots
+from lora_jax.hf.peft.index import make_index, named_targets
+from lora_jax.hf.peft.save import to_peft
 
-from tests.support.peft_trees import D, L, V, nested, planted, random_params, randomized
+from tests.support.peft_trees import D, L, V, nested, planted, random_params, randomized, specs_of
 
 pytestmark = pytest.mark.once
 
@@ -43,7 +44,7 @@ def equal(one, other):
 
 
 def test_a_layer_is_a_pair_of_transposed_matrices(tree):
-    _, tensors = api.to_peft(tree, QV)
+    _, tensors = to_peft(tree, QV)
     q = tree["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     assert len(tensors) == 2 * 2 * L
     a = tensors[f"{BASE}.2.self_attn.q_proj.lora_A.weight"]
@@ -54,11 +55,11 @@ def test_a_layer_is_a_pair_of_transposed_matrices(tree):
 
 
 def test_stacked_and_unstacked_trees_write_the_same(tree):
-    _, tensors = api.to_peft(tree, QV)
+    _, tensors = to_peft(tree, QV)
     flat = planted(random_params(stacked=False), QV)
     filled = api.fill(flat, QV, tensors)
     assert isinstance(filled["model"]["layers"]["1"]["self_attn"]["q_proj"]["kernel"], LoraArray)
-    _, again = api.to_peft(filled, QV)
+    _, again = to_peft(filled, QV)
     assert again.keys() == tensors.keys()
     for name, value in tensors.items():
         np.testing.assert_array_equal(again[name], value)
@@ -91,7 +92,7 @@ def test_split_heads_are_flattened_in_hugging_faces_order():
     a = tensors[f"{BASE}.0.self_attn.o_proj.lora_A.weight"]
     np.testing.assert_array_equal(np.asarray(q.b).reshape(2, 15), b.T)
     np.testing.assert_array_equal(np.asarray(o.a).reshape(15, 2), a.T)
-    _, again = api.to_peft(filled, config)
+    _, again = to_peft(filled, config)
     for name, value in tensors.items():
         np.testing.assert_array_equal(again[name], value)
 
@@ -100,8 +101,7 @@ def test_linen_collections_and_experts_are_named():
     config = LoraConfig(rank=2, target_modules=("up",))
     flat = {"params.layers.mlp.experts.up.kernel": jnp.zeros((2, 3, 4, 5))}
     tree = planted(nested(flat), config, roles={next(iter(flat)): "ssio"})
-    slots = peft_slots.slots_of(tree, config)
-    assert [s.key for s in slots][::2] == [
+    assert [spec.key for spec in specs_of(tree, config)][::2] == [
         f"base_model.model.layers.{i}.mlp.experts.{j}.up.lora_A.weight"
         for i in range(2)
         for j in range(3)
@@ -118,7 +118,7 @@ def test_a_stack_without_a_place_for_its_numbers_is_an_error():
         roles="sio",
     )
     with pytest.raises(ValueError, match="leaf `tower.up.kernel` stacks 1 dimension.* rename"):
-        api.to_peft({"tower": {"up": {"kernel": leaf}}}, config)
+        to_peft({"tower": {"up": {"kernel": leaf}}}, config)
 
 
 def test_bfloat16_base_and_saved_modules_keep_their_dtype(tmp_path):
@@ -149,7 +149,7 @@ def test_adapters_stored_in_16_bits_are_read_as_float32(tree, directory):
 
 def test_all_linear_is_written_as_names():
     config = LoraConfig(rank=2)
-    fields, tensors = api.to_peft(randomized(planted(random_params(), config), config), config)
+    fields, tensors = to_peft(randomized(planted(random_params(), config), config), config)
     assert fields["target_modules"] == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
@@ -161,12 +161,12 @@ def test_all_linear_is_written_as_full_names_where_ends_would_mean_more():
     params["other"] = {"up_proj": {"kernel": jnp.zeros((3, 3))}}
     config = LoraConfig(rank=2, exclude_modules=("self_attn.q_proj",))
     tree = planted(params, config)
-    assert "q_proj" not in api.named_targets(tree, config)
+    assert "q_proj" not in named_targets(make_index(leaves_by_path(tree), config))
     tree["other"]["up_proj"] = params["other"]["up_proj"]  # not adapted, though linear
     layers = tree["model"]["layers"]
     for block, name in (("self_attn", "k_proj"), ("self_attn", "v_proj"), ("self_attn", "o_proj")):
         layers[block][name] = params["model"]["layers"][block][name]
-    assert api.named_targets(tree, config) == sorted(
+    assert named_targets(make_index(leaves_by_path(tree), config)) == sorted(
         f"model.layers.{i}.mlp.{p}_proj" for i in range(L) for p in ("down", "gate", "up")
     )
 
@@ -177,7 +177,7 @@ def test_layers_without_an_adapter_stay_zero(tree):
     filled = randomized(blank, config)
     q = filled["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     assert not np.any(q.a[0]) and not np.any(q.b[2]) and np.any(q.a[1])
-    _, tensors = api.to_peft(filled, config)
+    _, tensors = to_peft(filled, config)
     assert sorted(tensors) == [f"{BASE}.1.self_attn.q_proj.lora_{p}.weight" for p in "AB"]
 
 
@@ -194,60 +194,60 @@ def test_another_scale_is_an_error(tree):
     with pytest.raises(
         ValueError, match=r"layers\.0\.self_attn\.q_proj` has scale 3, .* give 1\.5"
     ):
-        api.to_peft(changed(tree, scale=jnp.full(L, 3.0)), QV)
+        to_peft(changed(tree, scale=jnp.full(L, 3.0)), QV)
 
 
 def test_an_adapter_the_config_does_not_mean_is_an_error(tree):
     other = dataclasses.replace(QV, target_modules=("v_proj",))
     with pytest.raises(ValueError, match="q_proj` has an adapter beyond rank 0"):
-        api.to_peft(tree, other)
+        to_peft(tree, other)
     smaller = dataclasses.replace(QV, rank=2, alpha=3)
     with pytest.raises(ValueError, match="has an adapter beyond rank 2"):
-        api.to_peft(tree, smaller)
+        to_peft(tree, smaller)
     larger = dataclasses.replace(QV, rank=5)
     with pytest.raises(ValueError, match="its rank is 4, but the config gives .* rank 5"):
-        api.to_peft(tree, larger)
+        to_peft(tree, larger)
 
 
 def test_dora_of_tree_and_config_agree(tree):
     with pytest.raises(ValueError, match="has no DoRA magnitude, but the config says use_dora=Tr"):
-        api.to_peft(tree, dataclasses.replace(QV, use_dora=True))
+        to_peft(tree, dataclasses.replace(QV, use_dora=True))
     with pytest.raises(ValueError, match="has DoRA magnitude, but the config says use_dora=False"):
-        api.to_peft(changed(tree, m=jnp.ones((L, D))), QV)
+        to_peft(changed(tree, m=jnp.ones((L, D))), QV)
 
 
 def test_a_trained_leaf_that_would_not_be_written_is_an_error(tree):
     head = tree["lm_head"]["kernel"]
     tree["lm_head"]["kernel"] = SavedArray(w=head, value=head + 1)
     with pytest.raises(ValueError, match="`lm_head.kernel` was trained, but .* do not mean it"):
-        api.to_peft(tree, QV)
+        to_peft(tree, QV)
 
 
 def test_a_base_changed_for_good_is_an_error(tree):
     with pytest.raises(ValueError, match='init="pissa_niter_4", changed the base .* merged model'):
-        api.to_peft(tree, dataclasses.replace(QV, init="pissa_niter_4"))
+        to_peft(tree, dataclasses.replace(QV, init="pissa_niter_4"))
 
 
 def test_not_finite_or_nothing_adapted(tree):
     with pytest.raises(ValueError, match="no leaf carries an adapter"):
-        api.to_peft(random_params(), QV)
+        to_peft(random_params(), QV)
     q = tree["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     with pytest.raises(ValueError, match="q_proj.lora_A.weight` holds NaN or infinity"):
-        api.to_peft(changed(tree, a=q.a.at[1, 2, 3].set(jnp.inf)), QV)
+        to_peft(changed(tree, a=q.a.at[1, 2, 3].set(jnp.inf)), QV)
 
 
 # ---- keys
 
 
 def test_a_tree_of_another_config_is_an_error(tree):
-    _, tensors = api.to_peft(tree, QV)
+    _, tensors = to_peft(tree, QV)
     other = dataclasses.replace(QV, target_modules=("v_proj",))
     with pytest.raises(ValueError, match="q_proj.kernel` has an adapter, but the config does not"):
         api.fill(tree, other, tensors)
 
 
 def test_missing_left_over_and_misshapen_keys_are_one_error(tree):
-    _, tensors = api.to_peft(tree, QV)
+    _, tensors = to_peft(tree, QV)
     q0 = f"{BASE}.0.self_attn.q_proj.lora_A.weight"
     tensors[q0.replace("q_proj", "q_prj")] = tensors.pop(q0)
     v1 = f"{BASE}.1.self_attn.v_proj.lora_B.weight"
@@ -263,7 +263,7 @@ def test_missing_left_over_and_misshapen_keys_are_one_error(tree):
 
 
 def test_an_adapter_of_another_model_says_how_many_keys(tree):
-    _, tensors = api.to_peft(tree, QV)
+    _, tensors = to_peft(tree, QV)
     strangers = {k.replace("model.layers", "transformer.h"): v for k, v in tensors.items()}
     with pytest.raises(ValueError, match=r"12 missing: .* and 9 more; 12 left over: .* and 9 more"):
         api.fill(planted(random_params(), QV), QV, strangers)
@@ -272,7 +272,7 @@ def test_an_adapter_of_another_model_says_how_many_keys(tree):
 def test_another_base_embedding_in_the_file_is_an_error():
     config = LoraConfig(rank=2, target_modules=("embed_tokens",))
     tree = randomized(planted(random_params(), config), config)
-    _, tensors = api.to_peft(tree, config)
+    _, tensors = to_peft(tree, config)
     key = "base_model.model.model.embed_tokens.base_layer.weight"
     assert tensors[key].shape == (V, D)
     equal(api.fill(planted(random_params(), config), config, tensors), tree)
@@ -341,7 +341,7 @@ def test_kernels_of_any_layout_are_written_alike():
     oihw = LoraArray(np.zeros((6, 4, 3, 2), "f4"), np.float32(a.transpose(2, 0, 1, 3)), **common,
                      roles="oiii", window=Window((2, 3)))  # fmt: skip
     config = LoraConfig(rank=2, alpha=8, target_modules=("conv",))
-    one, other = (api.to_peft({"conv": {"kernel": x}}, config)[1] for x in (hwio, oihw))
+    one, other = (to_peft({"conv": {"kernel": x}}, config)[1] for x in (hwio, oihw))
     equal(one, other)
     theirs = one["base_model.model.conv.lora_A.weight"]
     np.testing.assert_array_equal(theirs, np.float32(a.transpose(3, 2, 0, 1)))
@@ -355,8 +355,8 @@ def test_parameters_whose_order_nobody_knows():
     with pytest.raises(
         ValueError, match="`moe.phi`, `moe.theta` by the order in which its model r"
     ):
-        api.to_peft({"moe": {"theta": leaf, "phi": leaf}}, config)
-    assert len(api.to_peft({"moe": {"theta": leaf}}, config)[1]) == 2
+        to_peft({"moe": {"theta": leaf, "phi": leaf}}, config)
+    assert len(to_peft({"moe": {"theta": leaf}}, config)[1]) == 2
 
 
 def test_vllm_folds_scales_and_pads_ranks(tmp_path):
@@ -369,7 +369,7 @@ def test_vllm_folds_scales_and_pads_ranks(tmp_path):
         use_rslora=True,
     )
     tree = randomized(planted(random_params(), config), config)
-    _, plain = api.to_peft(tree, config)
+    _, plain = to_peft(tree, config)
     api.save_peft(tmp_path / "a", tree, config, target="vllm")
     read, folded = api.read_peft(tmp_path / "a")
     assert (read.rank, read.alpha, read.use_rslora) == (4, 4, False)
@@ -384,7 +384,7 @@ def test_vllm_folds_scales_and_pads_ranks(tmp_path):
 
 
 def test_vllm_leaves_numbers_alone_when_one_scale_holds(tree):
-    fields, tensors = api.to_peft(tree, QV)
+    fields, tensors = to_peft(tree, QV)
     from lora_jax.hf.peft.vllm import for_vllm
 
     same, folded = for_vllm(fields, tensors, QV)

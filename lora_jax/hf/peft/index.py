@@ -1,0 +1,273 @@
+"""The index of an adapter: what PEFT calls each layer of each leaf, and its rank, alpha and scale.
+
+    model.layers.self_attn.q_proj.kernel   layer 3:  model.layers.3.self_attn.q_proj
+    model.layers.mlp.experts.gate_up_proj  layer 3, where `target_parameters` names it:
+                                                     model.layers.3.mlp.experts.gate_up_proj
+
+The index is made once from a tree; the tensors of a file, their checks and the fields of the
+config are all read from it. Experts of a parameter that `target_parameters` does not name are
+numbered as layers are.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from lora_jax.array import LoraArray, RowsArray, SavedArray
+from lora_jax.config import matching
+from lora_jax.config.lora import ALL_LINEAR, LoraConfig
+from lora_jax.dims import sizes, stack_dims
+from lora_jax.hf.checkpoint import names
+from lora_jax.paths import bare, expand, module_of
+
+# What PEFT's names of tensors start with.
+PREFIX = "base_model.model."
+
+# The order in which models register the parameters of their experts, which decides how PEFT nests
+# the adapters of several parameters of one module.
+_REGISTERED = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
+
+Kind = Literal["module", "parameter", "saved", "rows"]
+
+
+class Row(NamedTuple):
+    """One layer of a leaf that trains.
+
+    Attributes:
+      path: the leaf's path.
+      leaf: the leaf.
+      layer: index along the leaf's stack dims; that of a parameter leaves out the experts.
+      name: full name of the layer's module, or of the parameter that `target_parameters` names.
+      kind: "module" or "parameter" of an adapter, "saved" for a leaf that trains whole, "rows"
+        for a table of which some rows train.
+      rank: of the layer's adapter; 0 where the config gives it none.
+      alpha: of the adapter; 0.0 without one.
+      scale: of the adapter, as PEFT computes it; 0.0 without one.
+    """
+
+    path: str
+    leaf: Any
+    layer: tuple[int, ...]
+    name: str
+    kind: Kind
+    rank: int = 0
+    alpha: float = 0.0
+    scale: float = 0.0
+
+
+@dataclass(frozen=True)
+class AdapterIndex:
+    """Every leaf of a tree, and a row for each layer of those that train.
+
+    Attributes:
+      config: the config that the rows follow.
+      leaves: all leaves by path, in the tree's order.
+      rows: rows by path, of the leaves that train.
+    """
+
+    config: LoraConfig
+    leaves: Mapping[str, Any]
+    rows: Mapping[str, tuple[Row, ...]]
+
+    @property
+    def adapted(self) -> list[str]:
+        """Full names of the modules that carry an adapter, in the tree's order; no parameters."""
+        rows = (row for of_leaf in self.rows.values() for row in of_leaf)
+        return [row.name for row in rows if row.kind == "module" and row.rank]
+
+
+def make_index(leaves: Mapping[str, Any], config: LoraConfig) -> AdapterIndex:
+    """Indexes the leaves of a tree.
+
+    Args:
+      leaves: leaves by path, from `lora_jax.array.leaves_by_path`.
+      config: the config they were made with.
+
+    Raises:
+      ValueError: the path of a leaf that trains has no place for the numbers of its layers.
+    """
+    rows = {path: tuple(_rows(path, leaf, config)) for path, leaf in leaves.items()}
+    return AdapterIndex(config, leaves, {path: found for path, found in rows.items() if found})
+
+
+def _rows(path: str, leaf: Any, config: LoraConfig) -> Iterator[Row]:
+    if isinstance(leaf, SavedArray | RowsArray):
+        kind = "saved" if isinstance(leaf, SavedArray) else "rows"
+        for layer, name in modules_of(path, leaf):
+            yield Row(path, leaf, layer, name, kind)
+    if not isinstance(leaf, LoraArray):
+        return
+    if parameters := parameters_of(path, leaf, config):
+        for layer, name in parameters.items():
+            meant = matching.names_parameter(config, name)
+            yield _lora_row(Row(path, leaf, layer, name, "parameter"), config, meant)
+        return
+    for layer, name in modules_of(path, leaf):
+        yield _lora_row(Row(path, leaf, layer, name, "module"), config, adapts(config, path, name))
+
+
+def _lora_row(row: Row, config: LoraConfig, meant: bool) -> Row:
+    if not meant:
+        return row
+    rank, alpha = matching.rank_of(config, row.name), matching.alpha_of(config, row.name)
+    return row._replace(rank=rank, alpha=alpha, scale=matching.scale_of(config, rank, alpha))
+
+
+def modules_of(path: str, leaf: Any) -> Iterator[tuple[tuple[int, ...], str]]:
+    """The full name of the module that each index of a leaf's stack belongs to.
+
+    Args:
+      path: the leaf's path.
+      leaf: a leaf, whose stack dims are its roles' `s`; a plain array is stacked along as many
+        leading dims as its path leaves numbers out.
+
+    Raises:
+      ValueError: the path has no place for the numbers of the leaf's layers.
+    """
+    stack = stack_sizes(path, leaf)
+    for layer in np.ndindex(*stack):
+        yield layer, _named(path, layer, stack)
+
+
+def parameters_of(path: str, leaf: Any, config: LoraConfig) -> dict[tuple[int, ...], str]:
+    """The full name of the parameter in each layer, if target_parameters names any of them.
+
+    Returns:
+      Names by layer; the experts' dim is no layer. Empty if none is named.
+    """
+    if not config.target_parameters:
+        return {}
+    module, _, parameter = bare(path).rpartition(".")
+    depth = names.stack_depth(module) if module else 0
+    found = {
+        layer: f"{names.module_name(module, layer)}.{parameter}"
+        for layer in np.ndindex(*leaf.shape[:depth])
+    }
+    meant = any(matching.names_parameter(config, name) for name in found.values())
+    return found if meant else {}
+
+
+def every_module(leaves: Mapping[str, Any], config: LoraConfig) -> list[str]:
+    """Full names of the modules of all leaves, but of those that are parameters of a config.
+
+    Raises:
+      ValueError: as `make_index`, here for leaves that do not train too.
+    """
+    return [
+        name
+        for path, leaf in leaves.items()
+        if not parameters_of(path, leaf, config)
+        for _, name in modules_of(path, leaf)
+    ]
+
+
+def every_parameter(leaves: Mapping[str, Any], config: LoraConfig) -> list[str]:
+    """Full names of the parameters, of leaves of which target_parameters names a layer."""
+    return [
+        name for path, leaf in leaves.items() for name in parameters_of(path, leaf, config).values()
+    ]
+
+
+def named_targets(index: AdapterIndex) -> list[str]:
+    """Entries for target_modules that match the adapted modules and no others, sorted.
+
+    They are the last components of the names, unless these match a module without an adapter
+    too: then they are the full names.
+    """
+    adapted = set(index.adapted)
+    every = set(every_module(index.leaves, index.config))
+    short = {name.rpartition(".")[2] for name in adapted}
+    meant = {n for n in every if any(matching.ends_with(n, s) for s in short)}
+    excluded = {n for n in every if matching.is_excluded(index.config, n)}
+    return sorted(short if meant - excluded == adapted else adapted)
+
+
+def nesting(index: AdapterIndex) -> dict[str, int]:
+    """How many other adapters PEFT wraps around that of each parameter, by the parameter's name.
+
+    PEFT wraps a module once for each of its parameters, in the order in which the model
+    registers them; a JAX tree does not keep that order. Known names stand in transformers' order,
+    others as `target_parameters` lists them. If that order is wrong, the shapes do not fit.
+
+    Raises:
+      ValueError: the order is not known, and shapes could not tell that it is wrong.
+    """
+    modules: dict[str, list[str]] = {}
+    sizes_by_name = {}
+    for row in (row for of_leaf in index.rows.values() for row in of_leaf):
+        if row.kind == "parameter" and row.rank:
+            modules.setdefault(row.name.rpartition(".")[0], []).append(row.name)
+            sizes_by_name[row.name] = sizes(row.leaf.shape, row.leaf.roles)[1:]
+    for found in modules.values():
+        _check_order(found, sizes_by_name)
+    return {
+        name: len(found) - 1 - place
+        for found in modules.values()
+        for place, name in enumerate(sorted(found, key=lambda n: _registered(index.config, n)))
+    }
+
+
+def _check_order(found: list[str], sizes_by_name: Mapping[str, tuple[int, int]]) -> None:
+    unknown = [name for name in found if name.rpartition(".")[2] not in _REGISTERED]
+    alike = len({sizes_by_name[name] for name in found}) < len(found)
+    if unknown and len(found) > 1 and alike:
+        raise ValueError(
+            f"target_parameters: PEFT numbers the adapters of {', '.join(f'`{n}`' for n in found)} "
+            "by the order in which its model registers them, which is not known here, and their "
+            "shapes are alike: adapt one of them, or rename them as transformers does "
+            f"({', '.join(_REGISTERED)})"
+        )
+
+
+def _registered(config: LoraConfig, name: str) -> tuple[int, int]:
+    last = name.rpartition(".")[2]
+    known = _REGISTERED.index(last) if last in _REGISTERED else len(_REGISTERED)
+    listed = enumerate(config.target_parameters)
+    return known, next((i for i, entry in listed if matching.ends_with(name, entry)), 0)
+
+
+def stack_sizes(path: str, leaf: Any) -> tuple[int, ...]:
+    """Sizes of a leaf's stack dims."""
+    if isinstance(leaf, LoraArray):
+        return tuple(leaf.shape[d] for d in stack_dims(leaf.roles))
+    return tuple(leaf.shape[: names.stack_depth(bare(path))])
+
+
+def _named(path: str, layer: tuple[int, ...], stack: tuple[int, ...]) -> str:
+    module = module_of(bare(path))
+    if len(layer) == names.stack_depth(module):
+        return names.module_name(module, layer)
+    if len(layer) == 1 and (expanded := expand(module, stack[0])):
+        return expanded[layer[0]]
+    raise ValueError(
+        f"leaf `{path}` stacks {len(layer)} dimension(s) of layers, but its path has no place for "
+        "their numbers in a PEFT name; rename the tree so that a component such as `layers` holds "
+        "the stacked modules, or unstack it (experts stored as one array are written where "
+        "target_parameters names them)"
+    )
+
+
+def adapts(config: LoraConfig, path: str, name: str) -> bool:
+    """Whether a config adapts a layer of a leaf; with "all-linear", any that is not excluded.
+
+    As in `lora_jax.plan`, a module also goes by its parameter's name and, where the config
+    selects no layers, by its path without numbers.
+    """
+    if matching.names_parameter(config, name):
+        return True
+    plain = bare(path)
+    spelled = [name, f"{name}.{plain.rpartition('.')[2]}"]
+    if any(matching.is_excluded(config, n) for n in spelled):
+        return False
+    if config.target_modules == ALL_LINEAR:
+        return True
+    if config.layers_to_transform is None:
+        spelled += [path, module_of(path), plain, module_of(plain)]
+    return any(matching.is_target(config, n) for n in spelled)
+
+
+def is_embedding(path: str) -> bool:
+    """Whether a leaf is a lookup table, which PEFT names differently: Flax calls it so."""
+    return path.rpartition(".")[2] == "embedding"

@@ -1,0 +1,102 @@
+"""A table that is both the embedding and the output head: how PEFT adapts it, and what it writes.
+
+PEFT knows two modules, `embed_tokens` and `lm_head`, and changes both only where its config has
+`ensure_weight_tying`. Here they are one leaf, so an adapter always changes both.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_jax.array import LoraArray, SavedArray
+from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.peft.index import PREFIX, is_embedding
+from lora_jax.paths import module_of
+from lora_jax.plan.leaf import Plan
+
+HEAD = "lm_head"
+
+# Modules that PEFT takes for embeddings by their names, and its field that ties their adapters.
+EMBEDDING_MODULES = ("embed_tokens", HEAD)
+TYING = "ensure_weight_tying"
+
+
+def ties(config: LoraConfig) -> bool:
+    """Whether PEFT ties the adapters of head and embedding: its field is set, and one is named.
+
+    PEFT looks for its own names of embeddings only; a table of another name (`wte`) is tied
+    where the head is named.
+    """
+    if not config.extra.get(TYING):
+        return False
+    targets = config.target_modules
+    named = [*config.modules_to_save, *(targets if isinstance(targets, tuple) else ())]
+    if isinstance(targets, str) and any(re.fullmatch(targets, m) for m in EMBEDDING_MODULES):
+        return True
+    return any(name.rpartition(".")[2] in EMBEDDING_MODULES for name in named)
+
+
+def tied_tables(leaves: Mapping[str, Any]) -> list[str]:
+    """Paths of trained embedding tables that are the output head too: the tree has no head.
+
+    Tables of which only some rows train are not listed: PEFT ties those by itself.
+    """
+    if any(module_of(path).rpartition(".")[2] == HEAD for path in leaves):
+        return []
+    return [
+        path
+        for path, leaf in leaves.items()
+        if is_embedding(path) and isinstance(leaf, LoraArray | SavedArray)
+    ]
+
+
+def tied_config(leaves: Mapping[str, Any], config: LoraConfig) -> LoraConfig:
+    """The config with which PEFT adapts the head too, where one leaf is head and embedding."""
+    tables = tied_tables(leaves)
+    if not tables:
+        return config
+    config = dataclasses.replace(config, extra={**config.extra, TYING: True})
+    if ties(config):
+        return config
+    field = "target_modules" if isinstance(leaves[tables[0]], LoraArray) else "modules_to_save"
+    entries = getattr(config, field)
+    named = f"{entries}|{HEAD}" if isinstance(entries, str) else (*entries, HEAD)
+    return dataclasses.replace(config, **{field: named})
+
+
+def tied_by_file(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> LoraConfig:
+    """A config that names the head where only the file shows that PEFT tied it.
+
+    PEFT takes the head out of the config that it writes, and then no longer ties a table whose
+    name it does not know (`wte`) when it loads its own file.
+    """
+    if ties(config) or not config.extra.get(TYING):
+        return config
+    adapted = any(key.startswith(f"{PREFIX}{HEAD}.lora_") for key in tensors)
+    if isinstance(config.target_modules, tuple) and adapted:
+        return dataclasses.replace(config, target_modules=(*config.target_modules, HEAD))
+    if f"{PREFIX}{HEAD}.weight" in tensors:
+        return dataclasses.replace(config, modules_to_save=(*config.modules_to_save, HEAD))
+    return config
+
+
+def check_tying(config: LoraConfig, plan: Plan, source: str) -> None:
+    """Refuses an adapter that changes a table as an embedding only where it is the head too.
+
+    Raises:
+      ValueError: the config does not tie the adapters of a table that the model also uses as its
+        head.
+    """
+    if ties(config):
+        return
+    for leaf in (*plan.adapted, *plan.saved):
+        both = leaf.lookup and any(use.kind == "contract" for use in leaf.uses)
+        if leaf.kind != "rows" and both:
+            raise ValueError(
+                f"{source}: the adapter changes `{leaf.path}` as an embedding only, but this model "
+                f"uses it as the output head too; train it in PEFT with {TYING}=True and "
+                f'"{HEAD}" among its modules, or load a model whose head is not tied'
+            )
