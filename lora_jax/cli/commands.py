@@ -122,6 +122,7 @@ def merge(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """`lora-jax export`, and `import`, which is an export to Orbax."""
+    from lora_jax.recipes.adapter_formats import ADAPTER_FORMATS
     from lora_jax.recipes.finetune import export_adapter
 
     export_adapter(
@@ -134,8 +135,7 @@ def export(arguments: argparse.Namespace) -> None:
         step=arguments.step,
         **_held(arguments),
     )
-    what = "merged model" if arguments.to == "hf" else "adapter"
-    _say(f"wrote the {what} to {arguments.output}")
+    _say(f"wrote the {ADAPTER_FORMATS[arguments.to].holds} to {arguments.output}")
 
 
 def convert(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,8 @@ from typing import NoReturn
 from lora_jax.cli import commands, settings
 from lora_jax.cli.errors import USAGE
 from lora_jax.paths import nearest
-from lora_jax.recipes import convert
+from lora_jax.recipes.adapter_formats import ADAPTER_FORMATS
+from lora_jax.recipes.convert import CONVERTED
 
 MODEL = "a Hugging Face directory, a hub id, or a .gguf file; `smollm2` is the demo's model"
 ADAPTER = (
@@ -201,16 +202,13 @@ example:
 
 
 def _export(command: Callable) -> None:
+    formats = "\n".join(f"  {name:<7} {form.summary}" for name, form in ADAPTER_FORMATS.items())
     parser = command(
         commands.export,
-        """\
+        f"""\
 Writes an adapter in another format. It is read over its model, so that every number is checked
 against it. The formats:
-  peft    a directory that the Python package peft loads (the default)
-  vllm    the same, with one rank and one alpha, as vLLM serves it
-  gguf    a file for llama.cpp: llama-cli --lora adapter.gguf
-  hf      the merged model, as a directory that transformers loads
-  orbax   a folder that lora_jax.checkpoint.restore reads, with the base's fingerprint
+{formats}
 
 examples:
   lora-jax export smollm2 outputs/first outputs/first/adapter
@@ -222,7 +220,7 @@ examples:
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("output", type=Path, help="the directory or file to write")
     parser.add_argument(
-        "--to", default="peft", choices=convert.WRITTEN, help="the format (default: peft)"
+        "--to", default="peft", choices=ADAPTER_FORMATS, help="the format (default: peft)"
     )
     _add_output_dtype(parser, "a GGUF file or a merged model")
     _add_dtype(parser, "float32", "that the adapter was trained in")
@@ -263,7 +261,7 @@ examples:
     )
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("output", type=Path, help="the directory or file to write")
-    parser.add_argument("--to", required=True, choices=convert.CONVERTED, help="the format")
+    parser.add_argument("--to", required=True, choices=CONVERTED, help="the format")
     parser.add_argument(
         "--base", type=Path, metavar="PATH", help="the model's directory, or its .gguf file"
     )

@@ -196,7 +196,7 @@ def export_adapter(
       adapter: a PEFT directory, a GGUF LoRA file, the folder of a run, whose newest checkpoint is
         taken, or an adapter's folder of `lora_jax.checkpoint.save`.
       output: what to write.
-      to: the format, one of `lora_jax.recipes.convert.WRITTEN`.
+      to: the format, a name in `lora_jax.recipes.adapter_formats.ADAPTER_FORMATS`.
       dtype: of the numbers in a GGUF file or a merged model.
       model_dtype: the one the adapter was trained in.
       step: of a run; the newest by default.
@@ -209,9 +209,9 @@ def export_adapter(
     """
     from lora_jax.recipes import convert
 
-    convert.check_there(adapter, step=step)  # before the model is loaded, as that takes a while
-    if to == "hf" and Path(output).exists():
-        raise FileExistsError(f"{output}: there is something already; give another directory")
+    # Before the model is loaded, as that takes a while.
+    convert.check_source(adapter, step=step)
+    convert.check_output(output, to=to)
     model = load_model(source, dtype=model_dtype, quantize=quantize, quantize_block=quantize_block)
     params, config = load_adapter(model, adapter, step=step)
     convert.save_adapter(

@@ -131,9 +131,9 @@ def test_what_cannot_be_done_is_said(folder, model, trained, tmp_path):
     with pytest.raises(ValueError, match="peft keeps the adapter's own float32; dtype float16 is"):
         convert.save_adapter(model, trained, CONFIG, tmp_path / "x", to="peft", dtype="float16")
     with pytest.raises(ValueError, match="has no step 3: it is no training run"):
-        convert.check_there(folder / "peft", step=3)
+        convert.check_source(folder / "peft", step=3)
     with pytest.raises(ValueError, match="holds a GGUF of type `model`, not an adapter"):
-        convert.check_there(write(tmp_path / "base.gguf", UNTIED, tensors_of(model)))
+        convert.check_source(write(tmp_path / "base.gguf", UNTIED, tensors_of(model)))
     assert [p.name for p in tmp_path.iterdir()] == ["base.gguf"]
 
 
