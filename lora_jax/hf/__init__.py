@@ -1,52 +1,49 @@
-"""Exchange with files of others: PEFT, safetensors, llama.cpp, bitsandbytes, name maps.
+"""Files of others: PEFT, safetensors, llama.cpp, bitsandbytes; name maps for models of your own.
 
-Each name is imported when it is first asked for, so that `import lora_jax` stays light.
+Each name is imported at its first use, so that `import lora_jax` stays light. `__init__.pyi` lists
+the same names for type checkers and editors.
 """
 
 import importlib
 from typing import Any
 
-# Public name -> the module of this package that defines it.
+# Public name -> the module that defines it.
 _NAMES = {
-    "FLAX": "name_maps.rules",
+    "FLAX": "lora_jax.hf.name_maps.rules",
     "base_of": "lora_jax.models.gguf",
-    "from_hugging_face": "name_maps.rules",
-    "load_gguf_lora": "gguf.lora_read",
-    "load_peft": "peft.api",
-    "name_map": "name_maps.rules",
-    "read_base": "gguf.names",
-    "read_gguf_lora": "gguf.lora_read",
-    "read_peft": "peft.api",
-    "save_gguf_lora": "gguf.lora_write",
+    "from_hugging_face": "lora_jax.hf.name_maps.rules",
+    "load_gguf_lora": "lora_jax.hf.gguf.lora_read",
+    "load_peft": "lora_jax.hf.peft.api",
+    "name_map": "lora_jax.hf.name_maps.rules",
+    "read_base": "lora_jax.hf.gguf.names",
+    "read_gguf_lora": "lora_jax.hf.gguf.lora_read",
+    "read_peft": "lora_jax.hf.peft.api",
+    "save_gguf_lora": "lora_jax.hf.gguf.lora_write",
     "save_merged": "lora_jax.models.saving",
-    "save_peft": "peft.api",
-    "to_hugging_face": "name_maps.rules",
-    "to_peft": "peft.save",
+    "save_peft": "lora_jax.hf.peft.api",
+    "to_hugging_face": "lora_jax.hf.name_maps.rules",
+    "to_peft": "lora_jax.hf.peft.save",
 }
+# Name -> module.
 _MODULES = {
-    "bnb": "checkpoint.bnb",
-    "gguf": "gguf",
-    "hub": "hub",
-    "names": "checkpoint.names",
-    "peft": "peft",
-    "safetensors": "checkpoint.safetensors",
-    "save_model": "lora_jax.models.saving",
-    "tokenizer": "tokenizer",
-    "weights": "checkpoint.weights",
+    "bnb": "lora_jax.hf.checkpoint.bnb",
+    "gguf": "lora_jax.hf.gguf",
+    "hub": "lora_jax.hf.hub",
+    "names": "lora_jax.hf.checkpoint.names",
+    "peft": "lora_jax.hf.peft",
+    "safetensors": "lora_jax.hf.checkpoint.safetensors",
+    "tokenizer": "lora_jax.hf.tokenizer",
+    "weights": "lora_jax.hf.checkpoint.weights",
 }
-
-
-def _module(name: str):
-    return importlib.import_module(name if name.startswith("lora_jax") else f"{__name__}.{name}")
 
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
-        return getattr(_module(_NAMES[name]), name)
+        return getattr(importlib.import_module(_NAMES[name]), name)
     if name in _MODULES:
-        return _module(_MODULES[name])
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted((*_NAMES, *_MODULES))
