@@ -8,7 +8,6 @@ uses.
 """
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -87,15 +86,6 @@ def expand(path: str, layers: int) -> list[str]:
             head, tail = ".".join(parts[: i + 1]), ".".join(parts[i + 1 :])
             return [f"{head}.{layer}.{tail}" for layer in range(layers)]
     return []
-
-
-def layer_of(name: str) -> tuple[str, int | None]:
-    """Takes the layer number out of an expanded name: `m.layers.3.q` is `("m.layers.q", 3)`."""
-    found = re.search(r"(?:^|\.)(?:" + "|".join(STACK_NAMES) + r")\.(\d+)(?=\.)", name)
-    if found is None:
-        return name, None
-    start, end = found.span(1)
-    return name[: start - 1] + name[end:], int(found.group(1))
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

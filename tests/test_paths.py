@@ -77,16 +77,6 @@ def test_expand_puts_the_number_after_the_list():
     assert paths.expand("model.layers.3.up", 2) == []
 
 
-@pytest.mark.parametrize("name", ["model.layers.7.attn.q", "h.12.mlp", "x.blocks.0.up.kernel"])
-def test_layer_of_undoes_expand(name: str):
-    path, layer = paths.layer_of(name)
-    assert layer is not None and paths.expand(path, layer + 1)[layer] == name
-
-
-def test_layer_of_a_name_without_a_number():
-    assert paths.layer_of("model.embed") == ("model.embed", None)
-
-
 def test_nearest_puts_the_likeliest_first():
     known = ["model.layers.q_proj", "model.layers.v_proj", "model.embed", "lm_head"]
     assert paths.nearest("qproj", known).startswith("`model.layers.q_proj`, `model.layers.v_proj`")

@@ -50,7 +50,7 @@ def config_of(
 
     Args:
       metadata: the file's keys.
-      shapes: its tensors' shapes under Hugging Face's names; they tell biases, a tied head and
+      shapes: its tensors' shapes under Hugging Face's names; they show biases, a tied head and
         the size of the vocabulary.
       path: the file, for messages.
       divisors: the tensor `rope_freqs`, if there: what llama3 divides each frequency by.
@@ -59,26 +59,26 @@ def config_of(
       ValueError: a size missing, or a key that may change the numbers.
     """
     kind = architecture_of(metadata, path)
-    own = {k[len(kind) + 1 :]: v for k, v in metadata.items() if k.startswith(f"{kind}.")}
-    _check(own, path)
+    facts = {k[len(kind) + 1 :]: v for k, v in metadata.items() if k.startswith(f"{kind}.")}
+    _check(facts, path)
     if "model.embed_tokens.weight" not in shapes:
         raise ValueError(f"{path}: the tensor `token_embd.weight` is missing")
-    sizes = {ours: own[key] for key, ours in _SIZES.items()}
+    sizes = {ours: facts[key] for key, ours in _SIZES.items()}
     heads, tokens = sizes["num_attention_heads"], metadata.get("tokenizer.ggml.eos_token_id")
-    head_dim = own.get("attention.key_length", sizes["hidden_size"] // heads)
-    if own.get("rope.dimension_count", head_dim) != head_dim:
+    head_dim = facts.get("attention.key_length", sizes["hidden_size"] // heads)
+    if facts.get("rope.dimension_count", head_dim) != head_dim:
         raise ValueError(f"{path}: RoPE over a part of each head is not supported")
-    theta = float(own.get("rope.freq_base", 10000.0))
-    scaling = _scaling(own, path)
+    theta = float(facts.get("rope.freq_base", 10000.0))
+    scaling = _scaling(facts, path)
     if divisors is not None:
         scaling = _llama3(divisors, head_dim, theta, path)
     fields: dict[str, Any] = dict(
         model_type=ARCHITECTURES[kind].model_type,
         **sizes,
         vocab_size=shapes["model.embed_tokens.weight"][0],
-        num_key_value_heads=own.get("attention.head_count_kv", heads),
+        num_key_value_heads=facts.get("attention.head_count_kv", heads),
         head_dim=head_dim,
-        rms_norm_eps=_short(own["attention.layer_norm_rms_epsilon"]),
+        rms_norm_eps=_short(facts["attention.layer_norm_rms_epsilon"]),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_word_embeddings="lm_head.weight" not in shapes,
@@ -96,17 +96,17 @@ def config_of(
         raise ValueError(f"{path}: {error}") from None
 
 
-def _check(own: Mapping[str, Any], path: Path) -> None:
+def _check(facts: Mapping[str, Any], path: Path) -> None:
     needed = (*_SIZES, "attention.layer_norm_rms_epsilon")
-    if missing := [key for key in needed if key not in own]:
+    if missing := [key for key in needed if key not in facts]:
         raise ValueError(f"{path}: metadata lacks {', '.join(f'`{m}`' for m in missing)}")
     for key in (*_SIZES, "attention.head_count_kv", "attention.key_length"):
-        if type(own.get(key, 1)) is not int and not isinstance(own[key], list):
-            raise ValueError(f"{path}: `{key}` must be a whole number, got {own[key]!r}")
+        if type(facts.get(key, 1)) is not int and not isinstance(facts[key], list):
+            raise ValueError(f"{path}: `{key}` must be a whole number, got {facts[key]!r}")
     for key in _NUMBERS:
-        if not isinstance(own.get(key, 1), int | float):
-            raise ValueError(f"{path}: `{key}` must be a number, got {own[key]!r}")
-    for key, value in own.items():
+        if not isinstance(facts.get(key, 1), int | float):
+            raise ValueError(f"{path}: `{key}` must be a number, got {facts[key]!r}")
+    for key, value in facts.items():
         if key not in _UNDERSTOOD:
             raise ValueError(
                 f"{path}: metadata key `{key}` = {str(value)[:60]} is not known and may change "
@@ -114,11 +114,11 @@ def _check(own: Mapping[str, Any], path: Path) -> None:
             )
         if isinstance(value, list):
             raise ValueError(f"{path}: `{key}` differs from block to block, which is not supported")
-    if own["attention.head_count"] < 1:
+    if facts["attention.head_count"] < 1:
         raise ValueError(f"{path}: `attention.head_count` must be above 0")
-    if own.get("expert_count", 0):
-        raise ValueError(f"{path}: a mixture of {own['expert_count']} experts is not supported")
-    if own.get("attention.value_length") not in (None, own.get("attention.key_length")):
+    if facts.get("expert_count", 0):
+        raise ValueError(f"{path}: a mixture of {facts['expert_count']} experts is not supported")
+    if facts.get("attention.value_length") not in (None, facts.get("attention.key_length")):
         raise ValueError(f"{path}: keys and values of different sizes are not supported")
 
 
@@ -127,20 +127,20 @@ def _short(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _scaling(own: Mapping[str, Any], path: Path) -> RopeScaling | None:
-    kind = own.get("rope.scaling.type", "none")
+def _scaling(facts: Mapping[str, Any], path: Path) -> RopeScaling | None:
+    kind = facts.get("rope.scaling.type", "none")
     if kind == "none":
         return None
-    factor = own.get("rope.scaling.factor")
+    factor = facts.get("rope.scaling.factor")
     if kind == "linear" and factor:
         return RopeScaling(rope_type="linear", factor=float(factor))
-    if kind == "yarn" and factor and "rope.scaling.original_context_length" in own:
+    if kind == "yarn" and factor and "rope.scaling.original_context_length" in facts:
         return RopeScaling(
             rope_type="yarn",
             factor=float(factor),
-            original_max_position_embeddings=own["rope.scaling.original_context_length"],
-            beta_fast=own.get("rope.scaling.yarn_beta_fast"),
-            beta_slow=own.get("rope.scaling.yarn_beta_slow"),
+            original_max_position_embeddings=facts["rope.scaling.original_context_length"],
+            beta_fast=facts.get("rope.scaling.yarn_beta_fast"),
+            beta_slow=facts.get("rope.scaling.yarn_beta_slow"),
         )
     raise ValueError(f"{path}: RoPE scaling of type `{kind}` is not supported")
 

@@ -37,7 +37,7 @@ Modules = Mapping[str, Mapping[str, Any]]
 
 
 class _Block(NamedTuple):
-    """One block of a module: its numbers."""
+    """One block of a module, by the indices of its stack dims."""
 
     module: str
     index: tuple[int, ...]
@@ -45,7 +45,7 @@ class _Block(NamedTuple):
 
 def save_model(
     directory: str | Path,
-    model,
+    model: Any,
     params: Any,
     *,
     dtype: str = "float32",
@@ -53,7 +53,7 @@ def save_model(
 ) -> None:
     """Writes a model's configuration, weights and tokenizer.
 
-    Everything is written beside its place first and appears by one rename, so that a failure
+    Everything is written to a temporary directory first, which is then renamed, so that a failure
     leaves nothing half-written.
 
     Args:
@@ -79,7 +79,7 @@ def save_model(
 
 def save_merged(
     directory: str | Path,
-    model,
+    model: Any,
     lora_params: Any,
     *,
     dtype: str = "float32",
@@ -144,7 +144,7 @@ def _blocks(modules: Modules, family: Family) -> list[_Block]:
         depth = stack_depth(f"{module}.{name}", family=family)
         blocks += [_Block(module, i) for i in product(*(range(n) for n in leaf.shape[:depth]))]
 
-    def place(block: _Block):
+    def place(block: _Block) -> list[tuple[int, int, str]]:
         parts = module_name(block.module, block.index, family=family).split(".")
         return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
@@ -180,11 +180,11 @@ def _merged(label: str, leaves: dict[str, Any], index: tuple[int, ...]) -> dict[
     return merge({label: cut})[label]
 
 
-def _is_low_rank(x) -> bool:
+def _is_low_rank(x: Any) -> bool:
     return isinstance(x, LoraArray)
 
 
-def _part(leaf, index: tuple[int, ...]):
+def _part(leaf: Any, index: tuple[int, ...]) -> Any:
     """One block of a leaf, as a leaf of its own."""
     if not index:
         return leaf
@@ -213,7 +213,7 @@ def _cast(block: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return cast
 
 
-def _texts(model, dtype: str) -> dict[str, str]:
+def _texts(model: Any, dtype: str) -> dict[str, str]:
     config = {**model.config.to_hf(), "torch_dtype": dtype}
     tokens = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     texts = {"config.json": _json(config), "generation_config.json": _json(tokens)}
@@ -222,7 +222,7 @@ def _texts(model, dtype: str) -> dict[str, str]:
     return texts
 
 
-def _tokenizer_texts(tokenizer, length: int) -> dict[str, str]:
+def _tokenizer_texts(tokenizer: Any, length: int) -> dict[str, str]:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": length,
@@ -248,7 +248,7 @@ def _sync(path: Path) -> None:
 
 
 def _share(directory: Path) -> None:
-    """Gives a directory of mkdtemp, which is private, the rights of any other."""
+    """Gives a directory of mkdtemp, which is private, the usual rights."""
     mask = os.umask(0)
     os.umask(mask)
     directory.chmod(0o777 & ~mask)

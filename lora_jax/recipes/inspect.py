@@ -1,4 +1,4 @@
-"""What a path holds, in words: an adapter, a model, a safetensors file, a checkpoint.
+"""Describes a path in text: an adapter, a model, a safetensors file, a checkpoint.
 
 Of a model only headers and metadata are read, so a large file takes no longer than a small one.
 """
@@ -20,14 +20,14 @@ def describe(source: str, *, tensors: bool = False, check: bool = False) -> str:
     Args:
       source: a path, a hub id whose files are cached, or "smollm2".
       tensors: list every tensor.
-      check: raise what looks wrong with an adapter, instead of saying it.
+      check: raise the problems of an adapter, instead of listing them.
 
     Returns:
       Lines of text.
 
     Raises:
       FileNotFoundError: there is nothing of that name.
-      ValueError: it is nothing that is known here, a file is damaged, or a check failed.
+      ValueError: it is none of these, a file is damaged, or a check failed.
     """
     path = Path(source)
     if _is_adapter(path):

@@ -1,6 +1,6 @@
-"""What an adapter is: ranks, scales, modules, size, how much it changes, and what looks wrong.
+"""A report on an adapter: ranks, scales, modules, size, the change of each weight, problems.
 
-The change of a module is the Frobenius norm of s·B·A, out of r × r products: B·A is never formed.
+The change of a module is the Frobenius norm of s·B·A, from r × r products: B·A is never formed.
 
     ‖s·B·A‖² = s² · Σ (BᵀB) ∘ (A·Aᵀ)
 """
@@ -22,7 +22,14 @@ _PREFIX = "base_model.model."
 
 
 class Module(NamedTuple):
-    """One module's adapter: `a` (r, in) and `b` (out, r), None where missing; None: no scale."""
+    """One module's adapter, whole or not.
+
+    Attributes:
+      name: full name of the module.
+      a: (r, in), or None where the file lacks it.
+      b: (out, r), likewise.
+      scale: None where it is not known.
+    """
 
     name: str
     a: np.ndarray | None
@@ -34,11 +41,11 @@ class Adapter(NamedTuple):
     """An adapter as it was found, whole or not.
 
     Attributes:
-      kind: what it is, in words.
-      facts: what its metadata says, by name.
-      modules: with at least a half of a pair.
-      others: tensors that are no half of a pair.
-      problems: found while it was read.
+      kind: name of the format, for the report.
+      facts: its metadata, by name.
+      modules: those with an A or a B.
+      others: tensors that are neither an A nor a B.
+      problems: those found while reading.
     """
 
     kind: str
@@ -62,7 +69,7 @@ def read(source: str | Path) -> Adapter:
 
 
 def facts(found: Adapter) -> dict[str, Any]:
-    """What the adapter is, by name: the metadata, then what its tensors say."""
+    """The facts of the report by name: the metadata, then those that follow from the tensors."""
     ranks = Counter(m.a.shape[0] for m in found.modules if m.a is not None)
     scales = Counter(f"{m.scale:.6g}" for m in found.modules if m.scale is not None)
     kinds = Counter(_layer(m.name)[0].rpartition(".")[2] for m in found.modules)
@@ -88,7 +95,7 @@ def _counts(counts: Counter) -> str:
 
 
 def norm(module: Module) -> float:
-    """‖s·B·A‖, or NaN where a half or the scale is missing."""
+    """‖s·B·A‖, or NaN where A, B or the scale is missing."""
     a, b = module.a, module.b
     if a is None or b is None or module.scale is None or a.shape[0] != b.shape[1]:
         return float("nan")
@@ -97,7 +104,7 @@ def norm(module: Module) -> float:
 
 
 def norm_table(found: Adapter) -> list[str]:
-    """A row of text for each layer, a column for each of its modules."""
+    """The changes as a table of text: a row a layer, a column a module."""
     cells: dict[str, dict[str, float]] = {}
     for module in found.modules:
         plain, layer = _layer(module.name)
@@ -125,7 +132,7 @@ def _layer(name: str) -> tuple[str, int | None]:
 
 
 def problems(found: Adapter) -> list[str]:
-    """What looks wrong, one sentence each; empty if nothing does."""
+    """The problems, one sentence each."""
     modules = found.modules
     checks = {
         "has no lora_A": [m.name for m in modules if m.a is None],
@@ -144,11 +151,11 @@ def problems(found: Adapter) -> list[str]:
             m.name for m in modules if m.a is not None and not m.a.any()
         ],
     }
-    said = [*found.problems, *(_say(names, what) for what, names in checks.items() if names)]
-    return said if modules else [*said, "it has no pair of lora_A and lora_B"]
+    wrong = [*found.problems, *(_phrase(names, what) for what, names in checks.items() if names)]
+    return wrong if modules else [*wrong, "it has no pair of lora_A and lora_B"]
 
 
-def _say(names: list[str], what: str) -> str:
+def _phrase(names: list[str], what: str) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{', '.join(f'`{n}`' for n in names[:_SHOWN])}{more} {what}"
 
@@ -159,9 +166,9 @@ def _finite(x: np.ndarray | None) -> bool:
 
 # --- readers ------------------------------------------------------------------------------------
 
-# Fields of a PEFT config that say what the adapter is; the others only when they are set.
+# Fields of a PEFT config that are always shown; the others only when they are set.
 FIELDS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
-_DULL = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "revision")
+_HIDDEN = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "revision")
 
 
 def _read_peft(path: Path) -> Adapter:
@@ -172,7 +179,7 @@ def _read_peft(path: Path) -> Adapter:
     if not isinstance(fields, dict):
         raise ValueError(f"{path / CONFIG_FILE}: not a JSON object")
     set_ones = [n for n, v in fields.items() if v not in (None, False, 0, {}, [], "")]
-    others = sorted(n for n in set_ones if n not in (*FIELDS, *_DULL))
+    others = sorted(n for n in set_ones if n not in (*FIELDS, *_HIDDEN))
     shown = {n: fields.get(n) for n in (*FIELDS, *others)}
     wrong: list[str] = []
     try:
@@ -185,8 +192,13 @@ def _read_peft(path: Path) -> Adapter:
     rest = {n: x for n, x in tensors.items() if n not in paired}
     if config is not None:
         wrong += _against(config, modules)
-    return Adapter(f"PEFT adapter ({fields.get('peft_type', 'of no type')})", shown, modules, rest,
-                   tuple(wrong))  # fmt: skip
+    return Adapter(
+        kind=f"PEFT adapter ({fields.get('peft_type', 'of no type')})",
+        facts=shown,
+        modules=modules,
+        others=rest,
+        problems=tuple(wrong),
+    )
 
 
 def _pairs(tensors: Mapping[str, np.ndarray], config: LoraConfig | None) -> list[Module]:
@@ -210,20 +222,20 @@ def _scale(config: LoraConfig | None, name: str, a: np.ndarray | None) -> float 
 
 
 def _against(config: LoraConfig, modules: Sequence[Module]) -> list[str]:
-    """Where the tensors are not what the config says."""
+    """Problems where tensors and config disagree."""
     wrong = [
         m.name
         for m in modules
         if m.a is not None and m.a.shape[0] != matching.rank_of(config, m.name)
     ]
-    said = [_say(wrong, "is of another rank than the config says")] if wrong else []
+    phrases = [_phrase(wrong, "is of another rank than the config says")] if wrong else []
     names = [m.name for m in modules]
     if isinstance(config.target_modules, tuple):
         unused = [e for e in config.target_modules
                   if not any(matching.ends_with(n, e) for n in names)]  # fmt: skip
         if unused:
-            said.append(_say(unused, "of target_modules is no module of the file"))
-    return said
+            phrases.append(_phrase(unused, "of target_modules is no module of the file"))
+    return phrases
 
 
 def _read_gguf(path: Path) -> Adapter:
@@ -251,7 +263,13 @@ def _read_gguf(path: Path) -> Adapter:
         b = found.get(1)
         scale = None if b is None else (alpha / b.shape[1] if alpha else 1.0)
         modules.append(Module(name, found.get(0), b, scale))
-    return Adapter("GGUF LoRA adapter for llama.cpp", shown, modules, rest, tuple(wrong))
+    return Adapter(
+        kind="GGUF LoRA adapter for llama.cpp",
+        facts=shown,
+        modules=modules,
+        others=rest,
+        problems=tuple(wrong),
+    )
 
 
 def _read_orbax(path: Path) -> Adapter:

@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lora_jax.hf.checkpoint.weights import Weights
+from lora_jax.quant.array import QuantArray
 from lora_jax.quant.foreign import from_bitsandbytes
 
 NF4 = (
@@ -42,7 +43,7 @@ CODES = {"nf4": NF4, "fp4": _FP4}
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _SCB, _FORMAT = ".SCB", ".weight_format"
-# Some hundred bytes; this only keeps a wrong file from being read whole.
+# A quant_state has a few hundred bytes; the limit keeps a wrong file from being read whole.
 _LONGEST_STATE = 16_384
 _EIGHTH = np.float32(7.874015718698502e-3)  # 1/127 as bitsandbytes spells it
 
@@ -110,7 +111,7 @@ def dequantized(raw: Weights, dtypes: Mapping[str, str]) -> Weights:
     readers: dict[str, Callable] = {n: lambda n: four_bits(n, states[n], raw) for n in states}
     readers |= {n: lambda n: _eight_bits(n, raw) for n in eights}
 
-    def blocks(name: str):
+    def blocks(name: str) -> QuantArray | None:
         return four_bit_blocks(name, states[name], raw) if name in states else None
 
     return raw._replace(
@@ -154,7 +155,7 @@ def _state(key: str, raw: Weights) -> State:
 
 
 def _check_state(name: str, state: State, raw: Weights, dtypes: Mapping[str, str]) -> None:
-    """Every tensor beside a weight is there, with the dtype and size that the state asks for."""
+    """Every tensor beside a weight is there, with the dtype and size that follow from the state."""
     nested = state.nested_block is not None
     wanted: dict[str, tuple[str, int]] = {
         "absmax": ("U8" if nested else "F32", state.blocks),
@@ -164,7 +165,7 @@ def _check_state(name: str, state: State, raw: Weights, dtypes: Mapping[str, str
         wanted["nested_absmax"] = ("F32", -(-state.blocks // state.nested_block))
         wanted["nested_quant_map"] = ("F32", 256)
     for part, (dtype, count) in wanted.items():
-        _check_tensor(f"{name}.{part}", dtype, count, raw, dtypes)
+        _check_tensor(f"{name}.{part}", raw, dtypes, dtype=dtype, count=count)
     for part in _PARTS:
         if part not in wanted and f"{name}.{part}" in raw.shapes:
             raise ValueError(
@@ -185,7 +186,7 @@ _SIZES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 
 def _check_tensor(
-    name: str, dtype: str, count: int, raw: Weights, dtypes: Mapping[str, str]
+    name: str, raw: Weights, dtypes: Mapping[str, str], *, dtype: str, count: int
 ) -> None:
     if name not in raw.shapes:
         raise ValueError(f"{raw.source}: tensor `{name}` is missing")
@@ -205,7 +206,7 @@ def _check_eight(name: str, raw: Weights, dtypes: Mapping[str, str]) -> None:
             f"{_file(name, raw)}: tensor `{name}` is {dtypes[name]} of shape {raw.shapes[name]}, "
             "expected an I8 matrix beside its SCB"
         )
-    _check_tensor(module + _SCB, "F32", raw.shapes[name][0], raw, dtypes)
+    _check_tensor(module + _SCB, raw, dtypes, dtype="F32", count=raw.shapes[name][0])
     key = module + _FORMAT
     if key in raw.shapes and (math.prod(raw.shapes[key]) != 1 or raw.read(key).item() != 0):
         raise ValueError(
@@ -228,7 +229,7 @@ def four_bits(name: str, state: State, raw: Weights) -> Float[np.ndarray, "..."]
     return values.reshape(state.shape)
 
 
-def four_bit_blocks(name: str, state: State, raw: Weights):
+def four_bit_blocks(name: str, state: State, raw: Weights) -> QuantArray:
     """One 4-bit weight as it is on disk, a `lora_jax.quant.QuantArray` of `state.shape`."""
     absmax(name, state, raw)  # refuses what is not finite
     key = _STATE[1:] + state.kind

@@ -10,13 +10,12 @@ the parameter (`kernel` for a `Linear`'s `weight`), the order of its dimensions 
 A path may carry its numbers itself (`model.layers.3...`, an unstacked tree): then its index is
 empty. With two stacks (layers of experts) the index has two numbers, in the path's order.
 
-Which table: whoever reads or writes a whole model (`weights.fill`, `save_model`) takes the table
-of its architecture (`lora_jax.models.registry`). Every function here takes `ANY` where it is given
-none. It is the union of the known tables, which contradict each other nowhere: a component `h` or
-`layer` stacks blocks in one family and does not occur in the others, and only GPT-2 has modules
-called `c_attn`, `c_proj` and `c_fc`, whose weights (Conv1D) already are (in, out). A model of the
-user's own whose names mean something else needs its own `Family`; one whose paths already are
-Hugging Face's names, with the arrays in its order, is `SAME`.
+Reading or writing a whole model (`weights.fill`, `save_model`) uses the table of its architecture
+(`lora_jax.models.registry`). Every function here defaults to `ANY`, the union of the known tables.
+They do not contradict each other: a component `h` or `layer` stacks blocks in one family and does
+not occur in the others, and only GPT-2 has modules called `c_attn`, `c_proj` and `c_fc`, whose
+weights (Conv1D) are (in, out) already. A model of your own with other names needs its own `Family`,
+or a name map (`lora_jax.hf.name_maps`).
 """
 
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from lora_jax.paths import nearest
 
 
 class Rule(NamedTuple):
-    """How one sort of tensor is called there and here.
+    """The name of one kind of tensor, there and here.
 
     Attributes:
       module: glob over the module's name without its numbers; the first rule that fits decides.
@@ -51,10 +50,10 @@ class Family:
       name: what messages call it.
       stacks: components of a path that are followed by a block's number there.
       rules: in order of precedence, special modules before `*`.
-      ignored: globs of tensors that checkpoints carry and that are computed here.
-      prefix: what some checkpoints leave out at the start of every name but the head's (those
-        saved from the model without its head).
-      starts: other starts of names in some checkpoints, and what they are here.
+      ignored: globs of tensors that checkpoints hold and that are computed here.
+      prefix: the start of every name but the head's, which checkpoints saved from the model
+        without its head leave out.
+      starts: other starts of names in some checkpoints, and the ones they stand for.
       tied: the tensor that may be left out because it repeats another, and that other one.
     """
 
@@ -99,7 +98,7 @@ LLAMA = Family(
     tied=("lm_head.weight", "model.embed_tokens.weight"),
 )
 
-# Gemma 3 beyond the smallest size comes with eyes, which are not read.
+# The larger Gemma 3 checkpoints hold a vision tower and its projector, which are not loaded.
 GEMMA3 = replace(
     LLAMA,
     name="gemma3",
@@ -148,11 +147,9 @@ ANY = Family(
     ignored=LLAMA.ignored,
 )
 
-SAME = Family(name="Hugging Face", stacks=(), rules=(Rule("*", "*", "*"),))
-
 
 def tensor_of(path: str, index: Sequence[int] = (), *, family: Family = ANY) -> Tensor:
-    """Names the Hugging Face tensor that a leaf, or one block of a stacked leaf, corresponds to.
+    """The Hugging Face tensor of a leaf, or of one block of a stacked leaf.
 
     Args:
       path: dotted path of the leaf.
@@ -177,13 +174,13 @@ def tensor_of(path: str, index: Sequence[int] = (), *, family: Family = ANY) -> 
             return Tensor(_join(module_name(module, index, family=family), theirs), rule.axes)
     known = ", ".join(dict.fromkeys(f"`{r.ours}`" for r in family.rules))
     raise ValueError(
-        f"leaf `{path}`: the {family.name} names know no parameter `{parameter}` there; "
+        f"leaf `{path}`: the {family.name} names have no parameter `{parameter}` there; "
         f"its parameters end in {known}"
     )
 
 
 def leaf_of(name: str, *, family: Family = ANY, stacked: bool = True) -> Leaf:
-    """Finds the leaf that a Hugging Face tensor corresponds to: the inverse of `tensor_of`.
+    """The leaf of a Hugging Face tensor: the inverse of `tensor_of`.
 
     Args:
       name: the tensor's name, for example `model.layers.3.self_attn.q_proj.weight`.
@@ -204,7 +201,7 @@ def leaf_of(name: str, *, family: Family = ANY, stacked: bool = True) -> Leaf:
             path = _join(plain if stacked else module, ours)
             return Leaf(path, index if stacked else (), rule.axes)
     raise ValueError(
-        f"tensor `{name}`: the {family.name} names know no parameter `{parameter}`; "
+        f"tensor `{name}`: the {family.name} names have no parameter `{parameter}`; "
         f"nearest: {nearest(parameter, (r.theirs for r in family.rules))}"
     )
 

@@ -1,4 +1,4 @@
-"""Reading safetensors weights, in one file or in shards, without torch and without trust.
+"""Reading safetensors weights, in one file or in shards, without torch.
 
 A header is read only as far as the file reaches, and every tensor in it is checked against the
 file before anything is allocated. Pickle files are refused: reading one runs whatever code is in
@@ -93,7 +93,7 @@ def open_directory(directory: str | Path) -> Weights:
       directory: holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
 
     Returns:
-      The weights; tensors are read when asked for.
+      The weights; each tensor is read when it is used.
 
     Raises:
       FileNotFoundError: no weights, or a shard is missing.

@@ -4,7 +4,7 @@ Every key is accounted for before the first tensor is read, and no more than one
 held beside the parameters that are already done.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
 from typing import Any, NamedTuple
@@ -38,8 +38,8 @@ class Weights(NamedTuple):
     blocks: Callable[[str], Any] | None = None
 
 
-class _Slot(NamedTuple):
-    """Where a tensor goes: leaf number, index into the leaf, order of dimensions, shape there."""
+class _Place(NamedTuple):
+    """The place of a tensor: leaf number, index into the leaf, order of dimensions, shape there."""
 
     leaf: int
     index: tuple[int, ...]
@@ -65,32 +65,34 @@ def fill(
       ValueError: keys missing, left over or misshapen, all in one message.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    slots = _slots([(spell(path), leaf.shape) for path, leaf in leaves], family)
-    check_fit({name: slot.shape for name, slot in slots.items()}, weights, ignored=family.ignored)
+    places = _places([(spell(path), leaf.shape) for path, leaf in leaves], family)
+    check_fit(
+        {name: place.shape for name, place in places.items()}, weights, ignored=family.ignored
+    )
     by_leaf: dict[int, list[str]] = {}
-    for name, slot in slots.items():
-        by_leaf.setdefault(slot.leaf, []).append(name)
+    for name, place in places.items():
+        by_leaf.setdefault(place.leaf, []).append(name)
     arrays = []
     for i, (path, leaf) in enumerate(leaves if hold is None else _shown(leaves)):
-        own = [(slots[n], n) for n in by_leaf[i]]
-        held = hold and hold(spell(path), leaf, [(n, slot.axes) for slot, n in own])
-        arrays.append(_leaf(leaf, own, weights.read) if held is None else held)
+        here = [(places[n], n) for n in by_leaf[i]]
+        held = hold and hold(spell(path), leaf, [(n, place.axes) for place, n in here])
+        arrays.append(_leaf(leaf, here, weights.read) if held is None else held)
     return jax.tree.unflatten(tree, arrays)
 
 
-def _shown(leaves: list):
-    """With a progress bar, where there is a terminal: quantizing takes its time."""
+def _shown(leaves: list) -> Iterable:
+    """With a progress bar, where there is a terminal, because quantizing is slow."""
     return require("tqdm").tqdm(leaves, desc="quantizing", unit="leaf", disable=None)
 
 
-def _slots(leaves: list[tuple[str, tuple[int, ...]]], family: Family) -> dict[str, _Slot]:
-    slots = {}
+def _places(leaves: list[tuple[str, tuple[int, ...]]], family: Family) -> dict[str, _Place]:
+    places = {}
     for i, (path, shape) in enumerate(leaves):
         depth = stack_depth(path, family=family)
         for index in product(*(range(n) for n in shape[:depth])):
             name, axes = tensor_of(path, index, family=family)
-            slots[name] = _Slot(i, index, axes, shape_there(shape[depth:], axes))
-    return slots
+            places[name] = _Place(i, index, axes, shape_there(shape[depth:], axes))
+    return places
 
 
 def shape_there(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -120,9 +122,9 @@ def check_fit(
         if n in have and tuple(have[n]) != shape
     ]
     problems = [
-        _say("missing", [f"`{n}`" for n in missing]),
-        _say("not part of the model", [f"`{n}` in {weights.where(n)}" for n in extra]),
-        _say("misshapen", wrong),
+        _listed("missing", [f"`{n}`" for n in missing]),
+        _listed("not part of the model", [f"`{n}` in {weights.where(n)}" for n in extra]),
+        _listed("misshapen", wrong),
     ]
     if problems := [p for p in problems if p]:
         hint = ""
@@ -131,14 +133,16 @@ def check_fit(
         raise ValueError(f"{weights.source}: tensors do not fit: {'; '.join(problems)}{hint}")
 
 
-def _say(what: str, items: list[str]) -> str:
+def _listed(what: str, items: list[str]) -> str:
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return f"{len(items)} {what}: {', '.join(items[:_SHOWN])}{more}" if items else ""
 
 
-def _leaf(shape: jax.ShapeDtypeStruct, slots: list[tuple[_Slot, str]], read) -> jax.Array:
+def _leaf(
+    shape: jax.ShapeDtypeStruct, places: list[tuple[_Place, str]], read: Callable
+) -> jax.Array:
     out = np.empty(shape.shape, shape.dtype)
-    for slot, name in slots:
+    for place, name in places:
         tensor = read(name)
-        out[slot.index] = tensor if slot.axes is None else tensor.transpose(slot.axes)
+        out[place.index] = tensor if place.axes is None else tensor.transpose(place.axes)
     return jax.device_put(out)

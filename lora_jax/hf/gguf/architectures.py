@@ -1,4 +1,8 @@
-"""llama.cpp architectures that this package knows."""
+"""The llama.cpp architectures whose models can be loaded, and how their rows are stored.
+
+llama.cpp pairs the two numbers that RoPE rotates side by side, Hugging Face half a head apart. The
+converter of architecture `llama` reorders the rows of q and k for that; the others rotate halves.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,11 +10,11 @@ from typing import Any, NamedTuple
 
 
 class Architecture(NamedTuple):
-    """An architecture of llama.cpp's.
+    """One architecture of llama.cpp.
 
     Attributes:
-      model_type: ours.
-      permuted: the rows of q and k are stored as ggml's RoPE pairs them.
+      model_type: Hugging Face's name of the family.
+      permuted: the rows of q and k are reordered in the file.
     """
 
     model_type: str
@@ -25,7 +29,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(metadata: Mapping[str, Any], path: Path) -> str:
-    """The architecture, or an error if it is not known."""
+    """The architecture that a file's metadata names.
+
+    Raises:
+      ValueError: it is not one of `ARCHITECTURES`.
+    """
     kind = str(metadata.get("general.architecture"))
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)

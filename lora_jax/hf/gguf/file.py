@@ -1,7 +1,7 @@
 """Reading a GGUF file: its metadata, its weights under Hugging Face's names, its configuration.
 
-The header is parsed here and not by `gguf.GGUFReader`, which believes every count it reads (a
-false one makes it allocate without end) and takes seconds for a vocabulary. The formats of
+The header is parsed here and not by `gguf.GGUFReader`, which trusts every count it reads (a false
+one makes it allocate without limit) and takes seconds for a vocabulary. The formats of
 quantized blocks are the `gguf` package's.
 
 Layout: magic, version, tensor count, key count; keys with typed values; one record a tensor (name,
@@ -11,7 +11,7 @@ dimensions with the fastest first, type, offset); padding; data. Source: ggml's 
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 from lora_jax.compat import require
 from lora_jax.hf.checkpoint.weights import Weights
 from lora_jax.hf.gguf.architectures import ARCHITECTURES, architecture_of
+from lora_jax.quant.array import QuantArray
 from lora_jax.quant.foreign import GGUF_KINDS, from_gguf
 
 _MAGIC = 0x46554747
@@ -29,8 +30,8 @@ _SCALARS = {
 }  # fmt: skip
 
 
-# The fewest bytes an element of an array, a key or a tensor's record can take: a count that asks
-# for more than the file has is refused before anything is built.
+# The fewest bytes that an element of an array, a key or a tensor's record can take: a count whose
+# elements would not fit into the file is refused before anything is allocated.
 _LEAST = {
     **{kind: struct.calcsize(code) for kind, code in _SCALARS.items()},
     _STRING: 8,
@@ -93,7 +94,7 @@ def open_gguf(path: str | Path, *, kind: str = "model") -> Gguf:
 
 
 def kind_of_file(path: str | Path) -> str:
-    """What a file holds: "model", "adapter" or another word for its `general.type`.
+    """The `general.type` of a file: "model", "adapter" or another.
 
     Raises:
       FileNotFoundError, ValueError: as `open_gguf`.
@@ -126,9 +127,9 @@ def _check_kind(metadata: Mapping[str, Any], wanted: str, path: Path) -> None:
 
 
 def weights_of(file: Gguf) -> Weights:
-    """The file's weights under Hugging Face's names, dequantized when asked for.
+    """The file's weights under Hugging Face's names, dequantized when they are read.
 
-    To be read only once `config_of` has found the metadata whole.
+    Tensors may only be read after `config_of` has checked the metadata.
 
     Raises:
       ValueError: an architecture that is not known, or a tensor that has no place in it.
@@ -141,7 +142,7 @@ def weights_of(file: Gguf) -> Weights:
         count = _heads(file).get(name.split(".")[-2]) if architecture.permuted else None
         return tensor if count is None else to_halves(tensor, count)
 
-    def blocks(name: str):
+    def blocks(name: str) -> QuantArray | None:
         kind, rows = blocks_of(file, theirs[name])
         if kind not in GGUF_KINDS:
             return None
@@ -162,7 +163,7 @@ def weights_of(file: Gguf) -> Weights:
 
 
 def rope_divisors(file: Gguf) -> np.ndarray | None:
-    """What Llama 3 divides each rotary frequency by, where the file says so."""
+    """Llama 3's divisor of each rotary frequency, where the file holds them."""
     return read_tensor(file, "rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
 
 
@@ -173,7 +174,7 @@ class _BadHeader(Exception):
 class _Cursor:
     """A place in the file that cannot run past its end."""
 
-    def __init__(self, data: mmap.mmap):
+    def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
 
     def take(self, code: str) -> Any:
@@ -247,7 +248,9 @@ def _record(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape, cursor.take("I"), cursor.take("Q")
 
 
-def _place(records, alignment: Any, cursor: _Cursor) -> dict[str, Record]:
+def _place(
+    records: Sequence[tuple[str, tuple[int, ...], int, int]], alignment: Any, cursor: _Cursor
+) -> dict[str, Record]:
     """Where each tensor lies, inside the file."""
     gguf = require("gguf")
     known = {int(kind): gguf.GGML_QUANT_SIZES[kind] for kind in gguf.GGMLQuantizationType}

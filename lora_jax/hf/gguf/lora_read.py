@@ -1,4 +1,4 @@
-"""Adapters out of llama.cpp's GGUF LoRA files; see `gguf_lora` for what they hold."""
+"""Reading adapters from llama.cpp's GGUF LoRA files; `lora_write` describes the format."""
 
 import os
 import warnings
@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.gguf.file import open_gguf, read_tensor, to_halves
-from lora_jax.hf.gguf.lora_write import EMBEDDING, LINEAR, Pair
+from lora_jax.hf.gguf.lora_write import EMBEDDING, LINEAR, FactorPair
 from lora_jax.hf.gguf.names import MODULES, Base, gguf_names, heads_of
 from lora_jax.hf.peft.api import attach
 from lora_jax.hf.peft.directory import check_tensor
@@ -28,19 +28,19 @@ def read_gguf_lora(
 
     Args:
       path: the file.
-      base: the model it is for; the file itself does not say how many heads it has.
+      base: the model it is for, because the file does not hold its number of heads.
 
     Returns:
       A config that gives the file's scales, and PEFT's tensors by their names, in float32.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is damaged, no adapter, of another architecture, or has what is not known.
+      ValueError: it is damaged, no adapter, of another architecture, or has unknown tensors.
     """
     file = open_gguf(Path(path), kind="adapter")
     alpha = _check_metadata(file.metadata, base, file.path)
     modules = {theirs: ours for ours, theirs in gguf_names(base.architecture, base.layers).items()}
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, FactorPair] = {}
     for theirs in _pair_names(file.tensors, file.path):
         if theirs not in modules:
             raise ValueError(
@@ -48,7 +48,9 @@ def read_gguf_lora(
                 f"`{base.architecture}` of {base.layers} blocks; is it for another model?"
             )
         a, b = (read_tensor(file, f"{theirs}.weight{ending}") for ending in _OURS)
-        pairs[modules[theirs]] = _pair(modules[theirs], theirs, a, b, alpha, base, file.path)
+        pairs[modules[theirs]] = _pair(
+            a, b, module=modules[theirs], theirs=theirs, alpha=alpha, base=base, path=file.path
+        )
     config = _config(pairs, alpha, base)
     return config, _as_peft(pairs)
 
@@ -80,7 +82,7 @@ def load_gguf_lora(
 
 
 def _check_metadata(metadata: Mapping[str, Any], base: Base, path: Path) -> float:
-    """The alpha; 0 stands for the scale 1, as llama.cpp has it."""
+    """The alpha; llama.cpp takes 0 for the scale 1."""
     if (kind := metadata.get("adapter.type")) != "lora":
         raise ValueError(f"{path}: expected an adapter of type `lora`, got `{kind}`")
     if (arch := metadata.get("general.architecture")) != base.architecture:
@@ -124,8 +126,15 @@ def _pair_names(tensors: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def _pair(
-    module: str, theirs: str, a: np.ndarray, b: np.ndarray, alpha: float, base: Base, path: Path
-) -> Pair:
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    module: str,
+    theirs: str,
+    alpha: float,
+    base: Base,
+    path: Path,
+) -> FactorPair:
     embedding = theirs == "token_embd"
     a = a.T if embedding and a.ndim == 2 else a
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
@@ -141,10 +150,10 @@ def _pair(
                              f"pairs for each of {heads} heads")  # fmt: skip
         b = to_halves(b, heads)
     scale = alpha / a.shape[0] if alpha else 1.0
-    return Pair(np.ascontiguousarray(a), np.ascontiguousarray(b), scale, embedding)
+    return FactorPair(np.ascontiguousarray(a), np.ascontiguousarray(b), scale, embedding)
 
 
-def _as_peft(pairs: Mapping[str, Pair]) -> dict[str, np.ndarray]:
+def _as_peft(pairs: Mapping[str, FactorPair]) -> dict[str, np.ndarray]:
     out = {}
     for module, pair in pairs.items():
         in_a, in_b = EMBEDDING if pair.embedding else LINEAR
@@ -152,7 +161,7 @@ def _as_peft(pairs: Mapping[str, Pair]) -> dict[str, np.ndarray]:
     return out
 
 
-def _config(pairs: Mapping[str, Pair], alpha: float, base: Base) -> LoraConfig:
+def _config(pairs: Mapping[str, FactorPair], alpha: float, base: Base) -> LoraConfig:
     """A config with the file's ranks and scales: most modules' rank, patterns for the others."""
     ranks = {module: pair.a.shape[0] for module, pair in pairs.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -172,7 +181,7 @@ def _short(number: float) -> float:
 
 
 def _targets(modules: list[str], base: Base) -> tuple[str, ...]:
-    """Names for target_modules that mean exactly these: ends of names where all blocks have it."""
+    """Entries for target_modules that match exactly these: ends of names that all blocks share."""
     stack, inner, _ = MODULES[base.architecture]
     rest, targets = set(modules), []
     for module in inner:

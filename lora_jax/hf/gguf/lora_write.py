@@ -1,12 +1,12 @@
-"""Adapters as llama.cpp's GGUF LoRA files: written here, read in `gguf_lora_read`.
+"""Writing adapters as llama.cpp's GGUF LoRA files; `lora_read` reads them.
 
     PEFT       lora_A (r, in)   lora_B (out, r)   scale: alpha/r or alpha/√r, per module
     llama.cpp  lora_a (r, in)   lora_b (out, r)   scale: adapter.lora.alpha / r, one alpha
 
-A module whose scale is not `alpha / r` with the file's one alpha has the rest of it multiplied
-into B; where all modules agree nothing is. Three things are llama.cpp's own: rows of B of q and
-k are reordered for the architecture `llama`; an embedding's A is (vocabulary, r); and a head
-tied to the embedding is the same tensor to it, so that neither can be adapted.
+The file has one alpha. Where a module's scale is not `alpha / r`, the ratio is multiplied into its
+B. Three more things differ: rows of B of q and k are reordered for the architecture `llama`; an
+embedding's A is (vocabulary, r); and llama.cpp holds a head that is tied to the embedding as one
+tensor with it, so that neither can be adapted.
 
 Source: llama.cpp's `convert_lora_to_gguf.py`, `src/llama-adapter.cpp` (what is read),
 `src/llama-adapter.h` (`get_scale`), `src/llama-graph.cpp` (`build_lora_mm`, `build_inp_embd`).
@@ -39,8 +39,15 @@ _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # gguf's LlamaFileTy
 _MERGE = "merge the adapter into the model (lora_jax.merge) and convert the merged model instead"
 
 
-class Pair(NamedTuple):
-    """The adapter of one module as PEFT has it: `a` (r, in), `b` (out, r), and its scale."""
+class FactorPair(NamedTuple):
+    """The adapter of one module in PEFT's layout.
+
+    Attributes:
+      a: (r, in).
+      b: (out, r).
+      scale: of their product.
+      embedding: the module is a lookup table.
+    """
 
     a: np.ndarray
     b: np.ndarray
@@ -49,7 +56,7 @@ class Pair(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What a GGUF LoRA file holds: the one alpha, and tensors under llama.cpp's names."""
+    """The content of a GGUF LoRA file: its alpha, and tensors under llama.cpp's names."""
 
     alpha: float
     tensors: dict[str, np.ndarray]
@@ -67,7 +74,7 @@ def save_gguf_lora(
     """Writes an adapter as a GGUF LoRA file (`llama-cli --lora`), whole or not at all.
 
     Args:
-      path: the file; one that is there is replaced.
+      path: the file; an existing one is replaced.
       lora_params: tree with the adapter.
       config: the config the adapter was made with.
       base: the model it is for: `lora_jax.models.gguf.base_of(model.config)`.
@@ -77,7 +84,7 @@ def save_gguf_lora(
     Raises:
       ValueError: llama.cpp could not apply the adapter, the tree and the config disagree, or a
         number is not finite or does not fit the dtype.
-      OSError: the file cannot be written; what was there before is intact.
+      OSError: the file cannot be written; an existing one is intact.
 
     Example:
       save_gguf_lora("adapter.gguf", params, config, base=base_of(model.config))
@@ -108,7 +115,7 @@ def to_gguf(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -
                 f"embedding table: to it both are one tensor; {_MERGE}"
             )
     out = {}
-    for module in (m for m in names if m in pairs):  # one order, whatever the source's was
+    for module in (m for m in names if m in pairs):  # the same order for every source
         a, b = _in_file(module, pairs[module], alpha, base)
         out[f"{names[module]}.weight.lora_a"], out[f"{names[module]}.weight.lora_b"] = a, b
     return Content(alpha, out)
@@ -125,7 +132,9 @@ def _check_plain(config: LoraConfig) -> None:
             raise ValueError(f"llama.cpp cannot apply an adapter with {what}; {_MERGE}")
 
 
-def _pairs(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -> dict[str, Pair]:
+def _pairs(
+    tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base
+) -> dict[str, FactorPair]:
     pairs = {}
     for key, a in tensors.items():
         for (in_a, in_b), embedding in ((LINEAR, False), (EMBEDDING, True)):
@@ -137,13 +146,15 @@ def _pairs(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) ->
                 raise ValueError(f"`{key}`: no pair of matrices (r, in) and (out, r) with its B")
             rank, alpha = a.shape[0], matching.alpha_of(config, module)
             scale = matching.scale_of(config, rank, alpha)
-            pairs[module] = Pair(a, b, scale, embedding)
+            pairs[module] = FactorPair(a, b, scale, embedding)
     _check_rest(tensors, pairs, base)
     return pairs
 
 
-def _check_rest(tensors: Mapping[str, np.ndarray], pairs: Mapping[str, Pair], base: Base) -> None:
-    """Every tensor is of a pair, or the base's own weight that PEFT repeats beside an embedding."""
+def _check_rest(
+    tensors: Mapping[str, np.ndarray], pairs: Mapping[str, FactorPair], base: Base
+) -> None:
+    """Refuses tensors but pairs, and the base weights that PEFT repeats beside an embedding."""
     for key, value in tensors.items():
         if key.endswith((*LINEAR, *EMBEDDING)):
             continue
@@ -155,15 +166,17 @@ def _check_rest(tensors: Mapping[str, np.ndarray], pairs: Mapping[str, Pair], ba
         )
 
 
-def _common_alpha(pairs: Mapping[str, Pair]) -> float:
-    """The alpha with which most modules need nothing multiplied into B."""
+def _common_alpha(pairs: Mapping[str, FactorPair]) -> float:
+    """The alpha with which most modules keep their B as it is."""
     if not pairs:
         raise ValueError("the adapter has no pair of lora_A and lora_B; there is nothing to write")
     wanted = Counter(float(np.float32(pair.scale * pair.a.shape[0])) for pair in pairs.values())
     return wanted.most_common(1)[0][0]
 
 
-def _in_file(module: str, pair: Pair, alpha: float, base: Base) -> tuple[np.ndarray, np.ndarray]:
+def _in_file(
+    module: str, pair: FactorPair, alpha: float, base: Base
+) -> tuple[np.ndarray, np.ndarray]:
     a, b = (x.astype(np.float32, copy=False) for x in (pair.a, pair.b))
     wanted = pair.scale * a.shape[0]
     if np.float32(wanted) != np.float32(alpha):
@@ -189,10 +202,10 @@ def write_gguf_lora(
         raise ValueError(f"{path}: expected a file to write the adapter to, got a directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as new:
-        _write(new, content, base, dtype, name)
+        _write(new, content, base, dtype=dtype, name=name)
 
 
-def _write(path: Path, content: Content, base: Base, dtype: str, name: str | None) -> None:
+def _write(path: Path, content: Content, base: Base, *, dtype: str, name: str | None) -> None:
     gguf = require("gguf")
     writer = gguf.GGUFWriter(path, base.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)

@@ -1,8 +1,7 @@
-"""What a GGUF file calls a model's modules, and what an adapter must know of its base.
+"""llama.cpp's names of a model's modules, and the facts about its base that an adapter needs.
 
-llama.cpp's name of a module follows from Hugging Face's by the `gguf` package's table; which
-modules an architecture has, and whether llama.cpp reorders the rows of q and k for its RoPE, is
-said here.
+llama.cpp's name of a module follows from Hugging Face's by the `gguf` package's table. Here are
+the modules of each architecture, and whether llama.cpp reorders the rows of q and k for its RoPE.
 
 Source: gguf's `tensor_mapping.py`; llama.cpp's `convert_hf_to_gguf.py` (`LlamaModel.permute`).
 """
@@ -48,7 +47,7 @@ _REORDERED = {"q_proj": "heads", "k_proj": "kv_heads"}
 
 
 class Base(NamedTuple):
-    """What a GGUF adapter must know of the model it is for.
+    """The facts about its base model that a GGUF adapter needs.
 
     Attributes:
       architecture: llama.cpp's name of it.
@@ -120,13 +119,13 @@ def read_base(source: str | Path) -> Base:
 def _from_gguf(path: Path) -> Base:
     file = open_gguf(path)
     kind = str(file.metadata.get("general.architecture"))
-    own = {k.removeprefix(f"{kind}."): v for k, v in file.metadata.items()}
+    facts = {k.removeprefix(f"{kind}."): v for k, v in file.metadata.items()}
     if kind not in MODULES:
         raise ValueError(f"{path}: architecture `{kind}` is not one of {', '.join(MODULES)}")
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{path}: the tensor `token_embd.weight` is missing")
-    heads = own.get("attention.head_count", 0)
-    layers, kv_heads = own.get("block_count", 0), own.get("attention.head_count_kv", heads)
+    heads = facts.get("attention.head_count", 0)
+    layers, kv_heads = facts.get("block_count", 0), facts.get("attention.head_count_kv", heads)
     if any(type(size) is not int or size < 1 for size in (layers, heads, kv_heads)):
         raise ValueError(
             f"{path}: its metadata must state blocks and heads as whole numbers, got "

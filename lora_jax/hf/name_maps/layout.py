@@ -1,11 +1,11 @@
-"""How an array here is laid out against Hugging Face's tensor, said as in einops.
+"""How the dimensions of our array follow from those of Hugging Face's tensor, in einops' notation.
 
     "(n h) d -> d n h"            heads split off, and the order turned
-    "(n p h) d -> d (n h p)"      and each head's rotary planes taken from two halves to pairs
+    "(n p h) d -> d (n h p)"      and each head's rotary planes reordered from halves to pairs
 
-Left is Hugging Face's tensor, right ours; a name is a dimension, a group in parentheses one
-dimension made of several, the last the fastest. Names on the right only are stacks: one tensor
-there for each index here.
+Left is Hugging Face's tensor, right ours. A name is a dimension; a group in parentheses is one
+dimension made of several, the last the fastest. A name on the right only is a stack: each index of
+ours is a tensor there.
 """
 
 import math
@@ -27,7 +27,7 @@ class Layout:
       text: as it was written.
       theirs: names of each of their dimensions.
       ours: names of each of our dimensions.
-      sizes: sizes that shapes alone do not tell, as pairs.
+      sizes: sizes that do not follow from shapes alone, as pairs.
     """
 
     text: str
@@ -156,9 +156,8 @@ def order(layout: Layout, dims: Sequence[int], known: Mapping[str, int]) -> np.n
     for group in layout.theirs:
         if set(group) & set(here) and set(group) - set(here):
             raise ValueError(
-                f"layout `{layout.text}`: their dimension ({' '.join(group)}) is partly what "
-                "the weight takes in and partly what it gives out; an adapter of it cannot be "
-                "told apart"
+                f"layout `{layout.text}`: their dimension ({' '.join(group)}) holds inputs and "
+                "outputs of the weight; an adapter of it cannot be split into A and B"
             )
     there = [name for name in _flat(layout.theirs) if name in here]
     numbers = np.arange(math.prod(known[name] for name in there), dtype=np.int64)

@@ -1,7 +1,7 @@
-"""Leaves that train, taken apart into Hugging Face's tensors and put together again.
+"""Leaves that train, split into Hugging Face's tensors and put together again.
 
-A leaf `(layers, d_model, heads, head_dim)` with roles `sioo` is, there, one matrix (in, out) a
-layer. Its A and B are permuted as the weight's rows and columns are:
+For Hugging Face, a leaf `(layers, d_model, heads, head_dim)` with roles `sioo` is one matrix
+(in, out) a layer. Its A and B are permuted as the weight's rows and columns are:
 
     ours_flat = theirs_flat[order]      for the in dims, and for the out dims
 """
@@ -72,7 +72,7 @@ def _means(config: LoraConfig | None, part: Part, leaf: LoraArray) -> bool:
     return adapts(config, part.path, module_of(part.path))
 
 
-def _frozen(path: str, leaf, placed: Placed) -> list[Frozen]:
+def _frozen(path: str, leaf: Any, placed: Placed) -> list[Frozen]:
     return [Frozen(shape_of_part(placed, part), leaf.dtype) for part in placed.parts]
 
 
@@ -206,7 +206,7 @@ def _rows_whole(path: str, leaf: RowsArray, placed: Placed, found: list[Any]) ->
 _WHOLE = {LoraArray: _lora_whole, SavedArray: _saved_whole, RowsArray: _rows_whole}
 
 
-def _like(leaf, parts: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
+def _like(leaf: Any, parts: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
     """New arrays on the devices, sharded as those before were."""
     placed = {}
     for name, new in parts.items():

@@ -1,4 +1,4 @@
-"""A model of the user's own against Hugging Face's tensors: a table of a few lines.
+"""Name maps: the Hugging Face names of a model of your own, as a table of a few lines.
 
     DECODER = name_map(
         "my decoder",
@@ -13,12 +13,11 @@
 
 Left is a leaf's path here, right the tensor there; `*` is anything and `{}` a number, the same on
 both sides. A `{}` that stands on the right only numbers the layers stacked on the leaf. The third
-entry says how the dimensions lie (`lora_jax.hf.name_maps.layout`); without it they are the
-same, behind the stacks. The first rule that
-fits a leaf decides.
+entry is the layout of the dimensions (`lora_jax.hf.name_maps.layout`); without it they are in the
+same order, after the stacks. The first rule that matches a leaf applies.
 
-What is done with a map is done in Hugging Face's terms: a flat dictionary of leaves, one for each
-tensor, under the paths that `lora_jax.hf.checkpoint.names.ANY` gives them.
+A tree in Hugging Face's terms is a flat dictionary of leaves, one for each tensor, under the paths
+that `lora_jax.hf.checkpoint.names.ANY` gives them.
 """
 
 import re
@@ -39,12 +38,12 @@ from lora_jax.paths import bare, nearest, spell
 
 @dataclass(frozen=True)
 class MapRule:
-    """How one sort of leaf is called here and there.
+    """The name of one kind of leaf, here and there.
 
     Attributes:
       ours: pattern of the leaf's path.
       theirs: pattern of the tensor's name.
-      layout: how the dimensions lie, or "" for the same order behind the stacks.
+      layout: order of the dimensions, or "" for the same order after the stacks.
     """
 
     ours: str
@@ -54,13 +53,13 @@ class MapRule:
 
 @dataclass(frozen=True)
 class NameMap:
-    """All rules of one sort of model; made by `name_map`.
+    """All rules of one kind of model; made by `name_map`.
 
     Attributes:
       name: what messages call it.
       rules: in order of precedence.
-      sizes: sizes that layouts cannot tell from shapes, as pairs.
-      ignored: globs of tensors that checkpoints carry and this model has not.
+      sizes: sizes that do not follow from shapes alone, as pairs.
+      ignored: globs of tensors that checkpoints hold and this model does not have.
     """
 
     name: str
@@ -106,8 +105,8 @@ def name_map(
       name: what messages call it.
       rules: (path here, tensor there) or (path, tensor, layout).
       sizes: sizes of names that layouts use inside parentheses on both sides.
-      ignored: globs of tensors that checkpoints carry and this model has not, such as a head
-        that only repeats the embedding.
+      ignored: globs of tensors that checkpoints hold and this model does not have, such as a
+        head that only repeats the embedding.
 
     Raises:
       ValueError: a layout that cannot be read, or a rule whose numbers do not agree.

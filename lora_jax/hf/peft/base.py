@@ -1,24 +1,28 @@
-"""The base weights a PEFT directory of another start expects."""
+"""Adapters that LoftQ started: the base weights that belong to them.
+
+LoftQ changes the base too: the adapter is trained over the quantized weights, and its file does not
+hold them. A reader repeats LoftQ over the float base, or has a base that is quantized already.
+"""
 
 import dataclasses
+from typing import Any
 
 from lora_jax.array import leaves_by_path
 from lora_jax.plan.leaf import Plan
 from lora_jax.quant.array import is_quant
 
 
-def as_read(plan: Plan, params, *, source: str, checked: bool = False) -> Plan:
-    """The plan of an adapter that is read from a file, over the base at hand.
+def as_read(plan: Plan, params: Any, *, source: str, checked: bool = False) -> Plan:
+    """The plan with which `init` gives the base that the adapter of a file was trained on.
 
-    Over floats LoftQ is repeated, which gives the base the adapter was trained on. A base that is
-    quantized already is taken for it; after more than one turn that is not the one that
-    quantizing gives.
+    Over floats, `init` repeats LoftQ. A base that is quantized already is taken as it is: after one
+    turn LoftQ's base is the weights quantized, after more turns it is not.
 
     Args:
       plan: of the adapter's config on `params`.
       params: the base.
       source: what messages call the adapter.
-      checked: whether the base is compared with the adapter's otherwise.
+      checked: the caller compares the base with the adapter's by other means.
 
     Raises:
       ValueError: the base cannot be the adapter's.

@@ -96,21 +96,20 @@ def _rows(path: str, leaf: Any, config: LoraConfig) -> Iterator[Row]:
     if isinstance(leaf, SavedArray | RowsArray):
         kind = "saved" if isinstance(leaf, SavedArray) else "rows"
         for layer, name in modules_of(path, leaf):
-            yield Row(path, leaf, layer, name, kind)
+            yield Row(path=path, leaf=leaf, layer=layer, name=name, kind=kind)
     if not isinstance(leaf, LoraArray):
         return
     if parameters := parameters_of(path, leaf, config):
         for layer, name in parameters.items():
-            meant = matching.names_parameter(config, name)
-            yield _lora_row(Row(path, leaf, layer, name, "parameter"), config, meant)
+            row = Row(path=path, leaf=leaf, layer=layer, name=name, kind="parameter")
+            yield _with_rank(row, config) if matching.names_parameter(config, name) else row
         return
     for layer, name in modules_of(path, leaf):
-        yield _lora_row(Row(path, leaf, layer, name, "module"), config, adapts(config, path, name))
+        row = Row(path=path, leaf=leaf, layer=layer, name=name, kind="module")
+        yield _with_rank(row, config) if adapts(config, path, name) else row
 
 
-def _lora_row(row: Row, config: LoraConfig, meant: bool) -> Row:
-    if not meant:
-        return row
+def _with_rank(row: Row, config: LoraConfig) -> Row:
     rank, alpha = matching.rank_of(config, row.name), matching.alpha_of(config, row.name)
     return row._replace(rank=rank, alpha=alpha, scale=matching.scale_of(config, rank, alpha))
 

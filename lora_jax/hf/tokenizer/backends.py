@@ -1,7 +1,7 @@
 """Building a tokenizer from the vocabulary, merges and token types in a GGUF file.
 
-How text is split before merging is not in the file: it is named by `tokenizer.ggml.pre`, and the
-names are llama.cpp's. A name that is not known here is an error: another split gives other tokens.
+How text is split before merging is not in the file: `tokenizer.ggml.pre` names it, in llama.cpp's
+words. An unknown name is an error, because another split gives other tokens.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class Split(NamedTuple):
       digits: every digit stands alone.
       whole_words: a piece that is a token is not built from merges.
       normalize: text is brought to Unicode NFC first.
-      bos: a text starts with BOS unless the file says otherwise.
+      bos: a text starts with BOS, where the file does not decide it.
     """
 
     regex: str | None = None
@@ -48,7 +48,7 @@ SPLITS: Mapping[str, Split] = {
 }
 
 
-def build(metadata: Mapping[str, Any], *, path: Path):
+def build(metadata: Mapping[str, Any], *, path: Path) -> Any:
     """Builds the `tokenizers.Tokenizer` that a GGUF file describes.
 
     Args:
@@ -77,7 +77,7 @@ def special_token(metadata: Mapping[str, Any], tokens: list[str], key: str) -> s
     return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None
 
 
-def _byte_level(metadata: Mapping[str, Any], split: Split, path: Path):
+def _byte_level(metadata: Mapping[str, Any], split: Split, path: Path) -> Any:
     library = require("tokenizers")
     tokens, merges = _tables(metadata, path)
     model = library.models.BPE(
@@ -125,7 +125,7 @@ def _tables(metadata: Mapping[str, Any], path: Path) -> tuple[list[str], list[tu
     return tokens, pairs
 
 
-def _pre_tokenizer(split: Split):
+def _pre_tokenizer(split: Split) -> Any:
     library = require("tokenizers")
     pre_tokenizers = library.pre_tokenizers
     if split.regex is not None:
@@ -141,8 +141,8 @@ def _pre_tokenizer(split: Split):
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
 
 
-def _post_processor(metadata: Mapping[str, Any], tokens: list[str], split: Split):
-    """Byte-level offsets, and BOS or EOS around a text where the file asks for them."""
+def _post_processor(metadata: Mapping[str, Any], tokens: list[str], split: Split) -> Any:
+    """Byte-level offsets, and BOS or EOS around a text where the file's flags add them."""
     processors = require("tokenizers").processors
 
     def wanted(name: str, default: bool) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -75,7 +75,7 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """What to fill short rows with: the padding token, else the end token, else 0."""
+        """The token that fills short rows: the padding token, else the end token, else 0."""
         for name in ("pad_token", "eos_token"):
             if (token := self._id(name)) is not None:
                 return token
@@ -117,7 +117,7 @@ class Tokenizer:
         return Batch(tokens, mask, types)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of tokens; special tokens are left out unless asked for."""
+        """Text of tokens; special tokens are left out by default."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
@@ -185,7 +185,7 @@ def from_directory(directory: str | Path) -> Tokenizer | None:
     return Tokenizer(backend=backend, special=special, chat_template=_template(directory, settings))
 
 
-def _saved(path: Path):
+def _saved(path: Path) -> Any:
     tokenizers = require("tokenizers")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
@@ -243,7 +243,7 @@ def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 @lru_cache(maxsize=16)
-def _compiled(source: str):
+def _compiled(source: str) -> Any:
     jinja2 = require("jinja2")
     Extension = require("jinja2.ext").Extension
     Environment = require("jinja2.sandbox").ImmutableSandboxedEnvironment
@@ -253,14 +253,20 @@ def _compiled(source: str):
 
         tags = {"generation"}  # noqa: RUF012
 
-        def parse(self, parser):
+        def parse(self, parser: Any) -> Any:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    def raise_exception(message):
+    def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
         return json.dumps(
             value,
             ensure_ascii=ensure_ascii,

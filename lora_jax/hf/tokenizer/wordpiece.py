@@ -16,7 +16,7 @@ SPECIAL = {
 }
 
 
-def build(path: Path, settings: Mapping[str, Any], special: Mapping[str, str]):
+def build(path: Path, settings: Mapping[str, Any], special: Mapping[str, str]) -> Any:
     """A tokenizer of the pieces in vocab.txt.
 
     Args:

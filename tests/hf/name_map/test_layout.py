@@ -80,7 +80,7 @@ def test_factors_are_permuted_as_the_weight_is(case):
 
 def test_a_dimension_that_is_in_and_out():
     layout = parse("(i o) -> i o")
-    with pytest.raises(ValueError, match=r"\(i o\) is partly what the weight takes in and partly"):
+    with pytest.raises(ValueError, match=r"\(i o\) holds inputs and outputs of the weight"):
         order(layout, [0], measured(layout, (3, 4)))
 
 
