@@ -13,7 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.array import LoraArray, leaves_by_path
 from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.gguf.file import open_gguf
+from lora_jax.hf.gguf.lora_read import read_gguf_lora
+from lora_jax.hf.gguf.lora_write import save_gguf_lora, to_gguf, write_gguf_lora
+from lora_jax.hf.gguf.names import Base
+from lora_jax.hf.peft.api import attach, read_peft, save_peft
+from lora_jax.hf.peft.directory import read_directory, write_directory
+from lora_jax.hf.peft.index import make_index
+from lora_jax.hf.peft.save import content_of
+from lora_jax.hf.peft.tensors import tensor_specs
+from lora_jax.hf.peft.vllm import for_vllm
 
 # The config, and PEFT's tensors by name: the form between two formats.
 Content = tuple[LoraConfig, dict[str, np.ndarray]]
@@ -72,8 +83,6 @@ class AdapterFormat(NamedTuple):
 
 
 def _check_peft(source: str | Path, step: int | None) -> None:
-    from lora_jax.hf.peft.directory import read_directory
-
     _refuse_step(source, step)
     read_directory(source)
 
@@ -83,9 +92,9 @@ def _refuse_step(source: str | Path, step: int | None) -> None:
         raise ValueError(f"{source}: has no step {step}: it is no training run")
 
 
-def _read_peft(source: str | Path, base: Any = None, *, model_type: str | None = None) -> Content:
-    from lora_jax.hf.peft.api import read_peft
-
+def _read_peft(
+    source: str | Path, base: Base | None = None, *, model_type: str | None = None
+) -> Content:
     return read_peft(source, model_type=model_type)
 
 
@@ -100,8 +109,6 @@ def _load_peft(
 def _attach(
     content: Content, model: Any, source: str | Path, plan_of: PlanOf
 ) -> tuple[Any, LoraConfig]:
-    from lora_jax.hf.peft.api import attach
-
     return attach(*content, plan_of, model.params, source=str(source))
 
 
@@ -113,8 +120,6 @@ def _save_peft(
     base_model_name: str | None,
     dtype: str,
 ) -> None:
-    from lora_jax.hf.peft.api import save_peft
-
     save_peft(
         output,
         adapter.lora_params,
@@ -125,11 +130,8 @@ def _save_peft(
 
 
 def _write_peft(
-    content: Content, output: str | Path, *, target: str, base: Any, dtype: str
+    content: Content, output: str | Path, *, target: str, base: Base | None, dtype: str
 ) -> None:
-    from lora_jax.hf.peft.directory import write_directory
-    from lora_jax.hf.peft.vllm import for_vllm
-
     config, tensors = content
     fields = config.to_peft()
     if target == "vllm":
@@ -145,15 +147,11 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _check_gguf(source: str | Path, step: int | None) -> None:
-    from lora_jax.hf.gguf.file import open_gguf
-
     _refuse_step(source, step)
     open_gguf(source, kind="adapter")
 
 
-def _read_gguf(source: str | Path, base: Any) -> Content:
-    from lora_jax.hf.gguf.lora_read import read_gguf_lora
-
+def _read_gguf(source: str | Path, base: Base) -> Content:
     return read_gguf_lora(source, base=base)
 
 
@@ -164,7 +162,7 @@ def _load_gguf(
     return _attach(_read_gguf(source, _base_of(model)), model, source, plan_of)
 
 
-def _base_of(model: Any) -> Any:
+def _base_of(model: Any) -> Base:
     from lora_jax.models.gguf import base_of
 
     return base_of(model.config)
@@ -173,15 +171,11 @@ def _base_of(model: Any) -> Any:
 def _save_gguf(
     adapter: OnModel, output: str | Path, *, base_model_name: str | None, dtype: str
 ) -> None:
-    from lora_jax.hf.gguf.lora_write import save_gguf_lora
-
     base = _base_of(adapter.model)
     save_gguf_lora(output, adapter.lora_params, adapter.config, base=base, dtype=dtype)
 
 
-def _write_gguf(content: Content, output: str | Path, *, base: Any, dtype: str) -> None:
-    from lora_jax.hf.gguf.lora_write import to_gguf, write_gguf_lora
-
+def _write_gguf(content: Content, output: str | Path, *, base: Base, dtype: str) -> None:
     config, tensors = content
     write_gguf_lora(output, to_gguf(tensors, config, base), base, dtype=dtype)
 
@@ -228,14 +222,10 @@ def _save_orbax(
     save(output, adapter.lora_params, adapter.config)
 
 
-def _read_orbax(source: str | Path, base: Any) -> Content:
+def _read_orbax(source: str | Path, base: Base | None) -> Content:
     """An Orbax adapter as PEFT names it; of its base only names and shapes are known."""
-    from lora_jax.array import LoraArray, leaves_by_path
     from lora_jax.checkpoint import adapters
     from lora_jax.checkpoint.flat import nested, parse
-    from lora_jax.hf.peft.index import make_index
-    from lora_jax.hf.peft.save import content_of
-    from lora_jax.hf.peft.tensors import tensor_specs
 
     stored = adapters.find(source)
     leaves = adapters.read_leaves(stored)

@@ -67,6 +67,7 @@ def content_of(index: AdapterIndex) -> tuple[dict[str, Any], dict[str, np.ndarra
         )
     tensors = {}
     for path, specs in tensor_specs(index).items():
+        _check_ranks(index.rows[path])
         host, found = read_leaf(index.leaves[path], specs)
         _check_agreement(host, index.rows[path], config, specs)
         tensors |= {spec.key: _as_peft(found[spec.key], spec) for spec in specs}
@@ -100,7 +101,7 @@ def _check_agreement(
     else:
         _check_parts(leaf, rows[0].path, config)
         for row in rows:
-            _check_rank(leaf, row)
+            _check_beyond(leaf, row)
             if row.rank:
                 _check_scale(leaf, row)
 
@@ -120,12 +121,18 @@ def _check_parts(leaf: LoraArray, path: str, config: LoraConfig) -> None:
         )
 
 
-def _check_rank(leaf: LoraArray, row: Row) -> None:
-    if row.rank > leaf.rank:
-        raise ValueError(
-            f"leaf `{row.path}`: its rank is {leaf.rank}, but the config gives `{row.name}` rank "
-            f"{row.rank}; use the config the adapter was made with"
-        )
+def _check_ranks(rows: Sequence[Row]) -> None:
+    """No layer has a higher rank than its leaf, so that every tensor can be cut out of it."""
+    for row in rows:
+        if row.rank and row.rank > row.leaf.rank:
+            raise ValueError(
+                f"leaf `{row.path}`: its rank is {row.leaf.rank}, but the config gives "
+                f"`{row.name}` rank {row.rank}; use the config the adapter was made with"
+            )
+
+
+def _check_beyond(leaf: LoraArray, row: Row) -> None:
+    """The factors are zero beyond the rank that the config gives a layer."""
     # One layer of b is (experts..., r, out...): the rank is counted from the end.
     outs = (slice(None),) * leaf.roles.count("o")
     beyond = slice(row.rank, None)
