@@ -13,18 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import hf
 from lora_jax.array import LoraArray, leaves_by_path
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.gguf.file import open_gguf
-from lora_jax.hf.gguf.lora_read import read_gguf_lora
-from lora_jax.hf.gguf.lora_write import save_gguf_lora, to_gguf, write_gguf_lora
-from lora_jax.hf.gguf.names import Base
-from lora_jax.hf.peft.api import attach, read_peft, save_peft
-from lora_jax.hf.peft.directory import read_directory, write_directory
 from lora_jax.hf.peft.index import make_index
-from lora_jax.hf.peft.save import content_of
 from lora_jax.hf.peft.tensors import tensor_specs
-from lora_jax.hf.peft.vllm import for_vllm
 
 # The config, and PEFT's tensors by name: the form between two formats.
 Content = tuple[LoraConfig, dict[str, np.ndarray]]
@@ -83,6 +77,8 @@ class AdapterFormat(NamedTuple):
 
 
 def _check_peft(source: str | Path, step: int | None) -> None:
+    from lora_jax.hf.peft.directory import read_directory
+
     _refuse_step(source, step)
     read_directory(source)
 
@@ -92,10 +88,8 @@ def _refuse_step(source: str | Path, step: int | None) -> None:
         raise ValueError(f"{source}: has no step {step}: it is no training run")
 
 
-def _read_peft(
-    source: str | Path, base: Base | None = None, *, model_type: str | None = None
-) -> Content:
-    return read_peft(source, model_type=model_type)
+def _read_peft(source: str | Path, base: Any = None, *, model_type: str | None = None) -> Content:
+    return hf.read_peft(source, model_type=model_type)
 
 
 def _load_peft(
@@ -109,6 +103,8 @@ def _load_peft(
 def _attach(
     content: Content, model: Any, source: str | Path, plan_of: PlanOf
 ) -> tuple[Any, LoraConfig]:
+    from lora_jax.hf.peft.api import attach
+
     return attach(*content, plan_of, model.params, source=str(source))
 
 
@@ -120,7 +116,7 @@ def _save_peft(
     base_model_name: str | None,
     dtype: str,
 ) -> None:
-    save_peft(
+    hf.save_peft(
         output,
         adapter.lora_params,
         adapter.config,
@@ -130,8 +126,11 @@ def _save_peft(
 
 
 def _write_peft(
-    content: Content, output: str | Path, *, target: str, base: Base | None, dtype: str
+    content: Content, output: str | Path, *, target: str, base: Any, dtype: str
 ) -> None:
+    from lora_jax.hf.peft.directory import write_directory
+    from lora_jax.hf.peft.vllm import for_vllm
+
     config, tensors = content
     fields = config.to_peft()
     if target == "vllm":
@@ -151,31 +150,27 @@ def _check_gguf(source: str | Path, step: int | None) -> None:
     open_gguf(source, kind="adapter")
 
 
-def _read_gguf(source: str | Path, base: Base) -> Content:
-    return read_gguf_lora(source, base=base)
+def _read_gguf(source: str | Path, base: Any) -> Content:
+    return hf.read_gguf_lora(source, base=base)
 
 
 def _load_gguf(
     model: Any, source: str | Path, plan_of: PlanOf, step: int | None
 ) -> tuple[Any, LoraConfig]:
     _refuse_step(source, step)
-    return _attach(_read_gguf(source, _base_of(model)), model, source, plan_of)
-
-
-def _base_of(model: Any) -> Base:
-    from lora_jax.models.gguf import base_of
-
-    return base_of(model.config)
+    return _attach(_read_gguf(source, hf.base_of(model.config)), model, source, plan_of)
 
 
 def _save_gguf(
     adapter: OnModel, output: str | Path, *, base_model_name: str | None, dtype: str
 ) -> None:
-    base = _base_of(adapter.model)
-    save_gguf_lora(output, adapter.lora_params, adapter.config, base=base, dtype=dtype)
+    base = hf.base_of(adapter.model.config)
+    hf.save_gguf_lora(output, adapter.lora_params, adapter.config, base=base, dtype=dtype)
 
 
-def _write_gguf(content: Content, output: str | Path, *, base: Base, dtype: str) -> None:
+def _write_gguf(content: Content, output: str | Path, *, base: Any, dtype: str) -> None:
+    from lora_jax.hf.gguf.lora_write import to_gguf, write_gguf_lora
+
     config, tensors = content
     write_gguf_lora(output, to_gguf(tensors, config, base), base, dtype=dtype)
 
@@ -186,9 +181,7 @@ def _write_gguf(content: Content, output: str | Path, *, base: Base, dtype: str)
 def _save_merged(
     adapter: OnModel, output: str | Path, *, base_model_name: str | None, dtype: str
 ) -> None:
-    from lora_jax.models.saving import save_merged
-
-    save_merged(output, adapter.model, adapter.lora_params, dtype=dtype)
+    hf.save_merged(output, adapter.model, adapter.lora_params, dtype=dtype)
 
 
 # Orbax -------------------------------------------------------------------------------------------
@@ -222,10 +215,11 @@ def _save_orbax(
     save(output, adapter.lora_params, adapter.config)
 
 
-def _read_orbax(source: str | Path, base: Base | None) -> Content:
+def _read_orbax(source: str | Path, base: Any) -> Content:
     """An Orbax adapter as PEFT names it; of its base only names and shapes are known."""
     from lora_jax.checkpoint import adapters
     from lora_jax.checkpoint.flat import nested, parse
+    from lora_jax.hf.peft.save import content_of
 
     stored = adapters.find(source)
     leaves = adapters.read_leaves(stored)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax import hf
 from lora_jax.config.lora import LoraConfig
-from lora_jax.hf.gguf.names import read_base
 from lora_jax.recipes.adapter_formats import ADAPTER_FORMATS, AdapterFormat, OnModel, PlanOf
 
 # The formats that are written without loading the model.
@@ -128,7 +128,7 @@ def convert(
             "`base` is missing: a GGUF adapter orders some rows by the model's heads; give the "
             "model's directory with config.json, or its .gguf file"
         )
-    known = None if base is None else read_base(base)
+    known = None if base is None else hf.read_base(base)
     assert given.read is not None and wanted.write is not None
     wanted.write(given.read(source, known), output, base=known, dtype=dtype)
 
