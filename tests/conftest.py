@@ -40,7 +40,7 @@ def _needs_torch(path: Path) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leaves out files that import torch where there is none (Python 3.12 and later)."""
+    """Leaves out files that import torch where there is none."""
     if HAS_TORCH or not collection_path.is_file():
         return None
     return True if _needs_torch(collection_path) else None
@@ -63,12 +63,20 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_report_header() -> str:
-    """Says what was left out, so that nothing is silent."""
+    """Says which JAX this is, and whether torch is here."""
+    return f"jax {jax.__version__}, {'with' if HAS_TORCH else 'without'} torch"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says at the end what was left out, with -q too: nothing passes without a word."""
     if HAS_TORCH:
-        return f"jax {jax.__version__}, with torch"
+        return
     tests = Path(__file__).parent
     left_out = sorted(str(p.relative_to(tests)) for p in tests.rglob("*.py") if _needs_torch(p))
-    return f"jax {jax.__version__}, no torch here: left out {', '.join(left_out) or 'nothing'}"
+    terminalreporter.write_line(
+        "LEFT OUT: no torch here; recorded answers were compared with, live ones not: "
+        + ", ".join(left_out)
+    )
 
 
 @pytest.fixture

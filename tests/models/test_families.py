@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 import lora_jax as lora
 from lora_jax import models
@@ -15,9 +13,12 @@ from lora_jax.array import delta, is_lora
 from lora_jax.models import config_from_hf
 from lora_jax.models.saving import save_merged
 
-from tests.support.torch_models import both_paddings, greedy, saver, texts, theirs
+from tests.support.oracle import oracle
+from tests.support.torch_models import both_paddings, greedy, load, saver, texts, theirs
 
-pytestmark = [pytest.mark.once, pytest.mark.torch]
+pytestmark = pytest.mark.once
+
+PLACE = "models/families"
 
 # Compiling is most of what these tests do.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -84,26 +85,32 @@ LATER = ("gemma", "gemma2", "gpt2", "phi3 that rotates half")  # only among all 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    return saver(CASES, tmp_path_factory)
+    return saver(PLACE, CASES, tmp_path_factory)
 
 
 def positions_of(mask):
     return np.maximum(mask.cumsum(1) - 1, 0)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_transformers(saved, case):
-    oracle, directory = saved(case)
+    there, directory = saved(case)
     model = models.load(directory)
     tokens, mask = both_paddings()
-    want = theirs(oracle, tokens, mask, torch.tensor(positions_of(mask)))
+    positions = positions_of(mask)
+    want = oracle(f"{PLACE}/{case}.logits", lambda: theirs(there(), tokens, mask, positions))
     got = np.asarray(quick_jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
     assert got.dtype == np.float32
     assert np.abs(got - want)[mask].max() <= TOLERANCE
     assert config_from_hf(model.config.to_hf()) == model.config
 
 
+@pytest.mark.torch
 def test_the_text_model_of_a_gemma3_with_eyes(tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
     torch.manual_seed(0)
     text = {k: v for k, v in CASES["gemma3"].items() if k != "model_type"}
     eyes = dict(
@@ -120,28 +127,31 @@ def test_the_text_model_of_a_gemma3_with_eyes(tmp_path):
     assert model.config.model_type == "gemma3_text"
     tokens, mask = texts("right")
     tokens = np.minimum(tokens, 93)
-    want = theirs(oracle, tokens, mask, torch.tensor(positions_of(mask)))
+    want = theirs(oracle, tokens, mask, positions_of(mask))
     got = np.asarray(quick_jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
     assert np.abs(got - want)[mask].max() <= TOLERANCE
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("case", ONE_EACH[1:])
 def test_greedy_text_is_transformers(saved, case):
     """From prompts of 12, 7 and 1 tokens, beyond windows."""
-    oracle, directory = saved(case)
+    there, directory = saved(case)
     model = models.load(directory)
     tokens, mask = texts("left")
     prompts = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
-    want = greedy(oracle, tokens, mask, 16)
+    want = oracle(f"{PLACE}/{case}.greedy", lambda: greedy(there(), tokens, mask, 16))
     assert models.generate(model, model.params, prompts, max_new_tokens=16) == want
 
 
+@pytest.mark.oracle
 def test_a_text_that_outgrows_the_trained_context(saved):
     """LongRoPE changes every rotation at once, those of the tokens already seen too."""
-    oracle, directory = saved("phi3 long")
+    there, directory = saved("phi3 long")
     model = models.load(directory)
     prompt = np.array([[5, 9, 11, 3, 7]])  # 5 of 8 tokens
-    want = greedy(oracle, prompt, np.ones_like(prompt), 12)
+    ones = np.ones_like(prompt)
+    want = oracle(f"{PLACE}/outgrown.greedy", lambda: greedy(there(), prompt, ones, 12))
     assert models.generate(model, model.params, prompt.tolist(), max_new_tokens=12) == want
 
 
@@ -180,6 +190,7 @@ def added_up(params):
     return jax.tree.map(lambda x: x.w + delta(x) if is_lora(x) else x, params, is_leaf=is_lora)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, marks=pytest.mark.slow) if c in LATER else c for c in ONE_EACH],
@@ -215,20 +226,19 @@ def test_adapters_stay_low_rank_and_train(saved, case, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * size), slopes, expected)
 
     save_merged(tmp_path / "merged", model, lora.combine(trainable, frozen))
-    oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    there = theirs(oracle, tokens, mask, torch.tensor(positions_of(mask)))
+    there = theirs(load(tmp_path / "merged"), tokens, mask, positions_of(mask))
     np.testing.assert_allclose(there[mask], got[seen], atol=TOLERANCE)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     "case", ["gemma3 that reaches far", "phi3 long", "qwen3 mixed", "gpt2 with a head of its own"]
 )
 def test_what_is_saved_is_the_same_to_transformers(saved, case, tmp_path):
-    oracle, directory = saved(case)
+    there, directory = saved(case)
     model = models.load(directory)
     save_merged(tmp_path / "again", model, model.params)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
     tokens, mask = texts("right")
-    positions = torch.tensor(positions_of(mask))
-    got, want = (theirs(m, tokens, mask, positions) for m in (again, oracle))
+    positions = positions_of(mask)
+    got, want = (theirs(m, tokens, mask, positions) for m in (load(tmp_path / "again"), there()))
     np.testing.assert_array_equal(got[mask], want[mask])

@@ -1,19 +1,19 @@
 """The decoder against transformers on the same random weights, in float32."""
 
 import copy
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers import AutoConfig
 
 from lora_jax import models
 
+from tests.support.oracle import oracle
 from tests.support.torch_models import both_paddings, greedy, saver, texts, theirs
 
-pytestmark = pytest.mark.torch
+PLACE = "models/llama"
 
 # float32 products summed in another order, over three blocks.
 TOLERANCE = 1e-4
@@ -68,16 +68,18 @@ CASES = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Makes and saves a random transformers model of a case, once."""
-    return saver({case: {**SIZES, **fields} for case, fields in CASES.items()}, tmp_path_factory)
+    cases = {case: {**SIZES, **fields} for case, fields in CASES.items()}
+    return saver(PLACE, cases, tmp_path_factory)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_transformers(saved, case):
-    oracle, directory = saved(case)
+    there, directory = saved(case)
     model = models.load(directory)
     tokens, mask = both_paddings()
     positions = np.maximum(mask.cumsum(1) - 1, 0)
-    want = theirs(oracle, tokens, mask, torch.tensor(positions))
+    want = oracle(f"{PLACE}/{case}.logits", lambda: theirs(there(), tokens, mask, positions))
     got = np.asarray(jax.jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
     assert got.dtype == np.float32
     assert np.abs(got - want)[mask].max() <= TOLERANCE
@@ -107,25 +109,33 @@ def test_padding_on_the_right_needs_no_mask(saved):
     np.testing.assert_allclose(with_mask[mask], without[mask], atol=1e-5)
 
 
+@pytest.mark.oracle
 def test_bfloat16_stays_near_transformers_in_bfloat16(saved):
-    oracle, directory = saved("plain")
+    there, directory = saved("plain")
     model = models.load(directory, dtype="bfloat16")
     assert model.params["lm_head"]["kernel"].dtype == jnp.bfloat16
     tokens, mask = texts("right")
-    exact = theirs(oracle, tokens, mask, None)
-    with torch.no_grad():
-        coarse = copy.deepcopy(oracle).to(torch.bfloat16)
-        rounded = coarse(torch.tensor(tokens), torch.tensor(mask)).logits
+
+    def both():
+        import torch
+
+        exact = theirs(there(), tokens, mask, None)
+        coarse = copy.deepcopy(there()).to(torch.bfloat16)
+        with torch.no_grad():
+            rounded = coarse(torch.tensor(tokens), torch.tensor(mask)).logits
+        return {"exact": exact, "rounding": float(np.abs(rounded.float() - exact)[mask].max())}
+
+    want = oracle(f"{PLACE}/plain.bfloat16", both)
     got = np.asarray(jax.jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
     assert got.dtype == np.float32
     # No farther from the exact logits than twice what torch's own rounding costs.
-    allowed = 2 * np.abs(rounded.float().numpy() - exact)[mask].max()
-    assert np.abs(got - exact)[mask].max() <= allowed
+    assert np.abs(got - want["exact"])[mask].max() <= 2 * want["rounding"]
 
 
+@pytest.mark.torch
 def test_a_saved_bfloat16_model_loads_exactly(saved, tmp_path):
-    oracle, _ = saved("tied")
-    oracle = copy.deepcopy(oracle).to(torch.bfloat16)
+    torch = pytest.importorskip("torch")
+    oracle = copy.deepcopy(saved("tied").model()).to(torch.bfloat16)
     oracle.save_pretrained(tmp_path)
     table = oracle.model.embed_tokens.weight.float().numpy(force=True)
     kernel = oracle.model.layers[1].mlp.up_proj.weight.float().numpy(force=True)
@@ -135,31 +145,43 @@ def test_a_saved_bfloat16_model_loads_exactly(saved, tmp_path):
     np.testing.assert_array_equal(loaded[1], kernel.T)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("case", ["llama3", "mistral that sees 3 tokens", "qwen3"])
 def test_greedy_text_is_transformers(saved, case):
-    oracle, directory = saved(case)
+    there, directory = saved(case)
     model = models.load(directory)
     tokens, mask = texts("left")
     prompts = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
-    want = greedy(oracle, tokens, mask, 20)
+    want = oracle(f"{PLACE}/{case}.greedy", lambda: greedy(there(), tokens, mask, 20))
     got = models.generate(model, model.params, prompts, max_new_tokens=20)
     assert got == want
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("case", ["llama3", "mistral that sees 3 tokens", "qwen2", "qwen3"])
 def test_the_written_config_is_read_by_transformers(saved, case, tmp_path):
-    oracle, directory = saved(case)
+    _, directory = saved(case)
     config = models.load(directory).config
-    assert models.LlamaConfig.from_hf(config.to_hf()) == config
-    again = AutoConfig.for_model(**config.to_hf()).to_dict()
-    raw = oracle.config.to_dict()
+    written = config.to_hf()
+    assert models.LlamaConfig.from_hf(written) == config
+
+    def read():
+        from transformers import AutoConfig
+
+        raw = AutoConfig.from_pretrained(directory).to_dict()
+        return {"from": written, "raw": raw, "again": AutoConfig.for_model(**written).to_dict()}
+
+    there = oracle(f"{PLACE}/{case}.config", read)
+    # What was recorded is transformers' reading of this very config.
+    assert there["from"] == json.loads(json.dumps(written))
     for name in ("sliding_window", "rope_parameters", "layer_types", "attention_bias", *SIZES):
-        assert again.get(name) == raw.get(name), name
+        assert there["again"].get(name) == there["raw"].get(name), name
 
 
+@pytest.mark.torch
 def test_shards_load_as_one(saved, tmp_path):
-    oracle, directory = saved("plain")
-    oracle.save_pretrained(tmp_path, max_shard_size="20KB")
+    there, directory = saved("plain")
+    there().save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     one, many = models.load(directory), models.load(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, one.params, many.params)

@@ -1,41 +1,82 @@
-"""Random transformers models, saved as directories: what our models are compared with."""
+"""Small random transformers models: their directories, made without torch, and what torch answers.
+
+A directory is made from a recorded specification (config.json, and the names, shapes and spread of
+the tensors); the numbers depend on a tensor's name. Only a test that asks torch anew loads it.
+"""
 
 import copy
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.numpy import load_file, save_file
+
+from tests.support.oracle import oracle, seeded
+
+# The spread of tensors that transformers begins with a constant.
+AROUND = 0.1
 
 
-def saver(cases, tmp_path_factory):
-    """Makes and saves a random transformers model of a case, once.
+class Saved(NamedTuple):
+    """A model's directory, and a function that loads it into torch."""
+
+    model: Callable
+    directory: Path
+
+
+def saver(place: str, cases, tmp_path_factory):
+    """Writes a random transformers model of a case, once.
 
     Args:
+      place: the name under which specifications are recorded.
       cases: case -> fields of its configuration.
       tmp_path_factory: pytest's.
 
     Returns:
-      A function: case -> the torch model and its directory.
+      A function: case -> `Saved`.
     """
-    made = {}
 
-    def make(case):
-        if case not in made:
-            torch.manual_seed(0)
-            fields = {"model_type": "llama", "initializer_range": 0.3, **cases[case]}
-            config = AutoConfig.for_model(**copy.deepcopy(fields))
-            model = AutoModelForCausalLM.from_config(config).eval()
-            with torch.no_grad():
-                for name, weight in model.named_parameters():
-                    if name.endswith("bias") or "norm" in name or ".ln_" in name:
-                        weight.add_(torch.randn_like(weight) * 0.1)
-            directory = tmp_path_factory.mktemp("model")
-            model.save_pretrained(directory)
-            made[case] = model, directory
-        return made[case]
+    @functools.cache
+    def make(case) -> Saved:
+        directory = tmp_path_factory.mktemp("model")
+        fields = {"model_type": "llama", "initializer_range": 0.3, **cases[case]}
+        spec = oracle(f"{place}/{case}.spec", lambda: specification(fields, directory / "fresh"))
+        write(directory, spec)
+        return Saved(functools.cache(lambda: load(directory)), directory)
 
     return make
+
+
+def specification(fields: dict, scratch: Path) -> dict:
+    """config.json, and each tensor's shape, mean and spread, as transformers writes them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**copy.deepcopy(fields))
+    AutoModelForCausalLM.from_config(config).save_pretrained(scratch)
+    tensors = {}
+    for name, x in sorted(load_file(scratch / "model.safetensors").items()):
+        mean = float(x.flat[0]) if np.ptp(x) == 0 else 0.0
+        tensors[name] = [list(x.shape), mean, AROUND if np.ptp(x) == 0 else 0.3]
+    return {"config": json.loads((scratch / "config.json").read_text()), "tensors": tensors}
+
+
+def write(directory: Path, spec: dict) -> None:
+    """Writes the directory of a specification."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(spec["config"]))
+    tensors = {name: seeded(name, *rest) for name, rest in spec["tensors"].items()}
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def load(directory: Path):
+    """The torch model of a directory."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory).eval()
 
 
 def texts(padding):
@@ -52,14 +93,20 @@ def both_paddings():
 
 def theirs(model, tokens, mask, positions):
     """A torch model's logits."""
+    import torch
+
     with torch.no_grad():
         return model(
-            torch.tensor(tokens), attention_mask=torch.tensor(mask), position_ids=positions
+            torch.tensor(tokens),
+            attention_mask=torch.tensor(mask),
+            position_ids=None if positions is None else torch.tensor(positions),
         ).logits.numpy()
 
 
 def greedy(model, tokens, mask, count):
     """A torch model's likeliest tokens."""
+    import torch
+
     with torch.no_grad():
         return model.generate(
             torch.tensor(tokens),

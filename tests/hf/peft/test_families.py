@@ -53,14 +53,14 @@ TOKENS = np.array([[1, 5, 9, 30, 2, 17], [4, 4, 39, 0, 11, 3]], np.int32)
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    return saver(FAMILIES, tmp_path_factory)
+    return saver("hf/peft/families", FAMILIES, tmp_path_factory)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, saved):
     """The family's name, its random torch model, and ours with the same weights."""
-    torch_model, directory = saved(request.param)
-    return request.param, torch_model, lora.models.load(directory)
+    there, directory = saved(request.param)
+    return request.param, there(), lora.models.load(directory)
 
 
 def tied(torch_model) -> bool:
