@@ -19,7 +19,12 @@ from lora_jax.hf import load_peft, save_peft
 from tests.hf.peft.test_model import noisy, randomize
 from tests.support.torch_models import saver
 
-pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.oracle,
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore"),
+]
 
 SIZES = dict(
     vocab_size=40,
@@ -168,7 +173,8 @@ def test_our_tied_table_is_tied_in_peft(field, family, tmp_path):
 
 
 def test_an_embedding_that_peft_does_not_tie_is_refused(saved, tmp_path):
-    torch_model, directory = saved("gpt2")
+    there, directory = saved("gpt2")
+    torch_model = there()
     base = lora.models.load(directory)
     fields = {"r": 2, "target_modules": ["wte"], "ensure_weight_tying": True}
     model = peft.get_peft_model(copy.deepcopy(torch_model), peft.LoraConfig(**fields))
