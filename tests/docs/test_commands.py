@@ -26,7 +26,7 @@ SHELL = [
 RULES = set(re.findall(r"^([a-z%-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
     "optional-dependencies"
-] | {"llm": []}
+]
 
 
 @pytest.mark.parametrize(("name", "line"), SHELL, ids=[f"{n}:{x[:40]}" for n, x in SHELL])
