@@ -48,6 +48,13 @@ def test_a_command_of_a_page_is_one(name, line):
         assert words[0] in ("cat", "llama-cli", "llama-server", "python", "vllm"), words[0]
 
 
+def test_the_targets_that_pages_name_are_in_the_makefile():
+    text = "\n".join(path.read_text("utf-8") for path in PAGES.values())
+    named = set(re.findall(r"`make ([a-z-]+)", text)) - {"test-"}
+    assert "test" in named
+    assert not [word for word in named if word not in RULES and not room_target(word)]
+
+
 def room_target(word: str) -> bool:
     """`make test-ROOM` for a folder of tests."""
     room = word.removeprefix("test-")
