@@ -56,9 +56,10 @@ def test_the_targets_that_pages_name_are_in_the_makefile():
 
 
 def room_target(word: str) -> bool:
-    """`make test-ROOM` for a folder of tests."""
+    """`make test-hf-peft` for a folder of tests, `make test-merge` for a file."""
     room = word.removeprefix("test-")
-    return any(rule.endswith("-%") for rule in RULES) and (ROOT / "tests" / room).is_dir()
+    folder, file = ROOT / "tests" / room.replace("-", "/"), ROOT / "tests" / f"test_{room}.py"
+    return "test-%" in RULES and (folder.is_dir() or file.is_file())
 
 
 TABLES = [
