@@ -98,7 +98,8 @@ def _see_new(mask, mixing: Mixing, turns) -> Sight:
 
     def sight(slides) -> Attend:
         turn = turns(slides)
-        near = (mixing.window - 1, 0) if slides is True else None
+        window = mixing.window
+        near = (window - 1, 0) if slides is True and window is not None else None
 
         def attend(q, k, v, stored, block):
             q, k = rotate(q, turn), rotate(k, turn)
@@ -172,7 +173,7 @@ def _in_parts(mix: Callable, q, k, v):
 
 def _near(back: Int[Array, "t s"], mixing: Mixing, slides) -> Bool[Array, "t s"]:  # noqa: F722
     """Which keys a query may see, by how many slots they lie back."""
-    if slides is False:
+    if slides is False or mixing.window is None:
         return back >= 0
     if slides is True:
         return (back >= 0) & (back < mixing.window)

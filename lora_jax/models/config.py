@@ -114,15 +114,18 @@ class LlamaConfig:
     def context(self) -> int:
         """Tokens a text may have: dynamic and linear scaling stretch the stated context."""
         scaling = self.rope_scaling
-        stretches = scaling is not None and scaling.rope_type in ("dynamic", "linear")
-        return int(self.max_position_embeddings * (scaling.factor if stretches else 1))
+        if scaling is None or scaling.rope_type not in ("dynamic", "linear"):
+            return self.max_position_embeddings
+        assert scaling.factor is not None  # the reader of a config refuses these kinds without it
+        return int(self.max_position_embeddings * scaling.factor)
 
     @property
     def turning_point(self) -> int | None:
         """The longest text that is rotated like a short one; a longer one is another throughout."""
         scaling = self.rope_scaling
-        longrope = scaling is not None and scaling.rope_type == "longrope"
-        return scaling.original_max_position_embeddings if longrope else None
+        if scaling is None or scaling.rope_type != "longrope":
+            return None
+        return scaling.original_max_position_embeddings
 
     @property
     def rotary_dim(self) -> int:

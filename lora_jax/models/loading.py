@@ -115,9 +115,9 @@ def _load_gguf(path: Path, options: dict[str, Any], quant: QuantConfig | None) -
 def _fill(forward, weights: Weights, quant: QuantConfig | None):
     family = architecture_of(forward.config.model_type).names
     weights = _renamed(weights, family)
-    tied = family.tied is not None and family.tied[0] in weights.shapes
-    if tied and forward.config.tie_word_embeddings:
-        weights = _without_tied(weights, *family.tied)
+    tied = family.tied
+    if tied is not None and tied[0] in weights.shapes and forward.config.tie_word_embeddings:
+        weights = _without_tied(weights, *tied)
     hold = None if quant is None else holder(quant, weights)
     return fill(forward.shapes(), weights, family=family, hold=hold)
 

@@ -230,7 +230,7 @@ def _plain(found: Usage, eqn, flows: list[Flow], name: str) -> list[Flow]:
     for j, var in enumerate(eqn.outvars):
         kept = []
         for k, flow in enumerate(flows):
-            mapped = None if maps[k] is None else maps[k][j]
+            mapped = None if (dims := maps[k]) is None else dims[j]
             tracks = [
                 t for t in (_follow(found, eqn, flows, k, t, mapped, name, first=j == 0)
                             for t in flow.tracks) if t]  # fmt: skip

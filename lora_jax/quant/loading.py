@@ -105,16 +105,19 @@ def _own_blocks(weights, path: str, leaf, tensors) -> Iterator[QuantArray]:
             f'holds floats; ask for "nf4" or another format'
         )
     found = [weights.blocks(name) for name, _ in tensors]
-    if any(q is None for q in found):
-        if all(q is None for q in found):
-            return
+    whole = [q for q in found if q is not None]
+    if not whole:
+        return
+    if len(whole) < len(found):
         lost = next(name for (name, _), q in zip(tensors, found, strict=True) if q is None)
         raise ValueError(
             f"{weights.source}: tensor `{lost}` is not quantized as the other layers of `{path}` "
             f"are: load with `scan=False`, or ask for a format of our own"
         )
-    for (_, axes), q in zip(tensors, found, strict=True):
-        yield (q if axes is None else ops.transpose(q, axes)).astype(leaf.dtype)
+    for (_, axes), q in zip(tensors, whole, strict=True):
+        turned = q if axes is None else ops.transpose(q, axes)
+        assert turned is not None  # a file's blocks are of matrices, whose roles stay in order
+        yield turned.astype(leaf.dtype)
 
 
 def _stacked(parts: list, path: str, weights) -> QuantArray:

@@ -69,7 +69,7 @@ def spec_of(x) -> tuple | None:
     """The mesh axes of each dim of `x` under an explicit mesh, None under any other."""
     sharding = getattr(jax.typeof(x), "sharding", None)
     mesh = getattr(sharding, "mesh", None)
-    if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
+    if sharding is None or mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
         return None
     return tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
 

@@ -156,13 +156,13 @@ def _state(key: str, raw: Weights) -> State:
 
 def _check_state(name: str, state: State, raw: Weights, dtypes: Mapping[str, str]) -> None:
     """Every tensor beside a weight is there, with the dtype and size that follow from the state."""
-    nested = state.nested_block is not None
+    nested = state.nested_block
     wanted: dict[str, tuple[str, int]] = {
-        "absmax": ("U8" if nested else "F32", state.blocks),
+        "absmax": ("F32" if nested is None else "U8", state.blocks),
         "quant_map": ("F32", 16),
     }
-    if nested:
-        wanted["nested_absmax"] = ("F32", -(-state.blocks // state.nested_block))
+    if nested is not None:
+        wanted["nested_absmax"] = ("F32", -(-state.blocks // nested))
         wanted["nested_quant_map"] = ("F32", 256)
     for part, (dtype, count) in wanted.items():
         _check_tensor(f"{name}.{part}", raw, dtypes, dtype=dtype, count=count)
