@@ -30,6 +30,14 @@ import re  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+# `make test-all` and `make check` compare every annotation of an array's shape with what is there.
+if os.environ.get("LORA_JAX_TYPES"):
+    from jaxtyping import install_import_hook
+
+    import tests.support.shapes  # noqa: F401
+
+    install_import_hook("lora_jax", "tests.support.shapes.checker")
+
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 MOST_COMPILED = 1 << 29
 TORCH_IMPORT = re.compile(r"^(import|from) (torch|peft|transformers)\b", re.MULTILINE)
