@@ -30,7 +30,7 @@ import re  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# `make test-all` and `make check` compare every annotation of an array's shape with what is there.
+# `make test-all` compares annotated shapes with those that are there.
 if os.environ.get("LORA_JAX_TYPES"):
     from jaxtyping import install_import_hook
 
