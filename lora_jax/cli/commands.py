@@ -1,6 +1,7 @@
-"""What each command does: its arguments made into dataclasses, and one library call.
+"""The commands: each turns its arguments into dataclasses and calls one recipe.
 
-What a command imports, it imports when it runs, so that `--help` answers at once.
+A command imports its recipe when it runs, or when its own flags are needed: `lora-jax --help` lists
+all commands and does not wait for the imports of any.
 """
 
 import argparse
@@ -10,8 +11,6 @@ from collections.abc import Iterable
 from lora_jax.cli import settings
 from lora_jax.cli.settings import Section
 from lora_jax.compat import VERSION
-from lora_jax.recipes.estimate import EstimateConfig
-from lora_jax.recipes.generate import AnswerConfig
 
 
 def version() -> str:
@@ -30,14 +29,12 @@ def demo(arguments: argparse.Namespace) -> None:
     """`lora-jax demo`."""
     from lora_jax.recipes.demo.run import run
 
-    run(_from_flags(demo_sections(), arguments)[0], say=_say)
+    run(_from_flags(demo_sections(), arguments)[0], log=_print)
 
 
 def train_sections() -> list[Section]:
     """The settings of `train`: the run at the top of the file, and two tables."""
-    from lora_jax.config.lora import LoraConfig
-    from lora_jax.recipes.finetune import FinetuneConfig
-    from lora_jax.train.config import TrainConfig
+    from lora_jax.recipes.finetune import FinetuneConfig, LoraConfig, TrainConfig
 
     return [
         Section("", FinetuneConfig),
@@ -50,15 +47,12 @@ def train(arguments: argparse.Namespace) -> None:
     """`lora-jax train`."""
     from lora_jax.recipes.finetune import finetune
 
-    finetune(*_from_file_and_flags(train_sections(), arguments), say=_say)
+    finetune(*_from_file_and_flags(train_sections(), arguments), log=_print)
 
 
 def sweep_sections() -> list[Section]:
     """The settings of `sweep`: what is swept at the top of the file, and three tables."""
-    from lora_jax.analysis.sweep.sweep import SweepConfig
-    from lora_jax.config.lora import LoraConfig
-    from lora_jax.recipes.sweep import LanguageSweepConfig
-    from lora_jax.train.config import TrainConfig
+    from lora_jax.recipes.sweep import LanguageSweepConfig, LoraConfig, SweepConfig, TrainConfig
 
     chosen = {"rank_pattern", "alpha_pattern", "extra"}
     swept = {"learning_rate", "seed", "eval_every", "save_every", "keep", "tensorboard",
@@ -75,18 +69,20 @@ def sweep(arguments: argparse.Namespace) -> None:
     """`lora-jax sweep`."""
     from lora_jax.recipes.sweep import sweep_language_model
 
-    sweep_language_model(*_from_file_and_flags(sweep_sections(), arguments), say=_say)
+    sweep_language_model(*_from_file_and_flags(sweep_sections(), arguments), log=_print)
 
 
 def generate_sections() -> list[Section]:
     """The settings of `generate`."""
-    return [Section("", AnswerConfig)]
+    from lora_jax.recipes.generate import GenerateConfig
+
+    return [Section("", GenerateConfig)]
 
 
 def generate(arguments: argparse.Namespace) -> None:
     """`lora-jax generate`."""
     from lora_jax.recipes import finetune
-    from lora_jax.recipes.generate import answer, as_question
+    from lora_jax.recipes.generate import as_messages, generate_texts
 
     config = _from_flags(generate_sections(), arguments)[0]
     model = finetune.load_model(arguments.model, dtype=arguments.dtype, **_held(arguments))
@@ -94,8 +90,8 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.adapter is not None:
         params, _ = finetune.load_adapter(model, arguments.adapter)
     for prompt in _prompts(arguments.prompts):
-        question = prompt if arguments.raw else as_question(prompt, system=arguments.system)
-        _say(answer(model, params, [question], config)[0])
+        question = prompt if arguments.raw else as_messages(prompt, system=arguments.system)
+        _print(generate_texts(model, params, [question], config)[0])
 
 
 def _prompts(given: list[str]) -> Iterable[str]:
@@ -117,7 +113,21 @@ def merge(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         **_held(arguments),
     )
-    _say(f"wrote the merged model to {arguments.output}")
+    _print(f"wrote the merged model to {arguments.output}")
+
+
+def export_targets() -> tuple[str, ...]:
+    """The formats that `export` writes."""
+    from lora_jax.recipes.convert import WRITTEN
+
+    return WRITTEN
+
+
+def convert_targets() -> tuple[str, ...]:
+    """The formats that `convert` writes."""
+    from lora_jax.recipes.convert import CONVERTED
+
+    return CONVERTED
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -135,7 +145,7 @@ def export(arguments: argparse.Namespace) -> None:
         step=arguments.step,
         **_held(arguments),
     )
-    _say(f"wrote the {ADAPTER_FORMATS[arguments.to].holds} to {arguments.output}")
+    _print(f"wrote the {ADAPTER_FORMATS[arguments.to].holds} to {arguments.output}")
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -149,18 +159,20 @@ def convert(arguments: argparse.Namespace) -> None:
         base=arguments.base,
         dtype=arguments.output_dtype,
     )
-    _say(f"wrote the adapter to {arguments.output}")
+    _print(f"wrote the adapter to {arguments.output}")
 
 
 def inspect(arguments: argparse.Namespace) -> None:
     """`lora-jax inspect`."""
-    from lora_jax.recipes.inspect import describe
+    from lora_jax.recipes.inspect import inspect
 
-    _say(describe(arguments.path, tensors=arguments.tensors, check=arguments.check))
+    _print(inspect(arguments.path, tensors=arguments.tensors, check=arguments.check))
 
 
 def estimate_sections() -> list[Section]:
     """The settings of `estimate`."""
+    from lora_jax.recipes.estimate import EstimateConfig
+
     return [Section("", EstimateConfig)]
 
 
@@ -169,7 +181,7 @@ def estimate(arguments: argparse.Namespace) -> None:
     from lora_jax.recipes.estimate import estimate as estimate_memory
 
     config = _from_flags(estimate_sections(), arguments)[0]
-    estimate_memory(arguments.model, config, say=_say)
+    estimate_memory(arguments.model, config, log=_print)
 
 
 def _held(arguments: argparse.Namespace) -> dict:
@@ -177,7 +189,7 @@ def _held(arguments: argparse.Namespace) -> dict:
     return {"quantize": arguments.quantize, "quantize_block": arguments.quantize_block}
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     """Prints at once, in order with the progress bar on standard error."""
     print(text, flush=True)
 

@@ -17,7 +17,8 @@ from lora_jax.analysis.sweep.sweep import rank_sweep
 from lora_jax.compat import EXTRAS, check_installed, require
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import write_text
-from lora_jax.recipes.generate import AnswerConfig, answer
+from lora_jax.recipes.finetune import load_model
+from lora_jax.recipes.generate import GenerateConfig, generate_texts
 from lora_jax.train.batches import (
     Batch,
     data_hash,
@@ -70,7 +71,7 @@ def sweep_language_model(
     lora_config: LoraConfig,
     train_config: TrainConfig,
     *,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Sweep:
     """Sweeps the ranks of a language model on a file; see `rank_sweep`.
 
@@ -79,8 +80,6 @@ def sweep_language_model(
     Raises:
       ValueError: there is no `output_dir`, or any of the configs does not fit the model or data.
     """
-    from lora_jax.recipes.finetune import load_model
-
     check_installed(*EXTRAS["llm"], *(EXTRAS["bleu"] if job.metric == "bleu" else ()))
     output_dir = train_config.output_dir
     if output_dir is None:
@@ -99,16 +98,16 @@ def sweep_language_model(
         train_config,
         metric=job.metric,
         max_length=job.max_length,
-        answers=AnswerConfig(max_new_tokens=job.max_new_tokens, batch_size=job.eval_batch),
+        answers=GenerateConfig(max_new_tokens=job.max_new_tokens, batch_size=job.eval_batch),
     )
     if train_config.steps is None:
         train_config = with_steps(train_config, len(train))
-    found = rank_sweep(task, sweep, lora_config, train_config, say=say)
+    found = rank_sweep(task, sweep, lora_config, train_config, log=log)
     folder = output_dir
     write_text(folder / "table.txt", f"{found}\n")
     found.save_json(folder / "result.json")
     found.plot(folder / "sweep.png", title=f"{job.model} on {job.train_data.name}")
-    say(f"\n{found}\n\nwrote result.json, table.txt and sweep.png to {folder}")
+    log(f"\n{found}\n\nwrote result.json, table.txt and sweep.png to {folder}")
     return found
 
 
@@ -137,7 +136,7 @@ def language_task(
     *,
     metric: str = "loss",
     max_length: int | None = None,
-    answers: AnswerConfig | None = None,
+    answers: GenerateConfig | None = None,
 ) -> Task:
     """A task of learning to complete text.
 
@@ -173,7 +172,7 @@ def language_task(
         return jnp.sum(_nll(outputs, params, batch)) / jnp.sum(batch.weights)
 
     sums = _Sums(outputs)
-    size = (answers or AnswerConfig()).batch_size
+    size = (answers or GenerateConfig()).batch_size
     hash_of = "-".join(data_hash(part) for part in (data, choosing, judged))
     made: dict[str, Any] = {
         "loss": lambda: {
@@ -270,16 +269,16 @@ def _questions(records: Sequence[Record]) -> Mapping[Any, list[str]]:
 class _Generated:
     """The completions that a model generates for the scored prompts."""
 
-    def __init__(self, model, records: Sequence[Record], config: AnswerConfig | None):
+    def __init__(self, model, records: Sequence[Record], config: GenerateConfig | None):
         self.references = _questions(records)
         self._ask = [
             p if isinstance(p, str) else [{"role": r, "content": c} for r, c in p]
             for p in self.references
         ]
-        self._model, self._config = model, config or AnswerConfig()
+        self._model, self._config = model, config or GenerateConfig()
 
     def answers(self, params) -> list[str]:
-        found = answer(self._model, params, self._ask, self._config)
+        found = generate_texts(self._model, params, self._ask, self._config)
         return [text.strip() for text in found]
 
 

@@ -61,7 +61,7 @@ class Keeper:
       described: what makes the training the one it is, JSON values; `base` is a fingerprint.
       every: seconds between checkpoints; 0 for one after each step.
       params: the base, compared with the one that a checkpoint was made over.
-      say: is told when a training goes on.
+      log: receives a line when a training continues.
 
     Attributes:
       folder: of the checkpoint.
@@ -69,9 +69,15 @@ class Keeper:
     """
 
     def __init__(
-        self, folder: Path, described: dict, every: float, *, params, say: Callable[[str], None]
+        self,
+        folder: Path,
+        described: dict,
+        every: float,
+        *,
+        params: Any,
+        log: Callable[[str], None],
     ):
-        self.folder, self._params, self._say = folder, params, say
+        self.folder, self._params, self._log = folder, params, log
         self._described, self._every = {"format": FORMAT, **described}, every
         self._last, self._took, self.begun = time.monotonic(), 0.0, False
 
@@ -92,7 +98,7 @@ class Keeper:
             like = {"state": fresh.state, "losses": jax.numpy.asarray(fresh.losses)}
             found = restore_state(opened, like)
         self.begun = True
-        self._say(f"going on after step {found.step} of {len(fresh.losses)}: {self.folder}")
+        self._log(f"going on after step {found.step} of {len(fresh.losses)}: {self.folder}")
         losses = np.array(found.state["losses"])
         return Progress(found.step, found.state["state"], losses, **meta["progress"])
 

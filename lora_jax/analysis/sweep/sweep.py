@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.merge import merge
 from lora_jax.multi.stack import stack
 from lora_jax.plan.decide import plan as make_plan
+from lora_jax.plan.leaf import Plan
 from lora_jax.train.config import TrainConfig, fixed_fields
 from lora_jax.train.progress import bar
 from lora_jax.tree import count_parameters, init
@@ -32,23 +33,23 @@ def rank_sweep(
     lora_config: LoraConfig,
     train_config: TrainConfig,
     *,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Sweep:
-    """Trains every rank, and every weight, alike, and finds the smallest rank that is enough.
+    """Trains every rank and the whole model alike, and finds the smallest rank that is enough.
 
-    All see the same batches in the same order, for as many steps. Adapters train side by side in
-    one batch. Each rank has the learning rate that is best for it by `task.tuning`. The score is
+    All runs see the same batches in the same order, for as many steps. Adapters train side by side
+    in one batch. Each rank uses the learning rate with the lowest `task.tuning` loss. The score is
     that of the merged weights.
 
     Args:
       task: the base, its loss, its data and its score.
       sweep: what is swept.
-      lora_config: the adapters but for their rank; `alpha` goes with the rank, so that the scale
-        `alpha / rank` is the config's (with rsLoRA `alpha` stays).
-      train_config: `steps`, optimizer and schedule. `output_dir` keeps every run, and of the
-        training under way a checkpoint: a sweep that was stopped goes on where it was with
-        `resume`, and one with more ranks or seeds takes over the runs that are there.
-      say: gets a line for every group of runs.
+      lora_config: the adapters, apart from their rank. `alpha` grows with the rank, so that the
+        scale `alpha / rank` stays that of the config (with rsLoRA `alpha` stays).
+      train_config: `steps`, optimizer and schedule. `output_dir` keeps every run and a checkpoint
+        of the training under way: with `resume` an interrupted sweep continues where it stopped,
+        and a sweep of more ranks or seeds reuses the runs that are there.
+      log: receives a line for every group of runs.
 
     Returns:
       The table, with the smallest rank within the tolerance of full fine-tuning.
@@ -61,7 +62,7 @@ def rank_sweep(
 
     Source: Hu et al. 2021, "LoRA", section 7.1 and tables 6 and 18.
     """
-    return _Sweep(task, sweep, lora_config, train_config, say).run()
+    return _run(plan_sweep(task, sweep, lora_config, train_config, log=log))
 
 
 class _Job(NamedTuple):
@@ -75,254 +76,334 @@ class _Job(NamedTuple):
         return Run(self.rank, self.rate, self.seed, self.steps, 0, (), None, 0.0, 1, None).name
 
 
-class _Sweep:
-    """A sweep under way."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepPlan:
+    """All that the steps of a sweep read.
 
-    def __init__(self, task: Task, sweep, lora_config, train_config, say: Callable):
-        if train_config.steps is None:
-            raise ValueError("`steps` is missing: every rank is trained for as many steps")
-        if task.tuning is None and (
-            len(sweep.learning_rates) > 1 or (sweep.full and len(sweep.full_learning_rates) > 1)
-        ):
-            raise ValueError(
-                "there are several learning rates and no `tuning` loss in the task to choose by: "
-                "give one, or a single learning rate"
-            )
-        self.task, self.sweep, self.say = task, sweep, say
-        self.lora_config, self.train_config = lora_config, train_config
-        self._plans: dict = {}
-        self._parameters: dict = {}
-        self._shapes_of: dict[tuple[int, int], str] = {}
-        self.store = _open(task, sweep, lora_config, train_config)
+    Attributes:
+      task, sweep, lora_config, train_config: the arguments of `rank_sweep`.
+      steps: optimizer steps of every run.
+      store: the finished runs.
+      log: receives the lines for the user.
+      plan_of: the adapter plan of a rank.
+      shapes_of: `(seed, steps) -> digest` of the shapes of the batches that such a run sees.
+      fingerprint: of the base.
 
-    def run(self) -> Sweep:
-        base = self._base()
-        wanted = [*self.sweep.ranks, *([FULL] if self.sweep.full else [])]
-        steps, first = self.train_config.steps, self.sweep.seeds[0]
-        # A single candidate needs no trial.
-        trial = self.sweep.tune_steps or steps
-        trials = [_Job(r, rate, first, trial) for r in wanted for rate in self._rates(r)
-                  if len(self._rates(r)) > 1]  # fmt: skip
-        self._train([j for j in trials if not self._tuned(j)])
-        rates = {rank: self._best(rank, first, trial) for rank in wanted}
-        jobs = [_Job(r, rates[r], seed, steps) for r in wanted for seed in self.sweep.seeds]
-        for job in trials:
-            if job not in jobs:
-                self.store.forget(self.store.runs[job.name])
-        self._train([j for j in jobs if not self._trained_already(j)])
-        for job in jobs:
-            self._score(job)
-        chosen = {rank: [self.store.runs[j.name] for j in jobs if j.rank == rank]
-                  for rank in wanted}  # fmt: skip
-        return summarize(
-            {BASE: [base], **chosen},
-            list(self.store.runs.values()),
-            reduce=self.task.reduce,
-            metric=self.task.metric,
-            lower_is_better=self.task.lower_is_better,
-            tolerance=self.sweep.tolerance,
+    The last three are computed when first needed and kept, since a resumed sweep may need none.
+    """
+
+    task: Task
+    sweep: SweepConfig
+    lora_config: LoraConfig
+    train_config: TrainConfig
+    steps: int
+    store: Store
+    log: Callable[[str], None]
+    plan_of: Callable[[int], Plan]
+    shapes_of: Callable[[int, int], str]
+    fingerprint: Callable[[], dict[str, str]]
+
+
+def _check(task: Task, sweep: SweepConfig, train_config: TrainConfig) -> None:
+    if train_config.steps is None:
+        raise ValueError("`steps` is missing: every rank is trained for as many steps")
+    if task.tuning is None and (
+        len(sweep.learning_rates) > 1 or (sweep.full and len(sweep.full_learning_rates) > 1)
+    ):
+        raise ValueError(
+            "there are several learning rates and no `tuning` loss in the task to choose by: "
+            "give one, or a single learning rate"
         )
 
-    def _rates(self, rank: int | str) -> tuple[float, ...]:
-        return self.sweep.full_learning_rates if rank == FULL else self.sweep.learning_rates
 
-    def _best(self, rank: int | str, seed: int, steps: int) -> float:
-        rates = self._rates(rank)
-        if len(rates) == 1:
-            return rates[0]
+def plan_sweep(
+    task: Task,
+    sweep: SweepConfig,
+    lora_config: LoraConfig,
+    train_config: TrainConfig,
+    *,
+    log: Callable[[str], None],
+) -> SweepPlan:
+    """Checks a sweep and opens its folder; arguments and errors are those of `rank_sweep`."""
+    _check(task, sweep, train_config)
 
-        def loss(rate: float) -> float:
-            found = self.store.runs[_Job(rank, rate, seed, steps).name].tuning
-            return found if found is not None and np.isfinite(found) else np.inf
+    batch_of = functools.cache(functools.partial(_first_batch, task))
 
-        best = min(rates, key=loss)
-        if not np.isfinite(loss(best)):
-            raise FloatingPointError(
-                f"rank {rank}: with every learning rate of {rates} the loss is not finite in the "
-                "end: give lower ones"
-            )
-        self.say(f"rank {rank}: learning rate {best:g} (tuning loss {loss(best):.4f})")
-        return best
+    def plan_of(rank: int) -> Plan:
+        config = with_rank(lora_config, rank)
+        return make_plan(config, task.loss, task.params, batch_of(sweep.seeds[0]))
 
-    def _base(self) -> Run:
-        """The score as it came; before anything is trained, as it shows what is wrong with it."""
-        run = Run(BASE, 0.0, 0, 0, 0, (), None, 0.0, 1, None)
-        if run.name in self.store.runs:
-            return self.store.runs[run.name]
-        values = _checked(self.task.score(self.task.params), "the base")
-        run = run._replace(values=values)
-        self.store.scored(run)
-        self.say(f"as it came: {self.task.metric} {self.task.reduce(values):.4f}")
-        return run
+    assert train_config.steps is not None
+    return SweepPlan(
+        task=task,
+        sweep=sweep,
+        lora_config=lora_config,
+        train_config=train_config,
+        steps=train_config.steps,
+        store=_open(task, sweep, lora_config, train_config),
+        log=log,
+        plan_of=functools.cache(plan_of),
+        shapes_of=functools.cache(functools.partial(_shapes, task)),
+        fingerprint=functools.cache(functools.partial(fingerprint, task.params)),
+    )
 
-    def _train(self, jobs: Sequence[_Job]) -> None:
-        """Trains what was under way, then the rest: adapters in groups, whole models one by one."""
-        begun = list(self._begun(jobs))
-        left = [j for j in jobs if j not in [member for group in begun for member in group]]
-        for group in (*begun, *self._groups(left)):
-            self._train_group(group)
 
-    def _begun(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
-        """The groups of these jobs that have a checkpoint."""
-        wanted = {job.name: job for job in jobs}
-        for found in self.store.unfinished():
-            members = [wanted[name] for name in found.jobs if name in wanted]
-            if not members:
-                continue
-            if len(members) < len(found.jobs):
-                why = "other runs train with them in it, which are not wanted now"
-            elif len(members) > self.sweep.together:
-                why = f"it holds {len(members)} adapters, and `together` is {self.sweep.together}"
-            else:
-                yield members
-                continue
-            self.say(f"{found.folder}: started again, not gone on with after step {found.step}: "
-                     f"{why}")  # fmt: skip
+def _run(plan: SweepPlan) -> Sweep:
+    task, sweep, store = plan.task, plan.sweep, plan.store
+    # The base is scored before anything is trained: a wrong task or data set shows at once.
+    base = _base(plan)
+    ranks = [*sweep.ranks, *([FULL] if sweep.full else [])]
+    trials = _trials(plan, ranks)
+    _train(plan, [j for j in trials if not _is_tuned(store, j)])
+    rates = {rank: _best_rate(plan, rank) for rank in ranks}
+    jobs = [_Job(r, rates[r], seed, plan.steps) for r in ranks for seed in sweep.seeds]
+    for job in trials:
+        if job not in jobs:
+            store.forget(store.runs[job.name])
+    _train(plan, [j for j in jobs if not _is_trained(store, j)])
+    for job in jobs:
+        _score(plan, job)
+    chosen = {rank: [store.runs[j.name] for j in jobs if j.rank == rank] for rank in ranks}
+    return summarize(
+        {BASE: [base], **chosen},
+        list(store.runs.values()),
+        reduce=task.reduce,
+        metric=task.metric,
+        lower_is_better=task.lower_is_better,
+        tolerance=sweep.tolerance,
+    )
 
-    def _groups(self, jobs: Sequence[_Job]) -> list[list[_Job]]:
-        """Adapters that train side by side: for as many steps, on batches of the same shapes."""
-        several = len({j.seed for j in jobs if j.rank != FULL}) > 1
-        alike: dict[tuple, list[_Job]] = {}
-        for job in jobs:
-            kind = job.name if job.rank == FULL else self._shapes(job) if several else ""
-            alike.setdefault((kind, job.steps), []).append(job)
-        size = self.sweep.together
-        parts = [range(0, len(members), size) for members in alike.values()]
-        return [m[at : at + size] for m, part in zip(alike.values(), parts, strict=True)
-                for at in part]  # fmt: skip
 
-    def _shapes(self, job: _Job) -> str:
-        """A digest of the shapes of the batches that a job sees."""
-        if (key := (job.seed, job.steps)) not in self._shapes_of:
-            found = hashlib.sha256()
-            for batch in itertools.islice(self.task.batches(job.seed), job.steps):
-                kinds = jax.tree.map(lambda x: f"{np.asarray(x).dtype}{np.shape(x)}", batch)
-                found.update(str(kinds).encode())
-            self._shapes_of[key] = found.hexdigest()
-        return self._shapes_of[key]
+def _base(plan: SweepPlan) -> Run:
+    """The score of the base before training."""
+    run = Run(BASE, 0.0, 0, 0, 0, (), None, 0.0, 1, None)
+    if run.name in plan.store.runs:
+        return plan.store.runs[run.name]
+    values = _checked(plan.task.score(plan.task.params), "the base")
+    run = run._replace(values=values)
+    plan.store.scored(run)
+    plan.log(f"as it came: {plan.task.metric} {plan.task.reduce(values):.4f}")
+    return run
 
-    def _tuned(self, job: _Job) -> bool:
-        return job.name in self.store.runs and self.store.runs[job.name].tuning is not None
 
-    def _trained_already(self, job: _Job) -> bool:
-        run = self.store.runs.get(job.name)
-        return run is not None and (run.values is not None or self.store.holds(run))
+# --- learning rates -----------------------------------------------------------------------------
 
-    def _train_group(self, jobs: Sequence[_Job]) -> None:
-        names = ", ".join(f"{j.rank} ({j.rate:g})" for j in jobs)
-        seeds = ", ".join(str(seed) for seed in dict.fromkeys(j.seed for j in jobs))
-        shown = bar(
-            self.train_config.progress,
-            total=jobs[0].steps,
-            desc=f"rank {names}, seed {seeds}",
-            leave=False,
+
+def _rates(sweep: SweepConfig, rank: int | str) -> tuple[float, ...]:
+    return sweep.full_learning_rates if rank == FULL else sweep.learning_rates
+
+
+def _tune_steps(plan: SweepPlan) -> int:
+    return plan.sweep.tune_steps or plan.steps
+
+
+def _trials(plan: SweepPlan, ranks: Sequence[int | str]) -> list[_Job]:
+    """The runs that choose learning rates; a single candidate needs none."""
+    return [
+        _Job(rank, rate, plan.sweep.seeds[0], _tune_steps(plan))
+        for rank in ranks
+        for rate in _rates(plan.sweep, rank)
+        if len(_rates(plan.sweep, rank)) > 1
+    ]
+
+
+def _best_rate(plan: SweepPlan, rank: int | str) -> float:
+    rates = _rates(plan.sweep, rank)
+    if len(rates) == 1:
+        return rates[0]
+
+    def loss(rate: float) -> float:
+        job = _Job(rank, rate, plan.sweep.seeds[0], _tune_steps(plan))
+        found = plan.store.runs[job.name].tuning
+        return found if found is not None and np.isfinite(found) else np.inf
+
+    best = min(rates, key=loss)
+    if not np.isfinite(loss(best)):
+        raise FloatingPointError(
+            f"rank {rank}: with every learning rate of {rates} the loss is not finite in the "
+            "end: give lower ones"
         )
+    plan.log(f"rank {rank}: learning rate {best:g} (tuning loss {loss(best):.4f})")
+    return best
 
-        def advance(loss: float) -> None:
-            shown.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            shown.update()
 
-        with shown:
-            found = self._trained(jobs, advance)
-        runs = [self._run_of(job, found, i, len(jobs)) for i, job in enumerate(jobs)]
-        # All at once: a group of which one is missing would have to be trained again.
-        for run, tree in zip(runs, found.trees, strict=True):
-            self.store.trained(run, tree)
-        self.store.finished(runs)
-        self.say(f"trained {names}: {found.seconds:.0f} s")
+def _is_tuned(store: Store, job: _Job) -> bool:
+    return job.name in store.runs and store.runs[job.name].tuning is not None
 
-    def _run_of(self, job: _Job, found: Trained, place: int, together: int) -> Run:
-        tuning = self.task.tuning
-        return Run(
-            *job,
-            parameters=self._count(job),
-            losses=found.losses[place].tolist(),
-            tuning=None if tuning is None else float(tuning(merge(found.trees[place]))),
-            seconds=found.seconds / together,
-            together=together,
-            values=None,
-        )
 
-    def _trained(self, jobs: Sequence[_Job], advance: Callable) -> Trained:
-        config = dataclasses.replace(self.train_config, steps=jobs[0].steps)
-        seeds = list(dict.fromkeys(job.seed for job in jobs))
-        batches, key = self.task.batches(seeds[0]), jax.random.key(seeds[0])
-        keeper = self._keeper(jobs)
-        if jobs[0].rank == FULL:
-            return train_full(
-                self.task.loss, self.task.params, jobs[0].rate, batches, config,
-                key=key, advance=advance, keeper=keeper,
-            )  # fmt: skip
-        sources = None
-        if len(seeds) > 1:
-            batches = zip(*(self.task.batches(seed) for seed in seeds), strict=False)
-            sources = [seeds.index(job.seed) for job in jobs]
-        return train_adapters(
-            self.task.loss, [self._adapter(job) for job in jobs], [j.rate for j in jobs], batches,
-            config, key=key, sources=sources, advance=advance, keeper=keeper,
-        )  # fmt: skip
+def _is_trained(store: Store, job: _Job) -> bool:
+    run = store.runs.get(job.name)
+    return run is not None and (run.values is not None or store.holds(run))
 
-    def _keeper(self, jobs: Sequence[_Job]) -> Keeper | None:
-        folder = self.store.place_of([job.name for job in jobs])
-        if folder is None or self.sweep.save_every is None:
-            return None
-        described = {"jobs": [job.name for job in jobs], "base": self._fingerprint}
-        return Keeper(
-            folder, described, self.sweep.save_every, params=self.task.params, say=self.say
-        )
 
-    def _count(self, job: _Job) -> int:
-        """The trained parameters, padding left out."""
-        if job.rank not in self._parameters:
-            tree = self.task.params if job.rank == FULL else self._adapter(job)
-            counted = count_parameters(tree)
-            self._parameters[job.rank] = counted.total if job.rank == FULL else counted.trainable
-        return self._parameters[job.rank]
+# --- training -----------------------------------------------------------------------------------
 
-    def _score(self, job: _Job) -> None:
-        run = self.store.runs[job.name]
-        if run.values is not None:
-            return
-        tree = self.store.tree(run, self._like(job))
-        values = _checked(self.task.score(merge(tree)), f"rank {job.rank}")
-        base = self.store.runs[_Job(BASE, 0.0, 0, 0).name]
-        if base.values is None or len(values) != len(base.values):
-            raise ValueError(
-                f"`score` gave {len(values)} values for rank {job.rank}, and others for the base: "
-                "it must give a row for each example, the same examples each time"
-            )
-        self.store.scored(run._replace(values=values))
-        self.say(f"rank {job.rank}: {self.task.metric} {self.task.reduce(values):.4f}")
 
-    def _adapter(self, job: _Job):
-        plan = self._plan(job.rank)
-        return init(jax.random.key(job.seed), plan, self.task.params)
+def _train(plan: SweepPlan, jobs: Sequence[_Job]) -> None:
+    """Trains interrupted groups first, then the rest: adapters in groups, full runs one by one."""
+    begun = list(_begun(plan, jobs))
+    left = [j for j in jobs if j not in [member for group in begun for member in group]]
+    for group in (*begun, *_groups(plan, left)):
+        _train_group(plan, group)
 
-    def _plan(self, rank: int | str):
-        if rank not in self._plans:
-            config = with_rank(self.lora_config, int(rank))
-            self._plans[rank] = make_plan(config, self.task.loss, self.task.params, self._batch)
-        return self._plans[rank]
 
-    def _like(self, job: _Job):
-        """A tree of the structure that training gives."""
+def _begun(plan: SweepPlan, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+    """The groups of these jobs that have a checkpoint."""
+    wanted = {job.name: job for job in jobs}
+    for found in plan.store.unfinished():
+        members = [wanted[name] for name in found.jobs if name in wanted]
+        if not members:
+            continue
+        if len(members) < len(found.jobs):
+            why = "other runs train with them in it, which are not wanted now"
+        elif len(members) > plan.sweep.together:
+            why = f"it holds {len(members)} adapters, and `together` is {plan.sweep.together}"
+        else:
+            yield members
+            continue
+        plan.log(f"{found.folder}: started again, not gone on with after step {found.step}: {why}")
+
+
+def _groups(plan: SweepPlan, jobs: Sequence[_Job]) -> list[list[_Job]]:
+    """Adapters that train side by side: for as many steps, on batches of the same shapes."""
+    several = len({j.seed for j in jobs if j.rank != FULL}) > 1
+    alike: dict[tuple, list[_Job]] = {}
+    for job in jobs:
         if job.rank == FULL:
-            return self.task.params
-        return multi.adapter(stack([self._adapter(job)], train=True), 0)
-
-    @functools.cached_property
-    def _fingerprint(self) -> dict[str, str]:
-        return fingerprint(self.task.params)
-
-    @functools.cached_property
-    def _batch(self):
-        batch = next(iter(self.task.batches(self.sweep.seeds[0])), None)
-        if batch is None:
-            raise ValueError("`batches` gave no batch: the training set is empty")
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), batch)
+            kind = job.name
+        else:
+            kind = plan.shapes_of(job.seed, job.steps) if several else ""
+        alike.setdefault((kind, job.steps), []).append(job)
+    size = plan.sweep.together
+    return [m[at : at + size] for m in alike.values() for at in range(0, len(m), size)]
 
 
-def _checked(values, whose: str) -> np.ndarray:
+def _shapes(task: Task, seed: int, steps: int) -> str:
+    found = hashlib.sha256()
+    for batch in itertools.islice(task.batches(seed), steps):
+        kinds = jax.tree.map(lambda x: f"{np.asarray(x).dtype}{np.shape(x)}", batch)
+        found.update(str(kinds).encode())
+    return found.hexdigest()
+
+
+def _train_group(plan: SweepPlan, jobs: Sequence[_Job]) -> None:
+    names = ", ".join(f"{j.rank} ({j.rate:g})" for j in jobs)
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(j.seed for j in jobs))
+    shown = bar(
+        plan.train_config.progress,
+        total=jobs[0].steps,
+        desc=f"rank {names}, seed {seeds}",
+        leave=False,
+    )
+
+    def advance(loss: float) -> None:
+        shown.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        shown.update()
+
+    with shown:
+        found = _trained(plan, jobs, advance)
+    runs = [_run_of(plan, job, found, i, len(jobs)) for i, job in enumerate(jobs)]
+    # All are stored together: a group with one run missing would have to be trained again.
+    for run, tree in zip(runs, found.trees, strict=True):
+        plan.store.trained(run, tree)
+    plan.store.finished(runs)
+    plan.log(f"trained {names}: {found.seconds:.0f} s")
+
+
+def _trained(plan: SweepPlan, jobs: Sequence[_Job], advance: Callable[[float], None]) -> Trained:
+    task = plan.task
+    config = dataclasses.replace(plan.train_config, steps=jobs[0].steps)
+    seeds = list(dict.fromkeys(job.seed for job in jobs))
+    batches, key = task.batches(seeds[0]), jax.random.key(seeds[0])
+    keeper = _keeper(plan, jobs)
+    if jobs[0].rank == FULL:
+        return train_full(
+            task.loss, task.params, jobs[0].rate, batches, config,
+            key=key, advance=advance, keeper=keeper,
+        )  # fmt: skip
+    sources = None
+    if len(seeds) > 1:
+        batches = zip(*(task.batches(seed) for seed in seeds), strict=False)
+        sources = [seeds.index(job.seed) for job in jobs]
+    return train_adapters(
+        task.loss, [_adapter(plan, job) for job in jobs], [j.rate for j in jobs], batches,
+        config, key=key, sources=sources, advance=advance, keeper=keeper,
+    )  # fmt: skip
+
+
+def _keeper(plan: SweepPlan, jobs: Sequence[_Job]) -> Keeper | None:
+    names = [job.name for job in jobs]
+    folder = plan.store.place_of(names)
+    if folder is None or plan.sweep.save_every is None:
+        return None
+    described = {"jobs": names, "base": plan.fingerprint()}
+    return Keeper(folder, described, plan.sweep.save_every, params=plan.task.params, log=plan.log)
+
+
+def _run_of(plan: SweepPlan, job: _Job, found: Trained, place: int, together: int) -> Run:
+    tuning = plan.task.tuning
+    return Run(
+        *job,
+        parameters=_count(plan, job),
+        losses=found.losses[place].tolist(),
+        tuning=None if tuning is None else float(tuning(merge(found.trees[place]))),
+        seconds=found.seconds / together,
+        together=together,
+        values=None,
+    )
+
+
+def _count(plan: SweepPlan, job: _Job) -> int:
+    """The trained parameters, without the padding to the largest rank of the group."""
+    if job.rank == FULL:
+        return count_parameters(plan.task.params).total
+    shapes = jax.eval_shape(lambda params: _init(plan, job, params), plan.task.params)
+    return count_parameters(shapes).trainable
+
+
+# --- scores -------------------------------------------------------------------------------------
+
+
+def _score(plan: SweepPlan, job: _Job) -> None:
+    task, store = plan.task, plan.store
+    run = store.runs[job.name]
+    if run.values is not None:
+        return
+    tree = store.tree(run, _like(plan, job))
+    values = _checked(task.score(merge(tree)), f"rank {job.rank}")
+    base = store.runs[_Job(BASE, 0.0, 0, 0).name]
+    if base.values is None or len(values) != len(base.values):
+        raise ValueError(
+            f"`score` gave {len(values)} values for rank {job.rank}, and others for the base: "
+            "it must give a row for each example, the same examples each time"
+        )
+    store.scored(run._replace(values=values))
+    plan.log(f"rank {job.rank}: {task.metric} {task.reduce(values):.4f}")
+
+
+def _like(plan: SweepPlan, job: _Job) -> Any:
+    """A tree of the structure that training gives."""
+    if job.rank == FULL:
+        return plan.task.params
+    return multi.adapter(stack([_adapter(plan, job)], train=True), 0)
+
+
+def _adapter(plan: SweepPlan, job: _Job) -> Any:
+    return _init(plan, job, plan.task.params)
+
+
+def _init(plan: SweepPlan, job: _Job, params: Any) -> Any:
+    return init(jax.random.key(job.seed), plan.plan_of(int(job.rank)), params)
+
+
+def _first_batch(task: Task, seed: int) -> Any:
+    batch = next(iter(task.batches(seed)), None)
+    if batch is None:
+        raise ValueError("`batches` gave no batch: the training set is empty")
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), batch)
+
+
+def _checked(values: Any, whose: str) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.ndim == 0 or not len(values):
         raise ValueError(

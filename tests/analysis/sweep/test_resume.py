@@ -12,7 +12,7 @@ import pytest
 
 from lora_jax import analysis
 from lora_jax.analysis.sweep import store, train
-from lora_jax.analysis.sweep.sweep import _Job, _Sweep
+from lora_jax.analysis.sweep.sweep import _begun, _Job, plan_sweep
 from lora_jax.checkpoint import fingerprint
 
 from tests.analysis.sweep.test_sweep import CONFIG, PARAMS, SWEEP, TASK, TRAIN, batches, score
@@ -60,7 +60,7 @@ def sweep(folder, source=batches, **options):
     config = dataclasses.replace(TRAIN, steps=STEPS, output_dir=folder, resume=True)
     task = TASK._replace(batches=source, score=seen)
     settings = dataclasses.replace(SMALL, **options)
-    return analysis.rank_sweep(task, settings, ADAPTERS, config, say=said.append), weights, said
+    return analysis.rank_sweep(task, settings, ADAPTERS, config, log=said.append), weights, said
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,9 @@ def test_only_what_fits_is_gone_on_with(stopped):
 
     def begun(ranks, together=2):
         settings = dataclasses.replace(SMALL, together=together)
-        under_way = _Sweep(TASK, settings, ADAPTERS, config, said.append)
+        under_way = plan_sweep(TASK, settings, ADAPTERS, config, log=said.append)
         jobs = [_Job(rank, 1e-2, 0, STEPS) for rank in ranks]
-        return [[job.rank for job in group] for group in under_way._begun(jobs)]
+        return [[job.rank for job in group] for group in _begun(under_way, jobs)]
 
     assert begun((4, 2, 1)) == [[1, 2]] and begun((4, 8)) == [] and not said
     assert begun((1, 2), together=1) == []
@@ -119,7 +119,7 @@ def test_only_what_fits_is_gone_on_with(stopped):
 
 def keeper(folder, params=PARAMS, jobs=("a", "b")):
     described = {"jobs": list(jobs), "base": fingerprint(params)}
-    return store.Keeper(folder, described, 0, params=params, say=lambda _: None)
+    return store.Keeper(folder, described, 0, params=params, log=lambda _: None)
 
 
 def progress(width=4, step=0):
@@ -165,7 +165,7 @@ def test_other_batches_than_those_trained_on_are_refused():
 def test_writing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(store.time, "monotonic", lambda: now[0])
-    kept = store.Keeper(tmp_path, {}, 60, params=PARAMS, say=print)
+    kept = store.Keeper(tmp_path, {}, 60, params=PARAMS, log=print)
     assert not kept.due()
     now[0] = 60.0
     assert kept.due()

@@ -13,7 +13,7 @@ import lora_jax as lora
 from lora_jax import analysis
 from lora_jax.analysis.sweep import train
 from lora_jax.analysis.sweep.config import with_rank
-from lora_jax.analysis.sweep.sweep import _Job, _Sweep
+from lora_jax.analysis.sweep.sweep import _groups, _Job, plan_sweep
 from lora_jax.train import TrainConfig
 from lora_jax.train.step import optimizer
 
@@ -134,7 +134,7 @@ def swept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     config = dataclasses.replace(TRAIN, output_dir=folder)
     said: list[str] = []
-    return folder, analysis.rank_sweep(TASK, SWEEP, CONFIG, config, say=said.append), said
+    return folder, analysis.rank_sweep(TASK, SWEEP, CONFIG, config, log=said.append), said
 
 
 def test_the_rank_of_the_task_is_found(swept):
@@ -203,7 +203,7 @@ def test_nothing_is_lost_when_scoring_fails(tmp_path):
     with pytest.raises(OSError, match="the disk is full"):
         analysis.rank_sweep(TASK._replace(score=breaks), sweep, CONFIG, config)
     resumed = analysis.rank_sweep(
-        TASK, sweep, CONFIG, dataclasses.replace(config, resume=True), say=calls.append
+        TASK, sweep, CONFIG, dataclasses.replace(config, resume=True), log=calls.append
     )
     assert not any("trained" in line for line in calls if isinstance(line, str))
     whole = analysis.rank_sweep(TASK, sweep, CONFIG, dataclasses.replace(config, output_dir=None))
@@ -213,7 +213,7 @@ def test_nothing_is_lost_when_scoring_fails(tmp_path):
 def test_a_short_search_for_the_learning_rate(tmp_path):
     config = dataclasses.replace(TRAIN, steps=20)
     sweep = dataclasses.replace(SWEEP, ranks=(4,), full=False, tune_steps=5)
-    found = analysis.rank_sweep(TASK, sweep, CONFIG, config, say=lambda _: None)
+    found = analysis.rank_sweep(TASK, sweep, CONFIG, config, log=lambda _: None)
     assert all(run.seconds > 0 for run in found.runs if run.rank == 4)
     assert sorted((r.steps, r.values is not None) for r in found.runs if r.rank == 4) == [
         (5, False), (5, False), (20, True),
@@ -240,12 +240,12 @@ def test_adapters_of_several_seeds_each_see_their_own_batches():
 
 def test_seeds_stand_side_by_side_where_their_batches_have_the_same_shapes():
     def groups(source):
-        under_way = _Sweep(
+        under_way = plan_sweep(
             TASK._replace(batches=source), dataclasses.replace(SWEEP, together=4), CONFIG, TRAIN,
-            print,
+            log=print,
         )  # fmt: skip
         jobs = [_Job(r, 1e-2, s, 60) for r in (1, 2, "full") for s in (0, 1, 2)]
-        return [[(j.rank, j.seed) for j in group] for group in under_way._groups(jobs)]
+        return [[(j.rank, j.seed) for j in group] for group in _groups(under_way, jobs)]
 
     alone = [[("full", s)] for s in (0, 1, 2)]
     assert groups(batches) == [
@@ -263,9 +263,9 @@ def test_more_ranks_and_seeds_take_over_the_runs_that_are_there(tmp_path):
     fewer = dataclasses.replace(SWEEP, ranks=(1,), learning_rates=(1e-2,), together=5)
     more = dataclasses.replace(fewer, ranks=(1, 2), seeds=(0, 1, 2))
     said: list[str] = []
-    first = analysis.rank_sweep(TASK, fewer, CONFIG, config, say=said.append)
+    first = analysis.rank_sweep(TASK, fewer, CONFIG, config, log=said.append)
     del said[:]
-    found = analysis.rank_sweep(TASK, more, CONFIG, config, say=said.append)
+    found = analysis.rank_sweep(TASK, more, CONFIG, config, log=said.append)
     trained = [line.partition(":")[0] for line in said if line.startswith("trained")]
     full = "trained full (0.03)"
     assert trained == ["trained " + ", ".join(["1 (0.01)"] * 2 + ["2 (0.01)"] * 3), full, full]
