@@ -4,7 +4,8 @@ What happens between a block's projections and its output is one function, `Atte
 queries and keys, stores the keys and values, and mixes. Blocks that slide (a token sees only so
 many before it) and blocks that do not get different ones, from a `Sight`.
 
-B batch, T new tokens, S key slots, N query heads, K key/value heads, H size of a head, L blocks.
+B batch, T new tokens, S length of the cache, N query heads, K key/value heads, H size of a head,
+L blocks.
 """
 
 from collections.abc import Callable

@@ -251,7 +251,7 @@ class Runner(NamedTuple):
 ROWS = Cache._make((0, 0, 0, None))
 
 
-def runner(forward, params, rows: int, slots: int) -> Runner:
+def runner(forward, params, rows: int, cache_length: int) -> Runner:
     """What decodes a batch.
 
     Args:
@@ -259,19 +259,21 @@ def runner(forward, params, rows: int, slots: int) -> Runner:
       params: its parameters, plain or with LoRA leaves, or adapters chosen for the rows
         (`lora.select`).
       rows: of the batch.
-      slots: tokens a row of the cache has room for.
+      cache_length: the most tokens of a row.
     """
     if any(is_stack(x) for x in jax.tree.leaves(params, is_leaf=is_lora)):
-        return _by_row(forward, params, rows, slots)
+        return _by_row(forward, params, rows, cache_length)
     run, head = lorafy(forward.apply), lorafy(forward.head)
 
     def apply(tokens: Int[Array, "b t"], mask: Bool[Array, "b t"] | None, cache):  # noqa: F722
         return run(params, tokens, mask=mask, cache=cache, return_hidden=True)
 
-    return Runner(apply, lambda hidden: head(params, hidden), forward.init_cache(rows, slots))
+    return Runner(
+        apply, lambda hidden: head(params, hidden), forward.init_cache(rows, cache_length)
+    )
 
 
-def _by_row(forward, params, rows: int, slots: int) -> Runner:
+def _by_row(forward, params, rows: int, cache_length: int) -> Runner:
     parts = by_row(params)
     if (chosen := parts.arrays[0].shape[parts.axes[0]]) != rows:
         raise ValueError(f"adapters are chosen for {chosen} rows, but there are {rows} prompts")
@@ -294,6 +296,6 @@ def _by_row(forward, params, rows: int, slots: int) -> Runner:
 
         return jax.vmap(one_head, in_axes=(parts.axes, 0))(parts.arrays, hidden)
 
-    cache = forward.init_cache(1, slots)
+    cache = forward.init_cache(1, cache_length)
     wide = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), cache)
     return Runner(apply, logits, wide._replace(length=cache.length))

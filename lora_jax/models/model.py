@@ -73,7 +73,7 @@ class Forward:
             or from what the cache holds.
           mask: true at real tokens; padding may be on either side. Texts padded on the right
             need none: no real token attends to what follows it.
-          cache: from `init_cache` or an earlier call. Its slots must have room for the tokens.
+          cache: from `init_cache` or an earlier call. It must have room for the tokens.
           return_hidden: return what the head would be applied to.
 
         Returns:
@@ -130,18 +130,18 @@ class Forward:
         count = self.config.num_hidden_layers
         return stacked(shapes, self.module.BLOCKS, count) if self.scan else shapes
 
-    def init_cache(self, batch: int, slots: int) -> Cache:
-        """An empty cache for `slots` tokens a row."""
+    def init_cache(self, batch: int, cache_length: int) -> Cache:
+        """An empty cache of `cache_length` tokens a row."""
         config = self.config
         shape = (
             config.num_hidden_layers,
             batch,
-            slots,
+            cache_length,
             config.num_key_value_heads,
             config.head_dim,
         )
         empty = jnp.zeros(shape, self.dtype)
-        return Cache(empty, empty, jnp.zeros((batch, slots), bool), jnp.int32(0))
+        return Cache(empty, empty, jnp.zeros((batch, cache_length), bool), jnp.int32(0))
 
 
 @dataclass(frozen=True, eq=False)

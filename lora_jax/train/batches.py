@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_jax.compat import require
-from lora_jax.train.buckets import Slot, best_ladder, check_ladder, plan_epoch, plan_once
+from lora_jax.train.buckets import Bucket, best_ladder, check_ladder, plan_epoch, plan_once
 from lora_jax.train.examples import Example
 
 # Above this share of the grid, picking positions out costs more than the outputs it saves.
@@ -122,18 +122,18 @@ def loader(
 
 
 def _places(
-    data: Sequence[Example], size: int, plans: Sequence[list[Slot]]
+    data: Sequence[Example], size: int, plans: Sequence[list[Bucket]]
 ) -> dict[int, tuple[int, ...]]:
     """The one or two P of each rung that the batches of these plans need."""
     needs: dict[int, list[int]] = {}
-    for slot in (slot for plan in plans for slot in plan):
-        needs.setdefault(slot.rung, []).append(_needed(data, slot, size))
+    for bucket in (bucket for plan in plans for bucket in plan):
+        needs.setdefault(bucket.rung, []).append(_needed(data, bucket, size))
     return {rung: _places_of(counts, size * rung) for rung, counts in needs.items()}
 
 
-def _needed(data: Sequence[Example], slot: Slot, size: int) -> int:
-    """The most learned tokens that a microbatch of a slot has."""
-    learned = [int(data[i].learned.sum()) for i in slot.rows]
+def _needed(data: Sequence[Example], bucket: Bucket, size: int) -> int:
+    """The most learned tokens that a microbatch of a bucket has."""
+    learned = [int(data[i].learned.sum()) for i in bucket.rows]
     return max(sum(learned[i : i + size]) for i in range(0, len(learned), size))
 
 
@@ -158,7 +158,7 @@ def _rows(loader: Loader) -> int:
     return loader.batch_size * loader.accumulation
 
 
-def _epoch(loader: Loader, epoch: int) -> list[Slot]:
+def _epoch(loader: Loader, epoch: int) -> list[Bucket]:
     lengths = [len(e.tokens) for e in loader.examples]
     return plan_epoch(lengths, loader.ladder, _rows(loader), seed=loader.seed, epoch=epoch)
 
@@ -177,9 +177,9 @@ class _Batches:
 
     def __getitem__(self, index):
         epoch, number = divmod(int(index), self.size)
-        slot = self.epoch(epoch)[number]
-        tokens = sum(len(self.loader.examples[i].tokens) for i in slot.rows)
-        return Item(make_batch(self.loader, slot), tokens, epoch)
+        bucket = self.epoch(epoch)[number]
+        tokens = sum(len(self.loader.examples[i].tokens) for i in bucket.rows)
+        return Item(make_batch(self.loader, bucket), tokens, epoch)
 
 
 def iterate(loader: Loader, steps: int, *, prefetch: int = 2):
@@ -211,18 +211,18 @@ def once(loader: Loader) -> list[Batch]:
     return [make_batch(loader, s) for s in plan_once(lengths, loader.ladder, _rows(loader))]
 
 
-def make_batch(loader: Loader, slot: Slot) -> Batch:
-    """Looks the tokens of a slot up and pads them."""
-    rows = [loader.examples[i] for i in slot.rows]
+def make_batch(loader: Loader, bucket: Bucket) -> Batch:
+    """Looks the tokens of a bucket up and pads them."""
+    rows = [loader.examples[i] for i in bucket.rows]
     # Rows that are missing from an epoch's last batch repeat the first one and learn nothing: a
     # row of only padding would put a softmax over nothing into the model.
     spare = rows[0]._replace(learned=np.zeros_like(rows[0].learned))
     rows += [spare] * (_rows(loader) - len(rows))
     size = loader.batch_size
-    needed = _needed(loader.examples, slot, size)
-    places = next(p for p in loader.places[slot.rung] if p >= needed)
+    needed = _needed(loader.examples, bucket, size)
+    places = next(p for p in loader.places[bucket.rung] if p >= needed)
     parts = [
-        _microbatch(rows[i : i + size], slot.rung, places, loader.pad_id)
+        _microbatch(rows[i : i + size], bucket.rung, places, loader.pad_id)
         for i in range(0, len(rows), size)
     ]
     return Batch(*(np.stack(part) for part in zip(*parts, strict=True)))
@@ -265,4 +265,4 @@ def data_hash(data: Sequence[Example]) -> str:
 def padding_share(loader: Loader) -> float:
     """The share of an epoch's grid that is padding, 0 to 1."""
     real = sum(len(e.tokens) for e in loader.examples)
-    return 1 - real / sum(slot.rung * _rows(loader) for slot in _epoch(loader, 0))
+    return 1 - real / sum(bucket.rung * _rows(loader) for bucket in _epoch(loader, 0))

@@ -18,7 +18,7 @@ MULTIPLE = 8  # rungs are multiples of this: whole vector registers on a CPU, ti
 _MOST_RUNGS = 512
 
 
-class Slot(NamedTuple):
+class Bucket(NamedTuple):
     """One batch before its tokens are looked up.
 
     Attributes:
@@ -102,7 +102,7 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def plan_epoch(
     lengths: Sequence[int], ladder: Sequence[int], rows: int, *, seed: int, epoch: int
-) -> list[Slot]:
+) -> list[Bucket]:
     """Deals one epoch's examples into batches of one rung each, every example once.
 
     What is left over of a rung moves up to the next one, so at most one batch holds fewer than
@@ -122,25 +122,25 @@ def plan_epoch(
     return _shuffle(_deal(order, np.asarray(lengths), ladder, rows), seed, epoch)
 
 
-def plan_once(lengths: Sequence[int], ladder: Sequence[int], rows: int) -> list[Slot]:
+def plan_once(lengths: Sequence[int], ladder: Sequence[int], rows: int) -> list[Bucket]:
     """Every example once in a fixed order, for evaluation."""
     return _deal(np.arange(len(lengths)), np.asarray(lengths), ladder, rows)
 
 
-def _deal(order: np.ndarray, lengths: np.ndarray, ladder, rows: int) -> list[Slot]:
+def _deal(order: np.ndarray, lengths: np.ndarray, ladder, rows: int) -> list[Bucket]:
     rungs = rung_of(ladder, lengths[order])
-    slots, left = [], order[:0]
+    planned, left = [], order[:0]
     for rung in ladder:
         members = np.concatenate([left, order[rungs == rung]])
         whole = len(members) // rows * rows
-        slots += [Slot(rung, m) for m in members[:whole].reshape(-1, rows)]
+        planned += [Bucket(rung, m) for m in members[:whole].reshape(-1, rows)]
         left = members[whole:]
     if len(left):
-        slots.append(Slot(int(rung_of(ladder, [lengths[left].max()])[0]), left))
-    return slots
+        planned.append(Bucket(int(rung_of(ladder, [lengths[left].max()])[0]), left))
+    return planned
 
 
-def _shuffle(slots: list[Slot], seed: int, epoch: int) -> list[Slot]:
+def _shuffle(planned: list[Bucket], seed: int, epoch: int) -> list[Bucket]:
     # A stream of its own: the key of the examples' shuffle would tie the two orders together.
-    raw = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1]).random_raw(len(slots))
-    return [slots[i] for i in np.argsort(raw, kind="stable")]
+    raw = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1]).random_raw(len(planned))
+    return [planned[i] for i in np.argsort(raw, kind="stable")]

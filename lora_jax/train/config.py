@@ -1,7 +1,7 @@
 """TrainConfig: every number of a training run, checked when it is made."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -129,8 +129,3 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
 def warmup_steps(config: TrainConfig, total: int) -> int:
     """Optimizer steps of the warm-up."""
     return round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
-
-
-def field_names() -> tuple[str, ...]:
-    """The names of the fields, for a command line or a config file."""
-    return tuple(f.name for f in fields(TrainConfig))
