@@ -116,18 +116,18 @@ def merge(arguments: argparse.Namespace) -> None:
     _print(f"wrote the merged model to {arguments.output}")
 
 
-def export_targets() -> tuple[str, ...]:
-    """The formats that `export` writes."""
-    from lora_jax.recipes.convert import WRITTEN
+def export_formats() -> dict[str, str]:
+    """The formats that `export` writes, each with one line about it."""
+    from lora_jax.recipes.adapter_formats import ADAPTER_FORMATS
 
-    return WRITTEN
+    return {name: form.summary for name, form in ADAPTER_FORMATS.items()}
 
 
-def convert_targets() -> tuple[str, ...]:
+def convert_formats() -> tuple[str, ...]:
     """The formats that `convert` writes."""
     from lora_jax.recipes.convert import CONVERTED
 
-    return CONVERTED
+    return tuple(CONVERTED)
 
 
 def export(arguments: argparse.Namespace) -> None:

@@ -10,8 +10,6 @@ from typing import NoReturn
 from lora_jax.cli import commands, settings
 from lora_jax.cli.errors import USAGE
 from lora_jax.paths import nearest
-from lora_jax.recipes.adapter_formats import ADAPTER_FORMATS
-from lora_jax.recipes.convert import CONVERTED
 
 MODEL = "a Hugging Face directory, a hub id, or a .gguf file; `smollm2` is the demo's model"
 ADAPTER = (
@@ -202,13 +200,14 @@ example:
 
 
 def _export(command: Callable) -> None:
-    formats = "\n".join(f"  {name:<7} {form.summary}" for name, form in ADAPTER_FORMATS.items())
+    formats = commands.export_formats()
+    listed = "\n".join(f"  {name:<7} {summary}" for name, summary in formats.items())
     parser = command(
         commands.export,
         f"""\
 Writes an adapter in another format. It is read over its model, so that every number is checked
 against it. The formats:
-{formats}
+{listed}
 
 examples:
   lora-jax export smollm2 outputs/first outputs/first/adapter
@@ -219,9 +218,7 @@ examples:
     parser.add_argument("model", help=MODEL)
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("output", type=Path, help="the directory or file to write")
-    parser.add_argument(
-        "--to", default="peft", choices=ADAPTER_FORMATS, help="the format (default: peft)"
-    )
+    parser.add_argument("--to", default="peft", choices=formats, help="the format (default: peft)")
     _add_output_dtype(parser, "a GGUF file or a merged model")
     _add_dtype(parser, "float32", "that the adapter was trained in")
     _add_quantize(parser)
@@ -261,7 +258,9 @@ examples:
     )
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("output", type=Path, help="the directory or file to write")
-    parser.add_argument("--to", required=True, choices=CONVERTED, help="the format")
+    parser.add_argument(
+        "--to", required=True, choices=commands.convert_formats(), help="the format"
+    )
     parser.add_argument(
         "--base", type=Path, metavar="PATH", help="the model's directory, or its .gguf file"
     )

@@ -5,6 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_jax.analysis import memory_table, parameters
+from lora_jax.analysis.memory.estimate import memory
+from lora_jax.analysis.memory.fit import parse_bytes, remedies
+from lora_jax.config.lora import LoraConfig
+
 # What is shown where no model is named.
 MODELS = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
 METHODS = ("full", "lora", "qlora")
@@ -63,7 +68,7 @@ class EstimateConfig:
 
 
 def estimate(
-    model: str | None, config: EstimateConfig, *, say: Callable[[str], None] = print
+    model: str | None, config: EstimateConfig, *, log: Callable[[str], None] = print
 ) -> None:
     """Prints the memory of a model's training steps.
 
@@ -71,37 +76,31 @@ def estimate(
       model: see `lora_jax.analysis.memory`; None shows Llama 2's sizes, and how few parameters
         LoRA trains.
       config: the steps.
-      say: gets every text for the user.
+      log: receives each text for the user.
 
     Raises:
       FileNotFoundError, ValueError: as `lora_jax.analysis.memory`.
     """
-    from lora_jax.analysis import memory_table
-    from lora_jax.analysis.memory.fit import parse_bytes, remedies
-
     limit = None if config.device_memory is None else parse_bytes(config.device_memory)
     names = MODELS if model is None else (model,)
     found = [(name, one) for name in names for one in _estimates(name, config)]
     every = [one for _, one in found]
     if config.json:
-        say(json.dumps({"estimates": [one.to_dict() for one in every]}, indent=1))
+        log(json.dumps({"estimates": [one.to_dict() for one in every]}, indent=1))
         return
-    say(f"{every[-1].described}; GiB on each device")
-    say(memory_table(every, device_memory=limit))
+    log(f"{every[-1].described}; GiB on each device")
+    log(memory_table(every, device_memory=limit))
     if len(every) == 1:
-        say(f"\n{every[0]}")
+        log(f"\n{every[0]}")
     if model is None:
-        say(_reductions())
+        log(_reductions())
     for name, one in found:
         if limit is not None and (lines := remedies(name, one, limit)):
-            say(f"\n{one.model}, {one.settings.method}, does not fit; these would:")
-            say("\n".join(f"  {line}" for line in lines))
+            log(f"\n{one.model}, {one.settings.method}, does not fit; these would:")
+            log("\n".join(f"  {line}" for line in lines))
 
 
 def _estimates(model: str, config: EstimateConfig) -> list[Any]:
-    from lora_jax.analysis.memory.estimate import memory
-    from lora_jax.config.lora import LoraConfig
-
     adapter = LoraConfig(rank=config.rank, target_modules=config.targets)
     return [
         memory(
@@ -126,9 +125,6 @@ def _estimates(model: str, config: EstimateConfig) -> list[Any]:
 
 def _reductions() -> str:
     """How many parameters LoRA trains: rank 8 on queries and values."""
-    from lora_jax.analysis import parameters
-    from lora_jax.config.lora import LoraConfig
-
     lines = [f"\nrank 8 on {' and '.join(_QUERY_VALUE)}:"]
     for name in MODELS:
         count = parameters(name, LoraConfig(rank=8, target_modules=_QUERY_VALUE))

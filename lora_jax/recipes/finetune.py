@@ -9,9 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax import hf, models, train
 from lora_jax.compat import EXTRAS, check_installed, require
 from lora_jax.config.lora import LoraConfig
+from lora_jax.models.saving import save_merged
+from lora_jax.plan.decide import plan as make_plan
+from lora_jax.quant import QuantConfig
+from lora_jax.recipes import convert
+from lora_jax.train import format_memory
 from lora_jax.train.config import TrainConfig
+from lora_jax.tree import format_trainable_parameters, init
 
 ADAPTER = "adapter"  # the PEFT directory inside a run's output_dir
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the name of "smollm2" on the hub
@@ -52,7 +59,7 @@ def finetune(
     lora_config: LoraConfig,
     train_config: TrainConfig,
     *,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Any:
     """Fine-tunes a model on a file and writes the adapter as a PEFT directory.
 
@@ -60,7 +67,7 @@ def finetune(
       job: the model and the data.
       lora_config: which weights are adapted, and how.
       train_config: the run; its `output_dir` gets checkpoints, metrics and `adapter/`.
-      say: gets every text for the user.
+      log: receives each text for the user.
 
     Returns:
       `lora_jax.train.fit`'s result.
@@ -68,9 +75,6 @@ def finetune(
     Raises:
       ValueError: there is no `output_dir`, or any of the configs does not fit the model or data.
     """
-    from lora_jax import hf, train
-    from lora_jax.tree import format_trainable_parameters
-
     check_installed(*EXTRAS["llm"])
     if train_config.output_dir is None:
         raise ValueError("`output_dir` is missing: say where the run is to be written")
@@ -89,7 +93,7 @@ def finetune(
     params = init_adapter(
         model, lora_config, seed=train_config.seed, weights=_weights_for_start(job, lora_config)
     )
-    say(format_trainable_parameters(params))
+    log(format_trainable_parameters(params))
     result = train.fit(
         model,
         params,
@@ -97,30 +101,26 @@ def finetune(
         held_out,
         train_config,
         lora_config=lora_config,
-        hooks=train.Hooks(memory=show_memory(say)),
+        hooks=train.Hooks(memory=show_memory(log)),
     )
     adapter = Path(train_config.output_dir) / ADAPTER
     hf.save_peft(adapter, result.lora_params, lora_config, base_model_name=hub_name(job.model))
-    say(f"wrote the adapter to {adapter}")
+    log(f"wrote the adapter to {adapter}")
     return result
 
 
 def _examples(model, records: list, job: FinetuneConfig) -> list:
-    from lora_jax import train
-
     length = job.max_length or model.config.context
     return train.examples(records, model.tokenizer, max_length=length, too_long=job.too_long)
 
 
-def show_memory(say: Callable[[str], None]) -> Callable:
+def show_memory(log: Callable[[str], None]) -> Callable:
     """A hook for `fit` that says where memory goes, above the progress bar."""
-    from lora_jax.train import format_memory
-
     tqdm = require("tqdm").tqdm
 
     def show(used) -> None:
         with tqdm.external_write_mode():
-            say(f"memory:\n{textwrap.indent(format_memory(used), '  ')}\n")
+            log(f"memory:\n{textwrap.indent(format_memory(used), '  ')}\n")
 
     return show
 
@@ -134,9 +134,6 @@ def load_model(
     quantize_block: int = 64,
 ):
     """Loads a model; the source "smollm2" is the installed demo model. Settings as above."""
-    from lora_jax import models
-    from lora_jax.quant import QuantConfig
-
     path = models.find_smollm2() if source == "smollm2" else source
     # Recomputing all but the projections takes less time than storing and reading it back.
     held = None if quantize is None else QuantConfig(format=quantize, block_size=quantize_block)
@@ -150,15 +147,11 @@ def hub_name(source: str) -> str:
 
 def plan_model(model, config: LoraConfig):
     """The plan of a language model: which of its weights the config adapts."""
-    from lora_jax.plan.decide import plan as make_plan
-
     return make_plan(config, model.apply, model.params, _TOKENS)
 
 
 def init_adapter(model, config: LoraConfig, *, seed: int, weights=None) -> Any:
     """The model's parameters with a fresh adapter; `weights` as in `lora_jax.init`."""
-    from lora_jax.tree import init
-
     plan = plan_model(model, config)
     return init(jax.random.key(seed), plan, model.params, weights=weights)
 
@@ -172,8 +165,6 @@ def _weights_for_start(job: FinetuneConfig, config: LoraConfig) -> Any:
 
 def load_adapter(model, source: str | Path, *, step: int | None = None) -> tuple[Any, LoraConfig]:
     """Reads an adapter of any format onto a model; see `lora_jax.recipes.convert.load_adapter`."""
-    from lora_jax.recipes import convert
-
     return convert.load_adapter(model, source, lambda config: plan_model(model, config), step=step)
 
 
@@ -207,8 +198,6 @@ def export_adapter(
       FileNotFoundError: there is no adapter.
       ValueError: it is for another model, dtype or quantization, or the format cannot hold it.
     """
-    from lora_jax.recipes import convert
-
     # Before the model is loaded, as that takes a while.
     convert.check_source(adapter, step=step)
     convert.check_output(output, to=to)
@@ -242,8 +231,6 @@ def merge_adapter(
       FileExistsError: there is something at `output`.
       ValueError: the adapter is for another model, or the sum is not finite.
     """
-    from lora_jax.models.saving import save_merged
-
     if Path(output).exists():
         raise FileExistsError(f"{output}: there is something already; give another directory")
     model = load_model(source, quantize=quantize, quantize_block=quantize_block)

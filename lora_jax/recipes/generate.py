@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 
+from lora_jax import models
+
 Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerConfig:
+class GenerateConfig:
     """How answers are generated.
 
     Attributes:
@@ -37,14 +39,14 @@ class AnswerConfig:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
-def as_question(text: str, *, system: str | None = None) -> Messages:
+def as_messages(text: str, *, system: str | None = None) -> Messages:
     """The chat messages of one question, after a system message if there is one."""
     before = [] if system is None else [{"role": "system", "content": system}]
     return [*before, {"role": "user", "content": text}]
 
 
-def answer(
-    model, params: Any, questions: Sequence[Messages | str], config: AnswerConfig
+def generate_texts(
+    model, params: Any, questions: Sequence[Messages | str], config: GenerateConfig
 ) -> list[str]:
     """Answers questions.
 
@@ -60,8 +62,6 @@ def answer(
     Raises:
       ValueError: the model has no tokenizer.
     """
-    from lora_jax import models
-
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError("this model came without a tokenizer, so it cannot read text")

@@ -8,13 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax import models
+from lora_jax.checkpoint.params import described
 from lora_jax.compat import require
+from lora_jax.hf.checkpoint.safetensors import open_directory, read_header, read_json
+from lora_jax.hf.gguf.file import kind_of_file, open_gguf
+from lora_jax.hf.hub import snapshot
+from lora_jax.recipes import inspect_adapter as report
+from lora_jax.train.metrics import read_metrics
 
 # name -> (dtype, shape)
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
-def describe(source: str, *, tensors: bool = False, check: bool = False) -> str:
+def inspect(source: str, *, tensors: bool = False, check: bool = False) -> str:
     """Describes what a path holds.
 
     Args:
@@ -41,16 +48,12 @@ def describe(source: str, *, tensors: bool = False, check: bool = False) -> str:
 
 def _is_adapter(path: Path) -> bool:
     if path.suffix == ".gguf" and path.is_file():
-        from lora_jax.hf.gguf.file import kind_of_file
-
         return kind_of_file(path) == "adapter"
     parts = ("adapter_config.json", "checkpoints", "adapter")
     return any((path / part).exists() for part in parts)
 
 
 def _adapter(path: Path, tensors: bool, check: bool) -> str:
-    from lora_jax.recipes import inspect_adapter as report
-
     found = report.read(path)
     wrong = report.problems(found)
     if check and wrong:
@@ -69,23 +72,17 @@ def _losses(run: Path) -> list[str]:
     """The first and the last loss, where the path is a run's."""
     if not (metrics := run / "metrics.jsonl").is_file():
         return []
-    from lora_jax.train.metrics import read_metrics
-
     records = [r for r in read_metrics(metrics) if r.get("kind") == "train"]
     ends = records[:1] + records[1:][-1:]
     return [_row(f"loss of step {r['step']}", f"{r['loss']:.4f}") for r in ends]
 
 
 def _params(path: Path, tensors: bool) -> str:
-    from lora_jax.checkpoint.params import described
-
     found = {name: (kind, shape) for name, (kind, shape) in described(path).items()}
     return "\n".join(["plain parameters (Orbax)", *_tensor_lines(found, tensors)])
 
 
 def _model(source: str, tensors: bool) -> str:
-    from lora_jax import models
-
     path = Path(models.find_smollm2() if source == "smollm2" else source)
     if path.suffix == ".gguf":
         kind, config, found = _gguf(path)
@@ -96,8 +93,6 @@ def _model(source: str, tensors: bool) -> str:
 
 
 def _gguf(path: Path) -> tuple[str, dict[str, Any], Tensors]:
-    from lora_jax.hf.gguf.file import open_gguf
-
     kinds = require("gguf").GGMLQuantizationType
     file = open_gguf(path)
     found = {name: (kinds(record.kind).name, record.shape) for name, record in file.tensors.items()}
@@ -110,9 +105,6 @@ def _gguf(path: Path) -> tuple[str, dict[str, Any], Tensors]:
 
 
 def _directory(path: Path, source: str) -> tuple[str, dict[str, Any], Tensors]:
-    from lora_jax.hf.checkpoint.safetensors import open_directory, read_json
-    from lora_jax.hf.hub import snapshot
-
     if not path.exists():
         path = snapshot(source)
     elif not (path / "config.json").is_file():
@@ -132,8 +124,6 @@ def _directory(path: Path, source: str) -> tuple[str, dict[str, Any], Tensors]:
 
 
 def _header(path: Path) -> Tensors:
-    from lora_jax.hf.checkpoint.safetensors import read_header
-
     return {name: (entry.dtype, entry.shape) for name, entry in read_header(path).items()}
 
 

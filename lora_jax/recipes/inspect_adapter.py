@@ -13,8 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax.array import LoraArray
+from lora_jax.checkpoint import adapters
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
+from lora_jax.dims import sizes
+from lora_jax.hf.checkpoint.safetensors import load_file, read_json
+from lora_jax.hf.gguf.file import open_gguf, read_tensor
+from lora_jax.hf.peft.directory import CONFIG_FILE, TENSOR_FILE
+from lora_jax.hf.peft.index import modules_of
+from lora_jax.recipes.convert import kind_of
 
 _SHOWN = 3
 _PEFT_PAIRS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
@@ -62,8 +70,6 @@ def read(source: str | Path) -> Adapter:
       FileNotFoundError: there is none.
       ValueError: a file that cannot be read at all.
     """
-    from lora_jax.recipes.convert import kind_of
-
     readers = {"peft": _read_peft, "gguf": _read_gguf, "orbax": _read_orbax}
     return readers[kind_of(source)](Path(source))
 
@@ -172,9 +178,6 @@ _HIDDEN = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "revis
 
 
 def _read_peft(path: Path) -> Adapter:
-    from lora_jax.hf.checkpoint.safetensors import load_file, read_json
-    from lora_jax.hf.peft.directory import CONFIG_FILE, TENSOR_FILE
-
     fields = read_json(path / CONFIG_FILE)
     if not isinstance(fields, dict):
         raise ValueError(f"{path / CONFIG_FILE}: not a JSON object")
@@ -239,8 +242,6 @@ def _against(config: LoraConfig, modules: Sequence[Module]) -> list[str]:
 
 
 def _read_gguf(path: Path) -> Adapter:
-    from lora_jax.hf.gguf.file import open_gguf, read_tensor
-
     file = open_gguf(path, kind="adapter")
     alpha = file.metadata.get("adapter.lora.alpha", 0.0)
     shown = {n: v for n, v in file.metadata.items() if isinstance(v, str | int | float)}
@@ -273,10 +274,6 @@ def _read_gguf(path: Path) -> Adapter:
 
 
 def _read_orbax(path: Path) -> Adapter:
-    from lora_jax.array import LoraArray
-    from lora_jax.checkpoint import adapters
-    from lora_jax.dims import sizes
-
     stored = adapters.find(path)
     shown = {"in": str(stored.directory), **{n: stored.config.get(n) for n in FIELDS[1:]}}
     modules, rest = [], {}
@@ -295,8 +292,6 @@ def _read_orbax(path: Path) -> Adapter:
 
 def _names(name: str, leaf: Any, stack: tuple[int, ...]) -> Iterable[tuple[tuple, str]]:
     """Each layer's name as Hugging Face writes it, or with its number at the end."""
-    from lora_jax.hf.peft.index import modules_of
-
     try:
         return list(modules_of(name, leaf))
     except ValueError:

@@ -12,7 +12,7 @@ from lora_jax.hf.peft.api import load_peft, save_peft
 from lora_jax.models.saving import save_model
 from lora_jax.recipes import convert, inspect_adapter
 from lora_jax.recipes.finetune import plan_model
-from lora_jax.recipes.inspect import describe
+from lora_jax.recipes.inspect import inspect
 
 from tests.hf.gguf.test_file import tensors_of, write
 from tests.hf.gguf.test_lora_write import UNTIED, adapted, as_llama_cpp, config
@@ -155,7 +155,7 @@ def test_the_report_of_an_adapter(folder, trained, name):
         change = float(leaf.scale[layer]) * np.linalg.norm(leaf.a[layer] @ leaf.b[layer])
         module = next(m for m in found.modules if f".{layer}." in m.name and "down" in m.name)
         np.testing.assert_allclose(inspect_adapter.norm(module), change, rtol=1e-5)
-    text = describe(str(folder / name), check=True)
+    text = inspect(str(folder / name), check=True)
     column = "ffn_down" if name == "a.gguf" else "down_proj"
     assert f"layer  {'attn_k' if name == 'a.gguf' else column:>9}" in text
     assert f"{change:.4g}" in text
@@ -196,10 +196,10 @@ MODULE = "`model.layers.0.mlp.down_proj`"
 )  # fmt: skip
 def test_what_looks_wrong_is_said_and_with_check_an_error(folder, tmp_path, model, changes, text):
     path = broken(folder, tmp_path, model, **changes)
-    said = describe(str(path))
+    said = inspect(str(path))
     assert f"looks wrong              {text}" in said
     with pytest.raises(ValueError, match="broken: ") as error:
-        describe(str(path), check=True)
+        inspect(str(path), check=True)
     assert text in str(error.value) and "\n" not in str(error.value)
 
 
@@ -209,20 +209,20 @@ def test_a_config_that_is_not_supported_still_gets_a_report(folder, tmp_path, mo
     path = broken(folder, tmp_path, model) / "adapter_config.json"
     fields = {**json.loads(path.read_text()), "use_qalora": True}
     path.write_text(json.dumps({**fields, "target_modules": ["q_proj", "up_proj"]}))
-    text = describe(str(path.parent))
+    text = inspect(str(path.parent))
     assert "`use_qalora` = True is not supported" in text and "nan" in text
     path.write_text(json.dumps({**fields, "target_modules": ["up_proj"], "use_qalora": False}))
-    assert "`up_proj` of target_modules is no module of the file" in describe(str(path.parent))
+    assert "`up_proj` of target_modules is no module of the file" in inspect(str(path.parent))
 
 
 def test_a_fresh_adapter_looks_untrained(model, tmp_path):
     fresh = lora.init(jax.random.key(0), plan_model(model, CONFIG), model.params)
     save_peft(tmp_path / "fresh", fresh, CONFIG)
-    assert "and 3 more was not trained: its B is zero" in describe(str(tmp_path / "fresh"))
+    assert "and 3 more was not trained: its B is zero" in inspect(str(tmp_path / "fresh"))
 
 
 def test_plain_parameters_are_described(model, tmp_path):
     checkpoint.save_params(tmp_path / "p", model.params)
-    text = describe(str(tmp_path / "p"), tensors=True)
+    text = inspect(str(tmp_path / "p"), tensors=True)
     count = sum(x.size for x in jax.tree.leaves(model.params))
     assert f"{count:,} float32" in text and "model.layers.mlp.up_proj.kernel" in text

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 
 from lora_jax import models
-from lora_jax.recipes.generate import AnswerConfig, answer, as_question
+from lora_jax.recipes.generate import GenerateConfig, as_messages, generate_texts
 
 from tests.support import tiny
 
 TEXTS = ("Booking for Iris: 4 guests, 19:30, Friday.", "Hi", "On Friday we are two.")
-CONFIG = AnswerConfig(max_new_tokens=6)
+CONFIG = GenerateConfig(max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +19,10 @@ def model():
 
 
 def test_batches_do_not_change_the_answers(model):
-    questions = [as_question(text) for text in TEXTS]
-    together = answer(model, model.params, questions, CONFIG)
+    questions = [as_messages(text) for text in TEXTS]
+    together = generate_texts(model, model.params, questions, CONFIG)
     small = dataclasses.replace(CONFIG, batch_size=2)
-    assert answer(model, model.params, questions, small) == together
+    assert generate_texts(model, model.params, questions, small) == together
     assert len(together) == 3
 
 
@@ -31,18 +31,20 @@ def test_text_is_continued_as_it_stands(model):
         model, model.params, [model.tokenizer.encode(TEXTS[0])], max_new_tokens=6,
         stop_tokens=[model.tokenizer.eos_id],
     )  # fmt: skip
-    assert answer(model, model.params, [TEXTS[0]], CONFIG) == [model.tokenizer.decode(tokens)]
+    assert generate_texts(model, model.params, [TEXTS[0]], CONFIG) == [
+        model.tokenizer.decode(tokens)
+    ]
 
 
 def test_a_system_message_comes_first():
-    assert as_question("Hi") == [{"role": "user", "content": "Hi"}]
-    assert [m["role"] for m in as_question("Hi", system="Be brief.")] == ["system", "user"]
+    assert as_messages("Hi") == [{"role": "user", "content": "Hi"}]
+    assert [m["role"] for m in as_messages("Hi", system="Be brief.")] == ["system", "user"]
 
 
 def test_a_model_without_tokenizer(model):
     bare = models.Model(model.forward, model.params, None)
     with pytest.raises(ValueError, match="came without a tokenizer, so it cannot read text"):
-        answer(bare, bare.params, ["Hi"], CONFIG)
+        generate_texts(bare, bare.params, ["Hi"], CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -51,4 +53,4 @@ def test_a_model_without_tokenizer(model):
 )
 def test_options_out_of_range(field, value):
     with pytest.raises(ValueError, match=f"{field} must be "):
-        AnswerConfig(**{field: value})
+        GenerateConfig(**{field: value})

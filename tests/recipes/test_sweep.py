@@ -9,7 +9,7 @@ import sacrebleu
 from lora_jax import train
 from lora_jax.cli import main
 from lora_jax.recipes import finetune, sweep
-from lora_jax.recipes.generate import AnswerConfig, answer
+from lora_jax.recipes.generate import GenerateConfig, generate_texts
 from lora_jax.train import TrainConfig
 from lora_jax.train.jsonl import record_of
 
@@ -43,7 +43,7 @@ def task(model, metric="loss", **options):
 
 
 def test_the_loss_is_that_of_training(model):
-    made = task(model, answers=AnswerConfig(batch_size=2))
+    made = task(model, answers=GenerateConfig(batch_size=2))
     values = made.score(model.params)
     data = train.examples(RECORDS, model.tokenizer, max_length=256)
     assert values.shape == (5, 2)
@@ -75,14 +75,16 @@ def test_bleu_is_sacrebleus_of_the_corpus():
 
 
 def test_records_with_one_prompt_are_references_of_one_example(model):
-    made = task(model, "exact", answers=AnswerConfig(max_new_tokens=4))
+    made = task(model, "exact", answers=GenerateConfig(max_new_tokens=4))
     values = made.score(model.params)
     assert values.shape == (4,)
-    (said,) = answer(model, model.params, ["area : riverside"], AnswerConfig(max_new_tokens=4))
+    (said,) = generate_texts(
+        model, model.params, ["area : riverside"], GenerateConfig(max_new_tokens=4)
+    )
     records = [*RECORDS, record_of({"prompt": "area : riverside", "completion": said}, source="x")]
     made = sweep.language_task(
         model, RECORDS, RECORDS, records, CONFIG, metric="exact",
-        answers=AnswerConfig(max_new_tokens=4),
+        answers=GenerateConfig(max_new_tokens=4),
     )  # fmt: skip
     assert made.score(model.params)[1] == 1
 

@@ -21,7 +21,7 @@ _WHAT = {
 }
 
 
-def prepare(directory: Path, train: Sequence[task.Example], test: Sequence[task.Example]) -> Path:
+def prepare(directory: Path, train: Sequence[task.Sentence], test: Sequence[task.Sentence]) -> Path:
     """Empties or makes the folder and writes the data into it.
 
     Args:

@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from lora_jax import hf, train
 from lora_jax.compat import EXTRAS, check_installed
 from lora_jax.config.lora import LoraConfig
+from lora_jax.recipes import finetune
 from lora_jax.recipes.demo import files, task
-from lora_jax.recipes.generate import AnswerConfig, answer
+from lora_jax.recipes.generate import GenerateConfig, generate_texts
+from lora_jax.train import TrainConfig
+from lora_jax.train.memory import tree_bytes
+from lora_jax.tree import count_parameters, format_trainable_parameters
 
 # The right answers have at most 27 tokens.
-_ANSWERS = AnswerConfig(max_new_tokens=32, batch_size=24)
+_ANSWERS = GenerateConfig(max_new_tokens=32, batch_size=24)
 _MAX_LENGTH = 256
 
 
@@ -60,67 +65,58 @@ class DemoResult(NamedTuple):
       before: share of right answers of the model as it came.
       after: share of right answers with the adapter.
       reloaded: the same with the adapter read back from the PEFT directory.
-      final_loss: mean training loss of the last five steps, in nats a learned token.
     """
 
     before: float
     after: float
     reloaded: float
-    final_loss: float
 
 
-def run(config: DemoConfig, *, say: Callable[[str], None] = print) -> DemoResult:
+def run(config: DemoConfig, *, log: Callable[[str], None] = print) -> DemoResult:
     """Runs the demo.
 
     Args:
       config: its settings.
-      say: gets every text for the user.
+      log: receives each text for the user.
 
     Returns:
-      The scores and the loss.
+      The scores.
 
     Raises:
       FileExistsError: `output_dir` holds something that is no earlier demo's.
       RuntimeError: the exported adapter, read back, does not give the same answers.
     """
-    from lora_jax import hf
-    from lora_jax.recipes import finetune
-    from lora_jax.tree import format_trainable_parameters
-
     check_installed(*EXTRAS["llm"])
     started = time.monotonic()
     examples, test = _make_data(config)
     data = files.prepare(config.output_dir, examples, test)
     model = finetune.load_model(config.model, quantize=config.quantize)
-    say(_described(config, model.params))
+    log(_described(config, model.params))
     before = ask(model, model.params, test)
-    say(report("before fine-tuning", before, test))
+    log(report("before fine-tuning", before, test))
 
     lora_config = LoraConfig(rank=config.rank, alpha=2 * config.rank)
     params = finetune.init_adapter(model, lora_config, seed=config.seed)
-    say(format_trainable_parameters(params))
-    trained = train_on(model, params, data, lora_config, config, say)
+    log(format_trainable_parameters(params))
+    trained = train_on(model, params, data, lora_config, config, log)
 
     after = ask(model, trained.lora_params, test)
-    say(report("after fine-tuning", after, test))
+    log(report("after fine-tuning", after, test))
     adapter = config.output_dir / finetune.ADAPTER
     name = finetune.hub_name(config.model)
     hf.save_peft(adapter, trained.lora_params, lora_config, base_model_name=name)
     reloaded = ask(model, finetune.load_adapter(model, adapter)[0], test)
-    say(f"with the adapter read back from {adapter}: {_count(reloaded, test)}")
+    log(f"with the adapter read back from {adapter}: {_count(reloaded, test)}")
     if reloaded != after:
         raise RuntimeError(f"{adapter}: the adapter, read back, gives other answers than before")
-    found = DemoResult(before.score, after.score, reloaded.score, _final_loss(trained.history))
+    found = DemoResult(before.score, after.score, reloaded.score)
     files.finish(config.output_dir, found._asdict())
-    say(f"\n{files.contents(config.output_dir)}\n\ndone in {time.monotonic() - started:.0f} s")
+    log(f"\n{files.contents(config.output_dir)}\n\ndone in {time.monotonic() - started:.0f} s")
     return found
 
 
 def _described(config: DemoConfig, params) -> str:
     """The model's size: `smollm2: 134,515,008 parameters in 513.1 MiB (float32)`."""
-    from lora_jax.train.memory import tree_bytes
-    from lora_jax.tree import count_parameters
-
     count = count_parameters(params).total
     size = f"{tree_bytes(params) / 2**20:,.1f} MiB"
     beside = "float32"
@@ -129,19 +125,16 @@ def _described(config: DemoConfig, params) -> str:
     return f"{config.model}: {count:,} parameters in {size} ({beside})"
 
 
-def _make_data(config: DemoConfig) -> tuple[list[task.Example], list[task.Example]]:
+def _make_data(config: DemoConfig) -> tuple[list[task.Sentence], list[task.Sentence]]:
     # Every example is seen once.
     count = config.steps * config.batch_size
     return task.make_examples(config.seed, train=count, test=config.test_examples)
 
 
-def train_on(model, params, data: Path, lora_config: LoraConfig, config: DemoConfig, say: Callable):
+def train_on(model, params, data: Path, lora_config: LoraConfig, config: DemoConfig, log: Callable):
     """Fine-tunes on the data file and says where memory goes; `fit`'s result."""
-    from lora_jax import train
-    from lora_jax.recipes import finetune
-
     examples = train.load_examples(data, model.tokenizer, max_length=_MAX_LENGTH)
-    hooks = train.Hooks(memory=finetune.show_memory(say))
+    hooks = train.Hooks(memory=finetune.show_memory(log))
     return train.fit(
         model, params, examples, None, training(config), lora_config=lora_config, hooks=hooks
     )
@@ -149,8 +142,6 @@ def train_on(model, params, data: Path, lora_config: LoraConfig, config: DemoCon
 
 def training(config: DemoConfig):
     """The `TrainConfig` of a demo."""
-    from lora_jax.train import TrainConfig
-
     return TrainConfig(
         output_dir=config.output_dir,
         steps=config.steps,
@@ -164,13 +155,13 @@ def training(config: DemoConfig):
     )
 
 
-def ask(model, params, test: Sequence[task.Example]) -> Scored:
+def ask(model, params, test: Sequence[task.Sentence]) -> Scored:
     """Puts the test set to a model and scores its answers."""
-    answers = answer(model, params, [task.question(e) for e in test], _ANSWERS)
+    answers = generate_texts(model, params, [task.question(e) for e in test], _ANSWERS)
     return Scored(task.score(answers, test), answers)
 
 
-def report(when: str, scored: Scored, test: Sequence[task.Example]) -> str:
+def report(when: str, scored: Scored, test: Sequence[task.Sentence]) -> str:
     """The score, and a sample answer beside the right one."""
     return (
         f"\n{when}: {_count(scored, test)}\n"
@@ -180,10 +171,5 @@ def report(when: str, scored: Scored, test: Sequence[task.Example]) -> str:
     )
 
 
-def _count(scored: Scored, test: Sequence[task.Example]) -> str:
+def _count(scored: Scored, test: Sequence[task.Sentence]) -> str:
     return f"{round(scored.score * len(test))} of {len(test)} exactly right ({scored.score:.0%})"
-
-
-def _final_loss(history: Sequence[dict]) -> float:
-    losses = [record["loss"] for record in history if record["kind"] == "train"][-5:]
-    return sum(losses) / len(losses)

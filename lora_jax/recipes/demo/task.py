@@ -62,7 +62,7 @@ class Booking:
 
 
 @dataclass(frozen=True)
-class Example:
+class Sentence:
     """A sentence and the booking it states."""
 
     text: str
@@ -83,7 +83,7 @@ def _spell_time(rng: random.Random, hour: int, minute: int) -> str:
     return rng.choice((f"{hour}:{minute:02d}", f"{hour}h{minute:02d}", evening))
 
 
-def _draw(rng: random.Random, names: Sequence[str]) -> Example:
+def _draw(rng: random.Random, names: Sequence[str]) -> Sentence:
     hour, minute = rng.randint(17, 21), rng.choice((0, 15, 30, 45))
     day, time = rng.choice(DAYS), f"{hour:02d}:{minute:02d}"
     booking = Booking(rng.choice(names), rng.randint(2, 12), day.lower(), time)
@@ -93,12 +93,12 @@ def _draw(rng: random.Random, names: Sequence[str]) -> Example:
         day=day,
         time=_spell_time(rng, hour, minute),
     )
-    return Example(text, booking)
+    return Sentence(text, booking)
 
 
-def _draw_distinct(rng: random.Random, count: int, names: Sequence[str]) -> list[Example]:
+def _draw_distinct(rng: random.Random, count: int, names: Sequence[str]) -> list[Sentence]:
     """Draws `count` examples no two of which have the same sentence."""
-    drawn: dict[str, Example] = {}
+    drawn: dict[str, Sentence] = {}
     while len(drawn) < count:
         example = _draw(rng, names)
         drawn.setdefault(example.text, example)
@@ -107,7 +107,7 @@ def _draw_distinct(rng: random.Random, count: int, names: Sequence[str]) -> list
 
 def make_examples(
     seed: int, *, train: int = 640, test: int = 48
-) -> tuple[list[Example], list[Example]]:
+) -> tuple[list[Sentence], list[Sentence]]:
     """Makes the training and the test set; the same seed makes the same sets.
 
     Args:
@@ -125,7 +125,7 @@ def make_examples(
     return _draw_distinct(rng, train, TRAIN_NAMES), _draw_distinct(rng, test, TEST_NAMES)
 
 
-def question(example: Example) -> list[dict[str, str]]:
+def question(example: Sentence) -> list[dict[str, str]]:
     """The chat messages that put the task to a model: instruction and sentence."""
     return [
         {"role": "system", "content": INSTRUCTION},
@@ -133,7 +133,7 @@ def question(example: Example) -> list[dict[str, str]]:
     ]
 
 
-def conversation(example: Example) -> list[dict[str, str]]:
+def conversation(example: Sentence) -> list[dict[str, str]]:
     """The messages of a training example: the question and the right answer."""
     return [*question(example), {"role": "assistant", "content": canonical(example.booking)}]
 
@@ -155,7 +155,7 @@ def read_answer(answer: str) -> str | None:
     return canonical(Booking(**value))
 
 
-def score(answers: Sequence[str], examples: Sequence[Example]) -> float:
+def score(answers: Sequence[str], examples: Sequence[Sentence]) -> float:
     """Share of answers, 0 to 1, that match exactly.
 
     Raises:

@@ -48,7 +48,7 @@ def _read_time(text: str) -> str:
 )
 def test_spaces_and_order_do_not_matter(answer):
     booking = task.Booking("Iris", 4, "friday", "19:30")
-    assert task.score([answer], [task.Example("", booking)]) == 1.0
+    assert task.score([answer], [task.Sentence("", booking)]) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_spaces_and_order_do_not_matter(answer):
 )
 def test_anything_else_is_wrong(answer):
     booking = task.Booking("Iris", 4, "friday", "19:30")
-    assert task.score([answer], [task.Example("", booking)]) == 0.0
+    assert task.score([answer], [task.Sentence("", booking)]) == 0.0
 
 
 @given(st.text())
