@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 # Before jax (and torch) is first imported, or it has no effect.
@@ -12,8 +13,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_use_fusion_emitters=false"
 ).strip()
+# The flag is gone from later releases, and XLA ends the process at one that it does not know.
+if metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Both workers, the processes that tests start and the next run share what is compiled.
 COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
