@@ -50,27 +50,16 @@ class Window(NamedTuple):
     groups: int = 1
 
 
-class OverBase:
-    """Looks from outside like the base weight `w` that it holds."""
-
-    w: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.w.shape)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.w.shape)
-
-    @property
-    def dtype(self):
-        return jnp.dtype(self.w.dtype)
+# From outside a leaf looks like the base weight `w` that it holds, so that a model's own checks of
+# shapes and dtypes hold. Each class of leaves has these three; there is no base class.
+base_shape = property(lambda x: tuple(x.w.shape))
+base_ndim = property(lambda x: len(x.w.shape))
+base_dtype = property(lambda x: jnp.dtype(x.w.dtype))
 
 
 @_node("roles", "dropout", "window")
 @dataclasses.dataclass(frozen=True)
-class LoraArray(OverBase):
+class LoraArray:
     """A weight `w` with a low-rank change `scale · a·b` that is kept apart from it.
 
     Attributes:
@@ -98,6 +87,8 @@ class LoraArray(OverBase):
     bias: Any = None
     window: Window | None = None
 
+    shape, ndim, dtype = base_shape, base_ndim, base_dtype
+
     @property
     def rank(self) -> int:
         return int(self.a.shape[-1])
@@ -105,7 +96,7 @@ class LoraArray(OverBase):
 
 @_node("only")
 @dataclasses.dataclass(frozen=True)
-class SavedArray(OverBase):
+class SavedArray:
     """A leaf trained whole (`modules_to_save`, `bias`): the model sees `value`, `w` is kept.
 
     Attributes:
@@ -119,10 +110,12 @@ class SavedArray(OverBase):
     value: Any
     only: tuple[tuple[int, ...], ...] | None = None
 
+    shape, ndim, dtype = base_shape, base_ndim, base_dtype
+
 
 @_node("ids", "axis")
 @dataclasses.dataclass(frozen=True)
-class RowsArray(OverBase):
+class RowsArray:
     """A table of which a few rows train (`trainable_token_indices`): `w` with `rows` in it.
 
     Attributes:
@@ -139,6 +132,8 @@ class RowsArray(OverBase):
     ids: tuple[int, ...]
     axis: int = 0
 
+    shape, ndim, dtype = base_shape, base_ndim, base_dtype
+
 
 @_node()
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +145,7 @@ class Gain:
 
 @_node("roles", "dropout", "window", "chosen")
 @dataclasses.dataclass(frozen=True)
-class LoraStack(OverBase):
+class LoraStack:
     """Many adapters of one weight, padded to one rank: `W + scale[n] · a[n]·b[n]`, n adapters.
 
     Attributes:
@@ -177,6 +172,8 @@ class LoraStack(OverBase):
     window: Window | None = None
     chosen: bool = False
 
+    shape, ndim, dtype = base_shape, base_ndim, base_dtype
+
     @property
     def axis(self) -> int:
         """Where the adapters are numbered: the axis after the stack dims."""
@@ -193,7 +190,7 @@ class LoraStack(OverBase):
 
 @_node("chosen")
 @dataclasses.dataclass(frozen=True)
-class SavedStack(OverBase):
+class SavedStack:
     """Many adapters' own values of a leaf that trains whole.
 
     Attributes:
@@ -205,6 +202,8 @@ class SavedStack(OverBase):
     w: Any
     value: Any
     chosen: bool = False
+
+    shape, ndim, dtype = base_shape, base_ndim, base_dtype
 
     @property
     def axis(self) -> int:
@@ -226,7 +225,7 @@ def is_lora(x) -> bool:
     return isinstance(x, LoraArray | SavedArray | RowsArray | LoraStack | SavedStack)
 
 
-def effective(x: SavedArray):
+def effective(x: SavedArray) -> Any:
     """What the model sees of a leaf that trains whole."""
     if x.only is None:
         return x.value
@@ -236,12 +235,12 @@ def effective(x: SavedArray):
 
 def dense(w):
     """A base weight as an array: itself, or dequantized."""
-    return w.dequantize() if hasattr(w, "dequantize") else w
+    return w.dequantize() if isinstance(w, QuantArray) else w
 
 
 def base_rows(x: RowsArray) -> Float[Array, "n d"]:
     """The frozen table's own rows where others train, in the trained rows' dtype."""
-    if hasattr(x.w, "dequantize"):
+    if isinstance(x.w, QuantArray):
         return take(x.w, x.ids, x.axis)
     return jnp.moveaxis(jnp.take(x.w, jnp.asarray(x.ids), axis=x.axis), x.axis, 0)
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax.array import OverBase, dense, widened
+from lora_jax.array import base_dtype, base_ndim, base_shape, dense, widened
 from lora_jax.transform.labels import PARTS, contract, expand_to, labels, reorder
 
 
@@ -31,7 +31,7 @@ class Note(str):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Implicit(OverBase):
+class Implicit:
     """`gain · (w + scale · a·b)`, never added up while the model runs.
 
     Attributes:
@@ -61,6 +61,8 @@ class Implicit(OverBase):
     reverse_only: bool = dataclasses.field(metadata={"static": True}, default=False)
     bias: Any = None
     slots: int = dataclasses.field(metadata={"static": True}, default=0)
+
+    shape, ndim, dtype = base_shape, base_ndim, base_dtype
 
     @property
     def rank(self) -> int:
