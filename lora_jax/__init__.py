@@ -2,10 +2,12 @@
 
     y = x @ W + s · (x @ A) @ B
 
-Everything public that is not in a sub-package is here; sub-packages are imported when used.
+All public names that are in no sub-package are here; a sub-package is imported when it is used.
 """
 
 import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from lora_jax.array import LoraArray as LoraArray
 from lora_jax.array import RowsArray as RowsArray
@@ -40,27 +42,85 @@ from lora_jax.tree import format_trainable_parameters as format_trainable_parame
 from lora_jax.tree import init as init
 from lora_jax.tree import split as split
 
-# Public name -> the module of this package that is imported when it is first asked for.
+if _TYPE_CHECKING:
+    from lora_jax import analysis as analysis
+    from lora_jax import checkpoint as checkpoint
+    from lora_jax import cli as cli
+    from lora_jax import hf as hf
+    from lora_jax import linen as linen
+    from lora_jax import models as models
+    from lora_jax import multi as multi
+    from lora_jax import nnx as nnx
+    from lora_jax import recipes as recipes
+    from lora_jax import train as train
+    from lora_jax.recipes import finetune as finetune
+
+__all__ = [
+    "Count",
+    "DecodedWarning",
+    "LeafPlan",
+    "LoraArray",
+    "LoraConfig",
+    "MaterializedWarning",
+    "Plan",
+    "QuantArray",
+    "RowsArray",
+    "SavedArray",
+    "analysis",
+    "checkpoint",
+    "cli",
+    "combine",
+    "count_parameters",
+    "delta",
+    "dequantize",
+    "finetune",
+    "format_trainable_parameters",
+    "grad",
+    "hf",
+    "init",
+    "is_lora",
+    "linen",
+    "lorafy",
+    "masked",
+    "merge",
+    "models",
+    "multi",
+    "nnx",
+    "partition_specs",
+    "plan",
+    "quantize",
+    "recipes",
+    "replace",
+    "select",
+    "split",
+    "stack",
+    "train",
+    "trainable_mask",
+    "unmerge",
+    "value_and_grad",
+]
+
+# What is imported when it is first used -> its module. These need flax, orbax and the like.
 _LAZY = {
-    "analysis": "analysis",
-    "checkpoint": "checkpoint",
-    "cli": "cli",
-    "finetune": "recipes.finetune",
-    "hf": "hf",
-    "linen": "linen",
-    "models": "models",
-    "multi": "multi",
-    "nnx": "nnx",
-    "recipes": "recipes",
-    "train": "train",
+    "analysis": "lora_jax.analysis",
+    "checkpoint": "lora_jax.checkpoint",
+    "cli": "lora_jax.cli",
+    "finetune": "lora_jax.recipes.finetune",
+    "hf": "lora_jax.hf",
+    "linen": "lora_jax.linen",
+    "models": "lora_jax.models",
+    "multi": "lora_jax.multi",
+    "nnx": "lora_jax.nnx",
+    "recipes": "lora_jax.recipes",
+    "train": "lora_jax.train",
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> _Any:
     if name in _LAZY:
-        return _importlib.import_module(f"lora_jax.{_LAZY[name]}")
+        return _importlib.import_module(_LAZY[name])
     raise AttributeError(f"module `lora_jax` has no attribute `{name}`")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
