@@ -215,6 +215,23 @@ class SavedStack:
         return int(self.value.shape[0])
 
 
+# The fields of each class that `split` gives to the trainable and to the frozen half.
+TRAINED_FIELDS: dict[type, tuple[str, ...]] = {
+    LoraArray: ("a", "b", "m", "bias"),
+    LoraStack: ("a", "b", "m", "bias"),
+    SavedArray: ("value",),
+    SavedStack: ("value",),
+    RowsArray: ("rows",),
+}
+FROZEN_FIELDS: dict[type, tuple[str, ...]] = {
+    LoraArray: ("w", "scale"),
+    LoraStack: ("w", "scale", "gain"),
+    SavedArray: ("w",),
+    SavedStack: ("w",),
+    RowsArray: ("w",),
+}
+
+
 def is_stack(x) -> bool:
     """Whether `x` is a leaf with many adapters."""
     return isinstance(x, LoraStack | SavedStack)

@@ -78,7 +78,7 @@ def _merge_leaf(x):
     if is_stack(x):
         raise ValueError(
             "`lora_params` is a stack of adapters: merge one of them, "
-            "`lora.merge(lora.multi.adapter(stacked, slot))`"
+            "`lora.merge(lora.multi.adapter(stacked, index))`"
         )
     if isinstance(x, SavedArray):
         return effective(x)

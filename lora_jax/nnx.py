@@ -17,7 +17,7 @@ from lora_jax.plan.decide import plan as make_plan
 from lora_jax.plan.leaf import LeafPlan, Plan
 from lora_jax.transform import lorafy
 from lora_jax.tree import init as init_tree
-from lora_jax.tree import leaf_of, trained_fields
+from lora_jax.tree import make_leaf, trained_fields
 
 
 class LoraParam(nnx.Param):
@@ -122,7 +122,7 @@ class Adapted(nnx.Module):
         if planned.kind == "frozen":
             return w
         trained = {name: x.get_value() for name, x in self.adapters[_name(path)].items()}
-        return leaf_of(self.plan, planned, w, **trained)
+        return make_leaf(self.plan, planned, w, **trained)
 
     def __call__(self, *args, **kwargs):
         return self.call("__call__", *args, **kwargs)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.array import is_lora
+from lora_jax.array import FROZEN_FIELDS, TRAINED_FIELDS, is_lora
 from lora_jax.compat import require
-from lora_jax.tree import _FROZEN, _TRAINED, combine, split
+from lora_jax.tree import combine, split
 
 
 def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
@@ -92,7 +92,8 @@ def trainable_mask(lora_params):
     def mark(x):
         if not is_lora(x):
             return False
-        marks = dict.fromkeys(_TRAINED[type(x)], True) | dict.fromkeys(_FROZEN[type(x)], False)
+        marks = dict.fromkeys(TRAINED_FIELDS[type(x)], True)
+        marks |= dict.fromkeys(FROZEN_FIELDS[type(x)], False)
         return dataclasses.replace(
             x, **{n: mark if getattr(x, n) is not None else None for n, mark in marks.items()}
         )

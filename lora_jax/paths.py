@@ -8,10 +8,12 @@ uses.
 """
 
 import difflib
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+from jaxtyping import PRNGKeyArray
 
 # The last component of a leaf's path when it names the parameter, not the module it belongs to.
 PARAMETER_NAMES = frozenset(
@@ -86,6 +88,11 @@ def expand(path: str, layers: int) -> list[str]:
             head, tail = ".".join(parts[: i + 1]), ".".join(parts[i + 1 :])
             return [f"{head}.{layer}.{tail}" for layer in range(layers)]
     return []
+
+
+def fold_path(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
+    """A PRNG key of a leaf's own: it stays the same when other leaves come or go."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -42,7 +42,7 @@ def quantize(
         the roles it found), or `f(path, leaf) -> bool`.
       format, block_size, double_quant, scale_dtype, pad: see `quant.quantize_array`.
       roles: roles by a pattern of the path's end, as in `LoraConfig.roles`; by default the
-        plan's, else `...bio`.
+        plan's, else `...sio`.
       backend: which kernels multiply with the leaves, see `lora_jax.quant.dispatch`.
       progress: show a progress bar.
 

@@ -1,8 +1,7 @@
-"""Trees of LoRA leaves: make one, split it into what trains and what is frozen, count it."""
+"""Trees of LoRA leaves: make one, split it into its trained and its frozen half, count it."""
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,11 +11,11 @@ import numpy as np
 
 from lora_jax import dora, paths
 from lora_jax.array import (
+    FROZEN_FIELDS,
+    TRAINED_FIELDS,
     LoraArray,
-    LoraStack,
     RowsArray,
     SavedArray,
-    SavedStack,
     Window,
     base_rows,
     dense,
@@ -30,21 +29,6 @@ from lora_jax.methods import start_function
 from lora_jax.plan.leaf import LeafPlan, Plan
 from lora_jax.sharding import place
 
-_TRAINED = {
-    LoraArray: ("a", "b", "m", "bias"),
-    LoraStack: ("a", "b", "m", "bias"),
-    SavedArray: ("value",),
-    SavedStack: ("value",),
-    RowsArray: ("rows",),
-}
-_FROZEN = {
-    LoraArray: ("w", "scale"),
-    LoraStack: ("w", "scale", "gain"),
-    SavedArray: ("w",),
-    SavedStack: ("w",),
-    RowsArray: ("w",),
-}
-
 
 def init(key, plan: Plan, params, *, weights=None):
     """Puts adapters on the planned leaves: the identity at the start, `W + s·A·B = W`.
@@ -57,15 +41,15 @@ def init(key, plan: Plan, params, *, weights=None):
       key: PRNG key.
       plan: of these parameters.
       params: the tree that was planned.
-      weights: with init="loftq" and a quantized base the numbers it stands for: the same tree in
-        floats, or `f(path) -> array` to hold one of them at a time.
+      weights: with init="loftq" and a quantized base, the floats it was made of: the same tree, or
+        `f(path) -> array` to hold one leaf at a time.
 
     Returns:
       The tree with `LoraArray`s and `SavedArray`s at the leaves that train.
 
     Raises:
-      ValueError: the tree is not the planned one, or `weights` are missing, misshapen or of no
-        use.
+      ValueError: the tree is not the planned one, or `weights` are missing, have other shapes, or
+        are not used.
 
     Source: Hu et al. 2021, section 4.1; PEFT's `reset_lora_parameters`.
     """
@@ -81,8 +65,8 @@ def init(key, plan: Plan, params, *, weights=None):
     return jax.tree.unflatten(tree, leaves)
 
 
-def _weights_of(plan: Plan, weights) -> Callable:
-    """What gives a planned leaf its numbers in floats, or None where none are given."""
+def _weights_of(plan: Plan, weights) -> Callable[[LeafPlan], Any]:
+    """`f(leaf)` that gives the floats a quantized base was made of, or None without `weights`."""
     if weights is None:
         return lambda leaf: None
     if plan.config.init != "loftq":
@@ -120,26 +104,26 @@ def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w, full: Callable):
     if leaf is None or leaf.kind == "frozen":
         return w
     if leaf.kind == "saved":
-        return leaf_of(plan, leaf, w, value=jnp.array(dense(w), copy=True))
+        return make_leaf(plan, leaf, w, value=jnp.array(dense(w), copy=True))
     if leaf.kind == "rows":
         rows = RowsArray(w, None, leaf.ids, leaf.axis)
         return dataclasses.replace(rows, rows=base_rows(rows).astype(widened(w.dtype)))
 
-    own = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()) & 0x7FFFFFFF)
+    own = paths.fold_path(key, leaf.path)
     start = start_function(plan.config.init)
     given = () if (numbers := full(leaf)) is None else (numbers,)
     w, a, b = start(own, plan.config, leaf, w, *given)
     bias = {}
     if plan.config.lora_bias:
         bias["bias"] = jnp.zeros([leaf.shape[d] for d in b_dims(leaf.roles)], b.dtype)
-    adapted = leaf_of(plan, leaf, w, a=a, b=b, **bias)
+    adapted = make_leaf(plan, leaf, w, a=a, b=b, **bias)
     assert isinstance(adapted, LoraArray)  # no other kind is left
     if plan.config.use_dora:
         adapted = dataclasses.replace(adapted, m=dora.magnitude(adapted))
     return place(adapted)
 
 
-def leaf_of(plan: Plan, leaf: LeafPlan, w, **trained) -> LoraArray | SavedArray | RowsArray:
+def make_leaf(plan: Plan, leaf: LeafPlan, w, **trained) -> LoraArray | SavedArray | RowsArray:
     """A planned leaf from its base weight and its trained arrays by field (`a`, `b`, `value`)."""
     if leaf.kind == "saved":
         return SavedArray(w, only=leaf.only, **trained)
@@ -157,27 +141,23 @@ def leaf_of(plan: Plan, leaf: LeafPlan, w, **trained) -> LoraArray | SavedArray 
 
 
 def _window(leaf: LeafPlan) -> Window | None:
-    """What the uses of a leaf say of it as a convolution's kernel."""
+    """The convolution window of a kernel, where all convolutions that use it agree."""
     found = {use.window for use in leaf.uses if use.window is not None}
     return next(iter(found)) if len(found) == 1 else None
 
 
 def trained_fields(x: LoraArray | SavedArray | RowsArray) -> tuple[str, ...]:
     """The names of a leaf's fields that train."""
-    return _TRAINED[type(x)]
+    return TRAINED_FIELDS[type(x)]
 
 
 def stack_values(leaf: LeafPlan, values) -> np.ndarray:
-    """One number a stack index, in the stack's shape."""
+    """One number for each stack index, in the stack's shape."""
     return np.asarray(values).reshape([leaf.shape[d] for d in stack_dims(leaf.roles)])
 
 
-def _is_none(x) -> bool:
-    return x is None
-
-
 def split(lora_params):
-    """Divides a tree into what trains and what is frozen.
+    """Divides a tree into a trainable and a frozen half.
 
     Args:
       lora_params: a tree with LoRA leaves, or the gradient or state of one.
@@ -186,20 +166,20 @@ def split(lora_params):
       `(trainable, frozen)`: two trees of the same structure, each with `None` in the other's
       places. `trainable` holds `a`, `b`, DoRA magnitudes and saved values only.
     """
-    trainable = jax.tree.map(lambda x: _keep(x, _TRAINED), lora_params, is_leaf=is_lora)
-    frozen = jax.tree.map(lambda x: _keep(x, _FROZEN), lora_params, is_leaf=is_lora)
+    trainable = jax.tree.map(lambda x: _keep(x, TRAINED_FIELDS), lora_params, is_leaf=is_lora)
+    frozen = jax.tree.map(lambda x: _keep(x, FROZEN_FIELDS), lora_params, is_leaf=is_lora)
     return trainable, frozen
 
 
-def _keep(x, fields: dict):
+def _keep(x, fields: dict[type, tuple[str, ...]]):
     if not is_lora(x):
-        return x if fields is _FROZEN else None
-    lost = [name for group in (_TRAINED, _FROZEN) for name in group[type(x)]]
-    return dataclasses.replace(x, **{name: None for name in lost if name not in fields[type(x)]})
+        return x if fields is FROZEN_FIELDS else None
+    every = (*TRAINED_FIELDS[type(x)], *FROZEN_FIELDS[type(x)])
+    return dataclasses.replace(x, **{name: None for name in every if name not in fields[type(x)]})
 
 
 def combine(trainable, frozen):
-    """Puts the two halves of `split` together again: `combine(*split(x))` is `x`.
+    """Joins the two halves of `split`: `combine(*split(x))` is `x`.
 
     Args:
       trainable, frozen: trees of one structure, `None` in each other's places.
@@ -223,14 +203,14 @@ def _join(x, y):
     if type(x) is not type(y):
         raise ValueError(f"{type(x).__name__} in one tree stands where {type(y).__name__} does")
     fields = {}
-    for name in (*_TRAINED[type(x)], *_FROZEN[type(x)]):
+    for name in (*TRAINED_FIELDS[type(x)], *FROZEN_FIELDS[type(x)]):
         mine, other = getattr(x, name), getattr(y, name)
         fields[name] = other if mine is None else mine
     return dataclasses.replace(x, **fields)
 
 
 class Count(NamedTuple):
-    """How many numbers train, of how many there are in all (adapters included)."""
+    """How many numbers train, and how many there are in all, adapters included."""
 
     trainable: int
     total: int
@@ -239,17 +219,16 @@ class Count(NamedTuple):
 def count_parameters(lora_params) -> Count:
     """Counts parameters as PEFT does: `total` is the base and the adapters together.
 
-    Padding of smaller ranks and of left-out layers counts as what it is, allocated. DoRA's and
-    saved values count as trainable; the kept originals of saved leaves count too, as in PEFT.
+    The padding of smaller ranks and of left-out layers is allocated, so it counts. DoRA's
+    magnitudes and saved values are trainable; the originals of saved leaves count too, as in PEFT.
     """
     trainable = total = 0
     for x in jax.tree.leaves(lora_params, is_leaf=is_leaf):
         if not is_lora(x):
             total += math.prod(getattr(x, "shape", ()))
             continue
-        own = sum(
-            math.prod(getattr(x, n).shape) for n in _TRAINED[type(x)] if getattr(x, n) is not None
-        )
+        fields = [getattr(x, name) for name in TRAINED_FIELDS[type(x)]]
+        own = sum(math.prod(field.shape) for field in fields if field is not None)
         trainable += own
         total += own + (math.prod(x.w.shape) if x.w is not None else 0)
     return Count(trainable, total)
@@ -257,6 +236,11 @@ def count_parameters(lora_params) -> Count:
 
 def format_trainable_parameters(lora_params) -> str:
     """PEFT's line: `trainable params: 448 || all params: 6,416 || trainable%: 6.9825`."""
-    trainable, total = count_parameters(lora_params)
+    return format_count(count_parameters(lora_params))
+
+
+def format_count(count: Count) -> str:
+    """PEFT's line for a count."""
+    trainable, total = count
     share = 100 * trainable / total if total else 0.0
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"

@@ -40,7 +40,7 @@ class QuantArray:
       format: a name of `formats.FORMATS`.
       block: inputs that share a scale.
       shape: of the weight.
-      roles: one letter a dim of the weight: b stack, i in, o out, u a unit dim.
+      roles: one letter a dim of the weight: s stack, i in, o out, u a unit dim.
       dtype: of the weight: what `dequantize` gives.
       backend: which kernels multiply with it, see `lora_jax.quant.dispatch`.
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -272,7 +271,7 @@ def _enter(
     if lora_key is not None and x.dropout > 0:
         if not jnp.issubdtype(lora_key.dtype, jax.dtypes.prng_key):
             lora_key = jax.random.wrap_key_data(lora_key)  # an old-style uint32 key
-        key = jax.random.fold_in(lora_key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+        key = paths.fold_path(lora_key, path)
         stack = tuple(x.shape[d] for d in stack_dims(x.roles))
         key = jax.random.split(key, stack) if stack else key
     scale = lax.stop_gradient(x.scale)

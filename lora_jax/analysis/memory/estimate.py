@@ -32,7 +32,7 @@ from lora_jax.analysis.memory.program import whole_bytes
 from lora_jax.analysis.memory.step import AbstractStep, Spread, StepSettings, config_of
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.sharding import ROWS
-from lora_jax.tree import Count, count_parameters
+from lora_jax.tree import Count, count_parameters, format_count
 
 GIB = 2**30
 
@@ -134,7 +134,7 @@ class MemoryEstimate:
         text += [f"  {name:<12} {_gib(size):>12}" for name, size in lines]
         text += [f"  {'total':<12} {_gib(self.total):>12}  {where}"]
         text += [f"  kept between forward and backward pass: {_gib(self.kept)}"]
-        text += [f"  {_share(self.trainable, self.parameters)}"]
+        text += [f"  {format_count(Count(self.trainable, self.parameters))}"]
         if self.devices > 1:
             text.append(
                 f"  weights, adapters and optimizer state: {_gib(self.all_devices)} in all, of "
@@ -367,13 +367,6 @@ def _gib(size: int) -> str:
     if size < 10 * 2**20:
         return f"{size / 2**20:,.2f} MiB"
     return f"{size / 2**20:,.0f} MiB" if size < GIB else f"{size / GIB:,.2f} GiB"
-
-
-def _share(trainable: int, parameters: int) -> str:
-    share = 100 * trainable / parameters
-    return (
-        f"trainable params: {trainable:,} || all params: {parameters:,} || trainable%: {share:.4f}"
-    )
 
 
 def _described(settings: StepSettings) -> str:
