@@ -1,12 +1,12 @@
-"""The leaves of a LoRA tree: `LoraArray`, a weight that is never added up, and what trains whole.
+"""The leaves of a LoRA tree: weights with an adapter, whole trained arrays, and their stacks.
 
     W + scale · A·B        W (in, out)   A (in, r)   B (r, out)
 
 Each dimension of `W` has a role, one letter in `roles`:
 
     s  stack   one adapter for each index: layers of a scan, experts
-    i  in      contracted with the activation: owned by A
-    o  out     produced: owned by B
+    i  in      contracted with the activation: a dim of A
+    o  out     produced: a dim of B
 
 `A` holds the stack dims, then the in dims, then the rank; `B` the stack dims, the rank, then the
 out dims, each in `W`'s own order. A kernel `(layers, d_model, heads, head_dim)` with roles
@@ -27,7 +27,7 @@ from lora_jax.quant.ops import take
 
 
 def _node(*static: str):
-    """Registers a frozen dataclass as a pytree whose `static` fields are compared, not traced."""
+    """Registers a frozen dataclass as a pytree; its `static` fields are compared, not traced."""
 
     def register(cls):
         names = [f.name for f in dataclasses.fields(cls)]
@@ -39,7 +39,7 @@ def _node(*static: str):
 
 
 class Window(NamedTuple):
-    """What makes a weight a convolution's kernel.
+    """How a convolution slides over the dims of its kernel.
 
     Attributes:
       dims: the kernel's spatial dims, in the convolution's order (height, width).
@@ -50,8 +50,8 @@ class Window(NamedTuple):
     groups: int = 1
 
 
-# From outside a leaf looks like the base weight `w` that it holds, so that a model's own checks of
-# shapes and dtypes hold. Each class of leaves has these three; there is no base class.
+# A leaf has the shape and dtype of its base weight `w`, because models read them. Every class of
+# leaves has these three properties; a base class for them would be inherited by all.
 base_shape = property(lambda x: tuple(x.w.shape))
 base_ndim = property(lambda x: len(x.w.shape))
 base_dtype = property(lambda x: jnp.dtype(x.w.dtype))
@@ -120,7 +120,7 @@ class RowsArray:
 
     Attributes:
       w: the frozen table `(vocabulary, features)`, or an output head `(features, vocabulary)`.
-      rows: what stands at the trained rows `(len(ids), features)`: numbers, not changes.
+      rows: the trained rows `(len(ids), features)`: their values, not changes of `w`.
       ids: the trained rows, each once.
       axis: the vocabulary's dim of `w`.
 
@@ -138,7 +138,7 @@ class RowsArray:
 @_node()
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """DoRA's `m / ‖W + s·A·B‖` itself, where it is known beforehand: `(stack..., out...)`."""
+    """DoRA's `m / ‖W + s·A·B‖`, computed beforehand: `(stack..., out...)`."""
 
     value: Any
 
@@ -176,7 +176,7 @@ class LoraStack:
 
     @property
     def axis(self) -> int:
-        """Where the adapters are numbered: the axis after the stack dims."""
+        """The axis of the adapters in `a` and `b`: it follows the stack dims."""
         return self.roles.count("s")
 
     @property
@@ -191,11 +191,11 @@ class LoraStack:
 @_node("chosen")
 @dataclasses.dataclass(frozen=True)
 class SavedStack:
-    """Many adapters' own values of a leaf that trains whole.
+    """A leaf that trains whole, with one value for each of many adapters.
 
     Attributes:
       w: the frozen original, shared.
-      value: `(n, ...)`, one for each adapter, trained; an adapter without one holds `w`.
+      value: `(n, ...)`, trained; it is `w` for an adapter that does not train the leaf.
       chosen: as in `LoraStack`.
     """
 
@@ -207,7 +207,7 @@ class SavedStack:
 
     @property
     def axis(self) -> int:
-        """Where the adapters are numbered."""
+        """The axis of the adapters in `value`."""
         return 0
 
     @property
@@ -243,7 +243,7 @@ def is_lora(x) -> bool:
 
 
 def effective(x: SavedArray) -> Any:
-    """What the model sees of a leaf that trains whole."""
+    """The array that the model uses for a leaf that trains whole."""
     if x.only is None:
         return x.value
     where = tuple(jnp.asarray(dim) for dim in zip(*x.only, strict=True))
@@ -256,14 +256,14 @@ def dense(w):
 
 
 def base_rows(x: RowsArray) -> Float[Array, "n d"]:
-    """The frozen table's own rows where others train, in the trained rows' dtype."""
+    """The frozen table's values of the trained rows, in the trained rows' dtype."""
     if isinstance(x.w, QuantArray):
         return take(x.w, x.ids, x.axis)
     return jnp.moveaxis(jnp.take(x.w, jnp.asarray(x.ids), axis=x.axis), x.axis, 0)
 
 
 def with_rows(x: RowsArray):
-    """The table with the trained rows in it, in the table's dtype."""
+    """The table with its trained rows put in, in the table's dtype."""
     w = jnp.moveaxis(dense(x.w), x.axis, 0)
     return jnp.moveaxis(w.at[jnp.asarray(x.ids)].set(x.rows.astype(w.dtype)), 0, x.axis)
 
@@ -305,7 +305,7 @@ def delta(x: LoraArray) -> Float[Array, "..."]:
 
 
 def spread_outputs(gain, x: LoraArray):
-    """A number for each stack index and output, broadcast-ready against the weight."""
+    """Reshapes `(stack..., out...)` so that it broadcasts against the weight."""
     order = b_dims(x.roles)
     shape = dict(zip(order, gain.shape, strict=True))
     gain = jnp.transpose(gain, [order.index(d) for d in sorted(order)])
@@ -313,7 +313,7 @@ def spread_outputs(gain, x: LoraArray):
 
 
 def count(stacked) -> int:
-    """How many slots a stack has.
+    """How many adapters a stack has room for.
 
     Raises:
       ValueError: the tree is no stack.
@@ -329,7 +329,7 @@ def count(stacked) -> int:
 
 
 def is_leaf(x) -> bool:
-    """Whether `x` is one leaf of ours, with several arrays in it."""
+    """Whether `x` is a leaf that holds several arrays: an adapted or a quantized weight."""
     return isinstance(x, QuantArray) or is_lora(x)
 
 

@@ -9,12 +9,12 @@ from jax import Array, lax
 
 
 def a_dims(roles: str) -> list[int]:
-    """The dims of `w` that `a` owns, in `a`'s order (the rank follows)."""
+    """The dims of `w` that `a` has, in `a`'s order; the rank comes last."""
     return stack_dims(roles) + [d for d, role in enumerate(roles) if role == "i"]
 
 
 def b_dims(roles: str) -> list[int]:
-    """The dims of `w` that `b` owns, in `b`'s order (the rank stands after the stack dims)."""
+    """The dims of `w` that `b` has, in `b`'s order; the rank comes after the stack dims."""
     return stack_dims(roles) + out_dims(roles)
 
 
@@ -72,7 +72,7 @@ def from_matrix(matrix: Array | np.ndarray, shape: tuple[int, ...], roles: str) 
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list, list]]:
-    """Pairs runs of old dims with runs of new dims that hold the same number of elements."""
+    """Pairs runs of old dims with runs of new dims of the same number of elements."""
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         left, right = [i], [j]

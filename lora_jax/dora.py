@@ -41,7 +41,7 @@ def norm(x: LoraArray) -> Float[Array, "..."]:
 
 
 def gain(x: LoraArray) -> Float[Array, "..."]:
-    """`m / ‖W + s·A·B‖` with the norm held constant under differentiation."""
+    """`m / ‖W + s·A·B‖`; the norm is a constant of the gradient."""
     return x.m / lax.stop_gradient(norm(jax.tree.map(lax.stop_gradient, x)))
 
 
@@ -51,7 +51,7 @@ def magnitude(x: LoraArray) -> Float[Array, "..."]:
 
 
 def gains(x: LoraStack):
-    """DoRA's gain of every adapter of a stack, also from magnitudes that train; or None."""
+    """The gain of every adapter of a stack, or None where none uses DoRA."""
     if x.m is None:
         return x.gain
     at = x.axis

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what is computed once and kept."""
+"""Files that are written whole or not at all, and a cache of computed JSON."""
 
 import contextlib
 import json
@@ -10,10 +10,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a temporary path in the same folder; what is written there becomes `path` at the end.
+    """Yields a temporary path in the same folder, and renames that file to `path` at the end.
 
-    A reader finds the old file or the new one, never half of one, also after a power cut. When
-    the block raises, the old file stays and nothing is left behind.
+    A reader finds the old file or the new one, never half of one, even after a power cut. When
+    the block raises, the old file stays and the temporary one is removed.
 
         with replacing("result.json") as new:
             new.write_text("{}")
@@ -36,16 +36,16 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def kept(path: str | os.PathLike, make: Callable[[], Any], *, indent: int | None = None) -> Any:
-    """The JSON that an earlier run left at `path`, or what `make` gives, which is then left there.
+    """Reads the JSON at `path`, or computes it with `make` and writes it there first.
 
     Args:
-      path: a JSON file; its name says every setting that its values depend on. Its folder is made
-        if need be.
+      path: a JSON file, its name made of every setting that its values depend on. A missing
+        folder is made.
       make: computes the values.
       indent: of the file, as in `json.dumps`.
 
     Raises:
-      ValueError: there is a file that is no JSON.
+      ValueError: the file is not JSON.
     """
     path = Path(path)
     if path.is_file():
@@ -56,4 +56,5 @@ def kept(path: str | os.PathLike, make: Callable[[], Any], *, indent: int | None
     text = json.dumps(make(), indent=indent)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-    return json.loads(text)  # as it will be read again: lists for tuples
+    # Parsed again, so that this run gets what the next one reads: lists in place of tuples.
+    return json.loads(text)

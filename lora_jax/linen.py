@@ -1,7 +1,7 @@
 """Glue for Flax linen: a module and its variables as a pure function of parameters, and back.
 
-No arithmetic here. linen modules are pure already; what this adds is keeping the other
-collections (batch statistics, caches) apart from the parameters, and putting both together again.
+There is no arithmetic here. linen modules are pure already; this only separates the other
+collections (batch statistics, caches) from the parameters, and joins them again.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Functional(NamedTuple):
-    """A linen module taken apart.
+    """A linen module as a function and its variables.
 
     Attributes:
       fn: `fn(params, *args, state=None, rngs=None, **kwargs) -> output`, or
@@ -24,7 +24,7 @@ class Functional(NamedTuple):
 
 
 def functional(module, variables: Mapping[str, Any], *, method=None) -> Functional:
-    """Takes a linen module and its variables apart into a pure function and its parameters.
+    """Splits a linen module and its variables into a pure function and its parameters.
 
     Args:
       module: a `flax.linen.Module`.

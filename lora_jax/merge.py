@@ -1,4 +1,4 @@
-"""Merging: plain parameters out of LoRA parameters, and back."""
+"""Merging adapters into their weights, and taking them out again."""
 
 from collections.abc import Sequence
 
@@ -88,7 +88,13 @@ def _merge_leaf(x):
 
 
 def _bias_changes(flat: Sequence) -> dict[int, jax.Array]:
-    """Where each adapter's own bias goes: the place of its module's bias, and `scale · bias`.
+    """The changes of the base's biases: `scale · bias` of each adapter that has a bias.
+
+    Args:
+      flat: pairs of key path and leaf.
+
+    Returns:
+      Index of the module's bias in `flat` to the change.
 
     Raises:
       ValueError: a module has no bias that could take it, as in PEFT.
@@ -119,10 +125,10 @@ def _finite(x) -> bool:
 
 
 def unmerge(params, lora_params):
-    """Takes the adapters out of merged parameters again: the base.
+    """Takes the adapters out of merged parameters again, which gives the base.
 
-    The base kept in `lora_params` is returned bit for bit where `params` is its merge; a leaf
-    that was trained further since has the same change subtracted, in float32.
+    Where `params` is the merge of `lora_params`, the result is the base bit for bit. From a leaf
+    that was trained further since, the same change is subtracted in float32.
 
     Args:
       params: merged parameters, as from `merge(lora_params)`.
@@ -149,7 +155,7 @@ def unmerge(params, lora_params):
 
 
 def _without_change(x, y, change):
-    """A merged bias without the adapter's: the base's own bits where nothing else changed it."""
+    """A merged bias without the adapter's; exactly the base's where nothing else changed it."""
     wide = widened(x.dtype)
     merged = (x.astype(wide) + change.astype(wide)).astype(x.dtype)
     return jnp.where(y == merged, x, (y.astype(wide) - change.astype(wide)).astype(y.dtype))
@@ -167,5 +173,6 @@ def _unmerge_leaf(path: str, x, y):
     full = y.astype(wide)
     if x.m is not None:
         full = full / spread_outputs(dora.gain(x), x).astype(wide)
+    # Subtraction rounds: where `y` is exactly the merge, the base's own numbers are better.
     back = (full - delta(x).astype(wide)).astype(y.dtype)
     return jnp.where(y == merged(x), w.astype(y.dtype), back)

@@ -1,6 +1,6 @@
 """Glue for Flax NNX: a module as a pure function of parameters, and a module with adapters inside.
 
-No arithmetic here.
+There is no arithmetic here.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class LoraParam(nnx.Param):
 
 
 class Functional(NamedTuple):
-    """An NNX module taken apart.
+    """An NNX module as a function and its variables.
 
     Attributes:
       fn: `fn(params, *args, state=None, **kwargs) -> output`, or `(output, new_state)` when
@@ -40,15 +40,15 @@ class Functional(NamedTuple):
 
 
 def functional(module: nnx.Module, *, method: str = "__call__") -> Functional:
-    """Takes an NNX module apart into a pure function and its parameters.
+    """Splits an NNX module into a pure function and its parameters.
 
     Args:
       module: the module; it is not changed.
       method: name of the method that `fn` calls.
 
     Returns:
-      `(fn, params, state)`. `fn(params, x)` uses the other variables as they are now, and is an
-      error if the call changes them; `fn(params, x, state=state)` returns them updated.
+      `(fn, params, state)`. `fn(params, x)` uses the other variables as they are now, and raises
+      if the call changes them; `fn(params, x, state=state)` returns them updated.
 
     Example:
       fn, params, state = lora.nnx.functional(module)
@@ -84,15 +84,15 @@ def _changed(before, after) -> list[str]:
 
 
 class Adapted(nnx.Module):
-    """An NNX module with adapters inside: called as the module it was made from.
+    """An NNX module with adapters inside, called like the module it was made from.
 
-    What trains are `LoraParam`s; the base's own variables are there as before, and state that a
-    call changes (batch statistics, caches, random streams) is kept, as in the base.
+    The trained variables are `LoraParam`s. The base's own variables stay, and state that a call
+    changes (batch statistics, caches, random streams) is kept, as in the base.
 
     Attributes:
       base: the module that was adapted (its structure; its arrays are shared, not copied).
       adapters: the trained arrays, `{leaf path with /: {"a": LoraParam, "b": LoraParam, ...}}`.
-      plan: what is adapted.
+      plan: which leaves are adapted.
     """
 
     def __init__(self, base: nnx.Module, lora_params, plan: Plan):
@@ -111,7 +111,7 @@ class Adapted(nnx.Module):
         self.adapters = nnx.Dict(parts)
 
     def lora_params(self):
-        """The tree that `lora.lorafy`, `lora.merge` and the savers take."""
+        """The tree for `lora.lorafy`, `lora.merge` and the functions that save adapters."""
         _, params, _ = nnx.split(self.base, nnx.Param, ...)
         flat, tree = jax.tree_util.tree_flatten_with_path(params)
         planned = self.plan.by_path()
@@ -152,11 +152,11 @@ def adapt(
     """Puts adapters into an NNX module; the result is called as the module was.
 
     Args:
-      module: the base; it is left as it is, its arrays are shared.
+      module: the base; it is not changed, and its arrays are shared.
       config: what to adapt.
       *args, **kwargs: example arguments of the method, from which roles are inferred.
       key: PRNG key of the adapters.
-      method: the method that shows how the weights are used.
+      method: the method that is traced to find how the weights are used.
 
     Returns:
       A module whose `LoraParam`s train.

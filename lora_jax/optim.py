@@ -1,4 +1,4 @@
-"""optax masking and gradients: state and derivatives for what trains alone."""
+"""Gradients and optax state of the trainable half of a LoRA tree."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from lora_jax.tree import combine, split
 
 
 def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
-    """`jax.value_and_grad` of a function of LoRA parameters, with respect to what trains.
+    """`jax.value_and_grad` of a function of LoRA parameters, for the trainable half only.
 
-    `jax.grad` itself would compute the base's gradients too, and refuses a quantized base, whose
-    codes are integers. Here the base is a constant: no gradient of it is computed or stored.
+    `jax.grad` computes the base's gradients too, and rejects a quantized base, whose codes are
+    integers. Here the base is a constant: no gradient of it is computed or stored.
 
     Args:
       fn: `fn(lora_params, *args, **kwargs) -> scalar`, or `(scalar, aux)`.
@@ -67,10 +67,10 @@ def grad(fn: Callable, *, has_aux: bool = False) -> Callable:
 
 
 def check_trainable(trainable, name: str = "trainable") -> None:
-    """Every array of a tree can be trained, and there is one.
+    """Raises unless a tree has arrays, and all of them can be trained.
 
     Raises:
-      ValueError: there is none, or one holds integers, as a quantized base's codes are.
+      ValueError: there is no array, or one of integers, such as a quantized base's codes.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(trainable)
     if not flat:
@@ -87,7 +87,7 @@ def check_trainable(trainable, name: str = "trainable") -> None:
 
 
 def trainable_mask(lora_params):
-    """A tree of bools, True at every array that trains: `optax.masked`'s form of `split`."""
+    """A tree of bools for `optax.masked`, True at every array that trains."""
 
     def mark(x):
         if not is_lora(x):
@@ -102,7 +102,7 @@ def trainable_mask(lora_params):
 
 
 def masked(tx):
-    """An optax transformation for LoRA trees: state only for what trains.
+    """An optax transformation for LoRA trees, with state for the trainable half only.
 
     Args:
       tx: an `optax.GradientTransformation`.
@@ -120,7 +120,8 @@ def masked(tx):
 
     def start(params):
         trainable, frozen = split(params)
-        if jax.tree.leaves(frozen):  # optax also starts from trees without any array
+        # optax itself calls `init` with trees that hold no array at all: those pass.
+        if jax.tree.leaves(frozen):
             check_trainable(trainable, "params")
         return tx.init(trainable)
 
@@ -137,5 +138,6 @@ def masked(tx):
 
 
 def _no_change(x):
-    """A scalar zero that leaves an array as it is; `allow_int` gives codes a float0 gradient."""
+    """A scalar zero: adding it leaves an array as it is."""
+    # Integers (a quantized base's codes) have float0 gradients, and optax cannot add those.
     return np.zeros((), np.uint8 if x.dtype == jax.dtypes.float0 else x.dtype)

@@ -1,10 +1,9 @@
-"""One spelling of a parameter path, the names it goes by, and nearest-name errors.
+"""The spelling of parameter paths, the names of stacked layers, and the nearest known names.
 
 A *path* is the dotted spelling of where a leaf sits in a parameter tree:
 `model.layers.self_attn.q_proj.kernel`. Its *module* is the path without the parameter's own
-name (`model.layers.self_attn.q_proj`). Where layers are stacked on one leaf, the leaf also goes
-by one *expanded* name a layer (`model.layers.3.self_attn.q_proj`), the spelling Hugging Face
-uses.
+name (`model.layers.self_attn.q_proj`). A leaf that stacks layers also has one *expanded* name for
+each layer (`model.layers.3.self_attn.q_proj`), which is how Hugging Face spells it.
 """
 
 import difflib
@@ -73,14 +72,14 @@ def bare(path: str) -> str:
 
 
 def expand(path: str, layers: int) -> list[str]:
-    """The path once for each stacked layer, its number where Hugging Face writes it.
+    """The expanded name of each stacked layer.
 
     Args:
       path: dotted path of a leaf, or of its module.
       layers: length of the stack axis.
 
     Returns:
-      `layers` paths, or an empty list when no component of the path says where the layers are.
+      `layers` paths, or an empty list when no component of the path is a known name of a stack.
     """
     parts = path.split(".")
     for i, part in enumerate(parts[:-1]):
@@ -91,7 +90,7 @@ def expand(path: str, layers: int) -> list[str]:
 
 
 def fold_path(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
-    """A PRNG key of a leaf's own: it stays the same when other leaves come or go."""
+    """The PRNG key of one leaf; other leaves of the tree do not change it."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
 
 

@@ -1,4 +1,4 @@
-"""Trees with quantized leaves: `quantize`, leaf by leaf, and `dequantize`."""
+"""Quantizing the leaves of a parameter tree, and dequantizing them."""
 
 import dataclasses
 import re
@@ -32,7 +32,7 @@ def quantize(
     backend: str = "auto",
     progress: bool = False,
 ):
-    """Quantizes leaves of a parameter tree, one after the other.
+    """Quantizes chosen leaves of a parameter tree, one after the other.
 
     Args:
       params: the base's parameters; arrays, numpy's included, or `ShapeDtypeStruct`s under
@@ -50,8 +50,8 @@ def quantize(
       The tree with `QuantArray`s; other leaves are as they were.
 
     Raises:
-      ValueError: `where` names nothing (the nearest names are listed), a leaf cannot be
-        quantized so, or there is no such backend.
+      ValueError: `where` matches nothing (the nearest names are listed), a leaf cannot be
+        quantized in this format, or the backend is unknown.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lora
@@ -116,7 +116,9 @@ def _chosen(where: Where, named: list) -> set[str]:
         chosen = {leaf.path for leaf in where.adapted}
         unknown = chosen - {path for path, _ in named}
         if unknown:
-            raise ValueError(f"`where` plans `{sorted(unknown)[0]}`, which `params` has not")
+            raise ValueError(
+                f"`where` is a plan of `{sorted(unknown)[0]}`, which `params` does not have"
+            )
     elif isinstance(where, str | Sequence):
         chosen = _by_name(where, named)
     else:
@@ -131,12 +133,12 @@ def _chosen(where: Where, named: list) -> set[str]:
     return chosen
 
 
-# A stack of these has two dims, and is no matrix for that.
+# Stacked over layers these have two dims, but they are still vectors.
 _VECTORS = ("scale", "bias")
 
 
 def _by_name(where: str | Sequence[str], named: list) -> set[str]:
-    """Leaves of at least two dims whose path or module is meant; vectors are never quantized."""
+    """Leaves of at least two dims whose path or module matches; vectors are never quantized."""
     wide = [
         path
         for path, leaf in named
@@ -165,7 +167,7 @@ def _means(entry: str, name: str, pattern: bool) -> bool:
 
 
 def dequantize(params):
-    """A tree's quantized leaves as arrays of their dtype; other leaves as they are."""
+    """Turns the quantized leaves of a tree into arrays of their dtype."""
     return jax.tree.map(
         lambda x: x.dequantize() if isinstance(x, QuantArray) else x, params, is_leaf=is_leaf
     )

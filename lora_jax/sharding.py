@@ -1,4 +1,4 @@
-"""Shardings of adapters: they follow from the weight's, with the rank replicated.
+"""Shardings of adapters: those of the weight, with the rank replicated.
 
 W  (layers, in, out)   P(None, "data", "model")
 A  (layers, in, r)     P(None, "data", None)
@@ -62,7 +62,7 @@ def _leaf_specs(x, spec: PartitionSpec):
 
 
 def place(x: LoraArray) -> LoraArray:
-    """Puts new factors where the weight is: on its mesh, under the specs that follow from its own.
+    """Moves new factors to the weight's mesh, sharded like the weight.
 
     A weight on one device, or traced under automatic sharding, leaves the factors as they are.
     """

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lora_jax.config.peft import fields_from_peft, fields_to_peft
 from lora_jax.config.starts import STARTS, find_start
@@ -31,23 +31,23 @@ class LoraConfig:
         its end after a dot ("q_proj", "self_attn.q_proj"); or one regular expression that
         matches the whole name; or "all-linear", every weight used by a matrix product except the
         output head and the embeddings.
-      exclude_modules: names (or one regular expression) never adapted, whatever else matches.
+      exclude_modules: names (or one regular expression) that are never adapted.
       dropout: probability of zeroing an element of the adapters' input, 0 <= dropout < 1.
       use_rslora: scale by alpha/√rank.
       use_dora: also learn the magnitude of each output column (DoRA).
       init: how A and B start, a name in `lora_jax.config.starts.STARTS` ("pissa_niter_4" for
         "pissa_niter_N").
-      loftq_config: of init="loftq", as PEFT has it: "loftq_iter", how often quantizing and
-        decomposing take turns (1), and "loftq_bits" (4) where the base is not quantized yet.
+      loftq_config: for init="loftq", as in PEFT: "loftq_iter", how often to quantize and
+        decompose in turn (1), and "loftq_bits" (4) for a base that is not quantized yet.
       bias: which biases of the base train: "none", "all", or "lora_only" (of adapted modules).
-      lora_bias: give B a bias, `y = x·W + s·((x·A)·B + b)`, where A and B have their default
-        start; merging then needs a bias of the base that takes it.
+      lora_bias: give B a bias, `y = x·W + s·((x·A)·B + b)`; it works with the default start
+        only, and merging then needs a bias in the base.
       modules_to_save: modules trained whole instead of adapted, by the end of their names.
       trainable_token_indices: rows of an embedding table that train while the others stay: token
         ids of the input embedding (the largest table that an argument looks up), or a dict of ids
         by the end of a module's name. A head tied to the table follows.
-      target_parameters: parameters to adapt besides, by the end of their names, where PEFT must
-        be told that they are no module's weight: experts stored as one array
+      target_parameters: further parameters to adapt, by the end of their names. PEFT needs them
+        listed where they are not the weight of a module: experts stored as one array
         ("experts.gate_up_proj").
       rank_pattern: rank of the modules a pattern matches, for instance {"down_proj": 16}; the
         first pattern that matches the end of a name (after a dot) wins, "^" anchors it.
@@ -55,10 +55,11 @@ class LoraConfig:
       layers_to_transform: layer number, or numbers, to adapt; None adapts all.
       layers_pattern: name, or names, of the module list that holds the layers; None takes the
         first number in a module's name.
-      roles: what each dimension of a leaf is, where the dataflow should not decide: one letter a
-        dim, s (stack), i (in) or o (out), by pattern as in rank_pattern: {"experts.up": "sio"}.
-      extra: PEFT's remaining fields, which change no numbers, where a file that `from_peft` read
-        has something else than PEFT usually writes.
+      roles: the role of each dimension of a leaf, in place of the one inferred from its uses: one
+        letter a dim, s (stack), i (in) or o (out), by pattern as in rank_pattern:
+        {"experts.up": "sio"}.
+      extra: fields of a PEFT file that change no numbers, where they differ from what PEFT
+        writes by default.
 
     Raises:
       TypeError: a field has the wrong type.
@@ -79,7 +80,7 @@ class LoraConfig:
     use_dora: bool = False
     init: str = "default"
     loftq_config: Mapping[str, int] = field(default_factory=dict)
-    bias: str = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
     modules_to_save: tuple[str, ...] = ()
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
@@ -108,8 +109,8 @@ class LoraConfig:
         _check_tokens(self)
         _check_combinations(self)
 
-    def __hash__(self):
-        # A dict has no hash; equality still compares it.
+    def __hash__(self) -> int:
+        # A dict has no hash, so equal configs hash alike without their dicts.
         return hash(tuple(v for v in vars(self).values() if not isinstance(v, dict)))
 
     @classmethod
@@ -324,8 +325,8 @@ def _check_loftq(config: LoraConfig) -> None:
 
 
 def _check_tokens(config: LoraConfig) -> None:
-    asked = config.trainable_token_indices
-    named = asked if isinstance(asked, dict) else {"": asked} if asked != () else {}
+    rows = config.trainable_token_indices
+    named = rows if isinstance(rows, dict) else {"": rows} if rows != () else {}
     for module, ids in named.items():
         where = "trainable_token_indices" + (f"[{module!r}]" if module else "")
         if not isinstance(ids, tuple) or not all(_is_int(i) for i in ids):
@@ -337,12 +338,12 @@ def _check_tokens(config: LoraConfig) -> None:
                 f"`{module}` is in modules_to_save and in trainable_token_indices: train it whole "
                 "or some of its rows, not both"
             )
-    if isinstance(asked, dict):
-        _check_strings("trainable_token_indices", tuple(asked))
+    if isinstance(rows, dict):
+        _check_strings("trainable_token_indices", tuple(rows))
 
 
 def _check_combinations(config: LoraConfig) -> None:
-    """What PEFT refuses as well, because the numbers would not be what the fields say."""
+    """Combinations that PEFT rejects too, because it computes something else for them."""
     if config.lora_bias and config.use_dora:
         raise ValueError("lora_bias=True does not work with use_dora=True: leave one out")
     start = find_start(config.init)

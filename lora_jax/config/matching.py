@@ -1,4 +1,4 @@
-"""Which module a LoraConfig means: PEFT's matching rules as pure functions of names.
+"""Which modules a LoraConfig names: PEFT's matching rules as pure functions of names.
 
 A name is a module's full dotted name, `model.layers.3.self_attn.q_proj`.
 
@@ -61,7 +61,7 @@ def _is_listed(config: LoraConfig, name: str) -> bool:
 
 
 def names_parameter(config: LoraConfig, name: str) -> bool:
-    """Whether target_parameters means a parameter, by its whole name or its end after a dot."""
+    """Whether target_parameters lists a parameter, by its whole name or its end after a dot."""
     return any(ends_with(name, entry) for entry in config.target_parameters)
 
 
@@ -80,7 +80,7 @@ def layer_number(name: str, pattern: str | tuple[str, ...] | None = None) -> int
     Args:
       name: full module name.
       pattern: name (or names, tried in turn) of the module list that must come before the
-        number; it may then stand at the very start of the name.
+        number; it may also be the start of the name.
 
     Returns:
       The number, or None where the name has none.
@@ -97,7 +97,7 @@ def layer_number(name: str, pattern: str | tuple[str, ...] | None = None) -> int
 
 
 def matched_pattern(patterns: Iterable[str], name: str) -> str | None:
-    """The first of the patterns that matches the end of a name, from a dot or from its start."""
+    """The first pattern that matches the end of a name, from a dot or from the name's start."""
     for pattern in patterns:
         if re.match(rf"(.*\.)?({pattern})$", name):
             return pattern
@@ -201,7 +201,7 @@ def given_roles(config: LoraConfig, names: Sequence[str], ndim: int) -> str:
 def is_saved(config: LoraConfig, name: str) -> bool:
     """Whether a module is trained whole: it, or a module around it, ends with a saved name.
 
-    PEFT asks for no dot before the end here: "head" also means `lm_head`.
+    PEFT needs no dot before the end here: "head" also matches `lm_head`.
     """
     return saved_root(config, name) is not None
 
@@ -226,10 +226,10 @@ def trains_bias(config: LoraConfig, name: str, *, adapted: bool) -> bool:
 
 
 def unmatched(config: LoraConfig, names: Iterable[str]) -> list[tuple[str, str]]:
-    """The config's entries that match none of the model's modules.
+    """The entries of a config that match no module of the model.
 
     Args:
-      names: full names of every module that could be adapted or saved.
+      names: full names of all modules and parameters.
 
     Returns:
       Pairs (field, entry), in the config's order. A target that matches only modules which are

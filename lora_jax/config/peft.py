@@ -32,9 +32,9 @@ MAPPED = {
     "trainable_token_indices": ("trainable_token_indices", None),
 }
 
-# What PEFT writes for a field that changes no numbers of a finished adapter. fan_in_fan_out says
-# how the base stores its weight; A and B are stored alike either way. ensure_weight_tying is
-# checked against the model when an adapter is loaded or saved. The *_config fields only steer an
+# What PEFT writes for a field that changes no numbers of a finished adapter. fan_in_fan_out is how
+# the base stores its weight; A and B are the same either way. ensure_weight_tying is checked
+# against the model when an adapter is loaded or saved. The *_config fields only concern an
 # initialisation or a layout over devices.
 CARRIED = {
     "auto_mapping": None,
@@ -43,7 +43,7 @@ CARRIED = {
     "ensure_weight_tying": False,
     "eva_config": None,
     "fan_in_fan_out": False,
-    "inference_mode": True,  # PEFT itself writes true, whatever the config said
+    "inference_mode": True,  # PEFT writes true in every file
     "lora_ga_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
@@ -54,7 +54,7 @@ CARRIED = {
     "task_type": None,
 }
 
-# A field that changes the numbers and is not supported, and its value when off.
+# Fields that change the numbers and are not supported, with their value when off.
 REFUSED = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -66,7 +66,7 @@ REFUSED = {
     "velora_config": None,
 }
 
-# What to do about a refused field, where it is not the usual.
+# What to do about a refused field, where the usual advice does not fit.
 _INSTEAD = {
     "alora_invocation_tokens": (
         "it changes only what follows its invocation tokens, which no merged model can do either: "
@@ -106,12 +106,12 @@ DEFAULT_TARGETS = {
 }
 
 
-# Unlike any value of JSON.
+# Not equal to any value of JSON.
 _NONE = object()
 
 
 def fields_from_peft(fields: Mapping[str, Any], *, model_type: str | None = None) -> dict[str, Any]:
-    """The fields of a `LoraConfig` that PEFT's JSON object states; see `LoraConfig.from_peft`."""
+    """The fields of a `LoraConfig` for PEFT's JSON object; see `LoraConfig.from_peft`."""
     _check_fields(fields)
     given = {name: fields.get(name, default) for name, (_, default) in MAPPED.items()}
     given["init_lora_weights"] = _init_from_peft(given["init_lora_weights"])
