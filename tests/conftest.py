@@ -33,7 +33,7 @@ import re  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# LORA_JAX_TYPES=1 compares annotated shapes with those that are there. Not yet in a target: tests of
+# LORA_JAX_TYPES=1 compares annotated shapes with those that are there. In no target yet: tests of
 # wrong arguments get its error instead, and some annotations leave out arrays of numpy.
 if os.environ.get("LORA_JAX_TYPES"):
     from jaxtyping import install_import_hook
