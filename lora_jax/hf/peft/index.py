@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_jax.array import LoraArray, RowsArray, SavedArray
 from lora_jax.config import matching
-from lora_jax.config.lora import ALL_LINEAR, LoraConfig
+from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import sizes, stack_dims
 from lora_jax.hf.checkpoint import names
 from lora_jax.paths import bare, expand, module_of
@@ -106,12 +106,14 @@ def _rows(path: str, leaf: Any, config: LoraConfig) -> Iterator[Row]:
         return
     for layer, name in modules_of(path, leaf):
         row = Row(path=path, leaf=leaf, layer=layer, name=name, kind="module")
-        yield _with_rank(row, config) if adapts(config, path, name) else row
+        yield _with_rank(row, config)
 
 
 def _with_rank(row: Row, config: LoraConfig) -> Row:
-    rank, alpha = matching.rank_of(config, row.name), matching.alpha_of(config, row.name)
-    return row._replace(rank=rank, alpha=alpha, scale=matching.scale_of(config, rank, alpha))
+    found = _match(config, row.path, row.name)
+    if not found.targeted:
+        return row
+    return row._replace(rank=found.rank, alpha=found.alpha, scale=found.scale)
 
 
 def modules_of(path: str, leaf: Any) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -251,20 +253,19 @@ def _named(path: str, layer: tuple[int, ...], stack: tuple[int, ...]) -> str:
 def adapts(config: LoraConfig, path: str, name: str) -> bool:
     """Whether a config adapts a layer of a leaf; with "all-linear", any that is not excluded.
 
-    As in `lora_jax.plan`, a module also goes by its parameter's name and, where the config
-    selects no layers, by its path without numbers.
+    Args:
+      config: the config.
+      path: the leaf's path.
+      name: full name of the layer's module or parameter.
     """
-    if matching.names_parameter(config, name):
-        return True
+    return _match(config, path, name).targeted
+
+
+def _match(config: LoraConfig, path: str, name: str) -> matching.Match:
     plain = bare(path)
-    spelled = [name, f"{name}.{plain.rpartition('.')[2]}"]
-    if any(matching.is_excluded(config, n) for n in spelled):
-        return False
-    if config.target_modules == ALL_LINEAR:
-        return True
-    if config.layers_to_transform is None:
-        spelled += [path, module_of(path), plain, module_of(plain)]
-    return any(matching.is_target(config, n) for n in spelled)
+    module, last = module_of(plain), plain.rpartition(".")[2]
+    parameter = name if module == plain else f"{name}.{last}"
+    return matching.match(config, (name, parameter), (path, module_of(path), plain, module))
 
 
 def is_embedding(path: str) -> bool:
