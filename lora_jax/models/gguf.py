@@ -69,6 +69,7 @@ def config_of(
     if facts.get("rope.dimension_count", head_dim) != head_dim:
         raise ValueError(f"{path}: RoPE over a part of each head is not supported")
     theta = float(facts.get("rope.freq_base", 10000.0))
+    # Llama 3's files hold the divisors of each frequency instead of keys that describe them.
     scaling = _scaling(facts, path)
     if divisors is not None:
         scaling = _llama3(divisors, head_dim, theta, path)

@@ -119,6 +119,7 @@ def save_merged(
         write_shards(new, entries, values, dtype=DTYPES[dtype], max_shard_size=most)
         for name, text in _texts(model, dtype).items():
             (new / name).write_text(text, encoding="utf-8")
+        # A rename may reach the disk before the data: the files are synced first.
         for path in new.iterdir():
             _sync(path)
         _share(new)
@@ -165,6 +166,7 @@ def _values(
     leaves, index = modules[block.module], block.index
     parts = {name: x if _is_low_rank(x) else _part(x, index) for name, x in leaves.items()}
     if any(map(is_lora, parts.values())):
+        # The label is a static argument: without numbers, all layers share one compiled program.
         label = ".".join("*" if part.isdigit() else part for part in block.module.split("."))
         parts = _merged(label, parts, index)
     for parameter, part in parts.items():

@@ -223,6 +223,7 @@ def four_bits(name: str, state: State, raw: Weights) -> Float[np.ndarray, "..."]
     both = np.stack([np.repeat(code, 16), np.tile(code, 16)], axis=1)
     values = both[packed].reshape(-1)[: state.count]
     scales = absmax(name, state, raw)
+    # The last block may be shorter than the others.
     whole = state.count // state.block * state.block
     values[:whole].reshape(-1, state.block)[:] *= scales[: whole // state.block, None]
     values[whole:] *= scales[-1]

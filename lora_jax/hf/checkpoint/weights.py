@@ -72,6 +72,7 @@ def fill(
     by_leaf: dict[int, list[str]] = {}
     for name, place in places.items():
         by_leaf.setdefault(place.leaf, []).append(name)
+    # Leaf by leaf: no more than one is held beside those that are done.
     arrays = []
     for i, (path, leaf) in enumerate(leaves if hold is None else _shown(leaves)):
         here = [(places[n], n) for n in by_leaf[i]]

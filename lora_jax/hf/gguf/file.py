@@ -107,6 +107,7 @@ def _opened(path: Path) -> Gguf:
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size < 24:
         raise ValueError(f"{path}: not a GGUF file: only {path.stat().st_size} bytes")
+    # Mapped, not read: a tensor's pages are loaded when it is, and dropped under memory pressure.
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
@@ -135,10 +136,12 @@ def weights_of(file: Gguf) -> Weights:
       ValueError: an architecture that is not known, or a tensor that has no place in it.
     """
     architecture = ARCHITECTURES[architecture_of(file.metadata, file.path)]
+    # `rope_freqs.weight` holds no weight but divisors of RoPE; `rope_divisors` reads it.
     theirs = {_hf_name(name, file): name for name in file.tensors if name != "rope_freqs.weight"}
 
     def read(name: str) -> np.ndarray:
         tensor = read_tensor(file, theirs[name])
+        # The converter reorders the rows of q and k for `llama`, see `architectures`.
         count = _heads(file).get(name.split(".")[-2]) if architecture.permuted else None
         return tensor if count is None else to_halves(tensor, count)
 
@@ -244,6 +247,7 @@ def _record(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     name = cursor.string()
     if (dimensions := cursor.take("I")) > _MOST_DIMENSIONS:
         raise _BadHeader(f"tensor `{name}` has {dimensions} dimensions")
+    # ggml writes the fastest dimension first, numpy last.
     shape = tuple(cursor.take("Q") for _ in range(dimensions))[::-1]
     return name, shape, cursor.take("I"), cursor.take("Q")
 
@@ -270,6 +274,7 @@ def _place(
                 f"tensor `{name}`: rows of {shape[-1]} are not whole blocks of {block}"
             )
         size = math.prod(shape) // block * width
+        # Python's integers do not overflow, so a huge offset cannot wrap around into the file.
         if first + offset + size > len(cursor.data):
             raise _BadHeader(f"tensor `{name}` ends past the end of the file; cut short?")
         out[name] = Record(shape, kind, first + offset, size)

@@ -109,6 +109,7 @@ def to_gguf(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -
                 f"llama.cpp's architecture `{base.architecture}` has no place for an adapter of "
                 f"`{module}`; nearest: {nearest(module, names, 1)}; {_MERGE}"
             )
+        # llama.cpp applies an adapter by the tensor's name, and a tied head has none of its own.
         if base.tied and names[module] in ("token_embd", "output"):
             raise ValueError(
                 f"llama.cpp cannot apply an adapter of `{module}` where the output head is the "
@@ -170,6 +171,7 @@ def _common_alpha(pairs: Mapping[str, FactorPair]) -> float:
     """The alpha with which most modules keep their B as it is."""
     if not pairs:
         raise ValueError("the adapter has no pair of lora_A and lora_B; there is nothing to write")
+    # Rounded to float32 as the file stores it, so that equal scales of different ranks count alike.
     wanted = Counter(float(np.float32(pair.scale * pair.a.shape[0])) for pair in pairs.values())
     return wanted.most_common(1)[0][0]
 
@@ -179,6 +181,7 @@ def _in_file(
 ) -> tuple[np.ndarray, np.ndarray]:
     a, b = (x.astype(np.float32, copy=False) for x in (pair.a, pair.b))
     wanted = pair.scale * a.shape[0]
+    # Where the file's alpha is right, B is written to the bit.
     if np.float32(wanted) != np.float32(alpha):
         b = b * np.float32(wanted / alpha)
     if (heads := heads_of(module, base)) is not None:

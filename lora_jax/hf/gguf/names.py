@@ -141,6 +141,7 @@ def _from_gguf(path: Path) -> Base:
     )
 
 
+# The gguf package fills a table of every known spelling at each call, which is slow.
 @lru_cache(maxsize=16)
 def gguf_names(architecture: str, layers: int) -> dict[str, str]:
     """llama.cpp's name of every module that may carry an adapter, by Hugging Face's name.

@@ -153,6 +153,7 @@ def order(layout: Layout, dims: Sequence[int], known: Mapping[str, int]) -> np.n
       ValueError: Hugging Face's tensor mixes them with others in one dimension.
     """
     here = [name for d in dims for name in layout.ours[d]]
+    # A is permuted by inputs and B by outputs alone, so no dimension there may mix them.
     for group in layout.theirs:
         if set(group) & set(here) and set(group) - set(here):
             raise ValueError(
@@ -161,6 +162,7 @@ def order(layout: Layout, dims: Sequence[int], known: Mapping[str, int]) -> np.n
             )
     there = [name for name in _flat(layout.theirs) if name in here]
     numbers = np.arange(math.prod(known[name] for name in there), dtype=np.int64)
+    # Numbering their elements and permuting the numbers as the weight is permuted gives the order.
     apart = numbers.reshape([known[name] for name in there])
     return apart.transpose([there.index(name) for name in here]).reshape(-1)
 

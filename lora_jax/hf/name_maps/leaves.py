@@ -95,8 +95,10 @@ def _orders(path: str, leaf: LoraArray, placed: Placed) -> tuple[np.ndarray, np.
 def _lora_apart(path: str, leaf: LoraArray, placed: Placed) -> list[LoraArray]:
     ins, outs = _orders(path, leaf, placed)
     _, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
+    # The factors are copied once and then cut; a leaf may hold hundreds of tensors.
     host = {p: np.asarray(getattr(leaf, p)) for p in ("a", "b", "scale")}
     rows = {p: None if (x := getattr(leaf, p)) is None else np.asarray(x) for p in ("m", "bias")}
+    # theirs_flat = ours_flat[argsort(order)], the inverse of the order.
     back_in, back_out = np.argsort(ins), np.argsort(outs)
 
     def one(part: Part) -> LoraArray:
@@ -139,6 +141,7 @@ def _rows_apart(path: str, leaf: RowsArray, placed: Placed) -> list[RowsArray]:
         raise ValueError(f"leaf `{path}`: rows that train must be those of one table")
     part = placed.parts[0]
     table = block_there(np.asarray(leaf.w), placed, part)
+    # Under Hugging Face's path a table is (vocabulary, features), a head (features, vocabulary).
     axis = 0 if is_embedding(part.path) else 1
     return [RowsArray(w=table, rows=np.asarray(leaf.rows), ids=leaf.ids, axis=axis)]
 
@@ -170,6 +173,7 @@ def to_ours(theirs: Mapping[str, Any], lora_params: Any, places: Mapping[str, Pl
 
 def _lora_whole(path: str, leaf: LoraArray, placed: Placed, found: list[Any]) -> LoraArray:
     ins, outs = _orders(path, leaf, placed)
+    # Layers of smaller ranks are filled up with zeros, which add nothing to the product.
     rank = max(one.rank for one in found if isinstance(one, LoraArray))
     stack, _, _ = sizes(leaf.shape, leaf.roles)
     shape_in = [leaf.shape[d] for d in in_dims(leaf.roles)]

@@ -37,6 +37,7 @@ def in_our_names(
     Raises:
       ValueError: the config has what cannot be translated.
     """
+    # Repeating a start needs every layer's rank, and patterns do not translate into our names.
     refused = {
         "target_parameters": config.target_parameters,
         "trainable_token_indices": config.trainable_token_indices,
@@ -114,6 +115,7 @@ def in_their_names(
     """
     if (using := name_map or recognise(leaves)) is None:
         return leaves, config
+    # A config that was loaded has Hugging Face's names already; one of our own is translated.
     places = places_of(leaves, using)
     flat = to_theirs(leaves, places)
     if all(_adapts(config, _part(path)) == isinstance(x, LoraArray) for path, x in flat.items()):
@@ -123,6 +125,7 @@ def in_their_names(
         for path, placed in places.items()
         for number, part in enumerate(placed.parts)
     }
+    # Patterns of ours match our names: each module gets an exact pattern with what they gave it.
     adapted = {module_of(path): ours[path] for path, x in flat.items() if isinstance(x, LoraArray)}
     ranks = {_exact(n): matching.rank_of(config, name) for n, name in adapted.items()}
     alphas = {_exact(n): matching.alpha_of(config, name) for n, name in adapted.items()}
@@ -147,7 +150,7 @@ def _part(path: str) -> Part:
 
 
 def _our_name(path: str, placed: Placed, number: int) -> str:
-    """The name our config calls one layer of a leaf by, as `lora_jax.plan` does."""
+    """The name of one layer of a leaf in our config, as in `lora_jax.plan`."""
     module = module_of(bare(path))
     stacked = placed.layout.stacks
     if len(stacked) == 1 and (names := expand(module, len(placed.parts))):
@@ -156,4 +159,5 @@ def _our_name(path: str, placed: Placed, number: int) -> str:
 
 
 def _exact(name: str) -> str:
+    # PEFT puts `(.*\.)?` in front of a pattern, so without the anchor it matches ends of names too.
     return "^" + re.escape(name)

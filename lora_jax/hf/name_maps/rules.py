@@ -115,6 +115,7 @@ def name_map(
     for rule in made:
         if rule.layout:
             parse(rule.layout)
+        # Each `*` and `{}` of the left is copied to the right; further `{}` number stacked layers.
         stars, numbers = rule.ours.count("*"), rule.ours.count("{}")
         if stars != rule.theirs.count("*") or numbers > rule.theirs.count("{}"):
             raise ValueError(
@@ -274,6 +275,8 @@ def _filled(leaf: jax.ShapeDtypeStruct, placed: Placed, weights: Weights) -> jax
     return jax.device_put(out)
 
 
+# GPT-2's Conv1D is (in, out) in torch, and transformers' Flax models keep it (out, in): as for
+# every other matrix the two are each other's transpose.
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 FLAX = name_map(
     "transformers' Flax models",

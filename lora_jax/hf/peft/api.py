@@ -4,7 +4,7 @@
     PEFT   y = x·Wᵀ + s·x·AᵀBᵀ      A (r, in)    B (out, r)
 
 A tree's stacked layers become one pair of tensors a layer, heads are flattened, everything is
-float32 as PEFT keeps it. Loading is whole or an error: no key missing, left over or misshapen.
+float32 as PEFT keeps it. A missing, left over or misshapen tensor is an error.
 
 Source: PEFT 0.21, `save_and_load.py`; the format was checked by loading both ways.
 """
@@ -43,7 +43,7 @@ def read_peft(
       directory: holds `adapter_config.json` and `adapter_model.safetensors`; a Hub id
         (`owner/name`) is looked for in the cache, then fetched.
       model_type: Hugging Face's name of the model family, for a config that leaves
-        target_modules to PEFT's default.
+        target_modules out: PEFT's default depends on it.
 
     Returns:
       The config, and PEFT's tensors by their names, in their stored dtype.
@@ -51,7 +51,7 @@ def read_peft(
     Raises:
       FileNotFoundError: the directory or one of the files is missing.
       ValueError: a file is damaged, a pickle, a link out of the directory, or holds NaN; or the
-        config asks for what is not supported.
+        config has what is not supported.
     """
     fields, tensors = read_directory(directory)
     try:
@@ -166,15 +166,15 @@ def save_peft(
     """Writes an adapter as a PEFT directory, whole or not at all.
 
     Args:
-      directory: made if it does not exist; other files in it stay. A model card (README.md) is
-        written where there is none.
+      directory: created if it does not exist; other files in it stay. A model card (README.md)
+        is written where there is none.
       lora_params: tree with the adapter.
       config: the config the adapter was made with.
       base_model_name: Hub id or path of the base model, for `base_model_name_or_path`.
-      task_type: PEFT's task type, or None; "auto" keeps that of a config that came from PEFT, and
-        tells a decoder (CAUSAL_LM), an encoder (FEATURE_EXTRACTION) and a classifier (SEQ_CLS)
-        apart otherwise.
-      target: "peft", or "vllm" for an adapter that vLLM serves at the right scale: vLLM knows one
+      task_type: PEFT's task type, or None. "auto" keeps that of a config that came from PEFT;
+        without one it is CAUSAL_LM for a decoder, FEATURE_EXTRACTION for an encoder and SEQ_CLS
+        for a classifier.
+      target: "peft", or "vllm" for an adapter that vLLM serves at the right scale. vLLM reads one
         rank and one alpha, so other scales are multiplied into B and ranks filled up with zeros.
       name_map: as for `load_peft`.
 

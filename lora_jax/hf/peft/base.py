@@ -46,5 +46,6 @@ def as_read(plan: Plan, params: Any, *, source: str, checked: bool = False) -> P
             f"{source}: the adapter was started by LoftQ in {turns} turns, whose base is not the "
             "weights quantized: load it over the base in floats, which is quantized so again"
         )
+    # The base is LoftQ's already: `init` must not quantize it a second time.
     config = dataclasses.replace(plan.config, init="default", loftq_config={})
     return dataclasses.replace(plan, config=config)

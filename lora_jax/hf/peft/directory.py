@@ -21,7 +21,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 
 
-# A config of PEFT is a few kilobytes; this only keeps a wrong file from being read whole.
+# A config of PEFT has a few kilobytes; the limit keeps a wrong file from being read whole.
 _MAX_CONFIG_BYTES = 16 * 2**20
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _DTYPES = ("F32", "F16", "BF16")
@@ -38,7 +38,7 @@ def read_directory(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[s
       FileNotFoundError: the directory, or a file that belongs in it, is missing.
       ConnectionError: a Hub id that is not cached, and the Hub cannot be reached.
       ValueError: a file is damaged, is a link out of the directory, is a pickle, or holds
-        something that is no adapter's weights.
+        tensors that cannot be an adapter's.
     """
     root = Path(directory)
     if not root.exists() and _HUB_ID.fullmatch(str(directory)):
@@ -74,7 +74,7 @@ def _existing(root: Path, name: str) -> Path:
 
 
 def _hub_blobs(home: Path) -> Path:
-    """Where the Hub's cache keeps the files that `snapshots/<revision>` links to."""
+    """The folder of the Hub's cache to whose files `snapshots/<revision>` links."""
     in_cache = home.parent.name == "snapshots"
     return home.parent.parent / "blobs" if in_cache else home
 
@@ -118,7 +118,7 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def check_tensor(name: str, value: np.ndarray, source: str | os.PathLike) -> None:
-    """Refuses a tensor that can be no trained weight: empty or not finite."""
+    """Refuses a tensor that is empty or not finite."""
     if value.size == 0:
         raise ValueError(f"{source}: tensor `{name}` is empty (shape {value.shape})")
     if not np.isfinite(value.astype(np.float32, copy=False)).all():
@@ -136,10 +136,10 @@ def write_directory(
     A README.md that is there stays, unless it is the card of the adapter that is replaced.
 
     Everything is written and synced under temporary names first, so that a full disk or an
-    interruption leaves what was there. A new directory appears whole, by one rename. In an
-    existing one the old config goes before the weights are replaced, and the new one comes last:
-    whoever looks (or crashes) in between finds an adapter without a config, never one with
-    another adapter's scale.
+    interruption changes nothing. A new directory appears whole, by one rename. In an existing one
+    the old config is removed before the weights are replaced, and the new one is written last: a
+    reader (or a crash) in between finds an adapter without a config, never one with another
+    adapter's scale.
 
     Raises:
       OSError: the directory cannot be written; nothing was changed.
@@ -151,11 +151,11 @@ def write_directory(
     temporary = None
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        # Beside what it will become, so that moving it is a rename and no copy.
+        # On the same file system as its destination, so that moving it is a rename and no copy.
         place = root if root.is_dir() else root.parent
         temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=place))
         (temporary / CONFIG_FILE).write_text(config, "utf-8")
-        # The marker is what transformers and PEFT look for.
+        # transformers refuses a file without this entry, and PEFT writes it.
         save_file(dict(tensors), temporary / TENSOR_FILE, metadata={"format": "pt"})
         (temporary / CARD_FILE).write_text(card(fields), "utf-8")
         for name in (CONFIG_FILE, TENSOR_FILE, CARD_FILE):
@@ -173,7 +173,7 @@ def write_directory(
 
 
 def _errno(error: Exception) -> int:
-    """The number of the system's error, which safetensors only has in its text."""
+    """The errno, which an error of safetensors holds in its text only."""
     in_text = re.search(r"os error (\d+)", str(error))
     return getattr(error, "errno", None) or (int(in_text[1]) if in_text else errno.EIO)
 
@@ -182,7 +182,7 @@ def _move_in(temporary: Path, root: Path) -> None:
     if root.exists():
         _replace(temporary, root)
     else:
-        # mkdtemp makes a private directory; an adapter is to be shared as any other.
+        # mkdtemp makes a directory that only its owner can read.
         os.chmod(temporary, 0o777 & ~_umask())
         os.rename(temporary, root)
     _sync(root.parent)
@@ -190,9 +190,9 @@ def _move_in(temporary: Path, root: Path) -> None:
 
 
 def _replace(temporary: Path, root: Path) -> None:
-    """Replaces the two files, without a moment in which they do not belong together."""
+    """Replaces the files; at no moment does a config lie beside another adapter's weights."""
     old, aside = root / CONFIG_FILE, temporary / "old.json"
-    own_card = _may_replace_card(root)
+    replace_card = _may_replace_card(root)
     if old.exists() and old.read_bytes() != (temporary / CONFIG_FILE).read_bytes():
         os.replace(old, aside)
     try:
@@ -202,12 +202,12 @@ def _replace(temporary: Path, root: Path) -> None:
             os.replace(aside, old)
         raise
     os.replace(temporary / CONFIG_FILE, old)
-    if own_card:
+    if replace_card:
         os.replace(temporary / CARD_FILE, root / CARD_FILE)
 
 
 def _may_replace_card(root: Path) -> bool:
-    """Whether there is no card, or the very one that was written for the config that is there."""
+    """Whether there is no card, or an unchanged one of ours, written for the old config."""
     if not (root / CARD_FILE).exists():
         return True
     try:
@@ -233,7 +233,7 @@ def _sync(path: Path) -> None:
 CARD_FILE = "README.md"
 
 
-# The class of transformers that PEFT's task types are loaded with.
+# PEFT's task type -> the class of transformers that loads the base model.
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -308,5 +308,5 @@ def _spelled(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A YAML string, whatever is in it."""
+    """The text as a quoted YAML string."""
     return "'" + text.replace("'", "''").replace("\n", " ") + "'"

@@ -99,6 +99,7 @@ def _rows(path: str, leaf: Any, config: LoraConfig) -> Iterator[Row]:
             yield Row(path=path, leaf=leaf, layer=layer, name=name, kind=kind)
     if not isinstance(leaf, LoraArray):
         return
+    # A parameter's ranks and alphas follow its own name; everything else goes by its module's.
     if parameters := parameters_of(path, leaf, config):
         for layer, name in parameters.items():
             row = Row(path=path, leaf=leaf, layer=layer, name=name, kind="parameter")
@@ -141,6 +142,7 @@ def parameters_of(path: str, leaf: Any, config: LoraConfig) -> dict[tuple[int, .
     if not config.target_parameters:
         return {}
     module, _, parameter = bare(path).rpartition(".")
+    # The dims in front of the experts' are layers: their numbers stand in the module's name.
     depth = names.stack_depth(module) if module else 0
     found = {
         layer: f"{names.module_name(module, layer)}.{parameter}"
@@ -177,6 +179,7 @@ def named_targets(index: AdapterIndex) -> list[str]:
     They are the last components of the names, unless these match a module without an adapter
     too: then they are the full names.
     """
+    # PEFT compares the ends of names, so a last component also matches modules elsewhere.
     adapted = set(index.adapted)
     every = set(every_module(index.leaves, index.config))
     short = {name.rpartition(".")[2] for name in adapted}
@@ -240,6 +243,7 @@ def _named(path: str, layer: tuple[int, ...], stack: tuple[int, ...]) -> str:
     module = module_of(bare(path))
     if len(layer) == names.stack_depth(module):
         return names.module_name(module, layer)
+    # A stack under a component that no table of names has, such as `blocks`.
     if len(layer) == 1 and (expanded := expand(module, stack[0])):
         return expanded[layer[0]]
     raise ValueError(
@@ -264,6 +268,7 @@ def adapts(config: LoraConfig, path: str, name: str) -> bool:
 def _match(config: LoraConfig, path: str, name: str) -> matching.Match:
     plain = bare(path)
     module, last = module_of(plain), plain.rpartition(".")[2]
+    # An array without a parameter name of its own (`gate_up_proj`) is module and parameter in one.
     parameter = name if module == plain else f"{name}.{last}"
     return matching.match(config, (name, parameter), (path, module_of(path), plain, module))
 

@@ -49,6 +49,7 @@ def plannable(config: LoraConfig, leaves: Mapping[str, Any], source: str) -> Lor
             "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
     config = _without_unused(config, leaves)
+    # Such a start is computed again from the base, for which `init` takes the ranks as they are.
     if base_change(config.init) == "repeatable":
         return config
     # `fill` makes factors of the file's ranks; a plan of rank 1 allocates little before it does.
@@ -82,6 +83,7 @@ def _without_tied_rows(config: LoraConfig, every: list[str]) -> Any:
     rows = config.trainable_token_indices
     if not isinstance(rows, Mapping) or any(matching.ends_with(n, HEAD) for n in every):
         return rows
+    # No head in the tree: its rows are those of the embedding, if both lists agree.
     rest = {entry: ids for entry, ids in rows.items() if not matching.ends_with(entry, HEAD)}
     same = all(ids in rest.values() for ids in rows.values())
     return rest if rest and same else rows
@@ -115,6 +117,7 @@ def fill(
     for rows in index.rows.values():
         _check_meant(rows)
     specs = tensor_specs(index)
+    # Everything is checked before the first array is made: a wrong file takes no memory.
     _check_keys([spec for of_leaf in specs.values() for spec in of_leaf], tensors, source)
 
     def put(key_path: tuple, leaf: Any) -> Any:
@@ -166,6 +169,7 @@ def _filled(
     new = np.array(old, order="C")
     for spec in specs:
         if spec.part == part and not spec.repeats:
+            # Files may hold 16 bits; factors are float32 here, saved leaves have the base's dtype.
             write_tensor(new, spec, tensors[spec.key].astype(new.dtype))
     return new
 

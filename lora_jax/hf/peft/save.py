@@ -71,6 +71,7 @@ def content_of(index: AdapterIndex) -> tuple[dict[str, Any], dict[str, np.ndarra
         host, found = read_leaf(index.leaves[path], specs)
         _check_agreement(host, index.rows[path], config, specs)
         tensors |= {spec.key: _as_peft(found[spec.key], spec) for spec in specs}
+    # PEFT would load NaN without a word, and every output would be NaN.
     for name, value in tensors.items():
         directory.check_tensor(name, value, "lora_params")
     fields = config.to_peft()
@@ -133,6 +134,7 @@ def _check_ranks(rows: Sequence[Row]) -> None:
 
 def _check_beyond(leaf: LoraArray, row: Row) -> None:
     """The factors are zero beyond the rank that the config gives a layer."""
+    # Columns of a beside rows of zeros in b have no effect, and the reverse.
     # One layer of b is (experts..., r, out...): the rank is counted from the end.
     outs = (slice(None),) * leaf.roles.count("o")
     beyond = slice(row.rank, None)
@@ -144,6 +146,7 @@ def _check_beyond(leaf: LoraArray, row: Row) -> None:
 
 
 def _check_scale(leaf: LoraArray, row: Row) -> None:
+    # The leaf's scale is float32, and PEFT computes its own in float64.
     for scale in np.ravel(leaf.scale[row.layer]):
         if abs(scale - row.scale) > 1e-6 * abs(row.scale):
             raise ValueError(
@@ -155,6 +158,7 @@ def _check_scale(leaf: LoraArray, row: Row) -> None:
 
 def _check_saved(leaf: SavedArray, path: str, specs: Sequence[TensorSpec]) -> None:
     """Nothing that was trained is left out of the file."""
+    # Layers that the config does not name must still have their first values.
     unwritten = np.ones(leaf.shape, bool)
     for spec in specs:
         unwritten[spec.layer] = False

@@ -145,6 +145,7 @@ def _layouts(row: Row) -> dict[Part, _Layout]:
             "m": _Layout((fan_out,)),
             "bias": _Layout((fan_out,)),
         }
+    # torch's kernels are (out, in, window...); ours have the dims in any order.
     channel = [ins.index(d) for d in ins if d not in leaf.window.dims]
     window = [ins.index(d) for d in leaf.window.dims]
     if leaf.window.groups > 1 or len(channel) != 1:
@@ -173,6 +174,7 @@ def _size(leaf: LoraArray, dims: Sequence[int]) -> int:
 
 def _parameter_specs(row: Row, wrapped: int) -> Iterator[TensorSpec]:
     """The two tensors of a parameter that target_parameters names: all experts of a layer."""
+    # PEFT wraps the module once a parameter: an outer wrapper holds the inner one as `base_layer`.
     module = PREFIX + row.name.rpartition(".")[0] + ".base_layer" * wrapped
     layouts = _expert_layouts(row)
     for part in ("a", "b"):
@@ -190,6 +192,7 @@ def _expert_layouts(row: Row) -> dict[Part, _Layout]:
             f"dim of experts besides the layers ({depth} here): adapt it with target_modules"
         )
     ins, outs = in_dims(leaf.roles), out_dims(leaf.roles)
+    # PEFT keeps the experts' factors side by side in one matrix.
     wide = leaf.shape[stack[-1]] * row.rank
     # Blocks: a is (E, in..., R), b is (E, R, out...).
     a = (0, len(ins) + 1, *range(1, len(ins) + 1))
@@ -201,7 +204,10 @@ def _expert_layouts(row: Row) -> dict[Part, _Layout]:
 
 
 def _repeats_base(config: LoraConfig) -> bool:
-    """Whether PEFT writes embeddings' base weights too (`save_embedding_layers="auto"`)."""
+    """Whether PEFT writes embeddings' base weights too (`save_embedding_layers="auto"`).
+
+    It does so where the config targets an embedding, because its vocabulary may have been resized.
+    """
     targets = config.target_modules
     if targets == ALL_LINEAR or config.trainable_token_indices:
         return False
@@ -235,6 +241,7 @@ def _head_specs(row: Row, table: list[TensorSpec]) -> list[TensorSpec]:
     for spec in table:
         shape, axes = spec.shape, spec.axes
         if spec.part in ("a", "b"):
+            # The head's weight is the table, which a lookup multiplies from the other side.
             name, shape, axes = _SUFFIX["b" if spec.part == "a" else "a"][0], shape[::-1], None
         else:
             name = spec.key.rpartition(f"{module_of(bare(row.path))}.")[2]
@@ -269,6 +276,7 @@ def _saved_specs(row: Row, config: LoraConfig, adapted: set[str]) -> Iterator[Te
 def _whole(path: str, shape: tuple[int, ...], axes: tuple[int, ...] | None) -> _Layout:
     """The layout there of one block of ours, from `ours = theirs.transpose(axes)`."""
     if path.rpartition(".")[2] == "bias":
+        # A vector there; here a bias of split heads has a dim for them.
         return _Layout((math.prod(shape),))
     if axes is None:
         return _Layout(tuple(shape))
@@ -294,6 +302,7 @@ def read_leaf(leaf: Any, specs: Sequence[TensorSpec]) -> tuple[Any, dict[str, np
     """
     parts: list[str] = [*PARTS[type(leaf)]]
     parts += ["scale"] if isinstance(leaf, LoraArray) else []
+    # The base is the largest array of a leaf: it is copied only where it is compared or repeated.
     if isinstance(leaf, SavedArray) or any(spec.part == "w" for spec in specs):
         parts.append("w")
     host = {p: np.asarray(getattr(leaf, p)) for p in parts if getattr(leaf, p) is not None}
@@ -313,6 +322,7 @@ def write_tensor(part: np.ndarray, spec: TensorSpec, tensor: np.ndarray) -> None
 def _view(part: np.ndarray, spec: TensorSpec) -> np.ndarray:
     """The spec's block of a part, its axes in the file's order: a view."""
     block = part[spec.layer]
+    # A leaf is allocated with its largest rank; a layer of a smaller one uses the first columns.
     if spec.cut is not None:
         block = block[(slice(None),) * spec.cut + (slice(spec.rank),)]
     return block if spec.axes is None else block.transpose(spec.axes)

@@ -44,6 +44,7 @@ def tied_tables(leaves: Mapping[str, Any]) -> list[str]:
 
     Tables of which only some rows train are not listed: PEFT ties those by itself.
     """
+    # A head of its own is a second leaf, and nothing is shared.
     if any(module_of(path).rpartition(".")[2] == HEAD for path in leaves):
         return []
     return [
@@ -61,6 +62,7 @@ def tied_config(leaves: Mapping[str, Any], config: LoraConfig) -> LoraConfig:
     config = dataclasses.replace(config, extra={**config.extra, TYING: True})
     if ties(config):
         return config
+    # The field alone has no effect in PEFT unless the head is named too.
     field = "target_modules" if isinstance(leaves[tables[0]], LoraArray) else "modules_to_save"
     entries = getattr(config, field)
     named = f"{entries}|{HEAD}" if isinstance(entries, str) else (*entries, HEAD)

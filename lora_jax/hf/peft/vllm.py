@@ -1,4 +1,4 @@
-"""An adapter as vLLM serves it rightly: one rank, one alpha, nothing but A and B.
+"""Adapters that vLLM serves at the right scale: one rank, one alpha, nothing but A and B.
 
 vLLM reads r, lora_alpha and use_rslora and silently ignores rank_pattern and alpha_pattern, so a
 module with its own rank or alpha would be served at the wrong scale. Here each module's scale is
@@ -26,15 +26,15 @@ _B = (".lora_B.weight", ".lora_embedding_B")
 def for_vllm(
     fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config: LoraConfig
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Rewrites the content of a PEFT directory for vLLM; PEFT loads it with the same numbers too.
+    """Rewrites the content of a PEFT directory for vLLM; in PEFT it stands for the same change.
 
     Args:
-      fields: PEFT's config.
+      fields: the JSON object of PEFT's config.
       tensors: PEFT's tensors by name.
-      config: the same config as ours.
+      config: our config with the same content.
 
     Returns:
-      Fields and tensors; scales stay where they are if all modules share rank and alpha.
+      Fields and tensors. Where all modules share rank and alpha, B keeps its numbers.
 
     Raises:
       ValueError: the adapter has DoRA, trained biases or saved modules, or its initialisation
@@ -49,6 +49,7 @@ def for_vllm(
         alpha = matching.alpha_of(config, name)
         scales[module] = matching.scale_of(config, ranks[module], alpha)
     rank = max(ranks.values())
+    # Then vLLM's own alpha / r is every module's scale, and B need not change.
     uniform = set(ranks.values()) == {config.rank} and len(set(scales.values())) == 1
     uniform = uniform and scales[modules[0]] == matching.scale_of(config, rank, config.alpha)
     out = {}
@@ -80,7 +81,7 @@ def _check_servable(config: LoraConfig) -> None:
 
 
 def _fields(fields: Mapping[str, Any], modules: list[str], rank: int | None) -> dict[str, Any]:
-    """The config: the modules by their names, no patterns, scale 1 if the scales were folded."""
+    """The fields without patterns; with the scale 1 where the scales were multiplied into B."""
     out = dict(fields)
     if rank is not None:
         out |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
