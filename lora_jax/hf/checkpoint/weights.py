@@ -109,7 +109,7 @@ def check_fit(
     Args:
       wanted: shapes by name.
       weights: the checkpoint.
-      ignored: globs of tensors that may be there besides.
+      ignored: globs of further tensors that may be there.
 
     Raises:
       ValueError: keys missing, left over or misshapen, all in one message.

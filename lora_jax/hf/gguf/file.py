@@ -13,7 +13,7 @@ import mmap
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -76,7 +76,7 @@ class Gguf(NamedTuple):
     data: np.ndarray
 
 
-def open_gguf(path: str | Path, *, kind: str = "model") -> Gguf:
+def open_gguf(path: str | Path, *, kind: Literal["model", "adapter"] = "model") -> Gguf:
     """Opens a file and reads its header; tensors stay on disk.
 
     Args:

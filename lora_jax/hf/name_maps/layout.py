@@ -51,7 +51,7 @@ def parse(text: str, sizes: Mapping[str, int] | None = None) -> Layout:
     """Reads a layout.
 
     Raises:
-      ValueError: it has no arrow, a name stands twice, or one on the left is missing on the right.
+      ValueError: it has no arrow, a name occurs twice, or one on the left is missing on the right.
     """
     left, arrow, right = text.partition("->")
     if not arrow:
@@ -60,7 +60,7 @@ def parse(text: str, sizes: Mapping[str, int] | None = None) -> Layout:
     known = [name for group in ours for name in group]
     for name in (name for group in theirs for name in group):
         if name not in known:
-            raise ValueError(f"layout `{text}`: `{name}` stands on the left only")
+            raise ValueError(f"layout `{text}`: `{name}` occurs on the left only")
     used = {k: v for k, v in (sizes or {}).items() if k in known}
     layout = Layout(text, theirs, ours, tuple(sorted(used.items())))
     stacked = {name for d in layout.stacks for name in ours[d]}
@@ -79,7 +79,7 @@ def _groups(side: str, text: str) -> Groups:
         if not re.fullmatch(r"[A-Za-z]\w*", name):
             raise ValueError(f"layout `{text}`: `{name}` is not the name of a dimension")
         if names.count(name) > 1:
-            raise ValueError(f"layout `{text}`: `{name}` stands twice on one side")
+            raise ValueError(f"layout `{text}`: `{name}` occurs twice on one side")
     return groups
 
 

@@ -12,7 +12,7 @@
     )
 
 Left is a leaf's path here, right the tensor there; `*` is anything and `{}` a number, the same on
-both sides. A `{}` that stands on the right only numbers the layers stacked on the leaf. The third
+both sides. A `{}` on the right only numbers the layers stacked on the leaf. The third
 entry is the layout of the dimensions (`lora_jax.hf.name_maps.layout`); without it they are in the
 same order, after the stacks. The first rule that matches a leaf applies.
 

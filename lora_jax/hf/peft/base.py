@@ -44,7 +44,7 @@ def as_read(plan: Plan, params: Any, *, source: str, checked: bool = False) -> P
     if turns > 1 and not checked:
         raise ValueError(
             f"{source}: the adapter was started by LoftQ in {turns} turns, whose base is not the "
-            "weights quantized: load it over the base in floats, which is quantized so again"
+            "weights quantized: load it over the base in floats, for which LoftQ is repeated"
         )
     # The base is LoftQ's already: `init` must not quantize it a second time.
     config = dataclasses.replace(plan.config, init="default", loftq_config={})

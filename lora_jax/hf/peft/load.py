@@ -100,7 +100,7 @@ def fill(
 
     Args:
       lora_params: tree as `lora_jax.init` makes it; which leaves have an adapter, and their roles,
-        are taken from it, the factors, ranks and scales are made anew.
+        are taken from it; factors, ranks and scales are new.
       config: the adapter's config.
       tensors: PEFT's tensors by name.
       source: what messages call the adapter.

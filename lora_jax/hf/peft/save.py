@@ -213,7 +213,7 @@ def _task_of(paths: Collection[str], tensors: Collection[str]) -> str | None:
 
 
 def _is_encoder(paths: Collection[str]) -> bool:
-    """Whether leaves of these paths are an encoder of BERT's kind, with whatever head."""
+    """Whether leaves of these paths are an encoder of BERT's kind, with any head or none."""
     parts = _parts(paths)
     return {"word_embeddings", "encoder"} <= parts and "decoder" not in parts
 

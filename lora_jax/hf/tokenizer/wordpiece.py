@@ -29,7 +29,7 @@ def build(path: Path, settings: Mapping[str, Any], special: Mapping[str, str]) -
       The `tokenizers.Tokenizer`.
 
     Raises:
-      ValueError: not text, a piece that stands there twice, or a special token that is missing.
+      ValueError: not text, a piece that occurs twice, or a special token that is missing.
     """
     made = require("tokenizers").BertWordPieceTokenizer(
         vocab=_vocabulary(path, special),
@@ -51,7 +51,7 @@ def _vocabulary(path: Path, special: Mapping[str, str]) -> dict[str, int]:
     for number, piece in enumerate(pieces):
         if piece in vocabulary:
             raise ValueError(
-                f"{path}, line {number + 1}: `{piece}` stands on line {vocabulary[piece] + 1} "
+                f"{path}, line {number + 1}: `{piece}` is on line {vocabulary[piece] + 1} "
                 "already; a piece has one id"
             )
         vocabulary[piece] = number

@@ -88,8 +88,8 @@ RULES = {
     "stars": ([("blocks.*", "model.layers.weight")], r"must have as many `\*`"),
     "numbers": ([("blocks.{}.w", "model.layer.weight")], "at least as many `{}`"),
     "arrow": ([("w", "w.weight", "a b")], "expected `theirs -> ours`, got no arrow"),
-    "twice": ([("w", "w.weight", "a a -> a b")], "`a` stands twice on one side"),
-    "left": ([("w", "w.weight", "a b -> a")], "`b` stands on the left only"),
+    "twice": ([("w", "w.weight", "a a -> a b")], "`a` occurs twice on one side"),
+    "left": ([("w", "w.weight", "a b -> a")], "`b` occurs on the left only"),
     "name": ([("w", "w.weight", "a ? -> a b")], r"`\?` is not the name of a dimension"),
     "stack": ([("w", "w.weight", "a -> (l m) a")], "a stack must be a dimension of its own"),
 }

@@ -98,7 +98,7 @@ def test_damaged_weights(content, text, directory):
         (b"{", "not JSON that PEFT writes"),
         (b"\xff\xfe", "not JSON that PEFT writes"),
         (b"[1]", "expected a JSON object, got list"),
-        (b'{"r": 1, "r": 2}', "`r` stands twice in one object"),
+        (b'{"r": 1, "r": 2}', "`r` occurs twice in one object"),
         (b"[" * 200_000, "nested too deeply|not JSON"),
         (b'{"r": 4}', "`peft_type` is missing"),
         (b'{"peft_type": "LORA", "r": 4}', "`target_modules` is missing"),

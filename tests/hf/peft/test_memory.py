@@ -14,8 +14,8 @@ SCRIPT = """
 import json, os, sys, time
 import jax, numpy as np
 from lora_jax.array import LoraArray
-from lora_jax.config import LoraConfig
-from lora_jax.hf import peft
+from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.peft import api as peft
 
 LAYERS, RANK, D, F = 32, 16, 4096, 11008
 SHAPES = {"self_attn": {f"{p}_proj": (D, D) for p in "qkvo"},

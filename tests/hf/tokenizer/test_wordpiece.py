@@ -90,7 +90,7 @@ def test_robertas_saved_tokenizer(tmp_path):
 
 
 BROKEN = {
-    "twice": ([*PIECES, "fox"], r"vocab.txt, line 40: `fox` stands on line 10 already"),
+    "twice": ([*PIECES, "fox"], r"vocab.txt, line 40: `fox` is on line 10 already"),
     "no [SEP]": ([p for p in PIECES if p != "[SEP]"], r"vocab.txt: lacks `\[SEP\]`, which BERT"),
 }
 

@@ -1,0 +1,105 @@
+"""The index of an adapter: one row a layer, with PEFT's name, rank, alpha and scale."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.array import leaves_by_path
+from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.peft import api
+from lora_jax.hf.peft.index import make_index
+from lora_jax.plan.decide import plan
+from lora_jax.quant.array import QuantArray
+from lora_jax.quantize import quantize
+from lora_jax.tree import init
+
+from tests.support.peft_trees import L, nested, planted, random_params
+
+pytestmark = pytest.mark.once
+
+Q = "model.layers.self_attn.q_proj.kernel"
+
+
+def indexed(config):
+    return make_index(leaves_by_path(planted(random_params(), config)), config)
+
+
+def test_a_row_a_layer_with_its_own_rank_and_scale():
+    config = LoraConfig(
+        rank=4,
+        alpha=6,
+        target_modules=("q_proj",),
+        rank_pattern={"1.self_attn.q_proj": 2},
+        alpha_pattern={"2.self_attn.q_proj": 8},
+        use_rslora=True,
+    )
+    rows = indexed(config).rows[Q]
+    assert [(row.layer, row.name) for row in rows] == [
+        ((i,), f"model.layers.{i}.self_attn.q_proj") for i in range(L)
+    ]
+    assert [(row.kind, row.rank, row.alpha) for row in rows] == [
+        ("module", 4, 6), ("module", 2, 6), ("module", 4, 8)
+    ]  # fmt: skip
+    assert [row.scale for row in rows] == pytest.approx([6 / 2, 6 / 2**0.5, 8 / 2])
+
+
+def test_layers_without_an_adapter_have_rank_0():
+    config = LoraConfig(rank=4, target_modules=("q_proj",), layers_to_transform=1)
+    index = indexed(config)
+    assert [(row.rank, row.scale > 0) for row in index.rows[Q]] == [
+        (0, False), (4, True), (0, False)
+    ]  # fmt: skip
+    assert index.adapted == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_every_kind_of_leaf_has_its_rows_and_frozen_ones_have_none():
+    config = LoraConfig(
+        rank=2,
+        target_modules=("q_proj",),
+        modules_to_save=("lm_head",),
+        trainable_token_indices=(3, 5),
+    )
+    index = indexed(config)
+    kinds = {path: {row.kind for row in rows} for path, rows in index.rows.items()}
+    assert kinds == {
+        Q: {"module"}, "lm_head.kernel": {"saved"}, "model.embed_tokens.embedding": {"rows"}
+    }  # fmt: skip
+    assert len(index.leaves) > len(index.rows)
+
+
+def test_experts_of_a_parameter_are_one_row_a_layer():
+    config = LoraConfig(
+        rank=2, target_modules=(), target_parameters=("layers.1.mlp.experts.gate_up_proj",)
+    )
+    path = "model.layers.mlp.experts.gate_up_proj"
+    params = nested({path: jnp.zeros((2, 3, 4, 5))})
+
+    def fn(params, x):
+        w = params["model"]["layers"]["mlp"]["experts"]["gate_up_proj"]
+        return sum(x @ w[layer, expert] for layer in range(2) for expert in range(3))
+
+    x = jnp.ones((1, 4))
+    tree = init(jax.random.key(0), plan(config, fn, params, x), params)
+    rows = make_index(leaves_by_path(tree), config).rows[path]
+    assert [(row.kind, row.layer, row.rank) for row in rows] == [
+        ("parameter", (0,), 0), ("parameter", (1,), 2)
+    ]  # fmt: skip
+    assert rows[1].name == "model.layers.1.mlp.experts.gate_up_proj"
+
+
+def test_excluded_modules_are_found_over_a_quantized_base(tmp_path):
+    """A quantized weight is one leaf, whose path is the weight's and not that of its codes."""
+
+    def fn(params, x):
+        return x @ params["attn"]["q_proj"]["kernel"] + x @ params["attn"]["k_proj"]["kernel"]
+
+    x, w = jnp.ones((1, 64)), jnp.eye(64)
+    params = {"attn": {"q_proj": {"kernel": w}, "k_proj": {"kernel": w}}}
+    config = LoraConfig(rank=2, target_modules=("q_proj", "k_proj"), exclude_modules=("k_proj",))
+    tree = init(jax.random.key(0), plan(config, fn, params, x), params)
+    api.save_peft(tmp_path / "a", tree, config)
+    loaded, _ = api.load_peft(tmp_path / "a", fn, quantize(params, ("q_proj", "k_proj")), x)
+    wanted = tree["attn"]["q_proj"]["kernel"].a
+    np.testing.assert_array_equal(loaded["attn"]["q_proj"]["kernel"].a, wanted)
+    assert isinstance(loaded["attn"]["k_proj"]["kernel"], QuantArray)
