@@ -1,6 +1,7 @@
 """Checkpoints through Orbax: adapters alone, plain parameters, and the state of a training run.
 
-Adapters and runs never write the base model; both carry its fingerprint and refuse another one.
+Adapters and runs never contain the base model. Both store its fingerprint, and restoring onto
+another base is an error.
 """
 
 from lora_jax.checkpoint.adapters import (

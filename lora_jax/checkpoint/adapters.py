@@ -1,4 +1,4 @@
-"""Adapters on disk: what was trained, its config, its plan and its base's fingerprint.
+"""Adapters on disk: the trained arrays, the config, the plan and the base's fingerprint.
 
 folder/
   adapter/     Orbax: a flat dict, `model.layers.self_attn.q_proj.kernel.a` and so on
@@ -53,12 +53,12 @@ ITEM = "adapter"
 def save(directory: str | os.PathLike, lora_params, config) -> None:
     """Writes the trained leaves of `lora_params`; the base is never written.
 
-    The folder is written under another name beside its place and moved there when it is whole,
-    so that a failure, or being killed, leaves an earlier one as it was.
+    The folder is written under a temporary name and renamed when it is complete, so that a failure
+    or a kill leaves an earlier adapter intact.
 
     Args:
-      directory: the folder; its parent is made if need be. An adapter already there is replaced,
-        anything else is refused.
+      directory: the folder; its parent is created if missing. An existing adapter is replaced,
+        anything else is an error.
       lora_params: from `lora.init`.
       config: the `LoraConfig` it was made with.
 
@@ -72,11 +72,11 @@ def save(directory: str | os.PathLike, lora_params, config) -> None:
 
 
 class Pending(NamedTuple):
-    """A save under way.
+    """A save in progress.
 
     Attributes:
-      thread: that writes.
-      failures: what it raised, once it has.
+      thread: the writing thread.
+      failures: the exception it raised, if any.
     """
 
     thread: threading.Thread
@@ -94,14 +94,14 @@ class Pending(NamedTuple):
 
 
 def save_async(directory: str | os.PathLike, lora_params, config) -> Pending:
-    """As `save`, but returns once the trained arrays are copied; the disk is written meanwhile.
+    """As `save`, but returns when the trained arrays are copied, and writes in a thread.
 
-    Training may go on at once, donated buffers included. Until the copy is whole on disk the
-    earlier adapter is what `restore` finds. Wait for one save before the next to that folder,
+    Training may continue immediately, also with donated buffers. `restore` finds the earlier
+    adapter until the new one is complete. Wait for a save before the next one to the same folder,
     and before the program ends.
 
     Returns:
-      The save; its `wait()` raises what went wrong.
+      The pending save; its `wait()` raises the error of the thread.
 
     Raises:
       FileExistsError: as `save`.
@@ -138,13 +138,13 @@ def _content(lora_params, config) -> tuple[dict[str, Any], dict]:
     return flatten(trainable), meta
 
 
-_ROLES = "lora_jax_roles"  # the one field that PEFT has not
+_ROLES = "lora_jax_roles"  # the only field of ours that PEFT does not have
 
 
 def config_json(config) -> dict:
     """A `LoraConfig` as JSON values, such that `config_from` gives an equal one."""
     values = config.to_peft()
-    # to_peft always says a task type; from_peft takes a said one for the user's choice.
+    # `to_peft` always writes a task type, which `from_peft` would take for the user's choice.
     if "task_type" not in config.extra:
         values.pop("task_type", None)
     return {**values, _ROLES: dict(config.roles)} if config.roles else values
@@ -169,12 +169,12 @@ class Stored(NamedTuple):
     """An adapter on disk before its arrays are read.
 
     Attributes:
-      directory: that Orbax reads: the adapter's folder, or a step of a training run.
-      item: its part that holds the arrays.
-      prefix: what the arrays' names begin with.
+      directory: the folder that Orbax reads: the adapter's, or a step of a training run.
+      item: the part of it with the arrays.
+      prefix: common prefix of the arrays' names.
       config: the LoRA config in PEFT's spelling.
       base: the base's fingerprint.
-      plan: what each leaf is, see `outline`.
+      plan: the outline of each leaf, see `outline`.
     """
 
     directory: Path
@@ -225,7 +225,7 @@ def find(directory: str | os.PathLike, *, step: int | None = None) -> Stored:
 
 
 def _hint(directory: Path) -> str:
-    """Where the system cannot exchange folders, a save killed at the worst moment leaves two."""
+    """The hint for a save that was killed between two renames, which left the old folder."""
     old = [half for half in leftovers(directory) if half.suffix == ".old"]
     return f"; a save was interrupted: rename {old[0]} to it" if old else ""
 
@@ -246,10 +246,10 @@ def read_config(directory: str | os.PathLike):
 
 
 def restore(directory: str | os.PathLike, fn: Callable, params, *args, **kwargs):
-    """Reads an adapter over its base model; where the base lies on a mesh, so does the adapter.
+    """Reads an adapter onto its base model; on a mesh it is sharded as its weights are.
 
     Args:
-      directory: from `save`, or the `output_dir` of a training run (its newest checkpoint).
+      directory: written by `save`, or the `output_dir` of a training run (its newest checkpoint).
       fn: the model's function, as for `lora.plan`.
       params: the base's params.
       *args: example arguments of `fn`, as for `lora.plan`.
@@ -268,7 +268,7 @@ def restore(directory: str | os.PathLike, fn: Callable, params, *args, **kwargs)
 
 
 def restore_stored(stored: Stored, plan_of: Callable, params):
-    """As `restore`, of what `find` found.
+    """As `restore`, for a result of `find`.
 
     Args:
       stored: from `find`.
@@ -279,8 +279,8 @@ def restore_stored(stored: Stored, plan_of: Callable, params):
     keeps_base = base_change(config.init) == "none"
     if keeps_base:
         check_base(stored.base, params, where=where)
-    # The key's numbers are all replaced; init gives the structure and the frozen scales, and the
-    # base that starts such as PiSSA's leave.
+    # All random numbers are replaced. `init` gives the structure, the frozen scales, and the
+    # changed base of starts such as PiSSA.
     plan = as_read(plan_of(config), params, source=where, checked=True)
     blank = init(jax.random.key(0), plan, params)
     if not keeps_base:
@@ -296,7 +296,7 @@ def restore_into(directory: str | os.PathLike, lora_params):
 
 
 def read_leaves(stored: Stored) -> dict[str, Any]:
-    """The adapter's leaves by name, without its model: of each weight there is the shape only.
+    """The adapter's leaves by name, without its model: weights are shapes only.
 
     Args:
       stored: from `find`.
@@ -317,7 +317,7 @@ def _filled(stored: Stored, lora_params):
 
 
 def _read_arrays(stored: Stored, like: dict[str, Any] | None) -> dict[str, jax.Array]:
-    """The trained arrays, each with the sharding of `like`'s; all on one device without it."""
+    """The trained arrays, sharded as those of `like`, or on one device without it."""
     cut = len(stored.prefix)
     with checkpointer(stored.item) as opened:
         found = read_shapes(opened, stored.directory, stored.item)
@@ -326,7 +326,7 @@ def _read_arrays(stored: Stored, like: dict[str, Any] | None) -> dict[str, jax.A
         if phrases := differences(like, named):
             raise ValueError(f"{stored.directory} does not fit the model: {summary(phrases)}")
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        # Orbax reads a tree whole, so the rest of a run's state too.
+        # Orbax restores whole trees only, so the rest of a run's state is read too.
         wanted = {
             n: _struct(like[n[cut:]] if n.startswith(stored.prefix) else x, here)
             for n, x in found.items()

@@ -1,8 +1,8 @@
 """A fingerprint of a base model: enough to tell whether an adapter belongs to it.
 
-For each leaf its name, shape, dtype, and a hash of 64 of its elements spread evenly. Reading
-64 elements a leaf costs next to nothing on any device, and no two trained models share them; it
-does not find a change of a few single elements.
+It has for each leaf the name, shape, dtype, and a hash of 64 evenly spaced elements. Reading 64
+elements per leaf is cheap on any device, and no two trained models share them; a change of a few
+single elements may go unnoticed.
 """
 
 import hashlib

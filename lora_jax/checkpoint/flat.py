@@ -59,10 +59,10 @@ def nested(named: Mapping[str, Any]) -> dict:
 
 
 def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
-    """Each way in which the arrays of `got` are not those of `expected`, as a phrase.
+    """A phrase for each difference between two sets of arrays.
 
     Args:
-      expected: anything with `shape` and `dtype` by name.
+      expected: objects with `shape` and `dtype`, by name.
       got: the same.
     """
     missing = [f"`{n}` is missing" for n in expected if n not in got]
@@ -81,7 +81,7 @@ def describe(x) -> str:
 
 
 def parse(described: str) -> tuple[str, tuple[int, ...]]:
-    """Dtype and shape of what `describe` spells, or a fingerprint, with more around it."""
+    """Dtype and shape from a text of `describe` or of a fingerprint."""
     kind = described.partition(" ")[0].rpartition(":")[2]
     dtype, _, sizes = kind.rstrip("]").partition("[")
     return dtype, tuple(int(n) for n in sizes.split(",") if n)
@@ -97,7 +97,10 @@ _MOST = 3
 
 
 def outline(lora_params: Any) -> dict[str, dict]:
-    """What every leaf that trains is: its class, the shape and dtype of its weight, its roles.
+    """The plan of an adapter as JSON values: class, shape, dtype and roles of its leaves.
+
+    It is stored beside the arrays, so that a checkpoint can be read, checked and converted without
+    the model, and a different plan on the same model is detected.
 
     Returns:
       By the leaf's name (`lora_jax.checkpoint.flat`), JSON values; `scale` as nested lists.
@@ -123,7 +126,7 @@ def _json(value: Any) -> Any:
 
 
 def check_outline(expected: Mapping[str, dict], lora_params: Any, *, where: str) -> None:
-    """Refuses a tree whose plan is not the one of a checkpoint.
+    """Checks that a tree has the plan of a checkpoint.
 
     Raises:
       ValueError: leaves are missing, left over, or of another kind, roles or scale.
@@ -145,14 +148,14 @@ def check_outline(expected: Mapping[str, dict], lora_params: Any, *, where: str)
 
 
 def leaf_from(described: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
-    """A leaf from its outline and its trained arrays; of its weight there is the shape only.
+    """A leaf from its outline and its trained arrays; its weight is a shape only.
 
     Args:
       described: one value of `outline`.
       arrays: the trained arrays by field.
 
     Raises:
-      ValueError: the outline is of a kind that is not known.
+      ValueError: an unknown kind of leaf.
     """
     kinds = {c.__name__: c for c in (array.LoraArray, array.SavedArray, array.RowsArray)}
     if described.get("kind") not in kinds:

@@ -1,4 +1,4 @@
-"""Folders with arrays under one name and JSON under `meta`, as Orbax writes them."""
+"""Orbax folders with arrays under one name and JSON under `meta`, and errors of the disk."""
 
 import contextlib
 import errno
@@ -13,14 +13,14 @@ from lora_jax.compat import require
 
 
 def checkpointer(item: str) -> Any:
-    """Orbax's reader and writer of a folder with arrays under `item` and JSON under `meta`."""
+    """Orbax's checkpointer of a folder with arrays under `item` and JSON under `meta`."""
     ocp = require("orbax.checkpoint")
     handlers = {item: ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
 
 
 def is_folder(directory: Path, item: str) -> bool:
-    """Whether there is a folder of ours with such arrays."""
+    """Whether the path is such a folder."""
     return (directory / item).is_dir() and (directory / "meta").is_dir()
 
 
@@ -28,7 +28,7 @@ def place_for(directory: str | os.PathLike, item: str, what: str) -> Path:
     """The absolute path of a folder that may be written.
 
     Raises:
-      FileExistsError: it holds something else than `item`.
+      FileExistsError: it holds anything other than `item`.
     """
     directory = Path(os.path.abspath(directory))
     if directory.is_dir():
@@ -49,9 +49,9 @@ def read_meta(
 
     Args:
       directory: the folder.
-      expected: the format that it must say it is of.
-      part: read this value of it.
-      needs: what must be there, objects all.
+      expected: the required value of `format`.
+      part: read only this value.
+      needs: required keys, each an object.
 
     Raises:
       ValueError: damaged, or of another format.
@@ -68,7 +68,7 @@ def read_meta(
         ) from None
     if found != expected:
         raise ValueError(f"{directory}: expected format {expected!r}, got {found!r}")
-    # A run without a LoRA config says null there.
+    # A run without a LoRA config has null there.
     if lost := [n for n in needs if not isinstance(meta.get(n, "absent"), dict | None)]:
         raise ValueError(f"{directory}: its `meta` has no `{lost[0]}`; it is damaged")
     return meta
@@ -91,7 +91,7 @@ def read_arrays(opened: Any, directory: Path, item: str, wanted: Any) -> Any:
       opened: from `checkpointer`.
       directory: the folder.
       item: the part of it with the arrays.
-      wanted: tree of `jax.ShapeDtypeStruct`s that say where each is to lie.
+      wanted: tree of `jax.ShapeDtypeStruct`s with the shardings.
 
     Raises:
       ValueError: they cannot be read, in one line.
@@ -146,7 +146,7 @@ def check_space(directory: Path, arrays: Mapping) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps Orbax from logging the tracebacks of errors that it raises as well."""
+    """Silences Orbax's log of tracebacks for errors that it also raises."""
     logger = logging.getLogger("absl")
 
     def keep(record: logging.LogRecord) -> bool:
@@ -160,7 +160,7 @@ def quiet() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error of Orbax or TensorStore, cut to what a person can use."""
+    """One line from an error of Orbax or TensorStore, without its internals."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split()) or type(error).__name__

@@ -2,7 +2,7 @@
 
 folder/
   params/   Orbax: the tree as nested dicts, as any other program reads it
-  meta/     JSON: format, and each leaf's shape, dtype and a hash of some of its numbers
+  meta/     JSON: format, and the shape, dtype and a hash of samples of each leaf
 """
 
 import os
@@ -33,12 +33,12 @@ ITEM = "params"
 
 
 def save_params(directory: str | os.PathLike, params: Any) -> None:
-    """Writes plain parameters as an Orbax checkpoint, whole or not at all.
+    """Writes plain parameters as an Orbax checkpoint, completely or not at all.
 
     `orbax.checkpoint.StandardCheckpointer().restore(directory / "params")` reads them as well.
 
     Args:
-      directory: the folder; parameters already there are replaced, anything else is refused.
+      directory: the folder; existing parameters are replaced, anything else is an error.
       params: nested dicts of arrays, sharded or not.
 
     Raises:
@@ -68,12 +68,12 @@ def save_params(directory: str | os.PathLike, params: Any) -> None:
 
 
 def restore_params(directory: str | os.PathLike, like: Any) -> Any:
-    """Reads plain parameters, each shard only onto its own device.
+    """Reads plain parameters; each device reads only its own shards.
 
     Args:
       directory: from `save_params`.
-      like: tree of arrays or `jax.ShapeDtypeStruct`s: the shapes and dtypes expected, and the
-        shardings wanted; without one, a leaf comes onto one device.
+      like: tree of arrays or `jax.ShapeDtypeStruct`s with the expected shapes and dtypes, and the
+        shardings; leaves without a sharding are put on one device.
 
     Returns:
       A tree shaped as `like`.
@@ -94,7 +94,7 @@ def restore_params(directory: str | os.PathLike, like: Any) -> Any:
         found = flatten(read_shapes(opened, directory, ITEM))
         if phrases := differences(named, found):
             raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")
-        # Formats and blocks are no arrays: the same bytes would be read as other numbers.
+        # Format and block size are not arrays: a mismatch would decode the bytes to other values.
         got = {name: text.partition(" ")[0] for name, text in written.items()}
         if phrases := _requantized(kinds(like), got):
             raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")
@@ -119,6 +119,6 @@ def described(directory: str | os.PathLike) -> dict[str, tuple[str, tuple[int, .
 
 
 def placed(x: Any) -> jax.ShapeDtypeStruct:
-    """What Orbax is asked for: a shape, a dtype, and where it is to lie."""
+    """The target of a restore: shape, dtype and sharding."""
     where = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

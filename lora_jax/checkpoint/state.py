@@ -3,8 +3,8 @@
     folder/<step>/state/   Orbax: trainable, opt_state, key, step as one flat dict
     folder/<step>/meta/    JSON: data position, configs, the base's fingerprint
 
-A step's folder appears by one rename when it is whole: a run killed while it writes leaves the
-checkpoint before. Writing waits for the disk, so an error belongs to the step that had it.
+A step's folder appears by one rename when it is complete: a run that is killed while writing leaves
+the previous checkpoint. Saving is synchronous, so that an error is raised in its own step.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ class Checkpoint(NamedTuple):
     """One restored checkpoint.
 
     Attributes:
-      step: its number.
-      state: the tree that was asked for.
-      meta: the JSON beside it.
+      step: number of the step.
+      state: the restored tree.
+      meta: the JSON values beside it.
     """
 
     step: int
@@ -39,11 +39,11 @@ def manager(directory: str | os.PathLike, *, keep: int | None = None):
     """Orbax's CheckpointManager for a run, as a context.
 
     Args:
-      directory: made if need be.
-      keep: newest checkpoints to keep; None keeps all.
+      directory: created if missing.
+      keep: number of newest checkpoints to keep; None keeps all.
 
     Raises:
-      OSError: the folder cannot be made or written.
+      OSError: the folder cannot be created or written.
     """
     ocp = require("orbax.checkpoint")
     directory = Path(os.path.abspath(directory))
@@ -58,7 +58,7 @@ def manager(directory: str | os.PathLike, *, keep: int | None = None):
             " can be written"
         ) from None
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-    # Handlers said beforehand: without them a fresh manager cannot tell what a checkpoint holds.
+    # Without explicit handlers a fresh manager does not know the items of an old checkpoint.
     handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     opened = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
     try:
@@ -68,7 +68,7 @@ def manager(directory: str | os.PathLike, *, keep: int | None = None):
 
 
 def save_state(opened, step: int, state, meta: dict) -> None:
-    """Writes one checkpoint; returns when it is whole on disk.
+    """Writes one checkpoint; returns when it is complete on disk.
 
     Args:
       opened: from `manager`.
@@ -77,8 +77,8 @@ def save_state(opened, step: int, state, meta: dict) -> None:
       meta: JSON values.
 
     Raises:
-      OSError: it could not be written; the checkpoints before are intact, and what was half
-        written is removed.
+      OSError: it could not be written; earlier checkpoints are intact, and partial files are
+        removed.
     """
     ocp = require("orbax.checkpoint")
     arrays = {name: _plain(leaf) for name, leaf in flatten(state).items()}
@@ -122,7 +122,7 @@ def read_meta_of(opened) -> tuple[int, dict] | None:
 
 
 def restore_state(opened, like) -> Checkpoint:
-    """Reads the newest checkpoint into a tree shaped as `like`.
+    """Reads the newest checkpoint into a tree with the structure of `like`.
 
     Raises:
       FileNotFoundError: there is none.

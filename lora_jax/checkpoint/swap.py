@@ -1,6 +1,6 @@
-"""A folder that changes as a whole: written beside its place, then put there at one stroke.
+"""Atomic replacement of a folder: it is written under a temporary name, then swapped in.
 
-Whoever looks, or crashes, at any moment finds the old folder or the new one.
+A reader, or a crash, at any moment finds either the old folder or the new one.
 """
 
 import ctypes
@@ -19,14 +19,14 @@ _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
 def replace(directory: Path, write: Callable[[Path], None]) -> None:
-    """Writes a folder under another name beside its place, and moves it there when it is whole.
+    """Writes a folder under a temporary name and moves it into place when it is complete.
 
     Args:
-      directory: its place; what is there is replaced.
-      write: makes the folder that it is given.
+      directory: the final path; existing content is replaced.
+      write: creates the folder at the path it is called with.
 
     Raises:
-      OSError: it could not be written; what was there before is intact.
+      OSError: it could not be written; existing content is intact.
     """
     new = _beside(directory)
     try:
@@ -53,16 +53,16 @@ def _beside(directory: Path) -> Path:
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """Folders that a save, here or interrupted, has beside a place."""
+    """Temporary folders of current or interrupted saves beside a path."""
     return sorted(directory.parent.glob(f".{directory.name}.*-*-*.new*"))
 
 
 def _sweep(directory: Path) -> None:
-    """Removes what processes of this machine that are gone left half-written."""
+    """Removes the partial folders of dead processes of this machine."""
     for half in leftovers(directory):
         host, pid, _ = half.name.removeprefix(f".{directory.name}.").rsplit("-", 2)
         if host == _host() and pid.isdigit() and not _alive(int(pid)):
-            # An old folder that waits to be put back is the only one there is.
+            # If the path is missing, the leftover is the only copy and must stay.
             if directory.exists():
                 shutil.rmtree(half, ignore_errors=True)
 
@@ -101,13 +101,13 @@ def _put(new: Path, directory: Path) -> None:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Exchanges two folders in one step.
+    """Exchanges two folders atomically.
 
     Returns:
-      False where the system or the file system has no such step; then nothing was done.
+      False if the system or the file system does not support it; nothing is changed then.
 
     Raises:
-      OSError: it has, and it failed.
+      OSError: the exchange failed.
     """
     step = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if step is None:

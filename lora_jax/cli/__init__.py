@@ -1,6 +1,6 @@
-"""The command `lora-jax`: arguments to dataclasses to library calls, and nothing else.
+"""The command `lora-jax`: arguments become dataclasses, which are passed to recipes.
 
-`main` is the only place that turns an error into a line on stderr and an exit status.
+Only `main` turns an error into a line on stderr and an exit status.
 """
 
 import os
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-      argv: the arguments after the program's name; None takes the process's own.
+      argv: the arguments after the program's name; those of the process by default.
 
     Returns:
       The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C.
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         return _fail(arguments, str(interrupt) or "interrupted", errors.INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read our output has gone (`| head`): there is nobody left to tell.
+        # The reader of our output has exited (`| head`). Python would fail again when it flushes
+        # stdout at exit, so stdout is redirected.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:

@@ -33,7 +33,7 @@ def demo(arguments: argparse.Namespace) -> None:
 
 
 def train_sections() -> list[Section]:
-    """The settings of `train`: the run at the top of the file, and two tables."""
+    """The settings of `train`: the run at the top of the TOML file, and two tables."""
     from lora_jax.recipes.finetune import FinetuneConfig, LoraConfig, TrainConfig
 
     return [
@@ -51,7 +51,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def sweep_sections() -> list[Section]:
-    """The settings of `sweep`: what is swept at the top of the file, and three tables."""
+    """The settings of `sweep`: the task at the top of the TOML file, and three tables."""
     from lora_jax.recipes.sweep import LanguageSweepConfig, LoraConfig, SweepConfig, TrainConfig
 
     chosen = {"rank_pattern", "alpha_pattern", "extra"}
@@ -85,7 +85,7 @@ def generate(arguments: argparse.Namespace) -> None:
     from lora_jax.recipes.generate import as_messages, generate_texts
 
     config = _from_flags(generate_sections(), arguments)[0]
-    model = finetune.load_model(arguments.model, dtype=arguments.dtype, **_held(arguments))
+    model = finetune.load_model(arguments.model, dtype=arguments.dtype, **_quantization(arguments))
     params = model.params
     if arguments.adapter is not None:
         params, _ = finetune.load_adapter(model, arguments.adapter)
@@ -111,7 +111,7 @@ def merge(arguments: argparse.Namespace) -> None:
         arguments.adapter,
         arguments.output,
         dtype=arguments.dtype,
-        **_held(arguments),
+        **_quantization(arguments),
     )
     _print(f"wrote the merged model to {arguments.output}")
 
@@ -143,7 +143,7 @@ def export(arguments: argparse.Namespace) -> None:
         dtype=arguments.output_dtype,
         model_dtype=arguments.dtype,
         step=arguments.step,
-        **_held(arguments),
+        **_quantization(arguments),
     )
     _print(f"wrote the {ADAPTER_FORMATS[arguments.to].holds} to {arguments.output}")
 
@@ -184,13 +184,13 @@ def estimate(arguments: argparse.Namespace) -> None:
     estimate_memory(arguments.model, config, log=_print)
 
 
-def _held(arguments: argparse.Namespace) -> dict:
-    """How the base is held, for `finetune.load_model` and what calls it."""
+def _quantization(arguments: argparse.Namespace) -> dict:
+    """The quantization of the base, as keywords of `finetune.load_model`."""
     return {"quantize": arguments.quantize, "quantize_block": arguments.quantize_block}
 
 
 def _print(text: str) -> None:
-    """Prints at once, in order with the progress bar on standard error."""
+    """Prints and flushes, so that the text stays in order with the progress bar on stderr."""
     print(text, flush=True)
 
 

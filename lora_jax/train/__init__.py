@@ -1,7 +1,7 @@
 """Training: data, loss, optimizer step, metrics and the loop, each usable alone.
 
 records = load_jsonl("train.jsonl")                        text
-data = examples(records, tokenizer, max_length=2048)       tokens and what is learned
+data = examples(records, tokenizer, max_length=2048)       tokens, and which are learned
 result = fit(model, lora_params, data, None, TrainConfig(steps=100))
 """
 

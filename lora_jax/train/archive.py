@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, and going on from it.
+"""The folder of a run: its content, and resuming from it.
 
 output_dir/checkpoints/<step>/   see `lora_jax.checkpoint.state`
 output_dir/metrics.jsonl         see `metrics`
@@ -36,12 +36,12 @@ class Archive(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where a run begins.
+    """The starting point of a run.
 
     Attributes:
-      state: fresh, or of the newest checkpoint.
+      state: a fresh state, or that of the newest checkpoint.
       step: optimizer steps taken.
-      position: of the data iterator; None at the beginning.
+      position: position of the data iterator; None at the beginning.
       history: records of the steps taken.
     """
 
@@ -53,10 +53,10 @@ class Start(NamedTuple):
 
 @contextlib.contextmanager
 def archive(config: TrainConfig) -> Iterator[Archive | None]:
-    """Opens the run's folder, or gives None when the run writes nothing.
+    """Opens the folder of a run; None if the run writes nothing.
 
     Raises:
-      FileExistsError: it holds a run already and `resume` is false.
+      FileExistsError: it already holds a run and `resume` is false.
       OSError: it cannot be written.
     """
     if config.output_dir is None:
@@ -81,7 +81,7 @@ def _holds_a_run(directory: Path, opened) -> bool:
 def describe(
     config: TrainConfig, total: int, data: Sequence[Example], lora_config, lora_params
 ) -> dict:
-    """What makes a run the run it is, as JSON values; kept in every checkpoint."""
+    """The identity of a run as JSON values, stored in every checkpoint."""
     described = {
         "format": RUN_FORMAT,
         "train": {**fixed_fields(config), "steps": total},
@@ -90,11 +90,11 @@ def describe(
         "base": fingerprint(lora_params),
         "plan": outline(lora_params),
     }
-    return json.loads(json.dumps(described))  # as it will be read again: lists for tuples
+    return json.loads(json.dumps(described))  # as it is read back, with lists for tuples
 
 
 def start(opened: Archive | None, state: TrainState, described: dict, lora_params) -> Start:
-    """The newest checkpoint of the run, or its beginning.
+    """Restores the newest checkpoint of the run, or starts from the beginning.
 
     Raises:
       ValueError: the checkpoint is of another base, config or dataset.
@@ -114,7 +114,7 @@ def save(opened: Archive, step: int, state: TrainState, described: dict, positio
     """Writes a checkpoint, unless this step has one.
 
     Raises:
-      OSError: it cannot be written; the one before is intact.
+      OSError: it cannot be written; the previous checkpoint is intact.
     """
     if opened.manager.latest_step() != step:
         meta = {"run": described, "position": position}

@@ -1,12 +1,12 @@
-"""Batches: what one optimizer step eats, shuffled, prefetched and resumable through grain.
+"""Batches of optimizer steps: shuffled, prefetched and resumable through grain.
 
-A batch gives for each of its A microbatches the tokens of B rows padded to one rung T, and a list
-of P *positions* of the flattened (B, T) grid at which the model's output is wanted. P is a static
-number of the rung, the most that any batch of the planned epochs needs; where most batches need
-much less and there are many of them, a rung has a second, smaller P. So a rung compiles once or
-twice.
-Positions that are only there to fill P have `weights` 0, and all P are distinct (their gradient
-is then a scatter without collisions: deterministic on every device).
+For each of its A microbatches a batch has the tokens of B rows padded to one rung T, and P
+*positions* of the flattened (B, T) grid at which the model's output is needed. P is a constant of
+the rung, the maximum over the batches of the planned epochs. If most of many batches need far
+fewer, the rung has a second, smaller P. So each rung compiles once or twice.
+
+Positions that only fill up P have weight 0. All P are distinct, so that the gradient is a scatter
+without collisions, which is deterministic on every device.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from lora_jax.compat import require
 from lora_jax.train.buckets import Bucket, best_ladder, check_ladder, plan_epoch, plan_once
 from lora_jax.train.examples import Example
 
-# Above this share of the grid, picking positions out costs more than the outputs it saves.
+# Above this share of the grid, selecting positions costs more than the outputs it saves.
 _DENSE = 0.9
 _ROUND = 16
-# A second number of places costs a compilation: it must spare this share of a rung's places, over
-# this many batches.
+# A second P costs a compilation: it must save this share of a rung's positions, in at least this
+# many batches.
 _SPARED = 0.15
 _BATCHES = 64
 
@@ -47,12 +47,12 @@ class Batch(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A batch and what is to be known about it outside the compiled step.
+    """A batch and its numbers that the compiled step does not need.
 
     Attributes:
       batch: the arrays.
-      tokens: real tokens in it, padding not counted.
-      epoch: the pass over the dataset it belongs to, from 0.
+      tokens: number of tokens without padding.
+      epoch: its pass over the dataset, from 0.
     """
 
     batch: Batch
@@ -61,17 +61,17 @@ class Item(NamedTuple):
 
 
 class Loader(NamedTuple):
-    """A dataset laid out for training: pure data, from which any batch of any epoch follows.
+    """A dataset prepared for training: pure data that determines every batch of every epoch.
 
     Attributes:
       examples: the dataset.
       ladder: lengths that batches are padded to.
       places: the one or two P of each rung, in increasing order.
-      epochs: the passes that `places` is enough for.
+      epochs: the number of epochs for which `places` is sufficient.
       batch_size: B, rows of a microbatch.
       accumulation: A, microbatches of a step.
-      pad_id: the token that fills rows up.
-      seed: of the order.
+      pad_id: the padding token.
+      seed: seed of the order.
     """
 
     examples: Sequence[Example]
@@ -94,19 +94,19 @@ def loader(
     seed: int = 0,
     epochs: int = 1,
 ) -> Loader:
-    """Lays a dataset out in length buckets.
+    """Prepares a dataset in length buckets.
 
     Args:
       data: tokenized examples, at least one.
       batch_size: rows of one forward pass.
       accumulation: forward passes of one optimizer step.
-      buckets: how many lengths (the best are found), or the lengths themselves.
+      buckets: number of lengths (chosen to pad least), or the lengths themselves.
       pad_id: the padding token.
-      seed: of the shuffle.
-      epochs: passes that will be made, at most.
+      seed: seed of the shuffle.
+      epochs: maximum number of epochs.
 
     Raises:
-      ValueError: the dataset is empty, or the buckets do not hold it.
+      ValueError: the dataset is empty, or the buckets are too short.
     """
     if len(data) == 0:
         raise ValueError("the dataset is empty; give at least one example")
@@ -141,7 +141,7 @@ def _places_of(counts: Sequence[int], grid: int) -> tuple[int, ...]:
     rounded = np.sort(-(-np.asarray(counts) // _ROUND) * _ROUND)
     top = int(rounded[-1])
     top = grid if top > _DENSE * grid else top
-    # With the k smallest needs served by the k-th of them, k (top - need_k) places are spared.
+    # If the k smallest needs use the k-th of them, k (top - need_k) positions are saved.
     spared = np.arange(1, len(rounded) + 1) * (top - rounded)
     best = int(spared.argmax())
     if spared[best] < _SPARED * top * len(rounded) or best + 1 < _BATCHES:
@@ -183,16 +183,16 @@ class _Batches:
 
 
 def iterate(loader: Loader, steps: int, *, prefetch: int = 2):
-    """The run's batches as a grain iterator, made ahead of time by a thread.
+    """The batches of a run as a grain iterator, prepared ahead by a thread.
 
     Args:
       loader: from `loader`.
-      steps: how many batches, over as many epochs as that takes.
-      prefetch: batches made ahead.
+      steps: number of batches, over as many epochs as needed.
+      prefetch: batches prepared ahead.
 
     Returns:
-      A `grain.DatasetIterator` of `Item`; `get_state()` is a small dict that can be written as
-      JSON, and `set_state` goes to that batch at once, reading none before it.
+      A `grain.DatasetIterator` of `Item`. `get_state()` is a small dict of JSON values, and
+      `set_state` jumps to that batch without making those before it.
     """
     grain = require("grain")
     if steps > loader.epochs * batches_per_epoch(loader):
@@ -212,10 +212,10 @@ def once(loader: Loader) -> list[Batch]:
 
 
 def make_batch(loader: Loader, bucket: Bucket) -> Batch:
-    """Looks the tokens of a bucket up and pads them."""
+    """The padded batch of a bucket."""
     rows = [loader.examples[i] for i in bucket.rows]
-    # Rows that are missing from an epoch's last batch repeat the first one and learn nothing: a
-    # row of only padding would put a softmax over nothing into the model.
+    # Missing rows of an epoch's last batch repeat the first one without learned tokens: in a row of
+    # only padding, attention would take a softmax over no token.
     spare = rows[0]._replace(learned=np.zeros_like(rows[0].learned))
     rows += [spare] * (_rows(loader) - len(rows))
     size = loader.batch_size
@@ -234,7 +234,7 @@ def _microbatch(rows: Sequence[Example], rung: int, places: int, pad_id: int):
     for i, row in enumerate(rows):
         tokens[i, : len(row.tokens)] = row.tokens
         learned[i, : len(row.tokens)] = row.learned
-    # Place t predicts token t + 1; the last place of a row predicts nothing.
+    # Position t predicts token t + 1; the last position of a row predicts nothing.
     predicts = np.zeros_like(learned)
     predicts[:, :-1] = learned[:, 1:]
     targets = np.zeros_like(tokens)
@@ -245,7 +245,7 @@ def _microbatch(rows: Sequence[Example], rung: int, places: int, pad_id: int):
 
 
 def _pick(wanted: np.ndarray, places: int) -> np.ndarray:
-    """The wanted places, and the first unwanted ones to make up the number, in order."""
+    """The wanted positions, filled up with the first others to the given number, in order."""
     fill = places - int(wanted.sum())
     chosen = wanted.copy()
     chosen[np.flatnonzero(~wanted)[:fill]] = True
@@ -253,7 +253,7 @@ def _pick(wanted: np.ndarray, places: int) -> np.ndarray:
 
 
 def data_hash(data: Sequence[Example]) -> str:
-    """A hash of every token of a dataset and of what is learned, in order."""
+    """A hash of all tokens of a dataset and their `learned` marks, in order."""
     digest = hashlib.sha256()
     for example in data:
         digest.update(len(example.tokens).to_bytes(8, "little"))

@@ -4,8 +4,8 @@ A *ladder* is a tuple of lengths in increasing order, its *rungs*. A batch holds
 lengths share a rung and is padded to it, so a ladder of k rungs means at most k shapes and k
 compilations. `best_ladder` finds the k rungs that pad a dataset least.
 
-An epoch is planned as a whole by a pure function of (lengths, seed, epoch), so batch number n of
-a run can be named without having made the n - 1 before it: that is what makes a run resumable.
+An epoch is planned as a whole by a pure function of (lengths, seed, epoch), so batch n of a run is
+known without making the n - 1 batches before it. This makes a run resumable.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ _MOST_RUNGS = 512
 
 
 class Bucket(NamedTuple):
-    """One batch before its tokens are looked up.
+    """The plan of one batch: a length and the examples padded to it.
 
     Attributes:
-      rung: the length it is padded to.
-      rows: int (<= rows of a batch,), the examples' numbers in the dataset.
+      rung: the padded length.
+      rows: int (<= rows of a batch,), indices of the examples in the dataset.
     """
 
     rung: int
@@ -55,7 +55,7 @@ def best_ladder(lengths: Sequence[int], count: int, *, multiple: int = MULTIPLE)
 
     Args:
       lengths: tokens of each example.
-      count: most rungs, at least 1.
+      count: maximum number of rungs, at least 1.
       multiple: every rung is a multiple of it.
     """
     if count < 1:
@@ -91,10 +91,10 @@ def rung_of(ladder: Sequence[int], lengths: Sequence[int] | np.ndarray) -> np.nd
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of `count` numbers that only `seed` and `epoch` decide.
+    """A permutation of `count` numbers that depends only on `seed` and `epoch`.
 
-    It sorts the raw output of Philox, whose stream NumPy promises never to change (the methods of
-    `numpy.random.Generator` carry no such promise).
+    It sorts the raw output of Philox, whose stream is stable across NumPy versions; the methods of
+    `numpy.random.Generator` are not guaranteed to be.
     """
     raw = np.random.Philox(key=[seed, epoch]).random_raw(count)
     return np.argsort(raw, kind="stable")
@@ -103,20 +103,20 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
 def plan_epoch(
     lengths: Sequence[int], ladder: Sequence[int], rows: int, *, seed: int, epoch: int
 ) -> list[Bucket]:
-    """Deals one epoch's examples into batches of one rung each, every example once.
+    """Distributes the examples of an epoch over batches of one rung each, every example once.
 
-    What is left over of a rung moves up to the next one, so at most one batch holds fewer than
-    `rows` (padded to the rung of its longest), and every epoch has the same number of batches.
+    The remainder of a rung moves up to the next one, so at most one batch has fewer than `rows`
+    examples (padded to the rung of its longest), and all epochs have equally many batches.
 
     Args:
       lengths: tokens of each example.
       ladder: from `best_ladder` or `check_ladder`.
       rows: examples of a batch.
-      seed: of the whole run.
+      seed: seed of the run.
       epoch: 0, 1, 2, ...
 
     Returns:
-      The batches in the order they are to be trained on.
+      The batches in training order.
     """
     order = shuffled(len(lengths), seed, epoch)
     return _shuffle(_deal(order, np.asarray(lengths), ladder, rows), seed, epoch)
@@ -141,6 +141,6 @@ def _deal(order: np.ndarray, lengths: np.ndarray, ladder, rows: int) -> list[Buc
 
 
 def _shuffle(planned: list[Bucket], seed: int, epoch: int) -> list[Bucket]:
-    # A stream of its own: the key of the examples' shuffle would tie the two orders together.
+    # Another counter than in `shuffled`: with the same stream the two orders would be correlated.
     raw = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1]).random_raw(len(planned))
     return [planned[i] for i in np.argsort(raw, kind="stable")]

@@ -1,4 +1,4 @@
-"""TrainConfig: every number of a training run, checked when it is made."""
+"""`TrainConfig`: the settings of a training run, validated on construction."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 SCHEDULES = ("cosine", "linear", "constant")
 
-# Fields that change no number of the run: a resumed run may differ in them.
+# Fields that do not change the results: a resumed run may change them.
 FREE_FIELDS = frozenset(
     {"output_dir", "resume", "eval_every", "save_every", "keep", "progress", "tensorboard",
      "prefetch"}
@@ -22,31 +22,31 @@ class TrainConfig:
 
     Attributes:
       output_dir: folder for checkpoints, metrics and the loss plot; None writes nothing.
-      resume: go on from the newest checkpoint in `output_dir`, or begin if there is none. False
-        refuses a folder that already holds a run.
-      epochs: passes over the data, fractions allowed; not looked at when `steps` is given.
+      resume: continue from the newest checkpoint in `output_dir`, or begin if there is none. False
+        rejects a folder that already holds a run.
+      epochs: passes over the data, may be fractional; ignored if `steps` is given.
       steps: optimizer steps of the whole run.
       batch_size: rows of one forward pass.
       accumulation: forward passes of one optimizer step; a step sees
         batch_size * accumulation rows, and their loss is averaged over all learned tokens.
-      learning_rate: at its peak.
+      learning_rate: peak learning rate.
       schedule: "cosine", "linear" or "constant" after the warm-up.
-      warmup: optimizer steps of linear warm-up, or their share of the run when below 1.
-      final_learning_rate: where the schedule ends, as a share of the peak.
-      weight_decay: AdamW's, decoupled, on the trained parameters.
-      beta1: AdamW's decay of the mean.
-      beta2: AdamW's decay of the mean square.
-      epsilon: AdamW's, added to the root of the mean square.
-      clip: largest global norm of the gradient; None does not clip.
-      seed: of the data order and of dropout.
-      buckets: how many lengths batches are padded to (the best for the data are found), or the
+      warmup: optimizer steps of linear warm-up, or their share of the run if below 1.
+      final_learning_rate: learning rate at the end of the schedule, as a share of the peak.
+      weight_decay: decoupled weight decay of AdamW on the trained parameters.
+      beta1: decay rate of AdamW's mean of the gradient.
+      beta2: decay rate of AdamW's mean of the squared gradient.
+      epsilon: added by AdamW to the root of the mean square.
+      clip: maximum global norm of the gradient; None does not clip.
+      seed: seed of the data order and of dropout.
+      buckets: number of lengths that batches are padded to (chosen to pad the data least), or the
         lengths themselves.
       eval_every: optimizer steps between evaluations; None evaluates before and after only.
       save_every: optimizer steps between checkpoints; None saves at the end only.
-      keep: newest checkpoints that are kept.
+      keep: number of newest checkpoints to keep.
       progress: show a progress bar on standard error.
       tensorboard: write TensorBoard event files too.
-      prefetch: batches made ahead of the device.
+      prefetch: batches prepared ahead of the device.
     """
 
     output_dir: Path | None = None
@@ -112,7 +112,7 @@ def _check(config: TrainConfig, name: str, fine: bool, expected: str) -> None:
 
 
 def fixed_fields(config: TrainConfig) -> dict:
-    """What a resumed run must have in common with the one it resumes, as JSON values."""
+    """The settings that a resumed run must share with the original, as JSON values."""
     values = {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS}
     if isinstance(values["buckets"], tuple):
         values["buckets"] = list(values["buckets"])

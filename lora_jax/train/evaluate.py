@@ -1,4 +1,4 @@
-"""The loss on data that is not trained on."""
+"""Evaluation: the mean loss on data that is not trained on, and the loss that training uses."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from lora_jax.tree import combine, split
 
 
 class Evaluator(NamedTuple):
-    """An evaluation that can be repeated without compiling again.
+    """An evaluation that can be repeated without recompiling.
 
     Attributes:
-      batches: every example once.
-      programs: compiled by batch shape, `(trainable, frozen, batch) -> summed loss`.
+      batches: batches with every example once.
+      programs: the compiled functions by batch shape, `(trainable, frozen, batch) -> summed loss`.
     """
 
     batches: Sequence[Batch]
@@ -35,7 +35,7 @@ def lora_loss(model) -> Callable:
 
 
 def evaluator(model, data: Sequence[Example], *, batch_size: int = 8, buckets=4) -> Evaluator:
-    """Lays evaluation data out; nothing is compiled yet."""
+    """Prepares the batches of an evaluation; compiles nothing yet."""
     loss = lora_loss(model)
 
     def summed(trainable, frozen, batch):
@@ -67,6 +67,6 @@ def evaluate(model, lora_params, data: Sequence[Example], *, batch_size: int = 8
 
 
 def pad_id_of(tokenizer) -> int:
-    """The token to pad with. Any will do: nothing real ever looks at it."""
+    """The padding token; 0 if there is none, as no real token attends to padding."""
     pad = None if tokenizer is None else tokenizer.pad_id
     return 0 if pad is None else pad

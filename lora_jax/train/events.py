@@ -1,10 +1,10 @@
-"""TensorBoard event files, written as their format says and with nothing else.
+"""TensorBoard event files, written without TensorBoard.
 
 A file is a sequence of records, each `length (8 bytes) | crc(length) | data | crc(data)`, little
 endian, where crc is CRC-32C, rotated right by 15 bits plus 0xa282ead8. The data is an `Event`
-in protocol-buffer encoding. Scalars need five fields of it, so the encoder is a few lines here;
-the packages that write event files import torch or TensorFlow when they find it, and write in a
-thread that a full disk kills silently.
+in protocol-buffer encoding. Scalars need only five of its fields, so the encoder is a few lines.
+The packages that write event files import torch or TensorFlow if installed, and write in a thread
+that dies silently on a full disk.
 
 Source: TensorFlow's `record_writer.h`, `event.proto` and `summary.proto`.
 """
@@ -25,8 +25,8 @@ def open_events(directory: Path, *, purge: int):
     """Opens a new event file.
 
     Args:
-      directory: made if need be; every file in it belongs to one run.
-      purge: TensorBoard forgets what earlier files say of this step and later ones.
+      directory: created if missing; all its files belong to one run.
+      purge: TensorBoard drops the events of earlier files from this step on.
 
     Returns:
       An unbuffered binary file, for `write_scalars`.

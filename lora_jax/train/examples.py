@@ -1,7 +1,7 @@
-"""Examples: token numbers, and which of them should be learned.
+"""Tokenized examples, and which of their tokens are learned.
 
-An example's `learned[t]` is true where token t is a label: something the model should come to
-say. The first token is never learned, because nothing comes before it to say it from.
+`learned[t]` is true if token t is a label of the loss. The first token is never learned, because
+there is no token before it to predict it from.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,9 +18,9 @@ class Example(NamedTuple):
     """One tokenized example.
 
     Attributes:
-      tokens: int32 (T,), the token numbers, unpadded.
-      learned: bool (T,), true where the token is to be learned; `learned[0]` is false.
-      source: where it came from, `data.jsonl:3`.
+      tokens: int32 (T,), the token ids, unpadded.
+      learned: bool (T,), true at learned tokens; `learned[0]` is false.
+      source: file and line, `data.jsonl:3`.
     """
 
     tokens: np.ndarray
@@ -37,14 +37,14 @@ def load_examples(path, tokenizer, *, max_length, too_long="error", fields=None)
 def examples(
     records: Iterable[Record], tokenizer, *, max_length: int, too_long: str = "error"
 ) -> list[Example]:
-    """Tokenizes records and marks what is to be learned.
+    """Tokenizes records and marks the learned tokens.
 
     Args:
       records: from `load_jsonl` or `record_of`.
       tokenizer: `encode(text) -> list[int]`, `eos_id`, and for messages
         `apply_chat_template(messages, add_generation_prompt) -> list[int]`.
-      max_length: most tokens of an example, usually the model's context.
-      too_long: what to do with a longer example: "error", "truncate" (cut its end off) or "skip".
+      max_length: maximum number of tokens of an example, usually the model's context.
+      too_long: how to treat longer examples: "error", "truncate" (drop the end) or "skip".
 
     Returns:
       At least one example.
@@ -107,8 +107,8 @@ def _text(record: Record, tokenizer) -> tuple[Sequence[int], Sequence[bool]]:
 
 
 def _completion(record: Record, tokenizer) -> tuple[Sequence[int], Sequence[bool]]:
-    # The two parts are tokenized apart, as they are when a prompt is answered: the learned tokens
-    # then begin exactly where generation begins.
+    # Prompt and completion are tokenized separately, as in generation, where the prompt is
+    # tokenized alone: the learned tokens begin exactly where generation begins.
     prompt, completion = record.fields
     head = list(tokenizer.encode(prompt))
     tail = list(tokenizer.encode(completion))
@@ -125,7 +125,7 @@ def _with_eos(tokens: list[int], tokenizer) -> list[int]:
 
 
 def _chat(record: Record, tokenizer) -> tuple[Sequence[int], Sequence[bool]]:
-    """Learns what the template adds for each assistant turn, up to its end-of-turn token."""
+    """Marks what the template adds for each assistant turn, up to its end-of-turn token."""
     messages = [{"role": role, "content": content} for role, content in record.fields[0]]
     whole = _rendered(messages, False, tokenizer, record.source)
     learned = [False] * len(whole)

@@ -1,11 +1,10 @@
-"""Training records from JSON lines: one JSON object a line, in one of three forms.
+"""Training records from JSON lines: one JSON object per line, in one of three forms.
 
     {"prompt": "...", "completion": "..."}                      the completion is learned
     {"messages": [{"role": "user", "content": "..."}, ...]}     the assistant's turns are learned
     {"text": "..."}                                             everything is learned
 
-Other fields are carried by many datasets and are not looked at. Every error names the file and
-the line.
+Other fields are ignored, since many datasets have them. Every error names the file and the line.
 """
 
 import json
@@ -24,7 +23,7 @@ class Record(NamedTuple):
     Attributes:
       form: "prompt", "messages" or "text".
       fields: (prompt, completion), (messages,) or (text,); a message is a (role, content) pair.
-      source: where it came from, for error messages: `data.jsonl:3`.
+      source: file and line for error messages: `data.jsonl:3`.
     """
 
     form: str
@@ -44,7 +43,7 @@ def load_jsonl(path: str | os.PathLike, *, fields: Mapping[str, str] | None = No
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a line is not a JSON object of one of the three forms, or there is no line.
+      ValueError: a line is not a JSON object of one of the three forms, or the file is empty.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,15 +77,15 @@ def _parse(line: bytes, source: str) -> Any:
 def record_of(
     value: Any, *, source: str = "example", fields: Mapping[str, str] | None = None
 ) -> Record:
-    """Checks one decoded JSON value and says which form it has.
+    """Checks one decoded JSON value and determines its form.
 
     Args:
-      value: what one line of JSON holds; a dict of one of the three forms.
-      source: the name it goes by in errors, `data.jsonl:3`.
+      value: the JSON value of one line; a dict of one of the three forms.
+      source: its name in error messages, `data.jsonl:3`.
       fields: other names for the fields, as in `load_jsonl`.
 
     Raises:
-      ValueError: not an object, no or more than one form, a field missing or of a wrong type.
+      ValueError: not an object, none or several of the forms, a missing field or a wrong type.
     """
     names = _field_names(fields)
     if not isinstance(value, dict):

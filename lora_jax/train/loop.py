@@ -1,8 +1,8 @@
 """`fit`: the training loop.
 
-The loop keeps nothing to itself: what decides the next step is in `TrainState` and in the position
-of the data iterator, both are in every checkpoint, and the compiled step is a function of them.
-So a run that is killed and resumed computes what it would have computed.
+The loop has no hidden state. The next step depends only on `TrainState` and the position of the
+data iterator; both are in every checkpoint. So a run that is killed and resumed computes the same
+numbers as an uninterrupted one.
 """
 
 import contextlib
@@ -40,13 +40,13 @@ PLOT = "loss.png"
 
 
 class Hooks(NamedTuple):
-    """What a caller of `fit` wants to hear of, or to add.
+    """Callbacks of `fit`.
 
     Attributes:
-      record: is given every train and eval record.
-      memory: is given the `Memory` once the first step is compiled.
-      score: is given the adapted tree at every evaluation; the numbers it gives by name stand in
-        the evaluation's record.
+      record: called with every train and eval record.
+      memory: called with the `Memory` when the first step is compiled.
+      score: called with the adapted tree at every evaluation; the numbers it returns are added to
+        the eval record.
     """
 
     record: Callable[[dict], None] | None = None
@@ -55,14 +55,14 @@ class Hooks(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a run ends with.
+    """The result of a run.
 
     Attributes:
       lora_params: the trained tree; plain parameters after full fine-tuning.
-      history: all records of the run, those before a resume included; see `metrics`.
+      history: all records of the run, including those before a resume; see `metrics`.
       step: optimizer steps taken.
-      memory: where memory went; None if no step was run here.
-      compiled: (A, B, T, P) of the batches that the step was compiled for.
+      memory: the memory of the run; None if no step ran in this process.
+      compiled: (A, B, T, P) of every compiled batch shape.
     """
 
     lora_params: Any
@@ -73,7 +73,7 @@ class Result(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """What the steps of a run need and do not change."""
+    """What the steps of a run read and do not change."""
 
     config: TrainConfig
     total: int
@@ -97,20 +97,20 @@ def fit(
     lora_config=None,
     hooks: Hooks | None = None,
 ) -> Result:
-    """Trains what `lora.init` made trainable; the base is neither changed nor written.
+    """Trains the adapters of `lora.init`; the base is neither changed nor written.
 
-    Or, with `full`, trains every leaf of plain parameters: the baseline of an adapter, by the same
-    data order, schedule, evaluation and checkpoints (which then hold a whole model each).
+    With `full` it trains every leaf of plain parameters instead, as a baseline for adapters with
+    the same data order, schedule, evaluation and checkpoints (each of which holds a whole model).
 
     Args:
       model: `apply(params, tokens, return_hidden=True)`, `head(params, hidden)`, and `tokenizer`
         with a `pad_id`, or None.
-      lora_params: from `lora.init`, or plain parameters if `full`; left whole.
+      lora_params: from `lora.init`, or plain parameters if `full`; not modified.
       train_data: tokenized examples, at least one.
-      eval_data: examples to evaluate on before, during and after; None or none to leave it out.
-      config: everything else.
-      full: train every parameter; there is no adapter then.
-      lora_config: the adapter's config, kept in the checkpoints if given.
+      eval_data: examples to evaluate on before, during and after; None or empty for no evaluation.
+      config: the settings of the run.
+      full: train every parameter, without an adapter.
+      lora_config: the adapter's config, stored in the checkpoints.
       hooks: callbacks.
 
     Returns:
@@ -122,7 +122,7 @@ def fit(
       FloatingPointError: the loss is not a finite number.
       OSError: something cannot be written; the last checkpoint is intact.
       ModuleNotFoundError: the extra `llm` is not installed.
-      KeyboardInterrupt: Ctrl-C; the step that ran is finished and saved first.
+      KeyboardInterrupt: Ctrl-C; the current step is finished and saved first.
     """
     _check_extra(config)
     hooks = hooks or Hooks()
@@ -159,13 +159,13 @@ def fit(
 
 
 def _check_extra(config: TrainConfig) -> None:
-    """Refuses before the first step what would fail after the last one."""
+    """Raises before the first step for a package that is needed after the last one."""
     needed = {"grain": True, "tqdm": config.progress, "matplotlib": config.output_dir is not None}
     check_installed(*(package for package, used in needed.items() if used))
 
 
 def _halves(lora_params, full: bool, lora_config):
-    """What trains and what is frozen.
+    """The trainable and the frozen tree.
 
     Raises:
       ValueError: nothing trains, or an adapter's config came with `full`.
@@ -200,10 +200,10 @@ def _layout(model, data: Sequence[Example], config: TrainConfig) -> tuple[Loader
 
 
 def _check_tokens(model, lora_params, data: Sequence[Example]) -> None:
-    """Refuses tokens the model has no row for: a lookup would quietly take another row.
+    """Checks that every token is in the vocabulary; the lookup of any other raises no error.
 
     Raises:
-      ValueError: there is one.
+      ValueError: a token is outside the vocabulary.
     """
     logits = lorafy(outputs_of(model))
     token, place = (jax.ShapeDtypeStruct(s, "int32") for s in ((1, 2), (1,)))
@@ -226,7 +226,7 @@ def _items(data, total: int, position: dict | None, config: TrainConfig, stack):
 
 
 def _recorder(config: TrainConfig, begin: archives.Start, hooks: Hooks, stack):
-    """The history so far, and a function that adds a record to it and wherever records go."""
+    """The history so far, and a function that appends a record and writes it everywhere."""
     history = list(begin.history)
     write = stack.enter_context(
         metrics.writer(config.output_dir, step=begin.step, tensorboard=config.tensorboard)
@@ -242,10 +242,10 @@ def _recorder(config: TrainConfig, begin: archives.Start, hooks: Hooks, stack):
 
 
 def _evaluation(model, data, config: TrainConfig, frozen, hooks: Hooks):
-    """The evaluation of a state as a record's numbers, or None when there is nothing to do."""
+    """A function from a state to the numbers of an eval record, or None without evaluation."""
     if not data and hooks.score is None:
         return None
-    # As many lengths as in training, but its own: evaluation data may be longer.
+    # As many buckets as in training but other lengths: evaluation data may be longer.
     count = config.buckets if isinstance(config.buckets, int) else len(config.buckets)
     prepared = evaluator(model, data, batch_size=config.batch_size, buckets=count) if data else None
 
@@ -276,7 +276,7 @@ def _run(job: _Job, state: TrainState, start: int, items) -> TrainState:
                 _compile(job, state, item)
                 clock.restart()
             state, out = job.programs(state, job.frozen, item.batch)
-            # The step before is read while this one runs, so the device never waits for Python.
+            # The previous step is read while this one runs, so the device never waits for Python.
             _settle(job, pending, clock, bar)
             pending = (step, item, out)
             stop = interrupted()
@@ -303,7 +303,7 @@ def _settle(job: _Job, pending: tuple[int, Item, Metrics] | None, clock: Clock, 
     """Waits for a step and records it.
 
     Raises:
-      FloatingPointError: its loss is not finite; a state after it is never saved.
+      FloatingPointError: its loss is not finite; no later state is saved.
     """
     if pending is None:
         return
@@ -337,14 +337,14 @@ def _due(job: _Job, step: int) -> bool:
 
 
 def _between(job: _Job, state: TrainState, step: int, stop: bool) -> None:
-    """Evaluates and saves where it is time to, and ends the run if Ctrl-C was pressed.
+    """Evaluates and saves if due, and ends the run after Ctrl-C.
 
     Raises:
-      KeyboardInterrupt: it was.
+      KeyboardInterrupt: Ctrl-C was pressed.
     """
     last = step == job.total
-    # Evaluated before it is saved: the record of an evaluation is never younger than its
-    # checkpoint, and a resumed run neither lacks nor repeats it.
+    # Evaluate before saving: then the checkpoint of a step is written after its eval record, and a
+    # resumed run neither lacks nor repeats the record.
     if last or _is_time(job.config.eval_every, step):
         _evaluate(job, state, step)
     if job.save is not None and (last or stop or _is_time(job.config.save_every, step)):

@@ -2,9 +2,9 @@
 
     loss = - (1/N) sum_i  log softmax(head(h_i))[target_i]        N learned tokens of the step
 
-The sum and N run over all rows and all microbatches of a step, so accumulating changes memory and
-not the loss. The output head, the largest matrix of a small model, is applied only at the places
-where a learned token is predicted; the others cannot reach the loss.
+The sum and N run over all rows and all microbatches of a step, so accumulation changes the memory
+but not the loss. The output head, the largest matrix of a small model, is applied only at the
+positions that predict a learned token; the others do not contribute to the loss.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 def outputs_of(model) -> Callable:
     """The model as a function `(params, tokens, positions) -> logits` at those positions.
 
-    It is what `lorafy` transforms for training, and what `plan` may be given.
+    `lorafy` transforms this function for training; `plan` accepts it too.
 
     Args:
       model: `apply(params, tokens, return_hidden=True)` gives hidden states (B, T, D) and
@@ -41,7 +41,8 @@ def pick(hidden: Float[Array, "b t d"], positions: Int[Array, " p"]):
     flat = hidden.reshape(-1, hidden.shape[-1])
     if positions.shape[0] == flat.shape[0]:
         return flat
-    # Distinct and increasing: said so, the gradient's scatter needs no atomic additions.
+    # The positions are distinct and sorted; with these flags the scatter of the gradient needs no
+    # atomic additions.
     return flat.at[positions].get(
         indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
     )
@@ -61,14 +62,14 @@ def token_losses(
     targets: Int[Array, " p"],
     weights: Float[Array, " p"],
 ) -> Float[Array, " p"]:
-    """The weighted -log softmax(logits)[target] of each place, in float32."""
+    """The weighted -log softmax(logits)[target] of each position, in float32."""
     logits = logits.astype(jnp.float32)
     target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return (jax.nn.logsumexp(logits, axis=-1) - target) * weights
 
 
 def summed_loss(outputs: Callable) -> Callable:
-    """The loss of one microbatch as a sum, from a function that gives logits.
+    """The loss of one microbatch as a sum, from a function that returns logits.
 
     Args:
       outputs: `(params, tokens, positions, key) -> logits (P, V)`.

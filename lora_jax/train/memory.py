@@ -1,4 +1,4 @@
-"""Where the memory of a training step goes."""
+"""The memory of a training run by purpose."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ import jax
 
 
 class Memory(NamedTuple):
-    """Bytes by what they are for.
+    """Bytes by purpose.
 
     Attributes:
       base: the frozen weights.
       adapters: the trained parameters.
       optimizer: the optimizer's state.
-      temporary: what the compiled step needs beyond its arguments and results (activations,
-        gradients), the largest of the compiled shapes; None where XLA does not say.
+      temporary: what the compiled step needs beside its arguments and results (activations,
+        gradients), for the largest compiled shape; None if XLA does not report it.
     """
 
     base: int
@@ -23,7 +23,7 @@ class Memory(NamedTuple):
 
 
 def tree_bytes(tree) -> int:
-    """Bytes of a tree's arrays; quantized elements count as the bits they occupy."""
+    """Bytes of a tree's arrays; sub-byte elements count with their bits."""
     return sum(_bytes(x) for x in jax.tree.leaves(tree))
 
 
@@ -38,7 +38,7 @@ def _bytes(x) -> int:
 
 
 def temporary_bytes(compiled) -> int | None:
-    """Temporary bytes of a compiled function, as XLA planned them."""
+    """Temporary bytes of a compiled function, as XLA reports them."""
     analysis = compiled.memory_analysis()
     return None if analysis is None else int(analysis.temp_size_in_bytes)
 
@@ -62,7 +62,7 @@ def memory(trainable, frozen, opt_state, compiled=()) -> Memory:
 
 
 def format_memory(used: Memory) -> str:
-    """The table, a line for each part, in MiB."""
+    """A table with a line for each part, in MiB."""
     rows = [
         ("base (frozen)", used.base),
         ("adapters", used.adapters),

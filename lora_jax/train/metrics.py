@@ -21,10 +21,10 @@ _LABELS = {"kind", "step"}
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
-    """The records of a metrics file; an unfinished last line (a killed run) is left out.
+    """The records of a metrics file; an incomplete last line (a killed run) is ignored.
 
     Raises:
-      ValueError: another line is not JSON.
+      ValueError: any other line is not JSON.
     """
     lines = Path(path).read_bytes().split(b"\n")
     records = []
@@ -37,12 +37,12 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
 
 
 def rewind(path: Path, step: int) -> list[dict]:
-    """Takes the records after `step` out of a metrics file, if there is one.
+    """Removes the records after `step` from a metrics file, if it exists.
 
-    A resumed run trains those steps again; the file then has each step once.
+    A resumed run trains these steps again, so that the file has each step once.
 
     Returns:
-      The records that stay.
+      The remaining records.
     """
     if not path.exists():
         return []
@@ -55,11 +55,11 @@ def rewind(path: Path, step: int) -> list[dict]:
 def writer(
     directory: Path | None, *, step: int = 0, tensorboard: bool = True
 ) -> Iterator[Callable[[dict], None]]:
-    """A function that writes a record wherever records go.
+    """A function that writes a record to all files.
 
     Args:
-      directory: of the run; None writes nothing.
-      step: the step the run goes on from; TensorBoard hides older events after it.
+      directory: folder of the run; None writes nothing.
+      step: the step that a run is resumed from; TensorBoard hides older events after it.
       tensorboard: write event files too.
 
     Raises:
@@ -71,7 +71,7 @@ def writer(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_explained(directory))
         directory.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: a record is in the file when it was written, whatever happens next.
+        # Unbuffered, so that a record is in the file even if the process is killed right after.
         file = stack.enter_context(open(directory / METRICS, "ab", buffering=0))
         events = None
         if tensorboard:

@@ -1,4 +1,7 @@
-"""The progress bar: loss, learning rate, tokens/s and time left, on standard error."""
+"""What a user sees of a run: the progress bar, Ctrl-C between steps, and the plot of the loss.
+
+The bar shows loss, learning rate, tokens/s and the remaining time on standard error.
+"""
 
 import contextlib
 import os
@@ -20,8 +23,8 @@ def progress(total: int, *, start: int = 0, show: bool = True) -> Iterator:
 
     Args:
       total: steps of the run.
-      start: steps already taken (a resumed run); they do not count for the time left.
-      show: draw it at all.
+      start: steps already taken by a resumed run; they do not count for the remaining time.
+      show: whether to draw the bar.
     """
     with bar(
         show, total=total, initial=start, bar_format=_FORMAT, desc="train: ", dynamic_ncols=True
@@ -30,12 +33,12 @@ def progress(total: int, *, start: int = 0, show: bool = True) -> Iterator:
 
 
 def bar(show: bool, **options: Any) -> Any:
-    """A tqdm bar with these options, or one that draws nothing and needs no tqdm."""
+    """A tqdm bar with these options, or a stub that needs no tqdm if `show` is false."""
     return require("tqdm").tqdm(**options) if show else _NoBar()
 
 
 class _NoBar:
-    """The methods of a tqdm bar that are used here, none of which does anything."""
+    """The methods of a tqdm bar that are used here, doing nothing."""
 
     def __enter__(self) -> "_NoBar":
         return self
@@ -51,7 +54,7 @@ class _NoBar:
 
 
 def show_record(bar, record: dict) -> None:
-    """Moves the bar on by a step and shows what its train record says."""
+    """Advances the bar by a step and shows the numbers of its train record."""
     parts = {
         "loss": f"{record['loss']:.4f}",
         "lr": f"{record['learning_rate']:.2e}",
@@ -62,7 +65,7 @@ def show_record(bar, record: dict) -> None:
 
 
 class Clock:
-    """Tokens per second over the last steps, without the time spent on other things."""
+    """Tokens per second over the last steps, without compilation, evaluation and saving."""
 
     def __init__(self, memory: float = 0.9):
         self._memory = memory
@@ -71,11 +74,11 @@ class Clock:
         self._last = time.perf_counter()
 
     def restart(self) -> None:
-        """Forgets the time since the last step: it went into compiling, evaluating or saving."""
+        """Excludes the time since the last step, spent on compiling, evaluating or saving."""
         self._last = time.perf_counter()
 
     def step(self, tokens: int) -> tuple[float, float]:
-        """Counts a step of that many tokens; gives its seconds and the recent tokens/s."""
+        """Counts a step with this many tokens; returns its seconds and the recent tokens/s."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._tokens = self._memory * self._tokens + tokens
@@ -85,12 +88,12 @@ class Clock:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a question that the loop asks; the second one interrupts at once.
+    """Lets the loop finish its step on the first Ctrl-C; the second one interrupts immediately.
 
-    Outside the main thread Python delivers no signals, and the answer is always no.
+    Python delivers signals to the main thread only; in other threads nothing is changed.
 
     Yields:
-      A function that says whether Ctrl-C was pressed.
+      A function that returns whether Ctrl-C was pressed.
     """
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -113,9 +116,9 @@ def plot_loss(path: str | os.PathLike, history: Sequence[dict], *, title: str = 
     """Draws training loss (and its running mean), evaluation loss and learning rate by step.
 
     Args:
-      path: of the PNG; replaced when the new one is whole.
+      path: path of the PNG; an existing one is replaced when the new one is complete.
       history: records as `fit` returns them.
-      title: above the plot.
+      title: title of the plot.
 
     Raises:
       ValueError: no record has a loss.
@@ -138,7 +141,7 @@ def plot_loss(path: str | os.PathLike, history: Sequence[dict], *, title: str = 
 
 
 def save_figure(figure, path: str | os.PathLike) -> None:
-    """Writes a matplotlib `Figure` as a PNG, which replaces an older one when it is whole.
+    """Writes a matplotlib `Figure` as a PNG, replacing an older one when it is complete.
 
     Raises:
       OSError: it cannot be written.
@@ -163,7 +166,7 @@ def _draw_train(axes, train: Sequence[tuple]) -> None:
 
 
 def running_mean(values: Sequence[float], memory: float = 0.9) -> list[float]:
-    """The exponential mean of the values so far, without the pull of its start to zero."""
+    """The exponential moving mean, with the bias toward zero at its start corrected."""
     means, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = memory * total + value, memory * weight + 1

@@ -1,4 +1,8 @@
-"""One optimizer step as a pure function of the train state, the frozen base and a batch."""
+"""One optimizer step as a pure function of the train state, the frozen base and a batch.
+
+Also the optimizer (AdamW behind global-norm clipping, on a warm-up and decay schedule), and full
+fine-tuning, the baseline of an adapter, in the same loop.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,11 +20,11 @@ from lora_jax.train.config import TrainConfig, warmup_steps
 
 
 class TrainState(NamedTuple):
-    """All that a step changes: everything a checkpoint needs, and nothing of the base.
+    """What a step changes and a checkpoint stores; the frozen base is not in it.
 
     Attributes:
       step: int32 (), optimizer steps taken.
-      trainable: the trainable tree of `lora.split`, None in the base's places.
+      trainable: the trainable tree of `lora.split`, with None for the leaves of the base.
       opt_state: optax's state over `trainable`.
       key: the run's dropout key; step k uses `fold_in(key, k)`, so it never changes.
     """
@@ -32,7 +36,7 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What a step tells, as device scalars.
+    """The metrics of a step, as device scalars.
 
     Attributes:
       loss: mean cross entropy of the step's learned tokens, nats, before the update.
@@ -48,10 +52,10 @@ class Metrics(NamedTuple):
 def init_state(key: Array, trainable, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step.
 
-    `trainable` is copied: a step donates the state's buffers, and the caller's stay whole.
+    `trainable` is copied, because a step donates the state's buffers: the caller's stay valid.
 
     Raises:
-      ValueError: `trainable` holds nothing, or integers: a quantized base's codes.
+      ValueError: `trainable` is empty, or holds integers such as the codes of a quantized base.
     """
     check_trainable(trainable)
     trainable = jax.tree.map(jnp.copy, trainable)
@@ -61,8 +65,8 @@ def init_state(key: Array, trainable, tx: optax.GradientTransformation) -> Train
 class Programs:
     """A function of `(..., batch)` compiled once for each shape of its batch.
 
-    Compiling is asked for by name, not left to the first call, so that it can be counted, timed
-    and asked for its memory.
+    Compilation is explicit, not left to the first call, so that it can be counted and timed, and
+    the compiled program inspected for its memory.
 
     Attributes:
       compiled: the compiled programs by the batch's (A, B, T, P).
@@ -73,11 +77,11 @@ class Programs:
         self._jitted = jax.jit(fn, donate_argnums=donate)
 
     def has(self, batch) -> bool:
-        """Whether the program for this batch's shape is there already."""
+        """Whether the program for this batch's shape is already compiled."""
         return _shape(batch) in self.compiled
 
     def compile(self, *args):
-        """The program for the last argument's shape, compiled if need be; it is not called."""
+        """Compiles the program for the shape of the last argument if needed, without running it."""
         shape = _shape(args[-1])
         if shape not in self.compiled:
             lowered = self._jitted.lower(*args)
@@ -95,8 +99,8 @@ def _shape(batch) -> tuple[int, ...]:
 def make_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
     """The function of one optimizer step.
 
-    Microbatches are scanned, their gradients added up in float32 and divided once by the number
-    of learned tokens of all of them:  g = sum_i grad(loss_i) / sum_i N_i.
+    Microbatches are scanned; their gradients are summed in float32 and divided once by the number
+    of learned tokens in all of them:  g = sum_i grad(loss_i) / sum_i N_i.
 
     Args:
       loss: `(trainable, frozen, microbatch, key) -> float32 ()`, a sum over learned tokens.
@@ -112,7 +116,7 @@ def make_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
         key = jax.random.fold_in(state.key, state.step)
         learned = jnp.sum(batch.weights)
         total, grads = _gradients(loss, state.trainable, frozen, batch, key)
-        # A batch always has a learned token; the maximum only keeps a hand-made one finite.
+        # A batch of ours always has a learned token; the maximum keeps hand-made batches finite.
         count = jnp.maximum(learned, 1.0)
         grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.trainable)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
@@ -145,17 +149,16 @@ def _gradients(loss: Callable, trainable, frozen, batch, key):
 
 
 def split_full(params):
-    """The counterpart of `lora.split` where everything trains.
+    """The counterpart of `lora.split` for full fine-tuning.
 
     Args:
       params: plain parameters, every leaf an array of floats.
 
     Returns:
-      `(trainable, frozen)`: `params` itself, and its structure with None in every place.
+      `(trainable, frozen)`: `params` itself, and a tree of the same structure with None leaves.
 
     Raises:
-      ValueError: a leaf has an adapter, is quantized or holds no floats: it has no gradient of its
-        own.
+      ValueError: a leaf has an adapter, is quantized or holds no floats, and so has no gradient.
     """
     for key_path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf):
         found = _untrainable(x)
@@ -184,7 +187,7 @@ def schedule(config: TrainConfig, total: int) -> Callable:
         lr(k) = peak * min(1, (k + 1)/w) * (f + (1 - f) * d(t)),     t = (k - w)/(total - w)
         d(t) = (1 + cos(pi t))/2   or   1 - t   or   1
 
-    for warm-up steps w and final share f. Step 0 already moves: its rate is peak/w, not 0.
+    for w warm-up steps and final share f. The rate of step 0 is peak/w, not 0.
 
     Args:
       config: gives the schedule's name, peak, warm-up and final share.

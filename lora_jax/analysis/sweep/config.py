@@ -1,4 +1,4 @@
-"""What is swept: the task, and the settings of a sweep."""
+"""The task and the settings of a rank sweep."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -15,23 +15,23 @@ def _mean(values: np.ndarray) -> float:
 
 
 class Task(NamedTuple):
-    """What is learned, and how it is judged. Parameters are the base's own tree in all of them.
+    """The training task and its score. `params` is the tree of the base model in every function.
 
     Attributes:
       params: the base.
-      loss: `(params, batch) -> float32 ()`, the mean loss of a batch; it is what `plan` traces
-        and `lorafy` transforms, a pure function.
-      batches: `seed -> batches`, at least as many as there are steps, for a seed the same ones each
-        time; a new shape compiles anew. Where the batches of several seeds have the same shapes
-        step by step, adapters of these seeds train side by side.
-      score: `params -> (n, ...)`: for each of n evaluation examples its value, or several
-        numbers that `reduce` needs.
-      tuning: `params -> float`, lower is better, chooses among learning rates; best on examples
-        that are neither trained on nor scored. None where there is nothing to choose.
-      reduce: from `(n, ...)` values to the score; the mean by default.
-      metric: the score's name.
-      lower_is_better: of the score.
-      data: names the data and the model, so that a resumed sweep notices other ones.
+      loss: `(params, batch) -> float32 ()`, the mean loss of a batch; a pure function, which
+        `plan` traces and `lorafy` transforms.
+      batches: `seed -> batches`, at least as many as there are steps, and the same ones on every
+        call with a seed; every new shape is compiled. If the batches of several seeds have the
+        same shapes step by step, adapters of these seeds train side by side.
+      score: `params -> (n, ...)`: the value of each of n evaluation examples, or the numbers that
+        `reduce` needs.
+      tuning: `params -> float`, lower is better: the loss that chooses the learning rates, best
+        on examples that are neither trained on nor scored. None with single learning rates.
+      reduce: turns `(n, ...)` values into the score; the mean by default.
+      metric: name of the score.
+      lower_is_better: whether a lower score is better.
+      data: identifies the data and the model, so that resuming with others is an error.
     """
 
     params: Any
@@ -47,21 +47,20 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """What is swept.
+    """The settings of a sweep.
 
     Attributes:
-      ranks: of the adapters.
-      full: whether full fine-tuning is run too; the ranks are measured against it.
-      learning_rates: candidates for every rank; each rank takes its best by the tuning loss.
+      ranks: ranks of the adapters.
+      full: whether to run full fine-tuning too, the reference for the ranks.
+      learning_rates: candidates for every rank; the tuning loss chooses one for each rank.
       full_learning_rates: candidates for full fine-tuning.
-      seeds: of the order of the data, the adapters' start and dropout; the base, a new head in it
-        too, is the same for all. The first also chooses the learning rates.
-      tune_steps: steps of the runs that choose; none runs them to the end and keeps the best.
-      together: adapters that train in one batch, as many as memory holds.
-      tolerance: how far from full fine-tuning, relatively, is still good enough.
-      save_every: seconds between checkpoints inside a training, from which a killed one goes on;
-        None for none. They are farther apart where writing one takes over a twentieth of that; 0
-        writes one after each step, whatever it takes.
+      seeds: seeds of the data order, the adapters' init and dropout; all share one base, a new
+        head included. The first seed is used to choose the learning rates.
+      tune_steps: steps of the runs that choose; none trains them to the end and keeps the best.
+      together: adapters that train in one batch, limited by memory.
+      tolerance: relative distance from full fine-tuning that is still good enough.
+      save_every: seconds between checkpoints within a training; None writes none, 0 writes one
+        after every step. The interval grows if writing takes more than a twentieth of it.
     """
 
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
@@ -98,7 +97,7 @@ def with_rank(config: LoraConfig, rank: int) -> LoraConfig:
     """The config with another rank and the same scale (with rsLoRA the same `alpha`).
 
     Raises:
-      ValueError: it has a `rank_pattern` or an `alpha_pattern`, which says ranks of its own.
+      ValueError: it has a `rank_pattern` or an `alpha_pattern`.
     """
     if config.rank_pattern or config.alpha_pattern:
         raise ValueError("a sweep chooses the ranks: leave out `rank_pattern` and `alpha_pattern`")

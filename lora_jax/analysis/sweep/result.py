@@ -1,13 +1,13 @@
-"""What a rank sweep found: scores with their uncertainty, a table, JSON, a figure.
+"""The result of a rank sweep: scores with intervals, as a table, JSON or a figure.
 
-Uncertainty is the paired bootstrap's (Efron & Tibshirani 1993, chapter 13; Koehn 2004 for BLEU):
-evaluation examples, and seeds where there are several, are drawn anew with replacement, the same
-for every rank and for full fine-tuning, and every score is computed again. Every seed is judged on
-the same examples, so the two are drawn independently of each other (Owen 2007, "The pigeonhole
-bootstrap", Annals of Applied Statistics 1(2): at worst a little wide). Of S seeds S - 1 are drawn:
-S draws of few seeds would give only (S - 1)/S of their mean's variance, S - 1 give all of it (Rao &
-Wu 1988, "Resampling inference with complex survey data", JASA 83(401), section 2). One seed says
-nothing of what another would give; the table says so.
+The intervals come from a paired bootstrap (Efron & Tibshirani 1993, chapter 13; Koehn 2004 for
+BLEU): evaluation examples, and seeds if there are several, are resampled with replacement, with the
+same draw for every rank and for full fine-tuning, and every score is recomputed. All seeds are
+scored on the same examples, so examples and seeds are resampled independently (Owen 2007, "The
+pigeonhole bootstrap", Annals of Applied Statistics 1(2): slightly wide at worst). Of S seeds S - 1
+are drawn: S draws would give only (S - 1)/S of the variance of their mean, S - 1 give all of it
+(Rao & Wu 1988, "Resampling inference with complex survey data", JASA 83(401), section 2). With one
+seed the spread between seeds is unknown, and the table states that.
 """
 
 import json
@@ -33,16 +33,16 @@ class Run(NamedTuple):
     """One training: a rank with a learning rate and a seed.
 
     Attributes:
-      rank: of the adapters; "full" is full fine-tuning, "base" the model as it came.
-      learning_rate: at its peak.
-      seed: of the order of the batches and of the start.
+      rank: rank of the adapters; "full" is full fine-tuning, "base" the model before training.
+      learning_rate: peak learning rate.
+      seed: seed of the order of the batches and of the init.
       steps: optimizer steps.
-      parameters: trained ones.
+      parameters: number of trained parameters.
       losses: the training loss before each step.
       tuning: the loss that chooses among learning rates, None where there was no choice.
-      seconds: of training, compilation left out; the group's divided by its members.
+      seconds: training time without compilation; that of the group divided by its members.
       together: adapters in its batch.
-      values: float64 (n, ...), a row for each evaluation example; None if it was not scored.
+      values: float64 (n, ...), a row for each evaluation example; None before scoring.
     """
 
     rank: int | str
@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its file's name."""
+        """The name of its file."""
         return f"{self.rank}_lr{self.learning_rate:g}_seed{self.seed}_steps{self.steps}"
 
 
@@ -68,13 +68,13 @@ class Row(NamedTuple):
     Attributes:
       rank: "base", a rank, or "full".
       learning_rate: the chosen one.
-      parameters: trained ones.
-      seconds: of training.
-      score: mean over the seeds.
-      interval: of the score, 95 %.
-      ratio: score over full fine-tuning's, None without full fine-tuning.
-      ratio_interval: its, 95 %.
-      seed_scores: of each seed, in the order of the runs; one for the base.
+      parameters: number of trained parameters.
+      seconds: training time.
+      score: mean score over the seeds.
+      interval: 95 % interval of the score.
+      ratio: score divided by that of full fine-tuning; None without full fine-tuning.
+      ratio_interval: 95 % interval of the ratio.
+      seed_scores: score of each seed, in the order of the runs; one for the base.
     """
 
     rank: int | str
@@ -89,7 +89,7 @@ class Row(NamedTuple):
 
     @property
     def deviation(self) -> float | None:
-        """The standard deviation between seeds; None of fewer than two."""
+        """The standard deviation between seeds; None with fewer than two."""
         return float(np.std(self.seed_scores, ddof=1)) if len(self.seed_scores) > 1 else None
 
 
@@ -102,8 +102,8 @@ class Sweep:
       smallest: the smallest rank within `tolerance` of full fine-tuning; None if no rank is.
       smallest_interval: its 95 % interval over the draws; `inf` is "above the largest rank".
       tolerance: relative, 0.01.
-      metric: what the score is.
-      lower_is_better: of the score.
+      metric: name of the score.
+      lower_is_better: whether a lower score is better.
       runs: all runs, those of the learning-rate search too.
     """
 
@@ -119,7 +119,7 @@ class Sweep:
         return self.table()
 
     def table(self) -> str:
-        """The table, what its intervals hold, and the smallest rank that is enough."""
+        """The table, a note on its intervals, and the smallest rank that is enough."""
         head = ("rank", "learning rate", "trained", "seconds", "seeds", self.metric, "between",
                 "95 %", "of full")  # fmt: skip
         lines = [head, *(_cells(row) for row in self.rows)]
@@ -133,11 +133,11 @@ class Sweep:
 
     @property
     def seeds(self) -> int:
-        """Seeds of every rank and of full fine-tuning."""
+        """Number of seeds of every rank and of full fine-tuning."""
         return max(len(row.seed_scores) for row in self.rows)
 
     def intervals(self) -> str:
-        """What the intervals are of, in a sentence."""
+        """A sentence about the intervals."""
         if self.seeds == 1:
             return (
                 f"one seed; 95 % of {_DRAWS:,} draws of the examples: another order of the data "
@@ -149,7 +149,7 @@ class Sweep:
         )
 
     def verdict(self) -> str:
-        """The answer in a sentence."""
+        """The result in a sentence."""
         if not any(row.rank == FULL for row in self.rows):
             return "without full fine-tuning there is nothing to measure the ranks against"
         within = f"within {self.tolerance:.0%} of full fine-tuning"
@@ -189,8 +189,6 @@ class Sweep:
 
     def plot(self, path: str | os.PathLike, *, title: str = "") -> None:
         """Draws the score against rank, trained parameters and seconds, as a PNG."""
-        pass
-
         plot_sweep(path, self, title=title)
 
 
@@ -276,7 +274,7 @@ def _draws(values: Mapping, reduce: Callable, seed: int) -> dict:
         rows = random.integers(count, size=count)
         which = random.random(max(len(v) for v in values.values()))
         for rank, seeds in values.items():
-            # The same uniform numbers choose the seeds, however many a rank has.
+            # All ranks use the same uniform numbers: draws stay paired if seed counts differ.
             picked = [seeds[int(u * len(seeds))] for u in which[: max(1, len(seeds) - 1)]]
             found[rank][i] = np.mean([reduce(v[rows]) for v in picked])
     return found
@@ -307,7 +305,7 @@ def _interval(drawn: np.ndarray) -> tuple[float, float]:
 
 
 def _within(scores: Mapping, ranks: Sequence[int], lower: bool, tolerance: float):
-    """The smallest rank whose score is near enough to full fine-tuning's, `inf` for none."""
+    """The smallest rank within the tolerance of full fine-tuning, `inf` for none."""
     full = np.asarray(scores[FULL])
     room = tolerance * np.abs(full)
     places = np.full(full.shape, np.inf)
@@ -361,7 +359,7 @@ def plot_sweep(path: str | os.PathLike, sweep: Sweep, *, title: str = "") -> Non
 
 
 def _positive(cost) -> bool:
-    """Whether an axis, logarithmic perhaps, has a place for it."""
+    """Whether it can be drawn, on a logarithmic axis too."""
     return isinstance(cost, int | float) and math.isfinite(cost) and cost > 0
 
 
@@ -369,7 +367,7 @@ def _points(axes, rows: list[Row], cost, color: str, label: str) -> None:
     if not rows:
         return
     scores = [r.score for r in rows]
-    # An interval of draws need not hold the score itself.
+    # The interval of the draws need not contain the score itself.
     spread = [
         [max(0.0, r.score - r.interval[0]) for r in rows],
         [max(0.0, r.interval[1] - r.score) for r in rows],

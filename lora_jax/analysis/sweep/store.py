@@ -1,9 +1,13 @@
-"""The runs of a sweep on disk: one file a run, so that nothing computed is lost.
+"""The runs of a sweep on disk: finished runs (`Store`), and checkpoints of current ones (`Keeper`).
 
 output_dir/sweep.json             what the runs have in common; a resumed sweep must agree
-           runs/NAME.json         a run's numbers, written when it is trained, again when scored
-           runs/NAME.npz          its trained numbers, until it is scored or passed over
-           unfinished/NAME/       a training under way, see `sweep_resume`
+           runs/NAME.json         the numbers of a run, written when it is trained and when scored
+           runs/NAME.npz          its trained weights, until it is scored or rejected
+           unfinished/NAME/       Orbax checkpoint of a training in progress
+
+A group of adapters that train together has one checkpoint: what trains, the optimizer's state, the
+losses so far, and a digest of the batches seen. Restoring checks the digest, the jobs of the group
+and the base's fingerprint, so that a resumed training ends with the bits of an uninterrupted one.
 """
 
 import hashlib
@@ -28,20 +32,20 @@ _UNFINISHED = "unfinished"
 
 FORMAT = "lora_jax unfinished training 1"
 _KEPT = ("seconds", "timed", "batches", "compiled")
-_SHARE = 20  # of the time between checkpoints, at most one part writes
+_SHARE = 20  # at most 1/20 of the time is spent on writing checkpoints
 
 
 class Progress(NamedTuple):
-    """How far a training is.
+    """The progress of a training.
 
     Attributes:
       step: steps taken.
-      state: what trains, and the optimizer's state.
-      losses: float32 (steps, members), or (steps,); NaN where it has not been.
-      seconds: of the timed steps, those that compiled nothing.
-      timed: how many those are.
-      batches: digest of the batches seen so far, in their order.
-      compiled: seconds of the steps that compiled as well.
+      state: the trained leaves and the optimizer's state.
+      losses: float32 (steps, members), or (steps,); NaN for the steps to come.
+      seconds: time of the steps that compiled nothing.
+      timed: number of these steps.
+      batches: digest of the batches seen so far, in order.
+      compiled: time of the steps that also compiled.
     """
 
     step: int
@@ -54,18 +58,18 @@ class Progress(NamedTuple):
 
 
 class Keeper:
-    """Keeps one training under way.
+    """Writes and restores the checkpoints of one training.
 
     Args:
-      folder: its own.
-      described: what makes the training the one it is, JSON values; `base` is a fingerprint.
+      folder: the folder of this training.
+      described: identifies the training, as JSON values; `base` is a fingerprint.
       every: seconds between checkpoints; 0 for one after each step.
-      params: the base, compared with the one that a checkpoint was made over.
+      params: the base, whose fingerprint must be that of a restored checkpoint.
       log: receives a line when a training continues.
 
     Attributes:
-      folder: of the checkpoint.
-      begun: whether there is one.
+      folder: the folder of this training.
+      begun: whether it has a checkpoint.
     """
 
     def __init__(
@@ -85,7 +89,7 @@ class Keeper:
         """The newest checkpoint, or `fresh` where there is none.
 
         Raises:
-          ValueError: it is of another training, another base, or its arrays have other shapes.
+          ValueError: the checkpoint is of another training or base, or has other shapes.
         """
         if not self.folder.is_dir():
             return fresh
@@ -118,10 +122,10 @@ class Keeper:
         return time.monotonic() - self._last >= wait
 
     def save(self, progress: Progress) -> None:
-        """Writes a checkpoint; the one before goes when the new one is whole.
+        """Writes a checkpoint, and removes the previous one when it is complete.
 
         Raises:
-          OSError: it cannot be written; the one before is intact.
+          OSError: it cannot be written; the previous checkpoint is intact.
         """
         began = time.monotonic()
         state = {"state": progress.state, "losses": jax.numpy.asarray(progress.losses)}
@@ -136,10 +140,10 @@ class Keeper:
 
 
 class Unfinished(NamedTuple):
-    """A checkpoint that lies there.
+    """A checkpoint of an interrupted training.
 
     Attributes:
-      folder: its own.
+      folder: its folder.
       step: steps taken.
       jobs: names of the runs that train together in it.
     """
@@ -150,7 +154,7 @@ class Unfinished(NamedTuple):
 
 
 def unfinished(folder: Path) -> Iterator[Unfinished]:
-    """All checkpoints below a folder; what was stopped before its first one is left out.
+    """The interrupted trainings in a folder that have a checkpoint.
 
     Raises:
       ValueError: one cannot be read.
@@ -163,23 +167,23 @@ def unfinished(folder: Path) -> Iterator[Unfinished]:
 
 
 def folder_of(folder: Path, jobs: Sequence[str]) -> Path:
-    """Where runs that train together are kept: readable, and different for other runs."""
+    """The folder of a group: a readable name, unique to these runs."""
     digest = hashlib.sha256("\n".join(jobs).encode()).hexdigest()[:8]
     return folder / f"{jobs[0]}-of-{len(jobs)}-{digest}"
 
 
 def remove(folder: Path) -> None:
-    """Takes a checkpoint away, and the folder of all when it was the last."""
+    """Removes a checkpoint, and the parent folder if it was the last one."""
     shutil.rmtree(folder, ignore_errors=True)
     if folder.parent.is_dir() and not any(folder.parent.iterdir()):
         folder.parent.rmdir()
 
 
 def digest(before: str, batch) -> str:
-    """The digest of the batches so far, with one more.
+    """The digest of a sequence of batches, extended by one.
 
     Args:
-      before: of those before it; empty for none.
+      before: the digest without it; empty for the first.
       batch: a tree of arrays.
     """
     found = hashlib.sha256(before.encode())
@@ -207,10 +211,10 @@ def _meta(opened, folder: Path) -> dict:
 
 
 class Store:
-    """The runs that are done. Without a folder they are kept in memory only.
+    """The finished runs; without a folder they are kept in memory only.
 
     Attributes:
-      runs: by name.
+      runs: the runs by name.
     """
 
     def __init__(self, folder: Path | None, common: Mapping[str, Any]):
@@ -226,7 +230,7 @@ class Store:
             self.runs[run.name] = run
 
     def trained(self, run: Run, tree) -> None:
-        """Keeps a run that is trained and not scored yet, with its weights."""
+        """Stores a trained run that is not scored yet, with its weights."""
         if self._folder is not None:
             arrays = [np.asarray(x) for x in jax.tree.leaves(_moved(tree))]
             with replacing(self._path(run, ".npz")) as new, open(new, "wb") as file:
@@ -236,11 +240,11 @@ class Store:
         self._write(run)
 
     def tree(self, run: Run, like):
-        """The weights of a run that is not scored yet.
+        """The weights of a trained run that is not scored yet.
 
         Args:
           run: the run.
-          like: a tree of the same structure; what did not train is taken from it.
+          like: a tree of the same structure; leaves that did not train are taken from it.
         """
         if run.name in self._trees:
             return self._trees[run.name]
@@ -263,29 +267,29 @@ class Store:
         return self._path(run, ".npz").is_file()
 
     def scored(self, run: Run) -> None:
-        """Keeps a run with its values; its weights are not needed any more."""
+        """Stores the scores of a run and removes its weights."""
         self._write(run)
         self.forget(run)
 
     def forget(self, run: Run) -> None:
-        """Lets go of a run's weights."""
+        """Removes the weights of a run."""
         self._trees.pop(run.name, None)
         if self._folder is not None:
             self._path(run, ".npz").unlink(missing_ok=True)
 
     def place_of(self, jobs: Sequence[str]) -> Path | None:
-        """Where runs that train together are kept on the way; None without a folder."""
+        """The checkpoint folder of a group; None without a folder."""
         if self._folder is None:
             return None
         return folder_of(self._folder / _UNFINISHED, jobs)
 
     def unfinished(self) -> Iterator[Unfinished]:
-        """Trainings that were under way when the sweep was stopped."""
+        """The trainings that were in progress when the sweep was interrupted."""
         if self._folder is not None:
             yield from unfinished(self._folder / _UNFINISHED)
 
     def finished(self, runs: Sequence[Run]) -> None:
-        """Takes away the checkpoints that hold any of these runs, which are trained now."""
+        """Removes the checkpoints of groups with any of these runs, which are now trained."""
         names = [run.name for run in runs]
         if (own := self.place_of(names)) is not None:
             remove(own)
@@ -309,13 +313,13 @@ class Store:
 
 
 def _moved(tree):
-    """What a run trained: the trainable half, or the whole tree of full fine-tuning."""
+    """The trained leaves: the trainable half, or the whole tree of full fine-tuning."""
     moved, _ = split(tree)
     return moved if jax.tree.leaves(moved) else tree
 
 
 def _plain(x: np.ndarray) -> np.ndarray:
-    """NumPy's files know no bfloat16: its bits are kept."""
+    """The array as .npz can store it: bfloat16 is stored as its bits."""
     return x if x.dtype.kind in "fiub" else x.view(np.uint16 if x.itemsize == 2 else np.uint8)
 
 

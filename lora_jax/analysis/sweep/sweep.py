@@ -1,4 +1,4 @@
-"""Which rank is enough: every rank and full fine-tuning on the same data, budget and seeds."""
+"""The rank sweep: trains every rank and the whole model on the same data, steps and seeds."""
 
 import dataclasses
 import functools

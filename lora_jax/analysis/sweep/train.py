@@ -1,9 +1,9 @@
 """Training for a sweep: several adapters of different rank in one batch, or every weight.
 
-The adapters stand padded to one rank in a stack (`lora.stack(..., train=True)`), and all of them
-see the same batch: the base's product is one matmul over the batches of all. Each has its own
-optimizer state, gradient clipping and learning rate, so it moves as it would alone. Entries that
-only pad an adapter stay zero: A's gradient is a product with B's zeros there, and the reverse.
+The adapters are padded to one rank and stacked (`lora.stack(..., train=True)`). All see the same
+batch, so the product with the base weight is one matmul for all of them. Each adapter has its own
+optimizer state, gradient clipping and learning rate, and so trains exactly as it would alone. The
+padding stays zero: the gradient of A there is a product with the zeros of B, and vice versa.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from lora_jax.tree import combine, split
 
 
 class Trained(NamedTuple):
-    """What training a group ends with.
+    """The result of training a group.
 
     Attributes:
       trees: a parameter tree for each member.
       losses: float32 (members, steps), before each step's update.
-      seconds: of the whole group, compilation left out unless every step compiled.
+      seconds: time of the whole group, without compilation unless every step compiled.
     """
 
     trees: list
@@ -58,22 +58,22 @@ def train_adapters(
     Args:
       loss: `(params, batch) -> ()`, the mean loss of a batch.
       adapters: trees from `lora.init`, of any ranks.
-      rates: a learning rate for each, at its peak.
+      rates: the peak learning rate of each.
       batches: as many as `config.steps`.
-      config: the optimizer and its schedule; its own learning rate is not looked at.
-      key: of the adapters' dropout.
-      rank: what all are padded to; the largest by default.
+      config: the optimizer and its schedule; its learning rate is ignored.
+      key: key of the adapters' dropout.
+      rank: the rank that all are padded to; the largest by default.
       sources: each item of `batches` is then a tuple of batches of the same shapes, and this says
         which of them each adapter sees. None: an item is one batch, and all see it.
-      advance: is given the mean loss after each step.
-      keeper: writes checkpoints, and has the one to go on from; None keeps nothing.
+      advance: called with the mean loss after each step.
+      keeper: writes and restores checkpoints; None keeps nothing.
 
     Returns:
       The trained trees in the same order, padded to `rank`.
 
     Raises:
-      FloatingPointError: every adapter's loss has become NaN or infinite. One alone is left to
-        its fate: it is the sweep that finds a learning rate too high.
+      FloatingPointError: the loss of every adapter is NaN or infinite. A single one may diverge:
+        the sweep then rejects its learning rate.
     """
     stacked = stack(adapters, train=True, rank=rank)
     trainable, frozen = split(stacked)
@@ -87,7 +87,7 @@ def train_adapters(
     run = _Run(config, losses, jnp.asarray(rates, jnp.float32), axes=_axes(stacked))
     done = run(leaves, frozen, batches, key, advance, keeper)
     stacked = combine(jax.tree.unflatten(tree, done.state[0]), frozen)
-    trees = [multi.adapter(stacked, slot) for slot in range(len(adapters))]
+    trees = [multi.adapter(stacked, i) for i in range(len(adapters))]
     return Trained(trees, done.losses.T, _seconds(done))
 
 
@@ -140,7 +140,7 @@ def _each(loss: Callable, count: int, sources: Sequence[int] | None) -> Callable
 
 
 def _axes(stacked) -> list[int]:
-    """The axis of each trained leaf that numbers the slots."""
+    """The adapter axis of each trained leaf."""
     trainable, _ = split(stacked)
     found = jax.tree.map(
         lambda x: jax.tree.map(lambda _: x.axis, x) if is_stack(x) else x,
@@ -205,7 +205,7 @@ class _Run:
         return at._replace(compiled=at.compiled + seconds)
 
     def _mapped(self, fn: Callable, trees: int):
-        """`fn` for every slot by itself: of `trees` trees of leaves first, then of the rest."""
+        """`fn` for each adapter; the first `trees` arguments are lists of leaves with own axes."""
         if self.axes is None:
             return fn
         return lambda *args: jax.vmap(
@@ -228,10 +228,10 @@ class _Run:
 
 
 def _skip(source: Iterator, at: Progress, advance: Callable) -> None:
-    """Passes over the batches of the steps that were taken before.
+    """Skips the batches of the steps that were taken before the interruption.
 
     Raises:
-      ValueError: they are not the ones that were trained on.
+      ValueError: they differ from the batches that were trained on.
     """
     seen = ""
     for loss, batch in zip(at.losses[: at.step], source, strict=False):
@@ -251,7 +251,7 @@ def _interrupted(step: int, steps: int, keeper: Keeper | None) -> str:
 
 
 def _seconds(at: Progress) -> float:
-    """Of all steps, as those took that compiled nothing; with compilation where all did."""
+    """Time of all steps at the speed of those that compiled nothing, if there were any."""
     return at.seconds * at.step / at.timed if at.timed else at.compiled
 
 

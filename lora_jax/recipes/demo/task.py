@@ -1,11 +1,11 @@
-"""The demo's task: a sentence that books a table, to strict JSON.
+"""The task of the demo: turn a sentence that books a table into strict JSON.
 
     "Could we get a table for four on Friday at 7:30 pm? It's for Iris."
     {"name":"Iris","guests":4,"day":"friday","time":"19:30"}
 
-Numbers come as digits or words, times in three spellings, the fields in any order, and the names
-in the test set occur in no training example, so a model must read the sentence to be right. An
-answer counts when it is one JSON object with exactly these four values and nothing around it.
+Numbers are digits or words, times have three spellings, the fields come in any order, and no name
+of the test set is in the training set, so that a model cannot answer without reading the sentence.
+An answer is right if it is one JSON object with exactly these four values and nothing around it.
 """
 
 import json
@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 INSTRUCTION = "Write the booking as JSON with name, guests, day and time (HH:MM)."
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-# The names of the two sets are disjoint, and there are many to learn from: with few, a model
-# learns them instead of learning to copy.
+# The names of the two sets are disjoint. There are many training names, because with few the model
+# memorizes them instead of learning to copy.
 TRAIN_NAMES = tuple(
     "Aaron Abigail Adam Adele Ahmed Aisha Alan Albert Alice Alma Amara Amy Andrea Angela Anna "
     "Anton April Astrid Barbara Ben Bella Bernard Bianca Boris Brian Camille Carl Carla Carmen "
@@ -53,7 +53,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Booking:
-    """What a sentence says: the four values the answer must hold."""
+    """The content of a sentence: the four values of the answer."""
 
     name: str
     guests: int
@@ -111,14 +111,14 @@ def make_examples(
     """Makes the training and the test set; the same seed makes the same sets.
 
     Args:
-      seed: of the generator.
+      seed: seed of the generator.
       train: number of training examples.
       test: number of test examples; no name in them occurs in the training set.
 
     Returns:
       The two lists, no sentence twice.
     """
-    limit = 10_000  # far below the number of sentences there are, so that drawing ends
+    limit = 10_000  # far below the number of possible sentences, so that drawing distinct ones ends
     if not (0 < train <= limit and 0 < test <= limit):
         raise ValueError(f"train and test must be between 1 and {limit}, got {train} and {test}")
     rng = random.Random(seed)
@@ -139,7 +139,7 @@ def conversation(example: Sentence) -> list[dict[str, str]]:
 
 
 def read_answer(answer: str) -> str | None:
-    """The answer in canonical spelling, or None when it is not such a JSON object.
+    """The answer in canonical spelling, or None if it is not such a JSON object.
 
     Spaces and the order of the fields do not matter; a missing or additional field, a number
     written as a string, or anything around the object does.

@@ -62,5 +62,5 @@ def test_a_file_in_the_folders_place(tmp_path):
 def test_contents_lists_what_is_there(tmp_path):
     files.prepare(tmp_path, *examples())
     listed = files.contents(tmp_path)
-    assert f"{tmp_path / 'train.jsonl'}: what was learned from" in listed
+    assert f"{tmp_path / 'train.jsonl'}: the training data" in listed
     assert "loss.png" not in listed
