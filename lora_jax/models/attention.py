@@ -1,4 +1,4 @@
-"""Causal attention of a decoder, with and without a cache, in every way a block may see.
+"""Causal attention of a decoder, with and without a cache, full or with a sliding window.
 
 What happens between a block's projections and its output is one function, `Attend`: it rotates
 queries and keys, stores the keys and values, and mixes. Blocks that slide (a token sees only so
@@ -19,14 +19,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.models.rope import rotate
 
-MOST_SCORES = 2**28  # bytes of float32 scores that are there at once, while training
+MOST_SCORES = 2**28  # maximum bytes of float32 scores held at once in training
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far, in slots that are filled from the left.
+    """Keys and values of the tokens so far, filled from the left.
 
-    A call writes its T tokens into the slots `length .. length + T`; who calls sees to it that
-    they are there. Slots that hold padding are never attended to.
+    A call writes its T tokens at positions `length .. length + T`; the caller ensures that the
+    cache is long enough. Positions with padding are never attended to.
     """
 
     keys: Float[Array, "l b s k h"]  # noqa: F722
@@ -36,13 +36,13 @@ class Cache(NamedTuple):
 
 
 class Mixing(NamedTuple):
-    """How a decoder's queries weigh its keys.
+    """Options of a decoder's attention.
 
     Attributes:
-      slides: for each block, whether a token sees only `window` tokens, itself included.
-      window: that many.
+      slides: for each block, whether it has a sliding window.
+      window: tokens that a token attends to in such blocks, itself included.
       scale: factor of the products; None is `1 / sqrt(H)`.
-      softcap: logits are squeezed into `(-softcap, softcap)`; None leaves them.
+      softcap: limits the scores to `(-softcap, softcap)`; None leaves them.
     """
 
     slides: tuple[bool, ...]

@@ -1,7 +1,7 @@
-"""What an encoder of the BERT family is made of, from and to Hugging Face's config.json.
+"""The configuration of BERT-like encoders, from and to Hugging Face's config.json.
 
-As for the decoders, a field that could change numbers is never passed over. Dropout is carried
-from file to file and not applied: adapters have their own.
+As for the decoders, a field that could change results is never ignored. Dropout rates are kept but
+not applied: adapters have their own.
 """
 
 from collections.abc import Mapping
@@ -74,11 +74,11 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """An encoder of the BERT family; named as Hugging Face names it where it has a name.
+    """An encoder of the BERT family; fields have Hugging Face's names where these exist.
 
     Attributes:
       model_type: the family, a key of `KINDS`.
-      vocab_size: tokens the embedding knows.
+      vocab_size: rows of the embedding table.
       hidden_size: width of the residual stream.
       intermediate_size: width of the MLP.
       num_hidden_layers: blocks.

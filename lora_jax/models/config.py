@@ -1,7 +1,7 @@
-"""What a decoder in Llama's manner is made of, from and to Hugging Face's config.json.
+"""The configuration of Llama-like decoders, from and to Hugging Face's config.json.
 
-A field that could change numbers is never passed over: one that is not known here is an error
-unless its value is the neutral one.
+A field that could change results is never ignored: an unknown one is an error unless its value is
+the neutral one.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ from lora_jax.models.rope import RopeScaling, scaling_to_hf
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """A decoder in Llama's manner; named as Hugging Face names it where it has a name.
+    """A Llama-like decoder; fields have Hugging Face's names where these exist.
 
     Attributes:
       model_type: the family, a key of `lora_jax.models.families.DIALECTS`.
-      vocab_size: tokens the embedding knows.
+      vocab_size: rows of the embedding table.
       hidden_size: width of the residual stream.
       intermediate_size: width of the gated MLP.
       num_hidden_layers: blocks.

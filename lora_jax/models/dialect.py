@@ -1,4 +1,8 @@
-"""How a config.json is read: which fields are known, and what a model type changes."""
+"""Reading and writing config.json: the known fields, and the differences of each model type.
+
+A field that could change results is never ignored: an unknown one is an error unless its value is
+the neutral one. The fields `layer_types` and RoPE, which several families share, are read here.
+"""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -6,7 +10,7 @@ from typing import Any, NamedTuple
 from lora_jax.hf.checkpoint import bnb
 from lora_jax.models.rope import scaling_from_hf
 
-# Fields that say how a model was saved, trained or is served; they do not change its numbers.
+# Fields about how a model was saved, trained or is served, which do not change its results.
 IGNORED = frozenset(
     {
         "architectures", "attn_implementation", "auto_map", "bad_words_ids",
@@ -27,7 +31,7 @@ IGNORED = frozenset(
 )  # fmt: skip
 
 
-# Fields that would change numbers, with the values that do not.
+# Fields that can change results, with the values that do not.
 NEUTRAL: Mapping[str, tuple] = {
     "add_cross_attention": (False,),
     "attention_bias": (False, None),
@@ -51,7 +55,7 @@ NEUTRAL: Mapping[str, tuple] = {
 
 
 def read_rope(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Theta and scaling, from the old pair of fields or from transformers 5's one."""
+    """Theta and scaling, from the two fields before transformers 5 or its single one."""
     scaling = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
     theta = scaling.pop("rope_theta", None) or given.get("rope_theta") or 10000.0
     if scaling.get("partial_rotary_factor") == 1:

@@ -1,8 +1,12 @@
-"""Writing on: tokens one after the other, from prompts of different lengths in one batch.
+"""Generation: continues prompts of different lengths in one batch, token by token.
 
 Prompts are padded on the left to a common bucket, read in one pass, and continued in a compiled
-loop that stops when every row has. Shapes are bucketed, everything else (temperature, stop
-tokens, how many tokens) is data, so that a second call seldom compiles.
+loop that ends when every row has stopped. Shapes are bucketed and everything else (temperature,
+stop tokens, number of tokens) is data, so that a second call seldom compiles.
+
+With one adapter per row (`lora.select`), `runner` maps (`jax.vmap`) over a cache whose first axis
+is the row, so that decoding a token does not move the cache; the product with the base stays one
+matmul for all rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +25,7 @@ from lora_jax.models.model import Forward, Model
 from lora_jax.transform import lorafy
 from lora_jax.transform.many.rows import by_row, select
 
-# The fewest slots for a prompt, for new tokens and for stop tokens; then powers of two.
+# The smallest buckets of prompts, new tokens and stop tokens; larger ones are powers of two.
 _SMALLEST_PROMPT, _SMALLEST_NEW, _SMALLEST_STOPS = 16, 16, 4
 _NO_TOKEN = -1
 
@@ -43,14 +47,14 @@ def generate(
     Args:
       model: the model; its own `params` are not used.
       params: its parameters, with or without LoRA leaves.
-      prompts: token ids, lengths may differ.
-      max_new_tokens: at most so many tokens for each prompt.
-      temperature: 0 takes the likeliest token; above, logits are divided by it and sampled.
-      top_p: only the likeliest tokens whose probabilities just reach this sum are sampled.
+      prompts: token ids; lengths may differ.
+      max_new_tokens: maximum number of new tokens for each prompt.
+      temperature: 0 takes the most likely token; otherwise logits are divided by it and sampled.
+      top_p: samples from the fewest most likely tokens whose probabilities reach this sum.
       stop_tokens: a row ends before the first of these.
-      key: PRNG key, needed with a temperature. A row's tokens depend on it and the row's number,
-        not on the rows beside it.
-      adapter_ids: where `params` is a stack of adapters (`lora.stack`), each prompt's own; -1 is
+      key: PRNG key, required with a temperature. A row's tokens depend on the key and the row's
+        index, not on the other rows.
+      adapter_ids: the adapter index of each prompt if `params` is a stack (`lora.stack`); -1 is
         the plain base.
 
     Returns:
@@ -74,8 +78,8 @@ def generate(
     if first < max_new_tokens and any(
         len(_until(row, stop_tokens)) == first for row in new.tolist()
     ):
-        # The tokens so far are read again, as all their numbers change with the text's length.
-        # Rows that have stopped go on with token 0, which nobody will see.
+        # LongRoPE rotates every position differently in long texts, so the cache is invalid and
+        # all tokens are read again. Rows that have stopped continue with token 0, cut off below.
         read = np.where(new == _NO_TOKEN, 0, new).tolist()
         texts = [[*old, *row] for old, row in zip(prompts, read, strict=True)]
         new = np.concatenate((new, run(texts, max_new_tokens - first, done=first)), axis=1)
@@ -104,9 +108,9 @@ def _run(forward, params, prompts, count: int, *, stops, chance, done: int) -> n
 
 
 def _before_turning(model, prompts, count: int) -> int:
-    """How many of `count` tokens can be had before LongRoPE rotates all tokens otherwise.
+    """How many of `count` tokens fit before LongRoPE changes the rotation of all tokens.
 
-    As in transformers, the batch's longest text decides for all of them.
+    As in transformers, the longest text of the batch decides for all rows.
     """
     point, longest = model.config.turning_point, max(map(len, prompts))
     return count if point is None or longest > point else min(count, point - longest + 1)
@@ -141,7 +145,7 @@ def _check(model, prompts, max_new_tokens, temperature, top_p, key) -> None:
 
 
 def left_padded(prompts) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts padded on the left to a common bucket, and where their real tokens are."""
+    """Prompts padded on the left to a common bucket, and the mask of their real tokens."""
     width = bucket(max(len(p) for p in prompts))
     tokens = np.zeros((len(prompts), width), np.int32)
     mask = np.zeros(tokens.shape, bool)
@@ -152,7 +156,7 @@ def left_padded(prompts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bucket(count: int, smallest: int = _SMALLEST_PROMPT) -> int:
-    """The slots for `count` tokens: a power of two, `smallest` at least."""
+    """The padded length for `count` tokens: a power of two, at least `smallest`."""
     return max(smallest, 1 << (count - 1).bit_length()) if count else smallest
 
 
@@ -225,7 +229,7 @@ def _generate(
 
 
 def _nucleus(logits: Float[Array, "b v"], top_p) -> Float[Array, "b v"]:  # noqa: F722
-    """Leaves the likeliest tokens whose probabilities just reach `top_p`, always at least one."""
+    """Keeps the fewest most likely tokens whose probabilities reach `top_p`, at least one."""
     ordered = jnp.sort(logits, axis=-1)[:, ::-1]
     chances = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(chances, axis=-1) - chances
@@ -234,7 +238,7 @@ def _nucleus(logits: Float[Array, "b v"], top_p) -> Float[Array, "b v"]:  # noqa
 
 
 class Runner(NamedTuple):
-    """A decoder's functions with its parameters in them.
+    """The functions of a decoder, bound to its parameters.
 
     Attributes:
       apply: `(tokens (b, t), mask (b, t) or None, cache) -> (hidden states (b, t, d), cache)`.
@@ -247,19 +251,19 @@ class Runner(NamedTuple):
     cache: Cache
 
 
-# Where the caches of a batch of rows number them: the rows are written at one place.
+# The row axis of each field of the caches; all rows share `length`.
 ROWS = Cache._make((0, 0, 0, None))
 
 
 def runner(forward, params, rows: int, cache_length: int) -> Runner:
-    """What decodes a batch.
+    """Binds a decoder to parameters, shared by all rows or chosen for each.
 
     Args:
       forward: a decoder's `Forward`.
-      params: its parameters, plain or with LoRA leaves, or adapters chosen for the rows
+      params: its parameters, plain or with LoRA leaves, or with an adapter per row
         (`lora.select`).
-      rows: of the batch.
-      cache_length: the most tokens of a row.
+      rows: rows of the batch.
+      cache_length: maximum number of tokens of a row.
     """
     if any(is_stack(x) for x in jax.tree.leaves(params, is_leaf=is_lora)):
         return _by_row(forward, params, rows, cache_length)

@@ -1,4 +1,4 @@
-"""What the models are made of: norms, the embedding, activations, and scanned blocks.
+"""Parts of the models: norms, the embedding, activations, and scanned blocks.
 
 Parameters are Flax NNX's; `kernel`s are (in, out), tables are `embedding`s, norms have a `scale`.
 """
@@ -29,20 +29,20 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 
 
 def kept(x: Array) -> Array:
-    """Marks a projection's result for the rematerialization policy `projections`."""
+    """Marks the output of a projection for the rematerialization policy `projections`."""
     return checkpoint_name(x, PROJECTION)
 
 
 def on_rows(x: Float[Array, "b ..."], axes: Sequence[str]) -> Array:  # noqa: F722
-    """Keeps a batch's rows, and so their gradients, on the devices of these axes of the mesh.
+    """Shards the rows of a batch, and so of its gradients, over these axes of the mesh.
 
-    Left alone, XLA's partitioner takes the residual stream's sharding from the embedding table:
-    a table whose width is spread over an axis makes every device of it hold all the rows and a
-    part of the width, and gather that for every product.
+    Without the constraint, XLA's partitioner takes the sharding of the residual stream from the
+    embedding table: if the table's width is sharded over an axis, every device of the axis holds
+    all rows and a part of the width, and gathers the width for every product.
 
     Args:
-      x: what is spread; its other dims are whole on each device.
-      axes: of the mesh in `jax.set_mesh`; none leaves `x` as it is.
+      x: the array; its other dims are not sharded.
+      axes: axes of the mesh in `jax.set_mesh`; none leaves `x` as it is.
     """
     return lax.with_sharding_constraint(x, PartitionSpec(tuple(axes))) if axes else x
 

@@ -1,7 +1,7 @@
 """A decoder: its parameters, and pure functions of them.
 
-`Forward` says how to compute and holds no array; it is hashable, so that what is compiled for one
-model serves every other of the same shape. `Model` adds parameters and tokenizer.
+`Forward` describes the computation and holds no array; it is hashable, so that a program compiled
+for one model serves all others of the same shape. `Model` adds parameters and tokenizer.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ PROJECTIONS = "projections"
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """How to compute a model: everything but its numbers.
+    """The computation of a model, without its parameters.
 
     Attributes:
       config: the architecture.
@@ -40,7 +40,7 @@ class Forward:
         `jax.checkpoint_policies`.
       module: the NNX class, with the methods of `lora_jax.models.llama.CausalLM`.
       rows: axes of the mesh (`jax.set_mesh`) that the batch's rows are spread over, such as
-        ("data", "fsdp"); see `lora_jax.models.layers.on_rows`. () says nothing to the partitioner.
+        ("data", "fsdp"); see `lora_jax.models.layers.on_rows`. () adds no constraint.
     """
 
     config: Any
@@ -74,7 +74,7 @@ class Forward:
           mask: true at real tokens; padding may be on either side. Texts padded on the right
             need none: no real token attends to what follows it.
           cache: from `init_cache` or an earlier call. It must have room for the tokens.
-          return_hidden: return what the head would be applied to.
+          return_hidden: return the input of the head instead of logits.
 
         Returns:
           Float32 logits (b, t, v), or hidden states (b, t, d) in the compute dtype; with a cache,

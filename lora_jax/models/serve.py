@@ -1,8 +1,8 @@
-"""Serving: requests come and go in the rows of one running batch, each with its own adapter.
+"""Serving with continuous batching: requests share one running batch, each with its own adapter.
 
-Every row has a cache and a length of its own. A new request is read in one pass into a row that is
-free and goes on with the others in the next step, so no request waits for another to end. Each
-row's adapter is gathered once, when the request comes; a step gathers nothing.
+Every row has its own cache and length. A new request is read in one pass into a free row and
+continues with the others in the next step, so it does not wait for them to end. A row's adapter is
+gathered once, when its request is admitted; decoding steps gather nothing.
 """
 
 import functools
@@ -25,7 +25,7 @@ from lora_jax.transform.many.rows import by_row, select
 
 
 class _State(NamedTuple):
-    """What is on the device: one entry a row, along `axes` for the adapters, else along axis 0."""
+    """The arrays on the device, with a row axis: `axes` for the adapters, axis 0 for the rest."""
 
     adapters: list
     cache: Cache
@@ -34,14 +34,14 @@ class _State(NamedTuple):
 
 @dataclass
 class Request:
-    """A text to be continued.
+    """A prompt to continue.
 
     Attributes:
       prompt: token ids.
-      adapter: name in the pool, None for the plain base.
-      max_new_tokens: at most so many.
+      adapter: name in the pool; None for the plain base.
+      max_new_tokens: maximum number of new tokens.
       tokens: the new tokens so far, without the stop token.
-      done: whether it has ended.
+      done: whether the request is finished.
     """
 
     prompt: Sequence[int]
@@ -52,7 +52,7 @@ class Request:
 
 
 class Server:
-    """Continues requests greedily in a batch of rows that is always running.
+    """Decodes requests greedily in a continuously running batch.
 
     Example:
       server = Server(model, pool, rows=16, room=512, stop_tokens=(eos,))
@@ -61,7 +61,7 @@ class Server:
       requests[0].tokens
 
     Attributes:
-      rows: how many requests run at once.
+      rows: number of requests that run at once.
       steps: decoding steps so far.
     """
 
@@ -99,7 +99,7 @@ class Server:
         cache = model.forward.init_cache(1, room)
         wide = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), cache)
         self._state = _State(parts.arrays, wide, jnp.zeros(rows, jnp.int32))
-        # The base is an argument: closed over it would be compiled into the programs.
+        # The base is an argument: closed over, it would be compiled into the programs as constants.
         self._base = parts.base
         apply = functools.partial(_next_token, model.forward, parts.join)
         self._step = jax.jit(functools.partial(_advance, apply, parts.axes), donate_argnums=(1,))
@@ -108,7 +108,7 @@ class Server:
         )
 
     def submit(self, prompt: Sequence[int], *, adapter: str | None, max_new_tokens: int) -> Request:
-        """Puts a request in the queue; its adapter starts to load beside whatever runs.
+        """Queues a request and starts to load its adapter in the background.
 
         Raises:
           ValueError: an empty prompt, a token outside the vocabulary, or more than a row holds.
@@ -129,15 +129,15 @@ class Server:
         return request
 
     def run(self) -> None:
-        """Steps until no request is left."""
+        """Steps until all requests are finished."""
         while self.step():
             pass
 
     def step(self) -> bool:
-        """Lets waiting requests in, and continues all that run by one token.
+        """Admits waiting requests, and decodes one token of every running one.
 
         Returns:
-          Whether anything is left to do.
+          Whether any request is unfinished.
         """
         for row, running in enumerate(self._running):
             if running is None and self._waiting:
@@ -153,9 +153,9 @@ class Server:
 
     def _let_in(self, row: int, request: Request) -> None:
         running = [r.adapter for r in self._running if r is not None and r.adapter is not None]
-        slot = self._pool.ids([request.adapter], keep=running)
+        adapter_index = self._pool.ids([request.adapter], keep=running)
         tokens, mask = left_padded([request.prompt])
-        own = by_row(select(self._pool.stacked, slot)).arrays
+        own = by_row(select(self._pool.stacked, adapter_index)).arrays
         self._state, token = self._admit(self._base, self._state, own, tokens, mask, np.int32(row))
         self._running[row] = request
         self._note(row, int(token))
@@ -174,7 +174,7 @@ class Server:
 
 
 def _next_token(forward, join, base: list, own: list, tokens, mask, cache) -> tuple[Any, Cache]:
-    """The likeliest token after one row's tokens, and the row's cache with them in it."""
+    """The most likely next token of one row, and its cache with the given tokens added."""
     params = join(own, base)
     hidden, cache = lorafy(forward.apply)(
         params, tokens, mask=mask, cache=cache, return_hidden=True
@@ -184,7 +184,7 @@ def _next_token(forward, join, base: list, own: list, tokens, mask, cache) -> tu
 
 
 def _advance(apply, at, base: list, state: _State) -> tuple[_State, Any]:
-    # A free row goes on writing at the end of its cache; nobody reads it.
+    # Free rows are computed too and write to their caches; the result is ignored.
     def one(own, token, cache):
         return apply(base, own, token[None, None], None, cache)
 

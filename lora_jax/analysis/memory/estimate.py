@@ -4,7 +4,7 @@
 
 Weights, adapters and optimizer state are exact: they are the shapes of the real model, planned and
 initialized abstractly. Gradients and activations are what the step of `lora_jax.train` holds at its
-fullest moment, found by reading its jaxpr (`lora_jax.analysis.memory.liveness`). `remat`
+peak, computed from its jaxpr (`lora_jax.analysis.memory.liveness`). `remat`
 decides what is kept for the backward pass:
 
     True            the residual stream before each block: L · B · T · D
@@ -217,8 +217,8 @@ def memory(
 def estimate(
     name: str, config: Any, settings: StepSettings, *, exact: bool = False
 ) -> MemoryEstimate:
-    """As `memory`, of a configuration and settings that are made already."""
-    memory_mesh.one_device(config, settings.mesh)  # refuses what cannot be spread
+    """As `memory`, for a given configuration and settings."""
+    memory_mesh.one_device(config, settings.mesh)  # raises for what cannot be sharded
     rows = ROWS if exact and math.prod(settings.mesh.values()) > 1 else ()
     step = memory_step.abstract_step(config, settings, batch=settings.batch, rows=rows)
     places = memory_step.spread(step, settings)

@@ -1,4 +1,4 @@
-"""What to change where a training step does not fit a device."""
+"""Suggests changes of the settings for a training step that does not fit a device."""
 
 import dataclasses
 import re
@@ -20,7 +20,7 @@ def parse_bytes(text: str | int) -> int:
     """Bytes of "80GB" (10^9 each), "80GiB" (2^30 each), or a number of bytes.
 
     Raises:
-      ValueError: it spells no size above 0.
+      ValueError: not a size above 0.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
@@ -35,14 +35,15 @@ def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]
     """Single changes of the settings with which the step fits, or all of them together.
 
     Args:
-      model: as `found` was asked for.
+      model: the model that `found` was estimated for.
       found: an estimate that may not fit.
       device_memory: bytes of a device.
 
     Returns:
       A line for each change that is enough by itself: more rematerialization, a smaller batch,
-      an adapter instead of full fine-tuning, a quantized base, more devices. Where none is, what
-      all of them but more devices come to, and how many devices that takes. Empty if it fits.
+      an adapter instead of full fine-tuning, a quantized base, more devices. If none is, the
+      total with all of them but more devices, and the number of devices needed. Empty if the
+      step fits.
     """
     if found.fits(device_memory):
         return []
@@ -111,7 +112,7 @@ def _devices(name: str, config: Any, settings: Any, device_memory: int, label: s
         batch = -(-settings.batch // rows) * rows
         try:
             best = estimate(name, config, dataclasses.replace(settings, mesh=mesh, batch=batch))
-        except ValueError:  # some matrix cannot be divided among so many
+        except ValueError:  # `fsdp` divides no dim of some matrix
             return ""
         if best.fits(device_memory):
             return f"fsdp {count} {label}, batch {batch}: {best.total / GIB:.2f} GiB on each device"

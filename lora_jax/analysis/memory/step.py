@@ -1,4 +1,7 @@
-"""The training step of an estimate: `lora_jax.train`'s own, over shapes instead of arrays."""
+"""The training step of an estimate: that of `lora_jax.train`, traced over shapes.
+
+Also the models an estimate is made for: a known shape by name, or any config.json.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,7 +35,7 @@ from lora_jax.train.step import TrainState, init_state, make_step, split_full
 from lora_jax.transform.lorafy import lorafy
 from lora_jax.tree import combine, init, split
 
-# Optimizers by name, with the arrays they hold beside each trained one.
+# Optimizers by name; the comments count the arrays they hold for each trained one.
 OPTIMIZERS: Mapping[str, Any] = {
     "adamw": partial(optax.adamw, 2e-4),  # 2
     "lion": partial(optax.lion, 2e-4),  # 1
@@ -43,7 +46,7 @@ OPTIMIZERS: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What decides the memory of a training step, beside the model.
+    """The settings that determine the memory of a training step of a model.
 
     Attributes:
       adapter: what is adapted; None trains every weight.
@@ -263,7 +266,7 @@ def _sizes(width: int, inner: int, blocks: int, heads: int, pairs: int) -> dict[
     }
 
 
-# What these models' config.json says, as far as it decides shapes.
+# The fields of these models' config.json that determine shapes.
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama-2-7b": {**_LLAMA_2, **_sizes(4096, 11008, 32, 32, 32)},
     "llama-2-13b": {**_LLAMA_2, **_sizes(5120, 13824, 40, 40, 40)},

@@ -2,8 +2,8 @@
 
     ΔW = W_after − W_before = U · diag(σ) · Vᵀ,     σ1 ≥ σ2 ≥ ...
 
-Every weight that is a matrix (every layer of a stack by itself) is looked at; an adapter's without
-forming it, see `changes`.
+Each weight matrix is analysed, every layer of a stack by itself; the change of an adapter is never
+formed, see `changes`. `plot_decay` draws how the singular values of each kind of module fall.
 
 Source: Hu et al. 2021, "LoRA", section 7 (the rank of ΔW).
 """
@@ -20,7 +20,7 @@ from lora_jax.analysis.spectrum.changes import changes, singular_values
 from lora_jax.compat import require
 from lora_jax.train.progress import save_figure
 
-# σ below this share of σ1 is what float32 leaves of a zero.
+# Singular values below this share of σ1 are rounding errors of float32.
 _NOTHING = 1e-6
 
 
@@ -49,7 +49,7 @@ class MatrixSpectrum:
 
     @property
     def kind(self) -> str:
-        """The module's own name, `q_proj`."""
+        """The name of the module, `q_proj`."""
         names = self.path.split(".")
         return names[-2] if len(names) > 1 else self.path
 
@@ -60,12 +60,12 @@ class MatrixSpectrum:
 
     @property
     def stable_rank(self) -> float:
-        """`Σ σ² / σ1²`, 0 for no change: at most the rank, and deaf to tiny values."""
+        """`Σ σ² / σ1²`, 0 for no change: at most the rank, and insensitive to tiny values."""
         return float(np.sum(self.values**2) / self.values[0] ** 2) if self.norm else 0.0
 
     @property
     def rank(self) -> int:
-        """How many values are more than float32's noise."""
+        """The number of values above the rounding error of float32."""
         return int(np.sum(self.values > _NOTHING * self.values[0])) if self.norm else 0
 
     def energy_rank(self, share: float) -> int:
