@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax.analysis import Spectrum, intruder_dimensions, overlap
-from lora_jax.analysis.spectrum import changes, spectrum
+from lora_jax.analysis import Spectrum, intruder_dimensions, overlap, spectrum
+from lora_jax.analysis.spectrum import changes
 
 pytestmark = pytest.mark.once
 
