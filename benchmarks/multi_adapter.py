@@ -13,11 +13,11 @@ adapters, and transformers runs it without any. One process, interleaved, median
 Both sides multiply the base's weights for every row, which bounds the ratio between them: `added`
 is what adapters cost beyond that, in ms a step over each side's own plain base.
 
-    python benchmarks/multi_adapter.py --ways [--dim 576] [--rounds 11]
+    python benchmarks/multi_adapter.py --strategies [--dim 576] [--rounds 11]
 
-compares the ways instead (`adapter_way`): four square layers with adapters of rank 8, over shapes
-from decoding to training and to an adapter for each token; time and temporary memory of each way
-over those of "gathered", and which of them the rule takes.
+compares the strategies instead (`adapter_strategy`): four square layers with adapters of rank 8,
+over shapes from decoding to training and to an adapter for each token; time and temporary memory
+of each over those of "gathered", and which of them the rule takes.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.array import is_lora, is_stack
 from lora_jax.models.generation import runner
-from lora_jax.transform.many.grouped import way_of
+from lora_jax.transform.many.grouped import choose_strategy
 
 SLOTS = 64
 
@@ -146,7 +146,7 @@ SHAPES = (
 
 
 def way_runs(rows: int, tokens: int, slots: int, by_token: bool, train: bool, dim: int):
-    """Each way's compiled function of no argument, its temporary bytes, and the rule's choice."""
+    """Each strategy's compiled call, its temporary bytes, and the rule's choice."""
     layers, rank = 4, 8
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.standard_normal((layers, dim, dim), np.float32) / dim**0.5)
@@ -161,10 +161,10 @@ def way_runs(rows: int, tokens: int, slots: int, by_token: bool, train: bool, di
     stack = filled(one, slots)
     ids = rng.integers(0, slots, (rows, tokens) if by_token else rows).astype(np.int32)
     trainable, frozen = lora.split(stack)
-    ways = ["gathered", "grouped"] + (["ragged"] if slots <= 8 else [])
+    strategies = ["gathered", "grouped"] + (["ragged"] if slots <= 8 else [])
     found = {}
-    for way in ways:
-        run = lora.lorafy(fn, adapter_way=way, reverse_only=train)
+    for strategy in strategies:
+        run = lora.lorafy(fn, adapter_strategy=strategy, reverse_only=train)
 
         def forward(trainable, frozen, x, ids, run=run):
             return jnp.sum(run(lora.combine(trainable, frozen), x, adapter_ids=ids) ** 2)
@@ -172,19 +172,19 @@ def way_runs(rows: int, tokens: int, slots: int, by_token: bool, train: bool, di
         step = jax.jit(jax.grad(forward) if train else forward)
         compiled = step.lower(trainable, frozen, x, ids).compile()
         size = compiled.memory_analysis().temp_size_in_bytes
-        found[way] = (lambda c=compiled: c(trainable, frozen, x, ids)), size
-    rule = way_of(ids.size, 1 if by_token else tokens, slots, rank)
+        found[strategy] = (lambda c=compiled: c(trainable, frozen, x, ids)), size
+    rule = choose_strategy(ids.size, 1 if by_token else tokens, slots, rank)
     return found, rule
 
 
-def compare_ways(options):
+def compare_strategies(options):
     table = []
     for shape in SHAPES:
         rows, tokens, slots, by_token, train = shape
         runs, rule = way_runs(*shape, options.dim)
         times = interleaved({n: run for n, (run, _) in runs.items()},
                             rounds=options.rounds, warmup=2)  # fmt: skip
-        for way, (_, size) in runs.items():
+        for strategy, (_, size) in runs.items():
             table.append(
                 {
                     "rows": rows,
@@ -192,15 +192,15 @@ def compare_ways(options):
                     "adapters": slots,
                     "for each": "token" if by_token else "row",
                     "step": "training" if train else "forward",
-                    "way": way,
-                    "the rule's": way == rule,
-                    "ms": 1e3 * float(np.median(times[way])),
-                    "time / gathered": ratio(times, way, "gathered"),
+                    "strategy": strategy,
+                    "the rule's": strategy == rule,
+                    "ms": 1e3 * float(np.median(times[strategy])),
+                    "time / gathered": ratio(times, strategy, "gathered"),
                     "temporary MB": size / 1e6,
                 }
             )
         gc.collect()
-    report("multi_adapter_ways", "Which way of computing many adapters is cheaper?", table,
+    report("multi_adapter_ways", "Which strategy for many adapters is cheaper?", table,
            dim=options.dim)  # fmt: skip
 
 
@@ -210,11 +210,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 64, 512, 2048])
     parser.add_argument("--no-peft", action="store_true")
-    parser.add_argument("--ways", action="store_true", help="compare the ways instead")
+    parser.add_argument("--strategies", action="store_true", help="compare the strategies instead")
     parser.add_argument("--dim", type=int, default=576)
     options = parser.parse_args()
-    if options.ways:
-        return compare_ways(options)
+    if options.strategies:
+        return compare_strategies(options)
     source, rows = str(models.find_smollm2()), options.rows
     model = models.load(source)
     one = lora.stack([template(model)])

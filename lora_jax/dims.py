@@ -106,3 +106,18 @@ def reshape_roles(shape: Sequence[int], roles: Sequence, new_shape: Sequence[int
         for j in right:
             result[new[j]] = mixed
     return result
+
+
+def in_range(index: Array, size: int) -> Array:
+    """Which indices are 0 to `size - 1`."""
+    return (index >= 0) & (index < size)
+
+
+def checked_index(index: Array, size: int) -> Array:
+    """The indices, with `size` in place of those out of range.
+
+    JAX counts negative indices from the end, so that -1 would read the last entry; `size` is out of
+    range under every mode: a gather with `mode="fill"` fills there, a scatter with `mode="drop"`
+    drops it.
+    """
+    return jnp.where(in_range(index, size), index, size)

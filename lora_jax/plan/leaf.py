@@ -20,9 +20,10 @@ class Use:
     Attributes:
       primitive: its name.
       line: source line of the model.
-      kind: "contract", "lookup" (rows by index), "transform" and "rows" (the same, but with a
-        matrix or indices that no argument of the function feeds), "picked" (some indices of a
-        stack taken) or "other".
+      kind: "contract" (summed over against an activation), "lookup" (rows by index), "picked" (a
+        lookup whose rows are contracted later: the index chooses a layer or an expert),
+        "transform" and "rows" (as "contract" and "lookup", but with a matrix or indices that no
+        argument of the function feeds), or "other".
       contracted: the leaf's dims summed over (contract, transform) or indexed (lookup, rows).
       stacked: the leaf's dims batched, or picked one index at a time, on the way here.
       constant: whether none of the function's arguments feeds the other operand.

@@ -7,53 +7,66 @@ axis kept by one contraction and batched by the next is recognised.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax import compat
 from lora_jax.array import Window
-from lora_jax.plan.leaf import Use
-from lora_jax.plan.usage_dims import (
-    Dims,
-    contraction,
-    dim_map,
+from lora_jax.plan.leaf import Use, UseKind
+from lora_jax.transform.dim_maps import (
     indexed_dims,
-    keeps,
-    picked_dims,
-    scales,
     through,
     transformed,
     whole,
     window_axes,
 )
+from lora_jax.transform.primitive import Body, DimFlow, Dims, inner_jaxpr
+from lora_jax.transform.primitives import row_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Track:
-    """A leaf on its way: which of its dims each current dim is made of, and what happened."""
+    """A leaf on its way through the function.
+
+    Attributes:
+      leaf: its number.
+      dims: for each current dim, which of the leaf's own dims it is made of.
+      picked: the leaf's dims of which one index has been taken.
+      lookup: the index, among the leaf's uses, of the gather it came through; -1 before any.
+      mapped: the leaf's dims that the first constant matrix on the way summed over.
+    """
 
     leaf: int
     dims: Dims
     picked: frozenset = frozenset()
-    lookup: int = -1  # index into the leaf's uses of the gather it came through
-    mapped: frozenset = frozenset()  # dims that the first constant matrix on the way summed over
+    lookup: int = -1
+    mapped: frozenset = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """What is known of one variable of the jaxpr."""
+    """What is known of one variable of the jaxpr.
+
+    Attributes:
+      tracks: the leaves it is, rearranged.
+      origin: for each dim of an activation, the `(leaf, dim, direct)` it came from.
+      fed: 2 if it depends on the function's other arguments, 1 if only on constants that may be
+        data, else 0.
+      made: the leaves whose contractions it is the result of.
+    """
 
     tracks: tuple[Track, ...] = ()
-    origin: Dims = ()  # activation dims: sets of (leaf, dim, straight from it) they came from
-    fed: int = 0  # 2: by the function's other arguments; 1: only by constants that may be data
-    made: frozenset = frozenset()  # the leaves whose contractions it is the result of
+    origin: Dims = ()
+    fed: int = 0
+    made: frozenset = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """The uses of every leaf, and what later contractions say of earlier ones.
+    """The uses of every leaf, and what later contractions reveal about earlier ones.
 
     Attributes:
       uses: of each leaf.
@@ -67,16 +80,11 @@ class Usage:
     inner: set = dataclasses.field(default_factory=set)
     lines: list = dataclasses.field(default_factory=lambda: ["unknown line"])
 
-    def line(self, eqn) -> str:
+    def line(self, eqn: Any) -> str:
         return compat.source_line(eqn, self.lines[-1])
 
 
-_INNER = {"jit": "jaxpr", "closed_call": "call_jaxpr", "remat": "jaxpr", "shard_map": "jaxpr"}
-_CUSTOM = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
-           "custom_vjp_call_jaxpr": "fun_jaxpr"}  # fmt: skip
-
-
-def usage(fn: Callable, leaves: Sequence, tree, args: Sequence, kwargs: dict) -> Usage:
+def usage(fn: Callable, leaves: Sequence, tree: Any, args: Sequence, kwargs: dict) -> Usage:
     """Traces `fn` abstractly and collects the uses of every floating-point leaf.
 
     Args:
@@ -117,27 +125,27 @@ def usage(fn: Callable, leaves: Sequence, tree, args: Sequence, kwargs: dict) ->
     return found
 
 
-def _as_array(x):
+def _as_array(x: Any) -> Any:
     """What the function is traced with: a quantized weight as the array it stands for."""
     return x if compat.is_array(x) else jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def is_weight(x) -> bool:
+def is_weight(x: Any) -> bool:
     """Whether a leaf can be adapted at all: a floating-point array with a dimension."""
     shaped = hasattr(x, "shape") and hasattr(x, "dtype") and len(x.shape) > 0
-    return shaped and jnp.issubdtype(x.dtype, jnp.floating)
+    return shaped and bool(jnp.issubdtype(x.dtype, jnp.floating))
 
 
-def _may_be_data(x) -> bool:
+def _may_be_data(x: Any) -> bool:
     """Whether a constant stands for an argument: not a few numbers, such as factors of a resize."""
     return jnp.ndim(x) > 1 or (jnp.ndim(x) == 1 and not jnp.issubdtype(x.dtype, jnp.inexact))
 
 
-def _abstract_only(x) -> bool:
+def _abstract_only(x: Any) -> bool:
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
-def _walk(found: Usage, jaxpr, env: dict) -> list[Flow]:
+def _walk(found: Usage, jaxpr: Any, env: dict) -> list[Flow]:
     def read(v):
         return Flow() if isinstance(v, compat.Literal) else env.get(v, Flow())
 
@@ -150,34 +158,37 @@ def _walk(found: Usage, jaxpr, env: dict) -> list[Flow]:
     return [read(v) for v in jaxpr.outvars]
 
 
-def _step(found: Usage, eqn, flows: list[Flow]) -> list[Flow]:
-    name = compat.name_of(eqn)
-    if name in _INNER or name in _CUSTOM:
-        return _enter(found, eqn, flows, name)
-    if name == "scan":
-        return _scan(found, eqn, flows)
-    if name == "while":
-        a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        carry = _looped(flows, flows[a + b :])
-        _inside(found, eqn.params["cond_jaxpr"], [*flows[:a], *carry])
-        return _inside(found, eqn.params["body_jaxpr"], [*flows[a : a + b], *carry])
-    if name == "cond":
-        outs = [_inside(found, branch, flows[1:]) for branch in eqn.params["branches"]]
-        return [_merge(each) for each in zip(*outs, strict=True)]
-    return _plain(found, eqn, flows, name)
+def _step(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
+    row = row_of(compat.name_of(eqn))
+    if row.body is not None:
+        return _BODIES[row.body](found, eqn, flows)
+    if row.dims.pairwise:
+        return list(flows)
+    return _operation(found, eqn, flows, row.dims)
 
 
-def _inside(found: Usage, inner, flows: Sequence[Flow]) -> list[Flow]:
+def _inside(found: Usage, inner: Any, flows: Sequence[Flow]) -> list[Flow]:
     jaxpr, _ = compat.open_jaxpr(inner)
     return _walk(found, jaxpr, dict(zip(jaxpr.invars, flows, strict=True)))
 
 
-def _enter(found: Usage, eqn, flows: list[Flow], name: str) -> list[Flow]:
-    inner = eqn.params.get(_INNER.get(name) or _CUSTOM[name]) or eqn.params.get("jaxpr")
-    return _inside(found, inner, flows)
+def _call(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
+    return _inside(found, inner_jaxpr(eqn), flows)
 
 
-def _scan(found: Usage, eqn, flows: list[Flow]) -> list[Flow]:
+def _while(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
+    a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    carry = _looped(flows, flows[a + b :])
+    _inside(found, eqn.params["cond_jaxpr"], [*flows[:a], *carry])
+    return _inside(found, eqn.params["body_jaxpr"], [*flows[a : a + b], *carry])
+
+
+def _cond(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
+    outs = [_inside(found, branch, flows[1:]) for branch in eqn.params["branches"]]
+    return [_merge(each) for each in zip(*outs, strict=True)]
+
+
+def _scan(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
     consts, carry = compat.scan_counts(eqn.params, len(flows))
     state = _looped(flows, flows[consts : consts + carry])
     inside = [*flows[:consts], *state, *(_peel(f) for f in flows[consts + carry :])]
@@ -219,38 +230,63 @@ def _all_made(flows: Sequence[Flow]) -> frozenset:
     return frozenset().union(*(f.made for f in flows))
 
 
-def _plain(found: Usage, eqn, flows: list[Flow], name: str) -> list[Flow]:
-    maps = [dim_map(eqn, k, name) for k in range(len(flows))]
+def _operation(found: Usage, eqn: Any, flows: list[Flow], dims: DimFlow) -> list[Flow]:
+    """The flows of the results of an operation that holds no jaxpr."""
+    maps = [dims.maps(eqn, k) for k in range(len(flows))]
     fed, made = max((f.fed for f in flows), default=0), _all_made(flows)
     for k, flow in enumerate(flows):
-        if flow.tracks and contraction(eqn, k, name) is not None:
+        if flow.tracks and dims.contracted(eqn, k) is not None:
             found.inner.update(made)
             made |= {t.leaf for t in flow.tracks}
+
     outs = []
     for j, var in enumerate(eqn.outvars):
-        kept = []
+        parts = []
         for k, flow in enumerate(flows):
-            mapped = None if (dims := maps[k]) is None else dims[j]
-            tracks = [
-                t for t in (_follow(found, eqn, flows, k, t, mapped, name, first=j == 0)
-                            for t in flow.tracks) if t]  # fmt: skip
-            origin = () if mapped is None or not flow.origin else through(flow.origin, mapped)
-            kept.append(Flow(tuple(tracks), origin))
-        if name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
-            kept.append(Flow((), _free_dims(found, eqn, flows, name, len(var.aval.shape))))
-        if name == "optimization_barrier":
-            outs.append(dataclasses.replace(flows[j]))
-        else:
-            outs.append(dataclasses.replace(_merge(kept), fed=fed, made=made))
+            dim_map = None if (of_results := maps[k]) is None else of_results[j]
+            tracks = []
+            for track in flow.tracks:
+                # A use counts once, however many results the operation has.
+                after = _follow(found, eqn, flows, k, track, dim_map, dims, record=j == 0)
+                if after is not None:
+                    tracks.append(after)
+            origin = through(flow.origin, dim_map) if dim_map is not None and flow.origin else ()
+            parts.append(Flow(tuple(tracks), origin))
+        if compat.name_of(eqn) == "dot_general":
+            parts.append(Flow((), _free_dims(found, eqn, flows, len(var.aval.shape))))
+        outs.append(dataclasses.replace(_merge(parts), fed=fed, made=made))
     return outs
 
 
-def _follow(found: Usage, eqn, flows, k: int, track: Track, mapped, name: str, *, first: bool):
-    """Records a use of a weight, or carries the weight on; None where its way ends."""
+def _follow(
+    found: Usage,
+    eqn: Any,
+    flows: Sequence[Flow],
+    k: int,
+    track: Track,
+    dim_map: Sequence | None,
+    dims: DimFlow,
+    *,
+    record: bool,
+) -> Track | None:
+    """Records the use an equation makes of a weight, or carries the weight on.
+
+    Args:
+      found: collects the uses.
+      eqn, flows: the equation and what is known of its operands.
+      k: the operand that the weight is.
+      track: the weight.
+      dim_map: of operand `k` to this result, None where its dims do not come out.
+      dims: of the primitive.
+      record: whether a use is recorded.
+
+    Returns:
+      The weight as it comes out, None where its way ends.
+    """
     others = [f for i, f in enumerate(flows) if i != k]
-    use = _consumption(found, eqn, others, k, track, name)
+    use = _consumption(found, eqn, others, k, track, dims)
     if use is not None:
-        if first:
+        if record:
             _record(found, track, use)
         if use.kind == "transform":
             mapped = track.mapped or use.contracted
@@ -259,56 +295,69 @@ def _follow(found: Usage, eqn, flows, k: int, track: Track, mapped, name: str, *
             return None
         if use.kind == "lookup":
             track = dataclasses.replace(track, lookup=len(found.uses[track.leaf]) - 1)
-        return _carry(eqn, k, track, mapped, name)
-    fed = any(f.fed for f in others) and name not in ("gather", "dynamic_slice")
-    if mapped is None or (fed and not scales(eqn, k, name)):
-        if first and track.lookup < 0:
-            found.uses[track.leaf].append(Use(name, found.lines[-1], "other"))
+        return _carry(eqn, k, track, dim_map, dims)
+
+    fed = any(f.fed for f in others)
+    if dim_map is None or (fed and not dims.takes_data(eqn, k)):
+        if record and track.lookup < 0:
+            found.uses[track.leaf].append(Use(compat.name_of(eqn), found.lines[-1], "other"))
         return None
-    if track.lookup >= 0 and not keeps(eqn, k, name):
+    if track.lookup >= 0 and not dims.keeps_rows(eqn, k):
         return None
-    return _carry(eqn, k, track, mapped, name)
+    return _carry(eqn, k, track, dim_map, dims)
 
 
-def _record(found: Usage, track: Track, use: Use):
+def _record(found: Usage, track: Track, use: Use) -> None:
     uses = found.uses[track.leaf]
     if track.lookup >= 0:  # rows chosen by index, then contracted: the index picks a stack
         uses[track.lookup] = dataclasses.replace(uses[track.lookup], kind="picked")
     uses.append(use)
 
 
-def _carry(eqn, k: int, track: Track, mapped, name: str):
-    if mapped is None:
+def _carry(eqn: Any, k: int, track: Track, dim_map: Sequence | None, dims: DimFlow) -> Track | None:
+    if dim_map is None:
         return None
-    picked = track.picked | whole(track.dims, picked_dims(eqn, k, name))
-    return dataclasses.replace(track, dims=through(track.dims, mapped), picked=picked)
+    picked = track.picked | whole(track.dims, dims.picked(eqn, k))
+    return dataclasses.replace(track, dims=through(track.dims, dim_map), picked=picked)
 
 
-def _consumption(found: Usage, eqn, others: Sequence[Flow], k: int, track: Track, name: str):
+def _consumption(
+    found: Usage, eqn: Any, others: Sequence[Flow], k: int, track: Track, dims: DimFlow
+) -> Use | None:
     """The use that an equation makes of a weight at operand `k`, or None."""
-    axes = contraction(eqn, k, name)
+    name, line = compat.name_of(eqn), found.lines[-1]
+    axes = dims.contracted(eqn, k)
     if axes is not None:
-        if not any(f.fed for f in others) and track.lookup >= 0:
+        fed = max((f.fed for f in others), default=0)
+        if track.lookup >= 0 and not fed:
             return None
         contracted = frozenset().union(*(track.dims[i] for i in axes[0]))
         stacked = whole(track.dims, axes[1]) | track.picked
-        kind = "contract" if contracted - stacked else "other"
-        given = any(f.fed or f.tracks for f in others)
-        kind = "transform" if (kind, name, given) == ("contract", "dot_general", False) else kind
+        kind: UseKind = "contract" if contracted - stacked else "other"
+        # A constant matrix makes another weight of it, which the activation will meet.
+        met = fed or any(f.tracks for f in others)
+        if kind == "contract" and name == "dot_general" and not met:
+            kind = "transform"
         if not track.mapped <= contracted:  # fixed positions times a kernel, not a resized kernel
             contracted = track.mapped
-        constant = max((f.fed for f in others), default=0) < 2
-        window = _window(eqn, track, name)
-        contracted = contracted - stacked
-        return Use(name, found.lines[-1], kind, contracted, stacked, constant, window=window)
+        return Use(
+            name,
+            line,
+            kind,
+            contracted=contracted - stacked,
+            stacked=stacked,
+            constant=fed < 2,
+            window=_window(eqn, track, name),
+        )
     if name == "gather" and k == 0 and track.lookup < 0:
         rows = frozenset().union(*(track.dims[i] for i in indexed_dims(eqn)))
-        kind = "lookup" if any(f.fed for f in others) else "rows"
-        return Use(name, found.lines[-1], kind, rows, track.picked - rows)
+        looked_up = any(f.fed for f in others)
+        kind = "lookup" if looked_up else "rows"
+        return Use(name, line, kind, contracted=rows, stacked=track.picked - rows)
     return None
 
 
-def _window(eqn, track: Track, name: str) -> Window | None:
+def _window(eqn: Any, track: Track, name: str) -> Window | None:
     """Which of the leaf's own dims are spatial, if each is one dim of it."""
     if name != "conv_general_dilated":
         return None
@@ -318,20 +367,21 @@ def _window(eqn, track: Track, name: str) -> Window | None:
     return Window(tuple(next(iter(d)) for d in dims), eqn.params["feature_group_count"])
 
 
-def _free_dims(found: Usage, eqn, flows, name: str, rank: int) -> Dims:
-    """Origins of a contraction's output dims; notes the weight dims that it batches over."""
-    if name != "dot_general":
-        return ()
+def _free_dims(found: Usage, eqn: Any, flows: Sequence[Flow], rank: int) -> Dims:
+    """Origins of a product's output dims; notes the weight dims that it batches over."""
     contracting, batching = eqn.params["dimension_numbers"]
     for k in (0, 1):
         if flows[k].origin and flows[1 - k].tracks:
             for axis in batching[k]:
                 found.rebatched.update((leaf, d) for leaf, d, _ in flows[k].origin[axis])
             _note_experts(found, flows[k].origin, flows[1 - k], contracting[k], contracting[1 - k])
-    if not any(f.tracks for f in flows):  # attention, say: the dims are no hidden layer's any more
+    # A product of two activations, as in attention: its dims are no longer those of a hidden layer.
+    if not any(f.tracks for f in flows):
         flows = [dataclasses.replace(f, origin=_indirect(f.origin)) for f in flows]
-    groups = [_dims_of(flows[0], axis) | _dims_of(flows[1], other)
-              for axis, other in zip(*batching, strict=True)]  # fmt: skip
+    groups = [
+        _dims_of(flows[0], axis) | _dims_of(flows[1], other)
+        for axis, other in zip(*batching, strict=True)
+    ]
     for k in (0, 1):
         taken = {*contracting[k], *batching[k]}
         free = [d for d in range(len(eqn.invars[k].aval.shape)) if d not in taken]
@@ -343,7 +393,9 @@ def _indirect(origin: Dims) -> Dims:
     return tuple(frozenset((leaf, d, False) for leaf, d, _ in dims) for dims in origin)
 
 
-def _note_experts(found: Usage, origin: Dims, weight: Flow, summed: Sequence, own: Sequence):
+def _note_experts(
+    found: Usage, origin: Dims, weight: Flow, summed: Sequence, own: Sequence
+) -> None:
     """Notes an expert axis that is summed away together with the experts' hidden dim.
 
     In `btd,edf->btef` then `btef,efd->btd` nothing but the layout tells experts from heads: the
@@ -367,3 +419,11 @@ def _note_experts(found: Usage, origin: Dims, weight: Flow, summed: Sequence, ow
 def _dims_of(flow: Flow, axis: int) -> frozenset:
     own = frozenset((t.leaf, d, True) for t in flow.tracks for d in t.dims[axis])
     return own | (flow.origin[axis] if flow.origin else frozenset())
+
+
+_BODIES: Mapping[Body, Callable[[Usage, Any, list[Flow]], list[Flow]]] = {
+    "call": _call,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}

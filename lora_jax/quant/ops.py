@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.dims import in_dims, out_dims, reshape_roles, stack_dims
+from lora_jax.dims import in_dims, in_range, out_dims, reshape_roles, stack_dims
 from lora_jax.quant import formats
 from lora_jax.quant.array import QuantArray, form_of, scales
 from lora_jax.quant.matmul import linear, matmul
@@ -127,7 +127,7 @@ def take(q: QuantArray, index, dim: int):
 def _index(index, size: int, mode):
     """The indices inside the dim, and which of them were, where that decides."""
     if mode == lax.GatherScatterMode.FILL_OR_DROP:
-        return jnp.clip(index, 0, size - 1), (index >= 0) & (index < size)
+        return jnp.clip(index, 0, size - 1), in_range(index, size)
     return jnp.clip(index, 0, size - 1), None
 
 

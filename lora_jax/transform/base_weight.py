@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import NamedSharding
 
 from lora_jax.dims import in_dims, out_dims, stack_dims
@@ -41,29 +40,20 @@ def opened(v: Implicit, operation: str):
     return v.w.dequantize()
 
 
-_PLAIN: dict[str, Callable] = {
-    "transpose": lax.transpose,
-    "reshape": lax.reshape,
-    "squeeze": lax.squeeze,
-    "slice": lax.slice,
-    "dynamic_slice": lax.dynamic_slice,
-    "broadcast_in_dim": lax.broadcast_in_dim,
-}
-
-
-def rearranged(v: Implicit, operation: str, *args):
+def rearranged(v: Implicit, plain: Callable, quantized: Callable, *args: Any) -> Any:
     """The weight after an operation that rearranges it.
 
     Args:
       v: the implicit array.
-      operation: a name that both `_PLAIN` and `lora_jax.quant.ops` have.
-      *args: of the operation.
+      plain: the operation on arrays, of `jax.lax`.
+      quantized: the same of `lora_jax.quant.ops`; it gives None where the codes do not allow it.
+      *args: of both.
     """
     if isinstance(v.w, QuantArray):
-        q = getattr(ops, operation)(v.w, *args)
+        q = quantized(v.w, *args)
         if q is not None:
             return q
-    return _PLAIN[operation](opened(v, operation), *args)
+    return plain(opened(v, quantized.__name__), *args)
 
 
 def each(v: Implicit, bind: Callable):
@@ -146,12 +136,12 @@ def bare(q: QuantArray, path: Note) -> Implicit:
     ins = [q.shape[d] for d in in_dims(q.roles)]
     outs = [q.shape[d] for d in out_dims(q.roles)]
     return Implicit(
-        q,
-        jnp.zeros((*stack, *ins, 0), jnp.float32),
-        jnp.zeros((*stack, 0, *outs), jnp.float32),
-        jnp.ones(stack, jnp.float32),
-        None,
-        None,
-        q.roles,
+        w=q,
+        a=jnp.zeros((*stack, *ins, 0), jnp.float32),
+        b=jnp.zeros((*stack, 0, *outs), jnp.float32),
+        scale=jnp.ones(stack, jnp.float32),
+        gain=None,
+        key=None,
+        roles=q.roles,
         path=path,
     )

@@ -45,8 +45,8 @@ class Implicit:
       path: where the leaf is in the parameter tree, for messages.
       reverse_only: whether its products may have a backward of their own (no forward mode).
       bias: added to a product with the weight, times the scale (PEFT's `lora_bias`), or None.
-      slots: how many adapters the factors hold (scale, gain and bias too), numbered on the axis
-        after the stack dims; 0 for one adapter without such an axis.
+      adapter_count: how many adapters the factors hold (scale, gain and bias too), numbered on
+        the axis after the stack dims; 0 for one adapter without such an axis.
     """
 
     w: Any
@@ -60,7 +60,7 @@ class Implicit:
     path: Note = dataclasses.field(metadata={"static": True}, default=Note(""))
     reverse_only: bool = dataclasses.field(metadata={"static": True}, default=False)
     bias: Any = None
-    slots: int = dataclasses.field(metadata={"static": True}, default=0)
+    adapter_count: int = dataclasses.field(metadata={"static": True}, default=0)
 
     shape, ndim, dtype = base_shape, base_ndim, base_dtype
 
@@ -69,8 +69,13 @@ class Implicit:
         return int(self.a.shape[-1])
 
 
-def is_implicit(x) -> bool:
+def is_implicit(x: Any) -> bool:
     return isinstance(x, Implicit)
+
+
+def has_many(x: Any) -> bool:
+    """Whether `x` is a weight that holds many adapters."""
+    return isinstance(x, Implicit) and x.adapter_count > 0
 
 
 def rebuild(v: Implicit, w, roles: str, transform) -> Implicit:

@@ -1,8 +1,8 @@
 """The interpreter: walks the base model's jaxpr with implicit arrays in place of weights.
 
 Equations that no implicit array reaches are handed back to JAX in runs, untouched. The others
-are looked up by name in the context's tables: a sub-jaxpr to enter, or a rule. Where there is no
-rule, or a rule finds no low-rank form, the weight is materialized for that equation, and said so.
+are looked up by name in the context's table of primitives. Where there is no rule, or a rule finds
+no low-rank form, the weight is materialized for that equation, with a warning.
 """
 
 import dataclasses
@@ -10,9 +10,18 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from lora_jax import compat
-from lora_jax.transform.implicit import Implicit, Unsupported, is_implicit, materialize
-from lora_jax.transform.many import rules as slots
+from lora_jax.transform.implicit import (
+    Implicit,
+    Unsupported,
+    has_many,
+    is_implicit,
+    materialize,
+)
+from lora_jax.transform.many.rules import RowAdapters, row_adapter
+from lora_jax.transform.primitive import Primitive
 
 
 class MaterializedWarning(UserWarning):
@@ -24,28 +33,26 @@ class Context:
     """What one call of a lorafied function remembers while it is traced.
 
     Attributes:
-      rules: the rule of each primitive.
-      control: the primitives that hold a jaxpr of their own, with what enters it.
+      primitives: the row of each primitive, by name.
       strict: whether a fallback is an error.
       uses: how often each path's weight met dropout so far.
       memo: inner jitted functions already rewritten, so that a repeated block is traced once.
-      told: fallbacks already warned of, by path, primitive and line, with the reason.
-      quiet: whether fallbacks are only collected in `told`, not warned of.
+      warned: fallbacks already warned of, by path, primitive and line, with the reason.
+      quiet: whether fallbacks are only collected in `warned`, without a warning.
       lines: source lines of the equations entered, innermost last.
       reverse_only: whether the thin products have a backward of their own.
-      chooser: where weights hold many adapters, the row's own.
+      row_adapters: where weights hold many adapters, which of them the row has.
     """
 
-    rules: Mapping[str, Callable]
-    control: Mapping[str, Callable]
+    primitives: Mapping[str, Primitive]
     strict: bool
     uses: dict = dataclasses.field(default_factory=dict)
     memo: dict = dataclasses.field(default_factory=dict)
-    told: dict = dataclasses.field(default_factory=dict)
+    warned: dict = dataclasses.field(default_factory=dict)
     lines: list = dataclasses.field(default_factory=lambda: ["unknown line"])
     quiet: bool = False
     reverse_only: bool = False
-    chooser: slots.Chooser | None = None
+    row_adapters: RowAdapters | None = None
 
     def next_use(self, v: Implicit) -> int:
         if v.key is None or v.dropout == 0:
@@ -58,17 +65,17 @@ class Context:
         """`f` counting uses from where they stand now, however often JAX traces it."""
         start = dict(self.uses)
 
-        def run(*args):
+        def run(*args: Any) -> Any:
             self.uses.clear()
             self.uses.update(start)
             return f(*args)
 
         return run
 
-    def fall_back(self, v: Implicit, eqn, reason: str):
+    def fall_back(self, v: Implicit, eqn: Any, reason: str) -> jax.Array:
         """Materializes a weight, with a warning or (strict) an error that says where and why."""
-        if v.slots:
-            v = slots.whole(self, v, eqn, reason)
+        if has_many(v):
+            v = row_adapter(self, v, eqn, reason)
         name, line = compat.name_of(eqn), compat.source_line(eqn, self.lines[-1])
         text = (
             f"`{v.path}` has no low-rank form in `{name}` at {line}: {reason}. "
@@ -82,8 +89,8 @@ class Context:
                 f"{text}; `strict=True` forbids that. Leave the leaf out of `target_modules`, "
                 f"or call without `strict`"
             )
-        if (said := (str(v.path), name, line)) not in self.told:
-            self.told[said] = reason
+        if (fallback := (str(v.path), name, line)) not in self.warned:
+            self.warned[fallback] = reason
             if not self.quiet:
                 off = "" if v.key is None or v.dropout == 0 else " and so is this use's dropout"
                 text = f"{text}: the result is exact, the saving is lost{off}"
@@ -91,7 +98,7 @@ class Context:
         return materialize(v)
 
 
-def evaluate(context: Context, jaxpr, consts: Sequence, args: Sequence) -> list:
+def evaluate(context: Context, jaxpr: Any, consts: Sequence, args: Sequence) -> list:
     """Evaluates an open jaxpr whose arguments may be implicit arrays.
 
     Args:
@@ -109,7 +116,7 @@ def evaluate(context: Context, jaxpr, consts: Sequence, args: Sequence) -> list:
     last = _last_uses(eqns, jaxpr.outvars)
     pending: list = []
 
-    def flush(end: int):
+    def flush(end: int) -> None:
         if pending:
             _run_plain(jaxpr, pending, env, last, end)
             pending.clear()
@@ -128,17 +135,17 @@ def evaluate(context: Context, jaxpr, consts: Sequence, args: Sequence) -> list:
     return [_read(env, v) for v in jaxpr.outvars]
 
 
-def enter(context: Context, inner, values: Sequence) -> list:
+def enter(context: Context, inner: Any, values: Sequence) -> list:
     """Evaluates an inner jaxpr, closed or open."""
     jaxpr, consts = compat.open_jaxpr(inner)
     return evaluate(context, jaxpr, consts, values)
 
 
-def _read(env: dict, v):
+def _read(env: dict, v: Any) -> Any:
     return v.val if isinstance(v, compat.Literal) else env[v]
 
 
-def _live(jaxpr) -> list:
+def _live(jaxpr: Any) -> list:
     """The equations the outputs (or an effect) need: a dead one must not force a fallback."""
     needed = {v for v in jaxpr.outvars if isinstance(v, compat.Var)}
     kept = []
@@ -158,7 +165,7 @@ def _constants(eqns: Sequence) -> set:
     return found
 
 
-def _refuse_transforms(eqn, values: Sequence, constant: set):
+def _refuse_transforms(eqn: Any, values: Sequence, constant: set) -> None:
     """A constant matrix that mixes some of the in dims makes another weight: no activation."""
     if compat.name_of(eqn) != "dot_general" or not any(v in constant for v in eqn.invars
                                                        if isinstance(v, compat.Var)):  # fmt: skip
@@ -176,7 +183,7 @@ def _last_uses(eqns: Sequence, outvars: Sequence) -> dict:
     return last | {v: len(eqns) + 1 for v in outvars if isinstance(v, compat.Var)}
 
 
-def _run_plain(jaxpr, eqns: list, env: dict, last: dict, end: int):
+def _run_plain(jaxpr: Any, eqns: list, env: dict, last: dict, end: int) -> None:
     """Runs consecutive equations on dense values as JAX would, keeping what is used after."""
     made = {v for eqn in eqns for v in eqn.outvars}
     inputs = dict.fromkeys(
@@ -187,42 +194,35 @@ def _run_plain(jaxpr, eqns: list, env: dict, last: dict, end: int):
     env.update(zip(outputs, compat.eval_segment(part, [env[v] for v in inputs]), strict=True))
 
 
-def _apply(context: Context, jaxpr, eqn, values: list, constant: set) -> list:
-    name = compat.name_of(eqn)
+def _apply(context: Context, jaxpr: Any, eqn: Any, values: list, constant: set) -> list:
+    row = context.primitives.get(compat.name_of(eqn))
     try:
+        if row is None or row.rule is None:
+            raise Unsupported("the operation has no rule")
         with compat.equation_context(eqn):
-            if name in context.control and not (
-                name == "shard_map" and any(map(slots.is_stacked, values))
-            ):
-                context.lines.append(compat.source_line(eqn, context.lines[-1]))
-                try:
-                    return list(context.control[name](context, eqn, values))
-                finally:
-                    context.lines.pop()
-            rule = context.rules.get(name, context.control.get(name))
-            if rule is None:
-                raise Unsupported("the operation has no rule")
             _refuse_transforms(eqn, values, constant)
-            out: Any
-            if any(map(slots.is_stacked, values)):
-                out = slots.apply(context, eqn, values, _binder(eqn), rule)
-            else:
-                out = rule(context, eqn, values)
+            many = row.many if any(map(has_many, values)) else None
+            # Equations inside a body may come without a line of the model: then it is this one's.
+            if row.body is not None:
+                context.lines.append(compat.source_line(eqn, context.lines[-1]))
+            try:
+                if many is not None:
+                    out = many(context, eqn, values, row.rule)
+                else:
+                    out = row.rule(context, eqn, values)
+            finally:
+                if row.body is not None:
+                    context.lines.pop()
         return list(out) if eqn.primitive.multiple_results else [out]
     except Unsupported as reason:
-        return _densely(context, jaxpr, eqn, values, str(reason))
+        return _materialized(context, jaxpr, eqn, values, str(reason))
 
 
-def _densely(context: Context, jaxpr, eqn, values: list, reason: str) -> list:
+def _materialized(context: Context, jaxpr: Any, eqn: Any, values: list, reason: str) -> list:
     """One equation with its implicit operands materialized."""
     env = {}
     for v, x in zip(eqn.invars, values, strict=True):
         if isinstance(v, compat.Var) and v not in env:
             env[v] = context.fall_back(x, eqn, reason) if is_implicit(x) else x
-    outs = [v for v in eqn.outvars]
-    part = compat.segment(jaxpr, [eqn], list(env), outs)
+    part = compat.segment(jaxpr, [eqn], list(env), list(eqn.outvars))
     return compat.eval_segment(part, list(env.values()))
-
-
-def _binder(eqn) -> Callable:
-    return lambda *operands: eqn.primitive.bind(*operands, **eqn.params)

@@ -29,9 +29,9 @@ from lora_jax.transform import base_weight
 from lora_jax.transform.implicit import Implicit, Note, is_implicit, materialize
 from lora_jax.transform.interpret import Context, evaluate
 from lora_jax.transform.many import run
+from lora_jax.transform.many.grouped import Strategy
 from lora_jax.transform.many.token_axis import follow
-from lora_jax.transform.rules import RULES
-from lora_jax.transform.rules_control import CONTROL
+from lora_jax.transform.primitives import PRIMITIVES
 
 
 def lorafy(
@@ -42,7 +42,7 @@ def lorafy(
     row_axes: Any = 0,
     out_axes: Any = 0,
     token_axes: Any = 1,
-    adapter_way: str | None = None,
+    adapter_strategy: Strategy | None = None,
 ) -> Callable:
     """Makes a function of parameters accept LoRA parameters.
 
@@ -67,10 +67,10 @@ def lorafy(
       token_axes: with an adapter for each token: where the arguments number the tokens, a prefix
         of `(args, kwargs)` with None where they do not; by default the second axis of every array
         that has as many entries there as there are tokens.
-      adapter_way: how the rows' adapters are computed with: "gathered" copies each row's factors,
-        "grouped" sorts the rows (or tokens) by adapter, "ragged" does so with
-        `jax.lax.ragged_dot` on every device; by default by shape, see
-        `lora_jax.transform.many.grouped.way_of`. The results differ by rounding only.
+      adapter_strategy: how products with the rows' adapters are computed: "gathered" copies each
+        row's factors, "grouped" sorts the rows (or tokens) by adapter, "ragged" does so with
+        `jax.lax.ragged_dot` on every device; by default the shapes decide, see
+        `lora_jax.transform.many.grouped.choose_strategy`. The results differ by rounding only.
 
     Returns:
       `fn'(lora_params, *args, lora_key=None, adapter_ids=None, **kwargs)`. A `lora_key` (a PRNG
@@ -82,7 +82,7 @@ def lorafy(
 
     Raises:
       ValueError: under `strict`, naming leaf, primitive and source line; ids without a stack, a
-        stack without ids, an id out of range, an argument that has not as many rows; an adapter
+        stack without ids, an id out of range, an argument with another number of rows; an adapter
         for each token where the tokens' axis of the model cannot be followed, such as behind a
         convolution over them, or on a leaf that trains whole.
 
@@ -101,7 +101,7 @@ def lorafy(
     """
 
     def single(lora_params, *args, lora_key=None, **kwargs):
-        context = Context(RULES, CONTROL, strict=strict, reverse_only=reverse_only)
+        context = Context(PRIMITIVES, strict=strict, reverse_only=reverse_only)
         return _run(context, fn, lora_params, args, kwargs, lora_key)
 
     @functools.wraps(fn)
@@ -118,13 +118,21 @@ def lorafy(
                 )
             return run.gathered(single, lora_params, call)
 
-        def row(chooser, tree, args, kwargs, key):
+        def row(adapters, tree, args, kwargs, key):
             context = Context(
-                RULES, CONTROL, strict=strict, reverse_only=reverse_only, chooser=chooser
+                PRIMITIVES, strict=strict, reverse_only=reverse_only, row_adapters=adapters
             )
             return _run(context, fn, tree, args, kwargs, key)
 
-        return run.run(single, row, lora_params, adapter_ids, call, token_axes, adapter_way)
+        return run.run(
+            single,
+            row,
+            lora_params,
+            adapter_ids,
+            call,
+            token_axes=token_axes,
+            strategy=adapter_strategy,
+        )
 
     return adapted
 
@@ -170,7 +178,7 @@ def materializations(fn: Callable, lora_params, args: Sequence, kwargs: dict) ->
     Returns:
       `(path, primitive, source line)` to the reason.
     """
-    context = Context(RULES, CONTROL, strict=False, quiet=True)
+    context = Context(PRIMITIVES, strict=False, quiet=True)
     leaves, tree = jax.tree.flatten((lora_params, tuple(args), dict(kwargs)))
     own = len(jax.tree.leaves(lora_params))
     # A concrete parameter that is no floating-point array may decide a Python branch.
@@ -191,7 +199,7 @@ def materializations(fn: Callable, lora_params, args: Sequence, kwargs: dict) ->
         return [x for x in jax.tree.leaves(out) if compat.is_array(x)]
 
     jax.eval_shape(call, [leaves[i] for i in loose])
-    return context.told
+    return context.warned
 
 
 class _Tokens:
@@ -199,7 +207,8 @@ class _Tokens:
 
     def __init__(self, context: Context, args: tuple, kwargs: dict):
         self.plain = args, kwargs
-        axes = () if context.chooser is None else context.chooser.token_axes or ()
+        adapters = context.row_adapters
+        axes = () if adapters is None else adapters.token_axes or ()
         self.flat, self.tree = jax.tree.flatten((args, kwargs), is_leaf=lambda x: x is None)
         self.axes = {i: axis for i, axis in enumerate(axes) if axis is not None}
         self.arrays = [self.flat[i] for i in self.axes]
@@ -215,11 +224,12 @@ class _Tokens:
 
     def followed(self, context: Context, jaxpr, weights: int) -> Context:
         """The context, knowing where the tokens are in a jaxpr of the weights and these arrays."""
-        if context.chooser is None or not self.axes:
+        if context.row_adapters is None or not self.axes:
             return context
         axes = [frozenset()] * weights + [frozenset({axis}) for axis in self.axes.values()]
-        chooser = dataclasses.replace(context.chooser, positions=follow(jaxpr, axes))
-        return dataclasses.replace(context, chooser=chooser)
+        positions = follow(jaxpr, axes, context.primitives)
+        adapters = dataclasses.replace(context.row_adapters, positions=positions)
+        return dataclasses.replace(context, row_adapters=adapters)
 
 
 def _stage(fn: Callable, tree, leaves: Sequence, where: Sequence[int], tokens: _Tokens):
@@ -276,18 +286,18 @@ def _enter(
         key = jax.random.split(key, stack) if stack else key
     scale = lax.stop_gradient(x.scale)
     return Implicit(
-        x.w,
-        x.a,
-        x.b,
-        scale,
-        gain,
-        key,
-        x.roles,
-        x.dropout,
-        Note(path),
-        context.reverse_only,
-        x.bias,
-        x.count if isinstance(x, LoraStack) else 0,
+        w=x.w,
+        a=x.a,
+        b=x.b,
+        scale=scale,
+        gain=gain,
+        key=key,
+        roles=x.roles,
+        dropout=x.dropout,
+        path=Note(path),
+        reverse_only=context.reverse_only,
+        bias=x.bias,
+        adapter_count=x.count if isinstance(x, LoraStack) else 0,
     )
 
 

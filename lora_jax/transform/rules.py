@@ -1,4 +1,4 @@
-"""The rule of each primitive."""
+"""From a function of weights to the rule of a primitive, `rule(context, eqn, values)`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,13 +8,14 @@ from jax import lax
 
 from lora_jax.transform import rules_consume, rules_rearrange
 from lora_jax.transform.implicit import Implicit, Unsupported, is_implicit
-from lora_jax.transform.interpret import Context, _binder
+from lora_jax.transform.interpret import Context
+from lora_jax.transform.primitive import Rule, binder
 
 
-def _rearranging(rule: Callable) -> Callable:
+def rearranging(rule: Callable) -> Rule:
     """A rule of the weight (first operand), further operands being indices."""
 
-    def apply(context, eqn, values):
+    def apply(context: Context, eqn: Any, values: list) -> Any:
         if not is_implicit(values[0]) or any(is_implicit(x) for x in values[1:]):
             raise Unsupported("the weight is not the first operand")
         return rule(*values, **eqn.params)
@@ -22,28 +23,28 @@ def _rearranging(rule: Callable) -> Callable:
     return apply
 
 
-def _binding(rule: Callable) -> Callable:
+def binding(rule: Callable) -> Rule:
     """A rule that binds the original primitive to the weight and its factors."""
-    return lambda context, eqn, values: rule(values[0], _binder(eqn))
+    return lambda context, eqn, values: rule(values[0], binder(eqn))
 
 
-def _consuming(rule: Callable) -> Callable:
+def consuming(rule: Callable) -> Rule:
     """A rule that contracts the weight with an activation."""
 
-    def apply(context, eqn, values):
+    def apply(context: Context, eqn: Any, values: list) -> Any:
         weights = [x for x in values if is_implicit(x)]
         use = context.next_use(weights[0])
-        return rule(*values, _binder(eqn), use, **eqn.params)
+        return rule(*values, binder(eqn), use, **eqn.params)
 
     return apply
 
 
-def _gather(context, eqn, values):
+def gather(context: Context, eqn: Any, values: list) -> Any:
     v, indices = values
-    return rules_consume.gather(v, indices, _binder(eqn), **eqn.params)
+    return rules_consume.gather(v, indices, binder(eqn), **eqn.params)
 
 
-def _scalar_product(context, eqn, values):
+def product(context: Context, eqn: Any, values: list) -> Any:
     left, right = values
     if is_implicit(left) and is_implicit(right):
         raise Unsupported("elementwise product of two weights")
@@ -51,73 +52,38 @@ def _scalar_product(context, eqn, values):
     return _shaped(eqn, rules_rearrange.scale_by(v, factor))
 
 
-def _scalar_quotient(context, eqn, values):
+def quotient(context: Context, eqn: Any, values: list) -> Any:
     if not is_implicit(values[0]) or is_implicit(values[1]):
         raise Unsupported("division by a weight")
     return _shaped(eqn, rules_rearrange.scale_by(*values, divide=True))
 
 
-def _shaped(eqn, v: Implicit) -> Implicit:
+def _shaped(eqn: Any, v: Implicit) -> Implicit:
     if tuple(eqn.outvars[0].aval.shape) != v.shape:
         raise Unsupported("broadcasting product")
     return v
 
 
-def _concatenate(context, eqn, values):
+def concatenate(context: Context, eqn: Any, values: list) -> Any:
     return rules_rearrange.concatenate(values, eqn.params["dimension"])
 
 
-def _stack(context, eqn, values):
+def stack(context: Context, eqn: Any, values: list) -> Any:
     return rules_rearrange.stack(values, eqn.params["axis"])
 
 
-def _barrier(context, eqn, values):
+def barrier(context: Context, eqn: Any, values: list) -> Any:
     return jax.tree.unflatten(
         jax.tree.structure(values), lax.optimization_barrier(jax.tree.leaves(values))
     )
 
 
-def _device_put(context, eqn, values):
+def device_put(context: Context, eqn: Any, values: list) -> Any:
     return [
         rules_rearrange.device_put(x, to) if is_implicit(x) else jax.device_put(x, to)
         for x, to in zip(values, eqn.params["devices"], strict=True)
     ]
 
 
-def _constraint(context, eqn, values):
-    return rules_rearrange.sharding_constraint(values[0], _binder(eqn), **eqn.params)
-
-
-# One rule a primitive, by the name `compat.name_of` gives.
-RULES: dict[str, Callable[[Context, Any, list], Any]] = {
-    "dot_general": _consuming(rules_consume.dot_general),
-    "conv_general_dilated": _consuming(rules_consume.conv),
-    "ragged_dot_general": _consuming(rules_consume.ragged_dot),
-    "gather": _gather,
-    "transpose": _rearranging(rules_rearrange.transpose),
-    "reshape": _rearranging(rules_rearrange.reshape),
-    "squeeze": _rearranging(rules_rearrange.squeeze),
-    "broadcast_in_dim": _rearranging(rules_rearrange.broadcast_in_dim),
-    "convert_element_type": _rearranging(rules_rearrange.convert),
-    "slice": _rearranging(rules_rearrange.slice_),
-    "dynamic_slice": _rearranging(rules_rearrange.dynamic_slice),
-    "split": _rearranging(rules_rearrange.split),
-    "unstack": _rearranging(rules_rearrange.unstack),
-    "reduce_sum": _rearranging(rules_rearrange.reduce_unit),
-    "reshard": _rearranging(rules_rearrange.reshard),
-    "neg": _rearranging(rules_rearrange.negate),
-    "rev": _rearranging(rules_rearrange.reverse),
-    "concatenate": _concatenate,
-    "stack": _stack,
-    "mul": _scalar_product,
-    "div": _scalar_quotient,
-    "sharding_constraint": _constraint,
-    "optimization_barrier": _barrier,
-    "copy": _binding(rules_rearrange.leafwise),
-    "copy_p": _binding(rules_rearrange.leafwise),
-    "stop_gradient": _binding(rules_rearrange.leafwise),
-    "name": _binding(rules_rearrange.named),
-    "reduce_precision": _binding(rules_rearrange.base_only),
-    "pvary": _binding(rules_rearrange.leafwise),
-    "device_put": _device_put,
-}
+def constraint(context: Context, eqn: Any, values: list) -> Any:
+    return rules_rearrange.sharding_constraint(values[0], binder(eqn), **eqn.params)

@@ -15,7 +15,7 @@ from lora_jax.transform.labels import RANK, expand_to, labels, reorder, spec_of
 from lora_jax.transform.low_rank import compute_dtype, contract, dropped, low_rank
 
 
-def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, chosen=None, **params):
+def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, many=None, **params):
     """A weight on one side of a dot: any contracting, batch and free dims.
 
     Args:
@@ -23,7 +23,7 @@ def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, chose
       bind: binds the original primitive to dense operands.
       use: how often the weight was used before, for dropout.
       dimension_numbers, precision: of the primitive.
-      chosen: for a weight with many adapters, see `lora_jax.transform.many.rules`.
+      many: for a weight with many adapters, the `ManyProduct` of `lora_jax.transform.many.rules`.
       **params: the primitive's other parameters.
 
     Returns:
@@ -46,8 +46,8 @@ def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, chose
     out = batch + (w_free + x_free if weight_left else x_free + w_free)
 
     first: list = []
-    if chosen is not None:
-        v, first = chosen.spread(v)
+    if many is not None:
+        v, first = many.spread(v)
     x, gain_after = _gain_before(v, x, x_labels, w_contracted, first)
     base = base_weight.product(
         v,
@@ -61,8 +61,8 @@ def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, chose
     if not v.rank:  # a quantized weight without an adapter
         return base
     form = {"contracted": w_contracted, "dtype": base.dtype, "precision": precision}
-    if chosen is not None:
-        change = chosen.low_rank(v, dropped(v, x, use), x_labels, out, **form)
+    if many is not None:
+        change = many.low_rank(v, dropped(v, x, use), x_labels, out, **form)
     else:
         specs = _wanted_specs(base, out, params.get("out_sharding"))
         change = low_rank(v, dropped(v, x, use), x_labels, out, specs=specs, **form)

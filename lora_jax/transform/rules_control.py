@@ -59,12 +59,12 @@ def _has_dropout(values: Sequence) -> bool:
     return any(is_implicit(v) and v.key is not None and v.dropout > 0 for v in values)
 
 
-def jit(context: Context, eqn, values):
+def jit(context: Context, eqn: Any, values: list) -> list:
     """An inner jit: one jitted function, shared by every call with the same structure."""
     inner, name = eqn.params["jaxpr"], eqn.params["name"]
     leaves, tree = jax.tree.flatten(values)
     key = (id(compat.open_jaxpr(inner)[0]), tree)
-    told = len(context.told)
+    warned = len(context.warned)
     if key in context.memo:
         run, shape, _, calls = context.memo[key]
         calls[0] += 1
@@ -75,18 +75,20 @@ def jit(context: Context, eqn, values):
         run.__name__ = name
         run = jax.jit(run)
     out = run(*leaves)
-    if key not in context.memo and len(context.told) == told:  # a warning names one leaf: retrace
+    if (
+        key not in context.memo and len(context.warned) == warned
+    ):  # a warning names one leaf: retrace
         context.memo[key] = (run, shape, inner, [0])
     outs = jax.tree.unflatten(shape[0], out)
     forwarded = _forwarded(inner, values)
     return [forwarded.get(i, x) for i, x in enumerate(outs)]
 
 
-def closed_call(context: Context, eqn, values):
+def closed_call(context: Context, eqn: Any, values: list) -> list:
     return enter(context, eqn.params.get("call_jaxpr", eqn.params.get("jaxpr")), values)
 
 
-def remat(context: Context, eqn, values):
+def remat(context: Context, eqn: Any, values: list) -> list:
     """`jax.checkpoint` with its own policy; named residuals keep their names."""
     params = eqn.params
     leaves, tree = jax.tree.flatten(values)
@@ -121,7 +123,7 @@ def _fill(count: int, fixed: dict, live: Sequence, values: Sequence) -> list:
     return full
 
 
-def scan(context: Context, eqn, values):
+def scan(context: Context, eqn: Any, values: list) -> list:
     """`lax.scan`: stacked weights are sliced factor by factor, constant ones closed over."""
     p = eqn.params
     n_consts, n_carry = compat.scan_counts(p, len(values))
@@ -177,7 +179,7 @@ def _stacked(y):
     return dataclasses.replace(y, w=base_weight.restacked(y.w), roles="s" + y.roles)
 
 
-def while_loop(context: Context, eqn, values):
+def while_loop(context: Context, eqn: Any, values: list) -> list:
     p = eqn.params
     a, b = p["cond_nconsts"], p["body_nconsts"]
     cond_consts, consts, carry = values[:a], values[a : a + b], list(values[a + b :])
@@ -204,7 +206,7 @@ def while_loop(context: Context, eqn, values):
     return _fill(len(carry), fixed, live, state)
 
 
-def cond(context: Context, eqn, values):
+def cond(context: Context, eqn: Any, values: list) -> list:
     index, *operands = values
     if is_implicit(index):
         raise Unsupported("a weight chooses the branch")
@@ -230,7 +232,7 @@ def _forwarded_by_all(branches, operands) -> dict[int, Any]:
     return {i: x for i, x in each[0].items() if all(f.get(i) is x for f in each)}
 
 
-def shard_map(context: Context, eqn, values):
+def shard_map(context: Context, eqn: Any, values: list) -> list:
     """`jax.shard_map`: the factors enter under the specs that follow from the weight's."""
     p = eqn.params
     specs, inputs, inside = [], [], []
@@ -271,19 +273,5 @@ def _part_specs(v: Implicit, spec: PartitionSpec) -> Implicit:
     return dataclasses.replace(v, w=spec, **parts)
 
 
-def custom_derivative(context: Context, eqn, values):
+def custom_derivative(context: Context, eqn: Any, values: list) -> list:
     raise Unsupported("a custom derivative rule takes the weight, and is kept as it is")
-
-
-CONTROL: dict[str, Callable[[Context, Any, list], Sequence]] = {
-    "jit": jit,
-    "closed_call": closed_call,
-    "remat": remat,
-    "scan": scan,
-    "while": while_loop,
-    "cond": cond,
-    "shard_map": shard_map,
-    "custom_jvp_call": custom_derivative,
-    "custom_vjp_call": custom_derivative,
-    "custom_vjp_call_jaxpr": custom_derivative,
-}

@@ -9,6 +9,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from lora_jax.dims import reshape_roles
+from lora_jax.quant import ops
 from lora_jax.quant.array import QuantArray
 from lora_jax.transform.base_weight import each, moved, opened, rearranged
 from lora_jax.transform.implicit import Implicit, Unsupported, rebuild
@@ -20,7 +21,7 @@ def transpose(v: Implicit, *, permutation, **_):
     roles = "".join(v.roles[d] for d in permutation)
     return rebuild(
         v,
-        rearranged(v, "transpose", permutation),
+        rearranged(v, lax.transpose, ops.transpose, permutation),
         roles,
         lambda array, dims: (array, [where.get(d, d) for d in dims]),
     )
@@ -42,7 +43,9 @@ def squeeze(v: Implicit, *, dimensions, **_):
         left = [kept.index(d) if d != RANK else d for d in dims if d not in gone]
         return jax.lax.squeeze(array, lost), left
 
-    return rebuild(v, rearranged(v, "squeeze", sorted(gone)), _pick(v.roles, kept), drop)
+    return rebuild(
+        v, rearranged(v, lax.squeeze, ops.squeeze, sorted(gone)), _pick(v.roles, kept), drop
+    )
 
 
 def reduce_unit(v: Implicit, *, axes, **_):
@@ -62,7 +65,7 @@ def slice_(v: Implicit, *, start_indices, limit_indices, strides, **_):
             [1 if d == RANK else steps[d] for d in dims],
         ), dims
 
-    w = rearranged(v, "slice", start_indices, limit_indices, strides)
+    w = rearranged(v, lax.slice, ops.slice, start_indices, limit_indices, strides)
     return rebuild(v, w, v.roles, cut)
 
 
@@ -77,7 +80,9 @@ def dynamic_slice(v: Implicit, *starts, slice_sizes, **_):
             [v.rank if d == RANK else slice_sizes[d] for d in dims],
         ), dims
 
-    return rebuild(v, rearranged(v, "dynamic_slice", starts, slice_sizes), v.roles, cut)
+    return rebuild(
+        v, rearranged(v, lax.dynamic_slice, ops.dynamic_slice, starts, slice_sizes), v.roles, cut
+    )
 
 
 def reverse(v: Implicit, *, dimensions, **_):
@@ -119,7 +124,7 @@ def broadcast_in_dim(v: Implicit, *dynamic, shape, broadcast_dimensions, **_):
         dims = [where.get(d, d) for d in dims]
         return jnp.broadcast_to(array, [*(shape[d] for d in added), *array.shape]), added + dims
 
-    w = rearranged(v, "broadcast_in_dim", shape, broadcast_dimensions)
+    w = rearranged(v, lax.broadcast_in_dim, ops.broadcast_in_dim, shape, broadcast_dimensions)
     return rebuild(v, w, "".join(roles), spread)
 
 
@@ -144,7 +149,9 @@ def reshape(v: Implicit, *dynamic, new_sizes, dimensions=None, **_):
         part: None if getattr(v, part) is None else fold(getattr(v, part), None, part)
         for part in PARTS
     }
-    return dataclasses.replace(v, w=rearranged(v, "reshape", new_sizes), roles=roles, **parts)
+    return dataclasses.replace(
+        v, w=rearranged(v, lax.reshape, ops.reshape, new_sizes), roles=roles, **parts
+    )
 
 
 def concatenate(values: Sequence, axis: int) -> Implicit:
@@ -236,7 +243,13 @@ def _with_stack_axis(v: Implicit, axis: int) -> Implicit:
         return array.reshape(1, *array.shape), [axis, *moved]
 
     shape = (*v.shape[:axis], 1, *v.shape[axis:])
-    w = rearranged(v, "broadcast_in_dim", shape, [d for d in range(v.ndim + 1) if d != axis])
+    w = rearranged(
+        v,
+        lax.broadcast_in_dim,
+        ops.broadcast_in_dim,
+        shape,
+        [d for d in range(v.ndim + 1) if d != axis],
+    )
     return rebuild(v, w, roles, add)
 
 

@@ -91,7 +91,7 @@ def test_each_row_is_what_it_is_alone(names, way):
     stacked = lora.stack(adapters)
     assert multi.count(stacked) == len(names)
     # The convolution takes each row's adapter out by itself, all else is sorted by adapter.
-    run = jax.jit(lora.lorafy(NET.apply, strict=True, adapter_way=way))
+    run = jax.jit(lora.lorafy(NET.apply, strict=True, adapter_strategy=way))
     for ids in ([0] * 5, [-1] * 5, [k % (len(names) + 1) - 1 for k in (3, 0, 2, 1, 4)]):
         got = run(stacked, TOKENS, adapter_ids=jnp.array(ids))
         # Only the order of float32 additions differs.
@@ -282,7 +282,7 @@ def test_clear_errors():
     one, other = make("plain", 1), make("more", 2)
     stacked = lora.stack([one, other])
     run = lora.lorafy(NET.apply)
-    with pytest.raises(ValueError, match=r"`adapter_ids` has \[2\], but the stack has slots"):
+    with pytest.raises(ValueError, match=r"`adapter_ids` has \[2\], but the stack has adapters"):
         run(stacked, TOKENS, adapter_ids=jnp.array([0, 2, 1, 0, 0]))
     with pytest.raises(ValueError, match="has 2 rows, but an argument of shape"):
         run(stacked, TOKENS, adapter_ids=jnp.array([0, 1]))

@@ -40,10 +40,8 @@ from lora_jax.analysis.memory.program import (
     stores,
     whole_bytes,
 )
+from lora_jax.transform.primitives import row_of
 
-_PRODUCTS = frozenset({"dot_general", "ragged_dot", "ragged_dot_general"})
-# Readers whose result may not lie where an operand lay.
-_APART = _PRODUCTS | {"conv_general_dilated", "pallas_call"}
 _FAR_SMALLER = 8  # times, as an adapter's side of a gradient is
 
 
@@ -167,7 +165,7 @@ def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
             room = sum(x.bytes for x in reads if not x.source & HELD)
             if sum(o.bytes for o in writes) > room:
                 at = max(at, _firstread(program, writes) - 0.25)
-        if node.op in _PRODUCTS:
+        if row_of(node.op).memory == "product":
             reads += [whole[x] for x in reads if x in whole]
         if habits.turned and (x := _turned(node)) is not None:
             copy = Value(x.aval, node=node)
@@ -253,7 +251,7 @@ def _fullest(program: Program, habits: Habits) -> Alive:
 def _takes_over(kernel: _Kernel, dying: list[Value], habits: Habits) -> dict[Value, Value]:
     """Which results lie where an operand lay that is read for the last time."""
     node = kernel.node
-    if node is None or node.op in _APART or node.op == "cond":
+    if node is None or node.op == "cond" or row_of(node.op).memory in ("product", "kernel"):
         return {}
     # A donated argument first: its buffer is there in any case.
     pairs, free = {}, sorted(dying, key=lambda x: not x.source & OWNED)

@@ -11,35 +11,8 @@ import jax
 
 from lora_jax import compat
 from lora_jax.train.memory import tree_bytes
-
-_VIEWS = frozenset(
-    {
-        "copy", "expand_dims", "name", "optimization_barrier", "pvary", "reduce_precision",
-        "reshape", "sharding_constraint", "squeeze", "stop_gradient", "transpose",
-    }
-)  # fmt: skip
-_CALLS = frozenset(
-    {
-        "closed_call", "custom_jvp_call", "custom_partitioning", "custom_vjp_call", "jit", "remat",
-        "shard_map",
-    }
-)  # fmt: skip
-# What reads its operands whole, from memory.
-READERS = frozenset(
-    {
-        "cond", "conv_general_dilated", "cumlogsumexp", "cummax", "cumprod", "cumsum",
-        "custom_call", "dot_general", "pallas_call", "ragged_dot",
-        "ragged_dot_general", "random_bits", "scan", "scatter", "scatter-add", "sort",
-        "threefry2x32", "top_k", "while",
-    }
-)  # fmt: skip
-_COSTLY = frozenset(
-    {
-        "cbrt", "cos", "div", "erf", "erf_inv", "exp", "exp2", "expm1", "gather", "log",
-        "log1p", "logistic", "pow", "rem", "rsqrt", "sin", "sqrt", "tanh",
-    }
-)  # fmt: skip
-
+from lora_jax.transform.primitive import READERS, inner_jaxpr
+from lora_jax.transform.primitives import row_of
 
 # Where a value comes from, as bits: computed here (none), an argument that stays, an argument
 # whose buffer may be written over, a slice of a stack, and one that other devices hold parts of.
@@ -101,11 +74,11 @@ def read(
     """The program of an open jaxpr.
 
     Args:
-      jaxpr: it.
+      jaxpr: open.
       sources: of its arguments.
       stacked_from: results from here on are written into a stack that exists outside.
       parts: as in `alive`.
-      sums_read: as in `memory_live.Habits`.
+      sums_read: as in `liveness.Habits`.
     """
     env: dict[Any, Value] = {v: Value(v.aval, HELD) for v in jaxpr.constvars}
     env |= {v: Value(v.aval, s) for v, s in zip(jaxpr.invars, sources, strict=True)}
@@ -146,13 +119,14 @@ def _unfold(jaxpr, env: dict, nodes: list[Node], known: dict) -> list[Value]:
 
     for eqn in jaxpr.eqns:
         op, ins = compat.name_of(eqn), [value(v) for v in eqn.invars]
-        inner = _body(eqn) if op in _CALLS else None
+        memory = row_of(op).memory
+        inner = inner_jaxpr(eqn) if memory == "call" else None
         if inner is not None:
             own, _ = compat.open_jaxpr(inner)
             scope = {v: Value(v.aval, HELD) for v in own.constvars}
             scope |= dict(zip(own.invars, ins, strict=True))
             outs = _unfold(own, scope, nodes, known)
-        elif op in _VIEWS:
+        elif memory == "view":
             outs = ins
         else:
             same = known.get(key := _same(op, eqn, ins))
@@ -168,12 +142,7 @@ def _unfold(jaxpr, env: dict, nodes: list[Node], known: dict) -> list[Value]:
 
 def _same(op: str, eqn, ins: list[Value]) -> Any:
     """What operations have in common that compute the same; loops and products are not merged."""
-    return object() if op in READERS else (op, tuple(ins), str(eqn.params))
-
-
-def _body(eqn):
-    found = (eqn.params.get(name) for name in ("jaxpr", "call_jaxpr", "call"))
-    return next((x for x in found if x is not None), None)
+    return object() if reads_whole(op) else (op, tuple(ins), str(eqn.params))
 
 
 def _needed(nodes: list[Node], outs: list[Value]) -> list[Node]:
@@ -187,12 +156,14 @@ def _needed(nodes: list[Node], outs: list[Value]) -> list[Node]:
 
 
 def stores(op: str) -> bool:
-    """Whether an operation writes its results down, whoever reads them."""
-    return op in READERS or op == "dynamic_update_slice" or _sums(op)
+    """Whether an operation writes its results to memory, whoever reads them."""
+    memory = row_of(op).memory
+    return memory in READERS or memory in ("update", "sum")
 
 
-def _sums(op: str) -> bool:
-    return op.startswith(("reduce_", "argm")) and op != "reduce_precision"
+def reads_whole(op: str) -> bool:
+    """Whether an operation reads its operands whole, from memory."""
+    return row_of(op).memory in READERS
 
 
 def _write_down(program: Program) -> None:
@@ -204,13 +175,16 @@ def _write_down(program: Program) -> None:
     for node in program.nodes:
         if stores(node.op):
             real.update(node.outs)
-        if node.op in READERS:
+        if reads_whole(node.op):
             real.update(node.ins)
-        elif node.op == "gather":  # of a table; the places may be computed on the way
+        elif (
+            row_of(node.op).memory == "lookup"
+        ):  # of a table; the places may be computed on the way
             real.add(node.ins[0])
     costly: set[Value] = set()
     for node in program.nodes:
-        if node.op in _COSTLY or any(x in costly and x not in real for x in node.ins):
+        costs = row_of(node.op).memory in ("costly", "lookup")
+        if costs or any(x in costly and x not in real for x in node.ins):
             costly.update(node.outs)
             real.update(o for o in node.outs if len(set(program.users.get(o, ()))) > 1)
 
@@ -219,7 +193,7 @@ def _write_down_for_sums(program: Program) -> None:
     """Slices, and what has other readers, where a sum over a dim is made of them."""
     summed: set[Value] = set()
     for node in reversed(program.nodes):
-        if _sums(node.op):
+        if row_of(node.op).memory == "sum":
             summed.update(node.ins)
         elif not stores(node.op) and any(o in summed and o not in program.real for o in node.outs):
             summed.update(node.ins)
@@ -250,8 +224,8 @@ def _spread_gradient(program: Program, out: Value, parts: int) -> None:
     out.parts, todo = parts, [out]
     while todo:
         node = todo.pop().node
-        adds = node is not None and node.op == "scatter-add"  # to zeros, of a table's rows
-        if node is None or (node.op in READERS and not adds):
+        adds = node is not None and row_of(node.op).memory == "adds"  # to zeros, of a table's rows
+        if node is None or (reads_whole(node.op) and not adds):
             continue
         for x in inputs(program, node):  # by size: a transposed one is another view of it
             if not x.source and x.parts == 1 and x.aval.size == out.aval.size:

@@ -123,13 +123,13 @@ def _each(loss: Callable, count: int, sources: Sequence[int] | None) -> Callable
     """`(stacked, batch, key) -> (count,)`, every adapter's loss. One row is one adapter."""
     ids = jnp.arange(count)
     if sources is None:
-        shared = lorafy(loss, reverse_only=True, row_axes=None, adapter_way="gathered")
+        shared = lorafy(loss, reverse_only=True, row_axes=None, adapter_strategy="gathered")
         return lambda params, batch, key: shared(params, batch, adapter_ids=ids, lora_key=key)
 
     def one(params, batch):  # whose arrays hold one row
         return loss(params, jax.tree.map(lambda x: x[0], batch))
 
-    own = lorafy(one, reverse_only=True, adapter_way="gathered")
+    own = lorafy(one, reverse_only=True, adapter_strategy="gathered")
     which = jnp.asarray(sources)
 
     def each(params, batches: tuple, key):

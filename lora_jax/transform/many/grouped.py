@@ -3,21 +3,29 @@
     y[e] = (x[e] · A[id[e]]) · B[id[e]] · scale[id[e]]          e: a row of a batch, or a token
 
 Nothing of size elements x factors is made. The elements are sorted by adapter, the plain base's
-last, and multiplied group by group, in one of two ways:
+last, and multiplied group by group, in one of two forms:
 
 - `tiles`: every group is filled up to whole tiles of a few elements, each tile is one entry of a
-  batched product with its adapter's factors. There are at most `e // size + min(slots, e)` tiles.
+  batched product with its adapter's factors. There are at most `e // size + min(adapters, e)`
+  tiles.
 - `ragged`: `jax.lax.ragged_dot`, which takes the groups as they are. TPUs have an instruction for
   it. XLA:CPU (and by default XLA:GPU) expands it to a product with every adapter, and keeps a copy
-  of the activations for each: 8 adapters cost 8 times the work. There it runs only when asked for.
+  of the activations for each: 8 adapters cost 8 times the work. There it runs
+  only if the caller chooses it.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import custom_batching, lax
+
+from lora_jax.dims import checked_index
+
+# "gathered": factors copied for every element; "grouped": elements sorted by adapter, in tiles;
+# "ragged": sorted, multiplied by `ragged_dot`.
+Strategy = Literal["gathered", "grouped", "ragged"]
 
 # Where `ragged_dot` is one operation; elsewhere groups are products of tiles.
 _RAGGED = frozenset({"tpu"})
@@ -29,10 +37,10 @@ class Groups(NamedTuple):
     """Elements sorted by adapter.
 
     Attributes:
-      which: (e,) each element's slot, the number of slots for the plain base.
+      which: (e,) each element's adapter index, the number of adapters for the plain base.
       order: (e,) the element at each sorted place.
       place: (e,) each element's sorted place.
-      sizes: (slots + 1,) elements of each slot, the plain base's last.
+      sizes: (adapters + 1,) elements of each adapter, the plain base's last.
     """
 
     which: Any
@@ -47,7 +55,7 @@ class Form(NamedTuple):
     Attributes:
       precision: as in `lax.dot_general`.
       compute, wide, result: dtypes of the operands, of what is between the products, of `y`.
-      way: "gathered" (factors for every element), "grouped" (tiles) or "ragged".
+      strategy: how the elements meet their factors.
       reverse_only: whether moving elements has a backward of its own (no forward mode).
     """
 
@@ -55,68 +63,70 @@ class Form(NamedTuple):
     compute: Any
     wide: Any
     result: Any
-    way: str
+    strategy: Strategy
     reverse_only: bool
 
 
-def sort(ids, slots: int) -> Groups:
+def sort(ids, count: int) -> Groups:
     """Sorts elements by adapter.
 
     Args:
-      ids: int (e,); what is no slot's number is the plain base.
-      slots: how many there are.
+      ids: int (e,); a number that is no adapter's index is the plain base.
+      count: how many adapters there are.
     """
-    which = jnp.where((ids >= 0) & (ids < slots), ids, slots).astype(jnp.int32)
+    which = checked_index(ids, count).astype(jnp.int32)
     order = jnp.argsort(which, stable=True).astype(jnp.int32)
     numbers = jnp.arange(which.shape[0], dtype=jnp.int32)
     place = jnp.zeros_like(order).at[order].set(numbers, unique_indices=True)
-    return Groups(which, order, place, jnp.bincount(which, length=slots + 1).astype(jnp.int32))
+    return Groups(which, order, place, jnp.bincount(which, length=count + 1).astype(jnp.int32))
 
 
-def tile_size(elements: int, slots: int) -> int:
+def tile_size(elements: int, count: int) -> int:
     """How many elements of one adapter are multiplied together, a power of two.
 
     A tile of `T` costs its adapter's factors once, and up to `T` elements of filling for each
-    adapter: `r · e / T + T · slots` numbers for each input is least at `T = √(r · e / slots)`.
+    adapter: `r · e / T + T · adapters` numbers for each input is least at
+    `T = √(r · e / adapters)`.
     """
-    best = (_USUAL_RANK * elements / min(slots, elements)) ** 0.5
+    best = (_USUAL_RANK * elements / min(count, elements)) ** 0.5
     size = 1
     while size * 2 <= min(best * 1.5, elements):
         size *= 2
     return size
 
 
-def tile_count(elements: int, slots: int) -> int:
+def tile_count(elements: int, count: int) -> int:
     """How many tiles there are at most."""
-    return elements // tile_size(elements, slots) + min(slots, elements)
+    return elements // tile_size(elements, count) + min(count, elements)
 
 
-def way_of(elements: int, positions: int, slots: int, rank: int) -> str:
-    """The cheaper way, by the numbers that are moved for each input of a weight.
+def choose_strategy(elements: int, positions: int, count: int, rank: int) -> Strategy:
+    """The cheaper strategy, by the numbers that are moved for each input of a weight.
 
     Gathering copies `rank` numbers for each element. Sorting copies the element's own
     `positions` there and back (reckoned once: reading it is common to both) and the factors of
     every tile: it pays where few adapters serve many elements of few positions each, as in
     decoding with fewer adapters than rows, or with one adapter for each token. A row of a training
     batch or a prompt has more tokens than the rank: there gathering costs next to nothing.
-    `benchmarks/multi_adapter.py --ways` measures both; CPU and GPU follow the same rule.
+    `benchmarks/multi_adapter.py --strategies` measures both; CPU and GPU follow the same rule.
 
     Args:
       elements: rows, or tokens of all rows where each has its own adapter.
       positions: of an element: the tokens of a row; 1 for a token.
-      slots: adapters in the stack.
+      count: adapters in the stack.
       rank: of the stack.
 
     Returns:
       "gathered" or "grouped".
     """
-    moved = positions + rank * tile_count(elements, slots) / elements
+    moved = positions + rank * tile_count(elements, count) / elements
     return "grouped" if moved < rank else "gathered"
 
 
-def on_device(way: str) -> str:
-    """The way as the default device does it: "grouped" is `ragged_dot` where that is native."""
-    return "ragged" if way == "grouped" and jax.default_backend() in _RAGGED else way
+def on_device(strategy: Strategy) -> Strategy:
+    """The strategy on the default device: "grouped" is `ragged_dot` where that is native."""
+    native = jax.default_backend() in _RAGGED
+    return "ragged" if strategy == "grouped" and native else strategy
 
 
 def product(form: Form, x, ids, factors: tuple, scale, groups: Groups):
@@ -128,9 +138,9 @@ def product(form: Form, x, ids, factors: tuple, scale, groups: Groups):
     Args:
       form: static.
       x: (e, positions, k).
-      ids: int (e,), what is no slot's number is the plain base: 0.
-      factors: one or two stacks (slots, k, r), (slots, r, n).
-      scale: (slots,).
+      ids: int (e,); a number that is no adapter's index is the plain base and gives 0.
+      factors: one or two stacks (adapters, k, r), (adapters, r, n).
+      scale: (adapters,).
       groups: of the elements of all rows.
 
     Returns:
@@ -152,21 +162,29 @@ def product(form: Form, x, ids, factors: tuple, scale, groups: Groups):
             for y, mapped in zip((x, ids), batched, strict=False)
         ]
         flat = [y.reshape(-1, *y.shape[2:]) for y in wide]
-        if form.way == "gathered":
+        if form.strategy == "gathered":
             y = _each(form, flat[0], flat[1], factors, scale)
         else:
-            run = _by_ragged if form.way == "ragged" else _by_tiles
+            run = _by_ragged if form.strategy == "ragged" else _by_tiles
             y = run(form, flat[0], factors, scale, groups)
         return y.reshape(*wide[1].shape, *y.shape[1:]), True
 
     return one_row(x, ids, factors, scale, groups)
 
 
-def take_slots(array, where, axis: int, fill=0):
-    """Slots of a stack by number; one that is not there gives `fill`.
+def nan_outside(ids: jax.Array, count: int) -> jax.Array:
+    """NaN for ids that are neither an adapter's index nor -1 (the plain base), else 0.
 
-    A slot is taken as one long run: XLA:CPU gathers number by number in a loop over the last dim,
-    and over a last dim of the rank's size (8) it takes three times as long.
+    Traced ids cannot be checked; adding this to a result makes a wrong id visible in its own row.
+    """
+    return jnp.where((ids < -1) | (ids >= count), jnp.nan, 0.0)
+
+
+def take_adapters(array: jax.Array, where: jax.Array, axis: int, fill: float = 0) -> jax.Array:
+    """Adapters of a stack by index; an index out of range gives `fill`.
+
+    An adapter is taken as one long run: XLA:CPU gathers number by number in a loop over the last
+    dim, and over a last dim of the rank's size (8) it takes three times as long.
     """
     shape = array.shape
     runs = array.reshape(*shape[: axis + 1], -1)
@@ -176,10 +194,9 @@ def take_slots(array, where, axis: int, fill=0):
 
 def _each(form: Form, x, ids, factors, scale):
     """Every element with factors gathered for it."""
-    which = jnp.where((ids >= 0) & (ids < scale.shape[0]), ids, scale.shape[0])
-
-    chosen = [take_slots(f, which, 0) for f in factors]
-    return _steps(form, x, chosen, take_slots(scale, which, 0))
+    which = checked_index(ids, scale.shape[0])
+    chosen = [take_adapters(f, which, 0) for f in factors]
+    return _steps(form, x, chosen, take_adapters(scale, which, 0))
 
 
 def _steps(form: Form, x, factors, scale):
@@ -201,9 +218,9 @@ def _steps(form: Form, x, factors, scale):
 
 def _by_tiles(form: Form, x, factors, scale, groups: Groups):
     elements, positions, width = x.shape
-    slots = scale.shape[0]
-    size = tile_size(elements, slots)
-    owner, source, target = _tiles(groups, slots, size)
+    count = scale.shape[0]
+    size = tile_size(elements, count)
+    owner, source, target = _tiles(groups, count, size)
     tiles = move(x, source, target, form.reverse_only)
     tiles = tiles.reshape(owner.shape[0], size * positions, width)
     y = _steps(form, tiles, [f[owner] for f in factors], scale[owner])
@@ -211,33 +228,33 @@ def _by_tiles(form: Form, x, factors, scale, groups: Groups):
     return move(y, target, source, form.reverse_only)
 
 
-def _tiles(groups: Groups, slots: int, size: int):
-    """Each tile's slot, the element at each of its places, and each element's place.
+def _tiles(groups: Groups, count: int, size: int):
+    """Each tile's adapter, the element at each of its places, and each element's place.
 
     Whatever is nowhere (the filling of a tile, an element of the plain base) has a number beyond
     the last.
     """
     elements = groups.which.shape[0]
-    count = tile_count(elements, slots)
-    sizes = groups.sizes[:slots]
+    tiles = tile_count(elements, count)
+    sizes = groups.sizes[:count]
     needed = -(-sizes // size)
     ends = jnp.cumsum(needed)
-    owner = jnp.searchsorted(ends, jnp.arange(count), side="right").clip(max=slots - 1)
+    owner = jnp.searchsorted(ends, jnp.arange(tiles), side="right").clip(max=count - 1)
     first = (ends - needed) * size - (jnp.cumsum(sizes) - sizes)
     target = groups.place + jnp.take(first, groups.which, mode="clip")
-    target = jnp.where(groups.which < slots, target, count * size)
+    target = jnp.where(groups.which < count, target, tiles * size)
     numbers = jnp.arange(elements, dtype=jnp.int32)
-    source = jnp.full(count * size, elements, jnp.int32)
+    source = jnp.full(tiles * size, elements, jnp.int32)
     return owner, source.at[target].set(numbers, mode="drop", unique_indices=True), target
 
 
 def _by_ragged(form: Form, x, factors, scale, groups: Groups):
     elements, positions, width = x.shape
-    slots = scale.shape[0]
-    sizes = groups.sizes[:slots] * positions
-    known = jnp.repeat(groups.which[groups.order] < slots, positions)[:, None]
+    count = scale.shape[0]
+    sizes = groups.sizes[:count] * positions
+    known = jnp.repeat(groups.which[groups.order] < count, positions)[:, None]
     y = move(x, groups.order, groups.place, form.reverse_only).reshape(-1, width)
-    # What `ragged_dot` does with rows behind the last group is nobody's promise.
+    # What `ragged_dot` does with rows behind the last group is unspecified.
     y = jnp.where(known, y, 0)
     spread = jnp.repeat(jnp.take(scale, groups.which[groups.order], mode="clip"), positions)
     for number, factor in enumerate(factors, start=1):

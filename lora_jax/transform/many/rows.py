@@ -18,8 +18,9 @@ from jax import lax
 
 from lora_jax import compat
 from lora_jax.array import Gain, LoraArray, LoraStack, SavedStack, count, is_lora, is_stack
+from lora_jax.dims import checked_index
 from lora_jax.dora import gains
-from lora_jax.transform.many.grouped import take_slots
+from lora_jax.transform.many.grouped import nan_outside, take_adapters
 
 
 def select(stacked, ids):
@@ -30,7 +31,7 @@ def select(stacked, ids):
 
     Args:
       stacked: from `stack`.
-      ids: int (rows,), a slot for each row; -1 for the plain base.
+      ids: int (rows,), an adapter index for each row; -1 for the plain base.
 
     Returns:
       The tree; its size is one adapter a row.
@@ -66,7 +67,7 @@ def checked(stacked, ids):
         known = np.asarray(ids)
         if len(bad := known[(known < -1) | (known >= number)]):
             raise ValueError(
-                f"`adapter_ids` has {sorted(set(bad.tolist()))}, but the stack has slots 0 to "
+                f"`adapter_ids` has {sorted(set(bad.tolist()))}, but the stack has adapters 0 to "
                 f"{number - 1} (-1 is the plain base)"
             )
     return ids
@@ -76,11 +77,11 @@ def select_leaf(x: LoraStack | SavedStack, ids):
     """One leaf of `select`; the ids have been checked."""
     number = x.count
     # The base and ids out of range read nothing: another's numbers never reach their rows.
-    where = jnp.where((ids >= 0) & (ids < number), ids, number)
-    poison = jnp.where((ids < -1) | (ids >= number), jnp.nan, 0.0)
+    where = checked_index(ids, number)
+    poison = nan_outside(ids, number)
 
     def pick(array, fill=0):
-        return take_slots(array, where, x.axis, fill)
+        return take_adapters(array, where, x.axis, fill)
 
     if isinstance(x, SavedStack):
         shape = (-1,) + (1,) * len(x.shape)
@@ -221,9 +222,9 @@ def axes_of(row_axes, flat: list, tree, rows: int) -> list[int | None]:
             continue
         if shape is None or axis >= len(shape) or shape[axis] != rows:
             raise ValueError(
-                f"`adapter_ids` has {rows} rows, but an argument of shape {shape} has not that "
-                f"many along axis {axis}; say with `row_axes` where arguments number their rows "
-                "(a prefix of (args, kwargs), None for what all rows share)"
+                f"`adapter_ids` has {rows} rows, but an argument of shape {shape} does not "
+                f"have that many along axis {axis}; pass `row_axes` to state where arguments "
+                "number their rows (a prefix of (args, kwargs), None for what all rows share)"
             )
         found.append(axis)
     return found
@@ -258,6 +259,6 @@ def _one_row(x, axis: int):
     if axis >= x.ndim or x.shape[axis] != 1:
         raise ValueError(
             f"an output of shape {x.shape} for a batch of one row has no axis of size 1 at {axis}: "
-            "say where the outputs number their rows with `out_axes` (None for what all rows share)"
+            "set `out_axes` to where outputs number their rows (None for what all rows share)"
         )
     return lax.squeeze(x, [axis])

@@ -1,11 +1,10 @@
 """Weights with many adapters inside the interpreter: one adapter for each row, or each token.
 
-The factors of such a weight hold all adapters (`Implicit.slots`); what a row sees of it is the
-same for all rows, only the row's ids differ. Operations that rearrange the weight rearrange every
-adapter (`mapped`); a product with it sorts or gathers (`lora_jax.transform.many.grouped`). What
-has no
-such form takes the row's own adapter out first (`picked`), and is an error where each token has
-its own.
+The factors of such a weight hold all adapters (`Implicit.adapter_count`). Every row sees the same
+weight, only the row's ids differ. An operation that rearranges the weight rearranges every adapter
+(`for_all`); a product with it sorts or gathers (`lora_jax.transform.many.grouped`). An operation
+with no such form first takes the row's own adapter out (`one_for_row`); where each token has its
+own adapter, that is an error.
 """
 
 import dataclasses
@@ -19,26 +18,27 @@ from jax import lax
 
 from lora_jax import compat
 from lora_jax.array import widened
-from lora_jax.dims import in_dims, out_dims
+from lora_jax.dims import checked_index, in_dims, out_dims
 from lora_jax.transform import base_weight, rules_consume
-from lora_jax.transform.implicit import Implicit, Unsupported, is_implicit
+from lora_jax.transform.implicit import Implicit, Unsupported, has_many, is_implicit
 from lora_jax.transform.labels import reorder
 from lora_jax.transform.low_rank import compute_dtype
 from lora_jax.transform.many import grouped
 from lora_jax.transform.many.token_axis import Positions
+from lora_jax.transform.primitive import ManyRule, Rule, binder
 
 # The parts of an implicit array that there is one of for each adapter.
 OWN = ("a", "b", "scale", "gain", "bias")
 
 
 @dataclasses.dataclass(frozen=True)
-class Chooser:
+class RowAdapters:
     """The adapters of one row of a batch, as its function sees them.
 
     Attributes:
       ids: int (), or (tokens,) where each token has its own.
       groups: all rows' ids, sorted.
-      way: "gathered", "grouped" or "ragged".
+      strategy: how products with them are computed.
       token_axes: for each array of the call's arguments, flat, the axis that numbers the tokens
         or None; None where the row has one adapter.
       positions: where the tokens are inside the function, known once it is traced.
@@ -46,17 +46,12 @@ class Chooser:
 
     ids: Any
     groups: grouped.Groups
-    way: str
+    strategy: grouped.Strategy
     token_axes: tuple | None = None
     positions: Positions | None = None
 
 
-def is_stacked(x) -> bool:
-    """Whether `x` is a weight with many adapters."""
-    return is_implicit(x) and x.slots > 0
-
-
-def picked(v: Implicit, ids, parts: Sequence[str] = OWN) -> Implicit:
+def select_adapters(v: Implicit, ids: jax.Array, parts: Sequence[str] = OWN) -> Implicit:
     """A weight with the adapter of each of `ids` in place of all (of the parts that are named).
 
     Args:
@@ -64,21 +59,20 @@ def picked(v: Implicit, ids, parts: Sequence[str] = OWN) -> Implicit:
       ids: int () or (n,): then the parts get `n` where they had the adapters.
       parts: which.
     """
-    known = (ids >= 0) & (ids < v.slots)
-    which = jnp.where(known, ids, v.slots)
-    poison = jnp.where(known | (ids == -1), 0.0, jnp.nan)
+    which = checked_index(ids, v.adapter_count)
+    poison = grouped.nan_outside(ids, v.adapter_count)
     axis = v.roles.count("s")
     own = {
-        part: grouped.take_slots(getattr(v, part), which, axis, 1 if part == "gain" else 0)
+        part: grouped.take_adapters(getattr(v, part), which, axis, 1 if part == "gain" else 0)
         for part in parts
         if getattr(v, part) is not None
     }
     shape = (1,) * axis + poison.shape
     own["scale"] = own["scale"] + poison.reshape(shape).astype(v.scale.dtype)
-    return dataclasses.replace(v, **own, slots=0 if "a" in parts else v.slots)
+    return dataclasses.replace(v, **own, adapter_count=0 if "a" in parts else v.adapter_count)
 
 
-def mapped(rule: Callable, values: Sequence):
+def map_adapters(rule: Callable, values: Sequence) -> Any:
     """A rule of the interpreter for single adapters, applied to all adapters of a stack.
 
     Args:
@@ -86,8 +80,8 @@ def mapped(rule: Callable, values: Sequence):
         all adapters.
       values: operands; stacks among them hold as many adapters.
     """
-    where = [i for i, x in enumerate(values) if is_stacked(x)]
-    slots = values[where[0]].slots
+    where = [i for i, x in enumerate(values) if has_many(x)]
+    count = values[where[0]].adapter_count
     own = [[getattr(values[i], part) for part in OWN] for i in where]
     axes = [
         [None if x is None else values[i].roles.count("s") for x in parts]
@@ -99,7 +93,7 @@ def mapped(rule: Callable, values: Sequence):
         full = list(values)
         for i, parts in zip(where, own, strict=True):
             changes = dict(zip(OWN, parts, strict=True))
-            full[i] = dataclasses.replace(values[i], slots=0, **changes)
+            full[i] = dataclasses.replace(values[i], adapter_count=0, **changes)
         out = rule(full)
         outs = list(out) if isinstance(out, list | tuple) else [out]
         blank = dict.fromkeys(OWN)
@@ -107,28 +101,28 @@ def mapped(rule: Callable, values: Sequence):
         shared = [dataclasses.replace(x, **blank) if is_implicit(x) else x for x in outs]
         return shared, [[getattr(x, p) for p in OWN] if is_implicit(x) else None for x in outs]
 
-    shared, own = jax.vmap(one, in_axes=(axes,), out_axes=(None, 0), axis_size=slots)(own)
-    outs = [_rejoined(x, parts, slots) for x, parts in zip(shared, own, strict=True)]
+    shared, own = jax.vmap(one, in_axes=(axes,), out_axes=(None, 0), axis_size=count)(own)
+    outs = [_rejoined(x, parts, count) for x, parts in zip(shared, own, strict=True)]
     return outs if forms[0] else outs[0]
 
 
-def _rejoined(x, parts, slots: int):
+def _rejoined(x: Any, parts: Any, count: int):
     if not is_implicit(x):
         return x
     axis = x.roles.count("s")
     moved = [None if p is None else jnp.moveaxis(p, 0, axis) for p in parts]
-    return dataclasses.replace(x, slots=slots, **dict(zip(OWN, moved, strict=True)))
+    return dataclasses.replace(x, adapter_count=count, **dict(zip(OWN, moved, strict=True)))
 
 
-def whole(context, v: Implicit, eqn, reason: str) -> Implicit:
+def row_adapter(context: Any, v: Implicit, eqn: Any, reason: str) -> Implicit:
     """The row's own adapter for an operation that has no form for many.
 
     Raises:
       ValueError: each token has its own.
     """
-    chooser = context.chooser
-    if chooser.token_axes is None:
-        return picked(v, chooser.ids)
+    adapters = context.row_adapters
+    if adapters.token_axes is None:
+        return select_adapters(v, adapters.ids)
     raise ValueError(
         f"`{v.path}` has no adapter for each token in `{compat.name_of(eqn)}` at "
         f"{compat.source_line(eqn, context.lines[-1])}: {reason}. Give `adapter_ids` one for each "
@@ -136,12 +130,14 @@ def whole(context, v: Implicit, eqn, reason: str) -> Implicit:
     )
 
 
-def _token_axis(context, v: Implicit, eqn, operand: int, among: Sequence[int]) -> int | None:
+def _token_axis(
+    context: Any, v: Implicit, eqn: Any, operand: int, among: Sequence[int]
+) -> int | None:
     """The axis of an operand that numbers the tokens, None where the row has one adapter."""
-    chooser = context.chooser
-    if chooser.token_axes is None:
+    adapters = context.row_adapters
+    if adapters.token_axes is None:
         return None
-    var, positions = eqn.invars[operand], chooser.positions
+    var, positions = eqn.invars[operand], adapters.positions
     axes = set() if isinstance(var, compat.Literal) else set(positions.axes.get(var, ()))
     if len(found := axes & set(among)) == 1:
         return found.pop()
@@ -156,31 +152,31 @@ def _token_axis(context, v: Implicit, eqn, operand: int, among: Sequence[int]) -
         else "nothing in it is numbered by the tokens of `token_axes`"
     )
     shape = getattr(var.aval, "shape", ())
-    whole(context, v, eqn, f"the other operand has shape {shape}, and {why}")
+    row_adapter(context, v, eqn, f"the other operand has shape {shape}, and {why}")
     return None
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen:
-    """What `contraction.dot_general` needs of a weight with many adapters.
+class ManyProduct:
+    """How `rules_consume.dot_general` multiplies with a weight that holds many adapters.
 
     Attributes:
-      chooser: of the call.
+      adapters: of the call.
       v: the weight with all of them.
       token: the axis of the activation that numbers the tokens, or None.
     """
 
-    chooser: Chooser
+    adapters: RowAdapters
     v: Implicit
     token: int | None
 
     def spread(self, v: Implicit) -> tuple[Implicit, list]:
         """The weight with scale, gain and bias chosen, and the label of the axis they then have."""
-        v = picked(v, self.chooser.ids, ("scale", "gain", "bias"))
+        v = select_adapters(v, self.adapters.ids, ("scale", "gain", "bias"))
         return v, [] if self.token is None else [("x", self.token)]
 
     def low_rank(self, v, x, x_labels, out_labels, *, contracted, dtype, precision):
-        """As `labelled.low_rank`: `scale · (x·A)·B` with each element's own factors."""
+        """As `low_rank.low_rank`: `scale · (x·A)·B` with each element's own factors."""
         compute = compute_dtype(x, self.v)
         first, second, before, after = _matrices(self.v, contracted)
         token = [("x", self.token)] if self.token is not None else []
@@ -189,9 +185,9 @@ class Chosen:
         units = [s for s in x_labels if s[0] == "w" and s not in summed]
         shape = dict(zip(x_labels, x.shape, strict=True))
         x = reorder(x, x_labels, token + free + summed + units)
-        elements = self.chooser.ids.size
+        elements = self.adapters.ids.size
         x = x.reshape(elements, -1, first.shape[1])
-        y = _product(self.chooser, v, x, (first, second), self.v.scale.reshape(-1),
+        y = _product(self.adapters, v, x, (first, second), self.v.scale.reshape(-1),
                      (precision, compute, widened(compute), dtype))  # fmt: skip
         have = token + free + [("w", d) for d in after]
         shape |= {("w", d): self.v.shape[d] for d in after}
@@ -200,21 +196,27 @@ class Chosen:
         return lax.reshape(y, [shape.get(s, 1) for s in out_labels])
 
 
-def _product(chooser: Chooser, v: Implicit, x, factors: tuple, scale, dtypes: tuple):
+def _product(adapters: RowAdapters, v: Implicit, x, factors: tuple, scale, dtypes: tuple):
     precision, compute, wide, result = dtypes
-    way = grouped.on_device(chooser.way)
-    form = grouped.Form(precision, compute, wide, result, way, v.reverse_only)
-    ids = jnp.reshape(chooser.ids, (-1,))
-    y = grouped.product(form, x, ids, factors, scale, chooser.groups)
-    poison = jnp.where((ids < -1) | (ids >= scale.shape[0]), jnp.nan, 0.0)
+    form = grouped.Form(
+        precision=precision,
+        compute=compute,
+        wide=wide,
+        result=result,
+        strategy=grouped.on_device(adapters.strategy),
+        reverse_only=v.reverse_only,
+    )
+    ids = jnp.reshape(adapters.ids, (-1,))
+    y = grouped.product(form, x, ids, factors, scale, adapters.groups)
+    poison = grouped.nan_outside(ids, scale.shape[0])
     return y + poison[:, None, None].astype(y.dtype)
 
 
 def _matrices(v: Implicit, contracted):
-    """The factors as `(slots, summed, r)`, `(slots, r, kept)`, and the dims they stand for."""
+    """Factors `(adapters, summed, r)` and `(adapters, r, kept)`, and the dims they stand for."""
     ins, outs = in_dims(v.roles), out_dims(v.roles)
-    a = v.a.reshape(v.slots, -1, v.rank)
-    b = v.b.reshape(v.slots, v.rank, -1)
+    a = v.a.reshape(v.adapter_count, -1, v.rank)
+    b = v.b.reshape(v.adapter_count, v.rank, -1)
     if _a_first(v, contracted):
         return a, b, ins, outs
     return jnp.swapaxes(b, 1, 2), jnp.swapaxes(a, 1, 2), outs, ins
@@ -237,73 +239,78 @@ def _is_matrix(v: Implicit, contracted, batched) -> bool:
     )
 
 
-def dot_general(context, eqn, values: Sequence, bind: Callable, use: int):
+def dot_general(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
     """A product with a weight of many adapters."""
-    side = 0 if is_stacked(values[0]) else 1
+    side = 0 if has_many(values[0]) else 1
     v, x = values[side], values[1 - side]
+    bind, use = binder(eqn), context.next_use(v)
     if is_implicit(x):
         raise Unsupported("product of two adapted weights")
     contracting, batching = eqn.params["dimension_numbers"]
     taken = {*contracting[1 - side], *batching[1 - side]}
     free = [d for d in range(x.ndim) if d not in taken]
     token = _token_axis(context, v, eqn, 1 - side, free)
-    chooser = context.chooser
+    adapters = context.row_adapters
     if _is_matrix(v, contracting[side], batching[side]):
-        chosen = Chosen(chooser, v, token)
-        return rules_consume.dot_general(
-            values[0], values[1], bind, use, chosen=chosen, **eqn.params
-        )
+        many = ManyProduct(adapters, v, token)
+        return rules_consume.dot_general(values[0], values[1], bind, use, many=many, **eqn.params)
 
     def one(v, x):
         lhs, rhs = (v, x) if side == 0 else (x, v)
         return rules_consume.dot_general(lhs, rhs, bind, use, **eqn.params)
 
     if token is None:
-        return one(picked(v, chooser.ids), x)
+        return one(select_adapters(v, adapters.ids), x)
     kept = v.ndim - len(contracting[side]) - len(batching[side])
     out = len(batching[0]) + free.index(token) + (kept if side == 0 else 0)
 
     def one_token(number, token_id, x):
-        own = picked(v, token_id)
+        own = select_adapters(v, token_id)
         if v.key is not None:
             keys = jax.vmap(lambda k: jax.random.fold_in(k, number))(v.key.reshape(-1))
             own = dataclasses.replace(own, key=keys.reshape(v.key.shape))
         return lax.squeeze(one(own, lax.expand_dims(x, [token])), [out])
 
     run = jax.vmap(one_token, in_axes=(0, 0, token), out_axes=out)
-    return run(jnp.arange(chooser.ids.size), chooser.ids, x)
+    return run(jnp.arange(adapters.ids.size), adapters.ids, x)
 
 
-def gather(context, eqn, values: Sequence, bind: Callable):
+def gather(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
     """A lookup in a table with many adapters."""
     v, indices = values
-    if not is_stacked(v):
+    if not has_many(v):
         raise Unsupported("a weight used as indices")
     if not _is_lookup(v, indices, eqn.params):
         reason = "it is no lookup of rows or columns of a table"
-        v = whole(context, v, eqn, reason)
-        return rules_consume.gather(v, indices, bind, **eqn.params)
+        return one_for_row(reason)(context, eqn, values, rule)
     if v.bias is not None:
         raise Unsupported("lookup of a weight whose adapter has a bias")
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     token = _token_axis(context, v, eqn, 1, range(indices.ndim - 1))
-    chooser = context.chooser
+    adapters = context.row_adapters
     (d,), (axis,) = numbers.start_index_map, numbers.offset_dims
-    base = base_weight.rows(v, indices, bind, dimension_numbers=numbers, slice_sizes=sizes,
-                       mode=eqn.params["mode"], fill_value=eqn.params["fill_value"])  # fmt: skip
+    base = base_weight.rows(
+        v,
+        indices,
+        binder(eqn),
+        dimension_numbers=numbers,
+        slice_sizes=sizes,
+        mode=eqn.params["mode"],
+        fill_value=eqn.params["fill_value"],
+    )
     index = _index(indices[..., 0], v.shape[d], eqn.params["mode"])
     if token is not None:
         index = jnp.moveaxis(index, token, 0)
-    which = jnp.where((chooser.ids >= 0) & (chooser.ids < v.slots), chooser.ids, v.slots)
+    which = checked_index(adapters.ids, v.adapter_count)
     which = lax.broadcast_in_dim(which, index.shape, tuple(range(which.ndim)))
     at_a = v.roles[d] == "i"
     table = v.a if at_a else jnp.swapaxes(v.b, 1, 2)
     other = v.b if at_a else jnp.swapaxes(v.a, 1, 2)
     rows = table.at[which, index].get(mode="fill", fill_value=0)
     wide = widened(v.a.dtype)
-    x = rows.reshape(chooser.ids.size, -1, v.rank)
+    x = rows.reshape(adapters.ids.size, -1, v.rank)
     form = (lax.Precision.HIGHEST, wide, wide, wide)
-    change = _product(chooser, v, x, (other,), v.scale, form).reshape(*index.shape, -1)
+    change = _product(adapters, v, x, (other,), v.scale, form).reshape(*index.shape, -1)
 
     def placed(y):
         return y if token is None else jnp.moveaxis(y, 0, token)
@@ -332,36 +339,23 @@ def _is_lookup(v: Implicit, indices, params: dict) -> bool:
     )
 
 
-def _index(index, size: int, mode):
-    """Indices of which those out of range are beyond the last, or at the end, as `mode` says."""
+def _index(index: jax.Array, size: int, mode: lax.GatherScatterMode) -> jax.Array:
+    """Indices, those out of range made one beyond the last, or clipped: as `mode` has it."""
     if mode == lax.GatherScatterMode.FILL_OR_DROP:
-        return jnp.where((index >= 0) & (index < size), index, size)
+        return checked_index(index, size)
     return jnp.clip(index, 0, size - 1)
 
 
-# Operations that take each row's own adapter, and why they have none for each token.
-_REASONS = {
-    "conv_general_dilated": "a convolution mixes the tokens under its window",
-    "ragged_dot_general": "experts have their tokens in another order",
-    "shard_map": "it goes into a shard_map",
-}
+def for_all(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
+    """The rule of an operation that rearranges a weight: it rearranges every adapter alike."""
+    return map_adapters(functools.partial(rule, context, eqn), values)
 
 
-def apply(context, eqn, values: Sequence, bind: Callable, rule: Callable):
-    """An equation whose operands hold weights with many adapters.
+def one_for_row(reason: str) -> ManyRule:
+    """Takes the row's own adapter; an error with this reason where each token has its own."""
 
-    Args:
-      context, eqn, values: as for every rule of the interpreter.
-      bind: binds the original primitive.
-      rule: for weights with one adapter, `rule(context, eqn, values)`.
-    """
-    name = compat.name_of(eqn)
-    if name == "dot_general":
-        v = next(x for x in values if is_stacked(x))
-        return dot_general(context, eqn, values, bind, context.next_use(v))
-    if name == "gather":
-        return gather(context, eqn, values, bind)
-    if name in _REASONS:
-        values = [whole(context, x, eqn, _REASONS[name]) if is_stacked(x) else x for x in values]
+    def apply(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
+        values = [row_adapter(context, x, eqn, reason) if has_many(x) else x for x in values]
         return rule(context, eqn, values)
-    return mapped(functools.partial(rule, context, eqn), values)
+
+    return apply

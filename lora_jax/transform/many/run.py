@@ -1,14 +1,14 @@
-"""Both ways to run a batch whose rows, or tokens, have adapters of their own.
+"""The strategies for a batch whose rows, or tokens, have adapters of their own.
 
 Gathered: each row's factors are copied out of the stack, once for the call, and meet the row's
 activations in batched products. Grouped: the factors stay where they are, and the rows (or tokens)
-are sorted by adapter (`lora_jax.transform.many.grouped`). `way_of` there says
-which one a call takes.
+are sorted by adapter (`lora_jax.transform.many.grouped`, where
+`choose_strategy` picks one of the two).
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from lora_jax import paths
 from lora_jax.array import LoraStack, SavedStack, count, is_leaf, is_lora, is_stack
 from lora_jax.transform.many import grouped
 from lora_jax.transform.many.rows import axes_of, checked, rowwise, select, select_leaf
-from lora_jax.transform.many.rules import Chooser
+from lora_jax.transform.many.rules import RowAdapters
 
-WAYS = ("gathered", "grouped", "ragged")
+STRATEGIES: tuple[grouped.Strategy, ...] = get_args(grouped.Strategy)
 
 
 class Call(NamedTuple):
@@ -48,36 +48,47 @@ def gathered(single: Callable, chosen, call: Call):
     return _rows(row, chosen, jnp.arange(first.count), call)
 
 
-def run(single: Callable, row: Callable, stacked, ids, call: Call, token_axes, way: str | None):
+def run(
+    single: Callable,
+    row: Callable,
+    stacked: Any,
+    ids: Any,
+    call: Call,
+    *,
+    token_axes: Any,
+    strategy: grouped.Strategy | None,
+) -> Any:
     """Runs rows that choose from a stack.
 
     Args:
       single: the function for one adapter.
-      row: the same for one row of many, `row(chooser, tree, args, kwargs, key)`.
+      row: the same for one row of many, `row(adapters, tree, args, kwargs, key)`.
       stacked: from `lora.stack`.
       ids: int (rows,) or (rows, tokens).
       call: what to call it with.
-      token_axes, way: as in `lorafy`.
+      token_axes, strategy: as in `lorafy`.
     """
-    if way is not None and way not in WAYS:
-        raise ValueError(f"`adapter_way` must be one of {', '.join(WAYS)} or None, got {way!r}")
+    if strategy is not None and strategy not in STRATEGIES:
+        raise ValueError(
+            f"`adapter_strategy` must be one of {', '.join(STRATEGIES)} or None, got {strategy!r}"
+        )
     ids = checked(stacked, ids)
     by_token = ids.ndim == 2 and ids.shape[1] != 1
     if not by_token:
         ids = ids.reshape(ids.shape[0])
-    slots = count(stacked)
+    number = count(stacked)
     leaves = jax.tree.leaves(stacked, is_leaf=is_lora)
     rank = max((x.rank for x in leaves if isinstance(x, LoraStack)), default=0)
-    if way is None:
+    if strategy is None:
         positions = 1 if by_token else _positions(call, ids.shape[0])
-        way = grouped.way_of(ids.size, positions, slots, rank)
-    if way == "gathered" and not by_token:
+        strategy = grouped.choose_strategy(ids.size, positions, number, rank)
+    if strategy == "gathered" and not by_token:
         return gathered(single, select(stacked, ids), call)
     axes = _token_axes(token_axes, call, ids) if by_token else None
-    groups = grouped.sort(ids.reshape(-1), slots)
+    groups = grouped.sort(ids.reshape(-1), number)
 
     def one(row_ids, tree, args, kwargs, key):
-        return row(Chooser(row_ids, groups, way, axes), tree, args, kwargs, key)
+        return row(RowAdapters(row_ids, groups, strategy, axes), tree, args, kwargs, key)
 
     return _rows(one, _saved_chosen(stacked, ids), ids, call)
 
@@ -138,14 +149,14 @@ def _token_axes(token_axes, call: Call, ids) -> tuple:
             axis = axis if fits and row_axis not in (None, axis) else None
         elif axis is not None and not fits:
             raise ValueError(
-                f"`adapter_ids` has {tokens} tokens a row, but an argument of shape {shape} has "
-                f"not that many along axis {axis}, as `token_axes` says"
+                f"`adapter_ids` has {tokens} tokens a row, but an argument of shape {shape} does "
+                f"not have that many along axis {axis}, which `token_axes` names"
             )
         found.append(axis)
     if all(axis is None for axis in found):
         raise ValueError(
             f"`adapter_ids` has shape {tuple(ids.shape)}, but no argument has {tokens} entries "
-            "along the axis of its tokens: say with `token_axes` where arguments number their "
-            "tokens (a prefix of (args, kwargs), None where they do not)"
+            "along the axis of its tokens: pass `token_axes` to state where arguments number "
+            "their tokens (a prefix of (args, kwargs), None where they do not)"
         )
     return tuple(found)

@@ -9,13 +9,13 @@ convolution over them, a flattened batch, a lookup of some positions): what come
 adapter for each token, and a product there is an error rather than a guess.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from lora_jax import compat
 from lora_jax.dims import reshape_groups
+from lora_jax.transform.primitive import Axes, Primitive, TokenRule, inner_jaxpr
 
-Axes = frozenset  # of the axes that number the tokens
 _NONE: Axes = frozenset()
 
 
@@ -25,59 +25,49 @@ class Positions(NamedTuple):
     Attributes:
       axes: the axes that number the tokens.
       lost: where they were lost on the way to a variable that has none.
+      primitives: the row of each primitive.
     """
 
     axes: dict
     lost: dict
+    primitives: Mapping[str, Primitive]
 
 
-# Operations on operands of one shape (or numbers), position by position.
-_ELEMENTWISE = frozenset(
-    "add add_any sub mul div rem max min pow integer_pow square exp exp2 log log1p expm1 tanh sin "
-    "cos tan asin acos atan sinh cosh asinh acosh atanh atan2 logistic erf erfc erf_inv lgamma "
-    "digamma sqrt rsqrt cbrt abs neg sign floor ceil round is_finite not and or xor shift_left "
-    "shift_right_logical shift_right_arithmetic eq ne lt le gt ge select_n clamp nextafter "
-    "convert_element_type stop_gradient copy copy_p name reduce_precision pvary real imag conj "
-    "complex population_count clz sharding_constraint bitcast_convert_type cumsum cumprod cummax "
-    "cummin cumlogsumexp".split()
-)
-
-_REDUCTIONS = frozenset(
-    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split()
-)
-
-
-def follow(jaxpr, given: Sequence[Axes]) -> Positions:
+def follow(jaxpr: Any, given: Sequence[Axes], primitives: Mapping[str, Primitive]) -> Positions:
     """Follows the tokens' axis through a jaxpr and all that it holds.
 
     Args:
       jaxpr: an open jaxpr.
       given: the axes of each of its invars.
+      primitives: the table of rows.
     """
-    found = Positions({}, {})
+    found = Positions({}, {}, primitives)
     _walk(found, jaxpr, given)
     return found
 
 
-def _walk(found: Positions, jaxpr, given: Sequence[Axes]) -> list[Axes]:
+def _walk(found: Positions, jaxpr: Any, given: Sequence[Axes]) -> list[Axes]:
     jaxpr, _ = compat.open_jaxpr(jaxpr)
     for v, axes in zip(jaxpr.invars, given, strict=True):
         # A jaxpr that is called twice (a jitted helper) is one set of variables.
         found.axes[v] = found.axes.get(v, _NONE) | axes
     for eqn in jaxpr.eqns:
         name = compat.name_of(eqn)
+        row = found.primitives.get(name)
         ins = [_of(found, v) for v in eqn.invars]
-        if name in _LOOPS:
-            outs = _LOOPS[name](found, eqn, ins)
-        elif (inner := _inner(eqn)) is not None:
+        # A primitive without a row may run a jaxpr too: custom calls of other libraries do.
+        body = "call" if row is None else row.body
+        if body in _LOOPS:
+            outs = _LOOPS[body](found, eqn, ins)
+        elif body == "call" and (inner := _inner(eqn)) is not None:
             outs = _walk(found, inner, ins)
         else:
-            outs = _outs(name, eqn, ins)
+            outs = _outs(eqn, ins, lost if row is None else row.tokens)
         _note(found, name, eqn, ins, outs)
     return [_of(found, v) for v in jaxpr.outvars]
 
 
-def _note(found: Positions, name: str, eqn, ins: Sequence[Axes], outs: Sequence[Axes]):
+def _note(found: Positions, name: str, eqn: Any, ins: Sequence[Axes], outs: Sequence[Axes]) -> None:
     before = [found.lost[v] for v in eqn.invars if not _literal(v) and v in found.lost]
     for v, axes in zip(eqn.outvars, outs, strict=True):
         found.axes[v] = found.axes.get(v, _NONE) | axes
@@ -89,40 +79,42 @@ def _note(found: Positions, name: str, eqn, ins: Sequence[Axes], outs: Sequence[
             found.lost[v] = before[0]
 
 
-def _literal(v) -> bool:
+def _literal(v: Any) -> bool:
     return isinstance(v, compat.Literal)
 
 
-def _of(found: Positions, v) -> Axes:
+def _of(found: Positions, v: Any) -> Axes:
     return _NONE if _literal(v) else found.axes.get(v, _NONE)
 
 
-def _inner(eqn):
-    """The jaxpr of an operation that simply runs one."""
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = eqn.params.get(key)
-        if inner is not None and hasattr(inner, "eqns"):
-            inner, _ = compat.open_jaxpr(inner)
-            return inner if len(inner.invars) == len(eqn.invars) else None
-    return None
+def _inner(eqn: Any) -> Any:
+    """The jaxpr of an operation that simply runs one on its own operands."""
+    inner = inner_jaxpr(eqn)
+    if inner is None or not hasattr(inner, "eqns"):
+        return None
+    inner, _ = compat.open_jaxpr(inner)
+    return inner if len(inner.invars) == len(eqn.invars) else None
 
 
-def _outs(name: str, eqn, ins: Sequence[Axes]) -> list[Axes]:
-    shapes = [tuple(getattr(v.aval, "shape", ())) for v in eqn.invars]
-    if name in _ELEMENTWISE:
-        return [_together(shapes, ins, tuple(v.aval.shape)) for v in eqn.outvars]
-    if name in _REDUCTIONS:
-        gone = sorted(d % len(shapes[0]) for d in eqn.params["axes"])
-        return [_without(ins[0], gone)]
-    rule = _RULES.get(name)
-    if rule is None:
-        return [_NONE] * len(eqn.outvars)
-    outs = rule(eqn, shapes, ins)
+def _outs(eqn: Any, ins: Sequence[Axes], rule: TokenRule) -> list[Axes]:
+    outs = rule(eqn, [tuple(getattr(v.aval, "shape", ())) for v in eqn.invars], ins)
     return outs if isinstance(outs, list) else [outs] * len(eqn.outvars)
 
 
-def _together(shapes, ins: Sequence[Axes], shape) -> Axes:
-    return frozenset().union(*(a for s, a in zip(shapes, ins, strict=True) if s == shape))
+def lost(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
+    """Positions are moved, cut or joined, or the operation is not known."""
+    return _NONE
+
+
+def elementwise(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> list[Axes]:
+    """Position by position, on operands of the result's shape (or numbers)."""
+    same = [tuple(v.aval.shape) for v in eqn.outvars]
+    pairs = list(zip(shapes, ins, strict=True))
+    return [frozenset().union(*(axes for s, axes in pairs if s == shape)) for shape in same]
+
+
+def reduction(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
+    return _without(ins[0], sorted(d % len(shapes[0]) for d in eqn.params["axes"]))
 
 
 def _without(axes: Axes, gone: Sequence[int]) -> Axes:
@@ -133,17 +125,17 @@ def _moved(axes: Axes, where: dict) -> Axes:
     return frozenset(where[d] for d in axes if d in where)
 
 
-def _transpose(eqn, shapes, ins):
+def transpose(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     return _moved(ins[0], {old: new for new, old in enumerate(eqn.params["permutation"])})
 
 
-def _broadcast(eqn, shapes, ins):
+def broadcast(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     p, (old, *_) = eqn.params, shapes
     where = {d: new for d, new in enumerate(p["broadcast_dimensions"]) if p["shape"][new] == old[d]}
     return _moved(ins[0], where)
 
 
-def _reshape(eqn, shapes, ins):
+def reshape(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     """An axis that is neither joined with another nor split."""
     old, new = shapes[0], tuple(eqn.params["new_sizes"])
     if eqn.params.get("dimensions") is not None or 0 in old:
@@ -159,11 +151,11 @@ def _reshape(eqn, shapes, ins):
     return _moved(ins[0], where)
 
 
-def _squeeze(eqn, shapes, ins):
+def squeeze(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     return _without(ins[0], [d % len(shapes[0]) for d in eqn.params["dimensions"]])
 
 
-def _whole(eqn, shapes, ins):
+def uncut(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     """Slices and paddings: axes that come out as long as they were."""
     after = tuple(eqn.outvars[0].aval.shape)
     return frozenset(d for d in ins[0] if after[d] == shapes[0][d] and not _shifted(eqn, d))
@@ -174,10 +166,10 @@ def _shifted(eqn, d: int) -> bool:
     return config is not None and tuple(config[d]) != (0, 0, 0)
 
 
-def _except(key: str) -> Callable:
+def except_along(key: str) -> TokenRule:
     """Operations along one axis, or several, that leave the others alone."""
 
-    def rule(eqn, shapes, ins):
+    def rule(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
         along = eqn.params[key]
         gone = set(along) if isinstance(along, tuple | list) else {along}
         count = len(shapes[0])
@@ -187,20 +179,20 @@ def _except(key: str) -> Callable:
     return rule
 
 
-def _top_k(eqn, shapes, ins):
+def top_k(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     return ins[0] - {eqn.params.get("axis", -1) % len(shapes[0])}
 
 
-def _stack(eqn, shapes, ins):
+def stack(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     axis = eqn.params["axis"]
     return frozenset(d + (d >= axis) for d in frozenset().union(*ins))
 
 
-def _unstack(eqn, shapes, ins):
+def unstack(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     return _without(ins[0], [eqn.params["axis"]])
 
 
-def _dot(eqn, shapes, ins):
+def dot(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     summed, batch = eqn.params["dimension_numbers"]
     out, start = set(), len(batch[0])
     for shape, sums, batched, axes in zip(shapes, summed, batch, ins, strict=True):
@@ -211,14 +203,14 @@ def _dot(eqn, shapes, ins):
     return frozenset(out)
 
 
-def _conv(eqn, shapes, ins):
+def conv(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     """Windows mix positions; a batch axis stays."""
     numbers = eqn.params["dimension_numbers"]
     batch = numbers.lhs_spec[0] in ins[0] and eqn.params["batch_group_count"] == 1
     return frozenset({numbers.out_spec[0]} if batch else ())
 
 
-def _gather(eqn, shapes, ins):
+def gather(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     """What is looked up at each token; and the tokens of a table that is taken whole."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     rank = len(eqn.outvars[0].aval.shape)
@@ -232,48 +224,21 @@ def _gather(eqn, shapes, ins):
     return frozenset(out)
 
 
-def _first(eqn, shapes, ins):
+def first(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     """Writing into an array: what was there stays in its place."""
     return ins[0]
 
 
-def _update(eqn, shapes, ins):
+def update(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     same = frozenset(d for d in ins[1] if shapes[1][d] == shapes[0][d])
     return ins[0] | same
 
 
-def _each(eqn, shapes, ins):
+def pairwise(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> list[Axes]:
     return list(ins[: len(eqn.outvars)])
 
 
-_RULES: dict[str, Callable] = {
-    "transpose": _transpose,
-    "broadcast_in_dim": _broadcast,
-    "reshape": _reshape,
-    "squeeze": _squeeze,
-    "slice": _whole,
-    "dynamic_slice": _whole,
-    "pad": _whole,
-    "rev": _except("dimensions"),
-    "sort": _except("dimension"),
-    "concatenate": _except("dimension"),
-    "split": _except("axis"),
-    "top_k": _top_k,
-    "stack": _stack,
-    "unstack": _unstack,
-    "dot_general": _dot,
-    "conv_general_dilated": _conv,
-    "gather": _gather,
-    "scatter": _first,
-    "scatter-add": _first,
-    "scatter_add": _first,
-    "dynamic_update_slice": _update,
-    "optimization_barrier": _each,
-    "device_put": _each,
-}
-
-
-def _scan(found: Positions, eqn, ins: Sequence[Axes]) -> list[Axes]:
+def _scan(found: Positions, eqn: Any, ins: Sequence[Axes]) -> list[Axes]:
     n_consts, n_carry = compat.scan_counts(eqn.params, len(ins))
     consts, carry = ins[:n_consts], list(ins[n_consts : n_consts + n_carry])
     xs = [frozenset(d - 1 for d in a if d > 0) for a in ins[n_consts + n_carry :]]
@@ -285,7 +250,7 @@ def _scan(found: Positions, eqn, ins: Sequence[Axes]) -> list[Axes]:
     return carry + [frozenset(d + 1 for d in a) for a in outs[n_carry:]]
 
 
-def _while(found: Positions, eqn, ins: Sequence[Axes]) -> list[Axes]:
+def _while(found: Positions, eqn: Any, ins: Sequence[Axes]) -> list[Axes]:
     p = eqn.params
     start, end = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
 
@@ -307,7 +272,7 @@ def _settled(body: Callable, carry: list[Axes]) -> tuple[list[Axes], list[Axes]]
         carry = after
 
 
-def _cond(found: Positions, eqn, ins: Sequence[Axes]) -> list[Axes]:
+def _cond(found: Positions, eqn: Any, ins: Sequence[Axes]) -> list[Axes]:
     each = [_walk(found, branch, ins[1:]) for branch in eqn.params["branches"]]
     return [frozenset().union(*outs) for outs in zip(*each, strict=True)]
 

@@ -88,7 +88,7 @@ def stacked(adapters):
 
 
 RUNS = {
-    way: jax.jit(lora.lorafy(model, strict=True, adapter_way=way))
+    way: jax.jit(lora.lorafy(model, strict=True, adapter_strategy=way))
     for way in ("gathered", "grouped", "ragged")
 }
 
@@ -113,7 +113,7 @@ def test_a_quantized_base_takes_them_too():
     base = lora.quantize(PARAMS, ("layers", "experts"), roles=ROLES, **options)
     some = [make(1, base, rank=2), make(2, base, rank=3)]
     trainable, frozen = lora.split(lora.stack(some, train=True))
-    run = lora.lorafy(model, adapter_way="grouped")
+    run = lora.lorafy(model, adapter_strategy="grouped")
     floats = lora.dequantize(base)
 
     def alone(tree):
@@ -149,7 +149,9 @@ def test_ids_out_of_range_and_a_damaged_neighbour(stacked):
     assert np.isfinite(got[:2]).all() and np.isnan(got[2]).all()
     got = run(stacked, TOKENS, adapter_ids=jnp.array([0, 3, -2]))
     assert np.isfinite(got[0]).all() and np.isnan(got[1:]).all()
-    with pytest.raises(ValueError, match=r"`adapter_ids` has \[3\], but the stack has slots 0 to"):
+    with pytest.raises(
+        ValueError, match=r"`adapter_ids` has \[3\], but the stack has adapters 0 to"
+    ):
         lora.lorafy(model)(stacked, TOKENS, adapter_ids=BY_TOKEN.at[0, 0].set(3))
 
 
@@ -166,7 +168,7 @@ def test_training_moves_each_tokens_own_adapter(adapters):
 
     want = grads(lambda tree: by_hand(tree, TOKENS, ids))
     for reverse_only in (False, True):
-        run = lora.lorafy(model, adapter_way="grouped", reverse_only=reverse_only)
+        run = lora.lorafy(model, adapter_strategy="grouped", reverse_only=reverse_only)
         got = grads(lambda tree, run=run: run(tree, TOKENS, adapter_ids=ids))
         jax.tree.map(
             # Sums of many products of size one, in another order.
@@ -191,7 +193,7 @@ def test_no_factor_is_copied_for_every_row():
     copies = f"[{rows},{dim},{rank}]", f"[{rows},{rank},{dim}]"
     found = {}
     for way in ("gathered", "grouped", None):
-        run = jax.jit(lora.lorafy(fn, adapter_way=way))
+        run = jax.jit(lora.lorafy(fn, adapter_strategy=way))
         text = run.lower(stack, x, adapter_ids=jnp.zeros(rows, int)).compile().as_text()
         found[way] = any(shape in text for shape in copies)
     assert found == {"gathered": True, "grouped": False, None: False}
@@ -199,12 +201,12 @@ def test_no_factor_is_copied_for_every_row():
 
 def test_the_way_follows_the_shape():
     # Decoding: few adapters for many rows are sorted, as many as rows are gathered.
-    assert grouped.way_of(64, 1, 8, 8) == "grouped"
-    assert grouped.way_of(64, 1, 2048, 8) == "gathered"
+    assert grouped.choose_strategy(64, 1, 8, 8) == "grouped"
+    assert grouped.choose_strategy(64, 1, 2048, 8) == "gathered"
     # A prompt or a training row has more tokens than the rank.
-    assert grouped.way_of(8, 512, 4, 8) == "gathered"
+    assert grouped.choose_strategy(8, 512, 4, 8) == "gathered"
     # An adapter for each token.
-    assert grouped.way_of(4096, 1, 8, 8) == "grouped"
+    assert grouped.choose_strategy(4096, 1, 8, 8) == "grouped"
     assert grouped.tile_size(4096, 8) == 64
     assert grouped.tile_size(1, 8) == 1
 
@@ -269,10 +271,14 @@ def test_what_cannot_be_per_token_is_said(adapters, stacked):
     shaped(together, TOKENS)  # the lookup comes before the sum
     with pytest.raises(ValueError, match="no argument has 4 entries along the axis of its tokens"):
         shaped(model, TOKENS[:, :3])
-    with pytest.raises(ValueError, match="has not that many along axis 1, as `token_axes` says"):
+    with pytest.raises(
+        ValueError, match="does not have that many along axis 1, which `token_axes` names"
+    ):
         shaped(model, TOKENS[:, :3], token_axes=((1,), {}))
-    with pytest.raises(ValueError, match="`adapter_way` must be one of gathered, grouped, ragged"):
-        shaped(model, TOKENS, adapter_way="sorted")
+    with pytest.raises(
+        ValueError, match="`adapter_strategy` must be one of gathered, grouped, ragged"
+    ):
+        shaped(model, TOKENS, adapter_strategy="sorted")
     config = lora.LoraConfig(rank=1, target_modules=("layers",), modules_to_save=("table",),
                              roles={"layers": "sio"})  # fmt: skip
     plan = lora.plan(config, model, PARAMS, TOKENS)

@@ -1,0 +1,223 @@
+"""Which dims of an operand each dim of an operation's result is made of.
+
+The functions of `(eqn, k)` fill the `DimFlow` of a primitive's row; `k` is the operand's number.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lora_jax.dims import reshape_groups
+from lora_jax.transform.primitive import DimFlow, Dims
+
+Map = list[tuple[int, ...]]  # for each dim of one result, the operand's dims it is made of
+
+
+def _shape(eqn: Any, k: int) -> tuple[int, ...]:
+    return tuple(getattr(eqn.invars[k].aval, "shape", ()))
+
+
+def _identity(rank: int) -> Map:
+    return [(d,) for d in range(rank)]
+
+
+def never(eqn: Any, k: int) -> bool:
+    return False
+
+
+def always(eqn: Any, k: int) -> bool:
+    return True
+
+
+def is_first(eqn: Any, k: int) -> bool:
+    return k == 0
+
+
+def nothing(eqn: Any, k: int) -> None:
+    return None
+
+
+def no_dims(eqn: Any, k: int) -> tuple:
+    return ()
+
+
+def same_shape(eqn: Any, k: int) -> list[Map] | None:
+    """Every result has the operand's shape, as of an elementwise operation."""
+    shape = _shape(eqn, k)
+    if any(tuple(getattr(v.aval, "shape", ())) != shape for v in eqn.outvars):
+        return None
+    return [_identity(len(shape)) for _ in eqn.outvars]
+
+
+def same_rank(eqn: Any, k: int) -> list[Map] | None:
+    """Every result has the operand's dims in their order, whatever happens to their sizes."""
+    rank = len(_shape(eqn, k))
+    if any(len(getattr(v.aval, "shape", ())) != rank for v in eqn.outvars):
+        return None
+    return [_identity(rank) for _ in eqn.outvars]
+
+
+def of_first(dim_map: Callable[[Any, tuple], list[Map] | None]) -> Callable:
+    """`dim_map(eqn, shape)` for the first operand; the others are indices."""
+    return lambda eqn, k: dim_map(eqn, _shape(eqn, 0)) if k == 0 else None
+
+
+def reduced(eqn: Any, k: int) -> list[Map]:
+    axes = set(eqn.params["axes"])
+    return [[(d,) for d in range(len(_shape(eqn, k))) if d not in axes]]
+
+
+def stacked(eqn: Any, k: int) -> list[Map]:
+    axis, dims = eqn.params["axis"], _identity(len(_shape(eqn, k)))
+    return [[*dims[:axis], (), *dims[axis:]]]
+
+
+def transposed(eqn: Any, shape: tuple) -> list[Map]:
+    return [[(d,) for d in eqn.params["permutation"]]]
+
+
+def reshaped(eqn: Any, shape: tuple) -> list[Map] | None:
+    new_shape = eqn.params["new_sizes"]
+    if 0 in shape or eqn.params.get("dimensions") is not None:
+        return None
+    old = [d for d, n in enumerate(shape) if n != 1]
+    new = [d for d, n in enumerate(new_shape) if n != 1]
+    out: Map = [()] * len(new_shape)
+    for left, right in reshape_groups([shape[d] for d in old], [new_shape[d] for d in new]):
+        for j in right:
+            out[new[j]] = tuple(old[i] for i in left)
+    return [out]
+
+
+def broadcast(eqn: Any, shape: tuple) -> list[Map]:
+    out: Map = [()] * len(eqn.params["shape"])
+    for d, new in enumerate(eqn.params["broadcast_dimensions"]):
+        out[new] = (d,)
+    return [out]
+
+
+def gathered(eqn: Any, shape: tuple) -> list[Map] | None:
+    numbers = eqn.params["dimension_numbers"]
+    if numbers.operand_batching_dims:
+        return None
+    survive = iter([d for d in range(len(shape)) if d not in numbers.collapsed_slice_dims])
+    rank = len(eqn.outvars[0].aval.shape)
+    picked = tuple(indexed_dims(eqn))
+    return [[(next(survive),) if i in numbers.offset_dims else picked for i in range(rank)]]
+
+
+def squeezed(eqn: Any, shape: tuple) -> list[Map]:
+    gone = {d % len(shape) for d in eqn.params["dimensions"]}
+    return [[(d,) for d in range(len(shape)) if d not in gone]]
+
+
+def unstacked(eqn: Any, shape: tuple) -> list[Map]:
+    axis = eqn.params["axis"]
+    return [[(d,) for d in range(len(shape)) if d != axis] for _ in eqn.outvars]
+
+
+def sliced(eqn: Any, shape: tuple) -> list[Map]:
+    return [_identity(len(shape)) for _ in eqn.outvars]
+
+
+def dot_axes(eqn: Any, k: int) -> tuple | None:
+    contracting, batching = eqn.params["dimension_numbers"]
+    return contracting[k], batching[k]
+
+
+def ragged_axes(eqn: Any, k: int) -> tuple | None:
+    if k != 1:
+        return None
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    contracting, batching = numbers.dot_dimension_numbers
+    return contracting[1], (*batching[1], *numbers.rhs_group_dimensions)
+
+
+def kernel_axes(eqn: Any, k: int) -> tuple | None:
+    return (eqn.params["dimension_numbers"].rhs_spec[1:], ()) if k == 1 else None
+
+
+def cut_to_one(eqn: Any, k: int) -> list[int]:
+    """The dims of which a slice leaves one index."""
+    if k != 0:
+        return []
+    before, after = _shape(eqn, 0), eqn.outvars[0].aval.shape
+    return [d for d in range(len(before)) if after[d] == 1 != before[d]]
+
+
+def unstacked_axis(eqn: Any, k: int) -> list[int]:
+    return [eqn.params["axis"]]
+
+
+def indexed(eqn: Any, k: int) -> list[int]:
+    return indexed_dims(eqn) if k == 0 else []
+
+
+def indexed_dims(eqn: Any) -> list[int]:
+    """The dims of which a gather takes a part; others may have an index, which can only be 0."""
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    return [d for d in eqn.params["dimension_numbers"].start_index_map if sizes[d] != shape[d]]
+
+
+def scales(eqn: Any, k: int) -> bool:
+    """Whether a product multiplies operand `k` by a number, or a matrix by a vector of gains."""
+    own, other = _shape(eqn, k), _shape(eqn, 1 - k)
+    large = sum(n > 1 for n in other)
+    return large == 0 or (large == 1 and sum(n > 1 for n in own) > 1)
+
+
+def is_scaled(eqn: Any, k: int) -> bool:
+    """As `scales`, for a quotient: a weight in the denominator is not scaled."""
+    return k == 0 and scales(eqn, k)
+
+
+# An operation that the dataflow follows where its result has the operand's shape.
+SAME_SHAPE = DimFlow(
+    maps=same_shape,
+    contracted=nothing,
+    picked=no_dims,
+    keeps_rows=never,
+    takes_data=never,
+    pairwise=False,
+)
+# An operation after which no dim of an operand can be recognised.
+MIXED = SAME_SHAPE._replace(maps=nothing)
+# The same numbers in the same places: a copy, a cast, a sign.
+UNCHANGED = SAME_SHAPE._replace(keeps_rows=always)
+PAIRWISE = UNCHANGED._replace(pairwise=True)
+SCALED = SAME_SHAPE._replace(keeps_rows=scales, takes_data=scales)
+DIVIDED = SAME_SHAPE._replace(keeps_rows=is_scaled, takes_data=is_scaled)
+REDUCED = SAME_SHAPE._replace(maps=reduced)
+SAME_RANK = SAME_SHAPE._replace(maps=same_rank)
+
+
+def rearranged(dim_map: Callable[[Any, tuple], list[Map] | None]) -> DimFlow:
+    """The flow of an operation that only rearranges its first operand."""
+    return UNCHANGED._replace(maps=of_first(dim_map))
+
+
+def transformed(eqn: Any, k: int, dims: Sequence[frozenset]) -> Dims:
+    """Dims of a weight after a constant matrix: the matrix's own come from those it sums over."""
+    contracting, batching = eqn.params["dimension_numbers"]
+    summed = frozenset().union(*(dims[d] for d in contracting[k]))
+    sides = []
+    for side in (0, 1):
+        taken = {*contracting[side], *batching[side]}
+        free = [d for d in range(len(eqn.invars[side].aval.shape)) if d not in taken]
+        sides.append([dims[d] for d in free] if side == k else [summed for _ in free])
+    return (*(dims[d] for d in batching[k]), *sides[0], *sides[1])
+
+
+def window_axes(eqn: Any) -> tuple[int, ...]:
+    """The spatial axes of a convolution's kernel, in the convolution's order."""
+    return tuple(eqn.params["dimension_numbers"].rhs_spec[2:])
+
+
+def through(dims: Dims, mapped: Iterable[Sequence[int]]) -> Dims:
+    """The dims after an operation whose result's dims are made of its operand's as in `mapped`."""
+    return tuple(frozenset().union(*(dims[i] for i in group)) for group in mapped)
+
+
+def whole(dims: Dims, axes: Sequence[int]) -> frozenset:
+    """The leaf's dims that the current dims `axes` are all of: not a part, as after a split."""
+    rest = frozenset().union(*(d for i, d in enumerate(dims) if i not in axes))
+    return frozenset().union(*(dims[i] for i in axes)) - rest

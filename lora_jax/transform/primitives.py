@@ -1,0 +1,243 @@
+"""The table of primitives: one row each, and all that the library knows of a primitive.
+
+To support another primitive, add its row; `Primitive` explains the fields. A primitive without a
+row gets `UNKNOWN`: a weight that meets it is materialized.
+"""
+
+from lora_jax.transform import dim_maps, rules, rules_consume, rules_control, rules_rearrange
+from lora_jax.transform.many import rules as many_rules
+from lora_jax.transform.many import token_axis
+from lora_jax.transform.primitive import (
+    Body,
+    DimFlow,
+    ManyRule,
+    Memory,
+    Primitive,
+    Rule,
+    TokenRule,
+)
+
+
+def _rearranging(rule: Rule, dims: DimFlow, tokens: TokenRule, memory: Memory) -> Primitive:
+    """Gives another weight: every adapter of a stack is rearranged alike."""
+    return Primitive(
+        rule=rule, many=many_rules.for_all, body=None, dims=dims, tokens=tokens, memory=memory
+    )
+
+
+def _control(rule: Rule, body: Body, memory: Memory, many: ManyRule | None = None) -> Primitive:
+    """Runs jaxprs of its own: what is inside has rows of its own, for one adapter and for many."""
+    return Primitive(
+        rule=rule,
+        many=many,
+        body=body,
+        dims=dim_maps.MIXED,
+        tokens=token_axis.lost,
+        memory=memory,
+    )
+
+
+def _activations(dims: DimFlow, tokens: TokenRule, memory: Memory) -> Primitive:
+    """Has no low-rank form: a weight that meets it is materialized."""
+    return Primitive(rule=None, many=None, body=None, dims=dims, tokens=tokens, memory=memory)
+
+
+def _unchanged(rule: Rule, memory: Memory) -> Primitive:
+    """The same weight with every number in its place, as after a copy or a cast."""
+    return _rearranging(rule, dim_maps.UNCHANGED, token_axis.elementwise, memory)
+
+
+def _elementwise(memory: Memory) -> Primitive:
+    return _activations(dim_maps.SAME_SHAPE, token_axis.elementwise, memory)
+
+
+UNKNOWN = _activations(dim_maps.SAME_SHAPE, token_axis.lost, "fused")
+_REDUCTION = _activations(dim_maps.REDUCED, token_axis.reduction, "sum")
+_WINDOWED = _activations(dim_maps.SAME_SHAPE, token_axis.lost, "sum")
+_KERNEL = _activations(dim_maps.SAME_SHAPE, token_axis.lost, "reader")
+_SCATTER = _activations(dim_maps.SAME_SHAPE, token_axis.first, "reader")
+_SCATTER_ADD = _activations(dim_maps.SAME_SHAPE, token_axis.first, "adds")
+_CUSTOM_DERIVATIVE = _control(rules_control.custom_derivative, "call", "call")
+
+# Read by the interpreter, the dataflow, the token follower and the memory estimate, by the name
+# that `compat.name_of` gives.
+PRIMITIVES: dict[str, Primitive] = {
+    # Products and lookups: these consume a weight.
+    "dot_general": Primitive(
+        rule=rules.consuming(rules_consume.dot_general),
+        many=many_rules.dot_general,
+        body=None,
+        dims=dim_maps.MIXED._replace(contracted=dim_maps.dot_axes),
+        tokens=token_axis.dot,
+        memory="product",
+    ),
+    "ragged_dot_general": Primitive(
+        rule=rules.consuming(rules_consume.ragged_dot),
+        many=many_rules.one_for_row("experts have their tokens in another order"),
+        body=None,
+        dims=dim_maps.MIXED._replace(contracted=dim_maps.ragged_axes),
+        tokens=token_axis.lost,
+        memory="product",
+    ),
+    "conv_general_dilated": Primitive(
+        rule=rules.consuming(rules_consume.conv),
+        many=many_rules.one_for_row("a convolution mixes the tokens under its window"),
+        body=None,
+        dims=dim_maps.MIXED._replace(contracted=dim_maps.kernel_axes),
+        tokens=token_axis.conv,
+        memory="kernel",
+    ),
+    "gather": Primitive(
+        rule=rules.gather,
+        many=many_rules.gather,
+        body=None,
+        dims=dim_maps.rearranged(dim_maps.gathered)._replace(
+            picked=dim_maps.indexed, keeps_rows=dim_maps.is_first, takes_data=dim_maps.always
+        ),
+        tokens=token_axis.gather,
+        memory="lookup",
+    ),
+    # Rearrangements: the result is a weight again.
+    "transpose": _rearranging(
+        rules.rearranging(rules_rearrange.transpose),
+        dim_maps.rearranged(dim_maps.transposed),
+        token_axis.transpose,
+        "view",
+    ),
+    "reshape": _rearranging(
+        rules.rearranging(rules_rearrange.reshape),
+        dim_maps.rearranged(dim_maps.reshaped),
+        token_axis.reshape,
+        "view",
+    ),
+    "squeeze": _rearranging(
+        rules.rearranging(rules_rearrange.squeeze),
+        dim_maps.rearranged(dim_maps.squeezed),
+        token_axis.squeeze,
+        "view",
+    ),
+    "broadcast_in_dim": _rearranging(
+        rules.rearranging(rules_rearrange.broadcast_in_dim),
+        dim_maps.rearranged(dim_maps.broadcast),
+        token_axis.broadcast,
+        "fused",
+    ),
+    "slice": _rearranging(
+        rules.rearranging(rules_rearrange.slice_),
+        dim_maps.rearranged(dim_maps.sliced)._replace(picked=dim_maps.cut_to_one),
+        token_axis.uncut,
+        "fused",
+    ),
+    "dynamic_slice": _rearranging(
+        rules.rearranging(rules_rearrange.dynamic_slice),
+        dim_maps.rearranged(dim_maps.sliced)._replace(
+            picked=dim_maps.cut_to_one, keeps_rows=dim_maps.is_first, takes_data=dim_maps.always
+        ),
+        token_axis.uncut,
+        "fused",
+    ),
+    "split": _rearranging(
+        rules.rearranging(rules_rearrange.split),
+        dim_maps.rearranged(dim_maps.sliced)._replace(picked=dim_maps.cut_to_one),
+        token_axis.except_along("axis"),
+        "fused",
+    ),
+    "unstack": _rearranging(
+        rules.rearranging(rules_rearrange.unstack),
+        dim_maps.rearranged(dim_maps.unstacked)._replace(picked=dim_maps.unstacked_axis),
+        token_axis.unstack,
+        "fused",
+    ),
+    "rev": _rearranging(
+        rules.rearranging(rules_rearrange.reverse),
+        dim_maps.SAME_RANK,
+        token_axis.except_along("dimensions"),
+        "fused",
+    ),
+    "concatenate": _rearranging(
+        rules.concatenate, dim_maps.SAME_RANK, token_axis.except_along("dimension"), "fused"
+    ),
+    "stack": _rearranging(
+        rules.stack,
+        dim_maps.SAME_SHAPE._replace(maps=dim_maps.stacked),
+        token_axis.stack,
+        "fused",
+    ),
+    "reduce_sum": _rearranging(
+        rules.rearranging(rules_rearrange.reduce_unit),
+        dim_maps.REDUCED,
+        token_axis.reduction,
+        "sum",
+    ),
+    "mul": _rearranging(rules.product, dim_maps.SCALED, token_axis.elementwise, "fused"),
+    "div": _rearranging(rules.quotient, dim_maps.DIVIDED, token_axis.elementwise, "costly"),
+    "optimization_barrier": _rearranging(
+        rules.barrier, dim_maps.PAIRWISE, token_axis.pairwise, "view"
+    ),
+    "device_put": _rearranging(rules.device_put, dim_maps.PAIRWISE, token_axis.pairwise, "fused"),
+    "neg": _unchanged(rules.rearranging(rules_rearrange.negate), "fused"),
+    "convert_element_type": _unchanged(rules.rearranging(rules_rearrange.convert), "fused"),
+    "reshard": _unchanged(rules.rearranging(rules_rearrange.reshard), "fused"),
+    "sharding_constraint": _unchanged(rules.constraint, "view"),
+    "copy": _unchanged(rules.binding(rules_rearrange.leafwise), "view"),
+    "copy_p": _unchanged(rules.binding(rules_rearrange.leafwise), "fused"),
+    "stop_gradient": _unchanged(rules.binding(rules_rearrange.leafwise), "view"),
+    "pvary": _unchanged(rules.binding(rules_rearrange.leafwise), "view"),
+    "name": _unchanged(rules.binding(rules_rearrange.named), "view"),
+    "reduce_precision": _unchanged(rules.binding(rules_rearrange.base_only), "view"),
+    # Control: a jaxpr inside.
+    "jit": _control(rules_control.jit, "call", "call"),
+    "closed_call": _control(rules_control.closed_call, "call", "call"),
+    "remat": _control(rules_control.remat, "call", "call"),
+    "shard_map": _control(
+        rules_control.shard_map,
+        "call",
+        "call",
+        many_rules.one_for_row("it goes into a shard_map"),
+    ),
+    "custom_jvp_call": _CUSTOM_DERIVATIVE,
+    "custom_vjp_call": _CUSTOM_DERIVATIVE,
+    "custom_vjp_call_jaxpr": _CUSTOM_DERIVATIVE,
+    "scan": _control(rules_control.scan, "scan", "reader"),
+    "while": _control(rules_control.while_loop, "while", "reader"),
+    "cond": _control(rules_control.cond, "cond", "reader"),
+    # What only activations go through.
+    **dict.fromkeys(
+        "add add_any sub max min integer_pow square tan asin acos atan sinh cosh asinh acosh "
+        "atanh atan2 erfc lgamma digamma abs sign floor ceil round is_finite not and or xor "
+        "shift_left shift_right_logical shift_right_arithmetic eq ne lt le gt ge select_n clamp "
+        "nextafter real imag conj complex population_count clz bitcast_convert_type".split(),
+        _elementwise("fused"),
+    ),
+    **dict.fromkeys(
+        "cbrt cos erf erf_inv exp exp2 expm1 log log1p logistic pow rem rsqrt sin sqrt "
+        "tanh".split(),
+        _elementwise("costly"),
+    ),
+    **dict.fromkeys("cumsum cumprod cummax cummin cumlogsumexp".split(), _elementwise("reader")),
+    **dict.fromkeys(
+        "reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split(),
+        _REDUCTION,
+    ),
+    **dict.fromkeys(
+        "reduce_window reduce_window_sum reduce_window_max reduce_window_min".split(), _WINDOWED
+    ),
+    "pad": _activations(dim_maps.SAME_RANK, token_axis.uncut, "fused"),
+    "tile": _activations(dim_maps.SAME_RANK, token_axis.lost, "fused"),
+    "sort": _activations(dim_maps.MIXED, token_axis.except_along("dimension"), "reader"),
+    "top_k": _activations(dim_maps.SAME_SHAPE, token_axis.top_k, "reader"),
+    "scatter": _SCATTER,
+    "scatter-add": _SCATTER_ADD,
+    "scatter_add": _SCATTER_ADD,
+    "dynamic_update_slice": _activations(dim_maps.SAME_SHAPE, token_axis.update, "update"),
+    **dict.fromkeys("random_bits threefry2x32 custom_call".split(), _KERNEL),
+    "ragged_dot": _activations(dim_maps.SAME_SHAPE, token_axis.lost, "product"),
+    "pallas_call": _activations(dim_maps.SAME_SHAPE, token_axis.lost, "kernel"),
+    # Our kernels on a mesh: the estimate counts what is inside.
+    "custom_partitioning": _activations(dim_maps.SAME_SHAPE, token_axis.lost, "call"),
+}
+
+
+def row_of(name: str) -> Primitive:
+    """The row of a primitive, `UNKNOWN` where it has none."""
+    return PRIMITIVES.get(name, UNKNOWN)
