@@ -42,7 +42,7 @@ def partition_specs(lora_params, specs):
 
 
 def _base_specs(w, spec: PartitionSpec):
-    return quant_sharding.partition_specs(w, spec) if isinstance(w, QuantArray) else spec
+    return quant_sharding.array_specs(w, spec) if isinstance(w, QuantArray) else spec
 
 
 def _leaf_specs(x, spec: PartitionSpec):

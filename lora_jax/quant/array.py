@@ -1,6 +1,6 @@
-"""`QuantArray`: a weight in 4 or 8 bits a number that stands in a tree as the float array would.
+"""`QuantArray`: a weight in 4 or 8 bits a number, a leaf that takes the place of a float array.
 
-It has the shape, dtype and roles of the weight it holds; its arrays are those of the matrix
+It has the shape, dtype and roles of its weight. Its arrays are those of the matrix
 `(stack..., K, N)`, in dims first and out dims last, in the layout of `lora_jax.quant.formats`.
 """
 
@@ -30,18 +30,18 @@ class QuantArray:
 
     Attributes:
       packed: codes, uint8 `(stack..., K/2, N)` two a byte, or int8 `(stack..., K, N)`. K is
-        filled up to whole superblocks.
+        padded to whole superblocks.
       scale: `(stack..., K/B, N)` float, or uint8 codes where the scales are quantized too.
       bias: `(stack..., K/B, N)` of the affine format, else None.
       scale2: float32 `(stack..., ⌈K/B·N/256⌉)`, the scales of the scales, or None.
-      offset: float32 `(stack...)`, what was taken from the scales before they were quantized.
-      scale_map: float32 `(stack..., 256)`, the values of the scales' codes. It is kept because
-        bitsandbytes computes it anew on each machine, not always to the same last bit.
+      offset: float32 `(stack...)`, subtracted from the scales before they were quantized.
+      scale_map: float32 `(stack..., 256)`, the values of the scales' codes. It is stored because
+        bitsandbytes computes it on each machine, not always to the same last bit.
       format: a name of `formats.FORMATS`.
       block: inputs that share a scale.
       shape: of the weight.
       roles: one letter a dim of the weight: s stack, i in, o out, u a unit dim.
-      dtype: of the weight: what `dequantize` gives.
+      dtype: of the weight, and of `dequantize`.
       backend: which kernels multiply with it, see `lora_jax.quant.dispatch`.
 
     The second quantization is bitsandbytes': 256 scales in the order of the weight `(N, K)` share
@@ -78,7 +78,7 @@ class QuantArray:
 
     @property
     def sharding(self):
-        """Where it lies, in the terms of its own shape."""
+        """The sharding of the weight's own dims, or None if it is unknown."""
         return logical_sharding(self)
 
     def astype(self, dtype) -> "QuantArray":
@@ -99,7 +99,7 @@ def is_quant(x) -> bool:
 
 
 def arrays(q: QuantArray) -> list:
-    """The arrays that are there."""
+    """The arrays of a weight, without the fields that are None."""
     return [x for x in (getattr(q, name) for name in _DATA) if x is not None]
 
 
@@ -108,31 +108,31 @@ def form_of(q: QuantArray) -> formats.Format:
 
 
 def matrix_sizes(q: QuantArray) -> tuple[tuple[int, ...], int, int]:
-    """The stack's shape, K and N of the weight (without what fills up K)."""
+    """The stack's shape, and K and N of the weight without padding."""
     return sizes(q.shape, q.roles)
 
 
 def scales(q: QuantArray):
-    """The scales as numbers, `(stack..., K/B, N)`: expanded where they are quantized."""
+    """The scales as floats, `(stack..., K/B, N)`, decoded if they are quantized."""
     if q.scale2 is None:
         return q.scale
     return formats.expand_scales(q.scale, q.scale2, q.offset, q.scale_map, _true_blocks(q))
 
 
 def expanded(q: QuantArray) -> QuantArray:
-    """The same weight with its scales as float32 numbers."""
+    """The same weight with its scales in floats."""
     return q if q.scale2 is None else dataclasses.replace(
         q, scale=scales(q), scale2=None, offset=None, scale_map=None
     )  # fmt: skip
 
 
 def _true_blocks(q: QuantArray) -> int:
-    """Blocks of the inputs that are there; those that fill up a superblock come after."""
+    """Blocks of the weight's inputs; blocks of padding follow them."""
     return -(-matrix_sizes(q)[1] // q.block)
 
 
 def matrix(q: QuantArray) -> Float[Array, "*s k n"]:
-    """The decoded matrix, K filled up to whole superblocks, in the weight's dtype."""
+    """The decoded matrix with its padding, in the weight's dtype."""
     return formats.decode(q.packed, scales(q), q.bias, form_of(q), q.block, q.dtype)
 
 
@@ -154,13 +154,13 @@ def quantize_array(
       format: "nf4", "fp4", "int4" (signed scales), "uint4" (a scale and a bias a block) or
         "int8".
       block_size: inputs that share a scale, a power of two of at least 16.
-      scale_dtype: of the scales: "bfloat16" by default, "float32" with `double_quant` (where
-        they are only met while quantizing) and as bitsandbytes has them.
+      scale_dtype: of the scales: "bfloat16" by default. With `double_quant` it is "float32",
+        as in bitsandbytes, and the scales are quantized from that.
       double_quant: quantize the scales too, to 8 bits.
       roles: one letter a dim (s stack, i in, o out); `...sio` by default: the last dim is
         produced, the one before contracted, all others stacked.
       pad: fill a block that is not whole with zeros; otherwise that is an error.
-      name: what errors call it.
+      name: of the weight, for errors.
 
     Returns:
       The quantized weight; works under `jit` and `eval_shape`.
@@ -219,7 +219,7 @@ def _check_request(w, form, block: int, scale_dtype, double: bool, roles: str, p
 
 
 def _check_range(q: QuantArray, w, name: str):
-    """A scale must not become zero or denormal where there was something, nor a weight infinite."""
+    """Raises where a scale underflows in a block that is not zero, or a weight overflows."""
     if isinstance(q.packed, jax.core.Tracer):
         return
     size = jnp.abs(scales(q).astype(jnp.float32))
@@ -236,7 +236,7 @@ def _check_range(q: QuantArray, w, name: str):
 
 
 def _extremes(q: QuantArray, size):
-    """The largest numbers that the codes of each block stand for, in the weight's dtype."""
+    """The extreme values of the codes of each block, in the weight's dtype."""
     form = form_of(q)
     values = (-127, 127) if form.codebook is None else form.codebook
     ends = [size * v for v in (min(values), max(values))]
@@ -246,7 +246,7 @@ def _extremes(q: QuantArray, size):
 
 
 def _spread(q: QuantArray, w):
-    """Highest less lowest value of each block, or its largest magnitude: what a scale is of."""
+    """What the scale of each block is computed from: its range, or its largest magnitude."""
     folded = to_matrix(jnp.asarray(w, jnp.float32), q.roles)
     folded = _fill(folded, formats.padded_inputs(folded.shape[-2], form_of(q), q.block))
     *stack, rows, cols = folded.shape
@@ -262,7 +262,7 @@ def _fill(m, rows: int):
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _encode(w, roles: str, form, block: int, scale_dtype, double: bool) -> dict:
-    """The arrays of a quantized weight; the matrices of a stack one after the other."""
+    """The arrays of a quantized weight."""
     m = to_matrix(w, roles)
     *stack, fan_in, fan_out = m.shape
     rows = formats.padded_inputs(fan_in, form, block)
@@ -279,12 +279,13 @@ def _encode(w, roles: str, form, block: int, scale_dtype, double: bool) -> dict:
 
     if not stack:
         return one(m)
+    # One matrix at a time: a stack in float32 would take several times the memory of its weight.
     flat = lax.map(one, m.reshape(-1, fan_in, fan_out))
     return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), flat)
 
 
 def check(q: QuantArray, name: str = "w") -> QuantArray:
-    """A `QuantArray` whose arrays are those its metadata says; for what comes from a file.
+    """Checks that the arrays of a `QuantArray`, such as one from a file, fit its metadata.
 
     Raises:
       ValueError: the metadata disagrees with the arrays.

@@ -1,7 +1,7 @@
 """Which kernel multiplies: by device, format, shape and number of rows, from a table.
 
     reference  jnp, any shape                       gpu  Pallas, Triton lowering
-    tpu        Mosaic                               *_interpret  the same, interpreted on a CPU
+    tpu        Pallas, Mosaic lowering              *_interpret  the same, interpreted on a CPU
 
 A shape that no kernel takes uses the reference, with one warning.
 """
@@ -22,7 +22,7 @@ BACKENDS = ("auto", "reference", "gpu", "tpu", "gpu_interpret", "tpu_interpret")
 
 
 class ReferenceWarning(UserWarning):
-    """A quantized product runs without a kernel because none takes its shape."""
+    """A quantized product runs without a kernel, because none takes its shape."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def choose_kernel(
 
     Args:
       q: the weight.
-      rows: of `x`; infinite for the decoded weight itself.
+      rows: of `x`; infinity to decode the weight without a product.
       packed: shape of the codes of one matrix.
       transposed: whether outputs are contracted.
       dtype: of `x`, in which products are taken.
@@ -122,7 +122,7 @@ def crossovers() -> list[dict]:
 
 
 def fused_rows(backend: str, form: str, outputs: int, *, transposed: bool) -> int:
-    """The most rows with which the fused kernel is used, 0 for never."""
+    """The most rows for which the fused kernel is used; 0 for never."""
     for row in crossovers():
         if row["backend"] != backend or row["format"] not in (form, "*"):
             continue

@@ -1,6 +1,6 @@
-"""Weights that others have quantized, held as they are: bitsandbytes, GGUF, GPTQ and AWQ.
+"""Weights quantized elsewhere, without loss: bitsandbytes, GGUF, GPTQ and AWQ.
 
-The codes and scales are only put in another order, so that nothing is lost either way.
+Codes and scales are only put in another order, which is exact in both directions.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def from_codes(
     dtype="float32",
     name: str = "w",
 ) -> QuantArray:
-    """Holds codes, scales and biases that are there already: `w = codebook[code]·scale + bias`.
+    """A `QuantArray` of given codes, scales and biases: `w = codebook[code]·scale + bias`.
 
     GPTQ's and AWQ's `(code − zero)·scale` is the format "uint4" with `bias = −zero·scale` in
     float32, which is exact: a product of four and eleven bits.
@@ -51,8 +51,8 @@ def from_codes(
       format, block_size: as in `quantize_array`.
       roles: of the weight; `...sio` by default.
       shape: of the weight; that of `codes` by default.
-      dtype: what it decodes to.
-      name: what errors call it.
+      dtype: of the weight.
+      name: of the weight, for errors.
 
     Raises:
       ValueError: the arrays do not fit each other.
@@ -105,7 +105,7 @@ def _blocks(scale) -> tuple[int, ...]:
 
 
 def codes_of(q: QuantArray) -> np.ndarray:
-    """The codes `(stack..., K, N)` of the weight, without what fills up K."""
+    """The codes `(stack..., K, N)` of a weight, without padding."""
     form = form_of(q)
     codes = np.asarray(formats.unpack(q.packed, form, q.block))
     return codes[..., : matrix_sizes(q)[1], :]
@@ -120,16 +120,16 @@ def from_gguf(
     dtype="float32",
     name: str = "w",
 ) -> QuantArray:
-    """Holds a GGUF tensor in its own blocks of 32; float16 scales are kept as they are.
+    """A `QuantArray` of a GGUF tensor, in its blocks of 32 and with its float16 scales.
 
     Args:
-      blocks: the tensor's bytes, uint8 `(outputs, bytes a row)`, rows in the order wanted.
+      blocks: the tensor's bytes, uint8 `(outputs, bytes a row)`; rows keep their order.
       kind: "Q4_0", "Q4_1" or "Q8_0".
       roles: "io" for a kernel `(in, out)`, "oi" for one `(out, in)` such as an embedding table,
         or more letters with `shape`.
       shape: of the weight, where it is not a matrix.
-      dtype: what it decodes to.
-      name: what errors call it.
+      dtype: of the weight.
+      name: of the weight, for errors.
 
     Returns:
       The weight; `dequantize()` gives the gguf package's numbers to the bit.
@@ -175,18 +175,18 @@ def from_gguf(
 def from_bitsandbytes(
     tensors: Mapping[str, np.ndarray], *, roles: str = "io", dtype=None, name: str = "weight"
 ) -> QuantArray:
-    """Holds a 4-bit weight of a bitsandbytes checkpoint.
+    """A `QuantArray` of a 4-bit weight in a bitsandbytes checkpoint.
 
     Args:
-      tensors: the tensors as saved, by what follows the parameter's name: "" (the codes),
+      tensors: the saved tensors, by the part after the parameter's name: "" (the codes),
         "absmax", "quant_map", "quant_state.bitsandbytes__nf4" and, double-quantized,
         "nested_absmax" and "nested_quant_map".
       roles: "io" for a kernel `(in, out)`, "oi" to keep torch's `(out, in)`.
-      dtype: what it decodes to; the checkpoint's own by default.
-      name: what errors call it.
+      dtype: of the weight; the checkpoint's own by default.
+      name: of the weight, for errors.
 
     Raises:
-      ValueError: a tensor is missing, a table is not the known one, or blocks cross rows.
+      ValueError: a tensor is missing, a table is not bitsandbytes' own, or blocks cross rows.
 
     Source: bitsandbytes `QuantState.as_dict`, `quantize_4bit`.
     """
@@ -249,7 +249,8 @@ def to_bitsandbytes(q: QuantArray, *, name: str = "weight") -> dict[str, np.ndar
     """The tensors of a weight as bitsandbytes saves them: the inverse of `from_bitsandbytes`.
 
     Raises:
-      ValueError: the format is not bitsandbytes', or the weight is no matrix of whole blocks.
+      ValueError: bitsandbytes does not have the format, or the weight is not a matrix of whole
+        blocks.
     """
     stack, fan_in, outputs = matrix_sizes(q)
     if q.format not in ("nf4", "fp4") or stack or fan_in % q.block:
@@ -275,8 +276,8 @@ def to_bitsandbytes(q: QuantArray, *, name: str = "weight") -> dict[str, np.ndar
     return out
 
 
-def stack(parts: Sequence[QuantArray]) -> QuantArray:
-    """Weights of one kind as one with a leading stack dim.
+def stack_weights(parts: Sequence[QuantArray]) -> QuantArray:
+    """Stacks weights of one shape and format along a new leading dim.
 
     Raises:
       ValueError: they differ in more than their numbers.

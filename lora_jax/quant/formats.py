@@ -1,9 +1,9 @@
-"""Block formats: what a code means, and how a matrix becomes codes, scales and back.
+"""Block formats: the values of codes, and how a matrix becomes codes and scales, and back.
 
     w ≈ codebook[code] · scale (+ bias)
 
 with one scale (and, in the affine format, one bias) for each block of `B` consecutive inputs of
-one output. Everything here is of matrices `(..., K, N)`: K inputs, N outputs.
+one output. All arrays here are of matrices `(..., K, N)`: K inputs, N outputs.
 
 Two 4-bit codes share a byte. The rows of a superblock of `2B` inputs are stored in `B` bytes, its
 first half in the low and its second half in the high four bits, so that unpacking gives two
@@ -65,7 +65,7 @@ class Format:
     """A block format.
 
     Attributes:
-      name: what the user calls it.
+      name: as in `quantize(format=)`.
       packing: how its codes share bytes.
       codebook: value of each code; None for codes that are their own value.
       scale: "absmax" (largest magnitude becomes 1), "signed" (it becomes the lowest code, so the
@@ -111,7 +111,7 @@ def known_format(name: str) -> Format:
 
 
 def padded_inputs(inputs: int, form: Format, block: int) -> int:
-    """The inputs that are stored: whole superblocks."""
+    """How many inputs are stored: whole superblocks."""
     rows = form.rows(block)
     return -(-inputs // rows) * rows
 
@@ -209,7 +209,7 @@ def _magnitude(blocks, form: Format):
 
 
 def _inverse(scale):
-    # As bitsandbytes: one division a block, then products.
+    # Like bitsandbytes, one division a block and then products: codes at a tie depend on it.
     return jnp.where(scale == 0, 0.0, 1 / jnp.where(scale == 0, 1.0, scale))
 
 
@@ -277,11 +277,11 @@ def compress_scales(scale, blocks: int) -> dict:
     """Quantizes the scales of one matrix.
 
     Args:
-      scale: float32 `(K/B, N)`, of which the last may only fill up a superblock.
-      blocks: how many belong to the weight.
+      scale: float32 `(K/B, N)`; the last blocks may be padding.
+      blocks: how many are not padding.
 
     Returns:
-      `scale` as uint8 codes of the same shape, `scale2`, `offset` and `scale_map`.
+      The fields of a `QuantArray`: `scale` as uint8 codes, `scale2`, `offset` and `scale_map`.
     """
     rows, cols = scale.shape
     flat = scale[:blocks].T.reshape(-1)
@@ -309,7 +309,7 @@ def expand_scales(codes, scale2, offset, scale_map, blocks: int):
     Args:
       codes: uint8 `(stack..., K/B, N)`.
       scale2, offset, scale_map: of `compress_scales`, with the same stack.
-      blocks: how many of `K/B` belong to the weight.
+      blocks: how many of `K/B` are not padding.
     """
     *stack, rows, cols = codes.shape
     row = jnp.minimum(lax.broadcasted_iota(jnp.int32, (rows, cols), 0), blocks - 1)

@@ -1,6 +1,6 @@
-"""Checkpoints read tensor by tensor into quantized leaves: the model in floats is never in memory.
+"""Quantizing a checkpoint while it is read: the model in floats is never in memory.
 
-At most one tensor is held as floats, beside what is quantized already.
+One tensor at a time is in floats, beside the leaves that are quantized already.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from lora_jax.quant import formats, ops
 from lora_jax.quant.array import QuantArray, quantize_array
-from lora_jax.quant.foreign import stack
+from lora_jax.quant.foreign import stack_weights
 
 FILE = "file"
 
-# Modules that bitsandbytes leaves in floats too: their errors are those of the logits.
+# Modules that bitsandbytes leaves in floats too: their errors go straight into the logits.
 _HEADS = frozenset({"lm_head", "score", "classifier", "pooler"})
 
 
@@ -26,8 +26,8 @@ class QuantConfig:
 
     Attributes:
       format: "nf4", "fp4", "int4", "uint4" or "int8", of the kernels but for the output head's;
-        or "file": whatever the file itself holds in blocks is kept so (GGUF's Q4_0, Q4_1 and
-        Q8_0, bitsandbytes' 4 bits), the rest in floats.
+        or "file": weights that the file has in blocks stay in them (GGUF's Q4_0, Q4_1 and Q8_0,
+        bitsandbytes' 4 bits), the others stay floats.
       block_size: inputs that share a scale.
       double_quant: quantize the scales too.
       scale_dtype: of the scales, "bfloat16" if None.
@@ -44,7 +44,7 @@ class QuantConfig:
 
 
 def quant_config(quantize: "str | QuantConfig | None") -> QuantConfig | None:
-    """What `models.load(quantize=)` is given, as a `QuantConfig`."""
+    """The argument of `models.load(quantize=)` as a `QuantConfig`."""
     if quantize is None or isinstance(quantize, QuantConfig):
         return quantize
     if quantize not in (FILE, *formats.FORMATS):
@@ -58,10 +58,10 @@ Hold = Callable[[str, jax.ShapeDtypeStruct, Sequence[tuple]], Any]
 
 
 def holder(config: QuantConfig, weights) -> Hold:
-    """What turns a leaf's tensors into a `QuantArray`, or says None: it stays in floats.
+    """The function that makes a `QuantArray` of a leaf's tensors, or None to keep it in floats.
 
     Args:
-      config: how.
+      config: of the quantization.
       weights: the checkpoint, a `lora_jax.hf.checkpoint.weights.Weights`.
     """
 
@@ -78,7 +78,7 @@ def holder(config: QuantConfig, weights) -> Hold:
 def _parts(config: QuantConfig, weights, path: str, leaf, tensors) -> Iterator[QuantArray]:
     if config.format == FILE:
         yield from _own_blocks(weights, path, leaf, tensors)
-    elif is_linear(path, leaf):
+    elif is_kernel(path, leaf):
         for name, axes in tensors:
             tensor = weights.read(name)
             tensor = tensor if axes is None else tensor.transpose(axes)
@@ -92,8 +92,8 @@ def _parts(config: QuantConfig, weights, path: str, leaf, tensors) -> Iterator[Q
             ).astype(leaf.dtype)
 
 
-def is_linear(path: str, leaf) -> bool:
-    """Whether a leaf is the kernel of a layer inside the model."""
+def is_kernel(path: str, leaf) -> bool:
+    """Whether a leaf is the kernel of a layer, and not of a head."""
     *modules, last = path.split(".")
     return last == "kernel" and len(leaf.shape) > 1 and not _HEADS & set(modules)
 
@@ -102,7 +102,7 @@ def _own_blocks(weights, path: str, leaf, tensors) -> Iterator[QuantArray]:
     if weights.blocks is None:
         raise ValueError(
             f'{weights.source}: `quantize="file"` keeps blocks that a file holds, and this one '
-            f'holds floats; ask for "nf4" or another format'
+            f'holds floats; use "nf4" or another format'
         )
     found = [weights.blocks(name) for name, _ in tensors]
     whole = [q for q in found if q is not None]
@@ -112,7 +112,7 @@ def _own_blocks(weights, path: str, leaf, tensors) -> Iterator[QuantArray]:
         lost = next(name for (name, _), q in zip(tensors, found, strict=True) if q is None)
         raise ValueError(
             f"{weights.source}: tensor `{lost}` is not quantized as the other layers of `{path}` "
-            f"are: load with `scan=False`, or ask for a format of our own"
+            f'are: load with `scan=False`, or use a format such as "nf4"'
         )
     for (_, axes), q in zip(tensors, whole, strict=True):
         turned = q if axes is None else ops.transpose(q, axes)
@@ -122,9 +122,9 @@ def _own_blocks(weights, path: str, leaf, tensors) -> Iterator[QuantArray]:
 
 def _stacked(parts: list, path: str, weights) -> QuantArray:
     try:
-        return stack(parts)
+        return stack_weights(parts)
     except ValueError as error:
         raise ValueError(
-            f"{weights.source}: `{path}`: {error}; load with `scan=False`, or ask for a format "
-            f"of our own"
+            f"{weights.source}: `{path}`: {error}; load with `scan=False`, or use a format "
+            f'such as "nf4"'
         ) from None

@@ -1,6 +1,6 @@
-"""Products with a quantized weight that keep nothing but its codes for the backward pass.
+"""Products with a quantized weight that keep only its codes for the backward pass.
 
-    y = x · W        dx = g · Wᵀ        (no dW; W decoded again in the backward pass)
+    y = x · W        dx = g · Wᵀ        (no dW; W is decoded again in the backward pass)
 
 Plain autodiff saves the decoded `W` of every layer, which undoes the saving; a decoding that XLA
 can share between forward and backward does the same in an unrolled model. So the rule is a
@@ -27,7 +27,7 @@ from lora_jax.quant.kernels import reference
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """What a product is, apart from its numbers: hashable.
+    """The static part of a product, which is hashable.
 
     Attributes:
       transposed: whether outputs are contracted.
@@ -84,7 +84,7 @@ def _product(form: _Form, x, q: QuantArray):
 
 
 def _product_forward(form: _Form, x, q: QuantArray):
-    # `x` itself is not needed again: an empty array remembers its dtype.
+    # The backward pass needs only the dtype of `x`: an empty array holds it.
     return _multiply(form, x, expanded(q), "forward"), (q, jnp.zeros((0,), x.dtype))
 
 
@@ -99,14 +99,14 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def _apart(q: QuantArray) -> QuantArray:
-    """The same weight, of which XLA cannot tell that its scales were expanded before."""
+    """The same weight behind a barrier, so that XLA does not keep the forward pass's scales."""
     if q.scale2 is None:
         return q
     return dataclasses.replace(q, scale=lax.optimization_barrier(q.scale))
 
 
 def _multiply(form: _Form, x, q: QuantArray, direction: str):
-    """Each matrix of the stack in turn, so that one is decoded at a time."""
+    """The products of a stack in turn, so that only one matrix is decoded at a time."""
     stack, _, _ = matrix_sizes(q)
     if not stack:
         return _single(form, x, q.packed, q.scale, q.bias, q, direction)
@@ -158,12 +158,12 @@ def _fill_columns(x, count: int):
 def linear(op: Callable, x, q: QuantArray, *rest):
     """Any `op(x, W, *rest)` that is linear in `x`, keeping only the codes of `W`.
 
-    For what `matmul` does not cover: convolutions, grouped products, contractions of some of a
-    group's dims.
+    For convolutions, grouped products and contractions of some of a group's dims, which `matmul`
+    does not cover.
 
     Args:
       op: of arrays.
-      x: what is differentiated.
+      x: the differentiable operand.
       q: the weight.
       rest: further operands, constant under differentiation.
     """
@@ -190,7 +190,7 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def _decoded(q: QuantArray, direction: str):
-    """The whole weight, by the kernel of the device, matrix by matrix of a stack."""
+    """The whole weight, decoded by the device's kernel, one matrix of a stack at a time."""
     stack, _, _ = matrix_sizes(q)
     kernel = dispatch.choose_kernel(
         q, math.inf, q.packed.shape[-2:], transposed=False, dtype=q.dtype
@@ -215,7 +215,7 @@ def _decoded(q: QuantArray, direction: str):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Like:
-    """The type of an array among residuals."""
+    """An array's shape and dtype, as a residual of a custom derivative."""
 
     aval: Any = dataclasses.field(metadata={"static": True})
 

@@ -1,4 +1,4 @@
-"""A quantized weight in the operations that consume it: any contraction, and rows by index."""
+"""Operations on quantized weights: contractions, rows by index, and rearrangements of dims."""
 
 import dataclasses
 import math
@@ -28,17 +28,17 @@ def dot_general(
 ):
     """`lax.dot_general` with a quantized operand.
 
-    All in dims or all out dims contracted, all stack dims batched: the dequantizing `matmul`.
-    Anything else decodes the weight inside `linear`.
+    Where all in dims or all out dims are contracted and all stack dims batched, this is `matmul`.
+    Any other contraction decodes the weight inside `linear`.
 
     Args:
       q: the weight.
       x: the other operand.
-      bind: the primitive, of dense operands in their order.
+      bind: the primitive on dense operands, in their order.
       weight_left: whether the weight is the left operand.
       contracting, batching: dims of the weight, and of `x`.
       precision, preferred: as in `lax.dot_general`.
-      plain: False keeps the primitive itself (it states shardings).
+      plain: False to bind the primitive itself, which has an output sharding.
     """
     transposed = _direction(q, contracting[0], batching[0])
     if not plain or transposed is None or x.dtype != q.dtype:
@@ -76,7 +76,7 @@ def _direction(q: QuantArray, contracted: Sequence[int], batch: Sequence[int]) -
 
 
 def gather(q: QuantArray, indices, *, dimension_numbers, slice_sizes, mode, fill_value=None, **_):
-    """Rows (or columns, or matrices of the stack) of a weight by index, none else decoded.
+    """Rows, columns or stacked matrices of a weight by index; only those are decoded.
 
     Args:
       q: the weight.
@@ -84,8 +84,8 @@ def gather(q: QuantArray, indices, *, dimension_numbers, slice_sizes, mode, fill
       dimension_numbers, slice_sizes, mode, fill_value: of the gather primitive.
 
     Returns:
-      An array of the weight's dtype, or a `QuantArray` where a stack dim is indexed; None where
-      the gather is another than one dim by index and all others whole.
+      An array of the weight's dtype, or a `QuantArray` where a stack dim is indexed. None unless
+      the gather indexes one dim and takes all others whole.
     """
     numbers = dimension_numbers
     if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
@@ -111,7 +111,7 @@ def gather(q: QuantArray, indices, *, dimension_numbers, slice_sizes, mode, fill
 
 
 def take(q: QuantArray, index, dim: int):
-    """`W` at some indices of a dim, which comes first then; none else is decoded.
+    """`W` at some indices of a dim, which becomes the first; only those are decoded.
 
     Args:
       q: the weight.
@@ -125,14 +125,14 @@ def take(q: QuantArray, index, dim: int):
 
 
 def _index(index, size: int, mode):
-    """The indices inside the dim, and which of them were, where that decides."""
+    """The indices clipped to the dim, and a mask of the valid ones if others are to be filled."""
     if mode == lax.GatherScatterMode.FILL_OR_DROP:
         return jnp.clip(index, 0, size - 1), in_range(index, size)
     return jnp.clip(index, 0, size - 1), None
 
 
 def _rows(q: QuantArray, index):
-    """`W[index]` of an in dim: `(index..., the other dims)`; stack dims stay in front of outs."""
+    """`W[index]` of an in dim: `(index..., the other dims)`."""
     form, block = form_of(q), q.block
     number = index.reshape(-1)
     take = lambda a, i: jnp.take(a, i, axis=a.ndim - 2)  # noqa: E731
@@ -168,7 +168,7 @@ def _shaped(q: QuantArray, index, values, axis: int, role: str):
 
 
 def _pick_stack(q: QuantArray, index, valid, dim: int, numbers):
-    """Matrices of a stack with one dim; None where an index may be outside, or dims move."""
+    """Matrices of a stack with one dim; None where an index may be invalid, or dims move."""
     survive = q.ndim - 1
     front = tuple(range(index.ndim, index.ndim + survive))
     if stack_dims(q.roles) != [dim] or valid is not None or tuple(numbers.offset_dims) != front:
@@ -214,7 +214,7 @@ def squeeze(q: QuantArray, dims: Sequence[int]) -> QuantArray:
 
 
 def broadcast_in_dim(q: QuantArray, shape: Sequence[int], dims: Sequence[int]) -> QuantArray | None:
-    """New unit dims only."""
+    """Adds unit dims; None for any other broadcast."""
     roles = ["u"] * len(shape)
     for old, new in enumerate(dims):
         roles[new] = q.roles[old]
@@ -270,10 +270,10 @@ def dynamic_slice(q: QuantArray, starts, sizes) -> QuantArray | None:
 
 
 def first_index(q: QuantArray) -> QuantArray:
-    """What one step of a scan over the first dim, a stack dim, sees; its arrays are sliced."""
+    """The weight in one step of a scan over its first dim, a stack dim; its arrays are sliced."""
     return dataclasses.replace(q, shape=q.shape[1:], roles=q.roles[1:])
 
 
 def with_stack(q: QuantArray, count: int) -> QuantArray:
-    """The inverse of `first_index`: the arrays have got a leading dim."""
+    """The inverse of `first_index`, for arrays that have the leading dim again."""
     return dataclasses.replace(q, shape=(count, *q.shape), roles="s" + q.roles)

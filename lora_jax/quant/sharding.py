@@ -1,8 +1,8 @@
 """Shardings of quantized weights: one spec for codes, scales and biases.
 
-The arrays of a weight are those of its matrix `(stack..., K, N)`, so a spec of the weight's own
-dims becomes one of the matrix: the axes of a group's first dim, as the others follow it in
-memory. The scales of scales are few, and replicated.
+The arrays of a weight are those of its matrix `(stack..., K, N)`. So a spec of the weight's own
+dims becomes one of the matrix: K and N have the axes of their first dim, because their other dims
+follow it in memory. The scales of scales are few, and replicated.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def matrix_spec(q: QuantArray, spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(full[d] for d in stack_dims(q.roles)), *owners)
 
 
-def partition_specs(q: QuantArray, spec: PartitionSpec) -> QuantArray:
+def array_specs(q: QuantArray, spec: PartitionSpec) -> QuantArray:
     """A `QuantArray` with a spec in place of each array."""
     matrix = matrix_spec(q, spec)
     stack = PartitionSpec(*tuple(matrix)[:-2])
@@ -52,16 +52,16 @@ def shardings(q: QuantArray, mesh, spec: PartitionSpec) -> QuantArray:
     """A `QuantArray` with a sharding in place of each array, for `jax.device_put` and `jit`."""
     return jax.tree.map(
         lambda s: NamedSharding(mesh, s),
-        partition_specs(q, spec),
+        array_specs(q, spec),
         is_leaf=lambda s: isinstance(s, PartitionSpec),
     )
 
 
 def check_shards(q: QuantArray, spec: PartitionSpec, mesh) -> None:
-    """Shards of the inputs must be whole superblocks.
+    """Raises unless each shard of the inputs is made of whole superblocks.
 
     Raises:
-      ValueError: they are not.
+      ValueError: a superblock would be split.
     """
     parts = _parts(q, spec, mesh)
     rows = form_of(q).rows(q.block)
@@ -75,14 +75,14 @@ def check_shards(q: QuantArray, spec: PartitionSpec, mesh) -> None:
 
 
 def _parts(q: QuantArray, spec: PartitionSpec, mesh) -> int:
-    """Among how many devices the inputs are split."""
+    """The number of shards of the inputs."""
     axes = matrix_spec(q, spec)[-2]
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[name] for name in names)
 
 
 def put(q: QuantArray, sharding) -> QuantArray:
-    """Moves a weight: to a device, a memory space, or spread over a mesh as `sharding` says."""
+    """Moves a weight to a device or a memory space, or spreads it over a mesh."""
     if not isinstance(sharding, NamedSharding):
         return jax.device_put(q, sharding)
     check_shards(q, sharding.spec, sharding.mesh)
@@ -93,7 +93,7 @@ def put(q: QuantArray, sharding) -> QuantArray:
 
 
 def local_part(q: QuantArray, spec: PartitionSpec, mesh) -> QuantArray:
-    """The weight as one device sees it inside a `shard_map`: its shape divided as the spec says.
+    """The weight inside a `shard_map`, where each device has its shard of the shape.
 
     Args:
       q: with expanded scales; its arrays are replaced by the local ones afterwards.

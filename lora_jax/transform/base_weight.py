@@ -127,7 +127,7 @@ def mapped(v: Implicit, spec, mesh):
     if not isinstance(v.w, QuantArray):
         return v.w, spec, None
     q = expanded(v.w)
-    return q, quant_sharding.partition_specs(q, spec), quant_sharding.local_part(q, spec, mesh)
+    return q, quant_sharding.array_specs(q, spec), quant_sharding.local_part(q, spec, mesh)
 
 
 def bare(q: QuantArray, path: Note) -> Implicit:

@@ -222,10 +222,10 @@ def test_metadata_that_disagrees_with_the_arrays_is_refused():
 def test_stacked_weights_must_be_of_one_kind():
     a = quant.quantize_array(np.ones((64, 4), np.float32))
     b = quant.quantize_array(np.ones((64, 4), np.float32), format="int4")
-    both = quant.stack([a, a])
+    both = quant.stack_weights([a, a])
     assert both.shape == (2, 64, 4) and both.roles == "sio"
     with pytest.raises(ValueError, match="only weights of one kind can be stacked"):
-        foreign.stack([a, b])
+        foreign.stack_weights([a, b])
 
 
 def test_trees_are_quantized_by_name_and_come_back():

@@ -25,7 +25,7 @@ from lora_jax.paths import nearest
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import formats
 from lora_jax.quant.dispatch import BACKENDS
-from lora_jax.quant.loading import is_linear
+from lora_jax.quant.loading import is_kernel
 from lora_jax.quantize import quantize
 from lora_jax.sharding import partition_specs
 from lora_jax.train.batches import Batch
@@ -180,7 +180,7 @@ def _base(forward, settings: StepSettings):
         return shapes
 
     def quantized(params):
-        return quantize(params, is_linear, format=form, backend=settings.backend)
+        return quantize(params, is_kernel, format=form, backend=settings.backend)
 
     return jax.eval_shape(quantized, shapes)
 

@@ -16,7 +16,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 
-def sharded_decode(run: Callable, *parts):
+def sharded_decode(run: functools.partial, *parts):
     """`run(codes (S, B, N), scales (S, t, N), ...) -> (S, t, B, N)`, on shards of S and N.
 
     Args:
@@ -70,7 +70,7 @@ def _rule(dims: tuple) -> str:
 
 
 def sharded_matmul(
-    run: Callable, x, packed, scale, bias, *tables, supers: int, transposed: bool, dtype
+    run: functools.partial, x, packed, scale, bias, *tables, supers: int, transposed: bool, dtype
 ):
     """`run(x, codes, scales, biases or None, *tables, dtype=)`, split by rows, inputs and outputs.
 
