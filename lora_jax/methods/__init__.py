@@ -13,5 +13,5 @@ _FUNCTIONS: dict[str, Callable] = {**vars(starts), "loftq": loftq}
 
 def start_function(init: str) -> Callable:
     """The function that starts an adapter with `LoraConfig(init=init)`."""
-    # "pissa_niter_4" asks PEFT for a faster SVD of the same start.
+    # "pissa_niter_4" is the same start with a faster SVD in PEFT; here the SVD is exact.
     return _FUNCTIONS[init.partition("_niter_")[0]]

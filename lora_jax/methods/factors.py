@@ -21,7 +21,7 @@ def uniform(key, shape, bound: float, dtype):
 
 
 def per_stack(leaf: LeafPlan, values, part: str):
-    """One number a stack index, broadcast-ready against a factor."""
+    """One number for each stack index, shaped to broadcast against a factor."""
     a_shape, b_shape = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
     stack = [leaf.shape[d] for d in stack_dims(leaf.roles)]
     rest = len(a_shape if part == "a" else b_shape) - len(stack)
@@ -29,7 +29,10 @@ def per_stack(leaf: LeafPlan, values, part: str):
 
 
 def mask(leaf: LeafPlan, factor, *, rank_axis: str):
-    """Zeroes the padding of smaller ranks and of layers left out: zeros never train."""
+    """Zeroes the padding of smaller ranks and of left-out layers.
+
+    Padding is zero in both factors, so its gradients are zero and it stays zero.
+    """
     if len(set(leaf.ranks)) == 1:
         return factor
     stack = [leaf.shape[d] for d in stack_dims(leaf.roles)]
@@ -72,7 +75,7 @@ def principal(matrix, rank: int, s: np.ndarray):
 
 
 def residual(leaf: LeafPlan, w, a, b, s: np.ndarray):
-    """The weight without what the factors hold: `W − s·A·B`."""
+    """The weight without the factors' product: `W − s·A·B`."""
     if is_quant(w):
         raise ValueError(f"`{leaf.path}` is quantized: this init changes the base, quantize after")
     change = s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
@@ -80,7 +83,7 @@ def residual(leaf: LeafPlan, w, a, b, s: np.ndarray):
 
 
 def shaped(leaf: LeafPlan, a, b):
-    """Matrices `(stack..., in, r)` and `(stack..., r, out)` in the factors' own shapes."""
+    """Reshapes `(stack..., in, r)` and `(stack..., r, out)` to the shapes of the factors."""
     a_shape, b_shape = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
     dtype = factor_dtype(leaf)
     return a.reshape(a_shape).astype(dtype), b.reshape(b_shape).astype(dtype)

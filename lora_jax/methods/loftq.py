@@ -1,9 +1,8 @@
-"""LoftQ: a quantized base, and an adapter that starts as what the quantization has lost.
+"""LoftQ: a quantized base, and an adapter that starts as the quantization error.
 
     Q_t = quantize(W − s·A_{t−1}·B_{t−1})        s·A_t·B_t = SVD_r(W − Q_t)        A_0·B_0 = 0
 
-The base becomes `Q_T`, so that `Q_T + s·A_T·B_T` is as near to `W` as quantizing and decomposing
-in turn bring it.
+The base becomes `Q_T`; quantizing and decomposing in turn brings `Q_T + s·A_T·B_T` near to `W`.
 
 Source: Li et al. 2023, "LoftQ", arXiv:2310.08659, algorithm 1; PEFT's `loftq_init`.
 """
@@ -25,17 +24,17 @@ from lora_jax.quant.array import QuantArray, is_quant, quantize_array
 def loftq(key, config: LoraConfig, leaf: LeafPlan, w, weight=None):
     """The quantized weight and the factors of its error.
 
-    A weight in floats is quantized as PEFT does: NF4 in blocks of 64 inputs with float32 scales.
-    A quantized one needs the numbers it was made of, stays as it is in the first turn (all of
-    PEFT's `replace_lora_weights_loftq`), and keeps its own format in later ones. Other than in
-    PEFT, whose factors are right for a scale of 1 only, the factors are divided by the scale.
+    A weight in floats is quantized as in PEFT: NF4 in blocks of 64 inputs with float32 scales. A
+    quantized one needs the floats it was made of; it is not changed in the first turn (which is
+    PEFT's `replace_lora_weights_loftq`), and keeps its format in later ones. PEFT's factors are
+    right for a scale of 1 only; here they are divided by the scale.
 
     Args:
       key: unused.
       config: with `loftq_config`.
       leaf: of the plan.
       w: the base weight, in floats or quantized.
-      weight: what a quantized `w` stands for, in floats.
+      weight: the floats that a quantized `w` was made of.
 
     Raises:
       ValueError: a quantized `w` without `weight`, or the reverse; 8 bits; a block that does not
@@ -51,6 +50,7 @@ def loftq(key, config: LoraConfig, leaf: LeafPlan, w, weight=None):
     for turn in range(config.loftq_config["loftq_iter"]):
         if turn or q is None:
             q = _quantize(rest, w, q, leaf)
+        # Under a trace the values are unknown, and the check below is left out.
         lost = full - q.astype(full.dtype).dequantize()
         if not isinstance(lost, jax.core.Tracer) and not jnp.any(lost):
             raise ValueError(
@@ -79,7 +79,7 @@ def _check(config: LoraConfig, leaf: LeafPlan, w, weight):
 
 
 def _quantize(x, w, like: QuantArray | None, leaf: LeafPlan) -> QuantArray:
-    """`x` in the format of `like`, else in PEFT's."""
+    """Quantizes `x` in the format of `like`, by default in PEFT's."""
     if like is None:
         # PEFT's blocks are of a table's row, and of the inputs of anything else.
         roles = leaf.roles.translate(str.maketrans("io", "oi")) if leaf.lookup else leaf.roles

@@ -1,4 +1,4 @@
-"""Many adapters on one base: stacked, chosen row by row, exchanged while the model runs."""
+"""Many adapters on one base: stacked, chosen by row, and replaced while the model runs."""
 
 from lora_jax.array import count as count
 from lora_jax.multi.pool import AdapterPool as AdapterPool

@@ -1,7 +1,7 @@
 """Adapters paged between host and device: as many on the device as a byte budget holds.
 
-The device has one stack of a fixed number of slots, so that no adapter that comes or goes changes
-a shape: what is compiled stays. Which adapter has a slot is decided by last use.
+The device holds one stack with a fixed number of slots, so shapes stay when adapters come and go,
+and nothing is compiled again. The adapter that was not used for longest gives up its slot.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from lora_jax.multi.stack import adapter_fields, stack
 
 
 class AdapterPool:
-    """Named adapters, loaded when they are first asked for, the latest used ones on the device.
+    """Named adapters, loaded at their first use; those used last are on the device.
 
     Example:
       pool = AdapterPool(template, load, byte_budget=2 << 30)
@@ -30,7 +30,7 @@ class AdapterPool:
       y = run(pool.stacked, tokens, adapter_ids=ids)
 
     Attributes:
-      stacked: the tree for `lorafy(fn)(stacked, ..., adapter_ids=)`; take it anew after `ids`.
+      stacked: the tree for `lorafy(fn)(stacked, ..., adapter_ids=)`; `ids` replaces it.
       slots: how many adapters the device holds at once.
       loads: how many adapters have been put on the device so far.
     """
@@ -45,14 +45,14 @@ class AdapterPool:
         host: int = 4096,
         workers: int = 2,
     ):
-        """Lays the stack out; no adapter is loaded yet.
+        """Allocates the stack; no adapter is loaded yet.
 
         Args:
-          template: a tree with LoRA leaves at every place that an adapter may have one, over the
-            base that all share; its numbers are not used.
-          load: a name to a tree with LoRA leaves over that base, such as
+          template: a tree over the shared base, with a LoRA leaf wherever an adapter may have
+            one; its numbers are not used.
+          load: `f(name)` that gives an adapter's tree, such as
             `lambda name: load_peft(folder / name, ...)[0]`; it is called in other threads.
-          byte_budget: bytes of the device that adapters may take, the base not counted.
+          byte_budget: bytes of the device for adapters, without the base.
           rank: the largest rank an adapter may have; the template's by default.
           host: how many adapters are kept in the host's memory.
           workers: threads that load.
@@ -70,35 +70,35 @@ class AdapterPool:
         self.slots = byte_budget // size
         self.stacked = _widened(blank, self.slots)
         self.loads = 0
-        # What threads look at: `stacked` is given away each time an adapter is put into it.
+        # For the loading threads: `stacked` itself is donated when an adapter is put into it.
         self._form = blank
         self._load, self._host_room = load, host
-        self._where: OrderedDict[str, int] = OrderedDict()  # the least lately used first
+        self._where: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._host: OrderedDict[str, list[np.ndarray]] = OrderedDict()
         self._coming: dict[str, Future] = {}
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="adapters")
         self._put = jax.jit(functools.partial(_put, _axes(blank)), donate_argnums=(0,))
 
     def prefetch(self, names: Sequence[str | None]) -> None:
-        """Starts to load adapters into the host's memory, beside whatever runs."""
+        """Starts to load adapters into the host's memory, in other threads."""
         for name in dict.fromkeys(names):
             if name is None or name in self._where or name in self._host or name in self._coming:
                 continue
             self._coming[name] = self._threads.submit(self._read, name)
 
     def ids(self, names: Sequence[str | None], *, keep: Sequence[str] = ()) -> np.ndarray:
-        """The slot of each adapter, after putting those on the device that are not there.
+        """The slot of each adapter; those that are not on the device are put there first.
 
         Args:
           names: one a row; None is the plain base.
-          keep: adapters that must stay where they are, such as those of rows still running.
+          keep: adapters that must keep their slots, such as those of rows still running.
 
         Returns:
           int32 (rows,), for `adapter_ids`.
 
         Raises:
-          ValueError: more different adapters than the device has slots, or an adapter that does
-            not fit the template; nothing is thrown out then.
+          ValueError: there are more adapters than slots, or one does not fit the template; no
+            slot has changed then.
         """
         wanted = list(dict.fromkeys(name for name in names if name is not None))
         held = {*wanted, *(name for name in keep if name in self._where)}
@@ -116,7 +116,7 @@ class AdapterPool:
         return np.array([-1 if name is None else self._where[name] for name in names], np.int32)
 
     def resident(self) -> list[str]:
-        """The adapters on the device, the least lately used first."""
+        """The adapters on the device, least recently used first."""
         return list(self._where)
 
     def _read(self, name: str) -> list[np.ndarray]:
@@ -148,7 +148,7 @@ def _stacks(stacked) -> list:
 
 
 def _arrays(stacked) -> list:
-    """What of a stack belongs to the adapters, in one order."""
+    """The arrays of a stack that belong to adapters, in a fixed order."""
     return [getattr(x, name) for x in _stacks(stacked) for name in adapter_fields(x)]
 
 
@@ -175,7 +175,7 @@ def _put(axes: Sequence[int], arrays: list, new: list, slot):
 
 
 def _emptied(stacked):
-    """The one slot of a stack made the plain base's, DoRA's gains 1."""
+    """A stack of one with its slot emptied: zeros, and gains of 1."""
     blank = [
         jnp.full_like(x, 1 if name == "gain" else 0)
         for leaf in _stacks(stacked)

@@ -28,7 +28,7 @@ from lora_jax.multi.stack import (
 
 
 def replace(stacked, index: int, adapter):
-    """Puts an adapter into a slot, in place of what was there; no shape changes.
+    """Puts an adapter into a slot of a stack, in place of the one there; no shape changes.
 
     Args:
       stacked: from `stack`.
@@ -37,7 +37,7 @@ def replace(stacked, index: int, adapter):
         plain base, which empties the slot.
 
     Returns:
-      A new tree; what was compiled for `stacked` serves it too.
+      A new tree; what was compiled for `stacked` runs with it too.
 
     Raises:
       ValueError: no such slot, another base, a rank that is too large, or a leaf for which the
@@ -61,7 +61,7 @@ def replace(stacked, index: int, adapter):
 
 
 def stack_of_one(stacked, adapter):
-    """An adapter as a stack of one slot, of the same form as `stacked`.
+    """An adapter as a stack of one, with the shapes and fields of `stacked`.
 
     Args:
       stacked: from `stack`.
@@ -91,7 +91,7 @@ def _one_leaf(name: str, x, y):
 
 
 def _one_stack(name: str, x: LoraStack | SavedStack, y) -> LoraStack | SavedStack:
-    """A leaf of a single adapter in the form of one slot."""
+    """A leaf of a single adapter as a stack of one."""
     train = isinstance(x, LoraStack) and x.m is not None
     if isinstance(x, SavedStack):
         return stack_saved(name, [y], 1)
@@ -122,7 +122,7 @@ def _one_stack(name: str, x: LoraStack | SavedStack, y) -> LoraStack | SavedStac
 
 
 def adapter(stacked, index: int):
-    """One adapter of a stack as a tree by itself, filled up to the stack's rank.
+    """Takes one adapter out of a stack, padded to the stack's rank.
 
     Args:
       stacked: from `stack`, trained or not.

@@ -1,9 +1,9 @@
-"""Adapters of one base as one tree: every factor with an axis that numbers the adapters.
+"""Adapters of one base as one tree, whose factors have an axis for the adapters.
 
     leaf n of the stack:   W + scale[n] · a[n]·b[n]        a (stack..., n, in..., R)
 
-Smaller ranks are filled up with zeros, adapters that leave a leaf alone have scale 0 there, so
-that any adapter can take any slot without a shape changing: what is compiled stays.
+Smaller ranks are padded with zeros, and an adapter that does not adapt a leaf has scale 0 there.
+So any adapter fits any slot, and a compiled function keeps working when adapters change.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ from lora_jax.array import (
 from lora_jax.dims import b_dims, factor_shapes, stack_dims
 from lora_jax.dora import gain, norm
 
-# What of an adapter stands at each slot of a leaf.
-_OWN = {LoraStack: ("a", "b", "scale", "m", "gain", "bias"), SavedStack: ("value",)}
+# The fields that hold a part of each adapter.
+_FIELDS = {LoraStack: ("a", "b", "scale", "m", "gain", "bias"), SavedStack: ("value",)}
 
 
 def stack(
@@ -40,11 +40,11 @@ def stack(
 
     Args:
       adapters: trees with LoRA leaves over the same base, numbered from 0.
-      slots: how many adapters there is room for, at least as many as there are; slots without
-        one are the plain base.
-      rank: the rank that all are filled up to, at least the largest; the largest by default.
-      train: whether the stack is to be trained: DoRA's magnitudes then train too. Otherwise
-        their gains `m / ‖W + s·A·B‖` are computed once, here.
+      slots: for how many adapters the stack has room, by default for those given; an empty slot
+        is the plain base.
+      rank: to which all are padded; by default the largest.
+      train: whether the stack will be trained. DoRA's magnitudes then train too; otherwise
+        their gains `m / ‖W + s·A·B‖` are computed here, once.
 
     Returns:
       The tree, for `lorafy(fn)(stacked, ..., adapter_ids=ids)`.
@@ -74,13 +74,13 @@ def stack(
 
 
 def columns_of(adapters: Sequence):
-    """The leaves of all adapters side by side, checked to be of one base.
+    """The leaves of several adapters, side by side.
 
     Returns:
-      For each leaf the adapters' own, the tree, and the leaves' paths.
+      For each leaf a list with that of every adapter; the tree; and the leaves' paths.
 
     Raises:
-      ValueError: trees of different structure, or other bases.
+      ValueError: the trees have different structures, or their bases differ.
     """
     flat = [jax.tree_util.tree_flatten_with_path(x, is_leaf=is_leaf) for x in adapters]
     names = [paths.spell(path) for path, _ in flat[0][0]]
@@ -163,7 +163,7 @@ def stack_saved(name: str, column: list, slots: int) -> SavedStack:
 
 
 def as_lora(name: str, x, train: bool):
-    """A leaf with trained rows as factors; any other as it is."""
+    """A leaf with trained rows as factors; other leaves unchanged."""
     if not isinstance(x, RowsArray):
         return x
     if train:
@@ -194,7 +194,7 @@ def _check_alike(name: str, column: list, train: bool):
 
 
 def _blank(like: LoraArray, column: list, rank: int, train: bool) -> LoraStack:
-    """One slot without an adapter, at axis `like.axis` of size 1: the plain base."""
+    """An empty slot, which is the plain base, as a stack of one."""
     known = [x for x in column if isinstance(x, LoraArray)]
     a, b = factor_shapes(like.shape, like.roles, rank)
     depth = like.roles.count("s")
@@ -226,7 +226,7 @@ def _blank(like: LoraArray, column: list, rank: int, train: bool) -> LoraStack:
 
 
 def padded(x: LoraArray, blank: LoraStack) -> LoraStack:
-    """An adapter as the one slot of a stack like `blank`."""
+    """An adapter as a stack of one, padded to the rank of `blank`."""
     axis, missing = blank.axis, blank.rank - x.rank
     put = {
         "a": _pad_axis(x.a, -1, missing),
@@ -253,8 +253,8 @@ def _pad_axis(x, axis: int, missing: int):
 
 
 def adapter_fields(x: LoraStack | SavedStack) -> tuple[str, ...]:
-    """The fields of a leaf that hold something for each adapter."""
-    return tuple(name for name in _OWN[type(x)] if getattr(x, name) is not None)
+    """The fields of a leaf that hold a part of each adapter."""
+    return tuple(name for name in _FIELDS[type(x)] if getattr(x, name) is not None)
 
 
 def _join(slots: Sequence[LoraStack]) -> LoraStack:

@@ -1,14 +1,14 @@
-"""Several adapters of one base as one: weighted sums, exact or thinned.
+"""Several adapters of one base as one: weighted sums, exact or with changes left out.
 
     ΔW = Σ_i w_i · s_i · A_i · B_i
 
-is what is meant, whatever the adapters' ranks and scalings (`α/r` or `α/√r`) are. `cat` holds it
-exactly, `svd` its best approximation of a given rank. The others change the sum on purpose, to
-keep adapters from disturbing each other: `ties` keeps each adapter's largest changes and, number by
-number, those of the sign that wins; `dare` drops changes at random and makes up for it;
-`magnitude_prune` keeps the largest. They act on the `ΔW_i` themselves and are then brought to a
-rank; what PEFT calls `linear`, `ties` and so on acts on `A` and `B` apart, whose product then holds
-terms `A_i·B_j` that no adapter had: for `linear` that is offered under its name, as PEFT does it.
+is the sum, for adapters of any ranks and scalings (`α/r` or `α/√r`). `cat` holds it exactly, `svd`
+is its best approximation of a given rank. The others change the sum on purpose, so that adapters
+disturb each other less: `ties` keeps the largest changes of each adapter and, for each number, only
+those of the winning sign; `dare` drops changes at random and scales up the rest; `magnitude_prune`
+keeps the largest. They work on the `ΔW_i` and then reduce the rank. PEFT's `linear`, `ties` and so
+on work on `A` and `B` separately, and the product then has terms `A_i·B_j` of no adapter; only
+`linear` is computed as in PEFT.
 
 Sources: TIES: Yadav et al. 2023, algorithm 1. DARE: Yu et al. 2024, eq. 2-4. The best approximation
 of a rank: Eckart and Young 1936.
@@ -45,8 +45,8 @@ def add_weighted_adapter(
       method: "cat" (exact, its rank the sum of the ranks), "svd" (the best of a rank), "linear"
         (PEFT's: factors are added, only for equal ranks, a rough approximation), or on the
         changes of the weights "ties", "dare_linear", "dare_ties", "magnitude_prune".
-      rank: of the result; by default all there is for "cat", the largest of the adapters' for the
-        others. "cat" with a rank is "svd".
+      rank: of the result; by default the sum of the ranks for "cat", and the largest rank for
+        the others. "cat" with a rank is "svd".
       density: the share of each adapter's changes that is kept, in (0, 1], for the last four.
       majority_sign: "total" (the sign of the sum) or "frequency" (of most adapters), for TIES.
       key: PRNG key, for DARE.
@@ -57,9 +57,9 @@ def add_weighted_adapter(
       (`modules_to_save`) is that adapter's.
 
     Raises:
-      ValueError: no adapters, as many weights as adapters were not given, an option out of range,
-        other bases, DoRA or adapters' biases (whose sum is no adapter: merge them instead), a
-        leaf that two adapters train whole.
+      ValueError: there is no adapter, or not one weight for each; an option is out of range;
+        the bases differ; an adapter has DoRA or a bias (their sum is not an adapter: merge
+        them instead); or two adapters train one leaf whole.
 
     Example:
       both = lora.multi.add_weighted_adapter([polite, french], [0.7, 0.3], method="svd", rank=16)
@@ -175,7 +175,7 @@ def _beside(parts: list):
 
 
 def _svd(name: str, parts: list, options: _Options) -> LoraArray:
-    """Of the sum, without forming it: the singular values of `Ra·Rbᵀ`, a matrix of the ranks."""
+    """The SVD of the sum without forming it: that of `Ra·Rbᵀ`, a matrix of the ranks."""
     del name
     a, b = _beside(parts)
     qa, ra = jnp.linalg.qr(a)
@@ -189,7 +189,7 @@ def _svd(name: str, parts: list, options: _Options) -> LoraArray:
 
 
 def _shared(u, s, vt, rank: int):
-    """The largest `rank` values, their roots in both factors; zeros where there are fewer."""
+    """The factors of the largest `rank` singular values; zeros where there are fewer."""
     root = jnp.sqrt(s[..., :rank])
     a, b = u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
     missing = rank - root.shape[-1]
@@ -205,7 +205,7 @@ def _rank(parts: list, options: _Options) -> int:
 
 
 def _linear(name: str, parts: list, options: _Options) -> LoraArray:
-    """Factors added up, each weighted by `√|w·s|`, the sign on `A`: PEFT's `linear`."""
+    """PEFT's `linear`: the sums of factors weighted by `√|w·s|`, with the sign on `A`."""
     ranks = sorted({x.rank for _, x in parts})
     if len(ranks) > 1 or options.rank not in (None, ranks[0]):
         raise ValueError(
@@ -252,7 +252,7 @@ def _thinned(merge: Callable) -> Callable:
 
 
 def _largest(changes, options: _Options):
-    """Of each adapter the `density · size` numbers of largest size, the others 0."""
+    """The changes with only the largest `density · size` numbers of each adapter."""
     count = int(options.density * changes[0].size)
     if count == changes[0].size:
         return changes
@@ -266,8 +266,8 @@ def _largest(changes, options: _Options):
 
 
 def _dropped(changes, options: _Options):
-    """Numbers kept with probability `density`, and divided by it."""
-    assert options.key is not None  # `_check` has asked for it
+    """The changes, kept with probability `density` and divided by it."""
+    assert options.key is not None  # `_check` requires it
     kept = jax.random.bernoulli(options.key, options.density, changes.shape)
     return jnp.where(kept, changes / options.density, 0)
 
@@ -278,7 +278,7 @@ def _sum(changes, weights, options: _Options):
 
 
 def _elected(changes, weights, options: _Options):
-    """The mean over the adapters whose sign wins, each number by itself."""
+    """For each number the mean over the adapters whose sign wins."""
     votes = changes if options.majority_sign == "total" else jnp.sign(changes)
     winner = jnp.where(votes.sum(0) >= 0, 1, -1)
     agree = jnp.sign(changes) == winner
@@ -302,7 +302,7 @@ _JOINS: dict[str, Callable] = {
 
 
 def _one_rank(leaves: list) -> list:
-    """Fills the ranks up to the largest, so that one config says them all."""
+    """Pads all ranks to the largest, so that one config describes every leaf."""
     rank = max(x.rank for x in leaves if isinstance(x, LoraArray))
 
     def fill(x):

@@ -1,4 +1,4 @@
-"""What the config's names are compared with: a leaf, its roles, and every name it goes by."""
+"""A leaf while `plan` decides about it, with all the names that the config may use for it."""
 
 import math
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class Names(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """A leaf while `plan` decides about it.
+    """A leaf that `plan` has not finished.
 
     Attributes:
       leaf: frozen at first.

@@ -81,7 +81,7 @@ class LeafPlan:
 
     @property
     def rank(self) -> int:
-        """The rank the leaf is allocated with: the largest of its stack."""
+        """The rank of the leaf's factors: the largest of its stack."""
         return max(self.ranks, default=0)
 
     @property

@@ -36,20 +36,20 @@ def inferred(uses: Sequence[Use], ndim: int, rebatched: set) -> tuple[str, bool,
 
 
 def maps_features(uses: Sequence[Use]) -> bool:
-    """Whether a weight maps features: not one that is resized or mixed, and then added.
+    """Whether a weight maps features, and is not a table that is resized and then added to them.
 
-    A resized table of positions is contracted only with a matrix that no argument feeds, and then
-    added to the features; a kernel that is resized is contracted with features afterwards.
+    A resized table of positions is contracted only with a constant matrix, and then added to the
+    features; a resized kernel is contracted with the features afterwards.
     """
     kinds = [use.kind for use in uses]
     return "contract" in kinds or "other" not in kinds
 
 
 def _deciding(uses: Sequence[Use]) -> Use | None:
-    """The use that shows the roles: a lookup, the first contraction, or what is like one.
+    """The use that decides the roles: a lookup, else the first contraction, else what is like one.
 
-    A contraction that an argument feeds comes before one with a constant only (the vectors of a
-    spectral norm).
+    A contraction with an argument comes before one with a constant, such as the vectors of a
+    spectral norm.
     """
     for kind in ("lookup", "contract", "transform", "rows"):
         of_kind = [use for use in uses if use.kind == kind]

@@ -1,4 +1,4 @@
-"""What trains besides adapters: whole leaves, biases, and single rows of a table."""
+"""What trains beside adapters: whole leaves, biases, and single rows of a table."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ def with_saved(config: LoraConfig, drafts: Sequence[Draft]) -> list[Draft]:
     """Marks what trains beside the adapters: biases, and rows of tables.
 
     Raises:
-      ValueError: trainable_token_indices means no table, or rows that it has not.
+      ValueError: trainable_token_indices names no table, or rows that the table does not have.
     """
     adapted = {x.names.module: x.leaf for x in drafts if x.leaf.kind == "lora"}
     trains = {
@@ -39,8 +39,8 @@ def with_saved(config: LoraConfig, drafts: Sequence[Draft]) -> list[Draft]:
         if leaf.kind == "frozen" and trains[leaf.path]:
             draft = draft._replace(leaf=_bias(leaf, config.bias, weight))
         marked.append(draft)
-    asked = config.trainable_token_indices
-    return _with_token_rows(asked, marked) if asked else marked
+    rows = config.trainable_token_indices
+    return _with_token_rows(rows, marked) if rows else marked
 
 
 def _bias(leaf: LeafPlan, which: str, weight: LeafPlan | None) -> LeafPlan:
@@ -73,16 +73,16 @@ def _adapted_layers(weight: LeafPlan, bias: LeafPlan) -> tuple[tuple[int, ...], 
 
 
 def _with_token_rows(
-    asked: tuple[int, ...] | Mapping[str, tuple[int, ...]], drafts: Sequence[Draft]
+    rows: tuple[int, ...] | Mapping[str, tuple[int, ...]], drafts: Sequence[Draft]
 ) -> list[Draft]:
     """Marks the tables of which some rows train."""
-    if isinstance(asked, tuple):
-        ids = {_input_table(drafts).path: asked}
+    if isinstance(rows, tuple):
+        ids = {_input_table(drafts).path: rows}
     else:
-        ids = {_named_table(entry, drafts).path: rows for entry, rows in asked.items()}
-        if len(ids) < len(asked):
+        ids = {_named_table(entry, drafts).path: own for entry, own in rows.items()}
+        if len(ids) < len(rows):
             raise ValueError(
-                f"trainable_token_indices: two of the names {sorted(asked)} mean one table "
+                f"trainable_token_indices: two of the names {sorted(rows)} mean one table "
                 f"{sorted(ids)} (head and embedding are tied): give its ids once"
             )
     return [
