@@ -14,22 +14,26 @@ out dims, each in `W`'s own order. A kernel `(layers, d_model, heads, head_dim)`
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, PyTree
 
 from lora_jax import paths
 from lora_jax.dims import b_dims, from_matrix, sizes
 from lora_jax.quant.array import QuantArray
 from lora_jax.quant.ops import take
 
+_Class = TypeVar("_Class", bound=type)
 
-def _node(*static: str):
+
+def _node(*static: str) -> Callable[[_Class], _Class]:
     """Registers a frozen dataclass as a pytree; its `static` fields are compared, not traced."""
 
-    def register(cls):
+    def register(cls: _Class) -> _Class:
         names = [f.name for f in dataclasses.fields(cls)]
         return jax.tree_util.register_dataclass(
             cls, data_fields=[n for n in names if n not in static], meta_fields=list(static)
@@ -232,12 +236,12 @@ FROZEN_FIELDS: dict[type, tuple[str, ...]] = {
 }
 
 
-def is_stack(x) -> bool:
+def is_stack(x: Any) -> bool:
     """Whether `x` is a leaf with many adapters."""
     return isinstance(x, LoraStack | SavedStack)
 
 
-def is_lora(x) -> bool:
+def is_lora(x: Any) -> bool:
     """Whether `x` is a leaf that trains, of one adapter or of many."""
     return isinstance(x, LoraArray | SavedArray | RowsArray | LoraStack | SavedStack)
 
@@ -250,7 +254,7 @@ def effective(x: SavedArray) -> Any:
     return dense(x.w).at[where].set(x.value[where].astype(x.w.dtype))
 
 
-def dense(w):
+def dense(w: Any) -> Any:
     """A base weight as an array: itself, or dequantized."""
     return w.dequantize() if isinstance(w, QuantArray) else w
 
@@ -262,7 +266,7 @@ def base_rows(x: RowsArray) -> Float[Array, "n d"]:
     return jnp.moveaxis(jnp.take(x.w, jnp.asarray(x.ids), axis=x.axis), x.axis, 0)
 
 
-def with_rows(x: RowsArray):
+def with_rows(x: RowsArray) -> Float[Array, "..."]:
     """The table with its trained rows put in, in the table's dtype."""
     w = jnp.moveaxis(dense(x.w), x.axis, 0)
     return jnp.moveaxis(w.at[jnp.asarray(x.ids)].set(x.rows.astype(w.dtype)), 0, x.axis)
@@ -281,7 +285,7 @@ def rows_as_lora(x: RowsArray) -> LoraArray:
     return LoraArray(x.w, one_hot, change, jnp.ones((), jnp.float32), roles=roles)
 
 
-def widened(*dtypes):
+def widened(*dtypes) -> np.dtype:
     """float32, or float64 where one of the dtypes is: also under strict promotion."""
     double = any(jnp.dtype(d) == jnp.float64 for d in dtypes)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
@@ -304,7 +308,7 @@ def delta(x: LoraArray) -> Float[Array, "..."]:
     return from_matrix(change * x.scale.astype(dtype)[..., None, None], x.shape, x.roles)
 
 
-def spread_outputs(gain, x: LoraArray):
+def spread_outputs(gain: Float[Array, "..."], x: LoraArray) -> Float[Array, "..."]:
     """Reshapes `(stack..., out...)` so that it broadcasts against the weight."""
     order = b_dims(x.roles)
     shape = dict(zip(order, gain.shape, strict=True))
@@ -312,7 +316,7 @@ def spread_outputs(gain, x: LoraArray):
     return gain.reshape([shape.get(d, 1) for d in range(x.ndim)])
 
 
-def count(stacked) -> int:
+def count(stacked: PyTree) -> int:
     """How many adapters a stack has room for.
 
     Raises:
@@ -328,12 +332,12 @@ def count(stacked) -> int:
     return counts.pop()
 
 
-def is_leaf(x) -> bool:
+def is_leaf(x: Any) -> bool:
     """Whether `x` is a leaf that holds several arrays: an adapted or a quantized weight."""
     return isinstance(x, QuantArray) or is_lora(x)
 
 
-def leaves_by_path(params) -> dict:
+def leaves_by_path(params: PyTree) -> dict:
     """The leaves of a tree by their spelled paths; a quantized or adapted weight is one leaf."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     return {paths.spell(key_path): leaf for key_path, leaf in flat}

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+AnyArray = Array | np.ndarray
+
 
 def a_dims(roles: str) -> list[int]:
     """The dims of `w` that `a` has, in `a`'s order; the rank comes last."""
@@ -48,7 +50,7 @@ def factor_shapes(shape: tuple[int, ...], roles: str, rank: int) -> tuple[tuple,
     return tuple(a), tuple(b)
 
 
-def to_matrix(w: Array | np.ndarray, roles: str) -> Array:
+def to_matrix(w: AnyArray, roles: str) -> Array:
     """A weight as `(stack..., in, out)`; unit dims, with role `u`, are dropped."""
     order = stack_dims(roles) + in_dims(roles) + out_dims(roles)
     units = [d for d in range(len(roles)) if d not in order]
@@ -56,7 +58,7 @@ def to_matrix(w: Array | np.ndarray, roles: str) -> Array:
     return jnp.transpose(w, [*order, *units]).reshape(*stack, fan_in, fan_out)
 
 
-def from_matrix(matrix: Array | np.ndarray, shape: tuple[int, ...], roles: str) -> Array:
+def from_matrix(matrix: AnyArray, shape: tuple[int, ...], roles: str) -> Array:
     """The weight of a `(stack..., in, out)` matrix, in its own shape and order of dims.
 
     Args:

@@ -50,7 +50,7 @@ def magnitude(x: LoraArray) -> Float[Array, "..."]:
     return norm(x)
 
 
-def gains(x: LoraStack):
+def gains(x: LoraStack) -> Float[Array, "..."] | None:
     """The gain of every adapter of a stack, or None where none uses DoRA."""
     if x.m is None:
         return x.gain

@@ -1,10 +1,12 @@
 """Merging adapters into their weights, and taking them out again."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+from jaxtyping import Array, PyTree
 
 from lora_jax import dora, paths
 from lora_jax.array import (
@@ -21,10 +23,10 @@ from lora_jax.array import (
     widened,
     with_rows,
 )
-from lora_jax.dims import b_dims
+from lora_jax.dims import AnyArray, b_dims
 
 
-def merged(x: LoraArray):
+def merged(x: LoraArray) -> Array:
     """`gain · (W + s·A·B)` of one leaf: computed in float32 (or wider), cast once to `W`'s dtype.
 
     A quantized base gives a float weight; it is never quantized again.
@@ -37,7 +39,7 @@ def merged(x: LoraArray):
     return full.astype(w.dtype)
 
 
-def merge(lora_params):
+def merge(lora_params: PyTree) -> PyTree:
     """Plain parameters: every adapter added to its weight, every saved value in place.
 
     Quantized weights become arrays, with or without an adapter; they are not quantized again.
@@ -74,7 +76,7 @@ def merge(lora_params):
     return jax.tree.unflatten(tree, leaves)
 
 
-def _merge_leaf(x):
+def _merge_leaf(x: Any) -> Any:
     if is_stack(x):
         raise ValueError(
             "`lora_params` is a stack of adapters: merge one of them, "
@@ -120,11 +122,11 @@ def _bias_changes(flat: Sequence) -> dict[int, jax.Array]:
     return changes
 
 
-def _finite(x) -> bool:
+def _finite(x: AnyArray) -> bool:
     return bool(jnp.all(jnp.isfinite(x)))
 
 
-def unmerge(params, lora_params):
+def unmerge(params: PyTree, lora_params: PyTree) -> PyTree:
     """Takes the adapters out of merged parameters again, which gives the base.
 
     Where `params` is the merge of `lora_params`, the result is the base bit for bit. From a leaf
@@ -154,14 +156,14 @@ def unmerge(params, lora_params):
     return jax.tree.unflatten(tree, leaves)
 
 
-def _without_change(x, y, change):
+def _without_change(x: AnyArray, y: AnyArray, change: Array) -> Array:
     """A merged bias without the adapter's; exactly the base's where nothing else changed it."""
     wide = widened(x.dtype)
     merged = (x.astype(wide) + change.astype(wide)).astype(x.dtype)
     return jnp.where(y == merged, x, (y.astype(wide) - change.astype(wide)).astype(y.dtype))
 
 
-def _unmerge_leaf(path: str, x, y):
+def _unmerge_leaf(path: str, x: Any, y: Any) -> Any:
     if not is_lora(x):
         return y
     if tuple(x.shape) != tuple(y.shape):

@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from lora_jax import paths
 from lora_jax.array import FROZEN_FIELDS, TRAINED_FIELDS, is_lora
@@ -43,11 +45,11 @@ def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
       ((2, 8), None)
     """
 
-    def run(lora_params, *args, **kwargs):
+    def run(lora_params: PyTree, *args, **kwargs) -> Any:
         trainable, frozen = split(lora_params)
         check_trainable(trainable, "lora_params")
 
-        def of_trainable(trainable, *args, **kwargs):
+        def of_trainable(trainable: PyTree, *args, **kwargs) -> Any:
             return fn(combine(trainable, frozen), *args, **kwargs)
 
         return jax.value_and_grad(of_trainable, has_aux=has_aux)(trainable, *args, **kwargs)
@@ -59,14 +61,14 @@ def grad(fn: Callable, *, has_aux: bool = False) -> Callable:
     """`value_and_grad` without the value: `f(...) -> gradients`, or `(gradients, aux)`."""
     both = value_and_grad(fn, has_aux=has_aux)
 
-    def run(lora_params, *args, **kwargs):
+    def run(lora_params: PyTree, *args, **kwargs) -> Any:
         value, grads = both(lora_params, *args, **kwargs)
         return (grads, value[1]) if has_aux else grads
 
     return run
 
 
-def check_trainable(trainable, name: str = "trainable") -> None:
+def check_trainable(trainable: PyTree, name: str = "trainable") -> None:
     """Raises unless a tree has arrays, and all of them can be trained.
 
     Raises:
@@ -86,10 +88,10 @@ def check_trainable(trainable, name: str = "trainable") -> None:
             )
 
 
-def trainable_mask(lora_params):
+def trainable_mask(lora_params: PyTree) -> PyTree:
     """A tree of bools for `optax.masked`, True at every array that trains."""
 
-    def mark(x):
+    def mark(x: Any) -> Any:
         if not is_lora(x):
             return False
         marks = dict.fromkeys(TRAINED_FIELDS[type(x)], True)
@@ -101,7 +103,7 @@ def trainable_mask(lora_params):
     return jax.tree.map(mark, lora_params, is_leaf=is_lora)
 
 
-def masked(tx):
+def masked(tx: Any) -> Any:
     """An optax transformation for LoRA trees, with state for the trainable half only.
 
     Args:
@@ -118,14 +120,14 @@ def masked(tx):
     """
     optax = require("optax")
 
-    def start(params):
+    def start(params: PyTree) -> Any:
         trainable, frozen = split(params)
         # optax itself calls `init` with trees that hold no array at all: those pass.
         if jax.tree.leaves(frozen):
             check_trainable(trainable, "params")
         return tx.init(trainable)
 
-    def update(updates, state, params=None):
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         mine, rest = split(updates)
         held = (None, None) if params is None else split(params)
         changes, state = tx.update(mine, state, held[0])
@@ -137,7 +139,7 @@ def masked(tx):
     return optax.GradientTransformation(start, update)
 
 
-def _no_change(x):
+def _no_change(x: Any) -> np.ndarray:
     """A scalar zero: adding it leaves an array as it is."""
     # Integers (a quantized base's codes) have float0 gradients, and optax cannot add those.
     return np.zeros((), np.uint8 if x.dtype == jax.dtypes.float0 else x.dtype)

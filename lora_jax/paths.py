@@ -54,7 +54,7 @@ def spell(key_path: Sequence) -> str:
     return ".".join(component(k).replace("/", ".") for k in keys)
 
 
-def _is_wrapper(key) -> bool:
+def _is_wrapper(key: Any) -> bool:
     if isinstance(key, jax.tree_util.GetAttrKey):
         return key.name in _WRAPPERS
     return isinstance(key, jax.tree_util.FlattenedIndexKey)

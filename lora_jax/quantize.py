@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from lora_jax import paths
 from lora_jax.array import is_leaf
@@ -20,7 +21,7 @@ Where = Any
 
 
 def quantize(
-    params,
+    params: PyTree,
     where: Where,
     *,
     format: str = "nf4",
@@ -31,7 +32,7 @@ def quantize(
     pad: bool = False,
     backend: str = "auto",
     progress: bool = False,
-):
+) -> PyTree:
     """Quantizes chosen leaves of a parameter tree, one after the other.
 
     Args:
@@ -67,7 +68,7 @@ def quantize(
     chosen = _chosen(where, named)
     planned = where.by_path() if _is_plan(where) else {}
 
-    def one(path: str, leaf):
+    def one(path: str, leaf: Any) -> QuantArray:
         own = _roles_of(roles or {}, path) or (planned[path].roles if path in planned else None)
         q = quantize_array(
             leaf,
@@ -88,7 +89,7 @@ def quantize(
     return jax.tree.unflatten(tree, out)
 
 
-def _is_plan(where) -> bool:
+def _is_plan(where: Where) -> bool:
     return isinstance(where, Plan)
 
 
@@ -166,7 +167,7 @@ def _means(entry: str, name: str, pattern: bool) -> bool:
     return matching.ends_with(name, entry)
 
 
-def dequantize(params):
+def dequantize(params: PyTree) -> PyTree:
     """Turns the quantized leaves of a tree into arrays of their dtype."""
     return jax.tree.map(
         lambda x: x.dequantize() if isinstance(x, QuantArray) else x, params, is_leaf=is_leaf

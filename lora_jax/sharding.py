@@ -6,10 +6,13 @@ B  (layers, r, out)    P(None, None, "model")
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.core
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from lora_jax.array import LoraArray, RowsArray, SavedArray, is_leaf
 from lora_jax.quant import sharding as quant_sharding
@@ -19,7 +22,7 @@ from lora_jax.transform.labels import part_spec, spec_of
 _PARTS = {"a": "a", "b": "b", "scale": "scale", "m": "gain", "bias": "bias"}
 
 
-def partition_specs(lora_params, specs):
+def partition_specs(lora_params: PyTree, specs: PyTree) -> PyTree:
     """The `PartitionSpec` of every array of a LoRA tree, from those of the base parameters.
 
     Args:
@@ -41,11 +44,11 @@ def partition_specs(lora_params, specs):
     return jax.tree.map(_leaf_specs, lora_params, specs, is_leaf=is_leaf)
 
 
-def _base_specs(w, spec: PartitionSpec):
+def _base_specs(w: Any, spec: PartitionSpec) -> Any:
     return quant_sharding.array_specs(w, spec) if isinstance(w, QuantArray) else spec
 
 
-def _leaf_specs(x, spec: PartitionSpec):
+def _leaf_specs(x: Any, spec: PartitionSpec) -> Any:
     if isinstance(x, SavedArray):
         return dataclasses.replace(x, w=_base_specs(x.w, spec), value=spec)
     if isinstance(x, RowsArray):  # few rows: whole on every device of the vocabulary's axis
@@ -77,7 +80,7 @@ def place(x: LoraArray) -> LoraArray:
     return _move(x, sharding.spec, lambda y, s: jax.device_put(y, NamedSharding(sharding.mesh, s)))
 
 
-def _move(x: LoraArray, spec: PartitionSpec, put) -> LoraArray:
+def _move(x: LoraArray, spec: PartitionSpec, put: Callable) -> LoraArray:
     parts = {
         name: put(getattr(x, name), part_spec(spec, x.roles, part))
         for name, part in _PARTS.items()

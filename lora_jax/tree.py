@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree
 
 from lora_jax import dora, paths
 from lora_jax.array import (
@@ -30,7 +31,7 @@ from lora_jax.plan.leaf import LeafPlan, Plan
 from lora_jax.sharding import place
 
 
-def init(key, plan: Plan, params, *, weights=None):
+def init(key: PRNGKeyArray, plan: Plan, params: PyTree, *, weights: Any = None) -> PyTree:
     """Puts adapters on the planned leaves: the identity at the start, `W + s·A·B = W`.
 
     `A` is uniform in ±1/√fan_in and `B` zero (for a lookup table `A` zero and `B` normal), in
@@ -65,7 +66,7 @@ def init(key, plan: Plan, params, *, weights=None):
     return jax.tree.unflatten(tree, leaves)
 
 
-def _weights_of(plan: Plan, weights) -> Callable[[LeafPlan], Any]:
+def _weights_of(plan: Plan, weights: Any) -> Callable[[LeafPlan], Any]:
     """`f(leaf)` that gives the floats a quantized base was made of, or None without `weights`."""
     if weights is None:
         return lambda leaf: None
@@ -75,7 +76,7 @@ def _weights_of(plan: Plan, weights) -> Callable[[LeafPlan], Any]:
         )
     held: Callable = weights if callable(weights) else leaves_by_path(weights).get
 
-    def get(leaf: LeafPlan):
+    def get(leaf: LeafPlan) -> Any:
         w: Any = held(leaf.path)
         found = "none" if w is None else f"{w.dtype} of shape {tuple(w.shape)}"
         if w is None or is_leaf(w) or tuple(w.shape) != leaf.shape:
@@ -87,7 +88,7 @@ def _weights_of(plan: Plan, weights) -> Callable[[LeafPlan], Any]:
     return get
 
 
-def _check_same(planned: dict[str, LeafPlan], leaves: dict):
+def _check_same(planned: dict[str, LeafPlan], leaves: dict) -> None:
     for path, leaf in planned.items():
         if path not in leaves:
             raise ValueError(f"`params` has no leaf `{path}`, which was planned; plan again")
@@ -100,7 +101,7 @@ def _check_same(planned: dict[str, LeafPlan], leaves: dict):
             )
 
 
-def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w, full: Callable):
+def _init_leaf(key: PRNGKeyArray, plan: Plan, leaf: LeafPlan | None, w: Any, full: Callable) -> Any:
     if leaf is None or leaf.kind == "frozen":
         return w
     if leaf.kind == "saved":
@@ -123,7 +124,7 @@ def _init_leaf(key, plan: Plan, leaf: LeafPlan | None, w, full: Callable):
     return place(adapted)
 
 
-def make_leaf(plan: Plan, leaf: LeafPlan, w, **trained) -> LoraArray | SavedArray | RowsArray:
+def make_leaf(plan: Plan, leaf: LeafPlan, w: Any, **trained) -> LoraArray | SavedArray | RowsArray:
     """A planned leaf from its base weight and its trained arrays by field (`a`, `b`, `value`)."""
     if leaf.kind == "saved":
         return SavedArray(w, only=leaf.only, **trained)
@@ -151,12 +152,12 @@ def trained_fields(x: LoraArray | SavedArray | RowsArray) -> tuple[str, ...]:
     return TRAINED_FIELDS[type(x)]
 
 
-def stack_values(leaf: LeafPlan, values) -> np.ndarray:
+def stack_values(leaf: LeafPlan, values: Sequence[float]) -> np.ndarray:
     """One number for each stack index, in the stack's shape."""
     return np.asarray(values).reshape([leaf.shape[d] for d in stack_dims(leaf.roles)])
 
 
-def split(lora_params):
+def split(lora_params: PyTree) -> tuple[PyTree, PyTree]:
     """Divides a tree into a trainable and a frozen half.
 
     Args:
@@ -171,14 +172,14 @@ def split(lora_params):
     return trainable, frozen
 
 
-def _keep(x, fields: dict[type, tuple[str, ...]]):
+def _keep(x: Any, fields: dict[type, tuple[str, ...]]) -> Any:
     if not is_lora(x):
         return x if fields is FROZEN_FIELDS else None
     every = (*TRAINED_FIELDS[type(x)], *FROZEN_FIELDS[type(x)])
     return dataclasses.replace(x, **{name: None for name in every if name not in fields[type(x)]})
 
 
-def combine(trainable, frozen):
+def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
     """Joins the two halves of `split`: `combine(*split(x))` is `x`.
 
     Args:
@@ -195,7 +196,7 @@ def combine(trainable, frozen):
         ) from None
 
 
-def _join(x, y):
+def _join(x: Any, y: Any) -> Any:
     if not is_lora(x) and not is_lora(y):
         if x is not None and y is not None:
             raise ValueError("both trees hold the same leaf; pass the two results of `split`")
@@ -216,7 +217,7 @@ class Count(NamedTuple):
     total: int
 
 
-def count_parameters(lora_params) -> Count:
+def count_parameters(lora_params: PyTree) -> Count:
     """Counts parameters as PEFT does: `total` is the base and the adapters together.
 
     The padding of smaller ranks and of left-out layers is allocated, so it counts. DoRA's
@@ -234,7 +235,7 @@ def count_parameters(lora_params) -> Count:
     return Count(trainable, total)
 
 
-def format_trainable_parameters(lora_params) -> str:
+def format_trainable_parameters(lora_params: PyTree) -> str:
     """PEFT's line: `trainable params: 448 || all params: 6,416 || trainable%: 6.9825`."""
     return format_count(count_parameters(lora_params))
 

@@ -6,7 +6,7 @@ The names follow PEFT's where they mean the same; `from_peft` and `to_peft` tran
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -92,7 +92,7 @@ class LoraConfig:
     roles: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in _NORMALIZED:
             object.__setattr__(self, name, _normalized(name, getattr(self, name)))
         # `b` was the letter of a stack dim before 0.2.
@@ -155,7 +155,7 @@ _NORMALIZED = (
 )
 
 
-def _normalized(name: str, value):
+def _normalized(name: str, value: Any) -> Any:
     if name in ("rank_pattern", "alpha_pattern", "roles", "extra", "loftq_config"):
         if value is None:
             return {}
@@ -182,18 +182,18 @@ _EMPTY_FOR_NONE = (
 )
 
 
-def _is_int(value) -> bool:
+def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_rank(name: str, value) -> None:
+def _check_rank(name: str, value: Any) -> None:
     if not _is_int(value):
         raise TypeError(f"{name} must be an integer of at least 1, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _check_alpha(name: str, value) -> None:
+def _check_alpha(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number above 0, got {value!r}")
     if not (math.isfinite(value) and value > 0):
@@ -213,14 +213,14 @@ def _check_numbers(config: LoraConfig) -> None:
             raise TypeError(f"{name} must be True or False, got {getattr(config, name)!r}")
 
 
-def _check_strings(name: str, value) -> None:
+def _check_strings(name: str, value: Any) -> None:
     if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value):
         raise TypeError(f"{name} must be a tuple or list of module names, got {value!r}")
     if "" in value:
         raise ValueError(f"{name} holds an empty name, which would match every module")
 
 
-def _check_regex(name: str, pattern) -> None:
+def _check_regex(name: str, pattern: Any) -> None:
     if not isinstance(pattern, str) or not pattern:
         raise TypeError(f"{name} must be a regular expression (a string), got {pattern!r}")
     try:
@@ -359,5 +359,5 @@ def _check_combinations(config: LoraConfig) -> None:
             )
 
 
-def _spelled(names) -> str:
+def _spelled(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)

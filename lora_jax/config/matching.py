@@ -8,7 +8,7 @@ Source: PEFT 0.21, `check_target_module_exists`, `get_pattern_key`, `_set_traina
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 
@@ -104,7 +104,7 @@ def matched_pattern(patterns: Iterable[str], name: str) -> str | None:
     return None
 
 
-def _from_pattern(patterns: Mapping, name: str, default):
+def _from_pattern(patterns: Mapping, name: str, default: Any) -> Any:
     found = matched_pattern(patterns, name)
     return default if found is None else patterns[found]
 

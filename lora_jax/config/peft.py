@@ -150,7 +150,7 @@ _NONE_WHEN_EMPTY = (
 )
 
 
-def _to_json(value):
+def _to_json(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return {k: _to_json(v) for k, v in value.items()} if isinstance(value, Mapping) else value
@@ -179,7 +179,7 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
             )
 
 
-def _init_from_peft(value) -> str:
+def _init_from_peft(value: Any) -> str:
     if value is None:
         value = True  # PEFT's default
     for start in STARTS:
@@ -195,7 +195,7 @@ def _init_from_peft(value) -> str:
     return value
 
 
-def _default_targets(model_type: str | None):
+def _default_targets(model_type: str | None) -> tuple[str, ...] | str:
     if model_type is None:
         raise ValueError(
             "PEFT config: `target_modules` is missing, and the model family that would give "

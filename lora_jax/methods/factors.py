@@ -1,26 +1,33 @@
 """Arithmetic that several starts share: shapes, masks and decompositions of the factors."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from lora_jax.array import dense, widened
 from lora_jax.dims import factor_shapes, from_matrix, sizes, stack_dims, to_matrix
 from lora_jax.plan.leaf import LeafPlan
 from lora_jax.quant.array import is_quant
 
+# What a start returns: the base weight, A and B.
+Started = tuple[Any, Array, Array]
 
-def factor_dtype(leaf: LeafPlan):
+
+def factor_dtype(leaf: LeafPlan) -> np.dtype:
     """float32, also over a 16-bit base (as PEFT); float64 over a float64 base."""
     return widened(leaf.dtype)
 
 
-def uniform(key, shape, bound: float, dtype):
+def uniform(key: PRNGKeyArray, shape: Sequence[int], bound: float, dtype: np.dtype) -> Array:
     return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
 
 
-def per_stack(leaf: LeafPlan, values, part: str):
+def per_stack(leaf: LeafPlan, values: Sequence[float] | np.ndarray, part: str) -> np.ndarray:
     """One number for each stack index, shaped to broadcast against a factor."""
     a_shape, b_shape = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
     stack = [leaf.shape[d] for d in stack_dims(leaf.roles)]
@@ -28,7 +35,7 @@ def per_stack(leaf: LeafPlan, values, part: str):
     return np.asarray(values, np.float32).reshape(*stack, *[1] * rest)
 
 
-def mask(leaf: LeafPlan, factor, *, rank_axis: str):
+def mask(leaf: LeafPlan, factor: Array, *, rank_axis: str) -> Array:
     """Zeroes the padding of smaller ranks and of left-out layers.
 
     Padding is zero in both factors, so its gradients are zero and it stays zero.
@@ -44,7 +51,7 @@ def mask(leaf: LeafPlan, factor, *, rank_axis: str):
     return factor * keep.reshape(shape).astype(factor.dtype)
 
 
-def uniform_rank(leaf: LeafPlan, name: str):
+def uniform_rank(leaf: LeafPlan, name: str) -> None:
     if len(set(leaf.ranks)) > 1:
         raise ValueError(
             f'init="{name}" needs one rank for the whole stack `{leaf.path}`, got ranks '
@@ -52,7 +59,7 @@ def uniform_rank(leaf: LeafPlan, name: str):
         )
 
 
-def matrix_of(leaf: LeafPlan, w):
+def matrix_of(leaf: LeafPlan, w: Any) -> Float[Array, "*s i o"]:
     """The weight as `(stack..., in, out)` in float32 or wider."""
     w = dense(w)
     return to_matrix(w.astype(widened(w.dtype)), leaf.roles)
@@ -64,7 +71,9 @@ def scale_of(leaf: LeafPlan) -> np.ndarray:
     return np.asarray(leaf.scales, widened(leaf.dtype)).reshape(*stack, 1, 1)
 
 
-def principal(matrix, rank: int, s: np.ndarray):
+def principal(
+    matrix: Float[Array, "*s i o"], rank: int, s: np.ndarray
+) -> tuple[Float[Array, "*s i r"], Float[Array, "*s r o"]]:
     """Factors with `s·A·B` the best approximation of that rank: `(stack..., in, r)`, `(..., out)`.
 
     A = U_r·√(S_r/s),  B = √(S_r/s)·V_rᵀ
@@ -74,7 +83,7 @@ def principal(matrix, rank: int, s: np.ndarray):
     return u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
 
 
-def residual(leaf: LeafPlan, w, a, b, s: np.ndarray):
+def residual(leaf: LeafPlan, w: Any, a: Array, b: Array, s: np.ndarray) -> Array:
     """The weight without the factors' product: `W − s·A·B`."""
     if is_quant(w):
         raise ValueError(f"`{leaf.path}` is quantized: this init changes the base, quantize after")
@@ -82,7 +91,7 @@ def residual(leaf: LeafPlan, w, a, b, s: np.ndarray):
     return (w.astype(a.dtype) - from_matrix(change, leaf.shape, leaf.roles)).astype(w.dtype)
 
 
-def shaped(leaf: LeafPlan, a, b):
+def shaped(leaf: LeafPlan, a: Array, b: Array) -> tuple[Array, Array]:
     """Reshapes `(stack..., in, r)` and `(stack..., r, out)` to the shapes of the factors."""
     a_shape, b_shape = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
     dtype = factor_dtype(leaf)

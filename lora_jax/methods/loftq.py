@@ -8,20 +8,24 @@ Source: Li et al. 2023, "LoftQ", arXiv:2310.08659, algorithm 1; PEFT's `loftq_in
 """
 
 import dataclasses
+from typing import Any
 
 import jax.core
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, PRNGKeyArray
 
 from lora_jax.array import widened
 from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import from_matrix, to_matrix
-from lora_jax.methods.factors import principal, scale_of, shaped, uniform_rank
+from lora_jax.methods.factors import Started, principal, scale_of, shaped, uniform_rank
 from lora_jax.plan.leaf import LeafPlan
 from lora_jax.quant.array import QuantArray, is_quant, quantize_array
 
 
-def loftq(key, config: LoraConfig, leaf: LeafPlan, w, weight=None):
+def loftq(
+    key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any, weight: Any = None
+) -> Started:
     """The quantized weight and the factors of its error.
 
     A weight in floats is quantized as in PEFT: NF4 in blocks of 64 inputs with float32 scales. A
@@ -60,10 +64,11 @@ def loftq(key, config: LoraConfig, leaf: LeafPlan, w, weight=None):
         a, b = principal(to_matrix(lost, leaf.roles), leaf.rank, s)
         change = s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
         rest = full - from_matrix(change, leaf.shape, leaf.roles)
+    assert a is not None and b is not None  # there is at least one turn
     return q, *shaped(leaf, a, b)
 
 
-def _check(config: LoraConfig, leaf: LeafPlan, w, weight):
+def _check(config: LoraConfig, leaf: LeafPlan, w: Any, weight: Any) -> None:
     if is_quant(w) and weight is None:
         raise ValueError(
             f"`{leaf.path}` is quantized: LoftQ needs the numbers it was made of, "
@@ -78,7 +83,7 @@ def _check(config: LoraConfig, leaf: LeafPlan, w, weight):
         )
 
 
-def _quantize(x, w, like: QuantArray | None, leaf: LeafPlan) -> QuantArray:
+def _quantize(x: Array, w: Any, like: QuantArray | None, leaf: LeafPlan) -> QuantArray:
     """Quantizes `x` in the format of `like`, by default in PEFT's."""
     if like is None:
         # PEFT's blocks are of a table's row, and of the inputs of anything else.

@@ -4,13 +4,17 @@ A start has the name of its row in `lora_jax.config.starts`. Only a start whose 
 `w`: it takes a part of the weight into the factors, and `W + s·A·B` is still the weight given.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import factor_shapes, sizes
 from lora_jax.methods.factors import (
+    Started,
     factor_dtype,
     mask,
     matrix_of,
@@ -25,7 +29,7 @@ from lora_jax.methods.factors import (
 from lora_jax.plan.leaf import LeafPlan
 
 
-def default(key, config: LoraConfig, leaf: LeafPlan, w):
+def default(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Started:
     """`A ~ U(±1/√fan_in)`, `B = 0`; for a lookup table `A = 0`, `B ~ N(0, 1)`, as in PEFT."""
     a_shape, b_shape = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
     dtype = factor_dtype(leaf)
@@ -36,7 +40,7 @@ def default(key, config: LoraConfig, leaf: LeafPlan, w):
     return w, mask(leaf, a, rank_axis="a"), jnp.zeros(b_shape, dtype)
 
 
-def gaussian(key, config: LoraConfig, leaf: LeafPlan, w):
+def gaussian(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Started:
     """`A ~ N(0, 1/r)` with standard deviation `1/r`, `B = 0`."""
     if leaf.lookup:
         return default(key, config, leaf, w)
@@ -46,7 +50,7 @@ def gaussian(key, config: LoraConfig, leaf: LeafPlan, w):
     return w, mask(leaf, a.astype(dtype), rank_axis="a"), jnp.zeros(b_shape, dtype)
 
 
-def random(key, config: LoraConfig, leaf: LeafPlan, w):
+def random(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Started:
     """`A ~ U(±1/√fan_in)`, `B ~ U(±1/√r)`: not the identity; for tests of other code."""
     first, second = jax.random.split(key)
     a_shape, b_shape = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
@@ -57,7 +61,7 @@ def random(key, config: LoraConfig, leaf: LeafPlan, w):
     return w, mask(leaf, a, rank_axis="a"), mask(leaf, b.astype(dtype), rank_axis="b")
 
 
-def orthogonal(key, config: LoraConfig, leaf: LeafPlan, w):
+def orthogonal(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Started:
     """Factors over complementary halves of an orthogonal basis, `A·B = 0` with neither zero.
 
     Source: PEFT `init_lora_weights="orthogonal"`; the scale 1/10 is PEFT's.
@@ -75,7 +79,7 @@ def orthogonal(key, config: LoraConfig, leaf: LeafPlan, w):
     return w, *shaped(leaf, a, jnp.swapaxes(b, -1, -2))
 
 
-def pissa(key, config: LoraConfig, leaf: LeafPlan, w):
+def pissa(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Started:
     """The principal singular vectors go into the factors, the rest stays in the weight.
 
         A = U_r·√(S_r/s),  B = √(S_r/s)·V_rᵀ,  W ← W − s·A·B
@@ -88,7 +92,7 @@ def pissa(key, config: LoraConfig, leaf: LeafPlan, w):
     return residual(leaf, w, a, b, s), *shaped(leaf, a, b)
 
 
-def olora(key, config: LoraConfig, leaf: LeafPlan, w):
+def olora(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Started:
     """Orthonormal start from the QR decomposition of `Wᵀ = Q·R`: `B = Q_rᵀ`, `A = R_rᵀ`.
 
     Source: Büyükakyüz 2024, "OLoRA"; as PEFT, without division by the scale.
@@ -100,14 +104,14 @@ def olora(key, config: LoraConfig, leaf: LeafPlan, w):
     return residual(leaf, w, a, b, scale_of(leaf)), *shaped(leaf, a, b)
 
 
-def mica(key, config: LoraConfig, leaf: LeafPlan, w):
+def mica(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Started:
     raise ValueError(
         'init="mica" freezes B, which this version does not do: use "default", or merge the '
         "adapter with PEFT first"
     )
 
 
-def eva(key, config: LoraConfig, leaf: LeafPlan, w):
+def eva(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Started:
     raise ValueError(
         'init="eva" starts from activations of training data, which this version does not '
         'collect yet: use "default" or "pissa"'

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, PyTree
 
 from lora_jax.array import is_lora, is_stack
 from lora_jax.multi.single import stack_of_one
@@ -143,23 +144,23 @@ class AdapterPool:
         self.loads += 1
 
 
-def _stacks(stacked) -> list:
+def _stacks(stacked: PyTree) -> list:
     return [x for x in jax.tree.leaves(stacked, is_leaf=is_lora) if is_stack(x)]
 
 
-def _arrays(stacked) -> list:
+def _arrays(stacked: PyTree) -> list:
     """The arrays of a stack that belong to adapters, in a fixed order."""
     return [getattr(x, name) for x in _stacks(stacked) for name in adapter_fields(x)]
 
 
-def _axes(stacked) -> list[int]:
+def _axes(stacked: PyTree) -> list[int]:
     return [x.axis for x in _stacks(stacked) for _ in adapter_fields(x)]
 
 
-def _with_arrays(stacked, arrays: Sequence):
+def _with_arrays(stacked: PyTree, arrays: Sequence) -> PyTree:
     rest = iter(arrays)
 
-    def fill(x):
+    def fill(x: Any) -> Any:
         if not is_stack(x):
             return x
         return dataclasses.replace(x, **{name: next(rest) for name in adapter_fields(x)})
@@ -167,14 +168,14 @@ def _with_arrays(stacked, arrays: Sequence):
     return jax.tree.map(fill, stacked, is_leaf=is_lora)
 
 
-def _put(axes: Sequence[int], arrays: list, new: list, slot):
+def _put(axes: Sequence[int], arrays: list, new: list, slot: Array) -> list:
     return [
         lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), slot, axis)
         for x, y, axis in zip(arrays, new, axes, strict=True)
     ]
 
 
-def _emptied(stacked):
+def _emptied(stacked: PyTree) -> PyTree:
     """A stack of one with its slot emptied: zeros, and gains of 1."""
     blank = [
         jnp.full_like(x, 1 if name == "gain" else 0)
@@ -184,7 +185,7 @@ def _emptied(stacked):
     return _with_arrays(stacked, blank)
 
 
-def _widened(blank, slots: int):
+def _widened(blank: PyTree, slots: int) -> PyTree:
     axes = _axes(blank)
     return _with_arrays(
         blank, [jnp.repeat(x, slots, axis) for x, axis in zip(_arrays(blank), axes, strict=True)]

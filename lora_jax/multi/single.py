@@ -1,10 +1,12 @@
 """One adapter of a stack: put in, and taken out."""
 
 import dataclasses
+from typing import Any
 
 import jax.core
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import PyTree
 
 from lora_jax import paths
 from lora_jax.array import (
@@ -27,7 +29,7 @@ from lora_jax.multi.stack import (
 )
 
 
-def replace(stacked, index: int, adapter):
+def replace(stacked: PyTree, index: int, adapter: PyTree) -> PyTree:
     """Puts an adapter into a slot of a stack, in place of the one there; no shape changes.
 
     Args:
@@ -47,7 +49,7 @@ def replace(stacked, index: int, adapter):
     if not isinstance(index, jax.core.Tracer) and not 0 <= int(index) < number:
         raise ValueError(f"`index` is {index}, but the stack has slots 0 to {number - 1}")
 
-    def put(x, one):
+    def put(x: Any, one: Any) -> Any:
         if not is_stack(x):
             return x
         changed = {}
@@ -60,7 +62,7 @@ def replace(stacked, index: int, adapter):
     return jax.tree.map(put, stacked, stack_of_one(stacked, adapter), is_leaf=is_leaf)
 
 
-def stack_of_one(stacked, adapter):
+def stack_of_one(stacked: PyTree, adapter: PyTree) -> PyTree:
     """An adapter as a stack of one, with the shapes and fields of `stacked`.
 
     Args:
@@ -78,7 +80,7 @@ def stack_of_one(stacked, adapter):
     return jax.tree.unflatten(tree, leaves)
 
 
-def _one_leaf(name: str, x, y):
+def _one_leaf(name: str, x: Any, y: Any) -> Any:
     check_same_base(name, [without_adapter(x), without_adapter(y)])
     if is_stack(x):
         return _one_stack(name, x, y)
@@ -90,7 +92,7 @@ def _one_leaf(name: str, x, y):
     return x
 
 
-def _one_stack(name: str, x: LoraStack | SavedStack, y) -> LoraStack | SavedStack:
+def _one_stack(name: str, x: LoraStack | SavedStack, y: Any) -> LoraStack | SavedStack:
     """A leaf of a single adapter as a stack of one."""
     train = isinstance(x, LoraStack) and x.m is not None
     if isinstance(x, SavedStack):
@@ -121,7 +123,7 @@ def _one_stack(name: str, x: LoraStack | SavedStack, y) -> LoraStack | SavedStac
     return padded(y, blank)
 
 
-def adapter(stacked, index: int):
+def adapter(stacked: PyTree, index: int) -> PyTree:
     """Takes one adapter out of a stack, padded to the stack's rank.
 
     Args:
@@ -138,7 +140,7 @@ def adapter(stacked, index: int):
     return jax.tree.unflatten(tree, [_single(paths.spell(p), x, index) for p, x in flat])
 
 
-def _single(name: str, x, index: int):
+def _single(name: str, x: Any, index: int) -> Any:
     if isinstance(x, SavedStack):
         return SavedArray(x.w, x.value[index])
     if not isinstance(x, LoraStack):

@@ -8,10 +8,12 @@ So any adapter fits any slot, and a compiled function keeps working when adapter
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+from jaxtyping import Array, PyTree
 
 from lora_jax import paths
 from lora_jax.array import (
@@ -35,7 +37,7 @@ _FIELDS = {LoraStack: ("a", "b", "scale", "m", "gain", "bias"), SavedStack: ("va
 
 def stack(
     adapters: Sequence, *, slots: int | None = None, rank: int | None = None, train: bool = False
-):
+) -> PyTree:
     """Stacks adapters of one base, of whatever ranks, alphas and targets, into one tree.
 
     Args:
@@ -73,7 +75,7 @@ def stack(
     return jax.tree.unflatten(tree, leaves)
 
 
-def columns_of(adapters: Sequence):
+def columns_of(adapters: Sequence) -> tuple[list[list], jax.tree_util.PyTreeDef, list[str]]:
     """The leaves of several adapters, side by side.
 
     Returns:
@@ -100,12 +102,12 @@ def columns_of(adapters: Sequence):
     return columns, flat[0][1], names
 
 
-def without_adapter(x):
+def without_adapter(x: Any) -> Any:
     """A leaf without its adapter."""
     return x.w if is_lora(x) else x
 
 
-def check_same_base(name: str, bases: Sequence):
+def check_same_base(name: str, bases: Sequence) -> None:
     """Raises `ValueError` where the adapters' bases of a leaf differ, unless they are traced."""
     first = jax.tree.leaves(bases[0])
     for number, base in enumerate(bases[1:], start=1):
@@ -124,13 +126,13 @@ def check_same_base(name: str, bases: Sequence):
             )
 
 
-def _equal(x, y) -> bool:
+def _equal(x: Any, y: Any) -> bool:
     if isinstance(x, jax.core.Tracer) or isinstance(y, jax.core.Tracer):
         return True  # unknown while tracing
     return bool(jnp.array_equal(x, y))
 
 
-def _stack_leaf(name: str, column: list, slots: int, rank: int | None, train: bool):
+def _stack_leaf(name: str, column: list, slots: int, rank: int | None, train: bool) -> Any:
     if not any(is_lora(x) for x in column):
         return column[0]
     if any(is_stack(x) for x in column):
@@ -162,7 +164,7 @@ def stack_saved(name: str, column: list, slots: int) -> SavedStack:
     return SavedStack(base, jnp.stack([*values, *[base] * (slots - len(column))]))
 
 
-def as_lora(name: str, x, train: bool):
+def as_lora(name: str, x: Any, train: bool) -> Any:
     """A leaf with trained rows as factors; other leaves unchanged."""
     if not isinstance(x, RowsArray):
         return x
@@ -174,7 +176,7 @@ def as_lora(name: str, x, train: bool):
     return rows_as_lora(x)
 
 
-def _check_alike(name: str, column: list, train: bool):
+def _check_alike(name: str, column: list, train: bool) -> None:
     known = [x for x in column if isinstance(x, LoraArray)]
     if len({x.roles for x in known}) > 1:
         raise ValueError(
@@ -200,7 +202,7 @@ def _blank(like: LoraArray, column: list, rank: int, train: bool) -> LoraStack:
     depth = like.roles.count("s")
     outs = [like.shape[d] for d in b_dims(like.roles)]
 
-    def full(shape, value, dtype):
+    def full(shape: Sequence[int], value: float, dtype: Any) -> Array:
         return jnp.full([*shape[:depth], 1, *shape[depth:]], value, dtype)
 
     dora = next((x for x in known if x.m is not None), None)
@@ -246,7 +248,7 @@ def padded(x: LoraArray, blank: LoraStack) -> LoraStack:
     return dataclasses.replace(blank, **slot)
 
 
-def _pad_axis(x, axis: int, missing: int):
+def _pad_axis(x: Array, axis: int, missing: int) -> Array:
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, missing)
     return jnp.pad(x, pad) if missing else x

@@ -16,9 +16,11 @@ of a rank: Eckart and Young 1936.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from lora_jax.array import LoraArray, RowsArray, SavedArray, is_stack
 from lora_jax.dims import factor_shapes, sizes
@@ -35,8 +37,8 @@ def add_weighted_adapter(
     rank: int | None = None,
     density: float = 1.0,
     majority_sign: str = "total",
-    key=None,
-):
+    key: PRNGKeyArray | None = None,
+) -> PyTree:
     """The weighted sum of adapters of one base, as one adapter.
 
     Args:
@@ -90,7 +92,7 @@ class _Options:
     key: jax.Array | None
 
 
-def common_rank(lora_params) -> int:
+def common_rank(lora_params: PyTree) -> int:
     """The rank of an adapter that has the same at every leaf.
 
     Raises:
@@ -103,7 +105,15 @@ def common_rank(lora_params) -> int:
     return ranks.pop()
 
 
-def _check(adapters, weights, method, rank, density, majority_sign, key):
+def _check(
+    adapters: Sequence,
+    weights: Sequence[float],
+    method: str,
+    rank: int | None,
+    density: float,
+    majority_sign: str,
+    key: PRNGKeyArray | None,
+) -> None:
     if not adapters or len(adapters) != len(weights):
         raise ValueError(
             f"got {len(adapters)} adapters and {len(weights)} weights: give as many, one at least"
@@ -120,7 +130,7 @@ def _check(adapters, weights, method, rank, density, majority_sign, key):
         raise ValueError(f"`key` is needed for {method}: pass jax.random.key(seed)")
 
 
-def _adapts(name: str, x) -> bool:
+def _adapts(name: str, x: Any) -> bool:
     if is_stack(x) or isinstance(x, RowsArray):
         raise ValueError(
             f"`{name}` is a stack of adapters, or has trained rows: only single adapters with "
@@ -135,7 +145,7 @@ def _adapts(name: str, x) -> bool:
     return isinstance(x, LoraArray)
 
 
-def _only(name: str, saved: list, parts: list):
+def _only(name: str, saved: list, parts: list) -> SavedArray:
     if len(saved) > 1 or parts:
         raise ValueError(
             f"`{name}` trains whole in {len(saved)} of the adapters and has factors in "
@@ -148,14 +158,14 @@ def _wide(x: LoraArray) -> LoraArray:
     return dataclasses.replace(x, a=x.a.astype(jnp.float32), b=x.b.astype(jnp.float32))
 
 
-def _flat(x: LoraArray):
+def _flat(x: LoraArray) -> tuple[Array, Array]:
     """The factors as `(stack..., in, r)` and `(stack..., r, out)`, the scale in `b`."""
     stack, fan_in, fan_out = sizes(x.shape, x.roles)
     a = x.a.reshape(*stack, fan_in, x.rank)
     return a, x.b.reshape(*stack, x.rank, fan_out) * x.scale[..., None, None]
 
 
-def _leaf(like: LoraArray, a, b) -> LoraArray:
+def _leaf(like: LoraArray, a: Array, b: Array) -> LoraArray:
     a_shape, b_shape = factor_shapes(like.shape, like.roles, a.shape[-1])
     return dataclasses.replace(
         like, a=a.reshape(a_shape), b=b.reshape(b_shape), scale=jnp.ones_like(like.scale)
@@ -168,7 +178,7 @@ def _cat(name: str, parts: list, options: _Options) -> LoraArray:
     return _leaf(parts[0][1], *_beside(parts))
 
 
-def _beside(parts: list):
+def _beside(parts: list) -> tuple[Array, Array]:
     flat = [(w, *_flat(x)) for w, x in parts]
     a = jnp.concatenate([a for _, a, _ in flat], axis=-1)
     return a, jnp.concatenate([w * b for w, _, b in flat], axis=-2)
@@ -188,7 +198,7 @@ def _svd(name: str, parts: list, options: _Options) -> LoraArray:
     return _leaf(parts[0][1], *_shared(first, s, second, _rank(parts, options)))
 
 
-def _shared(u, s, vt, rank: int):
+def _shared(u: Array, s: Array, vt: Array, rank: int) -> tuple[Array, Array]:
     """The factors of the largest `rank` singular values; zeros where there are fewer."""
     root = jnp.sqrt(s[..., :rank])
     a, b = u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
@@ -212,7 +222,7 @@ def _linear(name: str, parts: list, options: _Options) -> LoraArray:
             f'`{name}`: method="linear" needs adapters of one rank, got {ranks}; take "cat" or '
             '"svd", which hold the sum itself'
         )
-    a = b = 0.0
+    a = b = jnp.zeros(())
     for w, x in parts:
         stack, fan_in, fan_out = sizes(x.shape, x.roles)
         size = (w * x.scale)[..., None, None]
@@ -251,13 +261,13 @@ def _thinned(merge: Callable) -> Callable:
     return join
 
 
-def _largest(changes, options: _Options):
+def _largest(changes: Float[Array, "n i o"], options: _Options) -> Float[Array, "n i o"]:
     """The changes with only the largest `density · size` numbers of each adapter."""
     count = int(options.density * changes[0].size)
     if count == changes[0].size:
         return changes
 
-    def keep(x):
+    def keep(x: Array) -> Array:
         flat = x.reshape(-1)
         kept = jnp.zeros(flat.shape, bool).at[jax.lax.top_k(jnp.abs(flat), count)[1]].set(True)
         return jnp.where(kept, flat, 0).reshape(x.shape)
@@ -265,19 +275,23 @@ def _largest(changes, options: _Options):
     return jax.vmap(keep)(changes)
 
 
-def _dropped(changes, options: _Options):
+def _dropped(changes: Float[Array, "n i o"], options: _Options) -> Float[Array, "n i o"]:
     """The changes, kept with probability `density` and divided by it."""
     assert options.key is not None  # `_check` requires it
     kept = jax.random.bernoulli(options.key, options.density, changes.shape)
     return jnp.where(kept, changes / options.density, 0)
 
 
-def _sum(changes, weights, options: _Options):
+def _sum(
+    changes: Float[Array, "n i o"], weights: Float[Array, "n"], options: _Options
+) -> Float[Array, "i o"]:
     del options
     return jnp.tensordot(weights, changes, 1, precision=_HIGHEST)
 
 
-def _elected(changes, weights, options: _Options):
+def _elected(
+    changes: Float[Array, "n i o"], weights: Float[Array, "n"], options: _Options
+) -> Float[Array, "i o"]:
     """For each number the mean over the adapters whose sign wins."""
     votes = changes if options.majority_sign == "total" else jnp.sign(changes)
     winner = jnp.where(votes.sum(0) >= 0, 1, -1)
@@ -305,7 +319,7 @@ def _one_rank(leaves: list) -> list:
     """Pads all ranks to the largest, so that one config describes every leaf."""
     rank = max(x.rank for x in leaves if isinstance(x, LoraArray))
 
-    def fill(x):
+    def fill(x: Any) -> Any:
         if not isinstance(x, LoraArray) or x.rank == rank:
             return x
         a, b = _flat(x)

@@ -5,9 +5,11 @@ Nothing is allocated: parameters and arguments may be `jax.ShapeDtypeStruct`s.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from lora_jax import paths
 from lora_jax.array import LoraArray, RowsArray, is_leaf, is_lora, widened
@@ -29,7 +31,7 @@ HEAD_NAMES = frozenset(
 )
 
 
-def plan(config: LoraConfig, fn: Callable, params, *args, **kwargs) -> Plan:
+def plan(config: LoraConfig, fn: Callable, params: PyTree, *args, **kwargs) -> Plan:
     """Decides which leaves of `params` are adapted, from how `fn` uses them.
 
     The roles of a weight's dimensions are read off the function's jaxpr: a contracted dim is an
@@ -92,7 +94,7 @@ def plan(config: LoraConfig, fn: Callable, params, *args, **kwargs) -> Plan:
     )
 
 
-def _draft(config: LoraConfig, index: int, path: str, leaf, used: Usage) -> Draft:
+def _draft(config: LoraConfig, index: int, path: str, leaf: Any, used: Usage) -> Draft:
     """A frozen leaf with the roles its uses show, or the config gives, and its names."""
     uses = tuple(used.uses[index])
     shape = tuple(leaf.shape)
@@ -177,7 +179,13 @@ def _obstacle(
 
 
 def predict_fallbacks(
-    planned: Sequence[LeafPlan], fn: Callable, params, args: Sequence, kwargs: dict, *, bias: bool
+    planned: Sequence[LeafPlan],
+    fn: Callable,
+    params: PyTree,
+    args: Sequence,
+    kwargs: dict,
+    *,
+    bias: bool,
 ) -> dict[str, list[Use]]:
     """Traces the lorafied function with abstract factors and collects its fallbacks.
 
@@ -194,7 +202,7 @@ def predict_fallbacks(
     if not adapted:
         return {}
 
-    def abstract(key_path, w):
+    def abstract(key_path: tuple, w: Any) -> Any:
         leaf = adapted.get(paths.spell(key_path))
         return w if leaf is None else _abstract(leaf, w, bias=bias)
 
@@ -205,7 +213,7 @@ def predict_fallbacks(
     return uses
 
 
-def _abstract(leaf: LeafPlan, w, *, bias: bool) -> LoraArray | RowsArray:
+def _abstract(leaf: LeafPlan, w: Any, *, bias: bool) -> LoraArray | RowsArray:
     dtype = widened(leaf.dtype)
     if leaf.kind == "rows":
         features = leaf.shape[1 - leaf.axis]

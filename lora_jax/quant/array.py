@@ -77,11 +77,11 @@ class QuantArray:
         return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays(self))
 
     @property
-    def sharding(self):
+    def sharding(self) -> Any:
         """The sharding of the weight's own dims, or None if it is unknown."""
         return logical_sharding(self)
 
-    def astype(self, dtype) -> "QuantArray":
+    def astype(self, dtype: Any) -> "QuantArray":
         """The same codes, decoded to another dtype."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
@@ -93,7 +93,7 @@ class QuantArray:
 jax.tree_util.register_dataclass(QuantArray, data_fields=list(_DATA), meta_fields=list(_META))
 
 
-def is_quant(x) -> bool:
+def is_quant(x: Any) -> bool:
     """Whether a leaf is a quantized weight."""
     return isinstance(x, QuantArray)
 
@@ -112,7 +112,7 @@ def matrix_sizes(q: QuantArray) -> tuple[tuple[int, ...], int, int]:
     return sizes(q.shape, q.roles)
 
 
-def scales(q: QuantArray):
+def scales(q: QuantArray) -> Float[Array, "*s b n"]:
     """The scales as floats, `(stack..., K/B, N)`, decoded if they are quantized."""
     if q.scale2 is None:
         return q.scale
@@ -137,7 +137,7 @@ def matrix(q: QuantArray) -> Float[Array, "*s k n"]:
 
 
 def quantize_array(
-    w,
+    w: Any,
     *,
     format: str = "nf4",
     block_size: int = 64,
@@ -188,7 +188,16 @@ def default_roles(ndim: int) -> str:
     return "s" * (ndim - 2) + "io"
 
 
-def _check_request(w, form, block: int, scale_dtype, double: bool, roles: str, pad: bool, name):
+def _check_request(
+    w: Any,
+    form: formats.Format,
+    block: int,
+    scale_dtype: str,
+    double: bool,
+    roles: str,
+    pad: bool,
+    name: str,
+) -> None:
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"`{name}` is {w.dtype}: only floating-point weights are quantized")
     if block not in formats.BLOCK_SIZES:
@@ -218,7 +227,7 @@ def _check_request(w, form, block: int, scale_dtype, double: bool, roles: str, p
         )
 
 
-def _check_range(q: QuantArray, w, name: str):
+def _check_range(q: QuantArray, w: Any, name: str) -> None:
     """Raises where a scale underflows in a block that is not zero, or a weight overflows."""
     if isinstance(q.packed, jax.core.Tracer):
         return
@@ -235,7 +244,7 @@ def _check_range(q: QuantArray, w, name: str):
         )
 
 
-def _extremes(q: QuantArray, size):
+def _extremes(q: QuantArray, size: Array) -> Array:
     """The extreme values of the codes of each block, in the weight's dtype."""
     form = form_of(q)
     values = (-127, 127) if form.codebook is None else form.codebook
@@ -245,7 +254,7 @@ def _extremes(q: QuantArray, size):
     return jnp.stack(ends).astype(q.dtype)
 
 
-def _spread(q: QuantArray, w):
+def _spread(q: QuantArray, w: Any) -> Array:
     """What the scale of each block is computed from: its range, or its largest magnitude."""
     folded = to_matrix(jnp.asarray(w, jnp.float32), q.roles)
     folded = _fill(folded, formats.padded_inputs(folded.shape[-2], form_of(q), q.block))
@@ -256,18 +265,20 @@ def _spread(q: QuantArray, w):
     return jnp.max(jnp.abs(blocks), axis=-2)
 
 
-def _fill(m, rows: int):
+def _fill(m: Array, rows: int) -> Array:
     return jnp.pad(m, [(0, 0)] * (m.ndim - 2) + [(0, rows - m.shape[-2]), (0, 0)])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _encode(w, roles: str, form, block: int, scale_dtype, double: bool) -> dict:
+def _encode(
+    w: Array, roles: str, form: formats.Format, block: int, scale_dtype: np.dtype, double: bool
+) -> dict:
     """The arrays of a quantized weight."""
     m = to_matrix(w, roles)
     *stack, fan_in, fan_out = m.shape
     rows = formats.padded_inputs(fan_in, form, block)
 
-    def one(m):
+    def one(m: Array) -> dict:
         codes, scale, bias = formats.encode(
             _fill(m.astype(jnp.float32), rows), form, block,
             jnp.float32 if double else scale_dtype,
@@ -319,7 +330,7 @@ def check(q: QuantArray, name: str = "w") -> QuantArray:
     return q
 
 
-def logical_sharding(q: QuantArray):
+def logical_sharding(q: QuantArray) -> Any:
     """The sharding of the weight's own dims, from that of its codes; None where unknown."""
     if isinstance(q.packed, jax.core.Tracer):
         return None

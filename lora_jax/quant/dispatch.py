@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from jax.typing import DTypeLike
 
 from lora_jax.quant.array import QuantArray, form_of
 from lora_jax.quant.kernels import reference
@@ -75,7 +76,7 @@ def _platform() -> str:
 
 
 def choose_kernel(
-    q: QuantArray, rows: float, packed: tuple[int, ...], *, transposed: bool, dtype
+    q: QuantArray, rows: float, packed: tuple[int, ...], *, transposed: bool, dtype: DTypeLike
 ) -> Kernel:
     """The kernel of one product.
 
@@ -105,13 +106,13 @@ def choose_kernel(
     return Kernel(decode, functools.partial(kernels.matmul, **options))
 
 
-def _reference(packed, scale, bias, *, form, block, dtype, name):
+def _reference(packed, scale, bias, *, form, block, dtype, name) -> jax.Array:
     del name  # only kernels have one
     return reference.decode(packed, scale, bias, form=form, block=block, dtype=dtype)
 
 
 @functools.cache
-def _warn_once(text: str):
+def _warn_once(text: str) -> None:
     warnings.warn(text, ReferenceWarning, stacklevel=4)
 
 

@@ -6,6 +6,7 @@ Codes and scales are only put in another order, which is exact in both direction
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +29,15 @@ _GGUF_BLOCK = 32
 
 
 def from_codes(
-    codes,
-    scale,
-    bias=None,
+    codes: Any,
+    scale: Any,
+    bias: Any = None,
     *,
     format: str,
     block_size: int,
     roles: str | None = None,
     shape: Sequence[int] | None = None,
-    dtype="float32",
+    dtype: Any = "float32",
     name: str = "w",
 ) -> QuantArray:
     """A `QuantArray` of given codes, scales and biases: `w = codebook[code]·scale + bias`.
@@ -83,7 +84,7 @@ def from_codes(
         )
     rows = formats.padded_inputs(fan_in, form, block_size)
 
-    def fill(x, count: int, value=0):
+    def fill(x: np.ndarray, count: int, value: float = 0) -> np.ndarray:
         pads = [(0, 0)] * (x.ndim - 2) + [(0, count - x.shape[-2]), (0, 0)]
         return np.pad(x, pads, constant_values=value)
 
@@ -100,7 +101,7 @@ def from_codes(
     return check(q, name)
 
 
-def _blocks(scale) -> tuple[int, ...]:
+def _blocks(scale: np.ndarray) -> tuple[int, ...]:
     return tuple(scale.shape)
 
 
@@ -117,7 +118,7 @@ def from_gguf(
     *,
     roles: str = "io",
     shape: Sequence[int] | None = None,
-    dtype="float32",
+    dtype: Any = "float32",
     name: str = "w",
 ) -> QuantArray:
     """A `QuantArray` of a GGUF tensor, in its blocks of 32 and with its float16 scales.
@@ -173,7 +174,7 @@ def from_gguf(
 
 
 def from_bitsandbytes(
-    tensors: Mapping[str, np.ndarray], *, roles: str = "io", dtype=None, name: str = "weight"
+    tensors: Mapping[str, np.ndarray], *, roles: str = "io", dtype: Any = None, name: str = "weight"
 ) -> QuantArray:
     """A `QuantArray` of a 4-bit weight in a bitsandbytes checkpoint.
 
@@ -238,7 +239,7 @@ def _torch_shape(state: Mapping, name: str) -> tuple[int, int]:
     return outputs, fan_in
 
 
-def _same_table(got, want: np.ndarray, part: str, name: str, *, ulp: float = 0):
+def _same_table(got: Any, want: np.ndarray, part: str, name: str, *, ulp: float = 0) -> None:
     got = np.asarray(got, np.float32).reshape(-1)
     near = ulp * np.spacing(np.abs(want))
     if got.shape != want.shape or np.any(np.abs(got - want) > near):

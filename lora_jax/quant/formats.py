@@ -23,6 +23,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
+from lora_jax.dims import AnyArray
+
 # bitsandbytes' tables; NF4 is its create_normal_map(offset=0.9677083).
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -116,7 +118,7 @@ def padded_inputs(inputs: int, form: Format, block: int) -> int:
     return -(-inputs // rows) * rows
 
 
-def code_values(codes, form: Format) -> Float[Array, "..."]:
+def code_values(codes: Array, form: Format) -> Float[Array, "..."]:
     """The codebook's value of each code, float32: arithmetic and selects only, no gather."""
     if form.codebook is None:
         return codes.astype(jnp.float32)
@@ -140,7 +142,7 @@ def code_values(codes, form: Format) -> Float[Array, "..."]:
     return level[0]
 
 
-def pack(codes: Integer[Array | np.ndarray, "*s k n"], form: Format, block: int) -> Any:
+def pack(codes: Integer[AnyArray, "*s k n"], form: Format, block: int) -> Any:
     """Puts the codes of whole superblocks into bytes."""
     packing = form.packing
     *stack, rows, cols = codes.shape
@@ -149,14 +151,14 @@ def pack(codes: Integer[Array | np.ndarray, "*s k n"], form: Format, block: int)
     return packed.astype(packing.dtype).reshape(*stack, rows // packing.slabs, cols)
 
 
-def unpack(packed, form: Format, block: int) -> Array:
+def unpack(packed: AnyArray, form: Format, block: int) -> Array:
     """The codes `(..., K, N)`: the inverse of `pack`."""
     *stack, rows, cols = packed.shape
     slabs = form.packing.split(packed.reshape(*stack, rows // block, block, cols))
     return jnp.stack(slabs, axis=-3).reshape(*stack, len(slabs) * rows, cols)
 
 
-def unpack_rows(packed, rows, form: Format, block: int) -> Array:
+def unpack_rows(packed: AnyArray, rows: AnyArray, form: Format, block: int) -> Array:
     """The codes of some rows of a matrix, without unpacking the others.
 
     Args:
@@ -171,7 +173,9 @@ def unpack_rows(packed, rows, form: Format, block: int) -> Array:
     return first
 
 
-def encode(w: Float[Array, "*s k n"], form: Format, block: int, scale_dtype):
+def encode(
+    w: Float[Array, "*s k n"], form: Format, block: int, scale_dtype: Any
+) -> tuple[Array, Array, Array | None]:
     """Codes, scales and biases of a matrix of whole superblocks.
 
     Codes are chosen for the scale as it is stored, so that its rounding costs nothing.
@@ -200,7 +204,7 @@ def encode(w: Float[Array, "*s k n"], form: Format, block: int, scale_dtype):
     return codes.reshape(*stack, rows, cols), scale, bias
 
 
-def _magnitude(blocks, form: Format):
+def _magnitude(blocks: Float[Array, "*s b k n"], form: Format) -> Float[Array, "*s b n"]:
     largest = jnp.max(jnp.abs(blocks), axis=-2)
     if form.scale == "signed":
         top, bottom = jnp.max(blocks, axis=-2), jnp.min(blocks, axis=-2)
@@ -208,12 +212,12 @@ def _magnitude(blocks, form: Format):
     return largest / 127 if form.codebook is None else largest
 
 
-def _inverse(scale):
+def _inverse(scale: AnyArray) -> Array:
     # Like bitsandbytes, one division a block and then products: codes at a tie depend on it.
     return jnp.where(scale == 0, 0.0, 1 / jnp.where(scale == 0, 1.0, scale))
 
 
-def _nearest(x, form: Format):
+def _nearest(x: Array, form: Format) -> Array:
     if form.codebook is None:
         return jnp.clip(jnp.round(x), -127, 127).astype(jnp.int8)
     first, last = form.codebook[0], form.codebook[-1]
@@ -235,7 +239,9 @@ def _ladder(form: Format) -> tuple[np.ndarray, np.ndarray]:
     return order, (ordered[1:] + ordered[:-1]) / np.float32(2)
 
 
-def decode(packed, scale, bias, form: Format, block: int, dtype) -> Float[Array, "*s k n"]:
+def decode(
+    packed: AnyArray, scale: AnyArray, bias: AnyArray | None, form: Format, block: int, dtype: Any
+) -> Float[Array, "*s k n"]:
     """The matrix: computed in float32, rounded once to `dtype`."""
     codes = unpack(packed, form, block)
     *stack, rows, cols = codes.shape
@@ -273,7 +279,7 @@ def _linspace(first: float, last: float, count: int) -> np.ndarray:
 SCALE_BLOCK = 256  # scales that share a scale
 
 
-def compress_scales(scale, blocks: int) -> dict:
+def compress_scales(scale: Float[Array, "b n"], blocks: int) -> dict:
     """Quantizes the scales of one matrix.
 
     Args:
@@ -303,7 +309,9 @@ def compress_scales(scale, blocks: int) -> dict:
     }
 
 
-def expand_scales(codes, scale2, offset, scale_map, blocks: int):
+def expand_scales(
+    codes: AnyArray, scale2: AnyArray, offset: AnyArray, scale_map: AnyArray, blocks: int
+) -> Float[Array, "*s b n"]:
     """The scales as float32 numbers, `(stack..., K/B, N)`.
 
     Args:

@@ -38,7 +38,7 @@ class QuantConfig:
     double_quant: bool = False
     scale_dtype: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.format != FILE:
             formats.known_format(self.format)
 
@@ -57,7 +57,7 @@ def quant_config(quantize: "str | QuantConfig | None") -> QuantConfig | None:
 Hold = Callable[[str, jax.ShapeDtypeStruct, Sequence[tuple]], Any]
 
 
-def holder(config: QuantConfig, weights) -> Hold:
+def holder(config: QuantConfig, weights: Any) -> Hold:
     """The function that makes a `QuantArray` of a leaf's tensors, or None to keep it in floats.
 
     Args:
@@ -65,7 +65,7 @@ def holder(config: QuantConfig, weights) -> Hold:
       weights: the checkpoint, a `lora_jax.hf.checkpoint.weights.Weights`.
     """
 
-    def hold(path: str, leaf: jax.ShapeDtypeStruct, tensors: Sequence[tuple]):
+    def hold(path: str, leaf: jax.ShapeDtypeStruct, tensors: Sequence[tuple]) -> QuantArray | None:
         parts = list(_parts(config, weights, path, leaf, tensors))
         if not parts:
             return None
@@ -75,7 +75,9 @@ def holder(config: QuantConfig, weights) -> Hold:
     return hold
 
 
-def _parts(config: QuantConfig, weights, path: str, leaf, tensors) -> Iterator[QuantArray]:
+def _parts(
+    config: QuantConfig, weights: Any, path: str, leaf: Any, tensors: Sequence[tuple]
+) -> Iterator[QuantArray]:
     if config.format == FILE:
         yield from _own_blocks(weights, path, leaf, tensors)
     elif is_kernel(path, leaf):
@@ -92,13 +94,15 @@ def _parts(config: QuantConfig, weights, path: str, leaf, tensors) -> Iterator[Q
             ).astype(leaf.dtype)
 
 
-def is_kernel(path: str, leaf) -> bool:
+def is_kernel(path: str, leaf: Any) -> bool:
     """Whether a leaf is the kernel of a layer, and not of a head."""
     *modules, last = path.split(".")
     return last == "kernel" and len(leaf.shape) > 1 and not _HEADS & set(modules)
 
 
-def _own_blocks(weights, path: str, leaf, tensors) -> Iterator[QuantArray]:
+def _own_blocks(
+    weights: Any, path: str, leaf: Any, tensors: Sequence[tuple]
+) -> Iterator[QuantArray]:
     if weights.blocks is None:
         raise ValueError(
             f'{weights.source}: `quantize="file"` keeps blocks that a file holds, and this one '
@@ -120,7 +124,7 @@ def _own_blocks(weights, path: str, leaf, tensors) -> Iterator[QuantArray]:
         yield turned.astype(leaf.dtype)
 
 
-def _stacked(parts: list, path: str, weights) -> QuantArray:
+def _stacked(parts: list, path: str, weights: Any) -> QuantArray:
     try:
         return stack_weights(parts)
     except ValueError as error:

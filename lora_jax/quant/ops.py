@@ -1,12 +1,14 @@
 """Operations on quantized weights: contractions, rows by index, and rearrangements of dims."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from lora_jax.dims import in_dims, in_range, out_dims, reshape_roles, stack_dims
 from lora_jax.quant import formats
@@ -124,18 +126,18 @@ def take(q: QuantArray, index, dim: int):
     return _rows(q, index) if role == "i" else _columns(q, index)
 
 
-def _index(index, size: int, mode):
+def _index(index: Array, size: int, mode: Any) -> tuple[Array, Array | None]:
     """The indices clipped to the dim, and a mask of the valid ones if others are to be filled."""
     if mode == lax.GatherScatterMode.FILL_OR_DROP:
         return jnp.clip(index, 0, size - 1), in_range(index, size)
     return jnp.clip(index, 0, size - 1), None
 
 
-def _rows(q: QuantArray, index):
+def _rows(q: QuantArray, index: Array) -> Array:
     """`W[index]` of an in dim: `(index..., the other dims)`."""
     form, block = form_of(q), q.block
     number = index.reshape(-1)
-    take = lambda a, i: jnp.take(a, i, axis=a.ndim - 2)  # noqa: E731
+    take = functools.partial(jnp.take, axis=-2)
     values = formats.code_values(formats.unpack_rows(q.packed, number, form, block), form)
     values = values * take(scales(q), number // block).astype(jnp.float32)
     if q.bias is not None:
@@ -143,18 +145,23 @@ def _rows(q: QuantArray, index):
     return _shaped(q, index, values, -2, "i")
 
 
-def _columns(q: QuantArray, index):
+def _columns(q: QuantArray, index: Array) -> Array:
     """`W[..., index]` of an out dim."""
     number = index.reshape(-1)
-    take = lambda a: None if a is None else jnp.take(a, number, axis=a.ndim - 1)  # noqa: E731
+    take = functools.partial(jnp.take, indices=number, axis=-1)
     values = formats.decode(
-        take(q.packed), take(scales(q)), take(q.bias), form_of(q), q.block, jnp.float32
+        take(q.packed),
+        take(scales(q)),
+        None if q.bias is None else take(q.bias),
+        form=form_of(q),
+        block=q.block,
+        dtype=jnp.float32,
     )
     fan_in = math.prod(q.shape[d] for d in in_dims(q.roles))
     return _shaped(q, index, values[..., :fan_in, :], -1, "o")
 
 
-def _shaped(q: QuantArray, index, values, axis: int, role: str):
+def _shaped(q: QuantArray, index: Array, values: Array, axis: int, role: str) -> Array:
     """Index axes first, then the weight's other dims in its own order."""
     values = jnp.moveaxis(values, axis, 0)
     other = out_dims(q.roles) if role == "i" else in_dims(q.roles)

@@ -7,9 +7,10 @@ follow it in memory. The scales of scales are few, and replicated.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.core
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.dims import in_dims, out_dims, stack_dims
 from lora_jax.quant.array import QuantArray, form_of, matrix_sizes
@@ -48,7 +49,7 @@ def array_specs(q: QuantArray, spec: PartitionSpec) -> QuantArray:
     )
 
 
-def shardings(q: QuantArray, mesh, spec: PartitionSpec) -> QuantArray:
+def shardings(q: QuantArray, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> QuantArray:
     """A `QuantArray` with a sharding in place of each array, for `jax.device_put` and `jit`."""
     return jax.tree.map(
         lambda s: NamedSharding(mesh, s),
@@ -57,7 +58,7 @@ def shardings(q: QuantArray, mesh, spec: PartitionSpec) -> QuantArray:
     )
 
 
-def check_shards(q: QuantArray, spec: PartitionSpec, mesh) -> None:
+def check_shards(q: QuantArray, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> None:
     """Raises unless each shard of the inputs is made of whole superblocks.
 
     Raises:
@@ -74,14 +75,14 @@ def check_shards(q: QuantArray, spec: PartitionSpec, mesh) -> None:
         )
 
 
-def _parts(q: QuantArray, spec: PartitionSpec, mesh) -> int:
+def _parts(q: QuantArray, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> int:
     """The number of shards of the inputs."""
     axes = matrix_spec(q, spec)[-2]
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[name] for name in names)
 
 
-def put(q: QuantArray, sharding) -> QuantArray:
+def put(q: QuantArray, sharding: Any) -> QuantArray:
     """Moves a weight to a device or a memory space, or spreads it over a mesh."""
     if not isinstance(sharding, NamedSharding):
         return jax.device_put(q, sharding)
@@ -92,7 +93,7 @@ def put(q: QuantArray, sharding) -> QuantArray:
     return jax.tree.map(jax.device_put, q, places)
 
 
-def local_part(q: QuantArray, spec: PartitionSpec, mesh) -> QuantArray:
+def local_part(q: QuantArray, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> QuantArray:
     """The weight inside a `shard_map`, where each device has its shard of the shape.
 
     Args:
