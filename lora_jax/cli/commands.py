@@ -20,7 +20,7 @@ def version() -> str:
 
 def demo_sections() -> list[Section]:
     """The settings of `demo`."""
-    from lora_jax.recipes.demo.run import DemoConfig
+    from lora_jax.recipes.settings import DemoConfig
 
     return [Section("", DemoConfig)]
 
@@ -74,7 +74,7 @@ def sweep(arguments: argparse.Namespace) -> None:
 
 def generate_sections() -> list[Section]:
     """The settings of `generate`."""
-    from lora_jax.recipes.generate import GenerateConfig
+    from lora_jax.recipes.settings import GenerateConfig
 
     return [Section("", GenerateConfig)]
 
@@ -171,7 +171,7 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 def estimate_sections() -> list[Section]:
     """The settings of `estimate`."""
-    from lora_jax.recipes.estimate import EstimateConfig
+    from lora_jax.recipes.settings import EstimateConfig
 
     return [Section("", EstimateConfig)]
 

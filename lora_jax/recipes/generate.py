@@ -1,42 +1,14 @@
 """Text generation: tokenizes prompts, runs `models.generate` and decodes the result."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from lora_jax import models
+from lora_jax.recipes.settings import GenerateConfig
 
 Messages = list[dict[str, str]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """Options of the generation.
-
-    Attributes:
-      max_new_tokens: maximum number of tokens of an answer.
-      temperature: 0 takes the most likely token; above 0, logits are divided by it and sampled.
-      top_p: samples only from the most likely tokens that together have this probability.
-      seed: seed of the sampling.
-      batch_size: prompts in one batch.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    batch_size: int = 16
-
-    def __post_init__(self):
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
 def as_messages(text: str, *, system: str | None = None) -> Messages:

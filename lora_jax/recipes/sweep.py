@@ -18,7 +18,8 @@ from lora_jax.compat import EXTRAS, check_installed, require
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import write_text
 from lora_jax.recipes.finetune import load_model
-from lora_jax.recipes.generate import GenerateConfig, generate_texts
+from lora_jax.recipes.generate import generate_texts
+from lora_jax.recipes.settings import GenerateConfig
 from lora_jax.train.batches import (
     Batch,
     data_hash,

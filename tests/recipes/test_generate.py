@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from lora_jax import models
-from lora_jax.recipes.generate import GenerateConfig, as_messages, generate_texts
+from lora_jax.recipes.generate import as_messages, generate_texts
+from lora_jax.recipes.settings import GenerateConfig
 
 from tests.support import tiny
 

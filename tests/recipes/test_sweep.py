@@ -9,7 +9,8 @@ import sacrebleu
 from lora_jax import train
 from lora_jax.cli import main
 from lora_jax.recipes import finetune, sweep
-from lora_jax.recipes.generate import GenerateConfig, generate_texts
+from lora_jax.recipes.generate import generate_texts
+from lora_jax.recipes.settings import GenerateConfig
 from lora_jax.train import TrainConfig
 from lora_jax.train.jsonl import record_of
 

