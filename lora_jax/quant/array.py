@@ -20,6 +20,7 @@ from lora_jax.dims import from_matrix, in_dims, out_dims, sizes, stack_dims, to_
 from lora_jax.quant import formats
 
 _DATA = ("packed", "scale", "bias", "scale2", "offset", "scale_map")
+# Static: two weights that differ here have different tree structures, and compile apart.
 _META = ("format", "block", "shape", "roles", "dtype", "backend")
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -174,6 +175,7 @@ def quantize_array(
     roles = default_roles(len(w.shape)) if roles is None else roles
     scale_dtype = scale_dtype or ("float32" if double_quant else "bfloat16")
     _check_request(w, form, block_size, scale_dtype, double_quant, roles, pad, name)
+    # Values are checked outside `jit` only; a tracer has none.
     if not isinstance(w, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(jnp.asarray(w)))):
         raise ValueError(f"`{name}` is not finite (NaN or infinity): it cannot be quantized")
     parts = _encode(w, roles, form, block_size, jnp.dtype(scale_dtype), double_quant)
@@ -232,6 +234,7 @@ def _check_range(q: QuantArray, w: Any, name: str) -> None:
     if isinstance(q.packed, jax.core.Tracer):
         return
     size = jnp.abs(scales(q).astype(jnp.float32))
+    # A scale may be finite and its largest product not, for example in a float16 weight.
     lost = ~jnp.all(jnp.isfinite(_extremes(q, size)))
     if q.scale.dtype == jnp.float16:  # bfloat16 reaches as far down as float32
         least = float(jnp.finfo(q.scale.dtype).tiny)
@@ -247,6 +250,7 @@ def _check_range(q: QuantArray, w: Any, name: str) -> None:
 def _extremes(q: QuantArray, size: Array) -> Array:
     """The extreme values of the codes of each block, in the weight's dtype."""
     form = form_of(q)
+    # int8 codes are their own values.
     values = (-127, 127) if form.codebook is None else form.codebook
     ends = [size * v for v in (min(values), max(values))]
     if q.bias is not None:
@@ -257,6 +261,7 @@ def _extremes(q: QuantArray, size: Array) -> Array:
 def _spread(q: QuantArray, w: Any) -> Array:
     """What the scale of each block is computed from: its range, or its largest magnitude."""
     folded = to_matrix(jnp.asarray(w, jnp.float32), q.roles)
+    # Filled as `_encode` fills it: an affine block's range includes the zeros of its padding.
     folded = _fill(folded, formats.padded_inputs(folded.shape[-2], form_of(q), q.block))
     *stack, rows, cols = folded.shape
     blocks = folded.reshape(*stack, rows // q.block, q.block, cols)
@@ -279,6 +284,7 @@ def _encode(
     rows = formats.padded_inputs(fan_in, form, block)
 
     def one(m: Array) -> dict:
+        # Scales that are quantized again stay float32 until then: no rounding comes twice.
         codes, scale, bias = formats.encode(
             _fill(m.astype(jnp.float32), rows), form, block,
             jnp.float32 if double else scale_dtype,
@@ -303,6 +309,7 @@ def check(q: QuantArray, name: str = "w") -> QuantArray:
     """
     form = formats.known_format(q.format)
     stack, fan_in, fan_out = matrix_sizes(q)
+    # K counts padding in `packed` and `scale`, but not in `scale2`: bitsandbytes has no padding.
     rows = formats.padded_inputs(fan_in, form, q.block)
     blocks = (*stack, rows // q.block, fan_out)
     packing = form.packing
@@ -337,8 +344,10 @@ def logical_sharding(q: QuantArray) -> Any:
     sharding = getattr(q.packed, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return sharding
+    # JAX drops trailing None entries of a spec.
     spec = tuple(sharding.spec) + (None,) * (q.packed.ndim - len(sharding.spec))
     own = dict(zip(stack_dims(q.roles), spec, strict=False))
     for group, axes in zip((in_dims(q.roles), out_dims(q.roles)), spec[-2:], strict=True):
+        # Dims folded into K or N: only the first can be sharded, see `quant.sharding`.
         own |= dict.fromkeys(group[:1], axes)
     return NamedSharding(sharding.mesh, PartitionSpec(*(own.get(d) for d in range(q.ndim))))

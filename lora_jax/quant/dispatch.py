@@ -91,6 +91,7 @@ def choose_kernel(
     if backend == "reference":
         return Kernel(_reference)
     if backend == "gpu":
+        # Imported only when chosen: the reference needs no Pallas.
         from lora_jax.quant.kernels import gpu as kernels
     else:
         from lora_jax.quant.kernels import tpu as kernels
@@ -101,6 +102,7 @@ def choose_kernel(
     options = {"interpret": bool(interpreted)}
     decode = functools.partial(kernels.decode, **options)
     limit = fused_rows(backend, form.name, packed[-1], transposed=transposed)
+    # For many rows the device's own product of a decoded copy beats a fused kernel.
     if rows > limit or kernels.fused_obstacle(form, q.block, packed, dtype):
         return Kernel(decode)
     return Kernel(decode, functools.partial(kernels.matmul, **options))
@@ -112,6 +114,7 @@ def _reference(packed, scale, bias, *, form, block, dtype, name) -> jax.Array:
 
 
 @functools.cache
+# Cached by its text: a reason is warned of once a process, not in every layer.
 def _warn_once(text: str) -> None:
     warnings.warn(text, ReferenceWarning, stacklevel=4)
 

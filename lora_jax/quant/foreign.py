@@ -24,6 +24,8 @@ from lora_jax.quant.array import (
 )
 
 _STATE = "quant_state.bitsandbytes__"
+# (our format, bytes of a block of 32, of which the float16 scale and minimum come first). Q4_0 is
+# (code - 8) · scale, Q4_1 is code · scale + minimum, Q8_0 is code · scale.
 GGUF_KINDS = {"Q4_0": ("int4", 18, 2), "Q4_1": ("uint4", 20, 4), "Q8_0": ("int8", 34, 2)}
 _GGUF_BLOCK = 32
 
@@ -88,6 +90,7 @@ def from_codes(
         pads = [(0, 0)] * (x.ndim - 2) + [(0, count - x.shape[-2]), (0, 0)]
         return np.pad(x, pads, constant_values=value)
 
+    # Padding decodes to zero: its code has the value 0, or its scale and bias are 0.
     q = QuantArray(
         jnp.asarray(formats.pack(fill(codes, rows, form.zero), form, block_size)),
         jnp.asarray(fill(scale, rows // block_size)),
@@ -155,12 +158,14 @@ def from_gguf(
     parts = blocks.reshape(blocks.shape[0], -1, size)
     fields = np.ascontiguousarray(parts[..., :head]).view(np.float16)
     data = parts[..., head:]
+    # Low four bits hold inputs 0 to 15 of a block, high four bits 16 to 31.
     codes = data.view(np.int8) if format == "int8" else np.concatenate([data & 15, data >> 4], -1)
     outputs = blocks.shape[0]
     fan_in = parts.shape[1] * _GGUF_BLOCK
     if shape is None:
         shape = (fan_in, outputs) if roles.index("i") < roles.index("o") else (outputs, fan_in)
     return from_codes(
+        # GGUF's rows are outputs.
         codes.reshape(outputs, fan_in).T,
         fields[..., 0].T,
         fields[..., 1].T if format == "uint4" else None,
@@ -200,23 +205,28 @@ def from_bitsandbytes(
     format, block = state["quant_type"], int(state["blocksize"])
     form = formats.known_format(format)
     outputs, fan_in = _torch_shape(state, name)
+    # bitsandbytes cuts the flattened matrix into blocks, so one may cross from a row to the next.
     if fan_in % block:
         raise ValueError(
             f"`{name}`: blocks of {block} cross the rows of shape {(outputs, fan_in)}; dequantize "
             f"it, then `lora.quantize(..., pad=True)`"
         )
     _same_table(tensors["quant_map"], np.asarray(form.codebook, np.float32), "quant_map", name)
+    # The bytes may be typed as bfloat16 or float32 (`quant_storage`). The first of two codes is in
+    # the high four bits.
     raw = np.asarray(tensors[""]).reshape(-1).view(np.uint8)
     codes = np.stack([raw >> 4, raw & 15], 1).reshape(-1)[: outputs * fan_in]
     absmax = np.asarray(tensors["absmax"]).reshape(outputs, fan_in // block).T
     double = "nested_absmax" in tensors
     shape = (fan_in, outputs) if roles == "io" else (outputs, fan_in)
+    # Double-quantized, these are uint8 codes: exact in float32, and cast back below.
     scale = absmax.astype(np.float32)
     q = from_codes(codes.reshape(outputs, fan_in).T, scale, format=format, block_size=block,
                    roles=roles, shape=shape, dtype=dtype or state["dtype"], name=name)  # fmt: skip
     if not double:
         return q
     table = np.asarray(tensors["nested_quant_map"], np.float32).reshape(-1)
+    # bitsandbytes computes this table on the machine that quantizes, so its last bits differ.
     _same_table(table, formats.dynamic_map(), "nested_quant_map", name, ulp=4)
     if int(state["nested_blocksize"]) != formats.SCALE_BLOCK:
         raise ValueError(f"`{name}`: nested_blocksize is {state['nested_blocksize']}, not 256")
@@ -259,12 +269,14 @@ def to_bitsandbytes(q: QuantArray, *, name: str = "weight") -> dict[str, np.ndar
             f"`{name}`: bitsandbytes holds nf4 and fp4 matrices of whole blocks, got {q.format} "
             f"of shape {q.shape}, roles {q.roles}, block {q.block}"
         )
+    # Back to torch's (out, in), flattened; two neighbours share a byte.
     codes = codes_of(q).T.reshape(-1, 2)
     blocks = fan_in // q.block
     absmax = np.asarray(q.scale)[:blocks].T.reshape(-1)
     state = {"quant_type": q.format, "blocksize": q.block, "dtype": str(jnp.dtype(q.dtype)),
              "shape": [outputs, fan_in]}  # fmt: skip
     out = {
+        # A column, as bitsandbytes stores it.
         "": (codes[:, 0] << 4 | codes[:, 1]).astype(np.uint8)[:, None],
         "absmax": absmax if q.scale2 is not None else absmax.astype(np.float32),
         "quant_map": np.asarray(form_of(q).codebook, np.float32),

@@ -32,6 +32,7 @@ _NF4 = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+# FP4's codes are sign, exponent and mantissa bits, so their values are not in order.
 _FP4_POSITIVE = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 _FP4 = tuple(x / 12 for x in _FP4_POSITIVE) + tuple(-x / 12 for x in _FP4_POSITIVE)
 
@@ -92,6 +93,7 @@ class Format:
 
 
 FORMATS = {
+    # Codes start at the lowest value, and 7 is NF4's exact zero.
     "nf4": Format("nf4", NIBBLES, _NF4, "absmax", 7),
     "fp4": Format("fp4", NIBBLES, _FP4, "absmax", 0),
     "int4": Format("int4", NIBBLES, tuple(float(c - 8) for c in range(16)), "signed", 8),
@@ -122,12 +124,14 @@ def code_values(codes: Array, form: Format) -> Float[Array, "..."]:
     """The codebook's value of each code, float32: arithmetic and selects only, no gather."""
     if form.codebook is None:
         return codes.astype(jnp.float32)
+    # Codebooks of consecutive integers need no table.
     steps = np.diff(form.codebook)
     if np.all(steps == 1.0):
         return codes.astype(jnp.int32).astype(jnp.float32) + np.float32(form.codebook[0])
     wide = codes.astype(jnp.int32)
     # The lowest bit chooses between two constants. As a select XLA:CPU would move both, at the
     # weight's full size, out of a loop over layers: 16 float32 copies of it.
+    # 0 or -1: a mask of no or all 32 bits.
     odd = -(wide & 1)
     bits = np.asarray(form.codebook, np.float32).view(np.int32)
     level = [
@@ -146,6 +150,7 @@ def pack(codes: Integer[AnyArray, "*s k n"], form: Format, block: int) -> Any:
     """Puts the codes of whole superblocks into bytes."""
     packing = form.packing
     *stack, rows, cols = codes.shape
+    # K is (superblock, slab, row of the slab); the slabs of a superblock share their bytes.
     by_slab = codes.reshape(*stack, rows // form.rows(block), packing.slabs, block, cols)
     packed = packing.join([by_slab[..., i, :, :] for i in range(packing.slabs)])
     return packed.astype(packing.dtype).reshape(*stack, rows // packing.slabs, cols)
@@ -155,6 +160,7 @@ def unpack(packed: AnyArray, form: Format, block: int) -> Array:
     """The codes `(..., K, N)`: the inverse of `pack`."""
     *stack, rows, cols = packed.shape
     slabs = form.packing.split(packed.reshape(*stack, rows // block, block, cols))
+    # The slab goes between superblock and row, so that flattening restores the order of K.
     return jnp.stack(slabs, axis=-3).reshape(*stack, len(slabs) * rows, cols)
 
 
@@ -194,6 +200,8 @@ def encode(
     if form.affine:
         low = jnp.min(blocks, axis=-2)
         bias = low.astype(scale_dtype)
+        # 16 codes span 15 steps. Codes are counted from the bias as it is stored, so its rounding
+        # shifts them and not the weight.
         scale = (jnp.max(blocks, axis=-2) - low) / 15
         blocks = blocks - bias.astype(jnp.float32)[..., None, :]
     else:
@@ -206,9 +214,11 @@ def encode(
 
 def _magnitude(blocks: Float[Array, "*s b k n"], form: Format) -> Float[Array, "*s b n"]:
     largest = jnp.max(jnp.abs(blocks), axis=-2)
+    # Only -8 has magnitude 8: the extreme value takes it, whichever sign it has.
     if form.scale == "signed":
         top, bottom = jnp.max(blocks, axis=-2), jnp.min(blocks, axis=-2)
         return jnp.where(top > -bottom, top, bottom) / -8
+    # -128 stays unused, so that both signs reach equally far.
     return largest / 127 if form.codebook is None else largest
 
 
@@ -224,6 +234,7 @@ def _nearest(x: Array, form: Format) -> Array:
     if form.scale != "absmax":
         return (jnp.clip(jnp.round(x), first, last) - first).astype(jnp.uint8)
     order, middles = _ladder(form)
+    # A scale rounded down to bfloat16 leaves its largest weight above 1.
     x = jnp.clip(x, -1.0, 1.0)
     place: Any = sum((x > m).astype(jnp.uint8) for m in middles)  # a tie takes the lower code
     if np.array_equal(order, np.arange(16)):
@@ -234,6 +245,7 @@ def _nearest(x: Array, form: Format) -> Array:
 def _ladder(form: Format) -> tuple[np.ndarray, np.ndarray]:
     """The codes in the order of their values (one code for each value), and the midpoints."""
     values = np.asarray(form.codebook, np.float32)
+    # FP4 has two zeros, +0 and -0: `unique` keeps the first, code 0.
     _, order = np.unique(values, return_index=True)
     ordered = values[order]
     return order, (ordered[1:] + ordered[:-1]) / np.float32(2)
@@ -245,6 +257,7 @@ def decode(
     """The matrix: computed in float32, rounded once to `dtype`."""
     codes = unpack(packed, form, block)
     *stack, rows, cols = codes.shape
+    # float32 up to the last step, like bitsandbytes, whose weights come out to the bit.
     values = code_values(codes, form).reshape(*stack, rows // block, block, cols)
     values = values * scale.astype(jnp.float32)[..., None, :]
     if bias is not None:
@@ -258,6 +271,7 @@ def dynamic_map() -> np.ndarray:
     Source: Dettmers 2015, "8-Bit Approximations for Parallelism in Deep Learning", section 2.1.3;
     bitsandbytes `create_dynamic_map(signed=True)`.
     """
+    # 254 midpoints of both signs follow, which reach neither 0 nor 1; together 256 codes.
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = _linspace(0.1, 1.0, 2**exponent + 1)
@@ -290,6 +304,8 @@ def compress_scales(scale: Float[Array, "b n"], blocks: int) -> dict:
       The fields of a `QuantArray`: `scale` as uint8 codes, `scale2`, `offset` and `scale_map`.
     """
     rows, cols = scale.shape
+    # bitsandbytes numbers scales along the rows of `(N, K)`. They are all positive: without their
+    # mean they use both halves of the signed map.
     flat = scale[:blocks].T.reshape(-1)
     offset = jnp.mean(flat)
     count = -(-flat.size // SCALE_BLOCK)
@@ -298,6 +314,7 @@ def compress_scales(scale: Float[Array, "b n"], blocks: int) -> dict:
     scaled = rest * jnp.where(scale2 == 0, 0.0, 1 / jnp.where(scale2 == 0, 1.0, scale2))[:, None]
     table = dynamic_map()
     middles = (table[1:] + table[:-1]) / np.float32(2)
+    # "left" gives a tie the lower code, as in `_nearest`.
     codes = jnp.searchsorted(jnp.asarray(middles), scaled, side="left").astype(jnp.uint8)
     codes = codes.reshape(-1)[: flat.size].reshape(cols, blocks).T
     filled = jnp.zeros((rows - blocks, cols), jnp.uint8)
@@ -320,6 +337,8 @@ def expand_scales(
       blocks: how many of `K/B` are not padding.
     """
     *stack, rows, cols = codes.shape
+    # Padding takes the group of the last true block: the index must exist, and the codes under it
+    # decode to 0 with any scale.
     row = jnp.minimum(lax.broadcasted_iota(jnp.int32, (rows, cols), 0), blocks - 1)
     group = (lax.broadcasted_iota(jnp.int32, (rows, cols), 1) * blocks + row) // SCALE_BLOCK
     number = codes.astype(jnp.int32).reshape(*stack, rows * cols)

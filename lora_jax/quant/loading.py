@@ -78,11 +78,13 @@ def holder(config: QuantConfig, weights: Any) -> Hold:
 def _parts(
     config: QuantConfig, weights: Any, path: str, leaf: Any, tensors: Sequence[tuple]
 ) -> Iterator[QuantArray]:
+    # A file's own blocks come already packed; nothing is rounded again.
     if config.format == FILE:
         yield from _own_blocks(weights, path, leaf, tensors)
     elif is_kernel(path, leaf):
         for name, axes in tensors:
             tensor = weights.read(name)
+            # Checkpoints store (out, in); a block must run along the inputs of one output.
             tensor = tensor if axes is None else tensor.transpose(axes)
             yield quantize_array(
                 jnp.asarray(tensor),
@@ -119,6 +121,7 @@ def _own_blocks(
             f'are: load with `scan=False`, or use a format such as "nf4"'
         )
     for (_, axes), q in zip(tensors, whole, strict=True):
+        # Only relabels the dims, see `ops.transpose`.
         turned = q if axes is None else ops.transpose(q, axes)
         assert turned is not None  # a file's blocks are of matrices, whose roles stay in order
         yield turned.astype(leaf.dtype)

@@ -91,7 +91,10 @@ def _product_forward(form: _Form, x, q: QuantArray):
 def _product_backward(form: _Form, saved, g):
     q, like = saved
     back = dataclasses.replace(form, transposed=not form.transposed, preferred=like.dtype)
+    # The backward pass is the same product the other way round, from the same bytes.
     dx = _multiply(back, g.astype(like.dtype), expanded(_apart(q)), "backward")
+    # Each device has the part of `dx` from its own weight; where `x` is the same on all of them,
+    # its gradient is their sum. None is the zero gradient of the weight, integer codes included.
     return (lax.psum(dx, form.spread) if form.spread else dx), None
 
 
@@ -133,6 +136,7 @@ def _single(form: _Form, x, packed, scale, bias, q: QuantArray, direction: str):
     if kernel.matmul is not None:
         flat = x.reshape(rows, x.shape[-1])
         if not form.transposed:
+            # A fused kernel contracts K with its padding; zeros add nothing.
             flat = _fill_columns(flat, packed.shape[0] * kind.packing.slabs)
         y = kernel.matmul(flat, packed, scale, bias, form=kind, block=q.block,
                        transposed=form.transposed, dtype=form.preferred)  # fmt: skip
@@ -140,6 +144,7 @@ def _single(form: _Form, x, packed, scale, bias, q: QuantArray, direction: str):
         return y.reshape(*x.shape[:-1], y.shape[-1])
     w = kernel.decode(packed, scale, bias, form=kind, block=q.block, dtype=x.dtype, name=direction)
     if w.shape[0] != fan_in:
+        # Without the padding of K.
         w = lax.slice_in_dim(w, 0, fan_in)
     precision = form.precision
     if direction == "backward" and x.dtype.itemsize == 2 and not kernel.is_reference:
@@ -182,6 +187,7 @@ def _linear_forward(op, spread, x, q, rest):
 def _linear_backward(op, spread, saved, g):
     q, rest, like = saved
     w = _decoded(_apart(q), "backward")
+    # `op` is linear in `x`, so its transpose needs the shape of `x` and not its values.
     (dx,) = jax.linear_transpose(lambda x: op(x, w, *rest), like.get())(g)
     return (lax.psum(dx, spread) if spread else dx), None, None
 
@@ -217,6 +223,7 @@ def _decoded(q: QuantArray, direction: str):
 class _Like:
     """An array's shape and dtype, as a residual of a custom derivative."""
 
+    # Static, because a residual may hold arrays and static data, but no bare shape.
     aval: Any = dataclasses.field(metadata={"static": True})
 
     def get(self) -> jax.ShapeDtypeStruct:

@@ -42,6 +42,7 @@ def dot_general(
       precision, preferred: as in `lax.dot_general`.
       plain: False to bind the primitive itself, which has an output sharding.
     """
+    # Mixed dtypes and output shardings follow the primitive's own rules.
     transposed = _direction(q, contracting[0], batching[0])
     if not plain or transposed is None or x.dtype != q.dtype:
         if weight_left:
@@ -52,6 +53,8 @@ def dot_general(
     partner = dict(zip(contracting[0], contracting[1], strict=True))
     partner |= dict(zip(batching[0], batching[1], strict=True))
     x_free = [d for d in range(x.ndim) if d not in set(partner.values())]
+    # `x` becomes (stack, rows, contracted), the contracted dims in the weight's order, in which
+    # the codes are stored.
     order = [partner[d] for d in stack] + x_free + [partner[d] for d in summed]
     rows = [x.shape[d] for d in x_free]
     flat = x.transpose(order).reshape(
@@ -59,6 +62,9 @@ def dot_general(
     )
     y = matmul(flat, q, transposed=transposed, precision=precision, preferred=preferred)
     y = y.reshape(*y.shape[:-1], *(q.shape[d] for d in free))
+    # `matmul` returns stack, rows of `x`, free dims of the weight; `dot_general` wants batch dims,
+    # then the left operand's free dims, then the right's. Unit dims are no part of the matrix: the
+    # last reshape puts them back.
     have = [*(("w", d) for d in stack), *(("x", d) for d in x_free), *(("w", d) for d in free)]
     shown = [("w", d) for d in range(q.ndim) if d not in partner]  # unit dims included
     batch = [("w", d) for d in batching[0]]
@@ -94,6 +100,7 @@ def gather(q: QuantArray, indices, *, dimension_numbers, slice_sizes, mode, fill
         return None
     (dim,) = numbers.start_index_map
     whole = all(n == q.shape[d] for d, n in enumerate(slice_sizes) if d != dim)
+    # `x[ids]` collapses the indexed dim and takes slices of size 1; anything else is a window.
     if numbers.collapsed_slice_dims != (dim,) or not whole or slice_sizes[dim] != 1:
         return None
     index, valid = _index(indices[..., 0], q.shape[dim], mode)
@@ -104,10 +111,13 @@ def gather(q: QuantArray, indices, *, dimension_numbers, slice_sizes, mode, fill
         return None
     rows = _rows(q, index) if role == "i" else _columns(q, index)
     if valid is not None:
+        # NaN is what `jnp.take` fills float arrays with.
         fill = jnp.nan if fill_value is None else fill_value
         rows = jnp.where(valid.reshape(valid.shape + (1,) * (q.ndim - 1)), rows, fill)
     survive = [d for d in range(q.ndim) if d != dim]
     front = [a for a in range(rows.ndim) if a not in numbers.offset_dims]
+    # `offset_dims` are the places of the weight's other dims in the result; index dims fill the
+    # rest.
     place = [*front, *numbers.offset_dims[: len(survive)]]
     return rows.transpose([place.index(a) for a in range(rows.ndim)]).astype(q.dtype)
 
@@ -130,6 +140,7 @@ def _index(index: Array, size: int, mode: Any) -> tuple[Array, Array | None]:
     """The indices clipped to the dim, and a mask of the valid ones if others are to be filled."""
     if mode == lax.GatherScatterMode.FILL_OR_DROP:
         return jnp.clip(index, 0, size - 1), in_range(index, size)
+    # Other modes clip or promise valid indices, for which a clip changes nothing.
     return jnp.clip(index, 0, size - 1), None
 
 
@@ -139,6 +150,7 @@ def _rows(q: QuantArray, index: Array) -> Array:
     number = index.reshape(-1)
     take = functools.partial(jnp.take, axis=-2)
     values = formats.code_values(formats.unpack_rows(q.packed, number, form, block), form)
+    # Every row has the scale of its block.
     values = values * take(scales(q), number // block).astype(jnp.float32)
     if q.bias is not None:
         values = values + take(q.bias, number // block).astype(jnp.float32)
@@ -157,6 +169,7 @@ def _columns(q: QuantArray, index: Array) -> Array:
         block=q.block,
         dtype=jnp.float32,
     )
+    # A column is decoded with its padding, which is cut off here.
     fan_in = math.prod(q.shape[d] for d in in_dims(q.roles))
     return _shaped(q, index, values[..., :fan_in, :], -1, "o")
 
@@ -164,6 +177,8 @@ def _columns(q: QuantArray, index: Array) -> Array:
 def _shaped(q: QuantArray, index: Array, values: Array, axis: int, role: str) -> Array:
     """Index axes first, then the weight's other dims in its own order."""
     values = jnp.moveaxis(values, axis, 0)
+    # `values` has the stack and the other role folded together; they are split, then put in the
+    # weight's order among themselves.
     other = out_dims(q.roles) if role == "i" else in_dims(q.roles)
     have = [*stack_dims(q.roles), *other]
     values = values.reshape(*index.shape, *(q.shape[d] for d in have))
@@ -191,6 +206,7 @@ def _pick_stack(q: QuantArray, index, valid, dim: int, numbers):
 def _relabelled(q: QuantArray, shape: Sequence[int], roles: str) -> QuantArray:
     """The same matrices as a weight of another shape."""
     stack = tuple(shape[d] for d in stack_dims(roles))
+    # K and N are folded already, so only the stack's leading dims can change.
     old = len(stack_dims(q.roles))
 
     def fold(x):
@@ -201,6 +217,8 @@ def _relabelled(q: QuantArray, shape: Sequence[int], roles: str) -> QuantArray:
 
 def transpose(q: QuantArray, permutation: Sequence[int]) -> QuantArray | None:
     for role in "sio":
+        # Dims of one role are stored as one: reordering them would move codes. Any other transpose
+        # changes the labels only.
         order = [d for d in permutation if q.roles[d] == role]
         if order != sorted(order):
             return None
@@ -210,6 +228,7 @@ def transpose(q: QuantArray, permutation: Sequence[int]) -> QuantArray | None:
 
 def reshape(q: QuantArray, shape: Sequence[int]) -> QuantArray | None:
     made = reshape_roles(q.shape, q.roles, shape)
+    # A dim that merges two roles would mix K with N.
     if any(len(roles) > 1 for roles in made):
         return None
     return _relabelled(q, shape, "".join(next(iter(roles), "u") for roles in made))
@@ -268,6 +287,7 @@ def dynamic_slice(q: QuantArray, starts, sizes) -> QuantArray | None:
             return x
         rest = x.shape[len(stack) :]
         zero = jnp.zeros_like(starts[0])
+        # `lax.dynamic_slice` wants all starts in one dtype.
         where = [starts[d].astype(zero.dtype) for d in stack]
         return lax.dynamic_slice(
             x, [*where, *(zero for _ in rest)], [*(sizes[d] for d in stack), *rest]

@@ -22,6 +22,7 @@ def matrix_spec(q: QuantArray, spec: PartitionSpec) -> PartitionSpec:
     Raises:
       ValueError: a dim is sharded that is not the first of its group.
     """
+    # A spec may be shorter than its array.
     full = tuple(spec) + (None,) * (q.ndim - len(spec))
     groups = (in_dims(q.roles), out_dims(q.roles))
     for group in groups:
@@ -30,6 +31,7 @@ def matrix_spec(q: QuantArray, spec: PartitionSpec) -> PartitionSpec:
                 f"spec {spec} of a quantized weight of shape {q.shape}, roles {q.roles}: only the "
                 f"first of the dims that are stored as one can be sharded"
             )
+    # A `QuantArray` may have lost all in or out dims to a slice.
     owners = [full[group[0]] if group else None for group in groups]
     return PartitionSpec(*(full[d] for d in stack_dims(q.roles)), *owners)
 
@@ -37,6 +39,7 @@ def matrix_spec(q: QuantArray, spec: PartitionSpec) -> PartitionSpec:
 def array_specs(q: QuantArray, spec: PartitionSpec) -> QuantArray:
     """A `QuantArray` with a spec in place of each array."""
     matrix = matrix_spec(q, spec)
+    # The scales of scales run over the whole matrix and follow only its stack.
     stack = PartitionSpec(*tuple(matrix)[:-2])
     return dataclasses.replace(
         q,
@@ -65,6 +68,7 @@ def check_shards(q: QuantArray, spec: PartitionSpec, mesh: Mesh | AbstractMesh) 
       ValueError: a superblock would be split.
     """
     parts = _parts(q, spec, mesh)
+    # The halves of a superblock share bytes: a shard cannot end between them.
     rows = form_of(q).rows(q.block)
     blocks = q.scale.shape[-2] * q.block // rows
     if blocks % parts:
@@ -106,12 +110,14 @@ def local_part(q: QuantArray, spec: PartitionSpec, mesh: Mesh | AbstractMesh) ->
     """
     check_shards(q, spec, mesh)
     stored, inputs = q.scale.shape[-2] * q.block, matrix_sizes(q)[1]
+    # All padding is at the end, so the last shard would have fewer true inputs than the others.
     if stored != inputs and _parts(q, spec, mesh) > 1:
         raise ValueError(
             f"a quantized weight of shape {q.shape}, roles {q.roles}, has {inputs} inputs filled "
             f"up to {stored}: inside a shard_map they cannot be split; shard another dim or use a "
             f"block of which {2 * _parts(q, spec, mesh)} divide the inputs"
         )
+    # Inside a `shard_map` the static shape must be the local one: it is what `matmul` checks.
     shape = list(q.shape)
     for d, axes in enumerate(spec):
         for name in (axes,) if isinstance(axes, str) else axes or ():

@@ -26,6 +26,7 @@ from lora_jax.quant.kernels.partition import sharded_decode, sharded_matmul
 _COLUMNS = (128, 64, 32, 16)
 _ROWS = 64  # of a superblock's half that one program decodes
 _FUSED_BLOCKS = (16, 32, 64, 128)
+# Streaming multiprocessors of an H100 or H200.
 _SMS = 132
 
 
@@ -59,6 +60,7 @@ def fused_obstacle(form: formats.Format, block: int, packed: tuple, dtype) -> st
 
 def _table(form: formats.Format) -> np.ndarray:
     if form.codebook is None:
+        # 8-bit codes need no table, but the kernel has one argument for it.
         return np.zeros((16,), np.float32)
     return np.asarray(form.codebook, np.float32)
 
@@ -81,6 +83,7 @@ def _slabs(codes, form: formats.Format, scale, bias, table_ref) -> list:
     halves = form.packing.split(codes)
     out = []
     for i, half in enumerate(halves):
+        # One scale row a half, which is why the halves are stored as slabs.
         values = _values(half, form, table_ref) * scale[i].astype(jnp.float32)[None, :]
         if bias is not None:
             values = values + bias[i].astype(jnp.float32)[None, :]
@@ -92,6 +95,7 @@ def _call(kernel, *, warps: int, stages: int, interpret: bool, **options):
     """`pl.pallas_call` through Triton, which later releases call deprecated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        # Named parameters choose Triton: some releases of JAX lower to Mosaic GPU without them.
         run = pl.pallas_call(
             kernel, compiler_params=_triton(warps, stages), interpret=interpret, **options
         )
@@ -121,6 +125,7 @@ def decode(packed, scale, bias, *, form: formats.Format, block: int, dtype, name
       name: "forward" or "backward", which keeps XLA from sharing the result.
       interpret: run the kernel's Python instead of compiling it.
     """
+    # 1 for 8-bit codes, which fill a byte each.
     halves = form.rows(block) // block
     supers = packed.shape[0] // block
     cols = packed.shape[1]
@@ -171,11 +176,14 @@ def _decode_blocks(packed, scale, *rest, form, dtype, name: str, interpret: bool
 
 def _tile_rows(rows: int) -> int:
     """Rows of one tile: a tensor-core product has at least 16."""
+    # From 64 rows on Hopper's wgmma is used, which takes 64 at a time.
     return min(64, max(16, 1 << math.ceil(math.log2(max(rows, 1)))))
 
 
 def _split(supers: int, tiles: int) -> int:
     """Into how many parts the inputs are split so that every multiprocessor has work."""
+    # Few rows give few tiles: the aim is two programs a multiprocessor. Each part writes float32
+    # sums of its own, so there are at most 16.
     parts = [p for p in range(1, supers + 1) if supers % p == 0 and p <= 16]
     return next((p for p in parts if p * tiles >= 2 * _SMS), parts[-1])
 
@@ -209,6 +217,7 @@ def _fused(x, packed, scale, bias, table, *, form, block: int, transposed: bool,
                                 dtype=dtype)  # fmt: skip
     rows = x.shape[0]
     bm = _tile_rows(rows)
+    # Zero rows fill the tile; their products are cut off below.
     x = jnp.pad(x, ((0, -rows % bm), (0, 0)))
     run = _backward if transposed else _forward
     y = run(x, packed, scale, bias, table, bm=bm, **how, interpret=interpret)
@@ -236,6 +245,7 @@ def _forward(x, packed, scale, bias, table, *, bm: int, form, block: int, interp
             slabs = _slabs(codes, form, read[0], read[1] if len(read) > 1 else None, table_ref)
             for h, slab in enumerate(slabs):
                 left = x_ref[:, pl.ds((2 * j + h) * block, block)]
+                # 16-bit operands for the tensor cores, sums in float32.
                 acc = acc + jnp.dot(left, slab.astype(x.dtype), preferred_element_type=jnp.float32)
             return acc
 
@@ -260,6 +270,7 @@ def _forward(x, packed, scale, bias, table, *, bm: int, form, block: int, interp
         out_shape=jax.ShapeDtypeStruct((splits, m, cols), jnp.float32),
         name="quant_matmul_forward",
     )(x, packed, *scales, table)
+    # The sums of the split inputs.
     return jnp.sum(parts, axis=0)
 
 
@@ -270,6 +281,7 @@ def _backward(g, packed, scale, bias, table, *, bm: int, form, block: int, inter
     def kernel(g_ref, packed_ref, *rest):
         *scale_refs, table_ref, out_ref = rest
 
+        # One program owns one superblock of inputs and runs over all outputs, so no sums are split.
         def body(j, sums):
             at = pl.ds(j * bn, bn)
             codes, left = packed_ref[:, at], g_ref[:, at]

@@ -30,11 +30,13 @@ def sharded_decode(run: functools.partial, *parts):
 
 
 def _inside_shard_map() -> bool:
+    # In a `shard_map` each device already has its own part, and the call runs as it is.
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and jax.sharding.AxisType.Manual in mesh.axis_types
 
 
 @functools.cache
+# Cached, so that equal options give one function, and jit does not compile it again.
 def _partitioned(run: Callable, options: tuple, dims: tuple) -> Callable:
     def kernel(*parts):
         return run(*parts, **dict(options))
@@ -42,6 +44,7 @@ def _partitioned(run: Callable, options: tuple, dims: tuple) -> Callable:
     wrapped = custom_partitioning(kernel)
 
     def result_of(mesh, arguments) -> NamedSharding:
+        # Rows of a superblock stay together: `t` and `B` are never sharded.
         spec = tuple(arguments[0].sharding.spec) + (None,) * 3
         return NamedSharding(mesh, PartitionSpec(spec[0], None, None, spec[2]))
 
@@ -55,6 +58,7 @@ def _partitioned(run: Callable, options: tuple, dims: tuple) -> Callable:
         whole = NamedSharding(mesh, PartitionSpec())
         return mesh, kernel, out, tuple(own if n == 3 else whole for n in dims)
 
+    # GSPMD calls `infer` and `partition`; Shardy reads the rule, then calls `partition`.
     wrapped.def_partition(
         partition=partition,
         infer_sharding_from_operands=infer,
@@ -91,6 +95,7 @@ def sharded_matmul(
     """
     if jax.device_count() == 1 or _inside_shard_map():
         return run(x, packed, scale, bias, *tables, dtype=dtype)
+    # The greatest numbers of groups that divide both the matrix and the devices.
     rows, outputs = math.gcd(supers, jax.device_count()), packed.shape[1]
     columns = math.gcd(outputs, jax.device_count())
     codes = [
@@ -118,6 +123,7 @@ def _partitioned_matmul(
         parts += [None] * (3 - count)
         y = run(x.reshape(x.shape[0], -1), *parts, *operands[count:], **dict(options))
         summed, kept = (columns, rows) if transposed else (rows, columns)
+        # A device adds up all its groups inside the kernel; zeros stand for the others.
         out = jnp.zeros((summed, y.shape[0], kept, y.shape[1] // kept), y.dtype)
         return out.at[0].set(y.reshape(out.shape[1:]))
 
@@ -127,6 +133,7 @@ def _partitioned_matmul(
         rows, *_ = (*arguments[0].sharding.spec, None)
         codes = (*arguments[1].sharding.spec, *[None] * 4)
         summed, kept = (codes[2], codes[0]) if transposed else (codes[0], codes[2])
+        # One mesh axis shards at most one dim of an array.
         rows = None if rows in (summed, kept) else rows
         return NamedSharding(mesh, PartitionSpec(summed, rows, kept, None))
 

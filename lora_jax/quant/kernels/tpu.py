@@ -17,6 +17,7 @@ from lora_jax.quant import formats
 from lora_jax.quant.kernels import reference
 from lora_jax.quant.kernels.partition import sharded_decode, sharded_matmul
 
+# The last dim of a TPU's vector register.
 _LANES = 128
 _COLUMNS = (512, 256, 128)
 _STEPS = 8  # superblocks of a grid step, at most
@@ -139,12 +140,14 @@ def _fused(x, packed, scale, bias, *, form, block: int, transposed: bool, dtype,
         return reference.matmul(x, packed, scale, bias, form=form, block=block,
                                 transposed=transposed, dtype=dtype)  # fmt: skip
     rows, supers, cols = x.shape[0], packed.shape[0] // block, packed.shape[1]
+    # A bfloat16 tile has 16 rows.
     bm = min(_ROWS, -(-rows // 16) * 16)
     x = jnp.pad(x, ((0, -rows % bm), (0, 0)))
     bn, steps = _columns(cols), _steps(supers)
     bk = steps * 2 * block
     m, k = x.shape[0], supers * 2 * block
     parts = _blocks(packed, scale, bias, form, block)
+    # The contraction is the last grid axis, the innermost: its steps add to one scratch tile.
     tiles = (m // bm, k // bk, cols // bn) if transposed else (m // bm, cols // bn, k // bk)
 
     def kernel(x_ref, packed_ref, scale_ref, *rest):
@@ -183,6 +186,7 @@ def _fused(x, packed, scale, bias, *, form, block: int, transposed: bool, dtype,
         out_specs=pl.BlockSpec((bm, bk if transposed else bn), lambda i, a, b: (i, a)),
         out_shape=jax.ShapeDtypeStruct((m, k if transposed else cols), dtype),
         scratch_shapes=[_vmem((bm, bk if transposed else bn))],
+        # "arbitrary" keeps the steps of the contraction in order.
         compiler_params=_compiler("parallel", "parallel", "arbitrary"),
         interpret=interpret,
         name=f"quant_matmul_{'backward' if transposed else 'forward'}",
