@@ -111,6 +111,7 @@ def dequantized(raw: Weights, dtypes: Mapping[str, str]) -> Weights:
     readers: dict[str, Callable] = {n: lambda n: four_bits(n, states[n], raw) for n in states}
     readers |= {n: lambda n: _eight_bits(n, raw) for n in eights}
 
+    # 8-bit weights have a scale for a whole row, which no block format holds.
     def blocks(name: str) -> QuantArray | None:
         return four_bit_blocks(name, states[name], raw) if name in states else None
 
@@ -147,6 +148,7 @@ def _state(key: str, raw: Weights) -> State:
         raise ValueError(
             f"{where}: tensor `{key}` is no quant_state: {type(error).__name__}: {error}"
         ) from None
+    # The sizes come from a file: they are checked before anything is allocated.
     numbers = [*state.shape, state.block, *([] if nested is None else [nested])]
     whole = all(type(n) is int and n > 0 for n in numbers)
     if not whole or found.get("quant_type", kind) != kind or not math.isfinite(state.offset):
@@ -174,6 +176,7 @@ def _check_state(name: str, state: State, raw: Weights, dtypes: Mapping[str, str
             )
     if name not in raw.shapes:
         raise ValueError(f"{raw.source}: tensor `{name}` is missing beside its quant_state")
+    # Counted in bytes: `quant_storage` may type them as any dtype. An odd count fills a last byte.
     packed = math.prod(raw.shapes[name]) * _SIZES.get(dtypes[name], 0)
     if packed != -(-state.count // 2):
         raise ValueError(
@@ -221,6 +224,7 @@ def four_bits(name: str, state: State, raw: Weights) -> Float[np.ndarray, "..."]
     packed = np.ascontiguousarray(raw.read(name)).reshape(-1).view(np.uint8)
     # Both numbers of every byte that there can be.
     both = np.stack([np.repeat(code, 16), np.tile(code, 16)], axis=1)
+    # One lookup gives two numbers, the high half of the byte first.
     values = both[packed].reshape(-1)[: state.count]
     scales = absmax(name, state, raw)
     # The last block may be shorter than the others.
@@ -245,6 +249,7 @@ def absmax(name: str, state: State, raw: Weights) -> Float[np.ndarray, " blocks"
     if state.nested_block is not None:
         code = raw.read(f"{name}.nested_quant_map").reshape(-1)
         outer = raw.read(f"{name}.nested_absmax").reshape(-1)
+        # The order of bitsandbytes' own float32 operations, so that the result is equal to the bit.
         scales = code[scales] * np.repeat(outer, state.nested_block)[: state.blocks]
         scales = scales + np.float32(state.offset)
     if not np.isfinite(scales).all():
@@ -277,6 +282,7 @@ def check_config(settings: Any) -> None:
     """
     settings = settings if isinstance(settings, Mapping) else {}
     bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    # Older configs have no `quant_method`, only bitsandbytes' own flags.
     kind = settings.get("quant_method", "bitsandbytes" if bits else "unknown")
     if kind != "bitsandbytes":
         raise ValueError(

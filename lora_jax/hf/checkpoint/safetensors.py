@@ -31,6 +31,7 @@ _BYTES = {
 }  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INDICES = ("I64", "I32", "BOOL")
+# The safetensors library's own limit.
 _LONGEST_HEADER = 100_000_000
 
 
@@ -58,6 +59,7 @@ def read_header(path: str | Path) -> dict[str, Entry]:
     refuse_pickle(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    # The header's length is compared with the file before that many bytes are read.
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -161,6 +163,7 @@ def _files(directory: Path) -> dict[Path, dict[str, Entry]]:
         return {single: read_header(single)}
     if (directory / INDEX).exists():
         return _shards(directory)
+    # Refused by name, because "no weights" would not tell what to do.
     for pickle in sorted(p for p in directory.iterdir() if p.suffix in PICKLES):
         refuse_pickle(pickle)
     raise FileNotFoundError(f"{directory}: no weights: neither {SINGLE} nor {INDEX} is there")
@@ -204,6 +207,7 @@ def _check_index(placed: Mapping[str, str], files: Mapping[Path, Mapping], index
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     twice: list[str] = []
 
+    # `json` would silently keep the last of two entries of one name.
     def note_duplicates(pairs):
         out = {}
         for name, value in pairs:
@@ -240,6 +244,7 @@ def _check_extents(entries: Mapping[str, Any], size: int, path: Path) -> None:
                 f"{size}; download it again"
             )
         spans.append((begin, end, name))
+    # The format allows no holes: hidden bytes could be anything.
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
@@ -257,6 +262,7 @@ def _fields(name: str, entry: Any, path: Path) -> tuple[str, list[int], tuple[in
         raise ValueError(f"{path}: the header's entry for `{name}` is not a tensor's") from None
     if dtype not in _BYTES:
         raise ValueError(f"{path}: tensor `{name}` has the unknown dtype {dtype!r}")
+    # `type`, not `isinstance`: JSON's true is an `int` of Python.
     if any(type(n) is not int or n < 0 for n in numbers) or begin > end:
         raise ValueError(f"{path}: the header lies: tensor `{name}` has impossible sizes")
     return dtype, shape, (begin, end)
@@ -268,6 +274,7 @@ def _reader() -> Callable[[Path, str], np.ndarray]:
 
     def read(path: Path, name: str) -> np.ndarray:
         try:
+            # A sharded model has thousands of tensors in a few files.
             if path not in handles:
                 handles[path] = safe_open(str(path), framework="numpy")
             return handles[path].get_tensor(name)

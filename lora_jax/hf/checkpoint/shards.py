@@ -27,6 +27,7 @@ DTYPES = {
     "float16": np.dtype(np.float16),
 }
 _NAMES = {DTYPES["float32"]: "F32", DTYPES["bfloat16"]: "BF16", DTYPES["float16"]: "F16"}
+# Hugging Face counts GB in powers of ten, GiB in powers of two.
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -79,9 +80,11 @@ def write_shards(
     for number, shard in enumerate(shards, 1):
         many = len(shards) > 1
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if many else SINGLE
+        # `values` is lazy: each shard takes its own, one at a time.
         _write(directory / file, shard, islice(values, len(shard)), dtype)
         placed.update({entry.name: file for entry in shard})
     if len(shards) > 1:
+        # Bytes of tensors, without headers, as Hugging Face counts.
         total = sum(_bytes(entry, dtype.itemsize) for entry in entries)
         index = {"metadata": {"total_size": total}, "weight_map": placed}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -105,6 +108,7 @@ def _bytes(entry: Entry, item: int) -> int:
 
 
 def _write(path: Path, entries: list[Entry], values: Iterable, dtype: np.dtype) -> None:
+    # "x": an existing file is an error.
     with path.open("xb") as file:
         file.write(_header(entries, dtype))
         for entry, value in zip(entries, values, strict=True):
@@ -114,10 +118,12 @@ def _write(path: Path, entries: list[Entry], values: Iterable, dtype: np.dtype) 
                 )
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         file.flush()
+        # A full disk may show only when the bytes reach it.
         os.fsync(file.fileno())
 
 
 def _header(entries: list[Entry], dtype: np.dtype) -> bytes:
+    # transformers refuses a file without this entry.
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:

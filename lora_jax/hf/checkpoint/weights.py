@@ -89,6 +89,7 @@ def _shown(leaves: list) -> Iterable:
 def _places(leaves: list[tuple[str, tuple[int, ...]]], family: Family) -> dict[str, _Place]:
     places = {}
     for i, (path, shape) in enumerate(leaves):
+        # Leading dims are layers (or experts), each a tensor of its own in the checkpoint.
         depth = stack_depth(path, family=family)
         for index in product(*(range(n) for n in shape[:depth])):
             name, axes = tensor_of(path, index, family=family)
@@ -128,6 +129,7 @@ def check_fit(
         _listed("misshapen", wrong),
     ]
     if problems := [p for p in problems if p]:
+        # A missing and an extra tensor are often one, under another name.
         hint = ""
         if missing and extra:
             hint = f"; nearest to `{missing[0]}`: {nearest(missing[0], extra)}"
@@ -142,6 +144,7 @@ def _listed(what: str, items: list[str]) -> str:
 def _leaf(
     shape: jax.ShapeDtypeStruct, places: list[tuple[_Place, str]], read: Callable
 ) -> jax.Array:
+    # Filled layer by layer, and cast to the leaf's dtype as each is written: no stack of copies.
     out = np.empty(shape.shape, shape.dtype)
     for place, name in places:
         tensor = read(name)

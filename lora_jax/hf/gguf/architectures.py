@@ -21,6 +21,7 @@ class Architecture(NamedTuple):
     permuted: bool
 
 
+# Only `llama` has its rows reordered by the converter.
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", permuted=True),
     "qwen2": Architecture("qwen2", permuted=False),

@@ -23,6 +23,7 @@ from lora_jax.hf.gguf.architectures import ARCHITECTURES, architecture_of
 from lora_jax.quant.array import QuantArray
 from lora_jax.quant.foreign import GGUF_KINDS, from_gguf
 
+# "GGUF" read as a little-endian number, and the type numbers of keys' values.
 _MAGIC = 0x46554747
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {
@@ -37,6 +38,8 @@ _LEAST = {
     _STRING: 8,
     _ARRAY: 12,
 }
+# A key is a name's length (8), a type (4) and a value; a tensor's record a name's length (8), the
+# number of dimensions (4), type (4) and offset (8). ggml has tensors of at most four dimensions.
 _LEAST_KEY, _LEAST_RECORD = 13, 24
 _MOST_DIMENSIONS, _MOST_NESTED = 4, 4
 
@@ -105,6 +108,7 @@ def kind_of_file(path: str | Path) -> str:
 def _opened(path: Path) -> Gguf:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    # Magic, version and both counts.
     if path.stat().st_size < 24:
         raise ValueError(f"{path}: not a GGUF file: only {path.stat().st_size} bytes")
     # Mapped, not read: a tensor's pages are loaded when it is, and dropped under memory pressure.
@@ -122,6 +126,7 @@ def _check_kind(metadata: Mapping[str, Any], wanted: str, path: Path) -> None:
         raise ValueError(
             f"{path}: one of {parts} parts of a model; join them first (llama-gguf-split --merge)"
         )
+    # A file without the key is a model.
     if (kind := metadata.get("general.type", "model")) != wanted:
         article = "an" if wanted[0] in "aeiou" else "a"
         raise ValueError(f"{path}: holds a GGUF of type `{kind}`, not {article} {wanted}")
@@ -150,6 +155,7 @@ def weights_of(file: Gguf) -> Weights:
         if kind not in GGUF_KINDS:
             return None
         count = _heads(file).get(name.split(".")[-2]) if architecture.permuted else None
+        # Whole rows move, so a row's blocks stay as they are.
         rows = rows if count is None else to_halves(rows, count)
         held = from_gguf(rows, kind, roles="oi", name=name)
         for part in (held.scale, held.bias):
@@ -213,6 +219,7 @@ def _reason(error: Exception) -> str:
 def _header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Record]]:
     if cursor.take("I") != _MAGIC:
         raise _BadHeader("it does not start with GGUF")
+    # Version 1 has counts of 32 bits.
     if (version := cursor.take("I")) not in (2, 3):
         raise _BadHeader(f"version {version} is not 2 or 3 (little-endian)")
     tensors = cursor.count("Q", _LEAST_RECORD, "tensors")
@@ -260,6 +267,7 @@ def _place(
     known = {int(kind): gguf.GGML_QUANT_SIZES[kind] for kind in gguf.GGMLQuantizationType}
     if not isinstance(alignment, int) or alignment < 1:
         raise _BadHeader(f"`general.alignment` is {alignment!r}")
+    # Offsets count from the first multiple of the alignment after the header.
     first, out = -(-cursor.at // alignment) * alignment, {}
     for name, shape, kind, offset in records:
         if name in out:
@@ -324,6 +332,7 @@ def read_tensor(file: Gguf, name: str) -> np.ndarray:
     if kind == kinds.F32:
         tensor = raw.view(np.float32).reshape(record.shape)
     else:
+        # The package wants bytes for quantized types, and numbers for F16.
         rows = raw.reshape(*record.shape[:-1], -1)
         rows = rows.view(np.float16) if kind == kinds.F16 else rows
         try:

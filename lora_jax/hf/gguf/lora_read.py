@@ -136,6 +136,7 @@ def _pair(
     path: Path,
 ) -> FactorPair:
     embedding = theirs == "token_embd"
+    # llama.cpp looks rows up in an embedding's A, which is therefore (vocabulary, r).
     a = a.T if embedding and a.ndim == 2 else a
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         raise ValueError(
@@ -148,6 +149,7 @@ def _pair(
         if b.shape[0] % (2 * heads):
             raise ValueError(f"{path}: `{theirs}.weight.lora_b` has {b.shape[0]} rows, not whole "
                              f"pairs for each of {heads} heads")  # fmt: skip
+        # The outputs of q and k are reordered, so only B is.
         b = to_halves(b, heads)
     scale = alpha / a.shape[0] if alpha else 1.0
     return FactorPair(np.ascontiguousarray(a), np.ascontiguousarray(b), scale, embedding)
@@ -177,6 +179,7 @@ def _config(pairs: Mapping[str, FactorPair], alpha: float, base: Base) -> LoraCo
 
 
 def _short(number: float) -> float:
+    # PEFT's alpha is an integer by its annotation.
     return int(number) if float(number).is_integer() else number
 
 
@@ -185,6 +188,7 @@ def _targets(modules: list[str], base: Base) -> tuple[str, ...]:
     stack, inner, _ = MODULES[base.architecture]
     rest, targets = set(modules), []
     for module in inner:
+        # A module that every block adapts is one short entry; others are listed by whole names.
         everywhere = {f"{stack}.{i}.{module}" for i in range(base.layers)}
         last = module.rpartition(".")[2]
         if everywhere <= rest:

@@ -99,6 +99,7 @@ def to_gguf(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -
     Raises:
       ValueError: llama.cpp could not apply the adapter.
     """
+    # llama.cpp reads A, B and one alpha, and ignores anything else without an error.
     _check_plain(config)
     names = gguf_names(base.architecture, base.layers)
     pairs = _pairs(tensors, config, base)
@@ -185,6 +186,7 @@ def _in_file(
     if np.float32(wanted) != np.float32(alpha):
         b = b * np.float32(wanted / alpha)
     if (heads := heads_of(module, base)) is not None:
+        # The base's rows are in llama.cpp's order: the adapter's must be too.
         b = to_pairs(b, heads)
     return np.ascontiguousarray(a.T if pair.embedding else a), np.ascontiguousarray(b)
 

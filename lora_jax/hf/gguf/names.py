@@ -39,6 +39,7 @@ ARCHITECTURE_OF: Mapping[str, str] = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma",
     "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "gpt2": "gpt2",
 }  # fmt: skip
+# Families that tie head and embedding where config.json does not say.
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "gpt2")
 
 
@@ -137,6 +138,7 @@ def _from_gguf(path: Path) -> Base:
         heads=heads,
         kv_heads=kv_heads,
         vocab_size=file.tensors["token_embd.weight"].shape[0],
+        # llama.cpp's converter writes no head where it is the embedding table.
         tied="output.weight" not in file.tensors,
     )
 
@@ -153,6 +155,7 @@ def gguf_names(architecture: str, layers: int) -> dict[str, str]:
     if architecture not in MODULES:
         raise ValueError(f"architecture `{architecture}` is not one of {', '.join(MODULES)}")
     arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    # One block is enough: the names of the others differ in its number only.
     table = gguf.get_tensor_name_map(arch, 1)
     stack, inner, outer = MODULES[architecture]
     names = {module: table[module] for module in outer if module in table}

@@ -67,6 +67,7 @@ def _existing(root: Path, name: str) -> Path:
             f"{root}: {name} is missing, so this is no whole PEFT adapter; the directory holds "
             f"{', '.join(there) or 'nothing'}"
         )
+    # A link may not lead to any other file of this machine; the Hub's cache is made of links.
     real, home = path.resolve(), root.resolve()
     if not real.is_relative_to(home) and not real.is_relative_to(_hub_blobs(home)):
         raise ValueError(f"{path}: links to {real}, outside the adapter's directory; copy the file")
@@ -96,6 +97,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
+        # `json` would silently keep the last of them.
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"`{twice}` occurs twice in one object")
@@ -217,6 +219,7 @@ def _may_replace_card(root: Path) -> bool:
 
 
 def _umask() -> int:
+    # The mask can only be read by setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -225,6 +228,7 @@ def _umask() -> int:
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
+        # A rename, too, is only safe after its directory is synced.
         os.fsync(handle)
     finally:
         os.close(handle)

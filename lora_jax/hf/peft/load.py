@@ -66,6 +66,7 @@ def _without_unused(config: LoraConfig, leaves: Mapping[str, Any]) -> LoraConfig
         if isinstance(value, tuple):
             kept[field] = tuple(entry for entry in value if (field, entry) not in unused)
     if "target_modules" in kept:
+        # An entry that matches excluded modules only is unused too.
         meant = (e for e in kept["target_modules"] if any(matching.ends_with(n, e) for n in free))
         # With none left, the error of `plan` lists the nearest names.
         kept["target_modules"] = tuple(meant) or config.target_modules
@@ -151,6 +152,7 @@ def _sized(leaf: Any, rows: Sequence[Row]) -> Any:
     scale = np.zeros(stack_sizes(rows[0].path, leaf), np.float32)
     for row in rows:
         scale[row.layer] = row.scale
+    # One rank for all layers of a stack: the largest, smaller ones are padded.
     a, b = factor_shapes(leaf.shape, leaf.roles, max(row.rank for row in rows))
     zero = np.float32(0)
     return dataclasses.replace(
@@ -187,6 +189,7 @@ def _placed(leaf: Any, before: Any) -> Any:
 def on_device(new: np.ndarray, old: Any) -> jax.Array:
     """An array as JAX's, with the sharding of the array whose place it takes."""
     sharding = getattr(old, "sharding", None)
+    # Other shardings are those of one device, which is left to JAX.
     named = isinstance(sharding, jax.sharding.NamedSharding)
     return jax.device_put(new, sharding) if named else jnp.asarray(new)
 
@@ -224,6 +227,7 @@ def _check_keys(
         nearest names.
     """
     wanted = {spec.key: spec for spec in specs}
+    # PEFT repeats a base weight only sometimes: it may be absent.
     missing = [k for k, spec in wanted.items() if spec.part != "w" and k not in tensors]
     extra = [k for k in tensors if k not in wanted]
     shapes = [

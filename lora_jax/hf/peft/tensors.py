@@ -140,6 +140,7 @@ def _layouts(row: Row) -> dict[Part, _Layout]:
     last = tuple(range(1, len(outs) + 1))  # b's block is (R, out...)
     if leaf.window is None:
         return {
+            # Ours is (in..., R): the rank moves to the front, the in dims become one.
             "a": _Layout((rank, fan_in), len(ins), (len(ins), *range(len(ins)))),
             "b": _Layout((fan_out, rank), 0, (*last, 0)),
             "m": _Layout((fan_out,)),

@@ -45,6 +45,7 @@ def for_vllm(
     scales, ranks = {}, {}
     for module in modules:
         name = module.removeprefix(PREFIX)
+        # The scales that PEFT would use: patterns, rank and rsLoRA applied.
         ranks[module] = matching.rank_of(config, name)
         alpha = matching.alpha_of(config, name)
         scales[module] = matching.scale_of(config, ranks[module], alpha)
@@ -55,6 +56,7 @@ def for_vllm(
     out = {}
     for name, tensor in tensors.items():
         if name.endswith(_A):
+            # Rows of zeros in A and columns of zeros in B add nothing to the product.
             out[name] = np.pad(tensor, ((0, rank - tensor.shape[0]), (0, 0)))
         elif name.endswith(_B):
             module = name.rpartition(".lora_")[0]
@@ -84,6 +86,7 @@ def _fields(fields: Mapping[str, Any], modules: list[str], rank: int | None) -> 
     """The fields without patterns; with the scale 1 where the scales were multiplied into B."""
     out = dict(fields)
     if rank is not None:
+        # alpha / r is 1, so the scale in B is the only one; rsLoRA would divide by √r again.
         out |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
     out |= {"rank_pattern": {}, "alpha_pattern": {}}
     if not isinstance(out["target_modules"], list) or out["layers_to_transform"] is not None:

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from lora_jax.compat import require
 
+# llama.cpp's token types. Both kinds are cut out of a text before it is split.
 _CONTROL, _USER_DEFINED = 3, 4
 
+# The expressions of the models' own tokenizer.json: digits in groups of three, and singly.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -65,6 +67,7 @@ def build(metadata: Mapping[str, Any], *, path: Path) -> Any:
             "(byte-level BPE); load the model from its Hugging Face directory"
         )
     name = str(metadata.get("tokenizer.ggml.pre"))
+    # No default: a wrong split gives valid tokens that the model never saw.
     if name not in SPLITS:
         known = ", ".join(SPLITS)
         raise ValueError(f"{path}: `tokenizer.ggml.pre` is `{name}`, not one of {known}")
@@ -118,6 +121,7 @@ def _tables(metadata: Mapping[str, Any], path: Path) -> tuple[list[str], list[tu
         raise ValueError(f"{path}: the tokenizer has the same token twice")
     known, pairs = set(tokens), []
     for merge in merges:
+        # Byte-level tokens hold no space: it is written "Ġ".
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= known:
             raise ValueError(f"{path}: the tokenizer's merge {merge!r} is not of tokens")
@@ -132,6 +136,7 @@ def _pre_tokenizer(split: Split) -> Any:
         return pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(library.Regex(split.regex), behavior="isolated"),
+                # The split is made: this only maps bytes to letters.
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )

@@ -76,6 +76,7 @@ class Tokenizer:
     @property
     def pad_id(self) -> int:
         """The token that fills short rows: the padding token, else the end token, else 0."""
+        # Decoders often have no padding token; masked positions may hold any.
         for name in ("pad_token", "eos_token"):
             if (token := self._id(name)) is not None:
                 return token
@@ -133,6 +134,7 @@ class Tokenizer:
           ValueError: no template, or one that does not accept the messages.
         """
         text = self.render_chat(messages, add_generation_prompt)
+        # The template writes the special tokens itself.
         return self.encode(text, add_special_tokens=False)
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -171,6 +173,7 @@ def from_directory(directory: str | Path) -> Tokenizer | None:
     directory = Path(directory)
     config, tokens = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
     settings = read_json(config) if config.is_file() else {}
+    # tokenizer_config.json wins, as in transformers.
     named = {**(read_json(tokens) if tokens.is_file() else {}), **settings}
     special = {name: text for name in _SPECIAL if (text := _text(named.get(name))) is not None}
     if (directory / "tokenizer.json").is_file():
@@ -242,6 +245,7 @@ def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     return raw
 
 
+# Compiled once a template, not once a conversation.
 @lru_cache(maxsize=16)
 def _compiled(source: str) -> Any:
     jinja2 = require("jinja2")
@@ -260,6 +264,7 @@ def _compiled(source: str) -> Any:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
+    # Jinja's own filter escapes HTML; this is transformers'.
     def tojson(
         value: Any,
         ensure_ascii: bool = False,
