@@ -250,6 +250,7 @@ def effective(x: SavedArray) -> Any:
     """The array that the model uses for a leaf that trains whole."""
     if x.only is None:
         return x.value
+    # One index array a stack dim, as `at[...]` takes them.
     where = tuple(jnp.asarray(dim) for dim in zip(*x.only, strict=True))
     return dense(x.w).at[where].set(x.value[where].astype(x.w.dtype))
 
@@ -262,6 +263,7 @@ def dense(w: Any) -> Any:
 def base_rows(x: RowsArray) -> Float[Array, "n d"]:
     """The frozen table's values of the trained rows, in the trained rows' dtype."""
     if isinstance(x.w, QuantArray):
+        # Decodes these rows only.
         return take(x.w, x.ids, x.axis)
     return jnp.moveaxis(jnp.take(x.w, jnp.asarray(x.ids), axis=x.axis), x.axis, 0)
 
@@ -280,6 +282,7 @@ def rows_as_lora(x: RowsArray) -> LoraArray:
     wide = widened(x.rows.dtype)
     n = len(x.ids)
     one_hot = jnp.zeros((x.shape[x.axis], n), wide).at[jnp.asarray(x.ids), jnp.arange(n)].set(1)
+    # Zero at the start. The frozen rows get no gradient through it.
     change = x.rows.astype(wide) - jax.lax.stop_gradient(base_rows(x)).astype(wide)
     roles = "io" if x.axis == 0 else "oi"
     return LoraArray(x.w, one_hot, change, jnp.ones((), jnp.float32), roles=roles)
@@ -287,6 +290,7 @@ def rows_as_lora(x: RowsArray) -> LoraArray:
 
 def widened(*dtypes) -> np.dtype:
     """float32, or float64 where one of the dtypes is: also under strict promotion."""
+    # `jnp.promote_types` with float32 is an error under strict promotion.
     double = any(jnp.dtype(d) == jnp.float64 for d in dtypes)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
 
@@ -304,6 +308,7 @@ def delta(x: LoraArray) -> Float[Array, "..."]:
     dtype = widened(x.a.dtype, x.b.dtype)
     a = x.a.astype(dtype).reshape(*stack, fan_in, x.rank)
     b = x.b.astype(dtype).reshape(*stack, x.rank, fan_out)
+    # The default precision of a TPU is bfloat16, that of a GPU may be TF32.
     change = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
     return from_matrix(change * x.scale.astype(dtype)[..., None, None], x.shape, x.roles)
 
@@ -312,6 +317,7 @@ def spread_outputs(gain: Float[Array, "..."], x: LoraArray) -> Float[Array, "...
     """Reshapes `(stack..., out...)` so that it broadcasts against the weight."""
     order = b_dims(x.roles)
     shape = dict(zip(order, gain.shape, strict=True))
+    # From (stack..., out...) to the weight's own order, with size 1 where it has in dims.
     gain = jnp.transpose(gain, [order.index(d) for d in sorted(order)])
     return gain.reshape([shape.get(d, 1) for d in range(x.ndim)])
 
@@ -322,6 +328,7 @@ def count(stacked: PyTree) -> int:
     Raises:
       ValueError: the tree is no stack.
     """
+    # Leaves that no adapter touches have no axis of adapters.
     counts = {x.count for x in jax.tree.leaves(stacked, is_leaf=is_stack) if is_stack(x)}
     if len(counts) != 1:
         raise ValueError(

@@ -53,6 +53,7 @@ def factor_shapes(shape: tuple[int, ...], roles: str, rank: int) -> tuple[tuple,
 def to_matrix(w: AnyArray, roles: str) -> Array:
     """A weight as `(stack..., in, out)`; unit dims, with role `u`, are dropped."""
     order = stack_dims(roles) + in_dims(roles) + out_dims(roles)
+    # Size 1, so they may go last and vanish in the reshape.
     units = [d for d in range(len(roles)) if d not in order]
     stack, fan_in, fan_out = sizes(w.shape, roles)
     return jnp.transpose(w, [*order, *units]).reshape(*stack, fan_in, fan_out)
@@ -69,12 +70,14 @@ def from_matrix(matrix: AnyArray, shape: tuple[int, ...], roles: str) -> Array:
     _, fan_in, _ = sizes(shape, roles)
     if matrix.shape[-2] != fan_in:
         matrix = lax.slice_in_dim(matrix, 0, fan_in, axis=matrix.ndim - 2)
+    # The matrix has the dims by role; `order.index` puts them back where the weight has them.
     full = matrix.reshape([shape[d] for d in order])
     return jnp.transpose(full, [order.index(d) for d in sorted(order)]).reshape(shape)
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list, list]]:
     """Pairs runs of old dims with runs of new dims of the same number of elements."""
+    # Both sides are read from the left; a run ends where the products agree.
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         left, right = [i], [j]
@@ -100,6 +103,7 @@ def reshape_roles(shape: Sequence[int], roles: Sequence, new_shape: Sequence[int
       shape, roles: of the weight before.
       new_shape: after.
     """
+    # Unit dims can appear anywhere in a reshape, and mean nothing.
     old = [d for d, n in enumerate(shape) if n != 1]
     new = [d for d, n in enumerate(new_shape) if n != 1]
     result: list = [frozenset()] * len(new_shape)

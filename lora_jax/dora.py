@@ -37,11 +37,13 @@ def norm(x: LoraArray) -> Float[Array, "..."]:
     square = jnp.sum(jnp.square(w.astype(wide)), axis=-2)
     square = square + 2 * s * cross + s * s * jnp.sum(gram * b, axis=-2)
     outs = [x.shape[d] for d in out_dims(x.roles)]
+    # The three terms cancel where s·A·B is near -W, and may round to below zero.
     return jnp.sqrt(jnp.maximum(square, 0)).reshape(*stack, *outs)
 
 
 def gain(x: LoraArray) -> Float[Array, "..."]:
     """`m / ‖W + s·A·B‖`; the norm is a constant of the gradient."""
+    # Stopped at the inputs too, so that no tangent of the norm is traced at all.
     return x.m / lax.stop_gradient(norm(jax.tree.map(lax.stop_gradient, x)))
 
 
@@ -54,6 +56,7 @@ def gains(x: LoraStack) -> Float[Array, "..."] | None:
     """The gain of every adapter of a stack, or None where none uses DoRA."""
     if x.m is None:
         return x.gain
+    # Each adapter's gain over the one shared base.
     at = x.axis
     return jax.vmap(
         lambda a, b, scale, m: gain(LoraArray(x.w, a, b, scale, m, roles=x.roles)),

@@ -60,9 +60,11 @@ def merge(lora_params: PyTree) -> PyTree:
     leaves = [_merge_leaf(x) for _, x in flat]
     for place, change in _bias_changes(flat).items():
         wide = widened(leaves[place].dtype)
+        # A bias that trains too is merged already: the change is added to what it became.
         leaves[place] = (leaves[place].astype(wide) + change.astype(wide)).astype(
             leaves[place].dtype
         )
+    # Only leaves that merging made: the base's own numbers are not checked.
     bad = [
         paths.spell(path)
         for (path, old), new in zip(flat, leaves, strict=True)
@@ -117,6 +119,7 @@ def _bias_changes(flat: Sequence) -> dict[int, jax.Array]:
                 f"can only be merged into a bias `{name}` of the base, but {found}: use the "
                 "adapter unmerged, or train without `lora_bias`"
             )
+        # The scale is (stack...), the bias (stack..., out...).
         scale = x.scale.reshape(*x.scale.shape, *[1] * (x.bias.ndim - x.scale.ndim))
         changes[places[name]] = x.bias * scale.astype(x.bias.dtype)
     return changes
@@ -144,6 +147,7 @@ def unmerge(params: PyTree, lora_params: PyTree) -> PyTree:
     """
     flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_leaf)
     plain, plain_tree = jax.tree.flatten(params)
+    # Compared with whole LoRA leaves as leaves: the merge has an array in each one's place.
     if plain_tree != tree:
         raise ValueError(
             "`params` and `lora_params` are trees of different structure: pass the merge of this "
@@ -151,6 +155,7 @@ def unmerge(params: PyTree, lora_params: PyTree) -> PyTree:
         )
     leaves = [_unmerge_leaf(paths.spell(p), x, y) for (p, x), y in zip(flat, plain, strict=True)]
     for place, change in _bias_changes(flat).items():
+        # A bias that trains whole is back at its original value already.
         if not is_lora(x := flat[place][1]):
             leaves[place] = _without_change(x, plain[place], change)
     return jax.tree.unflatten(tree, leaves)
@@ -160,6 +165,7 @@ def _without_change(x: AnyArray, y: AnyArray, change: Array) -> Array:
     """A merged bias without the adapter's; exactly the base's where nothing else changed it."""
     wide = widened(x.dtype)
     merged = (x.astype(wide) + change.astype(wide)).astype(x.dtype)
+    # As in `_unmerge_leaf`: exact where it can be, number by number.
     return jnp.where(y == merged, x, (y.astype(wide) - change.astype(wide)).astype(y.dtype))
 
 

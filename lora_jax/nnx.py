@@ -60,6 +60,7 @@ def functional(module: nnx.Module, *, method: str = "__call__") -> Functional:
 
 def _function(graph, held, method: str) -> Callable:
     def fn(params, *args, state=None, **kwargs):
+        # Copied, because a call may write to the variables that it is given.
         module = nnx.merge(graph, params, held if state is None else state, copy=True)
         out = getattr(module, method)(*args, **kwargs)
         _, _, after = nnx.split(module, nnx.Param, ...)
@@ -80,6 +81,7 @@ def _changed(before, after) -> list[str]:
     new = jax.tree_util.tree_leaves_with_path(after)
     if len(old) != len(new):
         return ["the set of variables"]
+    # By identity: a variable that is not written keeps the very same array, also under a trace.
     return [paths.spell(p) for (p, x), (_, y) in zip(old, new, strict=True) if x is not y]
 
 
@@ -96,6 +98,7 @@ class Adapted(nnx.Module):
     """
 
     def __init__(self, base: nnx.Module, lora_params, plan: Plan):
+        # A plan holds no arrays: it belongs to the module's structure.
         self.plan = nnx.static(plan)
         parts, bare = {}, []
         flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_lora)

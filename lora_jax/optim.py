@@ -49,6 +49,7 @@ def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
         trainable, frozen = split(lora_params)
         check_trainable(trainable, "lora_params")
 
+        # The frozen half is a constant of the function that is differentiated.
         def of_trainable(trainable: PyTree, *args, **kwargs) -> Any:
             return fn(combine(trainable, frozen), *args, **kwargs)
 
@@ -94,6 +95,7 @@ def trainable_mask(lora_params: PyTree) -> PyTree:
     def mark(x: Any) -> Any:
         if not is_lora(x):
             return False
+        # Fields, not leaves, are marked: the mask has the structure of the tree with its arrays.
         marks = dict.fromkeys(TRAINED_FIELDS[type(x)], True)
         marks |= dict.fromkeys(FROZEN_FIELDS[type(x)], False)
         return dataclasses.replace(
@@ -130,7 +132,9 @@ def masked(tx: Any) -> Any:
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         mine, rest = split(updates)
         held = (None, None) if params is None else split(params)
+        # `tx` sees the trainable half in every argument, so weight decay never reaches the base.
         changes, state = tx.update(mine, state, held[0])
+        # Whichever argument is a whole tree shows the structure of the updates.
         whole = rest if jax.tree.leaves(rest) else held[1]
         if jax.tree.leaves(whole):
             changes = combine(changes, jax.tree.map(_no_change, whole))

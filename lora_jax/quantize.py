@@ -69,6 +69,7 @@ def quantize(
     planned = where.by_path() if _is_plan(where) else {}
 
     def one(path: str, leaf: Any) -> QuantArray:
+        # What the caller states comes before what the plan found.
         own = _roles_of(roles or {}, path) or (planned[path].roles if path in planned else None)
         q = quantize_array(
             leaf,

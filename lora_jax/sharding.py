@@ -19,6 +19,7 @@ from lora_jax.quant import sharding as quant_sharding
 from lora_jax.quant.array import QuantArray
 from lora_jax.transform.labels import part_spec, spec_of
 
+# Field of a leaf -> its name in `part_spec`; a magnitude has the dims of a gain.
 _PARTS = {"a": "a", "b": "b", "scale": "scale", "m": "gain", "bias": "bias"}
 
 
@@ -52,6 +53,7 @@ def _leaf_specs(x: Any, spec: PartitionSpec) -> Any:
     if isinstance(x, SavedArray):
         return dataclasses.replace(x, w=_base_specs(x.w, spec), value=spec)
     if isinstance(x, RowsArray):  # few rows: whole on every device of the vocabulary's axis
+        # A spec may be shorter than its array.
         full = (*spec, None, None)
         rows = PartitionSpec(None, full[1 - x.axis])
         return dataclasses.replace(x, w=_base_specs(x.w, spec), rows=rows)
@@ -70,6 +72,7 @@ def place(x: LoraArray) -> LoraArray:
     A weight on one device, or traced under automatic sharding, leaves the factors as they are.
     """
     if isinstance(x.w, jax.core.Tracer):
+        # A tracer has a spec only where mesh axes are explicit; elsewhere the compiler chooses.
         spec = spec_of(x.w)
         if spec is None or not any(spec):
             return x

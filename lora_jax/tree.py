@@ -105,13 +105,16 @@ def _init_leaf(key: PRNGKeyArray, plan: Plan, leaf: LeafPlan | None, w: Any, ful
     if leaf is None or leaf.kind == "frozen":
         return w
     if leaf.kind == "saved":
+        # A copy, so that donating the half that trains leaves `w` alone.
         return make_leaf(plan, leaf, w, value=jnp.array(dense(w), copy=True))
     if leaf.kind == "rows":
         rows = RowsArray(w, None, leaf.ids, leaf.axis)
         return dataclasses.replace(rows, rows=base_rows(rows).astype(widened(w.dtype)))
 
+    # By path, so that adapting one leaf more does not change how the others start.
     own = paths.fold_path(key, leaf.path)
     start = start_function(plan.config.init)
+    # Only LoftQ takes the floats beside a quantized base.
     given = () if (numbers := full(leaf)) is None else (numbers,)
     w, a, b = start(own, plan.config, leaf, w, *given)
     bias = {}
@@ -120,6 +123,7 @@ def _init_leaf(key: PRNGKeyArray, plan: Plan, leaf: LeafPlan | None, w: Any, ful
     adapted = make_leaf(plan, leaf, w, a=a, b=b, **bias)
     assert isinstance(adapted, LoraArray)  # no other kind is left
     if plan.config.use_dora:
+        # After A and B: the magnitude is the norm of their sum with W.
         adapted = dataclasses.replace(adapted, m=dora.magnitude(adapted))
     return place(adapted)
 
@@ -143,6 +147,7 @@ def make_leaf(plan: Plan, leaf: LeafPlan, w: Any, **trained) -> LoraArray | Save
 
 def _window(leaf: LeafPlan) -> Window | None:
     """The convolution window of a kernel, where all convolutions that use it agree."""
+    # Where they disagree the leaf has none, and counts as a plain matrix.
     found = {use.window for use in leaf.uses if use.window is not None}
     return next(iter(found)) if len(found) == 1 else None
 
@@ -200,6 +205,7 @@ def _join(x: Any, y: Any) -> Any:
     if not is_lora(x) and not is_lora(y):
         if x is not None and y is not None:
             raise ValueError("both trees hold the same leaf; pass the two results of `split`")
+        # A leaf without an adapter is whole in one half and None in the other.
         return y if x is None else x
     if type(x) is not type(y):
         raise ValueError(f"{type(x).__name__} in one tree stands where {type(y).__name__} does")
@@ -231,6 +237,7 @@ def count_parameters(lora_params: PyTree) -> Count:
         fields = [getattr(x, name) for name in TRAINED_FIELDS[type(x)]]
         own = sum(math.prod(field.shape) for field in fields if field is not None)
         trainable += own
+        # The half that `split` calls trainable has no base to count.
         total += own + (math.prod(x.w.shape) if x.w is not None else 0)
     return Count(trainable, total)
 

@@ -93,6 +93,7 @@ class LoraConfig:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Frozen: fields can only be set so.
         for name in _NORMALIZED:
             object.__setattr__(self, name, _normalized(name, getattr(self, name)))
         # `b` was the letter of a stack dim before 0.2.
@@ -132,6 +133,7 @@ class LoraConfig:
         try:
             return cls(**ours)
         except (TypeError, ValueError) as error:
+            # The same class, so that callers can tell a wrong type from a wrong value.
             raise type(error)(f"PEFT config: {error}") from None
 
     def to_peft(self) -> dict[str, Any]:
@@ -166,6 +168,7 @@ def _normalized(name: str, value: Any) -> Any:
         ids = {k: tuple(v) if isinstance(v, (list, range)) else v for k, v in value.items()}
         return ids or ()
     if isinstance(value, (set, frozenset)):
+        # A set has no order of its own; sorted, equal configs print and save alike.
         return tuple(sorted(value))
     if isinstance(value, list):
         return tuple(value)
@@ -183,6 +186,7 @@ _EMPTY_FOR_NONE = (
 
 
 def _is_int(value: Any) -> bool:
+    # JSON's true is an `int` of Python.
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -216,6 +220,7 @@ def _check_numbers(config: LoraConfig) -> None:
 def _check_strings(name: str, value: Any) -> None:
     if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value):
         raise TypeError(f"{name} must be a tuple or list of module names, got {value!r}")
+    # Every name ends with "".
     if "" in value:
         raise ValueError(f"{name} holds an empty name, which would match every module")
 

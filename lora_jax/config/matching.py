@@ -26,6 +26,7 @@ def is_excluded(config: LoraConfig, name: str) -> bool:
             return True
     elif any(ends_with(name, entry) for entry in excluded):
         return True
+    # PEFT puts the names into its expression unescaped, and so does this.
     return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save)
 
 
@@ -68,6 +69,7 @@ def names_parameter(config: LoraConfig, name: str) -> bool:
 def in_layers(config: LoraConfig, name: str) -> bool:
     """Whether layers_to_transform lets a module through; without it, every module."""
     layers = config.layers_to_transform
+    # PEFT takes an empty list for no filter.
     if layers is None or layers == ():
         return True
     layer = layer_number(name, config.layers_pattern)
@@ -159,6 +161,7 @@ def match(config: LoraConfig, names: tuple[str, ...], unnumbered: Sequence[str])
             targeted = True
         else:
             every_layer = config.layers_to_transform is None
+            # Names without numbers fit every layer: with a filter they would slip past it.
             known = [*names, *unnumbered] if every_layer else names
             targeted = any(is_target(config, name) for name in known)
             other_layer = not targeted and any(_is_listed(config, name) for name in names)

@@ -40,6 +40,7 @@ def mask(leaf: LeafPlan, factor: Array, *, rank_axis: str) -> Array:
 
     Padding is zero in both factors, so its gradients are zero and it stays zero.
     """
+    # All layers have the leaf's own rank: there is no padding.
     if len(set(leaf.ranks)) == 1:
         return factor
     stack = [leaf.shape[d] for d in stack_dims(leaf.roles)]
@@ -79,12 +80,14 @@ def principal(
     A = U_r·√(S_r/s),  B = √(S_r/s)·V_rᵀ
     """
     u, values, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    # Divided by s, because the adapter multiplies it in again.
     root = jnp.sqrt(values[..., :rank] / s[..., 0])
     return u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
 
 
 def residual(leaf: LeafPlan, w: Any, a: Array, b: Array, s: np.ndarray) -> Array:
     """The weight without the factors' product: `W − s·A·B`."""
+    # The residual would have to be quantized again, with a new error.
     if is_quant(w):
         raise ValueError(f"`{leaf.path}` is quantized: this init changes the base, quantize after")
     change = s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

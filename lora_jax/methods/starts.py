@@ -46,6 +46,7 @@ def gaussian(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> S
         return default(key, config, leaf, w)
     a_shape, b_shape = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
     dtype = factor_dtype(leaf)
+    # A left-out layer has rank 0; `mask` clears what it gets here.
     a = jax.random.normal(key, a_shape, dtype) / per_stack(leaf, np.maximum(leaf.ranks, 1), "a")
     return w, mask(leaf, a.astype(dtype), rank_axis="a"), jnp.zeros(b_shape, dtype)
 
@@ -72,6 +73,7 @@ def orthogonal(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) ->
     stack, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
     keys = jax.random.split(key, 3)
     half = leaf.rank // 2
+    # Odd and even rows of one orthogonal matrix: their product is zero.
     q, _ = jnp.linalg.qr(jax.random.normal(keys[0], (*stack, leaf.rank, leaf.rank)))
     odd, even = q[..., 0::2, :], q[..., 1::2, :]
     a = jnp.matmul(jax.random.normal(keys[1], (*stack, fan_in, half)), odd) / 10
@@ -98,6 +100,7 @@ def olora(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Star
     Source: Büyükakyüz 2024, "OLoRA"; as PEFT, without division by the scale.
     """
     uniform_rank(leaf, "olora")
+    # PEFT decomposes torch's (out, in), which is the transpose of ours.
     q, r = jnp.linalg.qr(jnp.swapaxes(matrix_of(leaf, w), -1, -2))
     a = jnp.swapaxes(r[..., : leaf.rank, :], -1, -2)
     b = jnp.swapaxes(q[..., : leaf.rank], -1, -2)

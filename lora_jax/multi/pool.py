@@ -68,6 +68,7 @@ class AdapterPool:
                 f"`byte_budget` is {byte_budget:,} bytes, but one adapter of this form takes "
                 f"{size:,}: raise the budget, or lower the rank or the number of targets"
             )
+        # Ranks are padded, so every adapter takes the same number of bytes.
         self.slots = byte_budget // size
         self.stacked = _widened(blank, self.slots)
         self.loads = 0
@@ -78,10 +79,12 @@ class AdapterPool:
         self._host: OrderedDict[str, list[np.ndarray]] = OrderedDict()
         self._coming: dict[str, Future] = {}
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="adapters")
+        # Donated: the new stack takes the old one's memory, and the budget is not needed twice.
         self._put = jax.jit(functools.partial(_put, _axes(blank)), donate_argnums=(0,))
 
     def prefetch(self, names: Sequence[str | None]) -> None:
         """Starts to load adapters into the host's memory, in other threads."""
+        # A set that keeps its order: loads start in the order of the rows.
         for name in dict.fromkeys(names):
             if name is None or name in self._where or name in self._host or name in self._coming:
                 continue
@@ -109,6 +112,7 @@ class AdapterPool:
                 f"{self.slots}: raise `byte_budget`, or serve fewer at a time"
             )
         self.prefetch(wanted)
+        # All are loaded and checked before the first slot changes.
         ready = {name: self._on_host(name) for name in wanted if name not in self._where}
         for name, arrays in ready.items():
             self._place(name, arrays, held)
@@ -122,6 +126,7 @@ class AdapterPool:
 
     def _read(self, name: str) -> list[np.ndarray]:
         one = stack_of_one(self._form, self._load(name))
+        # On the host, in the stack's form: putting it on the device is one copy.
         return [np.asarray(x) for x in _arrays(one)]
 
     def _on_host(self, name: str) -> list[np.ndarray]:
@@ -136,6 +141,7 @@ class AdapterPool:
         if len(self._where) < self.slots:
             slot = len(self._where)
         else:
+            # The first is the one that was not used for longest.
             old = next(other for other in self._where if other not in held)
             slot = self._where.pop(old)
         mine = self._put(_arrays(self.stacked), arrays, jnp.int32(slot))

@@ -56,6 +56,7 @@ def replace(stacked: PyTree, index: int, adapter: PyTree) -> PyTree:
         for field in adapter_fields(x):
             held, new = getattr(x, field), getattr(one, field)
             new = new.astype(held.dtype)
+            # The index may be traced, so one compiled program serves every slot.
             changed[field] = lax.dynamic_update_slice_in_dim(held, new, index, x.axis)
         return dataclasses.replace(x, **changed)
 
@@ -100,6 +101,7 @@ def _one_stack(name: str, x: LoraStack | SavedStack, y: Any) -> LoraStack | Save
     y = as_lora(name, y, train)
     if isinstance(y, SavedArray):
         raise ValueError(f"`{name}` trains whole in the new adapter and has factors in the stack")
+    # Shapes and dtypes are the stack's, so that nothing is compiled again.
     blank = dataclasses.replace(
         x,
         **{
@@ -117,6 +119,7 @@ def _one_stack(name: str, x: LoraStack | SavedStack, y: Any) -> LoraStack | Save
             f"rank {x.rank} at most and roles `{x.roles}`: make the stack with a larger `rank`"
         )
     for field, why in (("m", "DoRA's magnitude"), ("bias", "a bias")):
+        # A stack that is not trained holds gains in place of magnitudes.
         room = x.bias is not None if field == "bias" else (x.m is not None or x.gain is not None)
         if getattr(y, field) is not None and not room:
             raise ValueError(f"`{name}` has {why} in the new adapter, and the stack has none there")
@@ -142,6 +145,7 @@ def adapter(stacked: PyTree, index: int) -> PyTree:
 
 def _single(name: str, x: Any, index: int) -> Any:
     if isinstance(x, SavedStack):
+        # All layers count as trained now; those that were not hold the base's values.
         return SavedArray(x.w, x.value[index])
     if not isinstance(x, LoraStack):
         return x

@@ -113,6 +113,7 @@ def check_same_base(name: str, bases: Sequence) -> None:
     for number, base in enumerate(bases[1:], start=1):
         other = jax.tree.leaves(base)
         same = len(first) == len(other) and all(
+            # Usually the very same arrays, which costs no comparison.
             x is y
             or (jnp.shape(x) == jnp.shape(y) and jnp.result_type(x) == jnp.result_type(y)
                 and _equal(x, y))
@@ -146,6 +147,7 @@ def _stack_leaf(name: str, column: list, slots: int, rank: int | None, train: bo
     rank = largest if rank is None else rank
     if rank < largest:
         raise ValueError(f"`rank` is {rank}, but an adapter has rank {largest} at `{name}`")
+    # Adapters that leave this weight alone are an empty slot here.
     blank = _blank(like, column, rank, train)
     filled = [padded(x, blank) if isinstance(x, LoraArray) else blank for x in column]
     return _join(filled + [blank] * (slots - len(column)))
@@ -160,6 +162,7 @@ def stack_saved(name: str, column: list, slots: int) -> SavedStack:
                 "two cannot be stacked; merge one of them"
             )
     base = without_adapter(column[0])
+    # An adapter that does not train the leaf, like an empty slot, has the base's own values.
     values = [effective(x) if isinstance(x, SavedArray) else base for x in column]
     return SavedStack(base, jnp.stack([*values, *[base] * (slots - len(column))]))
 
@@ -188,6 +191,7 @@ def _check_alike(name: str, column: list, train: bool) -> None:
             f"`{name}`: some adapters have DoRA's magnitude there and some have not, which cannot "
             "be trained together; stack without `train` to use them together"
         )
+    # Dropout is static: all adapters of a leaf share one program.
     if train and len({x.dropout for x in known}) > 1:
         raise ValueError(
             f"`{name}`: adapters have different dropout {sorted({x.dropout for x in known})}; "
@@ -210,11 +214,14 @@ def _blank(like: LoraArray, column: list, rank: int, train: bool) -> LoraStack:
     gain = m = None
     if dora is not None:
         if train:
+            # Scale 0 leaves the norm of W, with which the gain is 1: the plain base.
             m = jnp.expand_dims(norm(dataclasses.replace(dora, scale=dora.scale * 0)), depth)
         else:
+            # An adapter without DoRA has gain 1.
             gain = full(outs, 1, jnp.float32)
     return LoraStack(
         like.w,
+        # One dtype for all adapters, the widest.
         full(a, 0, jnp.result_type(*(x.a.dtype for x in known))),
         full(b, 0, jnp.result_type(*(x.b.dtype for x in known))),
         full([like.shape[d] for d in stack_dims(like.roles)], 0, jnp.float32),
@@ -232,6 +239,7 @@ def padded(x: LoraArray, blank: LoraStack) -> LoraStack:
     axis, missing = blank.axis, blank.rank - x.rank
     put = {
         "a": _pad_axis(x.a, -1, missing),
+        # The rank of a single adapter's B follows the stack dims, where the adapters' axis will be.
         "b": _pad_axis(x.b, axis, missing),
         "scale": x.scale,
         "bias": x.bias,

@@ -78,6 +78,7 @@ def add_weighted_adapter(
         elif not parts:
             out.append(column[0])
         else:
+            # A key for each leaf: DARE must not drop the same places everywhere.
             own = None if key is None else jax.random.fold_in(key, number)
             options = _Options(rank, density, majority_sign, own)
             out.append(join(name, [(w, _wide(x)) for w, x in parts], options))
@@ -162,6 +163,7 @@ def _flat(x: LoraArray) -> tuple[Array, Array]:
     """The factors as `(stack..., in, r)` and `(stack..., r, out)`, the scale in `b`."""
     stack, fan_in, fan_out = sizes(x.shape, x.roles)
     a = x.a.reshape(*stack, fan_in, x.rank)
+    # Scales differ between adapters; with theirs in B all can have scale 1.
     return a, x.b.reshape(*stack, x.rank, fan_out) * x.scale[..., None, None]
 
 
@@ -180,6 +182,7 @@ def _cat(name: str, parts: list, options: _Options) -> LoraArray:
 
 def _beside(parts: list) -> tuple[Array, Array]:
     flat = [(w, *_flat(x)) for w, x in parts]
+    # [A_1 A_2]·[w_1 B_1; w_2 B_2] is the sum of the products.
     a = jnp.concatenate([a for _, a, _ in flat], axis=-1)
     return a, jnp.concatenate([w * b for w, _, b in flat], axis=-2)
 
@@ -188,6 +191,7 @@ def _svd(name: str, parts: list, options: _Options) -> LoraArray:
     """The SVD of the sum without forming it: that of `Ra·Rbᵀ`, a matrix of the ranks."""
     del name
     a, b = _beside(parts)
+    # A·B = Qa·(Ra·Rbᵀ)·Qbᵀ, and the Qs are orthonormal: the small matrix has the singular values.
     qa, ra = jnp.linalg.qr(a)
     qb, rb = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
     u, s, vt = jnp.linalg.svd(
@@ -200,6 +204,7 @@ def _svd(name: str, parts: list, options: _Options) -> LoraArray:
 
 def _shared(u: Array, s: Array, vt: Array, rank: int) -> tuple[Array, Array]:
     """The factors of the largest `rank` singular values; zeros where there are fewer."""
+    # Each factor has the root of a singular value, so that neither is much larger than the other.
     root = jnp.sqrt(s[..., :rank])
     a, b = u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
     missing = rank - root.shape[-1]
@@ -226,6 +231,7 @@ def _linear(name: str, parts: list, options: _Options) -> LoraArray:
     for w, x in parts:
         stack, fan_in, fan_out = sizes(x.shape, x.roles)
         size = (w * x.scale)[..., None, None]
+        # Both factors carry a root, so that their product carries w·s.
         root = jnp.sqrt(jnp.abs(size))
         a = a + x.a.reshape(*stack, fan_in, x.rank) * root * jnp.where(size >= 0, 1, -1)
         b = b + x.b.reshape(*stack, x.rank, fan_out) * root
@@ -247,6 +253,7 @@ def _thinned(merge: Callable) -> Callable:
         ]
         rank = _rank(parts, options)
         matrices = []
+        # The change of the whole matrix is formed here: one at a time.
         for index in range(each[0][0].shape[0]):
             changes = jnp.stack(
                 [jnp.matmul(a[index], b[index], precision=_HIGHEST) for a, b in each]
@@ -269,6 +276,7 @@ def _largest(changes: Float[Array, "n i o"], options: _Options) -> Float[Array, 
 
     def keep(x: Array) -> Array:
         flat = x.reshape(-1)
+        # By index and not by threshold: equal magnitudes would keep too many.
         kept = jnp.zeros(flat.shape, bool).at[jax.lax.top_k(jnp.abs(flat), count)[1]].set(True)
         return jnp.where(kept, flat, 0).reshape(x.shape)
 
@@ -294,9 +302,11 @@ def _elected(
 ) -> Float[Array, "i o"]:
     """For each number the mean over the adapters whose sign wins."""
     votes = changes if options.majority_sign == "total" else jnp.sign(changes)
+    # A tie is positive, as in PEFT.
     winner = jnp.where(votes.sum(0) >= 0, 1, -1)
     agree = jnp.sign(changes) == winner
     total = jnp.sum(jnp.where(agree, changes * weights[:, None, None], 0), axis=0)
+    # Where no adapter has a change, the count is 0 and so is the sum.
     return total / jnp.maximum(agree.sum(0), 1)
 
 

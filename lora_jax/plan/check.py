@@ -38,6 +38,7 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
         if config.lora_bias and leaf.lookup
     ]
     problems += [message for leaf in adapted if (message := too_high(leaf))]
+    # Only where nothing more exact is known.
     if not problems and all(leaf.kind == "frozen" for leaf in leaves):
         problems.append(_nothing(config.target_modules, leaves, modules))
     if problems:

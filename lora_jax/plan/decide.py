@@ -123,6 +123,7 @@ def _heads(drafts: Sequence[Draft], inner: set[str]) -> frozenset[str]:
         if not leaf.roles:
             return False
         stack, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
+        # The transpose of a table's shape, and no weight after it: features to logits.
         last = not stack and leaf.path not in inner and (fan_out, fan_in) in tables
         return last or draft.names.unnumbered[-1].rsplit(".", 1)[-1] in HEAD_NAMES
 
@@ -133,6 +134,7 @@ def _decide(config: LoraConfig, draft: Draft, heads: frozenset[str]) -> LeafPlan
     """A leaf as one that is adapted, trains whole, or stays frozen for a reason."""
     leaf, names, _ = draft
     matches = [matching.match(config, layer, names.unnumbered) for layer in names.layers]
+    # Saved comes before adapted, as in PEFT, where a saved module holds no adapters.
     if any(match.saved for match in matches):
         return saved_whole(leaf, [match.saved for match in matches])
     obstacle = _obstacle(draft, matches, heads, all_linear=config.target_modules == ALL_LINEAR)

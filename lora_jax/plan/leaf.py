@@ -92,6 +92,7 @@ class LeafPlan:
         if self.kind == "frozen":
             return 0
         _, fan_in, fan_out = sizes(self.shape, self.roles)
+        # A and B of every layer, each of its own rank.
         return sum(self.ranks) * (fan_in + fan_out)
 
     @property
@@ -199,6 +200,7 @@ def _range(values: Sequence) -> str:
 def _uses(leaf: LeafPlan) -> str:
     if leaf.kind != "lora":
         return leaf.reason
+    # Uses on one line, such as those of a loop over layers, are shown once.
     parts = list(dict.fromkeys(f"{u.primitive} {u.line}" for u in leaf.uses if not u.fallback))
     if len(parts) > 3:
         parts = [*parts[:3], f"{len(parts) - 3} more"]

@@ -51,9 +51,11 @@ def _deciding(uses: Sequence[Use]) -> Use | None:
     A contraction with an argument comes before one with a constant, such as the vectors of a
     spectral norm.
     """
+    # A tied table is looked up and contracted (by the head): the lookup decides.
     for kind in ("lookup", "contract", "transform", "rows"):
         of_kind = [use for use in uses if use.kind == kind]
         if of_kind:
+            # `min` keeps the first of equals.
             return min(of_kind, key=lambda use: use.constant and kind == "contract")
     return None
 

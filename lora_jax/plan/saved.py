@@ -55,6 +55,7 @@ def _only(leaf: LeafPlan, hits: Sequence[bool]) -> tuple[tuple[int, ...], ...] |
     if all(hits):
         return None
     dims = stack_dims(leaf.roles) if leaf.roles else [0]
+    # `only` indexes leading dims.
     if dims != list(range(len(dims))):
         raise ValueError(
             f"`{leaf.path}` trains in some of its layers only, and its stack is not its leading "
@@ -80,6 +81,7 @@ def _with_token_rows(
         ids = {_input_table(drafts).path: rows}
     else:
         ids = {_named_table(entry, drafts).path: own for entry, own in rows.items()}
+        # A dict keeps one of two equal keys: fewer entries mean that two names met.
         if len(ids) < len(rows):
             raise ValueError(
                 f"trainable_token_indices: two of the names {sorted(rows)} mean one table "
@@ -96,6 +98,7 @@ def _with_token_rows(
 def _input_table(drafts: Sequence[Draft]) -> LeafPlan:
     """The largest table that an argument looks up: the vocabulary, not positions or types."""
     tables = [x.leaf for x in drafts if any(use.kind == "lookup" for use in x.leaf.uses)]
+    # Positions and token types are looked up too, but have fewer rows.
     tables.sort(key=lambda x: -x.shape[_vocabulary(x)])
     if not tables:
         raise ValueError(
