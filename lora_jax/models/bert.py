@@ -4,8 +4,8 @@
     x <- LayerNorm(x + W_2 act(W_1 x + b_1) + b_2)
 
 Modules and parameters are Flax NNX's, module names are Hugging Face's. The blocks run as one
-`jax.lax.scan` over their stacked parameters, or one after the other where they are not stacked.
-There is no dropout: adapters have their own.
+`jax.lax.scan` over their stacked parameters, or one after the other if they are not stacked.
+Dropout of the base model is not applied: adapters have their own.
 
 B batch, T tokens, D width, N heads, H size of a head, L blocks, C classes, V vocabulary.
 
@@ -33,11 +33,11 @@ from lora_jax.models.layers import (
 
 
 class Features(NamedTuple):
-    """What an encoder without a head returns.
+    """The result of an encoder without a head.
 
     Attributes:
       hidden: the last block's hidden states.
-      pooled: `tanh` of the pooler's layer on the first one, or None without a pooler.
+      pooled: `tanh` of the pooler's layer on the first hidden state, or None without a pooler.
     """
 
     hidden: Float[Array, "b t d"]  # noqa: F722
@@ -45,7 +45,7 @@ class Features(NamedTuple):
 
 
 class _Build(NamedTuple):
-    """What every module is made with."""
+    """The options that all modules share."""
 
     config: BertConfig
     dtype: jnp.dtype
@@ -78,9 +78,14 @@ class Embeddings(nnx.Module):
         self.token_type_embeddings = build.table(config.type_vocab_size)
         self.LayerNorm = build.norm()
 
-    def __call__(self, tokens, token_type_ids, positions) -> Float[Array, "b t d"]:  # noqa: F722
-        words = self.word_embeddings(tokens) + self.token_type_embeddings(token_type_ids)
-        return self.LayerNorm(words + self.position_embeddings(positions))
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],  # noqa: F722
+        token_type_ids: Int[Array, "b t"],  # noqa: F722
+        positions: Int[Array, "#b t"],  # noqa: F722
+    ) -> Float[Array, "b t d"]:  # noqa: F722
+        x = self.word_embeddings(tokens) + self.token_type_embeddings(token_type_ids)
+        return self.LayerNorm(x + self.position_embeddings(positions))
 
 
 class SelfAttention(nnx.Module):
@@ -102,7 +107,7 @@ class SelfAttention(nnx.Module):
 
 
 class Output(nnx.Module):
-    """`LayerNorm(residual + W x + b)`: what ends attention and MLP."""
+    """`LayerNorm(residual + W x + b)`: the last step of attention and of the MLP."""
 
     def __init__(self, inputs: int, build: _Build):
         self.dense = build.linear(inputs, build.config.hidden_size)
@@ -113,7 +118,7 @@ class Output(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Attention and its output layer."""
+    """Attention and its output layer; `Layer` calls the two."""
 
     def __init__(self, build: _Build):
         self.self = SelfAttention(build)
@@ -121,7 +126,7 @@ class Attention(nnx.Module):
 
 
 class Dense(nnx.Module):
-    """A dense layer under a name of its own."""
+    """A dense layer one level deeper, as Hugging Face names it (`intermediate.dense`)."""
 
     def __init__(self, outputs: int, build: _Build):
         self.dense = build.linear(build.config.hidden_size, outputs)
@@ -146,7 +151,7 @@ class Layer(nnx.Module):
 class Stack(nnx.Module):
     """The blocks.
 
-    `layer` is one block whose parameters carry a leading axis L (`scan`), or a dictionary of L
+    `layer` is one block whose parameters have a leading axis L (`scan`), or a dictionary of L
     blocks named by their number.
     """
 
@@ -166,7 +171,7 @@ class Encoder(nnx.Module):
 
 
 class Transform(nnx.Module):
-    """BERT's layer before the vocabulary."""
+    """BERT's dense layer and norm before the vocabulary."""
 
     def __init__(self, build: _Build):
         self.dense = build.linear(build.config.hidden_size, build.config.hidden_size)
@@ -182,7 +187,7 @@ class Predictions(nnx.Module):
 
 
 class Cls(nnx.Module):
-    """What Hugging Face puts around BERT's masked-LM head."""
+    """The level that Hugging Face names `cls` around BERT's masked-LM head."""
 
     def __init__(self, build: _Build):
         self.predictions = Predictions(build)
@@ -212,19 +217,19 @@ class Headed(nnx.Module):
     def __init__(self, build: _Build, *, scan: bool):
         config = build.config
         setattr(self, config.kind.prefix, Encoder(build, scan=scan))
-        own = config.kind.roberta_heads
+        roberta = config.kind.roberta_heads
         if config.task == CLASSIFICATION:
             classes = len(config.labels)
-            pooled = FirstTokenHead if own else lambda b: b.linear(config.hidden_size, classes)
+            pooled = FirstTokenHead if roberta else lambda b: b.linear(config.hidden_size, classes)
             self.classifier = pooled(build)
-        elif own:
+        elif roberta:
             self.lm_head = LMHead(build)
         else:
             self.cls = Cls(build)
 
 
 def make(config: BertConfig, *, dtype, param_dtype, scan: bool, rngs: nnx.Rngs) -> nnx.Module:
-    """The module for a config's task: the bare encoder, or one with a head."""
+    """Makes the module for a config's task: the bare encoder, or one with a head."""
     build = _Build(config, dtype, param_dtype, rngs)
     headed = config.task in (CLASSIFICATION, MASKED_LM)
     return (Headed if headed else Encoder)(build, scan=scan)
@@ -254,12 +259,12 @@ def hidden_states(
       tokens: token ids.
       mask: true at real tokens; None if there is no padding.
       token_type_ids: which of two texts a token belongs to; None is 0 everywhere.
-      positions: rows of the position table, or None for the family's own counting.
+      positions: rows of the position table; None counts them as the family does.
       wrap: applied to the function that runs one block (rematerialization).
-      rows: axes of the mesh that rows are spread over, see `lora_jax.models.layers.on_rows`.
+      rows: axes of the mesh that shard the batch, see `lora_jax.models.layers.on_rows`.
 
     Returns:
-      Hidden states, of no meaning at padding.
+      Hidden states; those at padding are meaningless.
     """
     if positions is None:
         positions = _positions(tokens, config)
@@ -308,6 +313,7 @@ def _vocabulary(module: Headed, config: BertConfig, hidden) -> Float[Array, "b t
 def _positions(tokens: Int[Array, "b t"], config: BertConfig) -> Int[Array, "b t"]:  # noqa: F722
     if not config.kind.offset_positions:
         return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    # fairseq's way: padding stays at its own row, whatever the mask says.
+    # As in fairseq, which trained RoBERTa: real tokens count from pad_token_id + 1 and padding has
+    # row pad_token_id. It depends on the token ids alone, not on the mask.
     real = tokens != config.pad_token_id
     return jnp.cumsum(real, axis=1, dtype=jnp.int32) * real + jnp.int32(config.pad_token_id)

@@ -1,20 +1,21 @@
 """The configuration of BERT-like encoders, from and to Hugging Face's config.json.
 
-As for the decoders, a field that could change results is never ignored. Dropout rates are kept but
-not applied: adapters have their own.
+As for the decoders, a field that could change results is never ignored. Dropout rates are read and
+written but not applied: adapters have their own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from lora_jax.models.dialect import refuse_unsupported, scalar_if_one, tuple_of
 from lora_jax.models.layers import ACTIVATIONS
 
-FEATURES = "features"
-CLASSIFICATION = "sequence-classification"
-MASKED_LM = "masked-lm"
-TASKS = (FEATURES, CLASSIFICATION, MASKED_LM)
+FEATURES: Final = "features"
+CLASSIFICATION: Final = "sequence-classification"
+MASKED_LM: Final = "masked-lm"
+Task = Literal["features", "sequence-classification", "masked-lm"]
+TASKS: tuple[Task, ...] = (FEATURES, CLASSIFICATION, MASKED_LM)
 
 
 class Kind(NamedTuple):
@@ -23,21 +24,21 @@ class Kind(NamedTuple):
     Attributes:
       prefix: the module that holds the encoder in a model with a head.
       classes: Hugging Face's class for each task.
-      offset_positions: positions are counted over tokens that are not padding, from
-        `pad_token_id + 1` (fairseq's way), not from 0 over all.
-      roberta_heads: the classification head takes the first hidden state through layers of its
-        own (`dense`, `out_proj`), not the pooler's result; the masked-LM head is `lm_head`.
-      defaults: what transformers assumes for fields that config.json leaves out.
+      offset_positions: count positions over the tokens that are not padding, from
+        `pad_token_id + 1` (as fairseq does), not from 0 over all tokens.
+      roberta_heads: the classification head has its own layers (`dense`, `out_proj`) on the
+        first hidden state and no pooler; the masked-LM head is `lm_head`.
+      defaults: the values that transformers uses for fields missing in config.json.
     """
 
     prefix: str
-    classes: Mapping[str, str]
+    classes: Mapping[Task, str]
     offset_positions: bool
     roberta_heads: bool
     defaults: Mapping[str, Any]
 
 
-def _classes(name: str) -> dict[str, str]:
+def _classes(name: str) -> dict[Task, str]:
     return {
         FEATURES: f"{name}Model",
         CLASSIFICATION: f"{name}ForSequenceClassification",
@@ -74,29 +75,30 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """An encoder of the BERT family; fields have Hugging Face's names where these exist.
+    """An encoder of the BERT family; fields have Hugging Face's names if there are any.
 
     Attributes:
       model_type: the family, a key of `KINDS`.
       vocab_size: rows of the embedding table.
       hidden_size: width of the residual stream.
       intermediate_size: width of the MLP.
-      num_hidden_layers: blocks.
-      num_attention_heads: heads; each has `hidden_size / num_attention_heads` dimensions.
+      num_hidden_layers: number of blocks.
+      num_attention_heads: number of heads; each has `hidden_size / num_attention_heads` dimensions.
       max_position_embeddings: rows of the position table.
       type_vocab_size: rows of the token type table.
       hidden_act: one of `lora_jax.models.layers.ACTIVATIONS`.
       layer_norm_eps: added to the variance before the root.
       initializer_range: standard deviation of fresh weights.
-      pad_token_id: padding; RoBERTa's positions are counted around it.
+      pad_token_id: the padding token; RoBERTa's positions skip it.
       bos_token_id: or None.
       eos_token_ids: or empty.
       task: what the model returns: "features" (hidden states and pooled state),
         "sequence-classification" or "masked-lm".
       pooler: whether there is a pooler (`tanh` of a dense layer on the first hidden state).
       labels: the classes' names, in the order of the logits.
-      problem_type: transformers' hint which loss is meant, or None; carried only.
-      hidden_dropout_prob, attention_probs_dropout_prob, classifier_dropout: carried only.
+      problem_type: the loss that transformers would use, or None; read and written only.
+      hidden_dropout_prob, attention_probs_dropout_prob, classifier_dropout: read and
+        written only.
     """
 
     model_type: str = "bert"
@@ -113,7 +115,7 @@ class BertConfig:
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    task: str = FEATURES
+    task: Task = FEATURES
     pooler: bool = True
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     problem_type: str | None = None
@@ -150,17 +152,17 @@ class BertConfig:
 
     @property
     def fresh_scale(self) -> float:
-        """What a norm's `scale` starts as."""
+        """Initial value of a norm's `scale`."""
         return 1.0
 
     @property
     def needs_pooler(self) -> bool:
-        """Whether the task's head is on the pooler."""
+        """Whether the task's head reads the pooler's result."""
         return self.task == CLASSIFICATION and not self.kind.roberta_heads
 
     @property
     def head_modules(self) -> tuple[str, ...]:
-        """What the names of the task's own tensors begin with."""
+        """Prefixes of the tensors of the task's head."""
         if self.task == FEATURES:
             return ()
         if self.task == CLASSIFICATION:
@@ -169,21 +171,22 @@ class BertConfig:
 
     @property
     def context(self) -> int:
-        """Tokens a text may have."""
+        """Maximum number of tokens in a text."""
+        # Rows 0 to pad_token_id of the position table are not used for real tokens.
         used = (self.pad_token_id or 0) + 1 if self.kind.offset_positions else 0
         return self.max_position_embeddings - used
 
     @staticmethod
-    def from_hf(raw: Mapping[str, Any], *, task: str | None = None) -> "BertConfig":
+    def from_hf(raw: Mapping[str, Any], *, task: Task | None = None) -> "BertConfig":
         """Reads the object in config.json.
 
         Args:
           raw: the object.
-          task: one of `TASKS`; by default what `architectures` says.
+          task: one of `TASKS`; by default the one that `architectures` names.
 
         Raises:
-          ValueError: a family or class that is not known, or a field that changes numbers in a
-            way that is not supported.
+          ValueError: an unknown family or class, or a field whose value changes results and is not
+            supported.
         """
         _one_of("model_type", str(raw.get("model_type")), KINDS)
         kind = KINDS[raw["model_type"]]
@@ -192,7 +195,7 @@ class BertConfig:
         given = {**kind.defaults, **set_to_null, **{k: v for k, v in raw.items() if v is not None}}
         task = task or _task(raw, kind)
         if task == MASKED_LM and raw.get("tie_word_embeddings") is False:
-            raise ValueError("config: a masked-LM head with a table of its own is not supported")
+            raise ValueError("config: an untied masked-LM head is not supported")
         plain = {name: given[name] for name in _PLAIN if name in given}
         return BertConfig(
             **plain,
@@ -222,10 +225,10 @@ _PLAIN = (
     "classifier_dropout",
 )  # fmt: skip
 
-# Fields whose null is not the default.
+# Fields where null means "none", not "the default".
 _MAYBE_NULL = ("bos_token_id", "pad_token_id", "eos_token_id")
 
-# Fields that would change numbers, with the values that do not.
+# Fields that can change results, with the values that do not.
 _NEUTRAL: Mapping[str, tuple] = {
     "add_cross_attention": (False, None),
     "cross_attention_hidden_size": (None,),
@@ -236,7 +239,7 @@ _NEUTRAL: Mapping[str, tuple] = {
     "pruned_heads": ({}, None),
     "tie_encoder_decoder": (False,),
 }
-# What else old and multilingual checkpoints carry along.
+# Fields without effect that old and multilingual checkpoints have.
 _CARRIED = frozenset(
     {
         "directionality", "eos_token_id", "gradient_checkpointing", "num_labels", "output_past",
@@ -246,20 +249,20 @@ _CARRIED = frozenset(
 )  # fmt: skip
 
 
-def _one_of(field: str, value: str, known) -> None:
+def _one_of(field: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
         raise ValueError(f"config: {field} `{value}` is not one of {', '.join(known)}")
 
 
-def _task(raw: Mapping[str, Any], kind: Kind) -> str:
-    """The task whose class the file names."""
+def _task(raw: Mapping[str, Any], kind: Kind) -> Task:
+    """The task of the class that `architectures` names."""
     named = (raw.get("architectures") or [kind.classes[FEATURES]])[0]
     for task, name in kind.classes.items():
         if name == named:
             return task
     raise ValueError(
         f"config: `architectures` names `{named}`, which is not one of "
-        f"{', '.join(kind.classes.values())}; say which task is meant: "
+        f"{', '.join(kind.classes.values())}; set `task` to one of "
         f"{', '.join(f'`{t}`' for t in TASKS)}"
     )
 

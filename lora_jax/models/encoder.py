@@ -1,4 +1,4 @@
-"""Encoders as pure functions of their parameters: the counterpart of `model.Forward`."""
+"""Encoders as pure functions of their parameters, as `model.Forward` is for decoders."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ from lora_jax.models.model import (
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderForward:
-    """How to compute an encoder: everything but its numbers.
+    """An encoder without its parameters: architecture, task and options.
 
     Attributes:
       config: the architecture and the task.
       dtype: dtype of the computation; norms, softmax and logits stay float32.
       param_dtype: dtype of the parameters.
-      scan: blocks stacked on a leading axis and scanned, or kept apart by number.
-      remat: recompute each block's inside in the backward pass; see `Forward`.
-      rows: axes of the mesh that the batch's rows are spread over; see `Forward`.
+      scan: stack the blocks on a leading axis and scan over them, or keep them apart by number.
+      remat: recompute each block in the backward pass; see `Forward`.
+      rows: axes of the mesh that shard the batch; see `Forward`.
     """
 
     config: BertConfig
@@ -56,13 +56,13 @@ class EncoderForward:
         token_type_ids: Int[Array, "b t"] | None = None,  # noqa: F722
         positions: Int[Array, "b t"] | None = None,  # noqa: F722
         return_hidden: bool = False,
-    ):
-        """What the task asks for.
+    ) -> bert.Features | Array:
+        """Runs the encoder and the head of its task.
 
         Args:
           params: nested dictionaries of arrays, as in `Model.params`.
           tokens: token ids.
-          mask: true at real tokens. Unlike in a decoder, padding on either side needs it.
+          mask: true at real tokens. Needed for padding on either side, unlike in a decoder.
           token_type_ids: which of two texts a token belongs to; 0 by default.
           positions: rows of the position table; by default BERT counts from 0 and RoBERTa from
             `pad_token_id + 1` over the tokens that are not padding.
@@ -70,11 +70,11 @@ class EncoderForward:
 
         Returns:
           "features": `bert.Features`; "sequence-classification": float32 logits (b, c);
-          "masked-lm": float32 logits (b, t, v); hidden states (b, t, d) in the compute dtype.
+          "masked-lm": float32 logits (b, t, v); with `return_hidden`: hidden states (b, t, d)
+          in the compute dtype.
 
         Raises:
-          ValueError: an input of another shape or dtype, or more tokens than the position table
-            has rows.
+          ValueError: an input of the wrong shape or dtype, or more tokens than the model's context.
         """
         _check(self.config, tokens, mask, token_type_ids, positions)
         module = nnx.merge(structure(self)[0], params)
@@ -93,26 +93,32 @@ class EncoderForward:
             return hidden
         return self._result(module, encoder, hidden)
 
-    def _result(self, module, encoder: bert.Encoder, hidden):
+    def _result(
+        self,
+        module: Any,
+        encoder: bert.Encoder,
+        hidden: Float[Array, "b t d"],  # noqa: F722
+    ) -> bert.Features | Array:
         if self.config.task == FEATURES:
             state = bert.pooled(encoder, hidden) if self.config.pooler else None
             return bert.Features(hidden, state)
         return bert.logits(module, self.config, hidden)
 
-    def head(self, params: Any, hidden: Float[Array, "b t d"]):  # noqa: F722
-        """What the task makes of hidden states that `apply(..., return_hidden=True)` returned."""
+    def head(self, params: Any, hidden: Float[Array, "b t d"]) -> bert.Features | Array:  # noqa: F722
+        """The task's result from the hidden states of `apply(..., return_hidden=True)`."""
         module = nnx.merge(structure(self)[0], params)
         return self._result(module, bert.encoder_of(module, self.config), hidden)
 
     def shapes(self) -> dict[str, Any]:
         """The parameter tree as `jax.ShapeDtypeStruct`s."""
         shapes = structure(self)[1]
+        # Only a model with a head has the family's prefix around the encoder.
         inside = () if self.config.task == FEATURES else (self.config.kind.prefix,)
         count = self.config.num_hidden_layers
         return stacked(shapes, (*inside, "encoder", "layer"), count) if self.scan else shapes
 
 
-def _check(config: BertConfig, tokens, mask, token_type_ids, positions) -> None:
+def _check(config: BertConfig, tokens: Any, mask: Any, token_type_ids: Any, positions: Any) -> None:
     check_inputs(tokens, mask)
     shape = jnp.shape(tokens)
     if shape[1] > config.context:

@@ -1,4 +1,4 @@
-"""Loading an encoder from a Hugging Face directory, whole or with a head drawn anew."""
+"""Loading an encoder from a Hugging Face directory, complete or with a fresh head."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,9 +18,9 @@ from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.init import draw
 from lora_jax.models.model import Model
 
-# Modules of an encoder; all else in a checkpoint belongs to a head.
+# Prefixes of an encoder's tensors; all others in a checkpoint belong to a head.
 _ENCODER = ("embeddings.", "encoder.", "pooler.")
-# Constants that old checkpoints store: 0, 1, 2, ... and zeros.
+# Buffers that old checkpoints store: 0, 1, 2, ... and zeros. They hold nothing learned.
 _CONSTANTS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
 
@@ -37,16 +37,16 @@ def load_encoder(
 ) -> Model:
     """Loads an encoder (BERT, RoBERTa, XLM-RoBERTa, CamemBERT) and its tokenizer.
 
-    Without `task` the model is the one config.json names, and every tensor of the checkpoint must
-    have its place. With `task` the heads of other tasks are left out; a missing head is an error
-    unless `fresh_head` says that it is to be drawn.
+    Without `task` the model is the one that config.json names, and every tensor of the checkpoint
+    must be used. With `task` the heads of other tasks are left out; a missing head is an error
+    unless `fresh_head` draws it.
 
     Args:
       source: a Hugging Face directory or a hub id.
       task: "features", "sequence-classification" or "masked-lm".
-      labels: names of the classes, for a classification head that is drawn.
-      fresh_head: PRNG key; the classification head (and BERT's pooler, if the checkpoint has
-        none) is drawn anew, whatever head the checkpoint has.
+      labels: names of the classes of a fresh classification head.
+      fresh_head: PRNG key; draws a classification head (and BERT's pooler, if the checkpoint
+        has none) and ignores the checkpoint's.
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters, `dtype` by default.
       scan: stack the blocks and scan over them; otherwise they are kept apart and unrolled.
@@ -56,10 +56,10 @@ def load_encoder(
       The model; its tokenizer is None if the source has none.
 
     Raises:
-      FileNotFoundError: nothing there, or a file is missing.
+      FileNotFoundError: the source or one of its files does not exist.
       ConnectionError: a hub id that is not cached, offline.
-      ValueError: a file that is broken, a model that is not supported, tensors missing or left
-        over, or options that contradict each other.
+      ValueError: a broken file, an unsupported model, missing or unused tensors, or options that
+        contradict each other.
 
     Example:
       model = load_encoder("bert-base-uncased", task="sequence-classification",
@@ -82,7 +82,6 @@ def _directory(source: str | Path) -> Path:
         return Path(source)
     if Path(source).exists():
         raise ValueError(f"{source}: not a directory")
-
     return snapshot(str(source))
 
 
@@ -106,8 +105,8 @@ def _config(path: Path, task, labels, fresh_head) -> BertConfig:
 def _as_ours(weights: Weights, config: BertConfig, *, chosen: bool) -> Weights:
     """The checkpoint under the names of the task's class.
 
-    A checkpoint of the bare encoder lacks the family's prefix, one with a head has it. Norms of
-    TensorFlow's time are called gamma and beta.
+    Checkpoints with a head have the family's prefix, those of the bare encoder do not. Checkpoints
+    converted from TensorFlow name the parameters of a norm gamma and beta.
     """
     prefix = f"{config.kind.prefix}."
     prefixed = any(name.startswith(prefix) for name in weights.shapes)
@@ -153,14 +152,15 @@ def _hint(weights: Weights, config: BertConfig) -> str:
             "; the checkpoint has no classification head: pass `fresh_head` (a PRNG key), "
             f'`labels` and task="{CLASSIFICATION}" to draw one'
         )
-    return "; to leave out the heads of other tasks say which `task` is meant"
+    return "; pass `task` to leave out the heads of other tasks"
 
 
 def _with_fresh_head(forward: EncoderForward, weights: Weights, key: Array) -> dict[str, Any]:
-    """The encoder from the checkpoint, the head drawn."""
+    """The encoder from the checkpoint with a fresh head."""
     config = forward.config
     shapes, prefix = forward.shapes(), config.kind.prefix
     if config.pooler and f"{prefix}.pooler.dense.weight" not in weights.shapes:
+        # A masked-LM checkpoint has no pooler, but BERT's classifier reads one.
         drawn = ("pooler",)
         rest = {name: s for name, s in shapes[prefix].items() if name not in drawn}
     else:
@@ -176,7 +176,10 @@ def _with_fresh_head(forward: EncoderForward, weights: Weights, key: Array) -> d
 
 
 def _without_tied(weights: Weights, config: BertConfig) -> Weights:
-    """Leaves out what only repeats the embedding table or the head's bias."""
+    """Leaves out copies of the embedding table and of the head's bias.
+
+    Some checkpoints store both names of a tied tensor.
+    """
     table = f"{config.kind.prefix}.embeddings.word_embeddings.weight"
     repeats = {
         "cls.predictions.decoder.weight": table,
@@ -188,8 +191,8 @@ def _without_tied(weights: Weights, config: BertConfig) -> Weights:
     for name in found:
         if not np.array_equal(weights.read(name), weights.read(repeats[name])):
             raise ValueError(
-                f"{weights.source}: `{name}` differs from `{repeats[name]}`, to which the model "
-                "ties it"
+                f"{weights.source}: `{name}` differs from `{repeats[name]}`, but the model ties "
+                "the two"
             )
     shapes = {name: shape for name, shape in weights.shapes.items() if name not in found}
     return weights._replace(shapes=shapes)

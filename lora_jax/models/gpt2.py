@@ -6,12 +6,12 @@
 Modules and parameters are Flax NNX's, module names are Hugging Face's.
 
 Source: Radford et al., Language Models are Unsupervised Multitask Learners, 2019. Dropout of the
-base model is not applied; its rates are carried through config.json.
+base model is not applied; its rates are only read from and written to config.json.
 
-B batch, T new tokens, D width, V tokens known.
+B batch, T new tokens, D width, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,7 +41,8 @@ _NAMES = {
     "initializer_range": "initializer_range",
 }
 _DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-# `n_ctx` says `n_positions` again, and attention is always computed in float32.
+# Accepted and ignored: `n_ctx` repeats `n_positions`, softmax is always computed in float32, and
+# the `summary_*` fields belong to a head that a language model lacks.
 _WITHOUT_EFFECT = (
     "n_ctx", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout",
     "summary_proj_to_labels", "summary_type", "summary_use_proj",
@@ -60,22 +61,22 @@ _MAYBE_NONE = ("bos_token_id", "pad_token_id", "eos_token_id")
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config:
-    """GPT-2's configuration, under the names that other decoders have here.
+    """GPT-2's configuration, with the field names of the other decoders.
 
     Attributes:
       model_type: "gpt2".
-      vocab_size: tokens the embedding knows.
+      vocab_size: rows of the embedding table.
       hidden_size: width of the residual stream.
       intermediate_size: width of the MLP; None is four times `hidden_size`.
-      num_hidden_layers: blocks.
-      num_attention_heads: heads.
-      max_position_embeddings: positions learned: the context, in tokens.
+      num_hidden_layers: number of blocks.
+      num_attention_heads: number of heads.
+      max_position_embeddings: rows of the position table: the context, in tokens.
       layer_norm_epsilon: added to the variance before the root.
       activation_function: a key of `lora_jax.models.layers.ACTIVATIONS`.
-      scale_attn_weights: products are divided by the root of the size of a head.
-      scale_attn_by_inverse_layer_idx: products of block i are divided by i + 1.
+      scale_attn_weights: divide attention scores by the root of the head size.
+      scale_attn_by_inverse_layer_idx: divide the attention scores of block i by i + 1.
       tie_word_embeddings: the output head is the embedding table.
-      dropout: rates behind residuals, embeddings and attention weights; not applied.
+      dropout: rates after residuals, embeddings and attention weights; not applied.
       bos_token_id, pad_token_id: or None.
       eos_token_ids: the tokens that end a text.
       initializer_range: standard deviation of fresh weights.
@@ -128,17 +129,17 @@ class GPT2Config:
 
     @property
     def num_key_value_heads(self) -> int:
-        """As many as query heads."""
+        """The number of query heads."""
         return self.num_attention_heads
 
     @property
     def context(self) -> int:
-        """Tokens a text may have."""
+        """Maximum number of tokens in a text."""
         return self.max_position_embeddings
 
     @property
     def mixing(self) -> Mixing:
-        """How queries weigh keys; no block slides."""
+        """How queries weigh keys; no block has a sliding window."""
         scale = None if self.scale_attn_weights else 1.0
         return Mixing(slides=(False,) * self.num_hidden_layers, scale=scale)
 
@@ -147,8 +148,7 @@ class GPT2Config:
         """Reads the object in config.json.
 
         Raises:
-          ValueError: a size that cannot be, or a field that changes numbers in a way that is not
-            supported.
+          ValueError: an invalid size, or a field whose value changes results and is not supported.
         """
         refuse_unsupported(raw, (*_NAMES, *_DROPOUT, *_WITHOUT_EFFECT, "eos_token_id"))
         if raw.get("n_ctx", (stated := raw.get("n_positions", 1024))) != stated:
@@ -172,9 +172,9 @@ class GPT2Config:
 
 
 class Attention(nnx.Module):
-    """Attention of every head over its own part of one projection."""
+    """Attention with one fused projection for queries, keys and values."""
 
-    def __init__(self, config: GPT2Config, *, linear):
+    def __init__(self, config: GPT2Config, *, linear: Callable[[int, int], nnx.Linear]):
         self.head_dim = config.head_dim
         self.by_number = config.scale_attn_by_inverse_layer_idx
         self.c_attn = linear(config.hidden_size, 3 * config.hidden_size)
@@ -185,6 +185,7 @@ class Attention(nnx.Module):
             part.reshape(*x.shape[:2], -1, self.head_dim)
             for part in jnp.split(kept(self.c_attn(x)), 3, axis=-1)
         )
+        # Dividing the queries divides their products with the keys.
         if self.by_number:
             q = q / (block + 1).astype(q.dtype)
         mixed, stored = attend(q, k, v, stored, block)
@@ -194,7 +195,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """`W_proj gelu(W_fc x + b_fc) + b_proj`."""
 
-    def __init__(self, config: GPT2Config, *, linear):
+    def __init__(self, config: GPT2Config, *, linear: Callable[[int, int], nnx.Linear]):
         inner = config.intermediate_size or 4 * config.hidden_size
         self.activation = config.activation_function
         self.c_fc = linear(config.hidden_size, inner)
@@ -205,9 +206,15 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each behind a norm and beside the residual stream."""
+    """Attention and MLP, each on normalized input and added to the residual stream."""
 
-    def __init__(self, config: GPT2Config, *, norm, linear):
+    def __init__(
+        self,
+        config: GPT2Config,
+        *,
+        norm: Callable[[], LayerNorm],
+        linear: Callable[[int, int], nnx.Linear],
+    ):
         self.ln_1 = norm()
         self.attn = Attention(config, linear=linear)
         self.ln_2 = norm()
@@ -220,7 +227,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embeddings, blocks, final norm; `h` is stacked or a dictionary, as Llama's `layers`."""
+    """Embeddings, blocks, final norm; `h` is stacked or a dictionary, like Llama's `layers`."""
 
     def __init__(self, config: GPT2Config, *, dtype, param_dtype, scan: bool, rngs: nnx.Rngs):
         size = config.hidden_size
@@ -266,11 +273,11 @@ class GPT2LM(nnx.Module):
             )
 
     def embed(self, tokens: Int[Array, "b t"], positions) -> Float[Array, "b t d"]:  # noqa: F722
-        """What the first block gets: each token's vector and its position's."""
+        """The input of the first block: each token's vector plus its position's."""
         return self.transformer.wte(tokens) + self.transformer.wpe(positions)
 
     def final(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:  # noqa: F722
-        """What the head is applied to."""
+        """The input of the head."""
         return self.transformer.ln_f(x)
 
     def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:  # noqa: F722
@@ -279,7 +286,7 @@ class GPT2LM(nnx.Module):
         return logits_of(hidden, weight.get_value(), tied=self.tied, dtype=self.dtype)
 
     @staticmethod
-    def turns(config: GPT2Config, positions):
-        """Nothing is rotated."""
+    def turns(config: GPT2Config, positions: Int[Array, "b t"]) -> Callable[..., None]:  # noqa: F722
+        """No rotation: positions are embedded."""
         del config, positions
         return lambda slides: None

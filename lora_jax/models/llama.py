@@ -1,12 +1,12 @@
-"""Llama's decoder: grouped-query attention and a gated MLP behind norms, on a residual stream.
+"""Llama's decoder: grouped-query attention and a gated MLP, with a norm before each.
 
     x <- x + Attention(RMSNorm(x))
     x <- x + W_down (act(W_gate n) * W_up n),  n = RMSNorm(x)
 
-Modules and parameters are Flax NNX's, module names are Hugging Face's. What the families that
-share this decoder do differently is in their configuration (`lora_jax.models.families`).
+Modules and parameters are Flax NNX's, module names are Hugging Face's. The families that
+share this decoder differ only in their configuration (`lora_jax.models.families`).
 
-B batch, T new tokens, D width, N query heads, K key/value heads, H size of a head, V tokens known.
+B batch, T new tokens, D width, N query heads, K key/value heads, H size of a head, V vocabulary.
 """
 
 from typing import ClassVar
@@ -96,10 +96,10 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each behind a norm and beside the residual stream.
+    """Attention and MLP, each on normalized input and added to the residual stream.
 
-    With `norm_outputs` what each returns is normalized too, under Gemma 2's names: there
-    `post_attention_layernorm` is behind the attention, not before the MLP.
+    With `norm_outputs` their outputs are normalized too, with Gemma 2's names: there
+    `post_attention_layernorm` follows the attention; in Llama it precedes the MLP.
     """
 
     def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
@@ -128,7 +128,7 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, blocks, final norm.
 
-    `layers` is one block whose parameters carry a leading axis L (`scan`), or a dictionary of L
+    `layers` is one block whose parameters have a leading axis L (`scan`), or a dictionary of L
     blocks named by their number.
     """
 
@@ -166,14 +166,15 @@ class CausalLM(nnx.Module):
             )
 
     def embed(self, tokens: Int[Array, "b t"], positions) -> Float[Array, "b t d"]:  # noqa: F722
-        """What the first block gets."""
+        """The input of the first block."""
         del positions
         x = self.model.embed_tokens(tokens)
-        # The factor is rounded to the compute dtype first, as in the models' own code.
+        # Gemma's own code rounds the factor to the compute dtype first: in bfloat16 the root of
+        # 3072, 55.4256, becomes 55.5.
         return x if self.embedding_scale is None else x * jnp.asarray(self.embedding_scale, x.dtype)
 
     def final(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:  # noqa: F722
-        """What the head is applied to."""
+        """The input of the head."""
         return self.model.norm(x)
 
     def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:  # noqa: F722
@@ -184,14 +185,14 @@ class CausalLM(nnx.Module):
 
     @staticmethod
     def turns(config: LlamaConfig, positions: Int[Array, "b t"]):  # noqa: F722
-        """Rotations of queries and keys.
+        """Rotations of queries and keys at the given positions.
 
         Args:
           config: the configuration.
-          positions: of the new tokens.
+          positions: each new token's place in its text.
 
         Returns:
-          A function: whether a block slides -> its rotation.
+          A function: whether a block has a sliding window -> its rotation.
         """
 
         def turn(theta: float, scaling: RopeScaling | None) -> Rotation:
@@ -206,6 +207,7 @@ class CausalLM(nnx.Module):
         full = turn(config.rope_theta, config.rope_scaling)
         if config.rope_local_base_freq is None or not any(config.mixing.slides):
             return lambda slides: full
+        # No distance within a window exceeds the trained context, so nothing is scaled here.
         local = turn(config.rope_local_base_freq, None)
         return lambda slides: choose(slides, local, full)
 

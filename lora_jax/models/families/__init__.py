@@ -1,8 +1,8 @@
-"""The model types that Llama's decoder knows: what each says differently from Llama.
+"""The model types that share Llama's decoder, and how the config of each differs from Llama's.
 
-One entry a model type, one file a family; what an entry does not name is as in Llama. To add a
-family whose decoder is this one: a function that reads what its config.json adds, one that writes
-it, an entry here and one in `lora_jax.models.registry`.
+One entry per model type, one file per family; an entry lists only the differences. To add a family
+with this decoder: a function that reads the fields its config.json adds, one that writes them, an
+entry here and one in `lora_jax.models.registry`.
 """
 
 from collections.abc import Mapping

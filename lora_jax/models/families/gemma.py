@@ -1,9 +1,9 @@
 """Gemma, Gemma 2 and the text model of Gemma 3.
 
-All: norms by `1 + scale`, embeddings times the root of the width, a gelu in the gated MLP, a tied
-head. Gemma 2 adds norms behind attention and MLP, soft-capped logits, and a window in every other
-block; Gemma 3 norms on queries and keys instead of the caps, five blocks with a window to one
-without, and a rotary embedding of their own in the blocks that slide.
+All: norms scale by `1 + scale`, embeddings times the root of the width, a gelu in the gated MLP, a
+tied head. Gemma 2 adds norms after attention and MLP, soft-capped logits, and a window in every
+other block. Gemma 3 replaces the caps by norms on queries and keys, has five blocks with a window
+for each one without, and a separate rotary base in the blocks with a window.
 
 Sources: arXiv:2403.08295, arXiv:2408.00118, arXiv:2503.19786.
 """
@@ -20,7 +20,7 @@ from lora_jax.models.dialect import (
     write_layer_types,
 )
 
-# Blocks from one that does not slide to the next.
+# Every second (Gemma 2) or sixth (Gemma 3) block has no window.
 _PERIOD_2, _PERIOD_3 = 2, 6
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
@@ -51,7 +51,7 @@ def _read_gemma2(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _read_gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
     windows = _windows(raw, raw["sliding_window_pattern"])
     if windows["sliding_window"] is None and any(windows["sliding_layers"]):
-        # They would see everything, and still have a rotary embedding of their own.
+        # They would attend to all tokens, but with the rotary base of the sliding blocks.
         raise ValueError(f"config: `{SLIDING}` blocks without a `sliding_window` are not supported")
     return {**_read_gemma2(raw), "qk_norm": True, **windows}
 
@@ -78,7 +78,10 @@ def _write_gemma3(config: Any) -> dict[str, Any]:
 
 
 def _read_two_ropes(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Full blocks have theta and scaling, sliding ones a theta: flat fields, or one by kind."""
+    """Reads the rotary bases of full and of sliding blocks: flat fields, or one object for each.
+
+    transformers 5 writes `rope_parameters` with an object for each kind of block.
+    """
     nested = given.get("rope_parameters") or {}
     if not ({FULL, SLIDING} & set(nested)):
         return {**read_rope(given), "rope_local_base_freq": float(given["rope_local_base_freq"])}
@@ -99,7 +102,8 @@ def _read_two_ropes(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**full, "rope_local_base_freq": local["rope_theta"]}
 
 
-# transformers takes "gelu", which the first checkpoints say, for the approximation.
+# The first Gemma checkpoints have "gelu" in config.json but are trained with the tanh
+# approximation; transformers corrects it in the same way.
 _TANH: Mapping[str, str] = dict.fromkeys(
     ("gelu_pytorch_tanh", "gelu_new", "gelu"), "gelu_pytorch_tanh"
 )

@@ -1,14 +1,14 @@
 """Phi-3 (and Phi-4 mini): fused projections, a partly rotated head, LongRoPE.
 
-Source: arXiv:2404.14219. Of several factors that say how far LongRoPE reaches, the ratio of the
-two contexts is the one that counts, as in transformers.
+Source: arXiv:2404.14219. The extension factor of LongRoPE is the ratio of the two contexts,
+whatever `factor` a config.json has, as in transformers.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.models.dialect import Dialect, read_rope
-from lora_jax.models.rope import scaling_to_hf
+from lora_jax.models.rope import RopeScaling, scaling_to_hf
 
 _TRAINED = "original_max_position_embeddings"
 
@@ -21,7 +21,7 @@ def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_rope(given: Mapping[str, Any]) -> dict[str, Any]:
-    """As Llama's, with a part of the head, and the trained context beside the scaling."""
+    """As Llama's, plus the rotated share of a head and the trained context at the top level."""
     name = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
     scaling = dict(given.get(name) or {})
     part = scaling.pop("partial_rotary_factor", None) or given.get("partial_rotary_factor") or 1.0
@@ -33,21 +33,21 @@ def _read_rope(given: Mapping[str, Any]) -> dict[str, Any]:
         stated = scaling.setdefault(_TRAINED, given[_TRAINED])
         if stated != given[_TRAINED]:
             raise ValueError(f"config: `{_TRAINED}` is {given[_TRAINED]}, but {stated} in `{name}`")
-        kind = "longrope"  # also where old files say "su" or "yarn"
+        kind = "longrope"  # old files name it "su" or "yarn"
     scaling = {**scaling, "rope_type": kind}
     read = read_rope({**given, "rope_scaling": scaling, "rope_parameters": None})
     _check_planes(read["rope_scaling"], int(given["head_dim"] * part) // 2)
     return {**read, "partial_rotary_factor": part}
 
 
-def _check_planes(scaling, planes: int) -> None:
+def _check_planes(scaling: RopeScaling | None, planes: int) -> None:
     if scaling is None:
         return
     for name in ("short_factor", "long_factor"):
         if len(getattr(scaling, name)) != planes:
             raise ValueError(
                 f"config: `rope_scaling`: `{name}` lists {len(getattr(scaling, name))} numbers, "
-                f"expected {planes}, half of what is rotated of a head"
+                f"expected {planes}, half of a head's rotated dimensions"
             )
 
 
@@ -58,7 +58,7 @@ def _write(config: Any) -> dict[str, Any]:
     }
     if config.rope_scaling is None:
         return out
-    # Versions of transformers before 5 take these three keys and no other.
+    # transformers before version 5 rejects any key but `type` and the two lists of factors.
     scaling = scaling_to_hf(config.rope_scaling) or {}
     trained = scaling.pop(_TRAINED)
     scaling["type"] = scaling.pop("rope_type")

@@ -16,10 +16,11 @@ def _read_qwen3(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _windows(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The blocks from `max_window_layers` on slide, if any does, unless `layer_types` says it."""
+    """Windows: in the blocks from `max_window_layers` on, unless `layer_types` lists them."""
     first = raw["max_window_layers"]
     blocks = tuple(block >= first for block in range(raw["num_hidden_layers"]))
     return {
+        # Checkpoints state a `sliding_window` even where `use_sliding_window` is false.
         "sliding_window": raw["sliding_window"] if raw.get("use_sliding_window") else None,
         "sliding_layers": read_layer_types(raw, blocks),
     }
