@@ -2,7 +2,7 @@
 
 folder/
   adapter/     Orbax: a flat dict, `model.layers.self_attn.q_proj.kernel.a` and so on
-  meta/        JSON: format, the LoRA config in PEFT's spelling, the plan (`outline`), the
+  meta/        JSON: format, the LoRA config in PEFT's fields, the plan (`outline`), the
                base's fingerprint
 """
 
@@ -50,7 +50,7 @@ RUN_CHECKPOINTS = "checkpoints"
 ITEM = "adapter"
 
 
-def save(directory: str | os.PathLike, lora_params, config) -> None:
+def save(directory: str | os.PathLike, lora_params: Any, config) -> None:
     """Writes the trained leaves of `lora_params`; the base is never written.
 
     The folder is written under a temporary name and renamed when it is complete, so that a failure
@@ -93,7 +93,7 @@ class Pending(NamedTuple):
             raise self.failures[0]
 
 
-def save_async(directory: str | os.PathLike, lora_params, config) -> Pending:
+def save_async(directory: str | os.PathLike, lora_params: Any, config) -> Pending:
     """As `save`, but returns when the trained arrays are copied, and writes in a thread.
 
     Training may continue immediately, also with donated buffers. `restore` finds the earlier
@@ -113,6 +113,7 @@ def save_async(directory: str | os.PathLike, lora_params, config) -> Pending:
     """
     directory = place_for(directory, ITEM, "an adapter")
     arrays, meta = _content(lora_params, config)
+    # A copy on the device: the next training step may donate, and so overwrite, the originals.
     copied = {name: x.copy() for name, x in arrays.items()}
     failures: list[Exception] = []
 
@@ -127,7 +128,7 @@ def save_async(directory: str | os.PathLike, lora_params, config) -> Pending:
     return Pending(thread, failures)
 
 
-def _content(lora_params, config) -> tuple[dict[str, Any], dict]:
+def _content(lora_params: Any, config) -> tuple[dict[str, Any], dict]:
     trainable, _ = split(lora_params)
     meta = {
         "format": FORMAT,
@@ -138,7 +139,7 @@ def _content(lora_params, config) -> tuple[dict[str, Any], dict]:
     return flatten(trainable), meta
 
 
-_ROLES = "lora_jax_roles"  # the only field of ours that PEFT does not have
+_ROLES = "lora_jax_roles"  # the only field that PEFT's config lacks
 
 
 def config_json(config) -> dict:
@@ -150,8 +151,8 @@ def config_json(config) -> dict:
     return {**values, _ROLES: dict(config.roles)} if config.roles else values
 
 
-def config_from(values: Mapping[str, Any]):
-    """The `LoraConfig` of what `config_json` gave."""
+def config_from(values: Mapping[str, Any]) -> LoraConfig:
+    """The `LoraConfig` from a result of `config_json`."""
     values = dict(values)
     roles = values.pop(_ROLES, {})
     return replace_fields(LoraConfig.from_peft(values), roles=roles)
@@ -172,7 +173,7 @@ class Stored(NamedTuple):
       directory: the folder that Orbax reads: the adapter's, or a step of a training run.
       item: the part of it with the arrays.
       prefix: common prefix of the arrays' names.
-      config: the LoRA config in PEFT's spelling.
+      config: the LoRA config in PEFT's fields.
       base: the base's fingerprint.
       plan: the outline of each leaf, see `outline`.
     """
@@ -210,7 +211,7 @@ def find(directory: str | os.PathLike, *, step: int | None = None) -> Stored:
         if not run["plan"]:
             raise ValueError(
                 f"{place} is of full fine-tuning: it holds whole weights and no adapter; resume "
-                "the run with train.fit(..., full=True) to have its parameters"
+                "the run with train.fit(..., full=True) to get its parameters"
             )
         if run["lora"] is None:
             raise ValueError(
@@ -240,12 +241,12 @@ def _step(checkpoints: Path, step: int | None) -> Path:
     return checkpoints / str(steps[-1] if step is None else step)
 
 
-def read_config(directory: str | os.PathLike):
-    """The `LoraConfig` of an adapter on disk; see `find` for what may be given."""
+def read_config(directory: str | os.PathLike) -> LoraConfig:
+    """The `LoraConfig` of an adapter on disk; `directory` as for `find`."""
     return config_from(find(directory).config)
 
 
-def restore(directory: str | os.PathLike, fn: Callable, params, *args, **kwargs):
+def restore(directory: str | os.PathLike, fn: Callable, params: Any, *args: Any, **kwargs: Any):
     """Reads an adapter onto its base model; on a mesh it is sharded as its weights are.
 
     Args:
@@ -260,14 +261,14 @@ def restore(directory: str | os.PathLike, fn: Callable, params, *args, **kwargs)
 
     Raises:
       FileNotFoundError: there is no adapter.
-      ValueError: the base is another one, or an array is missing, left over or misshapen.
+      ValueError: another base, or an array that is missing, unexpected or of another shape.
     """
     return restore_stored(
         find(directory), lambda config: make_plan(config, fn, params, *args, **kwargs), params
     )
 
 
-def restore_stored(stored: Stored, plan_of: Callable, params):
+def restore_stored(stored: Stored, plan_of: Callable, params: Any):
     """As `restore`, for a result of `find`.
 
     Args:
@@ -276,6 +277,8 @@ def restore_stored(stored: Stored, plan_of: Callable, params):
       params: the base's params.
     """
     config, where = config_from(stored.config), str(stored.directory)
+    # Starts such as PiSSA change the base: its fingerprint is that of the changed base, which only
+    # exists after `init`.
     keeps_base = base_change(config.init) == "none"
     if keeps_base:
         check_base(stored.base, params, where=where)
@@ -288,7 +291,7 @@ def restore_stored(stored: Stored, plan_of: Callable, params):
     return _filled(stored, blank), config
 
 
-def restore_into(directory: str | os.PathLike, lora_params):
+def restore_into(directory: str | os.PathLike, lora_params: Any) -> Any:
     """Reads an adapter into a tree that `lora.init` made for the same config and base."""
     stored = find(directory)
     check_base(stored.base, lora_params, where=str(stored.directory))
@@ -296,7 +299,7 @@ def restore_into(directory: str | os.PathLike, lora_params):
 
 
 def read_leaves(stored: Stored) -> dict[str, Any]:
-    """The adapter's leaves by name, without its model: weights are shapes only.
+    """The adapter's leaves by name, without its model: weights are only shapes.
 
     Args:
       stored: from `find`.
@@ -309,7 +312,7 @@ def read_leaves(stored: Stored) -> dict[str, Any]:
     return leaves
 
 
-def _filled(stored: Stored, lora_params):
+def _filled(stored: Stored, lora_params: Any) -> Any:
     check_outline(stored.plan, lora_params, where=str(stored.directory))
     trainable, frozen = split(lora_params)
     arrays = _read_arrays(stored, flatten(trainable))
@@ -335,7 +338,7 @@ def _read_arrays(stored: Stored, like: dict[str, Any] | None) -> dict[str, jax.A
     return {n: arrays[stored.prefix + n] for n in like}
 
 
-def _struct(x, here) -> jax.ShapeDtypeStruct:
+def _struct(x: Any, here: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     own = getattr(x, "sharding", None)
     own = own if isinstance(own, jax.sharding.Sharding) else here
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)

@@ -7,6 +7,7 @@ single elements may go unnoticed.
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from lora_jax.quant.array import arrays, default_roles, is_quant
 _SAMPLES = 64
 
 
-def fingerprint(params) -> dict[str, str]:
+def fingerprint(params: Any) -> dict[str, str]:
     """The fingerprint of a params tree, or of the base under a LoRA tree.
 
     Args:
@@ -35,7 +36,7 @@ def fingerprint(params) -> dict[str, str]:
     return {n: f"{_kind(x)} {_hash(samples[n])}" for n, x in sorted(leaves.items())}
 
 
-def _kind(leaf) -> str:
+def _kind(leaf: Any) -> str:
     """Dtype and shape, and how it is quantized: `nf4-64:float32[30,576,576]`."""
     if not is_quant(leaf):
         return describe(leaf)
@@ -44,24 +45,25 @@ def _kind(leaf) -> str:
     return f"{leaf.format}-{leaf.block}{roles}:{describe(leaf)}"
 
 
-def kinds(params) -> dict[str, str]:
-    """Dtype, shape and quantization of every leaf by name; abstract leaves will do."""
+def kinds(params: Any) -> dict[str, str]:
+    """Dtype, shape and quantization of every leaf by name; abstract leaves are accepted."""
     return {name: _kind(leaf) for name, leaf in flatten(params, is_leaf=is_quant).items()}
 
 
-def _samples(leaf) -> list:
+def _samples(leaf: Any) -> list:
     """Elements of the leaf, or of each array of a quantized one."""
     return [_sample(x) for x in (arrays(leaf) if is_quant(leaf) else [leaf])]
 
 
-def base_of(tree):
+def base_of(tree: Any):
     """The tree with `w` in place of each `LoraArray` and `SavedArray`."""
     return jax.tree.map(lambda x: x.w if is_lora(x) else x, tree, is_leaf=is_lora)
 
 
-def _sample(leaf):
+def _sample(leaf: Any):
     if leaf.size == 0 or leaf.ndim == 0:
         return leaf
+    # `linspace` on the host: in float32 on a device the last places of a large leaf would be off.
     places = np.linspace(0, leaf.size - 1, min(_SAMPLES, leaf.size)).astype(np.int64)
     where = np.unravel_index(places, leaf.shape)
     if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
@@ -70,10 +72,10 @@ def _sample(leaf):
 
 
 def _from_shards(leaf: jax.Array, where: tuple[np.ndarray, ...]) -> np.ndarray:
-    """The elements at `where`, each from the device that has it: nothing else is moved."""
+    """The elements at `where`, each read on the device that holds it; no other data moves."""
     if not leaf.is_fully_addressable:
         raise ValueError(
-            "the base lies on devices of other processes too, where it cannot be sampled; save "
+            "the base is also on devices of other processes, where it cannot be sampled; save "
             "and restore from one process"
         )
     out = np.empty(len(where[0]), leaf.dtype)
@@ -82,6 +84,7 @@ def _from_shards(leaf: jax.Array, where: tuple[np.ndarray, ...]) -> np.ndarray:
         local = [i - start for i, start in zip(where, starts, strict=True)]
         ends = zip(local, shard.data.shape, strict=True)
         inside = np.all([(i >= 0) & (i < end) for i, end in ends], axis=0)
+        # Replicas hold the same elements: one of them is enough.
         if shard.replica_id == 0 and inside.any():
             out[inside] = shard.data[tuple(jnp.asarray(i[inside]) for i in local)]
     return out
@@ -92,16 +95,16 @@ def _hash(samples: list) -> str:
     return hashlib.sha256(joined).hexdigest()[:16]
 
 
-def check_base(expected: Mapping[str, str], params, *, where: str) -> None:
-    """Refuses a base that is not the one a checkpoint was made over.
+def check_base(expected: Mapping[str, str], params: Any, *, where: str) -> None:
+    """Checks that a base is the one of a checkpoint.
 
     Args:
-      expected: the fingerprint that was saved.
-      params: the params tree at hand.
-      where: the checkpoint, for the error.
+      expected: the fingerprint in the checkpoint.
+      params: the params tree to check.
+      where: the checkpoint, for error messages.
 
     Raises:
-      ValueError: leaves are missing, left over, of another shape or dtype, or of other content.
+      ValueError: leaves are missing or unexpected, or differ in shape, dtype or content.
     """
     got = fingerprint(params)
     phrases = [f"`{n}` is missing" for n in expected if n not in got]
@@ -112,6 +115,7 @@ def check_base(expected: Mapping[str, str], params, *, where: str) -> None:
             change = f"is {now}, was {was}" if was != now else f"({now}) holds other numbers"
             phrases.append(f"`{name}` {change}")
     if phrases:
+        # A quantized kind reads `nf4-64:float32[...]`: then the format has to match as well.
         held = any(":" in kind.split(" ")[0] for kind in (*expected.values(), *got.values()))
         alike = "dtype and `quantize`" if held else "dtype"
         raise ValueError(

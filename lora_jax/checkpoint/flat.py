@@ -1,11 +1,12 @@
-"""Trees as flat dicts of named arrays: what is written to disk.
+"""Trees as flat dicts of named arrays, the form in which they are written to disk.
 
-A flat dict needs no class of ours to be read again, and a missing, left-over or misshapen array
-can be named. `None` leaves (the base's places in a trainable tree) do not appear.
+A flat dict can be read without the classes of this package, and an error can name the array that
+is missing, unexpected or of the wrong shape. `None` leaves, which stand for the base in a trainable
+tree, do not appear.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,15 +19,15 @@ from lora_jax.paths import component
 _SHOWN = 5
 
 
-def name_of(key_path) -> str:
-    """A key path of `jax.tree_util` as dotted text, every component kept (paths.spell drops some).
+def name_of(key_path: tuple[Any, ...]) -> str:
+    """A key path of `jax.tree_util` as dotted text; unlike `paths.spell` it drops no component.
 
-    A `/` inside a key stands as a dot too: Orbax would read it as a folder.
+    A `/` inside a key becomes a dot: Orbax would read it as a folder.
     """
     return ".".join(component(key).replace("/", ".") for key in key_path)
 
 
-def flatten(tree, *, is_leaf=None) -> dict[str, Any]:
+def flatten(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """The leaves of a tree by name; `is_leaf` as in `jax.tree.leaves`.
 
     Raises:
@@ -37,11 +38,11 @@ def flatten(tree, *, is_leaf=None) -> dict[str, Any]:
     if len(named) != len(leaves):
         names = [name_of(path) for path, _ in leaves]
         twice = next(n for n in names if names.count(n) > 1)
-        raise ValueError(f"two leaves of the tree are both spelled `{twice}`; rename one")
+        raise ValueError(f"two leaves of the tree have the same name `{twice}`; rename one")
     return named
 
 
-def unflatten(like, named: Mapping[str, Any]):
+def unflatten(like: Any, named: Mapping[str, Any]) -> Any:
     """A tree shaped as `like` with the leaves of `named`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: named[name_of(path)], like)
 
@@ -75,8 +76,8 @@ def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str
     return missing + extra + wrong
 
 
-def describe(x) -> str:
-    """Dtype and shape as jaxtyping spells them: `float32[576,8]`."""
+def describe(x: Any) -> str:
+    """Dtype and shape in jaxtyping's notation: `float32[576,8]`."""
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
@@ -88,7 +89,7 @@ def parse(described: str) -> tuple[str, tuple[int, ...]]:
 
 
 def summary(phrases: list[str]) -> str:
-    """The first few phrases in one line, and how many more there are."""
+    """The first few phrases in one line, and the number of the others."""
     more = f"; and {len(phrases) - _SHOWN} more" if len(phrases) > _SHOWN else ""
     return "; ".join(phrases[:_SHOWN]) + more
 
@@ -97,7 +98,7 @@ _MOST = 3
 
 
 def outline(lora_params: Any) -> dict[str, dict]:
-    """The plan of an adapter as JSON values: class, shape, dtype and roles of its leaves.
+    """The plan of an adapter as JSON values: class, shape, dtype and roles of each leaf.
 
     It is stored beside the arrays, so that a checkpoint can be read, checked and converted without
     the model, and a different plan on the same model is detected.
@@ -112,6 +113,7 @@ def outline(lora_params: Any) -> dict[str, dict]:
 def _leaf(x: Any) -> dict:
     fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
     static = {n: _json(v) for n, v in fields.items() if v is None or _is_static(v)}
+    # One scale per layer of a stacked leaf: an array, which JSON holds as nested lists.
     scale = {"scale": np.asarray(x.scale).tolist()} if "scale" in fields else {}
     weight = {"kind": type(x).__name__, "shape": list(x.shape), "dtype": str(x.dtype)}
     return {**weight, **static, **scale}
@@ -129,11 +131,11 @@ def check_outline(expected: Mapping[str, dict], lora_params: Any, *, where: str)
     """Checks that a tree has the plan of a checkpoint.
 
     Raises:
-      ValueError: leaves are missing, left over, or of another kind, roles or scale.
+      ValueError: leaves are missing or unexpected, or differ in kind, roles or scale.
     """
     got = outline(lora_params)
     phrases = [f"`{n}` has no adapter" for n in expected if n not in got]
-    phrases += [f"`{n}` has one that is not there" for n in got if n not in expected]
+    phrases += [f"`{n}` has an adapter that the checkpoint lacks" for n in got if n not in expected]
     for name in expected.keys() & got.keys():
         for field in sorted(expected[name].keys() | got[name].keys()):
             was, now = expected[name].get(field), got[name].get(field)
@@ -148,7 +150,7 @@ def check_outline(expected: Mapping[str, dict], lora_params: Any, *, where: str)
 
 
 def leaf_from(described: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
-    """A leaf from its outline and its trained arrays; its weight is a shape only.
+    """A leaf from its outline and its trained arrays; its weight is only a shape.
 
     Args:
       described: one value of `outline`.
@@ -159,9 +161,10 @@ def leaf_from(described: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
     """
     kinds = {c.__name__: c for c in (array.LoraArray, array.SavedArray, array.RowsArray)}
     if described.get("kind") not in kinds:
-        raise ValueError(f"an adapter's leaf of the unknown kind {described.get('kind')!r}")
+        raise ValueError(f"unknown kind {described.get('kind')!r} of an adapter's leaf")
     weight = jax.ShapeDtypeStruct(tuple(described["shape"]), jnp.dtype(described["dtype"]))
     names = {f.name for f in dataclasses.fields(kinds[described["kind"]])}
+    # JSON has no tuples: lists are read back as tuples, so that the leaf stays hashable.
     static = {n: _tuples(v) for n, v in described.items() if n in names and v is not None}
     if "scale" in static:
         static["scale"] = np.asarray(described["scale"], np.float32)

@@ -20,7 +20,7 @@ def checkpointer(item: str) -> Any:
 
 
 def is_folder(directory: Path, item: str) -> bool:
-    """Whether the path is such a folder."""
+    """Whether the path is a folder with `item` and `meta`."""
     return (directory / item).is_dir() and (directory / "meta").is_dir()
 
 
@@ -54,7 +54,7 @@ def read_meta(
       needs: required keys, each an object.
 
     Raises:
-      ValueError: damaged, or of another format.
+      ValueError: the folder is damaged or of another format.
     """
     ocp = require("orbax.checkpoint")
     try:
@@ -113,8 +113,9 @@ def _readable(directory: Path) -> Iterator[None]:
         ) from error
 
 
-# Orbax writes descriptions of arrays and of the tree beside them: a few kB, more for many leaves.
+# Bytes that Orbax writes beside the data to describe the tree and each array.
 _OVERHEAD, _PER_ARRAY = 16_384, 1024
+# Causes that TensorStore reports within long messages about its own files.
 _KNOWN = (
     "No space left on device",
     "Disk quota exceeded",
@@ -126,13 +127,13 @@ _KNOWN = (
 
 
 def check_space(directory: Path, arrays: Mapping) -> None:
-    """Refuses to begin what the disk has no room for.
+    """Checks that the disk has room before anything is written.
 
-    Writing would fail as well, but only after Orbax's threads have filled the disk.
+    Writing would fail too, but only after Orbax's threads have filled the disk.
 
     Args:
-      directory: on the disk to be written to.
-      arrays: what is to be written, by name.
+      directory: a folder on the disk.
+      arrays: the arrays to write, by name.
 
     Raises:
       OSError: not enough space is free.

@@ -1,7 +1,7 @@
-"""Plain parameters through Orbax: a merged model, or any other.
+"""Plain parameters (of a merged model or any other) through Orbax.
 
 folder/
-  params/   Orbax: the tree as nested dicts, as any other program reads it
+  params/   Orbax: the tree as nested dicts, readable by any program that uses Orbax
   meta/     JSON: format, and the shape, dtype and a hash of samples of each leaf
 """
 
@@ -79,9 +79,9 @@ def restore_params(directory: str | os.PathLike, like: Any) -> Any:
       A tree shaped as `like`.
 
     Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: not such a folder, or leaves missing, left over, misshapen or quantized in
-        another way.
+      FileNotFoundError: the folder does not exist.
+      ValueError: not a folder of `save_params`, or leaves that are missing, unexpected, of another
+        shape or quantized differently.
     """
     directory = Path(os.path.abspath(directory))
     if not directory.is_dir():

@@ -10,6 +10,7 @@ the previous checkpoint. Saving is synchronous, so that an error is raised in it
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ class Checkpoint(NamedTuple):
 
 
 @contextlib.contextmanager
-def manager(directory: str | os.PathLike, *, keep: int | None = None):
+def manager(directory: str | os.PathLike, *, keep: int | None = None) -> Iterator[Any]:
     """Orbax's CheckpointManager for a run, as a context.
 
     Args:
@@ -49,6 +50,7 @@ def manager(directory: str | os.PathLike, *, keep: int | None = None):
     directory = Path(os.path.abspath(directory))
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        # Fail now and with the folder's name, not at the first checkpoint.
         probe = directory / f".probe.{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
@@ -58,7 +60,7 @@ def manager(directory: str | os.PathLike, *, keep: int | None = None):
             " can be written"
         ) from None
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-    # Without explicit handlers a fresh manager does not know the items of an old checkpoint.
+    # Without explicit handlers a new manager cannot read the items of an existing checkpoint.
     handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     opened = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
     try:
@@ -67,7 +69,7 @@ def manager(directory: str | os.PathLike, *, keep: int | None = None):
         opened.close()
 
 
-def save_state(opened, step: int, state, meta: dict) -> None:
+def save_state(opened: Any, step: int, state: Any, meta: dict) -> None:
     """Writes one checkpoint; returns when it is complete on disk.
 
     Args:
@@ -89,6 +91,7 @@ def save_state(opened, step: int, state, meta: dict) -> None:
             opened.save(step, args=args, force=True)
     except Exception as error:
         _sweep(Path(opened.directory), step)
+        # Orbax caches the list of steps, which may include the failed one.
         opened.reload()
         last = max((s for s in opened.all_steps() if s != step), default=None)
         kept = "none was there before" if last is None else f"that of step {last} is intact"
@@ -103,15 +106,15 @@ def _sweep(directory: Path, step: int) -> None:
         shutil.rmtree(half, ignore_errors=True)
 
 
-def _is_key(x) -> bool:
+def _is_key(x: Any) -> bool:
     return jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _plain(x):
+def _plain(x: Any) -> Any:
     return jax.random.key_data(x) if _is_key(x) else x
 
 
-def read_meta_of(opened) -> tuple[int, dict] | None:
+def read_meta_of(opened: Any) -> tuple[int, dict] | None:
     """The newest checkpoint's step and JSON, or None if there is no checkpoint."""
     ocp = require("orbax.checkpoint")
     step = opened.latest_step()
@@ -121,12 +124,12 @@ def read_meta_of(opened) -> tuple[int, dict] | None:
     return step, restored.meta
 
 
-def restore_state(opened, like) -> Checkpoint:
+def restore_state(opened: Any, like: Any) -> Checkpoint:
     """Reads the newest checkpoint into a tree with the structure of `like`.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it holds other arrays than `like`.
+      FileNotFoundError: there is no checkpoint.
+      ValueError: its arrays differ from those of `like`.
     """
     ocp = require("orbax.checkpoint")
     found = read_meta_of(opened)
@@ -151,6 +154,6 @@ def restore_state(opened, like) -> Checkpoint:
     return Checkpoint(step, unflatten(like, typed), meta)
 
 
-def _placed(struct: jax.ShapeDtypeStruct, like) -> jax.ShapeDtypeStruct:
+def _placed(struct: jax.ShapeDtypeStruct, like: Any) -> jax.ShapeDtypeStruct:
     sharding = None if _is_key(like) else getattr(like, "sharding", None)
     return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=sharding)

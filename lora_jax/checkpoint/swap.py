@@ -1,4 +1,4 @@
-"""Atomic replacement of a folder: it is written under a temporary name, then swapped in.
+"""Atomic replacement of a folder: write it under a temporary name, then swap it in.
 
 A reader, or a crash, at any moment finds either the old folder or the new one.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from lora_jax.checkpoint.folder import one_line
 
 _AT_CWD, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+# Errors of renameat2 where the kernel or the file system lacks the exchange.
 _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
@@ -33,6 +34,8 @@ def replace(directory: Path, write: Callable[[Path], None]) -> None:
         directory.parent.mkdir(parents=True, exist_ok=True)
         _sweep(directory)
         write(new)
+        # The data must be on the disk before the name is: after a crash of the machine the new
+        # name would otherwise point to empty files.
         _sync(new)
         _put(new, directory)
     except Exception as error:
@@ -48,6 +51,8 @@ def _host() -> str:
 
 
 def _beside(directory: Path) -> Path:
+    # Beside the target, so that the rename stays on one file system. Host and process in the name
+    # tell an interrupted save from one that is still running, also on a shared disk.
     mark = f".{directory.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.new"
     return directory.with_name(mark)
 
@@ -90,6 +95,8 @@ def _put(new: Path, directory: Path) -> None:
     if not directory.exists():
         os.rename(new, directory)
     elif not exchange(new, directory):
+        # Two renames leave a moment without the folder; `leftovers` finds the old one after a
+        # crash in it.
         old = new.with_name(new.name + ".old")
         os.rename(directory, old)
         try:

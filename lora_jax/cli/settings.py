@@ -305,6 +305,9 @@ def build(section: Section, values: Values) -> Any:
 def _all_kinds(kind: Any) -> list:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return list(typing.get_args(kind))
+    if typing.get_origin(kind) is typing.Literal:
+        # Read as text: the dataclass checks the value and names the allowed ones.
+        return [str]
     return [kind]
 
 

@@ -27,8 +27,8 @@ class Archive(NamedTuple):
     """An open run folder.
 
     Attributes:
-      directory: of the run.
-      manager: Orbax's, of its checkpoints.
+      directory: the run's folder.
+      manager: Orbax's manager of its checkpoints.
     """
 
     directory: Path
@@ -56,8 +56,8 @@ def archive(config: TrainConfig) -> Iterator[Archive | None]:
     """Opens the folder of a run; None if the run writes nothing.
 
     Raises:
-      FileExistsError: it already holds a run and `resume` is false.
-      OSError: it cannot be written.
+      FileExistsError: the folder already holds a run and `resume` is false.
+      OSError: the folder cannot be written.
     """
     if config.output_dir is None:
         yield None
@@ -68,18 +68,18 @@ def archive(config: TrainConfig) -> Iterator[Archive | None]:
             step = opened.latest_step()
             newest = "no checkpoint yet" if step is None else f"newest checkpoint: step {step}"
             raise FileExistsError(
-                f"{directory} holds a run already ({newest}); pass resume=True to go on with it,"
+                f"{directory} holds a run already ({newest}); pass resume=True to continue it,"
                 " or choose another output_dir"
             )
         yield Archive(directory, opened)
 
 
-def _holds_a_run(directory: Path, opened) -> bool:
+def _holds_a_run(directory: Path, opened: Any) -> bool:
     return opened.latest_step() is not None or (directory / metrics.METRICS).exists()
 
 
 def describe(
-    config: TrainConfig, total: int, data: Sequence[Example], lora_config, lora_params
+    config: TrainConfig, total: int, data: Sequence[Example], lora_config, lora_params: Any
 ) -> dict:
     """The identity of a run as JSON values, stored in every checkpoint."""
     described = {
@@ -90,10 +90,11 @@ def describe(
         "base": fingerprint(lora_params),
         "plan": outline(lora_params),
     }
-    return json.loads(json.dumps(described))  # as it is read back, with lists for tuples
+    # Through JSON, as the stored one is: a tuple would differ from the list that is read back.
+    return json.loads(json.dumps(described))
 
 
-def start(opened: Archive | None, state: TrainState, described: dict, lora_params) -> Start:
+def start(opened: Archive | None, state: TrainState, described: dict, lora_params: Any) -> Start:
     """Restores the newest checkpoint of the run, or starts from the beginning.
 
     Raises:
@@ -101,11 +102,15 @@ def start(opened: Archive | None, state: TrainState, described: dict, lora_param
     """
     found = None if opened is None else checkpoints.read_meta_of(opened.manager)
     if opened is None or found is None:
+        # A run killed before its first checkpoint may have left records.
         if opened is not None:
             metrics.rewind(opened.directory / metrics.METRICS, -1)
         return Start(state, 0, None, [])
+    # Checked before the arrays are read: a mismatch then has a plain sentence, not Orbax's error
+    # about shapes.
     _check(found[1]["run"], described, lora_params, str(opened.manager.directory))
     restored = checkpoints.restore_state(opened.manager, state)
+    # Records after the checkpoint belong to steps that are trained again.
     history = metrics.rewind(opened.directory / metrics.METRICS, restored.step)
     return Start(restored.state, restored.step, restored.meta["position"], history)
 
@@ -121,7 +126,7 @@ def save(opened: Archive, step: int, state: TrainState, described: dict, positio
         checkpoints.save_state(opened.manager, step, state, meta)
 
 
-def _check(was: dict, now: dict, lora_params, where: str) -> None:
+def _check(was: dict, now: dict, lora_params: Any, where: str) -> None:
     if was["format"] != now["format"]:
         raise ValueError(f"{where}: expected format {now['format']!r}, got {was['format']!r}")
     check_base(was["base"], lora_params, where=where)

@@ -3,8 +3,10 @@
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args
 
-SCHEDULES = ("cosine", "linear", "constant")
+Schedule = Literal["cosine", "linear", "constant"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 # Fields that do not change the results: a resumed run may change them.
 FREE_FIELDS = frozenset(
@@ -56,7 +58,7 @@ class TrainConfig:
     batch_size: int = 8
     accumulation: int = 1
     learning_rate: float = 2e-4
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     warmup: float = 0.03
     final_learning_rate: float = 0.0
     weight_decay: float = 0.0
@@ -95,12 +97,12 @@ class TrainConfig:
         _check(self, "seed", seeds, "a whole number from 0 to 2**32 - 1")
 
 
-def _whole(value) -> bool:
+def _whole(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
 
 
-def _finite(value) -> float:
-    """The number itself, or NaN (false in every comparison) for what is not a finite number."""
+def _finite(value: Any) -> float:
+    """The number itself, or NaN, for which every comparison is false, if it is not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return math.nan
     return value
@@ -123,6 +125,7 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     """Optimizer steps of the run."""
     if config.steps is not None:
         return config.steps
+    # Rounding errors of the product must not add a step: 0.07 * 100 is above 7.
     return max(1, math.ceil(config.epochs * steps_per_epoch - 1e-9))
 
 

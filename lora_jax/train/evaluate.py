@@ -1,7 +1,7 @@
-"""Evaluation: the mean loss on data that is not trained on, and the loss that training uses."""
+"""Evaluation: the mean loss on held-out data; also the loss function that training uses."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lora_jax.train.batches import Batch, loader, once
 from lora_jax.train.examples import Example
@@ -23,7 +23,7 @@ class Evaluator(NamedTuple):
     programs: Programs
 
 
-def lora_loss(model) -> Callable:
+def lora_loss(model: Any) -> Callable:
     """The loss that training differentiates: `(trainable, frozen, batch, key) -> sum`.
 
     Args:
@@ -34,39 +34,41 @@ def lora_loss(model) -> Callable:
     return lambda trainable, frozen, batch, key: loss(combine(trainable, frozen), batch, key)
 
 
-def evaluator(model, data: Sequence[Example], *, batch_size: int = 8, buckets=4) -> Evaluator:
+def evaluator(model: Any, data: Sequence[Example], *, batch_size: int = 8, buckets=4) -> Evaluator:
     """Prepares the batches of an evaluation; compiles nothing yet."""
     loss = lora_loss(model)
 
-    def summed(trainable, frozen, batch):
-        # One microbatch, no dropout.
+    def summed(trainable: Any, frozen: Any, batch: Any):
+        # The first axis holds one microbatch; without a key there is no dropout.
         return loss(trainable, frozen, Batch(*(x[0] for x in batch)), None)
 
     layout = loader(data, batch_size=batch_size, buckets=buckets, pad_id=pad_id_of(model.tokenizer))
     return Evaluator(once(layout), Programs(summed))
 
 
-def mean_loss(prepared: Evaluator, trainable, frozen) -> float:
+def mean_loss(prepared: Evaluator, trainable: Any, frozen: Any) -> float:
     """Mean cross entropy of all learned tokens, in nats."""
     sums = [prepared.programs(trainable, frozen, batch) for batch in prepared.batches]
     tokens = sum(float(batch.weights.sum()) for batch in prepared.batches)
     return sum(float(s) for s in sums) / tokens
 
 
-def evaluate(model, lora_params, data: Sequence[Example], *, batch_size: int = 8) -> float:
+def evaluate(
+    model: Any, lora_params: Any, data: Sequence[Example], *, batch_size: int = 8
+) -> float:
     """Mean cross entropy of the learned tokens of `data`, in nats, without dropout.
 
     Args:
       model: as for `fit`.
       lora_params: the model's params, adapted or plain.
       data: tokenized examples.
-      batch_size: rows of a forward pass; it does not change the result.
+      batch_size: rows of a forward pass; does not change the result.
     """
     prepared = evaluator(model, data, batch_size=batch_size)
     return mean_loss(prepared, *split(lora_params))
 
 
-def pad_id_of(tokenizer) -> int:
+def pad_id_of(tokenizer: Any) -> int:
     """The padding token; 0 if there is none, as no real token attends to padding."""
     pad = None if tokenizer is None else tokenizer.pad_id
     return 0 if pad is None else pad

@@ -5,13 +5,14 @@ there is no token before it to predict it from.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from lora_jax.train.jsonl import Record, load_jsonl
 
-TOO_LONG = ("error", "truncate", "skip")
+TooLong = Literal["error", "truncate", "skip"]
+TOO_LONG: tuple[TooLong, ...] = get_args(TooLong)
 
 
 class Example(NamedTuple):
@@ -28,14 +29,16 @@ class Example(NamedTuple):
     source: str
 
 
-def load_examples(path, tokenizer, *, max_length, too_long="error", fields=None) -> list[Example]:
+def load_examples(
+    path, tokenizer: Any, *, max_length, too_long="error", fields=None
+) -> list[Example]:
     """Reads and tokenizes a JSON-lines file: `load_jsonl`, then `examples`."""
     records = load_jsonl(path, fields=fields)
     return examples(records, tokenizer, max_length=max_length, too_long=too_long)
 
 
 def examples(
-    records: Iterable[Record], tokenizer, *, max_length: int, too_long: str = "error"
+    records: Iterable[Record], tokenizer: Any, *, max_length: int, too_long: str = "error"
 ) -> list[Example]:
     """Tokenizes records and marks the learned tokens.
 
@@ -94,37 +97,38 @@ def _fit(example: Example, max_length: int, too_long: str) -> Example | None:
     return example
 
 
-def _tokenize(record: Record, tokenizer) -> Example:
+def _tokenize(record: Record, tokenizer: Any) -> Example:
     tokens, learned = _FORMS[record.form](record, tokenizer)
     learned = np.asarray(learned, bool)
     learned[:1] = False
     return Example(np.asarray(tokens, np.int32), learned, record.source)
 
 
-def _text(record: Record, tokenizer) -> tuple[Sequence[int], Sequence[bool]]:
+def _text(record: Record, tokenizer: Any) -> tuple[Sequence[int], Sequence[bool]]:
     tokens = _with_eos(list(tokenizer.encode(record.fields[0])), tokenizer)
     return tokens, [True] * len(tokens)
 
 
-def _completion(record: Record, tokenizer) -> tuple[Sequence[int], Sequence[bool]]:
+def _completion(record: Record, tokenizer: Any) -> tuple[Sequence[int], Sequence[bool]]:
     # Prompt and completion are tokenized separately, as in generation, where the prompt is
     # tokenized alone: the learned tokens begin exactly where generation begins.
     prompt, completion = record.fields
     head = list(tokenizer.encode(prompt))
     tail = list(tokenizer.encode(completion))
-    opening = list(tokenizer.encode(""))  # a tokenizer that opens every text with BOS
+    # What the tokenizer puts before every text (BOS): it must not occur inside the example.
+    opening = list(tokenizer.encode(""))
     if head and opening and tail[: len(opening)] == opening:
         tail = tail[len(opening) :]
     tail = _with_eos(tail, tokenizer)
     return head + tail, [False] * len(head) + [True] * len(tail)
 
 
-def _with_eos(tokens: list[int], tokenizer) -> list[int]:
+def _with_eos(tokens: list[int], tokenizer: Any) -> list[int]:
     eos = tokenizer.eos_id
     return tokens if eos is None or tokens[-1:] == [eos] else [*tokens, eos]
 
 
-def _chat(record: Record, tokenizer) -> tuple[Sequence[int], Sequence[bool]]:
+def _chat(record: Record, tokenizer: Any) -> tuple[Sequence[int], Sequence[bool]]:
     """Marks what the template adds for each assistant turn, up to its end-of-turn token."""
     messages = [{"role": role, "content": content} for role, content in record.fields[0]]
     whole = _rendered(messages, False, tokenizer, record.source)
@@ -136,7 +140,7 @@ def _chat(record: Record, tokenizer) -> tuple[Sequence[int], Sequence[bool]]:
     return whole, learned
 
 
-def _turn(messages, i: int, whole: list[int], tokenizer, source: str) -> tuple[int, int]:
+def _turn(messages, i: int, whole: list[int], tokenizer: Any, source: str) -> tuple[int, int]:
     if i == 0:
         raise ValueError(
             f"{source}: the first message is the assistant's; begin with a system or user message"
@@ -146,7 +150,7 @@ def _turn(messages, i: int, whole: list[int], tokenizer, source: str) -> tuple[i
     if whole[: len(after)] != after or after[: len(before)] != before:
         raise ValueError(
             f"{source}: the tokenizer's chat template writes the turns before message {i}"
-            " differently once it is there, so its tokens cannot be told apart; use"
+            " differently once it is there, so its tokens cannot be separated; use"
             ' "prompt" and "completion" instead'
         )
     end = len(after)
@@ -156,10 +160,10 @@ def _turn(messages, i: int, whole: list[int], tokenizer, source: str) -> tuple[i
     return len(before), end
 
 
-def _rendered(messages, prompt: bool, tokenizer, source: str) -> list[int]:
+def _rendered(messages, prompt: bool, tokenizer: Any, source: str) -> list[int]:
     try:
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=prompt))
-    except ValueError as error:  # no template, or one that refuses these roles
+    except ValueError as error:  # no template, or one that rejects these roles
         raise ValueError(f"{source}: {error}") from None
 
 

@@ -4,16 +4,21 @@
     {"messages": [{"role": "user", "content": "..."}, ...]}     the assistant's turns are learned
     {"text": "..."}                                             everything is learned
 
-Other fields are ignored, since many datasets have them. Every error names the file and the line.
+Other fields are ignored: many datasets have some. Every error names the file and the line.
 """
 
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-FORMS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "text": ("text",)}
+Form = Literal["prompt", "messages", "text"]
+FORMS: Mapping[Form, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt": ("prompt", "completion"),
+    "text": ("text",),
+}
 _HOW = '"prompt" and "completion", or "messages", or "text"'
 
 
@@ -26,7 +31,7 @@ class Record(NamedTuple):
       source: file and line for error messages: `data.jsonl:3`.
     """
 
-    form: str
+    form: Form
     fields: tuple
     source: str
 
@@ -64,6 +69,7 @@ def _values(path: Path) -> Iterator[tuple[Any, str]]:
 
 def _parse(line: bytes, source: str) -> Any:
     try:
+        # "-sig": editors on Windows put a byte order mark at the start of the file.
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 text ({error.reason}); save as UTF-8") from None
@@ -92,7 +98,9 @@ def record_of(
         raise ValueError(
             f"{source}: expected a JSON object with {_HOW}, got {type(value).__name__}"
         )
-    found = [form for form, parts in FORMS.items() if any(names[p] in value for p in parts)]
+    found: list[Form] = [
+        form for form, parts in FORMS.items() if any(names[p] in value for p in parts)
+    ]
     if len(found) != 1:
         what = "none of them" if not found else " and ".join(f'"{names[f]}"' for f in found)
         have = ", ".join(f'"{k}"' for k in value) or "no field"

@@ -73,7 +73,7 @@ class Result(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """What the steps of a run read and do not change."""
+    """The values that the steps of a run read but do not change."""
 
     config: TrainConfig
     total: int
@@ -87,8 +87,8 @@ class _Job(NamedTuple):
 
 
 def fit(
-    model,
-    lora_params,
+    model: Any,
+    lora_params: Any,
     train_data: Sequence[Example],
     eval_data: Sequence[Example] | None,
     config: TrainConfig,
@@ -164,7 +164,7 @@ def _check_extra(config: TrainConfig) -> None:
     check_installed(*(package for package, used in needed.items() if used))
 
 
-def _halves(lora_params, full: bool, lora_config):
+def _halves(lora_params: Any, full: bool, lora_config):
     """The trainable and the frozen tree.
 
     Raises:
@@ -183,7 +183,7 @@ def _halves(lora_params, full: bool, lora_config):
     return trainable, frozen
 
 
-def _layout(model, data: Sequence[Example], config: TrainConfig) -> tuple[Loader, int]:
+def _layout(model: Any, data: Sequence[Example], config: TrainConfig) -> tuple[Loader, int]:
     """The data in buckets for as many epochs as the run has, and the steps of the run."""
     size = -(-len(data) // (config.batch_size * config.accumulation))
     total = total_steps(config, size)
@@ -199,7 +199,7 @@ def _layout(model, data: Sequence[Example], config: TrainConfig) -> tuple[Loader
     return layout, total
 
 
-def _check_tokens(model, lora_params, data: Sequence[Example]) -> None:
+def _check_tokens(model: Any, lora_params: Any, data: Sequence[Example]) -> None:
     """Checks that every token is in the vocabulary; the lookup of any other raises no error.
 
     Raises:
@@ -212,7 +212,7 @@ def _check_tokens(model, lora_params, data: Sequence[Example]) -> None:
         if not 0 <= example.tokens.min() <= example.tokens.max() < known:
             raise ValueError(
                 f"{example.source}: the example has token"
-                f" {max(example.tokens, key=lambda t: (t < 0, t))}, but the model knows 0 to"
+                f" {max(example.tokens, key=lambda t: (t < 0, t))}, but the vocabulary ends at"
                 f" {known - 1}; tokenize with the model's own tokenizer"
             )
 
@@ -241,7 +241,7 @@ def _recorder(config: TrainConfig, begin: archives.Start, hooks: Hooks, stack):
     return history, emit
 
 
-def _evaluation(model, data, config: TrainConfig, frozen, hooks: Hooks):
+def _evaluation(model: Any, data, config: TrainConfig, frozen: Any, hooks: Hooks):
     """A function from a state to the numbers of an eval record, or None without evaluation."""
     if not data and hooks.score is None:
         return None
@@ -261,7 +261,7 @@ def _evaluation(model, data, config: TrainConfig, frozen, hooks: Hooks):
 
 
 def _run(job: _Job, state: TrainState, start: int, items) -> TrainState:
-    """Steps `start` + 1 to the last, with what is due between them."""
+    """Runs the steps after `start`, with the evaluations and checkpoints that are due."""
     clock, pending = Clock(), None
     with (
         progress(job.total, start=start, show=job.config.progress) as bar,
@@ -353,7 +353,7 @@ def _between(job: _Job, state: TrainState, step: int, stop: bool) -> None:
         saved = (
             "nothing was saved, because there is no output_dir"
             if job.save is None
-            else f"saved in {job.config.output_dir}; resume=True goes on from there"
+            else f"saved in {job.config.output_dir}; pass resume=True to continue from there"
         )
         raise KeyboardInterrupt(f"interrupted after step {step} of {job.total}: {saved}")
 

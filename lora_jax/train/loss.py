@@ -8,13 +8,14 @@ positions that predict a learned token; the others do not contribute to the loss
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def outputs_of(model) -> Callable:
+def outputs_of(model: Any) -> Callable:
     """The model as a function `(params, tokens, positions) -> logits` at those positions.
 
     `lorafy` transforms this function for training; `plan` accepts it too.
@@ -28,7 +29,7 @@ def outputs_of(model) -> Callable:
       flattened (B, T) grid; logits float32 (P, V).
     """
 
-    def logits(params, tokens: Int[Array, "b t"], positions: Int[Array, " p"]):
+    def logits(params: Any, tokens: Int[Array, "b t"], positions: Int[Array, " p"]):
         hidden = model.apply(params, tokens, return_hidden=True)
         picked = pick(hidden, positions)
         return model.head(params, picked[None])[0].astype(jnp.float32)
@@ -63,6 +64,7 @@ def token_losses(
     weights: Float[Array, " p"],
 ) -> Float[Array, " p"]:
     """The weighted -log softmax(logits)[target] of each position, in float32."""
+    # bfloat16 would round a loss near 10 to multiples of 1/16.
     logits = logits.astype(jnp.float32)
     target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return (jax.nn.logsumexp(logits, axis=-1) - target) * weights
@@ -79,7 +81,7 @@ def summed_loss(outputs: Callable) -> Callable:
       positions, targets, weights (P,).
     """
 
-    def loss(params, batch, key):
+    def loss(params: Any, batch: Any, key):
         logits = outputs(params, batch.tokens, batch.positions, key)
         return cross_entropy(logits, batch.targets, batch.weights)
 

@@ -1,6 +1,7 @@
 """The memory of a training run by purpose."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,8 +13,8 @@ class Memory(NamedTuple):
       base: the frozen weights.
       adapters: the trained parameters.
       optimizer: the optimizer's state.
-      temporary: what the compiled step needs beside its arguments and results (activations,
-        gradients), for the largest compiled shape; None if XLA does not report it.
+      temporary: activations and gradients: what the compiled step of the largest batch shape
+        allocates beside its arguments and results; None if XLA does not report it.
     """
 
     base: int
@@ -22,14 +23,15 @@ class Memory(NamedTuple):
     temporary: int | None
 
 
-def tree_bytes(tree) -> int:
+def tree_bytes(tree: Any) -> int:
     """Bytes of a tree's arrays; sub-byte elements count with their bits."""
     return sum(_bytes(x) for x in jax.tree.leaves(tree))
 
 
-def _bytes(x) -> int:
+def _bytes(x: Any) -> int:
     if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
         return _bytes(jax.eval_shape(jax.random.key_data, x))
+    # int4 elements are packed two in a byte, but their itemsize is 1.
     try:
         bits = jax.numpy.iinfo(x.dtype).bits
     except ValueError:
@@ -37,13 +39,13 @@ def _bytes(x) -> int:
     return -(-x.size * bits // 8)
 
 
-def temporary_bytes(compiled) -> int | None:
+def temporary_bytes(compiled: Any) -> int | None:
     """Temporary bytes of a compiled function, as XLA reports them."""
     analysis = compiled.memory_analysis()
     return None if analysis is None else int(analysis.temp_size_in_bytes)
 
 
-def memory(trainable, frozen, opt_state, compiled=()) -> Memory:
+def memory(trainable: Any, frozen: Any, opt_state: Any, compiled: Iterable[Any] = ()) -> Memory:
     """The memory of training.
 
     Args:

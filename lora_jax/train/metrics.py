@@ -28,7 +28,8 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
     """
     lines = Path(path).read_bytes().split(b"\n")
     records = []
-    for number, line in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or half
+    # What follows the last newline is empty, or the half-written record of a killed run.
+    for number, line in enumerate(lines[:-1], start=1):
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -91,11 +92,11 @@ def writer(
 
 
 @contextlib.contextmanager
-def _explained(directory: Path):
+def _explained(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # already a sentence
+        if error.errno is None:  # raised with a full sentence, not by the system
             raise
         raise type(error)(
             f"{directory}: metrics cannot be written: {os.strerror(error.errno)}; checkpoints are"

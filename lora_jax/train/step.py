@@ -20,7 +20,7 @@ from lora_jax.train.config import TrainConfig, warmup_steps
 
 
 class TrainState(NamedTuple):
-    """What a step changes and a checkpoint stores; the frozen base is not in it.
+    """The values that a step changes and a checkpoint stores, without the frozen base.
 
     Attributes:
       step: int32 (), optimizer steps taken.
@@ -49,7 +49,7 @@ class Metrics(NamedTuple):
     learned: Float[Array, ""]
 
 
-def init_state(key: Array, trainable, tx: optax.GradientTransformation) -> TrainState:
+def init_state(key: Array, trainable: Any, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step.
 
     `trainable` is copied, because a step donates the state's buffers: the caller's stay valid.
@@ -76,11 +76,11 @@ class Programs:
         self.compiled: dict[tuple[int, ...], Any] = {}
         self._jitted = jax.jit(fn, donate_argnums=donate)
 
-    def has(self, batch) -> bool:
+    def has(self, batch: Any) -> bool:
         """Whether the program for this batch's shape is already compiled."""
         return _shape(batch) in self.compiled
 
-    def compile(self, *args):
+    def compile(self, *args: Any) -> Any:
         """Compiles the program for the shape of the last argument if needed, without running it."""
         shape = _shape(args[-1])
         if shape not in self.compiled:
@@ -88,11 +88,11 @@ class Programs:
             self.compiled[shape] = lowered.compile(compiler_options=compat.compiler_options())
         return self.compiled[shape]
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Any:
         return self.compile(*args)(*args)
 
 
-def _shape(batch) -> tuple[int, ...]:
+def _shape(batch: Any) -> tuple[int, ...]:
     return (*batch.tokens.shape, batch.positions.shape[-1])
 
 
@@ -112,11 +112,12 @@ def make_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
       is not compiled into the program as constants.
     """
 
-    def step(state: TrainState, frozen, batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        # A function of the step alone, so that a resumed run draws the same dropout masks.
         key = jax.random.fold_in(state.key, state.step)
         learned = jnp.sum(batch.weights)
         total, grads = _gradients(loss, state.trainable, frozen, batch, key)
-        # A batch of ours always has a learned token; the maximum keeps hand-made batches finite.
+        # Every batch of a `Loader` has a learned token; the maximum keeps other batches finite.
         count = jnp.maximum(learned, 1.0)
         grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.trainable)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
@@ -127,15 +128,19 @@ def make_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
     return step
 
 
-def _gradients(loss: Callable, trainable, frozen, batch, key):
+def _gradients(
+    loss: Callable, trainable: Any, frozen: Any, batch: Any, key: Array
+) -> tuple[Float[Array, ""], Any]:
     """Sum of the microbatches' losses and gradients, in float32."""
     grad = jax.value_and_grad(loss)
     count = batch.tokens.shape[0]
+    # Without accumulation no float32 copy of the gradients is needed.
     if count == 1:
         only = jax.tree.map(lambda x: x[0], batch)
         return grad(trainable, frozen, only, jax.random.fold_in(key, 0))
 
-    def add(carry, item):
+    # The sums are float32 also for bfloat16 parameters, where small terms would be lost.
+    def add(carry: tuple[Any, Any], item: tuple[Any, Any]) -> tuple[tuple[Any, Any], None]:
         number, part = item
         value, grads = grad(trainable, frozen, part, jax.random.fold_in(key, number))
         total, sums = carry
@@ -148,7 +153,7 @@ def _gradients(loss: Callable, trainable, frozen, batch, key):
     return total, grads
 
 
-def split_full(params):
+def split_full(params: Any) -> tuple[Any, Any]:
     """The counterpart of `lora.split` for full fine-tuning.
 
     Args:
@@ -171,7 +176,7 @@ def split_full(params):
     return params, jax.tree.map(lambda x: None, params)
 
 
-def _untrainable(x) -> str | None:
+def _untrainable(x: Any) -> str | None:
     if is_lora(x):
         return "has an adapter; merge it first (lora.merge), or train the adapter alone"
     if is_quant(x):
@@ -203,9 +208,10 @@ def schedule(config: TrainConfig, total: int) -> Callable:
         "linear": lambda t: 1 - t,
         "constant": jnp.ones_like,
     }[config.schedule]
+    # "constant" has no decay, so the final share does not apply.
     floor = 1.0 if config.schedule == "constant" else final
 
-    def rate(step):
+    def rate(step: Any) -> Array:
         step = jnp.asarray(step, jnp.float32)
         rise = jnp.minimum(1.0, (step + 1) / max(warm, 1))
         t = jnp.clip((step - warm) / max(total - warm, 1), 0.0, 1.0)

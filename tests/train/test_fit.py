@@ -287,7 +287,9 @@ def test_token_the_model_does_not_know_is_named():
     (first, *rest) = toy_data()
     for token in (23, -1):
         wrong = first._replace(tokens=np.where(first.learned, token, first.tokens), source="d:7")
-        with pytest.raises(ValueError, match=f"d:7: .* token {token}, but the model knows 0 to 22"):
+        with pytest.raises(
+            ValueError, match=f"d:7: .* token {token}, but the vocabulary ends at 22"
+        ):
             toy_fit(data=[*rest, wrong])
 
 
