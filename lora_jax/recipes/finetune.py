@@ -110,7 +110,7 @@ def finetune(
     return result
 
 
-def _examples(model, records: list, job: FinetuneConfig) -> list:
+def _examples(model: Any, records: list, job: FinetuneConfig) -> list:
     length = job.max_length or model.config.context
     return train.examples(records, model.tokenizer, max_length=length, too_long=job.too_long)
 
@@ -119,7 +119,7 @@ def show_memory(log: Callable[[str], None]) -> Callable:
     """A hook for `fit` that prints the memory of the run above the progress bar."""
     tqdm = require("tqdm").tqdm
 
-    def show(used) -> None:
+    def show(used: Any) -> None:
         with tqdm.external_write_mode():
             log(f"memory:\n{textwrap.indent(format_memory(used), '  ')}\n")
 
@@ -146,12 +146,12 @@ def hub_name(source: str) -> str:
     return SMOLLM2 if source == "smollm2" else source
 
 
-def plan_model(model, config: LoraConfig):
+def plan_model(model: Any, config: LoraConfig):
     """The plan of a language model: which of its weights the config adapts."""
     return make_plan(config, model.apply, model.params, _TOKENS)
 
 
-def init_adapter(model, config: LoraConfig, *, seed: int, weights=None) -> Any:
+def init_adapter(model: Any, config: LoraConfig, *, seed: int, weights=None) -> Any:
     """The model's parameters with a fresh adapter; `weights` as in `lora_jax.init`."""
     plan = plan_model(model, config)
     return init(jax.random.key(seed), plan, model.params, weights=weights)
@@ -164,7 +164,9 @@ def _weights_for_start(job: FinetuneConfig, config: LoraConfig) -> Any:
     return load_model(job.model, dtype=job.dtype).params
 
 
-def load_adapter(model, source: str | Path, *, step: int | None = None) -> tuple[Any, LoraConfig]:
+def load_adapter(
+    model: Any, source: str | Path, *, step: int | None = None
+) -> tuple[Any, LoraConfig]:
     """Reads an adapter of any format onto a model; see `lora_jax.recipes.convert.load_adapter`."""
     return convert.load_adapter(model, source, lambda config: plan_model(model, config), step=step)
 

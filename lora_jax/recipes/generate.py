@@ -18,7 +18,7 @@ def as_messages(text: str, *, system: str | None = None) -> Messages:
 
 
 def generate_texts(
-    model, params: Any, questions: Sequence[Messages | str], config: GenerateConfig
+    model: Any, params: Any, questions: Sequence[Messages | str], config: GenerateConfig
 ) -> list[str]:
     """Generates an answer to each prompt.
 
@@ -55,7 +55,7 @@ def generate_texts(
     return [tokenizer.decode(tokens) for tokens in answers]
 
 
-def _tokens(tokenizer, question: Messages | str) -> list[int]:
+def _tokens(tokenizer: Any, question: Messages | str) -> list[int]:
     if isinstance(question, str):
         return list(tokenizer.encode(question))
     return list(tokenizer.apply_chat_template(question, add_generation_prompt=True))

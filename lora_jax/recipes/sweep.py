@@ -129,7 +129,7 @@ def _held_out(records: list[Record], path: Path) -> tuple[list[Record], list[Rec
 
 
 def language_task(
-    model,
+    model: Any,
     train: Sequence[Record],
     tuning: Sequence[Record],
     scored: Sequence[Record],
@@ -169,7 +169,7 @@ def language_task(
     )
     outputs = outputs_of(model)
 
-    def loss(params, batch: Batch):
+    def loss(params: Any, batch: Batch):
         return jnp.sum(_nll(outputs, params, batch)) / jnp.sum(batch.weights)
 
     sums = _Sums(outputs)
@@ -195,7 +195,9 @@ def language_task(
     )
 
 
-def _batches(model, data: Sequence[Example], config: TrainConfig, seed: int) -> Iterator[Batch]:
+def _batches(
+    model: Any, data: Sequence[Example], config: TrainConfig, seed: int
+) -> Iterator[Batch]:
     steps = config.steps or 1
     layout = loader(
         data,
@@ -208,7 +210,7 @@ def _batches(model, data: Sequence[Example], config: TrainConfig, seed: int) -> 
     return (_first(item.batch) for item in iterate(layout, steps, prefetch=config.prefetch))
 
 
-def _once(model, data: Sequence[Example], size: int) -> list[Batch]:
+def _once(model: Any, data: Sequence[Example], size: int) -> list[Batch]:
     layout = loader(data, batch_size=size, pad_id=pad_id_of(model.tokenizer))
     return [_first(batch) for batch in once(layout)]
 
@@ -218,7 +220,7 @@ def _first(batch: Batch) -> Batch:
     return Batch(*(x[0] for x in batch))
 
 
-def _nll(outputs: Callable, params, batch):
+def _nll(outputs: Callable, params: Any, batch: Any):
     """-log p of the target at each position, 0 at positions without a learned token."""
     logits = outputs(params, batch.tokens, batch.positions)
     return token_losses(logits, batch.targets, batch.weights)
@@ -228,7 +230,7 @@ class _Sums:
     """Per example the sum of -log p over its learned tokens, and their number: (n, 2)."""
 
     def __init__(self, outputs: Callable):
-        def run(params, batch: Batch):
+        def run(params: Any, batch: Batch):
             rows, width = batch.tokens.shape
             of_row = jax.ops.segment_sum(
                 jnp.stack([_nll(outputs, params, batch), batch.weights], axis=1),
@@ -239,7 +241,7 @@ class _Sums:
 
         self._run = jax.jit(run, compiler_options=compat.compiler_options())
 
-    def __call__(self, params, batches: Iterable[Batch]) -> np.ndarray:
+    def __call__(self, params: Any, batches: Iterable[Batch]) -> np.ndarray:
         found = np.concatenate([np.asarray(self._run(params, b)) for b in batches])
         # Rows that only fill the last batch have no learned tokens.
         return found[found[:, 1] > 0].astype(np.float64)
@@ -270,7 +272,7 @@ def _questions(records: Sequence[Record]) -> Mapping[Any, list[str]]:
 class _Generated:
     """The completions that a model generates for the scored prompts."""
 
-    def __init__(self, model, records: Sequence[Record], config: GenerateConfig | None):
+    def __init__(self, model: Any, records: Sequence[Record], config: GenerateConfig | None):
         self.references = _questions(records)
         self._ask = [
             p if isinstance(p, str) else [{"role": r, "content": c} for r, c in p]
@@ -278,19 +280,19 @@ class _Generated:
         ]
         self._model, self._config = model, config or GenerateConfig()
 
-    def answers(self, params) -> list[str]:
+    def answers(self, params: Any) -> list[str]:
         found = generate_texts(self._model, params, self._ask, self._config)
         return [text.strip() for text in found]
 
 
 class _Exact(_Generated):
-    def __call__(self, params) -> np.ndarray:
+    def __call__(self, params: Any) -> np.ndarray:
         right = zip(self.answers(params), self.references.values(), strict=True)
         return np.asarray([float(text in wanted) for text, wanted in right])
 
 
 class _Bleu(_Generated):
-    def __call__(self, params) -> np.ndarray:
+    def __call__(self, params: Any) -> np.ndarray:
         both = zip(self.answers(params), self.references.values(), strict=True)
         return np.stack([bleu_counts(text, wanted) for text, wanted in both])
 

@@ -174,18 +174,18 @@ def abstract_step(
     return AbstractStep(make_step(loss, tx), params, state, frozen, shapes, base)
 
 
-def _base(forward, settings: StepSettings):
+def _base(forward: Any, settings: StepSettings):
     shapes, form = forward.shapes(), settings.quantize
     if form is None:
         return shapes
 
-    def quantized(params):
+    def quantized(params: Any):
         return quantize(params, is_kernel, format=form, backend=settings.backend)
 
     return jax.eval_shape(quantized, shapes)
 
 
-def _adapted(forward, base, adapter: LoraConfig):
+def _adapted(forward: Any, base: Any, adapter: LoraConfig):
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     plan = make_plan(adapter, forward.apply, base, tokens)
     return jax.eval_shape(lambda p: init(jax.random.key(0), plan, p), base)
@@ -199,11 +199,11 @@ def _batch(settings: StepSettings, batch: int, places: int) -> Batch:
     return Batch(whole(batch, settings.length), whole(places), whole(places), weights)
 
 
-def _encoder_loss(forward):
+def _encoder_loss(forward: Any):
     """Cross entropy of what the encoder's head gives, or, where it has none, of its features."""
     apply = lorafy(forward.apply, reverse_only=True)
 
-    def loss(trainable, frozen, batch, key):
+    def loss(trainable: Any, frozen: Any, batch: Any, key):
         out = apply(combine(trainable, frozen), batch.tokens, lora_key=key)
         logits = jax.tree.leaves(out)[0]
         logits = logits.reshape(batch.targets.shape[0], logits.shape[-1])

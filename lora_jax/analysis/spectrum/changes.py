@@ -69,7 +69,9 @@ class Directions(NamedTuple):
     outputs: Float[np.ndarray, "m k"]  # noqa: F722
 
 
-def changes(before, after=None, where: tuple[str, ...] | str | None = None) -> Iterator[Change]:
+def changes(
+    before: Any, after: Any = None, where: tuple[str, ...] | str | None = None
+) -> Iterator[Change]:
     """The change of every matrix; see `lora_jax.analysis.spectrum` for the arguments.
 
     Raises:
@@ -97,13 +99,13 @@ def _wanted(where, path: str) -> bool:
     return any(matching.is_target(config, name) for name in (path, paths.module_of(path)))
 
 
-def _alone(tree) -> Iterator[tuple[str, Any, Any]]:
+def _alone(tree: Any) -> Iterator[tuple[str, Any, Any]]:
     for key_path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
         if is_lora(x):
             yield paths.spell(key_path), x.w, x
 
 
-def _pairs(before, after) -> Iterator[tuple[str, Any, Any]]:
+def _pairs(before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
     first, tree = jax.tree_util.tree_flatten_with_path(before, is_leaf=is_leaf)
     second, other = jax.tree_util.tree_flatten_with_path(after, is_leaf=is_leaf)
     if tree != other:

@@ -187,7 +187,9 @@ class Spectrum:
         plot_decay(path, self)
 
 
-def spectrum(before, after=None, *, where: tuple[str, ...] | str | None = None) -> Spectrum:
+def spectrum(
+    before: Any, after: Any = None, *, where: tuple[str, ...] | str | None = None
+) -> Spectrum:
     """Singular values of every weight's change.
 
     Args:

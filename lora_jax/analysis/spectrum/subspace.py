@@ -6,6 +6,7 @@ al. 2024, "LoRA vs full fine-tuning: an illusion of equivalence", definition 3.1
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class Overlap:
     best: float
 
 
-def overlap(before, first, second, *, top: int = 8, where=None) -> list[Overlap]:
+def overlap(before: Any, first: Any, second: Any, *, top: int = 8, where=None) -> list[Overlap]:
     """Compares the `top` main directions of two trainings of the same weights.
 
     Args:
@@ -109,7 +110,7 @@ def _energy(delta: np.ndarray | Factors) -> float:
 
 
 def intruder_dimensions(
-    before, after, *, top: int = 10, similarity: float = 0.5, where=None
+    before: Any, after: Any, *, top: int = 10, similarity: float = 0.5, where=None
 ) -> dict[str, int]:
     """Counts the singular directions of the trained weights that the weights before had not.
 

@@ -179,7 +179,7 @@ def remove(folder: Path) -> None:
         folder.parent.rmdir()
 
 
-def digest(before: str, batch) -> str:
+def digest(before: str, batch: Any) -> str:
     """The digest of a sequence of batches, extended by one.
 
     Args:
@@ -194,7 +194,7 @@ def digest(before: str, batch) -> str:
     return found.hexdigest()[:16]
 
 
-def _meta(opened, folder: Path) -> dict:
+def _meta(opened: Any, folder: Path) -> dict:
     try:
         found = read_meta_of(opened)
         assert found is not None
@@ -229,7 +229,7 @@ class Store:
             run = _read(path)
             self.runs[run.name] = run
 
-    def trained(self, run: Run, tree) -> None:
+    def trained(self, run: Run, tree: Any) -> None:
         """Stores a trained run that is not scored yet, with its weights."""
         if self._folder is not None:
             arrays = [np.asarray(x) for x in jax.tree.leaves(_moved(tree))]
@@ -239,7 +239,7 @@ class Store:
             self._trees[run.name] = tree
         self._write(run)
 
-    def tree(self, run: Run, like):
+    def tree(self, run: Run, like: Any):
         """The weights of a trained run that is not scored yet.
 
         Args:
@@ -312,7 +312,7 @@ class Store:
         return self._folder / "runs" / (run.name + suffix)
 
 
-def _moved(tree):
+def _moved(tree: Any):
     """The trained leaves: the trainable half, or the whole tree of full fine-tuning."""
     moved, _ = split(tree)
     return moved if jax.tree.leaves(moved) else tree

@@ -9,7 +9,7 @@ padding stays zero: the gradient of A there is a product with the zeros of B, an
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ def train_adapters(
     leaves, tree = jax.tree.flatten(trainable)
     each = _each(loss, len(adapters), sources)
 
-    def losses(leaves, frozen, batch, key):
+    def losses(leaves, frozen: Any, batch: Any, key):
         found = each(combine(jax.tree.unflatten(tree, leaves), frozen), batch, key)
         return jnp.sum(found), found
 
@@ -93,7 +93,7 @@ def train_adapters(
 
 def train_full(
     loss: Callable,
-    params,
+    params: Any,
     rate: float,
     batches: Iterable,
     config: TrainConfig,
@@ -109,7 +109,7 @@ def train_full(
     """
     leaves, tree = jax.tree.flatten(split_full(params)[0])
 
-    def losses(leaves, frozen, batch, key):
+    def losses(leaves, frozen: Any, batch: Any, key):
         del frozen, key
         found = loss(jax.tree.unflatten(tree, leaves), batch)
         return found, found
@@ -126,20 +126,20 @@ def _each(loss: Callable, count: int, sources: Sequence[int] | None) -> Callable
         shared = lorafy(loss, reverse_only=True, row_axes=None, adapter_strategy="gathered")
         return lambda params, batch, key: shared(params, batch, adapter_ids=ids, lora_key=key)
 
-    def one(params, batch):  # whose arrays hold one row
+    def one(params: Any, batch: Any):  # whose arrays hold one row
         return loss(params, jax.tree.map(lambda x: x[0], batch))
 
     own = lorafy(one, reverse_only=True, adapter_strategy="gathered")
     which = jnp.asarray(sources)
 
-    def each(params, batches: tuple, key):
+    def each(params: Any, batches: tuple, key):
         rows = jax.tree.map(lambda *x: jnp.stack(x)[which], *batches)
         return own(params, rows, adapter_ids=ids, lora_key=key)
 
     return each
 
 
-def _axes(stacked) -> list[int]:
+def _axes(stacked: Any) -> list[int]:
     """The adapter axis of each trained leaf."""
     trainable, _ = split(stacked)
     found = jax.tree.map(
@@ -162,7 +162,13 @@ class _Run:
         )
 
     def __call__(
-        self, leaves: list, frozen, batches: Iterable, key, advance: Callable, keeper: Keeper | None
+        self,
+        leaves: list,
+        frozen: Any,
+        batches: Iterable,
+        key,
+        advance: Callable,
+        keeper: Keeper | None,
     ) -> Progress:
         state = ([jnp.copy(x) for x in leaves], self._mapped(self.tx.init, 1)(leaves))
         losses = np.full((self.steps, *np.shape(self.rates)), np.nan, np.float32)
@@ -186,7 +192,7 @@ class _Run:
             keeper.save(at)  # what follows may take long as well
         return at
 
-    def _taken(self, at: Progress, frozen, batch, key, seen: set) -> Progress:
+    def _taken(self, at: Progress, frozen: Any, batch: Any, key, seen: set) -> Progress:
         """One step; `at.losses` is written in place."""
         shapes = tuple(np.shape(x) for x in jax.tree.leaves(batch))
         began = time.perf_counter()
@@ -212,11 +218,11 @@ class _Run:
             fn, in_axes=(*[self.axes] * trees, *[0] * (len(args) - trees))
         )(*args)
 
-    def _step(self, state, frozen, batch, key):
+    def _step(self, state, frozen: Any, batch: Any, key):
         leaves, opt_state = state
         grads, out = jax.grad(self.losses, has_aux=True)(leaves, frozen, batch, key)
 
-        def move(grads, leaves, opt_state, rate):
+        def move(grads, leaves, opt_state: Any, rate):
             updates, opt_state = self.tx.update(grads, opt_state, leaves)
             return [rate.astype(u.dtype) * u for u in jax.tree.leaves(updates)], opt_state
 

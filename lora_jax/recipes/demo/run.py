@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lora_jax import hf, train
 from lora_jax.compat import EXTRAS, check_installed
@@ -85,7 +85,7 @@ def run(config: DemoConfig, *, log: Callable[[str], None] = print) -> DemoResult
     return found
 
 
-def _described(config: DemoConfig, params) -> str:
+def _described(config: DemoConfig, params: Any) -> str:
     """The model's size: `smollm2: 134,515,008 parameters in 513.1 MiB (float32)`."""
     count = count_parameters(params).total
     size = f"{tree_bytes(params) / 2**20:,.1f} MiB"
@@ -101,7 +101,9 @@ def _make_data(config: DemoConfig) -> tuple[list[task.Sentence], list[task.Sente
     return task.make_examples(config.seed, train=count, test=config.test_examples)
 
 
-def train_on(model, params, data: Path, lora_config: LoraConfig, config: DemoConfig, log: Callable):
+def train_on(
+    model: Any, params: Any, data: Path, lora_config: LoraConfig, config: DemoConfig, log: Callable
+):
     """Fine-tunes on the data file and prints the memory of the run; the result of `fit`."""
     examples = train.load_examples(data, model.tokenizer, max_length=_MAX_LENGTH)
     hooks = train.Hooks(memory=finetune.show_memory(log))
@@ -125,7 +127,7 @@ def training(config: DemoConfig):
     )
 
 
-def ask(model, params, test: Sequence[task.Sentence]) -> Scored:
+def ask(model: Any, params: Any, test: Sequence[task.Sentence]) -> Scored:
     """Generates answers to the test set and scores them."""
     answers = generate_texts(model, params, [task.question(e) for e in test], _ANSWERS)
     return Scored(task.score(answers, test), answers)
