@@ -188,3 +188,22 @@ def compiler_options() -> dict[str, Any]:
     takes about 3 % less. Processors without it split them.
     """
     return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else {}
+
+
+def default_device() -> jax.Device:
+    """JAX's default device, which `jax.default_device` may have changed."""
+    device = getattr(jax.config, "jax_default_device", None)
+    if device is None or isinstance(device, str):
+        return jax.local_devices(backend=device)[0]
+    return device
+
+
+def has_flash_attention() -> bool:
+    """Whether cuDNN's attention runs here: on an NVIDIA GPU since Ampere that is the only device.
+
+    Under a mesh JAX refuses it where the sequence is spread over devices, so there XLA's is kept.
+    """
+    # "9.0"; "gfx942" of one of AMD's
+    capability = getattr(default_device(), "compute_capability", "")
+    major = str(capability).partition(".")[0]
+    return major.isdecimal() and int(major) >= 8 and jax.device_count() == 1

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from lora_jax import compat
 from lora_jax.models.rope import rotate
 
+FLASH_FROM = 128  # tokens: the scores of fewer are small
 MOST_SCORES = 2**28  # maximum bytes of float32 scores held at once in training
 
 
@@ -109,6 +111,8 @@ def _see_new(mask, mixing: Mixing, turns) -> Sight:
                     jax.nn.dot_product_attention, mask=keys_seen, scale=mixing.scale,
                     is_causal=True, local_window_size=near,
                 )  # fmt: skip
+                if keys_seen is None and near is None and _flashes(q):
+                    return mix(q, k, v, implementation="cudnn"), stored
                 return _in_parts(mix, q, k, v), stored
             at = jnp.arange(q.shape[1])
             seen = _near(at[:, None] - at, mixing, slides)[None, None]
@@ -118,6 +122,12 @@ def _see_new(mask, mixing: Mixing, turns) -> Sight:
         return attend
 
     return sight
+
+
+def _flashes(q: Float[Array, "b t n h"]) -> bool:  # noqa: F722
+    """Whether cuDNN's attention, which holds no scores, is taken; it has one reverse derivative."""
+    sized = q.shape[1] >= FLASH_FROM and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return sized and q.dtype.itemsize == 2 and compat.has_flash_attention()
 
 
 def _see_stored(valid, start, count: int, mixing: Mixing, turns) -> Sight:
