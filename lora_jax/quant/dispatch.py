@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 from jax.typing import DTypeLike
 
+from lora_jax import compat
 from lora_jax.quant.array import QuantArray, form_of
 from lora_jax.quant.kernels import reference
 
@@ -64,15 +65,9 @@ def backend_of(q: QuantArray) -> str:
     check_backend(q.backend)
     if q.backend != "auto":
         return q.backend
-    return {"gpu": "gpu", "cuda": "gpu", "tpu": "tpu"}.get(_platform(), "reference")
-
-
-def _platform() -> str:
-    """The platform of JAX's default device, which `jax.default_device` may have changed."""
-    device = getattr(jax.config, "jax_default_device", None)
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
+    return {"gpu": "gpu", "cuda": "gpu", "tpu": "tpu"}.get(
+        compat.default_device().platform, "reference"
+    )
 
 
 def choose_kernel(

@@ -83,11 +83,12 @@ def test_a_partitioned_kernel_moves_no_codes(mesh):
 
 
 @pytest.mark.parametrize(
-    "backend, dtype", [("gpu_interpret", "bfloat16"), ("tpu_interpret", "float32")]
+    "backend, format, dtype",
+    [("gpu_interpret", "int4", "bfloat16"), ("tpu_interpret", "nf4", "float32")],
 )
-def test_fused_products_are_partitioned_too(mesh, backend, dtype):
+def test_fused_products_are_partitioned_too(mesh, backend, format, dtype):
     """Few rows: each device multiplies with its own codes, and only sums are exchanged."""
-    params, x = base(backend=backend)
+    params, x = base(backend=backend, format=format)
     q = params["w1"].astype(dtype)
     x = x[:8].astype(dtype)
     both = jax.jit(lambda x, q: jax.value_and_grad(
