@@ -1,17 +1,16 @@
-"""How much memory training takes, from a config.json alone: full fine-tuning, LoRA and QLoRA.
+"""The memory of training, from a config.json alone: full fine-tuning, LoRA and QLoRA.
 
     total = weights + adapters + optimizer state + gradients + activations
 
-Weights, adapters and optimizer state are exact: they are the shapes of the real model, planned and
-initialized abstractly. Gradients and activations are what the step of `lora_jax.train` holds at its
-peak, computed from its jaxpr (`lora_jax.analysis.memory.liveness`). `remat`
-decides what is kept for the backward pass:
+Weights, adapters and optimizer state are exact: the real model is planned and initialized over
+shapes. Gradients and activations are the peak of the step of `lora_jax.train`, computed from its
+jaxpr (`lora_jax.analysis.memory.liveness`). `remat` determines what is kept for the backward pass:
 
     True            the residual stream before each block: L · B · T · D
-    "projections"   that, and what every projection gave
-    False           everything the backward pass reads, the attention's scores (B · N · T · T) too
+    "projections"   that, and the output of every projection
+    False           all that the backward pass reads, including attention scores (B · N · T · T)
 
-and with True and "projections" one block is computed again at a time.
+With True and "projections" the backward pass recomputes one block at a time.
 """
 
 import dataclasses
@@ -44,20 +43,20 @@ class MemoryEstimate:
     """Bytes of a training step, on each device; prints as a table.
 
     Attributes:
-      model: its name.
-      settings: of the step.
-      parameters: of the model, adapters included.
-      trainable: how many of them train.
+      model: the model's name.
+      settings: the settings of the step.
+      parameters: number of parameters, adapters included.
+      trainable: number of trained parameters.
       weights: bytes of the base's weights.
-      adapters: bytes of what is added to it and trains.
-      optimizer: bytes of the optimizer's state, and of the batch.
-      gradients: bytes of the gradients of what trains.
-      activations: bytes of everything else that is there at the fullest moment.
-      kept: of the activations, what the forward pass keeps, block by block, for the backward pass.
-      copied: of weights, adapters and optimizer state, what every device of the mesh holds whole.
-      all_devices: of weights, adapters and optimizer state, the bytes before they are spread.
-      largest: `(what, bytes)` of the largest arrays among gradients and activations then.
-      exact: whether the compiler was asked (gradients and activations).
+      adapters: bytes of the adapters.
+      optimizer: bytes of the optimizer's state and of the batch.
+      gradients: bytes of the gradients.
+      activations: bytes of all other temporaries at the peak.
+      kept: the part of the activations that the forward pass keeps for the backward pass.
+      copied: the part of weights, adapters and optimizer state that every device holds in full.
+      all_devices: bytes of weights, adapters and optimizer state before sharding.
+      largest: `(what, bytes)` of the largest gradients and activations at the peak.
+      exact: whether gradients and activations are the compiler's numbers.
     """
 
     model: str
@@ -82,7 +81,7 @@ class MemoryEstimate:
 
     @property
     def temporaries(self) -> int:
-        """Bytes that a step needs beside them."""
+        """Bytes that a step allocates beside its arguments."""
         return self.gradients + self.activations
 
     @property
@@ -97,11 +96,11 @@ class MemoryEstimate:
 
     @property
     def described(self) -> str:
-        """The settings in words."""
+        """The settings as one line of text."""
         return _described(self.settings)
 
     def fits(self, device_memory: int) -> bool:
-        """Whether the step fits a device of so many bytes."""
+        """Whether the step fits a device with this many bytes."""
         return self.total <= device_memory
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,28 +165,28 @@ def memory(
     backend: str = "gpu",
     exact: bool = False,
 ) -> MemoryEstimate:
-    """The memory of a training step of a model, of which only its configuration is needed.
+    """The memory of a training step of a model; only the model's configuration is needed.
 
     Args:
       model: a known shape ("llama-2-7b", see `analysis.memory.step.SHAPES`), the path of a
         config.json or of its directory, the parsed JSON, or a configuration of `lora_jax.models`.
-      adapter: what is adapted; None is full fine-tuning.
-      quantize: format of the frozen base ("nf4", "int4", ...): QLoRA. As `models.load(quantize=)`
-        every matrix but the head's and the tables is quantized.
+      adapter: the adapter's config; None is full fine-tuning.
+      quantize: format of the frozen base ("nf4", "int4", ...): QLoRA. As in
+        `models.load(quantize=)` every matrix except the head and the embedding tables is quantized.
       batch: rows of one forward pass, on all devices together.
       length: tokens of a row; the smaller of 2048 and the model's context by default.
       accumulation, dtype, train_dtype, remat, optimizer, clip, backend: see `StepSettings`.
       mesh: axis ("data", "fsdp", "tensor") to number of devices; see
         `lora_jax.models.sharding` for what each axis shards.
-      exact: compile the step on this machine's default backend and ask the compiler for gradients
-        and activations. A mesh takes as many local devices.
+      exact: compile the step on this machine's default backend and take gradients and activations
+        from the compiler. A mesh then needs as many local devices.
 
     Returns:
-      Bytes on each device. Its numbers are XLA's buffers: leave some room for the runtime.
+      Bytes on each device. These are XLA's buffers: leave some room for the runtime.
 
     Raises:
       FileNotFoundError: no such model.
-      ValueError: a configuration that is not supported or a setting that does not fit it.
+      ValueError: an unsupported configuration, or a setting that does not fit it.
 
     Example:
       >>> from lora_jax import analysis
@@ -217,7 +216,7 @@ def memory(
 def estimate(
     name: str, config: Any, settings: StepSettings, *, exact: bool = False
 ) -> MemoryEstimate:
-    """As `memory`, for a given configuration and settings."""
+    """As `memory`, for a configuration and settings."""
     memory_mesh.one_device(config, settings.mesh)  # raises for what cannot be sharded
     rows = ROWS if exact and math.prod(settings.mesh.values()) > 1 else ()
     step = memory_step.abstract_step(config, settings, batch=settings.batch, rows=rows)
@@ -229,6 +228,7 @@ def estimate(
         for part in ("step", "opt_state", "key")
     ]
     rest.append(_device_bytes(step.batch, places.batch, settings))
+    # The batch counts as optimizer state: both are arguments that are no parameters.
     every = [trained, base, *rest]
     if exact:
         found = compiled(step, places, settings)
@@ -244,6 +244,7 @@ def estimate(
         weights=trained.here if whole else base.here,
         adapters=0 if whole else trained.here,
         optimizer=sum(x.here for x in rest),
+        # Gradients are as large as the trained leaves, unless the whole peak is smaller.
         gradients=min(trained.here, found.bytes),
         activations=max(found.bytes - trained.here, 0),
         kept=found.kept,
@@ -255,11 +256,11 @@ def estimate(
 
 
 def parameters(model: str | Path | Mapping[str, Any] | Any, adapter: LoraConfig) -> Count:
-    """How many parameters an adapter trains, of how many there are with it.
+    """Counts the parameters that an adapter trains, and all parameters with it.
 
     Args:
       model: as for `memory`.
-      adapter: what is adapted.
+      adapter: the adapter's config.
 
     Raises:
       FileNotFoundError, ValueError: as `memory`.
@@ -271,7 +272,7 @@ def parameters(model: str | Path | Mapping[str, Any] | Any, adapter: LoraConfig)
 
 @dataclass(frozen=True)
 class _Bytes:
-    """Bytes of a tree on one device, of what every device has whole, and before it is spread."""
+    """Bytes of a tree on one device, of its unsharded arrays, and before sharding."""
 
     here: int
     copied: int
@@ -291,13 +292,13 @@ def _device_bytes(tree: Any, specs: Any, settings: StepSettings) -> _Bytes:
 def _read(
     config: Any, settings: StepSettings, step: AbstractStep, places: Spread, trained: int
 ) -> Alive:
-    """Temporaries of what one device computes, from the jaxpr."""
+    """Temporaries of one device's part of the step, from the jaxpr."""
     rows = settings.batch // memory_mesh.parts(places.batch.tokens, settings.mesh)
     own = memory_mesh.one_device(config, settings.mesh)
     if rows != settings.batch or own is not config:
         step = memory_step.abstract_step(own, settings, batch=rows)
 
-    def counts(specs) -> list[int]:
+    def counts(specs: Any) -> list[int]:
         return [memory_mesh.parts(s, settings.mesh, "fsdp") for s in memory_mesh.leaves(specs)]
 
     args = (step.state, step.frozen, step.batch)
@@ -315,7 +316,9 @@ def _read(
         return found
     named = jax.tree_util.tree_leaves_with_path(step.state.trainable)
     flat = zip(named, counts(places.state.trainable), strict=True)
-    single = sum(  # the head's, a product's result, stays whole as it was summed over devices
+    # Gradients of unstacked kernels (the head) stay whole: each is the result of a product that is
+    # summed over the devices.
+    single = sum(
         -(-whole_bytes(x) // (1 if paths.spell(path).endswith("kernel") else n))
         for (path, x), n in flat
         if x.ndim == 2
@@ -370,13 +373,13 @@ def _gib(size: int) -> str:
 
 
 def _described(settings: StepSettings) -> str:
-    words = [f"batch {settings.batch} x {settings.length} tokens", settings.dtype]
+    parts = [f"batch {settings.batch} x {settings.length} tokens", settings.dtype]
     if settings.adapter is not None:
         targets = settings.adapter.target_modules
         named = targets if isinstance(targets, str) else ", ".join(targets)
-        words.append(f"rank {settings.adapter.rank} on {named}")
+        parts.append(f"rank {settings.adapter.rank} on {named}")
     if settings.quantize:
-        words.append(f"base in {settings.quantize}")
-    words.append(f"remat {settings.remat}")
-    words.append(settings.optimizer if isinstance(settings.optimizer, str) else "own optimizer")
-    return ", ".join(words)
+        parts.append(f"base in {settings.quantize}")
+    parts.append(f"remat {settings.remat}")
+    parts.append(settings.optimizer if isinstance(settings.optimizer, str) else "custom optimizer")
+    return ", ".join(parts)

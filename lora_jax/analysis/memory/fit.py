@@ -20,7 +20,7 @@ def parse_bytes(text: str | int) -> int:
     """Bytes of "80GB" (10^9 each), "80GiB" (2^30 each), or a number of bytes.
 
     Raises:
-      ValueError: not a size above 0.
+      ValueError: the text is not a size above 0.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
@@ -32,7 +32,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]:
-    """Single changes of the settings with which the step fits, or all of them together.
+    """The single changes of the settings that make the step fit, or all of them together.
 
     Args:
       model: the model that `found` was estimated for.
@@ -40,10 +40,10 @@ def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]
       device_memory: bytes of a device.
 
     Returns:
-      A line for each change that is enough by itself: more rematerialization, a smaller batch,
-      an adapter instead of full fine-tuning, a quantized base, more devices. If none is, the
-      total with all of them but more devices, and the number of devices needed. Empty if the
-      step fits.
+      A line for each sufficient change: more rematerialization, a smaller batch,
+      an adapter instead of full fine-tuning, a quantized base, more devices. If none is
+      sufficient, the total with all of them on as many devices, and the number of devices needed.
+      Empty if the step already fits.
     """
     if found.fits(device_memory):
         return []
@@ -63,16 +63,18 @@ def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]
         if line := _devices(found.model, config, settings, device_memory, label):
             return [*lines, line]
     return lines or [
-        f"nothing that is known here: with {_names(found.settings)} it still takes "
+        f"no change here is enough: with {_names(found.settings)} the step still takes "
         f"{best.total / GIB:.2f} GiB on each of {_MOST_DEVICES} devices or fewer"
     ]
 
 
 def _changes(settings: Any) -> Iterator[tuple[str, Any]]:
-    """Each change by itself."""
+    """The changes to try, each by itself."""
     replace = dataclasses.replace
     if settings.remat is not True:
         yield "remat True", replace(settings, remat=True)
+    # Halving the batch and doubling the accumulation gives the same gradient; every device needs
+    # at least one row.
     least = settings.mesh["data"] * settings.mesh["fsdp"]
     batch = settings.batch // 2
     while batch >= least and batch % least == 0:
@@ -88,7 +90,7 @@ def _changes(settings: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _joined(together: Any, start: Any, change: Any) -> Any:
-    """`together` with what `change` changed."""
+    """`together` with the fields in which `change` differs from `start`."""
     own = {
         field.name: getattr(change, field.name)
         for field in dataclasses.fields(change)
@@ -98,13 +100,14 @@ def _joined(together: Any, start: Any, change: Any) -> Any:
 
 
 def _names(settings: Any) -> str:
-    """All changes in words; of the batches, the smallest."""
+    """A list of all changes as text, with the smallest batch only."""
+    # The first word is the kind of change: a later, smaller batch replaces the one before.
     last = {name.split()[0]: name for name, _ in _changes(settings)}
     return "; ".join(last.values())
 
 
 def _devices(name: str, config: Any, settings: Any, device_memory: int, label: str) -> str:
-    """How many devices the step takes, spread over `fsdp`; a row of the batch each, at least."""
+    """The number of devices that fit the step, sharded by `fsdp`, with at least one row each."""
     count = 2 * settings.mesh["fsdp"]
     while count <= _MOST_DEVICES:
         mesh = {**settings.mesh, "fsdp": count}

@@ -1,13 +1,13 @@
-"""The training step of an estimate: that of `lora_jax.train`, traced over shapes.
+"""The training step of an estimate: the step of `lora_jax.train`, traced over shapes.
 
-Also the models an estimate is made for: a known shape by name, or any config.json.
+Also the models that can be estimated: a known shape by name, or any config.json.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,8 @@ from lora_jax.train.step import TrainState, init_state, make_step, split_full
 from lora_jax.transform.lorafy import lorafy
 from lora_jax.tree import combine, init, split
 
-# Optimizers by name; the comments count the arrays they hold for each trained one.
+# Optimizers by name; the comments count the arrays of state for each trained array. The learning
+# rate does not change the memory.
 OPTIMIZERS: Mapping[str, Any] = {
     "adamw": partial(optax.adamw, 2e-4),  # 2
     "lion": partial(optax.lion, 2e-4),  # 1
@@ -49,14 +50,14 @@ class StepSettings:
     """The settings that determine the memory of a training step of a model.
 
     Attributes:
-      adapter: what is adapted; None trains every weight.
+      adapter: the adapter's config; None trains every weight.
       quantize: format of the frozen base's matrices ("nf4", "int4", ...), or None.
       batch: rows of one forward pass, on all devices together.
       length: tokens of a row.
       accumulation: forward passes of one optimizer step.
-      dtype: of the computation and of frozen weights that are not quantized.
-      train_dtype: of weights that are trained whole, and so of their gradients and optimizer
-        state; adapters are float32.
+      dtype: dtype of the computation and of frozen weights that are not quantized.
+      train_dtype: dtype of the weights in full fine-tuning, and so of their gradients and
+        optimizer state; adapters are float32.
       remat: as in `lora_jax.models.Forward`.
       optimizer: a name of `OPTIMIZERS`, or an `optax.GradientTransformation`.
       clip: whether the gradient's global norm is clipped, as `lora_jax.train` does.
@@ -101,13 +102,13 @@ class StepSettings:
         object.__setattr__(self, "mesh", mesh)
 
     @property
-    def method(self) -> str:
-        """What is trained: "full", "LoRA" or "QLoRA"."""
+    def method(self) -> Literal["full", "LoRA", "QLoRA"]:
+        """The method: "full", "LoRA" or "QLoRA"."""
         return "full" if self.adapter is None else "QLoRA" if self.quantize else "LoRA"
 
     @property
     def tx(self) -> optax.GradientTransformation:
-        """The optimizer, behind clipping."""
+        """The optimizer, after clipping."""
         given = self.optimizer
         tx = OPTIMIZERS[given]() if isinstance(given, str) else given
         return optax.chain(optax.clip_by_global_norm(1.0), tx) if self.clip else tx
@@ -118,7 +119,7 @@ class AbstractStep(NamedTuple):
 
     Attributes:
       fn: `fn(state, frozen, batch) -> (state, metrics)`; the state is donated.
-      params: the whole tree: trained and frozen.
+      params: the whole tree, trained and frozen.
       state, frozen, batch: `ShapeDtypeStruct`s.
       base: the base's parameters, before adapters.
     """
@@ -134,17 +135,17 @@ class AbstractStep(NamedTuple):
 def abstract_step(
     config: Any, settings: StepSettings, *, batch: int, rows: tuple[str, ...] = ()
 ) -> AbstractStep:
-    """The step of a model, over shapes.
+    """The training step of a model, traced over shapes.
 
     Args:
       config: the model's configuration.
-      settings: of the step.
+      settings: the settings of the step.
       batch: rows of one forward pass.
-      rows: as in `lora_jax.models.Forward`; the step is to be traced under its mesh then.
+      rows: as in `lora_jax.models.Forward`; the step must then be traced under its mesh.
 
     Raises:
-      ValueError: a text longer than the model's context, targets that match nothing, a rank that
-        is too large, a block size that divides nothing.
+      ValueError: a length above the model's context, targets that match nothing, a rank that is
+        too large, or a block size that divides nothing.
     """
     architecture = architecture_of(config.model_type)
     context = getattr(config, "context", config.max_position_embeddings)
@@ -168,24 +169,26 @@ def abstract_step(
     state = jax.eval_shape(lambda t: init_state(jax.random.key(0), t, tx), trainable)
     kind = lora_loss if architecture.kind == CAUSAL_LM else _encoder_loss
     loss = kind(dataclasses.replace(forward, rows=rows))
+    # A classifier has one target per row, a masked LM one per token, as a language model.
     one_a_row = getattr(config, "task", None) == CLASSIFICATION
     places = batch if one_a_row else batch * settings.length
     shapes = _batch(settings, batch, places)
     return AbstractStep(make_step(loss, tx), params, state, frozen, shapes, base)
 
 
-def _base(forward: Any, settings: StepSettings):
+def _base(forward: Any, settings: StepSettings) -> Any:
     shapes, form = forward.shapes(), settings.quantize
     if form is None:
         return shapes
 
-    def quantized(params: Any):
+    def quantized(params: Any) -> Any:
         return quantize(params, is_kernel, format=form, backend=settings.backend)
 
     return jax.eval_shape(quantized, shapes)
 
 
-def _adapted(forward: Any, base: Any, adapter: LoraConfig):
+def _adapted(forward: Any, base: Any, adapter: LoraConfig) -> Any:
+    # The plan does not depend on the size of the input.
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     plan = make_plan(adapter, forward.apply, base, tokens)
     return jax.eval_shape(lambda p: init(jax.random.key(0), plan, p), base)
@@ -199,8 +202,8 @@ def _batch(settings: StepSettings, batch: int, places: int) -> Batch:
     return Batch(whole(batch, settings.length), whole(places), whole(places), weights)
 
 
-def _encoder_loss(forward: Any):
-    """Cross entropy of what the encoder's head gives, or, where it has none, of its features."""
+def _encoder_loss(forward: Any) -> Callable[..., jax.Array]:
+    """Cross entropy of the head's logits, or of the hidden states of an encoder without a head."""
     apply = lorafy(forward.apply, reverse_only=True)
 
     def loss(trainable: Any, frozen: Any, batch: Any, key):
@@ -213,7 +216,7 @@ def _encoder_loss(forward: Any):
 
 
 class Spread(NamedTuple):
-    """Where every array of a step lies: trees of `PartitionSpec`s like its arguments."""
+    """How every array of a step is sharded: trees of `PartitionSpec`s like its arguments."""
 
     params: Any
     state: Any
@@ -236,6 +239,7 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
     copied: Any = PartitionSpec()
     moments = optax.tree_utils.tree_map_params(
         settings.tx,
+        # Factored moments (Adafactor) have fewer dims than their weight: they are not sharded.
         lambda x, spec: spec if len(spec) <= len(x.shape) else copied,
         step.state.opt_state,
         trainable,
@@ -287,15 +291,15 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 
 
 def config_of(model: str | Path | Mapping[str, Any] | Any) -> tuple[str, Any]:
-    """A name to show, and the configuration of a model.
+    """The display name and the configuration of a model.
 
     Args:
       model: a name of `SHAPES`, the path of a config.json or of its directory, the object in it,
-        or a configuration (`lora_jax.models.LlamaConfig` and its like).
+        or a configuration such as `lora_jax.models.LlamaConfig`.
 
     Raises:
       FileNotFoundError: no such name, file or directory.
-      ValueError: a model type or a field that is not known, or a file that is not JSON.
+      ValueError: an unknown model type or field, or a file that is not JSON.
     """
     if isinstance(model, Mapping):
         return str(model.get("model_type")), config_from_hf(model)

@@ -1,10 +1,10 @@
 """The change of every matrix between two trees, and its singular values and directions.
 
-Computed on the host in float64, one matrix at a time. The change of an adapter `ΔW = s·A·B` is kept
-as its factors and never formed: with `A = Qa·Ra` and `Bᵀ = Qb·Rb` all that is looked for is in the
-`(r, r)` matrix `s·Ra·Rbᵀ`. That of a dense change is in the eigenvalues of `ΔW·ΔWᵀ` or `ΔWᵀ·ΔW`,
-whichever is smaller: in float64 these give σ down to some 1e-8·σ1, below what float32 weights hold,
-at a tenth of the cost of a singular value decomposition.
+Computed on the host in float64, one matrix at a time. The change of an adapter, `ΔW = s·A·B`, stays
+in factors and is never formed: with `A = Qa·Ra` and `Bᵀ = Qb·Rb`, the matrix `s·Ra·Rbᵀ` has the
+same singular values. Those of a dense change are the roots of the eigenvalues of `ΔW·ΔWᵀ` or
+`ΔWᵀ·ΔW`, whichever is smaller: in float64 they are accurate down to about 1e-8·σ1, below the
+resolution of float32 weights, at a tenth of the cost of a singular value decomposition.
 """
 
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import sizes, to_matrix
 from lora_jax.merge import merge
 
-# A stack of these has two dims, and is no matrix for that.
+# Names of leaves that are vectors: stacked over layers they have two dims, but are no matrices.
 _VECTORS = ("scale", "bias")
 _EPSILON = float(np.finfo(np.float64).eps)
 
 
 class Factors(NamedTuple):
-    """A change `A @ B`, the adapter's scale in `a`."""
+    """A change `A @ B`; `a` includes the adapter's scale."""
 
     a: Float[np.ndarray, "n r"]  # noqa: F722
     b: Float[np.ndarray, "r m"]  # noqa: F722
@@ -38,8 +38,8 @@ class Change(NamedTuple):
     """How one matrix changed.
 
     Attributes:
-      path: of the leaf.
-      index: position along its stack dims, () if it has none.
+      path: the leaf's path.
+      index: position along its stack dims, () without any.
       before: the matrix before, `(in, out)`.
       delta: its change, dense or as factors.
     """
@@ -51,12 +51,12 @@ class Change(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The path with its layer's numbers, `layers.q_proj.kernel[3]`."""
+        """The path with its stack indices, `layers.q_proj.kernel[3]`."""
         return self.path + "".join(f"[{i}]" for i in self.index)
 
 
 class Directions(NamedTuple):
-    """A part of a singular value decomposition, the largest first.
+    """The leading part of a singular value decomposition, largest first.
 
     Attributes:
       inputs: left vectors of the `(in, out)` matrix.
@@ -75,8 +75,7 @@ def changes(
     """The change of every matrix; see `lora_jax.analysis.spectrum` for the arguments.
 
     Raises:
-      ValueError: trees of different structure or shapes, numbers that are not finite, nothing to
-        look at.
+      ValueError: trees of different structure or shapes, values that are not finite, or no matrix.
     """
     nothing = True
     for path, x, y in _alone(before) if after is None else _pairs(before, after):
@@ -85,13 +84,13 @@ def changes(
             yield from _of_leaf(path, x, y)
     if nothing:
         raise ValueError(
-            "there is no matrix to look at"
-            + (f" that `where` = {where!r} names" if where is not None else "")
+            "no matrix to compare"
+            + (f" matches `where` = {where!r}" if where is not None else "")
             + "; pass trees with weights of two or more dims, or a tree with LoRA leaves alone"
         )
 
 
-def _wanted(where, path: str) -> bool:
+def _wanted(where: tuple[str, ...] | str | None, path: str) -> bool:
     if where is None:
         return path.rpartition(".")[2] not in _VECTORS
 
@@ -124,7 +123,7 @@ def _pairs(before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _apart(first: list, second: list) -> str:
-    """The first leaf that only one of two trees has."""
+    """A phrase that names the first leaf that only one of two trees has."""
     names = [[paths.spell(key_path) for key_path, _ in flat] for flat in (first, second)]
     for mine, other, which in ((*names, "before"), (*names[::-1], "after")):
         if extra := [name for name in mine if name not in other]:
@@ -132,11 +131,12 @@ def _apart(first: list, second: list) -> str:
     return ""
 
 
-def _of_leaf(path: str, x, y) -> Iterator[Change]:
+def _of_leaf(path: str, x: Any, y: Any) -> Iterator[Change]:
     """The change of each matrix of a leaf."""
     roles = next((leaf.roles for leaf in (x, y) if isinstance(leaf, LoraArray)), None)
     base = _matrices(x, roles)
     _check_finite(path, base)
+    # With a magnitude `m` (DoRA) the change is not A @ B, so the merged weight is compared.
     if isinstance(y, LoraArray) and y.m is None and _same(x, y.w):
         deltas = _factors(y)
         _check_finite(path, *deltas)
@@ -154,22 +154,22 @@ def _check_finite(path: str, *arrays: np.ndarray) -> None:
         raise ValueError(f"`{path}`: the change is not finite (NaN or infinity)")
 
 
-def _same(x, y) -> bool:
-    """Whether an adapter's base is the weight before."""
+def _same(x: Any, y: Any) -> bool:
+    """Whether an adapter's base equals the weight before."""
     if x is y:
         return True
     plain = not is_leaf(x) and not is_leaf(y)
     return plain and x.dtype == y.dtype and bool(np.array_equal(x, y))
 
 
-def _matrices(x, roles: str | None) -> np.ndarray:
-    """A leaf's weight, its adapter merged, as `(*stack, in, out)`."""
+def _matrices(x: Any, roles: str | None) -> np.ndarray:
+    """A leaf's weight with its adapter merged, as `(*stack, in, out)`."""
     w = dense(merge(x))
     return np.asarray(w if roles is None else to_matrix(w, roles)).astype(np.float32)
 
 
 def _factors(x: LoraArray) -> Factors:
-    """`(*stack, in, r)` with the scale, and `(*stack, r, out)`."""
+    """The factors `(*stack, in, r)`, with the scale, and `(*stack, r, out)`."""
     stack, fan_in, fan_out = sizes(x.shape, x.roles)
     a, b = (np.asarray(f).astype(np.float64) for f in (x.a, x.b))
     scale = np.asarray(x.scale, np.float64)[..., None, None]
@@ -177,7 +177,7 @@ def _factors(x: LoraArray) -> Factors:
 
 
 def singular_values(delta: np.ndarray | Factors) -> Float[np.ndarray, " k"]:
-    """All of them, falling: min(in, out), or the rank of factors."""
+    """All singular values, largest first: min(in, out) of them, or the rank of the factors."""
     if isinstance(delta, Factors):
         return np.linalg.svd(_small(delta)[1], compute_uv=False)
     return _roots(np.linalg.eigvalsh(_gram(delta)))
@@ -186,8 +186,8 @@ def singular_values(delta: np.ndarray | Factors) -> Float[np.ndarray, " k"]:
 def directions(delta: np.ndarray | Factors, top: int | None = None) -> Directions:
     """The `top` largest singular values with their vectors; all by default.
 
-    Those that rounding alone may have made are left out: values of factors below `n·ε·σ1`, of a
-    dense change below `√(n·ε)·σ1`, as its squares are what is computed.
+    Values that rounding alone may explain are left out: below `n·ε·σ1` for factors and below
+    `√(n·ε)·σ1` for a dense change, whose squares are computed.
     """
     if isinstance(delta, Factors):
         (first, second), small = _small(delta)
@@ -200,6 +200,8 @@ def directions(delta: np.ndarray | Factors, top: int | None = None) -> Direction
     else:
         squares, vectors = eigh(gram, subset_by_index=[size - top, size - 1])
     values, vectors = _roots(squares), vectors[:, ::-1]
+    # The vectors of the other side follow from ΔW·v = σ·u; 1e-300 avoids 0/0, and `_cut` drops
+    # those vectors.
     wide = delta.shape[0] <= delta.shape[1]
     other = (delta.T if wide else delta) @ vectors / np.maximum(values, 1e-300)
     found = (vectors, values, other) if wide else (other, values, vectors)

@@ -1,4 +1,4 @@
-"""Which directions training changed: those of another training, or ones that were not there.
+"""Compares the directions that training changed with another training's, or with the base's own.
 
 Sources: Hu et al. 2021, "LoRA", section 7.2, equation 4 (similarity of subspaces); Shuttleworth et
 al. 2024, "LoRA vs full fine-tuning: an illusion of equivalence", definition 3.1 and algorithm 1
@@ -12,24 +12,24 @@ import numpy as np
 
 from lora_jax.analysis.spectrum.changes import Change, Directions, Factors, changes, directions
 
-# A direction counts if its value is above this share of the largest: float32's noise is below.
+# Directions below this share of the largest singular value are taken for float32 noise.
 _NOTHING = 1e-6
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much the main directions of two changes of one matrix are the same.
+    """How much the main directions of two changes of one matrix agree.
 
     Attributes:
-      name: of the matrix.
-      top: how many directions of each were compared.
-      inputs: `‖U1ᵀ U2‖² / top` of the directions on the side of the inputs, 0 to 1.
-      outputs: the same on the side of the outputs.
-      chance_inputs: what random directions would give, `top / in`.
-      chance_outputs: the same, `top / out`.
-      captured: the share of the first change's energy `‖ΔW1‖²` between the second's directions,
+      name: the matrix.
+      top: number of directions compared.
+      inputs: `‖U1ᵀ U2‖² / top` of the input directions, 0 to 1.
+      outputs: the same for the output directions.
+      chance_inputs: expected value for random input directions, `top / in`.
+      chance_outputs: the same for output directions, `top / out`.
+      captured: share of the first change's energy `‖ΔW1‖²` within the second's directions,
         `‖U2ᵀ ΔW1 V2‖² / ‖ΔW1‖²`.
-      best: the most that `top` directions could capture.
+      best: the largest share that any `top` directions capture.
     """
 
     name: str
@@ -42,18 +42,25 @@ class Overlap:
     best: float
 
 
-def overlap(before: Any, first: Any, second: Any, *, top: int = 8, where=None) -> list[Overlap]:
+def overlap(
+    before: Any,
+    first: Any,
+    second: Any,
+    *,
+    top: int = 8,
+    where: tuple[str, ...] | str | None = None,
+) -> list[Overlap]:
     """Compares the `top` main directions of two trainings of the same weights.
 
     Args:
       before: parameters before training.
       first: after one training, plain or with LoRA leaves.
-      second: after the other.
-      top: how many directions, at least 1; fewer where a change has fewer.
+      second: after the other training, likewise.
+      top: number of directions, at least 1; fewer if a change has fewer.
       where: as for `spectrum`.
 
     Returns:
-      One for each matrix that both changed.
+      One `Overlap` for each matrix that both trainings changed.
 
     Raises:
       ValueError: as `spectrum`; no matrix was changed by both.
@@ -105,6 +112,7 @@ def _between(u: np.ndarray, delta: np.ndarray | Factors, v: np.ndarray) -> np.nd
 
 def _energy(delta: np.ndarray | Factors) -> float:
     if isinstance(delta, Factors):
+        # ‖A·B‖² = tr(AᵀA·BBᵀ): the product is never formed.
         return float(np.sum((delta.a.T @ delta.a) * (delta.b @ delta.b.T)))
     return float(np.sum(delta**2))
 
@@ -112,14 +120,14 @@ def _energy(delta: np.ndarray | Factors) -> float:
 def intruder_dimensions(
     before: Any, after: Any, *, top: int = 10, similarity: float = 0.5, where=None
 ) -> dict[str, int]:
-    """Counts the singular directions of the trained weights that the weights before had not.
+    """Counts the singular directions of the trained weights that are new.
 
-    A left singular vector among the `top` first of `W_after` is an intruder if its cosine with
-    every left singular vector of `W_before` is below `similarity` in size.
+    One of the first `top` left singular vectors of `W_after` is an intruder if its cosine with
+    every left singular vector of `W_before` is below `similarity` in absolute value.
 
     Args:
       before, after: as for `spectrum`.
-      top: how many of the largest directions are looked at, at least 1.
+      top: number of the largest directions to check, at least 1.
       similarity: in (0, 1).
       where: as for `spectrum`.
 
@@ -141,7 +149,7 @@ def intruder_dimensions(
 
 
 def _intruders(change: Change, top: int, similarity: float) -> int:
-    # Of (in, out) matrices the outputs' directions are the right vectors, the `U` of (out, in).
+    # The paper's weights are (out, in): its left vectors are the output directions here.
     delta = change.delta
     step = delta.a @ delta.b if isinstance(delta, Factors) else delta
     if not step.any():

@@ -1,13 +1,14 @@
-"""The runs of a sweep on disk: finished runs (`Store`), and checkpoints of current ones (`Keeper`).
+"""The runs of a sweep on disk: finished runs (`Store`) and checkpoints of current ones (`Keeper`).
 
-output_dir/sweep.json             what the runs have in common; a resumed sweep must agree
+output_dir/sweep.json             the settings of all runs; a resumed sweep must have the same
            runs/NAME.json         the numbers of a run, written when it is trained and when scored
            runs/NAME.npz          its trained weights, until it is scored or rejected
            unfinished/NAME/       Orbax checkpoint of a training in progress
 
-A group of adapters that train together has one checkpoint: what trains, the optimizer's state, the
-losses so far, and a digest of the batches seen. Restoring checks the digest, the jobs of the group
-and the base's fingerprint, so that a resumed training ends with the bits of an uninterrupted one.
+A group of adapters that train together has one checkpoint: the trained leaves, the optimizer's
+state, the losses so far, and a digest of the batches seen. Restoring checks the digest, the jobs of
+the group and the base's fingerprint, so that a resumed training ends with the bits of an
+uninterrupted one.
 """
 
 import hashlib
@@ -65,7 +66,7 @@ class Keeper:
       described: identifies the training, as JSON values; `base` is a fingerprint.
       every: seconds between checkpoints; 0 for one after each step.
       params: the base, whose fingerprint must be that of a restored checkpoint.
-      log: receives a line when a training continues.
+      log: called with a line of text when a training continues.
 
     Attributes:
       folder: the folder of this training.
@@ -86,7 +87,7 @@ class Keeper:
         self._last, self._took, self.begun = time.monotonic(), 0.0, False
 
     def restore(self, fresh: Progress) -> Progress:
-        """The newest checkpoint, or `fresh` where there is none.
+        """The newest checkpoint, or `fresh` if there is none.
 
         Raises:
           ValueError: the checkpoint is of another training or base, or has other shapes.
@@ -108,6 +109,7 @@ class Keeper:
 
     def _check(self, had: Mapping) -> None:
         now = self._described
+        # The base is compared by `check_base`, which names the leaves that differ.
         for name in sorted((had.keys() | now.keys()) - {"base"}):
             if had.get(name) != now.get(name):
                 raise ValueError(
@@ -168,6 +170,7 @@ def unfinished(folder: Path) -> Iterator[Unfinished]:
 
 def folder_of(folder: Path, jobs: Sequence[str]) -> Path:
     """The folder of a group: a readable name, unique to these runs."""
+    # The names of a whole group can exceed the length that file systems allow.
     digest = hashlib.sha256("\n".join(jobs).encode()).hexdigest()[:8]
     return folder / f"{jobs[0]}-of-{len(jobs)}-{digest}"
 
@@ -239,12 +242,12 @@ class Store:
             self._trees[run.name] = tree
         self._write(run)
 
-    def tree(self, run: Run, like: Any):
+    def tree(self, run: Run, like: Any) -> Any:
         """The weights of a trained run that is not scored yet.
 
         Args:
           run: the run.
-          like: a tree of the same structure; leaves that did not train are taken from it.
+          like: a tree of the same structure; untrained leaves are taken from it.
         """
         if run.name in self._trees:
             return self._trees[run.name]
@@ -253,6 +256,7 @@ class Store:
         leaves, tree = jax.tree.flatten(like if whole else moved)
         with np.load(self._path(run, ".npz")) as held:
             arrays = [held[f"arr_{i}"] for i in range(len(leaves))]
+        # bfloat16 comes back as its bits, see `_plain`.
         arrays = [
             jax.numpy.asarray(x.view(leaf.dtype) if x.dtype != leaf.dtype else x)
             for x, leaf in zip(arrays, leaves, strict=True)
@@ -261,13 +265,14 @@ class Store:
         return tree if whole else combine(tree, still)
 
     def holds(self, run: Run) -> bool:
-        """Whether the weights of a run are still there."""
+        """Whether the weights of a run are still stored."""
         if self._folder is None:
             return run.name in self._trees
         return self._path(run, ".npz").is_file()
 
     def scored(self, run: Run) -> None:
         """Stores the scores of a run and removes its weights."""
+        # In this order: a run killed in between has its score and only leaves a file behind.
         self._write(run)
         self.forget(run)
 
@@ -290,6 +295,7 @@ class Store:
 
     def finished(self, runs: Sequence[Run]) -> None:
         """Removes the checkpoints of groups with any of these runs, which are now trained."""
+        # A run may also have trained in a group of another size before the interruption.
         names = [run.name for run in runs]
         if (own := self.place_of(names)) is not None:
             remove(own)
@@ -312,7 +318,7 @@ class Store:
         return self._folder / "runs" / (run.name + suffix)
 
 
-def _moved(tree: Any):
+def _moved(tree: Any) -> Any:
     """The trained leaves: the trainable half, or the whole tree of full fine-tuning."""
     moved, _ = split(tree)
     return moved if jax.tree.leaves(moved) else tree
@@ -340,5 +346,6 @@ def _check_common(path: Path, common: dict) -> None:
         name = sorted(differs)[0]
         raise ValueError(
             f"{path}: the sweep there has {name} = {had.get(name)!r}, this one has "
-            f"{common.get(name)!r}: its runs cannot stand in one table; give another output_dir"
+            f"{common.get(name)!r}: their runs cannot share a table; choose another "
+            "output_dir"
         )

@@ -59,12 +59,12 @@ def train_adapters(
       loss: `(params, batch) -> ()`, the mean loss of a batch.
       adapters: trees from `lora.init`, of any ranks.
       rates: the peak learning rate of each.
-      batches: as many as `config.steps`.
+      batches: at least `config.steps` batches.
       config: the optimizer and its schedule; its learning rate is ignored.
       key: key of the adapters' dropout.
       rank: the rank that all are padded to; the largest by default.
-      sources: each item of `batches` is then a tuple of batches of the same shapes, and this says
-        which of them each adapter sees. None: an item is one batch, and all see it.
+      sources: for each adapter, the index of its batch in the items of `batches`, which are then
+        tuples of batches of the same shapes. None: an item is one batch, shared by all.
       advance: called with the mean loss after each step.
       keeper: writes and restores checkpoints; None keeps nothing.
 
@@ -189,7 +189,8 @@ class _Run:
         if at.step < self.steps:
             raise ValueError(f"`batches` gave {at.step} batches for {self.steps} steps")
         if keeper is not None and keeper.begun:
-            keeper.save(at)  # what follows may take long as well
+            # Scoring, which follows, may take long too.
+            keeper.save(at)
         return at
 
     def _taken(self, at: Progress, frozen: Any, batch: Any, key, seen: set) -> Progress:
@@ -245,14 +246,14 @@ def _skip(source: Iterator, at: Progress, advance: Callable) -> None:
         advance(float(np.mean(loss)))
     if seen != at.batches:
         raise ValueError(
-            f"the first {at.step} batches are not those that the unfinished training saw: "
-            "`batches` must give the same ones each time for a seed; with other data, give "
+            f"the first {at.step} batches differ from those of the unfinished training: "
+            "`batches` must give the same ones each time for a seed; with other data, choose "
             "another output_dir"
         )
 
 
 def _interrupted(step: int, steps: int, keeper: Keeper | None) -> str:
-    saved = "nothing of it was saved" if keeper is None else f"saved in {keeper.folder}"
+    saved = "nothing was saved" if keeper is None else f"saved in {keeper.folder}"
     return f"interrupted after step {step} of {steps}: {saved}"
 
 

@@ -195,9 +195,9 @@ def test_clear_errors():
         spectrum(before, {"head": before["head"]})
     with pytest.raises(ValueError, match="only `after` has `more`; pass the same model's"):
         spectrum(before, {**before, "more": jnp.ones((2, 2))})
-    with pytest.raises(ValueError, match=r"no matrix to look at that `where` = \('nose',\) names"):
+    with pytest.raises(ValueError, match=r"no matrix to compare matches `where` = \('nose',\)"):
         spectrum(before, before, where=("nose",))
-    with pytest.raises(ValueError, match="no matrix to look at"):
+    with pytest.raises(ValueError, match="no matrix to compare"):
         spectrum(before)
     bad = {**before, "head": {**before["head"], "kernel": jnp.full((14, 6), jnp.nan)}}
     with pytest.raises(ValueError, match="`head.kernel`: the change is not finite"):
