@@ -1,4 +1,4 @@
-"""Adapters from any format to any other, over their model or, where that is possible, without."""
+"""Converts adapters between formats, with their model or, if possible, without it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,14 +8,14 @@ from lora_jax import hf
 from lora_jax.config.lora import LoraConfig
 from lora_jax.recipes.adapter_formats import ADAPTER_FORMATS, AdapterFormat, OnModel, PlanOf
 
-# The formats that are written without loading the model.
+# The formats that can be written without loading the model.
 CONVERTED = {name: form for name, form in ADAPTER_FORMATS.items() if form.write is not None}
 
 
 def kind_of(source: str | Path) -> str:
-    """The name of the format that an adapter is in.
+    """The name of an adapter's format.
 
-    A path that does not exist is taken for a Hub id of a PEFT adapter.
+    A path that does not exist is taken to be the Hub id of a PEFT adapter.
     """
     path = Path(source)
     found = (name for name, form in ADAPTER_FORMATS.items() if form.is_at and form.is_at(path))
@@ -23,11 +23,11 @@ def kind_of(source: str | Path) -> str:
 
 
 def check_source(source: str | Path, *, step: int | None = None) -> None:
-    """Refuses what is no adapter, before its model is loaded, which takes a while.
+    """Checks that the source is an adapter, before its model is loaded, which takes a while.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: damaged, or `step` is given for what has no steps.
+      FileNotFoundError: there is no adapter.
+      ValueError: it is damaged, or `step` is given for a format without steps.
     """
     check = ADAPTER_FORMATS[kind_of(source)].check
     assert check is not None  # `kind_of` finds formats that are read only
@@ -35,10 +35,10 @@ def check_source(source: str | Path, *, step: int | None = None) -> None:
 
 
 def check_output(output: str | Path, *, to: str) -> None:
-    """Refuses an output that exists, for a format that replaces nothing.
+    """Checks that the output does not exist, for a format that replaces nothing.
 
     Raises:
-      FileExistsError: it exists.
+      FileExistsError: the output exists.
     """
     if not ADAPTER_FORMATS[to].replaces and Path(output).exists():
         raise FileExistsError(f"{output}: there is something already; give another directory")
@@ -59,8 +59,8 @@ def load_adapter(
       The model's parameters with the adapter, and its config.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: damaged, for another model, or `step` is given for what has no steps.
+      FileNotFoundError: there is no adapter.
+      ValueError: it is damaged or for another model, or `step` is given for a format without steps.
     """
     load = ADAPTER_FORMATS[kind_of(source)].load
     assert load is not None
@@ -77,16 +77,16 @@ def save_adapter(
     base_model_name: str | None = None,
     dtype: str = "float32",
 ) -> None:
-    """Writes an adapter in any format, whole or not at all.
+    """Writes an adapter in any format, completely or not at all.
 
     Args:
-      model: it is on, from `lora_jax.models.load`.
+      model: the adapted model, from `lora_jax.models.load`.
       lora_params: the model's parameters with the adapter.
-      config: the adapter's.
+      config: the adapter's config.
       output: the directory or, for "gguf", the file.
       to: a name in `ADAPTER_FORMATS`.
-      base_model_name: of the model, for readers of the adapter.
-      dtype: of the numbers that "gguf" and "hf" write; the other formats keep them as they are.
+      base_model_name: the model's name, written for readers of the adapter.
+      dtype: dtype of the tensors for "gguf" and "hf"; other formats keep the adapter's own.
 
     Raises:
       ValueError: an unknown format, or one that cannot hold this adapter.
@@ -106,7 +106,7 @@ def convert(
     base: str | Path | None = None,
     dtype: str = "float32",
 ) -> None:
-    """Turns an adapter of one format into another without loading its model.
+    """Converts an adapter to another format without loading its model.
 
     Args:
       source: the adapter: a PEFT directory, a GGUF LoRA file, or an Orbax folder.
@@ -118,7 +118,8 @@ def convert(
 
     Raises:
       FileNotFoundError: there is no adapter.
-      ValueError: damaged, it takes the model itself, or the format cannot hold it.
+      ValueError: the adapter is damaged, the conversion needs the model, or the format cannot hold
+        the adapter.
       OSError: it cannot be written.
     """
     _check_target(to, CONVERTED, dtype)

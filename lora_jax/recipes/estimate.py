@@ -10,9 +10,9 @@ from lora_jax.analysis.memory.fit import parse_bytes, remedies
 from lora_jax.config.lora import LoraConfig
 from lora_jax.recipes.settings import METHODS, EstimateConfig
 
-# What is shown where no model is named.
+# The models of a call without a model.
 MODELS = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
-_QUERY_VALUE = ("q_proj", "v_proj")  # of the paper's experiments
+_QUERY_VALUE = ("q_proj", "v_proj")  # the adapted matrices of the paper's experiments
 _REMAT = {"true": True, "false": False}
 
 
@@ -25,7 +25,7 @@ def estimate(
       model: see `lora_jax.analysis.memory`; None shows Llama 2's sizes, and how few parameters
         LoRA trains.
       config: the steps.
-      log: receives each text for the user.
+      log: called with each text for the user.
 
     Raises:
       FileNotFoundError, ValueError: as `lora_jax.analysis.memory`.

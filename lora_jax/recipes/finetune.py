@@ -1,4 +1,4 @@
-"""Fine-tunes a model on a data file; loads, exports and merges the adapter."""
+"""Fine-tunes a model on a data file; loads, exports and merges adapters."""
 
 import textwrap
 from collections.abc import Callable
@@ -78,8 +78,8 @@ def finetune(
     """
     check_installed(*EXTRAS["llm"])
     if train_config.output_dir is None:
-        raise ValueError("`output_dir` is missing: say where the run is to be written")
-    # The data is read before the model is loaded, so that an error in it shows at once.
+        raise ValueError("`output_dir` is missing: give a folder for the run")
+    # The data is read before the model, so that an error in it is raised at once.
     records = train.load_jsonl(job.train_data)
     eval_records = None if job.eval_data is None else train.load_jsonl(job.eval_data)
     model = load_model(
@@ -133,7 +133,7 @@ def load_model(
     remat: bool = False,
     quantize: str | None = None,
     quantize_block: int = 64,
-):
+) -> Any:
     """Loads a model; "smollm2" is the installed demo model. Settings as in `FinetuneConfig`."""
     path = models.find_smollm2() if source == "smollm2" else source
     # Recomputing all but the projections is faster than storing and reading everything.
@@ -146,12 +146,12 @@ def hub_name(source: str) -> str:
     return SMOLLM2 if source == "smollm2" else source
 
 
-def plan_model(model: Any, config: LoraConfig):
-    """The plan of a language model: which of its weights the config adapts."""
+def plan_model(model: Any, config: LoraConfig) -> Any:
+    """Plans a config on a language model."""
     return make_plan(config, model.apply, model.params, _TOKENS)
 
 
-def init_adapter(model: Any, config: LoraConfig, *, seed: int, weights=None) -> Any:
+def init_adapter(model: Any, config: LoraConfig, *, seed: int, weights: Any = None) -> Any:
     """The model's parameters with a fresh adapter; `weights` as in `lora_jax.init`."""
     plan = plan_model(model, config)
     return init(jax.random.key(seed), plan, model.params, weights=weights)
@@ -241,5 +241,5 @@ def merge_adapter(
     save_merged(output, model, params, dtype=dtype)
 
 
-# Dimension roles are inferred from a trace, for which any tokens do.
+# Dimension roles are inferred from a trace, which needs only the shape of some tokens.
 _TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
