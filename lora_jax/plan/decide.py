@@ -19,9 +19,10 @@ from lora_jax.dims import b_dims, factor_shapes, out_dims, sizes
 from lora_jax.plan import roles as roles_of
 from lora_jax.plan.check import check, too_high
 from lora_jax.plan.draft import Draft, names_of
+from lora_jax.plan.flow import Usage
 from lora_jax.plan.leaf import LeafPlan, Plan, Use
 from lora_jax.plan.saved import saved_whole, with_saved
-from lora_jax.plan.usage import Usage, is_weight, usage
+from lora_jax.plan.usage import is_weight, usage
 from lora_jax.transform.lorafy import materializations
 
 # Modules that turn features into logits: "all-linear" leaves them out, as PEFT does.

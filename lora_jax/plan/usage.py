@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lora_jax import compat
 from lora_jax.array import Window
+from lora_jax.plan.flow import Flow, Track, Usage, free_dims
 from lora_jax.plan.leaf import Use, UseKind
 from lora_jax.transform.dim_maps import (
     indexed_dims,
@@ -25,63 +26,6 @@ from lora_jax.transform.dim_maps import (
 )
 from lora_jax.transform.primitive import Body, DimFlow, Dims, inner_jaxpr
 from lora_jax.transform.primitives import row_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Track:
-    """A leaf on its way through the function.
-
-    Attributes:
-      leaf: its number.
-      dims: for each current dim, which of the leaf's own dims it is made of.
-      picked: the leaf's dims of which one index has been taken.
-      lookup: the index, among the leaf's uses, of the gather it came through; -1 before any.
-      mapped: the leaf's dims that the first constant matrix on the way summed over.
-    """
-
-    leaf: int
-    dims: Dims
-    picked: frozenset = frozenset()
-    lookup: int = -1
-    mapped: frozenset = frozenset()
-
-
-@dataclasses.dataclass(frozen=True)
-class Flow:
-    """What is known of one variable of the jaxpr.
-
-    Attributes:
-      tracks: the leaves it is, rearranged.
-      origin: for each dim of an activation, the `(leaf, dim, direct)` it came from.
-      fed: 2 if it depends on the function's other arguments, 1 if only on constants that may be
-        data, else 0.
-      made: the leaves whose contractions it is the result of.
-    """
-
-    tracks: tuple[Track, ...] = ()
-    origin: Dims = ()
-    fed: int = 0
-    made: frozenset = frozenset()
-
-
-@dataclasses.dataclass(frozen=True)
-class Usage:
-    """The uses of every leaf, and what later contractions reveal about earlier ones.
-
-    Attributes:
-      uses: of each leaf.
-      rebatched: pairs (leaf, dim) that a later contraction treats as experts.
-      inner: leaves whose results meet another weight: no output heads.
-      lines: source lines of the equations being walked into, innermost last.
-    """
-
-    uses: tuple[list, ...]
-    rebatched: set
-    inner: set = dataclasses.field(default_factory=set)
-    lines: list = dataclasses.field(default_factory=lambda: ["unknown line"])
-
-    def line(self, eqn: Any) -> str:
-        return compat.source_line(eqn, self.lines[-1])
 
 
 def usage(fn: Callable, leaves: Sequence, tree: Any, args: Sequence, kwargs: dict) -> Usage:
@@ -253,7 +197,7 @@ def _operation(found: Usage, eqn: Any, flows: list[Flow], dims: DimFlow) -> list
             origin = through(flow.origin, dim_map) if dim_map is not None and flow.origin else ()
             parts.append(Flow(tuple(tracks), origin))
         if compat.name_of(eqn) == "dot_general":
-            parts.append(Flow((), _free_dims(found, eqn, flows, len(var.aval.shape))))
+            parts.append(Flow((), free_dims(found, eqn, flows, len(var.aval.shape))))
         outs.append(dataclasses.replace(_merge(parts), fed=fed, made=made))
     return outs
 
@@ -365,60 +309,6 @@ def _window(eqn: Any, track: Track, name: str) -> Window | None:
     if any(len(d) != 1 for d in dims):
         return None
     return Window(tuple(next(iter(d)) for d in dims), eqn.params["feature_group_count"])
-
-
-def _free_dims(found: Usage, eqn: Any, flows: Sequence[Flow], rank: int) -> Dims:
-    """Origins of a product's output dims; notes the weight dims that it batches over."""
-    contracting, batching = eqn.params["dimension_numbers"]
-    for k in (0, 1):
-        if flows[k].origin and flows[1 - k].tracks:
-            for axis in batching[k]:
-                found.rebatched.update((leaf, d) for leaf, d, _ in flows[k].origin[axis])
-            _note_experts(found, flows[k].origin, flows[1 - k], contracting[k], contracting[1 - k])
-    # A product of two activations, as in attention: its dims are no longer those of a hidden layer.
-    if not any(f.tracks for f in flows):
-        flows = [dataclasses.replace(f, origin=_indirect(f.origin)) for f in flows]
-    groups = [
-        _dims_of(flows[0], axis) | _dims_of(flows[1], other)
-        for axis, other in zip(*batching, strict=True)
-    ]
-    for k in (0, 1):
-        taken = {*contracting[k], *batching[k]}
-        free = [d for d in range(len(eqn.invars[k].aval.shape)) if d not in taken]
-        groups += [_dims_of(flows[k], d) for d in free]
-    return tuple(groups) if any(groups) and len(groups) == rank else ()
-
-
-def _indirect(origin: Dims) -> Dims:
-    return tuple(frozenset((leaf, d, False) for leaf, d, _ in dims) for dims in origin)
-
-
-def _note_experts(
-    found: Usage, origin: Dims, weight: Flow, summed: Sequence, own: Sequence
-) -> None:
-    """Notes an expert axis that is summed away together with the experts' hidden dim.
-
-    In `btd,edf->btef` then `btef,efd->btd` nothing but the layout tells experts from heads: the
-    expert axis stands before the first kernel's in dim, the hidden dim after it, and nothing mixes
-    the activations in between (attention would).
-    """
-    for axis, dim in zip(summed, own, strict=True):
-        for leaf, e, direct in origin[axis]:
-            contracted = [u.contracted for u in found.uses[leaf] if u.kind == "contract"]
-            after = [
-                f
-                for other in summed
-                for same, f, straight in origin[other]
-                if same == leaf and straight and other != axis
-            ]
-            if direct and contracted and after and e < min(contracted[0]) < min(after):
-                found.rebatched.add((leaf, e))
-                found.rebatched.update((t.leaf, d) for t in weight.tracks for d in t.dims[dim])
-
-
-def _dims_of(flow: Flow, axis: int) -> frozenset:
-    own = frozenset((t.leaf, d, True) for t in flow.tracks for d in t.dims[axis])
-    return own | (flow.origin[axis] if flow.origin else frozenset())
 
 
 _BODIES: Mapping[Body, Callable[[Usage, Any, list[Flow]], list[Flow]]] = {

@@ -2,7 +2,7 @@
 
 A quantized weight stays so through everything that only relabels its dims or slices its stack, and
 is multiplied by `lora_jax.quant`, which keeps nothing but its codes for the backward pass. Where
-an operation would mix what the codes keep apart it is decoded, and said so.
+an operation would mix what the codes keep apart it is decoded, with a warning.
 """
 
 import dataclasses

@@ -36,7 +36,7 @@ class Implicit:
 
     Attributes:
       w: the dense (or quantized) weight in its current shape.
-      a, b: factors; axes as `factor_labels` says.
+      a, b: factors; axes as of `labels(roles, "a")` and `labels(roles, "b")`.
       scale: one number a stack index.
       gain: DoRA's `m / ‖W + ΔW‖` over stack and out dims, or None.
       key: dropout key, one a stack index, or None when dropout is off.

@@ -73,7 +73,7 @@ class Context:
         return run
 
     def fall_back(self, v: Implicit, eqn: Any, reason: str) -> jax.Array:
-        """Materializes a weight, with a warning or (strict) an error that says where and why."""
+        """Materializes a weight, with a warning or (strict) an error with place and reason."""
         if has_many(v):
             v = row_adapter(self, v, eqn, reason)
         name, line = compat.name_of(eqn), compat.source_line(eqn, self.lines[-1])

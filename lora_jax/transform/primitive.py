@@ -77,7 +77,7 @@ class Primitive:
       many: for weights that hold many adapters; None where `rule` works for them as it is.
       body: what the primitive runs inside itself, or None.
       dims: for the dataflow.
-      tokens: for the token follower; not asked where `body` is not None.
+      tokens: for the token follower; not used where `body` is not None.
       memory: for the memory estimate.
     """
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax.transform import rules_consume, rules_rearrange
+from lora_jax.transform import rules_gather, rules_rearrange
 from lora_jax.transform.implicit import Implicit, Unsupported, is_implicit
 from lora_jax.transform.interpret import Context
 from lora_jax.transform.primitive import Rule, binder
@@ -41,7 +41,7 @@ def consuming(rule: Callable) -> Rule:
 
 def gather(context: Context, eqn: Any, values: list) -> Any:
     v, indices = values
-    return rules_consume.gather(v, indices, binder(eqn), **eqn.params)
+    return rules_gather.gather(v, indices, binder(eqn), **eqn.params)
 
 
 def product(context: Context, eqn: Any, values: list) -> Any:

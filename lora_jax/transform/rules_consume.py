@@ -1,11 +1,11 @@
 """Rules for operations that consume a weight: `y = op(x, W) + s·op(op(x, A), B)`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from lora_jax.array import widened
 from lora_jax.dims import a_dims
@@ -15,7 +15,17 @@ from lora_jax.transform.labels import RANK, expand_to, labels, reorder, spec_of
 from lora_jax.transform.low_rank import compute_dtype, contract, dropped, low_rank
 
 
-def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, many=None, **params):
+def dot_general(
+    lhs: Any,
+    rhs: Any,
+    bind: Callable,
+    use: int,
+    *,
+    dimension_numbers: tuple,
+    precision: Any,
+    many: Any = None,
+    **params: Any,
+) -> Array:
     """A weight on one side of a dot: any contracting, batch and free dims.
 
     Args:
@@ -70,14 +80,16 @@ def dot_general(lhs, rhs, bind, use: int, *, dimension_numbers, precision, many=
     return _with_bias(v, y, out, w_contracted, first)
 
 
-def _wanted_specs(base, out: Sequence, out_sharding):
+def _wanted_specs(base: Array, out: Sequence, out_sharding: Any) -> dict | None:
     spec = spec_of(base)
     if spec is None or out_sharding is None:
         return None
     return dict(zip(out, spec, strict=True))
 
 
-def _gain_before(v: Implicit, x, x_labels, contracted, first: Sequence = ()):
+def _gain_before(
+    v: Implicit, x: Any, x_labels: Sequence, contracted: Collection, first: Sequence = ()
+) -> tuple[Any, bool]:
     """Multiplies DoRA's gain into the activation where its dims are summed over.
 
     Args:
@@ -102,7 +114,9 @@ def _gain_before(v: Implicit, x, x_labels, contracted, first: Sequence = ()):
     return (x * gain.astype(x.dtype)), False
 
 
-def _with_bias(v: Implicit, y, out_labels, contracted, first: Sequence = ()):
+def _with_bias(
+    v: Implicit, y: Array, out_labels: Sequence, contracted: Collection, first: Sequence = ()
+) -> Array:
     """Adds `scale · bias` where the in dims have been summed over, once for every output."""
     if v.bias is None:
         return y
@@ -120,15 +134,31 @@ def _large(v: Implicit) -> list[str]:
     return [role for role, n in zip(v.roles, v.shape, strict=True) if n != 1]
 
 
-def _gain_after(v: Implicit, y, out_labels, pending: bool, first: Sequence = ()):
+def _gain_after(
+    v: Implicit, y: Array, out_labels: Sequence, pending: bool, first: Sequence = ()
+) -> Array:
     if not pending:
         return y
     gain = expand_to(v.gain, [*first, *(("w", d) for d in labels(v.roles, "gain"))], out_labels)
     return y * gain.astype(y.dtype)
 
 
-def conv(lhs, rhs, bind, use: int, *, dimension_numbers, feature_group_count, batch_group_count,
-         precision, window_strides, padding, lhs_dilation, rhs_dilation, **_):  # fmt: skip
+def conv(
+    lhs: Any,
+    rhs: Any,
+    bind: Callable,
+    use: int,
+    *,
+    dimension_numbers: lax.ConvDimensionNumbers,
+    feature_group_count: int,
+    batch_group_count: int,
+    precision: Any,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    **_: Any,
+) -> Array:
     """A convolution kernel: a convolution to `r` channels with `A`, then a 1x1 product with `B`.
 
     With feature groups each group has its own `r` channels, all from one `A`, and the part of
@@ -199,8 +229,18 @@ def _own_units(v: Implicit, dims: Sequence[int]) -> Implicit:
     return dataclasses.replace(v, a=v.a.reshape(*shape, v.rank), roles=roles)
 
 
-def ragged_dot(lhs, rhs, group_sizes, bind, use: int, *, ragged_dot_dimension_numbers, precision,
-               group_offset=None, **_):  # fmt: skip
+def ragged_dot(
+    lhs: Any,
+    rhs: Any,
+    group_sizes: Any,
+    bind: Callable,
+    use: int,
+    *,
+    ragged_dot_dimension_numbers: lax.RaggedDotDimensionNumbers,
+    precision: Any,
+    group_offset: Any = None,
+    **_: Any,
+) -> Array:
     """Grouped matmul `(m, k) x (g, k, n)`: one `A` and one `B` a group."""
     v, numbers = rhs, ragged_dot_dimension_numbers
     if isinstance(lhs, Implicit):
@@ -237,131 +277,3 @@ def ragged_dot(lhs, rhs, group_sizes, bind, use: int, *, ragged_dot_dimension_nu
         preferred_element_type=base.dtype,
     )
     return base + change
-
-
-def gather(v, indices, bind, *, dimension_numbers, slice_sizes, **params):
-    """Rows of a weight by index: an embedding lookup, or the choice of layers or experts.
-
-    Indexing a stack dim gives another implicit array, one adapter an index; indexing an in (or
-    out) dim gives rows of `W` plus rows of its factor times the other factor.
-    """
-    if not isinstance(v, Implicit):
-        raise Unsupported("a weight used as indices")
-    if dimension_numbers.operand_batching_dims:
-        raise Unsupported("batched gather")
-    base = base_weight.rows(
-        v,
-        indices,
-        bind,
-        dimension_numbers=dimension_numbers,
-        slice_sizes=slice_sizes,
-        mode=params.get("mode"),
-        fill_value=params.get("fill_value"),
-    )
-    indices, dimension_numbers = _clamped(v, indices, dimension_numbers, slice_sizes, params)
-    roles = {v.roles[d] for d in dimension_numbers.start_index_map}
-    if len(roles) != 1:
-        raise Unsupported("gather over dims of different roles")
-    out = _gather_labels(v, indices, dimension_numbers)
-
-    def pick(part):
-        return _gather_part(
-            getattr(v, part), labels(v.roles, part), indices, dimension_numbers, slice_sizes, params
-        )
-
-    if roles == {"s"}:
-        return _gather_stack(v, base, out, pick)
-    if not v.rank:
-        return base
-    if v.bias is not None:
-        raise Unsupported("lookup of a weight whose adapter has a bias")
-    owner, other = ("a", "b") if roles <= {"i"} else ("b", "a")
-    whole = set(labels(v.roles, other)) - {RANK}
-    if any(slice_sizes[d] != v.shape[d] for d in whole) or not roles <= {"i", "o"}:
-        raise Unsupported("gather that slices both factors")
-    rows, have = pick(owner)
-    wide = widened(rows.dtype)
-    scale_labels = labels(v.roles, "scale")
-    rows = rows.astype(wide) * expand_to(v.scale.astype(wide), scale_labels, have)
-    change, have = contract(
-        rows,
-        have,
-        getattr(v, other).astype(wide),
-        labels(v.roles, other),
-        keep=set(out),
-        precision=lax.Precision.HIGHEST,
-    )
-    change = reorder(change, have, [label for label in out if label in have])
-    y = base + change.reshape(base.shape).astype(base.dtype)
-    return _gain_rows(v, y, out, owner, pick)
-
-
-def _clamped(v: Implicit, indices, numbers, slice_sizes, params):
-    """Drops the indices of dims taken whole: clamped, they can only be 0 (vmap of a slice)."""
-    where = numbers.start_index_map
-    kept = [k for k, d in enumerate(where) if slice_sizes[d] != v.shape[d]]
-    modes = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
-    if not kept or len(kept) == len(where) or params.get("mode") not in modes:
-        return indices, numbers
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=numbers.offset_dims,
-        collapsed_slice_dims=numbers.collapsed_slice_dims,
-        start_index_map=tuple(where[k] for k in kept),
-    )
-    return indices[..., jnp.array(kept)], numbers
-
-
-def _gain_rows(v: Implicit, y, out, owner: str, pick):
-    """DoRA's gain over the rows that were gathered (out dims indexed) or over the whole rows."""
-    if v.gain is None:
-        return y
-    gain, have = (v.gain, labels(v.roles, "gain")) if owner == "a" else pick("gain")
-    return y * expand_to(gain, have, out).astype(y.dtype)
-
-
-def _gather_labels(v: Implicit, indices, numbers) -> list:
-    """Axes of a gather's result: `("n", i)` for index axes, dims of the weight for offsets."""
-    survive = [d for d in range(v.ndim) if d not in numbers.collapsed_slice_dims]
-    out: list = [None] * (indices.ndim - 1 + len(survive))
-    for axis, d in zip(numbers.offset_dims, survive, strict=True):
-        out[axis] = d
-    index_axes = [i for i, label in enumerate(out) if label is None]
-    for n, axis in enumerate(index_axes):
-        out[axis] = ("n", n)
-    return out
-
-
-def _gather_part(array, dims, indices, numbers, slice_sizes, params):
-    """Gathers a factor along the dims it owns; out-of-range rows give zeros, not the base's fill.
-
-    Returns:
-      The rows, and their labels: index axes first, then the factor's surviving axes.
-    """
-    survive = [d for d in dims if d == RANK or d not in numbers.collapsed_slice_dims]
-    front = indices.ndim - 1
-    own = lax.GatherDimensionNumbers(
-        offset_dims=tuple(range(front, front + len(survive))),
-        collapsed_slice_dims=tuple(
-            sorted(dims.index(d) for d in dims if d in numbers.collapsed_slice_dims)
-        ),
-        start_index_map=tuple(dims.index(d) for d in numbers.start_index_map),
-    )
-    window = tuple(array.shape[i] if d == RANK else slice_sizes[d] for i, d in enumerate(dims))
-    rows = lax.gather(array, indices, own, window, mode=params.get("mode"), fill_value=0)
-    return rows, [("n", i) for i in range(front)] + survive
-
-
-def _gather_stack(v: Implicit, base, out: list, pick):
-    roles = "".join("s" if isinstance(label, tuple) else v.roles[label] for label in out)
-    parts = {}
-    for part in ("a", "b", "scale", "gain", "bias"):
-        if getattr(v, part) is None:
-            parts[part] = None
-            continue
-        rows, have = pick(part)
-        have = [label if label == RANK else out.index(label) for label in have]
-        parts[part] = reorder(rows, have, labels(roles, part))
-    key = v.key
-    if key is not None:  # a mask has the activation's shape: it differs between the indices
-        key = jax.random.split(key.reshape(-1)[0], parts["scale"].shape)
-    return dataclasses.replace(v, w=base, **parts, key=key, roles=roles)

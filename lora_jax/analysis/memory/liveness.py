@@ -99,7 +99,7 @@ def on_cpu(found: Alive, *, trained: int, single: int) -> Alive:
     embedding's will be added to.
 
     Args:
-      found: as `alive` says.
+      found: from `alive`.
       trained: bytes of all gradients on this device.
       single: of those of matrices outside the blocks.
     """
