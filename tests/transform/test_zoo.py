@@ -251,7 +251,7 @@ def test_layers_stacked_under_an_unknown_name():
     params = {"ScanBlock_0": {"dense": {"kernel": normal(1, 3, 8, 8)}}}
     config = {"target_modules": ("dense",)}
     assert planned(fn, params, features(2, 8), **config) == {"ScanBlock_0.dense.kernel": "sio"}
-    with pytest.raises(ValueError, match="stacked under a name that does not say so"):
+    with pytest.raises(ValueError, match="stacked under a name that does not show it"):
         lora.plan(_config(**config, layers_to_transform=[1]), fn, params, features(2, 8))
 
 
