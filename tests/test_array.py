@@ -84,7 +84,8 @@ def test_shape_dtype_and_rank_are_the_weights():
 
 def test_delta_of_narrow_factors_is_computed_in_float32():
     x = leaf((64, 8), "io")
-    narrow = lora.LoraArray(x.w, *(v.astype(jnp.bfloat16) for v in (x.a, x.b)), x.scale)
+    a, b = x.a.astype(jnp.bfloat16), x.b.astype(jnp.bfloat16)
+    narrow = lora.LoraArray(x.w, a, b, x.scale)
     exact = np.asarray(narrow.a, np.float64) @ np.asarray(narrow.b, np.float64) * float(x.scale)
     got = lora.delta(narrow)
     assert got.dtype == jnp.float32

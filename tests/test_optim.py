@@ -1,5 +1,7 @@
 """Gradients through the whole tree: of what trains, over float and quantized bases alike."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +72,7 @@ def test_codes_have_no_gradient(quantized):
     assert not np.any(whole["up"].w.scale)
     tx = lora.masked(optax.sgd(0.1))
     state = tx.init(quantized)
-    moved = [
+    moved: list[Any] = [
         optax.apply_updates(quantized, tx.update(grads, state, quantized)[0])
         for grads in (whole, lora.grad(loss)(quantized, X))
     ]
@@ -95,5 +97,5 @@ def test_what_cannot_train_is_said(quantized):
 def test_optax_finds_its_parameters_in_a_masked_state(quantized):
     tx = lora.masked(optax.adam(0.1))
     state = tx.init(quantized)
-    doubled = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, state)
+    doubled: Any = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, state)
     assert {float(x.min()) for x in jax.tree.leaves(doubled[0].mu)} == {1.0}

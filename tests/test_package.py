@@ -112,7 +112,7 @@ def test_name_version_and_requirements_are_those_of_the_sources(built):
         found = message_from_string(archive.read(name).decode("utf-8"))
     assert (found["Name"], found["Version"]) == ("lora-jax", lora_jax.__version__)
     assert "version" in PROJECT["dynamic"]
-    asked = [Requirement(text) for text in found.get_all("Requires-Dist")]
+    asked = [Requirement(text) for text in found.get_all("Requires-Dist", [])]
     core = {r.name for r in asked if r.marker is None}
     assert core == {
         "jax", "flax", "optax", "orbax-checkpoint", "numpy", "jaxtyping", "safetensors",

@@ -27,7 +27,9 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
         status = main(argv)
     except SystemExit as leaving:
         status = leaving.code
-    return status, *capsys.readouterr()
+    assert isinstance(status, int)
+    out, err = capsys.readouterr()
+    return status, out, err
 
 
 def failing(monkeypatch, error: BaseException):

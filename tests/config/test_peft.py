@@ -48,6 +48,7 @@ def test_peft_reads_what_we_write_and_back(fields, tmp_path):
     ours = LoraConfig.from_peft(full(**fields))
     (tmp_path / "adapter_config.json").write_text(json.dumps(ours.to_peft(), indent=2))
     theirs = peft.LoraConfig.from_pretrained(str(tmp_path))
+    assert isinstance(theirs, peft.LoraConfig)
     back = written(theirs, tmp_path)
     for name in ("target_modules", "exclude_modules"):  # PEFT keeps lists as sets
         if isinstance(back[name], list):

@@ -233,7 +233,7 @@ def test_remat_changes_neither_value_nor_gradient(where: str, policy: str | None
         roles="sio" if stacked else "io",
         dropout=0.5,
     )
-    policy = getattr(jax.checkpoint_policies, policy) if policy else None
+    saved = getattr(jax.checkpoint_policies, policy) if policy else None
 
     def model_with(wrap):
         def layer(c, w):
@@ -264,7 +264,7 @@ def test_remat_changes_neither_value_nor_gradient(where: str, policy: str | None
         return jax.jit(jax.value_and_grad(value), compiler_options=QUICK)(trainable)
 
     plain = run(lambda f: f)
-    remat = run(lambda f: jax.checkpoint(f, policy=policy))
+    remat = run(lambda f: jax.checkpoint(f, policy=saved))
     # Not bit for bit only because XLA may fuse a recomputed product otherwise.
     assert_near(remat, plain, 1e-5, where)
 

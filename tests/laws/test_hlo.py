@@ -103,12 +103,14 @@ def compiled(name: str):
     return got, want, got(trainable, frozen, X), want(pairs, params, X)
 
 
-def dots(text: str) -> int:
+def dots(text: str | None) -> int:
+    assert text
     return len(re.findall(r"= \S+ dot\(", text))
 
 
-def of_weight_shape(text: str) -> list[str]:
+def of_weight_shape(text: str | None) -> list[str]:
     """Operations that make an array of a kernel's shape (or its transpose, or of the stack's)."""
+    assert text
     sizes = "|".join([f"{D},{HIDDEN}", f"{HIDDEN},{D}"])
     return re.findall(rf"= f32\[(?:{LAYERS},)?(?:{sizes})\]\S* (?:dot|add|multiply)\(", text)
 

@@ -1,5 +1,7 @@
 """LoftQ: the error that a quantized base and its adapter start with, and what each base needs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ def quantized(w):
     blocks = np.float32(w).T.reshape(-1, 64)
     scale = np.abs(blocks).max(1, keepdims=True)
     codes = np.abs((blocks / scale)[..., None] - NF4).argmin(-1)
-    return (np.float32(NF4)[codes] * scale).reshape(w.shape[::-1]).T
+    return (NF4.astype(np.float32)[codes] * scale).reshape(w.shape[::-1]).T
 
 
 def loftq(w, turns):
@@ -83,7 +85,7 @@ def test_the_error_is_that_of_the_papers_algorithm(base, turns):
 
 @pytest.mark.parametrize("callable_", [False, True])
 def test_a_quantized_base_keeps_its_format_and_in_one_turn_its_codes(base, callable_):
-    options = dict(format="int4", block_size=32, double_quant=False)
+    options: dict[str, Any] = dict(format="int4", block_size=32, double_quant=False)
     small = lora.quantize(base, ["layers", "out"], **options)
     weights = (lambda path: base[path]) if callable_ else base
     params, _ = started(small, weights=weights)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -226,7 +227,7 @@ def test_a_masked_lm_becomes_an_encoder_or_a_classifier(saved):
         ).last_hidden_state
     close(out.hidden[mask], want[torch.tensor(mask)])
     assert out.pooled is None
-    options = dict(task="sequence-classification", fresh_head=jax.random.key(0))
+    options: dict[str, Any] = dict(task="sequence-classification", fresh_head=jax.random.key(0))
     model = models.load_encoder(directory, **options)
     assert set(model.params["classifier"]) == {"dense", "out_proj"}
     assert "lm_head" not in model.params

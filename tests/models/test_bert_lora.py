@@ -1,6 +1,7 @@
 """Encoders without torch: padding, blocks stacked or apart, files, and adapters on them."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from lora_jax.models.saving import save_model
 
 pytestmark = pytest.mark.once
 
-SIZES = dict(
+SIZES: dict[str, Any] = dict(
     vocab_size=61,
     hidden_size=32,
     intermediate_size=48,
@@ -107,6 +108,7 @@ def test_all_linear_leaves_out_tables_and_head():
 def test_padding_and_stacking_change_nothing(name):
     model = models.init(jax.random.key(0), CONFIGS[name])
     pad = CONFIGS[name].pad_token_id
+    assert pad is not None
     tokens = np.where(MASK, TOKENS, pad)
     apply = quick(model.apply)
     got = apply(model.params, tokens, mask=jnp.asarray(MASK))

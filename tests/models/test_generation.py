@@ -1,6 +1,7 @@
 """The cache and generation: against runs without a cache, on a small random model."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ def test_a_row_ends_before_its_first_stop_token(model):
 
 
 def test_sampling_depends_on_key_and_row_only(model):
-    options = dict(temperature=1.0, top_p=0.9)
+    options: dict[str, Any] = dict(temperature=1.0, top_p=0.9)
     a = generate(model, key=jax.random.key(1), **options)
     assert a == generate(model, key=jax.random.key(1), **options)
     assert a != generate(model, key=jax.random.key(2), **options)
@@ -128,9 +129,9 @@ def compilations(run):
 
     seen = []
 
-    def note(event, duration, **_):
+    def note(event: str, duration_secs: float, **_: str | int):
         if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(duration)
+            seen.append(duration_secs)
 
     monitoring.register_event_duration_secs_listener(note)
     try:
@@ -186,7 +187,7 @@ def test_refused(model, prompts, options, text):
 
 
 def test_an_encoder_writes_nothing():
-    bert = SimpleNamespace(config=SimpleNamespace(model_type="bert"), forward=object())
+    bert: Any = SimpleNamespace(config=SimpleNamespace(model_type="bert"), forward=object())
     with pytest.raises(ValueError, match="`model` is a `bert`, an encoder, which writes nothing"):
         models.generate(bert, {}, PROMPTS, max_new_tokens=3)
 

@@ -1,5 +1,7 @@
 """Weighted combinations against the dense sum, and against PEFT's where PEFT's are right."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,11 +81,11 @@ def test_svd_is_the_best_of_its_rank():
 
 def peft_model(adapters, rslora=False):
     """A torch model of one linear layer with the adapters of `up` in PEFT."""
-    linear = torch.nn.Sequential()
+    linear: Any = torch.nn.Sequential()
     linear.add_module("up", torch.nn.Linear(IN, OUT, bias=False))
     with torch.no_grad():
         linear.up.weight.copy_(torch.from_numpy(np.asarray(base()["up"]["kernel"]).T.copy()))
-    model = None
+    model: Any = None
     for number, tree in enumerate(adapters):
         leaf = tree["up"]["kernel"]
         rank = leaf.rank
@@ -125,10 +127,9 @@ def test_what_peft_gives(ours, theirs, options):
     got = changes(multi.add_weighted_adapter(adapters, weights, method=ours, **options))["up"][
         "kernel"
     ]
-    renamed = {"rank": "svd_rank", "majority_sign": "majority_sign_method"}
-    want = peft_change(
-        peft_model(adapters), weights, theirs, **{renamed.get(k, k): v for k, v in options.items()}
-    )
+    renamed: dict[str, str] = {"rank": "svd_rank", "majority_sign": "majority_sign_method"}
+    spelled: dict[str, Any] = {renamed.get(k, k): v for k, v in options.items()}
+    want = peft_change(peft_model(adapters), weights, theirs, **spelled)
     np.testing.assert_allclose(got, want, atol=3e-5)
 
 

@@ -1,5 +1,7 @@
 """Plans: what a config adapts, what each error says, what the table shows."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -43,7 +45,8 @@ ATTENTION = [f"model.layers.attn.{n}.kernel" for n in ("o_proj", "q_proj", "v_pr
 
 
 def planned(**fields) -> lora.Plan:
-    return lora.plan(lora.LoraConfig(**({"rank": 2} | fields)), fn, PARAMS, TOKENS)
+    options: dict[str, Any] = {"rank": 2} | fields
+    return lora.plan(lora.LoraConfig(**options), fn, PARAMS, TOKENS)
 
 
 def adapted(**fields) -> list[str]:

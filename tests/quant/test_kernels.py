@@ -1,6 +1,7 @@
 """Kernels: interpreted on the CPU against plain jnp, and lowered for CUDA and TPU from here."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def quantized(rows, cols, **options):
     return quant.quantize_array(w, **{"block_size": 16, "format": "nf4"} | options)
 
 
-def parts(q):
+def parts(q) -> tuple[tuple, dict[str, Any]]:
     return (q.packed, scales(q), q.bias), dict(form=form_of(q), block=q.block)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,8 +102,8 @@ def make(name, **options):
     """The function, its quantized parameters, and its inputs."""
     fn, params, roles, x = CASES[name]
     where = [k for k, w in params.items() if w.ndim > 1]
-    options = {"block_size": 16} | options
-    return fn, lora.quantize(params, where, roles=roles, **options), x
+    chosen: dict[str, Any] = {"block_size": 16} | options
+    return fn, lora.quantize(params, where, roles=roles, **chosen), x
 
 
 def loss_of(fn, *args):
@@ -184,8 +185,8 @@ def test_decoding_leaves_nothing_outside_the_loop_over_layers():
     """Not the codebook's constants either, which XLA would spread over the weight's shape."""
     w, x = weights(4, 128, 128), jnp.ones((2, 128))
     sizes = []
-    for options in (dict(format="nf4"), dict(format="int4")):
-        q = quant.quantize_array(w, block_size=64, **options)
+    for format in ("nf4", "int4"):
+        q = quant.quantize_array(w, block_size=64, format=format)
 
         def loss(x, q):
             run = lora.lorafy(lambda w, x: lax.scan(lambda x, w: (x @ w, None), x, w)[0])

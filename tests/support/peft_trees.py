@@ -1,5 +1,7 @@
 """Trees of LoRA leaves made by hand for the tests of PEFT files: no plan, no model needed."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -109,7 +111,7 @@ def _trained(config: LoraConfig, path: str, w) -> bool:
 
 def _rows(config: LoraConfig, path: str) -> tuple[int, ...]:
     asked = config.trainable_token_indices
-    named = asked if isinstance(asked, dict) else {"embed_tokens": asked}
+    named: Any = asked if isinstance(asked, dict) else {"embed_tokens": asked}
     return next((ids for name, ids in named.items() if path.split(".")[-2] == name), ())
 
 

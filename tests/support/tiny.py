@@ -51,7 +51,7 @@ def tiny_model(*, tied: bool = True) -> models.Model:
         head_dim=8,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
-        eos_token_ids=(tokenizer.eos_id,),
+        eos_token_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
         pad_token_id=tokenizer.pad_id,
         initializer_range=0.2,
     )

@@ -48,7 +48,7 @@ def test_best_ladder_is_the_best(lengths, count):
 
 def test_best_ladder_coarsens_a_long_tail():
     lengths = np.arange(1, 100_000, 7)
-    ladder = best_ladder(lengths, 4)
+    ladder = best_ladder(lengths.tolist(), 4)
     assert len(ladder) == 4 and padded(lengths, ladder) < 1.3 * lengths.sum()
 
 

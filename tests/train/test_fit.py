@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -340,6 +341,7 @@ def test_bfloat16_base_trains_float32_adapters():
 
 def test_programs_compile_what_is_asked_for():
     programs = Programs(lambda x, batch: x + batch.tokens.sum())
-    batch = train.Batch(np.ones((2, 2)), np.ones((2, 3)), None, None)
+    missing: Any = None
+    batch = train.Batch(np.ones((2, 2)), np.ones((2, 3)), missing, missing)
     assert not programs.has(batch)
     assert programs(np.float32(1), batch) == 5 and programs.has(batch)

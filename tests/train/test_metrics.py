@@ -113,7 +113,7 @@ def test_running_mean_starts_where_the_values_do():
     values = np.array([3.0, 1.0, 2.0])
     weights = [[1, 0, 0], [0.9, 1, 0], [0.81, 0.9, 1]]
     expected = [np.average(values, weights=w) for w in weights]
-    np.testing.assert_allclose(running_mean(values), expected)
+    np.testing.assert_allclose(running_mean(values.tolist()), expected)
 
 
 def test_clock_leaves_out_what_is_not_training(monkeypatch):

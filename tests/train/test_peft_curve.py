@@ -88,6 +88,7 @@ def torch_run(model):
             )
             (loss / learned).backward()
             total += loss.item() / learned
+        assert CONFIG.clip is not None
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, CONFIG.clip).item())
         optimizer.step()
         schedule.step()

@@ -266,7 +266,7 @@ def test_dora(name: str):
     rng = np.random.default_rng(3)
     arrays = [jnp.asarray((0.4 * rng.normal(size=s)).astype(np.float32)) for s in (shape, a, b)]
     stack = tuple(n for n, r in zip(shape, roles, strict=True) if r == "s")
-    x = lora.LoraArray(*arrays, jnp.full(stack, 1.5), roles=roles)
+    x = lora.LoraArray(arrays[0], arrays[1], arrays[2], jnp.full(stack, 1.5), roles=roles)
     start = dora.magnitude(x)
     x = dataclasses.replace(x, m=1.5 * start)
     fn, given = {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import core
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
 import lora_jax as lora
 from lora_jax import compat
@@ -72,7 +72,7 @@ def turn(x):
     return turn_p.bind(x)
 
 
-jax.interpreters.batching.primitive_batchers[turn_p] = lambda args, dims: (
+batching.primitive_batchers[turn_p] = lambda args, dims: (
     turn_p.bind(jnp.moveaxis(args[0], dims[0], 0)),
     0,
 )
@@ -90,7 +90,9 @@ def model(params, x):
 @pytest.fixture
 def turn_row(monkeypatch):
     def like_a_transpose(context, eqn, values):
-        return PRIMITIVES["transpose"].rule(context, _with_permutation(eqn), values)
+        rule = PRIMITIVES["transpose"].rule
+        assert rule is not None
+        return rule(context, _with_permutation(eqn), values)
 
     row = dataclasses.replace(
         PRIMITIVES["transpose"],

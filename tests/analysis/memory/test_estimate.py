@@ -1,7 +1,7 @@
 """The memory of a training step, estimated from a configuration: beside XLA's own analysis."""
 
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ LLAMA = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 2000,
 }  # fmt: skip
 # What a CPU computes in: in bfloat16 it would hold float32 copies, as no accelerator does.
-CPU = dict(batch=2, length=256, dtype="float32", backend="reference")
+CPU: dict[str, Any] = dict(batch=2, length=256, dtype="float32", backend="reference")
 METHODS = {
     "full": dict(adapter=None),
     "lora": dict(adapter=LoraConfig(rank=8)),
@@ -87,7 +87,7 @@ def test_optimizers_hold_their_copies(optimizer, copies):
 
 
 def test_a_mesh_spreads_weights_and_rows():
-    options = dict(adapter=None, batch=8, length=64)
+    options: dict[str, Any] = dict(adapter=None, batch=8, length=64)
     one, fsdp, both, data = (
         analysis.memory(LLAMA, mesh=mesh, **options)
         for mesh in ({}, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 8})
@@ -103,7 +103,7 @@ def test_a_mesh_spreads_weights_and_rows():
 
 
 def test_adapters_are_spread_as_their_weights_are():
-    options = dict(batch=4, length=16, mesh={"fsdp": 4})
+    options: dict[str, Any] = dict(batch=4, length=16, mesh={"fsdp": 4})
     split = 3 * 512 + 512 + 2 * 512 + 1408  # A of q k v, o, gate up, down: by inputs
     whole = 512 + 2 * 256 + 512 + 2 * 1408 + 512
     assert analysis.memory(LLAMA, **options).adapters == 4 * 4 * 8 * (split // 4 + whole)
@@ -207,7 +207,8 @@ def test_what_would_fit_is_said(monkeypatch):
             return self.total <= device_memory
 
     def lines(limit: int, **settings) -> list[str]:
-        return fit.remedies(LLAMA, Found("m", StepSettings(**settings)), limit * GIB)
+        found: Any = Found("m", StepSettings(**settings))
+        return fit.remedies(LLAMA, found, limit * GIB)
 
     monkeypatch.setattr(fit, "estimate", lambda name, config, s: Found(name, s))
     assert lines(8, batch=4) == []

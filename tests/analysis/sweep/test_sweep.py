@@ -273,7 +273,7 @@ def test_more_ranks_and_seeds_take_over_the_runs_that_are_there(tmp_path):
     for row in first.rows:
         assert rows[row.rank].seed_scores[0] == row.score
     for rank in (1, 2, "full"):
-        scores = [np.mean(r.values) for r in found.runs if r.rank == rank]
+        scores = [np.mean(np.asarray(r.values)) for r in found.runs if r.rank == rank]
         assert len(scores) == 3 and len(set(scores)) == 3
         assert rows[rank].score == pytest.approx(np.mean(scores))
         assert rows[rank].deviation == pytest.approx(np.std(scores, ddof=1))

@@ -59,7 +59,8 @@ def test_shards_are_one_checkpoint(tmp_path):
 
 def test_shards_may_be_links_as_in_the_hub_cache(tmp_path):
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
-    blobs.mkdir(), snapshot.mkdir()
+    blobs.mkdir()
+    snapshot.mkdir()
     save_file({"a": A}, blobs / "123")
     (snapshot / "x.safetensors").symlink_to(blobs / "123")
     np.testing.assert_array_equal(

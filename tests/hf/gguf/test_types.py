@@ -1,5 +1,7 @@
 """Every type of GGUF tensor that the gguf package dequantizes, and damage anywhere in a file."""
 
+from typing import Any
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -108,7 +110,7 @@ def test_a_model_of_mixed_k_quants(tmp_path):
     write(tmp_path / "plain.gguf", config, tensors_of(model))
     for key, field in open_gguf(tmp_path / "plain.gguf").metadata.items():
         if key.startswith("llama."):
-            add = writer.add_float32 if isinstance(field, float) else writer.add_uint32
+            add: Any = writer.add_float32 if isinstance(field, float) else writer.add_uint32
             add(key, field)
     for name, tensor in tensors_of(model).items():
         if tensor.ndim == 1:

@@ -4,6 +4,7 @@ import filecmp
 import importlib.util
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def test_adapters_of_both_are_read_by_both(turns, their_loftq, tmp_path):
     base = {name: {"kernel": jnp.asarray(getattr(net, name).weight.detach().numpy().T)}
             for name in ("up", "down")}  # fmt: skip
     steps = {"loftq_bits": 4, "loftq_iter": turns}
-    fields = dict(r=4, lora_alpha=4, target_modules=["up", "down"])
+    fields: dict[str, Any] = dict(r=4, lora_alpha=4, target_modules=["up", "down"])
     theirs = peft.get_peft_model(
         net, peft.LoraConfig(init_lora_weights="loftq", loftq_config=steps, **fields)
     )
@@ -87,7 +88,7 @@ def test_adapters_of_both_are_read_by_both(turns, their_loftq, tmp_path):
         layer = getattr(theirs.base_model.model, name)
         same = np.isclose(ours[name]["kernel"].w.dequantize().T, layer.base_layer.weight.detach())
         assert same.all() if turns == 1 else same.mean() > 0.99
-    close = dict(rtol=1e-3, atol=2e-4 if turns == 1 else 5e-3)
+    close: dict[str, Any] = dict(rtol=1e-3, atol=2e-4 if turns == 1 else 5e-3)
     want = theirs(torch.tensor(X)).detach().numpy()
     np.testing.assert_allclose(lora.lorafy(fn)(ours, X), want, **close)
 

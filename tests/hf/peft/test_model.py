@@ -2,6 +2,7 @@
 
 import dataclasses
 import filecmp
+from typing import Any
 
 import jax
 import numpy as np
@@ -224,9 +225,15 @@ def test_inits_that_cannot_be_repeated_are_refused(base, tmp_path):
 
 
 def test_an_adapter_for_a_larger_model_is_one_error(base, tmp_path):
-    sizes = dict(hidden_size=32, intermediate_size=24, num_hidden_layers=4, vocab_size=40)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2)
-    other = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    sizes: dict[str, Any] = dict(
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        vocab_size=40,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    other = LlamaForCausalLM(LlamaConfig(**sizes))
     model = peft.get_peft_model(other, peft.LoraConfig(r=4, target_modules=["q_proj"]))
     model.save_pretrained(str(tmp_path / "a"))
     with pytest.raises(ValueError) as caught:

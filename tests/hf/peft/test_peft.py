@@ -1,6 +1,7 @@
 """lora_jax/hf/peft*.py without PEFT: names, shapes, layouts, strictness; vLLM."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -335,7 +336,7 @@ def test_biases_and_rows_of_tree_and_config_agree(tmp_path):
 def test_kernels_of_any_layout_are_written_alike():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(3, 2, 4, 2)), rng.normal(size=(2, 6))  # (height, width, in, r)
-    common = dict(scale=np.float32(8 / 2), b=np.float32(b))
+    common: dict[str, Any] = dict(scale=np.float32(8 / 2), b=np.float32(b))
     hwio = LoraArray(np.zeros((3, 2, 4, 6), "f4"), np.float32(a), **common, roles="iiio",
                      window=Window((0, 1)))  # fmt: skip
     oihw = LoraArray(np.zeros((6, 4, 3, 2), "f4"), np.float32(a.transpose(2, 0, 1, 3)), **common,

@@ -3,6 +3,7 @@
 import dataclasses
 import filecmp
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -70,7 +71,7 @@ class TorchNet(torch.nn.Module):
 
     def __init__(self, dims: int, groups: int = 1):
         super().__init__()
-        conv = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[dims - 1]
+        conv: Any = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[dims - 1]
         torch.manual_seed(0)
         self.conv1 = conv(4, 8, (3, 2, 3)[:dims], stride=2, padding=1)
         self.conv2 = conv(8, 6, 1, groups=groups)
@@ -201,6 +202,7 @@ class TorchMoe(torch.nn.Module):
             self.layers.append(layer)
 
     def forward(self, x):
+        layer: Any
         for layer in self.layers:
             x = x + layer.experts(x, torch.softmax(layer.router(x), -1))
         return x

@@ -1,6 +1,7 @@
 """Both ways to compute many adapters in one batch, and one adapter for each token."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def test_each_row_and_each_token_has_its_own_adapter(stacked, way):
 
 def test_a_quantized_base_takes_them_too():
     """Rows and tokens, forward and backward, over codes that stay codes."""
-    options = dict(format="nf4", block_size=16, pad=True)
+    options: dict[str, Any] = dict(format="nf4", block_size=16, pad=True)
     base = lora.quantize(PARAMS, ("layers", "experts"), roles=ROLES, **options)
     some = [make(1, base, rank=2), make(2, base, rank=3)]
     trainable, frozen = lora.split(lora.stack(some, train=True))
@@ -195,6 +196,7 @@ def test_no_factor_is_copied_for_every_row():
     for way in ("gathered", "grouped", None):
         run = jax.jit(lora.lorafy(fn, adapter_strategy=way))
         text = run.lower(stack, x, adapter_ids=jnp.zeros(rows, int)).compile().as_text()
+        assert text
         found[way] = any(shape in text for shape in copies)
     assert found == {"gathered": True, "grouped": False, None: False}
 
