@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax import compat
+from lora_jax.dims import AnyArray
 from lora_jax.models.rope import rotate
 
 FLASH_FROM = 128  # tokens: the scores of fewer are small
@@ -89,7 +90,7 @@ def attention(tokens, mask, cache: Cache | None, mixing: Mixing, turns):
     return sight, (cache.keys, cache.values), counted
 
 
-def positions_of(valid: Bool[Array, "b t"]) -> Int[Array, "b t"]:  # noqa: F722
+def positions_of(valid: Bool[AnyArray, "b t"]) -> Int[Array, "b t"]:  # noqa: F722
     """Real tokens are counted, so padding on the left shifts nothing."""
     return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
 

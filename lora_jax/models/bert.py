@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from lora_jax.dims import AnyArray
 from lora_jax.models.bert_config import CLASSIFICATION, MASKED_LM, BertConfig
 from lora_jax.models.layers import (
     ACTIVATIONS,
@@ -80,9 +81,9 @@ class Embeddings(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "b t"],  # noqa: F722
-        token_type_ids: Int[Array, "b t"],  # noqa: F722
-        positions: Int[Array, "#b t"],  # noqa: F722
+        tokens: Int[AnyArray, "b t"],  # noqa: F722
+        token_type_ids: Int[AnyArray, "b t"],  # noqa: F722
+        positions: Int[AnyArray, "#b t"],  # noqa: F722
     ) -> Float[Array, "b t d"]:  # noqa: F722
         x = self.word_embeddings(tokens) + self.token_type_embeddings(token_type_ids)
         return self.LayerNorm(x + self.position_embeddings(positions))
@@ -243,11 +244,11 @@ def encoder_of(module: nnx.Module, config: BertConfig) -> Encoder:
 def hidden_states(
     encoder: Encoder,
     config: BertConfig,
-    tokens: Int[Array, "b t"],  # noqa: F722
+    tokens: Int[AnyArray, "b t"],  # noqa: F722
     *,
-    mask: Bool[Array, "b t"] | None,  # noqa: F722
-    token_type_ids: Int[Array, "b t"] | None,  # noqa: F722
-    positions: Int[Array, "b t"] | None,  # noqa: F722
+    mask: Bool[AnyArray, "b t"] | None,  # noqa: F722
+    token_type_ids: Int[AnyArray, "b t"] | None,  # noqa: F722
+    positions: Int[AnyArray, "b t"] | None,  # noqa: F722
     wrap: Callable[[Callable], Callable],
     rows: tuple[str, ...] = (),
 ) -> Float[Array, "b t d"]:  # noqa: F722
@@ -310,7 +311,7 @@ def _vocabulary(module: Headed, config: BertConfig, hidden) -> Float[Array, "b t
     return scores + head.bias.get_value().astype(jnp.float32)
 
 
-def _positions(tokens: Int[Array, "b t"], config: BertConfig) -> Int[Array, "b t"]:  # noqa: F722
+def _positions(tokens: Int[AnyArray, "b t"], config: BertConfig) -> Int[Array, "b t"]:  # noqa: F722
     if not config.kind.offset_positions:
         return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     # As in fairseq, which trained RoBERTa: real tokens count from pad_token_id + 1 and padding has

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from lora_jax.dims import AnyArray
 from lora_jax.models import bert
 from lora_jax.models.bert_config import FEATURES, BertConfig
 from lora_jax.models.model import (
@@ -50,11 +51,11 @@ class EncoderForward:
     def apply(
         self,
         params: Any,
-        tokens: Int[Array, "b t"],  # noqa: F722
+        tokens: Int[AnyArray, "b t"],  # noqa: F722
         *,
-        mask: Bool[Array, "b t"] | None = None,  # noqa: F722
-        token_type_ids: Int[Array, "b t"] | None = None,  # noqa: F722
-        positions: Int[Array, "b t"] | None = None,  # noqa: F722
+        mask: Bool[AnyArray, "b t"] | None = None,  # noqa: F722
+        token_type_ids: Int[AnyArray, "b t"] | None = None,  # noqa: F722
+        positions: Int[AnyArray, "b t"] | None = None,  # noqa: F722
         return_hidden: bool = False,
     ) -> bert.Features | Array:
         """Runs the encoder and the head of its task.

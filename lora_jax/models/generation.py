@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.array import is_lora, is_stack
+from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache
 from lora_jax.models.model import Forward, Model
 from lora_jax.transform import lorafy
@@ -269,7 +270,7 @@ def runner(forward, params, rows: int, cache_length: int) -> Runner:
         return _by_row(forward, params, rows, cache_length)
     run, head = lorafy(forward.apply), lorafy(forward.head)
 
-    def apply(tokens: Int[Array, "b t"], mask: Bool[Array, "b t"] | None, cache):  # noqa: F722
+    def apply(tokens: Int[AnyArray, "b t"], mask: Bool[AnyArray, "b t"] | None, cache):  # noqa: F722
         return run(params, tokens, mask=mask, cache=cache, return_hidden=True)
 
     return Runner(

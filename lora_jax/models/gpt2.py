@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Attend, Mixing
 from lora_jax.models.dialect import refuse_unsupported, scalar_if_one, tuple_of
 from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, kept, logits_of
@@ -272,7 +273,7 @@ class GPT2LM(nnx.Module):
                 rngs=rngs,
             )
 
-    def embed(self, tokens: Int[Array, "b t"], positions) -> Float[Array, "b t d"]:  # noqa: F722
+    def embed(self, tokens: Int[AnyArray, "b t"], positions) -> Float[Array, "b t d"]:  # noqa: F722
         """The input of the first block: each token's vector plus its position's."""
         return self.transformer.wte(tokens) + self.transformer.wpe(positions)
 
@@ -286,7 +287,7 @@ class GPT2LM(nnx.Module):
         return logits_of(hidden, weight.get_value(), tied=self.tied, dtype=self.dtype)
 
     @staticmethod
-    def turns(config: GPT2Config, positions: Int[Array, "b t"]) -> Callable[..., None]:  # noqa: F722
+    def turns(config: GPT2Config, positions: Int[AnyArray, "b t"]) -> Callable[..., None]:  # noqa: F722
         """No rotation: positions are embedded."""
         del config, positions
         return lambda slides: None

@@ -14,6 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from lora_jax.dims import AnyArray
+
 # Name of the projections' results under rematerialization policies.
 PROJECTION = "projection"
 
@@ -91,7 +93,7 @@ class Embedding(nnx.Module):
         self.dtype = dtype
         self.embedding = nnx.Param(jnp.zeros((tokens, size), param_dtype))
 
-    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:  # noqa: F722
+    def __call__(self, tokens: Int[AnyArray, "b t"]) -> Float[Array, "b t d"]:  # noqa: F722
         return jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Attend, choose
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.layers import ACTIVATIONS, Embedding, RMSNorm, kept, logits_of
@@ -165,7 +166,7 @@ class CausalLM(nnx.Module):
                 rngs=rngs,
             )
 
-    def embed(self, tokens: Int[Array, "b t"], positions) -> Float[Array, "b t d"]:  # noqa: F722
+    def embed(self, tokens: Int[AnyArray, "b t"], positions) -> Float[Array, "b t d"]:  # noqa: F722
         """The input of the first block."""
         del positions
         x = self.model.embed_tokens(tokens)
@@ -184,7 +185,7 @@ class CausalLM(nnx.Module):
         return logits if self.softcap is None else jnp.tanh(logits / self.softcap) * self.softcap
 
     @staticmethod
-    def turns(config: LlamaConfig, positions: Int[Array, "b t"]):  # noqa: F722
+    def turns(config: LlamaConfig, positions: Int[AnyArray, "b t"]):  # noqa: F722
         """Rotations of queries and keys at the given positions.
 
         Args:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache, attention, positions_of
 from lora_jax.models.layers import PROJECTION, on_rows, run_blocks
 from lora_jax.models.llama import CausalLM
@@ -57,10 +58,10 @@ class Forward:
     def apply(
         self,
         params: Any,
-        tokens: Int[Array, "b t"],  # noqa: F722
+        tokens: Int[AnyArray, "b t"],  # noqa: F722
         *,
-        positions: Int[Array, "b t"] | None = None,  # noqa: F722
-        mask: Bool[Array, "b t"] | None = None,  # noqa: F722
+        positions: Int[AnyArray, "b t"] | None = None,  # noqa: F722
+        mask: Bool[AnyArray, "b t"] | None = None,  # noqa: F722
         cache: Cache | None = None,
         return_hidden: bool = False,
     ):

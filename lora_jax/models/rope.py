@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lora_jax.dims import AnyArray
+
 RopeType = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
 # Required and optional keys of each variant.
 VARIANTS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -148,7 +150,7 @@ def scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 def rotation(
-    positions: Int[Array, "b t"],  # noqa: F722
+    positions: Int[AnyArray, "b t"],  # noqa: F722
     *,
     head_dim: int,
     theta: float,
