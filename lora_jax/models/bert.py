@@ -311,7 +311,7 @@ def _vocabulary(module: Headed, config: BertConfig, hidden) -> Float[Array, "b t
     return scores + head.bias.get_value().astype(jnp.float32)
 
 
-def _positions(tokens: Int[AnyArray, "b t"], config: BertConfig) -> Int[Array, "b t"]:  # noqa: F722
+def _positions(tokens: Int[AnyArray, "b t"], config: BertConfig) -> Int[Array, "#b t"]:  # noqa: F722
     if not config.kind.offset_positions:
         return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     # As in fairseq, which trained RoBERTa: real tokens count from pad_token_id + 1 and padding has
