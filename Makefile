@@ -26,7 +26,7 @@ demo: $(VENV)/.stamp-model  ## fine-tune SmolLM2 on this machine: environment, m
 
 # What every commit passes. The laws need neither torch nor a model's file.
 check: lint  ## lint, and the laws on one dtype: for every commit
-	$(IN)python -m pytest $(PYTEST_ARGS) -m "not slow and not once and not torch" \
+	LORA_JAX_TYPES=1 $(IN)python -m pytest $(PYTEST_ARGS) -m "not slow and not once and not torch" \
 		tests/laws --ignore tests/laws/test_dtype.py
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## all but the slow tests; torch's side comes from tests/golden

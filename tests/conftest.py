@@ -33,8 +33,8 @@ import re  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# LORA_JAX_TYPES=1 compares annotated shapes with those that are there. In no target yet: tests of
-# wrong arguments get its error instead, and some annotations leave out arrays of numpy.
+# LORA_JAX_TYPES=1, as in `make check`, compares annotated shapes with those that are there.
+# Not in `make test`: there tests that pass a wrong array on purpose would get its error instead.
 if os.environ.get("LORA_JAX_TYPES"):
     from jaxtyping import install_import_hook
 
