@@ -121,7 +121,7 @@ def peft_change(model, weights, kind, **options):
     ],
     ids=str,
 )
-def test_what_peft_gives(ours, theirs, options):
+def test_what_peft_gives(ours, theirs, options: dict[str, Any]):
     adapters = [make(seed, target_modules=("up",)) for seed in (1, 2, 3)]
     weights = [0.7, 0.3, -0.4] if ours != "ties" else [0.7, 0.3, 0.4]
     got = changes(multi.add_weighted_adapter(adapters, weights, method=ours, **options))["up"][
