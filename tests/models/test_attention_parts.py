@@ -40,9 +40,7 @@ def test_heads_in_parts_give_the_same_logits_and_gradients(monkeypatch):
         (128, "float32", False, False), (128, "bfloat16", True, False),
     ],
 )  # fmt: skip
-def test_cudnn_attends_to_long_unmasked_texts_in_16_bits(
-    tokens, dtype, masked, taken, monkeypatch
-):
+def test_cudnn_attends_to_long_unmasked_texts_in_16_bits(tokens, dtype, masked, taken, monkeypatch):
     asked, plain = [], jax.nn.dot_product_attention
 
     def recorded(*args, implementation=None, **options):
