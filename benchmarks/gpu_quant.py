@@ -1,21 +1,30 @@
 """How fast are products with a quantized weight on a GPU, beside bfloat16 and others' kernels?
 
-    python benchmarks/gpu_quant.py            under eight minutes on one H200
+    python benchmarks/gpu_quant.py            on one H200; half of its sizes took two minutes
     python benchmarks/gpu_quant.py --tiny     the same on a CPU, interpreted: does it run at all
 
-In one process, interleaved: XLA's bfloat16 product; ours, fused and decoded first, forward and dx;
+In one process: XLA's bfloat16 product; ours, fused and decoded first, forward and dx;
 bitsandbytes' `dequantize_4bit` and `gemm_4bit` and torch's `_weight_int4pack_mm` where torch sees
-the GPU. Each timing is the median over repeats of a loop over enough different weights to leave
-the caches cold. Writes `results/gpu_quant.json` with ratios, and the crossover of fused and
-decoded products for `lora_jax/quant/kernels/dispatch.json`.
+the GPU. Each timing is the median over rounds of one program that goes through enough different
+weights to leave the caches cold, called again before it has ended, so that neither Python nor a
+launch is timed. Writes `results/gpu_quant.json` with ratios, and the crossover of fused and
+decoded products for `lora_jax/quant/dispatch.json`.
 """
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
+import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+# Torch needs memory too. A graph of launches would let products that do not wait for each other
+# run at the same time, and has no place for Pallas' kernels.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
 
 import jax
 import jax.numpy as jnp
@@ -36,43 +45,65 @@ GOALS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured: matrices (K, N), rows of `x`, rounds, and which kernels."""
+    """What is measured.
+
+    Attributes:
+      shapes: of matrices, (K, N).
+      few, many: rows of `x`, with which the fused kernel is measured and with which it is not.
+      rounds: of which the median is taken.
+      backend: which kernels.
+      cold: bytes of codes that no cache holds.
+      products: the least number in a program of few rows.
+      busy: seconds of a round.
+    """
 
     shapes: tuple[tuple[int, int], ...] = ((4096, 14336), (8192, 28672))
     few: tuple[int, ...] = (1, 4, 16, 32, 64, 128, 256)
     many: tuple[int, ...] = (2048, 4096, 8192)
-    rounds: int = 15
+    rounds: int = 11
     backend: str = "gpu"
     cold: int = COLD_BYTES
+    products: int = 18
+    busy: float = 0.01
 
 
-TINY = Sizes(((256, 128),), (1, 16), (32,), rounds=1, backend="gpu_interpret", cold=1)
+TINY = Sizes(((256, 128),), (1, 16), (32,), rounds=1, backend="gpu_interpret", cold=1, products=2)
 
 
-def seconds(run: Callable, operands: list, rounds: int) -> float:
-    """Median seconds of one call, over rounds through all operands."""
-    jax.block_until_ready([run(*each) for each in operands])
+def seconds(run: Callable, args: tuple, products: int, sizes: Sizes) -> float:
+    """Median seconds of one product of a compiled `run`, which has `products` of them.
+
+    The program is called again while it runs, as often as fills `sizes.busy` seconds.
+    """
+    jax.block_until_ready(run(*args))
+    start = time.perf_counter()
+    jax.block_until_ready(run(*args))
+    calls = max(2, min(20, int(sizes.busy / (time.perf_counter() - start))))
     times = []
-    for _ in range(rounds):
+    for _ in range(sizes.rounds):
         start = time.perf_counter()
-        out = [run(*each) for each in operands]
+        for _ in range(calls):
+            out = run(*args)
         jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / len(operands))
+        times.append((time.perf_counter() - start) / calls / products)
     return statistics.median(times)
 
 
-def chained(f: Callable) -> Callable:
-    """`f` with one weight after the other inside one program: no launch from Python between.
+def chained(f: Callable, loops: int) -> Callable:
+    """`f` with one weight after the other inside one program, `loops` times over.
 
-    Each product waits for the one before, so that XLA merges none of them.
+    Each product waits for the one before, so that XLA merges none of them, and each is an output,
+    so that XLA leaves none of it out.
     """
 
     def run(x, weights: list):
-        for w in weights:
-            x = x + 0 * f(x, w)[:1, :1]
-        return x
+        out = []
+        for w in weights * loops:
+            x, y = jax.lax.optimization_barrier((x, f(x, w)))
+            out.append(y)
+        return out
 
-    return jax.jit(run)
+    return run
 
 
 def weights_of(k: int, n: int, form: str, sizes: Sizes) -> tuple[list, list[QuantArray]]:
@@ -103,7 +134,7 @@ def ways(q: QuantArray, m: int, sizes: Sizes) -> dict[str, Callable]:
         return matmul(x, w)
 
     out = {"decoded": decoded, "chosen": chosen}
-    return out | ({"fused": fused} if m <= 256 else {})
+    return out | ({"fused": fused} if m <= max(sizes.few) else {})
 
 
 def product_rows(sizes: Sizes) -> list[dict]:
@@ -120,23 +151,42 @@ def product_rows(sizes: Sizes) -> list[dict]:
 
 
 def one_row(form: str, m: int, x, g, dense: list, held: list, sizes: Sizes) -> dict:
-    """Forward of each way, and dx of the decoded one, beside bfloat16."""
+    """Forward of each way, and dx of the decoded and of the fused one, beside bfloat16."""
     k, n = dense[0].shape
     row = {"format": form, "K": k, "N": n, "rows": m}
-
-    def timed(f, left, weights) -> float:
-        return seconds(chained(f), [(left, weights)], sizes.rounds) / len(weights)
-
     ours = ways(held[0], m, sizes)
-    plain = timed(lambda x, w: x @ w, x, dense)
-    plain_dx = timed(lambda g, w: g @ w.T, g, dense)
-    found = {name: timed(f, x, held) for name, f in ours.items()}
-    dx = timed(lambda g, w: ours["decoded"](g, w, True), g, held)
-    row |= {"bf16_us": plain * 1e6} | {f"{name}_us": t * 1e6 for name, t in found.items()}
-    row |= {f"{name}_over_bf16": t / plain for name, t in found.items()}
-    row["forward_dx_over_bf16"] = (found["decoded"] + dx) / (plain + plain_dx)
-    row["chosen_over_best"] = found["chosen"] / min(found.values())
+    runs = {"bf16": (lambda x, w: x @ w, x, dense), "bf16_dx": (lambda g, w: g @ w.T, g, dense)}
+    for name, f in ours.items():
+        runs[name] = (f, x, held)
+        if name != "chosen":
+            runs[f"{name}_dx"] = (functools.partial(f, transposed=True), g, held)
+    found = timings(runs, m, sizes)
+    row |= {f"{name}_us": t * 1e6 for name, t in found.items()}
+    row |= {f"{name}_over_bf16": found[name] / found["bf16"] for name in ours}
+    row["forward_dx_over_bf16"] = (found["decoded"] + found["decoded_dx"]) / (
+        found["bf16"] + found["bf16_dx"]
+    )
+    row["chosen_over_best"] = found["chosen"] / min(found[name] for name in ours)
     return row
+
+
+def timings(runs: dict, m: int, sizes: Sizes) -> dict[str, float]:
+    """Seconds of one product of each `(f, left, weights)`, all compiled before any is timed.
+
+    Programs of many rows are compiled one after the other: XLA measures which algorithm is the
+    fastest, and chose another one, up to an eighth slower, beside other compilations.
+    """
+    count = len(next(iter(runs.values()))[2])
+    few = m <= max(sizes.few)
+    loops = -(-sizes.products // count) if few else 1
+
+    def compiled(run):
+        f, left, weights = run
+        return jax.jit(chained(f, loops)).lower(left, weights).compile()
+
+    with ThreadPoolExecutor(len(runs) if few else 1) as pool:
+        programs = dict(zip(runs, pool.map(compiled, runs.values()), strict=True))
+    return {name: seconds(programs[name], runs[name][1:], loops * count, sizes) for name in runs}
 
 
 def decode_rows(sizes: Sizes) -> list[dict]:
@@ -147,11 +197,14 @@ def decode_rows(sizes: Sizes) -> list[dict]:
             dense, held = weights_of(k, n, form, sizes)
             how = dict(form=form_of(held[0]), block=held[0].block, dtype=jnp.bfloat16,
                        name="forward", interpret=sizes.backend.endswith("interpret"))  # fmt: skip
-            decode = jax.jit(lambda p, s, how=how: gpu.decode(p, s, None, **how))
-            operands = [(q.packed, q.scale) for q in held]
-            copy = jax.jit(lambda x: x + jnp.bfloat16(1))
-            ours = seconds(decode, operands, sizes.rounds)
-            copied = seconds(copy, [(w,) for w in dense], sizes.rounds)
+
+            def decode(x, w, how=how):
+                return gpu.decode(w.packed, w.scale, w.bias, **how)
+
+            one = jnp.ones((), jnp.bfloat16)
+            runs = {"decode": (decode, one, held), "copy": (lambda x, w: w + x, one, dense)}
+            found = timings(runs, max(sizes.many), sizes)
+            ours, copied = found["decode"], found["copy"]
             moved = held[0].nbytes + k * n * 2
             rows.append({
                 "format": form, "K": k, "N": n, "decode_us": ours * 1e6,
@@ -173,12 +226,14 @@ def torch_rows(sizes: Sizes) -> list[dict]:
     rows = []
     for k, n in sizes.shapes:
         for m in (*sizes.few, *sizes.many):
-            rows += [*_bnb(torch, k, n, m, sizes), *_tinygemm(torch, k, n, m, sizes)]
+            rows += [*_torch_dense(torch, k, n, m, sizes), *_bnb(torch, k, n, m, sizes)]
+            if m <= max(sizes.few):  # beyond, it takes 20 times as long as a bfloat16 product
+                rows += _tinygemm(torch, k, n, m, sizes)
     return rows
 
 
 def _cuda_seconds(torch, run: Callable, count: int, rounds: int) -> float:
-    """Median of one call by CUDA's own clock."""
+    """Median of one call by CUDA's own clock; of short ones Python's launching is a part."""
     for i in range(count):
         run(i)
     times = []
@@ -191,6 +246,17 @@ def _cuda_seconds(torch, run: Callable, count: int, rounds: int) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop) / 1e3 / count)
     return statistics.median(times)
+
+
+def _torch_dense(torch, k: int, n: int, m: int, sizes: Sizes) -> list[dict]:
+    count = max(2, -(-sizes.cold // (k * n // 2)))
+    x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+    held = [torch.randn(n, k, dtype=torch.bfloat16, device="cuda") / 64 for _ in range(count)]
+    product = _cuda_seconds(
+        torch, lambda i: torch.nn.functional.linear(x, held[i]), count, sizes.rounds
+    )
+    base = {"peer": "torch " + torch.__version__, "format": "bfloat16", "K": k, "N": n, "rows": m}
+    return [base | {"product_us": product * 1e6}]
 
 
 def _bnb(torch, k: int, n: int, m: int, sizes: Sizes) -> list[dict]:
