@@ -27,3 +27,13 @@ def test_a_benchmark_runs_in_small(name, found):
     rows = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for column, values in found.items():
         assert {str(row[column]).split()[0] for row in rows} == values
+
+
+@pytest.mark.slow
+def test_the_check_of_kernels_runs_in_small():
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines()} == {
+        "nf4", "fp4", "int4", "uint4", "int8"
+    }  # fmt: skip
