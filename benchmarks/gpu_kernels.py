@@ -3,9 +3,10 @@
     python benchmarks/gpu_kernels.py [--inputs 4096 --outputs 14336] [--formats nf4 int4]
     python benchmarks/gpu_kernels.py --compile     for an H200 that is not there, as `make aot`
 
-The kernels that are there lose to decoding first (`results/gpu_quant.json`): each step of their
-loop waits for its loads, and a table in memory is read for every weight. The candidates compile,
-and their look-up is right in an emulation, but none was timed yet:
+The kernel that is there mostly loses to decoding first (`results/gpu_quant.json`). It was not
+profiled; probably each step of its loop waits for its loads, of which NF4 has one more for every
+weight, into a table. The candidates compile for an H200 and are right when interpreted, but none
+was run on one yet:
 
 - `vector`: no tensor cores, for 1 to 4 rows. Several superblocks a step, so that more loads are
   under way; partial sums stay in registers until the end.

@@ -3,7 +3,7 @@
 `decode` writes the matrix down for the library's matmul: an opaque call, under another name in
 the backward pass, so that XLA cannot compute it once for both and keep every layer's. `matmul`
 decodes in registers between loading codes and multiplying, for few rows (decoding text): it reads
-a quarter of the bytes, but on an H200 waits for its loads: `dispatch.json` has where it is faster.
+a quarter of the bytes, but on an H200 it is seldom faster: `dispatch.json` has where.
 Both work on superblocks, see `lora_jax.quant.formats`.
 
 Formats with a table look values up in its 16 float32 entries (7 instructions a weight on sm_90; a
