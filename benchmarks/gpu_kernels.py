@@ -3,8 +3,8 @@
     python benchmarks/gpu_kernels.py [--inputs 4096 --outputs 14336] [--formats nf4 int4]
     python benchmarks/gpu_kernels.py --compile     for an H200 that is not there, as `make aot`
 
-The kernel that is there mostly loses to decoding first (`results/gpu_quant.json`). It was not
-profiled; probably each step of its loop waits for its loads, of which NF4 has one more for every
+The kernel that is there loses to decoding first with NF4, and with int4 to a bfloat16 weight
+(`results/gpu_quant.json`). It was not profiled; probably each step of its loop waits for its loads, of which NF4 has one more for every
 weight, into a table. The candidates compile for an H200 and are right when interpreted, but none
 was run on one yet:
 
