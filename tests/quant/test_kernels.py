@@ -74,7 +74,7 @@ def test_the_table_decides_by_rows_and_a_shape_no_kernel_takes_is_told():
     assert not way(1).fused  # a look into a table for every weight is slower than decoding first
     q = dataclasses.replace(quantized(128, 128, format="int4", block_size=64), backend="gpu")
     assert way(1, q=q).fused and way(16, q=q).fused and not way(17, q=q).fused
-    assert way(64, q=q, shape=(64, 14336)).fused and not way(64, q=q, shape=(64, 28672)).fused
+    assert way(64, q=q, shape=(64, 14336)).fused and not way(65, q=q, shape=(64, 14336)).fused
     assert not way(1, jnp.float32, q=q).fused
     assert not way(1, q=quantized(128, 128, format="int8")).fused
     with pytest.warns(quant.ReferenceWarning, match="gpu: 10 outputs are no multiple of 16"):
