@@ -4,9 +4,9 @@
     python benchmarks/gpu_kernels.py --compile     for an H200 that is not there, as `make aot`
 
 The kernel that is there loses to decoding first with NF4, and with int4 to a bfloat16 weight
-(`results/gpu_quant.json`). It was not profiled; probably each step of its loop waits for its loads, of which NF4 has one more for every
-weight, into a table. The candidates compile for an H200 and are right when interpreted, but none
-was run on one yet:
+(`results/gpu_quant.json`). It was not profiled; probably each step of its loop waits for its
+loads, of which NF4 has one more for every weight, into a table. The candidates compile for an H200
+and are right when interpreted, but none was run on one yet:
 
 - `vector`: no tensor cores, for 1 to 4 rows. Several superblocks a step, so that more loads are
   under way; partial sums stay in registers until the end.
