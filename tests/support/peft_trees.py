@@ -1,11 +1,20 @@
 """Trees of LoRA leaves made by hand for the tests of PEFT files: no plan, no model needed."""
 
+import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.array import LoraArray, RowsArray, SavedArray, leaves_by_path
+from lora_jax.array import (
+    LoraArray,
+    RowsArray,
+    SavedArray,
+    effective,
+    is_lora,
+    leaves_by_path,
+)
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import b_dims, factor_shapes, in_dims, out_dims, sizes
@@ -158,3 +167,41 @@ def randomized(lora_params: dict, config: LoraConfig, seed: int = 1) -> dict:
         if not spec.repeats
     }
     return api.fill(lora_params, config, tensors)
+
+
+def noisy(params, seed=0):
+    """Noise on all that trains and means something (padding and left-out layers stay zero)."""
+    rng = np.random.default_rng(seed)
+
+    def add(x):
+        if isinstance(x, SavedArray):
+            moved = dataclasses.replace(x, value=x.value + rng.normal(size=x.shape).astype("f4"))
+            return dataclasses.replace(x, value=effective(moved))
+        if isinstance(x, RowsArray):
+            return dataclasses.replace(x, rows=x.rows + rng.normal(size=x.rows.shape).astype("f4"))
+        if not isinstance(x, LoraArray):
+            return x
+        if x.bias is not None:
+            noise = rng.normal(size=x.bias.shape).astype("f4") * _on(x, x.bias.ndim)
+            x = dataclasses.replace(x, bias=x.bias + noise.astype("f4"))
+        b = x.b + rng.normal(size=x.b.shape).astype("f4") * _means_something(x)
+        m = None if x.m is None else x.m * np.where(_on(x, x.m.ndim), 1.1, 1).astype("f4")
+        return dataclasses.replace(x, b=b, m=m)
+
+    return jax.tree.map(add, params, is_leaf=is_lora)
+
+
+def _on(x, ndim: int) -> np.ndarray:
+    """Whether a stack index has an adapter, as an array of `ndim` dims."""
+    stack = np.asarray(x.scale) != 0
+    return stack.reshape(*stack.shape, *(1,) * (ndim - stack.ndim))
+
+
+def _means_something(x) -> np.ndarray:
+    """1 where a row of b belongs to the rank of its layer."""
+    a = np.asarray(x.a)
+    stack = np.ndim(x.scale)
+    used = np.any(a != 0, axis=tuple(range(stack, a.ndim - 1)))
+    if not used.any():  # an embedding starts with a = 0
+        used = np.ones_like(used)
+    return used.reshape(*used.shape, *(1,) * (x.b.ndim - used.ndim)).astype("f4")

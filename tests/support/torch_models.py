@@ -33,7 +33,8 @@ def saver(place: str, cases, tmp_path_factory):
 
     Args:
       place: the name under which specifications are recorded.
-      cases: case -> fields of its configuration.
+      cases: case -> fields of its configuration, and the class that makes it (`auto`) where that
+        is not `AutoModelForCausalLM`.
       tmp_path_factory: pytest's.
 
     Returns:
@@ -53,10 +54,12 @@ def saver(place: str, cases, tmp_path_factory):
 
 def specification(fields: dict, scratch: Path) -> dict:
     """config.json, and each tensor's shape, mean and spread, as transformers writes them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    config = AutoConfig.for_model(**copy.deepcopy(fields))
-    AutoModelForCausalLM.from_config(config).save_pretrained(scratch)
+    auto = getattr(transformers, fields.get("auto", "AutoModelForCausalLM"))
+    rest = {key: value for key, value in fields.items() if key != "auto"}
+    config = transformers.AutoConfig.for_model(**copy.deepcopy(rest))
+    auto.from_config(config).save_pretrained(scratch)
     tensors = {}
     for name, x in sorted(load_file(scratch / "model.safetensors").items()):
         mean = float(x.flat[0]) if np.ptp(x) == 0 else 0.0
@@ -73,10 +76,13 @@ def write(directory: Path, spec: dict) -> None:
 
 
 def load(directory: Path):
-    """The torch model of a directory."""
-    from transformers import AutoModelForCausalLM
+    """The torch model of a directory, which it forgets: PEFT would write its path."""
+    import transformers
 
-    return AutoModelForCausalLM.from_pretrained(directory).eval()
+    (name,) = json.loads((directory / "config.json").read_text())["architectures"]
+    model = getattr(transformers, name).from_pretrained(directory).eval()
+    model.name_or_path = model.config._name_or_path = ""
+    return model
 
 
 def texts(padding):
