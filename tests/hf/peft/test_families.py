@@ -5,26 +5,24 @@ families' modules (fused projections, Conv1D, scaled and tied tables).
 """
 
 import copy
-import filecmp
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
-import peft
 import pytest
-import torch
 
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
 
-from tests.hf.peft.test_model import noisy, randomize
+from tests.support.peft_llama import TOKENS, jax_logits, torch_logits
+from tests.support.peft_oracle import assert_same_files, close, peft_reads, peft_wrote
+from tests.support.peft_trees import noisy
 from tests.support.torch_models import saver
 
-pytestmark = [
-    pytest.mark.once,
-    pytest.mark.oracle,
-    pytest.mark.torch,
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
+
+PLACE = "hf/peft/families"
 
 SIZES = dict(
     vocab_size=40,
@@ -53,35 +51,47 @@ MODULES = {
     "phi3": ("qkv_proj", "gate_up_proj", "embed_tokens", "post_attention_layernorm"),
     "gpt2": ("c_attn", "mlp.c_proj", "wte", "ln_2"),
 }
-TOKENS = np.array([[1, 5, 9, 30, 2, 17], [4, 4, 39, 0, 11, 3]], np.int32)
+
+
+class Family(NamedTuple):
+    """A family's random model: in torch, anew at each call, and ours with the same weights."""
+
+    name: str
+    torch: Callable
+    ours: lora.models.Model
+
+    @property
+    def tied(self) -> bool:
+        return self.ours.config.tie_word_embeddings
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return saver("hf/peft/families", FAMILIES, tmp_path_factory)
+def families(tmp_path_factory):
+    saved = saver(PLACE, FAMILIES, tmp_path_factory)
+
+    def make(name: str) -> Family:
+        there, directory = saved(name)
+        return Family(name, lambda: copy.deepcopy(there()), lora.models.load(directory))
+
+    return make
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request, saved):
-    """The family's name, its random torch model, and ours with the same weights."""
-    there, directory = saved(request.param)
-    return request.param, there(), lora.models.load(directory)
+def family(request, families) -> Family:
+    return families(request.param)
 
 
-def tied(torch_model) -> bool:
-    return torch_model.config.tie_word_embeddings
-
-
-def everything(name: str, torch_model) -> dict:
+def everything(family: Family) -> dict:
     """All linear layers, rsLoRA, patterns, every bias, and the head where it is its own."""
     fields = {"r": 3, "target_modules": "all-linear", "use_rslora": True, "bias": "all"}
-    fields |= {"rank_pattern": {MODULES[name][0]: 2}, "alpha_pattern": {MODULES[name][1]: 5}}
-    return fields if tied(torch_model) else {**fields, "modules_to_save": ["lm_head"]}
+    fields |= {"rank_pattern": {MODULES[family.name][0]: 2}}
+    fields |= {"alpha_pattern": {MODULES[family.name][1]: 5}}
+    return fields if family.tied else {**fields, "modules_to_save": ["lm_head"]}
 
 
-def one_layer(name: str, torch_model) -> dict:
+def one_layer(family: Family) -> dict:
     """DoRA in one layer, whose biases train, with a norm of both."""
-    attention, mlp, _, norm = MODULES[name]
+    attention, mlp, _, norm = MODULES[family.name]
     return {
         "r": 2,
         "target_modules": [attention, mlp],
@@ -92,50 +102,39 @@ def one_layer(name: str, torch_model) -> dict:
     }
 
 
-def table(name: str, torch_model) -> dict:
+def table(family: Family) -> dict:
     """The embedding, with the head that is tied to it: PEFT knows `wte` by its head only."""
-    attention, _, table, _ = MODULES[name]
-    targets = {"r": 2, "target_modules": [attention, "lm_head" if name == "gpt2" else table]}
-    return {**targets, "ensure_weight_tying": True} if tied(torch_model) else targets
+    attention, _, table, _ = MODULES[family.name]
+    name = "lm_head" if family.name == "gpt2" else table
+    targets = {"r": 2, "target_modules": [attention, name]}
+    return {**targets, "ensure_weight_tying": True} if family.tied else targets
 
 
-def torch_logits(model) -> np.ndarray:
-    with torch.no_grad():
-        return model.eval()(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
-
-
-def jax_logits(model, params) -> np.ndarray:
-    quick = {"xla_backend_optimization_level": 0}
-    run = jax.jit(lora.lorafy(model.apply, strict=True), compiler_options=quick)
-    return np.asarray(run(params, TOKENS))
-
-
-def close(one, other):
-    np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
+def our_logits(base, params) -> np.ndarray:
+    return jax_logits(base.apply, params, strict=True)
 
 
 @pytest.mark.parametrize("fields", [everything, one_layer, table])
 def test_pefts_adapter_here_and_back(fields, family, tmp_path):
-    name, torch_model, base = family
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **fields(name, torch_model))
-    model = peft.get_peft_model(copy.deepcopy(torch_model), config)
-    randomize(model)
-    model.save_pretrained(str(tmp_path / "theirs"))
-    params, config = load_peft(tmp_path / "theirs", base.apply, base.params, TOKENS)
-    close(jax_logits(base, params), torch_logits(model))
-    save_peft(tmp_path / "ours", params, config)
+    name, there, base = family
+    case = f"{PLACE}/{name}/{fields.__name__}"
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    asked = {"task_type": "CAUSAL_LM", **fields(family)}
+    want = peft_wrote(case, theirs, there, asked, torch_logits)
+    params, config = load_peft(theirs, base.apply, base.params, TOKENS)
+    close(our_logits(base, params), want)
+    save_peft(ours, params, config)
     if (name, fields) == ("gpt2", table):
         # PEFT leaves the head out of what it writes, and would not tie it again; ours it ties.
-        model = peft.PeftModel.from_pretrained(copy.deepcopy(torch_model), str(tmp_path / "ours"))
-        close(jax_logits(base, params), torch_logits(model))
+        want = peft_reads(case, ours, there, torch_logits, same_state=False)
+        close(our_logits(base, params), want)
         return
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        assert filecmp.cmp(tmp_path / "theirs" / file, tmp_path / "ours" / file, shallow=False)
+    assert_same_files(theirs, ours)
 
 
 def test_our_adapter_in_peft_and_back(family, tmp_path):
     """All linear layers, patterns, biases of adapters and trained tokens."""
-    name, torch_model, base = family
+    name, there, base = family
     attention, mlp, _, norm = MODULES[name]
     config = lora.LoraConfig(
         rank=3,
@@ -149,8 +148,8 @@ def test_our_adapter_in_peft_and_back(family, tmp_path):
     plan = lora.plan(config, base.apply, base.params, TOKENS)
     params = noisy(lora.init(jax.random.key(0), plan, base.params))
     save_peft(tmp_path / "a", params, config)
-    model = peft.PeftModel.from_pretrained(copy.deepcopy(torch_model), str(tmp_path / "a"))
-    close(torch_logits(model), jax_logits(base, params))
+    want = peft_reads(f"{PLACE}/{name}/ours", tmp_path / "a", there, torch_logits)
+    close(want, our_logits(base, params))
     again, _ = load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
@@ -159,25 +158,25 @@ def test_our_adapter_in_peft_and_back(family, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "gemma"], indirect=True)
 @pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
 def test_our_tied_table_is_tied_in_peft(field, family, tmp_path):
-    name, torch_model, base = family
+    name, there, base = family
     table = MODULES[name][2]
     config = lora.LoraConfig(**{"rank": 2, "target_modules": (MODULES[name][0],), field: (table,)})
     plan = lora.plan(config, base.apply, base.params, TOKENS)
     trainable, frozen = lora.split(lora.init(jax.random.key(0), plan, base.params))
     params = lora.combine(jax.tree.map(lambda x: x + 0.1, trainable), frozen)
     save_peft(tmp_path / "a", params, config)
-    model = peft.PeftModel.from_pretrained(copy.deepcopy(torch_model), str(tmp_path / "a"))
-    close(torch_logits(model), jax_logits(base, params))
+    # PEFT leaves GPT-2's adapted head, which is the table, out of what it writes.
+    same = (name, field) != ("gpt2", "target_modules")
+    asked = f"{PLACE}/{name}/{field}"
+    want = peft_reads(asked, tmp_path / "a", there, torch_logits, same_state=same)
+    close(want, our_logits(base, params))
     again, _ = load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_an_embedding_that_peft_does_not_tie_is_refused(saved, tmp_path):
-    there, directory = saved("gpt2")
-    torch_model = there()
-    base = lora.models.load(directory)
+def test_an_embedding_that_peft_does_not_tie_is_refused(families, tmp_path):
+    _, there, base = families("gpt2")
     fields = {"r": 2, "target_modules": ["wte"], "ensure_weight_tying": True}
-    model = peft.get_peft_model(copy.deepcopy(torch_model), peft.LoraConfig(**fields))
-    model.save_pretrained(str(tmp_path / "a"))
+    peft_wrote(f"{PLACE}/gpt2/untied", tmp_path / "a", there, fields, torch_logits)
     with pytest.raises(ValueError, match="`transformer.wte.embedding` as an embedding only"):
         load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
