@@ -1,22 +1,24 @@
 """Adapters of encoders between `lora_jax.models` and the real `peft`: the same logits both ways."""
 
-import filecmp
+import copy
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
-import transformers
 
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
 
-from tests.hf.peft.test_model import noisy, randomize
+from tests.support.peft_llama import Base
+from tests.support.peft_oracle import assert_same_files, close, peft_reads, peft_wrote, randomize
+from tests.support.peft_trees import noisy
+from tests.support.torch_models import saver
 
-pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
+
+PLACE = "hf/peft/bert"
 
 SIZES = dict(
     vocab_size=40,
@@ -28,8 +30,13 @@ SIZES = dict(
     type_vocab_size=2,
     num_labels=3,
     pad_token_id=1,
-    initializer_range=0.3,
 )
+CLASSIFIER = dict(SIZES, auto="AutoModelForSequenceClassification")
+MODELS = {
+    "bert": dict(CLASSIFIER, model_type="bert"),
+    "roberta": dict(CLASSIFIER, model_type="roberta"),
+    "bare": dict(SIZES, model_type="bert", auto="AutoModel"),
+}
 TOKENS = np.array([[3, 5, 9, 30, 2, 17], [4, 4, 39, 7, 1, 1]], np.int32)
 MASK = TOKENS != 1
 QV = ["query", "value"]
@@ -54,16 +61,17 @@ CASES = {
 }
 
 
-def torch_classifier(kind):
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **SIZES)
-    return transformers.AutoModelForSequenceClassification.from_config(config).eval()
+def torch_outputs(model):
+    """What a torch model gives for the tokens."""
+    import torch
+
+    with torch.no_grad():
+        tokens = torch.tensor(TOKENS, dtype=torch.long)
+        return model.eval()(input_ids=tokens, attention_mask=torch.tensor(MASK))
 
 
 def torch_logits(model) -> np.ndarray:
-    with torch.no_grad():
-        tokens = torch.tensor(TOKENS, dtype=torch.long)
-        return model.eval()(input_ids=tokens, attention_mask=torch.tensor(MASK)).logits.numpy()
+    return torch_outputs(model).logits.numpy()
 
 
 def jax_logits(model, params) -> np.ndarray:
@@ -76,19 +84,22 @@ def task_type(directory):
     return json.loads((directory / "adapter_config.json").read_text())["task_type"]
 
 
-def close(one, other):
-    np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Makes a torch model, anew at each call, and the directory of its weights."""
+    make = saver(PLACE, MODELS, tmp_path_factory)
+
+    def model(kind: str) -> Base:
+        saved = make(kind)
+        return Base(lambda: copy.deepcopy(saved.model()), saved.directory)
+
+    return model
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory):
+def bases(made):
     """Our models of both kinds, each loaded once."""
-    loaded = {}
-    for kind in ("bert", "roberta"):
-        path = tmp_path_factory.mktemp("base")
-        torch_classifier(kind).save_pretrained(str(path))
-        loaded[kind] = lora.models.load(path)
-    return loaded
+    return {kind: lora.models.load(made(kind).directory) for kind in ("bert", "roberta")}
 
 
 def of_both(cases, *robertas):
@@ -98,6 +109,8 @@ def of_both(cases, *robertas):
 
 def restore_originals(model, base) -> None:
     """PEFT's unused copies of saved modules are the base's, as no gradient reaches them."""
+    import torch
+
     state = base.state_dict()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -107,19 +120,21 @@ def restore_originals(model, base) -> None:
 
 
 @pytest.mark.parametrize("kind, case", of_both(CASES, "bias-saved", "saved-norm"))
-def test_pefts_adapter_here_and_back(case, kind, bases, tmp_path):
-    base = bases[kind]
-    config = peft.LoraConfig(**{"task_type": "SEQ_CLS", **CASES[case]})
-    model = peft.get_peft_model(torch_classifier(kind), config)
-    randomize(model)
-    restore_originals(model, torch_classifier(kind))
-    model.save_pretrained(str(tmp_path / "theirs"))
-    params, config = load_peft(tmp_path / "theirs", base.apply, base.params, TOKENS)
-    close(jax_logits(base, params), torch_logits(model))
+def test_pefts_adapter_here_and_back(case, kind, made, bases, tmp_path):
+    base, there = bases[kind], made(kind).torch
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
 
-    save_peft(tmp_path / "ours", params, config)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert filecmp.cmp(tmp_path / "theirs" / name, tmp_path / "ours" / name, shallow=False)
+    def randomized(model):
+        randomize(model)
+        restore_originals(model, there())
+
+    fields = {"task_type": "SEQ_CLS", **CASES[case]}
+    name = f"{PLACE}/{kind}/{case}"
+    want = peft_wrote(name, theirs, there, fields, torch_logits, randomized=randomized)
+    params, config = load_peft(theirs, base.apply, base.params, TOKENS)
+    close(jax_logits(base, params), want)
+    save_peft(ours, params, config)
+    assert_same_files(theirs, ours)
 
 
 OURS = {
@@ -141,52 +156,48 @@ OURS = {
 
 
 @pytest.mark.parametrize("kind, case", of_both(OURS, "all-linear"))
-def test_our_adapter_in_peft_and_back(case, kind, bases, tmp_path):
+def test_our_adapter_in_peft_and_back(case, kind, made, bases, tmp_path):
     base = bases[kind]
     config = OURS[case]
     plan = lora.plan(config, base.apply, base.params, TOKENS)
     params = noisy(lora.init(jax.random.key(0), plan, base.params))
     save_peft(tmp_path / "a", params, config)
     assert task_type(tmp_path / "a") == "SEQ_CLS"
-    model = peft.PeftModel.from_pretrained(torch_classifier(kind), str(tmp_path / "a"))
-    close(torch_logits(model), jax_logits(base, params))
+    there, name = made(kind).torch, f"{PLACE}/{kind}/ours/{case}"
+    close(peft_reads(name, tmp_path / "a", there, torch_logits), jax_logits(base, params))
     again, _ = load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_an_adapter_of_the_bare_encoder(tmp_path):
+def test_an_adapter_of_the_bare_encoder(made, tmp_path):
     """Feature extraction: no prefix in the names."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model("bert", **SIZES)
-    bare = transformers.AutoModel.from_config(config).eval()
-    bare.save_pretrained(str(tmp_path / "base"))
-    fields = peft.LoraConfig(task_type="FEATURE_EXTRACTION", r=2, target_modules=QV)
-    model = peft.get_peft_model(bare, fields)
-    randomize(model)
-    model.save_pretrained(str(tmp_path / "a"))
-    base = lora.models.load(tmp_path / "base")
+    bare = made("bare")
+
+    def outputs(model):
+        out = torch_outputs(model)
+        return {"pooled": out.pooler_output.numpy(), "hidden": out.last_hidden_state.numpy()}
+
+    fields = {"task_type": "FEATURE_EXTRACTION", "r": 2, "target_modules": QV}
+    want = peft_wrote(f"{PLACE}/bare", tmp_path / "a", bare.torch, fields, outputs)
+    base = lora.models.load(bare.directory)
     params, _ = load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
     got = lora.lorafy(base.apply)(params, TOKENS, mask=jnp.asarray(MASK))
-    with torch.no_grad():
-        tokens = torch.tensor(TOKENS, dtype=torch.long)
-        want = model.eval()(input_ids=tokens, attention_mask=torch.tensor(MASK))
-    close(got.pooled, want.pooler_output.numpy())
-    close(got.hidden[MASK], want.last_hidden_state.numpy()[MASK])
+    close(got.pooled, want["pooled"])
+    close(got.hidden[MASK], want["hidden"][MASK])
     # Told by the tree alone, and with its table trained: an encoder has no head that shares it.
     ours = lora.LoraConfig(rank=2, target_modules=("query", "word_embeddings"))
     fresh = lora.init(jax.random.key(0), lora.plan(ours, base.apply, base.params, TOKENS),
                       base.params)  # fmt: skip
     save_peft(tmp_path / "ours", fresh, ours)
     assert task_type(tmp_path / "ours") == "FEATURE_EXTRACTION"
-    plain = transformers.AutoModel.from_pretrained(tmp_path / "base").eval()
-    loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path / "ours"))
-    assert isinstance(loaded, peft.PeftModelForFeatureExtraction)
+    kind = peft_reads(f"{PLACE}/bare", tmp_path / "ours", bare.torch, lambda m: type(m).__name__)
+    assert kind == "PeftModelForFeatureExtraction"
     save_peft(tmp_path / "ours", fresh, ours, task_type=None)
     assert task_type(tmp_path / "ours") is None
 
 
-def test_a_head_that_peft_would_look_for(bases, tmp_path):
+def test_a_head_that_peft_would_look_for(made, bases, tmp_path):
     base = bases["roberta"]
     config = lora.LoraConfig(rank=2, target_modules=("key",))
     plan = lora.plan(config, base.apply, base.params, TOKENS)
@@ -196,5 +207,4 @@ def test_a_head_that_peft_would_look_for(bases, tmp_path):
     assert not (tmp_path / "a").exists()
     save_peft(tmp_path / "a", params, config)  # not of that type, then
     assert task_type(tmp_path / "a") is None
-    model = torch_classifier(base.config.model_type)
-    peft.PeftModel.from_pretrained(model, str(tmp_path / "a"))
+    peft_reads(f"{PLACE}/roberta/headless", tmp_path / "a", made("roberta").torch, torch_logits)
