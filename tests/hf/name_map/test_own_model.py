@@ -1,48 +1,42 @@
 """A model of the user's own under a name map, against torch and the real `peft`."""
 
-import filecmp
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
-from transformers import LlamaForCausalLM
 
 import lora_jax as lora
 from lora_jax.hf import from_hugging_face, load_peft, save_peft, to_hugging_face
 from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.models.saving import save_model
 
-from tests.hf.peft.test_model import TOKENS, close, noisy, randomize, torch_logits
-from tests.hf.peft.test_oracle import torch_llama
 from tests.support import own_decoder
+from tests.support.oracle import oracle
 from tests.support.own_decoder import MAP, PARAMS
+from tests.support.peft_llama import TOKENS, Base, bases, jax_logits, torch_logits
+from tests.support.peft_oracle import assert_same_files, close, peft_reads, peft_wrote
+from tests.support.peft_trees import noisy
 
-pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
+
+PLACE = "hf/name_map/own_model"
 
 
 def logits(params) -> np.ndarray:
-    quick = {"xla_backend_optimization_level": 0}
-    run = jax.jit(lora.lorafy(own_decoder.forward), compiler_options=quick)
-    return np.asarray(run(params, TOKENS))
+    return jax_logits(own_decoder.forward, params)
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base")
-    model = torch_llama()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * 0.1)
-    model.save_pretrained(str(path))
-    return path
+def there(tmp_path_factory) -> Base:
+    """The torch model, and the directory of its weights."""
+    return bases(tmp_path_factory)("llama")
 
 
-def torch_base(directory):
-    return LlamaForCausalLM.from_pretrained(str(directory)).eval()
+@pytest.fixture(scope="module")
+def directory(there):
+    return there.directory
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +44,8 @@ def base(directory):
     return from_hugging_face(PARAMS, open_directory(directory), MAP)
 
 
-def test_the_base_is_read_and_written(directory, base, tmp_path):
-    close(logits(base), torch_logits(torch_base(directory)))
+def test_the_base_is_read_and_written(there, directory, base, tmp_path):
+    close(logits(base), oracle("hf/peft/bases/llama.logits", lambda: torch_logits(there.torch())))
     model = lora.models.load(directory)
     save_model(tmp_path / "again", model, to_hugging_face(base, MAP))
     again = lora.models.load(tmp_path / "again")
@@ -83,16 +77,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_pefts_adapter_here_and_back(case, directory, base, tmp_path):
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **CASES[case])
-    model = peft.get_peft_model(torch_base(directory), config)
-    randomize(model)
-    model.save_pretrained(str(tmp_path / "theirs"))
-    params, config = load_peft(tmp_path / "theirs", own_decoder.forward, base, TOKENS, name_map=MAP)
-    close(logits(params), torch_logits(model))
-    save_peft(tmp_path / "ours", params, config, name_map=MAP)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert filecmp.cmp(tmp_path / "theirs" / name, tmp_path / "ours" / name, shallow=False)
+def test_pefts_adapter_here_and_back(case, there, base, tmp_path):
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    fields = {"task_type": "CAUSAL_LM", **CASES[case]}
+    want = peft_wrote(f"{PLACE}/{case}", theirs, there.torch, fields, torch_logits)
+    params, config = load_peft(theirs, own_decoder.forward, base, TOKENS, name_map=MAP)
+    close(logits(params), want)
+    save_peft(ours, params, config, name_map=MAP)
+    assert_same_files(theirs, ours)
 
 
 OURS = {
@@ -110,13 +102,13 @@ OURS = {
 
 
 @pytest.mark.parametrize("case", OURS)
-def test_our_adapter_in_peft_and_back(case, directory, base, tmp_path):
+def test_our_adapter_in_peft_and_back(case, there, base, tmp_path):
     config = OURS[case]
     plan = lora.plan(config, own_decoder.forward, base, TOKENS)
     params = noisy(lora.init(jax.random.key(0), plan, base))
     save_peft(tmp_path / "a", params, config, name_map=MAP)
-    model = peft.PeftModel.from_pretrained(torch_base(directory), str(tmp_path / "a"))
-    close(torch_logits(model), logits(params))
+    want = peft_reads(f"{PLACE}/ours/{case}", tmp_path / "a", there.torch, torch_logits)
+    close(want, logits(params))
     again, _ = load_peft(tmp_path / "a", own_decoder.forward, base, TOKENS, name_map=MAP)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
