@@ -4,15 +4,14 @@
 transformers 4.56.2. The functions below compute on such trees as those classes do.
 """
 
+import copy
 import dataclasses
-import filecmp
 import json
 
 import jax
 import numpy as np
-import peft
 import pytest
-import transformers
+from safetensors.numpy import load_file
 
 import lora_jax as lora
 from lora_jax.array import leaves_by_path
@@ -21,11 +20,16 @@ from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.name_maps.rules import recognise
 from lora_jax.models.saving import save_model
 
-from tests.hf.peft.test_model import close, noisy, randomize
-from tests.support.peft_trees import nested
+from tests.support.oracle import oracle
+from tests.support.peft_llama import TOKENS, Base, jax_logits, torch_logits
+from tests.support.peft_oracle import assert_same_files, close, peft_reads, peft_wrote
+from tests.support.peft_trees import nested, noisy
 from tests.support.places import GOLDEN
+from tests.support.torch_models import saver
 
-pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
+
+PLACE = "hf/name_map/flax_names"
 
 TREES = json.loads((GOLDEN / "flax_trees.json").read_text())
 SIZES = dict(
@@ -38,33 +42,27 @@ SIZES = dict(
     initializer_range=0.3,
 )
 GPT2 = dict(vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=24, initializer_range=0.3)
+LABELS = dict(num_labels=3, auto="AutoModelForSequenceClassification")
 CONFIGS = {
-    "gpt2": ("gpt2", GPT2),
-    "llama": ("llama", dict(SIZES, num_key_value_heads=2)),
-    "mistral": ("mistral", dict(SIZES, num_key_value_heads=2)),
-    "gemma": ("gemma", dict(SIZES, num_key_value_heads=2, head_dim=4)),
-    "bert": ("bert", dict(SIZES, num_labels=3)),
-    "bert-mlm": ("bert", SIZES),
-    "roberta": ("roberta", dict(SIZES, num_labels=3)),
+    "gpt2": dict(GPT2, model_type="gpt2"),
+    "llama": dict(SIZES, model_type="llama", num_key_value_heads=2),
+    "mistral": dict(SIZES, model_type="mistral", num_key_value_heads=2),
+    "gemma": dict(SIZES, model_type="gemma", num_key_value_heads=2, head_dim=4),
+    "bert": dict(SIZES, **LABELS, model_type="bert"),
+    "bert-mlm": dict(SIZES, model_type="bert", auto="AutoModelForMaskedLM"),
+    "roberta": dict(SIZES, **LABELS, model_type="roberta"),
 }
-TOKENS = np.array([[1, 5, 9, 30, 2, 17], [4, 4, 39, 0, 11, 3]], np.int32)
 
 
-def torch_model(name):
-    import torch
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Makes a case's torch model, anew at each call, and its directory."""
+    make = saver(PLACE, CONFIGS, tmp_path_factory)
 
-    torch.manual_seed(0)
-    kind, fields = CONFIGS[name]
-    classes = {
-        "bert": transformers.AutoModelForSequenceClassification,
-        "roberta": transformers.AutoModelForSequenceClassification,
-        "bert-mlm": transformers.AutoModelForMaskedLM,
-    }
-    config = transformers.AutoConfig.for_model(kind, **fields)
-    model = classes.get(name, transformers.AutoModelForCausalLM).from_config(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * 0.1)
+    def model(name: str) -> Base:
+        saved = make(name)
+        return Base(lambda: copy.deepcopy(saved.model()), saved.directory)
+
     return model
 
 
@@ -73,20 +71,20 @@ def shapes(name):
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_the_real_trees_are_torchs_models(name, tmp_path):
-    model = torch_model(name)
-    model.save_pretrained(tmp_path)
-    params = from_hugging_face(shapes(name), open_directory(tmp_path), FLAX)
+def test_the_real_trees_are_torchs_models(name, made, tmp_path):
+    directory = made(name).directory
+    params = from_hugging_face(shapes(name), open_directory(directory), FLAX)
     assert recognise(leaves_by_path(params)) is (
         FLAX if name in ("gpt2", "llama", "mistral", "gemma") else None
     )
-    state = model.state_dict()
+    # Under the names and in the layout of the torch model's state.
+    state = load_file(directory / "model.safetensors")
     for path, leaf in leaves_by_path(params).items():
         tensor = state[path.rpartition(".")[0] + (".bias" if path.endswith("bias") else ".weight")]
         # What transformers' own conversion does: Linear is turned, Conv1D is turned too.
         turned = path.endswith("kernel")
-        np.testing.assert_array_equal(leaf, tensor.numpy().T if turned else tensor.numpy())
-    ours = lora.models.load(tmp_path)
+        np.testing.assert_array_equal(leaf, tensor.T if turned else tensor)
+    ours = lora.models.load(directory)
     save_model(tmp_path / "again", ours, to_hugging_face(params, FLAX))
     again = lora.models.load(tmp_path / "again").params
     jax.tree.map(np.testing.assert_array_equal, again, ours.params)
@@ -96,14 +94,13 @@ def test_the_real_trees_are_torchs_models(name, tmp_path):
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "bert"])
-def case(request, tmp_path_factory):
+def case(request, made):
     """A torch model, its Flax tree, and a function that computes on the tree as Flax did."""
     name = request.param
-    directory = tmp_path_factory.mktemp("base")
-    torch_model(name).save_pretrained(directory)
-    params = from_hugging_face(shapes(name), open_directory(directory), FLAX)
-    model = lora.models.load(directory, scan=False)
-    return name, params, lambda p, tokens: model.apply(_AS_OURS[name](p), tokens)
+    there = made(name)
+    params = from_hugging_face(shapes(name), open_directory(there.directory), FLAX)
+    model = lora.models.load(there.directory, scan=False)
+    return name, there.torch, params, lambda p, tokens: model.apply(_AS_OURS[name](p), tokens)
 
 
 def _scales(tree):
@@ -139,57 +136,44 @@ SAVED = {
 TASKS = {"bert": "SEQ_CLS"}
 
 
-def logits(fn, params) -> np.ndarray:
-    quick = {"xla_backend_optimization_level": 0}
-    return np.asarray(jax.jit(lora.lorafy(fn), compiler_options=quick)(params, TOKENS))
-
-
-def torch_logits(model) -> np.ndarray:
-    import torch
-
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor(TOKENS).long()).logits.numpy()
-
-
 def test_flaxs_logits_are_torchs(case):
-    name, params, fn = case
-    close(logits(fn, params), torch_logits(torch_model(name)))
+    name, there, params, fn = case
+    want = oracle(f"{PLACE}/{name}.logits", lambda: torch_logits(there()))
+    close(jax_logits(fn, params), want)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"use_dora": True},
-        {"modules_to_save": True, "bias": "none"},
-        {"layers_to_transform": [1], "use_rslora": True},
-    ],
-    ids=str,
-)
-def test_pefts_adapter_here_and_back(case, fields, tmp_path):
-    name, params, fn = case
+FIELDS = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "saved": {"modules_to_save": True, "bias": "none"},
+    "one-layer-rslora": {"layers_to_transform": [1], "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_pefts_adapter_here_and_back(case, kind, tmp_path):
+    name, there, params, fn = case
+    fields = FIELDS[kind]
     if fields.get("modules_to_save"):
         fields = {**fields, "modules_to_save": SAVED[name]}
     # A small alpha: in a post-norm encoder large changes lose float32's last digits, in torch too.
-    config = peft.LoraConfig(
-        task_type=TASKS.get(name, "CAUSAL_LM"),
-        r=3,
-        lora_alpha=1,
-        target_modules=TARGETS[name],
+    asked = {
+        "task_type": TASKS.get(name, "CAUSAL_LM"),
+        "r": 3,
+        "lora_alpha": 1,
+        "target_modules": TARGETS[name],
         **fields,
-    )
-    model = peft.get_peft_model(torch_model(name), config)
-    randomize(model)
-    model.save_pretrained(str(tmp_path / "theirs"))
-    lora_params, config = load_peft(tmp_path / "theirs", fn, params, TOKENS)
-    close(logits(fn, lora_params), torch_logits(model))
-    save_peft(tmp_path / "ours", lora_params, config)
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        assert filecmp.cmp(tmp_path / "theirs" / file, tmp_path / "ours" / file, shallow=False)
+    }
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    want = peft_wrote(f"{PLACE}/{name}/{kind}", theirs, there, asked, torch_logits)
+    lora_params, config = load_peft(theirs, fn, params, TOKENS)
+    close(jax_logits(fn, lora_params), want)
+    save_peft(ours, lora_params, config)
+    assert_same_files(theirs, ours)
 
 
 def test_our_adapter_in_peft_and_back(case, tmp_path):
-    name, params, fn = case
+    name, there, params, fn = case
     config = lora.LoraConfig(rank=2, target_modules=tuple(TARGETS[name]))
     if name == "bert":
         config = dataclasses.replace(config, modules_to_save=("classifier",))
@@ -197,17 +181,15 @@ def test_our_adapter_in_peft_and_back(case, tmp_path):
     # A linen model's parameters may come with their collection's name.
     lora_params = noisy(lora.init(jax.random.key(0), plan, params))
     save_peft(tmp_path, {"params": lora_params}, config, task_type=TASKS.get(name, "CAUSAL_LM"))
-    model = peft.PeftModel.from_pretrained(torch_model(name), str(tmp_path))
-    close(torch_logits(model), logits(fn, lora_params))
+    want = peft_reads(f"{PLACE}/{name}/ours", tmp_path, there, torch_logits)
+    close(want, jax_logits(fn, lora_params))
     again, _ = load_peft(tmp_path, fn, params, TOKENS)
     jax.tree.map(np.testing.assert_array_equal, again, lora_params)
 
 
-def test_our_own_trees_are_not_taken_for_flaxs(tmp_path):
+def test_our_own_trees_are_not_taken_for_flaxs(made):
     for name in ("gpt2", "llama"):
-        torch_model(name).save_pretrained(tmp_path / name)
+        directory = made(name).directory
         for scan in (True, False):
-            assert (
-                recognise(leaves_by_path(lora.models.load(tmp_path / name, scan=scan).params))
-                is None
-            )
+            params = lora.models.load(directory, scan=scan).params
+            assert recognise(leaves_by_path(params)) is None
