@@ -1,35 +1,25 @@
 """PEFT's layouts of convolutions and of experts, both ways against the real `peft`."""
 
 import dataclasses
-import filecmp
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 
 import lora_jax as lora
 from lora_jax.array import LoraArray, Window
 from lora_jax.hf import load_peft, save_peft
 
-pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+from tests.support.oracle import seeded
+from tests.support.peft_oracle import assert_same_files, close, peft_reads, peft_wrote, randomize
 
+pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
-def close(one, other):
-    np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
-
-
-def randomize(model) -> None:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+PLACE = "hf/peft/shapes"
+less_randomized = partial(randomize, scale=0.3)
 
 
 def noisy(tree):
@@ -58,28 +48,38 @@ def fresh(config, fn, params, x):
     return noisy(quick(lambda params: lora.init(jax.random.key(0), plan, params), params))
 
 
-def same_files(one, other):
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert filecmp.cmp(one / name, other / name, shallow=False), name
+def output_for(x):
+    """A function that gives a torch network's output for an array."""
+
+    def run(net):
+        from tests.support.torch_nets import output
+
+        return output(net, x)
+
+    return run
 
 
 # ---- convolutions
 
 
-class TorchNet(torch.nn.Module):
-    """Two convolutions, a mean over the window, a linear layer."""
+def conv_weights(dims: int, groups: int = 1) -> dict[str, np.ndarray]:
+    """The state of the torch network."""
+    ones = (1,) * dims
+    shapes = {
+        "conv1.weight": (8, 4, *(3, 2, 3)[:dims]),
+        "conv1.bias": (8,),
+        "conv2.weight": (6, 8 // groups, *ones),
+        "conv2.bias": (6,),
+        "fc.weight": (5, 6),
+        "fc.bias": (5,),
+    }
+    return {name: seeded(name, shape, scale=0.3) for name, shape in shapes.items()}
 
-    def __init__(self, dims: int, groups: int = 1):
-        super().__init__()
-        conv: Any = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[dims - 1]
-        torch.manual_seed(0)
-        self.conv1 = conv(4, 8, (3, 2, 3)[:dims], stride=2, padding=1)
-        self.conv2 = conv(8, 6, 1, groups=groups)
-        self.fc = torch.nn.Linear(6, 5)
 
-    def forward(self, x):
-        x = self.conv2(torch.relu(self.conv1(x)))
-        return self.fc(x.flatten(2).mean(-1))
+def torch_conv(dims: int, groups: int = 1):
+    from tests.support.torch_nets import ConvNet, with_weights
+
+    return with_weights(ConvNet(dims, groups), conv_weights(dims, groups))
 
 
 class LinenNet(nn.Module):
@@ -95,25 +95,24 @@ class LinenNet(nn.Module):
         return nn.Dense(5, name="fc")(x.reshape(x.shape[0], -1, 6).mean(1))
 
 
-def ours_of(net: TorchNet, dims: int, groups: int = 1):
-    """The linen network with the torch network's weights, its input, and both inputs."""
+def ours_of(dims: int, groups: int = 1):
+    """The linen network with the torch network's weights, its input, and that of torch."""
+    weights = conv_weights(dims, groups)
 
     def kernel(weight):  # (out, in, window...) -> (window..., in, out)
-        return jnp.asarray(np.moveaxis(weight.detach().numpy(), (0, 1), (-1, -2)))
+        return jnp.asarray(np.moveaxis(weight, (0, 1), (-1, -2)))
 
     params = {
-        name: {"kernel": kernel(layer.weight), "bias": jnp.asarray(layer.bias.detach().numpy())}
-        for name, layer in (("conv1", net.conv1), ("conv2", net.conv2), ("fc", net.fc))
+        name: {
+            "kernel": kernel(weights[f"{name}.weight"]),
+            "bias": jnp.asarray(weights[f"{name}.bias"]),
+        }
+        for name in ("conv1", "conv2", "fc")
     }
     x = np.random.default_rng(0).normal(size=(2, 4, 7, 6, 5)[: dims + 2]).astype("f4")
     module = LinenNet(dims, groups)
     fn = lambda params, x: module.apply({"params": params}, x)  # noqa: E731
-    return fn, params, jnp.moveaxis(jnp.asarray(x), 1, -1), torch.tensor(x)
-
-
-def output(net, x) -> np.ndarray:
-    with torch.no_grad():
-        return net.eval()(x).numpy()
+    return fn, params, jnp.moveaxis(jnp.asarray(x), 1, -1), x
 
 
 CONVS = {
@@ -128,41 +127,46 @@ CONVS = {
     [("plain", 1), ("plain", 2), ("plain", 3), ("dora", 1), ("dora", 2), ("lora-bias", 2)],
 )
 def test_convolutions_of_peft_here_and_back(case, dims, tmp_path):
-    net = TorchNet(dims)
-    fn, params, x, torch_x = ours_of(net, dims)
-    model = peft.get_peft_model(net, peft.LoraConfig(**CONVS[case]))
-    randomize(model)
-    model.save_pretrained(str(tmp_path / "theirs"))
-    tree, config = load_peft(tmp_path / "theirs", fn, params, x)
+    fn, params, x, torch_x = ours_of(dims)
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    want = peft_wrote(
+        f"{PLACE}/conv{dims}/{case}",
+        theirs,
+        partial(torch_conv, dims),
+        CONVS[case],
+        output_for(torch_x),
+        randomized=less_randomized,
+    )
+    tree, config = load_peft(theirs, fn, params, x)
     assert tree["conv1"]["kernel"].window == Window(tuple(range(dims)))
-    close(quick(lora.lorafy(fn, strict=True), tree, x), output(model, torch_x))
-    save_peft(tmp_path / "ours", tree, config, task_type=None)
-    same_files(tmp_path / "theirs", tmp_path / "ours")
+    close(quick(lora.lorafy(fn, strict=True), tree, x), want)
+    save_peft(ours, tree, config, task_type=None)
+    assert_same_files(theirs, ours)
 
 
 @pytest.mark.parametrize("case", ["plain", "dora"])
 def test_our_convolutions_in_peft(case, tmp_path):
-    net = TorchNet(2)
-    fn, params, x, torch_x = ours_of(net, 2)
+    fn, params, x, torch_x = ours_of(2)
     fields = {k: v for k, v in CONVS[case].items() if k not in ("r", "lora_alpha")}
     config = lora.LoraConfig(rank=2, **fields)
     tree = fresh(config, fn, params, x)
     save_peft(tmp_path / "a", tree, config, task_type=None)
-    model = peft.PeftModel.from_pretrained(TorchNet(2), str(tmp_path / "a"))
-    close(output(model, torch_x), quick(lora.lorafy(fn), tree, x))
+    name, there = f"{PLACE}/conv2/ours/{case}", partial(torch_conv, 2)
+    want = peft_reads(name, tmp_path / "a", there, output_for(torch_x))
+    close(want, quick(lora.lorafy(fn), tree, x))
     again, _ = load_peft(tmp_path / "a", fn, params, x)
     jax.tree.map(np.testing.assert_array_equal, again, tree)
 
 
 def test_grouped_convolutions_are_refused_both_ways(tmp_path):
-    net = TorchNet(2, groups=2)
-    fn, params, x, _ = ours_of(net, 2, groups=2)
+    fn, params, x, torch_x = ours_of(2, groups=2)
     config = lora.LoraConfig(rank=2, target_modules=("conv2",))
     tree = fresh(config, fn, params, x)
     with pytest.raises(ValueError, match="`conv2.kernel` is the kernel of a convolution with 2 gr"):
         save_peft(tmp_path / "a", tree, config)
-    model = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["conv2"]))
-    model.save_pretrained(str(tmp_path / "theirs"))
+    there = partial(torch_conv, 2, groups=2)
+    fields = {"r": 2, "target_modules": ["conv2"]}
+    peft_wrote(f"{PLACE}/grouped", tmp_path / "theirs", there, fields, output_for(torch_x))
     with pytest.raises(ValueError, match="its A mixes the channels of all groups"):
         load_peft(tmp_path / "theirs", fn, params, x)
 
@@ -172,40 +176,24 @@ def test_grouped_convolutions_are_refused_both_ways(tmp_path):
 E, D, F, L = 3, 4, 5, 2
 
 
-class TorchExperts(torch.nn.Module):
-    """Experts as transformers 5 keeps them: (E, out, in), or (E, in, out) where transposed."""
-
-    def __init__(self, transposed: bool):
-        super().__init__()
-        self.is_transposed = transposed
-        shapes = {"gate_up_proj": (E, F, D), "down_proj": (E, D, F)}
-        for name, (e, out, into) in shapes.items():
-            shape = (e, into, out) if transposed else (e, out, into)
-            self.register_parameter(name, torch.nn.Parameter(torch.randn(shape)))
-
-    def forward(self, x, weights):
-        up = self.gate_up_proj if self.is_transposed else self.gate_up_proj.mT
-        down = self.down_proj if self.is_transposed else self.down_proj.mT
-        hidden = torch.tanh(torch.einsum("td,edf->tef", x, up))
-        return torch.einsum("te,ted->td", weights, torch.einsum("tef,efd->ted", hidden, down))
+def expert_shapes(transposed: bool) -> dict[str, tuple[int, ...]]:
+    if transposed:
+        return {"gate_up_proj": (E, D, F), "down_proj": (E, F, D)}
+    return {"gate_up_proj": (E, F, D), "down_proj": (E, D, F)}
 
 
-class TorchMoe(torch.nn.Module):
-    def __init__(self, transposed: bool):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = torch.nn.ModuleList()
-        for _ in range(L):
-            layer = torch.nn.Module()
-            layer.experts = TorchExperts(transposed)
-            layer.router = torch.nn.Linear(D, E, bias=False)
-            self.layers.append(layer)
+def moe_weights(transposed: bool) -> dict[str, np.ndarray]:
+    """The state of the torch network."""
+    shapes = {f"experts.{name}": shape for name, shape in expert_shapes(transposed).items()}
+    shapes["router.weight"] = (E, D)
+    names = {f"layers.{i}.{name}": shape for i in range(L) for name, shape in shapes.items()}
+    return {name: seeded(name, shape) for name, shape in names.items()}
 
-    def forward(self, x):
-        layer: Any
-        for layer in self.layers:
-            x = x + layer.experts(x, torch.softmax(layer.router(x), -1))
-        return x
+
+def torch_moe(transposed: bool):
+    from tests.support.torch_nets import Moe, with_weights
+
+    return with_weights(Moe(L, expert_shapes(transposed), transposed), moe_weights(transposed))
 
 
 def moe(params, x, *, transposed: bool):
@@ -221,13 +209,14 @@ def moe(params, x, *, transposed: bool):
     return jax.lax.scan(step, x, params["layers"])[0]
 
 
-def moe_params(net: TorchMoe):
-    def stacked(get):
-        return jnp.stack([jnp.asarray(get(layer).detach().numpy()) for layer in net.layers])
+def moe_params(transposed: bool) -> dict:
+    weights = moe_weights(transposed)
 
-    names = ("gate_up_proj", "down_proj")
-    experts = {n: stacked(lambda layer, n=n: getattr(layer.experts, n)) for n in names}
-    router = {"kernel": stacked(lambda layer: layer.router.weight.T)}
+    def stacked(name: str):
+        return jnp.stack([jnp.asarray(weights[f"layers.{i}.{name}"]) for i in range(L)])
+
+    experts = {name: stacked(f"experts.{name}") for name in ("gate_up_proj", "down_proj")}
+    router = {"kernel": jnp.swapaxes(stacked("router.weight"), 1, 2)}
     return {"layers": {"experts": experts, "router": router}}
 
 
@@ -250,28 +239,31 @@ EXPERTS = {
     "case, transposed", [(c, c in ("both", "patterns")) for c in EXPERTS] + [("both", False)]
 )
 def test_experts_of_peft_here_and_back(case, transposed, tmp_path):
-    net = TorchMoe(transposed)
-    fn, params = partial(moe, transposed=transposed), moe_params(net)
-    fields = {"r": 2, "target_modules": [], **EXPERTS[case]}
-    model = peft.get_peft_model(net, peft.LoraConfig(**fields))
-    randomize(model)
-    model.save_pretrained(str(tmp_path / "theirs"))
-    tree, config = load_peft(tmp_path / "theirs", fn, params, X)
-    close(quick(lora.lorafy(fn, strict=True), tree, X), output(model, torch.tensor(X)))
-    save_peft(tmp_path / "ours", tree, config, task_type=None)
-    same_files(tmp_path / "theirs", tmp_path / "ours")
+    fn, params = partial(moe, transposed=transposed), moe_params(transposed)
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    want = peft_wrote(
+        f"{PLACE}/experts/{case}{'-transposed' * transposed}",
+        theirs,
+        partial(torch_moe, transposed),
+        {"r": 2, "target_modules": [], **EXPERTS[case]},
+        output_for(X),
+        randomized=less_randomized,
+    )
+    tree, config = load_peft(theirs, fn, params, X)
+    close(quick(lora.lorafy(fn, strict=True), tree, X), want)
+    save_peft(ours, tree, config, task_type=None)
+    assert_same_files(theirs, ours)
 
 
 def test_our_experts_in_peft(tmp_path):
-    transposed = False
-    net = TorchMoe(transposed)
-    fn, params = partial(moe, transposed=transposed), moe_params(net)
+    fn, params = partial(moe, transposed=False), moe_params(False)
     config = lora.LoraConfig(
         rank=2, target_modules=("router",), target_parameters=("gate_up_proj", "down_proj")
     )
     tree = fresh(config, fn, params, X)
     save_peft(tmp_path / "a", tree, config, task_type=None)
-    model = peft.PeftModel.from_pretrained(TorchMoe(transposed), str(tmp_path / "a"))
-    close(output(model, torch.tensor(X)), quick(lora.lorafy(fn), tree, X))
+    there = partial(torch_moe, False)
+    want = peft_reads(f"{PLACE}/experts/ours", tmp_path / "a", there, output_for(X))
+    close(want, quick(lora.lorafy(fn), tree, X))
     again, _ = load_peft(tmp_path / "a", fn, params, X)
     jax.tree.map(np.testing.assert_array_equal, again, tree)
