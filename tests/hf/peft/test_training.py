@@ -7,11 +7,10 @@ import optax
 import peft
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
-
-from tests.hf.peft.test_oracle import torch_llama
 
 pytestmark = [
     pytest.mark.once,
@@ -51,6 +50,21 @@ CASES = {
         "layers_to_transform": [1],
     },
 }
+
+
+def torch_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def batches() -> list[tuple[np.ndarray, np.ndarray]]:
