@@ -30,15 +30,9 @@ from jaxtyping import Float
 from lora_jax.hf.checkpoint.weights import Weights
 from lora_jax.quant.array import QuantArray
 from lora_jax.quant.foreign import from_bitsandbytes
+from lora_jax.quant.formats import FORMATS
 
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-)  # fmt: skip
-_FP4 = tuple(sign * x / 12 for sign in (1, -1) for x in (0, 0.0625, 8, 12, 4, 6, 2, 3))
-CODES = {"nf4": NF4, "fp4": _FP4}
+CODES = {name: np.asarray(FORMATS[name].codebook) for name in ("nf4", "fp4")}
 
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")

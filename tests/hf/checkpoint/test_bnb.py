@@ -74,7 +74,7 @@ def test_the_known_vector(golden):
 
 def quantized(name, weight, block=64):
     """A weight as bitsandbytes saves it, NF4 without double quantization; and what it holds."""
-    code, flat = np.array(bnb.NF4, np.float32), weight.reshape(-1, block)
+    code, flat = np.array(bnb.CODES["nf4"], np.float32), weight.reshape(-1, block)
     absmax = np.abs(flat).max(1).astype(np.float32)
     index = np.abs(flat[..., None] / absmax[:, None, None] - code).argmin(-1)
     state = dict(quant_type="nf4", blocksize=block, dtype="float32", shape=list(weight.shape))
