@@ -6,7 +6,8 @@ VENV_CORE ?= .venv312
 VENV_AOT ?= .venv-aot
 AOT_WHEELS ?= .aot-wheels
 PYTEST_ARGS ?= -n 2 --dist loadfile -q
-ORACLES = torch==2.13.0+cpu transformers==5.23.0 peft==0.21.2
+# The versions of constraints.txt; torch as its build for CPUs.
+ORACLES = $(shell sed -n 's/^torch==.*/&+cpu/p; /^transformers==/p; /^peft==/p' constraints.txt)
 
 # The first interpreter of Python 3.11 or later that really runs (a pyenv shim may not).
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
