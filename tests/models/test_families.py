@@ -14,7 +14,16 @@ from lora_jax.models import config_from_hf
 from lora_jax.models.saving import save_merged
 
 from tests.support.oracle import oracle
-from tests.support.torch_models import both_paddings, greedy, load, saver, texts, theirs
+from tests.support.torch_models import (
+    DECODER_SIZES,
+    TOLERANCE,
+    both_paddings,
+    greedy,
+    load,
+    saver,
+    texts,
+    theirs,
+)
 
 pytestmark = pytest.mark.once
 
@@ -22,18 +31,7 @@ PLACE = "models/families"
 
 # Compiling is most of what these tests do.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-# float32 products summed in another order, over three blocks.
-TOLERANCE = 1e-4
-SIZES = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    pad_token_id=0,
-)
+SIZES = dict(DECODER_SIZES, pad_token_id=0)
 SLIDING, FULL = "sliding_attention", "full_attention"
 GEMMA2 = dict(SIZES, model_type="gemma2", head_dim=16, sliding_window=4, query_pre_attn_scalar=9)
 GEMMA3 = dict(

@@ -10,19 +10,11 @@ import pytest
 
 from lora_jax import models
 
+from tests.support.tiny import SMALL
+
 pytestmark = pytest.mark.once
 
-CONFIG = models.LlamaConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    initializer_range=0.3,
-)
+CONFIG = SMALL
 PROMPTS = [[5, 9, 11, 3, 7], [8], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]]
 
 

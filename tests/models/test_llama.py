@@ -11,21 +11,19 @@ import pytest
 from lora_jax import models
 
 from tests.support.oracle import oracle
-from tests.support.torch_models import both_paddings, greedy, saver, texts, theirs
+from tests.support.torch_models import (
+    DECODER_SIZES,
+    TOLERANCE,
+    both_paddings,
+    greedy,
+    saver,
+    texts,
+    theirs,
+)
 
 PLACE = "models/llama"
 
-# float32 products summed in another order, over three blocks.
-TOLERANCE = 1e-4
-SIZES = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
+SIZES = DECODER_SIZES
 LLAMA3 = dict(
     rope_type="llama3",
     factor=8.0,

@@ -1,5 +1,7 @@
 """The decoder under the transform: every adapted weight keeps its low-rank form."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,20 +10,11 @@ import pytest
 import lora_jax as lora
 from lora_jax import models
 
+from tests.support.tiny import SMALL
+
 pytestmark = pytest.mark.once
 
-CONFIG = models.LlamaConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    tie_word_embeddings=True,
-    initializer_range=0.3,
-)
+CONFIG = dataclasses.replace(SMALL, tie_word_embeddings=True)
 EVERYWHERE = ("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 TOKENS = np.asarray(jax.random.randint(jax.random.key(5), (2, 9), 0, 61))
 MASK = np.arange(9) >= np.array([[0], [4]])

@@ -38,6 +38,15 @@ LAYER = {
 }
 
 
+QV = LoraConfig(rank=4, alpha=6, target_modules=("q_proj", "v_proj"))
+
+
+def equal(one, other) -> None:
+    """Asserts that two trees have the same structure and the same numbers."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
 def nested(flat: dict) -> dict:
     """Dotted paths to nested dicts."""
     tree = {}

@@ -38,6 +38,20 @@ def tiny_tokenizer(size: int = 320) -> OurTokenizer:
     )
 
 
+# A decoder of two blocks with grouped heads, for token ids without a tokenizer.
+SMALL = models.LlamaConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    initializer_range=0.3,
+)
+
+
 def tiny_model(*, tied: bool = True) -> models.Model:
     """A random decoder with that tokenizer."""
     tokenizer = tiny_tokenizer()

@@ -17,6 +17,18 @@ from safetensors.numpy import load_file, save_file
 
 from tests.support.oracle import oracle, seeded
 
+# float32 products summed in another order, over three blocks.
+TOLERANCE = 1e-4
+DECODER_SIZES = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+
 # The spread of tensors that transformers begins with a constant.
 AROUND = 0.1
 

@@ -17,27 +17,9 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.peft import api
 from lora_jax.hf.peft import directory as peft_files
 
-from tests.support.peft_trees import nested, planted, random_params, randomized
+from tests.support.peft_trees import QV, equal, nested, planted, random_params, randomized
 
 pytestmark = pytest.mark.once
-
-QV = LoraConfig(rank=4, alpha=6, target_modules=("q_proj", "v_proj"))
-
-
-@pytest.fixture
-def tree():
-    return randomized(planted(random_params(), QV), QV)
-
-
-@pytest.fixture
-def directory(tree, tmp_path):
-    api.save_peft(tmp_path / "adapter", tree, QV)
-    return tmp_path / "adapter"
-
-
-def equal(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 # ---- files: reading

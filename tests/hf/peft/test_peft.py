@@ -17,28 +17,22 @@ from lora_jax.hf.peft import directory as peft_files
 from lora_jax.hf.peft.index import make_index, named_targets
 from lora_jax.hf.peft.save import to_peft
 
-from tests.support.peft_trees import D, L, V, nested, planted, random_params, randomized, specs_of
+from tests.support.peft_trees import (
+    QV,
+    D,
+    L,
+    V,
+    equal,
+    nested,
+    planted,
+    random_params,
+    randomized,
+    specs_of,
+)
 
 pytestmark = pytest.mark.once
 
-QV = LoraConfig(rank=4, alpha=6, target_modules=("q_proj", "v_proj"))
 BASE = "base_model.model.model.layers"
-
-
-@pytest.fixture
-def tree():
-    return randomized(planted(random_params(), QV), QV)
-
-
-@pytest.fixture
-def directory(tree, tmp_path):
-    api.save_peft(tmp_path / "adapter", tree, QV)
-    return tmp_path / "adapter"
-
-
-def equal(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 # ---- names and layout
