@@ -16,6 +16,7 @@ import numpy as np
 from lora_jax import array
 from lora_jax.paths import component
 
+# Phrases of an error message, before it says how many more there are.
 _SHOWN = 5
 
 
@@ -94,9 +95,6 @@ def summary(phrases: list[str]) -> str:
     return "; ".join(phrases[:_SHOWN]) + more
 
 
-_MOST = 3
-
-
 def outline(lora_params: Any) -> dict[str, dict]:
     """The plan of an adapter as JSON values: class, shape, dtype and roles of each leaf.
 
@@ -142,10 +140,9 @@ def check_outline(expected: Mapping[str, dict], lora_params: Any, *, where: str)
             if was != now:
                 phrases.append(f"`{name}`: {field} was {was} and is {now}")
     if phrases:
-        more = f"; and {len(phrases) - _MOST} more" if len(phrases) > _MOST else ""
         raise ValueError(
-            f"{where} was made with another plan: {'; '.join(phrases[:_MOST])}{more}; use the "
-            "config and the version that it was made with"
+            f"{where} was made with another plan: {summary(phrases)}; use the config and the "
+            "version that it was made with"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 BaseChange = Literal["none", "repeatable", "unrepeatable"]
 
 
-class Start(NamedTuple):
+class StartRow(NamedTuple):
     """One way to start an adapter.
 
     Attributes:
@@ -30,24 +30,24 @@ class Start(NamedTuple):
 
 
 STARTS = (
-    Start("default", peft=True, allows_bias=True),
-    Start("random", peft=False, allows_bias=True),
-    Start("gaussian"),
-    Start("orthogonal"),
-    Start("pissa", "repeatable"),
-    Start("olora", "repeatable"),
-    Start("loftq", "repeatable"),
-    Start("eva"),
-    Start("mica"),
+    StartRow("default", peft=True, allows_bias=True),
+    StartRow("random", peft=False, allows_bias=True),
+    StartRow("gaussian"),
+    StartRow("orthogonal"),
+    StartRow("pissa", "repeatable"),
+    StartRow("olora", "repeatable"),
+    StartRow("loftq", "repeatable"),
+    StartRow("eva"),
+    StartRow("mica"),
     # A randomized SVD: its result depends on PEFT's random numbers.
-    Start("pissa_niter_N", "unrepeatable"),
+    StartRow("pissa_niter_N", "unrepeatable"),
     # Both read training data, which the adapter does not hold.
-    Start("corda", "unrepeatable", known=False),
-    Start("lora_ga", "unrepeatable", known=False),
+    StartRow("corda", "unrepeatable", known=False),
+    StartRow("lora_ga", "unrepeatable", known=False),
 )
 
 
-def find_start(init: str) -> Start | None:
+def find_start(init: str) -> StartRow | None:
     """The row of a value of `LoraConfig.init`, or None."""
     for start in STARTS:
         if re.fullmatch(start.name.replace("N", r"[1-9]\d*"), init):
@@ -56,7 +56,7 @@ def find_start(init: str) -> Start | None:
 
 
 def base_change(init: str) -> BaseChange:
-    """What a known start does to the base weight, see `Start`."""
+    """What a known start does to the base weight, see `StartRow`."""
     start = find_start(init)
     assert start is not None, init  # LoraConfig checks its `init`
     return start.base_change

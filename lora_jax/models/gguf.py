@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.hf.gguf.architectures import ARCHITECTURES, architecture_of
+from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES, gguf_architecture
 from lora_jax.hf.gguf.names import Base, base_from_hf
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.rope import RopeScaling, static_frequencies
@@ -58,7 +58,7 @@ def config_of(
     Raises:
       ValueError: a size missing, or a key that may change the numbers.
     """
-    kind = architecture_of(metadata, path)
+    kind = gguf_architecture(metadata, path)
     facts = {k[len(kind) + 1 :]: v for k, v in metadata.items() if k.startswith(f"{kind}.")}
     _check(facts, path)
     if "model.embed_tokens.weight" not in shapes:
@@ -74,7 +74,7 @@ def config_of(
     if divisors is not None:
         scaling = _llama3(divisors, head_dim, theta, path)
     fields: dict[str, Any] = dict(
-        model_type=ARCHITECTURES[kind].model_type,
+        model_type=GGUF_ARCHITECTURES[kind].model_type,
         **sizes,
         vocab_size=shapes["model.embed_tokens.weight"][0],
         num_key_value_heads=facts.get("attention.head_count_kv", heads),

@@ -24,7 +24,7 @@ import numpy as np
 
 from lora_jax.array import LoraArray, SavedArray, dense, is_leaf, is_lora
 from lora_jax.hf.checkpoint.names import Family, module_name, stack_depth, tensor_of
-from lora_jax.hf.checkpoint.shards import DTYPES, Entry, size_of, write_shards
+from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, size_of, write_shards
 from lora_jax.hf.checkpoint.weights import shape_there
 from lora_jax.merge import merge
 from lora_jax.models.registry import architecture_of
@@ -152,11 +152,11 @@ def _blocks(modules: Modules, family: Family) -> list[_Block]:
     return sorted(blocks, key=place)
 
 
-def _entries(block: _Block, modules: Modules, family: Family) -> Iterator[Entry]:
+def _entries(block: _Block, modules: Modules, family: Family) -> Iterator[NewTensor]:
     """Names and shapes of a block's tensors."""
     for parameter, leaf in modules[block.module].items():
         name, axes = tensor_of(f"{block.module}.{parameter}", block.index, family=family)
-        yield Entry(name, shape_there(leaf.shape[len(block.index) :], axes))
+        yield NewTensor(name, shape_there(leaf.shape[len(block.index) :], axes))
 
 
 def _values(

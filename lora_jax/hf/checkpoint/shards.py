@@ -31,7 +31,7 @@ _NAMES = {DTYPES["float32"]: "F32", DTYPES["bfloat16"]: "BF16", DTYPES["float16"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
-class Entry(NamedTuple):
+class NewTensor(NamedTuple):
     """A tensor that will be written: its name and shape."""
 
     name: str
@@ -53,7 +53,7 @@ def size_of(text: int | str) -> int:
 
 def write_shards(
     directory: Path,
-    entries: Sequence[Entry],
+    entries: Sequence[NewTensor],
     values: Iterable[np.ndarray],
     *,
     dtype: np.dtype,
@@ -91,7 +91,7 @@ def write_shards(
         (directory / INDEX).write_text(text, encoding="utf-8")
 
 
-def _shards(entries: Sequence[Entry], item: int, most: int) -> Iterator[list[Entry]]:
+def _shards(entries: Sequence[NewTensor], item: int, most: int) -> Iterator[list[NewTensor]]:
     shard, held = [], 0
     for entry in entries:
         size = _bytes(entry, item)
@@ -103,11 +103,11 @@ def _shards(entries: Sequence[Entry], item: int, most: int) -> Iterator[list[Ent
     yield shard
 
 
-def _bytes(entry: Entry, item: int) -> int:
+def _bytes(entry: NewTensor, item: int) -> int:
     return math.prod(entry.shape) * item
 
 
-def _write(path: Path, entries: list[Entry], values: Iterable, dtype: np.dtype) -> None:
+def _write(path: Path, entries: list[NewTensor], values: Iterable, dtype: np.dtype) -> None:
     # "x": an existing file is an error.
     with path.open("xb") as file:
         file.write(_header(entries, dtype))
@@ -122,7 +122,7 @@ def _write(path: Path, entries: list[Entry], values: Iterable, dtype: np.dtype) 
         os.fsync(file.fileno())
 
 
-def _header(entries: list[Entry], dtype: np.dtype) -> bytes:
+def _header(entries: list[NewTensor], dtype: np.dtype) -> bytes:
     # transformers refuses a file without this entry.
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
-class Architecture(NamedTuple):
+class GgufArchitecture(NamedTuple):
     """One architecture of llama.cpp.
 
     Attributes:
@@ -22,21 +22,21 @@ class Architecture(NamedTuple):
 
 
 # Only `llama` has its rows reordered by the converter.
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", permuted=True),
-    "qwen2": Architecture("qwen2", permuted=False),
-    "qwen3": Architecture("qwen3", permuted=False),
+GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
+    "llama": GgufArchitecture("llama", permuted=True),
+    "qwen2": GgufArchitecture("qwen2", permuted=False),
+    "qwen3": GgufArchitecture("qwen3", permuted=False),
 }
 
 
-def architecture_of(metadata: Mapping[str, Any], path: Path) -> str:
+def gguf_architecture(metadata: Mapping[str, Any], path: Path) -> str:
     """The architecture that a file's metadata names.
 
     Raises:
-      ValueError: it is not one of `ARCHITECTURES`.
+      ValueError: it is not one of `GGUF_ARCHITECTURES`.
     """
     kind = str(metadata.get("general.architecture"))
-    if kind not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+    if kind not in GGUF_ARCHITECTURES:
+        known = ", ".join(GGUF_ARCHITECTURES)
         raise ValueError(f"{path}: architecture `{kind}` is not one of {known}")
     return kind

@@ -19,7 +19,7 @@ import numpy as np
 
 from lora_jax.compat import require
 from lora_jax.hf.checkpoint.weights import Weights
-from lora_jax.hf.gguf.architectures import ARCHITECTURES, architecture_of
+from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES, gguf_architecture
 from lora_jax.quant.array import QuantArray
 from lora_jax.quant.foreign import GGUF_KINDS, from_gguf
 
@@ -61,7 +61,7 @@ _INNER = {
 }
 
 
-class Record(NamedTuple):
+class TensorPlace(NamedTuple):
     """A tensor of the file: shape in Hugging Face's order, ggml type, first byte, bytes."""
 
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class Gguf(NamedTuple):
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, Record]
+    tensors: Mapping[str, TensorPlace]
     data: np.ndarray
 
 
@@ -140,7 +140,7 @@ def weights_of(file: Gguf) -> Weights:
     Raises:
       ValueError: an architecture that is not known, or a tensor that has no place in it.
     """
-    architecture = ARCHITECTURES[architecture_of(file.metadata, file.path)]
+    architecture = GGUF_ARCHITECTURES[gguf_architecture(file.metadata, file.path)]
     # `rope_freqs.weight` holds no weight but divisors of RoPE; `rope_divisors` reads it.
     theirs = {_hf_name(name, file): name for name in file.tensors if name != "rope_freqs.weight"}
 
@@ -216,7 +216,7 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Record]]:
+def _header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, TensorPlace]]:
     if cursor.take("I") != _MAGIC:
         raise _BadHeader("it does not start with GGUF")
     # Version 1 has counts of 32 bits.
@@ -261,7 +261,7 @@ def _record(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 def _place(
     records: Sequence[tuple[str, tuple[int, ...], int, int]], alignment: Any, cursor: _Cursor
-) -> dict[str, Record]:
+) -> dict[str, TensorPlace]:
     """Where each tensor lies, inside the file."""
     gguf = require("gguf")
     known = {int(kind): gguf.GGML_QUANT_SIZES[kind] for kind in gguf.GGMLQuantizationType}
@@ -285,7 +285,7 @@ def _place(
         # Python's integers do not overflow, so a huge offset cannot wrap around into the file.
         if first + offset + size > len(cursor.data):
             raise _BadHeader(f"tensor `{name}` ends past the end of the file; cut short?")
-        out[name] = Record(shape, kind, first + offset, size)
+        out[name] = TensorPlace(shape, kind, first + offset, size)
     return out
 
 

@@ -32,7 +32,7 @@ _REGISTERED = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", 
 Kind = Literal["module", "parameter", "saved", "rows"]
 
 
-class Row(NamedTuple):
+class IndexRow(NamedTuple):
     """One layer of a leaf that trains.
 
     Attributes:
@@ -69,7 +69,7 @@ class AdapterIndex:
 
     config: LoraConfig
     leaves: Mapping[str, Any]
-    rows: Mapping[str, tuple[Row, ...]]
+    rows: Mapping[str, tuple[IndexRow, ...]]
 
     @property
     def adapted(self) -> list[str]:
@@ -92,25 +92,25 @@ def make_index(leaves: Mapping[str, Any], config: LoraConfig) -> AdapterIndex:
     return AdapterIndex(config, leaves, {path: found for path, found in rows.items() if found})
 
 
-def _rows(path: str, leaf: Any, config: LoraConfig) -> Iterator[Row]:
+def _rows(path: str, leaf: Any, config: LoraConfig) -> Iterator[IndexRow]:
     if isinstance(leaf, SavedArray | RowsArray):
         kind = "saved" if isinstance(leaf, SavedArray) else "rows"
         for layer, name in modules_of(path, leaf):
-            yield Row(path=path, leaf=leaf, layer=layer, name=name, kind=kind)
+            yield IndexRow(path=path, leaf=leaf, layer=layer, name=name, kind=kind)
     if not isinstance(leaf, LoraArray):
         return
     # A parameter's ranks and alphas follow its own name; everything else goes by its module's.
     if parameters := parameters_of(path, leaf, config):
         for layer, name in parameters.items():
-            row = Row(path=path, leaf=leaf, layer=layer, name=name, kind="parameter")
+            row = IndexRow(path=path, leaf=leaf, layer=layer, name=name, kind="parameter")
             yield _with_rank(row, config) if matching.names_parameter(config, name) else row
         return
     for layer, name in modules_of(path, leaf):
-        row = Row(path=path, leaf=leaf, layer=layer, name=name, kind="module")
+        row = IndexRow(path=path, leaf=leaf, layer=layer, name=name, kind="module")
         yield _with_rank(row, config)
 
 
-def _with_rank(row: Row, config: LoraConfig) -> Row:
+def _with_rank(row: IndexRow, config: LoraConfig) -> IndexRow:
     found = _match(config, row.path, row.name)
     if not found.targeted:
         return row

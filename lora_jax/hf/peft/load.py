@@ -13,7 +13,7 @@ from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.dims import factor_shapes
-from lora_jax.hf.peft.index import Row, every_module, every_parameter, make_index, stack_sizes
+from lora_jax.hf.peft.index import IndexRow, every_module, every_parameter, make_index, stack_sizes
 from lora_jax.hf.peft.tensors import (
     PARTS,
     TensorSpec,
@@ -134,7 +134,7 @@ def fill(
     return jax.tree_util.tree_map_with_path(put, lora_params, is_leaf=is_lora)
 
 
-def _check_meant(rows: Sequence[Row]) -> None:
+def _check_meant(rows: Sequence[IndexRow]) -> None:
     if isinstance(rows[0].leaf, LoraArray) and not any(row.rank for row in rows):
         raise ValueError(
             f"leaf `{rows[0].path}` has an adapter, but the config does not mean it; use the "
@@ -142,7 +142,7 @@ def _check_meant(rows: Sequence[Row]) -> None:
         )
 
 
-def _sized(leaf: Any, rows: Sequence[Row]) -> Any:
+def _sized(leaf: Any, rows: Sequence[IndexRow]) -> Any:
     """The leaf with zero factors of the ranks, and with the scales, that the config gives it.
 
     The zeros take no memory: `_filled` makes arrays of them one leaf at a time.

@@ -10,7 +10,7 @@ from lora_jax.config import matching
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.hf.peft import directory
-from lora_jax.hf.peft.index import AdapterIndex, Row, make_index, named_targets
+from lora_jax.hf.peft.index import AdapterIndex, IndexRow, make_index, named_targets
 from lora_jax.hf.peft.tensors import TensorSpec, read_leaf, tensor_specs
 from lora_jax.hf.peft.tying import HEAD, tied_config, ties
 
@@ -92,7 +92,7 @@ def _as_peft(tensor: np.ndarray, spec: TensorSpec) -> np.ndarray:
 
 
 def _check_agreement(
-    leaf: Any, rows: Sequence[Row], config: LoraConfig, specs: Sequence[TensorSpec]
+    leaf: Any, rows: Sequence[IndexRow], config: LoraConfig, specs: Sequence[TensorSpec]
 ) -> None:
     """The file and its config stand for the same numbers as the leaf."""
     if isinstance(leaf, SavedArray):
@@ -122,7 +122,7 @@ def _check_parts(leaf: LoraArray, path: str, config: LoraConfig) -> None:
         )
 
 
-def _check_ranks(rows: Sequence[Row]) -> None:
+def _check_ranks(rows: Sequence[IndexRow]) -> None:
     """No layer has a higher rank than its leaf, so that every tensor can be cut out of it."""
     for row in rows:
         if row.rank and row.rank > row.leaf.rank:
@@ -132,7 +132,7 @@ def _check_ranks(rows: Sequence[Row]) -> None:
             )
 
 
-def _check_beyond(leaf: LoraArray, row: Row) -> None:
+def _check_beyond(leaf: LoraArray, row: IndexRow) -> None:
     """The factors are zero beyond the rank that the config gives a layer."""
     # Columns of a beside rows of zeros in b have no effect, and the reverse.
     # One layer of b is (experts..., r, out...): the rank is counted from the end.
@@ -145,7 +145,7 @@ def _check_beyond(leaf: LoraArray, row: Row) -> None:
         )
 
 
-def _check_scale(leaf: LoraArray, row: Row) -> None:
+def _check_scale(leaf: LoraArray, row: IndexRow) -> None:
     # The leaf's scale is float32, and PEFT computes its own in float64.
     for scale in np.ravel(leaf.scale[row.layer]):
         if abs(scale - row.scale) > 1e-6 * abs(row.scale):

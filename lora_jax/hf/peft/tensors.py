@@ -24,7 +24,7 @@ from lora_jax.config import matching
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.dims import in_dims, out_dims, stack_dims
 from lora_jax.hf.checkpoint import names
-from lora_jax.hf.peft.index import PREFIX, AdapterIndex, Row, is_embedding, nesting
+from lora_jax.hf.peft.index import PREFIX, AdapterIndex, IndexRow, is_embedding, nesting
 from lora_jax.hf.peft.tying import EMBEDDING_MODULES, HEAD, tied_tables, ties
 from lora_jax.paths import bare, module_of
 
@@ -113,14 +113,14 @@ def tensor_specs(index: AdapterIndex) -> dict[str, list[TensorSpec]]:
     return found
 
 
-def _module_specs(row: Row) -> Iterator[TensorSpec]:
+def _module_specs(row: IndexRow) -> Iterator[TensorSpec]:
     for part, layout in _layouts(row).items():
         if getattr(row.leaf, part) is not None:
             key = f"{PREFIX}{row.name}.{_SUFFIX[part][is_embedding(row.path)]}"
             yield _lora_spec(row, key, part, layout)
 
 
-def _lora_spec(row: Row, key: str, part: Part, layout: _Layout) -> TensorSpec:
+def _lora_spec(row: IndexRow, key: str, part: Part, layout: _Layout) -> TensorSpec:
     return TensorSpec(
         key=key,
         shape=layout.shape,
@@ -132,7 +132,7 @@ def _lora_spec(row: Row, key: str, part: Part, layout: _Layout) -> TensorSpec:
     )
 
 
-def _layouts(row: Row) -> dict[Part, _Layout]:
+def _layouts(row: IndexRow) -> dict[Part, _Layout]:
     """The layout of each part of one layer's adapter."""
     leaf, rank = row.leaf, row.rank
     ins, outs = in_dims(leaf.roles), out_dims(leaf.roles)
@@ -173,7 +173,7 @@ def _size(leaf: LoraArray, dims: Sequence[int]) -> int:
     return math.prod(leaf.shape[d] for d in dims)
 
 
-def _parameter_specs(row: Row, wrapped: int) -> Iterator[TensorSpec]:
+def _parameter_specs(row: IndexRow, wrapped: int) -> Iterator[TensorSpec]:
     """The two tensors of a parameter that target_parameters names: all experts of a layer."""
     # PEFT wraps the module once a parameter: an outer wrapper holds the inner one as `base_layer`.
     module = PREFIX + row.name.rpartition(".")[0] + ".base_layer" * wrapped
@@ -182,7 +182,7 @@ def _parameter_specs(row: Row, wrapped: int) -> Iterator[TensorSpec]:
         yield _lora_spec(row, f"{module}.{_SUFFIX[part][0]}", part, layouts[part])
 
 
-def _expert_layouts(row: Row) -> dict[Part, _Layout]:
+def _expert_layouts(row: IndexRow) -> dict[Part, _Layout]:
     leaf, stack = row.leaf, stack_dims(row.leaf.roles)
     depth = len(row.layer)
     if len(stack) == depth:  # a matrix of its own, laid out as a linear layer's
@@ -215,7 +215,7 @@ def _repeats_base(config: LoraConfig) -> bool:
     return isinstance(targets, str) or any(entry in targets for entry in EMBEDDING_MODULES)
 
 
-def _base_spec(row: Row) -> TensorSpec:
+def _base_spec(row: IndexRow) -> TensorSpec:
     shape = row.leaf.shape[len(row.layer) :]
     layout = _whole(row.path, shape, names.tensor_of(bare(row.path), row.layer).axes)
     return TensorSpec(
@@ -228,7 +228,7 @@ def _base_spec(row: Row) -> TensorSpec:
     )
 
 
-def _head_specs(row: Row, table: list[TensorSpec]) -> list[TensorSpec]:
+def _head_specs(row: IndexRow, table: list[TensorSpec]) -> list[TensorSpec]:
     """The specs of a tied head: PEFT writes `lora_A = lora_embedding_Bᵀ` and the reverse.
 
     table  W + s·a·b  (V, D)      head  W + s·(B·A)  (V, D),  B = a,  A = b
@@ -251,7 +251,7 @@ def _head_specs(row: Row, table: list[TensorSpec]) -> list[TensorSpec]:
     return found
 
 
-def _saved_specs(row: Row, config: LoraConfig, adapted: set[str]) -> Iterator[TensorSpec]:
+def _saved_specs(row: IndexRow, config: LoraConfig, adapted: set[str]) -> Iterator[TensorSpec]:
     tensor = names.tensor_of(bare(row.path), row.layer)
     key = PREFIX + tensor.name
     if not matching.is_saved(config, row.name):

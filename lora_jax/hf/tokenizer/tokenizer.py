@@ -34,7 +34,7 @@ _GGUF_SPECIAL = {
 _SPECIAL = (*_GGUF_SPECIAL, "cls_token", "sep_token", "mask_token")
 
 
-class Batch(NamedTuple):
+class TokenBatch(NamedTuple):
     """Texts of a batch, padded on the right to the longest.
 
     Attributes:
@@ -91,7 +91,7 @@ class Tokenizer:
         """Tokens of a text, with those the tokenizer puts around a text (a leading BOS)."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def encode_batch(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Batch:
+    def encode_batch(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> TokenBatch:
         """Tokens of several texts, or pairs of texts, as an encoder takes them.
 
         Args:
@@ -115,7 +115,7 @@ class Tokenizer:
             tokens[number, : len(row.ids)] = row.ids
             types[number, : len(row.ids)] = row.type_ids
         mask = np.arange(width) < np.array([[len(row.ids)] for row in rows])
-        return Batch(tokens, mask, types)
+        return TokenBatch(tokens, mask, types)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of tokens; special tokens are left out by default."""
