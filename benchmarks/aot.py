@@ -124,7 +124,10 @@ def assembler() -> str | None:
 
 
 def kernel_rows(width: int, forms: tuple = ("nf4", "int4", "uint4")) -> list[dict]:
-    """Registers, spills and tensor-core instructions of each kernel, from the assembler."""
+    """Registers, spills and tensor-core instructions of each kernel, from the assembler.
+
+    The gradient has no kernel of its own: it decodes, then XLA multiplies.
+    """
     ptxas = assembler()
     rows = []
     for form in forms:
@@ -132,7 +135,7 @@ def kernel_rows(width: int, forms: tuple = ("nf4", "int4", "uint4")) -> list[dic
         q = jax.eval_shape(lambda w, form=form: quantize_array(w, format=form), w)
         how = dict(form=lora.quant.array.form_of(q), block=q.block)
         parts = (q.packed, q.scale, q.bias)
-        for name, m in (("decode", 0), ("forward", 16), ("forward", 64), ("backward", 16)):
+        for name, m in (("decode", 0), ("forward", 16), ("forward", 64)):
             x = jax.ShapeDtypeStruct((m, width), jnp.bfloat16)
 
             def run(x, packed, scale, bias, name=name, how=how):
@@ -140,7 +143,7 @@ def kernel_rows(width: int, forms: tuple = ("nf4", "int4", "uint4")) -> list[dic
                     return gpu.decode(packed, scale, bias, **how, dtype=jnp.bfloat16,
                                       name="forward")  # fmt: skip
                 return gpu.matmul(x, packed, scale, bias, **how, dtype=jnp.bfloat16,
-                                  transposed=name == "backward")  # fmt: skip
+                                  transposed=False)  # fmt: skip
 
             row = {"kernel": name, "format": form, "rows": m}
             row |= assembled(run, (x, *parts), ptxas)
