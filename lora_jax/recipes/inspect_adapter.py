@@ -22,6 +22,7 @@ from lora_jax.hf.checkpoint.safetensors import load_file, read_json
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
 from lora_jax.hf.peft.directory import CONFIG_FILE, TENSOR_FILE
 from lora_jax.hf.peft.index import modules_of
+from lora_jax.hf.peft.prefixes import plain_fields, plain_keys
 from lora_jax.recipes.convert import kind_of
 
 _SHOWN = 3
@@ -181,6 +182,7 @@ def _read_peft(path: Path) -> Adapter:
     fields = read_json(path / CONFIG_FILE)
     if not isinstance(fields, dict):
         raise ValueError(f"{path / CONFIG_FILE}: not a JSON object")
+    fields = plain_fields(fields)
     set_ones = [n for n, v in fields.items() if v not in (None, False, 0, {}, [], "")]
     others = sorted(n for n in set_ones if n not in (*FIELDS, *_HIDDEN))
     shown = {n: fields.get(n) for n in (*FIELDS, *others)}
@@ -189,7 +191,7 @@ def _read_peft(path: Path) -> Adapter:
         config = LoraConfig.from_peft(fields)
     except (TypeError, ValueError) as error:
         config, wrong = None, [f"{CONFIG_FILE}: {error}"]
-    tensors = load_file(path / TENSOR_FILE)
+    tensors = plain_keys(load_file(path / TENSOR_FILE), str(path))
     modules = _pairs(tensors, config)
     paired = {f"{_PREFIX}{m.name}{end}" for m in modules for ends in _PEFT_PAIRS for end in ends}
     rest = {n: x for n, x in tensors.items() if n not in paired}

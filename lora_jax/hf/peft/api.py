@@ -24,6 +24,7 @@ from lora_jax.hf.name_maps.rules import NameMap, places_of, recognise
 from lora_jax.hf.peft.base import as_read
 from lora_jax.hf.peft.directory import CONFIG_FILE, read_directory, write_directory
 from lora_jax.hf.peft.load import fill, plannable
+from lora_jax.hf.peft.prefixes import without_module
 from lora_jax.hf.peft.save import AUTO, with_task
 from lora_jax.hf.peft.tying import check_tying, tied_by_file
 from lora_jax.hf.peft.vllm import for_vllm
@@ -131,6 +132,7 @@ def attach(
     """
     config = tied_by_file(config, tensors)
     leaves = leaves_by_path(params)
+    tensors = without_module(tensors, leaves, source)
     if name_map is None:
         plan = plan_of(plannable(config, leaves, source))
         blank = _blank(plan, config, params, source)

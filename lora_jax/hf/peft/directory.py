@@ -14,8 +14,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lora_jax.config.peft import check_type
 from lora_jax.hf.checkpoint.safetensors import PICKLES, read_header
 from lora_jax.hf.hub import snapshot
+from lora_jax.hf.peft.prefixes import plain_fields, plain_keys
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -30,15 +32,17 @@ _DTYPES = ("F32", "F16", "BF16")
 def read_directory(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Reads the JSON object and the tensors of a PEFT directory, or of a Hub repository.
 
+    Components of names that wrappers of PyTorch left (`_orig_mod`) are taken out with a warning.
+
     Returns:
-      The config's fields, and the tensors by name in their stored dtype (float32, float16 or
-      bfloat16), all finite.
+      The config's fields, and the tensors by PEFT's names in their stored dtype (float32, float16
+      or bfloat16), all finite.
 
     Raises:
       FileNotFoundError: the directory, or a file that belongs in it, is missing.
       ConnectionError: a Hub id that is not cached, and the Hub cannot be reached.
-      ValueError: a file is damaged, is a link out of the directory, is a pickle, or holds
-        tensors that cannot be an adapter's.
+      ValueError: the config is of another method than LoRA; or a file is damaged, is a link out
+        of the directory, is a pickle, or holds tensors that cannot be an adapter's.
     """
     root = Path(directory)
     if not root.exists() and _HUB_ID.fullmatch(str(directory)):
@@ -47,9 +51,15 @@ def read_directory(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[s
         raise FileNotFoundError(f"{root}: there is no such directory")
     if not root.is_dir():
         raise ValueError(f"{root}: expected a directory with {CONFIG_FILE}, got a file")
-    config = _existing(root, CONFIG_FILE)
-    tensors = _existing(root, TENSOR_FILE)
-    return _read_json(config), _read_tensors(tensors)
+    path = _existing(root, CONFIG_FILE)
+    fields = _read_json(path)
+    try:
+        # Other methods have other tensors: what is wrong with those would not help anyone.
+        check_type(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    tensors = _read_tensors(_existing(root, TENSOR_FILE))
+    return plain_fields(fields), plain_keys(tensors, str(root))
 
 
 def _existing(root: Path, name: str) -> Path:
