@@ -145,9 +145,6 @@ _ROLES = "lora_jax_roles"  # the only field that PEFT's config lacks
 def config_json(config) -> dict:
     """A `LoraConfig` as JSON values, such that `config_from` gives an equal one."""
     values = config.to_peft()
-    # `to_peft` always writes a task type, which `from_peft` would take for the user's choice.
-    if "task_type" not in config.extra:
-        values.pop("task_type", None)
     return {**values, _ROLES: dict(config.roles)} if config.roles else values
 
 

@@ -137,7 +137,10 @@ class LoraConfig:
             raise type(error)(f"PEFT config: {error}") from None
 
     def to_peft(self) -> dict[str, Any]:
-        """All fields of PEFT 0.21's `adapter_config.json`, ready for `json.dumps`."""
+        """The fields of PEFT 0.21's `adapter_config.json`, ready for `json.dumps`.
+
+        `task_type` is there only where the config came with one (`extra`): `save_peft` adds it.
+        """
         return fields_to_peft(self)
 
 

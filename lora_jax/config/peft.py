@@ -54,6 +54,10 @@ CARRIED = {
     "task_type": None,
 }
 
+# Kept even where it is null, and written only where it was kept: `save_peft` fills it in where the
+# config has none, and a file with null must stay as it is.
+_TASK = "task_type"
+
 # Fields that change the numbers and are not supported, with their value when off.
 REFUSED = {
     "alora_invocation_tokens": None,
@@ -65,6 +69,13 @@ REFUSED = {
     "use_qalora": False,
     "velora_config": None,
 }
+
+# Types that train inputs of the model, or modules beside its weights: no change of a weight could
+# stand for them, so merging is no way out.
+_NO_WEIGHTS = (
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING",
+    "PROMPT_TUNING", "XLORA",
+)  # fmt: skip
 
 # What to do about a refused field, where the usual advice does not fit.
 _INSTEAD = {
@@ -112,8 +123,14 @@ _NONE = object()
 
 def fields_from_peft(fields: Mapping[str, Any], *, model_type: str | None = None) -> dict[str, Any]:
     """The fields of a `LoraConfig` for PEFT's JSON object; see `LoraConfig.from_peft`."""
+    check_type(fields)
     _check_fields(fields)
-    given = {name: fields.get(name, default) for name, (_, default) in MAPPED.items()}
+    # PEFT's own loader keeps null in fields that are no options; for a finished adapter null can
+    # only mean that the field was left alone.
+    given = {
+        name: default if fields.get(name) is None else fields[name]
+        for name, (_, default) in MAPPED.items()
+    }
     given["init_lora_weights"] = _init_from_peft(given["init_lora_weights"])
     if given["init_lora_weights"] != "loftq":
         given["loftq_config"] = {}  # without effect, in PEFT too
@@ -126,9 +143,15 @@ def fields_from_peft(fields: Mapping[str, Any], *, model_type: str | None = None
     extra = {
         name: value
         for name, value in fields.items()
-        if name not in MAPPED and (name == "task_type" or usual.get(name, _NONE) != value)
+        if name == _TASK
+        or (name not in MAPPED and usual.get(name, _NONE) != value and not _is_null(name, value))
     }
     return {**ours, "extra": extra}
+
+
+def _is_null(name: str, value: Any) -> bool:
+    """Whether a field with a default is null, which stands for the default."""
+    return value is None and (CARRIED | REFUSED).get(name) is not None
 
 
 def fields_to_peft(config: Any) -> dict[str, Any]:
@@ -139,7 +162,8 @@ def fields_to_peft(config: Any) -> dict[str, Any]:
         mapped["init_lora_weights"] = start.peft
     for name in _NONE_WHEN_EMPTY:
         mapped[name] = mapped[name] or None
-    return dict(sorted({**CARRIED, **REFUSED, **config.extra, **mapped}.items()))
+    carried = {name: value for name, value in CARRIED.items() if name != _TASK}
+    return dict(sorted({**carried, **REFUSED, **config.extra, **mapped}.items()))
 
 
 _NONE_WHEN_EMPTY = (
@@ -156,15 +180,29 @@ def _to_json(value: Any) -> Any:
     return {k: _to_json(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
-def _check_fields(fields: Mapping[str, Any]) -> None:
+def check_type(fields: Any) -> None:
+    """Refuses a config that is not LoRA's, whatever else it holds.
+
+    Raises:
+      ValueError: it is no JSON object, or its `peft_type` is missing or of another method.
+    """
     if not isinstance(fields, Mapping):
         raise ValueError(f"PEFT config: expected a JSON object, got {type(fields).__name__}")
-    if "peft_type" not in fields:
+    found = fields.get("peft_type")
+    if found is None:
         raise ValueError("PEFT config: `peft_type` is missing; is this an adapter's config?")
-    if fields["peft_type"] != "LORA":
-        raise ValueError(
-            f"PEFT config: peft_type is {fields['peft_type']!r}, only LORA can be read"
+    if found != "LORA":
+        what_to_do = (
+            "it changes no weights of the model, so it cannot become one: train a LoRA instead"
+            if found in _NO_WEIGHTS
+            else "merge it in PEFT (merge_and_unload) and load the merged model"
         )
+        raise ValueError(
+            f"PEFT config: peft_type is {found!r}, only LORA can be read; {what_to_do}"
+        )
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         if name in MAPPED or name in CARRIED or value == REFUSED.get(name):
             continue

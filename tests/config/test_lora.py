@@ -131,7 +131,8 @@ def test_refused(fields, error, text):
 
 def full(**fields) -> dict:
     """A complete PEFT 0.21 config with some fields changed."""
-    return {**LoraConfig(rank=8, alpha=8, target_modules=("q_proj",)).to_peft(), **fields}
+    ours = LoraConfig(rank=8, alpha=8, target_modules=("q_proj",)).to_peft()
+    return {**ours, "task_type": None, **fields}
 
 
 EVA = {
@@ -181,8 +182,9 @@ def test_peft_fields_survive_import_and_export(fields):
 def test_extra_holds_only_what_is_unusual():
     config = LoraConfig(rank=4, target_modules=("q_proj",), dropout=0.1)
     read = LoraConfig.from_peft(config.to_peft())
-    # Even none is kept of the task type, so that saving again does not fill it in.
-    assert read == dataclasses.replace(config, extra={"task_type": None})
+    assert read == config
+    # Even null is kept of a file's task type, so that saving again does not fill it in.
+    assert LoraConfig.from_peft(full()).extra == {"task_type": None}
     assert LoraConfig.from_peft({"peft_type": "LORA", "target_modules": ["q"]}).extra == {}
     some = LoraConfig.from_peft(full(revision="v1", task_type="SEQ_CLS"))
     assert some.extra == {"revision": "v1", "task_type": "SEQ_CLS"}
@@ -193,6 +195,13 @@ def test_absent_fields_take_pefts_defaults():
     assert (config.rank, config.alpha, config.dropout) == (8, 8, 0.0)
     assert config.init == "default"
     assert config.to_peft()["lora_alpha"] == 8
+
+
+def test_null_stands_for_the_default():
+    nulls = dict.fromkeys(full()) | {"peft_type": "LORA", "target_modules": ["q_proj"]}
+    config = LoraConfig.from_peft(nulls)
+    assert config == LoraConfig(alpha=8, target_modules=("q_proj",), extra={"task_type": None})
+    assert config.to_peft() == full(target_modules=["q_proj"])
 
 
 @pytest.mark.parametrize(
@@ -235,7 +244,10 @@ def test_unsupported_fields_are_named(field):
 BAD_PEFT = [
     (full(new_trick=0.5), r"`new_trick` = 0\.5 is unknown and may change the numbers"),
     ({"r": 8}, "`peft_type` is missing"),
-    (full(peft_type="IA3"), "peft_type is 'IA3', only LORA can be read"),
+    (full(peft_type=None), "`peft_type` is missing"),
+    (full(peft_type="IA3"), "peft_type is 'IA3', only LORA can be read; merge it in PEFT"),
+    (full(peft_type="P_TUNING"), "'P_TUNING', only LORA can be read; it changes no weights"),
+    ({"peft_type": "VERA", "r": "x", "d_initial": 0.1}, "peft_type is 'VERA', only LORA"),
     ([], "expected a JSON object, got list"),
     (full(init_lora_weights="corda"), "`init_lora_weights` = 'corda' changes the base weights"),
     (full(init_lora_weights="lora_ga"), "path_initial_model_for_weight_conversion"),
