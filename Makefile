@@ -25,10 +25,15 @@ help:  ## what there is to make
 demo: $(VENV)/.stamp-model  ## fine-tune SmolLM2 on this machine: environment, model, training, proof
 	$(IN)lora-jax demo $(DEMO_ARGS)
 
-# What every commit passes. The laws need neither torch nor a model's file.
-check: lint  ## lint, and the laws on one dtype: for every commit
+# What every commit passes. The laws need neither torch nor a model's file. The types of the tests
+# are left to `make lint`: reading torch and transformers takes 40 seconds.
+check: $(VENV)/.stamp-test  ## format, lint, types, and the laws on one dtype: for every commit
+	$(IN)ruff check .
+	$(IN)ruff format --check .
+	$(IN)pyright lora_jax & types=$$!; \
 	LORA_JAX_TYPES=1 $(IN)python -m pytest $(PYTEST_ARGS) -m "not slow and not once and not torch" \
-		tests/laws --ignore tests/laws/test_dtype.py
+		tests/test_rooms.py tests/laws --ignore tests/laws/test_dtype.py; laws=$$?; \
+	wait $$types && exit $$laws
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## all but the slow tests; torch's side comes from tests/golden
 	$(IN)python -m pytest $(PYTEST_ARGS) -m "not slow"
