@@ -36,6 +36,7 @@ from lora_jax.checkpoint.folder import (
     read_meta,
     read_shapes,
 )
+from lora_jax.checkpoint.planned import planned
 from lora_jax.checkpoint.swap import leftovers, replace
 from lora_jax.compat import require
 from lora_jax.config.lora import LoraConfig
@@ -281,7 +282,8 @@ def restore_stored(stored: Stored, plan_of: Callable, params: Any):
         check_base(stored.base, params, where=where)
     # All random numbers are replaced. `init` gives the structure, the frozen scales, and the
     # changed base of starts such as PiSSA.
-    plan = as_read(plan_of(config), params, source=where, checked=True)
+    plan = planned(stored.plan, config, plan_of, params)
+    plan = as_read(plan, params, source=where, checked=True)
     blank = init(jax.random.key(0), plan, params)
     if not keeps_base:
         check_base(stored.base, blank, where=where)

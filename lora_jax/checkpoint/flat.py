@@ -96,7 +96,7 @@ def summary(phrases: list[str]) -> str:
 
 
 def outline(lora_params: Any) -> dict[str, dict]:
-    """The plan of an adapter as JSON values: class, shape, dtype and roles of each leaf.
+    """The plan of an adapter as JSON values: class, shape, dtype, roles and rank of each leaf.
 
     It is stored beside the arrays, so that a checkpoint can be read, checked and converted without
     the model, and a different plan on the same model is detected.
@@ -113,8 +113,9 @@ def _leaf(x: Any) -> dict:
     static = {n: _json(v) for n, v in fields.items() if v is None or _is_static(v)}
     # One scale per layer of a stacked leaf: an array, which JSON holds as nested lists.
     scale = {"scale": np.asarray(x.scale).tolist()} if "scale" in fields else {}
+    rank = {"rank": x.rank} if isinstance(x, array.LoraArray) else {}
     weight = {"kind": type(x).__name__, "shape": list(x.shape), "dtype": str(x.dtype)}
-    return {**weight, **static, **scale}
+    return {**weight, **static, **scale, **rank}
 
 
 def _is_static(value: Any) -> bool:
@@ -135,7 +136,8 @@ def check_outline(expected: Mapping[str, dict], lora_params: Any, *, where: str)
     phrases = [f"`{n}` has no adapter" for n in expected if n not in got]
     phrases += [f"`{n}` has an adapter that the checkpoint lacks" for n in got if n not in expected]
     for name in expected.keys() & got.keys():
-        for field in sorted(expected[name].keys() | got[name].keys()):
+        # A rank that differs is an array of another shape, which reading it says more exactly.
+        for field in sorted((expected[name].keys() | got[name].keys()) - {"rank"}):
             was, now = expected[name].get(field), got[name].get(field)
             if was != now:
                 phrases.append(f"`{name}`: {field} was {was} and is {now}")
@@ -162,7 +164,7 @@ def leaf_from(described: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
     weight = jax.ShapeDtypeStruct(tuple(described["shape"]), jnp.dtype(described["dtype"]))
     names = {f.name for f in dataclasses.fields(kinds[described["kind"]])}
     # JSON has no tuples: lists are read back as tuples, so that the leaf stays hashable.
-    static = {n: _tuples(v) for n, v in described.items() if n in names and v is not None}
+    static = {n: tuples(v) for n, v in described.items() if n in names and v is not None}
     if "scale" in static:
         static["scale"] = np.asarray(described["scale"], np.float32)
     if "window" in static:
@@ -170,5 +172,6 @@ def leaf_from(described: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
     return kinds[described["kind"]](**{**static, "w": weight, **arrays})
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+def tuples(value: Any) -> Any:
+    """JSON's lists as tuples, inside others too."""
+    return tuple(tuples(v) for v in value) if isinstance(value, list) else value

@@ -6,9 +6,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+
+from lora_jax import checkpoint
 
 from tests.support.oracle import assert_same, oracle
 
@@ -130,6 +133,15 @@ def randomize(model, scale: float = 1.0) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(scale * torch.randn_like(parameter))
+
+
+def assert_orbax_keeps(lora_params, config, fn: Callable, params, *args, place: Path) -> None:
+    """What is imported to Orbax can be read back, to the bit and with its config."""
+    checkpoint.save(place, lora_params, config)
+    back, read = checkpoint.restore(place, fn, params, *args)
+    assert read == config
+    assert jax.tree.structure(back) == jax.tree.structure(lora_params)
+    jax.tree.map(np.testing.assert_array_equal, back, lora_params)
 
 
 def close(one, other) -> None:

@@ -23,9 +23,10 @@ from lora_jax.hf.name_maps.peft import in_our_names, in_their_names, with_saved
 from lora_jax.hf.name_maps.rules import NameMap, places_of, recognise
 from lora_jax.hf.peft.base import as_read
 from lora_jax.hf.peft.directory import CONFIG_FILE, read_directory, write_directory
-from lora_jax.hf.peft.load import fill, plannable
+from lora_jax.hf.peft.load import fill
 from lora_jax.hf.peft.prefixes import without_module
 from lora_jax.hf.peft.save import AUTO, with_task
+from lora_jax.hf.peft.settle import plannable
 from lora_jax.hf.peft.tying import check_tying, tied_by_file
 from lora_jax.hf.peft.vllm import for_vllm
 from lora_jax.plan.decide import plan as make_plan

@@ -16,7 +16,13 @@ from tests.support import own_decoder
 from tests.support.oracle import oracle
 from tests.support.own_decoder import MAP, PARAMS
 from tests.support.peft_llama import TOKENS, Base, bases, jax_logits, torch_logits
-from tests.support.peft_oracle import assert_same_files, close, peft_reads, peft_wrote
+from tests.support.peft_oracle import (
+    assert_orbax_keeps,
+    assert_same_files,
+    close,
+    peft_reads,
+    peft_wrote,
+)
 from tests.support.peft_trees import noisy
 
 pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
@@ -85,6 +91,10 @@ def test_pefts_adapter_here_and_back(case, there, base, tmp_path):
     close(logits(params), want)
     save_peft(ours, params, config, name_map=MAP)
     assert_same_files(theirs, ours)
+    if case in ("patterns", "layers", "saved"):
+        # Its config has Hugging Face's names, which match nothing in this tree.
+        forward, orbax = own_decoder.forward, tmp_path / "orbax"
+        assert_orbax_keeps(params, config, forward, base, TOKENS, place=orbax)
 
 
 OURS = {

@@ -12,7 +12,14 @@ import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
 
 from tests.support.peft_llama import Base
-from tests.support.peft_oracle import assert_same_files, close, peft_reads, peft_wrote, randomize
+from tests.support.peft_oracle import (
+    assert_orbax_keeps,
+    assert_same_files,
+    close,
+    peft_reads,
+    peft_wrote,
+    randomize,
+)
 from tests.support.peft_trees import noisy
 from tests.support.torch_models import saver
 
@@ -135,6 +142,10 @@ def test_pefts_adapter_here_and_back(case, kind, made, bases, tmp_path):
     close(jax_logits(base, params), want)
     save_peft(ours, params, config)
     assert_same_files(theirs, ours)
+    if case == "plain":
+        # The config names two heads, `classifier` and `score`, of which this model has one.
+        orbax = tmp_path / "orbax"
+        assert_orbax_keeps(params, config, base.apply, base.params, TOKENS, place=orbax)
 
 
 OURS = {

@@ -11,7 +11,13 @@ from lora_jax.array import LoraArray
 from lora_jax.hf import load_peft, save_peft
 
 from tests.support.peft_llama import CASES, TOKENS, Base, bases, jax_logits, torch_logits
-from tests.support.peft_oracle import assert_same_files, close, peft_reads, peft_wrote
+from tests.support.peft_oracle import (
+    assert_orbax_keeps,
+    assert_same_files,
+    close,
+    peft_reads,
+    peft_wrote,
+)
 from tests.support.peft_trees import noisy
 
 pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
@@ -132,6 +138,20 @@ ALLOWED = {
 def test_what_peft_allows_is_read(case, there, base, tmp_path):
     """Names that match nothing, ranks above full rank: PEFT is silent, the file is complete."""
     here_and_back(case, ALLOWED[case], there, base, tmp_path)
+    orbax_keeps(tmp_path, base)
+
+
+def orbax_keeps(tmp_path, base):
+    params, config = load_peft(tmp_path / "theirs", base.apply, base.params, TOKENS)
+    assert_orbax_keeps(params, config, base.apply, base.params, TOKENS, place=tmp_path / "orbax")
+
+
+@pytest.mark.parametrize("case", ["patterns", "layers", "saved-norm", "bias-one-layer", "tokens"])
+def test_what_was_imported_to_orbax_can_be_read(case, there, base, tmp_path):
+    fields = {"task_type": "CAUSAL_LM", **CASES[case]}
+    name = f"hf/peft/cases/{case}"
+    peft_wrote(name, tmp_path / "theirs", there.torch, fields, torch_logits)
+    orbax_keeps(tmp_path, base)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

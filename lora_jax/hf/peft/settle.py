@@ -1,0 +1,85 @@
+"""A config that came with an adapter, made one that `lora_jax.plan` accepts."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.config import matching
+from lora_jax.config.lora import LoraConfig
+from lora_jax.config.starts import base_change
+from lora_jax.hf.peft.index import every_module, every_parameter
+from lora_jax.hf.peft.tying import HEAD
+from lora_jax.paths import module_of
+
+
+def plannable(config: LoraConfig, leaves: Mapping[str, Any], source: str) -> LoraConfig:
+    """A config that `lora_jax.plan` accepts, for the same leaves.
+
+    PEFT ignores names that match nothing, or excluded modules only (it writes such ones itself),
+    and allows ranks above full rank; `plan` refuses both. Nothing is lost by leaving them out,
+    because the tensors of the file are checked one by one.
+
+    Args:
+      config: the adapter's config.
+      leaves: the base's leaves by path.
+      source: what messages call the adapter.
+
+    Raises:
+      ValueError: the adapter's initialisation changed the base in a way that cannot be repeated.
+    """
+    if base_change(config.init) == "unrepeatable":
+        raise ValueError(
+            f'{source}: the adapter was initialised by "{config.init}", which changed the base '
+            "weights in a way that cannot be repeated; save it in PEFT with "
+            "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
+    config = settled(config, leaves)
+    # Such a start is computed again from the base, for which `init` takes the ranks as they are.
+    if base_change(config.init) == "repeatable":
+        return config
+    # `fill` makes factors of the file's ranks; a plan of rank 1 allocates little before it does.
+    return dataclasses.replace(config, init="default", rank=1, rank_pattern={}, alpha_pattern={})
+
+
+def settled(config: LoraConfig, leaves: Mapping[str, Any]) -> LoraConfig:
+    """A config without the entries that match nothing in a model.
+
+    Every reader of adapters settles a config here before it plans it.
+
+    Args:
+      config: of an adapter.
+      leaves: the base's leaves by path.
+    """
+    every = [*every_module(leaves, config), *every_parameter(leaves, config)]
+    # A plan also matches the paths themselves, without the numbers of stacked layers.
+    every += dict.fromkeys(name for path in leaves for name in (path, module_of(path)))
+    unused = set(matching.unmatched(config, every))
+    free = [name for name in every if not matching.is_excluded(config, name)]
+    kept: dict[str, Any] = {}
+    for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        value = getattr(config, field)
+        if isinstance(value, tuple):
+            kept[field] = tuple(entry for entry in value if (field, entry) not in unused)
+    if "target_modules" in kept:
+        # An entry that matches excluded modules only is unused too.
+        meant = (e for e in kept["target_modules"] if any(matching.ends_with(n, e) for n in free))
+        # With none left, the error of `plan` lists the nearest names.
+        kept["target_modules"] = tuple(meant) or config.target_modules
+    if ("exclude_modules", config.exclude_modules) in unused:
+        kept["exclude_modules"] = ()
+    kept["trainable_token_indices"] = _without_tied_rows(config, every)
+    for field in ("rank_pattern", "alpha_pattern"):
+        value = getattr(config, field)
+        kept[field] = {k: v for k, v in value.items() if (field, k) not in unused}
+    return dataclasses.replace(config, **kept)
+
+
+def _without_tied_rows(config: LoraConfig, every: list[str]) -> Any:
+    """The token rows of a config; where the head is the embedding's table, PEFT keeps one copy."""
+    rows = config.trainable_token_indices
+    if not isinstance(rows, Mapping) or any(matching.ends_with(n, HEAD) for n in every):
+        return rows
+    # No head in the tree: its rows are those of the embedding, if both lists agree.
+    rest = {entry: ids for entry, ids in rows.items() if not matching.ends_with(entry, HEAD)}
+    same = all(ids in rest.values() for ids in rows.values())
+    return rest if rest and same else rows
