@@ -14,8 +14,7 @@ out dims, each in `W`'s own order. A kernel `(layers, d_model, heads, head_dim)`
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +23,9 @@ from jaxtyping import Array, Float, PyTree
 
 from lora_jax import paths
 from lora_jax.dims import b_dims, from_matrix, sizes
+from lora_jax.leaf_class import leaf_class
 from lora_jax.quant.array import QuantArray
 from lora_jax.quant.ops import take
-
-_Class = TypeVar("_Class", bound=type)
-
-
-def _node(*static: str) -> Callable[[_Class], _Class]:
-    """Registers a frozen dataclass as a pytree; its `static` fields are compared, not traced."""
-
-    def register(cls: _Class) -> _Class:
-        names = [f.name for f in dataclasses.fields(cls)]
-        return jax.tree_util.register_dataclass(
-            cls, data_fields=[n for n in names if n not in static], meta_fields=list(static)
-        )
-
-    return register
 
 
 class Window(NamedTuple):
@@ -61,8 +47,8 @@ base_ndim = property(lambda x: len(x.w.shape))
 base_dtype = property(lambda x: jnp.dtype(x.w.dtype))
 
 
-@_node("roles", "dropout", "window")
-@dataclasses.dataclass(frozen=True)
+@leaf_class("roles", "dropout", "window")
+@dataclasses.dataclass(frozen=True, repr=False)
 class LoraArray:
     """A weight `w` with a low-rank change `scale · a·b` that is kept apart from it.
 
@@ -98,8 +84,8 @@ class LoraArray:
         return int(self.a.shape[-1])
 
 
-@_node("only")
-@dataclasses.dataclass(frozen=True)
+@leaf_class("only")
+@dataclasses.dataclass(frozen=True, repr=False)
 class SavedArray:
     """A leaf trained whole (`modules_to_save`, `bias`): the model sees `value`, `w` is kept.
 
@@ -117,8 +103,8 @@ class SavedArray:
     shape, ndim, dtype = base_shape, base_ndim, base_dtype
 
 
-@_node("ids", "axis")
-@dataclasses.dataclass(frozen=True)
+@leaf_class("ids", "axis")
+@dataclasses.dataclass(frozen=True, repr=False)
 class RowsArray:
     """A table of which a few rows train (`trainable_token_indices`): `w` with `rows` in it.
 
@@ -139,16 +125,16 @@ class RowsArray:
     shape, ndim, dtype = base_shape, base_ndim, base_dtype
 
 
-@_node()
-@dataclasses.dataclass(frozen=True)
+@leaf_class()
+@dataclasses.dataclass(frozen=True, repr=False)
 class Gain:
     """DoRA's `m / ‖W + s·A·B‖`, computed beforehand: `(stack..., out...)`."""
 
     value: Any
 
 
-@_node("roles", "dropout", "window", "chosen")
-@dataclasses.dataclass(frozen=True)
+@leaf_class("roles", "dropout", "window", "chosen")
+@dataclasses.dataclass(frozen=True, repr=False)
 class LoraStack:
     """Many adapters of one weight, padded to one rank: `W + scale[n] · a[n]·b[n]`, n adapters.
 
@@ -192,8 +178,8 @@ class LoraStack:
         return int(self.a.shape[-1])
 
 
-@_node("chosen")
-@dataclasses.dataclass(frozen=True)
+@leaf_class("chosen")
+@dataclasses.dataclass(frozen=True, repr=False)
 class SavedStack:
     """A leaf that trains whole, with one value for each of many adapters.
 

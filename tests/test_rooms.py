@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parent.parent / "lora_jax"
 
 # A room (a file of the root, or a folder) imports the rooms above it in this list only.
 ROOMS = (
-    "compat", "paths", "files", "dims", "config", "quant", "array", "dora", "transform", "merge",
-    "sharding", "multi", "plan", "methods", "quantize", "tree", "optim", "nnx", "linen", "hf",
-    "models", "checkpoint", "train", "analysis", "recipes", "cli",
+    "compat", "paths", "files", "dims", "leaf_class", "config", "quant", "array", "dora",
+    "transform", "merge", "sharding", "multi", "plan", "methods", "quantize", "tree", "optim",
+    "nnx", "linen", "hf", "models", "checkpoint", "train", "analysis", "recipes", "cli",
 )  # fmt: skip
 
 # Where a function may import another file of the package, and why.

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from lora_jax.dims import from_matrix, in_dims, out_dims, sizes, stack_dims, to_matrix
+from lora_jax.leaf_class import leaf_class
 from lora_jax.quant import formats
 
 _DATA = ("packed", "scale", "bias", "scale2", "offset", "scale_map")
@@ -25,7 +26,8 @@ _META = ("format", "block", "shape", "roles", "dtype", "backend")
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclasses.dataclass(frozen=True)
+@leaf_class(*_META)
+@dataclasses.dataclass(frozen=True, repr=False)
 class QuantArray:
     """A block-quantized weight.
 
@@ -89,9 +91,6 @@ class QuantArray:
     def dequantize(self) -> Float[Array, "..."]:
         """The weight as an array of `shape` and `dtype`, computed in float32 and rounded once."""
         return from_matrix(matrix(self), self.shape, self.roles)
-
-
-jax.tree_util.register_dataclass(QuantArray, data_fields=list(_DATA), meta_fields=list(_META))
 
 
 def is_quant(x: Any) -> bool:
