@@ -18,6 +18,7 @@ from lora_jax.models.model import (
     stacked,
     structure,
 )
+from lora_jax.transform import eager
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,12 @@ class EncoderForward:
           ValueError: an input of the wrong shape or dtype, or more tokens than the model's context.
         """
         _check(self.config, tokens, mask, token_type_ids, positions)
+        return self._apply(params, tokens, mask, token_type_ids, positions, return_hidden)
+
+    @eager.compiled("self", "return_hidden")
+    def _apply(
+        self, params, tokens, mask, token_type_ids, positions, return_hidden: bool
+    ) -> bert.Features | Array:
         module = nnx.merge(structure(self)[0], params)
         encoder = bert.encoder_of(module, self.config)
         hidden = bert.hidden_states(

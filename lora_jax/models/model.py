@@ -19,7 +19,7 @@ from lora_jax.models.attention import Cache, attention, positions_of
 from lora_jax.models.layers import PROJECTION, on_rows, run_blocks
 from lora_jax.models.llama import CausalLM
 from lora_jax.quant.array import is_quant
-from lora_jax.transform import lorafy
+from lora_jax.transform import eager, lorafy
 
 DTYPES = ("float32", "bfloat16", "float16")
 PROJECTIONS = "projections"
@@ -85,6 +85,10 @@ class Forward:
           ValueError: tokens, mask or positions of another shape or dtype.
         """
         check_inputs(tokens, mask, positions)
+        return self._apply(params, tokens, positions, mask, cache, return_hidden)
+
+    @eager.compiled("self", "return_hidden")
+    def _apply(self, params, tokens, positions, mask, cache: Cache | None, return_hidden: bool):
         lm = nnx.merge(structure(self)[0], params)
         hidden, new_cache = self._hidden_states(lm, tokens, positions, mask, cache)
         out = hidden if return_hidden else lm.head(hidden)

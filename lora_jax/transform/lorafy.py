@@ -25,7 +25,7 @@ from lora_jax.array import (
 from lora_jax.dims import stack_dims
 from lora_jax.dora import gains
 from lora_jax.quant.array import QuantArray
-from lora_jax.transform import base_weight
+from lora_jax.transform import base_weight, eager
 from lora_jax.transform.implicit import Implicit, Note, is_implicit, materialize
 from lora_jax.transform.interpret import Context, evaluate
 from lora_jax.transform.many import run
@@ -52,7 +52,8 @@ def lorafy(
     composes with jit, grad, vmap, scan, remat and shard_map, inside and outside. With no
     `LoraArray` in its first argument it is `fn` itself.
 
-    `fn` must be pure. Un-jitted calls trace again each time: jit the result.
+    `fn` must be pure. An un-jitted call traces `fn` again and compiles what it has not compiled
+    before; un-jitted gradients and calls with many adapters compile every time. jit the result.
 
     Args:
       fn: `fn(params, *args, **kwargs)`, a pure function of a parameter tree.
@@ -146,15 +147,37 @@ def _run(context: Context, fn: Callable, lora_params, args, kwargs, lora_key=Non
         return fn(jax.tree.unflatten(tree, leaves), *args, **kwargs)
     originals = [leaves[i] for i in where]
     _check_whole(originals, [flat[i][0] for i in where])
-    values = [_enter(context, leaves[i], paths.spell(flat[i][0]), lora_key) for i in where]
     tokens = _Tokens(context, args, kwargs)
     staged, finish = _stage(fn, tree, leaves, where, tokens)
     inputs = [_abstract(getattr(x, "w", x)) for x in originals]
     jaxpr = jax.make_jaxpr(staged)(*inputs, *tokens.arrays)
     jaxpr, consts = compat.open_jaxpr(jaxpr)
     context = tokens.followed(context, jaxpr, len(inputs))
-    outs = evaluate(context, jaxpr, consts, [*values, *tokens.arrays])
-    return finish([_leave(x, values, originals) for x in outs])
+    names = [paths.spell(flat[i][0]) for i in where]
+    unchanged: list = []  # for each output the number of the leaf that it is, or None
+
+    def compute(entered: Sequence, consts: Sequence, arrays: Sequence, lora_key) -> list:
+        values = [
+            _enter(context, x, name, lora_key) for x, name in zip(entered, names, strict=True)
+        ]
+        outs = evaluate(context, jaxpr, consts, [*values, *arrays])
+        unchanged[:] = [_position(x, values) for x in outs]
+        outs = [x for x, same in zip(outs, unchanged, strict=True) if same is None]
+        return [materialize(x) if is_implicit(x) else x for x in outs]
+
+    run = eager.call if _has_inner_jaxpr(context, jaxpr) else _call
+    computed = iter(run(compute, originals, consts, tokens.arrays, lora_key))
+    return finish([next(computed) if i is None else originals[i] for i in unchanged])
+
+
+def _call(fn: Callable, *args: Any) -> Any:
+    return fn(*args)
+
+
+def _has_inner_jaxpr(context: Context, jaxpr) -> bool:
+    """Whether an operation at the top holds a jaxpr and no effect would run at another time."""
+    rows = (context.primitives.get(compat.name_of(eqn)) for eqn in jaxpr.eqns)
+    return not jaxpr.effects and any(row is not None and row.body for row in rows)
 
 
 def _check_whole(leaves: Sequence, key_paths: Sequence):
@@ -301,11 +324,6 @@ def _enter(
     )
 
 
-def _leave(x, values: Sequence, originals: Sequence):
-    """An output: the leaf itself if the model returned it unchanged, else an array."""
-    if not is_implicit(x):
-        return x
-    for value, original in zip(values, originals, strict=True):
-        if value is x:
-            return original
-    return materialize(x)
+def _position(x: Any, values: Sequence) -> int | None:
+    """Which of the values an output is, if the model returned a weight as it was."""
+    return next((i for i, value in enumerate(values) if is_implicit(x) and value is x), None)

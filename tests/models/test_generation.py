@@ -10,6 +10,7 @@ import pytest
 
 from lora_jax import models
 
+from tests.support.compilations import compilations
 from tests.support.tiny import SMALL
 
 pytestmark = pytest.mark.once
@@ -114,23 +115,6 @@ def test_samples_follow_the_models_distribution(model):
     assert set(np.flatnonzero(counts)) <= set(keep)
     # Five standard deviations of a frequency over 4000 draws.
     assert np.abs(counts - want).max() < 5 * np.sqrt(0.25 / rows)
-
-
-def compilations(run):
-    from jax import monitoring
-
-    seen = []
-
-    def note(event: str, duration_secs: float, **_: str | int):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(duration_secs)
-
-    monitoring.register_event_duration_secs_listener(note)
-    try:
-        run()
-    finally:
-        monitoring.unregister_event_duration_listener(note)
-    return len(seen)
 
 
 def test_a_second_call_in_the_same_buckets_compiles_nothing(model):

@@ -1,0 +1,101 @@
+"""Calls outside `jit` compile once, and still see what the function closes over."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lora_jax as lora
+from lora_jax.transform import eager
+
+from tests.support.compilations import compilations
+from tests.support.tiny import tiny_model
+
+pytestmark = pytest.mark.once
+
+X = jax.random.normal(jax.random.key(1), (3, 8))
+
+
+def scanned(p, x):
+    def body(x, w):
+        return jnp.tanh(x @ w), None
+
+    return lax.scan(body, x, p["w"])[0]
+
+
+def adapted(fn, **settings):
+    params = {"w": jax.random.normal(jax.random.key(0), (4, 8, 8)) / 3}
+    plan = lora.plan(lora.LoraConfig(rank=2, target_modules=("w",), **settings), fn, params, X)
+    tree = lora.init(jax.random.key(2), plan, params)
+    factors = jax.random.normal(jax.random.key(3), tree["w"].b.shape)
+    return {"w": dataclasses.replace(tree["w"], b=factors)}
+
+
+def test_a_second_call_compiles_nothing():
+    tree, fn = adapted(scanned), lora.lorafy(scanned)
+    first = fn(tree, X)
+    other = X + 1
+    assert compilations(lambda: (fn(tree, X), fn(tree, other))) == 0
+    np.testing.assert_array_equal(first, fn(tree, X))
+    np.testing.assert_allclose(fn(tree, other), jax.jit(fn)(tree, other), rtol=1e-5, atol=1e-6)
+
+
+def test_another_function_of_the_same_program_compiles_nothing():
+    tree = adapted(scanned)
+    lora.lorafy(lambda p, x: scanned(p, x))(tree, X)
+    assert compilations(lambda: lora.lorafy(lambda p, x: scanned(p, x))(tree, X)) == 0
+
+
+def test_what_a_function_closes_over_may_change():
+    """The function runs in Python on every call, as in JAX without `jit`."""
+    setting, calls = {"gain": 1.0}, []
+
+    def fn(p, x):
+        calls.append(1)
+        return setting["gain"] * scanned(p, x)
+
+    tree = adapted(fn)
+    calls.clear()
+    once = lora.lorafy(fn)(tree, X)
+    setting["gain"] = 3.0
+    np.testing.assert_allclose(lora.lorafy(fn)(tree, X), 3 * once, rtol=1e-6)
+    assert len(calls) == 2
+
+
+def test_python_branches_on_concrete_arguments_still_run():
+    def fn(p, x, flag):
+        return scanned(p, x) if flag else -scanned(p, x)
+
+    tree = adapted(lambda p, x: fn(p, x, True))
+    run = lora.lorafy(fn)
+    np.testing.assert_allclose(run(tree, X, jnp.array(False)), -run(tree, X, jnp.array(True)))
+
+
+def test_an_unchanged_weight_comes_out_as_itself():
+    tree = adapted(scanned)
+    out, same, name = lora.lorafy(lambda p, x: (scanned(p, x), p["w"], "name"))(tree, X)
+    assert same is tree["w"] and name == "name" and out.shape == X.shape
+
+
+def test_the_number_of_programs_kept_is_bounded(monkeypatch):
+    monkeypatch.setattr(eager, "MOST_PROGRAMS", 2)
+    for k in range(4):
+        eager.call(lambda x, k=k: [x + k], X)
+    assert len(eager._programs) == 2
+
+
+@pytest.mark.parametrize("transform", ["call", "grad", "vmap"])
+def test_a_library_model_compiles_once(transform):
+    model = tiny_model()
+    tokens = jnp.ones((2, 6), jnp.int32)
+    run = {
+        "call": lambda: model.apply(model.params, tokens),
+        "grad": lambda: jax.grad(lambda p: model.apply(p, tokens).sum())(model.params),
+        "vmap": lambda: jax.vmap(lambda t: model.apply(model.params, t[None]))(tokens),
+    }[transform]
+    first = run()
+    assert compilations(run) == 0
+    jax.tree.map(np.testing.assert_array_equal, first, run())
