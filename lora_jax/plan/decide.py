@@ -105,7 +105,7 @@ def _draft(config: LoraConfig, index: int, path: str, leaf: Any, used: Usage) ->
         return Draft(base, names_of(base))
     given = matching.given_roles(config, (path, paths.module_of(path)), len(shape))
     rebatched = {dim for leaf_index, dim in used.rebatched if leaf_index == index}
-    roles, lookup, remark = roles_of.inferred(uses, len(shape), rebatched)
+    roles, lookup, remark = roles_of.inferred(uses, shape, rebatched)
     if given:
         roles, remark = given, "roles from config"
     base = dataclasses.replace(base, roles=roles, lookup=lookup, reason=remark)

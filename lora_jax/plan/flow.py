@@ -1,6 +1,7 @@
 """What the dataflow knows of a variable, and where the dims of an activation came from."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,13 +67,14 @@ class Usage:
 
 
 def free_dims(found: Usage, eqn: Any, flows: Sequence[Flow], rank: int) -> Dims:
-    """Origins of a product's output dims; notes the weight dims that it batches over."""
+    """Origins of a product's output dims; notes the weight dims that number experts."""
     contracting, batching = eqn.params["dimension_numbers"]
     for k in (0, 1):
         if flows[k].origin and flows[1 - k].tracks:
-            for axis in batching[k]:
-                found.rebatched.update((leaf, d) for leaf, d, _ in flows[k].origin[axis])
-            _note_experts(found, flows[k].origin, flows[1 - k], contracting[k], contracting[1 - k])
+            summed = [eqn.invars[k].aval.shape[axis] for axis in contracting[k]]
+            if math.prod(summed) > 1:  # a scale multiplies and sums nothing
+                _note_batched(found, flows[k].origin, batching[k])
+            _note_summed(found, flows[k].origin, flows[1 - k], contracting[k], contracting[1 - k])
     # A product of two activations, as in attention: its dims are no longer those of a hidden layer.
     if not any(f.tracks for f in flows):
         flows = [dataclasses.replace(f, origin=_indirect(f.origin)) for f in flows]
@@ -91,9 +93,26 @@ def _indirect(origin: Dims) -> Dims:
     return tuple(frozenset((leaf, d, False) for leaf, d, _ in dims) for dims in origin)
 
 
-def _note_experts(
-    found: Usage, origin: Dims, weight: Flow, summed: Sequence, own: Sequence
-) -> None:
+def _note_batched(found: Usage, origin: Dims, batched: Sequence[int]) -> None:
+    """Notes an expert axis that a weight is batched over while it contracts something else.
+
+    An axis counts only if it is a whole dim of the weight it came from: heads that a reshape cut
+    out of an output dim are a part of one. And only if that dim stands before the in dim, where
+    experts are kept; heads stand behind it, `(in, heads, head_dim)`.
+    """
+    pairs = [{(leaf, d) for leaf, d, _ in dims} for dims in origin]
+    rest = set().union(*(pair for axis, pair in enumerate(pairs) if axis not in batched))
+    for leaf, d in set().union(*(pairs[axis] for axis in batched)) - rest:
+        if d < min(_first_contracted(found, leaf), default=-1):
+            found.rebatched.add((leaf, d))
+
+
+def _first_contracted(found: Usage, leaf: int) -> frozenset:
+    """The dims that a leaf's first contraction sums over."""
+    return next((u.contracted for u in found.uses[leaf] if u.kind == "contract"), frozenset())
+
+
+def _note_summed(found: Usage, origin: Dims, weight: Flow, summed: Sequence, own: Sequence) -> None:
     """Notes an expert axis that is summed away together with the experts' hidden dim.
 
     In `btd,edf->btef` then `btef,efd->btd` nothing but the layout tells experts from heads: the
@@ -102,14 +121,14 @@ def _note_experts(
     """
     for axis, dim in zip(summed, own, strict=True):
         for leaf, e, direct in origin[axis]:
-            contracted = [u.contracted for u in found.uses[leaf] if u.kind == "contract"]
+            contracted = _first_contracted(found, leaf)
             after = [
                 f
                 for other in summed
                 for same, f, straight in origin[other]
                 if same == leaf and straight and other != axis
             ]
-            if direct and contracted and after and e < min(contracted[0]) < min(after):
+            if direct and contracted and after and e < min(contracted) < min(after):
                 found.rebatched.add((leaf, e))
                 found.rebatched.update((t.leaf, d) for t in weight.tracks for d in t.dims[dim])
 

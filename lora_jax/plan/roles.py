@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from lora_jax.plan.leaf import Use
 
 
-def inferred(uses: Sequence[Use], ndim: int, rebatched: set) -> tuple[str, bool, str]:
+def inferred(
+    uses: Sequence[Use], shape: Sequence[int], rebatched: set[int]
+) -> tuple[str, bool, str]:
     """Roles from uses.
 
     Args:
       uses: of a leaf, in the function's order.
-      ndim: of the leaf.
+      shape: of the leaf.
       rebatched: dims that a later contraction treats as experts.
 
     Returns:
@@ -22,7 +24,10 @@ def inferred(uses: Sequence[Use], ndim: int, rebatched: set) -> tuple[str, bool,
         return "", False, _why_not(uses)
     stacked = set(deciding.stacked)
     remark = ""
-    if moved := (rebatched - stacked):
+    moved = rebatched - stacked
+    outs = set(range(len(shape))) - stacked - deciding.contracted
+    # Experts are matrices: without an out dim the axis is no expert axis.
+    if moved and any(shape[d] > 1 for d in outs - moved):
         stacked |= moved
         dims = ", ".join(map(str, sorted(moved)))
         remark = (
@@ -30,7 +35,7 @@ def inferred(uses: Sequence[Use], ndim: int, rebatched: set) -> tuple[str, bool,
             f"the hidden dim by the next): read as a stack, one adapter an index; `roles` overrides"
         )
     roles = "".join(
-        "s" if d in stacked else "i" if d in deciding.contracted else "o" for d in range(ndim)
+        "s" if d in stacked else "i" if d in deciding.contracted else "o" for d in range(len(shape))
     )
     return roles, deciding.kind in ("lookup", "rows"), remark
 
