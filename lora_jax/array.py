@@ -290,6 +290,7 @@ def delta(x: LoraArray) -> Float[Array, "..."]:
     Returns:
       An array of `x.shape`.
     """
+    check_whole(x)
     stack, fan_in, fan_out = sizes(x.shape, x.roles)
     dtype = widened(x.a.dtype, x.b.dtype)
     a = x.a.astype(dtype).reshape(*stack, fan_in, x.rank)
@@ -323,6 +324,25 @@ def count(stacked: PyTree) -> int:
             else f"the leaves hold different numbers of adapters {sorted(counts)}"
         )
     return counts.pop()
+
+
+def check_whole(lora_params: PyTree) -> None:
+    """Checks that a tree is no half of `split`.
+
+    Raises:
+      ValueError: a leaf has no base weight, or nothing that trains; the message names it.
+    """
+    for path, x in leaves_by_path(lora_params).items():
+        if not is_lora(x):
+            continue
+        trained = [getattr(x, name) for name in TRAINED_FIELDS[type(x)]]
+        if x.w is None or all(field is None for field in trained):
+            where = f" at `{path}`" if path else ""
+            part = "base weight" if x.w is None else "trained array"
+            raise ValueError(
+                f"`lora_params` has no {part}{where}: pass the whole tree, "
+                "`lora.combine(trainable, frozen)`"
+            )
 
 
 def is_leaf(x: Any) -> bool:

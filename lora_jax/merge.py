@@ -13,6 +13,7 @@ from lora_jax.array import (
     LoraArray,
     RowsArray,
     SavedArray,
+    check_whole,
     delta,
     dense,
     effective,
@@ -56,6 +57,7 @@ def merge(lora_params: PyTree) -> PyTree:
         values are unknown: check there with `jnp.isfinite`.) Or an adapter has a bias
         (`lora_bias`) and its module has none to take it.
     """
+    check_whole(lora_params)
     flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_leaf)
     leaves = [_merge_leaf(x) for _, x in flat]
     for place, change in _bias_changes(flat).items():
@@ -145,6 +147,7 @@ def unmerge(params: PyTree, lora_params: PyTree) -> PyTree:
     Raises:
       ValueError: the trees have different structures or shapes.
     """
+    check_whole(lora_params)
     flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_leaf)
     plain, plain_tree = jax.tree.flatten(params)
     # Compared with whole LoRA leaves as leaves: the merge has an array in each one's place.

@@ -11,6 +11,7 @@ from flax import nnx
 
 from lora_jax import paths
 from lora_jax.array import is_lora
+from lora_jax.config.arguments import check_argument
 from lora_jax.config.lora import LoraConfig
 from lora_jax.merge import merge as merge_tree
 from lora_jax.plan.decide import plan as make_plan
@@ -168,6 +169,7 @@ def adapt(
       model = lora.nnx.adapt(model, lora.LoraConfig(target_modules=("query",)), x, key=key)
       optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=lora.nnx.LoraParam)
     """
+    check_argument("nnx.adapt(module, config, *args, key=key)", "module", module, nnx.Module)
     fn, params, state = functional(module, method=method)
     plan = make_plan(config, fn, params, *args, state=state, **kwargs)
     return Adapted(module, init_tree(key, plan, params), plan)

@@ -25,6 +25,7 @@ from lora_jax.array import (
     leaves_by_path,
     widened,
 )
+from lora_jax.config.arguments import check_argument, check_key
 from lora_jax.dims import b_dims, stack_dims
 from lora_jax.methods import start_function
 from lora_jax.plan.leaf import LeafPlan, Plan
@@ -54,6 +55,8 @@ def init(key: PRNGKeyArray, plan: Plan, params: PyTree, *, weights: Any = None) 
 
     Source: Hu et al. 2021, section 4.1; PEFT's `reset_lora_parameters`.
     """
+    check_argument("init(key, plan, params)", "plan", plan, Plan)
+    check_key("key", key)
     flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     planned = plan.by_path()
     spelled = [paths.spell(key_path) for key_path, _ in flat]

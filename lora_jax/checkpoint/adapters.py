@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lora_jax.array import check_whole
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
 from lora_jax.checkpoint.flat import (
     check_outline,
@@ -39,6 +40,7 @@ from lora_jax.checkpoint.folder import (
 from lora_jax.checkpoint.planned import planned
 from lora_jax.checkpoint.swap import leftovers, replace
 from lora_jax.compat import require
+from lora_jax.config.arguments import check_argument, check_function
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.hf.peft.base import as_read
@@ -67,6 +69,7 @@ def save(directory: str | os.PathLike, lora_params: Any, config) -> None:
       FileExistsError: the folder holds something that is not an adapter.
       OSError: it cannot be written (the earlier content is intact).
     """
+    _check_order("save", directory, config)
     directory = place_for(directory, ITEM, "an adapter")
     arrays, meta = _content(lora_params, config)
     replace(directory, lambda new: _write(new, arrays, meta))
@@ -112,6 +115,7 @@ def save_async(directory: str | os.PathLike, lora_params: Any, config) -> Pendin
       ...
       pending.wait()
     """
+    _check_order("save_async", directory, config)
     directory = place_for(directory, ITEM, "an adapter")
     arrays, meta = _content(lora_params, config)
     # A copy on the device: the next training step may donate, and so overwrite, the originals.
@@ -129,7 +133,14 @@ def save_async(directory: str | os.PathLike, lora_params: Any, config) -> Pendin
     return Pending(thread, failures)
 
 
-def _content(lora_params: Any, config) -> tuple[dict[str, Any], dict]:
+def _check_order(name: str, directory: Any, config: Any) -> None:
+    order = f"checkpoint.{name}(directory, lora_params, config)"
+    check_argument(order, "directory", directory, (str, os.PathLike))
+    check_argument(order, "config", config, LoraConfig)
+
+
+def _content(lora_params: Any, config: LoraConfig) -> tuple[dict[str, Any], dict]:
+    check_whole(lora_params)
     trainable, _ = split(lora_params)
     meta = {
         "format": FORMAT,
@@ -261,6 +272,7 @@ def restore(directory: str | os.PathLike, fn: Callable, params: Any, *args: Any,
       FileNotFoundError: there is no adapter.
       ValueError: another base, or an array that is missing, unexpected or of another shape.
     """
+    check_function("checkpoint.restore(directory, fn, params, *args)", fn)
     return restore_stored(
         find(directory), lambda config: make_plan(config, fn, params, *args, **kwargs), params
     )

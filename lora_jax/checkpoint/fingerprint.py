@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import compat
 from lora_jax.array import is_lora
 from lora_jax.checkpoint.flat import describe, flatten, summary
 from lora_jax.quant.array import arrays, default_roles, is_quant
@@ -32,6 +33,8 @@ def fingerprint(params: Any) -> dict[str, str]:
       its format and block size. Values for JSON.
     """
     leaves = flatten(base_of(params), is_leaf=is_quant)
+    # An Equinox module has activation functions and numbers of Python among its leaves.
+    leaves = {name: x for name, x in leaves.items() if is_quant(x) or compat.is_array(x)}
     samples = jax.device_get({name: _samples(leaf) for name, leaf in leaves.items()})
     return {n: f"{_kind(x)} {_hash(samples[n])}" for n, x in sorted(leaves.items())}
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lora_jax.config.arguments import with_known_fields
 from lora_jax.config.peft import fields_from_peft, fields_to_peft
 from lora_jax.config.starts import STARTS, find_start
 
@@ -18,6 +19,7 @@ ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lora_only")
 
 
+@with_known_fields
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """What to adapt: `y = x·W + s·(x·A)·B`, with `s = alpha/rank`, or `alpha/√rank` (rsLoRA).

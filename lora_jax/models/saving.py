@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax.array import LoraArray, SavedArray, dense, is_leaf, is_lora
+from lora_jax.array import LoraArray, SavedArray, check_whole, dense, is_leaf, is_lora
 from lora_jax.hf.checkpoint.names import Family, module_name, stack_depth, tensor_of
 from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, size_of, write_shards
 from lora_jax.hf.checkpoint.weights import shape_there
@@ -130,6 +130,7 @@ def save_merged(
 
 def _modules(params: Any) -> Modules:
     """The leaves of every module together: an adapter's bias is merged into its module's."""
+    check_whole(params)
     modules: dict[str, dict[str, Any]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf):
         module, _, name = spell(path).rpartition(".")

@@ -22,6 +22,7 @@ from lora_jax.array import (
     RowsArray,
     SavedArray,
     SavedStack,
+    check_whole,
     effective,
     is_leaf,
     is_lora,
@@ -84,6 +85,8 @@ def columns_of(adapters: Sequence) -> tuple[list[list], jax.tree_util.PyTreeDef,
     Raises:
       ValueError: the trees have different structures, or their bases differ.
     """
+    for x in adapters:
+        check_whole(x)
     flat = [jax.tree_util.tree_flatten_with_path(x, is_leaf=is_leaf) for x in adapters]
     names = [paths.spell(path) for path, _ in flat[0][0]]
     for number, (leaves, tree) in enumerate(flat):

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from lora_jax import paths
 from lora_jax.array import LoraArray, RowsArray, is_leaf, is_lora, widened
 from lora_jax.config import matching
+from lora_jax.config.arguments import check_argument, check_function
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.dims import b_dims, factor_shapes, out_dims, sizes
 from lora_jax.plan import roles as roles_of
@@ -30,6 +31,9 @@ HEAD_NAMES = frozenset(
     "lm_head embed_out output_projection classifier score logits logits_dense logitdense head "
     "unembed decoder_norm_head".split()
 )
+
+
+_CALL = "plan(config, fn, params, *args)"
 
 
 def plan(config: LoraConfig, fn: Callable, params: PyTree, *args, **kwargs) -> Plan:
@@ -65,6 +69,8 @@ def plan(config: LoraConfig, fn: Callable, params: PyTree, *args, **kwargs) -> P
       >>> [leaf.path for leaf in lora.plan(config, fn, params, x).adapted]
       ['up']
     """
+    check_argument(_CALL, "config", config, LoraConfig)
+    check_function(_CALL, fn)
     flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     spelled = [paths.spell(key_path) for key_path, _ in flat]
     leaves = [leaf for _, leaf in flat]

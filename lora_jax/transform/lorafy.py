@@ -16,12 +16,14 @@ from lora_jax.array import (
     LoraStack,
     RowsArray,
     SavedArray,
+    check_whole,
     effective,
     is_leaf,
     is_lora,
     is_stack,
     rows_as_lora,
 )
+from lora_jax.config.arguments import check_function, check_key
 from lora_jax.dims import stack_dims
 from lora_jax.dora import gains
 from lora_jax.quant.array import QuantArray
@@ -101,6 +103,8 @@ def lorafy(
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3.
     """
 
+    check_function("lorafy(fn)(lora_params, ...)", fn)
+
     def single(lora_params, *args, lora_key=None, **kwargs):
         context = Context(PRIMITIVES, strict=strict, reverse_only=reverse_only)
         return _run(context, fn, lora_params, args, kwargs, lora_key)
@@ -139,6 +143,9 @@ def lorafy(
 
 
 def _run(context: Context, fn: Callable, lora_params, args, kwargs, lora_key=None):
+    check_whole(lora_params)
+    if lora_key is not None:
+        check_key("lora_key", lora_key)
     flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_leaf)
     leaves = [effective(x) if isinstance(x, SavedArray) else x for _, x in flat]
     entered = LoraArray | RowsArray | QuantArray | LoraStack
@@ -146,7 +153,6 @@ def _run(context: Context, fn: Callable, lora_params, args, kwargs, lora_key=Non
     if not where:
         return fn(jax.tree.unflatten(tree, leaves), *args, **kwargs)
     originals = [leaves[i] for i in where]
-    _check_whole(originals, [flat[i][0] for i in where])
     tokens = _Tokens(context, args, kwargs)
     staged, finish = _stage(fn, tree, leaves, where, tokens)
     inputs = [_abstract(getattr(x, "w", x)) for x in originals]
@@ -178,16 +184,6 @@ def _has_inner_jaxpr(context: Context, jaxpr) -> bool:
     """Whether an operation at the top holds a jaxpr and no effect would run at another time."""
     rows = (context.primitives.get(compat.name_of(eqn)) for eqn in jaxpr.eqns)
     return not jaxpr.effects and any(row is not None and row.body for row in rows)
-
-
-def _check_whole(leaves: Sequence, key_paths: Sequence):
-    """The trainable half of a tree has no weights to run a model with."""
-    for x, key_path in zip(leaves, key_paths, strict=True):
-        if getattr(x, "w", x) is None:
-            raise ValueError(
-                f"`lora_params` has no base weight at `{paths.spell(key_path)}`: pass the whole "
-                "tree, `lora.combine(trainable, frozen)`"
-            )
 
 
 def materializations(fn: Callable, lora_params, args: Sequence, kwargs: dict) -> dict:

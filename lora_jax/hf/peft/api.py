@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.array import leaves_by_path
+from lora_jax.array import check_whole, leaves_by_path
+from lora_jax.config.arguments import check_argument, check_function
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.name_maps import leaves as translated
 from lora_jax.hf.name_maps.peft import in_our_names, in_their_names, with_saved
@@ -95,6 +96,7 @@ def load_peft(
     Example:
       lora_params, config = load_peft("adapter", model.apply, model.params, tokens)
     """
+    check_function("hf.load_peft(directory, fn, params, *args)", fn)
     config, tensors = read_peft(directory, model_type=model_type)
     return attach(
         config,
@@ -189,6 +191,10 @@ def save_peft(
     Example:
       save_peft("adapter", lora_params, config, base_model_name="HuggingFaceTB/SmolLM2-135M")
     """
+    order = "hf.save_peft(directory, lora_params, config)"
+    check_argument(order, "directory", directory, (str, os.PathLike))
+    check_argument(order, "config", config, LoraConfig)
+    check_whole(lora_params)
     if target not in TARGETS:
         raise ValueError(f'target must be one of "peft", "vllm", got {target!r}')
     leaves, config = in_their_names(leaves_by_path(lora_params), config, name_map)

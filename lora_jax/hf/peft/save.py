@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.array import LoraArray, RowsArray, SavedArray, leaves_by_path
+from lora_jax.array import LoraArray, RowsArray, SavedArray, check_whole, leaves_by_path
 from lora_jax.config import matching
+from lora_jax.config.arguments import check_argument
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.hf.peft import directory
@@ -23,6 +24,8 @@ def to_peft(lora_params: Any, config: LoraConfig) -> tuple[dict[str, Any], dict[
     Raises:
       ValueError: as `save_peft`.
     """
+    check_argument("hf.to_peft(lora_params, config)", "config", config, LoraConfig)
+    check_whole(lora_params)
     return content_of(make_index(leaves_by_path(lora_params), config))
 
 

@@ -1,0 +1,96 @@
+"""Errors about the arguments of a call: another order, another type, fields by PEFT's names."""
+
+import functools
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.config.peft import CARRIED, MAPPED, REFUSED
+from lora_jax.paths import nearest
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def check_argument(call: str, name: str, value: Any, kinds: type | tuple[type, ...]) -> None:
+    """Checks the type of an argument that is easily given in another's place.
+
+    Args:
+      call: the function with its arguments in order, for the message: `init(key, plan, params)`.
+      name: of the argument.
+      value: what was given.
+      kinds: one class, or several.
+
+    Raises:
+      TypeError: it is of none of the classes.
+    """
+    if not isinstance(value, kinds):
+        classes = kinds if isinstance(kinds, tuple) else (kinds,)
+        raise TypeError(
+            f"`{name}` must be {' or '.join(f'`{kind.__name__}`' for kind in classes)}, got "
+            f"{_kind_of(value)}: call `lora.{call}` with the arguments in this order"
+        )
+
+
+def check_function(call: str, fn: Any) -> None:
+    """Checks that a model is a function.
+
+    Raises:
+      TypeError: it cannot be called.
+    """
+    if not callable(fn):
+        raise TypeError(
+            f"`fn` must be a function of the parameters, got {_kind_of(fn)}: call `lora.{call}` "
+            "with the arguments in this order"
+        )
+
+
+def check_key(name: str, key: Any) -> None:
+    """Checks that a value is a PRNG key, or the uint32 data of one.
+
+    Raises:
+      TypeError: it is something else, such as a seed.
+    """
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and (dtype != jnp.uint32 or not getattr(key, "ndim", 0)):
+        raise TypeError(
+            f"`{name}` must be a PRNG key, got {_kind_of(key)}: `jax.random.key(0)` makes one of a "
+            "seed"
+        )
+
+
+def _kind_of(value: Any) -> str:
+    if callable(value) and not isinstance(value, type) and hasattr(value, "__name__"):
+        return f"the function `{value.__name__}`"
+    shown = f" {value!r}" if isinstance(value, bool | int | float | str) else ""
+    return f"`{type(value).__name__}`{shown}"
+
+
+def with_known_fields(cls: _Class) -> _Class:
+    """Makes a configuration refuse an unknown field with our name for it."""
+    made = cls.__init__
+
+    @functools.wraps(made)
+    def start(self: Any, *args: Any, **fields: Any) -> None:
+        if args:
+            raise TypeError(f"give the fields of {cls.__name__} by name, as in rank=8, alpha=16")
+        for name in fields:
+            if name not in cls.__dataclass_fields__:
+                raise TypeError(f"{cls.__name__} has no field `{name}`: {_instead(name, cls)}")
+        made(self, **fields)
+
+    cls.__init__ = start
+    return cls
+
+
+def _instead(name: str, cls: Any) -> str:
+    if name in MAPPED:
+        return f"PEFT's `{name}` is `{MAPPED[name][0]}` here"
+    if name == "task_type":
+        return 'it belongs to a file, `lora.hf.save_peft(..., task_type="CAUSAL_LM")`'
+    if name in CARRIED:
+        return f"PEFT's `{name}` changes no numbers; leave it out, or keep it in `extra`"
+    if name in REFUSED:
+        return f"PEFT's `{name}` is not supported"
+    return f"the nearest are {nearest(name, cls.__dataclass_fields__)}"

@@ -1,0 +1,137 @@
+"""Arguments in another order, half a tree, a seed for a key, PEFT's names: errors that help."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+
+import lora_jax as lora
+
+
+def model(params, x):
+    return jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
+
+
+PARAMS = {"up": {"kernel": jnp.eye(4, 8)}, "down": {"kernel": jnp.eye(8, 4)}}
+X, KEY = jnp.ones((2, 4)), jax.random.key(0)
+CONFIG = lora.LoraConfig(rank=2, dropout=0.5, target_modules=("up", "down"))
+PLAN = lora.plan(CONFIG, model, PARAMS, X)
+TREE = lora.init(KEY, PLAN, PARAMS)
+TRAINABLE, FROZEN = lora.split(TREE)
+
+ORDERS = {
+    "plan(config, fn, params, *args)": [
+        lambda _: lora.plan(model, CONFIG, PARAMS, X),
+        lambda _: lora.plan(CONFIG, PARAMS, model, X),
+        lambda _: lora.plan(PARAMS, model, CONFIG, X),
+    ],
+    "init(key, plan, params)": [
+        lambda _: lora.init(PLAN, KEY, PARAMS),
+        lambda _: lora.init(KEY, CONFIG, PARAMS),
+        lambda _: lora.init(KEY, PARAMS, PLAN),
+    ],
+    "lorafy(fn)(lora_params, ...)": [lambda _: lora.lorafy(TREE)],
+    "hf.save_peft(directory, lora_params, config)": [
+        lambda new: lora.hf.save_peft(new, CONFIG, TREE),
+        lambda new: lora.hf.save_peft(TREE, new, CONFIG),
+        lambda new: lora.hf.save_peft(TREE, CONFIG, new),
+    ],
+    "hf.to_peft(lora_params, config)": [lambda _: lora.hf.to_peft(CONFIG, TREE)],
+    "hf.load_peft(directory, fn, params, *args)": [
+        lambda new: lora.hf.load_peft(new, PARAMS, model, X)
+    ],
+    "checkpoint.save(directory, lora_params, config)": [
+        lambda new: lora.checkpoint.save(new, CONFIG, TREE),
+        lambda new: lora.checkpoint.save(TREE, new, CONFIG),
+    ],
+    "checkpoint.save_async(directory, lora_params, config)": [
+        lambda new: lora.checkpoint.save_async(new, CONFIG, TREE),
+    ],
+    "checkpoint.restore(directory, fn, params, *args)": [
+        lambda new: lora.checkpoint.restore(new, PARAMS, model, X),
+    ],
+    "nnx.adapt(module, config, *args, key=key)": [
+        lambda _: lora.nnx.adapt(linen.Dense(4), CONFIG, X, key=KEY),
+    ],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_another_order_is_an_error_with_the_order(order, tmp_path):
+    for call in ORDERS[order]:
+        with pytest.raises(TypeError, match=re.escape(f"`lora.{order}` with the arguments in")):
+            call(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+WHOLE = {
+    "merge": lambda tree, new: lora.merge(tree),
+    "unmerge": lambda tree, new: lora.unmerge(PARAMS, tree),
+    "delta": lambda tree, new: lora.delta(tree["up"]["kernel"]),
+    "lorafy": lambda tree, new: lora.lorafy(model)(tree, X),
+    "stack": lambda tree, new: lora.stack([tree, tree]),
+    "save_peft": lambda tree, new: lora.hf.save_peft(new, tree, CONFIG),
+    "to_peft": lambda tree, new: lora.hf.to_peft(tree, CONFIG),
+    "save": lambda tree, new: lora.checkpoint.save(new, tree, CONFIG),
+    "save_async": lambda tree, new: lora.checkpoint.save_async(new, tree, CONFIG),
+}
+
+
+@pytest.mark.parametrize("half", [TRAINABLE, FROZEN], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("call", WHOLE)
+def test_half_a_tree_is_an_error_that_names_combine(call, half, tmp_path):
+    with pytest.raises(ValueError, match=r"`lora\.combine\(trainable, frozen\)`"):
+        WHOLE[call](half, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("key", [0, None, 1.5, "0", np.zeros(2), jnp.zeros(2, jnp.int32)])
+def test_a_seed_is_no_key(key):
+    with pytest.raises(TypeError, match=r"`key` must be a PRNG key, got .*jax.random.key\(0\)"):
+        lora.init(key, PLAN, PARAMS)
+    if key is not None:
+        with pytest.raises(TypeError, match="`lora_key` must be a PRNG key"):
+            lora.lorafy(model)(TREE, X, lora_key=key)
+
+
+def test_keys_of_both_kinds_are_taken():
+    for key in (KEY, jax.random.key_data(KEY), np.asarray(jax.random.PRNGKey(0))):
+        lora.lorafy(model)(lora.init(key, PLAN, PARAMS), X, lora_key=key)
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ({"r": 8}, "PEFT's `r` is `rank` here"),
+        ({"lora_alpha": 8}, "PEFT's `lora_alpha` is `alpha` here"),
+        ({"lora_dropout": 0.1}, "PEFT's `lora_dropout` is `dropout` here"),
+        ({"init_lora_weights": True}, "PEFT's `init_lora_weights` is `init` here"),
+        ({"task_type": "CAUSAL_LM"}, "lora.hf.save_peft(..., task_type="),
+        ({"fan_in_fan_out": True}, "changes no numbers"),
+        ({"layer_replication": []}, "PEFT's `layer_replication` is not supported"),
+        ({"rnak": 8}, "the nearest are `rank`"),
+    ],
+)
+def test_an_unknown_field_names_ours(field, text):
+    with pytest.raises(TypeError, match=f"LoraConfig has no field.*{re.escape(text)}"):
+        lora.LoraConfig(**field)
+    with pytest.raises(TypeError, match="by name"):
+        lora.LoraConfig(8)
+
+
+def test_leaves_that_are_no_arrays_are_no_part_of_the_fingerprint(tmp_path):
+    """As in an Equinox module that was not partitioned."""
+    params = {"up": {**PARAMS["up"], "act": jax.nn.tanh, "eps": 1e-5}, "down": PARAMS["down"]}
+    tree = lora.init(KEY, lora.plan(CONFIG, model, params, X), params)
+    lora.checkpoint.save(tmp_path / "a", tree, CONFIG)
+    for base in (params, PARAMS):
+        again, _ = lora.checkpoint.restore(tmp_path / "a", model, base, X)
+        np.testing.assert_array_equal(again["up"]["kernel"].a, tree["up"]["kernel"].a)
+    other = {"up": {**params["up"], "kernel": 2 * PARAMS["up"]["kernel"]}, "down": PARAMS["down"]}
+    with pytest.raises(ValueError, match=r"up\.kernel.*holds other numbers"):
+        lora.checkpoint.restore(tmp_path / "a", model, other, X)
