@@ -102,6 +102,11 @@ def _check_same(planned: dict[str, LeafPlan], leaves: dict) -> None:
                 f"`params` has `{path}` with shape {tuple(leaves[path].shape)}, planned was "
                 f"{leaf.shape}; plan again"
             )
+        if str(leaves[path].dtype) != leaf.dtype:
+            raise ValueError(
+                f"`params` has `{path}` in {leaves[path].dtype}, planned was {leaf.dtype}; plan "
+                "again"
+            )
 
 
 def _init_leaf(key: PRNGKeyArray, plan: Plan, leaf: LeafPlan | None, w: Any, full: Callable) -> Any:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from lora_jax import compat, dora, paths
 from lora_jax.array import (
@@ -278,6 +280,23 @@ def _stage(fn: Callable, tree, leaves: Sequence, where: Sequence[int], tokens: _
     return staged, finish
 
 
+@jax.custom_jvp
+def _without_dropout(a: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`a` of a call that has no key for its dropout: differentiating by it is a warning."""
+    return a
+
+
+@_without_dropout.defjvp
+def _warned(primals: Sequence, tangents: Sequence) -> tuple:
+    # JAX calls this in training only: generation and evaluation need no dropout.
+    warnings.warn(
+        "the adapters have `dropout` above 0 and train without it: pass a new "
+        "`lora_key=jax.random.key(...)` to each training call, or set dropout=0",
+        stacklevel=2,
+    )
+    return primals[0], tangents[0]
+
+
 def _abstract(w):
     """What the model is traced with: the array itself (its sharding counts), or its aval."""
     return w if compat.is_array(w) else jax.ShapeDtypeStruct(w.shape, w.dtype)
@@ -303,10 +322,11 @@ def _enter(
         key = paths.fold_path(lora_key, path)
         stack = tuple(x.shape[d] for d in stack_dims(x.roles))
         key = jax.random.split(key, stack) if stack else key
+    off = x.dropout > 0 and key is None
     scale = lax.stop_gradient(x.scale)
     return Implicit(
         w=x.w,
-        a=x.a,
+        a=_without_dropout(x.a) if off else x.a,
         b=x.b,
         scale=scale,
         gain=gain,

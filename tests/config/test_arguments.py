@@ -20,6 +20,7 @@ def model(params, x):
 PARAMS = {"up": {"kernel": jnp.eye(4, 8)}, "down": {"kernel": jnp.eye(8, 4)}}
 X, KEY = jnp.ones((2, 4)), jax.random.key(0)
 CONFIG = lora.LoraConfig(rank=2, dropout=0.5, target_modules=("up", "down"))
+UNDROPPED = lora.LoraConfig(rank=2, target_modules=("up", "down"))
 PLAN = lora.plan(CONFIG, model, PARAMS, X)
 TREE = lora.init(KEY, PLAN, PARAMS)
 TRAINABLE, FROZEN = lora.split(TREE)
@@ -102,6 +103,28 @@ def test_a_seed_is_no_key(key):
 def test_keys_of_both_kinds_are_taken():
     for key in (KEY, jax.random.key_data(KEY), np.asarray(jax.random.PRNGKey(0))):
         lora.lorafy(model)(lora.init(key, PLAN, PARAMS), X, lora_key=key)
+
+
+def test_gradients_without_the_dropouts_key_are_a_warning():
+    """In every order of jit and grad; evaluation, and gradients of the input, have none."""
+    fn = lora.lorafy(model)
+    jax.jit(fn)(TREE, X), jax.grad(lambda x: fn(TREE, x).sum())(X)
+
+    def loss(trainable, x=X, **key):
+        return fn(lora.combine(trainable, FROZEN), x, **key).sum()
+
+    for gradient in (jax.grad(loss), jax.jit(jax.grad(loss)), jax.grad(jax.jit(loss))):
+        with pytest.warns(UserWarning, match="`lora_key="):
+            gradient(TRAINABLE)
+    jax.grad(loss)(TRAINABLE, lora_key=KEY)
+    plain, frozen = lora.split(lora.init(KEY, lora.plan(UNDROPPED, model, PARAMS, X), PARAMS))
+    jax.grad(lambda t: fn(lora.combine(t, frozen), X).sum())(plain)
+
+
+def test_parameters_of_another_dtype_are_planned_again():
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    with pytest.raises(ValueError, match=r"`down\.kernel` in bfloat16, planned was float32"):
+        lora.init(KEY, PLAN, half)
 
 
 @pytest.mark.parametrize(
