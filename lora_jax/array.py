@@ -47,7 +47,7 @@ base_ndim = property(lambda x: len(x.w.shape))
 base_dtype = property(lambda x: jnp.dtype(x.w.dtype))
 
 
-@leaf_class("roles", "dropout", "window")
+@leaf_class("roles", "dropout", "window", "tied")
 @dataclasses.dataclass(frozen=True, repr=False)
 class LoraArray:
     """A weight `w` with a low-rank change `scale · a·b` that is kept apart from it.
@@ -63,6 +63,8 @@ class LoraArray:
       bias: PEFT's `lora_bias` `(stack..., out...)`, trained, or None: the product with the weight
         also gets `+ scale · bias`.
       window: of a convolution's kernel, else None.
+      tied: of a lookup table, whether the model also uses it as its output head; None where that
+        is not known, and for all other weights.
 
     Source: Hu et al. 2021, "LoRA", eq. 3; DoRA: Liu et al. 2024, eq. 5.
     """
@@ -76,6 +78,7 @@ class LoraArray:
     dropout: float = 0.0
     bias: Any = None
     window: Window | None = None
+    tied: bool | None = None
 
     shape, ndim, dtype = base_shape, base_ndim, base_dtype
 
@@ -84,7 +87,7 @@ class LoraArray:
         return int(self.a.shape[-1])
 
 
-@leaf_class("only")
+@leaf_class("only", "tied")
 @dataclasses.dataclass(frozen=True, repr=False)
 class SavedArray:
     """A leaf trained whole (`modules_to_save`, `bias`): the model sees `value`, `w` is kept.
@@ -94,11 +97,13 @@ class SavedArray:
       value: what is trained and used, the same shape and dtype as `w`.
       only: of stacked layers the ones that train, as indices of the leading dims; the model sees
         `w` for the others, whatever `value` holds there. None: all.
+      tied: as in `LoraArray`.
     """
 
     w: Any
     value: Any
     only: tuple[tuple[int, ...], ...] | None = None
+    tied: bool | None = None
 
     shape, ndim, dtype = base_shape, base_ndim, base_dtype
 

@@ -139,7 +139,7 @@ def _init_leaf(key: PRNGKeyArray, plan: Plan, leaf: LeafPlan | None, w: Any, ful
 def make_leaf(plan: Plan, leaf: LeafPlan, w: Any, **trained) -> LoraArray | SavedArray | RowsArray:
     """A planned leaf from its base weight and its trained arrays by field (`a`, `b`, `value`)."""
     if leaf.kind == "saved":
-        return SavedArray(w, only=leaf.only, **trained)
+        return SavedArray(w, only=leaf.only, tied=leaf.tied, **trained)
     if leaf.kind == "rows":
         return RowsArray(w, ids=leaf.ids, axis=leaf.axis, **trained)
     scale = jnp.asarray(stack_values(leaf, leaf.scales), jnp.float32)
@@ -149,6 +149,7 @@ def make_leaf(plan: Plan, leaf: LeafPlan, w: Any, **trained) -> LoraArray | Save
         roles=leaf.roles,
         dropout=float(plan.config.dropout),
         window=_window(leaf),
+        tied=leaf.tied,
         **trained,
     )
 

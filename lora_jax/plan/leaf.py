@@ -96,6 +96,11 @@ class LeafPlan:
         return sum(self.ranks) * (fan_in + fan_out)
 
     @property
+    def tied(self) -> bool | None:
+        """Of a lookup table, whether it is the output head too; None for all other leaves."""
+        return any(use.kind == "contract" for use in self.uses) if self.lookup else None
+
+    @property
     def fallbacks(self) -> tuple[Use, ...]:
         return tuple(use for use in self.uses if use.fallback)
 

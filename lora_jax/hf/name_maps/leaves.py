@@ -113,6 +113,7 @@ def _lora_apart(path: str, leaf: LoraArray, placed: Placed) -> list[LoraArray]:
             scale=host["scale"][part.index],
             roles="io",
             dropout=leaf.dropout,
+            tied=leaf.tied,
             **vectors,
         )
 
@@ -129,7 +130,11 @@ def _base(leaf: LoraArray, placed: Placed, part: Part, shape: tuple[int, int]) -
 def _saved_apart(path: str, leaf: SavedArray, placed: Placed) -> list[Any]:
     value, w = np.asarray(leaf.value), np.asarray(leaf.w)
     return [
-        SavedArray(w=block_there(w, placed, part), value=block_there(value, placed, part))
+        SavedArray(
+            w=block_there(w, placed, part),
+            value=block_there(value, placed, part),
+            tied=leaf.tied,
+        )
         if leaf.only is None or part.index in leaf.only
         else Frozen(shape_of_part(placed, part), leaf.dtype)
         for part in placed.parts

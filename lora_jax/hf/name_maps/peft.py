@@ -15,6 +15,7 @@ from lora_jax.hf.name_maps.leaves import to_theirs
 from lora_jax.hf.name_maps.rules import NameMap, Part, Placed, places_of, recognise
 from lora_jax.hf.peft.index import adapts, make_index, named_targets
 from lora_jax.paths import bare, expand, module_of, spell
+from lora_jax.plan.leaf import Plan
 
 # Leaves that train whole, with the layers that do (None: all).
 Saved = Mapping[str, tuple[tuple[int, ...], ...] | None]
@@ -75,14 +76,15 @@ def in_our_names(
     return named, saved
 
 
-def with_saved(lora_params: Any, saved: Saved) -> Any:
+def with_saved(lora_params: Any, saved: Saved, plan: Plan) -> Any:
     """The tree with the leaves that train whole as `SavedArray`s."""
+    planned = plan.by_path()
 
     def mark(key_path: tuple, leaf: Any) -> Any:
         path = spell(key_path)
         if is_lora(leaf) or path not in saved:
             return leaf
-        return SavedArray(w=leaf, value=leaf, only=saved[path])
+        return SavedArray(w=leaf, value=leaf, only=saved[path], tied=planned[path].tied)
 
     return jax.tree_util.tree_map_with_path(mark, lora_params, is_leaf=is_lora)
 

@@ -145,7 +145,8 @@ def attach(
     places = places_of(leaves, name_map)
     wanted = plannable(config, translated.to_theirs(leaves, places), source)
     wanted, saved = in_our_names(wanted, places, source=source, name_map=name_map)
-    blank = with_saved(_blank(plan_of(wanted), config, params, source), saved)
+    plan = plan_of(wanted)
+    blank = with_saved(_blank(plan, config, params, source), saved, plan)
     theirs = translated.to_theirs(leaves_by_path(blank), places, config=config)
     filled = fill(theirs, config, tensors, source=source)
     return translated.to_ours(filled, blank, places), config

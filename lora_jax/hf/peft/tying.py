@@ -40,18 +40,26 @@ def ties(config: LoraConfig) -> bool:
 
 
 def tied_tables(leaves: Mapping[str, Any]) -> list[str]:
-    """Paths of trained embedding tables that are the output head too: the tree has no head.
+    """Paths of trained embedding tables that are the output head too.
 
     Tables of which only some rows train are not listed: PEFT ties those by itself.
     """
-    # A head of its own is a second leaf, and nothing is shared.
-    if any(module_of(path).rpartition(".")[2] == HEAD for path in leaves):
-        return []
-    return [
+    trained = [
         path
         for path, leaf in leaves.items()
         if is_embedding(path) and isinstance(leaf, LoraArray | SavedArray)
     ]
+    return [path for path in trained if _is_tied(path, leaves)]
+
+
+def _is_tied(path: str, leaves: Mapping[str, Any]) -> bool:
+    if (known := leaves[path].tied) is not None:
+        return known
+    # A leaf that no plan made: without a head beside it, the table with the most rows is the
+    # vocabulary, and the others hold positions or types of tokens.
+    if any(module_of(other).rpartition(".")[2] == HEAD for other in leaves):
+        return False
+    return leaves[path].shape[0] == max(x.shape[0] for p, x in leaves.items() if is_embedding(p))
 
 
 def tied_config(leaves: Mapping[str, Any], config: LoraConfig) -> LoraConfig:
@@ -95,8 +103,7 @@ def check_tying(config: LoraConfig, plan: Plan, source: str) -> None:
     if ties(config):
         return
     for leaf in (*plan.adapted, *plan.saved):
-        both = leaf.lookup and any(use.kind == "contract" for use in leaf.uses)
-        if leaf.kind != "rows" and both:
+        if leaf.kind != "rows" and leaf.tied:
             raise ValueError(
                 f"{source}: the adapter changes `{leaf.path}` as an embedding only, but this model "
                 f"uses it as the output head too; train it in PEFT with {TYING}=True and "

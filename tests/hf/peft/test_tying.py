@@ -1,0 +1,59 @@
+"""Which table is the output head is read off the model, not off names or sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from lora_jax.array import leaves_by_path
+from lora_jax.hf.peft.save import with_task
+
+pytestmark = pytest.mark.once
+
+# A vocabulary of characters is smaller than the context.
+V, T, D = 11, 24, 8
+TOKENS = np.array([[1, 5, 9, 2]])
+
+
+def params(**heads) -> dict:
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+
+    def table(*shape):
+        return jax.random.normal(next(keys), shape)
+
+    return {
+        "transformer": {
+            "wte": {"embedding": table(V, D)},
+            "wpe": {"embedding": table(T, D)},
+            "mix": {"kernel": table(D, D)},
+        },
+        **{name: {"kernel": table(D, V)} for name in heads},
+    }
+
+
+def decoder(p, tokens):
+    inner = p["transformer"]
+    x = inner["wte"]["embedding"][tokens] + inner["wpe"]["embedding"][jnp.arange(tokens.shape[1])]
+    x = x + jnp.tanh(x @ inner["mix"]["kernel"])
+    if "unembed" in p:
+        return x @ p["unembed"]["kernel"]
+    return x @ inner["wte"]["embedding"].T
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+@pytest.mark.parametrize("table, heads, tied", [
+    ("wte", {}, True),
+    ("wpe", {}, False),
+    ("wte", {"unembed": 1}, False),
+])  # fmt: skip
+def test_the_tied_table_is_the_models(table, heads, tied, field):
+    base = params(**heads)
+    names = {"target_modules": ("mix",), "modules_to_save": ()}
+    config = lora.LoraConfig(rank=2, **{**names, field: (*names[field], table)})
+    plan = lora.plan(config, decoder, base, TOKENS)
+    tree = lora.init(jax.random.key(0), plan, base)
+    fields, tensors = with_task(leaves_by_path(tree), config, "CAUSAL_LM")
+    assert fields["ensure_weight_tying"] is tied
+    assert any("lm_head" in key for key in tensors) is tied
+    assert ("lm_head" in fields[field]) is tied
