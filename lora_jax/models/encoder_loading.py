@@ -12,7 +12,7 @@ from lora_jax.hf.checkpoint.names import BERT
 from lora_jax.hf.checkpoint.safetensors import open_directory, read_json
 from lora_jax.hf.checkpoint.weights import Weights, fill
 from lora_jax.hf.hub import snapshot
-from lora_jax.hf.tokenizer.tokenizer import from_directory
+from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.models.bert_config import CLASSIFICATION, FEATURES, TASKS, BertConfig
 from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.init import draw

@@ -11,7 +11,8 @@ from lora_jax.hf.checkpoint.safetensors import open_directory, read_json, refuse
 from lora_jax.hf.checkpoint.weights import Weights, fill
 from lora_jax.hf.gguf.file import open_gguf, rope_divisors, weights_of
 from lora_jax.hf.hub import snapshot
-from lora_jax.hf.tokenizer.tokenizer import from_directory, from_gguf
+from lora_jax.hf.tokenizer.directory import from_directory
+from lora_jax.hf.tokenizer.tokenizer import from_gguf
 from lora_jax.models.encoder_loading import load_encoder
 from lora_jax.models.gguf import config_of
 from lora_jax.models.model import Model

@@ -1,25 +1,18 @@
-"""Text to tokens and back: from a Hugging Face directory's files or a GGUF's metadata.
+"""Text to tokens and back, and conversations to tokens.
 
-A directory's tokenizer is tokenizer.json, or BERT's vocab.txt where there is none.
-
-Chat templates are Jinja, run as transformers runs them: in an immutable sandbox, blocks trimmed,
-with `raise_exception` and `strftime_now`.
+`directory` reads a tokenizer from a Hugging Face directory, `from_gguf` from a GGUF's metadata.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from lora_jax.compat import require
-from lora_jax.hf.checkpoint.safetensors import read_json
-from lora_jax.hf.tokenizer import wordpiece
+from lora_jax.hf.tokenizer import chat
 from lora_jax.hf.tokenizer.backends import build, special_token
 
 Message = Mapping[str, Any]
@@ -31,7 +24,6 @@ _GGUF_SPECIAL = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-_SPECIAL = (*_GGUF_SPECIAL, "cls_token", "sep_token", "mask_token")
 
 
 class TokenBatch(NamedTuple):
@@ -55,13 +47,20 @@ class Tokenizer:
     Attributes:
       backend: the `tokenizers.Tokenizer`.
       special: text of the special tokens that are set: bos_token, eos_token, unk_token,
-        pad_token, and an encoder's cls_token, sep_token, mask_token.
+        pad_token, an encoder's cls_token, sep_token, mask_token, and a model's own.
       chat_template: Jinja source, or None.
+      templates: further templates by name; `tool_use` is taken for a conversation with tools.
+      ends: ids that end an answer beside `eos_id`: those of config.json and
+        generation_config.json.
+      files: text of the settings files it was read from, which a saved model gets back.
     """
 
     backend: Any
     special: Mapping[str, str] = field(default_factory=dict)
     chat_template: str | None = None
+    templates: Mapping[str, str] = field(default_factory=dict)
+    ends: tuple[int, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bos_id(self) -> int | None:
@@ -72,6 +71,12 @@ class Tokenizer:
     def eos_id(self) -> int | None:
         """The token that ends a text, or None."""
         return self._id("eos_token")
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """All tokens that end an answer, `eos_id` first."""
+        eos = () if self.eos_id is None else (self.eos_id,)
+        return tuple(dict.fromkeys((*eos, *self.ends)))
 
     @property
     def pad_id(self) -> int:
@@ -88,8 +93,24 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of a text, with those the tokenizer puts around a text (a leading BOS)."""
+        """Tokens of a text, with those the tokenizer puts around a text (BOS, EOS)."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of a text that is continued: with what opens a text, without what closes one.
+
+        A text that begins with the opening (`<s>`) itself does not get it twice.
+        """
+        tokens, opening = self.encode(text, add_special_tokens=False), self._opening
+        return tokens if tokens[: len(opening)] == opening else [*opening, *tokens]
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        """What the tokenizer puts before every text."""
+        row = self.backend.encode("a")
+        # The mask has 1 at what was put around the text; the text itself is at least one token.
+        mask = row.special_tokens_mask
+        return row.ids[: mask.index(0)] if 0 in mask else []
 
     def encode_batch(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> TokenBatch:
         """Tokens of several texts, or pairs of texts, as an encoder takes them.
@@ -122,82 +143,86 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, **options: Any
     ) -> list[int]:
         """Tokens of a conversation in the model's own format.
 
         Args:
           messages: objects with `role` and `content`.
           add_generation_prompt: end with what starts the assistant's answer.
+          options: further variables of the template, such as `tools`.
 
         Raises:
           ValueError: no template, or one that does not accept the messages.
         """
-        text = self.render_chat(messages, add_generation_prompt)
+        text = self.render_chat(messages, add_generation_prompt, **options)
         # The template writes the special tokens itself.
         return self.encode(text, add_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, **options: Any
+    ) -> str:
         """The conversation as the template writes it; see `apply_chat_template`."""
-        jinja2 = require("jinja2")
-        if self.chat_template is None:
+        return self._render(messages, add_generation_prompt, options).text
+
+    def marked_chat(
+        self, messages: Sequence[Message], **options: Any
+    ) -> tuple[list[int], list[bool]] | None:
+        """Tokens of a conversation, and which of them the template marks as the assistant's.
+
+        Returns:
+          The tokens and marks, or None if the template has no `{% generation %}`.
+
+        Raises:
+          ValueError: as `apply_chat_template`.
+        """
+        if not chat.marks_answers(self._template(options)):
+            return None
+        rendered = self._render(messages, False, options)
+        row = self.backend.encode(rendered.text, add_special_tokens=False)
+        answers = rendered.answers
+        # As transformers: a token belongs to an answer if one of its characters does.
+        marks = [any(start < b and a < end for a, b in answers) for start, end in row.offsets]
+        return row.ids, marks
+
+    def _template(self, options: Mapping[str, Any]) -> str:
+        tools = self.templates.get("tool_use") if options.get("tools") else None
+        template = tools or self.chat_template
+        if template is None and self.templates:
+            raise ValueError(
+                f"this tokenizer has no chat template named `default`, only "
+                f"{', '.join(f'`{name}`' for name in self.templates)}; give the text itself"
+            )
+        if template is None:
             raise ValueError("this tokenizer has no chat template; give the text itself")
+        return template
+
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, options: Mapping[str, Any]
+    ) -> chat.Rendered:
         for number, message in enumerate(messages):
             if not isinstance(message, Mapping) or "role" not in message:
                 raise ValueError(f"message {number} is not an object with a `role`: {message!r}")
-        try:
-            return _compiled(self.chat_template).render(
-                messages=[dict(m) for m in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self.special,
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from None
+        context = {"tools": None, "documents": None, **self.special, **options}
+        return chat.render(
+            self._template(options),
+            messages=[_with_reasoning(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            **context,
+        )
 
     def _id(self, name: str) -> int | None:
         token = self.special.get(name)
         return None if token is None else self.backend.token_to_id(token)
 
 
-def from_directory(directory: str | Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory.
-
-    Returns:
-      The tokenizer, or None if the directory has no tokenizer at all.
-
-    Raises:
-      ValueError: a broken tokenizer.json or vocab.txt, or only files of a slow tokenizer.
-    """
-    directory = Path(directory)
-    config, tokens = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
-    settings = read_json(config) if config.is_file() else {}
-    # tokenizer_config.json wins, as in transformers.
-    named = {**(read_json(tokens) if tokens.is_file() else {}), **settings}
-    special = {name: text for name in _SPECIAL if (text := _text(named.get(name))) is not None}
-    if (directory / "tokenizer.json").is_file():
-        backend = _saved(directory / "tokenizer.json")
-    elif (directory / "vocab.txt").is_file():
-        special = {**wordpiece.SPECIAL, **special}
-        known = {name: special[name] for name in wordpiece.SPECIAL}
-        backend = wordpiece.build(directory / "vocab.txt", settings, known)
-    else:
-        _refuse_slow(directory)
-        return None
-    return Tokenizer(backend=backend, special=special, chat_template=_template(directory, settings))
-
-
-def _saved(path: Path) -> Any:
-    tokenizers = require("tokenizers")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise ValueError(f"{path}: not a tokenizer: {error}") from None
-    # A saved tokenizer may carry the padding and truncation of the run that saved it.
-    backend.no_padding()
-    backend.no_truncation()
-    return backend
+def _with_reasoning(message: Message) -> dict[str, Any]:
+    """A message whose reasoning has all the names that templates read, as in transformers."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    text = next((message[name] for name in names if message.get(name) is not None), None)
+    if text is None:
+        return dict(message)
+    return {"thinking": text, **message, "reasoning_content": text}
 
 
 def from_gguf(metadata: Mapping[str, Any], *, path: Path) -> Tokenizer | None:
@@ -219,74 +244,3 @@ def from_gguf(metadata: Mapping[str, Any], *, path: Path) -> Tokenizer | None:
         special={name: token for name, token in found.items() if token is not None},
         chat_template=template,
     )
-
-
-def _refuse_slow(directory: Path) -> None:
-    for name in ("tokenizer.model", "vocab.json", "spiece.model"):
-        if (directory / name).is_file():
-            raise ValueError(
-                f"{directory / name}: only tokenizer.json can be read; write one by transformers' "
-                "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
-            )
-
-
-def _text(token: Any) -> str | None:
-    """A special token's text: a string, or an object that has it as `content`."""
-    return token.get("content") if isinstance(token, Mapping) else token
-
-
-def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    raw = settings.get("chat_template")
-    if isinstance(raw, list):  # several by name
-        raw = {entry["name"]: entry["template"] for entry in raw}.get("default")
-    return raw
-
-
-# Compiled once a template, not once a conversation.
-@lru_cache(maxsize=16)
-def _compiled(source: str) -> Any:
-    jinja2 = require("jinja2")
-    Extension = require("jinja2.ext").Extension
-    Environment = require("jinja2.sandbox").ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks the assistant's words; here it only lets them through."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    # Jinja's own filter escapes HTML; this is transformers'.
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template is not valid Jinja: {error}") from None

@@ -8,7 +8,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_jax.hf.gguf.file import open_gguf
-from lora_jax.hf.tokenizer.tokenizer import Tokenizer, from_directory, from_gguf
+from lora_jax.hf.tokenizer.directory import from_directory
+from lora_jax.hf.tokenizer.tokenizer import Tokenizer, from_gguf
 
 pytestmark = [pytest.mark.once, pytest.mark.torch]
 

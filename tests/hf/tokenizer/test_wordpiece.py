@@ -7,7 +7,7 @@ import pytest
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, RobertaTokenizerFast
 
-from lora_jax.hf.tokenizer.tokenizer import from_directory
+from lora_jax.hf.tokenizer.directory import from_directory
 
 pytestmark = [pytest.mark.once, pytest.mark.torch]
 

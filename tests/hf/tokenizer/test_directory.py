@@ -1,0 +1,242 @@
+"""Tokenizers as directories hold them, token by token against transformers' AutoTokenizer."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
+
+from lora_jax.hf.tokenizer import from_directory
+
+pytestmark = [pytest.mark.once, pytest.mark.torch]
+
+TEXTS = [
+    "The quick brown fox doesn't jump; it's lazy.",
+    "  two  spaces\n\n\tand a tab ",
+    "Grün ist die Heide — 猫",
+    "<s>hello<|b|> world <|e|> x</s>  <pad>",
+    " </s> yes",
+    "",
+]
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
+NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+FLAGS = {"special": True, "lstrip": False, "rstrip": False, "normalized": False,
+         "single_word": False}  # fmt: skip
+
+
+def trained(backend, trainer, **options):
+    train = trainer(special_tokens=SPECIAL, show_progress=False, **options)
+    backend.train_from_iterator(TEXTS * 3, train)
+    return backend
+
+
+def byte_level():
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    return trained(backend, trainers.BpeTrainer, vocab_size=320, initial_alphabet=letters)
+
+
+def unigram():
+    backend = Backend(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    return trained(backend, trainers.UnigramTrainer, vocab_size=80, unk_token="<unk>")
+
+
+def wordpiece():
+    backend = Backend(models.WordPiece(unk_token="<unk>"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return trained(backend, trainers.WordPieceTrainer, vocab_size=120)
+
+
+def sentencepiece():
+    """As Llama 2's file: BPE with a normalizer that writes spaces as ▁, and bytes."""
+    backend = Backend(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    letters = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=SPECIAL + letters, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS * 3, trainer)
+    saved = json.loads(backend.to_str())
+    saved |= {"added_tokens": saved["added_tokens"][: len(SPECIAL)], "pre_tokenizer": None}
+    backend = Backend.from_str(json.dumps(saved))
+    parts = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(parts)
+    return backend
+
+
+KINDS = {f.__name__: f for f in (byte_level, unigram, wordpiece, sentencepiece)}
+
+
+def around(single):
+    special = [(text, SPECIAL.index(text)) for text in ("<s>", "</s>")]
+    return processors.TemplateProcessing(single=single, special_tokens=special)
+
+
+ROBERTA = processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
+BYTES = processors.ByteLevel(trim_offsets=False)
+
+OBJECT = {"content": "<|e|>", **FLAGS, "rstrip": True, "__type": "AddedToken"}
+
+# What is put around a text; tokenizer_config.json; other files. N and M are the next ids.
+CASES = {
+    "plain": (None, {}, {}),
+    "bos": (around("<s> $A"), {}, {}),
+    "bos and eos": (around("<s> $A </s>"), {}, {}),
+    "roberta": (ROBERTA, {}, {}),
+    "bytes and bos": (processors.Sequence([BYTES, around("<s> $A")]), {}, {}),
+    "flags are of slow tokenizers": (
+        around("<s> $A"), {"add_bos_token": False, "add_eos_token": True}, {},
+    ),
+    "flags without a post-processor": (None, {"add_bos_token": True, "add_eos_token": True}, {}),
+    "added_tokens_decoder": (
+        None,
+        {"added_tokens_decoder": {
+            "M": {"content": "<|e|>", **FLAGS},
+            "N": {"content": "<|b|>", **FLAGS, "special": False, "normalized": True},
+        }},
+        {},
+    ),
+    "other flags of a known token": (
+        None, {"added_tokens_decoder": {"2": {"content": "</s>", **FLAGS, "lstrip": True}}}, {},
+    ),
+    "added_tokens.json": (
+        None, {"additional_special_tokens": ["<|e|>"]},
+        {"added_tokens.json": {"<|b|>": "N", "<|e|>": "M"}},
+    ),
+    "additional_special_tokens": (
+        None,
+        {"additional_special_tokens": ["<|b|>", OBJECT]},
+        {},
+    ),
+    "named extra tokens": (
+        None, {"extra_special_tokens": {"image_token": "<|b|>"}, "audio_token": "<|e|>"}, {},
+    ),
+    "a new end token": (None, {"eos_token": "<|e|>"}, {}),
+    "special_tokens_map.json wins": (
+        None, {}, {"special_tokens_map.json": {"eos_token": {"content": "<|e|>", "lstrip": False}}},
+    ),
+    "special_tokens_map.json is not read": (
+        None,
+        {"added_tokens_decoder": {"0": {"content": "<unk>", **FLAGS}}},
+        {"special_tokens_map.json": {"eos_token": "<|e|>"}},
+    ),
+    "special tokens are split": (None, {"split_special_tokens": True}, {}),
+}  # fmt: skip
+
+
+def write(directory, backend, settings, files=()):
+    backend.save(str(directory / "tokenizer.json"))
+    size = backend.get_vocab_size()
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **NAMES, **settings}
+    for name, value in {"tokenizer_config.json": settings, **dict(files)}.items():
+        text = json.dumps(value).replace('"N"', f'"{size}"').replace('"M"', f'"{size + 1}"')
+        if name == "added_tokens.json":
+            text = text.replace(f'"{size}"', str(size)).replace(f'"{size + 1}"', str(size + 1))
+        (directory / name).write_text(text)
+    return directory
+
+
+def assert_same(directory):
+    ours, theirs = from_directory(directory), AutoTokenizer.from_pretrained(directory)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs(text).input_ids, text
+        plain = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text, add_special_tokens=False) == plain, text
+    want = (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == want
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_transformers(tmp_path, kind, case):
+    backend = KINDS[kind]()
+    processor, settings, files = CASES[case]
+    if processor is not None:
+        backend.post_processor = processor
+    assert_same(write(tmp_path, backend, settings, files))
+
+
+@pytest.mark.parametrize("legacy", [None, False, True])
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast"])
+def test_llamas_class_treats_spaces_as_transformers_5(tmp_path, name, legacy):
+    backend = sentencepiece()
+    backend.post_processor = around("<s> $A")
+    settings = {"tokenizer_class": name, **({} if legacy is None else {"legacy": legacy})}
+    assert_same(write(tmp_path, backend, settings))
+
+
+# What transformers does not do: the model's own end tokens, and ids that are checked.
+
+
+def test_a_prompt_gets_what_opens_a_text_once_and_nothing_behind(tmp_path):
+    backend = byte_level()
+    backend.post_processor = around("<s> $A </s>")
+    ours = from_directory(write(tmp_path, backend, {}))
+    text = ours.encode("hello", add_special_tokens=False)
+    assert ours.encode_prompt("hello") == ours.encode_prompt("<s>hello") == [1, *text]
+    assert ours.encode_prompt("") == [1]
+    backend.post_processor = ROBERTA
+    assert from_directory(write(tmp_path, backend, {})).encode_prompt("hello") == [1, *text]
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_the_models_end_tokens(tmp_path, file):
+    directory = write(tmp_path, byte_level(), {"eos_token": None})
+    (directory / file).write_text('{"eos_token_id": [2, 3, 9999]}')
+    ours = from_directory(directory)
+    assert (ours.eos_id, ours.stop_ids) == (2, (2, 3))
+    (directory / file).write_text('{"eos_token_id": 3}')
+    assert from_directory(write(tmp_path, byte_level(), {})).stop_ids == (2, 3)
+
+
+def test_an_end_token_that_the_model_has_no_row_for(tmp_path):
+    backend = byte_level()
+    directory = write(tmp_path, backend, {"eos_token": "<|endoftext|>"})
+    config = {"vocab_size": backend.get_vocab_size(), "eos_token_id": 2}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"`eos_token` is '<\|endoftext\|>', which is not in"):
+        assert from_directory(directory).eos_id == 2
+
+
+@pytest.mark.parametrize(
+    ("declared", "text"),
+    [
+        ({"9999": {"content": "<|b|>", **FLAGS}}, r"declares `<\|b\|>` as token 9999, but"),
+        (
+            {"1": {"content": "</s>", **FLAGS}},
+            "declares `</s>` as token 1, but .* makes it token 2",
+        ),
+        ({"x": {"content": "a"}}, "the added tokens are not ids with texts"),
+        ({"1": "a"}, "the added tokens are not ids with texts|declares `a`"),
+        ([1], "the added tokens are not ids with texts"),
+    ],
+)
+def test_added_tokens_that_cannot_be_right(tmp_path, declared, text):
+    directory = write(tmp_path, byte_level(), {"added_tokens_decoder": declared})
+    with pytest.raises(ValueError, match=f"tokenizer_config.json: .*{text}"):
+        from_directory(directory)
+
+
+def test_templates_in_every_place(tmp_path):
+    chat = [{"role": "user", "content": "hi"}]
+    named = [{"name": "tool_use", "template": "T"}, {"name": "rag", "template": "R"}]
+    (directory := write(tmp_path, byte_level(), {})).joinpath("chat_template.json").write_text(
+        '{"chat_template": "processor"}'
+    )
+    assert from_directory(directory).render_chat(chat) == "processor"
+    write(tmp_path, byte_level(), {"chat_template": named})
+    assert from_directory(directory).render_chat(chat, tools=[{}]) == "T"
+    with pytest.raises(
+        ValueError, match="no chat template named `default`, only `tool_use`, `rag`"
+    ):
+        from_directory(directory).render_chat(chat)
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates/tool_use.jinja").write_text("file T")
+    (directory / "chat_template.jinja").write_text("file")
+    ours = from_directory(directory)
+    assert (ours.render_chat(chat), ours.render_chat(chat, tools=[{}])) == ("file", "file T")
