@@ -9,6 +9,7 @@ is the row, so that decoding a token does not move the cache; the product with t
 matmul for all rows.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -117,12 +118,45 @@ def _before_turning(model, prompts, count: int) -> int:
     return count if point is None or longest > point else min(count, point - longest + 1)
 
 
-def _check(model, prompts, max_new_tokens, temperature, top_p, key) -> None:
+def check_decoder(model: Model) -> Forward:
+    """The model's functions, if it is a decoder."""
     if not isinstance(model.forward, Forward):
         raise ValueError(
             f"`model` is a `{model.config.model_type}`, an encoder, which writes nothing: pass a "
             "decoder"
         )
+    return model.forward
+
+
+def checked_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> list[int]:
+    """A prompt's tokens as Python integers.
+
+    Raises:
+      ValueError: it is empty, or has what is no token of the vocabulary.
+    """
+    try:
+        # Floats would be cut off to integers without a word.
+        tokens = [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise ValueError(f"{name} must be a sequence of integers, the token ids: {error}") from None
+    if not tokens:
+        raise ValueError(f"{name} is empty: give at least one token")
+    if outside := [token for token in tokens if not 0 <= token < vocab_size]:
+        raise ValueError(
+            f"{name} has token {outside[0]}, which is outside the vocabulary 0 to {vocab_size - 1}"
+        )
+    return tokens
+
+
+def _check(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    key: Array | None,
+) -> None:
+    check_decoder(model)
     if max_new_tokens < 0:
         raise ValueError(f"`max_new_tokens` must be at least 0, got {max_new_tokens}")
     if temperature < 0 or not 0 < top_p <= 1:
@@ -132,12 +166,7 @@ def _check(model, prompts, max_new_tokens, temperature, top_p, key) -> None:
     if temperature > 0 and key is None:
         raise ValueError("`key` is needed to sample: pass jax.random.key(seed), or temperature=0")
     for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {number} is empty: give at least one token")
-        if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
-            raise ValueError(
-                f"prompt {number} has a token outside the vocabulary of {model.config.vocab_size}"
-            )
+        checked_prompt(f"prompt {number}", prompt, model.config.vocab_size)
         if len(prompt) + max_new_tokens > model.config.context:
             raise ValueError(
                 f"prompt {number} has {len(prompt)} tokens; with {max_new_tokens} new ones that is "

@@ -6,22 +6,32 @@ gathered once, when its request is admitted; decoding steps gather nothing.
 """
 
 import functools
+import operator
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent import futures
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Bool, Int
 
+from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache
-from lora_jax.models.generation import bucket, left_padded
-from lora_jax.models.model import Model
+from lora_jax.models.generation import bucket, check_decoder, checked_prompt, left_padded
+from lora_jax.models.model import Forward, Model
 from lora_jax.multi.pool import AdapterPool
+from lora_jax.multi.single import stack_of_one
 from lora_jax.transform import lorafy
 from lora_jax.transform.many.rows import by_row, select
+
+# Seconds that a step waits for an adapter when it has nothing else to do.
+_PATIENCE = 0.05
+_NOT_FINITE = -1  # in place of a token, where logits are NaN or infinite
 
 
 class _State(NamedTuple):
@@ -29,7 +39,7 @@ class _State(NamedTuple):
 
     adapters: list
     cache: Cache
-    last: jax.Array
+    last: Array
 
 
 @dataclass
@@ -41,7 +51,8 @@ class Request:
       adapter: name in the pool; None for the plain base.
       max_new_tokens: maximum number of new tokens.
       tokens: the new tokens so far, without the stop token.
-      done: whether the request is finished.
+      done: whether the request is finished, one way or the other.
+      error: why it failed, if it did; `tokens` are then those from before.
     """
 
     prompt: Sequence[int]
@@ -49,10 +60,23 @@ class Request:
     max_new_tokens: int
     tokens: list[int] = field(default_factory=list)
     done: bool = False
+    error: BaseException | None = None
+
+
+class _Waiting(NamedTuple):
+    request: Request
+    loading: futures.Future | None  # of its adapter; None if that is on the device
 
 
 class Server:
     """Decodes requests greedily in a continuously running batch.
+
+    Threads may share a server: `submit` and `cancel` may be called at any time, and steps run one
+    at a time. A request that cannot be served (its adapter is missing, does not fit the pool,
+    holds NaN, or gives logits that are not finite) ends with `error` set, and `step` and `run` go
+    on with the others, whose tokens are what they are without it. Requests whose adapters are
+    still loading are passed by. If the device fails in a step, the running requests end with that
+    error, the step raises it, and the waiting ones are served by the next.
 
     Example:
       server = Server(model, pool, rows=16, room=512, stop_tokens=(eos,))
@@ -79,54 +103,90 @@ class Server:
         Args:
           model: a decoder; the pool's base are its parameters.
           pool: the adapters.
-          rows: requests that run at once; their adapters must fit the pool's budget together.
+          rows: requests that run at once, of as many adapters as there are.
           room: tokens, prompt and new ones, that a row has room for.
           stop_tokens: a request ends before the first of these.
 
         Raises:
-          ValueError: `rows` or `room` below 1, or more room than the model's context.
+          ValueError: an encoder, `rows` or `room` below 1, more room than the model's context, or
+            a pool over another base.
         """
+        forward = check_decoder(model)
         if rows < 1 or room < 1:
             raise ValueError(f"`rows` and `room` must be at least 1, got {rows} and {room}")
         if room > model.config.context:
             raise ValueError(f"`room` is {room}, but the model's context is {model.config.context}")
         self.rows, self.room, self.steps = rows, room, 0
         self._model, self._pool, self._stops = model, pool, frozenset(stop_tokens)
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._running: list[Request | None] = [None] * rows
-        chosen = select(pool.stacked, np.full(rows, -1))
-        parts = by_row(chosen)
-        cache = model.forward.init_cache(1, room)
-        wide = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), cache)
-        self._state = _State(parts.arrays, wide, jnp.zeros(rows, jnp.int32))
+        self._queue, self._turn = threading.Lock(), threading.Lock()  # `_waiting`; one step
+        stacked, nobody = pool.lookup([None] * rows)
+        try:
+            stack_of_one(stacked, model.params)
+        except ValueError as error:
+            raise ValueError(
+                "`pool` and `model` must have one base: make the pool's template from "
+                f"`model.params` ({error})"
+            ) from None
+        parts = by_row(select(stacked, nobody))
+
+        def fresh() -> _State:
+            cache = forward.init_cache(1, room)
+            wide = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), cache)
+            # Copies: the state is donated to every step.
+            return _State([jnp.copy(x) for x in parts.arrays], wide, jnp.zeros(rows, jnp.int32))
+
+        self._fresh = fresh
+        self._state = fresh()
         # The base is an argument: closed over, it would be compiled into the programs as constants.
         self._base = parts.base
-        apply = functools.partial(_next_token, model.forward, parts.join)
+        apply = functools.partial(_next_token, forward, parts.join)
         self._step = jax.jit(functools.partial(_advance, apply, parts.axes), donate_argnums=(1,))
         self._admit = jax.jit(
-            functools.partial(_admit, apply, model.forward, parts.axes, room), donate_argnums=(1,)
+            functools.partial(_admit, apply, forward, parts.axes, room), donate_argnums=(1,)
         )
 
     def submit(self, prompt: Sequence[int], *, adapter: str | None, max_new_tokens: int) -> Request:
         """Queues a request and starts to load its adapter in the background.
 
         Raises:
-          ValueError: an empty prompt, a token outside the vocabulary, or more than a row holds.
+          ValueError: an empty prompt, a token outside the vocabulary, more than a row holds, or an
+            adapter that is no name.
         """
-        vocabulary = self._model.config.vocab_size
-        if not len(prompt) or min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise ValueError(f"`prompt` must be tokens in 0..{vocabulary - 1}, at least one")
-        if max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}")
-        if (wanted := bucket(len(prompt)) + max_new_tokens) > self.room:
+        config = self._model.config
+        tokens = checked_prompt("`prompt`", prompt, config.vocab_size)
+        try:
+            limit = operator.index(max_new_tokens)
+        except TypeError:
+            limit = 0
+        if limit < 1:
             raise ValueError(
-                f"the prompt (in a bucket of {bucket(len(prompt))} tokens) and {max_new_tokens} "
+                f"`max_new_tokens` must be an integer of at least 1, got {max_new_tokens!r}"
+            )
+        if (wanted := bucket(len(tokens)) + limit) > self.room:
+            raise ValueError(
+                f"the prompt (in a bucket of {bucket(len(tokens))} tokens) and {limit} "
                 f"new tokens need {wanted} places, but a row has `room` for {self.room}"
             )
-        request = Request(list(prompt), adapter, max_new_tokens)
-        self._waiting.append(request)
-        self._pool.prefetch([adapter])
+        point = config.turning_point
+        if point is not None and len(tokens) <= point < len(tokens) + limit - 1:
+            raise ValueError(
+                f"`prompt` has {len(tokens)} tokens and {limit} new ones pass {point}, where "
+                "LongRoPE rotates all positions anew: use `generate`, which reads the text again "
+                "there, or fewer new tokens"
+            )
+        if not isinstance(adapter, str | None):
+            raise ValueError(f"`adapter` must be a name in the pool or None, got {adapter!r}")
+        request = Request(tokens, adapter, limit)
+        loading = self._pool.prefetch([adapter])
+        with self._queue:
+            self._waiting.append(_Waiting(request, loading.get(adapter) if adapter else None))
         return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request with the tokens it has; its row is free from the next step on."""
+        request.done = True
 
     def run(self) -> None:
         """Steps until all requests are finished."""
@@ -139,65 +199,156 @@ class Server:
         Returns:
           Whether any request is unfinished.
         """
-        for row, running in enumerate(self._running):
-            if running is None and self._waiting:
-                self._let_in(row, self._waiting[0])
-                self._waiting.popleft()
-        if not any(self._running):
-            return bool(self._waiting)
-        self._state, tokens = self._step(self._base, self._state)
-        self.steps += 1
-        for row, token in enumerate(np.asarray(tokens).tolist()):
-            self._note(row, token)
-        return any(self._running) or bool(self._waiting)
+        with self._turn:
+            for row, running in enumerate(self._running):
+                if running is not None and running.done:  # cancelled
+                    self._running[row] = None
+                if self._running[row] is None:
+                    self._fill(row)
+            if any(self._running):
+                self._decode()
+            else:
+                self._await_adapters()
+            return any(self._running) or bool(self._waiting)
+
+    def _fill(self, row: int) -> None:
+        """Admits the first waiting request that can run; those that cannot end here."""
+        while self._running[row] is None and (waiting := self._next()):
+            request, loading = waiting
+            try:
+                if loading is not None:
+                    loading.result()  # raises what went wrong, and does not load again
+                self._let_in(row, request)
+            except BaseException as error:
+                _fail(request, error)
+                self._running[row] = None
+                self._recover(error)
+                if not isinstance(error, Exception):  # an interrupt is for the caller
+                    raise
+
+    def _next(self) -> _Waiting | None:
+        with self._queue:
+            self._waiting = deque(x for x in self._waiting if not x.request.done)  # cancelled
+            for waiting in self._waiting:
+                if waiting.loading is None or waiting.loading.done():
+                    self._waiting.remove(waiting)
+                    return waiting
+        return None
 
     def _let_in(self, row: int, request: Request) -> None:
-        running = [r.adapter for r in self._running if r is not None and r.adapter is not None]
-        adapter_index = self._pool.ids([request.adapter], keep=running)
         tokens, mask = left_padded([request.prompt])
-        own = by_row(select(self._pool.stacked, adapter_index)).arrays
+        own = self._adapter_of(request)
         self._state, token = self._admit(self._base, self._state, own, tokens, mask, np.int32(row))
         self._running[row] = request
         self._note(row, int(token))
+
+    def _adapter_of(self, request: Request) -> list:
+        # A function of its own: an error keeps its frames, and must not keep the pool's stack.
+        stacked, index = self._pool.lookup([request.adapter])
+        return by_row(select(stacked, index)).arrays
+
+    def _decode(self) -> None:
+        try:
+            self._state, tokens = self._step(self._base, self._state)
+            found = np.asarray(tokens).tolist()
+        except BaseException as error:
+            self._recover(error)
+            raise
+        self.steps += 1
+        for row, token in enumerate(found):
+            self._note(row, token)
+
+    def _recover(self, error: BaseException) -> None:
+        """Starts with empty rows if a program failed that had been given the state's memory."""
+        if not any(x.is_deleted() for x in jax.tree.leaves(self._state)):
+            return
+        for request in self._running:
+            if request is not None:
+                _fail(request, error)
+        self._running = [None] * self.rows
+        self._state = self._fresh()
+
+    def _await_adapters(self) -> None:
+        with self._queue:
+            loading = [x.loading for x in self._waiting if x.loading is not None]
+        if loading:
+            futures.wait(loading, _PATIENCE, futures.FIRST_COMPLETED)
 
     def _note(self, row: int, token: int) -> None:
         request = self._running[row]
         if request is None:
             return
-        if token in self._stops:
+        if token == _NOT_FINITE:
+            _fail(
+                request,
+                FloatingPointError(
+                    f"adapter `{request.adapter}`: the logits are not finite; its numbers are too "
+                    "large for the model's dtype"
+                ),
+            )
+        elif token in self._stops:
             request.done = True
-        else:
+        elif not request.done:
             request.tokens.append(token)
             request.done = len(request.tokens) == request.max_new_tokens
         if request.done:
             self._running[row] = None
 
 
-def _next_token(forward, join, base: list, own: list, tokens, mask, cache) -> tuple[Any, Cache]:
+def _fail(request: Request, error: BaseException) -> None:
+    # `done` last: another thread that sees it sees the error too.
+    request.error = error
+    request.done = True
+
+
+def _next_token(
+    forward: Forward,
+    join: Callable,
+    base: list,
+    own: list,
+    tokens: Int[AnyArray, "1 t"],  # noqa: F722
+    mask: Bool[AnyArray, "1 t"] | None,  # noqa: F722
+    cache: Cache,
+) -> tuple[Int[Array, ""], Cache]:  # noqa: F722
     """The most likely next token of one row, and its cache with the given tokens added."""
     params = join(own, base)
     hidden, cache = lorafy(forward.apply)(
         params, tokens, mask=mask, cache=cache, return_hidden=True
     )
-    logits = lorafy(forward.head)(params, hidden[:, -1:])
-    return jnp.argmax(logits[0, 0]).astype(jnp.int32), cache
+    logits = lorafy(forward.head)(params, hidden[:, -1:])[0, 0]
+    # The maximum is NaN if any logit is; -inf alone may rule a token out.
+    finite = jnp.isfinite(jnp.max(logits))
+    return jnp.where(finite, jnp.argmax(logits), _NOT_FINITE).astype(jnp.int32), cache
 
 
-def _advance(apply, at, base: list, state: _State) -> tuple[_State, Any]:
+def _advance(
+    apply: Callable, at: list[int], base: list, state: _State
+) -> tuple[_State, Int[Array, "rows"]]:
     # Free rows are computed too and write to their caches; the result is ignored.
-    def one(own, token, cache):
+    def one(own: list, token: Int[Array, ""], cache: Cache) -> tuple[Int[Array, ""], Cache]:  # noqa: F722
         return apply(base, own, token[None, None], None, cache)
 
     tokens, cache = jax.vmap(one, in_axes=(at, 0, 0))(state.adapters, state.last, state.cache)
     return _State(state.adapters, cache, tokens), tokens
 
 
-def _admit(apply, forward, at, room: int, base: list, state: _State, own, tokens, mask, row):
+def _admit(
+    apply: Callable,
+    forward: Forward,
+    at: list[int],
+    room: int,
+    base: list,
+    state: _State,
+    own: list,
+    tokens: Int[AnyArray, "1 t"],  # noqa: F722
+    mask: Bool[AnyArray, "1 t"],  # noqa: F722
+    row: Int[AnyArray, ""],  # noqa: F722
+) -> tuple[_State, Int[Array, ""]]:  # noqa: F722
     """Reads a prompt into a row."""
     single = [lax.squeeze(x, [axis]) for x, axis in zip(own, at, strict=True)]
     token, cache = apply(base, single, tokens, mask, forward.init_cache(1, room))
 
-    def put(whole, part, axis=0):
+    def put(whole: Array, part: Array, axis: int = 0) -> Array:
         return lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), row, axis)
 
     adapters = [put(x, y, axis) for x, y, axis in zip(state.adapters, single, at, strict=True)]

@@ -23,6 +23,7 @@ from lora_jax.multi.stack import (
     adapter_fields,
     as_lora,
     check_same_base,
+    check_shapes,
     padded,
     stack_saved,
     without_adapter,
@@ -118,6 +119,8 @@ def _one_stack(name: str, x: LoraStack | SavedStack, y: Any) -> LoraStack | Save
             f"`{name}` has rank {y.rank} and roles `{y.roles}` in the new adapter; the stack holds "
             f"rank {x.rank} at most and roles `{x.roles}`: make the stack with a larger `rank`"
         )
+    # A smaller array would leave numbers of the slot's last adapter in place.
+    check_shapes(name, y)
     for field, why in (("m", "DoRA's magnitude"), ("bias", "a bias")):
         # A stack that is not trained holds gains in place of magnitudes.
         room = x.bias is not None if field == "bias" else (x.m is not None or x.gain is not None)

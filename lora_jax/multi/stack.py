@@ -156,6 +156,20 @@ def _stack_leaf(name: str, column: list, slots: int, rank: int | None, train: bo
     return _join(filled + [blank] * (slots - len(column)))
 
 
+def check_shapes(name: str, x: LoraArray) -> None:
+    """Raises `ValueError` where an adapter's arrays do not fit its weight."""
+    a, b = factor_shapes(x.shape, x.roles, x.rank)
+    stack = tuple(x.shape[d] for d in stack_dims(x.roles))
+    outs = tuple(x.shape[d] for d in b_dims(x.roles))
+    for field, expected in (("a", a), ("b", b), ("scale", stack), ("m", outs), ("bias", outs)):
+        array = getattr(x, field)
+        if array is not None and jnp.shape(array) != tuple(expected):
+            raise ValueError(
+                f"`{field}` of `{name}` has shape {jnp.shape(array)}, expected {tuple(expected)} "
+                f"for a weight of shape {x.shape} with roles `{x.roles}` and rank {x.rank}"
+            )
+
+
 def stack_saved(name: str, column: list, slots: int) -> SavedStack:
     """A leaf that trains whole in some adapters."""
     for number, x in enumerate(column):
@@ -165,6 +179,12 @@ def stack_saved(name: str, column: list, slots: int) -> SavedStack:
                 "two cannot be stacked; merge one of them"
             )
     base = without_adapter(column[0])
+    for x in column:
+        if isinstance(x, SavedArray) and jnp.shape(x.value) != x.shape:
+            raise ValueError(
+                f"`{name}` trains whole with a value of shape {jnp.shape(x.value)}, expected the "
+                f"base's {x.shape}"
+            )
     # An adapter that does not train the leaf, like an empty slot, has the base's own values.
     values = [effective(x) if isinstance(x, SavedArray) else base for x in column]
     return SavedStack(base, jnp.stack([*values, *[base] * (slots - len(column))]))
@@ -184,6 +204,8 @@ def as_lora(name: str, x: Any, train: bool) -> Any:
 
 def _check_alike(name: str, column: list, train: bool) -> None:
     known = [x for x in column if isinstance(x, LoraArray)]
+    for x in known:
+        check_shapes(name, x)
     if len({x.roles for x in known}) > 1:
         raise ValueError(
             f"`{name}`: adapters read its dims as {sorted({x.roles for x in known})}; adapters of "

@@ -148,8 +148,8 @@ def test_a_second_call_in_the_same_buckets_compiles_nothing(model):
     "prompts, options, text",
     [
         ([[1], []], {}, "prompt 1 is empty: give at least one token"),
-        ([[1], [61]], {}, "prompt 1 has a token outside the vocabulary of 61"),
-        ([[-1]], {}, "prompt 0 has a token outside the vocabulary"),
+        ([[1], [61]], {}, "prompt 1 has token 61, which is outside the vocabulary 0 to 60"),
+        ([[-1]], {}, "prompt 0 has token -1, which is outside the vocabulary"),
         ([[1] * 60], {}, "has 60 tokens; with 12 new ones that is more than the model's context"),
         ([[1]], {"temperature": 1.0}, "`key` is needed to sample"),
         ([[1]], {"temperature": -1.0}, "`temperature` must be at least 0 and `top_p` in"),

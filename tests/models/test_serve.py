@@ -1,6 +1,8 @@
 """The pool and the server: adapters come and go, every request's text is what it is alone."""
 
+import re
 import threading
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -129,12 +131,183 @@ def test_every_request_writes_what_it_would_alone(model, adapters):
 def test_refused_requests(model, adapters):
     server = Server(model, pool_of(adapters, 2), rows=2, room=32)
     for prompt, count, text in (
-        ([], 4, "`prompt` must be tokens"),
-        ([10**6], 4, "`prompt` must be tokens"),
-        ([1, 2], 0, "`max_new_tokens` must be at least 1"),
+        ([], 4, "`prompt` is empty"),
+        ([10**6], 4, "`prompt` has token 1000000, which is outside the vocabulary 0 to"),
+        ([1, 2], 0, "`max_new_tokens` must be an integer of at least 1"),
         ([1] * 17, 4, "need 36 places, but a row has `room` for 32"),
     ):
         with pytest.raises(ValueError, match=text):
             server.submit(prompt, adapter="ann", max_new_tokens=count)
     with pytest.raises(ValueError, match="`rows` and `room` must be at least 1"):
         Server(model, pool_of(adapters, 2), rows=0, room=8)
+
+
+SMALL_PROMPT = [5, 6, 7]
+
+
+def overflowing(tree):
+    """Finite numbers that are too large for float32 when they meet."""
+    trainable, frozen = lora.split(tree)
+    return lora.combine(jax.tree.map(lambda x: jnp.full_like(x, 1e30), trainable), frozen)
+
+
+class Files(dict):
+    """Adapters by name, of which one takes its time."""
+
+    go_on = threading.Event()
+
+    def __getitem__(self, name):
+        assert name != "slow" or self.go_on.wait(60)
+        return dict.__getitem__(self, name)
+
+
+@pytest.fixture(scope="module")
+def shared(model, adapters):
+    """A server for the tests below, whose adapters are read from a dict that tests change."""
+    files = Files(adapters)
+    files["slow"] = adapters["ann"]
+    server = Server(model, pool_of(files, 3), rows=2, room=32)
+    want = {name: alone(model, adapters, SMALL_PROMPT, name, 4) for name in (*RANKS, None)}
+    return server, files, want
+
+
+def submit(server, name, count=4):
+    return server.submit(SMALL_PROMPT, adapter=name, max_new_tokens=count)
+
+
+def with_nan(tree):
+    trainable, frozen = lora.split(tree)
+    leaves, structure = jax.tree.flatten(trainable)
+    leaves[-1] = leaves[-1].at[0].set(jnp.nan)
+    return lora.combine(jax.tree.unflatten(structure, leaves), frozen)
+
+
+BAD = {
+    "missing": (None, KeyError, "bad"),
+    "no tree": (lambda model, ann: None, ValueError, "`load` gave a tree without a LoRA leaf"),
+    "too large": (lambda model, ann: adapter(model, 1, rank=5, target_modules=("q_proj",)),
+                  ValueError, "has rank 5"),
+    "foreign": (lambda model, ann: adapter(model, 1, rank=2, target_modules=("o_proj",)),
+                ValueError, "the stack has no room for it there"),
+    "another base": (lambda model, ann: adapter(models.Model(model.forward, jax.tree.map(
+                        lambda x: x + 1, model.params), None), 1, rank=2,
+                        target_modules=("q_proj",)), ValueError, "bases .* differ"),
+    "NaN": (lambda model, ann: with_nan(ann), ValueError, "holds NaN or an infinity"),
+    "overflow": (lambda model, ann: overflowing(ann), FloatingPointError, "logits are not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_request_with_a_bad_adapter_fails_alone(model, adapters, shared, kind):
+    server, files, want = shared
+    make, error, text = BAD[kind]
+    if make is not None:
+        files["bad"] = make(model, adapters["ann"])
+    names = ["ann", "bob", "bad", "cid", None, "bad", "dan"]
+    requests = [submit(server, name) for name in names]
+    server.run()
+    for request, name in zip(requests, names, strict=True):
+        assert request.done
+        if name == "bad":
+            assert request.tokens == [] and isinstance(request.error, error)
+            assert re.search(text, str(request.error))
+        else:
+            assert request.error is None and request.tokens == want[name]
+    server._pool.evict("bad")
+    files.pop("bad", None)
+
+
+def test_an_adapter_that_loads_slowly_is_passed_by(shared):
+    server, files, want = shared
+    slow = submit(server, "slow")
+    others = [submit(server, name) for name in ("ann", "bob", None)]
+    while not all(x.done for x in others):
+        assert server.step()
+    assert not slow.done and [x.tokens for x in others] == [want["ann"], want["bob"], want[None]]
+    assert server.step()  # nothing to do yet
+    files.go_on.set()
+    server.run()
+    assert slow.tokens == want["ann"]
+    server._pool.evict("slow")
+
+
+def test_cancelled_requests_make_room(shared):
+    server, _, want = shared
+    running, waiting, never = (submit(server, "ann", 9) for _ in range(3))
+    last = submit(server, "bob")
+    server.step()
+    server.cancel(running)
+    server.cancel(never)
+    had = list(running.tokens)
+    server.run()
+    assert running.tokens == had and running.done and never.tokens == [] and never.done
+    assert waiting.tokens[:4] == want["ann"] and len(waiting.tokens) == 9
+    assert last.tokens == want["bob"]
+
+
+def test_threads_submit_and_step_at_once(shared):
+    server, _, want = shared
+
+    def client(seed):
+        names = list(np.random.default_rng(seed).permutation([*RANKS]))
+        requests = [submit(server, str(name)) for name in names]
+        server.run()
+        while not all(x.done for x in requests):  # another thread's `run` may have the last ones
+            server.step()
+        return all(x.tokens == want[x.adapter] for x in requests)
+
+    with futures.ThreadPoolExecutor(3) as threads:
+        assert all(threads.map(client, range(3)))
+
+
+@pytest.mark.parametrize("program", ["_step", "_admit"])
+def test_a_failing_device_ends_the_running_requests_only(shared, program):
+    server, _, want = shared
+    first = submit(server, "ann", 9)
+    server.step()
+
+    def fail(base, state, *rest):
+        jax.tree.map(lambda x: x.delete(), state)  # as a donated argument is
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    second = submit(server, "bob")
+    futures.wait(server._pool.prefetch(["bob"]).values())
+    if program == "_step":
+        server.step()
+    good = getattr(server, program)
+    setattr(server, program, fail)
+    try:
+        if program == "_step":
+            with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+                server.step()
+        else:
+            server.step()
+    finally:
+        setattr(server, program, good)
+    for request in (first, second):
+        assert request.done and "RESOURCE_EXHAUSTED" in str(request.error)
+    third = submit(server, "cid")
+    server.run()
+    assert third.tokens == want["cid"]
+
+
+@pytest.mark.parametrize(
+    "prompt, text",
+    [([1.5, 2.0], "sequence of integers"), ("ab", "sequence of integers"), (7, "sequence of"),
+     ([[1, 2]], "sequence of integers"), (np.zeros((2, 2), int), "sequence of integers"),
+     ([None], "sequence of integers"), ([-1], "has token -1, which is outside"),
+     (np.array([], int), "is empty")],
+)  # fmt: skip
+def test_a_prompt_that_is_no_list_of_tokens_is_refused(shared, prompt, text):
+    with pytest.raises(ValueError, match=f"`prompt` .*{text}"):
+        shared[0].submit(prompt, adapter=None, max_new_tokens=1)
+
+
+def test_other_refusals(model, adapters, shared):
+    with pytest.raises(ValueError, match=r"`adapter` must be a name in the pool or None, got \['a"):
+        shared[0].submit([1], adapter=["ann"], max_new_tokens=1)
+    with pytest.raises(ValueError, match="`max_new_tokens` must be an integer .* got 2.5"):
+        shared[0].submit([1], adapter=None, max_new_tokens=2.5)
+    other = models.Model(model.forward, jax.tree.map(lambda x: x + 1, model.params), None)
+    with pytest.raises(ValueError, match="`pool` and `model` must have one base"):
+        Server(other, pool_of(adapters, 2), rows=1, room=8)
