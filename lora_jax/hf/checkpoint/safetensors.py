@@ -110,7 +110,9 @@ def open_directory(directory: str | Path) -> Weights:
     def read_float(name: str) -> np.ndarray:
         if entries[name].dtype in _INDICES:
             raise ValueError(_not_a_weight(owner[name], name, entries[name].dtype))
-        return read(owner[name], name)
+        tensor = read(owner[name], name)
+        _check_finite(tensor, name, owner[name])
+        return tensor
 
     weights = Weights(
         source=str(directory),
@@ -124,6 +126,24 @@ def open_directory(directory: str | Path) -> Weights:
         if entry.dtype not in (*_FLOATS, *_INDICES):
             raise ValueError(_not_a_weight(owner[name], name, entry.dtype))
     return weights
+
+
+def _check_finite(tensor: np.ndarray, name: str, path: Path) -> None:
+    """Refuses NaN and infinity: a model with one in a weight answers with nothing, or with NaN."""
+    if tensor.dtype.itemsize == 2 and tensor.dtype.kind in "fV":
+        # All bits of the exponent set. numpy's own test of 16-bit floats takes ten times as long.
+        exponent = np.uint16(0x7C00 if tensor.dtype == np.float16 else 0x7F80)
+        bad = (tensor.view(np.uint16) & exponent) == exponent
+    elif tensor.dtype.kind == "f":
+        bad = ~np.isfinite(tensor)
+    else:
+        return
+    if bad.any():
+        place = ", ".join(str(i) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"{path}: tensor `{name}` has {int(bad.sum())} values that are NaN or infinite, the "
+            f"first at [{place}]: the file is damaged, or the model diverged; download it again"
+        )
 
 
 def _not_a_weight(path: Path, name: str, dtype: str) -> str:

@@ -50,6 +50,21 @@ def test_values_of_every_float(tmp_path, dtype):
     np.testing.assert_array_equal(load_file(tmp_path / "model.safetensors")["b"], B.astype(dtype))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
+def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path, dtype, value):
+    bad = A.astype(dtype)
+    bad[1, 2] = value
+    # The largest number of the dtype is one.
+    most = np.full_like(bad, ml_dtypes.finfo(dtype).max)
+    save_file({"model.bad": bad, "most": most}, tmp_path / "model.safetensors")
+    weights = open_directory(tmp_path)
+    np.testing.assert_array_equal(weights.read("most"), most)
+    text = r"model.safetensors: tensor `model.bad` has 1 values .* the first at \[1, 2\]"
+    with pytest.raises(ValueError, match=text):
+        weights.read("model.bad")
+
+
 def test_shards_are_one_checkpoint(tmp_path):
     placed = {"a": "x.safetensors", "b": "y.safetensors"}
     weights = open_directory(shard(tmp_path, placed, x={"a": A}, y={"b": B}))
