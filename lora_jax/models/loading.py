@@ -101,7 +101,17 @@ def _load_directory(directory: Path, options: dict[str, Any], quant: QuantConfig
         return load_encoder(directory, **options)
     forward = architecture.forward(config=config, **options)
     weights = open_directory(directory)
-    return Model(forward, _fill(forward, weights, quant), from_directory(directory))
+    # Read before the weights, so that an error in them is raised at once.
+    tokenizer, generation = from_directory(directory), _generation(directory)
+    return Model(forward, _fill(forward, weights, quant), tokenizer, generation)
+
+
+def _generation(directory: Path) -> dict[str, Any]:
+    path = directory / "generation_config.json"
+    raw = read_json(path) if path.is_file() else {}
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return raw
 
 
 def _load_gguf(path: Path, options: dict[str, Any], quant: QuantConfig | None) -> Model:

@@ -4,8 +4,8 @@
 for one model serves all others of the same shape. `Model` adds parameters and tokenizer.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache, reduce
 from typing import Any
 
@@ -157,11 +157,13 @@ class Model:
       forward: how it is computed: `Forward` of a decoder, or an encoder's.
       params: nested dictionaries of arrays under Hugging Face's module names.
       tokenizer: what turns text into its tokens, or None.
+      generation: its generation_config.json: end tokens, temperature, top-p; empty without one.
     """
 
     forward: Any
     params: dict[str, Any]
     tokenizer: Any = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> Any:

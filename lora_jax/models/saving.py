@@ -5,6 +5,8 @@ directory/model.safetensors                 every weight under Hugging Face's na
 directory/model-00001-of-0000N.safetensors  shards of them, with model.safetensors.index.json
 directory/tokenizer.json, tokenizer_config.json, chat_template.jinja   if there is a tokenizer
 
+What the base's generation_config.json and tokenizer files hold is written back whole.
+
 Weights are merged, cast and written one block of one module at a time.
 """
 
@@ -26,6 +28,7 @@ from lora_jax.array import LoraArray, SavedArray, check_whole, dense, is_leaf, i
 from lora_jax.hf.checkpoint.names import Family, module_name, stack_depth, tensor_of
 from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, size_of, write_shards
 from lora_jax.hf.checkpoint.weights import shape_there
+from lora_jax.hf.tokenizer.directory import SETTINGS, TEMPLATE, template_of
 from lora_jax.merge import merge
 from lora_jax.models.registry import architecture_of
 from lora_jax.paths import spell
@@ -118,10 +121,12 @@ def save_merged(
         )
         write_shards(new, entries, values, dtype=DTYPES[dtype], max_shard_size=most)
         for name, text in _texts(model, dtype).items():
+            (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_text(text, encoding="utf-8")
         # A rename may reach the disk before the data: the files are synced first.
-        for path in new.iterdir():
-            _sync(path)
+        for path in new.rglob("*"):
+            if path.is_file():
+                _sync(path)
         _share(new)
         os.rename(new, directory)
     finally:
@@ -219,7 +224,8 @@ def _cast(block: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 def _texts(model: Any, dtype: str) -> dict[str, str]:
     config = {**model.config.to_hf(), "torch_dtype": dtype}
     tokens = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    texts = {"config.json": _json(config), "generation_config.json": _json(tokens)}
+    generation = {**tokens, **model.generation}
+    texts = {"config.json": _json(config), "generation_config.json": _json(generation)}
     if model.tokenizer is not None:
         texts |= _tokenizer_texts(model.tokenizer, model.config.max_position_embeddings)
     return texts
@@ -232,12 +238,10 @@ def _tokenizer_texts(tokenizer: Any, length: int) -> dict[str, str]:
         "clean_up_tokenization_spaces": False,
         **tokenizer.special,
     }
-    texts = {
-        "tokenizer.json": tokenizer.backend.to_str(pretty=True),
-        "tokenizer_config.json": _json(settings),
-    }
-    if tokenizer.chat_template is not None:
-        texts["chat_template.jinja"] = tokenizer.chat_template
+    texts = {SETTINGS: _json(settings), **tokenizer.files}
+    texts["tokenizer.json"] = tokenizer.backend.to_str(pretty=True)
+    if tokenizer.chat_template is not None and tokenizer.chat_template != template_of(texts):
+        texts[TEMPLATE] = tokenizer.chat_template
     return texts
 
 

@@ -54,6 +54,38 @@ def test_layers_that_are_not_stacked_are_saved_the_same(pair, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (directory / name).read_bytes()
 
 
+GENERATION = {"eos_token_id": [1, 0], "temperature": 0.6, "top_p": 0.9, "do_sample": True,
+              "transformers_version": "5.0"}  # fmt: skip
+KEPT = {
+    "generation_config.json": json.dumps(GENERATION),
+    "tokenizer_config.json": json.dumps({"padding_side": "left", "model_max_length": 99,
+                                         "extra_special_tokens": {"end_token": "<|im_end|>"},
+                                         "chat_template": [{"name": "default", "template": "d"}]}),
+    "special_tokens_map.json": '{"eos_token": "<|im_end|>"}',
+    "added_tokens.json": '{"<|im_end|>": 1}',
+    "additional_chat_templates/tool_use.jinja": "t",
+}  # fmt: skip
+
+
+def test_settings_of_the_base_are_kept_whole(pair, tmp_path):
+    directory = shutil.copytree(pair[1], tmp_path / "base")
+    (directory / "chat_template.jinja").unlink()
+    for name, text in KEPT.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(text)
+    model = models.load(directory)
+    save_model(tmp_path / "again", model, model.params)
+    kept = {name: (tmp_path / "again" / name).read_text() for name in KEPT}
+    generation = json.loads(kept.pop("generation_config.json"))
+    assert kept == {name: KEPT[name] for name in kept}
+    assert {name: generation[name] for name in GENERATION} == GENERATION
+    assert not (tmp_path / "again" / "chat_template.jinja").exists()
+    # A template that was changed in Python is the one that is saved.
+    other = dataclasses.replace(model.tokenizer, chat_template="other", templates={})
+    save_model(tmp_path / "other", dataclasses.replace(model, tokenizer=other), model.params)
+    assert models.load(tmp_path / "other").tokenizer.render_chat(TEXT) == "other"
+
+
 @pytest.mark.torch
 def test_transformers_gives_the_same_logits(pair):
     torch = pytest.importorskip("torch")
