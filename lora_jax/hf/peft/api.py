@@ -9,6 +9,7 @@ float32 as PEFT keeps it. A missing, left over or misshapen tensor is an error.
 Source: PEFT 0.21, `save_and_load.py`; the format was checked by loading both ways.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -72,6 +73,7 @@ def load_peft(
     *args: Any,
     model_type: str | None = None,
     name_map: NameMap | None = None,
+    roles: Mapping[str, str] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, LoraConfig]:
     """Loads a PEFT adapter onto a model.
@@ -84,6 +86,8 @@ def load_peft(
       model_type: as for `read_peft`.
       name_map: Hugging Face's names of the model's parameters, from `lora_jax.hf.name_map`; None
         where their paths are these names, or those of transformers' Flax models.
+      roles: as `LoraConfig.roles`, by the paths of `params`: for weights whose dims the plan reads
+        in another way than the adapter was trained.
       **kwargs: more example arguments for `fn`.
 
     Returns:
@@ -101,7 +105,9 @@ def load_peft(
     return attach(
         config,
         tensors,
-        lambda wanted: make_plan(wanted, fn, params, *args, **kwargs),
+        lambda wanted: make_plan(
+            dataclasses.replace(wanted, roles=roles or {}), fn, params, *args, **kwargs
+        ),
         params,
         source=str(directory),
         name_map=name_map or recognise(leaves_by_path(params)),

@@ -175,6 +175,8 @@ def _check_keys(
         *_listed("left over", _with_nearest(extra, wanted, "expected"), len(extra)),
         *_listed("misshapen", shapes[:_SHOWN], len(shapes)),
     ]
+    if missing or shapes:
+        problems.append("a weight whose dims are read otherwise than in PEFT needs `roles`")
     if problems:
         raise ValueError(f"{source}: the adapter does not fit this model; {'; '.join(problems)}")
 

@@ -16,6 +16,8 @@ from lora_jax.hf.peft import api
 from lora_jax.hf.peft import directory as peft_files
 from lora_jax.hf.peft.index import make_index, named_targets
 from lora_jax.hf.peft.save import to_peft
+from lora_jax.plan.decide import plan
+from lora_jax.tree import init
 
 from tests.support.peft_trees import (
     QV,
@@ -391,3 +393,22 @@ def test_vllm_leaves_numbers_alone_when_one_scale_holds(tree):
 def test_unknown_target_of_export(tree, tmp_path):
     with pytest.raises(ValueError, match='target must be one of "peft", "vllm", got \'tgi\''):
         api.save_peft(tmp_path / "a", tree, QV, target="tgi")
+
+
+def test_roles_given_to_load_peft(tmp_path):
+    """A weight whose uses show no roles is loaded with those it was trained with."""
+
+    def fn(p, x):
+        return jnp.linalg.solve(p["model"]["solver"]["kernel"], x.mT).mT
+
+    params = {"model": {"solver": {"kernel": jnp.eye(D) + 0.1}}}
+    config = LoraConfig(rank=2, target_modules=("solver",), roles={"solver.kernel": "io"})
+    x = jnp.ones((2, D))
+    tree = init(jax.random.key(0), plan(config, fn, params, x), params)
+    tree = randomized(tree, config)
+    api.save_peft(tmp_path, tree, config)
+    with pytest.raises(ValueError, match=r"adapts nothing .* set roles={'model.solver.kernel': "):
+        api.load_peft(tmp_path, fn, params, x)
+    loaded, _ = api.load_peft(tmp_path, fn, params, x, roles={"solver.kernel": "io"})
+    np.testing.assert_array_equal(loaded["model"]["solver"]["kernel"].a,
+                                  tree["model"]["solver"]["kernel"].a)  # fmt: skip
