@@ -24,6 +24,7 @@ from lora_jax.optim import grad as grad
 from lora_jax.optim import masked as masked
 from lora_jax.optim import trainable_mask as trainable_mask
 from lora_jax.optim import value_and_grad as value_and_grad
+from lora_jax.plan.decide import LeftOutWarning as LeftOutWarning
 from lora_jax.plan.decide import plan as plan
 from lora_jax.plan.leaf import LeafPlan as LeafPlan
 from lora_jax.plan.leaf import Plan as Plan
@@ -59,6 +60,7 @@ __all__ = [
     "Count",
     "DecodedWarning",
     "LeafPlan",
+    "LeftOutWarning",
     "LoraArray",
     "LoraConfig",
     "MaterializedWarning",

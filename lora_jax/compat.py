@@ -167,6 +167,13 @@ def is_array(x) -> bool:
     return isinstance(x, jax.Array | jax.core.Tracer | np.ndarray)
 
 
+def is_concrete(x) -> bool:
+    """Whether `x` is an array whose numbers this process can read."""
+    if isinstance(x, jax.core.Tracer):
+        return False
+    return isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and x.is_fully_addressable)
+
+
 def varying_axes(x) -> frozenset:
     """The mesh axes along which `x` differs inside a `shard_map`; none outside."""
     aval = jax.typeof(x)

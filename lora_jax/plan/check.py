@@ -72,9 +72,13 @@ def _useless_targets(
                 matched.append(leaf)
                 names |= known
         if matched and not names & excluded and all(leaf.kind == "frozen" for leaf in matched):
-            why = "; ".join(f"`{leaf.path}`: {leaf.reason}" for leaf in matched[:3])
+            why = "; ".join(_why(leaf) for leaf in matched[:3])
             problems.append(f"target_modules entry `{entry}` adapts nothing ({why})")
     return problems
+
+
+def _why(leaf: LeafPlan) -> str:
+    return f"`{leaf.path}`: {leaf.reason}" + (f", {leaf.left_out}" if leaf.left_out else "")
 
 
 def too_high(leaf: LeafPlan) -> str:
@@ -83,16 +87,18 @@ def too_high(leaf: LeafPlan) -> str:
     limit = min(fan_in, fan_out)
     if leaf.rank <= limit:
         return ""
+    # A stack dim read where there is none makes the matrix smaller.
+    stacked = f"; its dims are read as {leaf.roles}, `roles` overrides" if "s" in leaf.roles else ""
     return (
         f"rank {leaf.rank} is above the smallest dimension {limit} of `{leaf.path}` "
         f"(in {fan_in}, out {fan_out}), where full rank is reached: lower `rank`, or set "
-        f"rank_pattern={{{paths.module_of(leaf.path).rsplit('.', 1)[-1]!r}: {limit}}}"
+        f"rank_pattern={{{paths.module_of(leaf.path).rsplit('.', 1)[-1]!r}: {limit}}}{stacked}"
     )
 
 
 def _nothing(targets: tuple[str, ...] | str, leaves: Sequence[LeafPlan], modules: set[str]) -> str:
     likely = sorted(leaves, key=lambda leaf: not leaf.roles)  # the ones that could be adapted first
-    some = "; ".join(f"`{leaf.path}`: {leaf.reason}" for leaf in likely[:5])
+    some = "; ".join(_why(leaf) for leaf in likely[:5])
     return (
         f"target_modules={targets!r} matches nothing in a tree of {len(leaves)} leaves; nearest: "
         f"{paths.nearest(str(targets), modules)} ({some})"

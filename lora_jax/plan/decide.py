@@ -4,14 +4,15 @@ Nothing is allocated: parameters and arguments may be `jax.ShapeDtypeStruct`s.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from lora_jax import paths
+from lora_jax import compat, paths
 from lora_jax.array import LoraArray, RowsArray, is_leaf, is_lora, widened
 from lora_jax.config import matching
 from lora_jax.config.arguments import check_argument, check_function
@@ -36,7 +37,13 @@ HEAD_NAMES = frozenset(
 _CALL = "plan(config, fn, params, *args)"
 
 
-def plan(config: LoraConfig, fn: Callable, params: PyTree, *args, **kwargs) -> Plan:
+class LeftOutWarning(UserWarning):
+    """A matrix that the config names is not adapted."""
+
+
+def plan(
+    config: LoraConfig, fn: Callable, params: PyTree, *args, strict: bool = False, **kwargs
+) -> Plan:
     """Decides which leaves of `params` are adapted, from how `fn` uses them.
 
     The roles of a weight's dimensions are read off the function's jaxpr: a contracted dim is an
@@ -49,6 +56,8 @@ def plan(config: LoraConfig, fn: Callable, params: PyTree, *args, **kwargs) -> P
       fn: `fn(params, *args, **kwargs)`, the function that will be lorafied.
       params: parameter tree of arrays or `ShapeDtypeStruct`s.
       *args: example arguments; arrays may be `ShapeDtypeStruct`s.
+      strict: make it an error when a matrix that the config names is left out; otherwise that is
+        a `LeftOutWarning`.
       **kwargs: likewise.
 
     Returns:
@@ -57,7 +66,7 @@ def plan(config: LoraConfig, fn: Callable, params: PyTree, *args, **kwargs) -> P
     Raises:
       ValueError: a name in the config matches nothing (the nearest names are listed), a matched
         leaf is used in no way that a low-rank change could follow, or a rank exceeds the
-        smallest dimension it could have.
+        smallest dimension it could have; under `strict`, a named matrix is left out.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -87,10 +96,12 @@ def plan(config: LoraConfig, fn: Callable, params: PyTree, *args, **kwargs) -> P
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     ]
     heads = _heads(drafts, {spelled[i] for i in used.inner})
-    drafts = [draft._replace(leaf=_decide(config, draft, heads)) for draft in drafts]
+    masks = _masks(used, spelled, leaves) if config.target_modules == ALL_LINEAR else {}
+    drafts = [draft._replace(leaf=_decide(config, draft, heads, masks)) for draft in drafts]
     drafts = with_saved(config, drafts)
     check(config, drafts)
     planned = [draft.leaf for draft in drafts]
+    _report_left_out(config, planned, strict=strict)
     fallbacks = predict_fallbacks(planned, fn, params, args, kwargs, bias=config.lora_bias)
     return Plan(
         config,
@@ -98,6 +109,64 @@ def plan(config: LoraConfig, fn: Callable, params: PyTree, *args, **kwargs) -> P
             dataclasses.replace(leaf, uses=(*leaf.uses, *fallbacks.get(leaf.path, ())))
             for leaf in planned
         ),
+    )
+
+
+def _report_left_out(config: LoraConfig, planned: Sequence[LeafPlan], *, strict: bool) -> None:
+    """Warns of named matrices that stay frozen, or refuses them."""
+    left_out = [leaf for leaf in planned if leaf.left_out]
+    if not left_out:
+        return
+    each = "; ".join(f"`{leaf.path}` {leaf.shape}: {leaf.reason}: {leaf.left_out}"
+                     for leaf in left_out[:10])  # fmt: skip
+    more = f"; and {len(left_out) - 10} more" if len(left_out) > 10 else ""
+    text = (
+        f"target_modules={config.target_modules!r} names matrices that are left out: {each}{more}"
+    )
+    if strict:
+        raise ValueError(f"{text}. `strict=True` forbids that")
+    warnings.warn(text, LeftOutWarning, stacklevel=3)
+
+
+class _Mask(NamedTuple):
+    """A leaf that another one is multiplied with, element by element.
+
+    Attributes:
+      reason: why it is left out.
+      known: whether it is a mask for certain, and not perhaps the weight.
+    """
+
+    reason: str
+    known: bool
+
+
+def _masks(used: Usage, spelled: Sequence[str], leaves: Sequence) -> dict[str, _Mask]:
+    """The leaves that are, or may be, masks of another leaf's elements, by their paths.
+
+    A leaf is known as a mask by its name, or by holding zeros and ones only. Where that holds for
+    one of two leaves that are multiplied, the other is the weight.
+    """
+    found = {}
+    for i, others in used.masks.items():
+        known = {j for j in (i, *others) if _is_mask(spelled[j], leaves[j])}
+        names = ", ".join(f"`{spelled[j]}`" for j in sorted(others))
+        if i in known:
+            reason = f"a mask: it is multiplied with {names} element by element"
+            found[spelled[i]] = _Mask(reason, known=True)
+        elif not others <= known:
+            reason = f"multiplied with {names} element by element, and either may be a mask"
+            found[spelled[i]] = _Mask(reason, known=False)
+    return found
+
+
+def _is_mask(path: str, leaf: Any) -> bool:
+    if "mask" in path.rsplit(".", 1)[-1].lower():
+        return True
+    # Only zeros is a weight that starts at zero.
+    return (
+        compat.is_concrete(leaf)
+        and bool(jnp.all((leaf == 0) | (leaf == 1)))
+        and bool(jnp.any(leaf == 1))
     )
 
 
@@ -114,6 +183,9 @@ def _draft(config: LoraConfig, index: int, path: str, leaf: Any, used: Usage) ->
     roles, lookup, remark = roles_of.inferred(uses, shape, rebatched)
     if given:
         roles, remark = given, "roles from config"
+    if index in used.stopped:
+        stopped = "no gradient reaches it: the model stops it (`stop_gradient`)"
+        remark = f"{remark}; {stopped}" if remark else stopped
     base = dataclasses.replace(base, roles=roles, lookup=lookup, reason=remark)
     return Draft(base, names_of(base), roles_given=bool(given))
 
@@ -137,16 +209,22 @@ def _heads(drafts: Sequence[Draft], inner: set[str]) -> frozenset[str]:
     return frozenset(x.leaf.path for x in drafts if is_head(x))
 
 
-def _decide(config: LoraConfig, draft: Draft, heads: frozenset[str]) -> LeafPlan:
+def _decide(
+    config: LoraConfig, draft: Draft, heads: frozenset[str], masks: Mapping[str, _Mask]
+) -> LeafPlan:
     """A leaf as one that is adapted, trains whole, or stays frozen for a reason."""
     leaf, names, _ = draft
     matches = [matching.match(config, layer, names.unnumbered) for layer in names.layers]
     # Saved comes before adapted, as in PEFT, where a saved module holds no adapters.
     if any(match.saved for match in matches):
         return saved_whole(leaf, [match.saved for match in matches])
-    obstacle = _obstacle(draft, matches, heads, all_linear=config.target_modules == ALL_LINEAR)
+    all_linear = config.target_modules == ALL_LINEAR
+    obstacle, named = _obstacle(draft, matches, heads, masks, all_linear=all_linear)
     if obstacle:
-        return dataclasses.replace(leaf, reason=obstacle)
+        # Nobody names a leaf that the function does not use by "all-linear".
+        named = named and bool(leaf.uses or not all_linear)
+        way_out = roles_of.override(leaf) if named else ""
+        return dataclasses.replace(leaf, reason=obstacle, left_out=way_out)
     adapted = dataclasses.replace(
         leaf,
         kind="lora",
@@ -154,37 +232,49 @@ def _decide(config: LoraConfig, draft: Draft, heads: frozenset[str]) -> LeafPlan
         alphas=tuple(match.alpha if match.targeted else 0.0 for match in matches),
         scales=tuple(match.scale if match.targeted else 0.0 for match in matches),
     )
-    if config.target_modules == ALL_LINEAR and adapted.rank == config.rank and too_high(adapted):
+    if all_linear and adapted.rank == config.rank and too_high(adapted):
         # Nobody named this leaf: a router of four experts must not stop a rank of eight.
         return dataclasses.replace(leaf, reason=f'"all-linear" leaves it out: {too_high(adapted)}')
     return adapted
 
 
 def _obstacle(
-    draft: Draft, matches: Sequence[matching.Match], heads: frozenset[str], *, all_linear: bool
-) -> str:
-    """Why a leaf is not adapted, or ""."""
+    draft: Draft,
+    matches: Sequence[matching.Match],
+    heads: frozenset[str],
+    masks: Mapping[str, _Mask],
+    *,
+    all_linear: bool,
+) -> tuple[str, bool]:
+    """Why a leaf is not adapted, or "", and whether the config names it all the same.
+
+    What "all-linear" leaves out by its own definition (embeddings, the head) it does not name.
+    """
     leaf, names, roles_given = draft
+    targeted = any(match.targeted for match in matches)
     if not leaf.roles:
-        return leaf.reason
-    if not any(match.targeted for match in matches):
+        return leaf.reason, targeted
+    if not targeted:
         if names.numbered or not matches[0].other_layer:
-            return "not targeted"
+            return "not targeted", False
         return (
             f"its {len(matches)} layers are stacked under a name that does not show it (known are "
             f"{', '.join(paths.STACK_NAMES)}), so `layers_to_transform` cannot choose among them"
-        )
+        ), False
     if "i" not in leaf.roles or not out_dims(leaf.roles):
-        return f"roles {leaf.roles}: a vector, not a matrix"
+        return f"roles {leaf.roles}: a vector, not a matrix", True
     if not all_linear:
-        return ""
+        return "", True
     if leaf.lookup:
-        return 'an embedding: "all-linear" leaves it out'
+        return 'an embedding: "all-linear" leaves it out', False
     if not roles_given and not roles_of.maps_features(leaf.uses):
-        return 'mixed with a constant, then added to features: "all-linear" leaves it out'
+        return 'mixed with a constant, then added to features: "all-linear" leaves it out', False
     if leaf.path in heads:
-        return 'the output head: "all-linear" leaves it out'
-    return ""
+        return 'the output head: "all-linear" leaves it out', False
+    if leaf.path in masks and not roles_given:
+        mask = masks[leaf.path]
+        return mask.reason, not mask.known
+    return "", True
 
 
 def predict_fallbacks(

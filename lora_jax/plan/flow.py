@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax import compat
+from lora_jax.plan.leaf import Use
 from lora_jax.transform.primitive import Dims
 
 
@@ -38,12 +39,14 @@ class Flow:
       fed: 2 if it depends on the function's other arguments, 1 if only on constants that may be
         data, else 0.
       made: the leaves whose contractions it is the result of.
+      live: the leaves that a gradient with respect to it reaches.
     """
 
     tracks: tuple[Track, ...] = ()
     origin: Dims = ()
     fed: int = 0
     made: frozenset = frozenset()
+    live: frozenset = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +57,19 @@ class Usage:
       uses: of each leaf.
       rebatched: pairs (leaf, dim) that a later contraction treats as experts.
       inner: leaves whose results meet another weight: no output heads.
+      masks: of a leaf, the leaves that it is multiplied with element by element.
+      stopped: leaves that only a `stop_gradient` of the model's own leads to.
+      closed: whether the function has no array among its arguments, so that data is closed over.
       lines: source lines of the equations being walked into, innermost last.
     """
 
-    uses: tuple[list, ...]
-    rebatched: set
-    inner: set = dataclasses.field(default_factory=set)
-    lines: list = dataclasses.field(default_factory=lambda: ["unknown line"])
+    uses: tuple[list[Use], ...]
+    rebatched: set[tuple[int, int]]
+    inner: set[int] = dataclasses.field(default_factory=set)
+    masks: dict[int, set[int]] = dataclasses.field(default_factory=dict)
+    stopped: set[int] = dataclasses.field(default_factory=set)
+    closed: bool = False
+    lines: list[str] = dataclasses.field(default_factory=lambda: ["unknown line"])
 
     def line(self, eqn: Any) -> str:
         return compat.source_line(eqn, self.lines[-1])

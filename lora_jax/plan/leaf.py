@@ -26,6 +26,7 @@ class Use:
         argument of the function feeds), or "other".
       contracted: the leaf's dims summed over (contract, transform) or indexed (lookup, rows).
       stacked: the leaf's dims batched, or picked one index at a time, on the way here.
+      picked: those of them that are picked.
       constant: whether none of the function's arguments feeds the other operand.
       fallback: why `lorafy` adds the weight up for this use, or ""; from `predict_fallbacks`.
       window: the leaf's spatial dims where it is a convolution's kernel, else None.
@@ -36,6 +37,7 @@ class Use:
     kind: UseKind
     contracted: frozenset = frozenset()
     stacked: frozenset = frozenset()
+    picked: frozenset = frozenset()
     constant: bool = False
     fallback: str = ""
     window: Window | None = None
@@ -55,6 +57,8 @@ class LeafPlan:
       scales: `alpha/rank`, or with rsLoRA `alpha/√rank`, likewise.
       lookup: whether rows are looked up by index (an embedding), which decides the initial values.
       reason: why the leaf is frozen, or a remark.
+      left_out: where the leaf is a matrix that the config names and that stays frozen all the same:
+        how to adapt it; else "".
       uses: how the function uses it.
       only: the indices of a saved leaf's stack that train, None for all.
       ids, axis: of a "rows" leaf the trained rows, and the dim that they index.
@@ -70,6 +74,7 @@ class LeafPlan:
     scales: tuple[float, ...] = ()
     lookup: bool = False
     reason: str = ""
+    left_out: str = ""
     uses: tuple[Use, ...] = ()
     only: tuple[tuple[int, ...], ...] | None = None
     ids: tuple[int, ...] = ()
@@ -126,6 +131,11 @@ class Plan:
         return tuple(leaf for leaf in self.leaves if leaf.kind in ("saved", "rows"))
 
     @property
+    def left_out(self) -> tuple[LeafPlan, ...]:
+        """The matrices that the config names and that are not adapted."""
+        return tuple(leaf for leaf in self.leaves if leaf.left_out)
+
+    @property
     def trainable(self) -> int:
         """How many numbers train."""
         vectors = 0  # DoRA's magnitudes, or lora_bias: one number for each output of each layer
@@ -164,7 +174,7 @@ def table(plan: Plan) -> str:
     lines.insert(1, "-" * max(len(line) for line in lines[:1]))
     adapted = len(plan.adapted)
     lines.append(
-        f"{adapted} of {len(plan.leaves)} leaves adapted, {_whole(plan)}; "
+        f"{adapted} of {len(plan.leaves)} leaves adapted, {_whole(plan)}{_left_out(plan)}; "
         f"{plan.trainable:,} trainable parameters"
     )
     return "\n".join(line.rstrip() for line in lines)
@@ -174,6 +184,11 @@ def _whole(plan: Plan) -> str:
     """How many leaves train whole, and of how many some rows train."""
     rows = sum(leaf.kind == "rows" for leaf in plan.saved)
     return f"{len(plan.saved) - rows} trained whole" + (f", {rows} in some rows" if rows else "")
+
+
+def _left_out(plan: Plan) -> str:
+    count = len(plan.left_out)
+    return f", {count} named {'matrix' if count == 1 else 'matrices'} left out" if count else ""
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:

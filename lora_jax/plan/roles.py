@@ -2,7 +2,14 @@
 
 from collections.abc import Sequence
 
-from lora_jax.plan.leaf import Use
+from lora_jax.plan.leaf import LeafPlan, Use
+from lora_jax.transform.many import token_axis
+from lora_jax.transform.primitives import PRIMITIVES
+
+# A parameter that only meets features in these is a bias, a scale, or rows put beside them.
+_BESIDE_FEATURES = frozenset(
+    name for name, row in PRIMITIVES.items() if row.tokens is token_axis.elementwise
+) | {"concatenate", "dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "pad"}
 
 
 def inferred(
@@ -70,3 +77,31 @@ def _why_not(uses: Sequence[Use]) -> str:
         return "the function does not use it"
     found = ", ".join(sorted({f"`{u.primitive}`" for u in uses if u.kind != "picked"}))
     return f"no contraction and no lookup uses it, only {found}" if found else "only indexed"
+
+
+def override(leaf: LeafPlan) -> str:
+    """The `roles` line that adapts a leaf which is left out, or "" where it is no matrix.
+
+    A leaf is a matrix if two of its dims are longer than 1, dims that are taken index by index
+    (layers of a scan) apart, and if not all its uses are those of a bias, a scale or a prompt.
+    """
+    picked = frozenset().union(*(use.picked for use in leaf.uses))
+    large = [d for d, n in enumerate(leaf.shape) if n > 1 and d not in picked]
+    if len(large) < 2 or (leaf.uses and all(map(_joins_features, leaf.uses))):
+        return ""
+    summed = frozenset().union(*(u.contracted for u in leaf.uses if u.kind == "contract"))
+    ins = summed & {*large}
+    # Both kinds of dims are needed: where the uses do not show them, the first is the in dim.
+    if not ins or len(ins) == len(large):
+        ins = {large[0]}
+    roles = "".join(
+        "s" if d in picked else "i" if d in ins else "o" for d in range(len(leaf.shape))
+    )
+    return f"set roles={{{leaf.path!r}: {roles!r}}} to adapt it"
+
+
+def _joins_features(use: Use) -> bool:
+    """Whether a use adds a parameter to features, scales them by it, or puts it beside them."""
+    if use.primitive == "dot_general":  # an einsum that sums nothing: a scale
+        return use.kind == "other"
+    return use.kind == "other" and not use.constant and use.primitive in _BESIDE_FEATURES

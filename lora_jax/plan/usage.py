@@ -58,14 +58,18 @@ def usage(fn: Callable, leaves: Sequence, tree: Any, args: Sequence, kwargs: dic
         [outer[i] for i in inputs],
     )
     jaxpr, consts = compat.open_jaxpr(jaxpr)
-    found = Usage(tuple([] for _ in leaves), set())
+    found = Usage(tuple([] for _ in leaves), set(), closed=not inputs)
     env = {v: Flow(fed=2) for v in jaxpr.invars}
     for v, x in zip(jaxpr.constvars, consts, strict=True):
         env[v] = Flow(fed=int(_may_be_data(x)))
     for v, i in zip(jaxpr.invars, weights, strict=False):
         dims = tuple(frozenset([d]) for d in range(leaves[i].ndim))
-        env[v] = Flow((Track(i, dims),))
-    _walk(found, jaxpr, env)
+        env[v] = Flow((Track(i, dims),), live=frozenset([i]))
+    # An integer or boolean parameter is constant: an index table, a mask.
+    for v in jaxpr.invars[len(weights) : len(weights) + len(loose)]:
+        env[v] = Flow(fed=1)
+    outs = _walk(found, jaxpr, env)
+    found.stopped.difference_update(*(flow.live for flow in outs))
     return found
 
 
@@ -95,7 +99,7 @@ def _walk(found: Usage, jaxpr: Any, env: dict) -> list[Flow]:
 
     for eqn in jaxpr.eqns:
         flows = [read(v) for v in eqn.invars]
-        if any(f.tracks or f.fed or f.made or any(f.origin) for f in flows):
+        if any(f.tracks or f.fed or f.made or f.live or any(f.origin) for f in flows):
             found.lines.append(found.line(eqn))
             env.update(zip(eqn.outvars, _step(found, eqn, flows), strict=True))
             found.lines.pop()
@@ -142,8 +146,10 @@ def _scan(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
 
 def _looped(flows: Sequence[Flow], carry: Sequence[Flow]) -> list[Flow]:
     """Carries of a loop: what starts as zeros may depend on the arguments from the second step."""
-    fed = max((f.fed for f in flows), default=0)
-    return [f if f.tracks else dataclasses.replace(f, fed=max(f.fed, fed)) for f in carry]
+    fed, live = max((f.fed for f in flows), default=0), _all_live(flows)
+    return [
+        dataclasses.replace(f, fed=f.fed if f.tracks else max(f.fed, fed), live=live) for f in carry
+    ]
 
 
 def _peel(flow: Flow) -> Flow:
@@ -167,7 +173,12 @@ def _merge(flows: Sequence[Flow]) -> Flow:
     if origins and len({len(o) for o in origins}) == 1:
         origin = tuple(frozenset().union(*dims) for dims in zip(*origins, strict=True))
     tracks = tuple(t for f in flows for t in f.tracks)
-    return Flow(tracks, origin, max((f.fed for f in flows), default=0), _all_made(flows))
+    fed = max((f.fed for f in flows), default=0)
+    return Flow(tracks, origin, fed, _all_made(flows), _all_live(flows))
+
+
+def _all_live(flows: Sequence[Flow]) -> frozenset:
+    return frozenset().union(*(f.live for f in flows))
 
 
 def _all_made(flows: Sequence[Flow]) -> frozenset:
@@ -178,6 +189,12 @@ def _operation(found: Usage, eqn: Any, flows: list[Flow], dims: DimFlow) -> list
     """The flows of the results of an operation that holds no jaxpr."""
     maps = [dims.maps(eqn, k) for k in range(len(flows))]
     fed, made = max((f.fed for f in flows), default=0), _all_made(flows)
+    live = _all_live(flows)
+    if compat.name_of(eqn) == "stop_gradient":
+        found.stopped.update(live)
+        live = frozenset()
+    if compat.name_of(eqn) == "mul":
+        _note_masks(found, eqn, flows)
     for k, flow in enumerate(flows):
         if flow.tracks and dims.contracted(eqn, k) is not None:
             found.inner.update(made)
@@ -198,8 +215,41 @@ def _operation(found: Usage, eqn: Any, flows: list[Flow], dims: DimFlow) -> list
             parts.append(Flow(tuple(tracks), origin))
         if compat.name_of(eqn) == "dot_general":
             parts.append(Flow((), free_dims(found, eqn, flows, len(var.aval.shape))))
-        outs.append(dataclasses.replace(_merge(parts), fed=fed, made=made))
+        outs.append(dataclasses.replace(_merge(parts), fed=fed, made=made, live=live))
     return outs
+
+
+def _note_masks(found: Usage, eqn: Any, flows: Sequence[Flow]) -> None:
+    """Notes two matrices of one shape that are multiplied element by element: one masks the other.
+
+    A dim that comes from no dim of the leaf has been broadcast: what has one is a vector of gains.
+    """
+    matrices = [
+        {t.leaf for t in flow.tracks if _is_whole_matrix(v.aval.shape, t)}
+        for v, flow in zip(eqn.invars, flows, strict=True)
+    ]
+    for one in matrices[0]:
+        for other in matrices[1] - {one}:
+            found.masks.setdefault(one, set()).add(other)
+            found.masks.setdefault(other, set()).add(one)
+
+
+def _is_whole_matrix(shape: Sequence[int], track: Track) -> bool:
+    """Whether no dim of a weight is broadcast, and two or more are longer than 1."""
+    large = [dims for n, dims in zip(shape, track.dims, strict=True) if n > 1]
+    return len(large) > 1 and all(large)
+
+
+def _is_constant_matrix(found: Usage, eqn: Any, k: int, track: Track) -> bool:
+    """Whether an array that the function closes over stands for itself beside a weight.
+
+    A mask made outside the function is what one made inside is. Where the function takes no array
+    as an argument, what it closes over may be the data.
+    """
+    shape = eqn.invars[k].aval.shape
+    return (
+        not found.closed and eqn.outvars[0].aval.shape == shape and _is_whole_matrix(shape, track)
+    )
 
 
 def _follow(
@@ -241,10 +291,18 @@ def _follow(
             track = dataclasses.replace(track, lookup=len(found.uses[track.leaf]) - 1)
         return _carry(eqn, k, track, dim_map, dims)
 
-    fed = any(f.fed for f in others)
+    fed = max((f.fed for f in others), default=0) > int(_is_constant_matrix(found, eqn, k, track))
     if dim_map is None or (fed and not dims.takes_data(eqn, k)):
         if record and track.lookup < 0:
-            found.uses[track.leaf].append(Use(compat.name_of(eqn), found.lines[-1], "other"))
+            found.uses[track.leaf].append(
+                Use(
+                    compat.name_of(eqn),
+                    found.lines[-1],
+                    "other",
+                    picked=track.picked,
+                    constant=not fed,
+                )
+            )
         return None
     if track.lookup >= 0 and not dims.keeps_rows(eqn, k):
         return None
@@ -290,6 +348,7 @@ def _consumption(
             kind,
             contracted=contracted - stacked,
             stacked=stacked,
+            picked=track.picked,
             constant=fed < 2,
             window=_window(eqn, track, name),
         )
@@ -297,7 +356,8 @@ def _consumption(
         rows = frozenset().union(*(track.dims[i] for i in indexed_dims(eqn)))
         looked_up = any(f.fed for f in others)
         kind = "lookup" if looked_up else "rows"
-        return Use(name, line, kind, contracted=rows, stacked=track.picked - rows)
+        picked = track.picked - rows
+        return Use(name, line, kind, contracted=rows, stacked=picked, picked=picked)
     return None
 
 

@@ -1,6 +1,7 @@
 """Which axes are experts: models whose norms, heads and scales have looked like them."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 
 import jax
@@ -8,17 +9,26 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax as lora
+from lora_jax.plan.decide import LeftOutWarning
 
 X = jax.ShapeDtypeStruct((2, 5, 16), jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A function of `(params, x)`, the shapes of its parameters, and the roles of its matrices."""
+    """A model and what the plan must find in it.
+
+    Attributes:
+      fn: of `(params, x)`.
+      shapes: of the parameters.
+      roles: of the matrices.
+      vectors: a vector for each head, which the plan leaves out with a warning.
+    """
 
     fn: Callable
     shapes: Mapping[str, tuple[int, ...]]
     roles: Mapping[str, str]
+    vectors: tuple[str, ...] = ()
 
 
 def norm(x, scale):
@@ -172,6 +182,7 @@ MODELS = {
             "out_proj": (32, 16),
         },
         {"in_proj": "io", "out_proj": "io"},
+        vectors=("mimo_o",),
     ),
     "griffin": Model(
         griffin,
@@ -205,6 +216,7 @@ MODELS = {
         head_scales,
         {"first": (16, 4, 8), "per_head": (4,), "vector": (4, 8), "last": (8, 16)},
         {"first": "ioo", "last": "io"},
+        vectors=("vector",),
     ),
     "headwise matrices": Model(
         headwise_matrices,
@@ -240,5 +252,9 @@ def test_every_named_matrix_is_adapted(name: str, targets: str):
         "names": tuple(model.roles),
     }[targets]
     config = lora.LoraConfig(rank=2, target_modules=named)
-    plan = lora.plan(config, model.fn, tree(model.shapes), X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LeftOutWarning)
+        plan = lora.plan(config, model.fn, tree(model.shapes), X)
+    vectors = model.vectors if targets == "all-linear" else ()
+    assert tuple(leaf.path for leaf in plan.left_out) == vectors
     assert {leaf.path: leaf.roles for leaf in plan.adapted} == dict(model.roles)

@@ -1,0 +1,173 @@
+"""What a config names and a plan leaves out is never silent; masks; stopped gradients."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import lora_jax as lora
+from lora_jax.plan.decide import LeftOutWarning
+
+X = jax.ShapeDtypeStruct((2, 5, 8), jnp.float32)
+TRIANGLE = jnp.tril(jnp.ones((8, 8)))
+W = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+ALL = ("all-linear", ".*", ("w", "up"))
+
+
+def normal(seed: int, *shape: int):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def two(form):
+    """A model of two weights, the first of them used in `form(w, x)`."""
+    return lambda p, x: form(p["w"], x) @ p["up"]
+
+
+def planned(fn, params, targets: str | tuple[str, ...] = "all-linear", **options):
+    config = lora.LoraConfig(rank=2, target_modules=targets, roles=options.pop("roles", {}))
+    return lora.plan(config, fn, params, X, **options)
+
+
+def merged_is_met(fn, params, plan, tolerance=2e-5):
+    """Whether the adapted model computes what the merged one does."""
+    tree = lora.init(jax.random.key(0), plan, params)
+    trained, frozen = lora.split(tree)
+    leaves, structure = jax.tree.flatten(trained)
+    leaves = [0.3 * normal(i, *x.shape) for i, x in enumerate(leaves)]
+    tree = lora.combine(jax.tree.unflatten(structure, leaves), frozen)
+    x = normal(9, *X.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lora.MaterializedWarning)
+        got = lora.lorafy(fn)(tree, x)
+    want = fn(lora.merge(tree), x)
+    assert jnp.abs(got - want).max() < tolerance * max(1, float(jnp.abs(want).max()))
+
+
+# Forms that show no roles: a linear solve, a weight written into a buffer, heads of vectors.
+HIDDEN = {
+    "solve": (lambda w, x: jnp.linalg.solve(w, x.mT).mT, (8, 8), "io"),
+    "buffer": (lambda w, x: x @ jnp.zeros((8, 9)).at[:, 1:].set(w), (8, 8), "io"),
+    "vectors of heads": (
+        lambda w, x: jnp.einsum("bthk,hk->bth", x.reshape(2, 5, 2, 4), w),
+        (2, 4),
+        "oi",
+    ),
+}
+
+
+@pytest.mark.parametrize("targets", ALL, ids=str)
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_named_matrix_that_is_left_out_is_warned_of(name: str, targets):
+    form, shape, roles = HIDDEN[name]
+    fn, w = two(form), normal(1, *shape) + 3 * jnp.eye(*shape)
+    params = {"w": w, "up": normal(2, jax.eval_shape(form, w, X).shape[-1], 6)}
+    if isinstance(targets, tuple):
+        with pytest.raises(ValueError, match=rf"entry `w` adapts nothing .*{{'w': '{roles}'}}"):
+            planned(fn, params, targets)
+    else:
+        with pytest.warns(LeftOutWarning, match=rf"`w` .*set roles={{'w': '{roles}'}}"):
+            plan = planned(fn, params, targets)
+        assert [leaf.path for leaf in plan.left_out] == ["w"]
+        assert "1 named matrix left out;" in str(plan).splitlines()[-1]
+        with pytest.raises(ValueError, match=r"`w` .*roles=.*`strict=True` forbids that"):
+            planned(fn, params, targets, strict=True)
+    plan = planned(fn, params, targets, roles={"w": roles})
+    assert len(plan.adapted) == 2 and not plan.left_out
+    merged_is_met(fn, params, plan)
+
+
+def test_biases_scales_and_prompts_are_no_matrices():
+    def fn(p, x):
+        h = jnp.einsum("btd,dnh->btnh", x, p["kernel"]) + p["bias"]
+        h = jnp.einsum("btnh,nh->btnh", h, p["scale"]) * p["gain"]
+        h = jnp.concatenate([jnp.broadcast_to(p["prompt"], (2, 3, 8)), h.reshape(2, 5, 8)], 1)
+        return h + p["position"]
+
+    params = {
+        "kernel": jax.ShapeDtypeStruct((8, 2, 4), jnp.float32),
+        **{n: jax.ShapeDtypeStruct((2, 4), jnp.float32) for n in ("bias", "scale", "gain")},
+        "prompt": jax.ShapeDtypeStruct((3, 8), jnp.float32),
+        "position": jax.ShapeDtypeStruct((8, 8), jnp.float32),
+    }
+    for targets in ("all-linear", ".*"):
+        plan = planned(fn, params, targets, strict=True)
+        assert [leaf.path for leaf in plan.adapted] == ["kernel"]
+
+
+def test_scales_of_scanned_layers_are_no_matrices():
+    def fn(p, x):
+        return lax.scan(lambda x, w: ((x * w["scale"]) @ w["up"], None), x, p)[0]
+
+    params = {"scale": jax.ShapeDtypeStruct((3, 8), "float32"),
+              "up": jax.ShapeDtypeStruct((3, 8, 8), "float32")}  # fmt: skip
+    assert [leaf.path for leaf in planned(fn, params, ".*", strict=True).adapted] == ["up"]
+
+
+def test_an_unused_matrix_is_warned_of_where_it_is_named():
+    params = {"w": W, "unused": W}
+
+    def fn(p, x):
+        return x @ p["w"]
+
+    assert not planned(fn, params).left_out
+    with pytest.warns(LeftOutWarning, match="`unused`.*the function does not use it"):
+        planned(fn, params, ".*")
+
+
+MASKED = {
+    "outside": lambda w, x: x @ (w * TRIANGLE),
+    "inside": lambda w, x: x @ (w * jnp.tril(jnp.ones((8, 8)))),
+    "where": lambda w, x: x @ jnp.where(TRIANGLE > 0, w, 0),
+    "transposed": lambda w, x: x @ (w.T * TRIANGLE.T),
+    "shifted": lambda w, x: x @ (w + TRIANGLE),
+}
+
+
+@pytest.mark.parametrize("targets", ALL, ids=str)
+@pytest.mark.parametrize("name", MASKED)
+def test_a_weight_under_a_constant_is_adapted(name: str, targets):
+    fn, params = two(MASKED[name]), {"w": normal(1, 8, 8), "up": normal(2, 8, 6)}
+    plan = planned(fn, params, targets, strict=True)
+    assert {leaf.path for leaf in plan.adapted} == {"w", "up"}
+    merged_is_met(fn, params, plan)
+
+
+@pytest.mark.parametrize("kind", ["named", "boolean", "of zeros and ones", "unknown"])
+@pytest.mark.parametrize("concrete", [True, False])
+def test_a_mask_among_the_parameters(kind: str, concrete: bool):
+    """A mask is never adapted by "all-linear", and the weight under it is."""
+    name = "mask" if kind == "named" else "m"
+    values = {"boolean": TRIANGLE > 0, "of zeros and ones": TRIANGLE}.get(kind, TRIANGLE * 0.5)
+
+    def fn(p, x):
+        return x @ (p["w"] * p[name].astype(jnp.float32)) @ p["up"]
+
+    params = {"w": normal(1, 8, 8), name: values, "up": normal(2, 8, 6)}
+    if not concrete:
+        params = jax.eval_shape(lambda: params)
+    known = kind in ("named", "boolean") or (concrete and kind == "of zeros and ones")
+    if known:
+        plan = planned(fn, params, strict=True)
+        assert {leaf.path for leaf in plan.adapted} == {"w", "up"}
+        return
+    with pytest.warns(LeftOutWarning, match="either may be a mask.*roles={'w': 'io'}"):
+        plan = planned(fn, params)
+    assert {leaf.path for leaf in plan.adapted} == {"up"}
+    plan = planned(fn, params, ("w", "up"), strict=True)
+    assert {leaf.path for leaf in plan.adapted} == {"w", "up"}
+
+
+def test_stopped_gradients_are_in_the_plan():
+    def fn(p, x):
+        h = lax.stop_gradient(x @ p["encoder"])
+        h = h @ lax.stop_gradient(p["frozen"])
+        h = lax.scan(lambda c, _: (c @ p["looped"] + x, None), h, None, length=2)[0]
+        return (h + lax.stop_gradient(h @ p["both"])) @ p["both"]
+
+    names = ("encoder", "frozen", "looped", "both")
+    plan = planned(fn, dict.fromkeys(names, W))
+    stopped = {leaf.path for leaf in plan.adapted if "stop_gradient" in leaf.reason}
+    assert stopped == {"encoder", "frozen"}
+    assert "no gradient reaches it" in str(plan)
