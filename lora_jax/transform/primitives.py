@@ -233,6 +233,13 @@ PRIMITIVES: dict[str, Primitive] = {
     **dict.fromkeys("random_bits threefry2x32 custom_call".split(), _KERNEL),
     "ragged_dot": _activations(dim_maps.SAME_SHAPE, token_axis.lost, "product"),
     "pallas_call": _activations(dim_maps.SAME_SHAPE, token_axis.lost, "kernel"),
+    # cuDNN's attention, which `jax.nn.dot_product_attention` takes on NVIDIA GPUs.
+    "dot_product_attention_fwd_wrapper": _activations(
+        dim_maps.SAME_SHAPE, token_axis.attention, "kernel"
+    ),
+    "dot_product_attention_bwd_wrapper": _activations(
+        dim_maps.SAME_SHAPE, token_axis.pairwise, "kernel"
+    ),
     # Our kernels on a mesh: the estimate counts what is inside.
     "custom_partitioning": _activations(dim_maps.SAME_SHAPE, token_axis.lost, "call"),
 }

@@ -234,6 +234,11 @@ def update(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     return ins[0] | same
 
 
+def attention(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> list[Axes]:
+    """Mixed values in the places of the queries; then the softmax's sums, which stay inside."""
+    return [ins[0], *[_NONE] * (len(eqn.outvars) - 1)]
+
+
 def pairwise(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> list[Axes]:
     return list(ins[: len(eqn.outvars)])
 

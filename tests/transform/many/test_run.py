@@ -238,6 +238,25 @@ def test_a_decoder_with_an_adapter_for_each_token():
         np.testing.assert_allclose(got[:, place], hidden[:, 0], rtol=3e-4, atol=3e-4)
 
 
+def test_tokens_are_followed_through_cudnns_attention(adapters, monkeypatch):
+    """Traced only: there is no cuDNN here, and JAX asks for its version."""
+    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
+    stacked = lora.stack([{"table": each["table"]} for each in adapters])
+
+    def attending(params, tokens):
+        x = params["table"][tokens].astype(jnp.bfloat16)[:, :, None]
+        x = jnp.pad(x, ((0, 0),) * 3 + ((0, 8 - DIM),))
+        x = jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation="cudnn")
+        return x[:, :, 0, :DIM].astype(jnp.float32) @ params["table"].T
+
+    def loss(stacked):
+        return lora.lorafy(attending)(stacked, TOKENS, adapter_ids=BY_TOKEN).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss, allow_int=True))(stacked))
+    assert "dot_product_attention_fwd" in text and "dot_product_attention_bwd" in text
+
+
 def test_what_cannot_be_per_token_is_said(adapters, stacked):
     def shaped(fn, *args, **options):
         return jax.eval_shape(
