@@ -1,38 +1,236 @@
-"""Files that are written whole or not at all, and a cache of computed JSON."""
+"""Files and folders that are written whole or not at all, and folders that one process writes.
+
+Every file of this package is written through `replacing`, except logs, which grow record by record
+(`lora_jax.train.metrics`), and the checkpoints of a run, which Orbax's manager writes the same way.
+"""
 
 import contextlib
+import ctypes
+import errno
+import fcntl
 import json
 import os
+import shutil
+import socket
+import time
+import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+_AT_CWD, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+# Errors of renameat2 where the kernel or the file system lacks the exchange.
+_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
+# Seconds that a process may take between making a temporary folder and locking it.
+_UNLOCKED = 60
+LOCK = ".lock"  # in a folder that one process writes
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path in the same folder, and renames that file to `path` at the end.
+    """Yields a path for a new file or folder, which at the end takes the place of `path`.
 
-    A reader finds the old file or the new one, never half of one, even after a power cut. When
-    the block raises, the old file stays and the temporary one is removed.
+    A reader, or a crash of the machine, finds the old content or the new one, never half of it.
+    If the block raises, the old content stays. What a killed process left is removed by the next
+    call for the same path.
 
-        with replacing("result.json") as new:
-            new.write_text("{}")
+    Args:
+      path: the file or folder; missing folders above it are made. A symbolic link is followed.
+
+    Raises:
+      OSError: it cannot be written; the old content is intact.
+
+    Example:
+      with replacing("result.json") as new:
+          new.write_text("{}")
     """
-    path = Path(path)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
+    path = Path(os.path.realpath(path))
     try:
-        yield new
-        with open(new, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+        with temporary_beside(path) as folder:
+            new = folder / path.name
+            yield new
+            sync(new)
+            _put(new, path)
+            sync(path.parent, deep=False)
+    except OSError as error:
+        # The temporary name would tell a user nothing, and a failing disk gives no name at all.
+        if error.errno is None or not _is_inside(error.filename, path.parent):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _is_inside(name: Any, folder: Path) -> bool:
+    """Whether an error's file is in a temporary folder in `folder`, or has no name at all."""
+    if not isinstance(name, str):
+        return True
+    first, _, _ = name.removeprefix(f"{folder}{os.sep}").partition(os.sep)
+    return first.startswith(".") and first.endswith(".tmp")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes UTF-8 text as a whole file."""
     with replacing(path) as new:
         new.write_text(text, "utf-8")
+
+
+@contextlib.contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """Yields an empty folder on the file system of `path`, which is removed at the end.
+
+    A lock in it tells the folder of a killed process, which the next call for `path` removes, from
+    one that is in use. Process numbers would not: in containers every run may have the same one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path)
+    folder = path.parent / f"{_mark(path)}{uuid.uuid4().hex[:8]}.tmp"
+    folder.mkdir()
+    try:
+        with open(folder / LOCK, "xb") as lock:
+            _try_lock(lock.fileno())
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _mark(path: Path) -> str:
+    # Names are cut because a file system allows 255 bytes.
+    return f".{path.name[:50]}."
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Temporary folders of present and killed writers of `path`."""
+    start = _mark(path)
+    found = path.parent.iterdir() if path.parent.is_dir() else ()
+    return sorted(p for p in found if p.name.startswith(start) and p.suffix == ".tmp")
+
+
+def sweep(path: Path) -> None:
+    """Removes what killed writers of `path` left beside it.
+
+    If one was killed between the two renames of a replacement, its old content is put back.
+    """
+    for folder in leftovers(path):
+        if _in_use(folder):
+            continue
+        old = _aside(folder, path)
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _in_use(folder: Path) -> bool:
+    try:
+        with open(folder / LOCK, "r+b") as lock:
+            return not _try_lock(lock.fileno())
+    except FileNotFoundError:
+        # Its owner has just made it, or is removing it, or was killed while doing so.
+        with contextlib.suppress(FileNotFoundError):
+            return time.time() - folder.stat().st_mtime < _UNLOCKED
+        return True
+    except OSError:  # of another user
+        return True
+
+
+def _try_lock(handle: int) -> bool:
+    """Whether this process now has the lock; false where the file system has none."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def sync(path: Path, *, deep: bool = True) -> None:
+    """Waits until a file, or a folder with its content, is on the disk.
+
+    A rename may reach the disk before the data: after a crash of the machine a new name would then
+    point to an empty file. A full disk, too, may show only here.
+    """
+    inside = path.rglob("*") if deep and path.is_dir() else ()
+    for each in (*inside, path):
+        handle = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _put(new: Path, path: Path) -> None:
+    if not (new.is_dir() and path.exists()):
+        os.replace(new, path)
+    elif not exchange(new, path):
+        # Two renames leave a moment without the folder; `sweep` puts the old one back after a
+        # crash in it.
+        old = _aside(new.parent, path)
+        os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except OSError:
+            os.rename(old, path)
+            raise
+
+
+def _aside(folder: Path, path: Path) -> Path:
+    return folder / f"{path.name}.old"
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Exchanges two folders atomically.
+
+    Returns:
+      False if the system or the file system does not support it; nothing is changed then.
+
+    Raises:
+      OSError: the exchange failed.
+    """
+    step = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if step is None:
+        return False
+    if step(_AT_CWD, os.fsencode(a), _AT_CWD, os.fsencode(b), _SWAP) == 0:
+        return True
+    if (number := ctypes.get_errno()) in _CANNOT:
+        return False
+    raise OSError(number, os.strerror(number), str(b))
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps other processes from writing in a folder, which is made if it is missing.
+
+    Raises:
+      BlockingIOError: another process writes there; it is named.
+      OSError: the folder cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / LOCK
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(open(path, "a+b", buffering=0))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read(200).decode(errors="replace").strip() or "another process"
+            raise BlockingIOError(
+                f"{directory}: {owner} is writing there; wait until it ends, or choose another "
+                "folder"
+            ) from None
+        except OSError as error:
+            warnings.warn(
+                f"{directory}: its file system has no locks ({error.strerror}); start no second "
+                "run there",
+                stacklevel=3,
+            )
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+            # The owner of before removed the file after it was opened here.
+            stack.close()
+            stack.enter_context(locked(directory))
+        else:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            # Removed before it is closed, that is while it is locked.
+            stack.callback(path.unlink, missing_ok=True)
+        yield
 
 
 def kept(path: str | os.PathLike, make: Callable[[], Any], *, indent: int | None = None) -> Any:
@@ -51,10 +249,9 @@ def kept(path: str | os.PathLike, make: Callable[[], Any], *, indent: int | None
     if path.is_file():
         try:
             return json.loads(path.read_text("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not JSON ({error}); remove the file, run again") from None
     text = json.dumps(make(), indent=indent)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
     # Parsed again, so that this run gets what the next one reads: lists in place of tuples.
     return json.loads(text)

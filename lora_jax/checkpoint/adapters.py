@@ -3,7 +3,7 @@
 folder/
   adapter/     Orbax: a flat dict, `model.layers.self_attn.q_proj.kernel.a` and so on
   meta/        JSON: format, the LoRA config in PEFT's fields, the plan (`outline`), the
-               base's fingerprint
+               base's fingerprint, checksums
 """
 
 import os
@@ -28,21 +28,25 @@ from lora_jax.checkpoint.flat import (
     unflatten,
 )
 from lora_jax.checkpoint.folder import (
+    check_arrays,
     check_space,
     checkpointer,
     is_folder,
+    newest_whole,
     place_for,
     quiet,
     read_arrays,
     read_meta,
-    read_shapes,
+    replace,
+    shapes_of,
+    with_checksums,
 )
 from lora_jax.checkpoint.planned import planned
-from lora_jax.checkpoint.swap import leftovers, replace
 from lora_jax.compat import require
 from lora_jax.config.arguments import check_argument, check_function
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
+from lora_jax.files import leftovers
 from lora_jax.hf.peft.base import as_read
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.tree import combine, init, split
@@ -169,6 +173,7 @@ def config_from(values: Mapping[str, Any]) -> LoraConfig:
 
 def _write(directory: Path, arrays: dict, meta: dict) -> None:
     ocp = require("orbax.checkpoint")
+    meta = with_checksums(meta, arrays)
     args = ocp.args.Composite(adapter=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
     check_space(directory.parent, arrays)
     with quiet(), checkpointer(ITEM) as opened:
@@ -185,6 +190,7 @@ class Stored(NamedTuple):
       config: the LoRA config in PEFT's fields.
       base: the base's fingerprint.
       plan: the outline of each leaf, see `outline`.
+      arrays: dtype, shape and checksum of each array in the item.
     """
 
     directory: Path
@@ -193,6 +199,7 @@ class Stored(NamedTuple):
     config: dict
     base: dict[str, str]
     plan: dict[str, dict]
+    arrays: dict[str, str]
 
 
 def find(directory: str | os.PathLike, *, step: int | None = None) -> Stored:
@@ -212,22 +219,10 @@ def find(directory: str | os.PathLike, *, step: int | None = None) -> Stored:
     if is_folder(directory, ITEM):
         if step is not None:
             raise ValueError(f"{directory} is one adapter, not a run: it has no step {step}")
-        meta = read_meta(directory, FORMAT, needs=("config", "base", "plan"))
-        return Stored(directory, ITEM, "", meta["config"], meta["base"], meta["plan"])
+        meta, sums = read_meta(directory, FORMAT, needs=("config", "base", "plan"))
+        return Stored(directory, ITEM, "", meta["config"], meta["base"], meta["plan"], sums)
     if (directory / RUN_CHECKPOINTS).is_dir():
-        place = _step(directory / RUN_CHECKPOINTS, step)
-        run = read_meta(place, RUN_FORMAT, part="run", needs=("lora", "base", "plan"))
-        if not run["plan"]:
-            raise ValueError(
-                f"{place} is of full fine-tuning: it holds whole weights and no adapter; resume "
-                "the run with train.fit(..., full=True) to get its parameters"
-            )
-        if run["lora"] is None:
-            raise ValueError(
-                f"{place} was written without `lora_config`, so its adapter cannot be rebuilt from"
-                " the file alone; pass lora_config= to fit"
-            )
-        return Stored(place, "state", "trainable.", run["lora"], run["base"], run["plan"])
+        return _newest_whole(directory / RUN_CHECKPOINTS, step)
     raise ValueError(
         f"{directory} is neither an adapter written by lora.checkpoint.save nor the folder of a"
         " training run; a PEFT folder is read by lora.hf.load_peft"
@@ -236,18 +231,43 @@ def find(directory: str | os.PathLike, *, step: int | None = None) -> Stored:
 
 def _hint(directory: Path) -> str:
     """The hint for a save that was killed between two renames, which left the old folder."""
-    old = [half for half in leftovers(directory) if half.suffix == ".old"]
+    old = [each for half in leftovers(directory) for each in half.glob("*.old")]
     return f"; a save was interrupted: rename {old[0]} to it" if old else ""
 
 
-def _step(checkpoints: Path, step: int | None) -> Path:
-    steps = sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
+def _newest_whole(checkpoints: Path, step: int | None) -> Stored:
+    """The adapter of one step, or of the newest checkpoint that is not damaged."""
+    steps = sorted((int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()), reverse=True)
     if not steps:
         raise FileNotFoundError(f"{checkpoints}: the run has no checkpoint yet")
-    if step is not None and step not in steps:
-        kept = ", ".join(map(str, steps))
-        raise FileNotFoundError(f"{checkpoints}: there is no step {step}; kept are {kept}")
-    return checkpoints / str(steps[-1] if step is None else step)
+    if step is not None:
+        if step not in steps:
+            kept = ", ".join(map(str, sorted(steps)))
+            raise FileNotFoundError(f"{checkpoints}: there is no step {step}; kept are {kept}")
+        return _of_run(checkpoints / str(step))
+
+    def read(step: int) -> Stored:
+        stored = _of_run(checkpoints / str(step))
+        if len(steps) > 1:  # alone, it is read and checked once, by the caller
+            _read_arrays(stored, None)
+        return stored
+
+    return newest_whole(checkpoints, steps, read)[1]
+
+
+def _of_run(place: Path) -> Stored:
+    run, sums = read_meta(place, RUN_FORMAT, part="run", needs=("lora", "base", "plan"))
+    if not run["plan"]:
+        raise ValueError(
+            f"{place} is of full fine-tuning: it holds whole weights and no adapter; resume "
+            "the run with train.fit(..., full=True) to get its parameters"
+        )
+    if run["lora"] is None:
+        raise ValueError(
+            f"{place} was written without `lora_config`, so its adapter cannot be rebuilt from"
+            " the file alone; pass lora_config= to fit"
+        )
+    return Stored(place, "state", "trainable.", run["lora"], run["base"], run["plan"], sums)
 
 
 def read_config(directory: str | os.PathLike) -> LoraConfig:
@@ -333,19 +353,20 @@ def _filled(stored: Stored, lora_params: Any) -> Any:
 def _read_arrays(stored: Stored, like: dict[str, Any] | None) -> dict[str, jax.Array]:
     """The trained arrays, sharded as those of `like`, or on one device without it."""
     cut = len(stored.prefix)
+    found = shapes_of(stored.arrays)
+    named = {n[cut:]: x for n, x in found.items() if n.startswith(stored.prefix)}
+    like = named if like is None else like
+    if phrases := differences(like, named):
+        raise ValueError(f"{stored.directory} does not fit the model: {summary(phrases)}")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    # Orbax restores whole trees only, so the rest of a run's state is read too.
+    wanted = {
+        n: _struct(like[n[cut:]] if n.startswith(stored.prefix) else x, here)
+        for n, x in found.items()
+    }
     with checkpointer(stored.item) as opened:
-        found = read_shapes(opened, stored.directory, stored.item)
-        named = {n[cut:]: x for n, x in found.items() if n.startswith(stored.prefix)}
-        like = named if like is None else like
-        if phrases := differences(like, named):
-            raise ValueError(f"{stored.directory} does not fit the model: {summary(phrases)}")
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        # Orbax restores whole trees only, so the rest of a run's state is read too.
-        wanted = {
-            n: _struct(like[n[cut:]] if n.startswith(stored.prefix) else x, here)
-            for n, x in found.items()
-        }
         arrays = read_arrays(opened, stored.directory, stored.item, wanted)
+    check_arrays(arrays, stored.arrays, stored.directory)
     return {n: arrays[stored.prefix + n] for n in like}
 
 

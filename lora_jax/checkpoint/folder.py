@@ -1,15 +1,35 @@
-"""Orbax folders with arrays under one name and JSON under `meta`, and errors of the disk."""
+"""Orbax folders with arrays under one name and JSON under `meta`, and errors of the disk.
+
+`meta` holds a checksum of every array and of itself. Orbax has none for arrays: a byte that a disk
+or a copy has changed would be read as another number.
+"""
 
 import contextlib
 import errno
+import hashlib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
+import numpy as np
+
+from lora_jax.checkpoint.flat import describe, parse
 from lora_jax.compat import require
+from lora_jax.files import replacing
+
+T = TypeVar("T")
+
+_CHECKSUMS = "checksums"
+
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be read, or holds other bytes than were written."""
 
 
 def checkpointer(item: str) -> Any:
@@ -42,10 +62,84 @@ def place_for(directory: str | os.PathLike, item: str, what: str) -> Path:
     return directory
 
 
+def replace(directory: Path, write: Callable[[Path], None]) -> None:
+    """Writes a folder and moves it into place when it is complete.
+
+    Args:
+      directory: the final path; existing content is replaced.
+      write: creates the folder at the path it is called with.
+
+    Raises:
+      OSError: it could not be written; existing content is intact.
+    """
+    try:
+        with replacing(directory) as new:
+            write(new)
+    except Exception as error:
+        raise OSError(
+            f"cannot write {directory}: {one_line(error)}; what was there before is intact"
+        ) from error
+
+
+def with_checksums(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of a folder with checksums of itself and of the arrays beside it.
+
+    Args:
+      meta: JSON values.
+      arrays: the arrays by name.
+    """
+    sums = {name: f"{describe(x)} {_digest(x)}" for name, x in arrays.items()}
+    return {**meta, _CHECKSUMS: {"meta": _digest_of_json(meta), "arrays": sums}}
+
+
+def split_checksums(meta: Any, directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The JSON without its checksums, and those of the arrays: `float32[576,8] 9f86d081...`.
+
+    Raises:
+      DamagedError: the JSON has changed since it was written.
+    """
+    try:
+        plain = {name: value for name, value in meta.items() if name != _CHECKSUMS}
+        sums = meta[_CHECKSUMS]
+        intact = sums["meta"] == _digest_of_json(plain)
+        arrays = dict(sums["arrays"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise DamagedError(
+            f"{directory}: its `meta` has no checksums: it is damaged, or written by a version "
+            "without them"
+        ) from None
+    if not intact:
+        raise DamagedError(f"{directory}: its `meta` has changed since it was written")
+    return plain, arrays
+
+
+def check_arrays(arrays: Mapping[str, Any], sums: Mapping[str, str], directory: Path) -> None:
+    """Compares arrays with their checksums.
+
+    Raises:
+      DamagedError: an array is missing or has changed since it was written.
+    """
+    for name, expected in sums.items():
+        if name not in arrays:
+            raise DamagedError(f"{directory}: array `{name}` is missing")
+        if f"{describe(arrays[name])} {_digest(arrays[name])}" != expected:
+            raise DamagedError(f"{directory}: array `{name}` has changed since it was written")
+
+
+def _digest(array: Any) -> str:
+    # Of the bytes in C order, on the host: the same for every sharding and device.
+    data = np.ascontiguousarray(jax.device_get(array))
+    return hashlib.sha256(data.reshape(-1).view(np.uint8).data).hexdigest()[:16]
+
+
+def _digest_of_json(meta: Any) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def read_meta(
     directory: Path, expected: str, *, part: str | None = None, needs: tuple[str, ...] = ()
-) -> dict:
-    """The JSON of a folder, or one part of it.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The JSON of a folder, or one part of it, and the checksums of its arrays.
 
     Args:
       directory: the folder.
@@ -57,31 +151,55 @@ def read_meta(
       ValueError: the folder is damaged or of another format.
     """
     ocp = require("orbax.checkpoint")
-    try:
-        with checkpointer("adapter") as opened:
-            meta = opened.restore(directory, ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        meta = meta if part is None else meta[part]
-        found = meta.get("format")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{directory}: its `meta` cannot be read: {type(error).__name__}: {error}"
-        ) from None
+    with readable(directory, "`meta`"), checkpointer("adapter") as opened:
+        meta = opened.restore(directory, ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    run = meta if part is None or not isinstance(meta, dict) else meta.get(part)
+    found = run.get("format") if isinstance(run, dict) else None
+    if found != expected and (not isinstance(meta, dict) or _CHECKSUMS not in meta):
+        raise ValueError(f"{directory}: expected format {expected!r}, got {found!r}")
+    plain, sums = split_checksums(meta, directory)
+    run = plain if part is None else plain[part]
     if found != expected:
         raise ValueError(f"{directory}: expected format {expected!r}, got {found!r}")
     # A run without a LoRA config has null there.
-    if lost := [n for n in needs if not isinstance(meta.get(n, "absent"), dict | None)]:
+    if lost := [n for n in needs if not isinstance(run.get(n, "absent"), dict | None)]:
         raise ValueError(f"{directory}: its `meta` has no `{lost[0]}`; it is damaged")
-    return meta
+    return run, sums
 
 
-def read_shapes(opened: Any, directory: Path, item: str) -> Any:
-    """Shapes and dtypes of a folder's arrays, as a tree.
+def shapes_of(sums: Mapping[str, str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each array, from its checksum."""
+    parsed = {name: parse(text) for name, text in sums.items()}
+    return {n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in parsed.items()}
+
+
+def newest_whole(directory: Path, steps: Sequence[int], read: Callable[[int], T]) -> tuple[int, T]:
+    """The newest of several checkpoints that is whole, with a warning for each newer one.
+
+    Args:
+      directory: the folder that holds them, each named by its step.
+      steps: the steps, newest first.
+      read: reads a checkpoint, given its step; raises `DamagedError` if it is not whole.
 
     Raises:
-      ValueError: they cannot be read, in one line.
+      ValueError: none is whole.
     """
-    with _readable(directory):
-        return opened.metadata(directory).item_metadata[item].tree
+    reasons = []
+    for step in steps:
+        try:
+            found = read(step)
+        except DamagedError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            warnings.warn(
+                f"damaged checkpoint: {reason}; that of step {step} is used instead", stacklevel=3
+            )
+        return step, found
+    raise DamagedError(
+        f"{directory}: no checkpoint is whole ({'; '.join(reasons)}); remove {directory} to start "
+        "from the beginning"
+    )
 
 
 def read_arrays(opened: Any, directory: Path, item: str, wanted: Any) -> Any:
@@ -94,23 +212,34 @@ def read_arrays(opened: Any, directory: Path, item: str, wanted: Any) -> Any:
       wanted: tree of `jax.ShapeDtypeStruct`s with the shardings.
 
     Raises:
-      ValueError: they cannot be read, in one line.
+      DamagedError: they cannot be read, in one line.
     """
     ocp = require("orbax.checkpoint")
     args = ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)})
-    with _readable(directory):
+    with readable(directory, "arrays"):
         return opened.restore(directory, args)[item]
 
 
 @contextlib.contextmanager
-def _readable(directory: Path) -> Iterator[None]:
+def readable(directory: Path, what: str) -> Iterator[None]:
+    """Turns whatever Orbax raises for a damaged folder into one line.
+
+    Raises:
+      DamagedError: the block raised.
+      PermissionError: the files may not be read.
+    """
     try:
         with quiet():
             yield
+    except MemoryError:
+        raise
     except Exception as error:
-        raise ValueError(
-            f"{directory}: its arrays cannot be read: {one_line(error)}; take an earlier one"
-        ) from error
+        text = one_line(error)
+        if text == "Permission denied":
+            raise PermissionError(f"{directory}: {text}: its {what} cannot be read") from None
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise DamagedError(f"{directory}: its {what} cannot be read: {text}") from error
 
 
 # Bytes that Orbax writes beside the data to describe the tree and each array.

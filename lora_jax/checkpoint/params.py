@@ -2,7 +2,7 @@
 
 folder/
   params/   Orbax: the tree as nested dicts, readable by any program that uses Orbax
-  meta/     JSON: format, and the shape, dtype and a hash of samples of each leaf
+  meta/     JSON: format, the fingerprint of the leaves, checksums
 """
 
 import os
@@ -15,6 +15,7 @@ from lora_jax.array import is_lora
 from lora_jax.checkpoint.fingerprint import fingerprint, kinds
 from lora_jax.checkpoint.flat import differences, flatten, nested, parse, summary, unflatten
 from lora_jax.checkpoint.folder import (
+    check_arrays,
     check_space,
     checkpointer,
     is_folder,
@@ -22,9 +23,10 @@ from lora_jax.checkpoint.folder import (
     quiet,
     read_arrays,
     read_meta,
-    read_shapes,
+    replace,
+    shapes_of,
+    with_checksums,
 )
-from lora_jax.checkpoint.swap import replace
 from lora_jax.compat import require
 from lora_jax.paths import spell
 
@@ -54,7 +56,7 @@ def save_params(directory: str | os.PathLike, params: Any) -> None:
                 f"`{spell(path)}` still has an adapter; merge first: lora.merge(params)"
             )
     arrays = flatten(params)
-    meta = {"format": FORMAT, "weights": fingerprint(params)}
+    meta = with_checksums({"format": FORMAT, "weights": fingerprint(params)}, arrays)
     args = ocp.args.Composite(
         params=ocp.args.StandardSave(nested(arrays)), meta=ocp.args.JsonSave(meta)
     )
@@ -88,18 +90,18 @@ def restore_params(directory: str | os.PathLike, like: Any) -> Any:
         raise FileNotFoundError(f"{directory}: no such folder")
     if not is_folder(directory, ITEM):
         raise ValueError(f"{directory} is not written by lora.checkpoint.save_params")
-    written = read_meta(directory, FORMAT).get("weights", {})
+    meta, sums = read_meta(directory, FORMAT, needs=("weights",))
     named = flatten(like)
+    if phrases := differences(named, shapes_of(sums)):
+        raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")
+    # Format and block size are not arrays: a mismatch would decode the bytes to other values.
+    got = {name: text.partition(" ")[0] for name, text in meta["weights"].items()}
+    if phrases := _requantized(kinds(like), got):
+        raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")
+    wanted = {n: placed(x) for n, x in named.items()}
     with checkpointer(ITEM) as opened:
-        found = flatten(read_shapes(opened, directory, ITEM))
-        if phrases := differences(named, found):
-            raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")
-        # Format and block size are not arrays: a mismatch would decode the bytes to other values.
-        got = {name: text.partition(" ")[0] for name, text in written.items()}
-        if phrases := _requantized(kinds(like), got):
-            raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")
-        wanted = {n: placed(x) for n, x in named.items()}
         arrays = flatten(read_arrays(opened, directory, ITEM, nested(wanted)))
+    check_arrays(arrays, sums, directory)
     return unflatten(like, arrays)
 
 
@@ -114,7 +116,7 @@ def _requantized(expected: dict[str, str], got: dict[str, str]) -> list[str]:
 def described(directory: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of every leaf in a folder of `save_params`, by name; nothing is read."""
     directory = Path(os.path.abspath(directory))
-    weights = read_meta(directory, FORMAT, needs=("weights",))["weights"]
+    weights = read_meta(directory, FORMAT, needs=("weights",))[0]["weights"]
     return {name: parse(text) for name, text in weights.items()}
 
 

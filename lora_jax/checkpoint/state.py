@@ -1,7 +1,7 @@
 """The state of a training run on disk, through Orbax's CheckpointManager.
 
     folder/<step>/state/   Orbax: trainable, opt_state, key, step as one flat dict
-    folder/<step>/meta/    JSON: data position, configs, the base's fingerprint
+    folder/<step>/meta/    JSON: data position, configs, the base's fingerprint, checksums
 
 A step's folder appears by one rename when it is complete: a run that is killed while writing leaves
 the previous checkpoint. Saving is synchronous, so that an error is raised in its own step.
@@ -10,14 +10,26 @@ the previous checkpoint. Saving is synchronous, so that an error is raised in it
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
-from lora_jax.checkpoint.folder import check_space, one_line, quiet
+from lora_jax.checkpoint.folder import (
+    check_arrays,
+    check_space,
+    newest_whole,
+    one_line,
+    quiet,
+    readable,
+    shapes_of,
+    split_checksums,
+    with_checksums,
+)
 from lora_jax.compat import require
 
 
@@ -84,13 +96,14 @@ def save_state(opened: Any, step: int, state: Any, meta: dict) -> None:
     """
     ocp = require("orbax.checkpoint")
     arrays = {name: _plain(leaf) for name, leaf in flatten(state).items()}
+    meta = with_checksums(meta, arrays)
     args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
     try:
         check_space(Path(opened.directory), arrays)
         with quiet():
             opened.save(step, args=args, force=True)
     except Exception as error:
-        _sweep(Path(opened.directory), step)
+        sweep(Path(opened.directory), f"{step}.")
         # Orbax caches the list of steps, which may include the failed one.
         opened.reload()
         last = max((s for s in opened.all_steps() if s != step), default=None)
@@ -101,8 +114,14 @@ def save_state(opened: Any, step: int, state: Any, meta: dict) -> None:
         ) from error
 
 
-def _sweep(directory: Path, step: int) -> None:
-    for half in directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+def sweep(directory: Path, start: str = "") -> None:
+    """Removes the partial checkpoints of killed runs; no other process may write there.
+
+    Args:
+      directory: of the checkpoints.
+      start: of the names to remove; all by default.
+    """
+    for half in directory.glob(f"{start}*orbax-checkpoint-tmp*"):
         shutil.rmtree(half, ignore_errors=True)
 
 
@@ -115,43 +134,88 @@ def _plain(x: Any) -> Any:
 
 
 def read_meta_of(opened: Any) -> tuple[int, dict] | None:
-    """The newest checkpoint's step and JSON, or None if there is no checkpoint."""
-    ocp = require("orbax.checkpoint")
-    step = opened.latest_step()
-    if step is None:
+    """The step and the JSON of the newest checkpoint, or None if there is no checkpoint.
+
+    Damaged ones are left out with a warning.
+
+    Raises:
+      ValueError: all are damaged.
+    """
+    steps = sorted(opened.all_steps(), reverse=True)
+    if not steps:
         return None
-    restored = opened.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-    return step, restored.meta
+    return newest_whole(Path(opened.directory), steps, lambda step: _meta(opened, step)[0])
 
 
-def restore_state(opened: Any, like: Any) -> Checkpoint:
+def _meta(opened: Any, step: int) -> tuple[dict, dict[str, str]]:
+    ocp = require("orbax.checkpoint")
+    place = Path(opened.directory) / str(step)
+    with readable(place, "`meta`"):
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta = opened.restore(step, args=args).meta
+    return split_checksums(meta, place)
+
+
+def restore_state(
+    opened: Any, like: Any, *, check: Callable[[dict], None] | None = None
+) -> Checkpoint:
     """Reads the newest checkpoint into a tree with the structure of `like`.
+
+    Checkpoints that are damaged are left out with a warning.
+
+    Args:
+      opened: from `manager`.
+      like: tree of arrays with the expected shapes and dtypes.
+      check: called with the JSON before the arrays are read; raises for another run's.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      ValueError: its arrays differ from those of `like`.
+      ValueError: its arrays differ from those of `like`, or all checkpoints are damaged.
     """
-    ocp = require("orbax.checkpoint")
-    found = read_meta_of(opened)
-    if found is None:
+    steps = sorted(opened.all_steps(), reverse=True)
+    if not steps:
         raise FileNotFoundError(f"{opened.directory}: there is no checkpoint to restore")
-    step, meta = found
+    read = partial(_restore_step, opened, like=like, check=check)
+    return newest_whole(Path(opened.directory), steps, read)[1]
+
+
+def _restore_step(
+    opened: Any, step: int, *, like: Any, check: Callable[[dict], None] | None
+) -> Checkpoint:
+    ocp = require("orbax.checkpoint")
+    meta, sums = _meta(opened, step)
+    if check is not None:
+        check(meta)
     named = flatten(like)
     wanted = {n: jax.eval_shape(_plain, x) for n, x in named.items()}
-    if phrases := differences(wanted, opened.item_metadata(step).state.tree):
+    if phrases := differences(wanted, shapes_of(sums)):
         raise ValueError(
             f"{opened.directory}: the checkpoint of step {step} is of another run:"
             f" {summary(phrases)}"
         )
     wanted = {n: _placed(w, named[n]) for n, w in wanted.items()}
     args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-    arrays = opened.restore(step, args=args).state
+    place = Path(opened.directory) / str(step)
+    with readable(place, "arrays"):
+        arrays = opened.restore(step, args=args).state
+    check_arrays(arrays, sums, place)
     typed = {
         n: jax.random.wrap_key_data(x, impl=jax.random.key_impl(named[n]))
         if _is_key(named[n]) else x
         for n, x in arrays.items()
     }  # fmt: skip
     return Checkpoint(step, unflatten(like, typed), meta)
+
+
+def set_aside(opened: Any, after: int) -> None:
+    """Renames the checkpoints after a step, which are damaged, to make room for new ones."""
+    for step in [s for s in opened.all_steps() if s > after]:
+        place = Path(opened.directory) / str(step)
+        aside = place.with_name(f"{step}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(place, aside)
+        warnings.warn(f"{place}: renamed to {aside.name}; remove it", stacklevel=2)
+    opened.reload()
 
 
 def _placed(struct: jax.ShapeDtypeStruct, like: Any) -> jax.ShapeDtypeStruct:

@@ -12,9 +12,6 @@ Weights are merged, cast and written one block of one module at a time.
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import product
@@ -25,6 +22,7 @@ import jax
 import numpy as np
 
 from lora_jax.array import LoraArray, SavedArray, check_whole, dense, is_leaf, is_lora
+from lora_jax.files import replacing
 from lora_jax.hf.checkpoint.names import Family, module_name, stack_depth, tensor_of
 from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, size_of, write_shards
 from lora_jax.hf.checkpoint.weights import shape_there
@@ -112,9 +110,8 @@ def save_merged(
     most, family = size_of(max_shard_size), architecture_of(model.config.model_type).names
     modules = _modules(lora_params)
     blocks = _blocks(modules, family)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with replacing(directory) as new:
+        new.mkdir()
         entries = [entry for block in blocks for entry in _entries(block, modules, family)]
         values = (
             value for block in blocks for value in _values(block, modules, family, DTYPES[dtype])
@@ -123,14 +120,6 @@ def save_merged(
         for name, text in _texts(model, dtype).items():
             (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_text(text, encoding="utf-8")
-        # A rename may reach the disk before the data: the files are synced first.
-        for path in new.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        _share(new)
-        os.rename(new, directory)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _modules(params: Any) -> Modules:
@@ -247,15 +236,3 @@ def _tokenizer_texts(tokenizer: Any, length: int) -> dict[str, str]:
 
 def _json(value: dict) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _share(directory: Path) -> None:
-    """Gives a directory of mkdtemp, which is private, the usual rights."""
-    mask = os.umask(0)
-    os.umask(mask)
-    directory.chmod(0o777 & ~mask)

@@ -1,6 +1,5 @@
 """Folders that change as a whole, saves in the background, plain parameters, and meshes."""
 
-import os
 import subprocess
 import sys
 import textwrap
@@ -15,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
-from lora_jax import checkpoint
-from lora_jax.checkpoint import adapters, swap
+from lora_jax import checkpoint, files
+from lora_jax.checkpoint import adapters
 
 from tests.checkpoint.test_adapters import assert_same_bits, moved
 from tests.support.places import ROOT
@@ -30,117 +29,46 @@ def trained():
     return moved(toy_lora())
 
 
-def write_text(text):
-    def write(folder):
-        folder.mkdir()
-        (folder / "text").write_text(text)
-
-    return write
-
-
-@pytest.mark.parametrize("can", [True, False])
-def test_a_folder_is_replaced(tmp_path, monkeypatch, can):
-    if not can:
-        monkeypatch.setattr(swap, "exchange", lambda a, b: False)
-    for text in ("one", "two", "three"):
-        swap.replace(tmp_path / "deep" / "f", write_text(text))
-        assert (tmp_path / "deep" / "f" / "text").read_text() == text
-        assert [p.name for p in (tmp_path / "deep").iterdir()] == ["f"]
-
-
-def test_folders_are_exchanged_in_one_step(tmp_path):
-    for name in "ab":
-        write_text(name)(tmp_path / name)
-    assert swap.exchange(tmp_path / "a", tmp_path / "b") is sys.platform.startswith("linux")
-    if sys.platform.startswith("linux"):
-        assert (tmp_path / "a" / "text").read_text() == "b"
-        with pytest.raises(FileNotFoundError, match="No such file or directory"):
-            swap.exchange(tmp_path / "a", tmp_path / "none")
-
-
-def test_what_the_dead_left_is_removed_and_what_the_living_write_stays(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    swap.replace(tmp_path / "f", write_text("one"))
-    names = {who: f".f.{host}-{pid}-0a1b2c3d.new" for who, host, pid in (
-        ("dead", swap._host(), dead.pid), ("living", swap._host(), os.getpid()),
-        ("far", "elsewhere", dead.pid),
-    )}  # fmt: skip
-    for name in names.values():
-        write_text("half")(tmp_path / name)
-    swap.replace(tmp_path / "f", write_text("two"))
-    left = {p.name for p in tmp_path.iterdir()}
-    assert left == {"f", names["living"], names["far"]}
-
-
-def test_an_old_folder_that_waits_is_named(tmp_path, trained):
+def test_an_old_folder_that_waits_is_named_and_put_back(tmp_path, trained):
     checkpoint.save(tmp_path / "a", trained, CONFIG)
-    old = tmp_path / f".a.{swap._host()}-1-0a1b2c3d.new.old"
-    (tmp_path / "a").rename(old)
-    with pytest.raises(FileNotFoundError, match=f"a save was interrupted: rename .*{old.name}"):
+    half = tmp_path / ".a.0a1b2c3d.tmp"
+    half.mkdir()
+    (half / files.LOCK).touch()
+    (tmp_path / "a").rename(half / "a.old")
+    with pytest.raises(FileNotFoundError, match=f"interrupted: rename .*{half.name}/a.old to it"):
         checkpoint.find(tmp_path / "a")
-    assert_same_bits(checkpoint.restore_into(old, toy_lora()), trained)
+    assert_same_bits(checkpoint.restore_into(half / "a.old", toy_lora()), trained)
+    files.sweep(tmp_path / "a")
+    assert_same_bits(checkpoint.restore_into(tmp_path / "a", toy_lora()), trained)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-# Processes are killed at each of these moments of replacing a folder by another, at last one that
-# replaces an adapter.
+# An adapter is being replaced when the process is killed.
 KILLED = """
-    import os, pathlib, signal, sys
+    import os, signal, sys
     sys.path.insert(0, {root!r})
-    from lora_jax.checkpoint import swap
-
-    def die(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def write(folder, text="after", end=lambda: None):
-        folder.mkdir()
-        (folder / "text").write_text(text)
-        end()
-
-    def no_exchange():
-        swap.exchange = lambda a, b: False
-
-    MOMENTS = dict(
-        writing=lambda: None,
-        written=lambda: setattr(swap, "_sync", die),
-        synced=lambda: setattr(swap, "_put", die),
-        swapped=lambda: setattr(swap.shutil, "rmtree", die),
-        fallback=lambda: (no_exchange(), setattr(swap.shutil, "rmtree", die)),
-    )
-    for moment, prepare in MOMENTS.items():
-        if os.fork() == 0:
-            prepare()
-            end = die if moment == "writing" else lambda: None
-            swap.replace(pathlib.Path({place!r} + moment), lambda f: write(f, end=end))
-            os._exit(9)
-        assert os.wait()[1] == signal.SIGKILL, moment
-    print(" ".join(MOMENTS), flush=True)
-
     from lora_jax import checkpoint
     from lora_jax.checkpoint import adapters
     from tests.support.train_toys import CONFIG, toy_lora
 
-    adapters._write = lambda folder, *rest: (folder.mkdir(), write(folder / "adapter", end=die))
-    checkpoint.save({place!r} + "adapter", toy_lora(), CONFIG)
+    def write(folder, *rest):
+        (folder / "adapter").mkdir(parents=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    adapters._write = write
+    checkpoint.save({place!r}, toy_lora(), CONFIG)
 """
 
 
 def test_a_save_that_is_killed_leaves_the_one_before(tmp_path, trained):
-    moments = ("writing", "written", "synced", "swapped", "fallback")
-    for moment in moments:
-        write_text("before")(tmp_path / moment)
     checkpoint.save(tmp_path / "adapter", trained, CONFIG)
-    code = textwrap.dedent(KILLED).format(root=str(ROOT), place=str(tmp_path) + os.sep)
+    code = textwrap.dedent(KILLED).format(root=str(ROOT), place=str(tmp_path / "adapter"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout.split()) == (-9, list(moments)), done.stderr
-    for moment in moments:
-        wanted = "after" if moment in ("swapped", "fallback") else "before"
-        assert (tmp_path / moment / "text").read_text() == wanted
-        swap.replace(tmp_path / moment, write_text("next"))  # clears up, too
+    assert done.returncode == -9, done.stderr
     assert_same_bits(checkpoint.restore_into(tmp_path / "adapter", toy_lora()), trained)
-    assert len(list(tmp_path.iterdir())) > len(moments) + 1
+    assert len(list(tmp_path.iterdir())) == 2
     checkpoint.save(tmp_path / "adapter", trained, CONFIG)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted((*moments, "adapter"))
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_save_in_the_background(tmp_path, trained, monkeypatch):

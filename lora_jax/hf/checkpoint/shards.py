@@ -9,7 +9,6 @@ and `__metadata__`), the data. https://github.com/huggingface/safetensors
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -117,9 +116,6 @@ def _write(path: Path, entries: list[NewTensor], values: Iterable, dtype: np.dty
                     f"`{entry.name}` is {value.dtype} {value.shape}, expected {dtype} {entry.shape}"
                 )
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-        file.flush()
-        # A full disk may show only when the bytes reach it.
-        os.fsync(file.fileno())
 
 
 def _header(entries: list[NewTensor], dtype: np.dtype) -> bytes:

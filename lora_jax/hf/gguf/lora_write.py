@@ -12,6 +12,7 @@ Source: llama.cpp's `convert_lora_to_gguf.py`, `src/llama-adapter.cpp` (what is 
 `src/llama-adapter.h` (`get_scale`), `src/llama-graph.cpp` (`build_lora_mm`, `build_inp_embd`).
 """
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.files import replacing
-from lora_jax.hf.gguf.file import to_pairs
+from lora_jax.hf.gguf.file import open_gguf, to_pairs
 from lora_jax.hf.gguf.names import Base, gguf_names, heads_of
 from lora_jax.hf.peft.index import PREFIX
 from lora_jax.hf.peft.save import to_peft
@@ -205,7 +206,6 @@ def write_gguf_lora(
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path}: expected a file to write the adapter to, got a directory")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as new:
         _write(new, content, base, dtype=dtype, name=name)
 
@@ -221,16 +221,45 @@ def _write(path: Path, content: Content, base: Base, *, dtype: str, name: str | 
     writer.add_file_type(_FILE_TYPES[dtype])
     writer.add_quantization_version(2)
     kind = {"float16": "F16", "bfloat16": "BF16"}.get(dtype)
+    written = {}
     for key, tensor in content.tensors.items():
         if kind is None:
+            written[key] = tensor
             writer.add_tensor(key, tensor)
             continue
         with np.errstate(over="ignore"):  # found below
             packed = gguf.quantize(tensor, gguf.GGMLQuantizationType[kind])
         if kind == "F16" and not np.isfinite(packed).all():
             raise ValueError(f"`{key}` has a number that float16 cannot hold; take bfloat16")
+        written[key] = packed
         writer.add_tensor(key, packed, raw_dtype=gguf.GGMLQuantizationType[kind])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    except OSError as error:
+        raise _cut_short(path, error.strerror or str(error)) from error
+    finally:
+        writer.close()
+    _check_written(path, written)
+
+
+def _check_written(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Reads the tensors back: the writer uses numpy's `tofile`, which hides some failed writes.
+
+    Raises:
+      OSError: the file lacks bytes.
+    """
+    try:
+        file = open_gguf(path, kind="adapter")
+    except ValueError as error:
+        raise _cut_short(path, "bytes are missing") from error
+    for key, tensor in tensors.items():
+        place = file.tensors[key]
+        if file.data[place.start : place.start + place.size].tobytes() != tensor.tobytes():
+            raise _cut_short(path, f"bytes of tensor `{key}` are missing")
+
+
+def _cut_short(path: Path, reason: str) -> OSError:
+    # EIO, because numpy drops the number; `replacing` puts the final path in.
+    return OSError(errno.EIO, f"not written whole ({reason}): is the disk full?", str(path))

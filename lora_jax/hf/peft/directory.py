@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lora_jax.config.peft import check_type
+from lora_jax.files import replacing, sweep, sync, temporary_beside
 from lora_jax.hf.checkpoint.safetensors import PICKLES, read_header
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.peft.prefixes import plain_fields, plain_keys
@@ -157,48 +156,42 @@ def write_directory(
       OSError: the directory cannot be written; nothing was changed.
     """
     root = Path(directory)
-    config = json.dumps(fields, indent=2, sort_keys=True)
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root}: expected a directory to write the adapter to, got a file")
-    temporary = None
     try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        # On the same file system as its destination, so that moving it is a rename and no copy.
-        place = root if root.is_dir() else root.parent
-        temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=place))
-        (temporary / CONFIG_FILE).write_text(config, "utf-8")
-        # transformers refuses a file without this entry, and PEFT writes it.
-        save_file(dict(tensors), temporary / TENSOR_FILE, metadata={"format": "pt"})
-        (temporary / CARD_FILE).write_text(card(fields), "utf-8")
-        for name in (CONFIG_FILE, TENSOR_FILE, CARD_FILE):
-            _sync(temporary / name)
-        _move_in(temporary, root)
+        if root.exists():
+            # Inside: the directory may be a mounted disk of its own. What an export that was killed
+            # before it existed has left lies beside it.
+            sweep(root)
+            with temporary_beside(root / CONFIG_FILE) as temporary:
+                _write(temporary, fields, tensors)
+                _replace(temporary, root)
+                sync(root, deep=False)
+        else:
+            with replacing(root) as new:
+                new.mkdir()
+                _write(new, fields, tensors)
     except (OSError, SafetensorError) as error:
         raise OSError(
             _errno(error),
             f"{root}: the adapter could not be written: {getattr(error, 'strerror', None) or error}"
             "; make room or choose another directory",
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+    (folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True), "utf-8")
+    # transformers refuses a file without this entry, and PEFT writes it.
+    save_file(dict(tensors), folder / TENSOR_FILE, metadata={"format": "pt"})
+    (folder / CARD_FILE).write_text(card(fields), "utf-8")
+    for name in (CONFIG_FILE, TENSOR_FILE, CARD_FILE):
+        sync(folder / name)
 
 
 def _errno(error: Exception) -> int:
     """The errno, which an error of safetensors holds in its text only."""
     in_text = re.search(r"os error (\d+)", str(error))
     return getattr(error, "errno", None) or (int(in_text[1]) if in_text else errno.EIO)
-
-
-def _move_in(temporary: Path, root: Path) -> None:
-    if root.exists():
-        _replace(temporary, root)
-    else:
-        # mkdtemp makes a directory that only its owner can read.
-        os.chmod(temporary, 0o777 & ~_umask())
-        os.rename(temporary, root)
-    _sync(root.parent)
-    _sync(root)
 
 
 def _replace(temporary: Path, root: Path) -> None:
@@ -226,22 +219,6 @@ def _may_replace_card(root: Path) -> bool:
         return (root / CARD_FILE).read_text("utf-8") == card(_read_json(root / CONFIG_FILE))
     except (OSError, ValueError, TypeError, AttributeError):  # no config of ours, or no text
         return False
-
-
-def _umask() -> int:
-    # The mask can only be read by setting it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        # A rename, too, is only safe after its directory is synced.
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 CARD_FILE = "README.md"
