@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after the program's name; those of the process by default.
 
     Returns:
-      The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C.
+      The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C, 143 after
+      SIGTERM, 129 after SIGHUP.
     """
     arguments = parse(argv)
     if not arguments.debug:
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt as interrupt:
         return _fail(arguments, str(interrupt) or "interrupted", errors.INTERRUPTED)
+    except SystemExit as end:  # of training, after a signal
+        return _fail(arguments, str(end), getattr(end, "status", errors.FAILURE))
     except BrokenPipeError:
         # The reader of our output has exited (`| head`). Python would fail again when it flushes
         # stdout at exit, so stdout is redirected.

@@ -16,6 +16,7 @@ from lora_jax.checkpoint import state as checkpoints
 from lora_jax.checkpoint.adapters import RUN_CHECKPOINTS, RUN_FORMAT, config_json
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
 from lora_jax.checkpoint.flat import outline
+from lora_jax.files import locked
 from lora_jax.train import metrics
 from lora_jax.train.batches import data_hash
 from lora_jax.train.config import TrainConfig, fixed_fields
@@ -57,13 +58,18 @@ def archive(config: TrainConfig) -> Iterator[Archive | None]:
 
     Raises:
       FileExistsError: the folder already holds a run and `resume` is false.
+      BlockingIOError: another process writes there.
       OSError: the folder cannot be written.
     """
     if config.output_dir is None:
         yield None
         return
     directory = config.output_dir.absolute()
-    with checkpoints.manager(directory / RUN_CHECKPOINTS, keep=config.keep) as opened:
+    place = directory / RUN_CHECKPOINTS
+    with checkpoints.manager(place, keep=config.keep) as opened, locked(directory):
+        checkpoints.sweep(place)
+        # The steps were listed before the lock was taken.
+        opened.reload()
         if not config.resume and _holds_a_run(directory, opened):
             step = opened.latest_step()
             newest = "no checkpoint yet" if step is None else f"newest checkpoint: step {step}"
@@ -100,18 +106,24 @@ def start(opened: Archive | None, state: TrainState, described: dict, lora_param
     Raises:
       ValueError: the checkpoint is of another base, config or dataset.
     """
-    found = None if opened is None else checkpoints.read_meta_of(opened.manager)
-    if opened is None or found is None:
-        # A run killed before its first checkpoint may have left records.
-        if opened is not None:
-            metrics.rewind(opened.directory / metrics.METRICS, -1)
+    if opened is None:
         return Start(state, 0, None, [])
-    # Checked before the arrays are read: a mismatch then has a plain sentence, not Orbax's error
+    records = opened.directory / metrics.METRICS
+    if opened.manager.latest_step() is None:
+        # A run killed before its first checkpoint may have left records.
+        metrics.rewind(records, -1)
+        return Start(state, 0, None, [])
+    where = str(opened.manager.directory)
+    # Checked before the arrays are read: a mismatch then has a sentence about what differs, not
     # about shapes.
-    _check(found[1]["run"], described, lora_params, str(opened.manager.directory))
-    restored = checkpoints.restore_state(opened.manager, state)
+    restored = checkpoints.restore_state(
+        opened.manager,
+        state,
+        check=lambda meta: _check(meta["run"], described, lora_params, where),
+    )
+    checkpoints.set_aside(opened.manager, restored.step)
     # Records after the checkpoint belong to steps that are trained again.
-    history = metrics.rewind(opened.directory / metrics.METRICS, restored.step)
+    history = metrics.rewind(records, restored.step)
     return Start(restored.state, restored.step, restored.meta["position"], history)
 
 

@@ -44,7 +44,8 @@ class TrainConfig:
       buckets: number of lengths that batches are padded to (chosen to pad the data least), or the
         lengths themselves.
       eval_every: optimizer steps between evaluations; None evaluates before and after only.
-      save_every: optimizer steps between checkpoints; None saves at the end only.
+      save_every: optimizer steps between checkpoints; by default ten checkpoints a run, and at
+        least one in 500 steps. A number as large as `steps` saves at the end only.
       keep: number of newest checkpoints to keep.
       progress: show a progress bar on standard error.
       tensorboard: write TensorBoard event files too.
@@ -127,6 +128,11 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
         return config.steps
     # Rounding errors of the product must not add a step: 0.07 * 100 is above 7.
     return max(1, math.ceil(config.epochs * steps_per_epoch - 1e-9))
+
+
+def steps_between_saves(config: TrainConfig, total: int) -> int:
+    """Optimizer steps between checkpoints, of a run with so many steps."""
+    return config.save_every or min(-(-total // 10), 500)
 
 
 def warmup_steps(config: TrainConfig, total: int) -> int:

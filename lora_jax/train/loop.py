@@ -7,6 +7,7 @@ numbers as an uninterrupted one.
 
 import contextlib
 import math
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,12 +18,19 @@ from lora_jax.compat import check_installed
 from lora_jax.train import archive as archives
 from lora_jax.train import metrics
 from lora_jax.train.batches import Item, Loader, iterate, loader
-from lora_jax.train.config import TrainConfig, total_steps
+from lora_jax.train.config import TrainConfig, steps_between_saves, total_steps
 from lora_jax.train.evaluate import evaluator, lora_loss, mean_loss, pad_id_of
 from lora_jax.train.examples import Example
 from lora_jax.train.loss import outputs_of
 from lora_jax.train.memory import Memory, memory
-from lora_jax.train.progress import Clock, interruptible, plot_loss, progress, show_record
+from lora_jax.train.progress import (
+    Clock,
+    interruptible,
+    interruption,
+    plot_loss,
+    progress,
+    show_record,
+)
 from lora_jax.train.step import (
     Metrics,
     Programs,
@@ -82,6 +90,7 @@ class _Job(NamedTuple):
     rates: np.ndarray
     evaluate: Callable[[TrainState], dict[str, float]] | None
     save: Callable[[TrainState, int], None] | None
+    save_every: int
     emit: Callable[[dict], None]
     hooks: Hooks
 
@@ -119,10 +128,12 @@ def fit(
     Raises:
       ValueError: bad data, nothing to train, or a checkpoint of another base, config or dataset.
       FileExistsError: `output_dir` holds a run and `config.resume` is false.
+      BlockingIOError: another process writes in `output_dir`.
       FloatingPointError: the loss is not a finite number.
       OSError: something cannot be written; the last checkpoint is intact.
       ModuleNotFoundError: the extra `llm` is not installed.
       KeyboardInterrupt: Ctrl-C; the current step is finished and saved first.
+      SystemExit: SIGTERM or SIGHUP; the same.
     """
     _check_extra(config)
     hooks = hooks or Hooks()
@@ -147,6 +158,7 @@ def fit(
             evaluate=_evaluation(model, eval_data, config, frozen, hooks),
             save=opened
             and (lambda s, k: archives.save(opened, k, s, described, items.get_state())),
+            save_every=steps_between_saves(config, total),
             emit=emit,
             hooks=hooks,
         )
@@ -332,30 +344,33 @@ def _settle(job: _Job, pending: tuple[int, Item, Metrics] | None, clock: Clock, 
 
 
 def _due(job: _Job, step: int) -> bool:
-    every = (job.config.eval_every, job.config.save_every)
-    return step == job.total or any(n is not None and step % n == 0 for n in every)
+    every = (job.config.eval_every, job.save_every)
+    return step == job.total or any(_is_time(n, step) for n in every)
 
 
-def _between(job: _Job, state: TrainState, step: int, stop: bool) -> None:
-    """Evaluates and saves if due, and ends the run after Ctrl-C.
+def _between(job: _Job, state: TrainState, step: int, came: signal.Signals | None) -> None:
+    """Evaluates and saves if due, and ends the run after a signal.
 
     Raises:
-      KeyboardInterrupt: Ctrl-C was pressed.
+      KeyboardInterrupt: after Ctrl-C.
+      SystemExit: after SIGTERM or SIGHUP.
     """
     last = step == job.total
     # Evaluate before saving: then the checkpoint of a step is written after its eval record, and a
-    # resumed run neither lacks nor repeats the record.
-    if last or _is_time(job.config.eval_every, step):
+    # resumed run neither lacks nor repeats the record. A job that is about to be killed may have
+    # no time for it: it saves first.
+    if last or (_is_time(job.config.eval_every, step) and came in (None, signal.SIGINT)):
         _evaluate(job, state, step)
-    if job.save is not None and (last or stop or _is_time(job.config.save_every, step)):
+    if job.save is not None and (last or came or _is_time(job.save_every, step)):
         job.save(state, step)
-    if stop and not last:
+    if came and not last:
         saved = (
             "nothing was saved, because there is no output_dir"
             if job.save is None
             else f"saved in {job.config.output_dir}; pass resume=True to continue from there"
         )
-        raise KeyboardInterrupt(f"interrupted after step {step} of {job.total}: {saved}")
+        how = "interrupted" if came == signal.SIGINT else f"ended by {came.name}"
+        raise interruption(came, f"{how} after step {step} of {job.total}: {saved}")
 
 
 def _is_time(every: int | None, step: int) -> bool:

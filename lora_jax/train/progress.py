@@ -1,4 +1,4 @@
-"""What a user sees of a run: the progress bar, Ctrl-C between steps, and the plot of the loss.
+"""What a user sees of a run: the progress bar, signals between steps, and the plot of the loss.
 
 The bar shows loss, learning rate, tokens/s and the remaining time on standard error.
 """
@@ -86,30 +86,58 @@ class Clock:
         return seconds, self._tokens / max(self._seconds, 1e-9)
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Lets the loop finish its step on the first Ctrl-C; the second one interrupts immediately.
+class TerminatedError(SystemExit):
+    """The run was ended by SIGTERM or SIGHUP, after its step was saved.
 
-    Python delivers signals to the main thread only; in other threads nothing is changed.
+    Attributes:
+      status: the exit status that shells give the signal, 128 + its number.
+    """
+
+    status: int = 128 + signal.SIGTERM
+
+
+# Ctrl-C, the end of a job's time or of a preempted machine, and of a terminal.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], signal.Signals | None]]:
+    """Lets the loop finish its step on the first signal; the second one interrupts immediately.
+
+    Python delivers signals to the main thread only; in other threads nothing is changed. A signal
+    that is ignored, as SIGHUP under `nohup`, stays ignored.
 
     Yields:
-      A function that returns whether Ctrl-C was pressed.
+      A function that returns the signal that has come, or None.
     """
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
-    before = signal.getsignal(signal.SIGINT)
+    came: list[signal.Signals] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        # A handler that is not Python's is None, and could not be put back.
+        found = {number: signal.getsignal(number) for number in _SIGNALS}
+        before = {n: h for n, h in found.items() if h not in (signal.SIG_IGN, None)}
 
-    def note(number, frame):
-        pressed.set()
-        signal.signal(signal.SIGINT, before if callable(before) else signal.default_int_handler)
+    def note(number: int, frame: Any) -> None:
+        came.append(signal.Signals(number))
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
-    signal.signal(signal.SIGINT, note)
+    for number in before:
+        signal.signal(number, note)
     try:
-        yield pressed.is_set
+        yield lambda: came[0] if came else None
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interruption(came: signal.Signals, text: str) -> BaseException:
+    """The exception that ends a run after a signal: KeyboardInterrupt for Ctrl-C."""
+    if came == signal.SIGINT:
+        return KeyboardInterrupt(text)
+    error = TerminatedError(text)
+    error.status = 128 + came
+    return error
 
 
 def plot_loss(path: str | os.PathLike, history: Sequence[dict], *, title: str = "") -> None:

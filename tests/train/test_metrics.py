@@ -105,8 +105,9 @@ def test_plot_is_replaced_when_it_is_whole(tmp_path):
 
 
 def test_plot_that_cannot_be_written_is_one_line(tmp_path):
-    with pytest.raises(OSError, match="loss.png: the plot cannot be written: No such file"):
-        train.plot_loss(tmp_path / "none" / "loss.png", RECORDS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="loss.png: the plot cannot be written: File exists"):
+        train.plot_loss(tmp_path / "file" / "loss.png", RECORDS)
 
 
 def test_running_mean_starts_where_the_values_do():

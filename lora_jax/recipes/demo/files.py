@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lora_jax.files import replacing
+from lora_jax.files import LOCK, locked, replacing
 from lora_jax.recipes.demo import task
 
 MARK = "demo.json"  # marks a folder written by a demo, which the next demo may replace
@@ -34,9 +34,9 @@ def prepare(directory: Path, train: Sequence[task.Sentence], test: Sequence[task
 
     Raises:
       FileExistsError: the folder holds something, and no demo made it.
+      BlockingIOError: a demo is running in it.
     """
     _clear(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     finish(directory, {"state": "running"})
     for name, examples in (("train.jsonl", train), ("test.jsonl", test)):
         _write_lines(directory / name, ({"messages": task.conversation(e)} for e in examples))
@@ -48,15 +48,20 @@ def _clear(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file; choose another folder with --output-dir")
     found = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    found -= {LOCK}
     if found and (MARK not in found or found - set(_WHAT)):
         stranger = min(found - set(_WHAT) or found)
         raise FileExistsError(
             f"{directory} holds `{stranger}`, which no demo wrote; choose another folder with "
             "--output-dir"
         )
-    for name in found:
-        path = directory / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not found:
+        return
+    # A demo that is running in the folder must not lose its files.
+    with locked(directory):
+        for name in found:
+            path = directory / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def finish(directory: Path, result: Mapping) -> None:
