@@ -24,9 +24,13 @@ class Bytes(NamedTuple):
 
     eos_id: int = 256
     pad_id: int = 257
+    stop_ids: tuple[int, ...] = (256,)
 
-    def encode(self, text):
+    def encode(self, text, add_special_tokens=True):
         return list(text.encode())
+
+    def encode_prompt(self, text):
+        return self.encode(text)
 
     def decode(self, tokens):
         return bytes(t for t in tokens if t < 256).decode(errors="replace")

@@ -1,10 +1,11 @@
 """Language-model tasks for `rank_sweep`: JSON-lines records scored by loss, match or BLEU."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -251,33 +252,45 @@ def _per_token(values: np.ndarray) -> float:
     return float(values[:, 0].sum() / values[:, 1].sum())
 
 
-def _questions(records: Sequence[Record]) -> Mapping[Any, list[str]]:
+class _Question(NamedTuple):
+    """A prompt, or the messages before an answer, and its right completions."""
+
+    prompt: Any
+    completions: list[str]
+
+
+def _questions(records: Sequence[Record]) -> list[_Question]:
     """Every distinct prompt with its completions, in the order of the records."""
-    found: dict[Any, list[str]] = {}
+    found: dict[str, _Question] = {}
     for record in records:
         if record.form == "prompt":
             prompt, completion = record.fields
-        elif record.form == "messages" and record.fields[0][-1][0] == "assistant":
-            *prompt, (_, completion) = record.fields[0]
-            prompt = tuple(prompt)
+        elif record.form == "messages" and record.fields[0][-1]["role"] == "assistant":
+            *prompt, last = record.fields[0]
+            completion = last["content"]
         else:
             raise ValueError(
                 f"{record.source}: completions are generated here, so every record needs a prompt "
                 'and a completion, or messages that end with the assistant\'s; or take "loss"'
             )
-        found.setdefault(prompt, []).append(completion.strip())
-    return found
+        if record.options:
+            raise ValueError(
+                f"{record.source}: completions are generated without "
+                f'{", ".join(f"`{name}`" for name in record.options)}; remove them, or take "loss"'
+            )
+        # Messages are dicts, which have no hash.
+        question = found.setdefault(json.dumps(prompt), _Question(prompt, []))
+        question.completions.append(completion.strip())
+    return list(found.values())
 
 
 class _Generated:
     """The completions that a model generates for the scored prompts."""
 
     def __init__(self, model: Any, records: Sequence[Record], config: GenerateConfig | None):
-        self.references = _questions(records)
-        self._ask = [
-            p if isinstance(p, str) else [{"role": r, "content": c} for r, c in p]
-            for p in self.references
-        ]
+        questions = _questions(records)
+        self.references = [question.completions for question in questions]
+        self._ask = [question.prompt for question in questions]
         self._model, self._config = model, config or GenerateConfig()
 
     def answers(self, params: Any) -> list[str]:
@@ -287,13 +300,13 @@ class _Generated:
 
 class _Exact(_Generated):
     def __call__(self, params: Any) -> np.ndarray:
-        right = zip(self.answers(params), self.references.values(), strict=True)
+        right = zip(self.answers(params), self.references, strict=True)
         return np.asarray([float(text in wanted) for text, wanted in right])
 
 
 class _Bleu(_Generated):
     def __call__(self, params: Any) -> np.ndarray:
-        both = zip(self.answers(params), self.references.values(), strict=True)
+        both = zip(self.answers(params), self.references, strict=True)
         return np.stack([bleu_counts(text, wanted) for text, wanted in both])
 
 

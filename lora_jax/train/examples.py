@@ -4,12 +4,17 @@
 there is no token before it to predict it from.
 """
 
-from collections.abc import Iterable, Sequence
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+from jaxtyping import Bool, Int32
 
+from lora_jax.train.chat import Marked, chat_examples
 from lora_jax.train.jsonl import Record, load_jsonl
+from lora_jax.train.messages import is_empty, is_learned
 
 TooLong = Literal["error", "truncate", "skip"]
 TOO_LONG: tuple[TooLong, ...] = get_args(TooLong)
@@ -24,13 +29,18 @@ class Example(NamedTuple):
       source: file and line, `data.jsonl:3`.
     """
 
-    tokens: np.ndarray
-    learned: np.ndarray
+    tokens: Int32[np.ndarray, "t"]  # noqa: F821
+    learned: Bool[np.ndarray, "t"]  # noqa: F821
     source: str
 
 
 def load_examples(
-    path, tokenizer: Any, *, max_length, too_long="error", fields=None
+    path: str | os.PathLike,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    too_long: TooLong = "error",
+    fields: Mapping[str, str] | None = None,
 ) -> list[Example]:
     """Reads and tokenizes a JSON-lines file: `load_jsonl`, then `examples`."""
     records = load_jsonl(path, fields=fields)
@@ -38,14 +48,17 @@ def load_examples(
 
 
 def examples(
-    records: Iterable[Record], tokenizer: Any, *, max_length: int, too_long: str = "error"
+    records: Iterable[Record], tokenizer: Any, *, max_length: int, too_long: TooLong = "error"
 ) -> list[Example]:
     """Tokenizes records and marks the learned tokens.
 
+    A chat whose template writes earlier answers differently in later turns becomes one example an
+    answer, each as it is generated.
+
     Args:
       records: from `load_jsonl` or `record_of`.
-      tokenizer: `encode(text) -> list[int]`, `eos_id`, and for messages
-        `apply_chat_template(messages, add_generation_prompt) -> list[int]`.
+      tokenizer: a `lora_jax.hf.Tokenizer`, or an object with its `encode`, `encode_prompt`,
+        `eos_id`, `stop_ids`, and for messages `render_chat` and `marked_chat`.
       max_length: maximum number of tokens of an example, usually the model's context.
       too_long: how to treat longer examples: "error", "truncate" (drop the end) or "skip".
 
@@ -53,8 +66,11 @@ def examples(
       At least one example.
 
     Raises:
-      ValueError: an example is too long under "error", has nothing left to learn, its chat
-        template rewrites earlier turns, or no example is left.
+      ValueError: an example is too long under "error", has an empty answer or nothing left to
+        learn, its chat template cannot be followed, or no example is left.
+
+    Warns:
+      UserWarning: no example teaches the model to end its answer.
     """
     if too_long not in TOO_LONG:
         raise ValueError(f"`too_long` must be one of {', '.join(TOO_LONG)}, got {too_long!r}")
@@ -63,19 +79,53 @@ def examples(
     if tokenizer is None:
         raise ValueError("`tokenizer` is None: this model came without one; pass a tokenizer")
     records = list(records)
-    fitted = (_fit(_tokenize(r, tokenizer), max_length, too_long) for r in records)
+    _check_answers(records)
+    made = [example for record in records for example in _tokenize(record, tokenizer)]
+    fitted = (_fit(example, max_length, too_long) for example in made)
     kept = [example for example in fitted if example is not None]
     if not kept:
         why = (
             "there are no records"
             if not records
-            else (f"all {len(records)} examples are longer than {max_length} tokens and skipped")
+            else (f"all {len(made)} examples are longer than {max_length} tokens and skipped")
         )
         raise ValueError(f"the dataset is empty: {why}; give more or shorter examples")
+    _check_ends(kept, tokenizer)
     return kept
 
 
-def _fit(example: Example, max_length: int, too_long: str) -> Example | None:
+def _check_answers(records: Sequence[Record]) -> None:
+    """Refuses empty answers, all in one message: they would teach the model to be silent."""
+    empty = [record.source for record in records if _has_empty_answer(record)]
+    if empty:
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        raise ValueError(f"{empty[0]}{more}: the answer is empty; remove such rows, or fill them")
+
+
+def _has_empty_answer(record: Record) -> bool:
+    if record.form == "messages":
+        return any(is_learned(turn) and is_empty(turn) for turn in record.fields[0])
+    return not record.fields[-1]
+
+
+def _check_ends(kept: Sequence[Example], tokenizer: Any) -> None:
+    """Warns if no example ends an answer: the trained model then never stops."""
+    stops = list(tokenizer.stop_ids)
+    if any(np.isin(example.tokens[example.learned], stops).any() for example in kept):
+        return
+    if not stops:
+        why = "the tokenizer has no eos_token, and config.json names no eos_token_id"
+    else:
+        ends = "the chat template or the truncation leaves out"
+        why = f"{ends} the end tokens, {', '.join(map(str, stops))}"
+    warnings.warn(
+        f"EOS is never learned, so the model will not end its answers: {why}; "
+        "set eos_token in tokenizer_config.json to what ends an answer",
+        stacklevel=3,
+    )
+
+
+def _fit(example: Example, max_length: int, too_long: TooLong) -> Example | None:
     length = len(example.tokens)
     if length > max_length:
         if too_long == "skip":
@@ -97,30 +147,27 @@ def _fit(example: Example, max_length: int, too_long: str) -> Example | None:
     return example
 
 
-def _tokenize(record: Record, tokenizer: Any) -> Example:
-    tokens, learned = _FORMS[record.form](record, tokenizer)
-    learned = np.asarray(learned, bool)
-    learned[:1] = False
-    return Example(np.asarray(tokens, np.int32), learned, record.source)
+def _tokenize(record: Record, tokenizer: Any) -> list[Example]:
+    made = []
+    for tokens, marks in _FORMS[record.form](record, tokenizer):
+        learned = np.asarray(marks, bool)
+        learned[:1] = False
+        made.append(Example(np.asarray(tokens, np.int32), learned, record.source))
+    return made
 
 
-def _text(record: Record, tokenizer: Any) -> tuple[Sequence[int], Sequence[bool]]:
-    tokens = _with_eos(list(tokenizer.encode(record.fields[0])), tokenizer)
-    return tokens, [True] * len(tokens)
+def _text(record: Record, tokenizer: Any) -> list[Marked]:
+    tokens = _with_eos(list(tokenizer.encode_prompt(record.fields[0])), tokenizer)
+    return [(tokens, [True] * len(tokens))]
 
 
-def _completion(record: Record, tokenizer: Any) -> tuple[Sequence[int], Sequence[bool]]:
+def _completion(record: Record, tokenizer: Any) -> list[Marked]:
     # Prompt and completion are tokenized separately, as in generation, where the prompt is
     # tokenized alone: the learned tokens begin exactly where generation begins.
     prompt, completion = record.fields
-    head = list(tokenizer.encode(prompt))
-    tail = list(tokenizer.encode(completion))
-    # What the tokenizer puts before every text (BOS): it must not occur inside the example.
-    opening = list(tokenizer.encode(""))
-    if head and opening and tail[: len(opening)] == opening:
-        tail = tail[len(opening) :]
-    tail = _with_eos(tail, tokenizer)
-    return head + tail, [False] * len(head) + [True] * len(tail)
+    head = list(tokenizer.encode_prompt(prompt))
+    tail = _with_eos(list(tokenizer.encode(completion, add_special_tokens=False)), tokenizer)
+    return [(head + tail, [False] * len(head) + [True] * len(tail))]
 
 
 def _with_eos(tokens: list[int], tokenizer: Any) -> list[int]:
@@ -128,43 +175,11 @@ def _with_eos(tokens: list[int], tokenizer: Any) -> list[int]:
     return tokens if eos is None or tokens[-1:] == [eos] else [*tokens, eos]
 
 
-def _chat(record: Record, tokenizer: Any) -> tuple[Sequence[int], Sequence[bool]]:
-    """Marks what the template adds for each assistant turn, up to its end-of-turn token."""
-    messages = [{"role": role, "content": content} for role, content in record.fields[0]]
-    whole = _rendered(messages, False, tokenizer, record.source)
-    learned = [False] * len(whole)
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            start, end = _turn(messages, i, whole, tokenizer, record.source)
-            learned[start:end] = [True] * (end - start)
-    return whole, learned
-
-
-def _turn(messages, i: int, whole: list[int], tokenizer: Any, source: str) -> tuple[int, int]:
-    if i == 0:
-        raise ValueError(
-            f"{source}: the first message is the assistant's; begin with a system or user message"
-        )
-    before = _rendered(messages[:i], True, tokenizer, source)
-    after = _rendered(messages[: i + 1], False, tokenizer, source)
-    if whole[: len(after)] != after or after[: len(before)] != before:
-        raise ValueError(
-            f"{source}: the tokenizer's chat template writes the turns before message {i}"
-            " differently once it is there, so its tokens cannot be separated; use"
-            ' "prompt" and "completion" instead'
-        )
-    end = len(after)
-    # What follows the end-of-turn token (a newline in most templates) is never generated.
-    if tokenizer.eos_id in after[len(before) :]:
-        end -= after[::-1].index(tokenizer.eos_id)
-    return len(before), end
-
-
-def _rendered(messages, prompt: bool, tokenizer: Any, source: str) -> list[int]:
+def _chat(record: Record, tokenizer: Any) -> list[Marked]:
     try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=prompt))
+        return chat_examples(record.fields[0], record.options, tokenizer)
     except ValueError as error:  # no template, or one that rejects these roles
-        raise ValueError(f"{source}: {error}") from None
+        raise ValueError(f"{record.source}: {error}") from None
 
 
 _FORMS = {"text": _text, "prompt": _completion, "messages": _chat}

@@ -1,10 +1,14 @@
-"""Training records from JSON lines: one JSON object per line, in one of three forms.
+"""Training records from JSON lines: one JSON object per line, in one of these forms.
 
     {"prompt": "...", "completion": "..."}                      the completion is learned
     {"messages": [{"role": "user", "content": "..."}, ...]}     the assistant's turns are learned
     {"text": "..."}                                             everything is learned
+    {"conversations": [{"from": "human", "value": "..."}]}      ShareGPT: as messages
+    {"instruction": "...", "input": "...", "output": "..."}     Alpaca: as messages
 
-Other fields are ignored: many datasets have some. Every error names the file and the line.
+Beside messages, `tools`, `documents` and `chat_template_kwargs` go to the chat template, and
+`system` becomes the first message. Other fields are ignored: many datasets have some. Every error
+names the file and the line.
 """
 
 import json
@@ -13,12 +17,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lora_jax.train import messages
+from lora_jax.train.messages import Message, kind_of
+
 Form = Literal["prompt", "messages", "text"]
-FORMS: Mapping[Form, tuple[str, ...]] = {
+
+# The fields of each form; the first names it in messages.
+_FORMS: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt": ("prompt", "completion"),
     "text": ("text",),
+    "conversations": ("conversations",),
+    "instruction": ("instruction", "output"),
 }
+_MORE = ("input", "system", "tools", "documents")
 _HOW = '"prompt" and "completion", or "messages", or "text"'
 
 
@@ -27,13 +39,16 @@ class Record(NamedTuple):
 
     Attributes:
       form: "prompt", "messages" or "text".
-      fields: (prompt, completion), (messages,) or (text,); a message is a (role, content) pair.
+      fields: (prompt, completion), (messages,) or (text,); a message is a dict with `role`,
+        `content` and what else it has.
       source: file and line for error messages: `data.jsonl:3`.
+      options: further variables of the chat template: `tools`, `documents`, ...
     """
 
     form: Form
     fields: tuple
     source: str
+    options: Mapping[str, Any] = {}  # noqa: RUF012
 
 
 def load_jsonl(path: str | os.PathLike, *, fields: Mapping[str, str] | None = None) -> list[Record]:
@@ -41,18 +56,20 @@ def load_jsonl(path: str | os.PathLike, *, fields: Mapping[str, str] | None = No
 
     Args:
       path: the file, UTF-8. Blank lines are allowed and skipped.
-      fields: other names for the fields, `{"prompt": "question", "completion": "answer"}`.
+      fields: other names for the fields, `{"prompt": "question", "completion": "answer"}`. Of
+        several forms in a row, the one whose fields are given is taken.
 
     Returns:
       The records in the order of the file, at least one.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a line is not a JSON object of one of the three forms, or the file is empty.
+      ValueError: a line is not a JSON object of one of the forms, or the file is empty.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such data file; expected JSON lines with {_HOW}")
+        what = "a directory, not a data file" if path.is_dir() else "no such data file"
+        raise FileNotFoundError(f"{path}: {what}; expected JSON lines with {_HOW}")
     records = [record_of(value, source=source, fields=fields) for value, source in _values(path)]
     if not records:
         raise ValueError(f"{path}: the dataset is empty; expected a JSON object a line with {_HOW}")
@@ -64,7 +81,20 @@ def _values(path: Path) -> Iterator[tuple[Any, str]]:
         for number, line in enumerate(file, start=1):
             source = f"{path}:{number}"
             if line.strip():
+                if number == 1:
+                    _check_first(line, path)
                 yield _parse(line, source), source
+
+
+def _check_first(line: bytes, path: Path) -> None:
+    """Names the two files that are often given for JSON lines."""
+    if line.startswith(b"\x1f\x8b"):
+        raise ValueError(f"{path}: a gzip file; unpack it first: gunzip {path}")
+    if line.strip() == b"[":
+        raise ValueError(
+            f"{path}: one JSON array over several lines; expected one object a line: "
+            f"jq -c '.[]' {path}"
+        )
 
 
 def _parse(line: bytes, source: str) -> Any:
@@ -73,9 +103,12 @@ def _parse(line: bytes, source: str) -> Any:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 text ({error.reason}); save as UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"{source}: not JSON (nested too deeply)") from None
     except json.JSONDecodeError as error:
+        # Counted from the start of the line; `colno` starts again after a break in the line.
         raise ValueError(
-            f"{source}: not JSON ({error.msg} at column {error.colno}); expected one JSON object"
+            f"{source}: not JSON ({error.msg} at column {error.pos + 1}); expected one JSON object"
             f" a line with {_HOW}"
         ) from None
 
@@ -86,7 +119,7 @@ def record_of(
     """Checks one decoded JSON value and determines its form.
 
     Args:
-      value: the JSON value of one line; a dict of one of the three forms.
+      value: the JSON value of one line; a dict of one of the forms.
       source: its name in error messages, `data.jsonl:3`.
       fields: other names for the fields, as in `load_jsonl`.
 
@@ -98,20 +131,37 @@ def record_of(
         raise ValueError(
             f"{source}: expected a JSON object with {_HOW}, got {type(value).__name__}"
         )
-    found: list[Form] = [
-        form for form, parts in FORMS.items() if any(names[p] in value for p in parts)
-    ]
-    if len(found) != 1:
-        what = "none of them" if not found else " and ".join(f'"{names[f]}"' for f in found)
-        have = ", ".join(f'"{k}"' for k in value) or "no field"
-        raise ValueError(f"{source}: expected {_HOW}, got {what} (fields: {have})")
-    form = found[0]
-    parts = tuple(_part(value, p, names[p], source) for p in FORMS[form])
-    return Record(form, parts, source)
+    form = _form_of(value, names, fields or {}, source)
+    given = {part: _get(value, names[part], source) for part in _FORMS[form]}
+    beside = {part: value[names[part]] for part in _MORE if value.get(names[part]) is not None}
+    if form == "text" or (form == "prompt" and not isinstance(given["prompt"], list)):
+        parts = tuple(_text(given[part], names[part], source) for part in _FORMS[form])
+        return Record("prompt" if form == "prompt" else "text", parts, source)
+    turns = _turns(form, given, beside, names, source)
+    if beside.get("system") is not None and turns[0]["role"] != "system":
+        text = _text(beside["system"], names["system"], source)
+        turns = ({"role": "system", "content": text}, *turns) if text else turns
+    return Record("messages", (turns,), source, _options(value, beside, source))
+
+
+def _form_of(
+    value: Mapping[str, Any], names: Mapping[str, str], fields: Mapping[str, str], source: str
+) -> str:
+    """The form whose fields are all there; those named in `fields` come first."""
+    some = [form for form, parts in _FORMS.items() if any(names[p] in value for p in parts)]
+    whole = [form for form in some if all(names[p] in value for p in _FORMS[form])]
+    chosen = [form for form in whole if any(part in fields for part in _FORMS[form])]
+    found = chosen or whole or some
+    if len(found) == 1:
+        return found[0]
+    what = "none of them" if not found else " and ".join(f'"{names[f]}"' for f in found)
+    have = ", ".join(f'"{k}"' for k in value) or "no field"
+    choose = f"; choose by `fields`: {found[0]}={names[found[0]]}" if found else ""
+    raise ValueError(f"{source}: expected {_HOW}, got {what} (fields: {have}){choose}")
 
 
 def _field_names(fields: Mapping[str, str] | None) -> dict[str, str]:
-    known = {part: part for parts in FORMS.values() for part in parts}
+    known = {part: part for parts in (*_FORMS.values(), _MORE) for part in parts}
     if unknown := sorted(set(fields or ()) - set(known)):
         raise ValueError(
             f"`fields` renames `{unknown[0]}`, expected one of {', '.join(sorted(known))}"
@@ -119,45 +169,54 @@ def _field_names(fields: Mapping[str, str] | None) -> dict[str, str]:
     return {**known, **(fields or {})}
 
 
-def _part(value: dict, part: str, name: str, source: str):
+def _get(value: Mapping[str, Any], name: str, source: str) -> Any:
     if name not in value:
         raise ValueError(f'{source}: missing field "{name}"')
-    if part == "messages":
-        return _messages(value[name], name, source)
-    if not isinstance(value[name], str):
-        raise ValueError(f'{source}: field "{name}" must be text, got {_kind(value[name])}')
     return value[name]
 
 
-def _messages(value: Any, name: str, source: str) -> tuple[tuple[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f'{source}: field "{name}" must be a list of messages, got {_kind(value)}')
-    turns = tuple(_message(m, f'{source}: "{name}"[{i}]') for i, m in enumerate(value))
-    if not any(role == "assistant" for role, _ in turns):
+def _text(value: Any, name: str, source: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f'{source}: field "{name}" must be text, got {kind_of(value)}')
+    return value
+
+
+def _turns(
+    form: str,
+    given: Mapping[str, Any],
+    beside: Mapping[str, Any],
+    names: Mapping[str, str],
+    source: str,
+) -> tuple[Message, ...]:
+    if form == "instruction":
+        # The input is a paragraph of its own, as in Alpaca's training.
+        parts = [given["instruction"], beside.get("input") or ""]
+        text = [
+            _text(x, names[n], source) for x, n in zip(parts, ("instruction", "input"), strict=True)
+        ]
+        asked = "\n\n".join(x for x in text if x)
+        answer = _text(given["output"], names["output"], source)
+        return messages.from_pair(asked, answer)
+    if form == "prompt":
+        return messages.from_prompt(given["prompt"], given["completion"], names, source)
+    field = next(iter(given))
+    return messages.from_list(given[field], names[field], source)
+
+
+def _options(value: Mapping[str, Any], beside: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What the chat template gets beside the messages."""
+    more = value.get("chat_template_kwargs")
+    if not isinstance(more, dict | None):
         raise ValueError(
-            f'{source}: "{name}" has no message of role "assistant": there is nothing to learn'
+            f'{source}: field "chat_template_kwargs" must be an object, got {kind_of(more)}'
         )
-    return turns
-
-
-def _message(message: Any, where: str) -> tuple[str, str]:
-    if not isinstance(message, dict):
-        raise ValueError(
-            f'{where} must be an object with "role" and "content", got {_kind(message)}'
-        )
-    for field in ("role", "content"):
-        if field not in message:
-            raise ValueError(f'{where}: missing field "{field}"')
-        if not isinstance(message[field], str):
-            raise ValueError(f'{where}: "{field}" must be text, got {_kind(message[field])}')
-    return message["role"], message["content"]
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    return {"dict": "an object", "str": "text", "bool": "true or false"}.get(
-        type(value).__name__, "a number"
-    )
+    options = {**(more or {}), **{n: beside[n] for n in ("tools", "documents") if n in beside}}
+    for name in ("tools", "documents"):
+        # Tables whose columns have one type hold them as JSON text.
+        if isinstance(options.get(name), str):
+            options[name] = _parse(options[name].encode() or b"[]", f'{source}: "{name}"')
+        if not isinstance(options.get(name), list | None):
+            raise ValueError(
+                f'{source}: field "{name}" must be a list, got {kind_of(options[name])}'
+            )
+    return {name: found for name, found in options.items() if found not in (None, [])}

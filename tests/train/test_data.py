@@ -17,19 +17,30 @@ NEWLINE = 6
 class Tokenizer:
     """A letter a token; a template of the form `<role> text <eos> newline`."""
 
-    eos_id, pad_id = EOS, PAD
+    eos_id, pad_id, stop_ids = EOS, PAD, (EOS,)
 
     def __init__(self, bos=False):
-        self.bos = bos
+        self.opening = [BOS] * bos
 
-    def encode(self, text):
-        return [BOS] * self.bos + [ord(c) for c in text]
+    def encode(self, text, add_special_tokens=True):
+        return self.opening * add_special_tokens + [ord(c) for c in text]
 
-    def apply_chat_template(self, messages, add_generation_prompt):
-        tokens = []
-        for m in messages:
-            tokens += [ROLES[m["role"]], *map(ord, m["content"]), EOS, NEWLINE]
-        return tokens + [ROLES["assistant"]] * add_generation_prompt
+    def encode_prompt(self, text):
+        return self.encode(text)
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return "".join(map(chr, tokens))
+
+    def marked_chat(self, messages, **options):
+        return None
+
+    def render_chat(self, messages, add_generation_prompt=False, **options):
+        turns = [chr(ROLES[m["role"]]) + m["content"] + chr(EOS) + chr(NEWLINE) for m in messages]
+        return "".join(turns) + chr(ROLES["assistant"]) * add_generation_prompt
+
+
+def chat(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def learned_tokens(example):
@@ -69,37 +80,35 @@ def test_text_is_learned_but_for_its_first_token():
 
 def test_only_assistant_turns_are_learned_each_to_its_end_of_turn():
     turns = [("system", "s"), ("user", "a"), ("assistant", "bc"), ("user", "d"), ("assistant", "e")]
-    record = record_of({"messages": [{"role": r, "content": c} for r, c in turns]})
+    record = record_of(chat(*turns))
     (example,) = examples([record], Tokenizer(), max_length=99)
     assert learned_tokens(example) == [98, 99, EOS, 101, EOS]
     # The turn's opening is the prompt's: generation begins after it.
     assert example.tokens[np.flatnonzero(example.learned)[0] - 1] == ROLES["assistant"]
 
 
-def test_template_that_rewrites_turns_is_refused():
-    class Rewriting(Tokenizer):
-        def apply_chat_template(self, messages, add_generation_prompt):
-            return [len(messages), *super().apply_chat_template(messages, add_generation_prompt)]
+def test_template_that_writes_answers_elsewhere_is_refused():
+    class Counting(Tokenizer):
+        def render_chat(self, messages, add_generation_prompt=False, **options):
+            return str(len(messages)) + super().render_chat(messages, add_generation_prompt)
 
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    record = record_of({"messages": turns}, source="d.jsonl:4")
-    with pytest.raises(ValueError, match=r"d\.jsonl:4: the tokenizer's chat template writes"):
-        examples([record], Rewriting(), max_length=99)
+    record = record_of(chat(("user", "a"), ("assistant", "b")), source="d.jsonl:4")
+    with pytest.raises(ValueError, match=r"d\.jsonl:4: the tokenizer's chat template writes mess"):
+        examples([record], Counting(), max_length=99)
 
 
 def test_template_that_refuses_is_named_with_the_line():
     class Refusing(Tokenizer):
-        def apply_chat_template(self, messages, add_generation_prompt):
+        def render_chat(self, messages, add_generation_prompt=False, **options):
             raise ValueError("the chat template refuses these messages: no system role")
 
-    turns = [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]
-    record = record_of({"messages": turns}, source="d.jsonl:4")
+    record = record_of(chat(("system", "a"), ("assistant", "b")), source="d.jsonl:4")
     with pytest.raises(ValueError, match=r"d\.jsonl:4: .* refuses .*: no system role"):
         examples([record], Refusing(), max_length=99)
 
 
 def test_first_message_of_the_assistant_is_refused():
-    record = record_of({"messages": [{"role": "assistant", "content": "b"}]}, source="d:1")
+    record = record_of(chat(("assistant", "b")), source="d:1")
     with pytest.raises(ValueError, match="d:1: the first message is the assistant's"):
         examples([record], Tokenizer(), max_length=99)
 
@@ -121,6 +130,8 @@ USER = {"role": "user", "content": "x"}
     ("line", "text"),
     [
         ("{not json", r":2: not JSON \(Expecting property name.* at column 2\)"),
+        ('{"a": "b" "c"}', r":2: not JSON \(Expecting ',' delimiter at column 11\)"),
+        ("[" * 20000, r":2: not JSON \(nested too deeply\)"),
         ("[1, 2]", ":2: expected a JSON object with .*, got list"),
         ({"prompt": "a"}, ':2: missing field "completion"'),
         ({"completion": "a", "id": 3}, ':2: missing field "prompt"'),
@@ -128,7 +139,7 @@ USER = {"role": "user", "content": "x"}
         ({"prompt": "a", "completion": 3}, ':2: field "completion" must be text, got a number'),
         ({"prompt": None, "completion": "b"}, ':2: field "prompt" must be text, got null'),
         ({"text": ["a"]}, ':2: field "text" must be text, got a list of 1'),
-        ({"text": "a", "prompt": "b"}, ':2: expected .*, got "prompt" and "text"'),
+        ({"text": "a", **GOOD}, ':2: expected .*, got "prompt" and "text" .*choose by `fields`'),
         ({"messages": "hello"}, ':2: field "messages" must be a list of messages, got text'),
         ({"messages": []}, ':2: field "messages" must be a list of messages, got a list of 0'),
         ({"messages": [USER]}, ':2: "messages" has no message of role "assistant"'),
@@ -153,6 +164,13 @@ def test_bad_files(tmp_path):
     latin.write_bytes(b'{"text": "ok"}\n{"text": "caf\xe9"}\n')
     with pytest.raises(ValueError, match=r"latin\.jsonl:2: not UTF-8"):
         load_jsonl(latin)
+    with pytest.raises(FileNotFoundError, match="a directory, not a data file"):
+        load_jsonl(tmp_path)
+    (tmp_path / "a.gz").write_bytes(b"\x1f\x8b\x08\x00")
+    with pytest.raises(ValueError, match=r"a\.gz: a gzip file; unpack it first"):
+        load_jsonl(tmp_path / "a.gz")
+    with pytest.raises(ValueError, match=r"array\.json: one JSON array over several lines"):
+        load_jsonl(write(tmp_path / "array.json", "[", "{}", "]"))
     with pytest.raises(ValueError, match="`fields` renames `promt`"):
         load_jsonl(latin, fields={"promt": "q"})
 
@@ -189,3 +207,200 @@ def test_bad_options(options, text):
     options = {"tokenizer": Tokenizer(), "max_length": 9, **options}
     with pytest.raises(ValueError, match=text):
         examples([record_of(GOOD)], options.pop("tokenizer"), **options)
+
+
+# The spellings of other datasets.
+
+HELLO = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+
+
+def turns_of(row, **fields):
+    return record_of(row, source="d:1", fields=fields or None)
+
+
+@pytest.mark.parametrize(
+    ("row", "same"),
+    [
+        (
+            {"conversations": [{"from": f, "value": v} for f, v in
+                               [("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")]]},
+            HELLO,
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+             "system": "s"},
+            [("system", "s"), *HELLO[:2]],
+        ),
+        ({"conversations": chat(*HELLO)["messages"]}, HELLO),
+        ({"instruction": "a", "output": "b"}, HELLO[:2]),
+        ({"instruction": "a", "input": "", "output": "b", "id": 3}, HELLO[:2]),
+        ({"instruction": "a", "input": None, "output": "b"}, HELLO[:2]),
+        ({"instruction": "a", "input": "x", "output": "b"}, [("user", "a\n\nx"), HELLO[1]]),
+        (
+            {"messages": [{"role": r, "content": [{"type": "text", "text": c[:1]}, c[1:]]}
+                          for r, c in HELLO]},
+            HELLO,
+        ),
+        ({**chat(*HELLO), "prompt": "a", "prompt_id": "7"}, HELLO),
+        ({**chat(*HELLO), "tools": [], "documents": None}, HELLO),
+    ],
+)  # fmt: skip
+def test_other_spellings_are_the_same_chat(row, same):
+    assert turns_of(row).options == {}
+    (got,), (want,) = (
+        examples([r], Tokenizer(), max_length=99) for r in (turns_of(row), record_of(chat(*same)))
+    )
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_array_equal(got.learned, want.learned)
+
+
+def test_a_field_that_is_named_chooses_the_form():
+    row = {"instruction": "a", "output": "b", "text": "ab", "question": "q", "answer": "r"}
+    assert turns_of(row, text="text").fields == ("ab",)
+    assert turns_of(row, output="answer").fields[0][1]["content"] == "r"
+    assert turns_of(row, prompt="question", completion="answer").fields == ("q", "r")
+    with pytest.raises(ValueError, match="d:1: expected .*choose by `fields`: text=text"):
+        turns_of(row)
+
+
+def test_a_prompt_of_messages_is_not_learned():
+    row = {"prompt": chat(*HELLO[:3])["messages"], "completion": chat(HELLO[3])["messages"]}
+    for completion in (row["completion"], "d"):
+        (example,) = examples(
+            [record_of({**row, "completion": completion})], Tokenizer(), max_length=99
+        )
+        assert learned_tokens(example) == [ord("d"), EOS]
+
+
+def test_a_message_of_weight_0_is_not_learned():
+    row = chat(*HELLO)
+    row["messages"][1]["weight"] = 0
+    (example,) = examples([record_of(row)], Tokenizer(), max_length=99)
+    assert learned_tokens(example) == [ord("d"), EOS]
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+def test_calls_tools_and_reasoning_reach_the_template():
+    class Seeing(Tokenizer):
+        def render_chat(self, messages, add_generation_prompt=False, **options):
+            self.seen = messages, options
+            return super().render_chat(messages, add_generation_prompt)
+
+    turns = [
+        {"role": "user", "content": "a", "name": None},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "why"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = {"messages": turns, "tools": json.dumps(tools), "chat_template_kwargs": {"think": True}}
+    tokenizer = Seeing()
+    examples([record_of(row)], tokenizer, max_length=99)
+    messages, options = tokenizer.seen
+    assert options == {"tools": tools, "think": True}
+    assert [dict(m) for m in messages] == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "why"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]},
+         "d:1: \"messages\"\\[1\\]: \"content\" has a part of type 'image'; only text"),
+        ({"messages": [USER, {"role": "assistant", "function_call": {}, "content": ""}]},
+         'd:1: "messages"\\[1\\]: "function_call" is OpenAI\'s old spelling'),
+        ({"messages": [{"role": "user", "content": None}]}, '"content" must be text, got null'),
+        ({"messages": [{**USER, "weight": 0.5}]}, '"weight" must be 0 or 1, got 0.5'),
+        ({**chat(*HELLO), "tools": {"a": 1}}, 'field "tools" must be a list, got an object'),
+        ({**chat(*HELLO), "tools": "{"}, 'd:1: "tools": not JSON'),
+        ({**chat(*HELLO), "chat_template_kwargs": 1}, '"chat_template_kwargs" must be an object'),
+        ({**chat(*HELLO), "system": 1}, 'field "system" must be text, got a number'),
+        ({"conversations": [{"from": "narrator", "value": "x"}]}, "is 'narrator', expected"),
+        ({"conversations": [{"from": "human"}]}, 'missing field "value"'),
+        ({"instruction": "a", "input": 3, "output": "b"}, 'field "input" must be text'),
+        ({"prompt": [USER], "completion": [USER]}, '"completion" has no message of role "assist'),
+    ],
+)  # fmt: skip
+def test_what_cannot_reach_the_template_is_refused(row, text):
+    with pytest.raises(ValueError, match=text):
+        turns_of(row)
+
+
+def test_empty_answers_are_refused_together():
+    rows = [
+        GOOD, {"prompt": "a", "completion": ""}, chat(("user", "a"), ("assistant", "")),
+        {"messages": [USER, {"role": "assistant", "content": None}]}, {"text": ""},
+    ]  # fmt: skip
+    records = [record_of(row, source=f"d:{i}") for i, row in enumerate(rows)]
+    with pytest.raises(ValueError, match="d:1 and 3 more: the answer is empty; remove such rows"):
+        examples(records, Tokenizer(), max_length=99)
+
+
+# Templates that rewrite earlier turns, and end tokens.
+
+
+class Thinking(Tokenizer):
+    """Writes reasoning in the last answer only, as Qwen3."""
+
+    def render_chat(self, messages, add_generation_prompt=False, **options):
+        last = len(messages) - 1
+        turns = [
+            {**m, "content": "()" * (i == last and m["role"] == "assistant") + m["content"]}
+            for i, m in enumerate(messages)
+        ]
+        return super().render_chat(turns, add_generation_prompt)
+
+
+def test_an_answer_that_is_rewritten_later_is_an_example_of_its_own():
+    first, second = examples([record_of(chat(*HELLO))], Thinking(), max_length=99)
+    for example, n, answer in ((first, 1, "()b"), (second, 3, "()d")):
+        prompt = Thinking().render_chat(chat(*HELLO[:n])["messages"], True)
+        # The prompt is what generation reads, letter by letter.
+        assert Thinking().decode(example.tokens[: len(prompt)].tolist()) == prompt
+        assert learned_tokens(example) == [*map(ord, answer), EOS]
+        assert learned_tokens(example) == example.tokens[len(prompt) :].tolist()
+
+
+class Merging(Thinking):
+    """Tokens of two letters where there are two, so that an answer may merge with its prompt."""
+
+    def encode(self, text, add_special_tokens=True):
+        return [
+            ord(a) * 1000 + ord(b or "\0")
+            for a, b in zip(text[::2], text[1::2] + "\0", strict=False)
+        ]
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return "".join(chr(t // 1000) + chr(t % 1000) for t in tokens).replace("\0", "")
+
+
+def test_an_answer_that_merges_with_its_prompt_is_cut_where_generation_begins():
+    row = record_of(chat(*HELLO))
+    with pytest.warns(UserWarning, match="EOS is never learned"):
+        made = examples([row], Merging(), max_length=99)
+    for example, n in zip(made, (1, 3), strict=True):
+        prompt = Merging().encode(Merging().render_chat(chat(*HELLO[:n])["messages"], True))
+        assert example.tokens[: len(prompt)].tolist() == prompt
+        assert not example.learned[: len(prompt)].any() and example.learned[len(prompt) :].all()
+
+
+def test_end_tokens_that_are_never_learned_are_warned_of():
+    class Endless(Tokenizer):
+        eos_id, stop_ids = None, ()
+
+    with pytest.warns(UserWarning, match="EOS is never learned.*the tokenizer has no eos_token"):
+        examples([record_of(GOOD)], Endless(), max_length=9)
+    with pytest.warns(UserWarning, match="EOS is never learned.*the truncation leaves out"):
+        examples([record_of({"text": "abcdef"})], Tokenizer(), max_length=3, too_long="truncate")
+
+
+def test_any_end_token_of_the_model_ends_a_turn():
+    class Two(Tokenizer):
+        eos_id, stop_ids = 99, (99, EOS)
+
+    (example,) = examples([record_of(chat(*HELLO[:2]))], Two(), max_length=99)
+    assert learned_tokens(example) == [ord("b"), EOS]

@@ -1,0 +1,99 @@
+"""Chats to tokens, with the assistant's turns marked as a template and generation have them.
+
+What is learned is what the model has to generate: from the end of the prompt that
+`add_generation_prompt=True` makes, to the token that ends the turn. A template with
+`{% generation %}` marks it itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_jax.train.messages import Message, is_learned
+
+# Tokens, and which of them are learned.
+Marked = tuple[list[int], list[bool]]
+
+
+def chat_examples(
+    messages: Sequence[Message], options: Mapping[str, Any], tokenizer: Any
+) -> list[Marked]:
+    """The examples of one chat: one, or one an answer if its template rewrites earlier turns.
+
+    Args:
+      messages: the chat.
+      options: further variables of the template, such as `tools`.
+      tokenizer: has `render_chat`, `marked_chat`, `encode`, `decode` and `stop_ids`.
+
+    Raises:
+      ValueError: no template, one that refuses the messages, or one that writes an answer
+        elsewhere than behind its own prompt.
+    """
+    marked = tokenizer.marked_chat(messages, **options)
+    if marked is not None:
+        return [_as_marked(marked, messages)]
+    if messages[0]["role"] == "assistant":
+        raise ValueError(
+            "the first message is the assistant's; begin with a system or user message"
+        )
+    answers = [i for i, message in enumerate(messages) if is_learned(message)]
+    whole = _encode(messages, False, options, tokenizer)
+    learned = [False] * len(whole)
+    for i in answers:
+        before = _encode(messages[:i], True, options, tokenizer)
+        after = _encode(messages[: i + 1], False, options, tokenizer)
+        if whole[: len(after)] != after or after[: len(before)] != before:
+            # Qwen3 drops the reasoning of earlier turns, Phi-3 ends the last one with EOS. While
+            # it answers, the model sees the chat up to there, so each answer is an example.
+            return [_answer(messages[: i + 1], options, tokenizer) for i in answers]
+        end = _end(after, len(before), tokenizer)
+        learned[len(before) : end] = [True] * (end - len(before))
+    return [(whole, learned)]
+
+
+def _as_marked(marked: Marked, messages: Sequence[Message]) -> Marked:
+    if any(m["role"] == "assistant" and not is_learned(m) for m in messages):
+        raise ValueError(
+            'the chat template marks its answers itself, so "weight" and a prompt of messages '
+            "cannot leave any out; remove the `{% generation %}` marks"
+        )
+    if not any(marked[1]):
+        raise ValueError("the chat template marks nothing of this chat by `{% generation %}`")
+    return marked
+
+
+def _answer(messages: Sequence[Message], options: Mapping[str, Any], tokenizer: Any) -> Marked:
+    """The last message as an answer to those before it."""
+    before = tokenizer.render_chat(messages[:-1], True, **options)
+    after = tokenizer.render_chat(messages, False, **options)
+    if not after.startswith(before):
+        raise ValueError(
+            f"the tokenizer's chat template writes message {len(messages) - 1} elsewhere than "
+            "behind the prompt it makes for it, so what is trained is not what is generated; mark "
+            'the answers in the template by `{% generation %}`, or use "prompt" and "completion"'
+        )
+    head, tokens = (tokenizer.encode(text, add_special_tokens=False) for text in (before, after))
+    if tokens[: len(head)] != head:
+        # The answer's first letters merge with the end of the prompt; generation reads the
+        # prompt alone.
+        tokens = head + tokenizer.encode(after[len(before) :], add_special_tokens=False)
+        if tokenizer.decode(tokens, skip_special_tokens=False) != after:
+            raise ValueError(
+                f"the prompt of message {len(messages) - 1} ends inside a token of the answer; "
+                "let the chat template end its prompt with a special token or a line break"
+            )
+    end = _end(tokens, len(head), tokenizer)
+    return tokens[:end], [False] * len(head) + [True] * (end - len(head))
+
+
+def _end(tokens: Sequence[int], start: int, tokenizer: Any) -> int:
+    """The place behind the last end token; a newline after it is never generated."""
+    stops = [i for i in range(start, len(tokens)) if tokens[i] in tokenizer.stop_ids]
+    return stops[-1] + 1 if stops else len(tokens)
+
+
+def _encode(
+    messages: Sequence[Message], prompt: bool, options: Mapping[str, Any], tokenizer: Any
+) -> list[int]:
+    text = tokenizer.render_chat(messages, prompt, **options)
+    # The template writes the special tokens itself.
+    return tokenizer.encode(text, add_special_tokens=False)
