@@ -1,8 +1,8 @@
 """Causal attention of a decoder, with and without a cache, full or with a sliding window.
 
-What happens between a block's projections and its output is one function, `Attend`: it rotates
-queries and keys, stores the keys and values, and mixes. Blocks that slide (a token sees only so
-many before it) and blocks that do not get different ones, from a `Sight`.
+One function, `Attend`, does what happens between a block's projections and its output: it rotates
+queries and keys, stores keys and values, and mixes the values. A `Sight` makes it, because blocks
+with a sliding window (a token attends to a fixed number before it) need another one than the rest.
 
 B batch, T new tokens, S length of the cache, N query heads, K key/value heads, H size of a head,
 L blocks.
@@ -10,7 +10,7 @@ L blocks.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +19,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax import compat
 from lora_jax.dims import AnyArray
-from lora_jax.models.rope import rotate
+from lora_jax.models.rope import Rotation, rotate
 
 FLASH_FROM = 128  # tokens: the scores of fewer are small
-MOST_SCORES = 2**28  # maximum bytes of float32 scores held at once in training
+MOST_SCORES = 2**28  # bytes of float32 scores held at once in training
 
 
 class Cache(NamedTuple):
     """Keys and values of the tokens so far, filled from the left.
 
-    A call writes its T tokens at positions `length .. length + T`; the caller ensures that the
-    cache is long enough. Positions with padding are never attended to.
+    A call writes its T tokens at positions `length .. length + T`; the caller makes the cache long
+    enough. Positions that hold padding are never attended to.
     """
 
     keys: Float[Array, "l b s k h"]  # noqa: F722
@@ -54,32 +54,45 @@ class Mixing(NamedTuple):
     softcap: float | None = None
 
 
-# (queries, keys, values, stored keys and values or None, block number) -> (mixed values, stored)
-Attend = Callable[..., tuple[Array, tuple[Array, Array] | None]]
+# Keys and values of all blocks, `(l, b, s, k, h)` each; None without a cache.
+Stored = tuple[Array, Array] | None
 
-# Whether a block slides, as a Python bool or, in a scan over blocks that differ, an array.
+# (queries, keys, values, stored, block number) -> (mixed values, stored)
+Attend = Callable[..., tuple[Array, Stored]]
+
+# The argument is whether the block slides: a bool, or an array in a scan over blocks that differ.
 Sight = Callable[[bool | Array], Attend]
 
+# Whether a block slides -> how its queries and keys are rotated, or None.
+Turns = Callable[[bool | Array], Rotation | None]
 
-def choose(slides: bool | Array, sliding, full):
+
+def choose(slides: bool | Array, sliding: Any, full: Any) -> Any:
     """One of two trees of arrays."""
     if isinstance(slides, bool):
         return sliding if slides else full
     return jax.tree.map(lambda a, b: jnp.where(slides, a, b), sliding, full)
 
 
-def attention(tokens, mask, cache: Cache | None, mixing: Mixing, turns):
-    """The way of attending, what is stored for it, and the cache with its slots counted.
+def attention(
+    tokens: AnyArray,
+    mask: Bool[AnyArray, "b t"] | None,  # noqa: F722
+    cache: Cache | None,
+    mixing: Mixing,
+    turns: Turns,
+) -> tuple[Sight, Stored, Cache | None]:
+    """How the blocks of one call attend.
 
     Args:
-      tokens: (b, t) new tokens.
-      mask: (b, t) true at real tokens, or None.
-      cache: what was seen before, or None.
+      tokens: (b, t) new tokens; only their shape is read.
+      mask: true at real tokens; None where all are.
+      cache: the tokens before these, or None.
       mixing: how queries weigh keys.
-      turns: whether a block slides -> how its queries and keys are rotated, or None.
+      turns: the rotation of a block's queries and keys.
 
     Returns:
-      `Sight`, the pair of stored keys and values or None, and the new cache or None.
+      The `Sight`, the stored keys and values that its blocks take and return, and the cache with
+      the new tokens counted in `valid` and `length`.
     """
     if cache is None:
         return _see_new(mask, mixing, turns), None, None
@@ -91,28 +104,30 @@ def attention(tokens, mask, cache: Cache | None, mixing: Mixing, turns):
 
 
 def positions_of(valid: Bool[AnyArray, "b t"]) -> Int[Array, "b t"]:  # noqa: F722
-    """Real tokens are counted, so padding on the left shifts nothing."""
+    """The position of each token: only real ones count, so padding on the left shifts none."""
     return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
 
 
-def _see_new(mask, mixing: Mixing, turns) -> Sight:
-    # Under causal attention padding on the right is seen by padding only: without a mask it
-    # costs nothing. The mask stays (b, 1, 1, s); XLA fuses it and the causal one into the softmax.
+def _see_new(mask: Bool[AnyArray, "b t"] | None, mixing: Mixing, turns: Turns) -> Sight:  # noqa: F722
+    # Padding on the right needs no mask: under causal attention only padding attends to it. The
+    # mask stays (b, 1, 1, s), because XLA fuses it and the causal one into the softmax; at full
+    # size it would be an array of all pairs of tokens.
     keys_seen = None if mask is None else mask[:, None, None, :]
 
-    def sight(slides) -> Attend:
+    def sight(slides: bool | Array) -> Attend:
         turn = turns(slides)
         window = mixing.window
         near = (window - 1, 0) if slides is True and window is not None else None
 
         def attend(q, k, v, stored, block):
             q, k = rotate(q, turn), rotate(k, turn)
+            # JAX's attention has no soft cap, and its window is a static number.
             if isinstance(slides, bool) and mixing.softcap is None:
                 mix = partial(
                     jax.nn.dot_product_attention, mask=keys_seen, scale=mixing.scale,
                     is_causal=True, local_window_size=near,
                 )  # fmt: skip
-                if keys_seen is None and near is None and _flashes(q):
+                if keys_seen is None and near is None and _takes_flash(q):
                     return mix(q, k, v, implementation="cudnn"), stored
                 return _in_parts(mix, q, k, v), stored
             at = jnp.arange(q.shape[1])
@@ -125,21 +140,30 @@ def _see_new(mask, mixing: Mixing, turns) -> Sight:
     return sight
 
 
-def _flashes(q: Float[Array, "b t n h"]) -> bool:  # noqa: F722
-    """Whether cuDNN's attention, which holds no scores, is taken; it has one reverse derivative."""
+def _takes_flash(q: Float[Array, "b t n h"]) -> bool:  # noqa: F722
+    """Whether cuDNN's attention takes these queries. It never writes the scores to memory."""
+    # cuDNN's limits on the size of a head before Hopper, and on dtypes. Its only derivative is one
+    # in reverse mode: with a mask, XLA's attention remains for a user who needs another.
     sized = q.shape[1] >= FLASH_FROM and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return sized and q.dtype.itemsize == 2 and compat.has_flash_attention()
 
 
-def _see_stored(valid, start, count: int, mixing: Mixing, turns) -> Sight:
+def _see_stored(
+    valid: Bool[Array, "b s"],  # noqa: F722
+    start: Int[Array, ""],  # noqa: F722
+    count: int,
+    mixing: Mixing,
+    turns: Turns,
+) -> Sight:
+    # How many slots each key lies before each query; negative ones come after it.
     back = start + jnp.arange(count)[:, None] - jnp.arange(valid.shape[1])
 
-    def sight(slides) -> Attend:
+    def sight(slides: bool | Array) -> Attend:
         turn = turns(slides)
         seen = valid[:, None, None, :] & _near(back, mixing, slides)
 
-        # The cache is the scan's carry and written in place: as its input and output it would be
-        # copied whole for every token.
+        # The cache is the scan's carry, which is written in place: as input and output of the scan
+        # the whole of it would be copied for every token.
         def attend(q, k, v, stored, block):
             q, k = rotate(q, turn), rotate(k, turn)
             at = (block, 0, start, 0, 0)
@@ -159,11 +183,16 @@ def _see_stored(valid, start, count: int, mixing: Mixing, turns) -> Sight:
     return sight
 
 
-def _in_parts(mix: Callable, q, k, v):
-    """`mix(q, k, v)` for some heads at a time, and again in the backward pass, where it is large.
+def _in_parts(
+    mix: Callable,
+    q: Float[Array, "b t n h"],  # noqa: F722
+    k: Float[Array, "b s k h"],  # noqa: F722
+    v: Float[Array, "b s k h"],  # noqa: F722
+) -> Float[Array, "b t n h"]:  # noqa: F722
+    """`mix(q, k, v)`; where its scores are large, some heads at a time and again when backward.
 
     The float32 scores of all heads at once would be the largest arrays of a training step over a
-    quantized base. Heads are taken in strides, so that heads spread over devices stay there.
+    quantized base.
     """
     b, t, n, h = q.shape
     s, heads = k.shape[1:3]
@@ -173,7 +202,9 @@ def _in_parts(mix: Callable, q, k, v):
     if parts == 1:
         return mix(q, k, v)
 
-    def split(x, group: int):
+    def split(x: Array, group: int) -> Array:
+        # A part takes every `parts`-th key head, so that each device of a mesh has some of its own
+        # heads in every part.
         x = x.reshape(*x.shape[:2], heads // parts, parts, group, h)
         return jnp.moveaxis(x, 3, 0).reshape(parts, *x.shape[:2], -1, h)
 
@@ -183,8 +214,12 @@ def _in_parts(mix: Callable, q, k, v):
     return jnp.moveaxis(mixed, 0, 3).reshape(b, t, n, h)
 
 
-def _near(back: Int[Array, "t s"], mixing: Mixing, slides) -> Bool[Array, "t s"]:  # noqa: F722
-    """Which keys a query may see, by how many slots they lie back."""
+def _near(
+    back: Int[Array, "t s"],  # noqa: F722
+    mixing: Mixing,
+    slides: bool | Array,
+) -> Bool[Array, "t s"]:  # noqa: F722
+    """Which keys a query attends to, from how many slots they lie before it."""
     if slides is False or mixing.window is None:
         return back >= 0
     if slides is True:
@@ -192,8 +227,15 @@ def _near(back: Int[Array, "t s"], mixing: Mixing, slides) -> Bool[Array, "t s"]
     return (back >= 0) & ((back < mixing.window) | ~slides)
 
 
-def _mix(q, k, v, seen: Bool[Array, "#b 1 t s"], mixing: Mixing):  # noqa: F722
-    """Values in the proportions of the keys' weights: `softmax(cap(scale · q kᵀ)) v`."""
+def _mix(
+    q: Float[Array, "b t n h"],  # noqa: F722
+    k: Float[Array, "b s k h"],  # noqa: F722
+    v: Float[Array, "b s k h"],  # noqa: F722
+    seen: Bool[Array, "#b 1 t s"],  # noqa: F722
+    mixing: Mixing,
+) -> Float[Array, "b t n h"]:  # noqa: F722
+    """Values weighted by their keys: `softmax(cap(scale · q kᵀ)) v`."""
+    # JAX's own attention where it can: only a soft cap, which it lacks, is written out here.
     if mixing.softcap is None:
         return jax.nn.dot_product_attention(q, k, v, mask=seen, scale=mixing.scale)
     b, t, n, h = q.shape
@@ -201,7 +243,7 @@ def _mix(q, k, v, seen: Bool[Array, "#b 1 t s"], mixing: Mixing):  # noqa: F722
     logits = jnp.einsum("btkgh,bskh->bkgts", groups, k, preferred_element_type=jnp.float32)
     logits = logits * (h**-0.5 if mixing.scale is None else mixing.scale)
     logits = jnp.tanh(logits / mixing.softcap) * mixing.softcap
-    # Not -inf: a row of padding sees nothing, and its gradient would be NaN.
+    # Not -inf: a row of padding attends to nothing, and its gradient would be NaN.
     logits = jnp.where(seen[:, :, None], logits, -0.7 * jnp.finfo(jnp.float32).max)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h)
