@@ -21,9 +21,10 @@ from lora_jax.array import check_whole, leaves_by_path
 from lora_jax.config.arguments import check_argument, check_function
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.name_maps import leaves as translated
-from lora_jax.hf.name_maps.peft import in_our_names, in_their_names, with_saved
-from lora_jax.hf.name_maps.rules import NameMap, places_of, recognise
+from lora_jax.hf.name_maps.peft import Saved, in_our_names, in_their_names, with_saved
+from lora_jax.hf.name_maps.rules import NameMap, Placed, places_of, recognise
 from lora_jax.hf.peft.base import as_read
+from lora_jax.hf.peft.copies import check_vocabulary, tables_of, without_copies
 from lora_jax.hf.peft.directory import CONFIG_FILE, read_directory, write_directory
 from lora_jax.hf.peft.load import fill
 from lora_jax.hf.peft.prefixes import without_module
@@ -142,20 +143,39 @@ def attach(
     config = tied_by_file(config, tensors)
     leaves = leaves_by_path(params)
     tensors = without_module(tensors, leaves, source)
-    if name_map is None:
-        plan = plan_of(plannable(config, leaves, source))
-        blank = _blank(plan, config, params, source)
+    places = None if name_map is None else places_of(leaves, name_map)
+    plan, saved = _plan(config, leaves, places, plan_of, source, name_map)
+    tables = tables_of(leaves, plan, places)
+    check_vocabulary(tensors, tables, source)
+    settled, tensors = without_copies(config, tensors, tables, source)
+    if settled != config:
+        # The file holds tables of its own, which train whole.
+        config = settled
+        plan, saved = _plan(config, leaves, places, plan_of, source, name_map)
+    blank = _blank(plan, config, params, source)
+    if places is None:
         return fill(blank, config, tensors, source=source), config
-
-    # The same in Hugging Face's terms: plan and init see our names, config and file theirs.
-    places = places_of(leaves, name_map)
-    wanted = plannable(config, translated.to_theirs(leaves, places), source)
-    wanted, saved = in_our_names(wanted, places, source=source, name_map=name_map)
-    plan = plan_of(wanted)
-    blank = with_saved(_blank(plan, config, params, source), saved, plan)
+    blank = with_saved(blank, saved, plan)
     theirs = translated.to_theirs(leaves_by_path(blank), places, config=config)
     filled = fill(theirs, config, tensors, source=source)
     return translated.to_ours(filled, blank, places), config
+
+
+def _plan(
+    config: LoraConfig,
+    leaves: Mapping[str, Any],
+    places: Mapping[str, Placed] | None,
+    plan_of: Callable[[LoraConfig], Plan],
+    source: str,
+    name_map: NameMap | None,
+) -> tuple[Plan, Saved]:
+    """The plan of a config in Hugging Face's names, and under a name map what trains whole."""
+    if places is None or name_map is None:
+        return plan_of(plannable(config, leaves, source)), {}
+    # Plan and init see our names, config and file Hugging Face's.
+    wanted = plannable(config, translated.to_theirs(leaves, places), source)
+    wanted, saved = in_our_names(wanted, places, source=source, name_map=name_map)
+    return plan_of(wanted), saved
 
 
 def _blank(plan: Plan, config: LoraConfig, params: Any, source: str) -> Any:

@@ -88,7 +88,7 @@ def tied_by_file(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> LoraC
     adapted = any(key.startswith(f"{PREFIX}{HEAD}.lora_") for key in tensors)
     if isinstance(config.target_modules, tuple) and adapted:
         return dataclasses.replace(config, target_modules=(*config.target_modules, HEAD))
-    if f"{PREFIX}{HEAD}.weight" in tensors:
+    if config.modules_to_save and f"{PREFIX}{HEAD}.weight" in tensors:
         return dataclasses.replace(config, modules_to_save=(*config.modules_to_save, HEAD))
     return config
 
