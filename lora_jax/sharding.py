@@ -66,6 +66,13 @@ def _leaf_specs(x: Any, spec: PartitionSpec) -> Any:
     return dataclasses.replace(x, w=_base_specs(x.w, spec), **parts)
 
 
+def follow(lora_params: PyTree) -> PyTree:
+    """Moves all factors to the mesh of their weights; see `place`."""
+    return jax.tree.map(
+        lambda x: place(x) if isinstance(x, LoraArray) else x, lora_params, is_leaf=is_leaf
+    )
+
+
 def place(x: LoraArray) -> LoraArray:
     """Moves new factors to the weight's mesh, sharded like the weight.
 

@@ -5,6 +5,7 @@ elements per leaf is cheap on any device, and no two trained models share them; 
 single elements may go unnoticed.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lora_jax import compat
 from lora_jax.array import is_lora
@@ -69,9 +71,7 @@ def _sample(leaf: Any):
     # `linspace` on the host: in float32 on a device the last places of a large leaf would be off.
     places = np.linspace(0, leaf.size - 1, min(_SAMPLES, leaf.size)).astype(np.int64)
     where = np.unravel_index(places, leaf.shape)
-    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
-        return _from_shards(leaf, where)
-    return leaf[tuple(jnp.asarray(i) for i in where)]
+    return _from_shards(leaf, where) if isinstance(leaf, jax.Array) else leaf[where]
 
 
 def _from_shards(leaf: jax.Array, where: tuple[np.ndarray, ...]) -> np.ndarray:
@@ -89,8 +89,16 @@ def _from_shards(leaf: jax.Array, where: tuple[np.ndarray, ...]) -> np.ndarray:
         inside = np.all([(i >= 0) & (i < end) for i, end in ends], axis=0)
         # Replicas hold the same elements: one of them is enough.
         if shard.replica_id == 0 and inside.any():
-            out[inside] = shard.data[tuple(jnp.asarray(i[inside]) for i in local)]
+            with _alone(shard.device):
+                out[inside] = shard.data[tuple(jnp.asarray(i[inside]) for i in local)]
     return out
+
+
+def _alone(device: jax.Device) -> contextlib.AbstractContextManager:
+    """Lets an operation run on one device under a `jax.set_mesh` of several."""
+    if jax.sharding.get_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.set_mesh(Mesh(np.asarray([device]), ("device",)))
 
 
 def _hash(samples: list) -> str:

@@ -6,6 +6,15 @@ from typing import Any, NamedTuple
 from lora_jax.train.batches import Batch, loader, once
 from lora_jax.train.examples import Example
 from lora_jax.train.loss import outputs_of, summed_loss
+from lora_jax.train.mesh import (
+    Placement,
+    batch_on,
+    check_rows,
+    entered,
+    model_on,
+    params_on,
+    placement,
+)
 from lora_jax.train.step import Programs
 from lora_jax.transform.lorafy import lorafy
 from lora_jax.tree import combine, split
@@ -21,6 +30,7 @@ class Evaluator(NamedTuple):
 
     batches: Sequence[Batch]
     programs: Programs
+    at: Placement | None
 
 
 def lora_loss(model: Any) -> Callable:
@@ -34,8 +44,15 @@ def lora_loss(model: Any) -> Callable:
     return lambda trainable, frozen, batch, key: loss(combine(trainable, frozen), batch, key)
 
 
-def evaluator(model: Any, data: Sequence[Example], *, batch_size: int = 8, buckets=4) -> Evaluator:
-    """Prepares the batches of an evaluation; compiles nothing yet."""
+def evaluator(
+    model: Any,
+    data: Sequence[Example],
+    *,
+    batch_size: int = 8,
+    buckets: int | Sequence[int] = 4,
+    at: Placement | None = None,
+) -> Evaluator:
+    """Prepares the batches of an evaluation, to lie at `at`; compiles nothing yet."""
     loss = lora_loss(model)
 
     def summed(trainable: Any, frozen: Any, batch: Any):
@@ -43,12 +60,13 @@ def evaluator(model: Any, data: Sequence[Example], *, batch_size: int = 8, bucke
         return loss(trainable, frozen, Batch(*(x[0] for x in batch)), None)
 
     layout = loader(data, batch_size=batch_size, buckets=buckets, pad_id=pad_id_of(model.tokenizer))
-    return Evaluator(once(layout), Programs(summed))
+    return Evaluator(once(layout), Programs(summed), at)
 
 
 def mean_loss(prepared: Evaluator, trainable: Any, frozen: Any) -> float:
     """Mean cross entropy of all learned tokens, in nats."""
-    sums = [prepared.programs(trainable, frozen, batch) for batch in prepared.batches]
+    batches = (batch_on(batch, prepared.at) for batch in prepared.batches)
+    sums = [prepared.programs(trainable, frozen, batch) for batch in batches]
     tokens = sum(float(batch.weights.sum()) for batch in prepared.batches)
     return sum(float(s) for s in sums) / tokens
 
@@ -64,8 +82,11 @@ def evaluate(
       data: tokenized examples.
       batch_size: rows of a forward pass; does not change the result.
     """
-    prepared = evaluator(model, data, batch_size=batch_size)
-    return mean_loss(prepared, *split(lora_params))
+    at = placement(model, lora_params)
+    check_rows(at, batch_size)
+    with entered(at):
+        prepared = evaluator(model_on(model, at), data, batch_size=batch_size, at=at)
+        return mean_loss(prepared, *split(params_on(lora_params, at)))
 
 
 def pad_id_of(tokenizer: Any) -> int:

@@ -15,9 +15,11 @@ import jax
 import numpy as np
 
 from lora_jax.compat import check_installed
+from lora_jax.config.lora import LoraConfig
 from lora_jax.train import archive as archives
+from lora_jax.train import mesh as meshes
 from lora_jax.train import metrics
-from lora_jax.train.batches import Item, Loader, iterate, loader
+from lora_jax.train.batches import Batch, Item, Loader, iterate, loader
 from lora_jax.train.config import TrainConfig, steps_between_saves, total_steps
 from lora_jax.train.evaluate import evaluator, lora_loss, mean_loss, pad_id_of
 from lora_jax.train.examples import Example
@@ -88,6 +90,7 @@ class _Job(NamedTuple):
     frozen: Any
     programs: Programs
     rates: np.ndarray
+    at: meshes.Placement | None
     evaluate: Callable[[TrainState], dict[str, float]] | None
     save: Callable[[TrainState, int], None] | None
     save_every: int
@@ -137,12 +140,34 @@ def fit(
     """
     _check_extra(config)
     hooks = hooks or Hooks()
+    at = meshes.placement(model, lora_params)
+    meshes.check_rows(at, config.batch_size)
+    with meshes.entered(at):
+        placed = meshes.params_on(lora_params, at)
+        model = meshes.model_on(model, at)
+        return _fit(model, placed, at, train_data, eval_data, config, full, lora_config, hooks)
+
+
+def _fit(
+    model: Any,
+    lora_params: Any,
+    at: meshes.Placement | None,
+    train_data: Sequence[Example],
+    eval_data: Sequence[Example] | None,
+    config: TrainConfig,
+    full: bool,
+    lora_config: LoraConfig | None,
+    hooks: Hooks,
+) -> Result:
+    """`fit` of parameters that lie on the mesh, where it is the context's."""
     trainable, frozen = _halves(lora_params, full, lora_config)
     data, total = _layout(model, train_data, config)
     _check_tokens(model, lora_params, [*train_data, *(eval_data or ())])
     tx = optimizer(config, total)
-    programs = Programs(make_step(lora_loss(model), tx), donate=(0,))
-    fresh = init_state(jax.random.key(config.seed), trainable, tx)
+    fresh = meshes.state_on(init_state(jax.random.key(config.seed), trainable, tx), tx, at)
+    programs = Programs(
+        make_step(lora_loss(model), tx), donate=(0,), results=meshes.results(fresh, at)
+    )
     described = archives.describe(config, total, train_data, lora_config, lora_params)
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(archives.archive(config))
@@ -155,7 +180,8 @@ def fit(
             frozen,
             programs,
             rates=np.asarray(schedule(config, total)(np.arange(total))),
-            evaluate=_evaluation(model, eval_data, config, frozen, hooks),
+            at=at,
+            evaluate=_evaluation(model, eval_data, config, frozen, hooks, at),
             save=opened
             and (lambda s, k: archives.save(opened, k, s, described, items.get_state())),
             save_every=steps_between_saves(config, total),
@@ -253,13 +279,22 @@ def _recorder(config: TrainConfig, begin: archives.Start, hooks: Hooks, stack):
     return history, emit
 
 
-def _evaluation(model: Any, data, config: TrainConfig, frozen: Any, hooks: Hooks):
+def _evaluation(
+    model: Any,
+    data: Sequence[Example] | None,
+    config: TrainConfig,
+    frozen: Any,
+    hooks: Hooks,
+    at: meshes.Placement | None,
+) -> Callable[[TrainState], dict[str, float]] | None:
     """A function from a state to the numbers of an eval record, or None without evaluation."""
     if not data and hooks.score is None:
         return None
     # As many buckets as in training but other lengths: evaluation data may be longer.
     count = config.buckets if isinstance(config.buckets, int) else len(config.buckets)
-    prepared = evaluator(model, data, batch_size=config.batch_size, buckets=count) if data else None
+    prepared = None
+    if data:
+        prepared = evaluator(model, data, batch_size=config.batch_size, buckets=count, at=at)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         numbers = {}
@@ -283,11 +318,12 @@ def _run(job: _Job, state: TrainState, start: int, items) -> TrainState:
             _evaluate(job, state, 0)
         for step in range(start + 1, job.total + 1):
             item = next(items)
-            if not job.programs.has(item.batch):
+            batch = meshes.batch_on(item.batch, job.at)
+            if not job.programs.has(batch):
                 pending = _settle(job, pending, clock, bar)
-                _compile(job, state, item)
+                _compile(job, state, batch)
                 clock.restart()
-            state, out = job.programs(state, job.frozen, item.batch)
+            state, out = job.programs(state, job.frozen, batch)
             # The previous step is read while this one runs, so the device never waits for Python.
             _settle(job, pending, clock, bar)
             pending = (step, item, out)
@@ -299,9 +335,9 @@ def _run(job: _Job, state: TrainState, start: int, items) -> TrainState:
     return state
 
 
-def _compile(job: _Job, state: TrainState, item: Item) -> None:
+def _compile(job: _Job, state: TrainState, batch: Batch) -> None:
     first = not job.programs.compiled
-    job.programs.compile(state, job.frozen, item.batch)
+    job.programs.compile(state, job.frozen, batch)
     if first and job.hooks.memory is not None:
         job.hooks.memory(_memory(job, state))
 

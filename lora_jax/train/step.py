@@ -72,9 +72,10 @@ class Programs:
       compiled: the compiled programs by the batch's (A, B, T, P).
     """
 
-    def __init__(self, fn: Callable, *, donate: tuple[int, ...] = ()):
+    def __init__(self, fn: Callable, *, donate: tuple[int, ...] = (), results: Any = None):
+        """`results` are the shardings of what `fn` returns; None leaves them to the compiler."""
         self.compiled: dict[tuple[int, ...], Any] = {}
-        self._jitted = jax.jit(fn, donate_argnums=donate)
+        self._jitted = jax.jit(fn, donate_argnums=donate, out_shardings=results)
 
     def has(self, batch: Any) -> bool:
         """Whether the program for this batch's shape is already compiled."""
