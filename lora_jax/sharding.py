@@ -1,4 +1,4 @@
-"""Shardings of adapters: those of the weight, with the rank replicated.
+"""Shardings of weights, from rules, and of adapters: those of the weight, with the rank replicated.
 
 W  (layers, in, out)   P(None, "data", "model")
 A  (layers, in, r)     P(None, "data", None)
@@ -6,21 +6,57 @@ B  (layers, r, out)    P(None, None, "model")
 """
 
 import dataclasses
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.core
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from lora_jax import paths
 from lora_jax.array import LoraArray, RowsArray, SavedArray, is_leaf
+from lora_jax.dims import in_dims
 from lora_jax.quant import sharding as quant_sharding
-from lora_jax.quant.array import QuantArray
+from lora_jax.quant.array import QuantArray, is_quant
 from lora_jax.transform.labels import part_spec, spec_of
+
+AXES = ("data", "fsdp", "tensor")
+_SUPERBLOCK = 128  # inputs
 
 # Field of a leaf -> its name in `part_spec`; a magnitude has the dims of a gain.
 _PARTS = {"a": "a", "b": "b", "scale": "scale", "m": "gain", "bias": "bias"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafDims:
+    """The logical dims of the leaves whose path a pattern matches.
+
+    Attributes:
+      pattern: a regular expression, searched for in the path.
+      dims: names of the last dims; a dim before them is `layers`.
+      order: the positions in `dims` in the order in which a mesh axis tries them.
+    """
+
+    pattern: str
+    dims: tuple[str, ...]
+    order: tuple[int, ...] = (0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Which mesh axes shard which dims.
+
+    Attributes:
+      axes: a logical dim to the mesh axes that may shard it.
+      leaves: the logical dims of every leaf; the first row that matches counts, and a leaf that
+        none matches is copied to every device.
+    """
+
+    axes: Mapping[str, tuple[str, ...]]
+    leaves: tuple[LeafDims, ...]
 
 
 def partition_specs(lora_params: PyTree, specs: PyTree) -> PyTree:
@@ -67,13 +103,13 @@ def _leaf_specs(x: Any, spec: PartitionSpec) -> Any:
 
 
 def follow(lora_params: PyTree) -> PyTree:
-    """Moves all factors to the mesh of their weights; see `place`."""
+    """Moves all factors to the mesh of their weights; see `place_factors`."""
     return jax.tree.map(
-        lambda x: place(x) if isinstance(x, LoraArray) else x, lora_params, is_leaf=is_leaf
+        lambda x: place_factors(x) if isinstance(x, LoraArray) else x, lora_params, is_leaf=is_leaf
     )
 
 
-def place(x: LoraArray) -> LoraArray:
+def place_factors(x: LoraArray) -> LoraArray:
     """Moves new factors to the weight's mesh, sharded like the weight.
 
     A weight on one device, or traced under automatic sharding, leaves the factors as they are.
@@ -97,3 +133,124 @@ def _move(x: LoraArray, spec: PartitionSpec, put: Callable) -> LoraArray:
         if getattr(x, name) is not None
     }
     return dataclasses.replace(x, **parts)
+
+
+def place(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
+    """Spreads a tree over a mesh: weights by the rules, adapters like their weights.
+
+    Args:
+      params: parameters, plain, quantized or adapted.
+      mesh: the devices; an axis that no rule names copies the weights.
+      rules: which axes shard which dims, such as `lora_jax.models.sharding.RULES`.
+
+    Returns:
+      The tree with every array on the mesh.
+
+    Warns:
+      UserWarning: leaves that every device holds whole, because an axis divides none of their dims.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> mesh = lora.models.make_mesh(fsdp=-1)
+      >>> rules = Rules({"hidden": ("fsdp",)}, (LeafDims(r"kernel$", ("hidden", "hidden")),))
+      >>> placed = lora.sharding.place({"kernel": jnp.ones((64, 64))}, mesh, rules)
+      >>> placed["kernel"].sharding.spec
+      PartitionSpec('fsdp', None)
+    """
+    placed = shardings(params, mesh, rules)
+    return jax.tree.map(jax.device_put, params, placed)
+
+
+def shardings(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
+    """The `NamedSharding` of every array of a tree that `place` would put on the mesh."""
+    whole: list[str] = []
+    base = specs(params, rules, mesh.shape, whole=whole)
+    if whole:
+        more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
+        warnings.warn(
+            f"every device holds all of {', '.join(whole[:3])}{more}: an axis of the mesh "
+            f"{dict(mesh.shape)} divides none of their dims that it may shard",
+            stacklevel=3,
+        )
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        partition_specs(params, base),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def specs(
+    shapes: Any, rules: Rules, mesh_shape: Mapping[str, int], *, whole: list[str] | None = None
+) -> Any:
+    """The `PartitionSpec` of every weight of a model.
+
+    Args:
+      shapes: the model's parameters, as arrays or `ShapeDtypeStruct`s; a quantized weight is one
+        leaf.
+      rules: which axes shard which dims, such as `lora_jax.models.sharding.RULES` or a copy of it.
+      mesh_shape: mesh axis to number of devices; an axis that is missing has one.
+      whole: receives the paths of leaves that an axis cannot divide; None raises for them.
+
+    Returns:
+      A tree like `shapes` with a `PartitionSpec` at each leaf.
+
+    Raises:
+      ValueError: without `whole`, an axis divides none of the dims of a leaf that it may shard.
+
+    Example:
+      >>> import dataclasses, jax
+      >>> shapes = {"lm_head": {"kernel": jax.ShapeDtypeStruct((64, 512), "float32")}}
+      >>> specs(shapes, RULES, {"fsdp": 4, "tensor": 2})["lm_head"]["kernel"]
+      PartitionSpec('fsdp', 'tensor')
+      >>> whole = dataclasses.replace(RULES, axes={**RULES.axes, "vocabulary": ()})
+      >>> specs(shapes, whole, {"fsdp": 4, "tensor": 2})["lm_head"]["kernel"]
+      PartitionSpec('fsdp', None)
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: _leaf_spec(paths.spell(path), x, rules, mesh_shape, whole),
+        shapes,
+        is_leaf=is_leaf,
+    )
+
+
+def _leaf_spec(
+    path: str, x: Any, rules: Rules, mesh_shape: Mapping[str, int], whole: list[str] | None
+) -> PartitionSpec:
+    x = getattr(x, "w", x)  # an adapted leaf is spread like its weight
+    row = next((row for row in rules.leaves if re.search(row.pattern, path)), None)
+    if row is None or x.ndim < len(row.dims):
+        return PartitionSpec()
+    first = x.ndim - len(row.dims)
+    names = ("layers",) * first + row.dims
+    order = [first + d for d in row.order]
+    spec: list[str | None] = [None] * x.ndim
+    # `tensor` first: it has one dim it can take, `fsdp` takes any that is left.
+    for axis in ("tensor", "fsdp", "data"):
+        # A vector is too small to be worth the gathering.
+        if mesh_shape.get(axis, 1) == 1 or (axis == "fsdp" and len(row.dims) == 1):
+            continue
+        free = [d for d in order if spec[d] is None and axis in rules.axes.get(names[d], ())]
+        if not free:
+            continue
+        d = _divided(x, free, mesh_shape[axis])
+        if d is not None:
+            spec[d] = axis
+        elif whole is not None:
+            whole.append(f"`{path}` {tuple(x.shape)}")
+        else:
+            raise ValueError(
+                f"`mesh` axis `{axis}` = {mesh_shape[axis]} divides no dim of `{path}` "
+                f"{tuple(x.shape)} that is free; take a divisor of the model's width"
+            )
+    return PartitionSpec(*spec)
+
+
+def _divided(x: Any, dims: list[int], size: int) -> int | None:
+    """The first of the dims that an axis of this size divides."""
+    if not is_quant(x):
+        return next((d for d in dims if x.shape[d] % size == 0), None)
+    # A quantized matrix is stored in superblocks of inputs, which must stay whole: where there are
+    # too few of them it is spread by its outputs.
+    inputs = in_dims(x.roles)
+    order = [(d, _SUPERBLOCK) for d in dims] + [(d, 1) for d in dims[::-1] if d not in inputs]
+    return next((d for d, unit in order if x.shape[d] % (size * unit) == 0), None)

@@ -29,7 +29,7 @@ from lora_jax.config.arguments import check_argument, check_key
 from lora_jax.dims import b_dims, stack_dims
 from lora_jax.methods import start_function
 from lora_jax.plan.leaf import LeafPlan, Plan
-from lora_jax.sharding import place
+from lora_jax.sharding import place_factors
 
 
 def init(key: PRNGKeyArray, plan: Plan, params: PyTree, *, weights: Any = None) -> PyTree:
@@ -133,7 +133,7 @@ def _init_leaf(key: PRNGKeyArray, plan: Plan, leaf: LeafPlan | None, w: Any, ful
     if plan.config.use_dora:
         # After A and B: the magnitude is the norm of their sum with W.
         adapted = dataclasses.replace(adapted, m=dora.magnitude(adapted))
-    return place(adapted)
+    return place_factors(adapted)
 
 
 def make_leaf(plan: Plan, leaf: LeafPlan, w: Any, **trained) -> LoraArray | SavedArray | RowsArray:

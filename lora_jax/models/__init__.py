@@ -15,3 +15,4 @@ from lora_jax.models.model import Model as Model
 from lora_jax.models.registry import ARCHITECTURES as ARCHITECTURES
 from lora_jax.models.registry import Architecture as Architecture
 from lora_jax.models.registry import config_from_hf as config_from_hf
+from lora_jax.models.sharding import make_mesh as make_mesh

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
-from lora_jax.models.sharding import RULES, LeafDims, specs
+from lora_jax.models.sharding import RULES
+from lora_jax.sharding import LeafDims, specs
 
 MESH = {"data": 1, "fsdp": 4, "tensor": 2}
 CONFIG = lora.models.LlamaConfig(

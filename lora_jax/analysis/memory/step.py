@@ -17,17 +17,17 @@ from jax.sharding import PartitionSpec
 from lora_jax.analysis.memory import mesh as memory_mesh
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.checkpoint.safetensors import read_json
-from lora_jax.models import sharding
 from lora_jax.models.bert_config import CLASSIFICATION
 from lora_jax.models.model import check_options
 from lora_jax.models.registry import CAUSAL_LM, architecture_of, config_from_hf
+from lora_jax.models.sharding import ROWS, RULES
 from lora_jax.paths import nearest
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import formats
 from lora_jax.quant.dispatch import BACKENDS
 from lora_jax.quant.loading import is_kernel
 from lora_jax.quantize import quantize
-from lora_jax.sharding import partition_specs
+from lora_jax.sharding import partition_specs, specs
 from lora_jax.train.batches import Batch
 from lora_jax.train.evaluate import lora_loss
 from lora_jax.train.loss import cross_entropy
@@ -230,7 +230,7 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
     Raises:
       ValueError: a mesh that does not divide a matrix.
     """
-    base = sharding.specs(step.base, sharding.RULES, settings.mesh)
+    base = specs(step.base, RULES, settings.mesh)
     params = partition_specs(step.params, base)
     if settings.adapter is None:
         trainable, frozen = params, step.frozen
@@ -245,7 +245,7 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
         trainable,
         transform_non_params=lambda x: copied,
     )
-    rows: Any = PartitionSpec(None, sharding.ROWS)
+    rows: Any = PartitionSpec(None, ROWS)
     state = TrainState(copied, trainable, moments, copied)
     return Spread(params, state, frozen, Batch(rows, rows, rows, rows))
 
