@@ -95,3 +95,46 @@ def test_an_axis_that_divides_nothing_is_an_error_with_path_and_shape(axis, size
     with pytest.raises(ValueError) as error:
         specs(kernel("q_proj", *sizes), RULES, {axis: 4})
     assert f"`mesh` axis `{axis}` = 4 divides no dim of `q_proj.kernel` {sizes}" in str(error.value)
+
+
+def test_place_leaves_whole_what_an_axis_does_not_divide_and_warns():
+    mesh = lora.models.make_mesh(fsdp=8)
+    tree = {
+        "q_proj": {"kernel": jax.numpy.ones((12, 20))},
+        "o_proj": {"kernel": jax.numpy.ones((16, 8))},
+    }
+    with pytest.warns(UserWarning, match=r"all of `q_proj.kernel` \(12, 20\): an axis of the mesh"):
+        placed = lora.sharding.place(tree, mesh, RULES)
+    assert placed["q_proj"]["kernel"].sharding.is_fully_replicated
+    assert placed["o_proj"]["kernel"].addressable_shards[0].data.shape == (2, 8)
+
+
+def test_place_puts_adapters_where_their_weights_are():
+    w = jax.numpy.ones((64, 32))
+    leaf = lora.LoraArray(w, jax.numpy.ones((64, 4)), jax.numpy.ones((4, 32)), jax.numpy.ones(()))
+    placed = lora.sharding.place(
+        {"q_proj": {"kernel": leaf}}, lora.models.make_mesh(fsdp=4, tensor=2), RULES
+    )
+    found = placed["q_proj"]["kernel"]
+    assert found.w.sharding.spec == P("fsdp", "tensor")
+    assert found.a.sharding.spec == P("fsdp", None) and found.b.sharding.spec == P(None, "tensor")
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (dict(fsdp=3), "`mesh` is fsdp=3, but there are 8 devices"),
+        (dict(data=-1, fsdp=-1), "one of them may be -1"),
+        (dict(data=3, fsdp=-1), "multiply up to them"),
+        (dict(model=8), "`mesh` axis `model` is not one of data, fsdp, tensor"),
+        (dict(fsdp=0), "`fsdp` must be positive"),
+        ({}, "`mesh` is empty"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes, message):
+    with pytest.raises(ValueError, match=message):
+        lora.models.make_mesh(**axes)
+
+
+def test_minus_one_is_what_the_other_axes_leave():
+    assert dict(lora.models.make_mesh(data=2, fsdp=-1).shape) == {"data": 2, "fsdp": 4}
