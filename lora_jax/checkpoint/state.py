@@ -199,12 +199,14 @@ def _restore_step(
     with readable(place, "arrays"):
         arrays = opened.restore(step, args=args).state
     check_arrays(arrays, sums, place)
-    typed = {
-        n: jax.random.wrap_key_data(x, impl=jax.random.key_impl(named[n]))
-        if _is_key(named[n]) else x
-        for n, x in arrays.items()
-    }  # fmt: skip
+    typed = {n: _typed(x, named[n]) if _is_key(named[n]) else x for n, x in arrays.items()}
     return Checkpoint(step, unflatten(like, typed), meta)
+
+
+def _typed(data: Any, like: Any) -> Any:
+    """A key of the kind of `like`, where `like` lies."""
+    key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+    return jax.device_put(key, like.sharding)
 
 
 def set_aside(opened: Any, after: int) -> None:
