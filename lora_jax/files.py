@@ -233,6 +233,64 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
+def parse_json(data: bytes) -> Any:
+    """Parses JSON strictly: a name that occurs twice in an object is an error, not the last one.
+
+    Raises:
+      ValueError: it is not JSON, with the line: `:3: not JSON: ...`.
+    """
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f":{line}: not UTF-8 text: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f":{error.lineno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(":1: not JSON: nested too deeply") from None
+    except ValueError as error:  # a name twice, or a number of thousands of digits
+        raise ValueError(f": {error}") from None
+    if b"\\ud" in data or b"\\uD" in data:
+        _check_surrogates(value, text)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"`{twice}` occurs twice in one object")
+    return content
+
+
+def _check_surrogates(value: Any, text: str) -> None:
+    """Refuses halves of characters: JSON can spell them, but no text file can hold them."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(str(error.object)[error.start]):04x}"
+        line = text.lower()[: text.lower().find(half)].count("\n") + 1
+        raise ValueError(f":{line}: `{half}` is half of a character; remove it") from None
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads a JSON file; see `parse_json`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not JSON, with path and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}{error}") from None
+
+
 def kept(path: str | os.PathLike, make: Callable[[], Any], *, indent: int | None = None) -> Any:
     """Reads the JSON at `path`, or computes it with `make` and writes it there first.
 

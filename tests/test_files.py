@@ -185,6 +185,28 @@ with locked(pathlib.Path(sys.argv[1])):
         pass
 
 
+JSON = {
+    "a name twice": (b'{"a": 1, "b": {"c": 1, "c": 2}}', ": `c` occurs twice in one object"),
+    "cut": (b'{\n"a": ', ":2: not JSON: "),
+    "nested": (b"[" * 100_000, ":1: not JSON: nested too deeply"),
+    "not text": (b'{\n"a": "\xff"}', ":2: not UTF-8 text: "),
+    "half a character": (b'{"b": 1,\n"a": ["\\uD83D"]}', ":2: `.ud83d` is half of a character"),
+    "a number too long": (b'{"a": ' + b"9" * 5000 + b"}", "digits"),
+}
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_json_is_read_strictly(tmp_path, name):
+    content, text = JSON[name]
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.json.*{text}") as error:
+        files.read_json(path)
+    assert "\n" not in str(error.value)
+    path.write_bytes(b'{"a": "\\ud83d\\ude00 \\\\ud83d"}')
+    assert files.read_json(path) == {"a": "\U0001f600 \\ud83d"}
+
+
 def test_what_was_computed_is_kept(tmp_path):
     path = tmp_path / "folder" / "part.json"
     assert files.kept(path, lambda: {"a": (1, 2.5)}) == {"a": [1, 2.5]}

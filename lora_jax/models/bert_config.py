@@ -8,7 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
-from lora_jax.models.dialect import refuse_unsupported, scalar_if_one, tuple_of
+from lora_jax.models.dialect import (
+    check_kinds,
+    check_numbers,
+    check_sizes,
+    refuse_unsupported,
+    scalar_if_one,
+    tuple_of,
+)
 from lora_jax.models.layers import ACTIVATIONS
 
 FEATURES: Final = "features"
@@ -124,9 +131,9 @@ class BertConfig:
     classifier_dropout: float | None = None
 
     def __post_init__(self):
-        for name in _SIZES:
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise ValueError(f"config: `{name}` must be a whole number above 0, got {value!r}")
+        check_sizes(self, {name: name for name in _SIZES})
+        check_numbers(self, (), ("layer_norm_eps", "initializer_range"))
+        check_kinds(self)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"config: `hidden_size` ({self.hidden_size}) is not a multiple of "

@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_jax.models.attention import Mixing
-from lora_jax.models.dialect import Dialect, refuse_unsupported, scalar_if_one, tuple_of
+from lora_jax.models.dialect import (
+    Dialect,
+    check_kinds,
+    check_numbers,
+    check_sizes,
+    refuse_unsupported,
+    scalar_if_one,
+    tuple_of,
+)
 from lora_jax.models.families import DIALECTS
 from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.rope import RopeScaling, scaling_to_hf
@@ -87,9 +95,9 @@ class LlamaConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        for name in _SIZES:
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise ValueError(f"config: `{name}` must be a whole number above 0, got {value!r}")
+        check_sizes(self, {name: name for name in _SIZES})
+        check_numbers(self, _POSITIVE, ("rms_norm_eps", "initializer_range"))
+        check_kinds(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config: `num_attention_heads` ({self.num_attention_heads}) is not a multiple of "
@@ -107,8 +115,8 @@ class LlamaConfig:
                 f"config: `hidden_activation` `{self.hidden_activation}` is not one of "
                 f"{', '.join(ACTIVATIONS)}"
             )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"config: `sliding_window` must be above 0, got {self.sliding_window}")
+        if self.sliding_window is not None:
+            check_sizes(self, {"sliding_window": "sliding_window"})
 
     @property
     def context(self) -> int:
@@ -178,6 +186,10 @@ class LlamaConfig:
         return {**out, **fixed, **dialect.write(self)}
 
 
+_POSITIVE = (
+    "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "query_pre_attn_scalar",
+    "attn_logit_softcapping", "final_logit_softcapping",
+)  # fmt: skip
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -205,6 +217,12 @@ def _from_hf(raw: Mapping[str, Any], dialect: Dialect) -> LlamaConfig:
     given.update({name: asked[name] for name in _MAYBE_NONE if name in asked})
     if missing := [name for name in _REQUIRED if name not in given]:
         raise ValueError(f"config: config.json lacks {', '.join(f'`{m}`' for m in missing)}")
+    # Divided by below; every size is checked again as a part of the configuration.
+    for name in ("hidden_size", "num_attention_heads"):
+        if type(given[name]) is not int or given[name] < 1:
+            raise ValueError(
+                f"config: `{name}` must be a whole number above 0, got {given[name]!r}"
+            )
     given.setdefault("num_key_value_heads", given["num_attention_heads"])
     given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
     fields = {name: given[name] for name in _PLAIN if name in given}

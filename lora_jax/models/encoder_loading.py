@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
+from lora_jax.files import read_json
 from lora_jax.hf.checkpoint.names import BERT
-from lora_jax.hf.checkpoint.safetensors import open_directory, read_json
+from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.checkpoint.weights import Weights, fill
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory

@@ -115,8 +115,8 @@ def _check(facts: Mapping[str, Any], path: Path) -> None:
             )
         if isinstance(value, list):
             raise ValueError(f"{path}: `{key}` differs from block to block, which is not supported")
-    if facts["attention.head_count"] < 1:
-        raise ValueError(f"{path}: `attention.head_count` must be above 0")
+    if facts["attention.head_count"] < 1 or facts.get("attention.head_count_kv", 1) < 1:
+        raise ValueError(f"{path}: `attention.head_count` and `_kv` must be above 0")
     if facts.get("expert_count", 0):
         raise ValueError(f"{path}: a mixture of {facts['expert_count']} experts is not supported")
     if facts.get("attention.value_length") not in (None, facts.get("attention.key_length")):

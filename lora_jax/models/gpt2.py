@@ -21,7 +21,14 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Attend, Mixing
-from lora_jax.models.dialect import refuse_unsupported, scalar_if_one, tuple_of
+from lora_jax.models.dialect import (
+    check_kinds,
+    check_numbers,
+    check_sizes,
+    refuse_unsupported,
+    scalar_if_one,
+    tuple_of,
+)
 from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, kept, logits_of
 
 # Names in config.json, Hugging Face's -> ours.
@@ -57,6 +64,7 @@ _DEFAULTS = {
     "bos_token_id": 50256,
     "eos_token_id": 50256,
 }
+_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 _MAYBE_NONE = ("bos_token_id", "pad_token_id", "eos_token_id")
 
 
@@ -105,13 +113,12 @@ class GPT2Config:
     turning_point: ClassVar[None] = None
 
     def __post_init__(self):
-        for theirs, ours in _NAMES.items():
-            value = getattr(self, ours)
-            if theirs in _DEFAULTS and ours != "bos_token_id":
-                if not isinstance(value, int) or value < 1:
-                    raise ValueError(
-                        f"config: `{theirs}` must be a whole number above 0, got {value!r}"
-                    )
+        sizes = {ours: theirs for theirs, ours in _NAMES.items() if theirs in _SIZES}
+        if self.intermediate_size is not None:
+            sizes |= {"intermediate_size": "n_inner"}
+        check_sizes(self, sizes)
+        check_numbers(self, (), ("layer_norm_epsilon", "initializer_range"))
+        check_kinds(self)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"config: `n_embd` ({self.hidden_size}) is not a multiple of `n_head` "

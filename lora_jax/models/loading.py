@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.files import read_json
 from lora_jax.hf.checkpoint.names import Family
-from lora_jax.hf.checkpoint.safetensors import open_directory, read_json, refuse_pickle
+from lora_jax.hf.checkpoint.safetensors import open_directory, refuse_pickle
 from lora_jax.hf.checkpoint.weights import Weights, fill
 from lora_jax.hf.gguf.file import open_gguf, rope_divisors, weights_of
 from lora_jax.hf.hub import snapshot

@@ -128,8 +128,7 @@ def _check_keys(
         if name in _LISTS:
             if not isinstance(value, list | tuple) or not all(map(_is_number, value)):
                 raise ValueError(f"`rope_scaling`: `{name}` must list numbers, got {value!r}")
-        # `bool` is a subclass of `int`: only `truncate` may be one.
-        elif isinstance(value, bool) != (name == "truncate") or not isinstance(value, int | float):
+        elif not (isinstance(value, bool) if name == "truncate" else _is_number(value)):
             raise ValueError(f"`rope_scaling`: `{name}` must be a number, got {value!r}")
     if given.get("factor", 1) < 1:
         raise ValueError(f"`rope_scaling`: `factor` must be at least 1, got {given['factor']}")
@@ -138,7 +137,7 @@ def _check_keys(
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:

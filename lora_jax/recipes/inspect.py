@@ -11,7 +11,8 @@ from typing import Any
 from lora_jax import models
 from lora_jax.checkpoint.params import described
 from lora_jax.compat import require
-from lora_jax.hf.checkpoint.safetensors import open_directory, read_header, read_json
+from lora_jax.files import read_json
+from lora_jax.hf.checkpoint.safetensors import open_directory, read_header
 from lora_jax.hf.gguf.file import kind_of_file, open_gguf
 from lora_jax.hf.hub import snapshot
 from lora_jax.recipes import inspect_adapter as report

@@ -18,7 +18,8 @@ from lora_jax.checkpoint import adapters
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import sizes
-from lora_jax.hf.checkpoint.safetensors import load_file, read_json
+from lora_jax.files import read_json
+from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
 from lora_jax.hf.peft.directory import CONFIG_FILE, TENSOR_FILE
 from lora_jax.hf.peft.index import modules_of

@@ -100,7 +100,13 @@ def _check_first(line: bytes, path: Path) -> None:
 def _parse(line: bytes, source: str) -> Any:
     try:
         # "-sig": editors on Windows put a byte order mark at the start of the file.
-        return json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.decode("utf-8-sig"))
+        if b"\\ud" in line.lower():  # halves of characters, which no tokenizer takes
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(str(error.object)[error.start]):04x}"
+        raise ValueError(f"{source}: `{half}` is half of a character; remove it") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 text ({error.reason}); save as UTF-8") from None
     except RecursionError:
@@ -111,6 +117,8 @@ def _parse(line: bytes, source: str) -> Any:
             f"{source}: not JSON ({error.msg} at column {error.pos + 1}); expected one JSON object"
             f" a line with {_HOW}"
         ) from None
+    except (RecursionError, ValueError) as error:  # nested, or a number of thousands of digits
+        raise ValueError(f"{source}: not JSON that can be read ({error})") from None
 
 
 def record_of(

@@ -1,10 +1,12 @@
 """Configurations: from config.json and back, and every field that is refused."""
 
 import dataclasses
+import math
 
 import pytest
 
 from lora_jax.models import LlamaConfig
+from lora_jax.models.registry import config_from_hf
 from lora_jax.models.rope import RopeScaling
 
 pytestmark = pytest.mark.once
@@ -289,3 +291,46 @@ def test_a_config_is_frozen_and_checked_when_made():
         dataclasses.replace(config, vocab_size=-1)
     with pytest.raises(ValueError, match="`hidden_activation` `mish` is not one of silu, swish"):
         dataclasses.replace(config, hidden_activation="mish")
+
+
+BERT = {"model_type": "bert", "architectures": ["BertModel"]}
+GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+
+
+@pytest.mark.parametrize("base", [RAW, BERT, GPT2], ids=lambda raw: raw["model_type"])
+def test_numbers_that_no_model_has_are_refused_by_name(base):
+    names = {"llama": ("rms_norm_eps", "hidden_size", "num_attention_heads", "num_hidden_layers"),
+             "bert": ("layer_norm_eps", "hidden_size", "num_attention_heads", "num_hidden_layers"),
+             "gpt2": ("layer_norm_epsilon", "n_embd", "n_head", "n_layer")}  # fmt: skip
+    small, *sizes = names[base["model_type"]]
+    for value in (math.nan, math.inf, -1e-6, "1e-6", True, [1e-6], 1e300, 1e-60):
+        with pytest.raises(ValueError, match=f"`{small}` must be a finite number of at least 0"):
+            config_from_hf({**base, small: value})
+    for name in sizes:
+        for value in (0, -1, 2.0, "4", True, [4], {}, 2**40):
+            with pytest.raises(ValueError, match=f"`{name}` (must be a whole number|is 1099)"):
+                config_from_hf({**base, name: value})
+    for value in ("<s>", 1.5, True, [1, "x"]):
+        with pytest.raises(ValueError, match="`eos_token_ids` must be whole numbers"):
+            config_from_hf({**base, "eos_token_id": value})
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, "10000", True, 1e39, 1e-60])
+def test_a_wavelength_that_is_none_is_refused(value):
+    for fields in ({"rope_theta": value}, {"rope_parameters": {"rope_theta": value}}):
+        with pytest.raises(ValueError, match="`rope_theta` must be a finite number above 0"):
+            LlamaConfig.from_hf({**RAW, **fields})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "8", True])
+def test_a_scaling_with_another_than_numbers_is_refused(value):
+    with pytest.raises(ValueError, match="`factor` must be a number"):
+        LlamaConfig.from_hf({**RAW, "rope_scaling": {**LLAMA3, "factor": value}})
+    with pytest.raises(ValueError, match="`rope_scaling` must be an object"):
+        LlamaConfig.from_hf({**RAW, "rope_scaling": "linear"})
+
+
+@pytest.mark.parametrize("value", ["false", 0, 1.0])
+def test_a_flag_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match="`tie_word_embeddings` must be true or false"):
+        LlamaConfig.from_hf({**RAW, "tie_word_embeddings": value})

@@ -279,7 +279,11 @@ REFUSED = {
         {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
         "`rope_parameters` of type `linear` in `sliding_attention` are not supported",
     ),
-    "no window": (GEMMA3, {"sliding_window": 0}, "`sliding_window` must be above 0, got 0"),
+    "no window": (
+        GEMMA3,
+        {"sliding_window": 0},
+        "`sliding_window` must be a whole number",
+    ),
     "sliding without a window": (
         GEMMA3,
         {"sliding_window": None},

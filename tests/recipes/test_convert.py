@@ -7,7 +7,8 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import checkpoint, models
-from lora_jax.hf.checkpoint.safetensors import load_file, read_json
+from lora_jax.files import read_json
+from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.hf.peft.api import load_peft, save_peft
 from lora_jax.models.saving import save_model
 from lora_jax.recipes import convert, inspect_adapter

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.analysis.memory import mesh as memory_mesh
 from lora_jax.config.lora import LoraConfig
-from lora_jax.hf.checkpoint.safetensors import read_json
+from lora_jax.files import read_json
 from lora_jax.models.bert_config import CLASSIFICATION
 from lora_jax.models.model import check_options
 from lora_jax.models.registry import CAUSAL_LM, architecture_of, config_from_hf

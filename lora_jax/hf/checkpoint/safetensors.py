@@ -8,7 +8,6 @@ Format: 8 bytes little-endian header length, the header (JSON: name -> dtype, sh
 and `__metadata__`), the data. https://github.com/huggingface/safetensors
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lora_jax.files import parse_json, read_json
 from lora_jax.hf.checkpoint import bnb
 from lora_jax.hf.checkpoint.weights import Weights
 
@@ -162,19 +162,6 @@ def refuse_pickle(path: str | Path) -> None:
         )
 
 
-def read_json(path: str | Path) -> Any:
-    """Reads a JSON file, or raises an error that names it and the line."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-
-
 def _files(directory: Path) -> dict[Path, dict[str, Entry]]:
     """Every weight file with its tensors."""
     if not directory.is_dir():
@@ -225,23 +212,11 @@ def _check_index(placed: Mapping[str, str], files: Mapping[Path, Mapping], index
 
 
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
-    twice: list[str] = []
-
-    # `json` would silently keep the last of two entries of one name.
-    def note_duplicates(pairs):
-        out = {}
-        for name, value in pairs:
-            if name in out:
-                twice.append(name)
-            out[name] = value
-        return out
-
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=note_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a safetensors file: header is not JSON: {error}") from None
-    if twice:
-        raise ValueError(f"{path}: the header names `{twice[0]}` twice")
+        header = parse_json(raw)
+    except ValueError as error:
+        reason = str(error).lstrip(":1 ")
+        raise ValueError(f"{path}: not a safetensors file: header is not JSON: {reason}") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: not a safetensors file: header is not a JSON object")
     header.pop("__metadata__", None)

@@ -265,10 +265,10 @@ def _place(
     """Where each tensor lies, inside the file."""
     gguf = require("gguf")
     known = {int(kind): gguf.GGML_QUANT_SIZES[kind] for kind in gguf.GGMLQuantizationType}
-    if not isinstance(alignment, int) or alignment < 1:
+    if type(alignment) is not int or alignment < 1:
         raise _BadHeader(f"`general.alignment` is {alignment!r}")
     # Offsets count from the first multiple of the alignment after the header.
-    first, out = -(-cursor.at // alignment) * alignment, {}
+    first, out, end = -(-cursor.at // alignment) * alignment, {}, 0
     for name, shape, kind, offset in records:
         if name in out:
             raise _BadHeader(f"tensor `{name}` is there twice")
@@ -285,7 +285,20 @@ def _place(
         # Python's integers do not overflow, so a huge offset cannot wrap around into the file.
         if first + offset + size > len(cursor.data):
             raise _BadHeader(f"tensor `{name}` ends past the end of the file; cut short?")
+        # llama.cpp, too, reads only files in which each tensor follows the one before: other places
+        # mean an overlap, a hole, or a type that is not the data's.
+        if offset != end:
+            raise _BadHeader(
+                f"tensor `{name}` begins at byte {offset} of the data, expected {end}, where the "
+                "one before it ends by its type and shape; the file is damaged"
+            )
+        end = offset + -(-size // alignment) * alignment
         out[name] = TensorPlace(shape, kind, first + offset, size)
+    if len(cursor.data) > first + end and records:
+        raise _BadHeader(
+            f"{len(cursor.data) - first - end} bytes follow the last tensor, `{records[-1][0]}`, "
+            "which ends there by its type and shape; the file is damaged"
+        )
     return out
 
 

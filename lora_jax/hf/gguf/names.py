@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.compat import require
-from lora_jax.hf.checkpoint.safetensors import read_json
+from lora_jax.files import read_json
 from lora_jax.hf.gguf.file import open_gguf
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

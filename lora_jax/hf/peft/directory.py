@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lora_jax.config.peft import check_type
-from lora_jax.files import replacing, sweep, sync, temporary_beside
+from lora_jax.files import parse_json, replacing, sweep, sync, temporary_beside
 from lora_jax.hf.checkpoint.safetensors import PICKLES, read_header
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.peft.prefixes import plain_fields, plain_keys
@@ -93,23 +93,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a PEFT config")
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_unique)
-    except RecursionError:
-        raise ValueError(f"{path}: not a PEFT config: nested too deeply") from None
-    except ValueError as error:  # also JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{path}: not JSON that PEFT writes: {error}") from None
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}{error}; PEFT writes no such file") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        # `json` would silently keep the last of them.
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"`{twice}` occurs twice in one object")
     return content
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.compat import require
-from lora_jax.hf.checkpoint.safetensors import read_json
+from lora_jax.files import read_json
 from lora_jax.hf.tokenizer import wordpiece
 from lora_jax.hf.tokenizer.tokenizer import Tokenizer
 

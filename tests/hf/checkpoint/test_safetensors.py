@@ -89,7 +89,7 @@ HEADERS = {
     "not text": (b"\xff\xfe{}", b"", None, "header is not JSON"),
     "endless number": (b'{"a": ' + b"9" * 5000 + b"}", b"", None, "header is not JSON"),
     "not an object": ([1], b"", None, "header is not a JSON object"),
-    "a name twice": (b'{"a": {}, "a": {}}', b"", None, "names `a` twice"),
+    "a name twice": (b'{"a": {}, "a": {}}', b"", None, "`a` occurs twice"),
     "not a tensor's entry": ({"a": 3}, b"", None, "entry for `a` is not a tensor's"),
     "offsets missing": (
         {"a": {"dtype": "F32", "shape": [1]}},

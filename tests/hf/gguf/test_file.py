@@ -251,6 +251,16 @@ def text_of(value):
     return struct.pack("<Q", len(value)) + value
 
 
+def placed(*records, data=128):
+    """Tensors `a`, `b`, each given by its numbers, its type and its place in the data."""
+    rest = b"".join(
+        text_of(name) + struct.pack("<IQIQ", 1, *record)
+        for name, record in zip((b"a", b"b"), records, strict=True)
+    )
+    whole = header(tensors=len(records), rest=rest)
+    return whole + bytes(-len(whole) % 32 + data)
+
+
 BROKEN = {
     "empty": (b"", "only 0 bytes"),
     "another magic": (header(magic=b"GGML", rest=bytes(9)), "does not start with GGUF"),
@@ -308,6 +318,11 @@ BROKEN = {
         ),
         "tensor `a` is there twice",
     ),
+    "an overlap": (placed((8, 0, 0), (8, 0, 0)), "`b` begins at byte 0 of the data, expected 32"),
+    "off the alignment": (placed((8, 0, 0), (8, 0, 36)), "`b` begins at byte 36 of the data"),
+    "a hole": (placed((8, 0, 0), (8, 0, 64)), "`b` begins at byte 64 of the data, expected 32"),
+    "a type half as wide": (placed((16, 1, 0), (8, 0, 64)), "`b` begins at byte 64 of the data"),
+    "the last too narrow": (placed((8, 0, 0), (16, 1, 32), data=96), "32 bytes follow the last"),
 }
 
 

@@ -76,9 +76,9 @@ def test_damaged_weights(content, text, directory):
 @pytest.mark.parametrize(
     "content, text",
     [
-        (b"", "not JSON that PEFT writes"),
-        (b"{", "not JSON that PEFT writes"),
-        (b"\xff\xfe", "not JSON that PEFT writes"),
+        (b"", ":1: not JSON"),
+        (b"{", ":1: not JSON"),
+        (b"\xff\xfe", ":1: not UTF-8 text"),
         (b"[1]", "expected a JSON object, got list"),
         (b'{"r": 1, "r": 2}', "`r` occurs twice in one object"),
         (b"[" * 200_000, "nested too deeply|not JSON"),
