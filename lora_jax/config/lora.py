@@ -6,7 +6,7 @@ The names follow PEFT's where they mean the same; `from_peft` and `to_peft` tran
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,16 +29,16 @@ class LoraConfig:
     Attributes:
       rank: inner dimension of A·B.
       alpha: scale numerator.
-      target_modules: module names to adapt: a tuple of names, each the whole name of a module or
-        its end after a dot ("q_proj", "self_attn.q_proj"); or one regular expression that
+      target_modules: module names to adapt: one or several names, each the whole name of a module
+        or its end after a dot ("q_proj", "self_attn.q_proj"); or one regular expression that
         matches the whole name; or "all-linear", every weight used by a matrix product except the
         output head and the embeddings.
       exclude_modules: names (or one regular expression) that are never adapted.
       dropout: probability of zeroing an element of the adapters' input, 0 <= dropout < 1.
       use_rslora: scale by alpha/√rank.
       use_dora: also learn the magnitude of each output column (DoRA).
-      init: how A and B start, a name in `lora_jax.config.starts.STARTS` ("pissa_niter_4" for
-        "pissa_niter_N").
+      init: how A and B start: "default" (A uniform, B zero), "random", "gaussian", "orthogonal",
+        "pissa", "pissa_niter_4" (or another number), "olora", "loftq", "eva" or "mica".
       loftq_config: for init="loftq", as in PEFT: "loftq_iter", how often to quantize and
         decompose in turn (1), and "loftq_bits" (4) for a base that is not quantized yet.
       bias: which biases of the base train: "none", "all", or "lora_only" (of adapted modules).
@@ -75,8 +75,8 @@ class LoraConfig:
 
     rank: int = 8
     alpha: float = 16
-    target_modules: tuple[str, ...] | str = ALL_LINEAR
-    exclude_modules: tuple[str, ...] | str = ()
+    target_modules: Sequence[str] | str = ALL_LINEAR
+    exclude_modules: Sequence[str] | str = ()
     dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
@@ -84,13 +84,13 @@ class LoraConfig:
     loftq_config: Mapping[str, int] = field(default_factory=dict)
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
-    modules_to_save: tuple[str, ...] = ()
-    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
-    target_parameters: tuple[str, ...] = ()
+    modules_to_save: Sequence[str] = ()
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] = ()
+    target_parameters: Sequence[str] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    layers_to_transform: int | tuple[int, ...] | None = None
-    layers_pattern: str | tuple[str, ...] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -279,7 +279,7 @@ def _check_patterns(config: LoraConfig) -> None:
 
 def _check_layers(config: LoraConfig) -> None:
     layers, pattern = config.layers_to_transform, config.layers_pattern
-    numbers = layers if isinstance(layers, tuple) else () if layers is None else (layers,)
+    numbers = (layers,) if isinstance(layers, int) else layers or ()
     if not all(_is_int(n) for n in numbers):
         raise TypeError(
             f"layers_to_transform must be a layer number or a list of them, got {layers!r}"

@@ -76,7 +76,7 @@ def in_layers(config: LoraConfig, name: str) -> bool:
     return layer in layers if isinstance(layers, tuple) else layer == layers
 
 
-def layer_number(name: str, pattern: str | tuple[str, ...] | None = None) -> int | None:
+def layer_number(name: str, pattern: str | Sequence[str] | None = None) -> int | None:
     """The layer a module belongs to: the first number in its name that follows two names.
 
     Args:
@@ -213,7 +213,7 @@ def saved_root(config: LoraConfig, name: str) -> str | None:
     """The saved module that a module is or lies in, or None; see `is_saved`."""
     parts = name.split(".")
     around = (".".join(parts[: i + 1]) for i in range(len(parts)))
-    return next((m for m in around if m.endswith(config.modules_to_save)), None)
+    return next((m for m in around if m.endswith(tuple(config.modules_to_save))), None)
 
 
 def trains_bias(config: LoraConfig, name: str, *, adapted: bool) -> bool:

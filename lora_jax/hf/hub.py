@@ -1,5 +1,6 @@
 """Fetching a model's directory from the Hugging Face hub."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_jax.compat import require
@@ -8,12 +9,13 @@ from lora_jax.compat import require
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
 
 
-def snapshot(name: str, *, revision: str | None = None) -> Path:
+def snapshot(name: str, *, revision: str | None = None, patterns: Sequence[str] = PATTERNS) -> Path:
     """The local directory of a hub model, downloaded unless it is in the cache.
 
     Args:
       name: a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`.
       revision: a branch, tag or commit; the default branch by default.
+      patterns: of the files to fetch.
 
     Returns:
       The directory in huggingface_hub's cache.
@@ -25,7 +27,7 @@ def snapshot(name: str, *, revision: str | None = None) -> Path:
     hub = require("huggingface_hub")
     errors = require("huggingface_hub.errors")
     try:
-        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except errors.HFValidationError:
         raise FileNotFoundError(
             f"`{name}` is neither a directory nor a .gguf file that exists, nor a hub id "

@@ -45,7 +45,7 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
         raise ValueError("; ".join(problems))
 
 
-def _is_other_head(saved: tuple[str, ...], entry: str, names: set[str]) -> bool:
+def _is_other_head(saved: Sequence[str], entry: str, names: set[str]) -> bool:
     """Whether an entry is one of the two heads PEFT lists together, and the other is there.
 
     PEFT adds both names of a classification head to modules_to_save, and a model has one.
@@ -59,7 +59,7 @@ def _is_other_head(saved: tuple[str, ...], entry: str, names: set[str]) -> bool:
 
 
 def _useless_targets(
-    targets: tuple[str, ...], drafts: Sequence[Draft], excluded: set[str]
+    targets: Sequence[str], drafts: Sequence[Draft], excluded: set[str]
 ) -> list[str]:
     """Listed targets that match only frozen leaves, unless the config also excludes one of them."""
     problems = []
@@ -96,7 +96,7 @@ def too_high(leaf: LeafPlan) -> str:
     )
 
 
-def _nothing(targets: tuple[str, ...] | str, leaves: Sequence[LeafPlan], modules: set[str]) -> str:
+def _nothing(targets: Sequence[str] | str, leaves: Sequence[LeafPlan], modules: set[str]) -> str:
     likely = sorted(leaves, key=lambda leaf: not leaf.roles)  # the ones that could be adapted first
     some = "; ".join(_why(leaf) for leaf in likely[:5])
     return (

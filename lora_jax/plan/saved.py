@@ -74,10 +74,10 @@ def _adapted_layers(weight: LeafPlan, bias: LeafPlan) -> tuple[tuple[int, ...], 
 
 
 def _with_token_rows(
-    rows: tuple[int, ...] | Mapping[str, tuple[int, ...]], drafts: Sequence[Draft]
+    rows: Sequence[int] | Mapping[str, Sequence[int]], drafts: Sequence[Draft]
 ) -> list[Draft]:
     """Marks the tables of which some rows train."""
-    if isinstance(rows, tuple):
+    if not isinstance(rows, Mapping):
         ids = {_input_table(drafts).path: rows}
     else:
         ids = {_named_table(entry, drafts).path: own for entry, own in rows.items()}
@@ -135,7 +135,7 @@ def _vocabulary(leaf: LeafPlan) -> int:
     return (in_dims if leaf.lookup else out_dims)(leaf.roles)[0]
 
 
-def _rows(leaf: LeafPlan, ids: tuple[int, ...]) -> LeafPlan:
+def _rows(leaf: LeafPlan, ids: Sequence[int]) -> LeafPlan:
     if leaf.kind != "frozen":
         how = "has an adapter" if leaf.kind == "lora" else "trains whole"
         raise ValueError(
@@ -154,5 +154,5 @@ def _rows(leaf: LeafPlan, ids: tuple[int, ...]) -> LeafPlan:
             f"{leaf.shape[axis]}; resize the table first"
         )
     return dataclasses.replace(
-        leaf, kind="rows", ids=ids, axis=axis, reason=f"{len(ids)} trainable rows"
+        leaf, kind="rows", ids=tuple(ids), axis=axis, reason=f"{len(ids)} trainable rows"
     )

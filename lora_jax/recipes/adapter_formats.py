@@ -274,7 +274,7 @@ ADAPTER_FORMATS: Mapping[str, AdapterFormat] = {
         replaces=False,
     ),
     "orbax": AdapterFormat(
-        summary="a folder that lora_jax.checkpoint.restore reads, with the base's fingerprint",
+        summary="a folder for lora_jax.checkpoint.restore, with the base's fingerprint",
         save=_save_orbax,
         check=_check_orbax,
         load=_load_orbax,

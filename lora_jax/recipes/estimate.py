@@ -50,14 +50,14 @@ def estimate(
 
 
 def _estimates(model: str, config: EstimateConfig) -> list[Any]:
-    adapter = LoraConfig(rank=config.rank, target_modules=config.targets)
+    adapter = LoraConfig(rank=config.rank, target_modules=config.target_modules)
     return [
         memory(
             model,
             adapter=None if method == "full" else adapter,
             quantize=config.quantize if method == "qlora" else None,
-            batch=config.batch,
-            length=config.length,
+            batch=config.batch_size,
+            length=config.max_length,
             accumulation=config.accumulation,
             dtype=config.dtype,
             train_dtype=config.train_dtype,

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from lora_jax.models.saving import save_merged
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
+from lora_jax.recipes.settings import Dtype, Quantization
 from lora_jax.train import format_memory
 from lora_jax.train.config import TrainConfig
 from lora_jax.tree import format_trainable_parameters, init
@@ -34,10 +35,10 @@ class FinetuneConfig:
       train_data: JSON-lines file to train on.
       eval_data: JSON-lines file to evaluate the loss on during training.
       max_length: maximum number of tokens of an example; none takes the model's context.
-      too_long: what to do with a longer example: "error", "truncate" or "skip".
-      dtype: dtype of the computation, "float32" or "bfloat16"; the adapters stay float32.
-      quantize: quantize the base in 4 or 8 bits (QLoRA): "nf4", "int4", "int8", or "file" for the
-        blocks of a GGUF or bitsandbytes file; none keeps it in `dtype`.
+      too_long: what to do with a longer example.
+      dtype: dtype of the computation; the adapters stay float32.
+      quantize: quantize the base in 4 or 8 bits (QLoRA), or keep the blocks of a GGUF or
+        bitsandbytes file ("file"); none keeps it in `dtype`.
       quantize_block: inputs that share a scale, unless the file sets it.
       remat: keep only the residual stream between blocks for the backward pass and recompute the
         rest, which saves memory and costs time; otherwise the outputs of the projections are
@@ -48,9 +49,9 @@ class FinetuneConfig:
     train_data: Path
     eval_data: Path | None = None
     max_length: int | None = None
-    too_long: str = "error"
-    dtype: str = "float32"
-    quantize: str | None = None
+    too_long: Literal["error", "truncate", "skip"] = "error"
+    dtype: Dtype = "float32"
+    quantize: Quantization | None = None
     quantize_block: int = 64
     remat: bool = False
 

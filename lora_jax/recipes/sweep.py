@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.files import write_text
 from lora_jax.recipes.finetune import load_model
 from lora_jax.recipes.generate import generate_texts
-from lora_jax.recipes.settings import GenerateConfig
+from lora_jax.recipes.settings import Dtype, GenerateConfig
 from lora_jax.train.batches import (
     Batch,
     data_hash,
@@ -53,18 +53,18 @@ class LanguageSweepConfig:
       max_length: maximum number of tokens of an example; none takes the model's context.
       max_new_tokens: maximum number of tokens of a generated completion.
       eval_batch: rows of a forward pass in scoring.
-      dtype: dtype of the computation, "float32" or "bfloat16".
+      dtype: dtype of the computation.
     """
 
     model: str
     train_data: Path
     eval_data: Path
     tuning_data: Path | None = None
-    metric: str = "loss"
+    metric: Literal["loss", "exact", "bleu"] = "loss"
     max_length: int | None = None
     max_new_tokens: int = 64
     eval_batch: int = 16
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
 
 
 def sweep_language_model(

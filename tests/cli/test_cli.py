@@ -75,6 +75,16 @@ def test_the_version(capsys):
         (["merge", "smollm2"], "lora-jax merge: the following arguments are required: adapter"),
         (["train", "--rnak", "3"], "lora-jax train: `--rnak` is no argument of this command; the "
          "nearest are `--rank`"),
+        (["train", "--lr", "1e-3"], "lora-jax train: `--lr` is no argument of this command: it is "
+         "--learning-rate here; see"),
+        (["train", "--load-in-4bit"], "lora-jax train: `--load-in-4bit` is no argument of this "
+         "command: it is --quantize nf4 here"),
+        (["train", "--max_length", "3"], "lora-jax train: `--max_length` is no argument of this "
+         "command: it is --max-length here"),
+        (["train", "--push-to-hub"], "lora-jax train: `--push-to-hub` is no argument of this "
+         "command, and none is like it; see"),
+        (["estimate", "gpt2", "--batch", "3"], "lora-jax estimate: `--batch` is no argument of "
+         "this command: it is --batch-size here"),
         (["inspect", "a", "b"], "lora-jax inspect: `b` is no argument of this command;"),
         (["merge", "m", "a", "o", "--dtype", "int3"], "lora-jax merge: argument --dtype: invalid"),
         (["export", "m", "a", "o", "--to", "zip"], "lora-jax export: argument --to: invalid"),
@@ -91,12 +101,12 @@ def test_a_wrong_command_line_is_one_line_and_status_2(capsys, argv, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train"], "`model` is missing: give --model, or model in the config file"),
+        (["train"], "`--model` is missing: give --model, or model in the config file"),
         (["train", "no.toml"], "no.toml: no such config file; give the path of a TOML file"),
         (["train", "--model", "m", "--train-data", "t", "--rank", "0"], "rank must be at least 1"),
         (["train", "--model", "m", "--train-data", "t", "--dropout", "1"], "dropout must be at"),
         (["train", "--model", "m", "--train-data", "t", "--rank", "x"], "--rank expects an integ"),
-        (["train", "--model", "m", "--train-data", "t"], "`output_dir` is missing"),
+        (["train", "--model", "m", "--train-data", "t"], "`--output-dir` is missing"),
         (["inspect", "no.gguf"], "no.gguf: no such file"),
         (["inspect", "no.safetensors"], "no.safetensors: no such file"),
         (["generate", "smollm2", "x", "--top-p", "2"], "top_p must be above 0 and at most 1"),
@@ -105,7 +115,7 @@ def test_a_wrong_command_line_is_one_line_and_status_2(capsys, argv, message):
         (["export", "no.gguf", "a", "b"], "a: there is no such directory"),
         (["import", "no.gguf", "a.gguf", "b"], "a.gguf: no such file"),
         (["convert", "a", "b", "--to", "peft"], "a: there is no such directory"),
-        (["convert", "a", "b", "--to", "gguf"], "`base` is missing: a GGUF adapter orders some"),
+        (["convert", "a", "b", "--to", "gguf"], "`--base` is missing: a GGUF adapter orders some"),
         (["convert", "a", "b", "--to", "vllm", "--output-dtype", "float16"], "vllm keeps the ad"),
         (["inspect", "no/adapter"], "`no/adapter` is not a local directory"),
         (["demo", "--steps", "0"], "train and test must be between 1 and"),
@@ -164,6 +174,37 @@ def test_debug_shows_the_traceback(capsys, monkeypatch):
 def test_explain_is_one_line_that_says_what_to_do(error, line):
     said = errors.explain(error)
     assert said.startswith(line) and "\n" not in said
+
+
+FLAGS = ("--resume", "--too-long", "--rank", "--quantize", "--steps", "--clip", "--progress")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a holds a run; pass resume=True to go on", "a holds a run; pass --resume to go on"),
+        ("give `resume=True`", "give `--resume`"),
+        ("with progress=False", "with --no-progress"),
+        ('pass too_long="truncate" or "skip"', 'pass --too-long truncate or "skip"'),
+        ("`steps` was 3 and is 4", "`--steps` was 3 and is 4"),
+        ("`r` was 4 and is 8", "`--rank` was 4 and is 8"),
+        ("`format` must be one of nf4", "`--quantize` must be one of nf4"),
+        ("`clip` must be above 0", "`--clip` must be above 0"),
+        # No flag of this command, or a leaf of that name.
+        ("pass pad=True", "pass pad=True"),
+        ("no leaf `clip` in the tree", "no leaf `clip` in the tree"),
+        ("`resume` = x", "`resume` = x"),
+    ],
+)
+def test_settings_in_an_error_are_spelled_as_flags(text, line):
+    assert errors.explain(ValueError(text), FLAGS) == line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_terminal_of_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(capsys, command, "--help")
+    assert not [line for line in out.splitlines() if len(line) > 80]
 
 
 def test_an_internal_error_says_where(capsys, monkeypatch):

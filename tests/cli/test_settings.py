@@ -1,9 +1,10 @@
 """Settings: one dataclass, a TOML file and flags that say the same, and errors that help."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -41,6 +42,8 @@ class Tuning:
       ranks: by name.
       layers: some.
       rows: of one table, or by name.
+      speed: how fast; None leaves it open.
+      names: of somebody.
       hidden: not a setting.
     """
 
@@ -51,6 +54,8 @@ class Tuning:
     ranks: Mapping[str, int] = field(default_factory=dict)
     layers: int | tuple[int, ...] | None = None
     rows: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
+    speed: Literal["slow", "fast"] | None = None
+    names: Sequence[str] | str = ()
     hidden: int = 0
 
 
@@ -75,7 +80,7 @@ def test_each_field_is_one_option_with_the_docstrings_text():
     assert [o.key for o in OPTIONS] == [
         "model", "limit", "out",
         "tuning.rank", "tuning.rate", "tuning.fast", "tuning.targets", "tuning.ranks",
-        "tuning.layers", "tuning.rows",
+        "tuning.layers", "tuning.rows", "tuning.speed", "tuning.names",
     ]  # fmt: skip
     assert OPTIONS[1].help == "how much, in tokens."
     assert OPTIONS[3].flag == "--rank"
@@ -131,6 +136,14 @@ def test_two_sections_may_not_share_a_flag():
             "[tuning]\nranks = {down_proj = 16, up = 4}",
             {("tuning", "ranks"): {"down_proj": 16, "up": 4}},
         ),
+        (
+            "--ranks a=1,b=2 c=3",
+            "tuning.ranks = {a = 1, b = 2, c = 3}",
+            {("tuning", "ranks"): {"a": 1, "b": 2, "c": 3}},
+        ),
+        ("--speed fast", "tuning.speed = 'fast'", {("tuning", "speed"): "fast"}),
+        ("--names a b", "tuning.names = ['a', 'b']", {("tuning", "names"): ("a", "b")}),
+        ("--names a|b", "tuning.names = 'a|b'", {("tuning", "names"): "a|b"}),
         ("--layers 4", "tuning.layers = 4", {("tuning", "layers"): 4}),
         ("--rows 4 5", "tuning.rows = [4, 5]", {("tuning", "rows"): (4, 5)}),
         (
@@ -147,9 +160,10 @@ def test_flags_and_file_say_the_same(tmp_path, flags, toml, expected):
 
 
 def test_a_flag_can_say_none():
-    assert from_flags("--limit none --layers none") == {
+    assert from_flags("--limit none --layers none --speed none") == {
         ("", "limit"): None,
         ("tuning", "layers"): None,
+        ("tuning", "speed"): None,
     }
 
 
@@ -173,6 +187,9 @@ def test_a_setting_without_default_must_be_given():
         ("--rank 1.5", "--rank expects an integer, got `1.5`"),
         ("--rate quick", "--rate expects a number, got `quick`"),
         ("--ranks down_proj", "--ranks expects a table of NAME=VALUE, got `down_proj`"),
+        ("--speed fats", "--speed expects one of slow, fast"),
+        ("--targets q_proj,v_proj", "list with spaces, got `q_proj,v_proj`: write --targets q_pr"),
+        ("--rows 4,5", "write --rows 4 5"),
         ("--layers a", "--layers expects an integer or a list, each an integer or"),
     ],
 )
@@ -186,13 +203,20 @@ def test_a_flag_of_another_type_is_an_error(flags, message):
     [
         ("modle = 'm'", r"run.toml: there is no setting `modle`; the nearest are `model`"),
         ("[tuning]\nrnak = 3", r"no setting `tuning.rnak`; the nearest are `tuning.rank"),
-        ("[tunign]\nrank = 3", r"no setting `tunign`; the nearest are `tuning\."),
+        ("[tunign]\nrank = 3", r"there is no table \[tunign\]; the tables are \[tuning\]"),
         ("rank = 3", r"there is no setting `rank`; the nearest are `tuning.rank`"),
         ("tuning = 3", r"`tuning` must be a table, written \[tuning\], got 3"),
-        ("limit = '3'", r"`limit` expects an integer or \"none\", got 3"),
+        ("limit = '3'", r"`limit` expects an integer or \"none\", got \"3\""),
         ("limit = true", r"`limit` expects an integer or \"none\", got true"),
         ("tuning.fast = 1", r"`tuning.fast` expects true or false, got 1"),
-        ("tuning.targets = [1]", r"`tuning.targets` expects a list, each a text or a text, got 1"),
+        (
+            "tuning.targets = [1]",
+            r"`tuning.targets` expects a list, each a text or a text, got \[1\]",
+        ),
+        (
+            "tuning.speed = 'fats'",
+            r"`tuning.speed` expects one of slow, fast or \"none\", got \"fats\"",
+        ),
         ("limit = ", r"run.toml: not a TOML file: Invalid value"),
     ],
 )

@@ -28,7 +28,8 @@ from lora_jax.analysis.memory import step as memory_step
 from lora_jax.analysis.memory.compiled import compiled
 from lora_jax.analysis.memory.liveness import HABITS, Alive, Habits, alive, on_cpu
 from lora_jax.analysis.memory.program import whole_bytes
-from lora_jax.analysis.memory.step import AbstractStep, Spread, StepSettings, config_of
+from lora_jax.analysis.memory.shapes import config_of
+from lora_jax.analysis.memory.step import AbstractStep, Spread, StepSettings
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.sharding import ROWS
 from lora_jax.tree import Count, count_parameters, format_count
@@ -168,8 +169,9 @@ def memory(
     """The memory of a training step of a model; only the model's configuration is needed.
 
     Args:
-      model: a known shape ("llama-2-7b", see `analysis.memory.step.SHAPES`), the path of a
-        config.json or of its directory, the parsed JSON, or a configuration of `lora_jax.models`.
+      model: a known shape ("llama-2-7b", see `analysis.memory.shapes.SHAPES`), the path of a
+        config.json or of its directory, a hub id, the parsed JSON, or a configuration of
+        `lora_jax.models`.
       adapter: the adapter's config; None is full fine-tuning.
       quantize: format of the frozen base ("nf4", "int4", ...): QLoRA. As in
         `models.load(quantize=)` every matrix except the head and the embedding tables is quantized.

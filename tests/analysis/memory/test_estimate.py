@@ -9,7 +9,8 @@ import pytest
 
 from lora_jax import LoraConfig, analysis
 from lora_jax.analysis.memory import fit, liveness
-from lora_jax.analysis.memory.step import SHAPES, StepSettings
+from lora_jax.analysis.memory.shapes import SHAPES
+from lora_jax.analysis.memory.step import StepSettings
 from lora_jax.cli import main
 
 pytestmark = pytest.mark.once
@@ -273,7 +274,7 @@ def test_a_size_that_is_none_is_refused():
 
 def test_the_command_reads_a_directory_and_says_what_fits(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    argv = ["estimate", str(tmp_path), "--length", "64", "--device-memory", "100MB"]
+    argv = ["estimate", str(tmp_path), "--max-length", "64", "--device-memory", "100MB"]
     assert main([*argv, "--method", "full", "lora"]) == 0
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()[1:4]]
@@ -283,8 +284,8 @@ def test_the_command_reads_a_directory_and_says_what_fits(tmp_path, capsys):
 
 
 def test_the_command_writes_json(capsys):
-    argv = ["estimate", "smollm2-135m", "--length", "64", "--method", "lora", "--json"]
-    assert main([*argv, "--rank", "8", "--targets", "q_proj", "v_proj"]) == 0
+    argv = ["estimate", "smollm2-135m", "--max-length", "64", "--method", "lora", "--json"]
+    assert main([*argv, "--rank", "8", "--target-modules", "q_proj", "v_proj"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["estimates"]
     assert found["parameters"] == 134_515_008 + found["trainable"]
     assert found["settings"]["adapter"]["r"] == 8

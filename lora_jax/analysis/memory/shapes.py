@@ -1,0 +1,129 @@
+"""The models whose memory is estimated: known shapes, config.json files and hub ids."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_jax.files import read_json
+from lora_jax.hf.hub import snapshot
+from lora_jax.models.registry import config_from_hf
+from lora_jax.paths import nearest
+
+_LLAMA_2: Mapping[str, Any] = {
+    "model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096,
+    "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}  # fmt: skip
+_LLAMA_3: Mapping[str, Any] = {
+    **_LLAMA_2, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
+}  # fmt: skip
+_LLAMA_31: Mapping[str, Any] = {**_LLAMA_3, "max_position_embeddings": 131072}
+_QWEN_2: Mapping[str, Any] = {
+    **_LLAMA_2, "model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768,
+}  # fmt: skip
+_QWEN_3: Mapping[str, Any] = {
+    **_QWEN_2, "model_type": "qwen3", "max_position_embeddings": 40960, "head_dim": 128,
+}  # fmt: skip
+_GEMMA_2: Mapping[str, Any] = {
+    **_LLAMA_2, "model_type": "gemma2", "vocab_size": 256000, "max_position_embeddings": 8192,
+    "tie_word_embeddings": True, "sliding_window": 4096, "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
+
+
+def _sizes(width: int, inner: int, blocks: int, heads: int, pairs: int) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": pairs,
+    }
+
+
+_SMOLLM2: Mapping[str, Any] = {
+    **_LLAMA_2, **_sizes(576, 1536, 30, 9, 3), "vocab_size": 49152,
+    "max_position_embeddings": 8192, "rope_theta": 100000.0, "tie_word_embeddings": True,
+}  # fmt: skip
+
+# The fields of these models' config.json that determine shapes.
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "llama-2-7b": {**_LLAMA_2, **_sizes(4096, 11008, 32, 32, 32)},
+    "llama-2-13b": {**_LLAMA_2, **_sizes(5120, 13824, 40, 40, 40)},
+    "llama-2-70b": {**_LLAMA_2, **_sizes(8192, 28672, 80, 64, 8)},
+    "llama-3-8b": {**_LLAMA_3, **_sizes(4096, 14336, 32, 32, 8)},
+    "llama-3-70b": {**_LLAMA_3, **_sizes(8192, 28672, 80, 64, 8)},
+    "llama-3.1-8b": {**_LLAMA_31, **_sizes(4096, 14336, 32, 32, 8)},
+    "llama-3.1-70b": {**_LLAMA_31, **_sizes(8192, 28672, 80, 64, 8)},
+    "llama-3.1-405b": {**_LLAMA_31, **_sizes(16384, 53248, 126, 128, 8)},
+    "llama-3.2-1b": {**_LLAMA_31, **_sizes(2048, 8192, 16, 32, 8), "tie_word_embeddings": True},
+    "llama-3.2-3b": {**_LLAMA_31, **_sizes(3072, 8192, 28, 24, 8), "tie_word_embeddings": True},
+    "mistral-7b": {
+        **_LLAMA_2, **_sizes(4096, 14336, 32, 32, 8), "model_type": "mistral",
+        "max_position_embeddings": 32768, "sliding_window": 4096,
+    },
+    "qwen2.5-0.5b": {**_QWEN_2, **_sizes(896, 4864, 24, 14, 2), "tie_word_embeddings": True},
+    "qwen2.5-7b": {**_QWEN_2, **_sizes(3584, 18944, 28, 28, 4), "vocab_size": 152064},
+    "qwen3-0.6b": {**_QWEN_3, **_sizes(1024, 3072, 28, 16, 8), "tie_word_embeddings": True},
+    "qwen3-8b": {**_QWEN_3, **_sizes(4096, 12288, 36, 32, 8)},
+    "qwen3-32b": {**_QWEN_3, **_sizes(5120, 25600, 64, 64, 8)},
+    "gemma-2-2b": {**_GEMMA_2, **_sizes(2304, 9216, 26, 8, 4), "head_dim": 256},
+    "gemma-2-9b": {**_GEMMA_2, **_sizes(3584, 14336, 42, 16, 8), "head_dim": 256},
+    "phi-3-mini": {
+        **_LLAMA_2, **_sizes(3072, 8192, 32, 32, 32), "model_type": "phi3", "vocab_size": 32064,
+    },
+    "smollm2-135m": _SMOLLM2,
+    "smollm2": _SMOLLM2,
+    "gpt2": {"model_type": "gpt2"},
+    "bert-base": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+}  # fmt: skip
+
+
+def config_of(model: str | Path | Mapping[str, Any] | Any) -> tuple[str, Any]:
+    """The display name and the configuration of a model.
+
+    Args:
+      model: a name of `SHAPES`, the path of a config.json or of its directory, a hub id (of which
+        config.json alone is fetched), the object in it, or a configuration such as
+        `lora_jax.models.LlamaConfig`.
+
+    Raises:
+      FileNotFoundError: no such name, file or directory.
+      ValueError: an unknown model type or field, or a file that is not JSON.
+    """
+    if isinstance(model, Mapping):
+        return str(model.get("model_type")), config_from_hf(model)
+    if not isinstance(model, str | Path):
+        if not hasattr(model, "num_hidden_layers"):
+            raise ValueError(
+                f"`model` must be a name, a path, the object in a config.json or a configuration, "
+                f"got {type(model).__name__}"
+            )
+        return str(model.model_type), model
+    if str(model).lower() in SHAPES:
+        return str(model).lower(), config_from_hf(SHAPES[str(model).lower()])
+    path = Path(model)
+    # A hub id is one slash between two names.
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not path.suffix:
+        return str(model), _from_path(snapshot(str(model), patterns=("config.json",)))[1]
+    return _from_path(path)
+
+
+def _from_path(path: Path) -> tuple[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"`model`: `{path}` is no file or directory, and no known shape (nearest: "
+            f"{nearest(str(path).lower(), SHAPES)}); give a hub id, or the path of a config.json"
+        )
+    file = path / "config.json" if path.is_dir() else path
+    if file.suffix != ".json":
+        raise ValueError(f"{file}: not a config.json; give its path, or its directory's")
+    raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    try:
+        return path.name if path.is_dir() else str(path), config_from_hf(raw)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
