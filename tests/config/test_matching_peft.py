@@ -1,61 +1,104 @@
-"""The tables of test_matching.py, asked of PEFT itself."""
+"""The tables of module names, and random ones, as PEFT decides them."""
 
-import peft
+import random
+
 import pytest
-import torch
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 
 from lora_jax.config import matching
 
-from tests.config.test_matching import CASES, PATTERNS, Q3, SAVED, config_of
+from tests.support.module_names import CASES, PATTERNS, SAVED
+from tests.support.oracle import oracle
 
-pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.name}-{c.targets}")
-def test_is_target(case):
-    config = peft.LoraConfig(
-        target_modules=case.targets,
-        layers_to_transform=case.layers,
-        layers_pattern=case.pattern,
-        exclude_modules=case.exclude,
-        modules_to_save=case.save,
-    )
-    assert bool(check_target_module_exists(config, case.name)) is case.expected
+pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.mark.parametrize("name, patterns, winner", PATTERNS)
-def test_matched_pattern(name, patterns, winner):
-    found = get_pattern_key(patterns, name)
-    assert (found if found in patterns else None) == winner
+def test_is_target():
+    def ask():
+        return [(*case[:2], is_target(case.name, peft_fields(case))) for case in CASES]
+
+    found = oracle("config/matching/is_target", ask)
+    assert found == [list(case[:3]) for case in CASES]
+
+
+def test_matched_pattern():
+    def ask():
+        from peft.utils.other import get_pattern_key
+
+        found = [get_pattern_key(patterns, name) for name, patterns, _ in PATTERNS]
+        # PEFT returns the name itself where no pattern matches.
+        return [
+            (name, patterns, key if key in patterns else None)
+            for key, (name, patterns, _) in zip(found, PATTERNS, strict=True)
+        ]
+
+    assert oracle("config/matching/pattern", ask) == [list(row) for row in PATTERNS]
+
+
+def test_is_saved():
+    def ask():
+        return [(name, entries, is_saved(name, entries)) for name, entries, _ in SAVED]
+
+    assert oracle("config/matching/is_saved", ask) == [list(row) for row in SAVED]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_names_and_configs(seed):
-    """Every answer equals PEFT's on a few thousand combinations of parts that look alike."""
-    import random
-
+    """1500 combinations of parts that look alike."""
     rng = random.Random(seed)
-    parts = ["model", "layers", "0", "1", "10", "mlp", "experts", "up", "up_proj", "q", "lm_head"]
-    globs = ["up", "q", "mlp.up", ".*up.*", "layers.1.up", r".*\.1\..*", "model", "head", "up_proj"]
-    for _ in range(1500):
-        name = ".".join(rng.choices(parts, k=rng.randint(1, 6)))
-        as_list = rng.random() < 0.7
-        fields = {
-            "target_modules": rng.sample(globs, k=2) if as_list else rng.choice(globs),
-            "exclude_modules": rng.choice([None, None, ["q"], ["up_proj"], r".*\.q"]),
-            "modules_to_save": rng.choice([None, None, ["lm_head"], ["mlp"]]),
-            "layers_to_transform": rng.choice([None, [], 0, 1, [0, 10]]) if as_list else None,
-        }
-        if fields["layers_to_transform"] is not None:
-            fields["layers_pattern"] = rng.choice([None, "layers", ["experts", "layers"]])
-        theirs = bool(check_target_module_exists(peft.LoraConfig(**fields), name))
-        assert matching.is_target(matching.LoraConfig(**fields), name) is theirs, (name, fields)
+    drawn = [draw(rng) for _ in range(1500)]
+    ours = [matching.is_target(matching.LoraConfig(**fields), name) for name, fields in drawn]
+    want = oracle(
+        f"config/matching/random.{seed}",
+        # The digits of a number: a list of 1500 values is ten times as long in the file.
+        lambda: "".join(str(int(is_target(name, fields))) for name, fields in drawn),
+    )
+    wrong = [case for case, x, y in zip(drawn, ours, want, strict=True) if x != (y == "1")]
+    assert not wrong, wrong[0]
 
 
-def _module(name: str) -> torch.nn.Module:
-    """A torch model in which `name` is a Linear."""
+PARTS = ["model", "layers", "0", "1", "10", "mlp", "experts", "up", "up_proj", "q", "lm_head"]
+GLOBS = ["up", "q", "mlp.up", ".*up.*", "layers.1.up", r".*\.1\..*", "model", "head", "up_proj"]
+
+
+def draw(rng: random.Random) -> tuple[str, dict]:
+    """A module's name and the fields of a config."""
+    name = ".".join(rng.choices(PARTS, k=rng.randint(1, 6)))
+    as_list = rng.random() < 0.7
+    fields = {
+        "target_modules": rng.sample(GLOBS, k=2) if as_list else rng.choice(GLOBS),
+        "exclude_modules": rng.choice([None, None, ["q"], ["up_proj"], r".*\.q"]),
+        "modules_to_save": rng.choice([None, None, ["lm_head"], ["mlp"]]),
+        "layers_to_transform": rng.choice([None, [], 0, 1, [0, 10]]) if as_list else None,
+    }
+    if fields["layers_to_transform"] is not None:
+        fields["layers_pattern"] = rng.choice([None, "layers", ["experts", "layers"]])
+    return name, fields
+
+
+def peft_fields(case) -> dict:
+    """The fields of `peft.LoraConfig`."""
+    return {
+        "target_modules": case.targets,
+        "layers_to_transform": case.layers,
+        "layers_pattern": case.pattern,
+        "exclude_modules": case.exclude,
+        "modules_to_save": case.save,
+    }
+
+
+def is_target(name: str, fields: dict) -> bool:
+    """Whether PEFT adapts a module."""
+    import peft
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return bool(check_target_module_exists(peft.LoraConfig(**fields), name))
+
+
+def is_saved(name: str, entries: list[str]) -> bool:
+    """Whether PEFT trains a Linear of this name whole."""
+    import peft
+    import torch
+
     root = module = torch.nn.Module()
     *around, last = name.split(".")
     for part in around:
@@ -64,17 +107,8 @@ def _module(name: str) -> torch.nn.Module:
         module = child
     module.add_module(last, torch.nn.Linear(2, 2))
     root.adapted = torch.nn.Linear(2, 2)
-    return root
-
-
-@pytest.mark.parametrize("name, entries, expected", SAVED)
-def test_is_saved(name, entries, expected):
-    config = peft.LoraConfig(target_modules=["adapted"], modules_to_save=entries)
-    model = peft.get_peft_model(_module(name), config)
-    trained = [n for n, p in model.named_parameters() if p.requires_grad and "lora" not in n]
-    assert bool(trained) is expected
-
-
-def test_a_whole_name_is_adapted_in_any_layer():
-    case = next(c for c in CASES if c.targets == [Q3] and c.layers == [0])
-    assert matching.is_target(config_of(case), case.name)
+    model = peft.get_peft_model(
+        root, peft.LoraConfig(target_modules=["adapted"], modules_to_save=entries)
+    )
+    named = model.named_parameters()
+    return any(parameter.requires_grad and "lora" not in name for name, parameter in named)

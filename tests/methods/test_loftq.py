@@ -9,20 +9,12 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import checkpoint, quant
-from lora_jax.quant import formats
+
+from tests.support.nf4 import quantized
 
 pytestmark = pytest.mark.once
 
 RANK = 4
-NF4 = np.asarray(formats.FORMATS["nf4"].codebook, np.float64)
-
-
-def quantized(w):
-    """Written anew in numpy: NF4 in blocks of 64 inputs of a matrix (in, out), float32 scales."""
-    blocks = np.float32(w).T.reshape(-1, 64)
-    scale = np.abs(blocks).max(1, keepdims=True)
-    codes = np.abs((blocks / scale)[..., None] - NF4).argmin(-1)
-    return (NF4.astype(np.float32)[codes] * scale).reshape(w.shape[::-1]).T
 
 
 def loftq(w, turns):

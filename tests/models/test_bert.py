@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import models
 from lora_jax.models.bert_config import BertConfig
 from lora_jax.models.saving import save_model
 
-pytestmark = [pytest.mark.once, pytest.mark.torch]
+from tests.support.oracle import oracle
+from tests.support.torch_models import TOLERANCE, load, saver
 
-# float32 products summed in another order, over three blocks.
-TOLERANCE = 1e-4
+pytestmark = [pytest.mark.once, pytest.mark.oracle]
+
+PLACE = "models/bert"
 SIZES = dict(
     vocab_size=97,
     hidden_size=32,
@@ -31,10 +31,11 @@ SIZES = dict(
     pad_token_id=1,
 )
 CLASSES = {
-    "features": transformers.AutoModel,
-    "sequence-classification": transformers.AutoModelForSequenceClassification,
-    "masked-lm": transformers.AutoModelForMaskedLM,
+    "features": "AutoModel",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "masked-lm": "AutoModelForMaskedLM",
 }
+SPREAD = {"initializer_range": 0.02}
 CASES = {
     "bert": ("bert", "features", {}),
     "bert classifies": ("bert", "sequence-classification", dict(num_labels=3)),
@@ -48,31 +49,14 @@ CASES = {
 }
 
 
-def torch_encoder(kind, task, fields):
-    """A random model: every number of it, so that nothing is neutral."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **fields})
-    model = CLASSES[task].from_config(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * 0.2)
-    return model
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Makes and saves the model of a case, once."""
-    made = {}
-
-    def make(case):
-        if case not in made:
-            model = torch_encoder(*CASES[case])
-            directory = tmp_path_factory.mktemp("encoder")
-            model.save_pretrained(directory)
-            made[case] = model, directory
-        return made[case]
-
-    return make
+    fields = {
+        case: {**SIZES, "model_type": kind, "auto": CLASSES[task], **SPREAD, **more}
+        for case, (kind, task, more) in CASES.items()
+    }
+    return saver(PLACE, fields, tmp_path_factory)
 
 
 def texts(padding_id=1):
@@ -85,13 +69,16 @@ def texts(padding_id=1):
 
 
 def theirs(model, tokens, mask, types):
+    """The arrays that a torch encoder returns, by name."""
+    import torch
+
     with torch.no_grad():
         out = model(
             torch.tensor(tokens),
             attention_mask=torch.tensor(mask),
             token_type_ids=torch.tensor(types),
         )
-    return out
+    return {name: x.float().numpy() for name, x in out.items()}
 
 
 def quick(fn):
@@ -100,35 +87,53 @@ def quick(fn):
 
 
 def close(got, want):
-    np.testing.assert_allclose(np.asarray(got), want.numpy(), atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(np.asarray(got), want, atol=TOLERANCE, rtol=0)
 
 
-def compare(model, oracle, got, mask, tokens, types):
-    want = theirs(oracle, tokens, mask, types)
+def compare(model, got, want, mask):
     if model.config.task == "features":
-        close(got.hidden[mask], want.last_hidden_state[torch.tensor(mask)])
-        close(got.pooled, want.pooler_output)
+        close(got.hidden[mask], want["last_hidden_state"][mask])
+        close(got.pooled, want["pooler_output"])
     elif model.config.task == "masked-lm":
-        close(got[mask], want.logits[torch.tensor(mask)])
+        close(got[mask], want["logits"][mask])
     else:
-        close(got, want.logits)
+        close(got, want["logits"])
+
+
+def answer(saved, case, mask, tokens, types):
+    """What transformers computes with a case's model."""
+    return oracle(
+        f"{PLACE}/{case}.outputs", lambda: theirs(saved(case).model(), tokens, mask, types)
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_numbers_are_transformers_there_and_back(saved, case, tmp_path):
-    oracle, directory = saved(case)
+    there, directory = saved(case)
     model = models.load(directory)
-    tokens, mask, types = texts(oracle.config.pad_token_id)
+    tokens, mask, types = texts(model.config.pad_token_id)
     got = quick(model.apply)(
         model.params, tokens, mask=jnp.asarray(mask), token_type_ids=jnp.asarray(types)
     )
-    compare(model, oracle, got, mask, tokens, types)
+    compare(model, got, answer(saved, case, mask, tokens, types), mask)
 
     save_model(tmp_path / "again", model, model.params)
-    again = type(oracle).from_pretrained(tmp_path / "again").eval()
-    for name, weight in oracle.state_dict().items():
-        np.testing.assert_array_equal(again.state_dict()[name].numpy(), weight.numpy())
-    compare(model, again, got, mask, tokens, types)
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    tensors = load_file(tmp_path / "again" / "model.safetensors")
+    original = load_file(directory / "model.safetensors")
+
+    def read():
+        again = load(tmp_path / "again")
+        for name, weight in there().state_dict().items():
+            np.testing.assert_array_equal(again.state_dict()[name].numpy(), weight.numpy())
+        return {"config": written, "names": sorted(tensors), **theirs(again, tokens, mask, types)}
+
+    want = oracle(f"{PLACE}/{case}.again", read)
+    # What was recorded is transformers' reading of this very directory.
+    assert (want["config"], want["names"]) == (written, sorted(tensors))
+    for name in tensors.keys() & original.keys():
+        np.testing.assert_array_equal(tensors[name], original[name])
+    compare(model, got, want, mask)
     loaded = models.load(tmp_path / "again")
     assert loaded.config == model.config
     jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
@@ -136,7 +141,7 @@ def test_numbers_are_transformers_there_and_back(saved, case, tmp_path):
 
 @pytest.mark.parametrize("case", ["bert classifies", "roberta"])
 def test_blocks_apart_compute_the_same(saved, case, tmp_path):
-    oracle, directory = saved(case)
+    _, directory = saved(case)
     model = models.load(directory, scan=False)
     outer = model.params if case == "roberta" else model.params["bert"]
     assert set(outer["encoder"]["layer"]) == {"0", "1", "2"}
@@ -144,7 +149,7 @@ def test_blocks_apart_compute_the_same(saved, case, tmp_path):
     got = model.apply(
         model.params, tokens, mask=jnp.asarray(mask), token_type_ids=jnp.asarray(types)
     )
-    compare(model, oracle, got, mask, tokens, types)
+    compare(model, got, answer(saved, case, mask, tokens, types), mask)
     save_model(tmp_path / "again", model, model.params)
     whole = models.load(directory)
     jax.tree.map(
@@ -153,12 +158,15 @@ def test_blocks_apart_compute_the_same(saved, case, tmp_path):
 
 
 def test_roberta_counts_tokens_by_the_padding_id_not_by_the_mask(saved):
-    oracle, directory = saved("roberta classifies")
+    there, directory = saved("roberta classifies")
     model = models.load(directory)
     tokens, mask, _ = texts()
     # A token that is masked, but is no padding, takes a position all the same.
     tokens[2, 6], mask[2, 6] = 9, False
-    want = theirs(oracle, tokens, mask, np.zeros_like(tokens)).logits
+    want = oracle(
+        f"{PLACE}/roberta counts",
+        lambda: theirs(there(), tokens, mask, np.zeros_like(tokens))["logits"],
+    )
     close(model.apply(model.params, tokens, mask=jnp.asarray(mask)), want)
 
 
@@ -173,24 +181,30 @@ def test_the_head_is_applied_to_hidden_states(saved):
 
 
 def test_bfloat16_stays_near_transformers_in_bfloat16(saved):
-    oracle, directory = saved("bert classifies")
+    there, directory = saved("bert classifies")
     model = models.load(directory, dtype="bfloat16")
     tokens, mask, types = texts()
-    exact = theirs(oracle, tokens, mask, types).logits.numpy()
-    rounded = theirs(copy.deepcopy(oracle).to(torch.bfloat16), tokens, mask, types).logits
+
+    def both():
+        import torch
+
+        coarse = copy.deepcopy(there()).to(torch.bfloat16)
+        each = [theirs(x, tokens, mask, types)["logits"] for x in (there(), coarse)]
+        return {"exact": each[0], "rounding": float(np.abs(each[1] - each[0]).max())}
+
+    want = oracle(f"{PLACE}/bert classifies.bfloat16", both)
     got = model.apply(
         model.params, tokens, mask=jnp.asarray(mask), token_type_ids=jnp.asarray(types)
     )
     assert got.dtype == np.float32 and model.params["classifier"]["kernel"].dtype == jnp.bfloat16
-    allowed = 2 * np.abs(rounded.float().numpy() - exact).max()
-    assert np.abs(got - exact).max() <= allowed
+    assert np.abs(got - want["exact"]).max() <= 2 * want["rounding"]
 
 
 # ---- other classes' checkpoints
 
 
 def test_a_bare_encoders_checkpoint_gets_a_head_that_is_asked_for(saved):
-    oracle, directory = saved("bert")
+    _, directory = saved("bert")
     with pytest.raises(ValueError, match=r"2 missing: `classifier.bias`, `classifier.weight`.*pass "
                        r"`fresh_head`"):  # fmt: skip
         models.load_encoder(directory, task="sequence-classification")
@@ -201,14 +215,15 @@ def test_a_bare_encoders_checkpoint_gets_a_head_that_is_asked_for(saved):
         fresh_head=jax.random.key(0),
     )
     assert model.config.labels == ("no", "maybe", "yes")
-    weight = oracle.encoder.layer[1].attention.self.query.weight.detach().numpy()
+    tensors = load_file(directory / "model.safetensors")
+    weight = tensors["encoder.layer.1.attention.self.query.weight"]
     kernel = model.params["bert"]["encoder"]["layer"]["attention"]["self"]["query"]["kernel"]
     np.testing.assert_array_equal(kernel[1], weight.T)
     head = model.params["classifier"]
     assert head["kernel"].shape == (32, 3) and 0.01 < float(jnp.std(head["kernel"])) < 0.03
     np.testing.assert_array_equal(head["bias"], np.zeros(3))
     tokens, mask, types = texts()
-    pooled = theirs(oracle, tokens, mask, types).pooler_output.numpy()
+    pooled = answer(saved, "bert", mask, tokens, types)["pooler_output"]
     got = model.apply(
         model.params, tokens, mask=jnp.asarray(mask), token_type_ids=jnp.asarray(types)
     )
@@ -216,16 +231,16 @@ def test_a_bare_encoders_checkpoint_gets_a_head_that_is_asked_for(saved):
 
 
 def test_a_masked_lm_becomes_an_encoder_or_a_classifier(saved):
-    oracle, directory = saved("roberta guesses words")
+    there, directory = saved("roberta guesses words")
     bare = models.load_encoder(directory, task="features")
     assert not bare.config.pooler and "pooler" not in bare.params
     tokens, mask, types = texts()
     out = bare.apply(bare.params, tokens, mask=jnp.asarray(mask), token_type_ids=jnp.asarray(types))
-    with torch.no_grad():
-        want = oracle.roberta(
-            torch.tensor(tokens), torch.tensor(mask), torch.tensor(types)
-        ).last_hidden_state
-    close(out.hidden[mask], want[torch.tensor(mask)])
+    want = oracle(
+        f"{PLACE}/roberta guesses words.hidden",
+        lambda: theirs(there().roberta, tokens, mask, types)["last_hidden_state"],
+    )
+    close(out.hidden[mask], want[mask])
     assert out.pooled is None
     options: dict[str, Any] = dict(task="sequence-classification", fresh_head=jax.random.key(0))
     model = models.load_encoder(directory, **options)
@@ -247,7 +262,7 @@ def test_the_key_draws_the_head(saved):
 
 def test_an_old_checkpoint_loads(saved, tmp_path):
     """Norms called gamma and beta, stored position ids, a repeated table."""
-    oracle, directory = saved("bert by relu")
+    _, directory = saved("bert by relu")
     tensors = load_file(directory / "model.safetensors")
     old = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
@@ -349,7 +364,21 @@ def test_the_written_config_is_read_by_transformers(kind, task):
         dict(model_type=kind, id2label={"0": "a", "1": "b", "2": "c"}, **SIZES), task=task
     )
     assert BertConfig.from_hf(config.to_hf()) == config
-    again = transformers.AutoConfig.for_model(**config.to_hf())
-    assert again.num_labels == 3 and again.pad_token_id == 1
-    model = CLASSES[task].from_config(again)
-    assert [type(model).__name__] == config.to_hf()["architectures"]
+    written = config.to_hf()
+
+    def read():
+        import transformers
+
+        again = transformers.AutoConfig.for_model(**copy.deepcopy(written))
+        model = getattr(transformers, CLASSES[task]).from_config(again)
+        return {
+            "from": written,
+            "labels": again.num_labels,
+            "padding": again.pad_token_id,
+            "class": type(model).__name__,
+        }
+
+    there = oracle(f"{PLACE}/{kind} {task}.config", read)
+    assert there["from"] == json.loads(json.dumps(written))
+    assert (there["labels"], there["padding"]) == (3, 1)
+    assert [there["class"]] == written["architectures"]

@@ -104,28 +104,25 @@ def test_logits_are_transformers(saved, case):
     assert config_from_hf(model.config.to_hf()) == model.config
 
 
-@pytest.mark.torch
-def test_the_text_model_of_a_gemma3_with_eyes(tmp_path):
-    torch = pytest.importorskip("torch")
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
-
-    torch.manual_seed(0)
+@pytest.mark.oracle
+def test_the_text_model_of_a_gemma3_that_sees_images(tmp_path_factory):
     text = {k: v for k, v in CASES["gemma3"].items() if k != "model_type"}
-    eyes = dict(
+    vision = dict(
         model_type="siglip_vision_model", hidden_size=8, intermediate_size=8, image_size=8,
         num_hidden_layers=1, num_attention_heads=2, patch_size=4,
     )  # fmt: skip
-    config = Gemma3Config(
-        text_config=text, vision_config=eyes, mm_tokens_per_image=4, image_token_index=96,
-        boi_token_index=95, eoi_token_index=94, initializer_range=0.3,
+    fields = dict(
+        model_type="gemma3", auto="AutoModelForImageTextToText", text_config=text,
+        vision_config=vision, mm_tokens_per_image=4, image_token_index=96,
+        boi_token_index=95, eoi_token_index=94,
     )  # fmt: skip
-    oracle = Gemma3ForConditionalGeneration(config).eval()
-    oracle.save_pretrained(tmp_path)
-    model = models.load(tmp_path)
+    there, directory = saver(PLACE, {"with vision": fields}, tmp_path_factory)("with vision")
+    model = models.load(directory)
     assert model.config.model_type == "gemma3_text"
     tokens, mask = texts("right")
     tokens = np.minimum(tokens, 93)
-    want = theirs(oracle, tokens, mask, positions_of(mask))
+    positions = positions_of(mask)
+    want = oracle(f"{PLACE}/vision.logits", lambda: theirs(there(), tokens, mask, positions))
     got = np.asarray(quick_jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
     assert np.abs(got - want)[mask].max() <= TOLERANCE
 

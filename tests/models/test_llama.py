@@ -2,11 +2,13 @@
 
 import copy
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lora_jax import models
 
@@ -130,13 +132,27 @@ def test_bfloat16_stays_near_transformers_in_bfloat16(saved):
     assert np.abs(got - want["exact"])[mask].max() <= 2 * want["rounding"]
 
 
-@pytest.mark.torch
+@pytest.mark.oracle
 def test_a_saved_bfloat16_model_loads_exactly(saved, tmp_path):
-    torch = pytest.importorskip("torch")
-    oracle = copy.deepcopy(saved("tied").model()).to(torch.bfloat16)
-    oracle.save_pretrained(tmp_path)
-    table = oracle.model.embed_tokens.weight.float().numpy(force=True)
-    kernel = oracle.model.layers[1].mlp.up_proj.weight.float().numpy(force=True)
+    there, directory = saved("tied")
+
+    def save():
+        import torch
+
+        copy.deepcopy(there()).to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
+        stored = load_file(tmp_path / "theirs" / "model.safetensors")
+        config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+        return {"config": config, "dtypes": {name: str(x.dtype) for name, x in stored.items()}}
+
+    written = oracle(f"{PLACE}/tied.bfloat16", save)
+    (tmp_path / "config.json").write_text(json.dumps(written["config"]))
+    exact = load_file(directory / "model.safetensors")
+    assert written["dtypes"].keys() == exact.keys()
+    rounded = {name: x.astype(jnp.dtype(written["dtypes"][name])) for name, x in exact.items()}
+    save_file(rounded, tmp_path / "model.safetensors", {"format": "pt"})
+    table = np.float32(rounded["model.embed_tokens.weight"])
+    kernel = np.float32(rounded["model.layers.1.mlp.up_proj.weight"])
+    assert not np.array_equal(table, exact["model.embed_tokens.weight"])
     model = models.load(tmp_path)
     np.testing.assert_array_equal(model.params["model"]["embed_tokens"]["embedding"], table)
     loaded = model.params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
@@ -179,10 +195,22 @@ def test_the_written_config_is_read_by_transformers(saved, case, tmp_path):
         assert there["again"].get(name) == there["raw"].get(name), name
 
 
-@pytest.mark.torch
+@pytest.mark.oracle
 def test_shards_load_as_one(saved, tmp_path):
     there, directory = saved("plain")
-    there().save_pretrained(tmp_path, max_shard_size="20KB")
-    assert (tmp_path / "model.safetensors.index.json").exists()
+
+    def save():
+        there().save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+        return json.loads((tmp_path / "theirs" / "model.safetensors.index.json").read_text())
+
+    index = oracle(f"{PLACE}/plain.shards", save)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copy(directory / "config.json", tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    shards = set(index["weight_map"].values())
+    assert len(shards) > 1 and index["weight_map"].keys() == tensors.keys()
+    for shard in shards:
+        part = {name: x for name, x in tensors.items() if index["weight_map"][name] == shard}
+        save_file(part, tmp_path / shard, {"format": "pt"})
     one, many = models.load(directory), models.load(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, one.params, many.params)

@@ -5,14 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 
 import lora_jax as lora
 from lora_jax import multi
 
-pytestmark = [pytest.mark.once, pytest.mark.torch]
+from tests.support.oracle import oracle
+
+pytestmark = pytest.mark.once
 IN, OUT = 10, 8
 
 
@@ -81,6 +81,9 @@ def test_svd_is_the_best_of_its_rank():
 
 def peft_model(adapters, rslora=False):
     """A torch model of one linear layer with the adapters of `up` in PEFT."""
+    import peft
+    import torch
+
     linear: Any = torch.nn.Sequential()
     linear.add_module("up", torch.nn.Linear(IN, OUT, bias=False))
     with torch.no_grad():
@@ -109,6 +112,7 @@ def peft_change(model, weights, kind, **options):
     return model.base_model.model.up.get_delta_weight("sum").detach().numpy().T
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     ("ours", "theirs", "options"),
     [
@@ -129,8 +133,18 @@ def test_what_peft_gives(ours, theirs, options: dict[str, Any]):
     ]
     renamed: dict[str, str] = {"rank": "svd_rank", "majority_sign": "majority_sign_method"}
     spelled: dict[str, Any] = {renamed.get(k, k): v for k, v in options.items()}
-    want = peft_change(peft_model(adapters), weights, theirs, **spelled)
-    np.testing.assert_allclose(got, want, atol=3e-5)
+    leaves = [tree["up"]["kernel"] for tree in adapters]
+    factors = [np.asarray(x) for leaf in leaves for x in (leaf.a, leaf.b)]
+
+    def ask():
+        change = peft_change(peft_model(adapters), weights, theirs, **spelled)
+        return {"of": factors, "change": change}
+
+    name = "-".join([theirs, *map(str, options.values())])
+    want = oracle(f"multi/weighted/{name}", ask)
+    # What was recorded is PEFT's sum of these very adapters.
+    assert_close(want["of"], factors, 1e-6)
+    np.testing.assert_allclose(got, want["change"], atol=3e-5)
 
 
 def test_rslora_is_scaled_right_where_peft_is_not():

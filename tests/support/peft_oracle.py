@@ -1,5 +1,6 @@
 """What PEFT writes and what it reads, recorded: its directories, and what its models compute."""
 
+import contextlib
 import filecmp
 import json
 import tempfile
@@ -66,7 +67,13 @@ def peft_wrote(
 
 
 def peft_reads(
-    name: str, directory: Path, model: Callable, run: Callable, *, same_state: bool = True
+    name: str,
+    directory: Path,
+    model: Callable,
+    run: Callable,
+    *,
+    same_state: bool = True,
+    around: Callable = contextlib.nullcontext,
 ):
     """What PEFT's model computes with the adapter of a directory that we wrote.
 
@@ -79,6 +86,7 @@ def peft_reads(
       run: what to compute with PEFT's model.
       same_state: PEFT would write the same tensors again. It does not where it leaves out a tied
         head, or adds the base's table to an adapted one.
+      around: the context in which PEFT reads.
 
     Returns:
       What `run` gave.
@@ -87,7 +95,8 @@ def peft_reads(
     def ask():
         import peft
 
-        loaded = peft.PeftModel.from_pretrained(model(), str(directory))
+        with around():
+            loaded = peft.PeftModel.from_pretrained(model(), str(directory))
         if same_state:
             # PEFT only warns about keys that it does not find or does not know.
             state = peft.get_peft_model_state_dict(loaded)

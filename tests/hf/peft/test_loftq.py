@@ -1,46 +1,69 @@
 """LoftQ beside PEFT's own, which runs here over bitsandbytes' NF4 written anew for the CPU."""
 
-import filecmp
+import contextlib
 import importlib.util
 import sys
+import tempfile
 import types
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
-from peft.utils import loftq_utils
 
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
 
-from tests.methods.test_loftq import quantized
+from tests.support.nf4 import quantized
+from tests.support.oracle import oracle, seeded
+from tests.support.peft_oracle import (
+    assert_same_files,
+    contents,
+    peft_reads,
+    write_contents,
+)
 
-pytestmark = [pytest.mark.once, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
 X = np.random.default_rng(3).standard_normal((5, 64)).astype(np.float32)
-
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up = torch.nn.Linear(64, 128, bias=False)
-        self.down = torch.nn.Linear(128, 16, bias=False)
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(x)))
+FIELDS: dict[str, Any] = dict(r=4, lora_alpha=4, target_modules=["up", "down"])
+SHAPES = {"up": (64, 128), "down": (128, 16)}
 
 
 def fn(p, x):
     return jnp.tanh(x @ p["up"]["kernel"]) @ p["down"]["kernel"]
 
 
-@pytest.fixture
-def their_loftq(monkeypatch):
-    """PEFT asks for bitsandbytes and a GPU; what it computes needs neither."""
+def torch_net():
+    """The same network in torch."""
+    import torch
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, shape in SHAPES.items():
+                linear = torch.nn.Linear(*shape, bias=False)
+                linear.weight.data = torch.tensor(weight(name).T.copy())
+                setattr(self, name, linear)
+
+        def forward(self, x):
+            return self.down(torch.tanh(self.up(x)))
+
+    return Net()
+
+
+def weight(name):
+    return seeded(name, SHAPES[name], scale=SHAPES[name][0] ** -0.5)
+
+
+@contextlib.contextmanager
+def their_loftq():
+    """PEFT needs bitsandbytes and a GPU for this; what it computes needs neither."""
+    import torch
+    from peft.utils import loftq_utils
 
     class Params4bit:
         def __init__(self, data, **_):
@@ -52,59 +75,77 @@ def their_loftq(monkeypatch):
     def decoded(data, _):
         return torch.tensor(quantized(data.numpy().T).T.copy())
 
-    fake = types.ModuleType("bitsandbytes")
+    fake: Any = types.ModuleType("bitsandbytes")
     fake.nn = types.SimpleNamespace(Params4bit=Params4bit)
     fake.functional = types.SimpleNamespace(dequantize_4bit=decoded)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", fake)
-    find = importlib.util.find_spec  # for all else in PEFT there is none
+    find = importlib.util.find_spec  # the rest of PEFT must not find it
     hidden = lambda name, *more: None if name == "bitsandbytes" else find(name, *more)  # noqa: E731
-    monkeypatch.setattr(importlib.util, "find_spec", hidden)
-    monkeypatch.setattr(loftq_utils, "is_bnb_available", lambda: True)
-    monkeypatch.setattr(loftq_utils, "is_bnb_4bit_available", lambda: True)
     original = torch.Tensor.to
 
     def to(self, *args, **kwargs):
         kwargs |= {"device": "cpu"} if kwargs.get("device") == "cuda" else {}
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.Tensor, "to", to)
+    with (
+        mock.patch.dict(sys.modules, bitsandbytes=fake),
+        mock.patch.object(importlib.util, "find_spec", hidden),
+        mock.patch.object(loftq_utils, "is_bnb_available", lambda: True),
+        mock.patch.object(loftq_utils, "is_bnb_4bit_available", lambda: True),
+        mock.patch.object(torch.Tensor, "to", to),
+    ):
+        yield
+
+
+def started_by_peft(steps):
+    """PEFT's quantized base, its output and the files of its adapter."""
+    import peft
+    import torch
+
+    torch.manual_seed(0)
+    with their_loftq():
+        model = peft.get_peft_model(
+            torch_net(), peft.LoraConfig(init_lora_weights="loftq", loftq_config=steps, **FIELDS)
+        )
+    inner = model.base_model.model
+    base = {name: getattr(inner, name).base_layer.weight.numpy(force=True) for name in SHAPES}
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        files = contents(Path(scratch))
+    return {"base": base, "files": files, "outputs": outputs(model)}
+
+
+def outputs(model):
+    import torch
+
+    return model(torch.tensor(X)).numpy(force=True)
 
 
 @pytest.mark.parametrize("turns", [1, 3])
-def test_adapters_of_both_are_read_by_both(turns, their_loftq, tmp_path):
-    torch.manual_seed(0)
-    net = Net()
-    base = {name: {"kernel": jnp.asarray(getattr(net, name).weight.detach().numpy().T)}
-            for name in ("up", "down")}  # fmt: skip
+def test_adapters_of_both_are_read_by_both(turns, tmp_path):
+    base = {name: {"kernel": jnp.asarray(weight(name))} for name in SHAPES}
     steps = {"loftq_bits": 4, "loftq_iter": turns}
-    fields: dict[str, Any] = dict(r=4, lora_alpha=4, target_modules=["up", "down"])
-    theirs = peft.get_peft_model(
-        net, peft.LoraConfig(init_lora_weights="loftq", loftq_config=steps, **fields)
-    )
+    theirs = oracle(f"hf/peft/loftq/{turns}.wrote", lambda: started_by_peft(steps))
     config = lora.LoraConfig(rank=4, alpha=4, target_modules=("up", "down"), init="loftq",
                              loftq_config=steps)  # fmt: skip
     ours = lora.init(jax.random.key(0), lora.plan(config, fn, base, X), base)
-    for name in ("up", "down"):
-        layer = getattr(theirs.base_model.model, name)
-        same = np.isclose(ours[name]["kernel"].w.dequantize().T, layer.base_layer.weight.detach())
+    for name in SHAPES:
+        same = np.isclose(ours[name]["kernel"].w.dequantize().T, theirs["base"][name])
         assert same.all() if turns == 1 else same.mean() > 0.99
     close: dict[str, Any] = dict(rtol=1e-3, atol=2e-4 if turns == 1 else 5e-3)
-    want = theirs(torch.tensor(X)).detach().numpy()
-    np.testing.assert_allclose(lora.lorafy(fn)(ours, X), want, **close)
+    np.testing.assert_allclose(lora.lorafy(fn)(ours, X), theirs["outputs"], **close)
 
-    theirs.save_pretrained(str(tmp_path / "theirs"))
+    write_contents(tmp_path / "theirs", theirs["files"])
     read, back = load_peft(tmp_path / "theirs", fn, base, X)
-    np.testing.assert_allclose(lora.lorafy(fn)(read, X), want, **close)
+    np.testing.assert_allclose(lora.lorafy(fn)(read, X), theirs["outputs"], **close)
     save_peft(tmp_path / "again", read, back)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert filecmp.cmp(tmp_path / "theirs" / name, tmp_path / "again" / name, shallow=False)
+    assert_same_files(tmp_path / "theirs", tmp_path / "again")
 
     save_peft(tmp_path / "ours", ours, config, task_type=None, base_model_name="org/net")
     card = (tmp_path / "ours" / "README.md").read_text("utf-8")
     assert f"started by LoftQ (4 bits, {turns} turns): it belongs to the base model quan" in card
-    torch.manual_seed(0)
-    loaded = peft.PeftModel.from_pretrained(Net(), str(tmp_path / "ours"))
-    got = loaded(torch.tensor(X)).detach().numpy()
+    got = peft_reads(
+        f"hf/peft/loftq/{turns}", tmp_path / "ours", torch_net, outputs, around=their_loftq
+    )
     np.testing.assert_allclose(got, lora.lorafy(fn)(ours, X), **close)
 
     # A base that is quantized already is the adapter's after one turn, and not after more.
