@@ -105,7 +105,8 @@ def _attach(
 ) -> tuple[Any, LoraConfig]:
     from lora_jax.hf.peft.api import attach
 
-    return attach(*content, plan_of, model.params, source=str(source))
+    model_type = model.config.model_type
+    return attach(*content, plan_of, model.params, source=str(source), model_type=model_type)
 
 
 def _save_peft(

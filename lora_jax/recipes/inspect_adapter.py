@@ -22,7 +22,7 @@ from lora_jax.files import read_json
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
 from lora_jax.hf.peft.directory import CONFIG_FILE, TENSOR_FILE
-from lora_jax.hf.peft.index import modules_of
+from lora_jax.hf.peft.index import REGISTERED, modules_of
 from lora_jax.hf.peft.prefixes import plain_fields, plain_keys
 from lora_jax.recipes.convert import kind_of
 
@@ -39,12 +39,19 @@ class Module(NamedTuple):
       a: (r, in), or None where the file lacks it.
       b: (out, r), likewise.
       scale: None where it is not known.
+      experts: how many adapters lie side by side in a and b, (E·r, in) and (out, r·E).
     """
 
     name: str
     a: np.ndarray | None
     b: np.ndarray | None
     scale: float | None
+    experts: int = 1
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of each expert's adapter, None where A is missing."""
+        return None if self.a is None else self.a.shape[0] // self.experts
 
 
 class Adapter(NamedTuple):
@@ -78,7 +85,7 @@ def read(source: str | Path) -> Adapter:
 
 def facts(found: Adapter) -> dict[str, Any]:
     """The facts of the report by name: the metadata, then those that follow from the tensors."""
-    ranks = Counter(m.a.shape[0] for m in found.modules if m.a is not None)
+    ranks = Counter(m.rank for m in found.modules if m.rank is not None)
     scales = Counter(f"{m.scale:.6g}" for m in found.modules if m.scale is not None)
     kinds = Counter(_layer(m.name)[0].rpartition(".")[2] for m in found.modules)
     size = sum(x.nbytes for x in _arrays(found))
@@ -107,8 +114,11 @@ def norm(module: Module) -> float:
     a, b = module.a, module.b
     if a is None or b is None or module.scale is None or a.shape[0] != b.shape[1]:
         return float("nan")
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return abs(module.scale) * float(np.sqrt(max(np.sum((b.T @ b) * (a @ a.T)), 0.0)))
+    # Expert by expert: slowest in A, fastest in B.
+    a = a.astype(np.float64).reshape(module.experts, -1, a.shape[1])
+    b = b.astype(np.float64).reshape(b.shape[0], -1, module.experts)
+    squares = np.einsum("ore,oqe,eri,eqi->", b, b, a, a, optimize=True)
+    return abs(module.scale) * float(np.sqrt(max(squares, 0.0)))
 
 
 def norm_table(found: Adapter) -> list[str]:
@@ -215,16 +225,44 @@ def _pairs(tensors: Mapping[str, np.ndarray], config: LoraConfig | None) -> list
                 if name.endswith(end) and value.ndim == 2:
                     module = name.removesuffix(end).removeprefix(_PREFIX)
                     halves.setdefault(module, {})[half] = value
-    return [
-        Module(name, found.get(0), found.get(1), _scale(config, name, found.get(0)))
-        for name, found in halves.items()
-    ]
+    return [_module(config, name, found.get(0), found.get(1)) for name, found in halves.items()]
 
 
-def _scale(config: LoraConfig | None, name: str, a: np.ndarray | None) -> float | None:
+def _module(
+    config: LoraConfig | None, name: str, a: np.ndarray | None, b: np.ndarray | None
+) -> Module:
     if config is None or a is None:
+        return Module(name, a, b, None)
+    parameter = _parameter(config, name)
+    rank, experts = a.shape[0], 1
+    if parameter is not None:
+        # The file does not say how many experts there are: that follows from the config's rank.
+        rank = matching.rank_of(config, parameter)
+        rank, experts = (rank, a.shape[0] // rank) if a.shape[0] % rank == 0 else (a.shape[0], 1)
+    scale = matching.scale_of(config, rank, matching.alpha_of(config, parameter or name))
+    return Module(name, a, b, scale, experts)
+
+
+def _parameter(config: LoraConfig, name: str) -> str | None:
+    """The parameter of target_parameters whose adapter has a module's name in the file, or None.
+
+    PEFT wraps a module once for each of its parameters, the first of them innermost.
+    """
+    module, *wrappers = name.split(".base_layer")
+    own = [e for e in config.target_parameters if _holds(module, e.rpartition(".")[0])]
+    ordered = sorted(own, key=lambda e: _order(e.rpartition(".")[2]))
+    if len(wrappers) >= len(ordered):
         return None
-    return matching.scale_of(config, a.shape[0], matching.alpha_of(config, name))
+    last = ordered[len(ordered) - 1 - len(wrappers)].rpartition(".")[2]
+    return f"{module}.{last}"
+
+
+def _holds(module: str, entry: str) -> bool:
+    return not entry or matching.ends_with(module, entry)
+
+
+def _order(parameter: str) -> int:
+    return REGISTERED.index(parameter) if parameter in REGISTERED else len(REGISTERED)
 
 
 def _against(config: LoraConfig, modules: Sequence[Module]) -> list[str]:
@@ -232,7 +270,7 @@ def _against(config: LoraConfig, modules: Sequence[Module]) -> list[str]:
     wrong = [
         m.name
         for m in modules
-        if m.a is not None and m.a.shape[0] != matching.rank_of(config, m.name)
+        if m.rank not in (None, matching.rank_of(config, _parameter(config, m.name) or m.name))
     ]
     phrases = [_phrase(wrong, "is of another rank than the config says")] if wrong else []
     names = [m.name for m in modules]

@@ -23,7 +23,7 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.name_maps import leaves as translated
 from lora_jax.hf.name_maps.peft import Saved, in_our_names, in_their_names, with_saved
 from lora_jax.hf.name_maps.rules import NameMap, Placed, places_of, recognise
-from lora_jax.hf.peft.base import as_read
+from lora_jax.hf.peft.base import as_read, model_type_of
 from lora_jax.hf.peft.copies import check_vocabulary, tables_of, without_copies
 from lora_jax.hf.peft.directory import CONFIG_FILE, read_directory, write_directory
 from lora_jax.hf.peft.load import fill
@@ -84,7 +84,7 @@ def load_peft(
       fn: the model, a function of its parameters.
       params: the base parameters.
       *args: example arguments for `fn`, shapes are enough; see `lora_jax.plan`.
-      model_type: as for `read_peft`.
+      model_type: as for `read_peft`; it also decides how square experts lie in the file.
       name_map: Hugging Face's names of the model's parameters, from `lora_jax.hf.name_map`; None
         where their paths are these names, or those of transformers' Flax models.
       roles: as `LoraConfig.roles`, by the paths of `params`: for weights whose dims the plan reads
@@ -112,6 +112,7 @@ def load_peft(
         params,
         source=str(directory),
         name_map=name_map or recognise(leaves_by_path(params)),
+        model_type=model_type,
     )
 
 
@@ -123,6 +124,7 @@ def attach(
     *,
     source: str,
     name_map: NameMap | None = None,
+    model_type: str | None = None,
 ) -> tuple[Any, LoraConfig]:
     """Puts the content of an adapter's file onto a model.
 
@@ -133,6 +135,7 @@ def attach(
       params: the base parameters.
       source: what messages call the adapter.
       name_map: Hugging Face's names of the parameters, where their paths are not these names.
+      model_type: as for `load_peft`.
 
     Returns:
       `params` with LoRA leaves, and the config.
@@ -154,7 +157,7 @@ def attach(
         plan, saved = _plan(config, leaves, places, plan_of, source, name_map)
     blank = _blank(plan, config, params, source)
     if places is None:
-        return fill(blank, config, tensors, source=source), config
+        return fill(blank, config, tensors, source=source, model_type=model_type), config
     blank = with_saved(blank, saved, plan)
     theirs = translated.to_theirs(leaves_by_path(blank), places, config=config)
     filled = fill(theirs, config, tensors, source=source)
@@ -194,6 +197,7 @@ def save_peft(
     task_type: str | None = AUTO,
     target: str = "peft",
     name_map: NameMap | None = None,
+    model_type: str | None = None,
 ) -> None:
     """Writes an adapter as a PEFT directory, whole or not at all.
 
@@ -209,6 +213,8 @@ def save_peft(
       target: "peft", or "vllm" for an adapter that vLLM serves at the right scale. vLLM reads one
         rank and one alpha, so other scales are multiplied into B and ranks filled up with zeros.
       name_map: as for `load_peft`.
+      model_type: Hugging Face's name of the model family, which decides how square experts lie in
+        the file; by default that of `base_model_name`, where it is a directory.
 
     Raises:
       ValueError: the tree and the config disagree, a number is not finite, a classifier's head
@@ -225,7 +231,8 @@ def save_peft(
     if target not in TARGETS:
         raise ValueError(f'target must be one of "peft", "vllm", got {target!r}')
     leaves, config = in_their_names(leaves_by_path(lora_params), config, name_map)
-    fields, tensors = with_task(leaves, config, task_type)
+    model_type = model_type or model_type_of(base_model_name)
+    fields, tensors = with_task(leaves, config, task_type, model_type=model_type)
     if target == "vllm":
         fields, tensors = for_vllm(fields, tensors, config)
     if base_model_name is not None:

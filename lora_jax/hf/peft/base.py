@@ -1,13 +1,15 @@
-"""Adapters that LoftQ started: the base weights that belong to them.
+"""The base of an adapter: what its directory shows, and the weights that LoftQ started from.
 
 LoftQ changes the base too: the adapter is trained over the quantized weights, and its file does not
 hold them. A reader repeats LoftQ over the float base, or has a base that is quantized already.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from lora_jax.array import leaves_by_path
+from lora_jax.hf.checkpoint.safetensors import read_json
 from lora_jax.plan.leaf import Plan
 from lora_jax.quant.array import is_quant
 
@@ -49,3 +51,16 @@ def as_read(plan: Plan, params: Any, *, source: str, checked: bool = False) -> P
     # The base is LoftQ's already: `init` must not quantize it a second time.
     config = dataclasses.replace(plan.config, init="default", loftq_config={})
     return dataclasses.replace(plan, config=config)
+
+
+def model_type_of(base: str | None) -> str | None:
+    """The model family of a base model, where its directory is on this machine.
+
+    Args:
+      base: path of a directory, or a hub id.
+    """
+    config = Path(base or "") / "config.json"
+    if base is None or not config.is_file():
+        return None
+    fields = read_json(config)
+    return fields.get("model_type") if isinstance(fields, dict) else None

@@ -27,7 +27,7 @@ PREFIX = "base_model.model."
 
 # The order in which models register the parameters of their experts, which decides how PEFT nests
 # the adapters of several parameters of one module.
-_REGISTERED = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
+REGISTERED = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
 
 Kind = Literal["module", "parameter", "saved", "rows"]
 
@@ -111,7 +111,7 @@ def _rows(path: str, leaf: Any, config: LoraConfig) -> Iterator[IndexRow]:
 
 
 def _with_rank(row: IndexRow, config: LoraConfig) -> IndexRow:
-    found = _match(config, row.path, row.name)
+    found = _match(config, row.path, row.name, whole=row.kind == "parameter")
     if not found.targeted:
         return row
     return row._replace(rank=found.rank, alpha=found.alpha, scale=found.scale)
@@ -144,12 +144,25 @@ def parameters_of(path: str, leaf: Any, config: LoraConfig) -> dict[tuple[int, .
     module, _, parameter = bare(path).rpartition(".")
     # The dims in front of the experts' are layers: their numbers stand in the module's name.
     depth = names.stack_depth(module) if module else 0
+    parameter = their_parameter(bare(path))
     found = {
         layer: f"{names.module_name(module, layer)}.{parameter}"
         for layer in np.ndindex(*leaf.shape[:depth])
     }
     meant = any(matching.names_parameter(config, name) for name in found.values())
     return found if meant else {}
+
+
+def their_parameter(path: str) -> str:
+    """PEFT's name of the parameter at a path: `weight` for the `kernel` of a linear layer."""
+    last = path.rpartition(".")[2]
+    if module_of(path) == path:
+        return last
+    try:
+        return names.tensor_of(path, (0,) * names.stack_depth(path)).name.rpartition(".")[2]
+    except ValueError:
+        # Not a parameter of Hugging Face's, such as `w`: it goes by its own name.
+        return last
 
 
 def every_module(leaves: Mapping[str, Any], config: LoraConfig) -> list[str]:
@@ -214,20 +227,20 @@ def nesting(index: AdapterIndex) -> dict[str, int]:
 
 
 def _check_order(found: list[str], sizes_by_name: Mapping[str, tuple[int, int]]) -> None:
-    unknown = [name for name in found if name.rpartition(".")[2] not in _REGISTERED]
+    unknown = [name for name in found if name.rpartition(".")[2] not in REGISTERED]
     alike = len({sizes_by_name[name] for name in found}) < len(found)
     if unknown and len(found) > 1 and alike:
         raise ValueError(
             f"target_parameters: PEFT numbers the adapters of {', '.join(f'`{n}`' for n in found)} "
             "by the order in which its model registers them, which is not known here, and their "
             "shapes are alike: adapt one of them, or rename them as transformers does "
-            f"({', '.join(_REGISTERED)})"
+            f"({', '.join(REGISTERED)})"
         )
 
 
 def _registered(config: LoraConfig, name: str) -> tuple[int, int]:
     last = name.rpartition(".")[2]
-    known = _REGISTERED.index(last) if last in _REGISTERED else len(_REGISTERED)
+    known = REGISTERED.index(last) if last in REGISTERED else len(REGISTERED)
     listed = enumerate(config.target_parameters)
     return known, next((i for i, entry in listed if matching.ends_with(name, entry)), 0)
 
@@ -265,11 +278,12 @@ def adapts(config: LoraConfig, path: str, name: str) -> bool:
     return _match(config, path, name).targeted
 
 
-def _match(config: LoraConfig, path: str, name: str) -> matching.Match:
+def _match(config: LoraConfig, path: str, name: str, *, whole: bool = False) -> matching.Match:
+    """What a config does with a layer; `whole`: its name is the parameter's, not the module's."""
     plain = bare(path)
     module, last = module_of(plain), plain.rpartition(".")[2]
     # An array without a parameter name of its own (`gate_up_proj`) is module and parameter in one.
-    parameter = name if module == plain else f"{name}.{last}"
+    parameter = name if whole or module == plain else f"{name}.{last}"
     return matching.match(config, (name, parameter), (path, module_of(path), plain, module))
 
 

@@ -31,6 +31,7 @@ def fill(
     tensors: Mapping[str, np.ndarray],
     *,
     source: str = "adapter",
+    model_type: str | None = None,
 ) -> Any:
     """Puts PEFT's tensors into a tree of LoRA leaves.
 
@@ -40,6 +41,7 @@ def fill(
       config: the adapter's config.
       tensors: PEFT's tensors by name.
       source: what messages call the adapter.
+      model_type: as for `load_peft`.
 
     Returns:
       The tree with the adapter's numbers, factors in float32; layers without an adapter have
@@ -52,7 +54,8 @@ def fill(
     index = make_index(leaves_by_path(lora_params), config)
     for rows in index.rows.values():
         _check_meant(rows)
-    specs = tensor_specs(index)
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    specs = tensor_specs(index, shapes=shapes, model_type=model_type)
     # Everything is checked before the first array is made: a wrong file takes no memory.
     _check_keys([spec for of_leaf in specs.values() for spec in of_leaf], tensors, source)
 

@@ -30,14 +30,18 @@ def to_peft(lora_params: Any, config: LoraConfig) -> tuple[dict[str, Any], dict[
 
 
 def with_task(
-    leaves: Mapping[str, Any], config: LoraConfig, task_type: str | None
+    leaves: Mapping[str, Any],
+    config: LoraConfig,
+    task_type: str | None,
+    *,
+    model_type: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """As `to_peft`, with the field `task_type` and what it takes.
 
     Args:
       leaves: leaves by path, in Hugging Face's terms.
       config: the config they were made with.
-      task_type: as for `save_peft`.
+      task_type, model_type: as for `save_peft`.
 
     Raises:
       ValueError: as `save_peft`.
@@ -47,14 +51,16 @@ def with_task(
     # PEFT ties head and embedding of decoders; an encoder's head is a matrix of its own.
     if task_type == "CAUSAL_LM" or (task_type == AUTO and not _is_encoder(leaves)):
         config = tied_config(leaves, config)
-    fields, tensors = content_of(make_index(leaves, config))
+    fields, tensors = content_of(make_index(leaves, config), model_type=model_type)
     if task_type == AUTO:
         task_type = _task_of(leaves, tensors)
     _check_head(task_type, leaves, tensors)
     return {**fields, "task_type": task_type}, tensors
 
 
-def content_of(index: AdapterIndex) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def content_of(
+    index: AdapterIndex, *, model_type: str | None = None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """As `to_peft`, of an adapter that is indexed already."""
     config = index.config
     if base_change(config.init) == "unrepeatable":
@@ -69,7 +75,7 @@ def content_of(index: AdapterIndex) -> tuple[dict[str, Any], dict[str, np.ndarra
             "lora_jax.init made with this config"
         )
     tensors = {}
-    for path, specs in tensor_specs(index).items():
+    for path, specs in tensor_specs(index, model_type=model_type).items():
         _check_ranks(index.rows[path])
         host, found = read_leaf(index.leaves[path], specs)
         _check_agreement(host, index.rows[path], config, specs)

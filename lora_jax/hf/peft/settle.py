@@ -7,9 +7,14 @@ from typing import Any
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
-from lora_jax.hf.peft.index import every_module, every_parameter
+from lora_jax.hf.peft.index import (
+    every_module,
+    every_parameter,
+    parameters_of,
+    their_parameter,
+)
 from lora_jax.hf.peft.tying import HEAD
-from lora_jax.paths import module_of
+from lora_jax.paths import bare, module_of
 
 
 def plannable(config: LoraConfig, leaves: Mapping[str, Any], source: str) -> LoraConfig:
@@ -33,12 +38,27 @@ def plannable(config: LoraConfig, leaves: Mapping[str, Any], source: str) -> Lor
             "weights in a way that cannot be repeated; save it in PEFT with "
             "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
-    config = settled(config, leaves)
+    config = _in_our_parameters(settled(config, leaves), leaves)
     # Such a start is computed again from the base, for which `init` takes the ranks as they are.
     if base_change(config.init) == "repeatable":
         return config
     # `fill` makes factors of the file's ranks; a plan of rank 1 allocates little before it does.
     return dataclasses.replace(config, init="default", rank=1, rank_pattern={}, alpha_pattern={})
+
+
+def _in_our_parameters(config: LoraConfig, leaves: Mapping[str, Any]) -> LoraConfig:
+    """The config with target_parameters by the names of our parameters: `kernel` for `weight`."""
+    entries = []
+    for entry in config.target_parameters:
+        module, _, theirs = entry.rpartition(".")
+        ours = {
+            path.rpartition(".")[2]
+            for path, leaf in leaves.items()
+            for name in parameters_of(path, leaf, config).values()
+            if matching.ends_with(name, entry) and their_parameter(bare(path)) == theirs
+        }
+        entries += [f"{module}.{name}" if module else name for name in sorted(ours or {theirs})]
+    return dataclasses.replace(config, target_parameters=tuple(dict.fromkeys(entries)))
 
 
 def settled(config: LoraConfig, leaves: Mapping[str, Any]) -> LoraConfig:

@@ -14,7 +14,7 @@ tree, import writes them into one; neither knows anything else about the file. T
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -77,8 +77,23 @@ class _Layout(NamedTuple):
     axes: tuple[int, ...] | None = None
 
 
-def tensor_specs(index: AdapterIndex) -> dict[str, list[TensorSpec]]:
+# Families whose class in transformers stores experts as (experts, in, out) and does not say so
+# (`is_transposed`): there PEFT takes the outputs for inputs. All others take the inputs.
+_SWAPPED = ("llama4", "llama4_text")
+
+
+def tensor_specs(
+    index: AdapterIndex,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    model_type: str | None = None,
+) -> dict[str, list[TensorSpec]]:
     """Every tensor that the PEFT file of an adapter holds.
+
+    Args:
+      index: of the adapter.
+      shapes: of the tensors in a file that is read: they show how experts lie in it.
+      model_type: Hugging Face's name of the model family, which decides it where they do not.
 
     Returns:
       The specs of each leaf that trains, in the tree's order. Those of part "w" may be absent
@@ -101,7 +116,7 @@ def tensor_specs(index: AdapterIndex) -> dict[str, list[TensorSpec]]:
                 key = f"{PREFIX}{row.name}.{TOKEN_ROWS}"
                 specs.append(TensorSpec(key, tuple(row.leaf.rows.shape), "rows", row.layer))
             elif row.rank and row.kind == "parameter":
-                specs += _parameter_specs(row, wrapped[row.name])
+                specs += _parameter_specs(row, wrapped[row.name], shapes or {}, model_type)
             elif row.rank:
                 specs += _module_specs(row)
                 embeds = path in tied or row.name.rpartition(".")[2] in EMBEDDING_MODULES
@@ -173,35 +188,94 @@ def _size(leaf: LoraArray, dims: Sequence[int]) -> int:
     return math.prod(leaf.shape[d] for d in dims)
 
 
-def _parameter_specs(row: IndexRow, wrapped: int) -> Iterator[TensorSpec]:
+def _parameter_specs(
+    row: IndexRow, wrapped: int, shapes: Mapping[str, tuple[int, ...]], model_type: str | None
+) -> Iterator[TensorSpec]:
     """The two tensors of a parameter that target_parameters names: all experts of a layer."""
     # PEFT wraps the module once a parameter: an outer wrapper holds the inner one as `base_layer`.
     module = PREFIX + row.name.rpartition(".")[0] + ".base_layer" * wrapped
-    layouts = _expert_layouts(row)
+    plain, swapped = _parameter_layouts(row)
+    key = f"{module}.{_SUFFIX['a'][0]}"
+    if _is_swapped(row, (plain["a"].shape, swapped["b"].shape), shapes.get(key), model_type):
+        # ΔW = a·b either way: the file's A is our b, and its B our a.
+        yield _lora_spec(row, key, "b", swapped["b"])
+        yield _lora_spec(row, f"{module}.{_SUFFIX['b'][0]}", "a", swapped["a"])
+        return
     for part in ("a", "b"):
-        yield _lora_spec(row, f"{module}.{_SUFFIX[part][0]}", part, layouts[part])
+        yield _lora_spec(row, f"{module}.{_SUFFIX[part][0]}", part, plain[part])
 
 
-def _expert_layouts(row: IndexRow) -> dict[Part, _Layout]:
+def _is_swapped(
+    row: IndexRow,
+    expected: tuple[tuple[int, ...], tuple[int, ...]],
+    found: tuple[int, ...] | None,
+    model_type: str | None,
+) -> bool:
+    """Whether PEFT takes the outputs of a parameter for its inputs.
+
+    It takes a parameter's last dim for the inputs, and the first after the experts' only where the
+    module's class says that it is transposed.
+
+    Args:
+      row: of the parameter.
+      expected: shapes of the file's A, plain and swapped.
+      found: that of the file, or None when one is written.
+      model_type: of the model, where it is known.
+
+    Raises:
+      ValueError: nothing shows it.
+    """
+    roles = row.leaf.roles[len(row.layer) :]
+    if module_of(bare(row.path)) != bare(row.path):
+        # A module's weight lies there as its table of names says.
+        axes = names.tensor_of(bare(row.path), row.layer).axes
+        roles = roles if axes is None else "".join(roles[axes.index(d)] for d in range(len(axes)))
+    in_first = roles.replace("s", "").startswith("i")
+    if "s" not in roles or not in_first:
+        return in_first
+    plain, swapped = expected
+    if plain != swapped and found is not None:
+        return found == swapped
+    if plain == swapped and model_type is None:
+        raise ValueError(
+            f"leaf `{row.path}`: its experts are square matrices (experts, in, out), and whether "
+            "PEFT takes their first or their second dim for the inputs depends on the model's "
+            'class in transformers, which is not known here: pass model_type ("gpt_oss", '
+            '"llama4_text", ... as in config.json)'
+        )
+    return model_type in _SWAPPED
+
+
+def _parameter_layouts(row: IndexRow) -> tuple[dict[Part, _Layout], dict[Part, _Layout]]:
+    """The layouts of a parameter's factors: in the file's A and B, and the other way around."""
     leaf, stack = row.leaf, stack_dims(row.leaf.roles)
     depth = len(row.layer)
+    ins, outs = in_dims(leaf.roles), out_dims(leaf.roles)
+    fan_in, fan_out = _size(leaf, ins), _size(leaf, outs)
     if len(stack) == depth:  # a matrix of its own, laid out as a linear layer's
-        return _layouts(row)
+        swapped: dict[Part, _Layout] = {
+            "a": _Layout((fan_in, row.rank), len(ins)),
+            "b": _Layout((row.rank, fan_out), 0),
+        }
+        return _layouts(row), swapped
     if len(stack) > depth + 1:
         raise ValueError(
             f"leaf `{row.path}` stacks {len(stack)} dims, but PEFT's target_parameters know one "
             f"dim of experts besides the layers ({depth} here): adapt it with target_modules"
         )
-    ins, outs = in_dims(leaf.roles), out_dims(leaf.roles)
-    # PEFT keeps the experts' factors side by side in one matrix.
+    # PEFT keeps the experts' factors side by side in one matrix, expert slowest in A, fastest in B.
     wide = leaf.shape[stack[-1]] * row.rank
     # Blocks: a is (E, in..., R), b is (E, R, out...).
-    a = (0, len(ins) + 1, *range(1, len(ins) + 1))
-    b = (*range(2, len(outs) + 2), 1, 0)
-    return {
-        "a": _Layout((wide, _size(leaf, ins)), len(ins) + 1, a),
-        "b": _Layout((_size(leaf, outs), wide), 1, b),
+    n_in, n_out = len(ins), len(outs)
+    plain: dict[Part, _Layout] = {
+        "a": _Layout((wide, fan_in), n_in + 1, (0, n_in + 1, *range(1, n_in + 1))),
+        "b": _Layout((fan_out, wide), 1, (*range(2, n_out + 2), 1, 0)),
     }
+    swapped = {
+        "a": _Layout((fan_in, wide), n_in + 1, (*range(1, n_in + 1), n_in + 1, 0)),
+        "b": _Layout((wide, fan_out), 1),
+    }
+    return plain, swapped
 
 
 def _repeats_base(config: LoraConfig) -> bool:

@@ -347,7 +347,7 @@ def test_kernels_of_any_layout_are_written_alike():
 
 def test_parameters_whose_order_nobody_knows():
     leaf = LoraArray(np.zeros((3, 4, 4), "f4"), np.ones((3, 4, 2), "f4"), np.ones((3, 2, 4), "f4"),
-                     np.full(3, 8, "f4"), roles="sio")  # fmt: skip
+                     np.full(3, 8, "f4"), roles="soi")  # fmt: skip
     config = LoraConfig(rank=2, target_modules=(), target_parameters=("theta", "phi"))
     with pytest.raises(
         ValueError, match="`moe.phi`, `moe.theta` by the order in which its model r"
