@@ -2,12 +2,24 @@
 
     y = x @ W + s · (x @ A) @ B
 
-All public names that are in no sub-package are here; a sub-package is imported when it is used.
+LoraConfig, plan, init        which leaves are adapted, and the tree with adapters
+lorafy                        the model's function, for such a tree
+split, combine                the half that trains and the frozen one
+masked, trainable_mask        the whole tree in an optimizer
+grad, value_and_grad          gradients of what trains, of the whole tree
+merge, unmerge, delta         plain parameters, and back
+quantize, dequantize          a base in 4 or 8 bits
+stack, select, replace        many adapters of one base
+checkpoint, hf                files: Orbax; PEFT, GGUF, Hugging Face
+linen, nnx                    Flax
+models, train, finetune       language models
+analysis, multi, recipes, cli
+
+A sub-package is imported when it is used.
 """
 
 import importlib as _importlib
-from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
+import typing as _typing
 
 from lora_jax.array import LoraArray as LoraArray
 from lora_jax.array import RowsArray as RowsArray
@@ -43,7 +55,7 @@ from lora_jax.tree import format_trainable_parameters as format_trainable_parame
 from lora_jax.tree import init as init
 from lora_jax.tree import split as split
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from lora_jax import analysis as analysis
     from lora_jax import checkpoint as checkpoint
     from lora_jax import cli as cli
@@ -118,11 +130,13 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> _Any:
-    if name in _LAZY:
-        return _importlib.import_module(_LAZY[name])
-    raise AttributeError(f"module `lora_jax` has no attribute `{name}`")
+if not _typing.TYPE_CHECKING:  # a type checker would take any name for one of these
+
+    def __getattr__(name: str) -> _typing.Any:
+        if name in _LAZY:
+            return _importlib.import_module(_LAZY[name])
+        raise AttributeError(f"module `lora_jax` has no attribute `{name}`")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return [*__all__, "__version__"]

@@ -1,9 +1,14 @@
 """`import lora_jax` stays light, and the package names nothing it should not."""
 
+import ast
+import pydoc
+import re
 import subprocess
 import sys
 
 import pytest
+
+import lora_jax as lora
 
 from tests.support.places import ROOT
 
@@ -34,11 +39,21 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_the_public_names_are_there():
-    import lora_jax as lora
-
-    assert set(PUBLIC) <= set(lora.__all__) <= set(dir(lora))
+    assert set(PUBLIC) <= set(lora.__all__)
+    assert dir(lora) == sorted([*lora.__all__, "__version__"])
+    text = pydoc.plain(pydoc.render_doc(lora))
+    assert all(re.search(rf"\b{name}\b", text) for name in lora.__all__)
     missing = [name for name in lora.__all__ if not hasattr(lora, name)]
     assert not missing
+
+
+def test_type_checkers_see_what_is_imported_lazily():
+    """And no `__getattr__`, with which every name would be one."""
+    tree = ast.parse((ROOT / "lora_jax" / "__init__.py").read_text("utf-8"))
+    branches = {ast.unparse(x.test): x.body for x in tree.body if isinstance(x, ast.If)}
+    seen = {a.name for x in branches["_typing.TYPE_CHECKING"] for a in x.names}  # type: ignore
+    (lazy,) = branches["not _typing.TYPE_CHECKING"]
+    assert seen == lora._LAZY.keys() and isinstance(lazy, ast.FunctionDef)
 
 
 @pytest.mark.parametrize(

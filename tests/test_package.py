@@ -86,6 +86,21 @@ def built(tmp_path_factory) -> Built:
     return Built(wheel, sdist)
 
 
+def test_an_editable_install_is_a_path_that_type_checkers_read(built, tmp_path):
+    """Not setuptools' import hook, behind which pyright and Pylance find nothing."""
+    with tarfile.open(built.sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    code = "from setuptools import build_meta; build_meta.build_editable('.')"
+    done = run(sys.executable, "-c", code, cwd=source)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = source.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        hooks = [name for name in archive.namelist() if name.endswith(".py")]
+        (path,) = [name for name in archive.namelist() if name.endswith(".pth")]
+        assert (hooks, archive.read(path).decode("utf-8").strip()) == ([], str(source))
+
+
 def test_the_wheel_holds_every_file_of_the_package(built):
     with zipfile.ZipFile(built.wheel) as archive:
         names = set(archive.namelist())
