@@ -1,6 +1,8 @@
 """Loading a model from a Hugging Face directory, a hub id or a GGUF file."""
 
 import importlib.metadata
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,7 @@ def _load_directory(directory: Path, options: dict[str, Any], quant: QuantConfig
         return load_encoder(directory, **options)
     forward = architecture.forward(config=config, **options)
     weights = open_directory(directory)
+    _check_class(raw, path, weights, config, architecture.names)
     # Read before the weights, so that an error in them is raised at once.
     tokenizer, generation = from_directory(directory), _generation(directory)
     return Model(forward, _fill(forward, weights, quant), tokenizer, generation)
@@ -113,6 +116,25 @@ def _generation(directory: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: not a JSON object")
     return raw
+
+
+def _check_class(
+    raw: Mapping[str, Any], path: Path, weights: Weights, config: Any, family: Family
+) -> None:
+    """Refuses a decoder of another class than a language model, by the class's name."""
+    found = str((raw.get("architectures") or [""])[0])
+    if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w+$", found):
+        raise ValueError(
+            f"{path}: `architectures` names `{found}`, whose head is not that of a language model; "
+            "of decoders only language models (...ForCausalLM) can be loaded"
+        )
+    head = family.tied and family.tied[0]
+    if found.endswith("Model") and "Head" not in found and not config.tie_word_embeddings:
+        if not any(name.endswith(str(head)) for name in weights.shapes):
+            raise ValueError(
+                f"{path}: `architectures` names `{found}`, the decoder without a head, and the "
+                f"files hold no `{head}`; save it from the class ...ForCausalLM"
+            )
 
 
 def _load_gguf(path: Path, options: dict[str, Any], quant: QuantConfig | None) -> Model:

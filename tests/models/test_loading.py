@@ -56,6 +56,29 @@ def test_a_directory_comes_back(tmp_path, model):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
 
 
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+def test_a_decoder_with_another_head_is_named(kind, tmp_path, model):
+    path = save(tmp_path, model) / "config.json"
+    fields = {**model.config.to_hf(), "architectures": [f"LlamaFor{kind}"]}
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=f"names `LlamaFor{kind}`, whose head is not that of a"):
+        models.load(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decoder_without_a_head_needs_a_tied_one(tied, tmp_path, model):
+    path = save(tmp_path, model) / "config.json"
+    fields = {**model.config.to_hf(), "architectures": ["LlamaModel"], "tie_word_embeddings": tied}
+    path.write_text(json.dumps(fields))
+    if tied:
+        models.load(tmp_path)
+        return
+    with pytest.raises(
+        ValueError, match="`LlamaModel`, the decoder without a head, .* no `lm_head"
+    ):
+        models.load(tmp_path)
+
+
 def test_unstacked_blocks_carry_their_numbers(tmp_path, model):
     loaded = models.load(str(save(tmp_path, model)), scan=False)
     layers = loaded.params["model"]["layers"]

@@ -26,7 +26,7 @@ from lora_jax.hf.name_maps.rules import NameMap, Placed, places_of, recognise
 from lora_jax.hf.peft.base import as_read, model_type_of
 from lora_jax.hf.peft.copies import check_vocabulary, tables_of, without_copies
 from lora_jax.hf.peft.directory import CONFIG_FILE, read_directory, write_directory
-from lora_jax.hf.peft.load import fill
+from lora_jax.hf.peft.load import check_task, fill
 from lora_jax.hf.peft.prefixes import without_module
 from lora_jax.hf.peft.save import AUTO, with_task
 from lora_jax.hf.peft.settle import plannable
@@ -148,6 +148,12 @@ def attach(
     tensors = without_module(tensors, leaves, source)
     places = None if name_map is None else places_of(leaves, name_map)
     plan, saved = _plan(config, leaves, places, plan_of, source, name_map)
+    check_task(
+        config,
+        tensors,
+        [*leaves, *(p.path for placed in (places or {}).values() for p in placed.parts)],
+        source,
+    )
     tables = tables_of(leaves, plan, places)
     check_vocabulary(tensors, tables, source)
     settled, tensors = without_copies(config, tensors, tables, source)

@@ -11,7 +11,7 @@ import numpy as np
 from lora_jax.array import LoraArray, is_lora, leaves_by_path
 from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import factor_shapes
-from lora_jax.hf.peft.index import IndexRow, make_index, stack_sizes
+from lora_jax.hf.peft.index import PREFIX, IndexRow, make_index, stack_sizes
 from lora_jax.hf.peft.tensors import (
     PARTS,
     TensorSpec,
@@ -23,6 +23,36 @@ from lora_jax.hf.peft.tying import TYING
 from lora_jax.paths import nearest, spell
 
 _SHOWN = 3
+
+
+# Heads of classifiers in transformers.
+_HEADS = ("score", "classifier", "qa_outputs")
+
+
+def check_task(
+    config: LoraConfig, tensors: Iterable[str], paths: Iterable[str], source: str
+) -> None:
+    """Refuses the adapter of a classifier on a model without its head.
+
+    Args:
+      config: the adapter's config.
+      tensors: PEFT's names of the file's tensors.
+      paths: of the model's leaves.
+      source: what messages call the adapter.
+
+    Raises:
+      ValueError: the file holds a head that the model does not have.
+    """
+    there = {key.removeprefix(PREFIX).partition(".")[0] for key in tensors}
+    here = {part for path in paths for part in path.split(".")}
+    for head in _HEADS:
+        if head in there - here:
+            task = config.extra.get("task_type")
+            kind = f"a classifier (task_type {task})" if task else "a classifier"
+            raise ValueError(
+                f"{source}: the adapter is of {kind}: it trains the head `{head}`, which this "
+                "model does not have; load the model that has it"
+            )
 
 
 def fill(

@@ -15,6 +15,7 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.peft import api
 from lora_jax.hf.peft import directory as peft_files
 from lora_jax.hf.peft.index import make_index, named_targets
+from lora_jax.hf.peft.load import check_task
 from lora_jax.hf.peft.save import to_peft
 from lora_jax.plan.decide import plan
 from lora_jax.tree import init
@@ -412,3 +413,14 @@ def test_roles_given_to_load_peft(tmp_path):
     loaded, _ = api.load_peft(tmp_path, fn, params, x, roles={"solver.kernel": "io"})
     np.testing.assert_array_equal(loaded["model"]["solver"]["kernel"].a,
                                   tree["model"]["solver"]["kernel"].a)  # fmt: skip
+
+
+def test_a_classifiers_adapter_on_a_model_without_its_head(tree):
+    _, tensors = to_peft(tree, QV)
+    config = dataclasses.replace(QV, extra={"task_type": "SEQ_CLS"})
+    tensors["base_model.model.score.weight"] = np.ones((2, D), "f4")
+    with pytest.raises(
+        ValueError, match=r"of a classifier \(task_type SEQ_CLS\): .* `score`, which"
+    ):
+        check_task(config, tensors, leaves_by_path(tree), "adapter")
+    check_task(config, tensors, ["score.kernel"], "adapter")
