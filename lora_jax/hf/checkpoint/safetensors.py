@@ -107,10 +107,10 @@ def open_directory(directory: str | Path) -> Weights:
     owner = {name: file for file, names in files.items() for name in names}
     read = _reader()
 
-    def read_float(name: str) -> np.ndarray:
+    def read_float(name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
         if entries[name].dtype in _INDICES:
             raise ValueError(_not_a_weight(owner[name], name, entries[name].dtype))
-        tensor = read(owner[name], name)
+        tensor = read(owner[name], name, part)
         _check_finite(tensor, name, owner[name])
         return tensor
 
@@ -119,6 +119,7 @@ def open_directory(directory: str | Path) -> Weights:
         shapes={name: entry.shape for name, entry in entries.items()},
         read=read_float,
         where=lambda name: owner[name].name,
+        part=read_float,
     )
     if bnb.is_quantized(entries):
         return bnb.dequantized(weights, {name: entry.dtype for name, entry in entries.items()})
@@ -263,16 +264,18 @@ def _fields(name: str, entry: Any, path: Path) -> tuple[str, list[int], tuple[in
     return dtype, shape, (begin, end)
 
 
-def _reader() -> Callable[[Path, str], np.ndarray]:
-    """Reads tensors, each file opened once."""
+def _reader() -> Callable[..., np.ndarray]:
+    """Reads tensors, or a slice of each dim of one; each file is opened once."""
     handles: dict[Path, Any] = {}
 
-    def read(path: Path, name: str) -> np.ndarray:
+    def read(path: Path, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
         try:
             # A sharded model has thousands of tensors in a few files.
             if path not in handles:
                 handles[path] = safe_open(str(path), framework="numpy")
-            return handles[path].get_tensor(name)
+            if not part:
+                return handles[path].get_tensor(name)
+            return handles[path].get_slice(name)[part]
         except SafetensorError as error:
             raise ValueError(f"{path}: tensor `{name}` cannot be read: {error}") from None
 

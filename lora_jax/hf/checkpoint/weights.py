@@ -27,6 +27,8 @@ class Weights(NamedTuple):
       shapes: shape of every tensor, in Hugging Face's order of dimensions.
       read: name -> the tensor.
       where: name -> the file that holds it.
+      part: (name, a slice of every dim) -> that part of the tensor, of which only the bytes that
+        are needed are read; None where a tensor is read whole.
       blocks: name -> the tensor in the quantized blocks that the file has, a
         `lora_jax.quant.QuantArray`, or None; None for a file without any.
     """
@@ -35,7 +37,24 @@ class Weights(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
     where: Callable[[str], str]
+    part: Callable[[str, tuple[slice, ...]], np.ndarray] | None = None
     blocks: Callable[[str], Any] | None = None
+
+
+def renamed(weights: Weights, names: Mapping[str, str]) -> Weights:
+    """The tensors that `names` has as values, under the names that are its keys."""
+
+    def under(find: Callable | None) -> Any:
+        return None if find is None else lambda name, *part: find(names[name], *part)
+
+    return Weights(
+        source=weights.source,
+        shapes={name: weights.shapes[old] for name, old in names.items()},
+        read=under(weights.read),
+        where=under(weights.where),
+        part=under(weights.part),
+        blocks=under(weights.blocks),
+    )
 
 
 class _Place(NamedTuple):
@@ -48,7 +67,12 @@ class _Place(NamedTuple):
 
 
 def fill(
-    shapes: Any, weights: Weights, *, family: Family = ANY, hold: Callable | None = None
+    shapes: Any,
+    weights: Weights,
+    *,
+    family: Family = ANY,
+    hold: Callable | None = None,
+    spread: Callable[[str, Any], Any] | None = None,
 ) -> Any:
     """Fills a parameter tree from a checkpoint.
 
@@ -57,6 +81,8 @@ def fill(
       weights: the checkpoint.
       family: the table of names.
       hold: makes quantized leaves, see `lora_jax.quant.loading.holder`; a progress bar is shown.
+      spread: (path, leaf) -> the shardings of its arrays, to load onto a mesh: a process reads the
+        parts of its own devices.
 
     Returns:
       The tree with arrays of those shapes and dtypes.
@@ -74,16 +100,22 @@ def fill(
         by_leaf.setdefault(place.leaf, []).append(name)
     # Leaf by leaf: no more than one is held beside those that are done.
     arrays = []
-    for i, (path, leaf) in enumerate(leaves if hold is None else _shown(leaves)):
-        here = [(places[n], n) for n in by_leaf[i]]
-        held = hold and hold(spell(path), leaf, [(n, place.axes) for place, n in here])
-        arrays.append(_leaf(leaf, here, weights.read) if held is None else held)
+    slow = hold is not None or spread is not None
+    for i, (key_path, leaf) in enumerate(_shown(leaves) if slow else leaves):
+        path, here = spell(key_path), [(places[n], n) for n in by_leaf[i]]
+        held = hold and hold(path, leaf, [(n, place.axes) for place, n in here])
+        if held is not None:
+            arrays.append(held if spread is None else jax.device_put(held, spread(path, held)))
+        elif spread is not None:
+            arrays.append(_spread_leaf(leaf, here, weights, spread(path, leaf)))
+        else:
+            arrays.append(_leaf(leaf, here, weights.read))
     return jax.tree.unflatten(tree, arrays)
 
 
 def _shown(leaves: list) -> Iterable:
-    """With a progress bar, where there is a terminal, because quantizing is slow."""
-    return require("tqdm").tqdm(leaves, desc="quantizing", unit="leaf", disable=None)
+    """With a progress bar, where there is a terminal."""
+    return require("tqdm").tqdm(leaves, desc="loading", unit="leaf", disable=None)
 
 
 def _places(leaves: list[tuple[str, tuple[int, ...]]], family: Family) -> dict[str, _Place]:
@@ -150,3 +182,39 @@ def _leaf(
         tensor = read(name)
         out[place.index] = tensor if place.axes is None else tensor.transpose(place.axes)
     return jax.device_put(out)
+
+
+def _spread_leaf(
+    leaf: jax.ShapeDtypeStruct,
+    places: list[tuple[_Place, str]],
+    weights: Weights,
+    sharding: jax.sharding.Sharding,
+) -> jax.Array:
+    """A leaf on a mesh, of which each process reads the parts of its own devices."""
+    by_index = {place.index: (place, name) for place, name in places}
+    depth = len(places[0][0].index)
+    parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share it
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True)]
+        if (key := tuple(bounds)) not in parts:
+            out = np.empty([end - start for start, end in bounds], leaf.dtype)
+            inner = tuple(slice(*b) for b in bounds[depth:])
+            for where in product(*(range(*b) for b in bounds[:depth])):
+                there = tuple(k - bounds[d][0] for d, k in enumerate(where))
+                out[there] = _read_part(weights, *by_index[where], inner)
+            parts[key] = out
+        return parts[key]
+
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+
+def _read_part(weights: Weights, place: _Place, name: str, inner: tuple[slice, ...]) -> np.ndarray:
+    """A part of a tensor, in the order of our dims."""
+    theirs = (
+        inner
+        if place.axes is None
+        else tuple(inner[place.axes.index(d)] for d in range(len(inner)))
+    )
+    found = weights.read(name)[theirs] if weights.part is None else weights.part(name, theirs)
+    return found if place.axes is None else found.transpose(place.axes)
