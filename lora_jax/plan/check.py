@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lora_jax import paths
 from lora_jax.config import matching
-from lora_jax.config.lora import LoraConfig
+from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.dims import sizes
 from lora_jax.plan.draft import Draft
 from lora_jax.plan.leaf import LeafPlan
@@ -99,7 +99,9 @@ def too_high(leaf: LeafPlan) -> str:
 def _nothing(targets: Sequence[str] | str, leaves: Sequence[LeafPlan], modules: set[str]) -> str:
     likely = sorted(leaves, key=lambda leaf: not leaf.roles)  # the ones that could be adapted first
     some = "; ".join(_why(leaf) for leaf in likely[:5])
+    # "all-linear" is no name that another one could be near to.
+    near = "" if targets == ALL_LINEAR else f"; nearest: {paths.nearest(str(targets), modules)}"
     return (
-        f"target_modules={targets!r} matches nothing in a tree of {len(leaves)} leaves; nearest: "
-        f"{paths.nearest(str(targets), modules)} ({some})"
+        f"target_modules={targets!r} matches nothing in a tree of {len(leaves)} leaves{near} "
+        f"({some})"
     )

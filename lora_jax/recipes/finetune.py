@@ -1,7 +1,9 @@
 """Fine-tunes a model on a data file; loads, exports and merges adapters."""
 
 import textwrap
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +98,7 @@ def finetune(
         model, lora_config, seed=train_config.seed, weights=_weights_for_start(job, lora_config)
     )
     log(format_trainable_parameters(params))
+    started = time.perf_counter()
     result = train.fit(
         model,
         params,
@@ -103,8 +106,9 @@ def finetune(
         held_out,
         train_config,
         lora_config=lora_config,
-        hooks=train.Hooks(memory=show_memory(log)),
+        hooks=train.Hooks(memory=show_memory(log), record=show_evaluations(log)),
     )
+    log(summary(result.history, time.perf_counter() - started, train_config.output_dir))
     adapter = Path(train_config.output_dir) / ADAPTER
     hf.save_peft(adapter, result.lora_params, lora_config, base_model_name=hub_name(job.model))
     log(f"wrote the adapter to {adapter}")
@@ -113,6 +117,12 @@ def finetune(
 
 def _examples(model: Any, records: list, job: FinetuneConfig) -> list:
     length = job.max_length or model.config.context
+    if length > model.config.context:
+        warnings.warn(
+            f"max_length={length} is above the model's context, {model.config.context} tokens: it "
+            "has not seen the places beyond",
+            stacklevel=2,
+        )
     return train.examples(records, model.tokenizer, max_length=length, too_long=job.too_long)
 
 
@@ -125,6 +135,42 @@ def show_memory(log: Callable[[str], None]) -> Callable:
             log(f"memory:\n{textwrap.indent(format_memory(used), '  ')}\n")
 
     return show
+
+
+def show_evaluations(log: Callable[[str], None]) -> Callable:
+    """A hook for `fit` that prints the loss of each evaluation above the progress bar."""
+    tqdm = require("tqdm").tqdm
+
+    def show(record: dict) -> None:
+        if record["kind"] == "eval" and "eval_loss" in record:
+            with tqdm.external_write_mode():
+                log(f"eval loss after step {record['step']}: {record['eval_loss']:.4f}")
+
+    return show
+
+
+def summary(history: Sequence[dict], seconds: float, directory: Path) -> str:
+    """The first and last losses of a run, its time, and where its files are.
+
+    Args:
+      history: the run's records.
+      seconds: what it took.
+      directory: its `output_dir`.
+    """
+    steps = [record for record in history if record["kind"] == "train"]
+    evaluated = [r["eval_loss"] for r in history if r["kind"] == "eval" and "eval_loss" in r]
+    if not steps:
+        return f"no step was left to take; the run is in {directory}"
+    first, last = steps[0]["loss"], steps[-1]["loss"]
+    lines = [f"{steps[-1]['step']} steps, {seconds:,.0f} s; loss {first:.4f} -> {last:.4f}"]
+    if evaluated:
+        lines[0] += f"; eval loss {evaluated[0]:.4f} -> {evaluated[-1]:.4f}"
+    if last > _RISEN * first:
+        lines.append("the loss rose: train again with a lower learning rate")
+    return "\n".join([*lines, f"plot and metrics: {directory / 'loss.png'}, metrics.jsonl"])
+
+
+_RISEN = 1.2  # of the first loss; single batches differ by less
 
 
 def load_model(

@@ -1,5 +1,7 @@
 """Every command for real, on a model that is small enough: files in, files and text out."""
 
+import contextlib
+import io
 import json
 import re
 
@@ -47,8 +49,24 @@ def run(model, data, tmp_path_factory):
         f"[training]\nsteps = 3\nlearning_rate = 0.1\noutput_dir = '{folder}/out'\n"
         "progress = false\nbuckets = 1\n"
     )
-    assert main(["train", str(folder / "run.toml"), "--rank", "4", "--tensorboard"]) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["train", str(folder / "run.toml"), "--rank", "4", "--tensorboard"]) == 0
+    (folder / "printed.txt").write_text(printed.getvalue())
     return folder / "out"
+
+
+def test_train_prints_the_losses_and_where_its_files_are(run):
+    printed = (run.parent / "printed.txt").read_text()
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [r["loss"] for r in records if r["kind"] == "train"]
+    evals = [r["eval_loss"] for r in records if r["kind"] == "eval"]
+    for step, loss in zip((0, 3), evals, strict=True):
+        assert f"eval loss after step {step}: {loss:.4f}\n" in printed
+    assert re.search(
+        rf"3 steps, \d+ s; loss {losses[0]:.4f} -> {losses[-1]:.4f}; "
+        rf"eval loss {evals[0]:.4f} -> {evals[-1]:.4f}\nplot and metrics: .*/out/loss.png, ",
+        printed,
+    )
 
 
 def test_train_writes_adapter_checkpoint_metrics_and_plot(run):
@@ -252,3 +270,9 @@ def test_the_demo_on_a_tiny_model(model, tmp_path, capsys):
     # A repeated run gives the same numbers; only the seconds differ.
     first, second = (re.sub(r"done in .*", "", out) for out in outs)
     assert first == second
+
+
+def test_a_length_above_the_models_context_is_a_warning(model, data, tmp_path):
+    line = ["train", "--model", model, "--train-data", data, "--output-dir", str(tmp_path / "o")]
+    with pytest.warns(UserWarning, match="max_length=100000 is above the model's context"):
+        assert main([*line, "--steps", "1", "--max-length", "100000", "--no-progress"]) == 0
