@@ -233,6 +233,30 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
+# The files of a model or an adapter, and the folder of further chat templates.
+_READ = (".json", ".safetensors", ".jinja", ".txt", ".model", "additional_chat_templates")
+
+
+def check_links(directory: Path) -> None:
+    """Refuses links out of a downloaded directory, which may lead to any file of this machine.
+
+    The Hub's cache is made of links: `snapshots/REVISION` links to its own `blobs`.
+
+    Raises:
+      ValueError: a link leads elsewhere; it is named.
+    """
+    home = directory.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    for path in sorted(p for p in directory.glob("*") if p.is_symlink()):
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError):
+            raise ValueError(f"{path}: a link that leads to itself; remove it") from None
+        inside = real.is_relative_to(home) or real.is_relative_to(blobs)
+        if path.name.endswith(_READ) and not inside:
+            raise ValueError(f"{path}: links to {real}, outside its directory; copy the file")
+
+
 def parse_json(data: bytes) -> Any:
     """Parses JSON strictly: a name that occurs twice in an object is an error, not the last one.
 

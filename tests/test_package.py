@@ -130,7 +130,7 @@ def test_name_version_and_requirements_are_those_of_the_sources(built):
     asked = [Requirement(text) for text in found.get_all("Requires-Dist", [])]
     core = {r.name for r in asked if r.marker is None}
     assert core == {
-        "jax", "flax", "optax", "orbax-checkpoint", "numpy", "jaxtyping", "safetensors",
+        "jax", "flax", "optax", "orbax-checkpoint", "numpy", "jaxtyping", "regex", "safetensors",
     }  # fmt: skip
 
 

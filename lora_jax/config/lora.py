@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import regex
+
 from lora_jax.config.arguments import with_known_fields
 from lora_jax.config.peft import fields_from_peft, fields_to_peft
 from lora_jax.config.starts import STARTS, find_start
@@ -234,8 +236,9 @@ def _check_regex(name: str, pattern: Any) -> None:
     if not isinstance(pattern, str) or not pattern:
         raise TypeError(f"{name} must be a regular expression (a string), got {pattern!r}")
     try:
-        re.compile(pattern)
-    except re.error as error:
+        re.compile(pattern)  # PEFT's own
+        regex.compile(pattern)  # what matches here, see `matching.fits`
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{name}: `{pattern}` is not a regular expression: {error}; escape what should be "
             "taken literally"
@@ -297,6 +300,9 @@ def _check_layers(config: LoraConfig) -> None:
         raise ValueError(f"layers_pattern={pattern!r} needs layers_to_transform as well")
     if pattern is not None and not isinstance(pattern, (str, tuple)):
         raise TypeError(f"layers_pattern must be a name or a list of names, got {pattern!r}")
+    for each in (pattern,) if isinstance(pattern, str) else pattern or ():
+        if each != "":  # PEFT takes it for no pattern
+            _check_regex("layers_pattern", each)
     for part in (pattern,) if isinstance(pattern, str) and pattern else pattern or ():
         _check_regex("layers_pattern", part)
 

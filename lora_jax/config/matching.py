@@ -10,7 +10,29 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import regex
+
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
+
+# Seconds for one name. A match takes microseconds, unless the expression tries the name's parts in
+# exponentially many ways.
+_LONGEST_MATCH = 0.5
+
+
+def fits(pattern: str, name: str, *, whole: bool = True) -> regex.Match | None:
+    """`re.fullmatch`, or `re.match`, that ends: expressions come with adapters of strangers.
+
+    Raises:
+      ValueError: it takes longer than any match should.
+    """
+    match = regex.fullmatch if whole else regex.match
+    try:
+        return match(pattern, name, timeout=_LONGEST_MATCH)
+    except TimeoutError:
+        raise ValueError(
+            f"the regular expression `{pattern}` takes too long to match `{name}`: it repeats what "
+            "is repeated, as `(.+)+`; write it without"
+        ) from None
 
 
 def ends_with(name: str, entry: str) -> bool:
@@ -22,12 +44,12 @@ def is_excluded(config: LoraConfig, name: str) -> bool:
     """Whether a module is never adapted: in exclude_modules, or inside a saved module."""
     excluded = config.exclude_modules
     if isinstance(excluded, str):
-        if re.fullmatch(excluded, name):
+        if fits(excluded, name):
             return True
     elif any(ends_with(name, entry) for entry in excluded):
         return True
     # PEFT puts the names into its expression unescaped, and so does this.
-    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save)
+    return any(fits(rf"(^|.*\.){m}($|\..*)", name, whole=False) for m in config.modules_to_save)
 
 
 def is_target(config: LoraConfig, name: str) -> bool:
@@ -57,7 +79,7 @@ def _is_listed(config: LoraConfig, name: str) -> bool:
     if is_excluded(config, name):
         return False
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return fits(targets, name) is not None
     return any(ends_with(name, entry) for entry in targets)
 
 
@@ -92,7 +114,7 @@ def layer_number(name: str, pattern: str | Sequence[str] | None = None) -> int |
         found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
         return int(found[1]) if found else None
     for entry in (pattern,) if isinstance(pattern, str) else pattern:
-        found = re.match(rf"(?:^|.*?\.){entry}\.(?P<idx>\d+)\.", name)
+        found = fits(rf"(?:^|.*?\.){entry}\.(?P<idx>\d+)\.", name, whole=False)
         if found:
             return int(found["idx"])
     return None
@@ -101,7 +123,7 @@ def layer_number(name: str, pattern: str | Sequence[str] | None = None) -> int |
 def matched_pattern(patterns: Iterable[str], name: str) -> str | None:
     """The first pattern that matches the end of a name, from a dot or from the name's start."""
     for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if fits(rf"(.*\.)?({pattern})$", name, whole=False):
             return pattern
     return None
 
@@ -243,7 +265,7 @@ def unmatched(config: LoraConfig, names: Iterable[str]) -> list[tuple[str, str]]
     for field in ("target_modules", "exclude_modules", "target_parameters"):
         value = getattr(config, field)
         if isinstance(value, str):
-            if value != ALL_LINEAR and not any(re.fullmatch(value, n) for n in names):
+            if value != ALL_LINEAR and not any(fits(value, n) for n in names):
                 missing.append((field, value))
             continue
         missing += [(field, e) for e in value if not any(ends_with(n, e) for n in names)]

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from lora_jax.files import read_json
+from lora_jax.files import check_links, read_json
 from lora_jax.hf.checkpoint.names import BERT
 from lora_jax.hf.checkpoint.safetensors import open_directory
-from lora_jax.hf.checkpoint.weights import Weights, fill, renamed
+from lora_jax.hf.checkpoint.weights import Weights, check_counts, fill, renamed
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.models.bert_config import CLASSIFICATION, FEATURES, TASKS, BertConfig
@@ -67,8 +67,11 @@ def load_encoder(
                            labels=("no", "yes"), fresh_head=jax.random.key(0))
     """
     directory = _directory(source)
+    check_links(directory)
     config = _config(directory / "config.json", task, labels, fresh_head)
-    weights = _as_ours(open_directory(directory), config, chosen=task is not None)
+    there = open_directory(directory)
+    check_counts(config, there, directory / "config.json")
+    weights = _as_ours(there, config, chosen=task is not None)
     if config.task == FEATURES:
         config = replace(config, pooler="pooler.dense.weight" in weights.shapes)
     forward = EncoderForward(

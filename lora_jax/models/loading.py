@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from lora_jax.files import read_json
+from lora_jax.files import check_links, read_json
 from lora_jax.hf.checkpoint.names import Family
 from lora_jax.hf.checkpoint.safetensors import open_directory, refuse_pickle
-from lora_jax.hf.checkpoint.weights import Weights, fill, renamed
+from lora_jax.hf.checkpoint.weights import Weights, check_counts, fill, renamed
 from lora_jax.hf.gguf.file import open_gguf, rope_divisors, weights_of
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
@@ -122,6 +122,7 @@ def find_smollm2() -> Path:
 def _load_directory(
     directory: Path, options: dict[str, Any], quant: QuantConfig | None, spread: Spread
 ) -> Model:
+    check_links(directory)
     path = directory / "config.json"
     raw = read_json(path)
     if not isinstance(raw, dict):
@@ -135,9 +136,10 @@ def _load_directory(
         if quant is not None:
             raise ValueError(f"{path}: `quantize` is for decoders, not for `{config.model_type}`")
         return load_encoder(directory, **options)
-    forward = architecture.forward(config=config, **options)
     weights = open_directory(directory)
+    check_counts(config, weights, path)
     _check_class(raw, path, weights, config, architecture.names)
+    forward = architecture.forward(config=config, **options)
     # Read before the weights, so that an error in them is raised at once.
     tokenizer, generation = from_directory(directory), _generation(directory)
     return Model(forward, _fill(forward, weights, quant, spread), tokenizer, generation)
@@ -176,6 +178,7 @@ def _load_gguf(
     file = open_gguf(path)
     weights = weights_of(file)
     config = config_of(file.metadata, weights.shapes, path=path, divisors=rope_divisors(file))
+    check_counts(config, weights, path)
     forward = architecture_of(config.model_type).forward(config=config, **options)
     params = _fill(forward, weights, quant, spread)
     return Model(forward, params, from_gguf(file.metadata, path=path))

@@ -99,3 +99,40 @@ def test_unmatched_entries():
     assert matching.unmatched(LoraConfig(), names) == []
     regex = LoraConfig(target_modules="v_proj", exclude_modules=".*q_proj")
     assert matching.unmatched(regex, names) == [("target_modules", "v_proj")]
+
+
+SLOW = r"(\w|\.|[a-z])+[^\w.]"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": SLOW},
+        {"target_modules": ("up",), "exclude_modules": SLOW},
+        {"target_modules": ("up",), "rank_pattern": {SLOW: 2}},
+        {"target_modules": ("up",), "alpha_pattern": {SLOW: 2}},
+        {"target_modules": ("up",), "modules_to_save": (SLOW,)},
+        {"target_modules": ("up",), "layers_to_transform": (1,), "layers_pattern": SLOW},
+    ],
+    ids=lambda fields: list(fields)[-1],
+)
+def test_an_expression_that_never_ends_is_refused(fields):
+    """They come with downloaded adapters."""
+    config = LoraConfig(**fields)
+    name = f"model.{'a' * 40}.layers.1.mlp.up"
+    with pytest.raises(ValueError, match="takes too long to match `model.aaa"):
+        matching.match(config, (name, f"{name}.kernel"), (name,))
+
+
+@pytest.mark.parametrize("pattern", ["(" * 5000, "a{99999999999}", "(?P<a>x)(?P<a>y)", "*"])
+def test_what_is_no_expression_is_refused(pattern):
+    with pytest.raises(ValueError, match="is not a regular expression"):
+        LoraConfig(target_modules=pattern)
+
+
+def test_expressions_of_python_work():
+    """Looking ahead and back, which engines without backtracking lack, is common in adapters."""
+    for pattern, name in ((r"^(?!.*visual).*(?:q_proj|v_proj).*", "model.layers.0.q_proj"),
+                          (r"(?i:MODEL)\..*(?<!k)_proj", "model.layers.0.q_proj")):  # fmt: skip
+        config = LoraConfig(target_modules=pattern)
+        assert matching.is_target(config, name) and not matching.is_target(config, "visual.k_proj")

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import tracemalloc
 from pathlib import PurePosixPath
 
 import jax
@@ -37,6 +38,7 @@ def model():
 
 def save(directory, model, **extra):
     """Writes a Hugging Face directory."""
+    directory.mkdir(exist_ok=True)
     tensors = dict(extra)
     for path, leaf in jax.tree_util.tree_flatten_with_path(model.params)[0]:
         stacked = stack_depth(spell(path)) == 1
@@ -118,6 +120,57 @@ def test_a_config_that_is_broken(tmp_path, model, text, error, match):
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(error, match=match):
         models.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, value, text",
+    [
+        ("num_hidden_layers", 10**6, "`num_hidden_layers` is 1000000, more than 100000"),
+        (
+            "num_hidden_layers",
+            99_999,
+            r"is 99999, but there are only \d+ tensors",
+        ),
+        (
+            "vocab_size",
+            2**30,
+            "`vocab_size` is 1073741824, but the largest",
+        ),
+        ("intermediate_size", 10**9, "`intermediate_size` is 1000000000, but the largest"),
+        ("head_dim", 10**8, "`head_dim` is 100000000, but the largest"),
+    ],
+)
+def test_sizes_are_compared_with_the_tensors_first(tmp_path, model, name, value, text):
+    path = save(tmp_path, model) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"config.json: .*{text}"):
+        models.load(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10_000_000
+
+
+def test_links_out_of_the_directory_are_refused(tmp_path, model):
+    directory = save(tmp_path / "m", model)
+    (directory / "config.json").rename(tmp_path / "secret.json")
+    (directory / "config.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(ValueError, match="m/config.json: links to .*secret.json, outside its dir"):
+        models.load(directory)
+    (directory / "config.json").unlink()
+    (directory / "config.json").symlink_to("config.json")
+    with pytest.raises(ValueError, match="m/config.json: a link that leads to itself"):
+        models.load(directory)
+    # The Hub's cache.
+    (directory / "config.json").unlink()
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/0a1b", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (tmp_path / "secret.json").rename(directory / "config.json")
+    for number, path in enumerate(sorted(directory.iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert models.load(snapshot).config == model.config
 
 
 def test_a_file_that_is_no_model(tmp_path):

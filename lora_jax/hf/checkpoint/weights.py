@@ -4,6 +4,7 @@ Every key is accounted for before the first tensor is read, and no more than one
 held beside the parameters that are already done.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
@@ -55,6 +56,38 @@ def renamed(weights: Weights, names: Mapping[str, str]) -> Weights:
         part=under(weights.part),
         blocks=under(weights.blocks),
     )
+
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+    "head_dim",
+)  # fmt: skip
+
+
+def check_counts(config: Any, weights: Weights, path: str | os.PathLike) -> None:
+    """Compares a configuration with the tensors before anything is made in its sizes.
+
+    Args:
+      config: a model's configuration.
+      weights: the checkpoint.
+      path: the file with the configuration, for messages.
+
+    Raises:
+      ValueError: more blocks than tensors, or a size above every dimension.
+    """
+    tensors = len(weights.shapes)
+    if (layers := config.num_hidden_layers) > tensors:
+        raise ValueError(
+            f"{path}: `num_hidden_layers` is {layers}, but there are only {tensors} tensors in "
+            f"{weights.source}"
+        )
+    largest = max((size for shape in weights.shapes.values() for size in shape), default=0)
+    for name in _SIZES:
+        if (size := getattr(config, name, None) or 0) > largest:
+            raise ValueError(
+                f"{path}: `{name}` is {size}, but the largest dimension of the tensors in "
+                f"{weights.source} is {largest}"
+            )
 
 
 class _Place(NamedTuple):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lora_jax.config.peft import check_type
-from lora_jax.files import parse_json, replacing, sweep, sync, temporary_beside
+from lora_jax.files import check_links, parse_json, replacing, sweep, sync, temporary_beside
 from lora_jax.hf.checkpoint.safetensors import PICKLES, read_header
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.peft.prefixes import plain_fields, plain_keys
@@ -50,6 +50,7 @@ def read_directory(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[s
         raise FileNotFoundError(f"{root}: there is no such directory")
     if not root.is_dir():
         raise ValueError(f"{root}: expected a directory with {CONFIG_FILE}, got a file")
+    check_links(root)
     path = _existing(root, CONFIG_FILE)
     fields = _read_json(path)
     try:
@@ -76,17 +77,7 @@ def _existing(root: Path, name: str) -> Path:
             f"{root}: {name} is missing, so this is no whole PEFT adapter; the directory holds "
             f"{', '.join(there) or 'nothing'}"
         )
-    # A link may not lead to any other file of this machine; the Hub's cache is made of links.
-    real, home = path.resolve(), root.resolve()
-    if not real.is_relative_to(home) and not real.is_relative_to(_hub_blobs(home)):
-        raise ValueError(f"{path}: links to {real}, outside the adapter's directory; copy the file")
     return path
-
-
-def _hub_blobs(home: Path) -> Path:
-    """The folder of the Hub's cache to whose files `snapshots/<revision>` links."""
-    in_cache = home.parent.name == "snapshots"
-    return home.parent.parent / "blobs" if in_cache else home
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ PEFT knows two modules, `embed_tokens` and `lm_head`, and changes both only wher
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from lora_jax.array import LoraArray, SavedArray
 from lora_jax.config.lora import LoraConfig
+from lora_jax.config.matching import fits
 from lora_jax.hf.peft.index import PREFIX, is_embedding
 from lora_jax.paths import module_of
 from lora_jax.plan.leaf import Plan
@@ -34,7 +34,7 @@ def ties(config: LoraConfig) -> bool:
         return False
     targets = config.target_modules
     named = [*config.modules_to_save, *(targets if isinstance(targets, tuple) else ())]
-    if isinstance(targets, str) and any(re.fullmatch(targets, m) for m in EMBEDDING_MODULES):
+    if isinstance(targets, str) and any(fits(targets, m) for m in EMBEDDING_MODULES):
         return True
     return any(name.rpartition(".")[2] in EMBEDDING_MODULES for name in named)
 

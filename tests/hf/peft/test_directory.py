@@ -126,7 +126,7 @@ def test_links_out_of_the_directory_are_refused(directory, tmp_path):
     path = directory / peft_files.TENSOR_FILE
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="links to .*elsewhere, outside the adapter's directory"):
+    with pytest.raises(ValueError, match="links to .*elsewhere, outside its directory"):
         api.read_peft(directory)
 
 
