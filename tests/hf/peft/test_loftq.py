@@ -41,13 +41,14 @@ def torch_net():
     """The same network in torch."""
     import torch
 
+    layers = {name: torch.nn.Linear(*shape, bias=False) for name, shape in SHAPES.items()}
+    for name, linear in layers.items():
+        linear.weight.data = torch.tensor(weight(name).T.copy())
+
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            for name, shape in SHAPES.items():
-                linear = torch.nn.Linear(*shape, bias=False)
-                linear.weight.data = torch.tensor(weight(name).T.copy())
-                setattr(self, name, linear)
+            self.up, self.down = layers["up"], layers["down"]
 
         def forward(self, x):
             return self.down(torch.tanh(self.up(x)))
