@@ -55,6 +55,7 @@ CONFIGS = {
     "more": lora.LoraConfig(rank=4, alpha=3, use_rslora=True, target_modules=("up", "head")),
     "all": lora.LoraConfig(rank=3, target_modules=("embed", "conv", "up", "down", "head")),
     "dora": lora.LoraConfig(rank=3, use_dora=True, target_modules=("embed", "conv", "down")),
+    "beside dora": lora.LoraConfig(rank=2, target_modules=("embed", "down")),
     "saved": lora.LoraConfig(rank=1, target_modules=("up",), modules_to_save=("head",),
                              bias="lora_only"),
 }  # fmt: skip
@@ -254,6 +255,24 @@ def test_a_slot_is_replaced_without_compiling():
     emptied = lora.replace(swapped, 0, PARAMS)
     np.testing.assert_allclose(
         RUN(emptied, TOKENS, adapter_ids=ids)[0], RUN(PARAMS, TOKENS[:1])[0], atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("how", ["stacked", "replaced"])
+def test_a_plain_adapter_beside_dora_ones_is_what_it_is_alone(how):
+    dora, plain = make("dora", 1), make("beside dora", 2)
+    if how == "stacked":
+        stacked = lora.stack([dora, plain])
+    else:
+        # The slot held a DoRA adapter: its gains must not stay, nor become 0.
+        stacked = lora.replace(lora.stack([dora, dora]), 1, plain)
+    ids = jnp.array([1, 0, 1, -1, 0])
+    got = RUN(stacked, TOKENS, adapter_ids=ids)
+    expected = alone([dora, plain], ids.tolist())
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+    emptied = lora.replace(stacked, 0, PARAMS)
+    np.testing.assert_allclose(
+        RUN(emptied, TOKENS, adapter_ids=ids)[1], RUN(PARAMS, TOKENS[1:2])[0], atol=2e-5
     )
 
 

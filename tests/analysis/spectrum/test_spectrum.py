@@ -10,6 +10,7 @@ import pytest
 import lora_jax as lora
 from lora_jax.analysis import Spectrum, intruder_dimensions, overlap, spectrum
 from lora_jax.analysis.spectrum import changes
+from lora_jax.analysis.spectrum.spectrum import MatrixSpectrum
 
 pytestmark = pytest.mark.once
 
@@ -204,3 +205,12 @@ def test_clear_errors():
         spectrum(before, bad)
     with pytest.raises(ValueError, match="`top` must be at least 1"):
         intruder_dimensions(before, before, top=0)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 0.7, 1e-6, 3e7])
+def test_an_energy_rank_does_not_turn_on_rounding(value):
+    """n equal values: the share k/n is held by k of them, though sums round to just below it."""
+    for count in range(1, 25):
+        found = MatrixSpectrum("w", (), (24, 24), np.full(count, value), 1.0)
+        ranks = [found.energy_rank(k / count) for k in range(1, count + 1)]
+        assert ranks == list(range(1, count + 1))

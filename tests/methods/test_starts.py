@@ -1,0 +1,77 @@
+"""Starts: the weight is the one given, and the factors have the spread that PEFT gives them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+
+pytestmark = pytest.mark.once
+
+RANK = 8
+W = jax.random.normal(jax.random.key(0), (96, 80))
+
+
+def start(name, **options):
+    config = lora.LoraConfig(
+        rank=RANK, alpha=24, target_modules=("w",), init=name, use_rslora=True, **options
+    )
+    plan = lora.plan(config, lambda p, x: x @ p["w"], {"w": W}, jnp.ones((1, 96)))
+    return lora.init(jax.random.key(1), plan, {"w": W})["w"]
+
+
+@pytest.mark.parametrize("name", ["olora", "pissa"])
+def test_a_start_that_changes_the_base_takes_out_what_it_puts_in(name):
+    leaf = start(name)
+    assert float(leaf.scale) == pytest.approx(24 / RANK**0.5)  # neither 1 nor 1/r
+    assert np.abs(leaf.w - W).max() > 0.1
+    np.testing.assert_allclose(leaf.w + leaf.scale * leaf.a @ leaf.b, W, atol=2e-5)
+
+
+def test_oloras_base_lacks_the_scaled_product():
+    """PEFT: `W ← W − scaling · B·A`, with A and B from the QR decomposition as they are."""
+    leaf = start("olora")
+    q, r = np.linalg.qr(np.asarray(W).T)
+    np.testing.assert_allclose(np.abs(leaf.b), np.abs(q[:, :RANK].T), atol=2e-5)
+    taken = leaf.scale * (q[:, :RANK] @ r[:RANK]).T
+    np.testing.assert_allclose(leaf.w, W - taken, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    "name, part, spread",
+    [
+        ("gaussian", "a", 1 / RANK),  # a standard deviation
+        ("default", "a", 1 / (3 * 96) ** 0.5),  # of U(±1/√fan_in)
+        ("random", "a", 1 / (3 * 96) ** 0.5),
+        ("random", "b", 1 / (3 * RANK) ** 0.5),
+    ],
+)
+def test_the_spread_of_a_start(name, part, spread):
+    values = np.asarray(getattr(start(name), part))
+    # 640 to 768 numbers: the deviation is known to 3 %; a wrong power of r or fan_in is far off.
+    assert np.std(values) == pytest.approx(spread, rel=0.12)
+    assert abs(np.mean(values)) < 0.2 * spread
+    if name != "random":
+        np.testing.assert_array_equal(start(name).b, 0)
+
+
+def test_the_spread_of_each_layers_own_rank():
+    """With ranks by pattern, a layer's deviation is one over its own rank."""
+    params = {"layers": {"proj": {"kernel": jnp.ones((2, 512, 16))}}}
+    config = lora.LoraConfig(
+        rank=2,
+        target_modules=("proj",),
+        init="gaussian",
+        roles={"layers.proj.kernel": "sio"},
+        rank_pattern={"layers.1.proj": 8},
+    )
+
+    def fn(p, x):
+        w = p["layers"]["proj"]["kernel"]
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w) @ w.T, None), x, w)[0]
+
+    plan = lora.plan(config, fn, params, jnp.ones((1, 512)))
+    a = lora.init(jax.random.key(0), plan, params)["layers"]["proj"]["kernel"].a
+    assert np.std(a[0, :, :2]) == pytest.approx(1 / 2, rel=0.1)
+    assert np.std(a[1]) == pytest.approx(1 / 8, rel=0.1)

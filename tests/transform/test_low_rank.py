@@ -1,0 +1,55 @@
+"""The dtype of the thin products: that of the wider operand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lora_jax as lora
+
+pytestmark = pytest.mark.once
+
+KEYS = jax.random.split(jax.random.key(0), 4)
+X = jax.random.normal(KEYS[0], (3, 64))
+LEAF = lora.LoraArray(
+    jax.random.normal(KEYS[1], (64, 8)),
+    jax.random.normal(KEYS[2], (64, 4)),
+    jax.random.normal(KEYS[3], (4, 8)),
+    jnp.float32(0.5),
+)
+
+
+def model(params, x):
+    """A product of operands of two dtypes, as a mixed-precision model writes it."""
+    w = params["w"]
+    return lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def leaf(dtype):
+    return lora.LoraArray(LEAF.w.astype(dtype), LEAF.a, LEAF.b, LEAF.scale)
+
+
+def error(y, x, tree):
+    """Of the whole product, relative to the adapter's part in float64."""
+    x, w, a, b = (np.asarray(v, np.float64) for v in (x, tree["w"].w, tree["w"].a, tree["w"].b))
+    change = 0.5 * x @ a @ b
+    return np.abs(y - (x @ w + change)).max() / np.abs(change).max()
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("x_dtype, w_dtype", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_thin_products_have_the_precision_of_the_wider_operand(x_dtype, w_dtype, many):
+    x, tree = X.astype(x_dtype), {"w": leaf(w_dtype)}
+    if many:
+        ids = jnp.zeros(3, int)
+        for strategy in ("gathered", "grouped", "ragged"):
+            run = lora.lorafy(model, adapter_strategy=strategy)
+            assert error(run(lora.stack([tree]), x, adapter_ids=ids), x, tree) < 1e-5
+    else:
+        assert error(lora.lorafy(model)(tree, x), x, tree) < 1e-5
+
+
+def test_a_bfloat16_model_has_thin_products_in_bfloat16():
+    x, tree = X.astype("bfloat16"), {"w": leaf("bfloat16")}
+    assert 1e-4 < error(lora.lorafy(model)(tree, x), x, tree) < 3e-2
