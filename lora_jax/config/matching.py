@@ -95,7 +95,7 @@ def in_layers(config: LoraConfig, name: str) -> bool:
     if layers is None or layers == ():
         return True
     layer = layer_number(name, config.layers_pattern)
-    return layer in layers if isinstance(layers, tuple) else layer == layers
+    return layer == layers if isinstance(layers, int) else layer in layers
 
 
 def layer_number(name: str, pattern: str | Sequence[str] | None = None) -> int | None:

@@ -157,7 +157,7 @@ def _single(name: str, x: Any, index: int) -> Any:
             f"`{name}` holds DoRA's gains, not its magnitudes: stack the adapters with "
             "`train=True` to take single ones out again"
         )
-    own = {
+    own: dict[str, Any] = {
         field: lax.index_in_dim(getattr(x, field), index, x.axis, keepdims=False)
         for field in ("a", "b", "scale", "m", "bias")
         if getattr(x, field) is not None
