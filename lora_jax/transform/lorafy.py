@@ -87,7 +87,8 @@ def lorafy(
 
     Raises:
       ValueError: under `strict`, naming leaf, primitive and source line; ids without a stack, a
-        stack without ids, an id out of range, an argument with another number of rows; an adapter
+        stack without ids, an id out of range (traced ids: NaN in its row, and an error under
+        `jax.experimental.checkify.checkify`), an argument with another number of rows; an adapter
         for each token where the tokens' axis of the model cannot be followed, such as behind a
         convolution over them, or on a leaf that trains whole.
 

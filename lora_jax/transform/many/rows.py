@@ -15,6 +15,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import checkify
 
 from lora_jax import compat
 from lora_jax.array import Gain, LoraArray, LoraStack, SavedStack, count, is_lora, is_stack
@@ -37,8 +38,9 @@ def select(stacked, ids):
       The tree; its size is one adapter a row.
 
     Raises:
-      ValueError: an id out of range, or ids that are no vector of integers. Ids that are traced
-        cannot be checked: one out of range gives NaN in its row.
+      ValueError: an id out of range, or ids that are no vector of integers. The values of traced
+        ids are unknown: one out of range gives NaN in its row, and an error under
+        `jax.experimental.checkify.checkify`.
     """
     ids = checked(stacked, ids)
     if ids.ndim != 1:
@@ -70,6 +72,14 @@ def checked(stacked, ids):
                 f"`adapter_ids` has {sorted(set(bad.tolist()))}, but the stack has adapters 0 to "
                 f"{number - 1} (-1 is the plain base)"
             )
+    else:
+        # No operation is left of this except under `checkify.checkify`.
+        checkify.debug_check(
+            jnp.all((ids >= -1) & (ids < number)),
+            f"`adapter_ids` has {{ids}}, but the stack has adapters 0 to {number - 1} (-1 is the "
+            "plain base)",
+            ids=ids,
+        )
     return ids
 
 

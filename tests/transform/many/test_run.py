@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import checkify
 
 import lora_jax as lora
+from lora_jax.dims import factor_shapes
 from lora_jax.models.generation import runner
 from lora_jax.transform.many import grouped
 
@@ -154,6 +156,71 @@ def test_ids_out_of_range_and_a_damaged_neighbour(stacked):
         ValueError, match=r"`adapter_ids` has \[3\], but the stack has adapters 0 to"
     ):
         lora.lorafy(model)(stacked, TOKENS, adapter_ids=BY_TOKEN.at[0, 0].set(3))
+
+
+def _scanned(params, x):
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+
+# One use each, so that a row's NaN comes from it: (model, roles, shape of W, tokens).
+USES = {
+    "product": (lambda p, x: x @ p["w"], "io", (4, 4), False),
+    "transposed": (lambda p, x: x @ p["w"].T, "oi", (4, 4), False),
+    "lookup": (lambda p, x: p["w"][x], "io", (5, 4), True),
+    "lookup of columns": (lambda p, x: p["w"].T[x], "oi", (4, 5), True),
+    "scan": (_scanned, "sio", (2, 4, 4), False),
+    "experts": (lambda p, x: jnp.einsum("btd,edf->btef", x, p["w"]), "sio", (3, 4, 4), False),
+    "own adapter": (lambda p, x: x @ jnp.diag(jnp.diag(p["w"])), "io", (4, 4), False),
+}
+
+
+@pytest.mark.filterwarnings("ignore::lora_jax.MaterializedWarning")
+@pytest.mark.parametrize(
+    "use, way", [(use, "grouped") for use in USES] + [("product", "gathered"), ("scan", "ragged")]
+)
+def test_a_traced_id_that_is_no_adapters_gives_nan_in_its_place_alone(use, way):
+    fn, roles, shape, tokens = USES[use]
+    a, b = factor_shapes(shape, roles, 2)
+    scale = jnp.ones(shape[:1] if "s" in roles else ())
+    leaf = lora.LoraArray(jnp.ones(shape), jnp.ones(a), jnp.ones(b), scale, roles=roles)
+    stacked = lora.stack([{"w": leaf}] * 3)
+    x = jnp.arange(6).reshape(3, 2) % 5 if tokens else jnp.ones((3, 2, 4))
+    run = jax.jit(lora.lorafy(fn, adapter_strategy=way))
+    for outside in (3, -2, -9, 2**31 - 1, -(2**31)):
+        rows = np.isnan(run(stacked, x, adapter_ids=jnp.array([0, outside, -1])))
+        assert rows[1].all() and not rows[[0, 2]].any()
+        if use == "own adapter":  # which is an error where each token has its own
+            continue
+        ids = jnp.array([[0, 1], [2, outside], [-1, -1]])
+        by_token = np.isnan(run(stacked, x, adapter_ids=ids))
+        assert by_token[1, 1].all() and not by_token[[0, 2]].any() and not by_token[1, 0].any()
+
+
+@pytest.mark.parametrize("part", ["whole", "factors"])
+def test_a_chosen_stack_has_nan_where_a_traced_id_is_no_adapters(part):
+    w = jnp.ones((3, 2))
+    leaves = {
+        "whole": lora.SavedArray(w, w + 1),
+        "factors": lora.LoraArray(w, jnp.ones((3, 1)), jnp.ones((1, 2)), jnp.float32(1.0)),
+    }
+    stacked = lora.stack([{"w": leaves[part]}] * 2)
+    chosen = jax.jit(lora.select)(stacked, jnp.array([0, -2, 2, -1]))
+    y = lora.lorafy(lambda p, x: x @ p["w"])(chosen, jnp.ones((4, 3)))
+    np.testing.assert_array_equal(np.isnan(y).all(1), [False, True, True, False])
+    np.testing.assert_array_equal(y[3], [3, 3])
+
+
+@pytest.mark.parametrize("outside", [3, -2])
+def test_checkify_makes_a_traced_id_that_is_no_adapters_an_error(stacked, outside):
+    run = jax.jit(checkify.checkify(lora.lorafy(model)))
+    error, _ = run(stacked, TOKENS, adapter_ids=jnp.array([0, outside, -1]))
+    with pytest.raises(
+        checkify.JaxRuntimeError,
+        match=rf"`adapter_ids` has \[ *0 +{outside} +-1\], but the stack has adapters 0 to 2 ",
+    ):
+        error.throw()
+    error, _ = run(stacked, TOKENS, adapter_ids=jnp.array([0, 2, -1]))
+    error.throw()
 
 
 def test_training_moves_each_tokens_own_adapter(adapters):
