@@ -82,16 +82,21 @@ def generate_sections() -> list[Section]:
 def generate(arguments: argparse.Namespace) -> None:
     """`lora-jax generate`."""
     from lora_jax.recipes import finetune
-    from lora_jax.recipes.generate import as_messages, generate_texts
+    from lora_jax.recipes.forms import read_form
+    from lora_jax.recipes.generate import as_trained, generate_texts
 
     config = _from_flags(generate_sections(), arguments)[0]
     model = finetune.load_model(arguments.model, dtype=arguments.dtype, **_quantization(arguments))
-    params = model.params
+    params, form = model.params, None
     if arguments.adapter is not None:
         params, _ = finetune.load_adapter(model, arguments.adapter)
+        form = read_form(arguments.adapter)
+    chat = model.tokenizer is not None and model.tokenizer.has_template
     for prompt in _prompts(arguments.prompts):
-        question = prompt if arguments.raw else as_messages(prompt, system=arguments.system)
-        _print(generate_texts(model, params, [question], config)[0])
+        questions = as_trained(
+            [prompt], chat=chat, form=form, raw=arguments.raw, system=arguments.system
+        )
+        _print(generate_texts(model, params, questions, config)[0])
 
 
 def _prompts(given: list[str]) -> Iterable[str]:

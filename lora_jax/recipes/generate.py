@@ -1,20 +1,82 @@
 """Text generation: tokenizes prompts, runs `models.generate` and decodes the result."""
 
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 from lora_jax import models
+from lora_jax.recipes.forms import TrainedForm
 from lora_jax.recipes.settings import GenerateConfig
 
-Messages = list[dict[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+
+# Settings of generation_config.json that change what is sampled and are not applied here, with
+# the value at which they change nothing.
+_NOT_APPLIED = {
+    "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+}  # fmt: skip
+_TRAINED_ON = {
+    "prompt": "prompts and completions",
+    "text": "texts",
+    "messages": "messages of the chat template",
+}
+
+
+class Sampling(NamedTuple):
+    """How tokens are chosen, see `lora_jax.models.generate`."""
+
+    temperature: float
+    top_p: float
 
 
 def as_messages(text: str, *, system: str | None = None) -> Messages:
     """The chat messages of one user prompt, after a system message if given."""
     before = [] if system is None else [{"role": "system", "content": system}]
     return [*before, {"role": "user", "content": text}]
+
+
+def as_trained(
+    prompts: Sequence[str],
+    *,
+    chat: bool,
+    form: TrainedForm | None,
+    raw: bool | None = None,
+    system: str | None = None,
+) -> list[Messages | str]:
+    """The questions of some prompts, in the form that the adapter was trained on.
+
+    Args:
+      prompts: the texts.
+      chat: whether the tokenizer has a chat template.
+      form: what the adapter was trained on (`read_form`), None if it is not known.
+      raw: continue the prompts as they are, or put them as chat messages; None takes the form of
+        the training, or the chat template where there is one.
+      system: the system message before each prompt.
+
+    Raises:
+      ValueError: a system message for prompts that are continued as they are.
+
+    Warns:
+      UserWarning: the questions have another form than the training.
+    """
+    trained_raw = None if form in (None, "mixed") else form != "messages"
+    chosen = raw if raw is not None else not chat if trained_raw is None else trained_raw
+    if trained_raw is not None and chosen != trained_raw:
+        warnings.warn(
+            f"the adapter was trained on {_TRAINED_ON[form or '']}, and the prompts are "
+            f"{'continued as they are' if chosen else 'put through the chat template'}: leave "
+            f"out --{'' if chosen else 'no-'}raw",
+            stacklevel=2,
+        )
+    if chosen and system is not None:
+        raise ValueError(
+            "`system` is for chat messages, and the prompts are continued as they are (without a "
+            "chat template); put its text into the prompt"
+        )
+    return [text if chosen else as_messages(text, system=system) for text in prompts]
 
 
 def generate_texts(
@@ -38,7 +100,8 @@ def generate_texts(
     if tokenizer is None:
         raise ValueError("this model came without a tokenizer, so it cannot read text")
     prompts = [_tokens(tokenizer, question) for question in questions]
-    stops = sorted({*model.config.eos_token_ids, tokenizer.eos_id} - {None})
+    stops = sorted({*model.config.eos_token_ids, *tokenizer.stop_ids})
+    sampling = sampling_of(config, model.generation)
     key = jax.random.key(config.seed)
     answers = []
     for start in range(0, len(prompts), config.batch_size):
@@ -47,15 +110,47 @@ def generate_texts(
             params,
             prompts[start : start + config.batch_size],
             max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
             stop_tokens=stops,
             key=jax.random.fold_in(key, start),
         )
     return [tokenizer.decode(tokens) for tokens in answers]
 
 
+def sampling_of(config: GenerateConfig, generation: Mapping[str, Any]) -> Sampling:
+    """The options of a generation, with the model's own where the config has none.
+
+    Args:
+      config: the options.
+      generation: the model's generation_config.json.
+
+    Raises:
+      ValueError: the model's temperature or top-p is out of range.
+
+    Warns:
+      UserWarning: the model's own sampling has settings that are not applied.
+    """
+    sampled = generation.get("do_sample") is True
+    temperature, top_p = config.temperature, config.top_p
+    if temperature is None:
+        temperature = generation.get("temperature") or 1.0 if sampled else 0.0
+        left = [n for n, none in _NOT_APPLIED.items() if generation.get(n) not in (None, none)]
+        if sampled and left:
+            warnings.warn(
+                "generation_config.json's "
+                f"{', '.join(f'`{n}` = {generation[n]}' for n in left)} is not applied; give "
+                "--temperature, with 0 for the most likely tokens, to sample without it",
+                stacklevel=3,
+            )
+    if top_p is None:
+        top_p = generation.get("top_p") or 1.0 if sampled else 1.0
+    # Checked as a config's own.
+    checked = GenerateConfig(temperature=temperature, top_p=top_p)
+    return Sampling(checked.temperature or 0.0, 1.0 if checked.top_p is None else checked.top_p)
+
+
 def _tokens(tokenizer: Any, question: Messages | str) -> list[int]:
     if isinstance(question, str):
-        return list(tokenizer.encode(question))
+        return list(tokenizer.encode_prompt(question))
     return list(tokenizer.apply_chat_template(question, add_generation_prompt=True))

@@ -1,9 +1,9 @@
 """Settings of the recipes whose command-line help must not import a model library."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 # The formats of a quantized base; "file" keeps the blocks of a GGUF or bitsandbytes file.
 Quantization = Literal["nf4", "fp4", "int4", "uint4", "int8", "file"]
@@ -100,15 +100,18 @@ class GenerateConfig:
 
     Attributes:
       max_new_tokens: maximum number of tokens of an answer.
-      temperature: 0 takes the most likely token; above 0, logits are divided by it and sampled.
-      top_p: samples only from the most likely tokens that together have this probability.
+      temperature: 0 takes the most likely token; above 0, logits are divided by it and sampled;
+        none does what the model's generation_config.json has, and takes the most likely token
+        without one.
+      top_p: samples only from the most likely tokens that together have this probability; none
+        takes generation_config.json's, or all tokens.
       seed: seed of the sampling.
       batch_size: prompts in one batch.
     """
 
     max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
     seed: int = 0
     batch_size: int = 16
 
@@ -116,7 +119,10 @@ class GenerateConfig:
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        _check_number("temperature", self.temperature, lambda x: x >= 0, "at least 0")
+        _check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
+
+
+def _check_number(name: str, value: Any, fine: Callable[[float], bool], expected: str) -> None:
+    if value is not None and not (isinstance(value, int | float) and fine(value)):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")

@@ -35,6 +35,8 @@ from lora_jax.train.jsonl import Record, load_jsonl
 from lora_jax.train.loss import outputs_of, token_losses
 
 METRICS = ("loss", "exact", "bleu")
+# Scores of sampled completions would differ from run to run.
+_GREEDY = GenerateConfig(temperature=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,9 @@ def sweep_language_model(
         train_config,
         metric=job.metric,
         max_length=job.max_length,
-        answers=GenerateConfig(max_new_tokens=job.max_new_tokens, batch_size=job.eval_batch),
+        answers=dataclasses.replace(
+            _GREEDY, max_new_tokens=job.max_new_tokens, batch_size=job.eval_batch
+        ),
     )
     if train_config.steps is None:
         train_config = with_steps(train_config, len(train))
@@ -174,7 +178,7 @@ def language_task(
         return jnp.sum(_nll(outputs, params, batch)) / jnp.sum(batch.weights)
 
     sums = _Sums(outputs)
-    size = (answers or GenerateConfig()).batch_size
+    size = (answers or _GREEDY).batch_size
     hash_of = "-".join(data_hash(part) for part in (data, choosing, judged))
     made: dict[str, Any] = {
         "loss": lambda: {
@@ -291,7 +295,7 @@ class _Generated:
         questions = _questions(records)
         self.references = [question.completions for question in questions]
         self._ask = [question.prompt for question in questions]
-        self._model, self._config = model, config or GenerateConfig()
+        self._model, self._config = model, config or _GREEDY
 
     def answers(self, params: Any) -> list[str]:
         found = generate_texts(self._model, params, self._ask, self._config)

@@ -109,8 +109,6 @@ def _parse(line: bytes, source: str) -> Any:
         raise ValueError(f"{source}: `{half}` is half of a character; remove it") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 text ({error.reason}); save as UTF-8") from None
-    except RecursionError:
-        raise ValueError(f"{source}: not JSON (nested too deeply)") from None
     except json.JSONDecodeError as error:
         # Counted from the start of the line; `colno` starts again after a break in the line.
         raise ValueError(

@@ -1,12 +1,114 @@
-"""What a fine-tuning prints when it ends."""
+"""A run on a file, what it prints and keeps, and a run that goes on from its adapter."""
 
+import dataclasses
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from lora_jax.recipes.finetune import summary
+from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.checkpoint.safetensors import load_file
+from lora_jax.recipes import finetune
+from lora_jax.recipes.finetune import FinetuneConfig, summary
+from lora_jax.recipes.forms import FORM_FILE, form_of, read_form, write_form
+from lora_jax.train import TrainConfig, record_of
+
+from tests.support import tiny
 
 pytestmark = pytest.mark.once
+
+LORA = LoraConfig(rank=2, alpha=4, target_modules=("q_proj", "v_proj"))
+RUN = TrainConfig(steps=2, batch_size=2, progress=False, tensorboard=False, buckets=1)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    rows = [{"question": "Booking for Iris: ", "answer": "4 guests"}] * 4
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return FinetuneConfig(
+        model=str(tiny.write_tiny(folder / "model")),
+        train_data=folder / "data.jsonl",
+        eval_data=folder / "data.jsonl",
+        fields={"prompt": "question", "completion": "answer"},
+    )
+
+
+@pytest.fixture(scope="module")
+def run(job, tmp_path_factory):
+    """The folder of a run and what it printed."""
+    folder, lines = tmp_path_factory.mktemp("runs") / "out", []
+    config = dataclasses.replace(RUN, output_dir=folder)
+    finetune.finetune(job, LORA, config, log=lines.append)
+    return folder, lines
+
+
+def test_a_run_prints_its_evaluations_and_ends_with_a_summary(run):
+    folder, lines = run
+    evals = [line for line in lines if line.startswith("eval loss after step ")]
+    assert [line.split(":")[0][-1] for line in evals] == ["0", "2"]
+    first, last = (line.split()[-1] for line in evals)
+    assert f"eval loss {first} -> {last}" in lines[-2]
+    assert lines[-1] == f"wrote the adapter to {folder}/adapter"
+
+
+def test_the_form_of_the_training_is_kept_with_the_run_and_its_adapter(run):
+    folder, _ = run
+    assert read_form(folder) == read_form(folder / "adapter") == "prompt"
+
+
+def test_training_goes_on_from_an_adapter(job, run, tmp_path):
+    job = dataclasses.replace(job, adapter=str(run[0] / "adapter"), eval_data=None)
+    config = dataclasses.replace(RUN, output_dir=tmp_path / "on", steps=1, learning_rate=1e-9)
+    lines = []
+    finetune.finetune(job, LoraConfig(), config, log=lines.append)
+    assert lines[0] == f"goes on from {job.adapter}: rank 2, alpha 4, on q_proj v_proj"
+    old, new = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (run[0] / "adapter", tmp_path / "on" / "adapter")
+    )
+    assert set(old) == set(new)
+    for name, tensor in old.items():
+        np.testing.assert_allclose(new[name], tensor, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"rank": 16}, "`rank` is 16, but the adapter .* has 2: leave it out"),
+        ({"use_dora": True}, "`use_dora` is True, but the adapter"),
+        ({"init": "pissa"}, "`init` is 'pissa', but the adapter"),
+        ({"target_modules": "all-linear"}, None),  # the default
+        ({"rank": 2, "dropout": 0.1}, None),
+    ],
+)
+def test_settings_that_differ_from_the_adapters_are_refused(monkeypatch, given, text):
+    monkeypatch.setattr(finetune, "load_adapter", lambda model, source: ("params", LORA))
+    config = LoraConfig(**given)
+    if text is None:
+        want = dataclasses.replace(LORA, dropout=config.dropout)
+        assert finetune.continued(None, "old", config) == ("params", want)
+    else:
+        with pytest.raises(ValueError, match=text):
+            finetune.continued(None, "old", config)
+
+
+def test_a_missing_adapter_is_refused_before_anything_is_loaded(job, tmp_path):
+    job = dataclasses.replace(job, adapter=str(tmp_path / "none"), train_data=tmp_path / "x")
+    with pytest.raises(FileNotFoundError, match="none"):
+        finetune.finetune(job, LORA, dataclasses.replace(RUN, output_dir=tmp_path / "out"))
+
+
+def test_forms(tmp_path):
+    prompt, text = record_of({"prompt": "a", "completion": "b"}), record_of({"text": "a"})
+    assert form_of([prompt, prompt]) == "prompt" and form_of([prompt, text]) == "mixed"
+    assert read_form(tmp_path) is None
+    write_form(tmp_path, "mixed")
+    assert read_form(tmp_path) == "mixed"
+    (tmp_path / FORM_FILE).write_text('{"form": "poem"}')
+    with pytest.raises(ValueError, match=f"{FORM_FILE}: `form` must be one of prompt, .*'poem'"):
+        read_form(tmp_path)
 
 
 def record(step: int, loss: float) -> dict:

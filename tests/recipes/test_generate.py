@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from lora_jax import models
-from lora_jax.recipes.generate import as_messages, generate_texts
+from lora_jax.recipes.generate import as_messages, as_trained, generate_texts, sampling_of
 from lora_jax.recipes.settings import GenerateConfig
 
 from tests.support import tiny
@@ -50,8 +50,93 @@ def test_a_model_without_tokenizer(model):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_new_tokens", 0), ("batch_size", 0), ("temperature", -1), ("top_p", 0), ("top_p", 1.1)],
+    [
+        ("max_new_tokens", 0),
+        ("batch_size", 0),
+        ("temperature", -1),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("temperature", "warm"),
+        ("temperature", float("nan")),
+    ],
 )
 def test_options_out_of_range(field, value):
     with pytest.raises(ValueError, match=f"{field} must be "):
         GenerateConfig(**{field: value})
+
+
+# The form of the training, and the model's own generation_config.json.
+
+
+@pytest.mark.parametrize(
+    ("form", "chat", "raw", "is_raw"),
+    [
+        ("prompt", True, None, True),
+        ("text", True, None, True),
+        ("messages", True, None, False),
+        ("mixed", True, None, False),
+        (None, True, None, False),
+        (None, False, None, True),
+        (None, True, True, True),
+        ("prompt", True, True, True),
+        ("messages", True, False, False),
+    ],
+)
+def test_a_prompt_has_the_form_of_the_training(form, chat, raw, is_raw):
+    (question,) = as_trained(["Hi"], chat=chat, form=form, raw=raw)
+    assert question == ("Hi" if is_raw else as_messages("Hi"))
+
+
+@pytest.mark.parametrize(
+    ("form", "raw", "text"),
+    [
+        ("prompt", False, "trained on prompts and completions, .* through the chat .*--no-raw"),
+        ("text", False, "trained on texts, .* leave out --no-raw"),
+        ("messages", True, "trained on messages .* continued as they are: leave out --raw"),
+    ],
+)
+def test_another_form_than_the_trainings_is_warned_of(form, raw, text):
+    with pytest.warns(UserWarning, match=text):
+        as_trained(["Hi"], chat=True, form=form, raw=raw)
+
+
+def test_a_system_message_needs_a_chat():
+    with pytest.raises(ValueError, match="`system` is for chat messages"):
+        as_trained(["Hi"], chat=True, form="prompt", system="Be brief.")
+
+
+OWN = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "want"),
+    [
+        ({}, {}, (0.0, 1.0)),
+        ({}, OWN, (0.6, 0.9)),
+        ({}, {**OWN, "do_sample": False}, (0.0, 1.0)),
+        ({}, {"do_sample": True}, (1.0, 1.0)),
+        ({"temperature": 0.0}, OWN, (0.0, 0.9)),
+        ({"temperature": 1.5, "top_p": 0.5}, OWN, (1.5, 0.5)),
+    ],
+)
+def test_sampling_is_the_models_own_unless_given(config, generation, want):
+    assert sampling_of(GenerateConfig(**config), generation) == want
+
+
+def test_sampling_that_is_not_applied_is_warned_of():
+    with pytest.warns(UserWarning, match="`top_k` = 20, `repetition_penalty` = 1.1 is not applied"):
+        sampling_of(GenerateConfig(), {**OWN, "top_k": 20, "repetition_penalty": 1.1})
+    with pytest.raises(ValueError, match="temperature must be at least 0, got 'hot'"):
+        sampling_of(GenerateConfig(), {**OWN, "temperature": "hot"})
+
+
+def test_an_answer_ends_at_any_end_token_of_the_model(model):
+    (tokens,) = models.generate(
+        model, model.params, [model.tokenizer.encode("Hi")], max_new_tokens=6
+    )
+    ends = dataclasses.replace(model.tokenizer, ends=(tokens[2],))
+    cut = tokens[: tokens.index(tokens[2])]
+    answer = generate_texts(
+        dataclasses.replace(model, tokenizer=ends), model.params, ["Hi"], CONFIG
+    )
+    assert answer == [model.tokenizer.decode(cut)]

@@ -131,7 +131,7 @@ USER = {"role": "user", "content": "x"}
     [
         ("{not json", r":2: not JSON \(Expecting property name.* at column 2\)"),
         ('{"a": "b" "c"}', r":2: not JSON \(Expecting ',' delimiter at column 11\)"),
-        ("[" * 20000, r":2: not JSON \(nested too deeply\)"),
+        ("[" * 20000, r":2: not JSON that can be read"),
         ("[1, 2]", ":2: expected a JSON object with .*, got list"),
         ({"prompt": "a"}, ':2: missing field "completion"'),
         ({"completion": "a", "id": 3}, ':2: missing field "prompt"'),

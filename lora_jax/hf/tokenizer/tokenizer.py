@@ -92,6 +92,11 @@ class Tokenizer:
         """One more than the largest token id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    @property
+    def has_template(self) -> bool:
+        """Whether conversations can be written."""
+        return self.chat_template is not None or bool(self.templates)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokens of a text, with those the tokenizer puts around a text (BOS, EOS)."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids

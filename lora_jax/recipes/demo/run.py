@@ -17,7 +17,7 @@ from lora_jax.train.memory import tree_bytes
 from lora_jax.tree import count_parameters, format_trainable_parameters
 
 # The right answers have at most 27 tokens.
-_ANSWERS = GenerateConfig(max_new_tokens=32, batch_size=24)
+_ANSWERS = GenerateConfig(max_new_tokens=32, batch_size=24, temperature=0.0)
 _MAX_LENGTH = 256
 
 

@@ -1,0 +1,47 @@
+"""The form of the text that an adapter was trained on, kept beside the adapter.
+
+An adapter that was trained on prompts and completions has never seen the chat template, and one
+that was trained on messages has never seen a bare prompt. Asked in the other form, it answers as if
+it had learned nothing.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, get_args
+
+from lora_jax.files import write_text
+from lora_jax.hf.checkpoint.safetensors import read_json
+from lora_jax.train.jsonl import Record
+
+FORM_FILE = "training_form.json"
+TrainedForm = Literal["prompt", "messages", "text", "mixed"]
+
+
+def form_of(records: Iterable[Record]) -> TrainedForm:
+    """The form of all records, or "mixed"."""
+    found: set[TrainedForm] = {record.form for record in records}
+    return found.pop() if len(found) == 1 else "mixed"
+
+
+def write_form(directory: str | Path, form: TrainedForm) -> None:
+    """Writes the form beside an adapter, or into the folder of a run."""
+    write_text(Path(directory) / FORM_FILE, json.dumps({"form": form}) + "\n")
+
+
+def read_form(adapter: str | Path) -> TrainedForm | None:
+    """The form that is kept beside an adapter, or None.
+
+    Raises:
+      ValueError: the file is not one that `write_form` wrote.
+    """
+    path = Path(adapter) / FORM_FILE
+    if not path.is_file():
+        return None
+    value = read_json(path)
+    form = value.get("form") if isinstance(value, dict) else None
+    if form not in get_args(TrainedForm):
+        raise ValueError(
+            f"{path}: `form` must be one of {', '.join(get_args(TrainedForm))}, got {form!r}"
+        )
+    return form
