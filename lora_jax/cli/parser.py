@@ -120,8 +120,8 @@ data is one JSON object:
   {"messages": [{"role": "user", "content": "..."},
                 {"role": "assistant", "content": "..."}]}
 ShareGPT's "conversations" and Alpaca's "instruction" are read as messages, and
---fields names other fields. --resume continues an interrupted run, and --adapter
-trains an earlier adapter on.
+--fields names other fields. --resume continues an interrupted run, and
+--adapter trains an earlier adapter on.
 
 example:
   lora-jax train --model smollm2 --train-data train.jsonl --rank 16 \\
@@ -168,10 +168,10 @@ def _generate(command: Callable) -> None:
     parser = command(
         commands.generate,
         """\
-Prints the model's answer to each prompt. The prompt has the form that the adapter
-was trained on. Without an adapter it is sent as a chat message if the model has a
-chat template, unless --raw is given. `-` reads prompts from standard input, one
-per line.
+Prints the model's answer to each prompt. The prompt has the form that the
+adapter was trained on. Without an adapter it is sent as a chat message if the
+model has a chat template, unless --raw is given. `-` reads prompts from standard
+input, one per line.
 
 examples:
   lora-jax generate smollm2 "What is the capital of Norway?" --max-new-tokens 30
