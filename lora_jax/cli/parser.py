@@ -170,8 +170,8 @@ def _generate(command: Callable) -> None:
         """\
 Prints the model's answer to each prompt. The prompt has the form that the
 adapter was trained on. Without an adapter it is sent as a chat message if the
-model has a chat template, unless --raw is given. `-` reads prompts from standard
-input, one per line.
+model has a chat template, unless --raw is given. `-` reads prompts from
+standard input, one per line.
 
 examples:
   lora-jax generate smollm2 "What is the capital of Norway?" --max-new-tokens 30
