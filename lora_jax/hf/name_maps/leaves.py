@@ -43,7 +43,7 @@ def to_theirs(
 
     Args:
       leaves: parameters by path, with or without leaves that train.
-      places: the place of each, from `places_of`.
+      places: the place of each, from `places_of`; frozen leaves without one are left out.
       config: in Hugging Face's names; the layers that it adapts carry an adapter. None: those
         whose scale is not 0.
 
@@ -55,6 +55,10 @@ def to_theirs(
     """
     flat: dict[str, Any] = {}
     for path, leaf in leaves.items():
+        if path not in places and is_lora(leaf):
+            raise ValueError(f"leaf `{path}`: it trains, and the name map has no rule for it")
+        if path not in places:
+            continue
         placed = places[path]
         apart = _APART.get(type(leaf), _frozen)(path, leaf, placed)
         for part, one in zip(placed.parts, apart, strict=True):

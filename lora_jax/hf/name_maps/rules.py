@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax.array import dense, leaves_by_path
+from lora_jax.array import dense, is_lora, leaves_by_path
 from lora_jax.hf.checkpoint import names
 from lora_jax.hf.checkpoint.weights import Weights, check_fit
 from lora_jax.hf.name_maps.layout import Layout, measured, parse, their_shape, to_ours, to_theirs
@@ -147,8 +147,15 @@ def place(path: str, shape: Sequence[int], using: NameMap) -> Placed:
 
 
 def places_of(leaves: Mapping[str, Any], using: NameMap) -> dict[str, Placed]:
-    """The place of every leaf, by its path; see `place`."""
-    return {path: place(path, leaf.shape, using) for path, leaf in leaves.items()}
+    """The place of every leaf, by its path; see `place`.
+
+    Leaves without a rule have none, unless they train: an adapter's file has no other tensors.
+    """
+    return {
+        path: place(path, leaf.shape, using)
+        for path, leaf in leaves.items()
+        if is_lora(leaf) or any(_match(rule, bare(path)) is not None for rule in using.rules)
+    }
 
 
 def _match(rule: MapRule, path: str) -> str | None:

@@ -61,7 +61,9 @@ def tables_of(
     """
     found: dict[str, Table] = {}
     for path, leaf in leaves.items():
-        placed = places[path] if places else None
+        if places is not None and path not in places:  # a name map has no rule for it
+            continue
+        placed = None if places is None else places[path]
         for part in placed.parts if placed else (None,):
             there = bare(path) if part is None else part.path
             module, embeds = module_of(there), is_embedding(there)
