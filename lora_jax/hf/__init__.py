@@ -21,6 +21,7 @@ _NAMES = {
     "save_gguf_lora": "lora_jax.hf.gguf.lora_write",
     "save_merged": "lora_jax.models.saving",
     "save_peft": "lora_jax.hf.peft.api",
+    "save_weights": "lora_jax.hf.name_maps.weights",
     "to_hugging_face": "lora_jax.hf.name_maps.rules",
     "to_peft": "lora_jax.hf.peft.save",
 }

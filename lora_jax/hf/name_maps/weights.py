@@ -1,0 +1,86 @@
+"""A model's whole weights, written as Hugging Face safetensors through a name map."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.array import dense, is_lora, leaves_by_path
+from lora_jax.files import replacing
+from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, size_of, write_shards
+from lora_jax.hf.name_maps.layout import their_shape, to_theirs
+from lora_jax.hf.name_maps.rules import NameMap, Placed, at, place
+
+
+def save_weights(
+    directory: str | Path,
+    params: Any,
+    name_map: NameMap,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes the weights of a model of your own as a Hugging Face checkpoint, whole or not at all.
+
+    Only weights: add the `config.json` and the tokenizer of the model that the map names.
+
+    Args:
+      directory: to be made; nothing may be there yet.
+      params: plain parameters, as `lora.merge` makes them.
+      name_map: Hugging Face's names of the parameters, from `lora.hf.name_map`.
+      dtype: of the tensors.
+      max_shard_size: bytes in one file, or as Hugging Face writes it: "5GB".
+
+    Raises:
+      FileExistsError: there is something already.
+      ValueError: a leaf has an adapter, has no rule, is another's tensor, or holds numbers that are
+        not finite in `dtype`.
+
+    Example:
+      lora.hf.save_weights("merged", lora.merge(lora_params), MAP, dtype="bfloat16")
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise FileExistsError(f"{directory}: there is something already; give another directory")
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    leaves = leaves_by_path(params)
+    places = {path: _place(path, leaf, name_map) for path, leaf in leaves.items()}
+    entries = [
+        NewTensor(part.tensor, tuple(their_shape(placed.layout, placed.sizes)))
+        for placed in places.values()
+        for part in placed.parts
+    ]
+    names = [entry.name for entry in entries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"name map `{name_map.name}`: two leaves are tensor `{twice[0]}`")
+    values = (x for path in leaves for x in _tensors(path, leaves[path], places[path], dtype))
+    most = size_of(max_shard_size)
+    with replacing(directory) as new:
+        new.mkdir()
+        write_shards(new, entries, values, dtype=DTYPES[dtype], max_shard_size=most)
+
+
+def _place(path: str, leaf: Any, name_map: NameMap) -> Placed:
+    if is_lora(leaf):
+        raise ValueError(f"leaf `{path}` still has an adapter: pass `lora.merge(lora_params)`")
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(f"leaf `{path}` is {leaf.dtype}, expected floats: leave it out")
+    return place(path, leaf.shape, name_map)
+
+
+def _tensors(path: str, leaf: Any, placed: Placed, dtype: str) -> Iterator[np.ndarray]:
+    """A leaf's tensors, one after the other; only one leaf is on the host at a time."""
+    value = np.asarray(dense(leaf))
+    for part in placed.parts:
+        block = value[at(part.index, placed.layout.stacks, value.ndim)]
+        with np.errstate(over="ignore"):
+            tensor = to_theirs(placed.layout, block, placed.sizes).astype(DTYPES[dtype])
+        if not np.isfinite(tensor).all():
+            raise ValueError(
+                f"leaf `{path}`: tensor `{part.tensor}` holds numbers that are not finite in "
+                f"{dtype}; nothing was written"
+            )
+        yield tensor
