@@ -172,24 +172,33 @@ def linear(op: Callable, x, q: QuantArray, *rest):
       q: the weight.
       rest: further operands, constant under differentiation.
     """
-    return _linear(op, _spread(x, q), x, q, rest)
+    return _linear(op, x, q, rest)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _linear(op: Callable, spread: tuple, x, q: QuantArray, rest):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(op: Callable, x, q: QuantArray, rest):
     return op(x, _decoded(q, "forward"), *rest)
 
 
-def _linear_forward(op, spread, x, q, rest):
-    return op(x, _decoded(q, "forward"), *rest), (q, rest, _like(x))
+def _linear_forward(op, x, q, rest):
+    # Inside a `shard_map` an array's type has the axes along which it varies: an empty part of `x`
+    # keeps it.
+    empty = x.reshape(-1)[:0] if compat.varying_axes(x) else None
+    return op(x, _decoded(q, "forward"), *rest), (q, rest, _like(x), empty)
 
 
-def _linear_backward(op, spread, saved, g):
-    q, rest, like = saved
+def _linear_backward(op, saved, g):
+    q, rest, like, empty = saved
     w = _decoded(_apart(q), "backward")
-    # `op` is linear in `x`, so its transpose needs the shape of `x` and not its values.
-    (dx,) = jax.linear_transpose(lambda x: op(x, w, *rest), like.get())(g)
-    return (lax.psum(dx, spread) if spread else dx), None, None
+    x = like.get()
+    # `op` is linear in `x`, so its transpose needs the type of `x` and not its values. Where `x` is
+    # the same on devices with parts of `W`, JAX's transpose sums over them.
+    if empty is None:
+        (dx,) = jax.linear_transpose(lambda x: op(x, w, *rest), x)(g)
+    else:
+        zeros = jnp.zeros(x.shape, x.dtype) + jnp.sum(empty)
+        (dx,) = jax.vjp(lambda x: op(x, w, *rest), zeros)[1](g)
+    return dx, None, None
 
 
 _linear.defvjp(_linear_forward, _linear_backward)

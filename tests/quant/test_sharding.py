@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax import quant
-from lora_jax.quant.sharding import put
+from lora_jax.quant.matmul import linear
+from lora_jax.quant.sharding import array_specs, local_part, put
 
 K, N = 512, 256
 SPECS = {"w1": P("data", "model"), "w2": P("model", None)}
@@ -139,6 +140,29 @@ def test_inside_a_shard_map(mesh, spec, x_spec, out):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     grad = jax.jit(jax.grad(lambda x: jnp.sum(lora.lorafy(fn)({"w1": params["w1"]}, x) ** 2)))(x)
     np.testing.assert_allclose(grad, 2 * want @ params["w1"].dequantize().T, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["matmul", "linear"])
+@pytest.mark.parametrize("varying", [False, True])
+def test_a_gradient_is_summed_over_devices_where_x_is_the_same_on_all(mesh, kind, varying):
+    """Each device has some outputs, so each gives a part of dx; where x differs, each its own."""
+    params, x = base()
+    q = params["w1"]
+    specs = array_specs(q, P(None, "model"))
+
+    def inside(q, x):
+        q = local_part(q, P(None, "model"), mesh)
+        if varying:
+            x = jax.lax.pcast(x, "model", to="varying")
+        if kind == "matmul":
+            return quant.matmul(x, q)
+        return linear(lambda x, w: jnp.einsum("mk,kn->mn", x, w), x, q)
+
+    run = jax.shard_map(inside, mesh=mesh, in_specs=(specs, P()), out_specs=P(None, "model"))
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(run(q, x)))))(x)
+    w = q.dequantize()
+    want = jnp.cos(x @ w) @ w.T
+    np.testing.assert_allclose(grad, want, rtol=1e-3, atol=1e-3)
 
 
 def experts(w, x):
