@@ -181,6 +181,16 @@ def varying_axes(x) -> frozenset:
                      getattr(aval, "vma", ()))  # fmt: skip
 
 
+def spec_of(x: jax.typing.ArrayLike) -> tuple | None:
+    """The mesh axes of each dim of `x` under an explicit mesh, None under any other."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    explicit = jax.sharding.AxisType.Explicit
+    if sharding is None or mesh is None or mesh.empty or explicit not in mesh.axis_types:
+        return None
+    return tuple(sharding.spec) + (None,) * (np.ndim(x) - len(sharding.spec))
+
+
 def is_traceable(x) -> bool:
     """Whether a function's output is an array (or key) rather than a Python object."""
     return isinstance(x, jax.Array | jax.core.Tracer) or (

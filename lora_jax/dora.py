@@ -9,8 +9,10 @@ with one magnitude and one norm for each output; the norm is a constant of the g
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from lora_jax import compat
 from lora_jax.array import LoraArray, LoraStack, dense, widened
 from lora_jax.dims import out_dims, sizes, to_matrix
 
@@ -25,20 +27,29 @@ def norm(x: LoraArray) -> Float[Array, "..."]:
       An array `(stack..., out...)`.
     """
     stack, fan_in, fan_out = sizes(x.shape, x.roles)
-    highest = lax.Precision.HIGHEST
     w = to_matrix(dense(x.w), x.roles)
     wide = widened(w.dtype)
     a = x.a.astype(wide).reshape(*stack, fan_in, x.rank)
     b = x.b.astype(wide).reshape(*stack, x.rank, fan_out)
     s = x.scale.astype(wide)[..., None]
     at = jnp.swapaxes(a, -1, -2)
-    cross = jnp.sum(jnp.matmul(at, w.astype(wide), precision=highest) * b, axis=-2)
-    gram = jnp.matmul(jnp.matmul(at, a, precision=highest), b, precision=highest)
+    cross = jnp.sum(_matmul(at, w.astype(wide)) * b, axis=-2)
+    gram = _matmul(_matmul(at, a), b)
     square = jnp.sum(jnp.square(w.astype(wide)), axis=-2)
     square = square + 2 * s * cross + s * s * jnp.sum(gram * b, axis=-2)
     outs = [x.shape[d] for d in out_dims(x.roles)]
     # The three terms cancel where s·A·B is near -W, and may round to below zero.
     return jnp.sqrt(jnp.maximum(square, 0)).reshape(*stack, *outs)
+
+
+def _matmul(x: Array, y: Array) -> Array:
+    """A product in full precision, which keeps the mesh axes of its rows and columns."""
+    rows, columns = compat.spec_of(x), compat.spec_of(y)
+    out = None
+    # Under an explicit mesh a contraction over a sharded dim must state its result's axes.
+    if rows is not None and columns is not None and rows[-1] is not None:
+        out = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*rows[:-1], columns[-1]))
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST, out_sharding=out)
 
 
 def gain(x: LoraArray) -> Float[Array, "..."]:

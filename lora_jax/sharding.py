@@ -16,12 +16,12 @@ import jax.core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from lora_jax import paths
+from lora_jax import compat, paths
 from lora_jax.array import LoraArray, RowsArray, SavedArray, is_leaf
 from lora_jax.dims import in_dims
 from lora_jax.quant import sharding as quant_sharding
 from lora_jax.quant.array import QuantArray, is_quant
-from lora_jax.transform.labels import part_spec, spec_of
+from lora_jax.transform.labels import part_spec
 
 AXES = ("data", "fsdp", "tensor")
 _SUPERBLOCK = 128  # inputs
@@ -116,7 +116,7 @@ def place_factors(x: LoraArray) -> LoraArray:
     """
     if isinstance(x.w, jax.core.Tracer):
         # A tracer has a spec only where mesh axes are explicit; elsewhere the compiler chooses.
-        spec = spec_of(x.w)
+        spec = compat.spec_of(x.w)
         if spec is None or not any(spec):
             return x
         return _move(x, PartitionSpec(*spec), jax.sharding.reshard)

@@ -307,3 +307,31 @@ def test_a_model_keeps_rows_where_their_tokens_are(mesh):
     for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
         # float32 sums in another order, through two blocks, relative to the largest of the array
         np.testing.assert_allclose(np.asarray(g), np.asarray(w), atol=2e-4 * np.abs(w).max())
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"init": "pissa"}], ids=str)
+@pytest.mark.parametrize("name", ["row parallel", "table"])
+def test_explicit_axes_without_a_mesh_context(name: str, settings, explicit_mesh):
+    """plan, init and lorafy run wherever the base function runs: `jax.set_mesh` is not needed."""
+
+    def place(*spec):
+        return NamedSharding(explicit_mesh, P(*spec))
+
+    def row_parallel(p, x):  # the contraction is over a sharded dim
+        return jnp.einsum("bd,df->bf", x, p["w"], out_sharding=place("data"))
+
+    def table(p, ids):
+        return p["w"].at[ids].get(out_sharding=place("data", None))
+
+    fn, x, spec = {
+        "row parallel": (row_parallel, base()[1], ("model", None)),
+        "table": (table, jnp.arange(16) % D, (None, "model")),
+    }[name]
+    w = jax.random.normal(jax.random.key(0), (D, 2 * D))
+    params, x = {"w": jax.device_put(w, place(*spec))}, jax.device_put(x, place("data"))
+    config = lora.LoraConfig(rank=4, target_modules=("w",), **({"init": "random"} | settings))
+    plan = lora.plan(config, fn, params, x)
+    tree = lora.init(jax.random.key(5), plan, params)
+    got = jax.jit(lora.lorafy(fn))(tree, x)
+    want = jax.jit(fn)(lora.merge(tree), x)
+    np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-4, atol=1e-4)

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from lora_jax import compat
 from lora_jax.array import dense, widened
 from lora_jax.dims import factor_shapes, from_matrix, sizes, stack_dims, to_matrix
 from lora_jax.plan.leaf import LeafPlan
@@ -63,6 +65,9 @@ def uniform_rank(leaf: LeafPlan, name: str) -> None:
 def matrix_of(leaf: LeafPlan, w: Any) -> Float[Array, "*s i o"]:
     """The weight as `(stack..., in, out)` in float32 or wider."""
     w = dense(w)
+    if compat.spec_of(w) is not None:
+        # Under an explicit mesh a decomposition takes whole matrices only.
+        w = jax.sharding.reshard(w, NamedSharding(jax.typeof(w).sharding.mesh, PartitionSpec()))
     return to_matrix(w.astype(widened(w.dtype)), leaf.roles)
 
 

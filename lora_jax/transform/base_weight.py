@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from lora_jax import compat
 from lora_jax.dims import in_dims, out_dims, stack_dims
 from lora_jax.quant import ops
 from lora_jax.quant import sharding as quant_sharding
 from lora_jax.quant.array import QuantArray, expanded
 from lora_jax.quant.matmul import linear
-from lora_jax.transform import labels
 from lora_jax.transform.implicit import Implicit, Note
 
 
@@ -77,7 +77,7 @@ def product(v: Implicit, x, bind: Callable, *, weight_left: bool, dimension_numb
         batching=batching[::side],
         precision=precision,
         preferred=params.get("preferred_element_type"),
-        plain=labels.spec_of(x) is None and params.get("out_sharding") is None,
+        plain=compat.spec_of(x) is None and params.get("out_sharding") is None,
     )
 
 

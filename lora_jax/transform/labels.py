@@ -5,8 +5,9 @@ from collections.abc import Collection, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax import compat
 from lora_jax.dims import in_dims, out_dims, stack_dims
 
 
@@ -65,29 +66,22 @@ def _sum_away(array, own: Sequence, other: Sequence, keep: Collection):
     return array, [label for label in own if label in keep or label in other]
 
 
-def spec_of(x) -> tuple | None:
-    """The mesh axes of each dim of `x` under an explicit mesh, None under any other."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    if sharding is None or mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
-        return None
-    return tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
-
-
 def result_spec(x, x_labels, y, y_labels, summed, out, specs: dict | None):
     """The `out_sharding` a labelled contraction must state, None where JAX infers it.
 
     A contraction over a sharded dim is ambiguous under an explicit mesh; its result is then
     replicated along that axis, as the base's own would be.
     """
-    sx, sy = spec_of(x), spec_of(y)
+    sx, sy = compat.spec_of(x), compat.spec_of(y)
     if sx is None and sy is None:
         return None
     known = dict(zip(y_labels, sy or (), strict=False))
     known |= dict(zip(x_labels, sx or (), strict=False))
     if specs is None and all(known.get(label) is None for label in summed):
         return None
-    return PartitionSpec(*((specs or known).get(label) for label in out))
+    # With its mesh: the base function may run without `jax.set_mesh`.
+    mesh = jax.typeof(x if sx is not None else y).sharding.mesh
+    return NamedSharding(mesh, PartitionSpec(*((specs or known).get(label) for label in out)))
 
 
 def part_spec(spec: PartitionSpec, roles: str, part: str) -> PartitionSpec:

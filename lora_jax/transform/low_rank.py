@@ -10,7 +10,6 @@ from jax import lax
 
 from lora_jax import compat
 from lora_jax.array import widened
-from lora_jax.transform import labels as explicit
 from lora_jax.transform.implicit import Implicit
 from lora_jax.transform.labels import contract, expand_to, labels, reorder
 
@@ -69,7 +68,7 @@ def low_rank(
     # Inside shard_map JAX's own backward sums over the axes along which only one operand varies.
     spread = compat.varying_axes(middle) | compat.varying_axes(second)
     result: Any
-    if v.reverse_only and not spread and specs is None and explicit.spec_of(middle) is None:
+    if v.reverse_only and not spread and specs is None and compat.spec_of(middle) is None:
         form = (tuple(middle_labels), tuple(second_labels), tuple(out_labels), precision, dtype)
         result = thin_product(form, middle, second)
         have = result_labels(*form[:3])

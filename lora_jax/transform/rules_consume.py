@@ -7,11 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lora_jax import compat
 from lora_jax.array import widened
 from lora_jax.dims import a_dims
 from lora_jax.transform import base_weight
 from lora_jax.transform.implicit import Implicit, Unsupported
-from lora_jax.transform.labels import RANK, expand_to, labels, reorder, spec_of
+from lora_jax.transform.labels import RANK, expand_to, labels, reorder
 from lora_jax.transform.low_rank import compute_dtype, contract, dropped, low_rank
 
 
@@ -81,7 +82,7 @@ def dot_general(
 
 
 def _wanted_specs(base: Array, out: Sequence, out_sharding: Any) -> dict | None:
-    spec = spec_of(base)
+    spec = compat.spec_of(base)
     if spec is None or out_sharding is None:
         return None
     return dict(zip(out, spec, strict=True))

@@ -359,9 +359,10 @@ def reshard(v: Implicit, *, dst_sharding, **_):
     """Explicit resharding: the factors take the same axes on the dims each owns."""
     change = jax.sharding.reshard
     parts = {}
-    for part in ("a", "b"):
-        spec = part_sharding(dst_sharding, v.roles, part)
-        parts[part] = change(getattr(v, part), spec)
+    # Every part, the scale too: a reshard may change the mesh's kind of axes.
+    for part in PARTS:
+        if getattr(v, part) is not None:
+            parts[part] = change(getattr(v, part), part_sharding(dst_sharding, v.roles, part))
     return dataclasses.replace(v, w=moved(v, dst_sharding, change), **parts)
 
 
