@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lora_jax.transform.labels import spec_of
+from lora_jax import compat
 
 
 def outputs_of(model: Any) -> Callable:
@@ -48,7 +48,7 @@ def pick(hidden: Float[Array, "b t d"], positions: Int[Array, " p"]):
     # The positions are distinct and sorted; with these flags the scatter of the gradient needs no
     # atomic additions.
     # Where mesh axes are explicit, JAX asks where the picked rows of a sharded array shall lie.
-    spread = any(spec_of(flat) or ())
+    spread = any(compat.spec_of(flat) or ())
     return flat.at[positions].get(
         indices_are_sorted=True,
         unique_indices=True,
@@ -74,7 +74,7 @@ def token_losses(
     """The weighted -log softmax(logits)[target] of each position, in float32."""
     # bfloat16 would round a loss near 10 to multiples of 1/16.
     logits = logits.astype(jnp.float32)
-    if any(spec_of(logits) or ()):
+    if any(compat.spec_of(logits) or ()):
         # A look-up along an explicitly sharded dim has no rule in JAX; a sum has.
         chosen = jnp.arange(logits.shape[-1]) == targets[:, None]
         target = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
