@@ -87,10 +87,10 @@ def mesh_sizes(axes: Mapping[str, int], devices: int) -> dict[str, int]:
       ValueError: an unknown axis, or numbers that do not multiply up to the devices.
     """
     if unknown := [a for a in axes if a not in AXES]:
-        raise ValueError(f"`mesh` axis `{unknown[0]}` is not one of {', '.join(AXES)}")
+        raise ValueError(f"`mesh` has no axis {unknown[0]!r}; expected {', '.join(AXES)}")
     spelled = " ".join(f"{a}={n}" for a, n in axes.items())
-    if bad := [a for a, n in axes.items() if n < 1 and n != -1]:
-        raise ValueError(f"`mesh` axis `{bad[0]}` must be positive, or -1 for the rest: {spelled}")
+    if any(n < 1 and n != -1 for n in axes.values()):
+        raise ValueError(f"`mesh` is {spelled}: a size is positive, or -1 for the rest")
     given = math.prod(n for n in axes.values() if n != -1)
     rest = [a for a, n in axes.items() if n == -1]
     if len(rest) > 1 or (rest and devices % given) or (not rest and given != devices):

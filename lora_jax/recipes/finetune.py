@@ -54,6 +54,8 @@ class FinetuneConfig:
       remat: keep only the residual stream between blocks for the backward pass and recompute the
         rest, which saves memory and costs time; otherwise the outputs of the projections are
         kept too.
+      mesh: spread weights and rows over the devices: `axis=devices` apart by spaces, of the axes
+        `data`, `fsdp` and `tensor`; -1 is what the others leave.
     """
 
     model: str
@@ -67,6 +69,7 @@ class FinetuneConfig:
     quantize: Quantization | None = None
     quantize_block: int = 64
     remat: bool = False
+    mesh: dict[str, int] | None = None
 
 
 def finetune(
@@ -104,6 +107,7 @@ def finetune(
         remat=job.remat,
         quantize=job.quantize,
         quantize_block=job.quantize_block,
+        mesh=job.mesh,
     )
     data = _examples(model, records, job)
     eval_data = _examples(model, held_out, job) if held_out else None
@@ -241,12 +245,19 @@ def load_model(
     remat: bool = False,
     quantize: str | None = None,
     quantize_block: int = 64,
+    mesh: Mapping[str, int] | None = None,
 ) -> Any:
     """Loads a model; "smollm2" is the installed demo model. Settings as in `FinetuneConfig`."""
     path = models.find_smollm2() if source == "smollm2" else source
     # Recomputing all but the projections is faster than storing and reading everything.
     held = None if quantize is None else QuantConfig(format=quantize, block_size=quantize_block)
-    return models.load(path, dtype=dtype, remat=remat or "projections", quantize=held)
+    return models.load(
+        path,
+        dtype=dtype,
+        remat=remat or "projections",
+        quantize=held,
+        mesh=None if mesh is None else models.make_mesh(**mesh),
+    )
 
 
 def hub_name(source: str) -> str:

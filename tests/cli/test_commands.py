@@ -82,6 +82,30 @@ def test_train_writes_adapter_checkpoint_metrics_and_plot(run):
     assert list((run / "tensorboard").glob("events*"))
 
 
+def test_train_on_a_mesh_gives_the_losses_of_one_device(model, data, tmp_path, capsys):
+    def losses(name, *flags):
+        command = ["train", "--model", model, "--train-data", data, "--target-modules", "q_proj"]
+        command += ["--steps", "2", "--batch-size", "8", "--output-dir", str(tmp_path / name)]
+        assert main([*command, *flags]) == 0
+        records = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in records]
+
+    want = losses("one")
+    assert losses("mesh", "--mesh", "data=2", "fsdp=-1") == pytest.approx(want, rel=1e-5)
+    command = [
+        "train",
+        "--model",
+        model,
+        "--train-data",
+        data,
+        "--output-dir",
+        str(tmp_path / "no"),
+    ]
+    capsys.readouterr()
+    assert main([*command, "--target-modules", "q_proj", "--mesh", "fsdp=3"]) == 1
+    assert "there are 8 devices" in capsys.readouterr().err
+
+
 def test_train_refuses_a_folder_that_holds_a_run(run, model, data, capsys):
     before = (run / "metrics.jsonl").read_bytes()
     line = ["train", "--model", model, "--train-data", data, "--output-dir", str(run)]

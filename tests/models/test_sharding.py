@@ -128,8 +128,8 @@ def test_place_puts_adapters_where_their_weights_are():
         (dict(fsdp=3), "`mesh` is fsdp=3, but there are 8 devices"),
         (dict(data=-1, fsdp=-1), "one of them may be -1"),
         (dict(data=3, fsdp=-1), "multiply up to them"),
-        (dict(model=8), "`mesh` axis `model` is not one of data, fsdp, tensor"),
-        (dict(fsdp=0), "`fsdp` must be positive"),
+        (dict(model=8), "`mesh` has no axis 'model'; expected data, fsdp, tensor"),
+        (dict(fsdp=0), "a size is positive"),
         ({}, "`mesh` is empty"),
     ],
 )
