@@ -113,13 +113,13 @@ def start(opened: Archive | None, state: TrainState, described: dict, lora_param
         # A run killed before its first checkpoint may have left records.
         metrics.rewind(records, -1)
         return Start(state, 0, None, [])
-    where = str(opened.manager.directory)
+    where, newest = str(opened.manager.directory), opened.manager.latest_step()
     # Checked before the arrays are read: a mismatch then has a sentence about what differs, not
     # about shapes.
     restored = checkpoints.restore_state(
         opened.manager,
         state,
-        check=lambda meta: _check(meta["run"], described, lora_params, where),
+        check=lambda meta: _check(meta["run"], described, lora_params, where, newest),
     )
     checkpoints.set_aside(opened.manager, restored.step)
     # Records after the checkpoint belong to steps that are trained again.
@@ -138,17 +138,24 @@ def save(opened: Archive, step: int, state: TrainState, described: dict, positio
         checkpoints.save_state(opened.manager, step, state, meta)
 
 
-def _check(was: dict, now: dict, lora_params: Any, where: str) -> None:
+def _check(was: dict, now: dict, lora_params: Any, where: str, newest: int) -> None:
     if was["format"] != now["format"]:
         raise ValueError(f"{where}: expected format {now['format']!r}, got {was['format']!r}")
     check_base(was["base"], lora_params, where=where)
-    _check_same(was["train"], now["train"], where)
+    kept = [was["train"], now["train"]]
+    if newest == was["train"]["steps"] < now["train"]["steps"]:
+        # A finished run goes on: its schedule is now that of the longer run.
+        kept = [{k: v for k, v in run.items() if k not in _LENGTH} for run in kept]
+    _check_same(*kept, where)
     _check_same(was["lora"] or {}, now["lora"] or {}, where)
     if was["data"] != now["data"]:
         raise ValueError(
             f"{where} was trained on other data; resume with the same examples in the same order,"
             " or choose another output_dir"
         )
+
+
+_LENGTH = ("steps", "epochs")
 
 
 def _check_same(was: dict, now: dict, where: str) -> None:

@@ -24,8 +24,8 @@ class TrainConfig:
 
     Attributes:
       output_dir: folder for checkpoints, metrics and the loss plot; None writes nothing.
-      resume: continue from the newest checkpoint in `output_dir`, or begin if there is none. False
-        rejects a folder that already holds a run.
+      resume: continue from the newest checkpoint in `output_dir`, or begin if there is none; a
+        finished run goes on with more steps or epochs. False rejects a folder that holds a run.
       epochs: passes over the data, may be fractional; ignored if `steps` is given.
       steps: optimizer steps of the whole run.
       batch_size: rows of one forward pass.

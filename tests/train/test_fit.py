@@ -219,6 +219,32 @@ def test_finished_run_resumes_to_itself(whole, tmp_path):
     assert_same_bits(again.lora_params, expected.lora_params)
 
 
+def test_a_finished_run_goes_on_with_more_steps(tmp_path):
+    toy_fit(tmp_path, steps=4, evals=0)
+    with pytest.raises(ValueError, match="`steps` was 4 and is 3; resume with the same"):
+        toy_fit(tmp_path, steps=3, evals=0, resume=True)
+    longer = toy_fit(tmp_path, steps=6, evals=0, resume=True)
+    assert [r["step"] for r in longer.history if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    # The steps that were left are those of a run of six, which has another schedule before.
+    straight = toy_fit(steps=6, evals=0)
+    for mine, theirs in zip(longer.history[4:], straight.history[4:], strict=True):
+        assert mine["learning_rate"] == theirs["learning_rate"]
+        assert mine["tokens"] == theirs["tokens"]
+    with pytest.raises(ValueError, match="`learning_rate` was"):
+        toy_fit(tmp_path, steps=8, evals=0, resume=True, learning_rate=0.06)
+
+
+def test_an_unfinished_run_keeps_its_length(tmp_path):
+    def stop(record):
+        if record["step"] == 3:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        toy_fit(tmp_path, steps=6, save_every=2, evals=0, hooks=train.Hooks(record=stop))
+    with pytest.raises(ValueError, match="`steps` was 6 and is 8"):
+        toy_fit(tmp_path, steps=8, save_every=2, evals=0, resume=True)
+
+
 @contextlib.contextmanager
 def files_at_most(size):
     """Writing past `size` bytes of a file fails, as it does on a full disk."""
