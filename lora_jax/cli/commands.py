@@ -92,11 +92,14 @@ def generate(arguments: argparse.Namespace) -> None:
         params, _ = finetune.load_adapter(model, arguments.adapter)
         form = read_form(arguments.adapter)
     chat = model.tokenizer is not None and model.tokenizer.has_template
+    several = len(arguments.prompts) > 1 or "-" in arguments.prompts
     for prompt in _prompts(arguments.prompts):
+        if several:
+            _print(f"> {prompt}")
         questions = as_trained(
             [prompt], chat=chat, form=form, raw=arguments.raw, system=arguments.system
         )
-        _print(generate_texts(model, params, questions, config)[0])
+        _print(generate_texts(model, params, questions, config)[0] + "\n" * several)
 
 
 def _prompts(given: list[str]) -> Iterable[str]:

@@ -64,7 +64,7 @@ def memory(trainable: Any, frozen: Any, opt_state: Any, compiled: Iterable[Any] 
 
 
 def format_memory(used: Memory) -> str:
-    """A table with a line for each part, in MiB."""
+    """A table with a line for each part, in MiB, small ones in KiB."""
     rows = [
         ("base (frozen)", used.base),
         ("adapters", used.adapters),
@@ -72,7 +72,11 @@ def format_memory(used: Memory) -> str:
         ("temporary (activations, gradients)", used.temporary),
     ]
     total = sum(b for _, b in rows if b is not None)
-    lines = [(name, "unknown" if b is None else f"{b / 2**20:,.1f} MiB") for name, b in rows]
-    lines.append(("total", f"{total / 2**20:,.1f} MiB"))
+    lines = [(name, "unknown" if b is None else _size(b)) for name, b in rows]
+    lines.append(("total", _size(total)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {size:>12}" for name, size in lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"

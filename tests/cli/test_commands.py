@@ -300,3 +300,12 @@ def test_a_length_above_the_models_context_is_a_warning(model, data, tmp_path):
     line = ["train", "--model", model, "--train-data", data, "--output-dir", str(tmp_path / "o")]
     with pytest.warns(UserWarning, match="max_length=100000 is above the model's context"):
         assert main([*line, "--steps", "1", "--max-length", "100000", "--no-progress"]) == 0
+
+
+def test_answers_to_several_prompts_stand_under_them(model, capsys):
+    line = ["generate", model, "--raw", "--max-new-tokens", "4"]
+    outs = []
+    for prompts in (["one"], ["two"], ["one", "two"]):
+        assert main([*line, *prompts]) == 0
+        outs.append(capsys.readouterr().out)
+    assert outs[2] == f"> one\n{outs[0]}\n> two\n{outs[1]}\n"
