@@ -231,6 +231,7 @@ def torch_rows(sizes: Sizes) -> list[dict]:
             rows += [*_torch_dense(torch, k, n, m, sizes), *_bnb(torch, k, n, m, sizes)]
             if m <= max(sizes.few):  # beyond, it takes 20 times as long as a bfloat16 product
                 rows += _tinygemm(torch, k, n, m, sizes)
+            print(rows[-1], flush=True)
     return rows
 
 

@@ -79,7 +79,7 @@ def our_rows(size: str, length: int, rounds: int, backend: str, layers: int | No
         bases[form] = llama_step.base_params(params, form, backend=backend)
     runs = {name: Run(forward, base, tokens, rank=16) for name, base in bases.items()}
     seconds = timed(runs, rounds)
-    return [
+    rows = [
         {
             "who": "lora_jax", "base": name,
             "attention": "cudnn" if compat.has_flash_attention() else "xla",
@@ -90,6 +90,9 @@ def our_rows(size: str, length: int, rounds: int, backend: str, layers: int | No
         }
         for name in runs
     ]  # fmt: skip
+    for row in rows:
+        print(row, flush=True)  # before PEFT's turn, which a lease may not see
+    return rows
 
 
 def peft_rows(
@@ -107,6 +110,7 @@ def peft_rows(
         if form == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
             continue
         rows.append(_peft_row(torch, size, length, rounds, form, layers, device))
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -178,9 +182,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
     if options.tiny:
-        rows = our_rows("tiny", 64, 2, "auto", None)
-        for row in rows + peft_rows("tiny", 64, 2, None, device="cpu"):
-            print(row)
+        our_rows("tiny", 64, 2, "auto", None)
+        peft_rows("tiny", 64, 2, None, device="cpu")
         return
     if jax.default_backend() != "gpu":
         raise SystemExit("this benchmark is for a GPU; `--tiny` runs it on a CPU")
