@@ -4,9 +4,9 @@
     python benchmarks/gpu_kernels.py --compile     for an H200 that is not there, as `make aot`
 
 The fused kernel of the library loses to decoding first with NF4, and with int4 to a bfloat16 weight
-(`results/gpu_quant.json`). The assembler shows why for NF4: the compiler's pipelining turns the
-look-up of every weight into an asynchronous copy into shared memory and a load from there. The
-candidates have none of these; none was run on a GPU yet:
+(`results/gpu_quant.json`). Its machine code shows a likely cause for NF4: the compiler's
+pipelining turns the look-up of every weight into an asynchronous copy into shared memory and a
+load from there. The candidates have neither; none was run on a GPU yet:
 
 - `vector`: no tensor cores, for 1 row. Products of several rows of a block are added up before
   they are multiplied by its scale: 7.5 instructions a weight, no barrier.

@@ -1,37 +1,45 @@
 """Kernels for NVIDIA GPUs, in Pallas with the Triton lowering.
 
-`decode` writes the matrix down for the library's matmul: an opaque call, under another name in
-the backward pass, so that XLA cannot compute it once for both and keep every layer's. `matmul`
-decodes in registers between loading codes and multiplying, for few rows (decoding text): it reads
-a quarter of the bytes. On an H200 that is up to twice as fast with int4, but slower with NF4.
+`decode` writes the matrix to memory for the library's product. XLA cannot see into the call, and in
+the backward pass it has another name: otherwise XLA would decode once for both passes and keep the
+decoded matrix of every layer. `matmul` decodes in registers, between loading codes and
+multiplying. It reads a quarter of the bytes, for few rows (decoding text). On an H200 it is up to
+twice as fast as decoding first with int4, and slower with NF4.
 Both work on superblocks, see `lora_jax.quant.formats`.
 
 Formats with a table look values up in its 16 float32 entries (7 instructions a weight on sm_90; a
-tree of selects takes 19), integer ones are computed. Arithmetic is float32, rounded once.
+tree of selects takes 19); those of integers compute them. Arithmetic is float32, rounded once.
 """
 
 import functools
 import math
 import warnings
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Integer
 
+from lora_jax.dims import AnyArray
 from lora_jax.quant import formats
 from lora_jax.quant.kernels import reference
 from lora_jax.quant.kernels.partition import sharded_decode, sharded_matmul
 
-_COLUMNS = (128, 64, 32, 16)
+# A block of an array in memory, as a kernel gets it; Pallas names no public type for it.
+Ref = Any
+
+_COLUMNS = (128, 64, 32, 16)  # outputs of one program: the first that divides them all
 _ROWS = 64  # of a superblock's half that one program decodes
 _FUSED_BLOCKS = (16, 32, 64, 128)
-# Streaming multiprocessors of an H100 or H200.
-_SMS = 132
+_SMS = 132  # streaming multiprocessors of an H100 or H200
 
 
-def _triton(warps: int, stages: int):
+def _triton(warps: int, stages: int) -> Any:
     from jax.experimental.pallas import triton
 
     return triton.CompilerParams(num_warps=warps, num_stages=stages)
@@ -41,14 +49,16 @@ def _columns(outputs: int) -> int:
     return next((n for n in _COLUMNS if outputs % n == 0), 0)
 
 
-def obstacle(form: formats.Format, block: int, packed: tuple) -> str:
+def obstacle(form: formats.Format, block: int, packed: tuple[int, ...]) -> str:
     """Why no kernel takes a matrix with codes of shape `packed`, or ""."""
     if not _columns(packed[-1]):
         return f"{packed[-1]} outputs are no multiple of {_COLUMNS[-1]}"
     return ""
 
 
-def fused_obstacle(form: formats.Format, block: int, packed: tuple, dtype) -> str:
+def fused_obstacle(
+    form: formats.Format, block: int, packed: tuple[int, ...], dtype: DTypeLike
+) -> str:
     """Why `matmul` does not take it, or ""."""
     if form.packing.slabs != 2:
         return "8-bit codes are multiplied after decoding"
@@ -66,25 +76,27 @@ def _table(form: formats.Format) -> np.ndarray:
     return np.asarray(form.codebook, np.float32)
 
 
-def _values(codes, form: formats.Format, table_ref):
+def _values(codes: Array, form: formats.Format, table_ref: Ref) -> Array:
     """The value of each code in float32."""
     if form.codebook is None or np.all(np.diff(form.codebook) == 1):
         return formats.code_values(codes, form)
     return _load(table_ref, codes.astype(jnp.int32))
 
 
-def _load(table_ref, index):
+def _load(table_ref: Ref, index: Array) -> Array:
     from jax.experimental.pallas import triton
 
     return triton.load(table_ref.at[index])
 
 
-def _slabs(codes, form: formats.Format, scale, bias, table_ref) -> list:
+def _slabs(
+    codes: Array, form: formats.Format, scale: list, bias: list | None, table_ref: Ref
+) -> list[Array]:
     """The halves of a superblock as float32 slabs, each with its own row of scales."""
     halves = form.packing.split(codes)
     out = []
     for i, half in enumerate(halves):
-        # One scale row a half, which is why the halves are stored as slabs.
+        # The halves are stored as slabs so that one row of scales fits each.
         values = _values(half, form, table_ref) * scale[i].astype(jnp.float32)[None, :]
         if bias is not None:
             values = values + bias[i].astype(jnp.float32)[None, :]
@@ -92,7 +104,9 @@ def _slabs(codes, form: formats.Format, scale, bias, table_ref) -> list:
     return out
 
 
-def _call(kernel, *, warps: int, stages: int, interpret: bool, **options):
+def _call(
+    kernel: Callable, *, warps: int, stages: int, interpret: bool, **options: Any
+) -> Callable:
     """`pl.pallas_call` through Triton, which later releases call deprecated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -101,7 +115,8 @@ def _call(kernel, *, warps: int, stages: int, interpret: bool, **options):
             kernel, compiler_params=_triton(warps, stages), interpret=interpret, **options
         )
 
-    def quietly(*args):
+    def quietly(*args: Array) -> Array:
+        # The call warns as well as its making.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             return run(*args)
@@ -109,24 +124,42 @@ def _call(kernel, *, warps: int, stages: int, interpret: bool, **options):
     return quietly
 
 
-def _decode_kernel(packed_ref, scale_ref, bias_ref, table_ref, out_ref, *, form):
+def _decode_kernel(
+    packed_ref: Ref,
+    scale_ref: Ref,
+    bias_ref: Ref | None,
+    table_ref: Ref,
+    out_ref: Ref,
+    *,
+    form: formats.Format,
+) -> None:
     bias = None if bias_ref is None else [bias_ref[i, :] for i in range(bias_ref.shape[0])]
     scale = [scale_ref[i, :] for i in range(scale_ref.shape[0])]
     for i, slab in enumerate(_slabs(packed_ref[...], form, scale, bias, table_ref)):
         out_ref[i, :, :] = slab.astype(out_ref.dtype)
 
 
-def decode(packed, scale, bias, *, form: formats.Format, block: int, dtype, name: str,
-           interpret: bool = False):  # fmt: skip
-    """The matrix `(K, N)` in `dtype`, K filled up to whole superblocks.
+def decode(
+    packed: Integer[AnyArray, "p n"],  # noqa: F722
+    scale: Float[AnyArray, "g n"],  # noqa: F722
+    bias: Float[AnyArray, "g n"] | None,  # noqa: F722
+    *,
+    form: formats.Format,
+    block: int,
+    dtype: DTypeLike,
+    name: Literal["forward", "backward"],
+    interpret: bool = False,
+) -> Float[Array, "k n"]:  # noqa: F722
+    """The matrix in `dtype`, K filled up to whole superblocks.
 
     Args:
       packed, scale, bias: of one matrix.
-      form, block, dtype: how to read it, and in what.
-      name: "forward" or "backward", which keeps XLA from sharing the result.
+      form, block: how to read it.
+      dtype: of the result.
+      name: of the pass it is for, which keeps XLA from using one result in both.
       interpret: run the kernel's Python instead of compiling it.
     """
-    # 1 for 8-bit codes, which fill a byte each.
+    # One for 8-bit codes, which fill a byte each.
     halves = form.rows(block) // block
     supers = packed.shape[0] // block
     cols = packed.shape[1]
@@ -140,30 +173,40 @@ def decode(packed, scale, bias, *, form: formats.Format, block: int, dtype, name
     return sharded_decode(run, *parts).reshape(supers * halves * block, cols)
 
 
-def _decode_blocks(packed, scale, *rest, form, dtype, name: str, interpret: bool):
+def _decode_blocks(
+    packed: AnyArray,
+    scale: AnyArray,
+    *rest: AnyArray,
+    form: formats.Format,
+    dtype: DTypeLike,
+    name: str,
+    interpret: bool,
+) -> Array:
     """`(S, B, N), (S, halves, N), perhaps biases, table -> (S, halves, B, N)`."""
     supers, block, cols = packed.shape
     halves, bn, rows = scale.shape[1], _columns(cols), min(block, _ROWS)
-    if not bn:  # of a shard, where the whole has more
+    if not bn:  # a shard may have an odd number of outputs where the whole has an even one
         return reference.decode_blocks(packed, scale, *rest[:-1], form=form, dtype=dtype)
 
-    def codes_at(s, r, j):
+    def codes_at(s: Any, r: Any, j: Any) -> tuple:
         return s, r, j
 
-    def scales_at(s, r, j):
+    def scales_at(s: Any, r: Any, j: Any) -> tuple:
+        # The rows of a block share their scale.
         return s, 0, j
 
     scales = pl.BlockSpec((None, halves, bn), scales_at)
     specs = [pl.BlockSpec((None, rows, bn), codes_at), scales] + [scales] * (len(rest) - 1)
     specs.append(pl.BlockSpec((16,), lambda s, r, j: (0,)))
 
-    def kernel(packed_ref, scale_ref, *refs):
+    def kernel(packed_ref: Ref, scale_ref: Ref, *refs: Ref) -> None:
         bias_ref = refs[0] if len(rest) == 2 else None
         _decode_kernel(packed_ref, scale_ref, bias_ref, refs[-2], refs[-1], form=form)
 
     run = _call(
         kernel,
         warps=4,
+        # There is no loop to pipeline: a program decodes one tile.
         stages=1,
         interpret=interpret,
         grid=(supers, block // rows, cols // bn),
@@ -176,24 +219,34 @@ def _decode_blocks(packed, scale, *rest, form, dtype, name: str, interpret: bool
 
 
 def _tile_rows(rows: int) -> int:
-    """Rows of one tile: a tensor-core product has at least 16."""
-    # From 64 rows on Hopper's wgmma is used, which takes 64 at a time.
+    """Rows of one tile; a tensor-core product has at least 16."""
+    # From 64 rows the compiler takes Hopper's wgmma, which has 64.
     return min(64, max(16, 1 << math.ceil(math.log2(max(rows, 1)))))
 
 
 def _split(supers: int, tiles: int) -> int:
-    """Into how many parts the inputs are split so that every multiprocessor has work."""
+    """Into how many parts the inputs are split, so that every multiprocessor has work."""
     # Few rows give few tiles: the aim is two programs a multiprocessor. Each part writes float32
-    # sums of its own, so there are at most 16.
+    # sums of its own, to be added up afterwards, so there are at most 16.
     parts = [p for p in range(1, supers + 1) if supers % p == 0 and p <= 16]
     return next((p for p in parts if p * tiles >= 2 * _SMS), parts[-1])
 
 
-def matmul(x, packed, scale, bias, *, form: formats.Format, block: int, transposed: bool, dtype,
-           interpret: bool = False):  # fmt: skip
-    """`x (M, K) · w`, decoding as it goes, or transposed `x (M, N) · wᵀ`; sums in float32.
+def matmul(
+    x: Float[AnyArray, "m _"],  # noqa: F722
+    packed: Integer[AnyArray, "p n"],  # noqa: F722
+    scale: Float[AnyArray, "g n"],  # noqa: F722
+    bias: Float[AnyArray, "g n"] | None,  # noqa: F722
+    *,
+    form: formats.Format,
+    block: int,
+    transposed: bool,
+    dtype: DTypeLike,
+    interpret: bool = False,
+) -> Float[Array, "m _"]:  # noqa: F722
+    """`x (M, K) · w`, decoding in the same kernel, or transposed `x (M, N) · wᵀ`; float32 sums.
 
-    The transposed one decodes first: as one kernel it took 1.5 to 9 times as long on an H200.
+    The transposed product decodes first: as one kernel it took 1.5 to 9 times as long on an H200.
 
     Args:
       x: few rows.
@@ -213,10 +266,21 @@ def matmul(x, packed, scale, bias, *, form: formats.Format, block: int, transpos
                           transposed=False, dtype=dtype)  # fmt: skip
 
 
-def _fused(x, packed, scale, bias, table, *, form, block: int, dtype, interpret: bool):
+def _fused(
+    x: AnyArray,
+    packed: AnyArray,
+    scale: AnyArray,
+    bias: AnyArray | None,
+    table: AnyArray,
+    *,
+    form: formats.Format,
+    block: int,
+    dtype: DTypeLike,
+    interpret: bool,
+) -> Array:
     """`matmul` of what one device has."""
-    how = dict(form=form, block=block)
-    if not _columns(packed.shape[1]):  # of a shard, where the whole has more
+    how: dict[str, Any] = dict(form=form, block=block)
+    if not _columns(packed.shape[1]):  # as in `_decode_blocks`
         return reference.matmul(x, packed, scale, bias, **how, transposed=False, dtype=dtype)
     rows = x.shape[0]
     bm = _tile_rows(rows)
@@ -226,21 +290,34 @@ def _fused(x, packed, scale, bias, table, *, form, block: int, dtype, interpret:
     return y[:rows].astype(dtype)
 
 
-def _operands(scale, bias, spec) -> tuple[list, list]:
+def _operands(scale: AnyArray, bias: AnyArray | None, spec: Any) -> tuple[list, list]:
+    """Scales and perhaps biases, with a block specification for each."""
     return ([scale], [spec]) if bias is None else ([scale, bias], [spec, spec])
 
 
-def _forward(x, packed, scale, bias, table, *, bm: int, form, block: int, interpret: bool):
+def _forward(
+    x: AnyArray,
+    packed: AnyArray,
+    scale: AnyArray,
+    bias: AnyArray | None,
+    table: AnyArray,
+    *,
+    bm: int,
+    form: formats.Format,
+    block: int,
+    interpret: bool,
+) -> Array:
+    """Float32 sums `(M, N)` of tiles of `bm` rows."""
     (m, k), cols = x.shape, packed.shape[1]
     bn, supers = _columns(cols), packed.shape[0] // block
     splits = _split(supers, (m // bm) * (cols // bn))
     steps = supers // splits
 
-    def kernel(x_ref, packed_ref, *rest):
+    def kernel(x_ref: Ref, packed_ref: Ref, *rest: Ref) -> None:
         *scale_refs, table_ref, out_ref = rest
         first = pl.program_id(2) * steps
 
-        def body(i, acc):
+        def body(i: Any, acc: Array) -> Array:
             j = first + i
             codes = packed_ref[pl.ds(j * block, block), :]
             read = [[ref[2 * j + h, :] for h in range(2)] for ref in scale_refs]
@@ -259,6 +336,8 @@ def _forward(x, packed, scale, bias, table, *, bm: int, form, block: int, interp
     parts = _call(
         kernel,
         warps=4,
+        # Loads of the codes run two steps ahead. So do those of a table, which costs NF4 dearly:
+        # each look-up becomes a copy into shared memory (see benchmarks/gpu_kernels.py).
         stages=3,
         interpret=interpret,
         grid=(m // bm, cols // bn, splits),

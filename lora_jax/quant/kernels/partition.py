@@ -1,22 +1,26 @@
-"""Kernels under automatic sharding: XLA cannot split an opaque call, so it is told how.
+"""Kernels under automatic sharding: XLA cannot split an opaque call, so these rules describe how.
 
-Decoding has no sums: every superblock and every output is its own. A call in several processes'
-or devices' programs is wrapped in `custom_partitioning`, with codes, scales and result sharded
-alike; the product that follows is XLA's own, and partitioned by it. A fused product gives XLA the
-sums of its parts to add up, of which each device has its own.
+Decoding has no sums: every superblock and every output is independent. In a program of several
+devices the call is wrapped in `custom_partitioning`, with codes, scales and result sharded alike;
+the product that follows is XLA's own, and XLA partitions it. A fused product returns the sums of
+its parts, of which each device has its own, and XLA adds them up.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from lora_jax.dims import AnyArray
 
 
-def sharded_decode(run: functools.partial, *parts):
+def sharded_decode(run: functools.partial, *parts: AnyArray) -> jax.Array:
     """`run(codes (S, B, N), scales (S, t, N), ...) -> (S, t, B, N)`, on shards of S and N.
 
     Args:
@@ -36,22 +40,23 @@ def _inside_shard_map() -> bool:
 
 
 @functools.cache
-# Cached, so that equal options give one function, and jit does not compile it again.
-def _partitioned(run: Callable, options: tuple, dims: tuple) -> Callable:
-    def kernel(*parts):
+# Cached, so that equal options give one function: jit would compile for another one again.
+def _partitioned(run: Callable, options: tuple, dims: tuple[int, ...]) -> Callable:
+    def kernel(*parts: AnyArray) -> jax.Array:
         return run(*parts, **dict(options))
 
     wrapped = custom_partitioning(kernel)
 
-    def result_of(mesh, arguments) -> NamedSharding:
+    def result_of(mesh: Mesh, arguments: tuple) -> NamedSharding:
         # Rows of a superblock stay together: `t` and `B` are never sharded.
         spec = tuple(arguments[0].sharding.spec) + (None,) * 3
         return NamedSharding(mesh, PartitionSpec(spec[0], None, None, spec[2]))
 
-    def infer(mesh, arguments, result):
+    def infer(mesh: Mesh, arguments: tuple, result: Any) -> NamedSharding:
         return result_of(mesh, arguments)
 
-    def partition(mesh, arguments, result):
+    def partition(mesh: Mesh, arguments: tuple, result: Any) -> tuple:
+        # A result's spec may leave out trailing dims.
         spec = tuple(result.sharding.spec) + (None,) * 4
         own = NamedSharding(mesh, PartitionSpec(spec[0], None, spec[3]))
         out = NamedSharding(mesh, PartitionSpec(spec[0], None, None, spec[3]))
@@ -67,19 +72,27 @@ def _partitioned(run: Callable, options: tuple, dims: tuple) -> Callable:
     return wrapped
 
 
-def _rule(dims: tuple) -> str:
-    """Shardy's rule: superblocks `s` and outputs `n` are shared, all else is whole."""
+def _rule(dims: tuple[int, ...]) -> str:
+    """Shardy's rule: superblocks `s` and outputs `n` may be sharded, no other dim."""
     operands = ["s b n", *("s t n" if n == 3 else "c" for n in dims[1:])]
     return f"{', '.join(operands)} -> s t b n"
 
 
 def sharded_matmul(
-    run: functools.partial, x, packed, scale, bias, *tables, supers: int, transposed: bool, dtype
-):
+    run: functools.partial,
+    x: AnyArray,
+    packed: AnyArray,
+    scale: AnyArray,
+    bias: AnyArray | None,
+    *tables: AnyArray,
+    supers: int,
+    transposed: bool,
+    dtype: DTypeLike,
+) -> jax.Array:
     """`run(x, codes, scales, biases or None, *tables, dtype=)`, split by rows, inputs and outputs.
 
-    Superblocks and outputs are cut into as many groups as devices could share them. A device's own
-    sum stands in the place of its first group, and XLA adds the groups up.
+    Superblocks and outputs are cut into groups, as many as devices can share. A device puts its sum
+    in the place of its first group, and XLA adds the groups up.
 
     Args:
       run: a `functools.partial` of a fused kernel, with hashable options.
@@ -115,21 +128,28 @@ def _partitioned_matmul(
     run: Callable, options: tuple, transposed: bool, count: int, tables: int
 ) -> Callable:
     """`x (M, g, c)` and codes `(g, p, h, n)` to `(g, M, h, n)`; transposed `(M, h, n)` and codes
-    to `(h, M, g, c)`."""
+    to `(h, M, g, c)`.
 
-    def kernel(x, *operands):
+    Args:
+      run, options: the kernel, and its keywords as pairs.
+      transposed: whether outputs are contracted.
+      count: arrays of the weight: codes, scales, perhaps biases.
+      tables: arrays that every device has whole.
+    """
+
+    def kernel(x: AnyArray, *operands: AnyArray) -> jax.Array:
         rows, _, columns, _ = operands[0].shape
         parts = [a.reshape(a.shape[0] * a.shape[1], -1) for a in operands[:count]]
         parts += [None] * (3 - count)
         y = run(x.reshape(x.shape[0], -1), *parts, *operands[count:], **dict(options))
         summed, kept = (columns, rows) if transposed else (rows, columns)
-        # A device adds up all its groups inside the kernel; zeros stand for the others.
+        # The kernel has added up all groups of this device: the others of its places are zero.
         out = jnp.zeros((summed, y.shape[0], kept, y.shape[1] // kept), y.dtype)
         return out.at[0].set(y.reshape(out.shape[1:]))
 
     wrapped = custom_partitioning(kernel)
 
-    def infer(mesh, arguments, result):
+    def infer(mesh: Mesh, arguments: tuple, result: Any) -> NamedSharding:
         rows, *_ = (*arguments[0].sharding.spec, None)
         codes = (*arguments[1].sharding.spec, *[None] * 4)
         summed, kept = (codes[2], codes[0]) if transposed else (codes[0], codes[2])
@@ -137,7 +157,8 @@ def _partitioned_matmul(
         rows = None if rows in (summed, kept) else rows
         return NamedSharding(mesh, PartitionSpec(summed, rows, kept, None))
 
-    def partition(mesh, arguments, result):
+    def partition(mesh: Mesh, arguments: tuple, result: Any) -> tuple:
+        # From the result's sharding back to that of the operands.
         summed, rows, kept, *_ = (*result.sharding.spec, *[None] * 4)
         group, column = (kept, summed) if transposed else (summed, kept)
         own = NamedSharding(mesh, PartitionSpec(group, None, column, None))
@@ -146,6 +167,7 @@ def _partitioned_matmul(
         whole = NamedSharding(mesh, PartitionSpec())
         return mesh, kernel, out, (x, *[own] * count, *[whole] * tables)
 
+    # As in `_rule`; `q` is a table's only dim.
     x, out = ("m h n", "h m g c") if transposed else ("m g c", "g m h n")
     codes = ["g p h n", "g t h n", "g t h n"][:count] + ["q"] * tables
     wrapped.def_partition(

@@ -1,25 +1,31 @@
 """Kernels for TPUs, in Pallas with the Mosaic lowering; the contract of `kernels.gpu`.
 
-Values come from a tree of selects: a table lookup is a gather, of which a TPU has none. Codes are
-widened to 32 bits before they are shifted. A grid step takes some whole superblocks, whose codes,
-scales and biases are given a dim of their own so that no tile has to be aligned across them.
+Values come from a tree of selects: a table look-up is a gather, which a TPU does not have. Codes
+are widened to 32 bits before they are shifted. A grid step takes several whole superblocks; codes,
+scales and biases have a dim for them, so that no tile has to be aligned across superblocks.
+None of this was run on a TPU: it is interpreted in the tests, and compiled ahead of time.
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Integer
 
+from lora_jax.dims import AnyArray
 from lora_jax.quant import formats
 from lora_jax.quant.kernels import reference
 from lora_jax.quant.kernels.partition import sharded_decode, sharded_matmul
 
-# The last dim of a TPU's vector register.
-_LANES = 128
-_COLUMNS = (512, 256, 128)
+# A block of an array in memory, as a kernel gets it; Pallas names no public type for it.
+Ref = Any
+
+_LANES = 128  # the last dim of a TPU's vector register
+_COLUMNS = (512, 256, 128)  # outputs of one grid step: the first that divides them all
 _STEPS = 8  # superblocks of a grid step, at most
 _ROWS = 256  # rows of `x` in a tile, at most
 _BLOCKS = (32, 64, 128, 256)
@@ -33,7 +39,7 @@ def _steps(supers: int) -> int:
     return max(s for s in range(1, _STEPS + 1) if supers % s == 0)
 
 
-def obstacle(form: formats.Format, block: int, packed: tuple) -> str:
+def obstacle(form: formats.Format, block: int, packed: tuple[int, ...]) -> str:
     """Why no kernel takes a matrix with codes of shape `packed`, or ""."""
     if not _columns(packed[-1]):
         return f"{packed[-1]} outputs are no multiple of {_LANES}"
@@ -42,7 +48,9 @@ def obstacle(form: formats.Format, block: int, packed: tuple) -> str:
     return ""
 
 
-def fused_obstacle(form: formats.Format, block: int, packed: tuple, dtype) -> str:
+def fused_obstacle(
+    form: formats.Format, block: int, packed: tuple[int, ...], dtype: DTypeLike
+) -> str:
     """Why `matmul` does not take it, or ""."""
     if form.packing.slabs != 2:
         return "8-bit codes are multiplied after decoding"
@@ -52,7 +60,9 @@ def fused_obstacle(form: formats.Format, block: int, packed: tuple, dtype) -> st
     return ""
 
 
-def _slabs(i: int, packed_ref, scale_ref, bias_ref, form: formats.Format) -> list:
+def _slabs(
+    i: int, packed_ref: Ref, scale_ref: Ref, bias_ref: Ref | None, form: formats.Format
+) -> list[Array]:
     """The halves of superblock `i` of a tile, in float32."""
     codes = packed_ref[i].astype(jnp.int32)
     halves = form.packing.split(codes)
@@ -66,27 +76,39 @@ def _slabs(i: int, packed_ref, scale_ref, bias_ref, form: formats.Format) -> lis
     return out
 
 
-def _blocks(packed, scale, bias, form: formats.Format, block: int) -> list:
-    """Codes `(S, B, N)`, scales and biases `(S, halves, N)`; float16 is no dtype of a TPU."""
+def _blocks(
+    packed: AnyArray, scale: AnyArray, bias: AnyArray | None, form: formats.Format, block: int
+) -> list[AnyArray]:
+    """Codes `(S, B, N)`, scales and biases `(S, halves, N)`."""
     halves = form.rows(block) // block
     supers, cols = packed.shape[0] // block, packed.shape[1]
     out = [packed.reshape(supers, block, cols)]
     for x in (scale, bias):
         if x is not None:
+            # A TPU has no float16.
             x = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
             out.append(x.reshape(supers, halves, cols))
     return out
 
 
-def _compiler(*semantics: Any):
+def _compiler(*semantics: Any) -> Any:
     from jax.experimental.pallas import tpu
 
     return tpu.CompilerParams(dimension_semantics=semantics)
 
 
-def decode(packed, scale, bias, *, form: formats.Format, block: int, dtype, name: str,
-           interpret: bool = False):  # fmt: skip
-    """The matrix `(K, N)`; arguments as of `kernels.gpu.decode`."""
+def decode(
+    packed: Integer[AnyArray, "p n"],  # noqa: F722
+    scale: Float[AnyArray, "g n"],  # noqa: F722
+    bias: Float[AnyArray, "g n"] | None,  # noqa: F722
+    *,
+    form: formats.Format,
+    block: int,
+    dtype: DTypeLike,
+    name: Literal["forward", "backward"],
+    interpret: bool = False,
+) -> Float[Array, "k n"]:  # noqa: F722
+    """The matrix; arguments as of `kernels.gpu.decode`."""
     parts = _blocks(packed, scale, bias, form, block)
     run = functools.partial(
         _decode_blocks, form=form, dtype=jnp.dtype(dtype), name=name, interpret=interpret
@@ -94,19 +116,28 @@ def decode(packed, scale, bias, *, form: formats.Format, block: int, dtype, name
     return sharded_decode(run, *parts).reshape(-1, packed.shape[1])
 
 
-def _decode_blocks(packed, scale, bias=None, *, form, dtype, name: str, interpret: bool):
+def _decode_blocks(
+    packed: AnyArray,
+    scale: AnyArray,
+    bias: AnyArray | None = None,
+    *,
+    form: formats.Format,
+    dtype: DTypeLike,
+    name: str,
+    interpret: bool,
+) -> Array:
     supers, block, cols = packed.shape
     halves, bn, steps = scale.shape[1], _columns(cols), _steps(supers)
-    if not bn:  # of a shard, where the whole has more
+    if not bn:  # a shard may have an odd number of outputs where the whole has an even one
         return reference.decode_blocks(packed, scale, bias, form=form, dtype=dtype)
 
-    def kernel(packed_ref, scale_ref, *rest):
+    def kernel(packed_ref: Ref, scale_ref: Ref, *rest: Ref) -> None:
         bias_ref = rest[0] if bias is not None else None
         for i in range(steps):
             for h, slab in enumerate(_slabs(i, packed_ref, scale_ref, bias_ref, form)):
                 rest[-1][i, h] = slab.astype(dtype)
 
-    def at(s, j):
+    def at(s: Any, j: Any) -> tuple:
         return s, 0, j
 
     scales = pl.BlockSpec((steps, halves, bn), at)
@@ -122,8 +153,18 @@ def _decode_blocks(packed, scale, bias=None, *, form, dtype, name: str, interpre
     )(packed, scale, *([] if bias is None else [bias]))
 
 
-def matmul(x, packed, scale, bias, *, form: formats.Format, block: int, transposed: bool, dtype,
-           interpret: bool = False):  # fmt: skip
+def matmul(
+    x: Float[AnyArray, "m _"],  # noqa: F722
+    packed: Integer[AnyArray, "p n"],  # noqa: F722
+    scale: Float[AnyArray, "g n"],  # noqa: F722
+    bias: Float[AnyArray, "g n"] | None,  # noqa: F722
+    *,
+    form: formats.Format,
+    block: int,
+    transposed: bool,
+    dtype: DTypeLike,
+    interpret: bool = False,
+) -> Float[Array, "m _"]:  # noqa: F722
     """`x (M, K) · w`, or transposed `x (M, N) · wᵀ`; arguments as of `kernels.gpu.matmul`."""
     run = functools.partial(
         _fused, form=form, block=block, transposed=transposed, interpret=interpret
@@ -133,10 +174,21 @@ def matmul(x, packed, scale, bias, *, form: formats.Format, block: int, transpos
                           dtype=dtype)  # fmt: skip
 
 
-def _fused(x, packed, scale, bias, *, form, block: int, transposed: bool, dtype, interpret: bool):
+def _fused(
+    x: AnyArray,
+    packed: AnyArray,
+    scale: AnyArray,
+    bias: AnyArray | None,
+    *,
+    form: formats.Format,
+    block: int,
+    transposed: bool,
+    dtype: DTypeLike,
+    interpret: bool,
+) -> Array:
     """`matmul` of what one device has."""
     if obstacle(form, block, packed.shape) or fused_obstacle(form, block, packed.shape, x.dtype):
-        # Of a shard, where the whole has none.
+        # A shard may have one where the whole has none.
         return reference.matmul(x, packed, scale, bias, form=form, block=block,
                                 transposed=transposed, dtype=dtype)  # fmt: skip
     rows, supers, cols = x.shape[0], packed.shape[0] // block, packed.shape[1]
@@ -150,12 +202,12 @@ def _fused(x, packed, scale, bias, *, form, block: int, transposed: bool, dtype,
     # The contraction is the last grid axis, the innermost: its steps add to one scratch tile.
     tiles = (m // bm, k // bk, cols // bn) if transposed else (m // bm, cols // bn, k // bk)
 
-    def kernel(x_ref, packed_ref, scale_ref, *rest):
+    def kernel(x_ref: Ref, packed_ref: Ref, scale_ref: Ref, *rest: Ref) -> None:
         bias_ref = rest[0] if bias is not None else None
         out_ref, sum_ref = rest[-2:]
 
         @pl.when(pl.program_id(2) == 0)
-        def _():
+        def _() -> None:
             sum_ref[...] = jnp.zeros_like(sum_ref)
 
         for i in range(steps):
@@ -168,10 +220,11 @@ def _fused(x, packed, scale, bias, *, form, block: int, transposed: bool, dtype,
                 sum_ref[...] += _dot(x_ref[:, at], w, 0)
 
         @pl.when(pl.program_id(2) == tiles[2] - 1)
-        def _():
+        def _() -> None:
+            # The sums stay in float32 scratch until the last step, and are rounded once.
             out_ref[...] = sum_ref[...].astype(out_ref.dtype)
 
-    def of_weight(i, a, b):
+    def of_weight(i: Any, a: Any, b: Any) -> tuple:
         return (a, 0, b) if transposed else (b, 0, a)
 
     scales = pl.BlockSpec((steps, 2, bn), of_weight)
@@ -194,13 +247,13 @@ def _fused(x, packed, scale, bias, *, form, block: int, transposed: bool, dtype,
     return y[:rows]
 
 
-def _vmem(shape: tuple):
+def _vmem(shape: tuple[int, ...]) -> Any:
     from jax.experimental.pallas import tpu
 
     return tpu.VMEM(shape, jnp.float32)
 
 
-def _dot(left, right, dim: int):
+def _dot(left: Array, right: Array, dim: int) -> Array:
     return lax.dot_general(
         left, right, (((1,), (dim,)), ((), ())), preferred_element_type=jnp.float32
     )
