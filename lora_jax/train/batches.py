@@ -196,9 +196,10 @@ def iterate(loader: Loader, steps: int, *, prefetch: int = 2):
     """
     grain = require("grain")
     if steps > loader.epochs * batches_per_epoch(loader):
+        plural = "" if loader.epochs == 1 else "s"
         raise ValueError(
-            f"`steps` is {steps}, but the loader was laid out for {loader.epochs} epochs of"
-            f" {batches_per_epoch(loader)}; lay it out with more `epochs`"
+            f"`steps` is {steps}, but the loader was laid out for {loader.epochs} epoch{plural} of"
+            f" {batches_per_epoch(loader)} steps; lay it out with more `epochs`"
         )
     source = grain.MapDataset.source(_Batches(loader, steps))
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(1, prefetch))

@@ -113,7 +113,9 @@ def test_places_are_what_the_planned_epochs_need():
             rung = batch.tokens.shape[2]
             needed[rung] = max(needed[rung], int(batch.weights.sum(1).max()))
         assert {r: (-(-n // 16) * 16,) for r, n in needed.items()} == layout.places
-    with pytest.raises(ValueError, match="`steps` is 22, but .* for 3 epochs of 7; lay it out"):
+    with pytest.raises(
+        ValueError, match="`steps` is 22, but .* for 3 epochs of 7 steps; lay it out"
+    ):
         iterate(layout, 22)
 
 

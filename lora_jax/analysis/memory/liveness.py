@@ -291,7 +291,7 @@ def _inside(kernel: _Kernel, habits: Habits) -> Alive:
     return nothing._replace(bytes=size)
 
 
-def _largest(held: dict[Value, int], inside: Alive, count: int = 6):
+def _largest(held: dict[Value, int], inside: Alive, count: int = 6) -> tuple[tuple[str, int], ...]:
     found = [(x.label, b) for x, b in held.items() if b] + list(inside.largest)
     return tuple(sorted(found, key=lambda item: -item[1])[:count])
 

@@ -200,7 +200,7 @@ def _encoder_loss(forward: Any) -> Callable[..., jax.Array]:
     """Cross entropy of the head's logits, or of the hidden states of an encoder without a head."""
     apply = lorafy(forward.apply, reverse_only=True)
 
-    def loss(trainable: Any, frozen: Any, batch: Any, key):
+    def loss(trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
         out = apply(combine(trainable, frozen), batch.tokens, lora_key=key)
         logits = jax.tree.leaves(out)[0]
         logits = logits.reshape(batch.targets.shape[0], logits.shape[-1])

@@ -79,6 +79,7 @@ class MatrixSpectrum:
         if not self.norm:
             return 0
         held = np.cumsum(self.values**2) / np.sum(self.values**2)
+        # Room for rounding: a sum of shares that is 0.9 in exact numbers may come out below it.
         return int(np.searchsorted(held, share * (1 - 1e-12)) + 1)
 
     def energy_share(self, rank: int) -> float:
@@ -161,11 +162,12 @@ class Spectrum:
                 str(row["rank_90"]),
                 str(row["rank_99"]),
                 f"{row['sigma_1']:.3g}",
-                f"{row['sigma_1_over_10']:.3g}",
+                # An adapter of a rank below 10 has no tenth value to compare with.
+                f"{row['sigma_1_over_10']:.3g}" if len(m.values) >= 10 else "-",
                 f"{row['stable_rank']:.2f}",
                 f"{row['relative']:.2e}",
             ]
-            for row in self.rows()
+            for row, m in zip(self.rows(), self.matrices, strict=True)
         ]
         widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
         return "\n".join(
@@ -182,8 +184,6 @@ class Spectrum:
 
     def plot(self, path: str | Path) -> None:
         """Draws how the values fall, `σk / σ1` against k, as a PNG; see `plots.plot_decay`."""
-        pass
-
         plot_decay(path, self)
 
 
@@ -244,7 +244,7 @@ def plot_decay(path: str | os.PathLike, found: Spectrum, *, title: str = "") -> 
     save_figure(figure, path)
 
 
-def draw_decay(axes, found: Spectrum, *, band: bool = True) -> None:
+def draw_decay(axes: Any, found: Spectrum, *, band: bool = True) -> None:
     """Draws `σk / σ1` against k: the median of each kind of module.
 
     Args:

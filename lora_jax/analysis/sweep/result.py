@@ -304,7 +304,7 @@ def _interval(drawn: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _within(scores: Mapping, ranks: Sequence[int], lower: bool, tolerance: float):
+def _within(scores: Mapping, ranks: Sequence[int], lower: bool, tolerance: float) -> np.ndarray:
     """The smallest rank within the tolerance of full fine-tuning, `inf` for none."""
     full = np.asarray(scores[FULL])
     room = tolerance * np.abs(full)

@@ -1,28 +1,22 @@
 """The rank sweep: trains every rank and the whole model on the same data, steps and seeds."""
 
 import dataclasses
-import functools
-import hashlib
-import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from lora_jax import multi
-from lora_jax.analysis.sweep.config import SweepConfig, Task, with_rank
+from lora_jax.analysis.sweep.config import SweepConfig, Task
+from lora_jax.analysis.sweep.plan import Job, SweepPlan, plan_sweep
 from lora_jax.analysis.sweep.result import BASE, FULL, Run, Sweep, summarize
-from lora_jax.analysis.sweep.store import COMMON, Keeper, Store
+from lora_jax.analysis.sweep.store import Keeper, Store
 from lora_jax.analysis.sweep.train import Trained, train_adapters, train_full
-from lora_jax.checkpoint import fingerprint
 from lora_jax.config.lora import LoraConfig
 from lora_jax.merge import merge
 from lora_jax.multi.stack import stack
-from lora_jax.plan.decide import plan as make_plan
-from lora_jax.plan.leaf import Plan
-from lora_jax.train.config import TrainConfig, fixed_fields
+from lora_jax.train.config import TrainConfig
 from lora_jax.train.progress import bar
 from lora_jax.tree import count_parameters, init
 
@@ -65,89 +59,6 @@ def rank_sweep(
     return _run(plan_sweep(task, sweep, lora_config, train_config, log=log))
 
 
-class _Job(NamedTuple):
-    rank: int | str
-    rate: float
-    seed: int
-    steps: int
-
-    @property
-    def name(self) -> str:
-        return Run(self.rank, self.rate, self.seed, self.steps, 0, (), None, 0.0, 1, None).name
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepPlan:
-    """All that the steps of a sweep read.
-
-    Attributes:
-      task, sweep, lora_config, train_config: the arguments of `rank_sweep`.
-      steps: optimizer steps of every run.
-      store: the finished runs.
-      log: receives the lines for the user.
-      plan_of: the adapter plan of a rank.
-      shapes_of: `(seed, steps) -> digest` of the shapes of the batches that such a run sees.
-      fingerprint: of the base.
-
-    The last three are computed when first needed and kept, since a resumed sweep may need none.
-    """
-
-    task: Task
-    sweep: SweepConfig
-    lora_config: LoraConfig
-    train_config: TrainConfig
-    steps: int
-    store: Store
-    log: Callable[[str], None]
-    plan_of: Callable[[int], Plan]
-    shapes_of: Callable[[int, int], str]
-    fingerprint: Callable[[], dict[str, str]]
-
-
-def _check(task: Task, sweep: SweepConfig, train_config: TrainConfig) -> None:
-    if train_config.steps is None:
-        raise ValueError("`steps` is missing: every rank is trained for as many steps")
-    if task.tuning is None and (
-        len(sweep.learning_rates) > 1 or (sweep.full and len(sweep.full_learning_rates) > 1)
-    ):
-        raise ValueError(
-            "there are several learning rates and no `tuning` loss in the task to choose by: "
-            "give one, or a single learning rate"
-        )
-
-
-def plan_sweep(
-    task: Task,
-    sweep: SweepConfig,
-    lora_config: LoraConfig,
-    train_config: TrainConfig,
-    *,
-    log: Callable[[str], None],
-) -> SweepPlan:
-    """Checks a sweep and opens its folder; arguments and errors are those of `rank_sweep`."""
-    _check(task, sweep, train_config)
-
-    batch_of = functools.cache(functools.partial(_first_batch, task))
-
-    def plan_of(rank: int) -> Plan:
-        config = with_rank(lora_config, rank)
-        return make_plan(config, task.loss, task.params, batch_of(sweep.seeds[0]))
-
-    assert train_config.steps is not None
-    return SweepPlan(
-        task=task,
-        sweep=sweep,
-        lora_config=lora_config,
-        train_config=train_config,
-        steps=train_config.steps,
-        store=_open(task, sweep, lora_config, train_config),
-        log=log,
-        plan_of=functools.cache(plan_of),
-        shapes_of=functools.cache(functools.partial(_shapes, task)),
-        fingerprint=functools.cache(functools.partial(fingerprint, task.params)),
-    )
-
-
 def _run(plan: SweepPlan) -> Sweep:
     task, sweep, store = plan.task, plan.sweep, plan.store
     # The base is scored before anything is trained: a wrong task or data set shows at once.
@@ -156,7 +67,7 @@ def _run(plan: SweepPlan) -> Sweep:
     trials = _trials(plan, ranks)
     _train(plan, [j for j in trials if not _is_tuned(store, j)])
     rates = {rank: _best_rate(plan, rank) for rank in ranks}
-    jobs = [_Job(r, rates[r], seed, plan.steps) for r in ranks for seed in sweep.seeds]
+    jobs = [Job(r, rates[r], seed, plan.steps) for r in ranks for seed in sweep.seeds]
     for job in trials:
         if job not in jobs:
             store.forget(store.runs[job.name])
@@ -197,10 +108,10 @@ def _tune_steps(plan: SweepPlan) -> int:
     return plan.sweep.tune_steps or plan.steps
 
 
-def _trials(plan: SweepPlan, ranks: Sequence[int | str]) -> list[_Job]:
+def _trials(plan: SweepPlan, ranks: Sequence[int | str]) -> list[Job]:
     """The runs that choose learning rates; a single candidate needs none."""
     return [
-        _Job(rank, rate, plan.sweep.seeds[0], _tune_steps(plan))
+        Job(rank, rate, plan.sweep.seeds[0], _tune_steps(plan))
         for rank in ranks
         for rate in _rates(plan.sweep, rank)
         if len(_rates(plan.sweep, rank)) > 1
@@ -213,7 +124,7 @@ def _best_rate(plan: SweepPlan, rank: int | str) -> float:
         return rates[0]
 
     def loss(rate: float) -> float:
-        job = _Job(rank, rate, plan.sweep.seeds[0], _tune_steps(plan))
+        job = Job(rank, rate, plan.sweep.seeds[0], _tune_steps(plan))
         found = plan.store.runs[job.name].tuning
         return found if found is not None and np.isfinite(found) else np.inf
 
@@ -227,11 +138,11 @@ def _best_rate(plan: SweepPlan, rank: int | str) -> float:
     return best
 
 
-def _is_tuned(store: Store, job: _Job) -> bool:
+def _is_tuned(store: Store, job: Job) -> bool:
     return job.name in store.runs and store.runs[job.name].tuning is not None
 
 
-def _is_trained(store: Store, job: _Job) -> bool:
+def _is_trained(store: Store, job: Job) -> bool:
     run = store.runs.get(job.name)
     return run is not None and (run.values is not None or store.holds(run))
 
@@ -239,7 +150,7 @@ def _is_trained(store: Store, job: _Job) -> bool:
 # --- training -----------------------------------------------------------------------------------
 
 
-def _train(plan: SweepPlan, jobs: Sequence[_Job]) -> None:
+def _train(plan: SweepPlan, jobs: Sequence[Job]) -> None:
     """Trains interrupted groups first, then the rest: adapters in groups, full runs one by one."""
     begun = list(_begun(plan, jobs))
     left = [j for j in jobs if j not in [member for group in begun for member in group]]
@@ -247,7 +158,7 @@ def _train(plan: SweepPlan, jobs: Sequence[_Job]) -> None:
         _train_group(plan, group)
 
 
-def _begun(plan: SweepPlan, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+def _begun(plan: SweepPlan, jobs: Sequence[Job]) -> Iterator[list[Job]]:
     """The groups of these jobs that have a checkpoint."""
     wanted = {job.name: job for job in jobs}
     for found in plan.store.unfinished():
@@ -264,10 +175,10 @@ def _begun(plan: SweepPlan, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
         plan.log(f"{found.folder}: started again, not gone on with after step {found.step}: {why}")
 
 
-def _groups(plan: SweepPlan, jobs: Sequence[_Job]) -> list[list[_Job]]:
+def _groups(plan: SweepPlan, jobs: Sequence[Job]) -> list[list[Job]]:
     """Adapters that train side by side: for as many steps, on batches of the same shapes."""
     several = len({j.seed for j in jobs if j.rank != FULL}) > 1
-    alike: dict[tuple, list[_Job]] = {}
+    alike: dict[tuple, list[Job]] = {}
     for job in jobs:
         if job.rank == FULL:
             kind = job.name
@@ -278,15 +189,7 @@ def _groups(plan: SweepPlan, jobs: Sequence[_Job]) -> list[list[_Job]]:
     return [m[at : at + size] for m in alike.values() for at in range(0, len(m), size)]
 
 
-def _shapes(task: Task, seed: int, steps: int) -> str:
-    found = hashlib.sha256()
-    for batch in itertools.islice(task.batches(seed), steps):
-        kinds = jax.tree.map(lambda x: f"{np.asarray(x).dtype}{np.shape(x)}", batch)
-        found.update(str(kinds).encode())
-    return found.hexdigest()
-
-
-def _train_group(plan: SweepPlan, jobs: Sequence[_Job]) -> None:
+def _train_group(plan: SweepPlan, jobs: Sequence[Job]) -> None:
     names = ", ".join(f"{j.rank} ({j.rate:g})" for j in jobs)
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(j.seed for j in jobs))
     shown = bar(
@@ -310,7 +213,7 @@ def _train_group(plan: SweepPlan, jobs: Sequence[_Job]) -> None:
     plan.log(f"trained {names}: {found.seconds:.0f} s")
 
 
-def _trained(plan: SweepPlan, jobs: Sequence[_Job], advance: Callable[[float], None]) -> Trained:
+def _trained(plan: SweepPlan, jobs: Sequence[Job], advance: Callable[[float], None]) -> Trained:
     task = plan.task
     config = dataclasses.replace(plan.train_config, steps=jobs[0].steps)
     seeds = list(dict.fromkeys(job.seed for job in jobs))
@@ -331,7 +234,7 @@ def _trained(plan: SweepPlan, jobs: Sequence[_Job], advance: Callable[[float], N
     )  # fmt: skip
 
 
-def _keeper(plan: SweepPlan, jobs: Sequence[_Job]) -> Keeper | None:
+def _keeper(plan: SweepPlan, jobs: Sequence[Job]) -> Keeper | None:
     names = [job.name for job in jobs]
     folder = plan.store.place_of(names)
     if folder is None or plan.sweep.save_every is None:
@@ -340,7 +243,7 @@ def _keeper(plan: SweepPlan, jobs: Sequence[_Job]) -> Keeper | None:
     return Keeper(folder, described, plan.sweep.save_every, params=plan.task.params, log=plan.log)
 
 
-def _run_of(plan: SweepPlan, job: _Job, found: Trained, place: int, together: int) -> Run:
+def _run_of(plan: SweepPlan, job: Job, found: Trained, place: int, together: int) -> Run:
     tuning = plan.task.tuning
     return Run(
         *job,
@@ -353,7 +256,7 @@ def _run_of(plan: SweepPlan, job: _Job, found: Trained, place: int, together: in
     )
 
 
-def _count(plan: SweepPlan, job: _Job) -> int:
+def _count(plan: SweepPlan, job: Job) -> int:
     """The trained parameters, without the padding to the largest rank of the group."""
     if job.rank == FULL:
         return count_parameters(plan.task.params).total
@@ -364,14 +267,14 @@ def _count(plan: SweepPlan, job: _Job) -> int:
 # --- scores -------------------------------------------------------------------------------------
 
 
-def _score(plan: SweepPlan, job: _Job) -> None:
+def _score(plan: SweepPlan, job: Job) -> None:
     task, store = plan.task, plan.store
     run = store.runs[job.name]
     if run.values is not None:
         return
     tree = store.tree(run, _like(plan, job))
     values = _checked(task.score(merge(tree)), f"rank {job.rank}")
-    base = store.runs[_Job(BASE, 0.0, 0, 0).name]
+    base = store.runs[Job(BASE, 0.0, 0, 0).name]
     if base.values is None or len(values) != len(base.values):
         raise ValueError(
             f"`score` gave {len(values)} values for rank {job.rank}, and others for the base: "
@@ -381,26 +284,19 @@ def _score(plan: SweepPlan, job: _Job) -> None:
     plan.log(f"rank {job.rank}: {task.metric} {task.reduce(values):.4f}")
 
 
-def _like(plan: SweepPlan, job: _Job) -> Any:
+def _like(plan: SweepPlan, job: Job) -> Any:
     """A tree of the structure that training gives."""
     if job.rank == FULL:
         return plan.task.params
     return multi.adapter(stack([_adapter(plan, job)], train=True), 0)
 
 
-def _adapter(plan: SweepPlan, job: _Job) -> Any:
+def _adapter(plan: SweepPlan, job: Job) -> Any:
     return _init(plan, job, plan.task.params)
 
 
-def _init(plan: SweepPlan, job: _Job, params: Any) -> Any:
+def _init(plan: SweepPlan, job: Job, params: Any) -> Any:
     return init(jax.random.key(job.seed), plan.plan_of(int(job.rank)), params)
-
-
-def _first_batch(task: Task, seed: int) -> Any:
-    batch = next(iter(task.batches(seed)), None)
-    if batch is None:
-        raise ValueError("`batches` gave no batch: the training set is empty")
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), batch)
 
 
 def _checked(values: Any, whose: str) -> np.ndarray:
@@ -413,26 +309,3 @@ def _checked(values: Any, whose: str) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ValueError(f"`score` of {whose} gave values that are not finite")
     return values
-
-
-def _open(task: Task, sweep: SweepConfig, lora_config: LoraConfig, config: TrainConfig) -> Store:
-    folder = config.output_dir
-    if folder is not None and (folder / COMMON).exists() and not config.resume:
-        raise FileExistsError(
-            f"{folder}: there is a sweep already; go on with resume=True (--resume), or give "
-            "another output_dir"
-        )
-    # Only what differs from the defaults: a field that a later release adds changes no run.
-    usual = dataclasses.asdict(LoraConfig())
-    adapters = {k: v for k, v in dataclasses.asdict(lora_config).items()
-                if v != usual[k] and k not in ("rank", "alpha")}  # fmt: skip
-    one = with_rank(lora_config, 1)
-    free = ("learning_rate", "steps", "epochs", "seed")
-    training = {k: v for k, v in fixed_fields(config).items() if k not in free}
-    common = {
-        "data": task.data,
-        "metric": task.metric,
-        "lora": json.loads(json.dumps({**adapters, "alpha at rank 1": one.alpha}, default=str)),
-        "training": training,
-    }
-    return Store(folder, common)

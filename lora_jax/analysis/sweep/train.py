@@ -47,7 +47,7 @@ def train_adapters(
     batches: Iterable,
     config: TrainConfig,
     *,
-    key,
+    key: jax.Array,
     rank: int | None = None,
     sources: Sequence[int] | None = None,
     advance: Callable[[float], None] = lambda loss: None,
@@ -80,7 +80,7 @@ def train_adapters(
     leaves, tree = jax.tree.flatten(trainable)
     each = _each(loss, len(adapters), sources)
 
-    def losses(leaves, frozen: Any, batch: Any, key):
+    def losses(leaves: list, frozen: Any, batch: Any, key: Any) -> tuple:
         found = each(combine(jax.tree.unflatten(tree, leaves), frozen), batch, key)
         return jnp.sum(found), found
 
@@ -98,7 +98,7 @@ def train_full(
     batches: Iterable,
     config: TrainConfig,
     *,
-    key,
+    key: jax.Array,
     advance: Callable[[float], None] = lambda loss: None,
     keeper: Keeper | None = None,
 ) -> Trained:
@@ -109,7 +109,7 @@ def train_full(
     """
     leaves, tree = jax.tree.flatten(split_full(params)[0])
 
-    def losses(leaves, frozen: Any, batch: Any, key):
+    def losses(leaves: list, frozen: Any, batch: Any, key: Any) -> tuple:
         del frozen, key
         found = loss(jax.tree.unflatten(tree, leaves), batch)
         return found, found
@@ -126,13 +126,13 @@ def _each(loss: Callable, count: int, sources: Sequence[int] | None) -> Callable
         shared = lorafy(loss, reverse_only=True, row_axes=None, adapter_strategy="gathered")
         return lambda params, batch, key: shared(params, batch, adapter_ids=ids, lora_key=key)
 
-    def one(params: Any, batch: Any):  # whose arrays hold one row
+    def one(params: Any, batch: Any) -> Any:  # whose arrays hold one row
         return loss(params, jax.tree.map(lambda x: x[0], batch))
 
     own = lorafy(one, reverse_only=True, adapter_strategy="gathered")
     which = jnp.asarray(sources)
 
-    def each(params: Any, batches: tuple, key):
+    def each(params: Any, batches: tuple, key: jax.Array) -> Any:
         rows = jax.tree.map(lambda *x: jnp.stack(x)[which], *batches)
         return own(params, rows, adapter_ids=ids, lora_key=key)
 
@@ -153,7 +153,7 @@ def _axes(stacked: Any) -> list[int]:
 class _Run:
     """The steps of one group."""
 
-    def __init__(self, config: TrainConfig, losses: Callable, rates, *, axes=None):
+    def __init__(self, config: TrainConfig, losses: Callable, rates: Any, *, axes: Any = None):
         # AdamW's update is linear in the learning rate: the schedule gives its share of the peak.
         self.tx = optimizer(dataclasses.replace(config, learning_rate=1.0), _steps(config))
         self.steps, self.losses, self.rates, self.axes = _steps(config), losses, rates, axes
@@ -166,7 +166,7 @@ class _Run:
         leaves: list,
         frozen: Any,
         batches: Iterable,
-        key,
+        key: jax.Array,
         advance: Callable,
         keeper: Keeper | None,
     ) -> Progress:
@@ -193,7 +193,7 @@ class _Run:
             keeper.save(at)
         return at
 
-    def _taken(self, at: Progress, frozen: Any, batch: Any, key, seen: set) -> Progress:
+    def _taken(self, at: Progress, frozen: Any, batch: Any, key: jax.Array, seen: set) -> Progress:
         """One step; `at.losses` is written in place."""
         shapes = tuple(np.shape(x) for x in jax.tree.leaves(batch))
         began = time.perf_counter()
@@ -211,7 +211,7 @@ class _Run:
         seen.add(shapes)
         return at._replace(compiled=at.compiled + seconds)
 
-    def _mapped(self, fn: Callable, trees: int):
+    def _mapped(self, fn: Callable, trees: int) -> Callable:
         """`fn` for each adapter; the first `trees` arguments are lists of leaves with own axes."""
         if self.axes is None:
             return fn
@@ -219,11 +219,11 @@ class _Run:
             fn, in_axes=(*[self.axes] * trees, *[0] * (len(args) - trees))
         )(*args)
 
-    def _step(self, state, frozen: Any, batch: Any, key):
+    def _step(self, state: tuple, frozen: Any, batch: Any, key: jax.Array) -> tuple:
         leaves, opt_state = state
         grads, out = jax.grad(self.losses, has_aux=True)(leaves, frozen, batch, key)
 
-        def move(grads, leaves, opt_state: Any, rate):
+        def move(grads: Any, leaves: Any, opt_state: Any, rate: jax.Array) -> tuple:
             updates, opt_state = self.tx.update(grads, opt_state, leaves)
             return [rate.astype(u.dtype) * u for u in jax.tree.leaves(updates)], opt_state
 

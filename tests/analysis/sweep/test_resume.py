@@ -12,10 +12,11 @@ import pytest
 
 from lora_jax import analysis
 from lora_jax.analysis.sweep import store, train
-from lora_jax.analysis.sweep.sweep import _begun, _Job, plan_sweep
+from lora_jax.analysis.sweep.plan import Job, plan_sweep
+from lora_jax.analysis.sweep.sweep import _begun
 from lora_jax.checkpoint import fingerprint
 
-from tests.analysis.sweep.test_sweep import CONFIG, PARAMS, SWEEP, TASK, TRAIN, batches, score
+from tests.support.sweep_task import CONFIG, PARAMS, SWEEP, TASK, TRAIN, batches, score
 
 pytestmark = pytest.mark.once
 
@@ -104,7 +105,7 @@ def test_only_what_fits_is_gone_on_with(stopped):
     def begun(ranks, together=2):
         settings = dataclasses.replace(SMALL, together=together)
         under_way = plan_sweep(TASK, settings, ADAPTERS, config, log=said.append)
-        jobs = [_Job(rank, 1e-2, 0, STEPS) for rank in ranks]
+        jobs = [Job(rank, 1e-2, 0, STEPS) for rank in ranks]
         return [[job.rank for job in group] for group in _begun(under_way, jobs)]
 
     assert begun((4, 2, 1)) == [[1, 2]] and begun((4, 8)) == [] and not said
