@@ -248,4 +248,11 @@ def from_gguf(metadata: Mapping[str, Any], *, path: Path) -> Tokenizer | None:
         backend=backend,
         special={name: token for name, token in found.items() if token is not None},
         chat_template=template,
+        ends=tuple(backend.token_to_id(token) for token in _ends(metadata, tokens)),
     )
+
+
+def _ends(metadata: Mapping[str, Any], tokens: list[str]) -> list[str]:
+    """The tokens that end a turn or a message, as llama.cpp has them beside EOS."""
+    found = (special_token(metadata, tokens, key) for key in ("eot_token_id", "eom_token_id"))
+    return [token for token in found if token is not None]

@@ -76,7 +76,7 @@ def tensors_of(model):
     return {name: np.ascontiguousarray(tensor) for name, tensor in out.items()}
 
 
-def write(path, config, tensors, kind=GGMLQuantizationType.F32, arch="llama", keys=None):
+def write(path, config, tensors, kind=GGMLQuantizationType.F32, arch="llama", keys=None, eos=3):
     writer = GGUFWriter(path, arch)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -86,7 +86,7 @@ def write(path, config, tensors, kind=GGMLQuantizationType.F32, arch="llama", ke
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_eos_token_id(3)
+    writer.add_eos_token_id(eos)
     for key, (add, value) in (keys or {}).items():
         getattr(writer, f"add_{add}")(key, value)
     for name, tensor in tensors.items():

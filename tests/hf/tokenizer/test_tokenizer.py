@@ -215,6 +215,12 @@ def test_a_gguf_may_ask_for_bos_and_eos(tmp_path):
     assert encode(pre="llama-bpe", add_bos_token=False) == [2, 4]
 
 
+def test_a_gguf_may_name_more_end_tokens(tmp_path):
+    keys = {"tokenizer.ggml.eot_token_id": 4, "tokenizer.ggml.eom_token_id": 99}
+    assert from_gguf(GGUF, path=tmp_path).stop_ids == (3,)
+    assert from_gguf({**GGUF, **keys}, path=tmp_path).stop_ids == (3, 4)
+
+
 @pytest.mark.parametrize(
     "change, text",
     [

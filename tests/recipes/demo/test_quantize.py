@@ -13,7 +13,7 @@ from lora_jax.recipes import finetune
 from lora_jax.train.memory import tree_bytes
 
 from tests.hf.gguf.test_file import CONFIG, tensors_of, write
-from tests.support.tiny import TEMPLATE, tiny_tokenizer
+from tests.support.tiny import SPECIAL, TEMPLATE, tiny_tokenizer
 
 pytestmark = pytest.mark.once
 
@@ -37,7 +37,8 @@ def model(tmp_path_factory):
     config = models.LlamaConfig.from_hf(raw | {"initializer_range": 0.2})
     tensors = tensors_of(models.init(jax.random.key(0), config))
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    return str(write(path, config, tensors, GGMLQuantizationType.Q4_1, keys=keys))
+    eos = tokens.index(SPECIAL[1])
+    return str(write(path, config, tensors, GGMLQuantizationType.Q4_1, keys=keys, eos=eos))
 
 
 def demo(model, directory, *more):
