@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -50,6 +50,7 @@ class LanguageSweepConfig:
       eval_data: JSON-lines file to score on.
       tuning_data: JSON-lines file whose loss chooses the learning rates; none holds out the last
         tenth of the training file.
+      fields: other names of the data's fields, prompt=question completion=answer.
       metric: "loss" (nats per learned token), "exact" (share of generated completions that match
         exactly) or "bleu" (corpus BLEU; lines with the same prompt are references of each other).
       max_length: maximum number of tokens of an example; none takes the model's context.
@@ -62,6 +63,7 @@ class LanguageSweepConfig:
     train_data: Path
     eval_data: Path
     tuning_data: Path | None = None
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     metric: Literal["loss", "exact", "bleu"] = "loss"
     max_length: int | None = None
     max_new_tokens: int = 64
@@ -87,12 +89,14 @@ def sweep_language_model(
     check_installed(*EXTRAS["llm"], *(EXTRAS["bleu"] if job.metric == "bleu" else ()))
     output_dir = train_config.output_dir
     if output_dir is None:
-        raise ValueError("`output_dir` is missing: say where the sweep is to be written")
-    train, scored = load_jsonl(job.train_data), load_jsonl(job.eval_data)
+        raise ValueError("`output_dir` is missing: give a folder for the sweep")
+    train, scored = (
+        load_jsonl(path, fields=job.fields) for path in (job.train_data, job.eval_data)
+    )
     if job.tuning_data is None:
         train, tuning = _held_out(train, job.train_data)
     else:
-        tuning = load_jsonl(job.tuning_data)
+        tuning = load_jsonl(job.tuning_data, fields=job.fields)
     model = load_model(job.model, dtype=job.dtype)
     task = language_task(
         model,
@@ -174,7 +178,7 @@ def language_task(
     )
     outputs = outputs_of(model)
 
-    def loss(params: Any, batch: Batch):
+    def loss(params: Any, batch: Batch) -> jax.Array:
         return jnp.sum(_nll(outputs, params, batch)) / jnp.sum(batch.weights)
 
     sums = _Sums(outputs)
@@ -225,7 +229,7 @@ def _first(batch: Batch) -> Batch:
     return Batch(*(x[0] for x in batch))
 
 
-def _nll(outputs: Callable, params: Any, batch: Any):
+def _nll(outputs: Callable, params: Any, batch: Any) -> jax.Array:
     """-log p of the target at each position, 0 at positions without a learned token."""
     logits = outputs(params, batch.tokens, batch.positions)
     return token_losses(logits, batch.targets, batch.weights)
@@ -235,7 +239,7 @@ class _Sums:
     """Per example the sum of -log p over its learned tokens, and their number: (n, 2)."""
 
     def __init__(self, outputs: Callable):
-        def run(params: Any, batch: Batch):
+        def run(params: Any, batch: Batch) -> jax.Array:
             rows, width = batch.tokens.shape
             of_row = jax.ops.segment_sum(
                 jnp.stack([_nll(outputs, params, batch), batch.weights], axis=1),
