@@ -3,6 +3,7 @@
 Only `main` turns an error into a line on stderr and an exit status.
 """
 
+import argparse
 import os
 import signal
 import sys
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(arguments, errors.explain(error, flags_of(arguments.parser)), errors.FAILURE)
 
 
-def _fail(arguments, line: str, status: int) -> int:
+def _fail(arguments: argparse.Namespace, line: str, status: int) -> int:
     if arguments.debug:
         import traceback
 
@@ -53,5 +54,11 @@ def _fail(arguments, line: str, status: int) -> int:
     return status
 
 
-def _warning_line(message, category, filename, lineno, line=None) -> str:
+def _warning_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
     return f"lora-jax: warning: {' '.join(str(message).split())}\n"

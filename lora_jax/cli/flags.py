@@ -52,7 +52,7 @@ def instead(unknown: str, parser: argparse.ArgumentParser) -> str:
     ours = name if name in flags else _ELSEWHERE.get(name, "")
     if ours.partition(" ")[0] in flags:
         return f": it is {ours} here"
-    # Beyond some likeness the nearest flag has nothing to do with what was wanted.
+    # Beyond some likeness the nearest flag has nothing to do with what was meant.
     like = difflib.get_close_matches(name, flags, n=3, cutoff=0.7)
     listed = ", ".join(f"`{flag}`" for flag in like)
     return f"; the nearest are {listed}" if like else ", and none is like it"

@@ -6,7 +6,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lora_jax.cli import commands, settings
 from lora_jax.cli.errors import USAGE
@@ -66,7 +66,7 @@ def make_parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def _command(
-    subparsers, name: str, summary: str, run: Callable, about: str, *, usage: str | None = None
+    subparsers: Any, name: str, summary: str, run: Callable, about: str, *, usage: str | None = None
 ) -> argparse.ArgumentParser:
     parser = _one_line_errors(
         subparsers.add_parser(
@@ -363,44 +363,14 @@ examples:
 
 # name -> a line of help, and the function that adds its arguments
 COMMANDS = {
-    "demo": (
-        "fine-tune a small model on this machine, and score it before and after",
-        _demo,
-    ),
-    "train": (
-        "fine-tune a model on JSON lines",
-        _train,
-    ),
-    "sweep": (
-        "find the smallest rank that matches full fine-tuning",
-        _sweep,
-    ),
-    "generate": (
-        "answer prompts with a model, with or without an adapter",
-        _generate,
-    ),
-    "merge": (
-        "merge an adapter into its model and write the model",
-        _merge,
-    ),
-    "export": (
-        "write an adapter for PEFT, vLLM, llama.cpp or Orbax, or the merged model",
-        _export,
-    ),
-    "import": (
-        "import an adapter of PEFT or llama.cpp",
-        _import,
-    ),
-    "convert": (
-        "convert an adapter to another format without its model",
-        _convert,
-    ),
-    "inspect": (
-        "print the contents of a model, an adapter or a checkpoint",
-        _inspect,
-    ),
-    "estimate": (
-        "estimate the memory of a training step from a config.json",
-        _estimate,
-    ),
+    "demo": ("fine-tune a small model on this machine, and score it before and after", _demo),
+    "train": ("fine-tune a model on JSON lines", _train),
+    "sweep": ("find the smallest rank that matches full fine-tuning", _sweep),
+    "generate": ("answer prompts with a model, with or without an adapter", _generate),
+    "merge": ("merge an adapter into its model and write the model", _merge),
+    "export": ("write an adapter for PEFT, vLLM, llama.cpp or Orbax, or the merged model", _export),
+    "import": ("import an adapter of PEFT or llama.cpp", _import),
+    "convert": ("convert an adapter to another format without its model", _convert),
+    "inspect": ("print the contents of a model, an adapter or a checkpoint", _inspect),
+    "estimate": ("estimate the memory of a training step from a config.json", _estimate),
 }

@@ -89,7 +89,11 @@ def _options_of(section: Section) -> Iterable[Option]:
     for field in dataclasses.fields(section.cls):
         if field.name not in section.leave_out:
             yield Option(
-                section.name, field.name, kinds[field.name], _default(field), texts[field.name]
+                section=section.name,
+                name=field.name,
+                kind=kinds[field.name],
+                default=_default(field),
+                help=texts[field.name],
             )
 
 
@@ -271,7 +275,7 @@ def from_toml(path: str | Path, found: Sequence[Option]) -> Values:
     return values
 
 
-def _flat(content: Mapping[str, Any], sections: set[str], path: Path):
+def _flat(content: Mapping[str, Any], sections: set[str], path: Path) -> Iterable[tuple[str, Any]]:
     for key, value in content.items():
         if key not in sections:
             yield key, value

@@ -1,8 +1,8 @@
 """The form of the text that an adapter was trained on, kept beside the adapter.
 
 An adapter that was trained on prompts and completions has never seen the chat template, and one
-that was trained on messages has never seen a bare prompt. Asked in the other form, it answers as if
-it had learned nothing.
+that was trained on messages has never seen a bare prompt. In the other form it generates as if it
+had learned nothing.
 """
 
 import json

@@ -12,7 +12,7 @@ without collisions, which is deterministic on every device.
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -118,7 +118,16 @@ def loader(
     rows = batch_size * accumulation
     plans = [plan_epoch(lengths, ladder, rows, seed=seed, epoch=e) for e in range(epochs)]
     places = _places(data, batch_size, [plan_once(lengths, ladder, rows), *plans])
-    return Loader(data, ladder, places, epochs, batch_size, accumulation, pad_id, seed)
+    return Loader(
+        examples=data,
+        ladder=ladder,
+        places=places,
+        epochs=epochs,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        pad_id=pad_id,
+        seed=seed,
+    )
 
 
 def _places(
@@ -175,14 +184,14 @@ class _Batches:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Item:
         epoch, number = divmod(int(index), self.size)
         bucket = self.epoch(epoch)[number]
         tokens = sum(len(self.loader.examples[i].tokens) for i in bucket.rows)
         return Item(make_batch(self.loader, bucket), tokens, epoch)
 
 
-def iterate(loader: Loader, steps: int, *, prefetch: int = 2):
+def iterate(loader: Loader, steps: int, *, prefetch: int = 2) -> Any:
     """The batches of a run as a grain iterator, prepared ahead by a thread.
 
     Args:
@@ -229,7 +238,9 @@ def make_batch(loader: Loader, bucket: Bucket) -> Batch:
     return Batch(*(np.stack(part) for part in zip(*parts, strict=True)))
 
 
-def _microbatch(rows: Sequence[Example], rung: int, places: int, pad_id: int):
+def _microbatch(
+    rows: Sequence[Example], rung: int, places: int, pad_id: int
+) -> tuple[np.ndarray, ...]:
     tokens = np.full((len(rows), rung), pad_id, np.int32)
     learned = np.zeros((len(rows), rung), bool)
     for i, row in enumerate(rows):

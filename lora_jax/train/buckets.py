@@ -127,7 +127,7 @@ def plan_once(lengths: Sequence[int], ladder: Sequence[int], rows: int) -> list[
     return _deal(np.arange(len(lengths)), np.asarray(lengths), ladder, rows)
 
 
-def _deal(order: np.ndarray, lengths: np.ndarray, ladder, rows: int) -> list[Bucket]:
+def _deal(order: np.ndarray, lengths: np.ndarray, ladder: Sequence[int], rows: int) -> list[Bucket]:
     rungs = rung_of(ladder, lengths[order])
     planned, left = [], order[:0]
     for rung in ladder:

@@ -55,7 +55,7 @@ def evaluator(
     """Prepares the batches of an evaluation, to lie at `at`; compiles nothing yet."""
     loss = lora_loss(model)
 
-    def summed(trainable: Any, frozen: Any, batch: Any):
+    def summed(trainable: Any, frozen: Any, batch: Any) -> Any:
         # The first axis holds one microbatch; without a key there is no dropout.
         return loss(trainable, frozen, Batch(*(x[0] for x in batch)), None)
 

@@ -16,12 +16,14 @@ import struct
 import time
 from collections.abc import Mapping
 from functools import lru_cache
+from io import RawIOBase
 from pathlib import Path
+from typing import Any
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protocol-buffer wire types
 
 
-def open_events(directory: Path, *, purge: int):
+def open_events(directory: Path, *, purge: int) -> RawIOBase:
     """Opens a new event file.
 
     Args:
@@ -43,7 +45,7 @@ def open_events(directory: Path, *, purge: int):
     return file
 
 
-def write_scalars(file, step: int, scalars: Mapping[str, float]) -> None:
+def write_scalars(file: RawIOBase, step: int, scalars: Mapping[str, float]) -> None:
     """Writes one event with the scalars of a step."""
     values = b"".join(
         _field(1, _BYTES, _field(1, _BYTES, tag.encode()) + _field(2, _FIXED32, value))
@@ -56,7 +58,7 @@ def _event(step: int, content: bytes) -> bytes:
     return _field(1, _FIXED64, time.time()) + _field(2, _VARINT, step) + content
 
 
-def _field(number: int, kind: int, value) -> bytes:
+def _field(number: int, kind: int, value: Any) -> bytes:
     head = _varint(number << 3 | kind)
     if kind == _VARINT:
         return head + _varint(value)
@@ -73,7 +75,7 @@ def _varint(value: int) -> bytes:
     return bytes(out) + bytes([value])
 
 
-def _write(file, data: bytes) -> None:
+def _write(file: RawIOBase, data: bytes) -> None:
     length = struct.pack("<Q", len(data))
     record = length + _masked_crc(length) + data + _masked_crc(data)
     if file.write(record) != len(record):

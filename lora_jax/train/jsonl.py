@@ -200,9 +200,9 @@ def _turns(
         text = [
             _text(x, names[n], source) for x, n in zip(parts, ("instruction", "input"), strict=True)
         ]
-        asked = "\n\n".join(x for x in text if x)
+        question = "\n\n".join(x for x in text if x)
         answer = _text(given["output"], names["output"], source)
-        return messages.from_pair(asked, answer)
+        return messages.from_pair(question, answer)
     if form == "prompt":
         return messages.from_prompt(given["prompt"], given["completion"], names, source)
     field = next(iter(given))

@@ -32,7 +32,9 @@ def outputs_of(model: Any) -> Callable:
       flattened (B, T) grid; logits float32 (P, V).
     """
 
-    def logits(params: Any, tokens: Int[Array, "b t"], positions: Int[Array, " p"]):
+    def logits(
+        params: Any, tokens: Int[Array, "b t"], positions: Int[Array, " p"]
+    ) -> Float[Array, "p v"]:
         hidden = model.apply(params, tokens, return_hidden=True)
         picked = pick(hidden, positions)
         return model.head(params, picked[None])[0].astype(jnp.float32)
@@ -40,14 +42,13 @@ def outputs_of(model: Any) -> Callable:
     return logits
 
 
-def pick(hidden: Float[Array, "b t d"], positions: Int[Array, " p"]):
+def pick(hidden: Float[Array, "b t d"], positions: Int[Array, " p"]) -> Float[Array, "p d"]:
     """The hidden states at `positions` of the flattened grid, (P, D); all of them if P == B*T."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     if positions.shape[0] == flat.shape[0]:
         return flat
     # The positions are distinct and sorted; with these flags the scatter of the gradient needs no
-    # atomic additions.
-    # Where mesh axes are explicit, JAX asks where the picked rows of a sharded array shall lie.
+    # atomic additions. Where mesh axes are explicit, JAX needs the place of the picked rows.
     spread = any(compat.spec_of(flat) or ())
     return flat.at[positions].get(
         indices_are_sorted=True,
@@ -94,7 +95,7 @@ def summed_loss(outputs: Callable) -> Callable:
       positions, targets, weights (P,).
     """
 
-    def loss(params: Any, batch: Any, key):
+    def loss(params: Any, batch: Any, key: Any) -> Float[Array, ""]:
         logits = outputs(params, batch.tokens, batch.positions, key)
         return cross_entropy(logits, batch.targets, batch.weights)
 

@@ -28,7 +28,7 @@ class Placement(NamedTuple):
 
 
 def placement(model: Any, params: Any) -> Placement | None:
-    """The placement that the base's own arrays ask for; None on a single device.
+    """The placement that follows from the base's own arrays; None on a single device.
 
     The mesh is that of the parameters, or else that of `jax.set_mesh`. Rows are spread over the
     axes that the model names (`forward.rows`), or else over `data` and `fsdp`. Where axes are

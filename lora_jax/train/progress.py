@@ -53,7 +53,7 @@ class _NoBar:
         pass
 
 
-def show_record(bar, record: dict) -> None:
+def show_record(bar: Any, record: dict) -> None:
     """Advances the bar by a step and shows the numbers of its train record."""
     parts = {
         "loss": f"{record['loss']:.4f}",
@@ -168,7 +168,7 @@ def plot_loss(path: str | os.PathLike, history: Sequence[dict], *, title: str = 
     save_figure(figure, path)
 
 
-def save_figure(figure, path: str | os.PathLike) -> None:
+def save_figure(figure: Any, path: str | os.PathLike) -> None:
     """Writes a matplotlib `Figure` as a PNG, replacing an older one when it is complete.
 
     Raises:
@@ -183,7 +183,7 @@ def save_figure(figure, path: str | os.PathLike) -> None:
         raise OSError(f"{path}: the plot cannot be written: {why}") from error
 
 
-def _draw_train(axes, train: Sequence[tuple]) -> None:
+def _draw_train(axes: Any, train: Sequence[tuple]) -> None:
     steps, losses, rates = zip(*train, strict=True)
     axes.plot(steps, losses, color="tab:blue", alpha=0.3)
     axes.plot(steps, running_mean(losses), color="tab:blue", label="training loss (running mean)")

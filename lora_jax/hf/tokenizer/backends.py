@@ -150,11 +150,11 @@ def _post_processor(metadata: Mapping[str, Any], tokens: list[str], split: Split
     """Byte-level offsets, and BOS or EOS around a text where the file's flags add them."""
     processors = require("tokenizers").processors
 
-    def wanted(name: str, default: bool) -> str | None:
+    def token_around(name: str, default: bool) -> str | None:
         add = metadata.get(f"tokenizer.ggml.add_{name}_token", default)
         return special_token(metadata, tokens, f"{name}_token_id") if add else None
 
-    bos, eos = wanted("bos", split.bos), wanted("eos", False)
+    bos, eos = token_around("bos", split.bos), token_around("eos", False)
     plain = processors.ByteLevel(trim_offsets=False)
     if bos is None and eos is None:
         return plain

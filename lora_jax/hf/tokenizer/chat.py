@@ -153,7 +153,7 @@ def _environment() -> Any:
     environment.filters |= {"_counted": counted, "_made": made}
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    del environment.globals["lipsum"]  # writes as much text as it is asked for
+    del environment.globals["lipsum"]  # writes any amount of text
     return environment
 
 
@@ -161,6 +161,7 @@ def _counting(nodes: Any) -> Any:
     """Puts a filter that counts around what loops run over, what is joined and what is written."""
 
     def through(name: str, node: Any) -> Any:
+        # Jinja's nodes take their fields by position only.
         return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
     class Counting(require("jinja2.visitor").NodeTransformer):

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_jax.compat import require
 
-# What BERT's own files call them; tokenizer_config.json may say otherwise.
+# The names in BERT's own files; tokenizer_config.json may have others.
 SPECIAL = {
     "unk_token": "[UNK]",
     "sep_token": "[SEP]",

@@ -50,9 +50,9 @@ def _clear(directory: Path) -> None:
     found = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     found -= {LOCK}
     if found and (MARK not in found or found - set(_WHAT)):
-        stranger = min(found - set(_WHAT) or found)
+        other = min(found - set(_WHAT) or found)
         raise FileExistsError(
-            f"{directory} holds `{stranger}`, which no demo wrote; choose another folder with "
+            f"{directory} holds `{other}`, which no demo wrote; choose another folder with "
             "--output-dir"
         )
     if not found:

@@ -62,20 +62,20 @@ def run(config: DemoConfig, *, log: Callable[[str], None] = print) -> DemoResult
     data = files.prepare(config.output_dir, examples, test)
     model = finetune.load_model(config.model, quantize=config.quantize)
     log(_described(config, model.params))
-    before = ask(model, model.params, test)
+    before = score(model, model.params, test)
     log(report("before fine-tuning", before, test))
 
     lora_config = LoraConfig(rank=config.rank, alpha=2 * config.rank)
     params = finetune.init_adapter(model, lora_config, seed=config.seed)
     log(format_trainable_parameters(params))
-    trained = train_on(model, params, data, lora_config, config, log)
+    trained = train_on(model, params, data, lora_config=lora_config, config=config, log=log)
 
-    after = ask(model, trained.lora_params, test)
+    after = score(model, trained.lora_params, test)
     log(report("after fine-tuning", after, test))
     adapter = config.output_dir / finetune.ADAPTER
     name = finetune.hub_name(config.model)
     hf.save_peft(adapter, trained.lora_params, lora_config, base_model_name=name)
-    reloaded = ask(model, finetune.load_adapter(model, adapter)[0], test)
+    reloaded = score(model, finetune.load_adapter(model, adapter)[0], test)
     log(f"with the adapter read back from {adapter}: {_count(reloaded, test)}")
     if reloaded != after:
         raise RuntimeError(f"{adapter}: the adapter, read back, gives other answers than before")
@@ -102,8 +102,14 @@ def _make_data(config: DemoConfig) -> tuple[list[task.Sentence], list[task.Sente
 
 
 def train_on(
-    model: Any, params: Any, data: Path, lora_config: LoraConfig, config: DemoConfig, log: Callable
-):
+    model: Any,
+    params: Any,
+    data: Path,
+    *,
+    lora_config: LoraConfig,
+    config: DemoConfig,
+    log: Callable[[str], None],
+) -> train.Result:
     """Fine-tunes on the data file and prints the memory of the run; the result of `fit`."""
     examples = train.load_examples(data, model.tokenizer, max_length=_MAX_LENGTH)
     hooks = train.Hooks(memory=finetune.show_memory(log))
@@ -112,7 +118,7 @@ def train_on(
     )
 
 
-def training(config: DemoConfig):
+def training(config: DemoConfig) -> TrainConfig:
     """The `TrainConfig` of a demo."""
     return TrainConfig(
         output_dir=config.output_dir,
@@ -127,7 +133,7 @@ def training(config: DemoConfig):
     )
 
 
-def ask(model: Any, params: Any, test: Sequence[task.Sentence]) -> Scored:
+def score(model: Any, params: Any, test: Sequence[task.Sentence]) -> Scored:
     """Generates answers to the test set and scores them."""
     answers = generate_texts(model, params, [task.question(e) for e in test], _ANSWERS)
     return Scored(task.score(answers, test), answers)
