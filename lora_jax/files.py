@@ -233,6 +233,22 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def named(path: str | os.PathLike) -> Iterator[None]:
+    """Names the file in the errors of values that are of another kind than their reader expects.
+
+    The fields that matter are checked one by one; this is for the others.
+
+    Raises:
+      ValueError: in place of Python's own error.
+    """
+    try:
+        yield
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path}: a value is of the wrong kind: {reason}") from error
+
+
 # The files of a model or an adapter, and the folder of further chat templates.
 _READ = (".json", ".safetensors", ".jinja", ".txt", ".model", "additional_chat_templates")
 

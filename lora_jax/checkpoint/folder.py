@@ -88,8 +88,12 @@ def with_checksums(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[s
       meta: JSON values.
       arrays: the arrays by name.
     """
-    sums = {name: f"{describe(x)} {_digest(x)}" for name, x in arrays.items()}
-    return {**meta, _CHECKSUMS: {"meta": _digest_of_json(meta), "arrays": sums}}
+    sums = _sums(arrays)
+    return {**meta, _CHECKSUMS: {"meta": _digest_of_json([meta, sums]), "arrays": sums}}
+
+
+def _sums(arrays: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{describe(x)} {_digest(x)}" for name, x in arrays.items()}
 
 
 def split_checksums(meta: Any, directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -100,9 +104,8 @@ def split_checksums(meta: Any, directory: Path) -> tuple[dict[str, Any], dict[st
     """
     try:
         plain = {name: value for name, value in meta.items() if name != _CHECKSUMS}
-        sums = meta[_CHECKSUMS]
-        intact = sums["meta"] == _digest_of_json(plain)
-        arrays = dict(sums["arrays"])
+        arrays = dict(meta[_CHECKSUMS]["arrays"])
+        intact = meta[_CHECKSUMS]["meta"] == _digest_of_json([plain, arrays])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise DamagedError(
             f"{directory}: its `meta` has no checksums: it is damaged, or written by a version "
@@ -239,6 +242,8 @@ def readable(directory: Path, what: str) -> Iterator[None]:
             raise PermissionError(f"{directory}: {text}: its {what} cannot be read") from None
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
+        # Of other classes are Orbax's own mistakes about a damaged file.
+        text = text if isinstance(error, ValueError | OSError) else "the file is damaged"
         raise DamagedError(f"{directory}: its {what} cannot be read: {text}") from error
 
 

@@ -257,6 +257,8 @@ def from_toml(path: str | Path, found: Sequence[Option]) -> Values:
         raise FileNotFoundError(f"{path}: no such config file; give the path of a TOML file")
     try:
         content = tomllib.loads(path.read_text("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path}: not a TOML file: nested too deeply") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         hint = f"; data are given as --train-data {path}" if path.suffix == ".jsonl" else ""
         raise ValueError(f"{path}: not a TOML file: {error}{hint}") from None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from lora_jax.files import check_links, read_json
+from lora_jax.files import check_links, named, read_json
 from lora_jax.hf.checkpoint.names import Family
 from lora_jax.hf.checkpoint.safetensors import open_directory, refuse_pickle
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, fill, renamed
@@ -127,10 +127,11 @@ def _load_directory(
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: not a JSON object")
-    try:
-        config = config_from_hf(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    with named(path):
+        try:
+            config = config_from_hf(raw)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     architecture = architecture_of(config.model_type)
     if architecture.kind == ENCODER:
         if quant is not None:
@@ -138,10 +139,12 @@ def _load_directory(
         return load_encoder(directory, **options)
     weights = open_directory(directory)
     check_counts(config, weights, path)
-    _check_class(raw, path, weights, config, architecture.names)
+    with named(path):
+        _check_class(raw, path, weights, config, architecture.names)
     forward = architecture.forward(config=config, **options)
     # Read before the weights, so that an error in them is raised at once.
-    tokenizer, generation = from_directory(directory), _generation(directory)
+    with named(directory):
+        tokenizer, generation = from_directory(directory), _generation(directory)
     return Model(forward, _fill(forward, weights, quant, spread), tokenizer, generation)
 
 
@@ -177,7 +180,8 @@ def _load_gguf(
 ) -> Model:
     file = open_gguf(path)
     weights = weights_of(file)
-    config = config_of(file.metadata, weights.shapes, path=path, divisors=rope_divisors(file))
+    with named(path):
+        config = config_of(file.metadata, weights.shapes, path=path, divisors=rope_divisors(file))
     check_counts(config, weights, path)
     forward = architecture_of(config.model_type).forward(config=config, **options)
     params = _fill(forward, weights, quant, spread)

@@ -220,7 +220,10 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a safetensors file: header is not JSON: {reason}") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: not a safetensors file: header is not a JSON object")
-    header.pop("__metadata__", None)
+    more = header.pop("__metadata__", None)
+    texts = more.values() if isinstance(more, dict) else ()
+    if more is not None and not (isinstance(more, dict) and all(isinstance(t, str) for t in texts)):
+        raise ValueError(f"{path}: the header's `__metadata__` must be texts by name, got {more!r}")
     return header
 
 
@@ -256,7 +259,7 @@ def _fields(name: str, entry: Any, path: Path) -> tuple[str, list[int], tuple[in
         numbers = [*shape, begin, end]
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"{path}: the header's entry for `{name}` is not a tensor's") from None
-    if dtype not in _BYTES:
+    if not isinstance(dtype, str) or dtype not in _BYTES:
         raise ValueError(f"{path}: tensor `{name}` has the unknown dtype {dtype!r}")
     # `type`, not `isinstance`: JSON's true is an `int` of Python.
     if any(type(n) is not int or n < 0 for n in numbers) or begin > end:

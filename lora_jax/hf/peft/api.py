@@ -63,7 +63,7 @@ def read_peft(
         config = LoraConfig.from_peft(fields, model_type=model_type)
     except (TypeError, ValueError) as error:
         path = os.path.join(directory, CONFIG_FILE)
-        raise type(error)(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
     return config, tensors
 
 

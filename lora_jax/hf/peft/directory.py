@@ -100,8 +100,11 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
                 f"{path}: tensor `{name}` is {entry.dtype}, expected {', '.join(_DTYPES)}; convert "
                 "it and save the adapter again"
             )
-    with safe_open(str(path), framework="numpy") as file:
-        tensors = {name: file.get_tensor(name) for name in header}
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in header}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file: {error}") from None
     for name, value in tensors.items():
         check_tensor(name, value, path)
     return tensors

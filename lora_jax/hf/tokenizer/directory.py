@@ -234,7 +234,7 @@ def _ends(directory: Path, backend: Any) -> tuple[int, ...]:
     for name in ("config.json", "generation_config.json"):
         given = _object(directory / name).get("eos_token_id")
         ids = given if isinstance(given, list) else [given]
-        found += [i for i in ids if type(i) is int and backend.id_to_token(i) is not None]
+        found += [i for i in ids if type(i) is int and 0 <= i < 2**32 and backend.id_to_token(i)]
     return tuple(dict.fromkeys(found))
 
 
