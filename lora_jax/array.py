@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PyTree
 
 from lora_jax import paths
 from lora_jax.dims import b_dims, from_matrix, sizes
-from lora_jax.leaf_class import leaf_class
+from lora_jax.leaf_class import leaf_class, register_with_flax
 from lora_jax.quant.array import QuantArray
 from lora_jax.quant.ops import take
 
@@ -225,6 +225,14 @@ FROZEN_FIELDS: dict[type, tuple[str, ...]] = {
     SavedStack: ("w",),
     RowsArray: ("w",),
 }
+
+
+def known_to_flax() -> None:
+    """Lets `flax.serialization` read and write leaves, if it has been imported by now."""
+    register_with_flax(*TRAINED_FIELDS, Gain, QuantArray)
+
+
+known_to_flax()
 
 
 def is_stack(x: Any) -> bool:

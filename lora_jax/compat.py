@@ -19,6 +19,25 @@ import numpy as np
 Var = jexc.Var
 Literal = jexc.Literal
 
+OLDEST_JAX = (0, 10)
+
+
+def check_jax(version: tuple[int, ...]) -> None:
+    """Refuses a release of JAX that lacks what this package needs.
+
+    Raises:
+      ImportError: it is too old.
+    """
+    if version < OLDEST_JAX:
+        found, oldest = (".".join(map(str, v)) for v in (version, OLDEST_JAX))
+        raise ImportError(
+            f"lora_jax needs jax {oldest} or later, found {found}: pip install -U jax"
+        )
+
+
+# Before anything else is imported, which would fail with the name of what is missing.
+check_jax(jax.__version_info__)
+
 VERSION = "0.1.0"  # of this package; pyproject.toml and `lora_jax.__version__` read it
 
 # The packages of every extra, by the names they are imported by; pyproject.toml has the same.

@@ -5,10 +5,15 @@ treats it as that array; every way to do so raises an error that names `lora.lor
 """
 
 import dataclasses
-from collections.abc import Callable
+import json
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import jax
+import jax.export
+import numpy as np
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -20,11 +25,76 @@ def leaf_class(*static: str) -> Callable[[_Class], _Class]:
         for name, method in _METHODS.items():
             setattr(cls, name, method)
         names = [f.name for f in dataclasses.fields(cls)]
-        return jax.tree_util.register_dataclass(
+        jax.tree_util.register_dataclass(
             cls, data_fields=[n for n in names if n not in static], meta_fields=list(static)
+        )
+        kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+        # `jax.export` keeps trees of arguments in its files by these names.
+        return jax.export.register_pytree_node_serialization(
+            cls,
+            serialized_name=f"lora_jax.{cls.__name__}",
+            serialize_auxdata=_to_json,
+            deserialize_auxdata=lambda text: _from_json(text, [kinds[n] for n in static]),
         )
 
     return register
+
+
+def _to_json(static: tuple) -> bytes:
+    """The static fields as JSON; a dtype by its name."""
+    return json.dumps(static, default=lambda dtype: {"dtype": dtype.name}).encode()
+
+
+def _from_json(text: bytes, kinds: Sequence) -> tuple:
+    values = json.loads(text, object_hook=lambda x: np.dtype(x["dtype"]))
+    return tuple(_typed(x, kind) for x, kind in zip(values, kinds, strict=True))
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """JSON's lists as tuples, or as the named tuple that a field's annotation names."""
+    if not isinstance(value, list):
+        return value
+    items = [_typed(x, None) for x in value]
+    named = next((t for t in typing.get_args(kind) if hasattr(t, "_fields")), None)
+    return named(*items) if named else tuple(items)
+
+
+def register_with_flax(*classes: type) -> None:
+    """Lets `flax.serialization` read and write leaves of these classes, once it is imported.
+
+    flax looks classes up in a table of its own, and importing it takes longer than importing jax.
+    """
+    serialization = sys.modules.get("flax.serialization")
+    if serialization is None:
+        return
+    for cls in classes:
+        serialization.register_serialization_state(cls, _state_of, _with_state, override=True)
+
+
+def _state_of(leaf: Any) -> dict[str, Any]:
+    """The arrays of a leaf by their fields; what is None or static comes from the target."""
+    to_state = sys.modules["flax.serialization"].to_state_dict
+    return {name: to_state(value) for name, value in _arrays(leaf).items()}
+
+
+def _with_state(leaf: Any, state: Mapping[str, Any]) -> Any:
+    from_state = sys.modules["flax.serialization"].from_state_dict
+    arrays = _arrays(leaf)
+    if state.keys() != arrays.keys():
+        raise ValueError(
+            f"the state of a `{type(leaf).__name__}` has the fields {sorted(state)}, expected "
+            f"{sorted(arrays)}: restore into a tree of the same plan"
+        )
+    return dataclasses.replace(
+        leaf, **{name: from_state(value, state[name], name=name) for name, value in arrays.items()}
+    )
+
+
+def _arrays(leaf: Any) -> dict[str, Any]:
+    """The fields of a leaf that hold arrays, in their order."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(leaf, is_leaf=lambda x: x is not leaf)
+    names = [path[0].name for path, _ in flat]
+    return {n: getattr(leaf, n) for n in names if getattr(leaf, n) is not None}
 
 
 def _not_an_array(leaf: Any, use: str) -> str:

@@ -22,6 +22,7 @@ from lora_jax.array import (
     dense,
     is_leaf,
     is_lora,
+    known_to_flax,
     leaves_by_path,
     widened,
 )
@@ -57,6 +58,7 @@ def init(key: PRNGKeyArray, plan: Plan, params: PyTree, *, weights: Any = None) 
     """
     check_argument("init(key, plan, params)", "plan", plan, Plan)
     check_key("key", key)
+    known_to_flax()
     flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     planned = plan.by_path()
     spelled = [paths.spell(key_path) for key_path, _ in flat]

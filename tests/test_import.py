@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import lora_jax as lora
+from lora_jax import compat
 
 from tests.support.places import ROOT
 
@@ -80,3 +81,9 @@ def test_only_compat_names_jax_extend():
         if path.name != "compat.py":
             text = path.read_text("utf-8")
             assert "import jax.extend" not in text and "from jax.extend" not in text, path
+
+
+def test_an_old_jax_is_refused():
+    compat.check_jax((0, 10, 0))
+    with pytest.raises(ImportError, match=r"needs jax 0\.10 or later, found 0\.9\.2: pip install"):
+        compat.check_jax((0, 9, 2))
