@@ -115,7 +115,7 @@ def _parse(line: bytes, source: str) -> Any:
             f"{source}: not JSON ({error.msg} at column {error.pos + 1}); expected one JSON object"
             f" a line with {_HOW}"
         ) from None
-    except ValueError as error:  # a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # nested, or a number of thousands of digits
         raise ValueError(f"{source}: not JSON that can be read ({error})") from None
 
 
