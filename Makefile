@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 IN = $(VENV)/bin/
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo check test test-all test-core oracles lint format docs aot aot-quick aot-wheels clean
+.PHONY: help demo check test test-all test-core oracles mutants lint format docs aot aot-quick aot-wheels clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,10 @@ test-core: $(VENV_CORE)/.stamp-core  ## what depends on the release of JAX, in a
 
 oracles: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## record tests/golden again from torch and peft
 	LORA_JAX_ORACLES=record $(IN)python -m pytest $(PYTEST_ARGS) -m oracle
+
+# `make mutants MUTANTS=quant` for one room.
+mutants: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## put in known faults one at a time: which does no test notice?
+	$(IN)python tests/mutants/run.py $(MUTANTS)
 
 lint: $(VENV)/.stamp-test  ## ruff, format, pyright, and the layers of the package
 	$(IN)ruff check .
