@@ -99,3 +99,29 @@ def test_optax_finds_its_parameters_in_a_masked_state(quantized):
     state = tx.init(quantized)
     doubled: Any = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, state)
     assert {float(x.min()) for x in jax.tree.leaves(doubled[0].mu)} == {1.0}
+
+
+@pytest.mark.parametrize("tx", [optax.sgd(1e-2), optax.adam(1e-3), optax.adamw(1e-3)])
+def test_a_whole_tree_optimizer_is_found_out_when_the_adapter_is_saved(tx, tmp_path):
+    """It moves the base, which the adapter's file does not have; `masked` does not."""
+    params = {"up": {"kernel": jnp.eye(32, 8)}}
+
+    def run(p, x):
+        return x @ p["up"]["kernel"]
+
+    def loss(p):
+        return jnp.mean(lora.lorafy(run)(p, X) ** 2)
+
+    config = lora.LoraConfig(rank=2, init="random", target_modules=("up",))
+    start = lora.init(jax.random.key(0), lora.plan(config, run, params, X), params)
+    for wrapped, moves in ((tx, True), (lora.masked(tx), False)):
+        tree, state = start, wrapped.init(start)
+        for _ in range(2):
+            updates, state = wrapped.update(jax.grad(loss)(tree), state, tree)
+            tree = optax.apply_updates(tree, updates)
+        assert bool((tree["up"]["kernel"].w != params["up"]["kernel"]).any()) is moves
+        if moves:
+            with pytest.raises(ValueError, match=r"on the whole tree.*`lora\.split.*lora\.masked"):
+                lora.hf.save_peft(tmp_path / "a", tree, config)
+        else:
+            lora.hf.save_peft(tmp_path / "a", tree, config)

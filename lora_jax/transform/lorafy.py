@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from lora_jax import compat, dora, paths
@@ -324,7 +323,9 @@ def _enter(
         stack = tuple(x.shape[d] for d in stack_dims(x.roles))
         key = jax.random.split(key, stack) if stack else key
     off = x.dropout > 0 and key is None
-    scale = lax.stop_gradient(x.scale)
+    # Its gradient is not stopped: an optimizer on the whole tree, which moves the base, moves the
+    # scale too, and that is how `save_peft` finds out.
+    scale = x.scale
     return Implicit(
         w=x.w,
         a=_without_dropout(x.a) if off else x.a,

@@ -160,8 +160,10 @@ def _check_scale(leaf: LoraArray, row: IndexRow) -> None:
         if abs(scale - row.scale) > 1e-6 * abs(row.scale):
             raise ValueError(
                 f"leaf `{row.path}`: `{row.name}` has scale {scale:.6g}, but the config's alpha "
-                f"and rank give {row.scale:.6g}, and PEFT would use that; change alpha (or "
-                "alpha_pattern), or multiply b by the ratio"
+                f"and rank give {row.scale:.6g}, and PEFT would use that. If an "
+                "optimizer ran on the whole tree, the base has moved too: train "
+                "`lora.split(lora_params)[0]`, or wrap the optimizer in `lora.masked`. Otherwise "
+                "change alpha (or alpha_pattern), or multiply b by the ratio"
             )
 
 
