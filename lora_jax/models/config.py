@@ -58,6 +58,8 @@ class LlamaConfig:
       bos_token_id, pad_token_id: or None.
       eos_token_ids: the tokens that end a text.
       initializer_range: standard deviation of fresh weights.
+      wrapper: model type of the model of images and texts that holds this decoder, or None; the
+        parameters then have that model's names.
     """
 
     model_type: str = "llama"
@@ -93,6 +95,7 @@ class LlamaConfig:
     pad_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     initializer_range: float = 0.02
+    wrapper: str | None = None
 
     def __post_init__(self):
         check_sizes(self, {name: name for name in _SIZES})

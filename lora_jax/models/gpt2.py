@@ -262,8 +262,6 @@ class Decoder(nnx.Module):
 class GPT2LM(nnx.Module):
     """The decoder and, unless it is tied to the embedding, its head."""
 
-    BLOCKS: ClassVar[tuple[str, ...]] = ("transformer", "h")
-
     def __init__(self, config: GPT2Config, *, dtype, param_dtype, scan: bool, rngs: nnx.Rngs):
         self.dtype = dtype
         self.transformer = Decoder(
@@ -292,6 +290,12 @@ class GPT2LM(nnx.Module):
         """Logits in float32."""
         weight = self.transformer.wte.embedding if self.tied else self.lm_head.kernel
         return logits_of(hidden, weight.get_value(), tied=self.tied, dtype=self.dtype)
+
+    @staticmethod
+    def blocks(config: GPT2Config) -> tuple[str, ...]:
+        """Where the blocks are in the model."""
+        del config
+        return "transformer", "h"
 
     @staticmethod
     def turns(config: GPT2Config, positions: Int[AnyArray, "b t"]) -> Callable[..., None]:  # noqa: F722

@@ -9,8 +9,6 @@ share this decoder differ only in their configuration (`lora_jax.models.families
 B batch, T new tokens, D width, N query heads, K key/value heads, H size of a head, V vocabulary.
 """
 
-from typing import ClassVar
-
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -145,14 +143,20 @@ class Decoder(nnx.Module):
         self.norm = _norm(config, config.hidden_size, param_dtype)
 
 
+class Wrapper(nnx.Module):
+    """What holds the decoder in a model of images and texts: adapters are named by its place."""
+
+    def __init__(self, decoder: Decoder):
+        self.language_model = decoder
+
+
 class CausalLM(nnx.Module):
     """The decoder and, unless it is tied to the embedding, its head."""
 
-    BLOCKS: ClassVar[tuple[str, ...]] = ("model", "layers")
-
     def __init__(self, config: LlamaConfig, *, dtype, param_dtype, scan: bool, rngs: nnx.Rngs):
         self.dtype = dtype
-        self.model = Decoder(config, dtype=dtype, param_dtype=param_dtype, scan=scan, rngs=rngs)
+        decoder = Decoder(config, dtype=dtype, param_dtype=param_dtype, scan=scan, rngs=rngs)
+        self.model = Wrapper(decoder) if config.wrapper else decoder
         self.tied = config.tie_word_embeddings
         self.softcap = config.final_logit_softcapping
         self.embedding_scale = config.hidden_size**0.5 if config.scale_embeddings else None
@@ -166,21 +170,31 @@ class CausalLM(nnx.Module):
                 rngs=rngs,
             )
 
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder, wherever it is."""
+        return self.model.language_model if isinstance(self.model, Wrapper) else self.model
+
+    @staticmethod
+    def blocks(config: LlamaConfig) -> tuple[str, ...]:
+        """Where the blocks are in the model."""
+        return ("model", "language_model", "layers") if config.wrapper else ("model", "layers")
+
     def embed(self, tokens: Int[AnyArray, "b t"], positions) -> Float[Array, "b t d"]:  # noqa: F722
         """The input of the first block."""
         del positions
-        x = self.model.embed_tokens(tokens)
+        x = self.decoder.embed_tokens(tokens)
         # Gemma's own code rounds the factor to the compute dtype first: in bfloat16 the root of
         # 3072, 55.4256, becomes 55.5.
         return x if self.embedding_scale is None else x * jnp.asarray(self.embedding_scale, x.dtype)
 
     def final(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:  # noqa: F722
         """The input of the head."""
-        return self.model.norm(x)
+        return self.decoder.norm(x)
 
     def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:  # noqa: F722
         """Logits in float32; products in the compute dtype, sums in float32."""
-        weight = self.model.embed_tokens.embedding if self.tied else self.lm_head.kernel
+        weight = self.decoder.embed_tokens.embedding if self.tied else self.lm_head.kernel
         logits = logits_of(hidden, weight.get_value(), tied=self.tied, dtype=self.dtype)
         return logits if self.softcap is None else jnp.tanh(logits / self.softcap) * self.softcap
 

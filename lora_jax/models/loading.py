@@ -22,7 +22,7 @@ from lora_jax.hf.tokenizer.tokenizer import from_gguf
 from lora_jax.models.encoder_loading import load_encoder
 from lora_jax.models.gguf import config_of
 from lora_jax.models.model import Model
-from lora_jax.models.registry import ENCODER, architecture_of, config_from_hf
+from lora_jax.models.registry import ENCODER, architecture_of, config_from_hf, names_of
 from lora_jax.models.sharding import RULES
 from lora_jax.quant.loading import QuantConfig, holder, quant_config
 from lora_jax.sharding import Rules, leaf_shardings, place
@@ -140,7 +140,7 @@ def _load_directory(
     weights = open_directory(directory)
     check_counts(config, weights, path)
     with named(path):
-        _check_class(raw, path, weights, config, architecture.names)
+        _check_class(raw, path, weights, config, names_of(config))
     forward = architecture.forward(config=config, **options)
     # Read before the weights, so that an error in them is raised at once.
     with named(directory):
@@ -191,7 +191,7 @@ def _load_gguf(
 def _fill(
     forward: Any, weights: Weights, quant: QuantConfig | None, spread: Spread
 ) -> dict[str, Any]:
-    family = architecture_of(forward.config.model_type).names
+    family = names_of(forward.config)
     weights = _renamed(weights, family)
     tied = family.tied
     if tied is not None and tied[0] in weights.shapes and forward.config.tie_word_embeddings:

@@ -119,7 +119,7 @@ class Forward:
             return on_rows(x, self.rows), stored
 
         x, stored = run_blocks(
-            reduce(getattr, lm.BLOCKS, lm),
+            reduce(getattr, lm.blocks(config), lm),
             (on_rows(lm.embed(tokens, positions), self.rows), stored),
             run,
             wrap=rematerialized(self.remat),
@@ -133,7 +133,7 @@ class Forward:
         """The parameter tree as `jax.ShapeDtypeStruct`s."""
         shapes = structure(self)[1]
         count = self.config.num_hidden_layers
-        return stacked(shapes, self.module.BLOCKS, count) if self.scan else shapes
+        return stacked(shapes, self.module.blocks(self.config), count) if self.scan else shapes
 
     def init_cache(self, batch: int, cache_length: int) -> Cache:
         """An empty cache of `cache_length` tokens a row."""

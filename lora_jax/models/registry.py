@@ -16,6 +16,7 @@ mask=None, ...)`, a pure function. A `causal_lm` returns logits (b, t, v) and al
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Literal, NamedTuple
 
@@ -53,17 +54,29 @@ _OUTSIDE = (
 )  # fmt: skip
 
 
-def text_of_gemma3(raw: Mapping[str, Any]) -> LlamaConfig:
-    """The text model of a multimodal Gemma 3 checkpoint; `gemma3` becomes `gemma3_text`.
+_TIES = "tie_word_embeddings"
+
+# Model types of images and texts -> the type of a text model that leaves it out.
+WRAPPERS: Mapping[str, str] = {"gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral"}
+
+
+def text_of(raw: Mapping[str, Any]) -> LlamaConfig:
+    """The decoder inside a model of images and texts.
 
     Raises:
       ValueError: `text_config` is missing or not supported.
     """
+    kind = str(raw["model_type"])
     if not isinstance(text := raw.get("text_config"), Mapping):
-        raise ValueError("config: a `gemma3` needs a `text_config`, an object; there is none")
+        raise ValueError(f"config: a `{kind}` needs a `text_config`, an object; there is none")
     # Multimodal checkpoints state these at the top level; values in `text_config` win.
     outside = {name: raw[name] for name in _OUTSIDE if name in raw}
-    return LlamaConfig.from_hf({**outside, **text, "model_type": "gemma3_text"})
+    # One that ties head and embedding may say so at either place.
+    ties = [part[_TIES] for part in (raw, text) if part.get(_TIES) is not None]
+    outside |= {_TIES: any(ties)} if ties else {}
+    text = {name: value for name, value in text.items() if name != _TIES}
+    inner = WRAPPERS[kind] if kind == "gemma3" else text.get("model_type", WRAPPERS[kind])
+    return replace(LlamaConfig.from_hf({**outside, **text, "model_type": inner}), wrapper=kind)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -71,8 +84,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         kind: Architecture(CAUSAL_LM, LlamaConfig.from_hf, Forward, names.LLAMA)
         for kind in DIALECTS
     },
-    "gemma3_text": Architecture(CAUSAL_LM, LlamaConfig.from_hf, Forward, names.GEMMA3),
-    "gemma3": Architecture(CAUSAL_LM, text_of_gemma3, Forward, names.GEMMA3),
+    **{kind: Architecture(CAUSAL_LM, text_of, Forward, names.WRAPPED) for kind in WRAPPERS},
     "gpt2": Architecture(
         CAUSAL_LM, GPT2Config.from_hf, partial(Forward, module=GPT2LM), names.GPT2
     ),
@@ -81,6 +93,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         for kind in KINDS
     },
 }
+
+
+def names_of(config: Any) -> names.Family:
+    """Hugging Face's names of the tensors of a model that was loaded."""
+    wrapper = getattr(config, "wrapper", None)
+    return architecture_of(wrapper or config.model_type).names
 
 
 def architecture_of(model_type: str) -> Architecture:

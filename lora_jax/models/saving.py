@@ -12,6 +12,7 @@ Weights are merged, cast and written one block of one module at a time.
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import product
@@ -109,6 +110,14 @@ def save_merged(
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
     most, family = size_of(max_shard_size), architecture_of(model.config.model_type).names
     modules = _modules(lora_params)
+    if wrapper := getattr(model.config, "wrapper", None):
+        # The rest of the checkpoint was not read: the language model is written as one of its own.
+        warnings.warn(
+            f"{directory}: of the `{wrapper}` only its language model is written "
+            f"(`{model.config.model_type}`); its vision tower and projector are left out",
+            stacklevel=2,
+        )
+        modules = {name.replace("language_model.", "", 1): x for name, x in modules.items()}
     blocks = _blocks(modules, family)
     with replacing(directory) as new:
         new.mkdir()

@@ -98,16 +98,18 @@ LLAMA = Family(
     tied=("lm_head.weight", "model.embed_tokens.weight"),
 )
 
-# The larger Gemma 3 checkpoints hold a vision tower and its projector, which are not loaded.
-GEMMA3 = replace(
+# A decoder inside a model of images and texts, whose vision tower and projector are not loaded.
+# Checkpoints of transformers before 4.52 have the names of the classes of then.
+WRAPPED = replace(
     LLAMA,
-    name="gemma3",
+    name="multimodal",
     ignored=(*LLAMA.ignored, "*vision_tower.*", "*multi_modal_projector.*"),
+    prefix="model.language_model.",
     starts=(
-        ("language_model.model.", "model."),
+        ("language_model.model.", "model.language_model."),
         ("language_model.lm_head.", "lm_head."),
-        ("model.language_model.", "model."),
     ),
+    tied=("lm_head.weight", "model.language_model.embed_tokens.weight"),
 )
 
 _GPT2_RULES = (

@@ -29,6 +29,7 @@ from lora_jax.files import replacing
 from lora_jax.hf.gguf.file import open_gguf, to_pairs
 from lora_jax.hf.gguf.names import Base, gguf_names, heads_of
 from lora_jax.hf.peft.index import PREFIX
+from lora_jax.hf.peft.prefixes import respelled
 from lora_jax.hf.peft.save import to_peft
 from lora_jax.paths import nearest
 
@@ -103,6 +104,8 @@ def to_gguf(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -
     # llama.cpp reads A, B and one alpha, and ignores anything else without an error.
     _check_plain(config)
     names = gguf_names(base.architecture, base.layers)
+    # llama.cpp names a decoder alike wherever it is.
+    config, tensors = respelled(config, tensors, names)
     pairs = _pairs(tensors, config, base)
     alpha = _common_alpha(pairs)
     for module in pairs:

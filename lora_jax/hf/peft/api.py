@@ -23,15 +23,16 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.name_maps import leaves as translated
 from lora_jax.hf.name_maps.peft import Saved, in_our_names, in_their_names, with_saved
 from lora_jax.hf.name_maps.rules import NameMap, Placed, places_of, recognise
-from lora_jax.hf.peft.base import as_read, model_type_of
+from lora_jax.hf.peft.base import as_read, check_names, model_type_of
 from lora_jax.hf.peft.copies import check_vocabulary, tables_of, without_copies
 from lora_jax.hf.peft.directory import CONFIG_FILE, read_directory, write_directory
 from lora_jax.hf.peft.load import check_task, fill
-from lora_jax.hf.peft.prefixes import without_module
+from lora_jax.hf.peft.prefixes import respelled, without_module
 from lora_jax.hf.peft.save import AUTO, with_task
 from lora_jax.hf.peft.settle import plannable
 from lora_jax.hf.peft.tying import check_tying, tied_by_file
 from lora_jax.hf.peft.vllm import for_vllm
+from lora_jax.paths import bare
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.plan.leaf import Plan
 from lora_jax.tree import init
@@ -146,6 +147,7 @@ def attach(
     config = tied_by_file(config, tensors)
     leaves = leaves_by_path(params)
     tensors = without_module(tensors, leaves, source)
+    config, tensors = respelled(config, tensors, map(bare, leaves))
     places = None if name_map is None else places_of(leaves, name_map)
     plan, saved = _plan(config, leaves, places, plan_of, source, name_map)
     check_task(
@@ -224,7 +226,8 @@ def save_peft(
 
     Raises:
       ValueError: the tree and the config disagree, a number is not finite, a classifier's head
-        that PEFT would look for is not trained, or vLLM could not serve the adapter.
+        that PEFT would look for is not trained, vLLM could not serve the adapter, or it names
+        modules that the base's directory does not have.
       OSError: the directory cannot be written; nothing was changed.
 
     Example:
@@ -242,5 +245,6 @@ def save_peft(
     if target == "vllm":
         fields, tensors = for_vllm(fields, tensors, config)
     if base_model_name is not None:
+        check_names(tensors, base_model_name)
         fields["base_model_name_or_path"] = base_model_name
     write_directory(directory, fields, tensors)

@@ -5,11 +5,15 @@ hold them. A reader repeats LoftQ over the float base, or has a base that is qua
 """
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lora_jax.array import leaves_by_path
-from lora_jax.hf.checkpoint.safetensors import read_json
+from lora_jax.hf.checkpoint.safetensors import open_directory, read_json
+from lora_jax.hf.peft.index import PREFIX
+from lora_jax.hf.peft.tying import HEAD
+from lora_jax.paths import nearest
 from lora_jax.plan.leaf import Plan
 from lora_jax.quant.array import is_quant
 
@@ -64,3 +68,40 @@ def model_type_of(base: str | None) -> str | None:
         return None
     fields = read_json(config)
     return fields.get("model_type") if isinstance(fields, dict) else None
+
+
+# The names of transformers' classes before 4.52, as checkpoints still have them, and those of now.
+_RENAMED = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head", "lm_head"),
+)
+
+
+def check_names(tensors: Iterable[str], base: str) -> None:
+    """Refuses an adapter of modules that its base does not have: PEFT would load none of it.
+
+    Args:
+      tensors: PEFT's names of the adapter's tensors.
+      base: path of the base's directory; anything else, such as a hub id, is not looked at.
+
+    Raises:
+      ValueError: a module of the adapter is not among the base's tensors.
+    """
+    directory = Path(base)
+    if not directory.is_dir() or not any(directory.glob("*.safetensors")):
+        return
+    there = {name.rpartition(".")[0] for name in open_directory(directory).shapes}
+    for old, new in _RENAMED:
+        there |= {new + name.removeprefix(old) for name in there if name.startswith(old)}
+    for key in tensors:
+        module = key.removeprefix(PREFIX).partition(".lora_")[0]
+        # A tied head has no tensor of its own, and files hold experts one by one.
+        if ".lora_" not in key or module == HEAD or "experts" in module:
+            continue
+        # The base's files may be of its inside alone, saved without the head.
+        if module not in there and module.partition(".")[2] not in there:
+            raise ValueError(
+                f"`{module}` of the adapter is no module of base_model_name `{base}`; nearest: "
+                f"{nearest(module, there)}; PEFT would load nothing of it: name the parameters as "
+                "the base does (name_map), or give the base that the adapter is for"
+            )

@@ -9,14 +9,16 @@ help has the adapter's name in every key. PEFT loads nothing of such a file, or 
 on where the component stands; here it is taken out, with a warning.
 """
 
+import dataclasses
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.peft.index import PREFIX
 
 # No module of a model has such a name.
@@ -129,3 +131,64 @@ def without_module(
     renamed = {key: PREFIX + key.removeprefix(start) for key in tensors}
     _warn(renamed, source)
     return {renamed[key]: tensor for key, tensor in tensors.items()}
+
+
+# What the names of one decoder begin with: inside a model of images and texts, inside one of
+# transformers before 4.52, and on its own.
+_PLACES = ("model.language_model.", "language_model.model.", "model.")
+_INSIDE = ("layers.", "embed_tokens.", "norm.")
+
+
+def respelled(
+    config: LoraConfig, tensors: Mapping[str, np.ndarray], paths: Iterable[str]
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """An adapter of a decoder that the model holds in another place, by the model's names.
+
+    Args:
+      config: the adapter's config.
+      tensors: PEFT's tensors by name.
+      paths: of the model's leaves, or anything else with its names.
+
+    Returns:
+      Both as they are where the places agree or are not known. Otherwise the config names the
+      modules of the file one by one.
+    """
+    theirs = _place(key.removeprefix(PREFIX) for key in tensors)
+    ours = _place(paths)
+    if theirs is None or ours is None or theirs == ours:
+        return config, dict(tensors)
+
+    def name(text: str) -> str:
+        if text.startswith(theirs):
+            return ours + text.removeprefix(theirs)
+        # The old names had the head inside, too.
+        return text.removeprefix("language_model.") if "lm_head" in text else text
+
+    moved = {PREFIX + name(key.removeprefix(PREFIX)): x for key, x in tensors.items()}
+    modules = dict.fromkeys(
+        key.removeprefix(PREFIX).partition(".lora_")[0] for key in moved if ".lora_" in key
+    )
+    pattern = re.compile(re.escape(theirs).replace(r"\.", r"\\?\."))
+
+    def patterns(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {pattern.sub(lambda _: re.escape(ours), k, count=1): v for k, v in values.items()}
+
+    return dataclasses.replace(
+        config,
+        target_modules=tuple(modules) if not config.target_parameters else config.target_modules,
+        exclude_modules=(),
+        modules_to_save=tuple(map(name, config.modules_to_save)),
+        rank_pattern=patterns(config.rank_pattern),
+        alpha_pattern=patterns(config.alpha_pattern),
+        layers_to_transform=None,
+        layers_pattern=None,
+    ), moved
+
+
+def _place(names: Iterable[str]) -> str | None:
+    """Where the decoder is, by the first of some names that shows it."""
+    for name in names:
+        for place in _PLACES:
+            if name.startswith(place) and name.removeprefix(place).startswith(_INSIDE):
+                return place
+    return None

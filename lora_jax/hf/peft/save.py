@@ -17,6 +17,9 @@ from lora_jax.hf.peft.tying import HEAD, tied_config, ties
 
 AUTO = "auto"
 
+# The start of the names of a decoder that is part of a model of images and texts.
+WRAPPED = "model.language_model."
+
 
 def to_peft(lora_params: Any, config: LoraConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The content of a PEFT directory: the config's fields and the tensors by name.
@@ -84,7 +87,10 @@ def content_of(
     for name, value in tensors.items():
         directory.check_tensor(name, value, "lora_params")
     fields = config.to_peft()
-    if config.target_modules == ALL_LINEAR or not all(
+    if any(name.startswith(WRAPPED) for name in index.adapted) and not _is_exact(config):
+        # PEFT would adapt the vision tower too, whose modules have the same last names.
+        fields["target_modules"] = sorted(index.adapted)
+    elif config.target_modules == ALL_LINEAR or not all(
         matching.is_target(config, name) for name in index.adapted
     ):
         # PEFT knows no paths of stacked layers: names that match there the modules adapted here.
@@ -93,6 +99,13 @@ def content_of(
             # The tree has no such module; for PEFT the entry ties head and embedding.
             fields["target_modules"].append(HEAD)
     return fields, tensors
+
+
+def _is_exact(config: LoraConfig) -> bool:
+    """Whether the targets tell a decoder's modules from those of what it is in."""
+    targets = config.target_modules
+    listed = (targets,) if isinstance(targets, str) else targets
+    return all("language_model" in entry for entry in listed)
 
 
 def _as_peft(tensor: np.ndarray, spec: TensorSpec) -> np.ndarray:

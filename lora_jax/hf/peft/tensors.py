@@ -70,7 +70,7 @@ class TensorSpec(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """The fields of a `TensorSpec` that tell how one part of an adapter lies in the file."""
+    """How one part of an adapter lies in the file, see `TensorSpec`."""
 
     shape: tuple[int, ...]
     cut: int | None = None
@@ -214,16 +214,8 @@ def _is_swapped(
     """Whether PEFT takes the outputs of a parameter for its inputs.
 
     It takes a parameter's last dim for the inputs, and the first after the experts' only where the
-    module's class says that it is transposed.
-
-    Args:
-      row: of the parameter.
-      expected: shapes of the file's A, plain and swapped.
-      found: that of the file, or None when one is written.
-      model_type: of the model, where it is known.
-
-    Raises:
-      ValueError: nothing shows it.
+    module's class says that it is transposed. `expected` are the shapes of the file's A, plain and
+    swapped; `found` is the file's, or None when one is written.
     """
     roles = row.leaf.roles[len(row.layer) :]
     if module_of(bare(row.path)) != bare(row.path):
