@@ -13,8 +13,9 @@ from lora_jax.array import is_leaf
 from lora_jax.compat import require
 from lora_jax.config import matching
 from lora_jax.plan.leaf import Plan
-from lora_jax.quant.array import QuantArray, is_quant, quantize_array
+from lora_jax.quant.array import Backend, QuantArray, is_quant, quantize_array
 from lora_jax.quant.dispatch import check_backend
+from lora_jax.quant.formats import FormatName
 
 # Names, a regular expression, a `lora_jax.Plan`, or `f(path, leaf)`.
 Where = Any
@@ -24,13 +25,13 @@ def quantize(
     params: PyTree,
     where: Where,
     *,
-    format: str = "nf4",
+    format: FormatName = "nf4",
     block_size: int = 64,
     double_quant: bool = False,
     scale_dtype: str | None = None,
     roles: dict[str, str] | None = None,
     pad: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
     progress: bool = False,
 ) -> PyTree:
     """Quantizes chosen leaves of a parameter tree, one after the other.

@@ -16,7 +16,7 @@ of a rank: Eckart and Young 1936.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,10 @@ from lora_jax.array import LoraArray, RowsArray, SavedArray, is_stack
 from lora_jax.dims import factor_shapes, sizes
 from lora_jax.multi.stack import columns_of
 
+# The names of `_JOINS`, for annotations.
+Method = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+MajoritySign = Literal["total", "frequency"]
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -33,10 +37,10 @@ def add_weighted_adapter(
     adapters: Sequence,
     weights: Sequence[float],
     *,
-    method: str = "cat",
+    method: Method = "cat",
     rank: int | None = None,
     density: float = 1.0,
-    majority_sign: str = "total",
+    majority_sign: MajoritySign = "total",
     key: PRNGKeyArray | None = None,
 ) -> PyTree:
     """The weighted sum of adapters of one base, as one adapter.
@@ -66,7 +70,15 @@ def add_weighted_adapter(
     Example:
       both = lora.multi.add_weighted_adapter([polite, french], [0.7, 0.3], method="svd", rank=16)
     """
-    _check(adapters, weights, method, rank, density, majority_sign, key)
+    _check(
+        adapters,
+        weights,
+        method=method,
+        rank=rank,
+        density=density,
+        majority_sign=majority_sign,
+        key=key,
+    )
     columns, tree, names = columns_of(adapters)
     join = _JOINS[method]
     out = []
@@ -89,7 +101,7 @@ def add_weighted_adapter(
 class _Options:
     rank: int | None
     density: float
-    majority_sign: str
+    majority_sign: MajoritySign
     key: jax.Array | None
 
 
@@ -109,6 +121,7 @@ def common_rank(lora_params: PyTree) -> int:
 def _check(
     adapters: Sequence,
     weights: Sequence[float],
+    *,
     method: str,
     rank: int | None,
     density: float,
@@ -125,7 +138,7 @@ def _check(
         raise ValueError(f"`rank` must be at least 1, got {rank}")
     if not 0 < density <= 1:
         raise ValueError(f"`density` must be in (0, 1], got {density}")
-    if majority_sign not in ("total", "frequency"):
+    if majority_sign not in get_args(MajoritySign):
         raise ValueError(f'`majority_sign` must be "total" or "frequency", got {majority_sign!r}')
     if method.startswith("dare") and key is None:
         raise ValueError(f"`key` is needed for {method}: pass jax.random.key(seed)")

@@ -7,7 +7,7 @@ It has the shape, dtype and roles of its weight. Its arrays are those of the mat
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax.core
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from lora_jax.quant import formats
 _DATA = ("packed", "scale", "bias", "scale2", "offset", "scale_map")
 # Static: two weights that differ here have different tree structures, and compile apart.
 _META = ("format", "block", "shape", "roles", "dtype", "backend")
+# Which kernels multiply with a weight: "auto" follows JAX's default device, "..._interpret" runs a
+# kernel in Pallas' interpreter.
+Backend = Literal["auto", "reference", "gpu", "tpu", "gpu_interpret", "tpu_interpret"]
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -59,12 +62,12 @@ class QuantArray:
     scale2: Any = None
     offset: Any = None
     scale_map: Any = None
-    format: str = "nf4"
+    format: formats.FormatName = "nf4"
     block: int = 64
     shape: tuple[int, ...] = ()
     roles: str = "io"
     dtype: Any = np.dtype("float32")
-    backend: str = "auto"
+    backend: Backend = "auto"
 
     @property
     def ndim(self) -> int:
@@ -139,7 +142,7 @@ def matrix(q: QuantArray) -> Float[Array, "*s k n"]:
 def quantize_array(
     w: Any,
     *,
-    format: str = "nf4",
+    format: formats.FormatName = "nf4",
     block_size: int = 64,
     scale_dtype: str | None = None,
     double_quant: bool = False,

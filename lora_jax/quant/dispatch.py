@@ -12,15 +12,16 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import jax
 from jax.typing import DTypeLike
 
 from lora_jax import compat
-from lora_jax.quant.array import QuantArray, form_of
+from lora_jax.quant.array import Backend, QuantArray, form_of
 from lora_jax.quant.kernels import reference
 
-BACKENDS = ("auto", "reference", "gpu", "tpu", "gpu_interpret", "tpu_interpret")
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 class ReferenceWarning(UserWarning):

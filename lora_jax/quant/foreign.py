@@ -95,7 +95,7 @@ def from_codes(
         jnp.asarray(formats.pack(fill(codes, rows, form.zero), form, block_size)),
         jnp.asarray(fill(scale, rows // block_size)),
         None if bias is None else jnp.asarray(fill(np.asarray(bias), rows // block_size)),
-        format=format,
+        format=form.name,
         block=block_size,
         shape=shape,
         roles=roles,

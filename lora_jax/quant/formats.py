@@ -37,6 +37,10 @@ _FP4_POSITIVE = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 _FP4 = tuple(x / 12 for x in _FP4_POSITIVE) + tuple(-x / 12 for x in _FP4_POSITIVE)
 
 
+# The keys of `FORMATS`, for annotations.
+FormatName = Literal["nf4", "fp4", "int4", "uint4", "int8"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Packing:
     """How codes share bytes, for JAX and NumPy arrays and inside kernels.
@@ -77,7 +81,7 @@ class Format:
       zero: the code that padding is filled with; its value is 0 (or its scale is).
     """
 
-    name: str
+    name: FormatName
     packing: Packing
     codebook: tuple[float, ...] | None
     scale: Literal["absmax", "signed", "range"]
@@ -92,7 +96,7 @@ class Format:
         return self.packing.slabs * block
 
 
-FORMATS = {
+FORMATS: dict[str, Format] = {
     # Codes start at the lowest value, and 7 is NF4's exact zero.
     "nf4": Format("nf4", NIBBLES, _NF4, "absmax", 7),
     "fp4": Format("fp4", NIBBLES, _FP4, "absmax", 0),

@@ -5,7 +5,7 @@ One tensor at a time is in floats, beside the leaves that are quantized already.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class QuantConfig:
       scale_dtype: of the scales, "bfloat16" if None.
     """
 
-    format: str = "nf4"
+    format: formats.FormatName | Literal["file"] = "nf4"
     block_size: int = 64
     double_quant: bool = False
     scale_dtype: str | None = None
@@ -47,10 +47,12 @@ def quant_config(quantize: "str | QuantConfig | None") -> QuantConfig | None:
     """The argument of `models.load(quantize=)` as a `QuantConfig`."""
     if quantize is None or isinstance(quantize, QuantConfig):
         return quantize
-    if quantize not in (FILE, *formats.FORMATS):
+    if quantize == "file":
+        return QuantConfig(format="file")
+    if quantize not in formats.FORMATS:
         known = ", ".join([*formats.FORMATS, FILE])
         raise ValueError(f"`quantize` must be one of {known}, or a QuantConfig, got {quantize!r}")
-    return QuantConfig(format=quantize)
+    return QuantConfig(format=formats.FORMATS[quantize].name)
 
 
 # (path, leaf's shape and dtype, (tensor's name, order of its dims) of each layer) -> leaf or None

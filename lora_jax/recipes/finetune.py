@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -250,7 +250,8 @@ def load_model(
     """Loads a model; "smollm2" is the installed demo model. Settings as in `FinetuneConfig`."""
     path = models.find_smollm2() if source == "smollm2" else source
     # Recomputing all but the projections is faster than storing and reading everything.
-    held = None if quantize is None else QuantConfig(format=quantize, block_size=quantize_block)
+    form = cast(Any, quantize)  # `QuantConfig` checks it
+    held = None if quantize is None else QuantConfig(format=form, block_size=quantize_block)
     return models.load(
         path,
         dtype=dtype,

@@ -1,6 +1,6 @@
 """Weighted combinations against the dense sum, and against PEFT's where PEFT's are right."""
 
-from typing import Any
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import multi
+from lora_jax.multi.weighted import _JOINS, Method
 
 from tests.support.oracle import oracle
 
@@ -191,7 +192,7 @@ def test_clear_errors():
     with pytest.raises(ValueError, match="got 2 adapters and 1 weights"):
         multi.add_weighted_adapter([one, two], [1.0])
     with pytest.raises(ValueError, match="`method` must be one of cat, svd"):
-        multi.add_weighted_adapter([one], [1.0], method="best")
+        multi.add_weighted_adapter([one], [1.0], method=cast(Any, "best"))
     with pytest.raises(ValueError, match='method="linear" needs adapters of one rank'):
         multi.add_weighted_adapter([one, two], [1.0, 1.0], method="linear")
     with pytest.raises(ValueError, match="`key` is needed for dare_linear"):
@@ -200,3 +201,7 @@ def test_clear_errors():
         multi.add_weighted_adapter([one], [1.0], method="ties", density=0)
     with pytest.raises(ValueError, match="`up.kernel` has DoRA's magnitude"):
         multi.add_weighted_adapter([make(1, use_dora=True, target_modules=("up",))], [1.0])
+
+
+def test_the_annotations_name_every_method():
+    assert get_args(Method) == tuple(_JOINS)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from gguf import quants as gguf_quants
 import lora_jax as lora
 from lora_jax import quant
 from lora_jax.quant import foreign, formats
+from lora_jax.quant.formats import FORMATS, FormatName
 
 pytestmark = pytest.mark.once
 
@@ -254,9 +256,13 @@ def test_trees_are_quantized_by_name_and_come_back():
     with pytest.raises(ValueError, match="quantized already"):
         lora.quantize(q, ["up"])
     with pytest.raises(ValueError, match="`backend` must be one of auto, .* got 'cuda'"):
-        lora.quantize(params, ["up"], backend="cuda")
+        lora.quantize(params, ["up"], backend=cast(Any, "cuda"))
     with pytest.raises(ValueError, match="`block_size` 64 does not divide the 8 inputs"):
         lora.quantize({"k": np.ones((8, 8), np.float32)}, ["k"])
     mapped = lora.quantize(params, lambda path, leaf: path == "head.kernel", roles={"head": "oi"},
                            block_size=16, pad=True)  # fmt: skip
     assert mapped["head"]["kernel"].roles == "oi"
+
+
+def test_the_annotations_name_every_format():
+    assert get_args(FormatName) == tuple(FORMATS)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from lora_jax.models.registry import CAUSAL_LM, architecture_of
 from lora_jax.models.sharding import ROWS, RULES
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import formats
+from lora_jax.quant.array import Backend
 from lora_jax.quant.dispatch import BACKENDS
 from lora_jax.quant.loading import is_kernel
 from lora_jax.quantize import quantize
@@ -175,8 +176,10 @@ def _base(forward: Any, settings: StepSettings) -> Any:
     if form is None:
         return shapes
 
+    name, backend = formats.known_format(form).name, cast(Backend, settings.backend)
+
     def quantized(params: Any) -> Any:
-        return quantize(params, is_kernel, format=form, backend=settings.backend)
+        return quantize(params, is_kernel, format=name, backend=backend)
 
     return jax.eval_shape(quantized, shapes)
 
