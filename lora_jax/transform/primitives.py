@@ -154,6 +154,9 @@ PRIMITIVES: dict[str, Primitive] = {
         token_axis.except_along("dimensions"),
         "fused",
     ),
+    "pad": _rearranging(
+        rules.rearranging(rules_rearrange.pad), dim_maps.SAME_RANK, token_axis.uncut, "fused"
+    ),
     "concatenate": _rearranging(
         rules.concatenate, dim_maps.SAME_RANK, token_axis.except_along("dimension"), "fused"
     ),
@@ -222,7 +225,6 @@ PRIMITIVES: dict[str, Primitive] = {
     **dict.fromkeys(
         "reduce_window reduce_window_sum reduce_window_max reduce_window_min".split(), _WINDOWED
     ),
-    "pad": _activations(dim_maps.SAME_RANK, token_axis.uncut, "fused"),
     "tile": _activations(dim_maps.SAME_RANK, token_axis.lost, "fused"),
     "sort": _activations(dim_maps.MIXED, token_axis.except_along("dimension"), "reader"),
     "top_k": _activations(dim_maps.SAME_SHAPE, token_axis.top_k, "reader"),

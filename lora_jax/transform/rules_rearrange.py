@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.sharding import NamedSharding
 
 from lora_jax.dims import reshape_roles
@@ -90,6 +90,25 @@ def reverse(v: Implicit, *, dimensions, **_):
         return lax.rev(array, [i for i, d in enumerate(dims) if d in dimensions]), dims
 
     return rebuild(v, lax.rev(opened(v, "rev"), dimensions), v.roles, turn)
+
+
+def pad(
+    v: Implicit, value: Array, *, padding_config: Sequence[tuple[int, int, int]], **_
+) -> Implicit:
+    """Padding of the weight; the factors get zeros, so that the change is zero there."""
+    changed = [d for d, widths in enumerate(padding_config) if any(widths)]
+    if v.gain is not None:
+        raise Unsupported("DoRA's gain of a padded weight")
+    if any(v.roles[d] == "u" or (v.roles[d] == "s" and v.key is not None) for d in changed):
+        raise Unsupported("padding of a dim that no factor has, or of a stack with dropout")
+
+    def extend(array: Array, dims: list) -> tuple[Array, list]:
+        widths = [(0, 0, 0) if d == RANK else padding_config[d] for d in dims]
+        if not any(map(any, widths)):  # keys cannot be padded
+            return array, dims
+        return lax.pad(array, jnp.zeros((), array.dtype), widths), dims
+
+    return rebuild(v, lax.pad(opened(v, "pad"), value, padding_config), v.roles, extend)
 
 
 def split(v: Implicit, *, sizes, axis, **_):

@@ -182,7 +182,7 @@ CASES = (
                                 (x[0] @ p["w"]).T, w=(8, 8)), {"w": "io"},
          frozenset({("w", "add")})),
     Case("block_fourier_kernel", _model(lambda p, x: _transformed_kernel(p["w"], x) + x @ (
-        p["w"].T @ jnp.ones((5, 8))), w=(5, 8)), {"w": "io"}, frozenset({("w", "pad")})),
+        p["w"].T @ jnp.ones((5, 8))), w=(5, 8)), {"w": "io"}, frozenset({("w", "fft")})),
     Case("block_closed_over", _model(_closed_over, w=(8, 8)), {"w": "io"}),
     Case("block_repeated_heads", _model(lambda p, x: _repeated_heads(p["w"], x), w=(8, 2, 3)),
          {"w": "ioo"}, frozenset({("w", "reshape")})),

@@ -133,6 +133,13 @@ CASES = (
     Case("fused_ooio", _one(_fused_ooio, 3, 2, 8, 4), {"w": "ooio"}),
     Case("unstack_layers", _one(_unstacked, 3, 8, 8), {"w": "sio"}),
     Case("static_layers", _one(_indexed, 3, 8, 8), {"w": "sio"}),
+    Case("pad_rows", _one(lambda w, x: x @ jnp.pad(w, ((1, 2), (0, 0)), constant_values=0.5), 5, 6),
+         {"w": "io"}),
+    Case("pad_columns", _one(lambda w, x: x @ lax.pad(
+        w, jnp.zeros((), w.dtype), ((0, 0, 0), (2, -1, 1))), 8, 6), {"w": "io"}),
+    Case("pad_a_stack", _one(lambda w, x: jnp.tanh(
+        jnp.einsum("bti,sio->bsto", x, jnp.pad(w, ((1, 0), (0, 0), (0, 0))))), 2, 8, 6),
+        {"w": "oio"}),
     Case("reverse_rows", _one(lambda w, x: x @ w[::-1], 8, 6), {"w": "io"}),
     Case("convert_bf16", _one(lambda w, x: x @ w.astype(jnp.bfloat16).astype(jnp.float32), 8, 6),
          {"w": "io"}, tolerance=5e-2, numerical=False),
@@ -183,8 +190,7 @@ CASES = (
     Case("mixture_of_weights",
          _one(lambda w, x: x @ jnp.einsum("e,eio->io", jax.nn.softmax(x[0, 0, :3]), w), 3, 8, 6),
          {"w": "ioo"}),
-    Case("weight_padded", _one(lambda w, x: x @ jnp.pad(w, ((0, 0), (0, 2))), 8, 6), {"w": "io"},
-         frozenset({("w", "pad")})),
+    Case("weight_padded", _one(lambda w, x: x @ jnp.pad(w, ((0, 0), (0, 2))), 8, 6), {"w": "io"}),
     Case("weight_repeated", _one(lambda w, x: x @ jnp.tile(w, (1, 2)), 8, 6), {"w": "io"},
          frozenset({("w", "tile")})),
     Case("weight_written_to", _one(lambda w, x: x @ w.at[0].set(1.0), 8, 6), {"w": "io"},
