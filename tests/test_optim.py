@@ -1,6 +1,6 @@
 """Gradients through the whole tree: of what trains, over float and quantized bases alike."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -115,10 +115,11 @@ def test_a_whole_tree_optimizer_is_found_out_when_the_adapter_is_saved(tx, tmp_p
     config = lora.LoraConfig(rank=2, init="random", target_modules=("up",))
     start = lora.init(jax.random.key(0), lora.plan(config, run, params, X), params)
     for wrapped, moves in ((tx, True), (lora.masked(tx), False)):
-        tree, state = start, wrapped.init(start)
+        tree: Any = start
+        state = wrapped.init(start)
         for _ in range(2):
             updates, state = wrapped.update(jax.grad(loss)(tree), state, tree)
-            tree = optax.apply_updates(tree, updates)
+            tree = cast(Any, optax.apply_updates(tree, updates))
         assert bool((tree["up"]["kernel"].w != params["up"]["kernel"]).any()) is moves
         if moves:
             with pytest.raises(ValueError, match=r"on the whole tree.*`lora\.split.*lora\.masked"):
