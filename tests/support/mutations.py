@@ -16,7 +16,7 @@ NUMBERS = (0, 1, 7, 2**16, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
 Mutation = Callable[[random.Random, bytes], bytes]
 
 
-def _nodes(value: object, found: list) -> list:
+def _nodes(value: dict | list, found: list) -> list:
     """Every place in a JSON value, as its container and key."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
     for key, child in list(pairs):
