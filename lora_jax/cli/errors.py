@@ -65,7 +65,7 @@ def _with_flags(text: str, flags: Collection[str]) -> str:
     """Python's `too_long="truncate"` as `--too-long truncate`, where there is such a flag."""
 
     def spelled(found: re.Match) -> str:
-        name = found["name"]
+        name = str(found["name"])
         flag = "--" + _OTHER_NAMES.get(name, name).replace("_", "-")
         if flag not in flags or found["value"] == "...":
             return found[0]
