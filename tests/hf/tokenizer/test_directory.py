@@ -4,12 +4,14 @@ import json
 
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
+from tokenizers import processors
 
 from lora_jax.hf.tokenizer import from_directory
 
-pytestmark = [pytest.mark.once, pytest.mark.torch]
+from tests.support.places import GOLDEN
+from tests.support.their_tokenizers import encoded, transformers_reads
+
+pytestmark = [pytest.mark.once, pytest.mark.oracle]
 
 TEXTS = [
     "The quick brown fox doesn't jump; it's lazy.",
@@ -25,51 +27,12 @@ FLAGS = {"special": True, "lstrip": False, "rstrip": False, "normalized": False,
          "single_word": False}  # fmt: skip
 
 
-def trained(backend, trainer, **options):
-    train = trainer(special_tokens=SPECIAL, show_progress=False, **options)
-    backend.train_from_iterator(TEXTS * 3, train)
-    return backend
+# Made once by the trainers of tokenizers, whose output is not the same each time.
+KINDS = ("byte_level", "unigram", "wordpiece", "sentencepiece")
 
 
-def byte_level():
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    return trained(backend, trainers.BpeTrainer, vocab_size=320, initial_alphabet=letters)
-
-
-def unigram():
-    backend = Backend(models.Unigram())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    return trained(backend, trainers.UnigramTrainer, vocab_size=80, unk_token="<unk>")
-
-
-def wordpiece():
-    backend = Backend(models.WordPiece(unk_token="<unk>"))
-    backend.normalizer = normalizers.BertNormalizer()
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return trained(backend, trainers.WordPieceTrainer, vocab_size=120)
-
-
-def sentencepiece():
-    """As Llama 2's file: BPE with a normalizer that writes spaces as ▁, and bytes."""
-    backend = Backend(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-    letters = [f"<0x{i:02X}>" for i in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=SPECIAL + letters, show_progress=False
-    )
-    backend.train_from_iterator(TEXTS * 3, trainer)
-    saved = json.loads(backend.to_str())
-    saved |= {"added_tokens": saved["added_tokens"][: len(SPECIAL)], "pre_tokenizer": None}
-    backend = Backend.from_str(json.dumps(saved))
-    parts = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    backend.normalizer = normalizers.Sequence(parts)
-    return backend
-
-
-KINDS = {f.__name__: f for f in (byte_level, unigram, wordpiece, sentencepiece)}
+def backend_of(kind):
+    return Backend.from_file(str(GOLDEN / "tokenizers" / f"{kind}.json"))
 
 
 def around(single):
@@ -141,40 +104,42 @@ def write(directory, backend, settings, files=()):
     return directory
 
 
-def assert_same(directory):
-    ours, theirs = from_directory(directory), AutoTokenizer.from_pretrained(directory)
-    for text in TEXTS:
-        assert ours.encode(text) == theirs(text).input_ids, text
-        plain = theirs(text, add_special_tokens=False).input_ids
+def assert_same(name, directory):
+    def run(theirs):
+        special = [theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id]
+        return {**encoded(theirs, TEXTS), "ids": special}
+
+    ours, theirs = from_directory(directory), transformers_reads(name, directory, run)
+    for text, special, plain in zip(TEXTS, theirs["special"], theirs["plain"], strict=True):
+        assert ours.encode(text) == special, text
         assert ours.encode(text, add_special_tokens=False) == plain, text
-    want = (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
-    assert (ours.bos_id, ours.eos_id, ours.pad_id) == want
+    assert [ours.bos_id, ours.eos_id, ours.pad_id] == theirs["ids"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_are_transformers(tmp_path, kind, case):
-    backend = KINDS[kind]()
+    backend = backend_of(kind)
     processor, settings, files = CASES[case]
     if processor is not None:
         backend.post_processor = processor
-    assert_same(write(tmp_path, backend, settings, files))
+    assert_same(f"{kind}.{case}", write(tmp_path, backend, settings, files))
 
 
 @pytest.mark.parametrize("legacy", [None, False, True])
 @pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast"])
 def test_llamas_class_treats_spaces_as_transformers_5(tmp_path, name, legacy):
-    backend = sentencepiece()
+    backend = backend_of("sentencepiece")
     backend.post_processor = around("<s> $A")
     settings = {"tokenizer_class": name, **({} if legacy is None else {"legacy": legacy})}
-    assert_same(write(tmp_path, backend, settings))
+    assert_same(f"{name}.{legacy}", write(tmp_path, backend, settings))
 
 
 # What transformers does not do: the model's own end tokens, and ids that are checked.
 
 
 def test_a_prompt_gets_what_opens_a_text_once_and_nothing_behind(tmp_path):
-    backend = byte_level()
+    backend = backend_of("byte_level")
     backend.post_processor = around("<s> $A </s>")
     ours = from_directory(write(tmp_path, backend, {}))
     text = ours.encode("hello", add_special_tokens=False)
@@ -186,16 +151,16 @@ def test_a_prompt_gets_what_opens_a_text_once_and_nothing_behind(tmp_path):
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 def test_the_models_end_tokens(tmp_path, file):
-    directory = write(tmp_path, byte_level(), {"eos_token": None})
+    directory = write(tmp_path, backend_of("byte_level"), {"eos_token": None})
     (directory / file).write_text('{"eos_token_id": [2, 3, 9999]}')
     ours = from_directory(directory)
     assert (ours.eos_id, ours.stop_ids) == (2, (2, 3))
     (directory / file).write_text('{"eos_token_id": 3}')
-    assert from_directory(write(tmp_path, byte_level(), {})).stop_ids == (2, 3)
+    assert from_directory(write(tmp_path, backend_of("byte_level"), {})).stop_ids == (2, 3)
 
 
 def test_an_end_token_that_the_model_has_no_row_for(tmp_path):
-    backend = byte_level()
+    backend = backend_of("byte_level")
     directory = write(tmp_path, backend, {"eos_token": "<|endoftext|>"})
     config = {"vocab_size": backend.get_vocab_size(), "eos_token_id": 2}
     (directory / "config.json").write_text(json.dumps(config))
@@ -217,7 +182,7 @@ def test_an_end_token_that_the_model_has_no_row_for(tmp_path):
     ],
 )
 def test_added_tokens_that_cannot_be_right(tmp_path, declared, text):
-    directory = write(tmp_path, byte_level(), {"added_tokens_decoder": declared})
+    directory = write(tmp_path, backend_of("byte_level"), {"added_tokens_decoder": declared})
     with pytest.raises(ValueError, match=f"tokenizer_config.json: .*{text}"):
         from_directory(directory)
 
@@ -225,11 +190,10 @@ def test_added_tokens_that_cannot_be_right(tmp_path, declared, text):
 def test_templates_in_every_place(tmp_path):
     chat = [{"role": "user", "content": "hi"}]
     named = [{"name": "tool_use", "template": "T"}, {"name": "rag", "template": "R"}]
-    (directory := write(tmp_path, byte_level(), {})).joinpath("chat_template.json").write_text(
-        '{"chat_template": "processor"}'
-    )
+    directory = write(tmp_path, backend_of("byte_level"), {})
+    (directory / "chat_template.json").write_text('{"chat_template": "processor"}')
     assert from_directory(directory).render_chat(chat) == "processor"
-    write(tmp_path, byte_level(), {"chat_template": named})
+    write(tmp_path, backend_of("byte_level"), {"chat_template": named})
     assert from_directory(directory).render_chat(chat, tools=[{}]) == "T"
     with pytest.raises(
         ValueError, match="no chat template named `default`, only `tool_use`, `rag`"

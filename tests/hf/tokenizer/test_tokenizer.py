@@ -1,17 +1,20 @@
 """Tokenizers against transformers': SmolLM2's from the GGUF file, and ones saved in a directory."""
 
+import functools
 import json
 
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.hf.tokenizer.tokenizer import Tokenizer, from_gguf
 
-pytestmark = [pytest.mark.once, pytest.mark.torch]
+from tests.support.oracle import oracle
+from tests.support.their_tokenizers import encoded
+
+pytestmark = [pytest.mark.once, pytest.mark.oracle]
 
 WORDS = [
     "The quick brown fox doesn't jump; it's lazy.",
@@ -34,36 +37,56 @@ def ours(smollm2):
     return from_gguf(open_gguf(smollm2).metadata, path=smollm2)
 
 
+TURNS = (CHAT, CHAT[:1], [{"role": "system", "content": "Be brief."}, *CHAT])
+
+
 @pytest.fixture(scope="module")
-def oracle(smollm2):
-    directory, _, file = smollm2.rpartition("/")
-    return AutoTokenizer.from_pretrained(directory, gguf_file=file)
+def theirs(smollm2):
+    """What transformers makes of texts and chats with the tokenizer of the GGUF file."""
+
+    def ask():
+        from transformers import AutoTokenizer
+
+        directory, _, file = smollm2.rpartition("/")
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file)
+        # transformers' reading of a GGUF file does not know the split `smollm`; SmolLM2's own
+        # tokenizer.json has it, and llama.cpp too: every digit apart, then GPT-2's expression.
+        backend = Backend.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+        )
+        chats = [
+            tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, tokenize=False)
+            for turns in TURNS
+            for prompt in (False, True)
+        ]
+        return {
+            "words": [tokenizer.encode(text) for text in WORDS],
+            "digits": [backend.encode(text).ids for text in DIGITS],
+            "chats": chats,
+            "chat ids": [tokenizer(text)["input_ids"] for text in chats],
+        }
+
+    return oracle("hf/tokenizer/smollm2", ask)
 
 
 @pytest.mark.parametrize("text", WORDS)
-def test_tokens_are_transformers(ours, oracle, text):
-    assert ours.encode(text) == oracle.encode(text)
+def test_tokens_are_transformers(ours, theirs, text):
+    assert ours.encode(text) == theirs["words"][WORDS.index(text)]
     assert ours.decode(ours.encode(text), skip_special_tokens=False) == text
 
 
 @pytest.mark.parametrize("text", DIGITS)
-def test_digits_stand_alone_as_smollm2_learned_them(ours, oracle, text):
-    # transformers' reading of a GGUF file does not know the split `smollm`; SmolLM2's own
-    # tokenizer.json has it, and llama.cpp too: every digit apart, then GPT-2's expression.
-    backend = Backend.from_str(oracle.backend_tokenizer.to_str())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
-    )
-    assert ours.encode(text) == backend.encode(text).ids
+def test_digits_stand_alone_as_smollm2_learned_them(ours, theirs, text):
+    assert ours.encode(text) == theirs["digits"][DIGITS.index(text)]
     assert ours.decode(ours.encode(text)) == text
 
 
-def test_the_chat_is_transformers(ours, oracle):
-    for turns in (CHAT, CHAT[:1], [{"role": "system", "content": "Be brief."}, *CHAT]):
-        for prompt in (False, True):
-            want = oracle.apply_chat_template(turns, add_generation_prompt=prompt, tokenize=False)
-            assert ours.render_chat(turns, prompt) == want
-            assert ours.apply_chat_template(turns, prompt) == oracle(want)["input_ids"]
+def test_the_chat_is_transformers(ours, theirs):
+    cases = [(turns, prompt) for turns in TURNS for prompt in (False, True)]
+    for (turns, prompt), text, ids in zip(cases, theirs["chats"], theirs["chat ids"], strict=True):
+        assert ours.render_chat(turns, prompt) == text
+        assert ours.apply_chat_template(turns, prompt) == ids
 
 
 def test_special_tokens(ours):
@@ -90,8 +113,12 @@ TEMPLATES = {
 }
 
 
-@pytest.fixture(scope="module")
+SKIPPED = [{"role": "skip", "content": "ä"}, *CHAT]
+
+
+@functools.cache
 def small():
+    """The tokenizer itself."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -105,39 +132,59 @@ def small():
     backend.post_processor = processors.TemplateProcessing(
         single="<s>:0 $A:0", special_tokens=[("<s>", 0)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    return backend
+
+
+def saved(directory, case=None):
+    """Writes the directory that transformers saves it in, and returns what transformers reads."""
+    template = TEMPLATES.get(case)
+
+    def save():
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=small(), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        )
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(directory / "theirs")
+        files = {p.name: p.read_text() for p in sorted((directory / "theirs").iterdir())}
+        again = AutoTokenizer.from_pretrained(directory / "theirs")
+        chats = [
+            again.apply_chat_template(SKIPPED, add_generation_prompt=prompt, tokenize=False)
+            for prompt in (False, True)
+            if template is not None
+        ]
+        return {"files": files, **encoded(again, WORDS + DIGITS), "chats": chats}
+
+    there = oracle(f"hf/tokenizer/small.{case}", save)
+    for name, text in there["files"].items():
+        (directory / name).write_text(text)
+    return there
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
-def test_a_saved_tokenizer_is_transformers(small, tmp_path, case):
-    small.chat_template = TEMPLATES[case]
-    small.save_pretrained(tmp_path)
-    ours, theirs = from_directory(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    for text in WORDS + DIGITS:
-        assert ours.encode(text) == theirs.encode(text)
-        plain = ours.encode(text, add_special_tokens=False)
-        assert plain == theirs.encode(text, add_special_tokens=False)
-    turns = [{"role": "skip", "content": "ä"}, *CHAT]
-    for prompt in (False, True):
-        want = theirs.apply_chat_template(turns, add_generation_prompt=prompt, tokenize=False)
-        assert ours.render_chat(turns, prompt) == want
+def test_a_saved_tokenizer_is_transformers(tmp_path, case):
+    there = saved(tmp_path, case)
+    ours = from_directory(tmp_path)
+    for text, special, plain in zip(WORDS + DIGITS, there["special"], there["plain"], strict=True):
+        assert ours.encode(text) == special
+        assert ours.encode(text, add_special_tokens=False) == plain
+    for prompt, text in zip((False, True), there["chats"], strict=True):
+        assert ours.render_chat(SKIPPED, prompt) == text
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (0, 1, 2)
 
 
-def test_padding_and_truncation_of_the_saver_are_dropped(small, tmp_path):
-    small.save_pretrained(tmp_path)
+def test_padding_and_truncation_of_the_saver_are_dropped(tmp_path):
+    there = saved(tmp_path)
     raw = Backend.from_file(str(tmp_path / "tokenizer.json"))
     raw.enable_padding(length=50)
     raw.enable_truncation(3)
     raw.save(str(tmp_path / "tokenizer.json"))
-    assert from_directory(tmp_path).encode(WORDS[0]) == small.encode(WORDS[0])
+    assert from_directory(tmp_path).encode(WORDS[0]) == there["special"][0]
 
 
-def test_templates_in_older_places(small, tmp_path):
-    small.chat_template = None
-    small.save_pretrained(tmp_path)
+def test_templates_in_older_places(tmp_path):
+    saved(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     for given in ("A", [{"name": "tool", "template": "B"}, {"name": "default", "template": "A"}]):
@@ -162,11 +209,11 @@ def test_a_slow_tokenizer_is_refused(tmp_path, name):
         from_directory(tmp_path)
 
 
-def test_broken_files(small, tmp_path):
+def test_broken_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer"):
         from_directory(tmp_path)
-    small.save_pretrained(tmp_path)
+    saved(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"a":\n 1,,}')
     with pytest.raises(ValueError, match="tokenizer_config.json:2: not JSON"):
         from_directory(tmp_path)
@@ -185,8 +232,8 @@ def test_broken_files(small, tmp_path):
         ("x", [CHAT[0], {"content": "a"}], "message 1 is not an object with a `role`"),
     ],
 )
-def test_templates_that_cannot_be_used(small, template, messages, text):
-    tokenizer = Tokenizer(backend=small.backend_tokenizer, chat_template=template)
+def test_templates_that_cannot_be_used(template, messages, text):
+    tokenizer = Tokenizer(backend=small(), chat_template=template)
     with pytest.raises(ValueError, match=text):
         tokenizer.apply_chat_template(messages)
 

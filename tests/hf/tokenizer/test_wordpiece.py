@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoTokenizer, RobertaTokenizerFast
 
 from lora_jax.hf.tokenizer.directory import from_directory
 
-pytestmark = [pytest.mark.once, pytest.mark.torch]
+from tests.support.oracle import oracle
+from tests.support.their_tokenizers import encoded, transformers_reads
+
+pytestmark = [pytest.mark.once, pytest.mark.oracle]
 
 TEXTS = [
     "The quick brown fox doesn't jump; it's lazy.",
@@ -45,13 +47,16 @@ def write_vocabulary(directory, pieces=PIECES, **settings):
 )
 def test_a_bare_vocabulary_is_transformers(tmp_path, settings):
     ours = from_directory(write_vocabulary(tmp_path, **settings))
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    for text in TEXTS:
-        assert ours.encode(text) == theirs.encode(text), text
+
+    def run(theirs):
+        word = theirs.decode(theirs.encode("unaffable"), skip_special_tokens=True)
+        return {**encoded(theirs, TEXTS), "word": word}
+
+    theirs = transformers_reads(f"wordpiece.{settings}", tmp_path, run)
+    for text, ids in zip(TEXTS, theirs["special"], strict=True):
+        assert ours.encode(text) == ids, text
     assert ours.pad_id == 0 and ours.special["mask_token"] == "[MASK]"
-    assert ours.decode(ours.encode("unaffable")) == theirs.decode(
-        theirs.encode("unaffable"), skip_special_tokens=True
-    )
+    assert ours.decode(ours.encode("unaffable")) == theirs["word"]
 
 
 def test_special_tokens_of_other_names(tmp_path):
@@ -65,7 +70,11 @@ def test_special_tokens_of_other_names(tmp_path):
 def test_batches_are_transformers(tmp_path, pairs):
     ours = from_directory(write_vocabulary(tmp_path))
     batch = ours.encode_batch(TEXTS, pairs)
-    want = AutoTokenizer.from_pretrained(tmp_path)(TEXTS, pairs, padding=True)
+    want = transformers_reads(
+        f"wordpiece.{'one' if pairs is None else 'pairs'}",
+        tmp_path,
+        lambda theirs: dict(theirs(TEXTS, pairs, padding=True)),
+    )
     np.testing.assert_array_equal(batch.tokens, want["input_ids"])
     np.testing.assert_array_equal(batch.mask, want["attention_mask"])
     np.testing.assert_array_equal(batch.token_type_ids, want["token_type_ids"])
@@ -77,16 +86,26 @@ def test_robertas_saved_tokenizer(tmp_path):
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     backend.train_from_iterator(TEXTS, vocab_size=300, special_tokens=specials)
     backend.save_model(str(tmp_path))
-    theirs = RobertaTokenizerFast.from_pretrained(tmp_path)
-    theirs.save_pretrained(tmp_path / "saved")
+    texts = [*TEXTS, "a <mask> b"]
+
+    def save():
+        from transformers import RobertaTokenizerFast
+
+        theirs = RobertaTokenizerFast.from_pretrained(tmp_path)
+        theirs.save_pretrained(tmp_path / "theirs")
+        files = {p.name: p.read_text() for p in sorted((tmp_path / "theirs").iterdir())}
+        pairs = theirs(TEXTS, TEXTS[::-1], padding=True)["input_ids"]
+        return {"files": files, "ids": encoded(theirs, texts)["special"], "pairs": pairs}
+
+    there = oracle("hf/tokenizer/roberta", save)
+    (tmp_path / "saved").mkdir()
+    for name, text in there["files"].items():
+        (tmp_path / "saved" / name).write_text(text)
     ours = from_directory(tmp_path / "saved")
-    for text in [*TEXTS, "a <mask> b"]:
-        assert ours.encode(text) == theirs.encode(text)
+    assert [ours.encode(text) for text in texts] == there["ids"]
     assert ours.pad_id == 1 and ours.special["cls_token"] == "<s>"
     batch = ours.encode_batch(TEXTS, TEXTS[::-1])
-    np.testing.assert_array_equal(
-        batch.tokens, theirs(TEXTS, TEXTS[::-1], padding=True)["input_ids"]
-    )
+    np.testing.assert_array_equal(batch.tokens, there["pairs"])
 
 
 BROKEN = {
