@@ -257,7 +257,7 @@ def load_model(
         dtype=dtype,
         remat=remat or "projections",
         quantize=held,
-        mesh=None if mesh is None else models.make_mesh(**mesh),
+        mesh=None if mesh is None else models.make_mesh(**dict(mesh)),
     )
 
 

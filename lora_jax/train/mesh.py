@@ -36,8 +36,8 @@ def placement(model: Any, params: Any) -> Placement | None:
     sharded rows.
     """
     shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(params))
-    found = (s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1)
-    mesh = next(found, None) or _mesh_in_use()
+    meshes = (s.mesh for s in shardings if isinstance(s, NamedSharding))
+    mesh = next((m for m in meshes if isinstance(m, Mesh) and m.size > 1), None) or _mesh_in_use()
     if mesh is None:
         return None
     rows = getattr(getattr(model, "forward", None), "rows", ())
@@ -56,7 +56,7 @@ def model_on(model: Any, at: Placement | None) -> Any:
 
     Explicit axes keep them there by themselves; so does a model without a `forward` of ours.
     """
-    forward = getattr(model, "forward", None)
+    forward: Any = getattr(model, "forward", None)
     if at is None or not hasattr(forward, "rows") or AxisType.Explicit in at.mesh.axis_types:
         return model
     return dataclasses.replace(model, forward=dataclasses.replace(forward, rows=at.rows))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 MOST_PROGRAMS = 128  # the least recently used one is dropped
@@ -34,12 +35,12 @@ def call(fn: Callable, *args: Any) -> Any:
     """
     leaves = jax.tree.leaves(args)
     traced = is_staged() or any(isinstance(x, jax.core.Tracer) for x in leaves)
-    if traced or jax.config.jax_disable_jit:
+    if traced or getattr(jax.config, "jax_disable_jit", False):
         return fn(*args)
     lowered = jax.jit(fn).lower(*args)
     digest = hashlib.sha256(lowered.as_text().encode()).digest()
     # The text has no devices.
-    key = (digest, *map(_placement, leaves), jax.config.jax_default_device)
+    key = (digest, *map(_placement, leaves), getattr(jax.config, "jax_default_device", None))
     with _lock:
         program = _programs.pop(key, None)
     program = program or lowered.compile()

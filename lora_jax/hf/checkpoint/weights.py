@@ -228,7 +228,8 @@ def _spread_leaf(
     depth = len(places[0][0].index)
     parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share it
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = index or (slice(None),) * len(leaf.shape)
         bounds = [s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True)]
         if (key := tuple(bounds)) not in parts:
             out = np.empty([end - start for start, end in bounds], leaf.dtype)
