@@ -44,6 +44,8 @@ if os.environ.get("LORA_JAX_TYPES"):
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 MOST_COMPILED = 1 << 29
+# All tests of a file are slow.
+SLOW_FILE = re.compile(r"^pytestmark = [^\]]*?pytest\.mark\.slow", re.MULTILINE)
 TORCH_IMPORT = re.compile(r"^(import|from) (torch|peft|transformers)\b", re.MULTILINE)
 
 
@@ -51,11 +53,13 @@ def _needs_torch(path: Path) -> bool:
     return path.suffix == ".py" and TORCH_IMPORT.search(path.read_text("utf-8")) is not None
 
 
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leaves out files that import torch where there is none."""
-    if HAS_TORCH or not collection_path.is_file():
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves out files that import torch where there is none, or that are slow and deselected."""
+    if not collection_path.is_file() or not _needs_torch(collection_path):
         return None
-    return True if _needs_torch(collection_path) else None
+    # Importing torch, transformers and peft takes each worker 10 seconds.
+    unused = "not slow" in config.option.markexpr and SLOW_FILE.search(collection_path.read_text())
+    return True if unused or not HAS_TORCH else None
 
 
 def pytest_configure(config):

@@ -264,6 +264,18 @@ def test_what_is_no_adapter_is_refused(tmp_path, saved, monkeypatch):
         checkpoint.find(saved, step=3)
 
 
+def test_fingerprint_sees_the_whole_length_of_a_leaf():
+    one = {"w": jnp.zeros((10, 100))}
+    for place in [(0, 0), (9, 99)]:
+        assert checkpoint.fingerprint({"w": one["w"].at[place].set(1)}) != checkpoint.fingerprint(
+            one
+        )
+    # Two models that differ from some row on, as where only the last layers were trained.
+    for row in range(1, 10):
+        other = {"w": one["w"].at[row].set(1)}
+        assert checkpoint.fingerprint(other) != checkpoint.fingerprint(one)
+
+
 def test_fingerprint_sees_names_shapes_dtypes_and_numbers():
     params = toy_params()
     one = checkpoint.fingerprint(params)

@@ -75,3 +75,15 @@ def test_the_spread_of_each_layers_own_rank():
     a = lora.init(jax.random.key(0), plan, params)["layers"]["proj"]["kernel"].a
     assert np.std(a[0, :, :2]) == pytest.approx(1 / 2, rel=0.1)
     assert np.std(a[1]) == pytest.approx(1 / 8, rel=0.1)
+
+
+@pytest.mark.parametrize("alpha", [2, 6])
+def test_pissa_takes_the_best_change_of_its_rank_out_whatever_the_scale(alpha):
+    w = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    config = lora.LoraConfig(rank=2, alpha=alpha, init="pissa", target_modules=("w",))
+    fn = lambda p, x: x @ p["w"]["kernel"]  # noqa: E731
+    params = {"w": {"kernel": jnp.asarray(w)}}
+    plan = lora.plan(config, fn, params, jnp.ones((1, 7)))
+    leaf = lora.init(jax.random.key(0), plan, params)["w"]["kernel"]
+    u, s, vt = np.linalg.svd(w)
+    np.testing.assert_allclose(w - leaf.w, u[:, :2] * s[:2] @ vt[:2], atol=1e-5)

@@ -64,6 +64,14 @@ def test_an_epoch_has_every_example_once(lengths, rows, epoch):
     assert len(slots) == len(plan_once(lengths, ladder, rows)) == -(-len(lengths) // rows)
 
 
+def test_what_is_left_is_padded_to_its_longest_and_no_further():
+    # Rungs 8 and 16 have one example too many for batches of two, and none is as long as 64.
+    (first, last) = plan_once([3, 5, 12], (8, 16, 64), 2)
+    assert (first.rung, last.rung) == (8, 16) and last.rows.tolist() == [2]
+    (only,) = plan_once([3], (8, 16, 64), 2)
+    assert only.rung == 8
+
+
 def test_epochs_differ_and_repeat():
     lengths = [len(e.tokens) for e in dataset()]
     plans = [

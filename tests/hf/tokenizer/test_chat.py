@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from lora_jax.hf.tokenizer import Tokenizer, chat
 
-pytestmark = [pytest.mark.once, pytest.mark.torch]
+from tests.support.oracle import oracle
+
+pytestmark = [pytest.mark.once, pytest.mark.oracle]
 
 MARKED = (
     "{% for m in messages %}[{{ m.role }}] {% if m.role == 'assistant' %}{% generation %}"
@@ -32,21 +33,32 @@ def backend():
     return made
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        MARKED,
-        MARKED.replace("{% generation %}", "{%- generation -%}"),
-        "{% macro turn(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}"
-        "{{ turn(messages[1]) }}",
-    ],
-    ids=["loop", "whitespace", "macro"],
-)
-def test_marked_answers_are_transformers(backend, template):
-    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
-    want: Any = theirs.apply_chat_template(
-        CHAT, return_dict=True, return_assistant_tokens_mask=True, add_generation_prompt=False
-    )
+MARKS = {
+    "loop": MARKED,
+    "whitespace": MARKED.replace("{% generation %}", "{%- generation -%}"),
+    "macro": "{% macro turn(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}"
+    "{{ turn(messages[1]) }}",
+}
+
+
+@pytest.mark.parametrize("case", MARKS)
+def test_marked_answers_are_transformers(backend, case):
+    template = MARKS[case]
+
+    def ask():
+        from transformers import PreTrainedTokenizerFast
+
+        theirs: Any = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+        return dict(
+            theirs.apply_chat_template(
+                CHAT,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=False,
+            )
+        )
+
+    want = oracle(f"hf/tokenizer/marked.{case}", ask)
     found = Tokenizer(backend=backend, chat_template=template).marked_chat(CHAT)
     assert found is not None
     assert found[0] == want["input_ids"]
