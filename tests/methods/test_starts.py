@@ -87,3 +87,18 @@ def test_pissa_takes_the_best_change_of_its_rank_out_whatever_the_scale(alpha):
     leaf = lora.init(jax.random.key(0), plan, params)["w"]["kernel"]
     u, s, vt = np.linalg.svd(w)
     np.testing.assert_allclose(w - leaf.w, u[:, :2] * s[:2] @ vt[:2], atol=1e-5)
+
+
+def test_the_random_start_fills_its_bounds():
+    leaf = start("random")
+    # Of 640 uniform numbers the largest is within 5 % of the bound; 96 is not 80.
+    for factor, bound in ((leaf.a, 96**-0.5), (leaf.b, RANK**-0.5)):
+        assert 0.95 * bound < float(jnp.abs(factor).max()) <= bound
+
+
+def test_the_orthogonal_start_has_two_factors_whose_product_is_zero():
+    leaf = start("orthogonal")
+    np.testing.assert_allclose(leaf.a @ leaf.b, np.zeros((96, 80)), atol=1e-6)
+    # Normal numbers times half of an orthogonal matrix, and PEFT's 1/10.
+    for factor in (leaf.a, leaf.b):
+        np.testing.assert_allclose(float(jnp.std(factor)), 0.5**0.5 / 10, rtol=0.1)

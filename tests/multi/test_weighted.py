@@ -177,6 +177,19 @@ def test_dare_keeps_the_mean_and_the_key_decides():
     assert np.isfinite(changes(elected)["up"]["kernel"]).all()
 
 
+def test_dare_drops_other_places_in_each_leaf():
+    params = {name: {"kernel": jnp.zeros((IN, OUT))} for name in ("one", "two")}
+    config = lora.LoraConfig(rank=3, init="random", target_modules=("one", "two"))
+    both = lambda p, x: x @ p["one"]["kernel"] + x @ p["two"]["kernel"]  # noqa: E731
+    plan = lora.plan(config, both, params, jnp.ones((2, IN)))
+    tree = multi.add_weighted_adapter(
+        [lora.init(jax.random.key(0), plan, params)], [1.0],
+        method="dare_linear", rank=OUT, density=0.5, key=jax.random.key(0),
+    )  # fmt: skip
+    one, two = (np.abs(x["kernel"]) > 1e-6 for x in lora.merge(tree).values())
+    assert 0.3 < one.mean() < 0.7 and 0.2 < (one != two).mean() < 0.8
+
+
 def test_the_result_exports(tmp_path):
     adapters = [make(1), make(2, rank=2)]
     both = multi.add_weighted_adapter(adapters, [0.5, 0.5])
@@ -185,6 +198,11 @@ def test_the_result_exports(tmp_path):
     lora.hf.save_peft(tmp_path / "sum", both, config)
     back, _ = lora.hf.load_peft(tmp_path / "sum", fn, base(), jnp.ones((2, IN)))
     assert_close(changes(back), weighted(adapters, [0.5, 0.5]))
+
+
+def test_leaves_of_two_ranks_have_no_common_one():
+    with pytest.raises(ValueError, match=r"the leaves have ranks \[2, 3\], expected one"):
+        multi.common_rank(make(1, rank_pattern={"up": 2}))
 
 
 def test_clear_errors():
