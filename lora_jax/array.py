@@ -138,7 +138,7 @@ class Gain:
     value: Any
 
 
-@leaf_class("roles", "dropout", "window", "chosen")
+@leaf_class("roles", "dropout", "window", "chosen", "tied")
 @dataclasses.dataclass(frozen=True, repr=False)
 class LoraStack:
     """Many adapters of one weight, padded to one rank: `W + scale[n] · a[n]·b[n]`, n adapters.
@@ -153,6 +153,7 @@ class LoraStack:
       bias: `(stack..., n, out...)`, trained, or None.
       roles, dropout, window: as in `LoraArray`.
       chosen: the adapters are those of the rows of a batch, one a row and in their order.
+      tied: as in `LoraArray`.
     """
 
     w: Any
@@ -166,6 +167,7 @@ class LoraStack:
     dropout: float = 0.0
     window: Window | None = None
     chosen: bool = False
+    tied: bool | None = None
 
     shape, ndim, dtype = base_shape, base_ndim, base_dtype
 
@@ -183,7 +185,7 @@ class LoraStack:
         return int(self.a.shape[-1])
 
 
-@leaf_class("chosen")
+@leaf_class("chosen", "tied")
 @dataclasses.dataclass(frozen=True, repr=False)
 class SavedStack:
     """A leaf that trains whole, with one value for each of many adapters.
@@ -192,11 +194,13 @@ class SavedStack:
       w: the frozen original, shared.
       value: `(n, ...)`, trained; it is `w` for an adapter that does not train the leaf.
       chosen: as in `LoraStack`.
+      tied: as in `LoraArray`.
     """
 
     w: Any
     value: Any
     chosen: bool = False
+    tied: bool | None = None
 
     shape, ndim, dtype = base_shape, base_ndim, base_dtype
 

@@ -149,7 +149,7 @@ def adapter(stacked: PyTree, index: int) -> PyTree:
 def _single(name: str, x: Any, index: int) -> Any:
     if isinstance(x, SavedStack):
         # All layers count as trained now; those that were not hold the base's values.
-        return SavedArray(x.w, x.value[index])
+        return SavedArray(x.w, x.value[index], tied=x.tied)
     if not isinstance(x, LoraStack):
         return x
     if x.gain is not None:
@@ -162,4 +162,5 @@ def _single(name: str, x: Any, index: int) -> Any:
         for field in ("a", "b", "scale", "m", "bias")
         if getattr(x, field) is not None
     }
-    return LoraArray(x.w, roles=x.roles, dropout=x.dropout, window=x.window, **own)
+    static = dict(roles=x.roles, dropout=x.dropout, window=x.window, tied=x.tied)
+    return LoraArray(x.w, **static, **own)

@@ -187,7 +187,8 @@ def stack_saved(name: str, column: list, slots: int) -> SavedStack:
             )
     # An adapter that does not train the leaf, like an empty slot, has the base's own values.
     values = [effective(x) if isinstance(x, SavedArray) else base for x in column]
-    return SavedStack(base, jnp.stack([*values, *[base] * (slots - len(column))]))
+    tied = next((x.tied for x in column if isinstance(x, SavedArray)), None)
+    return SavedStack(base, jnp.stack([*values, *[base] * (slots - len(column))]), tied=tied)
 
 
 def as_lora(name: str, x: Any, train: bool) -> Any:
@@ -256,6 +257,7 @@ def _blank(like: LoraArray, column: list, rank: int, train: bool) -> LoraStack:
         roles=like.roles,
         dropout=like.dropout if train else 0.0,
         window=like.window,
+        tied=like.tied,
     )
 
 

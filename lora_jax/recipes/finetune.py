@@ -245,7 +245,7 @@ def load_model(
     remat: bool = False,
     quantize: str | None = None,
     quantize_block: int = 64,
-    mesh: Mapping[str, int] | None = None,
+    mesh: Mapping[str, Any] | None = None,
 ) -> Any:
     """Loads a model; "smollm2" is the installed demo model. Settings as in `FinetuneConfig`."""
     path = models.find_smollm2() if source == "smollm2" else source
@@ -257,7 +257,7 @@ def load_model(
         dtype=dtype,
         remat=remat or "projections",
         quantize=held,
-        mesh=None if mesh is None else models.make_mesh(**dict(mesh)),
+        mesh=None if mesh is None else models.make_mesh(**mesh),
     )
 
 

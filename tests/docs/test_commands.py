@@ -44,6 +44,8 @@ def test_a_command_of_a_page_is_one(name, line):
     elif words[:2] == ["pip", "install"]:
         assert re.fullmatch(r"lora-jax(\[\w+\])?", words[2])
         assert all(extra in EXTRAS for extra in re.findall(r"\[(\w+)\]", words[2]))
+    elif words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
     else:
         assert words[0] in ("cat", "llama-cli", "llama-server", "python", "vllm"), words[0]
 

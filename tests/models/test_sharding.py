@@ -1,6 +1,7 @@
 """The sharding rules of base models: the mesh axis of each dim, and how a user changes them."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -155,7 +156,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("axes", [dict(fsdp=4, tensor=2), dict(data=2, fsdp=4)])
 def test_loading_onto_a_mesh_reads_the_same_weights_by_parts(saved, axes, scan):
     place, _ = saved
-    options = dict(dtype="bfloat16", scan=scan)
+    options: dict[str, Any] = dict(dtype="bfloat16", scan=scan)
     want = lora.models.load(place, **options).params
     mesh = lora.models.make_mesh(**axes)
     found = lora.models.load(place, mesh=mesh, **options).params
@@ -182,7 +183,7 @@ def test_no_part_that_is_read_is_larger_than_a_shard(saved, monkeypatch):
 
 
 def test_quantizing_onto_a_mesh_gives_the_codes_of_quantizing_whole(saved):
-    options = dict(dtype="bfloat16", quantize="nf4")
+    options: dict[str, Any] = dict(dtype="bfloat16", quantize="nf4")
     want = lora.models.load(saved[0], **options).params
     found = lora.models.load(saved[0], mesh=lora.models.make_mesh(fsdp=2, data=4), **options).params
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), found, want)

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 from functools import cache, lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from lora_jax.train.examples import Example
 
 pytestmark = pytest.mark.once
 
-MESHES = {
+MESHES: dict[str, dict[str, Any]] = {
     "data=8": dict(data=8),
     "fsdp=8": dict(fsdp=8),
     "data=2,fsdp=4": dict(data=2, fsdp=4),

@@ -73,12 +73,15 @@ def is_quantized(names: Iterable[str]) -> bool:
     return any(_STATE in name or name.endswith(_SCB) for name in names)
 
 
-def dequantized(raw: Weights, dtypes: Mapping[str, str]) -> Weights:
+def dequantized(
+    raw: Weights, dtypes: Mapping[str, str], *, finite: Callable[[str], np.ndarray]
+) -> Weights:
     """The checkpoint under its plain names, every tensor a float.
 
     Args:
       raw: the checkpoint as it is on disk.
       dtypes: safetensors' dtype of each of its tensors.
+      finite: reads a tensor that is not quantized, and refuses NaN.
 
     Returns:
       Weights whose `read` dequantizes; what was not quantized comes as it is.
@@ -110,7 +113,10 @@ def dequantized(raw: Weights, dtypes: Mapping[str, str]) -> Weights:
         return four_bit_blocks(name, states[name], raw) if name in states else None
 
     return raw._replace(
-        shapes=shapes, read=lambda name: readers.get(name, raw.read)(name), blocks=blocks
+        shapes=shapes,
+        read=lambda name: readers.get(name, finite)(name),
+        part=None,  # a packed tensor has no parts of its own
+        blocks=blocks,
     )
 
 

@@ -110,19 +110,25 @@ def open_directory(directory: str | Path) -> Weights:
     def read_float(name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
         if entries[name].dtype in _INDICES:
             raise ValueError(_not_a_weight(owner[name], name, entries[name].dtype))
-        tensor = read(owner[name], name, part)
+        return read(owner[name], name, part)
+
+    def read_finite(name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
+        tensor = read_float(name, part)
         _check_finite(tensor, name, owner[name])
         return tensor
 
     weights = Weights(
         source=str(directory),
         shapes={name: entry.shape for name, entry in entries.items()},
-        read=read_float,
+        read=read_finite,
         where=lambda name: owner[name].name,
-        part=read_float,
+        part=read_finite,
     )
     if bnb.is_quantized(entries):
-        return bnb.dequantized(weights, {name: entry.dtype for name, entry in entries.items()})
+        # Codes may be stored as floats of any bits; `bnb` checks the scales.
+        raw = weights._replace(read=read_float)
+        dtypes = {name: entry.dtype for name, entry in entries.items()}
+        return bnb.dequantized(raw, dtypes, finite=read_finite)
     for name, entry in entries.items():
         if entry.dtype not in (*_FLOATS, *_INDICES):
             raise ValueError(_not_a_weight(owner[name], name, entry.dtype))

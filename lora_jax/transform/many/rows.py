@@ -97,7 +97,7 @@ def select_leaf(x: LoraStack | SavedStack, ids):
         shape = (-1,) + (1,) * len(x.shape)
         value = jnp.where((where < number).reshape(shape), pick(x.value), x.w)
         value = value + poison.reshape(shape).astype(value.dtype)
-        return SavedStack(x.w, value, chosen=True)
+        return dataclasses.replace(x, value=value, chosen=True)
     gain = gains(x)
     return dataclasses.replace(
         x,

@@ -222,3 +222,9 @@ def test_damaged_files_are_read_or_refused_never_worse(tmp_path_factory, data):
             assert weights.read(name).shape == tuple(shape)
     except (ValueError, FileNotFoundError) as error:
         assert str(directory) in str(error)
+
+
+def test_quantized_tensors_load_onto_a_mesh_whole(tmp_path, golden):
+    """A packed tensor has no parts, so it is read whole and then cut."""
+    weights = open_directory(saved(tmp_path / "m", part(golden, "nf4")))
+    assert weights.part is None

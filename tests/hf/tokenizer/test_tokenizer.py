@@ -135,7 +135,7 @@ def small():
     return backend
 
 
-def saved(directory, case=None):
+def saved(directory, case=""):
     """Writes the directory that transformers saves it in, and returns what transformers reads."""
     template = TEMPLATES.get(case)
 
