@@ -135,9 +135,9 @@ def small():
     return backend
 
 
-def saved(directory, case=""):
+def saved(directory, case=None):
     """Writes the directory that transformers saves it in, and returns what transformers reads."""
-    template = TEMPLATES.get(case)
+    template = TEMPLATES.get(str(case))
 
     def save():
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
