@@ -19,8 +19,9 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from lora_jax.cli import kinds
 from lora_jax.paths import nearest
 
 
@@ -84,14 +85,14 @@ def options(sections: Sequence[Section]) -> list[Option]:
 
 
 def _options_of(section: Section) -> Iterable[Option]:
-    kinds = typing.get_type_hints(section.cls)
+    hints = typing.get_type_hints(section.cls)
     texts = field_docs(section.cls)
     for field in dataclasses.fields(section.cls):
         if field.name not in section.leave_out:
             yield Option(
                 section=section.name,
                 name=field.name,
-                kind=kinds[field.name],
+                kind=hints[field.name],
                 default=_default(field),
                 help=texts[field.name],
             )
@@ -135,7 +136,7 @@ def add_flags(parser: argparse.ArgumentParser, found: Iterable[Option]) -> None:
         # The docstring is Python's; on the command line and in TOML nothing is spelled "none".
         help_text = option.help.replace("%", "%%").replace("None ", "none ")
         if option.default is not dataclasses.MISSING:
-            help_text += f" (default: {_spelled(option.default)})".replace("%", "%%")
+            help_text += f" (default: {kinds.spelled(option.default)})".replace("%", "%%")
         groups[title].add_argument(
             option.flag,
             dest=f"{option.section}.{option.name}",
@@ -147,19 +148,19 @@ def add_flags(parser: argparse.ArgumentParser, found: Iterable[Option]) -> None:
 
 def _argparse_kind(option: Option) -> dict[str, Any]:
     """The arguments of `add_argument` for a setting's type."""
-    kinds = _alternatives(option.kind)
-    if kinds == [bool]:
+    allowed = kinds.alternatives(option.kind)
+    if allowed == [bool]:
         return {"action": argparse.BooleanOptionalAction}
-    many = any(_is_mapping(kind) or _is_list(kind) for kind in kinds)
-    return {"nargs": "+" if many else None, "metavar": _metavar(kinds)}
+    many = any(kinds.is_mapping(kind) or kinds.is_list(kind) for kind in allowed)
+    return {"nargs": "+" if many else None, "metavar": _metavar(allowed)}
 
 
-def _metavar(kinds: list) -> str:
-    if any(_is_mapping(kind) for kind in kinds):
+def _metavar(allowed: list) -> str:
+    if any(kinds.is_mapping(kind) for kind in allowed):
         return "NAME=VALUE"
-    if _is_choice(kinds[0]):
-        return "{" + ",".join(typing.get_args(kinds[0])) + "}"
-    plain = [typing.get_args(k)[0] if _is_list(k) else k for k in kinds]
+    if kinds.is_choice(allowed[0]):
+        return "{" + ",".join(typing.get_args(allowed[0])) + "}"
+    plain = [typing.get_args(k)[0] if kinds.is_list(k) else k for k in allowed]
     return {int: "N", float: "X"}.get(plain[0], "PATH" if Path in plain else "TEXT")
 
 
@@ -181,16 +182,18 @@ def _parse_flag(option: Option, given: Any) -> Any:
     if isinstance(given, bool):
         return given
     texts = given if isinstance(given, list) else [given]
-    if any(_is_list(kind) for kind in _alternatives(option.kind)):
+    if any(kinds.is_list(kind) for kind in kinds.alternatives(option.kind)):
         _check_spaces(option.flag, texts)
-    if types.NoneType in _all_kinds(option.kind) and texts == ["none"]:
+    if types.NoneType in kinds.all_kinds(option.kind) and texts == ["none"]:
         return None
-    for kind in _alternatives(option.kind):
+    for kind in kinds.alternatives(option.kind):
         try:
             return _parse_as(kind, texts)
         except ValueError:
             continue
-    raise ValueError(f"{option.flag} expects {_spelled_kind(option.kind)}, got `{' '.join(texts)}`")
+    raise ValueError(
+        f"{option.flag} expects {kinds.spelled_kind(option.kind)}, got `{' '.join(texts)}`"
+    )
 
 
 def _check_spaces(flag: str, texts: list[str]) -> None:
@@ -202,19 +205,19 @@ def _check_spaces(flag: str, texts: list[str]) -> None:
 
 
 def _parse_as(kind: Any, texts: list[str]) -> Any:
-    if _is_choice(kind) and texts[1:] == [] and texts[0] in typing.get_args(kind):
+    if kinds.is_choice(kind) and texts[1:] == [] and texts[0] in typing.get_args(kind):
         return texts[0]
-    if _is_mapping(kind):
+    if kinds.is_mapping(kind):
         item = typing.get_args(kind)[1]
         return dict(_parse_pair(part, item) for text in texts for part in _pairs(text, item))
-    if _is_list(kind):
+    if kinds.is_list(kind):
         item = typing.get_args(kind)[0]
         # A single text that is not a plain name is a regular expression or a word such as
         # "all-linear"; the alternative `str` of the setting's type takes it.
         if item is str and len(texts) == 1 and not re.fullmatch(r"[A-Za-z_][\w.]*", texts[0]):
             raise ValueError
         return tuple(item(text) for text in texts)
-    if len(texts) != 1 or _is_choice(kind):
+    if len(texts) != 1 or kinds.is_choice(kind):
         raise ValueError
     return _BOOLEANS[texts[0].lower()] if kind is bool else kind(texts[0])
 
@@ -222,7 +225,7 @@ def _parse_as(kind: Any, texts: list[str]) -> Any:
 def _pairs(text: str, item: type) -> list[str]:
     """`fsdp=4,tensor=2` apart; a comma in a list of values, or in a pattern, stays."""
     parts = text.split(",")
-    apart = not _is_list(item) and all("=" in part for part in parts)
+    apart = not kinds.is_list(item) and all("=" in part for part in parts)
     return parts if apart else [text]
 
 
@@ -230,7 +233,7 @@ def _parse_pair(text: str, item: type) -> tuple[str, Any]:
     name, equals, value = text.rpartition("=")
     if not equals or not name:
         raise ValueError
-    if _is_list(item):
+    if kinds.is_list(item):
         return name, tuple(typing.get_args(item)[0](part) for part in value.split(","))
     return name, item(value)
 
@@ -289,11 +292,11 @@ def _flat(content: Mapping[str, Any], sections: set[str], path: Path) -> Iterabl
 
 def _checked(option: Option, value: Any, path: Path) -> Any:
     value = _tuples(value)
-    for kind in _all_kinds(option.kind):
+    for kind in kinds.all_kinds(option.kind):
         if _fits(value, kind):
             return Path(value) if kind is Path else value
     raise ValueError(
-        f"{path}: `{option.key}` expects {_spelled_kind(option.kind)}, got {_in_toml(value)}"
+        f"{path}: `{option.key}` expects {kinds.spelled_kind(option.kind)}, got {_in_toml(value)}"
     )
 
 
@@ -301,7 +304,7 @@ def _in_toml(value: Any) -> str:
     """A value as the file has it: a text in quotes, a list in brackets."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(_in_toml, value))}]"
-    return json.dumps(value) if isinstance(value, str) else _spelled(value)
+    return json.dumps(value) if isinstance(value, str) else kinds.spelled(value)
 
 
 def _tuples(value: Any) -> Any:
@@ -314,12 +317,12 @@ def _tuples(value: Any) -> Any:
 def _fits(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
-    if _is_mapping(kind):
+    if kinds.is_mapping(kind):
         item = typing.get_args(kind)[1]
         return isinstance(value, Mapping) and all(_fits(v, item) for v in value.values())
-    if _is_choice(kind):
+    if kinds.is_choice(kind):
         return value in typing.get_args(kind)
-    if _is_list(kind):
+    if kinds.is_list(kind):
         item = typing.get_args(kind)[0]
         return isinstance(value, tuple) and all(_fits(v, item) for v in value)
     if isinstance(value, bool) or kind is bool:
@@ -343,64 +346,3 @@ def build(section: Section, values: Values) -> Any:
                 f"`{option.key}` is missing: give {option.flag}, or {option.key} in the config file"
             )
     return section.cls(**given)
-
-
-def _all_kinds(kind: Any) -> list:
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return list(typing.get_args(kind))
-    return [kind]
-
-
-def _alternatives(kind: Any) -> list:
-    """The types a value may have, without None: numbers before tuples, and text last.
-
-    The order decides how a flag with one value is read: as a number where a number or a list of
-    numbers is allowed, and as a list of one name where a list of names or any text is.
-    """
-    kinds = [k for k in _all_kinds(kind) if k is not types.NoneType]
-    return sorted(kinds, key=lambda k: 2 * (k is str) + _is_list(k))
-
-
-def _is_list(kind: Any) -> bool:
-    return typing.get_origin(kind) in (tuple, Sequence)
-
-
-def _is_choice(kind: Any) -> bool:
-    return typing.get_origin(kind) is Literal
-
-
-def _is_mapping(kind: Any) -> bool:
-    origin = typing.get_origin(kind)
-    return isinstance(origin, type) and issubclass(origin, Mapping)
-
-
-_KIND_NAMES = {
-    int: "an integer",
-    float: "a number",
-    str: "a text",
-    bool: "true or false",
-    Path: "a path",
-    types.NoneType: '"none"',
-}
-
-
-def _spelled_kind(kind: Any) -> str:
-    words = []
-    for one in _all_kinds(kind):
-        if _is_mapping(one):
-            words.append("a table of NAME=VALUE")
-        elif _is_choice(one):
-            words.append(f"one of {', '.join(typing.get_args(one))}")
-        elif _is_list(one):
-            words.append(f"a list, each {_spelled_kind(typing.get_args(one)[0])}")
-        else:
-            words.append(_KIND_NAMES.get(one, str(one)))
-    return " or ".join(words)
-
-
-def _spelled(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return " ".join(map(str, value)) or "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "none" if value is None or value == {} else str(value)

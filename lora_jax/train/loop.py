@@ -14,16 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax.compat import check_installed
 from lora_jax.config.lora import LoraConfig
 from lora_jax.train import archive as archives
 from lora_jax.train import mesh as meshes
-from lora_jax.train import metrics
-from lora_jax.train.batches import Batch, Item, Loader, iterate, loader
-from lora_jax.train.config import TrainConfig, steps_between_saves, total_steps
-from lora_jax.train.evaluate import evaluator, lora_loss, mean_loss, pad_id_of
+from lora_jax.train import metrics, preparation
+from lora_jax.train.batches import Batch, Item, Loader, iterate
+from lora_jax.train.config import TrainConfig, steps_between_saves
+from lora_jax.train.evaluate import evaluator, lora_loss, mean_loss
 from lora_jax.train.examples import Example
-from lora_jax.train.loss import outputs_of
 from lora_jax.train.memory import Memory, memory
 from lora_jax.train.progress import (
     Clock,
@@ -41,10 +39,8 @@ from lora_jax.train.step import (
     make_step,
     optimizer,
     schedule,
-    split_full,
 )
-from lora_jax.transform.lorafy import lorafy
-from lora_jax.tree import combine, split
+from lora_jax.tree import combine
 
 PLOT = "loss.png"
 
@@ -138,7 +134,7 @@ def fit(
       KeyboardInterrupt: Ctrl-C; the current step is finished and saved first.
       SystemExit: SIGTERM or SIGHUP; the same.
     """
-    _check_extra(config)
+    preparation.check_extra(config)
     hooks = hooks or Hooks()
     at = meshes.placement(model, lora_params)
     meshes.check_rows(at, config.batch_size)
@@ -160,9 +156,9 @@ def _fit(
     hooks: Hooks,
 ) -> Result:
     """`fit` of parameters that lie on the mesh, where it is the context's."""
-    trainable, frozen = _halves(lora_params, full, lora_config)
-    data, total = _layout(model, train_data, config)
-    _check_tokens(model, lora_params, [*train_data, *(eval_data or ())])
+    trainable, frozen = preparation.halves(lora_params, full, lora_config)
+    data, total = preparation.layout(model, train_data, config)
+    preparation.check_tokens(model, lora_params, [*train_data, *(eval_data or ())])
     tx = optimizer(config, total)
     fresh = meshes.state_on(init_state(jax.random.key(config.seed), trainable, tx), tx, at)
     programs = Programs(
@@ -196,66 +192,13 @@ def _fit(
     return Result(trained, history, total, used, tuple(programs.compiled))
 
 
-def _check_extra(config: TrainConfig) -> None:
-    """Raises before the first step for a package that is needed after the last one."""
-    needed = {"grain": True, "tqdm": config.progress, "matplotlib": config.output_dir is not None}
-    check_installed(*(package for package, used in needed.items() if used))
-
-
-def _halves(lora_params: Any, full: bool, lora_config):
-    """The trainable and the frozen tree.
-
-    Raises:
-      ValueError: nothing trains, or an adapter's config came with `full`.
-    """
-    if full:
-        if lora_config is not None:
-            raise ValueError("`full` trains without an adapter: leave `lora_config` out")
-        return split_full(lora_params)
-    trainable, frozen = split(lora_params)
-    if not jax.tree.leaves(trainable):
-        raise ValueError(
-            "`lora_params` has nothing to train; make it with lora.init, or pass full=True to "
-            "train every parameter"
-        )
-    return trainable, frozen
-
-
-def _layout(model: Any, data: Sequence[Example], config: TrainConfig) -> tuple[Loader, int]:
-    """The data in buckets for as many epochs as the run has, and the steps of the run."""
-    size = -(-len(data) // (config.batch_size * config.accumulation))
-    total = total_steps(config, size)
-    layout = loader(
-        data,
-        batch_size=config.batch_size,
-        accumulation=config.accumulation,
-        buckets=config.buckets,
-        pad_id=pad_id_of(model.tokenizer),
-        seed=config.seed,
-        epochs=-(-total // max(size, 1)),
-    )
-    return layout, total
-
-
-def _check_tokens(model: Any, lora_params: Any, data: Sequence[Example]) -> None:
-    """Checks that every token is in the vocabulary; the lookup of any other raises no error.
-
-    Raises:
-      ValueError: a token is outside the vocabulary.
-    """
-    logits = lorafy(outputs_of(model))
-    token, place = (jax.ShapeDtypeStruct(s, "int32") for s in ((1, 2), (1,)))
-    known = jax.eval_shape(logits, lora_params, token, place).shape[-1]
-    for example in data:
-        if not 0 <= example.tokens.min() <= example.tokens.max() < known:
-            raise ValueError(
-                f"{example.source}: the example has token"
-                f" {max(example.tokens, key=lambda t: (t < 0, t))}, but the vocabulary ends at"
-                f" {known - 1}; tokenize with the model's own tokenizer"
-            )
-
-
-def _items(data, total: int, position: dict | None, config: TrainConfig, stack):
+def _items(
+    data: Loader,
+    total: int,
+    position: dict | None,
+    config: TrainConfig,
+    stack: contextlib.ExitStack,
+) -> Any:
     items = iterate(data, total, prefetch=config.prefetch)
     stack.callback(items.close)
     if position is not None:
@@ -263,7 +206,9 @@ def _items(data, total: int, position: dict | None, config: TrainConfig, stack):
     return items
 
 
-def _recorder(config: TrainConfig, begin: archives.Start, hooks: Hooks, stack):
+def _recorder(
+    config: TrainConfig, begin: archives.Start, hooks: Hooks, stack: contextlib.ExitStack
+) -> tuple[list[dict], Callable[[dict], None]]:
     """The history so far, and a function that appends a record and writes it everywhere."""
     history = list(begin.history)
     write = stack.enter_context(

@@ -1,0 +1,76 @@
+"""What `fit` checks and lays out before the first step, so that a fault costs no training."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from lora_jax.compat import check_installed
+from lora_jax.config.lora import LoraConfig
+from lora_jax.train.batches import Loader, loader
+from lora_jax.train.config import TrainConfig, total_steps
+from lora_jax.train.evaluate import pad_id_of
+from lora_jax.train.examples import Example
+from lora_jax.train.loss import outputs_of
+from lora_jax.train.step import split_full
+from lora_jax.transform.lorafy import lorafy
+from lora_jax.tree import split
+
+
+def check_extra(config: TrainConfig) -> None:
+    """Raises before the first step for a package that is needed after the last one."""
+    needed = {"grain": True, "tqdm": config.progress, "matplotlib": config.output_dir is not None}
+    check_installed(*(package for package, used in needed.items() if used))
+
+
+def halves(lora_params: Any, full: bool, lora_config: LoraConfig | None) -> tuple[Any, Any]:
+    """The trainable and the frozen tree.
+
+    Raises:
+      ValueError: nothing trains, or an adapter's config came with `full`.
+    """
+    if full:
+        if lora_config is not None:
+            raise ValueError("`full` trains without an adapter: leave `lora_config` out")
+        return split_full(lora_params)
+    trainable, frozen = split(lora_params)
+    if not jax.tree.leaves(trainable):
+        raise ValueError(
+            "`lora_params` has nothing to train; make it with lora.init, or pass full=True to "
+            "train every parameter"
+        )
+    return trainable, frozen
+
+
+def layout(model: Any, data: Sequence[Example], config: TrainConfig) -> tuple[Loader, int]:
+    """The data in buckets for as many epochs as the run has, and the steps of the run."""
+    size = -(-len(data) // (config.batch_size * config.accumulation))
+    total = total_steps(config, size)
+    prepared = loader(
+        data,
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        buckets=config.buckets,
+        pad_id=pad_id_of(model.tokenizer),
+        seed=config.seed,
+        epochs=-(-total // max(size, 1)),
+    )
+    return prepared, total
+
+
+def check_tokens(model: Any, lora_params: Any, data: Sequence[Example]) -> None:
+    """Checks that every token is in the vocabulary; the lookup of any other raises no error.
+
+    Raises:
+      ValueError: a token is outside the vocabulary.
+    """
+    logits = lorafy(outputs_of(model))
+    token, place = (jax.ShapeDtypeStruct(s, "int32") for s in ((1, 2), (1,)))
+    known = jax.eval_shape(logits, lora_params, token, place).shape[-1]
+    for example in data:
+        if not 0 <= example.tokens.min() <= example.tokens.max() < known:
+            raise ValueError(
+                f"{example.source}: the example has token"
+                f" {max(example.tokens, key=lambda t: (t < 0, t))}, but the vocabulary ends at"
+                f" {known - 1}; tokenize with the model's own tokenizer"
+            )
