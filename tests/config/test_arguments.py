@@ -108,7 +108,8 @@ def test_keys_of_both_kinds_are_taken():
 def test_gradients_without_the_dropouts_key_are_a_warning():
     """In every order of jit and grad; evaluation, and gradients of the input, have none."""
     fn = lora.lorafy(model)
-    jax.jit(fn)(TREE, X), jax.grad(lambda x: fn(TREE, x).sum())(X)
+    jax.jit(fn)(TREE, X)
+    jax.grad(lambda x: fn(TREE, x).sum())(X)
 
     def loss(trainable, x=X, **key):
         return fn(lora.combine(trainable, FROZEN), x, **key).sum()
