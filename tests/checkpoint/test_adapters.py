@@ -15,7 +15,7 @@ from lora_jax.checkpoint import adapters, folder
 from lora_jax.checkpoint.flat import differences, flatten, unflatten
 from lora_jax.checkpoint.folder import check_space, one_line, split_checksums, with_checksums
 
-from tests.support.train_toys import CONFIG, TOKENS, Toy, toy_lora, toy_params
+from tests.support.train_toys import CONFIG, TOKENS, Toy, assert_same_bits, toy_lora, toy_params
 
 pytestmark = pytest.mark.once
 
@@ -38,10 +38,6 @@ def trained():
 def saved(tmp_path, trained):
     checkpoint.save(tmp_path / "adapter", trained, CONFIG)
     return tmp_path / "adapter"
-
-
-def assert_same_bits(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_adapter_comes_back_with_its_config(saved, trained):

@@ -1,5 +1,6 @@
 """A Hugging Face directory of a model small enough to train in a moment, with a tokenizer."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -55,14 +56,9 @@ SMALL = models.LlamaConfig(
 def tiny_model(*, tied: bool = True) -> models.Model:
     """A random decoder with that tokenizer."""
     tokenizer = tiny_tokenizer()
-    config = models.LlamaConfig(
+    config = replace(
+        SMALL,
         vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
         eos_token_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),

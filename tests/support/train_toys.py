@@ -76,6 +76,10 @@ def numbers(history):
     return [{k: v for k, v in record.items() if k not in timed} for record in history]
 
 
+def assert_same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
 @contextlib.contextmanager
 def compiled_once(directory):
     """Equal programs of many runs are compiled once; gives the JAX options that say so."""

@@ -24,6 +24,7 @@ from tests.support.places import ROOT
 from tests.support.train_toys import (
     CONFIG,
     Toy,
+    assert_same_bits,
     compiled_once,
     numbers,
     toy_data,
@@ -47,10 +48,6 @@ def whole(tmp_path_factory):
     """An uninterrupted run."""
     directory = tmp_path_factory.mktemp("whole")
     return directory, toy_fit(directory)
-
-
-def assert_same_bits(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def steps_on_disk(directory):

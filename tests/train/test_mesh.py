@@ -18,6 +18,8 @@ from lora_jax import models, train
 from lora_jax.models.sharding import RULES
 from lora_jax.train.examples import Example
 
+from tests.support.tiny import SMALL
+
 pytestmark = pytest.mark.once
 
 MESHES: dict[str, dict[str, Any]] = {
@@ -28,16 +30,16 @@ MESHES: dict[str, dict[str, Any]] = {
     "tensor=8": dict(tensor=8),
 }
 MIXED = ("data=2,fsdp=4", "fsdp=4,tensor=2")
-LLAMA = models.LlamaConfig(
+# Eight devices divide every dim.
+LLAMA = dataclasses.replace(
+    SMALL,
     vocab_size=128,
     hidden_size=64,
     intermediate_size=128,
-    num_hidden_layers=2,
     num_attention_heads=8,
     num_key_value_heads=8,
-    head_dim=8,
-    max_position_embeddings=64,
     tie_word_embeddings=False,
+    initializer_range=0.02,
 )
 GPT2 = models.GPT2Config(
     vocab_size=128,

@@ -13,9 +13,16 @@ import pytest
 from lora_jax import checkpoint, train
 from lora_jax.train.config import steps_between_saves
 
-from tests.checkpoint.test_adapters import assert_same_bits
 from tests.support.places import ROOT
-from tests.support.train_toys import Toy, compiled_once, numbers, toy_config, toy_fit, toy_params
+from tests.support.train_toys import (
+    Toy,
+    assert_same_bits,
+    compiled_once,
+    numbers,
+    toy_config,
+    toy_fit,
+    toy_params,
+)
 
 # Orbax leaves coroutines behind when a read fails.
 pytestmark = [
