@@ -93,7 +93,7 @@ def with_checksums(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[s
 
 
 def _sums(arrays: Mapping[str, Any]) -> dict[str, str]:
-    return {name: f"{describe(x)} {_digest(x)}" for name, x in arrays.items()}
+    return {name: _sum(x) for name, x in arrays.items()}
 
 
 def split_checksums(meta: Any, directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -125,14 +125,15 @@ def check_arrays(arrays: Mapping[str, Any], sums: Mapping[str, str], directory: 
     for name, expected in sums.items():
         if name not in arrays:
             raise DamagedError(f"{directory}: array `{name}` is missing")
-        if f"{describe(arrays[name])} {_digest(arrays[name])}" != expected:
+        if _sum(arrays[name]) != expected:
             raise DamagedError(f"{directory}: array `{name}` has changed since it was written")
 
 
-def _digest(array: Any) -> str:
+def _sum(array: Any) -> str:
     # Of the bytes in C order, on the host: the same for every sharding and device.
     data = np.ascontiguousarray(jax.device_get(array))
-    return hashlib.sha256(data.reshape(-1).view(np.uint8).data).hexdigest()[:16]
+    digest = hashlib.sha256(data.reshape(-1).view(np.uint8).data).hexdigest()[:16]
+    return f"{describe(array)} {digest}"
 
 
 def _digest_of_json(meta: Any) -> str:

@@ -173,13 +173,10 @@ def _run(context: Context, fn: Callable, lora_params, args, kwargs, lora_key=Non
         outs = [x for x, same in zip(outs, unchanged, strict=True) if same is None]
         return [materialize(x) if is_implicit(x) else x for x in outs]
 
-    run = eager.call if _has_inner_jaxpr(context, jaxpr) else _call
-    computed = iter(run(compute, originals, consts, tokens.arrays, lora_key))
+    arrays = (originals, consts, tokens.arrays, lora_key)
+    once = _has_inner_jaxpr(context, jaxpr)
+    computed = iter(eager.call(compute, *arrays) if once else compute(*arrays))
     return finish([next(computed) if i is None else originals[i] for i in unchanged])
-
-
-def _call(fn: Callable, *args: Any) -> Any:
-    return fn(*args)
 
 
 def _has_inner_jaxpr(context: Context, jaxpr) -> bool:
