@@ -362,6 +362,23 @@ def check_whole(lora_params: PyTree) -> None:
             )
 
 
+def check_plain(params: PyTree, also: str = "") -> None:
+    """Checks that a tree holds no adapter, for writers of plain parameters.
+
+    Args:
+      params: the tree.
+      also: another way out, for the message.
+
+    Raises:
+      ValueError: a leaf has an adapter; the message names it.
+    """
+    for path, leaf in leaves_by_path(params).items():
+        if is_lora(leaf):
+            raise ValueError(
+                f"`{path}` still has an adapter; merge first: lora.merge(params){also}"
+            )
+
+
 def is_leaf(x: Any) -> bool:
     """Whether `x` is a leaf that holds several arrays: an adapted or a quantized weight."""
     return isinstance(x, QuantArray) or is_lora(x)

@@ -291,8 +291,9 @@ def parse_json(data: bytes) -> Any:
         raise ValueError(":1: not JSON: nested too deeply") from None
     except ValueError as error:  # a name twice, or a number of thousands of digits
         raise ValueError(f": {error}") from None
-    if b"\\ud" in data or b"\\uD" in data:
-        _check_surrogates(value, text)
+    if half := half_character(value, data):
+        line = text.lower()[: text.lower().find(half)].count("\n") + 1
+        raise ValueError(f":{line}: `{half}` is half of a character; remove it")
     return value
 
 
@@ -305,14 +306,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _check_surrogates(value: Any, text: str) -> None:
-    """Refuses halves of characters: JSON can spell them, but no text file can hold them."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(str(error.object)[error.start]):04x}"
-        line = text.lower()[: text.lower().find(half)].count("\n") + 1
-        raise ValueError(f":{line}: `{half}` is half of a character; remove it") from None
+def half_character(value: Any, data: bytes) -> str:
+    r"""The first half of a character in a JSON value, as `\ud83d`; empty if there is none.
+
+    JSON can spell such halves, but no text file can hold them, and no tokenizer takes them.
+
+    Args:
+      value: the parsed JSON.
+      data: what it was parsed from; without an escape of a half there is nothing to look for.
+    """
+    if b"\\ud" in data.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            return f"\\u{ord(str(error.object)[error.start]):04x}"
+    return ""
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -329,6 +337,29 @@ def read_json(path: str | os.PathLike) -> Any:
         return parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}{error}") from None
+
+
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a JSON file that holds an object; see `read_json`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not JSON, or no object.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+def check_new(path: str | os.PathLike) -> None:
+    """Checks that a place is free, for a writer that replaces nothing.
+
+    Raises:
+      FileExistsError: a file or folder is there.
+    """
+    if Path(path).exists():
+        raise FileExistsError(f"{path}: there is something already; give another directory")
 
 
 def kept(path: str | os.PathLike, make: Callable[[], Any], *, indent: int | None = None) -> Any:

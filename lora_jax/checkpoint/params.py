@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.array import is_lora
+from lora_jax.array import check_plain
 from lora_jax.checkpoint.fingerprint import fingerprint, kinds
 from lora_jax.checkpoint.flat import differences, flatten, nested, parse, summary, unflatten
 from lora_jax.checkpoint.folder import (
@@ -28,7 +28,6 @@ from lora_jax.checkpoint.folder import (
     with_checksums,
 )
 from lora_jax.compat import require
-from lora_jax.paths import spell
 
 FORMAT = "lora_jax params 1"
 ITEM = "params"
@@ -50,11 +49,7 @@ def save_params(directory: str | os.PathLike, params: Any) -> None:
     """
     ocp = require("orbax.checkpoint")
     directory = place_for(directory, ITEM, "plain parameters")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lora):
-        if is_lora(leaf):
-            raise ValueError(
-                f"`{spell(path)}` still has an adapter; merge first: lora.merge(params)"
-            )
+    check_plain(params)
     arrays = flatten(params)
     meta = with_checksums({"format": FORMAT, "weights": fingerprint(params)}, arrays)
     args = ocp.args.Composite(

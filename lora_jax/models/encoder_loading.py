@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from lora_jax.files import check_links, read_json
+from lora_jax.files import check_links, read_object
 from lora_jax.hf.checkpoint.names import BERT
 from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, fill, renamed
@@ -96,9 +96,7 @@ def _config(path: Path, task, labels, fresh_head) -> BertConfig:
         raise ValueError(f'`fresh_head` needs task="{CLASSIFICATION}", got task={task!r}')
     if labels is not None and fresh_head is None:
         raise ValueError("`labels` are the checkpoint's own unless `fresh_head` draws a new head")
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: not a JSON object")
+    raw = read_object(path)
     try:
         config = BertConfig.from_hf(raw, task=task)
         return config if labels is None else replace(config, labels=tuple(labels))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from lora_jax.files import check_links, named, read_json
+from lora_jax.files import check_links, named, read_object
 from lora_jax.hf.checkpoint.names import Family
 from lora_jax.hf.checkpoint.safetensors import open_directory, refuse_pickle
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, fill, renamed
@@ -124,9 +124,7 @@ def _load_directory(
 ) -> Model:
     check_links(directory)
     path = directory / "config.json"
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: not a JSON object")
+    raw = read_object(path)
     with named(path):
         try:
             config = config_from_hf(raw)
@@ -150,10 +148,7 @@ def _load_directory(
 
 def _generation(directory: Path) -> dict[str, Any]:
     path = directory / "generation_config.json"
-    raw = read_json(path) if path.is_file() else {}
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return raw
+    return read_object(path) if path.is_file() else {}
 
 
 def _check_class(

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax.array import LoraArray, SavedArray, check_whole, dense, is_leaf, is_lora
-from lora_jax.files import replacing
+from lora_jax.array import LoraArray, SavedArray, check_plain, check_whole, dense, is_leaf, is_lora
+from lora_jax.files import check_new, replacing
 from lora_jax.hf.checkpoint.names import Family, module_name, stack_depth, tensor_of
 from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, size_of, write_shards
 from lora_jax.hf.checkpoint.weights import shape_there
@@ -70,12 +70,7 @@ def save_model(
       ValueError: `params` holds adapters, or numbers that the dtype cannot hold.
       OSError: the directory cannot be written.
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lora):
-        if is_lora(leaf):
-            raise ValueError(
-                f"`{spell(path)}` still has an adapter; merge first: lora.merge(params), or let "
-                "`save_merged` do it"
-            )
+    check_plain(params, also=", or let `save_merged` do it")
     save_merged(directory, model, params, dtype=dtype, max_shard_size=max_shard_size)
 
 
@@ -104,8 +99,7 @@ def save_merged(
       OSError: the directory cannot be written.
     """
     directory = Path(directory)
-    if directory.exists():
-        raise FileExistsError(f"{directory}: there is something already; give another directory")
+    check_new(directory)
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
     most, family = size_of(max_shard_size), architecture_of(model.config.model_type).names

@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_jax import hf
 from lora_jax.config.lora import LoraConfig
+from lora_jax.files import check_new
 from lora_jax.recipes.adapter_formats import ADAPTER_FORMATS, AdapterFormat, OnModel, PlanOf
 
 # The formats that can be written without loading the model.
@@ -40,8 +41,8 @@ def check_output(output: str | Path, *, to: str) -> None:
     Raises:
       FileExistsError: the output exists.
     """
-    if not ADAPTER_FORMATS[to].replaces and Path(output).exists():
-        raise FileExistsError(f"{output}: there is something already; give another directory")
+    if not ADAPTER_FORMATS[to].replaces:
+        check_new(output)
 
 
 def load_adapter(

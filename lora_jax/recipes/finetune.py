@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from lora_jax import hf, models, train
 from lora_jax.compat import EXTRAS, check_installed, require
 from lora_jax.config.lora import LoraConfig
+from lora_jax.files import check_new
 from lora_jax.models.saving import save_merged
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
@@ -357,8 +358,7 @@ def merge_adapter(
       FileExistsError: there is something at `output`.
       ValueError: the adapter is for another model, or the sum is not finite.
     """
-    if Path(output).exists():
-        raise FileExistsError(f"{output}: there is something already; give another directory")
+    check_new(output)
     model = load_model(source, quantize=quantize, quantize_block=quantize_block)
     params, _ = load_adapter(model, adapter)
     save_merged(output, model, params, dtype=dtype)

@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
-from lora_jax.files import write_text
-from lora_jax.hf.checkpoint.safetensors import read_json
+from lora_jax.files import read_json, write_text
 from lora_jax.train.jsonl import Record
 
 FORM_FILE = "training_form.json"

@@ -18,7 +18,7 @@ from lora_jax.checkpoint import adapters
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import sizes
-from lora_jax.files import read_json
+from lora_jax.files import read_object
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
 from lora_jax.hf.peft.directory import CONFIG_FILE, TENSOR_FILE
@@ -190,10 +190,7 @@ _HIDDEN = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "revis
 
 
 def _read_peft(path: Path) -> Adapter:
-    fields = read_json(path / CONFIG_FILE)
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path / CONFIG_FILE}: not a JSON object")
-    fields = plain_fields(fields)
+    fields = plain_fields(read_object(path / CONFIG_FILE))
     set_ones = [n for n, v in fields.items() if v not in (None, False, 0, {}, [], "")]
     others = sorted(n for n in set_ones if n not in (*FIELDS, *_HIDDEN))
     shown = {n: fields.get(n) for n in (*FIELDS, *others)}

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lora_jax.files import half_character
 from lora_jax.train import messages
 from lora_jax.train.messages import Message, kind_of
 
@@ -101,12 +102,7 @@ def _parse(line: bytes, source: str) -> Any:
     try:
         # "-sig": editors on Windows put a byte order mark at the start of the file.
         value = json.loads(line.decode("utf-8-sig"))
-        if b"\\ud" in line.lower():  # halves of characters, which no tokenizer takes
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(str(error.object)[error.start]):04x}"
-        raise ValueError(f"{source}: `{half}` is half of a character; remove it") from None
+        half = half_character(value, line)
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 text ({error.reason}); save as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -117,6 +113,9 @@ def _parse(line: bytes, source: str) -> Any:
         ) from None
     except (RecursionError, ValueError) as error:  # nested, or a number of thousands of digits
         raise ValueError(f"{source}: not JSON that can be read ({error})") from None
+    if half:
+        raise ValueError(f"{source}: `{half}` is half of a character; remove it")
+    return value
 
 
 def record_of(

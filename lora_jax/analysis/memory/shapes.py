@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_jax.files import read_json
+from lora_jax.files import read_object
 from lora_jax.hf.hub import snapshot
 from lora_jax.models.registry import config_from_hf
 from lora_jax.paths import nearest
@@ -120,9 +120,7 @@ def _from_path(path: Path) -> tuple[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if file.suffix != ".json":
         raise ValueError(f"{file}: not a config.json; give its path, or its directory's")
-    raw = read_json(file)
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file}: not a JSON object")
+    raw = read_object(file)
     try:
         return path.name if path.is_dir() else str(path), config_from_hf(raw)
     except ValueError as error:

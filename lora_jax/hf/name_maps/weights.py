@@ -7,8 +7,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.array import dense, is_lora, leaves_by_path
-from lora_jax.files import replacing
+from lora_jax.array import check_plain, dense, leaves_by_path
+from lora_jax.files import check_new, replacing
 from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, size_of, write_shards
 from lora_jax.hf.name_maps.layout import their_shape, to_theirs
 from lora_jax.hf.name_maps.rules import NameMap, Placed, at, place
@@ -42,10 +42,10 @@ def save_weights(
       lora.hf.save_weights("merged", lora.merge(lora_params), MAP, dtype="bfloat16")
     """
     directory = Path(directory)
-    if directory.exists():
-        raise FileExistsError(f"{directory}: there is something already; give another directory")
+    check_new(directory)
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_plain(params)
     leaves = leaves_by_path(params)
     places = {path: _place(path, leaf, name_map) for path, leaf in leaves.items()}
     entries = [
@@ -64,8 +64,6 @@ def save_weights(
 
 
 def _place(path: str, leaf: Any, name_map: NameMap) -> Placed:
-    if is_lora(leaf):
-        raise ValueError(f"leaf `{path}` still has an adapter: pass `lora.merge(lora_params)`")
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(f"leaf `{path}` is {leaf.dtype}, expected floats: leave it out")
     return place(path, leaf.shape, name_map)

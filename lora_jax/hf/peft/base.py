@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.array import leaves_by_path
-from lora_jax.hf.checkpoint.safetensors import open_directory, read_json
+from lora_jax.files import read_json
+from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.peft.index import PREFIX
 from lora_jax.hf.peft.tying import HEAD
 from lora_jax.paths import nearest

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.compat import require
-from lora_jax.files import read_json
+from lora_jax.files import read_object
 from lora_jax.hf.tokenizer import wordpiece
 from lora_jax.hf.tokenizer.tokenizer import Tokenizer
 
@@ -81,10 +81,7 @@ def template_of(files: Mapping[str, str]) -> str | None:
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object, empty if there is no such file."""
-    value = read_json(path) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return value
+    return read_object(path) if path.is_file() else {}
 
 
 def _files(directory: Path) -> dict[str, str]:
