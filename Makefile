@@ -45,8 +45,8 @@ test-%: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## one room: test-quant, test-
 
 room = $(or $(wildcard tests/$(subst -,/,$(1))),$(wildcard tests/test_$(subst -,_,$(1)).py))
 
-test-all: $(VENV)/.stamp-test $(VENV)/.stamp-model $(VENV)/.stamp-encoder  ## all of it: slow tests, live oracles
-	LORA_JAX_ORACLES=live $(IN)python -m pytest $(PYTEST_ARGS)
+test-all: $(VENV)/.stamp-test $(VENV)/.stamp-model $(VENV)/.stamp-encoder  ## all of it: slow tests, live oracles, shapes checked
+	LORA_JAX_ORACLES=live LORA_JAX_TYPES=1 $(IN)python -m pytest $(PYTEST_ARGS)
 
 # `make test-core PYTHON=python3.12`: the newest JAX, in an environment of its own; what depends on
 # the release of JAX. The oracles run too where torch installs; the first lines of pytest say what

@@ -33,9 +33,10 @@ import re  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# LORA_JAX_TYPES=1, as in `make check`, compares annotated shapes with those that are there.
-# Not in `make test`: there tests that pass a wrong array on purpose would get its error instead.
-if os.environ.get("LORA_JAX_TYPES"):
+# LORA_JAX_TYPES=1, as in `make check` and `make test-all`, compares annotated shapes with the arrays.
+TYPES = bool(os.environ.get("LORA_JAX_TYPES"))
+if TYPES:
+    from jaxtyping import config as jaxtyping_config
     from jaxtyping import install_import_hook
 
     import tests.support.shapes  # noqa: F401
@@ -114,3 +115,11 @@ def smollm2() -> str:
     import lora_jax as lora
 
     return str(lora.models.find_smollm2())
+
+
+def pytest_runtest_setup(item):
+    """Lets a test that passes wrong arrays on purpose meet the package's own errors."""
+    if TYPES:
+        jaxtyping_config.update(
+            "jaxtyping_disable", item.get_closest_marker("wrong_types") is not None
+        )

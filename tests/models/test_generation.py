@@ -193,6 +193,7 @@ def test_rows_of_padding_only_are_finite_and_so_are_their_gradients(model):
         (np.ones((1, 3), int), {"positions": np.ones((1, 4), int)}, r"got shape \(1, 4\)"),
     ],
 )
+@pytest.mark.wrong_types
 def test_inputs_of_another_shape(model, tokens, options, text):
     with pytest.raises(ValueError, match=text):
         model.apply(model.params, tokens, **options)
