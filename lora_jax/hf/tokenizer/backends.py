@@ -18,7 +18,7 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN2 = (
+QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -46,7 +46,7 @@ SPLITS: Mapping[str, Split] = {
     "gpt-2": Split(),
     "smollm": Split(digits=True),
     "llama-bpe": Split(regex=_LLAMA3, whole_words=True, bos=True),
-    "qwen2": Split(regex=_QWEN2, normalize=True),
+    "qwen2": Split(regex=QWEN2, normalize=True),
 }
 
 

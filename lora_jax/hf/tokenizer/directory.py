@@ -18,6 +18,8 @@ from typing import Any
 from lora_jax.compat import require
 from lora_jax.files import read_object
 from lora_jax.hf.tokenizer import wordpiece
+from lora_jax.hf.tokenizer.classes import Class
+from lora_jax.hf.tokenizer.rebuild import class_of, rebuild, surround
 from lora_jax.hf.tokenizer.tokenizer import Tokenizer
 
 SETTINGS = "tokenizer_config.json"
@@ -45,11 +47,12 @@ def from_directory(directory: str | Path) -> Tokenizer | None:
     """
     directory = Path(directory)
     settings = _object(directory / SETTINGS)
-    named = _special_tokens(directory, settings)
+    named, its = _special_tokens(directory, settings), None
     if (directory / "tokenizer.json").is_file():
         backend = _saved(directory / "tokenizer.json")
         backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
-        _as_llama(backend, settings)
+        config = _object(directory / "config.json")
+        its = rebuild(backend, class_of(settings, config, backend), settings, named)
     elif (directory / "vocab.txt").is_file():
         named = {**wordpiece.SPECIAL, **named}
         known = {name: named[name] for name in wordpiece.SPECIAL}
@@ -61,9 +64,13 @@ def from_directory(directory: str | Path) -> Tokenizer | None:
     special = _add_named(backend, directory, settings, named)
     templates = _templates(directory, settings)
     ends = _ends(directory, backend)
+    special = _with_eos(special, ends, backend)
+    if its is not None:
+        special = _add_defaults(backend, directory, its, special)
+        surround(backend, its, special)
     return Tokenizer(
         backend=backend,
-        special=_with_eos(special, ends, backend),
+        special=special,
         chat_template=templates.pop("default", None),
         templates=templates,
         ends=ends,
@@ -131,28 +138,6 @@ def _saved(path: Path) -> Any:
     return backend
 
 
-def _as_llama(backend: Any, settings: Mapping[str, Any]) -> None:
-    """Gives Llama's class the spaces that transformers 5 gives it, whatever tokenizer.json has.
-
-    Files of before put a space before every piece between special tokens; the class puts one at
-    the start of the text alone, and none before a space.
-    """
-    library = require("tokenizers")
-    name = str(settings.get("tokenizer_class")).removesuffix("Fast")
-    byte_level = "ByteLevel" in repr(backend.pre_tokenizer)
-    if name != "LlamaTokenizer" or byte_level or not isinstance(backend.model, library.models.BPE):
-        return
-    prefix = settings.get("add_prefix_space") in (None, True)
-    scheme = ("always" if settings.get("legacy", False) else "first") if prefix else "never"
-    backend.normalizer = None
-    backend.pre_tokenizer = library.pre_tokenizers.Metaspace(
-        replacement="▁", prepend_scheme=scheme, split=False
-    )
-    decoders = library.decoders
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, *[decoders.Strip(" ", 1, 0)] * prefix])
-
-
 def _add_declared(
     backend: Any, directory: Path, settings: Mapping[str, Any], named: Mapping[str, str]
 ) -> None:
@@ -188,9 +173,7 @@ def _add_named(
     A text that is no token of the vocabulary gets the next id. A model whose embedding has no row
     for that id cannot use it.
     """
-    config = _object(directory / "config.json")
-    text_config = config.get("text_config")
-    rows = {**config, **(text_config if isinstance(text_config, dict) else {})}.get("vocab_size")
+    rows = _rows(directory)
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     special = dict(named)
     plain = {"normalized": False, "special": True}
@@ -198,7 +181,7 @@ def _add_named(
         text = _text(token) or ""
         number = backend.token_to_id(text)
         fresh = backend.get_vocab_size(with_added_tokens=True)
-        if number is None and isinstance(rows, int) and fresh >= rows:
+        if number is None and fresh >= rows:
             what = "an extra special token" if name is None else f"`{name}`"
             warnings.warn(
                 f"{directory}: {what} is {text!r}, which is not in the vocabulary of {rows} tokens "
@@ -210,6 +193,29 @@ def _add_named(
             backend.add_tokens([_added(token, plain)])
             added.add(text)
     return special
+
+
+def _rows(directory: Path) -> float:
+    """Rows of the model's embedding; no limit where config.json does not state them."""
+    config = _object(directory / "config.json")
+    text_config = config.get("text_config")
+    rows = {**config, **(text_config if isinstance(text_config, dict) else {})}.get("vocab_size")
+    return rows if isinstance(rows, int) else float("inf")
+
+
+def _add_defaults(
+    backend: Any, directory: Path, its: Class, special: Mapping[str, str]
+) -> dict[str, str]:
+    """The special tokens with those of the class; those the model has no row for are left out."""
+    rows, found = _rows(directory), dict(special)
+    missing = {name: text for name, text in its.special.items() if name not in special}
+    for name, text in [*missing.items(), *(("", text) for text in its.extra)]:
+        if backend.token_to_id(text) is None:
+            if backend.get_vocab_size(with_added_tokens=True) >= rows:
+                continue
+        backend.add_tokens([_added(text, {"normalized": False, "special": True})])
+        found |= {name: text} if name else {}
+    return found
 
 
 def _extra(settings: Mapping[str, Any]) -> list[Any]:

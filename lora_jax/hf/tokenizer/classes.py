@@ -1,0 +1,240 @@
+"""Tokenizer classes that transformers 5 builds from defaults of their own.
+
+For most directories AutoTokenizer follows tokenizer.json. For these classes it takes the vocabulary,
+the merges, Unigram's character map, and the post-processor unless the class has its own; the rest
+comes from the class and tokenizer_config.json.
+
+Source: transformers 5.23, the `__init__` of each class in `models/*/tokenization_*.py`, and
+`AutoTokenizer.from_pretrained` for the choice of the class.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from lora_jax.hf.tokenizer.backends import QWEN2
+
+# A part of tokenizer.json, as it is written there.
+Part = dict[str, Any] | None
+
+# Qwen2's, with marks (as of Devanagari) beside letters.
+_QWEN3_5 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Given(NamedTuple):
+    """What the parts of a class depend on.
+
+    Attributes:
+      settings: tokenizer_config.json.
+      special: name -> text of the special tokens.
+      characters: the character map (`Precompiled`) in the file's normalizer, if it has one.
+    """
+
+    settings: Mapping[str, Any]
+    special: Mapping[str, str]
+    characters: Part
+
+    def prefix(self, default: bool) -> bool:
+        """`add_prefix_space`, where it is set."""
+        value = self.settings.get("add_prefix_space")
+        return default if value is None else bool(value)
+
+
+class Parts(NamedTuple):
+    """What a class sets, whatever tokenizer.json has.
+
+    Attributes:
+      normalizer, pre_tokenizer, decoder: as in tokenizer.json.
+      model: fields of the model.
+    """
+
+    normalizer: Part
+    pre_tokenizer: Part
+    decoder: Part
+    model: Mapping[str, Any]
+
+
+class Class(NamedTuple):
+    """One class.
+
+    Attributes:
+      model: the kind of model that it has.
+      parts: what it sets.
+      special: its special tokens, where tokenizer_config.json names none.
+      single, pair: what it puts around one text and two: names of special tokens, "$A" and "$B:1"
+        with their type ids; empty if tokenizer.json decides.
+      extra: further special tokens, added where the vocabulary lacks them.
+    """
+
+    model: str
+    parts: Callable[[Given], Parts]
+    special: Mapping[str, str]
+    single: str = ""
+    pair: str = ""
+    extra: tuple[str, ...] = ()
+
+
+def _bytes(prefix: bool, regex: bool = True) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True,
+            "use_regex": regex}  # fmt: skip
+
+
+def _metaspace(scheme: str, split: bool) -> dict[str, Any]:
+    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+
+
+def _sequence(kind: str, *steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", kind: list(steps)}
+
+
+_NFC = {"type": "NFC"}
+_BYTES = _bytes(True)  # as a decoder: its settings do not count
+# Metaspace's marks back to spaces, and `<0x0A>` back to bytes.
+_FALLBACK = (
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+)
+_STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+_PLAIN_BPE = {
+    "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False,
+    "ignore_merges": False, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+}  # fmt: skip
+_FALLBACK_BPE = {**_PLAIN_BPE, "fuse_unk": True, "byte_fallback": True}
+
+
+def _llama(given: Given) -> Parts:
+    # One space at the start of the text, not after every special token as in older files.
+    prefix = given.prefix(True)
+    scheme = ("always" if given.settings.get("legacy", False) else "first") if prefix else "never"
+    decoder = _sequence("decoders", *_FALLBACK, *[_STRIP] * prefix)
+    return Parts(None, _metaspace(scheme, False), decoder, _FALLBACK_BPE)
+
+
+def _code_llama(given: Given) -> Parts:
+    scheme = "first" if given.prefix(True) else "never"
+    decoder = _sequence("decoders", *_FALLBACK, _STRIP)
+    model = {**_FALLBACK_BPE, "unk_token": given.special["unk_token"]}
+    return Parts(None, _metaspace(scheme, False), decoder, model)
+
+
+def _gemma(given: Given) -> Parts:
+    normalizer = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
+             "invert": False}  # fmt: skip
+    model = {**_FALLBACK_BPE, "unk_token": given.special["unk_token"]}
+    return Parts(normalizer, split, _sequence("decoders", *_FALLBACK), model)
+
+
+def _qwen(regex: str) -> Callable[[Given], Parts]:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+    def parts(given: Given) -> Parts:
+        words = _sequence("pretokenizers", split, _bytes(given.prefix(False), regex=False))
+        return Parts(_NFC, words, _BYTES, _PLAIN_BPE)
+
+    return parts
+
+
+def _gpt2(given: Given) -> Parts:
+    return Parts(None, _bytes(given.prefix(False)), _BYTES, _PLAIN_BPE)
+
+
+def _neox(given: Given) -> Parts:
+    return _gpt2(given)._replace(normalizer=_NFC)
+
+
+def _cohere(given: Given) -> Parts:
+    digits = {"type": "Digits", "individual_digits": True}
+    words = _sequence("pretokenizers", digits, _bytes(given.prefix(False)))
+    return Parts(_NFC, words, _BYTES, _PLAIN_BPE)
+
+
+def _bert(given: Given) -> Parts:
+    normalizer = {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": given.settings.get("tokenize_chinese_chars", True),
+        "strip_accents": given.settings.get("strip_accents"),
+        "lowercase": given.settings.get("do_lower_case", True),
+    }
+    decoder = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    model = {"unk_token": given.special["unk_token"], "continuing_subword_prefix": "##"}
+    return Parts(normalizer, {"type": "BertPreTokenizer"}, decoder, model)
+
+
+def _xlm_roberta(given: Given) -> Parts:
+    return _unigram(given, unknown=3, prefix=given.prefix(True))
+
+
+def _t5(given: Given) -> Parts:
+    return _unigram(given, unknown=2, prefix=True)
+
+
+def _unigram(given: Given, *, unknown: int, prefix: bool) -> Parts:
+    marks = _metaspace("always" if prefix else "never", True)
+    words = _sequence("pretokenizers", {"type": "WhitespaceSplit"}, marks)
+    return Parts(given.characters, words, marks, {"unk_id": unknown})
+
+
+def _end(text: str) -> dict[str, str]:
+    return dict.fromkeys(("unk_token", "eos_token"), text)
+
+
+_S = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_ROBERTA_SPECIAL = {
+    **_S, "sep_token": "</s>", "pad_token": "<pad>", "cls_token": "<s>", "mask_token": "<mask>",
+}  # fmt: skip
+_BERT_SPECIAL = {
+    "unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}  # fmt: skip
+_GEMMA_SPECIAL = {
+    "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}  # fmt: skip
+_COHERE_SPECIAL = {
+    "bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "unk_token": "<UNK>",
+    "sep_token": "<SEP>", "pad_token": "<PAD>", "cls_token": "<CLS>", "mask_token": "<MASK_TOKEN>",
+}  # fmt: skip
+_TEXT_END = _end("<|endoftext|>")
+
+CLASSES: Mapping[str, Class] = {
+    "LlamaTokenizer": Class("BPE", _llama, _S),
+    "CodeLlamaTokenizer": Class(
+        "BPE", _code_llama, _S, "bos_token $A", "bos_token $A bos_token:1 $B:1",
+        ("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", "<FILL_ME>"),
+    ),
+    "GemmaTokenizer": Class("BPE", _gemma, _GEMMA_SPECIAL),
+    "Qwen2Tokenizer": Class(
+        "BPE", _qwen(QWEN2), {**_TEXT_END, "pad_token": "<|endoftext|>"}
+    ),
+    "Qwen3_5Tokenizer": Class(
+        "BPE", _qwen(_QWEN3_5), {**_TEXT_END, "pad_token": "<|endoftext|>"}
+    ),
+    "GPT2Tokenizer": Class("BPE", _gpt2, {**_TEXT_END, "bos_token": "<|endoftext|>"}),
+    "GPTNeoXTokenizer": Class(
+        "BPE", _neox, {**_TEXT_END, "bos_token": "<|endoftext|>", "pad_token": "<|padding|>"},
+        "$A", "$A $B:1",
+    ),
+    "CohereTokenizer": Class("BPE", _cohere, _COHERE_SPECIAL),
+    "RobertaTokenizer": Class(
+        "BPE", _gpt2, _ROBERTA_SPECIAL, "cls_token $A sep_token",
+        "cls_token $A sep_token sep_token $B sep_token",
+    ),
+    "BertTokenizer": Class(
+        "WordPiece", _bert, _BERT_SPECIAL, "cls_token $A sep_token",
+        "cls_token $A sep_token $B:1 sep_token:1",
+    ),
+    "XLMRobertaTokenizer": Class(
+        "Unigram", _xlm_roberta, _ROBERTA_SPECIAL, "bos_token $A eos_token",
+        "bos_token $A eos_token eos_token $B eos_token",
+    ),
+    "T5Tokenizer": Class(
+        "Unigram", _t5, {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+        "$A eos_token", "$A eos_token $B eos_token",
+        tuple(f"<extra_id_{i}>" for i in range(100)),
+    ),
+}  # fmt: skip

@@ -1,0 +1,175 @@
+"""The classes that transformers builds from defaults, token by token against AutoTokenizer."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import normalizers, pre_tokenizers
+
+from lora_jax.hf.tokenizer import from_directory
+
+from tests.hf.tokenizer.test_directory import NAMES, around, backend_of
+from tests.support.their_tokenizers import transformers_reads
+
+pytestmark = [pytest.mark.once, pytest.mark.oracle]
+
+TEXTS = [
+    "The quick brown fox doesn't jump; it's lazy 123 4567.",
+    "  two  spaces\n\n\tand a tab ",
+    "Grün ist die Heide — 猫 ﬁ e\u0301 नमस्ते",
+    "<s>hello<|b|> world x</s>  <pad>",
+    "a <extra_id_3> b <mask> ▁<PRE> <|endoftext|> x",
+    "",
+]
+CLASSES = {
+    "LlamaTokenizer": "sentencepiece",
+    "CodeLlamaTokenizer": "sentencepiece",
+    "GemmaTokenizer": "sentencepiece",
+    "Qwen2Tokenizer": "byte_level",
+    "Qwen3_5Tokenizer": "byte_level",
+    "GPT2TokenizerFast": "byte_level",
+    "GPTNeoXTokenizer": "byte_level",
+    "CohereTokenizer": "byte_level",
+    "RobertaTokenizer": "byte_level",
+    "BartTokenizerFast": "byte_level",
+    "BertTokenizer": "wordpiece",
+    "DistilBertTokenizerFast": "wordpiece",
+    "XLMRobertaTokenizerFast": "unigram",
+    "T5Tokenizer": "unigram",
+}
+ENCODERS = {"sep_token": "</s>", "cls_token": "<s>", "mask_token": "<|b|>"}
+ENCODER_CLASSES = ("Roberta", "Bart", "Bert", "DistilBert", "XLMRoberta")
+
+# What is put around a text in tokenizer.json; tokenizer_config.json.
+CASES = {
+    "plain": (None, {}),
+    "around": ("<s> $A </s>", {}),
+    "prefix": ("<s> $A", {"add_prefix_space": True}),
+    "no prefix": ("<s> $A", {"add_prefix_space": False}),
+    "settings": (
+        "<s> $A", {"do_lower_case": False, "strip_accents": False, "tokenize_chinese_chars": False,
+                   "legacy": True, "add_bos_token": False, "add_eos_token": True},
+    ),
+}  # fmt: skip
+
+
+def odd(kind):
+    """A tokenizer whose file has other parts than any class."""
+    backend = backend_of(kind)
+    backend.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Punctuation()
+    if kind == "byte_level":
+        backend.model.ignore_merges = True
+    return backend
+
+
+def write(directory, backend, settings, single=None, config=None):
+    if single is not None:
+        backend.post_processor = around(single)
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    if config is not None:
+        (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def assert_same(name, directory):
+    def run(theirs):
+        pair = theirs(TEXTS[0], TEXTS[1])
+        return {
+            "special": [theirs.encode(text) for text in TEXTS],
+            "plain": [theirs.encode(text, add_special_tokens=False) for text in TEXTS],
+            "pair": pair["input_ids"],
+            "types": pair.get("token_type_ids"),
+            "decoded": theirs.backend_tokenizer.decode(theirs.encode(TEXTS[0])),
+            "ids": [theirs.bos_token_id, theirs.eos_token_id],
+        }
+
+    ours = from_directory(directory)
+    theirs = transformers_reads(f"classes/{name}", directory, run)
+    for text, special, plain in zip(TEXTS, theirs["special"], theirs["plain"], strict=True):
+        assert ours.encode(text) == special, text
+        assert ours.encode(text, add_special_tokens=False) == plain, text
+    pair = ours.encode_batch([TEXTS[0]], [TEXTS[1]])
+    assert pair.tokens[0].tolist() == theirs["pair"]
+    assert theirs["types"] in (None, pair.token_type_ids[0].tolist())
+    assert ours.decode(ours.encode(TEXTS[0])) == theirs["decoded"]
+    assert [ours.bos_id, ours.eos_id] == theirs["ids"]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_class_is_built_as_transformers_builds_it(tmp_path, name, case):
+    single, settings = CASES[case]
+    encoder = name.startswith(ENCODER_CLASSES)
+    settings = {"tokenizer_class": name, **NAMES, **(ENCODERS if encoder else {}), **settings}
+    make = odd if case in ("settings", "around") else backend_of
+    assert_same(f"{name}.{case}", write(tmp_path, make(CLASSES[name]), settings, single))
+
+
+@pytest.mark.parametrize("name", [n for n, kind in CLASSES.items() if kind != "wordpiece"])
+def test_the_special_tokens_of_a_class(tmp_path, name):
+    directory = write(tmp_path, backend_of(CLASSES[name]), {"tokenizer_class": name})
+    assert_same(f"{name}.no names", directory)
+
+
+# model_type, tokenizer_class, the file's kind.
+CHOICES = [
+    ("mistral", "LlamaTokenizer", "sentencepiece"),
+    ("llama", "LlamaTokenizer", "sentencepiece"),
+    ("llama", "LlamaTokenizer", "byte_level"),
+    ("llama", None, "sentencepiece"),
+    ("phi3", "LlamaTokenizerFast", "sentencepiece"),
+    ("llava", "LlamaTokenizer", "sentencepiece"),
+    ("qwen2", "LlamaTokenizerFast", "byte_level"),
+    ("qwen2", "PreTrainedTokenizerFast", "byte_level"),
+    ("qwen2", None, "byte_level"),
+    ("qwen3", "PreTrainedTokenizerFast", "byte_level"),
+    ("qwen3", None, "byte_level"),
+    ("gemma3_text", "LlamaTokenizer", "sentencepiece"),
+    ("gemma2", None, "sentencepiece"),
+    ("gpt2", None, "byte_level"),
+    ("mistral", "GPT2Tokenizer", "byte_level"),
+    ("roberta", None, "byte_level"),
+    ("xlm-roberta", "PreTrainedTokenizerFast", "unigram"),
+    ("t5", None, "unigram"),
+    ("llama", "TheirOwnTokenizer", "byte_level"),
+]
+
+
+@pytest.mark.parametrize(("model", "name", "kind"), CHOICES)
+def test_the_class_that_is_taken(tmp_path, model, name, kind):
+    settings = {**NAMES, **({} if name is None else {"tokenizer_class": name})}
+    config = {"model_type": model, "vocab_size": 10000}
+    directory = write(tmp_path, odd(kind), settings, "<s> $A", config)
+    assert_same(f"{model}.{name}.{kind}", directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "text"),
+    [
+        ("DebertaV2TokenizerFast", "unigram", "`DebertaV2Tokenizer`: .* its normalizer, pre-token"),
+        ("MPNetTokenizer", "wordpiece", "`MPNetTokenizer`: .* here tokenizer.json is followed"),
+        ("LlamaTokenizer", "unigram", "`LlamaTokenizer`: .* a model of kind BPE in place of Unig"),
+        ("T5Tokenizer", "sentencepiece", "`T5Tokenizer`: .* kind Unigram in place of BPE"),
+    ],
+)
+def test_a_class_that_is_not_followed_is_named(tmp_path, name, kind, text):
+    directory = write(tmp_path, backend_of(kind), {"tokenizer_class": name, **NAMES})
+    with pytest.warns(UserWarning, match=text):
+        ours = from_directory(directory)
+    saved = Backend.from_file(str(directory / "tokenizer.json"))
+    assert ours.encode(TEXTS[0]) == saved.encode(TEXTS[0]).ids
+
+
+def test_the_tokens_of_a_class_that_the_model_has_no_row_for(tmp_path):
+    backend = backend_of("unigram")
+    config = {"model_type": "t5", "vocab_size": backend.get_vocab_size()}
+    ours = from_directory(write(tmp_path, backend, NAMES, config=config))
+    assert ours.vocab_size == backend.get_vocab_size()
+
+
+def test_the_models_end_token_wins_over_the_classes(tmp_path):
+    config = {"model_type": "qwen2", "eos_token_id": 2}
+    ours = from_directory(write(tmp_path, backend_of("byte_level"), {}, config=config))
+    assert (ours.eos_id, ours.special["eos_token"]) == (2, "</s>")
