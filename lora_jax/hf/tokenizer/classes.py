@@ -1,8 +1,8 @@
 """Tokenizer classes that transformers 5 builds from defaults of their own.
 
-For most directories AutoTokenizer follows tokenizer.json. For these classes it takes the vocabulary,
-the merges, Unigram's character map, and the post-processor unless the class has its own; the rest
-comes from the class and tokenizer_config.json.
+For most directories AutoTokenizer follows tokenizer.json. For these it takes the vocabulary, the
+merges, Unigram's character map, and the post-processor unless the class has its own; the rest comes
+from the class and tokenizer_config.json.
 
 Source: transformers 5.23, the `__init__` of each class in `models/*/tokenization_*.py`, and
 `AutoTokenizer.from_pretrained` for the choice of the class.
