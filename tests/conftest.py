@@ -33,7 +33,8 @@ import re  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# LORA_JAX_TYPES=1, as in `make check` and `make test-all`, compares annotated shapes with the arrays.
+# LORA_JAX_TYPES=1, as in `make check` and `make test-all`, compares annotated shapes with the
+# arrays.
 TYPES = bool(os.environ.get("LORA_JAX_TYPES"))
 if TYPES:
     from jaxtyping import config as jaxtyping_config

@@ -20,7 +20,7 @@ ROOMS = (
 
 # Where a function may import another file of the package, and why.
 LAZY = {
-    "lora_jax/cli/": "`--help` answers before jax is loaded",
+    "lora_jax/cli/": "`--help` prints before jax is loaded",
     "lora_jax/recipes/": "a command loads what it runs, not what the others run",
     "lora_jax/quant/dispatch.py": "a device's kernels need its own Pallas lowering",
 }
@@ -145,3 +145,15 @@ def test_small_files_have_several_importers_or_a_reason():
         and len(path.read_text("utf-8").splitlines()) < 60
     }
     assert small == SMALL.keys()
+
+
+def test_no_test_imports_another_test():
+    """What tests share is in tests/support, where a change to one test cannot break it."""
+    tests = Path(__file__).parent
+    for path in sorted(tests.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            shared = [m for m in modules if m.startswith("tests.") and ".test_" in m]
+            assert not shared, f"{path.relative_to(tests)}:{node.lineno} imports {shared[0]}"

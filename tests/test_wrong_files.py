@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import gguf
 import jax
 import numpy as np
 import pytest
@@ -30,6 +29,7 @@ from lora_jax.models.gguf import base_of
 from lora_jax.models.saving import save_model
 
 from tests.support import mutations
+from tests.support.gguf_files import add_config, tensors_of, writing
 from tests.support.train_toys import CONFIG, toy_lora
 
 pytestmark = pytest.mark.once
@@ -97,26 +97,15 @@ def _peft(directory: Path) -> Path:
 
 
 def _gguf(path: Path, model: models.Model) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    for name, value in dict(block_count=1, context_length=32, embedding_length=8, head_count=2,
-                            feed_forward_length=16, head_count_kv=1, layer_norm_rms_eps=1e-6,
-                            ).items():  # fmt: skip
-        getattr(writer, f"add_{name}")(value)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(list("abcdefgh") + ["ab"] + [f"<{i}>" for i in range(31)])
-    writer.add_token_merges(["a b"])
-    writer.add_token_types([1] * 9 + [3] * 31)
-    layer = {"attn_q": (8, 8), "attn_k": (4, 8), "attn_v": (4, 8), "attn_output": (8, 8),
-             "ffn_gate": (16, 8), "ffn_up": (16, 8), "ffn_down": (8, 16), "attn_norm": (8,),
-             "ffn_norm": (8,)}  # fmt: skip
-    shapes = {f"blk.0.{name}.weight": shape for name, shape in layer.items()}
-    for name, shape in {"token_embd.weight": (40, 8), "output_norm.weight": (8,), **shapes}.items():
-        writer.add_tensor(name, np.ones(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with writing(path) as writer:
+        add_config(writer, model.config)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(list("abcdefgh") + ["ab"] + [f"<{i}>" for i in range(31)])
+        writer.add_token_merges(["a b"])
+        writer.add_token_types([1] * 9 + [3] * 31)
+        for name, tensor in tensors_of(model).items():
+            writer.add_tensor(name, tensor)
     return path
 
 

@@ -15,18 +15,17 @@ from lora_jax.checkpoint import adapters, folder
 from lora_jax.checkpoint.flat import differences, flatten, unflatten
 from lora_jax.checkpoint.folder import check_space, one_line, split_checksums, with_checksums
 
-from tests.support.train_toys import CONFIG, TOKENS, Toy, assert_same_bits, toy_lora, toy_params
+from tests.support.train_toys import (
+    CONFIG,
+    TOKENS,
+    Toy,
+    assert_same_bits,
+    moved,
+    toy_lora,
+    toy_params,
+)
 
 pytestmark = pytest.mark.once
-
-
-def moved(lora_params, seed=3):
-    """The tree with random trained leaves, as after training."""
-    trainable, frozen = lora.split(lora_params)
-    leaves, tree = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return lora.combine(jax.tree.unflatten(tree, leaves), frozen)
 
 
 @pytest.fixture(scope="module")

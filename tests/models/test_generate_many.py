@@ -8,7 +8,7 @@ import pytest
 import lora_jax as lora
 from lora_jax import models
 
-from tests.support.tiny import tiny_model
+from tests.support.tiny import adapter, tiny_model
 
 pytestmark = pytest.mark.once
 
@@ -19,16 +19,6 @@ TARGETS = {
     "dora": {"rank": 3, "use_dora": True, "target_modules": ("o_proj", "down_proj")},
     "table": {"rank": 2, "target_modules": ("embed_tokens", "up_proj")},
 }
-
-
-def adapter(model, seed, **config):
-    tokens = jax.ShapeDtypeStruct((2, 8), "int32")
-    plan = lora.plan(lora.LoraConfig(**config), model.apply, model.params, tokens)
-    trainable, frozen = lora.split(lora.init(jax.random.key(seed), plan, model.params))
-    leaves, tree = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return lora.combine(jax.tree.unflatten(tree, moved), frozen)
 
 
 @pytest.fixture(scope="module")

@@ -12,23 +12,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import models
-from lora_jax.hf.checkpoint.names import stack_depth, tensor_of
 from lora_jax.models import loading
-from lora_jax.paths import spell
+
+from tests.support.tiny import SMALLEST, as_hf
 
 pytestmark = pytest.mark.once
 
-CONFIG = models.LlamaConfig(
-    vocab_size=11,
-    hidden_size=4,
-    intermediate_size=6,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=2,
-    max_position_embeddings=8,
-    tie_word_embeddings=True,
-)
+CONFIG = dataclasses.replace(SMALLEST, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +29,7 @@ def model():
 def save(directory, model, **extra):
     """Writes a Hugging Face directory."""
     directory.mkdir(exist_ok=True)
-    tensors = dict(extra)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(model.params)[0]:
-        stacked = stack_depth(spell(path)) == 1
-        for i, block in enumerate(leaf if stacked else [leaf]):
-            name, axes = tensor_of(spell(path), (i,) if stacked else ())
-            block = np.asarray(block)
-            tensors[name] = np.ascontiguousarray(block if axes is None else block.T)
-    save_file(tensors, directory / "model.safetensors")
+    save_file({**as_hf(model), **extra}, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(model.config.to_hf()))
     return directory
 

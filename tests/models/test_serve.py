@@ -13,8 +13,7 @@ import lora_jax as lora
 from lora_jax import models, multi
 from lora_jax.models.serve import Server
 
-from tests.models.test_generate_many import adapter
-from tests.support.tiny import tiny_model
+from tests.support.tiny import adapter, tiny_model
 
 pytestmark = pytest.mark.once
 

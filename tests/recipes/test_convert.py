@@ -15,13 +15,19 @@ from lora_jax.recipes import convert, inspect_adapter
 from lora_jax.recipes.finetune import plan_model
 from lora_jax.recipes.inspect import inspect
 
-from tests.hf.gguf.test_file import tensors_of, write
-from tests.hf.gguf.test_lora_write import UNTIED, adapted, as_llama_cpp, config
+from tests.support.gguf_files import (
+    UNTIED,
+    adapted,
+    as_llama_cpp,
+    config_with,
+    tensors_of,
+    write_model,
+)
 
 pytestmark = pytest.mark.once
 
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-CONFIG = config(target_modules=("q_proj", "k_proj", "down_proj"), rank_pattern={"k_proj": 2})
+CONFIG = config_with(target_modules=("q_proj", "k_proj", "down_proj"), rank_pattern={"k_proj": 2})
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,7 @@ def test_every_format_is_recognized_and_loads(folder, model, trained, name, kind
 def test_the_merged_model_and_the_gguf_file_say_the_same(folder, model, trained, tmp_path):
     convert.save_adapter(model, trained, CONFIG, tmp_path / "hf", to="hf")
     merged = models.load(tmp_path / "hf")
-    base = write(tmp_path / "base.gguf", UNTIED, tensors_of(model))
+    base = write_model(tmp_path / "base.gguf", UNTIED, tensors_of(model))
     want = as_llama_cpp(base, folder / "a.gguf")
     for name, tensor in tensors_of(merged).items():
         np.testing.assert_allclose(tensor, want[name], atol=1e-5, rtol=1e-5)
@@ -111,11 +117,11 @@ def test_a_gguf_file_becomes_a_peft_directory(folder, model, trained, tmp_path):
 
 
 def test_the_tensors_of_a_run_with_saved_modules_take_the_model(model, tmp_path):
-    saved = config(modules_to_save=("lm_head",))
+    saved = config_with(modules_to_save=("lm_head",))
     checkpoint.save(tmp_path / "a", adapted(model, saved), saved)
     with pytest.raises(ValueError, match="`lm_head.kernel` takes the model to convert"):
         convert.convert(tmp_path / "a", tmp_path / "b", to="peft")
-    table = config(target_modules=("embed_tokens",))
+    table = config_with(target_modules=("embed_tokens",))
     checkpoint.save(tmp_path / "t", adapted(model, table), table)
     with pytest.raises(ValueError, match="`model.embed_tokens.embedding` takes the model to conv"):
         convert.convert(tmp_path / "t", tmp_path / "b", to="peft")
@@ -134,7 +140,7 @@ def test_what_cannot_be_done_is_said(folder, model, trained, tmp_path):
     with pytest.raises(ValueError, match="has no step 3: it is no training run"):
         convert.check_source(folder / "peft", step=3)
     with pytest.raises(ValueError, match="holds a GGUF of type `model`, not an adapter"):
-        convert.check_source(write(tmp_path / "base.gguf", UNTIED, tensors_of(model)))
+        convert.check_source(write_model(tmp_path / "base.gguf", UNTIED, tensors_of(model)))
     assert [p.name for p in tmp_path.iterdir()] == ["base.gguf"]
 
 

@@ -7,10 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import pytest
-
-from lora_jax import models
 
 from tests.support import tiny
 from tests.support.places import ROOT
@@ -109,25 +106,6 @@ def alike(printed: str, shown: str) -> bool:
 
 def write_small_model(directory: Path) -> Path:
     """A Hugging Face directory of a decoder whose weights divide into blocks of 64."""
-    from lora_jax.models.saving import save_model
-
-    tokenizer = tiny.tiny_tokenizer()
-    assert tokenizer.eos_id is not None
-    config = models.LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        eos_token_ids=(tokenizer.eos_id,),
-        pad_token_id=tokenizer.pad_id,
-        initializer_range=0.2,
+    return tiny.write_tiny(
+        directory / "smollm2", hidden_size=64, intermediate_size=128, head_dim=16
     )
-    fresh = models.init(jax.random.key(0), config)
-    model = models.Model(fresh.forward, fresh.params, tokenizer)
-    save_model(directory / "smollm2", model, fresh.params)
-    return directory / "smollm2"

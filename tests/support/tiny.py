@@ -2,14 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import PyTree
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as token_models
 
+import lora_jax as lora
 from lora_jax import models
+from lora_jax.hf.checkpoint.names import stack_depth, tensor_of
 from lora_jax.hf.tokenizer.tokenizer import Tokenizer as OurTokenizer
 from lora_jax.models.saving import save_model
+from lora_jax.paths import spell
 from lora_jax.recipes.demo import task
 
 SPECIAL = ("<|im_start|>", "<|im_end|>")
@@ -43,7 +49,7 @@ def tiny_tokenizer(size: int = 320) -> OurTokenizer:
 SMALL = models.LlamaConfig(
     vocab_size=61,
     hidden_size=32,
-    intermediate_size=48,
+    intermediate_size=64,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -53,8 +59,45 @@ SMALL = models.LlamaConfig(
 )
 
 
-def tiny_model(*, tied: bool = True) -> models.Model:
-    """A random decoder with that tokenizer."""
+# As small as a decoder can be: for files, whose numbers are only compared.
+SMALLEST = models.LlamaConfig(
+    vocab_size=11,
+    hidden_size=4,
+    intermediate_size=6,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=2,
+    max_position_embeddings=8,
+)
+
+
+def as_hf(model: models.Model) -> dict[str, np.ndarray]:
+    """The model's tensors under Hugging Face's names, each layer by itself."""
+    out = {}
+    for key_path, leaf in jax.tree_util.tree_flatten_with_path(model.params)[0]:
+        path = spell(key_path)
+        stacked = stack_depth(path) == 1
+        for i, block in enumerate(leaf if stacked else [leaf]):
+            name, axes = tensor_of(path, (i,) if stacked else ())
+            block = np.asarray(block)
+            out[name] = np.ascontiguousarray(block if axes is None else block.T)
+    return out
+
+
+def adapter(model: models.Model, seed: int, **config: Any) -> PyTree:
+    """The model's parameters with a random adapter, as after training."""
+    tokens = jax.ShapeDtypeStruct((2, 8), "int32")
+    plan = lora.plan(lora.LoraConfig(**config), model.apply, model.params, tokens)
+    trainable, frozen = lora.split(lora.init(jax.random.key(seed), plan, model.params))
+    leaves, tree = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return lora.combine(jax.tree.unflatten(tree, moved), frozen)
+
+
+def tiny_model(*, tied: bool = True, **sizes: Any) -> models.Model:
+    """A random decoder with that tokenizer; `sizes` are fields of its config."""
     tokenizer = tiny_tokenizer()
     config = replace(
         SMALL,
@@ -64,13 +107,14 @@ def tiny_model(*, tied: bool = True) -> models.Model:
         eos_token_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
         pad_token_id=tokenizer.pad_id,
         initializer_range=0.2,
+        **sizes,
     )
     fresh = models.init(jax.random.key(0), config)
     return models.Model(fresh.forward, fresh.params, tokenizer)
 
 
-def write_tiny(directory: Path, *, tied: bool = True) -> Path:
-    """Writes it."""
-    model = tiny_model(tied=tied)
+def write_tiny(directory: Path, *, tied: bool = True, **sizes: Any) -> Path:
+    """Writes it as a Hugging Face directory."""
+    model = tiny_model(tied=tied, **sizes)
     save_model(directory, model, model.params)
     return directory

@@ -16,7 +16,7 @@ from lora_jax.hf.checkpoint import bnb
 from lora_jax.hf.checkpoint.safetensors import load_file, open_directory
 from lora_jax.models.saving import save_model
 
-from tests.hf.gguf.test_file import CONFIG
+from tests.support.gguf_files import TIED
 from tests.support.places import GOLDEN
 
 pytestmark = pytest.mark.once
@@ -92,7 +92,7 @@ def quantized(name, weight, block=64):
 def model_directory(tmp_path_factory):
     """A tiny decoder whose projections are in 4 bits, and the same one with their floats."""
     directory = tmp_path_factory.mktemp("bnb") / "m"
-    model = models.init(jax.random.key(0), CONFIG)
+    model = models.init(jax.random.key(0), TIED)
     save_model(directory, model, model.params)
     tensors, plain = {}, {}
     for name, weight in load_file(directory / "model.safetensors").items():

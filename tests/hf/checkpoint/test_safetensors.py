@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_jax.hf.checkpoint.names import stack_depth, tensor_of
 from lora_jax.hf.checkpoint.safetensors import load_file, open_directory, read_header
 from lora_jax.hf.checkpoint.weights import fill
-from lora_jax.models import LlamaConfig, init
-from lora_jax.paths import spell
+from lora_jax.models import init
+
+from tests.support.tiny import SMALLEST, as_hf
 
 pytestmark = pytest.mark.once
 
@@ -218,28 +218,7 @@ def test_an_index_that_is_not_json(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny():
-    config = LlamaConfig(
-        vocab_size=11,
-        hidden_size=4,
-        intermediate_size=6,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=2,
-        max_position_embeddings=8,
-    )
-    return init(jax.random.key(0), config)
-
-
-def as_hf(model):
-    out = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(model.params)[0]:
-        path, blocks = spell(path), range(leaf.shape[0]) if stack_depth(spell(path)) else [None]
-        for i in blocks:
-            name, axes = tensor_of(path, () if i is None else (i,))
-            block = np.asarray(leaf if i is None else leaf[i])
-            out[name] = block if axes is None else np.ascontiguousarray(block.T)
-    return out
+    return init(jax.random.key(0), SMALLEST)
 
 
 def test_fill_gives_back_every_number(tmp_path, tiny):

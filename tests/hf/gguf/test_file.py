@@ -6,131 +6,48 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter, quants
+from gguf import GGMLQuantizationType, quants
 
 from lora_jax import models
 from lora_jax.hf.gguf.file import open_gguf, weights_of
 from lora_jax.models.gguf import config_of
 from lora_jax.models.rope import RopeScaling, static_frequencies
 
+from tests.support.gguf_files import TIED, tensors_of, write_model
+
 pytestmark = pytest.mark.once
-
-CONFIG = models.LlamaConfig(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-5,
-    rope_theta=5000.0,
-    tie_word_embeddings=True,
-    eos_token_ids=(3,),
-)
-NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
-    "q_norm": "attn_q_norm",
-    "k_norm": "attn_k_norm",
-}
-
-
-def permuted(weight, heads):
-    """llama.cpp's order of the rows of q and k, as its converter makes it."""
-    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
-def tensors_of(model):
-    """The model's tensors under llama.cpp's names, in its order of rows."""
-    inner = model.params["model"]
-    out = {
-        "token_embd.weight": inner["embed_tokens"]["embedding"],
-        "output_norm.weight": inner["norm"]["scale"],
-    }
-    if "lm_head" in model.params:
-        out["output.weight"] = model.params["lm_head"]["kernel"].T
-    layers = inner["layers"]
-    parts = {**layers["self_attn"], **layers["mlp"]}
-    parts |= {name: layers[name] for name in layers if name.endswith("norm")}
-    heads = {
-        "q_proj": model.config.num_attention_heads,
-        "k_proj": model.config.num_key_value_heads,
-    }
-    for name, leaves in parts.items():
-        for kind, leaf in leaves.items():
-            for i, block in enumerate(np.asarray(leaf)):
-                block = block.T if kind == "kernel" else block
-                block = permuted(block, heads[name]) if name in heads else block
-                ending = "bias" if kind == "bias" else "weight"
-                out[f"blk.{i}.{NAMES[name]}.{ending}"] = block
-    return {name: np.ascontiguousarray(tensor) for name, tensor in out.items()}
-
-
-def write(path, config, tensors, kind=GGMLQuantizationType.F32, arch="llama", keys=None, eos=3):
-    writer = GGUFWriter(path, arch)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_eos_token_id(eos)
-    for key, (add, value) in (keys or {}).items():
-        getattr(writer, f"add_{add}")(key, value)
-    for name, tensor in tensors.items():
-        if tensor.ndim == 2 and kind != GGMLQuantizationType.F32:
-            writer.add_tensor(name, quants.quantize(tensor, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return models.init(jax.random.key(0), CONFIG)
+    return models.init(jax.random.key(0), TIED)
 
 
 @pytest.fixture
 def saved(tmp_path, tiny):
-    return write(tmp_path / "tiny.gguf", CONFIG, tensors_of(tiny))
+    return write_model(tmp_path / "tiny.gguf", TIED, tensors_of(tiny))
 
 
 def test_numbers_and_configuration_come_back(saved, tiny):
     loaded = models.load(saved)
-    assert loaded.config == CONFIG and loaded.tokenizer is None
+    assert loaded.config == TIED and loaded.tokenizer is None
     jax.tree.map(np.testing.assert_array_equal, loaded.params, tiny.params)
 
 
 def test_an_untied_head_and_biases_come_back(tmp_path):
     config = models.LlamaConfig.from_hf(
-        {**CONFIG.to_hf(), "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
+        {**TIED.to_hf(), "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
     )
     model = models.init(jax.random.key(1), config)
     model = models.Model(model.forward, jax.tree.map(lambda x: x + 0.01 * x.size, model.params))
-    loaded = models.load(write(tmp_path / "a.gguf", config, tensors_of(model)))
+    loaded = models.load(write_model(tmp_path / "a.gguf", config, tensors_of(model)))
     assert loaded.config == config
     jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
 def test_qwens_rows_are_not_reordered(tmp_path, arch):
-    raw = {k: v for k, v in CONFIG.to_hf().items() if k != "attention_bias"}
+    raw = {k: v for k, v in TIED.to_hf().items() if k != "attention_bias"}
     config = models.LlamaConfig.from_hf({**raw, "model_type": arch})
     model = models.init(jax.random.key(1), config)
     tensors = tensors_of(model)
@@ -140,7 +57,7 @@ def test_qwens_rows_are_not_reordered(tmp_path, arch):
             rows = tensors[name]
             pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
             tensors[name] = np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows.shape))
-    loaded = models.load(write(tmp_path / "a.gguf", config, tensors, arch=arch))
+    loaded = models.load(write_model(tmp_path / "a.gguf", config, tensors, arch=arch))
     assert loaded.config == config
     jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
 
@@ -149,7 +66,7 @@ def test_qwens_rows_are_not_reordered(tmp_path, arch):
 def test_quantized_blocks_are_the_gguf_packages(tmp_path, tiny, kind):
     kind = GGMLQuantizationType[kind]
     tensors = tensors_of(tiny)
-    loaded = models.load(write(tmp_path / "a.gguf", CONFIG, tensors, kind))
+    loaded = models.load(write_model(tmp_path / "a.gguf", TIED, tensors, kind))
     raw = tensors["blk.1.ffn_up.weight"]
     want = quants.dequantize(quants.quantize(raw, kind), kind).reshape(raw.shape)
     got = loaded.params["model"]["layers"]["mlp"]["up_proj"]["kernel"][1]
@@ -174,19 +91,19 @@ def test_llama3s_divisors_are_its_scaling(tmp_path, tiny):
     )
     divisors = static_frequencies(8, 5e5, None) / static_frequencies(8, 5e5, scaling)
     assert divisors.max() == 32 and divisors.min() == 1
-    config = models.LlamaConfig.from_hf({**CONFIG.to_hf(), "rope_theta": 5e5})
+    config = models.LlamaConfig.from_hf({**TIED.to_hf(), "rope_theta": 5e5})
     tensors = {**tensors_of(tiny), "rope_freqs.weight": divisors.astype(np.float32)}
-    loaded = models.load(write(tmp_path / "a.gguf", config, tensors))
+    loaded = models.load(write_model(tmp_path / "a.gguf", config, tensors))
     assert loaded.config.rope_scaling == scaling
     tensors["rope_freqs.weight"][1] *= 1.5
     with pytest.raises(ValueError, match="`rope_freqs.weight` is not Llama 3's"):
-        models.load(write(tmp_path / "a.gguf", config, tensors))
+        models.load(write_model(tmp_path / "a.gguf", config, tensors))
 
 
 def test_stated_rope_scalings(tmp_path, tiny):
     def load(**keys):
         keys = {f"llama.rope.scaling.{k}": v for k, v in keys.items()}
-        path = write(tmp_path / "a.gguf", CONFIG, tensors_of(tiny), keys=keys)
+        path = write_model(tmp_path / "a.gguf", TIED, tensors_of(tiny), keys=keys)
         file = open_gguf(path)
         return config_of(file.metadata, weights_of(file).shapes, path=path).rope_scaling
 
@@ -215,7 +132,7 @@ def test_stated_rope_scalings(tmp_path, tiny):
     ],
 )  # fmt: skip
 def test_metadata_that_changes_numbers_is_refused(tmp_path, tiny, keys, text):
-    path = write(tmp_path / "a.gguf", CONFIG, tensors_of(tiny), keys=keys)
+    path = write_model(tmp_path / "a.gguf", TIED, tensors_of(tiny), keys=keys)
     with pytest.raises(ValueError, match=text) as error:
         models.load(path)
     assert str(path) in str(error.value)
@@ -223,17 +140,19 @@ def test_metadata_that_changes_numbers_is_refused(tmp_path, tiny, keys, text):
 
 def test_tensors_that_do_not_fit(tmp_path, tiny):
     tensors = tensors_of(tiny)
-    path = write(tmp_path / "a.gguf", CONFIG, {**tensors, "blk.0.attn_sinks.weight": np.ones(4)})
+    path = write_model(
+        tmp_path / "a.gguf", TIED, {**tensors, "blk.0.attn_sinks.weight": np.ones(4)}
+    )
     with pytest.raises(ValueError, match="`blk.0.attn_sinks.weight` has no place in a Llama"):
         models.load(path)
     del tensors["blk.1.ffn_up.weight"]
-    path = write(tmp_path / "a.gguf", CONFIG, tensors)
+    path = write_model(tmp_path / "a.gguf", TIED, tensors)
     with pytest.raises(ValueError, match="1 missing: `model.layers.1.mlp.up_proj.weight`"):
         models.load(path)
 
 
 def test_an_unknown_architecture(tmp_path, tiny):
-    path = write(tmp_path / "a.gguf", CONFIG, tensors_of(tiny), arch="mamba")
+    path = write_model(tmp_path / "a.gguf", TIED, tensors_of(tiny), arch="mamba")
     with pytest.raises(ValueError, match="architecture `mamba` is not one of llama, qwen2, qwen3"):
         models.load(path)
 

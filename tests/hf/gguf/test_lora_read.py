@@ -4,48 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf import GGUFWriter
 
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.hf.gguf.lora_read import load_gguf_lora, read_gguf_lora
 from lora_jax.models.gguf import base_of
 
-from tests.hf.gguf.test_file import CONFIG
+from tests.support.gguf_files import TIED, pair, write_lora
 
 pytestmark = pytest.mark.once
 
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-BASE = base_of(CONFIG)
+BASE = base_of(TIED)
 
 
 @pytest.fixture(scope="module")
 def tied():
-    return models.init(jax.random.key(0), CONFIG)
-
-
-def write_lora(path, tensors, keys=None, arch="llama", kind="adapter", alpha=8.0):
-    writer = GGUFWriter(path, arch)
-    writer.add_type(kind)
-    for key, value in {"adapter.type": "lora", **(keys or {})}.items():
-        writer.add_string(key, value)
-    if alpha is not None:
-        writer.add_float32("adapter.lora.alpha", alpha)
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, np.asarray(tensor, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def pair(name="blk.0.attn_v", rank=2, rows=16, columns=32):
-    rng = np.random.default_rng(rank)
-    return {
-        f"{name}.weight.lora_a": rng.normal(size=(rank, columns)),
-        f"{name}.weight.lora_b": rng.normal(size=(rows, rank)),
-    }
+    return models.init(jax.random.key(0), TIED)
 
 
 @pytest.mark.parametrize("alpha", [0.0, None])

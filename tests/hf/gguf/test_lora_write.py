@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.constants import MODEL_ARCH
 from gguf.tensor_mapping import get_tensor_name_map
 
@@ -19,42 +19,29 @@ from lora_jax.hf.gguf.lora_read import load_gguf_lora
 from lora_jax.hf.gguf.lora_write import save_gguf_lora
 from lora_jax.hf.gguf.names import Base, read_base
 from lora_jax.hf.gguf.names import gguf_names as names_of
-from lora_jax.hf.peft import api
 from lora_jax.models.gguf import base_of
 from lora_jax.models.registry import config_from_hf
 from lora_jax.models.saving import save_model
-from lora_jax.recipes.finetune import plan_model
 
-from tests.hf.gguf.test_file import CONFIG, tensors_of, write
-from tests.support.peft_trees import specs_of
+from tests.support.gguf_files import (
+    TIED,
+    UNTIED,
+    adapted,
+    as_llama_cpp,
+    config_with,
+    tensors_of,
+    write_model,
+)
 
 pytestmark = pytest.mark.once
 
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-UNTIED = models.LlamaConfig.from_hf({**CONFIG.to_hf(), "tie_word_embeddings": False})
-BASE = base_of(CONFIG)
-
-
-def config(**fields):
-    return lora.LoraConfig(**{"rank": 4, "alpha": 6, "target_modules": ("q_proj", "v_proj"),
-                              **fields})  # fmt: skip
-
-
-def adapted(model, lora_config, seed=3):
-    """The model's parameters with random adapters where the config means them."""
-    blank = lora.init(jax.random.key(0), plan_model(model, lora_config), model.params)
-    rng = np.random.default_rng(seed)
-    tensors = {
-        spec.key: rng.normal(size=spec.shape).astype(np.float32)
-        for spec in specs_of(blank, lora_config)
-        if not spec.repeats
-    }
-    return api.fill(blank, lora_config, tensors)
+BASE = base_of(TIED)
 
 
 @pytest.fixture(scope="module")
 def tied():
-    return models.init(jax.random.key(0), CONFIG)
+    return models.init(jax.random.key(0), TIED)
 
 
 @pytest.fixture(scope="module")
@@ -62,47 +49,19 @@ def untied():
     return models.init(jax.random.key(0), UNTIED)
 
 
-def as_llama_cpp(base_path, adapter_path):
-    """The base's weights after llama.cpp's `llama_adapter_lora_init` and `build_lora_mm`.
-
-    Written from those functions alone; `ne` is ggml's order of dimensions, the fastest first.
-    """
-    base = {t.name: t for t in GGUFReader(base_path).tensors}
-    file = GGUFReader(adapter_path)
-    field = {name: value.contents() for name, value in file.fields.items()}
-    assert field["general.type"] == "adapter" and field["adapter.type"] == "lora"
-    assert field["general.architecture"] == GGUFReader(base_path).get_field(
-        "general.architecture").contents()  # fmt: skip
-    found = {t.name: t for t in file.tensors}
-    out = {name: np.array(t.data, np.float32) for name, t in base.items()}
-    for name in {n.rpartition(".")[0] for n in found}:
-        a, b, w = found[f"{name}.lora_a"], found[f"{name}.lora_b"], base[name]
-        a_ne, b_ne, w_ne = (list(map(int, t.shape)) for t in (a, b, w))
-        scale = field["adapter.lora.alpha"] / b_ne[0]
-        values = [quants.dequantize(t.data, t.tensor_type).astype(np.float64) for t in (a, b)]
-        if name == "token_embd.weight":
-            assert w_ne[0] == b_ne[1] and w_ne[1] == a_ne[1] and a_ne[0] == b_ne[0]
-            change = values[0] @ values[1].T  # get_rows(a), then mul_mat(b, .)
-        else:
-            assert w_ne[0] == a_ne[0] and w_ne[1] == b_ne[1] and a_ne[1] == b_ne[0]
-            change = values[1] @ values[0]  # mul_mat(b, mul_mat(a, x))
-        out[name] = out[name] + (scale * change).astype(np.float32)
-    return out
-
-
 CASES = {
-    "plain": config(),
-    "all-linear, rsLoRA": config(target_modules="all-linear", use_rslora=True, rank=3),
-    "ranks and alphas": config(
+    "plain": config_with(),
+    "all-linear, rsLoRA": config_with(target_modules="all-linear", use_rslora=True, rank=3),
+    "ranks and alphas": config_with(
         target_modules="all-linear",
         rank_pattern={"q_proj": 2, "down_proj": 1},
         alpha_pattern={"layers.1.self_attn.q_proj": 24, "up_proj": 1.5},
     ),
-    "ranks under rsLoRA": config(
+    "ranks under rsLoRA": config_with(
         target_modules=("k_proj", "o_proj"), use_rslora=True, rank_pattern={"k_proj": 2}
     ),
-    "one layer": config(target_modules=("k_proj", "gate_proj"), layers_to_transform=(1,)),
-    "embedding and head": config(target_modules=("embed_tokens", "lm_head", "k_proj")),
+    "one layer": config_with(target_modules=("k_proj", "gate_proj"), layers_to_transform=(1,)),
+    "embedding and head": config_with(target_modules=("embed_tokens", "lm_head", "k_proj")),
 }
 
 
@@ -115,7 +74,7 @@ def trained(untied):
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_computes_the_merged_model(tmp_path, untied, trained, case):
     params = trained(case)
-    base = write(tmp_path / "base.gguf", UNTIED, tensors_of(untied))
+    base = write_model(tmp_path / "base.gguf", UNTIED, tensors_of(untied))
     path = tmp_path / "adapter.gguf"
     save_gguf_lora(path, params, CASES[case], base=read_base(base))
     merged = models.Model(untied.forward, lora.merge(params))
@@ -145,7 +104,7 @@ def test_a_file_comes_back_and_is_written_the_same_again(tmp_path, untied, train
 
 
 def test_nothing_is_folded_where_all_scales_agree(tmp_path, tied):
-    lora_config = config(target_modules="all-linear", use_rslora=True, alpha=4)
+    lora_config = config_with(target_modules="all-linear", use_rslora=True, alpha=4)
     params = adapted(tied, lora_config)
     save_gguf_lora(tmp_path / "a.gguf", params, lora_config, base=BASE)
     loaded, read = load_gguf_lora(tmp_path / "a.gguf", tied.apply, tied.params, TOKENS, base=BASE)
@@ -158,12 +117,12 @@ def test_nothing_is_folded_where_all_scales_agree(tmp_path, tied):
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_qwens_rows_stay(tmp_path, family):
-    raw = {k: v for k, v in CONFIG.to_hf().items() if k != "attention_bias"}
+    raw = {k: v for k, v in TIED.to_hf().items() if k != "attention_bias"}
     model = models.init(
         jax.random.key(0), models.LlamaConfig.from_hf({**raw, "model_type": family})
     )
-    params = adapted(model, config())
-    save_gguf_lora(tmp_path / "a.gguf", params, config(), base=base_of(model.config))
+    params = adapted(model, config_with())
+    save_gguf_lora(tmp_path / "a.gguf", params, config_with(), base=base_of(model.config))
     found = {t.name: t.data for t in GGUFReader(tmp_path / "a.gguf").tensors}
     leaf = params["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     np.testing.assert_array_equal(found["blk.1.attn_q.weight.lora_b"], leaf.b[1].T)
@@ -182,15 +141,15 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_of_decoders(tmp_path, family):
     """No rows are reordered; GPT-2's weights are (out, in) to llama.cpp."""
-    sizes = {name: getattr(CONFIG, name) for name in (
+    sizes = {name: getattr(TIED, name) for name in (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
         "num_attention_heads", "num_key_value_heads", "max_position_embeddings")}  # fmt: skip
     small = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     raw = {"model_type": family, **(small if family == "gpt2" else sizes), **FAMILIES[family]}
     model = models.init(jax.random.key(0), config_from_hf(raw))
-    lora_config = config(target_modules="all-linear", rank_pattern={"mlp.c_proj": 2})
+    lora_config = config_with(target_modules="all-linear", rank_pattern={"mlp.c_proj": 2})
     if family != "gpt2":
-        lora_config = config(target_modules="all-linear")
+        lora_config = config_with(target_modules="all-linear")
     params = adapted(model, lora_config)
     save_gguf_lora(tmp_path / "a.gguf", params, lora_config, base=base_of(model.config))
     for name, tree in (("base", model.params), ("merged", lora.merge(params))):
@@ -217,8 +176,8 @@ def test_every_family_of_decoders(tmp_path, family):
 
 @pytest.mark.parametrize(("dtype", "error"), [("float16", 2**-11), ("bfloat16", 2**-8)])
 def test_smaller_numbers(tmp_path, tied, dtype, error):
-    params = adapted(tied, config())
-    save_gguf_lora(tmp_path / "a.gguf", params, config(), base=BASE, dtype=dtype, name="mine")
+    params = adapted(tied, config_with())
+    save_gguf_lora(tmp_path / "a.gguf", params, config_with(), base=BASE, dtype=dtype, name="mine")
     file = GGUFReader(tmp_path / "a.gguf")
     kind = {"float16": "F16", "bfloat16": "BF16"}[dtype]
     assert {t.tensor_type for t in file.tensors} == {GGMLQuantizationType[kind]}
@@ -230,10 +189,10 @@ def test_smaller_numbers(tmp_path, tied, dtype, error):
     huge = jax.tree.map(lambda x: x * 1e5 if x.ndim == 3 and x.shape[-2] == 4 else x, params)
     if dtype == "float16":
         with pytest.raises(ValueError, match="has a number that float16 cannot hold"):
-            save_gguf_lora(tmp_path / "a.gguf", huge, config(), base=BASE, dtype=dtype)
+            save_gguf_lora(tmp_path / "a.gguf", huge, config_with(), base=BASE, dtype=dtype)
         assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
     with pytest.raises(ValueError, match="`dtype` must be one of float32, float16, bfloat16"):
-        save_gguf_lora(tmp_path / "a.gguf", params, config(), base=BASE, dtype="int8")
+        save_gguf_lora(tmp_path / "a.gguf", params, config_with(), base=BASE, dtype="int8")
 
 
 @pytest.mark.parametrize(
@@ -245,14 +204,14 @@ def test_smaller_numbers(tmp_path, tied, dtype, error):
     ],
 )
 def test_what_llama_cpp_cannot_apply_is_to_be_merged(tmp_path, untied, fields, text):
-    params = adapted(untied, config(**fields))
+    params = adapted(untied, config_with(**fields))
     with pytest.raises(ValueError, match=f"llama.cpp cannot apply an adapter {text}"):
-        save_gguf_lora(tmp_path / "a.gguf", params, config(**fields), base=base_of(UNTIED))
+        save_gguf_lora(tmp_path / "a.gguf", params, config_with(**fields), base=base_of(UNTIED))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_tied_table_is_to_be_merged(tmp_path, tied):
-    lora_config = config(target_modules=("embed_tokens", "q_proj"))
+    lora_config = config_with(target_modules=("embed_tokens", "q_proj"))
     params = adapted(tied, lora_config)
     with pytest.raises(ValueError, match="`model.embed_tokens` where the output head is the emb"):
         save_gguf_lora(tmp_path / "a.gguf", params, lora_config, base=BASE)
@@ -264,7 +223,7 @@ def test_tensors_without_a_place(untied):
 
     def content(module, tensors):
         tensors = {f"base_model.model.{module}.{k}": v for k, v in tensors.items()}
-        return lora_write.to_gguf(tensors, config(), base)
+        return lora_write.to_gguf(tensors, config_with(), base)
 
     with pytest.raises(ValueError, match="no place for an adapter of `model.layers.2.mlp.up_proj`"):
         content("model.layers.2.mlp.up_proj", pair)
@@ -326,9 +285,9 @@ def test_bases_that_are_not_known(tmp_path):
 
 
 def test_what_was_there_stays_when_writing_fails(tmp_path, tied, monkeypatch):
-    params = adapted(tied, config())
+    params = adapted(tied, config_with())
     path = tmp_path / "a.gguf"
-    save_gguf_lora(path, params, config(), base=BASE)
+    save_gguf_lora(path, params, config_with(), base=BASE)
     before = path.read_bytes()
 
     def fail(self):
@@ -336,7 +295,7 @@ def test_what_was_there_stays_when_writing_fails(tmp_path, tied, monkeypatch):
 
     monkeypatch.setattr(GGUFWriter, "write_tensors_to_file", fail)
     with pytest.raises(OSError, match="No space left"):
-        save_gguf_lora(path, adapted(tied, config(), 9), config(), base=BASE)
+        save_gguf_lora(path, adapted(tied, config_with(), 9), config_with(), base=BASE)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
     with pytest.raises(ValueError, match="expected a file to write the adapter to, got a direc"):
-        save_gguf_lora(tmp_path, params, config(), base=BASE)
+        save_gguf_lora(tmp_path, params, config_with(), base=BASE)

@@ -1,22 +1,28 @@
 """Every type of GGUF tensor that the gguf package dequantizes, and damage anywhere in a file."""
 
-from typing import Any
-
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter, quants
+from gguf import GGMLQuantizationType, quants
 from gguf.constants import GGML_QUANT_SIZES
 
 from lora_jax import models
 from lora_jax.hf.gguf.file import open_gguf, read_tensor, weights_of
 from lora_jax.hf.gguf.lora_read import read_gguf_lora
-from lora_jax.models.gguf import config_of
+from lora_jax.models.gguf import base_of, config_of
 
-from tests.hf.gguf.test_file import CONFIG, NAMES, tensors_of, write
-from tests.hf.gguf.test_lora_read import BASE, pair, write_lora
+from tests.support.gguf_files import (
+    NAMES,
+    TIED,
+    add_config,
+    pair,
+    tensors_of,
+    write_lora,
+    write_model,
+    writing,
+)
 
 pytestmark = pytest.mark.once
 
@@ -58,12 +64,8 @@ def test_only_types_that_are_no_weights_are_not_supported():
 
 
 def one_tensor(path, raw, kind):
-    writer = GGUFWriter(path, "llama")
-    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with writing(path) as writer:
+        writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=kind)
     return open_gguf(path)
 
 
@@ -100,30 +102,22 @@ def test_a_scale_that_is_not_finite(tmp_path, name):
 def test_a_model_of_mixed_k_quants(tmp_path):
     """As llama.cpp mixes them in a Q4_K_M file."""
     config = models.LlamaConfig.from_hf(
-        {**CONFIG.to_hf(), "hidden_size": 256, "intermediate_size": 256, "head_dim": 64,
+        {**TIED.to_hf(), "hidden_size": 256, "intermediate_size": 256, "head_dim": 64,
          "num_hidden_layers": 1}
     )  # fmt: skip
     model = models.init(jax.random.key(0), config)
     kinds = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "ffn_up": "Q5_K", "attn_q": "Q3_K"}
     path, raws = tmp_path / "mixed.gguf", {}
-    writer = GGUFWriter(path, "llama")
-    write(tmp_path / "plain.gguf", config, tensors_of(model))
-    for key, field in open_gguf(tmp_path / "plain.gguf").metadata.items():
-        if key.startswith("llama."):
-            add: Any = writer.add_float32 if isinstance(field, float) else writer.add_uint32
-            add(key, field)
-    for name, tensor in tensors_of(model).items():
-        if tensor.ndim == 1:
-            writer.add_tensor(name, tensor)
-            continue
-        kind = GGMLQuantizationType[kinds.get(name.split(".")[-2], "Q4_K")]
-        raw = random_rows(kind, *tensor.shape)
-        raws[name] = dequantized(raw, kind).reshape(tensor.shape)
-        writer.add_tensor(name, raw, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with writing(path) as writer:
+        add_config(writer, config)
+        for name, tensor in tensors_of(model).items():
+            if tensor.ndim == 1:
+                writer.add_tensor(name, tensor)
+                continue
+            kind = GGMLQuantizationType[kinds.get(name.split(".")[-2], "Q4_K")]
+            raw = random_rows(kind, *tensor.shape)
+            raws[name] = dequantized(raw, kind).reshape(tensor.shape)
+            writer.add_tensor(name, raw, raw_dtype=kind)
     loaded = tensors_of(models.load(path))
     assert len(raws) == 8 and {n.split(".")[-2] for n in raws} >= set(kinds) <= set(NAMES.values())
     for name, want in raws.items():
@@ -150,7 +144,7 @@ def read_model(path):
 
 
 def read_adapter(path):
-    for tensor in read_gguf_lora(path, base=BASE)[1].values():
+    for tensor in read_gguf_lora(path, base=base_of(TIED))[1].values():
         assert np.isfinite(tensor).all()
 
 
@@ -158,8 +152,8 @@ def read_adapter(path):
 def whole(tmp_path_factory):
     """The bytes of a model in Q4_0 and of an adapter."""
     folder = tmp_path_factory.mktemp("whole")
-    tensors = tensors_of(models.init(jax.random.key(0), CONFIG))
-    model = write(folder / "m.gguf", CONFIG, tensors, GGMLQuantizationType.Q4_0)
+    tensors = tensors_of(models.init(jax.random.key(0), TIED))
+    model = write_model(folder / "m.gguf", TIED, tensors, GGMLQuantizationType.Q4_0)
     adapter = write_lora(folder / "a.gguf", {**pair(), **pair("blk.1.attn_q", 3, 32)})
     return {"model": model.read_bytes(), "adapter": adapter.read_bytes()}
 

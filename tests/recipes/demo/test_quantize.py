@@ -12,7 +12,7 @@ from lora_jax.cli import main
 from lora_jax.recipes import finetune
 from lora_jax.train.memory import tree_bytes
 
-from tests.hf.gguf.test_file import CONFIG, tensors_of, write
+from tests.support.gguf_files import TIED, tensors_of, write_model
 from tests.support.tiny import SPECIAL, TEMPLATE, tiny_tokenizer
 
 pytestmark = pytest.mark.once
@@ -33,12 +33,12 @@ def model(tmp_path_factory):
         "tokenizer.ggml.token_type": ("array", [3 if t in special else 1 for t in tokens]),
         "tokenizer.chat_template": ("string", TEMPLATE),
     }
-    raw = CONFIG.to_hf() | {"vocab_size": len(tokens), "max_position_embeddings": 256}
+    raw = TIED.to_hf() | {"vocab_size": len(tokens), "max_position_embeddings": 256}
     config = models.LlamaConfig.from_hf(raw | {"initializer_range": 0.2})
     tensors = tensors_of(models.init(jax.random.key(0), config))
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     eos = tokens.index(SPECIAL[1])
-    return str(write(path, config, tensors, GGMLQuantizationType.Q4_1, keys=keys, eos=eos))
+    return str(write_model(path, config, tensors, GGMLQuantizationType.Q4_1, keys=keys, eos=eos))
 
 
 def demo(model, directory, *more):

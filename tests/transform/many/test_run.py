@@ -15,8 +15,7 @@ from lora_jax.dims import factor_shapes
 from lora_jax.models.generation import runner
 from lora_jax.transform.many import grouped
 
-from tests.models.test_generate_many import adapter
-from tests.support.tiny import tiny_model
+from tests.support.tiny import adapter, tiny_model
 
 pytestmark = pytest.mark.once
 
