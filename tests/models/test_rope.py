@@ -33,3 +33,16 @@ YARN = [
 def test_yarns_blend_may_end_behind_the_last_plane(options, expected):
     got = static_frequencies(16, 10000.0, RopeScaling(rope_type="yarn", **options))
     np.testing.assert_allclose(got, expected, rtol=2e-7)
+
+
+def test_llama3_blends_the_planes_between_its_edges():
+    # transformers 5.23, `_compute_llama3_parameters`: the planes turn 81, 26, 8, 2.6, 0.8 ... times
+    scaling = RopeScaling(
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=512,
+    )
+    expected = [1.0, 0.31622776, 0.1, 0.018496677, 0.00125, 0.00039528473, 0.000125, 3.9528473e-05]
+    np.testing.assert_allclose(static_frequencies(16, 10000.0, scaling), expected, rtol=2e-7)

@@ -91,6 +91,29 @@ def test_a_stack_that_is_held_stays_and_one_that_is_dropped_is_written_in_place(
     assert pool.lookup(["a2"])[0]["w"].a.unsafe_buffer_pointer() == place
 
 
+def test_the_slot_used_longest_ago_goes_first_and_one_to_keep_stays():
+    pool = pool_of(slots=2)
+    for name in ("a0", "a1", "a0", "a2"):
+        check(pool, name)
+    assert pool.resident() == ["a0", "a2"]
+    pool.lookup(["a3"], keep=["a0", "a4"])  # the one that is not there needs no slot
+    assert pool.resident() == ["a0", "a3"]
+    with pytest.raises(ValueError, match="3 different adapters are needed at once, but .* holds 2"):
+        pool.lookup(["a1", "a2", "a4", "a1", None])
+    with pytest.raises(ValueError, match="3 different adapters"):
+        pool.lookup(["a1", "a2"], keep=["a3"])
+    assert pool.resident() == ["a0", "a3"]
+
+
+@pytest.mark.parametrize("host, calls", [(4, 4), (2, 6)])
+def test_the_host_keeps_as_many_adapters_as_it_may(host, calls):
+    loaded: list = []
+    pool = pool_of(lambda name: loaded.append(name) or ADAPTERS[name], slots=1, host=host)
+    for name in ("a0", "a1", "a2", "a3", "a1", "a0"):
+        check(pool, name)
+    assert len(loaded) == calls
+
+
 def test_slots_and_stack_of_two_calls_are_one_threads():
     pool = pool_of(slots=1)
     ids = pool.ids(["a0"])

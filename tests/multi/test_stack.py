@@ -239,6 +239,8 @@ def test_dropout_differs_by_row_and_is_off_without_a_key():
     assert not np.allclose(noisy_rows[0], noisy_rows[1])
     again = run(stacked, x, adapter_ids=ids, lora_key=jax.random.key(3))
     np.testing.assert_array_equal(noisy_rows, again)
+    served = run(lora.stack([adapter]), x, adapter_ids=ids, lora_key=jax.random.key(3))
+    np.testing.assert_array_equal(served, plain)  # it is not trained
 
 
 def test_a_slot_is_replaced_without_compiling():
@@ -285,6 +287,22 @@ def test_taking_an_adapter_out_again_gives_its_numbers():
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
             lora.merge(out), lora.merge(adapter),
         )  # fmt: skip
+
+
+def test_a_stack_is_as_wide_as_its_widest_adapter():
+    wide = make("plain", 1)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora.split(make("plain", 2))[0])
+    narrow = lora.combine(narrow, lora.split(wide)[1])
+    out = multi.adapter(lora.stack([narrow, wide]), 1)
+    jax.tree.map(np.testing.assert_array_equal, lora.split(out)[0], lora.split(wide)[0])
+
+
+def test_layers_that_do_not_train_have_the_bases_values_in_a_stack():
+    w = jnp.arange(12.0).reshape(3, 2, 2)
+    saved = lora.SavedArray(w, w + 100, only=((1,),))
+    stacked = lora.stack([{"w": saved}])
+    got = multi.adapter(stacked, 0)["w"].value
+    np.testing.assert_array_equal(got, w.at[1].add(100))
 
 
 def test_a_damaged_neighbour_does_not_reach_other_rows():

@@ -78,6 +78,7 @@ def test_svd_is_the_best_of_its_rank():
         return (u[..., :2] * s[..., None, :2]) @ v[..., :2, :]
 
     assert_close(got, jax.tree.map(best, want))
+    assert multi.common_rank(multi.add_weighted_adapter(adapters, weights, method="svd")) == 4
 
 
 def peft_model(adapters, rslora=False):
@@ -190,6 +191,13 @@ def test_dare_drops_other_places_in_each_leaf():
     assert 0.3 < one.mean() < 0.7 and 0.2 < (one != two).mean() < 0.8
 
 
+def test_dare_drops_other_places_in_each_layer():
+    options: dict[str, Any] = dict(method="dare_linear", rank=OUT, density=0.5)
+    tree = multi.add_weighted_adapter([make(1)], [1.0], key=jax.random.key(0), **options)
+    one, two = np.abs(changes(tree)["layers"]["down"]["kernel"]) > 1e-4
+    assert 0.3 < one.mean() < 0.7 and 0.2 < (one != two).mean() < 0.8
+
+
 def test_the_result_exports(tmp_path):
     adapters = [make(1), make(2, rank=2)]
     both = multi.add_weighted_adapter(adapters, [0.5, 0.5])
@@ -219,6 +227,11 @@ def test_clear_errors():
         multi.add_weighted_adapter([one], [1.0], method="ties", density=0)
     with pytest.raises(ValueError, match="`up.kernel` has DoRA's magnitude"):
         multi.add_weighted_adapter([make(1, use_dora=True, target_modules=("up",))], [1.0])
+    with pytest.raises(ValueError, match="`up.kernel` has an adapter's bias"):
+        multi.add_weighted_adapter([make(1, lora_bias=True, target_modules=("up",))], [1.0])
+    saved = make(1, modules_to_save=("up",), target_modules=("down",))
+    with pytest.raises(ValueError, match="`up.kernel` trains whole in 1 .* has factors in 1"):
+        multi.add_weighted_adapter([saved, one], [1.0, 1.0])
 
 
 def test_the_annotations_name_every_method():

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_jax.train import Example, batches_per_epoch, best_ladder, iterate, loader, once
-from lora_jax.train.batches import data_hash, padding_share
-from lora_jax.train.buckets import plan_epoch, plan_once, rung_of
+from lora_jax.train.batches import _places_of, data_hash, padding_share
+from lora_jax.train.buckets import plan_epoch, plan_once, rung_of, shuffled
 
 pytestmark = pytest.mark.once
 
@@ -80,6 +80,16 @@ def test_epochs_differ_and_repeat():
     ]
     assert plans[0] == plans[3]
     assert plans[0] != plans[1] and plans[0] != plans[2] and plans[1] != plans[2]
+    # Other examples stand together, too, not the same batches in another order.
+    together = [sorted(map(sorted, plan)) for plan in plans]
+    assert together[0] != together[1] and together[0] != together[2]
+
+
+def test_batches_are_shuffled_otherwise_than_examples():
+    order = shuffled(50, 0, 0)
+    plan = plan_epoch([5] * 50, (8,), 1, seed=0, epoch=0)
+    # What one permutation gives when it is applied twice.
+    assert [int(batch.rows[0]) for batch in plan] != order[order].tolist()
 
 
 def pairs(batch):
@@ -130,6 +140,8 @@ def test_places_are_what_the_planned_epochs_need():
 def test_few_places_where_little_is_learned_and_all_where_it_does_not_pay():
     short = loader([example(60, i, learned=3) for i in range(9)], batch_size=4)
     assert short.places == {64: (16,)}
+    exact = loader([example(60, i, learned=4) for i in range(4)], batch_size=4)
+    assert exact.places == {64: (16,)} and once(exact)[0].weights.sum() == 16
     full = loader([example(64, i) for i in range(9)], batch_size=4)
     assert full.places == {64: (256,)}
     assert np.array_equal(once(full)[0].positions[0], np.arange(256))
@@ -147,6 +159,15 @@ def test_a_second_number_of_places_where_most_batches_need_much_less():
     assert np.array_equal(places, np.where(counts <= 16, 16, layout.places[64][1]))
     few = loader(rare[:100], batch_size=4)  # too few batches to be worth a second program
     assert len(few.places[64]) == 1
+
+
+@pytest.mark.parametrize(
+    "small, large, expected",
+    [(64, 16, (48, 64)), (63, 16, (64,)), (64, 64, (64,))],
+    ids=["worth it", "too few batches", "too little saved"],
+)
+def test_edges_of_a_second_number_of_places(small, large, expected):
+    assert _places_of([48] * small + [64] * large, 1000) == expected
 
 
 def test_missing_rows_repeat_one_and_learn_nothing():

@@ -26,6 +26,7 @@ from lora_jax.train import (
     total_steps,
 )
 from lora_jax.train.config import fixed_fields, warmup_steps
+from lora_jax.train.loss import pick
 
 pytestmark = pytest.mark.once
 
@@ -109,6 +110,13 @@ def test_picking_places_out_changes_no_number():
     got, expected = (value_and_grad(params, b) for b in (few, all_places))
     # Only the order of float32 additions differs.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+
+
+def test_all_places_but_one_are_picked():
+    hidden = jnp.arange(8.0).reshape(2, 2, 2)
+    assert jnp.array_equal(
+        pick(hidden, jnp.array([0, 1, 3])), hidden.reshape(4, 2)[jnp.array([0, 1, 3])]
+    )
 
 
 def test_padding_and_missing_rows_change_no_number():
@@ -237,9 +245,10 @@ def test_schedules(name, expected):
 def test_counting_steps():
     assert total_steps(TrainConfig(epochs=2.5), 10) == 25
     assert total_steps(TrainConfig(epochs=0.01), 10) == 1
-    assert total_steps(TrainConfig(epochs=0.1), 30) == 3
+    assert total_steps(TrainConfig(epochs=0.07), 100) == 7  # their product is above 7
     assert total_steps(TrainConfig(epochs=2, steps=7), 10) == 7
     assert warmup_steps(TrainConfig(warmup=0.1), 50) == 5
+    assert warmup_steps(TrainConfig(warmup=1), 50) == 1
     assert warmup_steps(TrainConfig(warmup=3), 50) == 3
 
 

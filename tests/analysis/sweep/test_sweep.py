@@ -14,6 +14,7 @@ from lora_jax import analysis
 from lora_jax.analysis.sweep import train
 from lora_jax.analysis.sweep.config import with_rank
 from lora_jax.analysis.sweep.plan import Job, plan_sweep
+from lora_jax.analysis.sweep.store import Progress
 from lora_jax.analysis.sweep.sweep import _groups
 from lora_jax.train.step import optimizer
 
@@ -65,6 +66,12 @@ def test_each_adapter_of_a_batch_moves_as_it_would_alone():
         leaf = tree["layer"]["kernel"]
         assert leaf.rank == 5
         assert not np.any(leaf.a[:, rank:]) and not np.any(leaf.b[rank:])
+
+
+def test_the_time_of_all_steps_is_reckoned_from_those_that_compiled_nothing():
+    at = Progress(10, None, np.zeros(10), seconds=6.0, timed=8, batches="", compiled=50.0)
+    assert train._seconds(at) == 7.5
+    assert train._seconds(at._replace(seconds=0.0, timed=0)) == 50.0
 
 
 def test_full_fine_tuning_is_the_optimizer_on_every_weight():

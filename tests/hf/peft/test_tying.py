@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax.array import leaves_by_path
+from lora_jax.hf.peft.directory import TENSOR_FILE
 from lora_jax.hf.peft.save import with_task
 
 pytestmark = pytest.mark.once
@@ -57,3 +59,17 @@ def test_the_tied_table_is_the_models(table, heads, tied, field):
     assert fields["ensure_weight_tying"] is tied
     assert any("lm_head" in key for key in tensors) is tied
     assert ("lm_head" in fields[field]) is tied
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_a_tied_heads_copy_that_differs_is_refused(part, tmp_path):
+    base = params()
+    config = lora.LoraConfig(rank=2, init="random", target_modules=("mix", "wte"))
+    plan = lora.plan(config, decoder, base, TOKENS)
+    lora.hf.save_peft(tmp_path, lora.init(jax.random.key(0), plan, base), config)
+    lora.hf.load_peft(tmp_path, decoder, base, TOKENS)
+    tensors = load_file(tmp_path / TENSOR_FILE)
+    key = f"base_model.model.lm_head.{part}.weight"
+    save_file({**tensors, key: tensors[key] + 1}, tmp_path / TENSOR_FILE)
+    with pytest.raises(ValueError, match=f"`{key}` differs from the embedding's"):
+        lora.hf.load_peft(tmp_path, decoder, base, TOKENS)
