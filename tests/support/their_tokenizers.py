@@ -1,13 +1,35 @@
-"""What transformers' tokenizers return, recorded."""
+"""Tokenizers to write into directories, and what transformers' return for them, recorded."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
+
 from tests.support.oracle import oracle
+from tests.support.places import GOLDEN
 
 # Its text depends on the release of tokenizers.
 BACKEND = "tokenizer.json"
+
+# The first four ids of every recorded tokenizer.
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
+NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+
+
+def backend_of(kind: str) -> Backend:
+    """A small tokenizer: "byte_level", "unigram", "wordpiece" or "sentencepiece".
+
+    Recorded, because the trainers of tokenizers do not give the same one each time.
+    """
+    return Backend.from_file(str(GOLDEN / "tokenizers" / f"{kind}.json"))
+
+
+def around(single: str) -> processors.TemplateProcessing:
+    """A post-processor that puts special tokens around a text: `<s> $A </s>`."""
+    special = [(text, SPECIAL.index(text)) for text in ("<s>", "</s>")]
+    return processors.TemplateProcessing(single=single, special_tokens=special)
 
 
 def transformers_reads(name: str, directory: Path, run: Callable) -> Any:

@@ -8,8 +8,7 @@ from tokenizers import normalizers, pre_tokenizers
 
 from lora_jax.hf.tokenizer import from_directory
 
-from tests.hf.tokenizer.test_directory import NAMES, around, backend_of
-from tests.support.their_tokenizers import transformers_reads
+from tests.support.their_tokenizers import NAMES, around, backend_of, transformers_reads
 
 pytestmark = [pytest.mark.once, pytest.mark.oracle]
 

@@ -3,13 +3,17 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from lora_jax.hf.tokenizer import from_directory
 
-from tests.support.places import GOLDEN
-from tests.support.their_tokenizers import encoded, transformers_reads
+from tests.support.their_tokenizers import (
+    NAMES,
+    around,
+    backend_of,
+    encoded,
+    transformers_reads,
+)
 
 pytestmark = [pytest.mark.once, pytest.mark.oracle]
 
@@ -21,23 +25,11 @@ TEXTS = [
     " </s> yes",
     "",
 ]
-SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
-NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 FLAGS = {"special": True, "lstrip": False, "rstrip": False, "normalized": False,
          "single_word": False}  # fmt: skip
 
 
-# Made once by the trainers of tokenizers, whose output is not the same each time.
 KINDS = ("byte_level", "unigram", "wordpiece", "sentencepiece")
-
-
-def backend_of(kind):
-    return Backend.from_file(str(GOLDEN / "tokenizers" / f"{kind}.json"))
-
-
-def around(single):
-    special = [(text, SPECIAL.index(text)) for text in ("<s>", "</s>")]
-    return processors.TemplateProcessing(single=single, special_tokens=special)
 
 
 ROBERTA = processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
