@@ -22,11 +22,11 @@ import llama_step
 from common import report
 
 from lora_jax import LoraConfig
-from lora_jax.analysis.memory import compiled
-from lora_jax.analysis.memory import step as memory_step
-from lora_jax.analysis.memory.estimate import estimate
-from lora_jax.analysis.memory.liveness import alive
-from lora_jax.analysis.memory.shapes import SHAPES, config_of
+from lora_jax.analysis.step_memory import compiled
+from lora_jax.analysis.step_memory import step as memory_step
+from lora_jax.analysis.step_memory.estimate import estimate
+from lora_jax.analysis.step_memory.liveness import alive
+from lora_jax.analysis.step_memory.shapes import SHAPES, config_of
 from lora_jax.models.sharding import ROWS
 from lora_jax.train.memory import tree_bytes
 

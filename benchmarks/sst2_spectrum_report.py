@@ -10,7 +10,7 @@ import numpy as np
 from sst2 import percent, shrink
 
 from lora_jax import analysis
-from lora_jax.analysis.spectrum.spectrum import draw_decay
+from lora_jax.analysis.spectra.spectrum import draw_decay
 from lora_jax.train.progress import save_figure
 
 # Singular values that are written of each matrix of full fine-tuning.

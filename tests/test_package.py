@@ -327,7 +327,7 @@ MISSING = r"""
 import contextlib, io, re, struct
 import jax.numpy as jnp, lora_jax as lora
 from lora_jax import hf, train
-from lora_jax.analysis.spectrum.spectrum import plot_decay
+from lora_jax.analysis.spectra.spectrum import plot_decay
 from lora_jax.cli import main
 from lora_jax.hf import hub
 from lora_jax.hf.gguf.file import open_gguf

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lora_jax.analysis import memory_table, parameters
-from lora_jax.analysis.memory.estimate import memory
-from lora_jax.analysis.memory.fit import parse_bytes, remedies
+from lora_jax.analysis.step_memory.estimate import memory
+from lora_jax.analysis.step_memory.fit import parse_bytes, remedies
 from lora_jax.config.lora import LoraConfig
 from lora_jax.recipes.settings import METHODS, EstimateConfig
 

@@ -3,7 +3,7 @@
 Four walks over a jaxpr read the rows. The interpreter (`interpret.evaluate`) runs a model with
 implicit weights, the dataflow (`plan.usage`) finds how a model uses each weight, the token follower
 (`many.token_axis`) finds the axis that numbers the tokens, and the memory estimate
-(`analysis.memory.program`) decides which arrays are written to memory.
+(`analysis.step_memory.program`) decides which arrays are written to memory.
 """
 
 import dataclasses

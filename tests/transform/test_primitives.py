@@ -13,7 +13,7 @@ from jax.interpreters import batching, mlir
 
 import lora_jax as lora
 from lora_jax import compat
-from lora_jax.analysis.memory import program
+from lora_jax.analysis.step_memory import program
 from lora_jax.plan import usage as dataflow
 from lora_jax.transform import primitive, primitives
 from lora_jax.transform.many import token_axis

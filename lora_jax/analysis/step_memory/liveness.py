@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 
 from lora_jax import compat
-from lora_jax.analysis.memory.program import (
+from lora_jax.analysis.step_memory.program import (
     HELD,
     OWNED,
     SLICE,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.analysis.spectrum.changes import Change, Directions, Factors, changes, directions
+from lora_jax.analysis.spectra.changes import Change, Directions, Factors, changes, directions
 
 # Directions below this share of the largest singular value are taken for float32 noise.
 _NOTHING = 1e-6

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from lora_jax.analysis.memory import mesh as memory_mesh
+from lora_jax.analysis.step_memory import mesh as memory_mesh
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.bert_config import CLASSIFICATION
 from lora_jax.models.model import check_options

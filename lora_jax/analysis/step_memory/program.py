@@ -1,6 +1,6 @@
 """A traced program as a list of operations, and which of its arrays are written to memory.
 
-The rules are stated in `lora_jax.analysis.memory.liveness`.
+The rules are stated in `lora_jax.analysis.step_memory.liveness`.
 """
 
 from collections.abc import Iterable

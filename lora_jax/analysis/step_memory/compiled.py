@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from lora_jax.analysis.memory import mesh
-from lora_jax.analysis.memory.liveness import Alive
-from lora_jax.analysis.memory.step import AbstractStep, Spread, StepSettings
+from lora_jax.analysis.step_memory import mesh
+from lora_jax.analysis.step_memory.liveness import Alive
+from lora_jax.analysis.step_memory.step import AbstractStep, Spread, StepSettings
 
 
 def compiled(

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from lora_jax import LoraConfig, analysis
-from lora_jax.analysis.memory import fit, liveness
-from lora_jax.analysis.memory.shapes import SHAPES
-from lora_jax.analysis.memory.step import StepSettings
+from lora_jax.analysis.step_memory import fit, liveness
+from lora_jax.analysis.step_memory.shapes import SHAPES
+from lora_jax.analysis.step_memory.step import StepSettings
 from lora_jax.cli import main
 
 pytestmark = pytest.mark.once

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from lora_jax.analysis.memory.estimate import GIB, MemoryEstimate, estimate
-from lora_jax.analysis.memory.shapes import config_of
+from lora_jax.analysis.step_memory.estimate import GIB, MemoryEstimate, estimate
+from lora_jax.analysis.step_memory.shapes import config_of
 from lora_jax.config.lora import LoraConfig
 
 _UNITS = {

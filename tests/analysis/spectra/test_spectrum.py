@@ -9,8 +9,8 @@ import pytest
 
 import lora_jax as lora
 from lora_jax.analysis import Spectrum, intruder_dimensions, overlap, spectrum
-from lora_jax.analysis.spectrum import changes
-from lora_jax.analysis.spectrum.spectrum import MatrixSpectrum
+from lora_jax.analysis.spectra import changes
+from lora_jax.analysis.spectra.spectrum import MatrixSpectrum
 
 pytestmark = pytest.mark.once
 

@@ -4,7 +4,8 @@
 
 Weights, adapters and optimizer state are exact: the real model is planned and initialized over
 shapes. Gradients and activations are the peak of the step of `lora_jax.train`, computed from its
-jaxpr (`lora_jax.analysis.memory.liveness`). `remat` determines what is kept for the backward pass:
+jaxpr (`lora_jax.analysis.step_memory.liveness`). `remat` determines what is kept for the backward
+pass:
 
     True            the residual stream before each block: L · B · T · D
     "projections"   that, and the output of every projection
@@ -23,13 +24,13 @@ from typing import Any
 import jax
 
 from lora_jax import paths
-from lora_jax.analysis.memory import mesh as memory_mesh
-from lora_jax.analysis.memory import step as memory_step
-from lora_jax.analysis.memory.compiled import compiled
-from lora_jax.analysis.memory.liveness import HABITS, Alive, Habits, alive, on_cpu
-from lora_jax.analysis.memory.program import whole_bytes
-from lora_jax.analysis.memory.shapes import config_of
-from lora_jax.analysis.memory.step import AbstractStep, Spread, StepSettings
+from lora_jax.analysis.step_memory import mesh as memory_mesh
+from lora_jax.analysis.step_memory import step as memory_step
+from lora_jax.analysis.step_memory.compiled import compiled
+from lora_jax.analysis.step_memory.liveness import HABITS, Alive, Habits, alive, on_cpu
+from lora_jax.analysis.step_memory.program import whole_bytes
+from lora_jax.analysis.step_memory.shapes import config_of
+from lora_jax.analysis.step_memory.step import AbstractStep, Spread, StepSettings
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.sharding import ROWS
 from lora_jax.tree import Count, count_parameters, format_count
@@ -169,7 +170,7 @@ def memory(
     """The memory of a training step of a model; only the model's configuration is needed.
 
     Args:
-      model: a known shape ("llama-2-7b", see `analysis.memory.shapes.SHAPES`), the path of a
+      model: a known shape ("llama-2-7b", see `analysis.step_memory.shapes.SHAPES`), the path of a
         config.json or of its directory, a hub id, the parsed JSON, or a configuration of
         `lora_jax.models`.
       adapter: the adapter's config; None is full fine-tuning.

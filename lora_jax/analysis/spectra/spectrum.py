@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.analysis.spectrum.changes import changes, singular_values
+from lora_jax.analysis.spectra.changes import changes, singular_values
 from lora_jax.compat import require
 from lora_jax.train.progress import save_figure
 
