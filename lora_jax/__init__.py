@@ -10,6 +10,7 @@ grad, value_and_grad          gradients of what trains, of the whole tree
 merge, unmerge, delta         plain parameters, and back
 quantize, dequantize          a base in 4 or 8 bits
 stack, select, replace        many adapters of one base
+sharding                      trees over a mesh of devices
 checkpoint, hf                files: Orbax; PEFT, GGUF, Hugging Face
 linen, nnx                    Flax
 models, train, finetune       language models
@@ -21,6 +22,7 @@ A sub-package is imported when it is used.
 import importlib as _importlib
 import typing as _typing
 
+from lora_jax import sharding as sharding
 from lora_jax.array import LoraArray as LoraArray
 from lora_jax.array import RowsArray as RowsArray
 from lora_jax.array import SavedArray as SavedArray
@@ -106,6 +108,7 @@ __all__ = [
     "recipes",
     "replace",
     "select",
+    "sharding",
     "split",
     "stack",
     "train",

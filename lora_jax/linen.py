@@ -7,6 +7,12 @@ collections (batch statistics, caches) from the parameters, and joins them again
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+__all__ = ["Functional", "functional", "variables"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class Functional(NamedTuple):
     """A linen module as a function and its variables.

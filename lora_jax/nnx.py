@@ -20,6 +20,12 @@ from lora_jax.transform import lorafy
 from lora_jax.tree import init as init_tree
 from lora_jax.tree import make_leaf, trained_fields
 
+__all__ = ["Adapted", "Functional", "LoraParam", "adapt", "functional", "merged"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class LoraParam(nnx.Param):
     """A variable that an adapter trains: `nnx.Optimizer(model, tx, wrt=lora.nnx.LoraParam)`."""

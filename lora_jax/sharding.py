@@ -23,11 +23,17 @@ from lora_jax.quant import sharding as quant_sharding
 from lora_jax.quant.array import QuantArray, is_quant
 from lora_jax.transform.labels import part_spec
 
+__all__ = ["LeafDims", "Rules", "partition_specs", "place", "shardings", "specs"]
+
 AXES = ("data", "fsdp", "tensor")
 _SUPERBLOCK = 128  # inputs
 
 # Field of a leaf -> its name in `part_spec`; a magnitude has the dims of a gain.
 _PARTS = {"a": "a", "b": "b", "scale": "scale", "m": "gain", "bias": "bias"}
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`import lora_jax` stays light, and the package names nothing it should not."""
 
 import ast
+import importlib
 import pydoc
 import re
 import subprocess
@@ -46,6 +47,54 @@ def test_the_public_names_are_there():
     assert all(re.search(rf"\b{name}\b", text) for name in lora.__all__)
     missing = [name for name in lora.__all__ if not hasattr(lora, name)]
     assert not missing
+
+
+FACES = (
+    "lora_jax", "lora_jax.analysis", "lora_jax.checkpoint", "lora_jax.cli", "lora_jax.hf",
+    "lora_jax.linen", "lora_jax.models", "lora_jax.multi", "lora_jax.nnx", "lora_jax.quant",
+    "lora_jax.recipes", "lora_jax.sharding", "lora_jax.train",
+)  # fmt: skip
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("face", FACES)
+def test_a_face_lists_its_public_names_only(face):
+    module = importlib.import_module(face)
+    more = ["__version__"] if face == "lora_jax" else []
+    assert dir(module) == sorted([*module.__all__, *more])
+    assert not [name for name in module.__all__ if not hasattr(module, name)]
+    with pytest.raises(AttributeError, match="has no attribute .no_such_name"):
+        module.no_such_name  # noqa: B018
+
+
+# Prints the public names that importing all modules changes, and the packages that a public name
+# hides from `import lora_jax.package as x`.
+IMPORT_ALL = """
+import importlib, pkgutil, sys, lora_jax
+faces = [importlib.import_module(name) for name in sys.argv[1:]]
+before = {(face, name): getattr(face, name) for face in faces for name in face.__all__}
+for found in pkgutil.walk_packages(lora_jax.__path__, "lora_jax."):
+    if not found.name.endswith("__main__"):
+        importlib.import_module(found.name)
+print(*(f"{face.__name__}.{name}" for (face, name), value in before.items()
+        if getattr(face, name) is not value))
+print(*(name for name, module in sys.modules.items() if name.startswith("lora_jax.")
+        and hasattr(module, "__path__")
+        and getattr(sys.modules[name.rpartition(".")[0]], name.rpartition(".")[2]) is not module))
+"""
+
+
+@pytest.mark.once
+def test_a_function_keeps_its_name_from_the_module_that_defines_it():
+    """`lora.merge` is defined in merge.py: importing that file must not put it in its place."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, *FACES],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    changed, hidden = done.stdout.splitlines()
+    assert changed == ""
+    # The function `lora.plan` is the one name that a package has too.
+    assert hidden == "lora_jax.plan"
 
 
 def test_type_checkers_see_what_is_imported_lazily():

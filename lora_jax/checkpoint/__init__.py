@@ -42,3 +42,7 @@ __all__ = [
     "save_params",
     "save_state",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -14,6 +14,12 @@ from lora_jax.cli import errors
 from lora_jax.cli.flags import flags_of
 from lora_jax.cli.parser import parse
 
+__all__ = ["main"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.

@@ -36,6 +36,7 @@ _MODULES = {
     "tokenizer": "lora_jax.hf.tokenizer",
     "weights": "lora_jax.hf.checkpoint.weights",
 }
+__all__ = sorted((*_NAMES, *_MODULES))  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
@@ -47,4 +48,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted((*_NAMES, *_MODULES))
+    return __all__

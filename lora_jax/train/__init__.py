@@ -72,3 +72,7 @@ __all__ = [
     "summed_loss",
     "total_steps",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -11,28 +11,20 @@ from tests.support.places import ROOT
 pytestmark = pytest.mark.once
 
 FACES = (
-    "lora_jax", "lora_jax.linen", "lora_jax.nnx", "lora_jax.quant", "lora_jax.multi",
-    "lora_jax.hf", "lora_jax.models", "lora_jax.checkpoint", "lora_jax.train",
-    "lora_jax.analysis",
+    "lora_jax", "lora_jax.linen", "lora_jax.nnx", "lora_jax.sharding", "lora_jax.quant",
+    "lora_jax.multi", "lora_jax.hf", "lora_jax.models", "lora_jax.checkpoint", "lora_jax.train",
+    "lora_jax.analysis", "lora_jax.recipes", "lora_jax.cli",
 )  # fmt: skip
 
 
 def public_names(face: str) -> set[str]:
-    """What a package offers: `__all__`, or else what its face imports."""
+    """What a package offers, without its modules: each of those has names of its own."""
     module = importlib.import_module(face)
-    listed = getattr(module, "__all__", None) or getattr(module, "_NAMES", None)
-    if listed is None:
-        listed = [
-            name
-            for name, value in vars(module).items()
-            if not name.startswith("_") and not isinstance(value, type(importlib))
-            and (face not in ("lora_jax.linen", "lora_jax.nnx")
-                 or getattr(value, "__module__", "") == face)
-        ]  # fmt: skip
     return {
-        f"{face}.{name}" for name in listed
-        if not name.startswith("_") and not isinstance(getattr(module, name), type(importlib))
-    }  # fmt: skip
+        f"{face}.{name}"
+        for name in module.__all__
+        if not isinstance(getattr(module, name), type(importlib))
+    }
 
 
 def value_of(name: str):
