@@ -3,6 +3,9 @@
 There is no arithmetic here.
 """
 
+import functools
+import inspect
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,7 +54,7 @@ def functional(module: nnx.Module, *, method: str = "__call__") -> Functional:
 
     Args:
       module: the module; it is not changed.
-      method: name of the method that `fn` calls.
+      method: name of the method that `fn` calls, or of a layer's, "encoder.pool".
 
     Returns:
       `(fn, params, state)`. `fn(params, x)` uses the other variables as they are now, and raises
@@ -69,7 +72,7 @@ def _function(graph, held, method: str) -> Callable:
     def fn(params, *args, state=None, **kwargs):
         # Copied, because a call may write to the variables that it is given.
         module = nnx.merge(graph, params, held if state is None else state, copy=True)
-        out = getattr(module, method)(*args, **kwargs)
+        out = operator.attrgetter(method)(module)(*args, **kwargs)
         _, _, after = nnx.split(module, nnx.Param, ...)
         if state is not None:
             return out, after
@@ -92,8 +95,15 @@ def _changed(before, after) -> list[str]:
     return [paths.spell(p) for (p, x), (_, y) in zip(old, new, strict=True) if x is not y]
 
 
+_OWN = ("base", "adapters", "plan")  # the attributes of `Adapted`
+
+
 class Adapted(nnx.Module):
     """An NNX module with adapters inside, called like the module it was made from.
+
+    The base's attributes are read and set through it: `model.blocks` is `model.base.blocks`. Its
+    methods run with the adapters, as by `call`. A layer is the base's own, and computes without
+    them: `model.call("blocks.encode", x)` is a layer's method with its adapters.
 
     The trained variables are `LoraParam`s. The base's own variables stay, and state that a call
     changes (batch statistics, caches, random streams) is kept, as in the base.
@@ -120,6 +130,28 @@ class Adapted(nnx.Module):
         self.base = nnx.merge(graph, jax.tree.unflatten(tree, bare), held, copy=True)
         self.adapters = nnx.Dict(parts)
 
+    def __getattr__(self, name: str) -> Any:
+        # Python comes here only for names that the wrapper lacks. It has no `base` before
+        # `__init__` is done; Python and JAX probe for names with underscores, NNX for `set_view`,
+        # and what they find they would use on the wrapper.
+        if "base" not in vars(self) or name.startswith("__") or name == "set_view":
+            raise AttributeError(f"`{type(self).__name__}` has no attribute `{name}`", name=name)
+        try:
+            found = getattr(self.base, name)
+        except AttributeError:
+            raise AttributeError(
+                f"neither the adapted module nor its base, a `{type(self.base).__name__}`, has an "
+                f"attribute `{name}`",
+                name=name,
+            ) from None
+        bound = inspect.ismethod(found) and found.__self__ is self.base
+        return functools.partial(self.call, name) if bound else found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What is read from the base is set there: `eval()` sets `deterministic` wherever it is.
+        inside = "base" in vars(self) and name not in _OWN and hasattr(self.base, name)
+        nnx.Module.__setattr__(self.base if inside else self, name, value)
+
     def lora_params(self):
         """The tree for `lora.lorafy`, `lora.merge` and the functions that save adapters."""
         _, params, _ = nnx.split(self.base, nnx.Param, ...)
@@ -141,7 +173,7 @@ class Adapted(nnx.Module):
         """Calls any method of the base with the adapters on.
 
         Args:
-          method: its name.
+          method: its name, or that of a layer's method, "encoder.pool".
           *args, **kwargs: its arguments.
           lora_key: PRNG key for the adapters' dropout, None for none.
         """

@@ -95,6 +95,71 @@ def test_adapted_module_is_called_as_before():
     assert set(model.adapters) == {"up/kernel", "down/kernel"}
 
 
+class Encoder(nnx.Module):
+    """A module with data, layers and methods, and a mode of its own."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.width, self.deterministic = 16, False
+        self.blocks = nnx.List([nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 16, rngs=rngs)])
+        self.head = nnx.Linear(16, 4, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.drop(self.encode(x), deterministic=self.deterministic))
+
+    def encode(self, x, scale=1.0):
+        for block in self.blocks:
+            x = block(x)
+        return scale * x
+
+    @property
+    def depth(self):
+        return len(self.blocks)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    config = lora.LoraConfig(rank=2, target_modules=("0", "1", "head"), init="random")
+    return lora.nnx.adapt(Encoder(nnx.Rngs(0)), config, X, key=jax.random.key(1))
+
+
+def test_the_base_s_attributes_are_read_through_the_adapted_module(encoder):
+    assert encoder.blocks is encoder.base.blocks and encoder.depth == 2 and encoder.width == 16
+    assert encoder.head.kernel is encoder.base.head.kernel
+    with pytest.raises(
+        AttributeError,
+        match="neither the adapted module nor its base, a `Encoder`, has an attribute `layers`",
+    ):
+        encoder.layers  # noqa: B018
+    assert not hasattr(encoder, "set_view") and not hasattr(encoder, "__jax_array__")
+    blank = object.__new__(lora.nnx.Adapted)
+    with pytest.raises(AttributeError, match="`Adapted` has no attribute `head`"):
+        blank.head  # noqa: B018
+
+
+def test_the_base_s_methods_run_with_the_adapters(encoder):
+    merged = lora.nnx.merged(encoder)
+    close(encoder.encode(X, scale=2.0), merged.encode(X, scale=2.0))
+    assert not np.allclose(encoder.encode(X), encoder.base.encode(X), atol=1e-3)
+    hidden = encoder.encode(X)
+    close(encoder.call("head.__call__", hidden), merged.head(hidden))
+    close(encoder.head(hidden), encoder.base.head(hidden))
+    with pytest.raises(AttributeError, match="'Encoder' object has no attribute 'pool'"):
+        encoder.call("pool", X)
+
+
+def test_what_is_read_from_the_base_is_set_there(encoder):
+    graph, state = nnx.split(encoder)
+    model = nnx.merge(graph, state, copy=True)
+    assert not model.deterministic
+    model.eval()
+    assert model.base.deterministic and "deterministic" not in vars(model)
+    close(model(X), lora.nnx.merged(model)(X))
+    model.note = "mine"
+    assert vars(model)["note"] == "mine" and not hasattr(model.base, "note")
+    assert not encoder.deterministic
+
+
 def test_adapted_module_updates_its_state_like_the_base():
     module = NnxNet(nnx.Rngs(0))
     config = lora.LoraConfig(rank=2, target_modules=("up", "down"))
