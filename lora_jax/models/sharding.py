@@ -16,6 +16,7 @@ Sources: Rajbhandari et al. 2020, "ZeRO", section 5; Shoeybi et al. 2019, "Megat
 """
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -80,17 +81,35 @@ def make_mesh(*, devices: Sequence[jax.Device] | None = None, **axes: int) -> Me
     )
 
 
+def check_axes(axes: Mapping[str, int], *, rest: bool) -> None:
+    """Checks the names and sizes of a mesh's axes.
+
+    Args:
+      axes: axis to number of devices.
+      rest: whether a size may be -1, for the devices that the others leave.
+
+    Raises:
+      ValueError: an unknown axis, or a size that is not a whole number above 0.
+    """
+    for name, size in axes.items():
+        if name not in AXES:
+            raise ValueError(f"`mesh` has no axis {name!r}; expected {', '.join(AXES)}")
+        whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
+        if not (whole and (size > 0 or (rest and size == -1))):
+            raise ValueError(
+                f"`mesh` axis `{name}` must be a whole number above 0"
+                f"{', or -1 for the rest' if rest else ''}, got {size!r}"
+            )
+
+
 def mesh_sizes(axes: Mapping[str, int], devices: int) -> dict[str, int]:
     """The sizes of a mesh's axes, with -1 replaced by the number of devices that are left.
 
     Raises:
       ValueError: an unknown axis, or numbers that do not multiply up to the devices.
     """
-    if unknown := [a for a in axes if a not in AXES]:
-        raise ValueError(f"`mesh` has no axis {unknown[0]!r}; expected {', '.join(AXES)}")
+    check_axes(axes, rest=True)
     spelled = " ".join(f"{a}={n}" for a, n in axes.items())
-    if any(n < 1 and n != -1 for n in axes.values()):
-        raise ValueError(f"`mesh` is {spelled}: a size is positive, or -1 for the rest")
     given = math.prod(n for n in axes.values() if n != -1)
     rest = [a for a, n in axes.items() if n == -1]
     if len(rest) > 1 or (rest and devices % given) or (not rest and given != devices):

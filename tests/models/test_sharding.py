@@ -130,7 +130,10 @@ def test_place_puts_adapters_where_their_weights_are():
         (dict(data=-1, fsdp=-1), "one of them may be -1"),
         (dict(data=3, fsdp=-1), "multiply up to them"),
         (dict(model=8), "`mesh` has no axis 'model'; expected data, fsdp, tensor"),
-        (dict(fsdp=0), "a size is positive"),
+        (
+            dict(fsdp=0),
+            "`mesh` axis `fsdp` must be a whole number above 0, or -1 for the rest, got 0",
+        ),
         ({}, "`mesh` is empty"),
     ],
 )

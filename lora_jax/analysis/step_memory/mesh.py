@@ -20,7 +20,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from lora_jax.models.config import LlamaConfig
-from lora_jax.models.sharding import AXES, ROWS
+from lora_jax.models.sharding import AXES, ROWS, check_axes
 
 # The sizes of a configuration that the axis `tensor` divides.
 _DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
@@ -33,11 +33,7 @@ def check_mesh(mesh: Mapping[str, int], *, batch: int) -> dict[str, int]:
       ValueError: an unknown axis, a size that is not a positive integer, or a batch that the
         devices do not divide.
     """
-    for name, size in mesh.items():
-        if name not in AXES:
-            raise ValueError(f"`mesh` axis `{name}` is not one of {', '.join(AXES)}")
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"`mesh` axis `{name}` must be a whole number above 0, got {size!r}")
+    check_axes(mesh, rest=False)
     full = {name: mesh.get(name, 1) for name in AXES}
     spread = math.prod(full[name] for name in ROWS)
     if batch % spread:

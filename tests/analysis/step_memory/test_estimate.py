@@ -252,7 +252,7 @@ def test_sizes_are_spelled_in_two_ways(text, size):
         (LLAMA, dict(optimizer="adam2"), "`optimizer` must be one of adamw, lion"),
         (LLAMA, dict(adapter=None, quantize="nf4"), "`quantize` is for a frozen base"),
         (LLAMA, dict(quantize="nf3"), "nf3"),
-        (LLAMA, dict(mesh={"model": 2}), "`mesh` axis `model` is not one of data, fsdp, tensor"),
+        (LLAMA, dict(mesh={"model": 2}), "`mesh` has no axis 'model'; expected data, fsdp, tensor"),
         (LLAMA, dict(mesh={"fsdp": 0}), "`mesh` axis `fsdp` must be a whole number above 0"),
         (LLAMA, dict(mesh={"fsdp": 4}), "`batch` 1 cannot be divided among the 4 devices"),
         (LLAMA, dict(mesh={"tensor": 3}), "`tensor` = 3 does not divide `num_attention_heads` = 8"),
