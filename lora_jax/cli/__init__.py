@@ -8,10 +8,11 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from lora_jax.cli import errors
-from lora_jax.cli.flags import flags_of
+from lora_jax.cli.flags import flags_of, in_flags
 from lora_jax.cli.parser import parse
 
 __all__ = ["main"]
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse(argv)
     if not arguments.debug:
-        warnings.formatwarning = _warning_line
+        warnings.formatwarning = _warning_lines(arguments)
     try:
         arguments.run(arguments)
         sys.stdout.flush()
@@ -60,11 +61,11 @@ def _fail(arguments: argparse.Namespace, line: str, status: int) -> int:
     return status
 
 
-def _warning_line(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    line: str | None = None,
-) -> str:
-    return f"lora-jax: warning: {' '.join(str(message).split())}\n"
+def _warning_lines(arguments: argparse.Namespace) -> Callable[..., str]:
+    """Python's `warnings.formatwarning`, for warnings in one line that name flags."""
+    flags = flags_of(arguments.parser)
+
+    def format_warning(message: Warning | str, *args: Any, **kwargs: Any) -> str:
+        return f"lora-jax: warning: {in_flags(' '.join(str(message).split()), flags)}\n"
+
+    return format_warning

@@ -1,10 +1,11 @@
 """Turns an exception into one line of text, and defines the exit statuses."""
 
 import errno
-import re
 import traceback
 from collections.abc import Collection
 from pathlib import Path
+
+from lora_jax.cli.flags import in_flags
 
 USAGE = 2  # a wrong command line, as in argparse
 FAILURE = 1
@@ -27,13 +28,6 @@ _DISK = {
 }
 
 
-# Names that libraries use in messages for what a flag of another name sets.
-_OTHER_NAMES = {
-    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "init",
-    "format": "quantize", "block_size": "quantize_block",
-}  # fmt: skip
-
-
 def explain(error: BaseException, flags: Collection[str] = ()) -> str:
     """One line about an error: what went wrong and what to do.
 
@@ -54,32 +48,10 @@ def explain(error: BaseException, flags: Collection[str] = ()) -> str:
             "examples, or --remat"
         )
     if _expected(error):
-        return _with_flags(_line(str(error) or type(error).__name__), flags)
+        return in_flags(_line(str(error) or type(error).__name__), flags)
     return _line(
         f"internal error: {type(error).__name__}: {error} ({_place(error)}); "
         "please report it with what --debug prints"
-    )
-
-
-def _with_flags(text: str, flags: Collection[str]) -> str:
-    """Python's `too_long="truncate"` as `--too-long truncate`, where there is such a flag."""
-
-    def spelled(found: re.Match) -> str:
-        name = str(found["name"])
-        flag = "--" + _OTHER_NAMES.get(name, name).replace("_", "-")
-        if flag not in flags or found["value"] == "...":
-            return found[0]
-        value = str(found["value"] or "").strip("\"'")
-        shown = {"True": flag, "False": f"--no-{flag[2:]}", "": flag}.get(value, f"{flag} {value}")
-        return f"`{shown}`" if found["tick"] else shown
-
-    # `name=value`, or a name in backticks before a verb: other names in backticks are leaves.
-    value = r"\"[^\"]*\"|'[^']*'|[\w.]+"
-    text = re.sub(rf"(?P<tick>`?)\b(?P<name>[a-z_]+)=(?P<value>{value})(?P=tick)", spelled, text)
-    return re.sub(
-        r"(?P<tick>`)(?P<name>[a-z_]+)(?P<value>)`(?= (?:was|is|must|has|expects|needs)\b)",
-        spelled,
-        text,
     )
 
 

@@ -1,7 +1,12 @@
-"""The flags of a command, and what to write for one that it has not."""
+"""The flags of a command: what to write for an unknown one, and Python's arguments as flags."""
 
 import argparse
+import ast
 import difflib
+import re
+import shlex
+from collections.abc import Collection
+from typing import Any
 
 
 def flags_of(parser: argparse.ArgumentParser) -> list[str]:
@@ -56,3 +61,78 @@ def instead(unknown: str, parser: argparse.ArgumentParser) -> str:
     like = difflib.get_close_matches(name, flags, n=3, cutoff=0.7)
     listed = ", ".join(f"`{flag}`" for flag in like)
     return f"; the nearest are {listed}" if like else ", and none is like it"
+
+
+# Names that libraries use in messages for what a flag of another name sets.
+_OTHER_NAMES = {
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "init",
+    "format": "quantize", "block_size": "quantize_block", "batch": "batch_size",
+    "length": "max_length",
+}  # fmt: skip
+
+_NAME = r"[a-z][a-z0-9_]*"
+# A call such as `lora.quantize(params, format="int8")`: its keywords stay Python's.
+_CALL = r"[\w.]+\([^()]*\)"
+_VALUE = r"\"[^\"]*\"|'[^']*'|\{[^{}]*\}|\([^()]*\)|\[[^\[\]]*\]|[\w.+-]*\w"
+_GIVEN = rf"(?P<tick>`?)\b(?P<given>{_NAME})=(?P<value>{_VALUE})(?P=tick)"
+_NAMED = rf"`(?P<named>{_NAME})`(?! =)"
+# Without backticks, only a name with an underscore is sure to be no word of the sentence. Part of a
+# path, or before the colon that ends one, it is a file's name.
+_BARE = r"(?!\A\w+:)(?<![\w`\"'./\\-])(?P<bare>[a-z]+(?:_[a-z0-9]+)+)(?![\w`\"'/\\=(-]|\.\w)"
+_TEXTS = re.compile("|".join((_CALL, _GIVEN, _NAMED, _BARE)))
+
+# What may stand before an argument's name in backticks. After a noun, as in "axis `model`" or
+# "leaf `bias`", a name in backticks is a value.
+_BEFORE = re.compile(
+    r"(?:^|[;:(] |\(|(?<!has )\bno |\b(?:and|by|give|have|larger|lengthen|lower|more|or|out|pass|"
+    r"raise|set|smaller|use|with|without) )$"
+)
+# The names that follow are fields of a file: `adapter_config.json: `, `config: `.
+_FILE = re.compile(r"(?:(?:^|: )(?:PEFT )?config|[/.]\S*): $")
+
+
+def in_flags(text: str, flags: Collection[str]) -> str:
+    """Python's `too_long="truncate"` as `--too-long truncate`, where the command has that flag.
+
+    Args:
+      text: an error or a warning of the library, in one line.
+      flags: the long flags of the command.
+    """
+
+    def flag_of(name: str | None) -> str:
+        flag = "--" + _OTHER_NAMES.get(name or "", name or "").replace("_", "-")
+        return flag if flag in flags else ""
+
+    def spelled(found: re.Match) -> str:
+        before = text[: found.start()]
+        if flag := flag_of(found["given"]):
+            given = _with_value(flag, found["value"])
+            return f"`{given}`" if found["tick"] else given
+        if flag := flag_of(found["named"]):
+            argument = _BEFORE.search(before) and not _FILE.search(before)
+            return f"`{flag}`" if argument else found[0]
+        return flag_of(found["bare"]) or found[0]
+
+    return text if "PEFT config: " in text else _TEXTS.sub(spelled, text)
+
+
+def _with_value(flag: str, value: str) -> str:
+    try:
+        read = ast.literal_eval(value)
+    except (SyntaxError, ValueError):  # a word such as `axis=devices`
+        read = value
+    if isinstance(read, bool):
+        return flag if read else f"--no-{flag[2:]}"
+    return f"{flag} {_words(read)}"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{shlex.quote(str(k))}={_listed(v)}" for k, v in value.items())
+    if isinstance(value, tuple | list):
+        return " ".join(map(_words, value))
+    return "none" if value is None else shlex.quote(str(value))
+
+
+def _listed(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else _words(value)

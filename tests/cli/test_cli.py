@@ -109,7 +109,7 @@ def test_a_wrong_command_line_is_one_line_and_status_2(capsys, argv, message):
         (["train", "--model", "m", "--train-data", "t"], "`--output-dir` is missing"),
         (["inspect", "no.gguf"], "no.gguf: no such file"),
         (["inspect", "no.safetensors"], "no.safetensors: no such file"),
-        (["generate", "smollm2", "x", "--top-p", "2"], "top_p must be above 0 and at most 1"),
+        (["generate", "smollm2", "x", "--top-p", "2"], "--top-p must be above 0 and at most 1"),
         (["generate", "no.gguf", "x"], "no.gguf: no such file"),
         (["merge", "no.gguf", "a", "b"], "no.gguf: no such file"),
         (["export", "no.gguf", "a", "b"], "a: there is no such directory"),
@@ -176,7 +176,11 @@ def test_explain_is_one_line_that_says_what_to_do(error, line):
     assert said.startswith(line) and "\n" not in said
 
 
-FLAGS = ("--resume", "--too-long", "--rank", "--quantize", "--steps", "--clip", "--progress")
+FLAGS = (
+    "--resume", "--too-long", "--rank", "--quantize", "--steps", "--clip", "--progress", "--mesh",
+    "--model", "--bias", "--beta1", "--roles", "--rank-pattern", "--target-modules",
+    "--output-dir", "--batch-size", "--max-length", "--learning-rate",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -190,6 +194,27 @@ FLAGS = ("--resume", "--too-long", "--rank", "--quantize", "--steps", "--clip", 
         ("`r` was 4 and is 8", "`--rank` was 4 and is 8"),
         ("`format` must be one of nf4", "`--quantize` must be one of nf4"),
         ("`clip` must be above 0", "`--clip` must be above 0"),
+        ("config: bad; `beta1` was 0.9", "config: bad; `--beta1` was 0.9"),
+        ("lower `learning_rate` or `clip`", "lower `--learning-rate` or `--clip`"),
+        ("`batch` 3 cannot be divided", "`--batch-size` 3 cannot be divided"),
+        ("or choose another output_dir", "or choose another --output-dir"),
+        ("set rank_pattern={'q': 4, 'v': 2}", "set --rank-pattern q=4 v=2"),
+        ("set roles={'a.b': 'io'} to adapt it", "set --roles a.b=io to adapt it"),
+        ("target_modules=('q', 'v') matches", "--target-modules q v matches"),
+        ("got rank=7 (resume=True)", "got --rank 7 (--resume)"),
+        # A value of a name in use as a flag's: an axis, a leaf, a field of a file, a keyword of a
+        # call, a path.
+        ("`mesh` has no axis `model`", "`--mesh` has no axis `model`"),
+        ("`mesh` axis `model` is not one of", "`--mesh` axis `model` is not one of"),
+        ("leaf `bias` is missing", "leaf `bias` is missing"),
+        ("its `meta` has no `rank`", "its `meta` has no `rank`"),
+        ("a/adapter_config.json: `r` must be", "a/adapter_config.json: `r` must be"),
+        ("config: `bias` must be true", "config: `bias` must be true"),
+        ("a: PEFT config: `rank` = 3; set bias=1", "a: PEFT config: `rank` = 3; set bias=1"),
+        ('lora.quantize(x, format="int8")', 'lora.quantize(x, format="int8")'),
+        ("runs/output_dir: no such file", "runs/output_dir: no such file"),
+        ("output_dir: no such file", "output_dir: no such file"),
+        ("got `rank`", "got `rank`"),
         # No flag of this command, or a leaf of that name.
         ("pass pad=True", "pass pad=True"),
         ("no leaf `clip` in the tree", "no leaf `clip` in the tree"),
@@ -213,9 +238,10 @@ def test_an_internal_error_says_where(capsys, monkeypatch):
     assert re.search(r"internal error: KeyError: 'rank' \(test_cli.py:\d+\); please report", err)
 
 
-def test_a_warning_is_one_line(capsys, monkeypatch):
+def test_a_warning_is_one_line_that_names_flags(capsys, monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr(commands, "inspect", lambda a: warnings.warn("look\n out", stacklevel=1))
+    text = "look\n out: pass `tensors` with check=True"
+    monkeypatch.setattr(commands, "inspect", lambda a: warnings.warn(text, stacklevel=1))
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         # pytest records warnings instead of showing them.
@@ -224,7 +250,8 @@ def test_a_warning_is_one_line(capsys, monkeypatch):
             lambda m, c, f, n, *_: sys.stderr.write(warnings.formatwarning(m, c, f, n)),
         )  # fmt: skip
         status, _, err = run(capsys, "inspect", "x")
-    assert (status, err) == (0, "lora-jax: warning: look out\n")
+    line = "lora-jax: warning: look out: pass `--tensors` with --check\n"
+    assert (status, err) == (0, line)
 
 
 def test_prompts_come_from_arguments_and_standard_input(monkeypatch):

@@ -197,7 +197,7 @@ def test_a_quantized_run_is_exported_over_its_own_base(model, data, tmp_path, ca
     adapter = tmp_path / "adapter"
     assert main(["export", model, str(out), str(adapter)]) == 1
     error = capsys.readouterr().err
-    assert "was nf4-16:float32" in error and "in the same dtype and `quantize`" in error
+    assert "was nf4-16:float32" in error and "in the same dtype and `--quantize`" in error
     assert not adapter.exists()
     assert main(["export", model, str(out), str(adapter), *held]) == 0
     name = "adapter_model.safetensors"

@@ -126,7 +126,7 @@ def _open(task: Task, sweep: SweepConfig, lora_config: LoraConfig, config: Train
     folder = config.output_dir
     if folder is not None and (folder / COMMON).exists() and not config.resume:
         raise FileExistsError(
-            f"{folder}: there is a sweep already; go on with resume=True (--resume), or give "
+            f"{folder}: there is a sweep already; pass resume=True to go on with it, or give "
             "another output_dir"
         )
     # Only what differs from the defaults: a field that a later release adds changes no run.
