@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import jax
 import regex
 
 from lora_jax.config.arguments import with_known_fields
@@ -21,6 +22,8 @@ ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lora_only")
 
 
+# Static, like a plan: an argument of `jit` that is compared, not traced.
+@jax.tree_util.register_static
 @with_known_fields
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:

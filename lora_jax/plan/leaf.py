@@ -3,7 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
+
+import jax
 
 from lora_jax.array import Window
 from lora_jax.config.lora import LoraConfig
@@ -13,7 +15,14 @@ UseKind = Literal["contract", "lookup", "transform", "rows", "picked", "other"]
 LeafKind = Literal["lora", "saved", "rows", "frozen"]
 
 
-@dataclasses.dataclass(frozen=True)
+def _without_defaults(self: Any) -> str:
+    """A dataclass as text, without the fields that have their default value."""
+    fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
+    shown = [f"{name}={value!r}" for name, value, default in fields if value != default]
+    return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Use:
     """One consumption of a leaf.
 
@@ -42,8 +51,10 @@ class Use:
     fallback: str = ""
     window: Window | None = None
 
+    __repr__ = _without_defaults
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class LeafPlan:
     """What happens to one leaf.
 
@@ -80,6 +91,8 @@ class LeafPlan:
     ids: tuple[int, ...] = ()
     axis: int = 0
 
+    __repr__ = _without_defaults
+
     @property
     def ndim(self) -> int:
         return len(self.shape)
@@ -110,9 +123,13 @@ class LeafPlan:
         return tuple(use for use in self.uses if use.fallback)
 
 
-@dataclasses.dataclass(frozen=True)
+# Static, because a plan holds no arrays: without this, `jit` refuses it as an argument.
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
-    """The plan of a whole tree, in the tree's leaf order; `str(plan)` is a table.
+    """The plan of a whole tree, in the tree's leaf order; `print(plan)` shows a table.
+
+    A plan may be an argument of a jitted function, which is compiled again for another plan.
 
     Attributes:
       config: of the adapters.
@@ -152,6 +169,10 @@ class Plan:
     def __str__(self) -> str:
         return table(self)
 
+    # A model has hundreds of leaves, and an interactive session shows a repr unasked.
+    def __repr__(self) -> str:
+        return f"<Plan: {_summary(self)}; print(plan) shows every leaf>"
+
 
 def saved_parameters(leaf: LeafPlan) -> int:
     """How many numbers of a leaf train, without layers that stay frozen."""
@@ -172,12 +193,14 @@ def table(plan: Plan) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER) - 1)]
     lines = [_line(row, widths) for row in rows]
     lines.insert(1, "-" * max(len(line) for line in lines[:1]))
-    adapted = len(plan.adapted)
-    lines.append(
-        f"{adapted} of {len(plan.leaves)} leaves adapted, {_whole(plan)}{_left_out(plan)}; "
-        f"{plan.trainable:,} trainable parameters"
+    return "\n".join(line.rstrip() for line in (*lines, _summary(plan)))
+
+
+def _summary(plan: Plan) -> str:
+    return (
+        f"{len(plan.adapted)} of {len(plan.leaves)} leaves adapted, "
+        f"{_whole(plan)}{_left_out(plan)}; {plan.trainable:,} trainable parameters"
     )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _whole(plan: Plan) -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lora_jax as lora
@@ -117,6 +118,40 @@ def test_table_has_a_row_a_leaf_and_a_total():
     assert row.split()[1:8] == ["3x8x6", "float32", "lora", "sio", "2", "4", "84"]
     assert "dot_general test_plan.py:" in row
     assert lines[-1] == "2 of 7 leaves adapted, 0 trained whole; 168 trainable parameters"
+
+
+def test_a_repr_is_short():
+    plan = planned(target_modules=("q_proj", "v_proj"), alpha=4)
+    assert repr(plan) == (
+        "<Plan: 2 of 7 leaves adapted, 0 trained whole; 168 trainable parameters; print(plan) "
+        "shows every leaf>"
+    )
+    leaf = plan.by_path()["step"]
+    assert repr(leaf) == (
+        "LeafPlan(path='step', shape=(), dtype='int32', kind='frozen', "
+        "reason='not a floating-point array with a dimension')"
+    )
+
+
+def test_a_plan_and_a_config_are_static_arguments_of_jit():
+    params = {"w": jnp.ones((8, 6))}
+    config = lora.LoraConfig(rank=2, target_modules=("w",), rank_pattern={"w": 3})
+
+    def one(p, x):
+        return x @ p["w"]
+
+    @jax.jit
+    def start(config: lora.LoraConfig, plan: lora.Plan, params):
+        return config.alpha * lora.init(jax.random.key(0), plan, params)["w"].a
+
+    plans = [lora.plan(config, one, params, shaped(1, 8)) for _ in range(2)]
+    want = 16 * lora.init(jax.random.key(0), plans[0], params)["w"].a
+    for plan in plans:  # equal plans are one program
+        # One program fuses what two round apart.
+        np.testing.assert_allclose(start(config, plan, params), want, rtol=1e-6)
+    assert start._cache_size() == 1
+    other = lora.plan(lora.LoraConfig(rank=2), one, params, shaped(1, 8))
+    assert start(config, other, params).shape == (8, 2) and start._cache_size() == 2
 
 
 def test_given_roles_override():
