@@ -73,6 +73,12 @@ def test_a_merge_that_is_not_finite_is_an_error_that_names_the_leaves(bad):
         lora.merge(tree)
 
 
+def test_a_base_may_hold_infinities_where_nothing_is_merged():
+    mask = jnp.array([0.0, -jnp.inf])
+    merged = lora.merge({"w": leaf(), "mask": mask})
+    np.testing.assert_array_equal(merged["mask"], mask)
+
+
 def test_overflow_of_a_narrow_base_is_an_error():
     """A finite float32 sum can still be infinite in float16."""
     x = dataclasses.replace(leaf(jnp.float16), scale=jnp.full(3, 1e6))

@@ -182,6 +182,11 @@ def _take(mode: str):
     return _one(lambda w, i: jnp.take(w, i, axis=0, mode=mode), normal(3, 11, 8), ids)
 
 
+def _filled(w, ids):
+    rows = w.at[ids].get(mode="fill", fill_value=7.0, wrap_negative_indices=False)
+    return jnp.sin(rows)
+
+
 def _ragged(w, x):
     return lax.ragged_dot(x, w, jnp.array([1, 3, 2]))
 
@@ -207,6 +212,8 @@ _GATHERS = (
          {"w": "oi"}, linear=()),
     Case("gather_take_clip", _take("clip"), {"w": "io"}, linear=()),
     Case("gather_take_wrap", _take("wrap"), {"w": "io"}, linear=()),
+    Case("gather_filled", _one(_filled, normal(3, 11, 8), jnp.array([0, 11, -1, 4])), {"w": "io"},
+         linear=()),
     Case("gather_one_hot", _one(lambda w, i: jax.nn.one_hot(i, 11) @ w, normal(3, 11, 8),
                                 jnp.array([4, 2])), {"w": "io"}),
     Case(

@@ -74,7 +74,19 @@ def test_the_spread_of_each_layers_own_rank():
     plan = lora.plan(config, fn, params, jnp.ones((1, 512)))
     a = lora.init(jax.random.key(0), plan, params)["layers"]["proj"]["kernel"].a
     assert np.std(a[0, :, :2]) == pytest.approx(1 / 2, rel=0.1)
+    np.testing.assert_array_equal(a[0, :, 2:], 0)  # padding, which must stay zero
     assert np.std(a[1]) == pytest.approx(1 / 8, rel=0.1)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_a_decomposition_needs_one_rank_for_the_whole_stack(init):
+    params = {"layers": {"proj": {"kernel": jnp.ones((2, 8, 8))}}}
+    fn = lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["layers"]["proj"]["kernel"])  # noqa: E731
+    ranks = {"layers.1.proj": 2}
+    config = lora.LoraConfig(rank=4, target_modules=("proj",), init=init, rank_pattern=ranks)
+    plan = lora.plan(config, fn, params, jnp.ones((1, 8)))
+    with pytest.raises(ValueError, match=r"needs one rank for the whole stack .* got ranks \[2, 4"):
+        lora.init(jax.random.key(0), plan, params)
 
 
 @pytest.mark.parametrize("alpha", [2, 6])

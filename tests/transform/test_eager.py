@@ -87,6 +87,46 @@ def test_the_number_of_programs_kept_is_bounded(monkeypatch):
     assert len(eager._programs) == 2
 
 
+def test_the_program_used_longest_ago_is_dropped(monkeypatch):
+    monkeypatch.setattr(eager, "MOST_PROGRAMS", 2)
+
+    def add(k):
+        return compilations(lambda: eager.call(lambda x: [x + k], X))
+
+    add(10), add(11), add(10), add(12)
+    assert add(10) == 0 and add(11) > 0
+
+
+def test_a_program_is_of_the_devices_of_its_arguments():
+    tree, fn = adapted(scanned), lora.lorafy(scanned)
+    want, (_, *others) = fn(tree, X), jax.devices()[:3]
+    for device in others:
+        there = fn(*jax.device_put((tree, X), device))
+        with jax.default_device(device):
+            # What is nowhere by choice goes to the default device, as under `jit`.
+            moved = fn(tree, X)
+        for got in (there, moved):
+            assert got.devices() == {device}
+            np.testing.assert_array_equal(got, want)
+
+
+def test_effects_happen_at_every_call():
+    seen: list = []
+
+    def noting(name):
+        def fn(p, x):
+            jax.debug.callback(lambda: seen.append(name))
+            return scanned(p, x)
+
+        return lora.lorafy(fn)
+
+    tree = adapted(scanned)
+    for name in "aba":
+        noting(name)(tree, X).block_until_ready()
+        jax.effects_barrier()
+    assert seen == ["a", "b", "a"]
+
+
 @pytest.mark.parametrize("transform", ["call", "grad", "vmap"])
 def test_a_library_model_compiles_once(transform):
     model = tiny_model()

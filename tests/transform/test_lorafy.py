@@ -116,6 +116,50 @@ def test_a_jitted_block_is_lowered_once():
     assert text.count("func.func") == base.count("func.func")
 
 
+def test_a_jitted_block_is_made_anew_for_other_roles():
+    """The arrays of both weights have the same shapes; their factors own other dims."""
+    block = jax.jit(lambda x, w: jnp.tanh(x @ w))
+
+    def fn(p, x):
+        return block(block(x, p["w"]), p["v"])
+
+    turned = {"w": leaf(1), "v": leaf(2, roles="oi")}
+    close(lora.lorafy(fn, strict=True)(turned, X), fn(lora.merge(turned), X))
+
+
+def test_a_checkpoint_keeps_its_policy():
+    def products(policy):
+        fn = jax.checkpoint(lambda p, x: jnp.sin(mlp(p, x)), policy=policy)
+        loss = jax.grad(lambda x: lora.lorafy(fn)(PARAMS, x).sum())
+        return str(jax.make_jaxpr(loss)(X)).count("dot_general")
+
+    policies = jax.checkpoint_policies
+    assert products(policies.everything_saveable) < products(policies.nothing_saveable)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_weight_that_one_branch_changes_is_another_afterwards(order):
+    branches = [lambda w: w, lambda w: 2.0 * w][::order]
+
+    def fn(p, x):
+        return x @ lax.cond(x[0, 0] > 0, *branches, p["w"])
+
+    with pytest.warns(lora.MaterializedWarning, match="a branch returns it"):
+        run = jax.jit(lora.lorafy(fn))
+        for x in (X, -X):
+            close(run(PARAMS, x), fn(lora.merge(PARAMS), x))
+
+
+def test_a_magnitude_is_no_part_of_what_is_padded():
+    x = dataclasses.replace(leaf(1), m=jnp.full(D, 3.0))
+
+    def fn(p, x):
+        return x @ jnp.pad(p["w"], ((0, 0), (1, 0)), constant_values=1.0)
+
+    with pytest.warns(lora.MaterializedWarning, match="DoRA's gain of a padded weight"):
+        close(lora.lorafy(fn)({"w": x}, X), fn(lora.merge({"w": x}), X))
+
+
 def test_blocks_of_different_leaves_warn_for_each():
     block = jax.jit(lambda w, x: x @ jnp.abs(w))
 

@@ -36,6 +36,14 @@ def test_without_an_alpha_the_scale_is_one(tmp_path, tied, alpha):
     assert read.target_modules == ("model.layers.1.mlp.up_proj", "v_proj")
 
 
+def test_a_modules_last_name_is_a_target_only_where_no_other_has_it(tmp_path):
+    tensors = {**pair("blk.0.attn_output"), **pair("blk.1.attn_output"), **pair("blk.0.attn_qkv")}
+    path = write_lora(tmp_path / "a.gguf", tensors, arch="gpt2")
+    config, _ = read_gguf_lora(path, base=BASE._replace(architecture="gpt2"))
+    # `c_proj` alone would be that of the MLP too.
+    assert config.target_modules == ("attn.c_proj", "transformer.h.0.attn.c_attn")
+
+
 BROKEN = {
     "a model": (pair(), dict(kind="model"), "holds a GGUF of type `model`, not an adapter"),
     "another kind": (pair(), dict(keys={"adapter.type": "ia3"}), "of type `lora`, got `ia3`"),

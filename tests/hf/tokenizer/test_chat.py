@@ -41,6 +41,18 @@ MARKS = {
 }
 
 
+def test_a_token_belongs_to_an_answer_if_one_of_its_characters_does(backend):
+    """transformers takes the tokens of an answer's first and last character, and all between."""
+    template = (
+        "{% for m in messages %}{{ m.role }} {% generation %}{{ m.content }}{% endgeneration %}d a"
+        "{% endfor %}"
+    )
+    tokenizer = Tokenizer(backend=backend, chat_template=template)
+    # "a c bd a": the answer ends inside a word.
+    marked = tokenizer.marked_chat([{"role": "a", "content": "c b"}])
+    assert marked is not None and marked[1] == [False, True, True, False]
+
+
 @pytest.mark.parametrize("case", MARKS)
 def test_marked_answers_are_transformers(backend, case):
     template = MARKS[case]

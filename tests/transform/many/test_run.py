@@ -323,6 +323,102 @@ def test_tokens_are_followed_through_cudnns_attention(adapters, monkeypatch):
     assert "dot_product_attention_fwd" in text and "dot_product_attention_bwd" in text
 
 
+FLOATS = jax.random.normal(jax.random.key(5), (2, 3, DIM))
+WEIGHT = {"w": jax.random.normal(jax.random.key(6), (DIM, DIM)) / 3}
+
+
+def _scanned_inputs(p, x):
+    # The tokens are on axis 1 of what is scanned, on axis 0 inside.
+    def step(total, y):
+        return total + y @ p["w"], y @ p["w"]
+
+    total, each = lax.scan(step, jnp.zeros_like(x), jnp.stack([x, jnp.cos(x)]))
+    return total + each[1]
+
+
+def _carried_later(p, x):
+    # The carry has the tokens from its second step on.
+    step = lambda y, _: (jnp.tanh(y @ p["w"]) + x, None)  # noqa: E731
+    return lax.scan(step, jnp.zeros(x.shape), None, length=3)[0]
+
+
+def _shifted_in_place(p, x):
+    return lax.pad(x, 0.0, [(0, 0, 0), (1, -1, 0), (0, 0, 0)]) @ p["w"]
+
+
+def _reversed(p, x):
+    return x[:, ::-1] @ p["w"]
+
+
+def of_floats(fn):
+    config = lora.LoraConfig(rank=1, target_modules=("w",), init="random")
+    plan = lora.plan(config, fn, WEIGHT, FLOATS)
+    adapters = [lora.init(jax.random.key(seed), plan, WEIGHT) for seed in (1, 2)]
+    ids = jnp.array([[0, 1, -1], [1, 1, 0]])
+    run = jax.jit(lora.lorafy(fn, strict=True))
+    return adapters, ids, lambda: run(lora.stack(adapters), FLOATS, adapter_ids=ids)
+
+
+@pytest.mark.parametrize("fn", [_scanned_inputs, _carried_later])
+def test_tokens_are_followed_through_loops(fn):
+    adapters, ids, run = of_floats(fn)
+    # Position by position, a token is what it would be were its adapter that of all.
+    each = jnp.stack([fn(lora.merge(tree), FLOATS) for tree in adapters] + [fn(WEIGHT, FLOATS)])
+    want = jnp.take_along_axis(each, ids[None, ..., None] % 3, 0)[0]
+    np.testing.assert_allclose(run(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_each_token_draws_its_own_dropout():
+    """In a sorted product, and where each token takes its adapter out."""
+    tree, x = jax.tree.map(jnp.asarray, PARAMS), jnp.ones((1, 4, DIM))
+    ids = jnp.array([[1, 1, 1, 1]])
+    for name, fn in (
+        ("layers", lambda p, x: x @ p["layers"][0]),
+        ("experts", lambda p, x: jnp.einsum("btd,edf->btef", x, p["experts"])),
+    ):
+        config = lora.LoraConfig(rank=2, target_modules=(name,), roles={name: "sio"}, dropout=0.5)
+        plan = lora.plan(dataclasses.replace(config, init="random"), fn, tree, x)
+        many = lora.stack([lora.init(jax.random.key(s), plan, tree) for s in (1, 2)], train=True)
+        run = lora.lorafy(fn, strict=True)
+        got = run(many, x, adapter_ids=ids, lora_key=jax.random.key(0))[0]
+        assert len(np.unique(np.asarray(got.reshape(4, -1)), axis=0)) == 4
+        same = run(many, x, adapter_ids=ids)[0]
+        np.testing.assert_allclose(same, jnp.broadcast_to(same[:1], same.shape), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["fill", "clip"])
+@pytest.mark.parametrize("by_token", [False, True])
+def test_a_lookup_outside_a_table_is_the_bases(mode, by_token, stacked, adapters):
+    tokens = jnp.array([[0, VOCAB + 2, 3], [-1, 2, 1]])
+
+    def fn(params, tokens):
+        where = params["table"].at[tokens]
+        return where.get(mode=mode, fill_value=7.0, wrap_negative_indices=False)
+
+    ids = jnp.array([2, 0])
+    each = jnp.stack([fn(lora.merge(tree), tokens) for tree in adapters])
+    got = lora.lorafy(fn, adapter_strategy="grouped")(
+        stacked, tokens, adapter_ids=jnp.repeat(ids[:, None], 3, 1) if by_token else ids
+    )
+    np.testing.assert_allclose(got, each[ids, jnp.arange(2)], rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_that_number_no_row_are_refused(stacked):
+    def fn(params, tokens):
+        return params["table"][tokens].mean(0)
+
+    with pytest.raises(
+        ValueError, match=r"shape \(4, 6\) .* no axis of size 1 at 0: set `out_axes`"
+    ):
+        lora.lorafy(fn)(stacked, TOKENS, adapter_ids=jnp.array([0, 1, 2]))
+
+
+@pytest.mark.parametrize("fn", [_shifted_in_place, _reversed])
+def test_moved_tokens_have_no_adapter_of_their_own(fn):
+    with pytest.raises(ValueError, match="the tokens' axis was lost in"):
+        of_floats(fn)[-1]()
+
+
 def test_what_cannot_be_per_token_is_said(adapters, stacked):
     def shaped(fn, *args, **options):
         return jax.eval_shape(
