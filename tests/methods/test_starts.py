@@ -29,6 +29,15 @@ def test_a_start_that_changes_the_base_takes_out_what_it_puts_in(name):
     np.testing.assert_allclose(leaf.w + leaf.scale * leaf.a @ leaf.b, W, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["olora", "pissa"])
+def test_a_base_that_a_start_changes_keeps_its_dtype(name):
+    base = {"w": W.astype(jnp.bfloat16)}
+    config = lora.LoraConfig(rank=RANK, target_modules=("w",), init=name)
+    plan = lora.plan(config, lambda p, x: x @ p["w"], base, jnp.ones((1, 96), jnp.bfloat16))
+    leaf = lora.init(jax.random.key(1), plan, base)["w"]
+    assert leaf.w.dtype == jnp.bfloat16 and leaf.a.dtype == jnp.float32
+
+
 def test_oloras_base_lacks_the_scaled_product():
     """PEFT: `W ← W − scaling · B·A`, with A and B from the QR decomposition as they are."""
     leaf = start("olora")

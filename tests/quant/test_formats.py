@@ -13,7 +13,7 @@ from gguf import quants as gguf_quants
 
 import lora_jax as lora
 from lora_jax import quant
-from lora_jax.quant import foreign, formats
+from lora_jax.quant import array, foreign, formats
 from lora_jax.quant.formats import FORMATS, FormatName
 
 pytestmark = pytest.mark.once
@@ -145,6 +145,27 @@ def test_an_odd_number_of_blocks_is_filled_up_and_stays_hidden():
     assert q.packed.shape == (64, 4) and q.dequantize().shape == (96, 4)
     part = quant.quantize_array(w[:50], block_size=32, pad=True)
     np.testing.assert_array_equal(part.dequantize()[:32], q.dequantize()[:32])
+
+
+def test_scales_of_scales_leave_the_padding_out():
+    # 900 scales in groups of 256, and as many columns of padding's.
+    w = np.random.default_rng(3).standard_normal((96, 300)).astype(np.float32)
+    w *= np.geomspace(1, 1000, 300, dtype=np.float32)
+    q = quant.quantize_array(w, block_size=32, double_quant=True)
+    assert q.scale.shape == (4, 300) and q.scale2.shape == (4,)
+    got = np.asarray(array.scales(q))
+    assert np.isfinite(got).all()
+    # Of one output after the other; steps of the map are at most 1.4 % of a group's largest.
+    want = np.abs(w.reshape(3, 32, 300)).max(1).T.reshape(-1)
+    most = 0.0075 * np.repeat(q.scale2, 256)[:900]
+    assert (np.abs(got[:3].T.reshape(-1) - want) <= most).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_zeros_have_the_codes_of_zero(format):
+    q = quant.quantize_array(jnp.zeros((40, 3)), format=format, block_size=16, pad=True)
+    np.testing.assert_array_equal(foreign.codes_of(q), FORMATS[format].zero)
+    np.testing.assert_array_equal(q.dequantize(), 0.0)
 
 
 def test_quantization_is_traced_abstractly_and_under_jit():

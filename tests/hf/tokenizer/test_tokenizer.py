@@ -266,6 +266,23 @@ def test_a_gguf_may_name_more_end_tokens(tmp_path):
     keys = {"tokenizer.ggml.eot_token_id": 4, "tokenizer.ggml.eom_token_id": 99}
     assert from_gguf(GGUF, path=tmp_path).stop_ids == (3,)
     assert from_gguf({**GGUF, **keys}, path=tmp_path).stop_ids == (3, 4)
+    keys["tokenizer.ggml.eom_token_id"] = 0
+    assert from_gguf({**GGUF, **keys}, path=tmp_path).stop_ids == (3, 4, 0)
+
+
+def test_only_control_tokens_of_a_gguf_are_left_out_of_text(tmp_path):
+    tokenizer = from_gguf(GGUF, path=tmp_path)
+    assert tokenizer.decode([2, 4, 3]) == "abc"
+    assert tokenizer.decode([2, 4, 3], skip_special_tokens=False) == "abc<e>"
+
+
+def test_llama3_takes_a_word_of_the_vocabulary_whole(tmp_path):
+    # No merge makes "aba".
+    words = {**GGUF, "tokenizer.ggml.tokens": [*GGUF["tokenizer.ggml.tokens"], "aba"]}
+    words["tokenizer.ggml.token_type"] = [1, 1, 1, 3, 4, 1]
+    for pre, tokens in (("gpt-2", [2, 0]), ("llama-bpe", [5])):
+        tokenizer = from_gguf({**words, "tokenizer.ggml.pre": pre}, path=tmp_path)
+        assert tokenizer.encode("aba", add_special_tokens=False) == tokens
 
 
 @pytest.mark.parametrize(
