@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lora_jax.files import check_links, named, read_object
-from lora_jax.hf.checkpoint.names import Family
+from lora_jax.hf.checkpoint.names import Family, unified
 from lora_jax.hf.checkpoint.safetensors import open_directory, refuse_pickle
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, fill, renamed
 from lora_jax.hf.gguf.file import open_gguf, rope_divisors, weights_of
@@ -143,7 +143,9 @@ def _load_directory(
     # Read before the weights, so that an error in them is raised at once.
     with named(directory):
         tokenizer, generation = from_directory(directory), _generation(directory)
-    return Model(forward, _fill(forward, weights, quant, spread), tokenizer, generation)
+    params = _fill(forward, weights, quant, spread)
+    wrapped = directory if getattr(config, "wrapper", None) else None
+    return Model(forward, params, tokenizer, generation, wrapped)
 
 
 def _generation(directory: Path) -> dict[str, Any]:
@@ -187,31 +189,12 @@ def _fill(
     forward: Any, weights: Weights, quant: QuantConfig | None, spread: Spread
 ) -> dict[str, Any]:
     family = names_of(forward.config)
-    weights = _renamed(weights, family)
+    weights = renamed(weights, unified(weights.shapes, family))
     tied = family.tied
     if tied is not None and tied[0] in weights.shapes and forward.config.tie_word_embeddings:
         weights = _without_tied(weights, *tied)
     hold = None if quant is None else holder(quant, weights)
     return fill(forward.shapes(), weights, family=family, hold=hold, spread=spread)
-
-
-def _renamed(weights: Weights, family: Family) -> Weights:
-    """Unifies the prefixes of tensor names, which differ between checkpoints of a family."""
-    there = {_start(name, family): name for name in weights.shapes}
-    if family.prefix and not any(name.startswith(family.prefix) for name in there):
-        # Saved from the bare decoder (`AutoModel`): no name has the prefix; the head never has it.
-        head = family.tied and family.tied[0]
-        there = {n if n == head else f"{family.prefix}{n}": old for n, old in there.items()}
-    if all(name == old for name, old in there.items()):
-        return weights
-    return renamed(weights, there)
-
-
-def _start(name: str, family: Family) -> str:
-    for theirs, ours in family.starts:
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
 
 
 def _without_tied(weights: Weights, head: str, table: str) -> Weights:

@@ -7,6 +7,7 @@ for one model serves all others of the same shape. `Model` adds parameters and t
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, reduce
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -158,12 +159,15 @@ class Model:
       params: nested dictionaries of arrays under Hugging Face's module names.
       tokenizer: what turns text into its tokens, or None.
       generation: its generation_config.json: end tokens, temperature, top-p; empty without one.
+      checkpoint: the directory of the model of images and texts that holds this decoder: a merge
+        copies the rest of it. None for other models.
     """
 
     forward: Any
     params: dict[str, Any]
     tokenizer: Any = None
     generation: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None
 
     @property
     def config(self) -> Any:

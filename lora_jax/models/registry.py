@@ -16,7 +16,6 @@ mask=None, ...)`, a pure function. A `causal_lm` returns logits (b, t, v) and al
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Literal, NamedTuple
 
@@ -27,6 +26,7 @@ from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.families import DIALECTS
 from lora_jax.models.gpt2 import GPT2LM, GPT2Config
 from lora_jax.models.model import Forward
+from lora_jax.models.wrapped import WRAPPERS, check_readable, text_of
 
 CAUSAL_LM: Final = "causal_lm"
 ENCODER: Final = "encoder"
@@ -46,37 +46,6 @@ class Architecture(NamedTuple):
     from_hf: Callable[[Mapping[str, Any]], Any]
     forward: Callable[..., Any]
     names: names.Family
-
-
-# Fields that a multimodal config.json has beside its `text_config` but that the text model needs.
-_OUTSIDE = (
-    "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "tie_word_embeddings",
-)  # fmt: skip
-
-
-_TIES = "tie_word_embeddings"
-
-# Model types of images and texts -> the type of a text model that leaves it out.
-WRAPPERS: Mapping[str, str] = {"gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral"}
-
-
-def text_of(raw: Mapping[str, Any]) -> LlamaConfig:
-    """The decoder inside a model of images and texts.
-
-    Raises:
-      ValueError: `text_config` is missing or not supported.
-    """
-    kind = str(raw["model_type"])
-    if not isinstance(text := raw.get("text_config"), Mapping):
-        raise ValueError(f"config: a `{kind}` needs a `text_config`, an object; there is none")
-    # Multimodal checkpoints state these at the top level; values in `text_config` win.
-    outside = {name: raw[name] for name in _OUTSIDE if name in raw}
-    # One that ties head and embedding may say so at either place.
-    ties = [part[_TIES] for part in (raw, text) if part.get(_TIES) is not None]
-    outside |= {_TIES: any(ties)} if ties else {}
-    text = {name: value for name, value in text.items() if name != _TIES}
-    inner = WRAPPERS[kind] if kind == "gemma3" else text.get("model_type", WRAPPERS[kind])
-    return replace(LlamaConfig.from_hf({**outside, **text, "model_type": inner}), wrapper=kind)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -120,4 +89,5 @@ def config_from_hf(raw: Mapping[str, Any]) -> Any:
       ValueError: an unknown model type, or a field whose value changes results and is not
         supported.
     """
+    check_readable(raw, ARCHITECTURES)
     return architecture_of(str(raw.get("model_type"))).from_hf(raw)

@@ -5,17 +5,18 @@ directory/model.safetensors                 every weight under Hugging Face's na
 directory/model-00001-of-0000N.safetensors  shards of them, with model.safetensors.index.json
 directory/tokenizer.json, tokenizer_config.json, chat_template.jinja   if there is a tokenizer
 
-What the base's generation_config.json and tokenizer files hold is written back whole.
+What the base's generation_config.json and tokenizer files hold is written back whole. A decoder
+inside a model of images and texts is written among that model's tensors and files.
 
 Weights are merged, cast and written one block of one module at a time.
 """
 
 import dataclasses
 import json
-import warnings
+import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +26,12 @@ import numpy as np
 from lora_jax.array import LoraArray, SavedArray, check_plain, check_whole, dense, is_leaf, is_lora
 from lora_jax.files import check_new, replacing
 from lora_jax.hf.checkpoint.names import Family, module_name, stack_depth, tensor_of
-from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, size_of, write_shards
+from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, cast, size_of, write_shards
 from lora_jax.hf.checkpoint.weights import shape_there
 from lora_jax.hf.tokenizer.directory import SETTINGS, TEMPLATE, template_of
 from lora_jax.merge import merge
-from lora_jax.models.registry import architecture_of
+from lora_jax.models.registry import names_of
+from lora_jax.models.wrapped import rest_of
 from lora_jax.paths import spell
 
 MAX_SHARD_SIZE = "5GB"
@@ -102,27 +104,31 @@ def save_merged(
     check_new(directory)
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    most, family = size_of(max_shard_size), architecture_of(model.config.model_type).names
+    most, family = size_of(max_shard_size), names_of(model.config)
     modules = _modules(lora_params)
-    if wrapper := getattr(model.config, "wrapper", None):
-        # The rest of the checkpoint was not read: the language model is written as one of its own.
-        warnings.warn(
-            f"{directory}: of the `{wrapper}` only its language model is written "
-            f"(`{model.config.model_type}`); its vision tower and projector are left out",
-            stacklevel=2,
-        )
-        modules = {name.replace("language_model.", "", 1): x for name, x in modules.items()}
     blocks = _blocks(modules, family)
+    entries = [x for block in blocks for x in _entries(block, modules, family, DTYPES[dtype])]
+    values = (x for block in blocks for x in _values(block, modules, family, DTYPES[dtype]))
+    texts, files = _texts(model, dtype), {}
+    if wrapper := getattr(model.config, "wrapper", None):
+        if model.checkpoint is None:
+            raise ValueError(
+                f"`model` is the decoder inside a `{wrapper}`, whose other tensors are not known: "
+                "take the model that `lora.models.load` returns, with its `checkpoint`"
+            )
+        rest = rest_of(model.checkpoint, family, [entry.name for entry in entries], dtype)
+        entries = [entry._replace(name=rest.names.get(entry.name, entry.name)) for entry in entries]
+        entries, values = [*entries, *rest.entries], chain(values, rest.values())
+        texts["config.json"] = _json(rest.config)
+        files = {name: path for name, path in rest.files.items() if name not in texts}
     with replacing(directory) as new:
         new.mkdir()
-        entries = [entry for block in blocks for entry in _entries(block, modules, family)]
-        values = (
-            value for block in blocks for value in _values(block, modules, family, DTYPES[dtype])
-        )
-        write_shards(new, entries, values, dtype=DTYPES[dtype], max_shard_size=most)
-        for name, text in _texts(model, dtype).items():
+        write_shards(new, entries, values, max_shard_size=most)
+        for name, text in texts.items():
             (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_text(text, encoding="utf-8")
+        for name, path in files.items():
+            shutil.copyfile(path, new / name)
 
 
 def _modules(params: Any) -> Modules:
@@ -150,11 +156,13 @@ def _blocks(modules: Modules, family: Family) -> list[_Block]:
     return sorted(blocks, key=place)
 
 
-def _entries(block: _Block, modules: Modules, family: Family) -> Iterator[NewTensor]:
+def _entries(
+    block: _Block, modules: Modules, family: Family, dtype: np.dtype
+) -> Iterator[NewTensor]:
     """Names and shapes of a block's tensors."""
     for parameter, leaf in modules[block.module].items():
         name, axes = tensor_of(f"{block.module}.{parameter}", block.index, family=family)
-        yield NewTensor(name, shape_there(leaf.shape[len(block.index) :], axes))
+        yield NewTensor(name, shape_there(leaf.shape[len(block.index) :], axes), dtype)
 
 
 def _values(
@@ -170,7 +178,7 @@ def _values(
     for parameter, part in parts.items():
         name, axes = tensor_of(f"{block.module}.{parameter}", index, family=family)
         there = np.asarray(dense(part))
-        yield _cast(there if axes is None else there.transpose(np.argsort(axes)), dtype, name)
+        yield cast(there if axes is None else there.transpose(np.argsort(axes)), dtype, name)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -200,17 +208,6 @@ def _part(leaf: Any, index: tuple[int, ...]) -> Any:
             cut, shape=leaf.shape[len(index) :], roles=leaf.roles[len(index) :]
         )
     return leaf[index]
-
-
-def _cast(block: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    with np.errstate(over="ignore"):  # found below
-        cast = np.ascontiguousarray(block.astype(dtype, copy=False))
-    if not np.isfinite(cast).all():
-        raise ValueError(
-            f"`{name}` has a number that {dtype} cannot hold; take another dtype, or look at the "
-            "adapter: it may have diverged"
-        )
-    return cast
 
 
 def _texts(model: Any, dtype: str) -> dict[str, str]:

@@ -247,7 +247,7 @@ import jax.numpy as jnp
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.array import dense, is_lora
-from lora_jax.hf.save_model import save_merged
+from lora_jax.models.saving import save_merged
 
 def memory(key):
     found = re.search(key + r":\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())

@@ -18,7 +18,7 @@ weights (Conv1D) are (in, out) already. A model of your own with other names nee
 or a name map (`lora_jax.hf.name_maps`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -99,15 +99,23 @@ LLAMA = Family(
 )
 
 # A decoder inside a model of images and texts, whose vision tower and projector are not loaded.
-# Checkpoints of transformers before 4.52 have the names of the classes of then.
+# The last start is of bare models (AutoModel); the others are those of transformers before 4.52.
 WRAPPED = replace(
     LLAMA,
     name="multimodal",
-    ignored=(*LLAMA.ignored, "*vision_tower.*", "*multi_modal_projector.*"),
+    ignored=(
+        *LLAMA.ignored,
+        *("*vision_tower.*", "*multi_modal_projector.*", "*image_newline", "*visual.*"),
+    ),
     prefix="model.language_model.",
     starts=(
         ("language_model.model.", "model.language_model."),
         ("language_model.lm_head.", "lm_head."),
+        *(
+            (f"model.{part}.", f"model.language_model.{part}.")
+            for part in ("embed_tokens", "layers", "norm")
+        ),
+        ("language_model.", "model.language_model."),
     ),
     tied=("lm_head.weight", "model.language_model.embed_tokens.weight"),
 )
@@ -206,6 +214,27 @@ def leaf_of(name: str, *, family: Family = ANY, stacked: bool = True) -> Leaf:
         f"tensor `{name}`: the {family.name} names have no parameter `{parameter}`; "
         f"nearest: {nearest(parameter, (r.theirs for r in family.rules))}"
     )
+
+
+def unified(names: Iterable[str], family: Family) -> dict[str, str]:
+    """Our spelling of each tensor's name -> the checkpoint's.
+
+    Checkpoints of a family differ in how names start: by the class they were saved from, and by the
+    release of transformers.
+    """
+    there = {_start(name, family): name for name in names}
+    if not family.prefix or any(name.startswith(family.prefix) for name in there):
+        return there
+    # Saved from the bare decoder (`AutoModel`): no name has the prefix; the head never has it.
+    head = family.tied and family.tied[0]
+    return {n if n == head else f"{family.prefix}{n}": old for n, old in there.items()}
+
+
+def _start(name: str, family: Family) -> str:
+    for theirs, ours in family.starts:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
 
 
 def module_name(module: str, index: Sequence[int] = (), *, family: Family = ANY) -> str:

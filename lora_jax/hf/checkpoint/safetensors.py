@@ -135,6 +135,24 @@ def open_directory(directory: str | Path) -> Weights:
     return weights
 
 
+def open_exact(
+    directory: str | Path,
+) -> tuple[dict[str, Entry], Callable[[str], np.ndarray]]:
+    """Every tensor of a Hugging Face directory as its files have it, indices and codes too.
+
+    Returns:
+      Name -> dtype and shape, and a function that reads a tensor.
+
+    Raises:
+      FileNotFoundError, ValueError: as `open_directory`.
+    """
+    files = _files(Path(directory))
+    owner = {name: file for file, names in files.items() for name in names}
+    read = _reader()
+    entries = {name: entry for names in files.values() for name, entry in names.items()}
+    return entries, lambda name: read(owner[name], name)
+
+
 def _check_finite(tensor: np.ndarray, name: str, path: Path) -> None:
     """Refuses NaN and infinity: a model with one in a weight answers with nothing, or with NaN."""
     if tensor.dtype.itemsize == 2 and tensor.dtype.kind in "fV":

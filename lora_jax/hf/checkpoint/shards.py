@@ -25,16 +25,28 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-_NAMES = {DTYPES["float32"]: "F32", DTYPES["bfloat16"]: "BF16", DTYPES["float16"]: "F16"}
+_NUMPY = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64,
+    "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+}  # fmt: skip
+_NAMES = {np.dtype(here): there for there, here in _NUMPY.items()}
 # Hugging Face counts GB in powers of ten, GiB in powers of two.
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 class NewTensor(NamedTuple):
-    """A tensor that will be written: its name and shape."""
+    """A tensor that will be written: its name, shape and dtype."""
 
     name: str
     shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """numpy's dtype of one in safetensors' spelling."""
+    return np.dtype(_NUMPY[name])
 
 
 def size_of(text: int | str) -> int:
@@ -50,12 +62,27 @@ def size_of(text: int | str) -> int:
     return size
 
 
+def cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """A tensor in the dtype that it is written in.
+
+    Raises:
+      ValueError: it has a number that is not finite there.
+    """
+    with np.errstate(over="ignore"):  # found below
+        tensor = np.ascontiguousarray(tensor.astype(dtype, copy=False))
+    if not np.isfinite(tensor).all():
+        raise ValueError(
+            f"tensor `{name}` has a number that {dtype} cannot hold; take another dtype, or look "
+            "at the adapter: it may have diverged; nothing was written"
+        )
+    return tensor
+
+
 def write_shards(
     directory: Path,
     entries: Sequence[NewTensor],
     values: Iterable[np.ndarray],
     *,
-    dtype: np.dtype,
     max_shard_size: int,
 ) -> None:
     """Writes tensors as a Hugging Face model's weights.
@@ -66,34 +93,33 @@ def write_shards(
     Args:
       directory: where; the files are not there yet.
       entries: every tensor.
-      values: the tensors in the same order, of that dtype.
-      dtype: of all of them, one of `DTYPES`.
+      values: the tensors in the same order, of those dtypes.
       max_shard_size: bytes of tensors in a file; a tensor larger than that has a file of its own.
 
     Raises:
       ValueError: a tensor is not what its entry says.
       OSError: a file cannot be written.
     """
-    shards = list(_shards(entries, dtype.itemsize, max_shard_size))
+    shards = list(_shards(entries, max_shard_size))
     values, placed = iter(values), {}
     for number, shard in enumerate(shards, 1):
         many = len(shards) > 1
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if many else SINGLE
         # `values` is lazy: each shard takes its own, one at a time.
-        _write(directory / file, shard, islice(values, len(shard)), dtype)
+        _write(directory / file, shard, islice(values, len(shard)))
         placed.update({entry.name: file for entry in shard})
     if len(shards) > 1:
         # Bytes of tensors, without headers, as Hugging Face counts.
-        total = sum(_bytes(entry, dtype.itemsize) for entry in entries)
+        total = sum(map(_bytes, entries))
         index = {"metadata": {"total_size": total}, "weight_map": placed}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (directory / INDEX).write_text(text, encoding="utf-8")
 
 
-def _shards(entries: Sequence[NewTensor], item: int, most: int) -> Iterator[list[NewTensor]]:
+def _shards(entries: Sequence[NewTensor], most: int) -> Iterator[list[NewTensor]]:
     shard, held = [], 0
     for entry in entries:
-        size = _bytes(entry, item)
+        size = _bytes(entry)
         if shard and held + size > most:
             yield shard
             shard, held = [], 0
@@ -102,30 +128,31 @@ def _shards(entries: Sequence[NewTensor], item: int, most: int) -> Iterator[list
     yield shard
 
 
-def _bytes(entry: NewTensor, item: int) -> int:
-    return math.prod(entry.shape) * item
+def _bytes(entry: NewTensor) -> int:
+    return math.prod(entry.shape) * entry.dtype.itemsize
 
 
-def _write(path: Path, entries: list[NewTensor], values: Iterable, dtype: np.dtype) -> None:
+def _write(path: Path, entries: list[NewTensor], values: Iterable) -> None:
     # "x": an existing file is an error.
     with path.open("xb") as file:
-        file.write(_header(entries, dtype))
+        file.write(_header(entries))
         for entry, value in zip(entries, values, strict=True):
-            if value.shape != entry.shape or value.dtype != dtype:
+            if value.shape != entry.shape or value.dtype != entry.dtype:
                 raise ValueError(
-                    f"`{entry.name}` is {value.dtype} {value.shape}, expected {dtype} {entry.shape}"
+                    f"`{entry.name}` is {value.dtype} {value.shape}, expected {entry.dtype} "
+                    f"{entry.shape}"
                 )
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
 
 
-def _header(entries: list[NewTensor], dtype: np.dtype) -> bytes:
+def _header(entries: list[NewTensor]) -> bytes:
     # transformers refuses a file without this entry.
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
-        begin, end = end, end + _bytes(entry, dtype.itemsize)
+        begin, end = end, end + _bytes(entry)
         header[entry.name] = {
-            "dtype": _NAMES[dtype], "shape": entry.shape, "data_offsets": (begin, end)
+            "dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": (begin, end)
         }  # fmt: skip
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes

@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_jax.array import check_plain, dense, leaves_by_path
 from lora_jax.files import check_new, replacing
-from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, size_of, write_shards
+from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, cast, size_of, write_shards
 from lora_jax.hf.name_maps.layout import their_shape, to_theirs
 from lora_jax.hf.name_maps.rules import NameMap, Placed, at, place
 
@@ -49,18 +49,18 @@ def save_weights(
     leaves = leaves_by_path(params)
     places = {path: _place(path, leaf, name_map) for path, leaf in leaves.items()}
     entries = [
-        NewTensor(part.tensor, tuple(their_shape(placed.layout, placed.sizes)))
+        NewTensor(part.tensor, tuple(their_shape(placed.layout, placed.sizes)), DTYPES[dtype])
         for placed in places.values()
         for part in placed.parts
     ]
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"name map `{name_map.name}`: two leaves are tensor `{twice[0]}`")
-    values = (x for path in leaves for x in _tensors(path, leaves[path], places[path], dtype))
+    values = (x for path in leaves for x in _tensors(leaves[path], places[path], dtype))
     most = size_of(max_shard_size)
     with replacing(directory) as new:
         new.mkdir()
-        write_shards(new, entries, values, dtype=DTYPES[dtype], max_shard_size=most)
+        write_shards(new, entries, values, max_shard_size=most)
 
 
 def _place(path: str, leaf: Any, name_map: NameMap) -> Placed:
@@ -69,16 +69,9 @@ def _place(path: str, leaf: Any, name_map: NameMap) -> Placed:
     return place(path, leaf.shape, name_map)
 
 
-def _tensors(path: str, leaf: Any, placed: Placed, dtype: str) -> Iterator[np.ndarray]:
+def _tensors(leaf: Any, placed: Placed, dtype: str) -> Iterator[np.ndarray]:
     """A leaf's tensors, one after the other; only one leaf is on the host at a time."""
     value = np.asarray(dense(leaf))
     for part in placed.parts:
         block = value[at(part.index, placed.layout.stacks, value.ndim)]
-        with np.errstate(over="ignore"):
-            tensor = to_theirs(placed.layout, block, placed.sizes).astype(DTYPES[dtype])
-        if not np.isfinite(tensor).all():
-            raise ValueError(
-                f"leaf `{path}`: tensor `{part.tensor}` holds numbers that are not finite in "
-                f"{dtype}; nothing was written"
-            )
-        yield tensor
+        yield cast(to_theirs(placed.layout, block, placed.sizes), DTYPES[dtype], part.tensor)

@@ -1,6 +1,10 @@
 """Decoders inside models of images and texts: adapters under the names of the real classes."""
 
+import dataclasses
 import json
+import re
+import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,6 +16,7 @@ from lora_jax.hf import load_peft, save_peft
 from lora_jax.hf.peft.base import check_names
 from lora_jax.models.saving import save_merged
 
+from tests.support.oracle import oracle
 from tests.support.peft_oracle import (
     CONFIG,
     TENSORS,
@@ -26,6 +31,7 @@ from tests.support.torch_models import saver
 pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
 PLACE = "hf/peft/multimodal"
+WEIGHTS = "model.safetensors"
 TOKENS = np.array([[1, 5, 9, 30, 2, 17], [4, 4, 29, 3, 11, 3]], np.int32)
 TEXT = dict(
     vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -36,6 +42,9 @@ VISION = dict(
     num_attention_heads=2,
 )  # fmt: skip
 AUTO = "AutoModelForImageTextToText"
+QWEN_IDS = dict(
+    image_token_id=39, video_token_id=38, vision_start_token_id=37, vision_end_token_id=36,
+)  # fmt: skip
 BASES = {
     "gemma3": dict(
         model_type="gemma3", auto=AUTO, mm_tokens_per_image=4, image_token_index=39,
@@ -48,12 +57,54 @@ BASES = {
         text_config={**TEXT, "model_type": "llama"},
         vision_config={**VISION, "model_type": "clip_vision_model", "projection_dim": 8},
     ),
+    "llava_next": dict(
+        model_type="llava_next", auto=AUTO, image_token_index=39,
+        text_config={**TEXT, "model_type": "mistral"},
+        vision_config={**VISION, "model_type": "clip_vision_model", "projection_dim": 8},
+        image_grid_pinpoints=[[8, 8]],
+    ),
+    "llava_onevision": dict(
+        model_type="llava_onevision", auto=AUTO, image_token_index=39, video_token_index=38,
+        text_config={**TEXT, "model_type": "qwen2"},
+        vision_config={**VISION, "model_type": "siglip_vision_model"},
+        image_grid_pinpoints=[[8, 8]],
+    ),
+    "internvl": dict(
+        model_type="internvl", auto=AUTO, image_token_id=39,
+        text_config={**TEXT, "model_type": "qwen2"},
+        vision_config={**VISION, "model_type": "internvl_vision", "image_size": [8, 8],
+                       "patch_size": [4, 4]},
+    ),
+    "qwen2_vl": dict(
+        model_type="qwen2_vl", auto=AUTO, **QWEN_IDS,
+        text_config={**TEXT, "tie_word_embeddings": True, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 1, 0]}},
+        vision_config={"depth": 1, "embed_dim": 8, "num_heads": 2, "hidden_size": 16,
+                       "patch_size": 4, "mlp_ratio": 1},
+    ),
+    "qwen2_5_vl": dict(
+        model_type="qwen2_5_vl", auto=AUTO, **QWEN_IDS,
+        text_config={**TEXT, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 1, 0]}},
+        vision_config={"depth": 1, "hidden_size": 8, "num_heads": 2, "out_hidden_size": 16,
+                       "patch_size": 4, "intermediate_size": 8, "fullatt_block_indexes": [0]},
+    ),
+    "qwen3_vl": dict(
+        model_type="qwen3_vl", auto=AUTO, **QWEN_IDS,
+        text_config={**TEXT, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 1, 0]}},
+        vision_config={"depth": 1, "hidden_size": 8, "num_heads": 2, "out_hidden_size": 16,
+                       "patch_size": 4, "intermediate_size": 8, "deepstack_visual_indexes": [0],
+                       "num_position_embeddings": 16},
+    ),
     "mistral3": dict(
         model_type="mistral3", auto=AUTO, image_token_index=39, spatial_merge_size=1,
         text_config={**TEXT, "model_type": "mistral"},
         vision_config={**VISION, "model_type": "pixtral", "head_dim": 4},
     ),
 }  # fmt: skip
+# The others have the same names: adapters of these go to PEFT and back.
+BOTH_WAYS = ("gemma3", "llava", "mistral3", "qwen2_vl")
 REGEX = r".*language_model.*(q_proj|v_proj)"
 
 
@@ -83,7 +134,7 @@ def ours(base, params) -> np.ndarray:
     return np.asarray(jax.jit(lora.lorafy(base.apply))(params, TOKENS))
 
 
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("kind", BOTH_WAYS)
 def test_adapters_both_ways(kind, made, tmp_path):
     there, base = made(kind), lora.models.load(made(kind).directory)
     fields = {"r": 2, "task_type": "CAUSAL_LM", "target_modules": REGEX}
@@ -97,9 +148,33 @@ def test_adapters_both_ways(kind, made, tmp_path):
     own = lora.LoraConfig(rank=2, target_modules=("q_proj", "v_proj"))
     params = trained(base, own)
     save_peft(tmp_path / "ours", params, own)
-    close(peft_reads(name, tmp_path / "ours", there.model, torch_logits), ours(base, params))
+    want = ours(base, params)
+    close(peft_reads(name, tmp_path / "ours", there.model, torch_logits), want)
     targets = json.loads((tmp_path / "ours" / CONFIG).read_text())["target_modules"]
     assert targets and all(t.startswith("model.language_model.layers.") for t in targets)
+    check_merged(kind, base, params, want, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BASES if kind not in BOTH_WAYS])
+def test_transformers_reads_a_merge(kind, made, tmp_path):
+    base = lora.models.load(made(kind).directory)
+    params = trained(base, lora.LoraConfig(rank=2, target_modules=("q_proj", "v_proj")))
+    check_merged(kind, base, params, ours(base, params), tmp_path)
+
+
+def check_merged(kind, base, params, want, tmp_path):
+    save_merged(tmp_path / "merged", base, params)
+    close(oracle(f"{PLACE}/{kind}.merged", lambda: whole(tmp_path / "merged")), want)
+
+
+def whole(directory) -> np.ndarray:
+    """The logits of a directory in which transformers misses nothing and finds nothing unknown."""
+    import transformers
+
+    auto = transformers.AutoModelForImageTextToText
+    model, info = auto.from_pretrained(directory, output_loading_info=True)  # pyright: ignore
+    assert not any(info.values()), info
+    return torch_logits(model)
 
 
 @pytest.mark.parametrize("start", ["language_model.model.", "model."])
@@ -119,14 +194,97 @@ def test_other_names_of_the_same_decoder(start, gemma, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_a_merge_names_what_it_leaves_out(gemma, tmp_path):
-    params = trained(gemma, lora.LoraConfig(rank=2, target_modules=("q_proj",)))
-    with pytest.warns(UserWarning, match="of the `gemma3` only its language model .* vision tower"):
-        save_merged(tmp_path / "merged", gemma, params)
-    merged = lora.models.load(tmp_path / "merged")
-    assert merged.config.wrapper is None
-    got = np.asarray(jax.jit(merged.apply)(merged.params, TOKENS))
-    close(got, ours(gemma, params))
+def since_4_52(name: str) -> str:
+    """transformers saves Llava under the names of before."""
+    name = name.replace("language_model.model.", "model.language_model.")
+    name = name.replace("language_model.lm_head.", "lm_head.")
+    return re.sub(r"^(vision_tower|multi_modal_projector)", r"model.\1", name)
+
+
+@pytest.mark.parametrize("rename", [str, since_4_52])
+def test_a_merge_keeps_the_rest_of_the_checkpoint(rename, made, tmp_path):
+    source = shutil.copytree(made("llava").directory, tmp_path / "base")
+    tensors = {rename(name): x for name, x in load_file(source / WEIGHTS).items()}
+    # Numbers of another dtype, and a buffer of indices.
+    rest: dict[str, np.ndarray] = {
+        name: x.astype(np.float16)
+        for name, x in tensors.items()
+        if "vision" in name or "projector" in name
+    }
+    rest["model.vision_tower.position_ids"] = np.arange(5)[None]
+    save_file({**tensors, **rest}, source / WEIGHTS, {"format": "pt"})
+    (source / "preprocessor_config.json").write_text('{"size": 8}')
+    (source / "LICENSE").write_text("free")
+    base = lora.models.load(source)
+    params = trained(base, lora.LoraConfig(rank=2, target_modules=("q_proj",)))
+    save_merged(tmp_path / "merged", base, params, dtype="bfloat16", max_shard_size="4KB")
+    got = {}
+    for file in sorted((tmp_path / "merged").glob("*.safetensors")):
+        got |= load_file(file)
+    assert got.keys() == {*tensors, *rest}
+    for name, x in got.items():
+        if name in rest:
+            np.testing.assert_array_equal(x, rest[name], strict=True)
+        else:
+            assert x.dtype.name == "bfloat16"
+            assert np.array_equal(x, tensors[name].astype(x.dtype)) == ("q_proj" not in name)
+    config = json.loads((source / "config.json").read_text())
+    written = json.loads((tmp_path / "merged/config.json").read_text())
+    assert written == {**config, "dtype": "bfloat16"}
+    assert (tmp_path / "merged/preprocessor_config.json").read_text() == '{"size": 8}'
+    assert (tmp_path / "merged/LICENSE").read_text() == "free"
+    again = lora.models.load(tmp_path / "merged")
+    assert again.config == base.config
+    merged = lora.merge(params)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2**-8), again.params, merged)
+
+
+def test_a_decoder_whose_other_tensors_are_not_known(gemma, tmp_path):
+    alone = dataclasses.replace(gemma, checkpoint=None)
+    with pytest.raises(ValueError, match="the decoder inside a `gemma3`, whose other tensors are"):
+        save_merged(tmp_path / "merged", alone, gemma.params)
+    gone = dataclasses.replace(gemma, checkpoint=tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="gone: no such directory"):
+        save_merged(tmp_path / "merged", gone, gemma.params)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_qwen_before_transformers_4_52(made, tmp_path):
+    """A flat config.json, `mrope`, and names without `language_model`."""
+    source = made("qwen2_5_vl").directory
+    config = json.loads((source / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    flat = {**text, **config, "rope_theta": rope["rope_theta"]}
+    flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    tensors = load_file(source / WEIGHTS)
+    tensors = {
+        n.replace("model.language_model.", "model.").replace("model.visual.", "visual."): x
+        for n, x in tensors.items()
+    }
+    save_file(tensors, tmp_path / WEIGHTS)
+    new, old = lora.models.load(source), lora.models.load(tmp_path)
+    assert old.config == new.config
+    jax.tree.map(np.testing.assert_array_equal, old.params, new.params)
+    save_merged(tmp_path / "merged", old, old.params)
+    assert load_file(tmp_path / "merged" / WEIGHTS).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (
+            "paligemma",
+            "inside a `paligemma` cannot be read: it attends to its whole prompt in both",
+        ),
+        ("idefics3", "inside a `idefics3` cannot be read; of models of images .* gemma3, internvl"),
+    ],
+)
+def test_decoders_that_are_not_read(kind, text, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "text_config": {}}))
+    with pytest.raises(ValueError, match=text):
+        lora.models.load(tmp_path)
 
 
 def test_modules_that_the_base_does_not_have(made, gemma, tmp_path):
