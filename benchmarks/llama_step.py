@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import lora_jax as lora
-from lora_jax import models
+from lora_jax import models, train
 
 LINEAR = r"model\.layers\..*kernel"
 SIZES = {
@@ -38,30 +38,17 @@ def forward_of(size: str, *, length: int, layers: int | None = None) -> models.F
     )
 
 
-def loss_of(forward: models.Forward, *, chunk: int = 256):
-    """Mean next-token cross entropy, `(params, tokens) -> ()`.
-
-    The head is applied to some tokens at a time and again in the backward pass: the logits of all
-    of them, in float32, would be the largest arrays of the step.
-    """
+def loss_of(forward: models.Forward):
+    """Mean next-token cross entropy, `(params, tokens) -> ()`, by the trainer's own loss."""
+    losses = train.losses_of(forward)
 
     def loss(params, tokens):
-        hidden = forward.apply(params, tokens, return_hidden=True)
-        targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
-
-        @jax.checkpoint
-        def part(hidden, targets):
-            logits = forward.head(params, hidden[None])[0]
-            picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
-            lost = jax.nn.logsumexp(logits, axis=-1) - picked
-            return jnp.sum(jnp.where(targets >= 0, lost, 0))
-
-        size = min(chunk, tokens.shape[1])
-        parts = jax.lax.map(
-            lambda each: part(*each),
-            (hidden.reshape(-1, size, hidden.shape[-1]), targets.reshape(-1, size)),
-        )
-        return jnp.sum(parts) / (tokens.size - tokens.shape[0])
+        at = jnp.arange(tokens.size)
+        targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))).reshape(-1)
+        # The last token of a row has no next one.
+        learned = (at + 1) % tokens.shape[1] != 0
+        each = losses(params, tokens, at, targets)
+        return jnp.sum(each * learned) / (tokens.size - tokens.shape[0])
 
     return loss
 

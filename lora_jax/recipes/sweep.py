@@ -32,7 +32,7 @@ from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import pad_id_of
 from lora_jax.train.examples import Example, examples
 from lora_jax.train.jsonl import Record, load_jsonl
-from lora_jax.train.loss import outputs_of, token_losses
+from lora_jax.train.loss import losses_of
 
 METRICS = ("loss", "exact", "bleu")
 # Scores of sampled completions would differ from run to run.
@@ -176,12 +176,12 @@ def language_task(
     data, choosing, judged = (
         examples(part, model.tokenizer, max_length=length) for part in (train, tuning, scored)
     )
-    outputs = outputs_of(model)
+    losses = losses_of(model)
 
     def loss(params: Any, batch: Batch) -> jax.Array:
-        return jnp.sum(_nll(outputs, params, batch)) / jnp.sum(batch.weights)
+        return jnp.sum(_nll(losses, params, batch)) / jnp.sum(batch.weights)
 
-    sums = _Sums(outputs)
+    sums = _Sums(losses)
     size = (answers or _GREEDY).batch_size
     hash_of = "-".join(data_hash(part) for part in (data, choosing, judged))
     made: dict[str, Any] = {
@@ -229,20 +229,19 @@ def _first(batch: Batch) -> Batch:
     return Batch(*(x[0] for x in batch))
 
 
-def _nll(outputs: Callable, params: Any, batch: Any) -> jax.Array:
+def _nll(losses: Callable, params: Any, batch: Any) -> jax.Array:
     """-log p of the target at each position, 0 at positions without a learned token."""
-    logits = outputs(params, batch.tokens, batch.positions)
-    return token_losses(logits, batch.targets, batch.weights)
+    return losses(params, batch.tokens, batch.positions, batch.targets) * batch.weights
 
 
 class _Sums:
     """Per example the sum of -log p over its learned tokens, and their number: (n, 2)."""
 
-    def __init__(self, outputs: Callable):
+    def __init__(self, losses: Callable):
         def run(params: Any, batch: Batch) -> jax.Array:
             rows, width = batch.tokens.shape
             of_row = jax.ops.segment_sum(
-                jnp.stack([_nll(outputs, params, batch), batch.weights], axis=1),
+                jnp.stack([_nll(losses, params, batch), batch.weights], axis=1),
                 batch.positions // width,
                 rows,
             )

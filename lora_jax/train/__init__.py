@@ -20,7 +20,7 @@ from lora_jax.train.evaluate import evaluate, lora_loss
 from lora_jax.train.examples import Example, examples, load_examples
 from lora_jax.train.jsonl import Record, load_jsonl, record_of
 from lora_jax.train.loop import Hooks, Result, fit
-from lora_jax.train.loss import cross_entropy, outputs_of, summed_loss
+from lora_jax.train.loss import cross_entropy, losses_of, outputs_of, summed_loss
 from lora_jax.train.memory import Memory, format_memory, memory
 from lora_jax.train.metrics import read_metrics
 from lora_jax.train.progress import plot_loss
@@ -63,6 +63,7 @@ __all__ = [
     "memory",
     "once",
     "optimizer",
+    "losses_of",
     "outputs_of",
     "padding_share",
     "plot_loss",

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from lora_jax.train.batches import Batch, loader, once
 from lora_jax.train.examples import Example
-from lora_jax.train.loss import outputs_of, summed_loss
+from lora_jax.train.loss import losses_of, summed_loss
 from lora_jax.train.mesh import (
     Placement,
     batch_on,
@@ -37,10 +37,10 @@ def lora_loss(model: Any) -> Callable:
     """The loss that training differentiates: `(trainable, frozen, batch, key) -> sum`.
 
     Args:
-      model: see `outputs_of`.
+      model: see `losses_of`.
     """
-    transformed = lorafy(outputs_of(model), reverse_only=True)
-    loss = summed_loss(lambda p, t, at, key: transformed(p, t, at, lora_key=key))
+    losses = lorafy(losses_of(model), reverse_only=True)
+    loss = summed_loss(lambda *inputs: losses(*inputs[:-1], lora_key=inputs[-1]))
     return lambda trainable, frozen, batch, key: loss(combine(trainable, frozen), batch, key)
 
 

@@ -4,7 +4,9 @@
 
 The sum and N run over all rows and all microbatches of a step, so accumulation changes the memory
 but not the loss. The output head, the largest matrix of a small model, is applied only at the
-positions that predict a learned token; the others do not contribute to the loss.
+positions that predict a learned token; the others do not contribute to the loss. Where the float32
+logits of all these positions would take more than `CHUNK_BYTES`, head and cross entropy run over a
+part of the positions at a time.
 """
 
 from collections.abc import Callable
@@ -17,11 +19,14 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax import compat
 
+# Logits at one time, float32. The backward pass holds about two more arrays of this size.
+CHUNK_BYTES = 128 << 20
+
 
 def outputs_of(model: Any) -> Callable:
     """The model as a function `(params, tokens, positions) -> logits` at those positions.
 
-    `lorafy` transforms this function for training; `plan` accepts it too.
+    For another loss, or for `plan`. Training uses `losses_of`, which never holds all logits.
 
     Args:
       model: `apply(params, tokens, return_hidden=True)` gives hidden states (B, T, D) and
@@ -40,6 +45,57 @@ def outputs_of(model: Any) -> Callable:
         return model.head(params, picked[None])[0].astype(jnp.float32)
 
     return logits
+
+
+def losses_of(model: Any, *, chunk_bytes: int = CHUNK_BYTES) -> Callable:
+    """The model as a function `(params, tokens, positions, targets) -> losses` at those positions.
+
+    `lorafy` transforms this function for training. Logits exist for as many positions at a time as
+    `chunk_bytes` holds in float32, in the backward pass too, which applies the head again.
+
+    Args:
+      model: as for `outputs_of`.
+      chunk_bytes: the largest array of logits. A head of V outputs takes 4·V bytes a position.
+
+    Returns:
+      `losses(params, tokens, positions, targets)`: tokens int32 (B, T), positions and targets
+      int32 (P,); -log softmax(logits)[target], float32 (P,).
+    """
+
+    def losses(
+        params: Any,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, " p"],
+        targets: Int[Array, " p"],
+    ) -> Float[Array, " p"]:
+        hidden = pick(model.apply(params, tokens, return_hidden=True), positions)
+
+        def part(hidden: Float[Array, "c d"], targets: Int[Array, " c"]) -> Float[Array, " c"]:
+            return token_losses(model.head(params, hidden[None])[0], targets)
+
+        one = jax.ShapeDtypeStruct((1, 1, hidden.shape[-1]), hidden.dtype)
+        vocabulary = jax.eval_shape(model.head, params, one).shape[-1]
+        count = -(-4 * vocabulary * hidden.shape[0] // chunk_bytes)
+        if count <= 1:
+            return part(hidden, targets)
+        return _in_parts(jax.checkpoint(part), min(count, hidden.shape[0]), hidden, targets)
+
+    return losses
+
+
+def _in_parts(
+    fn: Callable, count: int, hidden: Float[Array, "p d"], targets: Int[Array, " p"]
+) -> Float[Array, " p"]:
+    """`fn(hidden, targets)`, by `count` parts of the rows one after another."""
+    rows = hidden.shape[0]
+    size = -(-rows // count)
+
+    def parts(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, size * count - rows)] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(count, size, *x.shape[1:])
+
+    found = jax.lax.map(lambda part: fn(*part), (parts(hidden), parts(targets)))
+    return found.reshape(-1)[:rows]
 
 
 def pick(hidden: Float[Array, "b t d"], positions: Int[Array, " p"]) -> Float[Array, "p d"]:
@@ -64,15 +120,11 @@ def cross_entropy(
     weights: Float[Array, " p"],
 ) -> Float[Array, ""]:
     """The weighted sum of -log softmax(logits)[target], in float32 (not yet divided by N)."""
-    return jnp.sum(token_losses(logits, targets, weights))
+    return jnp.sum(token_losses(logits, targets) * weights)
 
 
-def token_losses(
-    logits: Float[Array, "p v"],
-    targets: Int[Array, " p"],
-    weights: Float[Array, " p"],
-) -> Float[Array, " p"]:
-    """The weighted -log softmax(logits)[target] of each position, in float32."""
+def token_losses(logits: Float[Array, "p v"], targets: Int[Array, " p"]) -> Float[Array, " p"]:
+    """-log softmax(logits)[target] of each position, in float32."""
     # bfloat16 would round a loss near 10 to multiples of 1/16.
     logits = logits.astype(jnp.float32)
     if any(compat.spec_of(logits) or ()):
@@ -81,14 +133,14 @@ def token_losses(
         target = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
     else:
         target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return (jax.nn.logsumexp(logits, axis=-1) - target) * weights
+    return jax.nn.logsumexp(logits, axis=-1) - target
 
 
-def summed_loss(outputs: Callable) -> Callable:
-    """The loss of one microbatch as a sum, from a function that returns logits.
+def summed_loss(losses: Callable) -> Callable:
+    """The loss of one microbatch as a sum, from a function that returns the loss of each position.
 
     Args:
-      outputs: `(params, tokens, positions, key) -> logits (P, V)`.
+      losses: `(params, tokens, positions, targets, key) -> losses (P,)`, see `losses_of`.
 
     Returns:
       `loss(params, batch, key) -> float32 ()`; `batch` is one microbatch: tokens (B, T), and
@@ -96,7 +148,7 @@ def summed_loss(outputs: Callable) -> Callable:
     """
 
     def loss(params: Any, batch: Any, key: Any) -> Float[Array, ""]:
-        logits = outputs(params, batch.tokens, batch.positions, key)
-        return cross_entropy(logits, batch.targets, batch.weights)
+        each = losses(params, batch.tokens, batch.positions, batch.targets, key)
+        return jnp.sum(each * batch.weights)
 
     return loss

@@ -17,10 +17,10 @@ from lora_jax.train import (
     cross_entropy,
     init_state,
     loader,
+    losses_of,
     make_step,
     once,
     optimizer,
-    outputs_of,
     schedule,
     summed_loss,
     total_steps,
@@ -77,7 +77,7 @@ def reference(params, examples):
     return total / count
 
 
-LOSS = summed_loss(lambda p, t, at, key: outputs_of(Toy())(p, t, at))
+LOSS = summed_loss(lambda *inputs: losses_of(Toy())(*inputs[:-1]))
 
 
 @jax.jit

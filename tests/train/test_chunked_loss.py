@@ -1,0 +1,116 @@
+"""The loss by parts of the learned positions against the loss of all logits at once."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from lora_jax import models, train
+
+pytestmark = pytest.mark.once
+
+VOCAB, WIDTH = 65, 16
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 9)), jnp.int32)
+# Seven positions of a part of four logits' bytes, the last part filled up.
+POSITIONS = jnp.array([0, 1, 2, 5, 9, 12, 16])
+TARGETS = jnp.array([3, 64, 0, 5, 5, 9, 1])
+PART = 4 * VOCAB * 2
+
+
+def decoder(**changes: Any) -> models.Model:
+    config = models.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=4, max_position_embeddings=32,
+        initializer_range=0.2, **changes,
+    )  # fmt: skip
+    return models.init(jax.random.key(0), config)
+
+
+def adapted(model: models.Model, **fields: Any) -> Any:
+    """Parameters with adapters that are not zero."""
+    config = lora.LoraConfig(rank=2, init="random", **fields)
+    plan = lora.plan(config, model.apply, model.params, TOKENS)
+    return lora.init(jax.random.key(1), plan, model.params)
+
+
+UNTIED = dict(tie_word_embeddings=False)
+KINDS: dict[str, tuple[dict, dict]] = {
+    "tied": (dict(tie_word_embeddings=True), dict(target_modules=("q_proj",))),
+    "tied, adapted": (dict(tie_word_embeddings=True), dict(target_modules=("embed_tokens",))),
+    "adapted": (UNTIED, dict(target_modules=("lm_head", "v_proj"))),
+    "DoRA": (UNTIED, dict(target_modules=("lm_head",), use_dora=True)),
+    "saved": (UNTIED, dict(target_modules=("q_proj",), modules_to_save=("lm_head",))),
+    "soft cap": ({**UNTIED, "final_logit_softcapping": 3.0}, dict(target_modules=("lm_head",))),
+    "quantized": (UNTIED, dict(target_modules=("lm_head", "up_proj"))),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_change_no_number(kind: str):
+    model_fields, lora_fields = KINDS[kind]
+    model = decoder(**model_fields)
+    if kind == "quantized":
+        params = lora.quantize(model.params, r"lm_head.*", format="int8", block_size=16)
+        model = dataclasses.replace(model, params=params)
+        assert isinstance(params["lm_head"]["kernel"], lora.QuantArray)
+    trainable, frozen = lora.split(adapted(model, **lora_fields))
+
+    def value_and_grad(chunk_bytes: int) -> Any:
+        losses = lora.lorafy(train.losses_of(model, chunk_bytes=chunk_bytes), reverse_only=True)
+
+        def summed(t: Any) -> Any:
+            each = losses(lora.combine(t, frozen), TOKENS, POSITIONS, TARGETS)
+            return jnp.sum(each * jnp.arange(1, 8)), each
+
+        return jax.jit(jax.value_and_grad(summed, has_aux=True))(trainable)
+
+    ((_, parts), parts_grads), ((_, whole), whole_grads) = map(value_and_grad, (PART, 1 << 30))
+    np.testing.assert_allclose(parts, whole, rtol=1e-6)
+    for part, want in zip(jax.tree.leaves(parts_grads), jax.tree.leaves(whole_grads), strict=True):
+        largest = float(jnp.abs(want).max())
+        np.testing.assert_allclose(part, want, rtol=1e-6, atol=1e-6 * largest)
+
+
+def test_losses_are_those_of_the_logits():
+    model = decoder(**UNTIED)
+    logits = train.outputs_of(model)(model.params, TOKENS, POSITIONS)
+    want = [-jax.nn.log_softmax(row)[t] for row, t in zip(logits, TARGETS, strict=True)]
+    got = train.losses_of(model, chunk_bytes=PART)(model.params, TOKENS, POSITIONS, TARGETS)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_the_logits_of_all_positions_are_never_held():
+    """Temporaries of the compiled gradient: 32 MiB of logits in parts of 1 MiB."""
+    vocabulary, width, places = 8192, 8, 1024
+
+    class Head:
+        def apply(self, params, tokens, return_hidden=False):
+            return params["embed"][tokens]
+
+        def head(self, params, hidden):
+            return hidden @ params["head"]
+
+    params = {"embed": jnp.ones((4, width)), "head": jnp.ones((width, vocabulary))}
+    leaf = lora.LoraArray(
+        params["head"], jnp.ones((width, 2)), jnp.ones((2, vocabulary)), jnp.float32(1)
+    )
+    trainable, frozen = lora.split({**params, "head": leaf})
+
+    def temporaries(chunk_bytes: int) -> int:
+        losses = lora.lorafy(train.losses_of(Head(), chunk_bytes=chunk_bytes), reverse_only=True)
+
+        def loss(t, tokens, targets):
+            at = jnp.arange(places)
+            return jnp.sum(losses(lora.combine(t, frozen), tokens, at, targets))
+
+        shapes = [jax.ShapeDtypeStruct(s, "int32") for s in ((1, places), (places,))]
+        compiled = jax.jit(jax.grad(loss)).lower(trainable, *shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole, parts = temporaries(1 << 30), temporaries(1 << 20)
+    assert whole > 32 << 20
+    assert parts < 5 << 20
