@@ -1,5 +1,6 @@
 """LoftQ: the error that a quantized base and its adapter start with, and what each base needs."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -87,6 +88,17 @@ def test_a_quantized_base_keeps_its_format_and_in_one_turn_its_codes(base, calla
     again, _ = started(small, turns=4, weights=weights)
     assert jax.tree.structure(again["out"].w) == jax.tree.structure(small["out"])
     assert error(again["out"], base["out"]) < once < 0.93 * before
+
+
+@pytest.mark.parametrize("options", [{"double_quant": True}, {"scale_dtype": "float32"}], ids=str)
+def test_later_turns_keep_all_that_the_base_was_quantized_with(base, options):
+    small = lora.quantize(base, ["layers", "out"], block_size=32, **options)
+    small = {path: dataclasses.replace(q, backend="reference") for path, q in small.items()}
+    again, _ = started(small, turns=2, weights=base)
+    for path, q in small.items():
+        now = again[path].w
+        assert jax.tree.structure(now) == jax.tree.structure(q) and now.backend == "reference"
+        assert [x.dtype for x in jax.tree.leaves(now)] == [x.dtype for x in jax.tree.leaves(q)]
 
 
 def test_what_loftq_needs_is_said(base):

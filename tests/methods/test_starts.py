@@ -1,5 +1,7 @@
 """Starts: the weight is the one given, and the factors have the spread that PEFT gives them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,11 @@ def test_the_spread_of_each_layers_own_rank():
     a = lora.init(jax.random.key(0), plan, params)["layers"]["proj"]["kernel"].a
     assert np.std(a[0, :, :2]) == pytest.approx(1 / 2, rel=0.1)
     np.testing.assert_array_equal(a[0, :, 2:], 0)  # padding, which must stay zero
+    plan = lora.plan(dataclasses.replace(config, init="random"), fn, params, jnp.ones((1, 512)))
+    leaf = lora.init(jax.random.key(0), plan, params)["layers"]["proj"]["kernel"]
+    np.testing.assert_array_equal(leaf.a[0, :, 2:], 0)
+    np.testing.assert_array_equal(leaf.b[0, 2:], 0)
+    assert (leaf.b[1] != 0).all()
     assert np.std(a[1]) == pytest.approx(1 / 8, rel=0.1)
 
 

@@ -52,6 +52,20 @@ def test_a_checkpoint_is_quantized_as_the_loaded_tree_would_be(directory, plain,
         np.testing.assert_allclose(*both(got.params, TOKENS), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options, form, scale",
+    [
+        ({"double_quant": True}, "nf4", "uint8"),
+        ({"scale_dtype": "float32"}, "nf4", "float32"),
+        ({"format": "int8"}, "int8", "bfloat16"),
+    ],
+)
+def test_every_option_reaches_the_weights(directory, options, form, scale):
+    got = models.load(directory, quantize=quant.QuantConfig(block_size=16, **options))
+    kernels = [x for x in leaves(got.params) if is_quant(x)]
+    assert {(q.format, q.block, str(q.scale.dtype)) for q in kernels} == {(form, 16, scale)}
+
+
 def test_no_more_than_one_tensor_is_held_as_floats(directory, monkeypatch):
     """What is read is quantized before the next tensor is read."""
     from lora_jax.quant import loading

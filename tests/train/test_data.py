@@ -181,6 +181,7 @@ def test_too_long_is_an_error_a_cut_or_a_skip(tmp_path):
         load_examples(path, Tokenizer(), max_length=4)
     cut, whole = load_examples(path, Tokenizer(), max_length=4, too_long="truncate")
     assert cut.tokens.tolist() == [97, 98, 99, 100] and learned_tokens(cut) == [99, 100]
+    assert len(load_examples(path, Tokenizer(), max_length=8)) == 2  # as long as it may be
     (left,) = load_examples(path, Tokenizer(), max_length=4, too_long="skip")
     assert left.tokens.tolist() == whole.tokens.tolist() == [97, 98, EOS]
 
@@ -231,6 +232,8 @@ def turns_of(row, **fields):
              "system": "s"},
             [("system", "s"), *HELLO[:2]],
         ),
+        ({**chat(*HELLO), "system": ""}, HELLO),
+        ({**chat(("system", "s"), *HELLO), "system": "s"}, [("system", "s"), *HELLO]),
         ({"conversations": chat(*HELLO)["messages"]}, HELLO),
         ({"instruction": "a", "output": "b"}, HELLO[:2]),
         ({"instruction": "a", "input": "", "output": "b", "id": 3}, HELLO[:2]),
@@ -252,6 +255,14 @@ def test_other_spellings_are_the_same_chat(row, same):
     )
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_array_equal(got.learned, want.learned)
+
+
+def test_sharegpts_speakers_have_their_roles():
+    said = {"human": "user", "observation": "tool", "gpt": "assistant", "system": "system",
+            "function_response": "tool", "model": "assistant"}  # fmt: skip
+    turns = [{"from": speaker, "value": "x"} for speaker in said]
+    (messages,) = turns_of({"conversations": turns}).fields
+    assert [m["role"] for m in messages] == list(said.values())
 
 
 def test_a_field_that_is_named_chooses_the_form():
@@ -328,6 +339,12 @@ def test_calls_tools_and_reasoning_reach_the_template():
 def test_what_cannot_reach_the_template_is_refused(row, text):
     with pytest.raises(ValueError, match=text):
         turns_of(row)
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_alone_is_no_empty_answer(field):
+    row = {"messages": [USER, {"role": "assistant", "content": "", field: "why"}]}
+    assert len(examples([record_of(row)], Tokenizer(), max_length=99)) == 1
 
 
 def test_empty_answers_are_refused_together():

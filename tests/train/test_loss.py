@@ -203,6 +203,31 @@ def test_one_program_for_each_shape_and_the_callers_arrays_stay():
         state, _ = programs(state, {"embed": params["embed"]}, batch)
     assert [shape[:3] for shape in sorted(programs.compiled)] == [(1, 2, 8), (1, 2, 32)]
     assert not params["mix"].is_deleted() and np.isfinite(params["mix"]).all()
+    # The same tokens at fewer places are another program.
+    assert programs.has(batches[0])
+    assert not programs.has(Batch(batches[0].tokens, *(x[:, :4] for x in batches[0][1:])))
+
+
+def test_gradients_of_microbatches_are_summed_in_float32():
+    def loss(trainable, frozen, batch, key):
+        return jnp.sum(trainable["w"] * batch.targets)
+
+    tx = optax.sgd(1.0)
+    state = init_state(jax.random.key(0), {"w": jnp.zeros(1, jnp.bfloat16)}, tx)
+    none, parts = np.zeros((5, 1)), np.array([[256.0], [1.0], [1.0], [1.0], [1.0]])
+    state, _ = make_step(loss, tx)(state, {}, Batch(none, none, parts, np.full((5, 1), 0.2)))
+    # bfloat16 has no number between 256 and 258: the ones would be lost one by one.
+    assert float(state.trainable["w"][0]) == -260.0
+
+
+def test_a_batch_without_learned_tokens_changes_nothing():
+    params, tx = toy_params(), optimizer(TrainConfig(), 5)
+    (batch,) = once(loader(data(), batch_size=7, buckets=(32,)))
+    state = init_state(jax.random.key(0), {"mix": params["mix"]}, tx)
+    empty = batch._replace(weights=np.zeros_like(batch.weights))
+    after, metrics = make_step(split_loss, tx)(state, {"embed": params["embed"]}, empty)
+    np.testing.assert_array_equal(after.trainable["mix"], params["mix"])
+    assert [float(x) for x in metrics] == [0.0, 0.0, 0.0]
 
 
 def test_dropout_key_differs_by_step_and_microbatch_and_repeats():

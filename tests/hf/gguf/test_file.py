@@ -123,7 +123,7 @@ def test_stated_rope_scalings(tmp_path, tiny):
     "keys, text",
     [
         ({"llama.logit_scale": ("float32", 2.0)}, "key `logit_scale` = 2.0 is not known and may"),
-        ({"split.count": ("uint16", 3)}, "one of 3 parts of a model; join them first"),
+        ({"split.count": ("uint16", 2)}, "one of 2 parts of a model; join them first"),
         ({"general.type": ("string", "adapter")}, "a GGUF of type `adapter`, not a model"),
         ({"llama.expert_count": ("uint32", 8)}, "a mixture of 8 experts is not supported"),
         ({"llama.rope.dimension_count": ("uint32", 4)}, "RoPE over a part of each head"),
@@ -155,6 +155,11 @@ def test_an_unknown_architecture(tmp_path, tiny):
     path = write_model(tmp_path / "a.gguf", TIED, tensors_of(tiny), arch="mamba")
     with pytest.raises(ValueError, match="architecture `mamba` is not one of llama, qwen2, qwen3"):
         models.load(path)
+
+
+def test_a_model_of_one_part_is_whole(tmp_path, tiny):
+    keys = {"split.count": ("uint16", 1)}
+    assert open_gguf(write_model(tmp_path / "a.gguf", TIED, tensors_of(tiny), keys=keys)).tensors
 
 
 def test_a_missing_file(tmp_path):
