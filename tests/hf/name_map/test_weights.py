@@ -92,7 +92,9 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
         lora.hf.save_weights(new, adapted("q")[0], MAP)
     with pytest.raises(ValueError, match="`blocks.out`: name map `part of toy` has no rule"):
         lora.hf.save_weights(new, params, PARTIAL)
-    with pytest.raises(ValueError, match="tensor `model.norm.weight` has a number that float16 cannot"):
+    with pytest.raises(
+        ValueError, match="tensor `model.norm.weight` has a number that float16 cannot"
+    ):
         lora.hf.save_weights(new, {**params, "norm": jnp.full(WIDTH, 1e30)}, MAP, dtype="float16")
     with pytest.raises(ValueError, match="`norm` is int32, expected floats"):
         lora.hf.save_weights(new, {**params, "norm": jnp.ones(WIDTH, jnp.int32)}, MAP)
