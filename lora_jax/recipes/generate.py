@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_jax import models
-from lora_jax.recipes.forms import TrainedForm
+from lora_jax.recipes.forms import FORM_FILE, TrainedForm
 from lora_jax.recipes.settings import GenerateConfig
 
 Messages = Sequence[Mapping[str, Any]]
@@ -43,6 +43,7 @@ def as_trained(
     *,
     chat: bool,
     form: TrainedForm | None,
+    adapter: bool = False,
     raw: bool | None = None,
     system: str | None = None,
 ) -> list[Messages | str]:
@@ -52,6 +53,7 @@ def as_trained(
       prompts: the texts.
       chat: whether the tokenizer has a chat template.
       form: what the adapter was trained on (`read_form`), None if it is not known.
+      adapter: whether there is an adapter.
       raw: continue the prompts as they are, or put them as chat messages; None takes the form of
         the training, or the chat template where there is one.
       system: the system message before each prompt.
@@ -60,7 +62,8 @@ def as_trained(
       ValueError: a system message for prompts that are continued as they are.
 
     Warns:
-      UserWarning: the questions have another form than the training.
+      UserWarning: the questions have another form than the training, or it is not known which of
+        the two it had.
     """
     trained_raw = None if form in (None, "mixed") else form != "messages"
     chosen = raw if raw is not None else not chat if trained_raw is None else trained_raw
@@ -69,6 +72,14 @@ def as_trained(
             f"the adapter was trained on {_TRAINED_ON[form or '']}, and the prompts are "
             f"{'continued as they are' if chosen else 'put through the chat template'}: leave "
             f"out --{'' if chosen else 'no-'}raw",
+            stacklevel=2,
+        )
+    # Without a chat template there is one form only, and a flag or a system message chooses one.
+    if adapter and form is None and chat and raw is None and system is None:
+        warnings.warn(
+            f"the adapter has no {FORM_FILE}, so the form of its training is not known, and the "
+            "prompts are put through the chat template: pass --raw if it was trained on bare texts "
+            "or prompts, --no-raw if on chat messages",
             stacklevel=2,
         )
     if chosen and system is not None:

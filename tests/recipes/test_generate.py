@@ -100,6 +100,19 @@ def test_another_form_than_the_trainings_is_warned_of(form, raw, text):
         as_trained(["Hi"], chat=True, form=form, raw=raw)
 
 
+def test_a_form_that_is_not_known_is_said_where_it_matters():
+    def ask(**options):
+        given = dict(chat=True, form=None, adapter=True)
+        return as_trained(["Hi"], **{**given, **options})
+
+    with pytest.warns(UserWarning, match=r"no training_form.json, .* pass --raw if .* --no-raw if"):
+        assert ask() == [as_messages("Hi")]
+    # Warnings are errors in tests: one form only, no adapter, or a choice.
+    assert ask(chat=False) == ask(raw=True) == ["Hi"]
+    assert ask(adapter=False) == ask(raw=False) == ask(form="mixed") == [as_messages("Hi")]
+    assert ask(system="Be brief.") == [as_messages("Hi", system="Be brief.")]
+
+
 def test_a_system_message_needs_a_chat():
     with pytest.raises(ValueError, match="`system` is for chat messages"):
         as_trained(["Hi"], chat=True, form="prompt", system="Be brief.")
