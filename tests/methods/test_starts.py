@@ -40,6 +40,15 @@ def test_a_base_that_a_start_changes_keeps_its_dtype(name):
     assert leaf.w.dtype == jnp.bfloat16 and leaf.a.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("name", ["olora", "pissa"])
+def test_a_quantized_base_is_not_changed(name):
+    base = lora.quantize({"w": W}, ["w"], block_size=32)
+    config = lora.LoraConfig(rank=RANK, target_modules=("w",), init=name)
+    plan = lora.plan(config, lambda p, x: x @ p["w"], base, jnp.ones((1, 96)))
+    with pytest.raises(ValueError, match="`w` is quantized: this init changes the base"):
+        lora.init(jax.random.key(1), plan, base)
+
+
 def test_oloras_base_lacks_the_scaled_product():
     """PEFT: `W ← W − scaling · B·A`, with A and B from the QR decomposition as they are."""
     leaf = start("olora")

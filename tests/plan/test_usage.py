@@ -60,6 +60,13 @@ def test_a_lookup_and_its_rows_contracted():
     assert chosen[1] == ("contract", {1}, {0})
 
 
+def test_a_vector_that_scales_features_is_no_weight():
+    """Features are contracted afterwards, and not the vector."""
+    row = uses(lambda p, x: (p[0][jnp.argmax(x)] * x[0, 0]) @ p[1], (3, 8), (8, 6))
+    vector = uses(lambda p, x: (p[0] * x[0, 0]) @ p[1], (8,), (8, 6))
+    assert row == vector == [[("other", set(), set())], [("contract", {0}, set())]]
+
+
 def test_a_constant_matrix_is_no_activation():
     """Resizing a patch kernel transforms it; what decides is the convolution after it."""
 

@@ -69,6 +69,32 @@ def test_bitsandbytes_tensors_come_and_go_bit_for_bit(gaussian, double, roles):
     assert json.loads(saved["quant_state.bitsandbytes__nf4"].tobytes())["quant_type"] == "nf4"
 
 
+def test_blocks_of_padding_are_no_part_of_bitsandbytes_tensors():
+    w = jax.random.normal(jax.random.key(0), (192, 8), jnp.bfloat16)  # three blocks an output
+    for double in (False, True):
+        q = quant.quantize_array(w, block_size=64, double_quant=double)
+        saved = quant.to_bitsandbytes(q)
+        assert saved["absmax"].shape == (24,)
+        back = quant.from_bitsandbytes(saved)
+        assert back.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(back.dequantize(), q.dequantize())
+    with pytest.raises(ValueError, match="holds nf4 and fp4 matrices of whole blocks"):
+        quant.to_bitsandbytes(quant.quantize_array(w[:100], block_size=64, pad=True))
+
+
+def test_scales_of_scales_of_another_kind_are_refused():
+    q = quant.quantize_array(jax.random.normal(jax.random.key(0), (64, 8)), double_quant=True)
+    saved = quant.to_bitsandbytes(q)
+    table = saved["nested_quant_map"]
+    quant.from_bitsandbytes({**saved, "nested_quant_map": np.nextafter(table, 1)})
+    with pytest.raises(ValueError, match="`nested_quant_map` is another table"):
+        quant.from_bitsandbytes({**saved, "nested_quant_map": table * np.float32(1.001)})
+    name = "quant_state.bitsandbytes__nf4"
+    state = json.loads(saved[name].tobytes()) | {"nested_blocksize": 128}
+    with pytest.raises(ValueError, match="nested_blocksize is 128, not 256"):
+        quant.from_bitsandbytes({**saved, name: np.frombuffer(json.dumps(state).encode(), "u1")})
+
+
 def test_codes_lie_as_bitsandbytes_lays_them_and_decode_to_its_numbers():
     """Two rows of two blocks written out by hand: high four bits first, along the inputs."""
     codes = np.arange(256).reshape(2, 128) % 16

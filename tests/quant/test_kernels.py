@@ -65,6 +65,26 @@ def test_products_and_gradients_go_through_the_kernels(backend):
     np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [3, 140], ids=["fused", "decoded"])
+@pytest.mark.parametrize("backend", ["gpu_interpret", "tpu_interpret"])
+def test_a_filled_up_weight_gives_its_own_products(backend, rows):
+    w = jax.random.normal(jax.random.key(0), (200, 128))
+    q = quant.quantize_array(w, format="int4", block_size=64, pad=True)
+    assert q.packed.shape == (128, 128)  # 256 inputs
+    x = jax.random.normal(jax.random.key(1), (rows, 200), jnp.bfloat16)
+
+    def run(backend):
+        one = dataclasses.replace(q, backend=backend)
+        y, back = jax.vjp(lambda x: quant.matmul(x, one, preferred=jnp.float32), x)
+        return y, *back(jnp.cos(y))
+
+    for got, want in zip(run(backend), run("reference"), strict=True):
+        assert got.shape == want.shape
+        # bfloat16 has 8 bits.
+        got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+        np.testing.assert_allclose(got, want, rtol=0.02, atol=0.02 * np.abs(want).max())
+
+
 def test_the_table_decides_by_rows_and_a_shape_no_kernel_takes_is_told():
     q = dataclasses.replace(quantized(128, 128, block_size=64), backend="gpu")
 

@@ -415,6 +415,18 @@ def test_end_tokens_that_are_never_learned_are_warned_of():
         examples([record_of({"text": "abcdef"})], Tokenizer(), max_length=3, too_long="truncate")
 
 
+def test_an_answer_with_two_end_tokens_is_learned_to_the_last():
+    class Twice(Tokenizer):
+        stop_ids = (EOS, 7)
+
+        def render_chat(self, messages, add_generation_prompt=False, **options):
+            turns = [{**m, "content": m["content"] + chr(7)} for m in messages]
+            return super().render_chat(turns, add_generation_prompt)
+
+    (example,) = examples([record_of(chat(*HELLO[:2]))], Twice(), max_length=99)
+    assert learned_tokens(example) == [ord("b"), 7, EOS]
+
+
 def test_any_end_token_of_the_model_ends_a_turn():
     class Two(Tokenizer):
         eos_id, stop_ids = 99, (99, EOS)

@@ -156,6 +156,7 @@ BROKEN = {
     "short absmax": ("nf4", {"weight_absmax": lambda x: x[:-1]},
                      r"`nf4.weight.absmax` is F32 of shape \(47,\), expected 48 numbers F32"),
     "short codes": ("nf4", {"weight": lambda x: x[:-1]}, "has 1535 bytes, but its quant_state say"),
+    "long codes": ("nf4", {"weight": lambda x: np.concatenate([x, x[:1]])}, "has 1537 bytes, but"),
     "another absmax": ("double", {"weight_absmax": lambda x: x.astype("f4")}, "is F32 of shape"),
     "no nested": ("double", {"weight_nested_absmax": None}, "`double.weight.nested_absmax` is mis"),
     "huge shape": ("nf4", {STATE: stated(shape=[1 << 40, 1 << 20])},
