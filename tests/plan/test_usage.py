@@ -67,6 +67,11 @@ def test_a_vector_that_scales_features_is_no_weight():
     assert row == vector == [[("other", set(), set())], [("contract", {0}, set())]]
 
 
+def test_a_weight_that_divides_data_is_no_weight_afterwards():
+    assert uses(lambda p, x: x @ (p[0] / x[0, 0, 0]), (8, 6))[0] == [("contract", {0}, set())]
+    assert uses(lambda p, x: x @ (x[0, 0, 0] / p[0]), (8, 6))[0] == [("other", set(), set())]
+
+
 def test_a_constant_matrix_is_no_activation():
     """Resizing a patch kernel transforms it; what decides is the convolution after it."""
 

@@ -171,8 +171,9 @@ def test_edges_of_a_second_number_of_places(small, large, expected):
 
 
 def test_missing_rows_repeat_one_and_learn_nothing():
-    layout = loader([example(7, 1)], batch_size=3)
+    layout = loader([example(7, 1)], batch_size=3, pad_id=77)
     (batch,) = once(layout)
+    assert batch.tokens.shape == (1, 3, 8) and (batch.tokens[0, :, 7] == 77).all()
     assert np.array_equal(batch.tokens[0, 1], batch.tokens[0, 0])
     assert batch.weights.sum() == 6
 
