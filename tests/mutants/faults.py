@@ -144,7 +144,7 @@ MORE = [
     Fault("train/loss.py", "if positions.shape[0] == flat.shape[0]:",
           "if positions.shape[0] >= flat.shape[0] - 1:", LOSS),
     Fault("train/loss.py", "logits = logits.astype(jnp.float32)", "pass", LOSS),
-    Fault("train/loss.py", "- target) * weights", "- target)", LOSS),
+    Fault("train/loss.py", "jnp.sum(each * batch.weights)", "jnp.sum(each)", LOSS),
     Fault("train/step.py", "0.5 * (1 + jnp.cos(jnp.pi * t))", "0.5 * (1 + jnp.cos(t))",
           "tests/train/test_fit.py"),
     Fault("train/step.py", "rise * (floor + (1 - floor) * decay(t))", "rise * decay(t)",
