@@ -47,7 +47,7 @@ base_ndim = property(lambda x: len(x.w.shape))
 base_dtype = property(lambda x: jnp.dtype(x.w.dtype))
 
 
-@leaf_class("roles", "dropout", "window", "tied")
+@leaf_class(("roles", "dropout", "window", "tied"))
 @dataclasses.dataclass(frozen=True, repr=False)
 class LoraArray:
     """A weight `w` with a low-rank change `scale · a·b` that is kept apart from it.
@@ -87,7 +87,7 @@ class LoraArray:
         return int(self.a.shape[-1])
 
 
-@leaf_class("only", "tied")
+@leaf_class(("only", "tied"))
 @dataclasses.dataclass(frozen=True, repr=False)
 class SavedArray:
     """A leaf trained whole (`modules_to_save`, `bias`): the model sees `value`, `w` is kept.
@@ -108,7 +108,7 @@ class SavedArray:
     shape, ndim, dtype = base_shape, base_ndim, base_dtype
 
 
-@leaf_class("ids", "axis")
+@leaf_class(("ids", "axis"))
 @dataclasses.dataclass(frozen=True, repr=False)
 class RowsArray:
     """A table of which a few rows train (`trainable_token_indices`): `w` with `rows` in it.
@@ -138,7 +138,7 @@ class Gain:
     value: Any
 
 
-@leaf_class("roles", "dropout", "window", "chosen", "tied")
+@leaf_class(("roles", "dropout", "window", "chosen", "tied"))
 @dataclasses.dataclass(frozen=True, repr=False)
 class LoraStack:
     """Many adapters of one weight, padded to one rank: `W + scale[n] · a[n]·b[n]`, n adapters.
@@ -185,7 +185,7 @@ class LoraStack:
         return int(self.a.shape[-1])
 
 
-@leaf_class("chosen", "tied")
+@leaf_class(("chosen", "tied"))
 @dataclasses.dataclass(frozen=True, repr=False)
 class SavedStack:
     """A leaf that trains whole, with one value for each of many adapters.
@@ -231,12 +231,13 @@ FROZEN_FIELDS: dict[type, tuple[str, ...]] = {
 }
 
 
-def known_to_flax() -> None:
+def register_leaves() -> None:
     """Lets `flax.serialization` read and write leaves, if it has been imported by now."""
     register_with_flax(*TRAINED_FIELDS, Gain, QuantArray)
 
 
-known_to_flax()
+# For a program that has imported flax already; `lora.init` calls it again for one that has not.
+register_leaves()
 
 
 def is_stack(x: Any) -> bool:
@@ -253,7 +254,7 @@ def effective(x: SavedArray) -> Any:
     """The array that the model uses for a leaf that trains whole."""
     if x.only is None:
         return x.value
-    # One index array a stack dim, as `at[...]` takes them.
+    # `at[...]` takes one array of indices for each stack dim.
     where = tuple(jnp.asarray(dim) for dim in zip(*x.only, strict=True))
     return dense(x.w).at[where].set(x.value[where].astype(x.w.dtype))
 
@@ -266,7 +267,7 @@ def dense(w: Any) -> Any:
 def base_rows(x: RowsArray) -> Float[Array, "n d"]:
     """The frozen table's values of the trained rows, in the trained rows' dtype."""
     if isinstance(x.w, QuantArray):
-        # Decodes these rows only.
+        # `take` decodes these rows only, not the whole table.
         return take(x.w, x.ids, x.axis)
     return jnp.moveaxis(jnp.take(x.w, jnp.asarray(x.ids), axis=x.axis), x.axis, 0)
 
@@ -278,14 +279,14 @@ def with_rows(x: RowsArray) -> Float[Array, "..."]:
 
 
 def rows_as_lora(x: RowsArray) -> LoraArray:
-    """The same table as a low-rank change, which is never added up: `W + E·(rows − W[ids])`.
+    """The same table as a low-rank change, never materialized: `W + E·(rows − W[ids])`.
 
     `E (vocabulary, n)` has a one for each trained row. Only `rows` has a gradient.
     """
     wide = widened(x.rows.dtype)
     n = len(x.ids)
     one_hot = jnp.zeros((x.shape[x.axis], n), wide).at[jnp.asarray(x.ids), jnp.arange(n)].set(1)
-    # Zero at the start. The frozen rows get no gradient through it.
+    # Zero at the start. Gradients stop at the frozen rows, which do not train.
     change = x.rows.astype(wide) - jax.lax.stop_gradient(base_rows(x)).astype(wide)
     roles = "io" if x.axis == 0 else "oi"
     return LoraArray(x.w, one_hot, change, jnp.ones((), jnp.float32), roles=roles)
@@ -318,7 +319,12 @@ def delta(x: LoraArray) -> Float[Array, "..."]:
 
 
 def spread_outputs(gain: Float[Array, "..."], x: LoraArray) -> Float[Array, "..."]:
-    """Reshapes `(stack..., out...)` so that it broadcasts against the weight."""
+    """Reshapes `(stack..., out...)` so that it broadcasts against the weight.
+
+    Args:
+      gain: one number for each stack index and output.
+      x: the leaf of the weight.
+    """
     order = b_dims(x.roles)
     shape = dict(zip(order, gain.shape, strict=True))
     # From (stack..., out...) to the weight's own order, with size 1 where it has in dims.
@@ -327,7 +333,7 @@ def spread_outputs(gain: Float[Array, "..."], x: LoraArray) -> Float[Array, "...
 
 
 def count(stacked: PyTree) -> int:
-    """How many adapters a stack has room for.
+    """How many adapters a stack has slots for.
 
     Raises:
       ValueError: the tree is no stack.
@@ -336,9 +342,10 @@ def count(stacked: PyTree) -> int:
     counts = {x.count for x in jax.tree.leaves(stacked, is_leaf=is_stack) if is_stack(x)}
     if len(counts) != 1:
         raise ValueError(
-            "the tree holds no stack of adapters: make one with `lora.stack([...])`"
+            "`stacked` holds no stack of adapters: make one with `lora.stack([...])`"
             if not counts
-            else f"the leaves hold different numbers of adapters {sorted(counts)}"
+            else f"the leaves of `stacked` hold {sorted(counts)} adapters, expected one number: "
+            "pass the tree of one `lora.stack`"
         )
     return counts.pop()
 
@@ -385,6 +392,12 @@ def is_leaf(x: Any) -> bool:
 
 
 def leaves_by_path(params: PyTree) -> dict:
-    """The leaves of a tree by their spelled paths; a quantized or adapted weight is one leaf."""
+    """The leaves of a tree by their dotted paths; a quantized or adapted weight is one leaf."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     return {paths.spell(key_path): leaf for key_path, leaf in flat}
+
+
+def where_trees_differ(x: PyTree, y: PyTree) -> str:
+    """The first paths that only one of two trees has, as a phrase for an error message."""
+    odd = sorted(leaves_by_path(x).keys() ^ leaves_by_path(y).keys())
+    return ", ".join(f"`{path}`" for path in odd[:3]) or "their containers"

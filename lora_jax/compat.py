@@ -1,6 +1,6 @@
-"""The only file that knows what differs between installations.
+"""What differs between installations: releases of JAX, and packages that may be missing.
 
-Releases of JAX: reading jaxprs (`jax.extend`) on jax 0.10 to 0.12. Packages: how those that may be
+Releases: jaxprs are read here (`jax.extend`), on jax 0.10 to 0.12. Packages: how those that may be
 missing, or that take long to import, are imported, and which extra installs them.
 """
 
@@ -8,7 +8,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ def check_jax(version: tuple[int, ...]) -> None:
         )
 
 
-# Before anything else is imported, which would fail with the name of what is missing.
+# Before other modules are imported: they would fail with the name that an old JAX lacks.
 check_jax(jax.__version_info__)
 
 VERSION = "0.1.0"  # of this package; pyproject.toml and `lora_jax.__version__` read it
@@ -92,13 +92,13 @@ def _not_installed(package: str) -> ModuleNotFoundError:
     )
 
 
-def name_of(eqn) -> str:
+def name_of(eqn: Any) -> str:
     """The primitive's name, the same on every supported release."""
     name: str = eqn.primitive.name
     return _RENAMED.get(name, name)
 
 
-def open_jaxpr(jaxpr) -> tuple[Any, Sequence]:
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence]:
     """Splits an inner jaxpr into the jaxpr and its constants.
 
     Up to 0.10 jit, scan and cond hold a ClosedJaxpr and remat and shard_map an open one; from
@@ -117,10 +117,12 @@ def scan_counts(params: dict, operands: int) -> tuple[int, int]:
     return len(groups[0].vals), len(groups[1].vals)
 
 
-def segment(jaxpr, eqns: list, invars: list, outvars: list):
+def segment(jaxpr: Any, eqns: list, invars: list, outvars: list) -> Any:
     """The open jaxpr of some consecutive equations of `jaxpr`."""
+    # The effects of the whole jaxpr may be more than those of these equations.
     effects = set().union(*(e.effects for e in eqns))
     info = jaxpr.debug_info
+    # Names of arguments must be as many as arguments. A release without these fields checks none.
     with contextlib.suppress(AttributeError, TypeError):
         info = info._replace(
             arg_names=None if info.arg_names is None else (None,) * len(invars),
@@ -131,13 +133,13 @@ def segment(jaxpr, eqns: list, invars: list, outvars: list):
     )
 
 
-def eval_segment(jaxpr, args: Sequence) -> list:
-    """Evaluates an open jaxpr; JAX itself rebinds, so effects and contexts are its own."""
+def eval_segment(jaxpr: Any, args: Sequence) -> list:
+    """Evaluates an open jaxpr. JAX binds its primitives, so effects and contexts are kept."""
     return jax.core.eval_jaxpr(jaxpr, (), *args)
 
 
 @contextlib.contextmanager
-def equation_context(eqn):
+def equation_context(eqn: Any) -> Iterator[None]:
     """Enters the name scope and the compute settings an equation was traced under."""
     scope = str(eqn.source_info.name_stack)
     with contextlib.ExitStack() as stack:
@@ -149,6 +151,8 @@ def equation_context(eqn):
         yield
 
 
+# Folders whose frames are not the user's. The first three are left out in any case; the others are
+# model libraries, whose line is better than none.
 _LIBRARIES = tuple(
     os.sep + part + os.sep
     for part in ("jax", "jaxlib", "lora_jax", "flax", "equinox", "haiku", "einops", "contextlib")
@@ -156,13 +160,13 @@ _LIBRARIES = tuple(
 _UNKNOWN = "unknown line"
 
 
-def source_line(eqn, default: str = _UNKNOWN) -> str:
+def source_line(eqn: Any, default: str = _UNKNOWN) -> str:
     """`file.py:12 (function)` of the line of the user's model that made this equation.
 
     Args:
       eqn: an equation.
-      default: for one whose frames are all a library's, as inside a function JAX has cached;
-        where that is unknown too, the line of the model library (flax, equinox) is given.
+      default: returned where all frames are a library's, as inside a function that JAX has
+        cached. Without one, the line in the model library (flax, equinox) is returned.
     """
     traceback = eqn.source_info.traceback
     frames = list(traceback.frames) if traceback is not None else []
@@ -172,7 +176,9 @@ def source_line(eqn, default: str = _UNKNOWN) -> str:
 
 
 def _innermost(frames: Sequence, left_out: Sequence[str]) -> str:
+    """The innermost frame outside some folders as text, or ""."""
     for frame in frames:
+        # `<frozen importlib>` and the like, and the wrapper of a context manager.
         if frame.file_name.startswith("<") or frame.file_name.endswith("contextlib.py"):
             continue
         if not any(part in frame.file_name for part in left_out):
@@ -181,21 +187,22 @@ def _innermost(frames: Sequence, left_out: Sequence[str]) -> str:
     return ""
 
 
-def is_array(x) -> bool:
+def is_array(x: Any) -> bool:
     """Whether `x` is one array, concrete or traced (not a quantized one)."""
     return isinstance(x, jax.Array | jax.core.Tracer | np.ndarray)
 
 
-def is_concrete(x) -> bool:
+def is_concrete(x: Any) -> bool:
     """Whether `x` is an array whose numbers this process can read."""
     if isinstance(x, jax.core.Tracer):
         return False
     return isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and x.is_fully_addressable)
 
 
-def varying_axes(x) -> frozenset:
+def varying_axes(x: Any) -> frozenset:
     """The mesh axes along which `x` differs inside a `shard_map`; none outside."""
     aval = jax.typeof(x)
+    # The attribute has one of two names, by the release of JAX.
     return frozenset(getattr(getattr(aval, "manual_axis_type", aval), "varying", ()) or
                      getattr(aval, "vma", ()))  # fmt: skip
 
@@ -210,7 +217,7 @@ def spec_of(x: jax.typing.ArrayLike) -> tuple | None:
     return tuple(sharding.spec) + (None,) * (np.ndim(x) - len(sharding.spec))
 
 
-def is_traceable(x) -> bool:
+def is_traceable(x: Any) -> bool:
     """Whether a function's output is an array (or key) rather than a Python object."""
     return isinstance(x, jax.Array | jax.core.Tracer) or (
         hasattr(x, "dtype") and hasattr(x, "shape")
@@ -220,8 +227,8 @@ def is_traceable(x) -> bool:
 def compiler_options() -> dict[str, Any]:
     """Options to compile a training step with on the default device.
 
-    XLA:CPU holds LLVM to vectors of 256 bits; with the 512 that AVX-512 has, a step of SmolLM2
-    takes about 3 % less. Processors without it split them.
+    By default XLA:CPU uses vectors of 256 bits. With the 512 of AVX-512 a step of SmolLM2 takes
+    about 3 % less; a processor without AVX-512 splits them.
     """
     return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else {}
 
@@ -235,11 +242,12 @@ def default_device() -> jax.Device:
 
 
 def has_flash_attention() -> bool:
-    """Whether cuDNN's attention runs here: on an NVIDIA GPU since Ampere that is the only device.
+    """Whether cuDNN's attention runs here: on a single NVIDIA GPU, Ampere or later.
 
-    Under a mesh JAX refuses it where the sequence is spread over devices, so there XLA's is kept.
+    On several devices XLA's attention is used, because JAX refuses cuDNN's where the sequence is
+    spread over a mesh.
     """
-    # "9.0"; "gfx942" of one of AMD's
+    # "9.0" on NVIDIA's, "gfx942" on AMD's.
     capability = getattr(default_device(), "compute_capability", "")
     major = str(capability).partition(".")[0]
     return major.isdecimal() and int(major) >= 8 and jax.device_count() == 1

@@ -1,4 +1,4 @@
-"""Roles of dimensions: which are stacked, in and out, their sizes, and the matrix form."""
+"""Roles of dimensions (stack, in, out), their sizes, and the matrix form of a weight."""
 
 import math
 from collections.abc import Sequence

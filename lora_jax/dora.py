@@ -31,11 +31,11 @@ def norm(x: LoraArray) -> Float[Array, "..."]:
     wide = widened(w.dtype)
     a = x.a.astype(wide).reshape(*stack, fan_in, x.rank)
     b = x.b.astype(wide).reshape(*stack, x.rank, fan_out)
-    s = x.scale.astype(wide)[..., None]
+    s = x.scale.astype(wide)[..., None]  # (stack..., 1)
     at = jnp.swapaxes(a, -1, -2)
-    cross = jnp.sum(_matmul(at, w.astype(wide)) * b, axis=-2)
-    gram = _matmul(_matmul(at, a), b)
-    square = jnp.sum(jnp.square(w.astype(wide)), axis=-2)
+    cross = jnp.sum(_matmul(at, w.astype(wide)) * b, axis=-2)  # (stack..., out)
+    gram = _matmul(_matmul(at, a), b)  # (stack..., r, out)
+    square = jnp.sum(jnp.square(w.astype(wide)), axis=-2)  # (stack..., out)
     square = square + 2 * s * cross + s * s * jnp.sum(gram * b, axis=-2)
     outs = [x.shape[d] for d in out_dims(x.roles)]
     # The three terms cancel where s·A·B is near -W, and may round to below zero.
@@ -70,7 +70,7 @@ def gains(x: LoraStack) -> Float[Array, "..."] | None:
     # Each adapter's gain over the one shared base.
     at = x.axis
     return jax.vmap(
-        lambda a, b, scale, m: gain(LoraArray(x.w, a, b, scale, m, roles=x.roles)),
+        lambda a, b, scale, m: gain(LoraArray(x.w, a=a, b=b, scale=scale, m=m, roles=x.roles)),
         in_axes=(at, at, at, at),
         out_axes=at,
     )(x.a, x.b, x.scale, x.m)

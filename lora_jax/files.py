@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and folders that one process writes.
+"""Files and folders that are written whole or not at all, and locked folders.
 
 Every file of this package is written through `replacing`, except logs, which grow record by record
 (`lora_jax.train.metrics`), and the checkpoints of a run, which Orbax's manager writes the same way.
@@ -29,11 +29,11 @@ LOCK = ".lock"  # in a folder that one process writes
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a path for a new file or folder, which at the end takes the place of `path`.
+    """Yields a path for a new file or folder, which replaces `path` at the end.
 
     A reader, or a crash of the machine, finds the old content or the new one, never half of it.
-    If the block raises, the old content stays. What a killed process left is removed by the next
-    call for the same path.
+    If the block raises, the old content stays. What a killed process left behind is removed by the
+    next call for the same path.
 
     Args:
       path: the file or folder; missing folders above it are made. A symbolic link is followed.
@@ -54,7 +54,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             _put(new, path)
             sync(path.parent, deep=False)
     except OSError as error:
-        # The temporary name would tell a user nothing, and a failing disk gives no name at all.
+        # A user does not know the temporary name, and an error of the disk has no name at all.
         if error.errno is None or not _is_inside(error.filename, path.parent):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -78,8 +78,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def temporary_beside(path: Path) -> Iterator[Path]:
     """Yields an empty folder on the file system of `path`, which is removed at the end.
 
-    A lock in it tells the folder of a killed process, which the next call for `path` removes, from
-    one that is in use. Process numbers would not: in containers every run may have the same one.
+    A folder whose lock is free was left by a killed process, and the next call for `path` removes
+    it. Process numbers would not show that: in containers every run may have the same one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
@@ -99,7 +99,7 @@ def _mark(path: Path) -> str:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """Temporary folders of present and killed writers of `path`."""
+    """Temporary folders of running and of killed writers of `path`."""
     start = _mark(path)
     found = path.parent.iterdir() if path.parent.is_dir() else ()
     return sorted(p for p in found if p.name.startswith(start) and p.suffix == ".tmp")
@@ -124,11 +124,11 @@ def _in_use(folder: Path) -> bool:
         with open(folder / LOCK, "r+b") as lock:
             return not _try_lock(lock.fileno())
     except FileNotFoundError:
-        # Its owner has just made it, or is removing it, or was killed while doing so.
+        # No lock yet: its owner has just made it, or is removing it, or was killed in between.
         with contextlib.suppress(FileNotFoundError):
             return time.time() - folder.stat().st_mtime < _UNLOCKED
         return True
-    except OSError:  # of another user
+    except OSError:  # the lock of another user, which cannot be opened
         return True
 
 
@@ -184,10 +184,12 @@ def exchange(a: Path, b: Path) -> bool:
     Raises:
       OSError: the exchange failed.
     """
-    step = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if step is None:
+    # Python has no function for it; macOS has no `renameat2`.
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
         return False
-    if step(_AT_CWD, os.fsencode(a), _AT_CWD, os.fsencode(b), _SWAP) == 0:
+    places = (_AT_CWD, os.fsencode(a), _AT_CWD, os.fsencode(b))
+    if renameat2(*places, _SWAP) == 0:
         return True
     if (number := ctypes.get_errno()) in _CANNOT:
         return False
@@ -222,20 +224,20 @@ def locked(directory: Path) -> Iterator[None]:
                 stacklevel=3,
             )
         if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
-            # The owner of before removed the file after it was opened here.
+            # The last owner removed the file after it was opened here: lock the new one.
             stack.close()
             stack.enter_context(locked(directory))
         else:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            # Removed before it is closed, that is while it is locked.
+            # Callbacks run last in, first out: the file is removed while it is still locked.
             stack.callback(path.unlink, missing_ok=True)
         yield
 
 
 @contextlib.contextmanager
 def named(path: str | os.PathLike) -> Iterator[None]:
-    """Names the file in the errors of values that are of another kind than their reader expects.
+    """Names the file in errors about values of a type that their reader does not expect.
 
     The fields that matter are checked one by one; this is for the others.
 
@@ -249,17 +251,17 @@ def named(path: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"{path}: a value is of the wrong kind: {reason}") from error
 
 
-# The files of a model or an adapter, and the folder of further chat templates.
+# What is read from a model's or an adapter's directory, the folder of chat templates among it.
 _READ = (".json", ".safetensors", ".jinja", ".txt", ".model", "additional_chat_templates")
 
 
 def check_links(directory: Path) -> None:
-    """Refuses links out of a downloaded directory, which may lead to any file of this machine.
+    """Refuses links out of a downloaded directory, which may point to any file of this machine.
 
     The Hub's cache is made of links: `snapshots/REVISION` links to its own `blobs`.
 
     Raises:
-      ValueError: a link leads elsewhere; it is named.
+      ValueError: a link points elsewhere; it is named.
     """
     home = directory.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
@@ -267,7 +269,7 @@ def check_links(directory: Path) -> None:
         try:
             real = path.resolve()
         except (OSError, RuntimeError):
-            raise ValueError(f"{path}: a link that leads to itself; remove it") from None
+            raise ValueError(f"{path}: a link that points to itself; remove it") from None
         inside = real.is_relative_to(home) or real.is_relative_to(blobs)
         if path.name.endswith(_READ) and not inside:
             raise ValueError(f"{path}: links to {real}, outside its directory; copy the file")
@@ -309,11 +311,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def half_character(value: Any, data: bytes) -> str:
     r"""The first half of a character in a JSON value, as `\ud83d`; empty if there is none.
 
-    JSON can spell such halves, but no text file can hold them, and no tokenizer takes them.
+    JSON can spell such halves (lone surrogates), but UTF-8 cannot, and tokenizers refuse them.
 
     Args:
       value: the parsed JSON.
-      data: what it was parsed from; without an escape of a half there is nothing to look for.
+      data: what it was parsed from; the value is searched only if this has an escape of a half.
     """
     if b"\\ud" in data.lower():
         try:
@@ -353,13 +355,13 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def check_new(path: str | os.PathLike) -> None:
-    """Checks that a place is free, for a writer that replaces nothing.
+    """Checks that a path is free, for a writer that replaces nothing.
 
     Raises:
       FileExistsError: a file or folder is there.
     """
     if Path(path).exists():
-        raise FileExistsError(f"{path}: there is something already; give another directory")
+        raise FileExistsError(f"{path}: exists already; choose another directory")
 
 
 def kept(path: str | os.PathLike, make: Callable[[], Any], *, indent: int | None = None) -> Any:

@@ -1,7 +1,7 @@
-"""What the classes of leaves share: the pytree, a short repr, an error where an array is expected.
+"""What the classes of leaves share: the pytree, a short repr, errors where an array is expected.
 
-A leaf is a small tree of arrays with the shape of one. A model that is called without `lora.lorafy`
-treats it as that array; every way to do so raises an error that names `lora.lorafy`.
+A leaf is a small tree of arrays with the shape of one array. A model that is called without
+`lora.lorafy` uses it as an array; every such use raises an error that names `lora.lorafy`.
 """
 
 import dataclasses
@@ -18,10 +18,11 @@ import numpy as np
 _Class = TypeVar("_Class", bound=type)
 
 
-def leaf_class(*static: str) -> Callable[[_Class], _Class]:
+def leaf_class(static: Sequence[str] = ()) -> Callable[[_Class], _Class]:
     """Registers a frozen dataclass as a leaf; its `static` fields are compared, not traced."""
 
     def register(cls: _Class) -> _Class:
+        # Set here, because the house has no base classes.
         for name, method in _METHODS.items():
             setattr(cls, name, method)
         names = [f.name for f in dataclasses.fields(cls)]
@@ -62,7 +63,7 @@ def _typed(value: Any, kind: Any) -> Any:
 def register_with_flax(*classes: type) -> None:
     """Lets `flax.serialization` read and write leaves of these classes, once it is imported.
 
-    flax looks classes up in a table of its own, and importing it takes longer than importing jax.
+    flax has a table of classes of its own. It is not imported for that: it takes longer than jax.
     """
     serialization = sys.modules.get("flax.serialization")
     if serialization is None:
@@ -72,7 +73,7 @@ def register_with_flax(*classes: type) -> None:
 
 
 def _state_of(leaf: Any) -> dict[str, Any]:
-    """The arrays of a leaf by their fields; what is None or static comes from the target."""
+    """The arrays of a leaf by field; fields that are None or static come from the target."""
     to_state = sys.modules["flax.serialization"].to_state_dict
     return {name: to_state(value) for name, value in _arrays(leaf).items()}
 
@@ -100,7 +101,7 @@ def _arrays(leaf: Any) -> dict[str, Any]:
 def _not_an_array(leaf: Any, use: str) -> str:
     return (
         f"{use} needs an array, got a `{type(leaf).__name__}`: call the model through "
-        "`lora.lorafy(model)(lora_params, ...)`, or give it plain arrays, `lora.merge(lora_params)`"
+        "`lora.lorafy(model)(lora_params, ...)`, or pass plain arrays, `lora.merge(lora_params)`"
     )
 
 
@@ -140,18 +141,19 @@ _OPERATORS = {
 _METHODS: dict[str, Any] = {
     "__repr__": _repr,
     "__getattr__": _missing,
-    "__bool__": lambda self: True,  # not the length's
+    "__bool__": lambda self: True,  # else `if leaf` would call `__len__`, which raises
     "__len__": _refusal("`len`"),
     "__iter__": _refusal("iteration"),
     "__getitem__": _refusal("an index `[...]`"),
     "__neg__": _refusal("`-`"),
     "__abs__": _refusal("`abs`"),
     "__float__": _refusal("`float`"),
-    # A property: some functions of JAX only look whether it is there, and then name neither.
+    # A property raises when it is looked up: some functions of JAX look it up without a call, and
+    # their own error names neither the leaf nor `lora.lorafy`.
     "__jax_array__": property(_refusal("a function of JAX")),
-    # Without it NumPy makes an array of one Python object.
+    # Without it NumPy would make an array of one Python object.
     "__array__": _refusal("a function of NumPy"),
-    # An operator of a NumPy array leaves the work to the leaf.
+    # With None, `numpy_array @ leaf` calls the leaf's operator, which raises.
     "__array_ufunc__": None,
     **{
         f"__{side}{name}__": _refusal(f"`{sign}`")

@@ -1,11 +1,13 @@
 """Glue for Flax linen: a module and its variables as a pure function of parameters, and back.
 
-There is no arithmetic here. linen modules are pure already; this only separates the other
-collections (batch statistics, caches) from the parameters, and joins them again.
+There is no arithmetic here. linen modules are pure already; these functions only separate the other
+collections (batch statistics, caches) from the parameters, and join them again.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from jaxtyping import PyTree
 
 __all__ = ["Functional", "functional", "variables"]
 
@@ -29,12 +31,14 @@ class Functional(NamedTuple):
     state: dict[str, Any]
 
 
-def functional(module, variables: Mapping[str, Any], *, method=None) -> Functional:
+def functional(
+    module: Any, variables: Mapping[str, Any], *, method: str | Callable | None = None
+) -> Functional:
     """Splits a linen module and its variables into a pure function and its parameters.
 
     Args:
       module: a `flax.linen.Module`.
-      variables: what `module.init` returned, boxed or not.
+      variables: the result of `module.init`, boxed or not.
       method: the method to call, as in `Module.apply`; `__call__` by default.
 
     Returns:
@@ -51,19 +55,26 @@ def functional(module, variables: Mapping[str, Any], *, method=None) -> Function
     """
     if "params" not in variables:
         raise ValueError(
-            f'`variables` has no "params" collection, only {sorted(variables)}: pass what '
-            f"`module.init` returned"
+            f'`variables` has no "params" collection, only {sorted(variables)}: pass the result of '
+            "`module.init`"
         )
     held = {name: value for name, value in variables.items() if name != "params"}
 
-    def fn(params, *args, state=None, rngs=None, **kwargs):
-        given = {"params": params, **(held if state is None else state)}
+    def fn(
+        params: PyTree,
+        *args,
+        state: Mapping[str, Any] | None = None,
+        rngs: Any = None,
+        **kwargs,
+    ) -> Any:
+        collections = {"params": params, **(held if state is None else state)}
+        # Without `mutable`, linen raises where a call changes a collection: no update is lost.
         mutable = False if state is None else list(state)
-        return module.apply(given, *args, rngs=rngs, method=method, mutable=mutable, **kwargs)
+        return module.apply(collections, *args, rngs=rngs, method=method, mutable=mutable, **kwargs)
 
     return Functional(fn, variables["params"], held)
 
 
-def variables(params, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What `module.apply` takes, from parameters (merged or base) and the other collections."""
+def variables(params: PyTree, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The argument of `module.apply`: parameters (merged or base) and the other collections."""
     return {"params": params, **(state or {})}

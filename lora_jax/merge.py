@@ -1,4 +1,4 @@
-"""Merging adapters into their weights, and taking them out again."""
+"""Merging adapters into their weights, and subtracting them again."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +21,7 @@ from lora_jax.array import (
     is_lora,
     is_stack,
     spread_outputs,
+    where_trees_differ,
     widened,
     with_rows,
 )
@@ -34,6 +35,7 @@ def merged(x: LoraArray) -> Array:
     """
     w = dense(x.w)
     wide = widened(w.dtype)
+    # The sum in `W`'s own 16 bits would lose changes smaller than half of its last digit.
     full = w.astype(wide) + delta(x).astype(wide)
     if x.m is not None:
         full = full * spread_outputs(dora.gain(x), x).astype(wide)
@@ -75,7 +77,7 @@ def merge(lora_params: PyTree) -> PyTree:
     if bad:
         raise ValueError(
             f"merged weights are not finite (NaN or infinity) at {', '.join(f'`{p}`' for p in bad)}"
-            f"; the adapter has diverged or is damaged: nothing was changed"
+            "; the adapter has diverged or is damaged: train it again, or load an earlier one"
         )
     return jax.tree.unflatten(tree, leaves)
 
@@ -132,7 +134,7 @@ def _finite(x: AnyArray) -> bool:
 
 
 def unmerge(params: PyTree, lora_params: PyTree) -> PyTree:
-    """Takes the adapters out of merged parameters again, which gives the base.
+    """Subtracts the adapters from merged parameters, which gives the base.
 
     Where `params` is the merge of `lora_params`, the result is the base bit for bit. From a leaf
     that was trained further since, the same change is subtracted in float32.
@@ -153,8 +155,9 @@ def unmerge(params: PyTree, lora_params: PyTree) -> PyTree:
     # Compared with whole LoRA leaves as leaves: the merge has an array in each one's place.
     if plain_tree != tree:
         raise ValueError(
-            "`params` and `lora_params` are trees of different structure: pass the merge of this "
-            f"very tree; got {plain_tree} and {tree}"
+            "`params` and `lora_params` have different structures, at "
+            f"{where_trees_differ(params, lora_params)}: pass parameters that "
+            "`lora.merge(lora_params)` gave"
         )
     leaves = [_unmerge_leaf(paths.spell(p), x, y) for (p, x), y in zip(flat, plain, strict=True)]
     for place, change in _bias_changes(flat).items():
@@ -168,7 +171,7 @@ def _without_change(x: AnyArray, y: AnyArray, change: Array) -> Array:
     """A merged bias without the adapter's; exactly the base's where nothing else changed it."""
     wide = widened(x.dtype)
     merged = (x.astype(wide) + change.astype(wide)).astype(x.dtype)
-    # As in `_unmerge_leaf`: exact where it can be, number by number.
+    # As in `_unmerge_leaf`, number by number: exact where the merge is unchanged.
     return jnp.where(y == merged, x, (y.astype(wide) - change.astype(wide)).astype(y.dtype))
 
 
@@ -176,7 +179,10 @@ def _unmerge_leaf(path: str, x: Any, y: Any) -> Any:
     if not is_lora(x):
         return y
     if tuple(x.shape) != tuple(y.shape):
-        raise ValueError(f"`{path}` has shape {tuple(y.shape)} in `params`, expected {x.shape}")
+        raise ValueError(
+            f"`{path}` has shape {tuple(y.shape)} in `params`, expected {x.shape} as in "
+            "`lora_params`: pass parameters that `lora.merge(lora_params)` gave"
+        )
     if isinstance(x, SavedArray | RowsArray):
         return x.w
     w = dense(x.w)

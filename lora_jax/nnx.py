@@ -1,4 +1,4 @@
-"""Glue for Flax NNX: a module as a pure function of parameters, and a module with adapters inside.
+"""Flax NNX: a module as a pure function of its parameters, and a module with adapters inside.
 
 There is no arithmetic here.
 """
@@ -6,11 +6,12 @@ There is no arithmetic here.
 import functools
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jaxtyping import PRNGKeyArray, PyTree
 
 from lora_jax import paths
 from lora_jax.array import is_lora
@@ -68,9 +69,11 @@ def functional(module: nnx.Module, *, method: str = "__call__") -> Functional:
     return Functional(_function(graph, held, method), params, held)
 
 
-def _function(graph, held, method: str) -> Callable:
-    def fn(params, *args, state=None, **kwargs):
-        # Copied, because a call may write to the variables that it is given.
+def _function(graph: Any, held: PyTree, method: str) -> Callable:
+    """A module's method as a function of its parameters; `held` are its other variables."""
+
+    def fn(params: PyTree, *args, state: PyTree | None = None, **kwargs) -> Any:
+        # Copied, because a call may write to the variables of its module.
         module = nnx.merge(graph, params, held if state is None else state, copy=True)
         out = operator.attrgetter(method)(module)(*args, **kwargs)
         _, _, after = nnx.split(module, nnx.Param, ...)
@@ -79,19 +82,20 @@ def _function(graph, held, method: str) -> Callable:
         if changed := _changed(held, after):
             raise ValueError(
                 f"the call changes {', '.join(f'`{c}`' for c in changed)}, which would be lost: "
-                f"pass `state=state` and keep the state that comes back"
+                "pass `state=state`, and keep the state that is returned"
             )
         return out
 
     return fn
 
 
-def _changed(before, after) -> list[str]:
+def _changed(before: PyTree, after: PyTree) -> list[str]:
+    """The paths of the variables that a call has changed."""
     old = jax.tree_util.tree_leaves_with_path(before)
     new = jax.tree_util.tree_leaves_with_path(after)
     if len(old) != len(new):
         return ["the set of variables"]
-    # By identity: a variable that is not written keeps the very same array, also under a trace.
+    # By identity: a variable that is not written keeps its array object, also under a trace.
     return [paths.spell(p) for (p, x), (_, y) in zip(old, new, strict=True) if x is not y]
 
 
@@ -105,8 +109,8 @@ class Adapted(nnx.Module):
     methods run with the adapters, as by `call`. A layer is the base's own, and computes without
     them: `model.call("blocks.encode", x)` is a layer's method with its adapters.
 
-    The trained variables are `LoraParam`s. The base's own variables stay, and state that a call
-    changes (batch statistics, caches, random streams) is kept, as in the base.
+    The trained variables are `LoraParam`s. The base's own variables are unchanged, and state that a
+    call changes (batch statistics, caches, random streams) is updated, as in the base.
 
     Attributes:
       base: the module that was adapted (its structure; its arrays are shared, not copied).
@@ -114,8 +118,8 @@ class Adapted(nnx.Module):
       plan: which leaves are adapted.
     """
 
-    def __init__(self, base: nnx.Module, lora_params, plan: Plan):
-        # A plan holds no arrays: it belongs to the module's structure.
+    def __init__(self, base: nnx.Module, lora_params: PyTree, plan: Plan) -> None:
+        # A plan holds no arrays: it belongs to the module's structure, not to its state.
         self.plan = nnx.static(plan)
         parts, bare = {}, []
         flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_lora)
@@ -152,7 +156,7 @@ class Adapted(nnx.Module):
         inside = "base" in vars(self) and name not in _OWN and hasattr(self.base, name)
         nnx.Module.__setattr__(self.base if inside else self, name, value)
 
-    def lora_params(self):
+    def lora_params(self) -> PyTree:
         """The tree for `lora.lorafy`, `lora.merge` and the functions that save adapters."""
         _, params, _ = nnx.split(self.base, nnx.Param, ...)
         flat, tree = jax.tree_util.tree_flatten_with_path(params)
@@ -160,16 +164,16 @@ class Adapted(nnx.Module):
         leaves = [self._leaf(planned[paths.spell(path)], path, w) for path, w in flat]
         return jax.tree.unflatten(tree, leaves)
 
-    def _leaf(self, planned: LeafPlan, path, w):
+    def _leaf(self, planned: LeafPlan, path: Sequence, w: Any) -> Any:
         if planned.kind == "frozen":
             return w
         trained = {name: x.get_value() for name, x in self.adapters[_name(path)].items()}
         return make_leaf(self.plan, planned, w, **trained)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args, **kwargs) -> Any:
         return self.call("__call__", *args, **kwargs)
 
-    def call(self, method: str, *args, lora_key=None, **kwargs):
+    def call(self, method: str, *args, lora_key: PRNGKeyArray | None = None, **kwargs) -> Any:
         """Calls any method of the base with the adapters on.
 
         Args:
@@ -184,12 +188,17 @@ class Adapted(nnx.Module):
         return out
 
 
-def _name(path) -> str:
+def _name(path: Sequence) -> str:
     return paths.spell(path).replace(".", "/")
 
 
 def adapt(
-    module: nnx.Module, config: LoraConfig, *args, key, method: str = "__call__", **kwargs
+    module: nnx.Module,
+    config: LoraConfig,
+    *args,
+    key: PRNGKeyArray,
+    method: str = "__call__",
+    **kwargs,
 ) -> Adapted:
     """Puts adapters into an NNX module; the result is called as the module was.
 

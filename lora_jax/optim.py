@@ -35,7 +35,7 @@ def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
-      >>> base = {"w": lora.quantize({"w": jnp.ones((64, 8))}, ["w"])["w"]}
+      >>> base = lora.quantize({"w": jnp.ones((64, 8))}, ["w"])
       >>> fn = lora.lorafy(lambda p, x: jnp.sum(x @ p["w"]))
       >>> x = jnp.ones((2, 64))
       >>> plan = lora.plan(lora.LoraConfig(rank=2, target_modules=("w",)), fn, base, x)
@@ -78,14 +78,14 @@ def check_trainable(trainable: PyTree, name: str = "trainable") -> None:
     flat, _ = jax.tree_util.tree_flatten_with_path(trainable)
     if not flat:
         raise ValueError(
-            f"`{name}` holds nothing that trains: pass the tree of `lora.init`, whose adapters do"
+            f"`{name}` holds nothing that trains: pass the tree that `lora.init` returned"
         )
     for path, x in flat:
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             raise ValueError(
                 f"`{name}` holds {x.dtype} numbers at `{paths.spell(path)}`, which have no "
-                "gradient (a quantized base's codes?): differentiate with `lora.value_and_grad`, "
-                "or with respect to the first tree of `lora.split`"
+                "gradient (a quantized base's codes?): use `lora.value_and_grad`, or differentiate "
+                "with respect to the first tree of `lora.split`"
             )
 
 
@@ -95,7 +95,7 @@ def trainable_mask(lora_params: PyTree) -> PyTree:
     def mark(x: Any) -> Any:
         if not is_lora(x):
             return False
-        # Fields, not leaves, are marked: the mask has the structure of the tree with its arrays.
+        # A mark for each field: the mask has the structure of the tree down to its arrays.
         marks = dict.fromkeys(TRAINED_FIELDS[type(x)], True)
         marks |= dict.fromkeys(FROZEN_FIELDS[type(x)], False)
         return dataclasses.replace(
@@ -130,14 +130,14 @@ def masked(tx: Any) -> Any:
         return tx.init(trainable)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        mine, rest = split(updates)
-        held = (None, None) if params is None else split(params)
+        trainable, frozen = split(updates)
+        now, base = (None, None) if params is None else split(params)
         # `tx` sees the trainable half in every argument, so weight decay never reaches the base.
-        changes, state = tx.update(mine, state, held[0])
-        # Whichever argument is a whole tree shows the structure of the updates.
-        whole = rest if jax.tree.leaves(rest) else held[1]
-        if jax.tree.leaves(whole):
-            changes = combine(changes, jax.tree.map(_no_change, whole))
+        changes, state = tx.update(trainable, state, now)
+        # One of the arguments may be a whole tree: the updates then have its structure.
+        rest = frozen if jax.tree.leaves(frozen) else base
+        if jax.tree.leaves(rest):
+            changes = combine(changes, jax.tree.map(_no_change, rest))
         return changes, state
 
     return optax.GradientTransformation(start, update)

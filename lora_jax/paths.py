@@ -91,11 +91,14 @@ def expand(path: str, layers: int) -> list[str]:
 
 def fold_path(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
     """The PRNG key of one leaf; other leaves of the tree do not change it."""
+    # crc32 and not `hash`, which differs from process to process. The mask
+    # keeps it an int32.
     return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names most like `name`, as a phrase for an error message."""
+    # Sorted, so that names which are equally near come in a fixed order.
     known = sorted(set(known))
     tail = name.rsplit(".", 1)[-1]
     scored = sorted(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from lora_jax.quant.dispatch import check_backend
 from lora_jax.quant.formats import FormatName
 
 # Names, a regular expression, a `lora_jax.Plan`, or `f(path, leaf)`.
-Where = Any
+Where = str | Sequence[str] | Plan | Callable[[str, Any], Any]
 
 
 def quantize(
@@ -67,10 +67,10 @@ def quantize(
     flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     named = [(paths.spell(path), leaf) for path, leaf in flat]
     chosen = _chosen(where, named)
-    planned = where.by_path() if _is_plan(where) else {}
+    planned = where.by_path() if isinstance(where, Plan) else {}
 
     def one(path: str, leaf: Any) -> QuantArray:
-        # What the caller states comes before what the plan found.
+        # The caller's roles come before the plan's.
         own = _roles_of(roles or {}, path) or (planned[path].roles if path in planned else None)
         q = quantize_array(
             leaf,
@@ -89,10 +89,6 @@ def quantize(
         for path, leaf in _shown(named, progress, len(chosen))
     ]
     return jax.tree.unflatten(tree, out)
-
-
-def _is_plan(where: Where) -> bool:
-    return isinstance(where, Plan)
 
 
 def _shown(named: list, progress: bool, count: int) -> Iterator:
@@ -115,12 +111,13 @@ def _chosen(where: Where, named: list) -> set[str]:
             raise ValueError(
                 f"`params` has an adapter at `{path}`: quantize the base, then `lora.init`"
             )
-    if _is_plan(where):
+    if isinstance(where, Plan):
         chosen = {leaf.path for leaf in where.adapted}
         unknown = chosen - {path for path, _ in named}
         if unknown:
             raise ValueError(
-                f"`where` is a plan of `{sorted(unknown)[0]}`, which `params` does not have"
+                f"`where` is a plan with `{sorted(unknown)[0]}`, which `params` does not have: "
+                "pass the plan of these parameters"
             )
     elif isinstance(where, str | Sequence):
         chosen = _by_name(where, named)
@@ -132,7 +129,10 @@ def _chosen(where: Where, named: list) -> set[str]:
             f"`{done[0]}` is quantized already; `lora.dequantize` first to choose another format"
         )
     if not chosen:
-        raise ValueError("`where` chooses no leaf of `params`")
+        raise ValueError(
+            "`where` chooses no leaf of `params`: give module names, a regular expression, or "
+            "`f(path, leaf) -> bool`"
+        )
     return chosen
 
 
@@ -154,7 +154,7 @@ def _by_name(where: str | Sequence[str], named: list) -> set[str]:
             path
             for path in wide
             for name in (path, paths.module_of(path))
-            if _means(entry, name, isinstance(where, str))
+            if _matches(entry, name, pattern=isinstance(where, str))
         }
         if not hits:
             known = paths.nearest(entry, {paths.module_of(path) for path in wide})
@@ -163,7 +163,7 @@ def _by_name(where: str | Sequence[str], named: list) -> set[str]:
     return chosen
 
 
-def _means(entry: str, name: str, pattern: bool) -> bool:
+def _matches(entry: str, name: str, *, pattern: bool) -> bool:
     if pattern:
         return re.fullmatch(entry, name) is not None
     return matching.ends_with(name, entry)

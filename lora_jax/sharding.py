@@ -1,4 +1,4 @@
-"""Shardings of weights, from rules, and of adapters: those of the weight, with the rank replicated.
+"""Shardings: of weights from rules, of adapters from their weights, with the rank replicated.
 
 W  (layers, in, out)   P(None, "data", "model")
 A  (layers, in, r)     P(None, "data", None)
@@ -26,9 +26,10 @@ from lora_jax.transform.labels import part_spec
 __all__ = ["LeafDims", "Rules", "partition_specs", "place", "shardings", "specs"]
 
 AXES = ("data", "fsdp", "tensor")
-_SUPERBLOCK = 128  # inputs
+# Inputs in a superblock, the unit in which a quantized weight is stored.
+_SUPERBLOCK = 128
 
-# Field of a leaf -> its name in `part_spec`; a magnitude has the dims of a gain.
+# Field of a `LoraArray` -> its name in `part_spec`; a magnitude has the dims of a gain.
 _PARTS = {"a": "a", "b": "b", "scale": "scale", "m": "gain", "bias": "bias"}
 
 
@@ -94,8 +95,8 @@ def _base_specs(w: Any, spec: PartitionSpec) -> Any:
 def _leaf_specs(x: Any, spec: PartitionSpec) -> Any:
     if isinstance(x, SavedArray):
         return dataclasses.replace(x, w=_base_specs(x.w, spec), value=spec)
-    if isinstance(x, RowsArray):  # few rows: whole on every device of the vocabulary's axis
-        # A spec may be shorter than its array.
+    if isinstance(x, RowsArray):
+        # The rows are few: only their features are sharded. A spec may be shorter than its array.
         full = (*spec, None, None)
         rows = PartitionSpec(None, full[1 - x.axis])
         return dataclasses.replace(x, w=_base_specs(x.w, spec), rows=rows)
@@ -109,7 +110,7 @@ def _leaf_specs(x: Any, spec: PartitionSpec) -> Any:
 
 
 def follow(lora_params: PyTree) -> PyTree:
-    """Moves all factors to the mesh of their weights; see `place_factors`."""
+    """Moves all factors to the meshes of their weights; see `place_factors`."""
     return jax.tree.map(
         lambda x: place_factors(x) if isinstance(x, LoraArray) else x, lora_params, is_leaf=is_leaf
     )
@@ -171,7 +172,7 @@ def shardings(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     """The `NamedSharding` of every array of a tree that `place` would put on the mesh."""
     whole: list[str] = []
     found = jax.tree_util.tree_map_with_path(
-        lambda path, x: leaf_shardings(paths.spell(path), x, mesh, rules, whole),
+        lambda path, x: leaf_shardings(paths.spell(path), x, mesh, rules, whole=whole),
         params,
         is_leaf=is_leaf,
     )
@@ -179,9 +180,9 @@ def shardings(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     return found
 
 
-def leaf_shardings(path: str, x: Any, mesh: Mesh, rules: Rules, whole: list[str]) -> Any:
+def leaf_shardings(path: str, x: Any, mesh: Mesh, rules: Rules, *, whole: list[str]) -> Any:
     """The shardings of the arrays of one leaf; `whole` receives it if it cannot be divided."""
-    spec = _leaf_spec(path, x, rules, mesh.shape, whole)
+    spec = _leaf_spec(path, x, rules, mesh.shape, whole=whole)
     return jax.tree.map(
         lambda s: NamedSharding(mesh, s),
         _leaf_specs(x, spec),
@@ -196,7 +197,7 @@ def warn_of_whole(whole: Sequence[str], mesh: Mesh) -> None:
         warnings.warn(
             f"every device holds all of {', '.join(whole[:3])}{more}: an axis of the mesh "
             f"{dict(mesh.shape)} divides none of their dims that it may shard",
-            stacklevel=4,
+            stacklevel=4,  # the caller of `place`, or of the loader
         )
 
 
@@ -228,26 +229,27 @@ def specs(
       PartitionSpec('fsdp', None)
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: _leaf_spec(paths.spell(path), x, rules, mesh_shape, whole),
+        lambda path, x: _leaf_spec(paths.spell(path), x, rules, mesh_shape, whole=whole),
         shapes,
         is_leaf=is_leaf,
     )
 
 
 def _leaf_spec(
-    path: str, x: Any, rules: Rules, mesh_shape: Mapping[str, int], whole: list[str] | None
+    path: str, x: Any, rules: Rules, mesh_shape: Mapping[str, int], *, whole: list[str] | None
 ) -> PartitionSpec:
     x = getattr(x, "w", x)  # an adapted leaf is spread like its weight
     row = next((row for row in rules.leaves if re.search(row.pattern, path)), None)
     if row is None or x.ndim < len(row.dims):
         return PartitionSpec()
+    # Scanned layers stand before the dims that a row names.
     first = x.ndim - len(row.dims)
     names = ("layers",) * first + row.dims
     order = [first + d for d in row.order]
     spec: list[str | None] = [None] * x.ndim
-    # `tensor` first: it has one dim it can take, `fsdp` takes any that is left.
+    # `tensor` first: only one dim fits it, while `fsdp` can shard any that is left.
     for axis in ("tensor", "fsdp", "data"):
-        # A vector is too small to be worth the gathering.
+        # Under fsdp a weight is gathered for each use, which does not pay for a vector.
         if mesh_shape.get(axis, 1) == 1 or (axis == "fsdp" and len(row.dims) == 1):
             continue
         free = [d for d in order if spec[d] is None and axis in rules.axes.get(names[d], ())]
@@ -261,7 +263,7 @@ def _leaf_spec(
         else:
             raise ValueError(
                 f"`mesh` axis `{axis}` = {mesh_shape[axis]} divides no dim of `{path}` "
-                f"{tuple(x.shape)} that is free; take a divisor of the model's width"
+                f"{tuple(x.shape)} that it may shard; choose a divisor of the model's width"
             )
     return PartitionSpec(*spec)
 

@@ -1,4 +1,4 @@
-"""Trees of LoRA leaves: make one, split it into its trained and its frozen half, count it."""
+"""Trees of LoRA leaves: made, split into a trained and a frozen half, joined, counted."""
 
 import dataclasses
 import math
@@ -22,8 +22,8 @@ from lora_jax.array import (
     dense,
     is_leaf,
     is_lora,
-    known_to_flax,
     leaves_by_path,
+    register_leaves,
     widened,
 )
 from lora_jax.config.arguments import check_argument, check_key
@@ -43,9 +43,9 @@ def init(key: PRNGKeyArray, plan: Plan, params: PyTree, *, weights: Any = None) 
     Args:
       key: PRNG key.
       plan: of these parameters.
-      params: the tree that was planned.
-      weights: with init="loftq" and a quantized base, the floats it was made of: the same tree, or
-        `f(path) -> array` to hold one leaf at a time.
+      params: the parameters that were planned.
+      weights: with init="loftq" and a quantized base, the floats it was quantized from: the same
+        tree, or `f(path) -> array` to hold one leaf at a time.
 
     Returns:
       The tree with `LoraArray`s and `SavedArray`s at the leaves that train.
@@ -58,21 +58,20 @@ def init(key: PRNGKeyArray, plan: Plan, params: PyTree, *, weights: Any = None) 
     """
     check_argument("init(key, plan, params)", "plan", plan, Plan)
     check_key("key", key)
-    known_to_flax()
+    register_leaves()
     flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     planned = plan.by_path()
-    spelled = [paths.spell(key_path) for key_path, _ in flat]
-    _check_same(planned, dict(zip(spelled, (x for _, x in flat), strict=True)))
-    full = _weights_of(plan, weights)
+    named = [(paths.spell(key_path), leaf) for key_path, leaf in flat]
+    _check_same(planned, dict(named))
+    floats_of = _floats_of(plan, weights)
     leaves = [
-        _init_leaf(key, plan, planned.get(name), leaf, full)
-        for name, (_, leaf) in zip(spelled, flat, strict=True)
+        _init_leaf(key, plan, planned.get(name), leaf, floats_of=floats_of) for name, leaf in named
     ]
     return jax.tree.unflatten(tree, leaves)
 
 
-def _weights_of(plan: Plan, weights: Any) -> Callable[[LeafPlan], Any]:
-    """`f(leaf)` that gives the floats a quantized base was made of, or None without `weights`."""
+def _floats_of(plan: Plan, weights: Any) -> Callable[[LeafPlan], Any]:
+    """`f(leaf)` that returns the floats a leaf was quantized from, or None without `weights`."""
     if weights is None:
         return lambda leaf: None
     if plan.config.init != "loftq":
@@ -86,7 +85,8 @@ def _weights_of(plan: Plan, weights: Any) -> Callable[[LeafPlan], Any]:
         found = "none" if w is None else f"{w.dtype} of shape {tuple(w.shape)}"
         if w is None or is_leaf(w) or tuple(w.shape) != leaf.shape:
             raise ValueError(
-                f"`weights` must have `{leaf.path}` in floats with shape {leaf.shape}, got {found}"
+                f"`weights` must have `{leaf.path}` in floats with shape {leaf.shape}, got "
+                f"{found}: pass the parameters that were quantized"
             )
         return w
 
@@ -94,46 +94,53 @@ def _weights_of(plan: Plan, weights: Any) -> Callable[[LeafPlan], Any]:
 
 
 def _check_same(planned: dict[str, LeafPlan], leaves: dict) -> None:
+    """Checks that leaves are the planned ones, in shape and dtype."""
     for path, leaf in planned.items():
         if path not in leaves:
-            raise ValueError(f"`params` has no leaf `{path}`, which was planned; plan again")
+            raise ValueError(
+                f"`params` has no leaf `{path}`, which was planned: pass the planned parameters, "
+                "or plan again"
+            )
         if is_lora(leaves[path]):
-            raise ValueError(f"`params` already has an adapter at `{path}`; pass the base")
+            raise ValueError(f"`params` already has an adapter at `{path}`: pass the base")
         if tuple(leaves[path].shape) != leaf.shape:
             raise ValueError(
                 f"`params` has `{path}` with shape {tuple(leaves[path].shape)}, planned was "
-                f"{leaf.shape}; plan again"
+                f"{leaf.shape}: plan again"
             )
         if str(leaves[path].dtype) != leaf.dtype:
             raise ValueError(
-                f"`params` has `{path}` in {leaves[path].dtype}, planned was {leaf.dtype}; plan "
+                f"`params` has `{path}` in {leaves[path].dtype}, planned was {leaf.dtype}: plan "
                 "again"
             )
 
 
-def _init_leaf(key: PRNGKeyArray, plan: Plan, leaf: LeafPlan | None, w: Any, full: Callable) -> Any:
+def _init_leaf(
+    key: PRNGKeyArray, plan: Plan, leaf: LeafPlan | None, w: Any, *, floats_of: Callable
+) -> Any:
+    """A leaf with an adapter, as one that trains whole or in some rows, or unchanged."""
     if leaf is None or leaf.kind == "frozen":
         return w
     if leaf.kind == "saved":
-        # A copy, so that donating the half that trains leaves `w` alone.
+        # A copy: a training step that donates the trained half must not take `w` with it.
         return make_leaf(plan, leaf, w, value=jnp.array(dense(w), copy=True))
     if leaf.kind == "rows":
         rows = RowsArray(w, None, leaf.ids, leaf.axis)
         return dataclasses.replace(rows, rows=base_rows(rows).astype(widened(w.dtype)))
 
-    # By path, so that adapting one leaf more does not change how the others start.
+    # The key depends on the path, so that adapting one more leaf does not change the others.
     own = paths.fold_path(key, leaf.path)
     start = start_function(plan.config.init)
-    # Only LoftQ takes the floats beside a quantized base.
-    given = () if (numbers := full(leaf)) is None else (numbers,)
-    w, a, b = start(own, plan.config, leaf, w, *given)
+    # Only LoftQ has an argument for them.
+    floats = () if (found := floats_of(leaf)) is None else (found,)
+    w, a, b = start(own, plan.config, leaf, w, *floats)
     bias = {}
     if plan.config.lora_bias:
         bias["bias"] = jnp.zeros([leaf.shape[d] for d in b_dims(leaf.roles)], b.dtype)
     adapted = make_leaf(plan, leaf, w, a=a, b=b, **bias)
     assert isinstance(adapted, LoraArray)  # no other kind is left
     if plan.config.use_dora:
-        # After A and B: the magnitude is the norm of their sum with W.
+        # Last, because the magnitude is the norm of W + s·A·B.
         adapted = dataclasses.replace(adapted, m=dora.magnitude(adapted))
     return place_factors(adapted)
 
@@ -157,8 +164,8 @@ def make_leaf(plan: Plan, leaf: LeafPlan, w: Any, **trained) -> LoraArray | Save
 
 
 def _window(leaf: LeafPlan) -> Window | None:
-    """The convolution window of a kernel, where all convolutions that use it agree."""
-    # Where they disagree the leaf has none, and counts as a plain matrix.
+    """The window of a convolution's kernel, or None where its convolutions differ in it."""
+    # A kernel without a window is handled as a plain matrix.
     found = {use.window for use in leaf.uses if use.window is not None}
     return next(iter(found)) if len(found) == 1 else None
 
@@ -208,18 +215,21 @@ def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
         return jax.tree.map(_join, trainable, frozen, is_leaf=lambda x: x is None or is_lora(x))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"`trainable` and `frozen` are not two halves of one tree: {error}"
+            "`trainable` and `frozen` are not two halves of one tree: pass the two results of "
+            f"`lora.split` ({error})"
         ) from None
 
 
 def _join(x: Any, y: Any) -> Any:
     if not is_lora(x) and not is_lora(y):
         if x is not None and y is not None:
-            raise ValueError("both trees hold the same leaf; pass the two results of `split`")
+            raise ValueError("both hold a value of the same leaf")
         # A leaf without an adapter is whole in one half and None in the other.
         return y if x is None else x
     if type(x) is not type(y):
-        raise ValueError(f"{type(x).__name__} in one tree stands where {type(y).__name__} does")
+        raise ValueError(
+            f"the first has a {type(x).__name__} where the second has a {type(y).__name__}"
+        )
     fields = {}
     for name in (*TRAINED_FIELDS[type(x)], *FROZEN_FIELDS[type(x)]):
         mine, other = getattr(x, name), getattr(y, name)
@@ -228,7 +238,7 @@ def _join(x: Any, y: Any) -> Any:
 
 
 class Count(NamedTuple):
-    """How many numbers train, and how many there are in all, adapters included."""
+    """How many parameters train, and how many there are in all, adapters included."""
 
     trainable: int
     total: int
@@ -248,7 +258,7 @@ def count_parameters(lora_params: PyTree) -> Count:
         fields = [getattr(x, name) for name in TRAINED_FIELDS[type(x)]]
         own = sum(math.prod(field.shape) for field in fields if field is not None)
         trainable += own
-        # The half that `split` calls trainable has no base to count.
+        # The trainable half of `split` has no base to count.
         total += own + (math.prod(x.w.shape) if x.w is not None else 0)
     return Count(trainable, total)
 

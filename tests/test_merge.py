@@ -69,7 +69,7 @@ def test_a_merge_that_is_not_finite_is_an_error_that_names_the_leaves(bad):
     x = leaf()
     broken = dataclasses.replace(x, a=x.a.at[1, 2, 0].set(bad))
     tree = {"good": {"kernel": leaf(seed=1)}, "bad": {"kernel": broken}}
-    with pytest.raises(ValueError, match=r"not finite .* at `bad.kernel`; .* nothing was changed"):
+    with pytest.raises(ValueError, match=r"not finite .* at `bad.kernel`; .* train it again"):
         lora.merge(tree)
 
 
@@ -93,7 +93,7 @@ def test_merge_under_jit():
 
 def test_unmerge_of_another_tree_is_an_error():
     tree = {"w": leaf()}
-    with pytest.raises(ValueError, match="trees of different structure"):
+    with pytest.raises(ValueError, match="different structures, at `"):
         lora.unmerge({"v": tree["w"].w}, tree)
     with pytest.raises(ValueError, match=r"`w` has shape \(2, 2\) in `params`, expected \(3, 8, 6"):
         lora.unmerge({"w": jnp.ones((2, 2))}, tree)

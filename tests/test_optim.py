@@ -84,7 +84,7 @@ def test_codes_have_no_gradient(quantized):
 def test_what_cannot_train_is_said(quantized):
     plain = lora.quantize(BASE, ["up"], block_size=16)
     for start in (lora.grad(loss), lora.masked(optax.sgd(0.1)).init):
-        with pytest.raises(ValueError, match="holds nothing that trains: pass the tree of `lora.i"):
+        with pytest.raises(ValueError, match="holds nothing that trains: pass the tree that"):
             start(plain, *([X] if start.__name__ == "run" else []))
     with pytest.raises(ValueError, match="uint8 numbers at `up.w.packed`, which have no gradient"):
         init_state(jax.random.key(0), quantized, optax.sgd(0.1))

@@ -68,7 +68,7 @@ def save_model(
       max_shard_size: bytes in one file, or as Hugging Face writes it: "5GB".
 
     Raises:
-      FileExistsError: there is something already.
+      FileExistsError: the directory exists already.
       ValueError: `params` holds adapters, or numbers that the dtype cannot hold.
       OSError: the directory cannot be written.
     """
@@ -96,7 +96,7 @@ def save_merged(
       max_shard_size: bytes in one file, or as Hugging Face writes it: "5GB".
 
     Raises:
-      FileExistsError: there is something already.
+      FileExistsError: the directory exists already.
       ValueError: a sum that is not finite, or numbers that the dtype cannot hold.
       OSError: the directory cannot be written.
     """

@@ -18,6 +18,7 @@ from lora_jax.array import (
     is_leaf,
     is_lora,
     is_stack,
+    where_trees_differ,
 )
 from lora_jax.multi.stack import (
     adapter_fields,
@@ -77,7 +78,10 @@ def stack_of_one(stacked: PyTree, adapter: PyTree) -> PyTree:
     flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=is_leaf)
     new, new_tree = jax.tree.flatten(adapter, is_leaf=is_leaf)
     if new_tree != tree:
-        raise ValueError("`adapter` is a tree of another structure than the stack's base")
+        raise ValueError(
+            "`adapter` is a tree of another structure than the stack: they differ at "
+            f"{where_trees_differ(stacked, adapter)}; pass an adapter of the stack's base"
+        )
     leaves = [_one_leaf(paths.spell(p), x, y) for (p, x), y in zip(flat, new, strict=True)]
     return jax.tree.unflatten(tree, leaves)
 

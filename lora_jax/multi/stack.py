@@ -28,6 +28,7 @@ from lora_jax.array import (
     is_lora,
     is_stack,
     rows_as_lora,
+    where_trees_differ,
 )
 from lora_jax.dims import b_dims, factor_shapes, stack_dims
 from lora_jax.dora import gain, norm
@@ -89,14 +90,11 @@ def columns_of(adapters: Sequence) -> tuple[list[list], jax.tree_util.PyTreeDef,
         check_whole(x)
     flat = [jax.tree_util.tree_flatten_with_path(x, is_leaf=is_leaf) for x in adapters]
     names = [paths.spell(path) for path, _ in flat[0][0]]
-    for number, (leaves, tree) in enumerate(flat):
+    for number, (_, tree) in enumerate(flat):
         if tree != flat[0][1]:
-            other = {paths.spell(path) for path, _ in leaves}
-            odd = sorted(other ^ set(names))[:3]
             raise ValueError(
                 f"adapter {number} is a tree of another structure than adapter 0: they differ at "
-                f"{', '.join(f'`{p}`' for p in odd) or 'their containers'}; stack adapters of one "
-                "base"
+                f"{where_trees_differ(adapters[0], adapters[number])}; pass adapters of one base"
             )
     columns = [list(column) for column in zip(*([x for _, x in leaves] for leaves, _ in flat),
                                               strict=True)]  # fmt: skip

@@ -29,7 +29,7 @@ Backend = Literal["auto", "reference", "gpu", "tpu", "gpu_interpret", "tpu_inter
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 
 
-@leaf_class(*_META)
+@leaf_class(_META)
 @dataclasses.dataclass(frozen=True, repr=False)
 class QuantArray:
     """A block-quantized weight.

@@ -142,7 +142,7 @@ def test_links_out_of_the_directory_are_refused(tmp_path, model):
         models.load(directory)
     (directory / "config.json").unlink()
     (directory / "config.json").symlink_to("config.json")
-    with pytest.raises(ValueError, match="m/config.json: a link that leads to itself"):
+    with pytest.raises(ValueError, match="m/config.json: a link that points to itself"):
         models.load(directory)
     # The Hub's cache.
     (directory / "config.json").unlink()

@@ -114,7 +114,7 @@ def test_half_precision_is_rounded_once(pair, tmp_path, dtype):
 
 def test_nothing_is_overwritten(pair):
     model, directory = pair
-    with pytest.raises(FileExistsError, match="there is something already; give another"):
+    with pytest.raises(FileExistsError, match="exists already; choose another directory"):
         save_model(directory, model, model.params)
 
 

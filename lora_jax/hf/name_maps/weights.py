@@ -34,7 +34,7 @@ def save_weights(
       max_shard_size: bytes in one file, or as Hugging Face writes it: "5GB".
 
     Raises:
-      FileExistsError: there is something already.
+      FileExistsError: the directory exists already.
       ValueError: a leaf has an adapter, has no rule, is another's tensor, or holds numbers that are
         not finite in `dtype`.
 
