@@ -140,6 +140,9 @@ def test_a_module_without_a_bias_cannot_be_merged():
     tree, _ = adapted(dense, DENSE, normal(4, 3, 5))
     with pytest.raises(ValueError, match="merged into a bias `down.bias` of the base, but there"):
         lora.merge(tree)
+    narrow = {**tree, "down": {**tree["down"], "bias": jnp.zeros(1)}}
+    with pytest.raises(ValueError, match=r"`down.bias` of the base, but that has shape \(1,\)"):
+        lora.merge(narrow)
 
 
 def test_where_a_bias_has_no_place_the_plan_says_so():

@@ -133,6 +133,14 @@ def test_the_random_start_fills_its_bounds():
         assert 0.95 * bound < float(jnp.abs(factor).max()) <= bound
 
 
+def test_the_orthogonal_start_needs_an_even_rank():
+    ranks = {"w": 3}
+    config = lora.LoraConfig(rank=4, target_modules=("w",), init="orthogonal", rank_pattern=ranks)
+    plan = lora.plan(config, lambda p, x: x @ p["w"], {"w": W}, jnp.ones((1, 96)))
+    with pytest.raises(ValueError, match='init="orthogonal" needs an even rank, `w` has 3'):
+        lora.init(jax.random.key(1), plan, {"w": W})
+
+
 def test_the_orthogonal_start_has_two_factors_whose_product_is_zero():
     leaf = start("orthogonal")
     np.testing.assert_allclose(leaf.a @ leaf.b, np.zeros((96, 80)), atol=1e-6)

@@ -304,7 +304,8 @@ def test_a_decoder_with_an_adapter_for_each_token():
         np.testing.assert_allclose(got[:, place], hidden[:, 0], rtol=3e-4, atol=3e-4)
 
 
-def test_tokens_are_followed_through_cudnns_attention(adapters, monkeypatch):
+@pytest.mark.parametrize("memory", [False, True], ids=["self", "cross"])
+def test_tokens_are_followed_through_cudnns_attention(adapters, memory, monkeypatch):
     """Traced only: there is no cuDNN here, and JAX asks for its version."""
     cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
@@ -313,7 +314,8 @@ def test_tokens_are_followed_through_cudnns_attention(adapters, monkeypatch):
     def attending(params, tokens):
         x = params["table"][tokens].astype(jnp.bfloat16)[:, :, None]
         x = jnp.pad(x, ((0, 0),) * 3 + ((0, 8 - DIM),))
-        x = jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation="cudnn")
+        seen = jnp.broadcast_to(x.mean(1, keepdims=True), x.shape) if memory else x
+        x = jax.nn.dot_product_attention(x, seen, seen, is_causal=True, implementation="cudnn")
         return x[:, :, 0, :DIM].astype(jnp.float32) @ params["table"].T
 
     def loss(stacked):
