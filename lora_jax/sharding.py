@@ -16,7 +16,7 @@ import jax.core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from lora_jax import compat, paths
+from lora_jax import compat, paths, processes
 from lora_jax.array import LoraArray, RowsArray, SavedArray, is_leaf
 from lora_jax.dims import in_dims
 from lora_jax.quant import sharding as quant_sharding
@@ -130,7 +130,7 @@ def place_factors(x: LoraArray) -> LoraArray:
     sharding = getattr(x.w, "sharding", None)
     if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
         return x
-    return _move(x, sharding.spec, lambda y, s: jax.device_put(y, NamedSharding(sharding.mesh, s)))
+    return _move(x, sharding.spec, lambda y, s: processes.put(y, NamedSharding(sharding.mesh, s)))
 
 
 def _move(x: LoraArray, spec: PartitionSpec, put: Callable) -> LoraArray:
@@ -165,7 +165,7 @@ def place(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
       PartitionSpec('fsdp', None)
     """
     placed = shardings(params, mesh, rules)
-    return jax.tree.map(jax.device_put, params, placed)
+    return jax.tree.map(processes.put, params, placed)
 
 
 def shardings(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:

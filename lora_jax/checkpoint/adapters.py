@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lora_jax import processes
 from lora_jax.array import check_whole
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
 from lora_jax.checkpoint.flat import (
@@ -61,7 +62,8 @@ def save(directory: str | os.PathLike, lora_params: Any, config) -> None:
     """Writes the trained leaves of `lora_params`; the base is never written.
 
     The folder is written under a temporary name and renamed when it is complete, so that a failure
-    or a kill leaves an earlier adapter intact.
+    or a kill leaves an earlier adapter intact. Of several processes all have to call it, and the
+    first one writes.
 
     Args:
       directory: the folder; its parent is created if missing. An existing adapter is replaced,
@@ -76,7 +78,12 @@ def save(directory: str | os.PathLike, lora_params: Any, config) -> None:
     _check_order("save", directory, config)
     directory = place_for(directory, ITEM, "an adapter")
     arrays, meta = _content(lora_params, config)
-    replace(directory, lambda new: _write(new, arrays, meta))
+    processes.together(lambda: _replace(directory, arrays, meta))
+
+
+def _replace(directory: Path, arrays: dict[str, Any], meta: dict) -> None:
+    if processes.is_first():
+        replace(directory, lambda new: _write(new, arrays, meta))
 
 
 class Pending(NamedTuple):
@@ -128,7 +135,7 @@ def save_async(directory: str | os.PathLike, lora_params: Any, config) -> Pendin
 
     def run() -> None:
         try:
-            replace(directory, lambda new: _write(new, copied, meta))
+            _replace(directory, copied, meta)
         except Exception as error:  # raised again by `wait`
             failures.append(error)
 
@@ -152,7 +159,7 @@ def _content(lora_params: Any, config: LoraConfig) -> tuple[dict[str, Any], dict
         "plan": outline(lora_params),
         "base": fingerprint(lora_params),
     }
-    return flatten(trainable), meta
+    return {name: processes.whole(x) for name, x in sorted(flatten(trainable).items())}, meta
 
 
 _ROLES = "lora_jax_roles"  # the only field that PEFT's config lacks

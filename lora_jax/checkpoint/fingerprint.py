@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lora_jax import compat
+from lora_jax import compat, processes
 from lora_jax.array import is_lora
 from lora_jax.checkpoint.flat import describe, flatten, summary
 from lora_jax.quant.array import arrays, default_roles, is_quant
@@ -37,8 +37,26 @@ def fingerprint(params: Any) -> dict[str, str]:
     leaves = flatten(base_of(params), is_leaf=is_quant)
     # An Equinox module has activation functions and numbers of Python among its leaves.
     leaves = {name: x for name, x in leaves.items() if is_quant(x) or compat.is_array(x)}
-    samples = jax.device_get({name: _samples(leaf) for name, leaf in leaves.items()})
+    samples = jax.device_get({name: _samples(leaf) for name, leaf in sorted(leaves.items())})
+    _complete(leaves, samples)
     return {n: f"{_kind(x)} {_hash(samples[n])}" for n, x in sorted(leaves.items())}
+
+
+def _complete(leaves: Mapping[str, Any], samples: dict[str, list]) -> None:
+    """Adds the elements that other processes hold, in one exchange for all leaves."""
+    shared = [
+        sample
+        for name in samples
+        for x, sample in zip(_arrays(leaves[name]), samples[name], strict=True)
+        if isinstance(x, jax.Array) and not x.is_fully_addressable and x.size and x.ndim
+    ]
+    if not shared:
+        return
+    # Bytes, which need no arithmetic in the dtype: all but one process have zeros in a place.
+    own = [x.reshape(-1).view(np.uint8) for x in shared]
+    added = processes.summed(np.concatenate(own))
+    for x, data in zip(own, np.split(added, np.cumsum([len(x) for x in own])[:-1]), strict=True):
+        x[:] = data
 
 
 def _kind(leaf: Any) -> str:
@@ -57,7 +75,11 @@ def kinds(params: Any) -> dict[str, str]:
 
 def _samples(leaf: Any) -> list:
     """Elements of the leaf, or of each array of a quantized one."""
-    return [_sample(x) for x in (arrays(leaf) if is_quant(leaf) else [leaf])]
+    return [_sample(x) for x in _arrays(leaf)]
+
+
+def _arrays(leaf: Any) -> list:
+    return list(arrays(leaf)) if is_quant(leaf) else [leaf]
 
 
 def base_of(tree: Any):
@@ -75,13 +97,11 @@ def _sample(leaf: Any):
 
 
 def _from_shards(leaf: jax.Array, where: tuple[np.ndarray, ...]) -> np.ndarray:
-    """The elements at `where`, each read on the device that holds it; no other data moves."""
-    if not leaf.is_fully_addressable:
-        raise ValueError(
-            "the base is also on devices of other processes, where it cannot be sampled; save "
-            "and restore from one process"
-        )
-    out = np.empty(len(where[0]), leaf.dtype)
+    """The elements at `where`, each read on the device that holds it; no other data moves.
+
+    Those that other processes hold are zero.
+    """
+    out = np.zeros(len(where[0]), leaf.dtype)
     for shard in leaf.addressable_shards:
         starts = [s.indices(size)[0] for s, size in zip(shard.index, leaf.shape, strict=True)]
         local = [i - start for i, start in zip(where, starts, strict=True)]

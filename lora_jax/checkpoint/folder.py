@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from lora_jax import processes
 from lora_jax.checkpoint.flat import describe, parse
 from lora_jax.compat import require
 from lora_jax.files import replacing
@@ -33,10 +34,24 @@ class DamagedError(ValueError):
 
 
 def checkpointer(item: str) -> Any:
-    """Orbax's checkpointer of a folder with arrays under `item` and JSON under `meta`."""
+    """Orbax's checkpointer of a folder with arrays under `item` and JSON under `meta`.
+
+    A process of several reads and writes by itself, and waits for none of the others.
+    """
     ocp = require("orbax.checkpoint")
-    handlers = {item: ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me,
+        active_processes={me} if processes.several() else None,
+        barrier_sync_key_prefix=f"process-{me}",
+    )
+    arrays = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    meta = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+    both = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+        **{item: arrays, "meta": meta},
+    )
+    return ocp.Checkpointer(both, multiprocessing_options=alone)
 
 
 def is_folder(directory: Path, item: str) -> bool:
@@ -93,7 +108,7 @@ def with_checksums(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[s
 
 
 def _sums(arrays: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _sum(x) for name, x in arrays.items()}
+    return {name: _sum(x) for name, x in sorted(arrays.items())}
 
 
 def split_checksums(meta: Any, directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -122,7 +137,8 @@ def check_arrays(arrays: Mapping[str, Any], sums: Mapping[str, str], directory: 
     Raises:
       DamagedError: an array is missing or has changed since it was written.
     """
-    for name, expected in sums.items():
+    # In one order, as processes take turns with arrays that several of them hold.
+    for name, expected in sorted(sums.items()):
         if name not in arrays:
             raise DamagedError(f"{directory}: array `{name}` is missing")
         if _sum(arrays[name]) != expected:
@@ -131,7 +147,7 @@ def check_arrays(arrays: Mapping[str, Any], sums: Mapping[str, str], directory: 
 
 def _sum(array: Any) -> str:
     # Of the bytes in C order, on the host: the same for every sharding and device.
-    data = np.ascontiguousarray(jax.device_get(array))
+    data = np.ascontiguousarray(jax.device_get(processes.whole(array)))
     digest = hashlib.sha256(data.reshape(-1).view(np.uint8).data).hexdigest()[:16]
     return f"{describe(array)} {digest}"
 

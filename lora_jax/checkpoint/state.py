@@ -10,21 +10,26 @@ the previous checkpoint. Saving is synchronous, so that an error is raised in it
 import contextlib
 import os
 import shutil
+import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from lora_jax import processes
 from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
 from lora_jax.checkpoint.folder import (
+    DamagedError,
     check_arrays,
     check_space,
+    checkpointer,
     newest_whole,
     one_line,
     quiet,
+    read_arrays,
     readable,
     shapes_of,
     split_checksums,
@@ -60,17 +65,7 @@ def manager(directory: str | os.PathLike, *, keep: int | None = None) -> Iterato
     """
     ocp = require("orbax.checkpoint")
     directory = Path(os.path.abspath(directory))
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Fail now and with the folder's name, not at the first checkpoint.
-        probe = directory / f".probe.{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise type(error)(
-            f"{directory}: checkpoints cannot be written: {one_line(error)}; choose a folder that"
-            " can be written"
-        ) from None
+    processes.together(lambda: _probe(directory))
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
     # Without explicit handlers a new manager cannot read the items of an existing checkpoint.
     handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
@@ -79,6 +74,21 @@ def manager(directory: str | os.PathLike, *, keep: int | None = None) -> Iterato
         yield opened
     finally:
         opened.close()
+
+
+def _probe(directory: Path) -> None:
+    """Fails now and with the folder's name, not at the first checkpoint."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # A name of its own on every host, where processes may have the same number.
+        probe = directory / f".probe.{uuid.uuid4().hex[:8]}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise type(error)(
+            f"{directory}: checkpoints cannot be written: {one_line(error)}; choose a folder that"
+            " can be written"
+        ) from None
 
 
 def save_state(opened: Any, step: int, state: Any, meta: dict) -> None:
@@ -96,6 +106,7 @@ def save_state(opened: Any, step: int, state: Any, meta: dict) -> None:
     """
     ocp = require("orbax.checkpoint")
     arrays = {name: _plain(leaf) for name, leaf in flatten(state).items()}
+    # Every process writes its parts of the arrays, and Orbax lets them wait for each other.
     meta = with_checksums(meta, arrays)
     args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
     try:
@@ -103,7 +114,8 @@ def save_state(opened: Any, step: int, state: Any, meta: dict) -> None:
         with quiet():
             opened.save(step, args=args, force=True)
     except Exception as error:
-        sweep(Path(opened.directory), f"{step}.")
+        if processes.is_first():
+            sweep(Path(opened.directory), f"{step}.")
         # Orbax caches the list of steps, which may include the failed one.
         opened.reload()
         last = max((s for s in opened.all_steps() if s != step), default=None)
@@ -150,10 +162,14 @@ def read_meta_of(opened: Any) -> tuple[int, dict] | None:
 def _meta(opened: Any, step: int) -> tuple[dict, dict[str, str]]:
     ocp = require("orbax.checkpoint")
     place = Path(opened.directory) / str(step)
-    with readable(place, "`meta`"):
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        meta = opened.restore(step, args=args).meta
-    return split_checksums(meta, place)
+
+    def read() -> tuple[dict, dict[str, str]]:
+        # The manager would let the processes wait for each other, also for one that has failed.
+        with readable(place, "`meta`"), checkpointer("state") as own:
+            meta = own.restore(place, ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        return split_checksums(meta, place)
+
+    return processes.together(read, DamagedError)
 
 
 def restore_state(
@@ -182,7 +198,6 @@ def restore_state(
 def _restore_step(
     opened: Any, step: int, *, like: Any, check: Callable[[dict], None] | None
 ) -> Checkpoint:
-    ocp = require("orbax.checkpoint")
     meta, sums = _meta(opened, step)
     if check is not None:
         check(meta)
@@ -194,10 +209,14 @@ def _restore_step(
             f" {summary(phrases)}"
         )
     wanted = {n: _placed(w, named[n]) for n, w in wanted.items()}
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
     place = Path(opened.directory) / str(step)
-    with readable(place, "arrays"):
-        arrays = opened.restore(step, args=args).state
+
+    def read() -> dict[str, Any]:
+        with checkpointer("state") as own:
+            return read_arrays(own, place, "state", wanted)
+
+    # A process reads its own parts, so that only one of several may find the damage.
+    arrays = processes.together(read, DamagedError)
     check_arrays(arrays, sums, place)
     typed = {n: _typed(x, named[n]) if _is_key(named[n]) else x for n, x in arrays.items()}
     return Checkpoint(step, unflatten(like, typed), meta)
@@ -206,20 +225,30 @@ def _restore_step(
 def _typed(data: Any, like: Any) -> Any:
     """A key of the kind of `like`, where `like` lies."""
     key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
-    return jax.device_put(key, like.sharding)
+    return processes.put(key, like.sharding)
 
 
 def set_aside(opened: Any, after: int) -> None:
     """Renames the checkpoints after a step, which are damaged, to make room for new ones."""
-    for step in [s for s in opened.all_steps() if s > after]:
-        place = Path(opened.directory) / str(step)
-        aside = place.with_name(f"{step}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(place, aside)
-        warnings.warn(f"{place}: renamed to {aside.name}; remove it", stacklevel=2)
+    damaged = [step for step in opened.all_steps() if step > after]
+    if damaged:
+        processes.together(lambda: _rename(Path(opened.directory), damaged))
     opened.reload()
 
 
+def _rename(directory: Path, damaged: Sequence[int]) -> None:
+    if not processes.is_first():
+        return
+    for step in damaged:
+        place = directory / str(step)
+        aside = place.with_name(f"{step}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(place, aside)
+        warnings.warn(f"{place}: renamed to {aside.name}; remove it", stacklevel=4)
+
+
 def _placed(struct: jax.ShapeDtypeStruct, like: Any) -> jax.ShapeDtypeStruct:
-    sharding = None if _is_key(like) else getattr(like, "sharding", None)
+    # Without one Orbax takes the devices of the run that wrote it. A key's sharding fits its data,
+    # which has one more dim.
+    sharding = getattr(like, "sharding", None)
     return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=sharding)

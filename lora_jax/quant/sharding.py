@@ -12,6 +12,7 @@ from typing import Any
 import jax.core
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from lora_jax import processes
 from lora_jax.dims import in_dims, out_dims, stack_dims
 from lora_jax.quant.array import QuantArray, form_of, matrix_sizes
 
@@ -94,7 +95,7 @@ def put(q: QuantArray, sharding: Any) -> QuantArray:
     places = shardings(q, sharding.mesh, sharding.spec)
     if sharding.memory_kind is not None:
         places = jax.tree.map(lambda s: s.with_memory_kind(sharding.memory_kind), places)
-    return jax.tree.map(jax.device_put, q, places)
+    return jax.tree.map(processes.put, q, places)
 
 
 def local_part(q: QuantArray, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> QuantArray:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lora_jax import processes
 from lora_jax.compat import require
 from lora_jax.hf.checkpoint.names import ANY, Family, stack_depth, tensor_of
 from lora_jax.paths import nearest, spell
@@ -138,7 +139,9 @@ def fill(
         path, here = spell(key_path), [(places[n], n) for n in by_leaf[i]]
         held = hold and hold(path, leaf, [(n, place.axes) for place, n in here])
         if held is not None:
-            arrays.append(held if spread is None else jax.device_put(held, spread(path, held)))
+            if spread is not None:
+                held = jax.tree.map(processes.put, held, spread(path, held))
+            arrays.append(held)
         elif spread is not None:
             arrays.append(_spread_leaf(leaf, here, weights, spread(path, leaf)))
         else:

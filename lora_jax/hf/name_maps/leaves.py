@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import processes
 from lora_jax.array import LoraArray, RowsArray, SavedArray, is_lora
 from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import in_dims, out_dims, sizes, stack_dims
@@ -226,5 +227,5 @@ def _like(leaf: Any, parts: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
         sharding = getattr(getattr(leaf, name), "sharding", None)
         named = isinstance(sharding, jax.sharding.NamedSharding)
         if new is not None:
-            placed[name] = jax.device_put(new, sharding) if named else jnp.asarray(new)
+            placed[name] = processes.put(new, sharding) if named else jnp.asarray(new)
     return placed

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax import processes
 from lora_jax.array import check_whole, leaves_by_path
 from lora_jax.config.arguments import check_argument, check_function
 from lora_jax.config.lora import LoraConfig
@@ -209,6 +210,8 @@ def save_peft(
 ) -> None:
     """Writes an adapter as a PEFT directory, whole or not at all.
 
+    Of several processes all have to call it, and the first one writes.
+
     Args:
       directory: created if it does not exist; other files in it stay. A model card (README.md)
         is written where there is none.
@@ -247,4 +250,5 @@ def save_peft(
     if base_model_name is not None:
         check_names(tensors, base_model_name)
         fields["base_model_name_or_path"] = base_model_name
-    write_directory(directory, fields, tensors)
+    if processes.is_first():
+        write_directory(directory, fields, tensors)

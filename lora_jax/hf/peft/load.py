@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import processes
 from lora_jax.array import LoraArray, is_lora, leaves_by_path
 from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import factor_shapes
@@ -159,7 +160,7 @@ def on_device(new: np.ndarray, old: Any) -> jax.Array:
     sharding = getattr(old, "sharding", None)
     # Other shardings are those of one device, which is left to JAX.
     named = isinstance(sharding, jax.sharding.NamedSharding)
-    return jax.device_put(new, sharding) if named else jnp.asarray(new)
+    return processes.put(new, sharding) if named else jnp.asarray(new)
 
 
 def _check_repeats(

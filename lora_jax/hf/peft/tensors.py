@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from lora_jax import processes
 from lora_jax.array import LoraArray, RowsArray, SavedArray
 from lora_jax.config import matching
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
@@ -372,7 +373,8 @@ def read_leaf(leaf: Any, specs: Sequence[TensorSpec]) -> tuple[Any, dict[str, np
     # The base is the largest array of a leaf: it is copied only where it is compared or repeated.
     if isinstance(leaf, SavedArray) or any(spec.part == "w" for spec in specs):
         parts.append("w")
-    host = {p: np.asarray(getattr(leaf, p)) for p in parts if getattr(leaf, p) is not None}
+    held = {p: getattr(leaf, p) for p in parts if getattr(leaf, p) is not None}
+    host = {p: np.asarray(processes.whole(x)) for p, x in held.items()}
     tensors = {
         spec.key: np.ascontiguousarray(_view(host[spec.part], spec)).reshape(spec.shape)
         for spec in specs
