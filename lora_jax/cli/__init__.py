@@ -58,6 +58,9 @@ def _fail(arguments: argparse.Namespace, line: str, status: int) -> int:
 
         traceback.print_exc()
     print(f"lora-jax {arguments.command}: {line}", file=sys.stderr)
+    # Not imported here: an error must not wait for jax to load.
+    if joined := sys.modules.get("lora_jax.processes"):
+        joined.leave(status)
     return status
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from lora_jax import hf, models, train
+from lora_jax import hf, models, processes, train
 from lora_jax.compat import EXTRAS, check_installed, require
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import check_new
@@ -57,6 +57,11 @@ class FinetuneConfig:
         kept too.
       mesh: spread weights and rows over the devices: `axis=devices` apart by spaces, of the axes
         `data`, `fsdp` and `tensor`; -1 is what the others leave.
+      distributed: the run has several processes, each started with the same command, as SLURM,
+        Open MPI, Kubernetes or a TPU pod describes them, or the next three settings.
+      coordinator: HOST:PORT of process 0, where no such scheduler describes the processes.
+      processes: their number.
+      process_id: the number of this one, from 0.
     """
 
     model: str
@@ -71,6 +76,10 @@ class FinetuneConfig:
     quantize_block: int = 64
     remat: bool = False
     mesh: dict[str, int] | None = None
+    distributed: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process_id: int | None = None
 
 
 def finetune(
@@ -97,6 +106,9 @@ def finetune(
     check_installed(*EXTRAS["llm"])
     if train_config.output_dir is None:
         raise ValueError("`output_dir` is missing: give a folder for the run")
+    _join(job)
+    if not processes.is_first():
+        log = _no_log
     if job.adapter is not None:
         convert.check_source(job.adapter, step=None)
     # The data is read before the model, so that an error in it is raised at once.
@@ -133,9 +145,22 @@ def finetune(
     log(summary(result.history, time.perf_counter() - started, output))
     adapter = output / ADAPTER
     hf.save_peft(adapter, result.lora_params, lora_config, base_model_name=hub_name(job.model))
-    write_form(adapter, form)
+    if processes.is_first():
+        write_form(adapter, form)
     log(f"wrote the adapter to {adapter}")
     return result
+
+
+def _join(job: FinetuneConfig) -> None:
+    """Joins the other processes of the run, before JAX starts its devices."""
+    if job.distributed:
+        processes.join(job.coordinator, job.processes, job.process_id)
+    elif job.coordinator is not None:
+        raise ValueError("`coordinator` is for a run of several processes: add distributed=True")
+
+
+def _no_log(text: str) -> None:
+    """The log of a process whose texts would repeat those of the first."""
 
 
 def continued(model: Any, source: str | Path, config: LoraConfig) -> tuple[Any, LoraConfig]:
@@ -173,7 +198,8 @@ def _keeping(output: Path, form: TrainedForm, log: Callable[[str], None]) -> Cal
 
     def memory(used: Any) -> None:
         # By now the run has locked its folder.
-        write_form(output, form)
+        if processes.is_first():
+            write_form(output, form)
         show(used)
 
     return memory

@@ -8,15 +8,17 @@ output_dir/loss.png
 
 import contextlib
 import json
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_jax import processes
 from lora_jax.checkpoint import state as checkpoints
 from lora_jax.checkpoint.adapters import RUN_CHECKPOINTS, RUN_FORMAT, config_json
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
 from lora_jax.checkpoint.flat import outline
-from lora_jax.files import locked
+from lora_jax.files import locked, write_text
 from lora_jax.train import metrics
 from lora_jax.train.batches import data_hash
 from lora_jax.train.config import TrainConfig, fixed_fields
@@ -66,22 +68,55 @@ def archive(config: TrainConfig) -> Iterator[Archive | None]:
         return
     directory = config.output_dir.absolute()
     place = directory / RUN_CHECKPOINTS
-    with checkpoints.manager(place, keep=config.keep) as opened, locked(directory):
-        checkpoints.sweep(place)
-        # The steps were listed before the lock was taken.
+    with checkpoints.manager(place, keep=config.keep) as opened, contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            if processes.is_first():
+                stack.enter_context(locked(directory))
+                checkpoints.sweep(place)
+                # The steps were listed before the lock was taken.
+                opened.reload()
+                if not config.resume:
+                    _check_empty(directory, opened.latest_step())
+
+        processes.together(claim)
+        _check_shared(directory)
         opened.reload()
-        if not config.resume and _holds_a_run(directory, opened):
-            step = opened.latest_step()
-            newest = "no checkpoint yet" if step is None else f"newest checkpoint: step {step}"
-            raise FileExistsError(
-                f"{directory} holds a run already ({newest}); pass resume=True to continue it,"
-                " or choose another output_dir"
-            )
         yield Archive(directory, opened)
 
 
-def _holds_a_run(directory: Path, opened: Any) -> bool:
-    return opened.latest_step() is not None or (directory / metrics.METRICS).exists()
+def _check_empty(directory: Path, step: int | None) -> None:
+    if step is not None or (directory / metrics.METRICS).exists():
+        newest = "no checkpoint yet" if step is None else f"newest checkpoint: step {step}"
+        raise FileExistsError(
+            f"{directory} holds a run already ({newest}); pass resume=True to continue it,"
+            " or choose another output_dir"
+        )
+
+
+def _check_shared(directory: Path) -> None:
+    """Checks that all processes see the same folder, to which each writes its parts.
+
+    Raises:
+      ValueError: a process has a folder of its own, such as one on its host's disk.
+    """
+    if not processes.several():
+        return
+    token = directory / f".shared.{processes.exchange(uuid.uuid4().hex[:8])[0]}"
+    processes.together(lambda: processes.is_first() and write_text(token, ""))
+
+    def find() -> None:
+        if not token.exists():
+            raise ValueError(
+                f"`output_dir` is {directory}, where the files of process 0 do not appear: it must "
+                "be a folder that all processes share, such as one on a network file system"
+            )
+
+    try:
+        processes.together(find, ValueError)
+    finally:
+        if processes.is_first():
+            token.unlink()
 
 
 def describe(

@@ -5,6 +5,9 @@ For each of its A microbatches a batch has the tokens of B rows padded to one ru
 the rung, the maximum over the batches of the planned epochs. If most of many batches need far
 fewer, the rung has a second, smaller P. So each rung compiles once or twice.
 
+On a mesh the rows are divided into as many parts as they are spread over, and each part has its
+share of the positions, so that no device needs the outputs of another one's rows.
+
 Positions that only fill up P have weight 0. All P are distinct, so that the gradient is a scatter
 without collisions, which is deterministic on every device.
 """
@@ -66,12 +69,13 @@ class Loader(NamedTuple):
     Attributes:
       examples: the dataset.
       ladder: lengths that batches are padded to.
-      places: the one or two P of each rung, in increasing order.
+      places: the one or two P of each rung, in increasing order; of one part.
       epochs: the number of epochs for which `places` is sufficient.
       batch_size: B, rows of a microbatch.
       accumulation: A, microbatches of a step.
       pad_id: the padding token.
       seed: seed of the order.
+      parts: number of parts of equally many rows that a microbatch has on a mesh.
     """
 
     examples: Sequence[Example]
@@ -82,6 +86,7 @@ class Loader(NamedTuple):
     accumulation: int
     pad_id: int
     seed: int
+    parts: int = 1
 
 
 def loader(
@@ -93,6 +98,7 @@ def loader(
     pad_id: int = 0,
     seed: int = 0,
     epochs: int = 1,
+    parts: int = 1,
 ) -> Loader:
     """Prepares a dataset in length buckets.
 
@@ -104,6 +110,7 @@ def loader(
       pad_id: the padding token.
       seed: seed of the shuffle.
       epochs: maximum number of epochs.
+      parts: number of devices that the rows of a forward pass are spread over.
 
     Raises:
       ValueError: the dataset is empty, or the buckets are too short.
@@ -117,7 +124,7 @@ def loader(
         ladder = check_ladder(buckets, lengths)
     rows = batch_size * accumulation
     plans = [plan_epoch(lengths, ladder, rows, seed=seed, epoch=e) for e in range(epochs)]
-    places = _places(data, batch_size, [plan_once(lengths, ladder, rows), *plans])
+    places = _places(data, batch_size // parts, [plan_once(lengths, ladder, rows), *plans])
     return Loader(
         examples=data,
         ladder=ladder,
@@ -127,6 +134,7 @@ def loader(
         accumulation=accumulation,
         pad_id=pad_id,
         seed=seed,
+        parts=parts,
     )
 
 
@@ -141,7 +149,7 @@ def _places(
 
 
 def _needed(data: Sequence[Example], bucket: Bucket, size: int) -> int:
-    """The most learned tokens that a microbatch of a bucket has."""
+    """The most learned tokens that `size` rows of a bucket have."""
     learned = [int(data[i].learned.sum()) for i in bucket.rows]
     return max(sum(learned[i : i + size]) for i in range(0, len(learned), size))
 
@@ -228,19 +236,25 @@ def make_batch(loader: Loader, bucket: Bucket) -> Batch:
     # only padding, attention would take a softmax over no token.
     spare = rows[0]._replace(learned=np.zeros_like(rows[0].learned))
     rows += [spare] * (_rows(loader) - len(rows))
-    size = loader.batch_size
+    size = loader.batch_size // loader.parts
     needed = _needed(loader.examples, bucket, size)
     places = next(p for p in loader.places[bucket.rung] if p >= needed)
     parts = [
-        _microbatch(rows[i : i + size], bucket.rung, places, loader.pad_id)
+        _part(rows[i : i + size], bucket.rung, places, loader.pad_id)
         for i in range(0, len(rows), size)
     ]
-    return Batch(*(np.stack(part) for part in zip(*parts, strict=True)))
+    tokens, positions, *others = (np.stack(fields) for fields in zip(*parts, strict=True))
+    # Positions count through all parts of a microbatch, in which part i begins at row i * size.
+    starts = np.arange(len(parts), dtype=np.int32) % loader.parts * (size * bucket.rung)
+    positions += starts[:, None]
+    microbatches = loader.accumulation
+    return Batch(
+        tokens.reshape(microbatches, -1, bucket.rung),
+        *(x.reshape(microbatches, -1) for x in (positions, *others)),
+    )
 
 
-def _microbatch(
-    rows: Sequence[Example], rung: int, places: int, pad_id: int
-) -> tuple[np.ndarray, ...]:
+def _part(rows: Sequence[Example], rung: int, places: int, pad_id: int) -> tuple[np.ndarray, ...]:
     tokens = np.full((len(rows), rung), pad_id, np.int32)
     learned = np.zeros((len(rows), rung), bool)
     for i, row in enumerate(rows):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from lora_jax.train.batches import Batch, loader, once
 from lora_jax.train.examples import Example
-from lora_jax.train.loss import losses_of, summed_loss
+from lora_jax.train.loss import TOGETHER, Rows, losses_of, summed_loss
 from lora_jax.train.mesh import (
     Placement,
     batch_on,
@@ -14,6 +14,7 @@ from lora_jax.train.mesh import (
     model_on,
     params_on,
     placement,
+    rows_of,
 )
 from lora_jax.train.step import Programs
 from lora_jax.transform.lorafy import lorafy
@@ -33,13 +34,14 @@ class Evaluator(NamedTuple):
     at: Placement | None
 
 
-def lora_loss(model: Any) -> Callable:
+def lora_loss(model: Any, rows: Rows = TOGETHER) -> Callable:
     """The loss that training differentiates: `(trainable, frozen, batch, key) -> sum`.
 
     Args:
       model: see `losses_of`.
+      rows: the same.
     """
-    losses = lorafy(losses_of(model), reverse_only=True)
+    losses = lorafy(losses_of(model, rows), reverse_only=True)
     loss = summed_loss(lambda *inputs: losses(*inputs[:-1], lora_key=inputs[-1]))
     return lambda trainable, frozen, batch, key: loss(combine(trainable, frozen), batch, key)
 
@@ -53,13 +55,20 @@ def evaluator(
     at: Placement | None = None,
 ) -> Evaluator:
     """Prepares the batches of an evaluation, to lie at `at`; compiles nothing yet."""
-    loss = lora_loss(model)
+    rows = rows_of(at)
+    loss = lora_loss(model, rows)
 
     def summed(trainable: Any, frozen: Any, batch: Any) -> Any:
         # The first axis holds one microbatch; without a key there is no dropout.
         return loss(trainable, frozen, Batch(*(x[0] for x in batch)), None)
 
-    layout = loader(data, batch_size=batch_size, buckets=buckets, pad_id=pad_id_of(model.tokenizer))
+    layout = loader(
+        data,
+        batch_size=batch_size,
+        buckets=buckets,
+        pad_id=pad_id_of(model.tokenizer),
+        parts=rows.parts,
+    )
     return Evaluator(once(layout), Programs(summed), at)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lora_jax import processes
 from lora_jax.config.lora import LoraConfig
 from lora_jax.train import archive as archives
 from lora_jax.train import mesh as meshes
@@ -137,8 +138,10 @@ def fit(
     preparation.check_extra(config)
     hooks = hooks or Hooks()
     at = meshes.placement(model, lora_params)
+    meshes.check_processes(at)
+    preparation.check_same(config, train_data, eval_data, lora_params)
     meshes.check_rows(at, config.batch_size)
-    with meshes.entered(at):
+    with meshes.entered(at), processes.reachable():
         placed = meshes.params_on(lora_params, at)
         model = meshes.model_on(model, at)
         return _fit(model, placed, at, train_data, eval_data, config, full, lora_config, hooks)
@@ -157,12 +160,13 @@ def _fit(
 ) -> Result:
     """`fit` of parameters that lie on the mesh, where it is the context's."""
     trainable, frozen = preparation.halves(lora_params, full, lora_config)
-    data, total = preparation.layout(model, train_data, config)
+    rows = meshes.rows_of(at)
+    data, total = preparation.layout(model, train_data, config, rows.parts)
     preparation.check_tokens(model, lora_params, [*train_data, *(eval_data or ())])
     tx = optimizer(config, total)
     fresh = meshes.state_on(init_state(jax.random.key(config.seed), trainable, tx), tx, at)
     programs = Programs(
-        make_step(lora_loss(model), tx), donate=(0,), results=meshes.results(fresh, at)
+        make_step(lora_loss(model, rows), tx), donate=(0,), results=meshes.results(fresh, at)
     )
     described = archives.describe(config, total, train_data, lora_config, lora_params)
     with contextlib.ExitStack() as stack:
@@ -185,7 +189,7 @@ def _fit(
             hooks=hooks,
         )
         state = _run(job, begin.state, begin.step, items)
-    if config.output_dir is not None:
+    if config.output_dir is not None and processes.is_first():
         plot_loss(config.output_dir / PLOT, history, title=f"{total} optimizer steps")
     used = _memory(job, state) if programs.compiled else None
     trained = combine(state.trainable, frozen)
@@ -254,9 +258,10 @@ def _evaluation(
 
 def _run(job: _Job, state: TrainState, start: int, items) -> TrainState:
     """Runs the steps after `start`, with the evaluations and checkpoints that are due."""
-    clock, pending = Clock(), None
+    clock, pending, agreed = Clock(), None, meshes.agreement(job.at)
+    shown = job.config.progress and processes.is_first()
     with (
-        progress(job.total, start=start, show=job.config.progress) as bar,
+        progress(job.total, start=start, show=shown) as bar,
         interruptible() as interrupted,
     ):
         if start == 0:
@@ -269,10 +274,10 @@ def _run(job: _Job, state: TrainState, start: int, items) -> TrainState:
                 _compile(job, state, batch)
                 clock.restart()
             state, out = job.programs(state, job.frozen, batch)
+            stop = agreed(interrupted())
             # The previous step is read while this one runs, so the device never waits for Python.
             _settle(job, pending, clock, bar)
             pending = (step, item, out)
-            stop = interrupted()
             if stop or _due(job, step):
                 pending = _settle(job, pending, clock, bar)
                 _between(job, state, step, stop)

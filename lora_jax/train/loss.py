@@ -10,7 +10,7 @@ part of the positions at a time.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,22 @@ from lora_jax import compat
 
 # Logits at one time, float32. The backward pass holds about two more arrays of this size.
 CHUNK_BYTES = 128 << 20
+
+
+class Rows(NamedTuple):
+    """How the rows of a batch are spread over a mesh.
+
+    Attributes:
+      axes: axes of the mesh in `jax.set_mesh`.
+      parts: the number of devices along them; each has its share of a batch's positions, see
+        `loader`.
+    """
+
+    axes: tuple[str, ...] = ()
+    parts: int = 1
+
+
+TOGETHER = Rows()
 
 
 def outputs_of(model: Any) -> Callable:
@@ -47,7 +63,7 @@ def outputs_of(model: Any) -> Callable:
     return logits
 
 
-def losses_of(model: Any, *, chunk_bytes: int = CHUNK_BYTES) -> Callable:
+def losses_of(model: Any, rows: Rows = TOGETHER, *, chunk_bytes: int = CHUNK_BYTES) -> Callable:
     """The model as a function `(params, tokens, positions, targets) -> losses` at those positions.
 
     `lorafy` transforms this function for training. Logits exist for as many positions at a time as
@@ -55,7 +71,9 @@ def losses_of(model: Any, *, chunk_bytes: int = CHUNK_BYTES) -> Callable:
 
     Args:
       model: as for `outputs_of`.
-      chunk_bytes: the largest array of logits. A head of V outputs takes 4·V bytes a position.
+      rows: how the rows of the batch are spread over a mesh.
+      chunk_bytes: the largest array of logits on a device. A head of V outputs takes 4·V bytes a
+        position.
 
     Returns:
       `losses(params, tokens, positions, targets)`: tokens int32 (B, T), positions and targets
@@ -68,34 +86,59 @@ def losses_of(model: Any, *, chunk_bytes: int = CHUNK_BYTES) -> Callable:
         positions: Int[Array, " p"],
         targets: Int[Array, " p"],
     ) -> Float[Array, " p"]:
-        hidden = pick(model.apply(params, tokens, return_hidden=True), positions)
+        hidden = model.apply(params, tokens, return_hidden=True)
+        hidden = _pick_apart(hidden, positions, rows)
+        targets = targets.reshape(rows.parts, -1)
 
-        def part(hidden: Float[Array, "c d"], targets: Int[Array, " c"]) -> Float[Array, " c"]:
-            return token_losses(model.head(params, hidden[None])[0], targets)
+        def part(hidden: Float[Array, "n c d"], targets: Int[Array, "n c"]) -> Float[Array, " n*c"]:
+            # The head's weight travels, not the rows: there are more of them than inputs.
+            logits = _spread(model.head(params, hidden), rows)
+            return token_losses(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
 
         one = jax.ShapeDtypeStruct((1, 1, hidden.shape[-1]), hidden.dtype)
         vocabulary = jax.eval_shape(model.head, params, one).shape[-1]
-        count = -(-4 * vocabulary * hidden.shape[0] // chunk_bytes)
+        count = -(-4 * vocabulary * hidden.shape[1] // chunk_bytes)
         if count <= 1:
             return part(hidden, targets)
-        return _in_parts(jax.checkpoint(part), min(count, hidden.shape[0]), hidden, targets)
+        return _in_chunks(jax.checkpoint(part), min(count, hidden.shape[1]), hidden, targets)
 
     return losses
 
 
-def _in_parts(
-    fn: Callable, count: int, hidden: Float[Array, "p d"], targets: Int[Array, " p"]
-) -> Float[Array, " p"]:
-    """`fn(hidden, targets)`, by `count` parts of the rows one after another."""
-    rows = hidden.shape[0]
-    size = -(-rows // count)
+def _in_chunks(
+    fn: Callable, count: int, hidden: Float[Array, "n q d"], targets: Int[Array, "n q"]
+) -> Float[Array, " n*q"]:
+    """`fn(hidden, targets)`, by `count` chunks of each part's positions one after another."""
+    parts, places = targets.shape
+    size = -(-places // count)
 
-    def parts(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, size * count - rows)] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(count, size, *x.shape[1:])
+    def chunks(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, 0), (0, size * count - places)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(parts, count, size, *x.shape[2:]), 1, 0)
 
-    found = jax.lax.map(lambda part: fn(*part), (parts(hidden), parts(targets)))
-    return found.reshape(-1)[:rows]
+    found = jax.lax.map(lambda chunk: fn(*chunk), (chunks(hidden), chunks(targets)))
+    found = jnp.moveaxis(found.reshape(count, parts, size), 0, 1)
+    return found.reshape(parts, -1)[:, :places].reshape(-1)
+
+
+def _pick_apart(
+    hidden: Float[Array, "b t d"], positions: Int[Array, " p"], rows: Rows
+) -> Float[Array, "n q d"]:
+    """As `pick`, in each part of the rows on its own device: P/n positions of n parts."""
+    if rows.parts == 1:
+        return pick(hidden, positions)[None]
+    parts = _spread(hidden.reshape(rows.parts, -1, *hidden.shape[1:]), rows)
+    starts = jnp.arange(rows.parts) * (parts.shape[1] * parts.shape[2])
+    places = positions.reshape(rows.parts, -1) - starts[:, None]
+    return _spread(jax.vmap(pick)(parts, places), rows)
+
+
+def _spread(x: Array, rows: Rows) -> Array:
+    """The first dim over the axes of the rows; the others, such as a vocabulary, as they are."""
+    if rows.parts == 1:
+        return x
+    others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows.axes, *others))
 
 
 def pick(hidden: Float[Array, "b t d"], positions: Int[Array, " p"]) -> Float[Array, "p d"]:

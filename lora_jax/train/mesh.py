@@ -3,15 +3,19 @@
 import contextlib
 import dataclasses
 import math
+import signal
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lora_jax import sharding
+from lora_jax import processes, sharding
 from lora_jax.models.sharding import ROWS
+from lora_jax.train.loss import TOGETHER, Rows
 from lora_jax.train.step import TrainState
 
 
@@ -74,7 +78,7 @@ def on_mesh(x: Any, mesh: Mesh) -> Any:
     found = getattr(x, "sharding", None)
     if isinstance(found, NamedSharding) and found.mesh == mesh:
         return x
-    return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+    return processes.put(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def state_on(
@@ -84,7 +88,7 @@ def state_on(
     if at is None:
         return state
     moments = optax.tree.map_params(
-        tx, lambda m, p: jax.device_put(m, p.sharding), state.opt_state, state.trainable
+        tx, lambda m, p: processes.put(m, p.sharding), state.opt_state, state.trainable
     )
     state = state._replace(opt_state=moments)
     return jax.tree.map(lambda x: on_mesh(x, at.mesh), state)
@@ -103,18 +107,69 @@ def entered(at: Placement | None) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if at is None else jax.set_mesh(at.mesh)
 
 
+def agreement(
+    at: Placement | None,
+) -> Callable[[signal.Signals | None], signal.Signals | None]:
+    """A function from the signal that this process has received to the one that all act on.
+
+    With several processes it is what any of them had at the call before: the numbers travel while
+    the devices compute, so that no process waits for another.
+    """
+    if at is None or not processes.several():
+        return lambda came: came
+    apart = NamedSharding(at.mesh, PartitionSpec(at.mesh.axis_names))
+    largest = jax.jit(jnp.max, out_shardings=NamedSharding(at.mesh, PartitionSpec()))
+    pending: list[Any] = [0]
+
+    def agreed(came: signal.Signals | None) -> signal.Signals | None:
+        own = np.full(1, came or 0, np.int32)
+        flags = jax.make_array_from_callback((at.mesh.size,), apart, lambda index: own)
+        pending.append(largest(flags))
+        number = int(pending.pop(0))
+        return signal.Signals(number) if number else None
+
+    return agreed
+
+
 def batch_on(batch: Any, at: Placement | None) -> Any:
-    """A batch as global arrays: each process hands over the rows of its own devices."""
+    """A batch as global arrays: each process hands over the rows of its own devices.
+
+    Every process plans and pads the whole batch, which takes microseconds a row: which examples
+    share a batch depends on the lengths of all.
+    """
     if at is None:
         return batch
-    rows = NamedSharding(at.mesh, PartitionSpec(None, at.rows))
-    whole = NamedSharding(at.mesh, PartitionSpec())
-    places = batch._replace(**{f: rows if f == "tokens" else whole for f in batch._fields})
-    return jax.tree.map(_global, batch, places)
+    apart = NamedSharding(at.mesh, PartitionSpec(None, at.rows))
+    # Positions are apart where each part of the rows has its own, see `Rows`.
+    others = apart if rows_of(at).parts > 1 else NamedSharding(at.mesh, PartitionSpec())
+    return batch._replace(
+        tokens=processes.put(batch.tokens, apart),
+        **{f: processes.put(getattr(batch, f), others) for f in batch._fields if f != "tokens"},
+    )
 
 
-def _global(x: np.ndarray, where: NamedSharding) -> jax.Array:
-    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+def rows_of(at: Placement | None) -> Rows:
+    """How the rows of a batch are spread; explicit axes state it in the arrays' own types."""
+    if at is None or AxisType.Explicit in at.mesh.axis_types:
+        return TOGETHER
+    return Rows(at.rows, math.prod(at.mesh.shape[a] for a in at.rows))
+
+
+def check_processes(at: Placement | None) -> None:
+    """Checks that the base lies on devices of all processes, as the steps of a run do.
+
+    Raises:
+      ValueError: it lies on this process's devices alone.
+    """
+    if not processes.several():
+        return
+    mine = set() if at is None else {d.process_index for d in at.mesh.devices.flat}
+    if len(mine) < jax.process_count():
+        raise ValueError(
+            f"`jax.distributed` runs {jax.process_count()} processes, but the parameters lie on "
+            f"devices of {max(len(mine), 1)}: spread them over a mesh of all devices "
+            "(models.make_mesh, `mesh`)"
+        )
 
 
 def check_rows(at: Placement | None, batch_size: int, name: str = "batch_size") -> None:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lora_jax import processes
 from lora_jax.files import write_text
 from lora_jax.train.events import open_events, write_scalars
 
@@ -48,7 +49,8 @@ def rewind(path: Path, step: int) -> list[dict]:
     if not path.exists():
         return []
     kept = [r for r in read_metrics(path) if r["step"] <= step]
-    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    if processes.is_first():
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 
@@ -59,14 +61,14 @@ def writer(
     """A function that writes a record to all files.
 
     Args:
-      directory: folder of the run; None writes nothing.
+      directory: folder of the run; None writes nothing, and so do all processes but the first.
       step: the step that a run is resumed from; TensorBoard hides older events after it.
       tensorboard: write event files too.
 
     Raises:
       OSError: a record cannot be written (from the function as well).
     """
-    if directory is None:
+    if directory is None or not processes.is_first():
         yield lambda record: None
         return
     with contextlib.ExitStack() as stack:

@@ -1,13 +1,16 @@
 """What `fit` checks and lays out before the first step, so that a fault costs no training."""
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import jax
 
+from lora_jax import processes
 from lora_jax.compat import check_installed
 from lora_jax.config.lora import LoraConfig
-from lora_jax.train.batches import Loader, loader
+from lora_jax.train.batches import Loader, data_hash, loader
 from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import pad_id_of
 from lora_jax.train.examples import Example
@@ -21,6 +24,32 @@ def check_extra(config: TrainConfig) -> None:
     """Raises before the first step for a package that is needed after the last one."""
     needed = {"grain": True, "tqdm": config.progress, "matplotlib": config.output_dir is not None}
     check_installed(*(package for package, used in needed.items() if used))
+
+
+def check_same(
+    config: TrainConfig,
+    train_data: Sequence[Example],
+    eval_data: Sequence[Example] | None,
+    params: Any,
+) -> None:
+    """Checks that all processes run the same steps; one that goes another way never meets them.
+
+    Raises:
+      ValueError: they differ in a setting, in the data, or in the shapes of the parameters.
+    """
+    if not processes.several():
+        return
+    settings = {name: repr(value) for name, value in asdict(config).items()}
+    del settings["progress"]
+    shapes = repr(jax.tree.map(lambda x: (x.shape, str(x.dtype)), params))
+    processes.check_same(
+        {
+            **settings,
+            "train_data": data_hash(train_data),
+            "eval_data": data_hash(eval_data or ()),
+            "lora_params": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        }
+    )
 
 
 def halves(lora_params: Any, full: bool, lora_config: LoraConfig | None) -> tuple[Any, Any]:
@@ -42,7 +71,9 @@ def halves(lora_params: Any, full: bool, lora_config: LoraConfig | None) -> tupl
     return trainable, frozen
 
 
-def layout(model: Any, data: Sequence[Example], config: TrainConfig) -> tuple[Loader, int]:
+def layout(
+    model: Any, data: Sequence[Example], config: TrainConfig, parts: int = 1
+) -> tuple[Loader, int]:
     """The data in buckets for as many epochs as the run has, and the steps of the run."""
     size = -(-len(data) // (config.batch_size * config.accumulation))
     total = total_steps(config, size)
@@ -54,6 +85,7 @@ def layout(model: Any, data: Sequence[Example], config: TrainConfig) -> tuple[Lo
         pad_id=pad_id_of(model.tokenizer),
         seed=config.seed,
         epochs=-(-total // max(size, 1)),
+        parts=parts,
     )
     return prepared, total
 

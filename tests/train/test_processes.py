@@ -1,0 +1,245 @@
+"""Training in several processes of this machine, joined by `jax.distributed` over gloo."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import lora_jax as lora
+from lora_jax import hf, models, processes
+from lora_jax.cli import main
+from lora_jax.train import read_metrics
+
+from tests.support.mesh_runs import KINDS, adapted, make, one_device, run
+from tests.support.tiny import write_tiny
+
+pytestmark = pytest.mark.once
+
+WORKER = Path(__file__).parents[1] / "support" / "process.py"
+SECONDS = 300  # of a process, on a busy machine
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(count: int, devices: int, job: dict[str, Any], *others: dict[str, Any], cwds=()) -> list:
+    """Runs the processes to their ends; `others` are changes of the job of processes 1, 2, ..."""
+    port, lines = free_port(), []
+    for number in range(count):
+        own = others[number - 1] if 0 < number <= len(others) else {}
+        shared = {"id": number, "count": count, "port": port, "training": {}, **job, **own}
+        lines.append([str(WORKER), json.dumps(shared)])
+    return ends_of(lines, devices, cwds or [None] * count)
+
+
+def command(arguments: list[str], *others: list[str]) -> list:
+    """Runs `lora-jax` in two processes; `others` are further arguments of each."""
+    port, lines = free_port(), []
+    for number in range(2):
+        own = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
+        own += ["--process-id", str(number), *(others[number] if others else [])]
+        lines.append(["-m", "lora_jax.cli", *arguments, *own])
+    return ends_of(lines, 1, [None] * 2)
+
+
+def ends_of(lines: list[list[str]], devices: int, cwds: list) -> list[tuple[str, int]]:
+    """The output and the status of each process."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, *line],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+            cwd=cwd,
+        )
+        for line, cwd in zip(lines, cwds, strict=True)
+    ]
+    try:
+        ended = [(p.communicate(timeout=SECONDS)[0], p.returncode) for p in running]
+    finally:
+        for p in running:
+            p.kill()
+    return ended
+
+
+def losses_of(ended: list) -> np.ndarray:
+    for text, status in ended:
+        assert status == 0, text
+    found = [json.loads(text.strip().splitlines()[-1]) for text, _ in ended]
+    assert all(each == found[0] for each in found)
+    return np.array(found[0])
+
+
+def test_sigterm_on_one_process_saves_a_step_that_all_have_finished(tmp_path):
+    training = {"output_dir": str(tmp_path), "save_every": 10}
+    job = {"mesh": {"fsdp": 2}, "stop_after": 3, "stopped": 1, "signal": "SIGTERM"}
+    ended = start(2, 1, {**job, "training": training})
+    steps = {re.search(r"ended by SIGTERM after step (\d) of 10", text)[1] for text, _ in ended}
+    assert [status for _, status in ended] == [143, 143]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == list(steps)
+    # Resumed in one process on eight devices.
+    mesh = models.make_mesh(data=2, fsdp=4)
+    losses, _ = run(make(), {}, {**training, "output_dir": tmp_path, "resume": True}, mesh)
+    np.testing.assert_allclose(losses, one_device("lora")[0], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh", "kind"),
+    [
+        (2, 2, {"fsdp": 4}, "lora"),
+        (2, 4, {"data": 2, "fsdp": 4}, "nf4"),
+        (4, 2, {"fsdp": 4, "tensor": 2}, "lora"),
+        (4, 1, {"data": 4}, "dora"),
+    ],
+)
+def test_losses_and_files_are_those_of_one_device(tmp_path, count, devices, mesh, kind):
+    job = {
+        "mesh": mesh,
+        "kind": kind,
+        "evaluate": True,
+        "training": {"output_dir": str(tmp_path / "run"), "save_every": 5},
+        "adapter": str(tmp_path / "peft"),
+        "orbax": str(tmp_path / "orbax"),
+    }
+    losses = losses_of(start(count, devices, job))
+    want, adapters = one_device(kind)
+    np.testing.assert_allclose(losses, want, rtol=1e-5)
+    options, settings, _ = KINDS[kind]
+    expected = tmp_path / "expected"
+    config, fresh = adapted(make(**options), settings)
+    hf.save_peft(expected, lora.combine(adapters, lora.split(fresh)[1]), config)
+    found, expected = (
+        load_file(p / "adapter_model.safetensors") for p in (tmp_path / "peft", expected)
+    )
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert np.linalg.norm(found[name] - x) <= 1e-5 * np.linalg.norm(x), name
+    assert (tmp_path / "peft" / "README.md").is_file()
+    assert (tmp_path / "run" / "loss.png").is_file()
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 11))
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_and_the_run_resumes_on_another_mesh(tmp_path):
+    training = {"output_dir": str(tmp_path), "save_every": 2}
+    job = {"mesh": {"data": 2, "fsdp": 2}, "stop_after": 5, "stopped": 1, "signal": "SIGKILL"}
+    (first, status), (second, killed) = start(2, 2, {**job, "training": training})
+    assert killed == -9 and status not in (0, None)
+    assert "another task died" in first
+    mesh = models.make_mesh(tensor=8)
+    losses, _ = run(make(), {}, {**training, "output_dir": tmp_path, "resume": True}, mesh)
+    np.testing.assert_allclose(losses, one_device("lora")[0], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"training": {"learning_rate": 1.0}}, "`learning_rate` is 0.01 in process 0 and 1.0 in"),
+        ({"skip": 1}, r"`train_data` is \w+ in process 0 and \w+ in process 1"),
+        ({"kind": "dora"}, "`lora_params` is"),
+    ],
+)
+def test_processes_that_disagree_stop_with_what_differs(changed, expected):
+    job = {"mesh": {"fsdp": 2}}
+    for text, status in start(2, 1, job, changed):
+        assert status == 1 and re.search(f"ValueError: the processes disagree: {expected}", text)
+
+
+@pytest.mark.slow
+def test_an_output_folder_that_is_not_shared_is_refused(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    job = {"mesh": {"fsdp": 2}, "training": {"output_dir": "run"}}
+    for text, status in start(2, 1, job, cwds=folders):
+        assert status == 1 and re.search(r"`output_dir` is .*b/run, where the files of", text)
+
+
+@pytest.mark.slow
+def test_a_folder_that_holds_a_run_is_refused_by_all(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    job = {"mesh": {"fsdp": 2}, "training": {"output_dir": str(tmp_path)}}
+    for text, status in start(2, 1, job):
+        assert status == 1 and "holds a run already" in text
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_the_others(tmp_path):
+    job = {"mesh": {"fsdp": 2}, "stop_after": 3, "stopped": 1, "signal": "raise"}
+    (first, status), (second, failed) = start(2, 1, job)
+    assert failed == 1 and "RuntimeError: stopped" in second
+    # Whichever comes first: the collective's error, or JAX's heartbeat.
+    assert status != 0 and re.search("another process of the run|another task died", first)
+
+
+@pytest.mark.slow
+def test_parameters_of_one_process_alone_are_refused():
+    for text, status in start(2, 2, {"mesh": {}}):
+        assert status == 1 and "spread them over a mesh of all devices" in text
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_left_out_by_all(tmp_path):
+    training = {"output_dir": str(tmp_path), "save_every": 3, "keep": 4}
+    job = {"mesh": {"fsdp": 2}, "training": {**training, "resume": True}}
+    whole = losses_of(start(2, 1, job))
+    for file in (tmp_path / "checkpoints" / "10" / "state" / "ocdbt.process_1").rglob("d/*"):
+        file.write_bytes(b"damaged")
+    resumed = start(2, 1, job)
+    np.testing.assert_array_equal(losses_of(resumed), whole)
+    assert "that of step 9 is used instead" in resumed[0][0]
+    assert (tmp_path / "checkpoints" / "10.damaged").is_dir()
+
+
+@pytest.mark.slow
+def test_the_command_trains_in_two_processes(tmp_path):
+    """Process 0 prints and writes; `generate` and `export` read what it wrote."""
+    model, data = write_tiny(tmp_path / "model"), tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "red: ", "completion": "rouge"}\n' * 8)
+    run = ["train", "--model", str(model), "--train-data", str(data), "--steps", "2"]
+    run += ["--batch-size", "2", "--mesh", "fsdp=2", "--output-dir", str(tmp_path / "run")]
+    ended = command(run)
+    assert [status for _, status in ended] == [0, 0], ended
+    assert "wrote the adapter" in ended[0][0] and "wrote the adapter" not in ended[1][0]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    for text, status in command([*run, "--resume"], [], ["--seed", "1"]):
+        assert status == 1
+        assert "lora-jax train: the processes disagree: `--seed` is 0 in process 0 and 1 in" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (dict(coordinator="localhost:1"), "`processes` is missing: give `coordinator`"),
+        (dict(coordinator="localhost:1", processes=2), "`process_id` is missing"),
+    ],
+)
+def test_half_a_description_of_the_processes_is_refused(arguments, expected):
+    with pytest.raises(ValueError, match=expected):
+        processes.join(**arguments)
+
+
+def test_a_coordinator_without_distributed_is_refused(tmp_path, capsys):
+    status = main(
+        ["train", "--model", "m", "--train-data", "d", "--coordinator", "localhost:1"]
+        + ["--output-dir", str(tmp_path)]
+    )
+    assert status == 1 and "`--coordinator` is for a run of several" in capsys.readouterr().err
