@@ -165,8 +165,8 @@ def test_bfloat16_tables_keep_their_dtype_and_rows_are_float32():
 @pytest.mark.parametrize(
     "ids, fields, text",
     [
-        ((11,), {}, "token 11 is no row of `embed_tokens.embedding`, which has 11"),
-        ({"embed": (1,)}, {}, "`embed` means no table; nearest: `embed_tokens`"),
+        ((11,), {}, "`embed_tokens.embedding` has 11 rows, so token 11 is not one of them"),
+        ({"embed": (1,)}, {}, "`embed` matches no table; nearest: `embed_tokens`"),
         ({"embed_tokens": (1,), "tokens": (2,)}, {}, "two of the names .* mean one table"),
         (
             IDS,

@@ -1,4 +1,4 @@
-"""Whether a plan does what its config names: every entry matches, and every rank fits."""
+"""Checks of a plan against its config: every entry matches, and every rank fits."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,14 @@ from lora_jax.plan.leaf import LeafPlan
 
 
 def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
-    """Raises where the config names what is not there, or a rank is too high.
+    """Raises where an entry of the config matches nothing, or a rank is too high.
 
     Args:
       config: of the plan.
       drafts: of all leaves, decided.
 
     Raises:
-      ValueError: with every problem found.
+      ValueError: with all problems, so that they can be corrected together.
     """
     leaves = [draft.leaf for draft in drafts]
     names = {name for draft in drafts for name in draft.names.every}
@@ -38,7 +38,7 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
         if config.lora_bias and leaf.lookup
     ]
     problems += [message for leaf in adapted if (message := too_high(leaf))]
-    # Only where nothing more exact is known.
+    # The most general problem: only where none of the others explains it.
     if not problems and all(leaf.kind == "frozen" for leaf in leaves):
         problems.append(_nothing(config.target_modules, leaves, modules))
     if problems:
@@ -46,9 +46,9 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
 
 
 def _is_other_head(saved: Sequence[str], entry: str, names: set[str]) -> bool:
-    """Whether an entry is one of the two heads PEFT lists together, and the other is there.
+    """Whether an entry is one of PEFT's two names of a head, and the model has the other.
 
-    PEFT adds both names of a classification head to modules_to_save, and a model has one.
+    PEFT adds both names of a classification head to modules_to_save, and a model has one of them.
     """
     heads = ("classifier", "score")
     return (
@@ -61,16 +61,19 @@ def _is_other_head(saved: Sequence[str], entry: str, names: set[str]) -> bool:
 def _useless_targets(
     targets: Sequence[str], drafts: Sequence[Draft], excluded: set[str]
 ) -> list[str]:
-    """Listed targets that match only frozen leaves, unless the config also excludes one of them."""
+    """A problem for each listed target that matches frozen leaves only.
+
+    Not where the config excludes one of them: then a target without effect may be meant so.
+    """
     problems = []
     for entry in targets:
         matched, names = [], set()
         for leaf, own, _ in drafts:
-            # Without roles there is no stack to number: see `names_of`.
-            known = own.every if leaf.roles else set(own.unnumbered)
-            if any(matching.ends_with(name, entry) for name in known):
+            # A leaf without roles has no stack whose layers have numbers: see `names_of`.
+            candidates = own.every if leaf.roles else set(own.unnumbered)
+            if any(matching.ends_with(name, entry) for name in candidates):
                 matched.append(leaf)
-                names |= known
+                names |= candidates
         if matched and not names & excluded and all(leaf.kind == "frozen" for leaf in matched):
             why = "; ".join(_why(leaf) for leaf in matched[:3])
             problems.append(f"target_modules entry `{entry}` adapts nothing ({why})")
@@ -87,7 +90,7 @@ def too_high(leaf: LeafPlan) -> str:
     limit = min(fan_in, fan_out)
     if leaf.rank <= limit:
         return ""
-    # A stack dim read where there is none makes the matrix smaller.
+    # A dim wrongly read as a stack leaves a smaller matrix.
     stacked = f"; its dims are read as {leaf.roles}, `roles` overrides" if "s" in leaf.roles else ""
     return (
         f"rank {leaf.rank} is above the smallest dimension {limit} of `{leaf.path}` "
@@ -99,7 +102,7 @@ def too_high(leaf: LeafPlan) -> str:
 def _nothing(targets: Sequence[str] | str, leaves: Sequence[LeafPlan], modules: set[str]) -> str:
     likely = sorted(leaves, key=lambda leaf: not leaf.roles)  # the ones that could be adapted first
     some = "; ".join(_why(leaf) for leaf in likely[:5])
-    # "all-linear" is no name that another one could be near to.
+    # "all-linear" is no name, so no name is near it.
     near = "" if targets == ALL_LINEAR else f"; nearest: {paths.nearest(str(targets), modules)}"
     return (
         f"target_modules={targets!r} matches nothing in a tree of {len(leaves)} leaves{near} "

@@ -1,4 +1,4 @@
-"""`plan`: which leaves are adapted, what each of their dimensions is, and why the others are not.
+"""`plan`: which leaves are adapted, the roles of their dims, and why the others are frozen.
 
 Nothing is allocated: parameters and arguments may be `jax.ShapeDtypeStruct`s.
 """
@@ -86,13 +86,14 @@ def plan(
     for path, leaf in zip(spelled, leaves, strict=True):
         if is_lora(leaf):
             raise ValueError(
-                f"`params` already has an adapter at `{path}`; plan on the base parameters: "
-                f"`lora.unmerge` or `lora.merge` gives them"
+                f"`params` already has an adapter at `{path}`: plan on the base parameters, which "
+                "`lora.unmerge` or `lora.merge` returns"
             )
-    used = usage(fn, leaves, tree, args, kwargs)
+    used = usage(fn, leaves, tree, args=args, kwargs=kwargs)
     drafts = [
-        _draft(config, i, path, leaf, used)
+        _draft(config, path, leaf, index=i, used=used)
         for i, (path, leaf) in enumerate(zip(spelled, leaves, strict=True))
+        # Trees may hold other Python values, such as numbers of layers or functions.
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     ]
     heads = _heads(drafts, {spelled[i] for i in used.inner})
@@ -102,7 +103,9 @@ def plan(
     check(config, drafts)
     planned = [draft.leaf for draft in drafts]
     _report_left_out(config, planned, strict=strict)
-    fallbacks = predict_fallbacks(planned, fn, params, args, kwargs, bias=config.lora_bias)
+    fallbacks = predict_fallbacks(
+        planned, fn, params, args=args, kwargs=kwargs, bias=config.lora_bias
+    )
     return Plan(
         config,
         tuple(
@@ -113,7 +116,7 @@ def plan(
 
 
 def _report_left_out(config: LoraConfig, planned: Sequence[LeafPlan], *, strict: bool) -> None:
-    """Warns of named matrices that stay frozen, or refuses them."""
+    """Warns of named matrices that stay frozen; under `strict` raises."""
     left_out = [leaf for leaf in planned if leaf.left_out]
     if not left_out:
         return
@@ -125,7 +128,7 @@ def _report_left_out(config: LoraConfig, planned: Sequence[LeafPlan], *, strict:
     )
     if strict:
         raise ValueError(f"{text}. `strict=True` forbids that")
-    warnings.warn(text, LeftOutWarning, stacklevel=3)
+    warnings.warn(text, LeftOutWarning, stacklevel=3)  # the line that calls `plan`
 
 
 class _Mask(NamedTuple):
@@ -133,36 +136,36 @@ class _Mask(NamedTuple):
 
     Attributes:
       reason: why it is left out.
-      known: whether it is a mask for certain, and not perhaps the weight.
+      certain: False where it may be the weight, and the other leaf the mask.
     """
 
     reason: str
-    known: bool
+    certain: bool
 
 
 def _masks(used: Usage, spelled: Sequence[str], leaves: Sequence) -> dict[str, _Mask]:
     """The leaves that are, or may be, masks of another leaf's elements, by their paths.
 
-    A leaf is known as a mask by its name, or by holding zeros and ones only. Where that holds for
-    one of two leaves that are multiplied, the other is the weight.
+    A leaf is a mask if its name contains "mask", or if it holds zeros and ones only. Of two leaves
+    that are multiplied, one of them a mask, the other is the weight.
     """
     found = {}
     for i, others in used.masks.items():
-        known = {j for j in (i, *others) if _is_mask(spelled[j], leaves[j])}
+        masks = {j for j in (i, *others) if _is_mask(spelled[j], leaves[j])}
         names = ", ".join(f"`{spelled[j]}`" for j in sorted(others))
-        if i in known:
+        if i in masks:
             reason = f"a mask: it is multiplied with {names} element by element"
-            found[spelled[i]] = _Mask(reason, known=True)
-        elif not others <= known:
+            found[spelled[i]] = _Mask(reason, certain=True)
+        elif not others <= masks:
             reason = f"multiplied with {names} element by element, and either may be a mask"
-            found[spelled[i]] = _Mask(reason, known=False)
+            found[spelled[i]] = _Mask(reason, certain=False)
     return found
 
 
 def _is_mask(path: str, leaf: Any) -> bool:
     if "mask" in path.rsplit(".", 1)[-1].lower():
         return True
-    # Only zeros is a weight that starts at zero.
+    # An array of zeros alone is a weight that starts at zero.
     return (
         compat.is_concrete(leaf)
         and bool(jnp.all((leaf == 0) | (leaf == 1)))
@@ -170,8 +173,8 @@ def _is_mask(path: str, leaf: Any) -> bool:
     )
 
 
-def _draft(config: LoraConfig, index: int, path: str, leaf: Any, used: Usage) -> Draft:
-    """A frozen leaf with the roles its uses show, or the config gives, and its names."""
+def _draft(config: LoraConfig, path: str, leaf: Any, *, index: int, used: Usage) -> Draft:
+    """A leaf, frozen so far, with its names and with roles from the config or from its uses."""
     uses = tuple(used.uses[index])
     shape = tuple(leaf.shape)
     base = LeafPlan(path, shape, str(leaf.dtype), "frozen", uses=uses)
@@ -191,9 +194,10 @@ def _draft(config: LoraConfig, index: int, path: str, leaf: Any, used: Usage) ->
 
 
 def _heads(drafts: Sequence[Draft], inner: set[str]) -> frozenset[str]:
-    """Paths of output heads: by name, or features to a table's rows with no weight after it.
+    """The paths of output heads, which "all-linear" leaves out.
 
-    Only tables looked up by an argument count: a vocabulary, not positions.
+    A head has a head's name, or maps features to as many outputs as a table has rows, with no
+    weight after it. Only a table looked up by an argument counts: a vocabulary, not positions.
     """
     tables = {x.leaf.shape for x in drafts if any(use.kind == "lookup" for use in x.leaf.uses)}
 
@@ -202,7 +206,7 @@ def _heads(drafts: Sequence[Draft], inner: set[str]) -> frozenset[str]:
         if not leaf.roles:
             return False
         stack, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
-        # The transpose of a table's shape, and no weight after it: features to logits.
+        # (features, vocabulary), where the table is (vocabulary, features).
         last = not stack and leaf.path not in inner and (fan_out, fan_in) in tables
         return last or draft.names.unnumbered[-1].rsplit(".", 1)[-1] in HEAD_NAMES
 
@@ -221,7 +225,7 @@ def _decide(
     all_linear = config.target_modules == ALL_LINEAR
     obstacle, named = _obstacle(draft, matches, heads, masks, all_linear=all_linear)
     if obstacle:
-        # Nobody names a leaf that the function does not use by "all-linear".
+        # "all-linear" does not name a leaf that the function does not use.
         named = named and bool(leaf.uses or not all_linear)
         way_out = roles_of.override(leaf) if named else ""
         return dataclasses.replace(leaf, reason=obstacle, left_out=way_out)
@@ -233,7 +237,8 @@ def _decide(
         scales=tuple(match.scale if match.targeted else 0.0 for match in matches),
     )
     if all_linear and adapted.rank == config.rank and too_high(adapted):
-        # Nobody named this leaf: a router of four experts must not stop a rank of eight.
+        # No error, because the config does not name it: a router of four experts would make a rank
+        # of eight impossible.
         return dataclasses.replace(leaf, reason=f'"all-linear" leaves it out: {too_high(adapted)}')
     return adapted
 
@@ -246,9 +251,9 @@ def _obstacle(
     *,
     all_linear: bool,
 ) -> tuple[str, bool]:
-    """Why a leaf is not adapted, or "", and whether the config names it all the same.
+    """Why a leaf is not adapted, or "", and whether the config names it.
 
-    What "all-linear" leaves out by its own definition (embeddings, the head) it does not name.
+    "all-linear" does not name what it leaves out by its definition: embeddings and the head.
     """
     leaf, names, roles_given = draft
     targeted = any(match.targeted for match in matches)
@@ -273,7 +278,7 @@ def _obstacle(
         return 'the output head: "all-linear" leaves it out', False
     if leaf.path in masks and not roles_given:
         mask = masks[leaf.path]
-        return mask.reason, not mask.known
+        return mask.reason, not mask.certain
     return "", True
 
 
@@ -281,21 +286,21 @@ def predict_fallbacks(
     planned: Sequence[LeafPlan],
     fn: Callable,
     params: PyTree,
+    *,
     args: Sequence,
     kwargs: dict,
-    *,
     bias: bool,
 ) -> dict[str, list[Use]]:
     """Traces the lorafied function with abstract factors and collects its fallbacks.
 
     Args:
       planned: all leaves.
-      fn, params, args, kwargs: as `plan` takes them.
+      fn, params, args, kwargs: as in `plan`.
       bias: whether the adapters have one (`lora_bias`).
 
     Returns:
-      For the path of each adapted leaf that falls back, the uses that add its weight up, with
-      the reason as their `fallback`.
+      Path of each adapted leaf that falls back to the uses that materialize its weight, with the
+      reason as their `fallback`.
     """
     adapted = {leaf.path: leaf for leaf in planned if leaf.kind in ("lora", "rows")}
     if not adapted:
@@ -313,6 +318,7 @@ def predict_fallbacks(
 
 
 def _abstract(leaf: LeafPlan, w: Any, *, bias: bool) -> LoraArray | RowsArray:
+    """A planned leaf with shapes in place of trained arrays."""
     dtype = widened(leaf.dtype)
     if leaf.kind == "rows":
         features = leaf.shape[1 - leaf.axis]

@@ -1,4 +1,4 @@
-"""What the dataflow knows of a variable, and where the dims of an activation came from."""
+"""The facts that the dataflow keeps for each variable, and the origins of an activation's dims."""
 
 import dataclasses
 import math
@@ -12,14 +12,14 @@ from lora_jax.transform.primitive import Dims
 
 @dataclasses.dataclass(frozen=True)
 class Track:
-    """A leaf on its way through the function.
+    """A leaf followed through the operations that only rearrange it.
 
     Attributes:
-      leaf: its number.
-      dims: for each current dim, which of the leaf's own dims it is made of.
+      leaf: its index in the tree.
+      dims: for each current dim, the leaf's own dims that it is made of.
       picked: the leaf's dims of which one index has been taken.
-      lookup: the index, among the leaf's uses, of the gather it came through; -1 before any.
-      mapped: the leaf's dims that the first constant matrix on the way summed over.
+      lookup: the index, among the leaf's uses, of the gather that took rows of it; -1 for none.
+      mapped: the leaf's dims that its first product with a constant matrix summed over.
     """
 
     leaf: int
@@ -31,15 +31,16 @@ class Track:
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """What is known of one variable of the jaxpr.
+    """The facts about one variable of the jaxpr.
 
     Attributes:
-      tracks: the leaves it is, rearranged.
-      origin: for each dim of an activation, the `(leaf, dim, direct)` it came from.
+      tracks: the leaves whose numbers it holds, rearranged.
+      origin: for each dim of an activation, the `(leaf, dim, direct)` it came from; not `direct`
+        once two activations have been multiplied.
       fed: 2 if it depends on the function's other arguments, 1 if only on constants that may be
         data, else 0.
-      made: the leaves whose contractions it is the result of.
-      live: the leaves that a gradient with respect to it reaches.
+      made: the leaves whose contractions led to it.
+      live: the leaves that its gradient reaches.
     """
 
     tracks: tuple[Track, ...] = ()
@@ -56,11 +57,11 @@ class Usage:
     Attributes:
       uses: of each leaf.
       rebatched: pairs (leaf, dim) that a later contraction treats as experts.
-      inner: leaves whose results meet another weight: no output heads.
-      masks: of a leaf, the leaves that it is multiplied with element by element.
-      stopped: leaves that only a `stop_gradient` of the model's own leads to.
-      closed: whether the function has no array among its arguments, so that data is closed over.
-      lines: source lines of the equations being walked into, innermost last.
+      inner: leaves whose results are contracted with another weight: no output heads.
+      masks: for a leaf, the leaves that it is multiplied with element by element.
+      stopped: leaves that no gradient reaches, because the model calls `stop_gradient`.
+      closed: whether no argument of the function is an array, so that the data is closed over.
+      lines: source lines of the equations that the walk is inside of, innermost last.
     """
 
     uses: tuple[list[Use], ...]
@@ -76,17 +77,25 @@ class Usage:
 
 
 def free_dims(found: Usage, eqn: Any, flows: Sequence[Flow], rank: int) -> Dims:
-    """Origins of a product's output dims; notes the weight dims that number experts."""
+    """Origins of a product's output dims; notes the weight dims that are expert axes."""
     contracting, batching = eqn.params["dimension_numbers"]
+    # Operand `k` as the activation, the other as the weight.
     for k in (0, 1):
         if flows[k].origin and flows[1 - k].tracks:
             summed = [eqn.invars[k].aval.shape[axis] for axis in contracting[k]]
             if math.prod(summed) > 1:  # a scale multiplies and sums nothing
                 _note_batched(found, flows[k].origin, batching[k])
-            _note_summed(found, flows[k].origin, flows[1 - k], contracting[k], contracting[1 - k])
-    # A product of two activations, as in attention: its dims are no longer those of a hidden layer.
+            _note_summed(
+                found,
+                flows[k].origin,
+                flows[1 - k],
+                summed=contracting[k],
+                own=contracting[1 - k],
+            )
+    # A product of two activations, as in attention, is no hidden layer of a weight.
     if not any(f.tracks for f in flows):
         flows = [dataclasses.replace(f, origin=_indirect(f.origin)) for f in flows]
+    # `dot_general` returns the batch dims first, then the free dims of each operand.
     groups = [
         _dims_of(flows[0], axis) | _dims_of(flows[1], other)
         for axis, other in zip(*batching, strict=True)
@@ -99,17 +108,19 @@ def free_dims(found: Usage, eqn: Any, flows: Sequence[Flow], rank: int) -> Dims:
 
 
 def _indirect(origin: Dims) -> Dims:
+    """The same origins, marked as no longer direct."""
     return tuple(frozenset((leaf, d, False) for leaf, d, _ in dims) for dims in origin)
 
 
 def _note_batched(found: Usage, origin: Dims, batched: Sequence[int]) -> None:
     """Notes an expert axis that a weight is batched over while it contracts something else.
 
-    An axis counts only if it is a whole dim of the weight it came from: heads that a reshape cut
-    out of an output dim are a part of one. And only if that dim stands before the in dim, where
-    experts are kept; heads stand behind it, `(in, heads, head_dim)`.
+    The axis must be a whole dim of the weight it came from: heads that a reshape has split off an
+    out dim are only a part of one. And the dim must come before the in dim, as the axis of experts
+    does; an axis of heads comes after it, `(in, heads, head_dim)`.
     """
     pairs = [{(leaf, d) for leaf, d, _ in dims} for dims in origin]
+    # Dims that are also free or summed were split: they are not whole.
     rest = set().union(*(pair for axis, pair in enumerate(pairs) if axis not in batched))
     for leaf, d in set().union(*(pairs[axis] for axis in batched)) - rest:
         if d < min(_first_contracted(found, leaf), default=-1):
@@ -121,12 +132,20 @@ def _first_contracted(found: Usage, leaf: int) -> frozenset:
     return next((u.contracted for u in found.uses[leaf] if u.kind == "contract"), frozenset())
 
 
-def _note_summed(found: Usage, origin: Dims, weight: Flow, summed: Sequence, own: Sequence) -> None:
+def _note_summed(
+    found: Usage, origin: Dims, weight: Flow, *, summed: Sequence, own: Sequence
+) -> None:
     """Notes an expert axis that is summed away together with the experts' hidden dim.
 
-    In `btd,edf->btef` then `btef,efd->btd` nothing but the layout tells experts from heads: the
-    expert axis stands before the first kernel's in dim, the hidden dim after it, and nothing mixes
-    the activations in between (attention would).
+    In `btd,edf->btef` then `btef,efd->btd` only the layout distinguishes experts from heads: the
+    expert axis comes before the first kernel's in dim, the hidden dim after it, and nothing mixes
+    the activations in between, as attention does.
+
+    Args:
+      found: collects the axes, of both kernels.
+      origin: of the activation's dims.
+      weight: the second kernel.
+      summed, own: the contracted dims of the activation and, in the same order, of the kernel.
     """
     for axis, dim in zip(summed, own, strict=True):
         for leaf, e, direct in origin[axis]:
@@ -143,5 +162,39 @@ def _note_summed(found: Usage, origin: Dims, weight: Flow, summed: Sequence, own
 
 
 def _dims_of(flow: Flow, axis: int) -> frozenset:
+    """The origin of one dim of a variable, as a weight or as an activation."""
     own = frozenset((t.leaf, d, True) for t in flow.tracks for d in t.dims[axis])
     return own | (flow.origin[axis] if flow.origin else frozenset())
+
+
+def note_masks(found: Usage, eqn: Any, flows: Sequence[Flow]) -> None:
+    """Notes two matrices of one shape that are multiplied element by element: one may be a mask.
+
+    A dim that is made of no dim of the leaf was broadcast, and the leaf is a vector of gains.
+    """
+    matrices = [
+        {t.leaf for t in flow.tracks if _is_whole_matrix(v.aval.shape, t)}
+        for v, flow in zip(eqn.invars, flows, strict=True)
+    ]
+    for one in matrices[0]:
+        for other in matrices[1] - {one}:
+            found.masks.setdefault(one, set()).add(other)
+            found.masks.setdefault(other, set()).add(one)
+
+
+def _is_whole_matrix(shape: Sequence[int], track: Track) -> bool:
+    """Whether no dim of a weight was broadcast, and two or more are longer than 1."""
+    large = [dims for n, dims in zip(shape, track.dims, strict=True) if n > 1]
+    return len(large) > 1 and all(large)
+
+
+def is_constant_matrix(found: Usage, eqn: Any, k: int, track: Track) -> bool:
+    """Whether a weight is combined with a constant of its shape, such as a mask.
+
+    A mask made outside the function counts like one made inside. Where no argument of the function
+    is an array, an array that it closes over may be the data, and is no constant.
+    """
+    shape = eqn.invars[k].aval.shape
+    return (
+        not found.closed and eqn.outvars[0].aval.shape == shape and _is_whole_matrix(shape, track)
+    )

@@ -17,6 +17,7 @@ LeafKind = Literal["lora", "saved", "rows", "frozen"]
 
 def _without_defaults(self: Any) -> str:
     """A dataclass as text, without the fields that have their default value."""
+    # Most fields of a leaf are empty, and a tuple of leaves should be readable.
     fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
     shown = [f"{name}={value!r}" for name, value, default in fields if value != default]
     return f"{type(self).__name__}({', '.join(shown)})"
@@ -24,20 +25,20 @@ def _without_defaults(self: Any) -> str:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Use:
-    """One consumption of a leaf.
+    """One operation that consumes a leaf.
 
     Attributes:
-      primitive: its name.
+      primitive: the operation's name.
       line: source line of the model.
       kind: "contract" (summed over against an activation), "lookup" (rows by index), "picked" (a
         lookup whose rows are contracted later: the index chooses a layer or an expert),
         "transform" and "rows" (as "contract" and "lookup", but with a matrix or indices that no
         argument of the function feeds), or "other".
       contracted: the leaf's dims summed over (contract, transform) or indexed (lookup, rows).
-      stacked: the leaf's dims batched, or picked one index at a time, on the way here.
-      picked: those of them that are picked.
-      constant: whether none of the function's arguments feeds the other operand.
-      fallback: why `lorafy` adds the weight up for this use, or ""; from `predict_fallbacks`.
+      stacked: the leaf's dims that are batched here, or of which one index was taken before.
+      picked: those of `stacked` of which one index was taken.
+      constant: whether the other operand depends on none of the function's arguments.
+      fallback: why `lorafy` materializes the weight for this use, or ""; from `predict_fallbacks`.
       window: the leaf's spatial dims where it is a convolution's kernel, else None.
     """
 
@@ -68,8 +69,7 @@ class LeafPlan:
       scales: `alpha/rank`, or with rsLoRA `alpha/√rank`, likewise.
       lookup: whether rows are looked up by index (an embedding), which decides the initial values.
       reason: why the leaf is frozen, or a remark.
-      left_out: where the leaf is a matrix that the config names and that stays frozen all the same:
-        how to adapt it; else "".
+      left_out: how to adapt a matrix that the config names and that stays frozen; else "".
       uses: how the function uses it.
       only: the indices of a saved leaf's stack that train, None for all.
       ids, axis: of a "rows" leaf the trained rows, and the dim that they index.
@@ -104,7 +104,7 @@ class LeafPlan:
 
     @property
     def parameters(self) -> int:
-        """How many numbers train, without the padding of smaller ranks and of left-out layers."""
+        """How many parameters train, without the padding of smaller ranks and left-out layers."""
         if self.kind in ("saved", "rows"):
             return saved_parameters(self)
         if self.kind == "frozen":
@@ -154,7 +154,7 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        """How many numbers train."""
+        """How many parameters train."""
         vectors = 0  # DoRA's magnitudes, or lora_bias: one number for each output of each layer
         if self.config.use_dora or self.config.lora_bias:
             vectors = sum(
@@ -175,12 +175,12 @@ class Plan:
 
 
 def saved_parameters(leaf: LeafPlan) -> int:
-    """How many numbers of a leaf train, without layers that stay frozen."""
+    """How many parameters of a saved leaf train, without layers that stay frozen."""
     if leaf.kind == "rows":
         return len(leaf.ids) * leaf.shape[1 - leaf.axis]
-    layers = math.prod(leaf.shape)
     if leaf.only is None:
-        return layers
+        return math.prod(leaf.shape)
+    # `only` indexes the leading dims, so the rest of the shape is one layer.
     return len(leaf.only) * math.prod(leaf.shape[len(leaf.only[0]) :])
 
 
@@ -192,7 +192,7 @@ def table(plan: Plan) -> str:
     rows = [_HEADER, *(_row(leaf) for leaf in plan.leaves)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER) - 1)]
     lines = [_line(row, widths) for row in rows]
-    lines.insert(1, "-" * max(len(line) for line in lines[:1]))
+    lines.insert(1, "-" * len(lines[0]))
     return "\n".join(line.rstrip() for line in (*lines, _summary(plan)))
 
 
@@ -204,7 +204,7 @@ def _summary(plan: Plan) -> str:
 
 
 def _whole(plan: Plan) -> str:
-    """How many leaves train whole, and of how many some rows train."""
+    """How many leaves train whole, and how many in some rows, as text."""
     rows = sum(leaf.kind == "rows" for leaf in plan.saved)
     return f"{len(plan.saved) - rows} trained whole" + (f", {rows} in some rows" if rows else "")
 
@@ -234,7 +234,8 @@ def _row(leaf: LeafPlan) -> tuple[str, ...]:
 
 
 def _range(values: Sequence) -> str:
-    some = sorted({v for v in values})
+    """The value that all layers share, or the smallest and the largest."""
+    some = sorted(set(values))
     if not some:
         return ""
     return f"{some[0]:g}" if len(some) == 1 else f"{some[0]:g}-{some[-1]:g}"
@@ -243,7 +244,7 @@ def _range(values: Sequence) -> str:
 def _uses(leaf: LeafPlan) -> str:
     if leaf.kind != "lora":
         return leaf.reason
-    # Uses on one line, such as those of a loop over layers, are shown once.
+    # A Python loop over layers uses a leaf many times on one line, which is shown once.
     parts = list(dict.fromkeys(f"{u.primitive} {u.line}" for u in leaf.uses if not u.fallback))
     if len(parts) > 3:
         parts = [*parts[:3], f"{len(parts) - 3} more"]

@@ -1,4 +1,4 @@
-"""The role of each dim of a weight, read off its uses."""
+"""The role of each dim of a weight, inferred from its uses."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,8 @@ from lora_jax.plan.leaf import LeafPlan, Use
 from lora_jax.transform.many import token_axis
 from lora_jax.transform.primitives import PRIMITIVES
 
-# A parameter that only meets features in these is a bias, a scale, or rows put beside them.
+# A parameter that only these operations combine with features is a bias, a scale, or a prompt: rows
+# put beside the features.
 _BESIDE_FEATURES = frozenset(
     name for name, row in PRIMITIVES.items() if row.tokens is token_axis.elementwise
 ) | {"concatenate", "dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "pad"}
@@ -15,7 +16,7 @@ _BESIDE_FEATURES = frozenset(
 def inferred(
     uses: Sequence[Use], shape: Sequence[int], rebatched: set[int]
 ) -> tuple[str, bool, str]:
-    """Roles from uses.
+    """The roles of a leaf.
 
     Args:
       uses: of a leaf, in the function's order.
@@ -23,8 +24,8 @@ def inferred(
       rebatched: dims that a later contraction treats as experts.
 
     Returns:
-      One letter a dim ("" where no use shows them), whether the leaf is a lookup table, and a
-      remark.
+      One letter for each dim ("" where no use shows them), whether the leaf is a lookup table,
+      and a remark.
     """
     deciding = _deciding(uses)
     if deciding is None:
@@ -33,13 +34,14 @@ def inferred(
     remark = ""
     moved = rebatched - stacked
     outs = set(range(len(shape))) - stacked - deciding.contracted
-    # Experts are matrices: without an out dim the axis is no expert axis.
+    # Each expert is a matrix: if no out dim were left, the axis is none of experts.
     if moved and any(shape[d] > 1 for d in outs - moved):
         stacked |= moved
         dims = ", ".join(map(str, sorted(moved)))
         remark = (
             f"dim {dims} looks like experts (kept by one contraction, batched or summed away with "
-            f"the hidden dim by the next): read as a stack, one adapter an index; `roles` overrides"
+            "the hidden dim by the next): read as a stack, one adapter for each index; `roles` "
+            "overrides"
         )
     roles = "".join(
         "s" if d in stacked else "i" if d in deciding.contracted else "o" for d in range(len(shape))
@@ -48,26 +50,27 @@ def inferred(
 
 
 def maps_features(uses: Sequence[Use]) -> bool:
-    """Whether a weight maps features, and is not a table that is resized and then added to them.
+    """Whether features are contracted with a weight, after it was resized or as it is.
 
-    A resized table of positions is contracted only with a constant matrix, and then added to the
-    features; a resized kernel is contracted with the features afterwards.
+    A table of positions that is resized and then added to the features is contracted with a
+    constant matrix only; a resized kernel is contracted with the features afterwards.
     """
     kinds = [use.kind for use in uses]
     return "contract" in kinds or "other" not in kinds
 
 
 def _deciding(uses: Sequence[Use]) -> Use | None:
-    """The use that decides the roles: a lookup, else the first contraction, else what is like one.
+    """The use that decides the roles: a lookup, else the first contraction, else a similar use.
 
     A contraction with an argument comes before one with a constant, such as the vectors of a
     spectral norm.
     """
-    # A tied table is looked up and contracted (by the head): the lookup decides.
+    # A table that is tied to the head is both looked up and contracted: the lookup decides, as in
+    # PEFT.
     for kind in ("lookup", "contract", "transform", "rows"):
         of_kind = [use for use in uses if use.kind == kind]
         if of_kind:
-            # `min` keeps the first of equals.
+            # `min` returns the first of equals, in the order of the function.
             return min(of_kind, key=lambda use: use.constant and kind == "contract")
     return None
 
@@ -80,10 +83,10 @@ def _why_not(uses: Sequence[Use]) -> str:
 
 
 def override(leaf: LeafPlan) -> str:
-    """The `roles` line that adapts a leaf which is left out, or "" where it is no matrix.
+    """The advice, a `roles` setting, that adapts a leaf which is left out; "" for no matrix.
 
-    A leaf is a matrix if two of its dims are longer than 1, dims that are taken index by index
-    (layers of a scan) apart, and if not all its uses are those of a bias, a scale or a prompt.
+    A leaf is a matrix if two of its dims are longer than 1, apart from dims taken index by index
+    (layers of a scan), and if not all its uses are those of a bias, a scale or a prompt.
     """
     picked = frozenset().union(*(use.picked for use in leaf.uses))
     large = [d for d, n in enumerate(leaf.shape) if n > 1 and d not in picked]
@@ -91,7 +94,8 @@ def override(leaf: LeafPlan) -> str:
         return ""
     summed = frozenset().union(*(u.contracted for u in leaf.uses if u.kind == "contract"))
     ins = summed & {*large}
-    # Both kinds of dims are needed: where the uses do not show them, the first is the in dim.
+    # A guess for the user to correct, where the uses show no in dim or no out dim: the first large
+    # dim is in, the others are out.
     if not ins or len(ins) == len(large):
         ins = {large[0]}
     roles = "".join(
@@ -102,6 +106,6 @@ def override(leaf: LeafPlan) -> str:
 
 def _joins_features(use: Use) -> bool:
     """Whether a use adds a parameter to features, scales them by it, or puts it beside them."""
-    if use.primitive == "dot_general":  # an einsum that sums nothing: a scale
-        return use.kind == "other"
+    if use.primitive == "dot_general":
+        return use.kind == "other"  # an einsum that sums nothing: a scale
     return use.kind == "other" and not use.constant and use.primitive in _BESIDE_FEATURES

@@ -1,4 +1,4 @@
-"""What trains beside adapters: whole leaves, biases, and single rows of a table."""
+"""Parameters that train without an adapter: whole leaves, biases, and some rows of a table."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,10 +23,10 @@ def saved_whole(leaf: LeafPlan, layers: Sequence[bool]) -> LeafPlan:
 
 
 def with_saved(config: LoraConfig, drafts: Sequence[Draft]) -> list[Draft]:
-    """Marks what trains beside the adapters: biases, and rows of tables.
+    """Marks the biases and the rows of tables that train.
 
     Raises:
-      ValueError: trainable_token_indices names no table, or rows that the table does not have.
+      ValueError: trainable_token_indices names no table, or rows that a table does not have.
     """
     adapted = {x.names.module: x.leaf for x in drafts if x.leaf.kind == "lora"}
     trains = {
@@ -55,11 +55,11 @@ def _only(leaf: LeafPlan, hits: Sequence[bool]) -> tuple[tuple[int, ...], ...] |
     if all(hits):
         return None
     dims = stack_dims(leaf.roles) if leaf.roles else [0]
-    # `only` indexes leading dims.
+    # `SavedArray.only` indexes leading dims.
     if dims != list(range(len(dims))):
         raise ValueError(
-            f"`{leaf.path}` trains in some of its layers only, and its stack is not its leading "
-            "dims: unstack the layers, or save all of them"
+            f"`{leaf.path}` has roles `{leaf.roles}`: to train some of its layers, its stack must "
+            "be its leading dims; unstack the layers, or save all of them"
         )
     places = np.ndindex(*(leaf.shape[d] for d in dims))
     return tuple(place for place, hit in zip(places, hits, strict=True) if hit)
@@ -68,6 +68,7 @@ def _only(leaf: LeafPlan, hits: Sequence[bool]) -> tuple[tuple[int, ...], ...] |
 def _adapted_layers(weight: LeafPlan, bias: LeafPlan) -> tuple[tuple[int, ...], ...] | None:
     """The layers of a bias whose weights have an adapter, None where all have."""
     stack = sizes(weight.shape, weight.roles)[0]
+    # A layer without an adapter has rank 0. A bias of another shape is not stacked like its weight.
     if all(weight.ranks) or bias.shape[: len(stack)] != stack:
         return None
     return tuple(place for place, r in zip(np.ndindex(*stack), weight.ranks, strict=True) if r)
@@ -81,11 +82,11 @@ def _with_token_rows(
         ids = {_input_table(drafts).path: rows}
     else:
         ids = {_named_table(entry, drafts).path: own for entry, own in rows.items()}
-        # A dict keeps one of two equal keys: fewer entries mean that two names met.
+        # A dict keeps one of two equal keys: with fewer entries, two names mean one table.
         if len(ids) < len(rows):
             raise ValueError(
-                f"trainable_token_indices: two of the names {sorted(rows)} mean one table "
-                f"{sorted(ids)} (head and embedding are tied): give its ids once"
+                f"trainable_token_indices: two of the names {sorted(rows)} mean one table of "
+                f"{sorted(ids)} (head and embedding are tied): list its ids once"
             )
     return [
         draft._replace(leaf=_rows(draft.leaf, ids[draft.leaf.path]))
@@ -102,13 +103,13 @@ def _input_table(drafts: Sequence[Draft]) -> LeafPlan:
     tables.sort(key=lambda x: -x.shape[_vocabulary(x)])
     if not tables:
         raise ValueError(
-            "trainable_token_indices: no table is looked up by an argument of the function; name "
+            "trainable_token_indices: no argument of the function is looked up in a table; name "
             'the module, {"embed_tokens": [...]}'
         )
     if len(tables) > 1 and tables[0].shape == tables[1].shape:
         raise ValueError(
-            f"trainable_token_indices: `{tables[0].path}` and `{tables[1].path}` are tables of "
-            f"one size; name the one that is meant, {{{paths.module_of(tables[0].path)!r}: [...]}}"
+            f"trainable_token_indices: `{tables[0].path}` and `{tables[1].path}` have one shape "
+            f"{tables[0].shape}; name the table, {{{paths.module_of(tables[0].path)!r}: [...]}}"
         )
     return tables[0]
 
@@ -122,11 +123,11 @@ def _named_table(entry: str, drafts: Sequence[Draft]) -> LeafPlan:
     ]
     if len(found) == 1:
         return found[0]
-    known = {names.module for leaf, names, _ in drafts if leaf.lookup}
+    tables = {names.module for leaf, names, _ in drafts if leaf.lookup}
     several = f"{len(found)} tables ({', '.join(f'`{x.path}`' for x in found[:3])})"
     raise ValueError(
-        f"trainable_token_indices: `{entry}` means {several if found else 'no table'}; "
-        f"nearest: {paths.nearest(entry, known)}"
+        f"trainable_token_indices: `{entry}` matches {several if found else 'no table'}; "
+        f"nearest: {paths.nearest(entry, tables)}"
     )
 
 
@@ -136,11 +137,12 @@ def _vocabulary(leaf: LeafPlan) -> int:
 
 
 def _rows(leaf: LeafPlan, ids: Sequence[int]) -> LeafPlan:
+    """A table as a leaf of which some rows train."""
     if leaf.kind != "frozen":
         how = "has an adapter" if leaf.kind == "lora" else "trains whole"
         raise ValueError(
-            f"trainable_token_indices: `{leaf.path}` {how} already; exclude it there, or leave "
-            "trainable_token_indices out"
+            f"trainable_token_indices: `{leaf.path}` {how} already; leave it out of "
+            "target_modules and modules_to_save, or leave trainable_token_indices out"
         )
     if sorted(leaf.roles) != ["i", "o"]:
         raise ValueError(
@@ -150,8 +152,8 @@ def _rows(leaf: LeafPlan, ids: Sequence[int]) -> LeafPlan:
     axis = _vocabulary(leaf)
     if max(ids) >= leaf.shape[axis]:
         raise ValueError(
-            f"trainable_token_indices: token {max(ids)} is no row of `{leaf.path}`, which has "
-            f"{leaf.shape[axis]}; resize the table first"
+            f"trainable_token_indices: `{leaf.path}` has {leaf.shape[axis]} rows, so token "
+            f"{max(ids)} is not one of them; resize the table first"
         )
     return dataclasses.replace(
         leaf, kind="rows", ids=tuple(ids), axis=axis, reason=f"{len(ids)} trainable rows"

@@ -1,9 +1,9 @@
 """How a function uses each of its weights: a walk over the base jaxpr, nothing evaluated.
 
-Every weight is followed through operations that only rearrange it, each current dimension
-remembering which of the leaf's own dimensions it is made of, to the operations that consume it.
-Dimensions of activations remember the weights' free dimensions they came from, so that an expert
-axis kept by one contraction and batched by the next is recognised.
+Every weight is followed through the operations that only rearrange it, to those that consume it.
+On the way each current dim keeps the set of the leaf's own dims that it is made of. A dim of an
+activation keeps the weights' free dims that it came from, so that an expert axis that one
+contraction keeps and the next one batches is recognised.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lora_jax import compat
 from lora_jax.array import Window
-from lora_jax.plan.flow import Flow, Track, Usage, free_dims
+from lora_jax.plan.flow import Flow, Track, Usage, free_dims, is_constant_matrix, note_masks
 from lora_jax.plan.leaf import Use, UseKind
 from lora_jax.transform.dim_maps import (
     indexed_dims,
@@ -28,53 +28,56 @@ from lora_jax.transform.primitive import Body, DimFlow, Dims, inner_jaxpr
 from lora_jax.transform.primitives import row_of
 
 
-def usage(fn: Callable, leaves: Sequence, tree: Any, args: Sequence, kwargs: dict) -> Usage:
+def usage(fn: Callable, leaves: Sequence, tree: Any, *, args: Sequence, kwargs: dict) -> Usage:
     """Traces `fn` abstractly and collects the uses of every floating-point leaf.
 
     Args:
       fn: `fn(params, *args, **kwargs)`.
       leaves, tree: of params; arrays or `ShapeDtypeStruct`s.
-      args, kwargs: example arguments; arrays in them are abstract, all else is Python's.
+      args, kwargs: example arguments; arrays in them are traced, other values are constants.
     """
     outer, outer_tree = jax.tree.flatten((tuple(args), dict(kwargs)))
     weights = [i for i, x in enumerate(leaves) if is_weight(x)]
-    # A concrete leaf stays concrete unless it is a weight; what has only a shape must be traced.
-    loose = [i for i, x in enumerate(leaves) if i not in set(weights) and _abstract_only(x)]
+    # Other leaves stay concrete, so that the function may branch on them; those with a shape alone
+    # must be traced.
+    shapes_only = [i for i, x in enumerate(leaves) if i not in set(weights) and _is_shape(x)]
     inputs = [i for i, x in enumerate(outer) if hasattr(x, "shape") and hasattr(x, "dtype")]
 
-    def staged(ws, rest, xs):
-        full, given = list(leaves), list(outer)
-        for i, w in [*zip(weights, ws, strict=True), *zip(loose, rest, strict=True)]:
-            full[i] = w
+    def staged(ws: list, rest: list, xs: list) -> list:
+        all_leaves, all_outer = list(leaves), list(outer)
+        for i, w in [*zip(weights, ws, strict=True), *zip(shapes_only, rest, strict=True)]:
+            all_leaves[i] = w
         for i, x in zip(inputs, xs, strict=True):
-            given[i] = x
-        some, named = jax.tree.unflatten(outer_tree, given)
-        out = fn(jax.tree.unflatten(tree, full), *some, **named)
+            all_outer[i] = x
+        positional, named = jax.tree.unflatten(outer_tree, all_outer)
+        out = fn(jax.tree.unflatten(tree, all_leaves), *positional, **named)
         return [x for x in jax.tree.leaves(out) if compat.is_traceable(x)]
 
     jaxpr = jax.make_jaxpr(staged)(
         [_as_array(leaves[i]) for i in weights],
-        [leaves[i] for i in loose],
+        [leaves[i] for i in shapes_only],
         [outer[i] for i in inputs],
     )
     jaxpr, consts = compat.open_jaxpr(jaxpr)
     found = Usage(tuple([] for _ in leaves), set(), closed=not inputs)
+    # First all inputs as arguments of the function; those that are parameters are replaced below.
     env = {v: Flow(fed=2) for v in jaxpr.invars}
     for v, x in zip(jaxpr.constvars, consts, strict=True):
         env[v] = Flow(fed=int(_may_be_data(x)))
     for v, i in zip(jaxpr.invars, weights, strict=False):
         dims = tuple(frozenset([d]) for d in range(leaves[i].ndim))
         env[v] = Flow((Track(i, dims),), live=frozenset([i]))
-    # An integer or boolean parameter is constant: an index table, a mask.
-    for v in jaxpr.invars[len(weights) : len(weights) + len(loose)]:
+    # An integer or boolean parameter is a constant, such as an index table or a mask.
+    for v in jaxpr.invars[len(weights) : len(weights) + len(shapes_only)]:
         env[v] = Flow(fed=1)
     outs = _walk(found, jaxpr, env)
+    # A leaf that reaches an output on another path has a gradient.
     found.stopped.difference_update(*(flow.live for flow in outs))
     return found
 
 
 def _as_array(x: Any) -> Any:
-    """What the function is traced with: a quantized weight as the array it stands for."""
+    """A leaf as `make_jaxpr` takes it: a quantized weight as an array of its shape and dtype."""
     return x if compat.is_array(x) else jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
@@ -85,20 +88,26 @@ def is_weight(x: Any) -> bool:
 
 
 def _may_be_data(x: Any) -> bool:
-    """Whether a constant stands for an argument: not a few numbers, such as factors of a resize."""
+    """Whether a constant may be the function's data, closed over.
+
+    Scalars and vectors of floats are not, such as the factors of a resize.
+    """
     return jnp.ndim(x) > 1 or (jnp.ndim(x) == 1 and not jnp.issubdtype(x.dtype, jnp.inexact))
 
 
-def _abstract_only(x: Any) -> bool:
+def _is_shape(x: Any) -> bool:
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
 def _walk(found: Usage, jaxpr: Any, env: dict) -> list[Flow]:
-    def read(v):
+    """The flows of a jaxpr's outputs; `env` has those of its inputs and constants."""
+
+    def read(v: Any) -> Flow:
         return Flow() if isinstance(v, compat.Literal) else env.get(v, Flow())
 
     for eqn in jaxpr.eqns:
         flows = [read(v) for v in eqn.invars]
+        # Nothing about these operands matters to a weight, so nothing about the results does.
         if any(f.tracks or f.fed or f.made or f.live or any(f.origin) for f in flows):
             found.lines.append(found.line(eqn))
             env.update(zip(eqn.outvars, _step(found, eqn, flows), strict=True))
@@ -107,6 +116,7 @@ def _walk(found: Usage, jaxpr: Any, env: dict) -> list[Flow]:
 
 
 def _step(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
+    """The flows of an equation's results, from those of its operands."""
     row = row_of(compat.name_of(eqn))
     if row.body is not None:
         return _BODIES[row.body](found, eqn, flows)
@@ -127,11 +137,13 @@ def _call(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
 def _while(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
     a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     carry = _looped(flows, flows[a + b :])
+    # The condition may use weights too.
     _inside(found, eqn.params["cond_jaxpr"], [*flows[:a], *carry])
     return _inside(found, eqn.params["body_jaxpr"], [*flows[a : a + b], *carry])
 
 
 def _cond(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
+    # Operand 0 is the number of the branch.
     outs = [_inside(found, branch, flows[1:]) for branch in eqn.params["branches"]]
     return [_merge(each) for each in zip(*outs, strict=True)]
 
@@ -145,7 +157,7 @@ def _scan(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
 
 
 def _looped(flows: Sequence[Flow], carry: Sequence[Flow]) -> list[Flow]:
-    """Carries of a loop: what starts as zeros may depend on the arguments from the second step."""
+    """The carries of a loop: zeros at its start, they may depend on arguments from step 2 on."""
     fed, live = max((f.fed for f in flows), default=0), _all_live(flows)
     return [
         dataclasses.replace(f, fed=f.fed if f.tracks else max(f.fed, fed), live=live) for f in carry
@@ -153,7 +165,7 @@ def _looped(flows: Sequence[Flow], carry: Sequence[Flow]) -> list[Flow]:
 
 
 def _peel(flow: Flow) -> Flow:
-    """What one step of a scan sees: the first dim is picked."""
+    """An operand of a scan within one step: one index of its first dim is taken."""
     tracks = tuple(
         dataclasses.replace(t, dims=t.dims[1:], picked=t.picked | whole(t.dims, [0]))
         for t in flow.tracks
@@ -162,19 +174,21 @@ def _peel(flow: Flow) -> Flow:
 
 
 def _stack(flow: Flow) -> Flow:
+    """A result of one step of a scan, stacked by the scan along a new first dim."""
     tracks = tuple(dataclasses.replace(t, dims=(t.picked, *t.dims)) for t in flow.tracks)
     origin = (frozenset(), *flow.origin) if flow.origin else ()
     return dataclasses.replace(flow, tracks=tracks, origin=origin)
 
 
 def _merge(flows: Sequence[Flow]) -> Flow:
+    """One flow with the facts of several: of branches, or of an operation's operands."""
     origins = [f.origin for f in flows if f.origin]
     origin: Dims = ()
     if origins and len({len(o) for o in origins}) == 1:
         origin = tuple(frozenset().union(*dims) for dims in zip(*origins, strict=True))
     tracks = tuple(t for f in flows for t in f.tracks)
     fed = max((f.fed for f in flows), default=0)
-    return Flow(tracks, origin, fed, _all_made(flows), _all_live(flows))
+    return Flow(tracks, origin=origin, fed=fed, made=_all_made(flows), live=_all_live(flows))
 
 
 def _all_live(flows: Sequence[Flow]) -> frozenset:
@@ -194,7 +208,8 @@ def _operation(found: Usage, eqn: Any, flows: list[Flow], dims: DimFlow) -> list
         found.stopped.update(live)
         live = frozenset()
     if compat.name_of(eqn) == "mul":
-        _note_masks(found, eqn, flows)
+        note_masks(found, eqn, flows)
+    # A contraction with a weight: the weights that led to its operands are no output heads.
     for k, flow in enumerate(flows):
         if flow.tracks and dims.contracted(eqn, k) is not None:
             found.inner.update(made)
@@ -207,8 +222,16 @@ def _operation(found: Usage, eqn: Any, flows: list[Flow], dims: DimFlow) -> list
             dim_map = None if (of_results := maps[k]) is None else of_results[j]
             tracks = []
             for track in flow.tracks:
-                # A use counts once, however many results the operation has.
-                after = _follow(found, eqn, flows, k, track, dim_map, dims, record=j == 0)
+                after = _follow(
+                    found,
+                    eqn,
+                    flows,
+                    k,
+                    track=track,
+                    dim_map=dim_map,
+                    dims=dims,
+                    record=j == 0,  # once, however many results the operation has
+                )
                 if after is not None:
                     tracks.append(after)
             origin = through(flow.origin, dim_map) if dim_map is not None and flow.origin else ()
@@ -219,79 +242,51 @@ def _operation(found: Usage, eqn: Any, flows: list[Flow], dims: DimFlow) -> list
     return outs
 
 
-def _note_masks(found: Usage, eqn: Any, flows: Sequence[Flow]) -> None:
-    """Notes two matrices of one shape that are multiplied element by element: one masks the other.
-
-    A dim that comes from no dim of the leaf has been broadcast: what has one is a vector of gains.
-    """
-    matrices = [
-        {t.leaf for t in flow.tracks if _is_whole_matrix(v.aval.shape, t)}
-        for v, flow in zip(eqn.invars, flows, strict=True)
-    ]
-    for one in matrices[0]:
-        for other in matrices[1] - {one}:
-            found.masks.setdefault(one, set()).add(other)
-            found.masks.setdefault(other, set()).add(one)
-
-
-def _is_whole_matrix(shape: Sequence[int], track: Track) -> bool:
-    """Whether no dim of a weight is broadcast, and two or more are longer than 1."""
-    large = [dims for n, dims in zip(shape, track.dims, strict=True) if n > 1]
-    return len(large) > 1 and all(large)
-
-
-def _is_constant_matrix(found: Usage, eqn: Any, k: int, track: Track) -> bool:
-    """Whether an array that the function closes over stands for itself beside a weight.
-
-    A mask made outside the function is what one made inside is. Where the function takes no array
-    as an argument, what it closes over may be the data.
-    """
-    shape = eqn.invars[k].aval.shape
-    return (
-        not found.closed and eqn.outvars[0].aval.shape == shape and _is_whole_matrix(shape, track)
-    )
-
-
 def _follow(
     found: Usage,
     eqn: Any,
     flows: Sequence[Flow],
     k: int,
+    *,
     track: Track,
     dim_map: Sequence | None,
     dims: DimFlow,
-    *,
     record: bool,
 ) -> Track | None:
-    """Records the use an equation makes of a weight, or carries the weight on.
+    """Records how an equation uses a weight, and follows the weight into its result.
 
     Args:
       found: collects the uses.
-      eqn, flows: the equation and what is known of its operands.
-      k: the operand that the weight is.
+      eqn, flows: the equation, and the flows of its operands.
+      k: the operand that is the weight.
       track: the weight.
-      dim_map: of operand `k` to this result, None where its dims do not come out.
-      dims: of the primitive.
+      dim_map: from the dims of operand `k` to those of the result; None if they do not reach it.
+      dims: the primitive's entry.
       record: whether a use is recorded.
 
     Returns:
-      The weight as it comes out, None where its way ends.
+      The weight as the result has it, or None where it is consumed.
     """
     others = [f for i, f in enumerate(flows) if i != k]
-    use = _consumption(found, eqn, others, k, track, dims)
+    use = _consumption(found, eqn, others, k, track=track, dims=dims)
     if use is not None:
         if record:
             _record(found, track, use)
         if use.kind == "transform":
+            # The product with a constant matrix is a weight again.
             mapped = track.mapped or use.contracted
             return dataclasses.replace(track, dims=transformed(eqn, k, track.dims), mapped=mapped)
         if use.kind not in ("lookup", "rows"):
             return None
         if use.kind == "lookup":
+            # The rows are followed further: a contraction of them shows that the index chose a
+            # layer or an expert.
             track = dataclasses.replace(track, lookup=len(found.uses[track.leaf]) - 1)
-        return _carry(eqn, k, track, dim_map, dims)
+        return _carry(eqn, k, track, dim_map=dim_map, dims=dims)
 
-    fed = max((f.fed for f in others), default=0) > int(_is_constant_matrix(found, eqn, k, track))
+    # Beside a constant matrix only an argument (2) counts as data, not another constant (1).
+    fed = max((f.fed for f in others), default=0) > int(is_constant_matrix(found, eqn, k, track))
+    # Combined with data, the weight is consumed, unless the operation is a rearrangement by index.
     if dim_map is None or (fed and not dims.takes_data(eqn, k)):
         if record and track.lookup < 0:
             found.uses[track.leaf].append(
@@ -306,17 +301,21 @@ def _follow(
         return None
     if track.lookup >= 0 and not dims.keeps_rows(eqn, k):
         return None
-    return _carry(eqn, k, track, dim_map, dims)
+    return _carry(eqn, k, track, dim_map=dim_map, dims=dims)
 
 
 def _record(found: Usage, track: Track, use: Use) -> None:
+    """Adds a use to its leaf; a lookup whose rows are contracted is one that picks from a stack."""
     uses = found.uses[track.leaf]
-    if track.lookup >= 0:  # rows chosen by index, then contracted: the index picks a stack
+    if track.lookup >= 0:
         uses[track.lookup] = dataclasses.replace(uses[track.lookup], kind="picked")
     uses.append(use)
 
 
-def _carry(eqn: Any, k: int, track: Track, dim_map: Sequence | None, dims: DimFlow) -> Track | None:
+def _carry(
+    eqn: Any, k: int, track: Track, *, dim_map: Sequence | None, dims: DimFlow
+) -> Track | None:
+    """The weight after an equation that rearranges it."""
     if dim_map is None:
         return None
     picked = track.picked | whole(track.dims, dims.picked(eqn, k))
@@ -324,23 +323,26 @@ def _carry(eqn: Any, k: int, track: Track, dim_map: Sequence | None, dims: DimFl
 
 
 def _consumption(
-    found: Usage, eqn: Any, others: Sequence[Flow], k: int, track: Track, dims: DimFlow
+    found: Usage, eqn: Any, others: Sequence[Flow], k: int, *, track: Track, dims: DimFlow
 ) -> Use | None:
-    """The use that an equation makes of a weight at operand `k`, or None."""
+    """How an equation uses the weight at operand `k`, or None if it only rearranges it."""
     name, line = compat.name_of(eqn), found.lines[-1]
     axes = dims.contracted(eqn, k)
     if axes is not None:
         fed = max((f.fed for f in others), default=0)
+        # Looked-up rows times a constant matrix are still a table's rows.
         if track.lookup >= 0 and not fed:
             return None
         contracted = frozenset().union(*(track.dims[i] for i in axes[0]))
+        # Batched here, or one index taken before.
         stacked = whole(track.dims, axes[1]) | track.picked
         kind: UseKind = "contract" if contracted - stacked else "other"
-        # A constant matrix makes another weight of it, which the activation will meet.
-        met = fed or any(f.tracks for f in others)
-        if kind == "contract" and name == "dot_general" and not met:
+        # Times a constant matrix it is another weight, which is contracted with features later.
+        with_features = fed or any(f.tracks for f in others)
+        if kind == "contract" and name == "dot_general" and not with_features:
             kind = "transform"
-        if not track.mapped <= contracted:  # fixed positions times a kernel, not a resized kernel
+        # The first product counts where it was of fixed positions with a kernel, and not a resize.
+        if not track.mapped <= contracted:
             contracted = track.mapped
         return Use(
             name,
@@ -362,7 +364,7 @@ def _consumption(
 
 
 def _window(eqn: Any, track: Track, name: str) -> Window | None:
-    """Which of the leaf's own dims are spatial, if each is one dim of it."""
+    """The spatial dims of a convolution's kernel, if each is one dim of the leaf."""
     if name != "conv_general_dilated":
         return None
     dims = [track.dims[axis] for axis in window_axes(eqn)]

@@ -12,7 +12,7 @@ def uses(fn, *shapes, x=(2, 5, 8), ids=None):
     """The uses of each leaf as (kind, contracted, stacked)."""
     leaves = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
     given = jax.ShapeDtypeStruct(x, jnp.float32) if ids is None else ids
-    found = usage.usage(fn, leaves, jax.tree.structure(leaves), (given,), {})
+    found = usage.usage(fn, leaves, jax.tree.structure(leaves), args=(given,), kwargs={})
     return [[(u.kind, set(u.contracted), set(u.stacked)) for u in each] for each in found.uses]
 
 
@@ -110,5 +110,5 @@ def test_lines_are_the_models():
         return jax.jit(lambda w, x: x @ w)(p[0], x)
 
     given = jax.ShapeDtypeStruct((2, 8), jnp.float32)
-    found = usage.usage(fn, leaves, jax.tree.structure(leaves), (given,), {})
+    found = usage.usage(fn, leaves, jax.tree.structure(leaves), args=(given,), kwargs={})
     assert found.uses[0][0].line.startswith("test_usage.py:")
