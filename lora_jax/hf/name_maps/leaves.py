@@ -147,13 +147,25 @@ def _saved_apart(path: str, leaf: SavedArray, placed: Placed) -> list[Any]:
 
 
 def _rows_apart(path: str, leaf: RowsArray, placed: Placed) -> list[RowsArray]:
-    if len(placed.parts) != 1 or len(leaf.shape) != 2:
-        raise ValueError(f"leaf `{path}`: rows that train must be those of one table")
+    back = np.argsort(_features(path, leaf, placed))
     part = placed.parts[0]
     table = block_there(np.asarray(leaf.w), placed, part)
     # Under Hugging Face's path a table is (vocabulary, features), a head (features, vocabulary).
     axis = 0 if is_embedding(part.path) else 1
-    return [RowsArray(w=table, rows=np.asarray(leaf.rows), ids=leaf.ids, axis=axis)]
+    return [RowsArray(w=table, rows=np.asarray(leaf.rows)[:, back], ids=leaf.ids, axis=axis)]
+
+
+def _features(path: str, leaf: RowsArray, placed: Placed) -> np.ndarray:
+    """The order of a table's features; its tokens must have Hugging Face's numbers."""
+    if len(placed.parts) != 1 or len(leaf.shape) != 2:
+        raise ValueError(f"leaf `{path}`: rows that train must be those of one table")
+    tokens = order(placed.layout, [leaf.axis], placed.sizes)
+    if np.any(tokens != np.arange(len(tokens))):
+        raise ValueError(
+            f"leaf `{path}`: layout `{placed.layout.text}` renumbers the tokens, by which trained "
+            "rows are named; write a layout that keeps the order of the vocabulary"
+        )
+    return order(placed.layout, [1 - leaf.axis], placed.sizes)
 
 
 _APART = {LoraArray: _lora_apart, SavedArray: _saved_apart, RowsArray: _rows_apart}
@@ -214,7 +226,8 @@ def _saved_whole(path: str, leaf: SavedArray, placed: Placed, found: list[Any]) 
 
 
 def _rows_whole(path: str, leaf: RowsArray, placed: Placed, found: list[Any]) -> RowsArray:
-    return dataclasses.replace(leaf, **_like(leaf, {"rows": np.asarray(found[0].rows)}))
+    rows = np.asarray(found[0].rows)[:, _features(path, leaf, placed)]
+    return dataclasses.replace(leaf, **_like(leaf, {"rows": rows}))
 
 
 _WHOLE = {LoraArray: _lora_whole, SavedArray: _saved_whole, RowsArray: _rows_whole}

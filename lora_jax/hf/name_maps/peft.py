@@ -40,8 +40,8 @@ def in_our_names(
     """
     # Repeating a start needs every layer's rank, and patterns do not translate into our names.
     refused = {
+        # The file has the experts of a layer in one tensor, and a map's rule names each.
         "target_parameters": config.target_parameters,
-        "trainable_token_indices": config.trainable_token_indices,
         "rank_pattern": base_change(config.init) == "repeatable" and config.rank_pattern,
         "alpha_pattern": base_change(config.init) == "repeatable" and config.alpha_pattern,
     }
@@ -49,7 +49,8 @@ def in_our_names(
         if value:
             raise ValueError(
                 f"{source}: `{field}` = {value!r} cannot be translated by name map "
-                f"`{name_map.name}`; merge the adapter in PEFT, or rename the tree"
+                f"`{name_map.name}`; merge the adapter in PEFT and load the merged checkpoint "
+                "(lora.hf.from_hugging_face), or give the tree Hugging Face's names"
             )
     parts = [part for placed in places.values() for part in placed.parts]
     adapted = {part.path for part in parts if _adapts(config, part)}
@@ -64,16 +65,31 @@ def in_our_names(
         for path, placed in places.items()
         if any(part.path in adapted for part in placed.parts)
     )
+    here = {module_of(p.path): module_of(path) for path, x in places.items() for p in x.parts}
     named = dataclasses.replace(
         config,
         target_modules=ALL_LINEAR if config.target_modules == ALL_LINEAR else targets,
         exclude_modules=(),
         modules_to_save=(),
+        trainable_token_indices=_renamed_rows(config, here),
         bias="none",
         layers_to_transform=None,
         layers_pattern=None,
     )
     return named, saved
+
+
+def _renamed_rows(config: LoraConfig, names: Mapping[str, str]) -> Any:
+    """`trainable_token_indices` with other names of modules; a list means the input embedding."""
+    rows = config.trainable_token_indices
+    if not isinstance(rows, Mapping):
+        return rows
+    renamed = {}
+    for entry, ids in rows.items():
+        found = {new for old, new in names.items() if matching.ends_with(old, entry)}
+        # Without one that fits, the error of `plan` lists the nearest names.
+        renamed[found.pop() if len(found) == 1 else entry] = ids
+    return renamed
 
 
 def with_saved(lora_params: Any, saved: Saved, plan: Plan) -> Any:
@@ -120,6 +136,9 @@ def in_their_names(
     # A config that was loaded has Hugging Face's names already; one of our own is translated.
     places = places_of(leaves, using)
     flat = to_theirs(leaves, places)
+    there = {module_of(bare(path)): module_of(x.parts[0].path) for path, x in places.items()}
+    if not any(matching.ends_with(name, e) for e in _named(config) for name in there.values()):
+        config = dataclasses.replace(config, trainable_token_indices=_renamed_rows(config, there))
     if all(_adapts(config, _part(path)) == isinstance(x, LoraArray) for path, x in flat.items()):
         return flat, config
     ours = {
@@ -136,6 +155,7 @@ def in_their_names(
     named = dataclasses.replace(
         config,
         target_modules=tuple(adapted),
+        target_parameters=(),
         exclude_modules=(),
         modules_to_save=tuple(dict.fromkeys(whole)),
         rank_pattern={n: r for n, r in ranks.items() if r != config.rank},
@@ -145,6 +165,12 @@ def in_their_names(
     )
     targets = named_targets(make_index(flat, named))
     return flat, dataclasses.replace(named, target_modules=tuple(targets))
+
+
+def _named(config: LoraConfig) -> list[str]:
+    """The modules that `trainable_token_indices` names."""
+    rows = config.trainable_token_indices
+    return list(rows) if isinstance(rows, Mapping) else []
 
 
 def _part(path: str) -> Part:

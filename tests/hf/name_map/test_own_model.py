@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import lora_jax as lora
-from lora_jax.hf import from_hugging_face, load_peft, save_peft, to_hugging_face
+from lora_jax.hf import from_hugging_face, load_peft, name_map, save_peft, to_hugging_face
 from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.models.saving import save_model
 
@@ -79,7 +80,12 @@ CASES = {
         "target_modules": ["q_proj"],
         "modules_to_save": ["lm_head", "input_layernorm"],
     },
-}
+    "tokens": {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [5, 30]},
+    "tokens of both tables": {
+        "r": 2, "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [5, 30], "lm_head": [1, 5, 9]},
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -108,6 +114,13 @@ OURS = {
         rank=2, target_modules=("o", "gate"), layers_to_transform=(1,), layers_pattern="blocks"
     ),
     "saved": lora.LoraConfig(rank=2, target_modules=("q",), modules_to_save=("out", "last_norm")),
+    "parameters": lora.LoraConfig(
+        rank=2, target_modules=("q",), target_parameters=("attn.v", "mlp.down")
+    ),
+    "tokens": lora.LoraConfig(rank=2, target_modules=("q",), trainable_token_indices=(5, 30)),
+    "tokens of both tables": lora.LoraConfig(
+        rank=2, target_modules=("q",), trainable_token_indices={"table": (5, 30), "out": (1, 9)}
+    ),
 }
 
 
@@ -137,6 +150,27 @@ def test_the_file_speaks_hugging_faces_names(base, tmp_path):
 
 
 # ---- what is refused
+
+
+def test_pefts_target_parameters(base, tmp_path):
+    fields = {"peft_type": "LORA", "r": 2, "target_parameters": ["mlp.down_proj.weight"]}
+    save_file({"base_model.model.a.lora_A.weight": np.ones((2, 2), np.float32)},
+              tmp_path / "adapter_model.safetensors")  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    text = "`target_parameters` = .* by name map `own decoder`; merge the adapter in PEFT and load"
+    with pytest.raises(ValueError, match=text):
+        load_peft(tmp_path, own_decoder.forward, base, TOKENS, name_map=MAP)
+
+
+def test_a_layout_that_renumbers_tokens(base, tmp_path):
+    config = OURS["tokens"]
+    plan = lora.plan(config, own_decoder.forward, base, TOKENS)
+    params = lora.init(jax.random.key(0), plan, base)
+    table = ("embed.table", "model.embed_tokens.weight", "(v p) d -> (p v) d")
+    other = name_map("other", [table, *((r.ours, r.theirs, r.layout) for r in MAP.rules[1:])],
+                     sizes={"p": 2})  # fmt: skip
+    with pytest.raises(ValueError, match="leaf `embed.table`: layout .* renumbers the tokens"):
+        save_peft(tmp_path / "a", params, config, name_map=other)
 
 
 def test_what_has_no_rule(base):
