@@ -92,12 +92,19 @@ def generate(arguments: argparse.Namespace) -> None:
         params, _ = finetune.load_adapter(model, arguments.adapter)
         form = read_form(arguments.adapter)
     chat = model.tokenizer is not None and model.tokenizer.has_template
-    options = dict(chat=chat, form=form, adapter=arguments.adapter is not None)
+    adapted = arguments.adapter is not None
     several = len(arguments.prompts) > 1 or "-" in arguments.prompts
     for prompt in _prompts(arguments.prompts):
         if several:
             _print(f"> {prompt}")
-        questions = as_trained([prompt], raw=arguments.raw, system=arguments.system, **options)
+        questions = as_trained(
+            [prompt],
+            chat=chat,
+            form=form,
+            adapter=adapted,
+            raw=arguments.raw,
+            system=arguments.system,
+        )
         _print(generate_texts(model, params, questions, config)[0] + "\n" * several)
 
 

@@ -25,6 +25,7 @@ from lora_jax.hf.name_maps import leaves as translated
 from lora_jax.hf.name_maps.peft import Saved, in_our_names, in_their_names, with_saved
 from lora_jax.hf.name_maps.rules import NameMap, Placed, places_of, recognise
 from lora_jax.hf.peft.base import as_read, check_names, model_type_of
+from lora_jax.hf.peft.card import auto_class_of
 from lora_jax.hf.peft.copies import check_vocabulary, tables_of, without_copies
 from lora_jax.hf.peft.directory import CONFIG_FILE, read_directory, write_directory
 from lora_jax.hf.peft.load import check_task, fill
@@ -251,4 +252,5 @@ def save_peft(
         check_names(tensors, base_model_name)
         fields["base_model_name_or_path"] = base_model_name
     if processes.is_first():
-        write_directory(directory, fields, tensors)
+        auto_class = auto_class_of(leaves, fields["task_type"])
+        write_directory(directory, fields, tensors, auto_class=auto_class)

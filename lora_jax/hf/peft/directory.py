@@ -16,6 +16,7 @@ from lora_jax.config.peft import check_type
 from lora_jax.files import check_links, parse_json, replacing, sweep, sync, temporary_beside
 from lora_jax.hf.checkpoint.safetensors import PICKLES, read_header
 from lora_jax.hf.hub import snapshot
+from lora_jax.hf.peft.card import CARD_FILE, CLASSES, card
 from lora_jax.hf.peft.prefixes import plain_fields, plain_keys
 
 CONFIG_FILE = "adapter_config.json"
@@ -122,7 +123,11 @@ def check_tensor(name: str, value: np.ndarray, source: str | os.PathLike) -> Non
 
 
 def write_directory(
-    directory: str | os.PathLike, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+    directory: str | os.PathLike,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    *,
+    auto_class: str | None = None,
 ) -> None:
     """Writes both files of a PEFT directory, byte for byte as PEFT does, and a model card.
 
@@ -134,10 +139,18 @@ def write_directory(
     reader (or a crash) in between finds an adapter without a config, never one with another
     adapter's scale.
 
+    Args:
+      directory: where.
+      fields: the config.
+      tensors: by PEFT's names.
+      auto_class: transformers' class for the base in the card, from `auto_class_of`; None is that
+        of the config's task.
+
     Raises:
       OSError: the directory cannot be written; nothing was changed.
     """
     root = Path(directory)
+    text = card(fields, auto_class)
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root}: expected a directory to write the adapter to, got a file")
     try:
@@ -146,13 +159,13 @@ def write_directory(
             # before it existed has left lies beside it.
             sweep(root)
             with temporary_beside(root / CONFIG_FILE) as temporary:
-                _write(temporary, fields, tensors)
+                _write(temporary, fields, tensors, text)
                 _replace(temporary, root)
                 sync(root, deep=False)
         else:
             with replacing(root) as new:
                 new.mkdir()
-                _write(new, fields, tensors)
+                _write(new, fields, tensors, text)
     except (OSError, SafetensorError) as error:
         raise OSError(
             _errno(error),
@@ -161,11 +174,13 @@ def write_directory(
         ) from error
 
 
-def _write(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def _write(
+    folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], text: str
+) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True), "utf-8")
     # transformers refuses a file without this entry, and PEFT writes it.
     save_file(dict(tensors), folder / TENSOR_FILE, metadata={"format": "pt"})
-    (folder / CARD_FILE).write_text(card(fields), "utf-8")
+    (folder / CARD_FILE).write_text(text, "utf-8")
     for name in (CONFIG_FILE, TENSOR_FILE, CARD_FILE):
         sync(folder / name)
 
@@ -198,88 +213,7 @@ def _may_replace_card(root: Path) -> bool:
     if not (root / CARD_FILE).exists():
         return True
     try:
-        return (root / CARD_FILE).read_text("utf-8") == card(_read_json(root / CONFIG_FILE))
+        fields, text = _read_json(root / CONFIG_FILE), (root / CARD_FILE).read_text("utf-8")
+        return any(text == card(fields, name) for name in CLASSES)
     except (OSError, ValueError, TypeError, AttributeError):  # no config of ours, or no text
         return False
-
-
-CARD_FILE = "README.md"
-
-
-# PEFT's task type -> the class of transformers that loads the base model.
-_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
-_LINES = (
-    ("r", "rank"),
-    ("lora_alpha", "alpha"),
-    ("rank_pattern", "ranks that differ"),
-    ("alpha_pattern", "alphas that differ"),
-    ("target_modules", "adapted modules"),
-    ("target_parameters", "adapted parameters"),
-    ("modules_to_save", "modules trained whole"),
-    ("trainable_token_indices", "trained tokens"),
-)
-_FLAGS = (
-    ("use_rslora", "rsLoRA: scale alpha/√rank"),
-    ("use_dora", "DoRA: magnitudes are trained too"),
-    ("lora_bias", "B has a bias"),
-)
-
-
-def card(fields: Mapping[str, Any]) -> str:
-    """The text of a model card.
-
-    Args:
-      fields: PEFT's config.
-
-    Returns:
-      Markdown, with the front matter that the Hub reads.
-    """
-    base = fields.get("base_model_name_or_path")
-    facts = [f"- base model: {base or 'not recorded'}"]
-    facts += [f"- {name}: {_spelled(fields[key])}" for key, name in _LINES if fields.get(key)]
-    facts += [f"- {text}" for key, text in _FLAGS if fields.get(key)]
-    if fields.get("init_lora_weights") == "loftq":
-        steps = fields["loftq_config"]
-        facts.append(
-            f"- started by LoftQ ({steps['loftq_bits']} bits, {steps['loftq_iter']} turns): it "
-            "belongs to the base model quantized so, which PEFT does when it reads the adapter "
-            "over the base in floats"
-        )
-    if fields.get("bias", "none") != "none":
-        facts.append(f"- biases of the base trained: {fields['bias']}")
-    front = ["---", "library_name: peft", "tags:", "- lora", "- lora_jax"]
-    front[1:1] = [f"base_model: {_quoted(base)}"] if base else []
-    model = _CLASSES.get(fields.get("task_type") or "", "AutoModel")
-    code = [
-        "```python",
-        "from peft import PeftModel",
-        f"from transformers import {model}",
-        "",
-        f"base = {model}.from_pretrained({base or 'the base model'!r})",
-        "model = PeftModel.from_pretrained(base, 'this directory')",
-        "```",
-    ]
-    parts = [front, ["---", "", "# LoRA adapter", ""], facts, ["", "Loading it:", ""], code]
-    return "\n".join(line for part in parts for line in part) + "\n"
-
-
-def _spelled(value: Any) -> str:
-    """A value of the config in Markdown, long lists cut."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"`{k}` {_spelled(v)}" for k, v in value.items())
-    if isinstance(value, list):
-        shown = [f"`{v}`" if isinstance(v, str) else str(v) for v in sorted(value)[:12]]
-        more = f" and {len(value) - 12} more" if len(value) > 12 else ""
-        return ", ".join(shown) + more
-    return f"`{value}`" if isinstance(value, str) else str(value)
-
-
-def _quoted(text: str) -> str:
-    """The text as a quoted YAML string."""
-    return "'" + text.replace("'", "''").replace("\n", " ") + "'"

@@ -1,6 +1,6 @@
 """An indexed adapter as the content of a PEFT directory, checked against its config."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,12 @@ from lora_jax.config.arguments import check_argument
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.hf.peft import directory
+from lora_jax.hf.peft.card import WRAPPED, is_encoder, parts_of
 from lora_jax.hf.peft.index import AdapterIndex, IndexRow, make_index, named_targets
 from lora_jax.hf.peft.tensors import TensorSpec, read_leaf, tensor_specs
 from lora_jax.hf.peft.tying import HEAD, tied_config, ties
 
 AUTO = "auto"
-
-# The start of the names of a decoder that is part of a model of images and texts.
-WRAPPED = "model.language_model."
 
 
 def to_peft(lora_params: Any, config: LoraConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -52,7 +50,7 @@ def with_task(
     if task_type == AUTO:
         task_type = config.extra.get("task_type", AUTO)
     # PEFT ties head and embedding of decoders; an encoder's head is a matrix of its own.
-    if task_type == "CAUSAL_LM" or (task_type == AUTO and not _is_encoder(leaves)):
+    if task_type == "CAUSAL_LM" or (task_type == AUTO and not is_encoder(leaves)):
         config = tied_config(leaves, config)
     fields, tensors = content_of(make_index(leaves, config), model_type=model_type)
     if task_type == AUTO:
@@ -224,22 +222,16 @@ def _task_of(paths: Collection[str], tensors: Collection[str]) -> str | None:
       "FEATURE_EXTRACTION" without a head; None (any model) otherwise, for instance with the head
       of a masked language model.
     """
-    if not _is_encoder(paths):
+    if not is_encoder(paths):
         return "CAUSAL_LM"
-    parts = _parts(paths)
+    parts = parts_of(paths)
     if "classifier" in parts:
         whole = bool({"pooler", "out_proj"} & parts)  # classifiers of tokens have neither
         found = "SEQ_CLS" if whole else "TOKEN_CLS"
-        return found if "classifier" in _parts(tensors) else None
+        return found if "classifier" in parts_of(tensors) else None
     if "qa_outputs" in parts:
-        return "QUESTION_ANS" if "qa_outputs" in _parts(tensors) else None
+        return "QUESTION_ANS" if "qa_outputs" in parts_of(tensors) else None
     return None if {"cls", "lm_head"} & parts else "FEATURE_EXTRACTION"
-
-
-def _is_encoder(paths: Collection[str]) -> bool:
-    """Whether leaves of these paths are an encoder of BERT's kind, with any head or none."""
-    parts = _parts(paths)
-    return {"word_embeddings", "encoder"} <= parts and "decoder" not in parts
 
 
 def _check_head(task_type: str | None, paths: Collection[str], tensors: Collection[str]) -> None:
@@ -251,12 +243,8 @@ def _check_head(task_type: str | None, paths: Collection[str], tensors: Collecti
     if task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return
     for head in _HEADS:
-        if head in _parts(paths) - _parts(tensors):
+        if head in parts_of(paths) - parts_of(tensors):
             raise ValueError(
                 f'task_type "{task_type}": PEFT would look for the head `{head}` in the file; '
                 f'train it too, modules_to_save=("{head}",), or pass task_type=None'
             )
-
-
-def _parts(names: Iterable[str]) -> set[str]:
-    return {part for name in names for part in name.split(".")}

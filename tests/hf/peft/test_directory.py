@@ -16,6 +16,7 @@ from lora_jax.config import peft as peft_config
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.peft import api
 from lora_jax.hf.peft import directory as peft_files
+from lora_jax.hf.peft.card import auto_class_of, card
 
 from tests.support.peft_trees import QV, equal, nested, planted, random_params, randomized
 
@@ -259,6 +260,35 @@ def test_the_model_card_says_what_it_is_and_a_users_own_stays(tree, tmp_path):
     (place / "README.md").write_text(text + "mine")
     api.save_peft(place, tree, QV, base_model_name="org/base")
     assert (place / "README.md").read_text() == text + "mine"
+
+
+ENCODER = "bert.embeddings.word_embeddings.embedding", "bert.encoder.layer.output.dense.kernel"
+
+
+@pytest.mark.parametrize(
+    ("head", "task", "want"),
+    [
+        (("cls.predictions.bias",), None, "AutoModelForMaskedLM"),
+        (("classifier.kernel", "bert.pooler.dense.kernel"), None, "AutoModelForSequenceClass"),
+        (("classifier.kernel",), None, "AutoModelForTokenClassification"),
+        (("qa_outputs.kernel",), None, "AutoModelForQuestionAnswering"),
+        ((), "FEATURE_EXTRACTION", "AutoModel"),
+        (("classifier.kernel",), "SEQ_CLS", "AutoModelForSequenceClassification"),
+    ],
+)
+def test_the_card_names_the_class_whose_modules_are_adapted(head, task, want, tmp_path):
+    paths = (*ENCODER, *head)
+    name = auto_class_of(paths, task)
+    assert f"import {want}" in card({"task_type": task}, name)
+    decoder = "model.language_model.layers.mlp.up_proj.kernel"
+    assert auto_class_of((decoder,), "CAUSAL_LM") == "AutoModelForImageTextToText"
+    assert auto_class_of((decoder.replace("language_model.", ""),), "CAUSAL_LM") is None
+    # A card of ours is replaced, whichever class it names.
+    fields = {"task_type": task, "r": 1}
+    tensors = {"a.lora_A.weight": np.zeros((1, 1), np.float32)}
+    peft_files.write_directory(tmp_path / "a", fields, tensors, auto_class=name)
+    peft_files.write_directory(tmp_path / "a", {**fields, "r": 2}, tensors, auto_class=name)
+    assert "- rank: 2" in (tmp_path / "a" / "README.md").read_text()
 
 
 def test_names_given_and_names_kept(tree, tmp_path):

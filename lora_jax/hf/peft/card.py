@@ -1,0 +1,129 @@
+"""The model card beside a PEFT adapter: README.md."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+CARD_FILE = "README.md"
+
+# PEFT's task type -> the class of transformers that loads the base model.
+_OF_TASK = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+_MULTIMODAL, _MASKED = "AutoModelForImageTextToText", "AutoModelForMaskedLM"
+# Every class that a card may name; None is that of the task.
+CLASSES = (None, *_OF_TASK.values(), _MULTIMODAL, _MASKED, "AutoModel")
+
+# The start of the names of a decoder that is part of a model of images and texts.
+WRAPPED = "model.language_model."
+
+
+def parts_of(names: Iterable[str]) -> set[str]:
+    """The components of dotted names."""
+    return {part for name in names for part in name.split(".")}
+
+
+def is_encoder(paths: Collection[str]) -> bool:
+    """Whether leaves of these paths are an encoder of BERT's kind, with any head or none."""
+    parts = parts_of(paths)
+    return {"word_embeddings", "encoder"} <= parts and "decoder" not in parts
+
+
+def auto_class_of(paths: Collection[str], task_type: str | None) -> str | None:
+    """The class that loads the base, in which the adapter's names are those of its modules.
+
+    Args:
+      paths: of the model's leaves, in Hugging Face's terms.
+      task_type: of the config.
+
+    Returns:
+      The class, or None for that of the task.
+    """
+    if any(path.startswith(WRAPPED) for path in paths):
+        return _MULTIMODAL
+    if task_type is not None:
+        return None
+    # An adapter without a task was made on a model with a head that it leaves alone.
+    parts = parts_of(paths)
+    if not is_encoder(paths):
+        return "AutoModelForCausalLM" if "lm_head" in parts else None
+    if "classifier" in parts:
+        return _OF_TASK["SEQ_CLS" if {"pooler", "out_proj"} & parts else "TOKEN_CLS"]
+    if "qa_outputs" in parts:
+        return _OF_TASK["QUESTION_ANS"]
+    return _MASKED if {"cls", "lm_head"} & parts else None
+
+
+_LINES = (
+    ("r", "rank"),
+    ("lora_alpha", "alpha"),
+    ("rank_pattern", "ranks that differ"),
+    ("alpha_pattern", "alphas that differ"),
+    ("target_modules", "adapted modules"),
+    ("target_parameters", "adapted parameters"),
+    ("modules_to_save", "modules trained whole"),
+    ("trainable_token_indices", "trained tokens"),
+)
+_FLAGS = (
+    ("use_rslora", "rsLoRA: scale alpha/√rank"),
+    ("use_dora", "DoRA: magnitudes are trained too"),
+    ("lora_bias", "B has a bias"),
+)
+
+
+def card(fields: Mapping[str, Any], auto_class: str | None = None) -> str:
+    """The text of a model card.
+
+    Args:
+      fields: PEFT's config.
+      auto_class: the class that loads the base; None is that of the config's task.
+
+    Returns:
+      Markdown, with the front matter that the Hub reads.
+    """
+    base = fields.get("base_model_name_or_path")
+    facts = [f"- base model: {base or 'not recorded'}"]
+    facts += [f"- {name}: {_spelled(fields[key])}" for key, name in _LINES if fields.get(key)]
+    facts += [f"- {text}" for key, text in _FLAGS if fields.get(key)]
+    if fields.get("init_lora_weights") == "loftq":
+        steps = fields["loftq_config"]
+        facts.append(
+            f"- started by LoftQ ({steps['loftq_bits']} bits, {steps['loftq_iter']} turns): it "
+            "belongs to the base model quantized so, which PEFT does when it reads the adapter "
+            "over the base in floats"
+        )
+    if fields.get("bias", "none") != "none":
+        facts.append(f"- biases of the base trained: {fields['bias']}")
+    front = ["---", "library_name: peft", "tags:", "- lora", "- lora_jax"]
+    front[1:1] = [f"base_model: {_quoted(base)}"] if base else []
+    model = auto_class or _OF_TASK.get(fields.get("task_type") or "", "AutoModel")
+    code = [
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {model}",
+        "",
+        f"base = {model}.from_pretrained({base or 'the base model'!r})",
+        "model = PeftModel.from_pretrained(base, 'this directory')",
+        "```",
+    ]
+    parts = [front, ["---", "", "# LoRA adapter", ""], facts, ["", "Loading it:", ""], code]
+    return "\n".join(line for part in parts for line in part) + "\n"
+
+
+def _spelled(value: Any) -> str:
+    """A value of the config in Markdown, long lists cut."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"`{k}` {_spelled(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        shown = [f"`{v}`" if isinstance(v, str) else str(v) for v in sorted(value)[:12]]
+        more = f" and {len(value) - 12} more" if len(value) > 12 else ""
+        return ", ".join(shown) + more
+    return f"`{value}`" if isinstance(value, str) else str(value)
+
+
+def _quoted(text: str) -> str:
+    """The text as a quoted YAML string."""
+    return "'" + text.replace("'", "''").replace("\n", " ") + "'"
