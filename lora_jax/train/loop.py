@@ -274,10 +274,10 @@ def _run(job: _Job, state: TrainState, start: int, items) -> TrainState:
                 _compile(job, state, batch)
                 clock.restart()
             state, out = job.programs(state, job.frozen, batch)
-            stop = agreed(interrupted())
             # The previous step is read while this one runs, so the device never waits for Python.
             _settle(job, pending, clock, bar)
             pending = (step, item, out)
+            stop = agreed(interrupted())
             if stop or _due(job, step):
                 pending = _settle(job, pending, clock, bar)
                 _between(job, state, step, stop)
