@@ -40,6 +40,16 @@ def test_a_base_that_a_start_changes_keeps_its_dtype(name):
     assert leaf.w.dtype == jnp.bfloat16 and leaf.a.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("name", ["default", "gaussian", "random", "orthogonal", "pissa", "olora"])
+def test_factors_of_a_double_base_are_double(name):
+    with jax.enable_x64(True):
+        base = {"w": jnp.asarray(W, jnp.float64)}
+        config = lora.LoraConfig(rank=RANK, target_modules=("w",), init=name)
+        plan = lora.plan(config, lambda p, x: x @ p["w"], base, jnp.ones((1, 96), jnp.float64))
+        leaf = lora.init(jax.random.key(1), plan, base)["w"]
+        assert leaf.a.dtype == leaf.b.dtype == leaf.w.dtype == jnp.float64
+
+
 @pytest.mark.parametrize("name", ["olora", "pissa"])
 def test_a_quantized_base_is_not_changed(name):
     base = lora.quantize({"w": W}, ["w"], block_size=32)
@@ -74,6 +84,16 @@ def test_the_spread_of_a_start(name, part, spread):
     assert abs(np.mean(values)) < 0.2 * spread
     if name != "random":
         np.testing.assert_array_equal(start(name).b, 0)
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian"])
+def test_a_table_starts_with_a_of_zeros(init):
+    """As PEFT's embeddings: A is looked up, and B is drawn."""
+    config = lora.LoraConfig(rank=RANK, target_modules=("w",), init=init)
+    plan = lora.plan(config, lambda p, i: p["w"][i], {"w": W}, jnp.zeros(2, int))
+    leaf = lora.init(jax.random.key(1), plan, {"w": W})["w"]
+    np.testing.assert_array_equal(leaf.a, 0)
+    assert np.std(leaf.b) == pytest.approx(1, rel=0.12)
 
 
 def test_the_spread_of_each_layers_own_rank():

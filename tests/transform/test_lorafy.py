@@ -150,6 +150,16 @@ def test_a_weight_that_one_branch_changes_is_another_afterwards(order):
             close(run(PARAMS, x), fn(lora.merge(PARAMS), x))
 
 
+def test_weights_of_different_dropout_are_not_joined():
+    p = {"w": leaf(1), "v": dataclasses.replace(leaf(2), dropout=0.5)}
+
+    def fn(p, x):
+        return x @ jnp.concatenate([p["w"], p["v"]], 1)
+
+    with pytest.warns(lora.MaterializedWarning, match="weights with different dropout"):
+        close(lora.lorafy(fn)(p, X, lora_key=jax.random.key(0)), fn(lora.merge(p), X))
+
+
 def test_a_magnitude_is_no_part_of_what_is_padded():
     x = dataclasses.replace(leaf(1), m=jnp.full(D, 3.0))
 

@@ -179,6 +179,15 @@ def test_added_tokens_that_cannot_be_right(tmp_path, declared, text):
         from_directory(directory)
 
 
+def test_only_special_ones_of_added_tokens_are_left_out_of_text(tmp_path):
+    _, settings, files = CASES["added_tokens.json"]
+    backend = backend_of("byte_level")
+    ours = from_directory(write(tmp_path, backend, settings, files))
+    size = backend.get_vocab_size()
+    assert ours.decode([size, size + 1]) == "<|b|>"
+    assert ours.decode([size, size + 1], skip_special_tokens=False) == "<|b|><|e|>"
+
+
 def test_templates_in_every_place(tmp_path):
     chat = [{"role": "user", "content": "hi"}]
     named = [{"name": "tool_use", "template": "T"}, {"name": "rag", "template": "R"}]
