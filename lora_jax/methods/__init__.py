@@ -1,6 +1,6 @@
 """The functions that start an adapter: `start(key, config, leaf, w) -> (w, a, b)`.
 
-LoftQ also takes the numbers that a quantized `w` stands for.
+That of LoftQ has one more argument, the floats that `w` was quantized from.
 """
 
 from collections.abc import Callable
@@ -13,5 +13,5 @@ _FUNCTIONS: dict[str, Callable] = {**vars(starts), "loftq": loftq}
 
 def start_function(init: str) -> Callable:
     """The function that starts an adapter with `LoraConfig(init=init)`."""
-    # "pissa_niter_4" is the same start with a faster SVD in PEFT; here the SVD is exact.
+    # "pissa_niter_4" is PiSSA with a faster, approximate SVD in PEFT; here the SVD is exact.
     return _FUNCTIONS[init.partition("_niter_")[0]]

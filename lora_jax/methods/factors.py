@@ -1,4 +1,4 @@
-"""Arithmetic that several starts share: shapes, masks and decompositions of the factors."""
+"""Arithmetic that several starts share: shapes and masks of factors, decompositions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +26,7 @@ def factor_dtype(leaf: LeafPlan) -> np.dtype:
 
 
 def uniform(key: PRNGKeyArray, shape: Sequence[int], bound: float, dtype: np.dtype) -> Array:
+    """Random numbers in ±bound."""
     return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
 
 
@@ -42,11 +43,11 @@ def mask(leaf: LeafPlan, factor: Array, *, rank_axis: str) -> Array:
 
     Padding is zero in both factors, so its gradients are zero and it stays zero.
     """
-    # All layers have the leaf's own rank: there is no padding.
+    # All layers have one rank, so there is no padding.
     if len(set(leaf.ranks)) == 1:
         return factor
     stack = [leaf.shape[d] for d in stack_dims(leaf.roles)]
-    keep = np.arange(leaf.rank)[None] < np.asarray(leaf.ranks)[:, None]
+    keep = np.arange(leaf.rank)[None] < np.asarray(leaf.ranks)[:, None]  # (stack, r)
     extra = factor.ndim - len(stack) - 1
     shape = (*stack, *[1] * extra, leaf.rank)
     if rank_axis == "b":
@@ -55,10 +56,12 @@ def mask(leaf: LeafPlan, factor: Array, *, rank_axis: str) -> Array:
 
 
 def uniform_rank(leaf: LeafPlan, name: str) -> None:
+    """Raises `ValueError` where the layers of a stack have different ranks."""
+    # A decomposition cut at the largest rank would be masked to a worse one in the other layers.
     if len(set(leaf.ranks)) > 1:
         raise ValueError(
             f'init="{name}" needs one rank for the whole stack `{leaf.path}`, got ranks '
-            f"{sorted(set(leaf.ranks))}: use unstacked layers or one rank"
+            f"{sorted(set(leaf.ranks))}: unstack the layers, or give them one rank"
         )
 
 
@@ -66,7 +69,7 @@ def matrix_of(leaf: LeafPlan, w: Any) -> Float[Array, "*s i o"]:
     """The weight as `(stack..., in, out)` in float32 or wider."""
     w = dense(w)
     if compat.spec_of(w) is not None:
-        # Under an explicit mesh a decomposition takes whole matrices only.
+        # Under an explicit mesh JAX decomposes only matrices that are not sharded.
         w = jax.sharding.reshard(w, NamedSharding(jax.typeof(w).sharding.mesh, PartitionSpec()))
     return to_matrix(w.astype(widened(w.dtype)), leaf.roles)
 
@@ -80,21 +83,24 @@ def scale_of(leaf: LeafPlan) -> np.ndarray:
 def principal(
     matrix: Float[Array, "*s i o"], rank: int, s: np.ndarray
 ) -> tuple[Float[Array, "*s i r"], Float[Array, "*s r o"]]:
-    """Factors with `s·A·B` the best approximation of that rank: `(stack..., in, r)`, `(..., out)`.
+    """Factors with `s·A·B` the best approximation of a rank (Eckart and Young 1936).
 
     A = U_r·√(S_r/s),  B = √(S_r/s)·V_rᵀ
     """
     u, values, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    # Divided by s, because the adapter multiplies it in again.
+    # Divided by s, because the adapter multiplies by it.
     root = jnp.sqrt(values[..., :rank] / s[..., 0])
     return u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
 
 
-def residual(leaf: LeafPlan, w: Any, a: Array, b: Array, s: np.ndarray) -> Array:
+def residual(leaf: LeafPlan, w: Any, a: Array, b: Array, *, s: np.ndarray) -> Array:
     """The weight without the factors' product: `W − s·A·B`."""
-    # The residual would have to be quantized again, with a new error.
+    # The residual would have to be quantized once more, with a new error.
     if is_quant(w):
-        raise ValueError(f"`{leaf.path}` is quantized: this init changes the base, quantize after")
+        raise ValueError(
+            f"`{leaf.path}` is quantized, and this `init` changes the base: start from the floats, "
+            'then quantize; or use init="default" or "loftq"'
+        )
     change = s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
     return (w.astype(a.dtype) - from_matrix(change, leaf.shape, leaf.roles)).astype(w.dtype)
 

@@ -29,16 +29,16 @@ def loftq(
     """The quantized weight and the factors of its error.
 
     A weight in floats is quantized as in PEFT: NF4 in blocks of 64 inputs with float32 scales. A
-    quantized one needs the floats it was made of; it is not changed in the first turn (which is
-    PEFT's `replace_lora_weights_loftq`), and keeps its format in later ones. PEFT's factors are
-    right for a scale of 1 only; here they are divided by the scale.
+    quantized one needs the floats it was quantized from. The first turn does not change it (as in
+    PEFT's `replace_lora_weights_loftq`), and later ones keep its format. PEFT's factors are right
+    for a scale of 1 only; here they are divided by the scale.
 
     Args:
       key: unused.
       config: with `loftq_config`.
       leaf: of the plan.
       w: the base weight, in floats or quantized.
-      weight: the floats that a quantized `w` was made of.
+      weight: the floats that a quantized `w` was quantized from.
 
     Raises:
       ValueError: a quantized `w` without `weight`, or the reverse; 8 bits; a block that does not
@@ -54,12 +54,12 @@ def loftq(
     for turn in range(config.loftq_config["loftq_iter"]):
         if turn or q is None:
             q = _quantize(rest, w, q, leaf)
-        # Under a trace the values are unknown, and the check below is left out.
+        # While tracing the values are unknown, and there is no check.
         lost = full - q.astype(full.dtype).dequantize()
         if not isinstance(lost, jax.core.Tracer) and not jnp.any(lost):
             raise ValueError(
-                f"`{leaf.path}`: quantizing has lost nothing that LoftQ could start from (factors "
-                'of zero never train): the weights are the blocks\' own numbers; use init="default"'
+                f"`{leaf.path}`: quantizing changes no number, so LoftQ has no error to start from "
+                '(and factors of zero never train): use init="default"'
             )
         a, b = principal(to_matrix(lost, leaf.roles), leaf.rank, s)
         change = s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
@@ -71,14 +71,14 @@ def loftq(
 def _check(config: LoraConfig, leaf: LeafPlan, w: Any, weight: Any) -> None:
     if is_quant(w) and weight is None:
         raise ValueError(
-            f"`{leaf.path}` is quantized: LoftQ needs the numbers it was made of, "
+            f"`{leaf.path}` is quantized: LoftQ needs the floats it was quantized from, "
             "lora.init(key, plan, params, weights=the parameters in floats)"
         )
     if not is_quant(w) and weight is not None:
         raise ValueError(f"`{leaf.path}` is not quantized: leave `weights` out of lora.init")
     if not is_quant(w) and config.loftq_config["loftq_bits"] != 4:
         raise ValueError(
-            f"`{leaf.path}`: LoftQ with loftq_bits=8 is done on a base that is quantized already: "
+            f"`{leaf.path}`: LoftQ with loftq_bits=8 needs a base that is quantized already: "
             'lora.quantize(params, plan, format="int8"), then lora.init(..., weights=params)'
         )
 
@@ -86,7 +86,7 @@ def _check(config: LoraConfig, leaf: LeafPlan, w: Any, weight: Any) -> None:
 def _quantize(x: Array, w: Any, like: QuantArray | None, leaf: LeafPlan) -> QuantArray:
     """Quantizes `x` in the format of `like`, by default in PEFT's."""
     if like is None:
-        # PEFT's blocks are of a table's row, and of the inputs of anything else.
+        # PEFT's blocks run along a table's features, and along the inputs of any other weight.
         roles = leaf.roles.translate(str.maketrans("io", "oi")) if leaf.lookup else leaf.roles
         return quantize_array(x.astype(w.dtype), roles=roles, scale_dtype="float32", name=leaf.path)
     double = like.scale2 is not None

@@ -1,7 +1,7 @@
-"""Initial values of the factors: each start takes `(key, config, leaf, w)`, gives `(w, a, b)`.
+"""Initial values of the factors: functions from `(key, config, leaf, w)` to `(w, a, b)`.
 
-A start has the name of its row in `lora_jax.config.starts`. Only a start whose row says so changes
-`w`: it takes a part of the weight into the factors, and `W + s·A·B` is still the weight given.
+A start has the name of its row in `lora_jax.config.starts`. Only a start with `base_change` there
+changes `w`: it moves a part of the weight into the factors, and `W + s·A·B` is still that weight.
 """
 
 from typing import Any
@@ -46,13 +46,13 @@ def gaussian(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> S
         return default(key, config, leaf, w)
     a_shape, b_shape = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
     dtype = factor_dtype(leaf)
-    # A left-out layer has rank 0; `mask` clears what it gets here.
+    # A left-out layer has rank 0: any divisor does, because `mask` clears its numbers.
     a = jax.random.normal(key, a_shape, dtype) / per_stack(leaf, np.maximum(leaf.ranks, 1), "a")
     return w, mask(leaf, a.astype(dtype), rank_axis="a"), jnp.zeros(b_shape, dtype)
 
 
 def random(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Started:
-    """`A ~ U(±1/√fan_in)`, `B ~ U(±1/√r)`: not the identity; for tests of other code."""
+    """`A ~ U(±1/√fan_in)`, `B ~ U(±1/√r)`: not the identity, for tests; as in PEFT."""
     first, second = jax.random.split(key)
     a_shape, b_shape = factor_shapes(leaf.shape, leaf.roles, leaf.rank)
     dtype = factor_dtype(leaf)
@@ -68,12 +68,15 @@ def orthogonal(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) ->
     Source: PEFT `init_lora_weights="orthogonal"`; the scale 1/10 is PEFT's.
     """
     if leaf.rank % 2:
-        raise ValueError(f'init="orthogonal" needs an even rank, `{leaf.path}` has {leaf.rank}')
+        raise ValueError(
+            f'init="orthogonal" needs an even rank, got {leaf.rank} for `{leaf.path}`: change '
+            "`rank` or `rank_pattern`"
+        )
     uniform_rank(leaf, "orthogonal")
     stack, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
     keys = jax.random.split(key, 3)
     half = leaf.rank // 2
-    # Odd and even rows of one orthogonal matrix: their product is zero.
+    # Odd and even rows of one orthogonal matrix are orthogonal: their product is zero.
     q, _ = jnp.linalg.qr(jax.random.normal(keys[0], (*stack, leaf.rank, leaf.rank)))
     odd, even = q[..., 0::2, :], q[..., 1::2, :]
     a = jnp.matmul(jax.random.normal(keys[1], (*stack, fan_in, half)), odd) / 10
@@ -82,7 +85,7 @@ def orthogonal(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) ->
 
 
 def pissa(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Started:
-    """The principal singular vectors go into the factors, the rest stays in the weight.
+    """The largest singular values go into the factors, the rest stays in the weight.
 
         A = U_r·√(S_r/s),  B = √(S_r/s)·V_rᵀ,  W ← W − s·A·B
 
@@ -91,7 +94,7 @@ def pissa(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Star
     uniform_rank(leaf, "pissa")
     s = scale_of(leaf)
     a, b = principal(matrix_of(leaf, w), leaf.rank, s)
-    return residual(leaf, w, a, b, s), *shaped(leaf, a, b)
+    return residual(leaf, w, a, b, s=s), *shaped(leaf, a, b)
 
 
 def olora(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Started:
@@ -104,18 +107,17 @@ def olora(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Star
     q, r = jnp.linalg.qr(jnp.swapaxes(matrix_of(leaf, w), -1, -2))
     a = jnp.swapaxes(r[..., : leaf.rank, :], -1, -2)
     b = jnp.swapaxes(q[..., : leaf.rank], -1, -2)
-    return residual(leaf, w, a, b, scale_of(leaf)), *shaped(leaf, a, b)
+    return residual(leaf, w, a, b, s=scale_of(leaf)), *shaped(leaf, a, b)
 
 
 def mica(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Started:
     raise ValueError(
-        'init="mica" freezes B, which this version does not do: use "default", or merge the '
-        "adapter with PEFT first"
+        'init="mica" freezes B, which is not supported: use "default", or merge the adapter in PEFT'
     )
 
 
 def eva(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Started:
     raise ValueError(
-        'init="eva" starts from activations of training data, which this version does not '
-        'collect yet: use "default" or "pissa"'
+        'init="eva" starts from activations of training data, which is not supported: use '
+        '"default" or "pissa"'
     )

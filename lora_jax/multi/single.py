@@ -1,4 +1,4 @@
-"""One adapter of a stack: put in, and taken out."""
+"""One adapter of a stack: put into a slot, and taken out."""
 
 import dataclasses
 from typing import Any
@@ -32,7 +32,7 @@ from lora_jax.multi.stack import (
 
 
 def replace(stacked: PyTree, index: int, adapter: PyTree) -> PyTree:
-    """Puts an adapter into a slot of a stack, in place of the one there; no shape changes.
+    """Puts an adapter into a slot of a stack; no shape changes.
 
     Args:
       stacked: from `stack`.
@@ -41,11 +41,11 @@ def replace(stacked: PyTree, index: int, adapter: PyTree) -> PyTree:
         plain base, which empties the slot.
 
     Returns:
-      A new tree; what was compiled for `stacked` runs with it too.
+      A new tree, for which nothing compiled for `stacked` is compiled again.
 
     Raises:
-      ValueError: no such slot, another base, a rank that is too large, or a leaf for which the
-        stack has no room.
+      ValueError: there is no such slot, the base differs, the rank is too large, or the stack has
+        no room for a leaf.
     """
     number = count(stacked)
     if not isinstance(index, jax.core.Tracer) and not 0 <= int(index) < number:
@@ -92,20 +92,24 @@ def _one_leaf(name: str, x: Any, y: Any) -> Any:
         return _one_stack(name, x, y)
     if is_lora(y):
         raise ValueError(
-            f"`{name}` is adapted by the new adapter, but the stack has no room for it there; "
-            "make the stack from adapters that together adapt every leaf"
+            f"`{name}` is adapted by the new adapter, but by none of the stack, which has no room "
+            "for it: make the stack from adapters that together adapt every leaf"
         )
     return x
 
 
 def _one_stack(name: str, x: LoraStack | SavedStack, y: Any) -> LoraStack | SavedStack:
     """A leaf of a single adapter as a stack of one."""
+    # A stack that trains holds DoRA's magnitudes, another one its gains.
     train = isinstance(x, LoraStack) and x.m is not None
     if isinstance(x, SavedStack):
         return stack_saved(name, [y], 1)
     y = as_lora(name, y, train)
     if isinstance(y, SavedArray):
-        raise ValueError(f"`{name}` trains whole in the new adapter and has factors in the stack")
+        raise ValueError(
+            f"`{name}` trains whole in the new adapter and has factors in the stack: make a stack "
+            "of adapters that train it in one way"
+        )
     # Shapes and dtypes are the stack's, so that nothing is compiled again.
     blank = dataclasses.replace(
         x,
@@ -115,21 +119,26 @@ def _one_stack(name: str, x: LoraStack | SavedStack, y: Any) -> LoraStack | Save
         },
     )
     if x.gain is not None:
+        # Without DoRA the gain is 1.
         blank = dataclasses.replace(blank, gain=jnp.ones_like(blank.gain))
     if not isinstance(y, LoraArray):
         return blank
     if y.roles != x.roles or y.rank > x.rank:
         raise ValueError(
             f"`{name}` has rank {y.rank} and roles `{y.roles}` in the new adapter; the stack holds "
-            f"rank {x.rank} at most and roles `{x.roles}`: make the stack with a larger `rank`"
+            f"ranks up to {x.rank} and roles `{x.roles}`: make the stack with a larger `rank`, or "
+            "plan with the same `roles`"
         )
-    # A smaller array would leave numbers of the slot's last adapter in place.
+    # A smaller array would leave numbers of the slot's previous adapter in place.
     check_shapes(name, y)
     for field, why in (("m", "DoRA's magnitude"), ("bias", "a bias")):
         # A stack that is not trained holds gains in place of magnitudes.
         room = x.bias is not None if field == "bias" else (x.m is not None or x.gain is not None)
         if getattr(y, field) is not None and not room:
-            raise ValueError(f"`{name}` has {why} in the new adapter, and the stack has none there")
+            raise ValueError(
+                f"`{name}` has {why} in the new adapter, and the stack has no room for one: make "
+                "the stack with such an adapter among its first"
+            )
     return padded(y, blank)
 
 
@@ -141,7 +150,8 @@ def adapter(stacked: PyTree, index: int) -> PyTree:
       index: of the adapter.
 
     Raises:
-      ValueError: no such slot; or the stack holds DoRA's gains only (stack with `train=True`).
+      ValueError: there is no such slot; or the stack holds DoRA's gains only (stack with
+        `train=True`).
     """
     number = count(stacked)
     if not 0 <= index < number:
@@ -152,7 +162,7 @@ def adapter(stacked: PyTree, index: int) -> PyTree:
 
 def _single(name: str, x: Any, index: int) -> Any:
     if isinstance(x, SavedStack):
-        # All layers count as trained now; those that were not hold the base's values.
+        # Which layers trained (`only`) is lost; those that did not hold the base's values.
         return SavedArray(x.w, x.value[index], tied=x.tied)
     if not isinstance(x, LoraStack):
         return x

@@ -44,18 +44,17 @@ def stack(
 
     Args:
       adapters: trees with LoRA leaves over the same base, numbered from 0.
-      slots: for how many adapters the stack has room, by default for those given; an empty slot
-        is the plain base.
-      rank: to which all are padded; by default the largest.
-      train: whether the stack will be trained. DoRA's magnitudes then train too; otherwise
-        their gains `m / ‖W + s·A·B‖` are computed here, once.
+      slots: number of slots, by default one for each adapter; an empty slot is the plain base.
+      rank: the rank that all are padded to; by default the largest.
+      train: whether the stack will be trained. If so, DoRA's magnitudes train too; if not, their
+        gains `m / ‖W + s·A·B‖` are computed here, once.
 
     Returns:
       The tree, for `lorafy(fn)(stacked, ..., adapter_ids=ids)`.
 
     Raises:
-      ValueError: no adapter, trees of different structure or different bases, a rank or a number
-        of slots that is too small, or leaves that cannot stand beside each other.
+      ValueError: there is no adapter; trees have different structures or bases; `rank` or `slots`
+        is too small; or the leaves of two adapters cannot be stacked.
 
     Example:
       stacked = lora.stack([ann, bob])
@@ -66,12 +65,14 @@ def stack(
         raise ValueError("`adapters` is empty: give at least one tree with LoRA leaves")
     slots = len(adapters) if slots is None else slots
     if slots < len(adapters):
-        raise ValueError(f"`slots` is {slots}, but there are {len(adapters)} adapters")
+        raise ValueError(
+            f"`slots` is {slots}, but there are {len(adapters)} adapters: give as many at least"
+        )
     columns, tree, names = columns_of(adapters)
     if not any(is_lora(x) for column in columns for x in column):
         raise ValueError("no adapter in `adapters` has a LoRA leaf: pass trees from `lora.init`")
     leaves = [
-        _stack_leaf(name, column, slots, rank, train)
+        _stack_leaf(name, column, slots=slots, rank=rank, train=train)
         for name, column in zip(names, columns, strict=True)
     ]
     return jax.tree.unflatten(tree, leaves)
@@ -81,7 +82,7 @@ def columns_of(adapters: Sequence) -> tuple[list[list], jax.tree_util.PyTreeDef,
     """The leaves of several adapters, side by side.
 
     Returns:
-      For each leaf a list with that of every adapter; the tree; and the leaves' paths.
+      For each leaf a list of what every adapter has there; the tree; and the leaves' paths.
 
     Raises:
       ValueError: the trees have different structures, or their bases differ.
@@ -123,18 +124,19 @@ def check_same_base(name: str, bases: Sequence) -> None:
         if not same:
             raise ValueError(
                 f"`{name}`: the bases of adapter 0 and of adapter {number} differ; adapters can be "
-                "stacked on one base only (one that changes the base, such as PiSSA, has its own: "
-                "make it a plain LoRA first)"
+                "stacked on one base only (a start that changes the base, such as PiSSA, makes a "
+                "base of its own: convert the adapter to a plain LoRA first)"
             )
 
 
 def _equal(x: Any, y: Any) -> bool:
     if isinstance(x, jax.core.Tracer) or isinstance(y, jax.core.Tracer):
-        return True  # unknown while tracing
+        return True  # the numbers are unknown while tracing
     return bool(jnp.array_equal(x, y))
 
 
-def _stack_leaf(name: str, column: list, slots: int, rank: int | None, train: bool) -> Any:
+def _stack_leaf(name: str, column: list, *, slots: int, rank: int | None, train: bool) -> Any:
+    """One leaf of the stack, from that of each adapter."""
     if not any(is_lora(x) for x in column):
         return column[0]
     if any(is_stack(x) for x in column):
@@ -147,8 +149,10 @@ def _stack_leaf(name: str, column: list, slots: int, rank: int | None, train: bo
     largest = max(x.rank for x in column if isinstance(x, LoraArray))
     rank = largest if rank is None else rank
     if rank < largest:
-        raise ValueError(f"`rank` is {rank}, but an adapter has rank {largest} at `{name}`")
-    # Adapters that leave this weight alone are an empty slot here.
+        raise ValueError(
+            f"`rank` is {rank}, but an adapter has rank {largest} at `{name}`: give at least that"
+        )
+    # An adapter that does not adapt this weight is an empty slot here.
     blank = _blank(like, column, rank, train)
     filled = [padded(x, blank) if isinstance(x, LoraArray) else blank for x in column]
     return _join(filled + [blank] * (slots - len(column)))
@@ -173,7 +177,7 @@ def stack_saved(name: str, column: list, slots: int) -> SavedStack:
     for number, x in enumerate(column):
         if is_lora(x) and not isinstance(x, SavedArray):
             raise ValueError(
-                f"`{name}` trains whole in one adapter and has factors in adapter {number}: such "
+                f"`{name}` trains whole in one adapter and has factors in adapter {number}: the "
                 "two cannot be stacked; merge one of them"
             )
     base = without_adapter(column[0])
@@ -195,59 +199,61 @@ def as_lora(name: str, x: Any, train: bool) -> Any:
         return x
     if train:
         raise ValueError(
-            f"`{name}` has trained rows (`trainable_token_indices`), which do not train in a "
-            "stack; train that adapter by itself, or stack without `train`"
+            f"`{name}` has trained rows (`trainable_token_indices`), which cannot train in a "
+            "stack: train that adapter by itself, or stack without `train`"
         )
     return rows_as_lora(x)
 
 
 def _check_alike(name: str, column: list, train: bool) -> None:
-    known = [x for x in column if isinstance(x, LoraArray)]
-    for x in known:
+    """Raises `ValueError` where adapters of a weight differ in what a stack has once."""
+    factored = [x for x in column if isinstance(x, LoraArray)]
+    for x in factored:
         check_shapes(name, x)
-    if len({x.roles for x in known}) > 1:
+    if len({x.roles for x in factored}) > 1:
         raise ValueError(
-            f"`{name}`: adapters read its dims as {sorted({x.roles for x in known})}; adapters of "
-            "one stack must agree: plan them with the same `roles`"
+            f"`{name}` has roles {sorted({x.roles for x in factored})} in different adapters, "
+            "expected the same in all: plan them with the same `roles`"
         )
-    if train and len({x.m is None for x in known}) > 1:
+    if train and len({x.m is None for x in factored}) > 1:
         raise ValueError(
-            f"`{name}`: some adapters have DoRA's magnitude there and some have not, which cannot "
-            "be trained together; stack without `train` to use them together"
+            f"`{name}`: some adapters use DoRA there and some do not, and cannot train together: "
+            "stack without `train` to use them together"
         )
     # Dropout is static: all adapters of a leaf share one program.
-    if train and len({x.dropout for x in known}) > 1:
+    if train and len({x.dropout for x in factored}) > 1:
         raise ValueError(
-            f"`{name}`: adapters have different dropout {sorted({x.dropout for x in known})}; "
-            "adapters that train together must have one"
+            f"`{name}`: adapters have dropout {sorted({x.dropout for x in factored})}, expected "
+            "the same in all that train together"
         )
 
 
 def _blank(like: LoraArray, column: list, rank: int, train: bool) -> LoraStack:
     """An empty slot, which is the plain base, as a stack of one."""
-    known = [x for x in column if isinstance(x, LoraArray)]
+    factored = [x for x in column if isinstance(x, LoraArray)]
     a, b = factor_shapes(like.shape, like.roles, rank)
     depth = like.roles.count("s")
     outs = [like.shape[d] for d in b_dims(like.roles)]
 
+    # With the adapters' axis, of size 1, behind the stack dims.
     def full(shape: Sequence[int], value: float, dtype: Any) -> Array:
         return jnp.full([*shape[:depth], 1, *shape[depth:]], value, dtype)
 
-    dora = next((x for x in known if x.m is not None), None)
-    bias = next((x for x in known if x.bias is not None), None)
+    dora = next((x for x in factored if x.m is not None), None)
+    bias = next((x for x in factored if x.bias is not None), None)
     gain = m = None
     if dora is not None:
         if train:
-            # Scale 0 leaves the norm of W, with which the gain is 1: the plain base.
+            # With scale 0 this is the norm of W, so that the gain is 1: the plain base.
             m = jnp.expand_dims(norm(dataclasses.replace(dora, scale=dora.scale * 0)), depth)
         else:
             # An adapter without DoRA has gain 1.
             gain = full(outs, 1, jnp.float32)
     return LoraStack(
         like.w,
-        # One dtype for all adapters, the widest.
-        full(a, 0, jnp.result_type(*(x.a.dtype for x in known))),
-        full(b, 0, jnp.result_type(*(x.b.dtype for x in known))),
+        # One dtype for all adapters, the widest, so that none is rounded.
+        full(a, 0, jnp.result_type(*(x.a.dtype for x in factored))),
+        full(b, 0, jnp.result_type(*(x.b.dtype for x in factored))),
         full([like.shape[d] for d in stack_dims(like.roles)], 0, jnp.float32),
         m=m,
         gain=gain,

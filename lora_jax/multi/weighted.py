@@ -1,14 +1,14 @@
-"""Several adapters of one base as one: weighted sums, exact or with changes left out.
+"""Several adapters of one base as one: weighted sums, exact or with some changes dropped.
 
     ΔW = Σ_i w_i · s_i · A_i · B_i
 
-is the sum, for adapters of any ranks and scalings (`α/r` or `α/√r`). `cat` holds it exactly, `svd`
-is its best approximation of a given rank. The others change the sum on purpose, so that adapters
-disturb each other less: `ties` keeps the largest changes of each adapter and, for each number, only
-those of the winning sign; `dare` drops changes at random and scales up the rest; `magnitude_prune`
-keeps the largest. They work on the `ΔW_i` and then reduce the rank. PEFT's `linear`, `ties` and so
-on work on `A` and `B` separately, and the product then has terms `A_i·B_j` of no adapter; only
-`linear` is computed as in PEFT.
+is the sum, for adapters of any ranks and scalings (`α/r` or `α/√r`). `cat` is exact, and `svd` is
+the best approximation of a rank. The others change the sum on purpose, so that adapters disturb
+each other less: `ties` keeps the largest changes of each adapter and, for each number, only those
+of the winning sign; `dare` drops changes at random and scales up the rest; `magnitude_prune` keeps
+the largest. They work on the `ΔW_i` and then reduce the rank. PEFT's `linear`, `ties` and others
+work on `A` and `B` separately, and their product has terms `A_i·B_j` that belong to no adapter;
+only `linear` is computed as in PEFT.
 
 Sources: TIES: Yadav et al. 2023, algorithm 1. DARE: Yu et al. 2024, eq. 2-4. The best approximation
 of a rank: Eckart and Young 1936.
@@ -26,7 +26,7 @@ from lora_jax.array import LoraArray, RowsArray, SavedArray, is_stack
 from lora_jax.dims import factor_shapes, sizes
 from lora_jax.multi.stack import columns_of
 
-# The names of `_JOINS`, for annotations.
+# The names in `_JOINS`, for annotations.
 Method = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 MajoritySign = Literal["total", "frequency"]
 
@@ -47,13 +47,13 @@ def add_weighted_adapter(
 
     Args:
       adapters: trees with LoRA leaves over the same base.
-      weights: one number an adapter, of either sign.
-      method: "cat" (exact, its rank the sum of the ranks), "svd" (the best of a rank), "linear"
-        (PEFT's: factors are added, only for equal ranks, a rough approximation), or on the
-        changes of the weights "ties", "dare_linear", "dare_ties", "magnitude_prune".
+      weights: one number for each adapter, of either sign.
+      method: "cat" (exact, its rank the sum of the ranks), "svd" (the best approximation of a
+        rank), "linear" (as in PEFT: factors are added, a rough approximation, for equal ranks
+        only), or "ties", "dare_linear", "dare_ties", "magnitude_prune" on the weights' changes.
       rank: of the result; by default the sum of the ranks for "cat", and the largest rank for
         the others. "cat" with a rank is "svd".
-      density: the share of each adapter's changes that is kept, in (0, 1], for the last four.
+      density: the share of each adapter's changes that the last four keep, in (0, 1].
       majority_sign: "total" (the sign of the sum) or "frequency" (of most adapters), for TIES.
       key: PRNG key, for DARE.
 
@@ -63,9 +63,9 @@ def add_weighted_adapter(
       (`modules_to_save`) is that adapter's.
 
     Raises:
-      ValueError: there is no adapter, or not one weight for each; an option is out of range;
-        the bases differ; an adapter has DoRA or a bias (their sum is not an adapter: merge
-        them instead); or two adapters train one leaf whole.
+      ValueError: there is no adapter, or not one weight for each; an option is out of range; the
+        bases differ; an adapter uses DoRA or a bias (the sum of such adapters is not an adapter:
+        merge them instead); or two adapters train one leaf whole.
 
     Example:
       both = lora.multi.add_weighted_adapter([polite, french], [0.7, 0.3], method="svd", rank=16)
@@ -86,7 +86,7 @@ def add_weighted_adapter(
         parts = [(float(w), x) for w, x in zip(weights, column, strict=True) if _adapts(name, x)]
         saved = [x for x in column if isinstance(x, SavedArray)]
         if saved:
-            out.append(_only(name, saved, parts))
+            out.append(_single_saved(name, saved, parts))
         elif not parts:
             out.append(column[0])
         else:
@@ -114,7 +114,10 @@ def common_rank(lora_params: PyTree) -> int:
     leaves = jax.tree.leaves(lora_params, is_leaf=lambda x: isinstance(x, LoraArray))
     ranks = {x.rank for x in leaves if isinstance(x, LoraArray)}
     if len(ranks) != 1:
-        raise ValueError(f"the leaves have ranks {sorted(ranks)}, expected one")
+        raise ValueError(
+            f"the leaves of `lora_params` have ranks {sorted(ranks)}, expected one: pass the "
+            "result of `add_weighted_adapter`"
+        )
     return ranks.pop()
 
 
@@ -130,7 +133,8 @@ def _check(
 ) -> None:
     if not adapters or len(adapters) != len(weights):
         raise ValueError(
-            f"got {len(adapters)} adapters and {len(weights)} weights: give as many, one at least"
+            f"got {len(adapters)} `adapters` and {len(weights)} `weights`: give at least one "
+            "adapter, and one weight for each"
         )
     if method not in _JOINS:
         raise ValueError(f"`method` must be one of {', '.join(_JOINS)}, got {method!r}")
@@ -141,34 +145,37 @@ def _check(
     if majority_sign not in get_args(MajoritySign):
         raise ValueError(f'`majority_sign` must be "total" or "frequency", got {majority_sign!r}')
     if method.startswith("dare") and key is None:
-        raise ValueError(f"`key` is needed for {method}: pass jax.random.key(seed)")
+        raise ValueError(f'`key` is needed for method="{method}": pass jax.random.key(seed)')
 
 
 def _adapts(name: str, x: Any) -> bool:
+    """Whether a leaf has factors to add; raises for leaves whose sum is not an adapter."""
     if is_stack(x) or isinstance(x, RowsArray):
         raise ValueError(
-            f"`{name}` is a stack of adapters, or has trained rows: only single adapters with "
-            "factors can be combined"
+            f"`{name}` is a stack of adapters, or has trained rows: pass single adapters with "
+            "factors, such as `lora.multi.adapter(stacked, index)`"
         )
     if isinstance(x, LoraArray) and (x.m is not None or x.bias is not None):
         what = "DoRA's magnitude" if x.m is not None else "an adapter's bias"
         raise ValueError(
-            f"`{name}` has {what}, and the weighted sum of such adapters is none; merge them into "
-            "the weights (lora_jax.merge) and add those up"
+            f"`{name}` has {what}, and the weighted sum of such adapters is not an adapter: merge "
+            "them into the weights (`lora.merge`) and add those up"
         )
     return isinstance(x, LoraArray)
 
 
-def _only(name: str, saved: list, parts: list) -> SavedArray:
+def _single_saved(name: str, saved: list, parts: list) -> SavedArray:
+    """The one value of a leaf that trains whole: two cannot be weighted."""
     if len(saved) > 1 or parts:
         raise ValueError(
             f"`{name}` trains whole in {len(saved)} of the adapters and has factors in "
-            f"{len(parts)}: whole weights cannot be combined; merge the adapters instead"
+            f"{len(parts)}, expected one that trains it: merge the adapters instead"
         )
     return saved[0]
 
 
 def _wide(x: LoraArray) -> LoraArray:
+    """A leaf with factors in float32, in which sums and decompositions are computed."""
     return dataclasses.replace(x, a=x.a.astype(jnp.float32), b=x.b.astype(jnp.float32))
 
 
@@ -181,6 +188,7 @@ def _flat(x: LoraArray) -> tuple[Array, Array]:
 
 
 def _leaf(like: LoraArray, a: Array, b: Array) -> LoraArray:
+    """A leaf of scale 1 from factors `(stack..., in, r)` and `(stack..., r, out)`."""
     a_shape, b_shape = factor_shapes(like.shape, like.roles, a.shape[-1])
     return dataclasses.replace(
         like, a=a.reshape(a_shape), b=b.reshape(b_shape), scale=jnp.ones_like(like.scale)
@@ -194,6 +202,7 @@ def _cat(name: str, parts: list, options: _Options) -> LoraArray:
 
 
 def _beside(parts: list) -> tuple[Array, Array]:
+    """The factors of all adapters side by side, the weights in `B`."""
     flat = [(w, *_flat(x)) for w, x in parts]
     # [A_1 A_2]·[w_1 B_1; w_2 B_2] is the sum of the products.
     a = jnp.concatenate([a for _, a, _ in flat], axis=-1)
@@ -201,10 +210,10 @@ def _beside(parts: list) -> tuple[Array, Array]:
 
 
 def _svd(name: str, parts: list, options: _Options) -> LoraArray:
-    """The SVD of the sum without forming it: that of `Ra·Rbᵀ`, a matrix of the ranks."""
-    del name
+    """The SVD of the sum without forming it, through `Ra·Rbᵀ`, which has the size of the ranks."""
+    del name  # all joins have the same arguments
     a, b = _beside(parts)
-    # A·B = Qa·(Ra·Rbᵀ)·Qbᵀ, and the Qs are orthonormal: the small matrix has the singular values.
+    # A·B = Qa·(Ra·Rbᵀ)·Qbᵀ with orthonormal Qs: the small matrix has the sum's singular values.
     qa, ra = jnp.linalg.qr(a)
     qb, rb = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
     u, s, vt = jnp.linalg.svd(
@@ -217,7 +226,7 @@ def _svd(name: str, parts: list, options: _Options) -> LoraArray:
 
 def _shared(u: Array, s: Array, vt: Array, rank: int) -> tuple[Array, Array]:
     """The factors of the largest `rank` singular values; zeros where there are fewer."""
-    # Each factor has the root of a singular value, so that neither is much larger than the other.
+    # Each factor gets the root of a singular value, so that neither is much larger than the other.
     root = jnp.sqrt(s[..., :rank])
     a, b = u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
     missing = rank - root.shape[-1]
@@ -237,14 +246,14 @@ def _linear(name: str, parts: list, options: _Options) -> LoraArray:
     ranks = sorted({x.rank for _, x in parts})
     if len(ranks) > 1 or options.rank not in (None, ranks[0]):
         raise ValueError(
-            f'`{name}`: method="linear" needs adapters of one rank, got {ranks}; take "cat" or '
-            '"svd", which hold the sum itself'
+            f'`{name}`: method="linear" needs adapters of one rank, got {ranks}: use "cat" or '
+            '"svd", which approximate the sum itself'
         )
     a = b = jnp.zeros(())
     for w, x in parts:
         stack, fan_in, fan_out = sizes(x.shape, x.roles)
         size = (w * x.scale)[..., None, None]
-        # Both factors carry a root, so that their product carries w·s.
+        # The root in both factors, so that their product has w·s.
         root = jnp.sqrt(jnp.abs(size))
         a = a + x.a.reshape(*stack, fan_in, x.rank) * root * jnp.where(size >= 0, 1, -1)
         b = b + x.b.reshape(*stack, x.rank, fan_out) * root
@@ -266,9 +275,9 @@ def _thinned(merge: Callable) -> Callable:
         ]
         rank = _rank(parts, options)
         matrices = []
-        # The change of the whole matrix is formed here: one at a time.
+        # One matrix of the stack at a time, because whole changes are formed here.
         for index in range(each[0][0].shape[0]):
-            changes = jnp.stack(
+            changes = jnp.stack(  # (adapters, in, out)
                 [jnp.matmul(a[index], b[index], precision=_HIGHEST) for a, b in each]
             )
             key = None if options.key is None else jax.random.fold_in(options.key, index)
@@ -289,7 +298,7 @@ def _largest(changes: Float[Array, "n i o"], options: _Options) -> Float[Array, 
 
     def keep(x: Array) -> Array:
         flat = x.reshape(-1)
-        # By index and not by threshold: equal magnitudes would keep too many.
+        # By index and not by threshold, which would keep too many of equal magnitudes.
         kept = jnp.zeros(flat.shape, bool).at[jax.lax.top_k(jnp.abs(flat), count)[1]].set(True)
         return jnp.where(kept, flat, 0).reshape(x.shape)
 
@@ -298,7 +307,7 @@ def _largest(changes: Float[Array, "n i o"], options: _Options) -> Float[Array, 
 
 def _dropped(changes: Float[Array, "n i o"], options: _Options) -> Float[Array, "n i o"]:
     """The changes, kept with probability `density` and divided by it."""
-    assert options.key is not None  # `_check` requires it
+    assert options.key is not None  # checked by `_check`
     kept = jax.random.bernoulli(options.key, options.density, changes.shape)
     return jnp.where(kept, changes / options.density, 0)
 
@@ -319,7 +328,7 @@ def _elected(
     winner = jnp.where(votes.sum(0) >= 0, 1, -1)
     agree = jnp.sign(changes) == winner
     total = jnp.sum(jnp.where(agree, changes * weights[:, None, None], 0), axis=0)
-    # Where no adapter has a change, the count is 0 and so is the sum.
+    # Where no adapter has a change, both count and sum are 0.
     return total / jnp.maximum(agree.sum(0), 1)
 
 

@@ -103,7 +103,7 @@ def test_later_turns_keep_all_that_the_base_was_quantized_with(base, options):
 
 def test_what_loftq_needs_is_said(base):
     small = lora.quantize(base, ["layers", "out"])
-    with pytest.raises(ValueError, match="`layers` is quantized: LoftQ needs the numbers it was m"):
+    with pytest.raises(ValueError, match="`layers` is quantized: LoftQ needs the floats it was"):
         started(small)
     with pytest.raises(ValueError, match="`layers` is not quantized: leave `weights` out"):
         started(base, weights=base)
@@ -114,7 +114,7 @@ def test_what_loftq_needs_is_said(base):
     with pytest.raises(ValueError, match='`weights` are for init="loftq", got init="default"'):
         plan = lora.plan(lora.LoraConfig(target_modules=("out",)), fn, base, X)
         lora.init(jax.random.key(0), plan, base, weights=base)
-    with pytest.raises(ValueError, match="`layers`: quantizing has lost nothing that LoftQ could"):
+    with pytest.raises(ValueError, match="`layers`: quantizing changes no number, so LoftQ"):
         started(small, weights=lora.dequantize(small))
     with pytest.raises(ValueError, match="needs one rank for the whole stack `layers.up.kernel`"):
         deep(base["layers"], init="loftq", rank_pattern={"layers.1.up": 2})

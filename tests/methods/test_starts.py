@@ -55,7 +55,7 @@ def test_a_quantized_base_is_not_changed(name):
     base = lora.quantize({"w": W}, ["w"], block_size=32)
     config = lora.LoraConfig(rank=RANK, target_modules=("w",), init=name)
     plan = lora.plan(config, lambda p, x: x @ p["w"], base, jnp.ones((1, 96)))
-    with pytest.raises(ValueError, match="`w` is quantized: this init changes the base"):
+    with pytest.raises(ValueError, match="`w` is quantized, and this `init` changes the base"):
         lora.init(jax.random.key(1), plan, base)
 
 
@@ -157,7 +157,7 @@ def test_the_orthogonal_start_needs_an_even_rank():
     ranks = {"w": 3}
     config = lora.LoraConfig(rank=4, target_modules=("w",), init="orthogonal", rank_pattern=ranks)
     plan = lora.plan(config, lambda p, x: x @ p["w"], {"w": W}, jnp.ones((1, 96)))
-    with pytest.raises(ValueError, match='init="orthogonal" needs an even rank, `w` has 3'):
+    with pytest.raises(ValueError, match='init="orthogonal" needs an even rank, got 3 for `w`'):
         lora.init(jax.random.key(1), plan, {"w": W})
 
 

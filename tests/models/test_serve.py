@@ -183,11 +183,11 @@ def with_nan(tree):
 
 BAD = {
     "missing": (None, KeyError, "bad"),
-    "no tree": (lambda model, ann: None, ValueError, "`load` gave a tree without a LoRA leaf"),
+    "no tree": (lambda model, ann: None, ValueError, "`load` returned a tree without a LoRA leaf"),
     "too large": (lambda model, ann: adapter(model, 1, rank=5, target_modules=("q_proj",)),
                   ValueError, "has rank 5"),
     "foreign": (lambda model, ann: adapter(model, 1, rank=2, target_modules=("o_proj",)),
-                ValueError, "the stack has no room for it there"),
+                ValueError, "which has no room for it"),
     "another base": (lambda model, ann: adapter(models.Model(model.forward, jax.tree.map(
                         lambda x: x + 1, model.params), None), 1, rank=2,
                         target_modules=("q_proj",)), ValueError, "bases .* differ"),

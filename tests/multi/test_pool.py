@@ -131,13 +131,13 @@ def test_slots_and_stack_of_two_calls_are_one_threads():
 
 GOOD = adapter(3)
 BAD = {
-    "no tree": (None, "`load` gave a tree without a LoRA leaf"),
-    "the base": (BASE, "without a LoRA leaf, expected one such .* the plain base is the name None"),
+    "no tree": (None, "`load` returned a tree without a LoRA leaf"),
+    "the base": (BASE, "without a LoRA leaf, .* for the plain base use the name None"),
     "another tree": ({"w": GOOD["w"]}, "`adapter` is a tree of another structure"),
     "NaN": (changed(GOOD, b=GOOD["w"].b.at[0, 0].set(jnp.nan)), "`b` of `w` holds NaN"),
     "a scale": (changed(GOOD, "v", scale=jnp.float32(jnp.inf)), "`scale` of `v` holds NaN or an"),
     "infinity": (changed(GOOD, a=GOOD["w"].a.at[1, 1].set(-jnp.inf)), "`a` of `w` holds NaN or"),
-    "rank": (adapter(1, rank=3), "has rank 3 .* rank 2 at most"),
+    "rank": (adapter(1, rank=3), "has rank 3 .* ranks up to 2"),
     "A's shape": (changed(GOOD, a=GOOD["w"].a[:2]), r"`a` of `w` has shape \(2, 2\), expected"),
     "B's shape": (changed(GOOD, b=GOOD["w"].b.T), r"`b` of `w` has shape \(3, 2\), expected"),
     "B's rank": (changed(GOOD, b=GOOD["w"].b[:1]), r"`b` of `w` has shape \(1, 3\), expected"),

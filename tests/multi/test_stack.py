@@ -333,7 +333,7 @@ def test_clear_errors():
         lora.stack([one], rank=1)
     with pytest.raises(ValueError, match="make the stack with a larger `rank`"):
         lora.replace(lora.stack([make("all", 1)]), 0, other)
-    with pytest.raises(ValueError, match="the stack has no room for it there"):
+    with pytest.raises(ValueError, match="which has no room for it"):
         lora.replace(lora.stack([one]), 0, make("all", 3))
     with pytest.raises(ValueError, match="slots 0 to 1"):
         lora.replace(stacked, 2, one)
