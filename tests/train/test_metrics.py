@@ -31,6 +31,14 @@ def test_records_come_back(tmp_path):
     assert train.read_metrics(tmp_path / "metrics.jsonl") == RECORDS
 
 
+def test_a_record_is_in_the_file_at_once(tmp_path):
+    """Whatever happens to the process afterwards."""
+    with metrics.writer(tmp_path, tensorboard=False) as write:
+        for number, record in enumerate(RECORDS, start=1):
+            write(record)
+            assert train.read_metrics(tmp_path / "metrics.jsonl") == RECORDS[:number]
+
+
 def test_half_a_line_is_left_out_and_a_bad_one_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_all(tmp_path, tensorboard=False)

@@ -116,3 +116,11 @@ def test_a_layout_that_does_not_fit(case):
     using = lora.hf.name_map("x", [("w", tensor, layout)], sizes={"t": 3})
     with pytest.raises(ValueError, match=f"leaf `w`: .*{text}"):
         to_hugging_face({"w": jnp.zeros(shape)}, using)
+
+
+def test_sizes_that_are_all_given_must_be_the_arrays():
+    layout = parse("(n h) d -> d (n h)", {"n": 2, "h": 4})
+    assert measured(layout, (5, 8)) == {"n": 2, "h": 4, "d": 5}
+    for width in (16, 12):
+        with pytest.raises(ValueError, match=rf"does not fit shape \(5, {width}\)"):
+            measured(layout, (5, width))

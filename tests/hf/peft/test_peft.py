@@ -17,6 +17,7 @@ from lora_jax.hf.peft import directory as peft_files
 from lora_jax.hf.peft.index import make_index, named_targets
 from lora_jax.hf.peft.load import check_task
 from lora_jax.hf.peft.save import to_peft
+from lora_jax.hf.peft.settle import settled
 from lora_jax.plan.decide import plan
 from lora_jax.tree import init
 
@@ -355,6 +356,33 @@ def test_parameters_whose_order_nobody_knows():
     ):
         to_peft({"moe": {"theta": leaf, "phi": leaf}}, config)
     assert len(to_peft({"moe": {"theta": leaf}}, config)[1]) == 2
+
+
+def test_each_further_parameter_of_a_module_is_wrapped_once_more():
+    def leaf(fan_in, fan_out):
+        shapes = ((2, fan_in, fan_out), (2, fan_in, 1), (2, 1, fan_out), (2,))
+        return LoraArray(*(np.full(shape, 8, np.float32) for shape in shapes), roles="sio")
+
+    parameters = {"w2": leaf(5, 3), "w3": leaf(3, 6), "w1": leaf(3, 5)}
+    config = LoraConfig(rank=1, alpha=8, target_modules=(), target_parameters=("w1", "w2", "w3"))
+    tree = {"moe": {"experts": parameters}}
+    _, tensors = to_peft(tree, config)
+    # In the order in which Mixtral registers them, the first innermost.
+    start = "base_model.model.moe.experts."
+    outs = {key.removeprefix(start): len(x) for key, x in tensors.items() if "lora_B" in key}
+    assert outs == {
+        "base_layer.base_layer.lora_B.weight": 5,
+        "base_layer.lora_B.weight": 6,
+        "lora_B.weight": 3,
+    }
+
+
+@pytest.mark.parametrize("pattern", ["vision_.*", ("vision_tower",)])
+def test_exclusions_that_match_nothing_are_left_out(pattern):
+    config = settled(
+        dataclasses.replace(QV, exclude_modules=pattern), leaves_by_path(random_params())
+    )
+    assert config.exclude_modules == () and config.target_modules == QV.target_modules
 
 
 def test_vllm_folds_scales_and_pads_ranks(tmp_path):
