@@ -91,6 +91,7 @@ def changes(
 
 
 def _wanted(where: tuple[str, ...] | str | None, path: str) -> bool:
+    # A user who names modules means their vectors too.
     if where is None:
         return path.rpartition(".")[2] not in _VECTORS
 
@@ -107,6 +108,7 @@ def _alone(tree: Any) -> Iterator[tuple[str, Any, Any]]:
 def _pairs(before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
     first, tree = jax.tree_util.tree_flatten_with_path(before, is_leaf=is_leaf)
     second, other = jax.tree_util.tree_flatten_with_path(after, is_leaf=is_leaf)
+    # Compared with adapters as leaves, so that a plain tree and an adapted one match.
     if tree != other:
         raise ValueError(
             f"`before` and `after` are trees of different structure{_apart(first, second)}; pass "
@@ -136,7 +138,8 @@ def _of_leaf(path: str, x: Any, y: Any) -> Iterator[Change]:
     roles = next((leaf.roles for leaf in (x, y) if isinstance(leaf, LoraArray)), None)
     base = _matrices(x, roles)
     _check_finite(path, base)
-    # With a magnitude `m` (DoRA) the change is not A @ B, so the merged weight is compared.
+    # With a magnitude `m` (DoRA), or over another base, the change is not A @ B: then the merged
+    # weight is compared.
     if isinstance(y, LoraArray) and y.m is None and _same(x, y.w):
         deltas = _factors(y)
         _check_finite(path, *deltas)
@@ -170,6 +173,7 @@ def _matrices(x: Any, roles: str | None) -> np.ndarray:
 
 def _factors(x: LoraArray) -> Factors:
     """The factors `(*stack, in, r)`, with the scale, and `(*stack, r, out)`."""
+    # `a` has all input dims of the weight, and `b` all output dims: as matrices they have one each.
     stack, fan_in, fan_out = sizes(x.shape, x.roles)
     a, b = (np.asarray(f).astype(np.float64) for f in (x.a, x.b))
     scale = np.asarray(x.scale, np.float64)[..., None, None]
@@ -194,12 +198,12 @@ def directions(delta: np.ndarray | Factors, top: int | None = None) -> Direction
         u, values, vt = np.linalg.svd(small)
         return _cut(Directions(first @ u, values, second @ vt.T), top, len(small) * _EPSILON)
     gram = _gram(delta)
-    size = len(gram)
+    size = len(gram)  # the smaller side
     if top is None or top >= size:
         squares, vectors = eigh(gram, driver="evd")  # the fastest for all of them
     else:
         squares, vectors = eigh(gram, subset_by_index=[size - top, size - 1])
-    values, vectors = _roots(squares), vectors[:, ::-1]
+    values, vectors = _roots(squares), vectors[:, ::-1]  # eigh's are rising
     # The vectors of the other side follow from ΔW·v = σ·u; 1e-300 avoids 0/0, and `_cut` drops
     # those vectors.
     wide = delta.shape[0] <= delta.shape[1]
@@ -226,4 +230,5 @@ def _gram(delta: np.ndarray) -> np.ndarray:
 
 
 def _roots(rising: np.ndarray) -> np.ndarray:
+    # Rounding makes small eigenvalues negative.
     return np.sqrt(np.maximum(rising[::-1], 0.0))

@@ -94,6 +94,7 @@ class MatrixSpectrum:
 
     def fall(self, place: int = 10) -> float:
         """`σ1 / σ_place`: infinite where there are fewer values."""
+        # A change of lower rank has no such value: it falls to zero.
         if len(self.values) < place or not self.values[place - 1]:
             return float("inf") if self.norm else 1.0
         return float(self.values[0] / self.values[place - 1])
@@ -127,7 +128,7 @@ class Spectrum:
         ]
 
     def to_json(self) -> str:
-        """All rows with all singular values; infinite ratios are null."""
+        """All rows with all singular values; infinite ratios are null, as JSON has no infinity."""
         rows = [
             {**row, "path": m.path, "index": list(m.index), "before": m.before,
              "values": [float(v) for v in m.values]}
@@ -143,11 +144,11 @@ class Spectrum:
         return Spectrum(
             tuple(
                 MatrixSpectrum(
-                    row["path"],
-                    tuple(row["index"]),
-                    (row["shape"][0], row["shape"][1]),
-                    np.asarray(row["values"], np.float64),
-                    row["before"],
+                    path=row["path"],
+                    index=tuple(row["index"]),
+                    shape=(row["shape"][0], row["shape"][1]),
+                    values=np.asarray(row["values"], np.float64),
+                    before=row["before"],
                 )
                 for row in json.loads(text)["matrices"]
             )
@@ -183,7 +184,7 @@ class Spectrum:
         return groups
 
     def plot(self, path: str | Path) -> None:
-        """Draws how the values fall, `σk / σ1` against k, as a PNG; see `plots.plot_decay`."""
+        """Draws how the values fall, `σk / σ1` against k, as a PNG; see `plot_decay`."""
         plot_decay(path, self)
 
 
@@ -216,11 +217,11 @@ def spectrum(
     return Spectrum(
         tuple(
             MatrixSpectrum(
-                change.path,
-                change.index,
-                (change.before.shape[0], change.before.shape[1]),
-                singular_values(change.delta),
-                float(np.linalg.norm(change.before)),
+                path=change.path,
+                index=change.index,
+                shape=(change.before.shape[0], change.before.shape[1]),
+                values=singular_values(change.delta),
+                before=float(np.linalg.norm(change.before)),
             )
             for change in changes(before, after, where)
         )
@@ -256,6 +257,7 @@ def draw_decay(axes: Any, found: Spectrum, *, band: bool = True) -> None:
         falls = [m.values / m.values[0] for m in matrices if m.norm]
         if not falls:
             continue
+        # Matrices of one kind may differ in rank: only the places that all have are compared.
         stack = np.stack([f[: min(map(len, falls))] for f in falls])
         k = np.arange(1, stack.shape[1] + 1)
         # What is zero cannot stand on a logarithmic axis.

@@ -78,6 +78,7 @@ def overlap(
 
 def _overlap(one: Change, other: Change, top: int) -> Overlap | None:
     first, second = _real(directions(one.delta, top)), _real(directions(other.delta, top))
+    # Subspaces of one dimension are compared: the smaller of the two ranks limits both.
     count = min(len(first.values), len(second.values))
     if not count:
         return None
@@ -118,7 +119,12 @@ def _energy(delta: np.ndarray | Factors) -> float:
 
 
 def intruder_dimensions(
-    before: Any, after: Any, *, top: int = 10, similarity: float = 0.5, where=None
+    before: Any,
+    after: Any,
+    *,
+    top: int = 10,
+    similarity: float = 0.5,
+    where: tuple[str, ...] | str | None = None,
 ) -> dict[str, int]:
     """Counts the singular directions of the trained weights that are new.
 

@@ -21,7 +21,7 @@ def compiled(
     devices: Sequence[Any] | None = None,
     platform: str | None = None,
 ) -> Alive:
-    """The bytes that a compiled step needs beside its arguments.
+    """The bytes that a compiled step needs beside its arguments, from XLA's own plan.
 
     Args:
       step: the step; for a mesh, made with `rows=lora_jax.models.sharding.ROWS`.
@@ -35,6 +35,7 @@ def compiled(
       ValueError: a mesh of more devices than there are, or a compiler without memory statistics.
     """
     args = (step.state, step.frozen, step.batch)
+    # Without devices of another kind, a step on one device needs no shardings.
     if devices is None and math.prod(settings.mesh.values()) == 1:
         return _temporaries(step, args, platform)
     grid = _grid(settings, jax.devices() if devices is None else devices)
@@ -54,8 +55,10 @@ def _temporaries(step: AbstractStep, args: Any, platform: str | None) -> Alive:
     stats = lowered.compile().memory_analysis()
     if stats is None:
         raise ValueError(
-            "`exact`: the compiler of this backend reports no memory statistics; leave it out"
+            "`exact` takes the compiler's figures, and this backend's compiler reports none: leave "
+            "it out"
         )
+    # Outputs that alias a donated argument need no memory of their own.
     new = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return Alive(stats.temp_size_in_bytes + max(new, 0), 0, ())
 
@@ -65,7 +68,8 @@ def _grid(settings: StepSettings, devices: Sequence[Any]) -> Mesh:
     count = math.prod(sizes)
     if len(devices) < count:
         raise ValueError(
-            f"`exact`: the mesh has {count} devices, this machine {len(devices)}; leave `exact` out"
+            f"`exact` compiles for the mesh's {count} devices, and this machine has "
+            f"{len(devices)}: leave it out"
         )
     taken = np.array(devices[:count]).reshape(sizes)
     return Mesh(taken, names, axis_types=(AxisType.Auto,) * len(names))

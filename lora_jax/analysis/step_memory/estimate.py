@@ -2,8 +2,8 @@
 
     total = weights + adapters + optimizer state + gradients + activations
 
-Weights, adapters and optimizer state are exact: the real model is planned and initialized over
-shapes. Gradients and activations are the peak of the step of `lora_jax.train`, computed from its
+Weights, adapters and optimizer state are exact: the model is planned and initialized as abstract
+arrays. Gradients and activations are the peak of the step of `lora_jax.train`, computed from its
 jaxpr (`lora_jax.analysis.step_memory.liveness`). `remat` determines what is kept for the backward
 pass:
 
@@ -19,9 +19,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import optax
 
 from lora_jax import paths
 from lora_jax.analysis.step_memory import mesh as memory_mesh
@@ -30,9 +31,11 @@ from lora_jax.analysis.step_memory.compiled import compiled
 from lora_jax.analysis.step_memory.liveness import HABITS, Alive, Habits, alive, on_cpu
 from lora_jax.analysis.step_memory.program import whole_bytes
 from lora_jax.analysis.step_memory.shapes import config_of
-from lora_jax.analysis.step_memory.step import AbstractStep, Spread, StepSettings
+from lora_jax.analysis.step_memory.step import AbstractStep, OptimizerName, Spread, StepSettings
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.sharding import ROWS
+from lora_jax.quant.array import Backend
+from lora_jax.quant.formats import FormatName
 from lora_jax.tree import Count, count_parameters, format_count
 
 GIB = 2**30
@@ -107,6 +110,7 @@ class MemoryEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Every number and setting, ready for JSON."""
+        # `asdict` would take the adapter's config and the optimizer apart.
         settings = {
             field.name: _plain(getattr(self.settings, field.name))
             for field in dataclasses.fields(StepSettings)
@@ -154,17 +158,17 @@ def memory(
     model: str | Path | Mapping[str, Any] | Any,
     *,
     adapter: LoraConfig | None = LoraConfig(),  # noqa: B008 (frozen)
-    quantize: str | None = None,
+    quantize: FormatName | None = None,
     batch: int = 1,
     length: int | None = None,
     accumulation: int = 1,
-    dtype: str = "bfloat16",
-    train_dtype: str = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    train_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     remat: bool | str = True,
-    optimizer: Any = "adamw",
+    optimizer: OptimizerName | optax.GradientTransformation = "adamw",
     clip: bool = True,
     mesh: Mapping[str, int] | None = None,
-    backend: str = "gpu",
+    backend: Backend = "gpu",
     exact: bool = False,
 ) -> MemoryEstimate:
     """The memory of a training step of a model; only the model's configuration is needed.
@@ -198,6 +202,7 @@ def memory(
       (2442240, 269030856)
     """
     name, config = config_of(model)
+    # RoBERTa reserves positions, which its `context` leaves out.
     context = getattr(config, "context", config.max_position_embeddings)
     settings = StepSettings(
         adapter=adapter,
@@ -220,23 +225,22 @@ def estimate(
     name: str, config: Any, settings: StepSettings, *, exact: bool = False
 ) -> MemoryEstimate:
     """As `memory`, for a configuration and settings."""
-    memory_mesh.one_device(config, settings.mesh)  # raises for what cannot be sharded
+    # Raises for what cannot be sharded, before anything is traced.
+    memory_mesh.one_device(config, settings.mesh)
     rows = ROWS if exact and math.prod(settings.mesh.values()) > 1 else ()
     step = memory_step.abstract_step(config, settings, batch=settings.batch, rows=rows)
     places = memory_step.spread(step, settings)
     trained = _device_bytes(step.state.trainable, places.state.trainable, settings)
     base = _device_bytes(step.frozen, places.frozen, settings)
-    rest = [
-        _device_bytes(getattr(step.state, part), getattr(places.state, part), settings)
-        for part in ("step", "opt_state", "key")
-    ]
-    rest.append(_device_bytes(step.batch, places.batch, settings))
-    # The batch counts as optimizer state: both are arguments that are no parameters.
-    every = [trained, base, *rest]
+    # The batch is counted with the optimizer's state: both are arguments and no parameters.
+    kept = (step.state._replace(trainable=()), step.batch)
+    specs = (places.state._replace(trainable=()), places.batch)
+    rest = _device_bytes(kept, specs, settings)
+    every = [trained, base, rest]
     if exact:
         found = compiled(step, places, settings)
     else:
-        found = _read(config, settings, step, places, trained.here)
+        found = _peak(config, settings, step, places, trained=trained.here)
     whole = settings.adapter is None
     counted = count_parameters(step.params)
     return MemoryEstimate(
@@ -246,7 +250,7 @@ def estimate(
         trainable=counted.total if whole else counted.trainable,
         weights=trained.here if whole else base.here,
         adapters=0 if whole else trained.here,
-        optimizer=sum(x.here for x in rest),
+        optimizer=rest.here,
         # Gradients are as large as the trained leaves, unless the whole peak is smaller.
         gradients=min(trained.here, found.bytes),
         activations=max(found.bytes - trained.here, 0),
@@ -269,6 +273,7 @@ def parameters(model: str | Path | Mapping[str, Any] | Any, adapter: LoraConfig)
       FileNotFoundError, ValueError: as `memory`.
     """
     _, config = config_of(model)
+    # The count does not depend on the batch.
     settings = StepSettings(adapter=adapter, length=1)
     return count_parameters(memory_step.abstract_step(config, settings, batch=1).params)
 
@@ -284,6 +289,7 @@ class _Bytes:
 
 def _device_bytes(tree: Any, specs: Any, settings: StepSettings) -> _Bytes:
     here = copied = everywhere = 0
+    # Devices hold equal parts; the last one is padded.
     for x, spec in zip(jax.tree.leaves(tree), memory_mesh.leaves(specs), strict=True):
         size, parts = whole_bytes(x), memory_mesh.parts(spec, settings.mesh)
         here += -(-size // parts)
@@ -292,10 +298,14 @@ def _device_bytes(tree: Any, specs: Any, settings: StepSettings) -> _Bytes:
     return _Bytes(here, copied, everywhere)
 
 
-def _read(
-    config: Any, settings: StepSettings, step: AbstractStep, places: Spread, trained: int
+def _peak(
+    config: Any, settings: StepSettings, step: AbstractStep, places: Spread, *, trained: int
 ) -> Alive:
-    """Temporaries of one device's part of the step, from the jaxpr."""
+    """Temporaries of one device's part of the step, from the jaxpr.
+
+    `trained` is the size of the gradients on this device.
+    """
+    # With other rows or heads on a device than in the whole step, its part is traced instead.
     rows = settings.batch // memory_mesh.parts(places.batch.tokens, settings.mesh)
     own = memory_mesh.one_device(config, settings.mesh)
     if rows != settings.batch or own is not config:
@@ -305,6 +315,7 @@ def _read(
         return [memory_mesh.parts(s, settings.mesh, "fsdp") for s in memory_mesh.leaves(specs)]
 
     args = (step.state, step.frozen, step.batch)
+    # Only `fsdp` gathers weights; `tensor` computes with the parts. The batch is never gathered.
     state = counts(places.state)
     others = counts(places.frozen) + [1] * len(step.batch)
     found = alive(
@@ -319,8 +330,8 @@ def _read(
         return found
     named = jax.tree_util.tree_leaves_with_path(step.state.trainable)
     flat = zip(named, counts(places.state.trainable), strict=True)
-    # Gradients of unstacked kernels (the head) stay whole: each is the result of a product that is
-    # summed over the devices.
+    # The gradient of an unstacked kernel (the head) has its full size: it is the result of a
+    # product that is reduced over the devices.
     single = sum(
         -(-whole_bytes(x) // (1 if paths.spell(path).endswith("kernel") else n))
         for (path, x), n in flat
@@ -333,7 +344,7 @@ def memory_table(estimates: Sequence[MemoryEstimate], *, device_memory: int | No
     """A row for each estimate: its parts in GiB, and whether it fits.
 
     Args:
-      estimates: any.
+      estimates: of any models and methods.
       device_memory: bytes of a device.
     """
     heads = ["model", "method", "trainable", *_PARTS, "total"]

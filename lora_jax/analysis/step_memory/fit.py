@@ -7,13 +7,14 @@ from typing import Any
 
 from lora_jax.analysis.step_memory.estimate import GIB, MemoryEstimate, estimate
 from lora_jax.analysis.step_memory.shapes import config_of
+from lora_jax.analysis.step_memory.step import StepSettings
 from lora_jax.config.lora import LoraConfig
 
 _UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
-_MOST_DEVICES = 1024
+_MOST_DEVICES = 1024  # where the search for a mesh that fits ends
 
 
 def parse_bytes(text: str | int) -> int:
@@ -50,17 +51,20 @@ def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]
     _, config = config_of(model)
     lines, together = [], found.settings
     for name, change in _changes(found.settings):
+        # Nothing is allocated or compiled, so every change can be tried.
         best = estimate(found.model, config, change)
         if best.fits(device_memory):
             lines.append(f"{name}: {best.total / GIB:.2f} GiB")
         together = _joined(together, found.settings, change)
+    # Two lines at most follow: all changes on one device, and more devices.
     best = estimate(found.model, config, together)
     if not lines and best.fits(device_memory):
         lines.append(
             f"all of these together ({_names(found.settings)}): {best.total / GIB:.2f} GiB"
         )
     for settings, label in ((found.settings, "as it is"), (together, "with all of the above")):
-        if line := _devices(found.model, config, settings, device_memory, label):
+        line = _devices(found.model, config, settings, device_memory=device_memory, label=label)
+        if line:
             return [*lines, line]
     return lines or [
         f"no change here is enough: with {_names(found.settings)} the step still takes "
@@ -68,7 +72,7 @@ def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]
     ]
 
 
-def _changes(settings: Any) -> Iterator[tuple[str, Any]]:
+def _changes(settings: StepSettings) -> Iterator[tuple[str, StepSettings]]:
     """The changes to try, each by itself."""
     replace = dataclasses.replace
     if settings.remat is not True:
@@ -89,7 +93,7 @@ def _changes(settings: Any) -> Iterator[tuple[str, Any]]:
         yield "QLoRA, base in nf4", replace(settings, adapter=adapter, quantize="nf4")
 
 
-def _joined(together: Any, start: Any, change: Any) -> Any:
+def _joined(together: StepSettings, start: StepSettings, change: StepSettings) -> StepSettings:
     """`together` with the fields in which `change` differs from `start`."""
     own = {
         field.name: getattr(change, field.name)
@@ -99,23 +103,25 @@ def _joined(together: Any, start: Any, change: Any) -> Any:
     return dataclasses.replace(together, **own)
 
 
-def _names(settings: Any) -> str:
-    """A list of all changes as text, with the smallest batch only."""
-    # The first word is the kind of change: a later, smaller batch replaces the one before.
+def _names(settings: StepSettings) -> str:
+    """All changes as text, of the batches only the smallest."""
+    # By the first word, the kind of change, a smaller batch replaces the larger ones.
     last = {name.split()[0]: name for name, _ in _changes(settings)}
     return "; ".join(last.values())
 
 
-def _devices(name: str, config: Any, settings: Any, device_memory: int, label: str) -> str:
-    """The number of devices that fit the step, sharded by `fsdp`, with at least one row each."""
+def _devices(
+    name: str, config: Any, settings: StepSettings, *, device_memory: int, label: str
+) -> str:
+    """The fewest devices along `fsdp` that fit the step, each with at least one row; or ""."""
     count = 2 * settings.mesh["fsdp"]
     while count <= _MOST_DEVICES:
         mesh = {**settings.mesh, "fsdp": count}
         rows = mesh["data"] * count
-        batch = -(-settings.batch // rows) * rows
+        batch = -(-settings.batch // rows) * rows  # rounded up to whole rows of every device
         try:
             best = estimate(name, config, dataclasses.replace(settings, mesh=mesh, batch=batch))
-        except ValueError:  # `fsdp` divides no dim of some matrix
+        except ValueError:  # `fsdp` divides no dim of some matrix, nor does any multiple of it
             return ""
         if best.fits(device_memory):
             return f"fsdp {count} {label}, batch {batch}: {best.total / GIB:.2f} GiB on each device"

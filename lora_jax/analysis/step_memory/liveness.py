@@ -1,28 +1,29 @@
-"""How many bytes a traced program needs beside its arguments: its jaxpr is read, not compiled.
+"""The peak memory of a traced program beside its arguments, from its jaxpr, without compiling.
 
-XLA's buffers are imitated by a few rules:
+A liveness analysis with a few rules that approximate XLA's fusion and buffer assignment:
 
-* a product, a loop, a sum over a dim or a kernel writes its result down; an elementwise operation
-  does only if such a one reads it whole, or if it is costly (exp, tanh, ...) and read twice;
-  otherwise it is fused into what reads it;
-* a reshape or transpose is another view of the same buffer;
-* a buffer is free after its last reader; an elementwise result takes the place of an operand of
-  its size that is read for the last time, and so does what a donated argument turns into;
-* a loop holds its stacked results, its carry, and what one turn needs; of a stacked operand a turn
-  holds one slice, as a copy where a product reads it;
-* an argument that is spread over devices is gathered once: it is whole from the first product that
-  reads it to the last; a gradient is whole until it is summed over them.
+* a product, a loop, a reduction or a kernel writes its result to memory; an elementwise operation
+  does so only if one of these reads it whole, or if it is costly (exp, tanh, ...) and read twice;
+  otherwise it is fused into its readers;
+* a reshape or transpose is a view of the same buffer;
+* a buffer is freed after its last reader; an elementwise result reuses the buffer of an operand of
+  its size that is read for the last time, and an updated argument that of the donated one;
+* a loop holds its stacked results, its carry, and the buffers of one iteration; an iteration holds
+  one slice of a stacked operand, as a copy where a product reads it;
+* a sharded argument is gathered once, before the first product that reads it, and freed after the
+  last; a gradient has its full size until it is reduced over the devices.
 
-The most bytes alive at any operation are the answer. Against XLA's own figures for training steps
-of Llama-shaped models (an H200 in bfloat16, a CPU in float32) the temporaries come out within
-about a sixth and, with the arguments, the whole within a few per cent: `benchmarks/estimate.py`.
+The estimate is the largest number of bytes alive at any operation. For training steps of
+Llama-shaped models (an H200 in bfloat16, a CPU in float32) the temporaries are within about a sixth
+of XLA's own figures, and the total, with the arguments, within a few per cent:
+`benchmarks/estimate.py`.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -42,23 +43,24 @@ from lora_jax.analysis.step_memory.program import (
 )
 from lora_jax.transform.primitives import row_of
 
-_FAR_SMALLER = 8  # times, as an adapter's side of a gradient is
+# How many times smaller the first operand must be for XLA to copy it rather than the second; an
+# adapter's side of a gradient is.
+_FAR_SMALLER = 8
 
 
 class Habits(NamedTuple):
-    """What one compiler does and another does not.
+    """Choices in which compilers differ.
 
     Attributes:
-      in_place: an elementwise result may take the place of an operand.
-      early_zeros: the stacks that a loop fills are there, as zeros, when the loop before it is
-        done: they depend on nothing, and the scheduler is after time, not memory.
-      early_gathers: an argument that is spread, and needed whole outside the loops, is gathered at
-        the start.
+      in_place: an elementwise result may reuse an operand's buffer.
+      early_zeros: the stacks that a loop fills are allocated, as zeros, when the loop before it
+        ends: they depend on nothing, and the scheduler minimizes time, not memory.
+      early_gathers: a sharded argument that is read outside the loops is gathered at the start.
       turned: where a product sums over the first dims of both operands, as a weight's gradient
-        does, one of them is copied transposed, as soon as it is there: the second, or the first if
-        it is far smaller.
-      sums_read: a sum over a dim reads memory: a slice of a stack is copied for it, and what has
-        other readers beside is written down.
+        does, one of them is copied transposed as soon as it is computed: the second, or the first
+        if it is far smaller.
+      sums_read: a reduction reads its operand from memory: a slice of a stack is copied for it,
+        and a value with other readers is written.
     """
 
     in_place: bool = True
@@ -68,21 +70,22 @@ class Habits(NamedTuple):
     sums_read: bool = False
 
 
-# By the backend of `StepSettings`, as seen in what each compiler assigned to buffers.
+# By the backend of `StepSettings`, from the buffer assignments that each compiler printed.
+# "reference" runs on a CPU.
 HABITS: Mapping[str, Habits] = {
     "gpu": Habits(early_zeros=True),
-    "reference": Habits(in_place=False, early_gathers=True, turned=True, sums_read=True),  # a CPU
+    "reference": Habits(in_place=False, early_gathers=True, turned=True, sums_read=True),
 }
 
 
 class Alive(NamedTuple):
-    """The fullest moment of a program.
+    """The memory of a program at its peak.
 
     Attributes:
-      bytes: alive then, arguments not counted.
-      kept: stacked results of loops that a later loop reads: what the forward pass keeps, layer
-        by layer, for the backward pass.
-      largest: `(what, bytes)` of what is alive then, the largest first.
+      bytes: bytes alive at the peak, without the arguments.
+      kept: bytes of the stacked results of loops that a later loop reads: what the forward pass
+        keeps of each layer for the backward pass.
+      largest: `(what, bytes)` of the largest values alive at the peak, in falling order.
     """
 
     bytes: int
@@ -91,40 +94,40 @@ class Alive(NamedTuple):
 
 
 def on_cpu(found: Alive, *, trained: int, single: int) -> Alive:
-    """What a CPU holds of a step's gradients beside that.
+    """Adds the copies of gradients that XLA makes on a CPU.
 
-    It sums squares in kernels that read them whole: a gradient divided by the number of tokens is
-    written beside the gradient, which clipping reads again. In the update that is so of all, while
-    the blocks' backward pass runs of what is there already: the head's, and the zeros that the
-    embedding's will be added to.
+    Its kernels for a sum of squares read whole arrays, so each gradient divided by the number of
+    tokens is written beside the gradient itself, which clipping reads again. During the update all
+    gradients exist twice; while the blocks' backward pass runs, only those of the matrices outside
+    the blocks do: the head's, and the zeros that the embedding's rows are added to.
 
     Args:
       found: from `alive`.
       trained: bytes of all gradients on this device.
-      single: of those of matrices outside the blocks.
+      single: bytes of the gradients of matrices outside the blocks.
     """
     return found._replace(bytes=max(found.bytes + single, 2 * trained))
 
 
 def alive(
     fn: Callable,
-    *args,
+    *args: Any,
     donate: Sequence[int] = (),
     gathered: Sequence[int] | None = None,
     parts: Sequence[int] | None = None,
     habits: Habits = Habits(),  # noqa: B008 (a tuple)
 ) -> Alive:
-    """The bytes that `fn` needs beside its arguments, at its fullest moment.
+    """The bytes that `fn` needs beside its arguments, at its peak.
 
     Args:
       fn: a function of trees of arrays.
       *args: trees of arrays or `ShapeDtypeStruct`s; nothing is computed.
       donate: which arguments are donated, as jit's `donate_argnums`.
-      gathered: for each array of the arguments, among how many devices it is spread while a
-        product needs it whole; 1 by default.
-      parts: for each array of the result, among how many devices it, and so the gradient it was
-        updated by, is spread; 1 by default.
-      habits: of the compiler.
+      gathered: for each array of the arguments, the number of devices that it is gathered from
+        for a product; 1 by default.
+      parts: for each array of the result, the number of devices that it, and so the gradient that
+        updated it, is sharded over; 1 by default.
+      habits: the compiler's.
     """
     jaxpr, _ = compat.open_jaxpr(jax.make_jaxpr(fn)(*args))
     sources = []
@@ -133,12 +136,15 @@ def alive(
     if gathered is not None:
         spread = zip(sources, gathered, strict=True)
         sources = [source if n == 1 else source | SPREAD for source, n in spread]
-    return _fullest_of(jaxpr, sources, len(jaxpr.outvars), habits, parts)
+    return _peak_of(jaxpr, sources, stacked_from=len(jaxpr.outvars), habits=habits, parts=parts)
 
 
 @dataclass(eq=False, slots=True)
 class _Kernel:
-    """Something that runs: the values it writes down, and those it reads from memory."""
+    """A kernel: the values that it writes to memory, and those that it reads from there.
+
+    `node` is None for a copy, a gather or an allocation, which the jaxpr does not have.
+    """
 
     at: float
     node: Node | None
@@ -147,11 +153,16 @@ class _Kernel:
 
 
 def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
-    """What runs, in the program's order."""
+    """The kernels of a program, in the order in which they run.
+
+    Node i runs at time i; fractions place the copies and gathers around it.
+    """
     real, found = program.real, []
+    # A slice of a stack is copied just before its first reader.
     for x in program.values:
         if x.source & SLICE and x in real and (users := program.users.get(x)):
             found.append(_Kernel(users[0].at - 0.5, None, [x], []))
+    # A product reads the gathered copy of a sharded argument, which is a value of its own.
     whole = {x: Value(x.aval, SPREAD) for x in program.values if x.source & SPREAD}
     last, before = set(program.outs[program.stacked_from :]), None
     for node in program.nodes:
@@ -161,10 +172,10 @@ def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
         reads = inputs(program, node)
         at: float = node.at
         if not stores(node.op) and writes:
-            # What is larger than what it is made of is made when it is needed.
+            # XLA's scheduler delays a result that is larger than the operands it would free.
             room = sum(x.bytes for x in reads if not x.source & HELD)
             if sum(o.bytes for o in writes) > room:
-                at = max(at, _firstread(program, writes) - 0.25)
+                at = max(at, _first_read(program, writes) - 0.25)
         if row_of(node.op).memory == "product":
             reads += [whole[x] for x in reads if x in whole]
         if habits.turned and (x := _turned(node)) is not None:
@@ -174,6 +185,7 @@ def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
         if node.op == "scan" and habits.early_zeros:
             _, carries = compat.scan_counts(node.eqn.params, len(node.eqn.invars))
             if before is not None:
+                # Behind the carries, the results are the stacks that the loop fills.
                 found.append(_Kernel(before + 0.5, None, writes[carries:], []))
                 writes = writes[:carries]
             before = node.at
@@ -188,11 +200,12 @@ def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
 
 
 def _turned(node: Node) -> Value | None:
-    """The operand that is copied transposed for a product, see `Habits.turned`."""
+    """The operand that is copied transposed for a product, or None; see `Habits.turned`."""
     if node.op != "dot_general":
         return None
     summed, batch = node.eqn.params["dimension_numbers"]
     both = zip(summed, batch, strict=True)
+    # The summed dims are the first ones behind the batch dims, and each operand has further dims.
     first = all(max(dims) < len(dims) + len(rows) for dims, rows in both if dims)
     free = all(x.aval.ndim > len(summed[0]) + len(batch[0]) for x in node.ins)
     if not (first and free):
@@ -201,37 +214,47 @@ def _turned(node: Node) -> Value | None:
     return one if _FAR_SMALLER * one.bytes < other.bytes else other
 
 
-def _firstread(program: Program, values: list[Value]) -> float:
-    """When one of the values is first read by something that runs."""
+def _first_read(program: Program, values: list[Value]) -> float:
+    """The time at which a kernel first reads one of the values, 0 if none does."""
     first, todo, seen = math.inf, list(values), set(values)
     while todo:
         for node in program.users.get(todo.pop(), ()):
             if stores(node.op) or any(o in program.real for o in node.outs):
                 first = min(first, node.at)
                 continue
+            # Fused: what reads this node's results reads the values.
             todo += [o for o in node.outs if o not in seen]
             seen.update(node.outs)
     return 0 if first == math.inf else first
 
 
-def _fullest_of(jaxpr, sources, stacked_from: int, habits: Habits, parts=None) -> Alive:
-    """The fullest moment of a jaxpr; arguments as of `read`."""
+def _peak_of(
+    jaxpr: Any,
+    sources: Sequence[int],
+    *,
+    stacked_from: int,
+    habits: Habits,
+    parts: Sequence[int] | None = None,
+) -> Alive:
+    """The peak of a jaxpr; arguments as of `read`."""
     program = read(
         jaxpr, sources, stacked_from=stacked_from, parts=parts, sums_read=habits.sums_read
     )
-    return _fullest(program, habits)
+    return _peak(program, habits)
 
 
-def _fullest(program: Program, habits: Habits) -> Alive:
-    """Runs the kernels in order and counts what is alive."""
+def _peak(program: Program, habits: Habits) -> Alive:
+    """Goes through the kernels in order and adds up what is alive."""
     kernels = _kernels(program, habits)
     last = {x: number for number, kernel in enumerate(kernels) for x in kernel.reads}
+    # The program's results outlive every kernel.
     last |= dict.fromkeys(program.outs, len(kernels))
     held: dict[Value, int] = {}
     size, best = 0, Alive(0, 0, ())
     for number, kernel in enumerate(kernels):
         dying = [x for x in kernel.reads if last[x] == number and (x in held or x.source & OWNED)]
         takes = _takes_over(kernel, dying, habits)
+        # A result that nobody reads gets no buffer.
         new = [o for o in kernel.writes if o in last or o in program.users]
         inside = _inside(kernel, habits)
         cost = {o: held.get(takes[o], 0) if o in takes else o.bytes for o in new}
@@ -249,14 +272,21 @@ def _fullest(program: Program, habits: Habits) -> Alive:
 
 
 def _takes_over(kernel: _Kernel, dying: list[Value], habits: Habits) -> dict[Value, Value]:
-    """Which results lie where an operand lay that is read for the last time."""
+    """The results that reuse the buffer of an operand, and that operand.
+
+    Args:
+      kernel: the kernel.
+      dying: its operands that no later kernel reads.
+      habits: the compiler's.
+    """
     node = kernel.node
     if node is None or node.op == "cond" or row_of(node.op).memory in ("product", "kernel"):
         return {}
-    # A donated argument first: its buffer is there in any case.
+    # A donated argument first: its buffer lives as long as the program in any case.
     pairs, free = {}, sorted(dying, key=lambda x: not x.source & OWNED)
     if not habits.in_place and node.op != "scan":
         free = [x for x in free if x.source & OWNED]
+    # A loop can update its carry in place, but none of its other operands.
     if node.op == "scan":
         consts, carries = compat.scan_counts(node.eqn.params, len(node.eqn.invars))
         inits = node.eqn.invars[consts : consts + carries]
@@ -271,7 +301,7 @@ def _takes_over(kernel: _Kernel, dying: list[Value], habits: Habits) -> dict[Val
 
 
 def _inside(kernel: _Kernel, habits: Habits) -> Alive:
-    """What a loop needs for a turn, and a product for a gradient that is spread."""
+    """The peak within a kernel: an iteration of a loop, or a gradient before its reduction."""
     nothing, node = Alive(0, 0, ()), kernel.node
     if node is None:
         return nothing
@@ -280,13 +310,16 @@ def _inside(kernel: _Kernel, habits: Habits) -> Alive:
         consts, carries = compat.scan_counts(node.eqn.params, len(node.eqn.invars))
         rest = len(inner.invars) - consts - carries
         sources = [HELD] * consts + [OWNED] * carries + [SLICE] * rest
-        return _fullest_of(inner, sources, carries, habits)
+        return _peak_of(inner, sources, stacked_from=carries, habits=habits)
     if node.op in ("cond", "while"):
         bodies = node.eqn.params.get("branches") or (node.eqn.params["body_jaxpr"],)
         every = [compat.open_jaxpr(body)[0] for body in bodies]
-        done = (_fullest_of(j, [HELD] * len(j.invars), len(j.outvars), habits) for j in every)
-        return max(done, key=lambda a: a.bytes)
-    # A gradient is whole on each device before it is summed over them and each keeps its part.
+        peaks = (
+            _peak_of(j, [HELD] * len(j.invars), stacked_from=len(j.outvars), habits=habits)
+            for j in every
+        )
+        return max(peaks, key=lambda a: a.bytes)
+    # Each device computes a whole gradient; the reduction leaves it its own part.
     size = sum(whole_bytes(o.aval) - o.bytes for o in kernel.writes)
     return nothing._replace(bytes=size)
 

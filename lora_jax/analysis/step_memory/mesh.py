@@ -1,10 +1,10 @@
 """The mesh in the estimate of a training step; the rules are those of `lora_jax.models.sharding`.
 
-The bytes that stay from step to step are exact under these shardings. The temporaries are those of
+Weights, adapters and optimizer state are exact under these shardings. The temporaries are those of
 a program that gathers one layer at a time and keeps the rows of the batch on the devices that hold
-their tokens. XLA's partitioner finds that program under `Forward(rows=("data", "fsdp"))`, traced
-under `jax.set_mesh`, as `exact=True` does. Without it, XLA takes the sharding of the residual
-stream from the embedding table: all devices of an axis hold all rows, and up to twice the
+their tokens. XLA's partitioner arrives at that program under `Forward(rows=("data", "fsdp"))`,
+traced under `jax.set_mesh`, as `exact=True` does. Without it, XLA takes the sharding of the
+residual stream from the embedding table: all devices of an axis hold all rows, and up to twice the
 temporaries.
 
 The totals are within a tenth of XLA's own figures in `benchmarks/results/estimate.json`: 0.95 to
@@ -27,10 +27,10 @@ _DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "
 
 
 def check_mesh(mesh: Mapping[str, int], *, batch: int) -> dict[str, int]:
-    """The mesh with every axis, those left out with one device.
+    """The mesh with all axes; those that are left out have one device.
 
     Raises:
-      ValueError: an unknown axis, a size that is not a positive integer, or a batch that the
+      ValueError: an unknown axis, a size that is not a whole number above 0, or a batch that the
         devices do not divide.
     """
     check_axes(mesh, rest=False)
@@ -45,7 +45,7 @@ def check_mesh(mesh: Mapping[str, int], *, batch: int) -> dict[str, int]:
 
 
 def one_device(config: Any, mesh: Mapping[str, int]) -> Any:
-    """The configuration of one device's part: its share of heads, MLP and vocabulary.
+    """The configuration of a device's part of the model: its share of heads, MLP and vocabulary.
 
     Raises:
       ValueError: a model family without rules for `tensor`, or a size that `tensor` does not
@@ -55,6 +55,7 @@ def one_device(config: Any, mesh: Mapping[str, int]) -> Any:
     if count == 1:
         return config
 
+    # Only the rules of Llama's decoders divide heads.
     if not isinstance(config, LlamaConfig):
         raise ValueError(
             f"`mesh` axis `tensor` is not known for model_type `{config.model_type}`, only for "
@@ -80,6 +81,7 @@ def mesh_note(backend: str) -> str:
 
 def parts(spec: PartitionSpec, mesh: Mapping[str, int], *axes: str) -> int:
     """How many parts an array is divided into along these axes (all by default)."""
+    # An entry is None, an axis, or a tuple of axes.
     named = [n for entry in spec for n in ((entry,) if isinstance(entry, str) else entry or ())]
     return math.prod(mesh[name] for name in named if not axes or name in axes)
 

@@ -3,7 +3,7 @@
 The rules are stated in `lora_jax.analysis.step_memory.liveness`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +14,22 @@ from lora_jax.train.memory import tree_bytes
 from lora_jax.transform.primitive import READERS, inner_jaxpr
 from lora_jax.transform.primitives import row_of
 
-# Where a value comes from, as bits: computed here (none), an argument that stays, an argument
-# whose buffer may be written over, a slice of a stack, and one that other devices hold parts of.
+# Where a value comes from, as bits; 0 is computed by the program. HELD: an argument that stays.
+# OWNED: an argument whose buffer may be reused. SLICE: a slice of a stack, in a loop. SPREAD: an
+# argument that is sharded over devices.
 HELD, OWNED, SLICE, SPREAD = 1, 2, 4, 8
 
 
 @dataclass(eq=False, slots=True)
 class Value:
-    """An array of the program; views are the same value."""
+    """An array of the program; views are the same value.
+
+    Attributes:
+      aval: its shape and dtype.
+      source: where it comes from, the bits above.
+      node: the operation that computes it.
+      parts: the number of devices that it is sharded over.
+    """
 
     aval: Any
     source: int = 0
@@ -30,10 +38,12 @@ class Value:
 
     @property
     def bytes(self) -> int:
+        """Bytes on one device."""
         return -(-whole_bytes(self.aval) // self.parts)
 
     @property
     def label(self) -> str:
+        """What it is, for a list: `dot_general float32[8,16]`."""
         alone = "gathered" if self.source & SPREAD else "slice"
         op = self.node.op if self.node is not None else alone
         return f"{op} {self.aval.dtype.name}{list(self.aval.shape)}"
@@ -41,7 +51,14 @@ class Value:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """An operation."""
+    """An operation.
+
+    Attributes:
+      op: the primitive's name.
+      ins, outs: its operands and results.
+      eqn: the equation of the jaxpr.
+      at: its index in the program, which serves as time.
+    """
 
     op: str
     ins: list[Value]
@@ -52,7 +69,17 @@ class Node:
 
 @dataclass(eq=False)
 class Program:
-    """A jaxpr with its calls unfolded, and which of its values are written down."""
+    """A jaxpr with its calls inlined, and which of its values are written to memory.
+
+    Attributes:
+      nodes: the operations in order.
+      values: the arguments and constants.
+      outs: the results.
+      stacked_from: results from this index on are slices of stacks that exist outside.
+      users: the operations that read a value.
+      real: the values that have a buffer; the others are fused into their readers.
+      found: `_origins` of the values asked for so far.
+    """
 
     nodes: list[Node]
     values: list[Value]
@@ -63,20 +90,25 @@ class Program:
     found: dict[Value, list[Value]] = field(default_factory=dict)
 
 
-def whole_bytes(aval) -> int:
-    """Bytes of an array of this shape and dtype."""
+def whole_bytes(aval: Any) -> int:
+    """Bytes of an array of this shape and dtype, on all devices together."""
     return tree_bytes(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
 
 
 def read(
-    jaxpr, sources: Iterable[int], *, stacked_from: int, parts=None, sums_read: bool = False
+    jaxpr: Any,
+    sources: Iterable[int],
+    *,
+    stacked_from: int,
+    parts: Sequence[int] | None = None,
+    sums_read: bool = False,
 ) -> Program:
     """The program of an open jaxpr.
 
     Args:
-      jaxpr: open.
-      sources: of its arguments.
-      stacked_from: results from here on are written into a stack that exists outside.
+      jaxpr: the jaxpr.
+      sources: where each of its arguments comes from, as bits.
+      stacked_from: results from this index on are slices of stacks that exist outside.
       parts: as in `alive`.
       sums_read: as in `liveness.Habits`.
     """
@@ -85,34 +117,34 @@ def read(
     arguments = list(env.values())
     nodes: list[Node] = []
     outs = _unfold(jaxpr, env, nodes, {})
-    nodes = _needed(nodes, outs)
+    nodes = _needed(nodes, outs)  # XLA removes the others
     program = Program(nodes, arguments, outs, stacked_from)
     for at, node in enumerate(nodes):
         node.at = at
         for x in node.ins:
             program.users.setdefault(x, []).append(node)
-    _write_down(program)
+    _add_buffers(program)
     if sums_read:
-        _write_down_for_sums(program)
+        _add_buffers_for_sums(program)
     for out, count in zip(outs, parts or (), strict=parts is not None):
         _spread_gradient(program, out, count)
     return program
 
 
-def _unfold(jaxpr, env: dict, nodes: list[Node], known: dict) -> list[Value]:
-    """Appends the operations of a jaxpr, those inside its calls included, each once.
+def _unfold(jaxpr: Any, env: dict, nodes: list[Node], known: dict) -> list[Value]:
+    """Appends the operations of a jaxpr and of its calls, without common subexpressions.
 
     Args:
-      jaxpr: open; its arguments and constants are in `env`, and its variables come to be.
-      env: variable to value.
+      jaxpr: an open jaxpr.
+      env: variable to value: the arguments and constants, to which the other variables are added.
       nodes: the operations so far.
-      known: what they are by `_same`, and literals.
+      known: the same operations by their key (`_same`), and the literals.
 
     Returns:
       The results.
     """
 
-    def value(v) -> Value:
+    def value(v: Any) -> Value:
         if isinstance(v, compat.Literal):
             return known.setdefault((str(v), str(v.aval)), Value(v.aval, HELD))
         return env[v]
@@ -122,6 +154,7 @@ def _unfold(jaxpr, env: dict, nodes: list[Node], known: dict) -> list[Value]:
         memory = row_of(op).memory
         inner = inner_jaxpr(eqn) if memory == "call" else None
         if inner is not None:
+            # Inlined with its own variables; equal operations inside and outside are still merged.
             own, _ = compat.open_jaxpr(inner)
             scope = {v: Value(v.aval, HELD) for v in own.constvars}
             scope |= dict(zip(own.invars, ins, strict=True))
@@ -129,6 +162,7 @@ def _unfold(jaxpr, env: dict, nodes: list[Node], known: dict) -> list[Value]:
         elif memory == "view":
             outs = ins
         else:
+            # XLA, too, computes equal operations once.
             same = known.get(key := _same(op, eqn, ins))
             if same is None:
                 same = Node(op, ins, [], eqn)
@@ -140,13 +174,13 @@ def _unfold(jaxpr, env: dict, nodes: list[Node], known: dict) -> list[Value]:
     return [value(v) for v in jaxpr.outvars]
 
 
-def _same(op: str, eqn, ins: list[Value]) -> Any:
-    """What operations have in common that compute the same; loops and products are not merged."""
+def _same(op: str, eqn: Any, ins: list[Value]) -> Any:
+    """A key that is equal for equal operations; no two loops or products have the same."""
     return object() if reads_whole(op) else (op, tuple(ins), str(eqn.params))
 
 
 def _needed(nodes: list[Node], outs: list[Value]) -> list[Node]:
-    """Those that the results depend on."""
+    """The nodes that the results depend on."""
     wanted, kept = set(outs), []
     for node in reversed(nodes):
         if not wanted.isdisjoint(node.outs):
@@ -156,7 +190,7 @@ def _needed(nodes: list[Node], outs: list[Value]) -> list[Node]:
 
 
 def stores(op: str) -> bool:
-    """Whether an operation writes its results to memory, whoever reads them."""
+    """Whether an operation writes its results to memory, whatever reads them."""
     memory = row_of(op).memory
     return memory in READERS or memory in ("update", "sum")
 
@@ -166,8 +200,8 @@ def reads_whole(op: str) -> bool:
     return row_of(op).memory in READERS
 
 
-def _write_down(program: Program) -> None:
-    """Finds the values that get buffers."""
+def _add_buffers(program: Program) -> None:
+    """Adds to `program.real` the values that get buffers."""
     real = program.real
     real.update(x for x in program.values if x.source & (HELD | OWNED))
     real.update(x for node in program.nodes for x in node.ins if x.source & HELD)
@@ -177,10 +211,10 @@ def _write_down(program: Program) -> None:
             real.update(node.outs)
         if reads_whole(node.op):
             real.update(node.ins)
-        elif (
-            row_of(node.op).memory == "lookup"
-        ):  # of a table; the places may be computed on the way
+        elif row_of(node.op).memory == "lookup":
+            # The table is read whole; the indices may be fused.
             real.add(node.ins[0])
+    # A costly value is fused into one reader; with two it would be computed twice.
     costly: set[Value] = set()
     for node in program.nodes:
         costs = row_of(node.op).memory in ("costly", "lookup")
@@ -189,9 +223,10 @@ def _write_down(program: Program) -> None:
             real.update(o for o in node.outs if len(set(program.users.get(o, ()))) > 1)
 
 
-def _write_down_for_sums(program: Program) -> None:
-    """Slices, and what has other readers, where a sum over a dim is made of them."""
+def _add_buffers_for_sums(program: Program) -> None:
+    """Adds the operands of reductions that are slices, or have other readers."""
     summed: set[Value] = set()
+    # Backwards: an operation that is fused into a reduction hands its own operands on.
     for node in reversed(program.nodes):
         if row_of(node.op).memory == "sum":
             summed.update(node.ins)
@@ -203,7 +238,7 @@ def _write_down_for_sums(program: Program) -> None:
 
 
 def _origins(program: Program, x: Value) -> list[Value]:
-    """The buffers that a value is computed from; itself, if it has one."""
+    """The values with buffers that a value is computed from: itself, if it has one."""
     if x in program.real:
         return [x]
     if x not in program.found:
@@ -214,20 +249,23 @@ def _origins(program: Program, x: Value) -> list[Value]:
 
 
 def inputs(program: Program, node: Node) -> list[Value]:
+    """The values that an operation, and what is fused into it, reads from memory."""
     return list({o: None for x in node.ins for o in _origins(program, x)})
 
 
 def _spread_gradient(program: Program, out: Value, parts: int) -> None:
-    """What an updated parameter is made of, back to its gradient, is spread as it is."""
+    """Shards the values between a parameter's gradient and its update as the parameter is."""
     if parts == 1 or out.source:
         return
     out.parts, todo = parts, [out]
     while todo:
         node = todo.pop().node
-        adds = node is not None and row_of(node.op).memory == "adds"  # to zeros, of a table's rows
+        # The gradient of a table: its rows are added to zeros.
+        adds = node is not None and row_of(node.op).memory == "adds"
         if node is None or (reads_whole(node.op) and not adds):
             continue
-        for x in inputs(program, node):  # by size: a transposed one is another view of it
+        # Values of the same size: the shape may differ, as a transpose is a view.
+        for x in inputs(program, node):
             if not x.source and x.parts == 1 and x.aval.size == out.aval.size:
                 x.parts = parts
                 todo.append(x)

@@ -33,46 +33,65 @@ _GEMMA_2: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def _sizes(width: int, inner: int, blocks: int, heads: int, pairs: int) -> dict[str, int]:
+def _sizes(*, width: int, mlp: int, layers: int, heads: int, kv: int) -> dict[str, int]:
     return {
         "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": blocks,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": pairs,
+        "num_key_value_heads": kv,
     }
 
 
 _SMOLLM2: Mapping[str, Any] = {
-    **_LLAMA_2, **_sizes(576, 1536, 30, 9, 3), "vocab_size": 49152,
+    **_LLAMA_2, **_sizes(width=576, mlp=1536, layers=30, heads=9, kv=3), "vocab_size": 49152,
     "max_position_embeddings": 8192, "rope_theta": 100000.0, "tie_word_embeddings": True,
 }  # fmt: skip
 
-# The fields of these models' config.json that determine shapes.
+# The fields of these models' config.json that determine shapes, so that no file is needed.
 SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "llama-2-7b": {**_LLAMA_2, **_sizes(4096, 11008, 32, 32, 32)},
-    "llama-2-13b": {**_LLAMA_2, **_sizes(5120, 13824, 40, 40, 40)},
-    "llama-2-70b": {**_LLAMA_2, **_sizes(8192, 28672, 80, 64, 8)},
-    "llama-3-8b": {**_LLAMA_3, **_sizes(4096, 14336, 32, 32, 8)},
-    "llama-3-70b": {**_LLAMA_3, **_sizes(8192, 28672, 80, 64, 8)},
-    "llama-3.1-8b": {**_LLAMA_31, **_sizes(4096, 14336, 32, 32, 8)},
-    "llama-3.1-70b": {**_LLAMA_31, **_sizes(8192, 28672, 80, 64, 8)},
-    "llama-3.1-405b": {**_LLAMA_31, **_sizes(16384, 53248, 126, 128, 8)},
-    "llama-3.2-1b": {**_LLAMA_31, **_sizes(2048, 8192, 16, 32, 8), "tie_word_embeddings": True},
-    "llama-3.2-3b": {**_LLAMA_31, **_sizes(3072, 8192, 28, 24, 8), "tie_word_embeddings": True},
-    "mistral-7b": {
-        **_LLAMA_2, **_sizes(4096, 14336, 32, 32, 8), "model_type": "mistral",
-        "max_position_embeddings": 32768, "sliding_window": 4096,
+    "llama-2-7b": {**_LLAMA_2, **_sizes(width=4096, mlp=11008, layers=32, heads=32, kv=32)},
+    "llama-2-13b": {**_LLAMA_2, **_sizes(width=5120, mlp=13824, layers=40, heads=40, kv=40)},
+    "llama-2-70b": {**_LLAMA_2, **_sizes(width=8192, mlp=28672, layers=80, heads=64, kv=8)},
+    "llama-3-8b": {**_LLAMA_3, **_sizes(width=4096, mlp=14336, layers=32, heads=32, kv=8)},
+    "llama-3-70b": {**_LLAMA_3, **_sizes(width=8192, mlp=28672, layers=80, heads=64, kv=8)},
+    "llama-3.1-8b": {**_LLAMA_31, **_sizes(width=4096, mlp=14336, layers=32, heads=32, kv=8)},
+    "llama-3.1-70b": {**_LLAMA_31, **_sizes(width=8192, mlp=28672, layers=80, heads=64, kv=8)},
+    "llama-3.1-405b": {**_LLAMA_31, **_sizes(width=16384, mlp=53248, layers=126, heads=128, kv=8)},
+    "llama-3.2-1b": {
+        **_LLAMA_31, **_sizes(width=2048, mlp=8192, layers=16, heads=32, kv=8),
+        "tie_word_embeddings": True,
     },
-    "qwen2.5-0.5b": {**_QWEN_2, **_sizes(896, 4864, 24, 14, 2), "tie_word_embeddings": True},
-    "qwen2.5-7b": {**_QWEN_2, **_sizes(3584, 18944, 28, 28, 4), "vocab_size": 152064},
-    "qwen3-0.6b": {**_QWEN_3, **_sizes(1024, 3072, 28, 16, 8), "tie_word_embeddings": True},
-    "qwen3-8b": {**_QWEN_3, **_sizes(4096, 12288, 36, 32, 8)},
-    "qwen3-32b": {**_QWEN_3, **_sizes(5120, 25600, 64, 64, 8)},
-    "gemma-2-2b": {**_GEMMA_2, **_sizes(2304, 9216, 26, 8, 4), "head_dim": 256},
-    "gemma-2-9b": {**_GEMMA_2, **_sizes(3584, 14336, 42, 16, 8), "head_dim": 256},
+    "llama-3.2-3b": {
+        **_LLAMA_31, **_sizes(width=3072, mlp=8192, layers=28, heads=24, kv=8),
+        "tie_word_embeddings": True,
+    },
+    "mistral-7b": {
+        **_LLAMA_2, **_sizes(width=4096, mlp=14336, layers=32, heads=32, kv=8),
+        "model_type": "mistral", "max_position_embeddings": 32768, "sliding_window": 4096,
+    },
+    "qwen2.5-0.5b": {
+        **_QWEN_2, **_sizes(width=896, mlp=4864, layers=24, heads=14, kv=2),
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-7b": {
+        **_QWEN_2, **_sizes(width=3584, mlp=18944, layers=28, heads=28, kv=4), "vocab_size": 152064,
+    },
+    "qwen3-0.6b": {
+        **_QWEN_3, **_sizes(width=1024, mlp=3072, layers=28, heads=16, kv=8),
+        "tie_word_embeddings": True,
+    },
+    "qwen3-8b": {**_QWEN_3, **_sizes(width=4096, mlp=12288, layers=36, heads=32, kv=8)},
+    "qwen3-32b": {**_QWEN_3, **_sizes(width=5120, mlp=25600, layers=64, heads=64, kv=8)},
+    "gemma-2-2b": {
+        **_GEMMA_2, **_sizes(width=2304, mlp=9216, layers=26, heads=8, kv=4), "head_dim": 256,
+    },
+    "gemma-2-9b": {
+        **_GEMMA_2, **_sizes(width=3584, mlp=14336, layers=42, heads=16, kv=8), "head_dim": 256,
+    },
     "phi-3-mini": {
-        **_LLAMA_2, **_sizes(3072, 8192, 32, 32, 32), "model_type": "phi3", "vocab_size": 32064,
+        **_LLAMA_2, **_sizes(width=3072, mlp=8192, layers=32, heads=32, kv=32),
+        "model_type": "phi3", "vocab_size": 32064,
     },
     "smollm2-135m": _SMOLLM2,
     "smollm2": _SMOLLM2,
@@ -105,7 +124,7 @@ def config_of(model: str | Path | Mapping[str, Any] | Any) -> tuple[str, Any]:
     if str(model).lower() in SHAPES:
         return str(model).lower(), config_from_hf(SHAPES[str(model).lower()])
     path = Path(model)
-    # A hub id is one slash between two names.
+    # A hub id is two names with a slash between them; a path may look the same, and goes first.
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not path.suffix:
         return str(model), _from_path(snapshot(str(model), patterns=("config.json",)))[1]
     return _from_path(path)
@@ -121,6 +140,7 @@ def _from_path(path: Path) -> tuple[str, Any]:
     if file.suffix != ".json":
         raise ValueError(f"{file}: not a config.json; give its path, or its directory's")
     raw = read_object(file)
+    # The fields' own errors do not name the file.
     try:
         return path.name if path.is_dir() else str(path), config_from_hf(raw)
     except ValueError as error:

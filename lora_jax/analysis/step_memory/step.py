@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,11 @@ from lora_jax.train.step import TrainState, init_state, make_step, split_full
 from lora_jax.transform.lorafy import lorafy
 from lora_jax.tree import combine, init, split
 
+OptimizerName = Literal["adamw", "lion", "momentum", "sgd"]
+
 # Optimizers by name; the comments count the arrays of state for each trained array. The learning
 # rate does not change the memory.
-OPTIMIZERS: Mapping[str, Any] = {
+OPTIMIZERS: Mapping[OptimizerName, Any] = {
     "adamw": partial(optax.adamw, 2e-4),  # 2
     "lion": partial(optax.lion, 2e-4),  # 1
     "momentum": partial(optax.sgd, 2e-4, momentum=0.9),  # 1
@@ -61,19 +63,19 @@ class StepSettings:
     """
 
     adapter: LoraConfig | None = dataclasses.field(default_factory=LoraConfig)
-    quantize: str | None = None
+    quantize: formats.FormatName | None = None
     batch: int = 1
     length: int = 2048
     accumulation: int = 1
-    dtype: str = "bfloat16"
-    train_dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    train_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: bool | str = True
-    optimizer: Any = "adamw"
+    optimizer: OptimizerName | optax.GradientTransformation = "adamw"
     clip: bool = True
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    backend: str = "gpu"
+    backend: Backend = "gpu"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("batch", "length", "accumulation"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -86,6 +88,7 @@ class StepSettings:
                     "`quantize` is for a frozen base, and full fine-tuning trains it: pass an "
                     "adapter, or no `quantize`"
                 )
+        # Annotations are not checked at run time.
         if isinstance(self.optimizer, str) and self.optimizer not in OPTIMIZERS:
             raise ValueError(
                 f"`optimizer` must be one of {', '.join(OPTIMIZERS)}, or optax's, got "
@@ -93,6 +96,7 @@ class StepSettings:
             )
         if self.backend not in BACKENDS:
             raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {self.backend}")
+        # With every axis, so that readers need no defaults.
         mesh = memory_mesh.check_mesh(self.mesh, batch=self.batch)
         object.__setattr__(self, "mesh", mesh)
 
@@ -161,6 +165,7 @@ def abstract_step(
     params = base if adapter is None else _adapted(forward, base, adapter)
     trainable, frozen = split_full(params) if whole else split(params)
     tx = settings.tx
+    # Abstractly: a model of any size is planned, initialized and traced without its arrays.
     state = jax.eval_shape(lambda t: init_state(jax.random.key(0), t, tx), trainable)
     kind = lora_loss if architecture.kind == CAUSAL_LM else _encoder_loss
     loss = kind(dataclasses.replace(forward, rows=rows))
@@ -168,7 +173,9 @@ def abstract_step(
     one_a_row = getattr(config, "task", None) == CLASSIFICATION
     places = batch if one_a_row else batch * settings.length
     shapes = _batch(settings, batch, places)
-    return AbstractStep(make_step(loss, tx), params, state, frozen, shapes, base)
+    return AbstractStep(
+        fn=make_step(loss, tx), params=params, state=state, frozen=frozen, batch=shapes, base=base
+    )
 
 
 def _base(forward: Any, settings: StepSettings) -> Any:
@@ -176,10 +183,8 @@ def _base(forward: Any, settings: StepSettings) -> Any:
     if form is None:
         return shapes
 
-    name, backend = formats.known_format(form).name, cast(Backend, settings.backend)
-
     def quantized(params: Any) -> Any:
-        return quantize(params, is_kernel, format=name, backend=backend)
+        return quantize(params, is_kernel, format=form, backend=settings.backend)
 
     return jax.eval_shape(quantized, shapes)
 
@@ -192,6 +197,7 @@ def _adapted(forward: Any, base: Any, adapter: LoraConfig) -> Any:
 
 
 def _batch(settings: StepSettings, batch: int, places: int) -> Batch:
+    # The microbatches of a step are stacked: (accumulation, ...).
     def whole(*shape: int) -> Any:
         return jax.ShapeDtypeStruct((settings.accumulation, *shape), jnp.int32)
 
@@ -213,7 +219,7 @@ def _encoder_loss(forward: Any) -> Callable[..., jax.Array]:
 
 
 class Spread(NamedTuple):
-    """How every array of a step is sharded: trees of `PartitionSpec`s like its arguments."""
+    """The shardings of a step: trees of `PartitionSpec`s of the same structure as its arguments."""
 
     params: Any
     state: Any
@@ -242,6 +248,7 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
         trainable,
         transform_non_params=lambda x: copied,
     )
+    # Microbatches follow one another in time: their rows are sharded, not they.
     rows: Any = PartitionSpec(None, ROWS)
     state = TrainState(copied, trainable, moments, copied)
     return Spread(params, state, frozen, Batch(rows, rows, rows, rows))

@@ -15,7 +15,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 class Task(NamedTuple):
-    """The training task and its score. `params` is the tree of the base model in every function.
+    """What is trained and how it is scored; `params` is the base's tree in every function.
 
     Attributes:
       params: the base.
@@ -59,8 +59,8 @@ class SweepConfig:
       tune_steps: steps of the runs that choose; none trains them to the end and keeps the best.
       together: adapters that train in one batch, limited by memory.
       tolerance: relative distance from full fine-tuning that is still good enough.
-      save_every: seconds between checkpoints within a training; None writes none, 0 writes one
-        after every step. The interval grows if writing takes more than a twentieth of it.
+      save_every: seconds between checkpoints within a run; None writes none, 0 writes one after
+        every step. The interval grows if writing takes more than a twentieth of it.
     """
 
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
@@ -73,10 +73,11 @@ class SweepConfig:
     tolerance: float = 0.01
     save_every: float | None = 60.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("ranks", "learning_rates", "full_learning_rates", "seeds"):
             value = getattr(self, name)
             value = tuple(value) if isinstance(value, Sequence) else (value,)
+            # A rank or a seed that is given twice is run once.
             object.__setattr__(self, name, tuple(dict.fromkeys(value)))
             if not value and not (name == "ranks" and self.full):
                 raise ValueError(f"`{name}` is empty: give at least one")
@@ -101,6 +102,7 @@ def with_rank(config: LoraConfig, rank: int) -> LoraConfig:
     """
     if config.rank_pattern or config.alpha_pattern:
         raise ValueError("a sweep chooses the ranks: leave out `rank_pattern` and `alpha_pattern`")
+    # `replace` would keep the alpha of the old rank, and so change the scale.
     if config.use_rslora:
         return dataclasses.replace(config, rank=rank, alpha=config.alpha)
     return dataclasses.replace(config, rank=rank, alpha=config.alpha * rank / config.rank)

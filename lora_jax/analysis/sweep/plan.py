@@ -1,4 +1,4 @@
-"""What the steps of a rank sweep share: its settings, checked, and its runs on disk."""
+"""A rank sweep before it runs: its settings are checked, and its runs on disk are opened."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from lora_jax.train.config import TrainConfig, fixed_fields
 
 
 class Job(NamedTuple):
-    """A run to be trained: `rank` is a number, or that of full fine-tuning or of the base."""
+    """A run to be trained; `rank` is a number, "full" or "base"."""
 
     rank: int | str
     rate: float
@@ -32,12 +32,12 @@ class Job(NamedTuple):
     @property
     def name(self) -> str:
         """The name of its files."""
-        return Run(self.rank, self.rate, self.seed, self.steps, 0, (), None, 0.0, 1, None).name
+        return Run(self.rank, self.rate, self.seed, self.steps).name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepPlan:
-    """All that the steps of a sweep read.
+    """A sweep that is checked and ready to run.
 
     Attributes:
       task, sweep, lora_config, train_config: the arguments of `rank_sweep`.
@@ -48,7 +48,7 @@ class SweepPlan:
       shapes_of: `(seed, steps) -> digest` of the shapes of the batches that such a run sees.
       fingerprint: of the base.
 
-    The last three are computed when first needed and kept, since a resumed sweep may need none.
+    The last three are computed on first use and cached, since a resumed sweep may need none.
     """
 
     task: Task
@@ -98,6 +98,7 @@ def plan_sweep(
 def _check(task: Task, sweep: SweepConfig, train_config: TrainConfig) -> None:
     if train_config.steps is None:
         raise ValueError("`steps` is missing: every rank is trained for as many steps")
+    # Before anything is trained: without a tuning loss the choice would fail after the trials.
     if task.tuning is None and (
         len(sweep.learning_rates) > 1 or (sweep.full and len(sweep.full_learning_rates) > 1)
     ):
@@ -115,6 +116,7 @@ def _first_batch(task: Task, seed: int) -> Any:
 
 
 def _shapes(task: Task, seed: int, steps: int) -> str:
+    # A digest, as the shapes of thousands of batches are only compared.
     found = hashlib.sha256()
     for batch in itertools.islice(task.batches(seed), steps):
         kinds = jax.tree.map(lambda x: f"{np.asarray(x).dtype}{np.shape(x)}", batch)

@@ -7,7 +7,7 @@ scored on the same examples, so examples and seeds are resampled independently (
 pigeonhole bootstrap", Annals of Applied Statistics 1(2): slightly wide at worst). Of S seeds S - 1
 are drawn: S draws would give only (S - 1)/S of the variance of their mean, S - 1 give all of it
 (Rao & Wu 1988, "Resampling inference with complex survey data", JASA 83(401), section 2). With one
-seed the spread between seeds is unknown, and the table states that.
+seed the spread between seeds is unknown, which the table notes.
 """
 
 import json
@@ -26,11 +26,11 @@ from lora_jax.train.progress import save_figure
 FULL = "full"
 BASE = "base"
 _DRAWS = 1000
-_TAILS = (2.5, 97.5)
+_TAILS = (2.5, 97.5)  # percentiles: 95 % lies between them
 
 
 class Run(NamedTuple):
-    """One training: a rank with a learning rate and a seed.
+    """One training: a rank with a learning rate and a seed; the rest is its result.
 
     Attributes:
       rank: rank of the adapters; "full" is full fine-tuning, "base" the model before training.
@@ -49,12 +49,12 @@ class Run(NamedTuple):
     learning_rate: float
     seed: int
     steps: int
-    parameters: int
-    losses: Sequence[float]
-    tuning: float | None
-    seconds: float
-    together: int
-    values: np.ndarray | None
+    parameters: int = 0
+    losses: Sequence[float] = ()
+    tuning: float | None = None
+    seconds: float = 0.0
+    together: int = 1
+    values: np.ndarray | None = None
 
     @property
     def name(self) -> str:
@@ -157,7 +157,7 @@ class Sweep:
             return f"no rank was compared with full fine-tuning ({within})"
         low, high = (_rank_text(x) for x in self.smallest_interval)
         if self.smallest is None:
-            return f"no rank of these is {within} (95 % of the draws: {low} to {high})"
+            return f"none of these ranks is {within} (95 % of the draws: {low} to {high})"
         return f"the smallest rank {within} is {self.smallest} (95 % of the draws: {low} to {high})"
 
     def to_dict(self) -> dict[str, Any]:
@@ -241,22 +241,23 @@ def summarize(
     drawn = _draws(values, reduce, seed)
     ranks = sorted(r for r in chosen if isinstance(r, int))
     order = [r for r in (BASE, *ranks, FULL) if r in chosen]
-    rows = [_row(r, chosen[r], scores, drawn, each[r]) for r in order]
+    rows = [_row(r, chosen[r], scores, drawn, seeds=each[r]) for r in order]
     smallest, interval = None, None
     if FULL in chosen and ranks:
         within = _within(scores, ranks, lower_is_better, tolerance)
         smallest = int(within) if np.isfinite(within) else None
         places = _within(drawn, ranks, lower_is_better, tolerance)
+        # "nearest", since a rank between two others was not trained.
         low, high = np.percentile(places, _TAILS, method="nearest")
         interval = (float(low), float(high))
     return Sweep(
-        tuple(rows),
-        smallest,
-        interval,
-        tolerance,
-        metric,
-        lower_is_better,
-        tuple(sorted(runs, key=_place)),
+        rows=tuple(rows),
+        smallest=smallest,
+        smallest_interval=interval,
+        tolerance=tolerance,
+        metric=metric,
+        lower_is_better=lower_is_better,
+        runs=tuple(sorted(runs, key=_place)),
     )
 
 
@@ -280,22 +281,30 @@ def _draws(values: Mapping, reduce: Callable, seed: int) -> dict:
     return found
 
 
-def _row(rank, runs: Sequence[Run], scores: Mapping, drawn: Mapping, seeds: tuple) -> Row:
+def _row(
+    rank: int | str,
+    runs: Sequence[Run],
+    scores: Mapping,
+    drawn: Mapping,
+    *,
+    seeds: tuple[float, ...],
+) -> Row:
     ratio = ratios = None
     if FULL in scores and scores[FULL]:
         ratio = scores[rank] / scores[FULL]
+        # A draw may have a score of 0 for full fine-tuning.
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = _interval(drawn[rank] / drawn[FULL])
     return Row(
-        rank,
-        None if rank == BASE else runs[0].learning_rate,
-        runs[0].parameters,
-        float(np.mean([r.seconds for r in runs])),
-        scores[rank],
-        _interval(drawn[rank]),
-        ratio,
-        ratios,
-        seeds,
+        rank=rank,
+        learning_rate=None if rank == BASE else runs[0].learning_rate,
+        parameters=runs[0].parameters,
+        seconds=float(np.mean([r.seconds for r in runs])),
+        score=scores[rank],
+        interval=_interval(drawn[rank]),
+        ratio=ratio,
+        ratio_interval=ratios,
+        seed_scores=seeds,
     )
 
 
@@ -309,6 +318,7 @@ def _within(scores: Mapping, ranks: Sequence[int], lower: bool, tolerance: float
     full = np.asarray(scores[FULL])
     room = tolerance * np.abs(full)
     places = np.full(full.shape, np.inf)
+    # From the largest down, so that the smallest that is near enough stays.
     for rank in sorted(ranks, reverse=True):
         score = np.asarray(scores[rank])
         near = score <= full + room if lower else score >= full - room
@@ -337,12 +347,13 @@ def plot_sweep(path: str | os.PathLike, sweep: Sweep, *, title: str = "") -> Non
     ):
         shown = [row for row in trained if _positive(cost(row))]
         ranks = sorted((r for r in shown if r.rank != FULL), key=cost)
-        _points(axes, ranks, cost, "tab:blue", "LoRA")
-        _points(axes, [r for r in shown if r.rank == FULL], cost, "tab:red", "full")
+        full = [r for r in shown if r.rank == FULL]
+        _points(axes, ranks, cost, color="tab:blue", label="LoRA")
+        _points(axes, full, cost, color="tab:red", label="full")
         for row in sweep.rows:
             if isinstance(row.rank, str):
                 color = "tab:red" if row.rank == FULL else "tab:gray"
-                text = "full fine-tuning" if row.rank == FULL else "as it came"
+                text = "full fine-tuning" if row.rank == FULL else "before training"
                 axes.axhline(row.score, color=color, linestyle="--", linewidth=1, label=text)
         axes.set_xlabel(label)
         if label == "rank":
@@ -358,12 +369,14 @@ def plot_sweep(path: str | os.PathLike, sweep: Sweep, *, title: str = "") -> Non
     save_figure(figure, path)
 
 
-def _positive(cost) -> bool:
-    """Whether it can be drawn, on a logarithmic axis too."""
+def _positive(cost: Any) -> bool:
+    """Whether a cost can be drawn, on a logarithmic axis too."""
     return isinstance(cost, int | float) and math.isfinite(cost) and cost > 0
 
 
-def _points(axes, rows: list[Row], cost, color: str, label: str) -> None:
+def _points(
+    axes: Any, rows: list[Row], cost: Callable[[Row], Any], *, color: str, label: str
+) -> None:
     if not rows:
         return
     scores = [r.score for r in rows]

@@ -29,8 +29,6 @@ from lora_jax.tree import combine, split
 
 COMMON = "sweep.json"
 _UNFINISHED = "unfinished"
-
-
 FORMAT = "lora_jax unfinished training 1"
 _KEPT = ("seconds", "timed", "batches", "compiled")
 _SHARE = 20  # at most 1/20 of the time is spent on writing checkpoints
@@ -81,7 +79,7 @@ class Keeper:
         *,
         params: Any,
         log: Callable[[str], None],
-    ):
+    ) -> None:
         self.folder, self._params, self._log = folder, params, log
         self._described, self._every = {"format": FORMAT, **described}, every
         self._last, self._took, self.begun = time.monotonic(), 0.0, False
@@ -109,7 +107,7 @@ class Keeper:
 
     def _check(self, had: Mapping) -> None:
         now = self._described
-        # The base is compared by `check_base`, which names the leaves that differ.
+        # The base is left to `check_base`, which names the leaves that differ.
         for name in sorted((had.keys() | now.keys()) - {"base"}):
             if had.get(name) != now.get(name):
                 raise ValueError(
@@ -190,6 +188,7 @@ def digest(before: str, batch: Any) -> str:
       batch: a tree of arrays.
     """
     found = hashlib.sha256(before.encode())
+    # With dtype and shape: the same bytes in another shape are another batch.
     for leaf in jax.tree.leaves(batch):
         array = np.asarray(leaf)
         found.update(f"{array.dtype}{array.shape}".encode())
@@ -220,13 +219,14 @@ class Store:
       runs: the runs by name.
     """
 
-    def __init__(self, folder: Path | None, common: Mapping[str, Any]):
+    def __init__(self, folder: Path | None, common: Mapping[str, Any]) -> None:
         self.runs: dict[str, Run] = {}
         self._trees: dict[str, Any] = {}
         self._folder = folder
         if folder is None:
             return
         (folder / "runs").mkdir(parents=True, exist_ok=True)
+        # Through JSON, as the stored values are: a tuple would differ from the list read back.
         _check_common(folder / COMMON, json.loads(json.dumps(common)))
         for path in sorted((folder / "runs").glob("*.json")):
             run = _read(path)
@@ -252,6 +252,7 @@ class Store:
         if run.name in self._trees:
             return self._trees[run.name]
         moved, still = split(like)
+        # A tree of full fine-tuning has no adapters: all its leaves are in the file.
         whole = not jax.tree.leaves(moved)
         leaves, tree = jax.tree.flatten(like if whole else moved)
         with np.load(self._path(run, ".npz")) as held:
@@ -272,7 +273,7 @@ class Store:
 
     def scored(self, run: Run) -> None:
         """Stores the scores of a run and removes its weights."""
-        # In this order: a run killed in between has its score and only leaves a file behind.
+        # In this order: a run killed in between keeps its score, and only a file is left over.
         self._write(run)
         self.forget(run)
 
@@ -307,6 +308,7 @@ class Store:
         self.runs[run.name] = run
         if self._folder is None:
             return
+        # Arrays as lists, for JSON.
         values = run._asdict() | {
             "losses": [float(x) for x in run.losses],
             "values": None if run.values is None else np.asarray(run.values).tolist(),
@@ -336,7 +338,7 @@ def _read(path: Path) -> Run:
         return Run(**held, values=None if values is None else np.asarray(values))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: not a run of this sweep ({error}); remove the file and resume"
+            f"{path}: not a run of this sweep ({error}); remove the file, and resume"
         ) from None
 
 

@@ -29,7 +29,7 @@ def rank_sweep(
     *,
     log: Callable[[str], None] = print,
 ) -> Sweep:
-    """Trains every rank and the whole model alike, and finds the smallest rank that is enough.
+    """Trains adapters of every rank, and the whole model, and finds the smallest sufficient rank.
 
     All runs see the same batches in the same order, for as many steps. Adapters train side by side
     in one batch. Each rank uses the learning rate with the lowest `task.tuning` loss. The score is
@@ -65,9 +65,11 @@ def _run(plan: SweepPlan) -> Sweep:
     base = _base(plan)
     ranks = [*sweep.ranks, *([FULL] if sweep.full else [])]
     trials = _trials(plan, ranks)
+    # All learning rates are chosen before the final runs, so that these train in full groups.
     _train(plan, [j for j in trials if not _is_tuned(store, j)])
     rates = {rank: _best_rate(plan, rank) for rank in ranks}
     jobs = [Job(r, rates[r], seed, plan.steps) for r in ranks for seed in sweep.seeds]
+    # Without `tune_steps` the best trial is a final run already; the others' weights can go.
     for job in trials:
         if job not in jobs:
             store.forget(store.runs[job.name])
@@ -87,13 +89,13 @@ def _run(plan: SweepPlan) -> Sweep:
 
 def _base(plan: SweepPlan) -> Run:
     """The score of the base before training."""
-    run = Run(BASE, 0.0, 0, 0, 0, (), None, 0.0, 1, None)
+    run = Run(BASE, 0.0, 0, 0)
     if run.name in plan.store.runs:
         return plan.store.runs[run.name]
     values = _checked(plan.task.score(plan.task.params), "the base")
     run = run._replace(values=values)
     plan.store.scored(run)
-    plan.log(f"as it came: {plan.task.metric} {plan.task.reduce(values):.4f}")
+    plan.log(f"before training: {plan.task.metric} {plan.task.reduce(values):.4f}")
     return run
 
 
@@ -126,13 +128,14 @@ def _best_rate(plan: SweepPlan, rank: int | str) -> float:
     def loss(rate: float) -> float:
         job = Job(rank, rate, plan.sweep.seeds[0], _tune_steps(plan))
         found = plan.store.runs[job.name].tuning
+        # A rate at which training diverges loses, and the sweep goes on.
         return found if found is not None and np.isfinite(found) else np.inf
 
     best = min(rates, key=loss)
     if not np.isfinite(loss(best)):
         raise FloatingPointError(
-            f"rank {rank}: with every learning rate of {rates} the loss is not finite in the "
-            "end: give lower ones"
+            f"rank {rank}: the final loss is not finite with any learning rate of {rates}: give "
+            "lower ones"
         )
     plan.log(f"rank {rank}: learning rate {best:g} (tuning loss {loss(best):.4f})")
     return best
@@ -165,14 +168,15 @@ def _begun(plan: SweepPlan, jobs: Sequence[Job]) -> Iterator[list[Job]]:
         members = [wanted[name] for name in found.jobs if name in wanted]
         if not members:
             continue
+        # A checkpoint holds the whole group, which can only go on as it was.
         if len(members) < len(found.jobs):
-            why = "other runs train with them in it, which are not wanted now"
+            why = "it also trains runs that are not wanted now"
         elif len(members) > plan.sweep.together:
             why = f"it holds {len(members)} adapters, and `together` is {plan.sweep.together}"
         else:
             yield members
             continue
-        plan.log(f"{found.folder}: started again, not gone on with after step {found.step}: {why}")
+        plan.log(f"{found.folder}: starts again instead of going on after step {found.step}: {why}")
 
 
 def _groups(plan: SweepPlan, jobs: Sequence[Job]) -> list[list[Job]]:
@@ -181,7 +185,7 @@ def _groups(plan: SweepPlan, jobs: Sequence[Job]) -> list[list[Job]]:
     alike: dict[tuple, list[Job]] = {}
     for job in jobs:
         if job.rank == FULL:
-            kind = job.name
+            kind = job.name  # alone: it has no base in common with others
         else:
             kind = plan.shapes_of(job.seed, job.steps) if several else ""
         alike.setdefault((kind, job.steps), []).append(job)
@@ -205,7 +209,7 @@ def _train_group(plan: SweepPlan, jobs: Sequence[Job]) -> None:
 
     with shown:
         found = _trained(plan, jobs, advance)
-    runs = [_run_of(plan, job, found, i, len(jobs)) for i, job in enumerate(jobs)]
+    runs = [_run_of(plan, job, found, i, together=len(jobs)) for i, job in enumerate(jobs)]
     # All are stored together: a group with one run missing would have to be trained again.
     for run, tree in zip(runs, found.trees, strict=True):
         plan.store.trained(run, tree)
@@ -221,17 +225,30 @@ def _trained(plan: SweepPlan, jobs: Sequence[Job], advance: Callable[[float], No
     keeper = _keeper(plan, jobs)
     if jobs[0].rank == FULL:
         return train_full(
-            task.loss, task.params, jobs[0].rate, batches, config,
-            key=key, advance=advance, keeper=keeper,
-        )  # fmt: skip
+            task.loss,
+            task.params,
+            rate=jobs[0].rate,
+            batches=batches,
+            config=config,
+            key=key,
+            advance=advance,
+            keeper=keeper,
+        )
     sources = None
     if len(seeds) > 1:
         batches = zip(*(task.batches(seed) for seed in seeds), strict=False)
         sources = [seeds.index(job.seed) for job in jobs]
     return train_adapters(
-        task.loss, [_adapter(plan, job) for job in jobs], [j.rate for j in jobs], batches,
-        config, key=key, sources=sources, advance=advance, keeper=keeper,
-    )  # fmt: skip
+        task.loss,
+        [_adapter(plan, job) for job in jobs],
+        rates=[j.rate for j in jobs],
+        batches=batches,
+        config=config,
+        key=key,
+        sources=sources,
+        advance=advance,
+        keeper=keeper,
+    )
 
 
 def _keeper(plan: SweepPlan, jobs: Sequence[Job]) -> Keeper | None:
@@ -243,7 +260,7 @@ def _keeper(plan: SweepPlan, jobs: Sequence[Job]) -> Keeper | None:
     return Keeper(folder, described, plan.sweep.save_every, params=plan.task.params, log=plan.log)
 
 
-def _run_of(plan: SweepPlan, job: Job, found: Trained, place: int, together: int) -> Run:
+def _run_of(plan: SweepPlan, job: Job, found: Trained, place: int, *, together: int) -> Run:
     tuning = plan.task.tuning
     return Run(
         *job,
@@ -260,6 +277,7 @@ def _count(plan: SweepPlan, job: Job) -> int:
     """The trained parameters, without the padding to the largest rank of the group."""
     if job.rank == FULL:
         return count_parameters(plan.task.params).total
+    # From shapes, as the trained trees are padded.
     shapes = jax.eval_shape(lambda params: _init(plan, job, params), plan.task.params)
     return count_parameters(shapes).trainable
 
@@ -273,12 +291,13 @@ def _score(plan: SweepPlan, job: Job) -> None:
     if run.values is not None:
         return
     tree = store.tree(run, _like(plan, job))
+    # The merged weights, as they would be used; so ranks and full fine-tuning compile one program.
     values = _checked(task.score(merge(tree)), f"rank {job.rank}")
     base = store.runs[Job(BASE, 0.0, 0, 0).name]
     if base.values is None or len(values) != len(base.values):
         raise ValueError(
-            f"`score` gave {len(values)} values for rank {job.rank}, and others for the base: "
-            "it must give a row for each example, the same examples each time"
+            f"`score` gave {len(values)} values for rank {job.rank}, and another number for the "
+            "base: it must give a row for each example, and score the same examples each time"
         )
     store.scored(run._replace(values=values))
     plan.log(f"rank {job.rank}: {task.metric} {task.reduce(values):.4f}")
@@ -303,8 +322,8 @@ def _checked(values: Any, whose: str) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.ndim == 0 or not len(values):
         raise ValueError(
-            f"`score` of {whose} gave {values.shape} values: the evaluation set is empty; it must "
-            "give a row for each of at least one example"
+            f"`score` of {whose} gave values of shape {values.shape}: it must give a row for each "
+            "example, and the evaluation set must have at least one"
         )
     if not np.isfinite(values).all():
         raise ValueError(f"`score` of {whose} gave values that are not finite")

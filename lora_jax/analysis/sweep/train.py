@@ -85,7 +85,7 @@ def train_adapters(
         return jnp.sum(found), found
 
     run = _Run(config, losses, jnp.asarray(rates, jnp.float32), axes=_axes(stacked))
-    done = run(leaves, frozen, batches, key, advance, keeper)
+    done = run(leaves, frozen, batches, key=key, advance=advance, keeper=keeper)
     stacked = combine(jax.tree.unflatten(tree, done.state[0]), frozen)
     trees = [multi.adapter(stacked, i) for i in range(len(adapters))]
     return Trained(trees, done.losses.T, _seconds(done))
@@ -115,12 +115,15 @@ def train_full(
         return found, found
 
     run = _Run(config, losses, jnp.asarray(rate, jnp.float32))
-    done = run(leaves, None, batches, key, advance, keeper)
+    done = run(leaves, None, batches, key=key, advance=advance, keeper=keeper)
     return Trained([jax.tree.unflatten(tree, done.state[0])], done.losses[None], _seconds(done))
 
 
 def _each(loss: Callable, count: int, sources: Sequence[int] | None) -> Callable:
-    """`(stacked, batch, key) -> (count,)`, every adapter's loss. One row is one adapter."""
+    """`(stacked, batch, key) -> (count,)`, every adapter's loss. One row is one adapter.
+
+    "gathered", as each adapter has one row: there is nothing to group.
+    """
     ids = jnp.arange(count)
     if sources is None:
         shared = lorafy(loss, reverse_only=True, row_axes=None, adapter_strategy="gathered")
@@ -151,9 +154,23 @@ def _axes(stacked: Any) -> list[int]:
 
 
 class _Run:
-    """The steps of one group."""
+    """The training of one group, whose step is compiled once.
 
-    def __init__(self, config: TrainConfig, losses: Callable, rates: Any, *, axes: Any = None):
+    Args:
+      config: the optimizer and its schedule.
+      losses: `(leaves, frozen, batch, key) -> (sum, each)`, the losses of the members.
+      rates: the peak learning rate of each member, or of the whole model.
+      axes: the adapter axis of each leaf; None for the whole model.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        losses: Callable,
+        rates: jax.Array,
+        *,
+        axes: list[int] | None = None,
+    ) -> None:
         # AdamW's update is linear in the learning rate: the schedule gives its share of the peak.
         self.tx = optimizer(dataclasses.replace(config, learning_rate=1.0), _steps(config))
         self.steps, self.losses, self.rates, self.axes = _steps(config), losses, rates, axes
@@ -166,19 +183,23 @@ class _Run:
         leaves: list,
         frozen: Any,
         batches: Iterable,
+        *,
         key: jax.Array,
-        advance: Callable,
+        advance: Callable[[float], None],
         keeper: Keeper | None,
     ) -> Progress:
+        # Copied, because the step donates its state and the caller keeps its leaves.
         state = ([jnp.copy(x) for x in leaves], self._mapped(self.tx.init, 1)(leaves))
         losses = np.full((self.steps, *np.shape(self.rates)), np.nan, np.float32)
-        at = Progress(0, state, losses, 0.0, 0, "")
+        at = Progress(step=0, state=state, losses=losses, seconds=0.0, timed=0, batches="")
         at = at if keeper is None else keeper.restore(at)
         source, first, seen = iter(batches), at.step, set()
         _skip(source, at, advance)
         with interruptible() as interrupted:
             for number, batch in zip(range(first, self.steps), source, strict=False):
-                at = self._taken(at, frozen, batch, jax.random.fold_in(key, number), seen)
+                # By the step's number, so that a resumed run draws the same dropout.
+                step_key = jax.random.fold_in(key, number)
+                at = self._taken(at, frozen, batch, key=step_key, seen=seen)
                 advance(float(np.mean(at.losses[number])))
                 if keeper is not None:
                     at = at._replace(batches=digest(at.batches, batch))
@@ -193,7 +214,9 @@ class _Run:
             keeper.save(at)
         return at
 
-    def _taken(self, at: Progress, frozen: Any, batch: Any, key: jax.Array, seen: set) -> Progress:
+    def _taken(
+        self, at: Progress, frozen: Any, batch: Any, *, key: jax.Array, seen: set
+    ) -> Progress:
         """One step; `at.losses` is written in place."""
         shapes = tuple(np.shape(x) for x in jax.tree.leaves(batch))
         began = time.perf_counter()
@@ -228,6 +251,7 @@ class _Run:
             return [rate.astype(u.dtype) * u for u in jax.tree.leaves(updates)], opt_state
 
         updates, opt_state = self._mapped(move, 2)(grads, leaves, opt_state, self.rates)
+        # `vmap` puts the adapter axis first.
         if self.axes is not None:
             updates = [jnp.moveaxis(u, 0, at) for u, at in zip(updates, self.axes, strict=True)]
         moved = [x + u for x, u in zip(leaves, updates, strict=True)]
@@ -247,13 +271,13 @@ def _skip(source: Iterator, at: Progress, advance: Callable) -> None:
     if seen != at.batches:
         raise ValueError(
             f"the first {at.step} batches differ from those of the unfinished training: "
-            "`batches` must give the same ones each time for a seed; with other data, choose "
+            "`batches` must give the same ones on every call with a seed; with other data, choose "
             "another output_dir"
         )
 
 
 def _interrupted(step: int, steps: int, keeper: Keeper | None) -> str:
-    saved = "nothing was saved" if keeper is None else f"saved in {keeper.folder}"
+    saved = "nothing is saved" if keeper is None else f"saved in {keeper.folder}"
     return f"interrupted after step {step} of {steps}: {saved}"
 
 
@@ -264,5 +288,5 @@ def _seconds(at: Progress) -> float:
 
 def _steps(config: TrainConfig) -> int:
     if config.steps is None:
-        raise ValueError("`steps` is missing in the TrainConfig: a sweep gives every rank as many")
+        raise ValueError("`steps` is missing: a sweep takes as many with every rank")
     return config.steps

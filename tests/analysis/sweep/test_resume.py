@@ -111,10 +111,10 @@ def test_only_what_fits_is_gone_on_with(stopped):
     assert begun((4, 2, 1)) == [[1, 2]] and begun((4, 8)) == [] and not said
     assert begun((1, 2), together=1) == []
     assert begun((2, 4)) == []
-    started = f"{held.folder}: started again, not gone on with after step 5: "
+    started = f"{held.folder}: starts again instead of going on after step 5: "
     assert said == [
         started + "it holds 2 adapters, and `together` is 1",
-        started + "other runs train with them in it, which are not wanted now",
+        started + "it also trains runs that are not wanted now",
     ]
 
 

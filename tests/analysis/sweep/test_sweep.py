@@ -244,7 +244,12 @@ def test_more_ranks_and_seeds_take_over_the_runs_that_are_there(tmp_path):
 @pytest.mark.parametrize(
     ("task", "sweep", "error", "text"),
     [
-        ({"score": lambda p: np.zeros(0)}, {}, ValueError, "the evaluation set is empty"),
+        (
+            {"score": lambda p: np.zeros(0)},
+            {},
+            ValueError,
+            "the evaluation set must have at least one",
+        ),
         ({"score": lambda p: np.full(3, np.nan)}, {}, ValueError, "not finite"),
         ({"tuning": None}, {}, ValueError, "no `tuning` loss"),
         ({"batches": lambda seed: iter(())}, {}, ValueError, "the training set is empty"),
