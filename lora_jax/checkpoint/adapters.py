@@ -50,15 +50,17 @@ from lora_jax.config.starts import base_change
 from lora_jax.files import leftovers
 from lora_jax.hf.peft.base import as_read
 from lora_jax.plan.decide import plan as make_plan
+from lora_jax.plan.leaf import Plan
 from lora_jax.tree import combine, init, split
 
+# Raised with every change that older releases would misread.
 FORMAT = "lora_jax adapter 2"
 RUN_FORMAT = "lora_jax training state 2"
 RUN_CHECKPOINTS = "checkpoints"
 ITEM = "adapter"
 
 
-def save(directory: str | os.PathLike, lora_params: Any, config) -> None:
+def save(directory: str | os.PathLike, lora_params: Any, config: LoraConfig) -> None:
     """Writes the trained leaves of `lora_params`; the base is never written.
 
     The folder is written under a temporary name and renamed when it is complete, so that a failure
@@ -108,7 +110,7 @@ class Pending(NamedTuple):
             raise self.failures[0]
 
 
-def save_async(directory: str | os.PathLike, lora_params: Any, config) -> Pending:
+def save_async(directory: str | os.PathLike, lora_params: Any, config: LoraConfig) -> Pending:
     """As `save`, but returns when the trained arrays are copied, and writes in a thread.
 
     Training may continue immediately, also with donated buffers. `restore` finds the earlier
@@ -129,7 +131,7 @@ def save_async(directory: str | os.PathLike, lora_params: Any, config) -> Pendin
     _check_order("save_async", directory, config)
     directory = place_for(directory, ITEM, "an adapter")
     arrays, meta = _content(lora_params, config)
-    # A copy on the device: the next training step may donate, and so overwrite, the originals.
+    # Copied on the device: the next training step may donate, and so overwrite, the originals.
     copied = {name: x.copy() for name, x in arrays.items()}
     failures: list[Exception] = []
 
@@ -165,7 +167,7 @@ def _content(lora_params: Any, config: LoraConfig) -> tuple[dict[str, Any], dict
 _ROLES = "lora_jax_roles"  # the only field that PEFT's config lacks
 
 
-def config_json(config) -> dict:
+def config_json(config: LoraConfig) -> dict:
     """A `LoraConfig` as JSON values, such that `config_from` gives an equal one."""
     values = config.to_peft()
     return {**values, _ROLES: dict(config.roles)} if config.roles else values
@@ -182,6 +184,7 @@ def _write(directory: Path, arrays: dict, meta: dict) -> None:
     ocp = require("orbax.checkpoint")
     meta = with_checksums(meta, arrays)
     args = ocp.args.Composite(adapter=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+    # `directory` does not exist yet: its parent is on the same disk.
     check_space(directory.parent, arrays)
     with quiet(), checkpointer(ITEM) as opened:
         opened.save(directory, args)
@@ -227,7 +230,10 @@ def find(directory: str | os.PathLike, *, step: int | None = None) -> Stored:
         if step is not None:
             raise ValueError(f"{directory} is one adapter, not a run: it has no step {step}")
         meta, sums = read_meta(directory, FORMAT, needs=("config", "base", "plan"))
-        return Stored(directory, ITEM, "", meta["config"], meta["base"], meta["plan"], sums)
+        return Stored(
+            directory=directory, item=ITEM, prefix="", config=meta["config"],
+            base=meta["base"], plan=meta["plan"], arrays=sums,
+        )  # fmt: skip
     if (directory / RUN_CHECKPOINTS).is_dir():
         return _newest_whole(directory / RUN_CHECKPOINTS, step)
     raise ValueError(
@@ -237,13 +243,15 @@ def find(directory: str | os.PathLike, *, step: int | None = None) -> Stored:
 
 
 def _hint(directory: Path) -> str:
-    """The hint for a save that was killed between two renames, which left the old folder."""
+    """The hint after a save that was killed between two renames, which left the old folder."""
+    # `replacing` moves the old folder aside before the new one takes its name.
     old = [each for half in leftovers(directory) for each in half.glob("*.old")]
     return f"; a save was interrupted: rename {old[0]} to it" if old else ""
 
 
 def _newest_whole(checkpoints: Path, step: int | None) -> Stored:
     """The adapter of one step, or of the newest checkpoint that is not damaged."""
+    # Other names are Orbax's partial checkpoints, and damaged ones that were renamed.
     steps = sorted((int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()), reverse=True)
     if not steps:
         raise FileNotFoundError(f"{checkpoints}: the run has no checkpoint yet")
@@ -264,6 +272,7 @@ def _newest_whole(checkpoints: Path, step: int | None) -> Stored:
 
 def _of_run(place: Path) -> Stored:
     run, sums = read_meta(place, RUN_FORMAT, part="run", needs=("lora", "base", "plan"))
+    # The plan lists adapted leaves, of which full fine-tuning has none.
     if not run["plan"]:
         raise ValueError(
             f"{place} is of full fine-tuning: it holds whole weights and no adapter; resume "
@@ -274,7 +283,10 @@ def _of_run(place: Path) -> Stored:
             f"{place} was written without `lora_config`, so its adapter cannot be rebuilt from"
             " the file alone; pass lora_config= to fit"
         )
-    return Stored(place, "state", "trainable.", run["lora"], run["base"], run["plan"], sums)
+    return Stored(
+        directory=place, item="state", prefix="trainable.", config=run["lora"],
+        base=run["base"], plan=run["plan"], arrays=sums,
+    )  # fmt: skip
 
 
 def read_config(directory: str | os.PathLike) -> LoraConfig:
@@ -282,7 +294,9 @@ def read_config(directory: str | os.PathLike) -> LoraConfig:
     return config_from(find(directory).config)
 
 
-def restore(directory: str | os.PathLike, fn: Callable, params: Any, *args: Any, **kwargs: Any):
+def restore(
+    directory: str | os.PathLike, fn: Callable, params: Any, *args: Any, **kwargs: Any
+) -> tuple[Any, LoraConfig]:
     """Reads an adapter onto its base model; on a mesh it is sharded as its weights are.
 
     Args:
@@ -305,7 +319,9 @@ def restore(directory: str | os.PathLike, fn: Callable, params: Any, *args: Any,
     )
 
 
-def restore_stored(stored: Stored, plan_of: Callable, params: Any):
+def restore_stored(
+    stored: Stored, plan_of: Callable[[LoraConfig], Plan], params: Any
+) -> tuple[Any, LoraConfig]:
     """As `restore`, for a result of `find`.
 
     Args:
@@ -342,6 +358,7 @@ def read_leaves(stored: Stored) -> dict[str, Any]:
     Args:
       stored: from `find`.
     """
+    # On the host, as nothing is computed with them.
     arrays = jax.tree.map(np.asarray, _read_arrays(stored, None))
     leaves = {}
     for name, described in stored.plan.items():
@@ -352,6 +369,7 @@ def read_leaves(stored: Stored) -> dict[str, Any]:
 
 def _filled(stored: Stored, lora_params: Any) -> Any:
     check_outline(stored.plan, lora_params, where=str(stored.directory))
+    # The shapes of the tree's own arrays, and their shardings, are what is read into.
     trainable, frozen = split(lora_params)
     arrays = _read_arrays(stored, flatten(trainable))
     return combine(unflatten(trainable, arrays), frozen)

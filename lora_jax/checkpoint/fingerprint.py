@@ -37,6 +37,7 @@ def fingerprint(params: Any) -> dict[str, str]:
     leaves = flatten(base_of(params), is_leaf=is_quant)
     # An Equinox module has activation functions and numbers of Python among its leaves.
     leaves = {name: x for name, x in leaves.items() if is_quant(x) or compat.is_array(x)}
+    # All leaves in one transfer: on an accelerator each would wait for the device.
     samples = jax.device_get({name: _samples(leaf) for name, leaf in sorted(leaves.items())})
     _complete(leaves, samples)
     return {n: f"{_kind(x)} {_hash(samples[n])}" for n, x in sorted(leaves.items())}
@@ -82,15 +83,15 @@ def _arrays(leaf: Any) -> list:
     return list(arrays(leaf)) if is_quant(leaf) else [leaf]
 
 
-def base_of(tree: Any):
+def base_of(tree: Any) -> Any:
     """The tree with `w` in place of each `LoraArray` and `SavedArray`."""
     return jax.tree.map(lambda x: x.w if is_lora(x) else x, tree, is_leaf=is_lora)
 
 
-def _sample(leaf: Any):
+def _sample(leaf: Any) -> Any:
     if leaf.size == 0 or leaf.ndim == 0:
         return leaf
-    # `linspace` on the host: in float32 on a device the last places of a large leaf would be off.
+    # `linspace` on the host, in float64: in float32 the positions in a large leaf would be inexact.
     places = np.linspace(0, leaf.size - 1, min(_SAMPLES, leaf.size)).astype(np.int64)
     where = np.unravel_index(places, leaf.shape)
     return _from_shards(leaf, where) if isinstance(leaf, jax.Array) else leaf[where]
@@ -103,6 +104,7 @@ def _from_shards(leaf: jax.Array, where: tuple[np.ndarray, ...]) -> np.ndarray:
     """
     out = np.zeros(len(where[0]), leaf.dtype)
     for shard in leaf.addressable_shards:
+        # Positions within the shard; those outside it belong to another one.
         starts = [s.indices(size)[0] for s, size in zip(shard.index, leaf.shape, strict=True)]
         local = [i - start for i, start in zip(where, starts, strict=True)]
         ends = zip(local, shard.data.shape, strict=True)
@@ -138,6 +140,7 @@ def check_base(expected: Mapping[str, str], params: Any, *, where: str) -> None:
       ValueError: leaves are missing or unexpected, or differ in shape, dtype or content.
     """
     got = fingerprint(params)
+    # All differences are collected: their number shows whether it is another model or a few leaves.
     phrases = [f"`{n}` is missing" for n in expected if n not in got]
     phrases += [f"`{n}` is new" for n in got if n not in expected]
     for name in expected:
@@ -146,7 +149,7 @@ def check_base(expected: Mapping[str, str], params: Any, *, where: str) -> None:
             change = f"is {now}, was {was}" if was != now else f"({now}) holds other numbers"
             phrases.append(f"`{name}` {change}")
     if phrases:
-        # A quantized kind reads `nf4-64:float32[...]`: then the format has to match as well.
+        # The kind of a quantized leaf is `nf4-64:float32[...]`: then the format has to match too.
         held = any(":" in kind.split(" ")[0] for kind in (*expected.values(), *got.values()))
         alike = "dtype and `quantize`" if held else "dtype"
         raise ValueError(

@@ -36,6 +36,7 @@ def flatten(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> dict[
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     named = {name_of(path): leaf for path, leaf in leaves}
+    # {"a": {"b": x}, "a.b": y}: one of the two would be lost.
     if len(named) != len(leaves):
         names = [name_of(path) for path, _ in leaves]
         twice = next(n for n in names if names.count(n) > 1)
@@ -84,6 +85,7 @@ def describe(x: Any) -> str:
 
 def parse(described: str) -> tuple[str, tuple[int, ...]]:
     """Dtype and shape from a text of `describe` or of a fingerprint."""
+    # A fingerprint has a hash behind a space, and the quantization before a colon.
     kind = described.partition(" ")[0].rpartition(":")[2]
     dtype, _, sizes = kind.rstrip("]").partition("[")
     return dtype, tuple(int(n) for n in sizes.split(",") if n)
@@ -114,6 +116,7 @@ def _leaf(x: Any) -> dict:
     # One scale per layer of a stacked leaf: an array, which JSON holds as nested lists.
     scale = {"scale": np.asarray(x.scale).tolist()} if "scale" in fields else {}
     rank = {"rank": x.rank} if isinstance(x, array.LoraArray) else {}
+    # The weight's own shape and dtype: the leaf can then be built without the base.
     weight = {"kind": type(x).__name__, "shape": list(x.shape), "dtype": str(x.dtype)}
     return {**weight, **static, **scale, **rank}
 
@@ -136,7 +139,7 @@ def check_outline(expected: Mapping[str, dict], lora_params: Any, *, where: str)
     phrases = [f"`{n}` has no adapter" for n in expected if n not in got]
     phrases += [f"`{n}` has an adapter that the checkpoint lacks" for n in got if n not in expected]
     for name in expected.keys() & got.keys():
-        # A rank that differs is an array of another shape, which reading it says more exactly.
+        # Another rank is an array of another shape; the error of reading it has both shapes.
         for field in sorted((expected[name].keys() | got[name].keys()) - {"rank"}):
             was, now = expected[name].get(field), got[name].get(field)
             if was != now:

@@ -175,6 +175,7 @@ def read_meta(
         meta = opened.restore(directory, ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
     run = meta if part is None or not isinstance(meta, dict) else meta.get(part)
     found = run.get("format") if isinstance(run, dict) else None
+    # Older formats have no checksums: the format is named before they are missed.
     if found != expected and (not isinstance(meta, dict) or _CHECKSUMS not in meta):
         raise ValueError(f"{directory}: expected format {expected!r}, got {found!r}")
     plain, sums = split_checksums(meta, directory)
@@ -211,6 +212,7 @@ def newest_whole(directory: Path, steps: Sequence[int], read: Callable[[int], T]
         except DamagedError as error:
             reasons.append(str(error))
             continue
+        # Only now is it known which one is used.
         for reason in reasons:
             warnings.warn(
                 f"damaged checkpoint: {reason}; that of step {step} is used instead", stacklevel=3
@@ -254,12 +256,13 @@ def readable(directory: Path, what: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
+        # Neither missing rights nor a full device memory damage a file.
         text = one_line(error)
         if text == "Permission denied":
             raise PermissionError(f"{directory}: {text}: its {what} cannot be read") from None
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        # Of other classes are Orbax's own mistakes about a damaged file.
+        # Other classes, such as KeyError, come from Orbax's parsing of a damaged file.
         text = text if isinstance(error, ValueError | OSError) else "the file is damaged"
         raise DamagedError(f"{directory}: its {what} cannot be read: {text}") from error
 
@@ -289,6 +292,7 @@ def check_space(directory: Path, arrays: Mapping) -> None:
     Raises:
       OSError: not enough space is free.
     """
+    # A lower bound: file systems round up to blocks.
     needed = _OVERHEAD + sum(x.nbytes + _PER_ARRAY for x in arrays.values())
     free = shutil.disk_usage(directory).free
     if free < needed:

@@ -52,6 +52,7 @@ def save_params(directory: str | os.PathLike, params: Any) -> None:
     check_plain(params)
     arrays = flatten(params)
     meta = with_checksums({"format": FORMAT, "weights": fingerprint(params)}, arrays)
+    # Nested, as other programs expect a tree; the names in the checksums stay flat.
     args = ocp.args.Composite(
         params=ocp.args.StandardSave(nested(arrays)), meta=ocp.args.JsonSave(meta)
     )
@@ -89,7 +90,7 @@ def restore_params(directory: str | os.PathLike, like: Any) -> Any:
     named = flatten(like)
     if phrases := differences(named, shapes_of(sums)):
         raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")
-    # Format and block size are not arrays: a mismatch would decode the bytes to other values.
+    # Format and block size are no arrays: with others the same bytes decode to other values.
     got = {name: text.partition(" ")[0] for name, text in meta["weights"].items()}
     if phrases := _requantized(kinds(like), got):
         raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")

@@ -1,7 +1,7 @@
 """The plan of a stored adapter: its leaves are those that the file lists.
 
-What a config says may match nothing in the model, or name modules as another library does; planned
-from the file's own list, an adapter that was saved can always be read back.
+The targets of a config may match nothing in the model, or name modules as another library does.
+With a plan from the file's own list, an adapter that was saved can always be read back.
 """
 
 import dataclasses
@@ -44,6 +44,7 @@ def planned(
     # Starts that change the base need the rank of every layer, which only the config has.
     if not adapted or base_change(config.init) != "none":
         return plan_of(settled(config, leaves_by_path(params)))
+    # Each stored leaf by its exact path; what it trains is put in by `_as_stored`.
     wanted = dataclasses.replace(
         config,
         init="default",
@@ -73,5 +74,6 @@ def _as_stored(leaf: LeafPlan, outline: dict | None) -> LeafPlan:
         return dataclasses.replace(leaf, kind="rows", ids=ids, axis=outline["axis"])
     if leaf.kind != "lora":
         return leaf
+    # One scale for each layer of a stack; the rank is that of the stored arrays.
     scales = tuple(float(scale) for scale in np.ravel(outline["scale"]))
     return dataclasses.replace(leaf, ranks=(outline["rank"],) * len(leaf.ranks), scales=scales)

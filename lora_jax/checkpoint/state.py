@@ -202,6 +202,7 @@ def _restore_step(
     if check is not None:
         check(meta)
     named = flatten(like)
+    # Typed keys are stored as integers, see `save_state`.
     wanted = {n: jax.eval_shape(_plain, x) for n, x in named.items()}
     if phrases := differences(wanted, shapes_of(sums)):
         raise ValueError(
@@ -241,6 +242,7 @@ def _rename(directory: Path, damaged: Sequence[int]) -> None:
         return
     for step in damaged:
         place = directory / str(step)
+        # Kept, as part of it may be rescued by hand; Orbax ignores names that are no numbers.
         aside = place.with_name(f"{step}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(place, aside)
