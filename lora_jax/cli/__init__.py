@@ -33,10 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       SIGTERM, 129 after SIGHUP.
     """
     arguments = parse(argv)
+    # With --debug, Python's own format, which names the line of code.
     if not arguments.debug:
         warnings.formatwarning = _warning_lines(arguments)
     try:
         arguments.run(arguments)
+        # Here, where a closed pipe is caught, and not at exit.
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt as interrupt:

@@ -54,6 +54,7 @@ def sweep_sections() -> list[Section]:
     """The settings of `sweep`: the task at the top of the TOML file, and three tables."""
     from lora_jax.recipes.sweep import LanguageSweepConfig, LoraConfig, SweepConfig, TrainConfig
 
+    # A sweep sets these itself, or gives every rank the same.
     chosen = {"rank_pattern", "alpha_pattern", "extra"}
     swept = {"learning_rate", "seed", "eval_every", "save_every", "keep", "tensorboard",
              "accumulation"}  # fmt: skip
@@ -93,7 +94,9 @@ def generate(arguments: argparse.Namespace) -> None:
         form = read_form(arguments.adapter)
     chat = model.tokenizer is not None and model.tokenizer.has_template
     adapted = arguments.adapter is not None
+    # One answer stands alone, so that a script can read it; several need their prompts.
     several = len(arguments.prompts) > 1 or "-" in arguments.prompts
+    # Each is answered before the next is read: standard input may be a terminal.
     for prompt in _prompts(arguments.prompts):
         if several:
             _print(f"> {prompt}")
@@ -216,5 +219,6 @@ def _from_flags(sections: list[Section], arguments: argparse.Namespace) -> list:
 def _from_file_and_flags(sections: list[Section], arguments: argparse.Namespace) -> list:
     found = settings.options(sections)
     values = settings.from_toml(arguments.config, found) if arguments.config else {}
+    # Flags last: they override the file.
     values |= settings.from_flags(arguments, found)
     return [settings.build(section, values) for section in sections]

@@ -11,10 +11,11 @@ USAGE = 2  # a wrong command line, as in argparse
 FAILURE = 1
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
-# Errors in the arguments or the files; their texts are written for users. Any other exception is
-# a bug in this program.
+# Errors in the arguments or the files, whose texts are written for users. Any other exception is a
+# bug in this program.
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError)
 
+# Python's own texts of these errors do not say what to do.
 _DISK = {
     errno.ENOSPC: "the disk is full: free some space, or write to another place",
     errno.EDQUOT: "your disk quota is used up: free some space, or write to another place",
@@ -42,6 +43,7 @@ def explain(error: BaseException, flags: Collection[str] = ()) -> str:
         return _line(f"{error.filename}: {_DISK[error.errno]}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return _DISK[errno.ENOSPC]
+    # XLA's error for a full device is a RuntimeError of many lines.
     if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
         return (
             "out of memory: take a smaller --batch-size (with more --accumulation), shorter "
@@ -61,9 +63,11 @@ def _expected(error: BaseException) -> bool:
 
 
 def _place(error: BaseException) -> str:
+    # The last frame: where it was raised.
     frames = traceback.extract_tb(error.__traceback__)
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "nowhere"
 
 
 def _line(text: str) -> str:
+    # Scripts read one line an error.
     return "; ".join(part for line in text.splitlines() if (part := line.strip()))

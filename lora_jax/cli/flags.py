@@ -14,7 +14,7 @@ def flags_of(parser: argparse.ArgumentParser) -> list[str]:
     return [f for a in parser._actions for f in a.option_strings if f.startswith("--")]
 
 
-# Flags of transformers' and PEFT's scripts, and what they are here.
+# Flags of other tools, mostly transformers' and PEFT's scripts, and their names here.
 _ELSEWHERE = {
     "--lr": "--learning-rate",
     "--r": "--rank",
@@ -51,13 +51,14 @@ _ELSEWHERE = {
 
 def instead(unknown: str, parser: argparse.ArgumentParser) -> str:
     """What to write for a flag that the command has not; empty where nothing is known."""
+    # transformers' scripts spell flags with underscores, and some people write --flag=value.
     flags, name = flags_of(parser), unknown.partition("=")[0].replace("_", "-")
     if not name.startswith("-"):
         return ""
     ours = name if name in flags else _ELSEWHERE.get(name, "")
     if ours.partition(" ")[0] in flags:
         return f": it is {ours} here"
-    # Beyond some likeness the nearest flag has nothing to do with what was meant.
+    # Below some likeness the nearest flag has nothing to do with what was meant.
     like = difflib.get_close_matches(name, flags, n=3, cutoff=0.7)
     listed = ", ".join(f"`{flag}`" for flag in like)
     return f"; the nearest are {listed}" if like else ", and none is like it"
@@ -113,6 +114,7 @@ def in_flags(text: str, flags: Collection[str]) -> str:
             return f"`{flag}`" if argument else found[0]
         return flag_of(found["bare"]) or found[0]
 
+    # PEFT's config has fields of the same names, which are to be changed there.
     return text if "PEFT config: " in text else _TEXTS.sub(spelled, text)
 
 

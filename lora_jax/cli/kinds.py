@@ -1,4 +1,4 @@
-"""The types a setting may have: taken apart, and spelled for errors and help."""
+"""The types that a setting may have: their parts, and their names in errors and help."""
 
 import types
 import typing
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 
 def all_kinds(kind: Any) -> list:
+    """The members of a union, or the type alone."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return list(typing.get_args(kind))
     return [kind]
@@ -24,18 +25,22 @@ def alternatives(kind: Any) -> list:
 
 
 def is_list(kind: Any) -> bool:
+    """Whether it is `tuple[X, ...]` or `Sequence[X]`; `str` is none, though it is a sequence."""
     return typing.get_origin(kind) in (tuple, Sequence)
 
 
 def is_choice(kind: Any) -> bool:
+    """Whether it is a `Literal`."""
     return typing.get_origin(kind) is Literal
 
 
 def is_mapping(kind: Any) -> bool:
+    """Whether it is `dict[str, X]` or `Mapping[str, X]`."""
     origin = typing.get_origin(kind)
     return isinstance(origin, type) and issubclass(origin, Mapping)
 
 
+# Words for users of the command line, who need not know Python.
 _KIND_NAMES = {
     int: "an integer",
     float: "a number",
@@ -47,6 +52,7 @@ _KIND_NAMES = {
 
 
 def spelled_kind(kind: Any) -> str:
+    """A type in words: `an integer or "none"`."""
     words = []
     for one in all_kinds(kind):
         if is_mapping(one):
@@ -61,6 +67,7 @@ def spelled_kind(kind: Any) -> str:
 
 
 def spelled(value: Any) -> str:
+    """A value as it is written on the command line: nothing is "none"."""
     if isinstance(value, (tuple, list)):
         return " ".join(map(str, value)) or "none"
     if isinstance(value, bool):

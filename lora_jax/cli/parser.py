@@ -35,6 +35,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     command = next((word for word in argv if not word.startswith("-")), None)
+    # argparse's own error for an unknown flag suggests none.
     arguments, unknown = make_parser(command).parse_known_args(argv)
     if unknown:
         parser = arguments.parser
@@ -57,6 +58,7 @@ def make_parser(command: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lora-jax {commands.version()}")
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True)
+    # All are listed, so that `lora-jax --help` shows them.
     for name, (summary, add) in COMMANDS.items():
         if name == command:
             add(functools.partial(_command, subparsers, name, summary))
@@ -74,7 +76,9 @@ def _command(
             help=summary,
             description=about,
             usage=usage,
+            # Keeps the lines of the examples.
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            # --step for --steps would change its meaning with every new flag.
             allow_abbrev=False,
         )
     )
@@ -247,6 +251,7 @@ fingerprint.
 example:
   lora-jax import smollm2 owner/adapter outputs/imported""",
     )
+    # An import is an export to Orbax, whose arrays keep their dtype.
     parser.set_defaults(to="orbax", output_dtype="float32")
     parser.add_argument("model", help=MODEL)
     parser.add_argument("adapter", help=ADAPTER)

@@ -110,9 +110,11 @@ def field_docs(cls: type) -> Mapping[str, str]:
     Raises:
       ValueError: a field has no description, which `--help` needs.
     """
+    # To the end of the docstring, or to the next line that is not indented.
     part = re.search(
         r"^(?:Attributes|Args):\n(.*?)(?=^\S|\Z)", inspect.getdoc(cls) or "", re.DOTALL | re.M
     )
+    # An entry begins with a name at the first indentation.
     entries = re.split(r"^  (?=\w+:)", part[1] if part else "", flags=re.MULTILINE)
     texts = {}
     for entry in filter(None, map(str.strip, entries)):
@@ -133,7 +135,7 @@ def add_flags(parser: argparse.ArgumentParser, found: Iterable[Option]) -> None:
         title = f"[{option.section}]" if option.section else "settings"
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        # The docstring is Python's; on the command line and in TOML nothing is spelled "none".
+        # The docstring is Python's; on the command line and in TOML, None is spelled "none".
         help_text = option.help.replace("%", "%%").replace("None ", "none ")
         if option.default is not dataclasses.MISSING:
             help_text += f" (default: {kinds.spelled(option.default)})".replace("%", "%%")
@@ -150,6 +152,7 @@ def _argparse_kind(option: Option) -> dict[str, Any]:
     """The arguments of `add_argument` for a setting's type."""
     allowed = kinds.alternatives(option.kind)
     if allowed == [bool]:
+        # --name and --no-name: a flag can turn off what the file turns on.
         return {"action": argparse.BooleanOptionalAction}
     many = any(kinds.is_mapping(kind) or kinds.is_list(kind) for kind in allowed)
     return {"nargs": "+" if many else None, "metavar": _metavar(allowed)}
@@ -158,20 +161,21 @@ def _argparse_kind(option: Option) -> dict[str, Any]:
 def _metavar(allowed: list) -> str:
     if any(kinds.is_mapping(kind) for kind in allowed):
         return "NAME=VALUE"
-    if kinds.is_choice(allowed[0]):
-        return "{" + ",".join(typing.get_args(allowed[0])) + "}"
     plain = [typing.get_args(k)[0] if kinds.is_list(k) else k for k in allowed]
+    if kinds.is_choice(plain[0]):
+        return "{" + ",".join(typing.get_args(plain[0])) + "}"
     return {int: "N", float: "X"}.get(plain[0], "PATH" if Path in plain else "TEXT")
 
 
 def from_flags(namespace: argparse.Namespace, found: Iterable[Option]) -> Values:
-    """Reads settings from flags.
+    """Reads settings from flags; those that were not given are left out.
 
     Raises:
       ValueError: a text is not a value of the setting's type.
     """
     values: Values = {}
     for option in found:
+        # Not a default of argparse's: a flag that was not given leaves the file's value.
         given = vars(namespace).get(f"{option.section}.{option.name}", dataclasses.MISSING)
         if given is not dataclasses.MISSING:
             values[option.section, option.name] = _parse_flag(option, given)
@@ -179,13 +183,14 @@ def from_flags(namespace: argparse.Namespace, found: Iterable[Option]) -> Values
 
 
 def _parse_flag(option: Option, given: Any) -> Any:
-    if isinstance(given, bool):
+    if isinstance(given, bool):  # from --name or --no-name
         return given
     texts = given if isinstance(given, list) else [given]
     if any(kinds.is_list(kind) for kind in kinds.alternatives(option.kind)):
         _check_spaces(option.flag, texts)
     if types.NoneType in kinds.all_kinds(option.kind) and texts == ["none"]:
         return None
+    # The first alternative that the text is a value of.
     for kind in kinds.alternatives(option.kind):
         try:
             return _parse_as(kind, texts)
@@ -205,8 +210,6 @@ def _check_spaces(flag: str, texts: list[str]) -> None:
 
 
 def _parse_as(kind: Any, texts: list[str]) -> Any:
-    if kinds.is_choice(kind) and texts[1:] == [] and texts[0] in typing.get_args(kind):
-        return texts[0]
     if kinds.is_mapping(kind):
         item = typing.get_args(kind)[1]
         return dict(_parse_pair(part, item) for text in texts for part in _pairs(text, item))
@@ -216,29 +219,39 @@ def _parse_as(kind: Any, texts: list[str]) -> Any:
         # "all-linear"; the alternative `str` of the setting's type takes it.
         if item is str and len(texts) == 1 and not re.fullmatch(r"[A-Za-z_][\w.]*", texts[0]):
             raise ValueError
-        return tuple(item(text) for text in texts)
-    if len(texts) != 1 or kinds.is_choice(kind):
+        return tuple(_parse_one(item, text) for text in texts)
+    if len(texts) != 1:
         raise ValueError
-    return _BOOLEANS[texts[0].lower()] if kind is bool else kind(texts[0])
+    return _parse_one(kind, texts[0])
+
+
+def _parse_one(kind: Any, text: str) -> Any:
+    if kinds.is_choice(kind):
+        if text not in typing.get_args(kind):
+            raise ValueError
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
+    return kind(text)
 
 
 def _pairs(text: str, item: type) -> list[str]:
-    """`fsdp=4,tensor=2` apart; a comma in a list of values, or in a pattern, stays."""
+    """Splits `fsdp=4,tensor=2`, but no comma in a list of values or in a pattern."""
     parts = text.split(",")
     apart = not kinds.is_list(item) and all("=" in part for part in parts)
     return parts if apart else [text]
 
 
 def _parse_pair(text: str, item: type) -> tuple[str, Any]:
+    # From the right: a pattern, as a name, may hold a "=".
     name, equals, value = text.rpartition("=")
     if not equals or not name:
         raise ValueError
     if kinds.is_list(item):
         return name, tuple(typing.get_args(item)[0](part) for part in value.split(","))
     return name, item(value)
-
-
-_BOOLEANS = {"true": True, "false": False}
 
 
 # --- the file -----------------------------------------------------------------------------------
@@ -260,11 +273,12 @@ def from_toml(path: str | Path, found: Sequence[Option]) -> Values:
         raise FileNotFoundError(f"{path}: no such config file; give the path of a TOML file")
     try:
         content = tomllib.loads(path.read_text("utf-8"))
-    except RecursionError:
+    except RecursionError:  # of thousands of brackets
         raise ValueError(f"{path}: not a TOML file: nested too deeply") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         hint = f"; data are given as --train-data {path}" if path.suffix == ".jsonl" else ""
         raise ValueError(f"{path}: not a TOML file: {error}{hint}") from None
+    # Keys are checked against all settings, so that a misspelled one is never ignored.
     known = {option.key: option for option in found}
     sections = {option.section for option in found}
     values: Values = {}
@@ -291,6 +305,7 @@ def _flat(content: Mapping[str, Any], sections: set[str], path: Path) -> Iterabl
 
 
 def _checked(option: Option, value: Any, path: Path) -> Any:
+    # Lists as tuples, which frozen dataclasses hold.
     value = _tuples(value)
     for kind in kinds.all_kinds(option.kind):
         if _fits(value, kind):
@@ -325,8 +340,10 @@ def _fits(value: Any, kind: Any) -> bool:
     if kinds.is_list(kind):
         item = typing.get_args(kind)[0]
         return isinstance(value, tuple) and all(_fits(v, item) for v in value)
+    # In Python a bool is an integer, in TOML it is not.
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
+    # TOML has no paths, and 3 is a number too.
     return isinstance(value, {float: (int, float), Path: str}.get(kind, kind))
 
 

@@ -109,7 +109,7 @@ def test_a_wrong_command_line_is_one_line_and_status_2(capsys, argv, message):
         (["train", "--model", "m", "--train-data", "t"], "`--output-dir` is missing"),
         (["inspect", "no.gguf"], "no.gguf: no such file"),
         (["inspect", "no.safetensors"], "no.safetensors: no such file"),
-        (["generate", "smollm2", "x", "--top-p", "2"], "--top-p must be above 0 and at most 1"),
+        (["generate", "smollm2", "x", "--top-p", "2"], "`--top-p` must be above 0 and at most 1"),
         (["generate", "no.gguf", "x"], "no.gguf: no such file"),
         (["merge", "no.gguf", "a", "b"], "no.gguf: no such file"),
         (["export", "no.gguf", "a", "b"], "a: there is no such directory"),
