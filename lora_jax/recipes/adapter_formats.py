@@ -22,7 +22,7 @@ from lora_jax.hf.peft.tensors import tensor_specs
 
 # The config, and PEFT's tensors by name: the form between two formats.
 Content = tuple[LoraConfig, dict[str, np.ndarray]]
-# Plans a config on the model.
+# Plans a config on the model: reading an adapter must not depend on how a model is run.
 PlanOf = Callable[[LoraConfig], Any]
 
 
@@ -79,6 +79,7 @@ class AdapterFormat(NamedTuple):
 def _check_peft(source: str | Path, step: int | None) -> None:
     from lora_jax.hf.peft.directory import read_directory
 
+    # Reads it whole: the headers alone do not show NaN.
     _refuse_step(source, step)
     read_directory(source)
 
@@ -189,6 +190,8 @@ def _save_merged(
 
 
 def _is_orbax(path: Path) -> bool:
+    # A run's folder has PEFT's directory `adapter/` inside, and `checkpoints/`, of which the newest
+    # is read. A PEFT directory may hold anything beside its config.
     inside = ("adapter", "checkpoints", "meta")
     is_peft = (path / "adapter_config.json").exists()
     return not is_peft and any((path / name).is_dir() for name in inside)
@@ -224,6 +227,7 @@ def _read_orbax(source: str | Path, base: Any) -> Content:
 
     stored = adapters.find(source)
     leaves = adapters.read_leaves(stored)
+    # The fingerprint names every weight of the base, with dtype and shape.
     shapes = {name: parse(text) for name, text in stored.base.items()}
     frozen = {n: jax.ShapeDtypeStruct(size, jnp.dtype(kind)) for n, (kind, size) in shapes.items()}
     config = adapters.config_from(stored.config)

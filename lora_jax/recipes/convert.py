@@ -19,6 +19,7 @@ def kind_of(source: str | Path) -> str:
     A path that does not exist is taken to be the Hub id of a PEFT adapter.
     """
     path = Path(source)
+    # The first format that recognises it; PEFT's is what none does.
     found = (name for name, form in ADAPTER_FORMATS.items() if form.is_at and form.is_at(path))
     return next(found, "peft")
 
@@ -31,7 +32,7 @@ def check_source(source: str | Path, *, step: int | None = None) -> None:
       ValueError: it is damaged, or `step` is given for a format without steps.
     """
     check = ADAPTER_FORMATS[kind_of(source)].check
-    assert check is not None  # `kind_of` finds formats that are read only
+    assert check is not None  # `kind_of` gives formats that can be read
     check(source, step)
 
 
@@ -125,6 +126,7 @@ def convert(
     """
     _check_target(to, CONVERTED, dtype)
     given, wanted = ADAPTER_FORMATS[kind_of(source)], ADAPTER_FORMATS[to]
+    # llama.cpp permutes rows of q and k, by numbers of heads that only the model has.
     if base is None and (given.needs_base or wanted.needs_base):
         raise ValueError(
             "`base` is missing: a GGUF adapter orders some rows by the model's heads; give the "
@@ -138,6 +140,7 @@ def convert(
 def _check_target(to: str, known: Mapping[str, AdapterFormat], dtype: str) -> None:
     if to not in known:
         raise ValueError(f"`to` must be one of {', '.join(known)}, got {to!r}")
+    # Ignoring it would surprise whoever looks at the size of the file.
     if dtype != "float32" and not known[to].has_dtype:
         others = " and ".join(name for name, form in known.items() if form.has_dtype)
         raise ValueError(

@@ -32,6 +32,7 @@ def estimate(
     """
     limit = None if config.device_memory is None else parse_bytes(config.device_memory)
     names = MODELS if model is None else (model,)
+    # With the name given, as a model's display name may be a path's last part.
     found = [(name, one) for name in names for one in _estimates(name, config)]
     every = [one for _, one in found]
     if config.json:
@@ -43,6 +44,7 @@ def estimate(
         log(f"\n{every[0]}")
     if model is None:
         log(_reductions())
+    # After the table, as these take as many estimates again.
     for name, one in found:
         if limit is not None and (lines := remedies(name, one, limit)):
             log(f"\n{one.model}, {one.settings.method}, does not fit; these would:")
@@ -67,6 +69,7 @@ def _estimates(model: str, config: EstimateConfig) -> list[Any]:
             backend=config.backend,
             exact=config.exact,
         )
+        # In the table's order, whatever the order of the flags.
         for method in METHODS
         if method in config.method
     ]

@@ -29,6 +29,7 @@ from lora_jax.tree import format_trainable_parameters, init
 
 ADAPTER = "adapter"  # the PEFT directory inside a run's output_dir
 # Fields of an adapter's config that may change when its training goes on.
+# `extra` are fields that change no number.
 _FREE = ("dropout", "extra")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the name of "smollm2" on the hub
 
@@ -111,7 +112,7 @@ def finetune(
         log = _no_log
     if job.adapter is not None:
         convert.check_source(job.adapter, step=None)
-    # The data is read before the model, so that an error in it is raised at once.
+    # The data is read before the model, which takes longer: an error in it is raised first.
     records = train.load_jsonl(job.train_data, fields=job.fields)
     held_out = () if job.eval_data is None else train.load_jsonl(job.eval_data, fields=job.fields)
     model = load_model(
@@ -137,8 +138,8 @@ def finetune(
         model,
         params,
         data,
-        eval_data,
-        train_config,
+        eval_data=eval_data,
+        config=train_config,
         lora_config=lora_config,
         hooks=hooks,
     )
@@ -176,6 +177,7 @@ def continued(model: Any, source: str | Path, config: LoraConfig) -> tuple[Any, 
     """
     params, own = load_adapter(model, source)
     plain = LoraConfig()
+    # A default cannot be told from a value that was given: it gives way to the adapter's.
     for name in (f.name for f in dataclasses.fields(LoraConfig) if f.name not in _FREE):
         given = getattr(config, name)
         if given != getattr(plain, name) and given != getattr(own, name):
@@ -211,8 +213,8 @@ def _examples(
     length = job.max_length or model.config.context
     if length > model.config.context:
         warnings.warn(
-            f"max_length={length} is above the model's context, {model.config.context} tokens: it "
-            "has not seen the places beyond",
+            f"max_length={length} is above the model's context of {model.config.context} tokens: "
+            "it was not trained on the positions beyond",
             stacklevel=2,
         )
     return train.examples(records, model.tokenizer, max_length=length, too_long=job.too_long)
@@ -222,6 +224,7 @@ def show_memory(log: Callable[[str], None]) -> Callable:
     """A hook for `fit` that prints the memory of the run above the progress bar."""
     tqdm = require("tqdm").tqdm
 
+    # Printed above the bar: in its line it would be overwritten.
     def show(used: Any) -> None:
         with tqdm.external_write_mode():
             log(f"memory:\n{textwrap.indent(format_memory(used), '  ')}\n")
@@ -356,6 +359,7 @@ def export_adapter(
     convert.save_adapter(
         model, params, config, output, to=to, base_model_name=hub_name(source), dtype=dtype
     )
+    # A GGUF file has no place beside it for the form.
     form = read_form(adapter)
     if form is not None and Path(output).is_dir():
         write_form(output, form)
@@ -385,6 +389,7 @@ def merge_adapter(
       ValueError: the adapter is for another model, or the sum is not finite.
     """
     check_new(output)
+    # In float32, whatever is written: the sum is rounded once.
     model = load_model(source, quantize=quantize, quantize_block=quantize_block)
     params, _ = load_adapter(model, adapter)
     save_merged(output, model, params, dtype=dtype)

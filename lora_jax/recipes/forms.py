@@ -37,6 +37,7 @@ def read_form(adapter: str | Path) -> TrainedForm | None:
     path = Path(adapter) / FORM_FILE
     if not path.is_file():
         return None
+    # The file may have come with an adapter from elsewhere.
     value = read_json(path)
     form = value.get("form") if isinstance(value, dict) else None
     if form not in get_args(TrainedForm):

@@ -65,27 +65,28 @@ def as_trained(
       UserWarning: the questions have another form than the training, or it is not known which of
         the two it had.
     """
+    # Texts and prompts were seen as they are. After a mixture both forms are right.
     trained_raw = None if form in (None, "mixed") else form != "messages"
     chosen = raw if raw is not None else not chat if trained_raw is None else trained_raw
     if trained_raw is not None and chosen != trained_raw:
         warnings.warn(
             f"the adapter was trained on {_TRAINED_ON[form or '']}, and the prompts are "
             f"{'continued as they are' if chosen else 'put through the chat template'}: leave "
-            f"out --{'' if chosen else 'no-'}raw",
+            f"out raw={chosen}",
             stacklevel=2,
         )
     # Without a chat template there is one form only, and a flag or a system message chooses one.
     if adapter and form is None and chat and raw is None and system is None:
         warnings.warn(
             f"the adapter has no {FORM_FILE}, so the form of its training is not known, and the "
-            "prompts are put through the chat template: pass --raw if it was trained on bare texts "
-            "or prompts, --no-raw if on chat messages",
+            "prompts are put through the chat template: pass raw=True if it was trained on bare "
+            "texts or prompts, raw=False if on chat messages",
             stacklevel=2,
         )
     if chosen and system is not None:
         raise ValueError(
-            "`system` is for chat messages, and the prompts are continued as they are (without a "
-            "chat template); put its text into the prompt"
+            "`system` is for chat messages, and the prompts are continued as they are, without a "
+            "chat template: put its text into the prompt"
         )
     return [text if chosen else as_messages(text, system=system) for text in prompts]
 
@@ -109,8 +110,11 @@ def generate_texts(
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
-        raise ValueError("this model came without a tokenizer, so it cannot read text")
+        raise ValueError(
+            "this model has no tokenizer, so it cannot read text: put tokenizer.json beside it"
+        )
     prompts = [_tokens(tokenizer, question) for question in questions]
+    # A chat model ends a turn with another token than a text; both are ends.
     stops = sorted({*model.config.eos_token_ids, *tokenizer.stop_ids})
     sampling = sampling_of(config, model.generation)
     key = jax.random.key(config.seed)
@@ -124,6 +128,7 @@ def generate_texts(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             stop_tokens=stops,
+            # Each batch has its own key: equal prompts are sampled differently.
             key=jax.random.fold_in(key, start),
         )
     return [tokenizer.decode(tokens) for tokens in answers]
@@ -145,13 +150,14 @@ def sampling_of(config: GenerateConfig, generation: Mapping[str, Any]) -> Sampli
     sampled = generation.get("do_sample") is True
     temperature, top_p = config.temperature, config.top_p
     if temperature is None:
+        # transformers ignores the sampling settings of a model with `do_sample` false.
         temperature = generation.get("temperature") or 1.0 if sampled else 0.0
         left = [n for n, none in _NOT_APPLIED.items() if generation.get(n) not in (None, none)]
         if sampled and left:
             warnings.warn(
                 "generation_config.json's "
                 f"{', '.join(f'`{n}` = {generation[n]}' for n in left)} is not applied; give "
-                "--temperature, with 0 for the most likely tokens, to sample without it",
+                "`temperature`, 0 for the most likely tokens, to sample without it",
                 stacklevel=3,
             )
     if top_p is None:

@@ -55,6 +55,7 @@ def _is_adapter(path: Path) -> bool:
 
 
 def _adapter(path: Path, tensors: bool, check: bool) -> str:
+    # Read without a model: an adapter that cannot be loaded is what one wants to look at.
     found = report.read(path)
     wrong = report.problems(found)
     if check and wrong:
@@ -74,6 +75,7 @@ def _losses(run: Path) -> list[str]:
     if not (metrics := run / "metrics.jsonl").is_file():
         return []
     records = [r for r in read_metrics(metrics) if r.get("kind") == "train"]
+    # A run of one step has one.
     ends = records[:1] + records[1:][-1:]
     return [_row(f"loss of step {r['step']}", f"{r['loss']:.4f}") for r in ends]
 
@@ -97,6 +99,7 @@ def _gguf(path: Path) -> tuple[str, dict[str, Any], Tensors]:
     kinds = require("gguf").GGMLQuantizationType
     file = open_gguf(path)
     found = {name: (kinds(record.kind).name, record.shape) for name, record in file.tensors.items()}
+    # Without the vocabulary, which is metadata too.
     config = {
         name: value
         for name, value in file.metadata.items()
@@ -106,6 +109,7 @@ def _gguf(path: Path) -> tuple[str, dict[str, Any], Tensors]:
 
 
 def _directory(path: Path, source: str) -> tuple[str, dict[str, Any], Tensors]:
+    # What is no path is a hub id.
     if not path.exists():
         path = snapshot(source)
     elif not (path / "config.json").is_file():
@@ -113,11 +117,13 @@ def _directory(path: Path, source: str) -> tuple[str, dict[str, Any], Tensors]:
             f"{path}: holds no adapter_config.json, no config.json and no checkpoints, and is no "
             ".gguf or .safetensors file; give the path of an adapter, a model or a run"
         )
+    # Numbers and names only: lists and objects would fill the screen.
     config = {
         name: value
         for name, value in read_json(path / "config.json").items()
         if isinstance(value, (str, int, float)) and not isinstance(value, bool)
     }
+    # The index is checked, and then every header is read, as an index has no dtypes.
     weights = open_directory(path)
     files = {weights.where(name) for name in weights.shapes}
     found = {name: value for file in sorted(files) for name, value in _header(path / file).items()}

@@ -79,6 +79,7 @@ def read(source: str | Path) -> Adapter:
       FileNotFoundError: there is none.
       ValueError: a file that cannot be read at all.
     """
+    # vLLM's form is a PEFT directory too, and a merged model is no adapter.
     readers = {"peft": _read_peft, "gguf": _read_gguf, "orbax": _read_orbax}
     return readers[kind_of(source)](Path(source))
 
@@ -117,7 +118,10 @@ def norm(module: Module) -> float:
     # Expert by expert: slowest in A, fastest in B.
     a = a.astype(np.float64).reshape(module.experts, -1, a.shape[1])
     b = b.astype(np.float64).reshape(b.shape[0], -1, module.experts)
-    squares = np.einsum("ore,oqe,eri,eqi->", b, b, a, a, optimize=True)
+    # (BᵀB) ∘ (A·Aᵀ), summed over r × r and the experts.
+    gram_b = np.einsum("ore,oqe->erq", b, b, optimize=True)
+    gram_a = np.einsum("eri,eqi->erq", a, a, optimize=True)
+    squares = np.sum(gram_b * gram_a)
     return abs(module.scale) * float(np.sqrt(max(squares, 0.0)))
 
 
@@ -145,6 +149,7 @@ def norm_table(found: Adapter) -> list[str]:
 
 def _layer(name: str) -> tuple[str, int | None]:
     """A module's name without its block's number, and the number."""
+    # The first number is the block's; further ones number experts.
     found = re.search(r"\.(\d+)(?=\.)", name)
     return (name, None) if found is None else (name.replace(found[0], "", 1), int(found[1]))
 
@@ -179,6 +184,7 @@ def _phrase(names: list[str], what: str) -> str:
 
 
 def _finite(x: np.ndarray | None) -> bool:
+    # numpy's `isfinite` takes no bfloat16.
     return x is None or bool(np.isfinite(x.astype(np.float32, copy=False)).all())
 
 
@@ -195,6 +201,7 @@ def _read_peft(path: Path) -> Adapter:
     others = sorted(n for n in set_ones if n not in (*FIELDS, *_HIDDEN))
     shown = {n: fields.get(n) for n in (*FIELDS, *others)}
     wrong: list[str] = []
+    # With a config that cannot be used, the tensors can still be shown.
     try:
         config = LoraConfig.from_peft(fields)
     except (TypeError, ValueError) as error:
@@ -215,6 +222,7 @@ def _read_peft(path: Path) -> Adapter:
 
 
 def _pairs(tensors: Mapping[str, np.ndarray], config: LoraConfig | None) -> list[Module]:
+    # Module to its A (0) and B (1); one of the two may be missing.
     halves: dict[str, dict[int, np.ndarray]] = {}
     for name, value in tensors.items():
         for ends in _PEFT_PAIRS:
@@ -237,7 +245,7 @@ def _module(
         rank = matching.rank_of(config, parameter)
         rank, experts = (rank, a.shape[0] // rank) if a.shape[0] % rank == 0 else (a.shape[0], 1)
     scale = matching.scale_of(config, rank, matching.alpha_of(config, parameter or name))
-    return Module(name, a, b, scale, experts)
+    return Module(name=name, a=a, b=b, scale=scale, experts=experts)
 
 
 def _parameter(config: LoraConfig, name: str) -> str | None:
@@ -245,6 +253,7 @@ def _parameter(config: LoraConfig, name: str) -> str | None:
 
     PEFT wraps a module once for each of its parameters, the first of them innermost.
     """
+    # "mlp.experts.base_layer": one ".base_layer" for each wrapper around it.
     module, *wrappers = name.split(".base_layer")
     own = [e for e in config.target_parameters if _holds(module, e.rpartition(".")[0])]
     ordered = sorted(own, key=lambda e: _order(e.rpartition(".")[2]))
@@ -286,6 +295,7 @@ def _read_gguf(path: Path) -> Adapter:
     halves: dict[str, dict[int, np.ndarray]] = {}
     rest, wrong = {}, []
     for name in file.tensors:
+        # One damaged tensor is listed among the problems, and the others are read.
         try:
             value = read_tensor(file, name)
         except ValueError as error:
@@ -295,11 +305,13 @@ def _read_gguf(path: Path) -> Adapter:
         if end not in ("a", "b") or value.ndim != 2:
             rest[name] = value
             continue
+        # llama.cpp looks rows of an embedding's A up, so it is stored as (vocabulary, r).
         value = value.T if module == "token_embd" and end == "a" else value
         halves.setdefault(module, {})["ab".index(end)] = value
     modules = []
     for name, found in halves.items():
         b = found.get(1)
+        # As llama.cpp does: without an alpha the scale is 1.
         scale = None if b is None else (alpha / b.shape[1] if alpha else 1.0)
         modules.append(Module(name, found.get(0), b, scale))
     return Adapter(
@@ -323,7 +335,8 @@ def _read_orbax(path: Path) -> Adapter:
         a = leaf.a.reshape(*stack, fan_in, leaf.rank)
         b = leaf.b.reshape(*stack, leaf.rank, fan_out)
         for index, module in _names(name, leaf, stack):
-            modules.append(Module(module, a[index].T, b[index].T, float(leaf.scale[index])))
+            scale = float(leaf.scale[index])
+            modules.append(Module(name=module, a=a[index].T, b=b[index].T, scale=scale))
     shown["base"] = f"{len(stored.base)} weights"
     return Adapter("Orbax checkpoint", shown, modules, rest)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 # The formats of a quantized base; "file" keeps the blocks of a GGUF or bitsandbytes file.
 Quantization = Literal["nf4", "fp4", "int4", "uint4", "int8", "file"]
@@ -40,7 +40,8 @@ class DemoConfig:
     progress: bool = True
 
 
-METHODS = ("full", "lora", "qlora")
+Method = Literal["full", "lora", "qlora"]
+METHODS = get_args(Method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,9 @@ class EstimateConfig:
       train_dtype: dtype of the weights in full fine-tuning, their gradients and optimizer state.
       remat: what the backward pass recomputes: "true" everything inside a block, "projections"
         everything but the projections, "false" nothing; or the name of a JAX policy.
-      optimizer: what keeps its state.
-      mesh: devices by axis: "data" spreads rows, "fsdp" rows and weights, "tensor" heads, the MLP
-        and the vocabulary.
+      optimizer: the optimizer, whose state takes memory.
+      mesh: number of devices by axis: "data" shards the rows, "fsdp" rows and weights, "tensor"
+        heads, the MLP and the vocabulary.
       backend: kernels of quantized products; "reference" is those of a CPU.
       device_memory: memory of a device, "80GB" or "24GiB": marks the steps that fit, and lists
         changes with which the others would.
@@ -69,7 +70,7 @@ class EstimateConfig:
       json: print JSON.
     """
 
-    method: tuple[str, ...] = METHODS
+    method: tuple[Method, ...] = METHODS
     batch_size: int = 1
     max_length: int | None = None
     accumulation: int = 1
@@ -86,12 +87,11 @@ class EstimateConfig:
     exact: bool = False
     json: bool = False
 
-    def __post_init__(self):
-        if not self.method:
-            raise ValueError(f"`method` must be one or more of {', '.join(METHODS)}")
-        for name in self.method:
-            if name not in METHODS:
-                raise ValueError(f"`method` must be of {', '.join(METHODS)}, got `{name}`")
+    def __post_init__(self) -> None:
+        if not self.method or not set(self.method) <= set(METHODS):
+            raise ValueError(
+                f"`method` must be one or more of {', '.join(METHODS)}, got {self.method!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +115,14 @@ class GenerateConfig:
     seed: int = 0
     batch_size: int = 16
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         _check_number("temperature", self.temperature, lambda x: x >= 0, "at least 0")
         _check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
 
 
 def _check_number(name: str, value: Any, fine: Callable[[float], bool], expected: str) -> None:
     if value is not None and not (isinstance(value, int | float) and fine(value)):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+        raise ValueError(f"`{name}` must be {expected}, got {value!r}")

@@ -101,9 +101,9 @@ def sweep_language_model(
     task = language_task(
         model,
         train,
-        tuning,
-        scored,
-        train_config,
+        tuning=tuning,
+        scored=scored,
+        config=train_config,
         metric=job.metric,
         max_length=job.max_length,
         answers=dataclasses.replace(
@@ -134,6 +134,7 @@ def _held_out(records: list[Record], path: Path) -> tuple[list[Record], list[Rec
             f"{path}: {len(records)} examples are too few to hold a tenth out for choosing the "
             "learning rates; give `tuning_data`"
         )
+    # The last ones, not random ones: a resumed sweep must hold out the same.
     return records[:-count], records[-count:]
 
 
@@ -184,6 +185,7 @@ def language_task(
     sums = _Sums(losses)
     size = (answers or _GREEDY).batch_size
     hash_of = "-".join(data_hash(part) for part in (data, choosing, judged))
+    # Functions, as the generating metrics check the records when they are made.
     made: dict[str, Any] = {
         "loss": lambda: {
             "score": lambda params: sums(params, _once(model, judged, size)),
@@ -214,6 +216,7 @@ def _batches(
         buckets=config.buckets,
         pad_id=pad_id_of(model.tokenizer),
         seed=seed,
+        # As many epochs as the steps need, since each seed's order is laid out in advance.
         epochs=-(-steps * config.batch_size // len(data)),
     )
     return (_first(item.batch) for item in iterate(layout, steps, prefetch=config.prefetch))
@@ -237,15 +240,15 @@ def _nll(losses: Callable, params: Any, batch: Any) -> jax.Array:
 class _Sums:
     """Per example the sum of -log p over its learned tokens, and their number: (n, 2)."""
 
-    def __init__(self, losses: Callable):
+    def __init__(self, losses: Callable) -> None:
         def run(params: Any, batch: Batch) -> jax.Array:
             rows, width = batch.tokens.shape
-            of_row = jax.ops.segment_sum(
+            # Positions of learned tokens count through the whole batch, (rows · width,).
+            return jax.ops.segment_sum(
                 jnp.stack([_nll(losses, params, batch), batch.weights], axis=1),
                 batch.positions // width,
                 rows,
             )
-            return of_row
 
         self._run = jax.jit(run, compiler_options=compat.compiler_options())
 
@@ -294,7 +297,9 @@ def _questions(records: Sequence[Record]) -> list[_Question]:
 class _Generated:
     """The completions that a model generates for the scored prompts."""
 
-    def __init__(self, model: Any, records: Sequence[Record], config: GenerateConfig | None):
+    def __init__(
+        self, model: Any, records: Sequence[Record], config: GenerateConfig | None
+    ) -> None:
         questions = _questions(records)
         self.references = [question.completions for question in questions]
         self._ask = [question.prompt for question in questions]

@@ -44,7 +44,7 @@ def test_a_system_message_comes_first():
 
 def test_a_model_without_tokenizer(model):
     bare = models.Model(model.forward, model.params, None)
-    with pytest.raises(ValueError, match="came without a tokenizer, so it cannot read text"):
+    with pytest.raises(ValueError, match="has no tokenizer, so it cannot read text"):
         generate_texts(bare, bare.params, ["Hi"], CONFIG)
 
 
@@ -90,9 +90,9 @@ def test_a_prompt_has_the_form_of_the_training(form, chat, raw, is_raw):
 @pytest.mark.parametrize(
     ("form", "raw", "text"),
     [
-        ("prompt", False, "trained on prompts and completions, .* through the chat .*--no-raw"),
-        ("text", False, "trained on texts, .* leave out --no-raw"),
-        ("messages", True, "trained on messages .* continued as they are: leave out --raw"),
+        ("prompt", False, "trained on prompts and completions, .* through the chat .*raw=False"),
+        ("text", False, "trained on texts, .* leave out raw=False"),
+        ("messages", True, "trained on messages .* continued as they are: leave out raw=True"),
     ],
 )
 def test_another_form_than_the_trainings_is_warned_of(form, raw, text):
@@ -105,7 +105,7 @@ def test_a_form_that_is_not_known_is_said_where_it_matters():
         given = dict(chat=True, form=None, adapter=True)
         return as_trained(["Hi"], **{**given, **options})
 
-    with pytest.warns(UserWarning, match=r"no training_form.json, .* pass --raw if .* --no-raw if"):
+    with pytest.warns(UserWarning, match=r"no training_form.json, .* pass raw=True if .* raw=False if"):
         assert ask() == [as_messages("Hi")]
     # Warnings are errors in tests: one form only, no adapter, or a choice.
     assert ask(chat=False) == ask(raw=True) == ["Hi"]

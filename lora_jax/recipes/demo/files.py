@@ -37,6 +37,7 @@ def prepare(directory: Path, train: Sequence[task.Sentence], test: Sequence[task
       BlockingIOError: a demo is running in it.
     """
     _clear(directory)
+    # Marked first, so that the next demo may replace what an interrupted one leaves.
     finish(directory, {"state": "running"})
     for name, examples in (("train.jsonl", train), ("test.jsonl", test)):
         _write_lines(directory / name, ({"messages": task.conversation(e)} for e in examples))
@@ -46,14 +47,13 @@ def prepare(directory: Path, train: Sequence[task.Sentence], test: Sequence[task
 def _clear(directory: Path) -> None:
     """Removes the files of an earlier demo, and nothing else."""
     if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file; choose another folder with --output-dir")
+        raise FileExistsError(f"{directory} is a file; choose a folder as output_dir")
     found = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    found -= {LOCK}
+    found -= {LOCK}  # left by a demo that was killed
     if found and (MARK not in found or found - set(_WHAT)):
         other = min(found - set(_WHAT) or found)
         raise FileExistsError(
-            f"{directory} holds `{other}`, which no demo wrote; choose another folder with "
-            "--output-dir"
+            f"{directory} holds `{other}`, which no demo wrote; choose another folder as output_dir"
         )
     if not found:
         return

@@ -18,7 +18,7 @@ from lora_jax.tree import count_parameters, format_trainable_parameters
 
 # The right answers have at most 27 tokens.
 _ANSWERS = GenerateConfig(max_new_tokens=32, batch_size=24, temperature=0.0)
-_MAX_LENGTH = 256
+_MAX_LENGTH = 256  # above the longest example
 
 
 class Scored(NamedTuple):
@@ -65,6 +65,7 @@ def run(config: DemoConfig, *, log: Callable[[str], None] = print) -> DemoResult
     before = score(model, model.params, test)
     log(report("before fine-tuning", before, test))
 
+    # alpha = 2·rank, as is usual: the scale is 2 at every rank.
     lora_config = LoraConfig(rank=config.rank, alpha=2 * config.rank)
     params = finetune.init_adapter(model, lora_config, seed=config.seed)
     log(format_trainable_parameters(params))
@@ -77,6 +78,7 @@ def run(config: DemoConfig, *, log: Callable[[str], None] = print) -> DemoResult
     hf.save_peft(adapter, trained.lora_params, lora_config, base_model_name=name)
     reloaded = score(model, finetune.load_adapter(model, adapter)[0], test)
     log(f"with the adapter read back from {adapter}: {_count(reloaded, test)}")
+    # A wrong name or layout in the file would change the answers.
     if reloaded != after:
         raise RuntimeError(f"{adapter}: the adapter, read back, gives other answers than before")
     found = DemoResult(before.score, after.score, reloaded.score)
@@ -96,7 +98,7 @@ def _described(config: DemoConfig, params: Any) -> str:
 
 
 def _make_data(config: DemoConfig) -> tuple[list[task.Sentence], list[task.Sentence]]:
-    # Every example is seen once.
+    # Every example is seen once, so that what is learned is the task and not the sentences.
     count = config.steps * config.batch_size
     return task.make_examples(config.seed, train=count, test=config.test_examples)
 
@@ -114,7 +116,13 @@ def train_on(
     examples = train.load_examples(data, model.tokenizer, max_length=_MAX_LENGTH)
     hooks = train.Hooks(memory=finetune.show_memory(log))
     return train.fit(
-        model, params, examples, None, training(config), lora_config=lora_config, hooks=hooks
+        model,
+        params,
+        examples,
+        eval_data=None,
+        config=training(config),
+        lora_config=lora_config,
+        hooks=hooks,
     )
 
 

@@ -79,6 +79,7 @@ def _spell_number(rng: random.Random, number: int) -> str:
 
 
 def _spell_time(rng: random.Random, hour: int, minute: int) -> str:
+    # `_draw` gives times from 17 to 21 o'clock.
     evening = f"{hour - 12}:{minute:02d} pm" if minute else f"{hour - 12} pm"
     return rng.choice((f"{hour}:{minute:02d}", f"{hour}h{minute:02d}", evening))
 
@@ -150,6 +151,7 @@ def read_answer(answer: str) -> str | None:
         return None
     if not isinstance(value, dict) or set(value) != set(Booking.__dataclass_fields__):
         return None
+    # 4.0 and true would be equal to 4 and 1 in Python.
     if any(isinstance(v, (dict, list, float, bool)) or v is None for v in value.values()):
         return None
     return canonical(Booking(**value))
