@@ -61,7 +61,7 @@ def test_a_model_without_tokenizer(model):
     ],
 )
 def test_options_out_of_range(field, value):
-    with pytest.raises(ValueError, match=f"{field} must be "):
+    with pytest.raises(ValueError, match=f"`{field}` must be "):
         GenerateConfig(**{field: value})
 
 
@@ -105,7 +105,7 @@ def test_a_form_that_is_not_known_is_said_where_it_matters():
         given = dict(chat=True, form=None, adapter=True)
         return as_trained(["Hi"], **{**given, **options})
 
-    with pytest.warns(UserWarning, match=r"no training_form.json, .* pass raw=True if .* raw=False if"):
+    with pytest.warns(UserWarning, match=r"no training_form.json, .* raw=True if .* raw=False if"):
         assert ask() == [as_messages("Hi")]
     # Warnings are errors in tests: one form only, no adapter, or a choice.
     assert ask(chat=False) == ask(raw=True) == ["Hi"]
@@ -139,7 +139,7 @@ def test_sampling_is_the_models_own_unless_given(config, generation, want):
 def test_sampling_that_is_not_applied_is_warned_of():
     with pytest.warns(UserWarning, match="`top_k` = 20, `repetition_penalty` = 1.1 is not applied"):
         sampling_of(GenerateConfig(), {**OWN, "top_k": 20, "repetition_penalty": 1.1})
-    with pytest.raises(ValueError, match="temperature must be at least 0, got 'hot'"):
+    with pytest.raises(ValueError, match="`temperature` must be at least 0, got 'hot'"):
         sampling_of(GenerateConfig(), {**OWN, "temperature": "hot"})
 
 
