@@ -101,6 +101,20 @@ def test_optax_finds_its_parameters_in_a_masked_state(quantized):
     assert {float(x.min()) for x in jax.tree.leaves(doubled[0].mu)} == {1.0}
 
 
+def test_the_wrapped_transformation_sees_the_trainable_half_alone(quantized):
+    seen: list = []
+
+    def update(updates, state, params=None):
+        seen.append([jax.tree.structure(x) for x in (updates, params)])
+        return updates, state
+
+    tx = lora.masked(optax.GradientTransformation(lambda params: (), update))
+    half, grads = lora.split(quantized)[0], lora.grad(loss)(quantized, X)
+    for params in (quantized, half):
+        tx.update(grads, tx.init(params), params)
+    assert seen == [[jax.tree.structure(half)] * 2] * 2
+
+
 @pytest.mark.parametrize("tx", [optax.sgd(1e-2), optax.adam(1e-3), optax.adamw(1e-3)])
 def test_a_whole_tree_optimizer_is_found_out_when_the_adapter_is_saved(tx, tmp_path):
     """It moves the base, which the adapter's file does not have; `masked` does not."""

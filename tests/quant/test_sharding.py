@@ -117,6 +117,8 @@ def test_specs_of_a_quantized_base_and_its_adapters(mesh):
     w = quant.quantize_array(jnp.ones((64, 4, 16)), block_size=32, roles="ioo")
     both = lora.partition_specs({"w": w}, {"w": P(None, "model")})["w"]
     assert both.packed == P(None, "model")
+    spread = put(w, NamedSharding(mesh, P(None, "model")))
+    assert spread.sharding.spec == P(None, "model", None)
     with pytest.raises(ValueError, match="only the first of the dims that are stored as one"):
         lora.partition_specs({"w": w}, {"w": P(None, None, "model")})
 

@@ -413,6 +413,10 @@ def test_end_tokens_that_are_never_learned_are_warned_of():
         examples([record_of(GOOD)], Endless(), max_length=9)
     with pytest.warns(UserWarning, match="EOS is never learned.*the truncation leaves out"):
         examples([record_of({"text": "abcdef"})], Tokenizer(), max_length=3, too_long="truncate")
+    # In the prompt it teaches nothing.
+    row = {"prompt": "a" + chr(EOS), "completion": "bcdef"}
+    with pytest.warns(UserWarning, match="EOS is never learned.*the truncation leaves out"):
+        examples([record_of(row)], Tokenizer(), max_length=4, too_long="truncate")
 
 
 def test_an_answer_with_two_end_tokens_is_learned_to_the_last():

@@ -25,7 +25,7 @@ from lora_jax.train import (
     summed_loss,
     total_steps,
 )
-from lora_jax.train.config import fixed_fields, warmup_steps
+from lora_jax.train.config import fixed_fields, steps_between_saves, warmup_steps
 from lora_jax.train.loss import pick
 
 pytestmark = pytest.mark.once
@@ -275,6 +275,8 @@ def test_counting_steps():
     assert warmup_steps(TrainConfig(warmup=0.1), 50) == 5
     assert warmup_steps(TrainConfig(warmup=1), 50) == 1
     assert warmup_steps(TrainConfig(warmup=3), 50) == 3
+    saves = [steps_between_saves(TrainConfig(), total) for total in (5, 25, 9000)]
+    assert saves == [1, 3, 500] and steps_between_saves(TrainConfig(save_every=7), 5) == 7
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from lora_jax import models
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.hf.gguf import lora_write
 from lora_jax.hf.gguf import names as gguf_names
+from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.gguf.lora_read import load_gguf_lora
 from lora_jax.hf.gguf.lora_write import save_gguf_lora
 from lora_jax.hf.gguf.names import Base, read_base
@@ -101,6 +102,12 @@ def test_a_file_comes_back_and_is_written_the_same_again(tmp_path, untied, train
     )  # fmt: skip
     save_gguf_lora(tmp_path / "b.gguf", loaded, read, base=base)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_the_files_alpha_is_that_of_most_modules(tmp_path, untied, trained):
+    case = "ranks and alphas"
+    save_gguf_lora(tmp_path / "a.gguf", trained(case), CASES[case], base=base_of(UNTIED))
+    assert open_gguf(tmp_path / "a.gguf", kind="adapter").metadata["adapter.lora.alpha"] == 6
 
 
 def test_nothing_is_folded_where_all_scales_agree(tmp_path, tied):

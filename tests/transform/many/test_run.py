@@ -344,6 +344,12 @@ def _carried_later(p, x):
     return lax.scan(step, jnp.zeros(x.shape), None, length=3)[0]
 
 
+def _turned_from_the_left(p, x):
+    # The tokens are behind the features of a matrix on the left.
+    y = lax.dot_general(jnp.eye(DIM)[::-1], x, (((1,), (2,)), ((), ())))
+    return jnp.moveaxis(y, 0, -1) @ p["w"]
+
+
 def _shifted_in_place(p, x):
     return lax.pad(x, 0.0, [(0, 0, 0), (1, -1, 0), (0, 0, 0)]) @ p["w"]
 
@@ -361,8 +367,8 @@ def of_floats(fn):
     return adapters, ids, lambda: run(lora.stack(adapters), FLOATS, adapter_ids=ids)
 
 
-@pytest.mark.parametrize("fn", [_scanned_inputs, _carried_later])
-def test_tokens_are_followed_through_loops(fn):
+@pytest.mark.parametrize("fn", [_scanned_inputs, _carried_later, _turned_from_the_left])
+def test_tokens_are_followed_through_loops_and_products(fn):
     adapters, ids, run = of_floats(fn)
     # Position by position, a token is what it would be were its adapter that of all.
     each = jnp.stack([fn(lora.merge(tree), FLOATS) for tree in adapters] + [fn(WEIGHT, FLOATS)])
