@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lora_jax.dims import AnyArray
 from lora_jax.models import bert
 from lora_jax.models.bert_config import FEATURES, BertConfig
+from lora_jax.models.layers import Specs
 from lora_jax.models.model import (
     check_inputs,
     check_options,
@@ -32,6 +33,7 @@ class EncoderForward:
       scan: stack the blocks on a leading axis and scan over them, or keep them apart by number.
       remat: recompute each block in the backward pass; see `Forward`.
       rows: axes of the mesh that shard the batch; see `Forward`.
+      gathered: what a block gathers of its weights; see `Forward`.
     """
 
     config: BertConfig
@@ -40,6 +42,7 @@ class EncoderForward:
     scan: bool = True
     remat: bool | str = False
     rows: tuple[str, ...] = ()
+    gathered: Specs = ()
 
     def __post_init__(self):
         check_options(self.dtype, self.param_dtype, self.remat)
@@ -94,7 +97,7 @@ class EncoderForward:
             mask=mask,
             token_type_ids=token_type_ids,
             positions=positions,
-            wrap=rematerialized(self.remat),
+            wrap=rematerialized(self.remat, self.gathered),
             rows=self.rows,
         )
         if return_hidden:

@@ -15,6 +15,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lora_jax.dims import AnyArray
+from lora_jax.paths import spell
+
+# The ends of the paths of weights, and the spec of each.
+Specs = tuple[tuple[str, PartitionSpec], ...]
 
 # Name of the projections' results under rematerialization policies.
 PROJECTION = "projection"
@@ -47,6 +51,29 @@ def on_rows(x: Float[Array, "b ..."], axes: Sequence[str]) -> Array:  # noqa: F7
       axes: axes of the mesh in `jax.set_mesh`; none leaves `x` as it is.
     """
     return lax.with_sharding_constraint(x, PartitionSpec(tuple(axes))) if axes else x
+
+
+def gather(params: Any, specs: Specs) -> Any:
+    """Brings weights that are stored on more devices to where they are used.
+
+    Without the constraint, XLA's partitioner decodes a quantized weight where it is stored and
+    sends the result, and it may send rows in place of weights where a batch is small. An adapter's
+    transformation applies the constraint to codes and factors.
+
+    Args:
+      params: parameters of a block, or of a model.
+      specs: the specs in which weights are used, by the end of their paths; others stay.
+    """
+
+    def whole(path: tuple[Any, ...], x: Array) -> Array:
+        name = f".{spell(path)}"
+        spec = next((spec for full, spec in specs if f".{full}".endswith(name)), None)
+        if spec is None:
+            return x
+        # Of a stacked leaf this is one block, without the first dim.
+        return lax.with_sharding_constraint(x, PartitionSpec(*tuple(spec)[-x.ndim :]))
+
+    return jax.tree_util.tree_map_with_path(whole, params)
 
 
 class RMSNorm(nnx.Module):

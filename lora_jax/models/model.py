@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache, attention, positions_of
-from lora_jax.models.layers import PROJECTION, on_rows, run_blocks
+from lora_jax.models.layers import PROJECTION, Specs, gather, on_rows, run_blocks
 from lora_jax.models.llama import CausalLM
 from lora_jax.quant.array import is_quant
 from lora_jax.transform import eager, lorafy
@@ -43,6 +43,8 @@ class Forward:
       module: the NNX class, with the methods of `lora_jax.models.llama.CausalLM`.
       rows: axes of the mesh (`jax.set_mesh`) that the batch's rows are spread over, such as
         ("data", "fsdp"); see `lora_jax.models.layers.on_rows`. () adds no constraint.
+      gathered: what a block gathers of its weights before it uses them, by path; see
+        `lora_jax.models.layers.gather`. What is not here is left to XLA's partitioner.
     """
 
     config: Any
@@ -52,6 +54,7 @@ class Forward:
     remat: bool | str = False
     module: Callable[..., Any] = CausalLM
     rows: tuple[str, ...] = ()
+    gathered: Specs = ()
 
     def __post_init__(self):
         check_options(self.dtype, self.param_dtype, self.remat)
@@ -123,7 +126,7 @@ class Forward:
             reduce(getattr, lm.blocks(config), lm),
             (on_rows(lm.embed(tokens, positions), self.rows), stored),
             run,
-            wrap=rematerialized(self.remat),
+            wrap=rematerialized(self.remat, self.gathered),
             each=config.mixing.slides,
         )
         if cache is not None:
@@ -265,11 +268,28 @@ def stacked(shapes: dict[str, Any], blocks: tuple[str, ...], count: int) -> dict
     return {**shapes, first: many}
 
 
-def rematerialized(remat: bool | str) -> Callable[[Callable], Callable]:
-    """Wraps the function that runs one block as `Forward.remat` says."""
-    if not remat:
-        return lambda run: run
-    return lambda run: jax.checkpoint(run, policy=_policy(remat), prevent_cse=False)
+def rematerialized(remat: bool | str, gathered: Specs = ()) -> Callable[[Callable], Callable]:
+    """Wraps the function that runs one block as `Forward.remat` and `Forward.gathered` say."""
+    if not gathered:
+        if not remat:
+            return lambda run: run
+        return lambda run: jax.checkpoint(run, policy=_policy(remat), prevent_cse=False)
+
+    def wrap(run: Callable) -> Callable:
+        def on_whole(state: Any, *others: Any) -> Any:
+            return run(gather(state, gathered), *others)
+
+        # The backward pass gathers again: else every device would keep all layers until then.
+        policy = _policy(remat) if remat else _unless_gathered
+        return jax.checkpoint(on_whole, policy=policy, prevent_cse=False)
+
+    return wrap
+
+
+def _unless_gathered(primitive: Any, *inputs: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint` that keeps all but weights, and rows, that were moved."""
+    del inputs, params
+    return primitive.name != "sharding_constraint"
 
 
 def _policy(remat: bool | str) -> Callable | None:

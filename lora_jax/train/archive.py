@@ -18,6 +18,7 @@ from lora_jax.checkpoint import state as checkpoints
 from lora_jax.checkpoint.adapters import RUN_CHECKPOINTS, RUN_FORMAT, config_json
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
 from lora_jax.checkpoint.flat import outline
+from lora_jax.config.lora import LoraConfig
 from lora_jax.files import locked, write_text
 from lora_jax.train import metrics
 from lora_jax.train.batches import data_hash
@@ -120,7 +121,12 @@ def _check_shared(directory: Path) -> None:
 
 
 def describe(
-    config: TrainConfig, total: int, data: Sequence[Example], lora_config, lora_params: Any
+    config: TrainConfig,
+    total: int,
+    data: Sequence[Example],
+    *,
+    lora_config: LoraConfig | None,
+    lora_params: Any,
 ) -> dict:
     """The identity of a run as JSON values, stored in every checkpoint."""
     described = {
@@ -154,7 +160,7 @@ def start(opened: Archive | None, state: TrainState, described: dict, lora_param
     restored = checkpoints.restore_state(
         opened.manager,
         state,
-        check=lambda meta: _check(meta["run"], described, lora_params, where, newest),
+        check=lambda meta: _check(meta["run"], described, lora_params, where=where, newest=newest),
     )
     checkpoints.set_aside(opened.manager, restored.step)
     # Records after the checkpoint belong to steps that are trained again.
@@ -162,7 +168,7 @@ def start(opened: Archive | None, state: TrainState, described: dict, lora_param
     return Start(restored.state, restored.step, restored.meta["position"], history)
 
 
-def save(opened: Archive, step: int, state: TrainState, described: dict, position: dict) -> None:
+def save(opened: Archive, step: int, state: TrainState, *, described: dict, position: dict) -> None:
     """Writes a checkpoint, unless this step has one.
 
     Raises:
@@ -173,7 +179,7 @@ def save(opened: Archive, step: int, state: TrainState, described: dict, positio
         checkpoints.save_state(opened.manager, step, state, meta)
 
 
-def _check(was: dict, now: dict, lora_params: Any, where: str, newest: int) -> None:
+def _check(was: dict, now: dict, lora_params: Any, *, where: str, newest: int) -> None:
     if was["format"] != now["format"]:
         raise ValueError(f"{where}: expected format {now['format']!r}, got {was['format']!r}")
     check_base(was["base"], lora_params, where=where)

@@ -53,9 +53,9 @@ def evaluator(
     batch_size: int = 8,
     buckets: int | Sequence[int] = 4,
     at: Placement | None = None,
+    rows: Rows = TOGETHER,
 ) -> Evaluator:
-    """Prepares the batches of an evaluation, to lie at `at`; compiles nothing yet."""
-    rows = rows_of(at)
+    """Prepares the batches of an evaluation, to lie at `at` by `rows`; compiles nothing yet."""
     loss = lora_loss(model, rows)
 
     def summed(trainable: Any, frozen: Any, batch: Any) -> Any:
@@ -94,8 +94,11 @@ def evaluate(
     at = placement(model, lora_params)
     check_rows(at, batch_size)
     with entered(at):
-        prepared = evaluator(model_on(model, at), data, batch_size=batch_size, at=at)
-        return mean_loss(prepared, *split(params_on(lora_params, at)))
+        placed = params_on(lora_params, at)
+        model = model_on(model, placed, at)
+        rows = rows_of(at, placed)
+        prepared = evaluator(model, data, batch_size=batch_size, at=at, rows=rows)
+        return mean_loss(prepared, *split(placed))
 
 
 def pad_id_of(tokenizer: Any) -> int:

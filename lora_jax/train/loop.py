@@ -19,10 +19,11 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.train import archive as archives
 from lora_jax.train import mesh as meshes
 from lora_jax.train import metrics, preparation
-from lora_jax.train.batches import Batch, Item, Loader, iterate
+from lora_jax.train.batches import Batch, Item, iterate
 from lora_jax.train.config import TrainConfig, steps_between_saves
 from lora_jax.train.evaluate import evaluator, lora_loss, mean_loss
 from lora_jax.train.examples import Example
+from lora_jax.train.loss import Rows
 from lora_jax.train.memory import Memory, memory
 from lora_jax.train.progress import (
     Clock,
@@ -103,7 +104,7 @@ def fit(
     config: TrainConfig,
     *,
     full: bool = False,
-    lora_config=None,
+    lora_config: LoraConfig | None = None,
     hooks: Hooks | None = None,
 ) -> Result:
     """Trains the adapters of `lora.init`; the base is neither changed nor written.
@@ -143,14 +144,25 @@ def fit(
     meshes.check_rows(at, config.batch_size)
     with meshes.entered(at), processes.reachable():
         placed = meshes.params_on(lora_params, at)
-        model = meshes.model_on(model, at)
-        return _fit(model, placed, at, train_data, eval_data, config, full, lora_config, hooks)
+        model = meshes.model_on(model, placed, at)
+        return _fit(
+            model,
+            placed,
+            at,
+            train_data=train_data,
+            eval_data=eval_data,
+            config=config,
+            full=full,
+            lora_config=lora_config,
+            hooks=hooks,
+        )
 
 
 def _fit(
     model: Any,
     lora_params: Any,
     at: meshes.Placement | None,
+    *,
     train_data: Sequence[Example],
     eval_data: Sequence[Example] | None,
     config: TrainConfig,
@@ -160,7 +172,7 @@ def _fit(
 ) -> Result:
     """`fit` of parameters that lie on the mesh, where it is the context's."""
     trainable, frozen = preparation.halves(lora_params, full, lora_config)
-    rows = meshes.rows_of(at)
+    rows = meshes.rows_of(at, lora_params)
     data, total = preparation.layout(model, train_data, config, rows.parts)
     preparation.check_tokens(model, lora_params, [*train_data, *(eval_data or ())])
     tx = optimizer(config, total)
@@ -168,11 +180,17 @@ def _fit(
     programs = Programs(
         make_step(lora_loss(model, rows), tx), donate=(0,), results=meshes.results(fresh, at)
     )
-    described = archives.describe(config, total, train_data, lora_config, lora_params)
+    described = archives.describe(
+        config, total, train_data, lora_config=lora_config, lora_params=lora_params
+    )
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(archives.archive(config))
         begin = archives.start(opened, fresh, described, lora_params)
-        items = _items(data, total, begin.position, config, stack)
+        items = iterate(data, total, prefetch=config.prefetch)
+        # Registered after the folder's: the thread that prepares batches ends first.
+        stack.callback(items.close)
+        if begin.position is not None:
+            items.set_state(begin.position)
         history, emit = _recorder(config, begin, hooks, stack)
         job = _Job(
             config,
@@ -181,9 +199,15 @@ def _fit(
             programs,
             rates=np.asarray(schedule(config, total)(np.arange(total))),
             at=at,
-            evaluate=_evaluation(model, eval_data, config, frozen, hooks, at),
+            evaluate=_evaluation(
+                model, eval_data, config, frozen=frozen, hooks=hooks, at=at, rows=rows
+            ),
             save=opened
-            and (lambda s, k: archives.save(opened, k, s, described, items.get_state())),
+            and (
+                lambda state, step: archives.save(
+                    opened, step, state, described=described, position=items.get_state()
+                )
+            ),
             save_every=steps_between_saves(config, total),
             emit=emit,
             hooks=hooks,
@@ -193,21 +217,13 @@ def _fit(
         plot_loss(config.output_dir / PLOT, history, title=f"{total} optimizer steps")
     used = _memory(job, state) if programs.compiled else None
     trained = combine(state.trainable, frozen)
-    return Result(trained, history, total, used, tuple(programs.compiled))
-
-
-def _items(
-    data: Loader,
-    total: int,
-    position: dict | None,
-    config: TrainConfig,
-    stack: contextlib.ExitStack,
-) -> Any:
-    items = iterate(data, total, prefetch=config.prefetch)
-    stack.callback(items.close)
-    if position is not None:
-        items.set_state(position)
-    return items
+    return Result(
+        lora_params=trained,
+        history=history,
+        step=total,
+        memory=used,
+        compiled=tuple(programs.compiled),
+    )
 
 
 def _recorder(
@@ -232,9 +248,11 @@ def _evaluation(
     model: Any,
     data: Sequence[Example] | None,
     config: TrainConfig,
+    *,
     frozen: Any,
     hooks: Hooks,
     at: meshes.Placement | None,
+    rows: Rows,
 ) -> Callable[[TrainState], dict[str, float]] | None:
     """A function from a state to the numbers of an eval record, or None without evaluation."""
     if not data and hooks.score is None:
@@ -243,7 +261,9 @@ def _evaluation(
     count = config.buckets if isinstance(config.buckets, int) else len(config.buckets)
     prepared = None
     if data:
-        prepared = evaluator(model, data, batch_size=config.batch_size, buckets=count, at=at)
+        prepared = evaluator(
+            model, data, batch_size=config.batch_size, buckets=count, at=at, rows=rows
+        )
 
     def evaluate(state: TrainState) -> dict[str, float]:
         numbers = {}
@@ -256,7 +276,7 @@ def _evaluation(
     return evaluate
 
 
-def _run(job: _Job, state: TrainState, start: int, items) -> TrainState:
+def _run(job: _Job, state: TrainState, start: int, items: Any) -> TrainState:
     """Runs the steps after `start`, with the evaluations and checkpoints that are due."""
     clock, pending, agreed = Clock(), None, meshes.agreement(job.at)
     shown = job.config.progress and processes.is_first()
@@ -297,7 +317,7 @@ def _memory(job: _Job, state: TrainState) -> Memory:
     return memory(state.trainable, job.frozen, state.opt_state, compiled)
 
 
-def _settle(job: _Job, pending: tuple[int, Item, Metrics] | None, clock: Clock, bar) -> None:
+def _settle(job: _Job, pending: tuple[int, Item, Metrics] | None, clock: Clock, bar: Any) -> None:
     """Waits for a step and records it.
 
     Raises:

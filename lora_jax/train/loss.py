@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lora_jax import compat
+from lora_jax.models.layers import Specs, gather
 
 # Logits at one time, float32. The backward pass holds about two more arrays of this size.
 CHUNK_BYTES = 128 << 20
@@ -30,10 +31,13 @@ class Rows(NamedTuple):
       axes: axes of the mesh in `jax.set_mesh`.
       parts: the number of devices along them; each has its share of a batch's positions, see
         `loader`.
+      weights: what is gathered of the parameters before the head is applied, see
+        `lora_jax.models.layers.gather`.
     """
 
     axes: tuple[str, ...] = ()
     parts: int = 1
+    weights: Specs = ()
 
 
 TOGETHER = Rows()
@@ -89,6 +93,8 @@ def losses_of(model: Any, rows: Rows = TOGETHER, *, chunk_bytes: int = CHUNK_BYT
         hidden = model.apply(params, tokens, return_hidden=True)
         hidden = _pick_apart(hidden, positions, rows)
         targets = targets.reshape(rows.parts, -1)
+        # Once, and not for every chunk.
+        params = gather(params, rows.weights) if rows.weights else params
 
         def part(hidden: Float[Array, "n c d"], targets: Int[Array, "n c"]) -> Float[Array, " n*c"]:
             # The head's weight travels, not the rows: there are more of them than inputs.

@@ -14,6 +14,8 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import processes, sharding
+from lora_jax.array import is_lora, leaves_by_path
+from lora_jax.models.layers import Specs
 from lora_jax.models.sharding import ROWS
 from lora_jax.train.loss import TOGETHER, Rows
 from lora_jax.train.step import TrainState
@@ -55,15 +57,29 @@ def _mesh_in_use() -> Mesh | None:
     return mesh if not mesh.empty and mesh.size > 1 else None
 
 
-def model_on(model: Any, at: Placement | None) -> Any:
-    """The model with its activations kept where the rows of the batch are.
+def model_on(model: Any, params: Any, at: Placement | None) -> Any:
+    """The model with its activations kept where the rows are, to which its weights are brought.
 
     Explicit axes keep them there by themselves; so does a model without a `forward` of ours.
     """
     forward: Any = getattr(model, "forward", None)
     if at is None or not hasattr(forward, "rows") or AxisType.Explicit in at.mesh.axis_types:
         return model
-    return dataclasses.replace(model, forward=dataclasses.replace(forward, rows=at.rows))
+    forward = dataclasses.replace(forward, rows=at.rows, gathered=_gathered(params, at))
+    return dataclasses.replace(model, forward=forward)
+
+
+def _gathered(params: Any, at: Placement) -> Specs:
+    """Where weights are used that are stored over the axes of the rows too: on all of those."""
+    found = []
+    for path, leaf in leaves_by_path(params).items():
+        stored = getattr(leaf.w if is_lora(leaf) else leaf, "sharding", None)
+        if not isinstance(stored, NamedSharding):
+            continue
+        used = PartitionSpec(*(None if axis in at.rows else axis for axis in stored.spec))
+        if used != stored.spec:
+            found.append((path, used))
+    return tuple(found)
 
 
 def params_on(params: Any, at: Placement | None) -> Any:
@@ -148,11 +164,18 @@ def batch_on(batch: Any, at: Placement | None) -> Any:
     )
 
 
-def rows_of(at: Placement | None) -> Rows:
-    """How the rows of a batch are spread; explicit axes state it in the arrays' own types."""
+def rows_of(at: Placement | None, params: Any = None) -> Rows:
+    """How the rows of a batch are spread; explicit axes state it in the arrays' own types.
+
+    Args:
+      at: the placement of the run.
+      params: the parameters on the mesh, for the loss; a batch needs none.
+    """
     if at is None or AxisType.Explicit in at.mesh.axis_types:
         return TOGETHER
-    return Rows(at.rows, math.prod(at.mesh.shape[a] for a in at.rows))
+    parts = math.prod(at.mesh.shape[a] for a in at.rows)
+    # Those of the blocks are not the head's, and nothing is done for them.
+    return Rows(at.rows, parts, () if params is None else _gathered(params, at))
 
 
 def check_processes(at: Placement | None) -> None:

@@ -1,0 +1,184 @@
+"""What devices send each other in a training step, read off XLA's program after partitioning."""
+
+import dataclasses
+import re
+from collections import Counter
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from lora_jax import models, train
+from lora_jax.models.sharding import RULES
+from lora_jax.train import mesh as meshes
+from lora_jax.train import preparation
+from lora_jax.train.loss import CHUNK_BYTES, losses_of
+
+from tests.support.mesh_runs import LLAMA, adapted, data
+
+pytestmark = pytest.mark.once
+
+# Two superblocks of codes along every input, so that two axes may divide them.
+WIDE = dataclasses.replace(LLAMA, hidden_size=256, intermediate_size=512, head_dim=32)
+RANK = 4
+BLOCK = Counter({(256, 256): 4, (256, 512): 2, (512, 256): 1})  # q k v o, gate up, down
+FACTORS = Counter({(256, RANK): 1, (512, RANK): 1})  # A of q and of down
+
+
+class Sent(NamedTuple):
+    """One array of a collective.
+
+    Attributes:
+      kind: `all-gather` and so on.
+      dtype: as XLA spells it.
+      shape: what a device has afterwards, without dims of size 1.
+      loop: whether it is in the scan over layers or chunks.
+      backward: whether it belongs to the backward pass.
+    """
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    loop: bool
+    backward: bool
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape)) * {"u8": 1, "bf16": 2}.get(self.dtype, 4)
+
+
+KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+
+
+def sent(text: str) -> list[list[Sent]]:
+    """The arrays of every collective of a program."""
+    found, loop = [], True
+    for line in text.splitlines():
+        if line and not line.startswith(" "):
+            loop = not line.startswith("ENTRY")
+        match = re.search(rf"= (.*?) ({KINDS})(?:-start)?\(", line)
+        if match:
+            backward = "transpose(jvp" in line
+            arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            shapes = [
+                (d, tuple(int(n) for n in s.split(",") if n not in ("", "1"))) for d, s in arrays
+            ]
+            found.append([Sent(match[2], d, s, loop, backward) for d, s in shapes])
+    return found
+
+
+@cache
+def step_program(
+    sizes: str, quantize: bool = False, chunk: int = CHUNK_BYTES, **options: Any
+) -> list[list[Sent]]:
+    """The collectives of a compiled training step."""
+    model = models.init(jax.random.key(0), WIDE, **options)
+    if quantize:
+        params = lora.quantize(model.params, r".*_proj", format="nf4")
+        model = dataclasses.replace(model, params=params)
+    axes = {a: int(n) for a, n in (part.split("=") for part in sizes.split(","))}
+    devices = jax.devices()[: int(np.prod(list(axes.values())))]
+    mesh = models.make_mesh(devices=devices, **axes)
+    params = lora.sharding.place(adapted(model, {})[1], mesh, RULES)
+    config = train.TrainConfig(batch_size=16, buckets=1, steps=3, progress=False)
+    at = meshes.placement(model, params)
+    with meshes.entered(at):
+        model, rows = meshes.model_on(model, params, at), meshes.rows_of(at, params)
+        layout, total = preparation.layout(model, data(), config, rows.parts)
+        tx = train.optimizer(config, total)
+        trainable, frozen = lora.split(params)
+        state = meshes.state_on(train.init_state(jax.random.key(0), trainable, tx), tx, at)
+        losses = lora.lorafy(losses_of(model, rows, chunk_bytes=chunk), reverse_only=True)
+        summed = train.summed_loss(lambda *inputs: losses(*inputs[:-1], lora_key=inputs[-1]))
+
+        def loss(trainable, frozen, batch, key):
+            return summed(lora.combine(trainable, frozen), batch, key)
+
+        results = meshes.results(state, at)
+        programs = train.Programs(train.make_step(loss, tx), donate=(0,), results=results)
+        batch = meshes.batch_on(train.once(layout)[0], at)
+        return sent(programs.compile(state, frozen, batch).as_text())
+
+
+def arrays(program: list[list[Sent]], kind: str, **fields: Any) -> list[Sent]:
+    """All arrays that collectives of a kind send, where these fields have these values."""
+    every = (x for collective in program for x in collective if x.kind == kind)
+    return [x for x in every if all(getattr(x, name) == value for name, value in fields.items())]
+
+
+REMAT = pytest.mark.parametrize(
+    "remat", [False, pytest.param(True, marks=pytest.mark.slow), "projections"]
+)
+
+
+@REMAT
+def test_fsdp_gathers_a_weight_in_the_scan_once_forward_and_once_backward(remat):
+    program = step_program("fsdp=4", remat=remat)
+    for backward in (False, True):
+        gathered = arrays(program, "all-gather", loop=True, backward=backward)
+        assert Counter(x.shape for x in gathered) == BLOCK + FACTORS
+    # Outside of the scan the head alone, once, and the tokens.
+    outside = [x.shape for x in arrays(program, "all-gather", loop=False) if x.dtype == "f32"]
+    assert outside == [(256, 128)]
+
+
+@REMAT
+def test_fsdp_gathers_the_codes_of_a_quantized_base(remat):
+    program = step_program("fsdp=2", quantize=True, remat=remat)
+    weights = sum(int(np.prod(shape)) * n for shape, n in BLOCK.items())
+    factors = sum(4 * int(np.prod(shape)) * n for shape, n in FACTORS.items())
+    for backward in (False, True):
+        gathered = arrays(program, "all-gather", loop=True, backward=backward)
+        codes = Counter(x.shape for x in gathered if x.dtype == "u8")
+        assert sum(codes.values()) == 7
+        # Half a byte a weight, and a float32 scale for 64 weights.
+        assert sum(x.bytes for x in gathered) <= weights * (1 / 2 + 4 / 64) + factors
+
+
+@pytest.mark.parametrize("sizes", ["data=8", "fsdp=4"])
+def test_gradients_are_reduced_for_adapters_alone(sizes):
+    program = step_program(sizes)
+    reduced = arrays(program, "all-reduce") + arrays(program, "reduce-scatter")
+    large = Counter(x.shape for x in reduced if x.shape)
+    # A and B of q and of down, of one layer or of both.
+    assert sum(large.values()) == 4
+    assert all(RANK in shape for shape in large)
+
+
+def test_logits_and_hidden_states_stay_with_their_rows():
+    """No collective carries rows: the largest array outside of the scan is the head's weight."""
+    program = step_program("fsdp=4")
+    outside = [x for collective in program for x in collective if not x.loop]
+    rows = [x for x in outside if x.kind != "all-gather" and x.shape]
+    # The embedding of each device's tokens, whose features lie on all devices.
+    assert {x.kind for x in rows} <= {"all-to-all"}
+
+
+def test_the_head_is_gathered_once_for_all_chunks():
+    program = step_program("fsdp=4", chunk=4 * 128 * 8)
+    heads = [x for x in arrays(program, "all-gather") if x.shape == (256, 128)]
+    assert [x.loop for x in heads] == [False]
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_adapters_add_no_collective_to_tensor_parallelism(quantize):
+    """The forward pass of an adapted model has the collectives of the base, as many of each."""
+    model = models.init(jax.random.key(0), WIDE)
+    if quantize:
+        params = lora.quantize(model.params, r".*_proj", format="nf4")
+        model = dataclasses.replace(model, params=params)
+    mesh = models.make_mesh(devices=jax.devices()[:2], tensor=2)
+    tokens = np.zeros((2, 16), np.int32)
+
+    def count(fn: Any, params: Any) -> Counter:
+        placed = lora.sharding.place(params, mesh, RULES)
+        with jax.set_mesh(mesh):
+            text = str(jax.jit(fn).lower(placed, tokens).compile().as_text())
+        return Counter(collective[0].kind for collective in sent(text))
+
+    base = count(model.apply, model.params)
+    assert base["all-reduce"] >= 2
+    assert count(lora.lorafy(model.apply), adapted(model, {})[1]) == base
