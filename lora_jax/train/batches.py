@@ -183,7 +183,7 @@ def _epoch(loader: Loader, epoch: int) -> list[Bucket]:
 class _Batches:
     """The batches of a run by number: the random-access source grain reads from."""
 
-    def __init__(self, loader: Loader, steps: int):
+    def __init__(self, loader: Loader, steps: int) -> None:
         self.loader = loader
         self.steps = steps
         self.size = batches_per_epoch(loader)

@@ -76,7 +76,7 @@ class TrainConfig:
     tensorboard: bool = True
     prefetch: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.output_dir is not None:
             object.__setattr__(self, "output_dir", Path(self.output_dir))
         if not isinstance(self.buckets, int):

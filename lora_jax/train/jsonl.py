@@ -142,7 +142,7 @@ def record_of(
     if form == "text" or (form == "prompt" and not isinstance(given["prompt"], list)):
         parts = tuple(_text(given[part], names[part], source) for part in _FORMS[form])
         return Record("prompt" if form == "prompt" else "text", parts, source)
-    turns = _turns(form, given, beside, names, source)
+    turns = _turns(form, given, beside, names=names, source=source)
     if beside.get("system") is not None and turns[0]["role"] != "system":
         text = _text(beside["system"], names["system"], source)
         turns = ({"role": "system", "content": text}, *turns) if text else turns
@@ -190,6 +190,7 @@ def _turns(
     form: str,
     given: Mapping[str, Any],
     beside: Mapping[str, Any],
+    *,
     names: Mapping[str, str],
     source: str,
 ) -> tuple[Message, ...]:

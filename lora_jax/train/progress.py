@@ -67,7 +67,7 @@ def show_record(bar: Any, record: dict) -> None:
 class Clock:
     """Tokens per second over the last steps, without compilation, evaluation and saving."""
 
-    def __init__(self, memory: float = 0.9):
+    def __init__(self, memory: float = 0.9) -> None:
         self._memory = memory
         self._tokens = 0.0
         self._seconds = 0.0

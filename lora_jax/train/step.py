@@ -72,7 +72,7 @@ class Programs:
       compiled: the compiled programs by the batch's (A, B, T, P).
     """
 
-    def __init__(self, fn: Callable, *, donate: tuple[int, ...] = (), results: Any = None):
+    def __init__(self, fn: Callable, *, donate: tuple[int, ...] = (), results: Any = None) -> None:
         """`results` are the shardings of what `fn` returns; None leaves them to the compiler."""
         self.compiled: dict[tuple[int, ...], Any] = {}
         self._jitted = jax.jit(fn, donate_argnums=donate, out_shardings=results)
@@ -117,7 +117,7 @@ def make_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
         # A function of the step alone, so that a resumed run draws the same dropout masks.
         key = jax.random.fold_in(state.key, state.step)
         learned = jnp.sum(batch.weights)
-        total, grads = _gradients(loss, state.trainable, frozen, batch, key)
+        total, grads = _gradients(loss, state.trainable, frozen, batch=batch, key=key)
         # Every batch of a `Loader` has a learned token; the maximum keeps other batches finite.
         count = jnp.maximum(learned, 1.0)
         grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.trainable)
@@ -130,7 +130,7 @@ def make_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
 
 
 def _gradients(
-    loss: Callable, trainable: Any, frozen: Any, batch: Any, key: Array
+    loss: Callable, trainable: Any, frozen: Any, *, batch: Any, key: Array
 ) -> tuple[Float[Array, ""], Any]:
     """Sum of the microbatches' losses and gradients, in float32."""
     grad = jax.value_and_grad(loss)
