@@ -176,6 +176,8 @@ def test_missing_rows_repeat_one_and_learn_nothing():
     assert batch.tokens.shape == (1, 3, 8) and (batch.tokens[0, :, 7] == 77).all()
     assert np.array_equal(batch.tokens[0, 1], batch.tokens[0, 0])
     assert batch.weights.sum() == 6
+    # They are computed too: 7 of 3 times 8 tokens are real.
+    assert padding_share(layout) == pytest.approx(1 - 7 / 24)
 
 
 def test_iterator_goes_on_from_its_position():

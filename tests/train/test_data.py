@@ -133,6 +133,7 @@ USER = {"role": "user", "content": "x"}
         ('{"a": "b" "c"}', r":2: not JSON \(Expecting ',' delimiter at column 11\)"),
         ("[" * 20000, r":2: not JSON that can be read"),
         ("[1, 2]", ":2: expected a JSON object with .*, got list"),
+        (r'{"prompt": "\ud83d", "completion": "b"}', ":2: .* is half of a character; remove it"),
         ({"prompt": "a"}, ':2: missing field "completion"'),
         ({"completion": "a", "id": 3}, ':2: missing field "prompt"'),
         ({"question": "a"}, r":2: expected .*, got none of them \(fields: \"question\"\)"),

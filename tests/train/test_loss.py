@@ -1,5 +1,6 @@
 """The loss, its gradient, the optimizer step and the schedule against equations written out."""
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from lora_jax.train import (
     total_steps,
 )
 from lora_jax.train.config import fixed_fields, steps_between_saves, warmup_steps
+from lora_jax.train.evaluate import pad_id_of
 from lora_jax.train.loss import pick
 
 pytestmark = pytest.mark.once
@@ -265,6 +267,11 @@ def test_schedules(name, expected):
     rates = [float(schedule(config, 9)(k)) for k in range(9)]
     np.testing.assert_allclose(rates, 2 * np.array(expected), rtol=1e-5)
     np.testing.assert_allclose(schedule(config, 9)(9), 0.2 if name != "constant" else 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pad, expected", [(0, 0), (7, 7), (None, 0)])
+def test_padding_is_the_tokenizers_own(pad, expected):
+    assert pad_id_of(SimpleNamespace(pad_id=pad)) == expected and pad_id_of(None) == 0
 
 
 def test_counting_steps():

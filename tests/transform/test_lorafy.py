@@ -150,6 +150,26 @@ def test_a_weight_that_one_branch_changes_is_another_afterwards(order):
             close(run(PARAMS, x), fn(lora.merge(PARAMS), x))
 
 
+@pytest.mark.parametrize("name", ["ragged_dot", "convolution"])
+def test_experts_and_kernels_are_dropped_out(name):
+    fn, x = {
+        "ragged_dot": (lambda p, x: lax.ragged_dot(x, p["w"], jnp.array([2, 1, 2])),
+                       leaf(3, (3, D, D), "sio")),
+        "convolution": (lambda p, x: lax.conv_general_dilated(
+            x[None], p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")),
+                        lora.LoraArray(jnp.ones((1, D, D)), jnp.ones((1, D, 2)), jnp.ones((2, D)),
+                                       jnp.float32(1), roles="iio")),
+    }[name]  # fmt: skip
+    run, p = lora.lorafy(fn, strict=True), {"w": dataclasses.replace(x, dropout=0.5)}
+    keys = jax.random.split(jax.random.key(0), 64)
+    drawn = lax.map(lambda key: run(p, X, lora_key=key), keys)
+    plain = run(p, X)
+    assert not np.allclose(drawn[0], plain) and not np.allclose(drawn[0], drawn[1])
+    # Six standard errors of 64 draws.
+    most = 6 * drawn.std(0) / 8 + 1e-4
+    assert (np.abs(drawn.mean(0) - plain) < most).all()
+
+
 def test_weights_of_different_dropout_are_not_joined():
     p = {"w": leaf(1), "v": dataclasses.replace(leaf(2), dropout=0.5)}
 
