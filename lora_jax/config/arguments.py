@@ -1,4 +1,4 @@
-"""Errors about the arguments of a call: another order, another type, fields by PEFT's names."""
+"""Errors about arguments: in another order, of another type, fields under PEFT's names."""
 
 import functools
 from typing import Any, TypeVar
@@ -13,16 +13,16 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def check_argument(call: str, name: str, value: Any, kinds: type | tuple[type, ...]) -> None:
-    """Checks the type of an argument that is easily given in another's place.
+    """Checks the type of an argument that is easily confused with another.
 
     Args:
       call: the function with its arguments in order, for the message: `init(key, plan, params)`.
       name: of the argument.
-      value: what was given.
-      kinds: one class, or several.
+      value: of the argument.
+      kinds: the class it must have, or several.
 
     Raises:
-      TypeError: it is of none of the classes.
+      TypeError: it has none of the classes.
     """
     if not isinstance(value, kinds):
         classes = kinds if isinstance(kinds, tuple) else (kinds,)
@@ -55,12 +55,12 @@ def check_key(name: str, key: Any) -> None:
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not typed and (dtype != jnp.uint32 or not getattr(key, "ndim", 0)):
         raise TypeError(
-            f"`{name}` must be a PRNG key, got {_kind_of(key)}: `jax.random.key(0)` makes one of a "
-            "seed"
+            f"`{name}` must be a PRNG key, got {_kind_of(key)}: `jax.random.key(0)` makes one"
         )
 
 
 def _kind_of(value: Any) -> str:
+    """A value in an error text: its class, and itself where it is short."""
     if callable(value) and not isinstance(value, type) and hasattr(value, "__name__"):
         return f"the function `{value.__name__}`"
     shown = f" {value!r}" if isinstance(value, bool | int | float | str) else ""
@@ -68,7 +68,10 @@ def _kind_of(value: Any) -> str:
 
 
 def with_known_fields(cls: _Class) -> _Class:
-    """Makes a configuration refuse an unknown field with our name for it."""
+    """Makes a configuration refuse an unknown field by name, with the field that is meant.
+
+    Many come from PEFT's `LoraConfig(r=8, lora_alpha=16)`; Python's own error names no remedy.
+    """
     made = cls.__init__
 
     @functools.wraps(made)

@@ -33,13 +33,13 @@ class LoraConfig:
 
     Attributes:
       rank: inner dimension of A·B.
-      alpha: scale numerator.
-      target_modules: module names to adapt: one or several names, each the whole name of a module
-        or its end after a dot ("q_proj", "self_attn.q_proj"); or one regular expression that
-        matches the whole name; or "all-linear", every weight used by a matrix product except the
-        output head and the embeddings.
+      alpha: numerator of the scale.
+      target_modules: the modules to adapt: a list of names, each the whole name of a module or its
+        end after a dot ("q_proj", "self_attn.q_proj"); or one regular expression that matches the
+        whole name; or "all-linear", every weight used by a matrix product except the output head
+        and the embeddings.
       exclude_modules: names (or one regular expression) that are never adapted.
-      dropout: probability of zeroing an element of the adapters' input, 0 <= dropout < 1.
+      dropout: probability with which an element of the adapters' input is zeroed, in [0, 1).
       use_rslora: scale by alpha/√rank.
       use_dora: also learn the magnitude of each output column (DoRA).
       init: how A and B start: "default" (A uniform, B zero), "random", "gaussian", "orthogonal",
@@ -47,12 +47,12 @@ class LoraConfig:
       loftq_config: for init="loftq", as in PEFT: "loftq_iter", how often to quantize and
         decompose in turn (1), and "loftq_bits" (4) for a base that is not quantized yet.
       bias: which biases of the base train: "none", "all", or "lora_only" (of adapted modules).
-      lora_bias: give B a bias, `y = x·W + s·((x·A)·B + b)`; it works with the default start
-        only, and merging then needs a bias in the base.
+      lora_bias: add a bias to B, `y = x·W + s·((x·A)·B + b)`; it works with init="default" and
+        "random" only, and merging then needs a bias in the base.
       modules_to_save: modules trained whole instead of adapted, by the end of their names.
-      trainable_token_indices: rows of an embedding table that train while the others stay: token
-        ids of the input embedding (the largest table that an argument looks up), or a dict of ids
-        by the end of a module's name. A head tied to the table follows.
+      trainable_token_indices: rows of an embedding table that train while the others are frozen:
+        token ids of the input embedding (the largest table that an argument is looked up in), or a
+        dict from the end of a module's name to ids. A head tied to the table uses the same rows.
       target_parameters: further parameters to adapt, by the end of their names. PEFT needs them
         listed where they are not the weight of a module: experts stored as one array
         ("experts.gate_up_proj").
@@ -65,8 +65,8 @@ class LoraConfig:
       roles: the role of each dimension of a leaf, in place of the one inferred from its uses: one
         letter a dim, s (stack), i (in) or o (out), by pattern as in rank_pattern:
         {"experts.up": "sio"}.
-      extra: fields of a PEFT file that change no numbers, where they differ from what PEFT
-        writes by default.
+      extra: fields of a PEFT file that change no numbers, where they differ from PEFT's
+        defaults.
 
     Raises:
       TypeError: a field has the wrong type.
@@ -100,7 +100,7 @@ class LoraConfig:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Frozen: fields can only be set so.
+        # A frozen dataclass has no other way to set a field.
         for name in _NORMALIZED:
             object.__setattr__(self, name, _normalized(name, getattr(self, name)))
         # `b` was the letter of a stack dim before 0.2.
@@ -118,14 +118,14 @@ class LoraConfig:
         _check_combinations(self)
 
     def __hash__(self) -> int:
-        # A dict has no hash, so equal configs hash alike without their dicts.
+        # Without the dicts, which have no hash; equal configs still hash alike.
         return hash(tuple(v for v in vars(self).values() if not isinstance(v, dict)))
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any], *, model_type: str | None = None) -> "LoraConfig":
         """Translates the content of PEFT's `adapter_config.json`.
 
-        PEFT's defaults (r=8, lora_alpha=8) stand in for absent fields.
+        Absent fields have PEFT's defaults (r=8, lora_alpha=8).
 
         Args:
           fields: the JSON object.
@@ -140,7 +140,7 @@ class LoraConfig:
         try:
             return cls(**ours)
         except (TypeError, ValueError) as error:
-            # The same class, so that callers can tell a wrong type from a wrong value.
+            # The same class: a caller may treat a wrong type unlike a wrong value.
             raise type(error)(f"PEFT config: {error}") from None
 
     def to_peft(self) -> dict[str, Any]:
@@ -196,7 +196,7 @@ _EMPTY_FOR_NONE = (
 
 
 def _is_int(value: Any) -> bool:
-    # JSON's true is an `int` of Python.
+    # In Python a bool, JSON's true, is an int.
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -230,7 +230,7 @@ def _check_numbers(config: LoraConfig) -> None:
 def _check_strings(name: str, value: Any) -> None:
     if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value):
         raise TypeError(f"{name} must be a tuple or list of module names, got {value!r}")
-    # Every name ends with "".
+    # Every name ends with "", so an empty entry would match all.
     if "" in value:
         raise ValueError(f"{name} holds an empty name, which would match every module")
 
@@ -303,9 +303,7 @@ def _check_layers(config: LoraConfig) -> None:
         raise ValueError(f"layers_pattern={pattern!r} needs layers_to_transform as well")
     if pattern is not None and not isinstance(pattern, (str, tuple)):
         raise TypeError(f"layers_pattern must be a name or a list of names, got {pattern!r}")
-    for each in (pattern,) if isinstance(pattern, str) else pattern or ():
-        if each != "":  # PEFT takes it for no pattern
-            _check_regex("layers_pattern", each)
+    # In PEFT "" is no pattern.
     for part in (pattern,) if isinstance(pattern, str) and pattern else pattern or ():
         _check_regex("layers_pattern", part)
 
@@ -362,9 +360,9 @@ def _check_tokens(config: LoraConfig) -> None:
 
 
 def _check_combinations(config: LoraConfig) -> None:
-    """Combinations that PEFT rejects too, because it computes something else for them."""
+    """Raises for combinations that PEFT rejects too, or computes in another way."""
     if config.lora_bias and config.use_dora:
-        raise ValueError("lora_bias=True does not work with use_dora=True: leave one out")
+        raise ValueError("lora_bias=True does not work with use_dora=True: choose one of them")
     start = find_start(config.init)
     if config.lora_bias and not (start and start.allows_bias):
         raise ValueError(

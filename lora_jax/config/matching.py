@@ -14,24 +14,23 @@ import regex
 
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 
-# Seconds for one name. A match takes microseconds, unless the expression tries the name's parts in
-# exponentially many ways.
+# Seconds for one name. A match takes microseconds, unless the expression backtracks exponentially.
 _LONGEST_MATCH = 0.5
 
 
 def fits(pattern: str, name: str, *, whole: bool = True) -> regex.Match | None:
-    """`re.fullmatch`, or `re.match`, that ends: expressions come with adapters of strangers.
+    """`re.fullmatch`, or `re.match`, with a time limit: expressions come with downloaded adapters.
 
     Raises:
-      ValueError: it takes longer than any match should.
+      ValueError: the match takes too long.
     """
     match = regex.fullmatch if whole else regex.match
     try:
         return match(pattern, name, timeout=_LONGEST_MATCH)
     except TimeoutError:
         raise ValueError(
-            f"the regular expression `{pattern}` takes too long to match `{name}`: it repeats what "
-            "is repeated, as `(.+)+`; write it without"
+            f"the regular expression `{pattern}` takes too long to match `{name}`: write it "
+            "without a repetition inside a repetition, such as `(.+)+`"
         ) from None
 
 
@@ -48,16 +47,16 @@ def is_excluded(config: LoraConfig, name: str) -> bool:
             return True
     elif any(ends_with(name, entry) for entry in excluded):
         return True
-    # PEFT puts the names into its expression unescaped, and so does this.
+    # Unescaped, as in PEFT.
     return any(fits(rf"(^|.*\.){m}($|\..*)", name, whole=False) for m in config.modules_to_save)
 
 
 def is_target(config: LoraConfig, name: str) -> bool:
     """Whether a module is adapted, for target_modules as names or as a regular expression.
 
-    Exclusion comes first; a regular expression must match the whole name; a list entry must be
-    the whole name or its end after a dot, and is no regular expression. `layers_to_transform`
-    filters the matches by end, not a module that is listed by its whole name.
+    Exclusion comes first. A regular expression must match the whole name. A list entry must be the
+    whole name or its end after a dot, and is no regular expression. `layers_to_transform` filters
+    matches of an end, but not a module that is listed by its whole name.
 
     Raises:
       ValueError: target_modules is "all-linear", which names alone cannot decide.
@@ -91,7 +90,7 @@ def names_parameter(config: LoraConfig, name: str) -> bool:
 def in_layers(config: LoraConfig, name: str) -> bool:
     """Whether layers_to_transform lets a module through; without it, every module."""
     layers = config.layers_to_transform
-    # PEFT takes an empty list for no filter.
+    # In PEFT an empty list is no filter.
     if layers is None or layers == ():
         return True
     layer = layer_number(name, config.layers_pattern)
@@ -110,7 +109,7 @@ def layer_number(name: str, pattern: str | Sequence[str] | None = None) -> int |
       The number, or None where the name has none.
     """
     if not pattern:
-        # Lazy, so that the layer is found and not the expert further inside.
+        # Lazy, to find the number of the layer and not that of an expert inside it.
         found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
         return int(found[1]) if found else None
     for entry in (pattern,) if isinstance(pattern, str) else pattern:
@@ -149,7 +148,7 @@ def scale_of(config: LoraConfig, rank: int, alpha: float) -> float:
 
 
 class Match(NamedTuple):
-    """What a config does with one layer of a leaf, as far as names decide it.
+    """How a config treats one layer of a leaf, as far as names decide it.
 
     Attributes:
       targeted: it is to be adapted; every leaf that is not excluded, for "all-linear".
@@ -167,12 +166,13 @@ class Match(NamedTuple):
 
 
 def match(config: LoraConfig, names: tuple[str, ...], unnumbered: Sequence[str]) -> Match:
-    """What `config` does with one layer of a leaf.
+    """How `config` treats one layer of a leaf.
 
     Args:
       names: the module's and the parameter's, `(model.layers.3.up, model.layers.3.up.kernel)`;
         one of them alone where the other has no place for a layer number.
-      unnumbered: the leaf's names without layer numbers: they count where every layer is meant.
+      unnumbered: the leaf's names without layer numbers, which match too where the config chooses
+        no layers.
     """
     module, parameter = names[0], names[-1]
     by_parameter = names_parameter(config, parameter)
@@ -183,11 +183,12 @@ def match(config: LoraConfig, names: tuple[str, ...], unnumbered: Sequence[str])
             targeted = True
         else:
             every_layer = config.layers_to_transform is None
-            # Names without numbers fit every layer: with a filter they would slip past it.
-            known = [*names, *unnumbered] if every_layer else names
-            targeted = any(is_target(config, name) for name in known)
+            # A name without a number matches in every layer, past the filter.
+            candidates = [*names, *unnumbered] if every_layer else names
+            targeted = any(is_target(config, name) for name in candidates)
             other_layer = not targeted and any(_is_listed(config, name) for name in names)
-    # PEFT looks a parameter of `target_parameters` up by its own name, all else by its module's.
+    # PEFT looks up the rank of a parameter of `target_parameters` by the parameter's name, that of
+    # all others by the module's.
     name = parameter if by_parameter else module
     rank, alpha = rank_of(config, name), float(alpha_of(config, name))
     return Match(
@@ -201,7 +202,7 @@ def match(config: LoraConfig, names: tuple[str, ...], unnumbered: Sequence[str])
 
 
 def given_roles(config: LoraConfig, names: Sequence[str], ndim: int) -> str:
-    """The roles that `config.roles` gives a leaf, or "".
+    """The roles of a leaf in `config.roles`, or "".
 
     Args:
       names: the leaf's path, then its module.
@@ -217,14 +218,14 @@ def given_roles(config: LoraConfig, names: Sequence[str], ndim: int) -> str:
             if len(roles) != ndim or not {"i", "o"} <= set(roles):
                 raise ValueError(
                     f"roles[{pattern!r}]={roles!r} does not fit `{names[0]}` with {ndim} dims: "
-                    "give one letter a dim, s (stack), i (in) or o (out), with an i and an o"
+                    "give one letter for each dim, s (stack), i (in) or o (out), with an i and an o"
                 )
             return roles
     return ""
 
 
 def is_saved(config: LoraConfig, name: str) -> bool:
-    """Whether a module is trained whole: it, or a module around it, ends with a saved name.
+    """Whether a module trains whole: its name, or that of a module around it, ends with an entry.
 
     PEFT needs no dot before the end here: "head" also matches `lm_head`.
     """

@@ -1,7 +1,7 @@
-"""PEFT's `adapter_config.json` and LoraConfig, both ways, every field accounted for.
+"""PEFT's `adapter_config.json` from and to LoraConfig, with every field accounted for.
 
 Each field of PEFT 0.21's LoraConfig is in exactly one of three tables: MAPPED to a field of our
-LoraConfig, CARRIED in `LoraConfig.extra` because it changes no numbers of a finished adapter, or
+LoraConfig; CARRIED in `LoraConfig.extra`, because it changes no numbers of a finished adapter; or
 REFUSED unless it is off, because it changes the numbers and is not supported.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_jax.config.starts import STARTS, find_start
 
-# PEFT's name of a field: ours, and PEFT's default.
+# PEFT's name of a field -> our name, and PEFT's default.
 MAPPED = {
     "r": ("rank", 8),
     "lora_alpha": ("alpha", 8),
@@ -32,10 +32,10 @@ MAPPED = {
     "trainable_token_indices": ("trainable_token_indices", None),
 }
 
-# What PEFT writes for a field that changes no numbers of a finished adapter. fan_in_fan_out is how
+# PEFT's value of each field that changes no numbers of a finished adapter. fan_in_fan_out is how
 # the base stores its weight; A and B are the same either way. ensure_weight_tying is checked
-# against the model when an adapter is loaded or saved. The *_config fields only concern an
-# initialisation or a layout over devices.
+# against the model when an adapter is loaded or saved. The *_config fields only concern a start or
+# a layout over devices.
 CARRIED = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
@@ -54,8 +54,8 @@ CARRIED = {
     "task_type": None,
 }
 
-# Kept even where it is null, and written only where it was kept: `save_peft` fills it in where the
-# config has none, and a file with null must stay as it is.
+# Kept even if null, and written only if kept: `save_peft` adds it to a config without it, and a
+# file that has null must keep null.
 _TASK = "task_type"
 
 # Fields that change the numbers and are not supported, with their value when off.
@@ -70,8 +70,8 @@ REFUSED = {
     "velora_config": None,
 }
 
-# Types that train inputs of the model, or modules beside its weights: no change of a weight could
-# stand for them, so merging is no way out.
+# Types that train inputs of the model, or modules beside its weights: no change of a weight equals
+# them, so they cannot be merged.
 _NO_WEIGHTS = (
     "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING",
     "PROMPT_TUNING", "XLORA",
@@ -80,12 +80,12 @@ _NO_WEIGHTS = (
 # What to do about a refused field, where the usual advice does not fit.
 _INSTEAD = {
     "alora_invocation_tokens": (
-        "it changes only what follows its invocation tokens, which no merged model can do either: "
-        "train the adapter without it"
+        "it applies only after its invocation tokens, which a merged model cannot do either: train "
+        "the adapter without it"
     ),
     "layer_replication": (
-        "repeat the layers in the base model itself, as the ranges say, and set the field to null: "
-        "the adapter's tensors already are numbered by the repeated layers"
+        "repeat the layers of these ranges in the base model itself, and set the field to null: "
+        "the adapter's tensors are numbered by the repeated layers already"
     ),
 }
 
@@ -117,7 +117,7 @@ DEFAULT_TARGETS = {
 }
 
 
-# Not equal to any value of JSON.
+# A default of `get` that is equal to no value of JSON.
 _NONE = object()
 
 
@@ -125,15 +125,16 @@ def fields_from_peft(fields: Mapping[str, Any], *, model_type: str | None = None
     """The fields of a `LoraConfig` for PEFT's JSON object; see `LoraConfig.from_peft`."""
     check_type(fields)
     _check_fields(fields)
-    # PEFT's own loader keeps null in fields that are no options; for a finished adapter null can
-    # only mean that the field was left alone.
+    # In a finished adapter null can only mean that the field was not set, even where PEFT's own
+    # loader keeps null in a field that has another default.
     given = {
         name: default if fields.get(name) is None else fields[name]
         for name, (_, default) in MAPPED.items()
     }
     given["init_lora_weights"] = _init_from_peft(given["init_lora_weights"])
     if given["init_lora_weights"] != "loftq":
-        given["loftq_config"] = {}  # without effect, in PEFT too
+        given["loftq_config"] = {}  # it has no effect, in PEFT either
+    # PEFT adapts no module where only parameters are listed.
     if given["target_modules"] is None and given["target_parameters"]:
         given["target_modules"] = []
     if given["target_modules"] is None:
@@ -150,7 +151,7 @@ def fields_from_peft(fields: Mapping[str, Any], *, model_type: str | None = None
 
 
 def _is_null(name: str, value: Any) -> bool:
-    """Whether a field with a default is null, which stands for the default."""
+    """Whether a field is null although its default is not: then it has the default."""
     return value is None and (CARRIED | REFUSED).get(name) is not None
 
 
@@ -175,6 +176,7 @@ _NONE_WHEN_EMPTY = (
 
 
 def _to_json(value: Any) -> Any:
+    """A field's value as JSON reads it back: lists in place of tuples."""
     if isinstance(value, tuple):
         return list(value)
     return {k: _to_json(v) for k, v in value.items()} if isinstance(value, Mapping) else value
@@ -193,7 +195,7 @@ def check_type(fields: Any) -> None:
         raise ValueError("PEFT config: `peft_type` is missing; is this an adapter's config?")
     if found != "LORA":
         what_to_do = (
-            "it changes no weights of the model, so it cannot become one: train a LoRA instead"
+            "it changes no weights of the model, so it cannot be converted: train a LoRA instead"
             if found in _NO_WEIGHTS
             else "merge it in PEFT (merge_and_unload) and load the merged model"
         )
@@ -228,7 +230,7 @@ def _init_from_peft(value: Any) -> str:
         raise ValueError(
             f"PEFT config: `init_lora_weights` = {value!r} changes the base weights in a way that "
             "cannot be repeated here; save the adapter in PEFT with "
-            "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+            "path_initial_model_for_weight_conversion, which converts it to a plain LoRA"
         )
     return value
 
@@ -236,8 +238,8 @@ def _init_from_peft(value: Any) -> str:
 def _default_targets(model_type: str | None) -> tuple[str, ...] | str:
     if model_type is None:
         raise ValueError(
-            "PEFT config: `target_modules` is missing, and the model family that would give "
-            "PEFT's default is unknown; write target_modules into the file or pass model_type"
+            "PEFT config: `target_modules` is missing, and PEFT's default for it depends on the "
+            "model family, which is unknown; write target_modules into the file or pass model_type"
         )
     if model_type not in DEFAULT_TARGETS:
         raise ValueError(

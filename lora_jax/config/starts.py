@@ -1,4 +1,4 @@
-"""How A and B may start: one row a start, with the facts that other rooms need.
+"""The starts of A and B: one row each, with the facts that other rooms need.
 
 A new start is a row of `STARTS` and a function of the same name in `lora_jax.methods.starts`.
 """
@@ -14,11 +14,11 @@ class StartRow(NamedTuple):
 
     Attributes:
       name: the value of `LoraConfig.init`, where `N` stands for a number.
-      base_change: what the start does to the base weight. "none": A and B are the whole adapter.
-        "repeatable": the same each time, so a reader of the adapter can do it again.
-        "unrepeatable": it depends on random numbers or data that the adapter does not hold.
+      base_change: how the start changes the base weight. "none": not at all. "repeatable": in the
+        same way each time, so a reader of the adapter can repeat it. "unrepeatable": by random
+        numbers or data that the adapter's files do not hold.
       peft: PEFT's `init_lora_weights`, where it is not the name.
-      known: whether `LoraConfig` accepts it; False for a start that only PEFT's files name.
+      known: whether `LoraConfig` accepts it; False for a start that occurs in PEFT's files only.
       allows_bias: whether PEFT combines it with `lora_bias`.
     """
 
@@ -56,7 +56,7 @@ def find_start(init: str) -> StartRow | None:
 
 
 def base_change(init: str) -> BaseChange:
-    """What a known start does to the base weight, see `StartRow`."""
+    """How a known start changes the base weight, see `StartRow`."""
     start = find_start(init)
-    assert start is not None, init  # LoraConfig checks its `init`
+    assert start is not None, init  # checked by LoraConfig
     return start.base_change

@@ -63,7 +63,7 @@ class LeafPlan:
       path: dotted path.
       shape, dtype: of the base weight.
       kind: "lora" (adapted), "saved" (trained whole), "rows" (some rows trained) or "frozen".
-      roles: one letter a dim: s stack, i in, o out; "" when frozen.
+      roles: one letter for each dim: s stack, i in, o out; "" when frozen.
       ranks: rank for each stack index (flattened), 0 where a layer is left out; one when unstacked.
       alphas: alpha likewise.
       scales: `alpha/rank`, or with rsLoRA `alpha/√rank`, likewise.

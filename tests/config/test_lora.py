@@ -177,7 +177,7 @@ def test_default_targets_by_family():
     assert llama.target_modules == ("q_proj", "v_proj")
     gemma4 = LoraConfig.from_peft(fields, model_type="gemma4")
     assert gemma4.target_modules == r".*language_model\..*\.(q_proj|v_proj)"
-    with pytest.raises(ValueError, match="`target_modules` is missing, and the model family"):
+    with pytest.raises(ValueError, match="`target_modules` is missing, and PEFT's default"):
         LoraConfig.from_peft(fields)
     with pytest.raises(ValueError, match="no default for model_type 'mine'"):
         LoraConfig.from_peft(fields, model_type="mine")
