@@ -76,6 +76,16 @@ def test_the_error_is_that_of_the_papers_algorithm(base, turns):
         assert np.linalg.norm(lost) == pytest.approx(least, rel=1e-3)
 
 
+def test_a_table_is_quantized_in_blocks_of_its_rows(base):
+    """As PEFT's, whose embeddings are (vocabulary, features); other weights in blocks of inputs."""
+    table = base["out"][:, :32]
+    blocks = {"w": np.concatenate([table, table * 3], 1)}  # a row of 64 is one block
+    config = lora.LoraConfig(rank=RANK, init="loftq", target_modules=("w",))
+    plan = lora.plan(config, lambda p, ids: p["w"][ids], blocks, jnp.zeros(2, int))
+    leaf = lora.init(jax.random.key(0), plan, blocks)["w"]
+    np.testing.assert_allclose(leaf.w.dequantize(), quantized(blocks["w"].T).T, rtol=1e-5)
+
+
 @pytest.mark.parametrize("callable_", [False, True])
 def test_a_quantized_base_keeps_its_format_and_in_one_turn_its_codes(base, callable_):
     options: dict[str, Any] = dict(format="int4", block_size=32, double_quant=False)

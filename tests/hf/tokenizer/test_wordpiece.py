@@ -57,6 +57,16 @@ def test_a_bare_vocabulary_is_transformers(tmp_path, settings):
         assert ours.encode(text) == ids, text
     assert ours.pad_id == 0 and ours.special["mask_token"] == "[MASK]"
     assert ours.decode(ours.encode("unaffable")) == theirs["word"]
+    assert ours.vocab_size == len(PIECES)  # the end of the last line begins no other
+
+
+def test_lines_may_end_as_on_windows(tmp_path):
+    directory = write_vocabulary(tmp_path)
+    tokens = from_directory(directory).encode(TEXTS[0])
+    text = (directory / "vocab.txt").read_bytes()
+    (directory / "vocab.txt").write_bytes(text.replace(b"\n", b"\r\n").removesuffix(b"\r\n"))
+    ours = from_directory(directory)
+    assert ours.encode(TEXTS[0]) == tokens and ours.vocab_size == len(PIECES)
 
 
 def test_special_tokens_of_other_names(tmp_path):

@@ -346,8 +346,9 @@ def _carried_later(p, x):
 
 def _turned_from_the_left(p, x):
     # The tokens are behind the features of a matrix on the left.
-    y = lax.dot_general(jnp.eye(DIM)[::-1], x, (((1,), (2,)), ((), ())))
-    return jnp.moveaxis(y, 0, -1) @ p["w"]
+    mix = jnp.cos(jnp.arange(DIM * 2.0 * DIM)).reshape(DIM, 2, DIM)
+    y = lax.dot_general(mix, x, (((2,), (2,)), ((), ())))
+    return y.transpose(2, 3, 1, 0) @ p["w"]
 
 
 def _shifted_in_place(p, x):
@@ -372,7 +373,8 @@ def test_tokens_are_followed_through_loops_and_products(fn):
     adapters, ids, run = of_floats(fn)
     # Position by position, a token is what it would be were its adapter that of all.
     each = jnp.stack([fn(lora.merge(tree), FLOATS) for tree in adapters] + [fn(WEIGHT, FLOATS)])
-    want = jnp.take_along_axis(each, ids[None, ..., None] % 3, 0)[0]
+    chosen = ids.reshape(1, *ids.shape, *[1] * (each.ndim - 3)) % 3
+    want = jnp.take_along_axis(each, chosen, 0)[0]
     np.testing.assert_allclose(run(), want, rtol=1e-5, atol=1e-5)
 
 
