@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from lora_jax import compat, paths, processes
-from lora_jax.array import LoraArray, RowsArray, SavedArray, is_leaf
+from lora_jax.array import LoraArray, LoraStack, RowsArray, SavedArray, is_leaf
 from lora_jax.dims import in_dims
 from lora_jax.quant import sharding as quant_sharding
 from lora_jax.quant.array import QuantArray, is_quant
@@ -100,12 +100,24 @@ def _leaf_specs(x: Any, spec: PartitionSpec) -> Any:
         full = (*spec, None, None)
         rows = PartitionSpec(None, full[1 - x.axis])
         return dataclasses.replace(x, w=_base_specs(x.w, spec), rows=rows)
+    if isinstance(x, LoraStack):
+        return _stack_specs(x, spec)
     if not isinstance(x, LoraArray):
         return _base_specs(x, spec)
     parts = {
         name: None if getattr(x, name) is None else part_spec(spec, x.roles, part)
         for name, part in _PARTS.items()
     }
+    return dataclasses.replace(x, w=_base_specs(x.w, spec), **parts)
+
+
+def _stack_specs(x: LoraStack, spec: PartitionSpec) -> LoraStack:
+    """As of one adapter; every device has its part of all adapters of a stack."""
+    parts = {}
+    for name, part in {**_PARTS, "gain": "gain"}.items():
+        if getattr(x, name) is not None:
+            own = tuple(part_spec(spec, x.roles, part))
+            parts[name] = PartitionSpec(*own[: x.axis], None, *own[x.axis :])
     return dataclasses.replace(x, w=_base_specs(x.w, spec), **parts)
 
 
