@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
+from lora_jax import dora
 
 pytestmark = pytest.mark.once
 
@@ -57,3 +58,17 @@ def test_the_norm_is_a_constant_of_the_gradient(loss, reverse_only):
     # The derivative of the norm is no small matter here.
     whole = jax.grad(by_hand)(parts)
     assert np.abs(whole[1] - want[1]).max() > 0.1 * np.abs(want[1]).max()
+
+
+def test_gains_of_stacked_layers_are_each_adapters_own():
+    """The axis of the adapters follows that of the layers; their scales differ."""
+
+    def leaf(seed, scale):
+        w, a, b = (jnp.stack([x, -2 * x]) for x in (W, A + seed, B))
+        scales, m = jnp.array([scale, 2.0]), jnp.stack([M, M + seed])
+        return lora.LoraArray(w, a, b, scales, m, roles="sio")
+
+    leaves = [leaf(1, 0.5), leaf(2, 1.5)]
+    stacked = lora.stack([{"w": x} for x in leaves], train=True)["w"]
+    want = jnp.stack([dora.gain(x) for x in leaves], 1)
+    np.testing.assert_allclose(dora.gains(stacked), want, rtol=1e-5)

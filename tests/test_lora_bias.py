@@ -149,8 +149,13 @@ def test_where_a_bias_has_no_place_the_plan_says_so():
     def transposed(params, x):  # nothing is contracted: the weight itself is the result
         return x @ params["up"]["kernel"], params["up"]["kernel"] * 2 + 1
 
-    with pytest.raises(ValueError, match="`up.kernel` is used otherwise than in a product"):
-        adapted(transposed, DENSE, normal(4, 3, 5), target_modules=("up",))
+    def grouped(params, x):
+        return jax.lax.ragged_dot(x, params["up"]["kernel"], jnp.array([1, 2]))
+
+    experts = {"up": {"kernel": normal(1, 2, 5, 7)}}
+    for fn, base in ((transposed, DENSE), (grouped, experts)):
+        with pytest.raises(ValueError, match="`up.kernel` is used otherwise than in a product"):
+            adapted(fn, base, normal(4, 3, 5), target_modules=("up",))
 
     def lookup(params, ids):
         return params["table"]["embedding"][ids]

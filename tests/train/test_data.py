@@ -66,6 +66,19 @@ def test_tokenizer_that_opens_texts_opens_an_example_once():
     assert learned_tokens(example) == [99, 100, EOS]
 
 
+def test_tokenizer_that_closes_texts_closes_no_prompt():
+    class Closing(Tokenizer):
+        def encode(self, text, add_special_tokens=True):
+            return super().encode(text, add_special_tokens) + [EOS] * add_special_tokens
+
+        def encode_prompt(self, text):
+            return super().encode(text)
+
+    for row in ({"prompt": "a", "completion": "b"}, {"text": "ab"}):
+        (example,) = examples([record_of(row)], Closing(bos=True), max_length=9)
+        assert example.tokens.tolist() == [BOS, ord("a"), ord("b"), EOS]
+
+
 def test_empty_prompt_keeps_the_opening_token_unlearned():
     record = record_of({"prompt": "", "completion": "cd"})
     (example,) = examples([record], Tokenizer(bos=True), max_length=9)

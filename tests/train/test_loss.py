@@ -312,6 +312,7 @@ def test_bad_config(field, value, text):
 def test_fixed_fields_leave_out_what_changes_no_number():
     make: Any = TrainConfig  # paths and lists as a JSON file has them
     one = fixed_fields(make(output_dir="a", save_every=3, progress=False, buckets=[8, 16]))
-    two = fixed_fields(make(output_dir="b", resume=True, keep=9, buckets=(8, 16)))
+    free = dict(eval_every=2, keep=9, tensorboard=False, prefetch=5)
+    two = fixed_fields(make(output_dir="b", resume=True, buckets=(8, 16), **free))
     assert one == two and one["buckets"] == [8, 16]
     assert fixed_fields(TrainConfig(seed=1)) != fixed_fields(TrainConfig(seed=2))
