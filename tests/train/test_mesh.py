@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lora
 from lora_jax import models, train
 from lora_jax.models.sharding import RULES
+from lora_jax.train.mesh import Placement, placement
 
 from tests.support.mesh_runs import KINDS, data, make, one_device, run
 
@@ -95,3 +96,15 @@ def test_a_run_on_a_mesh_resumes_on_another(tmp_path):
         run(make(), {}, first, models.make_mesh(fsdp=8), stop_after=5)
     rest, _ = run(make(), {}, {**first, "resume": True}, models.make_mesh(data=8))
     np.testing.assert_allclose(rest, whole, rtol=1e-5)
+
+
+def test_parameters_that_lie_nowhere_go_to_the_mesh_in_use():
+    params = {"w": np.ones(2, np.float32)}
+    assert placement(None, params) is None
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        assert placement(None, params) == Placement(mesh, ("data",))
+    # A mesh that the parameters lie on comes first.
+    other = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    there = {"w": jax.device_put(np.ones(4, np.float32), NamedSharding(other, P("fsdp")))}
+    assert placement(None, there) == Placement(other, ("fsdp",))

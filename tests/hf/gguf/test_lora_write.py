@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
 from gguf.constants import MODEL_ARCH
 from gguf.tensor_mapping import get_tensor_name_map
 
@@ -189,6 +189,7 @@ def test_smaller_numbers(tmp_path, tied, dtype, error):
     kind = {"float16": "F16", "bfloat16": "BF16"}[dtype]
     assert {t.tensor_type for t in file.tensors} == {GGMLQuantizationType[kind]}
     assert file.get_field("general.name").contents() == "mine"
+    assert file.get_field("general.file_type").contents() == LlamaFileType[f"MOSTLY_{kind}"]
     loaded, _ = load_gguf_lora(tmp_path / "a.gguf", tied.apply, tied.params, TOKENS, base=BASE)
     leaf, was = (p["model"]["layers"]["self_attn"]["v_proj"]["kernel"] for p in (loaded, params))
     np.testing.assert_allclose(leaf.b, was.b, rtol=error)

@@ -16,7 +16,7 @@ from lora_jax.config import peft as peft_config
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.peft import api
 from lora_jax.hf.peft import directory as peft_files
-from lora_jax.hf.peft.card import auto_class_of, card
+from lora_jax.hf.peft.card import auto_class_of, card, is_encoder
 
 from tests.support.peft_trees import QV, equal, nested, planted, random_params, randomized
 
@@ -378,3 +378,12 @@ def test_a_7b_shaped_adapter_needs_no_base(tmp_path):
     q = filled["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     np.testing.assert_array_equal(q.a, leaf.a)
     assert q.w is wide
+
+
+@pytest.mark.parametrize("paths, encoder", [
+    (["bert.embeddings.word_embeddings.embedding", "bert.encoder.layer.0.x"], True),
+    (["encoder.embeddings.word_embeddings.embedding", "decoder.bert.x"], False),
+    (["model.embed_tokens.embedding", "model.layers.0.x"], False),
+])  # fmt: skip
+def test_an_encoder_with_a_decoder_is_none(paths, encoder):
+    assert is_encoder(paths) is encoder

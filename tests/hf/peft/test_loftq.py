@@ -16,6 +16,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
+from lora_jax.hf.peft.base import as_read
 
 from tests.support.nf4 import quantized
 from tests.support.oracle import oracle, seeded
@@ -157,3 +158,10 @@ def test_adapters_of_both_are_read_by_both(turns, tmp_path):
     else:
         with pytest.raises(ValueError, match="started by LoftQ in 3 turns, whose base is not"):
             load_peft(tmp_path / "ours", fn, small, X)
+
+
+def test_a_base_that_is_quantized_in_part_is_refused():
+    params = lora.quantize({name: {"kernel": weight(name)} for name in SHAPES}, ["up"])
+    config = lora.LoraConfig(rank=4, init="loftq", target_modules=("up", "down"))
+    with pytest.raises(ValueError, match="`up.kernel` is quantized and `down.kernel` is not"):
+        as_read(lora.plan(config, fn, params, X), params, source="adapter")
