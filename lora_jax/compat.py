@@ -5,6 +5,7 @@ missing, or that take long to import, are imported, and which extra installs the
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -175,16 +176,22 @@ def source_line(eqn: Any, default: str = _UNKNOWN) -> str:
     return default if default != _UNKNOWN else _innermost(frames, _LIBRARIES[:3]) or default
 
 
-def _innermost(frames: Sequence, left_out: Sequence[str]) -> str:
+def _innermost(frames: Sequence, left_out: tuple[str, ...]) -> str:
     """The innermost frame outside some folders as text, or ""."""
     for frame in frames:
-        # `<frozen importlib>` and the like, and the wrapper of a context manager.
-        if frame.file_name.startswith("<") or frame.file_name.endswith("contextlib.py"):
-            continue
-        if not any(part in frame.file_name for part in left_out):
+        if not _is_left_out(frame.file_name, left_out):
             name = os.path.basename(frame.file_name)
             return f"{name}:{frame.line_num} ({frame.function_name})"
     return ""
+
+
+# A plan asks for every equation, and the frames of a model are of few files.
+@functools.lru_cache(maxsize=4096)
+def _is_left_out(file_name: str, left_out: tuple[str, ...]) -> bool:
+    # `<frozen importlib>` and the like, and the wrapper of a context manager.
+    if file_name.startswith("<") or file_name.endswith("contextlib.py"):
+        return True
+    return any(part in file_name for part in left_out)
 
 
 def is_array(x: Any) -> bool:
