@@ -1,6 +1,7 @@
 """Adapters of PEFT's that the tests share, and the tiny Llama under them."""
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -108,6 +109,19 @@ def bases(tmp_path_factory) -> Callable[[str], Base]:
     return base
 
 
+class Loaded(NamedTuple):
+    """A model of ours: its function, and its parameters."""
+
+    apply: Callable
+    params: dict
+
+
+def loaded(directory: Path, **options) -> Loaded:
+    """Loads a model whose function is traced once for all plans and adapters of the same shapes."""
+    model = lora.models.load(directory, **options)
+    return Loaded(jax.jit(model.apply), model.params)
+
+
 def torch_logits(model) -> np.ndarray:
     """A torch model's logits of `TOKENS`."""
     import torch
@@ -118,7 +132,11 @@ def torch_logits(model) -> np.ndarray:
 
 def jax_logits(apply: Callable, params, *, strict: bool = False) -> np.ndarray:
     """Our logits of `TOKENS`."""
-    # Each case compiles anew and runs once: little optimization halves the time.
+    return np.asarray(_quick(apply, strict)(params, TOKENS))
+
+
+@functools.lru_cache(maxsize=8)
+def _quick(apply: Callable, strict: bool) -> Callable:
+    # Most cases compile anew and run once: little optimization halves the time.
     quick = {"xla_backend_optimization_level": 0}
-    run = jax.jit(lora.lorafy(apply, strict=strict), compiler_options=quick)
-    return np.asarray(run(params, TOKENS))
+    return jax.jit(lora.lorafy(apply, strict=strict), compiler_options=quick)

@@ -10,7 +10,15 @@ import lora_jax as lora
 from lora_jax.array import LoraArray
 from lora_jax.hf import load_peft, save_peft
 
-from tests.support.peft_llama import CASES, TOKENS, Base, bases, jax_logits, torch_logits
+from tests.support.peft_llama import (
+    CASES,
+    TOKENS,
+    Base,
+    bases,
+    jax_logits,
+    loaded,
+    torch_logits,
+)
 from tests.support.peft_oracle import (
     assert_orbax_keeps,
     assert_same_files,
@@ -38,12 +46,12 @@ def there(made) -> Base:
 
 @pytest.fixture(scope="module")
 def base(there):
-    return lora.models.load(there.directory)
+    return loaded(there.directory)
 
 
 @pytest.fixture(scope="module")
 def unrolled(there):
-    return lora.models.load(there.directory, scan=False)
+    return loaded(there.directory, scan=False)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +61,7 @@ def tied(made) -> Base:
 
 @pytest.fixture(scope="module")
 def tied_base(tied):
-    return lora.models.load(tied.directory)
+    return loaded(tied.directory)
 
 
 @pytest.mark.parametrize("case", CASES)
