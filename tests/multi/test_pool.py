@@ -105,6 +105,14 @@ def test_the_slot_used_longest_ago_goes_first_and_one_to_keep_stays():
     assert pool.resident() == ["a0", "a3"]
 
 
+def test_an_empty_slot_is_the_plain_base():
+    dora = {name: dataclasses.replace(x, m=jnp.ones(x.shape[1])) for name, x in adapter(0).items()}
+    pool = AdapterPool(dora, {"a0": dora}.__getitem__, byte_budget=2 * 4 * (FACTORS + 3 + 2))
+    assert pool.slots == 2
+    stacked, ids = pool.lookup(["a0"])
+    np.testing.assert_allclose(run(stacked, 1 - ids), model(BASE, X), rtol=1e-6)
+
+
 @pytest.mark.parametrize("host, calls", [(4, 4), (2, 6)])
 def test_the_host_keeps_as_many_adapters_as_it_may(host, calls):
     loaded: list = []

@@ -236,8 +236,9 @@ def test_bad_weights_are_refused():
         quant.quantize_array(w * 7e4, format="uint4", scale_dtype="float16")
     with pytest.raises(ValueError, match="leave the range of float32"):
         quant.quantize_array(w * 3.4e38, double_quant=True)
-    with pytest.raises(ValueError, match="or its weights that of float16"):
-        quant.quantize_array(np.full((64, 4), 65504, np.float16))
+    for form in ("nf4", "int8"):
+        with pytest.raises(ValueError, match="or its weights that of float16"):
+            quant.quantize_array(np.full((64, 4), 65504, np.float16), format=form)
 
 
 @pytest.mark.parametrize(
