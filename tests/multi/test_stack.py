@@ -1,5 +1,7 @@
 """Many adapters in one batch: each row is what it would be alone with its own adapter."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -343,5 +345,11 @@ def test_clear_errors():
         lora.stack([one, lora.init(jax.random.key(0), plan, elsewhere)])
     with pytest.raises(ValueError, match="trains whole in one adapter"):
         lora.stack([make("saved", 1), make("all", 2)])
+    dropped = jax.tree.map(
+        lambda x: dataclasses.replace(x, dropout=0.5) if lora.is_lora(x) else x,
+        one, is_leaf=lora.is_lora,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"adapters have dropout \[0.0, 0.5\]"):
+        lora.stack([one, dropped], train=True)
     got = RUN(stacked, TOKENS, adapter_ids=jnp.array([0, 1, 7, -2, -1]))
     assert np.isfinite(got[jnp.array([0, 1, 4])]).all() and np.isnan(got[2:4]).all()

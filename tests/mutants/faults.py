@@ -1,25 +1,10 @@
-"""One-line faults that the tests must notice; `make mutants` puts them in one at a time."""
+"""One-line faults that the tests must notice; `make mutants` puts them in one at a time.
 
-from typing import NamedTuple
+The faults of a review, and those of no room below; the rest stands in one file for each room.
+"""
 
-
-class Fault(NamedTuple):
-    """A fault.
-
-    Attributes:
-      file: in `lora_jax/`.
-      old: text that the file has exactly once.
-      new: what takes its place.
-      tests: the tests of the area, as arguments of pytest.
-      equivalent: why no test can see it, for those that change nothing.
-    """
-
-    file: str
-    old: str
-    new: str
-    tests: str
-    equivalent: str = ""
-
+from tests.mutants import of_hf, of_multi, of_quant, of_train, of_transform
+from tests.mutants.fault import Fault
 
 DORA = "tests/test_dora.py tests/multi/test_stack.py"
 STARTS = "tests/methods/test_starts.py"
@@ -140,15 +125,15 @@ MORE = [
     Fault("train/buckets.py", "np.searchsorted(ladder, lengths)",
           "np.searchsorted(ladder, lengths, side=\"right\")", BATCHES),
     Fault("train/config.py", "config.epochs * steps_per_epoch - 1e-9",
-          "config.epochs * steps_per_epoch", "tests/train/test_fit.py tests/train/test_batches.py"),
+          "config.epochs * steps_per_epoch", "tests/train/test_loss.py"),
     Fault("train/loss.py", "if positions.shape[0] == flat.shape[0]:",
           "if positions.shape[0] >= flat.shape[0] - 1:", LOSS),
     Fault("train/loss.py", "logits = logits.astype(jnp.float32)", "pass", LOSS),
     Fault("train/loss.py", "jnp.sum(each * batch.weights)", "jnp.sum(each)", LOSS),
     Fault("train/step.py", "0.5 * (1 + jnp.cos(jnp.pi * t))", "0.5 * (1 + jnp.cos(t))",
-          "tests/train/test_fit.py"),
+          "tests/train/test_loss.py"),
     Fault("train/step.py", "rise * (floor + (1 - floor) * decay(t))", "rise * decay(t)",
-          "tests/train/test_fit.py"),
+          "tests/train/test_loss.py"),
     Fault("hf/peft/save.py", "abs(scale - row.scale) > 1e-6 * abs(row.scale)",
           "abs(scale - row.scale) > abs(row.scale)", PEFT),
     Fault("hf/peft/load.py", "scale[row.layer] = row.scale", "scale[row.layer] = rows[0].scale",
@@ -167,7 +152,8 @@ MORE = [
     Fault("analysis/sweep/sweep.py", "best = min(rates, key=loss)", "best = max(rates, key=loss)",
           "tests/analysis/sweep/test_sweep.py"),
     Fault("analysis/sweep/train.py", "at.seconds * at.step / at.timed if at.timed",
-          "at.seconds if at.timed", "tests/analysis/sweep"),
+          "at.seconds if at.timed", "tests/analysis/sweep/test_sweep.py"),
 ]  # fmt: skip
 
-FAULTS = [*NAMED, *MORE]
+_ROOMS = (of_transform, of_quant, of_multi, of_hf, of_train)
+FAULTS = [*NAMED, *MORE, *(fault for room in _ROOMS for fault in room.FAULTS)]

@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.mutants.faults import FAULTS, Fault  # noqa: E402
+from tests.mutants.fault import Fault  # noqa: E402
+from tests.mutants.faults import FAULTS  # noqa: E402
 
 # A fault may make a loop endless.
 MOST_SECONDS = 600
@@ -54,11 +55,9 @@ def copy(folder: Path) -> Path:
     folder.mkdir()
     for name in COPIED:
         source = ROOT / name
-        if source.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, folder / name, ignore=ignored)
-        else:
-            shutil.copy(source, folder / name)
+        # With what Python has compiled: it is looked up by the time of the source, which a fault
+        # changes.
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
     return folder
 
 

@@ -1,0 +1,112 @@
+"""Faults in the transform: dropout, products, rearrangements, loops, many adapters in a batch."""
+
+from tests.mutants.fault import in_file
+
+FAULTS = [
+    *in_file(
+        "transform/low_rank.py",
+        "tests/laws/test_dropout_law.py",
+        ("x / jnp.asarray(1 - v.dropout, x.dtype)", "x"),
+    ),
+    *in_file(
+        "transform/dim_maps.py",
+        "tests/plan/test_usage.py tests/plan/test_plan.py tests/plan/test_experts.py",
+        ("return large == 0 or (large == 1 and sum(n > 1 for n in own) > 1)", "return large <= 1"),
+        ("return k == 0 and scales(eqn, k)", "return scales(eqn, k)"),
+        ("if side == k else", "if side != k else"),
+        ("rhs_spec[1:], ())", "rhs_spec[:1], ())"),
+    ),
+    *in_file(
+        "transform/rules_consume.py",
+        "tests/test_lora_bias.py",
+        ("v.bias * expand_to(v.scale.astype(v.bias.dtype), scales, dims)", "v.bias"),
+        ("if v.gain is not None or v.bias is not None:", "if v.gain is not None:"),
+    ),
+    *in_file(
+        "transform/rules_consume.py",
+        "tests/transform/test_lorafy.py",
+        ("        dropped(v, lhs, use),\n        a,", "        lhs,\n        a,"),
+        ("x = dropped(v, lhs, use)\n", "x = lhs\n"),
+    ),
+    *in_file(
+        "transform/rules_gather.py",
+        "tests/laws/test_value.py",
+        ("fill_value=0)", 'fill_value=params.get("fill_value"))'),
+    ),
+    *in_file(
+        "transform/rules_rearrange.py",
+        "tests/test_lora_bias.py",
+        ('sum(each[1:], each[0]) if roles[axis] == "i"', 'each[0] if roles[axis] == "i"'),
+    ),
+    *in_file(
+        "transform/rules_rearrange.py",
+        "tests/transform/test_lorafy.py",
+        ("if len({(v.dropout, v.key is None) for v in known}) > 1:", "if False:"),
+        ('if v.gain is not None:\n        raise Unsupported("DoRA\'s gain of a padded',
+         'if False:\n        raise Unsupported("DoRA\'s gain of a padded'),
+    ),
+    *in_file(
+        "transform/rules_control.py",
+        "tests/laws/test_dropout_law.py",
+        ("_CALL_SITES + calls[0]", "_CALL_SITES"),
+        ("held = _fold_keys(held, step) if steps else held\n        full =", "full ="),
+    ),
+    *in_file(
+        "transform/rules_control.py",
+        "tests/transform/test_lorafy.py",
+        ('policy=params["policy"]', "policy=None"),
+        ("key = (id(compat.open_jaxpr(inner)[0]), tree)",
+         "key = (id(compat.open_jaxpr(inner)[0]), len(leaves))"),
+        ("if all(f.get(i) is x for f in each)", "if any(f.get(i) is x for f in each)"),
+    ),
+    *in_file(
+        "transform/eager.py",
+        "tests/transform/test_eager.py",
+        ("(digest, *map(_placement, leaves),", "(digest,"),
+        ('getattr(jax.config, "jax_default_device", None))', "None)"),
+        ("_programs.popitem(last=False)", "_programs.popitem()"),
+    ),
+    *in_file(
+        "transform/implicit.py",
+        "tests/test_lora_bias.py",
+        ("if v.bias is not None:\n        raise", "if False:\n        raise"),
+    ),
+    *in_file(
+        "transform/lorafy.py",
+        "tests/transform/test_eager.py",
+        ("return not jaxpr.effects and any(", "return any("),
+    ),
+    *in_file(
+        "transform/lorafy.py",
+        "tests/laws/test_dropout_law.py tests/test_tree.py",
+        ("jax.random.split(key, stack) if stack else key",
+         "jnp.broadcast_to(key, stack) if stack else key"),
+        ("key = paths.fold_path(lora_key, path)", "key = lora_key"),
+    ),
+    *in_file(
+        "transform/many/grouped.py",
+        "tests/transform/many/test_run.py",
+        ("scale[:, None, None].astype(form.wide)", "1"),
+    ),
+    *in_file(
+        "transform/many/rows.py",
+        "tests/transform/many/test_run.py",
+        ("axis >= x.ndim or x.shape[axis] != 1", "axis >= x.ndim"),
+    ),
+    *in_file(
+        "transform/many/rules.py",
+        "tests/transform/many/test_run.py",
+        ("lambda k: jax.random.fold_in(k, number)", "lambda k: k"),
+        ("if mode == lax.GatherScatterMode.FILL_OR_DROP:", "if False:"),
+    ),
+    *in_file(
+        "transform/many/token_axis.py",
+        "tests/transform/many/test_run.py",
+        ("        start += len(free)\n", ""),
+        (" and not _shifted(eqn, d)", ""),
+        ("if after == carry:", "if True:"),
+        ("return [ins[0], *", "return [ins[2], *"),
+        ("frozenset().union(*ins) - gone", "frozenset().union(*ins)"),
+        ("frozenset(d - 1 for d in a if d > 0)", "frozenset(a)"),
+    ),
+]  # fmt: skip
