@@ -103,6 +103,7 @@ def _check_shared(directory: Path) -> None:
     """
     if not processes.several():
         return
+    # A name that no process has looked up yet: network file systems remember what was missing.
     token = directory / f".shared.{processes.exchange(uuid.uuid4().hex[:8])[0]}"
     processes.together(lambda: processes.is_first() and write_text(token, ""))
 
@@ -162,6 +163,7 @@ def start(opened: Archive | None, state: TrainState, described: dict, lora_param
         state,
         check=lambda meta: _check(meta["run"], described, lora_params, where=where, newest=newest),
     )
+    # What is damaged stays for its owner to look at, but out of the way of this run's steps.
     checkpoints.set_aside(opened.manager, restored.step)
     # Records after the checkpoint belong to steps that are trained again.
     history = metrics.rewind(records, restored.step)
@@ -174,6 +176,7 @@ def save(opened: Archive, step: int, state: TrainState, *, described: dict, posi
     Raises:
       OSError: it cannot be written; the previous checkpoint is intact.
     """
+    # A signal may come at a step that was due to be saved anyway.
     if opened.manager.latest_step() != step:
         meta = {"run": described, "position": position}
         checkpoints.save_state(opened.manager, step, state, meta)

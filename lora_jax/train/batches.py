@@ -123,6 +123,7 @@ def loader(
     else:
         ladder = check_ladder(buckets, lengths)
     rows = batch_size * accumulation
+    # All epochs are planned here, because P is the maximum over them.
     plans = [plan_epoch(lengths, ladder, rows, seed=seed, epoch=e) for e in range(epochs)]
     places = _places(data, batch_size // parts, [plan_once(lengths, ladder, rows), *plans])
     return Loader(
@@ -187,6 +188,7 @@ class _Batches:
         self.loader = loader
         self.steps = steps
         self.size = batches_per_epoch(loader)
+        # Two: batches are prepared ahead, over the end of an epoch.
         self.epoch = lru_cache(maxsize=2)(lambda epoch: _epoch(loader, epoch))
 
     def __len__(self) -> int:
@@ -219,6 +221,7 @@ def iterate(loader: Loader, steps: int, *, prefetch: int = 2) -> Any:
             f" {batches_per_epoch(loader)} steps; lay it out with more `epochs`"
         )
     source = grain.MapDataset.source(_Batches(loader, steps))
+    # More threads would only contend for Python's lock: a batch is made by NumPy in microseconds.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(1, prefetch))
     return iter(source.to_iter_dataset(options))
 
@@ -285,6 +288,7 @@ def data_hash(data: Sequence[Example]) -> str:
         digest.update(len(example.tokens).to_bytes(8, "little"))
         digest.update(np.ascontiguousarray(example.tokens, np.int32).tobytes())
         digest.update(np.ascontiguousarray(example.learned, bool).tobytes())
+    # 64 bits are enough against a mistake, which is all that this guards against.
     return digest.hexdigest()[:16]
 
 

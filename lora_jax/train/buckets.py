@@ -118,6 +118,7 @@ def plan_epoch(
     Returns:
       The batches in training order.
     """
+    # Shuffled before they are dealt: which examples share a batch changes from epoch to epoch.
     order = shuffled(len(lengths), seed, epoch)
     return _shuffle(_deal(order, np.asarray(lengths), ladder, rows), seed, epoch)
 

@@ -28,6 +28,7 @@ def chat_examples(
       ValueError: no template, one that refuses the messages, or one that writes an answer
         elsewhere than behind its own prompt.
     """
+    # What the template's author marked goes before what is worked out here.
     marked = tokenizer.marked_chat(messages, **options)
     if marked is not None:
         return [_as_marked(marked, messages)]
@@ -82,6 +83,7 @@ def _answer(messages: Sequence[Message], options: Mapping[str, Any], tokenizer: 
                 "let the chat template end its prompt with a special token or a line break"
             )
     end = _end(tokens, len(head), tokenizer)
+    # What the template writes behind the end token belongs to the next turn.
     return tokens[:end], [False] * len(head) + [True] * (end - len(head))
 
 

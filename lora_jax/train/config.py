@@ -78,6 +78,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.output_dir is not None:
+            # The only way to set a field of a frozen dataclass.
             object.__setattr__(self, "output_dir", Path(self.output_dir))
         if not isinstance(self.buckets, int):
             object.__setattr__(self, "buckets", tuple(self.buckets))
@@ -99,6 +100,7 @@ class TrainConfig:
 
 
 def _whole(value: Any) -> bool:
+    # True is an int in Python.
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
 
 
@@ -132,6 +134,7 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
 
 def steps_between_saves(config: TrainConfig, total: int) -> int:
     """Optimizer steps between checkpoints, of a run with so many steps."""
+    # Ten of a short run cost little; of a long one no more than 500 steps may be lost.
     return config.save_every or min(-(-total // 10), 500)
 
 

@@ -75,6 +75,7 @@ def evaluator(
 def mean_loss(prepared: Evaluator, trainable: Any, frozen: Any) -> float:
     """Mean cross entropy of all learned tokens, in nats."""
     batches = (batch_on(batch, prepared.at) for batch in prepared.batches)
+    # All batches are sent off before the first sum is waited for.
     sums = [prepared.programs(trainable, frozen, batch) for batch in batches]
     tokens = sum(float(batch.weights.sum()) for batch in prepared.batches)
     return sum(float(s) for s in sums) / tokens

@@ -78,6 +78,7 @@ def examples(
         raise ValueError(f"`max_length` must be at least 2 tokens, got {max_length}")
     if tokenizer is None:
         raise ValueError("`tokenizer` is None: this model came without one; pass a tokenizer")
+    # The records may be a generator, and are read twice.
     records = list(records)
     _check_answers(records)
     made = [example for record in records for example in _tokenize(record, tokenizer)]
@@ -111,6 +112,7 @@ def _has_empty_answer(record: Record) -> bool:
 def _check_ends(kept: Sequence[Example], tokenizer: Any) -> None:
     """Warns if no example ends an answer: the trained model then never stops."""
     stops = list(tokenizer.stop_ids)
+    # One example is enough: under "truncate" most may have lost their ends.
     if any(np.isin(example.tokens[example.learned], stops).any() for example in kept):
         return
     if not stops:
@@ -151,12 +153,14 @@ def _tokenize(record: Record, tokenizer: Any) -> list[Example]:
     made = []
     for tokens, marks in _FORMS[record.form](record, tokenizer):
         learned = np.asarray(marks, bool)
+        # No token before the first one predicts it.
         learned[:1] = False
         made.append(Example(np.asarray(tokens, np.int32), learned, record.source))
     return made
 
 
 def _text(record: Record, tokenizer: Any) -> list[Marked]:
+    # BOS comes from `encode_prompt`, as in generation; EOS teaches the model where a text ends.
     tokens = _with_eos(list(tokenizer.encode_prompt(record.fields[0])), tokenizer)
     return [(tokens, [True] * len(tokens))]
 
@@ -172,6 +176,7 @@ def _completion(record: Record, tokenizer: Any) -> list[Marked]:
 
 def _with_eos(tokens: list[int], tokenizer: Any) -> list[int]:
     eos = tokenizer.eos_id
+    # A text that ends in it has been written by a template.
     return tokens if eos is None or tokens[-1:] == [eos] else [*tokens, eos]
 
 

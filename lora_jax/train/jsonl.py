@@ -31,6 +31,7 @@ _FORMS: Mapping[str, tuple[str, ...]] = {
     "conversations": ("conversations",),
     "instruction": ("instruction", "output"),
 }
+# Optional fields, which may be renamed too.
 _MORE = ("input", "system", "tools", "documents")
 _HOW = '"prompt" and "completion", or "messages", or "text"'
 
@@ -78,6 +79,7 @@ def load_jsonl(path: str | os.PathLike, *, fields: Mapping[str, str] | None = No
 
 
 def _values(path: Path) -> Iterator[tuple[Any, str]]:
+    # Bytes: an encoding error then has the number of its line.
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             source = f"{path}:{number}"
@@ -91,6 +93,7 @@ def _check_first(line: bytes, path: Path) -> None:
     """Names the two files that are often given for JSON lines."""
     if line.startswith(b"\x1f\x8b"):
         raise ValueError(f"{path}: a gzip file; unpack it first: gunzip {path}")
+    # An array on one line is caught as a value that is no object.
     if line.strip() == b"[":
         raise ValueError(
             f"{path}: one JSON array over several lines; expected one object a line: "
@@ -144,6 +147,7 @@ def record_of(
         return Record("prompt" if form == "prompt" else "text", parts, source)
     turns = _turns(form, given, beside, names=names, source=source)
     if beside.get("system") is not None and turns[0]["role"] != "system":
+        # An empty system prompt means none; a template would write an empty turn.
         text = _text(beside["system"], names["system"], source)
         turns = ({"role": "system", "content": text}, *turns) if text else turns
     return Record("messages", (turns,), source, _options(value, beside, source))

@@ -180,6 +180,7 @@ def _fit(
     programs = Programs(
         make_step(lora_loss(model, rows), tx), donate=(0,), results=meshes.results(fresh, at)
     )
+    # Computed once: the base does not change, and reading it takes seconds where it is large.
     described = archives.describe(
         config, total, train_data, lora_config=lora_config, lora_params=lora_params
     )
@@ -197,6 +198,7 @@ def _fit(
             total,
             frozen,
             programs,
+            # For the records; the optimizer computes its own inside of the step.
             rates=np.asarray(schedule(config, total)(np.arange(total))),
             at=at,
             evaluate=_evaluation(
@@ -284,15 +286,18 @@ def _run(job: _Job, state: TrainState, start: int, items: Any) -> TrainState:
         progress(job.total, start=start, show=shown) as bar,
         interruptible() as interrupted,
     ):
+        # A resumed run has the loss before training in its history.
         if start == 0:
             _evaluate(job, state, 0)
         for step in range(start + 1, job.total + 1):
             item = next(items)
             batch = meshes.batch_on(item.batch, job.at)
             if not job.programs.has(batch):
+                # A compilation may take minutes: the record of the step before is not kept back.
                 pending = _settle(job, pending, clock, bar)
                 _compile(job, state, batch)
                 clock.restart()
+            # The old state's buffers are donated: nothing may read them from here on.
             state, out = job.programs(state, job.frozen, batch)
             # The previous step is read while this one runs, so the device never waits for Python.
             _settle(job, pending, clock, bar)

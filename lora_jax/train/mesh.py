@@ -47,6 +47,7 @@ def placement(model: Any, params: Any) -> Placement | None:
     if mesh is None:
         return None
     rows = getattr(getattr(model, "forward", None), "rows", ())
+    # Models of others have no `rows`: XLA's partitioner then finds the places of activations.
     if not rows and AxisType.Explicit not in mesh.axis_types:
         rows = (a for a in ROWS if a in mesh.axis_names)
     return Placement(mesh, tuple(rows))
@@ -114,6 +115,7 @@ def results(state: TrainState, at: Placement | None) -> Any:
     """The shardings of a step's results, so that the next step can take them; None off a mesh."""
     if at is None:
         return None
+    # XLA would choose others than the arguments', and a compiled step refuses those.
     whole = NamedSharding(at.mesh, PartitionSpec())
     return jax.tree.map(lambda x: x.sharding, state), whole
 
@@ -135,9 +137,11 @@ def agreement(
         return lambda came: came
     apart = NamedSharding(at.mesh, PartitionSpec(at.mesh.axis_names))
     largest = jax.jit(jnp.max, out_shardings=NamedSharding(at.mesh, PartitionSpec()))
+    # What is read now was sent a step ago.
     pending: list[Any] = [0]
 
     def agreed(came: signal.Signals | None) -> signal.Signals | None:
+        # One number a device, that every device has a part of the array.
         own = np.full(1, came or 0, np.int32)
         flags = jax.make_array_from_callback((at.mesh.size,), apart, lambda index: own)
         pending.append(largest(flags))

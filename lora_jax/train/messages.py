@@ -52,6 +52,7 @@ def from_prompt(
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     after = from_list(completion, names["completion"], source)
+    # Weight 0 keeps the prompt's own answers, of earlier turns, out of the loss.
     return (*({**turn, "weight": 0} for turn in before), *after)
 
 
@@ -104,10 +105,12 @@ def _message(message: Any, where: str) -> Message:
             f'{where}: "function_call" is OpenAI\'s old spelling, which templates do not read; '
             'write "tool_calls"'
         )
+    # OpenAI's field of fine-tuning files; it allows nothing between.
     if given.get("weight", 1) not in (0, 1):
         raise ValueError(f'{where}: "weight" must be 0 or 1, got {given["weight"]!r}')
     if "content" not in given and given["role"] != "assistant":
         raise ValueError(f'{where}: "content" must be text, got null')
+    # An answer that only calls tools has no content; templates want text there.
     return {**given, "content": _content(given.get("content"), where)}
 
 

@@ -83,6 +83,7 @@ def writer(
 
         def write(record: dict) -> None:
             line = json.dumps(record).encode() + b"\n"
+            # On a full disk an unbuffered write may write a part, without an error.
             if file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if events is not None:

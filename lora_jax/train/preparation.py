@@ -40,6 +40,7 @@ def check_same(
     if not processes.several():
         return
     settings = {name: repr(value) for name, value in asdict(config).items()}
+    # Of all settings only this one may differ: it changes nothing that others wait for.
     del settings["progress"]
     shapes = repr(jax.tree.map(lambda x: (x.shape, str(x.dtype)), params))
     processes.check_same(
@@ -75,6 +76,7 @@ def layout(
     model: Any, data: Sequence[Example], config: TrainConfig, parts: int = 1
 ) -> tuple[Loader, int]:
     """The data in buckets for as many epochs as the run has, and the steps of the run."""
+    # The last batch of an epoch may be short, and is a step all the same.
     size = -(-len(data) // (config.batch_size * config.accumulation))
     total = total_steps(config, size)
     prepared = loader(
@@ -97,6 +99,7 @@ def check_tokens(model: Any, lora_params: Any, data: Sequence[Example]) -> None:
       ValueError: a token is outside the vocabulary.
     """
     logits = lorafy(outputs_of(model))
+    # Shapes alone: nothing is computed.
     token, place = (jax.ShapeDtypeStruct(s, "int32") for s in ((1, 2), (1,)))
     known = jax.eval_shape(logits, lora_params, token, place).shape[-1]
     for example in data:

@@ -187,6 +187,7 @@ def _draw_train(axes: Any, train: Sequence[tuple]) -> None:
     steps, losses, rates = zip(*train, strict=True)
     axes.plot(steps, losses, color="tab:blue", alpha=0.3)
     axes.plot(steps, running_mean(losses), color="tab:blue", label="training loss (running mean)")
+    # The rate has its own axis: it is thousands of times smaller than the loss.
     side = axes.twinx()
     side.plot(steps, rates, color="tab:gray", linestyle=":", linewidth=1)
     side.set_ylabel("learning rate (dotted)")

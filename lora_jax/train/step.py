@@ -121,6 +121,7 @@ def make_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
         # Every batch of a `Loader` has a learned token; the maximum keeps other batches finite.
         count = jnp.maximum(learned, 1.0)
         grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.trainable)
+        # Weight decay reads the parameters, hence the third argument.
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = Metrics(total / count, optax.global_norm(grads), learned)
