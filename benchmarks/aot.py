@@ -23,6 +23,7 @@ from common import report
 
 import lora_jax as lora
 from lora_jax.quant import quantize_array
+from lora_jax.quant.array import coded
 from lora_jax.quant.kernels import gpu
 
 MIB = 2**20
@@ -133,20 +134,16 @@ def kernel_rows(width: int, forms: tuple = ("nf4", "int4", "uint4")) -> list[dic
     for form in forms:
         w = jax.ShapeDtypeStruct((width, width), jnp.bfloat16)
         q = jax.eval_shape(lambda w, form=form: quantize_array(w, format=form), w)
-        how = dict(form=lora.quant.array.form_of(q), block=q.block)
-        parts = (q.packed, q.scale, q.bias)
         for name, m in (("decode", 0), ("forward", 16), ("forward", 64)):
             x = jax.ShapeDtypeStruct((m, width), jnp.bfloat16)
 
-            def run(x, packed, scale, bias, name=name, how=how):
+            def run(x, q, name=name):
                 if name == "decode":
-                    return gpu.decode(packed, scale, bias, **how, dtype=jnp.bfloat16,
-                                      name="forward")  # fmt: skip
-                return gpu.matmul(x, packed, scale, bias, **how, dtype=jnp.bfloat16,
-                                  transposed=False)  # fmt: skip
+                    return gpu.decode(coded(q), dtype=jnp.bfloat16, name="forward")
+                return gpu.matmul(x, coded(q), dtype=jnp.bfloat16, transposed=False)
 
             row = {"kernel": name, "format": form, "rows": m}
-            row |= assembled(run, (x, *parts), ptxas)
+            row |= assembled(run, (x, q), ptxas)
             rows.append(row)
             print(row, flush=True)
     return rows

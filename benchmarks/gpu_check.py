@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import quant
-from lora_jax.quant.array import form_of, scales
-from lora_jax.quant.kernels import gpu, reference
+from lora_jax.quant.array import coded
+from lora_jax.quant.formats import decode
+from lora_jax.quant.kernels import gpu
 
 MOST_ERROR = 1e-2  # of 16-bit operands, as a ratio of norms
 # inputs, outputs, block, whether scales are quantized: odd numbers of superblocks, few columns
@@ -44,16 +45,16 @@ def weight_case(form: str, case: tuple, interpret: bool) -> dict[str, float]:
     k, n, block, double = case
     w = jax.random.normal(jax.random.key(k + n), (k, n)) / 8
     q = quant.quantize_array(w, format=form, block_size=block, double_quant=double)
-    arrays, how = (q.packed, scales(q), q.bias), dict(form=form_of(q), block=block)
-    host = jax.tree.map(lambda a: jax.device_put(a, jax.devices("cpu")[0]), arrays)
-    want = np.asarray(reference.decode(*host, **how, dtype=jnp.bfloat16), np.float32)
-    got = gpu.decode(*arrays, **how, dtype=jnp.bfloat16, name="forward", interpret=interpret)
+    held = coded(q)
+    host = coded(jax.tree.map(lambda a: jax.device_put(a, jax.devices("cpu")[0]), q))
+    want = np.asarray(decode(host, jnp.bfloat16), np.float32)
+    got = gpu.decode(held, dtype=jnp.bfloat16, name="forward", interpret=interpret)
     errors = {"decode": 0.0 if np.array_equal(np.float32(got), want) else np.inf}
-    if gpu.fused_obstacle(form_of(q), block, q.packed.shape, jnp.bfloat16):
+    if gpu.fused_obstacle(held.form, block, q.packed.shape, jnp.bfloat16):
         return errors
     for rows in ROWS:
         x = jax.random.normal(jax.random.key(rows), (rows, want.shape[0]), jnp.bfloat16)
-        y = gpu.matmul(x, *arrays, **how, transposed=False, dtype=jnp.float32, interpret=interpret)
+        y = gpu.matmul(x, held, transposed=False, dtype=jnp.float32, interpret=interpret)
         errors[f"{rows} rows"] = distance(y, np.float64(np.float32(x)) @ np.float64(want))
     return errors
 

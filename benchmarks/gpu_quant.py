@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from common import report
 
 from lora_jax.quant import QuantArray, matmul, quantize_array
-from lora_jax.quant.array import form_of
+from lora_jax.quant.array import coded
 from lora_jax.quant.kernels import gpu
 
 COLD_BYTES = 240 * 2**20  # four times an H200's second-level cache
@@ -121,15 +121,13 @@ def weights_of(k: int, n: int, form: str, sizes: Sizes) -> tuple[list, list[Quan
 def ways(q: QuantArray, m: int, sizes: Sizes) -> dict[str, Callable]:
     """Products `(x, arrays of one weight) -> y`, by name."""
     interpret = sizes.backend.endswith("interpret")
-    how = dict(form=form_of(q), block=q.block, interpret=interpret)
 
     def fused(x, w: QuantArray, transposed=False):
-        return gpu.matmul(x, w.packed, w.scale, w.bias, **how, transposed=transposed,
-                          dtype=x.dtype)  # fmt: skip
+        return gpu.matmul(x, coded(w), transposed=transposed, dtype=x.dtype, interpret=interpret)
 
     def decoded(x, w: QuantArray, transposed=False):
         name = "backward" if transposed else "forward"
-        full = gpu.decode(w.packed, w.scale, w.bias, **how, dtype=x.dtype, name=name)
+        full = gpu.decode(coded(w), dtype=x.dtype, name=name, interpret=interpret)
         return x @ (full.T if transposed else full)
 
     def chosen(x, w: QuantArray):
@@ -197,11 +195,10 @@ def decode_rows(sizes: Sizes) -> list[dict]:
     for k, n in sizes.shapes:
         for form in ("nf4", "int4"):
             dense, held = weights_of(k, n, form, sizes)
-            how = dict(form=form_of(held[0]), block=held[0].block, dtype=jnp.bfloat16,
-                       name="forward", interpret=sizes.backend.endswith("interpret"))  # fmt: skip
+            interpret = sizes.backend.endswith("interpret")
 
-            def decode(x, w, how=how):
-                return gpu.decode(w.packed, w.scale, w.bias, **how)
+            def decode(x, w, interpret=interpret):
+                return gpu.decode(coded(w), dtype=jnp.bfloat16, name="forward", interpret=interpret)
 
             one = jnp.ones((), jnp.bfloat16)
             runs = {"decode": (decode, one, held), "copy": (lambda x, w: w + x, one, dense)}

@@ -1,6 +1,7 @@
 """Quantizing the leaves of a parameter tree, and dequantizing them."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,12 +14,13 @@ from lora_jax.array import is_leaf
 from lora_jax.compat import require
 from lora_jax.config import matching
 from lora_jax.plan.leaf import Plan
-from lora_jax.quant.array import Backend, QuantArray, is_quant, quantize_array
+from lora_jax.quant.array import Backend, QuantArray, ScaleDtype, is_quant, quantize_array
 from lora_jax.quant.dispatch import check_backend
 from lora_jax.quant.formats import FormatName
 
-# Names, a regular expression, a `lora_jax.Plan`, or `f(path, leaf)`.
-Where = str | Sequence[str] | Plan | Callable[[str, Any], Any]
+# Names, a regular expression, a `lora_jax.Plan`, or a choice by path and leaf.
+Where = str | Sequence[str] | Plan | Callable[[str, Any], bool]
+_Named = Sequence[tuple[str, Any]]  # leaves with their paths
 
 
 def quantize(
@@ -28,7 +30,7 @@ def quantize(
     format: FormatName = "nf4",
     block_size: int = 64,
     double_quant: bool = False,
-    scale_dtype: str | None = None,
+    scale_dtype: ScaleDtype | None = None,
     roles: dict[str, str] | None = None,
     pad: bool = False,
     backend: Backend = "auto",
@@ -67,37 +69,29 @@ def quantize(
     flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     named = [(paths.spell(path), leaf) for path, leaf in flat]
     chosen = _chosen(where, named)
-    planned = where.by_path() if isinstance(where, Plan) else {}
-
-    def one(path: str, leaf: Any) -> QuantArray:
-        # The caller's roles come before the plan's.
-        own = _roles_of(roles or {}, path) or (planned[path].roles if path in planned else None)
-        q = quantize_array(
-            leaf,
-            format=format,
-            block_size=block_size,
-            scale_dtype=scale_dtype,
-            double_quant=double_quant,
-            roles=own,
-            pad=pad,
-            name=path,
-        )
-        return dataclasses.replace(q, backend=backend)
-
-    out = [
-        one(path, leaf) if path in chosen else leaf
-        for path, leaf in _shown(named, progress, len(chosen))
-    ]
+    found = {leaf.path: leaf.roles for leaf in where.adapted} if isinstance(where, Plan) else {}
+    make = functools.partial(
+        quantize_array, format=format, block_size=block_size, scale_dtype=scale_dtype,
+        double_quant=double_quant, pad=pad,
+    )  # fmt: skip
+    out = []
+    for path, leaf in _shown(named, progress, len(chosen)):
+        if path in chosen:
+            # What the caller states comes before what the plan found.
+            own = _stated(roles or {}, path) or found.get(path)
+            leaf = dataclasses.replace(make(leaf, roles=own, name=path), backend=backend)
+        out.append(leaf)
     return jax.tree.unflatten(tree, out)
 
 
-def _shown(named: list, progress: bool, count: int) -> Iterator:
+def _shown(named: _Named, progress: bool, count: int) -> Iterator[tuple[str, Any]]:
     if not progress:
         return iter(named)
     return iter(require("tqdm").tqdm(named, desc=f"quantizing {count} weights", unit="leaf"))
 
 
-def _roles_of(roles: dict[str, str], path: str) -> str | None:
+def _stated(roles: dict[str, str], path: str) -> str | None:
+    """The roles that a pattern gives to a leaf or its module."""
     for name in (path, paths.module_of(path)):
         pattern = matching.matched_pattern(roles, name)
         if pattern is not None:
@@ -105,7 +99,8 @@ def _roles_of(roles: dict[str, str], path: str) -> str | None:
     return None
 
 
-def _chosen(where: Where, named: list) -> set[str]:
+def _chosen(where: Where, named: _Named) -> set[str]:
+    """The paths of the leaves to quantize."""
     for path, leaf in named:
         if not is_quant(leaf) and is_leaf(leaf):
             raise ValueError(
@@ -116,12 +111,12 @@ def _chosen(where: Where, named: list) -> set[str]:
         unknown = chosen - {path for path, _ in named}
         if unknown:
             raise ValueError(
-                f"`where` is a plan with `{sorted(unknown)[0]}`, which `params` does not have: "
-                "pass the plan of these parameters"
+                f"`where` is a plan of `{sorted(unknown)[0]}`, which `params` does not have"
             )
     elif isinstance(where, str | Sequence):
         chosen = _by_name(where, named)
     else:
+        # A function that takes every leaf should not fail on those that are quantized already.
         chosen = {path for path, leaf in named if not is_quant(leaf) and where(path, leaf)}
     done = [path for path, leaf in named if path in chosen and is_quant(leaf)]
     if done:
@@ -129,10 +124,7 @@ def _chosen(where: Where, named: list) -> set[str]:
             f"`{done[0]}` is quantized already; `lora.dequantize` first to choose another format"
         )
     if not chosen:
-        raise ValueError(
-            "`where` chooses no leaf of `params`: give module names, a regular expression, or "
-            "`f(path, leaf) -> bool`"
-        )
+        raise ValueError("`where` chooses no leaf of `params`")
     return chosen
 
 
@@ -140,7 +132,7 @@ def _chosen(where: Where, named: list) -> set[str]:
 _VECTORS = ("scale", "bias")
 
 
-def _by_name(where: str | Sequence[str], named: list) -> set[str]:
+def _by_name(where: str | Sequence[str], named: _Named) -> set[str]:
     """Leaves of at least two dims whose path or module matches; vectors are never quantized."""
     wide = [
         path
@@ -154,7 +146,8 @@ def _by_name(where: str | Sequence[str], named: list) -> set[str]:
             path
             for path in wide
             for name in (path, paths.module_of(path))
-            if _matches(entry, name, pattern=isinstance(where, str))
+            # One string is a regular expression; a list has the ends of names. As in PEFT.
+            if _matches(entry, name, isinstance(where, str))
         }
         if not hits:
             known = paths.nearest(entry, {paths.module_of(path) for path in wide})
@@ -163,7 +156,7 @@ def _by_name(where: str | Sequence[str], named: list) -> set[str]:
     return chosen
 
 
-def _matches(entry: str, name: str, *, pattern: bool) -> bool:
+def _matches(entry: str, name: str, pattern: bool) -> bool:
     if pattern:
         return re.fullmatch(entry, name) is not None
     return matching.ends_with(name, entry)

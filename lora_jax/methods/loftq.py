@@ -94,7 +94,7 @@ def _quantize(x: Array, w: Any, like: QuantArray | None, leaf: LeafPlan) -> Quan
         x,
         format=like.format,
         block_size=like.block,
-        scale_dtype=None if double else str(like.scale.dtype),
+        scale_dtype=None if double else like.scale.dtype.name,
         double_quant=double,
         roles=like.roles,
         pad=True,

@@ -7,7 +7,7 @@ It has the shape, dtype and roles of its weight. Its arrays are those of the mat
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax.core
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ _META = ("format", "block", "shape", "roles", "dtype", "backend")
 # Which kernels multiply with a weight: "auto" follows JAX's default device, "..._interpret" runs a
 # kernel in Pallas' interpreter.
 Backend = Literal["auto", "reference", "gpu", "tpu", "gpu_interpret", "tpu_interpret"]
-SCALE_DTYPES = ("float32", "bfloat16", "float16")
+ScaleDtype = Literal["float32", "bfloat16", "float16"]
+SCALE_DTYPES: tuple[ScaleDtype, ...] = get_args(ScaleDtype)
 
 
 @leaf_class(_META)
@@ -119,7 +120,7 @@ def scales(q: QuantArray) -> Float[Array, "*s b n"]:
     """The scales as floats, `(stack..., K/B, N)`, decoded if they are quantized."""
     if q.scale2 is None:
         return q.scale
-    return formats.expand_scales(q.scale, q.scale2, q.offset, q.scale_map, _true_blocks(q))
+    return formats.expand_scales(q.scale, q.scale2, q.offset, q.scale_map, blocks=_true_blocks(q))
 
 
 def expanded(q: QuantArray) -> QuantArray:
@@ -134,9 +135,14 @@ def _true_blocks(q: QuantArray) -> int:
     return -(-matrix_sizes(q)[1] // q.block)
 
 
+def coded(q: QuantArray) -> formats.Coded:
+    """The weight's matrices with their scales in floats."""
+    return formats.Coded(q.packed, scales(q), q.bias, form=form_of(q), block=q.block)
+
+
 def matrix(q: QuantArray) -> Float[Array, "*s k n"]:
     """The decoded matrix with its padding, in the weight's dtype."""
-    return formats.decode(q.packed, scales(q), q.bias, form_of(q), q.block, q.dtype)
+    return formats.decode(coded(q), q.dtype)
 
 
 def quantize_array(
@@ -144,7 +150,7 @@ def quantize_array(
     *,
     format: formats.FormatName = "nf4",
     block_size: int = 64,
-    scale_dtype: str | None = None,
+    scale_dtype: ScaleDtype | None = None,
     double_quant: bool = False,
     roles: str | None = None,
     pad: bool = False,
@@ -176,13 +182,27 @@ def quantize_array(
     form = formats.known_format(format)
     roles = default_roles(len(w.shape)) if roles is None else roles
     scale_dtype = scale_dtype or ("float32" if double_quant else "bfloat16")
-    _check_request(w, form, block_size, scale_dtype, double_quant, roles, pad, name)
+    _check_format(form, block_size, scale_dtype, double_quant)
+    _check_weight(w, block_size, roles=roles, pad=pad, name=name)
     # Values are checked outside `jit` only; a tracer has none.
     if not isinstance(w, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(jnp.asarray(w)))):
         raise ValueError(f"`{name}` is not finite (NaN or infinity): it cannot be quantized")
-    parts = _encode(w, roles, form, block_size, jnp.dtype(scale_dtype), double_quant)
-    q = QuantArray(**parts, format=form.name, block=block_size, shape=tuple(w.shape), roles=roles,
-                   dtype=jnp.dtype(w.dtype))  # fmt: skip
+    parts = _encode(
+        w,
+        roles=roles,
+        form=form,
+        block=block_size,
+        scale_dtype=jnp.dtype(scale_dtype),
+        double=double_quant,
+    )
+    q = QuantArray(
+        **parts,
+        format=form.name,
+        block=block_size,
+        shape=tuple(w.shape),
+        roles=roles,
+        dtype=jnp.dtype(w.dtype),
+    )
     _check_range(q, w, name)
     return q
 
@@ -192,18 +212,7 @@ def default_roles(ndim: int) -> str:
     return "s" * (ndim - 2) + "io"
 
 
-def _check_request(
-    w: Any,
-    form: formats.Format,
-    block: int,
-    scale_dtype: str,
-    double: bool,
-    roles: str,
-    pad: bool,
-    name: str,
-) -> None:
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise ValueError(f"`{name}` is {w.dtype}: only floating-point weights are quantized")
+def _check_format(form: formats.Format, block: int, scale_dtype: str, double: bool) -> None:
     if block not in formats.BLOCK_SIZES:
         known = ", ".join(map(str, formats.BLOCK_SIZES))
         raise ValueError(f"`block_size` must be one of {known}, got {block}")
@@ -216,6 +225,11 @@ def _check_request(
             f"`double_quant` needs a format whose scales are magnitudes (nf4, fp4, int8), got "
             f'"{form.name}"'
         )
+
+
+def _check_weight(w: Any, block: int, *, roles: str, pad: bool, name: str) -> None:
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"`{name}` is {w.dtype}: only floating-point weights are quantized")
     if len(roles) != len(w.shape) or not {"i", "o"} <= set(roles) or set(roles) - set("siou"):
         raise ValueError(
             f"`roles` {roles!r} does not fit `{name}` of shape {tuple(w.shape)}: one letter a dim, "
@@ -249,8 +263,8 @@ def _check_range(q: QuantArray, w: Any, name: str) -> None:
         )
 
 
-def _extremes(q: QuantArray, size: Array) -> Array:
-    """The extreme values of the codes of each block, in the weight's dtype."""
+def _extremes(q: QuantArray, size: Float[Array, "*s b n"]) -> Float[Array, "2 *s b n"]:
+    """The lowest and the highest value that each block's codes stand for, in the weight's dtype."""
     form = form_of(q)
     # int8 codes are their own values.
     values = (-127, 127) if form.codebook is None else form.codebook
@@ -260,7 +274,7 @@ def _extremes(q: QuantArray, size: Array) -> Array:
     return jnp.stack(ends).astype(q.dtype)
 
 
-def _spread(q: QuantArray, w: Any) -> Array:
+def _spread(q: QuantArray, w: Any) -> Float[Array, "*s b n"]:
     """What the scale of each block is computed from: its range, or its largest magnitude."""
     folded = to_matrix(jnp.asarray(w, jnp.float32), q.roles)
     # Filled as `_encode` fills it: an affine block's range includes the zeros of its padding.
@@ -272,25 +286,30 @@ def _spread(q: QuantArray, w: Any) -> Array:
     return jnp.max(jnp.abs(blocks), axis=-2)
 
 
-def _fill(m: Array, rows: int) -> Array:
+def _fill(m: Float[Array, "*s k n"], rows: int) -> Float[Array, "*s m n"]:
+    """The matrix with zeros below it, `rows` in all."""
     return jnp.pad(m, [(0, 0)] * (m.ndim - 2) + [(0, rows - m.shape[-2]), (0, 0)])
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnames=("roles", "form", "block", "scale_dtype", "double"))
 def _encode(
-    w: Array, roles: str, form: formats.Format, block: int, scale_dtype: np.dtype, double: bool
-) -> dict:
+    w: Array,
+    *,
+    roles: str,
+    form: formats.Format,
+    block: int,
+    scale_dtype: np.dtype,
+    double: bool,
+) -> dict[str, Any]:
     """The arrays of a quantized weight."""
     m = to_matrix(w, roles)
     *stack, fan_in, fan_out = m.shape
     rows = formats.padded_inputs(fan_in, form, block)
 
-    def one(m: Array) -> dict:
+    def one(m: Float[Array, "k n"]) -> dict[str, Any]:
         # Scales that are quantized again stay float32 until then: no rounding comes twice.
-        codes, scale, bias = formats.encode(
-            _fill(m.astype(jnp.float32), rows), form, block,
-            jnp.float32 if double else scale_dtype,
-        )  # fmt: skip
+        kept = jnp.float32 if double else scale_dtype
+        codes, scale, bias = formats.encode(_fill(m.astype(jnp.float32), rows), form, block, kept)
         out = {"packed": formats.pack(codes, form, block), "scale": scale, "bias": bias}
         if double:
             out |= formats.compress_scales(scale, -(-fan_in // block))

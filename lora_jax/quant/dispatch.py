@@ -10,18 +10,20 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import get_args
 
-import jax
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from lora_jax import compat
 from lora_jax.quant.array import Backend, QuantArray, form_of
-from lora_jax.quant.kernels import reference
+from lora_jax.quant.formats import Coded, Pass, decode
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+# What "auto" chooses on JAX's platforms; the reference on any other.
+_OF_PLATFORM: Mapping[str, Backend] = {"gpu": "gpu", "cuda": "gpu", "tpu": "tpu"}
 
 
 class ReferenceWarning(UserWarning):
@@ -33,8 +35,9 @@ class Kernel:
     """How one product is computed.
 
     Attributes:
-      decode: `(packed, scale, bias, *, form, block, dtype, name) -> (K, N)`.
-      matmul: the fused product, or None to decode and then multiply.
+      decode: `(w, *, dtype, name) -> (K, N)`, of a `formats.Coded` matrix.
+      matmul: the fused product `(x, w, *, transposed, dtype) -> (M, N or K)`, or None to decode
+        and then multiply.
       reason: why the reference runs although another backend was chosen, or "".
     """
 
@@ -57,7 +60,7 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def backend_of(q: QuantArray) -> str:
+def backend_of(q: QuantArray) -> Backend:
     """The backend of a weight, "auto" resolved by JAX's default device.
 
     Raises:
@@ -66,9 +69,7 @@ def backend_of(q: QuantArray) -> str:
     check_backend(q.backend)
     if q.backend != "auto":
         return q.backend
-    return {"gpu": "gpu", "cuda": "gpu", "tpu": "tpu"}.get(
-        compat.default_device().platform, "reference"
-    )
+    return _OF_PLATFORM.get(compat.default_device().platform, "reference")
 
 
 def choose_kernel(
@@ -96,21 +97,21 @@ def choose_kernel(
         _warn_once(f"{backend}: {reason}; the reference decodes it")
         return Kernel(_reference, reason=reason)
     options = {"interpret": bool(interpreted)}
-    decode = functools.partial(kernels.decode, **options)
+    decoder = functools.partial(kernels.decode, **options)
     limit = fused_rows(backend, form.name, packed[-1], transposed=transposed)
     # For many rows the device's own product of a decoded copy beats a fused kernel.
     if rows > limit or kernels.fused_obstacle(form, q.block, packed, dtype):
-        return Kernel(decode)
-    return Kernel(decode, functools.partial(kernels.matmul, **options))
+        return Kernel(decoder)
+    return Kernel(decoder, functools.partial(kernels.matmul, **options))
 
 
-def _reference(packed, scale, bias, *, form, block, dtype, name) -> jax.Array:
+def _reference(w: Coded, *, dtype: DTypeLike, name: Pass) -> Float[Array, "k n"]:
     del name  # only kernels have one
-    return reference.decode(packed, scale, bias, form=form, block=block, dtype=dtype)
+    return decode(w, dtype)
 
 
-@functools.cache
 # Cached by its text: a reason is warned of once a process, not in every layer.
+@functools.cache
 def _warn_once(text: str) -> None:
     warnings.warn(text, ReferenceWarning, stacklevel=4)
 

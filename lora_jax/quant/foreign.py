@@ -6,11 +6,13 @@ Codes and scales are only put in another order, which is exact in both direction
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Integer
 
 from lora_jax.dims import sizes
 from lora_jax.quant import formats
@@ -24,9 +26,28 @@ from lora_jax.quant.array import (
 )
 
 _STATE = "quant_state.bitsandbytes__"
-# (our format, bytes of a block of 32, of which the float16 scale and minimum come first). Q4_0 is
-# (code - 8) · scale, Q4_1 is code · scale + minimum, Q8_0 is code · scale.
-GGUF_KINDS = {"Q4_0": ("int4", 18, 2), "Q4_1": ("uint4", 20, 4), "Q8_0": ("int8", 34, 2)}
+
+
+class GgufKind(NamedTuple):
+    """A type of GGUF's tensors.
+
+    Attributes:
+      format: ours with the same codes.
+      size: bytes of a block.
+      head: of which the float16 scale, and minimum if there is one, come first.
+    """
+
+    format: formats.FormatName
+    size: int
+    head: int
+
+
+# Q4_0 is (code - 8) · scale, Q4_1 is code · scale + minimum, Q8_0 is code · scale.
+GGUF_KINDS: Mapping[str, GgufKind] = {
+    "Q4_0": GgufKind("int4", size=18, head=2),
+    "Q4_1": GgufKind("uint4", size=20, head=4),
+    "Q8_0": GgufKind("int8", size=34, head=2),
+}
 _GGUF_BLOCK = 32
 
 
@@ -35,11 +56,11 @@ def from_codes(
     scale: Any,
     bias: Any = None,
     *,
-    format: str,
+    format: formats.FormatName,
     block_size: int,
     roles: str | None = None,
     shape: Sequence[int] | None = None,
-    dtype: Any = "float32",
+    dtype: DTypeLike = "float32",
     name: str = "w",
 ) -> QuantArray:
     """A `QuantArray` of given codes, scales and biases: `w = codebook[code]·scale + bias`.
@@ -65,36 +86,21 @@ def from_codes(
     roles = roles or default_roles(codes.ndim)
     shape = tuple(codes.shape if shape is None else shape)
     *stack, fan_in, fan_out = codes.shape
-    wanted = (tuple(stack), fan_in, fan_out)
-    if (
-        sizes(shape, roles) != wanted
-        or fan_in % block_size
-        or _blocks(scale) != ((*stack, fan_in // block_size, fan_out))
-    ):
+    fits = sizes(shape, roles) == (tuple(stack), fan_in, fan_out) and not fan_in % block_size
+    if not fits or scale.shape != (*stack, fan_in // block_size, fan_out):
         raise ValueError(
             f"`{name}`: codes {list(codes.shape)} and scales {list(scale.shape)} do not fit a "
             f"weight of shape {shape}, roles {roles}, in blocks of {block_size}: expected "
             f"(stack..., K, N) and (stack..., K/{block_size}, N), the block dividing K"
         )
-    if not all(
-        np.isfinite(np.asarray(x, np.float32)).all() for x in (scale, bias) if x is not None
-    ):
-        raise ValueError(f"`{name}`: its scales hold NaN or infinity; the file is damaged")
-    if str(scale.dtype) not in SCALE_DTYPES:
-        raise ValueError(
-            f"`{name}`: scales are {scale.dtype}, expected {' or '.join(SCALE_DTYPES)}"
-        )
+    _check_scales(scale, bias, name)
     rows = formats.padded_inputs(fan_in, form, block_size)
-
-    def fill(x: np.ndarray, count: int, value: float = 0) -> np.ndarray:
-        pads = [(0, 0)] * (x.ndim - 2) + [(0, count - x.shape[-2]), (0, 0)]
-        return np.pad(x, pads, constant_values=value)
-
+    blocks = rows // block_size
     # Padding decodes to zero: its code has the value 0, or its scale and bias are 0.
     q = QuantArray(
-        jnp.asarray(formats.pack(fill(codes, rows, form.zero), form, block_size)),
-        jnp.asarray(fill(scale, rows // block_size)),
-        None if bias is None else jnp.asarray(fill(np.asarray(bias), rows // block_size)),
+        jnp.asarray(formats.pack(_fill(codes, rows, form.zero), form, block_size)),
+        jnp.asarray(_fill(scale, blocks)),
+        None if bias is None else jnp.asarray(_fill(np.asarray(bias), blocks)),
         format=form.name,
         block=block_size,
         shape=shape,
@@ -104,11 +110,23 @@ def from_codes(
     return check(q, name)
 
 
-def _blocks(scale: np.ndarray) -> tuple[int, ...]:
-    return tuple(scale.shape)
+def _check_scales(scale: np.ndarray, bias: Any, name: str) -> None:
+    for x in (scale,) if bias is None else (scale, bias):
+        if not np.isfinite(np.asarray(x, np.float32)).all():
+            raise ValueError(f"`{name}`: its scales hold NaN or infinity; the file is damaged")
+    if str(scale.dtype) not in SCALE_DTYPES:
+        raise ValueError(
+            f"`{name}`: scales are {scale.dtype}, expected {' or '.join(SCALE_DTYPES)}"
+        )
 
 
-def codes_of(q: QuantArray) -> np.ndarray:
+def _fill(x: np.ndarray, rows: int, value: float = 0) -> np.ndarray:
+    """The matrix with rows of one value below it, `rows` in all."""
+    pads = [(0, 0)] * (x.ndim - 2) + [(0, rows - x.shape[-2]), (0, 0)]
+    return np.pad(x, pads, constant_values=value)
+
+
+def codes_of(q: QuantArray) -> Integer[np.ndarray, "*s k n"]:
     """The codes `(stack..., K, N)` of a weight, without padding."""
     form = form_of(q)
     codes = np.asarray(formats.unpack(q.packed, form, q.block))
@@ -121,7 +139,7 @@ def from_gguf(
     *,
     roles: str = "io",
     shape: Sequence[int] | None = None,
-    dtype: Any = "float32",
+    dtype: DTypeLike = "float32",
     name: str = "w",
 ) -> QuantArray:
     """A `QuantArray` of a GGUF tensor, in its blocks of 32 and with its float16 scales.
@@ -149,19 +167,17 @@ def from_gguf(
             f"dequantize it, then `lora.quantize`"
         )
     format, size, head = GGUF_KINDS[kind]
-    blocks = np.asarray(blocks)
     if blocks.ndim != 2 or blocks.dtype != np.uint8 or blocks.shape[1] % size:
         raise ValueError(
             f"`{name}`: expected the bytes of whole {kind} blocks, uint8 (outputs, n·{size}), got "
             f"{blocks.dtype}{list(blocks.shape)}"
         )
-    parts = blocks.reshape(blocks.shape[0], -1, size)
+    parts = blocks.reshape(len(blocks), -1, size)  # (outputs, blocks of a row, bytes)
     fields = np.ascontiguousarray(parts[..., :head]).view(np.float16)
     data = parts[..., head:]
     # Low four bits hold inputs 0 to 15 of a block, high four bits 16 to 31.
     codes = data.view(np.int8) if format == "int8" else np.concatenate([data & 15, data >> 4], -1)
-    outputs = blocks.shape[0]
-    fan_in = parts.shape[1] * _GGUF_BLOCK
+    outputs, fan_in = len(blocks), parts.shape[1] * _GGUF_BLOCK
     if shape is None:
         shape = (fan_in, outputs) if roles.index("i") < roles.index("o") else (outputs, fan_in)
     return from_codes(
@@ -179,7 +195,11 @@ def from_gguf(
 
 
 def from_bitsandbytes(
-    tensors: Mapping[str, np.ndarray], *, roles: str = "io", dtype: Any = None, name: str = "weight"
+    tensors: Mapping[str, np.ndarray],
+    *,
+    roles: Literal["io", "oi"] = "io",
+    dtype: DTypeLike | None = None,
+    name: str = "weight",
 ) -> QuantArray:
     """A `QuantArray` of a 4-bit weight in a bitsandbytes checkpoint.
 
@@ -196,12 +216,7 @@ def from_bitsandbytes(
 
     Source: bitsandbytes `QuantState.as_dict`, `quantize_4bit`.
     """
-    key = next((k for k in tensors if k.startswith(_STATE)), None)
-    missing = [k for k in ("", "absmax", "quant_map") if k not in tensors]
-    if key is None or missing:
-        lost = missing + ([_STATE + "nf4"] if key is None else [])
-        raise ValueError(f"`{name}`: bitsandbytes tensors {', '.join(map(repr, lost))} are missing")
-    state = json.loads(np.asarray(tensors[key], np.uint8).tobytes())
+    state = _state_of(tensors, name)
     format, block = state["quant_type"], int(state["blocksize"])
     form = formats.known_format(format)
     outputs, fan_in = _torch_shape(state, name)
@@ -217,14 +232,34 @@ def from_bitsandbytes(
     raw = np.asarray(tensors[""]).reshape(-1).view(np.uint8)
     codes = np.stack([raw >> 4, raw & 15], 1).reshape(-1)[: outputs * fan_in]
     absmax = np.asarray(tensors["absmax"]).reshape(outputs, fan_in // block).T
-    double = "nested_absmax" in tensors
-    shape = (fan_in, outputs) if roles == "io" else (outputs, fan_in)
-    # Double-quantized, these are uint8 codes: exact in float32, and cast back below.
-    scale = absmax.astype(np.float32)
-    q = from_codes(codes.reshape(outputs, fan_in).T, scale, format=format, block_size=block,
-                   roles=roles, shape=shape, dtype=dtype or state["dtype"], name=name)  # fmt: skip
-    if not double:
-        return q
+    q = from_codes(
+        codes.reshape(outputs, fan_in).T,
+        # Double-quantized, these are uint8 codes: exact in float32, and cast back below.
+        absmax.astype(np.float32),
+        format=format,
+        block_size=block,
+        roles=roles,
+        shape=(fan_in, outputs) if roles == "io" else (outputs, fan_in),
+        dtype=dtype or state["dtype"],
+        name=name,
+    )
+    return _with_nested(q, tensors, state, name) if "nested_absmax" in tensors else q
+
+
+def _state_of(tensors: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
+    """The JSON object that a bitsandbytes checkpoint has beside the tensors of a weight."""
+    key = next((k for k in tensors if k.startswith(_STATE)), None)
+    missing = [k for k in ("", "absmax", "quant_map") if k not in tensors]
+    if key is None or missing:
+        lost = missing + ([_STATE + "nf4"] if key is None else [])
+        raise ValueError(f"`{name}`: bitsandbytes tensors {', '.join(map(repr, lost))} are missing")
+    return json.loads(np.asarray(tensors[key], np.uint8).tobytes())
+
+
+def _with_nested(
+    q: QuantArray, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any], name: str
+) -> QuantArray:
+    """The weight with the scales of its scales; `q.scale` has the codes as floats."""
     table = np.asarray(tensors["nested_quant_map"], np.float32).reshape(-1)
     # bitsandbytes computes this table on the machine that quantizes, so its last bits differ.
     _same_table(table, formats.dynamic_map(), "nested_quant_map", name, ulp=4)
@@ -242,7 +277,8 @@ def from_bitsandbytes(
     )
 
 
-def _torch_shape(state: Mapping, name: str) -> tuple[int, int]:
+def _torch_shape(state: Mapping[str, Any], name: str) -> tuple[int, int]:
+    """Outputs and inputs of a weight."""
     if len(state["shape"]) != 2:
         raise ValueError(f"`{name}` has shape {state['shape']}, expected a matrix (out, in)")
     outputs, fan_in = map(int, state["shape"])
@@ -250,6 +286,7 @@ def _torch_shape(state: Mapping, name: str) -> tuple[int, int]:
 
 
 def _same_table(got: Any, want: np.ndarray, part: str, name: str, *, ulp: float = 0) -> None:
+    """Refuses a table of values that is not `want`, up to `ulp` units in the last place."""
     got = np.asarray(got, np.float32).reshape(-1)
     near = ulp * np.spacing(np.abs(want))
     if got.shape != want.shape or np.any(np.abs(got - want) > near):

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
 from lora_jax.dims import AnyArray
@@ -39,6 +40,8 @@ _FP4 = tuple(x / 12 for x in _FP4_POSITIVE) + tuple(-x / 12 for x in _FP4_POSITI
 
 # The keys of `FORMATS`, for annotations.
 FormatName = Literal["nf4", "fp4", "int4", "uint4", "int8"]
+# What a weight is decoded for; kernels have it in their names, see `lora_jax.quant.matmul`.
+Pass = Literal["forward", "backward"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,15 +99,36 @@ class Format:
         return self.packing.slabs * block
 
 
+_SIGNED = tuple(float(c - 8) for c in range(16))
+_UNSIGNED = tuple(float(c) for c in range(16))
 FORMATS: dict[str, Format] = {
     # Codes start at the lowest value, and 7 is NF4's exact zero.
-    "nf4": Format("nf4", NIBBLES, _NF4, "absmax", 7),
-    "fp4": Format("fp4", NIBBLES, _FP4, "absmax", 0),
-    "int4": Format("int4", NIBBLES, tuple(float(c - 8) for c in range(16)), "signed", 8),
-    "uint4": Format("uint4", NIBBLES, tuple(float(c) for c in range(16)), "range", 0),
-    "int8": Format("int8", BYTES, None, "absmax", 0),
+    "nf4": Format("nf4", NIBBLES, _NF4, scale="absmax", zero=7),
+    "fp4": Format("fp4", NIBBLES, _FP4, scale="absmax", zero=0),
+    "int4": Format("int4", NIBBLES, _SIGNED, scale="signed", zero=8),
+    "uint4": Format("uint4", NIBBLES, _UNSIGNED, scale="range", zero=0),
+    "int8": Format("int8", BYTES, None, scale="absmax", zero=0),
 }
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """Matrices as they are stored, and how to read them.
+
+    Attributes:
+      packed: bytes of the codes.
+      scale: one number a block and output.
+      bias: likewise in the affine format, else None.
+      form: the block format.
+      block: inputs that share a scale.
+    """
+
+    packed: Integer[AnyArray, "*s p n"]
+    scale: Float[AnyArray, "*s b n"]
+    bias: Float[AnyArray, "*s b n"] | None
+    form: Format
+    block: int
 
 
 def known_format(name: str) -> Format:
@@ -124,7 +148,7 @@ def padded_inputs(inputs: int, form: Format, block: int) -> int:
     return -(-inputs // rows) * rows
 
 
-def code_values(codes: Array, form: Format) -> Float[Array, "..."]:
+def code_values(codes: Integer[Array, "*c"], form: Format) -> Float[Array, "*c"]:
     """The codebook's value of each code, float32: arithmetic and selects only, no gather."""
     if form.codebook is None:
         return codes.astype(jnp.float32)
@@ -160,7 +184,9 @@ def pack(codes: Integer[AnyArray, "*s k n"], form: Format, block: int) -> Any:
     return packed.astype(packing.dtype).reshape(*stack, rows // packing.slabs, cols)
 
 
-def unpack(packed: AnyArray, form: Format, block: int) -> Array:
+def unpack(
+    packed: Integer[AnyArray, "*s p n"], form: Format, block: int
+) -> Integer[Array, "*s k n"]:
     """The codes `(..., K, N)`: the inverse of `pack`."""
     *stack, rows, cols = packed.shape
     slabs = form.packing.split(packed.reshape(*stack, rows // block, block, cols))
@@ -168,12 +194,15 @@ def unpack(packed: AnyArray, form: Format, block: int) -> Array:
     return jnp.stack(slabs, axis=-3).reshape(*stack, len(slabs) * rows, cols)
 
 
-def unpack_rows(packed: AnyArray, rows: AnyArray, form: Format, block: int) -> Array:
+def unpack_rows(
+    packed: Integer[AnyArray, "*s p n"], rows: Integer[AnyArray, "m"], form: Format, block: int
+) -> Integer[Array, "*s m n"]:
     """The codes of some rows of a matrix, without unpacking the others.
 
     Args:
       packed: of the matrix, perhaps with stack dims before it.
-      rows: integers `(n,)` below K.
+      rows: below K.
+      form, block: how to read it.
     """
     superblock, inside = rows // form.rows(block), rows % form.rows(block)
     byte = jnp.take(packed, superblock * block + inside % block, axis=packed.ndim - 2)
@@ -184,8 +213,8 @@ def unpack_rows(packed: AnyArray, rows: AnyArray, form: Format, block: int) -> A
 
 
 def encode(
-    w: Float[Array, "*s k n"], form: Format, block: int, scale_dtype: Any
-) -> tuple[Array, Array, Array | None]:
+    w: Float[Array, "*s k n"], form: Format, block: int, scale_dtype: DTypeLike
+) -> tuple[Integer[Array, "*s k n"], Float[Array, "*s b n"], Float[Array, "*s b n"] | None]:
     """Codes, scales and biases of a matrix of whole superblocks.
 
     Codes are chosen for the scale as it is stored, so that its rounding costs nothing.
@@ -226,12 +255,12 @@ def _magnitude(blocks: Float[Array, "*s b k n"], form: Format) -> Float[Array, "
     return largest / 127 if form.codebook is None else largest
 
 
-def _inverse(scale: AnyArray) -> Array:
+def _inverse(scale: Float[AnyArray, "*s"]) -> Float[Array, "*s"]:
     # Like bitsandbytes, one division a block and then products: codes at a tie depend on it.
     return jnp.where(scale == 0, 0.0, 1 / jnp.where(scale == 0, 1.0, scale))
 
 
-def _nearest(x: Array, form: Format) -> Array:
+def _nearest(x: Float[Array, "*s"], form: Format) -> Integer[Array, "*s"]:
     if form.codebook is None:
         return jnp.clip(jnp.round(x), -127, 127).astype(jnp.int8)
     first, last = form.codebook[0], form.codebook[-1]
@@ -255,17 +284,15 @@ def _ladder(form: Format) -> tuple[np.ndarray, np.ndarray]:
     return order, (ordered[1:] + ordered[:-1]) / np.float32(2)
 
 
-def decode(
-    packed: AnyArray, scale: AnyArray, bias: AnyArray | None, form: Format, block: int, dtype: Any
-) -> Float[Array, "*s k n"]:
-    """The matrix: computed in float32, rounded once to `dtype`."""
-    codes = unpack(packed, form, block)
+def decode(w: Coded, dtype: DTypeLike) -> Float[Array, "*s k n"]:
+    """The matrices, K filled up to whole superblocks: computed in float32, rounded once."""
+    codes = unpack(w.packed, w.form, w.block)
     *stack, rows, cols = codes.shape
     # float32 up to the last step, like bitsandbytes, whose weights come out to the bit.
-    values = code_values(codes, form).reshape(*stack, rows // block, block, cols)
-    values = values * scale.astype(jnp.float32)[..., None, :]
-    if bias is not None:
-        values = values + bias.astype(jnp.float32)[..., None, :]
+    values = code_values(codes, w.form).reshape(*stack, rows // w.block, w.block, cols)
+    values = values * w.scale.astype(jnp.float32)[..., None, :]
+    if w.bias is not None:
+        values = values + w.bias.astype(jnp.float32)[..., None, :]
     return values.reshape(*stack, rows, cols).astype(dtype)
 
 
@@ -315,7 +342,7 @@ def compress_scales(scale: Float[Array, "b n"], blocks: int) -> dict:
     count = -(-flat.size // SCALE_BLOCK)
     rest = jnp.pad(flat - offset, (0, count * SCALE_BLOCK - flat.size)).reshape(count, SCALE_BLOCK)
     scale2 = jnp.max(jnp.abs(rest), axis=1)
-    scaled = rest * jnp.where(scale2 == 0, 0.0, 1 / jnp.where(scale2 == 0, 1.0, scale2))[:, None]
+    scaled = rest * _inverse(scale2)[:, None]
     table = dynamic_map()
     middles = (table[1:] + table[:-1]) / np.float32(2)
     # "left" gives a tie the lower code, as in `_nearest`.
@@ -331,7 +358,12 @@ def compress_scales(scale: Float[Array, "b n"], blocks: int) -> dict:
 
 
 def expand_scales(
-    codes: AnyArray, scale2: AnyArray, offset: AnyArray, scale_map: AnyArray, blocks: int
+    codes: Integer[AnyArray, "*s b n"],
+    scale2: Float[AnyArray, "*s groups"],
+    offset: Float[AnyArray, "*s"],
+    scale_map: Float[AnyArray, "*s 256"],
+    *,
+    blocks: int,
 ) -> Float[Array, "*s b n"]:
     """The scales as float32 numbers, `(stack..., K/B, N)`.
 

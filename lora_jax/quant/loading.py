@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.quant import formats, ops
-from lora_jax.quant.array import QuantArray, quantize_array
+from lora_jax.quant.array import QuantArray, ScaleDtype, quantize_array
 from lora_jax.quant.foreign import stack_weights
 
 FILE = "file"
@@ -36,7 +36,7 @@ class QuantConfig:
     format: formats.FormatName | Literal["file"] = "nf4"
     block_size: int = 64
     double_quant: bool = False
-    scale_dtype: str | None = None
+    scale_dtype: ScaleDtype | None = None
 
     def __post_init__(self) -> None:
         if self.format != FILE:
@@ -55,8 +55,10 @@ def quant_config(quantize: "str | QuantConfig | None") -> QuantConfig | None:
     return QuantConfig(format=formats.FORMATS[quantize].name)
 
 
-# (path, leaf's shape and dtype, (tensor's name, order of its dims) of each layer) -> leaf or None
-Hold = Callable[[str, jax.ShapeDtypeStruct, Sequence[tuple]], Any]
+# The name of a layer's tensor, and the order of its dims in the leaf; None leaves them.
+Tensor = tuple[str, Sequence[int] | None]
+# (path, leaf's shape and dtype, tensors of its layers) -> leaf or None
+Hold = Callable[[str, jax.ShapeDtypeStruct, Sequence[Tensor]], QuantArray | None]
 
 
 def holder(config: QuantConfig, weights: Any) -> Hold:
@@ -67,8 +69,14 @@ def holder(config: QuantConfig, weights: Any) -> Hold:
       weights: the checkpoint, a `lora_jax.hf.checkpoint.weights.Weights`.
     """
 
-    def hold(path: str, leaf: jax.ShapeDtypeStruct, tensors: Sequence[tuple]) -> QuantArray | None:
-        parts = list(_parts(config, weights, path, leaf, tensors))
+    def hold(path: str, leaf: jax.ShapeDtypeStruct, tensors: Sequence[Tensor]) -> QuantArray | None:
+        # A file's own blocks come already packed; nothing is rounded again.
+        if config.format == FILE:
+            parts = list(_own_blocks(weights, path, leaf, tensors))
+        elif is_kernel(path, leaf):
+            parts = [_quantized(config, weights, leaf, tensor) for tensor in tensors]
+        else:
+            return None
         if not parts:
             return None
         q = parts[0] if len(leaf.shape) == 2 else _stacked(parts, path, weights)
@@ -77,36 +85,34 @@ def holder(config: QuantConfig, weights: Any) -> Hold:
     return hold
 
 
-def _parts(
-    config: QuantConfig, weights: Any, path: str, leaf: Any, tensors: Sequence[tuple]
-) -> Iterator[QuantArray]:
-    # A file's own blocks come already packed; nothing is rounded again.
-    if config.format == FILE:
-        yield from _own_blocks(weights, path, leaf, tensors)
-    elif is_kernel(path, leaf):
-        for name, axes in tensors:
-            tensor = weights.read(name)
-            # Checkpoints store (out, in); a block must run along the inputs of one output.
-            tensor = tensor if axes is None else tensor.transpose(axes)
-            yield quantize_array(
-                jnp.asarray(tensor),
-                format=config.format,
-                block_size=config.block_size,
-                double_quant=config.double_quant,
-                scale_dtype=config.scale_dtype,
-                name=name,
-            ).astype(leaf.dtype)
+def _quantized(
+    config: QuantConfig, weights: Any, leaf: jax.ShapeDtypeStruct, tensor: Tensor
+) -> QuantArray:
+    assert config.format != FILE  # its blocks are read by `_own_blocks`
+    name, axes = tensor
+    w = weights.read(name)
+    # Checkpoints store (out, in); a block must run along the inputs of one output.
+    w = w if axes is None else w.transpose(axes)
+    return quantize_array(
+        jnp.asarray(w),
+        format=config.format,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
+        scale_dtype=config.scale_dtype,
+        name=name,
+    ).astype(leaf.dtype)
 
 
-def is_kernel(path: str, leaf: Any) -> bool:
+def is_kernel(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
     """Whether a leaf is the kernel of a layer, and not of a head."""
     *modules, last = path.split(".")
     return last == "kernel" and len(leaf.shape) > 1 and not _HEADS & set(modules)
 
 
 def _own_blocks(
-    weights: Any, path: str, leaf: Any, tensors: Sequence[tuple]
+    weights: Any, path: str, leaf: jax.ShapeDtypeStruct, tensors: Sequence[Tensor]
 ) -> Iterator[QuantArray]:
+    """A file's blocks of the layers of a leaf; none where they are floats."""
     if weights.blocks is None:
         raise ValueError(
             f'{weights.source}: `quantize="file"` keeps blocks that a file holds, and this one '
@@ -129,7 +135,7 @@ def _own_blocks(
         yield turned.astype(leaf.dtype)
 
 
-def _stacked(parts: list, path: str, weights: Any) -> QuantArray:
+def _stacked(parts: Sequence[QuantArray], path: str, weights: Any) -> QuantArray:
     try:
         return stack_weights(parts)
     except ValueError as error:

@@ -17,11 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from lora_jax import compat
-from lora_jax.dims import from_matrix
+from lora_jax.dims import AnyArray, from_matrix
 from lora_jax.quant import dispatch
 from lora_jax.quant.array import QuantArray, expanded, form_of, matrix_sizes
+from lora_jax.quant.formats import Coded, Pass
 from lora_jax.quant.kernels import reference
 
 
@@ -31,17 +34,25 @@ class _Form:
 
     Attributes:
       transposed: whether outputs are contracted.
-      precision, preferred: as in `lax.dot_general`.
+      precision: as in `lax.dot_general`.
+      preferred: dtype of the result.
       spread: mesh axes along which, inside a `shard_map`, the weight varies and `x` does not.
     """
 
     transposed: bool
     precision: Any
     preferred: Any
-    spread: tuple = ()
+    spread: tuple[str, ...] = ()
 
 
-def matmul(x, q: QuantArray, *, transposed: bool = False, precision=None, preferred=None):
+def matmul(
+    x: Float[AnyArray, "*b _"],
+    q: QuantArray,
+    *,
+    transposed: bool = False,
+    precision: Any = None,
+    preferred: DTypeLike | None = None,
+) -> Float[Array, "*b _"]:
     """`x · W` with the stacked matrices of a quantized weight, differentiable in `x`.
 
     Args:
@@ -68,27 +79,26 @@ def matmul(x, q: QuantArray, *, transposed: bool = False, precision=None, prefer
             f"`x` of shape {x.shape} does not fit a quantized weight of shape {q.shape} (roles "
             f"{q.roles}): expected {(*stack, '...', want)}"
         )
-    spread = _spread(x, q)
+    spread = compat.varying_axes(q.packed) - compat.varying_axes(x)
     preferred = jnp.dtype(preferred or x.dtype)
-    y: Any = _product(_Form(transposed, precision, preferred, spread), x, q)
+    y: Any = _product(_Form(transposed, precision, preferred, tuple(sorted(spread))), x, q)
     return y
 
 
-def _spread(x, q: QuantArray) -> tuple:
-    return tuple(sorted(compat.varying_axes(q.packed) - compat.varying_axes(x)))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(form: _Form, x, q: QuantArray):
+def _product(form: _Form, x: AnyArray, q: QuantArray) -> Array:
     return _multiply(form, x, expanded(q), "forward")
 
 
-def _product_forward(form: _Form, x, q: QuantArray):
-    # The backward pass needs only the dtype of `x`: an empty array holds it.
+# What the backward pass keeps: the codes, and an empty array of the dtype of `x`.
+_Saved = tuple[QuantArray, Float[Array, "0"]]
+
+
+def _product_forward(form: _Form, x: AnyArray, q: QuantArray) -> tuple[Array, _Saved]:
     return _multiply(form, x, expanded(q), "forward"), (q, jnp.zeros((0,), x.dtype))
 
 
-def _product_backward(form: _Form, saved, g):
+def _product_backward(form: _Form, saved: _Saved, g: Array) -> tuple[Array, None]:
     q, like = saved
     back = dataclasses.replace(form, transposed=not form.transposed, preferred=like.dtype)
     # The backward pass is the same product the other way round, from the same bytes.
@@ -108,59 +118,71 @@ def _apart(q: QuantArray) -> QuantArray:
     return dataclasses.replace(q, scale=lax.optimization_barrier(q.scale))
 
 
-def _multiply(form: _Form, x, q: QuantArray, direction: str):
+def _multiply(form: _Form, x: AnyArray, q: QuantArray, direction: Pass) -> Array:
     """The products of a stack in turn, so that only one matrix is decoded at a time."""
+    # (stack..., m..., K) · (stack..., K, N)
+    return _each_matrix(q, lambda w, x: _single(form, x, w, q=q, direction=direction), x)
+
+
+def _each_matrix(q: QuantArray, call: Callable[..., Array], *arrays: AnyArray) -> Array:
+    """`call(w, *arrays)` of every matrix of a stack in turn, the results stacked.
+
+    Args:
+      q: the weight, its scales in floats.
+      call: of a `Coded` matrix, and of the part of each array that belongs to it.
+      arrays: `(stack..., ...)`.
+    """
     stack, _, _ = matrix_sizes(q)
+    form = form_of(q)
     if not stack:
-        return _single(form, x, q.packed, q.scale, q.bias, q, direction)
-    count = len(stack)
+        return call(Coded(q.packed, q.scale, q.bias, form=form, block=q.block), *arrays)
 
-    def flat(a):
-        return None if a is None else a.reshape(math.prod(stack), *a.shape[count:])
+    def one(each: tuple) -> Array:
+        (packed, scale, bias), *parts = each
+        return call(Coded(packed, scale, bias, form=form, block=q.block), *parts)
 
-    def one(each):
-        x, packed, scale, bias = each
-        return _single(form, x, packed, scale, bias, q, direction)
+    count = math.prod(stack)
+    flat = jax.tree.map(
+        lambda a: a.reshape(count, *a.shape[len(stack) :]), ((q.packed, q.scale, q.bias), *arrays)
+    )
+    out = lax.map(one, flat)
+    return out.reshape(*stack, *out.shape[1:])
 
-    y = lax.map(one, (flat(x), flat(q.packed), flat(q.scale), flat(q.bias)))
-    return y.reshape(*stack, *y.shape[1:])
 
-
-def _single(form: _Form, x, packed, scale, bias, q: QuantArray, direction: str):
+def _single(
+    form: _Form, x: Float[AnyArray, "*m _"], w: Coded, *, q: QuantArray, direction: Pass
+) -> Float[Array, "*m _"]:
+    """The product with one matrix `w` of the weight `q`."""
     _, fan_in, fan_out = matrix_sizes(q)
     rows = math.prod(x.shape[:-1])
     kernel = dispatch.choose_kernel(
-        q, rows, packed.shape, transposed=form.transposed, dtype=x.dtype
+        q, rows, w.packed.shape, transposed=form.transposed, dtype=x.dtype
     )
-    kind = form_of(q)
     if kernel.matmul is not None:
         flat = x.reshape(rows, x.shape[-1])
-        if not form.transposed:
+        padding = w.packed.shape[0] * w.form.packing.slabs - fan_in
+        if padding and not form.transposed:
             # A fused kernel contracts K with its padding; zeros add nothing.
-            flat = _fill_columns(flat, packed.shape[0] * kind.packing.slabs)
-        y = kernel.matmul(flat, packed, scale, bias, form=kind, block=q.block,
-                       transposed=form.transposed, dtype=form.preferred)  # fmt: skip
+            flat = jnp.pad(flat, ((0, 0), (0, padding)))
+        y = kernel.matmul(flat, w, transposed=form.transposed, dtype=form.preferred)
         y = y[:, : fan_in if form.transposed else fan_out]
         return y.reshape(*x.shape[:-1], y.shape[-1])
-    w = kernel.decode(packed, scale, bias, form=kind, block=q.block, dtype=x.dtype, name=direction)
-    if w.shape[0] != fan_in:
+    dense = kernel.decode(w, dtype=x.dtype, name=direction)
+    if dense.shape[0] != fan_in:
         # Without the padding of K.
-        w = lax.slice_in_dim(w, 0, fan_in)
+        dense = lax.slice_in_dim(dense, 0, fan_in)
     precision = form.precision
     if direction == "backward" and x.dtype.itemsize == 2 and not kernel.is_reference:
         # XLA would merge this product with the adapter's, which also takes `g`: both weights
         # copied into one, and all layers' results kept. Another precision, which 16-bit operands
         # do not have, keeps them apart.
         precision = lax.Precision.HIGHEST
-    return reference.product(x, w, transposed=form.transposed, precision=precision,
-                             preferred=form.preferred)  # fmt: skip
+    return reference.product(
+        x, dense, transposed=form.transposed, precision=precision, preferred=form.preferred
+    )
 
 
-def _fill_columns(x, count: int):
-    return x if x.shape[1] == count else jnp.pad(x, ((0, 0), (0, count - x.shape[1])))
-
-
-def linear(op: Callable, x, q: QuantArray, *rest):
+def linear(op: Callable[..., Array], x: AnyArray, q: QuantArray, *rest: Any) -> Array:
     """Any `op(x, W, *rest)` that is linear in `x`, keeping only the codes of `W`.
 
     For convolutions, grouped products and contractions of some of a group's dims, which `matmul`
@@ -176,21 +198,24 @@ def linear(op: Callable, x, q: QuantArray, *rest):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(op: Callable, x, q: QuantArray, rest):
+def _linear(op: Callable[..., Array], x: AnyArray, q: QuantArray, rest: tuple) -> Array:
     return op(x, _decoded(q, "forward"), *rest)
 
 
-def _linear_forward(op, x, q, rest):
+def _linear_forward(
+    op: Callable[..., Array], x: AnyArray, q: QuantArray, rest: tuple
+) -> tuple[Array, tuple]:
     # Inside a `shard_map` an array's type has the axes along which it varies: an empty part of `x`
     # keeps it.
     empty = x.reshape(-1)[:0] if compat.varying_axes(x) else None
-    return op(x, _decoded(q, "forward"), *rest), (q, rest, _like(x), empty)
+    like = _Like(jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return op(x, _decoded(q, "forward"), *rest), (q, rest, like, empty)
 
 
-def _linear_backward(op, saved, g):
+def _linear_backward(op: Callable[..., Array], saved: tuple, g: Array) -> tuple[Array, None, None]:
     q, rest, like, empty = saved
     w = _decoded(_apart(q), "backward")
-    x = like.get()
+    x = like.aval
     # `op` is linear in `x`, so its transpose needs the type of `x` and not its values. Where `x` is
     # the same on devices with parts of `W`, JAX's transpose sums over them.
     if empty is None:
@@ -204,27 +229,15 @@ def _linear_backward(op, saved, g):
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-def _decoded(q: QuantArray, direction: str):
+def _decoded(q: QuantArray, direction: Pass) -> Float[Array, "..."]:
     """The whole weight, decoded by the device's kernel, one matrix of a stack at a time."""
-    stack, _, _ = matrix_sizes(q)
     kernel = dispatch.choose_kernel(
         q, math.inf, q.packed.shape[-2:], transposed=False, dtype=q.dtype
     )
     if kernel.is_reference:
         return q.dequantize()
-    q, count = expanded(q), len(stack)
-
-    def one(each):
-        return kernel.decode(*each, form=form_of(q), block=q.block, dtype=q.dtype, name=direction)
-
-    def flat(a):
-        return None if a is None else a.reshape(math.prod(stack), *a.shape[count:])
-
-    parts = (q.packed, q.scale, q.bias)
-    if not stack:
-        return from_matrix(one(parts), q.shape, q.roles)
-    m = lax.map(one, tuple(map(flat, parts)))
-    return from_matrix(m.reshape(*stack, *m.shape[1:]), q.shape, q.roles)
+    m = _each_matrix(expanded(q), lambda w: kernel.decode(w, dtype=q.dtype, name=direction))
+    return from_matrix(m, q.shape, q.roles)
 
 
 @jax.tree_util.register_dataclass
@@ -233,11 +246,4 @@ class _Like:
     """An array's shape and dtype, as a residual of a custom derivative."""
 
     # Static, because a residual may hold arrays and static data, but no bare shape.
-    aval: Any = dataclasses.field(metadata={"static": True})
-
-    def get(self) -> jax.ShapeDtypeStruct:
-        return self.aval
-
-
-def _like(x) -> _Like:
-    return _Like(jax.ShapeDtypeStruct(x.shape, x.dtype))
+    aval: jax.ShapeDtypeStruct = dataclasses.field(metadata={"static": True})

@@ -4,30 +4,32 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Integer
 
-from lora_jax.dims import in_dims, in_range, out_dims, reshape_roles, stack_dims
+from lora_jax.dims import AnyArray, in_dims, in_range, out_dims, reshape_roles, stack_dims
 from lora_jax.quant import formats
-from lora_jax.quant.array import QuantArray, form_of, scales
+from lora_jax.quant.array import QuantArray, coded, form_of, scales
 from lora_jax.quant.matmul import linear, matmul
 
 
 def dot_general(
     q: QuantArray,
-    x,
-    bind: Callable,
+    x: AnyArray,
+    bind: Callable[..., Array],
     *,
     weight_left: bool,
     contracting: tuple[Sequence[int], Sequence[int]],
     batching: tuple[Sequence[int], Sequence[int]],
-    precision=None,
-    preferred=None,
+    precision: Any = None,
+    preferred: DTypeLike | None = None,
     plain: bool = True,
-):
+) -> Array:
     """`lax.dot_general` with a quantized operand.
 
     Where all in dims or all out dims are contracted and all stack dims batched, this is `matmul`.
@@ -62,9 +64,9 @@ def dot_general(
     )
     y = matmul(flat, q, transposed=transposed, precision=precision, preferred=preferred)
     y = y.reshape(*y.shape[:-1], *(q.shape[d] for d in free))
-    # `matmul` returns stack, rows of `x`, free dims of the weight; `dot_general` wants batch dims,
-    # then the left operand's free dims, then the right's. Unit dims are no part of the matrix: the
-    # last reshape puts them back.
+    # `matmul` gives stack, rows of `x`, free dims of the weight; `dot_general` gives batch dims,
+    # the free dims of the left operand, then of the right. Unit dims are no part of the matrix:
+    # the last reshape puts them back.
     have = [*(("w", d) for d in stack), *(("x", d) for d in x_free), *(("w", d) for d in free)]
     shown = [("w", d) for d in range(q.ndim) if d not in partner]  # unit dims included
     batch = [("w", d) for d in batching[0]]
@@ -83,7 +85,16 @@ def _direction(q: QuantArray, contracted: Sequence[int], batch: Sequence[int]) -
     return True if set(contracted) == set(out_dims(q.roles)) else None
 
 
-def gather(q: QuantArray, indices, *, dimension_numbers, slice_sizes, mode, fill_value=None, **_):
+def gather(
+    q: QuantArray,
+    indices: Integer[AnyArray, "*m _"],
+    *,
+    dimension_numbers: lax.GatherDimensionNumbers,
+    slice_sizes: Sequence[int],
+    mode: lax.GatherScatterMode,
+    fill_value: Any = None,
+    **_: Any,
+) -> Array | QuantArray | None:
     """Rows, columns or stacked matrices of a weight by index; only those are decoded.
 
     Args:
@@ -103,10 +114,10 @@ def gather(q: QuantArray, indices, *, dimension_numbers, slice_sizes, mode, fill
     # `x[ids]` collapses the indexed dim and takes slices of size 1; anything else is a window.
     if numbers.collapsed_slice_dims != (dim,) or not whole or slice_sizes[dim] != 1:
         return None
-    index, valid = _index(indices[..., 0], q.shape[dim], mode)
+    index, valid = _index(jnp.asarray(indices)[..., 0], q.shape[dim], mode)
     role = q.roles[dim]
     if role == "s":
-        return _pick_stack(q, index, valid, dim, numbers)
+        return _pick_stack(q, index, valid, dim=dim, numbers=numbers)
     if role == "u" or [d for d in range(q.ndim) if q.roles[d] == role] != [dim]:
         return None
     rows = _rows(q, index) if role == "i" else _columns(q, index)
@@ -122,7 +133,7 @@ def gather(q: QuantArray, indices, *, dimension_numbers, slice_sizes, mode, fill
     return rows.transpose([place.index(a) for a in range(rows.ndim)]).astype(q.dtype)
 
 
-def take(q: QuantArray, index, dim: int):
+def take(q: QuantArray, index: Any, dim: int) -> Array:
     """`W` at some indices of a dim, which becomes the first; only those are decoded.
 
     Args:
@@ -136,7 +147,9 @@ def take(q: QuantArray, index, dim: int):
     return _rows(q, index) if role == "i" else _columns(q, index)
 
 
-def _index(index: Array, size: int, mode: Any) -> tuple[Array, Array | None]:
+def _index(
+    index: Integer[Array, "*m"], size: int, mode: Any
+) -> tuple[Integer[Array, "*m"], Bool[Array, "*m"] | None]:
     """The indices clipped to the dim, and a mask of the valid ones if others are to be filled."""
     if mode == lax.GatherScatterMode.FILL_OR_DROP:
         return jnp.clip(index, 0, size - 1), in_range(index, size)
@@ -144,7 +157,7 @@ def _index(index: Array, size: int, mode: Any) -> tuple[Array, Array | None]:
     return jnp.clip(index, 0, size - 1), None
 
 
-def _rows(q: QuantArray, index: Array) -> Array:
+def _rows(q: QuantArray, index: Integer[Array, "*m"]) -> Float[Array, "..."]:
     """`W[index]` of an in dim: `(index..., the other dims)`."""
     form, block = form_of(q), q.block
     number = index.reshape(-1)
@@ -154,28 +167,42 @@ def _rows(q: QuantArray, index: Array) -> Array:
     values = values * take(scales(q), number // block).astype(jnp.float32)
     if q.bias is not None:
         values = values + take(q.bias, number // block).astype(jnp.float32)
-    return _shaped(q, index, values, -2, "i")
+    return _shaped(q, index, values, axis=-2, role="i")
 
 
-def _columns(q: QuantArray, index: Array) -> Array:
-    """`W[..., index]` of an out dim."""
+def _columns(q: QuantArray, index: Integer[Array, "*m"]) -> Float[Array, "..."]:
+    """`W[..., index]` of an out dim: `(index..., the other dims)`."""
     number = index.reshape(-1)
     take = functools.partial(jnp.take, indices=number, axis=-1)
-    values = formats.decode(
-        take(q.packed),
-        take(scales(q)),
-        None if q.bias is None else take(q.bias),
-        form=form_of(q),
-        block=q.block,
-        dtype=jnp.float32,
+    w = coded(q)
+    few = dataclasses.replace(
+        w,
+        packed=take(w.packed),
+        scale=take(w.scale),
+        bias=None if w.bias is None else take(w.bias),
     )
+    values = formats.decode(few, jnp.float32)
     # A column is decoded with its padding, which is cut off here.
     fan_in = math.prod(q.shape[d] for d in in_dims(q.roles))
-    return _shaped(q, index, values[..., :fan_in, :], -1, "o")
+    return _shaped(q, index, values[..., :fan_in, :], axis=-1, role="o")
 
 
-def _shaped(q: QuantArray, index: Array, values: Array, axis: int, role: str) -> Array:
-    """Index axes first, then the weight's other dims in its own order."""
+def _shaped(
+    q: QuantArray,
+    index: Integer[Array, "*m"],
+    values: Float[Array, "*s k n"],
+    *,
+    axis: Literal[-2, -1],
+    role: Literal["i", "o"],
+) -> Float[Array, "..."]:
+    """Index axes first, then the weight's other dims in its own order.
+
+    Args:
+      q: the weight.
+      index: as it was given.
+      values: decoded, the indexed rows or columns along `axis`.
+      axis, role: of the indexed dim.
+    """
     values = jnp.moveaxis(values, axis, 0)
     # `values` has the stack and the other role folded together; they are split, then put in the
     # weight's order among themselves.
@@ -189,7 +216,14 @@ def _shaped(q: QuantArray, index: Array, values: Array, axis: int, role: str) ->
     return values.astype(q.dtype).reshape(*index.shape, *shown)
 
 
-def _pick_stack(q: QuantArray, index, valid, dim: int, numbers):
+def _pick_stack(
+    q: QuantArray,
+    index: Integer[Array, "*m"],
+    valid: Bool[Array, "*m"] | None,
+    *,
+    dim: int,
+    numbers: lax.GatherDimensionNumbers,
+) -> QuantArray | None:
     """Matrices of a stack with one dim; None where an index may be invalid, or dims move."""
     survive = q.ndim - 1
     front = tuple(range(index.ndim, index.ndim + survive))
@@ -209,13 +243,14 @@ def _relabelled(q: QuantArray, shape: Sequence[int], roles: str) -> QuantArray:
     # K and N are folded already, so only the stack's leading dims can change.
     old = len(stack_dims(q.roles))
 
-    def fold(x):
+    def fold(x: Array) -> Array:
         return x if x.shape[:old] == stack else x.reshape(*stack, *x.shape[old:])
 
     return dataclasses.replace(jax.tree.map(fold, q), shape=tuple(shape), roles=roles)
 
 
 def transpose(q: QuantArray, permutation: Sequence[int]) -> QuantArray | None:
+    """The weight with its dims in another order; None where codes would have to move."""
     for role in "sio":
         # Dims of one role are stored as one: reordering them would move codes. Any other transpose
         # changes the labels only.
@@ -227,14 +262,15 @@ def transpose(q: QuantArray, permutation: Sequence[int]) -> QuantArray | None:
 
 
 def reshape(q: QuantArray, shape: Sequence[int]) -> QuantArray | None:
+    """The weight in another shape; None where dims of two roles would merge."""
     made = reshape_roles(q.shape, q.roles, shape)
-    # A dim that merges two roles would mix K with N.
     if any(len(roles) > 1 for roles in made):
         return None
     return _relabelled(q, shape, "".join(next(iter(roles), "u") for roles in made))
 
 
 def squeeze(q: QuantArray, dims: Sequence[int]) -> QuantArray:
+    """The weight without some unit dims."""
     kept = [d for d in range(q.ndim) if d not in dims]
     return _relabelled(q, [q.shape[d] for d in kept], "".join(q.roles[d] for d in kept))
 
@@ -250,13 +286,15 @@ def broadcast_in_dim(q: QuantArray, shape: Sequence[int], dims: Sequence[int]) -
     return _relabelled(q, shape, "".join(roles))
 
 
-def _along_stack(q: QuantArray, sizes: Sequence[int], cut: Callable) -> QuantArray | None:
+def _along_stack(
+    q: QuantArray, sizes: Sequence[int], cut: Callable[[Array, list[int]], Array]
+) -> QuantArray | None:
     """Cuts the stack dims of every array; None if another dim would be cut.
 
     Args:
       q: the weight.
       sizes: of the result.
-      cut: `f(array, number of leading stack dims) -> array`.
+      cut: `f(array, the weight's stack dims, which lead in the array) -> array`.
     """
     stack = stack_dims(q.roles)
     if any(sizes[d] != q.shape[d] for d in range(q.ndim) if d not in stack):
@@ -265,11 +303,14 @@ def _along_stack(q: QuantArray, sizes: Sequence[int], cut: Callable) -> QuantArr
     return dataclasses.replace(cuts, shape=tuple(sizes))
 
 
-def slice(q: QuantArray, starts, limits, strides) -> QuantArray | None:  # noqa: A001
+def slice(
+    q: QuantArray, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int] | None
+) -> QuantArray | None:
+    """Some matrices of a stack; None where another dim is cut."""
     steps = strides or (1,) * q.ndim
     sizes = [-(-(b - a) // s) for a, b, s in zip(starts, limits, steps, strict=True)]
 
-    def cut(x, stack):
+    def cut(x: Array, stack: list[int]) -> Array:
         rest = x.shape[len(stack) :]
         return lax.slice(
             x,
@@ -281,13 +322,17 @@ def slice(q: QuantArray, starts, limits, strides) -> QuantArray | None:  # noqa:
     return _along_stack(q, sizes, cut)
 
 
-def dynamic_slice(q: QuantArray, starts, sizes) -> QuantArray | None:
-    def cut(x, stack):
+def dynamic_slice(
+    q: QuantArray, starts: Sequence[Array], sizes: Sequence[int]
+) -> QuantArray | None:
+    """As `slice`, from starts that are data."""
+
+    def cut(x: Array, stack: list[int]) -> Array:
         if not stack:
             return x
         rest = x.shape[len(stack) :]
         zero = jnp.zeros_like(starts[0])
-        # `lax.dynamic_slice` wants all starts in one dtype.
+        # `lax.dynamic_slice` needs all starts in one dtype.
         where = [starts[d].astype(zero.dtype) for d in stack]
         return lax.dynamic_slice(
             x, [*where, *(zero for _ in rest)], [*(sizes[d] for d in stack), *rest]

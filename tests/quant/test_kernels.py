@@ -10,7 +10,8 @@ import pytest
 
 from lora_jax import quant
 from lora_jax.quant import dispatch
-from lora_jax.quant.array import form_of, scales
+from lora_jax.quant.array import coded
+from lora_jax.quant.formats import decode
 from lora_jax.quant.kernels import gpu, reference, tpu
 
 KERNELS = {"gpu": gpu, "tpu": tpu}
@@ -21,18 +22,13 @@ def quantized(rows, cols, **options):
     return quant.quantize_array(w, **{"block_size": 16, "format": "nf4"} | options)
 
 
-def parts(q) -> tuple[tuple, dict[str, Any]]:
-    return (q.packed, scales(q), q.bias), dict(form=form_of(q), block=q.block)
-
-
 @pytest.mark.parametrize("format", ["nf4", "uint4", "int8"])
 @pytest.mark.parametrize("device", KERNELS)
 def test_decoding_is_that_of_the_reference_to_the_bit(device, format):
     kernels = KERNELS[device]
     q = quantized(128, 256, format=format, block_size=32)
-    arrays, how = parts(q)
-    want = reference.decode(*arrays, **how, dtype=jnp.bfloat16)
-    got = kernels.decode(*arrays, **how, dtype=jnp.bfloat16, name="forward", interpret=True)
+    want = decode(coded(q), jnp.bfloat16)
+    got = kernels.decode(coded(q), dtype=jnp.bfloat16, name="forward", interpret=True)
     np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
 
 
@@ -41,11 +37,10 @@ def test_decoding_is_that_of_the_reference_to_the_bit(device, format):
 def test_fused_products_are_those_of_the_reference(device, format, transposed):
     kernels = KERNELS[device]
     q = quantized(256, 128, format=format, block_size=64)
-    arrays, how = parts(q)
     x = jax.random.normal(jax.random.key(1), (5, 128 if transposed else 256))
-    options = dict(how, transposed=transposed, dtype=jnp.float32)
-    want = reference.matmul(x, *arrays, **options)
-    got = kernels.matmul(x, *arrays, **options, interpret=True)
+    options: dict[str, Any] = dict(transposed=transposed, dtype=jnp.float32)
+    want = reference.matmul(x, coded(q), **options)
+    got = kernels.matmul(x, coded(q), **options, interpret=True)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,8 @@ def fused_obstacle(
     return ""
 
 
-def _table(form: formats.Format) -> np.ndarray:
+def _table(form: formats.Format) -> Float[np.ndarray, "16"]:
+    """The codebook in float32."""
     if form.codebook is None:
         # 8-bit codes need no table, but the kernel has one argument for it.
         return np.zeros((16,), np.float32)
@@ -90,7 +91,12 @@ def _load(table_ref: Ref, index: Array) -> Array:
 
 
 def _slabs(
-    codes: Array, form: formats.Format, scale: list, bias: list | None, table_ref: Ref
+    codes: Integer[Array, "b n"],
+    form: formats.Format,
+    *,
+    scale: list[Array],
+    bias: list[Array] | None,
+    table_ref: Ref,
 ) -> list[Array]:
     """The halves of a superblock as float32 slabs, each with its own row of scales."""
     halves = form.packing.split(codes)
@@ -129,60 +135,51 @@ def _decode_kernel(
     scale_ref: Ref,
     bias_ref: Ref | None,
     table_ref: Ref,
-    out_ref: Ref,
     *,
+    out_ref: Ref,
     form: formats.Format,
 ) -> None:
     bias = None if bias_ref is None else [bias_ref[i, :] for i in range(bias_ref.shape[0])]
     scale = [scale_ref[i, :] for i in range(scale_ref.shape[0])]
-    for i, slab in enumerate(_slabs(packed_ref[...], form, scale, bias, table_ref)):
+    slabs = _slabs(packed_ref[...], form, scale=scale, bias=bias, table_ref=table_ref)
+    for i, slab in enumerate(slabs):
         out_ref[i, :, :] = slab.astype(out_ref.dtype)
 
 
 def decode(
-    packed: Integer[AnyArray, "p n"],  # noqa: F722
-    scale: Float[AnyArray, "g n"],  # noqa: F722
-    bias: Float[AnyArray, "g n"] | None,  # noqa: F722
-    *,
-    form: formats.Format,
-    block: int,
-    dtype: DTypeLike,
-    name: Literal["forward", "backward"],
-    interpret: bool = False,
-) -> Float[Array, "k n"]:  # noqa: F722
+    w: formats.Coded, *, dtype: DTypeLike, name: formats.Pass, interpret: bool = False
+) -> Float[Array, "k n"]:
     """The matrix in `dtype`, K filled up to whole superblocks.
 
     Args:
-      packed, scale, bias: of one matrix.
-      form, block: how to read it.
+      w: one matrix.
       dtype: of the result.
       name: of the pass it is for, which keeps XLA from using one result in both.
       interpret: run the kernel's Python instead of compiling it.
     """
     # One for 8-bit codes, which fill a byte each.
-    halves = form.rows(block) // block
-    supers = packed.shape[0] // block
-    cols = packed.shape[1]
+    halves = w.form.packing.slabs
+    supers, cols = w.packed.shape[0] // w.block, w.packed.shape[1]
     run = functools.partial(
-        _decode_blocks, form=form, dtype=jnp.dtype(dtype), name=name, interpret=interpret
+        _decode_blocks, form=w.form, dtype=jnp.dtype(dtype), name=name, interpret=interpret
     )
-    parts = [packed.reshape(supers, block, cols), scale.reshape(supers, halves, cols)]
-    if bias is not None:
-        parts.append(bias.reshape(supers, halves, cols))
-    parts.append(jnp.asarray(_table(form)))
-    return sharded_decode(run, *parts).reshape(supers * halves * block, cols)
+    parts = [w.packed.reshape(supers, w.block, cols), w.scale.reshape(supers, halves, cols)]
+    if w.bias is not None:
+        parts.append(w.bias.reshape(supers, halves, cols))
+    parts.append(jnp.asarray(_table(w.form)))
+    return sharded_decode(run, *parts).reshape(supers * halves * w.block, cols)
 
 
 def _decode_blocks(
-    packed: AnyArray,
-    scale: AnyArray,
+    packed: Integer[AnyArray, "s b n"],
+    scale: Float[AnyArray, "s h n"],
     *rest: AnyArray,
     form: formats.Format,
     dtype: DTypeLike,
-    name: str,
+    name: formats.Pass,
     interpret: bool,
-) -> Array:
-    """`(S, B, N), (S, halves, N), perhaps biases, table -> (S, halves, B, N)`."""
+) -> Float[Array, "s h b n"]:
+    """`decode` with a dim for superblocks; `rest` are perhaps biases, and the table."""
     supers, block, cols = packed.shape
     halves, bn, rows = scale.shape[1], _columns(cols), min(block, _ROWS)
     if not bn:  # a shard may have an odd number of outputs where the whole has an even one
@@ -201,7 +198,8 @@ def _decode_blocks(
 
     def kernel(packed_ref: Ref, scale_ref: Ref, *refs: Ref) -> None:
         bias_ref = refs[0] if len(rest) == 2 else None
-        _decode_kernel(packed_ref, scale_ref, bias_ref, refs[-2], refs[-1], form=form)
+        table_ref, out_ref = refs[-2:]
+        _decode_kernel(packed_ref, scale_ref, bias_ref, table_ref, out_ref=out_ref, form=form)
 
     run = _call(
         kernel,
@@ -233,83 +231,61 @@ def _split(supers: int, tiles: int) -> int:
 
 
 def matmul(
-    x: Float[AnyArray, "m _"],  # noqa: F722
-    packed: Integer[AnyArray, "p n"],  # noqa: F722
-    scale: Float[AnyArray, "g n"],  # noqa: F722
-    bias: Float[AnyArray, "g n"] | None,  # noqa: F722
+    x: Float[AnyArray, "m _"],
+    w: formats.Coded,
     *,
-    form: formats.Format,
-    block: int,
     transposed: bool,
     dtype: DTypeLike,
     interpret: bool = False,
-) -> Float[Array, "m _"]:  # noqa: F722
+) -> Float[Array, "m _"]:
     """`x (M, K) · w`, decoding in the same kernel, or transposed `x (M, N) · wᵀ`; float32 sums.
 
     The transposed product decodes first: as one kernel it took 1.5 to 9 times as long on an H200.
 
     Args:
       x: few rows.
-      packed, scale, bias: of one matrix.
-      form, block: how to read it.
+      w: one matrix.
       transposed: whether outputs are contracted.
       dtype: of the result.
       interpret: run the kernel's Python instead of compiling it.
     """
     if transposed:
-        w = decode(packed, scale, bias, form=form, block=block, dtype=x.dtype, name="backward",
-                   interpret=interpret)  # fmt: skip
-        return reference.product(x, w, transposed=True, preferred=jnp.float32).astype(dtype)
-    run = functools.partial(_fused, form=form, block=block, interpret=interpret)
-    supers = packed.shape[0] // block
-    return sharded_matmul(run, x, packed, scale, bias, jnp.asarray(_table(form)), supers=supers,
-                          transposed=False, dtype=dtype)  # fmt: skip
+        dense = decode(w, dtype=x.dtype, name="backward", interpret=interpret)
+        return reference.product(x, dense, transposed=True, preferred=jnp.float32).astype(dtype)
+    run = functools.partial(_fused, interpret=interpret)
+    table = jnp.asarray(_table(w.form))
+    return sharded_matmul(run, x, w, table, transposed=False, dtype=dtype)
 
 
 def _fused(
-    x: AnyArray,
-    packed: AnyArray,
-    scale: AnyArray,
-    bias: AnyArray | None,
-    table: AnyArray,
+    x: Float[AnyArray, "m k"],
+    w: formats.Coded,
+    table: Float[AnyArray, "16"],
     *,
-    form: formats.Format,
-    block: int,
     dtype: DTypeLike,
     interpret: bool,
-) -> Array:
+) -> Float[Array, "m n"]:
     """`matmul` of what one device has."""
-    how: dict[str, Any] = dict(form=form, block=block)
-    if not _columns(packed.shape[1]):  # as in `_decode_blocks`
-        return reference.matmul(x, packed, scale, bias, **how, transposed=False, dtype=dtype)
+    if not _columns(w.packed.shape[1]):  # as in `_decode_blocks`
+        return reference.matmul(x, w, transposed=False, dtype=dtype)
     rows = x.shape[0]
     bm = _tile_rows(rows)
     # Zero rows fill the tile; their products are cut off below.
     x = jnp.pad(x, ((0, -rows % bm), (0, 0)))
-    y = _forward(x, packed, scale, bias, table, bm=bm, **how, interpret=interpret)
-    return y[:rows].astype(dtype)
-
-
-def _operands(scale: AnyArray, bias: AnyArray | None, spec: Any) -> tuple[list, list]:
-    """Scales and perhaps biases, with a block specification for each."""
-    return ([scale], [spec]) if bias is None else ([scale, bias], [spec, spec])
+    return _forward(x, w, table, bm=bm, interpret=interpret)[:rows].astype(dtype)
 
 
 def _forward(
-    x: AnyArray,
-    packed: AnyArray,
-    scale: AnyArray,
-    bias: AnyArray | None,
-    table: AnyArray,
+    x: Float[AnyArray, "m k"],
+    w: formats.Coded,
+    table: Float[AnyArray, "16"],
     *,
     bm: int,
-    form: formats.Format,
-    block: int,
     interpret: bool,
-) -> Array:
-    """Float32 sums `(M, N)` of tiles of `bm` rows."""
-    (m, k), cols = x.shape, packed.shape[1]
-    bn, supers = _columns(cols), packed.shape[0] // block
+) -> Float[Array, "m n"]:
+    """Float32 sums of tiles of `bm` rows."""
+    (m, k), (stored, cols), block = x.shape, w.packed.shape, w.block
+    bn, supers = _columns(cols), stored // block
     splits = _split(supers, (m // bm) * (cols // bn))
     steps = supers // splits
 
@@ -321,7 +297,8 @@ def _forward(
             j = first + i
             codes = packed_ref[pl.ds(j * block, block), :]
             read = [[ref[2 * j + h, :] for h in range(2)] for ref in scale_refs]
-            slabs = _slabs(codes, form, read[0], read[1] if len(read) > 1 else None, table_ref)
+            bias = read[1] if len(read) > 1 else None
+            slabs = _slabs(codes, w.form, scale=read[0], bias=bias, table_ref=table_ref)
             for h, slab in enumerate(slabs):
                 left = x_ref[:, pl.ds((2 * j + h) * block, block)]
                 # 16-bit operands for the tensor cores, sums in float32.
@@ -330,9 +307,8 @@ def _forward(
 
         out_ref[...] = lax.fori_loop(0, steps, body, jnp.zeros((bm, bn), jnp.float32))
 
-    scales, specs = _operands(
-        scale, bias, pl.BlockSpec((scale.shape[0], bn), lambda i, j, s: (0, j))
-    )
+    scales = [part for part in (w.scale, w.bias) if part is not None]
+    by_block = pl.BlockSpec((w.scale.shape[0], bn), lambda i, j, s: (0, j))
     parts = _call(
         kernel,
         warps=4,
@@ -343,13 +319,13 @@ def _forward(
         grid=(m // bm, cols // bn, splits),
         in_specs=[
             pl.BlockSpec((bm, k), lambda i, j, s: (i, 0)),
-            pl.BlockSpec((packed.shape[0], bn), lambda i, j, s: (0, j)),
-            *specs,
+            pl.BlockSpec((stored, bn), lambda i, j, s: (0, j)),
+            *[by_block] * len(scales),
             pl.BlockSpec((16,), lambda i, j, s: (0,)),
         ],
         out_specs=pl.BlockSpec((None, bm, bn), lambda i, j, s: (s, i, j)),
         out_shape=jax.ShapeDtypeStruct((splits, m, cols), jnp.float32),
         name="quant_matmul_forward",
-    )(x, packed, *scales, table)
+    )(x, w.packed, *scales, table)
     # The sums of the split inputs.
     return jnp.sum(parts, axis=0)

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from lora_jax.dims import AnyArray
+from lora_jax.quant.formats import Coded, Format
 
 
 def sharded_decode(run: functools.partial, *parts: AnyArray) -> jax.Array:
@@ -80,16 +82,13 @@ def _rule(dims: tuple[int, ...]) -> str:
 
 def sharded_matmul(
     run: functools.partial,
-    x: AnyArray,
-    packed: AnyArray,
-    scale: AnyArray,
-    bias: AnyArray | None,
+    x: Float[AnyArray, "m _"],
+    w: Coded,
     *tables: AnyArray,
-    supers: int,
     transposed: bool,
     dtype: DTypeLike,
-) -> jax.Array:
-    """`run(x, codes, scales, biases or None, *tables, dtype=)`, split by rows, inputs and outputs.
+) -> Float[jax.Array, "m _"]:
+    """`run(x, w, *tables, dtype=)`, split by rows, inputs and outputs.
 
     Superblocks and outputs are cut into groups, as many as devices can share. A device puts its sum
     in the place of its first group, and XLA adds the groups up.
@@ -97,9 +96,8 @@ def sharded_matmul(
     Args:
       run: a `functools.partial` of a fused kernel, with hashable options.
       x: `(M, K)`, or `(M, N)` when transposed.
-      packed, scale, bias: of one matrix.
+      w: one matrix.
       tables: one-dimensional, the same on every device.
-      supers: superblocks of the matrix.
       transposed: whether outputs are contracted.
       dtype: of the result; sums are float32.
 
@@ -107,31 +105,47 @@ def sharded_matmul(
       `(M, N)`, or `(M, K)` when transposed.
     """
     if jax.device_count() == 1 or _inside_shard_map():
-        return run(x, packed, scale, bias, *tables, dtype=dtype)
+        return run(x, w, *tables, dtype=dtype)
     # The greatest numbers of groups that divide both the matrix and the devices.
-    rows, outputs = math.gcd(supers, jax.device_count()), packed.shape[1]
-    columns = math.gcd(outputs, jax.device_count())
+    supers, outputs = w.packed.shape[0] // w.block, w.packed.shape[1]
+    rows, columns = math.gcd(supers, jax.device_count()), math.gcd(outputs, jax.device_count())
     codes = [
         a.reshape(rows, a.shape[0] // rows, columns, outputs // columns)
-        for a in (packed, scale, bias)
+        for a in (w.packed, w.scale, w.bias)
         if a is not None
     ]
     grouped = x.reshape(x.shape[0], columns if transposed else rows, -1)
-    options = tuple(sorted(run.keywords.items())) + (("dtype", jnp.float32),)
-    split = _partitioned_matmul(run.func, options, transposed, len(codes), len(tables))
+    options = (*sorted(run.keywords.items()), ("dtype", jnp.float32))
+    split = _partitioned_matmul(
+        run.func,
+        options,
+        form=w.form,
+        block=w.block,
+        transposed=transposed,
+        count=len(codes),
+        tables=len(tables),
+    )
     sums = split(grouped, *codes, *tables)
     return jnp.sum(sums, axis=0).reshape(x.shape[0], -1).astype(dtype)
 
 
 @functools.cache
 def _partitioned_matmul(
-    run: Callable, options: tuple, transposed: bool, count: int, tables: int
+    run: Callable,
+    options: tuple,
+    *,
+    form: Format,
+    block: int,
+    transposed: bool,
+    count: int,
+    tables: int,
 ) -> Callable:
     """`x (M, g, c)` and codes `(g, p, h, n)` to `(g, M, h, n)`; transposed `(M, h, n)` and codes
     to `(h, M, g, c)`.
 
     Args:
       run, options: the kernel, and its keywords as pairs.
+      form, block: how to read the codes.
       transposed: whether outputs are contracted.
       count: arrays of the weight: codes, scales, perhaps biases.
       tables: arrays that every device has whole.
@@ -139,9 +153,9 @@ def _partitioned_matmul(
 
     def kernel(x: AnyArray, *operands: AnyArray) -> jax.Array:
         rows, _, columns, _ = operands[0].shape
-        parts = [a.reshape(a.shape[0] * a.shape[1], -1) for a in operands[:count]]
-        parts += [None] * (3 - count)
-        y = run(x.reshape(x.shape[0], -1), *parts, *operands[count:], **dict(options))
+        packed, scale, *bias = (a.reshape(a.shape[0] * a.shape[1], -1) for a in operands[:count])
+        w = Coded(packed, scale, bias[0] if bias else None, form=form, block=block)
+        y = run(x.reshape(x.shape[0], -1), w, *operands[count:], **dict(options))
         summed, kept = (columns, rows) if transposed else (rows, columns)
         # The kernel has added up all groups of this device: the others of its places are zero.
         out = jnp.zeros((summed, y.shape[0], kept, y.shape[1] // kept), y.dtype)

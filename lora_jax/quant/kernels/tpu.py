@@ -7,7 +7,7 @@ None of this was run on a TPU: it is interpreted in the tests, and compiled ahea
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def fused_obstacle(
 
 
 def _slabs(
-    i: int, packed_ref: Ref, scale_ref: Ref, bias_ref: Ref | None, form: formats.Format
+    i: int, packed_ref: Ref, scale_ref: Ref, bias_ref: Ref | None, *, form: formats.Format
 ) -> list[Array]:
     """The halves of superblock `i` of a tile, in float32."""
     codes = packed_ref[i].astype(jnp.int32)
@@ -76,14 +76,12 @@ def _slabs(
     return out
 
 
-def _blocks(
-    packed: AnyArray, scale: AnyArray, bias: AnyArray | None, form: formats.Format, block: int
-) -> list[AnyArray]:
+def _blocks(w: formats.Coded) -> list[AnyArray]:
     """Codes `(S, B, N)`, scales and biases `(S, halves, N)`."""
-    halves = form.rows(block) // block
-    supers, cols = packed.shape[0] // block, packed.shape[1]
-    out = [packed.reshape(supers, block, cols)]
-    for x in (scale, bias):
+    halves = w.form.packing.slabs
+    supers, cols = w.packed.shape[0] // w.block, w.packed.shape[1]
+    out = [w.packed.reshape(supers, w.block, cols)]
+    for x in (w.scale, w.bias):
         if x is not None:
             # A TPU has no float16.
             x = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
@@ -98,34 +96,26 @@ def _compiler(*semantics: Any) -> Any:
 
 
 def decode(
-    packed: Integer[AnyArray, "p n"],  # noqa: F722
-    scale: Float[AnyArray, "g n"],  # noqa: F722
-    bias: Float[AnyArray, "g n"] | None,  # noqa: F722
-    *,
-    form: formats.Format,
-    block: int,
-    dtype: DTypeLike,
-    name: Literal["forward", "backward"],
-    interpret: bool = False,
-) -> Float[Array, "k n"]:  # noqa: F722
+    w: formats.Coded, *, dtype: DTypeLike, name: formats.Pass, interpret: bool = False
+) -> Float[Array, "k n"]:
     """The matrix; arguments as of `kernels.gpu.decode`."""
-    parts = _blocks(packed, scale, bias, form, block)
     run = functools.partial(
-        _decode_blocks, form=form, dtype=jnp.dtype(dtype), name=name, interpret=interpret
+        _decode_blocks, form=w.form, dtype=jnp.dtype(dtype), name=name, interpret=interpret
     )
-    return sharded_decode(run, *parts).reshape(-1, packed.shape[1])
+    return sharded_decode(run, *_blocks(w)).reshape(-1, w.packed.shape[1])
 
 
 def _decode_blocks(
-    packed: AnyArray,
-    scale: AnyArray,
-    bias: AnyArray | None = None,
+    packed: Integer[AnyArray, "s b n"],
+    scale: Float[AnyArray, "s h n"],
+    bias: Float[AnyArray, "s h n"] | None = None,
     *,
     form: formats.Format,
     dtype: DTypeLike,
-    name: str,
+    name: formats.Pass,
     interpret: bool,
-) -> Array:
+) -> Float[Array, "s h b n"]:
+    """`decode` with a dim for superblocks."""
     supers, block, cols = packed.shape
     halves, bn, steps = scale.shape[1], _columns(cols), _steps(supers)
     if not bn:  # a shard may have an odd number of outputs where the whole has an even one
@@ -134,7 +124,8 @@ def _decode_blocks(
     def kernel(packed_ref: Ref, scale_ref: Ref, *rest: Ref) -> None:
         bias_ref = rest[0] if bias is not None else None
         for i in range(steps):
-            for h, slab in enumerate(_slabs(i, packed_ref, scale_ref, bias_ref, form)):
+            slabs = _slabs(i, packed_ref, scale_ref, bias_ref, form=form)
+            for h, slab in enumerate(slabs):
                 rest[-1][i, h] = slab.astype(dtype)
 
     def at(s: Any, j: Any) -> tuple:
@@ -154,82 +145,50 @@ def _decode_blocks(
 
 
 def matmul(
-    x: Float[AnyArray, "m _"],  # noqa: F722
-    packed: Integer[AnyArray, "p n"],  # noqa: F722
-    scale: Float[AnyArray, "g n"],  # noqa: F722
-    bias: Float[AnyArray, "g n"] | None,  # noqa: F722
+    x: Float[AnyArray, "m _"],
+    w: formats.Coded,
     *,
-    form: formats.Format,
-    block: int,
     transposed: bool,
     dtype: DTypeLike,
     interpret: bool = False,
-) -> Float[Array, "m _"]:  # noqa: F722
+) -> Float[Array, "m _"]:
     """`x (M, K) · w`, or transposed `x (M, N) · wᵀ`; arguments as of `kernels.gpu.matmul`."""
-    run = functools.partial(
-        _fused, form=form, block=block, transposed=transposed, interpret=interpret
-    )
-    supers = packed.shape[0] // block
-    return sharded_matmul(run, x, packed, scale, bias, supers=supers, transposed=transposed,
-                          dtype=dtype)  # fmt: skip
+    run = functools.partial(_fused, transposed=transposed, interpret=interpret)
+    return sharded_matmul(run, x, w, transposed=transposed, dtype=dtype)
 
 
 def _fused(
-    x: AnyArray,
-    packed: AnyArray,
-    scale: AnyArray,
-    bias: AnyArray | None,
+    x: Float[AnyArray, "m _"],
+    w: formats.Coded,
     *,
-    form: formats.Format,
-    block: int,
     transposed: bool,
     dtype: DTypeLike,
     interpret: bool,
-) -> Array:
+) -> Float[Array, "m _"]:
     """`matmul` of what one device has."""
-    if obstacle(form, block, packed.shape) or fused_obstacle(form, block, packed.shape, x.dtype):
+    form, block, stored = w.form, w.block, w.packed.shape
+    if obstacle(form, block, stored) or fused_obstacle(form, block, stored, x.dtype):
         # A shard may have one where the whole has none.
-        return reference.matmul(x, packed, scale, bias, form=form, block=block,
-                                transposed=transposed, dtype=dtype)  # fmt: skip
-    rows, supers, cols = x.shape[0], packed.shape[0] // block, packed.shape[1]
+        return reference.matmul(x, w, transposed=transposed, dtype=dtype)
+    rows, supers, cols = x.shape[0], stored[0] // block, stored[1]
     # A bfloat16 tile has 16 rows.
     bm = min(_ROWS, -(-rows // 16) * 16)
     x = jnp.pad(x, ((0, -rows % bm), (0, 0)))
     bn, steps = _columns(cols), _steps(supers)
     bk = steps * 2 * block
     m, k = x.shape[0], supers * 2 * block
-    parts = _blocks(packed, scale, bias, form, block)
+    parts = _blocks(w)
     # The contraction is the last grid axis, the innermost: its steps add to one scratch tile.
     tiles = (m // bm, k // bk, cols // bn) if transposed else (m // bm, cols // bn, k // bk)
-
-    def kernel(x_ref: Ref, packed_ref: Ref, scale_ref: Ref, *rest: Ref) -> None:
-        bias_ref = rest[0] if bias is not None else None
-        out_ref, sum_ref = rest[-2:]
-
-        @pl.when(pl.program_id(2) == 0)
-        def _() -> None:
-            sum_ref[...] = jnp.zeros_like(sum_ref)
-
-        for i in range(steps):
-            slabs = _slabs(i, packed_ref, scale_ref, bias_ref, form)
-            w = jnp.concatenate([slab.astype(x.dtype) for slab in slabs], axis=0)
-            at = pl.ds(i * 2 * block, 2 * block)
-            if transposed:
-                sum_ref[:, at] += _dot(x_ref[...], w, 1)
-            else:
-                sum_ref[...] += _dot(x_ref[:, at], w, 0)
-
-        @pl.when(pl.program_id(2) == tiles[2] - 1)
-        def _() -> None:
-            # The sums stay in float32 scratch until the last step, and are rounded once.
-            out_ref[...] = sum_ref[...].astype(out_ref.dtype)
 
     def of_weight(i: Any, a: Any, b: Any) -> tuple:
         return (a, 0, b) if transposed else (b, 0, a)
 
     scales = pl.BlockSpec((steps, 2, bn), of_weight)
     y = pl.pallas_call(
-        kernel,
+        functools.partial(
+            _fused_kernel, form=form, steps=steps, last=tiles[2] - 1, transposed=transposed
+        ),
         grid=tiles,
         in_specs=[
             pl.BlockSpec((bm, bn if transposed else bk), lambda i, a, b: (i, b)),
@@ -247,13 +206,57 @@ def _fused(
     return y[:rows]
 
 
+def _fused_kernel(
+    x_ref: Ref,
+    packed_ref: Ref,
+    scale_ref: Ref,
+    *rest: Ref,
+    form: formats.Format,
+    steps: int,
+    last: int,
+    transposed: bool,
+) -> None:
+    """One step: the products of a tile of `x` with `steps` superblocks.
+
+    Args:
+      x_ref, packed_ref, scale_ref: tiles of the operands.
+      rest: a tile of the biases if the format has them, the result's, and its float32 sums.
+      form: the block format.
+      steps: superblocks of a tile.
+      last: number of the last step of a sum.
+      transposed: whether outputs are contracted.
+    """
+    *bias_refs, out_ref, sum_ref = rest
+    bias_ref = bias_refs[0] if bias_refs else None
+    rows = 2 * packed_ref.shape[1]
+
+    @pl.when(pl.program_id(2) == 0)
+    def _() -> None:
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    for i in range(steps):
+        slabs = _slabs(i, packed_ref, scale_ref, bias_ref, form=form)
+        w = jnp.concatenate([slab.astype(x_ref.dtype) for slab in slabs], axis=0)
+        at = pl.ds(i * rows, rows)
+        if transposed:
+            sum_ref[:, at] += _dot(x_ref[...], w, 1)
+        else:
+            sum_ref[...] += _dot(x_ref[:, at], w, 0)
+
+    @pl.when(pl.program_id(2) == last)
+    def _() -> None:
+        # The sums stay in float32 scratch until the last step, and are rounded once.
+        out_ref[...] = sum_ref[...].astype(out_ref.dtype)
+
+
 def _vmem(shape: tuple[int, ...]) -> Any:
     from jax.experimental.pallas import tpu
 
     return tpu.VMEM(shape, jnp.float32)
 
 
-def _dot(left: Array, right: Array, dim: int) -> Array:
+def _dot(left: Float[Array, "m _"], right: Float[Array, "k n"], dim: int) -> Float[Array, "m _"]:
+    """Float32 sums over the last dim of `left` and a dim of `right`."""
     return lax.dot_general(
         left, right, (((1,), (dim,)), ((), ())), preferred_element_type=jnp.float32
     )
