@@ -1,8 +1,8 @@
 """Causal attention of a decoder, with and without a cache, full or with a sliding window.
 
 One function, `Attend`, does what happens between a block's projections and its output: it rotates
-queries and keys, stores keys and values, and mixes the values. A `Sight` makes it, because blocks
-with a sliding window (a token attends to a fixed number before it) need another one than the rest.
+queries and keys, stores keys and values, and mixes the values. Blocks with a sliding window (a
+token attends to a fixed number before it) need another one than the rest: `AttendOf` has both.
 
 B batch, T new tokens, S length of the cache, N query heads, K key/value heads, H size of a head,
 L blocks.
@@ -21,8 +21,10 @@ from lora_jax import compat
 from lora_jax.dims import AnyArray
 from lora_jax.models.rope import Rotation, rotate
 
-FLASH_FROM = 128  # tokens: the scores of fewer are small
-MOST_SCORES = 2**28  # bytes of float32 scores held at once in training
+# Tokens: the scores of fewer are small.
+FLASH_FROM = 128
+# Bytes of float32 scores that training holds at once.
+MOST_SCORES = 2**28
 
 
 class Cache(NamedTuple):
@@ -32,10 +34,10 @@ class Cache(NamedTuple):
     enough. Positions that hold padding are never attended to.
     """
 
-    keys: Float[Array, "l b s k h"]  # noqa: F722
-    values: Float[Array, "l b s k h"]  # noqa: F722
-    valid: Bool[Array, "b s"]  # noqa: F722
-    length: Int[Array, ""]  # noqa: F722
+    keys: Float[Array, "l b s k h"]
+    values: Float[Array, "l b s k h"]
+    valid: Bool[Array, "b s"]
+    length: Int[Array, ""]
 
 
 class Mixing(NamedTuple):
@@ -57,14 +59,14 @@ class Mixing(NamedTuple):
 # Keys and values of all blocks, `(l, b, s, k, h)` each; None without a cache.
 Stored = tuple[Array, Array] | None
 
-# (queries, keys, values, stored, block number) -> (mixed values, stored)
+# (queries, keys, values, stored=, block=) -> (mixed values, stored); `block` is the block's number.
 Attend = Callable[..., tuple[Array, Stored]]
 
-# The argument is whether the block slides: a bool, or an array in a scan over blocks that differ.
-Sight = Callable[[bool | Array], Attend]
+# By whether the block slides: a bool, or an array in a scan over blocks that differ.
+AttendOf = Callable[[bool | Array], Attend]
 
 # Whether a block slides -> how its queries and keys are rotated, or None.
-Turns = Callable[[bool | Array], Rotation | None]
+Rotations = Callable[[bool | Array], Rotation | None]
 
 
 def choose(slides: bool | Array, sliding: Any, full: Any) -> Any:
@@ -76,11 +78,12 @@ def choose(slides: bool | Array, sliding: Any, full: Any) -> Any:
 
 def attention(
     tokens: AnyArray,
-    mask: Bool[AnyArray, "b t"] | None,  # noqa: F722
+    mask: Bool[AnyArray, "b t"] | None,
     cache: Cache | None,
+    *,
     mixing: Mixing,
-    turns: Turns,
-) -> tuple[Sight, Stored, Cache | None]:
+    rotations: Rotations,
+) -> tuple[AttendOf, Stored, Cache | None]:
     """How the blocks of one call attend.
 
     Args:
@@ -88,39 +91,49 @@ def attention(
       mask: true at real tokens; None where all are.
       cache: the tokens before these, or None.
       mixing: how queries weigh keys.
-      turns: the rotation of a block's queries and keys.
+      rotations: the rotation of a block's queries and keys.
 
     Returns:
-      The `Sight`, the stored keys and values that its blocks take and return, and the cache with
-      the new tokens counted in `valid` and `length`.
+      How a block attends; the stored keys and values that blocks take and return; and the cache
+      with the new tokens counted in `valid` and `length`.
     """
     if cache is None:
-        return _see_new(mask, mixing, turns), None, None
-    new = jnp.ones(tokens.shape, bool) if mask is None else mask
-    valid = lax.dynamic_update_slice(cache.valid, new, (0, cache.length))
-    sight = _see_stored(valid, cache.length, tokens.shape[1], mixing, turns)
-    counted = cache._replace(valid=valid, length=cache.length + tokens.shape[1])
-    return sight, (cache.keys, cache.values), counted
+        return _without_cache(mask, mixing, rotations), None, None
+    count = tokens.shape[1]
+    new = jnp.ones(tokens.shape, bool) if mask is None else mask  # (b, t)
+    valid = lax.dynamic_update_slice(cache.valid, new, (0, cache.length))  # (b, s)
+    attend_of = _with_cache(valid, cache.length, count, mixing=mixing, rotations=rotations)
+    counted = cache._replace(valid=valid, length=cache.length + count)
+    return attend_of, (cache.keys, cache.values), counted
 
 
-def positions_of(valid: Bool[AnyArray, "b t"]) -> Int[Array, "b t"]:  # noqa: F722
+def positions_of(valid: Bool[AnyArray, "b t"]) -> Int[Array, "b t"]:
     """The position of each token: only real ones count, so padding on the left shifts none."""
     return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
 
 
-def _see_new(mask: Bool[AnyArray, "b t"] | None, mixing: Mixing, turns: Turns) -> Sight:  # noqa: F722
+def _without_cache(
+    mask: Bool[AnyArray, "b t"] | None, mixing: Mixing, rotations: Rotations
+) -> AttendOf:
     # Padding on the right needs no mask: under causal attention only padding attends to it. The
     # mask stays (b, 1, 1, s), because XLA fuses it and the causal one into the softmax; at full
     # size it would be an array of all pairs of tokens.
     keys_seen = None if mask is None else mask[:, None, None, :]
 
-    def sight(slides: bool | Array) -> Attend:
-        turn = turns(slides)
+    def attend_of(slides: bool | Array) -> Attend:
+        by = rotations(slides)
         window = mixing.window
         near = (window - 1, 0) if slides is True and window is not None else None
 
-        def attend(q, k, v, stored, block):
-            q, k = rotate(q, turn), rotate(k, turn)
+        def attend(
+            q: Float[Array, "b t n h"],
+            k: Float[Array, "b t k h"],
+            v: Float[Array, "b t k h"],
+            *,
+            stored: Stored,
+            block: Int[Array, ""],
+        ) -> tuple[Float[Array, "b t n h"], Stored]:
+            q, k = rotate(q, by), rotate(k, by)
             # JAX's attention has no soft cap, and its window is a static number.
             if isinstance(slides, bool) and mixing.softcap is None:
                 mix = partial(
@@ -131,16 +144,16 @@ def _see_new(mask: Bool[AnyArray, "b t"] | None, mixing: Mixing, turns: Turns) -
                     return mix(q, k, v, implementation="cudnn"), stored
                 return _in_parts(mix, q, k, v), stored
             at = jnp.arange(q.shape[1])
-            seen = _near(at[:, None] - at, mixing, slides)[None, None]
-            seen = seen if keys_seen is None else seen & keys_seen
-            return _mix(q, k, v, seen, mixing), stored
+            seen = _near(at[:, None] - at, mixing, slides)[None, None]  # (1, 1, t, t)
+            seen = seen if keys_seen is None else seen & keys_seen  # (b, 1, t, t)
+            return _mix(q, k, v, seen=seen, mixing=mixing), stored
 
         return attend
 
-    return sight
+    return attend_of
 
 
-def _takes_flash(q: Float[Array, "b t n h"]) -> bool:  # noqa: F722
+def _takes_flash(q: Float[Array, "b t n h"]) -> bool:
     """Whether cuDNN's attention takes these queries. It never writes the scores to memory."""
     # cuDNN's limits on the size of a head before Hopper, and on dtypes. Its only derivative is one
     # in reverse mode: with a mask, XLA's attention remains for a user who needs another.
@@ -148,47 +161,55 @@ def _takes_flash(q: Float[Array, "b t n h"]) -> bool:  # noqa: F722
     return sized and q.dtype.itemsize == 2 and compat.has_flash_attention()
 
 
-def _see_stored(
-    valid: Bool[Array, "b s"],  # noqa: F722
-    start: Int[Array, ""],  # noqa: F722
+def _with_cache(
+    valid: Bool[Array, "b s"],
+    start: Int[Array, ""],
     count: int,
+    *,
     mixing: Mixing,
-    turns: Turns,
-) -> Sight:
-    # How many slots each key lies before each query; negative ones come after it.
+    rotations: Rotations,
+) -> AttendOf:
+    # How many slots each key lies before each query, (t, s); negative ones come after it.
     back = start + jnp.arange(count)[:, None] - jnp.arange(valid.shape[1])
 
-    def sight(slides: bool | Array) -> Attend:
-        turn = turns(slides)
-        seen = valid[:, None, None, :] & _near(back, mixing, slides)
+    def attend_of(slides: bool | Array) -> Attend:
+        by = rotations(slides)
+        seen = valid[:, None, None, :] & _near(back, mixing, slides)  # (b, 1, t, s)
 
         # The cache is the scan's carry, which is written in place: as input and output of the scan
         # the whole of it would be copied for every token.
-        def attend(q, k, v, stored, block):
-            q, k = rotate(q, turn), rotate(k, turn)
+        def attend(
+            q: Float[Array, "b t n h"],
+            k: Float[Array, "b t k h"],
+            v: Float[Array, "b t k h"],
+            *,
+            stored: tuple[Float[Array, "l b s k h"], Float[Array, "l b s k h"]],
+            block: Int[Array, ""],
+        ) -> tuple[Float[Array, "b t n h"], Stored]:
+            q, k = rotate(q, by), rotate(k, by)
             at = (block, 0, start, 0, 0)
             keys, values = (
                 lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
                 for old, new in zip(stored, (k, v), strict=True)
             )
-            this_keys, this_values = (
+            # This block's, (b, s, k, h).
+            own_keys, own_values = (
                 lax.dynamic_index_in_dim(kept, block, keepdims=False).astype(q.dtype)
                 for kept in (keys, values)
             )
-            mixed = _mix(q, this_keys, this_values, seen, mixing)
-            return mixed, (keys, values)
+            return _mix(q, own_keys, own_values, seen=seen, mixing=mixing), (keys, values)
 
         return attend
 
-    return sight
+    return attend_of
 
 
 def _in_parts(
     mix: Callable,
-    q: Float[Array, "b t n h"],  # noqa: F722
-    k: Float[Array, "b s k h"],  # noqa: F722
-    v: Float[Array, "b s k h"],  # noqa: F722
-) -> Float[Array, "b t n h"]:  # noqa: F722
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+) -> Float[Array, "b t n h"]:
     """`mix(q, k, v)`; where its scores are large, some heads at a time and again when backward.
 
     The float32 scores of all heads at once would be the largest arrays of a training step over a
@@ -196,54 +217,61 @@ def _in_parts(
     """
     b, t, n, h = q.shape
     s, heads = k.shape[1:3]
-    scores = 4 * b * n * t * s
+    scores = 4 * b * n * t * s  # bytes
+    # Key heads are never split: the fewest equal parts of them whose scores fit.
     fits = [p for p in range(1, heads + 1) if heads % p == 0 and scores <= p * MOST_SCORES]
     parts = fits[0] if fits else heads
     if parts == 1:
         return mix(q, k, v)
 
-    def split(x: Array, group: int) -> Array:
+    group = n // heads  # query heads of a key head
+
+    def split(x: Float[Array, "b t n h"], each: int) -> Float[Array, "parts b t m h"]:
         # A part takes every `parts`-th key head, so that each device of a mesh has some of its own
         # heads in every part.
-        x = x.reshape(*x.shape[:2], heads // parts, parts, group, h)
+        x = x.reshape((*x.shape[:2], heads // parts, parts, each, h))
         return jnp.moveaxis(x, 3, 0).reshape(parts, *x.shape[:2], -1, h)
 
-    operands = (split(q, n // heads), split(k, 1), split(v, 1))
-    mixed = lax.map(jax.checkpoint(lambda each: mix(*each)), operands)
-    mixed = mixed.reshape(parts, b, t, heads // parts, n // heads, h)
+    operands = (split(q, group), split(k, 1), split(v, 1))
+    mixed = lax.map(jax.checkpoint(lambda each: mix(*each)), operands)  # (parts, b, t, m, h)
+    mixed = mixed.reshape((parts, b, t, heads // parts, group, h))
     return jnp.moveaxis(mixed, 0, 3).reshape(b, t, n, h)
 
 
 def _near(
-    back: Int[Array, "t s"],  # noqa: F722
+    back: Int[Array, "t s"],
     mixing: Mixing,
     slides: bool | Array,
-) -> Bool[Array, "t s"]:  # noqa: F722
+) -> Bool[Array, "t s"]:
     """Which keys a query attends to, from how many slots they lie before it."""
     if slides is False or mixing.window is None:
         return back >= 0
     if slides is True:
         return (back >= 0) & (back < mixing.window)
+    # In a scan over blocks that differ, `slides` is data.
     return (back >= 0) & ((back < mixing.window) | ~slides)
 
 
 def _mix(
-    q: Float[Array, "b t n h"],  # noqa: F722
-    k: Float[Array, "b s k h"],  # noqa: F722
-    v: Float[Array, "b s k h"],  # noqa: F722
-    seen: Bool[Array, "#b 1 t s"],  # noqa: F722
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    *,
+    seen: Bool[Array, "#b 1 t s"],
     mixing: Mixing,
-) -> Float[Array, "b t n h"]:  # noqa: F722
+) -> Float[Array, "b t n h"]:
     """Values weighted by their keys: `softmax(cap(scale · q kᵀ)) v`."""
     # JAX's own attention where it can: only a soft cap, which it lacks, is written out here.
     if mixing.softcap is None:
         return jax.nn.dot_product_attention(q, k, v, mask=seen, scale=mixing.scale)
     b, t, n, h = q.shape
-    groups = q.reshape(b, t, k.shape[2], -1, h)
+    groups = q.reshape((b, t, k.shape[2], -1, h))  # g query heads for each key head
     logits = jnp.einsum("btkgh,bskh->bkgts", groups, k, preferred_element_type=jnp.float32)
+    # The scale before the cap, as in Gemma 2.
     logits = logits * (h**-0.5 if mixing.scale is None else mixing.scale)
     logits = jnp.tanh(logits / mixing.softcap) * mixing.softcap
-    # Not -inf: a row of padding attends to nothing, and its gradient would be NaN.
+    # Not -inf: a row of padding attends to nothing, and its gradient would be NaN. The factor is
+    # that of `jax.nn.dot_product_attention`.
     logits = jnp.where(seen[:, :, None], logits, -0.7 * jnp.finfo(jnp.float32).max)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h)

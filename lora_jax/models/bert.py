@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
@@ -32,6 +33,9 @@ from lora_jax.models.layers import (
     run_blocks,
 )
 
+# Which keys a query attends to; None for all.
+Seen = Bool[AnyArray, "b 1 1 t"] | None
+
 
 class Features(NamedTuple):
     """The result of an encoder without a head.
@@ -41,16 +45,16 @@ class Features(NamedTuple):
       pooled: `tanh` of the pooler's layer on the first hidden state, or None without a pooler.
     """
 
-    hidden: Float[Array, "b t d"]  # noqa: F722
-    pooled: Float[Array, "b d"] | None  # noqa: F722
+    hidden: Float[Array, "b t d"]
+    pooled: Float[Array, "b d"] | None
 
 
 class _Build(NamedTuple):
     """The options that all modules share."""
 
     config: BertConfig
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
     rngs: nnx.Rngs
 
     def linear(self, inputs: int, outputs: int) -> nnx.Linear:
@@ -72,7 +76,7 @@ class _Build(NamedTuple):
 class Embeddings(nnx.Module):
     """The sum of a token's, its type's and its position's vectors, normalized."""
 
-    def __init__(self, build: _Build):
+    def __init__(self, build: _Build) -> None:
         config = build.config
         self.word_embeddings = build.table(config.vocab_size)
         self.position_embeddings = build.table(config.max_position_embeddings)
@@ -81,10 +85,10 @@ class Embeddings(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[AnyArray, "b t"],  # noqa: F722
-        token_type_ids: Int[AnyArray, "b t"],  # noqa: F722
-        positions: Int[AnyArray, "#b t"],  # noqa: F722
-    ) -> Float[Array, "b t d"]:  # noqa: F722
+        tokens: Int[AnyArray, "b t"],
+        token_type_ids: Int[AnyArray, "b t"],
+        positions: Int[AnyArray, "#b t"],
+    ) -> Float[Array, "b t d"]:
         x = self.word_embeddings(tokens) + self.token_type_embeddings(token_type_ids)
         return self.LayerNorm(x + self.position_embeddings(positions))
 
@@ -92,14 +96,15 @@ class Embeddings(nnx.Module):
 class SelfAttention(nnx.Module):
     """Every token attends to every real token."""
 
-    def __init__(self, build: _Build):
+    def __init__(self, build: _Build) -> None:
         width = build.config.hidden_size
         self.heads = build.config.num_attention_heads
         self.query = build.linear(width, width)
         self.key = build.linear(width, width)
         self.value = build.linear(width, width)
 
-    def __call__(self, x: Float[Array, "b t d"], seen) -> Float[Array, "b t d"]:  # noqa: F722
+    def __call__(self, x: Float[Array, "b t d"], seen: Seen) -> Float[Array, "b t d"]:
+        # (b, t, n, h) each
         q, k, v = (
             kept(project(x)).reshape(*x.shape[:2], self.heads, -1)
             for project in (self.query, self.key, self.value)
@@ -110,18 +115,20 @@ class SelfAttention(nnx.Module):
 class Output(nnx.Module):
     """`LayerNorm(residual + W x + b)`: the last step of attention and of the MLP."""
 
-    def __init__(self, inputs: int, build: _Build):
+    def __init__(self, inputs: int, build: _Build) -> None:
         self.dense = build.linear(inputs, build.config.hidden_size)
         self.LayerNorm = build.norm()
 
-    def __call__(self, x: Float[Array, "b t f"], residual) -> Float[Array, "b t d"]:  # noqa: F722
+    def __call__(
+        self, x: Float[Array, "b t f"], residual: Float[Array, "b t d"]
+    ) -> Float[Array, "b t d"]:
         return self.LayerNorm(residual + kept(self.dense(x)))
 
 
 class Attention(nnx.Module):
     """Attention and its output layer; `Layer` calls the two."""
 
-    def __init__(self, build: _Build):
+    def __init__(self, build: _Build) -> None:
         self.self = SelfAttention(build)
         self.output = Output(build.config.hidden_size, build)
 
@@ -129,23 +136,23 @@ class Attention(nnx.Module):
 class Dense(nnx.Module):
     """A dense layer one level deeper, as Hugging Face names it (`intermediate.dense`)."""
 
-    def __init__(self, outputs: int, build: _Build):
+    def __init__(self, outputs: int, build: _Build) -> None:
         self.dense = build.linear(build.config.hidden_size, outputs)
 
 
 class Layer(nnx.Module):
     """One block."""
 
-    def __init__(self, build: _Build):
+    def __init__(self, build: _Build) -> None:
         config = build.config
         self.act = config.hidden_act
         self.attention = Attention(build)
         self.intermediate = Dense(config.intermediate_size, build)
         self.output = Output(config.intermediate_size, build)
 
-    def __call__(self, x: Float[Array, "b t d"], seen) -> Float[Array, "b t d"]:  # noqa: F722
+    def __call__(self, x: Float[Array, "b t d"], seen: Seen) -> Float[Array, "b t d"]:
         x = self.attention.output(self.attention.self(x, seen), x)
-        wide = kept(self.intermediate.dense(x))
+        wide = kept(self.intermediate.dense(x))  # (b, t, f)
         return self.output(ACTIVATIONS[self.act](wide), x)
 
 
@@ -156,7 +163,7 @@ class Stack(nnx.Module):
     blocks named by their number.
     """
 
-    def __init__(self, build: _Build, *, scan: bool):
+    def __init__(self, build: _Build, *, scan: bool) -> None:
         numbers = range(build.config.num_hidden_layers)
         self.layer = Layer(build) if scan else nnx.Dict({str(i): Layer(build) for i in numbers})
 
@@ -164,7 +171,7 @@ class Stack(nnx.Module):
 class Encoder(nnx.Module):
     """Embeddings, blocks and, where the config has one, the pooler."""
 
-    def __init__(self, build: _Build, *, scan: bool):
+    def __init__(self, build: _Build, *, scan: bool) -> None:
         self.embeddings = Embeddings(build)
         self.encoder = Stack(build, scan=scan)
         if build.config.pooler:
@@ -174,7 +181,7 @@ class Encoder(nnx.Module):
 class Transform(nnx.Module):
     """BERT's dense layer and norm before the vocabulary."""
 
-    def __init__(self, build: _Build):
+    def __init__(self, build: _Build) -> None:
         self.dense = build.linear(build.config.hidden_size, build.config.hidden_size)
         self.LayerNorm = build.norm()
 
@@ -182,7 +189,7 @@ class Transform(nnx.Module):
 class Predictions(nnx.Module):
     """BERT's masked-LM head; its table is the word embedding."""
 
-    def __init__(self, build: _Build):
+    def __init__(self, build: _Build) -> None:
         self.transform = Transform(build)
         self.bias = nnx.Param(jnp.zeros((build.config.vocab_size,), build.param_dtype))
 
@@ -190,14 +197,14 @@ class Predictions(nnx.Module):
 class Cls(nnx.Module):
     """The level that Hugging Face names `cls` around BERT's masked-LM head."""
 
-    def __init__(self, build: _Build):
+    def __init__(self, build: _Build) -> None:
         self.predictions = Predictions(build)
 
 
 class LMHead(nnx.Module):
     """RoBERTa's masked-LM head; its table is the word embedding."""
 
-    def __init__(self, build: _Build):
+    def __init__(self, build: _Build) -> None:
         self.dense = build.linear(build.config.hidden_size, build.config.hidden_size)
         self.layer_norm = build.norm()
         self.bias = nnx.Param(jnp.zeros((build.config.vocab_size,), build.param_dtype))
@@ -206,7 +213,7 @@ class LMHead(nnx.Module):
 class FirstTokenHead(nnx.Module):
     """RoBERTa's classification head: `W_2 tanh(W_1 x + b_1) + b_2` of the first hidden state."""
 
-    def __init__(self, build: _Build):
+    def __init__(self, build: _Build) -> None:
         width = build.config.hidden_size
         self.dense = build.linear(width, width)
         self.out_proj = build.linear(width, len(build.config.labels))
@@ -215,12 +222,14 @@ class FirstTokenHead(nnx.Module):
 class Headed(nnx.Module):
     """An encoder under its family's name, and the head of a task."""
 
-    def __init__(self, build: _Build, *, scan: bool):
+    def __init__(self, build: _Build, *, scan: bool) -> None:
         config = build.config
+        # `bert` or `roberta`, as the checkpoint's tensors begin.
         setattr(self, config.kind.prefix, Encoder(build, scan=scan))
         roberta = config.kind.roberta_heads
         if config.task == CLASSIFICATION:
             classes = len(config.labels)
+            # BERT's classifier reads the pooler's result, which `logits` gives it.
             pooled = FirstTokenHead if roberta else lambda b: b.linear(config.hidden_size, classes)
             self.classifier = pooled(build)
         elif roberta:
@@ -229,7 +238,9 @@ class Headed(nnx.Module):
             self.cls = Cls(build)
 
 
-def make(config: BertConfig, *, dtype, param_dtype, scan: bool, rngs: nnx.Rngs) -> nnx.Module:
+def make(
+    config: BertConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, scan: bool, rngs: nnx.Rngs
+) -> nnx.Module:
     """Makes the module for a config's task: the bare encoder, or one with a head."""
     build = _Build(config, dtype, param_dtype, rngs)
     headed = config.task in (CLASSIFICATION, MASKED_LM)
@@ -244,14 +255,14 @@ def encoder_of(module: nnx.Module, config: BertConfig) -> Encoder:
 def hidden_states(
     encoder: Encoder,
     config: BertConfig,
-    tokens: Int[AnyArray, "b t"],  # noqa: F722
+    tokens: Int[AnyArray, "b t"],
     *,
-    mask: Bool[AnyArray, "b t"] | None,  # noqa: F722
-    token_type_ids: Int[AnyArray, "b t"] | None,  # noqa: F722
-    positions: Int[AnyArray, "b t"] | None,  # noqa: F722
+    mask: Bool[AnyArray, "b t"] | None,
+    token_type_ids: Int[AnyArray, "b t"] | None,
+    positions: Int[AnyArray, "b t"] | None,
     wrap: Callable[[Callable], Callable],
     rows: tuple[str, ...] = (),
-) -> Float[Array, "b t d"]:  # noqa: F722
+) -> Float[Array, "b t d"]:
     """Runs the encoder up to its last block.
 
     Args:
@@ -271,6 +282,7 @@ def hidden_states(
         positions = _positions(tokens, config)
     if token_type_ids is None:
         token_type_ids = jnp.zeros_like(tokens)
+    # Keys that all queries and heads attend to, (b, 1, 1, t).
     seen = None if mask is None else jnp.asarray(mask)[:, None, None, :]
     x = encoder.embeddings(tokens, token_type_ids, positions)
     return run_blocks(
@@ -282,12 +294,12 @@ def hidden_states(
     )
 
 
-def pooled(encoder: Encoder, hidden: Float[Array, "b t d"]) -> Float[Array, "b d"]:  # noqa: F722
+def pooled(encoder: Encoder, hidden: Float[Array, "b t d"]) -> Float[Array, "b d"]:
     """`tanh(W x + b)` of the first hidden state."""
     return jnp.tanh(encoder.pooler.dense(hidden[:, 0]))
 
 
-def logits(module: Headed, config: BertConfig, hidden: Float[Array, "b t d"]) -> Array:  # noqa: F722
+def logits(module: Headed, config: BertConfig, hidden: Float[Array, "b t d"]) -> Array:
     """The head's float32 logits: (b, c) of a classifier, (b, t, v) of a masked LM."""
     encoder = encoder_of(module, config)
     if config.task == MASKED_LM:
@@ -298,20 +310,25 @@ def logits(module: Headed, config: BertConfig, hidden: Float[Array, "b t d"]) ->
     return head.out_proj(jnp.tanh(head.dense(hidden[:, 0]))).astype(jnp.float32)
 
 
-def _vocabulary(module: Headed, config: BertConfig, hidden) -> Float[Array, "b t v"]:  # noqa: F722
+def _vocabulary(
+    module: Headed, config: BertConfig, hidden: Float[Array, "b t d"]
+) -> Float[Array, "b t v"]:
+    """Scores of the words: a dense layer, an activation and a norm before the tied table."""
     if config.kind.roberta_heads:
         head = module.lm_head
+        # transformers' RobertaLMHead has a gelu, whatever `hidden_act` is.
         x = head.layer_norm(ACTIVATIONS["gelu"](head.dense(hidden)))
     else:
         head = module.cls.predictions
         x = ACTIVATIONS[config.hidden_act](head.transform.dense(hidden))
         x = head.transform.LayerNorm(x)
+    # (v, d)
     table = encoder_of(module, config).embeddings.word_embeddings.embedding.get_value()
     scores = logits_of(x, table, tied=True, dtype=x.dtype)
     return scores + head.bias.get_value().astype(jnp.float32)
 
 
-def _positions(tokens: Int[AnyArray, "b t"], config: BertConfig) -> Int[Array, "#b t"]:  # noqa: F722
+def _positions(tokens: Int[AnyArray, "b t"], config: BertConfig) -> Int[Array, "#b t"]:
     if not config.kind.offset_positions:
         return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     # As in fairseq, which trained RoBERTa: real tokens count from pad_token_id + 1 and padding has

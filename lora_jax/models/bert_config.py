@@ -25,6 +25,10 @@ Task = Literal["features", "sequence-classification", "masked-lm"]
 TASKS: tuple[Task, ...] = (FEATURES, CLASSIFICATION, MASKED_LM)
 
 
+# Hugging Face's names of the losses of a classifier.
+Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
+
+
 class Kind(NamedTuple):
     """How one model type differs from BERT.
 
@@ -73,7 +77,13 @@ def _roberta(name: str, vocab_size: int) -> Kind:
 
 
 KINDS: Mapping[str, Kind] = {
-    "bert": Kind("bert", _classes("Bert"), False, False, _BERT_DEFAULTS),
+    "bert": Kind(
+        prefix="bert",
+        classes=_classes("Bert"),
+        offset_positions=False,
+        roberta_heads=False,
+        defaults=_BERT_DEFAULTS,
+    ),
     "roberta": _roberta("Roberta", 50265),
     "xlm-roberta": _roberta("XLMRoberta", 30522),
     "camembert": _roberta("Camembert", 30522),
@@ -125,12 +135,12 @@ class BertConfig:
     task: Task = FEATURES
     pooler: bool = True
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
-    problem_type: str | None = None
+    problem_type: Problem | None = None
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     classifier_dropout: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes(self, {name: name for name in _SIZES})
         check_numbers(self, (), ("layer_norm_eps", "initializer_range"))
         check_kinds(self)

@@ -47,7 +47,7 @@ class LlamaConfig:
       qkv_bias, o_bias, mlp_bias: which projections have a bias.
       qk_norm: queries and keys are normalized head by head.
       fused_projections: queries, keys and values are one projection, gate and up another.
-      sliding_window: tokens a token sees, itself included, or None for all before it.
+      sliding_window: tokens that a token attends to, itself included, or None for all before it.
       sliding_layers: for each block whether it slides; None is all of them, if there is a window.
       hidden_activation: a key of `lora_jax.models.layers.ACTIVATIONS`.
       norm_offset: norms multiply by `1 + scale`.
@@ -58,7 +58,7 @@ class LlamaConfig:
       bos_token_id, pad_token_id: or None.
       eos_token_ids: the tokens that end a text.
       initializer_range: standard deviation of fresh weights.
-      wrapper: model type of the model of images and texts that holds this decoder, or None; the
+      wrapper: model type of the vision-language model that holds this decoder, or None; the
         parameters then have that model's names.
     """
 
@@ -97,7 +97,7 @@ class LlamaConfig:
     initializer_range: float = 0.02
     wrapper: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes(self, {name: name for name in _SIZES})
         check_numbers(self, _POSITIVE, ("rms_norm_eps", "initializer_range"))
         check_kinds(self)
@@ -123,16 +123,20 @@ class LlamaConfig:
 
     @property
     def context(self) -> int:
-        """Tokens a text may have: dynamic and linear scaling stretch the stated context."""
+        """Maximum number of tokens in a text."""
         scaling = self.rope_scaling
+        # With the other kinds `max_position_embeddings` is the extended context already.
         if scaling is None or scaling.rope_type not in ("dynamic", "linear"):
             return self.max_position_embeddings
         assert scaling.factor is not None  # the reader of a config refuses these kinds without it
         return int(self.max_position_embeddings * scaling.factor)
 
     @property
-    def turning_point(self) -> int | None:
-        """The longest text that is rotated like a short one; a longer one is another throughout."""
+    def longrope_limit(self) -> int | None:
+        """Tokens of the longest text with LongRoPE's short factors; None without LongRoPE.
+
+        In a longer text every token is rotated differently, from the first on.
+        """
         scaling = self.rope_scaling
         if scaling is None or scaling.rope_type != "longrope":
             return None
@@ -159,7 +163,7 @@ class LlamaConfig:
 
     @property
     def fresh_scale(self) -> float:
-        """What a norm's `scale` starts as."""
+        """Initial value of a norm's `scale`."""
         return 0.0 if self.norm_offset else 1.0
 
     @staticmethod
@@ -167,8 +171,8 @@ class LlamaConfig:
         """Reads the object in config.json.
 
         Raises:
-          ValueError: a family that is not known, a size that is missing, or a field that changes
-            numbers in a way that is not supported.
+          ValueError: an unknown family, a missing size, or a field whose value changes results and
+            is not supported.
         """
         kind = str(raw.get("model_type"))
         if kind not in DIALECTS:
@@ -204,7 +208,7 @@ _PLAIN = (
 _READ = (*_PLAIN, "rope_scaling", "rope_parameters", "eos_token_id")
 
 
-# Fields whose null is not the default.
+# Fields where null means "none", not "the default".
 _MAYBE_NONE = ("bos_token_id", "pad_token_id", "eos_token_id")
 _REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -215,9 +219,11 @@ _REQUIRED = (
 def _from_hf(raw: Mapping[str, Any], dialect: Dialect) -> LlamaConfig:
     known = (*_READ, *dialect.fields, dialect.activation)
     refuse_unsupported(raw, known)
-    asked = {**dialect.defaults, **raw}
+    # A family's own fields may be null on purpose (no window, no cap); null in a shared one means
+    # its default.
+    with_nulls = {**dialect.defaults, **raw}
     given = {**dialect.defaults, **{k: v for k, v in raw.items() if v is not None}}
-    given.update({name: asked[name] for name in _MAYBE_NONE if name in asked})
+    given.update({name: with_nulls[name] for name in _MAYBE_NONE if name in with_nulls})
     if missing := [name for name in _REQUIRED if name not in given]:
         raise ValueError(f"config: config.json lacks {', '.join(f'`{m}`' for m in missing)}")
     # Divided by below; every size is checked again as a part of the configuration.
@@ -231,12 +237,12 @@ def _from_hf(raw: Mapping[str, Any], dialect: Dialect) -> LlamaConfig:
     fields = {name: given[name] for name in _PLAIN if name in given}
     fields |= {"hidden_activation": _activation(given, dialect)}
     fields |= {"eos_token_ids": tuple_of(given.get("eos_token_id"))}
-    config = LlamaConfig(**{**fields, **dialect.rope(given), **dialect.read(asked)})
+    config = LlamaConfig(**{**fields, **dialect.rope(given), **dialect.read(with_nulls)})
     return _plain_windows(config)
 
 
 def _plain_windows(config: LlamaConfig) -> LlamaConfig:
-    """The same windows said in the shortest way: none, in all blocks, or in some."""
+    """The same windows in one form, so that equal models have equal configurations."""
     slides = config.mixing.slides
     if not any(slides):
         return replace(config, sliding_window=None, sliding_layers=None)

@@ -71,6 +71,7 @@ def read_rope(given: Mapping[str, Any]) -> dict[str, Any]:
         (x for x in (scaling.pop("rope_theta", None), given.get("rope_theta")) if x is not None),
         10000.0,
     )
+    # transformers 5 has it in `rope_parameters`; 1 is the whole head.
     if scaling.get("partial_rotary_factor") == 1:
         del scaling["partial_rotary_factor"]
     context = given["max_position_embeddings"]
@@ -85,11 +86,11 @@ class Dialect(NamedTuple):
       architecture: Hugging Face's class.
       fields: names in config.json that `read` understands beyond the plain ones.
       read: the raw object, with defaults -> values for `LlamaConfig`.
-      write: the config -> what config.json says beyond the plain fields.
+      write: the config -> the fields of config.json beyond the plain ones.
       defaults: what transformers assumes for fields that config.json leaves out.
       activation: the field that names the MLP's activation.
       activations: what it may be, Hugging Face's name -> ours.
-      rope: the raw object, with defaults -> values that say how positions are rotated.
+      rope: the raw object, with defaults -> the fields of `LlamaConfig` about RoPE.
     """
 
     architecture: str
@@ -105,15 +106,16 @@ class Dialect(NamedTuple):
 def refuse_unsupported(
     raw: Mapping[str, Any], known: Collection[str], neutral: Mapping[str, tuple] = NEUTRAL
 ) -> None:
-    """Refuses what might change the numbers and is not understood.
+    """Refuses what might change results and is not supported.
 
     Args:
       raw: the object in config.json.
       known: its fields that are read.
-      neutral: fields that would change the numbers, with the values that do not.
+      neutral: fields that can change results, with the values that do not.
 
     Raises:
-      ValueError: quantized weights, a field that is not known, or one with another value.
+      ValueError: quantized weights of an unsupported kind, an unknown field, or another value of a
+        neutral one.
     """
     if raw.get("quantization_config"):
         bnb.check_config(raw["quantization_config"])
@@ -215,7 +217,7 @@ def read_layer_types(raw: Mapping[str, Any], default: tuple[bool, ...]) -> tuple
 
     Args:
       raw: the object in config.json.
-      default: what holds where it does not say.
+      default: the value without a `layer_types`.
 
     Raises:
       ValueError: a kind of block that is neither sliding nor full.
@@ -231,5 +233,5 @@ def read_layer_types(raw: Mapping[str, Any], default: tuple[bool, ...]) -> tuple
 
 
 def write_layer_types(config: Any) -> list[str]:
-    """The reverse."""
+    """The reverse of `read_layer_types`."""
     return [SLIDING if slides else FULL for slides in config.mixing.slides]

@@ -13,6 +13,7 @@ from lora_jax.models import bert
 from lora_jax.models.bert_config import FEATURES, BertConfig
 from lora_jax.models.layers import Specs
 from lora_jax.models.model import (
+    Dtype,
     check_inputs,
     check_options,
     rematerialized,
@@ -37,14 +38,14 @@ class EncoderForward:
     """
 
     config: BertConfig
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
     scan: bool = True
     remat: bool | str = False
     rows: tuple[str, ...] = ()
     gathered: Specs = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_options(self.dtype, self.param_dtype, self.remat)
 
     @property
@@ -55,11 +56,11 @@ class EncoderForward:
     def apply(
         self,
         params: Any,
-        tokens: Int[AnyArray, "b t"],  # noqa: F722
+        tokens: Int[AnyArray, "b t"],
         *,
-        mask: Bool[AnyArray, "b t"] | None = None,  # noqa: F722
-        token_type_ids: Int[AnyArray, "b t"] | None = None,  # noqa: F722
-        positions: Int[AnyArray, "b t"] | None = None,  # noqa: F722
+        mask: Bool[AnyArray, "b t"] | None = None,
+        token_type_ids: Int[AnyArray, "b t"] | None = None,
+        positions: Int[AnyArray, "b t"] | None = None,
         return_hidden: bool = False,
     ) -> bert.Features | Array:
         """Runs the encoder and the head of its task.
@@ -81,12 +82,26 @@ class EncoderForward:
         Raises:
           ValueError: an input of the wrong shape or dtype, or more tokens than the model's context.
         """
-        _check(self.config, tokens, mask, token_type_ids, positions)
-        return self._apply(params, tokens, mask, token_type_ids, positions, return_hidden)
+        _check(self.config, tokens, mask, token_type_ids=token_type_ids, positions=positions)
+        return self._apply(
+            params,
+            tokens,
+            mask=mask,
+            token_type_ids=token_type_ids,
+            positions=positions,
+            return_hidden=return_hidden,
+        )
 
     @eager.compiled("self", "return_hidden")
     def _apply(
-        self, params, tokens, mask, token_type_ids, positions, return_hidden: bool
+        self,
+        params: Any,
+        tokens: Int[AnyArray, "b t"],
+        *,
+        mask: Bool[AnyArray, "b t"] | None,
+        token_type_ids: Int[AnyArray, "b t"] | None,
+        positions: Int[AnyArray, "b t"] | None,
+        return_hidden: bool,
     ) -> bert.Features | Array:
         module = nnx.merge(structure(self)[0], params)
         encoder = bert.encoder_of(module, self.config)
@@ -108,14 +123,14 @@ class EncoderForward:
         self,
         module: Any,
         encoder: bert.Encoder,
-        hidden: Float[Array, "b t d"],  # noqa: F722
+        hidden: Float[Array, "b t d"],
     ) -> bert.Features | Array:
         if self.config.task == FEATURES:
             state = bert.pooled(encoder, hidden) if self.config.pooler else None
             return bert.Features(hidden, state)
         return bert.logits(module, self.config, hidden)
 
-    def head(self, params: Any, hidden: Float[Array, "b t d"]) -> bert.Features | Array:  # noqa: F722
+    def head(self, params: Any, hidden: Float[Array, "b t d"]) -> bert.Features | Array:
         """The task's result from the hidden states of `apply(..., return_hidden=True)`."""
         module = nnx.merge(structure(self)[0], params)
         return self._result(module, bert.encoder_of(module, self.config), hidden)
@@ -129,7 +144,9 @@ class EncoderForward:
         return stacked(shapes, (*inside, "encoder", "layer"), count) if self.scan else shapes
 
 
-def _check(config: BertConfig, tokens: Any, mask: Any, token_type_ids: Any, positions: Any) -> None:
+def _check(
+    config: BertConfig, tokens: Any, mask: Any, *, token_type_ids: Any, positions: Any
+) -> None:
     check_inputs(tokens, mask)
     shape = jnp.shape(tokens)
     if shape[1] > config.context:

@@ -14,10 +14,10 @@ from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, fill, renamed
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
-from lora_jax.models.bert_config import CLASSIFICATION, FEATURES, TASKS, BertConfig
+from lora_jax.models.bert_config import CLASSIFICATION, FEATURES, TASKS, BertConfig, Task
 from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.init import draw
-from lora_jax.models.model import Model
+from lora_jax.models.model import Dtype, Model
 
 # Prefixes of an encoder's tensors; all others in a checkpoint belong to a head.
 _ENCODER = ("embeddings.", "encoder.", "pooler.")
@@ -28,11 +28,11 @@ _CONSTANTS = ("embeddings.position_ids", "embeddings.token_type_ids")
 def load_encoder(
     source: str | Path,
     *,
-    task: str | None = None,
+    task: Task | None = None,
     labels: Sequence[str] | None = None,
     fresh_head: Array | None = None,
-    dtype: str = "float32",
-    param_dtype: str | None = None,
+    dtype: Dtype = "float32",
+    param_dtype: Dtype | None = None,
     scan: bool = True,
     remat: bool | str = False,
 ) -> Model:
@@ -89,7 +89,9 @@ def _directory(source: str | Path) -> Path:
     return snapshot(str(source))
 
 
-def _config(path: Path, task, labels, fresh_head) -> BertConfig:
+def _config(
+    path: Path, task: Task | None, labels: Sequence[str] | None, fresh_head: Array | None
+) -> BertConfig:
     if task is not None and task not in TASKS:
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}")
     if fresh_head is not None and task != CLASSIFICATION:

@@ -66,16 +66,19 @@ def generate(
       ValueError: an empty prompt, a prompt that leaves no room in the context, or options out of
         range.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_p, key)
+    _check_sampling(max_new_tokens, temperature, top_p, key)
+    _check_prompts(model, prompts, max_new_tokens)
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
     if adapter_ids is not None:
         params = select(params, jnp.asarray(adapter_ids))
     stops = np.full(bucket(len(stop_tokens), _SMALLEST_STOPS), _NO_TOKEN, np.int32)
     stops[: len(stop_tokens)] = stop_tokens
-    chance = np.float32(temperature), np.float32(top_p), key
+    # Without a key nothing is drawn, but the program is the one with a key.
+    drawn = jax.random.key(0) if key is None else key
+    chance = _Chance(np.float32(temperature), np.float32(top_p), drawn)
     run = partial(_run, model.forward, params, stops=stops, chance=chance)
-    first = _before_turning(model, prompts, max_new_tokens)
+    first = _before_longrope(model, prompts, max_new_tokens)
     new = run(prompts, first, done=0)
     if first < max_new_tokens and any(
         len(_until(row, stop_tokens)) == first for row in new.tolist()
@@ -88,33 +91,48 @@ def generate(
     return [_until(row, stop_tokens) for row in new.tolist()]
 
 
-def _run(forward, params, prompts, count: int, *, stops, chance, done: int) -> np.ndarray:
+class _Chance(NamedTuple):
+    """How the next token is drawn."""
+
+    temperature: Any
+    top_p: Any
+    key: Array
+
+
+def _run(
+    forward: Forward,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    *,
+    stops: Int[np.ndarray, " stops"],
+    chance: _Chance,
+    done: int,
+) -> Int[np.ndarray, "b count"]:
     """`count` more tokens of each prompt, after the `done` first."""
     tokens, mask = left_padded(prompts)
-    temperature, top_p, key = chance
     out = _generate(
         forward,
-        bucket(count, _SMALLEST_NEW),
-        bool(temperature > 0),
         params,
         tokens,
         mask,
-        np.int32(count),
-        temperature,
-        top_p,
-        stops,
-        jax.random.key(0) if key is None else key,
-        np.int32(done),
+        room=bucket(count, _SMALLEST_NEW),
+        sample=bool(chance.temperature > 0),
+        chance=chance,
+        stops=stops,
+        limit=np.int32(count),
+        first=np.int32(done),
     )
     return np.asarray(out)[:, :count]
 
 
-def _before_turning(model, prompts, count: int) -> int:
+def _before_longrope(model: Model, prompts: Sequence[Sequence[int]], count: int) -> int:
     """How many of `count` tokens fit before LongRoPE changes the rotation of all tokens.
 
     As in transformers, the longest text of the batch decides for all rows.
     """
-    point, longest = model.config.turning_point, max(map(len, prompts))
+    point, longest = model.config.longrope_limit, max(map(len, prompts))
+    # The last new token is never read, hence one more.
     return count if point is None or longest > point else min(count, point - longest + 1)
 
 
@@ -148,15 +166,9 @@ def checked_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> list[in
     return tokens
 
 
-def _check(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    key: Array | None,
+def _check_sampling(
+    max_new_tokens: int, temperature: float, top_p: float, key: Array | None
 ) -> None:
-    check_decoder(model)
     if max_new_tokens < 0:
         raise ValueError(f"`max_new_tokens` must be at least 0, got {max_new_tokens}")
     if temperature < 0 or not 0 < top_p <= 1:
@@ -165,6 +177,10 @@ def _check(
         )
     if temperature > 0 and key is None:
         raise ValueError("`key` is needed to sample: pass jax.random.key(seed), or temperature=0")
+
+
+def _check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    check_decoder(model)
     for number, prompt in enumerate(prompts):
         checked_prompt(f"prompt {number}", prompt, model.config.vocab_size)
         if len(prompt) + max_new_tokens > model.config.context:
@@ -174,7 +190,9 @@ def _check(
             )
 
 
-def left_padded(prompts) -> tuple[np.ndarray, np.ndarray]:
+def left_padded(
+    prompts: Sequence[Sequence[int]],
+) -> tuple[Int[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]:
     """Prompts padded on the left to a common bucket, and the mask of their real tokens."""
     width = bucket(max(len(p) for p in prompts))
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -187,53 +205,70 @@ def left_padded(prompts) -> tuple[np.ndarray, np.ndarray]:
 
 def bucket(count: int, smallest: int = _SMALLEST_PROMPT) -> int:
     """The padded length for `count` tokens: a power of two, at least `smallest`."""
+    # The least power of two that is not below `count`.
     return max(smallest, 1 << (count - 1).bit_length()) if count else smallest
 
 
 def _until(row: list[int], stop_tokens: Sequence[int]) -> list[int]:
+    """A row up to its first stop token, or to its end."""
     ends = {*stop_tokens, _NO_TOKEN}
     return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
 
 
 class _State(NamedTuple):
-    step: Array  # new tokens so far
-    last: Array  # (b,) the newest token
-    done: Array  # (b,) rows that have stopped
-    out: Array  # (b, new) tokens, _NO_TOKEN where none
+    """What the loop over new tokens carries.
+
+    Attributes:
+      step: new tokens so far.
+      last: the newest token of each row.
+      done: rows that have stopped.
+      out: the new tokens, `_NO_TOKEN` where there is none.
+      cache: the model's.
+    """
+
+    step: Int[Array, ""]
+    last: Int[Array, " b"]
+    done: Bool[Array, " b"]
+    out: Int[Array, "b new"]
     cache: Cache
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnames=("forward", "room", "sample"))
 def _generate(
     forward: Forward,
+    params: Any,
+    tokens: Int[AnyArray, "b t"],
+    mask: Bool[AnyArray, "b t"],
+    *,
     room: int,
     sample: bool,
-    params,
-    tokens,
-    mask,
-    limit,
-    temperature,
-    top_p,
-    stops,
-    key,
-    first,
-):
+    chance: _Chance,
+    stops: Int[AnyArray, " stops"],
+    limit: Int[AnyArray, ""],
+    first: Int[AnyArray, ""],
+) -> Int[Array, "b room"]:
+    """New tokens of a batch of prompts.
+
+    Args:
+      forward, params: the decoder.
+      tokens, mask: the prompts, padded on the left.
+      room: the most new tokens; a shape.
+      sample: whether tokens are drawn, or are the likeliest.
+      chance: how they are drawn.
+      stops: tokens that end a row, filled up with `_NO_TOKEN`.
+      limit: how many new tokens, at most `room`.
+      first: how many of a row's new tokens are in its prompt already; counts its draws.
+    """
     rows, width = tokens.shape
     decoder = runner(forward, params, rows, width + room)
 
-    def choose(hidden, step):
-        logits = decoder.head(hidden[:, -1:])[:, 0]
-        if not sample:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), first + step))(
-            jnp.arange(rows)
-        )
-        kept = _nucleus(logits / temperature, top_p)
-        return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
-
-    def note(state: _State, hidden) -> _State:
-        token = choose(hidden, state.step)
+    def note(state: _State, hidden: Float[Array, "b t d"]) -> _State:
+        logits = decoder.head(hidden[:, -1:])[:, 0]  # (b, v)
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if sample:
+            token = _draw(logits, chance, first + state.step)
         out = jnp.where(state.done, _NO_TOKEN, token)
+        # A stop token is written too: `generate` cuts the row there.
         done = state.done | (token[:, None] == stops).any(axis=1)
         return state._replace(
             step=state.step + 1,
@@ -248,20 +283,35 @@ def _generate(
 
     hidden, cache = decoder.apply(tokens, mask, decoder.cache)
     empty = _State(
-        jnp.int32(0),
-        jnp.zeros(rows, jnp.int32),
-        jnp.zeros(rows, bool),
-        jnp.full((rows, room), _NO_TOKEN, jnp.int32),
-        cache,
+        step=jnp.int32(0),
+        last=jnp.zeros(rows, jnp.int32),
+        done=jnp.zeros(rows, bool),
+        out=jnp.full((rows, room), _NO_TOKEN, jnp.int32),
+        cache=cache,
     )
-    going = lambda state: (state.step < limit) & ~state.done.all()  # noqa: E731
-    return lax.while_loop(going, advance, note(empty, hidden)).out
+
+    def is_going(state: _State) -> Bool[Array, ""]:
+        return (state.step < limit) & ~state.done.all()
+
+    return lax.while_loop(is_going, advance, note(empty, hidden)).out
 
 
-def _nucleus(logits: Float[Array, "b v"], top_p) -> Float[Array, "b v"]:  # noqa: F722
+def _draw(
+    logits: Float[Array, "b v"], chance: _Chance, number: Int[AnyArray, ""]
+) -> Int[Array, " b"]:
+    """A token of each row; it is the row's `number`-th."""
+    # One key a row and token: neither other rows nor the size of the batch changes a draw.
+    fold = jax.random.fold_in
+    keys = jax.vmap(lambda row: fold(fold(chance.key, row), number))(jnp.arange(len(logits)))
+    kept = _nucleus(logits / chance.temperature, chance.top_p)
+    return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+
+def _nucleus(logits: Float[Array, "b v"], top_p: Float[Array, ""]) -> Float[Array, "b v"]:
     """Keeps the fewest most likely tokens whose probabilities reach `top_p`, at least one."""
     ordered = jnp.sort(logits, axis=-1)[:, ::-1]
     chances = jax.nn.softmax(ordered, axis=-1)
+    # The sum over likelier tokens: 0 for the first, which therefore always stays.
     before = jnp.cumsum(chances, axis=-1) - chances
     least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
@@ -285,7 +335,7 @@ class Runner(NamedTuple):
 ROWS = Cache._make((0, 0, 0, None))
 
 
-def runner(forward, params, rows: int, cache_length: int) -> Runner:
+def runner(forward: Forward, params: Any, rows: int, cache_length: int) -> Runner:
     """Binds a decoder to parameters, shared by all rows or chosen for each.
 
     Args:
@@ -299,37 +349,48 @@ def runner(forward, params, rows: int, cache_length: int) -> Runner:
         return _by_row(forward, params, rows, cache_length)
     run, head = lorafy(forward.apply), lorafy(forward.head)
 
-    def apply(tokens: Int[AnyArray, "b t"], mask: Bool[AnyArray, "b t"] | None, cache):  # noqa: F722
+    def apply(
+        tokens: Int[AnyArray, "b t"], mask: Bool[AnyArray, "b t"] | None, cache: Cache
+    ) -> tuple[Float[Array, "b t d"], Cache]:
         return run(params, tokens, mask=mask, cache=cache, return_hidden=True)
 
-    return Runner(
-        apply, lambda hidden: head(params, hidden), forward.init_cache(rows, cache_length)
-    )
+    cache = forward.init_cache(rows, cache_length)
+    return Runner(apply, lambda hidden: head(params, hidden), cache)
 
 
-def _by_row(forward, params, rows: int, cache_length: int) -> Runner:
+def _by_row(forward: Forward, params: Any, rows: int, cache_length: int) -> Runner:
+    """As `runner`, where `params` has an adapter for each row."""
     parts = by_row(params)
     if (chosen := parts.arrays[0].shape[parts.axes[0]]) != rows:
         raise ValueError(f"adapters are chosen for {chosen} rows, but there are {rows} prompts")
     run, head = lorafy(forward.apply), lorafy(forward.head)
 
-    def one(own, tokens, mask, cache):
+    # A row is a batch of one; its cache keeps that axis.
+    def one(
+        own: list[AnyArray],
+        tokens: Int[AnyArray, " t"],
+        mask: Bool[AnyArray, " t"] | None,
+        cache: Cache,
+    ) -> tuple[Float[Array, "t d"], Cache]:
         mask = None if mask is None else mask[None]
         hidden, cache = run(
             parts.join(own, parts.base), tokens[None], mask=mask, cache=cache, return_hidden=True
         )
         return hidden[0], cache
 
-    def apply(tokens, mask, cache):
+    def apply(
+        tokens: Int[AnyArray, "b t"], mask: Bool[AnyArray, "b t"] | None, cache: Cache
+    ) -> tuple[Float[Array, "b t d"], Cache]:
         axes = (parts.axes, 0, None if mask is None else 0, ROWS)
         return jax.vmap(one, in_axes=axes, out_axes=(0, ROWS))(parts.arrays, tokens, mask, cache)
 
-    def logits(hidden):
-        def one_head(own, h):
+    def logits(hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        def one_head(own: list[AnyArray], h: Float[Array, "t d"]) -> Float[Array, "t v"]:
             return head(parts.join(own, parts.base), h[None])[0]
 
         return jax.vmap(one_head, in_axes=(parts.axes, 0))(parts.arrays, hidden)
 
     cache = forward.init_cache(1, cache_length)
+    # (b, l, 1, s, k, h): rows first, so that the map over them moves nothing.
     wide = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), cache)
     return Runner(apply, logits, wide._replace(length=cache.length))

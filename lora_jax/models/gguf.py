@@ -15,7 +15,7 @@ from lora_jax.hf.gguf.names import Base, base_from_hf
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.rope import RopeScaling, static_frequencies
 
-# Metadata of the architecture that states a size, and the one that only informs.
+# Keys of the architecture, without its prefix -> our fields.
 _SIZES = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -82,6 +82,7 @@ def config_of(
         rms_norm_eps=_short(facts["attention.layer_norm_rms_epsilon"]),
         rope_theta=theta,
         rope_scaling=scaling,
+        # No key states these: the tensors show them.
         tie_word_embeddings="lm_head.weight" not in shapes,
         qkv_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
         qk_norm="model.layers.0.self_attn.q_norm.weight" in shapes,
@@ -124,7 +125,7 @@ def _check(facts: Mapping[str, Any], path: Path) -> None:
 
 
 def _short(value: float) -> float:
-    """1e-05 for the float32 9.999999747378752e-06: the decimal it was written as."""
+    """The shortest decimal with the same float32: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
@@ -147,7 +148,9 @@ def _scaling(facts: Mapping[str, Any], path: Path) -> RopeScaling | None:
 
 
 def _llama3(divisors: np.ndarray, head_dim: int, theta: float, path: Path) -> RopeScaling:
-    """The llama3 scaling whose frequencies the divisors give; the usual edges are checked."""
+    """The llama3 scaling with these divisors of the frequencies."""
+    # The slowest plane has the whole factor. The edges are those of every Llama 3 release; divisors
+    # from other ones are refused below.
     scaling = RopeScaling(
         rope_type="llama3",
         factor=float(divisors.max()),

@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lora_jax.dims import AnyArray
-from lora_jax.models.attention import Attend, Mixing
+from lora_jax.models.attention import Attend, Mixing, Stored
 from lora_jax.models.dialect import (
     check_kinds,
     check_numbers,
@@ -31,7 +32,7 @@ from lora_jax.models.dialect import (
 )
 from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, kept, logits_of
 
-# Names in config.json, Hugging Face's -> ours.
+# Fields of config.json -> ours.
 _NAMES = {
     "vocab_size": "vocab_size",
     "n_positions": "max_position_embeddings",
@@ -110,9 +111,9 @@ class GPT2Config:
     initializer_range: float = 0.02
 
     fresh_scale: ClassVar[float] = 1.0
-    turning_point: ClassVar[None] = None
+    longrope_limit: ClassVar[None] = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = {ours: theirs for theirs, ours in _NAMES.items() if theirs in _SIZES}
         if self.intermediate_size is not None:
             sizes |= {"intermediate_size": "n_inner"}
@@ -148,6 +149,7 @@ class GPT2Config:
     @property
     def mixing(self) -> Mixing:
         """How queries weigh keys; no block has a sliding window."""
+        # None is `1 / sqrt(H)`.
         scale = None if self.scale_attn_weights else 1.0
         return Mixing(slides=(False,) * self.num_hidden_layers, scale=scale)
 
@@ -182,13 +184,16 @@ class GPT2Config:
 class Attention(nnx.Module):
     """Attention with one fused projection for queries, keys and values."""
 
-    def __init__(self, config: GPT2Config, *, linear: Callable[[int, int], nnx.Linear]):
+    def __init__(self, config: GPT2Config, *, linear: Callable[[int, int], nnx.Linear]) -> None:
         self.head_dim = config.head_dim
         self.by_number = config.scale_attn_by_inverse_layer_idx
         self.c_attn = linear(config.hidden_size, 3 * config.hidden_size)
         self.c_proj = linear(config.hidden_size, config.hidden_size)
 
-    def __call__(self, x: Float[Array, "b t d"], attend: Attend, stored, block):  # noqa: F722
+    def __call__(
+        self, x: Float[Array, "b t d"], attend: Attend, stored: Stored, block: Int[Array, ""]
+    ) -> tuple[Float[Array, "b t d"], Stored]:
+        # (b, t, n, h) each
         q, k, v = (
             part.reshape(*x.shape[:2], -1, self.head_dim)
             for part in jnp.split(kept(self.c_attn(x)), 3, axis=-1)
@@ -196,20 +201,20 @@ class Attention(nnx.Module):
         # Dividing the queries divides their products with the keys.
         if self.by_number:
             q = q / (block + 1).astype(q.dtype)
-        mixed, stored = attend(q, k, v, stored, block)
+        mixed, stored = attend(q, k, v, stored=stored, block=block)
         return kept(self.c_proj(mixed.reshape(x.shape))), stored
 
 
 class MLP(nnx.Module):
     """`W_proj gelu(W_fc x + b_fc) + b_proj`."""
 
-    def __init__(self, config: GPT2Config, *, linear: Callable[[int, int], nnx.Linear]):
+    def __init__(self, config: GPT2Config, *, linear: Callable[[int, int], nnx.Linear]) -> None:
         inner = config.intermediate_size or 4 * config.hidden_size
         self.activation = config.activation_function
         self.c_fc = linear(config.hidden_size, inner)
         self.c_proj = linear(inner, config.hidden_size)
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:  # noqa: F722
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         return self.c_proj(ACTIVATIONS[self.activation](kept(self.c_fc(x))))
 
 
@@ -222,13 +227,15 @@ class Block(nnx.Module):
         *,
         norm: Callable[[], LayerNorm],
         linear: Callable[[int, int], nnx.Linear],
-    ):
+    ) -> None:
         self.ln_1 = norm()
         self.attn = Attention(config, linear=linear)
         self.ln_2 = norm()
         self.mlp = MLP(config, linear=linear)
 
-    def __call__(self, x: Float[Array, "b t d"], attend: Attend, stored, block):  # noqa: F722
+    def __call__(
+        self, x: Float[Array, "b t d"], attend: Attend, stored: Stored, block: Int[Array, ""]
+    ) -> tuple[Float[Array, "b t d"], Stored]:
         mixed, stored = self.attn(self.ln_1(x), attend, stored, block)
         x = x + mixed
         return x + self.mlp(self.ln_2(x)), stored
@@ -237,7 +244,15 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Embeddings, blocks, final norm; `h` is stacked or a dictionary, like Llama's `layers`."""
 
-    def __init__(self, config: GPT2Config, *, dtype, param_dtype, scan: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: GPT2Config,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        scan: bool,
+        rngs: nnx.Rngs,
+    ) -> None:
         size = config.hidden_size
 
         def norm() -> LayerNorm:
@@ -262,7 +277,15 @@ class Decoder(nnx.Module):
 class GPT2LM(nnx.Module):
     """The decoder and, unless it is tied to the embedding, its head."""
 
-    def __init__(self, config: GPT2Config, *, dtype, param_dtype, scan: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: GPT2Config,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        scan: bool,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.dtype = dtype
         self.transformer = Decoder(
             config, dtype=dtype, param_dtype=param_dtype, scan=scan, rngs=rngs
@@ -278,16 +301,19 @@ class GPT2LM(nnx.Module):
                 rngs=rngs,
             )
 
-    def embed(self, tokens: Int[AnyArray, "b t"], positions) -> Float[Array, "b t d"]:  # noqa: F722
+    def embed(
+        self, tokens: Int[AnyArray, "b t"], positions: Int[AnyArray, "#b t"]
+    ) -> Float[Array, "b t d"]:
         """The input of the first block: each token's vector plus its position's."""
         return self.transformer.wte(tokens) + self.transformer.wpe(positions)
 
-    def final(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:  # noqa: F722
+    def final(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """The input of the head."""
         return self.transformer.ln_f(x)
 
-    def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:  # noqa: F722
+    def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Logits in float32."""
+        # (v, d), or (d, v)
         weight = self.transformer.wte.embedding if self.tied else self.lm_head.kernel
         return logits_of(hidden, weight.get_value(), tied=self.tied, dtype=self.dtype)
 
@@ -298,7 +324,7 @@ class GPT2LM(nnx.Module):
         return "transformer", "h"
 
     @staticmethod
-    def turns(config: GPT2Config, positions: Int[AnyArray, "b t"]) -> Callable[..., None]:  # noqa: F722
+    def rotations(config: GPT2Config, positions: Int[AnyArray, "b t"]) -> Callable[..., None]:
         """No rotation: positions are embedded."""
         del config, positions
         return lambda slides: None

@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from lora_jax.models.model import Model
+from lora_jax.models.model import Dtype, Model
 from lora_jax.models.registry import architecture_of
 
 
@@ -14,8 +14,8 @@ def init(
     key: Array,
     config: Any,
     *,
-    dtype: str = "float32",
-    param_dtype: str | None = None,
+    dtype: Dtype = "float32",
+    param_dtype: Dtype | None = None,
     scan: bool = True,
     remat: bool | str = False,
 ) -> Model:
@@ -46,9 +46,10 @@ def draw(key: Array, shapes: Any, config: Any) -> Any:
     return jax.tree.unflatten(tree, params)
 
 
-def _fresh(key, name: str, shape: jax.ShapeDtypeStruct, config):
+def _fresh(key: Array, name: str, shape: jax.ShapeDtypeStruct, config: Any) -> Float[Array, "..."]:
     if name == "scale":
         return jnp.full(shape.shape, config.fresh_scale, shape.dtype)
     if name == "bias":
         return jnp.zeros(shape.shape, shape.dtype)
+    # Drawn in float32, so that a model in 16 bits starts as the same one rounded.
     return (jax.random.normal(key, shape.shape) * config.initializer_range).astype(shape.dtype)

@@ -4,6 +4,7 @@ Parameters are Flax NNX's; `kernel`s are (in, out), tables are `embedding`s, nor
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.paths import spell
@@ -28,6 +30,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    # Two names of the tanh approximation.
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
@@ -39,7 +42,7 @@ def kept(x: Array) -> Array:
     return checkpoint_name(x, PROJECTION)
 
 
-def on_rows(x: Float[Array, "b ..."], axes: Sequence[str]) -> Array:  # noqa: F722
+def on_rows(x: Float[Array, "b ..."], axes: Sequence[str]) -> Array:
     """Shards the rows of a batch, and so of its gradients, over these axes of the mesh.
 
     Without the constraint, XLA's partitioner takes the sharding of the residual stream from the
@@ -82,30 +85,34 @@ class RMSNorm(nnx.Module):
     With `offset` (Gemma) the factor is `1 + scale`, and the product is rounded once.
     """
 
-    def __init__(self, size: int, *, eps: float, param_dtype, offset: bool = False):
+    def __init__(
+        self, size: int, *, eps: float, param_dtype: DTypeLike, offset: bool = False
+    ) -> None:
         self.eps = eps
         self.offset = offset
+        # Either way a fresh norm multiplies by 1.
         fresh = jnp.zeros if offset else jnp.ones
         self.scale = nnx.Param(fresh((size,), param_dtype))
 
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:  # noqa: F722
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         wide = x.astype(jnp.float32)
         normal = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        scale = self.scale.get_value()
+        scale = self.scale.get_value()  # (d,)
         if self.offset:
             return (normal * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+        # Llama rounds before it multiplies, Gemma after; in 16 bits the results differ.
         return scale.astype(x.dtype) * normal.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
     """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias`, mean and variance in float32."""
 
-    def __init__(self, size: int, *, eps: float, param_dtype):
+    def __init__(self, size: int, *, eps: float, param_dtype: DTypeLike) -> None:
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((size,), param_dtype))
         self.bias = nnx.Param(jnp.zeros((size,), param_dtype))
 
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:  # noqa: F722
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         wide = x.astype(jnp.float32)
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normal = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
@@ -114,23 +121,23 @@ class LayerNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, one a token."""
+    """A table of vectors, one for each token."""
 
-    def __init__(self, tokens: int, size: int, *, dtype, param_dtype):
+    def __init__(self, tokens: int, size: int, *, dtype: DTypeLike, param_dtype: DTypeLike) -> None:
         self.dtype = dtype
         self.embedding = nnx.Param(jnp.zeros((tokens, size), param_dtype))
 
-    def __call__(self, tokens: Int[AnyArray, "b t"]) -> Float[Array, "b t d"]:  # noqa: F722
+    def __call__(self, tokens: Int[AnyArray, "b t"]) -> Float[Array, "b t d"]:
         return jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
 
 
 def logits_of(
-    hidden: Float[Array, "b t d"],  # noqa: F722
-    weight: Float[Array, "v d"] | Float[Array, "d v"],  # noqa: F722
+    hidden: Float[Array, "b t d"],
+    weight: Float[Array, "v d"] | Float[Array, "d v"],
     *,
     tied: bool,
-    dtype,
-) -> Float[Array, "b t v"]:  # noqa: F722
+    dtype: DTypeLike,
+) -> Float[Array, "b t v"]:
     """Logits in float32; products in the compute dtype, sums in float32.
 
     Args:
@@ -139,6 +146,7 @@ def logits_of(
       tied: which of the two.
       dtype: the compute dtype.
     """
+    # Over d: the last dim of `hidden`, and of the table, but the first of the kernel.
     contract = (((hidden.ndim - 1,), (1 if tied else 0,)), ((), ()))
     return lax.dot_general(
         hidden.astype(dtype), weight.astype(dtype), contract, preferred_element_type=jnp.float32
@@ -167,23 +175,22 @@ def run_blocks(
     Returns:
       What the last block returned.
     """
+
+    # `wrap` finds the parameters in the first argument that is data.
+    def one(
+        graph: nnx.GraphDef, state: Any, i: Int[Array, ""], carry: Any, own: bool | Bool[Array, ""]
+    ) -> Any:
+        return call(nnx.merge(graph, state), carry, i, own)
+
     if isinstance(layers, nnx.Dict):
         for number, own in enumerate(each):
             graph, state = nnx.split(layers[str(number)])
-
-            def one(state, carry, i, graph=graph, own=own):
-                return call(nnx.merge(graph, state), carry, i, own)
-
-            carry = wrap(one)(state, carry, jnp.int32(number))
+            carry = wrap(partial(one, graph, own=own))(state, jnp.int32(number), carry)
         return carry
     graph, states = nnx.split(layers)
-    alike = len(set(each)) == 1
-    xs = (states, jnp.arange(len(each), dtype=jnp.int32))
-
-    def run(state, carry, i, own=each[0]):
-        return call(nnx.merge(graph, state), carry, i, own)
-
-    body = wrap(run)
-    if not alike:
-        xs = (*xs, jnp.asarray(each))
-    return lax.scan(lambda carry, x: (body(x[0], carry, *x[1:]), None), carry, xs)[0]
+    xs: tuple = (states, jnp.arange(len(each), dtype=jnp.int32))
+    if len(set(each)) == 1:
+        body = wrap(partial(one, graph, own=each[0]))
+    else:
+        body, xs = wrap(partial(one, graph)), (*xs, jnp.asarray(each))
+    return lax.scan(lambda carry, x: (body(*x[:2], carry, *x[2:]), None), carry, xs)[0]

@@ -11,10 +11,11 @@ B batch, T new tokens, D width, N query heads, K key/value heads, H size of a he
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lora_jax.dims import AnyArray
-from lora_jax.models.attention import Attend, choose
+from lora_jax.models.attention import Attend, Rotations, Stored, choose
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.layers import ACTIVATIONS, Embedding, RMSNorm, kept, logits_of
 from lora_jax.models.rope import RopeScaling, Rotation, rotation
@@ -23,8 +24,11 @@ from lora_jax.models.rope import RopeScaling, Rotation, rotation
 class Attention(nnx.Module):
     """Attention; one key/value head serves N/K query heads."""
 
-    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
         width, size = config.hidden_size, config.head_dim
+        # Outputs of the projections of queries, and of keys or values.
         queries, pairs = config.num_attention_heads * size, config.num_key_value_heads * size
 
         def linear(inputs: int, outputs: int, bias: bool) -> nnx.Linear:
@@ -33,6 +37,7 @@ class Attention(nnx.Module):
             )
 
         self.head_dim = size
+        # Where a fused projection is cut.
         self.parts = (queries, queries + pairs)
         self.fused = config.fused_projections
         if self.fused:
@@ -47,25 +52,33 @@ class Attention(nnx.Module):
             self.q_norm = _norm(config, size, param_dtype)
             self.k_norm = _norm(config, size, param_dtype)
 
-    def project(self, x: Float[Array, "b t d"]) -> tuple[Array, Array, Array]:  # noqa: F722
-        """Queries, keys and values of all heads, (b, t, heads · h) each."""
+    def project(
+        self, x: Float[Array, "b t d"]
+    ) -> tuple[Float[Array, "b t nh"], Float[Array, "b t kh"], Float[Array, "b t kh"]]:
+        """Queries, keys and values of all heads."""
         if self.fused:
             q, k, v = jnp.split(kept(self.qkv_proj(x)), self.parts, axis=-1)
             return q, k, v
         return kept(self.q_proj(x)), kept(self.k_proj(x)), kept(self.v_proj(x))
 
-    def __call__(self, x: Float[Array, "b t d"], attend: Attend, stored, block):  # noqa: F722
+    def __call__(
+        self, x: Float[Array, "b t d"], attend: Attend, stored: Stored, block: Int[Array, ""]
+    ) -> tuple[Float[Array, "b t d"], Stored]:
+        # (b, t, n, h) and (b, t, k, h)
         q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in self.project(x))
+        # Before the rotation, which `attend` does.
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed, stored = attend(q, k, v, stored, block)
+        mixed, stored = attend(q, k, v, stored=stored, block=block)  # (b, t, n, h)
         return kept(self.o_proj(mixed.reshape(*x.shape[:2], -1))), stored
 
 
 class MLP(nnx.Module):
     """`W_down (act(W_gate x) * W_up x)`."""
 
-    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(
                 inputs,
@@ -86,7 +99,7 @@ class MLP(nnx.Module):
             self.up_proj = linear(width, inner)
         self.down_proj = linear(inner, width)
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:  # noqa: F722
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         if self.fused:
             gate, up = jnp.split(kept(self.gate_up_proj(x)), 2, axis=-1)
         else:
@@ -101,7 +114,9 @@ class Block(nnx.Module):
     `post_attention_layernorm` follows the attention; in Llama it precedes the MLP.
     """
 
-    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
         def norm() -> RMSNorm:
             return _norm(config, config.hidden_size, param_dtype)
 
@@ -114,7 +129,9 @@ class Block(nnx.Module):
             self.pre_feedforward_layernorm = norm()
             self.post_feedforward_layernorm = norm()
 
-    def __call__(self, x: Float[Array, "b t d"], attend: Attend, stored, block):  # noqa: F722
+    def __call__(
+        self, x: Float[Array, "b t d"], attend: Attend, stored: Stored, block: Int[Array, ""]
+    ) -> tuple[Float[Array, "b t d"], Stored]:
         mixed, stored = self.self_attn(self.input_layernorm(x), attend, stored, block)
         if not self.norm_outputs:
             x = x + mixed
@@ -131,7 +148,15 @@ class Decoder(nnx.Module):
     blocks named by their number.
     """
 
-    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, scan: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        scan: bool,
+        rngs: nnx.Rngs,
+    ) -> None:
         def block() -> Block:
             return Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
@@ -139,21 +164,30 @@ class Decoder(nnx.Module):
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype
         )
         numbers = range(config.num_hidden_layers)
+        # One block stands for all: `model.stacked` gives its parameters their leading axis.
         self.layers = block() if scan else nnx.Dict({str(i): block() for i in numbers})
         self.norm = _norm(config, config.hidden_size, param_dtype)
 
 
 class Wrapper(nnx.Module):
-    """What holds the decoder in a model of images and texts: adapters are named by its place."""
+    """Holds the decoder of a vision-language model under that model's names, which adapters use."""
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder) -> None:
         self.language_model = decoder
 
 
 class CausalLM(nnx.Module):
     """The decoder and, unless it is tied to the embedding, its head."""
 
-    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, scan: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        scan: bool,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.dtype = dtype
         decoder = Decoder(config, dtype=dtype, param_dtype=param_dtype, scan=scan, rngs=rngs)
         self.model = Wrapper(decoder) if config.wrapper else decoder
@@ -180,26 +214,29 @@ class CausalLM(nnx.Module):
         """Where the blocks are in the model."""
         return ("model", "language_model", "layers") if config.wrapper else ("model", "layers")
 
-    def embed(self, tokens: Int[AnyArray, "b t"], positions) -> Float[Array, "b t d"]:  # noqa: F722
+    def embed(
+        self, tokens: Int[AnyArray, "b t"], positions: Int[AnyArray, "#b t"]
+    ) -> Float[Array, "b t d"]:
         """The input of the first block."""
-        del positions
+        del positions  # the blocks rotate by them
         x = self.decoder.embed_tokens(tokens)
         # Gemma's own code rounds the factor to the compute dtype first: in bfloat16 the root of
         # 3072, 55.4256, becomes 55.5.
         return x if self.embedding_scale is None else x * jnp.asarray(self.embedding_scale, x.dtype)
 
-    def final(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:  # noqa: F722
+    def final(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """The input of the head."""
         return self.decoder.norm(x)
 
-    def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:  # noqa: F722
+    def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Logits in float32; products in the compute dtype, sums in float32."""
+        # (v, d), or (d, v)
         weight = self.decoder.embed_tokens.embedding if self.tied else self.lm_head.kernel
         logits = logits_of(hidden, weight.get_value(), tied=self.tied, dtype=self.dtype)
         return logits if self.softcap is None else jnp.tanh(logits / self.softcap) * self.softcap
 
     @staticmethod
-    def turns(config: LlamaConfig, positions: Int[AnyArray, "b t"]):  # noqa: F722
+    def rotations(config: LlamaConfig, positions: Int[AnyArray, "b t"]) -> Rotations:
         """Rotations of queries and keys at the given positions.
 
         Args:
@@ -207,7 +244,7 @@ class CausalLM(nnx.Module):
           positions: each new token's place in its text.
 
         Returns:
-          A function: whether a block has a sliding window -> its rotation.
+          The rotation of a block, by whether it has a sliding window.
         """
 
         def turn(theta: float, scaling: RopeScaling | None) -> Rotation:
@@ -227,7 +264,7 @@ class CausalLM(nnx.Module):
         return lambda slides: choose(slides, local, full)
 
 
-def _norm(config: LlamaConfig, size: int, param_dtype) -> RMSNorm:
+def _norm(config: LlamaConfig, size: int, param_dtype: DTypeLike) -> RMSNorm:
     return RMSNorm(
         size, eps=config.rms_norm_eps, param_dtype=param_dtype, offset=config.norm_offset
     )

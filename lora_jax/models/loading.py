@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lora_jax.files import check_links, named, read_object
-from lora_jax.hf.checkpoint.names import Family, unified
+from lora_jax.hf.checkpoint.names import unified
 from lora_jax.hf.checkpoint.safetensors import open_directory, refuse_pickle
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, fill, renamed
 from lora_jax.hf.gguf.file import open_gguf, rope_divisors, weights_of
@@ -21,7 +21,7 @@ from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.hf.tokenizer.tokenizer import from_gguf
 from lora_jax.models.encoder_loading import load_encoder
 from lora_jax.models.gguf import config_of
-from lora_jax.models.model import Model
+from lora_jax.models.model import Dtype, Model
 from lora_jax.models.registry import ENCODER, architecture_of, config_from_hf, names_of
 from lora_jax.models.sharding import RULES
 from lora_jax.quant.loading import QuantConfig, holder, quant_config
@@ -36,8 +36,8 @@ Spread = Callable[[str, Any], Any] | None
 def load(
     source: str | Path,
     *,
-    dtype: str = "float32",
-    param_dtype: str | None = None,
+    dtype: Dtype = "float32",
+    param_dtype: Dtype | None = None,
     scan: bool = True,
     remat: bool | str = False,
     quantize: str | QuantConfig | None = None,
@@ -76,9 +76,10 @@ def load(
     options = dict(dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat)
     quant = quant_config(quantize)
     path = Path(source)
+    spread = None if mesh is None else partial(_shardings, mesh, rules)
+    model = _load(path, str(source), options, quant=quant, spread=spread)
     if mesh is None:
-        return _load(path, str(source), options, quant, None)
-    model = _load(path, str(source), options, quant, partial(_shardings, mesh, rules))
+        return model
     # Encoders are small and read whole; everything else lies there already.
     return replace(model, params=place(model.params, mesh, rules))
 
@@ -88,7 +89,7 @@ def _shardings(mesh: Mesh, rules: Rules, path: str, leaf: Any) -> Any:
 
 
 def _load(
-    path: Path, source: str, options: dict[str, Any], quant: QuantConfig | None, spread: Spread
+    path: Path, source: str, options: dict[str, Any], *, quant: QuantConfig | None, spread: Spread
 ) -> Model:
     if path.suffix == ".gguf":
         return _load_gguf(path, options, quant, spread)
@@ -136,16 +137,17 @@ def _load_directory(
             raise ValueError(f"{path}: `quantize` is for decoders, not for `{config.model_type}`")
         return load_encoder(directory, **options)
     weights = open_directory(directory)
+    # Before anything of the stated sizes is allocated.
     check_counts(config, weights, path)
     with named(path):
-        _check_class(raw, path, weights, config, names_of(config))
+        _check_class(raw, path, weights, config)
     forward = architecture.forward(config=config, **options)
     # Read before the weights, so that an error in them is raised at once.
     with named(directory):
         tokenizer, generation = from_directory(directory), _generation(directory)
     params = _fill(forward, weights, quant, spread)
     wrapped = directory if getattr(config, "wrapper", None) else None
-    return Model(forward, params, tokenizer, generation, wrapped)
+    return Model(forward, params, tokenizer, generation, checkpoint=wrapped)
 
 
 def _generation(directory: Path) -> dict[str, Any]:
@@ -153,9 +155,7 @@ def _generation(directory: Path) -> dict[str, Any]:
     return read_object(path) if path.is_file() else {}
 
 
-def _check_class(
-    raw: Mapping[str, Any], path: Path, weights: Weights, config: Any, family: Family
-) -> None:
+def _check_class(raw: Mapping[str, Any], path: Path, weights: Weights, config: Any) -> None:
     """Refuses a decoder of another class than a language model, by the class's name."""
     found = str((raw.get("architectures") or [""])[0])
     if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w+$", found):
@@ -163,7 +163,9 @@ def _check_class(
             f"{path}: `architectures` names `{found}`, whose head is not that of a language model; "
             "of decoders only language models (...ForCausalLM) can be loaded"
         )
-    head = family.tied and family.tied[0]
+    # `AutoModel` saves no head, which a tied one does not need.
+    tied = names_of(config).tied
+    head = tied and tied[0]
     if found.endswith("Model") and "Head" not in found and not config.tie_word_embeddings:
         if not any(name.endswith(str(head)) for name in weights.shapes):
             raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
-from lora_jax.models.attention import Cache, attention, positions_of
+from lora_jax.models.attention import Cache, Stored, attention, positions_of
 from lora_jax.models.layers import PROJECTION, Specs, gather, on_rows, run_blocks
 from lora_jax.models.llama import CausalLM
 from lora_jax.quant.array import is_quant
 from lora_jax.transform import eager, lorafy
 
-DTYPES = ("float32", "bfloat16", "float16")
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 PROJECTIONS = "projections"
 
 
@@ -48,27 +49,27 @@ class Forward:
     """
 
     config: Any
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
     scan: bool = True
     remat: bool | str = False
     module: Callable[..., Any] = CausalLM
     rows: tuple[str, ...] = ()
     gathered: Specs = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_options(self.dtype, self.param_dtype, self.remat)
 
     def apply(
         self,
         params: Any,
-        tokens: Int[AnyArray, "b t"],  # noqa: F722
+        tokens: Int[AnyArray, "b t"],
         *,
-        positions: Int[AnyArray, "b t"] | None = None,  # noqa: F722
-        mask: Bool[AnyArray, "b t"] | None = None,  # noqa: F722
+        positions: Int[AnyArray, "b t"] | None = None,
+        mask: Bool[AnyArray, "b t"] | None = None,
         cache: Cache | None = None,
         return_hidden: bool = False,
-    ):
+    ) -> Any:
         """Logits, or hidden states, of new tokens.
 
         Args:
@@ -89,41 +90,75 @@ class Forward:
           ValueError: tokens, mask or positions of another shape or dtype.
         """
         check_inputs(tokens, mask, positions)
-        return self._apply(params, tokens, positions, mask, cache, return_hidden)
+        return self._apply(
+            params,
+            tokens,
+            positions=positions,
+            mask=mask,
+            cache=cache,
+            return_hidden=return_hidden,
+        )
 
     @eager.compiled("self", "return_hidden")
-    def _apply(self, params, tokens, positions, mask, cache: Cache | None, return_hidden: bool):
+    def _apply(
+        self,
+        params: Any,
+        tokens: Int[AnyArray, "b t"],
+        *,
+        positions: Int[AnyArray, "#b t"] | None,
+        mask: Bool[AnyArray, "b t"] | None,
+        cache: Cache | None,
+        return_hidden: bool,
+    ) -> Any:
         lm = nnx.merge(structure(self)[0], params)
-        hidden, new_cache = self._hidden_states(lm, tokens, positions, mask, cache)
+        hidden, new_cache = self._hidden_states(
+            lm, tokens, positions=positions, mask=mask, cache=cache
+        )
         out = hidden if return_hidden else lm.head(hidden)
         return out if cache is None else (out, new_cache)
 
-    def head(self, params: Any, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:  # noqa: F722
+    def head(self, params: Any, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Float32 logits of hidden states that `apply(..., return_hidden=True)` returned."""
         return nnx.merge(structure(self)[0], params).head(hidden)
 
-    def _hidden_states(self, lm, tokens, positions, mask, cache: Cache | None):
+    def _hidden_states(
+        self,
+        lm: Any,
+        tokens: Int[AnyArray, "b t"],
+        *,
+        positions: Int[AnyArray, "#b t"] | None,
+        mask: Bool[AnyArray, "b t"] | None,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "b t d"], Cache | None]:
         """Runs the decoder up to its final norm; returns that and the cache."""
-        seen = None if cache is None else cache.valid.sum(axis=1, dtype=jnp.int32)[:, None]
         if positions is None:
-            counted = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+            counted = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]  # (1, t)
             positions = counted if mask is None else positions_of(mask)
-            positions = positions if seen is None else positions + seen
+            if cache is not None:
+                # Real tokens only: padding in the cache has no position.
+                positions = positions + cache.valid.sum(axis=1, dtype=jnp.int32)[:, None]
         config = self.config
-        turns = lm.turns(config, positions)
-        sight, stored, cache = attention(tokens, mask, cache, config.mixing, turns)
+        rotations = lm.rotations(config, positions)
+        attend_of, stored, cache = attention(
+            tokens, mask, cache, mixing=config.mixing, rotations=rotations
+        )
 
         # What is the same for every block is computed before their scan.
-        known = {slides: sight(slides) for slides in set(config.mixing.slides)}
+        known = {slides: attend_of(slides) for slides in set(config.mixing.slides)}
 
-        def run(block, carry, number, slides):
+        def run(
+            block: nnx.Module,
+            carry: tuple[Float[Array, "b t d"], Stored],
+            number: Int[Array, ""],
+            slides: bool | Bool[Array, ""],
+        ) -> tuple[Float[Array, "b t d"], Stored]:
             x, stored = carry
-            attend = known[slides] if isinstance(slides, bool) else sight(slides)
+            attend = known[slides] if isinstance(slides, bool) else attend_of(slides)
             x, stored = block(on_rows(x, self.rows), attend, stored, number)
             return on_rows(x, self.rows), stored
 
         x, stored = run_blocks(
-            reduce(getattr, lm.blocks(config), lm),
+            reduce(getattr, lm.blocks(config), lm),  # by its names, such as `lm.model.layers`
             (on_rows(lm.embed(tokens, positions), self.rows), stored),
             run,
             wrap=rematerialized(self.remat, self.gathered),
@@ -142,13 +177,8 @@ class Forward:
     def init_cache(self, batch: int, cache_length: int) -> Cache:
         """An empty cache of `cache_length` tokens a row."""
         config = self.config
-        shape = (
-            config.num_hidden_layers,
-            batch,
-            cache_length,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        heads, size = config.num_key_value_heads, config.head_dim
+        shape = (config.num_hidden_layers, batch, cache_length, heads, size)
         empty = jnp.zeros(shape, self.dtype)
         return Cache(empty, empty, jnp.zeros((batch, cache_length), bool), jnp.int32(0))
 
@@ -193,25 +223,26 @@ class Model:
         return self.forward.init_cache
 
 
-def _plain(params) -> bool:
+def _plain(params: Any) -> bool:
+    """Whether no parameter is quantized."""
     return not any(is_quant(x) for x in jax.tree.leaves(params, is_leaf=is_quant))
 
 
 @lru_cache(maxsize=64)
-def _decoding(forward, method: str) -> Callable:
-    """A method of parameters that may be quantized; one object, so that jit knows it again."""
+def _decoding(forward: Any, method: Literal["apply", "head"]) -> Callable:
+    """A method for parameters that may be quantized; one object, so that `jit` finds it again."""
     return lorafy(getattr(forward, method))
 
 
 def check_options(dtype: str, param_dtype: str, remat: bool | str) -> None:
-    """Refuses a dtype that is not known and a way of rematerializing that does not exist."""
+    """Refuses a dtype that is not supported, and a rematerialization that does not exist."""
     for name, given in (("dtype", dtype), ("param_dtype", param_dtype)):
         if given not in DTYPES:
             raise ValueError(f"`{name}` must be one of {', '.join(DTYPES)}, got {given!r}")
     _policy(remat)
 
 
-def check_inputs(tokens, mask, positions=None) -> None:
+def check_inputs(tokens: Any, mask: Any, positions: Any = None) -> None:
     """Refuses tokens, masks and positions of another shape or dtype."""
     if jnp.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
         raise ValueError(
@@ -232,13 +263,15 @@ def check_inputs(tokens, mask, positions=None) -> None:
         )
 
 
+# Every call of a model needs it, and only sizes and options decide it.
 @lru_cache(maxsize=64)
-def structure(forward: Any):
+def structure(forward: Any) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """The module's graph without arrays, and the shapes of its parameters, of one block each.
 
     Args:
       forward: has `module`, `config`, `dtype`, `param_dtype` and `scan`, as `Forward`.
     """
+    # Abstract: no parameter of the module is ever allocated.
     module = nnx.eval_shape(
         lambda: forward.module(
             forward.config,
@@ -273,6 +306,7 @@ def rematerialized(remat: bool | str, gathered: Specs = ()) -> Callable[[Callabl
     if not gathered:
         if not remat:
             return lambda run: run
+        # In a scan XLA cannot merge the two computations anyway, so no barrier is needed.
         return lambda run: jax.checkpoint(run, policy=_policy(remat), prevent_cse=False)
 
     def wrap(run: Callable) -> Callable:

@@ -41,6 +41,8 @@ VARIANTS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 # Keys with one number per plane.
 _LISTS = ("short_factor", "long_factor")
+# The frequency of each plane.
+Planes = Float[np.ndarray, " planes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +83,8 @@ class Rotation(NamedTuple):
     With fewer planes than a head has pairs, the head's last dimensions are not rotated.
     """
 
-    cos: Float[Array, "b t 1 planes"]  # noqa: F722
-    sin: Float[Array, "b t 1 planes"]  # noqa: F722
+    cos: Float[Array, "b t 1 planes"]
+    sin: Float[Array, "b t 1 planes"]
 
 
 def scaling_from_hf(raw: Mapping[str, Any] | None, *, context: int) -> RopeScaling | None:
@@ -149,7 +151,7 @@ def scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 def rotation(
-    positions: Int[AnyArray, "b t"],  # noqa: F722
+    positions: Int[AnyArray, "b t"],
     *,
     head_dim: int,
     theta: float,
@@ -168,16 +170,17 @@ def rotation(
     if scaling is not None and scaling.rope_type in _BY_LENGTH:
         # The longest text of a batch decides for all its rows, as in transformers.
         longest = positions.max() + 1
-        frequencies = _BY_LENGTH[scaling.rope_type](longest, head_dim, theta, scaling, context)
+        by_length = _BY_LENGTH[scaling.rope_type]
+        frequencies = by_length(longest, head_dim, theta, scaling, context=context)
     else:
         frequencies = jnp.asarray(static_frequencies(head_dim, theta, scaling))
     # float32 whatever the compute dtype: bfloat16 rounds positions above 256.
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # (b, t, 1, planes)
     length = 1.0 if scaling is None else _length(scaling, context)
     return Rotation(jnp.cos(angles) * length, jnp.sin(angles) * length)
 
 
-def rotate(x: Float[Array, "b t n d"], by: Rotation | None) -> Float[Array, "b t n d"]:  # noqa: F722
+def rotate(x: Float[Array, "b t n d"], by: Rotation | None) -> Float[Array, "b t n d"]:
     """Rotates each head's planes: `(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)`.
 
     Args:
@@ -188,12 +191,12 @@ def rotate(x: Float[Array, "b t n d"], by: Rotation | None) -> Float[Array, "b t
         return x
     if (size := 2 * by.cos.shape[-1]) < x.shape[-1]:
         return jnp.concatenate((rotate(x[..., :size], by), x[..., size:]), axis=-1)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # (b, t, n, planes)
     turned = (first * by.cos - second * by.sin, second * by.cos + first * by.sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def static_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+def static_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Planes:
     """The `d/2` frequencies of a variant that does not depend on the length of the text."""
     plain = _plain(head_dim, theta)
     if scaling is None:
@@ -201,19 +204,20 @@ def static_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None)
     return _STATIC[scaling.rope_type](plain, head_dim, theta, scaling)
 
 
-def _plain(head_dim: int, theta: float) -> np.ndarray:
+def _plain(head_dim: int, theta: float) -> Planes:
     # float32 at every step, as in transformers: float64 would differ in the last bits.
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     return (1.0 / np.float32(theta) ** exponents).astype(np.float32)
 
 
 def _dynamic(
-    length: Int[Array, ""],  # noqa: F722
+    length: Int[AnyArray, ""],
     head_dim: int,
     theta: float,
     scaling: RopeScaling,
+    *,
     context: int,
-) -> Float[Array, " planes"]:  # noqa: F722
+) -> Float[Array, " planes"]:
     """NTK scaling that grows with the text: theta is raised once `length` exceeds the context."""
     ratio = jnp.maximum(length, context).astype(jnp.float32) / context
     factor = _set(scaling.factor)
@@ -225,12 +229,13 @@ def _dynamic(
 
 
 def _longrope(
-    length: Int[Array, ""],  # noqa: F722
+    length: Int[AnyArray, ""],
     head_dim: int,
     theta: float,
     scaling: RopeScaling,
+    *,
     context: int,
-) -> Float[Array, " planes"]:  # noqa: F722
+) -> Float[Array, " planes"]:
     """Each plane has two divisors: for texts within the trained context and for longer ones."""
     del context
     plain = _plain(head_dim, theta)
@@ -241,13 +246,13 @@ def _longrope(
     return jnp.where(length > _set(scaling.original_max_position_embeddings), long, short)
 
 
-def _linear(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+def _linear(plain: Planes, head_dim: int, theta: float, scaling: RopeScaling) -> Planes:
     """All planes are slowed by the same factor, as if positions were closer together."""
     del head_dim, theta
     return plain / np.float32(_set(scaling.factor))
 
 
-def _llama3(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+def _llama3(plain: Planes, head_dim: int, theta: float, scaling: RopeScaling) -> Planes:
     """Slow planes are slowed by `factor`, fast ones stay, those between are blended."""
     del head_dim, theta
     low, high = _set(scaling.low_freq_factor), _set(scaling.high_freq_factor)
@@ -258,7 +263,7 @@ def _llama3(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling
     return ((1 - keep) * plain / scaling.factor + keep * plain).astype(np.float32)
 
 
-def _yarn(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+def _yarn(plain: Planes, head_dim: int, theta: float, scaling: RopeScaling) -> Planes:
     """As llama3, but the blend is linear in the plane's index, not in its frequency."""
 
     # The (fractional) index j of the plane with this many turns: solves
@@ -271,6 +276,7 @@ def _yarn(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) 
     low, high = plane(scaling.beta_fast or 32), plane(scaling.beta_slow or 1)
     if scaling.truncate is not False:
         low, high = math.floor(low), math.ceil(high)
+    # The upper edge as in YaRN's own code, which cuts at dimensions and not at planes.
     low, high = max(low, 0), min(high, head_dim - 1)
     # Keeps the ramp below from dividing by zero.
     high = high + 0.001 if low == high else high

@@ -142,13 +142,14 @@ def _modules(params: Any) -> Modules:
 
 
 def _blocks(modules: Modules, family: Family) -> list[_Block]:
-    """Every block of every module, layer after layer, however the tree stacks them."""
+    """Every block of every module, layer after layer, whether the tree stacks them or not."""
     blocks = []
     for module, leaves in modules.items():
         name, leaf = next(iter(leaves.items()))
         depth = stack_depth(f"{module}.{name}", family=family)
         blocks += [_Block(module, i) for i in product(*(range(n) for n in leaf.shape[:depth]))]
 
+    # By number, so that block 10 follows block 9; modules beside the blocks come last.
     def place(block: _Block) -> list[tuple[int, int, str]]:
         parts = module_name(block.module, block.index, family=family).split(".")
         return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
@@ -213,6 +214,7 @@ def _part(leaf: Any, index: tuple[int, ...]) -> Any:
 def _texts(model: Any, dtype: str) -> dict[str, str]:
     config = {**model.config.to_hf(), "torch_dtype": dtype}
     tokens = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # The base's own file wins: its end tokens may be more than config.json has.
     generation = {**tokens, **model.generation}
     texts = {"config.json": _json(config), "generation_config.json": _json(generation)}
     if model.tokenizer is not None:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,17 +29,23 @@ from lora_jax.multi.single import stack_of_one
 from lora_jax.transform import lorafy
 from lora_jax.transform.many.rows import by_row, select
 
-# Seconds that a step waits for an adapter when it has nothing else to do.
-_PATIENCE = 0.05
+# Seconds that a step waits for an adapter when no row is running.
+_LONGEST_WAIT = 0.05
 _NOT_FINITE = -1  # in place of a token, where logits are NaN or infinite
 
 
 class _State(NamedTuple):
-    """The arrays on the device, with a row axis: `axes` for the adapters, axis 0 for the rest."""
+    """The arrays on the device.
+
+    Attributes:
+      adapters: arrays of the rows' adapters; `_Decoder.axes` are their row axes.
+      cache: (rows, l, 1, s, k, h).
+      last: the newest token of each row.
+    """
 
     adapters: list
     cache: Cache
-    last: Array
+    last: Int[Array, " rows"]
 
 
 @dataclass
@@ -97,7 +103,7 @@ class Server:
         rows: int,
         room: int,
         stop_tokens: Sequence[int] = (),
-    ):
+    ) -> None:
         """Makes the rows' caches.
 
         Args:
@@ -121,7 +127,7 @@ class Server:
         self._waiting: deque[_Waiting] = deque()
         self._running: list[Request | None] = [None] * rows
         self._queue, self._turn = threading.Lock(), threading.Lock()  # `_waiting`; one step
-        stacked, nobody = pool.lookup([None] * rows)
+        stacked, plain = pool.lookup([None] * rows)
         try:
             stack_of_one(stacked, model.params)
         except ValueError as error:
@@ -129,9 +135,10 @@ class Server:
                 "`pool` and `model` must have one base: make the pool's template from "
                 f"`model.params` ({error})"
             ) from None
-        parts = by_row(select(stacked, nobody))
+        parts = by_row(select(stacked, plain))
 
         def fresh() -> _State:
+            # A cache of its own for each row, whose texts differ in length.
             cache = forward.init_cache(1, room)
             wide = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), cache)
             # Copies: the state is donated to every step.
@@ -141,11 +148,9 @@ class Server:
         self._state = fresh()
         # The base is an argument: closed over, it would be compiled into the programs as constants.
         self._base = parts.base
-        apply = functools.partial(_next_token, forward, parts.join)
-        self._step = jax.jit(functools.partial(_advance, apply, parts.axes), donate_argnums=(1,))
-        self._admit = jax.jit(
-            functools.partial(_admit, apply, forward, parts.axes, room), donate_argnums=(1,)
-        )
+        decoder = _Decoder(forward, parts.join, parts.axes, room)
+        self._step = jax.jit(functools.partial(_advance, decoder), donate_argnums=(1,))
+        self._admit = jax.jit(functools.partial(_admit, decoder), donate_argnums=(1,))
 
     def submit(self, prompt: Sequence[int], *, adapter: str | None, max_new_tokens: int) -> Request:
         """Queues a request and starts to load its adapter in the background.
@@ -169,7 +174,7 @@ class Server:
                 f"the prompt (in a bucket of {bucket(len(tokens))} tokens) and {limit} "
                 f"new tokens need {wanted} places, but a row has `room` for {self.room}"
             )
-        point = config.turning_point
+        point = config.longrope_limit
         if point is not None and len(tokens) <= point < len(tokens) + limit - 1:
             raise ValueError(
                 f"`prompt` has {len(tokens)} tokens and {limit} new ones pass {point}, where "
@@ -218,7 +223,7 @@ class Server:
             try:
                 if loading is not None:
                     loading.result()  # raises what went wrong, and does not load again
-                self._let_in(row, request)
+                self._start(row, request)
             except BaseException as error:
                 _fail(request, error)
                 self._running[row] = None
@@ -227,6 +232,7 @@ class Server:
                     raise
 
     def _next(self) -> _Waiting | None:
+        """The first waiting request whose adapter is there, taken out of the queue."""
         with self._queue:
             self._waiting = deque(x for x in self._waiting if not x.request.done)  # cancelled
             for waiting in self._waiting:
@@ -235,12 +241,15 @@ class Server:
                     return waiting
         return None
 
-    def _let_in(self, row: int, request: Request) -> None:
+    def _start(self, row: int, request: Request) -> None:
+        """Reads a request's prompt into a free row, which gives its first token."""
         tokens, mask = left_padded([request.prompt])
         own = self._adapter_of(request)
-        self._state, token = self._admit(self._base, self._state, own, tokens, mask, np.int32(row))
+        self._state, token = self._admit(
+            self._base, self._state, own, tokens, mask=mask, row=np.int32(row)
+        )
         self._running[row] = request
-        self._note(row, int(token))
+        self._record(row, int(token))
 
     def _adapter_of(self, request: Request) -> list:
         # A function of its own: an error keeps its frames, and must not keep the pool's stack.
@@ -256,7 +265,7 @@ class Server:
             raise
         self.steps += 1
         for row, token in enumerate(found):
-            self._note(row, token)
+            self._record(row, token)
 
     def _recover(self, error: BaseException) -> None:
         """Starts with empty rows if a program failed that had been given the state's memory."""
@@ -272,9 +281,10 @@ class Server:
         with self._queue:
             loading = [x.loading for x in self._waiting if x.loading is not None]
         if loading:
-            futures.wait(loading, _PATIENCE, futures.FIRST_COMPLETED)
+            futures.wait(loading, _LONGEST_WAIT, futures.FIRST_COMPLETED)
 
-    def _note(self, row: int, token: int) -> None:
+    def _record(self, row: int, token: int) -> None:
+        """Adds a token to a row's request, and frees the row if that ends it."""
         request = self._running[row]
         if request is None:
             return
@@ -301,56 +311,75 @@ def _fail(request: Request, error: BaseException) -> None:
     request.done = True
 
 
+class _Decoder(NamedTuple):
+    """What the two programs share.
+
+    Attributes:
+      forward: the model's functions.
+      join: a row's arrays and the base's -> parameters.
+      axes: the row axis of each array of the adapters.
+      room: tokens of a row's cache.
+    """
+
+    forward: Forward
+    join: Callable
+    axes: list[int]
+    room: int
+
+
 def _next_token(
-    forward: Forward,
-    join: Callable,
-    base: list,
-    own: list,
-    tokens: Int[AnyArray, "1 t"],  # noqa: F722
-    mask: Bool[AnyArray, "1 t"] | None,  # noqa: F722
+    decoder: _Decoder,
+    params: Any,
+    tokens: Int[AnyArray, "1 t"],
+    *,
+    mask: Bool[AnyArray, "1 t"] | None,
     cache: Cache,
-) -> tuple[Int[Array, ""], Cache]:  # noqa: F722
+) -> tuple[Int[Array, ""], Cache]:
     """The most likely next token of one row, and its cache with the given tokens added."""
-    params = join(own, base)
-    hidden, cache = lorafy(forward.apply)(
+    hidden, cache = lorafy(decoder.forward.apply)(
         params, tokens, mask=mask, cache=cache, return_hidden=True
     )
-    logits = lorafy(forward.head)(params, hidden[:, -1:])[0, 0]
+    logits = lorafy(decoder.forward.head)(params, hidden[:, -1:])[0, 0]  # (v,)
     # The maximum is NaN if any logit is; -inf alone may rule a token out.
     finite = jnp.isfinite(jnp.max(logits))
     return jnp.where(finite, jnp.argmax(logits), _NOT_FINITE).astype(jnp.int32), cache
 
 
-def _advance(
-    apply: Callable, at: list[int], base: list, state: _State
-) -> tuple[_State, Int[Array, "rows"]]:
-    # Free rows are computed too and write to their caches; the result is ignored.
-    def one(own: list, token: Int[Array, ""], cache: Cache) -> tuple[Int[Array, ""], Cache]:  # noqa: F722
-        return apply(base, own, token[None, None], None, cache)
+def _advance(decoder: _Decoder, base: list, state: _State) -> tuple[_State, Int[Array, " rows"]]:
+    """One more token of every row."""
 
-    tokens, cache = jax.vmap(one, in_axes=(at, 0, 0))(state.adapters, state.last, state.cache)
+    # Free rows are computed too and write to their caches; the result is ignored.
+    def one(own: list, token: Int[Array, ""], cache: Cache) -> tuple[Int[Array, ""], Cache]:
+        params = decoder.join(own, base)
+        return _next_token(decoder, params, token[None, None], mask=None, cache=cache)
+
+    in_axes = (decoder.axes, 0, 0)
+    tokens, cache = jax.vmap(one, in_axes=in_axes)(state.adapters, state.last, state.cache)
     return _State(state.adapters, cache, tokens), tokens
 
 
 def _admit(
-    apply: Callable,
-    forward: Forward,
-    at: list[int],
-    room: int,
+    decoder: _Decoder,
     base: list,
     state: _State,
     own: list,
-    tokens: Int[AnyArray, "1 t"],  # noqa: F722
-    mask: Bool[AnyArray, "1 t"],  # noqa: F722
-    row: Int[AnyArray, ""],  # noqa: F722
-) -> tuple[_State, Int[Array, ""]]:  # noqa: F722
+    tokens: Int[AnyArray, "1 t"],
+    *,
+    mask: Bool[AnyArray, "1 t"],
+    row: Int[AnyArray, ""],
+) -> tuple[_State, Int[Array, ""]]:
     """Reads a prompt into a row."""
-    single = [lax.squeeze(x, [axis]) for x, axis in zip(own, at, strict=True)]
-    token, cache = apply(base, single, tokens, mask, forward.init_cache(1, room))
+    # The adapter's arrays come with a row axis of size 1.
+    single = [lax.squeeze(x, [axis]) for x, axis in zip(own, decoder.axes, strict=True)]
+    empty = decoder.forward.init_cache(1, decoder.room)
+    params = decoder.join(single, base)
+    token, cache = _next_token(decoder, params, tokens, mask=mask, cache=empty)
 
     def put(whole: Array, part: Array, axis: int = 0) -> Array:
         return lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), row, axis)
 
-    adapters = [put(x, y, axis) for x, y, axis in zip(state.adapters, single, at, strict=True)]
+    adapters = [
+        put(x, y, axis) for x, y, axis in zip(state.adapters, single, decoder.axes, strict=True)
+    ]
     caches = jax.tree.map(put, state.cache, cache)
     return _State(adapters, caches, put(state.last, token)), token

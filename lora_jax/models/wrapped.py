@@ -1,4 +1,4 @@
-"""Decoders inside models of images and texts: their configuration, and the rest of a checkpoint.
+"""Decoders inside vision-language models: their configuration, and the rest of a checkpoint.
 
 Only the decoder is loaded. A merge writes it back among the tensors and files that were not read,
 so that the whole model can be loaded again.
@@ -17,7 +17,7 @@ from lora_jax.hf.checkpoint.safetensors import INDEX, PICKLES, open_directory, o
 from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, numpy_dtype
 from lora_jax.models.config import LlamaConfig
 
-# Model types of images and texts -> the type of a text model that leaves it out.
+# Vision-language model types -> the type of their text model, where `text_config` has none.
 WRAPPERS: Mapping[str, str] = {
     "gemma3": "gemma3_text",
     "internvl": "qwen2",
@@ -49,7 +49,7 @@ _MROPE = ("mrope_section", "mrope_interleaved")
 
 
 def text_of(raw: Mapping[str, Any]) -> LlamaConfig:
-    """The decoder inside a model of images and texts.
+    """The decoder inside a vision-language model.
 
     Raises:
       ValueError: `text_config` is missing or not supported.
@@ -62,7 +62,7 @@ def text_of(raw: Mapping[str, Any]) -> LlamaConfig:
         raise ValueError(f"config: a `{kind}` needs a `text_config`, an object; there is none")
     # Multimodal checkpoints state these at the top level; values in `text_config` win.
     outside = {name: raw[name] for name in _OUTSIDE if name in raw}
-    # One that ties head and embedding may say so at either place.
+    # Either place may tie head and embedding.
     ties = [part[_TIES] for part in (raw, text) if part.get(_TIES) is not None]
     outside |= {_TIES: any(ties)} if ties else {}
     text = {name: value for name, value in text.items() if name != _TIES}
@@ -74,13 +74,13 @@ def text_of(raw: Mapping[str, Any]) -> LlamaConfig:
 
 
 def _without_mrope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE as it is for texts."""
+    """The fields of RoPE that concern texts."""
     plain = {name: value for name, value in rope.items() if name not in _MROPE}
     return {name: "default" if value == "mrope" else value for name, value in plain.items()}
 
 
 def check_readable(raw: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuses a model of images and texts whose decoder cannot be read.
+    """Refuses a vision-language model whose decoder cannot be read.
 
     Raises:
       ValueError: it is one.
@@ -148,7 +148,7 @@ def rest_of(directory: Path, family: Family, decoder: Collection[str], dtype: st
     dtypes = {n: DTYPES[dtype] if n in packed else numpy_dtype(exact[n].dtype) for n in kept}
     entries = [NewTensor(n, weights.shapes[n], dtypes[n]) for n in kept]
     config = _as_written(read_object(directory / "config.json"), dtype)
-    return Rest(names, entries, read, _files(directory), config)
+    return Rest(names, entries, read, files=_files(directory), config=config)
 
 
 def _as_written(config: dict[str, Any], dtype: str) -> dict[str, Any]:

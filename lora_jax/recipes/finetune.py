@@ -271,7 +271,7 @@ _RISEN = 1.2  # of the first loss; single batches differ by less
 def load_model(
     source: str,
     *,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     remat: bool = False,
     quantize: str | None = None,
     quantize_block: int = 64,
@@ -328,7 +328,7 @@ def export_adapter(
     *,
     to: str = "peft",
     dtype: str = "float32",
-    model_dtype: str = "float32",
+    model_dtype: Dtype = "float32",
     step: int | None = None,
     quantize: str | None = None,
     quantize_block: int = 64,

@@ -52,8 +52,11 @@ def test_cudnn_attends_to_long_unmasked_texts_in_16_bits(tokens, dtype, masked, 
     q = jnp.ones((1, tokens, 2, 8), dtype)
     mask = jnp.ones((1, tokens), bool) if masked else None
     mixing = attention.Mixing(slides=(False,))
-    sight, _, _ = attention.attention(q[:, :, 0, 0], mask, None, mixing, lambda slides: None)
-    mixed, _ = jax.eval_shape(lambda q: sight(False)(q, q, q, None, 0), q)
+    attend_of, _, _ = attention.attention(
+        q[:, :, 0, 0], mask, None, mixing=mixing, rotations=lambda slides: None
+    )
+    first = jnp.int32(0)
+    mixed, _ = jax.eval_shape(lambda q: attend_of(False)(q, q, q, stored=None, block=first), q)
     assert mixed.shape == q.shape and asked == ["cudnn" if taken else None]
 
 

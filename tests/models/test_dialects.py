@@ -207,11 +207,11 @@ SEEN = {
             "rope_scaling": None,
             "sliding_layers": None,
             "sliding_window": 2047,
-            "turning_point": None,
+            "longrope_limit": None,
         },
     ),
-    "Phi-3 mini long": (PHI3_LONG, {"context": 131072, "turning_point": 4096, "rotary_dim": 96}),
-    "Phi-4 mini": (PHI4, {"rotary_dim": 12, "tie_word_embeddings": True, "turning_point": 4096}),
+    "Phi-3 mini long": (PHI3_LONG, {"context": 131072, "longrope_limit": 4096, "rotary_dim": 96}),
+    "Phi-4 mini": (PHI4, {"rotary_dim": 12, "tie_word_embeddings": True, "longrope_limit": 4096}),
     "GPT-2": (
         GPT2,
         {
