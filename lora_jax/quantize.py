@@ -18,8 +18,8 @@ from lora_jax.quant.array import Backend, QuantArray, ScaleDtype, is_quant, quan
 from lora_jax.quant.dispatch import check_backend
 from lora_jax.quant.formats import FormatName
 
-# Names, a regular expression, a `lora_jax.Plan`, or a choice by path and leaf.
-Where = str | Sequence[str] | Plan | Callable[[str, Any], bool]
+# Names, a regular expression, a `lora_jax.Plan`, or `f(path, leaf)`.
+Where = str | Sequence[str] | Plan | Callable[[str, Any], Any]
 _Named = Sequence[tuple[str, Any]]  # leaves with their paths
 
 
@@ -77,7 +77,7 @@ def quantize(
     out = []
     for path, leaf in _shown(named, progress, len(chosen)):
         if path in chosen:
-            # What the caller states comes before what the plan found.
+            # The caller's roles come before the plan's.
             own = _stated(roles or {}, path) or found.get(path)
             leaf = dataclasses.replace(make(leaf, roles=own, name=path), backend=backend)
         out.append(leaf)
@@ -111,7 +111,8 @@ def _chosen(where: Where, named: _Named) -> set[str]:
         unknown = chosen - {path for path, _ in named}
         if unknown:
             raise ValueError(
-                f"`where` is a plan of `{sorted(unknown)[0]}`, which `params` does not have"
+                f"`where` is a plan with `{sorted(unknown)[0]}`, which `params` does not have: "
+                "pass the plan of these parameters"
             )
     elif isinstance(where, str | Sequence):
         chosen = _by_name(where, named)
@@ -124,7 +125,10 @@ def _chosen(where: Where, named: _Named) -> set[str]:
             f"`{done[0]}` is quantized already; `lora.dequantize` first to choose another format"
         )
     if not chosen:
-        raise ValueError("`where` chooses no leaf of `params`")
+        raise ValueError(
+            "`where` chooses no leaf of `params`: give module names, a regular expression, or "
+            "`f(path, leaf) -> bool`"
+        )
     return chosen
 
 
@@ -147,7 +151,7 @@ def _by_name(where: str | Sequence[str], named: _Named) -> set[str]:
             for path in wide
             for name in (path, paths.module_of(path))
             # One string is a regular expression; a list has the ends of names. As in PEFT.
-            if _matches(entry, name, isinstance(where, str))
+            if _matches(entry, name, pattern=isinstance(where, str))
         }
         if not hits:
             known = paths.nearest(entry, {paths.module_of(path) for path in wide})
@@ -156,7 +160,7 @@ def _by_name(where: str | Sequence[str], named: _Named) -> set[str]:
     return chosen
 
 
-def _matches(entry: str, name: str, pattern: bool) -> bool:
+def _matches(entry: str, name: str, *, pattern: bool) -> bool:
     if pattern:
         return re.fullmatch(entry, name) is not None
     return matching.ends_with(name, entry)

@@ -192,7 +192,7 @@ class Model:
       params: nested dictionaries of arrays under Hugging Face's module names.
       tokenizer: what turns text into its tokens, or None.
       generation: its generation_config.json: end tokens, temperature, top-p; empty without one.
-      checkpoint: the directory of the model of images and texts that holds this decoder: a merge
+      checkpoint: the directory of the vision-language model that holds this decoder: a merge
         copies the rest of it. None for other models.
     """
 

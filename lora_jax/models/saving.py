@@ -6,7 +6,7 @@ directory/model-00001-of-0000N.safetensors  shards of them, with model.safetenso
 directory/tokenizer.json, tokenizer_config.json, chat_template.jinja   if there is a tokenizer
 
 What the base's generation_config.json and tokenizer files hold is written back whole. A decoder
-inside a model of images and texts is written among that model's tensors and files.
+inside a vision-language model is written among that model's tensors and files.
 
 Weights are merged, cast and written one block of one module at a time.
 """
