@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from lora_jax.dims import from_matrix, in_dims, out_dims, sizes, stack_dims, to_matrix
+from lora_jax.dims import AnyArray, from_matrix, in_dims, out_dims, sizes, stack_dims, to_matrix
 from lora_jax.leaf_class import leaf_class
 from lora_jax.quant import formats
 
@@ -185,7 +185,7 @@ def quantize_array(
     _check_format(form, block_size, scale_dtype, double_quant)
     _check_weight(w, block_size, roles=roles, pad=pad, name=name)
     # Values are checked outside `jit` only; a tracer has none.
-    if not isinstance(w, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(jnp.asarray(w)))):
+    if not isinstance(w, jax.core.Tracer) and not bool(_is_finite(w)):
         raise ValueError(f"`{name}` is not finite (NaN or infinity): it cannot be quantized")
     parts = _encode(
         w,
@@ -205,6 +205,11 @@ def quantize_array(
     )
     _check_range(q, w, name)
     return q
+
+
+@jax.jit
+def _is_finite(w: Float[AnyArray, "..."]) -> Bool[Array, ""]:
+    return jnp.all(jnp.isfinite(w))
 
 
 def default_roles(ndim: int) -> str:
@@ -249,18 +254,23 @@ def _check_range(q: QuantArray, w: Any, name: str) -> None:
     """Raises where a scale underflows in a block that is not zero, or a weight overflows."""
     if isinstance(q.packed, jax.core.Tracer):
         return
+    if bool(_is_lost(q, w)):
+        held = "float32" if q.scale2 is not None else q.scale.dtype
+        raise ValueError(
+            f"the scales of `{name}` leave the range of {held}, or its weights that of "
+            f'{q.dtype}: use scale_dtype="bfloat16" or "float32", or wider weights'
+        )
+
+
+@jax.jit
+def _is_lost(q: QuantArray, w: Float[AnyArray, "..."]) -> Bool[Array, ""]:
     size = jnp.abs(scales(q).astype(jnp.float32))
     # A scale may be finite and its largest product not, for example in a float16 weight.
     lost = ~jnp.all(jnp.isfinite(_extremes(q, size)))
     if q.scale.dtype == jnp.float16:  # bfloat16 reaches as far down as float32
         least = float(jnp.finfo(q.scale.dtype).tiny)
         lost |= jnp.any((size < least) & (_spread(q, w) > 0))
-    if bool(lost):
-        held = "float32" if q.scale2 is not None else q.scale.dtype
-        raise ValueError(
-            f"the scales of `{name}` leave the range of {held}, or its weights that of "
-            f'{q.dtype}: use scale_dtype="bfloat16" or "float32", or wider weights'
-        )
+    return lost
 
 
 def _extremes(q: QuantArray, size: Float[Array, "*s b n"]) -> Float[Array, "2 *s b n"]:
