@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import lora_jax as lora
 from lora_jax import models
@@ -23,6 +24,7 @@ from tests.support.torch_models import (
     saver,
     texts,
     theirs,
+    written,
 )
 
 pytestmark = pytest.mark.once
@@ -185,7 +187,7 @@ def added_up(params):
     return jax.tree.map(lambda x: x.w + delta(x) if is_lora(x) else x, params, is_leaf=is_lora)
 
 
-@pytest.mark.torch
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, marks=pytest.mark.slow) if c in LATER else c for c in ONE_EACH],
@@ -220,20 +222,41 @@ def test_adapters_stay_low_rank_and_train(saved, case, tmp_path):
     # float32 sums of hundreds of terms, against the largest slope.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * size), slopes, expected)
 
-    save_merged(tmp_path / "merged", model, lora.combine(trainable, frozen))
-    there = theirs(load(tmp_path / "merged"), tokens, mask, positions_of(mask))
-    np.testing.assert_allclose(there[mask], got[seen], atol=TOLERANCE)
+    merged = tmp_path / "merged"
+    save_merged(merged, model, lora.combine(trainable, frozen))
+    same = lora.merge(lora.combine(trainable, frozen))
+    jax.tree.map(np.testing.assert_array_equal, models.load(merged).params, same)
+
+    def read():
+        return {
+            "from": written(merged),
+            "logits": theirs(load(merged), tokens, mask, positions_of(mask)),
+        }
+
+    there = oracle(f"{PLACE}/{case}.merged", read)
+    assert there["from"] == written(merged)
+    np.testing.assert_allclose(there["logits"][mask], got[seen], atol=TOLERANCE)
 
 
-@pytest.mark.torch
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     "case", ["gemma3 that reaches far", "phi3 long", "qwen3 mixed", "gpt2 with a head of its own"]
 )
 def test_what_is_saved_is_the_same_to_transformers(saved, case, tmp_path):
     there, directory = saved(case)
     model = models.load(directory)
-    save_merged(tmp_path / "again", model, model.params)
-    tokens, mask = texts("right")
-    positions = positions_of(mask)
-    got, want = (theirs(m, tokens, mask, positions) for m in (load(tmp_path / "again"), there()))
-    np.testing.assert_array_equal(got[mask], want[mask])
+    again = tmp_path / "again"
+    save_merged(again, model, model.params)
+    ours, base = (load_file(place / "model.safetensors") for place in (again, directory))
+    assert ours.keys() == base.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], base[name], err_msg=name)
+
+    def read():
+        tokens, mask = texts("right")
+        positions = positions_of(mask)
+        got, want = (theirs(m, tokens, mask, positions) for m in (load(again), there()))
+        return {"from": written(again), "same": bool((got[mask] == want[mask]).all())}
+
+    answer = oracle(f"{PLACE}/{case}.again", read)
+    assert answer == {"from": written(again), "same": True}

@@ -20,6 +20,8 @@ from lora_jax.models.saving import save_merged, save_model
 from lora_jax.quant.array import is_quant, quantize_array
 
 from tests.support import tiny
+from tests.support.oracle import oracle
+from tests.support.torch_models import written
 
 pytestmark = pytest.mark.once
 
@@ -86,20 +88,29 @@ def test_settings_of_the_base_are_kept_whole(pair, tmp_path):
     assert models.load(tmp_path / "other").tokenizer.render_chat(TEXT) == "other"
 
 
-@pytest.mark.torch
+@pytest.mark.oracle
 def test_transformers_gives_the_same_logits(pair):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     model, directory = pair
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    ids = tokenizer.apply_chat_template(TEXT, add_generation_prompt=True)["input_ids"]
-    assert ids == model.tokenizer.apply_chat_template(TEXT, add_generation_prompt=True)
-    assert tokenizer.eos_token_id == model.tokenizer.eos_id
-    with torch.no_grad():
-        expected = theirs(torch.tensor([ids])).logits.numpy()
+    tied = model.config.tie_word_embeddings
+
+    def read():
+        import torch
+        import transformers
+
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        ids = tokenizer.apply_chat_template(TEXT, add_generation_prompt=True)["input_ids"]
+        with torch.no_grad():
+            logits = theirs(torch.tensor([ids])).logits.numpy()
+        end = tokenizer.eos_token_id
+        return {"from": written(directory), "ids": ids, "end": end, "logits": logits}
+
+    there = oracle(f"models/saving/{'tied' if tied else 'apart'}", read)
+    assert there["from"] == written(directory)
+    ids = model.tokenizer.apply_chat_template(TEXT, add_generation_prompt=True)
+    assert (there["ids"], there["end"]) == (ids, model.tokenizer.eos_id)
     logits = model.apply(model.params, jnp.asarray([ids]))
-    np.testing.assert_allclose(logits, expected, atol=1e-4)  # float32 in another order
+    np.testing.assert_allclose(logits, there["logits"], atol=1e-4)  # float32 in another order
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -87,6 +87,21 @@ def write(directory: Path, spec: dict) -> None:
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
+def written(directory: Path) -> dict:
+    """What a directory states of its model: the settings, and the tensors' names and shapes.
+
+    An answer about a directory is recorded with it. Together with numbers that come back the same,
+    it stands for the files that torch has read.
+    """
+    settings = {
+        name: json.loads((directory / name).read_text())
+        for name in ("config.json", "tokenizer_config.json")
+        if (directory / name).is_file()
+    }
+    tensors = load_file(directory / "model.safetensors")
+    return {**settings, "tensors": {name: list(x.shape) for name, x in sorted(tensors.items())}}
+
+
 def load(directory: Path):
     """The torch model of a directory, which it forgets: PEFT would write its path."""
     import transformers
