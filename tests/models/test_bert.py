@@ -340,6 +340,7 @@ def test_a_checkpoint_of_another_class_is_an_error(saved, tmp_path):
         models.load(moved)
 
 
+@pytest.mark.wrong_types
 def test_inputs_are_checked(saved):
     model = models.load(saved("roberta classifies")[1])
     tokens, mask, _ = texts()

@@ -37,10 +37,10 @@ def adapted(targets, **options):
 @pytest.mark.parametrize("targets", ["all-linear", EVERYWHERE], ids=["linear", "tied table too"])
 def test_logits_equal_those_of_merged_weights(targets, options):
     model, params = adapted(targets, **options)
-    apply = jax.jit(lora.lorafy(model.apply, strict=True))
-    got = np.asarray(apply(params, TOKENS, mask=jnp.asarray(MASK)))
-    want = np.asarray(jax.jit(model.apply)(lora.merge(params), TOKENS, mask=jnp.asarray(MASK)))
-    base = np.asarray(jax.jit(model.apply)(model.params, TOKENS, mask=jnp.asarray(MASK)))
+    mask, plain = jnp.asarray(MASK), jax.jit(model.apply)
+    got = np.asarray(jax.jit(lora.lorafy(model.apply, strict=True))(params, TOKENS, mask=mask))
+    want = np.asarray(plain(jax.jit(lora.merge)(params), TOKENS, mask=mask))
+    base = np.asarray(plain(model.params, TOKENS, mask=mask))
     assert np.abs(want - base)[MASK].max() > 0.5
     # Logits of about 10 in float32.
     np.testing.assert_allclose(got[MASK], want[MASK], atol=1e-4)

@@ -95,21 +95,26 @@ def test_a_budget_below_one_adapter_and_an_adapter_that_does_not_fit(model, adap
     np.testing.assert_array_equal(pool.ids(["cid", None]), [0, -1])
 
 
-def alone(model, adapters, prompt, name, count, stops=()):
-    params = model.params if name is None else adapters[name]
+@pytest.fixture(scope="module")
+def merged(model, adapters):
+    """Plain parameters by adapter: one program computes them all."""
+    return {None: model.params} | {name: lora.merge(x) for name, x in adapters.items()}
+
+
+def alone(model, merged, prompt, name, count, stops=()):
     return models.generate(
-        model, params, [prompt], max_new_tokens=count, stop_tokens=stops
+        model, merged[name], [prompt], max_new_tokens=count, stop_tokens=stops
     )[0]  # fmt: skip
 
 
-def test_every_request_writes_what_it_would_alone(model, adapters):
+def test_every_request_writes_what_it_would_alone(model, adapters, merged):
     rng = np.random.default_rng(0)
     names = [*RANKS, None]
     asked = [
         (rng.integers(1, 300, rng.integers(1, 25)).tolist(), names[k % 6], int(rng.integers(1, 14)))
         for k in range(11)
     ]
-    stop = alone(model, adapters, *asked[0][:2], 13)[-1]  # a token that does occur
+    stop = alone(model, merged, *asked[0][:2], 13)[-1]  # a token that does occur
     server = Server(model, pool_of(adapters, 3), rows=3, room=64, stop_tokens=(stop,))
     requests = [server.submit(p, adapter=n, max_new_tokens=c) for p, n, c in asked]
     late = None
@@ -117,10 +122,10 @@ def test_every_request_writes_what_it_would_alone(model, adapters):
         if server.steps == 4:  # one that comes while others run
             late = server.submit(asked[1][0], adapter="dan", max_new_tokens=5)
     assert late is not None and late.done
-    assert late.tokens == alone(model, adapters, asked[1][0], "dan", 5, (stop,))
+    assert late.tokens == alone(model, merged, asked[1][0], "dan", 5, (stop,))
     for request, (prompt, name, count) in zip(requests, asked, strict=True):
         assert request.done
-        assert request.tokens == alone(model, adapters, prompt, name, count, (stop,))
+        assert request.tokens == alone(model, merged, prompt, name, count, (stop,))
     # Rows are filled as they come free: fewer steps than one batch after the other would take.
     assert server.steps < sum(count for _, _, count in asked)
     # Two buckets of prompts, one step.
@@ -161,12 +166,12 @@ class Files(dict):
 
 
 @pytest.fixture(scope="module")
-def shared(model, adapters):
+def shared(model, adapters, merged):
     """A server for the tests below, whose adapters are read from a dict that tests change."""
     files = Files(adapters)
     files["slow"] = adapters["ann"]
     server = Server(model, pool_of(files, 3), rows=2, room=32)
-    want = {name: alone(model, adapters, SMALL_PROMPT, name, 4) for name in (*RANKS, None)}
+    want = {name: alone(model, merged, SMALL_PROMPT, name, 4) for name in (*RANKS, None)}
     return server, files, want
 
 
@@ -265,7 +270,7 @@ def test_a_failing_device_ends_the_running_requests_only(shared, program):
     first = submit(server, "ann", 9)
     server.step()
 
-    def fail(base, state, *rest):
+    def fail(base, state, *rest, **options):
         jax.tree.map(lambda x: x.delete(), state)  # as a donated argument is
         raise RuntimeError("RESOURCE_EXHAUSTED")
 

@@ -39,17 +39,28 @@ def leaves(params):
     return jax.tree.leaves(params, is_leaf=is_quant)
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_a_checkpoint_is_quantized_as_the_loaded_tree_would_be(directory, plain, scan):
-    got = models.load(directory, scan=scan, quantize=quant.QuantConfig(block_size=16))
+def test_a_checkpoint_is_quantized_as_the_loaded_tree_would_be(plain, quantized):
+    kernels = [x for x in leaves(quantized.params) if is_quant(x)]
+    assert len(kernels) == 7
+    assert not is_quant(quantized.params["lm_head"]["kernel"])
+    want = lora.quantize(plain.params, r"model\.layers\..*kernel", block_size=16)
+    jax.tree.map(np.testing.assert_array_equal, quantized.params, want)
+    both = jax.jit(lambda p, t: (quantized.apply(p, t), plain.apply(lora.dequantize(p), t)))
+    np.testing.assert_allclose(*both(quantized.params, TOKENS), atol=1e-4)
+
+
+def test_layers_apart_are_those_of_the_stack(directory, quantized):
+    got = models.load(directory, scan=False, quantize=quant.QuantConfig(block_size=16))
     kernels = [x for x in leaves(got.params) if is_quant(x)]
-    assert len(kernels) == (7 if scan else 14)
+    assert len(kernels) == 14
     assert not is_quant(got.params["lm_head"]["kernel"])
-    if scan:
-        want = lora.quantize(plain.params, r"model\.layers\..*kernel", block_size=16)
-        jax.tree.map(np.testing.assert_array_equal, got.params, want)
-        both = jax.jit(lambda p, t: (got.apply(p, t), plain.apply(lora.dequantize(p), t)))
-        np.testing.assert_allclose(*both(got.params, TOKENS), atol=1e-4)
+    whole, apart = (m.params["model"]["layers"] for m in (quantized, got))
+    for number in ("0", "1"):
+        jax.tree.map(
+            lambda a, b, i=int(number): np.testing.assert_array_equal(a[i], b),
+            jax.tree.leaves(whole),
+            jax.tree.leaves(apart[number]),
+        )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +125,7 @@ def test_adapters_over_a_quantized_model_train_save_and_merge(quantized, plain, 
 def test_an_adapter_knows_the_quantized_base_it_was_trained_on(quantized, plain, tmp_path):
     marks = checkpoint.fingerprint(quantized.params)
     path = "model.layers.mlp.up_proj.kernel"
-    assert marks[path].startswith("nf4-16:float32[2,32,48] ")
+    assert marks[path].startswith("nf4-16:float32[2,32,64] ")
     other = lora.quantize(plain.params, r"model\.layers\..*kernel", block_size=16, format="int4")
     assert checkpoint.fingerprint(other)[path] != marks[path]
     config = lora.LoraConfig(rank=2, target_modules=("q_proj",))
@@ -152,7 +163,7 @@ def test_smollm2_is_loaded_in_its_own_blocks(smollm2):
 def test_what_cannot_be_quantized_while_loading_is_refused(directory):
     with pytest.raises(ValueError, match="`quantize` must be one of nf4, .*file, .* got 'q4'"):
         models.load(directory, quantize="q4")
-    with pytest.raises(ValueError, match="`block_size` 64 does not divide the 48 inputs of `model"):
+    with pytest.raises(ValueError, match="`block_size` 64 does not divide the 32 inputs of `model"):
         models.load(directory, quantize="nf4")
     with pytest.raises(ValueError, match="keeps blocks that a file holds, and this one holds fl"):
         models.load(directory, quantize="file")

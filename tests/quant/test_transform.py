@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import warnings
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ D, H, R = 32, 64, 4
 
 
 def weights(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape) / 4
+    # JAX's own would compile a program for each shape.
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32) / 4)
 
 
 def mlp(p, x):
@@ -113,6 +115,16 @@ def loss_of(fn, *args):
     return loss
 
 
+@jax.jit
+def decoded(params):
+    """The parameters with their weights, adapted or not, as floats."""
+    return jax.tree.map(
+        lambda w: dataclasses.replace(w, w=w.w.dequantize())
+        if isinstance(w, lora.LoraArray) else lora.dequantize(w),
+        params, is_leaf=lambda w: lora.is_lora(w) or quant.is_quant(w),
+    )  # fmt: skip
+
+
 def adapted(fn, params, x, **options):
     config = lora.LoraConfig(rank=R, target_modules=".*", init="random", **options)
     plan = lora.plan(config, fn, params, x)
@@ -128,11 +140,7 @@ EACH = [pytest.param(n, marks=() if n in OFTEN else pytest.mark.slow) for n in C
 def test_values_and_gradients_are_those_of_the_decoded_weights(name):
     fn, params, x = make(name)
     quantized = adapted(fn, params, x)
-    floats = jax.tree.map(
-        lambda w: dataclasses.replace(w, w=w.w.dequantize())
-        if isinstance(w, lora.LoraArray) else lora.dequantize(w),
-        quantized, is_leaf=lambda w: lora.is_lora(w) or quant.is_quant(w),
-    )  # fmt: skip
+    floats = decoded(quantized)
     assert any(isinstance(w, lora.LoraArray) and quant.is_quant(w.w) for w in jax.tree.leaves(
         quantized, is_leaf=lora.is_lora))  # fmt: skip
     both = jax.jit(lambda q, f, x: [jax.value_and_grad(loss_of(fn))(*t, x) for t in (q, f)])
@@ -156,9 +164,11 @@ def test_gradients_reach_the_inputs_and_no_float_weight_is_kept():
     def loss(params, x):
         return jnp.sum(lora.lorafy(fn)(params, x) ** 2)
 
-    want = jax.grad(lambda p, x: jnp.sum(fn(p, x) ** 2), 1)(lora.dequantize(params), x)
-    np.testing.assert_allclose(jax.grad(loss, 1)(params, x), want, rtol=1e-4, atol=1e-5)
-    _, pull = jax.vjp(lambda x: loss(params, x), x)
+    want = jax.jit(jax.grad(lambda p, x: jnp.sum(fn(p, x) ** 2), 1))(decoded(params), x)
+    got, pull = jax.jit(
+        lambda x: (jax.grad(loss, 1)(params, x), jax.vjp(partial(loss, params), x)[1])
+    )(x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     kept = [r for r in jax.tree.leaves(pull) if hasattr(r, "shape")]
     assert not [r for r in kept if r.shape in ((D, H), (H, D)) and r.dtype == jnp.float32]
 
@@ -166,8 +176,8 @@ def test_gradients_reach_the_inputs_and_no_float_weight_is_kept():
 @pytest.mark.parametrize("double", [False, True])
 def test_scanned_layers_keep_their_codes_only(double):
     fn, params, x = make("scanned layers", double_quant=double)
-    lora_params = adapted(fn, params, x)
-    trainable, frozen = lora.split(lora_params)
+    # Traced and never computed.
+    trainable, frozen = jax.eval_shape(lambda p: lora.split(adapted(fn, p, x)), params)
 
     def loss(trainable, frozen, x):  # without the blocks' own checkpoint
         with pytest.MonkeyPatch.context() as patch:
@@ -209,12 +219,12 @@ def test_rows_of_a_table_are_taken_without_decoding_the_others():
             table = lora.RowsArray(q, jnp.zeros((2, D)), (3, 60))
             return lora.lorafy(lambda p, ids: p["table"][ids])({"table": table}, jnp.array([3, 5]))
 
-        for call in (lambda q: rows(q, jnp.array([63, 0, 17])), trained):
-            text = str(jax.make_jaxpr(call)(q))
-            assert not re.search(rf"f32\[(64,{D}|{D},64)\]", text)
-        want = q.dequantize()
-        np.testing.assert_array_equal(rows(q, jnp.array([63, 0, 17])), want[jnp.array([63, 0, 17])])
-        np.testing.assert_allclose(trained(q), jnp.stack([jnp.zeros(D), want[5]]), atol=1e-6)
+        traced = jax.jit(lambda q: (rows(q, jnp.array([63, 0, 17])), trained(q))).trace(q)
+        assert not re.search(rf"f32\[(64,{D}|{D},64)\]", str(traced.jaxpr))
+        got = traced.lower().compile()(q)
+        want = np.asarray(decoded(q))
+        np.testing.assert_array_equal(got[0], want[[63, 0, 17]])
+        np.testing.assert_allclose(got[1], np.stack([np.zeros(D), want[5]]), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["grouped product", "convolution"])
@@ -240,8 +250,9 @@ def test_merge_gives_floats_and_counts_what_the_weights_stand_for():
     lora_params = adapted(fn, params, x)
     merged = lora.merge(lora_params)
     assert {k: w.dtype for k, w in merged.items()} == dict.fromkeys(merged, jnp.float32)
-    np.testing.assert_allclose(fn(merged, x), lora.lorafy(fn)(lora_params, x), rtol=1e-4, atol=1e-5)
-    plain = lora.dequantize(params)
+    got, want = jax.jit(lambda p, m: (lora.lorafy(fn)(p, x), fn(m, x)))(lora_params, merged)
+    np.testing.assert_allclose(want, got, rtol=1e-4, atol=1e-5)
+    plain = decoded(params)
     same = lora.count_parameters(adapted(fn, plain, x))
     assert lora.count_parameters(lora_params) == same
     back = lora.unmerge(merged, lora_params)
@@ -252,9 +263,10 @@ def test_plans_of_quantized_and_of_float_bases_are_the_same():
     fn, params, x = make("heads")
     config = lora.LoraConfig(rank=R, target_modules="all-linear")
     got = lora.plan(config, fn, params, x)
-    want = lora.plan(config, fn, lora.dequantize(params), x)
+    plain = decoded(params)
+    want = lora.plan(config, fn, plain, x)
     assert str(got) == str(want)
-    by_plan = lora.quantize(lora.dequantize(params), want, block_size=16)
+    by_plan = lora.quantize(plain, want, block_size=16)
     assert {k: q.roles for k, q in by_plan.items()} == {"q": "ioo", "o": "iio"}
 
 
@@ -266,15 +278,20 @@ def test_what_needs_an_array_is_decoded_and_said():
 
     with pytest.warns(lora.DecodedWarning, match=r"`up` \(quantized, nf4\) is decoded for `mul`"):
         got = lora.lorafy(fn)(params, X)
-    np.testing.assert_allclose(got, fn(lora.dequantize(params), X), rtol=1e-5)
+    np.testing.assert_allclose(got, fn(decoded(params), X), rtol=1e-5)
 
 
 def test_dora_and_saved_leaves_over_a_quantized_base():
     fn, params, x = make("mlp")
     lora_params = adapted(fn, params, x, use_dora=True)
-    merged = lora.merge(lora_params)
-    np.testing.assert_allclose(fn(merged, x), lora.lorafy(fn)(lora_params, x), rtol=1e-4, atol=1e-5)
+    merged, plain = lora.merge(lora_params), decoded(params)
     config = lora.LoraConfig(rank=R, target_modules=("up",), modules_to_save=("down",))
     saved = lora.init(jax.random.key(0), lora.plan(config, fn, params, x), params)
-    np.testing.assert_array_equal(saved["down"].value, params["down"].dequantize())
-    np.testing.assert_allclose(lora.lorafy(fn)(saved, x), fn(lora.dequantize(params), x), rtol=1e-5)
+    np.testing.assert_array_equal(saved["down"].value, plain["down"])
+    run = lora.lorafy(fn)
+    both = jax.jit(
+        lambda *trees: [(run(a, x), fn(b, x)) for a, b in zip(trees[::2], trees[1::2], strict=True)]
+    )
+    dora, whole = both(lora_params, merged, saved, plain)
+    np.testing.assert_allclose(dora[1], dora[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(*whole, rtol=1e-5)
