@@ -26,7 +26,7 @@ FAULTS = [
         "methods/loftq.py",
         "tests/methods/test_loftq.py",
         ("if turn or q is None:", "if q is None:"),
-        ("scale_dtype=None if double else str(like.scale.dtype)", "scale_dtype=None"),
+        ("scale_dtype=None if double else like.scale.dtype.name", "scale_dtype=None"),
         ("if leaf.lookup else leaf.roles", "if False else leaf.roles"),
         ("block_size=like.block,", ""),
         ("double_quant=double,", ""),

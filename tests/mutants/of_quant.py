@@ -16,8 +16,8 @@ FAULTS = [
         "quant/matmul.py",
         "tests/quant/test_kernels.py tests/quant/test_transform.py",
         ("y = y[:, : fan_in if form.transposed else fan_out]\n", "\n"),
-        ("flat = _fill_columns(flat, packed.shape[0] * kind.packing.slabs)", "pass"),
-        ("w = lax.slice_in_dim(w, 0, fan_in)", "pass"),
+        ("flat = jnp.pad(flat, ((0, 0), (0, padding)))", "pass"),
+        ("dense = lax.slice_in_dim(dense, 0, fan_in)", "pass"),
     ),
     *in_file(
         "quant/ops.py",
@@ -62,7 +62,7 @@ FAULTS = [
         ("formats.compress_scales(scale, -(-fan_in // block))",
          "formats.compress_scales(scale, rows // block)"),
         ('if double and form.scale != "absmax":', "if False:"),
-        ("not bool(jnp.all(jnp.isfinite(jnp.asarray(w))))", "False"),
+        ("not bool(_is_finite(w))", "False"),
     ),
     Fault(
         "quant/array.py",
