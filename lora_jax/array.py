@@ -236,8 +236,7 @@ def register_leaves() -> None:
     register_with_flax(*TRAINED_FIELDS, Gain, QuantArray)
 
 
-# For a program that has imported flax already; `lora.init` calls it again for one that has not.
-register_leaves()
+register_leaves()  # `lora.init` calls it again, for a program that imports flax later
 
 
 def is_stack(x: Any) -> bool:
@@ -307,7 +306,12 @@ def delta(x: LoraArray) -> Float[Array, "..."]:
 
     Returns:
       An array of `x.shape`.
+
+    Raises:
+      TypeError: it is no `LoraArray`.
     """
+    if not isinstance(x, LoraArray):
+        raise TypeError(f"`x` must be one leaf, a `LoraArray`, got `{type(x).__name__}`")
     check_whole(x)
     stack, fan_in, fan_out = sizes(x.shape, x.roles)
     dtype = widened(x.a.dtype, x.b.dtype)
@@ -333,7 +337,7 @@ def spread_outputs(gain: Float[Array, "..."], x: LoraArray) -> Float[Array, "...
 
 
 def count(stacked: PyTree) -> int:
-    """How many adapters a stack has slots for.
+    """How many slots a stack has.
 
     Raises:
       ValueError: the tree is no stack.
@@ -344,8 +348,7 @@ def count(stacked: PyTree) -> int:
         raise ValueError(
             "`stacked` holds no stack of adapters: make one with `lora.stack([...])`"
             if not counts
-            else f"the leaves of `stacked` hold {sorted(counts)} adapters, expected one number: "
-            "pass the tree of one `lora.stack`"
+            else f"`stacked` holds {sorted(counts)} adapters, expected one number at all leaves"
         )
     return counts.pop()
 
@@ -395,9 +398,3 @@ def leaves_by_path(params: PyTree) -> dict:
     """The leaves of a tree by their dotted paths; a quantized or adapted weight is one leaf."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     return {paths.spell(key_path): leaf for key_path, leaf in flat}
-
-
-def where_trees_differ(x: PyTree, y: PyTree) -> str:
-    """The first paths that only one of two trees has, as a phrase for an error message."""
-    odd = sorted(leaves_by_path(x).keys() ^ leaves_by_path(y).keys())
-    return ", ".join(f"`{path}`" for path in odd[:3]) or "their containers"

@@ -21,7 +21,6 @@ from lora_jax.array import (
     is_lora,
     is_stack,
     spread_outputs,
-    where_trees_differ,
     widened,
     with_rows,
 )
@@ -156,7 +155,7 @@ def unmerge(params: PyTree, lora_params: PyTree) -> PyTree:
     if plain_tree != tree:
         raise ValueError(
             "`params` and `lora_params` have different structures, at "
-            f"{where_trees_differ(params, lora_params)}: pass parameters that "
+            f"{paths.where_trees_differ(params, lora_params, is_leaf)}: pass parameters that "
             "`lora.merge(lora_params)` gave"
         )
     leaves = [_unmerge_leaf(paths.spell(p), x, y) for (p, x), y in zip(flat, plain, strict=True)]

@@ -8,11 +8,11 @@ each layer (`model.layers.3.self_attn.q_proj`), which is how Hugging Face spells
 
 import difflib
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, PyTree
 
 # The last component of a leaf's path when it names the parameter, not the module it belongs to.
 PARAMETER_NAMES = frozenset(
@@ -110,3 +110,20 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
 
 def _similarity(a: str, b: str) -> float:
     return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def where_trees_differ(x: PyTree, y: PyTree, is_leaf: Callable[[Any], bool]) -> str:
+    """The first paths that only one of two trees has, as a phrase for an error message.
+
+    Args:
+      x, y: the trees.
+      is_leaf: as in `jax.tree.flatten`; None counts as a leaf too.
+    """
+
+    def names(tree: PyTree) -> set[str]:
+        # The halves of a tree have None in each other's places.
+        flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None or is_leaf(x))
+        return {spell(key_path) for key_path, _ in flat}
+
+    odd = sorted(names(x) ^ names(y))
+    return ", ".join(f"`{path}`" for path in odd[:3]) or "their containers"

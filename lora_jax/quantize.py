@@ -116,6 +116,11 @@ def _chosen(where: Where, named: _Named) -> set[str]:
             )
     elif isinstance(where, str | Sequence):
         chosen = _by_name(where, named)
+    elif not callable(where):
+        raise TypeError(
+            "`where` must be module names, a regular expression, a `Plan` or "
+            f"`f(path, leaf) -> bool`, got `{type(where).__name__}`"
+        )
     else:
         # A function that takes every leaf should not fail on those that are quantized already.
         chosen = {path for path, leaf in named if not is_quant(leaf) and where(path, leaf)}

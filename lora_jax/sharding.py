@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 
 from lora_jax import compat, paths, processes
 from lora_jax.array import LoraArray, LoraStack, RowsArray, SavedArray, is_leaf
+from lora_jax.config.arguments import check_argument
 from lora_jax.dims import in_dims
 from lora_jax.quant import sharding as quant_sharding
 from lora_jax.quant.array import QuantArray, is_quant
@@ -77,6 +78,9 @@ def partition_specs(lora_params: PyTree, specs: PyTree) -> PyTree:
       A tree like `lora_params` with a `PartitionSpec` at each array, for `jax.jit`'s shardings,
       `shard_map`'s specs, or to restore a checkpoint onto a mesh.
 
+    Raises:
+      ValueError: `specs` has another structure, or something else than a `PartitionSpec` at a leaf.
+
     Example:
       >>> import jax, lora_jax as lora
       >>> from jax.sharding import PartitionSpec as P
@@ -85,7 +89,21 @@ def partition_specs(lora_params: PyTree, specs: PyTree) -> PyTree:
       >>> lora.partition_specs({"w": w}, {"w": P("data", "model")})["w"].b
       PartitionSpec(None, 'model')
     """
-    return jax.tree.map(_leaf_specs, lora_params, specs, is_leaf=is_leaf)
+    flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_leaf)
+    given, given_tree = jax.tree.flatten(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    if given_tree != tree:
+        raise ValueError(
+            "`specs` must be a tree like the base parameters, with a `PartitionSpec` at each leaf; "
+            f"it differs at {paths.where_trees_differ(lora_params, specs, is_leaf)}"
+        )
+    for (path, _), spec in zip(flat, given, strict=True):
+        if not isinstance(spec, PartitionSpec):
+            raise ValueError(
+                f"`specs` must have a `PartitionSpec` at `{paths.spell(path)}`, got "
+                f"`{type(spec).__name__}`"
+            )
+    leaves = [_leaf_specs(x, spec) for (_, x), spec in zip(flat, given, strict=True)]
+    return jax.tree.unflatten(tree, leaves)
 
 
 def _base_specs(w: Any, spec: PartitionSpec) -> Any:
@@ -176,6 +194,9 @@ def place(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
       >>> placed["kernel"].sharding.spec
       PartitionSpec('fsdp', None)
     """
+    call = "sharding.place(params, mesh, rules)"
+    check_argument(call, "mesh", mesh, Mesh)
+    check_argument(call, "rules", rules, Rules)
     placed = shardings(params, mesh, rules)
     return jax.tree.map(processes.put, params, placed)
 

@@ -212,23 +212,31 @@ def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
       ValueError: the trees do not belong together.
     """
     try:
-        return jax.tree.map(_join, trainable, frozen, is_leaf=lambda x: x is None or is_lora(x))
+        return jax.tree_util.tree_map_with_path(
+            _join, trainable, frozen, is_leaf=lambda x: x is None or is_lora(x)
+        )
     except (ValueError, TypeError) as error:
+        reason = str(error)
+        # JAX's own text, which takes many lines, is of another structure.
+        if not reason.startswith("at `"):
+            reason = f"they differ at {paths.where_trees_differ(trainable, frozen, is_leaf)}"
         raise ValueError(
             "`trainable` and `frozen` are not two halves of one tree: pass the two results of "
-            f"`lora.split` ({error})"
+            f"`lora.split` ({reason})"
         ) from None
 
 
-def _join(x: Any, y: Any) -> Any:
+def _join(path: Sequence, x: Any, y: Any) -> Any:
+    """One leaf of a tree, from those of its two halves."""
     if not is_lora(x) and not is_lora(y):
         if x is not None and y is not None:
-            raise ValueError("both hold a value of the same leaf")
+            raise ValueError(f"at `{paths.spell(path)}` both have a value")
         # A leaf without an adapter is whole in one half and None in the other.
         return y if x is None else x
     if type(x) is not type(y):
         raise ValueError(
-            f"the first has a {type(x).__name__} where the second has a {type(y).__name__}"
+            f"at `{paths.spell(path)}` one has a `{type(x).__name__}`, the other a "
+            f"`{type(y).__name__}`"
         )
     fields = {}
     for name in (*TRAINED_FIELDS[type(x)], *FROZEN_FIELDS[type(x)]):

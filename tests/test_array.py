@@ -96,3 +96,10 @@ def test_widened_needs_no_promotion():
     with jax.numpy_dtype_promotion("strict"):
         assert widened(jnp.bfloat16, jnp.float32) == jnp.float32
         assert widened(jnp.bfloat16, jnp.float64) == jnp.float64
+
+
+@pytest.mark.parametrize("x", [jnp.ones((4, 4)), {"w": leaf((8, 4), "io")}], ids=["array", "tree"])
+@pytest.mark.wrong_types
+def test_the_delta_of_no_leaf_is_an_error(x):
+    with pytest.raises(TypeError, match="`x` must be one leaf, a `LoraArray`, got `"):
+        lora.delta(x)

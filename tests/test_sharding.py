@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,20 @@ def test_partition_specs_of_a_stack(mesh):
     assert got["q"].m == P(None, "model", None)
     assert got["q"].scale == P(None)
     assert got["bias"] == P("model")
+
+
+@pytest.mark.wrong_types
+def test_specs_and_meshes_that_do_not_fit_are_errors(mesh):
+    tree = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
+    with pytest.raises(ValueError, match="a `PartitionSpec` at each leaf; it differs at `b`$"):
+        lora.partition_specs(tree, {"w": P()})
+    with pytest.raises(ValueError, match="`specs` must have a `PartitionSpec` at `b`, got `str`"):
+        lora.partition_specs(tree, {"w": P(), "b": "model"})
+    rules: Any = "fsdp"
+    with pytest.raises(
+        TypeError, match=r"`rules` must be `Rules`, got `str` 'fsdp': call `lora.sh"
+    ):
+        lora.sharding.place(tree, mesh, rules)
 
 
 @pytest.mark.parametrize("specs", [TP, FSDP, BOTH], ids=["tp", "fsdp", "both"])

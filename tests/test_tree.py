@@ -113,10 +113,13 @@ def test_split_and_combine_are_inverse():
 def test_combine_of_what_does_not_belong_together_is_an_error():
     tree = made()
     trainable, frozen = lora.split(tree)
-    with pytest.raises(ValueError, match="not two halves of one tree"):
+    with pytest.raises(ValueError, match="not two halves of .* differ at `layers.up.kernel`"):
         lora.combine({"embed": trainable["embed"]}, frozen)
-    with pytest.raises(ValueError, match=r"pass the two .* of `lora.split` \(both hold a value"):
+    with pytest.raises(ValueError, match=r"results of `lora.split` \(at `.*` both have a value"):
         lora.combine(tree, tree)
+    swapped = {**frozen, "layers": {**frozen["layers"], "up": {"kernel": jnp.ones(3)}}}
+    with pytest.raises(ValueError, match="at `layers.up.kernel` one has a `LoraArray`, the other"):
+        lora.combine(trainable, swapped)
 
 
 def test_mask_marks_what_trains():

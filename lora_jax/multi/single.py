@@ -18,7 +18,6 @@ from lora_jax.array import (
     is_leaf,
     is_lora,
     is_stack,
-    where_trees_differ,
 )
 from lora_jax.multi.stack import (
     adapter_fields,
@@ -80,7 +79,7 @@ def stack_of_one(stacked: PyTree, adapter: PyTree) -> PyTree:
     if new_tree != tree:
         raise ValueError(
             "`adapter` is a tree of another structure than the stack: they differ at "
-            f"{where_trees_differ(stacked, adapter)}; pass an adapter of the stack's base"
+            f"{paths.where_trees_differ(stacked, adapter, is_leaf)}; pass an adapter of that base"
         )
     leaves = [_one_leaf(paths.spell(p), x, y) for (p, x), y in zip(flat, new, strict=True)]
     return jax.tree.unflatten(tree, leaves)

@@ -7,7 +7,7 @@ So any adapter fits any slot, and a compiled function keeps working when adapter
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,6 @@ from lora_jax.array import (
     is_lora,
     is_stack,
     rows_as_lora,
-    where_trees_differ,
 )
 from lora_jax.dims import b_dims, factor_shapes, stack_dims
 from lora_jax.dora import gain, norm
@@ -60,6 +59,7 @@ def stack(
       stacked = lora.stack([ann, bob])
       y = jax.jit(lora.lorafy(model.apply))(stacked, tokens, adapter_ids=jnp.array([0, 1, -1]))
     """
+    check_list(adapters)
     adapters = list(adapters)
     if not adapters:
         raise ValueError("`adapters` is empty: give at least one tree with LoRA leaves")
@@ -78,6 +78,18 @@ def stack(
     return jax.tree.unflatten(tree, leaves)
 
 
+def check_list(adapters: Any) -> None:
+    """Raises `TypeError` for one tree in place of a list of trees.
+
+    A dict would be read as the list of its keys.
+    """
+    if isinstance(adapters, Mapping) or not isinstance(adapters, Iterable):
+        raise TypeError(
+            f"`adapters` must be a list of trees, got `{type(adapters).__name__}`: pass "
+            "`[adapter, ...]`"
+        )
+
+
 def columns_of(adapters: Sequence) -> tuple[list[list], jax.tree_util.PyTreeDef, list[str]]:
     """The leaves of several adapters, side by side.
 
@@ -93,9 +105,10 @@ def columns_of(adapters: Sequence) -> tuple[list[list], jax.tree_util.PyTreeDef,
     names = [paths.spell(path) for path, _ in flat[0][0]]
     for number, (_, tree) in enumerate(flat):
         if tree != flat[0][1]:
+            where = paths.where_trees_differ(adapters[0], adapters[number], is_leaf)
             raise ValueError(
                 f"adapter {number} is a tree of another structure than adapter 0: they differ at "
-                f"{where_trees_differ(adapters[0], adapters[number])}; pass adapters of one base"
+                f"{where}; pass adapters of one base"
             )
     columns = [list(column) for column in zip(*([x for _, x in leaves] for leaves, _ in flat),
                                               strict=True)]  # fmt: skip

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from lora_jax.array import LoraArray, RowsArray, SavedArray, is_stack
 from lora_jax.dims import factor_shapes, sizes
-from lora_jax.multi.stack import columns_of
+from lora_jax.multi.stack import check_list, columns_of
 
 # The names in `_JOINS`, for annotations.
 Method = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
@@ -131,6 +131,7 @@ def _check(
     majority_sign: str,
     key: PRNGKeyArray | None,
 ) -> None:
+    check_list(adapters)
     if not adapters or len(adapters) != len(weights):
         raise ValueError(
             f"got {len(adapters)} `adapters` and {len(weights)} `weights`: give at least one "

@@ -63,6 +63,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.wrong_types
 def test_another_order_is_an_error_with_the_order(order, tmp_path):
     for call in ORDERS[order]:
         with pytest.raises(TypeError, match=re.escape(f"`lora.{order}` with the arguments in")):
@@ -92,6 +93,7 @@ def test_half_a_tree_is_an_error_that_names_combine(call, half, tmp_path):
 
 
 @pytest.mark.parametrize("key", [0, None, 1.5, "0", np.zeros(2), jnp.zeros(2, jnp.int32)])
+@pytest.mark.wrong_types
 def test_a_seed_is_no_key(key):
     with pytest.raises(TypeError, match=r"`key` must be a PRNG key, got .*jax.random.key\(0\)"):
         lora.init(key, PLAN, PARAMS)
@@ -100,6 +102,7 @@ def test_a_seed_is_no_key(key):
             lora.lorafy(model)(TREE, X, lora_key=key)
 
 
+@pytest.mark.wrong_types
 def test_keys_of_both_kinds_are_taken():
     for key in (KEY, jax.random.key_data(KEY), np.asarray(jax.random.PRNGKey(0))):
         lora.lorafy(model)(lora.init(key, PLAN, PARAMS), X, lora_key=key)

@@ -317,10 +317,16 @@ def test_a_damaged_neighbour_does_not_reach_other_rows():
     assert np.isnan(got[0]).all() and np.isfinite(got[1:]).all()
 
 
+@pytest.mark.wrong_types
 def test_clear_errors():
     one, other = make("plain", 1), make("more", 2)
     stacked = lora.stack([one, other])
     run = lora.lorafy(NET.apply)
+    for join in (lora.stack, lambda tree: lora.multi.add_weighted_adapter(tree, [1.0])):
+        with pytest.raises(
+            TypeError, match=r"`adapters` must be a list of trees, got `dict`: pass"
+        ):
+            join(one)
     with pytest.raises(ValueError, match=r"`adapter_ids` has \[2\], but the stack has adapters"):
         run(stacked, TOKENS, adapter_ids=jnp.array([0, 2, 1, 0, 0]))
     with pytest.raises(ValueError, match="has 2 rows, but an argument of shape"):

@@ -302,6 +302,8 @@ def test_trees_are_quantized_by_name_and_come_back():
     np.testing.assert_allclose(
         back["layers"]["up"]["kernel"], params["layers"]["up"]["kernel"], atol=0.02
     )
+    with pytest.raises(TypeError, match=r"`where` must be module names, .*, got `int`"):
+        lora.quantize(params, cast(Any, 3))
     with pytest.raises(ValueError, match="`where` entry `upp` matches no matrix; nearest: .*up"):
         lora.quantize(params, ["upp"])
     with pytest.raises(ValueError, match="quantized already"):
