@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax import compat
+from lora_jax.array import Window
 from lora_jax.plan.leaf import Use
+from lora_jax.transform.dim_maps import window_axes
 from lora_jax.transform.primitive import Dims
 
 
@@ -198,3 +200,13 @@ def is_constant_matrix(found: Usage, eqn: Any, k: int, track: Track) -> bool:
     return (
         not found.closed and eqn.outvars[0].aval.shape == shape and _is_whole_matrix(shape, track)
     )
+
+
+def kernel_window(eqn: Any, track: Track, name: str) -> Window | None:
+    """The spatial dims of a convolution's kernel, if each is one dim of the leaf."""
+    if name != "conv_general_dilated":
+        return None
+    dims = [track.dims[axis] for axis in window_axes(eqn)]
+    if any(len(d) != 1 for d in dims):
+        return None
+    return Window(tuple(next(iter(d)) for d in dims), eqn.params["feature_group_count"])

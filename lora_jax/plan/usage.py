@@ -14,17 +14,24 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import compat
-from lora_jax.array import Window
-from lora_jax.plan.flow import Flow, Track, Usage, free_dims, is_constant_matrix, note_masks
+from lora_jax.plan.flow import (
+    Flow,
+    Track,
+    Usage,
+    free_dims,
+    is_constant_matrix,
+    kernel_window,
+    note_masks,
+)
 from lora_jax.plan.leaf import Use, UseKind
 from lora_jax.transform.dim_maps import (
     indexed_dims,
+    permutes,
     through,
     transformed,
     whole,
-    window_axes,
 )
-from lora_jax.transform.primitive import Body, DimFlow, Dims, inner_jaxpr
+from lora_jax.transform.primitive import Body, DimFlow, Dims, inner_jaxpr, solve_bodies
 from lora_jax.transform.primitives import row_of
 
 
@@ -120,9 +127,7 @@ def _step(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
     row = row_of(compat.name_of(eqn))
     if row.body is not None:
         return _BODIES[row.body](found, eqn, flows)
-    if row.dims.pairwise:
-        return list(flows)
-    return _operation(found, eqn, flows, row.dims)
+    return list(flows) if row.dims.pairwise else _operation(found, eqn, flows, row.dims)
 
 
 def _inside(found: Usage, inner: Any, flows: Sequence[Flow]) -> list[Flow]:
@@ -154,6 +159,24 @@ def _scan(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
     inside = [*flows[:consts], *state, *(_peel(f) for f in flows[consts + carry :])]
     outs = _inside(found, eqn.params["jaxpr"], inside)
     return [*outs[:carry], *(_stack(f) for f in outs[carry:])]
+
+
+def _solve(found: Usage, eqn: Any, flows: list[Flow]) -> list[Flow]:
+    fed, made, live = max(f.fed for f in flows), _all_made(flows), _all_live(flows)
+    # A product inside the solve decides the roles only where no product with features does.
+    flows = [_unfactorized(found, eqn, f) for f in flows]
+    for inner, given in solve_bodies(eqn, flows, [Flow(fed=1)] * len(eqn.outvars)):
+        _inside(found, inner, given)
+    return [Flow(fed=fed, made=made, live=live)] * len(eqn.outvars)
+
+
+def _unfactorized(found: Usage, eqn: Any, flow: Flow) -> Flow:
+    """What a linear solve takes, but for a matrix that is factorized for it: its use ends there."""
+    known = {t: any(u.kind == "other" for u in found.uses[t.leaf]) for t in flow.tracks}
+    for track in (t for t, factorized in known.items() if factorized):
+        use = Use(compat.name_of(eqn), found.lines[-1], "other", picked=track.picked)
+        found.uses[track.leaf].append(use)
+    return dataclasses.replace(flow, tracks=tuple(t for t in flow.tracks if not known[t]))
 
 
 def _looped(flows: Sequence[Flow], carry: Sequence[Flow]) -> list[Flow]:
@@ -282,6 +305,8 @@ def _follow(
             # The rows are followed further: a contraction of them shows that the index chose a
             # layer or an expert.
             track = dataclasses.replace(track, lookup=len(found.uses[track.leaf]) - 1)
+        elif dim_map is not None and permutes(eqn, dim_map):
+            return dataclasses.replace(track, dims=through(track.dims, dim_map))
         return _carry(eqn, k, track, dim_map=dim_map, dims=dims)
 
     # Beside a constant matrix only an argument (2) counts as data, not another constant (1).
@@ -352,25 +377,16 @@ def _consumption(
             stacked=stacked,
             picked=track.picked,
             constant=fed < 2,
-            window=_window(eqn, track, name),
+            window=kernel_window(eqn, track, name),
         )
     if name == "gather" and k == 0 and track.lookup < 0:
         rows = frozenset().union(*(track.dims[i] for i in indexed_dims(eqn)))
-        looked_up = any(f.fed for f in others)
+        # An array that the function closes over is no data where it has arguments: a permutation.
+        looked_up = any(f.fed > int(not found.closed) for f in others)
         kind = "lookup" if looked_up else "rows"
         picked = track.picked - rows
         return Use(name, line, kind, contracted=rows, stacked=picked, picked=picked)
     return None
-
-
-def _window(eqn: Any, track: Track, name: str) -> Window | None:
-    """The spatial dims of a convolution's kernel, if each is one dim of the leaf."""
-    if name != "conv_general_dilated":
-        return None
-    dims = [track.dims[axis] for axis in window_axes(eqn)]
-    if any(len(d) != 1 for d in dims):
-        return None
-    return Window(tuple(next(iter(d)) for d in dims), eqn.params["feature_group_count"])
 
 
 _BODIES: Mapping[Body, Callable[[Usage, Any, list[Flow]], list[Flow]]] = {
@@ -378,4 +394,5 @@ _BODIES: Mapping[Body, Callable[[Usage, Any, list[Flow]], list[Flow]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
+    "solve": _solve,
 }

@@ -27,7 +27,7 @@ class DecodedWarning(UserWarning):
     """A quantized weight was decoded as a whole, because an operation on it needs an array."""
 
 
-def opened(v: Implicit, operation: str):
+def opened(v: Implicit, operation: str) -> Any:
     """The weight as an array; a quantized one is decoded, with a warning."""
     if not isinstance(v.w, QuantArray):
         return v.w
@@ -56,17 +56,26 @@ def rearranged(v: Implicit, plain: Callable, quantized: Callable, *args: Any) ->
     return plain(opened(v, quantized.__name__), *args)
 
 
-def each(v: Implicit, bind: Callable):
+def each(v: Implicit, bind: Callable) -> Any:
     """The weight after an operation that changes no number: on every array it is made of."""
     return jax.tree.map(bind, v.w) if isinstance(v.w, QuantArray) else bind(v.w)
 
 
-def product(v: Implicit, x, bind: Callable, *, weight_left: bool, dimension_numbers, precision,
-            **params) -> Any:  # fmt: skip
+def product(
+    v: Implicit,
+    x: Any,
+    bind: Callable,
+    *,
+    weight_left: bool,
+    dimension_numbers: tuple,
+    precision: Any,
+    **params: Any,
+) -> Any:
     """`lax.dot_general` of the weight and an array, either one on the left."""
     if not isinstance(v.w, QuantArray):
         return bind(v.w, x) if weight_left else bind(x, v.w)
     contracting, batching = dimension_numbers
+    # Dimension numbers in the order (weight, other).
     side = 1 if weight_left else -1
     return ops.dot_general(
         v.w,
@@ -81,12 +90,12 @@ def product(v: Implicit, x, bind: Callable, *, weight_left: bool, dimension_numb
     )
 
 
-def applied(v: Implicit, x, op: Callable, *rest) -> Any:
+def applied(v: Implicit, x: Any, op: Callable, *rest) -> Any:
     """`op(x, weight, *rest)`, linear in `x`: a convolution, a grouped product."""
     return linear(op, x, v.w, *rest) if isinstance(v.w, QuantArray) else op(x, v.w, *rest)
 
 
-def rows(v: Implicit, indices, bind: Callable, **params):
+def rows(v: Implicit, indices: Any, bind: Callable, **params) -> Any:
     """`lax.gather` of the weight: of a quantized one only what is looked up is decoded."""
     if isinstance(v.w, QuantArray):
         found = ops.gather(v.w, indices, **params)
@@ -95,12 +104,12 @@ def rows(v: Implicit, indices, bind: Callable, **params):
     return bind(opened(v, "gather"), indices)
 
 
-def unstacked(w):
+def unstacked(w: Any) -> Any:
     """What one step of a scan sees of a stacked weight whose arrays have been sliced."""
     return ops.first_index(w) if isinstance(w, QuantArray) else w
 
 
-def restacked(w):
+def restacked(w: Any) -> Any:
     """A weight that a scan has stacked."""
     return ops.with_stack(w, w.packed.shape[0]) if isinstance(w, QuantArray) else w
 
@@ -112,17 +121,18 @@ def scannable(v: Implicit) -> Implicit:
     return v
 
 
-def moved(v: Implicit, to, put: Callable):
+def moved(v: Implicit, to: Any, put: Callable) -> Any:
     """The weight put to a device, a memory space or a sharding; `put(array, to)`."""
     if not isinstance(v.w, QuantArray):
         return put(v.w, to)
     if not isinstance(to, NamedSharding):
         return jax.tree.map(lambda x: put(x, to), v.w)
+    # Codes and scales have fewer entries along a blocked dim: each array has a spec of its own.
     places = quant_sharding.shardings(v.w, to.mesh, to.spec)
     return jax.tree.map(put, v.w, places)
 
 
-def mapped(v: Implicit, spec, mesh):
+def mapped(v: Implicit, spec: Any, mesh: Any) -> Any:
     """A weight on its way into a `shard_map`: it, its specs, and what is inside but for arrays."""
     if not isinstance(v.w, QuantArray):
         return v.w, spec, None
@@ -132,6 +142,7 @@ def mapped(v: Implicit, spec, mesh):
 
 def bare(q: QuantArray, path: Note) -> Implicit:
     """A quantized weight that no adapter changes: an implicit array of rank 0."""
+    # Factors of rank 0: rules need no case for a weight without an adapter.
     stack = [q.shape[d] for d in stack_dims(q.roles)]
     ins = [q.shape[d] for d in in_dims(q.roles)]
     outs = [q.shape[d] for d in out_dims(q.roles)]

@@ -41,10 +41,14 @@ def no_dims(eqn: Any, k: int) -> tuple:
 
 
 def same_shape(eqn: Any, k: int) -> list[Map] | None:
-    """Every result has the operand's shape, as of an elementwise operation."""
+    """Every result has the operand's dims, as of an elementwise operation; those of size 1 grow."""
     shape = _shape(eqn, k)
-    if any(tuple(getattr(v.aval, "shape", ())) != shape for v in eqn.outvars):
-        return None
+    for v in eqn.outvars:
+        after = tuple(getattr(v.aval, "shape", ()))
+        if len(after) != len(shape) or any(
+            n not in (1, m) for n, m in zip(shape, after, strict=True)
+        ):
+            return None
     return [_identity(len(shape)) for _ in eqn.outvars]
 
 
@@ -79,6 +83,7 @@ def reshaped(eqn: Any, shape: tuple) -> list[Map] | None:
     new_shape = eqn.params["new_sizes"]
     if 0 in shape or eqn.params.get("dimensions") is not None:
         return None
+    # Runs of dims with equal products: within a run every new dim is made of all old ones.
     old = [d for d, n in enumerate(shape) if n != 1]
     new = [d for d, n in enumerate(new_shape) if n != 1]
     out: Map = [()] * len(new_shape)
@@ -99,6 +104,7 @@ def gathered(eqn: Any, shape: tuple) -> list[Map] | None:
     numbers = eqn.params["dimension_numbers"]
     if numbers.operand_batching_dims:
         return None
+    # Offset axes have the dims that are not collapsed, in their order; index axes the indexed.
     survive = iter([d for d in range(len(shape)) if d not in numbers.collapsed_slice_dims])
     rank = len(eqn.outvars[0].aval.shape)
     picked = tuple(indexed_dims(eqn))
@@ -158,8 +164,20 @@ def indexed_dims(eqn: Any) -> list[int]:
     return [d for d in eqn.params["dimension_numbers"].start_index_map if sizes[d] != shape[d]]
 
 
+def permutes(eqn: Any, dim_map: Sequence) -> bool:
+    """Whether rows that constant indices choose are still rows of a matrix, and not its layers.
+
+    Layers and experts are on the first dim, with a matrix behind it.
+    """
+    shape, rows = eqn.invars[0].aval.shape, set(indexed_dims(eqn))
+    others = [d for d, n in enumerate(shape) if n > 1 and d not in rows]
+    kept = {d for group in dim_map for d in group}
+    return rows <= kept and (0 not in rows or len(others) < 2)
+
+
 def scales(eqn: Any, k: int) -> bool:
     """Whether a product multiplies operand `k` by a number, or a matrix by a vector of gains."""
+    # A matrix times a vector of gains stays a matrix; two matrices mask one another.
     own, other = _shape(eqn, k), _shape(eqn, 1 - k)
     large = sum(n > 1 for n in other)
     return large == 0 or (large == 1 and sum(n > 1 for n in own) > 1)
@@ -198,6 +216,7 @@ def rearranged(dim_map: Callable[[Any, tuple], list[Map] | None]) -> DimFlow:
 def transformed(eqn: Any, k: int, dims: Sequence[frozenset]) -> Dims:
     """Dims of a weight after a constant matrix: the matrix's own come from those it sums over."""
     contracting, batching = eqn.params["dimension_numbers"]
+    # The result's new dims stand in the place of those that were summed.
     summed = frozenset().union(*(dims[d] for d in contracting[k]))
     sides = []
     for side in (0, 1):

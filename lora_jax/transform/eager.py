@@ -37,10 +37,12 @@ def call(fn: Callable, *args: Any) -> Any:
     traced = is_staged() or any(isinstance(x, jax.core.Tracer) for x in leaves)
     if traced or getattr(jax.config, "jax_disable_jit", False):
         return fn(*args)
+    # Tracing and lowering cost milliseconds; compiling costs the half second.
     lowered = jax.jit(fn).lower(*args)
     digest = hashlib.sha256(lowered.as_text().encode()).digest()
     # The text has no devices.
     key = (digest, *map(_placement, leaves), getattr(jax.config, "jax_default_device", None))
+    # Taken out and put back at the end: the order of the dict is that of use.
     with _lock:
         program = _programs.pop(key, None)
     program = program or lowered.compile()
@@ -64,7 +66,7 @@ def compiled(*static: str) -> Callable[[Callable], Callable]:
         jitted = jax.jit(fn, static_argnames=static)
 
         @functools.wraps(fn)
-        def run(*args, **kwargs):
+        def run(*args, **kwargs) -> Any:
             return (fn if is_staged() else jitted)(*args, **kwargs)
 
         return run

@@ -8,7 +8,7 @@ no low-rank form, the weight is materialized for that equation, with a warning.
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,11 +21,27 @@ from lora_jax.transform.implicit import (
     materialize,
 )
 from lora_jax.transform.many.rules import RowAdapters, row_adapter
+from lora_jax.transform.origins import Origins
 from lora_jax.transform.primitive import Primitive
 
 
 class MaterializedWarning(UserWarning):
     """A weight was added up (`W + s·A·B`) because an operation on it has no low-rank form."""
+
+
+class Pair(NamedTuple):
+    """The elementwise product of two weights, on its way to a sum, which has a low-rank form.
+
+    Attributes:
+      left, right: the weights, one and the same in a square.
+      eqn: the product's equation.
+      dtype: of the product.
+    """
+
+    left: Implicit
+    right: Implicit
+    eqn: Any
+    dtype: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +55,11 @@ class Context:
       memo: inner jitted functions already rewritten, so that a repeated block is traced once.
       warned: fallbacks already warned of, by path, primitive and line, with the reason.
       quiet: whether fallbacks are only collected in `warned`, without a warning.
+      probing: whether a function is run to find its fallbacks, and its result is not used.
       lines: source lines of the equations entered, innermost last.
       reverse_only: whether the thin products have a backward of their own.
       row_adapters: where weights hold many adapters, which of them the row has.
+      origins: whether each variable depends on the call's arguments.
     """
 
     primitives: Mapping[str, Primitive]
@@ -51,12 +69,15 @@ class Context:
     warned: dict = dataclasses.field(default_factory=dict)
     lines: list = dataclasses.field(default_factory=lambda: ["unknown line"])
     quiet: bool = False
+    probing: bool = False
     reverse_only: bool = False
     row_adapters: RowAdapters | None = None
+    origins: Origins = dataclasses.field(default_factory=dict)
 
     def next_use(self, v: Implicit) -> int:
         if v.key is None or v.dropout == 0:
             return 0
+        # Counted by leaf, so that another leaf's uses do not change this one's masks.
         path = str(v.path)
         self.uses[path] = self.uses.get(path, -1) + 1
         return self.uses[path]
@@ -72,10 +93,25 @@ class Context:
 
         return run
 
+    def probe(self) -> "Context":
+        """A context to trace with where only the form of the result counts, or its fallbacks."""
+        return dataclasses.replace(
+            self,
+            strict=False,
+            quiet=True,
+            probing=True,
+            warned={},
+            memo={},
+            uses={},
+            lines=list(self.lines),
+        )
+
     def fall_back(self, v: Implicit, eqn: Any, reason: str) -> jax.Array:
         """Materializes a weight, with a warning or (strict) an error with place and reason."""
         if has_many(v):
             v = row_adapter(self, v, eqn, reason)
+        if v.derived:
+            return materialize(v)
         name, line = compat.name_of(eqn), compat.source_line(eqn, self.lines[-1])
         text = (
             f"`{v.path}` has no low-rank form in `{name}` at {line}: {reason}. "
@@ -89,6 +125,7 @@ class Context:
                 f"{text}; `strict=True` forbids that. Leave the leaf out of `target_modules`, "
                 f"or call without `strict`"
             )
+        # Once for each place: a loop of layers repeats the same line.
         if (fallback := (str(v.path), name, line)) not in self.warned:
             self.warned[fallback] = reason
             if not self.quiet:
@@ -112,7 +149,7 @@ def evaluate(context: Context, jaxpr: Any, consts: Sequence, args: Sequence) -> 
     """
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     eqns = _live(jaxpr)
-    constant = _constants(eqns)
+    # Values are dropped after their last use, as JAX's own evaluation does: memory in eager calls.
     last = _last_uses(eqns, jaxpr.outvars)
     pending: list = []
 
@@ -122,17 +159,37 @@ def evaluate(context: Context, jaxpr: Any, consts: Sequence, args: Sequence) -> 
             pending.clear()
 
     for i, eqn in enumerate(eqns):
-        if not any(is_implicit(env.get(v)) for v in eqn.invars if isinstance(v, compat.Var)):
+        if not any(_is_lazy(env.get(v)) for v in eqn.invars if isinstance(v, compat.Var)):
             pending.append(eqn)
             continue
+        # The pending equations may make operands of this one.
         flush(i)
         values = [_read(env, v) for v in eqn.invars]
-        outs = _apply(context, jaxpr, eqn, values, constant)
+        outs = _apply(context, jaxpr, eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
         for v in [v for v in env if last.get(v, -1) <= i]:
             del env[v]
     flush(len(eqns))
-    return [_read(env, v) for v in jaxpr.outvars]
+    return _without_pairs(context, jaxpr, [_read(env, v) for v in jaxpr.outvars])
+
+
+# A square is a product with itself; jnp.sum casts 16-bit squares before it adds them up.
+_TAKE_PAIRS = ("reduce_sum", "convert_element_type")
+
+
+def _is_lazy(x: Any) -> bool:
+    return isinstance(x, Implicit | Pair)
+
+
+def _without_pairs(context: Context, jaxpr: Any, values: list) -> list:
+    """The values with products of two weights as arrays."""
+
+    def dense(pair: Pair) -> jax.Array:
+        weights = [pair.left, pair.right][: len(pair.eqn.invars)]
+        reason = "elementwise product of two weights"
+        return _materialized(context, jaxpr, pair.eqn, weights, reason)[0].astype(pair.dtype)
+
+    return [dense(x) if isinstance(x, Pair) else x for x in values]
 
 
 def enter(context: Context, inner: Any, values: Sequence) -> list:
@@ -149,6 +206,7 @@ def _live(jaxpr: Any) -> list:
     """The equations the outputs (or an effect) need: a dead one must not force a fallback."""
     needed = {v for v in jaxpr.outvars if isinstance(v, compat.Var)}
     kept = []
+    # From the outputs back.
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(v in needed for v in eqn.outvars):
             kept.append(eqn)
@@ -156,30 +214,9 @@ def _live(jaxpr: Any) -> list:
     return kept[::-1]
 
 
-def _constants(eqns: Sequence) -> set:
-    """Variables that depend on nothing: made of literals and iotas, such as a resizing matrix."""
-    found: set = set()
-    for eqn in eqns:
-        if all(not isinstance(v, compat.Var) or v in found for v in eqn.invars):
-            found.update(eqn.outvars)
-    return found
-
-
-def _refuse_transforms(eqn: Any, values: Sequence, constant: set) -> None:
-    """A constant matrix that mixes some of the in dims makes another weight: no activation."""
-    if compat.name_of(eqn) != "dot_general" or not any(v in constant for v in eqn.invars
-                                                       if isinstance(v, compat.Var)):  # fmt: skip
-        return
-    contracting, _ = eqn.params["dimension_numbers"]
-    for v, dims in zip(values, contracting, strict=True):
-        for role in "io" if is_implicit(v) else "":
-            own = {d for d in range(v.ndim) if v.roles[d] == role}
-            if own & set(dims) and own - set(dims):
-                raise Unsupported("a constant matrix transforms the weight before its use")
-
-
 def _last_uses(eqns: Sequence, outvars: Sequence) -> dict:
     last = {v: i for i, eqn in enumerate(eqns) for v in eqn.invars if isinstance(v, compat.Var)}
+    # Outputs outlive the last equation.
     return last | {v: len(eqns) + 1 for v in outvars if isinstance(v, compat.Var)}
 
 
@@ -189,18 +226,22 @@ def _run_plain(jaxpr: Any, eqns: list, env: dict, last: dict, end: int) -> None:
     inputs = dict.fromkeys(
         v for eqn in eqns for v in eqn.invars if isinstance(v, compat.Var) and v not in made
     )
+    # What only equations of the run use need not come out of it.
     outputs = [v for eqn in eqns for v in eqn.outvars if last.get(v, -1) >= end]
     part = compat.segment(jaxpr, list(eqns), list(inputs), outputs)
     env.update(zip(outputs, compat.eval_segment(part, [env[v] for v in inputs]), strict=True))
 
 
-def _apply(context: Context, jaxpr: Any, eqn: Any, values: list, constant: set) -> list:
+def _apply(context: Context, jaxpr: Any, eqn: Any, values: list) -> list:
     row = context.primitives.get(compat.name_of(eqn))
+    if compat.name_of(eqn) not in _TAKE_PAIRS:
+        values = _without_pairs(context, jaxpr, values)
+        if not any(map(is_implicit, values)):
+            return _materialized(context, jaxpr, eqn, values, "")
     try:
         if row is None or row.rule is None:
             raise Unsupported("the operation has no rule")
         with compat.equation_context(eqn):
-            _refuse_transforms(eqn, values, constant)
             many = row.many if any(map(has_many, values)) else None
             # Equations inside a body may come without a line of the model: then it is this one's.
             if row.body is not None:
@@ -215,6 +256,7 @@ def _apply(context: Context, jaxpr: Any, eqn: Any, values: list, constant: set) 
                     context.lines.pop()
         return list(out) if eqn.primitive.multiple_results else [out]
     except Unsupported as reason:
+        values = _without_pairs(context, jaxpr, values)
         return _materialized(context, jaxpr, eqn, values, str(reason))
 
 

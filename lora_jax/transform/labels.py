@@ -1,10 +1,11 @@
 """Contraction of two arrays whose axes carry labels."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import compat
@@ -12,16 +13,16 @@ from lora_jax.dims import in_dims, out_dims, stack_dims
 
 
 def contract(
-    x,
+    x: Any,
     x_labels: Sequence,
-    y,
+    y: Any,
     y_labels: Sequence,
     *,
     keep: Collection,
-    precision=None,
-    preferred=None,
+    precision: Any = None,
+    preferred: Any = None,
     specs: dict | None = None,
-):
+) -> tuple[Array, list]:
     """Contracts every label that both arrays have and that is not kept.
 
     A shared label that is kept is a batch dimension; a label only one of them has is summed away
@@ -37,6 +38,7 @@ def contract(
     Returns:
       The result and its labels: batch, then `x`'s own, then `y`'s own.
     """
+    # Summing first makes the contraction smaller.
     x, x_labels = _sum_away(x, x_labels, y_labels, keep)
     y, y_labels = _sum_away(y, y_labels, x_labels, keep)
     shared = [label for label in x_labels if label in y_labels]
@@ -46,6 +48,7 @@ def contract(
         ([x_labels.index(s) for s in summed], [y_labels.index(s) for s in summed]),
         ([x_labels.index(s) for s in batch], [y_labels.index(s) for s in batch]),
     )
+    # lax.dot_general's order: batch, then each operand's own axes.
     rest = [s for s in x_labels if s not in shared] + [s for s in y_labels if s not in shared]
     out = batch + rest
     result = lax.dot_general(
@@ -59,14 +62,22 @@ def contract(
     return result, out
 
 
-def _sum_away(array, own: Sequence, other: Sequence, keep: Collection):
+def _sum_away(array: Array, own: Sequence, other: Sequence, keep: Collection) -> tuple[Any, list]:
     lost = [i for i, label in enumerate(own) if label not in keep and label not in other]
     if lost:
         array = jnp.sum(array, axis=tuple(lost))
     return array, [label for label in own if label in keep or label in other]
 
 
-def result_spec(x, x_labels, y, y_labels, summed, out, specs: dict | None):
+def result_spec(
+    x: Any,
+    x_labels: Sequence,
+    y: Any,
+    y_labels: Sequence,
+    summed: Sequence,
+    out: Sequence,
+    specs: dict | None,
+) -> NamedSharding | None:
     """The `out_sharding` a labelled contraction must state, None where JAX infers it.
 
     A contraction over a sharded dim is ambiguous under an explicit mesh; its result is then
@@ -75,6 +86,7 @@ def result_spec(x, x_labels, y, y_labels, summed, out, specs: dict | None):
     sx, sy = compat.spec_of(x), compat.spec_of(y)
     if sx is None and sy is None:
         return None
+    # Where both operands have a label, the left one's axes count.
     known = dict(zip(y_labels, sy or (), strict=False))
     known |= dict(zip(x_labels, sx or (), strict=False))
     if specs is None and all(known.get(label) is None for label in summed):
@@ -92,6 +104,7 @@ def part_spec(spec: PartitionSpec, roles: str, part: str) -> PartitionSpec:
       roles: one letter a dim of the weight.
       part: "a", "b", "scale", "gain" or "key".
     """
+    # A spec may be shorter than the array: the rest is replicated.
     full = tuple(spec) + (None,) * (len(roles) - len(spec))
     return PartitionSpec(*(full[d] if isinstance(d, int) else None for d in labels(roles, part)))
 
@@ -123,14 +136,14 @@ def labels(roles: str, part: str) -> list:
 PARTS = ("a", "b", "scale", "gain", "key", "bias")
 
 
-def reorder(array, have: Sequence, want: Sequence):
+def reorder(array: Array, have: Sequence, want: Sequence) -> Array:
     """Transposes an array from one order of labels to another (the same labels)."""
     if list(have) == list(want):
         return array
     return lax.transpose(array, [list(have).index(label) for label in want])
 
 
-def expand_to(array, have: Sequence, want: Sequence):
+def expand_to(array: Array, have: Sequence, want: Sequence) -> Array:
     """Broadcast-ready view of `array` (axes `have`) against axes `want`: missing ones are 1."""
     order = [label for label in want if label in have]
     array = reorder(array, list(have), order)

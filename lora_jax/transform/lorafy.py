@@ -28,11 +28,12 @@ from lora_jax.config.arguments import check_function, check_key
 from lora_jax.dims import stack_dims
 from lora_jax.dora import gains
 from lora_jax.quant.array import QuantArray
-from lora_jax.transform import base_weight, eager
+from lora_jax.transform import base_weight, eager, origins
 from lora_jax.transform.implicit import Implicit, Note, is_implicit, materialize
 from lora_jax.transform.interpret import Context, evaluate
 from lora_jax.transform.many import run
 from lora_jax.transform.many.grouped import Strategy
+from lora_jax.transform.many.rules import RowAdapters
 from lora_jax.transform.many.token_axis import follow
 from lora_jax.transform.primitives import PRIMITIVES
 
@@ -107,12 +108,14 @@ def lorafy(
 
     check_function("lorafy(fn)(lora_params, ...)", fn)
 
-    def single(lora_params, *args, lora_key=None, **kwargs):
+    def single(lora_params: Any, *args, lora_key: Any = None, **kwargs) -> Any:
         context = Context(PRIMITIVES, strict=strict, reverse_only=reverse_only)
         return _run(context, fn, lora_params, args, kwargs, lora_key)
 
     @functools.wraps(fn)
-    def adapted(lora_params, *args, lora_key=None, adapter_ids=None, **kwargs):
+    def adapted(
+        lora_params: Any, *args, lora_key: Any = None, adapter_ids: Any = None, **kwargs
+    ) -> Any:
         stacks = [x for x in jax.tree.leaves(lora_params, is_leaf=is_lora) if is_stack(x)]
         if adapter_ids is None and not stacks:
             return single(lora_params, *args, lora_key=lora_key, **kwargs)
@@ -125,7 +128,7 @@ def lorafy(
                 )
             return run.gathered(single, lora_params, call)
 
-        def row(adapters, tree, args, kwargs, key):
+        def row(adapters: RowAdapters, tree: Any, args: tuple, kwargs: dict, key: Any) -> Any:
             context = Context(
                 PRIMITIVES, strict=strict, reverse_only=reverse_only, row_adapters=adapters
             )
@@ -144,7 +147,14 @@ def lorafy(
     return adapted
 
 
-def _run(context: Context, fn: Callable, lora_params, args, kwargs, lora_key=None):
+def _run(
+    context: Context,
+    fn: Callable,
+    lora_params: Any,
+    args: tuple,
+    kwargs: dict,
+    lora_key: Any = None,
+) -> Any:
     check_whole(lora_params)
     if lora_key is not None:
         check_key("lora_key", lora_key)
@@ -154,17 +164,20 @@ def _run(context: Context, fn: Callable, lora_params, args, kwargs, lora_key=Non
     where = [i for i, x in enumerate(leaves) if isinstance(x, entered)]
     if not where:
         return fn(jax.tree.unflatten(tree, leaves), *args, **kwargs)
+    # These leaves become inputs of the traced function; all others it closes over.
     originals = [leaves[i] for i in where]
+    # Arguments that number tokens are inputs too: their axis is followed through the jaxpr.
     tokens = _Tokens(context, args, kwargs)
     staged, finish = _stage(fn, tree, leaves, where, tokens)
     inputs = [_abstract(getattr(x, "w", x)) for x in originals]
     jaxpr = jax.make_jaxpr(staged)(*inputs, *tokens.arrays)
     jaxpr, consts = compat.open_jaxpr(jaxpr)
     context = tokens.followed(context, jaxpr, len(inputs))
+    _note_origins(context, jaxpr, consts, leaves, tokens)
     names = [paths.spell(flat[i][0]) for i in where]
     unchanged: list = []  # for each output the number of the leaf that it is, or None
 
-    def compute(entered: Sequence, consts: Sequence, arrays: Sequence, lora_key) -> list:
+    def compute(entered: Sequence, consts: Sequence, arrays: Sequence, lora_key: Any) -> list:
         values = [
             _enter(context, x, name, lora_key) for x, name in zip(entered, names, strict=True)
         ]
@@ -173,19 +186,38 @@ def _run(context: Context, fn: Callable, lora_params, args, kwargs, lora_key=Non
         outs = [x for x, same in zip(outs, unchanged, strict=True) if same is None]
         return [materialize(x) if is_implicit(x) else x for x in outs]
 
+    # A jaxpr without inner jaxprs compiles nothing large, and runs operation by operation.
     arrays = (originals, consts, tokens.arrays, lora_key)
     once = _has_inner_jaxpr(context, jaxpr)
     computed = iter(eager.call(compute, *arrays) if once else compute(*arrays))
     return finish([next(computed) if i is None else originals[i] for i in unchanged])
 
 
-def _has_inner_jaxpr(context: Context, jaxpr) -> bool:
+def _note_origins(
+    context: Context, jaxpr: Any, consts: Sequence, leaves: Sequence, tokens: "_Tokens"
+) -> None:
+    """Finds what depends on the arguments. Arrays are recognized by identity, as JAX keeps them."""
+    arguments = {id(x) for x in tokens.flat if compat.is_array(x)}
+    parameters = {id(x) for x in leaves} - arguments
+    # Where no argument is an array, what the function closes over is its data.
+    closed = origins.CLOSED if arguments else origins.DATA
+    for v, x in zip(jaxpr.constvars, consts, strict=True):
+        known = id(x) in parameters
+        context.origins[v] = (
+            origins.DATA if id(x) in arguments else origins.CONSTANT if known else closed
+        )
+    weights = len(jaxpr.invars) - len(tokens.arrays)
+    given = [origins.CONSTANT] * weights + [origins.DATA] * len(tokens.arrays)
+    origins.follow(context.origins, jaxpr, given, closed, context.primitives)
+
+
+def _has_inner_jaxpr(context: Context, jaxpr: Any) -> bool:
     """Whether an operation at the top holds a jaxpr and no effect would run at another time."""
     rows = (context.primitives.get(compat.name_of(eqn)) for eqn in jaxpr.eqns)
     return not jaxpr.effects and any(row is not None and row.body for row in rows)
 
 
-def materializations(fn: Callable, lora_params, args: Sequence, kwargs: dict) -> dict:
+def materializations(fn: Callable, lora_params: Any, args: Sequence, kwargs: dict) -> dict:
     """What a call would materialize, found without computing or allocating anything.
 
     Args:
@@ -198,6 +230,7 @@ def materializations(fn: Callable, lora_params, args: Sequence, kwargs: dict) ->
     """
     context = Context(PRIMITIVES, strict=False, quiet=True)
     leaves, tree = jax.tree.flatten((lora_params, tuple(args), dict(kwargs)))
+    # Integers and bools of the parameters stay concrete; arguments are abstract.
     own = len(jax.tree.leaves(lora_params))
     # A concrete parameter that is no floating-point array may decide a Python branch.
     loose = [
@@ -208,7 +241,7 @@ def materializations(fn: Callable, lora_params, args: Sequence, kwargs: dict) ->
              or jnp.issubdtype(x.dtype, jnp.inexact))
     ]  # fmt: skip
 
-    def call(given):
+    def call(given: Sequence) -> Any:
         full = list(leaves)
         for i, x in zip(loose, given, strict=True):
             full[i] = x
@@ -223,7 +256,7 @@ def materializations(fn: Callable, lora_params, args: Sequence, kwargs: dict) ->
 class _Tokens:
     """The arguments of a call that number tokens which have an adapter each; else none."""
 
-    def __init__(self, context: Context, args: tuple, kwargs: dict):
+    def __init__(self, context: Context, args: tuple, kwargs: dict) -> None:
         self.plain = args, kwargs
         adapters = context.row_adapters
         axes = () if adapters is None else adapters.token_axes or ()
@@ -240,7 +273,7 @@ class _Tokens:
             full[i] = x
         return jax.tree.unflatten(self.tree, full)
 
-    def followed(self, context: Context, jaxpr, weights: int) -> Context:
+    def followed(self, context: Context, jaxpr: Any, weights: int) -> Context:
         """The context, knowing where the tokens are in a jaxpr of the weights and these arrays."""
         if context.row_adapters is None or not self.axes:
             return context
@@ -250,7 +283,9 @@ class _Tokens:
         return dataclasses.replace(context, row_adapters=adapters)
 
 
-def _stage(fn: Callable, tree, leaves: Sequence, where: Sequence[int], tokens: _Tokens):
+def _stage(
+    fn: Callable, tree: Any, leaves: Sequence, where: Sequence[int], tokens: _Tokens
+) -> tuple[Callable, Callable]:
     """`fn` as a function of the adapted weights (and of what numbers tokens), and what rebuilds
     its output.
 
@@ -259,7 +294,7 @@ def _stage(fn: Callable, tree, leaves: Sequence, where: Sequence[int], tokens: _
     """
     seen: dict = {}
 
-    def staged(*given):
+    def staged(*given) -> Any:
         full = list(leaves)
         for i, w in zip(where, given, strict=False):
             full[i] = w
@@ -268,7 +303,7 @@ def _stage(fn: Callable, tree, leaves: Sequence, where: Sequence[int], tokens: _
         seen["static"] = [None if compat.is_traceable(x) else (x,) for x in out]
         return [x for x in out if compat.is_traceable(x)]
 
-    def finish(arrays: Sequence):
+    def finish(arrays: Sequence) -> Any:
         rest = iter(arrays)
         return jax.tree.unflatten(
             seen["tree"], [next(rest) if s is None else s[0] for s in seen["static"]]
@@ -294,13 +329,13 @@ def _warned(primals: Sequence, tangents: Sequence) -> tuple:
     return primals[0], tangents[0]
 
 
-def _abstract(w):
+def _abstract(w: Any) -> Any:
     """What the model is traced with: the array itself (its sharding counts), or its aval."""
     return w if compat.is_array(w) else jax.ShapeDtypeStruct(w.shape, w.dtype)
 
 
 def _enter(
-    context: Context, x: LoraArray | RowsArray | QuantArray | LoraStack, path: str, lora_key
+    context: Context, x: LoraArray | RowsArray | QuantArray | LoraStack, path: str, lora_key: Any
 ) -> Implicit:
     if isinstance(x, QuantArray):
         return base_weight.bare(x, Note(path))

@@ -6,25 +6,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from lora_jax import compat
-from lora_jax.array import widened
-from lora_jax.transform.implicit import Implicit
+from lora_jax.transform.implicit import Implicit, wide_dtype
 from lora_jax.transform.labels import contract, expand_to, labels, reorder
 
 
 def low_rank(
     v: Implicit,
-    x,
+    x: Any,
     x_labels: Sequence,
     out_labels: Sequence,
     *,
     contracted: Collection,
-    dtype,
-    precision=None,
+    dtype: Any,
+    precision: Any = None,
     specs: dict | None = None,
-):
+) -> Array:
     """`scale · (x·A)·B` for any set of contracted, batched and free dims of the weight.
 
     The factor that owns a contracted dim comes first, so that the intermediate has the rank's
@@ -45,12 +44,14 @@ def low_rank(
       An array with axes `out_labels`; unit dims that no factor owns are there with size 1.
     """
     roles = {v.roles[d] for d in contracted}
+    # Where only stack dims are summed either order is right.
     a_first = "i" in roles or "o" not in roles
     order = ("a", "b") if a_first else ("b", "a")
     factors = [(getattr(v, part), _label(labels(v.roles, part))) for part in order]
     (first, first_labels), (second, second_labels) = factors
     compute = compute_dtype(x, v)
-    wide = widened(compute)
+    wide = wide_dtype(compute)
+    # (x · first): the rank in place of the dims that are summed over.
     x = x.astype(compute)
     middle, middle_labels = contract(
         x,
@@ -61,6 +62,7 @@ def low_rank(
         precision=precision,
         preferred=wide,
     )
+    # In float32, before it is rounded to the operands' dtype: a small scale loses no bits.
     middle = middle * expand_to(
         v.scale.astype(wide), _label(labels(v.roles, "scale")), middle_labels
     )
@@ -68,6 +70,7 @@ def low_rank(
     # Inside shard_map JAX's own backward sums over the axes along which only one operand varies.
     spread = compat.varying_axes(middle) | compat.varying_axes(second)
     result: Any
+    # JAX's own transposes of a contraction add a transpose of the result for each factor.
     if v.reverse_only and not spread and specs is None and compat.spec_of(middle) is None:
         form = (tuple(middle_labels), tuple(second_labels), tuple(out_labels), precision, dtype)
         result = thin_product(form, middle, second)
@@ -84,6 +87,7 @@ def low_rank(
             specs=specs,
         )
     result = reorder(result, have, [s for s in out_labels if s in have])
+    # Dims that no factor has are missing: size 1, which the base's sum broadcasts.
     if len(have) == len(out_labels):
         return result
     shape = dict(zip([s for s in out_labels if s in have], result.shape, strict=True))
@@ -94,18 +98,24 @@ def _label(dims: Sequence) -> list:
     return [("w", d) if isinstance(d, int) else d for d in dims]
 
 
-def compute_dtype(x, v: Implicit):
+def compute_dtype(x: Any, v: Implicit) -> Any:
     """The dtype the two thin products run in: the activation's or the weight's, the wider one.
 
     A base product of a bfloat16 activation with a float32 weight has float32's precision, and so
     has the change. At least 16 bits.
     """
-    floating = [d for d in (x.dtype, v.dtype) if jnp.issubdtype(d, jnp.floating)]
+    inexact = [d for d in (x.dtype, v.dtype) if jnp.issubdtype(d, jnp.inexact)]
+    floating = [jnp.finfo(d).dtype for d in inexact]  # of a complex number, each part's
     dtype = max(floating, key=lambda d: d.itemsize)
-    return dtype if dtype.itemsize >= 2 else jnp.dtype(jnp.bfloat16)
+    dtype = dtype if dtype.itemsize >= 2 else jnp.dtype(jnp.bfloat16)
+    # A factor is complex where the weight was made of two, as by `lax.complex`.
+    every = [*inexact, v.a.dtype, v.b.dtype]
+    if any(jnp.issubdtype(d, jnp.complexfloating) for d in every):
+        return wide_dtype(dtype, jnp.complex64)
+    return dtype
 
 
-def dropped(v: Implicit, x, use: int):
+def dropped(v: Implicit, x: Any, use: int) -> Any:
     """Dropout of the adapter's input with this weight's key; `x` itself when there is no key.
 
     Args:
@@ -116,14 +126,16 @@ def dropped(v: Implicit, x, use: int):
     if v.key is None or v.dropout == 0:
         return x
     key = v.key
+    # A stack that is used as a whole, such as experts: one mask for all of it.
     while key.ndim:
         key = key[0]
+    # Inverted dropout: the expectation stays, and evaluation needs no factor.
     mask = jax.random.bernoulli(jax.random.fold_in(key, use), 1 - v.dropout, x.shape)
     return jnp.where(mask, x / jnp.asarray(1 - v.dropout, x.dtype), jnp.zeros((), x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def thin_product(form: tuple, thin, factor):
+def thin_product(form: tuple, thin: Any, factor: Any) -> Array:
     """`contract(thin, factor)` with a backward of its own.
 
     Args:
@@ -140,7 +152,7 @@ def thin_product(form: tuple, thin, factor):
     )[0]
 
 
-def result_labels(thin_labels, factor_labels, keep) -> list:
+def result_labels(thin_labels: Sequence, factor_labels: Sequence, keep: Collection) -> list:
     """The axes of `thin_product`'s result: batch, then the thin operand's, then the factor's."""
     shared = [s for s in thin_labels if s in factor_labels]
     batch = [s for s in shared if s in keep]
@@ -148,17 +160,20 @@ def result_labels(thin_labels, factor_labels, keep) -> list:
     return batch + own + [s for s in factor_labels if s not in shared and s in keep]
 
 
-def _forward(form, thin, factor):
+def _forward(form: tuple, thin: Any, factor: Any) -> tuple[Array, tuple]:
     return thin_product(form, thin, factor), (thin, factor)
 
 
-def _backward(form, saved, g):
+def _backward(form: tuple, saved: tuple, g: Any) -> tuple[Array, Array]:
     thin, factor = saved
     thin_labels, factor_labels, keep, precision, _ = form
     g_labels = result_labels(thin_labels, factor_labels, keep)
+    # The result may be wider than its operands; the products of the backward run in theirs.
     g = g.astype(thin.dtype)
 
-    def against(x, x_labels, y, y_labels, want, dtype):
+    def against(
+        x: Any, x_labels: Sequence, y: Any, y_labels: Sequence, want: Sequence, dtype: Any
+    ) -> Array:
         out, have = contract(
             x, x_labels, y, y_labels, keep=set(want), precision=precision, preferred=dtype
         )

@@ -10,12 +10,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from lora_jax import compat
+
 Dims = tuple[frozenset, ...]  # for each current dim, the original dims it is made of
 Axes = frozenset  # of the axes of an array that number the tokens
 
 # What a primitive runs inside itself: one jaxpr on the same operands, or the bodies of a loop or of
-# a branch, whose operands each walk assigns in its own way.
-Body = Literal["call", "scan", "while", "cond"]
+# a branch, or the functions of a linear solve, whose operands each walk assigns in its own way.
+Body = Literal["call", "scan", "while", "cond", "solve"]
 
 # How the memory estimate treats a primitive:
 #   view     the result is the operand's own buffer
@@ -99,3 +101,24 @@ def inner_jaxpr(eqn: Any) -> Any:
     # The parameter's name depends on the primitive and on the JAX version.
     found = (eqn.params.get(name) for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"))
     return next((x for x in found if x is not None), None)
+
+
+def solve_bodies(eqn: Any, operands: Sequence, vectors: Sequence) -> list[tuple[Any, list]]:
+    """The jaxprs of a linear solve, first the matrix's product, last the solution.
+
+    Args:
+      eqn: the equation.
+      operands: of it, or what is known of them.
+      vectors: what is known of the vectors that each function is applied to.
+
+    Returns:
+      Each jaxpr with its operands.
+    """
+    jaxprs, lengths, start, found = eqn.params["jaxprs"], eqn.params["const_lengths"], 0, []
+    for name, count in zip(lengths._fields, lengths, strict=True):
+        if name in ("matvec", "solve"):
+            consts = operands[start : start + count]
+            inner, _ = compat.open_jaxpr(getattr(jaxprs, name))
+            found.append((inner, [*consts, *vectors[: len(inner.invars) - count]]))
+        start += count
+    return found

@@ -4,7 +4,15 @@ To support another primitive, add its row; `Primitive` explains the fields. A pr
 row gets `UNKNOWN`: a weight that meets it is materialized.
 """
 
-from lora_jax.transform import dim_maps, rules, rules_consume, rules_control, rules_rearrange
+from lora_jax.transform import (
+    dim_maps,
+    rules,
+    rules_consume,
+    rules_control,
+    rules_custom,
+    rules_rearrange,
+    rules_reduce,
+)
 from lora_jax.transform.many import rules as many_rules
 from lora_jax.transform.many import token_axis
 from lora_jax.transform.primitive import (
@@ -23,6 +31,12 @@ def _rearranging(rule: Rule, dims: DimFlow, tokens: TokenRule, memory: Memory) -
     return Primitive(
         rule=rule, many=many_rules.for_all, body=None, dims=dims, tokens=tokens, memory=memory
     )
+
+
+def _joining(rule: Rule, dims: DimFlow, tokens: TokenRule, memory: Memory) -> Primitive:
+    """Gives a weight whose base may depend on the adapter, or a vector that does."""
+    many = many_rules.for_all_or_row("its sum has no form for many adapters")
+    return Primitive(rule=rule, many=many, body=None, dims=dims, tokens=tokens, memory=memory)
 
 
 def _control(rule: Rule, body: Body, memory: Memory, many: ManyRule | None = None) -> Primitive:
@@ -51,20 +65,20 @@ def _elementwise(memory: Memory) -> Primitive:
     return _activations(dim_maps.SAME_SHAPE, token_axis.elementwise, memory)
 
 
+# The dataflow follows what keeps its shape, whatever it does to the numbers.
 UNKNOWN = _activations(dim_maps.SAME_SHAPE, token_axis.lost, "fused")
 _REDUCTION = _activations(dim_maps.REDUCED, token_axis.reduction, "sum")
 _WINDOWED = _activations(dim_maps.SAME_SHAPE, token_axis.lost, "sum")
 _KERNEL = _activations(dim_maps.SAME_SHAPE, token_axis.lost, "reader")
-_SCATTER = _activations(dim_maps.SAME_SHAPE, token_axis.first, "reader")
-_SCATTER_ADD = _activations(dim_maps.SAME_SHAPE, token_axis.first, "adds")
-_CUSTOM_DERIVATIVE = _control(rules_control.custom_derivative, "call", "call")
+_SCATTER_ADD = _joining(rules.scatter_add, dim_maps.SAME_SHAPE, token_axis.first, "adds")
+_CUSTOM_VJP = _control(rules_custom.custom_vjp, "call", "call")
 
 # Read by the interpreter, the dataflow, the token follower and the memory estimate, by the name
 # that `compat.name_of` gives.
 PRIMITIVES: dict[str, Primitive] = {
     # Products and lookups: these consume a weight.
     "dot_general": Primitive(
-        rule=rules.consuming(rules_consume.dot_general),
+        rule=rules.dot_general,
         many=many_rules.dot_general,
         body=None,
         dims=dim_maps.MIXED._replace(contracted=dim_maps.dot_axes),
@@ -166,20 +180,42 @@ PRIMITIVES: dict[str, Primitive] = {
         token_axis.stack,
         "fused",
     ),
-    "reduce_sum": _rearranging(
-        rules.rearranging(rules_rearrange.reduce_unit),
-        dim_maps.REDUCED,
-        token_axis.reduction,
-        "sum",
+    "tile": _rearranging(
+        rules.rearranging(rules_rearrange.tile), dim_maps.SAME_RANK, token_axis.lost, "fused"
     ),
-    "mul": _rearranging(rules.product, dim_maps.SCALED, token_axis.elementwise, "fused"),
+    # Sums: over dims of a weight, and of weights.
+    "reduce_sum": _joining(rules.reduce_sum, dim_maps.REDUCED, token_axis.reduction, "sum"),
+    "cumsum": _joining(
+        rules.reducing(rules_reduce.cumsum),
+        dim_maps.SAME_SHAPE,
+        token_axis.elementwise,
+        "reader",
+    ),
+    "add": _joining(rules.add, dim_maps.SAME_SHAPE, token_axis.elementwise, "fused"),
+    "sub": _joining(rules.subtract, dim_maps.SAME_SHAPE, token_axis.elementwise, "fused"),
+    "complex": _joining(rules.complex_, dim_maps.SAME_SHAPE, token_axis.elementwise, "fused"),
+    "real": _joining(rules.real, dim_maps.SAME_SHAPE, token_axis.elementwise, "fused"),
+    "imag": _joining(rules.real, dim_maps.SAME_SHAPE, token_axis.elementwise, "fused"),
+    "conj": _joining(rules.conj, dim_maps.SAME_SHAPE, token_axis.elementwise, "fused"),
+    "mul": Primitive(
+        rule=rules.product,
+        many=many_rules.elementwise_product,
+        body=None,
+        dims=dim_maps.SCALED,
+        tokens=token_axis.elementwise,
+        memory="fused",
+    ),
+    **dict.fromkeys(
+        ("square", "integer_pow"),
+        _joining(rules.square, dim_maps.SAME_SHAPE, token_axis.elementwise, "fused"),
+    ),
     "div": _rearranging(rules.quotient, dim_maps.DIVIDED, token_axis.elementwise, "costly"),
     "optimization_barrier": _rearranging(
         rules.barrier, dim_maps.PAIRWISE, token_axis.pairwise, "view"
     ),
     "device_put": _rearranging(rules.device_put, dim_maps.PAIRWISE, token_axis.pairwise, "fused"),
     "neg": _unchanged(rules.rearranging(rules_rearrange.negate), "fused"),
-    "convert_element_type": _unchanged(rules.rearranging(rules_rearrange.convert), "fused"),
+    "convert_element_type": _unchanged(rules.convert, "fused"),
     "reshard": _unchanged(rules.rearranging(rules_rearrange.reshard), "fused"),
     "sharding_constraint": _unchanged(rules.constraint, "view"),
     "copy": _unchanged(rules.binding(rules_rearrange.leafwise), "view"),
@@ -198,18 +234,24 @@ PRIMITIVES: dict[str, Primitive] = {
         "call",
         many_rules.one_for_row("it goes into a shard_map"),
     ),
-    "custom_jvp_call": _CUSTOM_DERIVATIVE,
-    "custom_vjp_call": _CUSTOM_DERIVATIVE,
-    "custom_vjp_call_jaxpr": _CUSTOM_DERIVATIVE,
+    "custom_jvp_call": _control(rules_custom.custom_jvp, "call", "call"),
+    "custom_vjp_call": _CUSTOM_VJP,
+    "custom_vjp_call_jaxpr": _CUSTOM_VJP,
+    "custom_linear_solve": _control(
+        rules_custom.linear_solve,
+        "solve",
+        "kernel",
+        many_rules.one_for_row("it goes into a linear solve"),
+    ),
     "scan": _control(rules_control.scan, "scan", "reader"),
     "while": _control(rules_control.while_loop, "while", "reader"),
     "cond": _control(rules_control.cond, "cond", "reader"),
     # What only activations go through.
     **dict.fromkeys(
-        "add add_any sub max min integer_pow square tan asin acos atan sinh cosh asinh acosh "
+        "add_any max min tan asin acos atan sinh cosh asinh acosh "
         "atanh atan2 erfc lgamma digamma abs sign floor ceil round is_finite not and or xor "
         "shift_left shift_right_logical shift_right_arithmetic eq ne lt le gt ge select_n clamp "
-        "nextafter real imag conj complex population_count clz bitcast_convert_type".split(),
+        "nextafter population_count clz bitcast_convert_type".split(),
         _elementwise("fused"),
     ),
     **dict.fromkeys(
@@ -217,7 +259,7 @@ PRIMITIVES: dict[str, Primitive] = {
         "tanh".split(),
         _elementwise("costly"),
     ),
-    **dict.fromkeys("cumsum cumprod cummax cummin cumlogsumexp".split(), _elementwise("reader")),
+    **dict.fromkeys("cumprod cummax cummin cumlogsumexp".split(), _elementwise("reader")),
     **dict.fromkeys(
         "reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split(),
         _REDUCTION,
@@ -225,13 +267,14 @@ PRIMITIVES: dict[str, Primitive] = {
     **dict.fromkeys(
         "reduce_window reduce_window_sum reduce_window_max reduce_window_min".split(), _WINDOWED
     ),
-    "tile": _activations(dim_maps.SAME_RANK, token_axis.lost, "fused"),
     "sort": _activations(dim_maps.MIXED, token_axis.except_along("dimension"), "reader"),
     "top_k": _activations(dim_maps.SAME_SHAPE, token_axis.top_k, "reader"),
-    "scatter": _SCATTER,
+    "scatter": _joining(rules.scatter, dim_maps.SAME_SHAPE, token_axis.first, "reader"),
     "scatter-add": _SCATTER_ADD,
     "scatter_add": _SCATTER_ADD,
-    "dynamic_update_slice": _activations(dim_maps.SAME_SHAPE, token_axis.update, "update"),
+    "dynamic_update_slice": _joining(
+        rules.dynamic_update_slice, dim_maps.SAME_SHAPE, token_axis.update, "update"
+    ),
     **dict.fromkeys("random_bits threefry2x32 custom_call".split(), _KERNEL),
     "ragged_dot": _activations(dim_maps.SAME_SHAPE, token_axis.lost, "product"),
     "pallas_call": _activations(dim_maps.SAME_SHAPE, token_axis.lost, "kernel"),

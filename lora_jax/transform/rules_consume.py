@@ -1,6 +1,5 @@
 """Rules for operations that consume a weight: `y = op(x, W) + s·op(op(x, A), B)`."""
 
-import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from lora_jax import compat
 from lora_jax.array import widened
 from lora_jax.dims import a_dims
 from lora_jax.transform import base_weight
-from lora_jax.transform.implicit import Implicit, Unsupported
+from lora_jax.transform.implicit import Implicit, Unsupported, owned
 from lora_jax.transform.labels import RANK, expand_to, labels, reorder
 from lora_jax.transform.low_rank import compute_dtype, contract, dropped, low_rank
 
@@ -40,20 +39,20 @@ def dot_general(
     Returns:
       The product, in the dtype the base product has.
     """
-    if isinstance(lhs, Implicit) and isinstance(rhs, Implicit):
-        raise Unsupported("product of two adapted weights")
     weight_left = isinstance(lhs, Implicit)
     v, x = (lhs, rhs) if weight_left else (rhs, lhs)
     contracting, batching = dimension_numbers
     w_contracted, x_contracted = contracting if weight_left else contracting[::-1]
     w_batch, x_batch = batching if weight_left else batching[::-1]
 
+    # Every axis gets a name: the weight's dims theirs, the activation's free axes their own.
     x_labels: list = [("x", d) for d in range(x.ndim)]
     for w_dim, x_dim in zip([*w_contracted, *w_batch], [*x_contracted, *x_batch], strict=True):
         x_labels[x_dim] = ("w", w_dim)
     batch = [("w", d) for d in w_batch]
     w_free = [("w", d) for d in range(v.ndim) if d not in w_contracted and d not in w_batch]
     x_free = [label for label in x_labels if label[0] == "x"]
+    # lax.dot_general's order of result axes.
     out = batch + (w_free + x_free if weight_left else x_free + w_free)
 
     first: list = []
@@ -75,6 +74,7 @@ def dot_general(
     if many is not None:
         change = many.low_rank(v, dropped(v, x, use), x_labels, out, **form)
     else:
+        # Under an explicit mesh the change must have the base product's sharding.
         specs = _wanted_specs(base, out, params.get("out_sharding"))
         change = low_rank(v, dropped(v, x, use), x_labels, out, specs=specs, **form)
     y = _gain_after(v, base + change, out, gain_after, first)
@@ -109,6 +109,7 @@ def _gain_before(
     if not summed:
         return x, True
     have = {label[1] for label in x_labels if label[0] == "w"}
+    # Gains of dims that stay cannot go into the activation, and those that are summed cannot wait.
     if any(d not in have for d in dims):
         raise Unsupported("DoRA's magnitude is over dims that are partly summed, partly kept")
     gain = expand_to(v.gain, [*first, *(("w", d) for d in dims)], x_labels)
@@ -171,7 +172,8 @@ def conv(
     out_dim, in_dim, *spatial = dimension_numbers.rhs_spec
     if batch_group_count != 1:
         raise Unsupported("batch groups")
-    v = _own_units(v, (in_dim, *spatial))
+    v = owned(v, [d for d in (in_dim, *spatial) if v.roles[d] == "u"], "i")
+    v = owned(v, [out_dim] if v.roles[out_dim] == "u" else [], "o")
     if v.roles[out_dim] != "o" or any(v.roles[d] != "i" for d in (in_dim, *spatial)):
         raise Unsupported(f"kernel with roles {v.roles}: only its output channels may be `o`")
     groups, channel = feature_group_count, dimension_numbers.out_spec[1]
@@ -180,6 +182,7 @@ def conv(
         return base
 
     dims = a_dims(v.roles)
+    # (…, groups · r): XLA gives each feature group its own r outputs, all from one A.
     a = jnp.tile(v.a.astype(lhs.dtype), (1,) * len(dims) + (groups,))
     a_spec = lax.ConvDimensionNumbers(
         dimension_numbers.lhs_spec,
@@ -200,8 +203,10 @@ def conv(
     )
     middle = (middle * v.scale.astype(middle.dtype)).astype(lhs.dtype)
     shape = middle.shape
+    # The channel axis as (groups, r).
     middle = middle.reshape(*shape[:channel], groups, v.rank, *shape[channel + 1 :])
     rest = [("x", d) for d in range(len(shape)) if d != channel]
+    # (r, groups, outputs of a group): a group's outputs are consecutive.
     b = v.b.astype(lhs.dtype).reshape(v.rank, groups, -1)
     change, have = contract(
         middle,
@@ -221,13 +226,6 @@ def conv(
         return y
     gain = v.gain.reshape([-1 if d == channel else 1 for d in range(y.ndim)])
     return y * gain.astype(y.dtype)
-
-
-def _own_units(v: Implicit, dims: Sequence[int]) -> Implicit:
-    """Gives the unit dims among `dims` to `A`, as where a matrix is made a kernel by `w[None]`."""
-    roles = "".join("i" if d in dims and r == "u" else r for d, r in enumerate(v.roles))
-    shape = [v.shape[d] for d in a_dims(roles)]
-    return dataclasses.replace(v, a=v.a.reshape(*shape, v.rank), roles=roles)
 
 
 def ragged_dot(
@@ -260,6 +258,7 @@ def ragged_dot(
         return base
     if v.gain is not None or v.bias is not None:
         raise Unsupported("DoRA, or an adapter's bias, with ragged_dot")
+    # (groups, k, r) and (groups, r, n), whichever factor has the k.
     first, second = v.a, v.b
     if v.roles == "soi":
         first, second = jnp.swapaxes(v.b, 1, 2), jnp.swapaxes(v.a, 1, 2)

@@ -5,6 +5,7 @@ Only reading their parameters depends on the JAX version. An output that *is* on
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,19 +16,21 @@ from jax.sharding import PartitionSpec
 
 from lora_jax import compat
 from lora_jax.transform import base_weight
-from lora_jax.transform.implicit import Implicit, Unsupported, is_implicit
+from lora_jax.transform.implicit import Implicit, Unsupported, has_many, is_implicit, owned
 from lora_jax.transform.interpret import Context, enter
 from lora_jax.transform.labels import PARTS, part_spec
+from lora_jax.transform.origins import DATA, origin_of
+from lora_jax.transform.rules_join import common_form, in_form
 
 # Added to the number of a repeated call of one inner jit, apart from the numbers of uses.
 _CALL_SITES = 1 << 20
 
 
-def _flat_function(f: Callable, tree) -> tuple[Callable, list]:
+def _flat_function(f: Callable, tree: Any) -> tuple[Callable, list]:
     """`f` on values, as a function of array leaves; the list receives the output's treedef."""
     shape: list = []
 
-    def run(*leaves):
+    def run(*leaves) -> Any:
         out, structure = jax.tree.flatten(list(f(jax.tree.unflatten(tree, leaves))))
         shape[:] = [structure]
         return out
@@ -35,7 +38,7 @@ def _flat_function(f: Callable, tree) -> tuple[Callable, list]:
     return run, shape
 
 
-def _forwarded(inner, values: Sequence) -> dict[int, Any]:
+def _forwarded(inner: Any, values: Sequence) -> dict[int, Any]:
     """Outputs of an inner jaxpr that are simply one of its implicit inputs."""
     jaxpr, _ = compat.open_jaxpr(inner)
     where = {v: x for v, x in zip(jaxpr.invars, values, strict=True) if is_implicit(x)}
@@ -43,10 +46,10 @@ def _forwarded(inner, values: Sequence) -> dict[int, Any]:
             if isinstance(v, compat.Var) and v in where}  # fmt: skip
 
 
-def _fold_keys(values: Sequence, number) -> list:
+def _fold_keys(values: Sequence, number: Any) -> list:
     """Folds a number into the dropout key of every implicit array."""
 
-    def fold(v):
+    def fold(v: Any) -> Any:
         if not is_implicit(v) or v.key is None:
             return v
         keys = jax.vmap(lambda k: jax.random.fold_in(k, number))(v.key.reshape(-1))
@@ -62,6 +65,7 @@ def _has_dropout(values: Sequence) -> bool:
 def jit(context: Context, eqn: Any, values: list) -> list:
     """An inner jit: one jitted function, shared by every call with the same structure."""
     inner, name = eqn.params["jaxpr"], eqn.params["name"]
+    # The jaxpr object is kept in the memo, so its id is not used again.
     leaves, tree = jax.tree.flatten(values)
     key = (id(compat.open_jaxpr(inner)[0]), tree)
     warned = len(context.warned)
@@ -69,6 +73,7 @@ def jit(context: Context, eqn: Any, values: list) -> list:
         run, shape, _, calls = context.memo[key]
         calls[0] += 1
         if _has_dropout(values):
+            # The memoized function draws the masks of its first call: fold in which call this is.
             leaves = jax.tree.leaves(_fold_keys(values, _CALL_SITES + calls[0]))
     else:
         run, shape = _flat_function(lambda xs: enter(context, inner, xs), tree)
@@ -101,7 +106,7 @@ def remat(context: Context, eqn: Any, values: list) -> list:
     return [forwarded.get(i, x) for i, x in enumerate(outs)]
 
 
-def _invariant(body, consts: int, carry: Sequence) -> dict[int, Any]:
+def _invariant(body: Any, consts: int, carry: Sequence) -> dict[int, Any]:
     """Implicit carries that the body hands on unchanged."""
     jaxpr, _ = compat.open_jaxpr(body)
     ins = jaxpr.invars[consts : consts + len(carry)]
@@ -109,11 +114,70 @@ def _invariant(body, consts: int, carry: Sequence) -> dict[int, Any]:
     return {i: x for i, (before, after, x) in pairs if is_implicit(x) and before is after}
 
 
-def _dense_carry(context: Context, eqn, carry: Sequence, fixed: dict, reason: str) -> list:
+def _dense(context: Context, eqn: Any, values: Sequence, forms: Sequence, reason: str) -> list:
+    """Values as a loop or a branch hands them on: weights in their forms, all else as arrays."""
     return [
-        context.fall_back(x, eqn, reason) if is_implicit(x) and i not in fixed else x
-        for i, x in enumerate(carry)
+        in_form(x, form)
+        if form is not None
+        else context.fall_back(x, eqn, reason)
+        if is_implicit(x)
+        else x
+        for x, form in zip(values, forms, strict=True)
     ]
+
+
+def _carried(
+    context: Context, carry: Sequence, outvars: Sequence, step: Callable[[Context, list], list]
+) -> list[Implicit | None]:
+    """The forms in which a loop carries weights that it changes, None for what it carries as array.
+
+    A scaled or a transposed weight keeps its form; one to which another is added each time does
+    not, as its rank grows.
+
+    Args:
+      context: of the call.
+      carry: the first values.
+      outvars: of the loop's body, for these carries.
+      step: the loop's body on carries, in a context.
+    """
+    may = [
+        is_implicit(x) or (_may_be_weight(v) and origin_of(context.origins, v) != DATA)
+        for x, v in zip(carry, outvars, strict=True)
+    ]
+    state = jax.eval_shape(lambda xs: xs, list(carry)) if any(may) else []
+    # The first round may change the form (a scale is folded), the second must not.
+    for _ in range(3):
+        if not any(may):
+            break
+        after = jax.eval_shape(functools.partial(step, context.probe()), state)
+        forms = [_form(x, y) if m else None for x, y, m in zip(state, after, may, strict=True)]
+        before, state = state, [
+            jax.ShapeDtypeStruct(x.shape, x.dtype) if form is None else form
+            for x, form in zip(state, forms, strict=True)
+        ]  # fmt: skip
+        if _layout(before) == _layout(state):
+            return forms
+        may = [form is not None for form in forms]
+    return [None] * len(carry)
+
+
+def _layout(values: Sequence) -> tuple:
+    leaves, tree = jax.tree.flatten(list(values))
+    return tree, [(x.shape, x.dtype) for x in leaves]
+
+
+def _form(*values: Any) -> Implicit | None:
+    """The common form of abstract values, None where they have none or none is a weight."""
+    if not any(map(is_implicit, values)):
+        return None
+    try:
+        return jax.eval_shape(common_form, list(values))
+    except Unsupported:
+        return None
+
+
+def _may_be_weight(v: Any) -> bool:
+    return len(v.aval.shape) > 1 and jnp.issubdtype(v.aval.dtype, jnp.inexact)
 
 
 def _fill(count: int, fixed: dict, live: Sequence, values: Sequence) -> list:
@@ -132,26 +196,41 @@ def scan(context: Context, eqn: Any, values: list) -> list:
     xs = [_scannable(context, eqn, x) for x in values[n_consts + n_carry :]]
     fixed = _invariant(p["jaxpr"], n_consts, carry)
     live = [i for i in range(n_carry) if i not in fixed]
-    carry = _dense_carry(context, eqn, carry, fixed, "the loop changes it as its carry")
-    steps = _has_dropout([*consts, *fixed.values()])
+    steps = _has_dropout([*consts, *carry])
     shape: list = []
 
-    def body(state, x):
+    def run(context: Context, state: Sequence, x: Any) -> tuple[list, list]:
         step, x = x
-        held = [*consts, *fixed.values()]
+        held = [*consts, *fixed.values(), *state]
         held = _fold_keys(held, step) if steps else held
-        now = dict(zip(fixed, held[n_consts:], strict=True))
-        full = _fill(n_carry, now, live, state)
+        now = dict(zip(fixed, held[n_consts:], strict=False))
+        full = _fill(n_carry, now, live, held[n_consts + len(fixed) :])
         outs = enter(context, p["jaxpr"], [*held[:n_consts], *full, *x])
-        new = _dense_carry(context, eqn, outs[:n_carry], fixed, "the loop carries it out")
-        ys, structure = jax.tree.flatten(list(outs[n_carry:]))
+        return [outs[i] for i in live], outs[n_carry:]
+
+    # The step's number only where masks need it: without dropout the loop is the model's own.
+    inputs = (jnp.arange(p["length"]) if steps else None, [_sliced(x) for x in xs])
+    start, forms = [carry[i] for i in live], [None] * len(live)
+    if p["length"]:
+        outvars = compat.open_jaxpr(p["jaxpr"])[0].outvars
+        first = functools.partial(jax.tree.map, lambda x: x[0])
+        forms = _carried(
+            context,
+            start,
+            [outvars[i] for i in live],
+            lambda probe, s: run(probe, s, first(inputs))[0],
+        )
+
+    def body(state: Sequence, x: Any) -> tuple[list, list]:
+        after, ys = run(context, state, x)
+        ys, structure = jax.tree.flatten(list(ys))
         shape[:] = [structure]
-        return [new[i] for i in live], ys
+        return _dense(context, eqn, after, forms, "the loop carries it out"), ys
 
     state, ys = lax.scan(
         context.resumable(body),
-        [carry[i] for i in live],
-        (jnp.arange(p["length"]) if steps else None, [_sliced(x) for x in xs]),
+        _dense(context, eqn, start, forms, "the loop changes it as its carry"),
+        inputs,
         length=p["length"],
         reverse=p["reverse"],
         unroll=p["unroll"],
@@ -160,74 +239,114 @@ def scan(context: Context, eqn: Any, values: list) -> list:
     return _fill(n_carry, fixed, live, state) + stacked
 
 
-def _scannable(context: Context, eqn, x):
-    if is_implicit(x) and x.roles[0] != "s":
+def _scannable(context: Context, eqn: Any, x: Any) -> Any:
+    if not is_implicit(x):
+        return x
+    if x.roles[0] == "u" and not has_many(x):
+        x = owned(x, [0], "s")
+    if x.roles[0] != "s":
         return context.fall_back(x, eqn, f"it is scanned over a dim of role `{x.roles[0]}`")
-    return base_weight.scannable(x) if is_implicit(x) else x
+    return base_weight.scannable(x)
 
 
-def _sliced(x):
+def _sliced(x: Any) -> Any:
     """What one step sees of a scanned implicit array: its roles without the stack axis."""
     if not is_implicit(x):
         return x
     return dataclasses.replace(x, w=base_weight.unstacked(x.w), roles=x.roles[1:])
 
 
-def _stacked(y):
+def _stacked(y: Any) -> Any:
     if not is_implicit(y):
         return y
     return dataclasses.replace(y, w=base_weight.restacked(y.w), roles="s" + y.roles)
 
 
 def while_loop(context: Context, eqn: Any, values: list) -> list:
+    """`lax.while_loop`: weights are closed over, but for those that the loop changes."""
     p = eqn.params
     a, b = p["cond_nconsts"], p["body_nconsts"]
     cond_consts, consts, carry = values[:a], values[a : a + b], list(values[a + b :])
     fixed = _invariant(p["body_jaxpr"], b, carry)
     live = [i for i in range(len(carry)) if i not in fixed]
-    carry = _dense_carry(context, eqn, carry, fixed, "the loop changes it as its carry")
-    steps = _has_dropout([*consts, *fixed.values()])
+    steps = _has_dropout([*consts, *carry])
 
-    def test(state):
+    def test(state: tuple) -> Any:
         full = _fill(len(carry), fixed, live, state[1])
         return enter(context, p["cond_jaxpr"], [*cond_consts, *full])[0]
 
-    def body(state):
-        step, now = state
-        held = [*consts, *fixed.values()]
+    def run(context: Context, step: Any, now: Sequence) -> list:
+        held = [*consts, *fixed.values(), *now]
         held = _fold_keys(held, step) if steps else held
-        full = _fill(len(carry), dict(zip(fixed, held[b:], strict=True)), live, now)
+        full = _fill(len(carry), dict(zip(fixed, held[b:], strict=False)), live,
+                     held[b + len(fixed) :])  # fmt: skip
         outs = enter(context, p["body_jaxpr"], [*held[:b], *full])
-        new = _dense_carry(context, eqn, outs, fixed, "the loop carries it out")
-        return step + 1, [new[i] for i in live]
+        return [outs[i] for i in live]
 
-    start = (jnp.zeros((), jnp.int32), [carry[i] for i in live])
+    first, zero = [carry[i] for i in live], jnp.zeros((), jnp.int32)
+    outvars = compat.open_jaxpr(p["body_jaxpr"])[0].outvars
+    forms = _carried(
+        context, first, [outvars[i] for i in live], lambda probe, now: run(probe, zero, now)
+    )
+
+    def body(state: tuple) -> tuple:
+        step, now = state
+        return step + 1, _dense(
+            context, eqn, run(context, step, now), forms, "the loop carries it out"
+        )
+
+    # A while loop has no step number of its own.
+    start = zero, _dense(context, eqn, first, forms, "the loop changes it as its carry")
     _, state = lax.while_loop(test, context.resumable(body), start)
     return _fill(len(carry), fixed, live, state)
 
 
 def cond(context: Context, eqn: Any, values: list) -> list:
+    """`lax.cond` and `lax.switch`: a weight that branches return has a form that all can give."""
     index, *operands = values
     if is_implicit(index):
         raise Unsupported("a weight chooses the branch")
     branches = eqn.params["branches"]
     leaves, tree = jax.tree.flatten(operands)
     forwarded = _forwarded_by_all(branches, operands)
+    kept = [i for i in range(len(eqn.outvars)) if i not in forwarded]
 
-    def branch(jaxpr):
-        def run(*xs):
-            outs = enter(context, jaxpr, jax.tree.unflatten(tree, xs))
-            kept = [x for i, x in enumerate(outs) if i not in forwarded]
-            return [context.fall_back(x, eqn, "a branch returns it") if is_implicit(x) else x
-                    for x in kept]  # fmt: skip
+    def run(context: Context, jaxpr: Any, xs: Sequence) -> list:
+        outs = enter(context, jaxpr, jax.tree.unflatten(tree, xs))
+        return [outs[i] for i in kept]
 
-        return context.resumable(run)
+    forms = _returned(context, branches, kept, lambda probe, jaxpr: run(probe, jaxpr, leaves))
+
+    def branch(jaxpr: Any) -> Callable:
+        def go(*xs: Any) -> list:
+            return _dense(context, eqn, run(context, jaxpr, xs), forms, "a branch returns it")
+
+        return context.resumable(go)
 
     outs = iter(lax.switch(index, [branch(j) for j in branches], *leaves))
     return [forwarded[i] if i in forwarded else next(outs) for i in range(len(eqn.outvars))]
 
 
-def _forwarded_by_all(branches, operands) -> dict[int, Any]:
+def _returned(
+    context: Context,
+    branches: Sequence,
+    kept: Sequence[int],
+    run: Callable[[Context, Any], list],
+) -> list[Implicit | None]:
+    """The forms of weights that branches return, None for what they return as array."""
+    outvars = [compat.open_jaxpr(j)[0].outvars for j in branches]
+    may = [
+        all(_may_be_weight(each[i]) and origin_of(context.origins, each[i]) != DATA
+            for each in outvars)
+        for i in kept
+    ]  # fmt: skip
+    if not any(may):  # what depends on the arguments is no weight: nothing is traced twice
+        return [None] * len(kept)
+    found = [jax.eval_shape(functools.partial(run, context.probe(), j)) for j in branches]
+    return [_form(*values) if m else None for m, *values in zip(may, *found, strict=True)]
+
+
+def _forwarded_by_all(branches: Sequence, operands: Sequence) -> dict[int, Any]:
     each = [_forwarded(branch, operands) for branch in branches]
     return {i: x for i, x in each[0].items() if all(f.get(i) is x for f in each)}
 
@@ -249,7 +368,7 @@ def shard_map(context: Context, eqn: Any, values: list) -> list:
     leaves, tree = jax.tree.flatten(inputs)[0], jax.tree.structure(inside)
     flat_specs = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
-    def run(*xs):
+    def run(*xs) -> Any:
         outs = enter(context, p["jaxpr"], jax.tree.unflatten(tree, xs))
         return [context.fall_back(x, eqn, "it is returned from shard_map") if is_implicit(x) else x
                 for x in outs]  # fmt: skip
@@ -271,7 +390,3 @@ def _part_specs(v: Implicit, spec: PartitionSpec) -> Implicit:
         part: None if getattr(v, part) is None else part_spec(spec, v.roles, part) for part in PARTS
     }
     return dataclasses.replace(v, w=spec, **parts)
-
-
-def custom_derivative(context: Context, eqn: Any, values: list) -> list:
-    raise Unsupported("a custom derivative rule takes the weight, and is kept as it is")

@@ -10,8 +10,8 @@ from jax import Array, lax
 
 from lora_jax.array import widened
 from lora_jax.transform import base_weight
-from lora_jax.transform.implicit import Implicit, Unsupported
-from lora_jax.transform.labels import RANK, expand_to, labels, reorder
+from lora_jax.transform.implicit import Implicit, Unsupported, owned
+from lora_jax.transform.labels import PARTS, RANK, expand_to, labels, reorder
 from lora_jax.transform.low_rank import contract
 
 
@@ -20,6 +20,7 @@ def gather(
     indices: Any,
     bind: Callable,
     *,
+    keep: bool,
     dimension_numbers: lax.GatherDimensionNumbers,
     slice_sizes: Sequence[int],
     **params: Any,
@@ -28,11 +29,19 @@ def gather(
 
     Indexing a stack dim gives another implicit array, one adapter an index; indexing an in (or
     out) dim gives rows of `W` plus rows of its factor times the other factor.
+
+    Args:
+      v, indices: the operands.
+      bind: binds the original primitive to dense operands.
+      keep: whether the result is a weight with permuted or chosen rows, not features.
+      dimension_numbers, slice_sizes: of the primitive.
+      **params: its other parameters.
     """
     if not isinstance(v, Implicit):
         raise Unsupported("a weight used as indices")
     if dimension_numbers.operand_batching_dims:
         raise Unsupported("batched gather")
+    v = owned(v, [d for d in dimension_numbers.start_index_map if v.roles[d] == "u"], "s")
     base = base_weight.rows(
         v,
         indices,
@@ -57,12 +66,15 @@ def gather(
         return _gather_stack(v, base, out, pick)
     if not v.rank:
         return base
+    if keep and roles in ({"i"}, {"o"}):
+        return _gather_weight(v, base, out, pick, roles.pop(), dimension_numbers)
     if v.bias is not None:
         raise Unsupported("lookup of a weight whose adapter has a bias")
     owner, other = ("a", "b") if roles <= {"i"} else ("b", "a")
     whole = set(labels(v.roles, other)) - {RANK}
     if any(slice_sizes[d] != v.shape[d] for d in whole) or not roles <= {"i", "o"}:
         raise Unsupported("gather that slices both factors")
+    # Rows of the factor that has the indexed dim, times the whole of the other one.
     rows, have = pick(owner)
     wide = widened(rows.dtype)
     scale_labels = labels(v.roles, "scale")
@@ -143,9 +155,32 @@ def _gather_part(
         ),
         start_index_map=tuple(dims.index(d) for d in numbers.start_index_map),
     )
+    # The rank is taken whole, as are dims that are not indexed.
     window = tuple(array.shape[i] if d == RANK else slice_sizes[d] for i, d in enumerate(dims))
     rows = lax.gather(array, indices, own, window, mode=params.get("mode"), fill_value=0)
     return rows, [("n", i) for i in range(front)] + survive
+
+
+def _gather_weight(
+    v: Implicit,
+    base: Any,
+    out: list,
+    pick: Callable,
+    role: str,
+    numbers: lax.GatherDimensionNumbers,
+) -> Implicit:
+    """Rows or columns of a weight as a weight: their factor is indexed, the other one stays."""
+    roles = "".join(role if isinstance(label, tuple) else v.roles[label] for label in out)
+    parts = {}
+    for part in PARTS:
+        array, have = getattr(v, part), labels(v.roles, part)
+        if array is not None and set(numbers.start_index_map) & set(have):
+            array, have = pick(part)
+        if array is not None:
+            have = [label if label == RANK else out.index(label) for label in have]
+            array = reorder(array, have, labels(roles, part))
+        parts[part] = array
+    return dataclasses.replace(v, w=base, roles=roles, derived=True, **parts)
 
 
 def _gather_stack(v: Implicit, base: Any, out: list, pick: Callable) -> Implicit:

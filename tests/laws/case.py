@@ -31,6 +31,7 @@ class Case:
         models that compute in a lower precision whatever they are given, and not where what is
         differentiated is not the derivative (`stop_gradient`, running statistics).
       reverse: whether JAX can differentiate the base model in reverse.
+      dropout: whether it stays without further materializations where dropout is on.
       mapped: whether the base model itself can be vmapped over its arguments.
     """
 
@@ -43,6 +44,7 @@ class Case:
     tolerance: float = FLOAT32
     numerical: bool = True
     reverse: bool = True
+    dropout: bool = True
     mapped: bool = True
 
     def __str__(self) -> str:
@@ -74,3 +76,14 @@ def _fill(seed: int, x):
 def features(*shape: int, seed: int = 100) -> jax.Array:
     """The activation most cases take."""
     return normal(seed, *(shape or (2, 5, 8)), scale=1.0)
+
+
+def equations(jaxpr):
+    """Every equation, inner jaxprs' included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, list | tuple) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)

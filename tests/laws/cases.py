@@ -20,6 +20,7 @@ from tests.laws import (
     cases_dots,
     cases_hard,
     cases_linen,
+    cases_low_rank,
     cases_nnx,
     cases_structure,
 )
@@ -28,6 +29,7 @@ from tests.laws.case import Case, normal
 CASES: tuple[Case, ...] = (
     *cases_dots.CASES,
     *cases_structure.CASES,
+    *cases_low_rank.CASES,
     *cases_control.CASES,
     *cases_hard.CASES,
     *cases_linen.CASES,

@@ -149,6 +149,40 @@ def _product(x, w):
 _product.defjvp(lambda xs, ts: (xs[0] @ xs[1], ts[0] @ xs[1] + xs[0] @ ts[1]))
 
 
+def _adjoint(w, x):
+    """As diffrax and optimistix do it: a rule on what a closure-converted function holds."""
+    f, held = jax.closure_convert(lambda x: jnp.tanh(x @ w), x)
+
+    @jax.custom_vjp
+    def run(x, held):
+        return f(x, *held)
+
+    run.defvjp(lambda x, held: (f(x, *held), (x, held)),
+               lambda saved, g: jax.vjp(lambda x, held: f(x, *held), *saved)[1](g))  # fmt: skip
+    return run(x, held)
+
+
+def _fixed_point(w, x):
+    """A deep equilibrium layer, differentiated by the implicit function theorem."""
+
+    def solve(x):
+        return lax.custom_root(
+            lambda z: z - jnp.tanh(x + 0.1 * z @ w),
+            jnp.zeros_like(x),
+            lambda f, z: lax.fori_loop(0, 40, lambda i, z: z - f(z), z),
+            lambda g, y: jnp.linalg.solve(jax.jacobian(g)(y), y),
+        )
+
+    return jax.vmap(solve)(x[0])
+
+
+def _linear_solve(w, x):
+    def iterate(product, b):
+        return lax.fori_loop(0, 60, lambda i, z: z + 0.2 * (b - product(z)), jnp.zeros_like(b))
+
+    return lax.custom_linear_solve(lambda z: 4 * z + 0.3 * z @ w, x, iterate, iterate)
+
+
 def _inner_gradient(w, x):
     return x - 0.1 * jax.grad(lambda x: jnp.sum(jnp.sin(x @ w)))(x)
 
@@ -236,10 +270,15 @@ _CALLS = (
     Case("checkpoint_named", _one(_checkpoint(_SAVE_NAMED, "hidden"), 8, 6), {"w": "io"}),
     Case("custom_vjp_on_activations", _one(lambda w, x: _attend(x @ w, x @ w.T)), {"w": "io"}),
     Case("custom_vjp_takes_weight", _one(lambda w, x: _linear(w, x)), {"w": "io"},
-         frozenset({("w", "custom_vjp_call")})),
+         dropout=False),
+    Case("custom_vjp_closure_converted", _one(_adjoint), {"w": "io"}, dropout=False),
+    Case("custom_root", _one(_fixed_point), {"w": "io"}, dropout=False),
+    Case("custom_linear_solve", _one(_linear_solve), {"w": "io"}),
     Case("custom_jvp_on_activations", _one(lambda w, x: _squash(x @ w)), {"w": "io"}),
     Case("custom_jvp_takes_weight", _one(lambda w, x: _product(x, w)), {"w": "io"},
-         frozenset({("w", "custom_jvp_call")})),
+         dropout=False),
+    Case("custom_jvp_of_a_weight", _one(lambda w, x: x @ jax.nn.relu(w)), {"w": "io"},
+         frozenset({("w", "custom_jvp_call")}), numerical=False),
     Case("inner_vmap", _one(lambda w, x: jax.vmap(jax.vmap(lambda x: x @ w))(x)), {"w": "io"}),
     Case("inner_vmap_weights", _one(_vmap_weights, 3, 8, 6, x=features(3, 5, 8)), {"w": "sio"}),
     Case("inner_gradient", _one(_inner_gradient), {"w": "io"}),
@@ -266,8 +305,10 @@ _LOOPS = (
     Case("scan_constant", _one(lambda w, x: lax.scan(lambda c, _: _layer(c, w), x, None, 3)[0]),
          {"w": "io"}),
     Case("scan_carry", _one(_scan_carry), {"w": "io"}),
-    Case("scan_changed_carry", _one(_scan_changed_carry), {"w": "io"},
-         frozenset({("w", "scan")})),
+    Case("scan_changed_carry", _one(_scan_changed_carry), {"w": "io"}),
+    Case("scan_growing_carry", _one(lambda w, x: x @ lax.fori_loop(
+        0, 3, lambda _, c: c + 0.5 * w.T, w)), {"w": "io"},
+        frozenset({("w", "scan")})),
     Case("scan_ys", _one(_scan_ys, 3, 8, 8), {"w": "soi"}),
     Case("scan_checkpoint", _one(_scan_checkpoint, 3, 8, 8), {"w": "sio"}),
     Case("scan_rows_of_in", _one(lambda w, x: lax.scan(
@@ -279,7 +320,7 @@ _LOOPS = (
     Case("while_condition", _one(_while_condition), {"w": "io"}, reverse=False),
     Case("fori", _one(_fori, 3, 8, 8), {"w": "sio"}),
     Case("cond", _one(_cond), {"w": "oi"}),
-    Case("cond_returns_weight", _one(_cond_returns), {"w": "oi"}, frozenset({("w", "cond")})),
+    Case("cond_returns_weight", _one(_cond_returns), {"w": "oi"}),
     Case("switch_layers", _one(_switch_layers, 3, 8, 6), {"w": "sio"}),
 )  # fmt: skip
 

@@ -54,7 +54,7 @@ def test_warning_text_in_full():
 
 def test_a_fallback_is_told_once():
     """The same line in a loop of layers warns once for each leaf, not once a layer."""
-    made = model("weights_added")
+    made = model("weight_masked")
 
     def twice(p, x):
         return sum(made.fn(p, x) for _ in range(3))
@@ -62,17 +62,17 @@ def test_a_fallback_is_told_once():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         jax.make_jaxpr(lora.lorafy(twice))(made.lora_params, *made.args)
-    assert len(caught) == 2
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_dropout_adds_no_materialization(case: Case):
-    """With a key, what was exact stays so, in every case."""
+    """With a key, what was exact stays so."""
     made = model(case.name)
     made = made._replace(lora_params=with_dropout(made.lora_params, 0.5))
-    strict = not case.fallbacks
+    strict = case.dropout and not case.fallbacks
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore" if case.fallbacks else "error", lora.MaterializedWarning)
+        warnings.simplefilter("error" if strict else "ignore", lora.MaterializedWarning)
         trace(lora.lorafy(made.fn, strict=strict), made, lora_key=jax.random.key(0))
 
 
@@ -93,7 +93,7 @@ def test_strict_promotion(case: Case):
 
 
 def test_plan_prints_what_would_be_materialized():
-    case = by_name("weight_norm")
+    case = by_name("reshape_mixes")
     fn, params, args = case.build()
     text = str(lora.plan(config_of(case), fn, params, *args))
-    assert "MATERIALIZED for elementwise product of two weights at cases_structure.py:" in text
+    assert "MATERIALIZED for reshape (6, 8) -> (8, 6) mixes dims of roles i/o" in text

@@ -144,10 +144,9 @@ def test_a_weight_that_one_branch_changes_is_another_afterwards(order):
     def fn(p, x):
         return x @ lax.cond(x[0, 0] > 0, *branches, p["w"])
 
-    with pytest.warns(lora.MaterializedWarning, match="a branch returns it"):
-        run = jax.jit(lora.lorafy(fn))
-        for x in (X, -X):
-            close(run(PARAMS, x), fn(lora.merge(PARAMS), x))
+    run = jax.jit(lora.lorafy(fn, strict=True))
+    for x in (X, -X):
+        close(run(PARAMS, x), fn(lora.merge(PARAMS), x))
 
 
 @pytest.mark.parametrize("name", ["ragged_dot", "convolution"])
@@ -180,14 +179,13 @@ def test_weights_of_different_dropout_are_not_joined():
         close(lora.lorafy(fn)(p, X, lora_key=jax.random.key(0)), fn(lora.merge(p), X))
 
 
-def test_a_magnitude_is_no_part_of_what_is_padded():
+def test_a_magnitude_does_not_scale_what_is_padded():
     x = dataclasses.replace(leaf(1), m=jnp.full(D, 3.0))
 
     def fn(p, x):
         return x @ jnp.pad(p["w"], ((0, 0), (1, 0)), constant_values=1.0)
 
-    with pytest.warns(lora.MaterializedWarning, match="DoRA's gain of a padded weight"):
-        close(lora.lorafy(fn)({"w": x}, X), fn(lora.merge({"w": x}), X))
+    close(lora.lorafy(fn, strict=True)({"w": x}, X), fn(lora.merge({"w": x}), X))
 
 
 def test_blocks_of_different_leaves_warn_for_each():

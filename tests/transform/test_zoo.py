@@ -238,7 +238,7 @@ def test_kernel_modulated_for_each_example():
     with pytest.raises(ValueError, match="`w` adapts nothing .*only `mul`"):
         lora.plan(_config(target_modules=("w",)), _modulated, params, x)
     plan = check(_modulated, params, x, fallbacks=1, target_modules=("w",), roles={"w": "iiio"})
-    assert "repeats the weight" in plan.by_path()["w"].fallbacks[0].fallback
+    assert "mixes dims of roles i/o" in plan.by_path()["w"].fallbacks[0].fallback
 
 
 def test_layers_stacked_under_an_unknown_name():

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import custom_batching, lax
+from jax import Array, custom_batching, lax
 
 from lora_jax.dims import checked_index
 
@@ -67,7 +67,7 @@ class Form(NamedTuple):
     reverse_only: bool
 
 
-def sort(ids, count: int) -> Groups:
+def sort(ids: Any, count: int) -> Groups:
     """Sorts elements by adapter.
 
     Args:
@@ -75,8 +75,10 @@ def sort(ids, count: int) -> Groups:
       count: how many adapters there are.
     """
     which = checked_index(ids, count).astype(jnp.int32)
+    # Stable: elements of one adapter keep their order, so results do not depend on the sort.
     order = jnp.argsort(which, stable=True).astype(jnp.int32)
     numbers = jnp.arange(which.shape[0], dtype=jnp.int32)
+    # The inverse permutation.
     place = jnp.zeros_like(order).at[order].set(numbers, unique_indices=True)
     return Groups(which, order, place, jnp.bincount(which, length=count + 1).astype(jnp.int32))
 
@@ -89,6 +91,7 @@ def tile_size(elements: int, count: int) -> int:
     `T = √(r · e / adapters)`.
     """
     best = (_USUAL_RANK * elements / min(count, elements)) ** 0.5
+    # A power of two, so that a few sizes serve all batches; 1.5 rounds to the nearer one.
     size = 1
     while size * 2 <= min(best * 1.5, elements):
         size *= 2
@@ -129,7 +132,7 @@ def on_device(strategy: Strategy) -> Strategy:
     return "ragged" if strategy == "grouped" and native else strategy
 
 
-def product(form: Form, x, ids, factors: tuple, scale, groups: Groups):
+def product(form: Form, x: Any, ids: Any, factors: tuple, scale: Any, groups: Groups) -> Array:
     """`x · factors[0][id] · factors[1][id] · scale[id]`, element by element.
 
     Inside a `jax.vmap` over rows the elements of all rows are multiplied together: `groups` sorts
@@ -148,19 +151,24 @@ def product(form: Form, x, ids, factors: tuple, scale, groups: Groups):
     """
 
     @custom_batching.custom_vmap
-    def one_row(x, ids, factors, scale, groups):
+    def one_row(x: Any, ids: Any, factors: tuple, scale: Any, groups: Groups) -> Array:
         return _each(form, x, ids, factors, scale)
 
     @one_row.def_vmap
-    def all_rows(rows, batched, x, ids, factors, scale, groups):
+    def all_rows(
+        rows: int, batched: Any, x: Any, ids: Any, factors: tuple, scale: Any, groups: Groups
+    ) -> Any:
         if any(jax.tree.leaves(batched[2:])):  # the stack itself differs between rows
+            # Then there are no shared groups to sort by.
             axes = jax.tree.map(lambda b: 0 if b else None, tuple(batched[:4]))
             run = jax.vmap(functools.partial(_each, form), in_axes=axes)
             return run(x, ids, factors, scale), True
+        # A batch of one row is not mapped: the same elements for all.
         wide = [
             y if mapped else jnp.broadcast_to(y, (rows, *y.shape))
             for y, mapped in zip((x, ids), batched, strict=False)
         ]
+        # (rows, e, …) to (rows · e, …): the order that `groups` was made for.
         flat = [y.reshape(-1, *y.shape[2:]) for y in wide]
         if form.strategy == "gathered":
             y = _each(form, flat[0], flat[1], factors, scale)
@@ -192,14 +200,14 @@ def take_adapters(array: jax.Array, where: jax.Array, axis: int, fill: float = 0
     return taken.reshape(*shape[:axis], *where.shape, *shape[axis + 1 :])
 
 
-def _each(form: Form, x, ids, factors, scale):
+def _each(form: Form, x: Any, ids: Any, factors: tuple, scale: Any) -> Array:
     """Every element with factors gathered for it."""
     which = checked_index(ids, scale.shape[0])
     chosen = [take_adapters(f, which, 0) for f in factors]
     return _steps(form, x, chosen, take_adapters(scale, which, 0))
 
 
-def _steps(form: Form, x, factors, scale):
+def _steps(form: Form, x: Any, factors: tuple, scale: Any) -> Array:
     """`x (n, p, k)` through factors `(n, k, r)`, `(n, r, m)`, the scale `(n,)` before the last."""
     y = x
     for number, factor in enumerate(factors, start=1):
@@ -216,19 +224,20 @@ def _steps(form: Form, x, factors, scale):
     return y
 
 
-def _by_tiles(form: Form, x, factors, scale, groups: Groups):
+def _by_tiles(form: Form, x: Any, factors: tuple, scale: Any, groups: Groups) -> Array:
     elements, positions, width = x.shape
     count = scale.shape[0]
     size = tile_size(elements, count)
     owner, source, target = _tiles(groups, count, size)
     tiles = move(x, source, target, form.reverse_only)
+    # (tiles, elements of a tile · positions, k), one adapter a tile.
     tiles = tiles.reshape(owner.shape[0], size * positions, width)
     y = _steps(form, tiles, [f[owner] for f in factors], scale[owner])
     y = y.reshape(owner.shape[0] * size, positions, -1)
     return move(y, target, source, form.reverse_only)
 
 
-def _tiles(groups: Groups, count: int, size: int):
+def _tiles(groups: Groups, count: int, size: int) -> Any:
     """Each tile's adapter, the element at each of its places, and each element's place.
 
     Whatever is nowhere (the filling of a tile, an element of the plain base) has a number beyond
@@ -237,9 +246,12 @@ def _tiles(groups: Groups, count: int, size: int):
     elements = groups.which.shape[0]
     tiles = tile_count(elements, count)
     sizes = groups.sizes[:count]
+    # Rounded up: the last tile of an adapter may be part filling.
     needed = -(-sizes // size)
     ends = jnp.cumsum(needed)
+    # Tiles behind the last adapter's are all filling; any factors do for them.
     owner = jnp.searchsorted(ends, jnp.arange(tiles), side="right").clip(max=count - 1)
+    # How far an adapter's elements move: its first tile's place less its first sorted place.
     first = (ends - needed) * size - (jnp.cumsum(sizes) - sizes)
     target = groups.place + jnp.take(first, groups.which, mode="clip")
     target = jnp.where(groups.which < count, target, tiles * size)
@@ -248,9 +260,10 @@ def _tiles(groups: Groups, count: int, size: int):
     return owner, source.at[target].set(numbers, mode="drop", unique_indices=True), target
 
 
-def _by_ragged(form: Form, x, factors, scale, groups: Groups):
+def _by_ragged(form: Form, x: Any, factors: tuple, scale: Any, groups: Groups) -> Array:
     elements, positions, width = x.shape
     count = scale.shape[0]
+    # Rows of the flattened (elements · positions, k) for each group.
     sizes = groups.sizes[:count] * positions
     known = jnp.repeat(groups.which[groups.order] < count, positions)[:, None]
     y = move(x, groups.order, groups.place, form.reverse_only).reshape(-1, width)
@@ -273,7 +286,7 @@ def _by_ragged(form: Form, x, factors, scale, groups: Groups):
     return move(y, groups.place, groups.order, form.reverse_only)
 
 
-def move(x, source, target, reverse_only: bool):
+def move(x: Any, source: Any, target: Any, reverse_only: bool) -> Array:
     """`x[source]`, 0 for a number beyond the last; `target` is where each of `x` went.
 
     Its transpose would scatter; for reverse mode alone it is the same gather the other way.
@@ -281,7 +294,7 @@ def move(x, source, target, reverse_only: bool):
     return (_moved if reverse_only else _take)(x, source, target)
 
 
-def _take(x, source, target):
+def _take(x: Any, source: Any, target: Any) -> Array:
     del target
     return jnp.take(x, source, axis=0, mode="fill", fill_value=0, unique_indices=True)
 

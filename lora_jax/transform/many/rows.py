@@ -7,14 +7,14 @@ activations in batched thin products. No weight is added up and there is no loop
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 from jax.experimental import checkify
 
 from lora_jax import compat
@@ -24,7 +24,7 @@ from lora_jax.dora import gains
 from lora_jax.transform.many.grouped import nan_outside, take_adapters
 
 
-def select(stacked, ids):
+def select(stacked: Any, ids: Any) -> Any:
     """Gathers the adapters of a batch's rows: a stack with one adapter a row, in their order.
 
     `lorafy(fn)(select(stacked, ids), ...)` is `lorafy(fn)(stacked, ..., adapter_ids=ids)`; where
@@ -52,7 +52,7 @@ def select(stacked, ids):
     )
 
 
-def checked(stacked, ids):
+def checked(stacked: Any, ids: Any) -> Any:
     """Ids of rows or tokens as an array.
 
     Raises:
@@ -83,21 +83,24 @@ def checked(stacked, ids):
     return ids
 
 
-def select_leaf(x: LoraStack | SavedStack, ids):
+def select_leaf(x: LoraStack | SavedStack, ids: Any) -> Any:
     """One leaf of `select`; the ids have been checked."""
+    # A stack's parts have the adapters after their stack dims, on `x.axis`.
     number = x.count
     # The base and ids out of range read nothing: another's numbers never reach their rows.
     where = checked_index(ids, number)
     poison = nan_outside(ids, number)
 
-    def pick(array, fill=0):
+    def pick(array: Array, fill: float = 0) -> Array:
         return take_adapters(array, where, x.axis, fill)
 
     if isinstance(x, SavedStack):
+        # One number a row against the leaf's dims.
         shape = (-1,) + (1,) * len(x.shape)
         value = jnp.where((where < number).reshape(shape), pick(x.value), x.w)
         value = value + poison.reshape(shape).astype(value.dtype)
         return dataclasses.replace(x, value=value, chosen=True)
+    # DoRA's norms depend on factors and base: one for each adapter, then chosen as they are.
     gain = gains(x)
     return dataclasses.replace(
         x,
@@ -127,7 +130,7 @@ class Rows(NamedTuple):
     join: Callable[[list, list], Any]
 
 
-def by_row(chosen) -> Rows:
+def by_row(chosen: Any) -> Rows:
     """Takes a tree of chosen adapters (from `select`) apart; other stacks are the rows' base."""
     flat, tree = jax.tree.flatten(chosen, is_leaf=is_lora)
     fields = {LoraStack: ("a", "b", "scale", "gain", "bias"), SavedStack: ("value",)}
@@ -138,13 +141,14 @@ def by_row(chosen) -> Rows:
         for name in fields[type(x)]
         if getattr(x, name) is not None
     ]
+    # What `jax.vmap` maps; the base stays out of it, so that its product is one for all rows.
     arrays = [getattr(flat[i], name) for i, name in where]
 
     # Only the form of a stack is needed to make a leaf of it.
     forms = [dataclasses.replace(x, w=None, **dict.fromkeys(fields[type(x)]))
              if _is_chosen(x) else None for x in flat]  # fmt: skip
 
-    def join(row: list, base: list):
+    def join(row: list, base: list) -> Any:
         own: dict[int, dict] = {}
         for (i, name), array in zip(where, row, strict=True):
             own.setdefault(i, {})[name] = array
@@ -158,11 +162,11 @@ def by_row(chosen) -> Rows:
     return Rows(arrays, [flat[i].axis for i, _ in where], base, join)
 
 
-def _is_chosen(x) -> bool:
+def _is_chosen(x: Any) -> bool:
     return is_stack(x) and x.chosen
 
 
-def _row_leaf(form: LoraStack | SavedStack, w, own: dict):
+def _row_leaf(form: LoraStack | SavedStack, w: Any, own: dict) -> Any:
     if isinstance(form, SavedStack):
         return own["value"]
     gain = own.pop("gain", None)
@@ -170,7 +174,17 @@ def _row_leaf(form: LoraStack | SavedStack, w, own: dict):
     return LoraArray(w, m=m, roles=form.roles, dropout=form.dropout, window=form.window, **own)
 
 
-def rowwise(call: Callable, chosen, ids, args: tuple, kwargs: dict, key, *, row_axes, out_axes):
+def rowwise(
+    call: Callable,
+    chosen: Any,
+    ids: Any,
+    args: tuple,
+    kwargs: dict,
+    key: Any,
+    *,
+    row_axes: Any,
+    out_axes: Any,
+) -> Any:
     """Runs `call(row's ids, tree, args, kwargs, key)` on every row with its own adapter.
 
     Args:
@@ -191,14 +205,17 @@ def rowwise(call: Callable, chosen, ids, args: tuple, kwargs: dict, key, *, row_
     rows = ids.shape[0]
     flat, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda x: x is None)
     axes = axes_of(row_axes, flat, tree, rows)
+    # Arguments that all rows share are closed over, not copied.
     mapped = {i: axis for i, axis in enumerate(axes) if axis is not None}
     seen: dict = {}
 
-    def one(number, own_ids, own, given):
+    def one(number: Any, own_ids: Any, own: Any, given: Sequence) -> Any:
         full = list(flat)
         for (i, axis), x in zip(mapped.items(), given, strict=True):
+            # The function sees a batch of one row.
             full[i] = lax.expand_dims(x, [axis])
         args, kwargs = jax.tree.unflatten(tree, full)
+        # A mask of its own for each row.
         own_key = None if key is None else jax.random.fold_in(key, number)
         out = call(own_ids, parts.join(own, parts.base), args, kwargs, own_key)
         return _split_outputs(out, out_axes, seen)
@@ -213,7 +230,7 @@ def rowwise(call: Callable, chosen, ids, args: tuple, kwargs: dict, key, *, row_
     return jax.tree.unflatten(seen["tree"], [next(found[kind]) for kind in seen["kinds"]])
 
 
-def axes_of(row_axes, flat: list, tree, rows: int) -> list[int | None]:
+def axes_of(row_axes: Any, flat: list, tree: Any, rows: int) -> list[int | None]:
     """For each of the flat arguments the axis that numbers the rows, or None.
 
     Raises:
@@ -226,6 +243,7 @@ def axes_of(row_axes, flat: list, tree, rows: int) -> list[int | None]:
     found: list[int | None] = []
     for x, axis in zip(flat, axes, strict=True):
         shape = getattr(x, "shape", None)
+        # A default for all arrays does not mean scalars and what is no array.
         loose = isinstance(row_axes, int) and (shape is None or not len(shape))
         if axis is None or loose:
             found.append(None)
@@ -240,7 +258,7 @@ def axes_of(row_axes, flat: list, tree, rows: int) -> list[int | None]:
     return found
 
 
-def _split_outputs(out, out_axes, seen: dict) -> tuple[list, list]:
+def _split_outputs(out: Sequence, out_axes: Any, seen: dict) -> tuple[list, list]:
     """The outputs that differ by row, and those that all rows share; notes how to join them."""
     flat, tree = jax.tree.flatten(out, is_leaf=lambda x: x is None)
     axes = jax.tree.leaves(
@@ -258,12 +276,13 @@ def _split_outputs(out, out_axes, seen: dict) -> tuple[list, list]:
             shared.append(x)
         else:
             seen["kinds"].append("row")
+            # A number for each row comes out as a vector.
             seen["axes"].append(axis if x.ndim else 0)
             row.append(_one_row(x, axis))
     return row, shared
 
 
-def _one_row(x, axis: int):
+def _one_row(x: Any, axis: int) -> Any:
     if not x.ndim:
         return x
     if axis >= x.ndim or x.shape[axis] != 1:

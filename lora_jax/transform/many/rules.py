@@ -9,12 +9,12 @@ own adapter, that is an error.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from lora_jax import compat
 from lora_jax.array import widened
@@ -25,6 +25,7 @@ from lora_jax.transform.labels import reorder
 from lora_jax.transform.low_rank import compute_dtype
 from lora_jax.transform.many import grouped
 from lora_jax.transform.many.token_axis import Positions
+from lora_jax.transform.origins import CONSTANT, DATA, origin_of
 from lora_jax.transform.primitive import ManyRule, Rule, binder
 
 # The parts of an implicit array that there is one of for each adapter.
@@ -59,6 +60,7 @@ def select_adapters(v: Implicit, ids: jax.Array, parts: Sequence[str] = OWN) -> 
       ids: int () or (n,): then the parts get `n` where they had the adapters.
       parts: which.
     """
+    # Out of range: zeros for factors, one for a gain, and NaN by way of the scale.
     which = checked_index(ids, v.adapter_count)
     poison = grouped.nan_outside(ids, v.adapter_count)
     axis = v.roles.count("s")
@@ -68,6 +70,7 @@ def select_adapters(v: Implicit, ids: jax.Array, parts: Sequence[str] = OWN) -> 
         if getattr(v, part) is not None
     }
     shape = (1,) * axis + poison.shape
+    # The scale is in every product, so NaN there reaches the whole row and no other.
     own["scale"] = own["scale"] + poison.reshape(shape).astype(v.scale.dtype)
     return dataclasses.replace(v, **own, adapter_count=0 if "a" in parts else v.adapter_count)
 
@@ -83,30 +86,33 @@ def map_adapters(rule: Callable, values: Sequence) -> Any:
     where = [i for i, x in enumerate(values) if has_many(x)]
     count = values[where[0]].adapter_count
     own = [[getattr(values[i], part) for part in OWN] for i in where]
+    # The adapters' axis comes after the stack dims in every part.
     axes = [
         [None if x is None else values[i].roles.count("s") for x in parts]
         for i, parts in zip(where, own, strict=True)
     ]
     forms: list = []
 
-    def one(own):
+    def one(own: Any) -> Any:
         full = list(values)
         for i, parts in zip(where, own, strict=True):
             changes = dict(zip(OWN, parts, strict=True))
             full[i] = dataclasses.replace(values[i], adapter_count=0, **changes)
         out = rule(full)
         outs = list(out) if isinstance(out, list | tuple) else [out]
+        # What is left of a weight is the same for all adapters: base, key, roles.
         blank = dict.fromkeys(OWN)
         forms[:] = [isinstance(out, list | tuple)]
         shared = [dataclasses.replace(x, **blank) if is_implicit(x) else x for x in outs]
         return shared, [[getattr(x, p) for p in OWN] if is_implicit(x) else None for x in outs]
 
+    # The base is not mapped: it is rearranged once.
     shared, own = jax.vmap(one, in_axes=(axes,), out_axes=(None, 0), axis_size=count)(own)
     outs = [_rejoined(x, parts, count) for x, parts in zip(shared, own, strict=True)]
     return outs if forms[0] else outs[0]
 
 
-def _rejoined(x: Any, parts: Any, count: int):
+def _rejoined(x: Any, parts: Any, count: int) -> Any:
     if not is_implicit(x):
         return x
     axis = x.roles.count("s")
@@ -141,6 +147,7 @@ def _token_axis(
     axes = set() if isinstance(var, compat.Literal) else set(positions.axes.get(var, ()))
     if len(found := axes & set(among)) == 1:
         return found.pop()
+    # The reason is for the error's reader, who must find the place in the model.
     lost = "" if isinstance(var, compat.Literal) else positions.lost.get(var, "")
     why = (
         f"its axes {sorted(found)} all number tokens"
@@ -175,16 +182,28 @@ class ManyProduct:
         v = select_adapters(v, self.adapters.ids, ("scale", "gain", "bias"))
         return v, [] if self.token is None else [("x", self.token)]
 
-    def low_rank(self, v, x, x_labels, out_labels, *, contracted, dtype, precision):
+    def low_rank(
+        self,
+        v: Any,
+        x: Any,
+        x_labels: Sequence,
+        out_labels: Sequence,
+        *,
+        contracted: Collection,
+        dtype: Any,
+        precision: Any,
+    ) -> Array:
         """As `low_rank.low_rank`: `scale · (x·A)·B` with each element's own factors."""
         compute = compute_dtype(x, self.v)
         first, second, before, after = _matrices(self.v, contracted)
+        # The tokens' axis first: (tokens, other free axes, summed, units).
         token = [("x", self.token)] if self.token is not None else []
         free = [s for s in x_labels if s[0] == "x" and s not in token]
         summed = [("w", d) for d in before]
         units = [s for s in x_labels if s[0] == "w" and s not in summed]
         shape = dict(zip(x_labels, x.shape, strict=True))
         x = reorder(x, x_labels, token + free + summed + units)
+        # (elements, positions, k): one element for the row, or one a token.
         elements = self.adapters.ids.size
         x = x.reshape(elements, -1, first.shape[1])
         y = _product(self.adapters, v, x, (first, second), self.v.scale.reshape(-1),
@@ -196,7 +215,9 @@ class ManyProduct:
         return lax.reshape(y, [shape.get(s, 1) for s in out_labels])
 
 
-def _product(adapters: RowAdapters, v: Implicit, x, factors: tuple, scale, dtypes: tuple):
+def _product(
+    adapters: RowAdapters, v: Implicit, x: Any, factors: tuple, scale: Any, dtypes: tuple
+) -> Array:
     precision, compute, wide, result = dtypes
     form = grouped.Form(
         precision=precision,
@@ -208,11 +229,12 @@ def _product(adapters: RowAdapters, v: Implicit, x, factors: tuple, scale, dtype
     )
     ids = jnp.reshape(adapters.ids, (-1,))
     y = grouped.product(form, x, ids, factors, scale, adapters.groups)
+    # Where an id is wrong its element is NaN and no other.
     poison = grouped.nan_outside(ids, scale.shape[0])
     return y + poison[:, None, None].astype(y.dtype)
 
 
-def _matrices(v: Implicit, contracted):
+def _matrices(v: Implicit, contracted: Collection) -> tuple:
     """Factors `(adapters, summed, r)` and `(adapters, r, kept)`, and the dims they stand for."""
     ins, outs = in_dims(v.roles), out_dims(v.roles)
     a = v.a.reshape(v.adapter_count, -1, v.rank)
@@ -222,12 +244,12 @@ def _matrices(v: Implicit, contracted):
     return jnp.swapaxes(b, 1, 2), jnp.swapaxes(a, 1, 2), outs, ins
 
 
-def _a_first(v: Implicit, contracted) -> bool:
+def _a_first(v: Implicit, contracted: Collection) -> bool:
     roles = {v.roles[d] for d in contracted}
     return "i" in roles or "o" not in roles
 
 
-def _is_matrix(v: Implicit, contracted, batched) -> bool:
+def _is_matrix(v: Implicit, contracted: Collection, batched: Sequence) -> bool:
     """Whether one factor is summed over as a whole and the other kept, and there is no stack."""
     ins, outs = in_dims(v.roles), out_dims(v.roles)
     before, after = (ins, outs) if _a_first(v, contracted) else (outs, ins)
@@ -244,8 +266,9 @@ def dot_general(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
     side = 0 if has_many(values[0]) else 1
     v, x = values[side], values[1 - side]
     bind, use = binder(eqn), context.next_use(v)
-    if is_implicit(x):
-        raise Unsupported("product of two adapted weights")
+    constant = v.key is None and origin_of(context.origins, eqn.invars[1 - side]) == CONSTANT
+    if is_implicit(x) or constant:
+        return one_for_row("it makes another weight")(context, eqn, values, rule)
     contracting, batching = eqn.params["dimension_numbers"]
     taken = {*contracting[1 - side], *batching[1 - side]}
     free = [d for d in range(x.ndim) if d not in taken]
@@ -255,17 +278,19 @@ def dot_general(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
         many = ManyProduct(adapters, v, token)
         return rules_consume.dot_general(values[0], values[1], bind, use, many=many, **eqn.params)
 
-    def one(v, x):
+    def one(v: Any, x: Any) -> Any:
         lhs, rhs = (v, x) if side == 0 else (x, v)
         return rules_consume.dot_general(lhs, rhs, bind, use, **eqn.params)
 
     if token is None:
         return one(select_adapters(v, adapters.ids), x)
+    # dot_general puts batch axes first, then the left operand's free axes, then the right's.
     kept = v.ndim - len(contracting[side]) - len(batching[side])
     out = len(batching[0]) + free.index(token) + (kept if side == 0 else 0)
 
-    def one_token(number, token_id, x):
+    def one_token(number: Any, token_id: Any, x: Any) -> Array:
         own = select_adapters(v, token_id)
+        # A mask for each token.
         if v.key is not None:
             keys = jax.vmap(lambda k: jax.random.fold_in(k, number))(v.key.reshape(-1))
             own = dataclasses.replace(own, key=keys.reshape(v.key.shape))
@@ -280,6 +305,8 @@ def gather(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
     v, indices = values
     if not has_many(v):
         raise Unsupported("a weight used as indices")
+    if origin_of(context.origins, eqn.invars[1]) != DATA:
+        return one_for_row("its rows are chosen by constants")(context, eqn, values, rule)
     if not _is_lookup(v, indices, eqn.params):
         reason = "it is no lookup of rows or columns of a table"
         return one_for_row(reason)(context, eqn, values, rule)
@@ -302,8 +329,10 @@ def gather(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
     if token is not None:
         index = jnp.moveaxis(index, token, 0)
     which = checked_index(adapters.ids, v.adapter_count)
+    # One id for each index: of the row, or of the token.
     which = lax.broadcast_in_dim(which, index.shape, tuple(range(which.ndim)))
     at_a = v.roles[d] == "i"
+    # (adapters, rows, r): the factor that has the looked-up rows; (adapters, r, n): the other.
     table = v.a if at_a else jnp.swapaxes(v.b, 1, 2)
     other = v.b if at_a else jnp.swapaxes(v.a, 1, 2)
     rows = table.at[which, index].get(mode="fill", fill_value=0)
@@ -312,7 +341,7 @@ def gather(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
     form = (lax.Precision.HIGHEST, wide, wide, wide)
     change = _product(adapters, v, x, (other,), v.scale, form).reshape(*index.shape, -1)
 
-    def placed(y):
+    def placed(y: Any) -> Array:
         return y if token is None else jnp.moveaxis(y, 0, token)
 
     y = base + jnp.moveaxis(placed(change), -1, axis).astype(base.dtype)
@@ -326,7 +355,7 @@ def gather(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
     return y * gain.astype(y.dtype)
 
 
-def _is_lookup(v: Implicit, indices, params: dict) -> bool:
+def _is_lookup(v: Implicit, indices: Any, params: dict) -> bool:
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     where = tuple(numbers.start_index_map)
     return (
@@ -357,5 +386,25 @@ def one_for_row(reason: str) -> ManyRule:
     def apply(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
         values = [row_adapter(context, x, eqn, reason) if has_many(x) else x for x in values]
         return rule(context, eqn, values)
+
+    return apply
+
+
+def elementwise_product(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
+    """A weight that is scaled; two weights take one row's adapters, as their sum does."""
+    two = all(map(is_implicit, values))
+    apply = one_for_row("it is multiplied by a weight element by element") if two else for_all
+    return apply(context, eqn, values, rule)
+
+
+def for_all_or_row(reason: str) -> ManyRule:
+    """As `for_all` while the result's base is the same for all adapters, else as `one_for_row`."""
+    alone = one_for_row(reason)
+
+    def apply(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
+        gains = any(has_many(x) and x.gain is not None for x in values)
+        if gains or compat.name_of(eqn) in ("reduce_sum", "square", "integer_pow"):
+            return alone(context, eqn, values, rule)
+        return for_all(context, eqn, values, rule)
 
     return apply

@@ -38,11 +38,11 @@ class Call(NamedTuple):
     out_axes: Any
 
 
-def gathered(single: Callable, chosen, call: Call):
+def gathered(single: Callable, chosen: Any, call: Call) -> Any:
     """Runs rows whose adapters have been chosen; `single` is the function for one adapter."""
     first = next(x for x in jax.tree.leaves(chosen, is_leaf=is_lora) if is_stack(x))
 
-    def row(number, tree, args, kwargs, key):
+    def row(number: Any, tree: Any, args: tuple, kwargs: dict, key: Any) -> Any:
         return single(tree, *args, lora_key=key, **kwargs)
 
     return _rows(row, chosen, jnp.arange(first.count), call)
@@ -73,32 +73,35 @@ def run(
             f"`adapter_strategy` must be one of {', '.join(STRATEGIES)} or None, got {strategy!r}"
         )
     ids = checked(stacked, ids)
+    # One token a row, as in decoding: an adapter for the token is one for the row.
     by_token = ids.ndim == 2 and ids.shape[1] != 1
     if not by_token:
         ids = ids.reshape(ids.shape[0])
     number = count(stacked)
+    # The widest leaf decides for all: the strategies differ little at the others.
     leaves = jax.tree.leaves(stacked, is_leaf=is_lora)
     rank = max((x.rank for x in leaves if isinstance(x, LoraStack)), default=0)
     if strategy is None:
         positions = 1 if by_token else _positions(call, ids.shape[0])
         strategy = grouped.choose_strategy(ids.size, positions, number, rank)
+    # Each row's factors are copied once, outside the function.
     if strategy == "gathered" and not by_token:
         return gathered(single, select(stacked, ids), call)
     axes = _token_axes(token_axes, call, ids) if by_token else None
     groups = grouped.sort(ids.reshape(-1), number)
 
-    def one(row_ids, tree, args, kwargs, key):
+    def one(row_ids: Any, tree: Any, args: tuple, kwargs: dict, key: Any) -> Any:
         return row(RowAdapters(row_ids, groups, strategy, axes), tree, args, kwargs, key)
 
     return _rows(one, _saved_chosen(stacked, ids), ids, call)
 
 
-def _rows(row: Callable, tree, ids, call: Call):
+def _rows(row: Callable, tree: Any, ids: Any, call: Call) -> Any:
     return rowwise(row, tree, ids, call.args, call.kwargs, call.key,
                    row_axes=call.row_axes, out_axes=call.out_axes)  # fmt: skip
 
 
-def _saved_chosen(stacked, ids):
+def _saved_chosen(stacked: Any, ids: Any) -> Any:
     """The stack with what trains whole chosen for the rows."""
     flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=is_leaf)
     for path, x in flat:
@@ -112,7 +115,7 @@ def _saved_chosen(stacked, ids):
     return jax.tree.unflatten(tree, leaves)
 
 
-def _flat(call: Call):
+def _flat(call: Call) -> Any:
     return jax.tree.flatten((call.args, call.kwargs), is_leaf=lambda x: x is None)
 
 
@@ -124,6 +127,7 @@ def _positions(call: Call, rows: int) -> int:
         if axis is None:
             continue
         shape = [n for d, n in enumerate(x.shape) if d != axis]
+        # Token ids have no features; other arrays have them last.
         if jnp.issubdtype(jnp.result_type(x), jnp.integer):
             tokens.append(math.prod(shape))
         else:
@@ -131,7 +135,7 @@ def _positions(call: Call, rows: int) -> int:
     return max(tokens or features)
 
 
-def _token_axes(token_axes, call: Call, ids) -> tuple:
+def _token_axes(token_axes: Any, call: Call, ids: Any) -> tuple:
     """For each of the flat arguments the axis that numbers the tokens, or None."""
     flat, tree = _flat(call)
     rows, tokens = ids.shape
@@ -144,6 +148,7 @@ def _token_axes(token_axes, call: Call, ids) -> tuple:
     found = []
     for x, axis, row_axis in zip(flat, wanted, by_row, strict=True):
         shape = getattr(x, "shape", ())
+        # One number for all means arrays that fit; a tree of numbers must fit where it names one.
         fits = axis is not None and axis < len(shape) and shape[axis] == tokens
         if isinstance(token_axes, int):
             axis = axis if fits and row_axis not in (None, axis) else None

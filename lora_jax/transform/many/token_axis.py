@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lora_jax import compat
 from lora_jax.dims import reshape_groups
-from lora_jax.transform.primitive import Axes, Primitive, TokenRule, inner_jaxpr
+from lora_jax.transform.primitive import Axes, Primitive, TokenRule, inner_jaxpr, solve_bodies
 
 _NONE: Axes = frozenset()
 
@@ -50,6 +50,7 @@ def _walk(found: Positions, jaxpr: Any, given: Sequence[Axes]) -> list[Axes]:
     jaxpr, _ = compat.open_jaxpr(jaxpr)
     for v, axes in zip(jaxpr.invars, given, strict=True):
         # A jaxpr that is called twice (a jitted helper) is one set of variables.
+        # Sets only grow: the walk of a loop ends.
         found.axes[v] = found.axes.get(v, _NONE) | axes
     for eqn in jaxpr.eqns:
         name = compat.name_of(eqn)
@@ -140,6 +141,7 @@ def reshape(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     old, new = shapes[0], tuple(eqn.params["new_sizes"])
     if eqn.params.get("dimensions") is not None or 0 in old:
         return _NONE
+    # Dims of size 1 may be anywhere in a reshape.
     here = [d for d, n in enumerate(old) if n != 1]
     there = [d for d, n in enumerate(new) if n != 1]
     groups = reshape_groups([old[d] for d in here], [new[d] for d in there])
@@ -161,7 +163,7 @@ def uncut(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     return frozenset(d for d in ins[0] if after[d] == shapes[0][d] and not _shifted(eqn, d))
 
 
-def _shifted(eqn, d: int) -> bool:
+def _shifted(eqn: Any, d: int) -> bool:
     config = eqn.params.get("padding_config")
     return config is not None and tuple(config[d]) != (0, 0, 0)
 
@@ -173,6 +175,7 @@ def except_along(key: str) -> TokenRule:
         along = eqn.params[key]
         gone = set(along) if isinstance(along, tuple | list) else {along}
         count = len(shapes[0])
+        # Axes may be negative.
         gone = {d % count for d in gone}
         return frozenset().union(*ins) - gone
 
@@ -214,6 +217,7 @@ def gather(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     """What is looked up at each token; and the tokens of a table that is taken whole."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     rank = len(eqn.outvars[0].aval.shape)
+    # A gather's result has the index axes wherever no offset is.
     index_axes = [d for d in range(rank) if d not in numbers.offset_dims]
     out = {index_axes[d] for d in ins[1] if d < len(index_axes)}
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
@@ -246,9 +250,10 @@ def pairwise(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> list[Axe
 def _scan(found: Positions, eqn: Any, ins: Sequence[Axes]) -> list[Axes]:
     n_consts, n_carry = compat.scan_counts(eqn.params, len(ins))
     consts, carry = ins[:n_consts], list(ins[n_consts : n_consts + n_carry])
+    # One step sees arrays without their first axis; tokens on it are one a step, not an axis.
     xs = [frozenset(d - 1 for d in a if d > 0) for a in ins[n_consts + n_carry :]]
 
-    def body(carry):
+    def body(carry: Any) -> Any:
         return _walk(found, eqn.params["jaxpr"], [*consts, *carry, *xs])
 
     carry, outs = _settled(body, carry)
@@ -259,7 +264,7 @@ def _while(found: Positions, eqn: Any, ins: Sequence[Axes]) -> list[Axes]:
     p = eqn.params
     start, end = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
 
-    def body(carry):
+    def body(carry: Any) -> Any:
         return _walk(found, p["body_jaxpr"], [*ins[start:end], *carry])
 
     carry, _ = _settled(body, list(ins[end:]))
@@ -282,4 +287,12 @@ def _cond(found: Positions, eqn: Any, ins: Sequence[Axes]) -> list[Axes]:
     return [frozenset().union(*outs) for outs in zip(*each, strict=True)]
 
 
-_LOOPS: dict[str, Callable] = {"scan": _scan, "while": _while, "cond": _cond}
+def _solve(found: Positions, eqn: Any, ins: Sequence[Axes]) -> list[Axes]:
+    """A solution mixes positions; what is inside a linear solve has no axis for them."""
+    nowhere = [_NONE] * len(eqn.outvars)
+    for inner, given in solve_bodies(eqn, [_NONE] * len(ins), nowhere):
+        _walk(found, inner, given)
+    return nowhere
+
+
+_LOOPS: dict[str, Callable] = {"scan": _scan, "while": _while, "cond": _cond, "solve": _solve}

@@ -1,0 +1,293 @@
+"""Rules for functions with derivatives of their own, and for linear solves, that take weights.
+
+Equations of these kinds hold their derivatives as functions of dense arrays. JAX itself applies
+them to abstract dense operands, which gives a jaxpr of the derivative; the interpreter then runs
+that jaxpr on the weights in their low-rank form. Implicit layers (`custom_root`, diffrax's and
+optimistix's adjoints) reach a weight this way, through `jax.closure_convert`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax import compat
+from lora_jax.quant.array import QuantArray
+from lora_jax.transform.implicit import (
+    Unsupported,
+    folded,
+    has_many,
+    is_implicit,
+    wide_dtype,
+)
+from lora_jax.transform.interpret import Context, enter, evaluate
+from lora_jax.transform.labels import contract, labels, reorder
+from lora_jax.transform.many.rules import row_adapter
+
+_REASON = "a custom derivative rule takes the weight"
+
+
+def _operands(context: Context, eqn: Any, values: Sequence) -> list:
+    """The operands, each weight as base and two factors, which the derivatives are taken by."""
+    ready = []
+    for x in values:
+        if not is_implicit(x):
+            ready.append(x)
+            continue
+        if x.key is not None and x.dropout > 0:
+            # The rule's derivative of a product does not know of the mask of its forward.
+            raise Unsupported(f"{_REASON}, with dropout")
+        if isinstance(x.w, QuantArray) or x.bias is not None:
+            raise Unsupported(f"{_REASON}, of a quantized base or with a bias")
+        x = row_adapter(context, x, eqn, _REASON) if has_many(x) else x
+        ready.append(dataclasses.replace(_transposable(folded(x)), key=None, dropout=0.0))
+    return ready
+
+
+def _transposable(x: Any) -> Any:
+    """A weight whose products JAX can transpose, as it does with tangents and linear solves."""
+    return dataclasses.replace(x, reverse_only=False) if is_implicit(x) else x
+
+
+def _dense_call(jaxpr: Any, eqn: Any) -> Callable[..., list]:
+    """The equation as a function of dense operands, with its own derivatives."""
+    variables = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, compat.Var)))
+    part = compat.segment(jaxpr, [eqn], variables, list(eqn.outvars))
+
+    def call(*xs: Any) -> list:
+        given = dict(zip(eqn.invars, xs, strict=True))
+        return compat.eval_segment(part, [given[v] for v in variables])
+
+    return call
+
+
+def _avals(values: Sequence) -> list:
+    return [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in values]
+
+
+def _is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _as_arrays(context: Context, eqn: Any, values: Sequence) -> list:
+    return [context.fall_back(x, eqn, _REASON) if is_implicit(x) else x for x in values]
+
+
+def _probe(
+    context: Context,
+    make: Callable[[Context], Callable],
+    differentiate: Callable[[Callable, Sequence], None],
+    operands: list,
+) -> None:
+    """Finds out, on abstract values, whether a function and its derivative need a weight as array.
+
+    If they do, the weight is added up once for the whole function. The plan, which differentiates
+    nothing, sees it then as well.
+
+    Args:
+      context: of the call.
+      make: gives the function that runs in a context.
+      differentiate: traces the function and its derivative.
+      operands: of the function.
+
+    Raises:
+      Unsupported: with the reason of the first fallback inside.
+    """
+    if context.probing:  # a derivative often calls its own function, as `jax.nn.relu`'s does
+        return
+    quiet = context.probe()
+    run = make(quiet)
+    try:
+        jax.eval_shape(lambda xs: differentiate(run, xs), operands)
+    except Exception:  # what cannot be differentiated can still be called
+        jax.eval_shape(lambda xs: run(*xs), operands)
+    if quiet.warned:
+        raise Unsupported(f"{_REASON}; {next(iter(quiet.warned.values()))}")
+
+
+def custom_vjp(context: Context, eqn: Any, values: list) -> list:
+    """`jax.custom_vjp`: its forward and its backward, on weights in their low-rank form.
+
+    The rule gives dW as an array, of which the gradients of the factors are made.
+    """
+    operands = _operands(context, eqn, values)
+
+    def differentiate(run: Callable, xs: Sequence) -> None:
+        outs, pull = jax.vjp(run, *xs)
+        pull([jnp.zeros_like(x) for x in outs])
+
+    _probe(context, lambda quiet: _vjp_function(quiet, eqn), differentiate, operands)
+    return _vjp_function(context, eqn)(*operands)
+
+
+def _vjp_function(context: Context, eqn: Any) -> Callable[..., list]:
+    call, seen = _dense_call(_owner_jaxpr(eqn), eqn), {}
+
+    def primal(*xs: Any) -> list:
+        outs = enter(context, eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr")), xs)
+        return _as_arrays(context, eqn, outs)
+
+    def forward(*xs: Any) -> tuple:
+        def dense(*given: Any) -> tuple:
+            outs, pull = jax.vjp(call, *given)
+            # JAX's pullback is a tree: its leaves are what the rule saves, its structure the rest.
+            saved, seen["pull"] = jax.tree.flatten(pull)
+            return outs, saved
+
+        jaxpr, consts = compat.open_jaxpr(jax.make_jaxpr(dense)(*_avals(xs)))
+        # A weight that the rule saves is saved as base and factors.
+        results = evaluate(context, jaxpr, consts, xs)
+        count = len(eqn.outvars)
+        return _as_arrays(context, eqn, results[:count]), (xs, results[count:])
+
+    def backward(kept: tuple, cotangents: list) -> tuple:
+        xs, saved = kept
+
+        def dense(saved: list, given: list) -> list:
+            gradients = jax.tree.unflatten(seen["pull"], saved)(given)
+            return [g for g, x in zip(gradients, xs, strict=True) if _is_inexact(x)]
+
+        jaxpr = jax.make_jaxpr(dense)(_avals(saved), _avals(cotangents))
+        jaxpr, consts = compat.open_jaxpr(jaxpr)
+        found = evaluate(context, jaxpr, consts, [*saved, *cotangents])
+        gradients = iter(_as_arrays(context, eqn, found))
+        return tuple(
+            _gradient(x, next(gradients))
+            if _is_inexact(x)
+            else np.zeros(jnp.shape(x), jax.dtypes.float0)
+            for x in xs
+        )
+
+    run = jax.custom_vjp(context.resumable(primal))
+    run.defvjp(context.resumable(forward), context.resumable(backward))
+    return run
+
+
+def _gradient(x: Any, g: Any) -> Any:
+    """The cotangent of an operand: of a weight `dA = dW·Bᵀ` and `dB = Aᵀ·dW` beside dW itself."""
+    if not is_implicit(x):
+        return g
+    dims, la, lb = list(range(x.ndim)), labels(x.roles, "a"), labels(x.roles, "b")
+    wide = wide_dtype(x.a.dtype, g.dtype)
+    full, precision = g.astype(wide), lax.Precision.HIGHEST
+
+    def against(factor: Any, have: list, want: list, dtype: Any) -> Any:
+        out, got = contract(
+            full, dims, factor.astype(wide), have, keep=set(want), precision=precision
+        )
+        return reorder(out, got, want).astype(dtype)
+
+    return dataclasses.replace(
+        x,
+        w=g.astype(x.w.dtype),
+        a=against(x.b, lb, la, x.a.dtype),
+        b=against(x.a, la, lb, x.b.dtype),
+        scale=jnp.zeros_like(x.scale),
+    )
+
+
+def custom_jvp(context: Context, eqn: Any, values: list) -> list:
+    """`jax.custom_jvp`: its forward and its derivative, on weights in their low-rank form.
+
+    The tangent of a weight is the sum of two weights, `dW + dA·B` and `A·dB`; the rule is linear
+    in tangents, so it runs on each.
+    """
+    operands = _operands(context, eqn, values)
+
+    def differentiate(run: Callable, xs: Sequence) -> None:
+        tangents = [jax.tree.map(_zero_tangent, x) for x in xs]
+        jax.jvp(run, tuple(xs), tuple(tangents))
+
+    _probe(context, lambda quiet: _jvp_function(quiet, eqn), differentiate, operands)
+    return _jvp_function(context, eqn)(*operands)
+
+
+def _zero_tangent(x: Any) -> Any:
+    return jnp.zeros_like(x) if _is_inexact(x) else np.zeros(jnp.shape(x), jax.dtypes.float0)
+
+
+def _jvp_function(context: Context, eqn: Any) -> Callable[..., list]:
+    call = _dense_call(_owner_jaxpr(eqn), eqn)
+
+    def primal(*xs: Any) -> list:
+        return _as_arrays(context, eqn, enter(context, eqn.params["call_jaxpr"], xs))
+
+    def derivative(xs: tuple, tangents: tuple) -> tuple:
+        loose = [k for k, x in enumerate(xs) if _is_inexact(x)]
+
+        def dense(given: list, dots: list) -> tuple:
+            full = [np.zeros(jnp.shape(x), jax.dtypes.float0) for x in xs]
+            for k, dot in zip(loose, dots, strict=True):
+                full[k] = dot
+            return jax.jvp(call, given, full)
+
+        avals = _avals(xs)
+        jaxpr = jax.make_jaxpr(dense)(avals, [avals[k] for k in loose])
+        jaxpr, consts = compat.open_jaxpr(jaxpr)
+        count = len(eqn.outvars)
+
+        def run_on(dots: list) -> tuple[list, list]:
+            outs = evaluate(context, jaxpr, consts, [*xs, *dots])
+            outs = _as_arrays(context, eqn, outs)
+            return outs[:count], outs[count:]
+
+        outs, first = run_on([_tangent(xs[k], tangents[k], of_b=False) for k in loose])
+        if not any(map(is_implicit, xs)):
+            return outs, first
+        _, second = run_on([_tangent(xs[k], tangents[k], of_b=True) for k in loose])
+        return outs, [a + b for a, b in zip(first, second, strict=True)]
+
+    run = jax.custom_jvp(context.resumable(primal))
+    run.defjvp(context.resumable(derivative))
+    return run
+
+
+def _tangent(x: Any, dot: Any, *, of_b: bool) -> Any:
+    """One of the two parts of an operand's tangent; the second is zero for what is no weight."""
+    if not is_implicit(x):
+        return jnp.zeros_like(dot) if of_b else dot
+    if of_b:
+        return dataclasses.replace(x, w=jnp.zeros_like(x.w), b=dot.b)
+    return dataclasses.replace(x, w=dot.w, a=dot.a)
+
+
+def _owner_jaxpr(eqn: Any) -> Any:
+    """A jaxpr with debug information, which a segment of one equation needs."""
+    return compat.open_jaxpr(eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr")))[0]
+
+
+def linear_solve(context: Context, eqn: Any, values: list) -> list:
+    """`lax.custom_linear_solve`: the weights of its functions are closed over, factors and all."""
+    lengths, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
+    consts, start = {}, 0
+    for name in lengths._fields:
+        count = getattr(lengths, name)
+        consts[name] = list(map(_transposable, values[start : start + count]))
+        start += count
+    right = values[start:]
+    if any(map(is_implicit, right)):
+        raise Unsupported("a weight is the right-hand side of a linear solve")
+    aux = len(compat.open_jaxpr(jaxprs.solve)[0].outvars) > len(right)
+
+    def function(name: str) -> Callable[[list], Any]:
+        def run(xs: list) -> Any:
+            outs = enter(context, getattr(jaxprs, name), [*consts[name], *xs])
+            outs = _as_arrays(context, eqn, outs)
+            return (outs[: len(right)], outs[len(right) :]) if aux and "solve" in name else outs
+
+        return context.resumable(run)
+
+    solve, transposed = function("solve"), function("transpose_solve")
+    outs = lax.custom_linear_solve(
+        function("matvec"),
+        right,
+        lambda _, b: solve(b),
+        None if jaxprs.transpose_solve is None else lambda _, b: transposed(b),
+        symmetric=jaxprs.vecmat is jaxprs.matvec,
+        has_aux=aux,
+    )
+    return [*outs[0], *outs[1]] if aux else list(outs)
