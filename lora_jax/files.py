@@ -341,13 +341,19 @@ def read_json(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path}{error}") from None
 
 
-def read_object(path: str | os.PathLike) -> dict[str, Any]:
+def read_object(path: str | os.PathLike, *, optional: bool = False) -> dict[str, Any]:
     """Reads a JSON file that holds an object; see `read_json`.
+
+    Args:
+      path: the file.
+      optional: an absent file is an empty object.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is not JSON, or no object.
     """
+    if optional and not Path(path).is_file():
+        return {}
     value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")

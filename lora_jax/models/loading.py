@@ -144,15 +144,11 @@ def _load_directory(
     forward = architecture.forward(config=config, **options)
     # Read before the weights, so that an error in them is raised at once.
     with named(directory):
-        tokenizer, generation = from_directory(directory), _generation(directory)
+        tokenizer = from_directory(directory)
+        generation = read_object(directory / "generation_config.json", optional=True)
     params = _fill(forward, weights, quant, spread)
     wrapped = directory if getattr(config, "wrapper", None) else None
     return Model(forward, params, tokenizer, generation, checkpoint=wrapped)
-
-
-def _generation(directory: Path) -> dict[str, Any]:
-    path = directory / "generation_config.json"
-    return read_object(path) if path.is_file() else {}
 
 
 def _check_class(raw: Mapping[str, Any], path: Path, weights: Weights, config: Any) -> None:

@@ -46,12 +46,12 @@ def from_directory(directory: str | Path) -> Tokenizer | None:
         files of a slow tokenizer.
     """
     directory = Path(directory)
-    settings = _object(directory / SETTINGS)
+    settings = read_object(directory / SETTINGS, optional=True)
     named, its = _special_tokens(directory, settings), None
     if (directory / "tokenizer.json").is_file():
         backend = _saved(directory / "tokenizer.json")
         backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
-        config = _object(directory / "config.json")
+        config = read_object(directory / "config.json", optional=True)
         its = rebuild(backend, class_of(settings, config, backend), settings, named)
     elif (directory / "vocab.txt").is_file():
         named = {**wordpiece.SPECIAL, **named}
@@ -86,11 +86,6 @@ def template_of(files: Mapping[str, str]) -> str | None:
     return _named_templates(settings.get("chat_template")).get("default")
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty if there is no such file."""
-    return read_object(path) if path.is_file() else {}
-
-
 def _files(directory: Path) -> dict[str, str]:
     more = directory / _MORE_TEMPLATES
     templates = sorted(more.glob("*.jinja")) if more.is_dir() else ()
@@ -111,7 +106,7 @@ def _special_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, s
     # A directory that lists its added tokens has everything in tokenizer_config.json; in others
     # special_tokens_map.json is the newer of the two.
     if "added_tokens_decoder" not in settings:
-        given |= _object(directory / _MAP)
+        given |= read_object(directory / _MAP, optional=True)
     own = given.get("extra_special_tokens")
     given |= own if isinstance(own, dict) else {}
     names = (*_SPECIAL, *(n for n in given if n.endswith("_token") and not n.startswith("add_")))
@@ -148,7 +143,7 @@ def _add_declared(
         special = {*named.values(), *(_text(token) for token in _extra(settings))}
         declared = {
             number: {"content": text, "special": text in special, "normalized": text not in special}
-            for text, number in _object(path).items()
+            for text, number in read_object(path, optional=True).items()
         }
     try:
         tokens = {int(number): _added(token, {}) for number, token in declared.items()}
@@ -197,7 +192,7 @@ def _add_named(
 
 def _rows(directory: Path) -> float:
     """Rows of the model's embedding; no limit where config.json does not state them."""
-    config = _object(directory / "config.json")
+    config = read_object(directory / "config.json", optional=True)
     text_config = config.get("text_config")
     rows = {**config, **(text_config if isinstance(text_config, dict) else {})}.get("vocab_size")
     return rows if isinstance(rows, int) else float("inf")
@@ -235,7 +230,7 @@ def _ends(directory: Path, backend: Any) -> tuple[int, ...]:
     """The ids in the model's files that end a text."""
     found: list[int] = []
     for name in ("config.json", "generation_config.json"):
-        given = _object(directory / name).get("eos_token_id")
+        given = read_object(directory / name, optional=True).get("eos_token_id")
         ids = given if isinstance(given, list) else [given]
         found += [i for i in ids if type(i) is int and 0 <= i < 2**32 and backend.id_to_token(i)]
     return tuple(dict.fromkeys(found))
@@ -257,7 +252,9 @@ def _templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     if not texts:
         texts = _named_templates(settings.get("chat_template"))
     if not texts:  # a processor's file
-        texts = _named_templates(_object(directory / _OLD_TEMPLATE).get("chat_template"))
+        texts = _named_templates(
+            read_object(directory / _OLD_TEMPLATE, optional=True).get("chat_template")
+        )
     return texts
 
 
