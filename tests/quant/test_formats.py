@@ -190,6 +190,23 @@ def test_scales_of_scales_leave_the_padding_out():
     assert np.isfinite(array.scales(whole)).all()
 
 
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_a_tie_takes_the_lower_code(format):
+    order, middles = formats._ladder(FORMATS[format])
+    w = np.ones((16, 1), np.float32)  # the largest is 1, and so is the scale
+    w[: len(middles), 0] = middles
+    q = quant.quantize_array(w, format=format, block_size=16, scale_dtype="float32", pad=True)
+    np.testing.assert_array_equal(foreign.codes_of(q)[: len(middles), 0], order[:-1])
+
+
+def test_a_tie_of_scales_takes_the_lower_code():
+    table = formats.dynamic_map()
+    middle = (table[200] + table[201]) / np.float32(2)
+    # Their mean is 0 and their largest is 1.
+    codes = formats.compress_scales(jnp.array([[1, -1, middle, -middle]]).T, 4)["scale"]
+    assert int(codes[2, 0]) == 200
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_zeros_have_the_codes_of_zero(format):
     q = quant.quantize_array(jnp.zeros((40, 3)), format=format, block_size=16, pad=True)
