@@ -141,7 +141,7 @@ def interruption(came: signal.Signals, text: str) -> BaseException:
 
 
 def plot_loss(path: str | os.PathLike, history: Sequence[dict], *, title: str = "") -> None:
-    """Draws training loss (and its running mean), evaluation loss and learning rate by step.
+    """Draws training loss (as it is, and smoothed), evaluation loss and learning rate by step.
 
     Args:
       path: path of the PNG; an existing one is replaced when the new one is complete.
@@ -186,7 +186,7 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
 def _draw_train(axes: Any, train: Sequence[tuple]) -> None:
     steps, losses, rates = zip(*train, strict=True)
     axes.plot(steps, losses, color="tab:blue", alpha=0.3)
-    axes.plot(steps, running_mean(losses), color="tab:blue", label="training loss (running mean)")
+    axes.plot(steps, smoothed(losses), color="tab:blue", label="training loss (smoothed)")
     # The rate has its own axis: it is thousands of times smaller than the loss.
     side = axes.twinx()
     side.plot(steps, rates, color="tab:gray", linestyle=":", linewidth=1)
@@ -194,10 +194,13 @@ def _draw_train(axes: Any, train: Sequence[tuple]) -> None:
     side.set_ylim(bottom=0)
 
 
-def running_mean(values: Sequence[float], memory: float = 0.9) -> list[float]:
-    """The exponential moving mean, with the bias toward zero at its start corrected."""
-    means, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = memory * total + value, memory * weight + 1
-        means.append(total / weight)
-    return means
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The means of windows around each value, of a twentieth of all and 21 values at most.
+
+    A mean of past values alone would lag behind a falling loss. Toward the ends the windows shrink
+    on both sides, so that the first and the last value stay as they are.
+    """
+    size, reach = len(values), min(10, len(values) // 40)
+    sides = [min(reach, i, size - 1 - i) for i in range(size)]
+    windows = [values[i - side : i + side + 1] for i, side in enumerate(sides)]
+    return [sum(window) / len(window) for window in windows]

@@ -9,7 +9,7 @@ import pytest
 from lora_jax import train
 from lora_jax.train import metrics
 from lora_jax.train.events import _masked_crc
-from lora_jax.train.progress import Clock, running_mean
+from lora_jax.train.progress import Clock, smoothed
 
 pytestmark = pytest.mark.once
 
@@ -118,11 +118,15 @@ def test_plot_that_cannot_be_written_is_one_line(tmp_path):
         train.plot_loss(tmp_path / "file" / "loss.png", RECORDS)
 
 
-def test_running_mean_starts_where_the_values_do():
-    values = np.array([3.0, 1.0, 2.0])
-    weights = [[1, 0, 0], [0.9, 1, 0], [0.81, 0.9, 1]]
-    expected = [np.average(values, weights=w) for w in weights]
-    np.testing.assert_allclose(running_mean(values.tolist()), expected)
+def test_the_smoothed_loss_does_not_lag():
+    values = np.sin(np.arange(120.0)).tolist()
+    found = smoothed(values)
+    np.testing.assert_allclose(found[60], np.mean(values[57:64]))  # a twentieth, 3 on each side
+    np.testing.assert_allclose(found[1], np.mean(values[:3]))
+    assert (found[0], found[-1]) == (values[0], values[-1])
+    falling = np.linspace(4.0, 1.0, 1000).tolist()
+    np.testing.assert_allclose(smoothed(falling), falling)
+    assert smoothed([3.0, 1.0]) == [3.0, 1.0] and smoothed([]) == []
 
 
 def test_clock_leaves_out_what_is_not_training(monkeypatch):
