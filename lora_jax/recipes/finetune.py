@@ -257,7 +257,9 @@ def summary(history: Sequence[dict], seconds: float, directory: Path) -> str:
     if not steps:
         return f"no step was left to take; the run is in {directory}"
     first, last = steps[0]["loss"], steps[-1]["loss"]
-    lines = [f"{steps[-1]['step']} steps, {seconds:,.0f} s; loss {first:.4f} -> {last:.4f}"]
+    count = steps[-1]["step"]
+    took = f"{count} step{'s' if count > 1 else ''}, {seconds:,.0f} s"
+    lines = [f"{took}; loss {first:.4f} -> {last:.4f}"]
     if evaluated:
         lines[0] += f"; eval loss {evaluated[0]:.4f} -> {evaluated[-1]:.4f}"
     if last > _RISEN * first:
