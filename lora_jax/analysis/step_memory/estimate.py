@@ -382,7 +382,7 @@ def _plain(value: Any) -> Any:
 
 def _gib(size: int) -> str:
     if size < 10 * 2**20:
-        return f"{size / 2**20:,.2f} MiB"
+        return f"{size / 2**20:,.2f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"
     return f"{size / 2**20:,.0f} MiB" if size < GIB else f"{size / GIB:,.2f} GiB"
 
 

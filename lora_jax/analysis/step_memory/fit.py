@@ -56,9 +56,9 @@ def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]
         if best.fits(device_memory):
             lines.append(f"{name}: {best.total / GIB:.2f} GiB")
         together = _joined(together, found.settings, change)
-    # Two lines at most follow: all changes on one device, and more devices.
-    best = estimate(found.model, config, together)
-    if not lines and best.fits(device_memory):
+    # All changes together are of interest only where none is enough by itself.
+    best = None if lines else estimate(found.model, config, together)
+    if best is not None and best.fits(device_memory):
         lines.append(
             f"all of these together ({_names(found.settings)}): {best.total / GIB:.2f} GiB"
         )
@@ -66,7 +66,9 @@ def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]
         line = _devices(found.model, config, settings, device_memory=device_memory, label=label)
         if line:
             return [*lines, line]
-    return lines or [
+    if best is None or lines:
+        return lines
+    return [
         f"no change here is enough: with {_names(found.settings)} the step still takes "
         f"{best.total / GIB:.2f} GiB on each of {_MOST_DEVICES} devices or fewer"
     ]

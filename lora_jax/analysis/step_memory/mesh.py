@@ -75,7 +75,10 @@ def one_device(config: Any, mesh: Mapping[str, int]) -> Any:
 
 def mesh_note(backend: str) -> str:
     """The assumptions behind an estimate on a mesh, in a line."""
-    line = 'with Forward(rows=("data", "fsdp")); without, XLA holds up to twice the activations'
+    line = (
+        "as `train.fit` and `lora-jax train --mesh` run it; in a loop of your own without "
+        'Forward(rows=("data", "fsdp")) XLA holds up to twice the activations'
+    )
     return line + ("; not checked against a TPU's compiler" if backend == "tpu" else "")
 
 
