@@ -83,6 +83,7 @@ def _write(file: RawIOBase, data: bytes) -> None:
 
 
 def _masked_crc(data: bytes) -> bytes:
+    # Masked, as TensorFlow does, because the CRC of data that holds its own CRC is weak.
     crc = 0xFFFFFFFF
     table = _crc_table()
     for byte in data:

@@ -18,6 +18,7 @@ from lora_jax.train.events import open_events, write_scalars
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
+# Fields that are no scalars: they are in the tag and the step of an event.
 _LABELS = {"kind", "step"}
 
 
