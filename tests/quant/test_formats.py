@@ -349,22 +349,3 @@ def test_codes_are_counted_from_the_bias_as_it_is_stored():
     error = np.abs(np.asarray(q.dequantize()) - w)
     # All but those clipped at the two ends are within half a code.
     assert np.mean(error <= 0.51 / 15) > 0.95
-
-
-def test_a_weight_between_two_codes_takes_the_lower():
-    """As in bitsandbytes, whose comparisons are `>`."""
-    values = np.asarray(FORMATS["nf4"].codebook, np.float32)
-    middles = (values[1:] + values[:-1]) / np.float32(2)
-    w = np.concatenate([middles, np.ones(1, np.float32)])[:, None]  # the scale is 1
-    q = quant.quantize_array(w, block_size=16, scale_dtype="float32", pad=True)
-    np.testing.assert_array_equal(foreign.codes_of(q)[:, 0], np.arange(16))
-
-
-def test_a_scale_between_two_codes_takes_the_lower():
-    table = formats.dynamic_map()
-    middles = (table[1:] + table[:-1]) / np.float32(2)
-    # Their mean is 0 and the largest is 1, so that the map's own values are compared.
-    scales = np.stack([middles, -middles, np.ones(255), -np.ones(255)], axis=1)[..., None]
-    packed = jax.vmap(lambda s: formats.compress_scales(s, 4))(jnp.asarray(scales, jnp.float32))
-    assert not packed["offset"].any() and (packed["scale2"] == 1).all()
-    np.testing.assert_array_equal(packed["scale"][:, 0, 0], np.arange(255))
