@@ -187,7 +187,7 @@ def _without_pairs(context: Context, jaxpr: Any, values: list) -> list:
     def dense(pair: Pair) -> jax.Array:
         weights = [pair.left, pair.right][: len(pair.eqn.invars)]
         reason = "elementwise product of two weights"
-        return _materialized(context, jaxpr, pair.eqn, weights, reason)[0].astype(pair.dtype)
+        return _materialized(context, jaxpr, pair.eqn, weights, reason=reason)[0].astype(pair.dtype)
 
     return [dense(x) if isinstance(x, Pair) else x for x in values]
 
@@ -237,7 +237,7 @@ def _apply(context: Context, jaxpr: Any, eqn: Any, values: list) -> list:
     if compat.name_of(eqn) not in _TAKE_PAIRS:
         values = _without_pairs(context, jaxpr, values)
         if not any(map(is_implicit, values)):
-            return _materialized(context, jaxpr, eqn, values, "")
+            return _materialized(context, jaxpr, eqn, values, reason="")
     try:
         if row is None or row.rule is None:
             raise Unsupported("the operation has no rule")
@@ -257,10 +257,10 @@ def _apply(context: Context, jaxpr: Any, eqn: Any, values: list) -> list:
         return list(out) if eqn.primitive.multiple_results else [out]
     except Unsupported as reason:
         values = _without_pairs(context, jaxpr, values)
-        return _materialized(context, jaxpr, eqn, values, str(reason))
+        return _materialized(context, jaxpr, eqn, values, reason=str(reason))
 
 
-def _materialized(context: Context, jaxpr: Any, eqn: Any, values: list, reason: str) -> list:
+def _materialized(context: Context, jaxpr: Any, eqn: Any, values: list, *, reason: str) -> list:
     """One equation with its implicit operands materialized."""
     env = {}
     for v, x in zip(eqn.invars, values, strict=True):

@@ -180,8 +180,8 @@ def _backward(form: tuple, saved: tuple, g: Any) -> tuple[Array, Array]:
         return reorder(out, have, list(want))
 
     return (
-        against(g, g_labels, factor, factor_labels, thin_labels, thin.dtype),
-        against(thin, thin_labels, g, g_labels, factor_labels, factor.dtype),
+        against(g, g_labels, factor, factor_labels, want=thin_labels, dtype=thin.dtype),
+        against(thin, thin_labels, g, g_labels, want=factor_labels, dtype=factor.dtype),
     )
 
 

@@ -114,7 +114,7 @@ def _invariant(body: Any, consts: int, carry: Sequence) -> dict[int, Any]:
     return {i: x for i, (before, after, x) in pairs if is_implicit(x) and before is after}
 
 
-def _dense(context: Context, eqn: Any, values: Sequence, forms: Sequence, reason: str) -> list:
+def _dense(context: Context, eqn: Any, values: Sequence, forms: Sequence, *, reason: str) -> list:
     """Values as a loop or a branch hands them on: weights in their forms, all else as arrays."""
     return [
         in_form(x, form)
@@ -225,11 +225,11 @@ def scan(context: Context, eqn: Any, values: list) -> list:
         after, ys = run(context, state, x)
         ys, structure = jax.tree.flatten(list(ys))
         shape[:] = [structure]
-        return _dense(context, eqn, after, forms, "the loop carries it out"), ys
+        return _dense(context, eqn, after, forms, reason="the loop carries it out"), ys
 
     state, ys = lax.scan(
         context.resumable(body),
-        _dense(context, eqn, start, forms, "the loop changes it as its carry"),
+        _dense(context, eqn, start, forms, reason="the loop changes it as its carry"),
         inputs,
         length=p["length"],
         reverse=p["reverse"],
@@ -292,11 +292,11 @@ def while_loop(context: Context, eqn: Any, values: list) -> list:
     def body(state: tuple) -> tuple:
         step, now = state
         return step + 1, _dense(
-            context, eqn, run(context, step, now), forms, "the loop carries it out"
+            context, eqn, run(context, step, now), forms, reason="the loop carries it out"
         )
 
     # A while loop has no step number of its own.
-    start = zero, _dense(context, eqn, first, forms, "the loop changes it as its carry")
+    start = zero, _dense(context, eqn, first, forms, reason="the loop changes it as its carry")
     _, state = lax.while_loop(test, context.resumable(body), start)
     return _fill(len(carry), fixed, live, state)
 
@@ -319,7 +319,9 @@ def cond(context: Context, eqn: Any, values: list) -> list:
 
     def branch(jaxpr: Any) -> Callable:
         def go(*xs: Any) -> list:
-            return _dense(context, eqn, run(context, jaxpr, xs), forms, "a branch returns it")
+            return _dense(
+                context, eqn, run(context, jaxpr, xs), forms, reason="a branch returns it"
+            )
 
         return context.resumable(go)
 

@@ -15,6 +15,7 @@ last, and multiplied group by group, in one of two forms:
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -207,7 +208,7 @@ def _each(form: Form, x: Any, ids: Any, factors: tuple, scale: Any) -> Array:
     return _steps(form, x, chosen, take_adapters(scale, which, 0))
 
 
-def _steps(form: Form, x: Any, factors: tuple, scale: Any) -> Array:
+def _steps(form: Form, x: Any, factors: Sequence, scale: Any) -> Array:
     """`x (n, p, k)` through factors `(n, k, r)`, `(n, r, m)`, the scale `(n,)` before the last."""
     y = x
     for number, factor in enumerate(factors, start=1):
