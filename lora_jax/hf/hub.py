@@ -28,6 +28,7 @@ def snapshot(name: str, *, revision: str | None = None, patterns: Sequence[str] 
     errors = require("huggingface_hub.errors")
     try:
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    # No `owner/name`: most often the misspelt path of a directory.
     except errors.HFValidationError:
         raise FileNotFoundError(
             f"`{name}` is neither a directory nor a .gguf file that exists, nor a hub id "

@@ -53,7 +53,7 @@ class Family:
       ignored: globs of tensors that checkpoints hold and that are computed here.
       prefix: the start of every name but the head's, which checkpoints saved from the model
         without its head leave out.
-      starts: other starts of names in some checkpoints, and the ones they stand for.
+      starts: other starts of names in some checkpoints, and what they are replaced by.
       tied: the tensor that may be left out because it repeats another, and that other one.
     """
 

@@ -154,7 +154,7 @@ def open_exact(
 
 
 def _check_finite(tensor: np.ndarray, name: str, path: Path) -> None:
-    """Refuses NaN and infinity: a model with one in a weight answers with nothing, or with NaN."""
+    """Refuses NaN and infinity: a model with one in a weight generates nothing."""
     if tensor.dtype.itemsize == 2 and tensor.dtype.kind in "fV":
         # All bits of the exponent set. numpy's own test of 16-bit floats takes ten times as long.
         exponent = np.uint16(0x7C00 if tensor.dtype == np.float16 else 0x7F80)
@@ -195,7 +195,7 @@ def _files(directory: Path) -> dict[Path, dict[str, Entry]]:
         return {single: read_header(single)}
     if (directory / INDEX).exists():
         return _shards(directory)
-    # Refused by name, because "no weights" would not tell what to do.
+    # Refused by name, because "no weights" would not help: these have to be converted.
     for pickle in sorted(p for p in directory.iterdir() if p.suffix in PICKLES):
         refuse_pickle(pickle)
     raise FileNotFoundError(f"{directory}: no weights: neither {SINGLE} nor {INDEX} is there")

@@ -1,6 +1,6 @@
 """Writing safetensors one tensor at a time, in one file or in shards with an index.
 
-The library's own writer wants all tensors of a file at once; here names and shapes are known
+The library's own writer takes all tensors of a file at once; here names and shapes are known
 beforehand, so that the header can be written first and each tensor's bytes as they come.
 
 Format: 8 bytes little-endian header length, the header (JSON: name -> dtype, shape, data_offsets,
@@ -97,7 +97,7 @@ def write_shards(
       max_shard_size: bytes of tensors in a file; a tensor larger than that has a file of its own.
 
     Raises:
-      ValueError: a tensor is not what its entry says.
+      ValueError: a tensor has another shape or dtype than its entry.
       OSError: a file cannot be written.
     """
     shards = list(_shards(entries, max_shard_size))

@@ -82,6 +82,7 @@ def check_counts(config: Any, weights: Weights, path: str | os.PathLike) -> None
             f"{path}: `num_hidden_layers` is {layers}, but there are only {tensors} tensors in "
             f"{weights.source}"
         )
+    # A size above every dimension cannot be right, and would be allocated as it stands.
     largest = max((size for shape in weights.shapes.values() for size in shape), default=0)
     for name in _SIZES:
         if (size := getattr(config, name, None) or 0) > largest:
@@ -215,7 +216,7 @@ def _leaf(
     # Filled layer by layer, and cast to the leaf's dtype as each is written: no stack of copies.
     out = np.empty(shape.shape, shape.dtype)
     for place, name in places:
-        tensor = read(name)
+        tensor = read(name)  # in Hugging Face's order of dims
         out[place.index] = tensor if place.axes is None else tensor.transpose(place.axes)
     return jax.device_put(out)
 

@@ -345,7 +345,7 @@ def read_tensor(file: Gguf, name: str) -> np.ndarray:
     if kind == kinds.F32:
         tensor = raw.view(np.float32).reshape(record.shape)
     else:
-        # The package wants bytes for quantized types, and numbers for F16.
+        # `gguf` takes bytes for quantized types, and numbers for F16.
         rows = raw.reshape(*record.shape[:-1], -1)
         rows = rows.view(np.float16) if kind == kinds.F16 else rows
         try:

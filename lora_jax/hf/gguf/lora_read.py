@@ -90,6 +90,7 @@ def _check_metadata(metadata: Mapping[str, Any], base: Base, path: Path) -> floa
             f"{path}: the adapter is for a `{arch}`, the model is a `{base.architecture}`; load "
             "the model it was made for"
         )
+    # llama.cpp switches such an adapter on only after these tokens of a prompt.
     if "adapter.alora.invocation_tokens" in metadata:
         raise ValueError(
             f"{path}: an activated LoRA (`adapter.alora.invocation_tokens`) is not supported"
@@ -111,6 +112,7 @@ def _pair_names(tensors: Mapping[str, Any], path: Path) -> list[str]:
             norms.append(tensor)
         else:
             raise ValueError(f"{path}: tensor `{tensor}` is neither a lora_a nor a lora_b")
+    # A factor without its other half would be an adapter that changes nothing.
     for name in names:
         for ending in _OURS:
             if f"{name}.weight{ending}" not in tensors:

@@ -39,7 +39,7 @@ ARCHITECTURE_OF: Mapping[str, str] = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma",
     "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "gpt2": "gpt2",
 }  # fmt: skip
-# Families that tie head and embedding where config.json does not say.
+# Families that tie head and embedding where config.json has no `tie_word_embeddings`.
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "gpt2")
 
 

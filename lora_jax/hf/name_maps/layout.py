@@ -61,6 +61,7 @@ def parse(text: str, sizes: Mapping[str, int] | None = None) -> Layout:
     for name in (name for group in theirs for name in group):
         if name not in known:
             raise ValueError(f"layout `{text}`: `{name}` occurs on the left only")
+    # One table of sizes serves all rules of a map; each layout keeps those of its own names.
     used = {k: v for k, v in (sizes or {}).items() if k in known}
     layout = Layout(text, theirs, ours, tuple(sorted(used.items())))
     stacked = {name for d in layout.stacks for name in ours[d]}
@@ -72,6 +73,7 @@ def parse(text: str, sizes: Mapping[str, int] | None = None) -> Layout:
 
 
 def _groups(side: str, text: str) -> Groups:
+    # Any other character becomes a token of its own, which the check below then names.
     tokens = re.findall(r"\([^()]*\)|[A-Za-z]\w*|\S", side)
     groups = tuple(tuple(token.strip("()").split()) for token in tokens)
     names = [name for group in groups for name in group]
@@ -96,6 +98,7 @@ def measured(layout: Layout, shape: Sequence[int]) -> dict[str, int]:
         )
     known = dict(layout.sizes)
     for size, group in zip(shape, layout.ours, strict=True):
+        # Of a group one size follows from the dimension and the others.
         open_names = [name for name in group if name not in known]
         rest = math.prod(known[name] for name in group if name in known)
         if len(open_names) > 1:

@@ -217,7 +217,7 @@ def _lora_whole(path: str, leaf: LoraArray, placed: Placed, found: list[Any]) ->
 
 
 def _saved_whole(path: str, leaf: SavedArray, placed: Placed, found: list[Any]) -> SavedArray:
-    value = np.array(leaf.value)
+    value = np.array(leaf.value)  # layers that do not train keep the base's numbers
     for part, one in zip(placed.parts, found, strict=True):
         if isinstance(one, SavedArray):
             place_there = at(part.index, placed.layout.stacks, value.ndim)

@@ -181,6 +181,7 @@ def _place(template: str, shape: Sequence[int], text: str, sizes: Mapping[str, i
             f"{stacks}"
         )
     known = measured(layout, shape)
+    # The `{}` of a rule are filled in the order of the leaf's stacks.
     counts = [range(shape[d]) for d in layout.stacks]
     parts = []
     for index in product(*counts):
@@ -269,6 +270,7 @@ def from_hugging_face(shapes: Any, weights: Weights, using: NameMap) -> Any:
         for placed in places
         for part in placed.parts
     }
+    # Before anything is read, so that a wrong map fails at once and with all that is wrong.
     check_fit(wanted, weights, ignored=using.ignored)
     filled = (_filled(leaf, p, weights) for (_, leaf), p in zip(leaves, places, strict=True))
     return jax.tree.unflatten(tree, list(filled))

@@ -12,6 +12,7 @@ Source: PEFT 0.21, `save_and_load.py`; the format was checked by loading both wa
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -151,7 +152,10 @@ def attach(
     tensors = without_module(tensors, leaves, source)
     config, tensors = respelled(config, tensors, map(bare, leaves))
     places = None if name_map is None else places_of(leaves, name_map)
-    plan, saved = _plan(config, leaves, places, plan_of, source, name_map)
+    planned = partial(
+        _plan, leaves=leaves, places=places, plan_of=plan_of, source=source, name_map=name_map
+    )
+    plan, saved = planned(config)
     check_task(
         config,
         tensors,
@@ -164,7 +168,7 @@ def attach(
     if settled != config:
         # The file holds tables of its own, which train whole.
         config = settled
-        plan, saved = _plan(config, leaves, places, plan_of, source, name_map)
+        plan, saved = planned(config)
     blank = _blank(plan, config, params, source)
     if places is None:
         return fill(blank, config, tensors, source=source, model_type=model_type), config
@@ -176,6 +180,7 @@ def attach(
 
 def _plan(
     config: LoraConfig,
+    *,
     leaves: Mapping[str, Any],
     places: Mapping[str, Placed] | None,
     plan_of: Callable[[LoraConfig], Plan],

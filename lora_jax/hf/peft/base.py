@@ -6,11 +6,13 @@ hold them. A reader repeats LoftQ over the float base, or has a base that is qua
 
 import dataclasses
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from lora_jax.array import leaves_by_path
 from lora_jax.files import read_json
+from lora_jax.hf.checkpoint.names import WRAPPED, unified
 from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.peft.index import PREFIX
 from lora_jax.hf.peft.tying import HEAD
@@ -71,13 +73,6 @@ def model_type_of(base: str | None) -> str | None:
     return fields.get("model_type") if isinstance(fields, dict) else None
 
 
-# The names of transformers' classes before 4.52, as checkpoints still have them, and those of now.
-_RENAMED = (
-    ("language_model.model.", "model.language_model."),
-    ("language_model.lm_head", "lm_head"),
-)
-
-
 def check_names(tensors: Iterable[str], base: str) -> None:
     """Refuses an adapter of modules that its base does not have: PEFT would load none of it.
 
@@ -91,9 +86,11 @@ def check_names(tensors: Iterable[str], base: str) -> None:
     directory = Path(base)
     if not directory.is_dir() or not any(directory.glob("*.safetensors")):
         return
-    there = {name.rpartition(".")[0] for name in open_directory(directory).shapes}
-    for old, new in _RENAMED:
-        there |= {new + name.removeprefix(old) for name in there if name.startswith(old)}
+    names: set[str] = set(open_directory(directory).shapes)
+    if any(fnmatchcase(name, glob) for name in names for glob in WRAPPED.ignored):
+        # transformers renames old checkpoints of images and texts when it loads them.
+        names |= unified(names, WRAPPED).keys()
+    there = {name.rpartition(".")[0] for name in names}
     for key in tensors:
         module = key.removeprefix(PREFIX).partition(".lora_")[0]
         # A tied head has no tensor of its own, and files hold experts one by one.

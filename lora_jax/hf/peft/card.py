@@ -97,6 +97,7 @@ def card(fields: Mapping[str, Any], auto_class: str | None = None) -> str:
         )
     if fields.get("bias", "none") != "none":
         facts.append(f"- biases of the base trained: {fields['bias']}")
+    # The Hub lists the adapter under its base by this front matter.
     front = ["---", "library_name: peft", "tags:", "- lora", "- lora_jax"]
     front[1:1] = [f"base_model: {_quoted(base)}"] if base else []
     model = auto_class or _OF_TASK.get(fields.get("task_type") or "", "AutoModel")

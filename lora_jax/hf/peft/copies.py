@@ -6,7 +6,7 @@
     lm_head.original_module.weight                  the same, of one that trains whole
     lm_head.token_adapter.trainable_tokens_delta    a tied head, of a model resized in memory
 
-PEFT writes embedding and head where `save_embedding_layers` says so or the vocabulary was resized,
+PEFT writes embedding and head with `save_embedding_layers`, or where the vocabulary was resized,
 and loads them over the base's. A copy that equals the base's table is left out; one that differs
 trains whole, with the file's numbers.
 """
@@ -137,7 +137,7 @@ def without_copies(
             continue
         whole = f"{PREFIX}{module}.weight"
         if ending in _BASE:
-            # The fine-tuned table beside it tells what a changed base would do.
+            # An original is not compared: the trained table beside it replaces it in any case.
             if ending != _ORIGINAL and not _equal(tables[module].read(), tensor):
                 raise ValueError(
                     f"{source}: `{key}` is not this model's base weight; the adapter was made on "
@@ -158,12 +158,12 @@ def without_copies(
     if not changed:
         return config, kept
     if twin and {twin, HEAD} & set(changed):
-        return _tied_and_changed(config, kept, twin, changed, source)
+        return _tied_and_changed(config, kept, twin, changed=changed, source=source)
     return _saving(config, changed), kept
 
 
 def _tied_and_changed(
-    config: LoraConfig, kept: dict[str, np.ndarray], twin: str, changed: list[str], source: str
+    config: LoraConfig, kept: dict[str, np.ndarray], twin: str, *, changed: list[str], source: str
 ) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """Head and embedding are one leaf: the file has to give both the same numbers."""
     halves = [module for module in (twin, HEAD) if module in changed]

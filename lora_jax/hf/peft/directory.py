@@ -94,6 +94,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    # The header is checked against the file before anything is allocated.
     header = read_header(path)
     for name, entry in header.items():
         if entry.dtype not in _DTYPES:
@@ -155,8 +156,8 @@ def write_directory(
         raise ValueError(f"{root}: expected a directory to write the adapter to, got a file")
     try:
         if root.exists():
-            # Inside: the directory may be a mounted disk of its own. What an export that was killed
-            # before it existed has left lies beside it.
+            # Temporary files are inside, because the directory may be a mounted disk of its own. An
+            # export that was killed before the directory existed left its files beside it.
             sweep(root)
             with temporary_beside(root / CONFIG_FILE) as temporary:
                 _write(temporary, fields, tensors, text)

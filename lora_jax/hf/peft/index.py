@@ -149,8 +149,8 @@ def parameters_of(path: str, leaf: Any, config: LoraConfig) -> dict[tuple[int, .
         layer: f"{names.module_name(module, layer)}.{parameter}"
         for layer in np.ndindex(*leaf.shape[:depth])
     }
-    meant = any(matching.names_parameter(config, name) for name in found.values())
-    return found if meant else {}
+    targeted = any(matching.names_parameter(config, name) for name in found.values())
+    return found if targeted else {}
 
 
 def their_parameter(path: str) -> str:
@@ -196,9 +196,9 @@ def named_targets(index: AdapterIndex) -> list[str]:
     adapted = set(index.adapted)
     every = set(every_module(index.leaves, index.config))
     short = {name.rpartition(".")[2] for name in adapted}
-    meant = {n for n in every if any(matching.ends_with(n, s) for s in short)}
+    matched = {n for n in every if any(matching.ends_with(n, s) for s in short)}
     excluded = {n for n in every if matching.is_excluded(index.config, n)}
-    return sorted(short if meant - excluded == adapted else adapted)
+    return sorted(short if matched - excluded == adapted else adapted)
 
 
 def nesting(index: AdapterIndex) -> dict[str, int]:
@@ -209,7 +209,7 @@ def nesting(index: AdapterIndex) -> dict[str, int]:
     others as `target_parameters` lists them. If that order is wrong, the shapes do not fit.
 
     Raises:
-      ValueError: the order is not known, and shapes could not tell that it is wrong.
+      ValueError: the order is not known, and the shapes are equal, so a wrong one would fit.
     """
     modules: dict[str, list[str]] = {}
     sizes_by_name = {}

@@ -45,6 +45,7 @@ def check_task(
       ValueError: the file holds a head that the model does not have.
     """
     there = {key.removeprefix(PREFIX).partition(".")[0] for key in tensors}
+    # Components are compared, as a head may lie inside another module.
     here = {part for path in paths for part in path.split(".")}
     for head in _HEADS:
         if head in there - here:
@@ -106,7 +107,7 @@ def fill(
 def _check_meant(rows: Sequence[IndexRow]) -> None:
     if isinstance(rows[0].leaf, LoraArray) and not any(row.rank for row in rows):
         raise ValueError(
-            f"leaf `{rows[0].path}` has an adapter, but the config does not mean it; use the "
+            f"leaf `{rows[0].path}` has an adapter, but the config does not target it; use the "
             "config the tree was made with"
         )
 

@@ -72,7 +72,7 @@ def content_of(
         )
     if not any(row.rank for rows in index.rows.values() for row in rows):
         raise ValueError(
-            "lora_params: no leaf carries an adapter that the config means; pass the tree that "
+            "lora_params: no leaf has an adapter that the config describes; pass the tree that "
             "lora_jax.init made with this config"
         )
     tensors = {}
@@ -81,7 +81,7 @@ def content_of(
         host, found = read_leaf(index.leaves[path], specs)
         _check_agreement(host, index.rows[path], config, specs)
         tensors |= {spec.key: _as_peft(found[spec.key], spec) for spec in specs}
-    # PEFT would load NaN without a word, and every output would be NaN.
+    # PEFT would load NaN without an error, and every output would be NaN.
     for name, value in tensors.items():
         directory.check_tensor(name, value, "lora_params")
     fields = config.to_peft()
@@ -91,7 +91,7 @@ def content_of(
     elif config.target_modules == ALL_LINEAR or not all(
         matching.is_target(config, name) for name in index.adapted
     ):
-        # PEFT knows no paths of stacked layers: names that match there the modules adapted here.
+        # PEFT has no paths of stacked layers: names that match the same modules there.
         fields["target_modules"] = named_targets(index)
         if ties(config) and HEAD in config.target_modules:
             # The tree has no such module; for PEFT the entry ties head and embedding.
@@ -100,7 +100,7 @@ def content_of(
 
 
 def _is_exact(config: LoraConfig) -> bool:
-    """Whether the targets tell a decoder's modules from those of what it is in."""
+    """Whether the targets match modules of the decoder alone, not of the vision tower."""
     targets = config.target_modules
     listed = (targets,) if isinstance(targets, str) else targets
     return all("language_model" in entry for entry in listed)
@@ -114,7 +114,7 @@ def _as_peft(tensor: np.ndarray, spec: TensorSpec) -> np.ndarray:
 def _check_agreement(
     leaf: Any, rows: Sequence[IndexRow], config: LoraConfig, specs: Sequence[TensorSpec]
 ) -> None:
-    """The file and its config stand for the same numbers as the leaf."""
+    """The file with its config gives PEFT the same numbers as the leaf."""
     if isinstance(leaf, SavedArray):
         _check_saved(leaf, rows[0].path, specs)
     elif isinstance(leaf, RowsArray):

@@ -82,9 +82,9 @@ def settled(config: LoraConfig, leaves: Mapping[str, Any]) -> LoraConfig:
             kept[field] = tuple(entry for entry in value if (field, entry) not in unused)
     if "target_modules" in kept:
         # An entry that matches excluded modules only is unused too.
-        meant = (e for e in kept["target_modules"] if any(matching.ends_with(n, e) for n in free))
+        used = (e for e in kept["target_modules"] if any(matching.ends_with(n, e) for n in free))
         # With none left, the error of `plan` lists the nearest names.
-        kept["target_modules"] = tuple(meant) or config.target_modules
+        kept["target_modules"] = tuple(used) or config.target_modules
     if ("exclude_modules", config.exclude_modules) in unused:
         kept["exclude_modules"] = ()
     kept["trainable_token_indices"] = _without_tied_rows(config, every)

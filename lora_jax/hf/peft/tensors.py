@@ -4,7 +4,7 @@
         path model.layers.self_attn.q_proj.kernel, part a, layer (3,):  a[3] (in..., R)
 
 A `TensorSpec` is one tensor of the file and its place in a leaf. Export reads the specs out of a
-tree, import writes them into one; neither knows anything else about the file. The layouts:
+tree, import writes them into one; both use nothing else of the file. The layouts:
 
     linear       A (r, in)             B (out, r)
     embedding    A (r, vocabulary)     B (features, r)
@@ -78,8 +78,8 @@ class _Layout(NamedTuple):
     axes: tuple[int, ...] | None = None
 
 
-# Families whose class in transformers stores experts as (experts, in, out) and does not say so
-# (`is_transposed`): there PEFT takes the outputs for inputs. All others take the inputs.
+# Families whose class in transformers stores experts as (experts, in, out) without setting
+# `is_transposed`: PEFT then takes the outputs for the inputs. In all others it is right.
 _SWAPPED = ("llama4", "llama4_text")
 
 
@@ -215,12 +215,12 @@ def _is_swapped(
     """Whether PEFT takes the outputs of a parameter for its inputs.
 
     It takes a parameter's last dim for the inputs, and the first after the experts' only where the
-    module's class says that it is transposed. `expected` are the shapes of the file's A, plain and
+    module's class sets `is_transposed`. `expected` are the shapes of the file's A, plain and
     swapped; `found` is the file's, or None when one is written.
     """
     roles = row.leaf.roles[len(row.layer) :]
     if module_of(bare(row.path)) != bare(row.path):
-        # A module's weight lies there as its table of names says.
+        # The file has a module's weight in the order of dims in its family's table of names.
         axes = names.tensor_of(bare(row.path), row.layer).axes
         roles = roles if axes is None else "".join(roles[axes.index(d)] for d in range(len(axes)))
     in_first = roles.replace("s", "").startswith("i")

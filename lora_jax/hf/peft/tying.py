@@ -1,6 +1,6 @@
 """A table that is both the embedding and the output head: how PEFT adapts it, and what it writes.
 
-PEFT knows two modules, `embed_tokens` and `lm_head`, and changes both only where its config has
+PEFT has two modules, `embed_tokens` and `lm_head`, and changes both only where its config sets
 `ensure_weight_tying`. Here they are one leaf, so an adapter always changes both.
 """
 

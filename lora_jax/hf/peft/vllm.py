@@ -26,7 +26,7 @@ _B = (".lora_B.weight", ".lora_embedding_B")
 def for_vllm(
     fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config: LoraConfig
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Rewrites the content of a PEFT directory for vLLM; in PEFT it stands for the same change.
+    """Rewrites the content of a PEFT directory for vLLM; PEFT computes the same with it.
 
     Args:
       fields: the JSON object of PEFT's config.
@@ -90,7 +90,7 @@ def _fields(fields: Mapping[str, Any], modules: list[str], rank: int | None) -> 
         out |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
     out |= {"rank_pattern": {}, "alpha_pattern": {}}
     if not isinstance(out["target_modules"], list) or out["layers_to_transform"] is not None:
-        # vLLM knows neither regular expressions nor layer numbers.
+        # vLLM reads neither regular expressions nor layer numbers.
         out["target_modules"] = sorted(m.removeprefix(PREFIX) for m in modules)
         out |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     return out

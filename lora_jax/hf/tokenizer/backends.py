@@ -1,7 +1,7 @@
 """Building a tokenizer from the vocabulary, merges and token types in a GGUF file.
 
-How text is split before merging is not in the file: `tokenizer.ggml.pre` names it, in llama.cpp's
-words. An unknown name is an error, because another split gives other tokens.
+How text is split before merging is not in the file: `tokenizer.ggml.pre` has llama.cpp's name for
+it. An unknown name is an error, because another split gives other tokens.
 """
 
 from collections.abc import Mapping

@@ -41,9 +41,9 @@ class Rendered(NamedTuple):
 
 
 class _Budget:
-    """What is left to one run of a template, and the answers that it marked."""
+    """Steps, seconds and characters that one run of a template has left, and its marked answers."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.steps, self.ends = _MOST_STEPS, time.monotonic() + _MOST_SECONDS
         # Text that is made, and the part of it that is written: a block may be kept or dropped.
         self.made = self.written = 0
@@ -93,7 +93,7 @@ def _refuse(why: str) -> NoReturn:
     raise require("jinja2").TemplateError(why)
 
 
-# Compiled once a template, not once a conversation.
+# A data set renders one template for thousands of conversations.
 @lru_cache(maxsize=16)
 def _compiled(source: str) -> Any:
     jinja2 = require("jinja2")

@@ -204,8 +204,8 @@ _TEXT_END = _end("<|endoftext|>")
 CLASSES: Mapping[str, Class] = {
     "LlamaTokenizer": Class("BPE", _llama, _S),
     "CodeLlamaTokenizer": Class(
-        "BPE", _code_llama, _S, "bos_token $A", "bos_token $A bos_token:1 $B:1",
-        ("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", "<FILL_ME>"),
+        "BPE", _code_llama, _S, single="bos_token $A", pair="bos_token $A bos_token:1 $B:1",
+        extra=("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", "<FILL_ME>"),
     ),
     "GemmaTokenizer": Class("BPE", _gemma, _GEMMA_SPECIAL),
     "Qwen2Tokenizer": Class(
@@ -217,24 +217,24 @@ CLASSES: Mapping[str, Class] = {
     "GPT2Tokenizer": Class("BPE", _gpt2, {**_TEXT_END, "bos_token": "<|endoftext|>"}),
     "GPTNeoXTokenizer": Class(
         "BPE", _neox, {**_TEXT_END, "bos_token": "<|endoftext|>", "pad_token": "<|padding|>"},
-        "$A", "$A $B:1",
+        single="$A", pair="$A $B:1",
     ),
     "CohereTokenizer": Class("BPE", _cohere, _COHERE_SPECIAL),
     "RobertaTokenizer": Class(
-        "BPE", _gpt2, _ROBERTA_SPECIAL, "cls_token $A sep_token",
-        "cls_token $A sep_token sep_token $B sep_token",
+        "BPE", _gpt2, _ROBERTA_SPECIAL, single="cls_token $A sep_token",
+        pair="cls_token $A sep_token sep_token $B sep_token",
     ),
     "BertTokenizer": Class(
-        "WordPiece", _bert, _BERT_SPECIAL, "cls_token $A sep_token",
-        "cls_token $A sep_token $B:1 sep_token:1",
+        "WordPiece", _bert, _BERT_SPECIAL, single="cls_token $A sep_token",
+        pair="cls_token $A sep_token $B:1 sep_token:1",
     ),
     "XLMRobertaTokenizer": Class(
-        "Unigram", _xlm_roberta, _ROBERTA_SPECIAL, "bos_token $A eos_token",
-        "bos_token $A eos_token eos_token $B eos_token",
+        "Unigram", _xlm_roberta, _ROBERTA_SPECIAL, single="bos_token $A eos_token",
+        pair="bos_token $A eos_token eos_token $B eos_token",
     ),
     "T5Tokenizer": Class(
         "Unigram", _t5, {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
-        "$A eos_token", "$A eos_token $B eos_token",
-        tuple(f"<extra_id_{i}>" for i in range(100)),
+        single="$A eos_token", pair="$A eos_token $B eos_token",
+        extra=tuple(f"<extra_id_{i}>" for i in range(100)),
     ),
 }  # fmt: skip

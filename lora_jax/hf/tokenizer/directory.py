@@ -150,6 +150,7 @@ def _add_declared(
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: the added tokens are not ids with texts: {error!r}") from None
     there = backend.get_added_tokens_decoder()
+    # In the order of their ids, because the library numbers new tokens one after the other.
     for number, token in sorted(tokens.items()):
         if repr(there.get(number)) != repr(token):
             backend.add_tokens([token])
@@ -232,6 +233,7 @@ def _ends(directory: Path, backend: Any) -> tuple[int, ...]:
     for name in ("config.json", "generation_config.json"):
         given = read_object(directory / name, optional=True).get("eos_token_id")
         ids = given if isinstance(given, list) else [given]
+        # Some configs name ids that their tokenizer does not have.
         found += [i for i in ids if type(i) is int and 0 <= i < 2**32 and backend.id_to_token(i)]
     return tuple(dict.fromkeys(found))
 

@@ -67,11 +67,13 @@ def class_of(settings: Mapping[str, Any], config: Mapping[str, Any], backend: An
     """
     model = config.get("model_type")
     declared = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    # None: a type that is not in the table. "": one whose tokenizer.json is followed.
     its = _OF_TYPE.get(model) if isinstance(model, str) else None
     if declared is None:
         return its or ""
     declared = str(declared).removesuffix("Fast")
     declared = _SAME.get(declared, declared)
+    # A repository with code of its own: without that code its class is taken as declared.
     if "auto_map" in settings:
         return declared
     # Llama 3's files: a byte-level tokenizer under the class of Llama 2.

@@ -90,6 +90,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
+        # Not the number of tokens: the ids of some tokenizers have gaps.
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
@@ -208,6 +209,7 @@ class Tokenizer:
         for number, message in enumerate(messages):
             if not isinstance(message, Mapping) or "role" not in message:
                 raise ValueError(f"message {number} is not an object with a `role`: {message!r}")
+        # Templates test `tools is none`: an undefined variable would not be.
         context = {"tools": None, "documents": None, **self.special, **options}
         return chat.render(
             self._template(options),

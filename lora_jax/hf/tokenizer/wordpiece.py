@@ -46,6 +46,7 @@ def _vocabulary(path: Path, special: Mapping[str, str]) -> dict[str, int]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+    # A last line may end in a line break or not; files from Windows have "\r" before each.
     pieces = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
     vocabulary: dict[str, int] = {}
     for number, piece in enumerate(pieces):

@@ -269,6 +269,8 @@ def test_qwen_before_transformers_4_52(made, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, old.params, new.params)
     save_merged(tmp_path / "merged", old, old.params)
     assert load_file(tmp_path / "merged" / WEIGHTS).keys() == tensors.keys()
+    check_names(["base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.weight"],
+                str(tmp_path))  # fmt: skip
 
 
 @pytest.mark.parametrize(
