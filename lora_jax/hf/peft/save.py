@@ -72,7 +72,7 @@ def content_of(
         )
     if not any(row.rank for rows in index.rows.values() for row in rows):
         raise ValueError(
-            "lora_params: no leaf has an adapter that the config describes; pass the tree that "
+            "lora_params: no leaf carries an adapter that the config describes; pass the tree that "
             "lora_jax.init made with this config"
         )
     tensors = {}

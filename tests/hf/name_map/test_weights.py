@@ -104,7 +104,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
         lora.hf.save_weights(new, {**params, "other": params["norm"]}, both)
     assert not list(tmp_path.iterdir())
     new.mkdir()
-    with pytest.raises(FileExistsError, match="something already"):
+    with pytest.raises(FileExistsError, match="exists already"):
         lora.hf.save_weights(new, params, MAP)
 
 
