@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lora_jax import compat
-from lora_jax.array import widened
 from lora_jax.dims import a_dims
 from lora_jax.transform import base_weight
-from lora_jax.transform.implicit import Implicit, Unsupported, owned
+from lora_jax.transform.implicit import Implicit, Unsupported, owned, wide_dtype
 from lora_jax.transform.labels import RANK, expand_to, labels, reorder
 from lora_jax.transform.low_rank import compute_dtype, contract, dropped, low_rank
 
@@ -195,7 +194,7 @@ def conv(
         dimension_numbers=a_spec,
         feature_group_count=groups,
         precision=precision,
-        preferred_element_type=widened(lhs.dtype),
+        preferred_element_type=wide_dtype(lhs.dtype),
         window_strides=window_strides,
         padding=padding,
         lhs_dilation=lhs_dilation,
@@ -264,7 +263,7 @@ def ragged_dot(
         first, second = jnp.swapaxes(v.b, 1, 2), jnp.swapaxes(v.a, 1, 2)
     x = dropped(v, lhs, use)
     x = x.astype(compute_dtype(x, v))
-    wide = widened(x.dtype)
+    wide = wide_dtype(x.dtype)
     middle = lax.ragged_dot(
         x, first.astype(x.dtype), group_sizes, precision=precision, preferred_element_type=wide
     )

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.array import widened
 from lora_jax.transform import base_weight
-from lora_jax.transform.implicit import Implicit, Unsupported, owned
+from lora_jax.transform.implicit import Implicit, Unsupported, owned, wide_dtype
 from lora_jax.transform.labels import PARTS, RANK, expand_to, labels, reorder
 from lora_jax.transform.low_rank import contract
 
@@ -76,7 +75,7 @@ def gather(
         raise Unsupported("gather that slices both factors")
     # Rows of the factor that has the indexed dim, times the whole of the other one.
     rows, have = pick(owner)
-    wide = widened(rows.dtype)
+    wide = wide_dtype(rows.dtype)
     scale_labels = labels(v.roles, "scale")
     rows = rows.astype(wide) * expand_to(v.scale.astype(wide), scale_labels, have)
     change, have = contract(

@@ -17,10 +17,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lora_jax import compat
-from lora_jax.array import widened
 from lora_jax.dims import checked_index, in_dims, out_dims
 from lora_jax.transform import base_weight, rules_consume
-from lora_jax.transform.implicit import Implicit, Unsupported, has_many, is_implicit
+from lora_jax.transform.implicit import (
+    Implicit,
+    Unsupported,
+    has_many,
+    is_implicit,
+    wide_dtype,
+)
 from lora_jax.transform.labels import reorder
 from lora_jax.transform.low_rank import compute_dtype
 from lora_jax.transform.many import grouped
@@ -207,7 +212,7 @@ class ManyProduct:
         elements = self.adapters.ids.size
         x = x.reshape(elements, -1, first.shape[1])
         y = _product(self.adapters, v, x, (first, second), self.v.scale.reshape(-1),
-                     (precision, compute, widened(compute), dtype))  # fmt: skip
+                     (precision, compute, wide_dtype(compute), dtype))  # fmt: skip
         have = token + free + [("w", d) for d in after]
         shape |= {("w", d): self.v.shape[d] for d in after}
         y = reorder(y.reshape([shape[s] for s in have]), have, [s for s in out_labels if s in have])
@@ -336,7 +341,7 @@ def gather(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
     table = v.a if at_a else jnp.swapaxes(v.b, 1, 2)
     other = v.b if at_a else jnp.swapaxes(v.a, 1, 2)
     rows = table.at[which, index].get(mode="fill", fill_value=0)
-    wide = widened(v.a.dtype)
+    wide = wide_dtype(v.a.dtype)
     x = rows.reshape(adapters.ids.size, -1, v.rank)
     form = (lax.Precision.HIGHEST, wide, wide, wide)
     change = _product(adapters, v, x, (other,), v.scale, form).reshape(*index.shape, -1)

@@ -478,3 +478,18 @@ def test_what_cannot_be_per_token_is_said(adapters, stacked):
     saved = lora.stack([lora.init(jax.random.key(0), plan, PARAMS)])
     with pytest.raises(ValueError, match="`table` trains whole in an adapter"):
         lora.lorafy(model)(saved, TOKENS, adapter_ids=jnp.zeros((3, 4), int))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda w: w + jnp.cos(w.size), lambda w: jnp.tile(w, (1, 2)), lambda w: lax.complex(w, w.T)],
+    ids=["sum", "copies", "complex"],
+)
+def test_each_token_has_its_adapter_in_a_weight_made_of_weights(change):
+    def fn(p, x):
+        return x @ change(p["w"])
+
+    adapters, ids, run = of_floats(fn)
+    each = jnp.stack([fn(lora.merge(tree), FLOATS) for tree in adapters] + [fn(WEIGHT, FLOATS)])
+    want = jnp.take_along_axis(each, ids[None, ..., None] % 3, 0)[0]
+    np.testing.assert_allclose(run(), want, rtol=1e-5, atol=1e-5)
