@@ -1,5 +1,8 @@
 """The dtype of the thin products: that of the wider operand."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from jax import lax
 
 import lora_jax as lora
+from lora_jax.transform.low_rank import compute_dtype
 
 pytestmark = pytest.mark.once
 
@@ -59,3 +63,9 @@ def test_an_8_bit_model_has_thin_products_in_bfloat16():
     """With 3 bits of mantissa instead of 8 the change would be 5 % off."""
     x, tree = X.astype("float8_e4m3fn"), {"w": leaf("float8_e4m3fn")}
     assert error(lora.lorafy(model)(tree, x), x, tree) < 2e-2
+
+
+def test_thin_products_have_sixteen_bits_at_least():
+    narrow: Any = SimpleNamespace(dtype=jnp.dtype(jnp.float8_e4m3fn))
+    weight: Any = SimpleNamespace(dtype=narrow.dtype, a=narrow, b=narrow)
+    assert compute_dtype(narrow, weight) == jnp.bfloat16
