@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from lora_jax import dora, paths
+from lora_jax import paths
 from lora_jax.array import (
     LoraArray,
     RowsArray,
@@ -25,6 +25,7 @@ from lora_jax.array import (
     with_rows,
 )
 from lora_jax.dims import AnyArray, b_dims
+from lora_jax.transform import dora
 
 
 def merged(x: LoraArray) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from lora_jax import dora, paths
+from lora_jax import paths
 from lora_jax.array import (
     FROZEN_FIELDS,
     TRAINED_FIELDS,
@@ -31,6 +31,7 @@ from lora_jax.dims import b_dims, stack_dims
 from lora_jax.methods import start_function
 from lora_jax.plan.leaf import LeafPlan, Plan
 from lora_jax.sharding import place_factors
+from lora_jax.transform import dora
 
 
 def init(key: PRNGKeyArray, plan: Plan, params: PyTree, *, weights: Any = None) -> PyTree:

@@ -30,7 +30,7 @@ from lora_jax.array import (
     rows_as_lora,
 )
 from lora_jax.dims import b_dims, factor_shapes, stack_dims
-from lora_jax.dora import gain, norm
+from lora_jax.transform.dora import gain, norm
 
 # The fields that hold a part of each adapter.
 _FIELDS = {LoraStack: ("a", "b", "scale", "m", "gain", "bias"), SavedStack: ("value",)}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lora_jax import compat, dora, paths
+from lora_jax import compat, paths
 from lora_jax.array import (
     Gain,
     LoraArray,
@@ -26,9 +26,9 @@ from lora_jax.array import (
 )
 from lora_jax.config.arguments import check_function, check_key
 from lora_jax.dims import stack_dims
-from lora_jax.dora import gains
 from lora_jax.quant.array import QuantArray
-from lora_jax.transform import base_weight, eager, origins
+from lora_jax.transform import base_weight, dora, eager, origins
+from lora_jax.transform.dora import gains
 from lora_jax.transform.implicit import Implicit, Note, is_implicit, materialize
 from lora_jax.transform.interpret import Context, evaluate
 from lora_jax.transform.many import run

@@ -6,7 +6,7 @@ The faults of a review, and those of no room below; the rest stands in one file 
 from tests.mutants import of_hf, of_multi, of_quant, of_train, of_transform
 from tests.mutants.fault import Fault
 
-DORA = "tests/test_dora.py tests/multi/test_stack.py"
+DORA = "tests/transform/test_dora.py tests/multi/test_stack.py"
 STARTS = "tests/methods/test_starts.py"
 STACK = "tests/multi/test_stack.py"
 WEIGHTED = "tests/multi/test_weighted.py"
@@ -19,8 +19,8 @@ PEFT = "tests/hf/peft/test_index.py tests/hf/peft/test_peft.py tests/hf/peft/tes
 
 # Found in a review: no test had seen them.
 NAMED = [
-    Fault("dora.py", "lax.stop_gradient(norm(jax.tree.map(lax.stop_gradient, x)))", "norm(x)",
-          DORA),
+    Fault("transform/dora.py", "lax.stop_gradient(norm(jax.tree.map(lax.stop_gradient, x)))",
+          "norm(x)", DORA),
     Fault(
         "quant/matmul.py",
         "(lax.psum(dx, form.spread) if form.spread else dx)",
@@ -53,10 +53,10 @@ NAMED = [
 
 # By hand, room by room.
 MORE = [
-    Fault("dora.py", "square + 2 * s * cross", "square + s * cross", DORA),
-    Fault("dora.py", "s * s * jnp.sum(gram * b", "s * jnp.sum(gram * b", DORA),
-    Fault("dora.py", "jnp.square(w.astype(wide)), axis=-2)", "jnp.square(w.astype(wide)), axis=-1)",
-          DORA),
+    Fault("transform/dora.py", "square + 2 * s * cross", "square + s * cross", DORA),
+    Fault("transform/dora.py", "s * s * jnp.sum(gram * b", "s * jnp.sum(gram * b", DORA),
+    Fault("transform/dora.py", "jnp.square(w.astype(wide)), axis=-2)",
+          "jnp.square(w.astype(wide)), axis=-1)", DORA),
     Fault("methods/starts.py", "first, a_shape, 1 / np.sqrt(sizes(leaf.shape, leaf.roles)[1])",
           "first, a_shape, 1 / np.sqrt(sizes(leaf.shape, leaf.roles)[2])", STARTS),
     Fault("methods/starts.py", "bound = 1 / np.sqrt(np.maximum(leaf.ranks, 1))",

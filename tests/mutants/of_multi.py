@@ -33,8 +33,8 @@ FAULTS = [
         ("dtype=like.dtype, backend=like.backend", "dtype=like.dtype"),
     ),
     *in_file(
-        "dora.py",
-        "tests/test_dora.py",
+        "transform/dora.py",
+        "tests/transform/test_dora.py",
         ("in_axes=(at, at, at, at)", "in_axes=(at, at, 0, at)"),
     ),
     *in_file(

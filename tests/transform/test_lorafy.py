@@ -12,7 +12,7 @@ from jax import lax
 from jax.interpreters import batching, mlir
 
 import lora_jax as lora
-from lora_jax import dora
+from lora_jax.transform import dora
 
 D = 8
 X = jnp.asarray(np.random.default_rng(0).normal(size=(5, D)).astype(np.float32))

@@ -20,7 +20,7 @@ from jax.experimental import checkify
 from lora_jax import compat
 from lora_jax.array import Gain, LoraArray, LoraStack, SavedStack, count, is_lora, is_stack
 from lora_jax.dims import checked_index
-from lora_jax.dora import gains
+from lora_jax.transform.dora import gains
 from lora_jax.transform.many.grouped import nan_outside, take_adapters
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax import dora
+from lora_jax.transform import dora
 
 pytestmark = pytest.mark.once
 
