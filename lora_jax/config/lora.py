@@ -43,7 +43,8 @@ class LoraConfig:
       use_rslora: scale by alpha/√rank.
       use_dora: also learn the magnitude of each output column (DoRA).
       init: how A and B start: "default" (A uniform, B zero), "random", "gaussian", "orthogonal",
-        "pissa", "pissa_niter_4" (or another number), "olora", "loftq", "eva" or "mica".
+        "pissa", "pissa_niter_4" (or another number), "olora" or "loftq". A config of PEFT's with
+        "eva" or "mica" is read, but `init` cannot start from it.
       loftq_config: for init="loftq", as in PEFT: "loftq_iter", how often to quantize and
         decompose in turn (1), and "loftq_bits" (4) for a base that is not quantized yet.
       bias: which biases of the base train: "none", "all", or "lora_only" (of adapted modules).
@@ -56,7 +57,7 @@ class LoraConfig:
       target_parameters: further parameters to adapt, by the end of their names. PEFT needs them
         listed where they are not the weight of a module: experts stored as one array
         ("experts.gate_up_proj").
-      rank_pattern: rank of the modules a pattern matches, for instance {"down_proj": 16}; the
+      rank_pattern: rank of the modules a pattern matches, such as 16 for "down_proj"; the
         first pattern that matches the end of a name (after a dot) wins, "^" anchors it.
       alpha_pattern: the same for alpha.
       layers_to_transform: layer number, or numbers, to adapt; None adapts all.

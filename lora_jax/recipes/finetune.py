@@ -56,8 +56,8 @@ class FinetuneConfig:
       remat: keep only the residual stream between blocks for the backward pass and recompute the
         rest, which saves memory and costs time; otherwise the outputs of the projections are
         kept too.
-      mesh: spread weights and rows over the devices: `axis=devices` apart by spaces, of the axes
-        `data`, `fsdp` and `tensor`; -1 is what the others leave.
+      mesh: spread weights and rows over the devices: `axis=devices` separated by spaces, of the
+        axes `data`, `fsdp` and `tensor`; -1 is what the others leave.
       distributed: the run has several processes, each started with the same command, as SLURM,
         Open MPI, Kubernetes or a TPU pod describes them, or the next three settings.
       coordinator: HOST:PORT of process 0, where no such scheduler describes the processes.

@@ -29,7 +29,10 @@ def parse_bytes(text: str | int) -> int:
             f"`device_memory` must be a size above 0 such as 80GB, 24GiB or a number of bytes, "
             f"got {text!r}"
         )
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    size = int(float(found[1]) * _UNITS[found[2].upper()])
+    if not found[2] and size < _UNITS["MIB"]:
+        raise ValueError(f"`device_memory` needs a unit: write {text}GB or {text}GiB, got {text!r}")
+    return size
 
 
 def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]:

@@ -1,8 +1,8 @@
 """The model types that share Llama's decoder, and how the config of each differs from Llama's.
 
 One entry per model type, one file per family; an entry lists only the differences. To add a family
-with this decoder: a function that reads the fields its config.json adds, one that writes them, an
-entry here and one in `lora_jax.models.registry`.
+with this decoder: a function that reads the fields its config.json adds, one that writes them, and
+an entry here.
 """
 
 from collections.abc import Mapping

@@ -242,7 +242,8 @@ def test_what_would_fit_is_said(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("80GB", 80 * 10**9), ("24 GiB", 24 * GIB), ("1.5gb", 15 * 10**8), (7, 7)]
+    ("text", "size"),
+    [("80GB", 80 * 10**9), ("24 GiB", 24 * GIB), ("1.5gb", 15 * 10**8), (2 * GIB, 2 * GIB)],
 )
 def test_sizes_are_spelled_in_two_ways(text, size):
     assert fit.parse_bytes(text) == size
@@ -281,6 +282,8 @@ def test_bad_input_is_refused_in_one_line(model, options, message):
 def test_a_size_that_is_none_is_refused():
     with pytest.raises(ValueError, match="`device_memory` must be a size above 0 such as 80GB"):
         fit.parse_bytes("80 apples")
+    with pytest.raises(ValueError, match="needs a unit: write 16GB or 16GiB"):
+        fit.parse_bytes("16")
 
 
 def test_the_command_reads_a_directory_and_says_what_fits(tmp_path, capsys):
