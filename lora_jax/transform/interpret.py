@@ -155,7 +155,7 @@ def evaluate(context: Context, jaxpr: Any, consts: Sequence, args: Sequence) -> 
 
     def flush(end: int) -> None:
         if pending:
-            _run_plain(jaxpr, pending, env, last, end)
+            _run_plain(jaxpr, pending, env, last=last, end=end)
             pending.clear()
 
     for i, eqn in enumerate(eqns):

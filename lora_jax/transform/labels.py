@@ -57,7 +57,9 @@ def contract(
         dimension_numbers,
         precision=precision,
         preferred_element_type=preferred,
-        out_sharding=result_spec(x, x_labels, y, y_labels, summed, out, specs),
+        out_sharding=result_spec(
+            x, x_labels, y, y_labels=y_labels, summed=summed, out=out, specs=specs
+        ),
     )
     return result, out
 

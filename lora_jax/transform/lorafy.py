@@ -110,7 +110,7 @@ def lorafy(
 
     def single(lora_params: Any, *args, lora_key: Any = None, **kwargs) -> Any:
         context = Context(PRIMITIVES, strict=strict, reverse_only=reverse_only)
-        return _run(context, fn, lora_params, args, kwargs, lora_key)
+        return _run(context, fn, lora_params, args=args, kwargs=kwargs, lora_key=lora_key)
 
     @functools.wraps(fn)
     def adapted(
@@ -120,7 +120,7 @@ def lorafy(
         if adapter_ids is None and not stacks:
             return single(lora_params, *args, lora_key=lora_key, **kwargs)
 
-        call = run.Call(args, kwargs, lora_key, row_axes, out_axes)
+        call = run.Call(args, kwargs, key=lora_key, row_axes=row_axes, out_axes=out_axes)
         if adapter_ids is None:
             if not stacks[0].chosen:
                 raise ValueError(
@@ -132,7 +132,7 @@ def lorafy(
             context = Context(
                 PRIMITIVES, strict=strict, reverse_only=reverse_only, row_adapters=adapters
             )
-            return _run(context, fn, tree, args, kwargs, key)
+            return _run(context, fn, tree, args=args, kwargs=kwargs, lora_key=key)
 
         return run.run(
             single,
@@ -168,12 +168,12 @@ def _run(
     originals = [leaves[i] for i in where]
     # Arguments that number tokens are inputs too: their axis is followed through the jaxpr.
     tokens = _Tokens(context, args, kwargs)
-    staged, finish = _stage(fn, tree, leaves, where, tokens)
+    staged, finish = _stage(fn, tree, leaves, where=where, tokens=tokens)
     inputs = [_abstract(getattr(x, "w", x)) for x in originals]
     jaxpr = jax.make_jaxpr(staged)(*inputs, *tokens.arrays)
     jaxpr, consts = compat.open_jaxpr(jaxpr)
     context = tokens.followed(context, jaxpr, len(inputs))
-    _note_origins(context, jaxpr, consts, leaves, tokens)
+    _note_origins(context, jaxpr, consts, leaves=leaves, tokens=tokens)
     names = [paths.spell(flat[i][0]) for i in where]
     unchanged: list = []  # for each output the number of the leaf that it is, or None
 
@@ -208,7 +208,7 @@ def _note_origins(
         )
     weights = len(jaxpr.invars) - len(tokens.arrays)
     given = [origins.CONSTANT] * weights + [origins.DATA] * len(tokens.arrays)
-    origins.follow(context.origins, jaxpr, given, closed, context.primitives)
+    origins.follow(context.origins, jaxpr, given, closed=closed, primitives=context.primitives)
 
 
 def _has_inner_jaxpr(context: Context, jaxpr: Any) -> bool:
@@ -246,7 +246,7 @@ def materializations(fn: Callable, lora_params: Any, args: Sequence, kwargs: dic
         for i, x in zip(loose, given, strict=True):
             full[i] = x
         lora_params, args, kwargs = jax.tree.unflatten(tree, full)
-        out = _run(context, fn, lora_params, args, kwargs)
+        out = _run(context, fn, lora_params, args=args, kwargs=kwargs)
         return [x for x in jax.tree.leaves(out) if compat.is_array(x)]
 
     jax.eval_shape(call, [leaves[i] for i in loose])

@@ -52,7 +52,7 @@ def follow(
         found[v] = max(found.get(v, CONSTANT), origin)
 
     def inside(inner: Any, ins: Sequence[Origin]) -> list[Origin]:
-        return follow(found, inner, ins, closed, primitives)
+        return follow(found, inner, ins, closed=closed, primitives=primitives)
 
     for eqn in jaxpr.eqns:
         ins = [origin_of(found, v) for v in eqn.invars]

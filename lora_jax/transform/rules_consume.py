@@ -57,7 +57,7 @@ def dot_general(
     first: list = []
     if many is not None:
         v, first = many.spread(v)
-    x, gain_after = _gain_before(v, x, x_labels, w_contracted, first)
+    x, gain_after = _gain_before(v, x, x_labels, contracted=w_contracted, first=first)
     base = base_weight.product(
         v,
         x,
@@ -76,8 +76,8 @@ def dot_general(
         # Under an explicit mesh the change must have the base product's sharding.
         specs = _wanted_specs(base, out, params.get("out_sharding"))
         change = low_rank(v, dropped(v, x, use), x_labels, out, specs=specs, **form)
-    y = _gain_after(v, base + change, out, gain_after, first)
-    return _with_bias(v, y, out, w_contracted, first)
+    y = _gain_after(v, base + change, out, pending=gain_after, first=first)
+    return _with_bias(v, y, out, contracted=w_contracted, first=first)
 
 
 def _wanted_specs(base: Array, out: Sequence, out_sharding: Any) -> dict | None:

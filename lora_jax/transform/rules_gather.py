@@ -50,7 +50,9 @@ def gather(
         mode=params.get("mode"),
         fill_value=params.get("fill_value"),
     )
-    indices, dimension_numbers = _clamped(v, indices, dimension_numbers, slice_sizes, params)
+    indices, dimension_numbers = _clamped(
+        v, indices, dimension_numbers, slice_sizes=slice_sizes, params=params
+    )
     roles = {v.roles[d] for d in dimension_numbers.start_index_map}
     if len(roles) != 1:
         raise Unsupported("gather over dims of different roles")
@@ -58,7 +60,12 @@ def gather(
 
     def pick(part: str) -> tuple[Array, list]:
         return _gather_part(
-            getattr(v, part), labels(v.roles, part), indices, dimension_numbers, slice_sizes, params
+            getattr(v, part),
+            labels(v.roles, part),
+            indices,
+            numbers=dimension_numbers,
+            slice_sizes=slice_sizes,
+            params=params,
         )
 
     if roles == {"s"}:
@@ -66,7 +73,7 @@ def gather(
     if not v.rank:
         return base
     if keep and roles in ({"i"}, {"o"}):
-        return _gather_weight(v, base, out, pick, roles.pop(), dimension_numbers)
+        return _gather_weight(v, base, out, pick=pick, role=roles.pop(), numbers=dimension_numbers)
     if v.bias is not None:
         raise Unsupported("lookup of a weight whose adapter has a bias")
     owner, other = ("a", "b") if roles <= {"i"} else ("b", "a")
@@ -88,7 +95,7 @@ def gather(
     )
     change = reorder(change, have, [label for label in out if label in have])
     y = base + change.reshape(base.shape).astype(base.dtype)
-    return _gain_rows(v, y, out, owner, pick)
+    return _gain_rows(v, y, out, owner=owner, pick=pick)
 
 
 def _clamped(

@@ -184,7 +184,7 @@ def of_weights(left: Implicit, right: Implicit, bind: Callable, numbers: Numbers
     factors = {}
     for k, part in enumerate(("a", "b")):
         want = labels(roles, part)
-        pieces = [_spread(pair[k], rank, out, want, w.shape)
+        pieces = [_spread(pair[k], rank, out, want=want, shape=w.shape)
                   for pair, rank in zip((first, second), _RANKS, strict=True)]  # fmt: skip
         factors[part] = jnp.concatenate(pieces, want.index(RANK)), want
     derived = left.derived and right.derived

@@ -76,7 +76,7 @@ def dynamic_update_slice(operand: Any, update: Any, *starts: Any, bind: Callable
     shape, part = operand.shape, update.shape
     cut = [d for d in range(len(shape)) if shape[d] != part[d]]
     if isinstance(update, Implicit):
-        return _placed(update, operand, cut, starts, bind)
+        return _placed(update, operand, cut, starts=starts, bind=bind)
     outside = lax.dynamic_update_slice(
         jnp.ones([shape[d] for d in cut]),
         jnp.zeros([part[d] for d in cut]),

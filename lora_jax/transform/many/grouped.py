@@ -153,7 +153,7 @@ def product(form: Form, x: Any, ids: Any, factors: tuple, scale: Any, groups: Gr
 
     @custom_batching.custom_vmap
     def one_row(x: Any, ids: Any, factors: tuple, scale: Any, groups: Groups) -> Array:
-        return _each(form, x, ids, factors, scale)
+        return _each(form, x, ids, factors=factors, scale=scale)
 
     @one_row.def_vmap
     def all_rows(
@@ -172,7 +172,7 @@ def product(form: Form, x: Any, ids: Any, factors: tuple, scale: Any, groups: Gr
         # (rows, e, …) to (rows · e, …): the order that `groups` was made for.
         flat = [y.reshape(-1, *y.shape[2:]) for y in wide]
         if form.strategy == "gathered":
-            y = _each(form, flat[0], flat[1], factors, scale)
+            y = _each(form, flat[0], flat[1], factors=factors, scale=scale)
         else:
             run = _by_ragged if form.strategy == "ragged" else _by_tiles
             y = run(form, flat[0], factors, scale, groups)

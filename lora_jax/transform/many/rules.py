@@ -211,8 +211,8 @@ class ManyProduct:
         # (elements, positions, k): one element for the row, or one a token.
         elements = self.adapters.ids.size
         x = x.reshape(elements, -1, first.shape[1])
-        y = _product(self.adapters, v, x, (first, second), self.v.scale.reshape(-1),
-                     (precision, compute, wide_dtype(compute), dtype))  # fmt: skip
+        y = _product(self.adapters, v, x, factors=(first, second), scale=self.v.scale.reshape(-1),
+                     dtypes=(precision, compute, wide_dtype(compute), dtype))  # fmt: skip
         have = token + free + [("w", d) for d in after]
         shape |= {("w", d): self.v.shape[d] for d in after}
         y = reorder(y.reshape([shape[s] for s in have]), have, [s for s in out_labels if s in have])
@@ -277,7 +277,7 @@ def dot_general(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
     contracting, batching = eqn.params["dimension_numbers"]
     taken = {*contracting[1 - side], *batching[1 - side]}
     free = [d for d in range(x.ndim) if d not in taken]
-    token = _token_axis(context, v, eqn, 1 - side, free)
+    token = _token_axis(context, v, eqn, operand=1 - side, among=free)
     adapters = context.row_adapters
     if _is_matrix(v, contracting[side], batching[side]):
         many = ManyProduct(adapters, v, token)
@@ -318,7 +318,7 @@ def gather(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
     if v.bias is not None:
         raise Unsupported("lookup of a weight whose adapter has a bias")
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    token = _token_axis(context, v, eqn, 1, range(indices.ndim - 1))
+    token = _token_axis(context, v, eqn, operand=1, among=range(indices.ndim - 1))
     adapters = context.row_adapters
     (d,), (axis,) = numbers.start_index_map, numbers.offset_dims
     base = base_weight.rows(
@@ -344,7 +344,9 @@ def gather(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
     wide = wide_dtype(v.a.dtype)
     x = rows.reshape(adapters.ids.size, -1, v.rank)
     form = (lax.Precision.HIGHEST, wide, wide, wide)
-    change = _product(adapters, v, x, (other,), v.scale, form).reshape(*index.shape, -1)
+    change = _product(adapters, v, x, factors=(other,), scale=v.scale, dtypes=form).reshape(
+        *index.shape, -1
+    )
 
     def placed(y: Any) -> Array:
         return y if token is None else jnp.moveaxis(y, 0, token)

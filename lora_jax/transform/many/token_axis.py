@@ -64,7 +64,7 @@ def _walk(found: Positions, jaxpr: Any, given: Sequence[Axes]) -> list[Axes]:
             outs = _walk(found, inner, ins)
         else:
             outs = _outs(eqn, ins, lost if row is None else row.tokens)
-        _note(found, name, eqn, ins, outs)
+        _note(found, name, eqn, ins=ins, outs=outs)
     return [_of(found, v) for v in jaxpr.outvars]
 
 
