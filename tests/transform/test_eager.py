@@ -93,7 +93,8 @@ def test_the_program_used_longest_ago_is_dropped(monkeypatch):
     def add(k):
         return compilations(lambda: eager.call(lambda x: [x + k], X))
 
-    add(10), add(11), add(10), add(12)
+    for k in (10, 11, 10, 12):
+        add(k)
     assert add(10) == 0 and add(11) > 0
 
 
