@@ -52,16 +52,18 @@ def stopped(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_and_the_run_resumes_to_the_bit(tmp_path, stopped, number):
+def test_a_signal_saves_and_the_run_resumes_to_the_bit(tmp_path, stopped, number, request):
     def send(record):
         if record["kind"] == "train" and record["step"] == 6:
             signal.raise_signal(number)
 
-    before = signal.getsignal(number)
+    # The tests may run under `nohup`, where SIGHUP is ignored.
+    inherited = signal.signal(number, signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(number, inherited))
     with pytest.raises(SystemExit, match=rf"ended by {number.name} after step 7 of 12: sav") as end:
         toy_fit(tmp_path, hooks=train.Hooks(record=send), tensorboard=False)
     assert end.value.status == 128 + number
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is signal.SIG_DFL
     result = toy_fit(tmp_path, resume=True, tensorboard=False)
     assert numbers(result.history) == numbers(stopped[1].history)
     assert_same_bits(result.lora_params, stopped[1].lora_params)
