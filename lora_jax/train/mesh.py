@@ -32,6 +32,11 @@ class Placement(NamedTuple):
     mesh: Mesh
     rows: tuple[str, ...]
 
+    @property
+    def parts(self) -> int:
+        """The number of devices that the rows are spread over."""
+        return math.prod(self.mesh.shape[a] for a in self.rows)
+
 
 def placement(model: Any, params: Any) -> Placement | None:
     """The placement that follows from the base's own arrays; None on a single device.
@@ -177,9 +182,8 @@ def rows_of(at: Placement | None, params: Any = None) -> Rows:
     """
     if at is None or AxisType.Explicit in at.mesh.axis_types:
         return TOGETHER
-    parts = math.prod(at.mesh.shape[a] for a in at.rows)
     # Those of the blocks are not the head's, and nothing is done for them.
-    return Rows(at.rows, parts, () if params is None else _gathered(params, at))
+    return Rows(at.rows, at.parts, () if params is None else _gathered(params, at))
 
 
 def check_processes(at: Placement | None) -> None:
@@ -207,10 +211,9 @@ def check_rows(at: Placement | None, batch_size: int, name: str = "batch_size") 
     """
     if at is None:
         return
-    parts = math.prod(at.mesh.shape[a] for a in at.rows)
-    if batch_size % parts:
+    if batch_size % at.parts:
         axes = " x ".join(f"{a}={at.mesh.shape[a]}" for a in at.rows)
         raise ValueError(
-            f"`{name}` is {batch_size}, but its rows are spread over {parts} devices ({axes}): "
-            f"take a multiple of {parts}"
+            f"`{name}` is {batch_size}, but its rows are spread over {at.parts} devices ({axes}): "
+            f"take a multiple of {at.parts}"
         )

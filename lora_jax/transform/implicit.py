@@ -151,6 +151,11 @@ def folded(v: Implicit) -> Implicit:
     return dataclasses.replace(v, w=w, b=b, gain=None)
 
 
+def without_gain(v: Implicit) -> Implicit:
+    """The same weight, folded where it has a gain: what is added to it must not be scaled."""
+    return v if v.gain is None else folded(v)
+
+
 def settled(v: Implicit) -> Any:
     """The weight itself while it is a matrix with an adapter; else it as an array.
 

@@ -135,8 +135,14 @@ def quotient(context: Context, eqn: Any, values: list) -> Any:
 
 
 def _scaled(eqn: Any, v: Implicit, factor: Any, *, divide: bool) -> Implicit:
-    v = rules_rearrange.grown(v, eqn.outvars[0].aval.shape)
+    [v] = _grown(eqn, [v])
     return rules_rearrange.scale_by(v, factor, divide=divide)
+
+
+def _grown(eqn: Any, values: Sequence) -> list:
+    """The operands, weights with copies along the dims in which the result is longer."""
+    shape = eqn.outvars[0].aval.shape
+    return [rules_rearrange.grown(v, shape) if is_implicit(v) else v for v in values]
 
 
 def add(context: Context, eqn: Any, values: list) -> Any:
@@ -151,8 +157,7 @@ def subtract(context: Context, eqn: Any, values: list) -> Any:
 
 
 def _sum(context: Context, eqn: Any, values: list, bind: Callable) -> Any:
-    shape = eqn.outvars[0].aval.shape
-    values = [rules_rearrange.grown(v, shape) if is_implicit(v) else v for v in values]
+    values = _grown(eqn, values)
     if all(map(is_implicit, values)):
         return rules_join.add(values, bind)
     k = 0 if is_implicit(values[0]) else 1
@@ -166,9 +171,7 @@ def _sum(context: Context, eqn: Any, values: list, bind: Callable) -> Any:
 
 
 def complex_(context: Context, eqn: Any, values: list) -> Any:
-    shape = eqn.outvars[0].aval.shape
-    values = [rules_rearrange.grown(v, shape) if is_implicit(v) else v for v in values]
-    return rules_join.complex_(values, binder(eqn))
+    return rules_join.complex_(_grown(eqn, values), binder(eqn))
 
 
 def real(context: Context, eqn: Any, values: list) -> Any:

@@ -7,7 +7,7 @@ Only reading their parameters depends on the JAX version. An output that *is* on
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +114,43 @@ def _invariant(body: Any, consts: int, carry: Sequence) -> dict[int, Any]:
     return {i: x for i, (before, after, x) in pairs if is_implicit(x) and before is after}
 
 
+class _Loop(NamedTuple):
+    """The body of a loop and what it closes over.
+
+    Attributes:
+      body: jaxpr of constants, carries and, in a scan, slices.
+      consts: values of its constants.
+      fixed: by number, the carries that are weights and that the body does not change.
+      live: the numbers of the other carries.
+      masks: whether dropout draws masks of its own in each round.
+    """
+
+    body: Any
+    consts: Sequence
+    fixed: dict[int, Any]
+    live: list[int]
+    masks: bool
+
+
+def _loop(body: Any, consts: Sequence, carry: Sequence) -> _Loop:
+    fixed = _invariant(body, len(consts), carry)
+    live = [i for i in range(len(carry)) if i not in fixed]
+    return _Loop(body, consts, fixed, live, masks=_has_dropout([*consts, *carry]))
+
+
+def _round(
+    context: Context, loop: _Loop, step: Any, state: Sequence, xs: Sequence = ()
+) -> tuple[list, list]:
+    """One round of a loop: the carries that it changes, and what a scan stacks."""
+    held = [*loop.consts, *loop.fixed.values(), *state]
+    held = _fold_keys(held, step) if loop.masks else held
+    start, end = len(loop.consts), len(loop.consts) + len(loop.fixed)
+    fixed = dict(zip(loop.fixed, held[start:end], strict=True))
+    carry = _fill(fixed, loop.live, held[end:])
+    outs = enter(context, loop.body, [*held[:start], *carry, *xs])
+    return [outs[i] for i in loop.live], outs[len(carry) :]
+
+
 def _dense(context: Context, eqn: Any, values: Sequence, forms: Sequence, *, reason: str) -> list:
     """Values as a loop or a branch hands them on: weights in their forms, all else as arrays."""
     return [
@@ -127,7 +164,7 @@ def _dense(context: Context, eqn: Any, values: Sequence, forms: Sequence, *, rea
 
 
 def _carried(
-    context: Context, carry: Sequence, outvars: Sequence, step: Callable[[Context, list], list]
+    context: Context, loop: _Loop, carry: Sequence, step: Callable[[Context, list], list]
 ) -> list[Implicit | None]:
     """The forms in which a loop carries weights that it changes, None for what it carries as array.
 
@@ -136,10 +173,11 @@ def _carried(
 
     Args:
       context: of the call.
-      carry: the first values.
-      outvars: of the loop's body, for these carries.
+      loop: its body and what that closes over.
+      carry: the first values of those that change.
       step: the loop's body on carries, in a context.
     """
+    outvars = [compat.open_jaxpr(loop.body)[0].outvars[i] for i in loop.live]
     may = [
         is_implicit(x) or (_may_be_weight(v) and origin_of(context.origins, v) != DATA)
         for x, v in zip(carry, outvars, strict=True)
@@ -180,8 +218,8 @@ def _may_be_weight(v: Any) -> bool:
     return len(v.aval.shape) > 1 and jnp.issubdtype(v.aval.dtype, jnp.inexact)
 
 
-def _fill(count: int, fixed: dict, live: Sequence, values: Sequence) -> list:
-    full: list = [None] * count
+def _fill(fixed: dict, live: Sequence, values: Sequence) -> list:
+    full: list = [None] * (len(fixed) + len(live))
     for i, x in [*fixed.items(), *zip(live, values, strict=True)]:
         full[i] = x
     return full
@@ -194,35 +232,22 @@ def scan(context: Context, eqn: Any, values: list) -> list:
     consts = list(values[:n_consts])
     carry = list(values[n_consts : n_consts + n_carry])
     xs = [_scannable(context, eqn, x) for x in values[n_consts + n_carry :]]
-    fixed = _invariant(p["jaxpr"], n_consts, carry)
-    live = [i for i in range(n_carry) if i not in fixed]
-    steps = _has_dropout([*consts, *carry])
-    shape: list = []
-
-    def run(context: Context, state: Sequence, x: Any) -> tuple[list, list]:
-        step, x = x
-        held = [*consts, *fixed.values(), *state]
-        held = _fold_keys(held, step) if steps else held
-        now = dict(zip(fixed, held[n_consts:], strict=False))
-        full = _fill(n_carry, now, live, held[n_consts + len(fixed) :])
-        outs = enter(context, p["jaxpr"], [*held[:n_consts], *full, *x])
-        return [outs[i] for i in live], outs[n_carry:]
+    loop, shape = _loop(p["jaxpr"], consts, carry), []
 
     # The step's number only where masks need it: without dropout the loop is the model's own.
-    inputs = (jnp.arange(p["length"]) if steps else None, [_sliced(x) for x in xs])
-    start, forms = [carry[i] for i in live], [None] * len(live)
+    inputs = (jnp.arange(p["length"]) if loop.masks else None, [_sliced(x) for x in xs])
+    start, forms = [carry[i] for i in loop.live], [None] * len(loop.live)
     if p["length"]:
-        outvars = compat.open_jaxpr(p["jaxpr"])[0].outvars
-        first = functools.partial(jax.tree.map, lambda x: x[0])
-        forms = _carried(
-            context,
-            start,
-            [outvars[i] for i in live],
-            lambda probe, s: run(probe, s, first(inputs))[0],
-        )
 
-    def body(state: Sequence, x: Any) -> tuple[list, list]:
-        after, ys = run(context, state, x)
+        def first(probe: Context, state: Sequence) -> list:
+            step, xs = jax.tree.map(lambda x: x[0], inputs)
+            return _round(probe, loop, step, state, xs)[0]
+
+        forms = _carried(context, loop, start, first)
+
+    def body(state: Sequence, x: tuple) -> tuple[list, list]:
+        step, xs = x
+        after, ys = _round(context, loop, step, state, xs)
         ys, structure = jax.tree.flatten(list(ys))
         shape[:] = [structure]
         return _dense(context, eqn, after, forms, reason="the loop carries it out"), ys
@@ -236,7 +261,7 @@ def scan(context: Context, eqn: Any, values: list) -> list:
         unroll=p["unroll"],
     )
     stacked = [_stacked(y) for y in jax.tree.unflatten(shape[0], ys)]
-    return _fill(n_carry, fixed, live, state) + stacked
+    return _fill(loop.fixed, loop.live, state) + stacked
 
 
 def _scannable(context: Context, eqn: Any, x: Any) -> Any:
@@ -267,38 +292,24 @@ def while_loop(context: Context, eqn: Any, values: list) -> list:
     p = eqn.params
     a, b = p["cond_nconsts"], p["body_nconsts"]
     cond_consts, consts, carry = values[:a], values[a : a + b], list(values[a + b :])
-    fixed = _invariant(p["body_jaxpr"], b, carry)
-    live = [i for i in range(len(carry)) if i not in fixed]
-    steps = _has_dropout([*consts, *carry])
+    loop = _loop(p["body_jaxpr"], consts, carry)
 
     def test(state: tuple) -> Any:
-        full = _fill(len(carry), fixed, live, state[1])
+        full = _fill(loop.fixed, loop.live, state[1])
         return enter(context, p["cond_jaxpr"], [*cond_consts, *full])[0]
 
-    def run(context: Context, step: Any, now: Sequence) -> list:
-        held = [*consts, *fixed.values(), *now]
-        held = _fold_keys(held, step) if steps else held
-        full = _fill(len(carry), dict(zip(fixed, held[b:], strict=False)), live,
-                     held[b + len(fixed) :])  # fmt: skip
-        outs = enter(context, p["body_jaxpr"], [*held[:b], *full])
-        return [outs[i] for i in live]
-
-    first, zero = [carry[i] for i in live], jnp.zeros((), jnp.int32)
-    outvars = compat.open_jaxpr(p["body_jaxpr"])[0].outvars
-    forms = _carried(
-        context, first, [outvars[i] for i in live], lambda probe, now: run(probe, zero, now)
-    )
+    first, zero = [carry[i] for i in loop.live], jnp.zeros((), jnp.int32)
+    forms = _carried(context, loop, first, lambda probe, now: _round(probe, loop, zero, now)[0])
 
     def body(state: tuple) -> tuple:
         step, now = state
-        return step + 1, _dense(
-            context, eqn, run(context, step, now), forms, reason="the loop carries it out"
-        )
+        after, _ = _round(context, loop, step, now)
+        return step + 1, _dense(context, eqn, after, forms, reason="the loop carries it out")
 
     # A while loop has no step number of its own.
     start = zero, _dense(context, eqn, first, forms, reason="the loop changes it as its carry")
     _, state = lax.while_loop(test, context.resumable(body), start)
-    return _fill(len(carry), fixed, live, state)
+    return _fill(loop.fixed, loop.live, state)
 
 
 def cond(context: Context, eqn: Any, values: list) -> list:

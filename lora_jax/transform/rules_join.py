@@ -19,6 +19,7 @@ from lora_jax.transform.implicit import (
     owned,
     rebuild,
     wide_dtype,
+    without_gain,
 )
 from lora_jax.transform.labels import RANK, labels, reorder
 from lora_jax.transform.rules_product import check_rank
@@ -143,7 +144,7 @@ def _added(biases: Sequence[Array | None]) -> Array | None:
 
 def add_constant(v: Implicit, constant: Any, bind: Callable) -> Implicit:
     """`(W + A·B) + C = (W + C) + A·B`."""
-    v = folded(v) if v.gain is not None else v
+    v = without_gain(v)
     return dataclasses.replace(v, w=bind(opened(v, "add"), constant))
 
 

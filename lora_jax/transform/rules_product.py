@@ -114,10 +114,7 @@ def assembled(
     """
     parts = {}
     for part, (array, have) in factors.items():
-        want = labels(roles, part)
-        new = [d for d in want if d not in have]
-        array = jnp.broadcast_to(array, [*(w.shape[d] for d in new), *array.shape])
-        parts[part] = reorder(array, [*new, *have], want)
+        parts[part] = _copied(array, have, labels(roles, part), w.shape)
     stack = [w.shape[d] for d in labels(roles, "scale")]
     key = like.key
     if key is not None:
@@ -138,8 +135,16 @@ def _unowned(v: Implicit, dims: Sequence[int]) -> list[int]:
     return [d for d in dims if v.roles[d] == "u"]
 
 
-def _places(have: Sequence, out: Sequence) -> list:
-    return [label if label == RANK else out.index(label) for label in have]
+def _places(have: Sequence, out: Sequence, rank: Any = RANK) -> list:
+    """Labels of a factor's axes as dims of the new weight, and the rank's own label."""
+    return [RANK if label == rank else out.index(label) for label in have]
+
+
+def _copied(array: Array, have: list, want: list, shape: Sequence[int]) -> Array:
+    """A factor with copies along the dims that it lacks, its axes ordered as `want`."""
+    new = [d for d in want if d not in have]
+    array = jnp.broadcast_to(array, [*(shape[d] for d in new), *array.shape])
+    return reorder(array, [*new, *have], want)
 
 
 Named = tuple[Array, list]  # an array and a label for each of its axes
@@ -184,8 +189,10 @@ def of_weights(left: Implicit, right: Implicit, bind: Callable, numbers: Numbers
     factors = {}
     for k, part in enumerate(("a", "b")):
         want = labels(roles, part)
-        pieces = [_spread(pair[k], rank, out, want=want, shape=w.shape)
-                  for pair, rank in zip((first, second), _RANKS, strict=True)]  # fmt: skip
+        pairs = zip((first[k], second[k]), _RANKS, strict=True)
+        pieces = [
+            _copied(array, _places(have, out, rank), want, w.shape) for (array, have), rank in pairs
+        ]
         factors[part] = jnp.concatenate(pieces, want.index(RANK)), want
     derived = left.derived and right.derived
     return settled(dataclasses.replace(assembled(left, w, roles, factors), derived=derived))
@@ -221,11 +228,3 @@ def _thin(x: Named, y: Named, keep: Collection) -> Named:
     return contract(
         x[0].astype(wide), x[1], y[0].astype(wide), y[1], keep=keep, precision=precision
     )
-
-
-def _spread(x: Named, rank: tuple, out: Sequence, want: list, shape: Sequence[int]) -> Array:
-    """A piece of a factor, with copies along the dims that it lacks, its axes ordered as `want`."""
-    have = [RANK if s == rank else out.index(s) for s in x[1]]
-    new = [d for d in want if d not in have]
-    array = jnp.broadcast_to(x[0], [*(shape[d] for d in new), *x[0].shape])
-    return reorder(array, [*new, *have], want)

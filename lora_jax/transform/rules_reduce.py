@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lora_jax.transform.base_weight import opened
-from lora_jax.transform.implicit import Implicit, Unsupported, folded, owned, rebuild, settled
+from lora_jax.transform.implicit import (
+    Implicit,
+    Unsupported,
+    folded,
+    owned,
+    rebuild,
+    settled,
+    without_gain,
+)
 from lora_jax.transform.labels import RANK, labels, reorder
 from lora_jax.transform.rules_join import alike
 from lora_jax.transform.rules_product import check_rank, of_weights
@@ -29,7 +37,7 @@ def reduce_sum(v: Implicit, bind: Callable, *, axes: Sequence[int]) -> Any:
     stacked = [d for d in axes if v.roles[d] == "s"]
     if stacked and v.bias is not None:
         raise Unsupported("sum of weights whose adapters have a bias")
-    v = folded(v) if stacked or v.gain is not None else v
+    v = folded(v) if stacked else without_gain(v)
     # Copies add up to a multiple, which the scale takes.
     copies = math.prod(v.shape[d] for d in axes if v.roles[d] == "u")
     kept = [d for d in range(v.ndim) if d not in axes]
@@ -92,7 +100,7 @@ def cumsum(v: Implicit, bind: Callable, *, axis: int, reverse: bool, **_: Any) -
     if v.roles[axis] == "s":
         raise Unsupported("running sum over a stack of weights")
     v = owned(v, [axis] if v.roles[axis] == "u" else [], "o")
-    v = folded(v) if v.gain is not None and v.roles[axis] == "o" else v
+    v = without_gain(v) if v.roles[axis] == "o" else v
 
     def add_up(array: Array, dims: list) -> tuple[Array, list]:
         if axis not in dims:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lora_jax.transform.base_weight import opened
-from lora_jax.transform.implicit import Implicit, Unsupported, folded, owned, rebuild
+from lora_jax.transform.implicit import Implicit, Unsupported, folded, owned, rebuild, without_gain
 from lora_jax.transform.labels import RANK, expand_to, labels
 
 
@@ -65,7 +65,7 @@ def scatter_add(v: Any, indices: Any, updates: Any, bind: Callable, **_: Any) ->
     """Numbers added to a weight, which its base takes."""
     if not isinstance(v, Implicit) or isinstance(updates, Implicit):
         raise Unsupported("a weight is added, at indices, to another array")
-    v = folded(v) if v.gain is not None else v
+    v = without_gain(v)
     return dataclasses.replace(v, w=bind(opened(v, "scatter-add"), indices, updates))
 
 
@@ -110,7 +110,7 @@ def _placed(
     v: Implicit, buffer: Any, cut: Sequence[int], starts: Sequence, bind: Callable
 ) -> Implicit:
     """A weight in a larger buffer: the factors are zero around it. Layers put into a stack."""
-    v = folded(v) if v.gain is not None else v
+    v = without_gain(v)
     v = owned(v, [d for d in cut if v.roles[d] == "u"], "s")
     if v.key is not None and any(v.roles[d] == "s" for d in cut):
         raise Unsupported("a stack with dropout is written into a buffer")

@@ -52,7 +52,7 @@ FAULTS = [
         "transform/rules_control.py",
         "tests/laws/test_dropout_law.py",
         ("_CALL_SITES + calls[0]", "_CALL_SITES"),
-        ("held = _fold_keys(held, step) if steps else held\n        full =", "full ="),
+        ("held = _fold_keys(held, step) if loop.masks else held\n    start, end", "start, end"),
     ),
     *in_file(
         "transform/rules_control.py",

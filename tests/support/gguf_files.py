@@ -12,10 +12,9 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.hf.peft import api
 from lora_jax.recipes.finetune import plan_model
 
-from tests.support.peft_trees import specs_of
+from tests.support.peft_trees import randomized
 from tests.support.tiny import SMALL
 
 # No value that a file states is a default, so that none is right unless it was read.
@@ -176,13 +175,7 @@ def config_with(**fields: Any) -> lora.LoraConfig:
 def adapted(model: models.Model, lora_config: lora.LoraConfig, seed: int = 3) -> Any:
     """The model's parameters with random adapters where the config means them."""
     blank = lora.init(jax.random.key(0), plan_model(model, lora_config), model.params)
-    rng = np.random.default_rng(seed)
-    tensors = {
-        spec.key: rng.normal(size=spec.shape).astype(np.float32)
-        for spec in specs_of(blank, lora_config)
-        if not spec.repeats
-    }
-    return api.fill(blank, lora_config, tensors)
+    return randomized(blank, lora_config, seed)
 
 
 def as_llama_cpp(base_path: Path, adapter_path: Path) -> dict[str, np.ndarray]:
