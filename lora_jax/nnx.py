@@ -10,29 +10,41 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray, PyTree
 
-from lora_jax import paths
-from lora_jax.array import is_lora
+from lora_jax import compat, paths
+from lora_jax.array import LoraArray, RowsArray, SavedArray, is_lora
 from lora_jax.config.arguments import check_argument
 from lora_jax.config.lora import LoraConfig
 from lora_jax.merge import merge as merge_tree
+from lora_jax.multi.single import check_single
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.plan.leaf import LeafPlan, Plan
 from lora_jax.transform import lorafy
 from lora_jax.tree import init as init_tree
 from lora_jax.tree import make_leaf, trained_fields
 
-__all__ = ["Adapted", "Functional", "LoraParam", "adapt", "functional", "merged"]
+__all__ = ["Adapted", "FrozenParam", "Functional", "LoraParam", "adapt", "functional", "merged"]
 
 
 def __dir__() -> list[str]:
     return __all__
 
 
-class LoraParam(nnx.Param):
-    """A variable that an adapter trains: `nnx.Optimizer(model, tx, wrt=lora.nnx.LoraParam)`."""
+class LoraParam(nnx.LoRAParam):
+    """A variable that an adapter trains: `nnx.Optimizer(model, tx, wrt=lora.nnx.LoraParam)`.
+
+    It is a `nnx.LoRAParam`, by which trainers for NNX find what to train.
+    """
+
+
+class FrozenParam(nnx.Variable):
+    """A parameter of the base inside an `Adapted`, which no filter for `nnx.Param` selects.
+
+    Its metadata are the parameter's, and `held`, the parameter's type.
+    """
 
 
 class Functional(NamedTuple):
@@ -109,8 +121,9 @@ class Adapted(nnx.Module):
     methods run with the adapters, as by `call`. A layer is the base's own, and computes without
     them: `model.call("blocks.encode", x)` is a layer's method with its adapters.
 
-    The trained variables are `LoraParam`s. The base's own variables are unchanged, and state that a
-    call changes (batch statistics, caches, random streams) is updated, as in the base.
+    The trained variables are `LoraParam`s, and the only ones that `nnx.Param` selects: the base's
+    parameters are `FrozenParam`s. State that a call changes (batch statistics, caches, random
+    streams) is updated, as in the base.
 
     Attributes:
       base: the module that was adapted (its structure; its arrays are shared, not copied).
@@ -119,19 +132,36 @@ class Adapted(nnx.Module):
     """
 
     def __init__(self, base: nnx.Module, lora_params: PyTree, plan: Plan) -> None:
+        """Puts a tree's adapters into a module.
+
+        Args:
+          base: the module.
+          lora_params: the adapted tree of its parameters, from `lora.init` or read from a file.
+          plan: the plan that the tree was made with.
+
+        Raises:
+          ValueError: the tree is not the planned one.
+        """
+        check_argument("nnx.Adapted(base, lora_params, plan)", "base", base, nnx.Module)
+        check_argument("nnx.Adapted(base, lora_params, plan)", "plan", plan, Plan)
+        check_single(lora_params)
         # A plan holds no arrays: it belongs to the module's structure, not to its state.
         self.plan = nnx.static(plan)
         parts, bare = {}, []
         flat, tree = jax.tree_util.tree_flatten_with_path(lora_params, is_leaf=is_lora)
+        planned = plan.by_path()
         for path, leaf in flat:
             bare.append(leaf.w if is_lora(leaf) else leaf)
             if is_lora(leaf):
+                name = paths.spell(path)
+                _check_planned(name, leaf, planned.get(name), plan)
                 trained = {name: getattr(leaf, name) for name in trained_fields(leaf)}
                 parts[_name(path)] = nnx.Dict(
                     {name: LoraParam(x) for name, x in trained.items() if x is not None}
                 )
         graph, _, held = nnx.split(base, nnx.Param, ...)
-        self.base = nnx.merge(graph, jax.tree.unflatten(tree, bare), held, copy=True)
+        params = _frozen(jax.tree.unflatten(tree, bare))
+        self.base = nnx.merge(graph, params, held, copy=True)
         self.adapters = nnx.Dict(parts)
 
     def __getattr__(self, name: str) -> Any:
@@ -158,7 +188,10 @@ class Adapted(nnx.Module):
 
     def lora_params(self) -> PyTree:
         """The tree for `lora.lorafy`, `lora.merge` and the functions that save adapters."""
-        _, params, _ = nnx.split(self.base, nnx.Param, ...)
+        return self._adapted(_split(self.base)[1])
+
+    def _adapted(self, params: PyTree) -> PyTree:
+        """The base's parameters with the adapters on them."""
         flat, tree = jax.tree_util.tree_flatten_with_path(params)
         planned = self.plan.by_path()
         leaves = [self._leaf(planned[paths.spell(path)], path, w) for path, w in flat]
@@ -181,11 +214,65 @@ class Adapted(nnx.Module):
           *args, **kwargs: its arguments.
           lora_key: PRNG key for the adapters' dropout, None for none.
         """
-        graph, _, held = nnx.split(self.base, nnx.Param, ...)
+        graph, params, held = _split(self.base)
         fn = lorafy(_function(graph, held, method))
-        out, state = fn(self.lora_params(), *args, state=held, lora_key=lora_key, **kwargs)
+        out, state = fn(self._adapted(params), *args, state=held, lora_key=lora_key, **kwargs)
         nnx.update(self.base, state)
         return out
+
+
+def _check_planned(path: str, leaf: Any, planned: LeafPlan | None, plan: Plan) -> None:
+    """Checks that a leaf is the planned one: `lora_params` makes it anew from the plan."""
+    if planned is None or _KINDS.get(planned.kind) is not type(leaf):
+        kind = "no leaf there" if planned is None else f'kind "{planned.kind}" there'
+        raise ValueError(
+            f"`{path}` is a `{type(leaf).__name__}` in `lora_params`, and `plan` has {kind}: pass "
+            "the plan that the tree was made with"
+        )
+    if not isinstance(leaf, LoraArray):
+        return
+    pairs = [
+        ("roles", leaf.roles, planned.roles),
+        ("rank", leaf.rank, planned.rank),
+        ("dropout", leaf.dropout, float(plan.config.dropout)),
+    ]
+    if compat.is_concrete(leaf.scale):
+        scales = np.asarray(planned.scales, np.float32).tolist()
+        pairs.append(("scale", np.ravel(leaf.scale).tolist(), scales))
+    for name, has, expected in pairs:
+        if has != expected:
+            raise ValueError(
+                f"`{path}` has {name} {has} in `lora_params`, and {expected} in `plan`: pass the "
+                "plan that the tree was made with"
+            )
+
+
+_KINDS = {"lora": LoraArray, "saved": SavedArray, "rows": RowsArray}
+
+
+def _frozen(params: PyTree) -> PyTree:
+    """A state of parameters as one of `FrozenParam`s; `nnx.merge` takes the types of the state."""
+
+    def freeze(variable: nnx.Variable) -> nnx.Variable:
+        metadata = {**variable.get_metadata(), "held": type(variable)}
+        return FrozenParam.from_metadata(variable.get_raw_value(), metadata)
+
+    return jax.tree.map(freeze, params, is_leaf=_is_variable)
+
+
+def _split(base: nnx.Module) -> tuple[Any, PyTree, PyTree]:
+    """An adapted module's base as `nnx.split` gives it, with the types its parameters had."""
+
+    def thaw(variable: nnx.Variable) -> nnx.Variable:
+        metadata = variable.get_metadata()
+        return metadata.pop("held").from_metadata(variable.get_raw_value(), metadata)
+
+    graph, params, held = nnx.split(base, FrozenParam, ...)
+    return graph, jax.tree.map(thaw, params, is_leaf=_is_variable), held
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
 
 
 def _name(path: Sequence) -> str:
@@ -224,5 +311,5 @@ def adapt(
 
 def merged(model: Adapted) -> nnx.Module:
     """A copy of the base module with the adapters merged into its parameters."""
-    graph, _, held = nnx.split(model.base, nnx.Param, ...)
-    return nnx.merge(graph, merge_tree(model.lora_params()), held, copy=True)
+    graph, params, held = _split(model.base)
+    return nnx.merge(graph, merge_tree(model._adapted(params)), held, copy=True)

@@ -195,6 +195,81 @@ def test_adapted_module_trains_only_its_adapters():
     assert sum(x.size for x in moments) == 2 * adapter
 
 
+class Table(nnx.Param):
+    """A parameter of a class of its own."""
+
+
+class Shared(nnx.Module):
+    """Scanned layers that are found by `nnx.Param`, a table used twice, and a class of its own."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        keys = jax.random.split(rngs.params(), 3)
+        make = nnx.vmap(lambda key: nnx.Linear(8, 8, rngs=nnx.Rngs(key)), in_axes=0, out_axes=0)
+        self.layers = make(keys)
+        self.up = nnx.Linear(8, 16, rngs=rngs)
+        self.table = Table(jax.random.normal(rngs.params(), (16, 8)))
+        self.again = self.table
+
+    def __call__(self, x):
+        scan = nnx.scan(
+            lambda layer, x: layer(x),
+            in_axes=(nnx.StateAxes({nnx.Param: 0}), nnx.Carry),
+            out_axes=nnx.Carry,
+        )
+        return self.up(scan(self.layers, x)) @ (self.table + self.again)
+
+
+def test_every_usual_filter_selects_the_adapters_alone():
+    module = Shared(nnx.Rngs(0))
+    config = lora.LoraConfig(rank=2, target_modules=("layers", "up"), init="random")
+    model = lora.nnx.adapt(module, config, X, key=jax.random.key(1))
+    found = nnx.state(model, nnx.Param)
+    assert list(found) == ["adapters"] and issubclass(lora.nnx.LoraParam, nnx.LoRAParam)
+    assert jax.tree.structure(found) == jax.tree.structure(nnx.state(model, nnx.LoRAParam))
+    assert jax.tree.structure(found) == jax.tree.structure(nnx.state(model, lora.nnx.LoraParam))
+    close(model(X), lora.nnx.merged(model)(X))
+    before = jax.tree.map(np.asarray, nnx.state(model, lora.nnx.FrozenParam))
+
+    # As one trains any NNX module, without a word about adapters.
+    optimizer = nnx.Optimizer(model, optax.sgd(1e-2), wrt=nnx.Param)
+    grads = nnx.grad(lambda model: jnp.mean(model(X) ** 2))(model)
+    optimizer.update(model, grads)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model, lora.nnx.FrozenParam), before)
+    assert not np.allclose(model(X), module(X), atol=1e-3)
+
+    assert model.base.table is model.base.again
+    merged = lora.nnx.merged(model)
+    assert type(merged.table) is Table and merged.table is merged.again
+    assert jax.tree.structure(nnx.state(merged)) == jax.tree.structure(nnx.state(module))
+
+
+@pytest.mark.wrong_types
+def test_a_tree_and_a_plan_that_do_not_belong_together():
+    module = NnxNet(nnx.Rngs(0))
+    fn, params, state = lora.nnx.functional(module)
+
+    def made(**fields):
+        config = lora.LoraConfig(**{"rank": 2, "target_modules": ("up",), **fields})
+        plan = lora.plan(config, fn, params, X, state=state)
+        return plan, lora.init(jax.random.key(1), plan, params)
+
+    plan, tree = made()
+    for fields, text in (
+        (dict(rank=4, alpha=32), "rank 2 in `lora_params`, and 4 in `plan`"),
+        (dict(alpha=4), r"scale \[8.0\] in `lora_params`, and \[2.0\] in `plan`"),
+        (dict(dropout=0.5), "dropout 0.0 in `lora_params`, and 0.5 in `plan`"),
+    ):
+        with pytest.raises(ValueError, match=f"`up.kernel` has {text}: pass the plan that"):
+            lora.nnx.Adapted(module, tree, made(**fields)[0])
+    for other in (dict(target_modules=("down",)), dict(modules_to_save=("up",), bias="all")):
+        with pytest.raises(ValueError, match="`up.kernel` is a `LoraArray` in .*`plan` has kind"):
+            lora.nnx.Adapted(module, tree, made(**{"target_modules": ("down",), **other})[0])
+    with pytest.raises(ValueError, match="is a stack of adapters"):
+        lora.nnx.Adapted(module, lora.stack([tree]), plan)
+    with pytest.raises(TypeError, match="`base` must be `Module`, got `State`"):
+        lora.nnx.Adapted(params, tree, plan)
+
+
 def test_adapted_module_with_saved_leaf_and_pissa():
     module = NnxNet(nnx.Rngs(0))
     module.eval()

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from lora_jax import processes
-from lora_jax.array import check_whole
+from lora_jax.checkpoint.agreement import check_adapter, check_finite
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
 from lora_jax.checkpoint.flat import (
     check_outline,
@@ -74,12 +74,11 @@ def save(directory: str | os.PathLike, lora_params: Any, config: LoraConfig) -> 
       config: the `LoraConfig` it was made with.
 
     Raises:
+      ValueError: the tree is not one adapter of this config, or holds NaN or infinity.
       FileExistsError: the folder holds something that is not an adapter.
       OSError: it cannot be written (the earlier content is intact).
     """
-    _check_order("save", directory, config)
-    directory = place_for(directory, ITEM, "an adapter")
-    arrays, meta = _content(lora_params, config)
+    directory, arrays, meta = _content("save", directory, lora_params, config)
     processes.together(lambda: _replace(directory, arrays, meta))
 
 
@@ -121,16 +120,14 @@ def save_async(directory: str | os.PathLike, lora_params: Any, config: LoraConfi
       The pending save; its `wait()` raises the error of the thread.
 
     Raises:
-      FileExistsError: as `save`.
+      ValueError, FileExistsError: as `save`.
 
     Example:
       pending = lora.checkpoint.save_async("adapter", lora_params, config)
       ...
       pending.wait()
     """
-    _check_order("save_async", directory, config)
-    directory = place_for(directory, ITEM, "an adapter")
-    arrays, meta = _content(lora_params, config)
+    directory, arrays, meta = _content("save_async", directory, lora_params, config)
     # Copied on the device: the next training step may donate, and so overwrite, the originals.
     copied = {name: x.copy() for name, x in arrays.items()}
     failures: list[Exception] = []
@@ -146,22 +143,25 @@ def save_async(directory: str | os.PathLike, lora_params: Any, config: LoraConfi
     return Pending(thread, failures)
 
 
-def _check_order(name: str, directory: Any, config: Any) -> None:
+def _content(
+    name: str, directory: str | os.PathLike, lora_params: Any, config: LoraConfig
+) -> tuple[Path, dict[str, Any], dict]:
+    """The folder to write, the arrays and the metadata, all checked; `name` is the function's."""
     order = f"checkpoint.{name}(directory, lora_params, config)"
     check_argument(order, "directory", directory, (str, os.PathLike))
     check_argument(order, "config", config, LoraConfig)
-
-
-def _content(lora_params: Any, config: LoraConfig) -> tuple[dict[str, Any], dict]:
-    check_whole(lora_params)
+    place = place_for(directory, ITEM, "an adapter")
+    check_adapter(lora_params, config)
     trainable, _ = split(lora_params)
+    arrays = {name: processes.whole(x) for name, x in sorted(flatten(trainable).items())}
+    check_finite(arrays)
     meta = {
         "format": FORMAT,
         "config": config_json(config),
         "plan": outline(lora_params),
         "base": fingerprint(lora_params),
     }
-    return {name: processes.whole(x) for name, x in sorted(flatten(trainable).items())}, meta
+    return place, arrays, meta
 
 
 _ROLES = "lora_jax_roles"  # the only field that PEFT's config lacks

@@ -18,10 +18,12 @@ from lora_jax.array import (
     is_leaf,
     is_lora,
     is_stack,
+    leaves_by_path,
 )
 from lora_jax.multi.stack import (
     adapter_fields,
     as_lora,
+    check_finite,
     check_same_base,
     check_shapes,
     padded,
@@ -43,8 +45,8 @@ def replace(stacked: PyTree, index: int, adapter: PyTree) -> PyTree:
       A new tree, for which nothing compiled for `stacked` is compiled again.
 
     Raises:
-      ValueError: there is no such slot, the base differs, the rank is too large, or the stack has
-        no room for a leaf.
+      ValueError: there is no such slot, the base differs, the rank is too large, the stack has no
+        room for a leaf, or the adapter is not finite.
     """
     number = count(stacked)
     if not isinstance(index, jax.core.Tracer) and not 0 <= int(index) < number:
@@ -61,7 +63,9 @@ def replace(stacked: PyTree, index: int, adapter: PyTree) -> PyTree:
             changed[field] = lax.dynamic_update_slice_in_dim(held, new, index, x.axis)
         return dataclasses.replace(x, **changed)
 
-    return jax.tree.map(put, stacked, stack_of_one(stacked, adapter), is_leaf=is_leaf)
+    one = stack_of_one(stacked, adapter)
+    check_finite(leaves_by_path(one))
+    return jax.tree.map(put, stacked, one, is_leaf=is_leaf)
 
 
 def stack_of_one(stacked: PyTree, adapter: PyTree) -> PyTree:
@@ -157,6 +161,19 @@ def adapter(stacked: PyTree, index: int) -> PyTree:
         raise ValueError(f"`index` is {index}, but the stack has slots 0 to {number - 1}")
     flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=is_leaf)
     return jax.tree.unflatten(tree, [_single(paths.spell(p), x, index) for p, x in flat])
+
+
+def check_single(lora_params: PyTree) -> None:
+    """Checks that a tree is no stack, for what takes one adapter.
+
+    Raises:
+      ValueError: it is a stack.
+    """
+    if any(is_stack(x) for x in jax.tree.leaves(lora_params, is_leaf=is_leaf)):
+        raise ValueError(
+            "`lora_params` is a stack of adapters: pass one of them, "
+            "`lora.multi.adapter(stacked, index)`"
+        )
 
 
 def _single(name: str, x: Any, index: int) -> Any:

@@ -53,7 +53,7 @@ def stack(
 
     Raises:
       ValueError: there is no adapter; trees have different structures or bases; `rank` or `slots`
-        is too small; or the leaves of two adapters cannot be stacked.
+        is too small; the leaves of two adapters cannot be stacked; or an adapter is not finite.
 
     Example:
       stacked = lora.stack([ann, bob])
@@ -75,7 +75,38 @@ def stack(
         _stack_leaf(name, column, slots=slots, rank=rank, train=train)
         for name, column in zip(names, columns, strict=True)
     ]
+    check_finite(dict(zip(names, leaves, strict=True)))
     return jax.tree.unflatten(tree, leaves)
+
+
+def check_finite(leaves: Mapping[str, Any]) -> None:
+    """Checks that the adapters of a stack are numbers, unless they are traced.
+
+    Args:
+      leaves: the stack's leaves by path.
+
+    Raises:
+      ValueError: one holds NaN or infinity.
+    """
+    arrays = {
+        (name, field): (x.axis, getattr(x, field))
+        for name, x in leaves.items()
+        if is_stack(x)
+        for field in adapter_fields(x)
+        if not isinstance(getattr(x, field), jax.core.Tracer)
+    }
+    # One transfer for all of them: on an accelerator each would wait for the device.
+    found = jax.device_get({
+        key: jnp.all(jnp.isfinite(jnp.moveaxis(x, axis, 0)), axis=range(1, x.ndim))
+        for key, (axis, x) in arrays.items()
+    })  # fmt: skip
+    for (name, field), finite in found.items():
+        if not finite.all():
+            whose = f"adapter {finite.argmin()}" if len(finite) > 1 else "the adapter"
+            raise ValueError(
+                f"{whose} holds NaN or infinity in `{field}` of `{name}`, so "
+                "every output would: take an earlier checkpoint of it"
+            )
 
 
 def check_list(adapters: Any) -> None:

@@ -77,6 +77,50 @@ def test_a_saved_module_comes_back(tmp_path):
     assert_same_bits(restored, trained)
 
 
+OTHERS = {
+    "rank": (dict(rank=4, alpha=8), "rank 2, and `config` gives it 4"),
+    "smaller rank": (dict(rank=1, alpha=2), "rank 2, and `config` gives it 1"),
+    "scale": (dict(alpha=6), "scale 2, and `config` gives it 0 or 3"),
+    "rsLoRA": (dict(use_rslora=True), "scale 2, and `config` gives it 0 or 2.82843"),
+    "DoRA": (dict(use_dora=True), "`use_dora` False, and `config` gives it True"),
+    "bias": (dict(lora_bias=True), "`lora_bias` False, and `config` gives it True"),
+    "dropout": (dict(dropout=0.1), "dropout 0.2, and `config` gives it 0.1"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_config_is_an_error_before_anything_is_written(tmp_path, trained, other):
+    changes, text = OTHERS[other]
+    config = dataclasses.replace(CONFIG, **changes)
+    for save in (checkpoint.save, checkpoint.save_async):
+        with pytest.raises(ValueError, match=f"`mix.kernel` has {text}: pass the config that"):
+            save(tmp_path / "a", trained, config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_whole_adapter_is_not_written(tmp_path, trained):
+    mix = trained["mix"]["kernel"]
+    for field in ("a", "b"):
+        broken = dataclasses.replace(mix, **{field: getattr(mix, field).at[0, 1].set(jnp.nan)})
+        with pytest.raises(ValueError, match=f"holds NaN or infinity in `mix.kernel.{field}`"):
+            checkpoint.save(tmp_path / "a", {**trained, "mix": {"kernel": broken}}, CONFIG)
+    with pytest.raises(ValueError, match="is a stack of adapters: pass one of them"):
+        checkpoint.save(tmp_path / "a", lora.stack([trained, trained]), CONFIG)
+    with pytest.raises(ValueError, match="`lora_params` has no leaf that trains"):
+        checkpoint.save(tmp_path / "a", toy_params(), CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_out_of_a_stack_is_saved_with_its_own_config(tmp_path):
+    one = moved(toy_lora(dataclasses.replace(CONFIG, dropout=0.0)))
+    larger = dataclasses.replace(CONFIG, dropout=0.0, rank=3)
+    stacked = lora.stack([one, moved(toy_lora(larger), seed=5)])
+    config = dataclasses.replace(CONFIG, dropout=0.0)
+    checkpoint.save(tmp_path / "a", lora.multi.adapter(stacked, 0), config)
+    restored, _ = checkpoint.restore(tmp_path / "a", Toy().apply, toy_params(), TOKENS)
+    np.testing.assert_array_equal(restored["mix"]["kernel"].a[:, :2], one["mix"]["kernel"].a)
+
+
 def test_saving_again_replaces(saved, trained):
     other = moved(toy_lora(), seed=9)
     checkpoint.save(saved, other, CONFIG)

@@ -35,6 +35,7 @@ from lora_jax.hf.peft.save import AUTO, with_task
 from lora_jax.hf.peft.settle import plannable
 from lora_jax.hf.peft.tying import check_tying, tied_by_file
 from lora_jax.hf.peft.vllm import for_vllm
+from lora_jax.multi.single import check_single
 from lora_jax.paths import bare
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.plan.leaf import Plan
@@ -246,6 +247,7 @@ def save_peft(
     check_argument(order, "directory", directory, (str, os.PathLike))
     check_argument(order, "config", config, LoraConfig)
     check_whole(lora_params)
+    check_single(lora_params)
     if target not in TARGETS:
         raise ValueError(f'target must be one of "peft", "vllm", got {target!r}')
     leaves, config = in_their_names(leaves_by_path(lora_params), config, name_map)

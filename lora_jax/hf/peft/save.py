@@ -15,6 +15,7 @@ from lora_jax.hf.peft.card import WRAPPED, is_encoder, parts_of
 from lora_jax.hf.peft.index import AdapterIndex, IndexRow, make_index, named_targets
 from lora_jax.hf.peft.tensors import TensorSpec, read_leaf, tensor_specs
 from lora_jax.hf.peft.tying import HEAD, tied_config, ties
+from lora_jax.multi.single import check_single
 
 AUTO = "auto"
 
@@ -27,6 +28,7 @@ def to_peft(lora_params: Any, config: LoraConfig) -> tuple[dict[str, Any], dict[
     """
     check_argument("hf.to_peft(lora_params, config)", "config", config, LoraConfig)
     check_whole(lora_params)
+    check_single(lora_params)
     return content_of(make_index(leaves_by_path(lora_params), config))
 
 
@@ -72,8 +74,8 @@ def content_of(
         )
     if not any(row.rank for rows in index.rows.values() for row in rows):
         raise ValueError(
-            "lora_params: no leaf carries an adapter that the config describes; pass the tree that "
-            "lora_jax.init made with this config"
+            "lora_params: no leaf has an adapter that the config describes; pass the tree that "
+            "`lora.init` made with this config"
         )
     tensors = {}
     for path, specs in tensor_specs(index, model_type=model_type).items():
@@ -159,9 +161,10 @@ def _check_beyond(leaf: LoraArray, row: IndexRow) -> None:
     outs = (slice(None),) * leaf.roles.count("o")
     beyond = slice(row.rank, None)
     if np.any(leaf.a[row.layer][..., beyond]) and np.any(leaf.b[row.layer][(..., beyond, *outs)]):
+        larger = f"an adapter beyond rank {row.rank}, which the config gives it"
+        has = larger if row.rank else "a trained adapter, and the config does not adapt it"
         raise ValueError(
-            f"leaf `{row.path}`: `{row.name}` has an adapter beyond rank {row.rank}, which the "
-            "config gives it; use the config the adapter was made with"
+            f"leaf `{row.path}`: `{row.name}` has {has}; use the config the adapter was made with"
         )
 
 

@@ -64,6 +64,11 @@ def checked(stacked: Any, ids: Any) -> Any:
             "`adapter_ids` must be integers of shape (rows,) or (rows, tokens), got "
             f"{ids.dtype} of shape {ids.shape}"
         )
+    if not any(is_stack(x) for x in jax.tree.leaves(stacked, is_leaf=is_lora)):
+        raise ValueError(
+            "`adapter_ids` is given, and the parameters hold no stack of adapters: pass "
+            "`lora.stack([adapter, ...])` as parameters, or leave `adapter_ids` out"
+        )
     number = count(stacked)
     if not isinstance(ids, jax.core.Tracer):
         known = np.asarray(ids)

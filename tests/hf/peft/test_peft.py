@@ -18,6 +18,7 @@ from lora_jax.hf.peft.index import make_index, named_targets
 from lora_jax.hf.peft.load import check_task
 from lora_jax.hf.peft.save import to_peft
 from lora_jax.hf.peft.settle import settled
+from lora_jax.multi.stack import stack
 from lora_jax.plan.decide import plan
 from lora_jax.tree import init
 
@@ -198,7 +199,7 @@ def test_another_scale_is_an_error(tree):
 
 def test_an_adapter_the_config_does_not_mean_is_an_error(tree):
     other = dataclasses.replace(QV, target_modules=("v_proj",))
-    with pytest.raises(ValueError, match="q_proj` has an adapter beyond rank 0"):
+    with pytest.raises(ValueError, match="q_proj` has a trained adapter, and the config does"):
         to_peft(tree, other)
     smaller = dataclasses.replace(QV, rank=2, alpha=3)
     with pytest.raises(ValueError, match="has an adapter beyond rank 2"):
@@ -228,7 +229,9 @@ def test_a_base_changed_for_good_is_an_error(tree):
 
 
 def test_not_finite_or_nothing_adapted(tree):
-    with pytest.raises(ValueError, match="no leaf carries an adapter"):
+    with pytest.raises(ValueError, match="is a stack of adapters: pass one of them"):
+        to_peft(stack([tree, tree]), QV)
+    with pytest.raises(ValueError, match="no leaf has an adapter"):
         to_peft(random_params(), QV)
     q = tree["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     with pytest.raises(ValueError, match="q_proj.lora_A.weight` holds NaN or infinity"):
