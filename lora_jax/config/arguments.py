@@ -1,10 +1,13 @@
-"""Errors about arguments: in another order, of another type, fields under PEFT's names."""
+"""Checks of arguments: their order, their types, the fields and the numbers of configurations."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.config.peft import CARRIED, MAPPED, REFUSED
 from lora_jax.paths import nearest
@@ -65,6 +68,22 @@ def _kind_of(value: Any) -> str:
         return f"the function `{value.__name__}`"
     shown = f" {value!r}" if isinstance(value, bool | int | float | str) else ""
     return f"`{type(value).__name__}`{shown}"
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy and JAX as Python's, also in lists, tuples and dicts."""
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return value if isinstance(value, jax.core.Tracer) else value.tolist()
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+
+def set_plain_fields(config: Any) -> None:
+    """Makes every field of a frozen configuration `plain`: JSON, hashes and checks need that."""
+    for name in config.__dataclass_fields__:
+        # A frozen dataclass has no other way to set a field.
+        object.__setattr__(config, name, plain(getattr(config, name)))
 
 
 def with_known_fields(cls: _Class) -> _Class:

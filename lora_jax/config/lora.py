@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import regex
 
-from lora_jax.config.arguments import with_known_fields
+from lora_jax.config.arguments import set_plain_fields, with_known_fields
 from lora_jax.config.peft import fields_from_peft, fields_to_peft
 from lora_jax.config.starts import STARTS, find_start
 
@@ -101,7 +101,7 @@ class LoraConfig:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # A frozen dataclass has no other way to set a field.
+        set_plain_fields(self)
         for name in _NORMALIZED:
             object.__setattr__(self, name, _normalized(name, getattr(self, name)))
         # `b` was the letter of a stack dim before 0.2.

@@ -271,7 +271,7 @@ def unmatched(config: LoraConfig, names: Iterable[str]) -> list[tuple[str, str]]
             continue
         missing += [(field, e) for e in value if not any(ends_with(n, e) for n in names)]
     for entry in config.modules_to_save:
-        if not any(_saved_by(entry, name) for name in names):
+        if not any(saved_by(entry, name) for name in names):
             missing.append(("modules_to_save", entry))
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
@@ -288,6 +288,7 @@ def unmatched_and_excluded(
     return unmatched(config, names), {name for name in names if is_excluded(config, name)}
 
 
-def _saved_by(entry: str, name: str) -> bool:
+def saved_by(entry: str, name: str) -> bool:
+    """Whether an entry of modules_to_save names a parameter, its module or one around it."""
     parts = name.split(".")
     return any(".".join(parts[: i + 1]).endswith(entry) for i in range(len(parts)))

@@ -17,7 +17,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from lora_jax.array import widened
 from lora_jax.config.lora import LoraConfig
-from lora_jax.dims import from_matrix, to_matrix
+from lora_jax.dims import from_matrix, sizes, to_matrix
 from lora_jax.methods.factors import Started, principal, scale_of, shaped, uniform_rank
 from lora_jax.plan.leaf import LeafPlan
 from lora_jax.quant.array import QuantArray, is_quant, quantize_array
@@ -68,18 +68,22 @@ def loftq(
     return q, *shaped(leaf, a, b)
 
 
+_BLOCK = 64  # PEFT's, for a base in floats
+
+
 def _check(config: LoraConfig, leaf: LeafPlan, w: Any, weight: Any) -> None:
     if is_quant(w) and weight is None:
         raise ValueError(
             f"`{leaf.path}` is quantized: LoftQ needs the floats it was quantized from, "
-            "lora.init(key, plan, params, weights=the parameters in floats)"
+            "lora.init(key, plan, params, weights=floats)"
         )
     if not is_quant(w) and weight is not None:
         raise ValueError(f"`{leaf.path}` is not quantized: leave `weights` out of lora.init")
     if not is_quant(w) and config.loftq_config["loftq_bits"] != 4:
         raise ValueError(
             f"`{leaf.path}`: LoftQ with loftq_bits=8 needs a base that is quantized already: "
-            'lora.quantize(params, plan, format="int8"), then lora.init(..., weights=params)'
+            'base = lora.quantize(params, plan, format="int8"), then lora.init(key, plan, base, '
+            "weights=params)"
         )
 
 
@@ -88,7 +92,20 @@ def _quantize(x: Array, w: Any, like: QuantArray | None, leaf: LeafPlan) -> Quan
     if like is None:
         # PEFT's blocks run along a table's features, and along the inputs of any other weight.
         roles = leaf.roles.translate(str.maketrans("io", "oi")) if leaf.lookup else leaf.roles
-        return quantize_array(x.astype(w.dtype), roles=roles, scale_dtype="float32", name=leaf.path)
+        fan_in = sizes(leaf.shape, roles)[1]
+        if fan_in % _BLOCK:
+            raise ValueError(
+                f"`{leaf.path}` has {fan_in} inputs, and LoftQ quantizes floats in blocks of "
+                f"{_BLOCK}: quantize the base in smaller blocks, `base = lora.quantize(params, "
+                "plan, block_size=16, pad=True)`, then lora.init(key, plan, base, weights=params)"
+            )
+        return quantize_array(
+            x.astype(w.dtype),
+            block_size=_BLOCK,
+            roles=roles,
+            scale_dtype="float32",
+            name=leaf.path,
+        )
     double = like.scale2 is not None
     q = quantize_array(
         x,

@@ -29,6 +29,15 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
         for field, entry in unmatched
         if not (field == "modules_to_save" and _is_other_head(config.modules_to_save, entry, names))
     ]
+    for entry in config.modules_to_save:
+        of_entry = [
+            x.leaf for x in drafts if any(matching.saved_by(entry, n) for n in x.names.every)
+        ]
+        if of_entry and all(leaf.kind != "saved" for leaf in of_entry):
+            leaf = of_entry[0]
+            problems.append(
+                f"modules_to_save entry `{entry}` trains nothing: `{leaf.path}` is {leaf.dtype}"
+            )
     if not isinstance(config.target_modules, str):
         problems += _useless_targets(config.target_modules, drafts, excluded)
     adapted = [leaf for leaf in leaves if leaf.kind == "lora"]
@@ -37,7 +46,7 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
         for leaf in adapted
         if config.lora_bias and leaf.lookup
     ]
-    problems += [message for leaf in adapted if (message := too_high(leaf))]
+    problems += [f"{found[0]}: {found[1]}" for leaf in adapted if (found := too_high(leaf))]
     # The most general problem: only where none of the others explains it.
     if not problems and all(leaf.kind == "frozen" for leaf in leaves):
         problems.append(_nothing(config.target_modules, leaves, modules))
@@ -84,24 +93,28 @@ def _why(leaf: LeafPlan) -> str:
     return f"`{leaf.path}`: {leaf.reason}" + (f", {leaf.left_out}" if leaf.left_out else "")
 
 
-def too_high(leaf: LeafPlan) -> str:
-    """Why an adapted leaf cannot have its rank, or ""."""
+def too_high(leaf: LeafPlan) -> tuple[str, str] | None:
+    """Why an adapted leaf cannot have its rank, and what to do; None where it can."""
     _, fan_in, fan_out = sizes(leaf.shape, leaf.roles)
     limit = min(fan_in, fan_out)
     if leaf.rank <= limit:
-        return ""
+        return None
     # A dim wrongly read as a stack leaves a smaller matrix.
     stacked = f"; its dims are read as {leaf.roles}, `roles` overrides" if "s" in leaf.roles else ""
     return (
         f"rank {leaf.rank} is above the smallest dimension {limit} of `{leaf.path}` "
-        f"(in {fan_in}, out {fan_out}), where full rank is reached: lower `rank`, or set "
-        f"rank_pattern={{{paths.module_of(leaf.path).rsplit('.', 1)[-1]!r}: {limit}}}{stacked}"
+        f"(in {fan_in}, out {fan_out}), where full rank is reached",
+        "lower `rank`, or set "
+        f"rank_pattern={{{paths.module_of(leaf.path).rsplit('.', 1)[-1]!r}: {limit}}}{stacked}",
     )
 
 
 def _nothing(targets: Sequence[str] | str, leaves: Sequence[LeafPlan], modules: set[str]) -> str:
-    likely = sorted(leaves, key=lambda leaf: not leaf.roles)  # the ones that could be adapted first
+    # First those that are named, then those that could be.
+    likely = sorted(leaves, key=lambda leaf: (not leaf.left_out, not leaf.roles))
     some = "; ".join(_why(leaf) for leaf in likely[:5])
+    if any(leaf.left_out for leaf in leaves):
+        return f"target_modules={targets!r} adapts nothing: {some}"
     # "all-linear" is no name, so no name is near it.
     near = "" if targets == ALL_LINEAR else f"; nearest: {paths.nearest(str(targets), modules)}"
     return (

@@ -220,7 +220,9 @@ def _decide(
     leaf, names, _ = draft
     matches = [matching.match(config, layer, names.unnumbered) for layer in names.layers]
     # Saved comes before adapted, as in PEFT, where a saved module holds no adapters.
-    if any(match.saved for match in matches):
+    # A buffer of integers inside a saved module has no gradient: it stays as it is.
+    trains = leaf.dtype.startswith(("float", "bfloat", "complex"))
+    if trains and any(match.saved for match in matches):
         return saved_whole(leaf, [match.saved for match in matches])
     all_linear = config.target_modules == ALL_LINEAR
     obstacle, named = _obstacle(draft, matches, heads, masks, all_linear=all_linear)
@@ -236,10 +238,9 @@ def _decide(
         alphas=tuple(match.alpha if match.targeted else 0.0 for match in matches),
         scales=tuple(match.scale if match.targeted else 0.0 for match in matches),
     )
-    if all_linear and adapted.rank == config.rank and too_high(adapted):
-        # No error, because the config does not name it: a router of four experts would make a rank
-        # of eight impossible.
-        return dataclasses.replace(leaf, reason=f'"all-linear" leaves it out: {too_high(adapted)}')
+    if all_linear and adapted.rank == config.rank and (found := too_high(adapted)):
+        # A warning, because a router of four experts would make a rank of eight impossible.
+        return dataclasses.replace(leaf, reason=found[0], left_out=found[1])
     return adapted
 
 

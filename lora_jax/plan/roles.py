@@ -85,9 +85,12 @@ def _why_not(uses: Sequence[Use]) -> str:
 def override(leaf: LeafPlan) -> str:
     """The advice, a `roles` setting, that adapts a leaf which is left out; "" for no matrix.
 
-    A leaf is a matrix if two of its dims are longer than 1, apart from dims taken index by index
-    (layers of a scan), and if not all its uses are those of a bias, a scale or a prompt.
+    A leaf is a matrix if it has floats, if two of its dims are longer than 1, apart from dims taken
+    index by index (layers of a scan), and if not all its uses are those of a bias, a scale or a
+    prompt.
     """
+    if "float" not in leaf.dtype:
+        return ""
     picked = frozenset().union(*(use.picked for use in leaf.uses))
     large = [d for d, n in enumerate(leaf.shape) if n > 1 and d not in picked]
     if len(large) < 2 or (leaf.uses and all(map(_joins_features, leaf.uses))):

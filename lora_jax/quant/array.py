@@ -163,8 +163,8 @@ def quantize_array(
       format: "nf4", "fp4", "int4" (signed scales), "uint4" (a scale and a bias a block) or
         "int8".
       block_size: inputs that share a scale, a power of two of at least 16.
-      scale_dtype: of the scales: "bfloat16" by default. With `double_quant` it is "float32",
-        as in bitsandbytes, and the scales are quantized from that.
+      scale_dtype: of the scales: "bfloat16" by default. With `double_quant` it is "float32" and
+        no other, as in bitsandbytes: the scales are quantized from that.
       double_quant: quantize the scales too, to 8 bits.
       roles: one letter a dim (s stack, i in, o out); `...sio` by default: the last dim is
         produced, the one before contracted, all others stacked.
@@ -225,6 +225,11 @@ def _check_format(form: formats.Format, block: int, scale_dtype: str, double: bo
         raise ValueError(
             f"`scale_dtype` must be one of {', '.join(SCALE_DTYPES)}, got {scale_dtype!r}"
         )
+    if double and scale_dtype != "float32":
+        raise ValueError(
+            "`double_quant` makes 8-bit scales out of float32 ones, got "
+            f"scale_dtype={scale_dtype!r}: leave `scale_dtype` out"
+        )
     if double and form.scale != "absmax":
         raise ValueError(
             f"`double_quant` needs a format whose scales are magnitudes (nf4, fp4, int8), got "
@@ -234,7 +239,9 @@ def _check_format(form: formats.Format, block: int, scale_dtype: str, double: bo
 
 def _check_weight(w: Any, block: int, *, roles: str, pad: bool, name: str) -> None:
     if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise ValueError(f"`{name}` is {w.dtype}: only floating-point weights are quantized")
+        raise ValueError(
+            f"`{name}` is {w.dtype}, and only floating-point weights are quantized: choose others"
+        )
     if len(roles) != len(w.shape) or not {"i", "o"} <= set(roles) or set(roles) - set("siou"):
         raise ValueError(
             f"`roles` {roles!r} does not fit `{name}` of shape {tuple(w.shape)}: one letter a dim, "

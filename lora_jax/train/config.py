@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lora_jax.config.arguments import set_plain_fields
+
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
@@ -77,6 +79,7 @@ class TrainConfig:
     prefetch: int = 2
 
     def __post_init__(self) -> None:
+        set_plain_fields(self)
         if self.output_dir is not None:
             # The only way to set a field of a frozen dataclass.
             object.__setattr__(self, "output_dir", Path(self.output_dir))

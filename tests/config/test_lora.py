@@ -4,12 +4,16 @@ import dataclasses
 import json
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from lora_jax import analysis
 from lora_jax.config import peft
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import STARTS, find_start
 from lora_jax.methods import start_function
+from lora_jax.train.config import TrainConfig
 
 from tests.support.peft_fields import FULL, full
 
@@ -37,6 +41,28 @@ def test_frozen_keyword_only_and_hashable():
     assert hash(config) == hash(LoraConfig(rank_pattern={"q": 4}))
     assert config != LoraConfig(rank_pattern={"q": 5})
     assert dataclasses.replace(config, rank=4).rank_pattern == {"q": 4}
+
+
+def test_numbers_of_numpy_and_jax_are_python_s():
+    make: Any = LoraConfig
+    config = make(
+        rank=np.int64(4), alpha=np.float32(8), dropout=jnp.float32(0.5), use_dora=np.bool_(True),
+        target_modules=np.array(["q", "v"]), layers_to_transform=np.arange(2),
+        rank_pattern={"q": np.int32(2)}, trainable_token_indices={"embed": np.array([3, 5])},
+    )  # fmt: skip
+    assert config == LoraConfig(
+        rank=4, alpha=8.0, dropout=0.5, use_dora=True, target_modules=("q", "v"),
+        layers_to_transform=(0, 1), rank_pattern={"q": 2},
+        trainable_token_indices={"embed": (3, 5)},
+    )  # fmt: skip
+    assert type(config.rank) is type(config.rank_pattern["q"]) is int
+    json.dumps(config.to_peft())
+    for bad in (np.float64(4), np.int64(0), np.bool_(True)):
+        with pytest.raises((TypeError, ValueError), match="rank must be"):
+            make(rank=bad)
+    assert make(rank=jnp.int32(2)).rank == 2 and TrainConfig(steps=make(rank=np.uint8(3)).rank)
+    assert analysis.SweepConfig(ranks=np.array([1, 2])).ranks == (1, 2)  # pyright: ignore
+    assert TrainConfig(steps=np.int64(5), buckets=np.int64(2)).steps == 5  # pyright: ignore
 
 
 def test_a_pattern_given_is_not_shared():

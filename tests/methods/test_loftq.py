@@ -139,6 +139,22 @@ def test_what_loftq_needs_is_said(base):
         lora.LoraConfig(loftq_config={"loftq_iter": 2})
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_remedies_of_a_base_in_floats_work(bits):
+    params = {"out": jax.random.normal(jax.random.key(0), (24, 32))}
+    config = lora.LoraConfig(rank=RANK, init="loftq", loftq_config={"loftq_bits": bits})
+    plan = lora.plan(config, lambda p, x: x @ p["out"], params, jnp.ones((2, 24)))
+    text = "has 24 inputs, and LoftQ .* blocks of 64" if bits == 4 else "needs a base .* quantized"
+    with pytest.raises(ValueError, match=f"`out`.*{text}.*, plan, base, weights=params"):
+        lora.init(jax.random.key(0), plan, params)
+    form: Any = dict(format="nf4" if bits == 4 else "int8")
+    held = lora.quantize(params, plan, block_size=16, pad=True, **form)
+    made = lora.init(jax.random.key(0), plan, held, weights=params)
+    assert error(made["out"], params["out"]) < np.linalg.norm(
+        params["out"] - held["out"].dequantize()
+    )
+
+
 def test_a_checkpoint_is_read_over_the_floats_and_over_the_quantized_base(base, tmp_path):
     params, config = started(base, turns=2)
     checkpoint.save(tmp_path / "a", params, config)

@@ -66,6 +66,45 @@ def test_all_linear_leaves_out_embedding_head_and_norms():
     }
 
 
+def test_all_linear_warns_of_a_matrix_smaller_than_the_rank():
+    params = {"up": shaped(8, 16), "down": shaped(16, 3)}
+
+    def plan(**fields):
+        fn, x = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], shaped(2, 8)
+        return lora.plan(lora.LoraConfig(**fields), fn, params, x, strict=fields["rank"] == 5)
+
+    left = r"rank 4 is above the smallest dimension 3 of `down` \(in 16, out 3\).*lower `rank`, or"
+    with pytest.warns(lora.LeftOutWarning, match=left):
+        assert "1 named matrix left out" in str(plan(rank=4))
+    # The remedy is followed.
+    assert len(plan(rank=4, rank_pattern={"down": 3}).adapted) == 2
+    with pytest.raises(ValueError, match="rank 5 is above .*`strict=True` forbids that"):
+        plan(rank=5)
+    with pytest.raises(
+        ValueError, match="target_modules='all-linear' adapts nothing: `down`: rank"
+    ):
+        plan(rank=100000)
+
+
+def test_integers_neither_train_nor_get_advice_that_fails():
+    def fn(p, x):
+        return x @ p["attn"]["w"] + p["attn"]["ids"].astype(jnp.float32)[:, 0]
+
+    params = {"attn": {"w": shaped(8, 4), "ids": shaped(4, 2, dtype="int32")}}
+
+    def plan(**fields):
+        return lora.plan(lora.LoraConfig(rank=2, **fields), fn, params, shaped(2, 8))
+
+    saved = plan(target_modules=("w",), modules_to_save=("attn",)).by_path()
+    assert (saved["attn.w"].kind, saved["attn.ids"].kind) == ("saved", "frozen")
+    with pytest.raises(
+        ValueError, match=r"adapts nothing \(`attn.ids`: not a floating-.*dimension"
+    ):
+        plan(target_modules=("ids",))
+    with pytest.raises(ValueError, match="entry `ids` trains nothing: `attn.ids` is int32"):
+        plan(target_modules=("w",), modules_to_save=("ids",))
+
+
 @pytest.mark.parametrize(
     ("targets", "want"),
     [

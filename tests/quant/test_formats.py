@@ -230,6 +230,10 @@ def test_quantization_is_traced_abstractly_and_under_jit():
         (dict(block_size=128), "`block_size` 128 does not divide the 96 inputs of `w`"),
         (dict(scale_dtype="int8"), "`scale_dtype` must be one of float32, bfloat16, float16"),
         (dict(roles="ioo"), "`roles` 'ioo' does not fit `w` of shape"),
+        (
+            dict(double_quant=True, scale_dtype="bfloat16"),
+            "`double_quant` makes .*: leave `scale_d",
+        ),
         (dict(format="int4", double_quant=True), "`double_quant` needs a format whose scales are"),
     ],
 )

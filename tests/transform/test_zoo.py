@@ -138,9 +138,12 @@ def _routed(p, x):
 
 
 def test_router_smaller_than_the_rank():
-    """Qwen3-MoE, ELECTRA's one output: "all-linear" names none of them, so none is an error."""
+    """Qwen3-MoE, ELECTRA's one output: "all-linear" leaves them out with a warning."""
     params = {"router": normal(1, 8, 3), "experts": normal(2, 3, 8, 6)}
-    plan = check(_routed, params, features(2, 5, 8), rank=4)
+    with pytest.warns(
+        lora.LeftOutWarning, match=r"`router` .*lower `rank`, or set rank_pattern={'"
+    ):
+        plan = check(_routed, params, features(2, 5, 8), rank=4)
     assert {leaf.path: leaf.roles for leaf in plan.adapted} == {"experts": "oio"}
     assert "rank 4 is above the smallest dimension 3" in plan.by_path()["router"].reason
     for config in ({"target_modules": ("router",)}, {"rank": 9}):

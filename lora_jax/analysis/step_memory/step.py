@@ -11,6 +11,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from lora_jax.analysis.step_memory import mesh as memory_mesh
+from lora_jax.config.arguments import set_plain_fields
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.bert_config import CLASSIFICATION
 from lora_jax.models.model import check_options
@@ -76,6 +77,7 @@ class StepSettings:
     backend: Backend = "gpu"
 
     def __post_init__(self) -> None:
+        set_plain_fields(self)
         for name in ("batch", "length", "accumulation"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

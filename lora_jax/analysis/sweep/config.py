@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax.config.arguments import set_plain_fields
 from lora_jax.config.lora import LoraConfig
 
 
@@ -74,6 +75,7 @@ class SweepConfig:
     save_every: float | None = 60.0
 
     def __post_init__(self) -> None:
+        set_plain_fields(self)
         for name in ("ranks", "learning_rates", "full_learning_rates", "seeds"):
             value = getattr(self, name)
             value = tuple(value) if isinstance(value, Sequence) else (value,)

@@ -5,17 +5,19 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from lora_jax import paths
 from lora_jax.analysis.sweep.config import SweepConfig, Task, with_rank
 from lora_jax.analysis.sweep.result import Run
 from lora_jax.analysis.sweep.store import COMMON, Store
 from lora_jax.checkpoint import fingerprint
 from lora_jax.config.lora import LoraConfig
+from lora_jax.dims import sizes
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.plan.leaf import Plan
 from lora_jax.train.config import TrainConfig, fixed_fields
@@ -73,12 +75,23 @@ def plan_sweep(
 ) -> SweepPlan:
     """Checks a sweep and opens its folder; arguments and errors are those of `rank_sweep`."""
     _check(task, sweep, train_config)
+    for rank in sweep.ranks:
+        with_rank(lora_config, rank)
 
     batch_of = functools.cache(functools.partial(_first_batch, task))
 
-    def plan_of(rank: int) -> Plan:
-        config = with_rank(lora_config, rank)
+    def planned(config: LoraConfig) -> Plan:
         return make_plan(config, task.loss, task.params, batch_of(sweep.seeds[0]))
+
+    @functools.cache
+    def check_ranks() -> None:
+        # At rank 1 every matrix can be adapted; no start but the default is made for every rank.
+        smallest = with_rank(dataclasses.replace(lora_config, init="default", loftq_config={}), 1)
+        _check_ranks(sweep.ranks, planned(smallest))
+
+    def plan_of(rank: int) -> Plan:
+        check_ranks()
+        return planned(with_rank(lora_config, rank))
 
     assert train_config.steps is not None
     return SweepPlan(
@@ -108,6 +121,19 @@ def _check(task: Task, sweep: SweepConfig, train_config: TrainConfig) -> None:
         )
 
 
+def _check_ranks(ranks: Sequence[int], plan: Plan) -> None:
+    """Checks that every rank adapts the same weights."""
+    for leaf in plan.adapted:
+        limit = min(sizes(leaf.shape, leaf.roles)[1:])
+        if max(ranks) > limit:
+            name = paths.module_of(leaf.path).rpartition(".")[2]
+            raise ValueError(
+                f"`ranks` has {max(ranks)}, above the smallest dimension {limit} of `{leaf.path}`, "
+                "where full rank is reached: lower `ranks`, leave the module out with "
+                f"exclude_modules=({name!r},), or train it whole with modules_to_save=({name!r},)"
+            )
+
+
 def _first_batch(task: Task, seed: int) -> Any:
     batch = next(iter(task.batches(seed)), None)
     if batch is None:
@@ -135,13 +161,14 @@ def _open(task: Task, sweep: SweepConfig, lora_config: LoraConfig, config: Train
     usual = dataclasses.asdict(LoraConfig())
     adapters = {k: v for k, v in dataclasses.asdict(lora_config).items()
                 if v != usual[k] and k not in ("rank", "alpha")}  # fmt: skip
-    one = with_rank(lora_config, 1)
+    # As `with_rank` has it, which would refuse an odd rank where a start needs an even one.
+    one = lora_config.alpha / (1 if lora_config.use_rslora else lora_config.rank)
     free = ("learning_rate", "steps", "epochs", "seed")
     training = {k: v for k, v in fixed_fields(config).items() if k not in free}
     common = {
         "data": task.data,
         "metric": task.metric,
-        "lora": json.loads(json.dumps({**adapters, "alpha at rank 1": one.alpha}, default=str)),
+        "lora": json.loads(json.dumps({**adapters, "alpha at rank 1": one}, default=str)),
         "training": training,
     }
     return Store(folder, common)

@@ -28,6 +28,38 @@ def start(rank, seed=0):
     return lora.init(jax.random.key(seed), plan, PARAMS)
 
 
+@pytest.mark.parametrize("targets", [("layer", "small"), "all-linear"])
+def test_ranks_above_a_small_head_are_an_error_whose_remedies_work(targets):
+    params = {**PARAMS, "small": jnp.ones((D, 3))}
+
+    def with_head(params, batch):
+        return jnp.mean((batch[0] @ params["layer"]["kernel"] @ params["small"]) ** 2)
+
+    task = TASK._replace(params=params, loss=with_head)
+
+    def plan(config, ranks=(1, 4)):
+        sweep = dataclasses.replace(SWEEP, ranks=ranks)
+        return plan_sweep(task, sweep, config, TRAIN, log=print).plan_of(max(ranks))
+
+    config = dataclasses.replace(CONFIG, target_modules=targets)
+    with pytest.raises(
+        ValueError, match="`ranks` has 4, above the smallest dimension 3 of `small`"
+    ):
+        plan(config)
+    assert len(plan(config, ranks=(1, 3)).adapted) == 2
+    assert len(plan(dataclasses.replace(config, exclude_modules=("small",))).adapted) == 1
+    saved = plan(dataclasses.replace(config, modules_to_save=("small",)))
+    assert (len(saved.adapted), len(saved.saved)) == (1, 1)
+
+
+def test_a_start_that_needs_even_ranks():
+    config = dataclasses.replace(CONFIG, init="orthogonal")
+    even = dataclasses.replace(SWEEP, ranks=(2, 4))
+    assert plan_sweep(TASK, even, config, TRAIN, log=print).plan_of(2).adapted[0].rank == 2
+    with pytest.raises(ValueError, match='init="orthogonal" needs an even rank, got rank=1'):
+        plan_sweep(TASK, SWEEP, config, TRAIN, log=print)
+
+
 def test_each_adapter_of_a_batch_moves_as_it_would_alone():
     ranks, rates = (1, 4, 2), (1e-2, 3e-3, 3e-2)
     adapters = [start(r) for r in ranks]
