@@ -39,8 +39,13 @@ def call(fn: Callable, *args: Any) -> Any:
         return fn(*args)
     # Tracing and lowering cost milliseconds; compiling costs the half second.
     lowered = jax.jit(fn).lower(*args)
-    digest = hashlib.sha256(lowered.as_text().encode()).digest()
-    # The text has no devices.
+    text = lowered.as_text()
+    # Constants stand in the text, but under `jax_use_simplified_jaxpr_constants` they are hidden
+    # arguments: equal texts may then compute different results.
+    if "jax.const = true" in text:
+        return lowered.compile()(*args)
+    digest = hashlib.sha256(text.encode()).digest()
+    # The text does not name devices.
     key = (digest, *map(_placement, leaves), getattr(jax.config, "jax_default_device", None))
     # Taken out and put back at the end: the order of the dict is that of use.
     with _lock:
@@ -79,6 +84,7 @@ def is_staged() -> bool:
 
     Under `grad` and `vmap` only their arguments are tracers.
     """
+    # No public function of JAX tells; but while it traces, an operation on constants is staged too.
     return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 

@@ -49,6 +49,23 @@ def test_another_function_of_the_same_program_compiles_nothing():
     assert compilations(lambda: lora.lorafy(lambda p, x: scanned(p, x))(tree, X)) == 0
 
 
+@pytest.fixture
+def hoisted_constants():
+    """JAX's coming default: constants are hidden arguments, which the program's text lacks."""
+    jax.config.update("jax_use_simplified_jaxpr_constants", True)
+    yield
+    jax.config.update("jax_use_simplified_jaxpr_constants", False)
+
+
+def test_programs_that_differ_in_a_constant_alone(hoisted_constants):
+    def plus(constant):
+        return eager.call(lambda x: [lax.map(lambda y: y + constant, x)], jnp.zeros((2, 50)))[0]
+
+    ones = jnp.ones(50)
+    np.testing.assert_array_equal(plus(ones), np.ones((2, 50)))
+    np.testing.assert_array_equal(plus(2 * ones), np.full((2, 50), 2))
+
+
 def test_what_a_function_closes_over_may_change():
     """The function runs in Python on every call, as in JAX without `jit`."""
     setting, calls = {"gain": 1.0}, []
