@@ -29,6 +29,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import importlib.util  # noqa: E402
 import re  # noqa: E402
+import signal  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -43,6 +44,10 @@ if TYPES:
     import tests.support.shapes  # noqa: F401
 
     install_import_hook("lora_jax", "tests.support.shapes.checker")
+
+# A shell starts background jobs with Ctrl-C ignored, and Python leaves it so.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 MOST_COMPILED = 1 << 29

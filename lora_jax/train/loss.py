@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lora_jax import compat
+from lora_jax.dims import AnyArray
 from lora_jax.models.layers import Specs, gather
 
 # Logits at one time, float32. The backward pass holds about two more arrays of this size.
@@ -58,7 +59,7 @@ def outputs_of(model: Any) -> Callable:
     """
 
     def logits(
-        params: Any, tokens: Int[Array, "b t"], positions: Int[Array, " p"]
+        params: Any, tokens: Int[AnyArray, "b t"], positions: Int[AnyArray, " p"]
     ) -> Float[Array, "p v"]:
         hidden = model.apply(params, tokens, return_hidden=True)
         picked = pick(hidden, positions)
@@ -86,9 +87,9 @@ def losses_of(model: Any, rows: Rows = TOGETHER, *, chunk_bytes: int = CHUNK_BYT
 
     def losses(
         params: Any,
-        tokens: Int[Array, "b t"],
-        positions: Int[Array, " p"],
-        targets: Int[Array, " p"],
+        tokens: Int[AnyArray, "b t"],
+        positions: Int[AnyArray, " p"],
+        targets: Int[AnyArray, " p"],
     ) -> Float[Array, " p"]:
         hidden = model.apply(params, tokens, return_hidden=True)
         hidden = _pick_apart(hidden, positions, rows)
@@ -96,7 +97,9 @@ def losses_of(model: Any, rows: Rows = TOGETHER, *, chunk_bytes: int = CHUNK_BYT
         # Once, and not for every chunk.
         params = gather(params, rows.weights) if rows.weights else params
 
-        def part(hidden: Float[Array, "n c d"], targets: Int[Array, "n c"]) -> Float[Array, " n*c"]:
+        def part(
+            hidden: Float[Array, "n c d"], targets: Int[AnyArray, "n c"]
+        ) -> Float[Array, " n*c"]:
             # The head's weight travels, not the rows: there are more of them than inputs.
             logits = _spread(model.head(params, hidden), rows)
             return token_losses(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
@@ -112,13 +115,13 @@ def losses_of(model: Any, rows: Rows = TOGETHER, *, chunk_bytes: int = CHUNK_BYT
 
 
 def _in_chunks(
-    fn: Callable, count: int, hidden: Float[Array, "n q d"], targets: Int[Array, "n q"]
+    fn: Callable, count: int, hidden: Float[Array, "n q d"], targets: Int[AnyArray, "n q"]
 ) -> Float[Array, " n*q"]:
     """`fn(hidden, targets)`, by `count` chunks of each part's positions one after another."""
     parts, places = targets.shape
     size = -(-places // count)
 
-    def chunks(x: Array) -> Array:
+    def chunks(x: AnyArray) -> Array:
         padded = jnp.pad(x, [(0, 0), (0, size * count - places)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(padded.reshape(parts, count, size, *x.shape[2:]), 1, 0)
 
@@ -128,7 +131,7 @@ def _in_chunks(
 
 
 def _pick_apart(
-    hidden: Float[Array, "b t d"], positions: Int[Array, " p"], rows: Rows
+    hidden: Float[Array, "b t d"], positions: Int[AnyArray, " p"], rows: Rows
 ) -> Float[Array, "n q d"]:
     """As `pick`, in each part of the rows on its own device: P/n positions of n parts."""
     if rows.parts == 1:
@@ -147,7 +150,7 @@ def _spread(x: Array, rows: Rows) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(rows.axes, *others))
 
 
-def pick(hidden: Float[Array, "b t d"], positions: Int[Array, " p"]) -> Float[Array, "p d"]:
+def pick(hidden: Float[Array, "b t d"], positions: Int[AnyArray, " p"]) -> Float[Array, "p d"]:
     """The hidden states at `positions` of the flattened grid, (P, D); all of them if P == B*T."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     if positions.shape[0] == flat.shape[0]:
@@ -165,14 +168,14 @@ def pick(hidden: Float[Array, "b t d"], positions: Int[Array, " p"]) -> Float[Ar
 
 def cross_entropy(
     logits: Float[Array, "p v"],
-    targets: Int[Array, " p"],
+    targets: Int[AnyArray, " p"],
     weights: Float[Array, " p"],
 ) -> Float[Array, ""]:
     """The weighted sum of -log softmax(logits)[target], in float32 (not yet divided by N)."""
     return jnp.sum(token_losses(logits, targets) * weights)
 
 
-def token_losses(logits: Float[Array, "p v"], targets: Int[Array, " p"]) -> Float[Array, " p"]:
+def token_losses(logits: Float[Array, "p v"], targets: Int[AnyArray, " p"]) -> Float[Array, " p"]:
     """-log softmax(logits)[target] of each position, in float32."""
     # bfloat16 would round a loss near 10 to multiples of 1/16.
     logits = logits.astype(jnp.float32)

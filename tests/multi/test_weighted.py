@@ -213,12 +213,16 @@ def test_leaves_of_two_ranks_have_no_common_one():
         multi.common_rank(make(1, rank_pattern={"up": 2}))
 
 
+@pytest.mark.wrong_types
+def test_a_method_that_does_not_exist():
+    with pytest.raises(ValueError, match="`method` must be one of cat, svd"):
+        multi.add_weighted_adapter([make(1)], [1.0], method=cast(Any, "best"))
+
+
 def test_clear_errors():
     one, two = make(1), make(2, rank=2)
     with pytest.raises(ValueError, match="got 2 `adapters` and 1 `weights`"):
         multi.add_weighted_adapter([one, two], [1.0])
-    with pytest.raises(ValueError, match="`method` must be one of cat, svd"):
-        multi.add_weighted_adapter([one], [1.0], method=cast(Any, "best"))
     with pytest.raises(ValueError, match='method="linear" needs adapters of one rank'):
         multi.add_weighted_adapter([one, two], [1.0, 1.0], method="linear")
     with pytest.raises(ValueError, match='`key` is needed for method="dare_linear"'):

@@ -302,6 +302,12 @@ def test_stacked_weights_must_be_of_one_kind():
         foreign.stack_weights([a, b])
 
 
+@pytest.mark.wrong_types
+def test_where_is_no_number():
+    with pytest.raises(TypeError, match=r"`where` must be module names, .*, got `int`"):
+        lora.quantize({"k": np.ones((8, 8), np.float32)}, cast(Any, 3))
+
+
 def test_trees_are_quantized_by_name_and_come_back():
     rng = np.random.default_rng(5)
     params = {
@@ -323,8 +329,6 @@ def test_trees_are_quantized_by_name_and_come_back():
     np.testing.assert_allclose(
         back["layers"]["up"]["kernel"], params["layers"]["up"]["kernel"], atol=0.02
     )
-    with pytest.raises(TypeError, match=r"`where` must be module names, .*, got `int`"):
-        lora.quantize(params, cast(Any, 3))
     with pytest.raises(ValueError, match="`where` entry `upp` matches no matrix; nearest: .*up"):
         lora.quantize(params, ["upp"])
     with pytest.raises(ValueError, match="quantized already"):
