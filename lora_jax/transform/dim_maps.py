@@ -71,6 +71,7 @@ def reduced(eqn: Any, k: int) -> list[Map]:
 
 
 def stacked(eqn: Any, k: int) -> list[Map]:
+    # The new axis is made of no dim of the operand.
     axis, dims = eqn.params["axis"], _identity(len(_shape(eqn, k)))
     return [[*dims[:axis], (), *dims[axis:]]]
 
@@ -84,6 +85,7 @@ def reshaped(eqn: Any, shape: tuple) -> list[Map] | None:
     if 0 in shape or eqn.params.get("dimensions") is not None:
         return None
     # Runs of dims with equal products: within a run every new dim is made of all old ones.
+    # Dims of size 1 are left out: they may be anywhere, and are made of nothing.
     old = [d for d, n in enumerate(shape) if n != 1]
     new = [d for d, n in enumerate(new_shape) if n != 1]
     out: Map = [()] * len(new_shape)
@@ -94,6 +96,7 @@ def reshaped(eqn: Any, shape: tuple) -> list[Map] | None:
 
 
 def broadcast(eqn: Any, shape: tuple) -> list[Map]:
+    # A new dim holds copies: it is made of no dim.
     out: Map = [()] * len(eqn.params["shape"])
     for d, new in enumerate(eqn.params["broadcast_dimensions"]):
         out[new] = (d,)
@@ -135,10 +138,12 @@ def ragged_axes(eqn: Any, k: int) -> tuple | None:
         return None
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     contracting, batching = numbers.dot_dimension_numbers
+    # One weight a group, as one a batch entry: the plan makes both a stack dim.
     return contracting[1], (*batching[1], *numbers.rhs_group_dimensions)
 
 
 def kernel_axes(eqn: Any, k: int) -> tuple | None:
+    # rhs_spec is (out channels, in channels, *window): all but the first are summed over.
     return (eqn.params["dimension_numbers"].rhs_spec[1:], ()) if k == 1 else None
 
 
@@ -170,6 +175,7 @@ def permutes(eqn: Any, dim_map: Sequence) -> bool:
     Layers and experts are on the first dim, with a matrix behind it.
     """
     shape, rows = eqn.invars[0].aval.shape, set(indexed_dims(eqn))
+    # A matrix has one long dim besides the indexed one; a stack of matrices has two.
     others = [d for d, n in enumerate(shape) if n > 1 and d not in rows]
     kept = {d for group in dim_map for d in group}
     return rows <= kept and (0 not in rows or len(others) < 2)
@@ -179,6 +185,7 @@ def scales(eqn: Any, k: int) -> bool:
     """Whether a product multiplies operand `k` by a number, or a matrix by a vector of gains."""
     # A matrix times a vector of gains stays a matrix; two matrices mask one another.
     own, other = _shape(eqn, k), _shape(eqn, 1 - k)
+    # The other operand has one long dim (gains) or none (a number).
     large = sum(n > 1 for n in other)
     return large == 0 or (large == 1 and sum(n > 1 for n in own) > 1)
 
@@ -222,6 +229,7 @@ def transformed(eqn: Any, k: int, dims: Sequence[frozenset]) -> Dims:
     for side in (0, 1):
         taken = {*contracting[side], *batching[side]}
         free = [d for d in range(len(eqn.invars[side].aval.shape)) if d not in taken]
+        # `k` is the weight: its free dims stay what they are.
         sides.append([dims[d] for d in free] if side == k else [summed for _ in free])
     return (*(dims[d] for d in batching[k]), *sides[0], *sides[1])
 

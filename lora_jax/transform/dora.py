@@ -18,7 +18,7 @@ from lora_jax.dims import out_dims, sizes, to_matrix
 
 
 def norm(x: LoraArray) -> Float[Array, "..."]:
-    """`‖W + s·A·B‖` over the in dims, for each stack index and output, in float32.
+    """`‖W + s·A·B‖` over the in dims, for each stack index and output, in float32 or wider.
 
     The `(in, out)` sum is never formed:
     `‖W + s·A·B‖² = ‖W‖² + 2s·Σ_r (Aᵀ W)·B + s²·Σ_r B·(AᵀA)·B`.
@@ -27,13 +27,15 @@ def norm(x: LoraArray) -> Float[Array, "..."]:
       An array `(stack..., out...)`.
     """
     stack, fan_in, fan_out = sizes(x.shape, x.roles)
-    w = to_matrix(dense(x.w), x.roles)
+    w = to_matrix(dense(x.w), x.roles)  # (stack..., in, out)
     wide = widened(w.dtype)
     a = x.a.astype(wide).reshape(*stack, fan_in, x.rank)
     b = x.b.astype(wide).reshape(*stack, x.rank, fan_out)
     s = x.scale.astype(wide)[..., None]  # (stack..., 1)
     at = jnp.swapaxes(a, -1, -2)
+    # Σ_i W_io·(A·B)_io = Σ_r (Aᵀ·W)_ro·B_ro: the thin product first.
     cross = jnp.sum(_matmul(at, w.astype(wide)) * b, axis=-2)  # (stack..., out)
+    # ‖A·B‖² for each output is Bᵀ·(Aᵀ·A)·B, from an (r, r) matrix.
     gram = _matmul(_matmul(at, a), b)  # (stack..., r, out)
     square = jnp.sum(jnp.square(w.astype(wide)), axis=-2)  # (stack..., out)
     square = square + 2 * s * cross + s * s * jnp.sum(gram * b, axis=-2)

@@ -37,7 +37,7 @@ class Note(str):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Implicit:
-    """`gain · (w + scale · a·b)`, never added up while the model runs.
+    """`gain · (w + scale · a·b)`, not materialized while the model runs.
 
     Attributes:
       w: the dense (or quantized) weight in its current shape.
@@ -52,8 +52,8 @@ class Implicit:
       reverse_only: whether its products may have a backward of their own (no forward mode).
       bias: added to a product with the weight, times the scale (PEFT's `lora_bias`), or None.
       derived: whether a product with a constant or a lookup by constant indices made it. Where an
-        operation has no low-rank form for it, it is added up without a warning: that costs what
-        the product or the lookup itself costs.
+        operation has no low-rank form for it, it is materialized without a warning: that costs
+        what the product or the lookup itself costs.
       adapter_count: how many adapters the factors hold (scale, gain and bias too), numbered on
         the axis after the stack dims; 0 for one adapter without such an axis.
     """
@@ -119,7 +119,7 @@ def owned(v: Implicit, dims: Collection[int], role: str) -> Implicit:
     """
     if not dims:
         return v
-    # The base is not touched: it repeats already.
+    # The base has these copies already: only the factors lack the dims.
     roles = "".join(role if d in dims else old for d, old in enumerate(v.roles))
     parts = {}
     for part in PARTS:
@@ -135,6 +135,7 @@ def owned(v: Implicit, dims: Collection[int], role: str) -> Implicit:
 
 def folded(v: Implicit) -> Implicit:
     """The same weight with its scale and gain multiplied into base and factors."""
+    # s·(A·B) = (s·A)·B. Every stack dim of the scale is one of A's.
     scale = labels(v.roles, "scale")
     a = v.a * expand_to(v.scale, scale, labels(v.roles, "a")).astype(v.a.dtype)
     bias = v.bias
@@ -143,7 +144,7 @@ def folded(v: Implicit) -> Implicit:
     v = dataclasses.replace(v, a=a, bias=bias, scale=jnp.ones_like(v.scale))
     if v.gain is None:
         return v
-    # The gain is over stack and out dims, all of which B has.
+    # g·(W + A·B) = g·W + A·(g·B): the gain is over stack and out dims, all of which B has.
     have = labels(v.roles, "gain")
     w = dense(v.w)
     w = w * expand_to(v.gain, have, range(v.ndim)).astype(w.dtype)
@@ -156,7 +157,7 @@ def without_gain(v: Implicit) -> Implicit:
     return v if v.gain is None else folded(v)
 
 
-def settled(v: Implicit) -> Any:
+def vector_as_array(v: Implicit) -> Any:
     """The weight itself while it is a matrix with an adapter; else it as an array.
 
     A vector made of a weight, such as its mean over the outputs, costs no more than its base.
@@ -196,12 +197,14 @@ def materialize(v: Implicit) -> Array:
         return dense(v.w)
     # The change has the dims that factors have; it repeats along the others.
     dims = [d for d in range(v.ndim) if v.roles[d] != "u"]
+    # Not in bfloat16: a change far smaller than W would be rounded before it is added.
     wide = wide_dtype(v.a.dtype, v.b.dtype)
     la, lb = labels(v.roles, "a"), labels(v.roles, "b")
     a = v.a.astype(wide) * expand_to(v.scale.astype(wide), labels(v.roles, "scale"), la)
     change, have = contract(
         a, la, v.b.astype(wide), lb, keep=set(dims), precision=lax.Precision.HIGHEST
     )
+    # Size 1 for what no factor has, which the sum with the base broadcasts.
     sizes = [1 if v.roles[d] == "u" else n for d, n in enumerate(v.shape)]
     w = dense(v.w)
     wide = wide_dtype(wide, w.dtype)

@@ -26,11 +26,11 @@ from lora_jax.transform.primitive import Primitive
 
 
 class MaterializedWarning(UserWarning):
-    """A weight was added up (`W + s·A·B`) because an operation on it has no low-rank form."""
+    """A weight was materialized (`W + s·A·B`): an operation on it has no low-rank form."""
 
 
 class Pair(NamedTuple):
-    """The elementwise product of two weights, on its way to a sum, which has a low-rank form.
+    """The elementwise product of two weights, which only has a low-rank form once it is summed.
 
     Attributes:
       left, right: the weights, one and the same in a square.
@@ -52,7 +52,7 @@ class Context:
       primitives: the row of each primitive, by name.
       strict: whether a fallback is an error.
       uses: how often each path's weight met dropout so far.
-      memo: inner jitted functions already rewritten, so that a repeated block is traced once.
+      memo: inner jitted functions already interpreted, so that a repeated block is traced once.
       warned: fallbacks already warned of, by path, primitive and line, with the reason.
       quiet: whether fallbacks are only collected in `warned`, without a warning.
       probing: whether a function is run to find its fallbacks, and its result is not used.
@@ -77,13 +77,14 @@ class Context:
     def next_use(self, v: Implicit) -> int:
         if v.key is None or v.dropout == 0:
             return 0
-        # Counted by leaf, so that another leaf's uses do not change this one's masks.
+        # Counted for each leaf, so that another leaf's uses do not change this one's masks.
         path = str(v.path)
         self.uses[path] = self.uses.get(path, -1) + 1
         return self.uses[path]
 
     def resumable(self, f: Callable) -> Callable:
         """`f` counting uses from where they stand now, however often JAX traces it."""
+        # JAX may trace a body twice (for its derivative, for a carry's type): the same masks.
         start = dict(self.uses)
 
         def run(*args: Any) -> Any:
@@ -112,10 +113,11 @@ class Context:
             v = row_adapter(self, v, eqn, reason)
         if v.derived:
             return materialize(v)
+        # Rank 0 is a quantized weight without an adapter: it is only decoded.
         name, line = compat.name_of(eqn), compat.source_line(eqn, self.lines[-1])
         text = (
             f"`{v.path}` has no low-rank form in `{name}` at {line}: {reason}. "
-            f"W + s·A·B is added up for this operation"
+            f"W + s·A·B is materialized for this operation"
             if v.rank
             else f"`{v.path}` is quantized, and `{name}` at {line} needs it as an array: {reason}. "
             f"It is decoded for this operation"
@@ -167,6 +169,7 @@ def evaluate(context: Context, jaxpr: Any, consts: Sequence, args: Sequence) -> 
         values = [_read(env, v) for v in eqn.invars]
         outs = _apply(context, jaxpr, eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
+        # Outvars that nothing reads go at once.
         for v in [v for v in env if last.get(v, -1) <= i]:
             del env[v]
     flush(len(eqns))
@@ -185,6 +188,7 @@ def _without_pairs(context: Context, jaxpr: Any, values: list) -> list:
     """The values with products of two weights as arrays."""
 
     def dense(pair: Pair) -> jax.Array:
+        # A square has one operand, a product two.
         weights = [pair.left, pair.right][: len(pair.eqn.invars)]
         reason = "elementwise product of two weights"
         return _materialized(context, jaxpr, pair.eqn, weights, reason=reason)[0].astype(pair.dtype)
@@ -220,6 +224,8 @@ def _last_uses(eqns: Sequence, outvars: Sequence) -> dict:
     return last | {v: len(eqns) + 1 for v in outvars if isinstance(v, compat.Var)}
 
 
+# The interpreter calls JAX once for a run of equations, not once for each: tracing is faster, and
+# what is inside a run is freed by JAX itself.
 def _run_plain(jaxpr: Any, eqns: list, env: dict, last: dict, end: int) -> None:
     """Runs consecutive equations on dense values as JAX would, keeping what is used after."""
     made = {v for eqn in eqns for v in eqn.outvars}
@@ -237,6 +243,7 @@ def _apply(context: Context, jaxpr: Any, eqn: Any, values: list) -> list:
     if compat.name_of(eqn) not in _TAKE_PAIRS:
         values = _without_pairs(context, jaxpr, values)
         if not any(map(is_implicit, values)):
+            # The pair was the only implicit operand: the equation is a plain one now.
             return _materialized(context, jaxpr, eqn, values, reason="")
     try:
         if row is None or row.rule is None:
@@ -263,6 +270,7 @@ def _apply(context: Context, jaxpr: Any, eqn: Any, values: list) -> list:
 def _materialized(context: Context, jaxpr: Any, eqn: Any, values: list, *, reason: str) -> list:
     """One equation with its implicit operands materialized."""
     env = {}
+    # By variable: an operand that occurs twice is materialized once.
     for v, x in zip(eqn.invars, values, strict=True):
         if isinstance(v, compat.Var) and v not in env:
             env[v] = context.fall_back(x, eqn, reason) if is_implicit(x) else x

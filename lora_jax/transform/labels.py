@@ -65,6 +65,7 @@ def contract(
 
 
 def _sum_away(array: Array, own: Sequence, other: Sequence, keep: Collection) -> tuple[Any, list]:
+    # Labels that are neither wanted nor shared with the other operand.
     lost = [i for i, label in enumerate(own) if label not in keep and label not in other]
     if lost:
         array = jnp.sum(array, axis=tuple(lost))
@@ -126,6 +127,7 @@ def labels(roles: str, part: str) -> list:
     ins, outs = in_dims(roles), out_dims(roles)
     return {
         "w": list(range(len(roles))),
+        # Both factors have the stack first; the rank is A's last axis and B's first behind it.
         "a": [*stack, *ins, RANK],
         "b": [*stack, RANK, *outs],
         "scale": stack,

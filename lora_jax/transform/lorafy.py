@@ -61,8 +61,8 @@ def lorafy(
 
     Args:
       fn: `fn(params, *args, **kwargs)`, a pure function of a parameter tree.
-      strict: make it an error when a weight must be added up because an operation on it has no
-        low-rank form; otherwise that is a `MaterializedWarning` and the result stays exact.
+      strict: make it an error when a weight must be materialized because an operation on it has
+        no low-rank form; otherwise that is a `MaterializedWarning` and the result stays exact.
       reverse_only: give the thin products a backward of their own, which saves a fifth of a
         training step on a CPU; JAX then refuses forward-mode differentiation (`jvp`, `hessian`).
         For training with `jax.grad`.
@@ -108,9 +108,13 @@ def lorafy(
 
     check_function("lorafy(fn)(lora_params, ...)", fn)
 
-    def single(lora_params: Any, *args, lora_key: Any = None, **kwargs) -> Any:
-        context = Context(PRIMITIVES, strict=strict, reverse_only=reverse_only)
-        return _run(context, fn, lora_params, args=args, kwargs=kwargs, lora_key=lora_key)
+    def one(
+        tree: Any, *, args: tuple, kwargs: dict, key: Any, adapters: RowAdapters | None = None
+    ) -> Any:
+        context = Context(
+            PRIMITIVES, strict=strict, reverse_only=reverse_only, row_adapters=adapters
+        )
+        return _run(context, fn, tree, args=args, kwargs=kwargs, lora_key=key)
 
     @functools.wraps(fn)
     def adapted(
@@ -118,31 +122,17 @@ def lorafy(
     ) -> Any:
         stacks = [x for x in jax.tree.leaves(lora_params, is_leaf=is_lora) if is_stack(x)]
         if adapter_ids is None and not stacks:
-            return single(lora_params, *args, lora_key=lora_key, **kwargs)
+            return one(lora_params, args=args, kwargs=kwargs, key=lora_key)
 
         call = run.Call(args, kwargs, key=lora_key, row_axes=row_axes, out_axes=out_axes)
-        if adapter_ids is None:
-            if not stacks[0].chosen:
-                raise ValueError(
-                    "`lora_params` holds a stack of adapters: pass `adapter_ids`, one for each row"
-                )
-            return run.gathered(single, lora_params, call)
-
-        def row(adapters: RowAdapters, tree: Any, args: tuple, kwargs: dict, key: Any) -> Any:
-            context = Context(
-                PRIMITIVES, strict=strict, reverse_only=reverse_only, row_adapters=adapters
+        if adapter_ids is not None:
+            options = {"token_axes": token_axes, "strategy": adapter_strategy}
+            return run.run(one, lora_params, adapter_ids, call, **options)
+        if not stacks[0].chosen:
+            raise ValueError(
+                "`lora_params` holds a stack of adapters: pass `adapter_ids`, one for each row"
             )
-            return _run(context, fn, tree, args=args, kwargs=kwargs, lora_key=key)
-
-        return run.run(
-            single,
-            row,
-            lora_params,
-            adapter_ids,
-            call,
-            token_axes=token_axes,
-            strategy=adapter_strategy,
-        )
+        return run.gathered(one, lora_params, call)
 
     return adapted
 
@@ -163,19 +153,23 @@ def _run(
     entered = LoraArray | RowsArray | QuantArray | LoraStack
     where = [i for i, x in enumerate(leaves) if isinstance(x, entered)]
     if not where:
+        # No leaf to interpret: nothing is traced.
         return fn(jax.tree.unflatten(tree, leaves), *args, **kwargs)
     # These leaves become inputs of the traced function; all others it closes over.
     originals = [leaves[i] for i in where]
     # Arguments that number tokens are inputs too: their axis is followed through the jaxpr.
     tokens = _Tokens(context, args, kwargs)
     staged, finish = _stage(fn, tree, leaves, where=where, tokens=tokens)
+    # The base function sees a leaf's plain weight; the interpreter puts the leaf in its place.
     inputs = [_abstract(getattr(x, "w", x)) for x in originals]
     jaxpr = jax.make_jaxpr(staged)(*inputs, *tokens.arrays)
     jaxpr, consts = compat.open_jaxpr(jaxpr)
     context = tokens.followed(context, jaxpr, len(inputs))
     _note_origins(context, jaxpr, consts, leaves=leaves, tokens=tokens)
     names = [paths.spell(flat[i][0]) for i in where]
-    unchanged: list = []  # for each output the number of the leaf that it is, or None
+    # For each output the number of the leaf that it is, or None: a model that returns its weight
+    # (a cache, a state) gets the leaf itself back, adapter and all.
+    unchanged: list = []
 
     def compute(entered: Sequence, consts: Sequence, arrays: Sequence, lora_key: Any) -> list:
         values = [
@@ -199,7 +193,7 @@ def _note_origins(
     """Finds what depends on the arguments. Arrays are recognized by identity, as JAX keeps them."""
     arguments = {id(x) for x in tokens.flat if compat.is_array(x)}
     parameters = {id(x) for x in leaves} - arguments
-    # Where no argument is an array, what the function closes over is its data.
+    # Where no argument is an array, what the function closes over counts as its data.
     closed = origins.CLOSED if arguments else origins.DATA
     for v, x in zip(jaxpr.constvars, consts, strict=True):
         known = id(x) in parameters
@@ -230,9 +224,9 @@ def materializations(fn: Callable, lora_params: Any, args: Sequence, kwargs: dic
     """
     context = Context(PRIMITIVES, strict=False, quiet=True)
     leaves, tree = jax.tree.flatten((lora_params, tuple(args), dict(kwargs)))
-    # Integers and bools of the parameters stay concrete; arguments are abstract.
+    # Integers and bools of the parameters stay concrete: they may decide a Python branch. Arguments
+    # are abstract.
     own = len(jax.tree.leaves(lora_params))
-    # A concrete parameter that is no floating-point array may decide a Python branch.
     loose = [
         i
         for i, x in enumerate(leaves)
@@ -274,7 +268,7 @@ class _Tokens:
         return jax.tree.unflatten(self.tree, full)
 
     def followed(self, context: Context, jaxpr: Any, weights: int) -> Context:
-        """The context, knowing where the tokens are in a jaxpr of the weights and these arrays."""
+        """The context with the places of the tokens in a jaxpr of the weights and these arrays."""
         if context.row_adapters is None or not self.axes:
             return context
         axes = [frozenset()] * weights + [frozenset({axis}) for axis in self.axes.values()]
@@ -286,8 +280,7 @@ class _Tokens:
 def _stage(
     fn: Callable, tree: Any, leaves: Sequence, where: Sequence[int], tokens: _Tokens
 ) -> tuple[Callable, Callable]:
-    """`fn` as a function of the adapted weights (and of what numbers tokens), and what rebuilds
-    its output.
+    """`fn` on the adapted weights (and what numbers tokens), and what rebuilds its output.
 
     Everything else is closed over, so that bools, strings and module definitions stay Python's
     and outer tracers become constants of the jaxpr.
@@ -300,6 +293,7 @@ def _stage(
             full[i] = w
         args, kwargs = tokens.call(given[len(where) :])
         out, seen["tree"] = jax.tree.flatten(fn(jax.tree.unflatten(tree, full), *args, **kwargs))
+        # Outputs that are no arrays (strings, None) do not pass through the jaxpr.
         seen["static"] = [None if compat.is_traceable(x) else (x,) for x in out]
         return [x for x in out if compat.is_traceable(x)]
 
@@ -338,7 +332,7 @@ def _enter(
     context: Context, x: LoraArray | RowsArray | QuantArray | LoraStack, path: str, lora_key: Any
 ) -> Implicit:
     if isinstance(x, QuantArray):
-        return base_weight.bare(x, Note(path))
+        return base_weight.without_adapter(x, Note(path))
     x = rows_as_lora(x) if isinstance(x, RowsArray) else x
     gain = None
     if isinstance(x, LoraStack):
@@ -351,18 +345,18 @@ def _enter(
     if lora_key is not None and x.dropout > 0:
         if not jnp.issubdtype(lora_key.dtype, jax.dtypes.prng_key):
             lora_key = jax.random.wrap_key_data(lora_key)  # an old-style uint32 key
+        # From the path, not from a counter: a leaf's masks do not depend on other leaves.
         key = paths.fold_path(lora_key, path)
         stack = tuple(x.shape[d] for d in stack_dims(x.roles))
         key = jax.random.split(key, stack) if stack else key
     off = x.dropout > 0 and key is None
-    # Its gradient is not stopped: an optimizer on the whole tree, which moves the base, moves the
-    # scale too, and that is how `save_peft` finds out.
-    scale = x.scale
     return Implicit(
         w=x.w,
         a=_without_dropout(x.a) if off else x.a,
         b=x.b,
-        scale=scale,
+        # Its gradient is not stopped: an optimizer on the whole tree, which moves the base, moves
+        # the scale too, and that is how `save_peft` notices it.
+        scale=x.scale,
         gain=gain,
         key=key,
         roles=x.roles,

@@ -51,10 +51,9 @@ def low_rank(
     (first, first_labels), (second, second_labels) = factors
     compute = compute_dtype(x, v)
     wide = wide_dtype(compute)
-    # (x · first): the rank in place of the dims that are summed over.
-    x = x.astype(compute)
+    # x · first: (stack, free axes of x, r), the rank in place of the dims that are summed over.
     middle, middle_labels = contract(
-        x,
+        x.astype(compute),
         list(x_labels),
         first.astype(compute),
         first_labels,
@@ -67,31 +66,44 @@ def low_rank(
         v.scale.astype(wide), _label(labels(v.roles, "scale")), middle_labels
     )
     middle, second = middle.astype(compute), second.astype(compute)
+    form = (tuple(middle_labels), tuple(second_labels), tuple(out_labels), precision, dtype)
+    result, have = _second_product(form, middle, second, reverse_only=v.reverse_only, specs=specs)
+    return with_units(result, have, out_labels)
+
+
+def _second_product(
+    form: tuple, middle: Array, second: Array, *, reverse_only: bool, specs: dict | None
+) -> tuple[Array, list]:
+    """`(x·A) · B` and its labels; `form` as of `thin_product`."""
+    middle_labels, second_labels, out_labels, precision, dtype = form
     # Inside shard_map JAX's own backward sums over the axes along which only one operand varies.
     spread = compat.varying_axes(middle) | compat.varying_axes(second)
-    result: Any
     # JAX's own transposes of a contraction add a transpose of the result for each factor.
-    if v.reverse_only and not spread and specs is None and compat.spec_of(middle) is None:
-        form = (tuple(middle_labels), tuple(second_labels), tuple(out_labels), precision, dtype)
-        result = thin_product(form, middle, second)
-        have = result_labels(*form[:3])
-    else:
-        result, have = contract(
-            middle,
-            middle_labels,
-            second,
-            second_labels,
-            keep=set(out_labels),
-            precision=precision,
-            preferred=dtype,
-            specs=specs,
-        )
-    result = reorder(result, have, [s for s in out_labels if s in have])
-    # Dims that no factor has are missing: size 1, which the base's sum broadcasts.
-    if len(have) == len(out_labels):
-        return result
-    shape = dict(zip([s for s in out_labels if s in have], result.shape, strict=True))
-    return lax.reshape(result, [shape.get(s, 1) for s in out_labels])
+    if reverse_only and not spread and specs is None and compat.spec_of(middle) is None:
+        return thin_product(form, middle, second), result_labels(*form[:3])
+    return contract(
+        middle,
+        middle_labels,
+        second,
+        second_labels,
+        keep=set(out_labels),
+        precision=precision,
+        preferred=dtype,
+        specs=specs,
+    )
+
+
+def with_units(array: Array, have: Sequence, want: Sequence) -> Array:
+    """An array with its axes in the order of `want`, and size 1 for those it does not have.
+
+    These are dims that no factor has; the sum with the base product broadcasts them.
+    """
+    order = [s for s in want if s in have]
+    array = reorder(array, have, order)
+    if len(order) == len(want):
+        return array
+    shape = dict(zip(order, array.shape, strict=True))
+    return lax.reshape(array, [shape.get(s, 1) for s in want])
 
 
 def _label(dims: Sequence) -> list:
@@ -102,10 +114,11 @@ def compute_dtype(x: Any, v: Implicit) -> Any:
     """The dtype the two thin products run in: the activation's or the weight's, the wider one.
 
     A base product of a bfloat16 activation with a float32 weight has float32's precision, and so
-    has the change. At least 16 bits.
+    has the change.
     """
     inexact = [d for d in (x.dtype, v.dtype) if jnp.issubdtype(d, jnp.inexact)]
     floating = [jnp.finfo(d).dtype for d in inexact]  # of a complex number, each part's
+    # Products of 8-bit floats lose the change: bfloat16 at least.
     dtype = max(floating, key=lambda d: d.itemsize)
     dtype = dtype if dtype.itemsize >= 2 else jnp.dtype(jnp.bfloat16)
     # A factor is complex where the weight was made of two, as by `lax.complex`.
@@ -115,7 +128,7 @@ def compute_dtype(x: Any, v: Implicit) -> Any:
     return dtype
 
 
-def dropped(v: Implicit, x: Any, use: int) -> Any:
+def with_dropout(v: Implicit, x: Any, use: int) -> Any:
     """Dropout of the adapter's input with this weight's key; `x` itself when there is no key.
 
     Args:
@@ -126,7 +139,7 @@ def dropped(v: Implicit, x: Any, use: int) -> Any:
     if v.key is None or v.dropout == 0:
         return x
     key = v.key
-    # A stack that is used as a whole, such as experts: one mask for all of it.
+    # A stack that is used as a whole, such as experts, has one mask for all of it.
     while key.ndim:
         key = key[0]
     # Inverted dropout: the expectation stays, and evaluation needs no factor.
@@ -179,6 +192,7 @@ def _backward(form: tuple, saved: tuple, g: Any) -> tuple[Array, Array]:
         )
         return reorder(out, have, list(want))
 
+    # d thin = g·Bᵀ and dB = thinᵀ·g, contracted into each operand's own order of axes.
     return (
         against(g, g_labels, factor, factor_labels, want=thin_labels, dtype=thin.dtype),
         against(thin, thin_labels, g, g_labels, want=factor_labels, dtype=factor.dtype),

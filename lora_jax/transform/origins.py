@@ -58,6 +58,7 @@ def follow(
         ins = [origin_of(found, v) for v in eqn.invars]
         row = primitives.get(compat.name_of(eqn))
         body = None if row is None else row.body
+        # What has no body, or one that cannot be matched, is as late as its latest operand.
         outs = _BODIES[body](eqn, ins, inside) if body else None
         latest = max(ins, default=CONSTANT)
         for v, origin in zip(eqn.outvars, outs or [latest] * len(eqn.outvars), strict=True):
@@ -67,6 +68,7 @@ def follow(
 
 def _call(eqn: Any, ins: list, inside: Callable) -> list[Origin] | None:
     inner = inner_jaxpr(eqn)
+    # Where the counts differ, operands and invars cannot be matched.
     if inner is None or len(compat.open_jaxpr(inner)[0].invars) != len(ins):
         return None
     return inside(inner, ins)
@@ -79,19 +81,20 @@ def _scan(eqn: Any, ins: list, inside: Callable) -> list[Origin]:
     def body(state: list) -> list:
         return inside(eqn.params["jaxpr"], [*ins[:consts], *state, *ins[consts + carry :]])
 
-    return _settled(body, state)
+    return _fixed_point(body, state)
 
 
 def _while(eqn: Any, ins: list, inside: Callable) -> list[Origin]:
     p = eqn.params
     start, end = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
-    outs = _settled(lambda s: inside(p["body_jaxpr"], [*ins[start:end], *s]), ins[end:])
+    outs = _fixed_point(lambda s: inside(p["body_jaxpr"], [*ins[start:end], *s]), ins[end:])
     inside(p["cond_jaxpr"], [*ins[:start], *outs])
     return outs
 
 
-def _settled(body: Callable[[list], list], state: list) -> list[Origin]:
+def _fixed_point(body: Callable[[list], list], state: list) -> list[Origin]:
     """The outputs of a loop's body once another step changes no origin of the carry."""
+    # Ends after at most two steps for each carry: an origin only grows, up to DATA.
     while True:
         outs = body(state)
         after = [max(pair) for pair in zip(state, outs, strict=False)]

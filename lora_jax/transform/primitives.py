@@ -7,14 +7,15 @@ row gets `UNKNOWN`: a weight that meets it is materialized.
 from lora_jax.transform import (
     dim_maps,
     rules,
+    rules_call,
     rules_consume,
-    rules_control,
     rules_custom,
+    rules_loop,
     rules_rearrange,
     rules_reduce,
 )
+from lora_jax.transform.many import lookup, token_axis
 from lora_jax.transform.many import rules as many_rules
-from lora_jax.transform.many import token_axis
 from lora_jax.transform.primitive import (
     Body,
     DimFlow,
@@ -65,10 +66,11 @@ def _elementwise(memory: Memory) -> Primitive:
     return _activations(dim_maps.SAME_SHAPE, token_axis.elementwise, memory)
 
 
-# The dataflow follows what keeps its shape, whatever it does to the numbers.
+# A primitive of another library: the dataflow follows its operands where shapes are equal.
 UNKNOWN = _activations(dim_maps.SAME_SHAPE, token_axis.lost, "fused")
 _REDUCTION = _activations(dim_maps.REDUCED, token_axis.reduction, "sum")
 _WINDOWED = _activations(dim_maps.SAME_SHAPE, token_axis.lost, "sum")
+# Random bits and custom calls: one kernel each, which the compiler fuses with nothing.
 _KERNEL = _activations(dim_maps.SAME_SHAPE, token_axis.lost, "reader")
 _SCATTER_ADD = _joining(rules.scatter_add, dim_maps.SAME_SHAPE, token_axis.first, "adds")
 _CUSTOM_VJP = _control(rules_custom.custom_vjp, "call", "call")
@@ -103,7 +105,7 @@ PRIMITIVES: dict[str, Primitive] = {
     ),
     "gather": Primitive(
         rule=rules.gather,
-        many=many_rules.gather,
+        many=lookup.gather,
         body=None,
         dims=dim_maps.rearranged(dim_maps.gathered)._replace(
             picked=dim_maps.indexed, keeps_rows=dim_maps.is_first, takes_data=dim_maps.always
@@ -222,14 +224,15 @@ PRIMITIVES: dict[str, Primitive] = {
     "copy_p": _unchanged(rules.binding(rules_rearrange.leafwise), "fused"),
     "stop_gradient": _unchanged(rules.binding(rules_rearrange.leafwise), "view"),
     "pvary": _unchanged(rules.binding(rules_rearrange.leafwise), "view"),
+    # `jax.ad_checkpoint.checkpoint_name`.
     "name": _unchanged(rules.binding(rules_rearrange.named), "view"),
     "reduce_precision": _unchanged(rules.binding(rules_rearrange.base_only), "view"),
-    # Control: a jaxpr inside.
-    "jit": _control(rules_control.jit, "call", "call"),
-    "closed_call": _control(rules_control.closed_call, "call", "call"),
-    "remat": _control(rules_control.remat, "call", "call"),
+    # Control: a jaxpr inside. The rule enters it, so an equation inside meets its own row.
+    "jit": _control(rules_call.jit, "call", "call"),
+    "closed_call": _control(rules_call.closed_call, "call", "call"),
+    "remat": _control(rules_call.remat, "call", "call"),
     "shard_map": _control(
-        rules_control.shard_map,
+        rules_call.shard_map,
         "call",
         "call",
         many_rules.one_for_row("it goes into a shard_map"),
@@ -243,10 +246,11 @@ PRIMITIVES: dict[str, Primitive] = {
         "kernel",
         many_rules.one_for_row("it goes into a linear solve"),
     ),
-    "scan": _control(rules_control.scan, "scan", "reader"),
-    "while": _control(rules_control.while_loop, "while", "reader"),
-    "cond": _control(rules_control.cond, "cond", "reader"),
-    # What only activations go through.
+    "scan": _control(rules_loop.scan, "scan", "reader"),
+    "while": _control(rules_loop.while_loop, "while", "reader"),
+    "cond": _control(rules_loop.cond, "cond", "reader"),
+    # Without a rule: nonlinear in a weight, so it is materialized. Models use these on activations,
+    # which the dataflow, the token follower and the memory estimate go through.
     **dict.fromkeys(
         "add_any max min tan asin acos atan sinh cosh asinh acosh "
         "atanh atan2 erfc lgamma digamma abs sign floor ceil round is_finite not and or xor "
@@ -267,6 +271,7 @@ PRIMITIVES: dict[str, Primitive] = {
     **dict.fromkeys(
         "reduce_window reduce_window_sum reduce_window_max reduce_window_min".split(), _WINDOWED
     ),
+    # Moves numbers along one dim by their size.
     "sort": _activations(dim_maps.MIXED, token_axis.except_along("dimension"), "reader"),
     "top_k": _activations(dim_maps.SAME_SHAPE, token_axis.top_k, "reader"),
     "scatter": _joining(rules.scatter, dim_maps.SAME_SHAPE, token_axis.first, "reader"),

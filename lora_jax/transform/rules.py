@@ -33,6 +33,7 @@ def rearranging(rule: Callable) -> Rule:
     return apply
 
 
+# `values[0]` is a weight here: an operation on one array is only looked up where that is implicit.
 def binding(rule: Callable) -> Rule:
     """A rule that binds the original primitive to the weight and its factors."""
     return lambda context, eqn, values: rule(values[0], binder(eqn))
@@ -61,6 +62,8 @@ def dot_general(context: Context, eqn: Any, values: list) -> Any:
         left, right = values
         return rules_product.of_weights(left, right, binder(eqn), numbers)
     side = 0 if is_implicit(values[0]) else 1
+    # A constant times a weight, such as a rotation that a model keeps beside it, is a weight that
+    # features meet later.
     if makes_weight(context, eqn, values):
         made = rules_product.with_constant(
             values[side], values[1 - side], binder(eqn), weight_left=side == 0, **eqn.params
@@ -72,6 +75,7 @@ def dot_general(context: Context, eqn: Any, values: list) -> Any:
 
 def makes_weight(context: Context, eqn: Any, values: Sequence) -> bool:
     """Whether the other operand of a weight is a constant. With dropout it counts as features."""
+    # A mask belongs to the adapter's input: a constant would have to be masked anew at each use.
     side = 0 if is_implicit(values[0]) else 1
     v = values[side]
     return v.key is None and origin_of(context.origins, eqn.invars[1 - side]) == CONSTANT
@@ -93,8 +97,10 @@ def is_matrix_after(v: Implicit, eqn: Any) -> bool:
     """Whether both factors of a weight have dims that are longer than 1 after a gather of rows."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     cut = [d for d in range(v.ndim) if sizes[d] != v.shape[d]]
+    # A dim that is cut but not indexed is a plain slice, which both factors may have.
     if not set(cut) <= set(numbers.start_index_map):
         return False
+    # Indices are (..., dims indexed): a collapsed dim comes back as the axes of the indices.
     count = math.prod(eqn.invars[1].aval.shape[:-1])
     left = {r for d, (r, n) in enumerate(zip(v.roles, sizes, strict=True)) if n != 1}
     return {"i", "o"} <= left | {v.roles[d] for d in numbers.collapsed_slice_dims if count > 1}
@@ -135,14 +141,14 @@ def quotient(context: Context, eqn: Any, values: list) -> Any:
 
 
 def _scaled(eqn: Any, v: Implicit, factor: Any, *, divide: bool) -> Implicit:
-    [v] = _grown(eqn, [v])
+    [v] = _broadcast(eqn, [v])
     return rules_rearrange.scale_by(v, factor, divide=divide)
 
 
-def _grown(eqn: Any, values: Sequence) -> list:
+def _broadcast(eqn: Any, values: Sequence) -> list:
     """The operands, weights with copies along the dims in which the result is longer."""
     shape = eqn.outvars[0].aval.shape
-    return [rules_rearrange.grown(v, shape) if is_implicit(v) else v for v in values]
+    return [rules_rearrange.broadcast_to(v, shape) if is_implicit(v) else v for v in values]
 
 
 def add(context: Context, eqn: Any, values: list) -> Any:
@@ -151,17 +157,20 @@ def add(context: Context, eqn: Any, values: list) -> Any:
 
 def subtract(context: Context, eqn: Any, values: list) -> Any:
     """`left - right`, as the sum of left and the negative of right."""
+    # The bases are subtracted as a sum too: `a + (-b)` is exact in floating point.
     left, right = values
     right = rules_rearrange.negate(right) if is_implicit(right) else -right
     return _sum(context, eqn, [left, right], lax.add)
 
 
 def _sum(context: Context, eqn: Any, values: list, bind: Callable) -> Any:
-    values = _grown(eqn, values)
+    values = _broadcast(eqn, values)
     if all(map(is_implicit, values)):
         return rules_join.add(values, bind)
     k = 0 if is_implicit(values[0]) else 1
     v, origin = values[k], origin_of(context.origins, eqn.invars[1 - k])
+    # A weight repeated along a long dim (a row for each token) is used like features already: what
+    # the function closes over then counts as data.
     copied = any(r == "u" and n != 1 for r, n in zip(v.roles, v.shape, strict=True))
     if origin == DATA or (origin == CLOSED and copied):
         raise Unsupported("it is added to features")
@@ -171,7 +180,7 @@ def _sum(context: Context, eqn: Any, values: list, bind: Callable) -> Any:
 
 
 def complex_(context: Context, eqn: Any, values: list) -> Any:
-    return rules_join.complex_(_grown(eqn, values), binder(eqn))
+    return rules_join.complex_(_broadcast(eqn, values), binder(eqn))
 
 
 def real(context: Context, eqn: Any, values: list) -> Any:

@@ -1,26 +1,22 @@
-"""Rules for operations that hold a jaxpr: re-expressed with JAX's public functions, not rebound.
+"""Rules for operations that run a jaxpr on their operands, such as an inner jit.
 
-Only reading their parameters depends on the JAX version. An output that *is* one of the inputs
-(a weight carried through a loop, a state returned from jit) is handed through outside.
+They are expressed again with JAX's public functions: only reading their parameters depends on the
+JAX version. An output that *is* one of the inputs (a
+weight returned from jit as part of a state) does not pass through the operation.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax import compat
 from lora_jax.transform import base_weight
-from lora_jax.transform.implicit import Implicit, Unsupported, has_many, is_implicit, owned
+from lora_jax.transform.implicit import Implicit, is_implicit
 from lora_jax.transform.interpret import Context, enter
 from lora_jax.transform.labels import PARTS, part_spec
-from lora_jax.transform.origins import DATA, origin_of
-from lora_jax.transform.rules_join import common_form, in_form
 
 # Added to the number of a repeated call of one inner jit, apart from the numbers of uses.
 _CALL_SITES = 1 << 20
@@ -38,7 +34,7 @@ def _flat_function(f: Callable, tree: Any) -> tuple[Callable, list]:
     return run, shape
 
 
-def _forwarded(inner: Any, values: Sequence) -> dict[int, Any]:
+def forwarded(inner: Any, values: Sequence) -> dict[int, Any]:
     """Outputs of an inner jaxpr that are simply one of its implicit inputs."""
     jaxpr, _ = compat.open_jaxpr(inner)
     where = {v: x for v, x in zip(jaxpr.invars, values, strict=True) if is_implicit(x)}
@@ -46,47 +42,47 @@ def _forwarded(inner: Any, values: Sequence) -> dict[int, Any]:
             if isinstance(v, compat.Var) and v in where}  # fmt: skip
 
 
-def _fold_keys(values: Sequence, number: Any) -> list:
+def fold_keys(values: Sequence, number: Any) -> list:
     """Folds a number into the dropout key of every implicit array."""
 
     def fold(v: Any) -> Any:
         if not is_implicit(v) or v.key is None:
             return v
+        # `fold_in` takes one key; a stack has one for each index.
         keys = jax.vmap(lambda k: jax.random.fold_in(k, number))(v.key.reshape(-1))
         return dataclasses.replace(v, key=keys.reshape(v.key.shape))
 
     return [fold(v) for v in values]
 
 
-def _has_dropout(values: Sequence) -> bool:
+def has_dropout(values: Sequence) -> bool:
     return any(is_implicit(v) and v.key is not None and v.dropout > 0 for v in values)
 
 
 def jit(context: Context, eqn: Any, values: list) -> list:
     """An inner jit: one jitted function, shared by every call with the same structure."""
     inner, name = eqn.params["jaxpr"], eqn.params["name"]
-    # The jaxpr object is kept in the memo, so its id is not used again.
+    # By identity, as comparing jaxprs is slow. The memo keeps the jaxpr, so its id stays its own.
     leaves, tree = jax.tree.flatten(values)
     key = (id(compat.open_jaxpr(inner)[0]), tree)
     warned = len(context.warned)
     if key in context.memo:
         run, shape, _, calls = context.memo[key]
         calls[0] += 1
-        if _has_dropout(values):
+        if has_dropout(values):
             # The memoized function draws the masks of its first call: fold in which call this is.
-            leaves = jax.tree.leaves(_fold_keys(values, _CALL_SITES + calls[0]))
+            leaves = jax.tree.leaves(fold_keys(values, _CALL_SITES + calls[0]))
     else:
         run, shape = _flat_function(lambda xs: enter(context, inner, xs), tree)
         run.__name__ = name
         run = jax.jit(run)
     out = run(*leaves)
-    if (
-        key not in context.memo and len(context.warned) == warned
-    ):  # a warning names one leaf: retrace
+    # A fallback's warning names one leaf: the next call, with another, is traced again for its own.
+    if key not in context.memo and len(context.warned) == warned:
         context.memo[key] = (run, shape, inner, [0])
     outs = jax.tree.unflatten(shape[0], out)
-    forwarded = _forwarded(inner, values)
-    return [forwarded.get(i, x) for i, x in enumerate(outs)]
+    found = forwarded(inner, values)
+    return [found.get(i, x) for i, x in enumerate(outs)]
 
 
 def closed_call(context: Context, eqn: Any, values: list) -> list:
@@ -102,266 +98,8 @@ def remat(context: Context, eqn: Any, values: list) -> list:
     )
     out = jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])(*leaves)
     outs = jax.tree.unflatten(shape[0], out)
-    forwarded = _forwarded(params["jaxpr"], values)
-    return [forwarded.get(i, x) for i, x in enumerate(outs)]
-
-
-def _invariant(body: Any, consts: int, carry: Sequence) -> dict[int, Any]:
-    """Implicit carries that the body hands on unchanged."""
-    jaxpr, _ = compat.open_jaxpr(body)
-    ins = jaxpr.invars[consts : consts + len(carry)]
-    pairs = enumerate(zip(ins, jaxpr.outvars, carry, strict=False))
-    return {i: x for i, (before, after, x) in pairs if is_implicit(x) and before is after}
-
-
-class _Loop(NamedTuple):
-    """The body of a loop and what it closes over.
-
-    Attributes:
-      body: jaxpr of constants, carries and, in a scan, slices.
-      consts: values of its constants.
-      fixed: by number, the carries that are weights and that the body does not change.
-      live: the numbers of the other carries.
-      masks: whether dropout draws masks of its own in each round.
-    """
-
-    body: Any
-    consts: Sequence
-    fixed: dict[int, Any]
-    live: list[int]
-    masks: bool
-
-
-def _loop(body: Any, consts: Sequence, carry: Sequence) -> _Loop:
-    fixed = _invariant(body, len(consts), carry)
-    live = [i for i in range(len(carry)) if i not in fixed]
-    return _Loop(body, consts, fixed, live, masks=_has_dropout([*consts, *carry]))
-
-
-def _round(
-    context: Context, loop: _Loop, step: Any, state: Sequence, xs: Sequence = ()
-) -> tuple[list, list]:
-    """One round of a loop: the carries that it changes, and what a scan stacks."""
-    held = [*loop.consts, *loop.fixed.values(), *state]
-    held = _fold_keys(held, step) if loop.masks else held
-    start, end = len(loop.consts), len(loop.consts) + len(loop.fixed)
-    fixed = dict(zip(loop.fixed, held[start:end], strict=True))
-    carry = _fill(fixed, loop.live, held[end:])
-    outs = enter(context, loop.body, [*held[:start], *carry, *xs])
-    return [outs[i] for i in loop.live], outs[len(carry) :]
-
-
-def _dense(context: Context, eqn: Any, values: Sequence, forms: Sequence, *, reason: str) -> list:
-    """Values as a loop or a branch hands them on: weights in their forms, all else as arrays."""
-    return [
-        in_form(x, form)
-        if form is not None
-        else context.fall_back(x, eqn, reason)
-        if is_implicit(x)
-        else x
-        for x, form in zip(values, forms, strict=True)
-    ]
-
-
-def _carried(
-    context: Context, loop: _Loop, carry: Sequence, step: Callable[[Context, list], list]
-) -> list[Implicit | None]:
-    """The forms in which a loop carries weights that it changes, None for what it carries as array.
-
-    A scaled or a transposed weight keeps its form; one to which another is added each time does
-    not, as its rank grows.
-
-    Args:
-      context: of the call.
-      loop: its body and what that closes over.
-      carry: the first values of those that change.
-      step: the loop's body on carries, in a context.
-    """
-    outvars = [compat.open_jaxpr(loop.body)[0].outvars[i] for i in loop.live]
-    may = [
-        is_implicit(x) or (_may_be_weight(v) and origin_of(context.origins, v) != DATA)
-        for x, v in zip(carry, outvars, strict=True)
-    ]
-    state = jax.eval_shape(lambda xs: xs, list(carry)) if any(may) else []
-    # The first round may change the form (a scale is folded), the second must not.
-    for _ in range(3):
-        if not any(may):
-            break
-        after = jax.eval_shape(functools.partial(step, context.probe()), state)
-        forms = [_form(x, y) if m else None for x, y, m in zip(state, after, may, strict=True)]
-        before, state = state, [
-            jax.ShapeDtypeStruct(x.shape, x.dtype) if form is None else form
-            for x, form in zip(state, forms, strict=True)
-        ]  # fmt: skip
-        if _layout(before) == _layout(state):
-            return forms
-        may = [form is not None for form in forms]
-    return [None] * len(carry)
-
-
-def _layout(values: Sequence) -> tuple:
-    leaves, tree = jax.tree.flatten(list(values))
-    return tree, [(x.shape, x.dtype) for x in leaves]
-
-
-def _form(*values: Any) -> Implicit | None:
-    """The common form of abstract values, None where they have none or none is a weight."""
-    if not any(map(is_implicit, values)):
-        return None
-    try:
-        return jax.eval_shape(common_form, list(values))
-    except Unsupported:
-        return None
-
-
-def _may_be_weight(v: Any) -> bool:
-    return len(v.aval.shape) > 1 and jnp.issubdtype(v.aval.dtype, jnp.inexact)
-
-
-def _fill(fixed: dict, live: Sequence, values: Sequence) -> list:
-    full: list = [None] * (len(fixed) + len(live))
-    for i, x in [*fixed.items(), *zip(live, values, strict=True)]:
-        full[i] = x
-    return full
-
-
-def scan(context: Context, eqn: Any, values: list) -> list:
-    """`lax.scan`: stacked weights are sliced factor by factor, constant ones closed over."""
-    p = eqn.params
-    n_consts, n_carry = compat.scan_counts(p, len(values))
-    consts = list(values[:n_consts])
-    carry = list(values[n_consts : n_consts + n_carry])
-    xs = [_scannable(context, eqn, x) for x in values[n_consts + n_carry :]]
-    loop, shape = _loop(p["jaxpr"], consts, carry), []
-
-    # The step's number only where masks need it: without dropout the loop is the model's own.
-    inputs = (jnp.arange(p["length"]) if loop.masks else None, [_sliced(x) for x in xs])
-    start, forms = [carry[i] for i in loop.live], [None] * len(loop.live)
-    if p["length"]:
-
-        def first(probe: Context, state: Sequence) -> list:
-            step, xs = jax.tree.map(lambda x: x[0], inputs)
-            return _round(probe, loop, step, state, xs)[0]
-
-        forms = _carried(context, loop, start, first)
-
-    def body(state: Sequence, x: tuple) -> tuple[list, list]:
-        step, xs = x
-        after, ys = _round(context, loop, step, state, xs)
-        ys, structure = jax.tree.flatten(list(ys))
-        shape[:] = [structure]
-        return _dense(context, eqn, after, forms, reason="the loop carries it out"), ys
-
-    state, ys = lax.scan(
-        context.resumable(body),
-        _dense(context, eqn, start, forms, reason="the loop changes it as its carry"),
-        inputs,
-        length=p["length"],
-        reverse=p["reverse"],
-        unroll=p["unroll"],
-    )
-    stacked = [_stacked(y) for y in jax.tree.unflatten(shape[0], ys)]
-    return _fill(loop.fixed, loop.live, state) + stacked
-
-
-def _scannable(context: Context, eqn: Any, x: Any) -> Any:
-    if not is_implicit(x):
-        return x
-    if x.roles[0] == "u" and not has_many(x):
-        x = owned(x, [0], "s")
-    if x.roles[0] != "s":
-        return context.fall_back(x, eqn, f"it is scanned over a dim of role `{x.roles[0]}`")
-    return base_weight.scannable(x)
-
-
-def _sliced(x: Any) -> Any:
-    """What one step sees of a scanned implicit array: its roles without the stack axis."""
-    if not is_implicit(x):
-        return x
-    return dataclasses.replace(x, w=base_weight.unstacked(x.w), roles=x.roles[1:])
-
-
-def _stacked(y: Any) -> Any:
-    if not is_implicit(y):
-        return y
-    return dataclasses.replace(y, w=base_weight.restacked(y.w), roles="s" + y.roles)
-
-
-def while_loop(context: Context, eqn: Any, values: list) -> list:
-    """`lax.while_loop`: weights are closed over, but for those that the loop changes."""
-    p = eqn.params
-    a, b = p["cond_nconsts"], p["body_nconsts"]
-    cond_consts, consts, carry = values[:a], values[a : a + b], list(values[a + b :])
-    loop = _loop(p["body_jaxpr"], consts, carry)
-
-    def test(state: tuple) -> Any:
-        full = _fill(loop.fixed, loop.live, state[1])
-        return enter(context, p["cond_jaxpr"], [*cond_consts, *full])[0]
-
-    first, zero = [carry[i] for i in loop.live], jnp.zeros((), jnp.int32)
-    forms = _carried(context, loop, first, lambda probe, now: _round(probe, loop, zero, now)[0])
-
-    def body(state: tuple) -> tuple:
-        step, now = state
-        after, _ = _round(context, loop, step, now)
-        return step + 1, _dense(context, eqn, after, forms, reason="the loop carries it out")
-
-    # A while loop has no step number of its own.
-    start = zero, _dense(context, eqn, first, forms, reason="the loop changes it as its carry")
-    _, state = lax.while_loop(test, context.resumable(body), start)
-    return _fill(loop.fixed, loop.live, state)
-
-
-def cond(context: Context, eqn: Any, values: list) -> list:
-    """`lax.cond` and `lax.switch`: a weight that branches return has a form that all can give."""
-    index, *operands = values
-    if is_implicit(index):
-        raise Unsupported("a weight chooses the branch")
-    branches = eqn.params["branches"]
-    leaves, tree = jax.tree.flatten(operands)
-    forwarded = _forwarded_by_all(branches, operands)
-    kept = [i for i in range(len(eqn.outvars)) if i not in forwarded]
-
-    def run(context: Context, jaxpr: Any, xs: Sequence) -> list:
-        outs = enter(context, jaxpr, jax.tree.unflatten(tree, xs))
-        return [outs[i] for i in kept]
-
-    forms = _returned(context, branches, kept, lambda probe, jaxpr: run(probe, jaxpr, leaves))
-
-    def branch(jaxpr: Any) -> Callable:
-        def go(*xs: Any) -> list:
-            return _dense(
-                context, eqn, run(context, jaxpr, xs), forms, reason="a branch returns it"
-            )
-
-        return context.resumable(go)
-
-    outs = iter(lax.switch(index, [branch(j) for j in branches], *leaves))
-    return [forwarded[i] if i in forwarded else next(outs) for i in range(len(eqn.outvars))]
-
-
-def _returned(
-    context: Context,
-    branches: Sequence,
-    kept: Sequence[int],
-    run: Callable[[Context, Any], list],
-) -> list[Implicit | None]:
-    """The forms of weights that branches return, None for what they return as array."""
-    outvars = [compat.open_jaxpr(j)[0].outvars for j in branches]
-    may = [
-        all(_may_be_weight(each[i]) and origin_of(context.origins, each[i]) != DATA
-            for each in outvars)
-        for i in kept
-    ]  # fmt: skip
-    if not any(may):  # what depends on the arguments is no weight: nothing is traced twice
-        return [None] * len(kept)
-    found = [jax.eval_shape(functools.partial(run, context.probe(), j)) for j in branches]
-    return [_form(*values) if m else None for m, *values in zip(may, *found, strict=True)]
-
-
-def _forwarded_by_all(branches: Sequence, operands: Sequence) -> dict[int, Any]:
-    each = [_forwarded(branch, operands) for branch in branches]
-    return {i: x for i, x in each[0].items() if all(f.get(i) is x for f in each)}
+    found = forwarded(params["jaxpr"], values)
+    return [found.get(i, x) for i, x in enumerate(outs)]
 
 
 def shard_map(context: Context, eqn: Any, values: list) -> list:
@@ -371,13 +109,14 @@ def shard_map(context: Context, eqn: Any, values: list) -> list:
     for v, spec in zip(values, p["in_specs"], strict=True):
         there = v
         if is_implicit(v):
-            w, w_spec, w_there = base_weight.mapped(v, spec, p["mesh"])
+            w, w_spec, w_there = base_weight.for_shard_map(v, spec, p["mesh"])
             spec = dataclasses.replace(_part_specs(v, spec), w=w_spec)
             v = dataclasses.replace(v, w=w)
             there = v if w_there is None else dataclasses.replace(v, w=w_there)
         specs.append(spec)
         inputs.append(v)
         inside.append(there)
+    # Inside a shard_map a quantized weight has the static shape of its part, so its tree differs.
     leaves, tree = jax.tree.flatten(inputs)[0], jax.tree.structure(inside)
     flat_specs = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
@@ -386,6 +125,7 @@ def shard_map(context: Context, eqn: Any, values: list) -> list:
         return [context.fall_back(x, eqn, "it is returned from shard_map") if is_implicit(x) else x
                 for x in outs]  # fmt: skip
 
+    # The name of the parameter depends on the JAX version.
     axes = p.get("newly_manual_axes", p.get("manual_axes"))
     mapped = jax.shard_map(
         context.resumable(run),
@@ -399,6 +139,7 @@ def shard_map(context: Context, eqn: Any, values: list) -> list:
 
 
 def _part_specs(v: Implicit, spec: PartitionSpec) -> Implicit:
+    """A weight's tree with a spec in place of every array."""
     parts = {
         part: None if getattr(v, part) is None else part_spec(spec, v.roles, part) for part in PARTS
     }

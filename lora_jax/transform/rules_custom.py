@@ -32,14 +32,14 @@ _REASON = "a custom derivative rule takes the weight"
 
 
 def _operands(context: Context, eqn: Any, values: Sequence) -> list:
-    """The operands, each weight as base and two factors, which the derivatives are taken by."""
+    """The operands, each weight as base and two factors: what the derivatives are taken by."""
     ready = []
     for x in values:
         if not is_implicit(x):
             ready.append(x)
             continue
         if x.key is not None and x.dropout > 0:
-            # The rule's derivative of a product does not know of the mask of its forward.
+            # The rule's backward cannot use the mask that its forward drew.
             raise Unsupported(f"{_REASON}, with dropout")
         if isinstance(x.w, QuantArray) or x.bias is not None:
             raise Unsupported(f"{_REASON}, of a quantized base or with a bias")
@@ -50,6 +50,7 @@ def _operands(context: Context, eqn: Any, values: Sequence) -> list:
 
 def _transposable(x: Any) -> Any:
     """A weight whose products JAX can transpose, as it does with tangents and linear solves."""
+    # A product with a backward of its own is a `custom_vjp`, which JAX cannot transpose.
     return dataclasses.replace(x, reverse_only=False) if is_implicit(x) else x
 
 
@@ -85,8 +86,8 @@ def _probe(
 ) -> None:
     """Finds out, on abstract values, whether a function and its derivative need a weight as array.
 
-    If they do, the weight is added up once for the whole function. The plan, which differentiates
-    nothing, sees it then as well.
+    If they do, the weight is materialized once for the whole function. The plan, which
+    differentiates nothing, then reports it too.
 
     Args:
       context: of the call.
@@ -139,7 +140,7 @@ def _vjp_function(context: Context, eqn: Any) -> Callable[..., list]:
             return outs, saved
 
         jaxpr, consts = compat.open_jaxpr(jax.make_jaxpr(dense)(*_avals(xs)))
-        # A weight that the rule saves is saved as base and factors.
+        # A weight that the rule saves is saved as base and factors, not materialized.
         results = evaluate(context, jaxpr, consts, xs)
         count = len(eqn.outvars)
         return _as_arrays(context, eqn, results[:count]), (xs, results[count:])
@@ -154,6 +155,7 @@ def _vjp_function(context: Context, eqn: Any) -> Callable[..., list]:
         jaxpr = jax.make_jaxpr(dense)(_avals(saved), _avals(cotangents))
         jaxpr, consts = compat.open_jaxpr(jaxpr)
         found = evaluate(context, jaxpr, consts, [*saved, *cotangents])
+        # The gradient of an integer or a bool is of dtype float0.
         gradients = iter(_as_arrays(context, eqn, found))
         return tuple(
             _gradient(x, next(gradients))
@@ -235,6 +237,7 @@ def _jvp_function(context: Context, eqn: Any) -> Callable[..., list]:
             outs = _as_arrays(context, eqn, outs)
             return outs[:count], outs[count:]
 
+        # f'(dW + dA·B + A·dB) = f'(dW + dA·B) + f'(A·dB): the rank of a tangent stays r.
         outs, first = run_on([_tangent(xs[k], tangents[k], of_b=False) for k in loose])
         if not any(map(is_implicit, xs)):
             return outs, first
@@ -262,6 +265,7 @@ def _owner_jaxpr(eqn: Any) -> Any:
 
 def linear_solve(context: Context, eqn: Any, values: list) -> list:
     """`lax.custom_linear_solve`: the weights of its functions are closed over, factors and all."""
+    # The operands are the constants of matvec, vecmat, solve and transpose_solve, then the vectors.
     lengths, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
     consts, start = {}, 0
     for name in lengths._fields:
@@ -271,6 +275,7 @@ def linear_solve(context: Context, eqn: Any, values: list) -> list:
     right = values[start:]
     if any(map(is_implicit, right)):
         raise Unsupported("a weight is the right-hand side of a linear solve")
+    # With `has_aux` the solve returns more than the solution.
     aux = len(compat.open_jaxpr(jaxprs.solve)[0].outvars) > len(right)
 
     def function(name: str) -> Callable[[list], Any]:

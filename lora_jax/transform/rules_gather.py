@@ -26,8 +26,7 @@ def gather(
 ) -> Implicit | Array:
     """Rows of a weight by index: an embedding lookup, or the choice of layers or experts.
 
-    Indexing a stack dim gives another implicit array, one adapter an index; indexing an in (or
-    out) dim gives rows of `W` plus rows of its factor times the other factor.
+    Indexing a stack dim gives another implicit array, with one adapter for each index.
 
     Args:
       v, indices: the operands.
@@ -40,6 +39,7 @@ def gather(
         raise Unsupported("a weight used as indices")
     if dimension_numbers.operand_batching_dims:
         raise Unsupported("batched gather")
+    # Copies that are indexed are a stack of equal weights.
     v = owned(v, [d for d in dimension_numbers.start_index_map if v.roles[d] == "u"], "s")
     base = base_weight.rows(
         v,
@@ -74,13 +74,20 @@ def gather(
         return base
     if keep and roles in ({"i"}, {"o"}):
         return _gather_weight(v, base, out, pick=pick, role=roles.pop(), numbers=dimension_numbers)
+    return _gather_rows(v, base, out, pick=pick, roles=roles, slice_sizes=slice_sizes)
+
+
+def _gather_rows(
+    v: Implicit, base: Array, out: list, *, pick: Callable, roles: set, slice_sizes: Sequence[int]
+) -> Array:
+    """Rows as features: `W[ids] + s·A[ids]·B`, or `W[:, ids] + s·A·B[:, ids]`."""
     if v.bias is not None:
         raise Unsupported("lookup of a weight whose adapter has a bias")
     owner, other = ("a", "b") if roles <= {"i"} else ("b", "a")
     whole = set(labels(v.roles, other)) - {RANK}
     if any(slice_sizes[d] != v.shape[d] for d in whole) or not roles <= {"i", "o"}:
         raise Unsupported("gather that slices both factors")
-    # Rows of the factor that has the indexed dim, times the whole of the other one.
+    # Rows of the factor that has the indexed dim, (…, r), times the whole of the other one.
     rows, have = pick(owner)
     wide = wide_dtype(rows.dtype)
     scale_labels = labels(v.roles, "scale")
@@ -111,6 +118,7 @@ def _clamped(
     modes = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
     if not kept or len(kept) == len(where) or params.get("mode") not in modes:
         return indices, numbers
+    # The dims themselves stay in the slice: only their (constant) starts go.
     numbers = lax.GatherDimensionNumbers(
         offset_dims=numbers.offset_dims,
         collapsed_slice_dims=numbers.collapsed_slice_dims,
@@ -147,13 +155,16 @@ def _gather_part(
     slice_sizes: Sequence[int],
     params: Mapping,
 ) -> tuple[Array, list]:
-    """Gathers a factor along the dims it owns; out-of-range rows give zeros, not the base's fill.
+    """Gathers a factor along the dims it owns.
+
+    Rows out of range give zeros, not the base's fill (NaN by default): the base has the fill.
 
     Returns:
       The rows, and their labels: index axes first, then the factor's surviving axes.
     """
     survive = [d for d in dims if d == RANK or d not in numbers.collapsed_slice_dims]
     front = indices.ndim - 1
+    # Index axes first, whatever the order in the base: labels keep track of it.
     own = lax.GatherDimensionNumbers(
         offset_dims=tuple(range(front, front + len(survive))),
         collapsed_slice_dims=tuple(
@@ -180,6 +191,7 @@ def _gather_weight(
     parts = {}
     for part in PARTS:
         array, have = getattr(v, part), labels(v.roles, part)
+        # Only the factor (and DoRA's gain, and the bias) with the indexed dim is gathered.
         if array is not None and set(numbers.start_index_map) & set(have):
             array, have = pick(part)
         if array is not None:
@@ -190,6 +202,7 @@ def _gather_weight(
 
 
 def _gather_stack(v: Implicit, base: Any, out: list, pick: Callable) -> Implicit:
+    """Layers or experts of a stack, with one adapter for each index."""
     roles = "".join("s" if isinstance(label, tuple) else v.roles[label] for label in out)
     parts = {}
     for part in ("a", "b", "scale", "gain", "bias"):
@@ -200,6 +213,6 @@ def _gather_stack(v: Implicit, base: Any, out: list, pick: Callable) -> Implicit
         have = [label if label == RANK else out.index(label) for label in have]
         parts[part] = reorder(rows, have, labels(roles, part))
     key = v.key
-    if key is not None:  # a mask has the activation's shape: it differs between the indices
+    if key is not None:  # each chosen layer or expert draws a mask of its own
         key = jax.random.split(key.reshape(-1)[0], parts["scale"].shape)
     return dataclasses.replace(v, w=base, **parts, key=key, roles=roles)

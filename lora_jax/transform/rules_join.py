@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lora_jax.quant import ops
-from lora_jax.transform.base_weight import opened, rearranged
+from lora_jax.transform.base_weight import base_array, rearranged
 from lora_jax.transform.implicit import (
     Implicit,
     Unsupported,
@@ -25,7 +25,7 @@ from lora_jax.transform.labels import RANK, labels, reorder
 from lora_jax.transform.rules_product import check_rank
 
 
-def alike(values: Sequence) -> list[Implicit]:
+def with_same_roles(values: Sequence) -> list[Implicit]:
     """Weights, or arrays in their place, as weights of the same roles, with scale 1 and no gain.
 
     Args:
@@ -35,7 +35,7 @@ def alike(values: Sequence) -> list[Implicit]:
       Unsupported: their factors have different dims, or their dropout differs.
     """
     known = [v for v in values if isinstance(v, Implicit)]
-    # A weight whose roles are the other way round is the other's transpose: its factors swap.
+    # A weight whose roles are the other way round is used transposed: its factors swap.
     roles = known[0].roles
     for v in known[1:]:
         roles = _common(roles, v.roles) or _common(roles, _flipped_roles(v.roles)) or ""
@@ -86,7 +86,7 @@ def common_form(values: Sequence) -> Implicit:
     Returns:
       A weight of the form: of the roles, the dtypes and the largest rank; its numbers mean nothing.
     """
-    parts = alike(values)
+    parts = with_same_roles(values)
     if any(v.adapter_count for v in parts):
         raise Unsupported("it holds many adapters")
     if parts[0].key is not None and not all(isinstance(v, Implicit) for v in values):
@@ -99,13 +99,14 @@ def common_form(values: Sequence) -> Implicit:
         factors[part] = _padded(getattr(form, part), dims, 0, rank - form.rank).astype(dtype)
     derived = all(v.derived for v in parts)
     bias = next((jnp.zeros_like(v.bias) for v in parts if v.bias is not None), None)
-    w = opened(form, "a variable")
+    w = base_array(form, "a variable")
     return dataclasses.replace(form, w=w, bias=bias, derived=derived, **factors)
 
 
 def in_form(x: Any, form: Implicit) -> Implicit:
     """A weight, or an array, in a form that `common_form` found for it and others."""
     v = _as(form.roles, x) if isinstance(x, Implicit) else _zero_like(x, form)
+    # A smaller rank is filled up with zeros, which change no product.
     parts: dict[str, Any] = {}
     for part in ("a", "b"):
         dims, like = labels(form.roles, part), getattr(form, part)
@@ -114,20 +115,21 @@ def in_form(x: Any, form: Implicit) -> Implicit:
     if bias is None and form.bias is not None:
         bias = jnp.zeros(form.bias.shape, form.bias.dtype)
     return dataclasses.replace(
-        v, w=opened(v, "a variable"), bias=bias, derived=form.derived, **parts
+        v, w=base_array(v, "a variable"), bias=bias, derived=form.derived, **parts
     )
 
 
 def add(values: Sequence, bind: Callable) -> Implicit:
     """The sum of weights: `(W1 + A1·B1) + (W2 + A2·B2) = (W1 + W2) + [A1, A2]·[B1; B2]`."""
-    parts = alike(values)
+    parts = with_same_roles(values)
     check_rank([v.rank for v in parts], parts[0].roles, parts[0].shape)
-    w = bind(*(opened(v, "add") for v in parts))
+    w = bind(*(base_array(v, "add") for v in parts))
     return dataclasses.replace(parts[0], w=w, bias=_added([v.bias for v in parts]), **_ranks(parts))
 
 
 def _ranks(parts: Sequence[Implicit]) -> dict[str, Array]:
     """The factors of several weights of one shape, side by side along the rank."""
+    # Σ_k A_k·B_k = [A_1, A_2, …]·[B_1; B_2; …].
     joined = {}
     for part in ("a", "b"):
         arrays = [getattr(v, part) for v in parts]
@@ -145,14 +147,14 @@ def _added(biases: Sequence[Array | None]) -> Array | None:
 def add_constant(v: Implicit, constant: Any, bind: Callable) -> Implicit:
     """`(W + A·B) + C = (W + C) + A·B`."""
     v = without_gain(v)
-    return dataclasses.replace(v, w=bind(opened(v, "add"), constant))
+    return dataclasses.replace(v, w=bind(base_array(v, "add"), constant))
 
 
 def complex_(values: Sequence, bind: Callable) -> Implicit:
     """Real and imaginary part, one of them perhaps no weight: `[Ar, i·Ai]·[Br; Bi]`."""
-    real, imaginary = alike(values)
+    real, imaginary = with_same_roles(values)
     check_rank([real.rank, imaginary.rank], real.roles, real.shape)
-    w = bind(opened(real, "complex"), opened(imaginary, "complex"))
+    w = bind(base_array(real, "complex"), base_array(imaginary, "complex"))
     # i·(A·B) = (i·A)·B.
     turned = dataclasses.replace(imaginary, a=imaginary.a * jnp.asarray(1j, w.dtype))
     if real.bias is not None or imaginary.bias is not None:
@@ -162,6 +164,7 @@ def complex_(values: Sequence, bind: Callable) -> Implicit:
 
 def real_part(v: Implicit, bind: Callable, *, imaginary: bool) -> Implicit:
     """`Re(A·B) = [Re A, -Im A]·[Re B; Im B]`, `Im(A·B) = [Re A, Im A]·[Im B; Re B]`."""
+    # The rank doubles: the product of two complex numbers has two real terms in each part.
     v = folded(v)
     check_rank([2 * v.rank], v.roles, v.shape)
     (ar, ai), (br, bi) = ((jnp.real(x), jnp.imag(x)) for x in (v.a, v.b))
@@ -172,6 +175,7 @@ def real_part(v: Implicit, bind: Callable, *, imaginary: bool) -> Implicit:
 
 def conjugate(v: Implicit, bind: Callable) -> Implicit:
     """`conj(W + A·B) = conj(W) + conj(A)·conj(B)`, of a real weight too."""
+    # Scale and gain are real.
     return dataclasses.replace(v, w=bind(v.w), a=jnp.conj(v.a), b=jnp.conj(v.b))
 
 
@@ -181,9 +185,10 @@ def concatenate(values: Sequence, axis: int) -> Implicit:
     Along a stack dim the factors are padded to one rank and concatenated; along an in or an out
     dim they become block-diagonal: `[W1 + A1·B1, W2 + A2·B2] = [W1, W2] + [A1, A2]·diag(B1, B2)`.
     """
-    parts = alike([_unit_as_stack(v, axis) for v in values])
+    parts = with_same_roles([_unit_as_stack(v, axis) for v in values])
     roles, ranks = parts[0].roles, [v.rank for v in parts]
-    # The factor that has the dim becomes block-diagonal; the other one only gets a longer rank.
+    # The factor with the dim is block-diagonal: each part's block has zeros beside it along the
+    # rank. The other factor, `whole` here, only gets a longer rank.
     whole = {"s": (), "i": ("b",), "o": ("a",)}[roles[axis]]
     joined = {}
     for part in ("a", "b"):
@@ -201,7 +206,7 @@ def concatenate(values: Sequence, axis: int) -> Implicit:
                 before, after = 0, max(ranks) - ranks[k]
             arrays.append(_padded(array, dims, before, after))
         joined[part] = lax.concatenate(arrays, dims.index(along))
-    w = lax.concatenate([opened(v, "concatenate") for v in parts], axis)
+    w = lax.concatenate([base_array(v, "concatenate") for v in parts], axis)
     return dataclasses.replace(
         parts[0],
         w=w,
@@ -233,6 +238,7 @@ def _joined_bias(parts: Sequence[Implicit], roles: str, axis: int) -> Array | No
 
 def _joined_keys(parts: Sequence[Implicit], roles: str, axis: int) -> Any:
     """Keys of a concatenation: of each along a stack, else the first one's for the whole."""
+    # Along an in or an out dim the result is one weight, whose input has one mask.
     if parts[0].key is None or roles[axis] != "s":
         return parts[0].key
     return jnp.concatenate([v.key for v in parts], labels(roles, "key").index(axis))
@@ -250,6 +256,7 @@ def stack(values: Sequence, axis: int) -> Implicit:
 
 
 def _with_stack_axis(v: Implicit, axis: int) -> Implicit:
+    """A weight with a new stack dim of size 1."""
     roles = v.roles[:axis] + "s" + v.roles[axis:]
 
     def add(array: Array, dims: list) -> tuple[Array, list]:
@@ -261,8 +268,7 @@ def _with_stack_axis(v: Implicit, axis: int) -> Implicit:
         v,
         lax.broadcast_in_dim,
         ops.broadcast_in_dim,
-        shape,
-        [d for d in range(v.ndim + 1) if d != axis],
+        (shape, [d for d in range(v.ndim + 1) if d != axis]),
     )
     return rebuild(v, w, roles, add)
 

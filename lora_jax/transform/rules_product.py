@@ -11,14 +11,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.transform.base_weight import opened, product
+from lora_jax.transform.base_weight import base_array, product
 from lora_jax.transform.implicit import (
     Implicit,
     Unsupported,
     folded,
     is_matrix,
     owned,
-    settled,
+    vector_as_array,
     wide_dtype,
 )
 from lora_jax.transform.labels import RANK, contract, expand_to, labels, reorder
@@ -28,6 +28,7 @@ Numbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequen
 
 def check_rank(ranks: Sequence[int], roles: str, shape: Sequence[int]) -> None:
     """Refuses a sum of changes whose ranks add up to more than a matrix of that shape can have."""
+    # Beyond that the factors are larger than the weight, and materializing it costs less.
     sides = [math.prod(n for r, n in zip(roles, shape, strict=True) if r == role) for role in "io"]
     if sum(ranks) > min(sides):
         raise Unsupported(f"the ranks add up to {sum(ranks)}, more than a dim of {min(sides)}")
@@ -57,20 +58,14 @@ def with_constant(
       The weight that results, None where it is none: a vector, or mixed over both factors.
     """
     side = 0 if weight_left else 1
-    contracted, x_contracted = dimension_numbers[0][side], dimension_numbers[0][1 - side]
-    batch, x_batch = dimension_numbers[1][side], dimension_numbers[1][1 - side]
+    contracted, batch = (pair[side] for pair in dimension_numbers)
     role = _owner(v, contracted)
     if role is None or v.bias is not None or not v.rank:
         return None
     v = folded(owned(v, _unowned(v, [*contracted, *batch]), role))
-
-    x_labels: list = [("x", d) for d in range(x.ndim)]
-    for d, x_dim in zip([*contracted, *batch], [*x_contracted, *x_batch], strict=True):
-        x_labels[x_dim] = d
-    free = [d for d in range(v.ndim) if d not in contracted and d not in batch]
-    x_free = [label for label in x_labels if isinstance(label, tuple)]
-    out = [*batch, *(free + x_free if weight_left else x_free + free)]
-    # A batch dim that the other factor has is, after the product, a dim of both.
+    x_labels, out = _constant_labels(v, x, dimension_numbers, weight_left=weight_left)
+    # The constant's own dims replace those it sums over, in the same factor. A batch dim that the
+    # other factor has is, after the product, a dim of both.
     roles = "".join(
         role if isinstance(d, tuple) else "s" if d in batch and v.roles[d] != role else v.roles[d]
         for d in out
@@ -86,7 +81,7 @@ def with_constant(
         **params,
     )
     part, other = ("a", "b") if role == "i" else ("b", "a")
-    # C·A in float32 or wider: it is a factor, kept and used like one.
+    # C·A (or B·C) in float32 or wider: it is a factor, kept and used like one.
     wide = wide_dtype(x.dtype, v.a.dtype)
     factor, have = contract(
         x.astype(wide),
@@ -99,6 +94,20 @@ def with_constant(
     sides = {part: (factor, have), other: (getattr(v, other), labels(v.roles, other))}
     result = assembled(v, w, roles, {p: (x, _places(have, out)) for p, (x, have) in sides.items()})
     return dataclasses.replace(result, derived=True) if is_matrix(result) else None
+
+
+def _constant_labels(
+    v: Implicit, x: Any, dimension_numbers: Numbers, *, weight_left: bool
+) -> tuple[list, list]:
+    """Labels of the constant's axes and of the product's: dims of the weight, or `("x", axis)`."""
+    order = 1 if weight_left else -1
+    (contracted, x_contracted), (batch, x_batch) = (pair[::order] for pair in dimension_numbers)
+    x_labels: list = [("x", d) for d in range(x.ndim)]
+    for d, x_dim in zip([*contracted, *batch], [*x_contracted, *x_batch], strict=True):
+        x_labels[x_dim] = d
+    free = [d for d in range(v.ndim) if d not in contracted and d not in batch]
+    x_free = [label for label in x_labels if isinstance(label, tuple)]
+    return x_labels, [*batch, *(free + x_free if weight_left else x_free + free)]
 
 
 def assembled(
@@ -119,6 +128,7 @@ def assembled(
     key = like.key
     if key is not None:
         key = jnp.broadcast_to(key.reshape(-1)[0], stack)
+    # The factors were folded: the scale is in them.
     scale = jnp.ones(stack, like.scale.dtype)
     return dataclasses.replace(
         like, w=w, roles=roles, scale=scale, key=key, gain=None, bias=None, **parts
@@ -175,8 +185,9 @@ def of_weights(left: Implicit, right: Implicit, bind: Callable, numbers: Numbers
     out += [s for s in [*w1[1], *w2[1]] if s[0] == "own"]
     keep = {*out, _RANKS[0], _RANKS[1]}
 
-    # (r1, …, free dims of the second weight).
+    # B1·W2: (r1, …, free dims of the second weight).
     thin, have = _thin(inner1, w2, keep)
+    # (B1·A2)·B2, the (r1, r2) product first: nothing larger than a factor is formed.
     more, more_have = _thin(_thin(inner1, inner2, keep), outer2, keep - {_RANKS[1]})
     first = outer1, (thin + expand_to(more, more_have, have), have)
     second = _thin(w1, inner2, keep), outer2
@@ -184,6 +195,7 @@ def of_weights(left: Implicit, right: Implicit, bind: Callable, numbers: Numbers
     on_a, on_b = ({*first[k][1], *second[k][1]} for k in (0, 1))
     roles = "".join("s" if s in on_a & on_b else "i" if s in on_a else "o" for s in out)
     w = bind(w1[0], w2[0])
+    # A vector or a number is returned as an array: its rank does not matter.
     if {"i", "o"} <= set(roles):
         check_rank([left.rank, right.rank], roles, w.shape)
     factors = {}
@@ -195,9 +207,10 @@ def of_weights(left: Implicit, right: Implicit, bind: Callable, numbers: Numbers
         ]
         factors[part] = jnp.concatenate(pieces, want.index(RANK)), want
     derived = left.derived and right.derived
-    return settled(dataclasses.replace(assembled(left, w, roles, factors), derived=derived))
+    return vector_as_array(dataclasses.replace(assembled(left, w, roles, factors), derived=derived))
 
 
+# The ranks of the two weights, which must not meet.
 _RANKS = (("rank", 0), ("rank", 1))
 
 
@@ -208,6 +221,7 @@ def _named(v: Implicit, side: int, numbers: Numbers) -> tuple[Named, Named, Name
     if role is None:
         raise Unsupported("product of two weights over dims of both factors")
     v = folded(owned(v, _unowned(v, [*contracted, *batch]), role))
+    # Dims that meet get one name: the n-th contracted of either side is ("sum", n).
     names: list = [("own", side, d) for d in range(v.ndim)]
     for kind, dims in (("sum", contracted), ("batch", batch)):
         for n, d in enumerate(dims):
@@ -218,7 +232,7 @@ def _named(v: Implicit, side: int, numbers: Numbers) -> tuple[Named, Named, Name
         return getattr(v, part), [_RANKS[side] if d == RANK else names[d] for d in have]
 
     inner, outer = ("a", "b") if role == "i" else ("b", "a")
-    return (opened(v, "dot_general"), names), named(inner), named(outer)
+    return (base_array(v, "dot_general"), names), named(inner), named(outer)
 
 
 def _thin(x: Named, y: Named, keep: Collection) -> Named:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from lora_jax.dims import reshape_groups, reshape_roles
 from lora_jax.quant import ops
 from lora_jax.quant.array import QuantArray
-from lora_jax.transform.base_weight import each, moved, opened, rearranged
+from lora_jax.transform.base_weight import base_array, moved, rearranged, unchanged
 from lora_jax.transform.implicit import Implicit, Unsupported, folded, owned, rebuild
 from lora_jax.transform.labels import PARTS, RANK, expand_to, labels, part_sharding
 
@@ -22,7 +22,7 @@ def transpose(v: Implicit, *, permutation: Sequence[int], **_) -> Implicit:
     roles = "".join(v.roles[d] for d in permutation)
     return rebuild(
         v,
-        rearranged(v, lax.transpose, ops.transpose, permutation),
+        rearranged(v, lax.transpose, ops.transpose, (permutation,)),
         roles,
         lambda array, dims: (array, [where.get(d, d) for d in dims]),
     )
@@ -30,6 +30,7 @@ def transpose(v: Implicit, *, permutation: Sequence[int], **_) -> Implicit:
 
 def convert(v: Implicit, new_dtype: Any) -> Implicit:
     """Only the base changes its dtype: factors keep theirs and are cast where they are used."""
+    # A cast to integers, or from complex to real, is not linear in the weight.
     real = not jnp.issubdtype(new_dtype, jnp.complexfloating)
     loses = real and jnp.issubdtype(v.dtype, jnp.complexfloating)
     if loses or not jnp.issubdtype(new_dtype, jnp.inexact):
@@ -47,7 +48,7 @@ def squeeze(v: Implicit, *, dimensions: Sequence[int], **_) -> Implicit:
         return jax.lax.squeeze(array, lost), left
 
     return rebuild(
-        v, rearranged(v, lax.squeeze, ops.squeeze, sorted(gone)), _pick(v.roles, kept), drop
+        v, rearranged(v, lax.squeeze, ops.squeeze, (sorted(gone),)), _pick(v.roles, kept), drop
     )
 
 
@@ -70,14 +71,16 @@ def slice_(
         ), dims
 
     # A strided slice of a factor's own dims; the other factor does not change.
-    w = rearranged(v, lax.slice, ops.slice, start_indices, limit_indices, strides)
+    w = rearranged(v, lax.slice, ops.slice, (start_indices, limit_indices, strides))
     return rebuild(v, w, v.roles, cut)
 
 
 def dynamic_slice(v: Implicit, *starts, slice_sizes: Sequence[int], **_) -> Implicit:
     def cut(array: Array, dims: list) -> tuple[Array, list]:
+        # The scale of a weight without a stack has no dims.
         if not dims:
             return array, dims
+        # All starts must be of one integer dtype.
         zero = jnp.zeros_like(starts[0])
         return lax.dynamic_slice(
             array,
@@ -86,7 +89,7 @@ def dynamic_slice(v: Implicit, *starts, slice_sizes: Sequence[int], **_) -> Impl
         ), dims
 
     return rebuild(
-        v, rearranged(v, lax.dynamic_slice, ops.dynamic_slice, starts, slice_sizes), v.roles, cut
+        v, rearranged(v, lax.dynamic_slice, ops.dynamic_slice, (starts, slice_sizes)), v.roles, cut
     )
 
 
@@ -94,7 +97,7 @@ def reverse(v: Implicit, *, dimensions: Sequence[int], **_) -> Implicit:
     def turn(array: Array, dims: list) -> tuple[Array, list]:
         return lax.rev(array, [i for i, d in enumerate(dims) if d in dimensions]), dims
 
-    return rebuild(v, lax.rev(opened(v, "rev"), dimensions), v.roles, turn)
+    return rebuild(v, lax.rev(base_array(v, "rev"), dimensions), v.roles, turn)
 
 
 def pad(
@@ -104,7 +107,9 @@ def pad(
     changed = [d for d, widths in enumerate(padding_config) if any(widths)]
     if any(v.roles[d] == "s" and v.key is not None for d in changed):
         raise Unsupported("padding of a stack with dropout")
+    # Along a dim of copies the padding is no copy, so a factor must have the dim.
     v = owned(v, [d for d in changed if v.roles[d] == "u"], "o")
+    # The padding value must not be scaled by a gain.
     v = v if v.gain is None else folded(v)
 
     def extend(array: Array, dims: list) -> tuple[Array, list]:
@@ -113,7 +118,7 @@ def pad(
             return array, dims
         return lax.pad(array, jnp.zeros((), array.dtype), widths), dims
 
-    return rebuild(v, lax.pad(opened(v, "pad"), value, padding_config), v.roles, extend)
+    return rebuild(v, lax.pad(base_array(v, "pad"), value, padding_config), v.roles, extend)
 
 
 def split(v: Implicit, *, sizes: Sequence[int], axis: int, **_) -> list[Implicit]:
@@ -154,11 +159,11 @@ def broadcast_in_dim(
         ]
         return jnp.broadcast_to(array, sizes), [where.get(d, d) for d in dims]
 
-    w = rearranged(v, lax.broadcast_in_dim, ops.broadcast_in_dim, shape, broadcast_dimensions)
+    w = rearranged(v, lax.broadcast_in_dim, ops.broadcast_in_dim, (shape, broadcast_dimensions))
     return rebuild(v, w, "".join(roles), spread)
 
 
-def grown(v: Implicit, shape: Sequence[int]) -> Implicit:
+def broadcast_to(v: Implicit, shape: Sequence[int]) -> Implicit:
     """A weight as an elementwise operation with a larger array sees it: dims of size 1 repeat."""
     if v.shape == tuple(shape):
         return v
@@ -169,6 +174,7 @@ def grown(v: Implicit, shape: Sequence[int]) -> Implicit:
 
 def tile(v: Implicit, *, reps: Sequence[int], **_: Any) -> Implicit:
     """A weight put beside itself: copies along a new dim, which joins the old one."""
+    # (reps[0], n0, reps[1], n1, …), each pair then joined.
     shape = [n for pair in zip(reps, v.shape, strict=True) for n in pair]
     copies = broadcast_in_dim(v, shape=shape, broadcast_dimensions=range(1, 2 * v.ndim, 2))
     return reshape(copies, new_sizes=[r * n for r, n in zip(reps, v.shape, strict=True)])
@@ -180,6 +186,7 @@ def reshape(
     if dynamic or dimensions is not None or 0 in v.shape:
         raise Unsupported("dynamic or permuting reshape")
     v = _with_owners(v, new_sizes)
+    # A new dim made of dims of one role has that role: A (or B) is reshaped alone.
     roles = []
     for mixed in reshape_roles(v.shape, v.roles, new_sizes):
         if len(mixed) > 1:
@@ -197,8 +204,9 @@ def reshape(
         return lax.reshape(array, [v.rank if d == RANK else new_sizes[d] for d in target])
 
     parts = {part: fold(part) for part in PARTS}
+    # Dims of one role keep their order in the weight and in the factor, so both fold alike.
     return dataclasses.replace(
-        v, w=rearranged(v, lax.reshape, ops.reshape, new_sizes), roles=roles, **parts
+        v, w=rearranged(v, lax.reshape, ops.reshape, (new_sizes,)), roles=roles, **parts
     )
 
 
@@ -222,11 +230,11 @@ def scale_by(v: Implicit, factor: Any, *, divide: bool = False) -> Implicit:
     factor = jnp.reshape(jnp.asarray(factor), ())
     if jnp.issubdtype(factor.dtype, jnp.complexfloating):  # the scale is real
         factor = 1 / factor if divide else factor
-        return dataclasses.replace(v, w=opened(v, "mul") * factor, a=v.a * factor)
+        return dataclasses.replace(v, w=base_array(v, "mul") * factor, a=v.a * factor)
     if divide:
-        w, scale = opened(v, "div") / factor, v.scale / factor.astype(v.scale.dtype)
+        w, scale = base_array(v, "div") / factor, v.scale / factor.astype(v.scale.dtype)
     else:
-        w, scale = opened(v, "mul") * factor, v.scale * factor.astype(v.scale.dtype)
+        w, scale = base_array(v, "mul") * factor, v.scale * factor.astype(v.scale.dtype)
     return dataclasses.replace(v, w=w, scale=scale)
 
 
@@ -241,24 +249,25 @@ def _gains(v: Implicit, factor: Array, *, divide: bool) -> Implicit:
         raise Unsupported("elementwise product with an array")
     if v.bias is not None:
         raise Unsupported("product of a weight with an array, where its adapter has a bias")
-    # A vector of gains over a stack goes to B, which has the stack too.
+    # Gains over stack dims alone go to B, though A has them too: one factor must take them.
     part = "a" if "i" in roles else "b"
     v = owned(v, [d for d in varies if v.roles[d] == "u"], "i" if "i" in roles else "o")
     array = getattr(v, part)
     own = lax.reshape(factor, [factor.shape[d] for d in varies]).astype(array.dtype)
     own = expand_to(own, varies, labels(v.roles, part))
-    w = opened(v, "div") / factor if divide else opened(v, "mul") * factor
+    w = base_array(v, "div") / factor if divide else base_array(v, "mul") * factor
     return dataclasses.replace(v, w=w, **{part: array / own if divide else array * own})
 
 
 def negate(v: Implicit, **_) -> Implicit:
-    return dataclasses.replace(v, w=-opened(v, "neg"), scale=-v.scale)
+    return dataclasses.replace(v, w=-base_array(v, "neg"), scale=-v.scale)
 
 
 def sharding_constraint(v: Implicit, bind: Callable, *, sharding: Any, **_) -> Implicit:
     """Constrains the factors as the weight is: the same axes on the dims each owns."""
+    # Any other kind of sharding (of one device, by a compiler's own rules) has no axes to divide.
     if not isinstance(sharding, NamedSharding):
-        return dataclasses.replace(v, w=each(v, bind))
+        return dataclasses.replace(v, w=unchanged(v, bind))
     constrain = jax.lax.with_sharding_constraint
     return dataclasses.replace(
         v,
@@ -279,15 +288,17 @@ def device_put(v: Implicit, to: Any) -> Implicit:
 
 def leafwise(v: Implicit, bind: Callable) -> Implicit:
     """Operations that change no value: applied to the weight and to both factors."""
-    return dataclasses.replace(v, w=each(v, bind), a=bind(v.a), b=bind(v.b))
+    return dataclasses.replace(v, w=unchanged(v, bind), a=bind(v.a), b=bind(v.b))
 
 
 def base_only(v: Implicit, bind: Callable) -> Implicit:
-    return dataclasses.replace(v, w=bind(opened(v, "reduce_precision")))
+    # The factors keep their precision, as in a cast.
+    return dataclasses.replace(v, w=bind(base_array(v, "reduce_precision")))
 
 
 def named(v: Implicit, bind: Callable) -> Implicit:
     """A name for rematerialization: a quantized weight is decoded anew wherever it is used."""
+    # The factors get no name: a policy that saves the name saves the base, which exists already.
     return v if isinstance(v.w, QuantArray) else dataclasses.replace(v, w=bind(v.w))
 
 

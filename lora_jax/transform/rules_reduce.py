@@ -8,18 +8,18 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.transform.base_weight import opened
+from lora_jax.transform.base_weight import base_array
 from lora_jax.transform.implicit import (
     Implicit,
     Unsupported,
     folded,
     owned,
     rebuild,
-    settled,
+    vector_as_array,
     without_gain,
 )
 from lora_jax.transform.labels import RANK, labels, reorder
-from lora_jax.transform.rules_join import alike
+from lora_jax.transform.rules_join import with_same_roles
 from lora_jax.transform.rules_product import check_rank, of_weights
 from lora_jax.transform.rules_rearrange import squeeze
 
@@ -41,7 +41,7 @@ def reduce_sum(v: Implicit, bind: Callable, *, axes: Sequence[int]) -> Any:
     # Copies add up to a multiple, which the scale takes.
     copies = math.prod(v.shape[d] for d in axes if v.roles[d] == "u")
     kept = [d for d in range(v.ndim) if d not in axes]
-    w = bind(opened(v, "reduce_sum"))
+    w = bind(base_array(v, "reduce_sum"))
     v = _ranks_of_stack(v, stacked) if stacked else v
 
     def add_up(array: Array, dims: list) -> tuple[Array, list]:
@@ -49,8 +49,9 @@ def reduce_sum(v: Implicit, bind: Callable, *, axes: Sequence[int]) -> Any:
         have = [d if d == RANK else kept.index(d) for d in dims if d not in axes]
         return (jnp.sum(array, gone) if gone else array), have
 
+    # Σ_i (A·B)_io = (Σ_i A_i)·B_o: each factor is summed over its own dims.
     result = rebuild(v, w, "".join(v.roles[d] for d in kept), add_up)
-    return settled(dataclasses.replace(result, scale=result.scale * copies))
+    return vector_as_array(dataclasses.replace(result, scale=result.scale * copies))
 
 
 def _ranks_of_stack(v: Implicit, stacked: Sequence[int]) -> Implicit:
@@ -63,6 +64,7 @@ def _ranks_of_stack(v: Implicit, stacked: Sequence[int]) -> Implicit:
     for part in ("a", "b"):
         have, want = labels(v.roles, part), labels(roles, part)
         at = want.index(RANK)
+        # The stack dims next to the rank, in front of it, so that one reshape joins them.
         array = reorder(getattr(v, part), have, [*want[:at], *stacked, *want[at:]])
         # (…, stack · r, …): the indices of the stack, and each one's ranks.
         sizes = [v.shape[d] if d != RANK else count * v.rank for d in want]
@@ -82,7 +84,7 @@ def sum_of_products(left: Implicit, right: Implicit, axes: Sequence[int]) -> Arr
     a number for each of them, for which nothing of the weight's size is formed but `W1 ∘ W2`, and
     that only inside the sum.
     """
-    left, right = alike([left, right])
+    left, right = with_same_roles([left, right])
     # One factor's dims first; what is left is a sum of numbers.
     roles = {left.roles[d] for d in axes if left.shape[d] != 1}
     first = [d for d in axes if left.roles[d] == ("i" if "i" in roles else "o")]
@@ -100,6 +102,7 @@ def cumsum(v: Implicit, bind: Callable, *, axis: int, reverse: bool, **_: Any) -
     if v.roles[axis] == "s":
         raise Unsupported("running sum over a stack of weights")
     v = owned(v, [axis] if v.roles[axis] == "u" else [], "o")
+    # Along an in dim a gain over the outputs is a common factor of the sum.
     v = without_gain(v) if v.roles[axis] == "o" else v
 
     def add_up(array: Array, dims: list) -> tuple[Array, list]:
@@ -107,4 +110,4 @@ def cumsum(v: Implicit, bind: Callable, *, axis: int, reverse: bool, **_: Any) -
             return array, dims
         return lax.cumsum(array, dims.index(axis), reverse=reverse), dims
 
-    return rebuild(v, bind(opened(v, "cumsum")), v.roles, add_up)
+    return rebuild(v, bind(base_array(v, "cumsum")), v.roles, add_up)

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.transform.base_weight import opened
+from lora_jax.transform.base_weight import base_array
 from lora_jax.transform.implicit import Implicit, Unsupported, folded, owned, rebuild, without_gain
 from lora_jax.transform.labels import RANK, expand_to, labels
 
@@ -41,7 +41,8 @@ def scatter(
     if not set(numbers.scatter_dims_to_operand_dims) <= set(cut):
         raise Unsupported("a write that moves a window along a dim it covers")
 
-    # The same write, of zeros, into ones over the dims of which it covers a part.
+    # The same write, of zeros, into ones over the dims of which it covers a part: a mask of the
+    # rows (or columns) that stay.
     whole = [axis for d, axis in window.items() if d not in cut]
     axes = [axis for axis in range(updates.ndim) if axis not in whole]
     own = lax.ScatterDimensionNumbers(
@@ -58,6 +59,7 @@ def scatter(
         own,
         mode=params["mode"],
     )
+    # Zero where the base is written over: the change is gone there, as the base's own number is.
     return _written(v, cut, outside, lambda w: bind(w, indices, updates))
 
 
@@ -66,7 +68,7 @@ def scatter_add(v: Any, indices: Any, updates: Any, bind: Callable, **_: Any) ->
     if not isinstance(v, Implicit) or isinstance(updates, Implicit):
         raise Unsupported("a weight is added, at indices, to another array")
     v = without_gain(v)
-    return dataclasses.replace(v, w=bind(opened(v, "scatter-add"), indices, updates))
+    return dataclasses.replace(v, w=bind(base_array(v, "scatter-add"), indices, updates))
 
 
 def dynamic_update_slice(operand: Any, update: Any, *starts: Any, bind: Callable) -> Implicit:
@@ -95,6 +97,7 @@ def _written(v: Implicit, cut: Sequence[int], outside: Array, write: Callable) -
       write: the operation on the base.
     """
     v = folded(owned(v, [d for d in cut if v.roles[d] == "u"], "o"))
+    # A block of rows and columns set to zero is not of rank r: only whole rows or columns are.
     roles = {v.roles[d] for d in cut}
     if len(roles) > 1:
         raise Unsupported("a write to a part of the rows and a part of the columns")
@@ -103,13 +106,13 @@ def _written(v: Implicit, cut: Sequence[int], outside: Array, write: Callable) -
     part = "b" if roles == {"o"} else "a"
     array = getattr(v, part)
     array = array * expand_to(outside, cut, labels(v.roles, part)).astype(array.dtype)
-    return dataclasses.replace(v, w=write(opened(v, "a write")), **{part: array})
+    return dataclasses.replace(v, w=write(base_array(v, "a write")), **{part: array})
 
 
 def _placed(
     v: Implicit, buffer: Any, cut: Sequence[int], starts: Sequence, bind: Callable
 ) -> Implicit:
-    """A weight in a larger buffer: the factors are zero around it. Layers put into a stack."""
+    """A weight in a larger buffer, such as a layer in a stack: the factors are zero around it."""
     v = without_gain(v)
     v = owned(v, [d for d in cut if v.roles[d] == "u"], "s")
     if v.key is not None and any(v.roles[d] == "s" for d in cut):
@@ -125,4 +128,4 @@ def _placed(
         where = [zero if d == RANK else starts[d].astype(zero.dtype) for d in dims]
         return lax.dynamic_update_slice(jnp.zeros(sizes, array.dtype), array, where), dims
 
-    return rebuild(v, bind(buffer, opened(v, "a write"), *starts), v.roles, place)
+    return rebuild(v, bind(buffer, base_array(v, "a write"), *starts), v.roles, place)

@@ -47,7 +47,7 @@ def test_warning_text_in_full():
     line, _, rest = rest.partition(" ")
     assert int(line) > 0
     assert rest == (
-        "(_masked): the operation has no rule. W + s·A·B is added up for this operation: "
+        "(_masked): the operation has no rule. W + s·A·B is materialized for this operation: "
         "the result is exact, the saving is lost"
     )
 

@@ -25,8 +25,8 @@ FAULTS = [
     *in_file(
         "transform/rules_consume.py",
         "tests/transform/test_lorafy.py",
-        ("        dropped(v, lhs, use),\n        a,", "        lhs,\n        a,"),
-        ("x = dropped(v, lhs, use)\n", "x = lhs\n"),
+        ("        with_dropout(v, lhs, use),\n        a,", "        lhs,\n        a,"),
+        ("x = with_dropout(v, lhs, use)\n", "x = lhs\n"),
     ),
     *in_file(
         "transform/rules_gather.py",
@@ -49,17 +49,25 @@ FAULTS = [
         ("v = v if v.gain is None else folded(v)", "pass"),
     ),
     *in_file(
-        "transform/rules_control.py",
+        "transform/rules_call.py",
         "tests/laws/test_dropout_law.py",
         ("_CALL_SITES + calls[0]", "_CALL_SITES"),
-        ("held = _fold_keys(held, step) if loop.masks else held\n    start, end", "start, end"),
     ),
     *in_file(
-        "transform/rules_control.py",
+        "transform/rules_loop.py",
+        "tests/laws/test_dropout_law.py",
+        ("held = fold_keys(held, step) if loop.masks else held\n    start, end", "start, end"),
+    ),
+    *in_file(
+        "transform/rules_call.py",
         "tests/transform/test_lorafy.py",
         ('policy=params["policy"]', "policy=None"),
         ("key = (id(compat.open_jaxpr(inner)[0]), tree)",
          "key = (id(compat.open_jaxpr(inner)[0]), len(leaves))"),
+    ),
+    *in_file(
+        "transform/rules_loop.py",
+        "tests/transform/test_lorafy.py",
         ("if all(f.get(i) is x for f in each)", "if any(f.get(i) is x for f in each)"),
     ),
     *in_file(
@@ -100,6 +108,10 @@ FAULTS = [
         "transform/many/rules.py",
         "tests/transform/many/test_run.py",
         ("lambda k: jax.random.fold_in(k, number)", "lambda k: k"),
+    ),
+    *in_file(
+        "transform/many/lookup.py",
+        "tests/transform/many/test_run.py",
         ("if mode == lax.GatherScatterMode.FILL_OR_DROP:", "if False:"),
     ),
     *in_file(

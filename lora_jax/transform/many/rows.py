@@ -3,7 +3,7 @@
 A row's result is by definition what the function gives for a batch of that row alone with its own
 adapter; `jax.vmap` turns all rows into batched operations. The base weights are not batched, so
 every base product is one matmul over all rows; the factors, gathered for the rows, meet the
-activations in batched thin products. No weight is added up and there is no loop over adapters.
+activations in batched thin products. No weight is materialized and there is no loop over adapters.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def checked(stacked: Any, ids: Any) -> Any:
                 f"{number - 1} (-1 is the plain base)"
             )
     else:
-        # No operation is left of this except under `checkify.checkify`.
+        # Outside `checkify.checkify` nothing is left of this in the program.
         checkify.debug_check(
             jnp.all((ids >= -1) & (ids < number)),
             f"`adapter_ids` has {{ids}}, but the stack has adapters 0 to {number - 1} (-1 is the "
@@ -149,7 +149,7 @@ def by_row(chosen: Any) -> Rows:
     # What `jax.vmap` maps; the base stays out of it, so that its product is one for all rows.
     arrays = [getattr(flat[i], name) for i, name in where]
 
-    # Only the form of a stack is needed to make a leaf of it.
+    # A stack's static data is all that is needed to make a row's leaf of its arrays.
     forms = [dataclasses.replace(x, w=None, **dict.fromkeys(fields[type(x)]))
              if _is_chosen(x) else None for x in flat]  # fmt: skip
 
@@ -183,14 +183,14 @@ def rowwise(
     call: Callable,
     chosen: Any,
     ids: Any,
+    *,
     args: tuple,
     kwargs: dict,
     key: Any,
-    *,
     row_axes: Any,
     out_axes: Any,
 ) -> Any:
-    """Runs `call(row's ids, tree, args, kwargs, key)` on every row with its own adapter.
+    """Runs `call(row's ids, tree, args=, kwargs=, key=)` on every row with its own adapter.
 
     Args:
       call: a function that accepts LoRA parameters and a batch of one row.
@@ -222,15 +222,18 @@ def rowwise(
         args, kwargs = jax.tree.unflatten(tree, full)
         # A mask of its own for each row.
         own_key = None if key is None else jax.random.fold_in(key, number)
-        out = call(own_ids, parts.join(own, parts.base), args, kwargs, own_key)
+        tree_of_row = parts.join(own, parts.base)
+        out = call(own_ids, tree_of_row, args=args, kwargs=kwargs, key=own_key)
         return _split_outputs(out, out_axes, seen)
 
     own_rows, shared = jax.vmap(
         one, in_axes=(0, 0, parts.axes, list(mapped.values())), out_axes=(0, None)
     )(jnp.arange(rows), ids, parts.arrays, [flat[i] for i in mapped])
+    # `jax.vmap` puts the rows first; a list of axes for its outputs would have to be known before.
     own_rows = iter(
         jnp.moveaxis(x, 0, axis) for x, axis in zip(own_rows, seen["axes"], strict=True)
     )
+    # The output's leaves in their order, each from the list of its kind.
     found = {"row": own_rows, "shared": iter(shared), "static": iter(seen["static"])}
     return jax.tree.unflatten(seen["tree"], [next(found[kind]) for kind in seen["kinds"]])
 

@@ -18,22 +18,21 @@ from jax import Array, lax
 
 from lora_jax import compat
 from lora_jax.dims import checked_index, in_dims, out_dims
-from lora_jax.transform import base_weight, rules_consume
+from lora_jax.transform import rules_consume
 from lora_jax.transform.implicit import (
     Implicit,
-    Unsupported,
     has_many,
     is_implicit,
     wide_dtype,
 )
 from lora_jax.transform.labels import reorder
-from lora_jax.transform.low_rank import compute_dtype
+from lora_jax.transform.low_rank import compute_dtype, with_units
 from lora_jax.transform.many import grouped
 from lora_jax.transform.many.token_axis import Positions
-from lora_jax.transform.origins import CONSTANT, DATA, origin_of
+from lora_jax.transform.origins import CONSTANT, origin_of
 from lora_jax.transform.primitive import ManyRule, Rule, binder
 
-# The parts of an implicit array that there is one of for each adapter.
+# The parts of an implicit array of which each adapter has its own.
 OWN = ("a", "b", "scale", "gain", "bias")
 
 
@@ -88,6 +87,7 @@ def map_adapters(rule: Callable, values: Sequence) -> Any:
         all adapters.
       values: operands; stacks among them hold as many adapters.
     """
+    # Operands with many adapters are mapped over them, all others are the same for each.
     where = [i for i, x in enumerate(values) if has_many(x)]
     count = values[where[0]].adapter_count
     own = [[getattr(values[i], part) for part in OWN] for i in where]
@@ -141,7 +141,7 @@ def row_adapter(context: Any, v: Implicit, eqn: Any, reason: str) -> Implicit:
     )
 
 
-def _token_axis(
+def axis_of_tokens(
     context: Any, v: Implicit, eqn: Any, operand: int, among: Sequence[int]
 ) -> int | None:
     """The axis of an operand that numbers the tokens, None where the row has one adapter."""
@@ -211,16 +211,16 @@ class ManyProduct:
         # (elements, positions, k): one element for the row, or one a token.
         elements = self.adapters.ids.size
         x = x.reshape(elements, -1, first.shape[1])
-        y = _product(self.adapters, v, x, factors=(first, second), scale=self.v.scale.reshape(-1),
-                     dtypes=(precision, compute, wide_dtype(compute), dtype))  # fmt: skip
+        # The stack dims left here have size 1: one scale for each adapter.
+        scale = self.v.scale.reshape(-1)
+        dtypes = (precision, compute, wide_dtype(compute), dtype)
+        y = own_product(self.adapters, v, x, factors=(first, second), scale=scale, dtypes=dtypes)
         have = token + free + [("w", d) for d in after]
         shape |= {("w", d): self.v.shape[d] for d in after}
-        y = reorder(y.reshape([shape[s] for s in have]), have, [s for s in out_labels if s in have])
-        shape = dict(zip([s for s in out_labels if s in have], y.shape, strict=True))
-        return lax.reshape(y, [shape.get(s, 1) for s in out_labels])
+        return with_units(y.reshape([shape[s] for s in have]), have, out_labels)
 
 
-def _product(
+def own_product(
     adapters: RowAdapters, v: Implicit, x: Any, factors: tuple, scale: Any, dtypes: tuple
 ) -> Array:
     precision, compute, wide, result = dtypes
@@ -233,7 +233,7 @@ def _product(
         reverse_only=v.reverse_only,
     )
     ids = jnp.reshape(adapters.ids, (-1,))
-    y = grouped.product(form, x, ids, factors, scale, adapters.groups)
+    y = grouped.product(form, x, ids, factors=factors, scale=scale, groups=adapters.groups)
     # Where an id is wrong its element is NaN and no other.
     poison = grouped.nan_outside(ids, scale.shape[0])
     return y + poison[:, None, None].astype(y.dtype)
@@ -273,16 +273,19 @@ def dot_general(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
     bind, use = binder(eqn), context.next_use(v)
     constant = v.key is None and origin_of(context.origins, eqn.invars[1 - side]) == CONSTANT
     if is_implicit(x) or constant:
+        # The result's base would depend on the adapter, and there is one base for all.
         return one_for_row("it makes another weight")(context, eqn, values, rule)
     contracting, batching = eqn.params["dimension_numbers"]
     taken = {*contracting[1 - side], *batching[1 - side]}
     free = [d for d in range(x.ndim) if d not in taken]
-    token = _token_axis(context, v, eqn, operand=1 - side, among=free)
+    token = axis_of_tokens(context, v, eqn, operand=1 - side, among=free)
     adapters = context.row_adapters
     if _is_matrix(v, contracting[side], batching[side]):
         many = ManyProduct(adapters, v, token)
         return rules_consume.dot_general(values[0], values[1], bind, use, many=many, **eqn.params)
 
+    # Any other contraction, such as one over heads of which a factor has only a part: each row's
+    # (or token's) own factors, as for a single adapter.
     def one(v: Any, x: Any) -> Any:
         lhs, rhs = (v, x) if side == 0 else (x, v)
         return rules_consume.dot_general(lhs, rhs, bind, use, **eqn.params)
@@ -305,83 +308,6 @@ def dot_general(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
     return run(jnp.arange(adapters.ids.size), adapters.ids, x)
 
 
-def gather(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
-    """A lookup in a table with many adapters."""
-    v, indices = values
-    if not has_many(v):
-        raise Unsupported("a weight used as indices")
-    if origin_of(context.origins, eqn.invars[1]) != DATA:
-        return one_for_row("its rows are chosen by constants")(context, eqn, values, rule)
-    if not _is_lookup(v, indices, eqn.params):
-        reason = "it is no lookup of rows or columns of a table"
-        return one_for_row(reason)(context, eqn, values, rule)
-    if v.bias is not None:
-        raise Unsupported("lookup of a weight whose adapter has a bias")
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    token = _token_axis(context, v, eqn, operand=1, among=range(indices.ndim - 1))
-    adapters = context.row_adapters
-    (d,), (axis,) = numbers.start_index_map, numbers.offset_dims
-    base = base_weight.rows(
-        v,
-        indices,
-        binder(eqn),
-        dimension_numbers=numbers,
-        slice_sizes=sizes,
-        mode=eqn.params["mode"],
-        fill_value=eqn.params["fill_value"],
-    )
-    index = _index(indices[..., 0], v.shape[d], eqn.params["mode"])
-    if token is not None:
-        index = jnp.moveaxis(index, token, 0)
-    which = checked_index(adapters.ids, v.adapter_count)
-    # One id for each index: of the row, or of the token.
-    which = lax.broadcast_in_dim(which, index.shape, tuple(range(which.ndim)))
-    at_a = v.roles[d] == "i"
-    # (adapters, rows, r): the factor that has the looked-up rows; (adapters, r, n): the other.
-    table = v.a if at_a else jnp.swapaxes(v.b, 1, 2)
-    other = v.b if at_a else jnp.swapaxes(v.a, 1, 2)
-    rows = table.at[which, index].get(mode="fill", fill_value=0)
-    wide = wide_dtype(v.a.dtype)
-    x = rows.reshape(adapters.ids.size, -1, v.rank)
-    form = (lax.Precision.HIGHEST, wide, wide, wide)
-    change = _product(adapters, v, x, factors=(other,), scale=v.scale, dtypes=form).reshape(
-        *index.shape, -1
-    )
-
-    def placed(y: Any) -> Array:
-        return y if token is None else jnp.moveaxis(y, 0, token)
-
-    y = base + jnp.moveaxis(placed(change), -1, axis).astype(base.dtype)
-    if v.gain is None:
-        return y
-    if at_a:
-        gain = placed(v.gain.at[which].get(mode="fill", fill_value=1))
-        gain = jnp.moveaxis(gain, -1, axis)
-    else:
-        gain = jnp.expand_dims(placed(v.gain.at[which, index].get(mode="fill", fill_value=1)), axis)
-    return y * gain.astype(y.dtype)
-
-
-def _is_lookup(v: Implicit, indices: Any, params: dict) -> bool:
-    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    where = tuple(numbers.start_index_map)
-    return (
-        sorted(v.roles) == ["i", "o"]
-        and len(where) == 1
-        and tuple(numbers.collapsed_slice_dims) == where
-        and not numbers.operand_batching_dims
-        and sizes[1 - where[0]] == v.shape[1 - where[0]]
-        and indices.shape[-1] == 1
-    )
-
-
-def _index(index: jax.Array, size: int, mode: lax.GatherScatterMode) -> jax.Array:
-    """Indices, those out of range made one beyond the last, or clipped: as `mode` has it."""
-    if mode == lax.GatherScatterMode.FILL_OR_DROP:
-        return checked_index(index, size)
-    return jnp.clip(index, 0, size - 1)
-
-
 def for_all(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
     """The rule of an operation that rearranges a weight: it rearranges every adapter alike."""
     return map_adapters(functools.partial(rule, context, eqn), values)
@@ -398,7 +324,7 @@ def one_for_row(reason: str) -> ManyRule:
 
 
 def elementwise_product(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
-    """A weight that is scaled; two weights take one row's adapters, as their sum does."""
+    """A weight that is scaled; two weights take the row's own adapters, as their sum does."""
     two = all(map(is_implicit, values))
     apply = one_for_row("it is multiplied by a weight element by element") if two else for_all
     return apply(context, eqn, values, rule)
@@ -409,6 +335,8 @@ def for_all_or_row(reason: str) -> ManyRule:
     alone = one_for_row(reason)
 
     def apply(context: Any, eqn: Any, values: list, rule: Rule) -> Any:
+        # These fold gains into the base, or form a product of two weights: not the same base for
+        # all adapters.
         gains = any(has_many(x) and x.gain is not None for x in values)
         if gains or compat.name_of(eqn) in ("reduce_sum", "square", "integer_pow"):
             return alone(context, eqn, values, rule)

@@ -2,8 +2,7 @@
 
 Gathered: each row's factors are copied out of the stack, once for the call, and meet the row's
 activations in batched products. Grouped: the factors stay where they are, and the rows (or tokens)
-are sorted by adapter (`lora_jax.transform.many.grouped`, where
-`choose_strategy` picks one of the two).
+are sorted by adapter (`many.grouped`, whose `choose_strategy` picks one of the two).
 """
 
 import math
@@ -38,19 +37,18 @@ class Call(NamedTuple):
     out_axes: Any
 
 
-def gathered(single: Callable, chosen: Any, call: Call) -> Any:
-    """Runs rows whose adapters have been chosen; `single` is the function for one adapter."""
+def gathered(one: Callable, chosen: Any, call: Call) -> Any:
+    """Runs rows whose adapters have been chosen; `one` as in `run`."""
     first = next(x for x in jax.tree.leaves(chosen, is_leaf=is_lora) if is_stack(x))
 
-    def row(number: Any, tree: Any, args: tuple, kwargs: dict, key: Any) -> Any:
-        return single(tree, *args, lora_key=key, **kwargs)
+    def row(number: Any, tree: Any, *, args: tuple, kwargs: dict, key: Any) -> Any:
+        return one(tree, args=args, kwargs=kwargs, key=key)
 
     return _rows(row, chosen, jnp.arange(first.count), call)
 
 
 def run(
-    single: Callable,
-    row: Callable,
+    one: Callable,
     stacked: Any,
     ids: Any,
     call: Call,
@@ -61,8 +59,8 @@ def run(
     """Runs rows that choose from a stack.
 
     Args:
-      single: the function for one adapter.
-      row: the same for one row of many, `row(adapters, tree, args, kwargs, key)`.
+      one: the lorafied function for one batch, `one(tree, args=, kwargs=, key=, adapters=None)`;
+        `adapters` are a row's `RowAdapters` where `tree` still holds stacks.
       stacked: from `lora.stack`.
       ids: int (rows,) or (rows, tokens).
       call: what to call it with.
@@ -78,7 +76,7 @@ def run(
     if not by_token:
         ids = ids.reshape(ids.shape[0])
     number = count(stacked)
-    # The widest leaf decides for all: the strategies differ little at the others.
+    # The leaf of the largest rank decides for all: the strategies differ little at the others.
     leaves = jax.tree.leaves(stacked, is_leaf=is_lora)
     rank = max((x.rank for x in leaves if isinstance(x, LoraStack)), default=0)
     if strategy is None:
@@ -86,23 +84,32 @@ def run(
         strategy = grouped.choose_strategy(ids.size, positions, number, rank)
     # Each row's factors are copied once, outside the function.
     if strategy == "gathered" and not by_token:
-        return gathered(single, select(stacked, ids), call)
+        return gathered(one, select(stacked, ids), call)
     axes = _token_axes(token_axes, call, ids) if by_token else None
     groups = grouped.sort(ids.reshape(-1), number)
 
-    def one(row_ids: Any, tree: Any, args: tuple, kwargs: dict, key: Any) -> Any:
-        return row(RowAdapters(row_ids, groups, strategy, axes), tree, args, kwargs, key)
+    def row(row_ids: Any, tree: Any, *, args: tuple, kwargs: dict, key: Any) -> Any:
+        adapters = RowAdapters(row_ids, groups, strategy, axes)
+        return one(tree, args=args, kwargs=kwargs, key=key, adapters=adapters)
 
-    return _rows(one, _saved_chosen(stacked, ids), ids, call)
+    return _rows(row, _saved_chosen(stacked, ids), ids, call)
 
 
 def _rows(row: Callable, tree: Any, ids: Any, call: Call) -> Any:
-    return rowwise(row, tree, ids, call.args, call.kwargs, call.key,
-                   row_axes=call.row_axes, out_axes=call.out_axes)  # fmt: skip
+    return rowwise(
+        row,
+        tree,
+        ids,
+        args=call.args,
+        kwargs=call.kwargs,
+        key=call.key,
+        row_axes=call.row_axes,
+        out_axes=call.out_axes,
+    )
 
 
 def _saved_chosen(stacked: Any, ids: Any) -> Any:
-    """The stack with what trains whole chosen for the rows."""
+    """The stack with the leaves that train whole chosen for the rows."""
     flat, tree = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=is_leaf)
     for path, x in flat:
         if isinstance(x, SavedStack) and ids.ndim == 2:
@@ -127,7 +134,7 @@ def _positions(call: Call, rows: int) -> int:
         if axis is None:
             continue
         shape = [n for d, n in enumerate(x.shape) if d != axis]
-        # Token ids have no features; other arrays have them last.
+        # Token ids (integers) have no features; other arrays have them last.
         if jnp.issubdtype(jnp.result_type(x), jnp.integer):
             tokens.append(math.prod(shape))
         else:

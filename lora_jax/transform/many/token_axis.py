@@ -109,6 +109,7 @@ def lost(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
 
 def elementwise(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> list[Axes]:
     """Position by position, on operands of the result's shape (or numbers)."""
+    # An operand of another shape is a number, which has no axes.
     same = [tuple(v.aval.shape) for v in eqn.outvars]
     pairs = list(zip(shapes, ins, strict=True))
     return [frozenset().union(*(axes for s, axes in pairs if s == shape)) for shape in same]
@@ -145,6 +146,7 @@ def reshape(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     here = [d for d, n in enumerate(old) if n != 1]
     there = [d for d, n in enumerate(new) if n != 1]
     groups = reshape_groups([old[d] for d in here], [new[d] for d in there])
+    # A run of one dim on either side is an axis that came through whole.
     where = {
         here[left[0]]: there[right[0]]
         for left, right in groups
@@ -197,6 +199,7 @@ def unstack(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
 
 def dot(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
     summed, batch = eqn.params["dimension_numbers"]
+    # The result has the batch axes, then the left operand's free axes, then the right's.
     out, start = set(), len(batch[0])
     for shape, sums, batched, axes in zip(shapes, summed, batch, ins, strict=True):
         out |= {i for i, d in enumerate(batched) if d in axes}
@@ -234,12 +237,13 @@ def first(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
 
 
 def update(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> Axes:
+    # Axes that the update covers in full, such as the tokens of a cache written in one go.
     same = frozenset(d for d in ins[1] if shapes[1][d] == shapes[0][d])
     return ins[0] | same
 
 
 def attention(eqn: Any, shapes: Sequence[tuple], ins: Sequence[Axes]) -> list[Axes]:
-    """Mixed values in the places of the queries; then the softmax's sums, which stay inside."""
+    """Mixed values in the places of the queries; then the sums of the softmax, for the backward."""
     return [ins[0], *[_NONE] * (len(eqn.outvars) - 1)]
 
 
@@ -256,7 +260,7 @@ def _scan(found: Positions, eqn: Any, ins: Sequence[Axes]) -> list[Axes]:
     def body(carry: Any) -> Any:
         return _walk(found, eqn.params["jaxpr"], [*consts, *carry, *xs])
 
-    carry, outs = _settled(body, carry)
+    carry, outs = _fixed_point(body, carry)
     return carry + [frozenset(d + 1 for d in a) for a in outs[n_carry:]]
 
 
@@ -267,12 +271,12 @@ def _while(found: Positions, eqn: Any, ins: Sequence[Axes]) -> list[Axes]:
     def body(carry: Any) -> Any:
         return _walk(found, p["body_jaxpr"], [*ins[start:end], *carry])
 
-    carry, _ = _settled(body, list(ins[end:]))
+    carry, _ = _fixed_point(body, list(ins[end:]))
     _walk(found, p["cond_jaxpr"], [*ins[:start], *carry])
     return carry
 
 
-def _settled(body: Callable, carry: list[Axes]) -> tuple[list[Axes], list[Axes]]:
+def _fixed_point(body: Callable, carry: list[Axes]) -> tuple[list[Axes], list[Axes]]:
     """A loop's carry once another step changes nothing: each step only adds axes."""
     while True:
         outs = body(carry)
@@ -283,6 +287,7 @@ def _settled(body: Callable, carry: list[Axes]) -> tuple[list[Axes], list[Axes]]
 
 
 def _cond(found: Positions, eqn: Any, ins: Sequence[Axes]) -> list[Axes]:
+    # The first operand is the index.
     each = [_walk(found, branch, ins[1:]) for branch in eqn.params["branches"]]
     return [frozenset().union(*outs) for outs in zip(*each, strict=True)]
 
