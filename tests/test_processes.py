@@ -1,0 +1,82 @@
+"""What processes do together, played by threads that meet where JAX's processes would.
+
+`tests/train/test_processes.py` runs real ones, which takes a minute each.
+"""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from lora_jax import processes
+
+pytestmark = pytest.mark.once
+
+
+@pytest.fixture
+def in_each(monkeypatch):
+    """`in_each(f, g)`: what process 0 returns from `f()` or raises, and process 1 from `g()`."""
+    own = threading.local()
+
+    def run(*programs):
+        meeting = threading.Barrier(len(programs))
+        rows: list = [None] * len(programs)
+
+        def gather(x):
+            rows[own.number] = np.asarray(x)
+            meeting.wait(timeout=10)
+            # As JAX's, it needs one shape in all processes.
+            found = np.stack(rows)
+            meeting.wait(timeout=10)
+            return found
+
+        def start(number, program):
+            own.number = number
+            try:
+                return program()
+            except Exception as error:
+                return error
+
+        monkeypatch.setattr(processes, "several", lambda: True)
+        monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+        with ThreadPoolExecutor(len(programs)) as pool:
+            return list(pool.map(start, range(len(programs)), programs))
+
+    return run
+
+
+def failing():
+    raise PermissionError("no\nplace")
+
+
+def test_values_of_any_length_reach_all_in_the_order_of_the_processes(in_each):
+    got = in_each(lambda: processes.exchange({"a": 1}), lambda: processes.exchange("é" * 50))
+    assert got == [[{"a": 1}, "é" * 50]] * 2
+
+
+def test_values_that_only_one_process_has_are_different(in_each):
+    same = {"data": "x"}
+    assert in_each(*[lambda: processes.check_same(same)] * 2) == [None, None]
+    got = in_each(
+        lambda: processes.check_same(same), lambda: processes.check_same({**same, "seed": "1"})
+    )
+    assert [str(error) for error in got] == [
+        "the processes disagree: `seed` is None in process 0 and 1 in process 1; start all of them "
+        "with the same arguments and files"
+    ] * 2
+
+
+def test_an_error_in_one_process_is_raised_in_all(in_each):
+    assert in_each(*[lambda: processes.together(lambda: 3)] * 2) == [3, 3]
+    one, other = in_each(lambda: processes.together(lambda: 3),
+                         lambda: processes.together(failing))  # fmt: skip
+    assert type(one) is OSError and str(one) == "process 1: no place"
+    assert type(other) is PermissionError
+
+
+def test_bytes_that_one_process_has_reach_all(in_each):
+    rows = np.asarray([[1, 0, 255], [0, 7, 0]], np.uint8)
+    for got in in_each(*[lambda row=row: processes.summed(row) for row in rows]):
+        assert got.dtype == np.uint8
+        np.testing.assert_array_equal(got, [1, 7, 255])
