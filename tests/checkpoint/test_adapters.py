@@ -328,6 +328,24 @@ def test_fingerprint_sees_names_shapes_dtypes_and_numbers():
     assert len(set(checkpoint.fingerprint(odd).values())) == 3
 
 
+def test_fingerprint_sees_the_order_of_a_quantized_weights_dims():
+    """The same codes with inputs and outputs exchanged are another weight."""
+    w = np.eye(64, dtype=np.float32)
+    one, other = (lora.quantize({"w": w}, ["w"], roles={"w": roles}) for roles in ("io", "oi"))
+    np.testing.assert_array_equal(one["w"].packed, other["w"].packed)
+    assert checkpoint.fingerprint(one) != checkpoint.fingerprint(other)
+
+
+def test_an_array_that_changed_on_disk_is_damaged(tmp_path):
+    arrays = {"a": np.arange(6.0), "b": np.ones(3)}
+    _, sums = split_checksums(with_checksums({}, arrays), tmp_path)
+    folder.check_arrays(arrays, sums, tmp_path)
+    with pytest.raises(folder.DamagedError, match="array `b` has changed since it was written"):
+        folder.check_arrays({**arrays, "b": np.ones(3) + 1e-7}, sums, tmp_path)
+    with pytest.raises(folder.DamagedError, match="array `a` is missing"):
+        folder.check_arrays({"b": arrays["b"]}, sums, tmp_path)
+
+
 def test_flat_names_every_leaf_once():
     tree = {"a": [jnp.ones(2), None], "b/c": toy_lora()}
     named = flatten(tree)

@@ -169,6 +169,8 @@ def test_debug_shows_the_traceback(capsys, monkeypatch):
         (ModuleNotFoundError("No module named 'grain'"), "No module named 'grain'"),
         (KeyError("rank"), "internal error: KeyError: 'rank' (nowhere); please report it with wh"),
         (ValueError(), "ValueError"),
+        # A ValueError whose text is about bytes.
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "internal error: UnicodeDecodeError"),
     ],
 )
 def test_explain_is_one_line_that_says_what_to_do(error, line):

@@ -152,6 +152,9 @@ def test_two_sections_may_not_share_a_flag():
             {("tuning", "rows"): {"wte": (4, 5), "lm_head": (2,)}},
         ),
         ("--layers 4 5", "tuning.layers = [4, 5]", {("tuning", "layers"): (4, 5)}),
+        ("--ranks (?=a)b=3", "tuning.ranks = {'(?=a)b' = 3}", {("tuning", "ranks"): {"(?=a)b": 3}}),
+        # The setting is a text and cannot be none.
+        ("--model none", "model = 'none'", {("", "model"): "none"}),
     ],
 )
 def test_flags_and_file_say_the_same(tmp_path, flags, toml, expected):

@@ -13,9 +13,12 @@ pytestmark = pytest.mark.once
 
 # What a page needs beside the package; a test dependency.
 NEEDS = {"docs/guides/equinox.md": "equinox", "docs/guides/haiku.md": "haiku"}
+# Shows the package's own errors of wrong arguments.
+WRONG = pytest.param("docs/guides/troubleshooting.md", marks=pytest.mark.wrong_types)
+RUN = [name for name in PYTHON if name not in (*LANGUAGE_MODELS, WRONG.values[0])]
 
 
-@pytest.mark.parametrize("name", [name for name in PYTHON if name not in LANGUAGE_MODELS])
+@pytest.mark.parametrize("name", [*RUN, WRONG])
 def test_the_python_of_a_page_runs(name, empty_folder):
     pytest.importorskip(NEEDS.get(name, "jax"))
     run_page(name)

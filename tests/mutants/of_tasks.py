@@ -5,7 +5,7 @@ from tests.mutants.fault import in_file
 FAULTS = [
     *in_file(
         "models/rope.py",
-        "tests/models/test_rope.py",
+        "tests/models/test_llama.py tests/models/test_families.py",
         ("jnp.where(length > _set(", "jnp.where(length >= _set("),
         ("0.1 * weight * math.log(factor)", "0.1 * math.log(factor)"),
         ("(head_dim / (head_dim - 2))", "((head_dim - 2) / head_dim)"),
@@ -30,16 +30,20 @@ FAULTS = [
     ),
     *in_file(
         "models/generation.py",
-        "tests/models/test_generation.py",
-        ("jnp.where(before < top_p,", "jnp.where(before + chances < top_p,"),
+        "tests/models/test_families.py",
         ("min(count, point - longest + 1)", "min(count, point - longest + 2)"),
         ("_draw(logits, chance, first + state.step)", "_draw(logits, chance, state.step)"),
+    ),
+    *in_file(
+        "models/generation.py",
+        "tests/models/test_generation.py",
+        ("jnp.where(before < top_p,", "jnp.where(before + chances < top_p,"),
         ("logits / chance.temperature", "logits"),
         ("fold(fold(chance.key, row), number)", "fold(chance.key, number)"),
     ),
     *in_file(
         "checkpoint/fingerprint.py",
-        "tests/checkpoint/test_adapters.py",
+        "tests/checkpoint/test_adapters.py tests/checkpoint/test_folders.py",
         ("local = [i - start for", "local = [i for"),
         ('roles = "" if usual else f"-{leaf.roles}"', 'roles = ""'),
     ),
@@ -48,6 +52,10 @@ FAULTS = [
         "tests/checkpoint/test_adapters.py tests/checkpoint/test_folders.py",
         ("if not keeps_base:\n        check_base", "if False:\n        check_base"),
         ("name: x.copy() for name, x in arrays.items()", "name: x for name, x in arrays.items()"),
+    ),
+    *in_file(
+        "checkpoint/adapters.py",
+        "tests/train/test_nothing_lost.py",
         ("if p.name.isdigit()), reverse=True)", "if p.name.isdigit()))"),
     ),
     *in_file(

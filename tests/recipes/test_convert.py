@@ -129,8 +129,9 @@ def test_the_tensors_of_a_run_with_saved_modules_take_the_model(model, tmp_path)
 
 
 def test_what_cannot_be_done_is_said(folder, model, trained, tmp_path):
-    with pytest.raises(ValueError, match="`base` is missing: a GGUF adapter orders some rows by"):
-        convert.convert(folder / "a.gguf", tmp_path / "x", to="peft")
+    for source, to in (("a.gguf", "peft"), ("peft", "gguf")):
+        with pytest.raises(ValueError, match="`base` is missing: a GGUF adapter orders some rows"):
+            convert.convert(folder / source, tmp_path / "x", to=to)
     with pytest.raises(ValueError, match="`to` must be one of peft, vllm, gguf, got 'orbax'"):
         convert.convert(folder / "peft", tmp_path / "x", to="orbax")
     with pytest.raises(ValueError, match="`to` must be one of peft, vllm, gguf, hf, orbax, got 'z"):

@@ -27,6 +27,13 @@ def test_batches_do_not_change_the_answers(model):
     assert len(together) == 3
 
 
+def test_equal_prompts_of_different_batches_are_sampled_differently(model):
+    config = GenerateConfig(max_new_tokens=16, temperature=1.0, batch_size=1)
+    one, other = generate_texts(model, model.params, ["Hi", "Hi"], config)
+    assert one != other
+    assert [one, other] == generate_texts(model, model.params, ["Hi", "Hi"], config)
+
+
 def test_text_is_continued_as_it_stands(model):
     (tokens,) = models.generate(
         model, model.params, [model.tokenizer.encode(TEXTS[0])], max_new_tokens=6,
@@ -134,6 +141,11 @@ OWN = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 
 )
 def test_sampling_is_the_models_own_unless_given(config, generation, want):
     assert sampling_of(GenerateConfig(**config), generation) == want
+
+
+def test_the_sampling_of_a_model_that_does_not_sample_is_no_warning():
+    generation = {"do_sample": False, "top_k": 50, "temperature": 0.7}
+    assert sampling_of(GenerateConfig(), generation) == (0.0, 1.0)
 
 
 def test_sampling_that_is_not_applied_is_warned_of():

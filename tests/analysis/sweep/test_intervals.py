@@ -33,6 +33,14 @@ def test_intervals_are_those_of_paired_draws():
     assert found.smallest == 2 and found.smallest_interval == (2, 4)
 
 
+@pytest.mark.parametrize(("lower", "expected"), [(False, 2), (True, 1)])
+def test_a_tolerance_is_of_the_size_of_a_negative_score(lower, expected):
+    """Such as a log-likelihood: -2.1 is within 10 % of -2."""
+    scores = {1: -2.3, 2: -2.1, 4: -2.0, "full": -2.0}
+    assert result._within(scores, [1, 2, 4], lower, 0.1) == expected
+    assert result._within({1: -1.9, "full": -2.0}, [1], lower, 0.1) == 1
+
+
 def draws_of(seeds):
     """A rank's interval, and the draws that it is of, for a list of a seed's values."""
     runs = [run_of(1, values) for values in seeds]
