@@ -81,6 +81,7 @@ def attention(
     mask: Bool[AnyArray, "b t"] | None,
     cache: Cache | None,
     *,
+    segments: Int[AnyArray, "b t"] | None = None,
     mixing: Mixing,
     rotations: Rotations,
 ) -> tuple[AttendOf, Stored, Cache | None]:
@@ -90,6 +91,8 @@ def attention(
       tokens: (b, t) new tokens; only their shape is read.
       mask: true at real tokens; None where all are.
       cache: the tokens before these, or None.
+      segments: the text of each token where rows hold several, without a cache; no token attends
+        to another text's.
       mixing: how queries weigh keys.
       rotations: the rotation of a block's queries and keys.
 
@@ -98,7 +101,8 @@ def attention(
       with the new tokens counted in `valid` and `length`.
     """
     if cache is None:
-        return _without_cache(mask, mixing, rotations), None, None
+        attend_of = _without_cache(mask, segments, mixing=mixing, rotations=rotations)
+        return attend_of, None, None
     count = tokens.shape[1]
     new = jnp.ones(tokens.shape, bool) if mask is None else mask  # (b, t)
     valid = lax.dynamic_update_slice(cache.valid, new, (0, cache.length))  # (b, s)
@@ -112,13 +116,31 @@ def positions_of(valid: Bool[AnyArray, "b t"]) -> Int[Array, "b t"]:
     return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
 
 
+def starts_of(segments: Int[AnyArray, "b t"]) -> Int[Array, "b t"]:
+    """Where each token's text begins in its row of texts side by side."""
+    at = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    first = segments != jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    # A running maximum: the last beginning at or before each token.
+    return lax.cummax(jnp.where(first, at, 0), axis=1)
+
+
+def _seen_by(mask: Bool[AnyArray, "b t"] | None, segments: Int[AnyArray, "b t"] | None) -> Any:
+    """Which keys a query sees but for causality and windows, (b, 1, #t, t); None for all."""
+    if segments is not None:
+        # Padding, segment 0, attends to padding: a softmax over nothing would be one over all.
+        return segments[:, None, :, None] == segments[:, None, None, :]
+    return None if mask is None else mask[:, None, None, :]
+
+
 def _without_cache(
-    mask: Bool[AnyArray, "b t"] | None, mixing: Mixing, rotations: Rotations
+    mask: Bool[AnyArray, "b t"] | None,
+    segments: Int[AnyArray, "b t"] | None,
+    *,
+    mixing: Mixing,
+    rotations: Rotations,
 ) -> AttendOf:
-    # Padding on the right needs no mask: under causal attention only padding attends to it. The
-    # mask stays (b, 1, 1, s), because XLA fuses it and the causal one into the softmax; at full
-    # size it would be an array of all pairs of tokens.
-    keys_seen = None if mask is None else mask[:, None, None, :]
+    # Padding on the right needs no mask: under causal attention only padding attends to it.
+    unmasked = mask is None and segments is None
 
     def attend_of(slides: bool | Array) -> Attend:
         by = rotations(slides)
@@ -136,16 +158,23 @@ def _without_cache(
             q, k = rotate(q, by), rotate(k, by)
             # JAX's attention has no soft cap, and its window is a static number.
             if isinstance(slides, bool) and mixing.softcap is None:
-                mix = partial(
-                    jax.nn.dot_product_attention, mask=keys_seen, scale=mixing.scale,
-                    is_causal=True, local_window_size=near,
-                )  # fmt: skip
-                if keys_seen is None and near is None and _takes_flash(q):
-                    return mix(q, k, v, implementation="cudnn"), stored
+                # cuDNN's takes no segments: JAX would hand it a bias of all pairs of tokens.
+                if unmasked and near is None and _takes_flash(q):
+                    flash = partial(jax.nn.dot_product_attention, implementation="cudnn")
+                    return flash(q, k, v, scale=mixing.scale, is_causal=True), stored
+
+                # The mask is made where it is used, and fused with the causal one into the
+                # softmax: outside it would be an array of all pairs of tokens.
+                def mix(q: Array, k: Array, v: Array) -> Array:
+                    return jax.nn.dot_product_attention(
+                        q, k, v, mask=_seen_by(mask, segments), scale=mixing.scale,
+                        is_causal=True, local_window_size=near,
+                    )  # fmt: skip
+
                 return _in_parts(mix, q, k, v), stored
             at = jnp.arange(q.shape[1])
             seen = _near(at[:, None] - at, mixing, slides)[None, None]  # (1, 1, t, t)
-            seen = seen if keys_seen is None else seen & keys_seen  # (b, 1, t, t)
+            seen = seen if unmasked else seen & _seen_by(mask, segments)  # (b, 1, t, t)
             return _mix(q, k, v, seen=seen, mixing=mixing), stored
 
         return attend

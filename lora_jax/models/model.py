@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
-from lora_jax.models.attention import Cache, Stored, attention, positions_of
+from lora_jax.models.attention import Cache, Stored, attention, positions_of, starts_of
 from lora_jax.models.layers import PROJECTION, Specs, gather, on_rows, run_blocks
 from lora_jax.models.llama import CausalLM
 from lora_jax.quant.array import is_quant
@@ -67,6 +67,7 @@ class Forward:
         *,
         positions: Int[AnyArray, "b t"] | None = None,
         mask: Bool[AnyArray, "b t"] | None = None,
+        segments: Int[AnyArray, "b t"] | None = None,
         cache: Cache | None = None,
         return_hidden: bool = False,
     ) -> Any:
@@ -79,6 +80,9 @@ class Forward:
             or from what the cache holds.
           mask: true at real tokens; padding may be on either side. Texts padded on the right
             need none: no real token attends to what follows it.
+          segments: for rows of several texts side by side, each token's text: equal numbers above
+            0 within a text, another number in the next one, 0 at padding. Tokens attend to their
+            own text alone, and positions begin at 0 in each. Not with `mask` or `cache`.
           cache: from `init_cache` or an earlier call. It must have room for the tokens.
           return_hidden: return the input of the head instead of logits.
 
@@ -87,14 +91,16 @@ class Forward:
           the pair of that and the new cache.
 
         Raises:
-          ValueError: tokens, mask or positions of another shape or dtype.
+          ValueError: tokens, mask, segments or positions of another shape or dtype.
         """
         check_inputs(tokens, mask, positions)
+        check_segments(tokens, segments, mask=mask, cache=cache)
         return self._apply(
             params,
             tokens,
             positions=positions,
             mask=mask,
+            segments=segments,
             cache=cache,
             return_hidden=return_hidden,
         )
@@ -107,12 +113,13 @@ class Forward:
         *,
         positions: Int[AnyArray, "#b t"] | None,
         mask: Bool[AnyArray, "b t"] | None,
+        segments: Int[AnyArray, "b t"] | None,
         cache: Cache | None,
         return_hidden: bool,
     ) -> Any:
         lm = nnx.merge(structure(self)[0], params)
         hidden, new_cache = self._hidden_states(
-            lm, tokens, positions=positions, mask=mask, cache=cache
+            lm, tokens, positions=positions, mask=mask, segments=segments, cache=cache
         )
         out = hidden if return_hidden else lm.head(hidden)
         return out if cache is None else (out, new_cache)
@@ -128,19 +135,23 @@ class Forward:
         *,
         positions: Int[AnyArray, "#b t"] | None,
         mask: Bool[AnyArray, "b t"] | None,
+        segments: Int[AnyArray, "b t"] | None,
         cache: Cache | None,
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         """Runs the decoder up to its final norm; returns that and the cache."""
         if positions is None:
             counted = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]  # (1, t)
             positions = counted if mask is None else positions_of(mask)
+            if segments is not None:
+                # Padding is at 0, which makes no text longer than it is.
+                positions = jnp.where(segments > 0, counted - starts_of(segments), 0)
             if cache is not None:
                 # Real tokens only: padding in the cache has no position.
                 positions = positions + cache.valid.sum(axis=1, dtype=jnp.int32)[:, None]
         config = self.config
         rotations = lm.rotations(config, positions)
         attend_of, stored, cache = attention(
-            tokens, mask, cache, mixing=config.mixing, rotations=rotations
+            tokens, mask, cache, segments=segments, mixing=config.mixing, rotations=rotations
         )
 
         # What is the same for every block is computed before their scan.
@@ -261,6 +272,25 @@ def check_inputs(tokens: Any, mask: Any, positions: Any = None) -> None:
             f"`positions` must number the tokens of shape {jnp.shape(tokens)}, got shape "
             f"{jnp.shape(positions)}"
         )
+
+
+def check_segments(tokens: Any, segments: Any, *, mask: Any, cache: Any) -> None:
+    """Refuses segments of another shape or dtype, or beside what they exclude."""
+    if segments is None:
+        return
+    if jnp.shape(segments) != jnp.shape(tokens) or not jnp.issubdtype(
+        jnp.result_type(segments), jnp.integer
+    ):
+        raise ValueError(
+            f"`segments` must be integers of the tokens' shape {jnp.shape(tokens)}, got "
+            f"{jnp.result_type(segments)} of shape {jnp.shape(segments)}"
+        )
+    for name, given in (("mask", mask), ("cache", cache)):
+        if given is not None:
+            raise ValueError(
+                f"`segments` came with a `{name}`: mark padding by segment 0, and generate one "
+                "text a row"
+            )
 
 
 # Every call of a model needs it, and only sizes and options decide it.

@@ -1,0 +1,239 @@
+"""Rows of several texts side by side: each text's numbers are those of the text alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from lora_jax import compat, models
+from lora_jax.models import attention, config_from_hf
+from lora_jax.models.attention import starts_of
+from lora_jax.models.registry import ARCHITECTURES, CAUSAL_LM
+from lora_jax.models.wrapped import WRAPPERS
+
+from tests.support.tiny import SMALL
+
+pytestmark = pytest.mark.once
+
+SIZES = dict(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+    initializer_range=0.3,
+)  # fmt: skip
+WINDOW = dict(sliding_window=3)
+GEMMA2 = dict(
+    WINDOW, head_dim=8, query_pre_attn_scalar=9, attn_logit_softcapping=2.0,
+    final_logit_softcapping=3.0, hidden_activation="gelu_pytorch_tanh",
+)  # fmt: skip
+# Fields that make a family differ from Llama as much as it can.
+FAMILIES = {
+    "llama": {},
+    "mistral": WINDOW,
+    "qwen2": dict(use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    "qwen3": dict(head_dim=8),
+    "gemma": dict(head_dim=8),
+    "gemma2": GEMMA2,
+    "gemma3_text": dict(WINDOW, head_dim=8, query_pre_attn_scalar=9, sliding_window_pattern=2),
+    "phi3": dict(partial_rotary_factor=0.5, sliding_window=3),
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=16),
+}
+LENGTHS = ((7, 1, 5, 9), (16, 6), (3, 3, 3, 3, 3))
+LENGTH = 24
+
+
+def family(kind, **options):
+    sizes = {"vocab_size": 61, "initializer_range": 0.3} if kind == "gpt2" else SIZES
+    config = config_from_hf({"model_type": kind, **sizes, **FAMILIES[kind]})
+    return models.init(jax.random.key(0), config, **options)
+
+
+def packed(seed=0, lengths=LENGTHS):
+    """Tokens and segments of rows, and the texts in the order of the rows."""
+    draw = np.random.default_rng(seed)
+    tokens, segments, texts = [], [], []
+    for row in lengths:
+        own = [draw.integers(0, 61, n).astype(np.int32) for n in row]
+        rest = LENGTH - sum(row)
+        tokens.append(np.concatenate([*own, np.full(rest, 60, np.int32)]))
+        segments.append(np.repeat([*range(1, len(row) + 1), 0], [*row, rest]).astype(np.int32))
+        texts += own
+    return np.stack(tokens), np.stack(segments), texts
+
+
+def alone(texts):
+    """Each text in a row of its own, with a mask of its tokens."""
+    width = max(map(len, texts))
+    rows = np.stack([np.pad(t, (0, width - len(t)), constant_values=60) for t in texts])
+    return rows, np.arange(width) < np.array([[len(t)] for t in texts])
+
+
+def test_every_decoder_is_tested():
+    # A decoder inside a vision-language model is one of these.
+    kinds = {k for k, a in ARCHITECTURES.items() if a.kind == CAUSAL_LM} - set(WRAPPERS)
+    assert set(FAMILIES) == kinds
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_packed_texts_have_the_losses_and_gradients_of_single_ones(kind):
+    model = family(kind)
+    tokens, segments, texts = packed()
+    rows, mask = alone(texts)
+
+    def of_rows(params):
+        logits = model.apply(params, rows)
+        return jnp.sum(jnp.sin(logits) * mask[..., None]), logits
+
+    def of_packed(params):
+        logits = model.apply(params, tokens, segments=segments)
+        return jnp.sum(jnp.sin(logits) * (segments > 0)[..., None]), logits
+
+    (_, want), wanted = jax.jit(jax.value_and_grad(of_rows, has_aux=True))(model.params)
+    (_, got), gradient = jax.jit(jax.value_and_grad(of_packed, has_aux=True))(model.params)
+    # Boolean indexing goes row by row, and so through the texts in their order.
+    want, got = np.asarray(want)[mask], np.asarray(got)[segments > 0]
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * max(np.linalg.norm(b), 1e-3)
+
+
+# XLA's attention at once and in parts, one written out for soft caps, and one for scanned blocks
+# of which some slide.
+IMPLEMENTATIONS = {
+    "at once": ("llama", None),
+    "in parts": ("llama", 1),
+    "sliding, in parts": ("mistral", 1),
+    "soft caps": ("gemma2", None),
+    "mixed": ("gemma3_text", None),
+    "learned positions": ("gpt2", None),
+}
+
+
+@pytest.mark.parametrize("case", IMPLEMENTATIONS)
+def test_a_changed_text_changes_no_number_of_its_neighbours(case, monkeypatch):
+    kind, scores = IMPLEMENTATIONS[case]
+    if scores is not None:
+        monkeypatch.setattr(attention, "MOST_SCORES", scores)
+    model = family(kind, remat="projections")
+    tokens, segments, _ = packed()
+    changed = tokens.copy()
+    # The second text of the first row and the first of the second.
+    places = np.zeros(tokens.shape, bool)
+    places[0] |= segments[0] == 2
+    places[1] |= segments[1] == 1
+    changed[places] = (tokens[places] + 7) % 61
+
+    @jax.jit
+    def hidden_and_gradient(params, tokens):
+        """Hidden states, and the gradient of the other texts alone, for the input tokens' rows."""
+        others = ((segments > 0) & ~places)[..., None]
+
+        def total(params):
+            hidden = model.apply(params, tokens, segments=segments, return_hidden=True)
+            return jnp.sum(jnp.sin(hidden) * others), hidden
+
+        (_, hidden), gradient = jax.value_and_grad(total, has_aux=True)(params)
+        return hidden, gradient
+
+    before, one = hidden_and_gradient(model.params, tokens)
+    after, two = hidden_and_gradient(model.params, changed)
+    before, after = np.asarray(before), np.asarray(after)
+    assert np.abs(before - after)[places].min(axis=-1).max() > 0
+    np.testing.assert_array_equal(before[~places], after[~places])
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_positions_begin_anew_in_every_text():
+    segments = jnp.array([[1, 1, 2, 3, 3, 3, 0, 0], [4, 4, 4, 4, 1, 1, 1, 1], [0] * 8])
+    want = [[0, 0, 2, 3, 3, 3, 6, 6], [0, 0, 0, 0, 4, 4, 4, 4], [0] * 8]
+    assert starts_of(segments).tolist() == want
+
+
+@pytest.mark.parametrize("tokens, segments, taken", [(128, False, True), (128, True, False)])
+def test_cudnn_never_attends_in_packed_rows(tokens, segments, taken, monkeypatch):
+    """JAX's cuDNN attention takes no segments, and would mix the texts without an error."""
+    asked, plain = [], jax.nn.dot_product_attention
+
+    def recorded(*args, implementation=None, **options):
+        asked.append((implementation, options.get("mask") is not None))
+        return plain(*args, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    monkeypatch.setattr(compat, "has_flash_attention", lambda: True)
+    model = models.init(
+        jax.random.key(0), dataclasses.replace(SMALL, max_position_embeddings=128), dtype="bfloat16"
+    )
+    rows = jnp.ones((1, tokens), jnp.int32)
+    jax.eval_shape(
+        lambda p: model.apply(p, rows, segments=rows if segments else None), model.params
+    )
+    assert set(asked) == {("cudnn", False) if taken else (None, True)}
+
+
+def test_the_mask_is_not_kept_for_the_backward_pass():
+    """Between forward and backward no array of all pairs of tokens is held for the mask."""
+    config = dataclasses.replace(SMALL, num_attention_heads=1, num_key_value_heads=1, head_dim=32)
+    config = dataclasses.replace(config, num_hidden_layers=4, max_position_embeddings=512)
+    model = models.init(jax.random.key(0), config, remat="projections")
+    rows = jax.ShapeDtypeStruct((4, 512), jnp.int32)
+
+    def temporaries(packed):
+        def loss(params, tokens):
+            segments = tokens if packed else None
+            return jnp.sum(model.apply(params, tokens, segments=segments, return_hidden=True))
+
+        compiled = jax.jit(jax.grad(loss)).lower(model.params, rows).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # Of bools: one mask for each of the four layers would be four times as much.
+    assert temporaries(True) - temporaries(False) <= 1.5 * 4 * 512 * 512
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_adapter_for_each_text_of_a_row(kind):
+    model = family(kind)
+    targets = ("c_attn", "c_fc") if kind == "gpt2" else "all-linear"
+    config = lora.LoraConfig(rank=2, target_modules=targets, init="random")
+    plan = lora.plan(config, model.apply, model.params, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    trees = [lora.init(jax.random.key(i), plan, model.params) for i in range(3)]
+    stacked = lora.stack(trees)
+    tokens, segments, texts = packed()
+    own = np.arange(len(texts)) % 4 - 1  # -1 is the base
+    ids, start = np.full(tokens.shape, -1, np.int32), 0
+    for row, lengths in enumerate(LENGTHS):
+        for number in range(len(lengths)):
+            ids[row, segments[row] == number + 1] = own[start + number]
+        start += len(lengths)
+    run = jax.jit(lora.lorafy(model.apply))
+    got = run(stacked, tokens, segments=jnp.asarray(segments), adapter_ids=jnp.asarray(ids))
+    rows, mask = alone(texts)
+    want = np.asarray(run(stacked, rows, adapter_ids=jnp.asarray(own)))[mask]
+    got = np.asarray(got)[segments > 0]
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(segments=jnp.ones((2, 3), jnp.int32)), r"`segments` must be .*\(2, 4\), got int32"),
+        (dict(segments=jnp.ones((2, 4))), "`segments` must be integers .* got float32"),
+        (
+            dict(segments=jnp.ones((2, 4), jnp.int32), mask=jnp.ones((2, 4), bool)),
+            "`segments` came with a `mask`: mark padding by segment 0",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_segments(options, message):
+    model = models.init(jax.random.key(0), SMALL)
+    with pytest.raises(ValueError, match=message):
+        model.apply(model.params, jnp.ones((2, 4), jnp.int32), **options)
+
+
+def test_segments_beside_a_cache_are_refused():
+    model = models.init(jax.random.key(0), SMALL)
+    ones = jnp.ones((2, 4), jnp.int32)
+    with pytest.raises(ValueError, match="`segments` came with a `cache`"):
+        model.apply(model.params, ones, segments=ones, cache=model.init_cache(2, 4))
