@@ -43,6 +43,7 @@ _ELSEWHERE = {
     "--dataset": "--train-data",
     "--model-name-or-path": "--model",
     "--resume-from-checkpoint": "--resume",
+    "--sample-packing": "--packing",
     "--save-steps": "--save-every",
     "--eval-steps": "--eval-every",
     "--save-total-limit": "--keep",

@@ -154,6 +154,9 @@ def _argparse_kind(option: Option) -> dict[str, Any]:
     if allowed == [bool]:
         # --name and --no-name: a flag can turn off what the file turns on.
         return {"action": argparse.BooleanOptionalAction}
+    if bool in allowed:
+        # --packing alone is --packing true.
+        return {"nargs": "?", "const": "true", "metavar": _metavar(allowed)}
     many = any(kinds.is_mapping(kind) or kinds.is_list(kind) for kind in allowed)
     return {"nargs": "+" if many else None, "metavar": _metavar(allowed)}
 
@@ -163,7 +166,8 @@ def _metavar(allowed: list) -> str:
         return "NAME=VALUE"
     plain = [typing.get_args(k)[0] if kinds.is_list(k) else k for k in allowed]
     if kinds.is_choice(plain[0]):
-        return "{" + ",".join(typing.get_args(plain[0])) + "}"
+        switch = ("true", "false") if bool in plain else ()
+        return "{" + ",".join((*typing.get_args(plain[0]), *switch)) + "}"
     return {int: "N", float: "X"}.get(plain[0], "PATH" if Path in plain else "TEXT")
 
 

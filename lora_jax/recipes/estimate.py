@@ -61,6 +61,7 @@ def _estimates(model: str, config: EstimateConfig) -> list[Any]:
             batch=config.batch_size,
             length=config.max_length,
             accumulation=config.accumulation,
+            packing=config.packing,
             dtype=config.dtype,
             train_dtype=config.train_dtype,
             remat=_REMAT.get(config.remat.lower(), config.remat),

@@ -53,6 +53,7 @@ class EstimateConfig:
       batch_size: rows of one forward pass, on all devices together.
       max_length: tokens of a row; none takes 2048, or the model's context if that is shorter.
       accumulation: forward passes of one optimizer step.
+      packing: rows hold several examples side by side, as `train --packing` makes them.
       rank: rank of the adapters.
       target_modules: the adapted modules, as in `train`.
       quantize: format of the base in QLoRA.
@@ -74,6 +75,7 @@ class EstimateConfig:
     batch_size: int = 1
     max_length: int | None = None
     accumulation: int = 1
+    packing: bool = False
     rank: int = 16
     target_modules: Sequence[str] | str = "all-linear"
     quantize: Literal["nf4", "fp4", "int4", "uint4", "int8"] = "nf4"

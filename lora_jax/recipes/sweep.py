@@ -173,6 +173,9 @@ def language_task(
         raise ValueError(f"`metric` must be one of {', '.join(METRICS)}, got {metric!r}")
     if config.accumulation != 1:
         raise ValueError("a sweep has no `accumulation`: give a smaller `batch_size`")
+    # "auto" packs nothing here: the ranks are scored an example a row.
+    if config.packing is True:
+        raise ValueError("a sweep has no packed rows: leave `packing` out")
     length = max_length or model.config.context
     data, choosing, judged = (
         examples(part, model.tokenizer, max_length=length) for part in (train, tuning, scored)
@@ -229,7 +232,7 @@ def _once(model: Any, data: Sequence[Example], size: int) -> list[Batch]:
 
 def _first(batch: Batch) -> Batch:
     """The one microbatch of a step."""
-    return Batch(*(x[0] for x in batch))
+    return jax.tree.map(lambda x: x[0], batch)
 
 
 def _nll(losses: Callable, params: Any, batch: Any) -> jax.Array:

@@ -9,7 +9,7 @@ output_dir/loss.png
 import contextlib
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +21,8 @@ from lora_jax.checkpoint.flat import outline
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import locked, write_text
 from lora_jax.train import metrics
-from lora_jax.train.batches import data_hash
+from lora_jax.train.batches import Loader, data_hash
 from lora_jax.train.config import TrainConfig, fixed_fields
-from lora_jax.train.examples import Example
 from lora_jax.train.step import TrainState
 
 
@@ -124,17 +123,19 @@ def _check_shared(directory: Path) -> None:
 def describe(
     config: TrainConfig,
     total: int,
-    data: Sequence[Example],
+    data: Loader,
     *,
     lora_config: LoraConfig | None,
     lora_params: Any,
 ) -> dict:
     """The identity of a run as JSON values, stored in every checkpoint."""
+    # Left out of runs in buckets, so that they match checkpoints from before there was packing.
+    packed = {} if data.by_rank is None else {"packed_length": data.ladder[0]}
     described = {
         "format": RUN_FORMAT,
-        "train": {**fixed_fields(config), "steps": total},
+        "train": {**fixed_fields(config), **packed, "steps": total},
         "lora": None if lora_config is None else config_json(lora_config),
-        "data": data_hash(data),
+        "data": data_hash(data.examples),
         "base": fingerprint(lora_params),
         "plan": outline(lora_params),
     }

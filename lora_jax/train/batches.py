@@ -8,6 +8,8 @@ fewer, the rung has a second, smaller P. So each rung compiles once or twice.
 On a mesh the rows are divided into as many parts as they are spread over, and each part has its
 share of the positions, so that no device needs the outputs of another one's rows.
 
+Packed rows have one rung, and several examples side by side, told apart by `segments`.
+
 Positions that only fill up P have weight 0. All P are distinct, so that the gradient is a scatter
 without collisions, which is deterministic on every device.
 """
@@ -20,8 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.compat import require
-from lora_jax.train.buckets import Bucket, best_ladder, check_ladder, plan_epoch, plan_once
+from lora_jax.train.buckets import Bucket, ladder_of, plan_epoch, plan_once
 from lora_jax.train.examples import Example
+from lora_jax.train.packing import pack_epoch, pack_once, rows_by_rank
 
 # Above this share of the grid, selecting positions costs more than the outputs it saves.
 _DENSE = 0.9
@@ -41,12 +44,14 @@ class Batch(NamedTuple):
         token is predicted (the token before it); P == B*T means every place, in order.
       targets: int32 (A, P), the token to be predicted there.
       weights: float32 (A, P), 1 where a learned token is predicted, 0 at fillers.
+      segments: int32 (A, B, T), of packed rows: 1, 2, ... in a row's examples, 0 at padding.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+    segments: np.ndarray | None = None
 
 
 class Item(NamedTuple):
@@ -76,6 +81,7 @@ class Loader(NamedTuple):
       pad_id: the padding token.
       seed: seed of the order.
       parts: number of parts of equally many rows that a microbatch has on a mesh.
+      by_rank: of packed rows, the row of each example, see `rows_by_rank`.
     """
 
     examples: Sequence[Example]
@@ -87,6 +93,7 @@ class Loader(NamedTuple):
     pad_id: int
     seed: int
     parts: int = 1
+    by_rank: np.ndarray | None = None
 
 
 def loader(
@@ -99,8 +106,9 @@ def loader(
     seed: int = 0,
     epochs: int = 1,
     parts: int = 1,
+    packed: int | None = None,
 ) -> Loader:
-    """Prepares a dataset in length buckets.
+    """Prepares a dataset in length buckets, or packed.
 
     Args:
       data: tokenized examples, at least one.
@@ -111,48 +119,55 @@ def loader(
       seed: seed of the shuffle.
       epochs: maximum number of epochs.
       parts: number of devices that the rows of a forward pass are spread over.
+      packed: tokens of a row that holds several examples, in place of buckets.
 
     Raises:
-      ValueError: the dataset is empty, or the buckets are too short.
+      ValueError: the dataset is empty, or the buckets or rows are too short.
     """
-    if len(data) == 0:
-        raise ValueError("the dataset is empty; give at least one example")
-    lengths = [len(e.tokens) for e in data]
-    if isinstance(buckets, int):
-        ladder = best_ladder(lengths, buckets)
-    else:
-        ladder = check_ladder(buckets, lengths)
-    rows = batch_size * accumulation
-    # All epochs are planned here, because P is the maximum over them.
-    plans = [plan_epoch(lengths, ladder, rows, seed=seed, epoch=e) for e in range(epochs)]
-    places = _places(data, batch_size // parts, [plan_once(lengths, ladder, rows), *plans])
-    return Loader(
+    lengths = lengths_of(data)
+    prepared = Loader(
         examples=data,
-        ladder=ladder,
-        places=places,
+        ladder=ladder_of(buckets, lengths) if packed is None else (packed,),
+        places={},
         epochs=epochs,
         batch_size=batch_size,
         accumulation=accumulation,
         pad_id=pad_id,
         seed=seed,
         parts=parts,
+        by_rank=None if packed is None else rows_by_rank(lengths, packed),
     )
+    # All epochs are planned here, because P is the maximum over them.
+    plans = [_once(prepared), *(_epoch(prepared, e) for e in range(epochs))]
+    return prepared._replace(places=_places(data, batch_size // parts, plans))
+
+
+def lengths_of(data: Sequence[Example]) -> list[int]:
+    """The number of tokens of each example.
+
+    Raises:
+      ValueError: there are none.
+    """
+    if len(data) == 0:
+        raise ValueError("the dataset is empty; give at least one example")
+    return [len(e.tokens) for e in data]
 
 
 def _places(
     data: Sequence[Example], size: int, plans: Sequence[list[Bucket]]
 ) -> dict[int, tuple[int, ...]]:
     """The one or two P of each rung that the batches of these plans need."""
+    learned = np.array([int(e.learned[1:].sum()) for e in data])
     needs: dict[int, list[int]] = {}
     for bucket in (bucket for plan in plans for bucket in plan):
-        needs.setdefault(bucket.rung, []).append(_needed(data, bucket, size))
+        needs.setdefault(bucket.rung, []).append(_needed(learned, bucket, size))
     return {rung: _places_of(counts, size * rung) for rung, counts in needs.items()}
 
 
-def _needed(data: Sequence[Example], bucket: Bucket, size: int) -> int:
+def _needed(learned: np.ndarray, bucket: Bucket, size: int) -> int:
     """The most learned tokens that `size` rows of a bucket have."""
-    learned = [int(data[i].learned.sum()) for i in bucket.rows]
-    return max(sum(learned[i : i + size]) for i in range(0, len(learned), size))
+    counts = [int(learned[row].sum()) for row in bucket.rows]
+    return max(sum(counts[i : i + size]) for i in range(0, len(counts), size))
 
 
 def _places_of(counts: Sequence[int], grid: int) -> tuple[int, ...]:
@@ -169,7 +184,8 @@ def _places_of(counts: Sequence[int], grid: int) -> tuple[int, ...]:
 
 def batches_per_epoch(loader: Loader) -> int:
     """Optimizer steps in one pass over the dataset."""
-    return -(-len(loader.examples) // _rows(loader))
+    count = len(loader.examples) if loader.by_rank is None else int(loader.by_rank.max()) + 1
+    return -(-count // _rows(loader))
 
 
 def _rows(loader: Loader) -> int:
@@ -177,8 +193,18 @@ def _rows(loader: Loader) -> int:
 
 
 def _epoch(loader: Loader, epoch: int) -> list[Bucket]:
-    lengths = [len(e.tokens) for e in loader.examples]
-    return plan_epoch(lengths, loader.ladder, _rows(loader), seed=loader.seed, epoch=epoch)
+    lengths = lengths_of(loader.examples)
+    draw = {"seed": loader.seed, "epoch": epoch}
+    if loader.by_rank is None:
+        return plan_epoch(lengths, loader.ladder, _rows(loader), **draw)
+    return pack_epoch(lengths, loader.by_rank, loader.ladder[0], rows=_rows(loader), **draw)
+
+
+def _once(loader: Loader) -> list[Bucket]:
+    lengths = lengths_of(loader.examples)
+    if loader.by_rank is None:
+        return plan_once(lengths, loader.ladder, _rows(loader))
+    return pack_once(lengths, loader.by_rank, loader.ladder[0], rows=_rows(loader))
 
 
 class _Batches:
@@ -197,7 +223,7 @@ class _Batches:
     def __getitem__(self, index: int) -> Item:
         epoch, number = divmod(int(index), self.size)
         bucket = self.epoch(epoch)[number]
-        tokens = sum(len(self.loader.examples[i].tokens) for i in bucket.rows)
+        tokens = sum(len(self.loader.examples[i].tokens) for i in bucket.examples)
         return Item(make_batch(self.loader, bucket), tokens, epoch)
 
 
@@ -228,41 +254,51 @@ def iterate(loader: Loader, steps: int, *, prefetch: int = 2) -> Any:
 
 def once(loader: Loader) -> list[Batch]:
     """Every example once, in batches of a fixed order, for evaluation."""
-    lengths = [len(e.tokens) for e in loader.examples]
-    return [make_batch(loader, s) for s in plan_once(lengths, loader.ladder, _rows(loader))]
+    return [make_batch(loader, bucket) for bucket in _once(loader)]
 
 
 def make_batch(loader: Loader, bucket: Bucket) -> Batch:
     """The padded batch of a bucket."""
-    rows = [loader.examples[i] for i in bucket.rows]
+    rows = [[loader.examples[i] for i in np.atleast_1d(row)] for row in bucket.rows]
+    size, length = loader.batch_size // loader.parts, bucket.rung
+    learned = [sum(int(e.learned[1:].sum()) for e in row) for row in rows]
+    needed = max(sum(learned[i : i + size]) for i in range(0, len(rows), size))
+    places = next(p for p in loader.places[length] if p >= needed)
     # Missing rows of an epoch's last batch repeat the first one without learned tokens: in a row of
     # only padding, attention would take a softmax over no token.
-    spare = rows[0]._replace(learned=np.zeros_like(rows[0].learned))
+    spare = [e._replace(learned=np.zeros_like(e.learned)) for e in rows[0]]
     rows += [spare] * (_rows(loader) - len(rows))
-    size = loader.batch_size // loader.parts
-    needed = _needed(loader.examples, bucket, size)
-    places = next(p for p in loader.places[bucket.rung] if p >= needed)
     parts = [
-        _part(rows[i : i + size], bucket.rung, places, loader.pad_id)
-        for i in range(0, len(rows), size)
+        _part(rows[i : i + size], length, places, loader.pad_id) for i in range(0, len(rows), size)
     ]
-    tokens, positions, *others = (np.stack(fields) for fields in zip(*parts, strict=True))
+    tokens, segments, positions, *others = (np.stack(part) for part in zip(*parts, strict=True))
     # Positions count through all parts of a microbatch, in which part i begins at row i * size.
-    starts = np.arange(len(parts), dtype=np.int32) % loader.parts * (size * bucket.rung)
+    starts = np.arange(len(parts), dtype=np.int32) % loader.parts * (size * length)
     positions += starts[:, None]
-    microbatches = loader.accumulation
+    shape = (loader.accumulation, -1, length)
     return Batch(
-        tokens.reshape(microbatches, -1, bucket.rung),
-        *(x.reshape(microbatches, -1) for x in (positions, *others)),
+        tokens.reshape(shape),
+        *(x.reshape(loader.accumulation, -1) for x in (positions, *others)),
+        segments=None if loader.by_rank is None else segments.reshape(shape),
     )
 
 
-def _part(rows: Sequence[Example], rung: int, places: int, pad_id: int) -> tuple[np.ndarray, ...]:
+def _part(
+    rows: Sequence[Sequence[Example]], rung: int, places: int, pad_id: int
+) -> tuple[np.ndarray, ...]:
+    """Tokens and segments (rows, rung); positions, targets and weights (places,)."""
     tokens = np.full((len(rows), rung), pad_id, np.int32)
+    segments = np.zeros((len(rows), rung), np.int32)
     learned = np.zeros((len(rows), rung), bool)
     for i, row in enumerate(rows):
-        tokens[i, : len(row.tokens)] = row.tokens
-        learned[i, : len(row.tokens)] = row.learned
+        start = 0
+        for number, example in enumerate(row, start=1):
+            end = start + len(example.tokens)
+            tokens[i, start:end] = example.tokens
+            segments[i, start:end] = number
+            # The last token of one example does not predict the first of the next.
+            learned[i, start + 1 : end] = example.learned[1:]
+            start = end
     # Position t predicts token t + 1; the last position of a row predicts nothing.
     predicts = np.zeros_like(learned)
     predicts[:, :-1] = learned[:, 1:]
@@ -270,7 +306,8 @@ def _part(rows: Sequence[Example], rung: int, places: int, pad_id: int) -> tuple
     targets[:, :-1] = tokens[:, 1:]
     positions = _pick(predicts.reshape(-1), places)
     weights = predicts.reshape(-1)[positions].astype(np.float32)
-    return tokens, positions, targets.reshape(-1)[positions] * weights.astype(np.int32), weights
+    targets = targets.reshape(-1)[positions] * weights.astype(np.int32)
+    return tokens, segments, positions, targets, weights
 
 
 def _pick(wanted: np.ndarray, places: int) -> np.ndarray:

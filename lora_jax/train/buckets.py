@@ -23,11 +23,28 @@ class Bucket(NamedTuple):
 
     Attributes:
       rung: the padded length.
-      rows: int (<= rows of a batch,), indices of the examples in the dataset.
+      rows: for each row, at most those of a batch, the index of its example in the dataset; of a
+        packed row an array of several.
     """
 
     rung: int
-    rows: np.ndarray
+    rows: np.ndarray | Sequence[np.ndarray]
+
+    @property
+    def examples(self) -> np.ndarray:
+        """The indices of all its examples."""
+        return np.concatenate([np.atleast_1d(row) for row in self.rows])
+
+
+def ladder_of(buckets: int | Sequence[int], lengths: Sequence[int]) -> tuple[int, ...]:
+    """The ladder of so many rungs that pads these lengths least, or the one that is given.
+
+    Raises:
+      ValueError: as `best_ladder` and `check_ladder`.
+    """
+    if isinstance(buckets, int):
+        return best_ladder(lengths, buckets)
+    return check_ladder(buckets, lengths)
 
 
 def check_ladder(ladder: Sequence[int], lengths: Sequence[int]) -> tuple[int, ...]:
@@ -120,7 +137,7 @@ def plan_epoch(
     """
     # Shuffled before they are dealt: which examples share a batch changes from epoch to epoch.
     order = shuffled(len(lengths), seed, epoch)
-    return _shuffle(_deal(order, np.asarray(lengths), ladder, rows), seed, epoch)
+    return shuffle(_deal(order, np.asarray(lengths), ladder, rows), seed, epoch)
 
 
 def plan_once(lengths: Sequence[int], ladder: Sequence[int], rows: int) -> list[Bucket]:
@@ -141,7 +158,8 @@ def _deal(order: np.ndarray, lengths: np.ndarray, ladder: Sequence[int], rows: i
     return planned
 
 
-def _shuffle(planned: list[Bucket], seed: int, epoch: int) -> list[Bucket]:
+def shuffle(planned: list, seed: int, epoch: int) -> list:
+    """Batches or rows of an epoch in another order."""
     # Another counter than in `shuffled`: with the same stream the two orders would be correlated.
     raw = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1]).random_raw(len(planned))
     return [planned[i] for i in np.argsort(raw, kind="stable")]

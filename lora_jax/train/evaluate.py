@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from lora_jax.train.batches import Batch, loader, once
 from lora_jax.train.examples import Example
 from lora_jax.train.loss import TOGETHER, Rows, losses_of, summed_loss
@@ -42,7 +44,9 @@ def lora_loss(model: Any, rows: Rows = TOGETHER) -> Callable:
       rows: the same.
     """
     losses = lorafy(losses_of(model, rows), reverse_only=True)
-    loss = summed_loss(lambda *inputs: losses(*inputs[:-1], lora_key=inputs[-1]))
+    loss = summed_loss(
+        lambda *inputs, **packed: losses(*inputs[:-1], lora_key=inputs[-1], **packed)
+    )
     return lambda trainable, frozen, batch, key: loss(combine(trainable, frozen), batch, key)
 
 
@@ -60,7 +64,7 @@ def evaluator(
 
     def summed(trainable: Any, frozen: Any, batch: Any) -> Any:
         # The first axis holds one microbatch; without a key there is no dropout.
-        return loss(trainable, frozen, Batch(*(x[0] for x in batch)), None)
+        return loss(trainable, frozen, jax.tree.map(lambda x: x[0], batch), None)
 
     layout = loader(
         data,

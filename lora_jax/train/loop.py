@@ -55,11 +55,13 @@ class Hooks(NamedTuple):
       memory: called with the `Memory` when the first step is compiled.
       score: called with the adapted tree at every evaluation; the numbers it returns are added to
         the eval record.
+      layout: called with a line about the batches: packed or in buckets, and the padding.
     """
 
     record: Callable[[dict], None] | None = None
     memory: Callable[[Memory], None] | None = None
     score: Callable[[Any], dict[str, float]] | None = None
+    layout: Callable[[str], None] | None = None
 
 
 class Result(NamedTuple):
@@ -173,7 +175,9 @@ def _fit(
     """`fit` of parameters that lie on the mesh, where it is the context's."""
     trainable, frozen = preparation.halves(lora_params, full, lora_config)
     rows = meshes.rows_of(at, lora_params)
-    data, total = preparation.layout(model, train_data, config, rows.parts)
+    data, total, text = preparation.layout(model, train_data, config, rows.parts)
+    if hooks.layout is not None:
+        hooks.layout(text)
     preparation.check_tokens(model, lora_params, [*train_data, *(eval_data or ())])
     tx = optimizer(config, total)
     fresh = meshes.state_on(init_state(jax.random.key(config.seed), trainable, tx), tx, at)
@@ -182,7 +186,7 @@ def _fit(
     )
     # Computed once: the base does not change, and reading it takes seconds where it is large.
     described = archives.describe(
-        config, total, train_data, lora_config=lora_config, lora_params=lora_params
+        config, total, data, lora_config=lora_config, lora_params=lora_params
     )
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(archives.archive(config))
@@ -217,13 +221,11 @@ def _fit(
         state = _run(job, begin.state, begin.step, items)
     if config.output_dir is not None and processes.is_first():
         plot_loss(config.output_dir / PLOT, history, title=f"{total} optimizer steps")
-    used = _memory(job, state) if programs.compiled else None
-    trained = combine(state.trainable, frozen)
     return Result(
-        lora_params=trained,
+        lora_params=combine(state.trainable, frozen),
         history=history,
         step=total,
-        memory=used,
+        memory=_memory(job, state) if programs.compiled else None,
         compiled=tuple(programs.compiled),
     )
 
@@ -261,11 +263,8 @@ def _evaluation(
         return None
     # As many buckets as in training but other lengths: evaluation data may be longer.
     count = config.buckets if isinstance(config.buckets, int) else len(config.buckets)
-    prepared = None
-    if data:
-        prepared = evaluator(
-            model, data, batch_size=config.batch_size, buckets=count, at=at, rows=rows
-        )
+    options = {"batch_size": config.batch_size, "buckets": count, "at": at, "rows": rows}
+    prepared = evaluator(model, data, **options) if data else None
 
     def evaluate(state: TrainState) -> dict[str, float]:
         numbers = {}
@@ -311,9 +310,8 @@ def _run(job: _Job, state: TrainState, start: int, items: Any) -> TrainState:
 
 
 def _compile(job: _Job, state: TrainState, batch: Batch) -> None:
-    first = not job.programs.compiled
     job.programs.compile(state, job.frozen, batch)
-    if first and job.hooks.memory is not None:
+    if len(job.programs.compiled) == 1 and job.hooks.memory is not None:
         job.hooks.memory(_memory(job, state))
 
 

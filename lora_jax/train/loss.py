@@ -81,8 +81,9 @@ def losses_of(model: Any, rows: Rows = TOGETHER, *, chunk_bytes: int = CHUNK_BYT
         position.
 
     Returns:
-      `losses(params, tokens, positions, targets)`: tokens int32 (B, T), positions and targets
-      int32 (P,); -log softmax(logits)[target], float32 (P,).
+      `losses(params, tokens, positions, targets, *, segments=None)`: tokens int32 (B, T),
+      positions and targets int32 (P,), and for packed rows segments int32 (B, T);
+      -log softmax(logits)[target], float32 (P,).
     """
 
     def losses(
@@ -90,8 +91,12 @@ def losses_of(model: Any, rows: Rows = TOGETHER, *, chunk_bytes: int = CHUNK_BYT
         tokens: Int[AnyArray, "b t"],
         positions: Int[AnyArray, " p"],
         targets: Int[AnyArray, " p"],
+        *,
+        segments: Int[AnyArray, "b t"] | None = None,
     ) -> Float[Array, " p"]:
-        hidden = model.apply(params, tokens, return_hidden=True)
+        # Models of others may have no such argument: their rows are not packed.
+        packed = {} if segments is None else {"segments": segments}
+        hidden = model.apply(params, tokens, **packed, return_hidden=True)
         hidden = _pick_apart(hidden, positions, rows)
         targets = targets.reshape(rows.parts, -1)
         # Once, and not for every chunk.
@@ -192,15 +197,18 @@ def summed_loss(losses: Callable) -> Callable:
     """The loss of one microbatch as a sum, from a function that returns the loss of each position.
 
     Args:
-      losses: `(params, tokens, positions, targets, key) -> losses (P,)`, see `losses_of`.
+      losses: `(params, tokens, positions, targets, key) -> losses (P,)`, see `losses_of`; for
+        packed rows it is called with `segments` too.
 
     Returns:
-      `loss(params, batch, key) -> float32 ()`; `batch` is one microbatch: tokens (B, T), and
-      positions, targets, weights (P,).
+      `loss(params, batch, key) -> float32 ()`; `batch` is one microbatch: tokens (B, T),
+      positions, targets, weights (P,), and segments (B, T) or None.
     """
 
     def loss(params: Any, batch: Any, key: Any) -> Float[Array, ""]:
-        each = losses(params, batch.tokens, batch.positions, batch.targets, key)
+        packed = {} if batch.segments is None else {"segments": batch.segments}
+        inputs = (params, batch.tokens, batch.positions, batch.targets, key)
+        each = losses(*inputs, **packed)
         return jnp.sum(each * batch.weights)
 
     return loss

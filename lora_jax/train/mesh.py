@@ -167,9 +167,10 @@ def batch_on(batch: Any, at: Placement | None) -> Any:
     apart = NamedSharding(at.mesh, PartitionSpec(None, at.rows))
     # Positions are apart where each part of the rows has its own, see `Rows`.
     others = apart if rows_of(at).parts > 1 else NamedSharding(at.mesh, PartitionSpec())
+    by_row = ("tokens", "segments")
+    fields = {name: x for name, x in batch._asdict().items() if x is not None}
     return batch._replace(
-        tokens=processes.put(batch.tokens, apart),
-        **{f: processes.put(getattr(batch, f), others) for f in batch._fields if f != "tokens"},
+        **{n: processes.put(x, apart if n in by_row else others) for n, x in fields.items()}
     )
 
 

@@ -1,20 +1,23 @@
 """What `fit` checks and lays out before the first step, so that a fault costs no training."""
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from lora_jax import processes
 from lora_jax.compat import check_installed
 from lora_jax.config.lora import LoraConfig
-from lora_jax.train.batches import Loader, data_hash, loader
+from lora_jax.train.batches import Loader, data_hash, lengths_of, loader
+from lora_jax.train.buckets import MULTIPLE, ladder_of
 from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import pad_id_of
 from lora_jax.train.examples import Example
 from lora_jax.train.loss import outputs_of
+from lora_jax.train.packing import choose
 from lora_jax.train.step import split_full
 from lora_jax.transform.lorafy import lorafy
 from lora_jax.tree import split
@@ -72,24 +75,73 @@ def halves(lora_params: Any, full: bool, lora_config: LoraConfig | None) -> tupl
     return trainable, frozen
 
 
-def layout(
-    model: Any, data: Sequence[Example], config: TrainConfig, parts: int = 1
-) -> tuple[Loader, int]:
-    """The data in buckets for as many epochs as the run has, and the steps of the run."""
-    # The last batch of an epoch may be short, and is a step all the same.
-    size = -(-len(data) // (config.batch_size * config.accumulation))
-    total = total_steps(config, size)
+_SMALL = 576
+
+
+class Layout(NamedTuple):
+    """The data of a run.
+
+    Attributes:
+      loader: as many epochs of it as the run has.
+      steps: optimizer steps of the run.
+      text: how the data is batched, and the share of padding.
+    """
+
+    loader: Loader
+    steps: int
+    text: str
+
+
+def layout(model: Any, data: Sequence[Example], config: TrainConfig, parts: int = 1) -> Layout:
+    """Lays the data out in buckets, or in packed rows.
+
+    Raises:
+      ValueError: there is no data, it does not fit, or the model takes no packed rows.
+    """
+    lengths = lengths_of(data)
+    choice = choose(
+        lengths,
+        ladder_of(config.buckets, lengths),
+        _row_length(config, lengths),
+        rows=config.batch_size * config.accumulation,
+        # A model of the user's own may have no config: that of a small one.
+        width=getattr(getattr(model, "config", None), "hidden_size", _SMALL),
+        packing=config.packing if _takes_packed(model, config) else False,
+    )
+    total = total_steps(config, choice.steps)
     prepared = loader(
         data,
         batch_size=config.batch_size,
         accumulation=config.accumulation,
         buckets=config.buckets,
+        packed=choice.length,
         pad_id=pad_id_of(model.tokenizer),
         seed=config.seed,
-        epochs=-(-total // max(size, 1)),
+        epochs=-(-total // choice.steps),
         parts=parts,
     )
-    return prepared, total
+    return Layout(prepared, total, choice.text)
+
+
+def _row_length(config: TrainConfig, lengths: Sequence[int]) -> int:
+    """Tokens of a packed row: by default no more than those of the longest bucket."""
+    return config.packed_length or -(-max(lengths) // MULTIPLE) * MULTIPLE
+
+
+def _takes_packed(model: Any, config: TrainConfig) -> bool:
+    """Whether the model keeps the examples of a row apart.
+
+    Raises:
+      ValueError: it does not, and `packing` is True.
+    """
+    able = "segments" in inspect.signature(model.apply).parameters
+    if config.packing is True and not able:
+        raise ValueError(
+            "`packing` is True, but the model's `apply` has no argument `segments`, without which "
+            "the examples of a row attend to each other: leave `packing` out, or give `apply` the "
+            "argument, as `lora_jax.models.Forward.apply` has it"
+        )
+    return able
 
 
 def check_tokens(model: Any, lora_params: Any, data: Sequence[Example]) -> None:

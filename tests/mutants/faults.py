@@ -13,6 +13,7 @@ WEIGHTED = "tests/multi/test_weighted.py"
 QUANT = "tests/quant/test_formats.py"
 LOW_RANK = "tests/transform/test_low_rank.py"
 BATCHES = "tests/train/test_batches.py"
+PACKING = "tests/train/test_packing.py"
 LOSS = "tests/train/test_loss.py"
 ROPE = "tests/models/test_rope.py"
 PEFT = "tests/hf/peft/test_index.py tests/hf/peft/test_peft.py tests/hf/peft/test_shapes.py"
@@ -113,8 +114,21 @@ MORE = [
           BATCHES),
     Fault("train/batches.py", "targets[:, :-1] = tokens[:, 1:]", "targets[:, 1:] = tokens[:, :-1]",
           BATCHES),
-    Fault("train/batches.py", "learned=np.zeros_like(rows[0].learned)", "learned=rows[0].learned",
-          BATCHES),
+    Fault("train/batches.py", "learned=np.zeros_like(e.learned)", "learned=e.learned", BATCHES),
+    Fault("train/batches.py", "learned[i, start + 1 : end] = example.learned[1:]",
+          "learned[i, start:end] = example.learned", PACKING),
+    Fault("train/batches.py", "for number, example in enumerate(row, start=1):",
+          "for number, example in enumerate(row, start=0):", PACKING),
+    Fault("train/packing.py", "room = size + (fitting & -fitting).bit_length() - 1",
+          "room = size + fitting.bit_length() - 1", PACKING),
+    Fault("train/packing.py", "open_ &= ~(1 << room)", "open_ |= 1 << room", PACKING),
+    Fault("train/packing.py", "steps * rows)]", "int(by_rank.max()) + 1)]", PACKING),
+    Fault("models/attention.py", "mask=_seen_by(mask, segments), scale", "mask=None, scale",
+          "tests/models/test_segments.py"),
+    Fault("models/attention.py", "if unmasked and near is None and _takes_flash(q)",
+          "if mask is None and near is None and _takes_flash(q)", "tests/models/test_segments.py"),
+    Fault("models/model.py", "counted - starts_of(segments), 0)", "counted, 0)",
+          "tests/models/test_segments.py"),
     Fault("train/batches.py", "if p >= needed)", "if p > needed)", BATCHES),
     Fault("train/batches.py", "best + 1 < _BATCHES", "best < _BATCHES", BATCHES),
     Fault("train/batches.py", "spared[best] < _SPARED * top", "spared[best] < 2 * _SPARED * top",

@@ -38,8 +38,8 @@ FAULTS = [
         "train/evaluate.py",
         "tests/train/test_loss.py tests/train/test_fit.py",
         ("return 0 if pad is None else pad", "return pad or 1"),
-        ("Batch(*(x[0] for x in batch)), None)",
-         'Batch(*(x[0] for x in batch)), __import__("jax").random.key(0))'),
+        ("jax.tree.map(lambda x: x[0], batch), None)",
+         "jax.tree.map(lambda x: x[0], batch), jax.random.key(0))"),
     ),
     *in_file(
         "train/preparation.py",

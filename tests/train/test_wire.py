@@ -87,7 +87,7 @@ def step_program(
     at = meshes.placement(model, params)
     with meshes.entered(at):
         model, rows = meshes.model_on(model, params, at), meshes.rows_of(at, params)
-        layout, total = preparation.layout(model, data(), config, rows.parts)
+        layout, total, _ = preparation.layout(model, data(), config, rows.parts)
         tx = train.optimizer(config, total)
         trainable, frozen = lora.split(params)
         state = meshes.state_on(train.init_state(jax.random.key(0), trainable, tx), tx, at)

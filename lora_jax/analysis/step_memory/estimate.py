@@ -162,6 +162,7 @@ def memory(
     batch: int = 1,
     length: int | None = None,
     accumulation: int = 1,
+    packing: bool = False,
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     train_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     remat: bool | str = True,
@@ -182,9 +183,9 @@ def memory(
         `models.load(quantize=)` every matrix except the head and the embedding tables is quantized.
       batch: rows of one forward pass, on all devices together.
       length: tokens of a row; the smaller of 2048 and the model's context by default.
-      accumulation, dtype, train_dtype, remat, optimizer, clip, backend: see `StepSettings`.
-      mesh: axis ("data", "fsdp", "tensor") to number of devices; see
-        `lora_jax.models.sharding` for what each axis shards.
+      accumulation, packing, dtype, train_dtype, remat, optimizer, clip, backend: see
+        `StepSettings`.
+      mesh: axis to number of devices; see `lora_jax.models.sharding` for what an axis shards.
       exact: compile the step on this machine's default backend and take gradients and activations
         from the compiler. A mesh then needs as many local devices.
 
@@ -210,6 +211,7 @@ def memory(
         batch=batch,
         length=min(2048, context) if length is None else length,
         accumulation=accumulation,
+        packing=packing,
         dtype=dtype,
         train_dtype=train_dtype,
         remat=remat,
@@ -317,7 +319,7 @@ def _peak(
     args = (step.state, step.frozen, step.batch)
     # Only `fsdp` gathers weights; `tensor` computes with the parts. The batch is never gathered.
     state = counts(places.state)
-    others = counts(places.frozen) + [1] * len(step.batch)
+    others = counts(places.frozen) + [1] * len(jax.tree.leaves(step.batch))
     found = alive(
         step.fn,
         *args,
@@ -387,13 +389,15 @@ def _gib(size: int) -> str:
 
 
 def _described(settings: StepSettings) -> str:
-    parts = [f"batch {settings.batch} x {settings.length} tokens", settings.dtype]
+    parts = [
+        f"{'packed' if settings.packing else 'batch'} {settings.batch} x {settings.length} tokens",
+        settings.dtype,
+    ]
     if settings.adapter is not None:
         targets = settings.adapter.target_modules
         named = targets if isinstance(targets, str) else ", ".join(targets)
         parts.append(f"rank {settings.adapter.rank} on {named}")
     if settings.quantize:
         parts.append(f"base in {settings.quantize}")
-    parts.append(f"remat {settings.remat}")
-    parts.append(settings.optimizer if isinstance(settings.optimizer, str) else "custom optimizer")
-    return ", ".join(parts)
+    name = settings.optimizer if isinstance(settings.optimizer, str) else "custom optimizer"
+    return ", ".join([*parts, f"remat {settings.remat}", name])

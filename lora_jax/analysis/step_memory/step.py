@@ -53,6 +53,7 @@ class StepSettings:
       batch: rows of one forward pass, on all devices together.
       length: tokens of a row.
       accumulation: forward passes of one optimizer step.
+      packing: rows hold several examples, as `TrainConfig.packing` makes them.
       dtype: dtype of the computation and of frozen weights that are not quantized.
       train_dtype: dtype of the weights in full fine-tuning, and so of their gradients and
         optimizer state; adapters are float32.
@@ -68,6 +69,7 @@ class StepSettings:
     batch: int = 1
     length: int = 2048
     accumulation: int = 1
+    packing: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     train_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: bool | str = True
@@ -154,6 +156,11 @@ def abstract_step(
         raise ValueError(
             f"`length` {settings.length} is more than the model's context of {context} tokens"
         )
+    if settings.packing and architecture.kind != CAUSAL_LM:
+        raise ValueError(
+            f"`packing` is for language models, and `{config.model_type}` is an encoder: leave it "
+            "out"
+        )
     whole = settings.adapter is None
     forward = architecture.forward(
         config=config,
@@ -204,7 +211,8 @@ def _batch(settings: StepSettings, batch: int, places: int) -> Batch:
         return jax.ShapeDtypeStruct((settings.accumulation, *shape), jnp.int32)
 
     weights: Any = jax.ShapeDtypeStruct((settings.accumulation, places), jnp.float32)
-    return Batch(whole(batch, settings.length), whole(places), whole(places), weights)
+    segments = whole(batch, settings.length) if settings.packing else None
+    return Batch(whole(batch, settings.length), whole(places), whole(places), weights, segments)
 
 
 def _encoder_loss(forward: Any) -> Callable[..., jax.Array]:
@@ -253,4 +261,4 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
     # Microbatches follow one another in time: their rows are sharded, not they.
     rows: Any = PartitionSpec(None, ROWS)
     state = TrainState(copied, trainable, moments, copied)
-    return Spread(params, state, frozen, Batch(rows, rows, rows, rows))
+    return Spread(params, state, frozen, jax.tree.map(lambda x: rows, step.batch))

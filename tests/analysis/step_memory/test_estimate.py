@@ -56,6 +56,20 @@ def test_an_estimate_is_within_a_tenth_of_the_compiled_step(method, batch, remat
     assert found.total == pytest.approx(compiled.total, rel=0.1)
 
 
+@pytest.mark.parametrize("mesh", [{}, pytest.param({"data": 2}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("remat", ["projections", pytest.param(False, marks=pytest.mark.slow)])
+def test_an_estimate_of_packed_rows_is_within_a_tenth_of_the_compiled_step(remat, mesh):
+    options = {**CPU, **METHODS["lora"], "remat": remat, "mesh": mesh}
+    found = estimated(**options, packing=True)
+    compiled = analysis.memory(LLAMA, exact=True, packing=True, **options)
+    assert compiled.arguments == found.arguments
+    assert found.total == pytest.approx(compiled.total, rel=0.1)
+    # The numbers of the texts: int32 (1, 2, 256), here one row on each of the mesh's devices.
+    one = estimated(**options)
+    assert found.arguments - one.arguments == 4 * 2 * 256 // found.devices
+    assert found.described.startswith("packed 2 x 256 tokens")
+
+
 def test_the_papers_reduction_of_parameters():
     adapter = LoraConfig(rank=8, target_modules=("q_proj", "v_proj"))
     assert analysis.parameters("llama-2-7b", adapter) == (4_194_304, 6_742_609_920)
@@ -271,6 +285,7 @@ def test_sizes_are_spelled_in_two_ways(text, size):
         (LLAMA, dict(mesh={"fsdp": 3}, batch=3), "`fsdp` = 3 divides no dim of `lm_head.kernel`"),
         ("gpt2", dict(mesh={"tensor": 2}), "`tensor` is not known for model_type `gpt2`"),
         (LLAMA, dict(adapter=LoraConfig(target_modules=("q_prj",))), "q_prj"),
+        ("bert-base", dict(packing=True), "`packing` is for language models, and `bert` is an enc"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_one_line(model, options, message):
