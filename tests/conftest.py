@@ -27,6 +27,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import gc  # noqa: E402
 import importlib.util  # noqa: E402
 import re  # noqa: E402
 import signal  # noqa: E402
@@ -75,6 +76,14 @@ def pytest_configure(config):
         return
     if sum(entry.stat().st_size for entry in os.scandir(COMPILED)) > MOST_COMPILED:
         shutil.rmtree(COMPILED)
+
+
+def pytest_collection_finish():
+    """Keeps the garbage collector from reading through every imported package again and again."""
+    gc.collect()
+    gc.freeze()
+    # JAX makes many objects and few cycles.
+    gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items):

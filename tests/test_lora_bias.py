@@ -10,13 +10,11 @@ import pytest
 import lora_jax as lora
 from lora_jax.array import LoraArray
 
+from tests.support.numbers import normal
+
 pytestmark = pytest.mark.once
 
 KEY = jax.random.key(0)
-
-
-def normal(seed: int, *shape: int):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def adapted(fn, params, *args, **fields):

@@ -6,6 +6,7 @@ with every package of this environment, and one with what `pip install lora-jax`
 else. Nothing is downloaded.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -61,7 +62,9 @@ def tracked() -> list[str]:
 
 def run(*command: str | Path, cwd: Path, **options) -> subprocess.CompletedProcess:
     """Runs a command in a folder that holds no checkout, without this process's PYTHONPATH."""
-    kept = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "JAX_PLATFORMS": "cpu", "LC_ALL": "C.UTF-8"}
+    kept = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "LC_ALL": "C.UTF-8"}
+    # Where conftest.py has JAX keep what it compiles, and how.
+    kept |= {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_"))}
     return subprocess.run(
         [str(word) for word in command],
         cwd=cwd,

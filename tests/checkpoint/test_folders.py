@@ -17,13 +17,13 @@ import lora_jax as lora
 from lora_jax import checkpoint, files
 from lora_jax.checkpoint import adapters
 
+from tests.support.numbers import moved
 from tests.support.places import ROOT
 from tests.support.train_toys import (
     CONFIG,
     TOKENS,
     Toy,
     assert_same_bits,
-    moved,
     toy_lora,
     toy_params,
 )

@@ -1,12 +1,14 @@
 """What a case of the laws is, and the arrays the cases share."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from tests.support import numbers
 
 # Two products rounded apart (x·W and s·(x·A)·B) against one (x·(W + s·A·B)): a few float32
 # roundings a layer, relative to the largest output.
@@ -51,10 +53,7 @@ class Case:
         return self.name
 
 
-def normal(seed: int, *shape: int, scale: float = 0.4, dtype=jnp.float32) -> jax.Array:
-    """Normal numbers, made by numpy: nothing is compiled for them."""
-    values = np.random.default_rng(seed).normal(size=shape) * scale
-    return jnp.asarray(values.astype(np.float32), dtype)
+normal = functools.partial(numbers.normal, scale=0.4)
 
 
 def filled(tree):

@@ -12,6 +12,8 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.models.saving import save_model
 
+from tests.support.numbers import moved
+
 pytestmark = pytest.mark.once
 
 SIZES: dict[str, Any] = dict(
@@ -48,11 +50,7 @@ def adapted(model, targets):
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     config = lora.LoraConfig(rank=3, alpha=6, target_modules=targets)
     plan = lora.plan(config, model.apply, model.params, tokens)
-    trainable, frozen = lora.split(lora.init(jax.random.key(1), plan, model.params))
-    leaves, tree = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return plan, lora.combine(jax.tree.unflatten(tree, moved), frozen)
+    return plan, moved(lora.init(jax.random.key(1), plan, model.params), 2, 0.1)
 
 
 # RoBERTa's head has two outputs, fewer than the rank.

@@ -10,6 +10,7 @@ import pytest
 import lora_jax as lora
 from lora_jax import models
 
+from tests.support.numbers import moved
 from tests.support.tiny import SMALL
 
 pytestmark = pytest.mark.once
@@ -25,12 +26,7 @@ def adapted(targets, **options):
     model = models.init(jax.random.key(0), CONFIG, **options)
     config = lora.LoraConfig(rank=3, alpha=6, target_modules=targets)
     plan = lora.plan(config, model.apply, model.params, jax.ShapeDtypeStruct((1, 8), jnp.int32))
-    params = lora.init(jax.random.key(1), plan, model.params)
-    trainable, frozen = lora.split(params)
-    leaves, tree = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return model, lora.combine(jax.tree.unflatten(tree, moved), frozen)
+    return model, moved(lora.init(jax.random.key(1), plan, model.params), 2, 0.05)
 
 
 @pytest.mark.parametrize("options", [{}, {"scan": False}, {"remat": True}], ids=str)

@@ -13,17 +13,9 @@ from jax.test_util import check_grads
 import lora_jax as lora
 from lora_jax import multi
 
+from tests.support.numbers import moved, normal
+
 DIM, OUT = 12, 7
-
-
-def noisy(tree, seed, spread=0.3):
-    """The tree with every trained array moved away from its start."""
-    trainable, frozen = lora.split(tree)
-    leaves, structure = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [x + spread * jax.random.normal(k, x.shape, x.dtype)
-             for k, x in zip(keys, leaves, strict=True)]  # fmt: skip
-    return lora.combine(jax.tree.unflatten(structure, moved), frozen)
 
 
 class Net(nn.Module):
@@ -65,7 +57,7 @@ CONFIGS = {
 
 def make(name, seed=1):
     plan = lora.plan(CONFIGS[name], NET.apply, PARAMS, TOKENS)
-    return noisy(lora.init(jax.random.key(seed), plan, PARAMS), seed)
+    return moved(lora.init(jax.random.key(seed), plan, PARAMS), seed, 0.3)
 
 
 # Compiled once for each form of adapter, for all tests.
@@ -124,17 +116,17 @@ def test_chosen_rows_run_again_without_ids():
 
 
 def test_arguments_and_outputs_that_number_their_rows_elsewhere():
-    w = jax.random.normal(jax.random.key(0), (4, 3))
+    w = normal(0, 4, 3)
     params = {"w": w}
 
     def fn(params, x, *, offset, flip):
         y = jnp.einsum("tbi,io->tbo", x, params["w"]) + offset
         return {"y": -y if flip else y, "mean": y.mean(), "offset": offset * 2, "name": "fn"}
 
-    x = jax.random.normal(jax.random.key(1), (5, 6, 4))  # rows on axis 1
+    x = normal(1, 5, 6, 4)  # rows on axis 1
     plan = lora.plan(lora.LoraConfig(rank=2, target_modules=("w",)), fn, params, x, offset=1.0,
                      flip=True)  # fmt: skip
-    adapters = [noisy(lora.init(jax.random.key(k), plan, params), k) for k in range(2)]
+    adapters = [moved(lora.init(jax.random.key(k), plan, params), k, 0.3) for k in range(2)]
     stacked, ids = lora.stack(adapters), jnp.array([0, 1, 1, -1, 0, 1])
     run = lora.lorafy(
         fn,
@@ -156,13 +148,12 @@ def test_experts_each_row_its_own():
         up = jnp.einsum("btd,edf->btef", x, params["up"])
         return jnp.einsum("btef,efd->btd", jax.nn.relu(up), params["down"])
 
-    keys = jax.random.split(jax.random.key(0), 2)
     shapes = {"up": (3, 4, 6), "down": (3, 6, 4)}
-    params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
-    x = jax.random.normal(jax.random.key(2), (4, 5, 4))
+    params = {n: normal(k, *s) for k, (n, s) in enumerate(shapes.items())}
+    x = normal(2, 4, 5, 4)
     config = lora.LoraConfig(rank=2, target_modules=("up", "down"), roles={"down": "sio"})
     plan = lora.plan(config, fn, params, x)
-    adapters = [noisy(lora.init(jax.random.key(k), plan, params), k) for k in range(3)]
+    adapters = [moved(lora.init(jax.random.key(k), plan, params), k, 0.3) for k in range(3)]
     ids = [2, -1, 0, 1]
     got = lora.lorafy(fn)(lora.stack(adapters), x, adapter_ids=jnp.array(ids))
     for row, number in enumerate(ids):
@@ -176,7 +167,7 @@ def test_training_moves_each_rows_own_adapter_only(name):
     adapters = [make(name, k) for k in range(3)]
     stacked = lora.stack(adapters, train=True)
     trainable, frozen = lora.split(stacked)
-    targets = jax.random.normal(jax.random.key(9), (5, 4, OUT))
+    targets = normal(9, 5, 4, OUT)
     ids = jnp.array([0, 2, 0, -1, 2])
 
     def loss(trainable, ids):
@@ -232,7 +223,8 @@ def test_dropout_differs_by_row_and_is_off_without_a_key():
     def fn(p, x):
         return x @ p["w"]
 
-    adapter = noisy(lora.init(jax.random.key(0), lora.plan(config, fn, params, x), params), 1)
+    adapter = lora.init(jax.random.key(0), lora.plan(config, fn, params, x), params)
+    adapter = moved(adapter, 1, 0.3)
     stacked, ids = lora.stack([adapter], train=True), jnp.zeros((2,), int)
     run = lora.lorafy(fn)
     plain = run(stacked, x, adapter_ids=ids)

@@ -10,14 +10,12 @@ from jax import lax
 import lora_jax as lora
 from lora_jax.plan.decide import LeftOutWarning
 
+from tests.support.numbers import normal
+
 X = jax.ShapeDtypeStruct((2, 5, 8), jnp.float32)
 TRIANGLE = jnp.tril(jnp.ones((8, 8)))
 W = jax.ShapeDtypeStruct((8, 8), jnp.float32)
 ALL = ("all-linear", ".*", ("w", "up"))
-
-
-def normal(seed: int, *shape: int):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def two(form):

@@ -12,13 +12,15 @@ import lora_jax as lora
 from lora_jax import quant
 from lora_jax.quant import ops
 
+from tests.support.numbers import normal
+
 pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore::lora_jax.DecodedWarning")]
 
 D = 16
 
 
 def weights(*shape):
-    return jax.random.normal(jax.random.key(sum(shape)), shape)
+    return normal(sum(shape), *shape)
 
 
 X = weights(7, D)

@@ -18,6 +18,8 @@ from lora_jax.models.saving import save_model
 from lora_jax.paths import spell
 from lora_jax.recipes.demo import task
 
+from tests.support.numbers import moved
+
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -89,11 +91,7 @@ def adapter(model: models.Model, seed: int, **config: Any) -> PyTree:
     """The model's parameters with a random adapter, as after training."""
     tokens = jax.ShapeDtypeStruct((2, 8), "int32")
     plan = lora.plan(lora.LoraConfig(**config), model.apply, model.params, tokens)
-    trainable, frozen = lora.split(lora.init(jax.random.key(seed), plan, model.params))
-    leaves, tree = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return lora.combine(jax.tree.unflatten(tree, moved), frozen)
+    return moved(lora.init(jax.random.key(seed), plan, model.params), seed, 0.3)
 
 
 def tiny_model(*, tied: bool = True, **sizes: Any) -> models.Model:

@@ -45,15 +45,6 @@ def toy_lora(config=CONFIG, seed=0, width=WIDTH):
     return lora.init(jax.random.key(1), plan, params)
 
 
-def moved(lora_params, seed=3):
-    """The tree with random trained leaves, as after training."""
-    trainable, frozen = lora.split(lora_params)
-    leaves, tree = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return lora.combine(jax.tree.unflatten(tree, leaves), frozen)
-
-
 def toy_data(count=24, seed=0):
     rng = np.random.default_rng(seed)
     return [_example(rng, int(n)) for n in rng.integers(4, 33, count)]

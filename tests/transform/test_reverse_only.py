@@ -8,10 +8,11 @@ from jax import lax
 
 import lora_jax as lora
 
+from tests.support.numbers import normal
+
 pytestmark = pytest.mark.once
 
-KEYS = jax.random.split(jax.random.key(0), 8)
-X = jax.random.normal(KEYS[0], (3, 5, 8))
+X = normal(0, 3, 5, 8)
 
 
 def scanned(p, x):
@@ -34,18 +35,14 @@ def experts(p, x):
     return jnp.einsum("ecd,edf->ecf", x, p["w"])
 
 
-def normal(key, *shape):
-    return jax.random.normal(key, shape) / 3
-
-
 CASES = {
     "scanned": (
         scanned,
-        {"layers": {"up": normal(KEYS[1], 4, 8, 16), "down": normal(KEYS[2], 4, 16, 8)}},
+        {"layers": {"up": normal(1, 4, 8, 16, scale=0.3), "down": normal(2, 4, 16, 8, scale=0.3)}},
     ),
-    "heads": (heads, {"q": normal(KEYS[3], 8, 2, 6), "o": normal(KEYS[4], 2, 6, 8)}),
-    "tied": (tied, {"e": normal(KEYS[5], 12, 8)}),
-    "experts": (experts, {"w": normal(KEYS[6], 3, 8, 10)}),
+    "heads": (heads, {"q": normal(3, 8, 2, 6, scale=0.3), "o": normal(4, 2, 6, 8, scale=0.3)}),
+    "tied": (tied, {"e": normal(5, 12, 8, scale=0.3)}),
+    "experts": (experts, {"w": normal(6, 3, 8, 10, scale=0.3)}),
 }
 
 
@@ -53,7 +50,9 @@ def losses(fn, params, **config):
     leaves = jax.tree_util.tree_leaves_with_path(params)
     names = tuple(path[-1].key for path, _ in leaves)
     config = lora.LoraConfig(rank=2, target_modules=names, init="random", **config)
-    trainable, frozen = lora.split(lora.init(KEYS[7], lora.plan(config, fn, params, X), params))
+    trainable, frozen = lora.split(
+        lora.init(jax.random.key(7), lora.plan(config, fn, params, X), params)
+    )
 
     def make(reverse_only):
         call = lora.lorafy(fn, strict=True, reverse_only=reverse_only)
@@ -109,7 +108,9 @@ def test_bfloat16_keeps_dtypes():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     x = X.astype(jnp.bfloat16)
     config = lora.LoraConfig(rank=2, target_modules=("q", "o"), init="random")
-    trainable, frozen = lora.split(lora.init(KEYS[7], lora.plan(config, fn, params, x), params))
+    trainable, frozen = lora.split(
+        lora.init(jax.random.key(7), lora.plan(config, fn, params, x), params)
+    )
 
     def grads(reverse_only):
         call = lora.lorafy(fn, reverse_only=reverse_only)

@@ -12,6 +12,8 @@ from lora_jax.analysis import Spectrum, intruder_dimensions, overlap, spectrum
 from lora_jax.analysis.spectra import changes
 from lora_jax.analysis.spectra.spectrum import MatrixSpectrum
 
+from tests.support.numbers import moved
+
 pytestmark = pytest.mark.once
 
 
@@ -75,11 +77,7 @@ def test_an_adapters_values_are_those_of_the_dense_change(dora):
         lora.LoraConfig(rank=3, alpha=5, use_dora=dora, target_modules=("up",)),
         fn, base, jnp.ones((2, 9)),
     )  # fmt: skip
-    adapted = lora.init(jax.random.key(0), plan, base)
-    trainable, frozen = lora.split(adapted)
-    key = jax.random.key(1)
-    moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), trainable)
-    adapted = lora.combine(moved, frozen)
+    adapted = moved(lora.init(jax.random.key(0), plan, base), 1, 0.1)
     alone = spectrum(adapted)
     against = spectrum(base, lora.merge(adapted), where=("up",))
     both = spectrum(base, {**base, **{"layers": adapted["layers"]}}, where="layers.up")

@@ -15,16 +15,14 @@ from lora_jax.dims import factor_shapes
 from lora_jax.models.generation import runner
 from lora_jax.transform.many import grouped
 
+from tests.support.numbers import moved, normal
 from tests.support.tiny import adapter, tiny_model
 
 pytestmark = pytest.mark.once
 
 DIM, VOCAB, LAYERS = 6, 11, 2
 SHAPES = {"table": (VOCAB, DIM), "layers": (LAYERS, DIM, DIM), "experts": (3, DIM, DIM)}
-PARAMS = {
-    name: jax.random.normal(jax.random.key(k), shape) / 2
-    for k, (name, shape) in enumerate(SHAPES.items())
-}
+PARAMS = {name: normal(k, *shape, scale=0.5) for k, (name, shape) in enumerate(SHAPES.items())}
 ROLES = {"table": "io", "layers": "sio", "experts": "sio"}
 
 
@@ -72,11 +70,7 @@ BY_TOKEN = jnp.array([[0, 1, 2, -1], [2, 2, -1, 0], [1, 1, 1, 1]])
 def make(seed, params=PARAMS, **options):
     config = lora.LoraConfig(target_modules=tuple(SHAPES), roles=ROLES, **options)
     plan = lora.plan(config, model, params, TOKENS)
-    trainable, frozen = lora.split(lora.init(jax.random.key(seed), plan, params))
-    leaves, tree = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return lora.combine(jax.tree.unflatten(tree, moved), frozen)
+    return moved(lora.init(jax.random.key(seed), plan, params), seed, 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -325,8 +319,8 @@ def test_tokens_are_followed_through_cudnns_attention(adapters, memory, monkeypa
     assert "dot_product_attention_fwd" in text and "dot_product_attention_bwd" in text
 
 
-FLOATS = jax.random.normal(jax.random.key(5), (2, 3, DIM))
-WEIGHT = {"w": jax.random.normal(jax.random.key(6), (DIM, DIM)) / 3}
+FLOATS = normal(5, 2, 3, DIM)
+WEIGHT = {"w": normal(6, DIM, DIM, scale=0.3)}
 
 
 def _scanned_inputs(p, x):
