@@ -14,8 +14,9 @@ from lora_jax.array import is_leaf
 from lora_jax.compat import require
 from lora_jax.config import matching
 from lora_jax.plan.leaf import Plan
-from lora_jax.quant.array import Backend, QuantArray, ScaleDtype, is_quant, quantize_array
+from lora_jax.quant.array import Backend, QuantArray, ScaleDtype, is_quant
 from lora_jax.quant.dispatch import check_backend
+from lora_jax.quant.encode import quantize_array
 from lora_jax.quant.formats import FormatName
 
 # Names, a regular expression, a `lora_jax.Plan`, or `f(path, leaf)`.

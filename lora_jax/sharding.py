@@ -5,10 +5,11 @@ A  (layers, in, r)     P(None, "data", None)
 B  (layers, r, out)    P(None, None, "model")
 """
 
+import contextlib
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,14 +22,12 @@ from lora_jax.array import LoraArray, LoraStack, RowsArray, SavedArray, is_leaf
 from lora_jax.config.arguments import check_argument
 from lora_jax.dims import in_dims
 from lora_jax.quant import sharding as quant_sharding
-from lora_jax.quant.array import QuantArray, is_quant
+from lora_jax.quant.array import QuantArray, form_of, is_quant
 from lora_jax.transform.labels import part_spec
 
 __all__ = ["LeafDims", "Rules", "partition_specs", "place", "shardings", "specs"]
 
 AXES = ("data", "fsdp", "tensor")
-# Inputs in a superblock, the unit in which a quantized weight is stored.
-_SUPERBLOCK = 128
 
 # Field of a `LoraArray` -> its name in `part_spec`; a magnitude has the dims of a gain.
 _PARTS = {"a": "a", "b": "b", "scale": "scale", "m": "gain", "bias": "bias"}
@@ -205,32 +204,57 @@ def shardings(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     """The `NamedSharding` of every array of a tree that `place` would put on the mesh."""
     whole: list[str] = []
     found = jax.tree_util.tree_map_with_path(
-        lambda path, x: leaf_shardings(paths.spell(path), x, mesh, rules, whole=whole),
+        lambda path, x: _leaf_specs(
+            x, leaf_sharding(paths.spell(path), x, mesh, rules, whole=whole).spec
+        ),
         params,
         is_leaf=is_leaf,
     )
-    warn_of_whole(whole, mesh)
-    return found
-
-
-def leaf_shardings(path: str, x: Any, mesh: Mesh, rules: Rules, *, whole: list[str]) -> Any:
-    """The shardings of the arrays of one leaf; `whole` receives it if it cannot be divided."""
-    spec = _leaf_spec(path, x, rules, mesh.shape, whole=whole)
+    _warn_of_whole(whole, mesh, stacklevel=4)  # the caller of `place`
     return jax.tree.map(
-        lambda s: NamedSharding(mesh, s),
-        _leaf_specs(x, spec),
-        is_leaf=lambda s: isinstance(s, PartitionSpec),
+        lambda s: NamedSharding(mesh, s), found, is_leaf=lambda s: isinstance(s, PartitionSpec)
     )
 
 
-def warn_of_whole(whole: Sequence[str], mesh: Mesh) -> None:
+def leaf_sharding(
+    path: str, x: Any, mesh: Mesh, rules: Rules, *, whole: list[str]
+) -> NamedSharding:
+    """The sharding of a weight's own dims; `whole` receives it if it cannot be divided.
+
+    Args:
+      path: of the leaf.
+      x: the leaf; a `QuantArray` needs no arrays.
+      mesh, rules: as in `place`.
+      whole: receives the leaf's path and shape.
+    """
+    return NamedSharding(mesh, _leaf_spec(path, x, rules, mesh.shape, whole=whole))
+
+
+@contextlib.contextmanager
+def spreading(
+    mesh: Mesh | None, rules: Rules
+) -> Iterator[Callable[[str, Any], NamedSharding] | None]:
+    """Yields (path, leaf) -> `leaf_sharding`, or None without a mesh.
+
+    Warns:
+      UserWarning: at the end, of leaves that every device holds whole.
+    """
+    if mesh is None:
+        yield None
+        return
+    whole: list[str] = []
+    yield lambda path, x: leaf_sharding(path, x, mesh, rules, whole=whole)
+    _warn_of_whole(whole, mesh, stacklevel=5)  # the caller of the loader
+
+
+def _warn_of_whole(whole: Sequence[str], mesh: Mesh, *, stacklevel: int) -> None:
     """Warns of leaves that every device holds whole, in one warning."""
     if whole:
         more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
         warnings.warn(
             f"every device holds all of {', '.join(whole[:3])}{more}: an axis of the mesh "
             f"{dict(mesh.shape)} divides none of their dims that it may shard",
-            stacklevel=4,  # the caller of `place`, or of the loader
+            stacklevel=stacklevel,
         )
 
 
@@ -278,7 +302,7 @@ def _leaf_spec(
     # Scanned layers stand before the dims that a row names.
     first = x.ndim - len(row.dims)
     names = ("layers",) * first + row.dims
-    order = [first + d for d in row.order]
+    order = [*(first + d for d in row.order), *range(first)]
     spec: list[str | None] = [None] * x.ndim
     # `tensor` first: only one dim fits it, while `fsdp` can shard any that is left.
     for axis in ("tensor", "fsdp", "data"):
@@ -307,6 +331,6 @@ def _divided(x: Any, dims: list[int], size: int) -> int | None:
         return next((d for d in dims if x.shape[d] % size == 0), None)
     # A quantized matrix is stored in superblocks of inputs, which must stay whole: where there are
     # too few of them it is spread by its outputs.
-    inputs = in_dims(x.roles)
-    order = [(d, _SUPERBLOCK) for d in dims] + [(d, 1) for d in dims[::-1] if d not in inputs]
+    inputs, unit = in_dims(x.roles), form_of(x).rows(x.block)
+    order = [(d, unit) for d in dims] + [(d, 1) for d in dims[::-1] if d not in inputs]
     return next((d for d, unit in order if x.shape[d] % (size * unit) == 0), None)

@@ -20,7 +20,8 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import from_matrix, sizes, to_matrix
 from lora_jax.methods.factors import Started, principal, scale_of, shaped, uniform_rank
 from lora_jax.plan.leaf import LeafPlan
-from lora_jax.quant.array import QuantArray, is_quant, quantize_array
+from lora_jax.quant.array import QuantArray, is_quant
+from lora_jax.quant.encode import quantize_array
 
 
 def loftq(

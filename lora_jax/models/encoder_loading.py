@@ -1,23 +1,29 @@
 """Loading an encoder from a Hugging Face directory, complete or with a fresh head."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from lora_jax.files import check_links, read_object
+from lora_jax.hf.checkpoint.fill import Spread, fill
 from lora_jax.hf.checkpoint.names import BERT
 from lora_jax.hf.checkpoint.safetensors import open_directory
-from lora_jax.hf.checkpoint.weights import Weights, check_counts, fill, renamed
+from lora_jax.hf.checkpoint.weights import Weights, check_counts, renamed, same
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.models.bert_config import CLASSIFICATION, FEATURES, TASKS, BertConfig, Task
 from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.init import draw
 from lora_jax.models.model import Dtype, Model
+from lora_jax.models.sharding import RULES
+from lora_jax.paths import spell
+from lora_jax.processes import put
+from lora_jax.sharding import Rules, spreading
 
 # Prefixes of an encoder's tensors; all others in a checkpoint belong to a head.
 _ENCODER = ("embeddings.", "encoder.", "pooler.")
@@ -35,6 +41,8 @@ def load_encoder(
     param_dtype: Dtype | None = None,
     scan: bool = True,
     remat: bool | str = False,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
 ) -> Model:
     """Loads an encoder (BERT, RoBERTa, XLM-RoBERTa, CamemBERT) and its tokenizer.
 
@@ -52,6 +60,7 @@ def load_encoder(
       param_dtype: dtype of the parameters, `dtype` by default.
       scan: stack the blocks and scan over them; otherwise they are kept apart and unrolled.
       remat: see `Forward`.
+      mesh, rules: as in `load`.
 
     Returns:
       The model; its tokenizer is None if the source has none.
@@ -62,10 +71,30 @@ def load_encoder(
       ValueError: a broken file, an unsupported model, missing or unused tensors, or options that
         contradict each other.
 
+    Warns:
+      UserWarning: weights that every device of the mesh holds whole.
+
     Example:
       model = load_encoder("bert-base-uncased", task="sequence-classification",
                            labels=("no", "yes"), fresh_head=jax.random.key(0))
     """
+    options = dict(dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat)
+    with spreading(mesh, rules) as spread:
+        return read_encoder(
+            source, options, task=task, labels=labels, fresh_head=fresh_head, spread=spread
+        )
+
+
+def read_encoder(
+    source: str | Path,
+    options: Mapping[str, Any],
+    *,
+    task: Task | None = None,
+    labels: Sequence[str] | None = None,
+    fresh_head: Array | None = None,
+    spread: Spread | None = None,
+) -> Model:
+    """As `load_encoder`; `spread` as in `fill`, the other options those of `EncoderForward`."""
     directory = _directory(source)
     check_links(directory)
     config = _config(directory / "config.json", task, labels, fresh_head)
@@ -74,10 +103,8 @@ def load_encoder(
     weights = _as_ours(there, config, chosen=task is not None)
     if config.task == FEATURES:
         config = replace(config, pooler="pooler.dense.weight" in weights.shapes)
-    forward = EncoderForward(
-        config=config, dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat
-    )
-    params = _fill(forward, weights, fresh_head)
+    forward = EncoderForward(config=config, **options)
+    params = _fill(forward, weights, fresh_head, spread)
     return Model(forward, params, from_directory(directory))
 
 
@@ -133,15 +160,17 @@ def _belongs(bare: str, inside: bool, config: BertConfig) -> bool:
     return bare.startswith(config.head_modules)
 
 
-def _fill(forward: EncoderForward, weights: Weights, fresh_head: Array | None) -> dict[str, Any]:
-    weights = _without_tied(weights, forward.config)
+def _fill(
+    forward: EncoderForward, weights: Weights, fresh_head: Array | None, spread: Spread | None
+) -> dict[str, Any]:
+    weights = _without_tied(weights, forward.config, shared=spread is not None)
     shapes = forward.shapes()
     if fresh_head is None:
         try:
-            return fill(shapes, weights, family=BERT)
+            return fill(shapes, weights, family=BERT, spread=spread)
         except ValueError as error:
             raise ValueError(f"{error}{_hint(weights, forward.config)}") from None
-    return _with_fresh_head(forward, weights, fresh_head)
+    return _with_fresh_head(forward, weights, fresh_head, spread)
 
 
 def _hint(weights: Weights, config: BertConfig) -> str:
@@ -154,7 +183,9 @@ def _hint(weights: Weights, config: BertConfig) -> str:
     return "; pass `task` to leave out the heads of other tasks"
 
 
-def _with_fresh_head(forward: EncoderForward, weights: Weights, key: Array) -> dict[str, Any]:
+def _with_fresh_head(
+    forward: EncoderForward, weights: Weights, key: Array, spread: Spread | None
+) -> dict[str, Any]:
     """The encoder from the checkpoint with a fresh head."""
     config = forward.config
     shapes, prefix = forward.shapes(), config.kind.prefix
@@ -165,16 +196,19 @@ def _with_fresh_head(forward: EncoderForward, weights: Weights, key: Array) -> d
     else:
         drawn, rest = (), shapes[prefix]
     kept = {n: s for n, s in weights.shapes.items() if n.startswith(f"{prefix}.")}
-    loaded = fill({prefix: rest}, weights._replace(shapes=kept), family=BERT)[prefix]
+    weights = weights._replace(shapes=kept)
+    loaded = fill({prefix: rest}, weights, family=BERT, spread=spread)[prefix]
     made = draw(
         key,
         {"classifier": shapes["classifier"], prefix: {n: shapes[prefix][n] for n in drawn}},
         config,
     )
+    if spread is not None:
+        made = jax.tree_util.tree_map_with_path(lambda p, x: put(x, spread(spell(p), x)), made)
     return {prefix: {**loaded, **made[prefix]}, "classifier": made["classifier"]}
 
 
-def _without_tied(weights: Weights, config: BertConfig) -> Weights:
+def _without_tied(weights: Weights, config: BertConfig, *, shared: bool) -> Weights:
     """Leaves out copies of the embedding table and of the head's bias.
 
     Some checkpoints store both names of a tied tensor.
@@ -188,7 +222,7 @@ def _without_tied(weights: Weights, config: BertConfig) -> Weights:
     }
     found = [n for n in repeats if n in weights.shapes and repeats[n] in weights.shapes]
     for name in found:
-        if not np.array_equal(weights.read(name), weights.read(repeats[name])):
+        if not same(weights, name, repeats[name], shared=shared):
             raise ValueError(
                 f"{weights.source}: `{name}` differs from `{repeats[name]}`, but the model ties "
                 "the two"

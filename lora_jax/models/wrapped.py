@@ -14,7 +14,7 @@ import numpy as np
 from lora_jax.files import read_object
 from lora_jax.hf.checkpoint.names import Family, unified
 from lora_jax.hf.checkpoint.safetensors import INDEX, PICKLES, open_directory, open_exact
-from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, numpy_dtype
+from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor
 from lora_jax.models.config import LlamaConfig
 
 # Vision-language model types -> the type of their text model, where `text_config` has none.
@@ -145,7 +145,7 @@ def rest_of(directory: Path, family: Family, decoder: Collection[str], dtype: st
             return weights.read(name).astype(DTYPES[dtype])
         return read_exact(name)
 
-    dtypes = {n: DTYPES[dtype] if n in packed else numpy_dtype(exact[n].dtype) for n in kept}
+    dtypes = {n: DTYPES[dtype] if n in packed else exact[n].numpy for n in kept}
     entries = [NewTensor(n, weights.shapes[n], dtypes[n]) for n in kept]
     config = _as_written(read_object(directory / "config.json"), dtype)
     return Rest(names, entries, read, files=_files(directory), config=config)

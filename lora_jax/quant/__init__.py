@@ -1,7 +1,8 @@
 """Block-quantized base weights: NF4, int4, int8, and products that never keep a float copy."""
 
-from lora_jax.quant.array import QuantArray, check, is_quant, quantize_array
+from lora_jax.quant.array import QuantArray, check, is_quant
 from lora_jax.quant.dispatch import ReferenceWarning
+from lora_jax.quant.encode import quantize_array
 from lora_jax.quant.foreign import (
     from_bitsandbytes,
     from_codes,

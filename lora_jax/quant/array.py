@@ -5,18 +5,16 @@ It has the shape, dtype and roles of its weight. Its arrays are those of the mat
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, Literal, get_args
 
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from lora_jax.dims import AnyArray, from_matrix, in_dims, out_dims, sizes, stack_dims, to_matrix
+from lora_jax.dims import from_matrix, in_dims, out_dims, sizes, stack_dims
 from lora_jax.leaf_class import leaf_class
 from lora_jax.quant import formats
 
@@ -145,198 +143,9 @@ def matrix(q: QuantArray) -> Float[Array, "*s k n"]:
     return formats.decode(coded(q), q.dtype)
 
 
-def quantize_array(
-    w: Any,
-    *,
-    format: formats.FormatName = "nf4",
-    block_size: int = 64,
-    scale_dtype: ScaleDtype | None = None,
-    double_quant: bool = False,
-    roles: str | None = None,
-    pad: bool = False,
-    name: str = "w",
-) -> QuantArray:
-    """Quantizes one weight.
-
-    Args:
-      w: floating-point array.
-      format: "nf4", "fp4", "int4" (signed scales), "uint4" (a scale and a bias a block) or
-        "int8".
-      block_size: inputs that share a scale, a power of two of at least 16.
-      scale_dtype: of the scales: "bfloat16" by default. With `double_quant` it is "float32" and
-        no other, as in bitsandbytes: the scales are quantized from that.
-      double_quant: quantize the scales too, to 8 bits.
-      roles: one letter a dim (s stack, i in, o out); `...sio` by default: the last dim is
-        produced, the one before contracted, all others stacked.
-      pad: fill a block that is not whole with zeros; otherwise that is an error.
-      name: of the weight, for errors.
-
-    Returns:
-      The quantized weight; works under `jit` and `eval_shape`.
-
-    Raises:
-      ValueError: an unknown format or block size, a block that does not divide the inputs,
-        non-finite weights, or scales beyond the range of `scale_dtype`. (The last two not under
-        `jit`, where values are unknown.)
-    """
-    form = formats.known_format(format)
-    roles = default_roles(len(w.shape)) if roles is None else roles
-    scale_dtype = scale_dtype or ("float32" if double_quant else "bfloat16")
-    _check_format(form, block_size, scale_dtype, double_quant)
-    _check_weight(w, block_size, roles=roles, pad=pad, name=name)
-    # Values are checked outside `jit` only; a tracer has none.
-    if not isinstance(w, jax.core.Tracer) and not bool(_is_finite(w)):
-        raise ValueError(f"`{name}` is not finite (NaN or infinity): it cannot be quantized")
-    parts = _encode(
-        w,
-        roles=roles,
-        form=form,
-        block=block_size,
-        scale_dtype=jnp.dtype(scale_dtype),
-        double=double_quant,
-    )
-    q = QuantArray(
-        **parts,
-        format=form.name,
-        block=block_size,
-        shape=tuple(w.shape),
-        roles=roles,
-        dtype=jnp.dtype(w.dtype),
-    )
-    _check_range(q, w, name)
-    return q
-
-
-@jax.jit
-def _is_finite(w: Float[AnyArray, "..."]) -> Bool[Array, ""]:
-    return jnp.all(jnp.isfinite(w))
-
-
 def default_roles(ndim: int) -> str:
     """The last dim out, the one before in, all others a stack."""
     return "s" * (ndim - 2) + "io"
-
-
-def _check_format(form: formats.Format, block: int, scale_dtype: str, double: bool) -> None:
-    if block not in formats.BLOCK_SIZES:
-        known = ", ".join(map(str, formats.BLOCK_SIZES))
-        raise ValueError(f"`block_size` must be one of {known}, got {block}")
-    if scale_dtype not in SCALE_DTYPES:
-        raise ValueError(
-            f"`scale_dtype` must be one of {', '.join(SCALE_DTYPES)}, got {scale_dtype!r}"
-        )
-    if double and scale_dtype != "float32":
-        raise ValueError(
-            "`double_quant` makes 8-bit scales out of float32 ones, got "
-            f"scale_dtype={scale_dtype!r}: leave `scale_dtype` out"
-        )
-    if double and form.scale != "absmax":
-        raise ValueError(
-            f"`double_quant` needs a format whose scales are magnitudes (nf4, fp4, int8), got "
-            f'"{form.name}"'
-        )
-
-
-def _check_weight(w: Any, block: int, *, roles: str, pad: bool, name: str) -> None:
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise ValueError(
-            f"`{name}` is {w.dtype}, and only floating-point weights are quantized: choose others"
-        )
-    if len(roles) != len(w.shape) or not {"i", "o"} <= set(roles) or set(roles) - set("siou"):
-        raise ValueError(
-            f"`roles` {roles!r} does not fit `{name}` of shape {tuple(w.shape)}: one letter a dim, "
-            f"s (stack), i (in) or o (out), with an i and an o"
-        )
-    _, fan_in, _ = sizes(w.shape, roles)
-    if fan_in % block and not pad:
-        fits = [b for b in formats.BLOCK_SIZES if fan_in % b == 0]
-        hint = f"choose {fits[-1]} or less" if fits else "none does"
-        raise ValueError(
-            f"`block_size` {block} does not divide the {fan_in} inputs of `{name}` (shape "
-            f"{tuple(w.shape)}, roles {roles}): {hint}, or fill the last block with `pad=True`"
-        )
-
-
-def _check_range(q: QuantArray, w: Any, name: str) -> None:
-    """Raises where a scale underflows in a block that is not zero, or a weight overflows."""
-    if isinstance(q.packed, jax.core.Tracer):
-        return
-    if bool(_is_lost(q, w)):
-        held = "float32" if q.scale2 is not None else q.scale.dtype
-        raise ValueError(
-            f"the scales of `{name}` leave the range of {held}, or its weights that of "
-            f'{q.dtype}: use scale_dtype="bfloat16" or "float32", or wider weights'
-        )
-
-
-@jax.jit
-def _is_lost(q: QuantArray, w: Float[AnyArray, "..."]) -> Bool[Array, ""]:
-    size = jnp.abs(scales(q).astype(jnp.float32))
-    # A scale may be finite and its largest product not, for example in a float16 weight.
-    lost = ~jnp.all(jnp.isfinite(_extremes(q, size)))
-    if q.scale.dtype == jnp.float16:  # bfloat16 reaches as far down as float32
-        least = float(jnp.finfo(q.scale.dtype).tiny)
-        lost |= jnp.any((size < least) & (_spread(q, w) > 0))
-    return lost
-
-
-def _extremes(q: QuantArray, size: Float[Array, "*s b n"]) -> Float[Array, "2 *s b n"]:
-    """The lowest and the highest value that each block's codes stand for, in the weight's dtype."""
-    form = form_of(q)
-    # int8 codes are their own values.
-    values = (-127, 127) if form.codebook is None else form.codebook
-    ends = [size * v for v in (min(values), max(values))]
-    if q.bias is not None:
-        ends = [end + q.bias.astype(jnp.float32) for end in ends]
-    return jnp.stack(ends).astype(q.dtype)
-
-
-def _spread(q: QuantArray, w: Any) -> Float[Array, "*s b n"]:
-    """What the scale of each block is computed from: its range, or its largest magnitude."""
-    folded = to_matrix(jnp.asarray(w, jnp.float32), q.roles)
-    # Filled as `_encode` fills it: an affine block's range includes the zeros of its padding.
-    folded = _fill(folded, formats.padded_inputs(folded.shape[-2], form_of(q), q.block))
-    *stack, rows, cols = folded.shape
-    blocks = folded.reshape(*stack, rows // q.block, q.block, cols)
-    if form_of(q).affine:
-        return jnp.max(blocks, axis=-2) - jnp.min(blocks, axis=-2)
-    return jnp.max(jnp.abs(blocks), axis=-2)
-
-
-def _fill(m: Float[Array, "*s k n"], rows: int) -> Float[Array, "*s m n"]:
-    """The matrix with zeros below it, `rows` in all."""
-    return jnp.pad(m, [(0, 0)] * (m.ndim - 2) + [(0, rows - m.shape[-2]), (0, 0)])
-
-
-@functools.partial(jax.jit, static_argnames=("roles", "form", "block", "scale_dtype", "double"))
-def _encode(
-    w: Array,
-    *,
-    roles: str,
-    form: formats.Format,
-    block: int,
-    scale_dtype: np.dtype,
-    double: bool,
-) -> dict[str, Any]:
-    """The arrays of a quantized weight."""
-    m = to_matrix(w, roles)
-    *stack, fan_in, fan_out = m.shape
-    rows = formats.padded_inputs(fan_in, form, block)
-
-    def one(m: Float[Array, "k n"]) -> dict[str, Any]:
-        # Scales that are quantized again stay float32 until then: no rounding comes twice.
-        kept = jnp.float32 if double else scale_dtype
-        codes, scale, bias = formats.encode(_fill(m.astype(jnp.float32), rows), form, block, kept)
-        out = {"packed": formats.pack(codes, form, block), "scale": scale, "bias": bias}
-        if double:
-            out |= formats.compress_scales(scale, -(-fan_in // block))
-        return out
-
-    if not stack:
-        return one(m)
-    # One matrix at a time: a stack in float32 would take several times the memory of its weight.
-    flat = lax.map(one, m.reshape(-1, fan_in, fan_out))
-    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), flat)
 
 
 def check(q: QuantArray, name: str = "w") -> QuantArray:

@@ -48,7 +48,7 @@ GGUF_KINDS: Mapping[str, GgufKind] = {
     "Q4_1": GgufKind("uint4", size=20, head=4),
     "Q8_0": GgufKind("int8", size=34, head=2),
 }
-_GGUF_BLOCK = 32
+GGUF_BLOCK = 32
 
 
 def from_codes(
@@ -177,7 +177,7 @@ def from_gguf(
     data = parts[..., head:]
     # Low four bits hold inputs 0 to 15 of a block, high four bits 16 to 31.
     codes = data.view(np.int8) if format == "int8" else np.concatenate([data & 15, data >> 4], -1)
-    outputs, fan_in = len(blocks), parts.shape[1] * _GGUF_BLOCK
+    outputs, fan_in = len(blocks), parts.shape[1] * GGUF_BLOCK
     if shape is None:
         shape = (fan_in, outputs) if roles.index("i") < roles.index("o") else (outputs, fan_in)
     return from_codes(
@@ -186,7 +186,7 @@ def from_gguf(
         fields[..., 0].T,
         fields[..., 1].T if format == "uint4" else None,
         format=format,
-        block_size=_GGUF_BLOCK,
+        block_size=GGUF_BLOCK,
         roles=roles,
         shape=shape,
         dtype=dtype,
@@ -243,7 +243,7 @@ def from_bitsandbytes(
         dtype=dtype or state["dtype"],
         name=name,
     )
-    return _with_nested(q, tensors, state, name) if "nested_absmax" in tensors else q
+    return check(with_nested(q, tensors, state, name), name) if "nested_absmax" in tensors else q
 
 
 def _state_of(tensors: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
@@ -256,24 +256,30 @@ def _state_of(tensors: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
     return json.loads(np.asarray(tensors[key], np.uint8).tobytes())
 
 
-def _with_nested(
+def with_nested(
     q: QuantArray, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any], name: str
 ) -> QuantArray:
-    """The weight with the scales of its scales; `q.scale` has the codes as floats."""
+    """A weight, or a part of one, with the scales of its scales.
+
+    Args:
+      q: `scale` has the codes of the scales, as floats.
+      tensors, name: as in `from_bitsandbytes`; `nested_absmax` is that of the whole weight.
+      state: the JSON object among them.
+
+    Raises:
+      ValueError: a table or block size that is not bitsandbytes' own.
+    """
     table = np.asarray(tensors["nested_quant_map"], np.float32).reshape(-1)
     # bitsandbytes computes this table on the machine that quantizes, so its last bits differ.
     _same_table(table, formats.dynamic_map(), "nested_quant_map", name, ulp=4)
     if int(state["nested_blocksize"]) != formats.SCALE_BLOCK:
         raise ValueError(f"`{name}`: nested_blocksize is {state['nested_blocksize']}, not 256")
-    return check(
-        dataclasses.replace(
-            q,
-            scale=jnp.asarray(np.asarray(q.scale).astype(np.uint8)),
-            scale2=jnp.asarray(np.asarray(tensors["nested_absmax"], np.float32).reshape(-1)),
-            offset=jnp.float32(state["nested_offset"]),
-            scale_map=jnp.asarray(table),
-        ),
-        name,
+    return dataclasses.replace(
+        q,
+        scale=jnp.asarray(np.asarray(q.scale).astype(np.uint8)),
+        scale2=jnp.asarray(np.asarray(tensors["nested_absmax"], np.float32).reshape(-1)),
+        offset=jnp.float32(state["nested_offset"]),
+        scale_map=jnp.asarray(table),
     )
 
 

@@ -1,18 +1,14 @@
-"""Quantizing a checkpoint while it is read: the model in floats is never in memory.
+"""Which leaves of a model are quantized while its checkpoint is read, and in which format."""
 
-One tensor at a time is in floats, beside the leaves that are quantized already.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
-from lora_jax.quant import formats, ops
-from lora_jax.quant.array import QuantArray, ScaleDtype, quantize_array
-from lora_jax.quant.foreign import stack_weights
+from lora_jax.quant import formats
+from lora_jax.quant.array import QuantArray, ScaleDtype, default_roles
+from lora_jax.quant.encode import quantize_array
 
 FILE = "file"
 
@@ -57,50 +53,55 @@ def quant_config(quantize: "str | QuantConfig | None") -> QuantConfig | None:
 
 # The name of a layer's tensor, and the order of its dims in the leaf; None leaves them.
 Tensor = tuple[str, Sequence[int] | None]
-# (path, leaf's shape and dtype, tensors of its layers) -> leaf or None
-Hold = Callable[[str, jax.ShapeDtypeStruct, Sequence[Tensor]], QuantArray | None]
 
 
-def holder(config: QuantConfig, weights: Any) -> Hold:
-    """The function that makes a `QuantArray` of a leaf's tensors, or None to keep it in floats.
+def outline(
+    config: QuantConfig,
+    weights: Any,
+    *,
+    path: str,
+    leaf: jax.ShapeDtypeStruct,
+    tensors: Sequence[Tensor],
+) -> QuantArray | None:
+    """What a leaf is held as: a `QuantArray` without arrays, or None for floats.
 
     Args:
       config: of the quantization.
       weights: the checkpoint, a `lora_jax.hf.checkpoint.weights.Weights`.
+      path: of the leaf.
+      leaf: its shape and dtype.
+      tensors: of its layers.
+
+    Raises:
+      ValueError: "file" for a file of floats, or for layers that are quantized differently.
     """
+    roles = default_roles(len(leaf.shape))
+    if config.format == FILE:
+        form = _own_format(weights, path, tensors)
+        # A file's matrices are (out, in).
+        roles = roles if tensors[0][1] else roles[:-2] + "oi"
+    else:
+        form = (config.format, config.block_size) if is_kernel(path, leaf) else None
+    if form is None:
+        return None
+    format, block = form
+    shape = tuple(leaf.shape)
+    return QuantArray(
+        None, None, format=format, block=block, shape=shape, roles=roles, dtype=leaf.dtype
+    )
 
-    def hold(path: str, leaf: jax.ShapeDtypeStruct, tensors: Sequence[Tensor]) -> QuantArray | None:
-        # A file's own blocks come already packed; nothing is rounded again.
-        if config.format == FILE:
-            parts = list(_own_blocks(weights, path, leaf, tensors))
-        elif is_kernel(path, leaf):
-            parts = [_quantized(config, weights, leaf, tensor) for tensor in tensors]
-        else:
-            return None
-        if not parts:
-            return None
-        q = parts[0] if len(leaf.shape) == 2 else _stacked(parts, path, weights)
-        return ops.reshape(q, leaf.shape) if q.shape != tuple(leaf.shape) else q
 
-    return hold
-
-
-def _quantized(
-    config: QuantConfig, weights: Any, leaf: jax.ShapeDtypeStruct, tensor: Tensor
-) -> QuantArray:
-    assert config.format != FILE  # its blocks are read by `_own_blocks`
-    name, axes = tensor
-    w = weights.read(name)
-    # Checkpoints store (out, in); a block must run along the inputs of one output.
-    w = w if axes is None else w.transpose(axes)
+def in_format(config: QuantConfig, w: jax.Array, name: str) -> QuantArray:
+    """A tensor's numbers, `(..., in, out)`, in the format of the configuration."""
+    assert config.format != FILE  # its blocks are in the file
     return quantize_array(
-        jnp.asarray(w),
+        w,
         format=config.format,
         block_size=config.block_size,
         double_quant=config.double_quant,
         scale_dtype=config.scale_dtype,
         name=name,
-    ).astype(leaf.dtype)
+    )
 
 
 def is_kernel(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
@@ -109,37 +110,22 @@ def is_kernel(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
     return last == "kernel" and len(leaf.shape) > 1 and not _HEADS & set(modules)
 
 
-def _own_blocks(
-    weights: Any, path: str, leaf: jax.ShapeDtypeStruct, tensors: Sequence[Tensor]
-) -> Iterator[QuantArray]:
-    """A file's blocks of the layers of a leaf; none where they are floats."""
-    if weights.blocks is None:
+def _own_format(
+    weights: Any, path: str, tensors: Sequence[Tensor]
+) -> tuple[formats.FormatName, int] | None:
+    """The file's format of a leaf's layers; None where they are floats."""
+    if weights.formats is None:
         raise ValueError(
             f'{weights.source}: `quantize="file"` keeps blocks that a file holds, and this one '
             f'holds floats; use "nf4" or another format'
         )
-    found = [weights.blocks(name) for name, _ in tensors]
-    whole = [q for q in found if q is not None]
-    if not whole:
-        return
-    if len(whole) < len(found):
-        lost = next(name for (name, _), q in zip(tensors, found, strict=True) if q is None)
+    found = {name: weights.formats.get(name) for name, _ in tensors}
+    first = next(iter(found.values()))
+    if any(form != first for form in found.values()):
+        name, form = next((n, form) for n, form in found.items() if form != first)
+        kinds = [f"{f[0]} in blocks of {f[1]}" if f else "floats" for f in (form, first)]
         raise ValueError(
-            f"{weights.source}: tensor `{lost}` is not quantized as the other layers of `{path}` "
-            f'are: load with `scan=False`, or use a format such as "nf4"'
+            f"{weights.source}: tensor `{name}` is {kinds[0]}, not {kinds[1]} as the first layer "
+            f'of `{path}`: load with `scan=False`, or use a format such as "nf4"'
         )
-    for (_, axes), q in zip(tensors, whole, strict=True):
-        # Only relabels the dims, see `ops.transpose`.
-        turned = q if axes is None else ops.transpose(q, axes)
-        assert turned is not None  # a file's blocks are of matrices, whose roles stay in order
-        yield turned.astype(leaf.dtype)
-
-
-def _stacked(parts: Sequence[QuantArray], path: str, weights: Any) -> QuantArray:
-    try:
-        return stack_weights(parts)
-    except ValueError as error:
-        raise ValueError(
-            f"{weights.source}: `{path}`: {error}; load with `scan=False`, or use a format "
-            f'such as "nf4"'
-        ) from None
+    return first

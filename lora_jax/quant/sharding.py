@@ -82,7 +82,11 @@ def check_shards(q: QuantArray, spec: PartitionSpec, mesh: Mesh | AbstractMesh) 
 
 def _parts(q: QuantArray, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> int:
     """The number of shards of the inputs."""
-    axes = matrix_spec(q, spec)[-2]
+    return parts_of(mesh, matrix_spec(q, spec)[-2])
+
+
+def parts_of(mesh: Mesh | AbstractMesh, axes: Any) -> int:
+    """The number of parts of a dim that has these axes in a spec: a name, several, or None."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[name] for name in names)
 

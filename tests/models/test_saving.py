@@ -17,7 +17,8 @@ from lora_jax import models
 from lora_jax.array import dense, is_lora
 from lora_jax.hf.checkpoint.shards import size_of
 from lora_jax.models.saving import save_merged, save_model
-from lora_jax.quant.array import is_quant, quantize_array
+from lora_jax.quant.array import is_quant
+from lora_jax.quant.encode import quantize_array
 
 from tests.support import tiny
 from tests.support.oracle import oracle

@@ -1,10 +1,8 @@
 """The sharding rules of base models: the mesh axis of each dim, and how a user changes them."""
 
 import dataclasses
-from typing import Any
 
 import jax
-import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -153,45 +151,6 @@ def saved(tmp_path_factory):
     model = lora.models.init(jax.random.key(0), CONFIG, dtype="bfloat16")
     save_model(place, model, model.params)
     return place, model.params
-
-
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("axes", [dict(fsdp=4, tensor=2), dict(data=2, fsdp=4)])
-def test_loading_onto_a_mesh_reads_the_same_weights_by_parts(saved, axes, scan):
-    place, _ = saved
-    options: dict[str, Any] = dict(dtype="bfloat16", scan=scan)
-    want = lora.models.load(place, **options).params
-    mesh = lora.models.make_mesh(**axes)
-    found = lora.models.load(place, mesh=mesh, **options).params
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), found, want)
-    expected = lora.sharding.place(want, mesh, RULES)
-    assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, found, expected))
-
-
-def test_no_part_that_is_read_is_larger_than_a_shard(saved, monkeypatch):
-    from lora_jax.hf.checkpoint import weights
-
-    read = []
-    whole = weights._read_part
-
-    def note(*args):
-        part = whole(*args)
-        read.append((args[2], part.size))
-        return part
-
-    monkeypatch.setattr(weights, "_read_part", note)
-    lora.models.load(saved[0], dtype="bfloat16", mesh=lora.models.make_mesh(fsdp=8))
-    sizes = {name: size for name, size in read if name.endswith("q_proj.weight")}
-    assert set(sizes.values()) == {256 * 256 // 8}
-
-
-def test_quantizing_onto_a_mesh_gives_the_codes_of_quantizing_whole(saved):
-    options: dict[str, Any] = dict(dtype="bfloat16", quantize="nf4")
-    want = lora.models.load(saved[0], **options).params
-    found = lora.models.load(saved[0], mesh=lora.models.make_mesh(fsdp=2, data=4), **options).params
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), found, want)
-    q = found["model"]["layers"]["mlp"]["down_proj"]["kernel"]
-    assert not q.packed.sharding.is_fully_replicated
 
 
 def test_a_model_on_a_mesh_generates_the_same_tokens(saved):

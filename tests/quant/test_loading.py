@@ -90,7 +90,9 @@ def test_no_more_than_one_tensor_is_held_as_floats(directory, monkeypatch):
 
     def watched(path):
         weights = opened(path)
-        return weights._replace(read=lambda name: (order.append(name), weights.read(name))[1])
+        return weights._replace(
+            read=lambda name, *part: (order.append(name), weights.read(name, *part))[1]
+        )
 
     monkeypatch.setattr(models.loading, "open_directory", watched)
     models.load(directory, quantize=quant.QuantConfig(block_size=16))
@@ -141,10 +143,12 @@ def test_gguf_blocks_of_smollm2_are_its_numbers(smollm2):
     weights = weights_of(open_gguf(smollm2))
     for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"):
         name = f"model.layers.7.{name}.weight"
+        assert weights.formats is not None and weights.blocks is not None
+        assert weights.formats[name] == ("uint4", 32)
         held = weights.blocks(name)
         assert (held.format, held.block, held.roles) == ("uint4", 32, "oi")
         np.testing.assert_array_equal(held.dequantize(), weights.read(name))
-    assert weights.blocks("model.norm.weight") is None
+    assert "model.norm.weight" not in weights.formats
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Quantized weights on meshes of eight devices: specs, values, kernels partitioned by hand."""
 
+import contextlib
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -12,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax import quant
+from lora_jax.quant import encode
 from lora_jax.quant.matmul import linear
-from lora_jax.quant.sharding import array_specs, local_part, put
+from lora_jax.quant.sharding import array_specs, local_part, put, shardings
 
 K, N = 512, 256
 SPECS = {"w1": P("data", "model"), "w2": P("model", None)}
@@ -219,3 +222,80 @@ def test_shards_must_be_whole_superblocks(mesh):
     w = quant.quantize_array(jnp.ones((128, 16)), block_size=64)
     with pytest.raises(ValueError, match="has 1 superblocks of 128 inputs: they cannot be split"):
         put(w, NamedSharding(mesh, P("data", None)))
+
+
+FORMATS = [
+    dict(format="nf4"),
+    dict(format="nf4", double_quant=True),
+    dict(format="int8", double_quant=True),
+    dict(format="int4", scale_dtype="float32"),
+    dict(format="uint4", scale_dtype="float16"),
+]
+
+
+@pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+def test_what_lies_on_a_mesh_is_quantized_where_it_lies(axis, options):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis,) * 2)
+    specs = {"a": P("data", "model"), "b": P("model"), "c": P(None, "data", "model"), "d": P()}
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "a": jax.random.normal(keys[0], (K, N)),
+        "b": jax.random.normal(keys[1], (N, 192)),
+        "c": jax.random.normal(keys[2], (3, K, N)).astype("bfloat16"),
+        "d": jnp.ones((K, 8)),
+    }
+    want = lora.quantize(params, list(params), block_size=32, **options)
+    placed = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in params.items()}
+    with jax.set_mesh(mesh) if axis == AxisType.Explicit else contextlib.nullcontext():
+        found = lora.quantize(placed, list(params), block_size=32, **options)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(x, y)
+    for name, q in found.items():
+        expected = shardings(q, mesh, specs[name])
+        for x, s in zip(jax.tree.leaves(q), jax.tree.leaves(expected), strict=True):
+            assert x.sharding.is_equivalent_to(s, x.ndim)
+            assert x.sharding.mesh == mesh
+
+
+def test_nothing_but_scales_is_sent_while_a_mesh_quantizes(mesh):
+    """By XLA's own program: no collective but that of two flags."""
+    where = NamedSharding(mesh, P("data", "model"))
+    how = encode._How("io", quant.formats.FORMATS["nf4"], 32, jnp.dtype("bfloat16"), False)
+    program = encode._encoder(where, where, how).lower(jax.device_put(jnp.ones((K, N)), where))
+    text = program.compile().as_text()
+    collectives = r"= (\w+\[[\d,]*\])\S* (all-\w+|reduce-scatter|collective-permute)\S*\("
+    assert set(re.findall(collectives, text)) == {("s32[2]", "all-reduce")}
+
+
+@pytest.mark.parametrize(
+    ("shape", "roles", "spec", "kept"),
+    [
+        ((96, 64), "io", P("data", "model"), P(None, "model")),  # parts of 24 inputs
+        ((64, 4, 32), "ioo", P("model", None, "data"), P("model", None, None)),
+        ((64, 256), "oi", P("data", "model"), P("data", "model")),
+    ],
+)
+def test_a_shard_that_cuts_superblocks_is_gathered_with_a_warning(mesh, shape, roles, spec, kept):
+    w = jax.random.normal(jax.random.key(0), shape)
+    want = quant.quantize_array(w, block_size=16, roles=roles)
+    placed = jax.device_put(w, NamedSharding(mesh, spec))
+    with contextlib.ExitStack() as stack:
+        if kept != spec:
+            text = r"`w` \(.*which cuts superblocks of 32 inputs or dims that are stored as one"
+            stack.enter_context(pytest.warns(UserWarning, match=text))
+        found = quant.quantize_array(placed, block_size=16, roles=roles)
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    assert found.sharding.spec == kept
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_values_are_checked_on_a_mesh_too(mesh, double):
+    where = NamedSharding(mesh, P("data", "model"))
+    bad = jax.device_put(jnp.ones((K, N)).at[400, 200].set(jnp.nan), where)
+    with pytest.raises(ValueError, match="`w` is not finite"):
+        quant.quantize_array(bad, double_quant=double)
+    if not double:
+        tiny = jax.device_put(jnp.ones((K, N)).at[:64, 3].set(1e-8), where)
+        with pytest.raises(ValueError, match="the scales of `w` leave the range of float16"):
+            quant.quantize_array(tiny, scale_dtype="float16", block_size=32)

@@ -21,15 +21,16 @@ Source: bitsandbytes 0.50, `functional.py` (`QuantState`), `backends/default/ops
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jax.typing import DTypeLike
+from jaxtyping import Float, Integer
 
-from lora_jax.hf.checkpoint.weights import Weights
+from lora_jax.hf.checkpoint.weights import Part, Weights
 from lora_jax.quant.array import QuantArray
-from lora_jax.quant.foreign import from_bitsandbytes
+from lora_jax.quant.foreign import from_bitsandbytes, with_nested
 from lora_jax.quant.formats import FORMATS
 
 CODES = {name: np.asarray(FORMATS[name].codebook) for name in ("nf4", "fp4")}
@@ -67,21 +68,30 @@ class State(NamedTuple):
     def blocks(self) -> int:
         return -(-self.count // self.block)
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows, and weights in a row: one row of all where blocks or bytes cross the matrix's."""
+        rows, width = self.shape if len(self.shape) == 2 else (1, self.count)
+        # A block of an odd number of weights ends inside a byte.
+        return (1, self.count) if width % self.block or self.block % 2 else (rows, width)
+
 
 def is_quantized(names: Iterable[str]) -> bool:
     """Whether the tensors of a checkpoint are bitsandbytes'."""
     return any(_STATE in name or name.endswith(_SCB) for name in names)
 
 
-def dequantized(
-    raw: Weights, dtypes: Mapping[str, str], *, finite: Callable[[str], np.ndarray]
-) -> Weights:
+# (name, dtype, shape, part) -> a part of a tensor's bytes, read as an array of that dtype and shape
+Stored = Callable[..., np.ndarray]
+
+
+def dequantized(plain: Weights, dtypes: Mapping[str, str], stored: Stored) -> Weights:
     """The checkpoint under its plain names, every tensor a float.
 
     Args:
-      raw: the checkpoint as it is on disk.
+      plain: the checkpoint as it is on disk; its `read` is for tensors that are not quantized.
       dtypes: safetensors' dtype of each of its tensors.
-      finite: reads a tensor that is not quantized, and refuses NaN.
+      stored: reads the others.
 
     Returns:
       Weights whose `read` dequantizes; what was not quantized comes as it is.
@@ -89,6 +99,7 @@ def dequantized(
     Raises:
       ValueError: tensors that do not fit together; the message names file and tensor.
     """
+    raw = _Raw(plain.source, plain.shapes, plain.where, stored)
     states = {n.split(_STATE)[0]: _state(n, raw) for n in raw.shapes if _STATE in n}
     eights = [n.removesuffix(_SCB) + ".weight" for n in raw.shapes if n.endswith(_SCB)]
     helpers = {f"{name}.{part}" for name in states for part in _PARTS}
@@ -105,29 +116,42 @@ def dequantized(
                 "it says how bitsandbytes quantized it; save the model again"
             )
     shapes |= {name: state.shape for name, state in states.items()}
-    readers: dict[str, Callable] = {n: lambda n: four_bits(n, states[n], raw) for n in states}
-    readers |= {n: lambda n: _eight_bits(n, raw) for n in eights}
 
-    # 8-bit weights have a scale for a whole row, which no block format holds.
-    def blocks(name: str) -> QuantArray | None:
-        return four_bit_blocks(name, states[name], raw) if name in states else None
+    def read(name: str, part: Part = ()) -> np.ndarray:
+        if name in states:
+            return four_bits(name, states[name], raw, part)
+        return _eight_bits(name, raw, part) if name in eights else plain.read(name, part)
 
-    return raw._replace(
+    return plain._replace(
         shapes=shapes,
-        read=lambda name: readers.get(name, finite)(name),
-        part=None,  # a packed tensor has no parts of its own
-        blocks=blocks,
+        read=read,
+        # 8-bit weights have a scale for a whole row, which no block format holds.
+        formats={name: (state.kind, state.block) for name, state in states.items()},
+        blocks=lambda name, part=(): four_bit_blocks(name, states[name], raw, part),
     )
+
+
+class _Raw(NamedTuple):
+    """The tensors on disk: as in `Weights`, with `stored` of `dequantized`."""
+
+    source: str
+    shapes: Mapping[str, tuple[int, ...]]
+    where: Callable[[str], str]
+    stored: Stored
+
+    def small(self, name: str, dtype: DTypeLike) -> np.ndarray:
+        """A tensor that a weight has beside it, flattened."""
+        return self.stored(name, dtype, (math.prod(self.shapes[name]),))
 
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def _file(name: str, raw: Weights) -> str:
+def _file(name: str, raw: _Raw) -> str:
     return os.path.join(raw.source, raw.where(name))
 
 
-def _state(key: str, raw: Weights) -> State:
+def _state(key: str, raw: _Raw) -> State:
     """Reads the JSON beside a weight."""
     where, kind = _file(key, raw), key.split(_STATE)[1]
     if kind not in CODES:
@@ -135,7 +159,7 @@ def _state(key: str, raw: Weights) -> State:
     if math.prod(raw.shapes[key]) > _LONGEST_STATE:
         raise ValueError(f"{where}: tensor `{key}` is no quant_state: {raw.shapes[key]} is too big")
     try:
-        found = json.loads(raw.read(key).tobytes())
+        found = json.loads(raw.small(key, np.uint8).tobytes())
         nested = found.get("nested_blocksize")
         state = State(
             kind=kind,
@@ -156,7 +180,7 @@ def _state(key: str, raw: Weights) -> State:
     return state
 
 
-def _check_state(name: str, state: State, raw: Weights, dtypes: Mapping[str, str]) -> None:
+def _check_state(name: str, state: State, raw: _Raw, dtypes: Mapping[str, str]) -> None:
     """Every tensor beside a weight is there, with the dtype and size that follow from the state."""
     nested = state.nested_block
     wanted: dict[str, tuple[str, int]] = {
@@ -185,11 +209,14 @@ def _check_state(name: str, state: State, raw: Weights, dtypes: Mapping[str, str
         )
 
 
-_SIZES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+_SIZES = {
+    "U8": 1, "I8": 1, "BOOL": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8,
+    "F64": 8,
+}  # fmt: skip
 
 
 def _check_tensor(
-    name: str, raw: Weights, dtypes: Mapping[str, str], *, dtype: str, count: int
+    name: str, raw: _Raw, dtypes: Mapping[str, str], *, dtype: str, count: int
 ) -> None:
     if name not in raw.shapes:
         raise ValueError(f"{raw.source}: tensor `{name}` is missing")
@@ -200,7 +227,7 @@ def _check_tensor(
         )
 
 
-def _check_eight(name: str, raw: Weights, dtypes: Mapping[str, str]) -> None:
+def _check_eight(name: str, raw: _Raw, dtypes: Mapping[str, str]) -> None:
     module = name.removesuffix(".weight")
     if name not in raw.shapes:
         raise ValueError(f"{raw.source}: tensor `{name}` is missing beside `{module}{_SCB}`")
@@ -211,55 +238,116 @@ def _check_eight(name: str, raw: Weights, dtypes: Mapping[str, str]) -> None:
         )
     _check_tensor(module + _SCB, raw, dtypes, dtype="F32", count=raw.shapes[name][0])
     key = module + _FORMAT
-    if key in raw.shapes and (math.prod(raw.shapes[key]) != 1 or raw.read(key).item() != 0):
+    # One number of any dtype, which is 0 if its bytes are.
+    size = _SIZES.get(dtypes.get(key, ""), 0)
+    if key in raw.shapes and (
+        math.prod(raw.shapes[key]) != 1 or raw.stored(key, np.uint8, (size,)).any()
+    ):
         raise ValueError(
             f"{_file(key, raw)}: tensor `{key}` is not 0 (row by row); only that can be read: load "
             "and save the model again with a newer bitsandbytes"
         )
 
 
-def four_bits(name: str, state: State, raw: Weights) -> Float[np.ndarray, "..."]:
-    """One 4-bit weight as float32, of `state.shape`."""
-    code = _code(name, state, raw)
-    packed = np.ascontiguousarray(raw.read(name)).reshape(-1).view(np.uint8)
-    # Both numbers of every byte that there can be.
+def _ends(shape: Sequence[int], part: Part) -> list[tuple[int, int]]:
+    """The first index and the end of a part along each dim."""
+    return [(s.start, s.stop) for s in part] if part else [(0, n) for n in shape]
+
+
+def four_bits(name: str, state: State, raw: _Raw, part: Part = ()) -> Float[np.ndarray, "..."]:
+    """A part of a 4-bit weight as float32; one whose blocks cross rows is read whole."""
+    if state.grid != state.shape and part:
+        return four_bits(name, state, raw)[part]
+    rows, (first, last) = _ends(state.grid, part if state.grid == state.shape else ())
+    # Whole blocks: those at the ends of the part are cut below.
+    start, end = first // state.block, -(-last // state.block)
+    cut = start * state.block, min(end * state.block, state.grid[1])
+    code, packed = _code(name, state, raw), _packed(name, state, raw, (rows, cut))
+    # Both numbers of every byte that there can be: one lookup gives two, the high half first.
     both = np.stack([np.repeat(code, 16), np.tile(code, 16)], axis=1)
-    # One lookup gives two numbers, the high half of the byte first.
-    values = both[packed].reshape(-1)[: state.count]
-    scales = absmax(name, state, raw)
-    # The last block may be shorter than the others.
-    whole = state.count // state.block * state.block
-    values[:whole].reshape(-1, state.block)[:] *= scales[: whole // state.block, None]
-    values[whole:] *= scales[-1]
-    return values.reshape(state.shape)
+    width = cut[1] - cut[0]
+    values = both[packed].reshape(len(packed), -1)[:, :width]
+    scales = absmax(name, state, raw, (rows, (start, end)))
+    # The last block may be shorter than the others, where there is one row.
+    whole = width // state.block * state.block
+    values[:, :whole].reshape(len(packed), -1, state.block)[:] *= scales[
+        :, : whole // state.block, None
+    ]
+    values[:, whole:] *= scales[:, -1:]
+    values = values[:, first - cut[0] : last - cut[0]]
+    return values if state.grid == state.shape else values.reshape(state.shape)
 
 
-def four_bit_blocks(name: str, state: State, raw: Weights) -> QuantArray:
-    """One 4-bit weight as it is on disk, a `lora_jax.quant.QuantArray` of `state.shape`."""
-    absmax(name, state, raw)  # refuses what is not finite
-    key = _STATE[1:] + state.kind
-    parts = [part for part in (*_PARTS, key) if f"{name}.{part}" in raw.shapes]
-    tensors = {part: raw.read(f"{name}.{part}") for part in parts}
-    return from_bitsandbytes({"": raw.read(name), **tensors}, roles="oi", name=name)
+_Box = tuple[tuple[int, int], tuple[int, int]]  # first row and end; first column and end
 
 
-def absmax(name: str, state: State, raw: Weights) -> Float[np.ndarray, " blocks"]:
-    """The float32 absmax of each block of a 4-bit weight."""
-    scales = raw.read(f"{name}.absmax").reshape(-1)
+def _packed(name: str, state: State, raw: _Raw, box: _Box) -> Integer[np.ndarray, "r b"]:
+    """The bytes of some rows; columns begin and end between bytes."""
+    rows, width = state.grid
+    (top, bottom), (first, last) = box
+    # The bytes may be typed as bfloat16 or float32 (`quant_storage`).
+    part = (slice(top, bottom), slice(first // 2, -(-last // 2)))
+    return raw.stored(name, np.uint8, (rows, -(-width // 2)), part)
+
+
+def four_bit_blocks(name: str, state: State, raw: _Raw, part: Part = ()) -> QuantArray:
+    """A part of a 4-bit weight as it is on disk, a `QuantArray` of roles "oi".
+
+    Raises:
+      ValueError: blocks cross the rows of the matrix, or the file is damaged.
+    """
+    if state.grid != state.shape:
+        part = ()
+    rows, (first, last) = _ends(state.grid, part)
+    blocks = (first // state.block, -(-last // state.block))
+    scales = absmax(name, state, raw, (rows, blocks))  # refuses what is not finite
     if state.nested_block is not None:
-        code = raw.read(f"{name}.nested_quant_map").reshape(-1)
-        outer = raw.read(f"{name}.nested_absmax").reshape(-1)
+        # The codes of the scales, which are exact in float32.
+        scales = _scales(name, state, raw, (rows, blocks)).astype(np.float32)
+    shape = [rows[1] - rows[0], last - first] if state.grid == state.shape else list(state.shape)
+    key = _STATE[1:] + state.kind
+    found = json.loads(raw.small(f"{name}.{key}", np.uint8).tobytes())
+    tensors = {
+        "": _packed(name, state, raw, (rows, (first, last))),
+        "absmax": scales,
+        "quant_map": raw.small(f"{name}.quant_map", np.float32),
+        key: np.frombuffer(json.dumps({**found, "shape": shape}).encode(), np.uint8),
+    }
+    q = from_bitsandbytes(tensors, roles="oi", name=name)
+    if state.nested_block is None:
+        return q
+    nested = ("nested_absmax", "nested_quant_map")
+    outer = {part: raw.small(f"{name}.{part}", np.float32) for part in nested}
+    return with_nested(q, outer, found, name)
+
+
+def _scales(name: str, state: State, raw: _Raw, box: _Box) -> np.ndarray:
+    """absmax as it is stored, `(rows, blocks)`."""
+    dtype = np.float32 if state.nested_block is None else np.uint8
+    rows = state.grid[0]
+    part = tuple(slice(*ends) for ends in box)
+    return raw.stored(f"{name}.absmax", dtype, (rows, state.blocks // rows), part)
+
+
+def absmax(name: str, state: State, raw: _Raw, box: _Box) -> Float[np.ndarray, "r blocks"]:
+    """The float32 absmax of some blocks of some rows of a 4-bit weight."""
+    scales = _scales(name, state, raw, box)
+    if state.nested_block is not None:
+        code = raw.small(f"{name}.nested_quant_map", np.float32)
+        outer = raw.small(f"{name}.nested_absmax", np.float32)
+        (top, bottom), (first, last) = box
+        number = np.arange(top, bottom)[:, None] * (state.blocks // state.grid[0])
+        group = (number + np.arange(first, last)) // state.nested_block
         # The order of bitsandbytes' own float32 operations, so that the result is equal to the bit.
-        scales = code[scales] * np.repeat(outer, state.nested_block)[: state.blocks]
-        scales = scales + np.float32(state.offset)
+        scales = code[scales] * outer[group] + np.float32(state.offset)
     if not np.isfinite(scales).all():
         raise ValueError(f"{_file(name, raw)}: tensor `{name}.absmax` holds NaN or infinity")
     return scales
 
 
-def _code(name: str, state: State, raw: Weights) -> Float[np.ndarray, "16"]:
+def _code(name: str, state: State, raw: _Raw) -> Float[np.ndarray, "16"]:
     """The file's own codebook, which must be that of its type: bitsandbytes' kernels use theirs."""
-    code = raw.read(f"{name}.quant_map").reshape(-1)
+    code = raw.small(f"{name}.quant_map", np.float32)
     if not np.allclose(code, CODES[state.kind], rtol=0, atol=1e-6):
         raise ValueError(
             f"{_file(name, raw)}: tensor `{name}.quant_map` is not the codebook of {state.kind}"
@@ -267,11 +355,13 @@ def _code(name: str, state: State, raw: Weights) -> Float[np.ndarray, "16"]:
     return code
 
 
-def _eight_bits(name: str, raw: Weights) -> Float[np.ndarray, "out in"]:  # noqa: F722
-    scales = raw.read(name.removesuffix(".weight") + _SCB)
+def _eight_bits(name: str, raw: _Raw, part: Part) -> Float[np.ndarray, "out in"]:  # noqa: F722
+    shape = raw.shapes[name]
+    scales = raw.stored(name.removesuffix(".weight") + _SCB, np.float32, shape[:1], part[:1])
     if not np.isfinite(scales).all():
         raise ValueError(f"{_file(name, raw)}: tensor `{name}`: its SCB holds NaN or infinity")
-    return raw.read(name).astype(np.float32) * scales[:, None] * _EIGHTH
+    codes = raw.stored(name, np.int8, shape, part)
+    return codes.astype(np.float32) * scales[:, None] * _EIGHTH
 
 
 def check_config(settings: Any) -> None:

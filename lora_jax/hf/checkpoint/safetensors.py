@@ -13,21 +13,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from jax.typing import DTypeLike
 
 from lora_jax.files import parse_json, read_json
 from lora_jax.hf.checkpoint import bnb
-from lora_jax.hf.checkpoint.weights import Weights
+from lora_jax.hf.checkpoint.weights import Part, Weights, read_array
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# Bytes of one element, for what the header of a file may claim.
-_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8,
-    "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+# numpy's dtype of each of safetensors'.
+NUMPY = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64,
+    "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
 }  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INDICES = ("I64", "I32", "BOOL")
@@ -36,10 +39,16 @@ _LONGEST_HEADER = 100_000_000
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: its dtype in safetensors' spelling, and its shape."""
+    """One tensor of a file: its dtype in safetensors' spelling, its shape, its first byte."""
 
     dtype: str
     shape: tuple[int, ...]
+    start: int
+
+    @property
+    def numpy(self) -> np.dtype:
+        """numpy's dtype."""
+        return np.dtype(NUMPY[self.dtype])
 
 
 def read_header(path: str | Path) -> dict[str, Entry]:
@@ -49,7 +58,7 @@ def read_header(path: str | Path) -> dict[str, Entry]:
       path: a safetensors file.
 
     Returns:
-      Name -> dtype and shape of every tensor.
+      Name -> dtype, shape and place of every tensor.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -71,7 +80,11 @@ def read_header(path: str | Path) -> dict[str, Entry]:
         raw = file.read(length)
     entries = _parse(raw, path)
     _check_extents(entries, size - 8 - length, path)
-    return {name: Entry(e["dtype"], tuple(e["shape"])) for name, e in entries.items()}
+    # Offsets count from the end of the header.
+    return {
+        name: Entry(e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
+        for name, e in entries.items()
+    }
 
 
 def load_file(path: str | Path) -> dict[str, np.ndarray]:
@@ -80,8 +93,11 @@ def load_file(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
       FileNotFoundError, ValueError: as `read_header`.
     """
-    read = _reader()
-    return {name: read(Path(path), name) for name in read_header(path)}
+    return {name: _read(Path(path), entry) for name, entry in read_header(path).items()}
+
+
+def _read(path: Path, entry: Entry, part: Part = ()) -> np.ndarray:
+    return read_array(path, entry.start, entry.numpy, entry.shape, part=part)
 
 
 def open_directory(directory: str | Path) -> Weights:
@@ -105,30 +121,26 @@ def open_directory(directory: str | Path) -> Weights:
     files = _files(directory)
     entries = {name: entry for names in files.values() for name, entry in names.items()}
     owner = {name: file for file, names in files.items() for name in names}
-    read = _reader()
 
-    def read_float(name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
+    def read(name: str, part: Part = ()) -> np.ndarray:
         if entries[name].dtype in _INDICES:
             raise ValueError(_not_a_weight(owner[name], name, entries[name].dtype))
-        return read(owner[name], name, part)
-
-    def read_finite(name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
-        tensor = read_float(name, part)
-        _check_finite(tensor, name, owner[name])
+        tensor = _read(owner[name], entries[name], part)
+        _check_finite(tensor, name, owner[name], part)
         return tensor
+
+    def stored(name: str, dtype: DTypeLike, shape: tuple[int, ...], part: Part = ()) -> np.ndarray:
+        return read_array(owner[name], entries[name].start, dtype, shape, part=part)
 
     weights = Weights(
         source=str(directory),
         shapes={name: entry.shape for name, entry in entries.items()},
-        read=read_finite,
+        read=read,
         where=lambda name: owner[name].name,
-        part=read_finite,
     )
     if bnb.is_quantized(entries):
-        # Codes may be stored as floats of any bits; `bnb` checks the scales.
-        raw = weights._replace(read=read_float)
         dtypes = {name: entry.dtype for name, entry in entries.items()}
-        return bnb.dequantized(raw, dtypes, finite=read_finite)
+        return bnb.dequantized(weights, dtypes, stored)
     for name, entry in entries.items():
         if entry.dtype not in (*_FLOATS, *_INDICES):
             raise ValueError(_not_a_weight(owner[name], name, entry.dtype))
@@ -148,12 +160,11 @@ def open_exact(
     """
     files = _files(Path(directory))
     owner = {name: file for file, names in files.items() for name in names}
-    read = _reader()
     entries = {name: entry for names in files.values() for name, entry in names.items()}
-    return entries, lambda name: read(owner[name], name)
+    return entries, lambda name: _read(owner[name], entries[name])
 
 
-def _check_finite(tensor: np.ndarray, name: str, path: Path) -> None:
+def _check_finite(tensor: np.ndarray, name: str, path: Path, part: Part) -> None:
     """Refuses NaN and infinity: a model with one in a weight generates nothing."""
     if tensor.dtype.itemsize == 2 and tensor.dtype.kind in "fV":
         # All bits of the exponent set. numpy's own test of 16-bit floats takes ten times as long.
@@ -164,7 +175,8 @@ def _check_finite(tensor: np.ndarray, name: str, path: Path) -> None:
     else:
         return
     if bad.any():
-        place = ", ".join(str(i) for i in np.argwhere(bad)[0])
+        starts = [s.start for s in part] or [0] * bad.ndim
+        place = ", ".join(str(i + n) for i, n in zip(np.argwhere(bad)[0], starts, strict=True))
         raise ValueError(
             f"{path}: tensor `{name}` has {int(bad.sum())} values that are NaN or infinite, the "
             f"first at [{place}]: the file is damaged, or the model diverged; download it again"
@@ -256,10 +268,10 @@ def _check_extents(entries: Mapping[str, Any], size: int, path: Path) -> None:
     spans = []
     for name, entry in entries.items():
         dtype, shape, (begin, end) = _fields(name, entry, path)
-        if end - begin != math.prod(shape) * _BYTES[dtype]:
+        if end - begin != (size_there := math.prod(shape) * np.dtype(NUMPY[dtype]).itemsize):
             raise ValueError(
                 f"{path}: the header lies: tensor `{name}` ({dtype} {shape}) takes "
-                f"{math.prod(shape) * _BYTES[dtype]} bytes, its offsets span {end - begin}"
+                f"{size_there} bytes, its offsets span {end - begin}"
             )
         if end > size:
             raise ValueError(
@@ -283,27 +295,9 @@ def _fields(name: str, entry: Any, path: Path) -> tuple[str, list[int], tuple[in
         numbers = [*shape, begin, end]
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"{path}: the header's entry for `{name}` is not a tensor's") from None
-    if not isinstance(dtype, str) or dtype not in _BYTES:
+    if not isinstance(dtype, str) or dtype not in NUMPY:
         raise ValueError(f"{path}: tensor `{name}` has the unknown dtype {dtype!r}")
     # `type`, not `isinstance`: JSON's true is an `int` of Python.
     if any(type(n) is not int or n < 0 for n in numbers) or begin > end:
         raise ValueError(f"{path}: the header lies: tensor `{name}` has impossible sizes")
     return dtype, shape, (begin, end)
-
-
-def _reader() -> Callable[..., np.ndarray]:
-    """Reads tensors, or a slice of each dim of one; each file is opened once."""
-    handles: dict[Path, Any] = {}
-
-    def read(path: Path, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
-        try:
-            # A sharded model has thousands of tensors in a few files.
-            if path not in handles:
-                handles[path] = safe_open(str(path), framework="numpy")
-            if not part:
-                return handles[path].get_tensor(name)
-            return handles[path].get_slice(name)[part]
-        except SafetensorError as error:
-            raise ValueError(f"{path}: tensor `{name}` cannot be read: {error}") from None
-
-    return read

@@ -18,20 +18,14 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lora_jax.hf.checkpoint.safetensors import INDEX, SINGLE
+from lora_jax.hf.checkpoint.safetensors import INDEX, NUMPY, SINGLE
 
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-_NUMPY = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64,
-    "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
-}  # fmt: skip
-_NAMES = {np.dtype(here): there for there, here in _NUMPY.items()}
+_NAMES = {np.dtype(here): there for there, here in NUMPY.items()}
 # Hugging Face counts GB in powers of ten, GiB in powers of two.
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -42,11 +36,6 @@ class NewTensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """numpy's dtype of one in safetensors' spelling."""
-    return np.dtype(_NUMPY[name])
 
 
 def size_of(text: int | str) -> int:

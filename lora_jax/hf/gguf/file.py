@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from lora_jax.compat import require
-from lora_jax.hf.checkpoint.weights import Weights
+from lora_jax.hf.checkpoint.weights import Part, Weights, read_array
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES, gguf_architecture
 from lora_jax.quant.array import QuantArray
-from lora_jax.quant.foreign import GGUF_KINDS, from_gguf
+from lora_jax.quant.foreign import GGUF_BLOCK, GGUF_KINDS, from_gguf
 
 # "GGUF" read as a little-endian number, and the type numbers of keys' values.
 _MAGIC = 0x46554747
@@ -33,11 +33,7 @@ _SCALARS = {
 
 # The fewest bytes that an element of an array, a key or a tensor's record can take: a count whose
 # elements would not fit into the file is refused before anything is allocated.
-_LEAST = {
-    **{kind: struct.calcsize(code) for kind, code in _SCALARS.items()},
-    _STRING: 8,
-    _ARRAY: 12,
-}
+_LEAST = {kind: struct.calcsize(code) for kind, code in _SCALARS.items()} | {_STRING: 8, _ARRAY: 12}
 # A key is a name's length (8), a type (4) and a value; a tensor's record a name's length (8), the
 # number of dimensions (4), type (4) and offset (8). ggml has tensors of at most four dimensions.
 _LEAST_KEY, _LEAST_RECORD = 13, 24
@@ -76,7 +72,13 @@ class Gguf(NamedTuple):
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorPlace]
-    data: np.ndarray
+
+    def stored(self, name: str, part: tuple[Any, ...] = ()) -> np.ndarray:
+        """The bytes of a part of a tensor, whose last dim are the bytes of a row."""
+        place = self.tensors[name]
+        rows = place.shape[:-1]
+        shape = (*rows, place.size // math.prod(rows))
+        return read_array(self.path, place.start, np.uint8, shape, part=part)
 
 
 def open_gguf(path: str | Path, *, kind: Literal["model", "adapter"] = "model") -> Gguf:
@@ -111,14 +113,16 @@ def _opened(path: Path) -> Gguf:
     # Magic, version and both counts.
     if path.stat().st_size < 24:
         raise ValueError(f"{path}: not a GGUF file: only {path.stat().st_size} bytes")
-    # Mapped, not read: a tensor's pages are loaded when it is, and dropped under memory pressure.
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    try:
-        metadata, tensors = _header(_Cursor(mapped))
-    except (struct.error, IndexError, KeyError, UnicodeDecodeError, _BadHeader) as error:
-        raise ValueError(f"{path}: not a whole GGUF file: {_reason(error)}") from None
-    return Gguf(path, metadata, tensors, np.frombuffer(mapped, np.uint8))
+    # Mapped, as the header's length is not known before its end.
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+    ):
+        try:
+            metadata, tensors = _header(_Cursor(mapped))
+        except (struct.error, IndexError, KeyError, UnicodeDecodeError, _BadHeader) as error:
+            raise ValueError(f"{path}: not a whole GGUF file: {_reason(error)}") from None
+    return Gguf(path, metadata, tensors)
 
 
 def _check_kind(metadata: Mapping[str, Any], wanted: str, path: Path) -> None:
@@ -144,29 +148,36 @@ def weights_of(file: Gguf) -> Weights:
     # `rope_freqs.weight` holds no weight but divisors of RoPE; `rope_divisors` reads it.
     theirs = {_hf_name(name, file): name for name in file.tensors if name != "rope_freqs.weight"}
 
-    def read(name: str) -> np.ndarray:
-        tensor = read_tensor(file, theirs[name])
+    kinds = require("gguf").GGMLQuantizationType
+    types = {name: kinds(file.tensors[original].kind).name for name, original in theirs.items()}
+    shapes = {name: file.tensors[original].shape for name, original in theirs.items()}
+
+    def there(name: str, part: Part) -> tuple[Any, ...]:
+        """The part in the file's order of rows."""
         # The converter reorders the rows of q and k for `llama`, see `architectures`.
         count = _heads(file).get(name.split(".")[-2]) if architecture.permuted else None
-        return tensor if count is None else to_halves(tensor, count)
+        if count is None:
+            return part
+        rows, *rest = part or (slice(None),)
+        return to_halves(np.arange(shapes[name][0]), count)[rows], *rest
 
-    def blocks(name: str) -> QuantArray | None:
-        kind, rows = blocks_of(file, theirs[name])
-        if kind not in GGUF_KINDS:
-            return None
-        count = _heads(file).get(name.split(".")[-2]) if architecture.permuted else None
-        # Whole rows move, so a row's blocks stay as they are.
-        rows = rows if count is None else to_halves(rows, count)
-        held = from_gguf(rows, kind, roles="oi", name=name)
-        for part in (held.scale, held.bias):
-            _check_finite(np.zeros(0) if part is None else part, theirs[name], file)
+    def read(name: str, part: Part = ()) -> np.ndarray:
+        return read_tensor(file, theirs[name], there(name, part))
+
+    def blocks(name: str, part: Part = ()) -> QuantArray:
+        rows = file.stored(theirs[name], _of_bytes(file, theirs[name], there(name, part))[0])
+        held = from_gguf(rows, types[name], roles="oi", name=name)
+        for numbers in (held.scale, held.bias):
+            _check_finite(np.zeros(0) if numbers is None else numbers, theirs[name], file)
         return held
 
+    held = {name for name in theirs if types[name] in GGUF_KINDS and len(shapes[name]) == 2}
     return Weights(
         source=str(file.path),
-        shapes={name: file.tensors[original].shape for name, original in theirs.items()},
+        shapes=shapes,
         read=read,
         where=lambda name: file.path.name,
+        formats={name: (GGUF_KINDS[types[name]].format, GGUF_BLOCK) for name in held},
         blocks=blocks,
     )
 
@@ -317,36 +328,46 @@ def _heads(file: Gguf) -> dict[str, int]:
     """Heads of the projections whose rows llama.cpp reorders."""
     kind = file.metadata["general.architecture"]
     queries = file.metadata[f"{kind}.attention.head_count"]
-    return {
-        "q_proj": queries,
-        "k_proj": file.metadata.get(f"{kind}.attention.head_count_kv", queries),
-    }
+    keys = file.metadata.get(f"{kind}.attention.head_count_kv", queries)
+    return {"q_proj": queries, "k_proj": keys}
 
 
-def blocks_of(file: Gguf, name: str) -> tuple[str, np.ndarray]:
-    """A matrix in the file's own blocks: their type, and the bytes of each row."""
-    kinds = require("gguf").GGMLQuantizationType
-    record = file.tensors[name]
-    raw = file.data[record.start : record.start + record.size]
-    return kinds(record.kind).name, raw.reshape(record.shape[0], -1)
+def _of_bytes(file: Gguf, name: str, part: tuple[Any, ...]) -> tuple[tuple[Any, ...], slice]:
+    """The part of a tensor's bytes that has a part of its numbers, and their place in it."""
+    place, gguf = file.tensors[name], require("gguf")
+    if len(part) < len(place.shape) or not part:  # rows are whole
+        return part, slice(None)
+    *rows, columns = part
+    # Only whole blocks can be decoded.
+    block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(place.kind)]
+    first, last = columns.start // block, -(-columns.stop // block)
+    inside = slice(columns.start - first * block, columns.stop - first * block)
+    return (*rows, slice(first * width, last * width)), inside
 
 
-def read_tensor(file: Gguf, name: str) -> np.ndarray:
-    """A tensor as it is in the file, in float32, dequantized by the `gguf` package.
+def read_tensor(file: Gguf, name: str, part: tuple[Any, ...] = ()) -> np.ndarray:
+    """A tensor, or a part of one, in float32, dequantized by the `gguf` package.
+
+    Args:
+      file: of `open_gguf`.
+      name: in the file.
+      part: a slice of each dim, in the file's order of rows, or the numbers of rows.
 
     Raises:
       ValueError: a type that cannot be dequantized, or numbers that are not finite.
     """
     gguf = require("gguf")
     record = file.tensors[name]
+    if part and len(record.shape) == 1:  # blocks of a vector are few
+        return read_tensor(file, name)[part]
     kinds = gguf.GGMLQuantizationType
     kind = kinds(record.kind)
-    raw = file.data[record.start : record.start + record.size]
+    there, inside = _of_bytes(file, name, part)
+    rows = file.stored(name, there)
     if kind == kinds.F32:
-        tensor = raw.view(np.float32).reshape(record.shape)
+        tensor = rows.view(np.float32)
     else:
         # `gguf` takes bytes for quantized types, and numbers for F16.
-        rows = raw.reshape(*record.shape[:-1], -1)
         rows = rows.view(np.float16) if kind == kinds.F16 else rows
         try:
             # A scale that is damaged is found below.
@@ -357,7 +378,7 @@ def read_tensor(file: Gguf, name: str) -> np.ndarray:
                 f"{file.path}: tensor `{name}` has type {kind.name}, which the gguf package cannot "
                 "dequantize; use a file of another type (Q4_0, Q4_K_M, Q8_0, F16)"
             ) from None
-        tensor = tensor.reshape(record.shape)
+    tensor = tensor[..., inside] if record.shape else tensor.reshape(())
     _check_finite(tensor, name, file)
     return tensor
 

@@ -258,8 +258,7 @@ def _check_written(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     except ValueError as error:
         raise _cut_short(path, "bytes are missing") from error
     for key, tensor in tensors.items():
-        place = file.tensors[key]
-        if file.data[place.start : place.start + place.size].tobytes() != tensor.tobytes():
+        if file.stored(key).tobytes() != tensor.tobytes():
             raise _cut_short(path, f"bytes of tensor `{key}` are missing")
 
 

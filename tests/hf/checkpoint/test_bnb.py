@@ -225,7 +225,33 @@ def test_damaged_files_are_read_or_refused_never_worse(tmp_path_factory, data):
         assert str(directory) in str(error)
 
 
-def test_quantized_tensors_load_onto_a_mesh_whole(tmp_path, golden):
-    """A packed tensor has no parts, so it is read whole and then cut."""
-    weights = open_directory(saved(tmp_path / "m", part(golden, "nf4")))
-    assert weights.part is None
+def middle(shape):
+    """A part that begins and ends inside blocks, and inside bytes."""
+    return tuple(slice(n // 3, n // 3 + n // 2 + 1) for n in shape)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_part_is_that_part_of_the_whole(tmp_path, golden, case):
+    weights = open_directory(saved(tmp_path / "m", part(golden, case)))
+    name = f"{case}.weight"
+    inside = middle(weights.shapes[name])
+    np.testing.assert_array_equal(weights.read(name, inside), weights.read(name)[inside])
+
+
+@pytest.mark.parametrize("case", ["nf4", "fp4", "double", "f32storage"])
+def test_blocks_of_a_part_are_those_of_the_whole(tmp_path, golden, case):
+    weights = open_directory(saved(tmp_path / "m", part(golden, case)))
+    name = f"{case}.weight"
+    rows, columns = weights.shapes[name]
+    _, block = weights.formats[name]
+    if columns % block:
+        pytest.skip("blocks cross rows")
+    half = min(max(columns // 2 // (2 * block), 1) * 2 * block, columns)
+    inside = (slice(1, rows - 1), slice(0, half))
+    found, whole = weights.blocks(name, inside), weights.blocks(name)
+    last = found.packed.shape[-2]
+    np.testing.assert_array_equal(found.packed, whole.packed[:last, 1 : rows - 1])
+    scales = found.scale.shape[-2]
+    np.testing.assert_array_equal(found.scale, whole.scale[:scales, 1 : rows - 1])
+    if case == "double":
+        np.testing.assert_array_equal(found.scale2, whole.scale2)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lora_jax.hf.checkpoint.fill import fill
 from lora_jax.hf.checkpoint.safetensors import load_file, open_directory, read_header
-from lora_jax.hf.checkpoint.weights import fill
 from lora_jax.models import init
 
 from tests.support.tiny import SMALLEST, as_hf

@@ -79,6 +79,16 @@ def test_each_type_is_the_gguf_packages(tmp_path, name):
     np.testing.assert_array_equal(got, dequantized(raw, kind).reshape(ROWS, COLUMNS))
 
 
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_0", "Q5_1", "Q4_K", "Q6_K", "IQ4_XS"])
+def test_a_part_begins_and_ends_inside_blocks(tmp_path, name):
+    kind = GGMLQuantizationType[name]
+    file = one_tensor(tmp_path / "a.gguf", random_rows(kind), kind)
+    whole = read_tensor(file, "blk.0.ffn_up.weight")
+    for part in [(slice(1, 3), slice(200, 301)), (np.array([2, 0]), slice(0, 5)), (slice(0, 2),)]:
+        got = read_tensor(file, "blk.0.ffn_up.weight", part)
+        np.testing.assert_array_equal(got, whole[part])
+
+
 def test_a_type_that_is_no_float(tmp_path):
     raw = np.zeros((ROWS, COLUMNS), np.int32)
     file = one_tensor(tmp_path / "a.gguf", raw, GGMLQuantizationType.I32)

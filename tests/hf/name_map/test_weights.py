@@ -7,7 +7,6 @@ import pytest
 from safetensors.numpy import load_file
 
 import lora_jax as lora
-from lora_jax.hf.checkpoint.weights import Weights, _Place, _read_part
 
 pytestmark = pytest.mark.once
 
@@ -106,20 +105,3 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
     new.mkdir()
     with pytest.raises(FileExistsError, match="exists already"):
         lora.hf.save_weights(new, params, MAP)
-
-
-@pytest.mark.parametrize("in_parts", [False, True])
-def test_a_part_of_a_tensor_is_that_part_of_the_leaf(in_parts):
-    theirs = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
-    axes = (2, 3, 1, 0)  # of an image's kernel; no permutation that is its own inverse
-    inner = (slice(1, 3), slice(0, 5), slice(2, 3), slice(0, 1))
-    weights = Weights(
-        source="a",
-        shapes={},
-        read=lambda name: theirs,
-        where=str,
-        part=(lambda name, part: theirs[part]) if in_parts else None,
-    )
-    ours = theirs.transpose(axes)
-    got = _read_part(weights, _Place(0, (), axes, theirs.shape), "w", inner)
-    np.testing.assert_array_equal(got, ours[inner])

@@ -1,0 +1,283 @@
+"""Our parameter tree, filled from a checkpoint: on one device, or spread over a mesh.
+
+Every key is accounted for before the first tensor is read. Then a process reads of each tensor
+what its own devices hold, quantizes it there, and writes it into its leaf in place: beside the
+parameters there is never more than one tensor.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Int
+
+from lora_jax import processes
+from lora_jax.compat import require
+from lora_jax.hf.checkpoint.names import ANY, Family, stack_depth, tensor_of
+from lora_jax.hf.checkpoint.weights import Part, Weights, check_fit, shape_there
+from lora_jax.paths import spell
+from lora_jax.quant import ops
+from lora_jax.quant import sharding as quant_sharding
+from lora_jax.quant.array import QuantArray
+from lora_jax.quant.loading import FILE, QuantConfig, in_format, outline
+
+# (path, leaf) -> the sharding of the leaf's own dims
+Spread = Callable[[str, Any], NamedSharding]
+_Ends = tuple[tuple[int, int], ...]  # first index and end along each dim
+
+
+class _Tensor(NamedTuple):
+    """A tensor of a leaf: its name there, and the order of its dims in the leaf."""
+
+    name: str
+    axes: tuple[int, ...] | None
+
+
+class _Leaf(NamedTuple):
+    """A leaf that is to be filled, and the tensor of each of its layers (or experts)."""
+
+    path: str
+    like: jax.ShapeDtypeStruct
+    tensors: Mapping[tuple[int, ...], _Tensor]
+
+    @property
+    def depth(self) -> int:
+        """How many dims of the leaf are layers, each of them a tensor of its own."""
+        return len(next(iter(self.tensors)))
+
+
+class _Source(NamedTuple):
+    """A checkpoint, how its weights are held, and what is called after each tensor."""
+
+    weights: Weights
+    quantize: QuantConfig | None
+    spread: Spread | None
+    advance: Callable[[int], Any]
+
+
+def fill(
+    shapes: Any,
+    weights: Weights,
+    *,
+    family: Family = ANY,
+    quantize: QuantConfig | None = None,
+    spread: Spread | None = None,
+) -> Any:
+    """Fills a parameter tree from a checkpoint.
+
+    Args:
+      shapes: tree of `jax.ShapeDtypeStruct`s, paths as in `lora_jax.hf.checkpoint.names`.
+      weights: the checkpoint.
+      family: the table of names.
+      quantize: how leaves are quantized; a progress bar is shown.
+      spread: (path, leaf) -> the sharding of its dims, to load onto a mesh; likewise.
+
+    Returns:
+      The tree with arrays of those shapes and dtypes.
+
+    Raises:
+      ValueError: keys missing, left over or misshapen, all in one message; or a tensor that cannot
+        be read or quantized.
+    """
+    flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    leaves = [_leaf(spell(path), like, family) for path, like in flat]
+    wanted = {
+        tensor.name: shape_there(leaf.like.shape[leaf.depth :], tensor.axes)
+        for leaf in leaves
+        for tensor in leaf.tensors.values()
+    }
+    check_fit(wanted, weights, ignored=family.ignored)
+    shown = (quantize is not None or spread is not None) and processes.is_first()
+    with require("tqdm").tqdm(
+        total=len(wanted), desc="loading", unit="tensor", disable=None if shown else True
+    ) as bar:
+        source = _Source(weights, quantize, spread, bar.update)
+        return jax.tree.unflatten(tree, [_filled(leaf, source) for leaf in leaves])
+
+
+def _leaf(path: str, like: jax.ShapeDtypeStruct, family: Family) -> _Leaf:
+    # Leading dims are layers (or experts), each a tensor of its own in the checkpoint.
+    depth = stack_depth(path, family=family)
+    indices = product(*map(range, like.shape[:depth]))
+    return _Leaf(path, like, {i: _Tensor(*tensor_of(path, i, family=family)) for i in indices})
+
+
+def _filled(leaf: _Leaf, source: _Source) -> Any:
+    held, spread = None, source.spread
+    if source.quantize is not None:
+        tensors = list(leaf.tensors.values())
+        held = outline(
+            source.quantize, source.weights, path=leaf.path, leaf=leaf.like, tensors=tensors
+        )
+    if held is None and spread is None:
+        return _on_host(leaf, source)
+    where = spread and spread(leaf.path, leaf.like if held is None else held)
+    out: list[jax.Array] = []
+    kinds = set()
+    for at, piece in _pieces(leaf, source, where, quantized=held is not None):
+        if not leaf.depth:
+            return piece
+        arrays, kind = jax.tree.flatten(piece)
+        kinds.add(kind)
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{source.weights.source}: the layers of `{leaf.path}` are quantized differently: "
+                'load with `scan=False`, or use a format such as "nf4"'
+            )
+        stacks = out or [_empty(leaf, x, where) for x in arrays]
+        out = [_written(stack, x, at) for stack, x in zip(stacks, arrays, strict=True)]
+    whole = jax.tree.unflatten(kinds.pop(), out)
+    return whole if held is None else dataclasses.replace(whole, shape=held.shape)
+
+
+def _on_host(leaf: _Leaf, source: _Source) -> jax.Array:
+    """A leaf of floats on one device: filled on the host, where nothing has to be compiled."""
+    out = np.empty(leaf.like.shape, leaf.like.dtype)
+    for index, (name, axes) in leaf.tensors.items():
+        tensor = source.weights.read(name)
+        out[index] = tensor if axes is None else tensor.transpose(axes)
+        source.advance(1)
+    return jax.device_put(out)
+
+
+def _pieces(
+    leaf: _Leaf, source: _Source, where: NamedSharding | None, *, quantized: bool
+) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """The layers one after the other: their numbers on each device, and the layers.
+
+    Where an axis of the mesh shards the layers, each device has one of its own, and a piece has
+    them all.
+    """
+    shards = _shards(where, len(leaf.like.shape))
+    stack, inner = shards[: leaf.depth], leaf.like.shape[leaf.depth :]
+    each = tuple(n // k for n, k in zip(leaf.like.shape, stack, strict=False))  # layers of a device
+    shape = (*stack, *inner)
+    for at in product(*map(range, each)):
+        piece = _Piece(leaf, source.weights, at, each)
+        config = source.quantize if quantized else None
+        if config is None:
+            made = _assembled(shape, where, functools.partial(piece.floats, dtype=leaf.like.dtype))
+        elif config.format == FILE:
+            made = _assembled(shape, where, piece.blocks)
+        else:
+            numbers = _assembled(shape, where, piece.floats)
+            made = in_format(config, numbers, leaf.tensors[at].name).astype(leaf.like.dtype)
+        source.advance(math.prod(stack))
+        yield at, made
+
+
+class _Piece(NamedTuple):
+    """The layers numbered `at` of each device, of which there are `each` along every stack dim."""
+
+    leaf: _Leaf
+    weights: Weights
+    at: tuple[int, ...]
+    each: tuple[int, ...]
+
+    def find(self, ends: _Ends) -> tuple[_Tensor, Part]:
+        """The tensor with a part of the piece, and the part in its own order of dims."""
+        shard = [start for start, _ in ends[: self.leaf.depth]]
+        index = tuple(k * n + a for k, n, a in zip(shard, self.each, self.at, strict=True))
+        tensor = self.leaf.tensors[index]
+        part = tuple(slice(*e) for e in ends[self.leaf.depth :])
+        return tensor, shape_there(part, tensor.axes)
+
+    def floats(self, ends: _Ends, dtype: DTypeLike | None = None) -> np.ndarray:
+        """A part in the file's dtype, or in another."""
+        tensor, part = self.find(ends)
+        found = self.weights.read(tensor.name, part)
+        found = found if tensor.axes is None else found.transpose(tensor.axes)
+        return found[(None,) * self.leaf.depth].astype(dtype or found.dtype, copy=False)
+
+    def blocks(self, ends: _Ends) -> QuantArray:
+        """A part in the file's blocks."""
+        tensor, part = self.find(ends)
+        assert self.weights.blocks is not None  # the leaf is among those that the file has so
+        q = self.weights.blocks(tensor.name, part)
+        turned = q if tensor.axes is None else ops.transpose(q, tensor.axes)
+        assert turned is not None  # a matrix of one stack, whose roles stay in order
+        q = turned
+        for _ in range(self.leaf.depth):
+            q = ops.with_stack(jax.tree.map(lambda x: x[None], q), 1)
+        return q.astype(self.leaf.like.dtype)
+
+
+def _shards(where: NamedSharding | None, ndim: int) -> tuple[int, ...]:
+    """The number of shards along each dim."""
+    if where is None:
+        return (1,) * ndim
+    spec = (*where.spec, *(None,) * (ndim - len(where.spec)))
+    return tuple(quant_sharding.parts_of(where.mesh, axes) for axes in spec)
+
+
+def _assembled(
+    shape: tuple[int, ...], where: NamedSharding | None, made: Callable[[_Ends], Any]
+) -> Any:
+    """An array or `QuantArray` of which this process makes the parts of its own devices.
+
+    Args:
+      shape: of the whole.
+      where: the sharding of its dims, or None for one device.
+      made: makes a part.
+    """
+    if where is None:
+        return jax.tree.map(jnp.asarray, made(tuple((0, n) for n in shape)))
+    parts: dict[_Ends, Any] = {}  # devices that hold the same part share it
+    local = []
+    for device, index in where.addressable_devices_indices_map(shape).items():
+        ends = tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
+        if ends not in parts:
+            parts[ends] = made(ends)
+        local.append(jax.device_put(parts[ends], device))
+    if not isinstance(local[0], QuantArray):
+        return jax.make_array_from_single_device_arrays(shape, where, local)
+    specs = quant_sharding.array_specs(local[0], where.spec)
+    whole = jax.tree.map(
+        lambda spec, *xs: _joined(xs, NamedSharding(where.mesh, spec)),
+        dataclasses.replace(specs, shape=local[0].shape),
+        *local,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+    return dataclasses.replace(whole, shape=shape)
+
+
+def _joined(parts: Sequence[jax.Array], where: NamedSharding) -> jax.Array:
+    """The array of which each device of this process has a part of one size."""
+    shards = _shards(where, parts[0].ndim)
+    shape = tuple(n * k for n, k in zip(parts[0].shape, shards, strict=True))
+    return jax.make_array_from_single_device_arrays(shape, where, list(parts))
+
+
+def _empty(leaf: _Leaf, layer: jax.Array, where: NamedSharding | None) -> jax.Array:
+    """Room for all layers of an array, sharded as one of them is."""
+    shape = (*leaf.like.shape[: leaf.depth], *layer.shape[leaf.depth :])
+    return jnp.zeros(shape, layer.dtype, device=where and layer.sharding)
+
+
+def _written(stack: jax.Array, layer: jax.Array, at: tuple[int, ...]) -> jax.Array:
+    where = layer.sharding if isinstance(layer.sharding, NamedSharding) else None
+    # Waited for: with many layers on their way, as many would be in memory.
+    return jax.block_until_ready(_writer(where)(stack, layer, np.array(at, np.int32)))
+
+
+@functools.lru_cache
+def _writer(where: NamedSharding | None) -> Callable:
+    """Writes a layer into its stack, in place, on every device."""
+
+    def write(stack: Array, layer: Array, at: Int[Array, "depth"]) -> Array:
+        start = [*at, *[0] * (stack.ndim - at.size)]
+        return lax.dynamic_update_slice(stack, layer, start)
+
+    if where is not None:
+        specs = (where.spec, where.spec, PartitionSpec())
+        write = jax.shard_map(write, mesh=where.mesh, in_specs=specs, out_specs=where.spec)
+    return jax.jit(write, donate_argnums=0, out_shardings=where)
