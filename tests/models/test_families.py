@@ -152,6 +152,19 @@ def test_a_text_that_outgrows_the_trained_context(saved):
     assert models.generate(model, model.params, prompt.tolist(), max_new_tokens=12) == want
 
 
+def test_draws_are_counted_on_where_a_text_outgrows_the_trained_context(saved):
+    """With equal logits a token depends on the key and its number alone."""
+    model = models.load(saved("phi3 long")[1])
+    params = jax.tree.map(jnp.zeros_like, model.params)
+    outgrown, long = (
+        models.generate(
+            model, params, [prompt], max_new_tokens=12, temperature=1.0, key=jax.random.key(3)
+        )
+        for prompt in ([5, 9, 11, 3, 7], [5] * 9)  # 5 and 9 of 8 tokens
+    )
+    assert outgrown == long
+
+
 @pytest.mark.parametrize("case", ["gemma3", "phi3", "gpt2"])
 def test_blocks_that_are_not_stacked_compute_the_same(saved, case):
     _, directory = saved(case)

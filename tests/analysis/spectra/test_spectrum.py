@@ -141,6 +141,9 @@ def test_directions_are_those_of_a_decomposition(shape):
     np.testing.assert_allclose(factors.values, values[:3], rtol=1e-12)
     np.testing.assert_allclose(np.abs(np.sum(factors.inputs * u[:, :3], axis=0)), 1)
     assert len(changes.directions(np.zeros(shape)).values) == 0
+    # Factors of rank 6 with a product of rank 3: rounding is no direction.
+    twice = changes.Factors(np.hstack([a, a]), np.vstack([b, b]))
+    np.testing.assert_allclose(changes.directions(twice).values, 2 * values[:3], rtol=1e-12)
 
 
 def test_overlap_of_known_subspaces():
