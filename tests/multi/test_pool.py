@@ -185,6 +185,13 @@ def test_a_load_that_fails_raises_where_it_is_needed_and_is_tried_again():
         pool_of(leave).lookup(["a1"])
 
 
+def test_the_place_of_an_evicted_adapter_is_free():
+    pool = pool_of(slots=1)
+    for name in ("a0", "a1", "a0"):
+        check(pool, name)
+        pool.evict(name)
+
+
 def test_an_evicted_adapter_is_loaded_again_also_while_it_was_loading():
     files = {"a0": ADAPTERS["a1"]}
     begun, go_on = threading.Event(), threading.Event()
