@@ -1,4 +1,4 @@
-"""The form of one row of `PRIMITIVES`: everything the library knows of one JAX primitive.
+"""The form of one row of `PRIMITIVES`: how every part of the library treats one JAX primitive.
 
 Four walks over a jaxpr read the rows. The interpreter (`interpret.evaluate`) runs a model with
 implicit weights, the dataflow (`plan.usage`) finds how a model uses each weight, the token follower

@@ -1,4 +1,4 @@
-"""The table of primitives: one row each, and all that the library knows of a primitive.
+"""The table of primitives: one row each, which states how the library treats the primitive.
 
 To support another primitive, add its row; `Primitive` explains the fields. A primitive without a
 row gets `UNKNOWN`: a weight that meets it is materialized.

@@ -241,7 +241,7 @@ def while_loop(context: Context, eqn: Any, values: list) -> list:
 def cond(context: Context, eqn: Any, values: list) -> list:
     """`lax.cond` and `lax.switch`: a weight that branches return has a form that all can give."""
     index, *operands = values
-    # An integer made of a weight: `argmax` of a router's weight, say.
+    # An integer made of a weight, such as the `argmax` of a router's kernel.
     if is_implicit(index):
         raise Unsupported("a weight chooses the branch")
     branches = eqn.params["branches"]

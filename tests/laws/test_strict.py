@@ -1,4 +1,4 @@
-"""Laws of materialization: where it is not expected there is none; where it is, it is said."""
+"""Laws of materialization: none where none is expected, and else a warning or an error."""
 
 import warnings
 
@@ -52,7 +52,7 @@ def test_warning_text_in_full():
     )
 
 
-def test_a_fallback_is_told_once():
+def test_a_fallback_warns_once():
     """The same line in a loop of layers warns once for each leaf, not once a layer."""
     made = model("weight_masked")
 

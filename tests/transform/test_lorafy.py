@@ -308,7 +308,7 @@ def test_a_function_is_traced_once_for_two_calls():
     assert len(seen) == 1
 
 
-def test_a_primitive_nobody_has_heard_of():
+def test_a_primitive_without_a_row():
     """A right result and a warning; and none where it does not meet a weight."""
     unheard = jexc.Primitive("unheard_of")
     unheard.def_impl(lambda x: x * x)

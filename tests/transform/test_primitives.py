@@ -1,4 +1,4 @@
-"""Every row of the table of primitives is known to all four walks over a jaxpr."""
+"""Every row of the table of primitives serves all four walks over a jaxpr."""
 
 import dataclasses
 from typing import get_args
@@ -122,14 +122,14 @@ def adapters(plan, count):
         yield {"w": dataclasses.replace(tree["w"], b=jnp.asarray(b))}
 
 
-def test_without_a_row_no_walk_knows_it():
+def test_without_a_row_no_walk_follows_it():
     with pytest.raises(ValueError, match="no contraction and no lookup"):
         lora.plan(CONFIG, model, PARAMS, X)
     assert _nodes() == ["turn", "turn", "turn", "dot_general"]
 
 
 @pytest.mark.usefixtures("turn_row")
-def test_one_row_teaches_all_four():
+def test_one_row_serves_all_four_walks():
     plan = lora.plan(CONFIG, model, PARAMS, X)
     assert plan.by_path()["w"].roles == "oi"
 

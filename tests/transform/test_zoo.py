@@ -49,8 +49,8 @@ def check(fn, params, *args, fallbacks: int = 0, **config) -> lora.Plan:
     want = jax.jit(jax.value_and_grad(reference, has_aux=True))(trainable, *args)
     assert_near(got[0][1], want[0][1], TOLERANCE, "output")
     assert_near(got[1], want[1], 10 * TOLERANCE, "gradient")
-    told = [w for w in caught if issubclass(w.category, lora.MaterializedWarning)]
-    assert len(told) == len(caught) == fallbacks, [str(w.message) for w in caught]
+    warned = [w for w in caught if issubclass(w.category, lora.MaterializedWarning)]
+    assert len(warned) == len(caught) == fallbacks, [str(w.message) for w in caught]
     assert sum(len(leaf.fallbacks) for leaf in plan.adapted) == fallbacks
     return plan
 
@@ -245,7 +245,7 @@ def test_kernel_modulated_for_each_example():
 
 
 def test_layers_stacked_under_an_unknown_name():
-    """nn.scan's default name: which of the stack's indices are layers cannot be told."""
+    """nn.scan's default name: which of the stack's indices are layers is not known."""
 
     def fn(p, x):
         stack = p["ScanBlock_0"]["dense"]["kernel"]

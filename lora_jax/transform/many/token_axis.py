@@ -1,7 +1,7 @@
 """Which axis of every activation numbers the tokens: a walk over the base jaxpr.
 
-Where each token has an adapter of its own, a product must know which axis of its input the tokens
-are on. The axis is followed from the arguments through operations that leave every position in its
+Where each token has an adapter of its own, a product needs the axis of its input that numbers the
+tokens. The axis is followed from the arguments through operations that leave every position in its
 place: elementwise ones, products (attention mixes what stands at the positions, its output is
 still one vector for each), sums over other axes, transposes, reshapes that leave it whole, loops.
 It is lost where positions are moved, cut or joined (a slice or a shift along the tokens, a

@@ -1,4 +1,4 @@
-"""Both ways to compute many adapters in one batch, and one adapter for each token."""
+"""Both strategies for many adapters in one batch, and one adapter for each token."""
 
 import dataclasses
 from typing import Any
@@ -42,7 +42,7 @@ def model(params, tokens):
 
 
 def by_hand(stacked, tokens, ids):
-    """The same with every token's weights added up: `ids (b, t)`."""
+    """The same with every token's weights materialized: `ids (b, t)`."""
 
     def own(name):
         x = stacked[name]
@@ -84,14 +84,14 @@ def stacked(adapters):
 
 
 RUNS = {
-    way: jax.jit(lora.lorafy(model, strict=True, adapter_strategy=way))
-    for way in ("gathered", "grouped", "ragged")
+    strategy: jax.jit(lora.lorafy(model, strict=True, adapter_strategy=strategy))
+    for strategy in ("gathered", "grouped", "ragged")
 }
 
 
-@pytest.mark.parametrize("way", RUNS)
-def test_each_row_and_each_token_has_its_own_adapter(stacked, way):
-    run, want = RUNS[way], BY_HAND
+@pytest.mark.parametrize("strategy", RUNS)
+def test_each_row_and_each_token_has_its_own_adapter(stacked, strategy):
+    run, want = RUNS[strategy], BY_HAND
     for ids in (jnp.array([2, -1, 1]), jnp.array([0, 0, 0])):
         got = run(stacked, TOKENS, adapter_ids=ids)
         expected = want(stacked, TOKENS, jnp.broadcast_to(ids[:, None], TOKENS.shape))
@@ -169,16 +169,17 @@ USES = {
 
 @pytest.mark.filterwarnings("ignore::lora_jax.MaterializedWarning")
 @pytest.mark.parametrize(
-    "use, way", [(use, "grouped") for use in USES] + [("product", "gathered"), ("scan", "ragged")]
+    "use, strategy",
+    [(use, "grouped") for use in USES] + [("product", "gathered"), ("scan", "ragged")],
 )
-def test_a_traced_id_that_is_no_adapters_gives_nan_in_its_place_alone(use, way):
+def test_a_traced_id_that_is_no_adapters_gives_nan_in_its_place_alone(use, strategy):
     fn, roles, shape, tokens = USES[use]
     a, b = factor_shapes(shape, roles, 2)
     scale = jnp.ones(shape[:1] if "s" in roles else ())
     leaf = lora.LoraArray(jnp.ones(shape), jnp.ones(a), jnp.ones(b), scale, roles=roles)
     stacked = lora.stack([{"w": leaf}] * 3)
     x = jnp.arange(6).reshape(3, 2) % 5 if tokens else jnp.ones((3, 2, 4))
-    run = jax.jit(lora.lorafy(fn, adapter_strategy=way))
+    run = jax.jit(lora.lorafy(fn, adapter_strategy=strategy))
     for outside in (3, -2, -9, 2**31 - 1, -(2**31)):
         rows = np.isnan(run(stacked, x, adapter_ids=jnp.array([0, outside, -1])))
         assert rows[1].all() and not rows[[0, 2]].any()
@@ -253,15 +254,15 @@ def test_no_factor_is_copied_for_every_row():
     stack = lora.stack([lora.init(jax.random.key(k), plan, params) for k in range(2)])
     copies = f"[{rows},{dim},{rank}]", f"[{rows},{rank},{dim}]"
     found = {}
-    for way in ("gathered", "grouped", None):
-        run = jax.jit(lora.lorafy(fn, adapter_strategy=way))
+    for strategy in ("gathered", "grouped", None):
+        run = jax.jit(lora.lorafy(fn, adapter_strategy=strategy))
         text = run.lower(stack, x, adapter_ids=jnp.zeros(rows, int)).compile().as_text()
         assert text
-        found[way] = any(shape in text for shape in copies)
+        found[strategy] = any(shape in text for shape in copies)
     assert found == {"gathered": True, "grouped": False, None: False}
 
 
-def test_the_way_follows_the_shape():
+def test_the_strategy_follows_the_shape():
     # Decoding: few adapters for many rows are sorted, as many as rows are gathered.
     assert grouped.choose_strategy(64, 1, 8, 8) == "grouped"
     assert grouped.choose_strategy(64, 1, 2048, 8) == "gathered"
@@ -423,7 +424,7 @@ def test_moved_tokens_have_no_adapter_of_their_own(fn):
         of_floats(fn)[-1]()
 
 
-def test_what_cannot_be_per_token_is_said(adapters, stacked):
+def test_what_cannot_be_per_token_is_an_error(adapters, stacked):
     def shaped(fn, *args, **options):
         return jax.eval_shape(
             lambda: lora.lorafy(fn, **options)(stacked, *args, adapter_ids=BY_TOKEN)
