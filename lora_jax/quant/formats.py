@@ -267,8 +267,6 @@ def _nearest(x: Float[Array, "*s"], form: Format) -> Integer[Array, "*s"]:
     if form.scale != "absmax":
         return (jnp.clip(jnp.round(x), first, last) - first).astype(jnp.uint8)
     order, middles = _ladder(form)
-    # A scale rounded down to bfloat16 leaves its largest weight above 1.
-    x = jnp.clip(x, -1.0, 1.0)
     place: Any = sum((x > m).astype(jnp.uint8) for m in middles)  # a tie takes the lower code
     if np.array_equal(order, np.arange(16)):
         return place

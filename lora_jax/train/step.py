@@ -208,16 +208,14 @@ def schedule(config: TrainConfig, total: int) -> Callable:
     decay = {
         "cosine": lambda t: 0.5 * (1 + jnp.cos(jnp.pi * t)),
         "linear": lambda t: 1 - t,
-        "constant": jnp.ones_like,
+        "constant": jnp.ones_like,  # no decay, whatever the final share
     }[config.schedule]
-    # "constant" has no decay, so the final share does not apply.
-    floor = 1.0 if config.schedule == "constant" else final
 
     def rate(step: Any) -> Array:
         step = jnp.asarray(step, jnp.float32)
         rise = jnp.minimum(1.0, (step + 1) / max(warm, 1))
         t = jnp.clip((step - warm) / max(total - warm, 1), 0.0, 1.0)
-        return config.learning_rate * rise * (floor + (1 - floor) * decay(t))
+        return config.learning_rate * rise * (final + (1 - final) * decay(t))
 
     return rate
 

@@ -51,7 +51,7 @@ def read_gguf_lora(
         pairs[modules[theirs]] = _pair(
             a, b, module=modules[theirs], theirs=theirs, alpha=alpha, base=base, path=file.path
         )
-    config = _config(pairs, alpha, base)
+    config = _config(pairs, base)
     return config, _as_peft(pairs)
 
 
@@ -153,8 +153,9 @@ def _pair(
                              f"pairs for each of {heads} heads")  # fmt: skip
         # The outputs of q and k are reordered, so only B is.
         b = to_halves(b, heads)
-    scale = alpha / a.shape[0] if alpha else 1.0
-    return FactorPair(np.ascontiguousarray(a), np.ascontiguousarray(b), scale, embedding)
+    # Without an alpha every scale is 1.
+    alpha = alpha or a.shape[0]
+    return FactorPair(np.ascontiguousarray(a), np.ascontiguousarray(b), alpha, embedding)
 
 
 def _as_peft(pairs: Mapping[str, FactorPair]) -> dict[str, np.ndarray]:
@@ -165,19 +166,23 @@ def _as_peft(pairs: Mapping[str, FactorPair]) -> dict[str, np.ndarray]:
     return out
 
 
-def _config(pairs: Mapping[str, FactorPair], alpha: float, base: Base) -> LoraConfig:
-    """A config with the file's ranks and scales: most modules' rank, patterns for the others."""
-    ranks = {module: pair.a.shape[0] for module, pair in pairs.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {module: r for module, r in ranks.items() if r != rank}
+def _config(pairs: Mapping[str, FactorPair], base: Base) -> LoraConfig:
+    """A config with the file's ranks and alphas: those of most modules, patterns for the others."""
+    rank, ranks = _common({module: pair.a.shape[0] for module, pair in pairs.items()})
+    alpha, alphas = _common({module: _short(pair.alpha) for module, pair in pairs.items()})
     return LoraConfig(
         rank=rank,
-        alpha=_short(alpha or rank),
+        alpha=alpha,
         target_modules=_targets(list(pairs), base),
-        rank_pattern=others,
-        # Without an alpha every scale is 1: each module's alpha is its rank.
-        alpha_pattern={} if alpha else {module: _short(r) for module, r in others.items()},
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
     )
+
+
+def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common value, and the entries that have another."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {name: value for name, value in values.items() if value != common}
 
 
 def _short(number: float) -> float:

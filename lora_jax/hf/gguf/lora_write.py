@@ -47,13 +47,13 @@ class FactorPair(NamedTuple):
     Attributes:
       a: (r, in).
       b: (out, r).
-      scale: of their product.
+      alpha: which llama.cpp divides by the rank, whatever config the adapter had.
       embedding: the module is a lookup table.
     """
 
     a: np.ndarray
     b: np.ndarray
-    scale: float
+    alpha: float
     embedding: bool
 
 
@@ -152,7 +152,7 @@ def _pairs(
                 raise ValueError(f"`{key}`: no pair of matrices (r, in) and (out, r) with its B")
             rank, alpha = a.shape[0], matching.alpha_of(config, module)
             scale = matching.scale_of(config, rank, alpha)
-            pairs[module] = FactorPair(a, b, scale, embedding)
+            pairs[module] = FactorPair(a, b, scale * rank, embedding)
     _check_rest(tensors, pairs, base)
     return pairs
 
@@ -177,7 +177,7 @@ def _common_alpha(pairs: Mapping[str, FactorPair]) -> float:
     if not pairs:
         raise ValueError("the adapter has no pair of lora_A and lora_B; there is nothing to write")
     # Rounded to float32 as the file stores it, so that equal scales of different ranks count alike.
-    wanted = Counter(float(np.float32(pair.scale * pair.a.shape[0])) for pair in pairs.values())
+    wanted = Counter(float(np.float32(pair.alpha)) for pair in pairs.values())
     return wanted.most_common(1)[0][0]
 
 
@@ -185,10 +185,9 @@ def _in_file(
     module: str, pair: FactorPair, alpha: float, base: Base
 ) -> tuple[np.ndarray, np.ndarray]:
     a, b = (x.astype(np.float32, copy=False) for x in (pair.a, pair.b))
-    wanted = pair.scale * a.shape[0]
     # Where the file's alpha is right, B is written to the bit.
-    if np.float32(wanted) != np.float32(alpha):
-        b = b * np.float32(wanted / alpha)
+    if np.float32(pair.alpha) != np.float32(alpha):
+        b = b * np.float32(pair.alpha / alpha)
     if (heads := heads_of(module, base)) is not None:
         # The base's rows are in llama.cpp's order: the adapter's must be too.
         b = to_pairs(b, heads)
