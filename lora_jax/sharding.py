@@ -319,7 +319,7 @@ def _leaf_spec(
             whole.append(f"`{path}` {tuple(x.shape)}")
         else:
             raise ValueError(
-                f"`mesh` axis `{axis}` = {mesh_shape[axis]} divides no dim of `{path}` "
+                f'`mesh` axis "{axis}" = {mesh_shape[axis]} divides no dim of `{path}` '
                 f"{tuple(x.shape)} that it may shard; choose a divisor of the model's width"
             )
     return PartitionSpec(*spec)

@@ -175,12 +175,12 @@ def test_bfloat16_tables_keep_their_dtype_and_rows_are_float32():
         (
             {"embed_tokens": IDS},
             {"modules_to_save": ("embed_tokens",)},
-            "is in modules_to_save and",
+            "is in `modules_to_save` and",
         ),
         ((1, 1), {}, r"must be token ids from 0, each once, got \[1, 1\]"),
         ((-1,), {}, "must be token ids from 0"),
         (5, {}, "must be a list of token ids, got 5"),
-        ({"embed_tokens": "ab"}, {}, r"trainable_token_indices\['embed_tokens'\] must be a list"),
+        ({"embed_tokens": "ab"}, {}, r"trainable_token_indices\['embed_tokens'\]` must be a list"),
     ],
 )
 def test_refused(ids, fields, text):

@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
-        return _fail(arguments, errors.explain(error, flags_of(arguments.parser)), errors.FAILURE)
+        line = errors.explain(error, flags_of(arguments.parser))
+        return _fail(arguments, line, errors.status_of(error))
 
 
 def _fail(arguments: argparse.Namespace, line: str, status: int) -> int:

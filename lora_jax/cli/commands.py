@@ -7,8 +7,11 @@ all commands and does not wait for the imports of any.
 import argparse
 import sys
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from lora_jax.cli import settings
+from lora_jax.cli.errors import UsageError
 from lora_jax.cli.settings import Section
 from lora_jax.compat import VERSION
 
@@ -212,13 +215,27 @@ def _print(text: str) -> None:
 
 
 def _from_flags(sections: list[Section], arguments: argparse.Namespace) -> list:
-    values = settings.from_flags(arguments, settings.options(sections))
-    return [settings.build(section, values) for section in sections]
+    return _configs(sections, arguments, None)
 
 
 def _from_file_and_flags(sections: list[Section], arguments: argparse.Namespace) -> list:
+    return _configs(sections, arguments, arguments.config)
+
+
+def _configs(
+    sections: list[Section], arguments: argparse.Namespace, file: Path | None
+) -> list[Any]:
+    """The dataclasses of a command; whatever is wrong with one is a usage error."""
+    from lora_jax.config.arguments import SettingsError
+
     found = settings.options(sections)
-    values = settings.from_toml(arguments.config, found) if arguments.config else {}
-    # Flags last: they override the file.
-    values |= settings.from_flags(arguments, found)
-    return [settings.build(section, values) for section in sections]
+    try:
+        values = {} if file is None else settings.from_toml(file, found)
+        # Flags last: they override the file.
+        values |= settings.from_flags(arguments, found)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    try:
+        return [settings.build(section, values) for section in sections]
+    except (ValueError, TypeError) as error:
+        raise SettingsError(str(error)) from error

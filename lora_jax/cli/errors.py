@@ -1,6 +1,7 @@
 """Turns an exception into one line of text, and defines the exit statuses."""
 
 import errno
+import sys
 import traceback
 from collections.abc import Collection
 from pathlib import Path
@@ -10,6 +11,11 @@ from lora_jax.cli.flags import in_flags
 USAGE = 2  # a wrong command line, as in argparse
 FAILURE = 1
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
+
+
+class UsageError(Exception):
+    """A wrong command line or settings file; the text spells flags and keys as they stand there."""
+
 
 # Errors in the arguments or the files, whose texts are written for users. Any other exception is a
 # bug in this program.
@@ -39,6 +45,8 @@ def explain(error: BaseException, flags: Collection[str] = ()) -> str:
     Returns:
       A text without line breaks.
     """
+    if isinstance(error, UsageError):
+        return _line(str(error))
     if isinstance(error, OSError) and error.errno in _DISK and error.filename is not None:
         return _line(f"{error.filename}: {_DISK[error.errno]}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -55,6 +63,14 @@ def explain(error: BaseException, flags: Collection[str] = ()) -> str:
         f"internal error: {type(error).__name__}: {error} ({_place(error)}); "
         "please report it with what --debug prints"
     )
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status: that of argparse for a wrong command line."""
+    # Known where a setting's error was raised; jax need not be loaded for it.
+    arguments = sys.modules.get("lora_jax.config.arguments")
+    usage = arguments is not None and isinstance(error, arguments.SettingsError)
+    return USAGE if usage or isinstance(error, UsageError) else FAILURE
 
 
 def _expected(error: BaseException) -> bool:

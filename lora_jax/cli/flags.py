@@ -65,36 +65,28 @@ def instead(unknown: str, parser: argparse.ArgumentParser) -> str:
     return f"; the nearest are {listed}" if like else ", and none is like it"
 
 
-# Names that libraries use in messages for what a flag of another name sets.
-_OTHER_NAMES = {
-    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "init",
-    "format": "quantize", "block_size": "quantize_block", "batch": "batch_size",
+# Arguments of functions that a command's setting of another name becomes.
+_SETTINGS = {
+    "batch": "batch_size",
+    "block_size": "quantize_block",
+    "format": "quantize",
     "length": "max_length",
-}  # fmt: skip
+}
 
 _NAME = r"[a-z][a-z0-9_]*"
 # A call such as `lora.quantize(params, format="int8")`: its keywords stay Python's.
 _CALL = r"[\w.]+\([^()]*\)"
 _VALUE = r"\"[^\"]*\"|'[^']*'|\{[^{}]*\}|\([^()]*\)|\[[^\[\]]*\]|[\w.+-]*\w"
-_GIVEN = rf"(?P<tick>`?)\b(?P<given>{_NAME})=(?P<value>{_VALUE})(?P=tick)"
-_NAMED = rf"`(?P<named>{_NAME})`(?! =)"
-# Without backticks, only a name with an underscore is sure to be no word of the sentence. Part of a
-# path, or before the colon that ends one, it is a file's name.
-_BARE = r"(?!\A\w+:)(?<![\w`\"'./\\-])(?P<bare>[a-z]+(?:_[a-z0-9]+)+)(?![\w`\"'/\\=(-]|\.\w)"
-_TEXTS = re.compile("|".join((_CALL, _GIVEN, _NAMED, _BARE)))
-
-# What may stand before an argument's name in backticks. After a noun, as in "axis `model`" or
-# "leaf `bias`", a name in backticks is a value.
-_BEFORE = re.compile(
-    r"(?:^|[;:(] |\(|(?<!has )\bno |\b(?:and|by|give|have|larger|lengthen|lower|more|or|out|pass|"
-    r"raise|set|smaller|use|with|without) )$"
-)
-# The names that follow are fields of a file: `adapter_config.json: `, `config: `.
-_FILE = re.compile(r"(?:(?:^|: )(?:PEFT )?config|[/.]\S*): $")
+_GIVEN = rf"(?P<tick>`?)(?<![\w\"'./\\-])(?P<given>{_NAME})=(?P<value>{_VALUE})(?P=tick)"
+_TEXTS = re.compile(rf"{_CALL}|{_GIVEN}|`(?P<named>{_NAME})`")
 
 
 def in_flags(text: str, flags: Collection[str]) -> str:
     """Python's `too_long="truncate"` as `--too-long truncate`, where the command has that flag.
+
+    In errors and warnings of this package an argument's name stands in backticks or before its
+    value. Names of other things that a flag could have too, such as keys of a file and axes of a
+    mesh, stand in quotes.
 
     Args:
       text: an error or a warning of the library, in one line.
@@ -102,21 +94,17 @@ def in_flags(text: str, flags: Collection[str]) -> str:
     """
 
     def flag_of(name: str | None) -> str:
-        flag = "--" + _OTHER_NAMES.get(name or "", name or "").replace("_", "-")
+        flag = "--" + _SETTINGS.get(name or "", name or "").replace("_", "-")
         return flag if flag in flags else ""
 
     def spelled(found: re.Match) -> str:
-        before = text[: found.start()]
         if flag := flag_of(found["given"]):
             given = _with_value(flag, found["value"])
             return f"`{given}`" if found["tick"] else given
-        if flag := flag_of(found["named"]):
-            argument = _BEFORE.search(before) and not _FILE.search(before)
-            return f"`{flag}`" if argument else found[0]
-        return flag_of(found["bare"]) or found[0]
+        flag = flag_of(found["named"])
+        return f"`{flag}`" if flag else found[0]
 
-    # PEFT's config has fields of the same names, which are to be changed there.
-    return text if "PEFT config: " in text else _TEXTS.sub(spelled, text)
+    return _TEXTS.sub(spelled, text)
 
 
 def _with_value(flag: str, value: str) -> str:

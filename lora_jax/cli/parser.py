@@ -279,9 +279,7 @@ examples:
     parser.add_argument(
         "--to", required=True, choices=commands.convert_formats(), help="the format"
     )
-    parser.add_argument(
-        "--base", type=Path, metavar="PATH", help="the model's directory, or its .gguf file"
-    )
+    parser.add_argument("--base", metavar="MODEL", help=f"the model: {MODEL}")
     _add_output_dtype(parser, "a GGUF file")
 
 
@@ -339,7 +337,7 @@ examples:
     )
     parser.add_argument("path", help=f"an adapter ({ADAPTER}), or {MODEL}")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    parser.add_argument("--check", action="store_true", help="fail if there is any problem")
+    parser.add_argument("--check", action="store_true", help="fail if an adapter has any problem")
 
 
 def _estimate(command: Callable) -> None:

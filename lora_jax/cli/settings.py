@@ -135,8 +135,9 @@ def add_flags(parser: argparse.ArgumentParser, found: Iterable[Option]) -> None:
         title = f"[{option.section}]" if option.section else "settings"
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        # The docstring is Python's; on the command line and in TOML, None is spelled "none".
+        # The docstring is Python's: on the command line None is "none", and {"up": 16} is up=16.
         help_text = option.help.replace("%", "%%").replace("None ", "none ")
+        help_text = re.sub(r'\{"([^"]+)": "?([^"}]+)"?\}', r"\1=\2", help_text)
         if option.default is not dataclasses.MISSING:
             help_text += f" (default: {kinds.spelled(option.default)})".replace("%", "%%")
         groups[title].add_argument(

@@ -15,6 +15,10 @@ from lora_jax.paths import nearest
 _Class = TypeVar("_Class", bound=type)
 
 
+class SettingsError(ValueError):
+    """A setting that a recipe needs is missing, or two settings contradict each other."""
+
+
 def check_argument(call: str, name: str, value: Any, kinds: type | tuple[type, ...]) -> None:
     """Checks the type of an argument that is easily confused with another.
 

@@ -14,7 +14,7 @@ import jax
 import regex
 
 from lora_jax.config.arguments import set_plain_fields, with_known_fields
-from lora_jax.config.peft import fields_from_peft, fields_to_peft
+from lora_jax.config.peft import fields_from_peft, fields_to_peft, with_peft_names
 from lora_jax.config.starts import STARTS, find_start
 
 ALL_LINEAR = "all-linear"
@@ -57,8 +57,8 @@ class LoraConfig:
       target_parameters: further parameters to adapt, by the end of their names. PEFT needs them
         listed where they are not the weight of a module: experts stored as one array
         ("experts.gate_up_proj").
-      rank_pattern: rank of the modules a pattern matches, such as 16 for "down_proj"; the
-        first pattern that matches the end of a name (after a dot) wins, "^" anchors it.
+      rank_pattern: rank of the modules that a pattern matches, {"down_proj": 16}; the first pattern
+        that matches the end of a name (after a dot) wins, "^" anchors it.
       alpha_pattern: the same for alpha.
       layers_to_transform: layer number, or numbers, to adapt; None adapts all.
       layers_pattern: name, or names, of the module list that holds the layers; None takes the
@@ -142,7 +142,7 @@ class LoraConfig:
             return cls(**ours)
         except (TypeError, ValueError) as error:
             # The same class: a caller may treat a wrong type unlike a wrong value.
-            raise type(error)(f"PEFT config: {error}") from None
+            raise type(error)(f"PEFT config: {with_peft_names(str(error))}") from None
 
     def to_peft(self) -> dict[str, Any]:
         """The fields of PEFT 0.21's `adapter_config.json`, ready for `json.dumps`.
@@ -173,7 +173,7 @@ def _normalized(name: str, value: Any) -> Any:
         if value is None:
             return {}
         if not isinstance(value, Mapping):
-            raise TypeError(f"{name} must be a dict, got {value!r}")
+            raise TypeError(f"`{name}` must be a dict, got {value!r}")
         return dict(value)
     if name == "trainable_token_indices" and isinstance(value, Mapping):
         ids = {k: tuple(v) if isinstance(v, (list, range)) else v for k, v in value.items()}
@@ -203,16 +203,16 @@ def _is_int(value: Any) -> bool:
 
 def _check_rank(name: str, value: Any) -> None:
     if not _is_int(value):
-        raise TypeError(f"{name} must be an integer of at least 1, got {value!r}")
+        raise TypeError(f"`{name}` must be an integer of at least 1, got {value!r}")
     if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+        raise ValueError(f"`{name}` must be at least 1, got {value}")
 
 
 def _check_alpha(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number above 0, got {value!r}")
+        raise TypeError(f"`{name}` must be a number above 0, got {value!r}")
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a finite number above 0, got {value}")
+        raise ValueError(f"`{name}` must be a finite number above 0, got {value}")
 
 
 def _check_numbers(config: LoraConfig) -> None:
@@ -220,31 +220,31 @@ def _check_numbers(config: LoraConfig) -> None:
     _check_alpha("alpha", config.alpha)
     dropout = config.dropout
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-        raise TypeError(f"dropout must be a number, 0 <= dropout < 1, got {dropout!r}")
+        raise TypeError(f"`dropout` must be a number, 0 <= dropout < 1, got {dropout!r}")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        raise ValueError(f"`dropout` must be at least 0 and below 1, got {dropout}")
     for name in ("use_rslora", "use_dora", "lora_bias"):
         if not isinstance(getattr(config, name), bool):
-            raise TypeError(f"{name} must be True or False, got {getattr(config, name)!r}")
+            raise TypeError(f"`{name}` must be True or False, got {getattr(config, name)!r}")
 
 
 def _check_strings(name: str, value: Any) -> None:
     if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value):
-        raise TypeError(f"{name} must be a tuple or list of module names, got {value!r}")
+        raise TypeError(f"`{name}` must be a tuple or list of module names, got {value!r}")
     # Every name ends with "", so an empty entry would match all.
     if "" in value:
-        raise ValueError(f"{name} holds an empty name, which would match every module")
+        raise ValueError(f"`{name}` holds an empty name, which would match every module")
 
 
 def _check_regex(name: str, pattern: Any) -> None:
     if not isinstance(pattern, str) or not pattern:
-        raise TypeError(f"{name} must be a regular expression (a string), got {pattern!r}")
+        raise TypeError(f"`{name}` must be a regular expression (a string), got {pattern!r}")
     try:
         re.compile(pattern)  # PEFT's own
         regex.compile(pattern)  # what matches here, see `matching.fits`
     except (re.error, regex.error, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"{name}: `{pattern}` is not a regular expression: {error}; escape what should be "
+            f"`{name}`: {pattern!r} is not a regular expression: {error}; escape what should be "
             "taken literally"
         ) from None
 
@@ -257,7 +257,7 @@ def _check_names(config: LoraConfig) -> None:
         _check_strings("target_modules", targets)
         if not targets and not config.target_parameters:
             raise ValueError(
-                'target_modules is empty, so nothing would be adapted; name modules ("q_proj") '
+                '`target_modules` is empty, so nothing would be adapted; name modules ("q_proj") '
                 'or use "all-linear"'
             )
     if isinstance(excluded, str):
@@ -280,7 +280,7 @@ def _check_patterns(config: LoraConfig) -> None:
         _check_regex("roles", pattern)
         if not isinstance(roles, str) or not roles or set(roles) - set("sio"):
             raise ValueError(
-                f"roles[{pattern!r}] must be letters s (stack), i (in), o (out), got {roles!r}"
+                f"`roles[{pattern!r}]` must be letters s (stack), i (in), o (out), got {roles!r}"
             )
 
 
@@ -289,21 +289,21 @@ def _check_layers(config: LoraConfig) -> None:
     numbers = (layers,) if isinstance(layers, int) else layers or ()
     if not all(_is_int(n) for n in numbers):
         raise TypeError(
-            f"layers_to_transform must be a layer number or a list of them, got {layers!r}"
+            f"`layers_to_transform` must be a layer number or a list of them, got {layers!r}"
         )
     if any(n < 0 for n in numbers):
-        raise ValueError(f"layers_to_transform counts layers from 0, got {layers!r}")
+        raise ValueError(f"`layers_to_transform` counts layers from 0, got {layers!r}")
     for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
         if value is not None and isinstance(config.target_modules, str):
             raise ValueError(
-                f"{name} needs target_modules as a list of names, got the string "
+                f"`{name}` needs `target_modules` as a list of names, got the string "
                 f'"{config.target_modules}"; list the modules, or put the layer numbers into '
                 "the regular expression"
             )
     if pattern and layers is None:
-        raise ValueError(f"layers_pattern={pattern!r} needs layers_to_transform as well")
+        raise ValueError(f"layers_pattern={pattern!r} needs `layers_to_transform` as well")
     if pattern is not None and not isinstance(pattern, (str, tuple)):
-        raise TypeError(f"layers_pattern must be a name or a list of names, got {pattern!r}")
+        raise TypeError(f"`layers_pattern` must be a name or a list of names, got {pattern!r}")
     # In PEFT "" is no pattern.
     for part in (pattern,) if isinstance(pattern, str) and pattern else pattern or ():
         _check_regex("layers_pattern", part)
@@ -311,17 +311,17 @@ def _check_layers(config: LoraConfig) -> None:
 
 def _check_choices(config: LoraConfig) -> None:
     if config.bias not in BIASES:
-        raise ValueError(f"bias must be one of {_spelled(BIASES)}, got {config.bias!r}")
+        raise ValueError(f"`bias` must be one of {_spelled(BIASES)}, got {config.bias!r}")
     init = config.init
     known = _spelled(start.name for start in STARTS if start.known)
     if not isinstance(init, str):
         raise TypeError(
-            f'init must be one of {known}, got {init!r}; PEFT\'s True is "default", its False is '
+            f'`init` must be one of {known}, got {init!r}; PEFT\'s True is "default", its False is '
             '"random"'
         )
     start = find_start(init)
     if start is None or not start.known:
-        raise ValueError(f'init must be one of {known}, got "{init}"')
+        raise ValueError(f'`init` must be one of {known}, got "{init}"')
     if init == "orthogonal" and config.rank % 2:
         raise ValueError(f'init="orthogonal" needs an even rank, got rank={config.rank}')
 
@@ -332,14 +332,14 @@ _LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's defaults; it needs both
 def _check_loftq(config: LoraConfig) -> None:
     given = config.loftq_config
     if given and config.init != "loftq":
-        raise ValueError(f'loftq_config needs init="loftq", got init="{config.init}"')
+        raise ValueError(f'`loftq_config` needs init="loftq", got init="{config.init}"')
     for name, value in given.items():
         if name not in _LOFTQ:
-            raise ValueError(f'loftq_config has "loftq_bits" and "loftq_iter", got {name!r}')
+            raise ValueError(f'`loftq_config` has "loftq_bits" and "loftq_iter", got {name!r}')
         if not _is_int(value) or value < 1:
-            raise ValueError(f"loftq_config[{name!r}] must be an integer from 1, got {value!r}")
+            raise ValueError(f"`loftq_config[{name!r}]` must be an integer from 1, got {value!r}")
     if given and given["loftq_bits"] not in (4, 8):
-        raise ValueError(f"loftq_config['loftq_bits'] must be 4 or 8, got {given['loftq_bits']}")
+        raise ValueError(f"`loftq_config['loftq_bits']` must be 4 or 8, got {given['loftq_bits']}")
 
 
 def _check_tokens(config: LoraConfig) -> None:
@@ -348,13 +348,13 @@ def _check_tokens(config: LoraConfig) -> None:
     for module, ids in named.items():
         where = "trainable_token_indices" + (f"[{module!r}]" if module else "")
         if not isinstance(ids, tuple) or not all(_is_int(i) for i in ids):
-            raise TypeError(f"{where} must be a list of token ids, got {ids!r}")
+            raise TypeError(f"`{where}` must be a list of token ids, got {ids!r}")
         if not ids or min(ids) < 0 or len(set(ids)) < len(ids):
-            raise ValueError(f"{where} must be token ids from 0, each once, got {list(ids)}")
+            raise ValueError(f"`{where}` must be token ids from 0, each once, got {list(ids)}")
         if module and module in config.modules_to_save:
             raise ValueError(
-                f"`{module}` is in modules_to_save and in trainable_token_indices: train it whole "
-                "or some of its rows, not both"
+                f"`{module}` is in `modules_to_save` and in `trainable_token_indices`: train it "
+                "whole or some of its rows, not both"
             )
     if isinstance(rows, dict):
         _check_strings("trainable_token_indices", tuple(rows))
@@ -372,8 +372,8 @@ def _check_combinations(config: LoraConfig) -> None:
     for name in ("use_dora", "lora_bias", "dropout") if config.target_parameters else ():
         if getattr(config, name):
             raise ValueError(
-                f"target_parameters does not work with {name}={getattr(config, name)!r} in PEFT: "
-                "leave one out, or name the parameters in target_modules"
+                f"`target_parameters` does not work with {name}={getattr(config, name)!r} in PEFT: "
+                "leave one out, or name the parameters in `target_modules`"
             )
 
 

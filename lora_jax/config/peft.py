@@ -5,6 +5,7 @@ LoraConfig; CARRIED in `LoraConfig.extra`, because it changes no numbers of a fi
 REFUSED unless it is off, because it changes the numbers and is not supported.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -192,7 +193,7 @@ def check_type(fields: Any) -> None:
         raise ValueError(f"PEFT config: expected a JSON object, got {type(fields).__name__}")
     found = fields.get("peft_type")
     if found is None:
-        raise ValueError("PEFT config: `peft_type` is missing; is this an adapter's config?")
+        raise ValueError('PEFT config: "peft_type" is missing; is this an adapter\'s config?')
     if found != "LORA":
         what_to_do = (
             "it changes no weights of the model, so it cannot be converted: train a LoRA instead"
@@ -214,7 +215,7 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
             kind = "is not supported" if name in REFUSED else "is unknown"
             usual = "train the adapter without it, or merge it in PEFT and load the merged model"
             raise ValueError(
-                f"PEFT config: `{name}` = {value!r} {kind} and may change the numbers; "
+                f'PEFT config: "{name}" = {value!r} {kind} and may change the numbers; '
                 f"{_INSTEAD.get(name, usual)}"
             )
 
@@ -228,7 +229,7 @@ def _init_from_peft(value: Any) -> str:
     start = find_start(value) if isinstance(value, str) else None
     if not isinstance(value, str) or (start is not None and not start.known):
         raise ValueError(
-            f"PEFT config: `init_lora_weights` = {value!r} changes the base weights in a way that "
+            f'PEFT config: "init_lora_weights" = {value!r} changes the base weights in a way that '
             "cannot be repeated here; save the adapter in PEFT with "
             "path_initial_model_for_weight_conversion, which converts it to a plain LoRA"
         )
@@ -238,12 +239,20 @@ def _init_from_peft(value: Any) -> str:
 def _default_targets(model_type: str | None) -> tuple[str, ...] | str:
     if model_type is None:
         raise ValueError(
-            "PEFT config: `target_modules` is missing, and PEFT's default for it depends on the "
-            "model family, which is unknown; write target_modules into the file or pass model_type"
+            'PEFT config: "target_modules" is missing, and its default depends on the model '
+            'family, which is unknown; write "target_modules" into the file, or pass `model_type`'
         )
     if model_type not in DEFAULT_TARGETS:
         raise ValueError(
-            f"PEFT config: `target_modules` is missing, and PEFT has no default for model_type "
-            f"{model_type!r}; write target_modules into the file"
+            'PEFT config: "target_modules" is missing, and PEFT has no default for model_type '
+            f'{model_type!r}; write "target_modules" into the file'
         )
     return DEFAULT_TARGETS[model_type]
+
+
+def with_peft_names(text: str) -> str:
+    """An error about a `LoraConfig` whose names are those of the file: `rank` is its "r"."""
+    theirs = {ours: name for name, (ours, *_) in MAPPED.items()}
+    # A name is in backticks, or stands before its value: `init="olora"`.
+    named = rf"`({'|'.join(theirs)})`|\b({'|'.join(theirs)})(?==)"
+    return re.sub(named, lambda found: f'"{theirs[found[1] or found[2]]}"', text)

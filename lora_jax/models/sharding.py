@@ -97,7 +97,7 @@ def check_axes(axes: Mapping[str, int], *, rest: bool) -> None:
         whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
         if not (whole and (size > 0 or (rest and size == -1))):
             raise ValueError(
-                f"`mesh` axis `{name}` must be a whole number above 0"
+                f'`mesh` axis "{name}" must be a whole number above 0'
                 f"{', or -1 for the rest' if rest else ''}, got {size!r}"
             )
 
@@ -114,7 +114,7 @@ def mesh_sizes(axes: Mapping[str, int], devices: int) -> dict[str, int]:
     rest = [a for a, n in axes.items() if n == -1]
     if len(rest) > 1 or (rest and devices % given) or (not rest and given != devices):
         raise ValueError(
-            f"`mesh` is {spelled or 'empty'}, but there are {devices} devices: the sizes must "
-            "multiply up to them; one of them may be -1"
+            f"`mesh` is {spelled or 'empty'}, but the number of devices is {devices}: the sizes "
+            "must multiply up to it; one of them may be -1"
         )
     return {a: devices // given if n == -1 else n for a, n in axes.items()}

@@ -25,7 +25,7 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
     modules = {draft.names.module for draft in drafts}
     unmatched, excluded = matching.unmatched_and_excluded(config, names)
     problems = [
-        f"{field} entry `{entry}` matches no module; nearest: {paths.nearest(entry, modules)}"
+        f'`{field}` entry "{entry}" matches no module; nearest: {paths.nearest(entry, modules)}'
         for field, entry in unmatched
         if not (field == "modules_to_save" and _is_other_head(config.modules_to_save, entry, names))
     ]
@@ -36,7 +36,7 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
         if of_entry and all(leaf.kind != "saved" for leaf in of_entry):
             leaf = of_entry[0]
             problems.append(
-                f"modules_to_save entry `{entry}` trains nothing: `{leaf.path}` is {leaf.dtype}"
+                f'`modules_to_save` entry "{entry}" trains nothing: `{leaf.path}` is {leaf.dtype}'
             )
     if not isinstance(config.target_modules, str):
         problems += _useless_targets(config.target_modules, drafts, excluded)
@@ -85,7 +85,7 @@ def _useless_targets(
                 names |= candidates
         if matched and not names & excluded and all(leaf.kind == "frozen" for leaf in matched):
             why = "; ".join(_why(leaf) for leaf in matched[:3])
-            problems.append(f"target_modules entry `{entry}` adapts nothing ({why})")
+            problems.append(f'`target_modules` entry "{entry}" adapts nothing ({why})')
     return problems
 
 

@@ -85,7 +85,7 @@ def _with_token_rows(
         # A dict keeps one of two equal keys: with fewer entries, two names mean one table.
         if len(ids) < len(rows):
             raise ValueError(
-                f"trainable_token_indices: two of the names {sorted(rows)} mean one table of "
+                f"`trainable_token_indices`: two of the names {sorted(rows)} mean one table of "
                 f"{sorted(ids)} (head and embedding are tied): list its ids once"
             )
     return [
@@ -103,12 +103,12 @@ def _input_table(drafts: Sequence[Draft]) -> LeafPlan:
     tables.sort(key=lambda x: -x.shape[_vocabulary(x)])
     if not tables:
         raise ValueError(
-            "trainable_token_indices: no argument of the function is looked up in a table; name "
+            "`trainable_token_indices`: no argument of the function is looked up in a table; name "
             'the module, {"embed_tokens": [...]}'
         )
     if len(tables) > 1 and tables[0].shape == tables[1].shape:
         raise ValueError(
-            f"trainable_token_indices: `{tables[0].path}` and `{tables[1].path}` have one shape "
+            f"`trainable_token_indices`: `{tables[0].path}` and `{tables[1].path}` have one shape "
             f"{tables[0].shape}; name the table, {{{paths.module_of(tables[0].path)!r}: [...]}}"
         )
     return tables[0]
@@ -126,7 +126,7 @@ def _named_table(entry: str, drafts: Sequence[Draft]) -> LeafPlan:
     tables = {names.module for leaf, names, _ in drafts if leaf.lookup}
     several = f"{len(found)} tables ({', '.join(f'`{x.path}`' for x in found[:3])})"
     raise ValueError(
-        f"trainable_token_indices: `{entry}` matches {several if found else 'no table'}; "
+        f"`trainable_token_indices`: `{entry}` matches {several if found else 'no table'}; "
         f"nearest: {paths.nearest(entry, tables)}"
     )
 
@@ -141,18 +141,18 @@ def _rows(leaf: LeafPlan, ids: Sequence[int]) -> LeafPlan:
     if leaf.kind != "frozen":
         how = "has an adapter" if leaf.kind == "lora" else "trains whole"
         raise ValueError(
-            f"trainable_token_indices: `{leaf.path}` {how} already; leave it out of "
-            "target_modules and modules_to_save, or leave trainable_token_indices out"
+            f"`trainable_token_indices`: `{leaf.path}` {how} already; leave it out of "
+            "`target_modules` and `modules_to_save`, or leave `trainable_token_indices` out"
         )
     if sorted(leaf.roles) != ["i", "o"]:
         raise ValueError(
-            f"trainable_token_indices: `{leaf.path}` has shape {leaf.shape} and roles "
+            f"`trainable_token_indices`: `{leaf.path}` has shape {leaf.shape} and roles "
             f"`{leaf.roles}`, expected a table (vocabulary, features)"
         )
     axis = _vocabulary(leaf)
     if max(ids) >= leaf.shape[axis]:
         raise ValueError(
-            f"trainable_token_indices: `{leaf.path}` has {leaf.shape[axis]} rows, so token "
+            f"`trainable_token_indices`: `{leaf.path}` has {leaf.shape[axis]} rows, so token "
             f"{max(ids)} is not one of them; resize the table first"
         )
     return dataclasses.replace(

@@ -1,12 +1,15 @@
 """Converts adapters between formats, with their model or, if possible, without it."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_jax import hf
+from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import check_new
+from lora_jax.hf.hub import snapshot
 from lora_jax.recipes.adapter_formats import ADAPTER_FORMATS, AdapterFormat, OnModel, PlanOf
 
 # The formats that can be written without loading the model.
@@ -128,13 +131,24 @@ def convert(
     given, wanted = ADAPTER_FORMATS[kind_of(source)], ADAPTER_FORMATS[to]
     # llama.cpp permutes rows of q and k, by numbers of heads that only the model has.
     if base is None and (given.needs_base or wanted.needs_base):
-        raise ValueError(
+        raise SettingsError(
             "`base` is missing: a GGUF adapter orders some rows by the model's heads; give the "
             "model's directory with config.json, or its .gguf file"
         )
-    known = None if base is None else hf.read_base(base)
+    known = None if base is None else hf.read_base(_local(str(base)))
     assert given.read is not None and wanted.write is not None
     wanted.write(given.read(source, known), output, base=known, dtype=dtype)
+
+
+def _local(source: str) -> str | Path:
+    """A model as `load_model` takes it, "smollm2" or a hub id too, as a path."""
+    if source == "smollm2":
+        # Not imported for a conversion that does not need it.
+        from lora_jax.models.loading import find_smollm2
+
+        return find_smollm2()
+    is_path = source.endswith((".gguf", ".json")) or os.path.exists(source)
+    return source if is_path else snapshot(source, patterns=("config.json",))
 
 
 def _check_target(to: str, known: Mapping[str, AdapterFormat], dtype: str) -> None:
@@ -143,6 +157,6 @@ def _check_target(to: str, known: Mapping[str, AdapterFormat], dtype: str) -> No
     # Ignoring it would surprise whoever looks at the size of the file.
     if dtype != "float32" and not known[to].has_dtype:
         others = " and ".join(name for name, form in known.items() if form.has_dtype)
-        raise ValueError(
+        raise SettingsError(
             f"{to} keeps the adapter's own float32; dtype {dtype} is for {others} only"
         )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax import hf, models, processes, train
 from lora_jax.compat import EXTRAS, check_installed, require
+from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import check_new
 from lora_jax.models.saving import save_merged
@@ -23,6 +24,7 @@ from lora_jax.recipes import convert
 from lora_jax.recipes.forms import TrainedForm, form_of, read_form, write_form
 from lora_jax.recipes.settings import Dtype, Quantization
 from lora_jax.train import format_memory
+from lora_jax.train.archive import check_new_run
 from lora_jax.train.config import TrainConfig
 from lora_jax.train.examples import TooLong
 from lora_jax.tree import format_trainable_parameters, init
@@ -106,10 +108,11 @@ def finetune(
     """
     check_installed(*EXTRAS["llm"])
     if train_config.output_dir is None:
-        raise ValueError("`output_dir` is missing: give a folder for the run")
+        raise SettingsError("`output_dir` is missing: give a folder for the run")
     _join(job)
     if not processes.is_first():
         log = _no_log
+    check_new_run(train_config)
     if job.adapter is not None:
         convert.check_source(job.adapter, step=None)
     # The data is read before the model, which takes longer: an error in it is raised first.
@@ -159,7 +162,7 @@ def _join(job: FinetuneConfig) -> None:
     if job.distributed:
         processes.join(job.coordinator, job.processes, job.process_id)
     elif job.coordinator is not None:
-        raise ValueError("`coordinator` is for a run of several processes: add distributed=True")
+        raise SettingsError("`coordinator` is for a run of several processes: add distributed=True")
 
 
 def _no_log(text: str) -> None:
@@ -215,7 +218,7 @@ def _examples(
     length = job.max_length or model.config.context
     if length > model.config.context:
         warnings.warn(
-            f"max_length={length} is above the model's context of {model.config.context} tokens: "
+            f"`max_length` {length} is above the model's context of {model.config.context} tokens: "
             "it was not trained on the positions beyond",
             stacklevel=2,
         )
@@ -282,12 +285,11 @@ def load_model(
     mesh: Mapping[str, Any] | None = None,
 ) -> Any:
     """Loads a model; "smollm2" is the installed demo model. Settings as in `FinetuneConfig`."""
-    path = models.find_smollm2() if source == "smollm2" else source
     # Recomputing all but the projections is faster than storing and reading everything.
     form = cast(Any, quantize)  # `QuantConfig` checks it
     held = None if quantize is None else QuantConfig(format=form, block_size=quantize_block)
     return models.load(
-        path,
+        models.find_smollm2() if source == "smollm2" else source,
         dtype=dtype,
         remat=remat or "projections",
         quantize=held,

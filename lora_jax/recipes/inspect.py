@@ -67,7 +67,8 @@ def _adapter(path: Path, tensors: bool, check: bool) -> str:
     listed |= {name: (str(x.dtype), x.shape) for name, x in found.others.items()}
     lines += [*_tensor_lines(listed, tensors), *_losses(path)]
     lines += ["  change of each weight, ‖s·B·A‖", *(f"    {t}" for t in report.norm_table(found))]
-    return "\n".join([*lines, *(_row("looks wrong", text) for text in wrong)])
+    found_wrong = [_row("looks wrong", text) for text in wrong] or [_row("problems", "none")]
+    return "\n".join([*lines, *found_wrong])
 
 
 def _losses(run: Path) -> list[str]:

@@ -16,6 +16,7 @@ from lora_jax.analysis.sweep.config import SweepConfig, Task
 from lora_jax.analysis.sweep.result import Sweep
 from lora_jax.analysis.sweep.sweep import rank_sweep
 from lora_jax.compat import EXTRAS, check_installed, require
+from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import write_text
 from lora_jax.recipes.finetune import load_model
@@ -89,7 +90,7 @@ def sweep_language_model(
     check_installed(*EXTRAS["llm"], *(EXTRAS["bleu"] if job.metric == "bleu" else ()))
     output_dir = train_config.output_dir
     if output_dir is None:
-        raise ValueError("`output_dir` is missing: give a folder for the sweep")
+        raise SettingsError("`output_dir` is missing: give a folder for the sweep")
     train, scored = (
         load_jsonl(path, fields=job.fields) for path in (job.train_data, job.eval_data)
     )

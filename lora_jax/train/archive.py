@@ -85,12 +85,24 @@ def archive(config: TrainConfig) -> Iterator[Archive | None]:
         yield Archive(directory, opened)
 
 
+def check_new_run(config: TrainConfig) -> None:
+    """Checks that the folder holds no run yet, unless it is resumed; before a model is loaded.
+
+    Raises:
+      FileExistsError: it holds one.
+    """
+    if config.output_dir is not None and not config.resume:
+        place = config.output_dir / RUN_CHECKPOINTS
+        steps = [int(p.name) for p in place.glob("[0-9]*") if p.name.isdigit()]
+        _check_empty(config.output_dir, max(steps, default=None))
+
+
 def _check_empty(directory: Path, step: int | None) -> None:
     if step is not None or (directory / metrics.METRICS).exists():
         newest = "no checkpoint yet" if step is None else f"newest checkpoint: step {step}"
         raise FileExistsError(
             f"{directory} holds a run already ({newest}); pass resume=True to continue it,"
-            " or choose another output_dir"
+            " or choose another `output_dir`"
         )
 
 
@@ -196,7 +208,7 @@ def _check(was: dict, now: dict, lora_params: Any, *, where: str, newest: int) -
     if was["data"] != now["data"]:
         raise ValueError(
             f"{where} was trained on other data; resume with the same examples in the same order,"
-            " or choose another output_dir"
+            " or choose another `output_dir`"
         )
 
 
@@ -212,5 +224,5 @@ def _check_same(was: dict, now: dict, where: str) -> None:
     if changed:
         raise ValueError(
             f"{where} is of a run with another config: {'; '.join(changed)}; resume with the same"
-            " config, or choose another output_dir"
+            " config, or choose another `output_dir`"
         )

@@ -26,7 +26,8 @@ class TrainConfig:
     length of examples to the data (`examples(..., max_length=...)`); neither is repeated here.
 
     Attributes:
-      output_dir: folder for checkpoints, metrics and the loss plot; None writes nothing.
+      output_dir: folder for checkpoints, metrics and the loss plot. `fit` writes nothing without
+        one; the command line needs one.
       resume: continue from the newest checkpoint in `output_dir`, or begin if there is none; a
         finished run goes on with more steps or epochs. False rejects a folder that holds a run.
       epochs: passes over the data, may be fractional; ignored if `steps` is given.

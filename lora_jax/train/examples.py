@@ -134,8 +134,8 @@ def _fit(example: Example, max_length: int, too_long: TooLong) -> Example | None
             return None
         if too_long == "error":
             raise ValueError(
-                f"{example.source}: the example has {length} tokens, more than the context of"
-                f' {max_length}; shorten it, or pass too_long="truncate" or "skip"'
+                f"{example.source}: the example has {length} tokens, more than"
+                f' `max_length`, {max_length}; shorten it, or pass too_long="truncate" or "skip"'
             )
         example = example._replace(
             tokens=example.tokens[:max_length], learned=example.learned[:max_length]

@@ -374,7 +374,7 @@ def _between(job: _Job, state: TrainState, step: int, came: signal.Signals | Non
         job.save(state, step)
     if came and not last:
         saved = (
-            "nothing was saved, because there is no output_dir"
+            "nothing was saved, because there is no `output_dir`"
             if job.save is None
             else f"saved in {job.config.output_dir}; pass resume=True to continue from there"
         )

@@ -73,8 +73,8 @@ def lorafy(
         of `(args, kwargs)` with None where they do not; by default the second axis of every array
         that has as many entries there as there are tokens.
       adapter_strategy: how products with the rows' adapters are computed: "gathered" copies each
-        row's factors, "grouped" sorts the rows (or tokens) by adapter, "ragged" does so with
-        `jax.lax.ragged_dot` on every device; by default the shapes decide, see
+        row's factors, "grouped" sorts the rows (or tokens) by adapter, "ragged" is "grouped" with
+        `jax.lax.ragged_dot` also where that is slow; by default the shapes decide, see
         `lora_jax.transform.many.grouped.choose_strategy`. The results differ by rounding only.
 
     Returns:

@@ -101,22 +101,13 @@ def test_a_wrong_command_line_is_one_line_and_status_2(capsys, argv, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train"], "`--model` is missing: give --model, or model in the config file"),
-        (["train", "no.toml"], "no.toml: no such config file; give the path of a TOML file"),
-        (["train", "--model", "m", "--train-data", "t", "--rank", "0"], "rank must be at least 1"),
-        (["train", "--model", "m", "--train-data", "t", "--dropout", "1"], "dropout must be at"),
-        (["train", "--model", "m", "--train-data", "t", "--rank", "x"], "--rank expects an integ"),
-        (["train", "--model", "m", "--train-data", "t"], "`--output-dir` is missing"),
         (["inspect", "no.gguf"], "no.gguf: no such file"),
         (["inspect", "no.safetensors"], "no.safetensors: no such file"),
-        (["generate", "smollm2", "x", "--top-p", "2"], "`--top-p` must be above 0 and at most 1"),
         (["generate", "no.gguf", "x"], "no.gguf: no such file"),
         (["merge", "no.gguf", "a", "b"], "no.gguf: no such file"),
         (["export", "no.gguf", "a", "b"], "a: there is no such directory"),
         (["import", "no.gguf", "a.gguf", "b"], "a.gguf: no such file"),
         (["convert", "a", "b", "--to", "peft"], "a: there is no such directory"),
-        (["convert", "a", "b", "--to", "gguf"], "`--base` is missing: a GGUF adapter orders some"),
-        (["convert", "a", "b", "--to", "vllm", "--output-dtype", "float16"], "vllm keeps the ad"),
         (["inspect", "no/adapter"], "`no/adapter` is not a local directory"),
         (["demo", "--steps", "0"], "train and test must be between 1 and"),
     ],
@@ -130,11 +121,40 @@ def test_an_error_is_one_line_and_status_1(capsys, tmp_path, monkeypatch, argv, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train"], "`--model` is missing: give --model, or model in the config file"),
+        (["train", "no.toml"], "no.toml: no such config file; give the path of a TOML file"),
+        (
+            ["train", "--model", "m", "--train-data", "t", "--rank", "0"],
+            "`--rank` must be at least 1",
+        ),
+        (
+            ["train", "--model", "m", "--train-data", "t", "--dropout", "1"],
+            "`--dropout` must be at",
+        ),
+        (["train", "--model", "m", "--train-data", "t", "--rank", "x"], "--rank expects an integ"),
+        (["train", "--model", "m", "--train-data", "t"], "`--output-dir` is missing"),
+        (["generate", "smollm2", "x", "--top-p", "2"], "`--top-p` must be above 0 and at most 1"),
+        (["convert", "a", "b", "--to", "gguf"], "`--base` is missing: a GGUF adapter orders some"),
+        (["convert", "a", "b", "--to", "vllm", "--output-dtype", "float16"], "vllm keeps the ad"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"lora-jax {argv[0]}: ") and err.count("\n") == 1
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_key_of_the_file_that_is_no_setting(capsys, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('model = "m"\n[lora]\nlearning_rate = 1')
     status, _, err = run(capsys, "train", str(path))
-    assert status == 1
+    assert status == 2
     assert err.startswith(
         f"lora-jax train: {path}: there is no setting `lora.learning_rate`; the nearest are "
         "`training.learning_rate`, "
@@ -193,34 +213,27 @@ FLAGS = (
         ("with progress=False", "with --no-progress"),
         ('pass too_long="truncate" or "skip"', 'pass --too-long truncate or "skip"'),
         ("`steps` was 3 and is 4", "`--steps` was 3 and is 4"),
-        ("`r` was 4 and is 8", "`--rank` was 4 and is 8"),
         ("`format` must be one of nf4", "`--quantize` must be one of nf4"),
         ("`clip` must be above 0", "`--clip` must be above 0"),
         ("config: bad; `beta1` was 0.9", "config: bad; `--beta1` was 0.9"),
         ("lower `learning_rate` or `clip`", "lower `--learning-rate` or `--clip`"),
         ("`batch` 3 cannot be divided", "`--batch-size` 3 cannot be divided"),
-        ("or choose another output_dir", "or choose another --output-dir"),
+        ("or choose another `output_dir`", "or choose another `--output-dir`"),
         ("set rank_pattern={'q': 4, 'v': 2}", "set --rank-pattern q=4 v=2"),
         ("set roles={'a.b': 'io'} to adapt it", "set --roles a.b=io to adapt it"),
         ("target_modules=('q', 'v') matches", "--target-modules q v matches"),
         ("got rank=7 (resume=True)", "got --rank 7 (--resume)"),
-        # A value of a name in use as a flag's: an axis, a leaf, a field of a file, a keyword of a
-        # call, a path.
-        ("`mesh` has no axis `model`", "`--mesh` has no axis `model`"),
-        ("`mesh` axis `model` is not one of", "`--mesh` axis `model` is not one of"),
-        ("leaf `bias` is missing", "leaf `bias` is missing"),
-        ("its `meta` has no `rank`", "its `meta` has no `rank`"),
-        ("a/adapter_config.json: `r` must be", "a/adapter_config.json: `r` must be"),
-        ("config: `bias` must be true", "config: `bias` must be true"),
-        ("a: PEFT config: `rank` = 3; set bias=1", "a: PEFT config: `rank` = 3; set bias=1"),
+        ("a `rank` above 8, and `too_long` too", "a `--rank` above 8, and `--too-long` too"),
+        # Keys of a file and axes are in quotes; a call's keywords and paths stay as they are.
+        ("`mesh` has no axis 'model'", "`--mesh` has no axis 'model'"),
+        ('a/adapter_config.json: "bias" must be', 'a/adapter_config.json: "bias" must be'),
+        ('PEFT config: set "bias"=1, not "rank"', 'PEFT config: set "bias"=1, not "rank"'),
+        ("leaf `layers.bias` is missing", "leaf `layers.bias` is missing"),
         ('lora.quantize(x, format="int8")', 'lora.quantize(x, format="int8")'),
         ("runs/output_dir: no such file", "runs/output_dir: no such file"),
         ("output_dir: no such file", "output_dir: no such file"),
-        ("got `rank`", "got `rank`"),
-        # No flag of this command, or a leaf of that name.
-        ("pass pad=True", "pass pad=True"),
-        ("no leaf `clip` in the tree", "no leaf `clip` in the tree"),
-        ("`resume` = x", "`resume` = x"),
+        # No flag of this command.
+        ("pass pad=True to `stack`", "pass pad=True to `stack`"),
     ],
 )
 def test_settings_in_an_error_are_spelled_as_flags(text, line):

@@ -58,7 +58,7 @@ def test_numbers_of_numpy_and_jax_are_python_s():
     assert type(config.rank) is type(config.rank_pattern["q"]) is int
     json.dumps(config.to_peft())
     for bad in (np.float64(4), np.int64(0), np.bool_(True)):
-        with pytest.raises((TypeError, ValueError), match="rank must be"):
+        with pytest.raises((TypeError, ValueError), match="rank` must be"):
             make(rank=bad)
     assert make(rank=jnp.int32(2)).rank == 2 and TrainConfig(steps=make(rank=np.uint8(3)).rank)
     assert analysis.SweepConfig(ranks=np.array([1, 2])).ranks == (1, 2)  # pyright: ignore
@@ -78,71 +78,71 @@ def test_inits(init):
 
 
 BAD = [
-    ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
-    ({"rank": 2.0}, TypeError, r"rank must be an integer of at least 1, got 2\.0"),
-    ({"rank": True}, TypeError, "rank must be an integer"),
-    ({"alpha": 0}, ValueError, "alpha must be a finite number above 0, got 0"),
-    ({"alpha": float("nan")}, ValueError, "alpha must be a finite number above 0, got nan"),
-    ({"alpha": float("inf")}, ValueError, "alpha must be a finite number"),
-    ({"alpha": "16"}, TypeError, "alpha must be a number above 0, got '16'"),
-    ({"dropout": 1.0}, ValueError, r"dropout must be at least 0 and below 1, got 1\.0"),
-    ({"dropout": -0.1}, ValueError, "dropout must be at least 0 and below 1"),
-    ({"dropout": None}, TypeError, "dropout must be a number, 0 <= dropout < 1, got None"),
-    ({"use_dora": 1}, TypeError, "use_dora must be True or False, got 1"),
-    ({"use_rslora": "yes"}, TypeError, "use_rslora must be True or False"),
-    ({"target_modules": []}, ValueError, "target_modules is empty"),
-    ({"target_modules": None}, TypeError, "target_modules must be a tuple or list .* got None"),
-    ({"target_modules": ["q", 1]}, TypeError, "target_modules must be a tuple or list"),
-    ({"target_modules": ["q", ""]}, ValueError, "target_modules holds an empty name"),
-    ({"target_modules": "*.q_proj"}, ValueError, r"target_modules: `\*\.q_proj` is not a regular"),
-    ({"target_modules": ""}, TypeError, "target_modules must be a regular expression"),
-    ({"exclude_modules": "(q"}, ValueError, r"exclude_modules: `\(q` is not a regular expression"),
-    ({"exclude_modules": 3}, TypeError, "exclude_modules must be a tuple or list"),
-    ({"modules_to_save": "lm_head"}, TypeError, "modules_to_save must be a tuple or list"),
-    ({"modules_to_save": ["("]}, ValueError, r"modules_to_save: `\(` is not a regular expression"),
-    ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\] must be at least 1, got 0"),
-    ({"rank_pattern": {"q": 1.5}}, TypeError, r"rank_pattern\['q'\] must be an integer"),
-    ({"rank_pattern": [("q", 1)]}, TypeError, "rank_pattern must be a dict"),
-    ({"alpha_pattern": {"q": -1}}, ValueError, r"alpha_pattern\['q'\] must be a finite number"),
-    ({"alpha_pattern": {"q(": 1}}, ValueError, r"alpha_pattern: `q\(` is not a regular"),
-    ({"bias": "some"}, ValueError, 'bias must be one of "none", "all", "lora_only", got \'some\''),
-    ({"init": True}, TypeError, 'init must be one of .*PEFT\'s True is "default"'),
-    ({"init": "pisa"}, ValueError, 'init must be one of .*got "pisa"'),
-    ({"init": "pissa_niter_0"}, ValueError, "init must be one of"),
+    ({"rank": 0}, ValueError, "rank` must be at least 1, got 0"),
+    ({"rank": 2.0}, TypeError, r"rank` must be an integer of at least 1, got 2\.0"),
+    ({"rank": True}, TypeError, "rank` must be an integer"),
+    ({"alpha": 0}, ValueError, "alpha` must be a finite number above 0, got 0"),
+    ({"alpha": float("nan")}, ValueError, "alpha` must be a finite number above 0, got nan"),
+    ({"alpha": float("inf")}, ValueError, "alpha` must be a finite number"),
+    ({"alpha": "16"}, TypeError, "alpha` must be a number above 0, got '16'"),
+    ({"dropout": 1.0}, ValueError, r"dropout` must be at least 0 and below 1, got 1\.0"),
+    ({"dropout": -0.1}, ValueError, "dropout` must be at least 0 and below 1"),
+    ({"dropout": None}, TypeError, "dropout` must be a number, 0 <= dropout < 1, got None"),
+    ({"use_dora": 1}, TypeError, "use_dora` must be True or False, got 1"),
+    ({"use_rslora": "yes"}, TypeError, "use_rslora` must be True or False"),
+    ({"target_modules": []}, ValueError, "target_modules` is empty"),
+    ({"target_modules": None}, TypeError, "target_modules` must be a tuple or list .* got None"),
+    ({"target_modules": ["q", 1]}, TypeError, "target_modules` must be a tuple or list"),
+    ({"target_modules": ["q", ""]}, ValueError, "target_modules` holds an empty name"),
+    ({"target_modules": "*.q_proj"}, ValueError, r"target_modules`: .\*\.q_proj. is not a regular"),
+    ({"target_modules": ""}, TypeError, "target_modules` must be a regular expression"),
+    ({"exclude_modules": "(q"}, ValueError, r"exclude_modules`: .\(q. is not a regular expression"),
+    ({"exclude_modules": 3}, TypeError, "exclude_modules` must be a tuple or list"),
+    ({"modules_to_save": "lm_head"}, TypeError, "modules_to_save` must be a tuple or list"),
+    ({"modules_to_save": ["("]}, ValueError, r"modules_to_save`: .\(. is not a regular expression"),
+    ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\]` must be at least 1, got 0"),
+    ({"rank_pattern": {"q": 1.5}}, TypeError, r"rank_pattern\['q'\]` must be an integer"),
+    ({"rank_pattern": [("q", 1)]}, TypeError, "rank_pattern` must be a dict"),
+    ({"alpha_pattern": {"q": -1}}, ValueError, r"alpha_pattern\['q'\]` must be a finite number"),
+    ({"alpha_pattern": {"q(": 1}}, ValueError, r"alpha_pattern`: .q\(. is not a regular"),
+    ({"bias": "some"}, ValueError, 'bias` must be one of "none", "all", "lora_only", got \'some\''),
+    ({"init": True}, TypeError, 'init` must be one of .*PEFT\'s True is "default"'),
+    ({"init": "pisa"}, ValueError, 'init` must be one of .*got "pisa"'),
+    ({"init": "pissa_niter_0"}, ValueError, "init` must be one of"),
     ({"init": "orthogonal", "rank": 3}, ValueError, 'init="orthogonal" needs an even rank'),
-    ({"layers_to_transform": [0]}, ValueError, "layers_to_transform needs target_modules as a lis"),
+    ({"layers_to_transform": [0]}, ValueError, "layers_to_transform` needs `target_modules` as a"),
     ({"layers_to_transform": 0, "target_modules": ".*q"}, ValueError, 'got the string "\\.\\*q"'),
     (
         {"layers_to_transform": [-1], "target_modules": ["q"]},
         ValueError,
-        r"layers_to_transform counts layers from 0, got \(-1,\)",
+        r"layers_to_transform` counts layers from 0, got \(-1,\)",
     ),
     (
         {"layers_to_transform": "0", "target_modules": ["q"]},
         TypeError,
-        "layers_to_transform must be a layer number or a list of them, got '0'",
+        "layers_to_transform` must be a layer number or a list of them, got '0'",
     ),
     (
         {"layers_pattern": 3, "layers_to_transform": 0, "target_modules": ["q"]},
         TypeError,
-        "layers_pattern must be a name or a list of names, got 3",
+        "layers_pattern` must be a name or a list of names, got 3",
     ),
     ({"lora_bias": True, "use_dora": True}, ValueError, "lora_bias=True does not work with use_d"),
     ({"lora_bias": True, "init": "olora"}, ValueError, 'init="default" or "random" only, got "olo'),
-    ({"lora_bias": None}, TypeError, "lora_bias must be True or False, got None"),
-    ({"target_parameters": "up"}, TypeError, "target_parameters must be a tuple or list"),
+    ({"lora_bias": None}, TypeError, "lora_bias` must be True or False, got None"),
+    ({"target_parameters": "up"}, TypeError, "target_parameters` must be a tuple or list"),
     (
         {"target_parameters": ["up"], "dropout": 0.1},
         ValueError,
-        r"target_parameters does not work with dropout=0\.1 in PEFT",
+        r"target_parameters` does not work with dropout=0\.1 in PEFT",
     ),
     ({"target_parameters": ["up"], "use_dora": True}, ValueError, "does not work with use_dora=T"),
     ({"trainable_token_indices": [[1]]}, TypeError, "must be a list of token ids"),
-    ({"trainable_token_indices": {"": [1]}}, ValueError, "trainable_token_indices holds an empty"),
+    ({"trainable_token_indices": {"": [1]}}, ValueError, "trainable_token_indices` holds an empty"),
     (
         {"layers_pattern": "h", "target_modules": ["q"]},
         ValueError,
-        "layers_pattern='h' needs layers_to_transform as well",
+        "layers_pattern='h' needs `layers_to_transform` as well",
     ),
 ]
 
@@ -203,7 +203,7 @@ def test_default_targets_by_family():
     assert llama.target_modules == ("q_proj", "v_proj")
     gemma4 = LoraConfig.from_peft(fields, model_type="gemma4")
     assert gemma4.target_modules == r".*language_model\..*\.(q_proj|v_proj)"
-    with pytest.raises(ValueError, match="`target_modules` is missing, and PEFT's default"):
+    with pytest.raises(ValueError, match=".target_modules. is missing, and its default"):
         LoraConfig.from_peft(fields)
     with pytest.raises(ValueError, match="no default for model_type 'mine'"):
         LoraConfig.from_peft(fields, model_type="mine")
@@ -223,24 +223,24 @@ ON = {
 
 @pytest.mark.parametrize("field", peft.REFUSED)
 def test_unsupported_fields_are_named(field):
-    with pytest.raises(ValueError, match=f"`{field}` = .* is not supported and may change"):
+    with pytest.raises(ValueError, match=f".{field}. = .* is not supported and may change"):
         LoraConfig.from_peft(full(**{field: ON[field]}))
 
 
 BAD_PEFT = [
-    (full(new_trick=0.5), r"`new_trick` = 0\.5 is unknown and may change the numbers"),
-    ({"r": 8}, "`peft_type` is missing"),
-    (full(peft_type=None), "`peft_type` is missing"),
+    (full(new_trick=0.5), r".new_trick. = 0\.5 is unknown and may change the numbers"),
+    ({"r": 8}, ".peft_type. is missing"),
+    (full(peft_type=None), ".peft_type. is missing"),
     (full(peft_type="IA3"), "peft_type is 'IA3', only LORA can be read; merge it in PEFT"),
     (full(peft_type="P_TUNING"), "'P_TUNING', only LORA can be read; it changes no weights"),
     ({"peft_type": "VERA", "r": "x", "d_initial": 0.1}, "peft_type is 'VERA', only LORA"),
     ([], "expected a JSON object, got list"),
-    (full(init_lora_weights="corda"), "`init_lora_weights` = 'corda' changes the base weights"),
+    (full(init_lora_weights="corda"), ".init_lora_weights. = 'corda' changes the base weights"),
     (full(init_lora_weights="lora_ga"), "path_initial_model_for_weight_conversion"),
-    (full(init_lora_weights=3), "`init_lora_weights` = 3 changes the base weights"),
-    (full(r=0), "PEFT config: rank must be at least 1, got 0"),
-    (full(target_modules=[]), "PEFT config: target_modules is empty"),
-    (full(bias="vera_only"), "PEFT config: bias must be one of"),
+    (full(init_lora_weights=3), ".init_lora_weights. = 3 changes the base weights"),
+    (full(r=0), "PEFT config: .r. must be at least 1, got 0"),
+    (full(target_modules=[]), "PEFT config: .target_modules. is empty"),
+    (full(bias="vera_only"), "PEFT config: .bias. must be one of"),
 ]
 
 
@@ -257,5 +257,5 @@ def test_every_start_that_a_config_knows_has_a_function(start):
     if start.known:
         assert start_function(init).__name__ == init.partition("_niter_")[0]
     else:
-        with pytest.raises(ValueError, match="init must be one of"):
+        with pytest.raises(ValueError, match="init` must be one of"):
             LoraConfig(init=init)

@@ -129,13 +129,13 @@ def test_what_loftq_needs_is_said(base):
     with pytest.raises(ValueError, match="needs one rank for the whole stack `layers.up.kernel`"):
         deep(base["layers"], init="loftq", rank_pattern={"layers.1.up": 2})
     for steps, text in [
-        ({"loftq_iter": 0}, r"loftq_config\['loftq_iter'\] must be an integer from 1, got 0"),
-        ({"loftq_bits": 3}, r"loftq_config\['loftq_bits'\] must be 4 or 8, got 3"),
-        ({"iterations": 2}, "loftq_config has .* got 'iterations'"),
+        ({"loftq_iter": 0}, r"loftq_config\['loftq_iter'\]` must be an integer from 1, got 0"),
+        ({"loftq_bits": 3}, r"loftq_config\['loftq_bits'\]` must be 4 or 8, got 3"),
+        ({"iterations": 2}, "loftq_config` has .* got 'iterations'"),
     ]:
         with pytest.raises(ValueError, match=text):
             lora.LoraConfig(init="loftq", loftq_config=steps)
-    with pytest.raises(ValueError, match='loftq_config needs init="loftq", got init="default"'):
+    with pytest.raises(ValueError, match='loftq_config` needs init="loftq", got init="default"'):
         lora.LoraConfig(loftq_config={"loftq_iter": 2})
 
 

@@ -95,7 +95,7 @@ def test_rules_are_changed_by_a_dim_or_by_a_pattern_on_paths():
 def test_an_axis_that_divides_nothing_is_an_error_with_path_and_shape(axis, sizes):
     with pytest.raises(ValueError) as error:
         specs(kernel("q_proj", *sizes), RULES, {axis: 4})
-    assert f"`mesh` axis `{axis}` = 4 divides no dim of `q_proj.kernel` {sizes}" in str(error.value)
+    assert f'`mesh` axis "{axis}" = 4 divides no dim of `q_proj.kernel` {sizes}' in str(error.value)
 
 
 def test_place_leaves_whole_what_an_axis_does_not_divide_and_warns():
@@ -124,13 +124,13 @@ def test_place_puts_adapters_where_their_weights_are():
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        (dict(fsdp=3), "`mesh` is fsdp=3, but there are 8 devices"),
+        (dict(fsdp=3), "`mesh` is fsdp=3, but the number of devices is 8"),
         (dict(data=-1, fsdp=-1), "one of them may be -1"),
-        (dict(data=3, fsdp=-1), "multiply up to them"),
+        (dict(data=3, fsdp=-1), "multiply up to it"),
         (dict(model=8), "`mesh` has no axis 'model'; expected data, fsdp, tensor"),
         (
             dict(fsdp=0),
-            "`mesh` axis `fsdp` must be a whole number above 0, or -1 for the rest, got 0",
+            "`mesh` axis .fsdp. must be a whole number above 0, or -1 for the rest, got 0",
         ),
         ({}, "`mesh` is empty"),
     ],

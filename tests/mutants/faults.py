@@ -147,7 +147,7 @@ MORE = [
     Fault("train/loss.py", "jnp.sum(each * batch.weights)", "jnp.sum(each)", LOSS),
     Fault("train/step.py", "0.5 * (1 + jnp.cos(jnp.pi * t))", "0.5 * (1 + jnp.cos(t))",
           "tests/train/test_loss.py"),
-    Fault("train/step.py", "rise * (floor + (1 - floor) * decay(t))", "rise * decay(t)",
+    Fault("train/step.py", "rise * (final + (1 - final) * decay(t))", "rise * decay(t)",
           "tests/train/test_loss.py"),
     Fault("hf/peft/save.py", "abs(scale - row.scale) > 1e-6 * abs(row.scale)",
           "abs(scale - row.scale) > abs(row.scale)", PEFT),

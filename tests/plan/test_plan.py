@@ -101,7 +101,7 @@ def test_integers_neither_train_nor_get_advice_that_fails():
         ValueError, match=r"adapts nothing \(`attn.ids`: not a floating-.*dimension"
     ):
         plan(target_modules=("ids",))
-    with pytest.raises(ValueError, match="entry `ids` trains nothing: `attn.ids` is int32"):
+    with pytest.raises(ValueError, match="entry .ids. trains nothing: `attn.ids` is int32"):
         plan(target_modules=("w",), modules_to_save=("ids",))
 
 
@@ -210,16 +210,16 @@ def test_saved_modules_are_trained_whole():
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"target_modules": ("q_prj",)}, r"target_modules entry `q_prj` matches no module; neare.*"
+        ({"target_modules": ("q_prj",)}, r"target_modules` entry .q_prj. matches no module; neare.*"
          r"`model.layers.attn.q_proj`"),
-        ({"target_modules": ("q_proj", "w1")}, "target_modules entry `w1` matches no module"),
-        ({"target_modules": "nothing.*"}, r"target_modules entry `nothing.\*` matches no module"),
-        ({"target_modules": ("norm",)}, r"target_modules entry `norm` adapts nothing "
+        ({"target_modules": ("q_proj", "w1")}, "target_modules` entry .w1. matches no module"),
+        ({"target_modules": "nothing.*"}, r"target_modules` entry .nothing.\*. matches no module"),
+        ({"target_modules": ("norm",)}, r"target_modules` entry .norm. adapts nothing "
          r"\(`model.layers.norm.scale`: no contraction and no lookup uses it, only `mul`\)"),
         ({"target_modules": ("q_proj",), "rank": 7}, r"rank 7 is above the smallest dimension 6 of "
          r"`model.layers.attn.q_proj.kernel` \(in 8, out 6\)"),
         ({"target_modules": ("q_proj",), "modules_to_save": ("score",)},
-         "modules_to_save entry `score` matches no module"),
+         "modules_to_save` entry .score. matches no module"),
         ({"target_modules": ("q_proj",), "roles": {"q_proj": "io"}},
          r"roles\['q_proj'\]='io' does not fit `model.layers.attn.q_proj.kernel` with 3 dims"),
     ],

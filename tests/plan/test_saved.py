@@ -59,7 +59,7 @@ def test_one_layer_of_a_stack_trains_whole():
     }
     assert plan.by_path()["net.layers.down.kernel"].parameters == 24
     assert "in modules_to_save, 1 of 3 layers" in str(plan)
-    with pytest.raises(ValueError, match="entry `layers.3.norm` matches no module"):
+    with pytest.raises(ValueError, match="entry .layers.3.norm. matches no module"):
         planned(modules_to_save=("layers.3.norm",))
 
 

@@ -1,5 +1,7 @@
 """Adapters from format to format: over the model and without it, to the same bits."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from lora_jax import checkpoint, models
 from lora_jax.files import read_json
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.hf.peft.api import load_peft, save_peft
+from lora_jax.models import loading
 from lora_jax.models.saving import save_model
 from lora_jax.recipes import convert, inspect_adapter
 from lora_jax.recipes.finetune import plan_model
@@ -108,6 +111,16 @@ def test_converting_without_the_model_writes_what_exporting_over_it_does(
     }
 
 
+def test_the_base_is_named_as_for_training(folder, tmp_path, monkeypatch):
+    convert.convert(folder / "a.gguf", tmp_path / "path", to="peft", base=folder / "base")
+    want = (tmp_path / "path" / "adapter_model.safetensors").read_bytes()
+    monkeypatch.setattr(loading, "find_smollm2", lambda: folder / "base")
+    monkeypatch.setattr(convert, "snapshot", lambda name, patterns: folder / "base")
+    for name in ("smollm2", "owner/name"):
+        convert.convert(folder / "a.gguf", tmp_path / "named", to="peft", base=name)
+        assert (tmp_path / "named" / "adapter_model.safetensors").read_bytes() == want
+
+
 def test_a_gguf_file_becomes_a_peft_directory(folder, model, trained, tmp_path):
     convert.convert(folder / "a.gguf", tmp_path / "p", to="peft", base=folder / "base")
     loaded, read = load_peft(tmp_path / "p", model.apply, model.params, TOKENS)
@@ -167,6 +180,7 @@ def test_the_report_of_an_adapter(folder, trained, name):
     column = "ffn_down" if name == "a.gguf" else "down_proj"
     assert f"layer  {'attn_k' if name == 'a.gguf' else column:>9}" in text
     assert f"{change:.4g}" in text
+    assert re.search(r"^  problems +none$", text, re.MULTILINE)
 
 
 def broken(folder, tmp_path, model, **changes):
@@ -218,7 +232,7 @@ def test_a_config_that_is_not_supported_still_gets_a_report(folder, tmp_path, mo
     fields = {**json.loads(path.read_text()), "use_qalora": True}
     path.write_text(json.dumps({**fields, "target_modules": ["q_proj", "up_proj"]}))
     text = inspect(str(path.parent))
-    assert "`use_qalora` = True is not supported" in text and "nan" in text
+    assert '"use_qalora" = True is not supported' in text and "nan" in text
     path.write_text(json.dumps({**fields, "target_modules": ["up_proj"], "use_qalora": False}))
     assert "`up_proj` of target_modules is no module of the file" in inspect(str(path.parent))
 

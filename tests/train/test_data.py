@@ -191,7 +191,9 @@ def test_bad_files(tmp_path):
 
 def test_too_long_is_an_error_a_cut_or_a_skip(tmp_path):
     path = write(tmp_path / "d.jsonl", {"prompt": "ab", "completion": "cdefg"}, GOOD)
-    with pytest.raises(ValueError, match=r"d\.jsonl:1: the example has 8 tokens, .* context of 4"):
+    with pytest.raises(
+        ValueError, match=r"d\.jsonl:1: the example has 8 tokens, .* `max_length`, 4"
+    ):
         load_examples(path, Tokenizer(), max_length=4)
     cut, whole = load_examples(path, Tokenizer(), max_length=4, too_long="truncate")
     assert cut.tokens.tolist() == [97, 98, 99, 100] and learned_tokens(cut) == [99, 100]

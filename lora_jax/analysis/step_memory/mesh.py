@@ -58,13 +58,13 @@ def one_device(config: Any, mesh: Mapping[str, int]) -> Any:
     # Only the rules of Llama's decoders divide heads.
     if not isinstance(config, LlamaConfig):
         raise ValueError(
-            f"`mesh` axis `tensor` is not known for model_type `{config.model_type}`, only for "
+            f"`mesh` axis 'tensor' is not known for model_type `{config.model_type}`, only for "
             f"Llama's decoders; use data and fsdp"
         )
     for name in _DIVIDED:
         if getattr(config, name) % count:
             raise ValueError(
-                f"`mesh` axis `tensor` = {count} does not divide `{name}` = "
+                f"`mesh` axis 'tensor' = {count} does not divide `{name}` = "
                 f"{getattr(config, name)}; take a divisor of both"
             )
     share = {name: getattr(config, name) // count for name in _DIVIDED}

@@ -155,7 +155,7 @@ def _open(task: Task, sweep: SweepConfig, lora_config: LoraConfig, config: Train
     if folder is not None and (folder / COMMON).exists() and not config.resume:
         raise FileExistsError(
             f"{folder}: there is a sweep already; pass resume=True to go on with it, or give "
-            "another output_dir"
+            "another `output_dir`"
         )
     # Only what differs from the defaults: a field that a later release adds changes no run.
     usual = dataclasses.asdict(LoraConfig())

@@ -349,5 +349,5 @@ def _check_common(path: Path, common: dict) -> None:
         raise ValueError(
             f"{path}: the sweep there has {name} = {had.get(name)!r}, this one has "
             f"{common.get(name)!r}: their runs cannot share a table; choose another "
-            "output_dir"
+            "`output_dir`"
         )

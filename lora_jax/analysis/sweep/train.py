@@ -272,7 +272,7 @@ def _skip(source: Iterator, at: Progress, advance: Callable) -> None:
         raise ValueError(
             f"the first {at.step} batches differ from those of the unfinished training: "
             "`batches` must give the same ones on every call with a seed; with other data, choose "
-            "another output_dir"
+            "another `output_dir`"
         )
 
 

@@ -231,8 +231,9 @@ def _check_order(found: list[str], sizes_by_name: Mapping[str, tuple[int, int]])
     alike = len({sizes_by_name[name] for name in found}) < len(found)
     if unknown and len(found) > 1 and alike:
         raise ValueError(
-            f"target_parameters: PEFT numbers the adapters of {', '.join(f'`{n}`' for n in found)} "
-            "by the order in which its model registers them, which is not known here, and their "
+            "`target_parameters`: PEFT numbers the adapters of "
+            f"{', '.join(f'`{n}`' for n in found)} by the order in which its model registers them, "
+            "which is not known here, and their "
             "shapes are alike: adapt one of them, or rename them as transformers does "
             f"({', '.join(REGISTERED)})"
         )
@@ -263,7 +264,7 @@ def _named(path: str, layer: tuple[int, ...], stack: tuple[int, ...]) -> str:
         f"leaf `{path}` stacks {len(layer)} dimension(s) of layers, but its path has no place for "
         "their numbers in a PEFT name; rename the tree so that a component such as `layers` holds "
         "the stacked modules, or unstack it (experts stored as one array are written where "
-        "target_parameters names them)"
+        "`target_parameters` names them)"
     )
 
 

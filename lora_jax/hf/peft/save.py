@@ -177,7 +177,7 @@ def _check_scale(leaf: LoraArray, row: IndexRow) -> None:
                 f"and rank give {row.scale:.6g}, and PEFT would use that. If an "
                 "optimizer ran on the whole tree, the base has moved too: train "
                 "`lora.split(lora_params)[0]`, or wrap the optimizer in `lora.masked`. Otherwise "
-                "change alpha (or alpha_pattern), or multiply b by the ratio"
+                "change `alpha` (or `alpha_pattern`), or multiply b by the ratio"
             )
 
 
@@ -192,7 +192,7 @@ def _check_saved(leaf: SavedArray, path: str, specs: Sequence[TensorSpec]) -> No
         trains[place] = True
     if np.any(unwritten & trains & (np.asarray(leaf.value) != np.asarray(leaf.w))):
         raise ValueError(
-            f"leaf `{path}` was trained, but the config's bias and modules_to_save do not mean "
+            f"leaf `{path}` was trained, but the config's `bias` and `modules_to_save` do not mean "
             "it (or some of its layers); use the config the adapter was made with"
         )
 
@@ -204,7 +204,7 @@ def _check_rows(leaf: RowsArray, path: str, config: LoraConfig) -> None:
     if leaf.ids not in [tuple(ids) for ids in lists]:
         raise ValueError(
             f"leaf `{path}`: its trained rows {list(leaf.ids)[:8]} are not those of the config's "
-            f"trainable_token_indices {wanted!r}; use the config the adapter was made with"
+            f"`trainable_token_indices` {wanted!r}; use the config the adapter was made with"
         )
 
 

@@ -253,8 +253,8 @@ def _parameter_layouts(row: IndexRow) -> tuple[dict[Part, _Layout], dict[Part, _
         return _layouts(row), swapped
     if len(stack) > depth + 1:
         raise ValueError(
-            f"leaf `{row.path}` stacks {len(stack)} dims, but PEFT's target_parameters know one "
-            f"dim of experts besides the layers ({depth} here): adapt it with target_modules"
+            f"leaf `{row.path}` stacks {len(stack)} dims, but PEFT's `target_parameters` have one "
+            f"dim of experts besides the layers ({depth} here): adapt it with `target_modules`"
         )
     # PEFT keeps the experts' factors side by side in one matrix, expert slowest in A, fastest in B.
     wide = leaf.shape[stack[-1]] * row.rank

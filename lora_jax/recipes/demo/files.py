@@ -47,13 +47,14 @@ def prepare(directory: Path, train: Sequence[task.Sentence], test: Sequence[task
 def _clear(directory: Path) -> None:
     """Removes the files of an earlier demo, and nothing else."""
     if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file; choose a folder as output_dir")
+        raise FileExistsError(f"{directory} is a file; choose a folder as `output_dir`")
     found = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     found -= {LOCK}  # left by a demo that was killed
     if found and (MARK not in found or found - set(_WHAT)):
         other = min(found - set(_WHAT) or found)
         raise FileExistsError(
-            f"{directory} holds `{other}`, which no demo wrote; choose another folder as output_dir"
+            f"{directory} holds `{other}`, which no demo wrote; choose another folder as "
+            "`output_dir`"
         )
     if not found:
         return

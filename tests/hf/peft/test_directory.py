@@ -83,13 +83,13 @@ def test_damaged_weights(content, text, directory):
         (b"[1]", "expected a JSON object, got list"),
         (b'{"r": 1, "r": 2}', "`r` occurs twice in one object"),
         (b"[" * 200_000, "nested too deeply|not JSON"),
-        (b'{"r": 4}', "`peft_type` is missing"),
-        (b'{"peft_type": "LORA", "r": 4}', "`target_modules` is missing"),
+        (b'{"r": 4}', ".peft_type. is missing"),
+        (b'{"peft_type": "LORA", "r": 4}', ".target_modules. is missing"),
         (
             b'{"peft_type": "LORA", "target_modules": ["q"], "use_qalora": true}',
-            "`use_qalora` = True",
+            ".use_qalora. = True",
         ),
-        (b'{"peft_type": "LORA", "target_modules": ["q"], "r": "4"}', "rank must be an integer"),
+        (b'{"peft_type": "LORA", "target_modules": ["q"], "r": "4"}', '"r" must be an integer'),
     ],
     ids=lambda v: v[:30] if isinstance(v, str) else "",
 )

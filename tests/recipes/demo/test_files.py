@@ -55,7 +55,7 @@ def test_known_names_without_the_mark_are_left_alone_too(tmp_path):
 
 def test_a_file_in_the_folders_place(tmp_path):
     (tmp_path / "demo").write_text("")
-    with pytest.raises(FileExistsError, match="demo is a file; choose a folder as output_dir"):
+    with pytest.raises(FileExistsError, match="demo is a file; choose a folder as `output_dir`"):
         files.prepare(tmp_path / "demo", *examples())
 
 
