@@ -82,6 +82,16 @@ def test_train_writes_adapter_checkpoint_metrics_and_plot(run):
     assert list((run / "tensorboard").glob("events*"))
 
 
+def test_train_packs_and_prints_how_much_is_padding(run, model, data, tmp_path, capsys):
+    printed = (run.parent / "printed.txt").read_text()
+    assert re.search(r"^buckets of \d+ tokens, \d+\.\d% padding \(", printed, re.MULTILINE)
+    given = ["--model", model, "--train-data", data, "--output-dir", str(tmp_path / "out")]
+    packed = ["--packing", "--packed-length", "400", "--steps", "1", "--no-progress"]
+    assert main(["train", *given, *packed]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^packed rows of 400 tokens, \d+\.\d% padding \(", printed, re.MULTILINE)
+
+
 def test_train_on_a_mesh_gives_the_losses_of_one_device(model, data, tmp_path, capsys):
     def losses(name, *flags):
         command = ["train", "--model", model, "--train-data", data, "--target-modules", "q_proj"]

@@ -43,6 +43,7 @@ class Tuning:
       layers: some.
       rows: of one table, or by name.
       speed: how fast; None leaves it open.
+      packed: on, off or as it pays.
       names: of somebody.
       hidden: not a setting.
     """
@@ -55,6 +56,7 @@ class Tuning:
     layers: int | tuple[int, ...] | None = None
     rows: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
     speed: Literal["slow", "fast"] | None = None
+    packed: Literal["auto"] | bool = False
     names: Sequence[str] | str = ()
     hidden: int = 0
 
@@ -80,7 +82,7 @@ def test_each_field_is_one_option_with_the_docstrings_text():
     assert [o.key for o in OPTIONS] == [
         "model", "limit", "out",
         "tuning.rank", "tuning.rate", "tuning.fast", "tuning.targets", "tuning.ranks",
-        "tuning.layers", "tuning.rows", "tuning.speed", "tuning.names",
+        "tuning.layers", "tuning.rows", "tuning.speed", "tuning.packed", "tuning.names",
     ]  # fmt: skip
     assert OPTIONS[1].help == "how much, in tokens."
     assert OPTIONS[3].flag == "--rank"
@@ -142,6 +144,9 @@ def test_two_sections_may_not_share_a_flag():
             {("tuning", "ranks"): {"a": 1, "b": 2, "c": 3}},
         ),
         ("--speed fast", "tuning.speed = 'fast'", {("tuning", "speed"): "fast"}),
+        ("--packed", "tuning.packed = true", {("tuning", "packed"): True}),
+        ("--packed false", "tuning.packed = false", {("tuning", "packed"): False}),
+        ("--packed auto", "tuning.packed = 'auto'", {("tuning", "packed"): "auto"}),
         ("--names a b", "tuning.names = ['a', 'b']", {("tuning", "names"): ("a", "b")}),
         ("--names a|b", "tuning.names = 'a|b'", {("tuning", "names"): "a|b"}),
         ("--layers 4", "tuning.layers = 4", {("tuning", "layers"): 4}),
@@ -191,6 +196,7 @@ def test_a_setting_without_default_must_be_given():
         ("--rate quick", "--rate expects a number, got `quick`"),
         ("--ranks down_proj", "--ranks expects a table of NAME=VALUE, got `down_proj`"),
         ("--speed fats", "--speed expects one of slow, fast"),
+        ("--packed on", "--packed expects one of auto or true or false, got `on`"),
         ("--targets q_proj,v_proj", "list with spaces, got `q_proj,v_proj`: write --targets q_pr"),
         ("--rows 4,5", "write --rows 4 5"),
         ("--layers a", "--layers expects an integer or a list, each an integer or"),
