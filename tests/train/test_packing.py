@@ -313,6 +313,13 @@ def test_auto_packs_where_it_saves_work(case):
     assert found.text.startswith(kind) and f"{found.steps:,} steps an epoch" in found.text
 
 
+def test_rows_that_fill_up_a_batch_count_as_padding():
+    found = choose([7, 1, 5], (8,), 8, rows=3, width=64, packing=True)
+    assert found.text.startswith(
+        "packed rows of 8 tokens, 45.8% padding (45.8% in buckets), 1 step "
+    )
+
+
 def test_a_row_too_short_for_an_example_is_refused_where_rows_are_packed():
     with pytest.raises(ValueError, match="`packed_length` is 8 tokens, but an example has 15"):
         fit(packing=True, packed_length=8)
