@@ -131,6 +131,14 @@ def test_a_template_without_bounds_is_refused(case, monkeypatch):
     assert time.monotonic() - start < 5
 
 
+def test_the_text_of_a_template_is_bounded(monkeypatch):
+    monkeypatch.setattr(chat, "_MOST_CHARACTERS", 1000)
+    rounds = "{% for i in range(count) %}" + 60 * "x" + "{% endfor %}"
+    assert chat.render(rounds, count=10).text == 600 * "x"
+    with pytest.raises(ValueError, match="it writes more than 1,000 characters"):
+        chat.render(rounds, count=20)
+
+
 @pytest.mark.parametrize("source", ["{% for a in b %}" * 30 + "{% endfor %}" * 30,
                                     "{{ " + "(" * 5000 + ")" * 5000 + " }}"])  # fmt: skip
 def test_a_template_that_does_not_compile(source):
