@@ -173,6 +173,14 @@ def test_gradients_reach_the_inputs_and_no_float_weight_is_kept():
     assert not [r for r in kept if r.shape in ((D, H), (H, D)) and r.dtype == jnp.float32]
 
 
+def test_a_bfloat16_input_has_a_bfloat16_gradient():
+    """JAX itself does not check what the backward of a product gives."""
+    q = quant.quantize_array(weights(H, D))
+    x = jnp.ones((3, H), jnp.bfloat16)
+    y, pull = jax.vjp(lambda x: quant.matmul(x, q, preferred=jnp.float32), x)
+    assert (y.dtype, pull(y)[0].dtype) == (jnp.float32, jnp.bfloat16)
+
+
 @pytest.mark.parametrize("double", [False, True])
 def test_scanned_layers_keep_their_codes_only(double):
     fn, params, x = make("scanned layers", double_quant=double)
