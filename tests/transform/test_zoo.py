@@ -219,7 +219,9 @@ def test_names_of_other_libraries():
         "embed.embeddings": "io",
         "gru.weight_ih": "oi",
     }
-    with pytest.raises(ValueError, match=r"`quary` matches no module; nearest: `attention.query`"):
+    with pytest.raises(
+        ValueError, match="entry .quary. matches no module; nearest: `attention.query`"
+    ):
         lora.plan(_config(target_modules=("quary",)), fn, params, TOKENS)
 
 
@@ -238,7 +240,7 @@ def test_kernel_modulated_for_each_example():
     params = {"w": normal(1, 3, 3, 4, 6), "out": normal(2, 12, 5)}
     x = features(2, 5, 5, 4)
     assert planned(_modulated, params, x) == {"out": "io"}
-    with pytest.raises(ValueError, match="`w` adapts nothing .*only `mul`"):
+    with pytest.raises(ValueError, match="entry .w. adapts nothing .*only `mul`"):
         lora.plan(_config(target_modules=("w",)), _modulated, params, x)
     plan = check(_modulated, params, x, fallbacks=1, target_modules=("w",), roles={"w": "iiio"})
     assert "mixes dims of roles i/o" in plan.by_path()["w"].fallbacks[0].fallback
