@@ -11,7 +11,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+# In place of this folder, whose `numbers` would hide Python's.
+sys.path[0] = str(Path(__file__).parents[2])
 
 import jax
 import numpy as np
