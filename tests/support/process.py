@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 # In place of this folder, whose `numbers` would hide Python's.
-sys.path[0] = str(Path(__file__).parents[2])
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import numpy as np
