@@ -34,7 +34,9 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Replaces public names by the places where they are defined."""
+    """Replaces public names by the places where they are defined, and links out of `docs/`."""
+    for shown, source in OUTSIDE.items():
+        markdown = markdown.replace(f"](../{source})", f"]({shown})")
     return PUBLIC.sub(lambda found: _directive(found.group(1)), markdown)
 
 

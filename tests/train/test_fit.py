@@ -187,7 +187,7 @@ def test_ctrl_c_without_a_folder_says_that_nothing_was_saved():
         if record["step"] == 1:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt, match="nothing was saved, because there is no output_"):
+    with pytest.raises(KeyboardInterrupt, match="nothing was saved, because there is no `output_"):
         toy_fit(hooks=train.Hooks(record=press), evals=0)
 
 
