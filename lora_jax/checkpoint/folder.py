@@ -33,25 +33,36 @@ class DamagedError(ValueError):
     """A checkpoint that cannot be read, or holds other bytes than were written."""
 
 
-def checkpointer(item: str) -> Any:
+_AT_A_TIME = 1 << 27  # bytes of arrays that are read at a time, or those of the largest
+
+
+def checkpointer(item: str, *, largest: int = 0, together: bool = False) -> Any:
     """Orbax's checkpointer of a folder with arrays under `item` and JSON under `meta`.
 
     A process of several reads and writes by itself, and waits for none of the others.
+
+    Args:
+      item: name of the arrays.
+      largest: bytes of the largest array that will be read.
+      together: all processes write their parts of the arrays into one folder.
     """
     ocp = require("orbax.checkpoint")
     me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=me,
-        active_processes={me} if processes.several() else None,
-        barrier_sync_key_prefix=f"process-{me}",
+    who = ocp.options.MultiprocessingOptions()
+    if processes.several() and not together:
+        who = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}"
+        )
+    # Orbax reads all arrays at once, and needs twice their memory.
+    arrays = ocp.StandardCheckpointHandler(
+        multiprocessing_options=who, restore_concurrent_gb=max(largest + 1, _AT_A_TIME) / 1e9
     )
-    arrays = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-    meta = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+    meta = ocp.JsonCheckpointHandler(multiprocessing_options=who)
     both = ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+        composite_options=ocp.CompositeOptions(multiprocessing_options=who),
         **{item: arrays, "meta": meta},
     )
-    return ocp.Checkpointer(both, multiprocessing_options=alone)
+    return ocp.Checkpointer(both, multiprocessing_options=who)
 
 
 def is_folder(directory: Path, item: str) -> bool:
@@ -77,19 +88,27 @@ def place_for(directory: str | os.PathLike, item: str, what: str) -> Path:
     return directory
 
 
-def replace(directory: Path, write: Callable[[Path], None]) -> None:
+def replace(directory: Path, write: Callable[[Path], None], *, together: bool = False) -> None:
     """Writes a folder and moves it into place when it is complete.
 
     Args:
       directory: the final path; existing content is replaced.
       write: creates the folder at the path it is called with.
+      together: all processes call this and write their parts; the first one moves the folder.
 
     Raises:
       OSError: it could not be written; existing content is intact.
     """
     try:
-        with replacing(directory) as new:
-            write(new)
+        if together and not processes.is_first():
+            write(Path(processes.exchange(None)[0]))
+        else:
+            with replacing(directory) as new:
+                if together:
+                    processes.exchange(str(new))
+                write(new)
+        if together:
+            processes.exchange("moved")
     except Exception as error:
         raise OSError(
             f"cannot write {directory}: {one_line(error)}; what was there before is intact"
@@ -147,9 +166,17 @@ def check_arrays(arrays: Mapping[str, Any], sums: Mapping[str, str], directory: 
 
 def _sum(array: Any) -> str:
     # Of the bytes in C order, on the host: the same for every sharding and device.
-    data = np.ascontiguousarray(jax.device_get(processes.whole(array)))
+    data = np.ascontiguousarray(jax.device_get(processes.whole(_alias(array))))
     digest = hashlib.sha256(data.reshape(-1).view(np.uint8).data).hexdigest()[:16]
     return f"{describe(array)} {digest}"
+
+
+def _alias(x: Any) -> Any:
+    """Another array of the same buffers: the copy on the host that JAX keeps with it goes away."""
+    if not isinstance(x, jax.Array):
+        return x
+    shards = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
 
 
 def _digest_of_json(meta: Any) -> str:

@@ -5,11 +5,13 @@ folder/
   meta/     JSON: format, the fingerprint of the leaves, checksums
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from lora_jax.array import check_plain
 from lora_jax.checkpoint.fingerprint import fingerprint, kinds
@@ -28,6 +30,8 @@ from lora_jax.checkpoint.folder import (
     with_checksums,
 )
 from lora_jax.compat import require
+from lora_jax.models.sharding import RULES
+from lora_jax.sharding import Rules, shardings
 
 FORMAT = "lora_jax params 1"
 ITEM = "params"
@@ -37,6 +41,8 @@ def save_params(directory: str | os.PathLike, params: Any) -> None:
     """Writes plain parameters as an Orbax checkpoint, completely or not at all.
 
     `orbax.checkpoint.StandardCheckpointer().restore(directory / "params")` reads them as well.
+    Parameters that are spread over several processes are written by all of them, into a folder that
+    they share.
 
     Args:
       directory: the folder; existing parameters are replaced, anything else is an error.
@@ -57,21 +63,28 @@ def save_params(directory: str | os.PathLike, params: Any) -> None:
         params=ocp.args.StandardSave(nested(arrays)), meta=ocp.args.JsonSave(meta)
     )
 
+    # Parameters on a mesh of several processes are in parts in each of them.
+    together = any(not getattr(x, "is_fully_addressable", True) for x in arrays.values())
+
     def write(new: Path) -> None:
         check_space(new.parent, arrays)
-        with quiet(), checkpointer(ITEM) as opened:
+        with quiet(), checkpointer(ITEM, together=together) as opened:
             opened.save(new, args)
 
-    replace(directory, write)
+    replace(directory, write, together=together)
 
 
-def restore_params(directory: str | os.PathLike, like: Any) -> Any:
+def restore_params(
+    directory: str | os.PathLike, like: Any, *, mesh: Mesh | None = None, rules: Rules = RULES
+) -> Any:
     """Reads plain parameters; each device reads only its own shards.
 
     Args:
       directory: from `save_params`.
       like: tree of arrays or `jax.ShapeDtypeStruct`s with the expected shapes and dtypes, and the
         shardings; leaves without a sharding are put on one device.
+      mesh: spread the parameters over it, whatever shardings `like` has.
+      rules: which of its axes shard which dims, as in `sharding.place`.
 
     Returns:
       A tree shaped as `like`.
@@ -80,6 +93,9 @@ def restore_params(directory: str | os.PathLike, like: Any) -> Any:
       FileNotFoundError: the folder does not exist.
       ValueError: not a folder of `save_params`, or leaves that are missing, unexpected, of another
         shape or quantized differently.
+
+    Warns:
+      UserWarning: leaves that every device of the mesh holds whole.
     """
     directory = Path(os.path.abspath(directory))
     if not directory.is_dir():
@@ -94,8 +110,10 @@ def restore_params(directory: str | os.PathLike, like: Any) -> Any:
     got = {name: text.partition(" ")[0] for name, text in meta["weights"].items()}
     if phrases := _requantized(kinds(like), got):
         raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")
-    wanted = {n: placed(x) for n, x in named.items()}
-    with checkpointer(ITEM) as opened:
+    where = {} if mesh is None else flatten(shardings(like, mesh, rules))
+    wanted = {n: placed(x, where.get(n)) for n, x in named.items()}
+    largest = max((math.prod(x.shape) * x.dtype.itemsize for x in wanted.values()), default=0)
+    with checkpointer(ITEM, largest=largest) as opened:
         arrays = flatten(read_arrays(opened, directory, ITEM, nested(wanted)))
     check_arrays(arrays, sums, directory)
     return unflatten(like, arrays)
@@ -116,7 +134,7 @@ def described(directory: str | os.PathLike) -> dict[str, tuple[str, tuple[int, .
     return {name: parse(text) for name, text in weights.items()}
 
 
-def placed(x: Any) -> jax.ShapeDtypeStruct:
-    """The target of a restore: shape, dtype and sharding."""
-    where = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def placed(x: Any, where: Sharding | None = None) -> jax.ShapeDtypeStruct:
+    """The target of a restore: shape, dtype and sharding, by default the array's own."""
+    where = where or getattr(x, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lora
 from lora_jax import checkpoint, files
 from lora_jax.checkpoint import adapters
+from lora_jax.sharding import LeafDims, Rules
 
 from tests.support.numbers import moved
 from tests.support.places import ROOT
@@ -162,6 +163,24 @@ def test_merged_parameters_come_back(tmp_path, trained, mesh):
     assert_same_bits(jax.tree.map(np.asarray, placed), merged)
     checkpoint.save_params(tmp_path / "m", toy_params())  # replaces
     assert_same_bits(checkpoint.restore_params(tmp_path / "m", merged), toy_params())
+
+
+@pytest.mark.parametrize("axes", [dict(fsdp=8), dict(fsdp=4, tensor=2)], ids=str)
+def test_parameters_are_restored_onto_a_mesh_by_rules(tmp_path, axes):
+    kernels = {name: {"kernel": jnp.linspace(-1, 1, 1 << 14).reshape(256, 64)} for name in "ab"}
+    params = {**lora.quantize(kernels, ["b"], block_size=16, double_quant=True), "c": jnp.ones(3)}
+    checkpoint.save_params(tmp_path / "one", params)
+    rules = Rules(
+        {"in": ("fsdp",), "out": ("tensor",)}, (LeafDims(r"kernel$", ("in", "out"), (0, 1)),)
+    )
+    mesh, like = lora.models.make_mesh(**axes), jax.eval_shape(lambda: params)
+    found = checkpoint.restore_params(tmp_path / "one", like, mesh=mesh, rules=rules)
+    placed = lora.sharding.place(params, mesh, rules)
+    assert_same_bits(jax.tree.map(np.asarray, found), params)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(placed), strict=True):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    checkpoint.save_params(tmp_path / "many", found)  # in shards
+    assert_same_bits(checkpoint.restore_params(tmp_path / "many", like), params)
 
 
 def test_a_base_has_one_fingerprint_wherever_it_lies(mesh):

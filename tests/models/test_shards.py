@@ -329,10 +329,11 @@ SHARED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "held", "mesh"), SHARED, ids=spelled)
-def test_two_processes_read_what_their_devices_hold(files, kind, held, mesh):
+def test_two_processes_read_what_their_devices_hold(files, tmp_path, kind, held, mesh):
     job = {"source": str(files[kind]), "quantize": held, "mesh": mesh}
     (alone,) = processes_of(1, 4, job)
-    found = processes_of(2, 2, job)
+    found = processes_of(2, 2, {**job, "params": str(tmp_path / "params")})
+    assert (tmp_path / "params" / "meta").is_dir()
     # `data` copies all weights to both.
     parts = 1 if "data" in mesh else 2
     for each in found:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import jax
 import numpy as np
 
-from lora_jax import models, processes, quant
+from lora_jax import checkpoint, models, processes, quant
 from lora_jax.hf.checkpoint import safetensors, weights
 from lora_jax.hf.gguf import file as gguf_file
 from lora_jax.paths import spell
@@ -67,6 +67,10 @@ def load(job: dict[str, Any]) -> dict[str, Any]:
     jax.block_until_ready(params)
     peak = memory("VmHWM") - before
     shards = [s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards]
+    if "params" in job:
+        checkpoint.save_params(job["params"], params)
+        again = checkpoint.restore_params(job["params"], jax.eval_shape(lambda: params), mesh=mesh)
+        assert shards_of(again) == shards_of(params)
     return {
         "read": sum(read), "largest": max(read), "held": sum(shards), "peak": peak,
         "shards": shards_of(params),
