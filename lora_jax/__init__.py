@@ -8,7 +8,7 @@ split, combine                the half that trains and the frozen one
 masked, trainable_mask        the whole tree in an optimizer
 grad, value_and_grad          gradients of what trains, of the whole tree
 merge, unmerge, delta         plain parameters, and back
-quantize, dequantize          a base in 4 or 8 bits
+quantize, dequantize, quant   a base in 4 or 8 bits
 stack, select, replace        many adapters of one base
 sharding                      trees over a mesh of devices
 checkpoint, hf                files: Orbax; PEFT, GGUF, Hugging Face
@@ -22,6 +22,7 @@ A sub-package is imported when it is used.
 import importlib as _importlib
 import typing as _typing
 
+from lora_jax import quant as quant
 from lora_jax import sharding as sharding
 from lora_jax.array import LoraArray as LoraArray
 from lora_jax.array import RowsArray as RowsArray
@@ -104,6 +105,7 @@ __all__ = [
     "nnx",
     "partition_specs",
     "plan",
+    "quant",
     "quantize",
     "recipes",
     "replace",

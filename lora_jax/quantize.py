@@ -88,7 +88,9 @@ def quantize(
 def _shown(named: _Named, progress: bool, count: int) -> Iterator[tuple[str, Any]]:
     if not progress:
         return iter(named)
-    return iter(require("tqdm").tqdm(named, desc=f"quantizing {count} weights", unit="leaf"))
+    desc = f"quantizing {count} weights"
+    # None: no bar in a log file.
+    return iter(require("tqdm").tqdm(named, desc=desc, unit="leaf", disable=None))
 
 
 def _stated(roles: dict[str, str], path: str) -> str | None:

@@ -110,6 +110,8 @@ def finetune(
     if train_config.output_dir is None:
         raise SettingsError("`output_dir` is missing: give a folder for the run")
     _join(job)
+    if lora_config.loftq_config.get("loftq_bits") == 8 and job.quantize is None:
+        raise SettingsError('LoftQ in 8 bits needs a base in 8 bits: add quantize="int8"')
     if not processes.is_first():
         log = _no_log
     check_new_run(train_config)

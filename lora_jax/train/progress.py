@@ -1,11 +1,13 @@
 """What a user sees of a run: the progress bar, signals between steps, and the plot of the loss.
 
-The bar shows loss, learning rate, tokens/s and the remaining time on standard error.
+The bar shows loss, learning rate, tokens/s and the remaining time on standard error. Where that is a
+file or a pipe, there are lines instead.
 """
 
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,9 +34,13 @@ def progress(total: int, *, start: int = 0, show: bool = True) -> Iterator:
         yield shown
 
 
-def bar(show: bool, **options: Any) -> Any:
-    """A tqdm bar with these options, or a stub that needs no tqdm if `show` is false."""
-    return require("tqdm").tqdm(**options) if show else _NoBar()
+def bar(show: bool, *, total: int, initial: int = 0, desc: str = "", **options: Any) -> Any:
+    """A tqdm bar, lines where standard error is no terminal, or a stub if `show` is false."""
+    if not show:
+        return _NoBar()
+    if not sys.stderr.isatty():
+        return _Lines(total, initial, desc)
+    return require("tqdm").tqdm(total=total, initial=initial, desc=desc, **options)
 
 
 class _NoBar:
@@ -51,6 +57,33 @@ class _NoBar:
 
     def update(self, steps: int = 1) -> None:
         pass
+
+
+class _Lines:
+    """The methods of a tqdm bar, for a log file: a line for each tenth of the work.
+
+    A bar would fill the file with carriage returns.
+    """
+
+    def __init__(self, total: int, done: int, desc: str) -> None:
+        self._total, self._done, self._desc = total, done, desc.removesuffix(": ")
+        self._numbers: dict[str, str] = {}
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def set_postfix(self, parts: Any = None, refresh: bool = True, **more: str) -> None:
+        self._numbers = {**(parts or {}), **more}
+
+    def update(self, steps: int = 1) -> None:
+        before, self._done = self._done, self._done + steps
+        if 10 * before // self._total < 10 * self._done // self._total:
+            shown = "".join(f", {name} {value}" for name, value in self._numbers.items())
+            line = f"{self._desc}: {self._done}/{self._total}{shown}"
+            print(line, file=sys.stderr, flush=True)
 
 
 def show_record(bar: Any, record: dict) -> None:

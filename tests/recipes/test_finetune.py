@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.recipes import finetune
@@ -98,6 +99,12 @@ def test_a_missing_adapter_is_refused_before_anything_is_loaded(job, tmp_path):
     job = dataclasses.replace(job, adapter=str(tmp_path / "none"), train_data=tmp_path / "x")
     with pytest.raises(FileNotFoundError, match="none"):
         finetune.finetune(job, LORA, dataclasses.replace(RUN, output_dir=tmp_path / "out"))
+
+
+def test_loftq_in_8_bits_names_the_setting_it_needs(job, tmp_path):
+    config = LoraConfig(init="loftq", loftq_config={"loftq_bits": 8})
+    with pytest.raises(SettingsError, match='needs a base in 8 bits: add quantize="int8"'):
+        finetune.finetune(job, config, TrainConfig(output_dir=tmp_path / "a"))
 
 
 def test_forms(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -345,11 +346,21 @@ def test_hooks_hear_and_add(tmp_path):
     ]  # fmt: skip
 
 
-def test_progress_bar_shows_loss_rate_speed_and_time_left(capsys):
+def test_progress_bar_shows_loss_rate_speed_and_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     toy_fit(progress=True, steps=3, evals=0)
     last = capsys.readouterr().err.split("\r")[-1]
     for part in ("100%", "3/3", "loss=", "lr=", "tok/s=", "<"):
         assert part in last
+
+
+def test_a_log_file_gets_a_line_for_each_tenth_of_a_run(capsys):
+    toy_fit(progress=True, steps=20, evals=0)
+    err = capsys.readouterr().err
+    assert "\r" not in err and "\x1b" not in err
+    lines = [line for line in err.splitlines() if line.startswith("train: ")]
+    assert [line.split(",")[0] for line in lines] == [f"train: {n}/20" for n in range(2, 21, 2)]
+    assert all(re.search(r", loss [\d.]+, lr \S+, tok/s [\d,]+$", line) for line in lines)
 
 
 def test_bfloat16_base_trains_float32_adapters():

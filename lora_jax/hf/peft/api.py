@@ -226,8 +226,8 @@ def save_peft(
       config: the config the adapter was made with.
       base_model_name: Hub id or path of the base model, for `base_model_name_or_path`.
       task_type: PEFT's task type, or None. "auto" keeps that of a config that came from PEFT;
-        without one it is CAUSAL_LM for a decoder, FEATURE_EXTRACTION for an encoder and SEQ_CLS
-        for a classifier.
+        without one it is CAUSAL_LM for a decoder and FEATURE_EXTRACTION or SEQ_CLS for an encoder,
+        each under Hugging Face's names, and None for a model of one's own.
       target: "peft", or "vllm" for an adapter that vLLM serves at the right scale. vLLM reads one
         rank and one alpha, so other scales are multiplied into B and ranks filled up with zeros.
       name_map: as for `load_peft`.

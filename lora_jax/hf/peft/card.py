@@ -32,6 +32,12 @@ def is_encoder(paths: Collection[str]) -> bool:
     return {"word_embeddings", "encoder"} <= parts and "decoder" not in parts
 
 
+def is_decoder(parts: Collection[str]) -> bool:
+    """Whether these components of paths are those of a language model of transformers'."""
+    known = {"embed_tokens", "layers"} <= {*parts} or {"wte", "h"} <= {*parts}
+    return known and not {"encoder", "score", "classifier"} & {*parts}
+
+
 def auto_class_of(paths: Collection[str], task_type: str | None) -> str | None:
     """The class that loads the base, in which the adapter's names are those of its modules.
 

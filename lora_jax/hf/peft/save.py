@@ -11,7 +11,7 @@ from lora_jax.config.arguments import check_argument
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.hf.peft import directory
-from lora_jax.hf.peft.card import WRAPPED, is_encoder, parts_of
+from lora_jax.hf.peft.card import WRAPPED, is_decoder, is_encoder, parts_of
 from lora_jax.hf.peft.index import AdapterIndex, IndexRow, make_index, named_targets
 from lora_jax.hf.peft.tensors import TensorSpec, read_leaf, tensor_specs
 from lora_jax.hf.peft.tying import HEAD, tied_config, ties
@@ -56,7 +56,7 @@ def with_task(
         config = tied_config(leaves, config)
     fields, tensors = content_of(make_index(leaves, config), model_type=model_type)
     if task_type == AUTO:
-        task_type = _task_of(leaves, tensors)
+        task_type = task_of(leaves, tensors)
     _check_head(task_type, leaves, tensors)
     return {**fields, "task_type": task_type}, tensors
 
@@ -212,7 +212,7 @@ def _check_rows(leaf: RowsArray, path: str, config: LoraConfig) -> None:
 _HEADS = ("classifier", "score")
 
 
-def _task_of(paths: Collection[str], tensors: Collection[str]) -> str | None:
+def task_of(paths: Collection[str], tensors: Collection[str]) -> str | None:
     """The task type of a model.
 
     Args:
@@ -220,14 +220,14 @@ def _task_of(paths: Collection[str], tensors: Collection[str]) -> str | None:
       tensors: PEFT's names of the tensors in the file.
 
     Returns:
-      "CAUSAL_LM" for all that is no encoder; "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" for an
-      encoder with such a head, where its head is written too, as PEFT expects of these types;
-      "FEATURE_EXTRACTION" without a head; None (any model) otherwise, for instance with the head
-      of a masked language model.
+      "CAUSAL_LM" for a decoder under Hugging Face's names; "SEQ_CLS", "TOKEN_CLS" or
+      "QUESTION_ANS" for an encoder with such a head, where its head is written too, as PEFT expects
+      of these types; "FEATURE_EXTRACTION" without a head; None (any model) otherwise: for a model
+      of one's own, or with the head of a masked language model.
     """
-    if not is_encoder(paths):
-        return "CAUSAL_LM"
     parts = parts_of(paths)
+    if not is_encoder(paths):
+        return "CAUSAL_LM" if is_decoder(parts) else None
     if "classifier" in parts:
         whole = bool({"pooler", "out_proj"} & parts)  # classifiers of tokens have neither
         found = "SEQ_CLS" if whole else "TOKEN_CLS"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lora_jax.array import LoraArray
 from lora_jax.config import peft as peft_config
 from lora_jax.config.lora import LoraConfig
-from lora_jax.hf.peft import api
+from lora_jax.hf.peft import api, save
 from lora_jax.hf.peft import directory as peft_files
 from lora_jax.hf.peft.card import auto_class_of, card, is_encoder
 
@@ -244,6 +244,30 @@ def test_the_json_is_as_peft_writes_it(directory):
     assert sorted(p.name for p in directory.iterdir()) == sorted(
         ["README.md", peft_files.CONFIG_FILE, peft_files.TENSOR_FILE]
     )
+
+
+@pytest.mark.parametrize(
+    ("paths", "task"),
+    [
+        (("model.embed_tokens.embedding", "model.layers.mlp.up_proj.kernel"), "CAUSAL_LM"),
+        (("transformer.wte.embedding", "transformer.h.0.attn.c_attn.kernel"), "CAUSAL_LM"),
+        (("up.kernel", "down.kernel"), None),
+        (("encoder.layers.up.kernel", "shared.embed_tokens.embedding"), None),
+        (("model.embed_tokens.embedding", "model.layers.up.kernel", "score.kernel"), None),
+    ],
+    ids=str,
+)
+def test_only_a_language_model_of_transformers_has_its_task(paths, task):
+    assert save.task_of(paths, ()) == task
+
+
+def test_a_model_of_one_s_own_has_no_task_unless_it_is_given(tmp_path):
+    leaf = LoraArray(np.ones((4, 3)), np.ones((4, 2)), np.ones((2, 3)), np.float32(1))
+    config = LoraConfig(rank=2, alpha=2, target_modules=("up",))
+    for options, task in (({}, None), ({"task_type": "CAUSAL_LM"}, "CAUSAL_LM")):
+        api.save_peft(tmp_path / "a", {"up": {"kernel": leaf}}, config, **options)
+        fields = json.loads((tmp_path / "a" / peft_files.CONFIG_FILE).read_text())
+        assert fields["task_type"] == task
 
 
 def test_the_model_card_says_what_it_is_and_a_users_own_stays(tree, tmp_path):
