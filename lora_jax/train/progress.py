@@ -1,7 +1,7 @@
 """What a user sees of a run: the progress bar, signals between steps, and the plot of the loss.
 
-The bar shows loss, learning rate, tokens/s and the remaining time on standard error. Where that is a
-file or a pipe, there are lines instead.
+The bar shows loss, learning rate, tokens/s and the remaining time on standard error. Where that is
+a file or a pipe, there are lines instead.
 """
 
 import contextlib
