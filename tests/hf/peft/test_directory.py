@@ -264,8 +264,8 @@ def test_only_a_language_model_of_transformers_has_its_task(paths, task):
 def test_a_model_of_one_s_own_has_no_task_unless_it_is_given(tmp_path):
     leaf = LoraArray(np.ones((4, 3)), np.ones((4, 2)), np.ones((2, 3)), np.float32(1))
     config = LoraConfig(rank=2, alpha=2, target_modules=("up",))
-    for given, task in (("auto", None), ("CAUSAL_LM", "CAUSAL_LM")):
-        api.save_peft(tmp_path / "a", {"up": {"kernel": leaf}}, config, task_type=given)
+    for asked, task in (("auto", None), ("CAUSAL_LM", "CAUSAL_LM")):
+        api.save_peft(tmp_path / "a", {"up": {"kernel": leaf}}, config, task_type=asked)
         fields = json.loads((tmp_path / "a" / peft_files.CONFIG_FILE).read_text())
         assert fields["task_type"] == task
 
