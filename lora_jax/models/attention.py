@@ -23,7 +23,7 @@ from lora_jax.models.rope import Rotation, rotate
 
 # Tokens: the scores of fewer are small.
 FLASH_FROM = 128
-# Bytes of float32 scores that training holds at once.
+# Bytes of float32 scores that training holds at once on a device.
 MOST_SCORES = 2**28
 
 
@@ -124,11 +124,19 @@ def starts_of(segments: Int[AnyArray, "b t"]) -> Int[Array, "b t"]:
     return lax.cummax(jnp.where(first, at, 0), axis=1)
 
 
-def _seen_by(mask: Bool[AnyArray, "b t"] | None, segments: Int[AnyArray, "b t"] | None) -> Any:
-    """Which keys a query sees but for causality and windows, (b, 1, #t, t); None for all."""
+def _seen_by(
+    mask: Bool[AnyArray, "b t"] | None,
+    segments: Int[AnyArray, "b t"] | None,
+    at: Int[Array, " q"] | None = None,
+) -> Any:
+    """Which keys the queries see but for causality and windows, (b, 1, #q, t); None for all.
+
+    `at` are the places of the queries, None for every place of the row.
+    """
     if segments is not None:
         # Padding, segment 0, attends to padding: a softmax over nothing would be one over all.
-        return segments[:, None, :, None] == segments[:, None, None, :]
+        own = segments if at is None else jnp.take(segments, at, axis=1, mode="clip")  # (b, q)
+        return own[:, None, :, None] == segments[:, None, None, :]
     return None if mask is None else mask[:, None, None, :]
 
 
@@ -156,26 +164,31 @@ def _without_cache(
             block: Int[Array, ""],
         ) -> tuple[Float[Array, "b t n h"], Stored]:
             q, k = rotate(q, by), rotate(k, by)
-            # JAX's attention has no soft cap, and its window is a static number.
-            if isinstance(slides, bool) and mixing.softcap is None:
-                # cuDNN's takes no segments: JAX would hand it a bias of all pairs of tokens.
-                if unmasked and near is None and _takes_flash(q):
-                    flash = partial(jax.nn.dot_product_attention, implementation="cudnn")
-                    return flash(q, k, v, scale=mixing.scale, is_causal=True), stored
+            # cuDNN's takes no segments: JAX would hand it a bias of all pairs of tokens.
+            plain = (
+                unmasked and near is None and isinstance(slides, bool) and mixing.softcap is None
+            )
+            if plain and _takes_flash(q):
+                flash = partial(jax.nn.dot_product_attention, implementation="cudnn")
+                return flash(q, k, v, scale=mixing.scale, is_causal=True), stored
 
-                # The mask is made where it is used, and fused with the causal one into the
-                # softmax: outside it would be an array of all pairs of tokens.
-                def mix(q: Array, k: Array, v: Array) -> Array:
+            # The mask is made where it is used, and fused with the causal one into the softmax:
+            # outside it would be an array of all pairs of tokens.
+            def mix(q: Array, k: Array, v: Array, first: int | Array) -> Array:
+                whole = q.shape[1] == k.shape[1]
+                # JAX's attention has no soft cap, and its window is a static number.
+                if whole and isinstance(slides, bool) and mixing.softcap is None:
                     return jax.nn.dot_product_attention(
                         q, k, v, mask=_seen_by(mask, segments), scale=mixing.scale,
                         is_causal=True, local_window_size=near,
                     )  # fmt: skip
+                at = first + jnp.arange(q.shape[1])
+                back = at[:, None] - jnp.arange(k.shape[1])
+                seen = _near(back, mixing, slides)[None, None]  # (1, 1, t, s)
+                seen = seen if unmasked else seen & _seen_by(mask, segments, at)  # (b, 1, t, s)
+                return _mix(q, k, v, seen=seen, mixing=mixing)
 
-                return _in_parts(mix, q, k, v), stored
-            at = jnp.arange(q.shape[1])
-            seen = _near(at[:, None] - at, mixing, slides)[None, None]  # (1, 1, t, t)
-            seen = seen if unmasked else seen & _seen_by(mask, segments)  # (b, 1, t, t)
-            return _mix(q, k, v, seen=seen, mixing=mixing), stored
+            return _in_parts(mix, q, k, v), stored
 
         return attend
 
@@ -236,22 +249,28 @@ def _with_cache(
 def _in_parts(
     mix: Callable,
     q: Float[Array, "b t n h"],
-    k: Float[Array, "b s k h"],
-    v: Float[Array, "b s k h"],
+    k: Float[Array, "b t k h"],
+    v: Float[Array, "b t k h"],
 ) -> Float[Array, "b t n h"]:
-    """`mix(q, k, v)`; where its scores are large, some heads at a time and again when backward.
+    """`mix(q, k, v, 0)`; where its scores are large, a part at a time and again when backward.
 
-    The float32 scores of all heads at once would be the largest arrays of a training step over a
-    quantized base.
+    A part has some of the heads, or of one key head some of the queries: so memory grows with the
+    length of a row, not with its square. The float32 scores of all heads at once would be the
+    largest arrays of a training step over a quantized base.
     """
     b, t, n, h = q.shape
-    s, heads = k.shape[1:3]
-    scores = 4 * b * n * t * s  # bytes
+    heads = k.shape[2]
+    # Bytes on a device of a mesh, over which rows and heads are spread.
+    scores = 4 * b * n * t * t // max(1, jax.sharding.get_abstract_mesh().size)
     # Key heads are never split: the fewest equal parts of them whose scores fit.
     fits = [p for p in range(1, heads + 1) if heads % p == 0 and scores <= p * MOST_SCORES]
     parts = fits[0] if fits else heads
+    pieces = min(t, -(-scores // (parts * MOST_SCORES)))
+    if parts == pieces == 1:
+        return mix(q, k, v, 0)
+    some = partial(_by_queries, mix, pieces)
     if parts == 1:
-        return mix(q, k, v)
+        return some(q, k, v)
 
     group = n // heads  # query heads of a key head
 
@@ -262,9 +281,35 @@ def _in_parts(
         return jnp.moveaxis(x, 3, 0).reshape(parts, *x.shape[:2], -1, h)
 
     operands = (split(q, group), split(k, 1), split(v, 1))
-    mixed = lax.map(jax.checkpoint(lambda each: mix(*each)), operands)  # (parts, b, t, m, h)
+    mixed = lax.map(lambda each: some(*each), operands)  # (parts, b, t, m, h)
     mixed = mixed.reshape((parts, b, t, heads // parts, group, h))
     return jnp.moveaxis(mixed, 0, 3).reshape(b, t, n, h)
+
+
+def _by_queries(
+    mix: Callable,
+    pieces: int,
+    q: Float[Array, "b t m h"],
+    k: Float[Array, "b t k h"],
+    v: Float[Array, "b t k h"],
+) -> Float[Array, "b t m h"]:
+    """`mix`, by so many pieces of the queries one after another."""
+    if pieces == 1:
+        return jax.checkpoint(partial(mix, first=0))(q, k, v)
+    b, t, m, h = q.shape
+    size = -(-t // pieces)
+    pieces = -(-t // size)
+    padded = jnp.pad(q, ((0, 0), (0, size * pieces - t), (0, 0), (0, 0)))
+    apart = jnp.moveaxis(padded.reshape(b, pieces, size, m, h), 1, 0)  # (pieces, b, size, m, h)
+    one = jax.checkpoint(lambda q, first: mix(q, k, v, first))
+    # Bound to the queries: a scan over heads or blocks would compute the masks of all pieces, which
+    # it finds the same in every turn, beforehand.
+    apart, firsts = lax.optimization_barrier((apart, jnp.arange(pieces) * size))
+    mixed = lax.map(lambda each: one(*each), (apart, firsts))
+    mixed = jnp.moveaxis(mixed, 0, 1).reshape(b, size * pieces, m, h)[:, :t]
+    # Always `mixed`, and so nothing once compiled: adapters for each token follow the tokens' axis
+    # through the program, and lose it where it is cut in pieces. The queries have it.
+    return lax.select(jnp.ones(mixed.shape, bool), mixed, q)
 
 
 def _near(

@@ -1,5 +1,7 @@
 """Attention in parts is attention; where it runs, cuDNN's is taken instead."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 from lora_jax import compat, models
 from lora_jax.models import attention
+
+from tests.support.tiny import SMALL
 
 pytestmark = pytest.mark.once
 
@@ -31,6 +35,76 @@ def test_heads_in_parts_give_the_same_logits_and_gradients(monkeypatch):
     monkeypatch.setattr(attention, "MOST_SCORES", 4 * 2 * 8 * 8 * 8 // 2)  # two heads of four
     got = jax.jit(lambda p: jax.value_and_grad(loss)(p))(model.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
+FAMILIES = {
+    "llama": {},
+    "mistral": dict(sliding_window=3),
+    "gemma2": dict(sliding_window=3, head_dim=8, query_pre_attn_scalar=9,
+                   attn_logit_softcapping=2.0, hidden_activation="gelu_pytorch_tanh"),
+    "gemma3_text": dict(sliding_window=3, head_dim=8, sliding_window_pattern=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_some_queries_at_a_time_give_the_same_logits_and_gradients(kind, monkeypatch):
+    fields = dict(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    config = models.config_from_hf({"model_type": kind, **fields, **FAMILIES[kind]})
+    model = models.init(jax.random.key(0), config)
+    tokens = jax.random.randint(jax.random.key(1), (2, 13), 0, 61)
+    mask = jnp.arange(13) >= jnp.array([[0], [3]])
+
+    def loss(params):
+        return jnp.sum(jnp.sin(model.apply(params, tokens, mask=mask)) * mask[..., None])
+
+    want = jax.jit(jax.value_and_grad(loss))(model.params)
+    # Key heads one by one, each in four pieces of four queries, of which the last has one.
+    monkeypatch.setattr(attention, "MOST_SCORES", 4 * 2 * 4 * 13 * 13 // 2 // 4 + 1)
+    got = jax.jit(lambda p: jax.value_and_grad(loss)(p))(model.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_memory_grows_with_the_length_of_a_row(softcap, monkeypatch):
+    """Of a gradient through packed rows; the square of the length is 16 times as large."""
+    monkeypatch.setattr(attention, "MOST_SCORES", 2**20)
+    mixing = attention.Mixing(slides=(False,), softcap=softcap)
+
+    def temporaries(length):
+        q = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+        segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+        def loss(q, segments):
+            attend_of, _, _ = attention.attention(
+                segments, None, None, segments=segments, mixing=mixing, rotations=lambda _: None
+            )
+            return jnp.sum(attend_of(False)(q, q, q, stored=None, block=jnp.int32(0))[0] ** 2)
+
+        compiled = jax.jit(jax.grad(loss)).lower(q, segments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) <= 5 * temporaries(2048)
+
+
+def test_a_scan_over_blocks_holds_no_mask_of_all_pairs(monkeypatch):
+    monkeypatch.setattr(attention, "MOST_SCORES", 2**20)
+
+    def temporaries(length):
+        config = dataclasses.replace(SMALL, max_position_embeddings=length)
+        model = models.init(jax.random.key(0), config, remat=True)
+
+        def loss(params, rows):
+            return jnp.sum(model.apply(params, rows, segments=rows, return_hidden=True))
+
+        rows = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        compiled = jax.jit(jax.grad(loss)).lower(model.params, rows).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) <= 5 * temporaries(2048)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ FAULTS = [
          "if slides is True:\n        return (back >= 0) & (back <= mixing.window)"),
         ("near = (window - 1, 0)", "near = (window, 0)"),
         ("jnp.tanh(logits / mixing.softcap) * mixing.softcap", "jnp.tanh(logits / mixing.softcap)"),
-        ("seen if unmasked else seen & _seen_by(mask, segments)", "seen"),
+        ("seen if unmasked else seen & _seen_by(mask, segments, at)", "seen"),
         ("(h**-0.5 if mixing.scale is None else mixing.scale)", "h**-0.5"),
     ),
     *in_file(
