@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import lora_jax as lora
 from lora_jax import models
 from lora_jax.models.bert_config import BertConfig
 from lora_jax.models.saving import save_model
@@ -384,3 +386,35 @@ def test_the_written_config_is_read_by_transformers(kind, task):
     assert there["from"] == json.loads(json.dumps(written))
     assert (there["labels"], there["padding"]) == (3, 1)
     assert [there["class"]] == written["architectures"]
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("roberta guesses words", {}),
+        ("bert by relu", dict(task="sequence-classification", fresh_head=jax.random.key(0))),
+    ],
+)
+def test_an_encoder_is_loaded_straight_onto_a_mesh(saved, case, options, monkeypatch):
+    from lora_jax.hf.checkpoint import safetensors
+
+    _, directory = saved(case)
+    want = models.load_encoder(directory, **options).params
+    sizes, read = [], safetensors.read_array
+
+    def count(*args, **part):
+        sizes.append(read(*args, **part).size)
+        return read(*args, **part)
+
+    monkeypatch.setattr(safetensors, "read_array", count)
+    mesh = models.make_mesh(fsdp=8)
+    load_it: Any = models.load_encoder if options else models.load
+    with warnings.catch_warnings():  # tables of two rows, and a head of two classes
+        warnings.filterwarnings("ignore", "every device holds all of", UserWarning)
+        found = load_it(directory, mesh=mesh, **options).params
+        placed = lora.sharding.place(want, mesh, models.sharding.RULES)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), found, want)
+    assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, found, placed))
+    vocabulary = found[next(iter(found.keys() & {"bert", "roberta"}))]["embeddings"]
+    table = vocabulary["word_embeddings"]["embedding"]
+    assert max(sizes) <= table.size // 8

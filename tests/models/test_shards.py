@@ -284,6 +284,25 @@ def test_a_part_of_a_tensor_is_that_part_of_the_leaf():
     np.testing.assert_array_equal(got, theirs.transpose(axes)[tuple(slice(*e) for e in ends)])
 
 
+def test_an_adapter_goes_from_mesh_to_mesh_over_shards_that_were_quantized(files, tmp_path):
+    tokens, held = jax.ShapeDtypeStruct((1, 4), "int32"), block(double_quant=True)
+    config = lora.LoraConfig(rank=2, target_modules=("q_proj", "down_proj"), init="random")
+    meshes = [models.make_mesh(**MESHES[name]) for name in ("4 x 2", "8")]
+    first, second = (models.load(files["safetensors"], quantize=held, mesh=m) for m in meshes)
+    plain = models.load(files["safetensors"], quantize=held)
+    marks = lora.checkpoint.fingerprint(plain.params)
+    assert marks == lora.checkpoint.fingerprint(first.params)
+    plan = lora.plan(config, first.apply, first.params, tokens)
+    params = lora.init(jax.random.key(0), plan, first.params)
+    lora.checkpoint.save(tmp_path / "adapter", params, config)
+    for model in (second, plain):
+        again, _ = lora.checkpoint.restore(tmp_path / "adapter", model.apply, model.params, tokens)
+        for x, y in zip(*(jax.tree.leaves(lora.split(p)[0]) for p in (again, params)), strict=True):
+            np.testing.assert_array_equal(x, y)
+    a = again["model"]["layers"]["self_attn"]["q_proj"]["kernel"].a
+    assert len(a.sharding.device_set) == 1  # where the last base lies
+
+
 # Real processes.
 
 

@@ -89,12 +89,15 @@ def test_every_device_holds_its_part_alone():
     assert held <= 1.1 * whole / 8
 
 
-def test_a_run_on_a_mesh_resumes_on_another(tmp_path):
-    whole, _ = run(make(), {}, {}, models.make_mesh(fsdp=8))
+@pytest.mark.parametrize("kind", ["lora", pytest.param("nf4", marks=pytest.mark.slow)])
+def test_a_run_on_a_mesh_resumes_on_another(tmp_path, kind):
+    options, settings, _ = KINDS[kind]
+    whole, _ = run(make(**options), settings, {}, models.make_mesh(fsdp=8))
     first = dict(output_dir=tmp_path, steps=10, save_every=5)
     with pytest.raises(KeyboardInterrupt):
-        run(make(), {}, first, models.make_mesh(fsdp=8), stop_after=5)
-    rest, _ = run(make(), {}, {**first, "resume": True}, models.make_mesh(data=8))
+        run(make(**options), settings, first, models.make_mesh(fsdp=8), stop_after=5)
+    again = {**first, "resume": True}
+    rest, _ = run(make(**options), settings, again, models.make_mesh(data=2, fsdp=4))
     np.testing.assert_allclose(rest, whole, rtol=1e-5)
 
 
