@@ -41,7 +41,7 @@ def quantize(
 
     Args:
       params: the base's parameters; arrays, numpy's included, or `ShapeDtypeStruct`s under
-        `jax.eval_shape`.
+        `jax.eval_shape`. What is spread over a mesh stays where it is.
       where: which leaves: module names as in `LoraConfig.target_modules` (a list of names'
         ends, or one regular expression for the whole name), a `Plan` (the leaves it adapts, with
         the roles it found), or `f(path, leaf) -> bool`.

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from lora_jax.files import check_links, read_object
-from lora_jax.hf.checkpoint.fill import Spread, fill
+from lora_jax.hf.checkpoint.fill import Spread, fill, is_shared
 from lora_jax.hf.checkpoint.names import BERT
 from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, renamed, same
@@ -163,7 +163,7 @@ def _belongs(bare: str, inside: bool, config: BertConfig) -> bool:
 def _fill(
     forward: EncoderForward, weights: Weights, fresh_head: Array | None, spread: Spread | None
 ) -> dict[str, Any]:
-    weights = _without_tied(weights, forward.config, shared=spread is not None)
+    weights = _without_tied(weights, forward.config, shared=is_shared(spread))
     shapes = forward.shapes()
     if fresh_head is None:
         try:

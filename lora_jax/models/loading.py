@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lora_jax.files import check_links, named, read_object
-from lora_jax.hf.checkpoint.fill import Spread, fill
+from lora_jax.hf.checkpoint.fill import Spread, fill, is_shared
 from lora_jax.hf.checkpoint.names import unified
 from lora_jax.hf.checkpoint.safetensors import open_directory, refuse_pickle
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, renamed, same
@@ -181,7 +181,7 @@ def _fill(
     weights = renamed(weights, unified(weights.shapes, family))
     tied = family.tied
     if tied is not None and tied[0] in weights.shapes and forward.config.tie_word_embeddings:
-        weights = _without_tied(weights, *tied, shared=spread is not None)
+        weights = _without_tied(weights, *tied, shared=is_shared(spread))
     return fill(forward.shapes(), weights, family=family, quantize=quant, spread=spread)
 
 

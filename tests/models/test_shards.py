@@ -1,5 +1,6 @@
 """Loading straight into shards: every kind of file and format, on each mesh, byte by byte."""
 
+import contextlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
@@ -213,6 +215,18 @@ def test_layers_apart_have_the_same_codes(files):
     want = models.load(files["safetensors"], **options).params
     found = models.load(files["safetensors"], mesh=mesh, **options).params
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), found, want)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_mesh_may_have_explicit_axes_and_be_in_use(files, inside):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    options: dict[str, Any] = dict(quantize=block(double_quant=True))
+    want = models.load(files["safetensors"], **options).params
+    with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+        found = models.load(files["safetensors"], mesh=mesh, **options).params
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        assert x.sharding.mesh == mesh
+        np.testing.assert_array_equal(x, y)
 
 
 def test_a_dim_that_does_not_divide_is_whole_and_named(tmp_path):

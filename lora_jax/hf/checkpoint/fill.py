@@ -35,6 +35,12 @@ Spread = Callable[[str, Any], NamedSharding]
 _Ends = tuple[tuple[int, int], ...]  # first index and end along each dim
 
 
+def is_shared(spread: Spread | None) -> bool:
+    """Whether several processes load together, onto one mesh."""
+    nothing = jax.ShapeDtypeStruct((), "float32")
+    return spread is not None and not spread("", nothing).is_fully_addressable
+
+
 class _Tensor(NamedTuple):
     """A tensor of a leaf: its name there, and the order of its dims in the leaf."""
 
@@ -152,10 +158,10 @@ def _on_host(leaf: _Leaf, source: _Source) -> jax.Array:
 def _pieces(
     leaf: _Leaf, source: _Source, where: NamedSharding | None, *, quantized: bool
 ) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """The layers one after the other: their numbers on each device, and the layers.
+    """The layers one after the other: the number of a layer on its device, and the layer.
 
-    Where an axis of the mesh shards the layers, each device has one of its own, and a piece has
-    them all.
+    Where an axis of the mesh shards the layers, devices hold different ones: a piece is a stack of
+    those that have the number.
     """
     shards = _shards(where, len(leaf.like.shape))
     stack, inner = shards[: leaf.depth], leaf.like.shape[leaf.depth :]
@@ -176,7 +182,13 @@ def _pieces(
 
 
 class _Piece(NamedTuple):
-    """The layers numbered `at` of each device, of which there are `each` along every stack dim."""
+    """The layers that have the number `at` on their devices.
+
+    Attributes:
+      leaf, weights: where they go, and come from.
+      at: a number for each stack dim.
+      each: the number of layers that a device has along each stack dim.
+    """
 
     leaf: _Leaf
     weights: Weights
@@ -201,7 +213,7 @@ class _Piece(NamedTuple):
     def blocks(self, ends: _Ends) -> QuantArray:
         """A part in the file's blocks."""
         tensor, part = self.find(ends)
-        assert self.weights.blocks is not None  # the leaf is among those that the file has so
+        assert self.weights.blocks is not None  # `outline` has looked the format up
         q = self.weights.blocks(tensor.name, part)
         turned = q if tensor.axes is None else ops.transpose(q, tensor.axes)
         assert turned is not None  # a matrix of one stack, whose roles stay in order
