@@ -7,6 +7,7 @@ collections (batch statistics, caches) from the parameters, and join them again.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 from jaxtyping import PyTree
 
 __all__ = ["Functional", "functional", "variables"]
@@ -46,6 +47,7 @@ def functional(
       `variables`; `fn(params, x, state=state)` reads them from `state` and returns them updated.
 
     Raises:
+      TypeError: no linen module, or no collections.
       ValueError: `variables` has no "params".
 
     Example:
@@ -53,6 +55,16 @@ def functional(
       lora_params = lora.init(key, lora.plan(config, fn, params, x), params)
       y = lora.lorafy(fn)(lora_params, x)
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"`module` must be a `flax.linen.Module`, got `{type(module).__name__}`: call "
+            "`lora.linen.functional(module, variables)`; NNX modules are for `lora.nnx`"
+        )
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"`variables` must be a dict of collections, got `{type(variables).__name__}`: pass "
+            "the result of `module.init`"
+        )
     if "params" not in variables:
         raise ValueError(
             f'`variables` has no "params" collection, only {sorted(variables)}: pass the result of '

@@ -6,9 +6,10 @@ There is no arithmetic here.
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen
 import jax
 import numpy as np
 from flax import nnx
@@ -77,8 +78,21 @@ def functional(module: nnx.Module, *, method: str = "__call__") -> Functional:
       fn, params, state = lora.nnx.functional(module)
       plan = lora.plan(lora.LoraConfig(target_modules=("query",)), fn, params, x)
     """
+    _check_module("module", module)
     graph, params, held = nnx.split(module, nnx.Param, ...)
     return Functional(_function(graph, held, method), params, held)
+
+
+def _check_module(name: str, module: Any) -> None:
+    """Raises `TypeError` for what is no NNX module; linen has modules too."""
+    if not isinstance(module, nnx.Module):
+        linen = isinstance(module, (flax.linen.Module, Mapping))
+        way_out = "`lora.linen.functional(module, variables)` is for Flax linen" if linen else (
+            "pass the module itself, not its state or a function"
+        )  # fmt: skip
+        raise TypeError(
+            f"`{name}` must be an `nnx.Module`, got `{type(module).__name__}`: {way_out}"
+        )
 
 
 def _function(graph: Any, held: PyTree, method: str) -> Callable:
@@ -142,7 +156,7 @@ class Adapted(nnx.Module):
         Raises:
           ValueError: the tree is not the planned one.
         """
-        check_argument("nnx.Adapted(base, lora_params, plan)", "base", base, nnx.Module)
+        _check_module("base", base)
         check_argument("nnx.Adapted(base, lora_params, plan)", "plan", plan, Plan)
         check_single(lora_params)
         # A plan holds no arrays: it belongs to the module's structure, not to its state.
@@ -303,7 +317,8 @@ def adapt(
       model = lora.nnx.adapt(model, lora.LoraConfig(target_modules=("query",)), x, key=key)
       optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=lora.nnx.LoraParam)
     """
-    check_argument("nnx.adapt(module, config, *args, key=key)", "module", module, nnx.Module)
+    _check_module("module", module)
+    check_argument("nnx.adapt(module, config, *args, key=key)", "config", config, LoraConfig)
     fn, params, state = functional(module, method=method)
     plan = make_plan(config, fn, params, *args, state=state, **kwargs)
     return Adapted(module, init_tree(key, plan, params), plan)

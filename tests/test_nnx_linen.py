@@ -266,8 +266,29 @@ def test_a_tree_and_a_plan_that_do_not_belong_together():
             lora.nnx.Adapted(module, tree, made(**{"target_modules": ("down",), **other})[0])
     with pytest.raises(ValueError, match="is a stack of adapters"):
         lora.nnx.Adapted(module, lora.stack([tree]), plan)
-    with pytest.raises(TypeError, match="`base` must be `Module`, got `State`"):
+    with pytest.raises(
+        TypeError, match="`base` must be an `nnx.Module`, got `State`: pass the module"
+    ):
         lora.nnx.Adapted(params, tree, plan)
+
+
+@pytest.mark.wrong_types
+def test_modules_of_the_other_flax_are_sent_to_their_own_room():
+    linen, module = LinenNet(), NnxNet(nnx.Rngs(0))
+    variables = linen.init(jax.random.key(0), X)
+    for wrong in (linen, variables):
+        text = f"`module` must be an `nnx.Module`, got `{type(wrong).__name__}`: `lora.linen.funct"
+        with pytest.raises(TypeError, match=text):
+            lora.nnx.adapt(wrong, CONFIG, X, key=jax.random.key(1))
+        with pytest.raises(TypeError, match=text):
+            lora.nnx.functional(wrong)
+    for wrong in (module, variables, linen.apply):
+        with pytest.raises(TypeError, match="`module` must be a `flax.linen.Module`, got"):
+            lora.linen.functional(wrong, variables)
+    with pytest.raises(
+        TypeError, match="`variables` must be a dict of collections, got `LinenNet`"
+    ):
+        lora.linen.functional(linen, linen)
 
 
 def test_adapted_module_with_saved_leaf_and_pissa():

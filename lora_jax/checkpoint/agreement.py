@@ -36,7 +36,7 @@ def check_adapter(lora_params: Any, config: LoraConfig) -> None:
                 expected = " or ".join(map(_spelled, sorted(allowed)))
                 raise ValueError(
                     f"`{path}` has {name} {_spelled(has)}, and `config` gives it {expected}: pass "
-                    "the config that the adapter was made with"
+                    f"the config that the adapter was made with{_MOVED * (name == 'scale')}"
                 )
 
 
@@ -44,6 +44,11 @@ def _spelled(value: float) -> str:
     return str(value) if isinstance(value, bool) else f"{value:.6g}"
 
 
+# No user changes a scale by hand.
+_MOVED = (
+    ". If an optimizer ran on the whole tree, the base has moved too: train "
+    "`lora.split(lora_params)[0]`, or wrap the optimizer in `lora.masked`"
+)
 _ROUNDING = 1e-6  # a leaf's scale is float32, the config's float64
 
 

@@ -98,6 +98,13 @@ def test_another_config_is_an_error_before_anything_is_written(tmp_path, trained
     assert not list(tmp_path.iterdir())
 
 
+def test_a_base_that_an_optimizer_moved_is_an_error(tmp_path, trained):
+    mix = trained["mix"]["kernel"]
+    moved_too = dataclasses.replace(mix, scale=mix.scale * 1.001, w=mix.w + 0.01)
+    with pytest.raises(ValueError, match="If an optimizer ran on the whole tree, the base has mov"):
+        checkpoint.save(tmp_path / "a", {**trained, "mix": {"kernel": moved_too}}, CONFIG)
+
+
 def test_what_is_no_whole_adapter_is_not_written(tmp_path, trained):
     mix = trained["mix"]["kernel"]
     for field in ("a", "b"):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen
+from flax import nnx
 
 import lora_jax as lora
 
@@ -57,7 +57,7 @@ ORDERS = {
         lambda new: lora.checkpoint.restore(new, PARAMS, model, X),
     ],
     "nnx.adapt(module, config, *args, key=key)": [
-        lambda _: lora.nnx.adapt(linen.Dense(4), CONFIG, X, key=KEY),
+        lambda _: lora.nnx.adapt(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), X, CONFIG, key=KEY),
     ],
 }
 
