@@ -86,10 +86,10 @@ def functional(module: nnx.Module, *, method: str = "__call__") -> Functional:
 def _check_module(name: str, module: Any) -> None:
     """Raises `TypeError` for what is no NNX module; linen has modules too."""
     if not isinstance(module, nnx.Module):
-        linen = isinstance(module, (flax.linen.Module, Mapping))
-        way_out = "`lora.linen.functional(module, variables)` is for Flax linen" if linen else (
-            "pass the module itself, not its state or a function"
-        )  # fmt: skip
+        collections = isinstance(module, Mapping) and "params" in module
+        way_out = "pass the module itself, not its state or a function"
+        if collections or isinstance(module, flax.linen.Module):
+            way_out = "`lora.linen.functional(module, variables)` is for Flax linen"
         raise TypeError(
             f"`{name}` must be an `nnx.Module`, got `{type(module).__name__}`: {way_out}"
         )

@@ -1,5 +1,7 @@
 """linen and NNX modules to functions and back: state kept, adapters inside, called as before."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -274,8 +276,10 @@ def test_a_tree_and_a_plan_that_do_not_belong_together():
 
 @pytest.mark.wrong_types
 def test_modules_of_the_other_flax_are_sent_to_their_own_room():
-    linen, module = LinenNet(), NnxNet(nnx.Rngs(0))
+    linen: Any = LinenNet()
+    module = NnxNet(nnx.Rngs(0))
     variables = linen.init(jax.random.key(0), X)
+    wrong: Any
     for wrong in (linen, variables):
         text = f"`module` must be an `nnx.Module`, got `{type(wrong).__name__}`: `lora.linen.funct"
         with pytest.raises(TypeError, match=text):
