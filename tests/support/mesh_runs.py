@@ -47,6 +47,7 @@ KINDS: dict[str, tuple[dict, dict, dict]] = {
     "gpt2": (dict(gpt2=True), dict(target_modules=("c_attn", "c_proj")), {}),
     "accumulation": ({}, {}, dict(batch_size=8, accumulation=2)),
     "dropout": ({}, dict(dropout=0.2), {}),
+    "packed": ({}, {}, dict(packing=True, packed_length=48, batch_size=8)),
     "layers apart": (dict(scan=False), {}, {}),
 }
 

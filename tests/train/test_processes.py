@@ -105,6 +105,7 @@ def test_sigterm_on_one_process_saves_a_step_that_all_have_finished(tmp_path):
         (2, 4, {"data": 2, "fsdp": 4}, "nf4"),
         (4, 2, {"fsdp": 4, "tensor": 2}, "lora"),
         (4, 1, {"data": 4}, "dora"),
+        (2, 2, {"data": 2, "fsdp": 2}, "packed"),
     ],
 )
 def test_losses_and_files_are_those_of_one_device(tmp_path, count, devices, mesh, kind):
