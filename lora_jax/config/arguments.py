@@ -1,6 +1,7 @@
 """Checks of arguments: their order, their types, the fields and the numbers of configurations."""
 
 import functools
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -40,11 +41,22 @@ def check_argument(call: str, name: str, value: Any, kinds: type | tuple[type, .
 
 
 def check_function(call: str, fn: Any) -> None:
-    """Checks that a model is a function.
+    """Checks that a model is a function of its parameters, and no module of Flax.
 
     Raises:
-      TypeError: it cannot be called.
+      TypeError: it cannot be called, or takes no parameters.
     """
+    # Flax need not be imported: whoever has a module of it has done so.
+    for flax, way_out in (
+        ("flax.linen", "pass `module.apply`, or the function of `lora.linen.functional`"),
+        ("flax.nnx", "use `lora.nnx.adapt`, or pass the function of `lora.nnx.functional`"),
+    ):
+        known = sys.modules.get(flax)
+        if known is not None and isinstance(fn, known.Module):
+            raise TypeError(
+                f"`fn` must be a function of the parameters, got the module "
+                f"`{type(fn).__name__}`: {way_out}"
+            )
     if not callable(fn):
         raise TypeError(
             f"`fn` must be a function of the parameters, got {_kind_of(fn)}: call `lora.{call}` "

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import lora_jax as lora
 
@@ -60,6 +60,17 @@ ORDERS = {
         lambda _: lora.nnx.adapt(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), X, CONFIG, key=KEY),
     ],
 }
+
+
+@pytest.mark.wrong_types
+def test_a_module_in_place_of_its_function_names_the_way():
+    dense, linear = linen.Dense(4), nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="got the module `Dense`: pass `module.apply`"):
+        lora.plan(CONFIG, dense, PARAMS, X)
+    with pytest.raises(TypeError, match="got the module `Linear`: use `lora.nnx.adapt`"):
+        lora.plan(CONFIG, linear, PARAMS, X)
+    with pytest.raises(TypeError, match="got the module `Dense`: pass `module.apply`"):
+        lora.lorafy(dense)
 
 
 @pytest.mark.parametrize("order", ORDERS)

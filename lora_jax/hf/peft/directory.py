@@ -74,6 +74,11 @@ def _existing(root: Path, name: str) -> Path:
                 f"{TENSOR_FILE}"
             )
         there = sorted(p.name for p in root.iterdir())[:8]
+        if {"adapter", "meta"} <= {*there} or "checkpoints" in there:
+            raise FileNotFoundError(
+                f"{root}: no PEFT adapter, but one of lora.checkpoint.save or a training run: read "
+                "it with lora.checkpoint.restore"
+            )
         raise FileNotFoundError(
             f"{root}: {name} is missing, so this is no whole PEFT adapter; the directory holds "
             f"{', '.join(there) or 'nothing'}"

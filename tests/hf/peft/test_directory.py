@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lora_jax import checkpoint
 from lora_jax.array import LoraArray
 from lora_jax.config import peft as peft_config
 from lora_jax.config.lora import LoraConfig
@@ -244,6 +245,14 @@ def test_the_json_is_as_peft_writes_it(directory):
     assert sorted(p.name for p in directory.iterdir()) == sorted(
         ["README.md", peft_files.CONFIG_FILE, peft_files.TENSOR_FILE]
     )
+
+
+def test_a_folder_of_orbax_is_sent_to_its_reader(tree, tmp_path):
+    checkpoint.save(tmp_path / "a", tree, QV)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for name in ("a", "run"):
+        with pytest.raises(FileNotFoundError, match="read it with lora.checkpoint.restore"):
+            api.read_peft(tmp_path / name)
 
 
 @pytest.mark.parametrize(
