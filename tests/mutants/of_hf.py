@@ -1,6 +1,6 @@
 """Faults in the files of others: PEFT, safetensors, bitsandbytes, GGUF, name maps, tokenizers."""
 
-from tests.mutants.fault import in_file
+from tests.mutants.fault import Fault, in_file
 
 FAULTS = [
     *in_file(
@@ -90,9 +90,10 @@ FAULTS = [
         "tests/hf/checkpoint/test_bnb.py",
         ('load_in_4bit") or settings.get("load_in_8bit")', 'load_in_4bit")'),
         ("if packed != -(-state.count // 2):", "if packed < state.count // 2:"),
-        ("start, end = first // state.block,", "start, end = 0 * first,"),
         ("code[scales] * outer[group]", "code[scales] * outer[group - group[0, 0]]"),
     ),
+    Fault("hf/checkpoint/bnb.py", "start, end = first // state.block,", "start, end = 0 * first,",
+          "tests/hf/checkpoint/test_bnb.py", "more is read, and what is before the part is cut"),
     *in_file(
         "hf/checkpoint/weights.py",
         "tests/hf/name_map/test_weights.py tests/hf/checkpoint/test_safetensors.py",

@@ -234,8 +234,10 @@ def middle(shape):
 def test_a_part_is_that_part_of_the_whole(tmp_path, golden, case):
     weights = open_directory(saved(tmp_path / "m", part(golden, case)))
     name = f"{case}.weight"
-    inside = middle(weights.shapes[name])
-    np.testing.assert_array_equal(weights.read(name, inside), weights.read(name)[inside])
+    # The last row of "double" has scales of another group than the first.
+    last = tuple(slice(n - 1, n) for n in weights.shapes[name])
+    for inside in (middle(weights.shapes[name]), last):
+        np.testing.assert_array_equal(weights.read(name, inside), weights.read(name)[inside])
 
 
 @pytest.mark.parametrize("case", ["nf4", "fp4", "double", "f32storage"])
