@@ -1,6 +1,6 @@
 """Faults in block formats, quantized products and their shardings."""
 
-from tests.mutants.fault import Fault, in_file
+from tests.mutants.fault import in_file
 
 FAULTS = [
     *in_file(
@@ -66,17 +66,11 @@ FAULTS = [
         ("return -(-sizes(w.shape, how.roles)[1] // how.block)",
          "return -(-sizes(w.shape, how.roles)[1] // (2 * how.block)) * 2"),
         ('if double and form.scale != "absmax":', "if False:"),
+        ('"float32" if double_quant else "bfloat16"', '"bfloat16"'),
         ("~jnp.all(jnp.isfinite(w))", "jnp.bool_(False)"),
         ("return lax.pmax(flag.astype(jnp.int32), axes) > 0 if axes else flag",
          "return flag"),
         ("sizes(w.shape, how.roles)[1] % unit:", "sizes(w.shape, how.roles)[1] % how.block:"),
-    ),
-    Fault(
-        "quant/encode.py",
-        '"float32" if double_quant else "bfloat16"',
-        '"bfloat16"',
-        "tests/quant/test_formats.py tests/quant/test_sharding.py",
-        "scales that are quantized again are float32 until then, whatever is asked for",
     ),
     *in_file(
         "quant/sharding.py",

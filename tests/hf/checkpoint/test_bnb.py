@@ -11,8 +11,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from lora_jax import models
-from lora_jax.hf.checkpoint import bnb
+from lora_jax import models, quant
+from lora_jax.hf.checkpoint import bnb, safetensors
 from lora_jax.hf.checkpoint.safetensors import load_file, open_directory
 from lora_jax.models.saving import save_model
 
@@ -257,3 +257,24 @@ def test_blocks_of_a_part_are_those_of_the_whole(tmp_path, golden, case):
     np.testing.assert_array_equal(found.scale, whole.scale[:scales, 1 : rows - 1])
     if case == "double":
         np.testing.assert_array_equal(found.scale2, whole.scale2)
+
+
+def test_a_part_takes_its_own_blocks_and_groups_of_scales(tmp_path, monkeypatch):
+    w = np.random.default_rng(0).standard_normal((256, 512), np.float32)
+    held = quant.quantize_array(w, double_quant=True, roles="oi")
+    tensors = quant.to_bitsandbytes(held)
+    saved(tmp_path, {f"w.{part}" if part else "w": x for part, x in tensors.items()})
+    weights, sizes, read = open_directory(tmp_path), [], safetensors.read_array
+
+    def count(*args, **part):
+        sizes.append(read(*args, **part).size)
+        return read(*args, **part)
+
+    monkeypatch.setattr(safetensors, "read_array", count)
+    inside = (
+        slice(130, 250),
+        slice(200, 500),
+    )  # five blocks of eight in each row
+    np.testing.assert_array_equal(weights.read("w", inside), weights.read("w")[inside])
+    part, whole = sizes[: len(sizes) // 2], sizes[len(sizes) // 2 :]
+    assert max(part) == 120 * (512 - 192) // 2 and max(whole) == w.size // 2
