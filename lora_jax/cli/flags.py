@@ -8,46 +8,12 @@ import shlex
 from collections.abc import Collection
 from typing import Any
 
+from lora_jax.config.elsewhere import ELSEWHERE
+
 
 def flags_of(parser: argparse.ArgumentParser) -> list[str]:
     """The long flags of a command."""
     return [f for a in parser._actions for f in a.option_strings if f.startswith("--")]
-
-
-# Flags of other tools, mostly transformers' and PEFT's scripts, and their names here.
-_ELSEWHERE = {
-    "--lr": "--learning-rate",
-    "--r": "--rank",
-    "--lora-r": "--rank",
-    "--lora-rank": "--rank",
-    "--lora-alpha": "--alpha",
-    "--lora-dropout": "--dropout",
-    "--lora-target-modules": "--target-modules",
-    "--num-train-epochs": "--epochs",
-    "--max-steps": "--steps",
-    "--per-device-train-batch-size": "--batch-size",
-    "--gradient-accumulation-steps": "--accumulation",
-    "--gradient-checkpointing": "--remat",
-    "--max-grad-norm": "--clip",
-    "--lr-scheduler-type": "--schedule",
-    "--warmup-ratio": "--warmup",
-    "--warmup-steps": "--warmup",
-    "--max-seq-length": "--max-length",
-    "--length": "--max-length",
-    "--batch": "--batch-size",
-    "--targets": "--target-modules",
-    "--load-in-4bit": "--quantize nf4",
-    "--load-in-8bit": "--quantize int8",
-    "--bf16": "--dtype bfloat16",
-    "--data": "--train-data",
-    "--dataset": "--train-data",
-    "--model-name-or-path": "--model",
-    "--resume-from-checkpoint": "--resume",
-    "--sample-packing": "--packing",
-    "--save-steps": "--save-every",
-    "--eval-steps": "--eval-every",
-    "--save-total-limit": "--keep",
-}
 
 
 def instead(unknown: str, parser: argparse.ArgumentParser) -> str:
@@ -56,9 +22,10 @@ def instead(unknown: str, parser: argparse.ArgumentParser) -> str:
     flags, name = flags_of(parser), unknown.partition("=")[0].replace("_", "-")
     if not name.startswith("-"):
         return ""
-    ours = name if name in flags else _ELSEWHERE.get(name, "")
-    if ours.partition(" ")[0] in flags:
-        return f": it is {ours} here"
+    setting, _, value = ELSEWHERE.get(name[2:].replace("-", "_"), "").partition("=")
+    ours = name if name in flags else f"--{setting.replace('_', '-')}"
+    if ours in flags:
+        return f": it is {f'{ours} {value}'.strip()} here"
     # Below some likeness the nearest flag has nothing to do with what was meant.
     like = difflib.get_close_matches(name, flags, n=3, cutoff=0.7)
     listed = ", ".join(f"`{flag}`" for flag in like)

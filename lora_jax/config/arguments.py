@@ -10,6 +10,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.config.elsewhere import ELSEWHERE
 from lora_jax.config.peft import CARRIED, MAPPED, REFUSED
 from lora_jax.paths import nearest
 
@@ -112,7 +113,8 @@ def with_known_fields(cls: _Class) -> _Class:
     @functools.wraps(made)
     def start(self: Any, *args: Any, **fields: Any) -> None:
         if args:
-            raise TypeError(f"give the fields of {cls.__name__} by name, as in rank=8, alpha=16")
+            some = ", ".join([*cls.__dataclass_fields__][:2])
+            raise TypeError(f"give the fields of {cls.__name__} by name: {some}, ...")
         for name in fields:
             if name not in cls.__dataclass_fields__:
                 raise TypeError(f"{cls.__name__} has no field `{name}`: {_instead(name, cls)}")
@@ -123,8 +125,11 @@ def with_known_fields(cls: _Class) -> _Class:
 
 
 def _instead(name: str, cls: Any) -> str:
-    if name in MAPPED:
+    if name in MAPPED and MAPPED[name][0] in cls.__dataclass_fields__:
         return f"PEFT's `{name}` is `{MAPPED[name][0]}` here"
+    setting, equals, value = ELSEWHERE.get(name, "").partition("=")
+    if setting in cls.__dataclass_fields__:
+        return f"it is `{setting}{equals}{repr(value) * bool(value)}` here"
     if name == "task_type":
         return 'it belongs to a file, `lora.hf.save_peft(..., task_type="CAUSAL_LM")`'
     if name in CARRIED:

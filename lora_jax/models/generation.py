@@ -156,7 +156,10 @@ def checked_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> list[in
         # Floats would be cut off to integers without a word.
         tokens = [operator.index(token) for token in prompt]
     except TypeError as error:
-        raise ValueError(f"{name} must be a sequence of integers, the token ids: {error}") from None
+        raise ValueError(
+            f"{name} must be a sequence of integers, the token ids: {error}; a text is encoded by "
+            "`model.tokenizer.encode`, or given to `recipes.generate.generate_texts`"
+        ) from None
     if not tokens:
         raise ValueError(f"{name} is empty: give at least one token")
     if outside := [token for token in tokens if not 0 <= token < vocab_size]:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lora_jax.config.arguments import set_plain_fields
+from lora_jax.config.arguments import set_plain_fields, with_known_fields
 
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -18,6 +18,7 @@ FREE_FIELDS = frozenset(
 )  # fmt: skip
 
 
+@with_known_fields
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run, apart from the model, the adapter's config and the data.

@@ -3,6 +3,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from flax import linen, nnx
 
 import lora_jax as lora
+from lora_jax import analysis, train
 
 
 def model(params, x):
@@ -60,6 +62,22 @@ ORDERS = {
         lambda _: lora.nnx.adapt(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), X, CONFIG, key=KEY),
     ],
 }
+
+
+SETTINGS: Any = {
+    train.TrainConfig: {"lr": "it is `learning_rate` here", "bath_size": "the nearest are `batch_"},
+    analysis.SweepConfig: {"rank": "the nearest are `ranks`"},
+    lora.LoraConfig: {"r": "PEFT's `r` is `rank` here", "lora_rank": "it is `rank` here"},
+}
+
+
+@pytest.mark.parametrize("config", SETTINGS)
+def test_an_unknown_setting_is_an_error_that_names_the_known_one(config):
+    for name, text in SETTINGS[config].items():
+        with pytest.raises(TypeError, match=f"{config.__name__} has no field `{name}`: {text}"):
+            config(**{name: 3})
+    with pytest.raises(TypeError, match=f"give the fields of {config.__name__} by name: "):
+        config(3)
 
 
 @pytest.mark.wrong_types

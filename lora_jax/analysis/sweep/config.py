@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.config.arguments import set_plain_fields
+from lora_jax.config.arguments import set_plain_fields, with_known_fields
 from lora_jax.config.lora import LoraConfig
 
 
@@ -46,6 +46,7 @@ class Task(NamedTuple):
     data: str = ""
 
 
+@with_known_fields
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
     """The settings of a sweep.
