@@ -58,7 +58,7 @@ class TrainConfig:
       save_every: optimizer steps between checkpoints; by default ten checkpoints a run, and at
         least one in 500 steps. A number as large as `steps` saves at the end only.
       keep: number of newest checkpoints to keep.
-      progress: show a progress bar on standard error.
+      progress: show a progress bar on standard error, or ten lines where that is no terminal.
       tensorboard: write TensorBoard event files too.
       prefetch: batches prepared ahead of the device.
     """
