@@ -128,7 +128,8 @@ $(VENV_CORE)/.stamp-core: pyproject.toml constraints-py312.txt | $(VENV_CORE)/bi
 
 $(VENV_AOT)/.stamp-aot: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(IN)python -m venv $(VENV_AOT)
-	$(VENV_AOT)/bin/pip install -q -c constraints.txt jax flax optax jaxtyping tqdm safetensors tokenizers jinja2
+	$(VENV_AOT)/bin/pip install -q -c constraints.txt setuptools
+	$(VENV_AOT)/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[llm]'
 	$(VENV_AOT)/bin/pip install -q --no-deps jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 nvidia-cuda-nvcc "libtpu==0.0.42.*"
 	@touch $@
 

@@ -27,7 +27,6 @@ from lora_jax.analysis.step_memory import step as memory_step
 from lora_jax.analysis.step_memory.estimate import estimate
 from lora_jax.analysis.step_memory.liveness import alive
 from lora_jax.analysis.step_memory.shapes import SHAPES, config_of
-from lora_jax.models.sharding import ROWS
 from lora_jax.train.memory import tree_bytes
 
 GIB = 2**30
@@ -64,11 +63,10 @@ def mesh_row(kind: str, method: str, mesh: dict) -> dict:
     settings = memory_step.StepSettings(mesh=mesh, **KINDS[kind], **METHODS[method])
     _, config = config_of(SHAPE)
     found = estimate("0.5B", config, settings)
-    step = memory_step.abstract_step(config, settings, batch=settings.batch, rows=ROWS)
     devices = jax.devices() if kind == "cpu" else targets.devices(kind, 8)
-    places = memory_step.spread(step, settings)
-    said = compiled.compiled(step, places, settings, devices=devices, platform=kind)
-    total = found.arguments + said.bytes
+    program = compiled.compiled(config, settings, devices=devices, platform=kind)
+    said = compiled.temporaries(program)
+    total = found.arguments + said
     return {
         "model": found.model,
         "base": f"{method}, {settings.dtype}",
@@ -77,9 +75,9 @@ def mesh_row(kind: str, method: str, mesh: dict) -> dict:
         "arguments_gib": found.arguments / GIB,
         "temporaries_gib": found.temporaries / GIB,
         "total_gib": found.total / GIB,
-        "compiled_temporaries_gib": said.bytes / GIB,
+        "compiled_temporaries_gib": said / GIB,
         "compiled_total_gib": total / GIB,
-        "temporaries_over_compiled": found.temporaries / said.bytes,
+        "temporaries_over_compiled": found.temporaries / said,
         "total_over_compiled": found.total / total,
     }
 

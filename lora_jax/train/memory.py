@@ -7,7 +7,7 @@ import jax
 
 
 class Memory(NamedTuple):
-    """Bytes by purpose.
+    """Bytes by purpose, on each device of a mesh.
 
     Attributes:
       base: the frozen weights.
@@ -15,12 +15,14 @@ class Memory(NamedTuple):
       optimizer: the optimizer's state.
       temporary: activations and gradients: what the compiled step of the largest batch shape
         allocates beside its arguments and results; None if XLA does not report it.
+      devices: number of devices of the mesh.
     """
 
     base: int
     adapters: int
     optimizer: int
     temporary: int | None
+    devices: int = 1
 
 
 def tree_bytes(tree: Any) -> int:
@@ -39,6 +41,17 @@ def _bytes(x: Any) -> int:
     return -(-x.size * bits // 8)
 
 
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree's arrays on the device that holds most of them."""
+    return sum(_bytes(_part(x)) for x in jax.tree.leaves(tree))
+
+
+def _part(x: Any) -> Any:
+    sharding = getattr(x, "sharding", None)
+    shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+    return jax.ShapeDtypeStruct(shape, x.dtype)
+
+
 def temporary_bytes(compiled: Any) -> int | None:
     """Temporary bytes of a compiled function, as XLA reports them."""
     analysis = compiled.memory_analysis()
@@ -55,11 +68,13 @@ def memory(trainable: Any, frozen: Any, opt_state: Any, compiled: Iterable[Any] 
       compiled: the compiled steps, one for each batch shape.
     """
     temporary = [b for c in compiled if (b := temporary_bytes(c)) is not None]
+    shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves((frozen, trainable))]
     return Memory(
-        tree_bytes(frozen),
-        tree_bytes(trainable),
-        tree_bytes(opt_state),
+        device_bytes(frozen),
+        device_bytes(trainable),
+        device_bytes(opt_state),
         max(temporary, default=None),
+        max((s.num_devices for s in shardings if s is not None), default=1),
     )
 
 
@@ -73,7 +88,8 @@ def format_memory(used: Memory) -> str:
     ]
     total = sum(b for _, b in rows if b is not None)
     lines = [(name, "unknown" if b is None else _size(b)) for name, b in rows]
-    lines.append(("total", _size(total)))
+    each = f" on each of {used.devices} devices" if used.devices > 1 else ""
+    lines.append((f"total{each}", _size(total)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {size:>12}" for name, size in lines)
 

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lora
 from lora_jax import models, train
 from lora_jax.models.sharding import RULES
+from lora_jax.train.memory import format_memory, memory
 from lora_jax.train.mesh import Placement, placement
 
-from tests.support.mesh_runs import KINDS, data, make, one_device, run
+from tests.support.mesh_runs import KINDS, adapted, data, make, one_device, run
 
 pytestmark = pytest.mark.once
 
@@ -72,6 +73,18 @@ def test_evaluation_gives_the_loss_of_one_device():
     params = lora.sharding.place(model.params, mesh, RULES)
     want = train.evaluate(model, model.params, data(), batch_size=8)
     assert train.evaluate(model, params, data(), batch_size=8) == pytest.approx(want, rel=1e-5)
+
+
+def test_the_memory_table_is_that_of_a_device():
+    model = make()
+    _, params = adapted(model, {})
+    one = memory(*lora.split(params), opt_state=())
+    placed = lora.sharding.place(params, models.make_mesh(data=2, fsdp=4), RULES)
+    each = memory(*lora.split(placed), opt_state=())
+    # Norms and vectors are copied to all devices.
+    assert one.base / 4 < each.base < 1.02 * one.base / 4
+    assert (one.devices, each.devices) == (1, 8)
+    assert "total on each of 8 devices" in format_memory(each)
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused():

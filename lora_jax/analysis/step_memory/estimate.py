@@ -27,13 +27,12 @@ import optax
 from lora_jax import paths
 from lora_jax.analysis.step_memory import mesh as memory_mesh
 from lora_jax.analysis.step_memory import step as memory_step
-from lora_jax.analysis.step_memory.compiled import compiled
+from lora_jax.analysis.step_memory.compiled import compiled, temporaries
 from lora_jax.analysis.step_memory.liveness import HABITS, Alive, Habits, alive, on_cpu
 from lora_jax.analysis.step_memory.program import whole_bytes
 from lora_jax.analysis.step_memory.shapes import config_of
 from lora_jax.analysis.step_memory.step import AbstractStep, OptimizerName, Spread, StepSettings
 from lora_jax.config.lora import LoraConfig
-from lora_jax.models.sharding import ROWS
 from lora_jax.quant.array import Backend
 from lora_jax.quant.formats import FormatName
 from lora_jax.tree import Count, count_parameters, format_count
@@ -229,8 +228,7 @@ def estimate(
     """As `memory`, for a configuration and settings."""
     # Raises for what cannot be sharded, before anything is traced.
     memory_mesh.one_device(config, settings.mesh)
-    rows = ROWS if exact and math.prod(settings.mesh.values()) > 1 else ()
-    step = memory_step.abstract_step(config, settings, batch=settings.batch, rows=rows)
+    step = memory_step.abstract_step(config, settings, batch=settings.batch)
     places = memory_step.spread(step, settings)
     trained = _device_bytes(step.state.trainable, places.state.trainable, settings)
     base = _device_bytes(step.frozen, places.frozen, settings)
@@ -240,7 +238,7 @@ def estimate(
     rest = _device_bytes(kept, specs, settings)
     every = [trained, base, rest]
     if exact:
-        found = compiled(step, places, settings)
+        found = Alive(temporaries(compiled(config, settings)), 0, ())
     else:
         found = _peak(config, settings, step, places, trained=trained.here)
     whole = settings.adapter is None

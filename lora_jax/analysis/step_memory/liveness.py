@@ -178,6 +178,11 @@ def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
                 at = max(at, _first_read(program, writes) - 0.25)
         if row_of(node.op).memory == "product":
             reads += [whole[x] for x in reads if x in whole]
+        if node.op == "scan":
+            # What every iteration reads, as the chunks of the loss read the head; not the layers,
+            # of which an iteration has its own.
+            consts, _ = compat.scan_counts(node.eqn.params, len(node.eqn.invars))
+            reads += [whole[x] for x in node.ins[:consts] if x in whole]
         if habits.turned and (x := _turned(node)) is not None:
             copy = Value(x.aval, node=node)
             found.append(_Kernel(x.node.at + 0.25 if x.node else at - 0.25, None, [copy], [x]))

@@ -1,14 +1,14 @@
 """The mesh in the estimate of a training step; the rules are those of `lora_jax.models.sharding`.
 
 Weights, adapters and optimizer state are exact under these shardings. The temporaries are those of
-a program that gathers one layer at a time and keeps the rows of the batch on the devices that hold
-their tokens. XLA's partitioner arrives at that program under `Forward(rows=("data", "fsdp"))`,
-traced under `jax.set_mesh`, as `exact=True` does. Without it, XLA takes the sharding of the
-residual stream from the embedding table: all devices of an axis hold all rows, and up to twice the
-temporaries.
+a program that gathers a weight where it is used and keeps the rows of the batch on the devices that
+hold their tokens, as `train.fit` runs it and `exact=True` compiles it. In a loop of one's own
+without `Forward(rows=..., gathered=...)` XLA takes the sharding of the residual stream from the
+embedding table: all devices of an axis hold all rows, and up to twice the temporaries.
 
-The totals are within a tenth of XLA's own figures in `benchmarks/results/estimate.json`: 0.95 to
-1.08 on 8 H200s, 0.91 to 1.06 on 8 CPU devices. No TPU compiler was compared.
+The totals over XLA's own figures are in `benchmarks/results/estimate.json` and `scale.json`. For a
+CPU, XLA gathers all weights of a layer before the first is used: with `fsdp` the temporaries of
+adapters are up to a third more than estimated.
 """
 
 import dataclasses

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.analysis.step_memory import mesh as memory_mesh
 from lora_jax.config.arguments import set_plain_fields
@@ -24,9 +24,10 @@ from lora_jax.quant.dispatch import BACKENDS
 from lora_jax.quant.loading import is_kernel
 from lora_jax.quantize import quantize
 from lora_jax.sharding import partition_specs, specs
+from lora_jax.train import mesh as meshes
 from lora_jax.train.batches import Batch
 from lora_jax.train.evaluate import lora_loss
-from lora_jax.train.loss import cross_entropy
+from lora_jax.train.loss import TOGETHER, Rows, cross_entropy
 from lora_jax.train.step import TrainState, init_state, make_step, split_full
 from lora_jax.transform.lorafy import lorafy
 from lora_jax.tree import combine, init, split
@@ -136,7 +137,7 @@ class AbstractStep(NamedTuple):
 
 
 def abstract_step(
-    config: Any, settings: StepSettings, *, batch: int, rows: tuple[str, ...] = ()
+    config: Any, settings: StepSettings, *, batch: int, at: meshes.Placement | None = None
 ) -> AbstractStep:
     """The training step of a model, traced over shapes.
 
@@ -144,7 +145,8 @@ def abstract_step(
       config: the model's configuration.
       settings: the settings of the step.
       batch: rows of one forward pass.
-      rows: as in `lora_jax.models.Forward`; the step must then be traced under its mesh.
+      at: the mesh, for the step as `train.fit` runs it there; it must then be traced under
+        `jax.set_mesh`. None leaves out what the model does for a mesh.
 
     Raises:
       ValueError: a length above the model's context, targets that match nothing, a rank that is
@@ -176,8 +178,11 @@ def abstract_step(
     tx = settings.tx
     # Abstractly: a model of any size is planned, initialized and traced without its arrays.
     state = jax.eval_shape(lambda t: init_state(jax.random.key(0), t, tx), trainable)
-    kind = lora_loss if architecture.kind == CAUSAL_LM else _encoder_loss
-    loss = kind(dataclasses.replace(forward, rows=rows))
+    if architecture.kind == CAUSAL_LM:
+        forward, rows = _on_mesh(forward, settings, base=base, params=params, at=at)
+        loss = lora_loss(forward, rows)
+    else:
+        loss = _encoder_loss(dataclasses.replace(forward, rows=() if at is None else at.rows))
     # A classifier has one target per row, a masked LM one per token, as a language model.
     one_a_row = getattr(config, "task", None) == CLASSIFICATION
     places = batch if one_a_row else batch * settings.length
@@ -185,6 +190,22 @@ def abstract_step(
     return AbstractStep(
         fn=make_step(loss, tx), params=params, state=state, frozen=frozen, batch=shapes, base=base
     )
+
+
+def _on_mesh(
+    forward: Any, settings: StepSettings, *, base: Any, params: Any, at: meshes.Placement | None
+) -> tuple[Any, Rows]:
+    """The decoder and the rows of its batch on a mesh, as `train.fit` has them."""
+    if at is None:
+        return forward, TOGETHER
+    leaves, tree = jax.tree.flatten(params)
+    places = memory_mesh.leaves(partition_specs(params, specs(base, RULES, settings.mesh)))
+    placed = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(at.mesh, spec))
+        for x, spec in zip(leaves, places, strict=True)
+    ]
+    rows = meshes.rows_of(at, jax.tree.unflatten(tree, placed))
+    return dataclasses.replace(forward, rows=at.rows, gathered=rows.weights), rows
 
 
 def _base(forward: Any, settings: StepSettings) -> Any:

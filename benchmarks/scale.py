@@ -1,0 +1,213 @@
+"""What bounds a training step on 8 H200s or 16 TPU chips: compute, memory or the network?
+
+    .venv-aot/bin/python benchmarks/scale.py [--only 8B]      (what `make aot` installs; no device)
+
+The step of `train.fit` is compiled ahead of time for a mesh of devices that are not there. Read off
+the compiled program: bytes of arguments and temporaries on a device, beside the estimate of
+`lora-jax estimate --mesh`, and what a device sends in a step, by kind of collective, the layers'
+loops counted as often as they run. From these and the chip's published figures follow the least
+times of a step on each resource; the longest is the step's bound. Kernels reach a part of the
+published peaks, so that a real step takes longer than any of them.
+"""
+
+import argparse
+import dataclasses
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+import aot_targets as targets  # sets the environment: before jax is used
+import jax
+import numpy as np
+from common import report
+from jax.extend import core
+
+from lora_jax import LoraConfig
+from lora_jax.analysis.step_memory import compiled
+from lora_jax.analysis.step_memory.estimate import estimate
+from lora_jax.analysis.step_memory.shapes import config_of
+from lora_jax.analysis.step_memory.step import StepSettings, abstract_step
+
+GIB = 2**30
+LENGTH = 2048
+
+
+class Chip(NamedTuple):
+    """A chip's published figures, per second; and how many the mesh has.
+
+    Sources: NVIDIA, "H200 Tensor Core GPU" data sheet (dense bfloat16; NVLink in one direction);
+    Google Cloud, "TPU v5e" and "TPU v5p" system architecture.
+    """
+
+    kind: str
+    count: int
+    flops: float
+    memory: float
+    network: float
+
+
+CHIPS = {
+    "H200": Chip("cuda", 8, 989e12, 4.8e12, 450e9),
+    "v5e:4x4": Chip("tpu", 16, 197e12, 819e9, 200e9),
+    "v5p:2x2x4": Chip("tpu", 16, 459e12, 2765e9, 600e9),
+}
+MODELS = {"8B": "llama-3.1-8b", "70B": "llama-3.1-70b", "405B": "llama-3.1-405b"}
+ROWS = [
+    ("H200", "8B", None, {"data": 8}),
+    ("H200", "8B", None, {"fsdp": 8}),
+    ("H200", "8B", None, {"fsdp": 4, "tensor": 2}),
+    ("H200", "8B", "nf4", {"fsdp": 8}),
+    ("H200", "70B", None, {"fsdp": 8}),
+    ("H200", "70B", None, {"fsdp": 4, "tensor": 2}),
+    ("H200", "70B", "nf4", {"data": 8}),
+    ("H200", "70B", "nf4", {"fsdp": 8}),
+    ("H200", "405B", None, {"fsdp": 8}),
+    ("H200", "405B", "nf4", {"fsdp": 8}),
+    ("v5e:4x4", "8B", None, {"fsdp": 16}),
+    ("v5e:4x4", "8B", None, {"data": 4, "fsdp": 4}),
+    ("v5p:2x2x4", "70B", None, {"fsdp": 16}),
+    ("v5p:2x2x4", "70B", None, {"fsdp": 8, "tensor": 2}),
+    ("v5p:2x2x4", "405B", None, {"fsdp": 16}),
+]
+
+KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+def sent(text: str) -> Counter:
+    """Bytes that a device sends in a run of a compiled program, by kind of collective.
+
+    With rings over n devices: (n-1)/n of what is gathered, scattered or exchanged, twice that of
+    what is reduced, and all that is permuted.
+    """
+    bodies, name = {}, ""
+    for line in text.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
+            name = "ENTRY" if line.startswith("ENTRY") else head[1]
+            bodies[name] = []
+        elif name:
+            bodies[name].append(line)
+
+    def count(name: str) -> Counter:
+        total: Counter = Counter()
+        for line in bodies[name]:
+            if found := re.search(rf"= (.*?) ({KINDS})(-start)?\(", line):
+                total[found[2]] += _bytes(found[1], found[2], bool(found[3]), line)
+            trips = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
+            for callee in re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", line):
+                times = int(trips[1]) if trips else 1
+                for kind, size in count(callee).items():
+                    total[kind] += times * size
+        return total
+
+    return count("ENTRY")
+
+
+def _bytes(result: str, kind: str, started: bool, line: str) -> float:
+    size = sum(
+        math.prod(int(n) for n in dims.split(",") if n) * BYTES[dtype]
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
+        if dtype in BYTES
+    )
+    n = _group(line)
+    if kind == "collective-permute":
+        return size / 2 if started else size
+    if kind == "reduce-scatter":
+        size *= n  # the result is a part
+    if kind == "all-gather" and started:
+        size *= n / (n + 1)  # the operand stands beside the result
+    return (2 if kind == "all-reduce" else 1) * size * (n - 1) / n
+
+
+def _group(line: str) -> int:
+    """The number of devices that a collective runs over."""
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
+    found = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    return len(found[1].split(",")) if found else 1
+
+
+def flops(jaxpr: core.Jaxpr) -> float:
+    """Floating-point operations of a program's matrix products, recomputation included."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            out = math.prod(eqn.outvars[0].aval.shape)
+            total += 2 * out * math.prod(shape[d] for d in contracted)
+        inner = [x for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)]
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for part in inner:
+            if _is_jaxpr(part):
+                total += times * flops(getattr(part, "jaxpr", part))
+    return total
+
+
+def _is_jaxpr(x) -> bool:
+    return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
+
+
+def row(name: str, size: str, form: str | None, mesh: dict[str, int]) -> dict:
+    """A compiled step, and what bounds it."""
+    chip = CHIPS[name]
+    _, config = config_of(MODELS[size])
+    settings = StepSettings(
+        adapter=LoraConfig(rank=16), quantize=form, batch=mesh.get("data", 1) * mesh.get("fsdp", 1),
+        length=LENGTH, mesh=mesh, backend={"cuda": "gpu", "tpu": "tpu"}[chip.kind],
+    )  # fmt: skip
+    devices = targets.devices(chip.kind, chip.count, name)
+    program = compiled.compiled(config, settings, devices=devices, platform=chip.kind)
+    found = estimate(size, config, settings)
+    beside = compiled.temporaries(program)
+    wire = sent(program.as_text())
+    # Kernels of quantized products hide their products: those of the reference are counted.
+    step = abstract_step(
+        config, dataclasses.replace(settings, backend="reference"), batch=settings.batch
+    )
+    work = flops(jax.make_jaxpr(step.fn)(step.state, step.frozen, step.batch).jaxpr) / chip.count
+    base = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(step.base))
+    # A device reads the weights that it computes with for the forward pass, for its repetition and
+    # for the backward pass.
+    read = 3 * base / mesh.get("tensor", 1)
+    times = {
+        "compute_ms": 1e3 * work / chip.flops,
+        "memory_ms": 1e3 * read / chip.memory,
+        "network_ms": 1e3 * sum(wire.values()) / chip.network,
+    }
+    return {
+        "chips": f"{chip.count} x {name.partition(':')[0]}",
+        "model": size,
+        "base": f"QLoRA, {form}" if form else "LoRA, bfloat16",
+        "mesh": " x ".join(f"{axis} {n}" for axis, n in mesh.items()),
+        "rows": settings.batch,
+        "arguments_gib": found.arguments / GIB,
+        "temporaries_gib": beside / GIB,
+        "total_gib": (found.arguments + beside) / GIB,
+        "estimate_over_compiled": found.total / (found.arguments + beside),
+        **{f"{kind}_gib": wire[kind] / GIB for kind in KINDS.split("|")},
+        "tflop": work / 1e12,
+        **times,
+        "bound": max(times, key=lambda part: times[part]).removesuffix("_ms"),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", help="rows of this model or chip; nothing is written")
+    only = parser.parse_args().only
+    rows = []
+    for asked in ROWS:
+        if only is None or only in asked[:2]:
+            rows.append(row(*asked))
+            print(rows[-1], flush=True)
+    if only is None:
+        report("scale", f"Training steps of {LENGTH} tokens a row, compiled for meshes", rows)
+
+
+if __name__ == "__main__":
+    main()
