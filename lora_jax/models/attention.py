@@ -8,6 +8,7 @@ B batch, T new tokens, S length of the cache, N query heads, K key/value heads, 
 L blocks.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lora_jax import compat
 from lora_jax.dims import AnyArray
 from lora_jax.models.rope import Rotation, rotate
+from lora_jax.models.sharding import ROWS
 
 # Tokens: the scores of fewer are small.
 FLASH_FROM = 128
@@ -260,11 +262,12 @@ def _in_parts(
     """
     b, t, n, h = q.shape
     heads = k.shape[2]
-    # Bytes on a device of a mesh, over which rows and heads are spread.
-    scores = 4 * b * n * t * t // max(1, jax.sharding.get_abstract_mesh().size)
-    # Key heads are never split: the fewest equal parts of them whose scores fit.
-    fits = [p for p in range(1, heads + 1) if heads % p == 0 and scores <= p * MOST_SCORES]
-    parts = fits[0] if fits else heads
+    rows, tensor = _spread_over(b, heads)
+    scores = 4 * b * n * t * t // (rows * tensor)  # bytes on a device
+    # Key heads are never split: the fewest equal parts of a device's own whose scores fit.
+    own = heads // tensor
+    fits = [p for p in range(1, own + 1) if own % p == 0 and scores <= p * MOST_SCORES]
+    parts = fits[0] if fits else own
     pieces = min(t, -(-scores // (parts * MOST_SCORES)))
     if parts == pieces == 1:
         return mix(q, k, v, 0)
@@ -275,8 +278,8 @@ def _in_parts(
     group = n // heads  # query heads of a key head
 
     def split(x: Float[Array, "b t n h"], each: int) -> Float[Array, "parts b t m h"]:
-        # A part takes every `parts`-th key head, so that each device of a mesh has some of its own
-        # heads in every part.
+        # A part takes every `parts`-th key head, so that each device of a mesh has equally many of
+        # its own heads in every part, and none is sent.
         x = x.reshape((*x.shape[:2], heads // parts, parts, each, h))
         return jnp.moveaxis(x, 3, 0).reshape(parts, *x.shape[:2], -1, h)
 
@@ -310,6 +313,19 @@ def _by_queries(
     # Always `mixed`, and so nothing once compiled: adapters for each token follow the tokens' axis
     # through the program, and lose it where it is cut in pieces. The queries have it.
     return lax.select(jnp.ones(mixed.shape, bool), mixed, q)
+
+
+def _spread_over(rows: int, heads: int) -> tuple[int, int]:
+    """The devices that rows, and key heads, are spread over in the mesh of the context.
+
+    By the axes of `lora_jax.models.sharding`. A number that they do not divide is not spread.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    # Inside `shard_map` shapes are a device's own along the axes that are mapped.
+    sizes = {a: n for a, n in mesh.shape.items() if a not in mesh.manual_axes}
+    devices = math.prod(sizes.get(axis, 1) for axis in ROWS)
+    tensor = sizes.get("tensor", 1)
+    return (1 if rows % devices else devices), (1 if heads % tensor else tensor)
 
 
 def _near(

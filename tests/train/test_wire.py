@@ -12,6 +12,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models, train
+from lora_jax.models import attention
 from lora_jax.models.sharding import RULES
 from lora_jax.train import mesh as meshes
 from lora_jax.train import preparation
@@ -72,7 +73,7 @@ def sent(text: str) -> list[list[Sent]]:
 
 @cache
 def step_program(
-    sizes: str, quantize: bool = False, chunk: int = CHUNK_BYTES, **options: Any
+    sizes: str, quantize: bool = False, chunk: int = CHUNK_BYTES, batch: int = 16, **options: Any
 ) -> list[list[Sent]]:
     """The collectives of a compiled training step."""
     model = models.init(jax.random.key(0), WIDE, **options)
@@ -83,7 +84,7 @@ def step_program(
     devices = jax.devices()[: int(np.prod(list(axes.values())))]
     mesh = models.make_mesh(devices=devices, **axes)
     params = lora.sharding.place(adapted(model, {})[1], mesh, RULES)
-    config = train.TrainConfig(batch_size=16, buckets=1, steps=3, progress=False)
+    config = train.TrainConfig(batch_size=batch, buckets=1, steps=3, progress=False)
     at = meshes.placement(model, params)
     with meshes.entered(at):
         model, rows = meshes.model_on(model, params, at), meshes.rows_of(at, params)
@@ -182,3 +183,13 @@ def test_adapters_add_no_collective_to_tensor_parallelism(quantize):
     base = count(model.apply, model.params)
     assert base["all-reduce"] >= 2
     assert count(lora.lorafy(model.apply), adapted(model, {})[1]) == base
+
+
+def test_attention_in_parts_sends_no_heads(monkeypatch):
+    """Its loop runs over parts of each device's own heads."""
+    monkeypatch.setattr(attention, "MOST_SCORES", 1)
+    program = step_program("fsdp=2,tensor=2", batch=4)
+    loops = [x for collective in program for x in collective if x.loop]
+    gathered = {x.shape[-1] for x in loops if x.kind == "all-gather"}
+    assert WIDE.head_dim not in gathered
+    assert {x.kind for x in loops} <= {"all-gather", "all-reduce"}
