@@ -303,7 +303,7 @@ def _by_queries(
     size = -(-t // pieces)
     pieces = -(-t // size)
     padded = jnp.pad(q, ((0, 0), (0, size * pieces - t), (0, 0), (0, 0)))
-    apart = jnp.moveaxis(padded.reshape(b, pieces, size, m, h), 1, 0)  # (pieces, b, size, m, h)
+    apart = jnp.moveaxis(padded.reshape((b, pieces, size, m, h)), 1, 0)  # (pieces, b, size, m, h)
     one = jax.checkpoint(lambda q, first: mix(q, k, v, first))
     # Bound to the queries: a scan over heads or blocks would compute the masks of all pieces, which
     # it finds the same in every turn, beforehand.

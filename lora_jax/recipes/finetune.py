@@ -138,9 +138,7 @@ def finetune(
         params = init_adapter(model, lora_config, seed=train_config.seed, weights=weights)
     log(format_trainable_parameters(params))
     started, form, output = time.perf_counter(), form_of(records), Path(train_config.output_dir)
-    hooks = train.Hooks(
-        memory=_keeping(output, form, log), record=show_evaluations(log), layout=log
-    )
+    hooks = train.Hooks(show_evaluations(log), _keeping(output, form, log), layout=log)
     result = train.fit(
         model,
         params,

@@ -182,8 +182,7 @@ def memory(
         `models.load(quantize=)` every matrix except the head and the embedding tables is quantized.
       batch: rows of one forward pass, on all devices together.
       length: tokens of a row; the smaller of 2048 and the model's context by default.
-      accumulation, packing, dtype, train_dtype, remat, optimizer, clip, backend: see
-        `StepSettings`.
+      accumulation, packing, dtype, train_dtype, remat, optimizer, clip, backend: `StepSettings`.
       mesh: axis to number of devices; see `lora_jax.models.sharding` for what an axis shards.
       exact: compile the step on this machine's default backend and take gradients and activations
         from the compiler. A mesh then needs as many local devices.
@@ -387,10 +386,8 @@ def _gib(size: int) -> str:
 
 
 def _described(settings: StepSettings) -> str:
-    parts = [
-        f"{'packed' if settings.packing else 'batch'} {settings.batch} x {settings.length} tokens",
-        settings.dtype,
-    ]
+    kind = "packed" if settings.packing else "batch"
+    parts = [f"{kind} {settings.batch} x {settings.length} tokens", settings.dtype]
     if settings.adapter is not None:
         targets = settings.adapter.target_modules
         named = targets if isinstance(targets, str) else ", ".join(targets)

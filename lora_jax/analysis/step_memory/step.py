@@ -233,7 +233,8 @@ def _batch(settings: StepSettings, batch: int, places: int) -> Batch:
 
     weights: Any = jax.ShapeDtypeStruct((settings.accumulation, places), jnp.float32)
     segments = whole(batch, settings.length) if settings.packing else None
-    return Batch(whole(batch, settings.length), whole(places), whole(places), weights, segments)
+    tokens = whole(batch, settings.length)
+    return Batch(tokens, whole(places), whole(places), weights, segments=segments)
 
 
 def _encoder_loss(forward: Any) -> Callable[..., jax.Array]:
