@@ -60,14 +60,16 @@ def device(kind: str):
     return devices(kind, 1)[0]
 
 
-def devices(kind: str, count: int, topology: str = "v5e:2x2") -> list:
-    """So many of them: any number of "cuda" in one machine, "tpu" as many as the topology has."""
+def devices(kind: str, count: int) -> list:
+    """So many of them in one machine: any number of "cuda", 4 or fewer of "tpu"."""
     if kind == "cuda":
         found = topologies.get_topology_desc(
             platform="cuda", target_config=_H200, topology=f"1x1x{count}"
         )
     else:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1)
+        )
     return found.devices[:count]
 
 

@@ -1,4 +1,4 @@
-"""What bounds a training step on 8 H200s or 16 TPU chips: compute, memory or the network?
+"""What bounds a training step on 8 H200s: compute, memory or the network?
 
     .venv-aot/bin/python benchmarks/scale.py [--only 8B]      (what `make aot` installs; no device)
 
@@ -15,7 +15,6 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from typing import NamedTuple
 
 import aot_targets as targets  # sets the environment: before jax is used
 import jax
@@ -31,44 +30,22 @@ from lora_jax.analysis.step_memory.step import StepSettings, abstract_step
 
 GIB = 2**30
 LENGTH = 2048
-
-
-class Chip(NamedTuple):
-    """A chip's published figures, per second; and how many the mesh has.
-
-    Sources: NVIDIA, "H200 Tensor Core GPU" data sheet (dense bfloat16; NVLink in one direction);
-    Google Cloud, "TPU v5e" and "TPU v5p" system architecture.
-    """
-
-    kind: str
-    count: int
-    flops: float
-    memory: float
-    network: float
-
-
-CHIPS = {
-    "H200": Chip("cuda", 8, 989e12, 4.8e12, 450e9),
-    "v5e:4x4": Chip("tpu", 16, 197e12, 819e9, 200e9),
-    "v5p:2x2x4": Chip("tpu", 16, 459e12, 2765e9, 600e9),
-}
+COUNT = 8
+# Published figures of an H200, per second: dense products in bfloat16, memory, and NVLink in one
+# direction. Source: NVIDIA, "H200 Tensor Core GPU" data sheet.
+FLOPS, MEMORY, NETWORK = 989e12, 4.8e12, 450e9
 MODELS = {"8B": "llama-3.1-8b", "70B": "llama-3.1-70b", "405B": "llama-3.1-405b"}
 ROWS = [
-    ("H200", "8B", None, {"data": 8}),
-    ("H200", "8B", None, {"fsdp": 8}),
-    ("H200", "8B", None, {"fsdp": 4, "tensor": 2}),
-    ("H200", "8B", "nf4", {"fsdp": 8}),
-    ("H200", "70B", None, {"fsdp": 8}),
-    ("H200", "70B", None, {"fsdp": 4, "tensor": 2}),
-    ("H200", "70B", "nf4", {"data": 8}),
-    ("H200", "70B", "nf4", {"fsdp": 8}),
-    ("H200", "405B", None, {"fsdp": 8}),
-    ("H200", "405B", "nf4", {"fsdp": 8}),
-    ("v5e:4x4", "8B", None, {"fsdp": 16}),
-    ("v5e:4x4", "8B", None, {"data": 4, "fsdp": 4}),
-    ("v5p:2x2x4", "70B", None, {"fsdp": 16}),
-    ("v5p:2x2x4", "70B", None, {"fsdp": 8, "tensor": 2}),
-    ("v5p:2x2x4", "405B", None, {"fsdp": 16}),
+    ("8B", None, {"data": 8}),
+    ("8B", None, {"fsdp": 8}),
+    ("8B", None, {"fsdp": 4, "tensor": 2}),
+    ("8B", "nf4", {"fsdp": 8}),
+    ("70B", None, {"fsdp": 8}),
+    ("70B", None, {"fsdp": 4, "tensor": 2}),
+    ("70B", "nf4", {"data": 8}),
+    ("70B", "nf4", {"fsdp": 8}),
+    ("405B", None, {"fsdp": 8}),
+    ("405B", "nf4", {"fsdp": 8}),
 ]
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -152,16 +129,15 @@ def _is_jaxpr(x) -> bool:
     return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
 
 
-def row(name: str, size: str, form: str | None, mesh: dict[str, int]) -> dict:
+def row(size: str, form: str | None, mesh: dict[str, int]) -> dict:
     """A compiled step, and what bounds it."""
-    chip = CHIPS[name]
     _, config = config_of(MODELS[size])
     settings = StepSettings(
         adapter=LoraConfig(rank=16), quantize=form, batch=mesh.get("data", 1) * mesh.get("fsdp", 1),
-        length=LENGTH, mesh=mesh, backend={"cuda": "gpu", "tpu": "tpu"}[chip.kind],
+        length=LENGTH, mesh=mesh,
     )  # fmt: skip
-    devices = targets.devices(chip.kind, chip.count, name)
-    program = compiled.compiled(config, settings, devices=devices, platform=chip.kind)
+    devices = targets.devices("cuda", COUNT)
+    program = compiled.compiled(config, settings, devices=devices, platform="cuda")
     found = estimate(size, config, settings)
     beside = compiled.temporaries(program)
     wire = sent(program.as_text())
@@ -169,18 +145,17 @@ def row(name: str, size: str, form: str | None, mesh: dict[str, int]) -> dict:
     step = abstract_step(
         config, dataclasses.replace(settings, backend="reference"), batch=settings.batch
     )
-    work = flops(jax.make_jaxpr(step.fn)(step.state, step.frozen, step.batch).jaxpr) / chip.count
+    work = flops(jax.make_jaxpr(step.fn)(step.state, step.frozen, step.batch).jaxpr) / COUNT
     base = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(step.base))
     # A device reads the weights that it computes with for the forward pass, for its repetition and
     # for the backward pass.
     read = 3 * base / mesh.get("tensor", 1)
     times = {
-        "compute_ms": 1e3 * work / chip.flops,
-        "memory_ms": 1e3 * read / chip.memory,
-        "network_ms": 1e3 * sum(wire.values()) / chip.network,
+        "compute_ms": 1e3 * work / FLOPS,
+        "memory_ms": 1e3 * read / MEMORY,
+        "network_ms": 1e3 * sum(wire.values()) / NETWORK,
     }
     return {
-        "chips": f"{chip.count} x {name.partition(':')[0]}",
         "model": size,
         "base": f"QLoRA, {form}" if form else "LoRA, bfloat16",
         "mesh": " x ".join(f"{axis} {n}" for axis, n in mesh.items()),
@@ -198,15 +173,17 @@ def row(name: str, size: str, form: str | None, mesh: dict[str, int]) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", help="rows of this model or chip; nothing is written")
+    parser.add_argument("--only", choices=MODELS, help="this model alone; nothing is written")
     only = parser.parse_args().only
     rows = []
     for asked in ROWS:
-        if only is None or only in asked[:2]:
+        if only in (None, asked[0]):
             rows.append(row(*asked))
             print(rows[-1], flush=True)
     if only is None:
-        report("scale", f"Training steps of {LENGTH} tokens a row, compiled for meshes", rows)
+        report(
+            "scale", f"Training steps of {LENGTH} tokens a row, compiled for {COUNT} H200s", rows
+        )
 
 
 if __name__ == "__main__":
