@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import math
 import re
-from collections import Counter
 
 import aot_targets as targets  # sets the environment: before jax is used
 import jax
@@ -27,6 +26,7 @@ from lora_jax.analysis.step_memory import compiled
 from lora_jax.analysis.step_memory.estimate import estimate
 from lora_jax.analysis.step_memory.shapes import config_of
 from lora_jax.analysis.step_memory.step import StepSettings, abstract_step
+from lora_jax.quant.formats import FormatName
 
 GIB = 2**30
 LENGTH = 2048
@@ -35,7 +35,7 @@ COUNT = 8
 # direction. Source: NVIDIA, "H200 Tensor Core GPU" data sheet.
 FLOPS, MEMORY, NETWORK = 989e12, 4.8e12, 450e9
 MODELS = {"8B": "llama-3.1-8b", "70B": "llama-3.1-70b", "405B": "llama-3.1-405b"}
-ROWS = [
+ROWS: list[tuple[str, FormatName | None, dict[str, int]]] = [
     ("8B", None, {"data": 8}),
     ("8B", None, {"fsdp": 8}),
     ("8B", None, {"fsdp": 4, "tensor": 2}),
@@ -52,7 +52,7 @@ KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
-def sent(text: str) -> Counter:
+def sent(text: str) -> dict[str, float]:
     """Bytes that a device sends in a run of a compiled program, by kind of collective.
 
     With rings over n devices: (n-1)/n of what is gathered, scattered or exchanged, twice that of
@@ -66,8 +66,8 @@ def sent(text: str) -> Counter:
         elif name:
             bodies[name].append(line)
 
-    def count(name: str) -> Counter:
-        total: Counter = Counter()
+    def count(name: str) -> dict[str, float]:
+        total: dict[str, float] = dict.fromkeys(KINDS.split("|"), 0.0)
         for line in bodies[name]:
             if found := re.search(rf"= (.*?) ({KINDS})(-start)?\(", line):
                 total[found[2]] += _bytes(found[1], found[2], bool(found[3]), line)
@@ -114,12 +114,10 @@ def flops(jaxpr: core.Jaxpr) -> float:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            out = math.prod(eqn.outvars[0].aval.shape)
-            total += 2 * out * math.prod(shape[d] for d in contracted)
-        inner = [x for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)]
+            shape, out = (np.shape(v.aval) for v in (eqn.invars[0], eqn.outvars[0]))
+            total += 2 * math.prod(out) * math.prod(shape[d] for d in contracted)
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        for part in inner:
+        for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(part):
                 total += times * flops(getattr(part, "jaxpr", part))
     return total
@@ -129,7 +127,7 @@ def _is_jaxpr(x) -> bool:
     return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
 
 
-def row(size: str, form: str | None, mesh: dict[str, int]) -> dict:
+def row(size: str, form: FormatName | None, mesh: dict[str, int]) -> dict:
     """A compiled step, and what bounds it."""
     _, config = config_of(MODELS[size])
     settings = StepSettings(
