@@ -67,7 +67,7 @@ def sent(text: str) -> dict[str, float]:
             bodies[name].append(line)
 
     def count(name: str) -> dict[str, float]:
-        total: dict[str, float] = dict.fromkeys(KINDS.split("|"), 0.0)
+        total = {kind: 0.0 for kind in KINDS.split("|")}
         for line in bodies[name]:
             if found := re.search(rf"= (.*?) ({KINDS})(-start)?\(", line):
                 total[found[2]] += _bytes(found[1], found[2], bool(found[3]), line)
@@ -114,7 +114,8 @@ def flops(jaxpr: core.Jaxpr) -> float:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            shape, out = (np.shape(v.aval) for v in (eqn.invars[0], eqn.outvars[0]))
+            # Only the abstract values of arrays have shapes.
+            shape, out = (getattr(v.aval, "shape") for v in (eqn.invars[0], eqn.outvars[0]))  # noqa: B009
             total += 2 * math.prod(out) * math.prod(shape[d] for d in contracted)
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
