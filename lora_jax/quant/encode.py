@@ -19,7 +19,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from lora_jax.compat import varying_axes
 from lora_jax.dims import AnyArray, in_dims, out_dims, sizes, to_matrix
 from lora_jax.quant import formats
 from lora_jax.quant.array import SCALE_DTYPES, QuantArray, ScaleDtype, default_roles
@@ -252,7 +251,8 @@ def _on_mesh(
         w = jax.device_put(w, NamedSharding(where.mesh, spec))
     empty = QuantArray(None, None, shape=w.shape, roles=how.roles)
     matrix = NamedSharding(where.mesh, matrix_spec(empty, spec))
-    parts, faults = _encoder(NamedSharding(where.mesh, spec), matrix, how)(w)
+    parts, flags = _encoder(NamedSharding(where.mesh, spec), matrix, how)(w)
+    faults = _found(flags)
     if not how.double:
         return parts, faults
     # Groups of scales go across shards, so every device computes those of whole matrices, in the
@@ -262,7 +262,7 @@ def _on_mesh(
         jax.device_put(parts["scale"], stack)
     )
     found["scale"] = jax.device_put(found["scale"], matrix)
-    return {**parts, **found}, np.stack([np.asarray(faults)[0], np.asarray(lost)])
+    return {**parts, **found}, np.stack([faults[0], _found(lost)])
 
 
 def _kept_spec(w: Array, where: NamedSharding, how: _How, name: str) -> PartitionSpec:
@@ -288,36 +288,33 @@ def _kept_spec(w: Array, where: NamedSharding, how: _How, name: str) -> Partitio
     return PartitionSpec(*kept)
 
 
-def _anywhere(flag: Bool[Array, "*n"]) -> Bool[Array, "*n"]:
-    """Whether a flag is set on any device."""
-    axes = tuple(varying_axes(flag))
-    return lax.pmax(flag.astype(jnp.int32), axes) > 0 if axes else flag
+def _found(flags: Bool[Array, "devices *n"]) -> Bool[np.ndarray, "*n"]:
+    """Which flags a device of this process has set; an error in one process ends the others."""
+    return np.any([np.asarray(shard.data)[0] for shard in flags.addressable_shards], axis=0)
 
 
 @functools.lru_cache
 def _encoder(where: NamedSharding, matrix: NamedSharding, how: _How) -> Callable:
-    def local(w: Array) -> tuple[dict[str, Any], Bool[Array, "2"]]:
+    def local(w: Array) -> tuple[dict[str, Any], Bool[Array, "1 2"]]:
         parts, faults = _encoded(w, how)
-        return parts, _anywhere(faults)
+        return parts, faults[None]
 
+    # A row of flags for each device: to reduce them would make all processes wait for each other.
+    rows = PartitionSpec(where.mesh.axis_names)
     mapped = jax.shard_map(
-        local,
-        mesh=where.mesh,
-        in_specs=where.spec,
-        out_specs=(matrix.spec, PartitionSpec()),
+        local, mesh=where.mesh, in_specs=where.spec, out_specs=(matrix.spec, rows)
     )
-    everywhere = NamedSharding(where.mesh, PartitionSpec())
-    return jax.jit(mapped, out_shardings=(matrix, everywhere))
+    return jax.jit(mapped, out_shardings=(matrix, NamedSharding(where.mesh, rows)))
 
 
 @functools.lru_cache
 def _compressor(stack: NamedSharding, how: _How, blocks: int, dtype: np.dtype) -> Callable:
-    def local(scale: Float[Array, "*s b n"]) -> tuple[dict[str, Any], Bool[Array, ""]]:
+    def local(scale: Float[Array, "*s b n"]) -> tuple[dict[str, Any], Bool[Array, "1"]]:
         found, lost = _compressed(scale, how, blocks, dtype)
-        return found, _anywhere(lost)
+        return found, lost[None]
 
+    rows = PartitionSpec(stack.mesh.axis_names)
     mapped = jax.shard_map(
-        local, mesh=stack.mesh, in_specs=stack.spec, out_specs=(stack.spec, PartitionSpec())
+        local, mesh=stack.mesh, in_specs=stack.spec, out_specs=(stack.spec, rows)
     )
-    everywhere = NamedSharding(stack.mesh, PartitionSpec())
-    return jax.jit(mapped, out_shardings=(stack, everywhere))
+    return jax.jit(mapped, out_shardings=(stack, NamedSharding(stack.mesh, rows)))

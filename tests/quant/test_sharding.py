@@ -258,14 +258,13 @@ def test_what_lies_on_a_mesh_is_quantized_where_it_lies(axis, options):
             assert x.sharding.mesh == mesh
 
 
-def test_nothing_but_scales_is_sent_while_a_mesh_quantizes(mesh):
-    """By XLA's own program: no collective but that of two flags."""
+def test_nothing_is_sent_while_a_mesh_quantizes(mesh):
+    """By XLA's own program, which has no collective."""
     where = NamedSharding(mesh, P("data", "model"))
     how = encode._How("io", quant.formats.FORMATS["nf4"], 32, jnp.dtype("bfloat16"), False)
     program = encode._encoder(where, where, how).lower(jax.device_put(jnp.ones((K, N)), where))
     text = program.compile().as_text()
-    collectives = r"= (\w+\[[\d,]*\])\S* (all-\w+|reduce-scatter|collective-permute)\S*\("
-    assert set(re.findall(collectives, text)) == {("s32[2]", "all-reduce")}
+    assert not re.search(r"all-(reduce|gather|to-all)|reduce-scatter|collective-permute", text)
 
 
 @pytest.mark.parametrize(
