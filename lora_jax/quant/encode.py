@@ -290,7 +290,8 @@ def _kept_spec(w: Array, where: NamedSharding, how: _How, name: str) -> Partitio
 
 def _found(flags: Bool[Array, "devices *n"]) -> Bool[np.ndarray, "*n"]:
     """Which flags a device of this process has set; an error in one process ends the others."""
-    return np.any([np.asarray(shard.data)[0] for shard in flags.addressable_shards], axis=0)
+    mine = [np.asarray(shard.data)[0] for shard in flags.addressable_shards]
+    return np.asarray(np.any(mine, axis=0))
 
 
 @functools.lru_cache
