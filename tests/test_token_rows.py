@@ -11,7 +11,7 @@ import pytest
 import lora_jax as lora
 from lora_jax.array import RowsArray
 
-from tests.support.numbers import normal
+from tests.support.random_arrays import normal
 
 pytestmark = pytest.mark.once
 

@@ -15,7 +15,7 @@ from lora_jax.checkpoint import adapters, folder
 from lora_jax.checkpoint.flat import differences, flatten, unflatten
 from lora_jax.checkpoint.folder import check_space, one_line, split_checksums, with_checksums
 
-from tests.support.numbers import moved
+from tests.support.random_arrays import moved
 from tests.support.train_toys import (
     CONFIG,
     TOKENS,

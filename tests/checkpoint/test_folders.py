@@ -18,8 +18,8 @@ from lora_jax import checkpoint, files
 from lora_jax.checkpoint import adapters
 from lora_jax.sharding import LeafDims, Rules
 
-from tests.support.numbers import moved
 from tests.support.places import ROOT
+from tests.support.random_arrays import moved
 from tests.support.train_toys import (
     CONFIG,
     TOKENS,

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tests.support import numbers
+from tests.support import random_arrays
 
 # Two products rounded apart (x·W and s·(x·A)·B) against one (x·(W + s·A·B)): a few float32
 # roundings a layer, relative to the largest output.
@@ -53,7 +53,7 @@ class Case:
         return self.name
 
 
-normal = functools.partial(numbers.normal, scale=0.4)
+normal = functools.partial(random_arrays.normal, scale=0.4)
 
 
 def filled(tree):

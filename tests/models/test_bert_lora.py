@@ -12,7 +12,7 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.models.saving import save_model
 
-from tests.support.numbers import moved
+from tests.support.random_arrays import moved
 
 pytestmark = pytest.mark.once
 

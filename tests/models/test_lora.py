@@ -10,7 +10,7 @@ import pytest
 import lora_jax as lora
 from lora_jax import models
 
-from tests.support.numbers import moved
+from tests.support.random_arrays import moved
 from tests.support.tiny import SMALL
 
 pytestmark = pytest.mark.once

@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 import lora_jax as lora
 from lora_jax import multi
 
-from tests.support.numbers import moved, normal
+from tests.support.random_arrays import moved, normal
 
 DIM, OUT = 12, 7
 

@@ -10,7 +10,7 @@ from jax import lax
 import lora_jax as lora
 from lora_jax.plan.decide import LeftOutWarning
 
-from tests.support.numbers import normal
+from tests.support.random_arrays import normal
 
 X = jax.ShapeDtypeStruct((2, 5, 8), jnp.float32)
 TRIANGLE = jnp.tril(jnp.ones((8, 8)))

@@ -12,7 +12,7 @@ import lora_jax as lora
 from lora_jax import quant
 from lora_jax.quant import ops
 
-from tests.support.numbers import normal
+from tests.support.random_arrays import normal
 
 pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore::lora_jax.DecodedWarning")]
 

@@ -11,8 +11,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-# In place of this folder, whose `numbers` would hide Python's.
-sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax

@@ -18,7 +18,7 @@ from lora_jax.models.saving import save_model
 from lora_jax.paths import spell
 from lora_jax.recipes.demo import task
 
-from tests.support.numbers import moved
+from tests.support.random_arrays import moved
 
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 TEMPLATE = (

@@ -8,7 +8,7 @@ from jax import lax
 
 import lora_jax as lora
 
-from tests.support.numbers import normal
+from tests.support.random_arrays import normal
 
 pytestmark = pytest.mark.once
 

@@ -12,7 +12,7 @@ from lora_jax.analysis import Spectrum, intruder_dimensions, overlap, spectrum
 from lora_jax.analysis.spectra import changes
 from lora_jax.analysis.spectra.spectrum import MatrixSpectrum
 
-from tests.support.numbers import moved
+from tests.support.random_arrays import moved
 
 pytestmark = pytest.mark.once
 

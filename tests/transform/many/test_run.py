@@ -15,7 +15,7 @@ from lora_jax.dims import factor_shapes
 from lora_jax.models.generation import runner
 from lora_jax.transform.many import grouped
 
-from tests.support.numbers import moved, normal
+from tests.support.random_arrays import moved, normal
 from tests.support.tiny import adapter, tiny_model
 
 pytestmark = pytest.mark.once
