@@ -12,7 +12,7 @@ from flax import linen as nn
 
 import lora_jax as lora
 from lora_jax.array import LoraStack, SavedStack
-from lora_jax.quant.array import quantize_array
+from lora_jax.quant.encode import quantize_array
 
 W, X = jnp.ones((4, 4)), jnp.ones((4, 4))
 A, B = jnp.ones((4, 2)), jnp.ones((2, 4))

@@ -243,4 +243,4 @@ def test_a_coordinator_without_distributed_is_refused(tmp_path, capsys):
         ["train", "--model", "m", "--train-data", "d", "--coordinator", "localhost:1"]
         + ["--output-dir", str(tmp_path)]
     )
-    assert status == 1 and "`--coordinator` is for a run of several" in capsys.readouterr().err
+    assert status == 2 and "`--coordinator` is for a run of several" in capsys.readouterr().err
