@@ -2,8 +2,7 @@
 
 folder/
   adapter/     Orbax: a flat dict, `model.layers.self_attn.q_proj.kernel.a` and so on
-  meta/        JSON: format, the LoRA config in PEFT's fields, the plan (`outline`), the
-               base's fingerprint, checksums
+  meta/        JSON: format, LoRA config in PEFT's fields, `outline`, base's fingerprint, checksums
 """
 
 import os

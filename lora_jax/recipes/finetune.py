@@ -1,7 +1,6 @@
 """Fine-tunes a model on a data file; loads, exports and merges adapters."""
 
 import dataclasses
-import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import hf, models, processes, train
-from lora_jax.compat import EXTRAS, check_installed, require
+from lora_jax.compat import EXTRAS, check_installed
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import check_new
@@ -22,8 +21,8 @@ from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
 from lora_jax.recipes.forms import TrainedForm, form_of, read_form, write_form
+from lora_jax.recipes.reports import show_evaluations, show_memory, summary
 from lora_jax.recipes.settings import Dtype, Quantization
-from lora_jax.train import format_memory
 from lora_jax.train.archive import check_new_run
 from lora_jax.train.config import TrainConfig
 from lora_jax.train.examples import TooLong
@@ -223,56 +222,6 @@ def _examples(
             stacklevel=2,
         )
     return train.examples(records, model.tokenizer, max_length=length, too_long=job.too_long)
-
-
-def show_memory(log: Callable[[str], None]) -> Callable:
-    """A hook for `fit` that prints the memory of the run above the progress bar."""
-    tqdm = require("tqdm").tqdm
-
-    # Printed above the bar: in its line it would be overwritten.
-    def show(used: Any) -> None:
-        with tqdm.external_write_mode():
-            log(f"memory:\n{textwrap.indent(format_memory(used), '  ')}\n")
-
-    return show
-
-
-def show_evaluations(log: Callable[[str], None]) -> Callable:
-    """A hook for `fit` that prints the loss of each evaluation above the progress bar."""
-    tqdm = require("tqdm").tqdm
-
-    def show(record: dict) -> None:
-        if record["kind"] == "eval" and "eval_loss" in record:
-            with tqdm.external_write_mode():
-                log(f"eval loss after step {record['step']}: {record['eval_loss']:.4f}")
-
-    return show
-
-
-def summary(history: Sequence[dict], seconds: float, directory: Path) -> str:
-    """The first and last losses of a run, its time, and where its files are.
-
-    Args:
-      history: the run's records.
-      seconds: what it took.
-      directory: its `output_dir`.
-    """
-    steps = [record for record in history if record["kind"] == "train"]
-    evaluated = [r["eval_loss"] for r in history if r["kind"] == "eval" and "eval_loss" in r]
-    if not steps:
-        return f"no step was left to take; the run is in {directory}"
-    first, last = steps[0]["loss"], steps[-1]["loss"]
-    count = steps[-1]["step"]
-    took = f"{count} step{'s' if count > 1 else ''}, {seconds:,.0f} s"
-    lines = [f"{took}; loss {first:.4f} -> {last:.4f}"]
-    if evaluated:
-        lines[0] += f"; eval loss {evaluated[0]:.4f} -> {evaluated[-1]:.4f}"
-    if last > _RISEN * first:
-        lines.append("the loss rose: train again with a lower learning rate")
-    return "\n".join([*lines, f"plot and metrics: {directory / 'loss.png'}, metrics.jsonl"])
-
-
-_RISEN = 1.2  # of the first loss; single batches differ by less
 
 
 def load_model(

@@ -11,8 +11,9 @@ from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.recipes import finetune
-from lora_jax.recipes.finetune import FinetuneConfig, summary
+from lora_jax.recipes.finetune import FinetuneConfig
 from lora_jax.recipes.forms import FORM_FILE, form_of, read_form, write_form
+from lora_jax.recipes.reports import summary
 from lora_jax.train import TrainConfig, record_of
 
 from tests.support import tiny

@@ -11,6 +11,7 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.recipes import finetune
 from lora_jax.recipes.demo import files, task
 from lora_jax.recipes.generate import generate_texts
+from lora_jax.recipes.reports import show_memory
 from lora_jax.recipes.settings import DemoConfig, GenerateConfig
 from lora_jax.train import TrainConfig
 from lora_jax.train.memory import tree_bytes
@@ -114,7 +115,7 @@ def train_on(
 ) -> train.Result:
     """Fine-tunes on the data file and prints the memory of the run; the result of `fit`."""
     examples = train.load_examples(data, model.tokenizer, max_length=_MAX_LENGTH)
-    hooks = train.Hooks(memory=finetune.show_memory(log))
+    hooks = train.Hooks(memory=show_memory(log))
     return train.fit(
         model,
         params,
