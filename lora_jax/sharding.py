@@ -7,6 +7,7 @@ B  (layers, r, out)    P(None, None, "model")
 
 import contextlib
 import dataclasses
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -303,18 +304,20 @@ def _leaf_spec(
     first = x.ndim - len(row.dims)
     names = ("layers",) * first + row.dims
     order = [*(first + d for d in row.order), *range(first)]
-    spec: list[str | None] = [None] * x.ndim
-    # `tensor` first: only one dim fits it, while `fsdp` can shard any that is left.
+    spec: list[tuple[str, ...]] = [()] * x.ndim
+    # `tensor` first: only one dim fits it, while `fsdp` can shard any, behind `tensor` on its dim
+    # too: outputs are gathered as a transposed copy of all layers, inputs as they lie.
     for axis in ("tensor", "fsdp", "data"):
         # Under fsdp a weight is gathered for each use, which does not pay for a vector.
         if mesh_shape.get(axis, 1) == 1 or (axis == "fsdp" and len(row.dims) == 1):
             continue
-        free = [d for d in order if spec[d] is None and axis in rules.axes.get(names[d], ())]
-        if not free:
+        allowed = [d for d in order if axis in rules.axes.get(names[d], ())]
+        if not allowed:
             continue
-        d = _divided(x, free, mesh_shape[axis])
+        sizes = [math.prod(mesh_shape[a] for a in (*axes, axis)) for axes in spec]
+        d = _divided(x, allowed, sizes)
         if d is not None:
-            spec[d] = axis
+            spec[d] += (axis,)
         elif whole is not None:
             whole.append(f"`{path}` {tuple(x.shape)}")
         else:
@@ -322,15 +325,16 @@ def _leaf_spec(
                 f'`mesh` axis "{axis}" = {mesh_shape[axis]} divides no dim of `{path}` '
                 f"{tuple(x.shape)} that it may shard; choose a divisor of the model's width"
             )
-    return PartitionSpec(*spec)
+    # One name by itself, as a reader would write it.
+    return PartitionSpec(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in spec))
 
 
-def _divided(x: Any, dims: list[int], size: int) -> int | None:
-    """The first of the dims that an axis of this size divides."""
+def _divided(x: Any, dims: list[int], sizes: Sequence[int]) -> int | None:
+    """The first of the dims that can be cut into its number of parts, `sizes[d]`."""
     if not is_quant(x):
-        return next((d for d in dims if x.shape[d] % size == 0), None)
+        return next((d for d in dims if x.shape[d] % sizes[d] == 0), None)
     # A quantized matrix is stored in superblocks of inputs, which must stay whole: where there are
     # too few of them it is spread by its outputs.
     inputs, unit = in_dims(x.roles), form_of(x).rows(x.block)
     order = [(d, unit) for d in dims] + [(d, 1) for d in dims[::-1] if d not in inputs]
-    return next((d for d, unit in order if x.shape[d] % (size * unit) == 0), None)
+    return next((d for d, unit in order if x.shape[d] % (sizes[d] * unit) == 0), None)

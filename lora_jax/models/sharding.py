@@ -6,7 +6,7 @@
     tensor   heads, the hidden units of the MLP and the vocabulary, for decoders of the Llama family
 
     q, k, v, gate, up, head  (in, out)        P("fsdp", "tensor")
-    o, down                  (in, out)        P("tensor", "fsdp")
+    o, down                  (in, out)        P(("tensor", "fsdp"), None)
     table                    (vocabulary, d)  P("tensor", "fsdp")
     norms, biases                             copied (biases of the first row: P("tensor"))
 

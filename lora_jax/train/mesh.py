@@ -82,10 +82,17 @@ def _gathered(params: Any, at: Placement) -> Specs:
         stored = getattr(leaf.w if is_lora(leaf) else leaf, "sharding", None)
         if not isinstance(stored, NamedSharding):
             continue
-        used = PartitionSpec(*(None if axis in at.rows else axis for axis in stored.spec))
+        used = PartitionSpec(*(_without(axes, at.rows) for axes in stored.spec))
         if used != stored.spec:
             found.append((path, used))
     return tuple(found)
+
+
+def _without(axes: Any, rows: tuple[str, ...]) -> Any:
+    """The axes of a dim (a name, several, or None) without those of the rows."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    left = tuple(name for name in names if name not in rows)
+    return left if len(left) > 1 else left[0] if left else None
 
 
 def params_on(params: Any, at: Placement | None) -> Any:

@@ -44,9 +44,9 @@ def test_a_decoder_has_fsdp_on_its_width_and_tensor_on_heads_mlp_and_vocabulary(
     ends = {path.removeprefix("model.layers."): spec for path, spec in found.items()}
     for name in ("q_proj", "k_proj", "v_proj"):
         assert ends[f"self_attn.{name}.kernel"] == P(None, "fsdp", "tensor")
-    assert ends["self_attn.o_proj.kernel"] == P(None, "tensor", "fsdp")
+    assert ends["self_attn.o_proj.kernel"] == P(None, ("tensor", "fsdp"), None)
     assert ends["mlp.gate_proj.kernel"] == ends["mlp.up_proj.kernel"] == P(None, "fsdp", "tensor")
-    assert ends["mlp.down_proj.kernel"] == P(None, "tensor", "fsdp")
+    assert ends["mlp.down_proj.kernel"] == P(None, ("tensor", "fsdp"), None)
     assert ends["lm_head.kernel"] == P("fsdp", "tensor")
     assert ends["model.embed_tokens.embedding"] == P("tensor", "fsdp")
     assert ends["input_layernorm.scale"] == P()
@@ -59,11 +59,12 @@ def test_a_decoder_has_fsdp_on_its_width_and_tensor_on_heads_mlp_and_vocabulary(
         ({"data": 8}, P(None, None)),
         ({"fsdp": 4}, P("fsdp", None)),
         ({"tensor": 2}, P("tensor", None)),
-        ({"fsdp": 4, "tensor": 2}, P("tensor", "fsdp")),
+        ({"fsdp": 4, "tensor": 2}, P(("tensor", "fsdp"), None)),
+        ({"fsdp": 5, "tensor": 2}, P("tensor", "fsdp")),
         ({"fsdp": 5}, P(None, "fsdp")),  # divides the outputs only
     ],
 )
-def test_an_axis_takes_the_first_free_dim_that_it_divides(mesh, expected):
+def test_an_axis_takes_the_first_dim_that_it_divides(mesh, expected):
     assert specs(kernel("o_proj", 64, 320), RULES, mesh)["o_proj"]["kernel"] == expected
 
 
