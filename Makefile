@@ -15,6 +15,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	&& echo $$p && break; done)
 
 IN = $(VENV)/bin/
+# Containers often set it: every process would compile the package and its tests again.
+unexport PYTHONDONTWRITEBYTECODE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help demo check test test-all test-core oracles mutants lint format docs aot aot-quick aot-wheels clean

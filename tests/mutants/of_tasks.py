@@ -126,7 +126,7 @@ FAULTS = [
     *in_file(
         "train/mesh.py",
         "tests/train/test_wire.py tests/train/test_mesh.py",
-        ("None if axis in at.rows else axis for", "axis for"),
+        ("for name in names if name not in rows)", "for name in names)"),
         ("if batch_size % at.parts:", "if False:"),
         ("and found.mesh == mesh:", "and False:"),
     ),
