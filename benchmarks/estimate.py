@@ -67,7 +67,10 @@ def mesh_row(kind: str, method: str, mesh: dict) -> dict:
     _, config = config_of(SHAPE)
     found = estimate("0.5B", config, settings)
     devices = jax.devices() if kind == "cpu" else targets.devices(kind, 8)
-    program = compiled.compiled(config, settings, devices=devices, platform=kind)
+    at = compiled.placement(settings, devices)
+    step = memory_step.abstract_step(config, settings, batch=settings.batch, at=at)
+    places = memory_step.spread(step, settings)
+    program = compiled.compiled(step, places, at, platform=kind)
     said = compiled.temporaries(program)
     total = found.arguments + said
     return {

@@ -17,16 +17,17 @@ import re
 
 import aot_targets as targets  # sets the environment: before jax is used
 import jax
-import numpy as np
 from common import report
 from jax.extend import core
 
 from lora_jax import LoraConfig
 from lora_jax.analysis.step_memory import compiled
+from lora_jax.analysis.step_memory import step as memory_step
 from lora_jax.analysis.step_memory.estimate import estimate
 from lora_jax.analysis.step_memory.shapes import config_of
-from lora_jax.analysis.step_memory.step import StepSettings, abstract_step
+from lora_jax.analysis.step_memory.step import StepSettings
 from lora_jax.quant.formats import FormatName
+from lora_jax.train.memory import tree_bytes
 
 GIB = 2**30
 LENGTH = 2048
@@ -136,19 +137,20 @@ def row(size: str, form: FormatName | None, mesh: dict[str, int]) -> dict:
         length=LENGTH, mesh=mesh,
     )  # fmt: skip
     devices = targets.devices("cuda", COUNT)
-    program = compiled.compiled(config, settings, devices=devices, platform="cuda")
+    at = compiled.placement(settings, devices)
+    step = memory_step.abstract_step(config, settings, batch=settings.batch, at=at)
+    places = memory_step.spread(step, settings)
+    program = compiled.compiled(step, places, at, platform="cuda")
     found = estimate(size, config, settings)
     beside = compiled.temporaries(program)
     wire = sent(program.as_text())
     # Kernels of quantized products hide their products: those of the reference are counted.
-    step = abstract_step(
-        config, dataclasses.replace(settings, backend="reference"), batch=settings.batch
-    )
+    plain = dataclasses.replace(settings, backend="reference")
+    step = memory_step.abstract_step(config, plain, batch=settings.batch)
     work = flops(jax.make_jaxpr(step.fn)(step.state, step.frozen, step.batch).jaxpr) / COUNT
-    base = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(step.base))
     # A device reads the weights that it computes with for the forward pass, for its repetition and
     # for the backward pass.
-    read = 3 * base / mesh.get("tensor", 1)
+    read = 3 * tree_bytes(step.base) / mesh.get("tensor", 1)
     times = {
         "compute_ms": 1e3 * work / FLOPS,
         "memory_ms": 1e3 * read / MEMORY,

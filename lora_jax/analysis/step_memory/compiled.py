@@ -6,63 +6,50 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 
-from lora_jax.analysis.step_memory import mesh
-from lora_jax.analysis.step_memory.step import (
-    AbstractStep,
-    StepSettings,
-    abstract_step,
-    spread,
-)
+from lora_jax.analysis.step_memory.step import AbstractStep, Spread, StepSettings, placed
 from lora_jax.models.sharding import ROWS
 from lora_jax.train.mesh import Placement, entered, results
 
 
 def compiled(
-    config: Any,
-    settings: StepSettings,
-    *,
-    devices: Sequence[Any] | None = None,
-    platform: str | None = None,
+    step: AbstractStep, places: Spread, at: Placement | None, *, platform: str | None = None
 ) -> Any:
     """The step as `train.fit` runs it, compiled; `jax.stages.Compiled`.
 
     Args:
-      config: the model's configuration.
+      step: the step, made with the same `at`.
+      places: the shardings of its arguments.
+      at: from `placement`.
+      platform: the platform of the devices, as jax's `lowering_platforms` names it.
+    """
+    args, shardings = (step.state, step.frozen, step.batch), None
+    if at is not None:
+        args = placed(args, (places.state, places.frozen, places.batch), at.mesh)
+        shardings = results(args[0], at)
+    jitted = jax.jit(step.fn, donate_argnums=(0,), out_shardings=shardings)
+    platforms = None if platform is None else (platform,)
+    # Nothing runs under the mesh, whose devices need not be attached.
+    with entered(at):
+        return jitted.trace(*args).lower(lowering_platforms=platforms).compile()
+
+
+def placement(settings: StepSettings, devices: Sequence[Any] | None = None) -> Placement | None:
+    """The mesh that a step is compiled for; None for one device of this machine.
+
+    Args:
       settings: the settings of the step.
-      devices: the devices to compile for, which may be those of a topology that is not attached;
-        the local ones by default.
-      platform: the platform of `devices`, as jax's `lowering_platforms` names it.
+      devices: the devices, which may be those of a topology that is not attached; the local ones
+        by default.
 
     Raises:
       ValueError: a mesh of more devices than there are.
     """
     # Without devices of another kind, a step on one device needs no shardings.
     if devices is None and math.prod(settings.mesh.values()) == 1:
-        step = abstract_step(config, settings, batch=settings.batch)
-        return _compile(step, (step.state, step.frozen, step.batch), None, platform)
-    at = Placement(_grid(settings, jax.devices() if devices is None else devices), ROWS)
-    step = abstract_step(config, settings, batch=settings.batch, at=at)
-    places = spread(step, settings)
-    flat, tree = jax.tree.flatten((step.state, step.frozen, step.batch))
-    specs = mesh.leaves((places.state, places.frozen, places.batch))
-    args = jax.tree.unflatten(
-        tree,
-        [
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(at.mesh, spec))
-            for x, spec in zip(flat, specs, strict=True)
-        ],
-    )
-    # Nothing runs under the mesh, whose devices need not be attached.
-    with entered(at):
-        return _compile(step, args, results(args[0], at), platform)
-
-
-def _compile(step: AbstractStep, args: Any, results: Any, platform: str | None) -> Any:
-    jitted = jax.jit(step.fn, donate_argnums=(0,), out_shardings=results)
-    platforms = None if platform is None else (platform,)
-    return jitted.trace(*args).lower(lowering_platforms=platforms).compile()
+        return None
+    return Placement(_grid(settings, jax.devices() if devices is None else devices), ROWS)
 
 
 def temporaries(program: Any) -> int:

@@ -27,7 +27,7 @@ import optax
 from lora_jax import paths
 from lora_jax.analysis.step_memory import mesh as memory_mesh
 from lora_jax.analysis.step_memory import step as memory_step
-from lora_jax.analysis.step_memory.compiled import compiled, temporaries
+from lora_jax.analysis.step_memory.compiled import compiled, placement, temporaries
 from lora_jax.analysis.step_memory.liveness import HABITS, Alive, Habits, alive, on_cpu
 from lora_jax.analysis.step_memory.program import whole_bytes
 from lora_jax.analysis.step_memory.shapes import config_of
@@ -227,7 +227,8 @@ def estimate(
     """As `memory`, for a configuration and settings."""
     # Raises for what cannot be sharded, before anything is traced.
     memory_mesh.one_device(config, settings.mesh)
-    step = memory_step.abstract_step(config, settings, batch=settings.batch)
+    at = placement(settings) if exact else None
+    step = memory_step.abstract_step(config, settings, batch=settings.batch, at=at)
     places = memory_step.spread(step, settings)
     trained = _device_bytes(step.state.trainable, places.state.trainable, settings)
     base = _device_bytes(step.frozen, places.frozen, settings)
@@ -237,7 +238,7 @@ def estimate(
     rest = _device_bytes(kept, specs, settings)
     every = [trained, base, rest]
     if exact:
-        found = Alive(temporaries(compiled(config, settings)), 0, ())
+        found = Alive(temporaries(compiled(step, places, at)), 0, ())
     else:
         found = _peak(config, settings, step, places, trained=trained.here)
     whole = settings.adapter is None

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.analysis.step_memory import mesh as memory_mesh
 from lora_jax.config.arguments import set_plain_fields
@@ -198,14 +198,19 @@ def _on_mesh(
     """The decoder and the rows of its batch on a mesh, as `train.fit` has them."""
     if at is None:
         return forward, TOGETHER
-    leaves, tree = jax.tree.flatten(params)
-    places = memory_mesh.leaves(partition_specs(params, specs(base, RULES, settings.mesh)))
-    placed = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(at.mesh, spec))
-        for x, spec in zip(leaves, places, strict=True)
-    ]
-    rows = meshes.rows_of(at, jax.tree.unflatten(tree, placed))
+    places = partition_specs(params, specs(base, RULES, settings.mesh))
+    rows = meshes.rows_of(at, placed(params, places, at.mesh))
     return dataclasses.replace(forward, rows=at.rows, gathered=rows.weights), rows
+
+
+def placed(shapes: Any, specs: Any, mesh: Mesh) -> Any:
+    """A tree of `ShapeDtypeStruct`s with the shardings of a tree of specs."""
+    leaves, tree = jax.tree.flatten(shapes)
+    found = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        for x, spec in zip(leaves, memory_mesh.leaves(specs), strict=True)
+    ]
+    return jax.tree.unflatten(tree, found)
 
 
 def _base(forward: Any, settings: StepSettings) -> Any:
