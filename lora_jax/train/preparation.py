@@ -99,9 +99,10 @@ def layout(model: Any, data: Sequence[Example], config: TrainConfig, parts: int 
       ValueError: there is no data, it does not fit, or the model takes no packed rows.
     """
     lengths = lengths_of(data)
+    ladder = ladder_of(config.buckets, lengths)
     choice = choose(
         lengths,
-        ladder_of(config.buckets, lengths),
+        ladder,
         _row_length(config, lengths),
         rows=config.batch_size * config.accumulation,
         # A model of the user's own may have no config: that of a small one.
@@ -113,7 +114,7 @@ def layout(model: Any, data: Sequence[Example], config: TrainConfig, parts: int 
         data,
         batch_size=config.batch_size,
         accumulation=config.accumulation,
-        buckets=config.buckets,
+        buckets=ladder,
         packed=choice.length,
         pad_id=pad_id_of(model.tokenizer),
         seed=config.seed,
