@@ -258,3 +258,9 @@ def has_flash_attention() -> bool:
     capability = getattr(default_device(), "compute_capability", "")
     major = str(capability).partition(".")[0]
     return major.isdecimal() and int(major) >= 8 and jax.device_count() == 1
+
+
+def is_finite(x: np.ndarray) -> bool:
+    """Whether all numbers of a host array are finite; of any dtype of JAX's."""
+    # numpy's `isfinite` takes no bfloat16.
+    return bool(np.isfinite(np.asarray(x).astype(np.float32, copy=False)).all())

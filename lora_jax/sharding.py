@@ -325,8 +325,7 @@ def _leaf_spec(
                 f'`mesh` axis "{axis}" = {mesh_shape[axis]} divides no dim of `{path}` '
                 f"{tuple(x.shape)} that it may shard; choose a divisor of the model's width"
             )
-    # One name by itself, as a reader would write it.
-    return PartitionSpec(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in spec))
+    return PartitionSpec(*spec)
 
 
 def _divided(x: Any, dims: list[int], sizes: Sequence[int]) -> int | None:

@@ -39,6 +39,7 @@ from lora_jax.checkpoint.folder import (
     read_meta,
     replace,
     shapes_of,
+    steps_in,
     with_checksums,
 )
 from lora_jax.checkpoint.planned import planned
@@ -250,8 +251,7 @@ def _hint(directory: Path) -> str:
 
 def _newest_whole(checkpoints: Path, step: int | None) -> Stored:
     """The adapter of one step, or of the newest checkpoint that is not damaged."""
-    # Other names are Orbax's partial checkpoints, and damaged ones that were renamed.
-    steps = sorted((int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()), reverse=True)
+    steps = steps_in(checkpoints)
     if not steps:
         raise FileNotFoundError(f"{checkpoints}: the run has no checkpoint yet")
     if step is not None:

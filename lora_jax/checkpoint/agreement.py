@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.array import LoraArray, check_whole, is_lora, leaves_by_path
+from lora_jax.compat import is_finite
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.matching import scale_of
 from lora_jax.multi.single import check_single
@@ -83,8 +84,7 @@ def check_finite(arrays: Mapping[str, Any]) -> None:
       ValueError: one holds NaN or infinity.
     """
     for name, x in arrays.items():
-        # numpy's `isfinite` takes no bfloat16.
-        if not np.isfinite(np.asarray(x).astype(np.float32, copy=False)).all():
+        if not is_finite(x):
             raise ValueError(
                 f"`lora_params` holds NaN or infinity in `{name}`: save an earlier state, and "
                 "lower the learning rate or clip gradients"

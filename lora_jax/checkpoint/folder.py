@@ -70,6 +70,13 @@ def is_folder(directory: Path, item: str) -> bool:
     return (directory / item).is_dir() and (directory / "meta").is_dir()
 
 
+def steps_in(checkpoints: Path) -> list[int]:
+    """The steps of the checkpoints of a run, the newest first; none where there is no folder."""
+    # Other names are Orbax's partial checkpoints, and damaged ones that were renamed.
+    names = (path.name for path in checkpoints.glob("*"))
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
 def place_for(directory: str | os.PathLike, item: str, what: str) -> Path:
     """The absolute path of a folder that may be written.
 

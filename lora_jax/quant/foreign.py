@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Integer
 
+from lora_jax.compat import is_finite
 from lora_jax.dims import sizes
 from lora_jax.quant import formats
 from lora_jax.quant.array import (
@@ -112,7 +113,7 @@ def from_codes(
 
 def _check_scales(scale: np.ndarray, bias: Any, name: str) -> None:
     for x in (scale,) if bias is None else (scale, bias):
-        if not np.isfinite(np.asarray(x, np.float32)).all():
+        if not is_finite(x):
             raise ValueError(f"`{name}`: its scales hold NaN or infinity; the file is damaged")
     if str(scale.dtype) not in SCALE_DTYPES:
         raise ValueError(

@@ -86,9 +86,13 @@ def _parts(q: QuantArray, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> int
 
 
 def parts_of(mesh: Mesh | AbstractMesh, axes: Any) -> int:
-    """The number of parts of a dim that has these axes in a spec: a name, several, or None."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(mesh.shape[name] for name in names)
+    """The number of parts of a dim that has these axes in a spec."""
+    return math.prod(mesh.shape[name] for name in axes_of(axes))
+
+
+def axes_of(entry: Any) -> tuple[str, ...]:
+    """The axes that an entry of a `PartitionSpec` names: one, several, or none for None."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def put(q: QuantArray, sharding: Any) -> QuantArray:
@@ -125,6 +129,5 @@ def local_part(q: QuantArray, spec: PartitionSpec, mesh: Mesh | AbstractMesh) ->
     # Inside a `shard_map` the static shape must be the local one: it is what `matmul` checks.
     shape = list(q.shape)
     for d, axes in enumerate(spec):
-        for name in (axes,) if isinstance(axes, str) else axes or ():
-            shape[d] //= mesh.shape[name]
+        shape[d] //= parts_of(mesh, axes)
     return dataclasses.replace(q, shape=tuple(shape))

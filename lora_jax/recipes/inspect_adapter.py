@@ -15,6 +15,7 @@ import numpy as np
 
 from lora_jax.array import LoraArray
 from lora_jax.checkpoint import adapters
+from lora_jax.compat import is_finite
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import sizes
@@ -184,8 +185,7 @@ def _phrase(names: list[str], what: str) -> str:
 
 
 def _finite(x: np.ndarray | None) -> bool:
-    # numpy's `isfinite` takes no bfloat16.
-    return x is None or bool(np.isfinite(x.astype(np.float32, copy=False)).all())
+    return x is None or is_finite(x)
 
 
 # --- readers ------------------------------------------------------------------------------------

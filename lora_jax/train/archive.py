@@ -18,6 +18,7 @@ from lora_jax.checkpoint import state as checkpoints
 from lora_jax.checkpoint.adapters import RUN_CHECKPOINTS, RUN_FORMAT, config_json
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
 from lora_jax.checkpoint.flat import outline
+from lora_jax.checkpoint.folder import steps_in
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import locked, write_text
 from lora_jax.train import metrics
@@ -92,9 +93,8 @@ def check_new_run(config: TrainConfig) -> None:
       FileExistsError: it holds one.
     """
     if config.output_dir is not None and not config.resume:
-        place = config.output_dir / RUN_CHECKPOINTS
-        steps = [int(p.name) for p in place.glob("[0-9]*") if p.name.isdigit()]
-        _check_empty(config.output_dir, max(steps, default=None))
+        steps = steps_in(config.output_dir / RUN_CHECKPOINTS)
+        _check_empty(config.output_dir, steps[0] if steps else None)
 
 
 def _check_empty(directory: Path, step: int | None) -> None:

@@ -17,6 +17,7 @@ from lora_jax import processes, sharding
 from lora_jax.array import is_lora, leaves_by_path
 from lora_jax.models.layers import Specs
 from lora_jax.models.sharding import ROWS
+from lora_jax.quant.sharding import axes_of
 from lora_jax.train.loss import TOGETHER, Rows
 from lora_jax.train.step import TrainState
 
@@ -82,17 +83,11 @@ def _gathered(params: Any, at: Placement) -> Specs:
         stored = getattr(leaf.w if is_lora(leaf) else leaf, "sharding", None)
         if not isinstance(stored, NamedSharding):
             continue
-        used = PartitionSpec(*(_without(axes, at.rows) for axes in stored.spec))
+        left = ([a for a in axes_of(entry) if a not in at.rows] for entry in stored.spec)
+        used = PartitionSpec(*map(tuple, left))
         if used != stored.spec:
             found.append((path, used))
     return tuple(found)
-
-
-def _without(axes: Any, rows: tuple[str, ...]) -> Any:
-    """The axes of a dim (a name, several, or None) without those of the rows."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    left = tuple(name for name in names if name not in rows)
-    return left if len(left) > 1 else left[0] if left else None
 
 
 def params_on(params: Any, at: Placement | None) -> Any:

@@ -77,7 +77,7 @@ FAULTS = [
         ("if stored != inputs and _parts(q, spec, mesh) > 1:", "if False:"),
         ("if any(full[d] is not None for d in group[1:]):", "if False:"),
         ("q.scale2 is None else stack", "q.scale2 is None else matrix"),
-        ("shape[d] //= mesh.shape[name]", "pass"),
+        ("shape[d] //= parts_of(mesh, axes)", "pass"),
     ),
     *in_file(
         "quant/dispatch.py",

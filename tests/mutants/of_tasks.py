@@ -54,9 +54,9 @@ FAULTS = [
         ("name: x.copy() for name, x in arrays.items()", "name: x for name, x in arrays.items()"),
     ),
     *in_file(
-        "checkpoint/adapters.py",
+        "checkpoint/folder.py",
         "tests/train/test_nothing_lost.py",
-        ("if p.name.isdigit()), reverse=True)", "if p.name.isdigit()))"),
+        ("if name.isdigit()), reverse=True)", "if name.isdigit()))"),
     ),
     *in_file(
         "checkpoint/folder.py",
@@ -126,7 +126,7 @@ FAULTS = [
     *in_file(
         "train/mesh.py",
         "tests/train/test_wire.py tests/train/test_mesh.py",
-        ("for name in names if name not in rows)", "for name in names)"),
+        ("for a in axes_of(entry) if a not in at.rows]", "for a in axes_of(entry)]"),
         ("if batch_size % at.parts:", "if False:"),
         ("and found.mesh == mesh:", "and False:"),
     ),

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.sharding import AXES, ROWS, check_axes
+from lora_jax.quant.sharding import axes_of
 
 # The sizes of a configuration that the axis `tensor` divides.
 _DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
@@ -84,8 +85,7 @@ def mesh_note(backend: str) -> str:
 
 def parts(spec: PartitionSpec, mesh: Mapping[str, int], *axes: str) -> int:
     """How many parts an array is divided into along these axes (all by default)."""
-    # An entry is None, an axis, or a tuple of axes.
-    named = [n for entry in spec for n in ((entry,) if isinstance(entry, str) else entry or ())]
+    named = [name for entry in spec for name in axes_of(entry)]
     return math.prod(mesh[name] for name in named if not axes or name in axes)
 
 

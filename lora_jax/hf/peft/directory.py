@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lora_jax.compat import is_finite
 from lora_jax.config.peft import check_type
 from lora_jax.files import check_links, parse_json, replacing, sweep, sync, temporary_beside
 from lora_jax.hf.checkpoint.safetensors import PICKLES, read_header
@@ -121,7 +122,7 @@ def check_tensor(name: str, value: np.ndarray, source: str | os.PathLike) -> Non
     """Refuses a tensor that is empty or not finite."""
     if value.size == 0:
         raise ValueError(f"{source}: tensor `{name}` is empty (shape {value.shape})")
-    if not np.isfinite(value.astype(np.float32, copy=False)).all():
+    if not is_finite(value):
         raise ValueError(
             f"{source}: tensor `{name}` holds NaN or infinity, so every output would; "
             "take an earlier checkpoint of the adapter"
