@@ -100,8 +100,12 @@ class TrainConfig:
                  "save_every", "keep")  # fmt: skip
         for name in whole:
             _check(self, name, _whole(getattr(self, name)), "a whole number of at least 1")
-        for name in ("epochs", "learning_rate", "epsilon"):
+        for name in ("epochs", "epsilon"):
             _check(self, name, _finite(getattr(self, name)) > 0, "a number above 0")
+        # AdamW changes every number by about the learning rate in a step, and those of `A` are
+        # below 1 at the start. A rate above 1 ruins a model, often with a finite loss.
+        rate = 0 < _finite(self.learning_rate) <= 1
+        _check(self, "learning_rate", rate, "a number above 0 and at most 1")
         for name in ("warmup", "weight_decay"):
             _check(self, name, _finite(getattr(self, name)) >= 0, "a number of at least 0")
         for name in ("beta1", "beta2"):

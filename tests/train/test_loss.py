@@ -264,10 +264,11 @@ def test_dropout_key_differs_by_step_and_microbatch_and_repeats():
     ],
 )
 def test_schedules(name, expected):
-    config = TrainConfig(schedule=name, learning_rate=2.0, warmup=4, final_learning_rate=0.1)
+    config = TrainConfig(schedule=name, learning_rate=0.5, warmup=4, final_learning_rate=0.1)
     rates = [float(schedule(config, 9)(k)) for k in range(9)]
-    np.testing.assert_allclose(rates, 2 * np.array(expected), rtol=1e-5)
-    np.testing.assert_allclose(schedule(config, 9)(9), 0.2 if name != "constant" else 2, rtol=1e-5)
+    np.testing.assert_allclose(rates, np.array(expected) / 2, rtol=1e-5)
+    last = 0.05 if name != "constant" else 0.5
+    np.testing.assert_allclose(schedule(config, 9)(9), last, rtol=1e-5)
 
 
 @pytest.mark.parametrize("pad, expected", [(0, 0), (7, 7), (None, 0)])
@@ -294,8 +295,9 @@ def test_counting_steps():
         ("batch_size", 1.5, "a whole number of at least 1, got 1.5"),
         ("accumulation", True, "a whole number of at least 1, got True"),
         ("epochs", 0, "a number above 0, got 0"),
-        ("learning_rate", float("nan"), "a number above 0, got nan"),
-        ("learning_rate", "1e-4", "a number above 0, got '1e-4'"),
+        ("learning_rate", float("nan"), "a number above 0 and at most 1, got nan"),
+        ("learning_rate", 1e9, "a number above 0 and at most 1, got 1000000000.0"),
+        ("learning_rate", "1e-4", "a number above 0 and at most 1, got '1e-4'"),
         ("warmup", -0.1, "a number of at least 0, got -0.1"),
         ("beta2", 1.0, "at least 0 and below 1, got 1.0"),
         ("final_learning_rate", 2, "a share of the peak, 0 to 1, got 2"),
