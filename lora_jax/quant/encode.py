@@ -144,10 +144,11 @@ def _check_weight(w: Any, block: int, *, roles: str, pad: bool, name: str) -> No
     _, fan_in, _ = sizes(w.shape, roles)
     if fan_in % block and not pad:
         fits = [b for b in formats.BLOCK_SIZES if fan_in % b == 0]
-        hint = f"choose {fits[-1]} or less" if fits else "none does"
+        padded = "no block size does, and `lora.quantize(..., pad=True)` fills the last block"
+        hint = f"choose {fits[-1]} or less" if fits else padded
         raise ValueError(
             f"`block_size` {block} does not divide the {fan_in} inputs of `{name}` (shape "
-            f"{tuple(w.shape)}, roles {roles}): {hint}, or fill the last block with `pad=True`"
+            f"{tuple(w.shape)}, roles {roles}): {hint}"
         )
 
 
