@@ -5,8 +5,12 @@ all commands and does not wait for the imports of any.
 """
 
 import argparse
+import os
+import stat
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +91,7 @@ def generate(arguments: argparse.Namespace) -> None:
     """`lora-jax generate`."""
     from lora_jax.recipes import finetune
     from lora_jax.recipes.forms import read_form
-    from lora_jax.recipes.generate import as_trained, generate_texts
+    from lora_jax.recipes.generate import answer_prompts, as_trained
 
     config = _from_flags(generate_sections(), arguments)[0]
     model = finetune.load_model(arguments.model, dtype=arguments.dtype, **_quantization(arguments))
@@ -95,23 +99,35 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.adapter is not None:
         params, _ = finetune.load_adapter(model, arguments.adapter)
         form = read_form(arguments.adapter)
-    chat = model.tokenizer is not None and model.tokenizer.has_template
-    adapted = arguments.adapter is not None
-    # One answer stands alone, so that a script can read it; several need their prompts.
-    several = len(arguments.prompts) > 1 or "-" in arguments.prompts
-    # Each is answered before the next is read: standard input may be a terminal.
-    for prompt in _prompts(arguments.prompts):
-        if several:
-            _print(f"> {prompt}")
-        questions = as_trained(
-            [prompt],
-            chat=chat,
-            form=form,
-            adapter=adapted,
-            raw=arguments.raw,
-            system=arguments.system,
-        )
-        _print(generate_texts(model, params, questions, config)[0] + "\n" * several)
+    as_question = partial(
+        as_trained,
+        chat=model.tokenizer is not None and model.tokenizer.has_template,
+        form=form,
+        adapter=arguments.adapter is not None,
+        raw=arguments.raw,
+        system=arguments.system,
+    )
+    # Whoever types prompts, or sends them through a pipe, waits for each answer.
+    waits = "-" in arguments.prompts and not _is_file(sys.stdin)
+    answer_prompts(
+        model,
+        params,
+        _prompts(arguments.prompts),
+        replace(config, batch_size=1) if waits else config,
+        question=lambda prompt: as_question([prompt])[0],
+        write=_write,
+        live=sys.stdout.isatty(),
+        # One answer stands alone, so that a script can read it; several need their prompts.
+        labels=len(arguments.prompts) > 1 or "-" in arguments.prompts,
+    )
+
+
+def _is_file(stream: Any) -> bool:
+    """Whether a stream reads a file, whose end is there already."""
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):  # it has no descriptor
+        return False
 
 
 def _prompts(given: list[str]) -> Iterable[str]:
@@ -212,6 +228,11 @@ def _quantization(arguments: argparse.Namespace) -> dict:
 def _print(text: str) -> None:
     """Prints and flushes, so that the text stays in order with the progress bar on stderr."""
     print(text, flush=True)
+
+
+def _write(text: str) -> None:
+    """As `_print`, without a line break."""
+    print(text, end="", flush=True)
 
 
 def _from_flags(sections: list[Section], arguments: argparse.Namespace) -> list:

@@ -175,7 +175,8 @@ def _generate(command: Callable) -> None:
 Prints the model's answer to each prompt. The prompt has the form that the
 adapter was trained on. Without an adapter it is sent as a chat message if the
 model has a chat template, unless --raw is given. `-` reads prompts from
-standard input, one per line.
+standard input, one per line. A terminal gets the words as they come, a file or
+a pipe whole answers; several answers stand under their prompts.
 
 examples:
   lora-jax generate smollm2 "What is the capital of Norway?" --max-new-tokens 30

@@ -1,10 +1,13 @@
 """Text generation: tokenizes prompts, runs `models.generate` and decodes the result."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lora_jax import models
 from lora_jax.recipes.forms import FORM_FILE, TrainedForm
@@ -92,7 +95,13 @@ def as_trained(
 
 
 def generate_texts(
-    model: Any, params: Any, questions: Sequence[Messages | str], config: GenerateConfig
+    model: Any,
+    params: Any,
+    questions: Sequence[Messages | str],
+    config: GenerateConfig,
+    *,
+    first: int = 0,
+    stream: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """Generates an answer to each prompt.
 
@@ -101,6 +110,10 @@ def generate_texts(
       params: its parameters, with or without adapters.
       questions: each is the messages of a chat so far, or a text to continue as it is.
       config: options of the generation.
+      first: number of the first question. What is sampled for a question depends on the seed and
+        its number, not on the batches.
+      stream: called with an index of `questions` and what has been added to its answer. The texts
+        joined are the answer, or its beginning where a tokenizer changes characters afterwards.
 
     Returns:
       One text for each question, without special tokens.
@@ -117,21 +130,112 @@ def generate_texts(
     # A chat model ends a turn with another token than a text; both are ends.
     stops = sorted({*model.config.eos_token_ids, *tokenizer.stop_ids})
     sampling = sampling_of(config, model.generation)
+    # Each question has its own key: equal prompts are sampled differently.
     key = jax.random.key(config.seed)
+    numbers = first + np.arange(len(prompts))
+    keys = jax.vmap(partial(jax.random.fold_in, key))(numbers) if sampling.temperature else None
     answers = []
     for start in range(0, len(prompts), config.batch_size):
+        rows = slice(start, start + config.batch_size)
         answers += models.generate(
             model,
             params,
-            prompts[start : start + config.batch_size],
+            prompts[rows],
             max_new_tokens=config.max_new_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             stop_tokens=stops,
-            # Each batch has its own key: equal prompts are sampled differently.
-            key=jax.random.fold_in(key, start),
+            key=None if keys is None else keys[rows],
+            stream=None if stream is None else _as_text(tokenizer, start, stream),
         )
     return [tokenizer.decode(tokens) for tokens in answers]
+
+
+def _as_text(
+    tokenizer: Any, start: int, stream: Callable[[int, str], None]
+) -> Callable[[list[list[int]]], None]:
+    """A function of new tokens of a batch that passes on what is new in the texts.
+
+    Args:
+      tokenizer: of the model.
+      start: number of the batch's first question.
+      stream: as for `generate_texts`.
+    """
+    tokens: dict[int, list[int]] = {}
+    texts: dict[int, str] = {}
+
+    def take(new: list[list[int]]) -> None:
+        for number, row in enumerate(new, start):
+            tokens[number] = [*tokens.get(number, []), *row]
+            # All tokens are decoded again: what one stands for depends on those before it. A
+            # character of several tokens ends in U+FFFD until the last of them is there.
+            text = tokenizer.decode(tokens[number]).rstrip("\ufffd")
+            before = texts.get(number, "")
+            if len(text) > len(before) and text.startswith(before):
+                texts[number] = text
+                stream(number, text[len(before) :])
+
+    return take
+
+
+def answer_prompts(
+    model: Any,
+    params: Any,
+    prompts: Iterable[str],
+    config: GenerateConfig,
+    *,
+    question: Callable[[str], Messages | str],
+    write: Callable[[str], None],
+    live: bool,
+    labels: bool,
+) -> None:
+    """Answers prompts in their order and writes the answers, each followed by a line break.
+
+    Args:
+      model, params, config: as for `generate_texts`.
+      prompts: the texts; an iterator is read as far as the next answers need it.
+      question: the messages or text of a prompt.
+      write: receives parts of the output.
+      live: answer one prompt at a time and write its tokens as they come; otherwise whole answers,
+        a batch at a time.
+      labels: write each prompt above its answer, and an empty line after it.
+    """
+    left, first = iter(prompts), 0
+    gap = "\n\n" if labels else "\n"
+    while some := list(islice(left, 1 if live else config.batch_size)):
+        questions = [question(prompt) for prompt in some]
+        heads = [f"> {prompt}\n" if labels else "" for prompt in some]
+        if live:
+            write(heads[0])
+            _answer_live(model, params, questions, config, first=first, write=write)
+            write(gap)
+        else:
+            answers = generate_texts(model, params, questions, config, first=first)
+            for head, answer in zip(heads, answers, strict=True):
+                write(head + answer + gap)
+        first += len(some)
+
+
+def _answer_live(
+    model: Any,
+    params: Any,
+    questions: Sequence[Messages | str],
+    config: GenerateConfig,
+    *,
+    first: int,
+    write: Callable[[str], None],
+) -> None:
+    """Writes the answer to one question as it comes."""
+    shown = ""
+
+    def stream(_: int, text: str) -> None:
+        nonlocal shown
+        shown += text
+        write(text)
+
+    (answer,) = generate_texts(model, params, questions, config, first=first, stream=stream)
+    # Where the tokenizer changed what was written, the whole answer stands below it.
+    write(answer[len(shown) :] if answer.startswith(shown) else f"\n{answer}")
 
 
 def sampling_of(config: GenerateConfig, generation: Mapping[str, Any]) -> Sampling:

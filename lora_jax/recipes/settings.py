@@ -107,8 +107,9 @@ class GenerateConfig:
         without one.
       top_p: samples only from the most likely tokens that together have this probability; none
         takes generation_config.json's, or all tokens.
-      seed: seed of the sampling.
-      batch_size: prompts in one batch.
+      seed: seed of the sampling; each prompt has its own draws.
+      batch_size: prompts in one batch. On a terminal, where tokens are written as they come, it is
+        one.
     """
 
     max_new_tokens: int = 128

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import sys
 
 import jax
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.cli import main
+from lora_jax.cli import commands, main
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.models.saving import save_model
 from lora_jax.recipes import finetune
+from lora_jax.recipes import generate as recipes_generate
 from lora_jax.recipes.demo import task
 
 from tests.support import tiny
@@ -322,3 +324,40 @@ def test_answers_to_several_prompts_stand_under_them(model, capsys):
         assert main([*line, *prompts]) == 0
         outs.append(capsys.readouterr().out)
     assert outs[2] == f"> one\n{outs[0]}\n> two\n{outs[1]}\n"
+
+
+@pytest.mark.parametrize("count", ["1", "9"])
+def test_a_terminal_gets_tokens_as_they_come(model, capsys, monkeypatch, count):
+    line = ["generate", model, "--raw", "--max-new-tokens", count, "--temperature", "1"]
+    for prompts in (["one"], ["one", "two", "one"]):
+        assert main([*line, *prompts]) == 0
+        whole = capsys.readouterr().out
+        parts = []
+        with monkeypatch.context() as patched:
+            patched.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+            patched.setattr(commands, "_write", parts.append)
+            assert main([*line, *prompts]) == 0
+        assert "".join(parts) == whole
+        # Nine tokens come in three parts; label, end and gap are parts of their own.
+        assert count == "1" or len(parts) > 4 * len(prompts)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_pipe_gets_each_answer_before_it_sends_the_next_prompt(
+    model, capsys, monkeypatch, tmp_path, waits
+):
+    """Prompts in a file are answered in batches; what comes through a pipe may wait for us."""
+    seen, path = [], tmp_path / "prompts.txt"
+    path.write_text("one\ntwo\n\nthree\n")
+    real = recipes_generate.generate_texts
+
+    def counted(*args, **options):
+        seen.append(len(args[2]))
+        return real(*args, **options)
+
+    monkeypatch.setattr(recipes_generate, "generate_texts", counted)
+    with path.open() as file:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(path.read_text()) if waits else file)
+        assert main(["generate", model, "-", "--raw", "--max-new-tokens", "2"]) == 0
+    assert seen == ([1, 1, 1] if waits else [3])
+    assert re.findall("^> (.*)$", capsys.readouterr().out, re.M) == ["one", "two", "three"]

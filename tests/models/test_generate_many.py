@@ -52,13 +52,13 @@ def test_every_row_writes_what_it_would_alone(model, adapters, alone):
 
 
 def test_other_ids_compile_nothing_and_sampling_stays_by_row(model, adapters):
-    from lora_jax.models.generation import _generate
+    from lora_jax.models import decoding
 
     stacked, key = lora.stack(adapters), jax.random.key(3)
     first = write(model, stacked, PROMPTS, adapter_ids=[0, 1, 2, 3], temperature=1.0, key=key)
-    before = _generate._cache_size()
+    before = decoding.read._cache_size(), decoding.write._cache_size()
     second = write(model, stacked, PROMPTS, adapter_ids=[0, 0, 2, -1], temperature=1.0, key=key)
-    assert _generate._cache_size() == before
+    assert (decoding.read._cache_size(), decoding.write._cache_size()) == before
     assert first[0] == second[0] and first[2] == second[2]
 
 
@@ -76,7 +76,7 @@ def test_a_quantized_base_serves_them_too(model):
 
 def test_the_decode_step_moves_no_cache(model, adapters):
     """A step with chosen adapters holds one cache, not copies of it in another order."""
-    from lora_jax.models.generation import runner
+    from lora_jax.models.decoding import runner
 
     rows, slots = 16, 256
     chosen = lora.select(lora.stack(adapters[:2]), jnp.zeros(rows, int))

@@ -99,10 +99,31 @@ def test_sampling_depends_on_key_and_row_only(model):
     assert a == generate(model, key=jax.random.key(1), **options)
     assert a != generate(model, key=jax.random.key(2), **options)
     assert a[:1] == generate(model, PROMPTS[:1], key=jax.random.key(1), **options)
+    # With keys of their own, rows do not depend on their places.
+    keys = jax.random.split(jax.random.key(5), len(PROMPTS))
+    b = generate(model, key=keys, **options)
+    assert b[2:] == generate(model, PROMPTS[2:], key=keys[2:], **options)
     # A small temperature and a small nucleus leave the likeliest token only.
     greedy = generate(model)
     assert generate(model, key=jax.random.key(1), temperature=1e-6) == greedy
     assert generate(model, key=jax.random.key(1), temperature=1.0, top_p=1e-6) == greedy
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+def test_tokens_come_as_they_are_written(model, count):
+    stop = generate(model)[0][4]
+    for options in (
+        dict(stop_tokens=(stop,)),
+        dict(temperature=1.0, key=jax.random.key(1), stop_tokens=(stop,)),
+        dict(stop_tokens=range(61)),
+    ):
+        came = []
+        whole = generate(model, PROMPTS, count, **options, stream=came.append)
+        assert whole == generate(model, PROMPTS, count, **options)
+        assert [sum(rows, []) for rows in zip(*came, strict=True)] == whole
+        # Some at a time, and none after all rows have stopped.
+        assert max(len(row) for new in came for row in new) <= 4
+        assert len(came) <= -(-count // 4)
 
 
 def test_samples_follow_the_models_distribution(model):
@@ -159,6 +180,11 @@ def test_a_second_call_in_the_same_buckets_compiles_nothing(model):
         ([[-1]], {}, "prompt 0 has token -1, which is outside the vocabulary"),
         ([[1] * 60], {}, "has 60 tokens; with 12 new ones that is more than the model's context"),
         ([[1]], {"temperature": 1.0}, "`key` is needed to sample"),
+        (
+            [[1]],
+            {"temperature": 1.0, "key": jax.random.split(jax.random.key(0))},
+            "2 keys, but .* 1 ",
+        ),
         ([[1]], {"temperature": -1.0}, "`temperature` must be at least 0 and `top_p` in"),
         ([[1]], {"top_p": 0.0}, r"`top_p` in \(0, 1\], got 0.0, 0.0"),
         ([[1]], {"count": -1}, "`max_new_tokens` must be at least 0"),

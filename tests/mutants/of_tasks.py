@@ -32,14 +32,18 @@ FAULTS = [
         "models/generation.py",
         "tests/models/test_families.py",
         ("min(count, point - longest + 1)", "min(count, point - longest + 2)"),
+    ),
+    *in_file(
+        "models/decoding.py",
+        "tests/models/test_families.py",
         ("_draw(logits, chance, first + state.step)", "_draw(logits, chance, state.step)"),
     ),
     *in_file(
-        "models/generation.py",
+        "models/decoding.py",
         "tests/models/test_generation.py",
         ("jnp.where(before < top_p,", "jnp.where(before + chances < top_p,"),
         ("logits / chance.temperature", "logits"),
-        ("fold(fold(chance.key, row), number)", "fold(chance.key, number)"),
+        ("jax.random.fold_in(key, number)", "key"),
     ),
     *in_file(
         "checkpoint/fingerprint.py",
@@ -112,7 +116,7 @@ FAULTS = [
     *in_file(
         "recipes/generate.py",
         "tests/recipes/test_generate.py",
-        ("key=jax.random.fold_in(key, start)", "key=key"),
+        ("numbers = first + np.arange(len(prompts))", "numbers = 0 * np.arange(len(prompts))"),
         ("{*model.config.eos_token_ids, *tokenizer.stop_ids}", "{*model.config.eos_token_ids}"),
         ('if form in (None, "mixed") else', "if form is None else"),
         ("if sampled and left:", "if left:"),

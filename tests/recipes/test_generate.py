@@ -1,11 +1,21 @@
 """Text in, text out: the same answers in any batch, from messages or from text as it stands."""
 
 import dataclasses
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 
 from lora_jax import models
-from lora_jax.recipes.generate import as_messages, as_trained, generate_texts, sampling_of
+from lora_jax.recipes.generate import (
+    _as_text,
+    answer_prompts,
+    as_messages,
+    as_trained,
+    generate_texts,
+    sampling_of,
+)
 from lora_jax.recipes.settings import GenerateConfig
 
 from tests.support import tiny
@@ -31,7 +41,101 @@ def test_equal_prompts_of_different_batches_are_sampled_differently(model):
     config = GenerateConfig(max_new_tokens=16, temperature=1.0, batch_size=1)
     one, other = generate_texts(model, model.params, ["Hi", "Hi"], config)
     assert one != other
-    assert [one, other] == generate_texts(model, model.params, ["Hi", "Hi"], config)
+    # Neither the batches nor the calls change what a question's number and the seed decide.
+    for size in (1, 2):
+        again = dataclasses.replace(config, batch_size=size)
+        assert [one, other] == generate_texts(model, model.params, ["Hi", "Hi"], again)
+    assert [other] == generate_texts(model, model.params, ["Hi"], config, first=1)
+
+
+class Script(NamedTuple):
+    """A stand-in for a model's tokenizer: token `n` is the `n`-th of some pieces of bytes."""
+
+    pieces: Sequence[bytes]
+    clean: bool = False
+
+    def decode(self, ids):
+        text = b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
+        return text.replace(" '", "'") if self.clean else text
+
+
+CJK = "日本é😀".encode()
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [b"a ", b"b", "é".encode()],
+        [bytes([byte]) for byte in CJK],  # a token a byte: no part of a character is written
+        [CJK[:4], CJK[4:5], CJK[5:], b"!"],
+        [b"a", "\ufffd".encode(), b"b"],  # a character that stands for broken bytes elsewhere
+        [b"a", b"\xe6", b"b", b"\xff"],  # bytes that are no text
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3])
+def test_texts_grow_by_whole_characters(pieces, size):
+    tokenizer, parts = Script(pieces), {5: [], 6: []}
+    take = _as_text(tokenizer, 5, lambda number, text: parts[number].append(text))
+    ids = list(range(len(pieces)))
+    for start in range(0, len(ids), size):
+        take([ids[start : start + size], ids[::-1][start : start + size]])
+    for number, row in ((5, ids), (6, ids[::-1])):
+        assert all(parts[number])
+        # What may still change is left to the end.
+        assert "".join(parts[number]) == tokenizer.decode(row).rstrip("\ufffd")
+
+
+def test_answers_come_live_or_whole(model):
+    config = GenerateConfig(max_new_tokens=9, temperature=1.0, batch_size=2)
+    whole = generate_texts(model, model.params, TEXTS, config)
+
+    def answer(live, labels, prompts=TEXTS):
+        parts = []
+        answer_prompts(
+            model, model.params, iter(prompts), config,
+            question=str, write=parts.append, live=live, labels=labels,
+        )  # fmt: skip
+        return parts
+
+    for live in (False, True):
+        assert "".join(answer(live, False)) == "".join(f"{text}\n" for text in whole)
+        labelled = [f"> {p}\n{text}\n\n" for p, text in zip(TEXTS, whole, strict=True)]
+        assert "".join(answer(live, True)) == "".join(labelled)
+    assert len(answer(False, True)) == 3 and len(answer(True, True)) > 9
+
+
+def test_prompts_are_read_as_answers_need_them(model):
+    config, asked = dataclasses.replace(CONFIG, batch_size=1), []
+
+    def prompts():
+        for text in TEXTS:
+            yield text
+            # The answer to a prompt is out before the next prompt is waited for.
+            assert len(asked) == 1 + TEXTS.index(text)
+
+    answer_prompts(
+        model, model.params, prompts(), config,
+        question=str, write=asked.append, live=False, labels=False,
+    )  # fmt: skip
+    assert len(asked) == 3
+
+
+def test_what_a_tokenizer_changes_afterwards_is_written_again(model, monkeypatch):
+    script = Script([b"it ", b"'s", b"."], clean=True)
+
+    def told(*args, stream, **options):
+        for token in (0, 1, 2):
+            stream([[token]])
+        return [[0, 1, 2]]
+
+    tokenizer = SimpleNamespace(decode=script.decode, encode_prompt=lambda _: [1], stop_ids=())
+    fake = SimpleNamespace(tokenizer=tokenizer, config=model.config, generation={})
+    monkeypatch.setattr(models, "generate", told)
+    parts = []
+    answer_prompts(
+        fake, None, ["Hi"], CONFIG, question=str, write=parts.append, live=True, labels=False
+    )
+    assert "".join(parts) == "it \nit's.\n"
 
 
 def test_text_is_continued_as_it_stands(model):

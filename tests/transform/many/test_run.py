@@ -12,7 +12,7 @@ from jax.experimental import checkify
 
 import lora_jax as lora
 from lora_jax.dims import factor_shapes
-from lora_jax.models.generation import runner
+from lora_jax.models.decoding import runner
 from lora_jax.transform.many import grouped
 
 from tests.support.random_arrays import moved, normal
