@@ -5,19 +5,18 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax.train.batches import Batch, loader, once
-from lora_jax.train.examples import Example
-from lora_jax.train.loss import TOGETHER, Rows, losses_of, summed_loss
-from lora_jax.train.mesh import (
+from lora_jax.models.mesh import (
     Placement,
-    batch_on,
     check_rows,
     entered,
     model_on,
     params_on,
     placement,
-    rows_of,
 )
+from lora_jax.train.batches import Batch, loader, once
+from lora_jax.train.examples import Example
+from lora_jax.train.loss import TOGETHER, Rows, losses_of, summed_loss
+from lora_jax.train.mesh import batch_on, rows_of
 from lora_jax.train.step import Programs
 from lora_jax.transform.lorafy import lorafy
 from lora_jax.tree import combine, split

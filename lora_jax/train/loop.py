@@ -16,6 +16,14 @@ import numpy as np
 
 from lora_jax import processes
 from lora_jax.config.lora import LoraConfig
+from lora_jax.models.mesh import (
+    Placement,
+    check_rows,
+    entered,
+    model_on,
+    params_on,
+    placement,
+)
 from lora_jax.train import archive as archives
 from lora_jax.train import mesh as meshes
 from lora_jax.train import metrics, preparation
@@ -90,7 +98,7 @@ class _Job(NamedTuple):
     frozen: Any
     programs: Programs
     rates: np.ndarray
-    at: meshes.Placement | None
+    at: Placement | None
     evaluate: Callable[[TrainState], dict[str, float]] | None
     save: Callable[[TrainState, int], None] | None
     save_every: int
@@ -140,13 +148,13 @@ def fit(
     """
     preparation.check_extra(config)
     hooks = hooks or Hooks()
-    at = meshes.placement(model, lora_params)
+    at = placement(model, lora_params)
     meshes.check_processes(at)
     preparation.check_same(config, train_data, eval_data, lora_params)
-    meshes.check_rows(at, config.batch_size)
-    with meshes.entered(at), processes.reachable():
-        placed = meshes.params_on(lora_params, at)
-        model = meshes.model_on(model, placed, at)
+    check_rows(at, config.batch_size)
+    with entered(at), processes.reachable():
+        placed = params_on(lora_params, at)
+        model = model_on(model, placed, at)
         return _fit(
             model,
             placed,
@@ -163,7 +171,7 @@ def fit(
 def _fit(
     model: Any,
     lora_params: Any,
-    at: meshes.Placement | None,
+    at: Placement | None,
     *,
     train_data: Sequence[Example],
     eval_data: Sequence[Example] | None,
@@ -255,7 +263,7 @@ def _evaluation(
     *,
     frozen: Any,
     hooks: Hooks,
-    at: meshes.Placement | None,
+    at: Placement | None,
     rows: Rows,
 ) -> Callable[[TrainState], dict[str, float]] | None:
     """A function from a state to the numbers of an eval record, or None without evaluation."""

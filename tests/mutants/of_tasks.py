@@ -128,7 +128,7 @@ FAULTS = [
         ("(given.needs_base or wanted.needs_base)", "given.needs_base"),
     ),
     *in_file(
-        "train/mesh.py",
+        "models/mesh.py",
         "tests/train/test_wire.py tests/train/test_mesh.py",
         ("for a in axes_of(entry) if a not in at.rows]", "for a in axes_of(entry)]"),
         ("if batch_size % at.parts:", "if False:"),

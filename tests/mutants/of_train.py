@@ -99,7 +99,7 @@ FAULTS = [
         ("    _check_answers(records)\n", ""),
     ),
     *in_file(
-        "train/mesh.py",
+        "models/mesh.py",
         "tests/train/test_mesh.py",
         ("m.size > 1), None) or _mesh_in_use()", "m.size > 1), None)"),
     ),

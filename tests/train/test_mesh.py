@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax import models, train
+from lora_jax.models.mesh import Placement, placement
 from lora_jax.models.sharding import RULES
 from lora_jax.train.memory import format_memory, memory
-from lora_jax.train.mesh import Placement, placement
 
 from tests.support.mesh_runs import KINDS, adapted, data, make, one_device, run
 

@@ -13,6 +13,7 @@ import pytest
 import lora_jax as lora
 from lora_jax import models, train
 from lora_jax.models import attention
+from lora_jax.models.mesh import entered, model_on, placement
 from lora_jax.models.sharding import RULES
 from lora_jax.train import mesh as meshes
 from lora_jax.train import preparation
@@ -85,9 +86,9 @@ def step_program(
     mesh = models.make_mesh(devices=devices, **axes)
     params = lora.sharding.place(adapted(model, {})[1], mesh, RULES)
     config = train.TrainConfig(batch_size=batch, buckets=1, steps=3, progress=False)
-    at = meshes.placement(model, params)
-    with meshes.entered(at):
-        model, rows = meshes.model_on(model, params, at), meshes.rows_of(at, params)
+    at = placement(model, params)
+    with entered(at):
+        model, rows = model_on(model, params, at), meshes.rows_of(at, params)
         layout, total, _ = preparation.layout(model, data(), config, rows.parts)
         tx = train.optimizer(config, total)
         trainable, frozen = lora.split(params)

@@ -9,8 +9,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from lora_jax.analysis.step_memory.step import AbstractStep, Spread, StepSettings, placed
+from lora_jax.models.mesh import Placement, entered
 from lora_jax.models.sharding import ROWS
-from lora_jax.train.mesh import Placement, entered, results
+from lora_jax.train.mesh import results
 
 
 def compiled(

@@ -14,6 +14,7 @@ from lora_jax.analysis.step_memory import mesh as memory_mesh
 from lora_jax.config.arguments import set_plain_fields
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.bert_config import CLASSIFICATION
+from lora_jax.models.mesh import Placement
 from lora_jax.models.model import check_options
 from lora_jax.models.registry import CAUSAL_LM, architecture_of
 from lora_jax.models.sharding import ROWS, RULES
@@ -137,7 +138,7 @@ class AbstractStep(NamedTuple):
 
 
 def abstract_step(
-    config: Any, settings: StepSettings, *, batch: int, at: meshes.Placement | None = None
+    config: Any, settings: StepSettings, *, batch: int, at: Placement | None = None
 ) -> AbstractStep:
     """The training step of a model, traced over shapes.
 
@@ -193,7 +194,7 @@ def abstract_step(
 
 
 def _on_mesh(
-    forward: Any, settings: StepSettings, *, base: Any, params: Any, at: meshes.Placement | None
+    forward: Any, settings: StepSettings, *, base: Any, params: Any, at: Placement | None
 ) -> tuple[Any, Rows]:
     """The decoder and the rows of its batch on a mesh, as `train.fit` has them."""
     if at is None:

@@ -1,0 +1,119 @@
+"""A mesh in use: where parameters lie, the axes of the rows, and a model that keeps rows there."""
+
+import contextlib
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lora_jax import processes, sharding
+from lora_jax.array import is_lora, leaves_by_path
+from lora_jax.models.layers import Specs
+from lora_jax.models.sharding import ROWS
+from lora_jax.quant.sharding import axes_of
+
+
+class Placement(NamedTuple):
+    """Where the arrays of a run lie.
+
+    Attributes:
+      mesh: the devices.
+      rows: the mesh axes that the rows of a batch are spread over; () copies every batch to all.
+    """
+
+    mesh: Mesh
+    rows: tuple[str, ...]
+
+    @property
+    def parts(self) -> int:
+        """The number of devices that the rows are spread over."""
+        return math.prod(self.mesh.shape[a] for a in self.rows)
+
+
+def placement(model: Any, params: Any) -> Placement | None:
+    """The placement that follows from the base's own arrays; None on a single device.
+
+    The mesh is that of the parameters, or else that of `jax.set_mesh`. Rows are spread over the
+    axes that the model names (`forward.rows`), or else over `data` and `fsdp`. Where axes are
+    explicit the model has to name them: there every operation of a model must state how it treats
+    sharded rows.
+    """
+    shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(params))
+    meshes = (s.mesh for s in shardings if isinstance(s, NamedSharding))
+    mesh = next((m for m in meshes if isinstance(m, Mesh) and m.size > 1), None) or _mesh_in_use()
+    if mesh is None:
+        return None
+    rows = getattr(getattr(model, "forward", None), "rows", ())
+    # Models of others have no `rows`: XLA's partitioner then finds the places of activations.
+    if not rows and AxisType.Explicit not in mesh.axis_types:
+        rows = (a for a in ROWS if a in mesh.axis_names)
+    return Placement(mesh, tuple(rows))
+
+
+def _mesh_in_use() -> Mesh | None:
+    mesh = jax.sharding.get_mesh()
+    return mesh if not mesh.empty and mesh.size > 1 else None
+
+
+def model_on(model: Any, params: Any, at: Placement | None) -> Any:
+    """The model with its activations kept where the rows are, to which its weights are brought.
+
+    Explicit axes keep them there by themselves; so does a model without a `forward` of ours.
+    """
+    forward: Any = getattr(model, "forward", None)
+    if at is None or not hasattr(forward, "rows") or AxisType.Explicit in at.mesh.axis_types:
+        return model
+    forward = dataclasses.replace(forward, rows=at.rows, gathered=gathered_of(params, at))
+    return dataclasses.replace(model, forward=forward)
+
+
+def gathered_of(params: Any, at: Placement) -> Specs:
+    """Where weights are used that are stored over the axes of the rows too: on all of those."""
+    found = []
+    for path, leaf in leaves_by_path(params).items():
+        stored = getattr(leaf.w if is_lora(leaf) else leaf, "sharding", None)
+        if not isinstance(stored, NamedSharding):
+            continue
+        left = ([a for a in axes_of(entry) if a not in at.rows] for entry in stored.spec)
+        used = PartitionSpec(*map(tuple, left))
+        if used != stored.spec:
+            found.append((path, used))
+    return tuple(found)
+
+
+def params_on(params: Any, at: Placement | None) -> Any:
+    """The tree with every leaf on the mesh: adapters like their weights, the rest copied to all."""
+    if at is None:
+        return params
+    return jax.tree.map(lambda x: on_mesh(x, at.mesh), sharding.follow(params))
+
+
+def on_mesh(x: Any, mesh: Mesh) -> Any:
+    """The array itself if it lies on the mesh, else a copy on every device of it."""
+    found = getattr(x, "sharding", None)
+    if isinstance(found, NamedSharding) and found.mesh == mesh:
+        return x
+    return processes.put(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def entered(at: Placement | None) -> contextlib.AbstractContextManager:
+    """The mesh as the context's, for what names axes without a mesh."""
+    return contextlib.nullcontext() if at is None else jax.set_mesh(at.mesh)
+
+
+def check_rows(at: Placement | None, batch_size: int, name: str = "batch_size") -> None:
+    """Checks that the rows of a batch can be spread evenly.
+
+    Raises:
+      ValueError: the axes of the rows have a number of devices that does not divide the batch.
+    """
+    if at is None:
+        return
+    if batch_size % at.parts:
+        axes = " x ".join(f"{a}={at.mesh.shape[a]}" for a in at.rows)
+        raise ValueError(
+            f"`{name}` is {batch_size}, but its rows are spread over {at.parts} devices ({axes}): "
+            f"take a multiple of {at.parts}"
+        )
