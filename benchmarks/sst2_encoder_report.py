@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from sst2 import percent, shrink, wilson
 
-from lora_jax.train.progress import running_mean, save_figure
+from lora_jax.train.progress import save_figure, smoothed
 
 LORA, FULL, HEAD = "LoRA", "full", "head"
 NAMES = {LORA: "LoRA r=8 on query, value", FULL: "full fine-tuning", HEAD: "head alone"}
@@ -158,7 +158,7 @@ def draw(path: Path, found: dict[str, Method], steps: dict[str, dict]) -> None:
         tried = sorted(method.tried, key=lambda r: r["learning_rate"])
         shares = [float(np.mean(r["dev"])) for r in tried]
         rates.plot([r["learning_rate"] for r in tried], shares, "o-", color=color, label=name)
-        losses.plot(running_mean(method.runs[0]["training_loss"]), color=color, label=name)
+        losses.plot(smoothed(method.runs[0]["training_loss"]), color=color, label=name)
     bars.set_xticks(range(len(found)), [_label(name, found[name], steps) for name in found])
     bars.set(xlim=(-0.5, len(found) - 0.5), ylabel="accuracy", title="Test, 95 % (dashes: seeds)")
     rates.set(xscale="log", xlabel="learning rate", title="Dev, first seed")

@@ -147,7 +147,8 @@ def finetune(
         lora_config=lora_config,
         hooks=hooks,
     )
-    log(summary(result.history, time.perf_counter() - started, output))
+    seconds, peak = time.perf_counter() - started, train.peak_bytes()
+    log(summary(result.history, seconds, output, first_step=result.first_step, peak=peak))
     adapter = output / ADAPTER
     hf.save_peft(adapter, result.lora_params, lora_config, base_model_name=hub_name(job.model))
     if processes.is_first():

@@ -33,13 +33,22 @@ def show_evaluations(log: Callable[[str], None]) -> Callable:
     return show
 
 
-def summary(history: Sequence[dict], seconds: float, directory: Path) -> str:
-    """The first and last losses of a run, its time, and where its files are.
+def summary(
+    history: Sequence[dict],
+    seconds: float,
+    directory: Path,
+    *,
+    first_step: float | None = None,
+    peak: int | None = None,
+) -> str:
+    """The first and last losses of a run, its time and speed, and where its files are.
 
     Args:
       history: the run's records.
       seconds: what it took.
       directory: its `output_dir`.
+      first_step: seconds until its first step was done.
+      peak: the most bytes that a device held.
     """
     steps = [record for record in history if record["kind"] == "train"]
     evaluated = [r["eval_loss"] for r in history if r["kind"] == "eval" and "eval_loss" in r]
@@ -53,7 +62,29 @@ def summary(history: Sequence[dict], seconds: float, directory: Path) -> str:
         lines[0] += f"; eval loss {evaluated[0]:.4f} -> {evaluated[-1]:.4f}"
     if last > _RISEN * first:
         lines.append("the loss rose: train again with a lower learning rate")
+    lines.append(_speed(steps, first_step, peak))
     return "\n".join([*lines, f"plot and metrics: {directory / 'loss.png'}, metrics.jsonl"])
+
+
+def _speed(steps: Sequence[dict], first_step: float | None, peak: int | None) -> str:
+    # Of the steps alone: without compilation, evaluation and saving.
+    took = sum(r["seconds"] for r in steps)
+    tokens = sum(r["tokens"] for r in steps)
+    parts = [f"{tokens / took:,.0f} tokens/s"]
+    # A run that an older release began has records without these.
+    if all("flops_per_second" in r for r in steps):
+        flops = sum(r["flops_per_second"] * r["seconds"] for r in steps) / took
+        parts.append(f"{flops / 1e12:.3g} model TFLOP/s")
+    if all("mfu" in r for r in steps):
+        parts.append(f"MFU {100 * sum(r['mfu'] * r['seconds'] for r in steps) / took:.1f} %")
+    if all("padding" in r for r in steps):
+        computed = sum(r["tokens"] / (1 - r["padding"]) for r in steps)
+        parts.append(f"padding {100 * (1 - tokens / computed):.1f} %")
+    if first_step is not None:
+        parts.append(f"first step after {first_step:.1f} s")
+    if peak is not None:
+        parts.append(f"peak memory {peak / 2**30:.2f} GiB")
+    return ", ".join(parts)
 
 
 _RISEN = 1.2  # of the first loss; single batches differ by less

@@ -18,10 +18,11 @@ from lora_jax.train.buckets import best_ladder
 from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import evaluate, lora_loss
 from lora_jax.train.examples import Example, examples, load_examples
+from lora_jax.train.flops import training_flops
 from lora_jax.train.jsonl import Record, load_jsonl, record_of
 from lora_jax.train.loop import Hooks, Result, fit
 from lora_jax.train.loss import cross_entropy, losses_of, outputs_of, summed_loss
-from lora_jax.train.memory import Memory, format_memory, memory
+from lora_jax.train.memory import Memory, format_memory, memory, peak_bytes
 from lora_jax.train.metrics import read_metrics
 from lora_jax.train.progress import plot_loss
 from lora_jax.train.step import (
@@ -66,12 +67,14 @@ __all__ = [
     "losses_of",
     "outputs_of",
     "padding_share",
+    "peak_bytes",
     "plot_loss",
     "read_metrics",
     "record_of",
     "schedule",
     "summed_loss",
     "total_steps",
+    "training_flops",
 ]
 
 

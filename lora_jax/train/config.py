@@ -1,6 +1,7 @@
 """`TrainConfig`: the settings of a training run, validated on construction."""
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,7 +15,7 @@ Packing = Literal["auto"] | bool
 # Fields that do not change the results: a resumed run may change them.
 FREE_FIELDS = frozenset(
     {"output_dir", "resume", "eval_every", "save_every", "keep", "progress", "tensorboard",
-     "prefetch"}
+     "prefetch", "profile"}
 )  # fmt: skip
 
 
@@ -61,6 +62,8 @@ class TrainConfig:
       progress: show a progress bar on standard error, or ten lines where that is no terminal.
       tensorboard: write TensorBoard event files too.
       prefetch: batches prepared ahead of the device.
+      profile: write a trace of these steps, "10:13" for the four from 10 to 13, to the folder
+        `profile` of `output_dir`; TensorBoard's profile plugin and Perfetto read it.
     """
 
     output_dir: Path | None = None
@@ -88,6 +91,7 @@ class TrainConfig:
     progress: bool = True
     tensorboard: bool = True
     prefetch: int = 2
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         set_plain_fields(self)
@@ -117,6 +121,10 @@ class TrainConfig:
         _check(self, "schedule", self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES))
         packs = self.packing == "auto" or isinstance(self.packing, bool)
         _check(self, "packing", packs, '"auto", True or False')
+        traced = self.profile is None or profiled_steps(self) is not None
+        _check(self, "profile", traced, 'the first and the last step as "10:13"')
+        if self.profile is not None and self.output_dir is None:
+            raise ValueError("`profile` needs an `output_dir`, where the trace is written")
         seeds = isinstance(self.seed, int) and 0 <= self.seed < 2**32
         _check(self, "seed", seeds, "a whole number from 0 to 2**32 - 1")
 
@@ -136,6 +144,15 @@ def _finite(value: Any) -> float:
 def _check(config: TrainConfig, name: str, fine: bool, expected: str) -> None:
     if not fine:
         raise ValueError(f"`{name}` must be {expected}, got {getattr(config, name)!r}")
+
+
+def profiled_steps(config: TrainConfig) -> tuple[int, int] | None:
+    """The first and the last step of `profile`; None if there is none, or it has another form."""
+    found = re.fullmatch(r"([1-9][0-9]*):([1-9][0-9]*)", str(config.profile))
+    if found is None:
+        return None
+    first, last = int(found[1]), int(found[2])
+    return (first, last) if first <= last else None
 
 
 def fixed_fields(config: TrainConfig) -> dict:

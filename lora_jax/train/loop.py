@@ -31,16 +31,17 @@ from lora_jax.train.batches import Batch, Item, iterate
 from lora_jax.train.config import TrainConfig, steps_between_saves
 from lora_jax.train.evaluate import evaluator, lora_loss, mean_loss
 from lora_jax.train.examples import Example
+from lora_jax.train.flops import StepFlops
 from lora_jax.train.loss import Rows
 from lora_jax.train.memory import Memory, memory
 from lora_jax.train.progress import (
-    Clock,
     interruptible,
     interruption,
     plot_loss,
     progress,
     show_record,
 )
+from lora_jax.train.speed import Clock, Trace, train_record
 from lora_jax.train.step import (
     Metrics,
     Programs,
@@ -81,6 +82,7 @@ class Result(NamedTuple):
       step: optimizer steps taken.
       memory: the memory of the run; None if no step ran in this process.
       compiled: (A, B, T, P) of every compiled batch shape.
+      first_step: seconds until the first step of this process was done, compilation included.
     """
 
     lora_params: Any
@@ -88,6 +90,7 @@ class Result(NamedTuple):
     step: int
     memory: Memory | None
     compiled: tuple[tuple[int, ...], ...]
+    first_step: float | None = None
 
 
 class _Job(NamedTuple):
@@ -104,6 +107,12 @@ class _Job(NamedTuple):
     save_every: int
     emit: Callable[[dict], None]
     hooks: Hooks
+    flops: StepFlops
+    clock: Clock
+
+
+# A step that runs: its number, its data, its metrics and its model FLOPs.
+_Pending = tuple[int, Item, Metrics, float | None]
 
 
 def fit(
@@ -181,17 +190,18 @@ def _fit(
     hooks: Hooks,
 ) -> Result:
     """`fit` of parameters that lie on the mesh, where it is the context's."""
+    clock = Clock()
     trainable, frozen = preparation.halves(lora_params, full, lora_config)
     rows = meshes.rows_of(at, lora_params)
     data, total, text = preparation.layout(model, train_data, config, rows.parts)
+    preparation.check_profile(config, total)
     if hooks.layout is not None:
         hooks.layout(text)
     preparation.check_tokens(model, lora_params, [*train_data, *(eval_data or ())])
     tx = optimizer(config, total)
     fresh = meshes.state_on(init_state(jax.random.key(config.seed), trainable, tx), tx, at)
-    programs = Programs(
-        make_step(lora_loss(model, rows), tx), donate=(0,), results=meshes.results(fresh, at)
-    )
+    loss = lora_loss(model, rows)
+    programs = Programs(make_step(loss, tx), donate=(0,), results=meshes.results(fresh, at))
     # Computed once: the base does not change, and reading it takes seconds where it is large.
     described = archives.describe(
         config, total, data, lora_config=lora_config, lora_params=lora_params
@@ -225,6 +235,8 @@ def _fit(
             save_every=steps_between_saves(config, total),
             emit=emit,
             hooks=hooks,
+            flops=StepFlops(loss, 1 if at is None else at.mesh.size),
+            clock=clock,
         )
         state = _run(job, begin.state, begin.step, items)
     if config.output_dir is not None and processes.is_first():
@@ -235,6 +247,7 @@ def _fit(
         step=total,
         memory=_memory(job, state) if programs.compiled else None,
         compiled=tuple(programs.compiled),
+        first_step=clock.first_step,
     )
 
 
@@ -287,32 +300,36 @@ def _evaluation(
 
 def _run(job: _Job, state: TrainState, start: int, items: Any) -> TrainState:
     """Runs the steps after `start`, with the evaluations and checkpoints that are due."""
-    clock, pending, agreed = Clock(), None, meshes.agreement(job.at)
+    clock, pending, agreed = job.clock, None, meshes.agreement(job.at)
     shown = job.config.progress and processes.is_first()
     with (
         progress(job.total, start=start, show=shown) as bar,
         interruptible() as interrupted,
+        contextlib.closing(Trace(job.config, start=start, total=job.total)) as trace,
     ):
         # A resumed run has the loss before training in its history.
         if start == 0:
             _evaluate(job, state, 0)
+        trace(start)
         for step in range(start + 1, job.total + 1):
             item = next(items)
             batch = meshes.batch_on(item.batch, job.at)
             if not job.programs.has(batch):
                 # A compilation may take minutes: the record of the step before is not kept back.
-                pending = _settle(job, pending, clock, bar)
+                pending = _settle(job, pending, bar)
                 _compile(job, state, batch)
                 clock.restart()
+            flops = job.flops(state.trainable, job.frozen, batch)
             # The old state's buffers are donated: nothing may read them from here on.
             state, out = job.programs(state, job.frozen, batch)
             # The previous step is read while this one runs, so the device never waits for Python.
-            _settle(job, pending, clock, bar)
-            pending = (step, item, out)
+            _settle(job, pending, bar)
+            pending = (step, item, out, flops)
             stop = agreed(interrupted())
-            if stop or _due(job, step):
-                pending = _settle(job, pending, clock, bar)
+            if stop or _due(job, step) or trace.due(step):
+                pending = _settle(job, pending, bar)
                 _between(job, state, step, stop)
+                trace(step)
                 clock.restart()
     return state
 
@@ -328,7 +345,7 @@ def _memory(job: _Job, state: TrainState) -> Memory:
     return memory(state.trainable, job.frozen, state.opt_state, compiled)
 
 
-def _settle(job: _Job, pending: tuple[int, Item, Metrics] | None, clock: Clock, bar: Any) -> None:
+def _settle(job: _Job, pending: _Pending | None, bar: Any) -> None:
     """Waits for a step and records it.
 
     Raises:
@@ -336,26 +353,9 @@ def _settle(job: _Job, pending: tuple[int, Item, Metrics] | None, clock: Clock, 
     """
     if pending is None:
         return
-    step, item, out = pending
-    loss, grad_norm, learned = (float(x) for x in out)
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss of step {step} is {loss}; lower `learning_rate`, lengthen `warmup` or clip"
-            " harder, and start again from the last checkpoint or the beginning"
-        )
-    seconds, speed = clock.step(item.tokens)
-    record = {
-        "kind": "train",
-        "step": step,
-        "epoch": item.epoch,
-        "loss": loss,
-        "learning_rate": float(job.rates[step - 1]),
-        "grad_norm": grad_norm,
-        "learned_tokens": int(learned),
-        "tokens": item.tokens,
-        "seconds": seconds,
-        "tokens_per_second": speed,
-    }
+    step, item, out, flops = pending
+    rate = float(job.rates[step - 1])
+    record = train_record(step, item, out, rate=rate, clock=job.clock, flops=flops)
     job.emit(record)
     show_record(bar, record)
 

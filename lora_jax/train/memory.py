@@ -78,6 +78,12 @@ def memory(trainable: Any, frozen: Any, opt_state: Any, compiled: Iterable[Any] 
     )
 
 
+def peak_bytes() -> int | None:
+    """The most bytes that a device of this process has held so far; None if it counts none."""
+    stats = (device.memory_stats() or {} for device in jax.local_devices())
+    return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)
+
+
 def format_memory(used: Memory) -> str:
     """A table with a line for each part, in MiB, small ones in KiB."""
     rows = [

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -95,28 +94,6 @@ def show_record(bar: Any, record: dict) -> None:
     }
     bar.set_postfix(parts, refresh=False)
     bar.update(1)
-
-
-class Clock:
-    """Tokens per second over the last steps, without compilation, evaluation and saving."""
-
-    def __init__(self, memory: float = 0.9) -> None:
-        self._memory = memory
-        self._tokens = 0.0
-        self._seconds = 0.0
-        self._last = time.perf_counter()
-
-    def restart(self) -> None:
-        """Excludes the time since the last step, spent on compiling, evaluating or saving."""
-        self._last = time.perf_counter()
-
-    def step(self, tokens: int) -> tuple[float, float]:
-        """Counts a step with this many tokens; returns its seconds and the recent tokens/s."""
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        self._tokens = self._memory * self._tokens + tokens
-        self._seconds = self._memory * self._seconds + seconds
-        return seconds, self._tokens / max(self._seconds, 1e-9)
 
 
 class TerminatedError(SystemExit):

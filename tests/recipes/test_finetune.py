@@ -120,17 +120,30 @@ def test_forms(tmp_path):
 
 
 def record(step: int, loss: float) -> dict:
-    return {"kind": "train", "step": step, "loss": loss}
+    return {"kind": "train", "step": step, "loss": loss, "seconds": 0.5, "tokens": 300}
 
 
 def test_the_summary_has_the_first_and_the_last_losses():
     text = summary([record(1, 2.5), record(2, 1.25)], 1234.5, Path("run"))
     assert text == (
-        "2 steps, 1,234 s; loss 2.5000 -> 1.2500\nplot and metrics: run/loss.png, metrics.jsonl"
+        "2 steps, 1,234 s; loss 2.5000 -> 1.2500\n600 tokens/s\n"
+        "plot and metrics: run/loss.png, metrics.jsonl"
     )
     evaluated = [{"kind": "eval", "step": 0, "eval_loss": 3.0}, record(1, 2.5)]
     assert "; eval loss 3.0000 -> 3.0000\n" in summary(evaluated, 1, Path("run"))
     assert summary([], 1, Path("run")) == "no step was left to take; the run is in run"
+
+
+def test_the_summary_has_the_speed_of_the_steps():
+    records = [
+        record(step, 2.0) | {"padding": padding, "flops_per_second": flops, "mfu": flops / 1e15}
+        for step, padding, flops in [(1, 0.0, 1e14), (2, 0.5, 3e14)]
+    ]
+    text = summary(records, 9, Path("run"), first_step=4.26, peak=3 << 29)
+    assert text.splitlines()[1] == (
+        "600 tokens/s, 200 model TFLOP/s, MFU 20.0 %, padding 33.3 %, first step after 4.3 s, "
+        "peak memory 1.50 GiB"
+    )
 
 
 @pytest.mark.parametrize(("last", "rose"), [(2.9, False), (3.1, True), (1e9, True)])

@@ -72,7 +72,7 @@ def toy_fit(output_dir=None, *, hooks=None, lora_params=None, data=None, evals=5
 
 def numbers(history):
     """What of a history must not depend on the clock."""
-    timed = ("seconds", "tokens_per_second")
+    timed = ("seconds", "tokens_per_second", "flops_per_second")
     return [{k: v for k, v in record.items() if k not in timed} for record in history]
 
 

@@ -9,7 +9,8 @@ import pytest
 from lora_jax import train
 from lora_jax.train import metrics
 from lora_jax.train.events import _masked_crc
-from lora_jax.train.progress import Clock, smoothed
+from lora_jax.train.progress import smoothed
+from lora_jax.train.speed import Clock
 
 pytestmark = pytest.mark.once
 
