@@ -31,7 +31,7 @@ from common import interleaved, ratio, report
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.array import is_lora, is_stack
-from lora_jax.models.generation import runner
+from lora_jax.models.decoding import runner
 from lora_jax.transform.many.grouped import choose_strategy
 
 SLOTS = 64
@@ -235,10 +235,10 @@ def main():
         runs |= peft_loop(source, rows, (1, min(64, rows)))
     gc.collect()
     times = interleaved(runs, rounds=options.rounds, warmup=2)
-    compiled = step._cache_size()
+    compiled = step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
     for count in options.counts:  # other ids, same shapes
         again(step, stacks[count], jnp.zeros(rows, jnp.int32), tokens, cache)()
-    assert step._cache_size() == compiled
+    assert step._cache_size() == compiled  # pyright: ignore[reportAttributeAccessIssue]
     table = []
     for name in runs:
         side, which = name.split(maxsplit=1)

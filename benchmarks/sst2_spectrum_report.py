@@ -10,6 +10,7 @@ import numpy as np
 from sst2 import percent, shrink
 
 from lora_jax import analysis
+from lora_jax.analysis.spectra.changes import singular_values
 from lora_jax.analysis.spectra.spectrum import draw_decay
 from lora_jax.train.progress import save_figure
 
@@ -51,7 +52,7 @@ class Random(NamedTuple):
 def random_change(shape: tuple[int, int], rank: int) -> Random:
     """Its rank for 90 % of the energy, and the share in its best part of a rank."""
     noise = np.random.default_rng(0).normal(size=shape)
-    values = analysis.changes.singular_values(noise)
+    values = singular_values(noise)
     drawn = analysis.MatrixSpectrum("noise", (), shape, values, 1.0)
     return Random(drawn.energy_rank(0.9), drawn.energy_share(rank))
 

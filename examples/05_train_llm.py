@@ -80,7 +80,8 @@ def main(folder=None):
     result = train.fit(model, start, data, None, job, lora_config=config)
     losses = [r["loss"] for r in result.history if r["kind"] == "train"]
     print(f"loss: {losses[0]:.2f} -> {losses[-1]:.3f}")
-    print(train.format_memory(result.memory))
+    if result.memory is not None:  # as after a resume with no step left
+        print(train.format_memory(result.memory))
 
     prompts = [model.tokenizer.encode(text) for text in ("red: ", "blue: ")]
     answers = models.generate(
