@@ -131,12 +131,14 @@ def test_the_smoothed_loss_does_not_lag():
 
 
 def test_clock_leaves_out_what_is_not_training(monkeypatch):
-    now = iter([0.0, 1.0, 50.0, 52.0])
+    now = iter([0.0, 1.0, 50.0, 52.0, 54.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
     clock = Clock(memory=0.5)
     assert clock.step(100) == (1.0, 100.0)
     clock.restart()
     assert clock.step(100) == (2.0, 150 / 2.5)
+    assert clock.step(100)[0] == 2.0
+    assert clock.first_step == 1.0
 
 
 def test_json_lines_are_json(tmp_path):

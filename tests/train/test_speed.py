@@ -1,5 +1,6 @@
 """Model FLOPs against formulas, the speed in the records, and traces."""
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -104,6 +105,21 @@ def branches(w, x):
     return jnp.sum(jax.lax.cond(x[0, 0] > 0, lambda x: x @ w, lambda x: x @ w @ w, x))
 
 
+def unknown_if(last):
+    """A branch with an endless loop, first or last."""
+
+    def fn(w, x):
+        return jnp.sum(jax.lax.cond(x[0, 0] > 0, *([endless, once][:: 1 if last else -1]), x) @ w)
+
+    def endless(x):
+        return jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ jnp.ones((4, 4)), x)
+
+    def once(x):
+        return x @ jnp.ones((4, 4))
+
+    return fn
+
+
 def until(w, x):
     frozen = jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ jnp.ones((4, 4)), x)
     return jnp.sum(frozen @ w)
@@ -126,6 +142,8 @@ PRODUCT = 2 * 5 * 4 * 4
         (repeated, 7 * 3 * PRODUCT),
         (branches, 5 * PRODUCT),
         (until, None),
+        (unknown_if(last=True), None),
+        (unknown_if(last=False), None),
         (stopped, (2 + 2) * PRODUCT),
         (lambda w, x: jnp.sum(jnp.argmax(x @ w) + x), 2 * PRODUCT),
         (lambda w, x: jnp.sum(w * 2.0), 0),
@@ -188,6 +206,41 @@ def test_records_have_the_padding_and_the_flops():
         flops = record["flops_per_second"] * record["seconds"]
         assert flops == pytest.approx(layer + head)
     assert result.first_step > records[0]["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "expected"),
+    [
+        ("1:1", ["begin", 1, "end", 2, 3, 4, 5]),
+        ("2:3", [1, "begin", 2, 3, "end", 4, 5]),
+        ("4:9", [1, 2, 3, "begin", 4, 5, "end"]),
+    ],
+)
+def test_a_trace_has_the_steps_that_were_named(tmp_path, monkeypatch, profile, expected):
+    seen = []
+
+    @contextlib.contextmanager
+    def trace(directory):
+        assert directory == str(tmp_path / "profile")
+        seen.append("begin")
+        yield
+        seen.append("end")
+
+    monkeypatch.setattr("jax.profiler.trace", trace)
+    hooks = train.Hooks(record=lambda record: seen.append(record["step"]))
+    toy_fit(tmp_path, hooks=hooks, evals=0, steps=5, profile=profile)
+    assert seen == expected
+
+
+def test_steps_to_trace_are_checked(tmp_path):
+    for wrong in ("3", "0:2", "3:2", "a:b", "1:2:3"):
+        with pytest.raises(ValueError, match="`profile` must be the first and the last step"):
+            train.TrainConfig(output_dir=tmp_path, profile=wrong)
+    with pytest.raises(ValueError, match="`profile` needs an `output_dir`"):
+        train.TrainConfig(profile="2:3")
+    with pytest.raises(ValueError, match="`profile` is '6:7', but the run ends after step 5"):
+        toy_fit(tmp_path, steps=5, profile="6:7")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_trace_of_some_steps_is_read_by_the_profilers(tmp_path):
