@@ -24,7 +24,7 @@ import llama_step
 from common import report
 
 import lora_jax as lora
-from lora_jax import compat
+from lora_jax.models import kernels
 
 
 def fresh(forward, key):
@@ -59,6 +59,13 @@ class Run:
         return float(loss)
 
 
+def attention_of(forward) -> str:
+    """The attention that `auto` takes here."""
+    case = kernels.Case(*kernels.target(), dtype=jnp.dtype(forward.dtype),
+                        size=forward.config.head_dim, apart=kernels.apart())  # fmt: skip
+    return kernels.choose("auto", case).name
+
+
 def timed(runs: dict, rounds: int) -> dict[str, float]:
     times: dict[str, list] = {name: [] for name in runs}
     for number in range(rounds + 1):
@@ -82,7 +89,7 @@ def our_rows(size: str, length: int, rounds: int, backend: str, layers: int | No
     rows = [
         {
             "who": "lora_jax", "base": name,
-            "attention": "cudnn" if compat.has_flash_attention() else "xla",
+            "attention": attention_of(forward),
             "tokens_per_s": length / seconds[name],
             "step_over_bfloat16": seconds[name] / seconds["bfloat16"],
             "base_gib": runs[name].base_bytes / 2**30,

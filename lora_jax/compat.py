@@ -248,18 +248,6 @@ def default_device() -> jax.Device:
     return device
 
 
-def has_flash_attention() -> bool:
-    """Whether cuDNN's attention runs here: on a single NVIDIA GPU, Ampere or later.
-
-    On several devices XLA's attention is used, because JAX refuses cuDNN's where the sequence is
-    spread over a mesh.
-    """
-    # "9.0" on NVIDIA's, "gfx942" on AMD's.
-    capability = getattr(default_device(), "compute_capability", "")
-    major = str(capability).partition(".")[0]
-    return major.isdecimal() and int(major) >= 8 and jax.device_count() == 1
-
-
 def is_finite(x: np.ndarray) -> bool:
     """Whether all numbers of a host array are finite; of any dtype of JAX's."""
     # numpy's `isfinite` takes no bfloat16.

@@ -18,13 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from lora_jax import compat
 from lora_jax.dims import AnyArray
+from lora_jax.models import kernels
 from lora_jax.models.rope import Rotation, rotate
 from lora_jax.models.sharding import ROWS
 
-# Tokens: the scores of fewer are small.
-FLASH_FROM = 128
 # Bytes of float32 scores that training holds at once on a device.
 MOST_SCORES = 2**28
 
@@ -86,6 +84,7 @@ def attention(
     segments: Int[AnyArray, "b t"] | None = None,
     mixing: Mixing,
     rotations: Rotations,
+    wanted: kernels.AttentionName = "auto",
 ) -> tuple[AttendOf, Stored, Cache | None]:
     """How the blocks of one call attend.
 
@@ -97,13 +96,16 @@ def attention(
         to another text's.
       mixing: how queries weigh keys.
       rotations: the rotation of a block's queries and keys.
+      wanted: the implementation without a cache, see `lora_jax.models.kernels`.
 
     Returns:
       How a block attends; the stored keys and values that blocks take and return; and the cache
       with the new tokens counted in `valid` and `length`.
     """
     if cache is None:
-        attend_of = _without_cache(mask, segments, mixing=mixing, rotations=rotations)
+        attend_of = _without_cache(
+            mask, segments, mixing=mixing, rotations=rotations, wanted=wanted
+        )
         return attend_of, None, None
     count = tokens.shape[1]
     new = jnp.ones(tokens.shape, bool) if mask is None else mask  # (b, t)
@@ -148,6 +150,7 @@ def _without_cache(
     *,
     mixing: Mixing,
     rotations: Rotations,
+    wanted: kernels.AttentionName,
 ) -> AttendOf:
     # Padding on the right needs no mask: under causal attention only padding attends to it.
     unmasked = mask is None and segments is None
@@ -166,13 +169,12 @@ def _without_cache(
             block: Int[Array, ""],
         ) -> tuple[Float[Array, "b t n h"], Stored]:
             q, k = rotate(q, by), rotate(k, by)
-            # cuDNN's takes no segments: JAX would hand it a bias of all pairs of tokens.
-            plain = (
-                unmasked and near is None and isinstance(slides, bool) and mixing.softcap is None
-            )
-            if plain and _takes_flash(q):
-                flash = partial(jax.nn.dot_product_attention, implementation="cudnn")
-                return flash(q, k, v, scale=mixing.scale, is_causal=True), stored
+            kernel = kernels.kernel_for(
+                wanted, q, mask, segments, slides=slides, window=mixing.window,
+                scale=mixing.scale, softcap=mixing.softcap,
+            )  # fmt: skip
+            if kernel is not None:
+                return kernel(q, k, v), stored
 
             # The mask is made where it is used, and fused with the causal one into the softmax:
             # outside it would be an array of all pairs of tokens.
@@ -195,14 +197,6 @@ def _without_cache(
         return attend
 
     return attend_of
-
-
-def _takes_flash(q: Float[Array, "b t n h"]) -> bool:
-    """Whether cuDNN's attention takes these queries. It never writes the scores to memory."""
-    # cuDNN's limits on the size of a head before Hopper, and on dtypes. Its only derivative is one
-    # in reverse mode: with a mask, XLA's attention remains for a user who needs another.
-    sized = q.shape[1] >= FLASH_FROM and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    return sized and q.dtype.itemsize == 2 and compat.has_flash_attention()
 
 
 def _with_cache(
@@ -310,9 +304,7 @@ def _by_queries(
     apart, firsts = lax.optimization_barrier((apart, jnp.arange(pieces) * size))
     mixed = lax.map(lambda each: one(*each), (apart, firsts))
     mixed = jnp.moveaxis(mixed, 0, 1).reshape(b, size * pieces, m, h)[:, :t]
-    # Always `mixed`, and so nothing once compiled: adapters for each token follow the tokens' axis
-    # through the program, and lose it where it is cut in pieces. The queries have it.
-    return lax.select(jnp.ones(mixed.shape, bool), mixed, q)
+    return kernels.in_place(mixed, q)
 
 
 def _spread_over(rows: int, heads: int) -> tuple[int, int]:

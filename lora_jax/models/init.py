@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lora_jax.models.kernels import AttentionName
 from lora_jax.models.model import Dtype, Model
-from lora_jax.models.registry import architecture_of
+from lora_jax.models.registry import forward_of
 
 
 def init(
@@ -18,19 +19,26 @@ def init(
     param_dtype: Dtype | None = None,
     scan: bool = True,
     remat: bool | str = False,
+    attention: AttentionName = "auto",
 ) -> Model:
     """A model with fresh parameters: kernels and embeddings normal, norms neutral, biases 0.
 
     Args:
       key: PRNG key.
       config: the configuration, of any architecture of `lora_jax.models.registry`.
-      dtype, param_dtype, scan, remat: see `Forward`; `param_dtype` is `dtype` by default.
+      dtype, scan, remat, attention: see `Forward`.
+      param_dtype: the same; `dtype` by default.
 
     Returns:
       The model, without a tokenizer.
     """
-    forward = architecture_of(config.model_type).forward(
-        config=config, dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat
+    forward = forward_of(
+        config,
+        dtype=dtype,
+        param_dtype=param_dtype or dtype,
+        scan=scan,
+        remat=remat,
+        attention=attention,
     )
     return Model(forward, draw(key, forward.shapes(), config))
 

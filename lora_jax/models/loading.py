@@ -19,8 +19,15 @@ from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.hf.tokenizer.tokenizer import from_gguf
 from lora_jax.models.encoder_loading import read_encoder
 from lora_jax.models.gguf import config_of
+from lora_jax.models.kernels import AttentionName
 from lora_jax.models.model import Dtype, Model
-from lora_jax.models.registry import ENCODER, architecture_of, config_from_hf, names_of
+from lora_jax.models.registry import (
+    ENCODER,
+    architecture_of,
+    config_from_hf,
+    forward_of,
+    names_of,
+)
 from lora_jax.models.sharding import RULES
 from lora_jax.quant.loading import QuantConfig, quant_config
 from lora_jax.sharding import Rules, spreading
@@ -35,6 +42,7 @@ def load(
     param_dtype: Dtype | None = None,
     scan: bool = True,
     remat: bool | str = False,
+    attention: AttentionName = "auto",
     quantize: str | QuantConfig | None = None,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
@@ -49,6 +57,7 @@ def load(
       param_dtype: dtype of the parameters, `dtype` by default.
       scan: stack the blocks and scan over them; otherwise they are kept apart and unrolled.
       remat: see `Forward`.
+      attention: the implementation of a decoder's attention, see `Forward`.
       quantize: hold the weights in 4 or 8 bits, tensor by tensor as they are read, so that a
         model larger than memory in floats can be loaded: "nf4", "int4", "int8", "file" for the
         file's own quantized blocks, or a `lora_jax.quant.QuantConfig`. Decoders only.
@@ -68,7 +77,9 @@ def load(
     Warns:
       UserWarning: weights that every device of the mesh holds whole.
     """
-    options = dict(dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat)
+    options = dict(
+        dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat, attention=attention
+    )
     quant = quant_config(quantize)
     with spreading(mesh, rules) as spread:
         return _load(Path(source), str(source), options, quant=quant, spread=spread)
@@ -126,13 +137,15 @@ def _load_directory(
     if architecture.kind == ENCODER:
         if quant is not None:
             raise ValueError(f"{path}: `quantize` is for decoders, not for `{config.model_type}`")
-        return read_encoder(directory, options, spread=spread)
+        forward_of(config, **options)  # refuses what is a decoder's
+        own = {name: value for name, value in options.items() if name != "attention"}
+        return read_encoder(directory, own, spread=spread)
     weights = open_directory(directory)
     # Before anything of the stated sizes is allocated.
     check_counts(config, weights, path)
     with named(path):
         _check_class(raw, path, weights, config)
-    forward = architecture.forward(config=config, **options)
+    forward = forward_of(config, **options)
     # Read before the weights, so that an error in them is raised at once.
     with named(directory):
         tokenizer = from_directory(directory)
@@ -169,7 +182,7 @@ def _load_gguf(
     with named(path):
         config = config_of(file.metadata, weights.shapes, path=path, divisors=rope_divisors(file))
     check_counts(config, weights, path)
-    forward = architecture_of(config.model_type).forward(config=config, **options)
+    forward = forward_of(config, **options)
     params = _fill(forward, weights, quant, spread)
     return Model(forward, params, from_gguf(file.metadata, path=path))
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache, Stored, attention, positions_of, starts_of
+from lora_jax.models.kernels import AttentionName, check_attention
 from lora_jax.models.layers import PROJECTION, Specs, gather, on_rows, run_blocks
 from lora_jax.models.llama import CausalLM
 from lora_jax.quant.array import is_quant
@@ -41,6 +42,8 @@ class Forward:
         recomputes what is cheap (norms, rotations, softmax, activations): on a CPU a third of the
         memory of False and a little faster than it; or the name of a policy in
         `jax.checkpoint_policies`.
+      attention: the implementation that a call without a cache takes, by name, or "auto"; see
+        `lora_jax.models.kernels`.
       module: the NNX class, with the methods of `lora_jax.models.llama.CausalLM`.
       rows: axes of the mesh (`jax.set_mesh`) that the batch's rows are spread over, such as
         ("data", "fsdp"); see `lora_jax.models.layers.on_rows`. () adds no constraint.
@@ -53,12 +56,14 @@ class Forward:
     param_dtype: Dtype = "float32"
     scan: bool = True
     remat: bool | str = False
+    attention: AttentionName = "auto"
     module: Callable[..., Any] = CausalLM
     rows: tuple[str, ...] = ()
     gathered: Specs = ()
 
     def __post_init__(self) -> None:
         check_options(self.dtype, self.param_dtype, self.remat)
+        check_attention(self.attention)
 
     def apply(
         self,
@@ -151,8 +156,9 @@ class Forward:
         config = self.config
         rotations = lm.rotations(config, positions)
         attend_of, stored, cache = attention(
-            tokens, mask, cache, segments=segments, mixing=config.mixing, rotations=rotations
-        )
+            tokens, mask, cache, segments=segments, mixing=config.mixing, rotations=rotations,
+            wanted=self.attention,
+        )  # fmt: skip
 
         # What is the same for every block is computed before their scan.
         known = {slides: attend_of(slides) for slides in set(config.mixing.slides)}

@@ -25,6 +25,7 @@ from lora_jax.models.config import LlamaConfig
 from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.families import DIALECTS
 from lora_jax.models.gpt2 import GPT2LM, GPT2Config
+from lora_jax.models.kernels import AttentionName, check_attention
 from lora_jax.models.model import Forward
 from lora_jax.models.wrapped import WRAPPERS, check_readable, text_of
 
@@ -80,6 +81,24 @@ def architecture_of(model_type: str) -> Architecture:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"config: model_type `{model_type}` is not one of {known}")
     return ARCHITECTURES[model_type]
+
+
+def forward_of(config: Any, *, attention: AttentionName = "auto", **options: Any) -> Any:
+    """The forward of a configuration; options as those of `Forward`.
+
+    Raises:
+      ValueError: an option that does not exist, or a kernel of attention for an encoder.
+    """
+    architecture = architecture_of(config.model_type)
+    if architecture.kind == CAUSAL_LM:
+        return architecture.forward(config=config, attention=attention, **options)
+    check_attention(attention)
+    if attention not in ("auto", "xla"):
+        raise ValueError(
+            f"`attention` chooses a decoder's, and `{config.model_type}` is an encoder, which has "
+            "XLA's: leave it out"
+        )
+    return architecture.forward(config=config, **options)
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> Any:

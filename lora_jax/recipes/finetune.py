@@ -16,6 +16,7 @@ from lora_jax.compat import EXTRAS, check_installed
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import check_new
+from lora_jax.models.kernels import AttentionName
 from lora_jax.models.saving import save_merged
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
@@ -57,6 +58,8 @@ class FinetuneConfig:
       remat: keep only the residual stream between blocks for the backward pass and recompute the
         rest, which saves memory and costs time; otherwise the outputs of the projections are
         kept too.
+      attention: the implementation of attention: "splash" on a TPU, "cudnn" on an NVIDIA GPU, "xla"
+        anywhere; "auto" takes the first of them that takes the model and its rows.
       mesh: spread weights and rows over the devices: `axis=devices` separated by spaces, of the
         axes `data`, `fsdp` and `tensor`; -1 is what the others leave.
       distributed: the run has several processes, each started with the same command, as SLURM,
@@ -77,6 +80,7 @@ class FinetuneConfig:
     quantize: Quantization | None = None
     quantize_block: int = 64
     remat: bool = False
+    attention: AttentionName = "auto"
     mesh: dict[str, int] | None = None
     distributed: bool = False
     coordinator: str | None = None
@@ -125,6 +129,7 @@ def finetune(
         remat=job.remat,
         quantize=job.quantize,
         quantize_block=job.quantize_block,
+        attention=job.attention,
         mesh=job.mesh,
     )
     data = _examples(model, records, job)
@@ -232,6 +237,7 @@ def load_model(
     remat: bool = False,
     quantize: str | None = None,
     quantize_block: int = 64,
+    attention: AttentionName = "auto",
     mesh: Mapping[str, Any] | None = None,
 ) -> Any:
     """Loads a model; "smollm2" is the installed demo model. Settings as in `FinetuneConfig`."""
@@ -242,6 +248,7 @@ def load_model(
         models.find_smollm2() if source == "smollm2" else source,
         dtype=dtype,
         remat=remat or "projections",
+        attention=attention,
         quantize=held,
         mesh=None if mesh is None else models.make_mesh(**mesh),
     )

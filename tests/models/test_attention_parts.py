@@ -1,4 +1,4 @@
-"""Attention in parts is attention; where it runs, cuDNN's is taken instead."""
+"""Attention in parts is attention."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import compat, models
+from lora_jax import models
 from lora_jax.models import attention
 
 from tests.support.tiny import SMALL
@@ -105,41 +105,3 @@ def test_a_scan_over_blocks_holds_no_mask_of_all_pairs(monkeypatch):
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(8192) <= 5 * temporaries(2048)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "dtype", "masked", "taken"),
-    [
-        (128, "bfloat16", False, True), (127, "bfloat16", False, False),
-        (128, "float32", False, False), (128, "bfloat16", True, False),
-    ],
-)  # fmt: skip
-def test_cudnn_attends_to_long_unmasked_texts_in_16_bits(tokens, dtype, masked, taken, monkeypatch):
-    asked, plain = [], jax.nn.dot_product_attention
-
-    def recorded(*args, implementation=None, **options):
-        asked.append(implementation)
-        return plain(*args, **options)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
-    monkeypatch.setattr(compat, "has_flash_attention", lambda: True)
-    q = jnp.ones((1, tokens, 2, 8), dtype)
-    mask = jnp.ones((1, tokens), bool) if masked else None
-    mixing = attention.Mixing(slides=(False,))
-    attend_of, _, _ = attention.attention(
-        q[:, :, 0, 0], mask, None, mixing=mixing, rotations=lambda slides: None
-    )
-    first = jnp.int32(0)
-    mixed, _ = jax.eval_shape(lambda q: attend_of(False)(q, q, q, stored=None, block=first), q)
-    assert mixed.shape == q.shape and asked == ["cudnn" if taken else None]
-
-
-def test_only_a_lone_nvidia_gpu_since_ampere_has_flash_attention(monkeypatch):
-    def found(capability, count=1):
-        device = type("Device", (), {"compute_capability": capability})()
-        monkeypatch.setattr(compat, "default_device", lambda: device)
-        monkeypatch.setattr(jax, "device_count", lambda: count)
-        return compat.has_flash_attention()
-
-    assert not compat.has_flash_attention()  # a CPU
-    assert found("9.0") and not found("7.5") and not found("gfx942") and not found("9.0", 2)

@@ -8,59 +8,16 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax import compat, models
-from lora_jax.models import attention, config_from_hf
+from lora_jax import models
+from lora_jax.models import attention
 from lora_jax.models.attention import starts_of
 from lora_jax.models.registry import ARCHITECTURES, CAUSAL_LM
 from lora_jax.models.wrapped import WRAPPERS
 
+from tests.support.decoders import FAMILIES, LENGTHS, family, packed
 from tests.support.tiny import SMALL
 
 pytestmark = pytest.mark.once
-
-SIZES = dict(
-    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
-    initializer_range=0.3,
-)  # fmt: skip
-WINDOW = dict(sliding_window=3)
-GEMMA2 = dict(
-    WINDOW, head_dim=8, query_pre_attn_scalar=9, attn_logit_softcapping=2.0,
-    final_logit_softcapping=3.0, hidden_activation="gelu_pytorch_tanh",
-)  # fmt: skip
-# Fields that make a family differ from Llama as much as it can.
-FAMILIES = {
-    "llama": {},
-    "mistral": WINDOW,
-    "qwen2": dict(use_sliding_window=True, sliding_window=3, max_window_layers=1),
-    "qwen3": dict(head_dim=8),
-    "gemma": dict(head_dim=8),
-    "gemma2": GEMMA2,
-    "gemma3_text": dict(WINDOW, head_dim=8, query_pre_attn_scalar=9, sliding_window_pattern=2),
-    "phi3": dict(partial_rotary_factor=0.5, sliding_window=3),
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=16),
-}
-LENGTHS = ((7, 1, 5, 9), (16, 6), (3, 3, 3, 3, 3))
-LENGTH = 24
-
-
-def family(kind, **options):
-    sizes = {"vocab_size": 61, "initializer_range": 0.3} if kind == "gpt2" else SIZES
-    config = config_from_hf({"model_type": kind, **sizes, **FAMILIES[kind]})
-    return models.init(jax.random.key(0), config, **options)
-
-
-def packed(seed=0, lengths=LENGTHS):
-    """Tokens and segments of rows, and the texts in the order of the rows."""
-    draw = np.random.default_rng(seed)
-    tokens, segments, texts = [], [], []
-    for row in lengths:
-        own = [draw.integers(0, 61, n).astype(np.int32) for n in row]
-        rest = LENGTH - sum(row)
-        tokens.append(np.concatenate([*own, np.full(rest, 60, np.int32)]))
-        segments.append(np.repeat([*range(1, len(row) + 1), 0], [*row, rest]).astype(np.int32))
-        texts += own
-    return np.stack(tokens), np.stack(segments), texts
 
 
 def alone(texts):
@@ -152,27 +109,6 @@ def test_positions_begin_anew_in_every_text():
     segments = jnp.array([[1, 1, 2, 3, 3, 3, 0, 0], [4, 4, 4, 4, 1, 1, 1, 1], [0] * 8])
     want = [[0, 0, 2, 3, 3, 3, 6, 6], [0, 0, 0, 0, 4, 4, 4, 4], [0] * 8]
     assert starts_of(segments).tolist() == want
-
-
-@pytest.mark.parametrize("tokens, segments, taken", [(128, False, True), (128, True, False)])
-def test_cudnn_never_attends_in_packed_rows(tokens, segments, taken, monkeypatch):
-    """JAX's cuDNN attention takes no segments, and would mix the texts without an error."""
-    asked, plain = [], jax.nn.dot_product_attention
-
-    def recorded(*args, implementation=None, **options):
-        asked.append((implementation, options.get("mask") is not None))
-        return plain(*args, **options)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
-    monkeypatch.setattr(compat, "has_flash_attention", lambda: True)
-    model = models.init(
-        jax.random.key(0), dataclasses.replace(SMALL, max_position_embeddings=128), dtype="bfloat16"
-    )
-    rows = jnp.ones((1, tokens), jnp.int32)
-    jax.eval_shape(
-        lambda p: model.apply(p, rows, segments=rows if segments else None), model.params
-    )
-    assert set(asked) == {("cudnn", False) if taken else (None, True)}
 
 
 def test_the_mask_is_not_kept_for_the_backward_pass():

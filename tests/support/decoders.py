@@ -1,0 +1,51 @@
+"""A small model of every family of decoders, and packed rows of tokens for it."""
+
+import jax
+import numpy as np
+
+from lora_jax import models
+from lora_jax.models import config_from_hf
+
+SIZES = dict(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+    initializer_range=0.3,
+)  # fmt: skip
+WINDOW = dict(sliding_window=3)
+GEMMA2 = dict(
+    WINDOW, head_dim=8, query_pre_attn_scalar=9, attn_logit_softcapping=2.0,
+    final_logit_softcapping=3.0, hidden_activation="gelu_pytorch_tanh",
+)  # fmt: skip
+# Fields that make a family differ from Llama as much as it can.
+FAMILIES = {
+    "llama": {},
+    "mistral": WINDOW,
+    "qwen2": dict(use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    "qwen3": dict(head_dim=8),
+    "gemma": dict(head_dim=8),
+    "gemma2": GEMMA2,
+    "gemma3_text": dict(WINDOW, head_dim=8, query_pre_attn_scalar=9, sliding_window_pattern=2),
+    "phi3": dict(partial_rotary_factor=0.5, sliding_window=3),
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=16),
+}
+LENGTHS = ((7, 1, 5, 9), (16, 6), (3, 3, 3, 3, 3))
+LENGTH = 24
+
+
+def family(kind, **options):
+    sizes = {"vocab_size": 61, "initializer_range": 0.3} if kind == "gpt2" else SIZES
+    config = config_from_hf({"model_type": kind, **sizes, **FAMILIES[kind]})
+    return models.init(jax.random.key(0), config, **options)
+
+
+def packed(seed=0, lengths=LENGTHS):
+    """Tokens and segments of rows, and the texts in the order of the rows."""
+    draw = np.random.default_rng(seed)
+    tokens, segments, texts = [], [], []
+    for row in lengths:
+        own = [draw.integers(0, 61, n).astype(np.int32) for n in row]
+        rest = LENGTH - sum(row)
+        tokens.append(np.concatenate([*own, np.full(rest, 60, np.int32)]))
+        segments.append(np.repeat([*range(1, len(row) + 1), 0], [*row, rest]).astype(np.int32))
+        texts += own
+    return np.stack(tokens), np.stack(segments), texts
