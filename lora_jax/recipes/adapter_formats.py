@@ -97,8 +97,13 @@ def _load_peft(
     model: Any, source: str | Path, plan_of: PlanOf, step: int | None
 ) -> tuple[Any, LoraConfig]:
     _refuse_step(source, step)
+    from lora_jax.hf.peft.base import warn_of_base
+    from lora_jax.hf.peft.directory import trained_over
+
     content = _read_peft(source, model_type=model.config.model_type)
-    return _attach(content, model, source, plan_of)
+    loaded = _attach(content, model, source, plan_of)
+    warn_of_base(trained_over(source), loaded[0], str(source))
+    return loaded
 
 
 def _attach(

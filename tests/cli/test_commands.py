@@ -234,6 +234,8 @@ def test_a_quantized_run_is_exported_over_its_own_base(model, data, tmp_path, ca
         base, params, [chat], max_new_tokens=4, stop_tokens=[base.tokenizer.eos_id]
     )
     assert capsys.readouterr().out == base.tokenizer.decode(tokens) + "\n"
+    with pytest.warns(UserWarning, match='this one is in floats: .* format="nf4", block_size=16'):
+        assert main(["generate", model, SENTENCE, *flags[:4]]) == 0
 
 
 def test_every_format_gives_the_adapter_back(model, run, tmp_path, capsys):

@@ -25,10 +25,21 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.name_maps import leaves as translated
 from lora_jax.hf.name_maps.peft import Saved, in_our_names, in_their_names, with_saved
 from lora_jax.hf.name_maps.rules import NameMap, Placed, places_of, recognise
-from lora_jax.hf.peft.base import as_read, check_names, model_type_of
+from lora_jax.hf.peft.base import (
+    as_read,
+    check_names,
+    model_type_of,
+    quantization_of,
+    warn_of_base,
+)
 from lora_jax.hf.peft.card import auto_class_of
 from lora_jax.hf.peft.copies import check_vocabulary, tables_of, without_copies
-from lora_jax.hf.peft.directory import CONFIG_FILE, read_directory, write_directory
+from lora_jax.hf.peft.directory import (
+    CONFIG_FILE,
+    read_directory,
+    trained_over,
+    write_directory,
+)
 from lora_jax.hf.peft.load import check_task, fill
 from lora_jax.hf.peft.prefixes import respelled, without_module
 from lora_jax.hf.peft.save import AUTO, with_task
@@ -103,12 +114,15 @@ def load_peft(
       FileNotFoundError, ValueError: as `read_peft`; also when the adapter is of another model:
         one message names all that is missing, left over or misshapen.
 
+    Warns:
+      UserWarning: `save_peft` wrote the adapter over a base that was quantized in another way.
+
     Example:
       lora_params, config = load_peft("adapter", model.apply, model.params, tokens)
     """
     check_function("hf.load_peft(directory, fn, params, *args)", fn)
     config, tensors = read_peft(directory, model_type=model_type)
-    return attach(
+    loaded = attach(
         config,
         tensors,
         lambda wanted: make_plan(
@@ -119,6 +133,8 @@ def load_peft(
         name_map=name_map or recognise(leaves_by_path(params)),
         model_type=model_type,
     )
+    warn_of_base(trained_over(directory), loaded[0], str(directory))
+    return loaded
 
 
 def attach(
@@ -260,4 +276,6 @@ def save_peft(
         fields["base_model_name_or_path"] = base_model_name
     if processes.is_first():
         auto_class = auto_class_of(leaves, fields["task_type"])
-        write_directory(directory, fields, tensors, auto_class=auto_class)
+        # LoftQ's adapters have their base in PEFT's config.
+        base = None if config.init == "loftq" else quantization_of(lora_params)
+        write_directory(directory, fields, tensors, auto_class=auto_class, base=base)

@@ -1,16 +1,17 @@
-"""The base of an adapter: what its directory shows, and the weights that LoftQ started from.
+"""The base of an adapter: what its directory shows, and the weights that it was trained over.
 
 LoftQ changes the base too: the adapter is trained over the quantized weights, and its file does not
 hold them. A reader repeats LoftQ over the float base, or has a base that is quantized already.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lora_jax.array import leaves_by_path
+from lora_jax.array import is_lora, leaves_by_path
 from lora_jax.files import read_json
 from lora_jax.hf.checkpoint.names import WRAPPED, unified
 from lora_jax.hf.checkpoint.safetensors import open_directory
@@ -58,6 +59,34 @@ def as_read(plan: Plan, params: Any, *, source: str, checked: bool = False) -> P
     # The base is LoftQ's already: `init` must not quantize it a second time.
     config = dataclasses.replace(plan.config, init="default", loftq_config={})
     return dataclasses.replace(plan, config=config)
+
+
+def quantization_of(lora_params: Any) -> str | None:
+    """How the adapted weights of a tree are quantized, `format="nf4", block_size=64`, or None."""
+    adapted = [x.w for x in leaves_by_path(lora_params).values() if is_lora(x)]
+    found = {f'format="{w.format}", block_size={w.block}' for w in adapted if is_quant(w)}
+    return " and ".join(sorted(found)) or None
+
+
+def warn_of_base(trained: str | None, lora_params: Any, source: str) -> None:
+    """Warns of an adapter over another base than the quantized one that it was trained over.
+
+    Args:
+      trained: from `directory.trained_over`.
+      lora_params: the base with the adapter.
+      source: what the warning calls the adapter.
+
+    Warns:
+      UserWarning: the base is in floats, or quantized in another way.
+    """
+    here = quantization_of(lora_params)
+    if trained is not None and here != trained:
+        warnings.warn(
+            f"{source}: the adapter was trained over a base quantized with {trained}, but this one "
+            f"is {f'quantized with {here}' if here else 'in floats'}: outputs differ from those in "
+            f"training; quantize the base with {trained}",
+            stacklevel=3,
+        )
 
 
 def model_type_of(base: str | None) -> str | None:

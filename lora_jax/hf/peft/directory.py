@@ -22,6 +22,7 @@ from lora_jax.hf.peft.prefixes import plain_fields, plain_keys
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+_BASE = "lora_jax.base"  # an entry of the tensor file's metadata, which PEFT does not read
 
 
 # A config of PEFT has a few kilobytes; the limit keeps a wrong file from being read whole.
@@ -45,9 +46,7 @@ def read_directory(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[s
       ValueError: the config is of another method than LoRA; or a file is damaged, is a link out
         of the directory, is a pickle, or holds tensors that cannot be an adapter's.
     """
-    root = Path(directory)
-    if not root.exists() and _HUB_ID.fullmatch(str(directory)):
-        root = snapshot(str(directory))
+    root = _root(directory)
     if not root.exists():
         raise FileNotFoundError(f"{root}: there is no such directory")
     if not root.is_dir():
@@ -62,6 +61,22 @@ def read_directory(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[s
         raise ValueError(f"{path}: {error}") from None
     tensors = _read_tensors(_existing(root, TENSOR_FILE))
     return plain_fields(fields), plain_keys(tensors, str(root))
+
+
+def trained_over(directory: str | os.PathLike) -> str | None:
+    """How the base was quantized under the adapter of a directory that `read_directory` has read.
+
+    Returns:
+      What `write_directory` was given as `base`; None for floats, and for other writers' files.
+    """
+    with safe_open(str(_root(directory) / TENSOR_FILE), framework="numpy") as file:
+        return (file.metadata() or {}).get(_BASE)
+
+
+def _root(directory: str | os.PathLike) -> Path:
+    root = Path(directory)
+    is_hub_id = not root.exists() and _HUB_ID.fullmatch(str(directory))
+    return snapshot(str(directory)) if is_hub_id else root
 
 
 def _existing(root: Path, name: str) -> Path:
@@ -135,6 +150,7 @@ def write_directory(
     tensors: Mapping[str, np.ndarray],
     *,
     auto_class: str | None = None,
+    base: str | None = None,
 ) -> None:
     """Writes both files of a PEFT directory, byte for byte as PEFT does, and a model card.
 
@@ -152,12 +168,15 @@ def write_directory(
       tensors: by PEFT's names.
       auto_class: transformers' class for the base in the card, from `auto_class_of`; None is that
         of the config's task.
+      base: how the base is quantized, for `trained_over`; None for floats.
 
     Raises:
       OSError: the directory cannot be written; nothing was changed.
     """
     root = Path(directory)
     text = card(fields, auto_class)
+    # transformers refuses a file without this entry, and PEFT writes it.
+    metadata = {"format": "pt"} if base is None else {"format": "pt", _BASE: base}
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root}: expected a directory to write the adapter to, got a file")
     try:
@@ -166,13 +185,13 @@ def write_directory(
             # export that was killed before the directory existed left its files beside it.
             sweep(root)
             with temporary_beside(root / CONFIG_FILE) as temporary:
-                _write(temporary, fields, tensors, text)
+                _write(temporary, fields, tensors, metadata=metadata, text=text)
                 _replace(temporary, root)
                 sync(root, deep=False)
         else:
             with replacing(root) as new:
                 new.mkdir()
-                _write(new, fields, tensors, text)
+                _write(new, fields, tensors, metadata=metadata, text=text)
     except (OSError, SafetensorError) as error:
         raise OSError(
             _errno(error),
@@ -182,11 +201,23 @@ def write_directory(
 
 
 def _write(
-    folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], text: str
+    folder: Path,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    *,
+    metadata: dict[str, str],
+    text: str,
 ) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True), "utf-8")
-    # transformers refuses a file without this entry, and PEFT writes it.
-    save_file(dict(tensors), folder / TENSOR_FILE, metadata={"format": "pt"})
+    save_file(dict(tensors), folder / TENSOR_FILE, metadata=metadata)
+    # safetensors writes the metadata, which come first, in a random order: files of equal content
+    # get equal bytes.
+    first = json.dumps({"__metadata__": metadata}, separators=(",", ":"))[:-1].encode()
+    with (folder / TENSOR_FILE).open("r+b") as file:
+        file.seek(8)  # the header's length
+        assert sorted(file.read(len(first))) == sorted(first)
+        file.seek(8)
+        file.write(first)
     (folder / CARD_FILE).write_text(text, "utf-8")
     for name in (CONFIG_FILE, TENSOR_FILE, CARD_FILE):
         sync(folder / name)

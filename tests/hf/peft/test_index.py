@@ -103,3 +103,35 @@ def test_excluded_modules_are_found_over_a_quantized_base(tmp_path):
     wanted = tree["attn"]["q_proj"]["kernel"].a
     np.testing.assert_array_equal(loaded["attn"]["q_proj"]["kernel"].a, wanted)
     assert isinstance(loaded["attn"]["k_proj"]["kernel"], QuantArray)
+
+
+def test_another_base_than_the_quantized_one_of_the_training_is_a_warning(tmp_path):
+    def fn(params, x):
+        return x @ params["q_proj"]["kernel"]
+
+    x, params = jnp.ones((1, 64)), {"q_proj": {"kernel": jnp.eye(64)}}
+    config = LoraConfig(rank=2, target_modules=("q_proj",))
+
+    def base(**options):
+        return quantize(params, ("q_proj",), **options) if options else params
+
+    def saved(name, over):
+        tree = init(jax.random.key(0), plan(config, fn, over, x), over)
+        api.save_peft(tmp_path / name, tree, config)
+        return tmp_path / name
+
+    four = saved("four", base(format="nf4"))
+    files = {saved(f"four{k}", base(format="nf4")) / "adapter_model.safetensors" for k in "abcd"}
+    assert len({path.read_bytes() for path in files}) == 1  # the metadata have an order
+    api.load_peft(four, fn, base(format="nf4"), x)
+    trained = 'over a base quantized with format="nf4", block_size=64, but this one is '
+    with pytest.warns(
+        UserWarning, match=f"four: .* {trained}in floats: .*; quantize the base with form"
+    ):
+        loaded, _ = api.load_peft(four, fn, params, x)
+    with pytest.warns(UserWarning, match=f'{trained}quantized with format="nf4", block_size=32'):
+        api.load_peft(four, fn, base(format="nf4", block_size=32), x)
+    # Written again over floats, it is an adapter over floats; those say nothing of a base.
+    api.save_peft(tmp_path / "again", loaded, config)
+    for over in (params, base(format="int8")):
+        api.load_peft(tmp_path / "again", fn, over, x)
