@@ -133,6 +133,29 @@ def together(do: Callable[[], T], error: type[Exception] = OSError) -> T:
     return result  # pyright: ignore[reportReturnType]
 
 
+def write_in_first(values: Iterator[T], write: Callable[[Iterator[T]], None]) -> None:
+    """Calls `write(values)` in the first process, where it takes all processes to make the values.
+
+    Args:
+      values: an iterator of each process, which exchanges data with the others at every value.
+      write: takes the values one after the other.
+
+    Raises:
+      OSError: it failed in the first process, which raises its own error.
+    """
+
+    def do() -> None:
+        try:
+            if is_first():
+                write(values)
+        finally:
+            # The others wait for this process at every value, also after a failure.
+            for _ in values if several() else ():
+                pass
+
+    together(do)
+
+
 def put(x: Any, where: Sharding) -> jax.Array:
     """`jax.device_put` for a mesh that may span processes, each of which has the whole of `x`.
 

@@ -80,3 +80,39 @@ def test_bytes_that_one_process_has_reach_all(in_each):
     for got in in_each(*[lambda row=row: processes.summed(row) for row in rows]):
         assert got.dtype == np.uint8
         np.testing.assert_array_equal(got, [1, 7, 255])
+
+
+def test_one_process_writes_what_all_make(in_each, monkeypatch):
+    first = threading.local()
+    monkeypatch.setattr(processes, "is_first", lambda: first.here)
+
+    def program(here, written, *, room=3, bad=None):
+        def values():
+            for n in range(3):
+                # Each value takes all processes.
+                (n,) = {*processes.exchange(n)}
+                if n == bad:
+                    raise ValueError(f"{n} is not finite")
+                yield n
+
+        def write(found):
+            for n in found:
+                if len(written) == room:
+                    raise OSError("disk full")
+                written.append(n)
+
+        def run():
+            first.here = here
+            return processes.write_in_first(values(), write)
+
+        return run
+
+    one, two = [], []
+    assert in_each(program(True, one), program(False, two)) == [None, None]
+    assert one == [0, 1, 2] and two == []
+    # The first one's disk is full: the other is not left waiting, and fails too.
+    own, other = in_each(program(True, [], room=1), program(False, []))
+    assert str(own) == "disk full" and str(other) == "process 0: disk full"
+    # A value that cannot be made fails in all.
+    errors = in_each(program(True, [], bad=1), program(False, [], bad=1))
+    assert [str(e) for e in errors] == ["1 is not finite"] * 2

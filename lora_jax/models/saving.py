@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lora_jax import processes
 from lora_jax.array import LoraArray, SavedArray, check_plain, check_whole, dense, is_leaf, is_lora
 from lora_jax.files import check_new, replacing
 from lora_jax.hf.checkpoint.names import Family, module_name, stack_depth, tensor_of
@@ -86,7 +87,8 @@ def save_merged(
 ) -> None:
     """Merges adapters into a model and writes it, without ever holding the merged model.
 
-    The numbers are those of `lora_jax.merge`, rounded to `dtype`.
+    The numbers are those of `lora_jax.merge`, rounded to `dtype`. Of several processes all have to
+    call it, and the first one writes.
 
     Args:
       directory: to be made; nothing may be there yet.
@@ -101,7 +103,7 @@ def save_merged(
       OSError: the directory cannot be written.
     """
     directory = Path(directory)
-    check_new(directory)
+    processes.together(lambda: check_new(directory), FileExistsError)
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
     most, family = size_of(max_shard_size), names_of(model.config)
@@ -121,14 +123,18 @@ def save_merged(
         entries, values = [*entries, *rest.entries], chain(values, rest.values())
         texts["config.json"] = _json(rest.config)
         files = {name: path for name, path in rest.files.items() if name not in texts}
-    with replacing(directory) as new:
-        new.mkdir()
-        write_shards(new, entries, values, max_shard_size=most)
-        for name, text in texts.items():
-            (new / name).parent.mkdir(exist_ok=True)
-            (new / name).write_text(text, encoding="utf-8")
-        for name, path in files.items():
-            shutil.copyfile(path, new / name)
+
+    def write(values: Iterator[np.ndarray]) -> None:
+        with replacing(directory) as new:
+            new.mkdir()
+            write_shards(new, entries, values, max_shard_size=most)
+            for name, text in texts.items():
+                (new / name).parent.mkdir(exist_ok=True)
+                (new / name).write_text(text, encoding="utf-8")
+            for name, path in files.items():
+                shutil.copyfile(path, new / name)
+
+    processes.write_in_first(values, write)
 
 
 def _modules(params: Any) -> Modules:
@@ -178,7 +184,7 @@ def _values(
         parts = _merged(label, parts, index)
     for parameter, part in parts.items():
         name, axes = tensor_of(f"{block.module}.{parameter}", index, family=family)
-        there = np.asarray(dense(part))
+        there = np.asarray(processes.whole(dense(part)))
         yield cast(there if axes is None else there.transpose(np.argsort(axes)), dtype, name)
 
 

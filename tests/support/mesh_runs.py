@@ -36,6 +36,8 @@ GPT2 = models.GPT2Config(
     num_attention_heads=8,
     max_position_embeddings=64,
 )
+# Names of the small Llama's stacked tensors in a file.
+OWN = lora.hf.name_map("own", [(f"*.{x}", "*.weight") for x in ("kernel", "embedding", "scale")])
 TARGETS = ("q_proj", "down_proj")
 # Model, adapters, training: what differs from a float32 Llama with LoRA on two targets.
 KINDS: dict[str, tuple[dict, dict, dict]] = {

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from lora_jax import models, processes, train
+from lora_jax.models.saving import save_merged
 from lora_jax.models.sharding import RULES
 
 job: dict[str, Any] = json.loads(sys.argv[1])
@@ -28,7 +29,7 @@ if job["count"] > 1:
 # After `join`: they make arrays.
 import lora_jax as lora  # noqa: E402
 
-from tests.support.mesh_runs import KINDS, adapted, data, make  # noqa: E402
+from tests.support.mesh_runs import KINDS, OWN, adapted, data, make  # noqa: E402
 
 
 def stop(record: dict) -> None:
@@ -58,6 +59,11 @@ try:
     )
     if "adapter" in job:
         lora.hf.save_peft(job["adapter"], result.lora_params, config, model_type="llama")
+    if "merged" in job:
+        save_merged(job["merged"], model, result.lora_params)
+        lora.hf.save_weights(job["merged"] + "-own", lora.merge(result.lora_params), OWN)
+        base = lora.hf.base_of(model.config)
+        lora.hf.save_gguf_lora(job["merged"] + ".gguf", result.lora_params, config, base=base)
     if "orbax" in job:
         lora.checkpoint.save(job["orbax"], result.lora_params, config)
         restored = lora.checkpoint.restore_into(job["orbax"], params)

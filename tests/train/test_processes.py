@@ -16,14 +16,16 @@ from safetensors.numpy import load_file
 import lora_jax as lora
 from lora_jax import hf, models, processes
 from lora_jax.cli import main
+from lora_jax.models.saving import save_merged
 from lora_jax.train import read_metrics
 
-from tests.support.mesh_runs import KINDS, adapted, make, one_device, run
+from tests.support.mesh_runs import KINDS, OWN, adapted, make, one_device, run
 from tests.support.tiny import write_tiny
 
 pytestmark = pytest.mark.once
 
 WORKER = Path(__file__).parents[1] / "support" / "process.py"
+FILE = "model.safetensors"
 SECONDS = 300  # of a process, on a busy machine
 
 
@@ -116,20 +118,32 @@ def test_losses_and_files_are_those_of_one_device(tmp_path, count, devices, mesh
         "training": {"output_dir": str(tmp_path / "run"), "save_every": 5},
         "adapter": str(tmp_path / "peft"),
         "orbax": str(tmp_path / "orbax"),
+        # The other kinds hold the same leaves.
+        **({"merged": str(tmp_path / "merged")} if kind in ("lora", "nf4") else {}),
     }
     losses = losses_of(start(count, devices, job))
     want, adapters = one_device(kind)
     np.testing.assert_allclose(losses, want, rtol=1e-5)
     options, settings, _ = KINDS[kind]
     expected = tmp_path / "expected"
-    config, fresh = adapted(make(**options), settings)
-    hf.save_peft(expected, lora.combine(adapters, lora.split(fresh)[1]), config)
+    config, fresh = adapted(model := make(**options), settings)
+    tree = lora.combine(adapters, lora.split(fresh)[1])
+    hf.save_peft(expected, tree, config)
     found, expected = (
         load_file(p / "adapter_model.safetensors") for p in (tmp_path / "peft", expected)
     )
     assert found.keys() == expected.keys()
     for name, x in expected.items():
         assert np.linalg.norm(found[name] - x) <= 1e-5 * np.linalg.norm(x), name
+    if "merged" in job:
+        save_merged(tmp_path / "one", model, tree)
+        hf.save_weights(tmp_path / "one-own", lora.merge(tree), OWN)
+        for end in ("", "-own"):
+            found, one = (load_file(tmp_path / f"{n}{end}" / FILE) for n in ("merged", "one"))
+            assert found.keys() == one.keys()
+            for name, x in one.items():
+                np.testing.assert_allclose(found[name], x, atol=1e-5, err_msg=name)
+        assert (tmp_path / "merged.gguf").is_file()
     assert (tmp_path / "peft" / "README.md").is_file()
     assert (tmp_path / "run" / "loss.png").is_file()
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax import processes
 from lora_jax.compat import require
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
@@ -75,6 +76,8 @@ def save_gguf_lora(
 ) -> None:
     """Writes an adapter as a GGUF LoRA file (`llama-cli --lora`), whole or not at all.
 
+    Of several processes all have to call it, and the first one writes.
+
     Args:
       path: the file; an existing one is replaced.
       lora_params: tree with the adapter.
@@ -92,7 +95,12 @@ def save_gguf_lora(
       save_gguf_lora("adapter.gguf", params, config, base=base_of(model.config))
     """
     content = to_gguf(to_peft(lora_params, config)[1], config, base)
-    write_gguf_lora(path, content, base, dtype=dtype, name=name)
+
+    def write() -> None:
+        if processes.is_first():
+            write_gguf_lora(path, content, base, dtype=dtype, name=name)
+
+    processes.together(write)
 
 
 def to_gguf(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -> Content:

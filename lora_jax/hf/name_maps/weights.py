@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import processes
 from lora_jax.array import check_plain, dense, leaves_by_path
 from lora_jax.files import check_new, replacing
 from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, cast, size_of, write_shards
@@ -24,7 +25,8 @@ def save_weights(
 ) -> None:
     """Writes the weights of a model of your own as a Hugging Face checkpoint, whole or not at all.
 
-    Only weights: add the `config.json` and the tokenizer of the model that the map names.
+    Only weights: add the `config.json` and the tokenizer of the model that the map names. Of
+    several processes all have to call it, and the first one writes.
 
     Args:
       directory: to be made; nothing may be there yet.
@@ -42,7 +44,7 @@ def save_weights(
       lora.hf.save_weights("merged", lora.merge(lora_params), MAP, dtype="bfloat16")
     """
     directory = Path(directory)
-    check_new(directory)
+    processes.together(lambda: check_new(directory), FileExistsError)
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
     check_plain(params)
@@ -58,9 +60,13 @@ def save_weights(
         raise ValueError(f"name map `{name_map.name}`: two leaves are tensor `{twice[0]}`")
     values = (x for path in leaves for x in _tensors(leaves[path], places[path], dtype))
     most = size_of(max_shard_size)
-    with replacing(directory) as new:
-        new.mkdir()
-        write_shards(new, entries, values, max_shard_size=most)
+
+    def write(values: Iterator[np.ndarray]) -> None:
+        with replacing(directory) as new:
+            new.mkdir()
+            write_shards(new, entries, values, max_shard_size=most)
+
+    processes.write_in_first(values, write)
 
 
 def _place(path: str, leaf: Any, name_map: NameMap) -> Placed:
@@ -71,7 +77,7 @@ def _place(path: str, leaf: Any, name_map: NameMap) -> Placed:
 
 def _tensors(leaf: Any, placed: Placed, dtype: str) -> Iterator[np.ndarray]:
     """A leaf's tensors, one after the other; only one leaf is on the host at a time."""
-    value = np.asarray(dense(leaf))
+    value = np.asarray(processes.whole(dense(leaf)))
     for part in placed.parts:
         block = value[at(part.index, placed.layout.stacks, value.ndim)]
         yield cast(to_theirs(placed.layout, block, placed.sizes), DTYPES[dtype], part.tensor)
