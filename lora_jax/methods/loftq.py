@@ -88,15 +88,24 @@ def _check(config: LoraConfig, leaf: LeafPlan, w: Any, weight: Any) -> None:
         )
 
 
+def undivided(leaf: LeafPlan) -> int:
+    """The inputs of a weight in floats if LoftQ's blocks do not divide them, else 0."""
+    inputs = sizes(leaf.shape, _roles(leaf))[1]
+    return inputs if inputs % _BLOCK else 0
+
+
+def _roles(leaf: LeafPlan) -> str:
+    # PEFT's blocks run along a table's features, and along the inputs of any other weight.
+    return leaf.roles.translate(str.maketrans("io", "oi")) if leaf.lookup else leaf.roles
+
+
 def _quantize(x: Array, w: Any, like: QuantArray | None, leaf: LeafPlan) -> QuantArray:
     """Quantizes `x` in the format of `like`, by default in PEFT's."""
     if like is None:
-        # PEFT's blocks run along a table's features, and along the inputs of any other weight.
-        roles = leaf.roles.translate(str.maketrans("io", "oi")) if leaf.lookup else leaf.roles
-        fan_in = sizes(leaf.shape, roles)[1]
-        if fan_in % _BLOCK:
+        roles = _roles(leaf)
+        if inputs := undivided(leaf):
             raise ValueError(
-                f"`{leaf.path}` has {fan_in} inputs, and LoftQ quantizes floats in blocks of "
+                f"`{leaf.path}` has {inputs} inputs, and LoftQ quantizes floats in blocks of "
                 f"{_BLOCK}: quantize the base in smaller blocks, `base = lora.quantize(params, "
                 "plan, block_size=16, pad=True)`, then lora.init(key, plan, base, weights=params)"
             )

@@ -17,6 +17,7 @@ from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import check_new
 from lora_jax.models.kernels import AttentionName
+from lora_jax.methods.loftq import undivided
 from lora_jax.models.saving import save_merged
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
@@ -138,7 +139,7 @@ def finetune(
         params, lora_config = continued(model, job.adapter, lora_config)
         log(f"goes on from {job.adapter}: {_described(lora_config)}")
     else:
-        weights = _weights_for_start(job, lora_config)
+        weights = _weights_for_start(model, job, lora_config)
         params = init_adapter(model, lora_config, seed=train_config.seed, weights=weights)
     log(format_trainable_parameters(params))
     started, form, output = time.perf_counter(), form_of(records), Path(train_config.output_dir)
@@ -270,11 +271,19 @@ def init_adapter(model: Any, config: LoraConfig, *, seed: int, weights: Any = No
     return init(jax.random.key(seed), plan, model.params, weights=weights)
 
 
-def _weights_for_start(job: FinetuneConfig, config: LoraConfig) -> Any:
+def _weights_for_start(model: Any, job: FinetuneConfig, config: LoraConfig) -> Any:
     """The base in floats for LoftQ, which starts from the error of the quantization."""
-    if config.init != "loftq" or job.quantize is None:
+    if config.init != "loftq":
         return None
-    return load_model(job.model, dtype=job.dtype).params
+    if job.quantize is not None:
+        return load_model(job.model, dtype=job.dtype).params
+    for leaf in plan_model(model, config).adapted:
+        if inputs := undivided(leaf):
+            raise ValueError(
+                f"`{leaf.path}` has {inputs} inputs, and LoftQ quantizes a base in floats in "
+                'blocks of 64: add quantize="nf4" and quantize_block=32 or 16'
+            )
+    return None
 
 
 def load_adapter(

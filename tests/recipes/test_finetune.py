@@ -102,6 +102,12 @@ def test_a_missing_adapter_is_refused_before_anything_is_loaded(job, tmp_path):
         finetune.finetune(job, LORA, dataclasses.replace(RUN, output_dir=tmp_path / "out"))
 
 
+def test_loftq_names_the_settings_for_smaller_blocks(job, tmp_path):
+    config = TrainConfig(output_dir=tmp_path / "o", steps=1)
+    with pytest.raises(ValueError, match='has 32 inputs, .* quantize="nf4" and quantize_block=32'):
+        finetune.finetune(job, LoraConfig(init="loftq"), config)
+
+
 def test_loftq_in_8_bits_names_the_setting_it_needs(job, tmp_path):
     config = LoraConfig(init="loftq", loftq_config={"loftq_bits": 8})
     with pytest.raises(SettingsError, match='needs a base in 8 bits: add quantize="int8"'):
