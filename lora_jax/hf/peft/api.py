@@ -235,6 +235,10 @@ def save_peft(
 
     Of several processes all have to call it, and the first one writes.
 
+    An optimizer of the whole tree moves the base, which is not written, and the scales. Moved
+    scales are refused. In a first step without weight decay they do not move yet: their gradient is
+    zero where B is, and the tree holds nothing else to compare the base with.
+
     Args:
       directory: created if it does not exist; other files in it stay. A model card (README.md)
         is written where there is none.
@@ -274,8 +278,13 @@ def save_peft(
     if base_model_name is not None:
         check_names(tensors, base_model_name)
         fields["base_model_name_or_path"] = base_model_name
-    if processes.is_first():
+
+    def write() -> None:
+        if not processes.is_first():
+            return
         auto_class = auto_class_of(leaves, fields["task_type"])
         # LoftQ's adapters have their base in PEFT's config.
         base = None if config.init == "loftq" else quantization_of(lora_params)
         write_directory(directory, fields, tensors, auto_class=auto_class, base=base)
+
+    processes.together(write)
