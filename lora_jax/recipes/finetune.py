@@ -16,8 +16,8 @@ from lora_jax.compat import EXTRAS, check_installed
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import check_new
-from lora_jax.models.kernels import AttentionName
 from lora_jax.methods.loftq import undivided
+from lora_jax.models.kernels import AttentionName
 from lora_jax.models.saving import save_merged
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
