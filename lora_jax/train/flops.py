@@ -192,8 +192,18 @@ def _cudnn_attention(eqn: Any) -> float:
 
 
 def _kernel(eqn: Any) -> float:
-    cost = eqn.params.get("cost_estimate")
-    return math.nan if cost is None else float(cost.flops)
+    if (cost := eqn.params["cost_estimate"]) is not None:
+        return float(cost.flops)
+    name = eqn.params["name"] or ""
+    floats = [v.aval for v in eqn.invars if jax.numpy.issubdtype(v.aval.dtype, jax.numpy.inexact)]
+    if name.startswith("quant_decode"):
+        return 0.0
+    if name.startswith("quant_matmul"):
+        return 2.0 * floats[0].size * eqn.outvars[0].aval.shape[-1]
+    if name.startswith("splash"):
+        # Queries (B, N, T, H), and keys (B, K, S, H).
+        return 4.0 * floats[0].size * floats[1].shape[-2]
+    return math.nan
 
 
 _PRODUCTS: dict[str, Callable[[Any], float]] = {

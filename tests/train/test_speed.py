@@ -14,6 +14,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models, train
+from lora_jax.models import kernels
 from lora_jax.train.flops import peak_flops
 
 from tests.support.train_toys import VOCAB, WIDTH, numbers, toy_fit
@@ -85,6 +86,37 @@ def test_a_quantized_base_counts_as_the_base():
     held = dataclasses.replace(model, params=params)
     assert any(map(lora.quant.is_quant, jax.tree.leaves(held.params, is_leaf=lora.quant.is_quant)))
     assert of_lora(held) == of_lora(model)
+
+
+@pytest.mark.parametrize("backend", ["gpu_interpret", "tpu_interpret"])
+def test_kernels_of_a_quantized_product_count_its_flops(backend):
+    w = jax.random.normal(jax.random.key(0), (256, 128))
+    q = dataclasses.replace(
+        lora.quant.quantize_array(w, format="nf4", block_size=64), backend=backend
+    )
+    for rows in (16, 2048):  # a fused product, and a decoded copy
+
+        def loss(x, q):
+            return jnp.sum(lora.quant.matmul(x, q))
+
+        x = jnp.ones((rows, 256), jnp.bfloat16)
+        assert train.training_flops(loss, x, q) == 2 * 2 * rows * 256 * 128
+
+
+def test_attention_by_a_kernel_counts_as_xla_s():
+    q, k = jnp.ones((2, 128, 4, 64)), jnp.ones((2, 128, 2, 64))
+
+    def loss(q, k, attend):
+        return jnp.sum(attend(q, k, k))
+
+    def xla(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    def splash(q, k, v):
+        return kernels.splash(q, k, v, None, window=None, scale=None, softcap=None, interpret=True)
+
+    counts = [train.training_flops(lambda both, f=f: loss(*both, f), (q, k)) for f in (xla, splash)]
+    assert counts == [3 * 4 * q.size * 128] * 2
 
 
 def test_full_fine_tuning_takes_three_products():
