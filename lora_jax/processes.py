@@ -91,6 +91,15 @@ def exchange(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
+def by_first(do: Callable[[], Any]) -> None:
+    """Calls a function in process 0 alone, such as one that writes; all wait for it.
+
+    Raises:
+      Exception: what it raised; an OSError with that text in the other processes.
+    """
+    together(lambda: do() if is_first() else None)
+
+
 def check_same(found: Mapping[str, str]) -> None:
     """Checks that all processes have the same values.
 

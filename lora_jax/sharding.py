@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.core
@@ -27,6 +27,8 @@ from lora_jax.quant.array import QuantArray, form_of, is_quant
 from lora_jax.transform.labels import part_spec
 
 __all__ = ["LeafDims", "Rules", "partition_specs", "place", "shardings", "specs"]
+
+Factors = TypeVar("Factors", LoraArray, LoraStack)
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -142,11 +144,13 @@ def _stack_specs(x: LoraStack, spec: PartitionSpec) -> LoraStack:
 def follow(lora_params: PyTree) -> PyTree:
     """Moves all factors to the meshes of their weights; see `place_factors`."""
     return jax.tree.map(
-        lambda x: place_factors(x) if isinstance(x, LoraArray) else x, lora_params, is_leaf=is_leaf
+        lambda x: place_factors(x) if isinstance(x, LoraArray | LoraStack) else x,
+        lora_params,
+        is_leaf=is_leaf,
     )
 
 
-def place_factors(x: LoraArray) -> LoraArray:
+def place_factors(x: Factors) -> Factors:
     """Moves new factors to the weight's mesh, sharded like the weight.
 
     A weight on one device, or traced under automatic sharding, leaves the factors as they are.
@@ -163,10 +167,12 @@ def place_factors(x: LoraArray) -> LoraArray:
     return _move(x, sharding.spec, lambda y, s: processes.put(y, NamedSharding(sharding.mesh, s)))
 
 
-def _move(x: LoraArray, spec: PartitionSpec, put: Callable) -> LoraArray:
+def _move(x: Factors, spec: PartitionSpec, put: Callable) -> Factors:
+    specs = _leaf_specs(x, spec)
+    names = [*_PARTS, *(["gain"] if isinstance(x, LoraStack) else [])]
     parts = {
-        name: put(getattr(x, name), part_spec(spec, x.roles, part))
-        for name, part in _PARTS.items()
+        name: put(getattr(x, name), getattr(specs, name))
+        for name in names
         if getattr(x, name) is not None
     }
     return dataclasses.replace(x, **parts)

@@ -87,7 +87,9 @@ def options(sections: Sequence[Section]) -> list[Option]:
 def _options_of(section: Section) -> Iterable[Option]:
     hints = typing.get_type_hints(section.cls)
     texts = field_docs(section.cls)
-    for field in dataclasses.fields(section.cls):
+    # Settings that commands share, which a dataclass inherits, come last.
+    own = section.cls.__annotations__
+    for field in sorted(dataclasses.fields(section.cls), key=lambda f: f.name not in own):
         if field.name not in section.leave_out:
             yield Option(
                 section=section.name,
@@ -110,16 +112,17 @@ def field_docs(cls: type) -> Mapping[str, str]:
     Raises:
       ValueError: a field has no description, which `--help` needs.
     """
-    # To the end of the docstring, or to the next line that is not indented.
-    part = re.search(
-        r"^(?:Attributes|Args):\n(.*?)(?=^\S|\Z)", inspect.getdoc(cls) or "", re.DOTALL | re.M
-    )
-    # An entry begins with a name at the first indentation.
-    entries = re.split(r"^  (?=\w+:)", part[1] if part else "", flags=re.MULTILINE)
     texts = {}
-    for entry in filter(None, map(str.strip, entries)):
-        name, _, text = entry.partition(":")
-        texts[name] = " ".join(text.split())
+    for each in cls.__mro__[:-1]:
+        # To the end of the docstring, or to the next line that is not indented.
+        part = re.search(
+            r"^(?:Attributes|Args):\n(.*?)(?=^\S|\Z)", inspect.getdoc(each) or "", re.DOTALL | re.M
+        )
+        # An entry begins with a name at the first indentation.
+        entries = re.split(r"^  (?=\w+:)", part[1] if part else "", flags=re.MULTILINE)
+        for entry in filter(None, map(str.strip, entries)):
+            name, _, text = entry.partition(":")
+            texts[name] = " ".join(text.split())
     if missing := [f.name for f in dataclasses.fields(cls) if f.name not in texts]:
         raise ValueError(f"the docstring of {cls.__name__} does not describe {missing[0]}")
     return texts

@@ -24,7 +24,7 @@ from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
 from lora_jax.recipes.forms import TrainedForm, form_of, read_form, write_form
 from lora_jax.recipes.reports import show_evaluations, show_memory, summary
-from lora_jax.recipes.settings import Dtype, Quantization
+from lora_jax.recipes.settings import Devices, Dtype, Quantization
 from lora_jax.train.archive import check_new_run
 from lora_jax.train.config import TrainConfig
 from lora_jax.train.examples import TooLong
@@ -38,7 +38,7 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the name of "smollm2" on the 
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(Devices):
     """The model and the data of a fine-tuning.
 
     Attributes:
@@ -61,13 +61,6 @@ class FinetuneConfig:
         kept too.
       attention: the implementation of attention: "splash" on a TPU, "cudnn" on an NVIDIA GPU, "xla"
         anywhere; "auto" takes the first of them that takes the model and its rows.
-      mesh: spread weights and rows over the devices: `axis=devices` separated by spaces, of the
-        axes `data`, `fsdp` and `tensor`; -1 is what the others leave.
-      distributed: the run has several processes, each started with the same command, as SLURM,
-        Open MPI, Kubernetes or a TPU pod describes them, or the next three settings.
-      coordinator: HOST:PORT of process 0, where no such scheduler describes the processes.
-      processes: their number.
-      process_id: the number of this one, from 0.
     """
 
     model: str
@@ -82,11 +75,6 @@ class FinetuneConfig:
     quantize_block: int = 64
     remat: bool = False
     attention: AttentionName = "auto"
-    mesh: dict[str, int] | None = None
-    distributed: bool = False
-    coordinator: str | None = None
-    processes: int | None = None
-    process_id: int | None = None
 
 
 def finetune(
@@ -113,11 +101,10 @@ def finetune(
     check_installed(*EXTRAS["llm"])
     if train_config.output_dir is None:
         raise SettingsError("`output_dir` is missing: give a folder for the run")
-    _join(job)
+    join(job)
     if lora_config.loftq_config.get("loftq_bits") == 8 and job.quantize is None:
         raise SettingsError('LoftQ in 8 bits needs a base in 8 bits: add quantize="int8"')
-    if not processes.is_first():
-        log = _no_log
+    log = log if processes.is_first() else no_log
     check_new_run(train_config)
     if job.adapter is not None:
         convert.check_source(job.adapter, step=None)
@@ -163,7 +150,7 @@ def finetune(
     return result
 
 
-def _join(job: FinetuneConfig) -> None:
+def join(job: Devices) -> None:
     """Joins the other processes of the run, before JAX starts its devices."""
     if job.distributed:
         processes.join(job.coordinator, job.processes, job.process_id)
@@ -171,7 +158,7 @@ def _join(job: FinetuneConfig) -> None:
         raise SettingsError("`coordinator` is for a run of several processes: add distributed=True")
 
 
-def _no_log(text: str) -> None:
+def no_log(text: str) -> None:
     """The log of a process whose texts would repeat those of the first."""
 
 

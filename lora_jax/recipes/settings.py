@@ -40,6 +40,27 @@ class DemoConfig:
     progress: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """The devices that a command runs on.
+
+    Attributes:
+      mesh: spread weights and rows over the devices: `axis=devices` separated by spaces, of the
+        axes `data`, `fsdp` and `tensor`; -1 is what the others leave.
+      distributed: the run has several processes, each started with the same command, as SLURM,
+        Open MPI, Kubernetes or a TPU pod describes them, or the next three settings.
+      coordinator: HOST:PORT of process 0, where no such scheduler describes the processes.
+      processes: their number.
+      process_id: the number of this one, from 0.
+    """
+
+    mesh: dict[str, int] | None = None
+    distributed: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process_id: int | None = None
+
+
 Method = Literal["full", "lora", "qlora"]
 METHODS = get_args(Method)
 

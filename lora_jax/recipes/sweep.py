@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import compat
+from lora_jax import compat, processes
 from lora_jax.analysis.sweep.config import SweepConfig, Task
 from lora_jax.analysis.sweep.result import Sweep
 from lora_jax.analysis.sweep.sweep import rank_sweep
@@ -19,9 +19,10 @@ from lora_jax.compat import EXTRAS, check_installed, require
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import write_text
-from lora_jax.recipes.finetune import load_model
+from lora_jax.models.mesh import Placement, check_rows, entered, model_on, placement
+from lora_jax.recipes.finetune import join, load_model, no_log
 from lora_jax.recipes.generate import generate_texts
-from lora_jax.recipes.settings import Dtype, GenerateConfig
+from lora_jax.recipes.settings import Devices, Dtype, GenerateConfig
 from lora_jax.train.batches import (
     Batch,
     data_hash,
@@ -34,6 +35,7 @@ from lora_jax.train.evaluate import pad_id_of
 from lora_jax.train.examples import Example, examples
 from lora_jax.train.jsonl import Record, load_jsonl
 from lora_jax.train.loss import losses_of
+from lora_jax.train.mesh import batch_on, rows_of
 
 METRICS = ("loss", "exact", "bleu")
 # Scores of sampled completions would differ from run to run.
@@ -41,7 +43,7 @@ _GREEDY = GenerateConfig(temperature=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageSweepConfig:
+class LanguageSweepConfig(Devices):
     """The model, the data and the metric of `lora-jax sweep`.
 
     Attributes:
@@ -91,6 +93,8 @@ def sweep_language_model(
     output_dir = train_config.output_dir
     if output_dir is None:
         raise SettingsError("`output_dir` is missing: give a folder for the sweep")
+    join(job)
+    log = log if processes.is_first() else no_log
     train, scored = (
         load_jsonl(path, fields=job.fields) for path in (job.train_data, job.eval_data)
     )
@@ -98,7 +102,7 @@ def sweep_language_model(
         train, tuning = _held_out(train, job.train_data)
     else:
         tuning = load_jsonl(job.tuning_data, fields=job.fields)
-    model = load_model(job.model, dtype=job.dtype)
+    model = load_model(job.model, dtype=job.dtype, mesh=job.mesh)
     task = language_task(
         model,
         train,
@@ -115,9 +119,13 @@ def sweep_language_model(
         train_config = with_steps(train_config, len(train))
     found = rank_sweep(task, sweep, lora_config, train_config, log=log)
     folder = output_dir
-    write_text(folder / "table.txt", f"{found}\n")
-    found.save_json(folder / "result.json")
-    found.plot(folder / "sweep.png", title=f"{job.model} on {job.train_data.name}")
+
+    def write() -> None:
+        write_text(folder / "table.txt", f"{found}\n")
+        found.save_json(folder / "result.json")
+        found.plot(folder / "sweep.png", title=f"{job.model} on {job.train_data.name}")
+
+    processes.by_first(write)
     log(f"\n{found}\n\nwrote result.json, table.txt and sweep.png to {folder}")
     return found
 
@@ -181,18 +189,26 @@ def language_task(
     data, choosing, judged = (
         examples(part, model.tokenizer, max_length=length) for part in (train, tuning, scored)
     )
-    losses = losses_of(model)
+    at = placement(model, model.params)
+    check_rows(at, config.batch_size)
+    rows = rows_of(at, model.params)
+    losses = losses_of(model_on(model, model.params, at), rows)
 
     def loss(params: Any, batch: Batch) -> jax.Array:
         return jnp.sum(_nll(losses, params, batch)) / jnp.sum(batch.weights)
 
-    sums = _Sums(losses)
-    size = (answers or _GREEDY).batch_size
+    # Any number of rows gives the same scores.
+    size = -(-(answers or _GREEDY).batch_size // rows.parts) * rows.parts
+    sums = _Sums(losses, at)
+
+    def summed(params: Any, data: Sequence[Example]) -> np.ndarray:
+        return sums(params, _once(model, data, size, parts=rows.parts))
+
     hash_of = "-".join(data_hash(part) for part in (data, choosing, judged))
     # Functions, as the generating metrics check the records when they are made.
     made: dict[str, Any] = {
         "loss": lambda: {
-            "score": lambda params: sums(params, _once(model, judged, size)),
+            "score": lambda params: summed(params, judged),
             "reduce": _per_token,
             "lower_is_better": True,
         },
@@ -202,8 +218,8 @@ def language_task(
     return Task(
         params=model.params,
         loss=loss,
-        batches=lambda seed: _batches(model, data, config, seed),
-        tuning=lambda params: _per_token(sums(params, _once(model, choosing, size))),
+        batches=lambda seed: _batches(model, data, config, seed, parts=rows.parts),
+        tuning=lambda params: _per_token(summed(params, choosing)),
         metric={"loss": "loss", "exact": "exact match", "bleu": "BLEU"}[metric],
         data=hash_of,
         **made[metric](),
@@ -211,7 +227,7 @@ def language_task(
 
 
 def _batches(
-    model: Any, data: Sequence[Example], config: TrainConfig, seed: int
+    model: Any, data: Sequence[Example], config: TrainConfig, seed: int, *, parts: int
 ) -> Iterator[Batch]:
     steps = config.steps or 1
     layout = loader(
@@ -220,14 +236,15 @@ def _batches(
         buckets=config.buckets,
         pad_id=pad_id_of(model.tokenizer),
         seed=seed,
+        parts=parts,
         # As many epochs as the steps need, since each seed's order is laid out in advance.
         epochs=-(-steps * config.batch_size // len(data)),
     )
     return (_first(item.batch) for item in iterate(layout, steps, prefetch=config.prefetch))
 
 
-def _once(model: Any, data: Sequence[Example], size: int) -> list[Batch]:
-    layout = loader(data, batch_size=size, pad_id=pad_id_of(model.tokenizer))
+def _once(model: Any, data: Sequence[Example], size: int, *, parts: int) -> list[Batch]:
+    layout = loader(data, batch_size=size, pad_id=pad_id_of(model.tokenizer), parts=parts)
     return [_first(batch) for batch in once(layout)]
 
 
@@ -244,7 +261,7 @@ def _nll(losses: Callable, params: Any, batch: Any) -> jax.Array:
 class _Sums:
     """Per example the sum of -log p over its learned tokens, and their number: (n, 2)."""
 
-    def __init__(self, losses: Callable) -> None:
+    def __init__(self, losses: Callable, at: Placement | None) -> None:
         def run(params: Any, batch: Batch) -> jax.Array:
             rows, width = batch.tokens.shape
             # Positions of learned tokens count through the whole batch, (rows · width,).
@@ -255,9 +272,12 @@ class _Sums:
             )
 
         self._run = jax.jit(run, compiler_options=compat.compiler_options())
+        self._at = at
 
     def __call__(self, params: Any, batches: Iterable[Batch]) -> np.ndarray:
-        found = np.concatenate([np.asarray(self._run(params, b)) for b in batches])
+        with entered(self._at):
+            sums = [self._run(params, batch_on(batch, self._at)) for batch in batches]
+            found = np.concatenate([np.asarray(processes.whole(x)) for x in sums])
         # Rows that only fill the last batch have no learned tokens.
         return found[found[:, 1] > 0].astype(np.float64)
 

@@ -81,7 +81,7 @@ def archive(config: TrainConfig) -> Iterator[Archive | None]:
                     _check_empty(directory, opened.latest_step())
 
         processes.together(claim)
-        _check_shared(directory)
+        check_shared(directory)
         opened.reload()
         yield Archive(directory, opened)
 
@@ -106,7 +106,7 @@ def _check_empty(directory: Path, step: int | None) -> None:
         )
 
 
-def _check_shared(directory: Path) -> None:
+def check_shared(directory: Path) -> None:
     """Checks that all processes see the same folder, to which each writes its parts.
 
     Raises:

@@ -72,7 +72,8 @@ def batch_on(batch: Any, at: Placement | None) -> Any:
     """
     if at is None:
         return batch
-    apart = NamedSharding(at.mesh, PartitionSpec(None, at.rows))
+    # A training step's tokens begin with the number of the microbatch.
+    apart = NamedSharding(at.mesh, PartitionSpec(*[None] * (batch.tokens.ndim - 2), at.rows))
     # Positions are apart where each part of the rows has its own, see `Rows`.
     others = apart if rows_of(at).parts > 1 else NamedSharding(at.mesh, PartitionSpec())
     by_row = ("tokens", "segments")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax import paths
+from lora_jax import paths, processes
 from lora_jax.analysis.sweep.config import SweepConfig, Task, with_rank
 from lora_jax.analysis.sweep.result import Run
 from lora_jax.analysis.sweep.store import COMMON, Store
@@ -75,6 +75,7 @@ def plan_sweep(
 ) -> SweepPlan:
     """Checks a sweep and opens its folder; arguments and errors are those of `rank_sweep`."""
     _check(task, sweep, train_config)
+    _check_same(task, sweep, lora_config, train_config)
     for rank in sweep.ranks:
         with_rank(lora_config, rank)
 
@@ -121,6 +122,17 @@ def _check(task: Task, sweep: SweepConfig, train_config: TrainConfig) -> None:
         )
 
 
+def _check_same(
+    task: Task, sweep: SweepConfig, lora_config: LoraConfig, train_config: TrainConfig
+) -> None:
+    """Checks that all processes run the same sweep."""
+    configs = (sweep, lora_config, dataclasses.replace(train_config, progress=False))
+    settings = {k: repr(v) for one in configs for k, v in dataclasses.asdict(one).items()}
+    shapes = repr(jax.tree.map(lambda x: (x.shape, str(x.dtype)), task.params))
+    params = hashlib.sha256(shapes.encode()).hexdigest()[:16]
+    processes.check_same({**settings, "task.data": task.data, "task.params": params})
+
+
 def _check_ranks(ranks: Sequence[int], plan: Plan) -> None:
     """Checks that every rank adapts the same weights."""
     for leaf in plan.adapted:
@@ -152,11 +164,15 @@ def _shapes(task: Task, seed: int, steps: int) -> str:
 
 def _open(task: Task, sweep: SweepConfig, lora_config: LoraConfig, config: TrainConfig) -> Store:
     folder = config.output_dir
-    if folder is not None and (folder / COMMON).exists() and not config.resume:
-        raise FileExistsError(
-            f"{folder}: there is a sweep already; pass resume=True to go on with it, or give "
-            "another `output_dir`"
-        )
+
+    def check_new() -> None:
+        if folder is not None and (folder / COMMON).exists() and not config.resume:
+            raise FileExistsError(
+                f"{folder}: there is a sweep already; pass resume=True to go on with it, or give "
+                "another `output_dir`"
+            )
+
+    processes.together(check_new)
     # Only what differs from the defaults: a field that a later release adds changes no run.
     usual = dataclasses.asdict(LoraConfig())
     adapters = {k: v for k, v in dataclasses.asdict(lora_config).items()

@@ -21,10 +21,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
+from lora_jax import processes
 from lora_jax.analysis.sweep.result import Run
 from lora_jax.checkpoint import check_base, manager, read_meta_of, restore_state, save_state
 from lora_jax.files import kept, replacing, write_text
+from lora_jax.models.mesh import on_mesh, placement
+from lora_jax.train.archive import check_shared
 from lora_jax.tree import combine, split
 
 COMMON = "sweep.json"
@@ -98,12 +102,20 @@ class Keeper:
             meta = _meta(opened, self.folder)
             self._check(meta["training"])
             check_base(meta["training"]["base"], self._params, where=str(self.folder))
-            like = {"state": fresh.state, "losses": jax.numpy.asarray(fresh.losses)}
+            like = self._arrays(fresh)
             found = restore_state(opened, like)
         self.begun = True
         self._log(f"going on after step {found.step} of {len(fresh.losses)}: {self.folder}")
         losses = np.array(found.state["losses"])
         return Progress(found.step, found.state["state"], losses, **meta["progress"])
+
+    def _arrays(self, progress: Progress) -> dict[str, Any]:
+        losses, at = jax.numpy.asarray(progress.losses), placement(None, self._params)
+        # Processes write arrays that all of them know the place of.
+        return {
+            "state": progress.state,
+            "losses": losses if at is None else on_mesh(losses, at.mesh),
+        }
 
     def _check(self, had: Mapping) -> None:
         now = self._described
@@ -128,13 +140,12 @@ class Keeper:
           OSError: it cannot be written; the previous checkpoint is intact.
         """
         began = time.monotonic()
-        state = {"state": progress.state, "losses": jax.numpy.asarray(progress.losses)}
         values = {k: getattr(progress, k) for k in _KEPT}
         meta = {"training": self._described, "progress": values}
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with manager(self.folder, keep=1) as opened:
             if opened.latest_step() != progress.step:
-                save_state(opened, progress.step, state, meta)
+                save_state(opened, progress.step, self._arrays(progress), meta)
         self.begun, self._last = True, time.monotonic()
         self._took = self._last - began
 
@@ -225,9 +236,11 @@ class Store:
         self._folder = folder
         if folder is None:
             return
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        processes.by_first(lambda: (folder / "runs").mkdir(parents=True, exist_ok=True))
+        check_shared(folder)
         # Through JSON, as the stored values are: a tuple would differ from the list read back.
-        _check_common(folder / COMMON, json.loads(json.dumps(common)))
+        same = json.loads(json.dumps(common))
+        processes.by_first(lambda: _check_common(folder / COMMON, same))
         for path in sorted((folder / "runs").glob("*.json")):
             run = _read(path)
             self.runs[run.name] = run
@@ -235,9 +248,8 @@ class Store:
     def trained(self, run: Run, tree: Any) -> None:
         """Stores a trained run that is not scored yet, with its weights."""
         if self._folder is not None:
-            arrays = [np.asarray(x) for x in jax.tree.leaves(_moved(tree))]
-            with replacing(self._path(run, ".npz")) as new, open(new, "wb") as file:
-                np.savez(file, *[_plain(x) for x in arrays])
+            arrays = [np.asarray(processes.whole(x)) for x in jax.tree.leaves(_moved(tree))]
+            processes.by_first(lambda: _write_arrays(self._path(run, ".npz"), arrays))
         else:
             self._trees[run.name] = tree
         self._write(run)
@@ -259,7 +271,7 @@ class Store:
             arrays = [held[f"arr_{i}"] for i in range(len(leaves))]
         # bfloat16 comes back as its bits, see `_plain`.
         arrays = [
-            jax.numpy.asarray(x.view(leaf.dtype) if x.dtype != leaf.dtype else x)
+            _like(x.view(leaf.dtype) if x.dtype != leaf.dtype else x, leaf)
             for x, leaf in zip(arrays, leaves, strict=True)
         ]
         tree = jax.tree.unflatten(tree, arrays)
@@ -281,7 +293,7 @@ class Store:
         """Removes the weights of a run."""
         self._trees.pop(run.name, None)
         if self._folder is not None:
-            self._path(run, ".npz").unlink(missing_ok=True)
+            processes.by_first(lambda: self._path(run, ".npz").unlink(missing_ok=True))
 
     def place_of(self, jobs: Sequence[str]) -> Path | None:
         """The checkpoint folder of a group; None without a folder."""
@@ -298,11 +310,10 @@ class Store:
         """Removes the checkpoints of groups with any of these runs, which are now trained."""
         # A run may also have trained in a group of another size before the interruption.
         names = [run.name for run in runs]
+        left = [u.folder for u in self.unfinished() if set(names) & set(u.jobs)]
         if (own := self.place_of(names)) is not None:
-            remove(own)
-        for found in list(self.unfinished()):
-            if set(names) & set(found.jobs):
-                remove(found.folder)
+            left.append(own)
+        processes.by_first(lambda: [remove(folder) for folder in left])
 
     def _write(self, run: Run) -> None:
         self.runs[run.name] = run
@@ -313,7 +324,8 @@ class Store:
             "losses": [float(x) for x in run.losses],
             "values": None if run.values is None else np.asarray(run.values).tolist(),
         }
-        write_text(self._path(run, ".json"), json.dumps(values))
+        text = json.dumps(values)
+        processes.by_first(lambda: write_text(self._path(run, ".json"), text))
 
     def _path(self, run: Run, suffix: str) -> Path:
         assert self._folder is not None
@@ -324,6 +336,17 @@ def _moved(tree: Any) -> Any:
     """The trained leaves: the trainable half, or the whole tree of full fine-tuning."""
     moved, _ = split(tree)
     return moved if jax.tree.leaves(moved) else tree
+
+
+def _write_arrays(path: Path, arrays: Sequence[np.ndarray]) -> None:
+    with replacing(path) as new, open(new, "wb") as file:
+        np.savez(file, *[_plain(x) for x in arrays])
+
+
+def _like(x: np.ndarray, leaf: Any) -> jax.Array:
+    """An array from the disk where the leaf lies."""
+    where = getattr(leaf, "sharding", None)
+    return processes.put(x, where) if isinstance(where, NamedSharding) else jax.numpy.asarray(x)
 
 
 def _plain(x: np.ndarray) -> np.ndarray:

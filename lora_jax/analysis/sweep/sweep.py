@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import multi
+from lora_jax import multi, processes
 from lora_jax.analysis.sweep.config import SweepConfig, Task
 from lora_jax.analysis.sweep.plan import Job, SweepPlan, plan_sweep
 from lora_jax.analysis.sweep.result import BASE, FULL, Run, Sweep, summarize
@@ -15,8 +15,10 @@ from lora_jax.analysis.sweep.store import Keeper, Store
 from lora_jax.analysis.sweep.train import Trained, train_adapters, train_full
 from lora_jax.config.lora import LoraConfig
 from lora_jax.merge import merge
+from lora_jax.models.mesh import entered, placement
 from lora_jax.multi.stack import stack
 from lora_jax.train.config import TrainConfig
+from lora_jax.train.mesh import check_processes
 from lora_jax.train.progress import bar
 from lora_jax.tree import count_parameters, init
 
@@ -56,7 +58,15 @@ def rank_sweep(
 
     Source: Hu et al. 2021, "LoRA", section 7.1 and tables 6 and 18.
     """
-    return _run(plan_sweep(task, sweep, lora_config, train_config, log=log))
+    at = placement(None, task.params)
+    check_processes(at)
+    with entered(at), processes.reachable():
+        log = log if processes.is_first() else _no_log
+        return _run(plan_sweep(task, sweep, lora_config, train_config, log=log))
+
+
+def _no_log(text: str) -> None:
+    """The log of a process whose lines would repeat those of the first."""
 
 
 def _run(plan: SweepPlan) -> Sweep:
@@ -197,7 +207,7 @@ def _train_group(plan: SweepPlan, jobs: Sequence[Job]) -> None:
     names = ", ".join(f"{j.rank} ({j.rate:g})" for j in jobs)
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(j.seed for j in jobs))
     shown = bar(
-        plan.train_config.progress,
+        plan.train_config.progress and processes.is_first(),
         total=jobs[0].steps,
         desc=f"rank {names}, seed {seeds}",
         leave=False,

@@ -7,6 +7,7 @@ padding stays zero: the gradient of A there is a product with the zeros of B, an
 """
 
 import dataclasses
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,13 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax import compat, multi
+from lora_jax import compat, multi, processes
 from lora_jax.analysis.sweep.store import Keeper, Progress, digest
 from lora_jax.array import is_lora, is_stack
+from lora_jax.models.mesh import Placement, on_mesh, params_on, placement
 from lora_jax.multi.stack import stack
 from lora_jax.train.config import TrainConfig
-from lora_jax.train.progress import interruptible
+from lora_jax.train.progress import interruptible, interruption
 from lora_jax.train.step import optimizer, split_full
 from lora_jax.transform.lorafy import lorafy
 from lora_jax.tree import combine, split
@@ -75,7 +79,8 @@ def train_adapters(
       FloatingPointError: the loss of every adapter is NaN or infinite. A single one may diverge:
         the sweep then rejects its learning rate.
     """
-    stacked = stack(adapters, train=True, rank=rank)
+    at = placement(None, adapters)
+    stacked = params_on(stack(adapters, train=True, rank=rank), at)
     trainable, frozen = split(stacked)
     leaves, tree = jax.tree.flatten(trainable)
     each = _each(loss, len(adapters), sources)
@@ -84,7 +89,7 @@ def train_adapters(
         found = each(combine(jax.tree.unflatten(tree, leaves), frozen), batch, key)
         return jnp.sum(found), found
 
-    run = _Run(config, losses, jnp.asarray(rates, jnp.float32), axes=_axes(stacked))
+    run = _Run(config, losses, jnp.asarray(rates, jnp.float32), axes=_axes(stacked), at=at)
     done = run(leaves, frozen, batches, key=key, advance=advance, keeper=keeper)
     stacked = combine(jax.tree.unflatten(tree, done.state[0]), frozen)
     trees = [multi.adapter(stacked, i) for i in range(len(adapters))]
@@ -107,14 +112,15 @@ def train_full(
     Raises:
       ValueError: a leaf is quantized, or holds no floats.
     """
-    leaves, tree = jax.tree.flatten(split_full(params)[0])
+    at = placement(None, params)
+    leaves, tree = jax.tree.flatten(split_full(params_on(params, at))[0])
 
     def losses(leaves: list, frozen: Any, batch: Any, key: Any) -> tuple:
         del frozen, key
         found = loss(jax.tree.unflatten(tree, leaves), batch)
         return found, found
 
-    run = _Run(config, losses, jnp.asarray(rate, jnp.float32))
+    run = _Run(config, losses, jnp.asarray(rate, jnp.float32), at=at)
     done = run(leaves, None, batches, key=key, advance=advance, keeper=keeper)
     return Trained([jax.tree.unflatten(tree, done.state[0])], done.losses[None], _seconds(done))
 
@@ -161,6 +167,7 @@ class _Run:
       losses: `(leaves, frozen, batch, key) -> (sum, each)`, the losses of the members.
       rates: the peak learning rate of each member, or of the whole model.
       axes: the adapter axis of each leaf; None for the whole model.
+      at: where the leaves lie; None on one device.
     """
 
     def __init__(
@@ -170,13 +177,12 @@ class _Run:
         rates: jax.Array,
         *,
         axes: list[int] | None = None,
+        at: Placement | None = None,
     ) -> None:
         # AdamW's update is linear in the learning rate: the schedule gives its share of the peak.
         self.tx = optimizer(dataclasses.replace(config, learning_rate=1.0), _steps(config))
         self.steps, self.losses, self.rates, self.axes = _steps(config), losses, rates, axes
-        self.step = jax.jit(
-            self._step, donate_argnums=0, compiler_options=compat.compiler_options()
-        )
+        self.at = at
 
     def __call__(
         self,
@@ -189,24 +195,28 @@ class _Run:
         keeper: Keeper | None,
     ) -> Progress:
         # Copied, because the step donates its state and the caller keeps its leaves.
-        state = ([jnp.copy(x) for x in leaves], self._mapped(self.tx.init, 1)(leaves))
+        state = ([jnp.copy(x) for x in leaves], self._moments(leaves))
+        step = self._compiled(state)
         losses = np.full((self.steps, *np.shape(self.rates)), np.nan, np.float32)
         at = Progress(step=0, state=state, losses=losses, seconds=0.0, timed=0, batches="")
         at = at if keeper is None else keeper.restore(at)
-        source, first, seen = iter(batches), at.step, set()
+        source, first, seen = iter(batches), at.step, set[tuple]()
         _skip(source, at, advance)
         with interruptible() as interrupted:
             for number, batch in zip(range(first, self.steps), source, strict=False):
                 # By the step's number, so that a resumed run draws the same dropout.
                 step_key = jax.random.fold_in(key, number)
-                at = self._taken(at, frozen, batch, key=step_key, seen=seen)
+                # Each process has the whole of a batch, and the loss takes its rows.
+                placed = batch if self.at is None else _on_all(batch, self.at)
+                at = self._taken(at, frozen, placed, step=step, key=step_key, seen=seen)
                 advance(float(np.mean(at.losses[number])))
                 if keeper is not None:
                     at = at._replace(batches=digest(at.batches, batch))
-                    if interrupted() or keeper.due():
-                        keeper.save(at)
-                if interrupted():
-                    raise KeyboardInterrupt(_interrupted(at.step, self.steps, keeper))
+                came, due = _agreed(interrupted(), keeper is not None and keeper.due())
+                if keeper is not None and (came or due):
+                    keeper.save(at)
+                if came:
+                    raise interruption(came, _interrupted(at.step, self.steps, keeper))
         if at.step < self.steps:
             raise ValueError(f"`batches` gave {at.step} batches for {self.steps} steps")
         if keeper is not None and keeper.begun:
@@ -214,13 +224,40 @@ class _Run:
             keeper.save(at)
         return at
 
+    def _moments(self, leaves: list) -> Any:
+        """The optimizer's state, its moments sharded like their leaves."""
+        fresh = self._mapped(self.tx.init, 1)(leaves)
+        if self.at is None:
+            return fresh
+        axes = self.axes or [0] * len(leaves)
+        where = [_first_axis(x.sharding, axis) for x, axis in zip(leaves, axes, strict=True)]
+        fresh = optax.tree.map_params(self.tx, processes.put, fresh, where)
+        return _on_all(fresh, self.at)
+
+    def _compiled(self, state: tuple) -> Callable:
+        """The step; on a mesh its results lie as its arguments do, which the next step takes."""
+        whole = self.at and NamedSharding(self.at.mesh, PartitionSpec())
+        return jax.jit(
+            self._step,
+            donate_argnums=0,
+            out_shardings=whole and (jax.tree.map(lambda x: x.sharding, state), whole),
+            compiler_options=compat.compiler_options(),
+        )
+
     def _taken(
-        self, at: Progress, frozen: Any, batch: Any, *, key: jax.Array, seen: set
+        self,
+        at: Progress,
+        frozen: Any,
+        batch: Any,
+        *,
+        step: Callable,
+        key: jax.Array,
+        seen: set[tuple],
     ) -> Progress:
         """One step; `at.losses` is written in place."""
         shapes = tuple(np.shape(x) for x in jax.tree.leaves(batch))
         began = time.perf_counter()
-        state, out = self.step(at.state, frozen, batch, key)
+        state, out = step(at.state, frozen, batch, key)
         at.losses[at.step] = loss = np.asarray(out)
         seconds = time.perf_counter() - began
         if not np.isfinite(loss).any():
@@ -256,6 +293,23 @@ class _Run:
             updates = [jnp.moveaxis(u, 0, at) for u, at in zip(updates, self.axes, strict=True)]
         moved = [x + u for x, u in zip(leaves, updates, strict=True)]
         return (moved, opt_state), out
+
+
+def _on_all(tree: Any, at: Placement) -> Any:
+    return jax.tree.map(lambda x: on_mesh(x, at.mesh), tree)
+
+
+def _first_axis(where: Any, axis: int) -> NamedSharding:
+    """The sharding of a leaf whose axis `axis` is moved to the front."""
+    spec = [*where.spec, *[None] * (axis + 1 - len(where.spec))]
+    return NamedSharding(where.mesh, PartitionSpec(spec.pop(axis), *spec))
+
+
+def _agreed(came: signal.Signals | None, due: bool) -> tuple[signal.Signals | None, bool]:
+    """The signal that any process has received, and whether any is due for a checkpoint."""
+    found = processes.exchange([came or 0, due])
+    number = max(one for one, _ in found)
+    return signal.Signals(number) if number else None, any(due for _, due in found)
 
 
 def _skip(source: Iterator, at: Progress, advance: Callable) -> None:
