@@ -172,6 +172,9 @@ def put(x: Any, where: Sharding) -> jax.Array:
     are committed to a device.
     """
     traced = isinstance(x, jax.core.Tracer)
+    if not traced and not getattr(x, "is_fully_addressable", True) and x.is_fully_replicated:
+        # What is computed while a mesh is in use lies on all of it.
+        x = x if x.sharding == where else x.addressable_data(0)
     if traced or where.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
         return jax.device_put(x, where)
     if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -82,19 +82,26 @@ def sweep(arguments: argparse.Namespace) -> None:
 
 def generate_sections() -> list[Section]:
     """The settings of `generate`."""
-    from lora_jax.recipes.settings import GenerateConfig
+    from lora_jax.recipes.settings import Devices, GenerateConfig
 
-    return [Section("", GenerateConfig)]
+    return [Section("", GenerateConfig), Section("devices", Devices)]
 
 
 def generate(arguments: argparse.Namespace) -> None:
     """`lora-jax generate`."""
+    from lora_jax import processes
     from lora_jax.recipes import finetune
     from lora_jax.recipes.forms import read_form
     from lora_jax.recipes.generate import answer_prompts, as_trained
 
-    config = _from_flags(generate_sections(), arguments)[0]
-    model = finetune.load_model(arguments.model, dtype=arguments.dtype, **_quantization(arguments))
+    config, devices = _from_flags(generate_sections(), arguments)
+    if devices.distributed and "-" in arguments.prompts:
+        raise UsageError("with --distributed every process needs the prompts: write them out")
+    finetune.join(devices)
+    processes.check_same({"prompts": str(arguments.prompts), "settings": str(config)})
+    model = finetune.load_model(
+        arguments.model, dtype=arguments.dtype, mesh=devices.mesh, **_quantization(arguments)
+    )
     params, form = model.params, None
     if arguments.adapter is not None:
         params, _ = finetune.load_adapter(model, arguments.adapter)
@@ -115,8 +122,9 @@ def generate(arguments: argparse.Namespace) -> None:
         _prompts(arguments.prompts),
         replace(config, batch_size=1) if waits else config,
         question=lambda prompt: as_question([prompt])[0],
-        write=_write,
-        live=sys.stdout.isatty(),
+        write=_write if processes.is_first() else finetune.no_log,
+        # All processes have to run the same programs.
+        live=processes.exchange(sys.stdout.isatty())[0],
         # One answer stands alone, so that a script can read it; several need their prompts.
         labels=len(arguments.prompts) > 1 or "-" in arguments.prompts,
     )

@@ -185,6 +185,11 @@ class Runner(NamedTuple):
 ROWS = Cache._make((0, 0, 0, None))
 
 
+def has_stacks(params: Any) -> bool:
+    """Whether the parameters have an adapter for each row."""
+    return any(is_stack(x) for x in jax.tree.leaves(params, is_leaf=is_lora))
+
+
 def runner(forward: Forward, params: Any, rows: int, cache_length: int) -> Runner:
     """Binds a decoder to parameters, shared by all rows or chosen for each.
 
@@ -195,7 +200,7 @@ def runner(forward: Forward, params: Any, rows: int, cache_length: int) -> Runne
       rows: rows of the batch.
       cache_length: maximum number of tokens of a row.
     """
-    if any(is_stack(x) for x in jax.tree.leaves(params, is_leaf=is_lora)):
+    if has_stacks(params):
         return _by_row(forward, params, rows, cache_length)
     run, head = lorafy(forward.apply), lorafy(forward.head)
 

@@ -13,9 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
-from lora_jax.models.decoding import NO_TOKEN, Chance, read, write
+from lora_jax import processes
+from lora_jax.models.decoding import NO_TOKEN, Chance, has_stacks, read, write
+from lora_jax.models.mesh import Placement, entered, model_on, placement
 from lora_jax.models.model import Forward, Model
 from lora_jax.transform.many.rows import select
 
@@ -65,20 +68,38 @@ def generate(
     _check_prompts(model, prompts, max_new_tokens)
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
+    at = placement(model, params)
     if adapter_ids is not None:
         params = select(params, jnp.asarray(adapter_ids))
     stops = np.full(bucket(len(stop_tokens), _SMALLEST_STOPS), NO_TOKEN, np.int32)
     stops[: len(stop_tokens)] = stop_tokens
     keys = _row_keys(key, len(prompts)) if temperature > 0 else None
     chance = Chance(np.float32(temperature), np.float32(top_p), keys)
+    # Rows with an adapter each are computed one by one, which leaves no batch to spread.
+    own = adapter_ids is not None or has_stacks(params)
     chunks = partial(
         _chunks,
-        model.forward,
+        model.forward if own else model_on(model, params, at).forward,
         params,
+        at=at and (at._replace(rows=()) if own else at),
         chunk=max_new_tokens if stream is None else _STREAMED,
         stops=stops,
         chance=chance,
     )
+    with entered(at), processes.reachable():
+        return _answers(model, prompts, max_new_tokens, chunks, stop_tokens, stream=stream)
+
+
+def _answers(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    chunks: Callable,
+    stop_tokens: Sequence[int],
+    *,
+    stream: Callable[[list[list[int]]], None] | None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, of which `chunks` makes some at a time."""
     answers: list[list[int]] = [[] for _ in prompts]
     change = _before_longrope(model, prompts, max_new_tokens)
     # LongRoPE rotates every position differently in long texts, so the cache is invalid there and
@@ -124,6 +145,7 @@ def _chunks(
     prompts: Sequence[Sequence[int]],
     count: int,
     *,
+    at: Placement | None,
     chunk: int,
     stops: Int[np.ndarray, " stops"],
     chance: Chance,
@@ -131,6 +153,9 @@ def _chunks(
 ) -> Iterator[Int[np.ndarray, "b chunk"]]:
     """`count` more tokens of each prompt, after the `done` first, some at a time."""
     tokens, mask = left_padded(prompts)
+    if at is not None:
+        (tokens, mask, keys) = (_on_rows(x, at) for x in (tokens, mask, chance.keys))
+        chance = chance._replace(keys=keys)
     options = {
         "sample": bool(chance.temperature > 0),
         "chance": chance,
@@ -143,9 +168,18 @@ def _chunks(
         # The first token is there already.
         if end > 1:
             state = write(forward, params, state, limit=np.int32(end), **options)
-        yield np.asarray(state.out)[:, start:end]
+        yield np.asarray(processes.whole(state.out))[: len(prompts), start:end]
         if bool(state.done.all()):
             return
+
+
+def _on_rows(x: Any, at: Placement) -> Any:
+    """An array of the rows, spread over the mesh; copies of the first row make them divide."""
+    if x is None:
+        return None
+    more = -len(x) % at.parts
+    whole = x[np.r_[: len(x), [0] * more]] if more else x
+    return processes.put(whole, NamedSharding(at.mesh, PartitionSpec(at.rows)))
 
 
 def _before_longrope(model: Model, prompts: Sequence[Sequence[int]], count: int) -> int:

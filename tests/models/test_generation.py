@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lora_jax as lora
 from lora_jax import models
+from lora_jax.models.sharding import RULES
 
+from tests.support import mesh_runs
 from tests.support.compilations import compilations
 from tests.support.tiny import SMALL
 
@@ -264,3 +267,35 @@ def test_remat_and_its_policies_change_no_number(model):
 def test_options_that_do_not_exist(options, text):
     with pytest.raises(ValueError, match=text):
         models.init(jax.random.key(0), CONFIG, **options)
+
+
+@pytest.mark.parametrize(
+    ("axes", "kind"),
+    [
+        (dict(data=2, fsdp=4), {}),
+        pytest.param(dict(tensor=8), {}, marks=pytest.mark.slow),
+        pytest.param(dict(fsdp=4, tensor=2), dict(quantize=True), marks=pytest.mark.slow),
+        pytest.param(dict(data=8), dict(gpt2=True), marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:every device holds all of")
+def test_a_mesh_writes_what_one_device_writes(axes, kind):
+    model = mesh_runs.make(**kind)
+    targets = dict(target_modules=("c_attn",)) if kind.get("gpt2") else {}
+    _, params = mesh_runs.adapted(model, {"init": "random", **targets})
+    placed = lora.sharding.place(params, models.make_mesh(**axes), RULES)
+    prompts = [[1, 2, 3], [4] * 9, [5, 6]]
+    options: dict[str, Any] = dict(max_new_tokens=5, temperature=1.0, key=jax.random.key(0))
+    want = models.generate(model, params, prompts, **options)
+    assert models.generate(model, placed, prompts, **options) == want
+
+
+def test_adapters_of_the_rows_on_a_mesh_write_what_one_device_writes():
+    model = mesh_runs.make()
+    _, params = mesh_runs.adapted(model, {"init": "random"})
+    stacked = lora.stack([params, params])
+    placed = lora.sharding.place(stacked, models.make_mesh(data=2, fsdp=4), RULES)
+    options: dict[str, Any] = dict(max_new_tokens=3, adapter_ids=[0, -1, 1])
+    prompts = [[1, 2, 3], [4] * 9, [5, 6]]
+    want = models.generate(model, stacked, prompts, **options)
+    assert models.generate(model, placed, prompts, **options) == want

@@ -4,9 +4,6 @@ import contextlib
 import json
 import math
 import os
-import socket
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ from lora_jax.models.sharding import RULES
 from lora_jax.paths import spell
 
 from tests.support.gguf_files import tensors_of, write_model
+from tests.support.several import ends_of, free_port
 
 pytestmark = pytest.mark.once
 
@@ -320,33 +318,12 @@ def test_an_adapter_goes_from_mesh_to_mesh_over_shards_that_were_quantized(files
 # Real processes.
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def processes_of(count: int, devices: int, job: dict[str, Any]) -> list[dict[str, Any]]:
     """What each of `count` processes found, see tests/support/loader.py."""
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     port = free_port()
     jobs = [{"id": n, "count": count, "port": port, **job} for n in range(count)]
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), json.dumps(each)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=env,
-        )
-        for each in jobs
-    ]
-    try:
-        ended = [(p.communicate(timeout=300)[0], p.returncode) for p in running]
-    finally:
-        for p in running:
-            p.kill()
+    lines = [[str(WORKER), json.dumps(each)] for each in jobs]
+    ended = ends_of(lines, devices, [None] * count)
     for text, status in ended:
         assert status == 0, text
     return [json.loads(text.strip().splitlines()[-1]) for text, _ in ended]

@@ -57,6 +57,10 @@ try:
         train.TrainConfig(**training),
         hooks=train.Hooks(record=stop),
     )
+    if job.get("evaluate"):
+        last = next(r["eval_loss"] for r in reversed(result.history) if r["kind"] == "eval")
+        loss = train.evaluate(model, result.lora_params, examples[:8], batch_size=8)
+        np.testing.assert_allclose(loss, last, rtol=1e-5)
     if "adapter" in job:
         lora.hf.save_peft(job["adapter"], result.lora_params, config, model_type="llama")
     if "merged" in job:

@@ -1,0 +1,61 @@
+"""Runs of several processes of this machine, joined by `jax.distributed` over gloo."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+WORKER = Path(__file__).parent / "process.py"
+SECONDS = 300  # of a process, on a busy machine
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(count: int, devices: int, job: dict[str, Any], *others: dict[str, Any], cwds=()) -> list:
+    """Runs the processes to their ends; `others` are changes of the job of processes 1, 2, ..."""
+    port, lines = free_port(), []
+    for number in range(count):
+        own = others[number - 1] if 0 < number <= len(others) else {}
+        shared = {"id": number, "count": count, "port": port, "training": {}, **job, **own}
+        lines.append([str(WORKER), json.dumps(shared)])
+    return ends_of(lines, devices, cwds or [None] * count)
+
+
+def command(arguments: list[str], *others: list[str]) -> list:
+    """Runs `lora-jax` in two processes; `others` are further arguments of each."""
+    port, lines = free_port(), []
+    for number in range(2):
+        own = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
+        own += ["--process-id", str(number), *(others[number] if others else [])]
+        lines.append(["-m", "lora_jax.cli", *arguments, *own])
+    return ends_of(lines, 1, [None] * 2)
+
+
+def ends_of(lines: list[list[str]], devices: int, cwds: list) -> list[tuple[str, int]]:
+    """The output and the status of each process."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, *line],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+            cwd=cwd,
+        )
+        for line, cwd in zip(lines, cwds, strict=True)
+    ]
+    try:
+        ended = [(p.communicate(timeout=SECONDS)[0], p.returncode) for p in running]
+    finally:
+        for p in running:
+            p.kill()
+    return ended
