@@ -60,12 +60,17 @@ def device(kind: str):
     return devices(kind, 1)[0]
 
 
-def devices(kind: str, count: int) -> list:
-    """So many of them in one machine: any number of "cuda", 4 or fewer of "tpu"."""
+def devices(kind: str, count: int, topology: str | None = None) -> list:
+    """So many of them in one machine: any number of "cuda", 4 or fewer of "tpu".
+
+    `topology` is libtpu's name of a larger slice, such as "v5p:2x2x4".
+    """
     if kind == "cuda":
         found = topologies.get_topology_desc(
             platform="cuda", target_config=_H200, topology=f"1x1x{count}"
         )
+    elif topology is not None:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     else:
         found = topologies.get_topology_desc(
             platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1)

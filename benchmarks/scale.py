@@ -1,23 +1,27 @@
-"""What bounds a training step on 8 H200s: compute, memory or the network?
+"""What bounds a training step on many chips: compute, memory or the network?
 
-    .venv-aot/bin/python benchmarks/scale.py [--only 8B]      (what `make aot` installs; no device)
+    .venv-aot/bin/python benchmarks/scale.py [--chip H200] [--only 8B]     (what `make aot` installs)
 
 The step of `train.fit` is compiled ahead of time for a mesh of devices that are not there. Read off
 the compiled program: bytes of arguments and temporaries on a device, beside the estimate of
 `lora-jax estimate --mesh`, and what a device sends in a step, by kind of collective, the layers'
 loops counted as often as they run. From these and the chip's published figures follow the least
 times of a step on each resource; the longest is the step's bound. Kernels reach a part of the
-published peaks, so that a real step takes longer than any of them.
+published peaks, so that a real step takes longer than any of them. Rows that were not asked for stay
+as they were in `results/scale.json`.
 """
 
 import argparse
 import dataclasses
+import json
 import math
-import re
+import os
+from typing import NamedTuple
 
 import aot_targets as targets  # sets the environment: before jax is used
 import jax
-from common import report
+from collectives import KINDS, collectives
+from common import RESULTS, report
 from jax.extend import core
 
 from lora_jax import LoraConfig
@@ -26,87 +30,70 @@ from lora_jax.analysis.step_memory import step as memory_step
 from lora_jax.analysis.step_memory.estimate import estimate
 from lora_jax.analysis.step_memory.shapes import config_of
 from lora_jax.analysis.step_memory.step import StepSettings
+from lora_jax.quant.array import Backend
 from lora_jax.quant.formats import FormatName
 from lora_jax.train.memory import tree_bytes
 
+# Kernels state how they are partitioned where the process has several devices.
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+
 GIB = 2**30
 LENGTH = 2048
-COUNT = 8
-# Published figures of an H200, per second: dense products in bfloat16, memory, and NVLink in one
-# direction. Source: NVIDIA, "H200 Tensor Core GPU" data sheet.
-FLOPS, MEMORY, NETWORK = 989e12, 4.8e12, 450e9
-MODELS = {"8B": "llama-3.1-8b", "70B": "llama-3.1-70b", "405B": "llama-3.1-405b"}
-ROWS: list[tuple[str, FormatName | None, dict[str, int]]] = [
-    ("8B", None, {"data": 8}),
-    ("8B", None, {"fsdp": 8}),
-    ("8B", None, {"fsdp": 4, "tensor": 2}),
-    ("8B", "nf4", {"fsdp": 8}),
-    ("70B", None, {"fsdp": 8}),
-    ("70B", None, {"fsdp": 4, "tensor": 2}),
-    ("70B", "nf4", {"data": 8}),
-    ("70B", "nf4", {"fsdp": 8}),
-    ("405B", None, {"fsdp": 8}),
-    ("405B", "nf4", {"fsdp": 8}),
-]
-
-KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
-def sent(text: str) -> dict[str, float]:
-    """Bytes that a device sends in a run of a compiled program, by kind of collective.
+class Chip(NamedTuple):
+    """A kind of device and how many there are.
 
-    With rings over n devices: (n-1)/n of what is gathered, scattered or exchanged, twice that of
-    what is reduced, and all that is permuted.
+    Attributes:
+      platform: as `aot_targets.devices` names it.
+      topology: libtpu's name of the slice.
+      count: devices.
+      backend: the kernels of quantized products.
+      flops: dense products in bfloat16, per second.
+      memory: bytes per second.
+      network: bytes per second that a chip sends to the others.
     """
-    bodies, name = {}, ""
-    for line in text.splitlines():
-        if head := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
-            name = "ENTRY" if line.startswith("ENTRY") else head[1]
-            bodies[name] = []
-        elif name:
-            bodies[name].append(line)
 
-    def count(name: str) -> dict[str, float]:
-        total = {kind: 0.0 for kind in KINDS.split("|")}
-        for line in bodies[name]:
-            if found := re.search(rf"= (.*?) ({KINDS})(-start)?\(", line):
-                total[found[2]] += _bytes(found[1], found[2], bool(found[3]), line)
-            trips = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
-            for callee in re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", line):
-                times = int(trips[1]) if trips else 1
-                for kind, size in count(callee).items():
-                    total[kind] += times * size
-        return total
-
-    return count("ENTRY")
+    platform: str
+    topology: str | None
+    count: int
+    backend: Backend
+    flops: float
+    memory: float
+    network: float
 
 
-def _bytes(result: str, kind: str, started: bool, line: str) -> float:
-    size = sum(
-        math.prod(int(n) for n in dims.split(",") if n) * BYTES[dtype]
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
-        if dtype in BYTES
-    )
-    n = _group(line)
-    if kind == "collective-permute":
-        return size / 2 if started else size
-    if kind == "reduce-scatter":
-        size *= n  # the result is a part
-    if kind == "all-gather" and started:
-        size *= n / (n + 1)  # the operand stands beside the result
-    return (2 if kind == "all-reduce" else 1) * size * (n - 1) / n
-
-
-def _group(line: str) -> int:
-    """The number of devices that a collective runs over."""
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
-    found = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-    return len(found[1].split(",")) if found else 1
+# Published figures. NVIDIA, "H200 Tensor Core GPU" data sheet, NVLink in one direction. Google
+# Cloud, "TPU v5e" and "TPU v5p": the interconnect is that of all links of a chip together.
+CHIPS = {
+    "H200": Chip("cuda", None, 8, "gpu", 989e12, 4.8e12, 450e9),
+    "v5e": Chip("tpu", "v5e:4x4", 16, "tpu", 197e12, 819e9, 200e9),
+    "v5p": Chip("tpu", "v5p:2x2x4", 16, "tpu", 459e12, 2765e9, 600e9),
+}
+MODELS = {"8B": "llama-3.1-8b", "70B": "llama-3.1-70b", "405B": "llama-3.1-405b"}
+ROWS: list[tuple[str, str, FormatName | None, dict[str, int]]] = [
+    ("H200", "8B", None, {"data": 8}),
+    ("H200", "8B", None, {"fsdp": 8}),
+    ("H200", "8B", None, {"fsdp": 4, "tensor": 2}),
+    ("H200", "8B", "nf4", {"fsdp": 8}),
+    ("H200", "70B", None, {"fsdp": 8}),
+    ("H200", "70B", None, {"fsdp": 4, "tensor": 2}),
+    ("H200", "70B", "nf4", {"data": 8}),
+    ("H200", "70B", "nf4", {"fsdp": 8}),
+    ("H200", "405B", None, {"fsdp": 8}),
+    ("H200", "405B", "nf4", {"fsdp": 8}),
+    ("v5e", "8B", None, {"fsdp": 16}),
+    ("v5e", "8B", None, {"fsdp": 8, "tensor": 2}),
+    ("v5e", "8B", "nf4", {"data": 16}),
+    ("v5e", "8B", "nf4", {"fsdp": 16}),
+    ("v5e", "70B", "nf4", {"fsdp": 16}),
+    ("v5p", "70B", None, {"fsdp": 16}),
+    ("v5p", "70B", None, {"fsdp": 8, "tensor": 2}),
+    ("v5p", "70B", "nf4", {"fsdp": 16}),
+    ("v5p", "405B", None, {"fsdp": 16}),
+    ("v5p", "405B", "nf4", {"fsdp": 16}),
+]
+KEY = ("chip", "model", "base", "mesh")  # what names a row
 
 
 def flops(jaxpr: core.Jaxpr) -> float:
@@ -129,34 +116,43 @@ def _is_jaxpr(x) -> bool:
     return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
 
 
-def row(size: str, form: FormatName | None, mesh: dict[str, int]) -> dict:
+def sent(text: str) -> dict[str, float]:
+    """Bytes that a device sends in a run of a compiled program, by kind of collective."""
+    total = dict.fromkeys(KINDS, 0.0)
+    for one in collectives(text):
+        total[one.kind] += one.times * one.sent
+    return total
+
+
+def row(name: str, size: str, form: FormatName | None, mesh: dict[str, int]) -> dict:
     """A compiled step, and what bounds it."""
-    _, config = config_of(MODELS[size])
+    chip, (_, config) = CHIPS[name], config_of(MODELS[size])
     settings = StepSettings(
         adapter=LoraConfig(rank=16), quantize=form, batch=mesh.get("data", 1) * mesh.get("fsdp", 1),
-        length=LENGTH, mesh=mesh,
+        length=LENGTH, mesh=mesh, backend=chip.backend,
     )  # fmt: skip
-    devices = targets.devices("cuda", COUNT)
+    devices = targets.devices(chip.platform, chip.count, topology=chip.topology)
     at = compiled.placement(settings, devices)
     step = memory_step.abstract_step(config, settings, batch=settings.batch, at=at)
     places = memory_step.spread(step, settings)
-    program = compiled.compiled(step, places, at, platform="cuda")
+    program = compiled.compiled(step, places, at, platform=chip.platform)
     found = estimate(size, config, settings)
     beside = compiled.temporaries(program)
     wire = sent(program.as_text())
     # Kernels of quantized products hide their products: those of the reference are counted.
     plain = dataclasses.replace(settings, backend="reference")
     step = memory_step.abstract_step(config, plain, batch=settings.batch)
-    work = flops(jax.make_jaxpr(step.fn)(step.state, step.frozen, step.batch).jaxpr) / COUNT
+    work = flops(jax.make_jaxpr(step.fn)(step.state, step.frozen, step.batch).jaxpr) / chip.count
     # A device reads the weights that it computes with for the forward pass, for its repetition and
     # for the backward pass.
     read = 3 * tree_bytes(step.base) / mesh.get("tensor", 1)
     times = {
-        "compute_ms": 1e3 * work / FLOPS,
-        "memory_ms": 1e3 * read / MEMORY,
-        "network_ms": 1e3 * sum(wire.values()) / NETWORK,
+        "compute_ms": 1e3 * work / chip.flops,
+        "memory_ms": 1e3 * read / chip.memory,
+        "network_ms": 1e3 * sum(wire.values()) / chip.network,
     }
     return {
+        "chip": f"{chip.count} {name}",
         "model": size,
         "base": f"QLoRA, {form}" if form else "LoRA, bfloat16",
         "mesh": " x ".join(f"{axis} {n}" for axis, n in mesh.items()),
@@ -165,7 +161,7 @@ def row(size: str, form: FormatName | None, mesh: dict[str, int]) -> dict:
         "temporaries_gib": beside / GIB,
         "total_gib": (found.arguments + beside) / GIB,
         "estimate_over_compiled": found.total / (found.arguments + beside),
-        **{f"{kind}_gib": wire[kind] / GIB for kind in KINDS.split("|")},
+        **{f"{kind}_gib": wire[kind] / GIB for kind in KINDS},
         "tflop": work / 1e12,
         **times,
         "bound": max(times, key=lambda part: times[part]).removesuffix("_ms"),
@@ -174,17 +170,18 @@ def row(size: str, form: FormatName | None, mesh: dict[str, int]) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=MODELS, help="this model alone; nothing is written")
-    only = parser.parse_args().only
-    rows = []
-    for asked in ROWS:
-        if only in (None, asked[0]):
-            rows.append(row(*asked))
-            print(rows[-1], flush=True)
-    if only is None:
-        report(
-            "scale", f"Training steps of {LENGTH} tokens a row, compiled for {COUNT} H200s", rows
-        )
+    parser.add_argument("--chip", choices=CHIPS, help="rows of this chip alone")
+    parser.add_argument("--only", choices=MODELS, help="rows of this model alone")
+    asked = parser.parse_args()
+    path = RESULTS / "scale.json"
+    old = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    rows = {tuple(r[k] for k in KEY): r for r in old.get("rows", ())}
+    for chip, size, form, mesh in ROWS:
+        if asked.chip in (None, chip) and asked.only in (None, size):
+            new = row(chip, size, form, mesh)
+            print(new, flush=True)
+            rows[tuple(new[k] for k in KEY)] = new
+    report("scale", f"Training steps of {LENGTH} tokens a row", list(rows.values()))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 WORKER = Path(__file__).parent / "process.py"
 SECONDS = 300  # of a process, on a busy machine
 
@@ -59,3 +61,12 @@ def ends_of(lines: list[list[str]], devices: int, cwds: list) -> list[tuple[str,
         for p in running:
             p.kill()
     return ended
+
+
+def losses_of(ended: list) -> np.ndarray:
+    """The losses that all processes printed as their last line."""
+    for text, status in ended:
+        assert status == 0, text
+    found = [json.loads(text.strip().splitlines()[-1]) for text, _ in ended]
+    assert all(each == found[0] for each in found)
+    return np.array(found[0])

@@ -1,6 +1,5 @@
 """Training in several processes of this machine, joined by `jax.distributed` over gloo."""
 
-import json
 import re
 
 import numpy as np
@@ -14,20 +13,12 @@ from lora_jax.models.saving import save_merged
 from lora_jax.train import read_metrics
 
 from tests.support.mesh_runs import KINDS, OWN, adapted, make, one_device, run
-from tests.support.several import command, start
+from tests.support.several import command, losses_of, start
 from tests.support.tiny import write_tiny
 
 pytestmark = pytest.mark.once
 
 FILE = "model.safetensors"
-
-
-def losses_of(ended: list) -> np.ndarray:
-    for text, status in ended:
-        assert status == 0, text
-    found = [json.loads(text.strip().splitlines()[-1]) for text, _ in ended]
-    assert all(each == found[0] for each in found)
-    return np.array(found[0])
 
 
 def test_sigterm_on_one_process_saves_a_step_that_all_have_finished(tmp_path):

@@ -1,7 +1,6 @@
 """What devices send each other in a training step, read off XLA's program after partitioning."""
 
 import dataclasses
-import re
 from collections import Counter
 from functools import cache
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from lora_jax.train import mesh as meshes
 from lora_jax.train import preparation
 from lora_jax.train.loss import CHUNK_BYTES, losses_of
 
+from benchmarks.collectives import Collective, collectives
 from tests.support.mesh_runs import LLAMA, adapted, data
 
 pytestmark = pytest.mark.once
@@ -52,24 +52,19 @@ class Sent(NamedTuple):
         return int(np.prod(self.shape)) * {"u8": 1, "bf16": 2}.get(self.dtype, 4)
 
 
-KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-
-
 def sent(text: str) -> list[list[Sent]]:
     """The arrays of every collective of a program."""
-    found, loop = [], True
-    for line in text.splitlines():
-        if line and not line.startswith(" "):
-            loop = not line.startswith("ENTRY")
-        match = re.search(rf"= (.*?) ({KINDS})(?:-start)?\(", line)
-        if match:
-            backward = "transpose(jvp" in line
-            arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            shapes = [
-                (d, tuple(int(n) for n in s.split(",") if n not in ("", "1"))) for d, s in arrays
-            ]
-            found.append([Sent(match[2], d, s, loop, backward) for d, s in shapes])
-    return found
+    return [
+        [
+            Sent(one.kind, dtype, tuple(n for n in shape if n > 1), one.loop, _backward(one))
+            for dtype, shape in one.arrays
+        ]
+        for one in collectives(text)
+    ]
+
+
+def _backward(one: Collective) -> bool:
+    return "transpose(jvp" in one.line
 
 
 @cache
