@@ -60,7 +60,8 @@ def collectives(text: str) -> list[Collective]:
     """The collectives of a program, `compiled.as_text()`, in the order of the text.
 
     Raises:
-      ValueError: a collective in a loop whose number of turns is not in the text.
+      ValueError: a collective in a loop whose number of turns is not in the text, or whose groups
+        of devices are spelled in an unknown way.
     """
     bodies = _computations(text)
     # Line -> how often it runs, by the call sites of its computation.
@@ -79,7 +80,7 @@ def collectives(text: str) -> list[Collective]:
                     raise ValueError(f"a loop of unknown length has collectives: {line[:200]}")
                 walk(whole[2], count * (turns or 1), True)
             else:
-                for called in re.findall(r"(?:calls|to_apply)=%?([\w.-]+)", line):
+                for called in _called(line):
                     walk(called, count, loop)
 
     walk("ENTRY", 1, False)
@@ -108,13 +109,17 @@ def _turns(line: str, condition: list[str]) -> int | None:
     return int(bounds[0]) if len(bounds) == 1 and "direction=LT" in text else None
 
 
+def _called(line: str) -> list[str]:
+    """The computations that a line runs; the end of an asynchronous call names it again."""
+    if " async-done(" in line or " async-update(" in line:
+        return []
+    return re.findall(r"(?:calls|to_apply|body)=%?([\w.-]+)", line)
+
+
 def _has_collectives(bodies: dict[str, list[str]], name: str) -> bool:
     return any(
         _COLLECTIVE.search(line)
-        or any(
-            _has_collectives(bodies, called)
-            for called in re.findall(r"(?:calls|to_apply|body)=%?([\w.-]+)", line)
-        )
+        or any(_has_collectives(bodies, called) for called in _called(line))
         for line in bodies[name]
     )
 
@@ -143,10 +148,14 @@ def _read(line: str, times: int, loop: bool) -> Collective:
 
 
 def _devices(line: str) -> int:
+    if "source_target_pairs=" in line:
+        return 2  # each sends to one other
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", line):
+    order = r"(?:, device_ids=\(.*?\))?"
+    if found := re.search(rf"replica_groups=mesh\[(.*?)\]{order} ?\{{(.*?)\}}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
-    found = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-    return len(found[1].split(",")) if found else 1
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return len(found[1].split(","))
+    raise ValueError(f"the groups of devices are not known of {line.strip()[:200]}")

@@ -1,14 +1,14 @@
 """What bounds a training step on many chips: compute, memory or the network?
 
-    .venv-aot/bin/python benchmarks/scale.py [--chip H200] [--only 8B]     (what `make aot` installs)
+    .venv-aot/bin/python benchmarks/scale.py [--chip H200] [--only 8B]    (what `make aot` installs)
 
 The step of `train.fit` is compiled ahead of time for a mesh of devices that are not there. Read off
 the compiled program: bytes of arguments and temporaries on a device, beside the estimate of
 `lora-jax estimate --mesh`, and what a device sends in a step, by kind of collective, the layers'
 loops counted as often as they run. From these and the chip's published figures follow the least
 times of a step on each resource; the longest is the step's bound. Kernels reach a part of the
-published peaks, so that a real step takes longer than any of them. Rows that were not asked for stay
-as they were in `results/scale.json`.
+published peaks, so that a real step takes longer than any of them. Rows that were not asked for
+stay as they were in `results/scale.json`. A row takes half a minute for a GPU, two for a TPU.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def _is_jaxpr(x) -> bool:
 
 def sent(text: str) -> dict[str, float]:
     """Bytes that a device sends in a run of a compiled program, by kind of collective."""
-    total = dict.fromkeys(KINDS, 0.0)
+    total: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for one in collectives(text):
         total[one.kind] += one.times * one.sent
     return total
@@ -181,7 +181,9 @@ def main():
             new = row(chip, size, form, mesh)
             print(new, flush=True)
             rows[tuple(new[k] for k in KEY)] = new
-    report("scale", f"Training steps of {LENGTH} tokens a row", list(rows.values()))
+    # `scale_losses.py` writes the losses.
+    others = {"losses": old["losses"]} if "losses" in old else {}
+    report("scale", f"Training steps of {LENGTH} tokens a row", list(rows.values()), **others)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Do meshes and processes train as one device does? The measured part of `results/scale.json`.
 
-    PYTHONPATH=. python benchmarks/scale_losses.py          (15 minutes on two cores)
+    PYTHONPATH=. python benchmarks/scale_losses.py          (five minutes on two cores)
 
-Ten steps of the tests' small Llama and GPT-2 (`tests/support/mesh_runs.py`) on one device, on eight
-virtual devices of this process, and in two and four processes of this machine; a row has the largest
-relative difference of a loss from that of one device. float32 unless the row's name is a dtype.
+Ten steps of the tests' small Llama (`tests/support/mesh_runs.py`) in float32: on one device, on
+eight virtual devices of this process, and in two and four processes of this machine. A row has the
+largest relative difference of a loss from that of one device. The tests hold more kinds of models
+to the same (`tests/train/test_mesh.py`, `test_processes.py`).
 """
 
 import json
@@ -29,6 +30,8 @@ MESHES: list[dict[str, int]] = [
     {"fsdp": 4, "tensor": 2},
     {"tensor": 8},
 ]
+# Of the tests' kinds: LoRA over a float32 and an NF4 base, and several texts a row.
+CASES = ("lora", "nf4", "packed")
 # Processes, devices of each, mesh, kind.
 PROCESSES: list[tuple[int, int, dict[str, int], str]] = [
     (2, 2, {"fsdp": 4}, "lora"),
@@ -51,7 +54,8 @@ def row(kind: str, mesh: dict[str, int], losses: np.ndarray, processes: int) -> 
 
 
 def rows():
-    for kind, (options, settings, training) in KINDS.items():
+    for kind in CASES:
+        options, settings, training = KINDS[kind]
         for mesh in MESHES:
             losses, _ = run(make(**options), settings, training, models.make_mesh(**mesh))
             yield row(kind, mesh, losses, 1)

@@ -3,7 +3,7 @@
     reference  jnp, any shape                       gpu  Pallas, Triton lowering
     tpu        Pallas, Mosaic lowering              *_interpret  the same, interpreted on a CPU
 
-A shape that no kernel takes uses the reference, with one warning.
+A shape that no kernel takes uses the reference, with one warning, and so does a TPU on a mesh.
 """
 
 import dataclasses
@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import get_args
 
+import jax
+from jax.sharding import AxisType
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -27,7 +29,7 @@ _OF_PLATFORM: Mapping[str, Backend] = {"gpu": "gpu", "cuda": "gpu", "tpu": "tpu"
 
 
 class ReferenceWarning(UserWarning):
-    """A quantized product runs without a kernel, because none takes its shape."""
+    """A quantized product runs without a kernel: none takes its shape, or a TPU is on a mesh."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,9 @@ def choose_kernel(
     else:
         from lora_jax.quant.kernels import tpu as kernels
     form = form_of(q)
-    if reason := kernels.obstacle(form, q.block, packed):
+    # On a CPU, where they are interpreted, XLA splits them.
+    spread = backend == "tpu" and not interpreted and _on_mesh()
+    if reason := _UNSPLIT if spread else kernels.obstacle(form, q.block, packed):
         _warn_once(f"{backend}: {reason}; the reference decodes it")
         return Kernel(_reference, reason=reason)
     options = {"interpret": bool(interpreted)}
@@ -103,6 +107,17 @@ def choose_kernel(
     if rows > limit or kernels.fused_obstacle(form, q.block, packed, dtype):
         return Kernel(decoder)
     return Kernel(decoder, functools.partial(kernels.matmul, **options))
+
+
+# JAX wires `custom_partitioning`, by which the GPU's kernels are split, to no TPU
+# (https://github.com/jax-ml/jax/issues/38196): the program would not compile.
+_UNSPLIT = "XLA cannot split its kernels over the devices of a mesh"
+
+
+def _on_mesh() -> bool:
+    """Whether the context has a mesh of several devices, outside of a `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and AxisType.Manual not in mesh.axis_types
 
 
 def _reference(w: Coded, *, dtype: DTypeLike, name: Pass) -> Float[Array, "k n"]:

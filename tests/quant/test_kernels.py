@@ -99,6 +99,25 @@ def test_the_table_decides_by_rows_and_a_shape_no_kernel_takes_is_told():
         way(1, q=dataclasses.replace(q, backend="cuda"))
 
 
+def test_a_tpu_on_a_mesh_decodes_without_kernels():
+    """JAX gives XLA no rule there by which it could split them."""
+    q = dataclasses.replace(quantized(128, 128, block_size=64), backend="tpu")
+
+    def reason(q=q):
+        return dispatch.choose_kernel(q, 4, (64, 128), transposed=False, dtype=jnp.bfloat16).reason
+
+    assert not reason()
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        with pytest.warns(quant.ReferenceWarning, match="tpu: XLA cannot split its kernels"):
+            assert reason()
+        assert not reason(dataclasses.replace(q, backend="tpu_interpret"))
+        inside = jax.shard_map(
+            lambda x: x if reason() else 2 * x, in_specs=jax.P(), out_specs=jax.P()
+        )
+        assert inside(jnp.float32(1)) == 2
+
+
 def _lowered(f, platform, *args) -> str:
     if jax.__version_info__ >= (0, 11) and platform == "cuda":
         device = jax.sharding.AbstractDevice("NVIDIA H200", 132, platform="gpu")

@@ -1,6 +1,7 @@
 """The training step of an estimate: the step of `lora_jax.train`, traced over shapes."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,8 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.models.bert_config import CLASSIFICATION
 from lora_jax.models.mesh import Placement
 from lora_jax.models.model import check_options
-from lora_jax.models.registry import CAUSAL_LM, architecture_of
+from lora_jax.models.kernels import AttentionName
+from lora_jax.models.registry import CAUSAL_LM, architecture_of, forward_of
 from lora_jax.models.sharding import ROWS, RULES
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import formats
@@ -59,7 +61,8 @@ class StepSettings:
       dtype: dtype of the computation and of frozen weights that are not quantized.
       train_dtype: dtype of the weights in full fine-tuning, and so of their gradients and
         optimizer state; adapters are float32.
-      remat: as in `lora_jax.models.Forward`.
+      remat, attention: as in `lora_jax.models.Forward`; "auto" is what this machine's devices
+        take, or those of the mesh that a step is compiled for.
       optimizer: a name of `OPTIMIZERS`, or an `optax.GradientTransformation`.
       clip: whether the gradient's global norm is clipped, as `lora_jax.train` does.
       mesh: axis to number of devices, see `lora_jax.models.sharding`.
@@ -75,6 +78,7 @@ class StepSettings:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     train_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: bool | str = True
+    attention: AttentionName = "auto"
     optimizer: OptimizerName | optax.GradientTransformation = "adamw"
     clip: bool = True
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -165,8 +169,9 @@ def abstract_step(
             "out"
         )
     whole = settings.adapter is None
-    forward = architecture.forward(
-        config=config,
+    forward = forward_of(
+        config,
+        attention=settings.attention,
         dtype=settings.dtype,
         param_dtype=settings.train_dtype if whole else settings.dtype,
         scan=True,
@@ -219,8 +224,12 @@ def _base(forward: Any, settings: StepSettings) -> Any:
     if form is None:
         return shapes
 
+    # On a mesh a TPU runs no kernels, see `lora_jax.quant.dispatch`.
+    spread = settings.backend == "tpu" and math.prod(settings.mesh.values()) > 1
+    backend: Backend = "reference" if spread else settings.backend
+
     def quantized(params: Any) -> Any:
-        return quantize(params, is_kernel, format=form, backend=settings.backend)
+        return quantize(params, is_kernel, format=form, backend=backend)
 
     return jax.eval_shape(quantized, shapes)
 
