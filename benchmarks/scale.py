@@ -30,6 +30,7 @@ from lora_jax.analysis.step_memory import step as memory_step
 from lora_jax.analysis.step_memory.estimate import estimate
 from lora_jax.analysis.step_memory.shapes import config_of
 from lora_jax.analysis.step_memory.step import StepSettings
+from lora_jax.models.kernels import AttentionName
 from lora_jax.quant.array import Backend
 from lora_jax.quant.formats import FormatName
 from lora_jax.train.memory import tree_bytes
@@ -49,6 +50,7 @@ class Chip(NamedTuple):
       topology: libtpu's name of the slice.
       count: devices.
       backend: the kernels of quantized products.
+      attention: its implementation; cuDNN's cannot be compiled without its libraries.
       flops: dense products in bfloat16, per second.
       memory: bytes per second.
       network: bytes per second that a chip sends to the others.
@@ -58,6 +60,7 @@ class Chip(NamedTuple):
     topology: str | None
     count: int
     backend: Backend
+    attention: AttentionName
     flops: float
     memory: float
     network: float
@@ -66,9 +69,9 @@ class Chip(NamedTuple):
 # Published figures. NVIDIA, "H200 Tensor Core GPU" data sheet, NVLink in one direction. Google
 # Cloud, "TPU v5e" and "TPU v5p": the interconnect is that of all links of a chip together.
 CHIPS = {
-    "H200": Chip("cuda", None, 8, "gpu", 989e12, 4.8e12, 450e9),
-    "v5e": Chip("tpu", "v5e:4x4", 16, "tpu", 197e12, 819e9, 200e9),
-    "v5p": Chip("tpu", "v5p:2x2x4", 16, "tpu", 459e12, 2765e9, 600e9),
+    "H200": Chip("cuda", None, 8, "gpu", "xla", 989e12, 4.8e12, 450e9),
+    "v5e": Chip("tpu", "v5e:4x4", 16, "tpu", "auto", 197e12, 819e9, 200e9),
+    "v5p": Chip("tpu", "v5p:2x2x4", 16, "tpu", "auto", 459e12, 2765e9, 600e9),
 }
 MODELS = {"8B": "llama-3.1-8b", "70B": "llama-3.1-70b", "405B": "llama-3.1-405b"}
 ROWS: list[tuple[str, str, FormatName | None, dict[str, int]]] = [
@@ -129,7 +132,7 @@ def row(name: str, size: str, form: FormatName | None, mesh: dict[str, int]) -> 
     chip, (_, config) = CHIPS[name], config_of(MODELS[size])
     settings = StepSettings(
         adapter=LoraConfig(rank=16), quantize=form, batch=mesh.get("data", 1) * mesh.get("fsdp", 1),
-        length=LENGTH, mesh=mesh, backend=chip.backend,
+        length=LENGTH, mesh=mesh, backend=chip.backend, attention=chip.attention,
     )  # fmt: skip
     devices = targets.devices(chip.platform, chip.count, topology=chip.topology)
     at = compiled.placement(settings, devices)

@@ -15,9 +15,9 @@ from lora_jax.analysis.step_memory import mesh as memory_mesh
 from lora_jax.config.arguments import set_plain_fields
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.bert_config import CLASSIFICATION
+from lora_jax.models.kernels import AttentionName
 from lora_jax.models.mesh import Placement
 from lora_jax.models.model import check_options
-from lora_jax.models.kernels import AttentionName
 from lora_jax.models.registry import CAUSAL_LM, architecture_of, forward_of
 from lora_jax.models.sharding import ROWS, RULES
 from lora_jax.plan.decide import plan as make_plan
