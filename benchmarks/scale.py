@@ -50,7 +50,7 @@ class Chip(NamedTuple):
       topology: libtpu's name of the slice.
       count: devices.
       backend: the kernels of quantized products.
-      attention: its implementation; cuDNN's cannot be compiled without its libraries.
+      attention: its implementation; what "auto" takes on the chip cannot be compiled here.
       flops: dense products in bfloat16, per second.
       memory: bytes per second.
       network: bytes per second that a chip sends to the others.
@@ -70,8 +70,8 @@ class Chip(NamedTuple):
 # Cloud, "TPU v5e" and "TPU v5p": the interconnect is that of all links of a chip together.
 CHIPS = {
     "H200": Chip("cuda", None, 8, "gpu", "xla", 989e12, 4.8e12, 450e9),
-    "v5e": Chip("tpu", "v5e:4x4", 16, "tpu", "auto", 197e12, 819e9, 200e9),
-    "v5p": Chip("tpu", "v5p:2x2x4", 16, "tpu", "auto", 459e12, 2765e9, 600e9),
+    "v5e": Chip("tpu", "v5e:4x4", 16, "tpu", "xla", 197e12, 819e9, 200e9),
+    "v5p": Chip("tpu", "v5p:2x2x4", 16, "tpu", "xla", 459e12, 2765e9, 600e9),
 }
 MODELS = {"8B": "llama-3.1-8b", "70B": "llama-3.1-70b", "405B": "llama-3.1-405b"}
 ROWS: list[tuple[str, str, FormatName | None, dict[str, int]]] = [

@@ -1,6 +1,7 @@
 """The memory of a training step, estimated from a configuration: beside XLA's own analysis."""
 
 import json
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from lora_jax import LoraConfig, analysis
 from lora_jax.analysis.step_memory import fit, liveness
+from lora_jax.analysis.step_memory.compiled import temporaries
 from lora_jax.analysis.step_memory.shapes import SHAPES
 from lora_jax.analysis.step_memory.step import StepSettings
 from lora_jax.cli import main
@@ -54,6 +56,23 @@ def test_an_estimate_is_within_a_tenth_of_the_compiled_step(method, batch, remat
     compiled = analysis.memory(LLAMA, exact=True, **options)
     assert compiled.exact and compiled.arguments == found.arguments
     assert found.total == pytest.approx(compiled.total, rel=0.1)
+
+
+def test_a_program_for_a_tpu_needs_what_libtpu_states_as_its_peak():
+    stats = SimpleNamespace(
+        argument_size_in_bytes=100,
+        temp_size_in_bytes=90,
+        output_size_in_bytes=30,
+        alias_size_in_bytes=30,
+        peak_memory_in_bytes=170,
+    )
+
+    def program(platform):
+        sharding = SimpleNamespace(device_set=(SimpleNamespace(platform=platform),))
+        return SimpleNamespace(memory_analysis=lambda: stats, input_shardings=((sharding,), {}))
+
+    assert temporaries(program("tpu")) == 70
+    assert temporaries(program("gpu")) == 90
 
 
 @pytest.mark.parametrize("mesh", [{}, pytest.param({"data": 2}, marks=pytest.mark.slow)], ids=str)
