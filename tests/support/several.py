@@ -40,7 +40,7 @@ def command(arguments: list[str], *others: list[str]) -> list:
     return ends_of(lines, 1, [None] * 2)
 
 
-def ends_of(lines: list[list[str]], devices: int, cwds: Sequence) -> list[tuple[str, int]]:
+def ends_of(lines: list[list[str]], devices: int, cwds: list) -> list[tuple[str, int]]:
     """The output and the status of each process."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
