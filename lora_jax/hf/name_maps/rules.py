@@ -20,6 +20,7 @@ A tree in Hugging Face's terms is a flat dictionary of leaves, one for each tens
 that `lora_jax.hf.checkpoint.names.ANY` gives them.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ import jax
 import numpy as np
 
 from lora_jax.array import dense, is_lora, leaves_by_path
+from lora_jax.config.arguments import check_argument
 from lora_jax.hf.checkpoint import names
+from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.checkpoint.weights import Weights, check_fit
 from lora_jax.hf.name_maps.layout import Layout, measured, parse, their_shape, to_ours, to_theirs
 from lora_jax.paths import bare, nearest, spell
@@ -249,12 +252,13 @@ def to_hugging_face(params: Any, using: NameMap) -> dict[str, np.ndarray]:
     return flat
 
 
-def from_hugging_face(shapes: Any, weights: Weights, using: NameMap) -> Any:
+def from_hugging_face(shapes: Any, weights: str | os.PathLike | Weights, using: NameMap) -> Any:
     """Fills a model's parameters from a Hugging Face checkpoint.
 
     Args:
       shapes: tree of `jax.ShapeDtypeStruct`s, as `jax.eval_shape` of an init makes it.
-      weights: the checkpoint, from `lora_jax.hf.checkpoint.safetensors.open_directory`.
+      weights: the checkpoint's directory, or what
+        `lora_jax.hf.checkpoint.safetensors.open_directory` has opened.
       using: the map.
 
     Returns:
@@ -263,6 +267,11 @@ def from_hugging_face(shapes: Any, weights: Weights, using: NameMap) -> Any:
     Raises:
       ValueError: tensors missing, left over or misshapen, all in one message.
     """
+    order = "hf.from_hugging_face(shapes, weights, using)"
+    check_argument(order, "weights", weights, (str, os.PathLike, Weights))
+    check_argument(order, "using", using, NameMap)
+    if not isinstance(weights, Weights):
+        weights = open_directory(weights)
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     places = [place(spell(path), leaf.shape, using) for path, leaf in leaves]
     wanted = {

@@ -1,5 +1,6 @@
 """A model's whole weights, written as Hugging Face safetensors through a name map."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ import numpy as np
 
 from lora_jax import processes
 from lora_jax.array import check_plain, dense, leaves_by_path
+from lora_jax.config.arguments import check_argument
 from lora_jax.files import check_new, replacing
 from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, cast, size_of, write_shards
 from lora_jax.hf.name_maps.layout import their_shape, to_theirs
@@ -43,6 +45,9 @@ def save_weights(
     Example:
       lora.hf.save_weights("merged", lora.merge(lora_params), MAP, dtype="bfloat16")
     """
+    order = "hf.save_weights(directory, params, name_map)"
+    check_argument(order, "directory", directory, (str, os.PathLike))
+    check_argument(order, "name_map", name_map, NameMap)
     directory = Path(directory)
     processes.together(lambda: check_new(directory), FileExistsError)
     if dtype not in DTYPES:

@@ -1,5 +1,7 @@
 """A name map needs rules for what is written only; whole weights are written through one."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,8 @@ def test_merged_weights_are_a_checkpoint(tmp_path, size):
     shapes = jax.eval_shape(toy_params)
     weights = lora.hf.safetensors.open_directory(tmp_path / "m")
     again = lora.hf.from_hugging_face(shapes, weights, MAP)
+    by_name = lora.hf.from_hugging_face(merged, tmp_path / "m", MAP)
+    jax.tree.map(np.testing.assert_array_equal, again, by_name)
     jax.tree.map(np.testing.assert_array_equal, again, merged)
 
 
@@ -105,3 +109,8 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
     new.mkdir()
     with pytest.raises(FileExistsError, match="exists already"):
         lora.hf.save_weights(new, params, MAP)
+    wrong: Any = params
+    with pytest.raises(TypeError, match="`name_map` must be `NameMap`, got .*: call `lora.hf.save"):
+        lora.hf.save_weights(new, MAP, wrong)
+    with pytest.raises(TypeError, match="`weights` must be .*: call `lora.hf.from_hugging_face"):
+        lora.hf.from_hugging_face("merged", wrong, MAP)
