@@ -140,6 +140,8 @@ _OPERATORS = {
 }  # fmt: skip
 _METHODS: dict[str, Any] = {
     "__repr__": _repr,
+    # Functions of `jax.lax` look nothing up; the cause of their error holds the leaf's `str`.
+    "__str__": lambda self: f"{self!r}, for `lora.lorafy(model)(lora_params, ...)`",
     "__getattr__": _missing,
     "__bool__": lambda self: True,  # else `if leaf` would call `__len__`, which raises
     "__len__": _refusal("`len`"),

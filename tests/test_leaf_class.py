@@ -59,6 +59,17 @@ def test_a_use_as_an_array_names_lorafy(leaf, use):
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
+def test_a_function_of_lax_names_lorafy_in_the_cause(leaf):
+    w = LEAVES[leaf]
+    dims = (((1,), (0,)), ((), ()))
+    for use in (lambda w: jax.lax.dot(X, w), lambda w: jax.lax.dot_general(X, w, dims)):
+        for call in (use, jax.jit(use)):
+            with pytest.raises(TypeError, match="Error interpreting argument") as caught:
+                call(w)
+            assert "for `lora.lorafy(model)(lora_params, ...)`" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
 def test_a_leaf_is_a_tree_for_everything_that_takes_trees(leaf):
     x = LEAVES[leaf]
     assert hasattr(x, "dtype") and not hasattr(x, "T") and bool(x)
