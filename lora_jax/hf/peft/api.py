@@ -236,8 +236,8 @@ def save_peft(
     Of several processes all have to call it, and the first one writes.
 
     An optimizer of the whole tree moves the base, which is not written, and the scales. Moved
-    scales are refused. In a first step without weight decay they do not move yet: their gradient is
-    zero where B is, and the tree holds nothing else to compare the base with.
+    scales are refused; the tree holds nothing else to compare the base with. They have no gradient
+    while B is zero, so that a first step is not found, nor a few of SGD at a small rate.
 
     Args:
       directory: created if it does not exist; other files in it stay. A model card (README.md)
