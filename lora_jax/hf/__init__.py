@@ -11,7 +11,7 @@ from typing import Any
 _NAMES = {
     "FLAX": "lora_jax.hf.name_maps.rules",
     "base_of": "lora_jax.models.gguf",
-    "from_hugging_face": "lora_jax.hf.name_maps.rules",
+    "from_hugging_face": "lora_jax.hf.name_maps.weights",
     "load_gguf_lora": "lora_jax.hf.gguf.lora_read",
     "load_peft": "lora_jax.hf.peft.api",
     "name_map": "lora_jax.hf.name_maps.rules",

@@ -13,9 +13,9 @@ from lora_jax.hf.gguf.lora_read import read_gguf_lora as read_gguf_lora
 from lora_jax.hf.gguf.lora_write import save_gguf_lora as save_gguf_lora
 from lora_jax.hf.gguf.names import read_base as read_base
 from lora_jax.hf.name_maps.rules import FLAX as FLAX
-from lora_jax.hf.name_maps.rules import from_hugging_face as from_hugging_face
 from lora_jax.hf.name_maps.rules import name_map as name_map
 from lora_jax.hf.name_maps.rules import to_hugging_face as to_hugging_face
+from lora_jax.hf.name_maps.weights import from_hugging_face as from_hugging_face
 from lora_jax.hf.name_maps.weights import save_weights as save_weights
 from lora_jax.hf.peft.api import load_peft as load_peft
 from lora_jax.hf.peft.api import read_peft as read_peft

@@ -289,7 +289,7 @@ def test_a_part_of_a_tensor_is_that_part_of_the_leaf():
     axes = (2, 3, 1, 0)  # of an image's kernel; no permutation that is its own inverse
     ends = ((1, 3), (0, 5), (2, 3), (0, 1))
     source = weights.Weights("a", {}, read=lambda name, part: theirs[part], where=str)
-    leaf = fill._Leaf(
+    leaf = fill.Leaf(
         "w", jax.ShapeDtypeStruct((4, 5, 3, 2), "int64"), {(): fill._Tensor("w", axes)}
     )
     got = fill._Piece(leaf, source, (), ()).floats(ends)

@@ -47,13 +47,25 @@ class _Tensor(NamedTuple):
     name: str
     axes: tuple[int, ...] | None
 
+    def read(self, weights: Weights, part: Part) -> np.ndarray:
+        """A part of the leaf's layer, with a slice of each of its dims; () is all of it."""
+        found = weights.read(self.name, shape_there(part, self.axes if part else None))
+        return found if self.axes is None else found.transpose(self.axes)
 
-class _Leaf(NamedTuple):
-    """A leaf that is to be filled, and the tensor of each of its layers (or experts)."""
+
+class Leaf(NamedTuple):
+    """A leaf that is to be filled, and the tensor of each of its layers (or experts).
+
+    Attributes:
+      path: of the leaf.
+      like: its shape and dtype.
+      tensors: index of a layer -> what has `read`, as `_Tensor` does, and where the leaf may be
+        quantized its other attributes.
+    """
 
     path: str
     like: jax.ShapeDtypeStruct
-    tensors: Mapping[tuple[int, ...], _Tensor]
+    tensors: Mapping[tuple[int, ...], Any]
 
     @property
     def depth(self) -> int:
@@ -102,22 +114,34 @@ def fill(
         for tensor in leaf.tensors.values()
     }
     check_fit(wanted, weights, ignored=family.ignored)
+    return jax.tree.unflatten(tree, filled(leaves, weights, quantize=quantize, spread=spread))
+
+
+def filled(
+    leaves: Sequence[Leaf],
+    weights: Weights,
+    *,
+    quantize: QuantConfig | None = None,
+    spread: Spread | None = None,
+) -> list[Any]:
+    """Fills leaves from a checkpoint that has their tensors; other arguments: `fill`."""
+    total = sum(len(leaf.tensors) for leaf in leaves)
     shown = (quantize is not None or spread is not None) and processes.is_first()
     with require("tqdm").tqdm(
-        total=len(wanted), desc="loading", unit="tensor", disable=None if shown else True
+        total=total, desc="loading", unit="tensor", disable=None if shown else True
     ) as bar:
         source = _Source(weights, quantize, spread, bar.update)
-        return jax.tree.unflatten(tree, [_filled(leaf, source) for leaf in leaves])
+        return [_filled(leaf, source) for leaf in leaves]
 
 
-def _leaf(path: str, like: jax.ShapeDtypeStruct, family: Family) -> _Leaf:
+def _leaf(path: str, like: jax.ShapeDtypeStruct, family: Family) -> Leaf:
     # Leading dims are layers (or experts), each a tensor of its own in the checkpoint.
     depth = stack_depth(path, family=family)
     indices = product(*map(range, like.shape[:depth]))
-    return _Leaf(path, like, {i: _Tensor(*tensor_of(path, i, family=family)) for i in indices})
+    return Leaf(path, like, {i: _Tensor(*tensor_of(path, i, family=family)) for i in indices})
 
 
-def _filled(leaf: _Leaf, source: _Source) -> Any:
+def _filled(leaf: Leaf, source: _Source) -> Any:
     held, spread = None, source.spread
     if source.quantize is not None:
         tensors = list(leaf.tensors.values())
@@ -145,18 +169,17 @@ def _filled(leaf: _Leaf, source: _Source) -> Any:
     return whole if held is None else dataclasses.replace(whole, shape=held.shape)
 
 
-def _on_host(leaf: _Leaf, source: _Source) -> jax.Array:
+def _on_host(leaf: Leaf, source: _Source) -> jax.Array:
     """A leaf of floats on one device: filled on the host, where nothing has to be compiled."""
     out = np.empty(leaf.like.shape, leaf.like.dtype)
-    for index, (name, axes) in leaf.tensors.items():
-        tensor = source.weights.read(name)
-        out[index] = tensor if axes is None else tensor.transpose(axes)
+    for index, tensor in leaf.tensors.items():
+        out[index] = tensor.read(source.weights, ())
         source.advance(1)
     return jax.device_put(out)
 
 
 def _pieces(
-    leaf: _Leaf, source: _Source, where: NamedSharding | None, *, quantized: bool
+    leaf: Leaf, source: _Source, where: NamedSharding | None, *, quantized: bool
 ) -> Iterator[tuple[tuple[int, ...], Any]]:
     """The layers one after the other: the number of a layer on its device, and the layer.
 
@@ -190,31 +213,29 @@ class _Piece(NamedTuple):
       each: the number of layers that a device has along each stack dim.
     """
 
-    leaf: _Leaf
+    leaf: Leaf
     weights: Weights
     at: tuple[int, ...]
     each: tuple[int, ...]
 
-    def find(self, ends: _Ends) -> tuple[_Tensor, Part]:
-        """The tensor with a part of the piece, and the part in its own order of dims."""
+    def find(self, ends: _Ends) -> tuple[Any, Part]:
+        """The tensor with a part of the piece, and the part of it."""
         shard = [start for start, _ in ends[: self.leaf.depth]]
         index = tuple(k * n + a for k, n, a in zip(shard, self.each, self.at, strict=True))
         tensor = self.leaf.tensors[index]
-        part = tuple(slice(*e) for e in ends[self.leaf.depth :])
-        return tensor, shape_there(part, tensor.axes)
+        return tensor, tuple(slice(*e) for e in ends[self.leaf.depth :])
 
     def floats(self, ends: _Ends, dtype: DTypeLike | None = None) -> np.ndarray:
         """A part in the file's dtype, or in another."""
         tensor, part = self.find(ends)
-        found = self.weights.read(tensor.name, part)
-        found = found if tensor.axes is None else found.transpose(tensor.axes)
+        found = tensor.read(self.weights, part)
         return found[(None,) * self.leaf.depth].astype(dtype or found.dtype, copy=False)
 
     def blocks(self, ends: _Ends) -> QuantArray:
         """A part in the file's blocks."""
         tensor, part = self.find(ends)
         assert self.weights.blocks is not None  # `outline` has looked the format up
-        q = self.weights.blocks(tensor.name, part)
+        q = self.weights.blocks(tensor.name, shape_there(part, tensor.axes))
         turned = q if tensor.axes is None else ops.transpose(q, tensor.axes)
         assert turned is not None  # a matrix of one stack, whose roles stay in order
         q = turned
@@ -269,7 +290,7 @@ def _joined(parts: Sequence[jax.Array], where: NamedSharding) -> jax.Array:
     return jax.make_array_from_single_device_arrays(shape, where, list(parts))
 
 
-def _empty(leaf: _Leaf, layer: jax.Array, where: NamedSharding | None) -> jax.Array:
+def _empty(leaf: Leaf, layer: jax.Array, where: NamedSharding | None) -> jax.Array:
     """Room for all layers of an array, sharded as one of them is."""
     shape = (*leaf.like.shape[: leaf.depth], *layer.shape[leaf.depth :])
     return jnp.zeros(shape, layer.dtype, device=where and layer.sharding)

@@ -10,7 +10,7 @@ ours is a tensor there.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +139,47 @@ def to_ours(layout: Layout, tensor: Any, known: Mapping[str, int]) -> Any:
     apart = tensor.reshape([known[name] for name in source])
     turned = apart.transpose([source.index(name) for name in target])
     return turned.reshape([math.prod(known[name] for name in group) for group in layout.block])
+
+
+def part_to_ours(
+    layout: Layout,
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    known: Mapping[str, int],
+    part: Sequence[slice],
+) -> np.ndarray:
+    """A part of one block of ours, for which no more of their tensor is read than it spans.
+
+    Args:
+      layout: the layout.
+      read: reads a part of Hugging Face's tensor.
+      known: sizes, from `measured`.
+      part: a slice of each dimension of the block.
+    """
+    ranges: dict[str, range] = {}
+    cut = []
+    for group, wanted in zip(layout.block, part, strict=True):
+        # Of a dimension made of several, the first is cut and the others are whole.
+        inner = math.prod(known[name] for name in group[1:])
+        first, last = wanted.start // inner, -(-wanted.stop // inner)
+        ranges |= {name: range(known[name]) for name in group[1:]}
+        ranges |= {name: range(first, last) for name in group[:1]}
+        cut.append(slice(wanted.start - first * inner, wanted.stop - first * inner))
+    # Where the wanted numbers stand along each of their dimensions.
+    places = [_places(group, ranges, known) for group in layout.theirs]
+    spans = [(int(x.min()), int(x.max()) + 1) for x in places]
+    found = read(tuple(slice(*span) for span in spans))
+    apart = [x - start for x, (start, _) in zip(places, spans, strict=True)]
+    found = found[np.ix_(*apart)] if found.ndim else found
+    return to_ours(layout, found, {n: len(r) for n, r in ranges.items()})[tuple(cut)]
+
+
+def _places(
+    group: tuple[str, ...], ranges: Mapping[str, range], known: Mapping[str, int]
+) -> np.ndarray:
+    places = np.zeros(1, np.int64)
+    for name in group:
+        places = (places[:, None] * known[name] + np.asarray(ranges[name])).reshape(-1)
+    return places
 
 
 def order(layout: Layout, dims: Sequence[int], known: Mapping[str, int]) -> np.ndarray:

@@ -20,23 +20,18 @@ A tree in Hugging Face's terms is a flat dictionary of leaves, one for each tens
 that `lora_jax.hf.checkpoint.names.ANY` gives them.
 """
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from lora_jax.array import dense, is_lora, leaves_by_path
-from lora_jax.config.arguments import check_argument
 from lora_jax.hf.checkpoint import names
-from lora_jax.hf.checkpoint.safetensors import open_directory
-from lora_jax.hf.checkpoint.weights import Weights, check_fit
 from lora_jax.hf.name_maps.layout import Layout, measured, parse, their_shape, to_ours, to_theirs
-from lora_jax.paths import bare, nearest, spell
+from lora_jax.paths import bare, nearest
 
 
 @dataclass(frozen=True)
@@ -250,47 +245,6 @@ def to_hugging_face(params: Any, using: NameMap) -> dict[str, np.ndarray]:
                 raise ValueError(f"leaf `{path}`: another leaf is tensor `{part.tensor}` already")
             flat[part.path] = block_there(value, placed, part)
     return flat
-
-
-def from_hugging_face(shapes: Any, weights: str | os.PathLike | Weights, using: NameMap) -> Any:
-    """Fills a model's parameters from a Hugging Face checkpoint.
-
-    Args:
-      shapes: tree of `jax.ShapeDtypeStruct`s, as `jax.eval_shape` of an init makes it.
-      weights: the checkpoint's directory, or what
-        `lora_jax.hf.checkpoint.safetensors.open_directory` has opened.
-      using: the map.
-
-    Returns:
-      The tree with arrays of those shapes and dtypes.
-
-    Raises:
-      ValueError: tensors missing, left over or misshapen, all in one message.
-    """
-    order = "hf.from_hugging_face(shapes, weights, using)"
-    check_argument(order, "weights", weights, (str, os.PathLike, Weights))
-    check_argument(order, "using", using, NameMap)
-    if not isinstance(weights, Weights):
-        weights = open_directory(weights)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    places = [place(spell(path), leaf.shape, using) for path, leaf in leaves]
-    wanted = {
-        part.tensor: their_shape(placed.layout, placed.sizes)
-        for placed in places
-        for part in placed.parts
-    }
-    # Before anything is read, so that a wrong map fails at once and with all that is wrong.
-    check_fit(wanted, weights, ignored=using.ignored)
-    filled = (_filled(leaf, p, weights) for (_, leaf), p in zip(leaves, places, strict=True))
-    return jax.tree.unflatten(tree, list(filled))
-
-
-def _filled(leaf: jax.ShapeDtypeStruct, placed: Placed, weights: Weights) -> jax.Array:
-    out = np.empty(leaf.shape, leaf.dtype)
-    for part in placed.parts:
-        block = to_ours(placed.layout, weights.read(part.tensor), placed.sizes)
-        out[at(part.index, placed.layout.stacks, out.ndim)] = block
-    return jax.device_put(out)
 
 
 # GPT-2's Conv1D is (in, out) in torch, and transformers' Flax models keep it (out, in): as for

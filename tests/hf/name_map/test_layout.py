@@ -6,7 +6,15 @@ import pytest
 
 import lora_jax as lora
 from lora_jax.hf import to_hugging_face
-from lora_jax.hf.name_maps.layout import measured, order, parse, their_shape, to_ours, to_theirs
+from lora_jax.hf.name_maps.layout import (
+    measured,
+    order,
+    parse,
+    part_to_ours,
+    their_shape,
+    to_ours,
+    to_theirs,
+)
 
 pytestmark = pytest.mark.once
 
@@ -124,3 +132,18 @@ def test_sizes_that_are_all_given_must_be_the_arrays():
     for width in (16, 12):
         with pytest.raises(ValueError, match=rf"does not fit shape \(5, {width}\)"):
             measured(layout, (5, width))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_part_of_a_block_is_read_alone(case):
+    text, sizes, shape, _ = CASES[case]
+    layout = parse(text, sizes)
+    known = measured(layout, shape)
+    tensor = RNG.normal(size=their_shape(layout, known))
+    whole = to_ours(layout, tensor, known)
+    for _ in range(20):
+        starts = [int(RNG.integers(n)) for n in shape]
+        stops = [int(RNG.integers(a, n)) + 1 for a, n in zip(starts, shape, strict=True)]
+        part = tuple(map(slice, starts, stops))
+        got = part_to_ours(layout, lambda there: tensor[there], known, part)
+        np.testing.assert_array_equal(got, whole[part])

@@ -9,6 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import lora_jax as lora
+from lora_jax.hf.checkpoint.weights import Weights
+from lora_jax.sharding import LeafDims, Rules
 
 pytestmark = pytest.mark.once
 
@@ -88,6 +90,51 @@ def test_merged_weights_are_a_checkpoint(tmp_path, size):
     by_name = lora.hf.from_hugging_face(merged, tmp_path / "m", MAP)
     jax.tree.map(np.testing.assert_array_equal, again, by_name)
     jax.tree.map(np.testing.assert_array_equal, again, merged)
+
+
+STACKED_LAST = ("blocks.out", "model.layers.{}.self_attn.o_proj.weight", "o i -> i o l")
+SPREAD = Rules(
+    {"in": ("fsdp",), "heads": ("tensor",), "layers": ("data",)},
+    (
+        LeafDims(r"blocks\.q$", ("layers", "in", "heads", "none"), (0, 1, 2, 3)),
+        LeafDims(r"blocks\.out$", ("in", "heads")),
+        LeafDims(r"embed$", ("in", "heads")),
+    ),
+)
+
+
+@pytest.mark.parametrize("axes", [dict(fsdp=4, tensor=2), dict(data=2, fsdp=4)], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.filterwarnings("ignore:every device holds all of")
+def test_weights_are_read_onto_a_mesh_by_their_shards(tmp_path, axes, last):
+    using = lora.hf.name_map("toy", [*RULES[:2], STACKED_LAST, RULES[3]]) if last else MAP
+    params = toy_params()
+    if last:
+        params["blocks"]["out"] = jnp.moveaxis(params["blocks"]["out"], 0, -1)
+    lora.hf.save_weights(tmp_path / "m", params, using)
+    weights, read = lora.hf.safetensors.open_directory(tmp_path / "m"), []
+
+    def counted(*args):
+        read.append((args[0], weights.read(*args).size))
+        return weights.read(*args)
+
+    mesh, shapes = lora.models.make_mesh(**axes), jax.eval_shape(lambda: params)
+    got = lora.hf.from_hugging_face(
+        shapes, weights._replace(read=counted), using, mesh=mesh, rules=SPREAD
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, params)
+    placed = lora.sharding.place(params, mesh, SPREAD)
+    same = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), got, placed)
+    assert all(jax.tree.leaves(same))
+    # Each device's part of q is read once, and no more than it.
+    sizes = [size for name, size in read if "layers.1" in name and "q_proj" in name]
+    assert sum(sizes) == WIDTH * WIDTH and max(sizes) <= WIDTH * WIDTH / 4
+
+
+def test_a_mesh_without_rules_is_refused(tmp_path):
+    mesh, unread = lora.models.make_mesh(fsdp=8), Weights("", {}, np.empty, str)
+    with pytest.raises(ValueError, match="`mesh` and `rules` go together"):
+        lora.hf.from_hugging_face(jax.eval_shape(toy_params), unread, MAP, mesh=mesh)
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path):
