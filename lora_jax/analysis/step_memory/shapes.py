@@ -125,7 +125,9 @@ def config_of(model: str | Path | Mapping[str, Any] | Any) -> tuple[str, Any]:
         return str(model).lower(), config_from_hf(SHAPES[str(model).lower()])
     path = Path(model)
     # A hub id is two names with a slash between them; a path may look the same, and goes first.
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not path.suffix:
+    # Its dots are no suffixes: Qwen/Qwen2.5-0.5B.
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)) and path.suffix != ".json"
+    if not path.exists() and is_id:
         return str(model), _from_path(snapshot(str(model), patterns=("config.json",)))[1]
     return _from_path(path)
 

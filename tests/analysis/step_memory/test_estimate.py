@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from lora_jax import LoraConfig, analysis
-from lora_jax.analysis.step_memory import fit, liveness
+from lora_jax.analysis.step_memory import fit, liveness, shapes
 from lora_jax.analysis.step_memory.compiled import temporaries
 from lora_jax.analysis.step_memory.shapes import SHAPES
 from lora_jax.analysis.step_memory.step import StepSettings
@@ -279,6 +279,18 @@ def test_what_would_fit_is_said(monkeypatch):
 )
 def test_sizes_are_spelled_in_two_ways(text, size):
     assert fit.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B", "mistralai/Mistral-7B-v0.1", "a/b"])
+def test_a_hub_id_may_have_dots(monkeypatch, tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    asked = []
+    monkeypatch.setattr(shapes, "snapshot", lambda id, **_: asked.append(id) or tmp_path)
+    assert shapes.config_of(name)[0] == name and asked == [name]
+    # Paths of files are none.
+    for path in ("models/config.json", "../model", "./model"):
+        with pytest.raises(FileNotFoundError, match="no file or directory"):
+            shapes.config_of(path)
 
 
 @pytest.mark.parametrize(
