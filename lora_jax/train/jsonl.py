@@ -11,6 +11,7 @@ Beside messages, `tools`, `documents` and `chat_template_kwargs` go to the chat 
 names the file and the line.
 """
 
+import codecs
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -93,12 +94,8 @@ def _check_first(line: bytes, path: Path) -> None:
     """Names the two files that are often given for JSON lines."""
     if line.startswith(b"\x1f\x8b"):
         raise ValueError(f"{path}: a gzip file; unpack it first: gunzip {path}")
-    # An array on one line is caught as a value that is no object.
-    if line.strip() == b"[":
-        raise ValueError(
-            f"{path}: one JSON array over several lines; expected one object a line: "
-            f"jq -c '.[]' {path}"
-        )
+    if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        raise ValueError(f"{path}: a JSON array; expected one object a line: jq -c '.[]' {path}")
 
 
 def _parse(line: bytes, source: str) -> Any:

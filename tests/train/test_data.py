@@ -183,8 +183,12 @@ def test_bad_files(tmp_path):
     (tmp_path / "a.gz").write_bytes(b"\x1f\x8b\x08\x00")
     with pytest.raises(ValueError, match=r"a\.gz: a gzip file; unpack it first"):
         load_jsonl(tmp_path / "a.gz")
-    with pytest.raises(ValueError, match=r"array\.json: one JSON array over several lines"):
+    with pytest.raises(
+        ValueError, match=r"array\.json: a JSON array; expected one object a line: jq"
+    ):
         load_jsonl(write(tmp_path / "array.json", "[", "{}", "]"))
+    with pytest.raises(ValueError, match=r"row\.json: a JSON array; expected one object a line"):
+        load_jsonl(write(tmp_path / "row.json", "\ufeff[{}]"))
     with pytest.raises(ValueError, match="`fields` renames `promt`"):
         load_jsonl(latin, fields={"promt": "q"})
 
