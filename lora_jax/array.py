@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from lora_jax import paths
+from lora_jax.config.arguments import check_tree
 from lora_jax.dims import b_dims, from_matrix, sizes
 from lora_jax.leaf_class import leaf_class, register_with_flax
 from lora_jax.quant.array import QuantArray
@@ -357,18 +358,17 @@ def check_whole(lora_params: PyTree) -> None:
     """Checks that a tree is no half of `split`.
 
     Raises:
+      TypeError: it is no tree.
       ValueError: a leaf has no base weight, or nothing that trains; the message names it.
     """
+    check_tree("lora_params", lora_params)
     for path, x in leaves_by_path(lora_params).items():
-        if not is_lora(x):
-            continue
-        trained = [getattr(x, name) for name in TRAINED_FIELDS[type(x)]]
-        if x.w is None or all(field is None for field in trained):
-            where = f" at `{path}`" if path else ""
+        trained = TRAINED_FIELDS.get(type(x))
+        if trained and (x.w is None or all(getattr(x, name) is None for name in trained)):
             part = "base weight" if x.w is None else "trained array"
             raise ValueError(
-                f"`lora_params` has no {part}{where}: pass the whole tree, "
-                "`lora.combine(trainable, frozen)`"
+                f"`lora_params` has no {part}{f' at `{path}`' if path else ''}: pass the whole "
+                "tree, `lora.combine(trainable, frozen)`"
             )
 
 

@@ -1,6 +1,7 @@
 """Checks of arguments: their order, their types, the fields and the numbers of configurations."""
 
 import functools
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -39,6 +40,22 @@ def check_argument(call: str, name: str, value: Any, kinds: type | tuple[type, .
             f"`{name}` must be {' or '.join(f'`{kind.__name__}`' for kind in classes)}, got "
             f"{_kind_of(value)}: call `lora.{call}` with the arguments in this order"
         )
+
+
+def check_tree(name: str, value: Any) -> None:
+    """Checks that an argument is a tree, and not what holds or makes one.
+
+    Raises:
+      TypeError: it is a function, or a module with adapters inside.
+    """
+    # An `nnx.Adapted` is a tree too, of Flax's variables, in which no leaf of ours would be found.
+    if callable(getattr(type(value), "lora_params", None)):
+        raise TypeError(
+            f"`{name}` must be a tree of parameters, got `{type(value).__name__}`: pass what its "
+            "method `lora_params()` returns"
+        )
+    if inspect.isroutine(value):
+        raise TypeError(f"`{name}` must be a tree of parameters, got {_kind_of(value)}: call it")
 
 
 def check_function(call: str, fn: Any) -> None:

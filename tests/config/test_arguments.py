@@ -191,3 +191,17 @@ def test_leaves_that_are_no_arrays_are_no_part_of_the_fingerprint(tmp_path):
     other = {"up": {**params["up"], "kernel": 2 * PARAMS["up"]["kernel"]}, "down": PARAMS["down"]}
     with pytest.raises(ValueError, match=r"up\.kernel.*holds other numbers"):
         lora.checkpoint.restore(tmp_path / "a", model, other, X)
+
+
+def test_a_tree_is_no_function_and_no_module():
+    class Adapted:
+        def lora_params(self):
+            return {}
+
+    for check in (lora.merge, lora.lorafy(lambda p: p), lambda p: lora.hf.to_peft(p, CONFIG)):
+        with pytest.raises(
+            TypeError, match=r"`lora_params` must be .*`Adapted`: .*`lora_params\(\)`"
+        ):
+            check(Adapted())
+        with pytest.raises(TypeError, match="got the function `lora_params`: call it"):
+            check(Adapted().lora_params)
