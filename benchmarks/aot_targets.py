@@ -78,6 +78,24 @@ def devices(kind: str, count: int, topology: str | None = None) -> list:
     return found.devices[:count]
 
 
+@contextlib.contextmanager
+def cudnn():
+    """Lets JAX trace cuDNN's attention on a machine without cuDNN, of which it asks the version."""
+    from jax._src.cudnn import fused_attention_stablehlo as attention
+
+    class Versions:
+        @staticmethod
+        def cudnn_get_version() -> int:
+            return 91200  # of the device's description above
+
+    before = attention.cuda_versions
+    attention.cuda_versions = Versions
+    try:
+        yield
+    finally:
+        attention.cuda_versions = before
+
+
 def compiled(f, *args, kind: str = "cuda", donate: tuple = ()):
     """`f` compiled for the device; arguments are trees of anything with a shape and a dtype."""
     place = jax.sharding.SingleDeviceSharding(device(kind))
