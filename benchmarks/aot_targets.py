@@ -6,9 +6,11 @@ is the real optimized program, with its buffers; times are not to be had.
 
 import atexit
 import contextlib
+import importlib
 import os
 import shutil
 import tempfile
+from typing import Any
 
 DUMP = tempfile.mkdtemp(prefix="aot-")  # XLA writes the PTX of what it compiles there
 atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
@@ -81,7 +83,7 @@ def devices(kind: str, count: int, topology: str | None = None) -> list:
 @contextlib.contextmanager
 def cudnn():
     """Lets JAX trace cuDNN's attention on a machine without cuDNN, of which it asks the version."""
-    from jax._src.cudnn import fused_attention_stablehlo as attention
+    attention: Any = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
 
     class Versions:
         @staticmethod

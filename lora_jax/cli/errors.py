@@ -55,7 +55,7 @@ def explain(error: BaseException, flags: Collection[str] = ()) -> str:
     if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
         return (
             "out of memory: take a smaller --batch-size (with more --accumulation), shorter "
-            "examples, or --remat"
+            "examples, or --remat full; --device-memory chooses what fits"
         )
     if _expected(error):
         return in_flags(_line(str(error) or type(error).__name__), flags)

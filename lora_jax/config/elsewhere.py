@@ -15,7 +15,7 @@ ELSEWHERE = {
     "max_steps": "steps",
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "accumulation",
-    "gradient_checkpointing": "remat",
+    "gradient_checkpointing": "remat=full",
     "max_grad_norm": "clip",
     "lr_scheduler_type": "schedule",
     "warmup_ratio": "warmup",

@@ -16,10 +16,10 @@ from lora_jax.models.model import (
     Dtype,
     check_inputs,
     check_options,
-    rematerialized,
     stacked,
     structure,
 )
+from lora_jax.models.remat import Remat, rematerialized
 from lora_jax.transform import eager
 
 
@@ -41,7 +41,7 @@ class EncoderForward:
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
     scan: bool = True
-    remat: bool | str = False
+    remat: Remat = False
     rows: tuple[str, ...] = ()
     gathered: Specs = ()
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.model import Dtype, Model
 from lora_jax.models.registry import forward_of
+from lora_jax.models.remat import Remat
 
 
 def init(
@@ -18,7 +19,8 @@ def init(
     dtype: Dtype = "float32",
     param_dtype: Dtype | None = None,
     scan: bool = True,
-    remat: bool | str = False,
+    remat: Remat = False,
+    offload: bool = False,
     attention: AttentionName = "auto",
 ) -> Model:
     """A model with fresh parameters: kernels and embeddings normal, norms neutral, biases 0.
@@ -26,7 +28,7 @@ def init(
     Args:
       key: PRNG key.
       config: the configuration, of any architecture of `lora_jax.models.registry`.
-      dtype, scan, remat, attention: see `Forward`.
+      dtype, scan, remat, offload, attention: see `Forward`.
       param_dtype: the same; `dtype` by default.
 
     Returns:
@@ -38,6 +40,7 @@ def init(
         param_dtype=param_dtype or dtype,
         scan=scan,
         remat=remat,
+        offload=offload,
         attention=attention,
     )
     return Model(forward, draw(key, forward.shapes(), config))

@@ -22,12 +22,14 @@ from lora_jax.models.gguf import config_of
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.model import Dtype, Model
 from lora_jax.models.registry import (
+    DECODERS_OWN,
     ENCODER,
     architecture_of,
     config_from_hf,
     forward_of,
     names_of,
 )
+from lora_jax.models.remat import Remat
 from lora_jax.models.sharding import RULES
 from lora_jax.quant.loading import QuantConfig, quant_config
 from lora_jax.sharding import Rules, spreading
@@ -41,7 +43,8 @@ def load(
     dtype: Dtype = "float32",
     param_dtype: Dtype | None = None,
     scan: bool = True,
-    remat: bool | str = False,
+    remat: Remat = False,
+    offload: bool = False,
     attention: AttentionName = "auto",
     quantize: str | QuantConfig | None = None,
     mesh: Mesh | None = None,
@@ -56,7 +59,7 @@ def load(
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters, `dtype` by default.
       scan: stack the blocks and scan over them; otherwise they are kept apart and unrolled.
-      remat: see `Forward`.
+      remat, offload: see `Forward`.
       attention: the implementation of a decoder's attention, see `Forward`.
       quantize: hold the weights in 4 or 8 bits, tensor by tensor as they are read, so that a
         model larger than memory in floats can be loaded: "nf4", "int4", "int8", "file" for the
@@ -78,7 +81,12 @@ def load(
       UserWarning: weights that every device of the mesh holds whole.
     """
     options = dict(
-        dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat, attention=attention
+        dtype=dtype,
+        param_dtype=param_dtype or dtype,
+        scan=scan,
+        remat=remat,
+        offload=offload,
+        attention=attention,
     )
     quant = quant_config(quantize)
     with spreading(mesh, rules) as spread:
@@ -138,7 +146,7 @@ def _load_directory(
         if quant is not None:
             raise ValueError(f"{path}: `quantize` is for decoders, not for `{config.model_type}`")
         forward_of(config, **options)  # refuses what is a decoder's
-        own = {name: value for name, value in options.items() if name != "attention"}
+        own = {name: value for name, value in options.items() if name not in DECODERS_OWN}
         return read_encoder(directory, own, spread=spread)
     weights = open_directory(directory)
     # Before anything of the stated sizes is allocated.

@@ -18,14 +18,14 @@ from jaxtyping import Array, Bool, Float, Int
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache, Stored, attention, positions_of, starts_of
 from lora_jax.models.kernels import AttentionName, check_attention
-from lora_jax.models.layers import PROJECTION, Specs, gather, on_rows, run_blocks
+from lora_jax.models.layers import Specs, on_rows, run_blocks
 from lora_jax.models.llama import CausalLM
+from lora_jax.models.remat import Remat, check_remat, rematerialized
 from lora_jax.quant.array import is_quant
 from lora_jax.transform import eager, lorafy
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
-PROJECTIONS = "projections"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,11 @@ class Forward:
       dtype: dtype of the computation; norms, softmax, rotations and logits stay float32.
       param_dtype: dtype of the parameters.
       scan: blocks stacked on a leading axis and scanned, or kept apart by number.
-      remat: recompute each block's inside in the backward pass. False keeps everything, True
-        only what goes from block to block; `projections` keeps the results of the projections and
-        recomputes what is cheap (norms, rotations, softmax, activations): on a CPU a third of the
-        memory of False and a little faster than it; or the name of a policy in
-        `jax.checkpoint_policies`.
+      remat: what the backward pass recomputes of a block: "full" (or True) everything but what goes
+        from block to block; "projections" what is cheap (norms, rotations, softmax, activations),
+        on a CPU a third of the memory of "none" and a little faster than it; "none" (or False)
+        nothing; or a policy of `jax.checkpoint_policies`, by name or itself.
+      offload: what is kept of a block lies in the host's memory until the backward pass.
       attention: the implementation that a call without a cache takes, by name, or "auto"; see
         `lora_jax.models.kernels`.
       module: the NNX class, with the methods of `lora_jax.models.llama.CausalLM`.
@@ -55,14 +55,15 @@ class Forward:
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
     scan: bool = True
-    remat: bool | str = False
+    remat: Remat = False
+    offload: bool = False
     attention: AttentionName = "auto"
     module: Callable[..., Any] = CausalLM
     rows: tuple[str, ...] = ()
     gathered: Specs = ()
 
     def __post_init__(self) -> None:
-        check_options(self.dtype, self.param_dtype, self.remat)
+        check_options(self.dtype, self.param_dtype, self.remat, self.offload)
         check_attention(self.attention)
 
     def apply(
@@ -178,7 +179,7 @@ class Forward:
             reduce(getattr, lm.blocks(config), lm),  # by its names, such as `lm.model.layers`
             (on_rows(lm.embed(tokens, positions), self.rows), stored),
             run,
-            wrap=rematerialized(self.remat, self.gathered),
+            wrap=rematerialized(self.remat, self.gathered, offload=self.offload),
             each=config.mixing.slides,
         )
         if cache is not None:
@@ -251,12 +252,12 @@ def _decoding(forward: Any, method: Literal["apply", "head"]) -> Callable:
     return lorafy(getattr(forward, method))
 
 
-def check_options(dtype: str, param_dtype: str, remat: bool | str) -> None:
+def check_options(dtype: str, param_dtype: str, remat: Remat, offload: bool = False) -> None:
     """Refuses a dtype that is not supported, and a rematerialization that does not exist."""
     for name, given in (("dtype", dtype), ("param_dtype", param_dtype)):
         if given not in DTYPES:
             raise ValueError(f"`{name}` must be one of {', '.join(DTYPES)}, got {given!r}")
-    _policy(remat)
+    check_remat(remat, offload)
 
 
 def check_inputs(tokens: Any, mask: Any, positions: Any = None) -> None:
@@ -335,41 +336,3 @@ def stacked(shapes: dict[str, Any], blocks: tuple[str, ...], count: int) -> dict
         return {**shapes, first: stacked(inner, tuple(rest), count)}
     many = jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), inner)
     return {**shapes, first: many}
-
-
-def rematerialized(remat: bool | str, gathered: Specs = ()) -> Callable[[Callable], Callable]:
-    """Wraps the function that runs one block as `Forward.remat` and `Forward.gathered` say."""
-    if not gathered:
-        if not remat:
-            return lambda run: run
-        # In a scan XLA cannot merge the two computations anyway, so no barrier is needed.
-        return lambda run: jax.checkpoint(run, policy=_policy(remat), prevent_cse=False)
-
-    def wrap(run: Callable) -> Callable:
-        def on_whole(state: Any, *others: Any) -> Any:
-            return run(gather(state, gathered), *others)
-
-        # The backward pass gathers again: else every device would keep all layers until then.
-        policy = _policy(remat) if remat else _unless_gathered
-        return jax.checkpoint(on_whole, policy=policy, prevent_cse=False)
-
-    return wrap
-
-
-def _unless_gathered(primitive: Any, *inputs: Any, **params: Any) -> bool:
-    """A policy of `jax.checkpoint` that keeps all but weights, and rows, that were moved."""
-    del inputs, params
-    return primitive.name != "sharding_constraint"
-
-
-def _policy(remat: bool | str) -> Callable | None:
-    if isinstance(remat, bool):
-        return None
-    if remat == PROJECTIONS:
-        return jax.checkpoint_policies.save_only_these_names(PROJECTION)
-    if hasattr(jax.checkpoint_policies, remat):
-        return getattr(jax.checkpoint_policies, remat)
-    raise ValueError(
-        f"`remat` must be False, True, `{PROJECTIONS}` or the name of a policy in "
-        f"`jax.checkpoint_policies`, got `{remat}`"
-    )

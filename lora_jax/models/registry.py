@@ -83,21 +83,28 @@ def architecture_of(model_type: str) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
-def forward_of(config: Any, *, attention: AttentionName = "auto", **options: Any) -> Any:
+# Options of `Forward` that an encoder has not.
+DECODERS_OWN = ("attention", "offload")
+
+
+def forward_of(
+    config: Any, *, attention: AttentionName = "auto", offload: bool = False, **options: Any
+) -> Any:
     """The forward of a configuration; options as those of `Forward`.
 
     Raises:
-      ValueError: an option that does not exist, or a kernel of attention for an encoder.
+      ValueError: an option that does not exist, or is not for an encoder.
     """
     architecture = architecture_of(config.model_type)
     if architecture.kind == CAUSAL_LM:
-        return architecture.forward(config=config, attention=attention, **options)
+        return architecture.forward(config=config, attention=attention, offload=offload, **options)
     check_attention(attention)
-    if attention not in ("auto", "xla"):
-        raise ValueError(
-            f"`attention` chooses a decoder's, and `{config.model_type}` is an encoder, which has "
-            "XLA's: leave it out"
-        )
+    for name, given in (("attention", attention not in ("auto", "xla")), ("offload", offload)):
+        if given:
+            raise ValueError(
+                f"`{name}` is for decoders, and `{config.model_type}` is an encoder, whose texts "
+                "are short: leave it out"
+            )
     return architecture.forward(config=config, **options)
 
 

@@ -13,7 +13,6 @@ from lora_jax.recipes.settings import METHODS, EstimateConfig
 # The models of a call without a model.
 MODELS = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
 _QUERY_VALUE = ("q_proj", "v_proj")  # the adapted matrices of the paper's experiments
-_REMAT = {"true": True, "false": False}
 
 
 def estimate(
@@ -64,7 +63,8 @@ def _estimates(model: str, config: EstimateConfig) -> list[Any]:
             packing=config.packing,
             dtype=config.dtype,
             train_dtype=config.train_dtype,
-            remat=_REMAT.get(config.remat.lower(), config.remat),
+            remat=config.remat,
+            offload=config.offload,
             optimizer=config.optimizer,
             mesh=config.mesh,
             backend=config.backend,

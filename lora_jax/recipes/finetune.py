@@ -12,16 +12,19 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import hf, models, processes, train
+from lora_jax.analysis.step_memory.fit import parse_bytes
 from lora_jax.compat import EXTRAS, check_installed
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import check_new
 from lora_jax.methods.loftq import undivided
 from lora_jax.models.kernels import AttentionName
+from lora_jax.models.remat import Remat
 from lora_jax.models.saving import save_merged
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
+from lora_jax.recipes.fitting import fitted
 from lora_jax.recipes.forms import TrainedForm, form_of, read_form, write_form
 from lora_jax.recipes.reports import show_evaluations, show_memory, summary
 from lora_jax.recipes.settings import Devices, Dtype, Quantization
@@ -56,9 +59,12 @@ class FinetuneConfig(Devices):
       quantize: quantize the base in 4 or 8 bits (QLoRA), or keep the blocks of a GGUF or
         bitsandbytes file ("file"); none keeps it in `dtype`.
       quantize_block: inputs that share a scale, unless the file sets it.
-      remat: keep only the residual stream between blocks for the backward pass and recompute the
-        rest, which saves memory and costs time; otherwise the outputs of the projections are
-        kept too.
+      remat: what the backward pass recomputes of a block: "full" everything but what goes from
+        block to block, which saves memory and costs time; "projections" all but the results of
+        the projections; "none" nothing; or the name of a policy in `jax.checkpoint_policies`.
+      offload: what is kept for the backward pass lies in the host's memory meanwhile.
+      device_memory: memory of a device, "24GB" or "24GiB": choose the fastest `batch_size`,
+        `accumulation` and `remat` that fit by the estimate; a step has as many rows as before.
       attention: the implementation of attention: "splash" on a TPU, "cudnn" on an NVIDIA GPU, "xla"
         anywhere; "auto" takes the first of them that takes the model and its rows.
     """
@@ -73,7 +79,9 @@ class FinetuneConfig(Devices):
     dtype: Dtype = "float32"
     quantize: Quantization | None = None
     quantize_block: int = 64
-    remat: bool = False
+    remat: bool | str = "projections"
+    offload: bool = False
+    device_memory: str | None = None
     attention: AttentionName = "auto"
 
 
@@ -101,9 +109,12 @@ def finetune(
     check_installed(*EXTRAS["llm"])
     if train_config.output_dir is None:
         raise SettingsError("`output_dir` is missing: give a folder for the run")
+    output = Path(train_config.output_dir)
     join(job)
     if lora_config.loftq_config.get("loftq_bits") == 8 and job.quantize is None:
         raise SettingsError('LoftQ in 8 bits needs a base in 8 bits: add quantize="int8"')
+    if job.device_memory is not None:
+        parse_bytes(job.device_memory)
     log = log if processes.is_first() else no_log
     check_new_run(train_config)
     if job.adapter is not None:
@@ -115,6 +126,7 @@ def finetune(
         job.model,
         dtype=job.dtype,
         remat=job.remat,
+        offload=job.offload,
         quantize=job.quantize,
         quantize_block=job.quantize_block,
         attention=job.attention,
@@ -129,7 +141,12 @@ def finetune(
         weights = _weights_for_start(model, job, lora_config)
         params = init_adapter(model, lora_config, seed=train_config.seed, weights=weights)
     log(format_trainable_parameters(params))
-    started, form, output = time.perf_counter(), form_of(records), Path(train_config.output_dir)
+    if job.device_memory is not None:
+        model, train_config = fitted(
+            model, params, data, device_memory=job.device_memory, lora_config=lora_config,
+            config=train_config, log=log,
+        )  # fmt: skip
+    started, form = time.perf_counter(), form_of(records)
     hooks = train.Hooks(show_evaluations(log), _keeping(output, form, log), layout=log)
     result = train.fit(
         model,
@@ -222,20 +239,26 @@ def load_model(
     source: str,
     *,
     dtype: Dtype = "float32",
-    remat: bool = False,
+    remat: Remat = "projections",
+    offload: bool = False,
     quantize: str | None = None,
     quantize_block: int = 64,
     attention: AttentionName = "auto",
     mesh: Mapping[str, Any] | None = None,
 ) -> Any:
     """Loads a model; "smollm2" is the installed demo model. Settings as in `FinetuneConfig`."""
-    # Recomputing all but the projections is faster than storing and reading everything.
+    if offload and jax.default_backend() == "cpu":
+        raise SettingsError(
+            "`offload` moves activations from a device to its host, and this device is the host: "
+            "leave it out"
+        )
     form = cast(Any, quantize)  # `QuantConfig` checks it
     held = None if quantize is None else QuantConfig(format=form, block_size=quantize_block)
     return models.load(
         models.find_smollm2() if source == "smollm2" else source,
         dtype=dtype,
-        remat=remat or "projections",
+        remat=remat,
+        offload=offload,
         attention=attention,
         quantize=held,
         mesh=None if mesh is None else models.make_mesh(**mesh),

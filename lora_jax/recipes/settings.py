@@ -80,8 +80,9 @@ class EstimateConfig:
       quantize: format of the base in QLoRA.
       dtype: dtype of the computation and of frozen weights that are not quantized.
       train_dtype: dtype of the weights in full fine-tuning, their gradients and optimizer state.
-      remat: what the backward pass recomputes: "true" everything inside a block, "projections"
-        everything but the projections, "false" nothing; or the name of a JAX policy.
+      remat: what the backward pass recomputes of a block: "full" everything, "projections"
+        everything but the projections, "none" nothing; or the name of a JAX policy.
+      offload: what is kept for the backward pass lies in the host's memory, which is not counted.
       optimizer: the optimizer, whose state takes memory.
       mesh: number of devices by axis: "data" shards the rows, "fsdp" rows and weights, "tensor"
         heads, the MLP and the vocabulary.
@@ -102,7 +103,8 @@ class EstimateConfig:
     quantize: Literal["nf4", "fp4", "int4", "uint4", "int8"] = "nf4"
     dtype: Dtype = "bfloat16"
     train_dtype: Dtype = "float32"
-    remat: str = "true"
+    remat: str = "full"
+    offload: bool = False
     optimizer: Literal["adamw", "lion", "momentum", "sgd"] = "adamw"
     mesh: Mapping[str, int] = field(default_factory=dict)
     backend: Literal["gpu", "tpu", "reference"] = "gpu"

@@ -279,7 +279,7 @@ def test_a_name_that_is_none():
 
 def test_an_encoder_has_no_kernel():
     config = models.config_from_hf({"model_type": "bert", "architectures": ["BertModel"]})
-    with pytest.raises(ValueError, match="`attention` chooses a decoder's, and `bert` is an enc"):
+    with pytest.raises(ValueError, match="`attention` is for decoders, and `bert` is an enc"):
         models.init(jax.random.key(0), config, attention="splash")
 
 

@@ -60,6 +60,25 @@ def test_the_form_of_the_training_is_kept_with_the_run_and_its_adapter(run):
     assert read_form(folder) == read_form(folder / "adapter") == "prompt"
 
 
+def test_a_run_chooses_what_fits_the_memory_of_a_device(job, tmp_path):
+    lines, job = [], dataclasses.replace(job, eval_data=None, device_memory="1GB")
+    config = dataclasses.replace(RUN, output_dir=tmp_path / "fits", steps=1, accumulation=2)
+    result = finetune.finetune(job, LORA, config, log=lines.append)
+    line = next(x for x in lines if x.startswith("for 1GB: "))
+    assert line.startswith("for 1GB: batch_size 4, accumulation 1, remat none, about ")
+    # One pass of all four rows.
+    assert [shape[:2] for shape in result.compiled] == [(1, 4)]
+    # The weights alone are more than 200 KB.
+    small = dataclasses.replace(job, device_memory="200KB")
+    with pytest.raises(ValueError, match="`device_memory` is 195.3 KiB, and the smallest step"):
+        finetune.finetune(small, LORA, dataclasses.replace(config, resume=True), log=lines.append)
+
+
+def test_offloading_on_a_host_is_refused(job):
+    with pytest.raises(SettingsError, match="`offload` .* this device is the host: leave it out"):
+        finetune.load_model(job.model, offload=True)
+
+
 def test_training_goes_on_from_an_adapter(job, run, tmp_path):
     job = dataclasses.replace(job, adapter=str(run[0] / "adapter"), eval_data=None)
     config = dataclasses.replace(RUN, output_dir=tmp_path / "on", steps=1, learning_rate=1e-9)

@@ -3,15 +3,14 @@
     total = weights + adapters + optimizer state + gradients + activations
 
 Weights, adapters and optimizer state are exact: the model is planned and initialized as abstract
-arrays. Gradients and activations are the peak of the step of `lora_jax.train`, computed from its
-jaxpr (`lora_jax.analysis.step_memory.liveness`). `remat` determines what is kept for the backward
-pass:
+arrays. Gradients and activations are the peak of the step of `lora_jax.train`, from its jaxpr
+(`lora_jax.analysis.step_memory.liveness`). `remat` determines what the backward pass finds kept:
 
-    True            the residual stream before each block: L · B · T · D
+    "full"          the residual stream before each block: L · B · T · D
     "projections"   that, and the output of every projection
-    False           all that the backward pass reads, including attention scores (B · N · T · T)
+    "none"          all that the backward pass reads, including attention scores (B · N · T · T)
 
-With True and "projections" the backward pass recomputes one block at a time.
+With "full" and "projections" the backward pass recomputes one block at a time.
 """
 
 import dataclasses
@@ -33,6 +32,7 @@ from lora_jax.analysis.step_memory.program import whole_bytes
 from lora_jax.analysis.step_memory.shapes import config_of
 from lora_jax.analysis.step_memory.step import AbstractStep, OptimizerName, Spread, StepSettings
 from lora_jax.config.lora import LoraConfig
+from lora_jax.models.remat import Remat, remat_name
 from lora_jax.quant.array import Backend
 from lora_jax.quant.formats import FormatName
 from lora_jax.tree import Count, count_parameters, format_count
@@ -47,10 +47,8 @@ class MemoryEstimate:
     """Bytes of a training step, on each device; prints as a table.
 
     Attributes:
-      model: the model's name.
-      settings: the settings of the step.
-      parameters: number of parameters, adapters included.
-      trainable: number of trained parameters.
+      model, settings: the model's name, and the settings of the step.
+      parameters, trainable: number of parameters, adapters included, and of those that train.
       weights: bytes of the base's weights.
       adapters: bytes of the adapters.
       optimizer: bytes of the optimizer's state and of the batch.
@@ -135,14 +133,14 @@ class MemoryEstimate:
         where = "on each device" if self.devices > 1 else ""
         lines = [(name, getattr(self, name)) for name in _PARTS]
         text = [f"{self.model}, {self.settings.method}: {self.described}"]
-        text += [f"  {name:<12} {_gib(size):>12}" for name, size in lines]
-        text += [f"  {'total':<12} {_gib(self.total):>12}  {where}"]
-        text += [f"  kept between forward and backward pass: {_gib(self.kept)}"]
+        text += [f"  {name:<12} {in_units(size):>12}" for name, size in lines]
+        text += [f"  {'total':<12} {in_units(self.total):>12}  {where}"]
+        text += [f"  kept between forward and backward pass: {in_units(self.kept)}"]
         text += [f"  {format_count(Count(self.trainable, self.parameters))}"]
         if self.devices > 1:
             text.append(
-                f"  weights, adapters and optimizer state: {_gib(self.all_devices)} in all, of "
-                f"which {_gib(self.copied)} is copied to every device and the rest is spread over "
+                f"  weights, adapters and optimizer state: {in_units(self.all_devices)} in all, of "
+                f"which {in_units(self.copied)} lies on every device and the rest is spread over "
                 + " x ".join(f"{name} {n}" for name, n in self.settings.mesh.items() if n > 1)
             )
             if not self.exact:
@@ -164,7 +162,8 @@ def memory(
     packing: bool = False,
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     train_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    remat: bool | str = True,
+    remat: Remat = "full",
+    offload: bool = False,
     optimizer: OptimizerName | optax.GradientTransformation = "adamw",
     clip: bool = True,
     mesh: Mapping[str, int] | None = None,
@@ -174,21 +173,21 @@ def memory(
     """The memory of a training step of a model; only the model's configuration is needed.
 
     Args:
-      model: a known shape ("llama-2-7b", see `analysis.step_memory.shapes.SHAPES`), the path of a
-        config.json or of its directory, a hub id, the parsed JSON, or a configuration of
-        `lora_jax.models`.
+      model: a known shape ("llama-2-7b", see `analysis.step_memory.shapes.SHAPES`), a config.json,
+        its directory, a hub id, the parsed JSON, or a configuration of `lora_jax.models`.
       adapter: the adapter's config; None is full fine-tuning.
       quantize: format of the frozen base ("nf4", "int4", ...): QLoRA. As in
         `models.load(quantize=)` every matrix except the head and the embedding tables is quantized.
       batch: rows of one forward pass, on all devices together.
       length: tokens of a row; the smaller of 2048 and the model's context by default.
-      accumulation, packing, dtype, train_dtype, remat, optimizer, clip, backend: `StepSettings`.
+      accumulation, packing, dtype, train_dtype, remat, offload: `StepSettings`.
+      optimizer, clip, backend: the same.
       mesh: axis to number of devices; see `lora_jax.models.sharding` for what an axis shards.
       exact: compile the step on this machine's default backend and take gradients and activations
         from the compiler. A mesh then needs as many local devices.
 
     Returns:
-      Bytes on each device. These are XLA's buffers: leave some room for the runtime.
+      Bytes on each device, of XLA's buffers: leave some room for the runtime.
 
     Raises:
       FileNotFoundError: no such model.
@@ -213,6 +212,7 @@ def memory(
         dtype=dtype,
         train_dtype=train_dtype,
         remat=remat,
+        offload=offload,
         optimizer=optimizer,
         clip=clip,
         mesh=mesh or {},
@@ -225,7 +225,6 @@ def estimate(
     name: str, config: Any, settings: StepSettings, *, exact: bool = False
 ) -> MemoryEstimate:
     """As `memory`, for a configuration and settings."""
-    # Raises for what cannot be sharded, before anything is traced.
     memory_mesh.one_device(config, settings.mesh)
     at = placement(settings) if exact else None
     step = memory_step.abstract_step(config, settings, batch=settings.batch, at=at)
@@ -380,7 +379,8 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
-def _gib(size: int) -> str:
+def in_units(size: int) -> str:
+    """Bytes as text in KiB, MiB or GiB."""
     if size < 10 * 2**20:
         return f"{size / 2**20:,.2f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"
     return f"{size / 2**20:,.0f} MiB" if size < GIB else f"{size / GIB:,.2f} GiB"
@@ -396,4 +396,5 @@ def _described(settings: StepSettings) -> str:
     if settings.quantize:
         parts.append(f"base in {settings.quantize}")
     name = settings.optimizer if isinstance(settings.optimizer, str) else "custom optimizer"
-    return ", ".join([*parts, f"remat {settings.remat}", name])
+    kept = f"remat {remat_name(settings.remat)}"
+    return ", ".join([*parts, kept, *["offloaded"] * settings.offload, name])

@@ -1,14 +1,17 @@
-"""Suggests changes of the settings for a training step that does not fit a device."""
+"""Settings of a training step that fit a device: the fastest, or changes that would help."""
 
 import dataclasses
+import functools
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from lora_jax.analysis.step_memory.estimate import GIB, MemoryEstimate, estimate
+from lora_jax.analysis.step_memory.estimate import GIB, MemoryEstimate, estimate, in_units
 from lora_jax.analysis.step_memory.shapes import config_of
 from lora_jax.analysis.step_memory.step import StepSettings
 from lora_jax.config.lora import LoraConfig
+from lora_jax.models.remat import remat_name
 
 _UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -35,6 +38,62 @@ def parse_bytes(text: str | int) -> int:
     return size
 
 
+# A forward pass and the products of the backward pass take a unit each. `full` repeats the forward
+# pass; what `projections` repeats has no products.
+_WORK = {"none": 1.0, "projections": 1.03, "full": 1.5}
+# A pass reads the weights, which takes as long as the products of this many tokens: an H200's
+# 989 TFLOP/s over its 4.8 TB/s, with 2 bytes and 2 operations a weight.
+_READING = 206
+
+
+def fastest(
+    config: Any, settings: StepSettings, device_memory: int, *, weights: int | None = None
+) -> MemoryEstimate:
+    """The fastest rows of a pass and rematerialization that fit, with as many rows a step.
+
+    Args:
+      config: the model's configuration.
+      settings: the settings, with `batch * accumulation` rows a step. A `remat` that is a policy
+        of JAX's stays, and so does one that offloads.
+      device_memory: bytes of a device.
+      weights: bytes of the base on a device, where they are known.
+
+    Raises:
+      ValueError: nothing fits; the message has the smallest step, and what would help.
+    """
+    # Of two that fit, the one with more tokens a pass and less to compute again is the faster.
+    parts = settings.mesh["data"] * settings.mesh["fsdp"]
+    rows = settings.batch * settings.accumulation
+    kinds = tuple(_WORK) if settings.remat in _WORK and not settings.offload else (settings.remat,)
+    sizes = [n for n in range(parts, rows + 1, parts) if rows % n == 0]
+
+    def seconds(size: int, remat: Any) -> float:
+        passes = rows // size
+        return passes * (size // parts * settings.length + _READING) * _WORK.get(remat, 1.0)
+
+    @functools.cache
+    def found(size: int, remat: Any) -> MemoryEstimate:
+        own = dataclasses.replace(settings, batch=size, accumulation=rows // size, remat=remat)
+        one = estimate(str(config.model_type), config, own)
+        return one if weights is None else dataclasses.replace(one, weights=weights)
+
+    for size, remat in sorted(itertools.product(sizes, kinds), key=lambda x: seconds(*x)):
+        # An estimate of a large model takes seconds. What is kept grows with the rows.
+        fewest = found(parts, remat)
+        least_bytes = fewest.arguments + fewest.kept * (size // parts)
+        if max(least_bytes, fewest.total) <= device_memory:
+            if found(size, remat).fits(device_memory):
+                return found(size, remat)
+    least = min((found(parts, remat) for remat in kinds), key=lambda one: one.total)
+    others = "; so would ".join(["", *remedies(config, least, device_memory)])
+    raise ValueError(
+        f"`device_memory` is {in_units(device_memory)}, and the smallest step takes about "
+        f"{in_units(least.total)} (batch_size {least.settings.batch}, accumulation "
+        f"{least.settings.accumulation}, remat {remat_name(least.settings.remat)}). "
+        f"A shorter `max_length` takes less{others}"
+    )
+
+
 def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]:
     """The single changes of the settings that make the step fit, or all of them together.
 
@@ -52,19 +111,21 @@ def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]
     if found.fits(device_memory):
         return []
     _, config = config_of(model)
-    lines, together = [], found.settings
+    lines, together, names = [], found.settings, []
     for name, change in _changes(found.settings):
         # Nothing is allocated or compiled, so every change can be tried.
-        best = estimate(found.model, config, change)
+        try:
+            best = estimate(found.model, config, change)
+        except ValueError:  # such as blocks that do not divide a matrix
+            continue
+        names.append(name)
         if best.fits(device_memory):
             lines.append(f"{name}: {best.total / GIB:.2f} GiB")
         together = _joined(together, found.settings, change)
     # All changes together are of interest only where none is enough by itself.
     best = None if lines else estimate(found.model, config, together)
     if best is not None and best.fits(device_memory):
-        lines.append(
-            f"all of these together ({_names(found.settings)}): {best.total / GIB:.2f} GiB"
-        )
+        lines.append(f"all of these together ({_joined_names(names)}): {best.total / GIB:.2f} GiB")
     for settings, label in ((found.settings, "as it is"), (together, "with all of the above")):
         line = _devices(found.model, config, settings, device_memory=device_memory, label=label)
         if line:
@@ -72,7 +133,7 @@ def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]
     if best is None or lines:
         return lines
     return [
-        f"no change here is enough: with {_names(found.settings)} the step still takes "
+        f"no change here is enough: with {_joined_names(names)} the step still takes "
         f"{best.total / GIB:.2f} GiB on each of {_MOST_DEVICES} devices or fewer"
     ]
 
@@ -80,8 +141,8 @@ def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]
 def _changes(settings: StepSettings) -> Iterator[tuple[str, StepSettings]]:
     """The changes to try, each by itself."""
     replace = dataclasses.replace
-    if settings.remat is not True:
-        yield "remat True", replace(settings, remat=True)
+    if settings.remat != "full":
+        yield "remat full", replace(settings, remat="full")
     # Halving the batch and doubling the accumulation gives the same gradient; every device needs
     # at least one row.
     least = settings.mesh["data"] * settings.mesh["fsdp"]
@@ -108,11 +169,10 @@ def _joined(together: StepSettings, start: StepSettings, change: StepSettings) -
     return dataclasses.replace(together, **own)
 
 
-def _names(settings: StepSettings) -> str:
+def _joined_names(names: list[str]) -> str:
     """All changes as text, of the batches only the smallest."""
     # By the first word, the kind of change, a smaller batch replaces the larger ones.
-    last = {name.split()[0]: name for name, _ in _changes(settings)}
-    return "; ".join(last.values())
+    return "; ".join({name.split()[0]: name for name in names}.values())
 
 
 def _devices(

@@ -91,7 +91,9 @@ class Program:
 
 
 def whole_bytes(aval: Any) -> int:
-    """Bytes of an array of this shape and dtype, on all devices together."""
+    """Bytes of an array of this shape and dtype, on all devices together; 0 on the host."""
+    if getattr(aval, "memory_space", None) == jax.memory.Space.Host:
+        return 0
     return tree_bytes(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
 
 

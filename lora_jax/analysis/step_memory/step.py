@@ -19,6 +19,7 @@ from lora_jax.models.kernels import AttentionName
 from lora_jax.models.mesh import Placement
 from lora_jax.models.model import check_options
 from lora_jax.models.registry import CAUSAL_LM, architecture_of, forward_of
+from lora_jax.models.remat import Remat, remat_name
 from lora_jax.models.sharding import ROWS, RULES
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import formats
@@ -61,8 +62,10 @@ class StepSettings:
       dtype: dtype of the computation and of frozen weights that are not quantized.
       train_dtype: dtype of the weights in full fine-tuning, and so of their gradients and
         optimizer state; adapters are float32.
-      remat, attention: as in `lora_jax.models.Forward`; "auto" is what this machine's devices
-        take, or those of the mesh that a step is compiled for.
+      remat: as in `lora_jax.models.Forward`; the bools become "full" and "none".
+      offload: the same; bytes in the host's memory are not counted.
+      attention: as in `lora_jax.models.Forward`; "auto" is what this machine's devices take, or
+        those of the mesh that a step is compiled for.
       optimizer: a name of `OPTIMIZERS`, or an `optax.GradientTransformation`.
       clip: whether the gradient's global norm is clipped, as `lora_jax.train` does.
       mesh: axis to number of devices, see `lora_jax.models.sharding`.
@@ -77,7 +80,8 @@ class StepSettings:
     packing: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     train_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    remat: bool | str = True
+    remat: Remat = "full"
+    offload: bool = False
     attention: AttentionName = "auto"
     optimizer: OptimizerName | optax.GradientTransformation = "adamw"
     clip: bool = True
@@ -90,7 +94,9 @@ class StepSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number above 0, got {value!r}")
-        check_options(self.dtype, self.train_dtype, self.remat)
+        check_options(self.dtype, self.train_dtype, self.remat, self.offload)
+        if isinstance(self.remat, bool):
+            object.__setattr__(self, "remat", remat_name(self.remat))
         if self.quantize is not None:
             formats.known_format(self.quantize)
             if self.adapter is None:
@@ -176,6 +182,7 @@ def abstract_step(
         param_dtype=settings.train_dtype if whole else settings.dtype,
         scan=True,
         remat=settings.remat,
+        offload=settings.offload,
     )
     base = _base(forward, settings)
     adapter = settings.adapter

@@ -11,7 +11,7 @@ import pytest
 from lora_jax import LoraConfig, analysis
 from lora_jax.analysis.step_memory import fit, liveness, shapes
 from lora_jax.analysis.step_memory.compiled import temporaries
-from lora_jax.analysis.step_memory.shapes import SHAPES
+from lora_jax.analysis.step_memory.shapes import SHAPES, config_of
 from lora_jax.analysis.step_memory.step import StepSettings
 from lora_jax.cli import main
 
@@ -245,7 +245,7 @@ def test_what_would_fit_is_said(monkeypatch):
         def total(self) -> int:
             s = self.settings
             weights = 8 if s.adapter is None else 4 if s.quantize is None else 1
-            return (s.batch * (1 if s.remat is True else 2) + weights) * GIB // s.mesh["fsdp"]
+            return (s.batch * (1 if s.remat == "full" else 2) + weights) * GIB // s.mesh["fsdp"]
 
         def fits(self, device_memory: int) -> bool:
             return self.total <= device_memory
@@ -257,7 +257,7 @@ def test_what_would_fit_is_said(monkeypatch):
     monkeypatch.setattr(fit, "estimate", lambda name, config, s: Found(name, s))
     assert lines(8, batch=4) == []
     assert lines(8, batch=4, remat=False) == [
-        "remat True: 8.00 GiB",
+        "remat full: 8.00 GiB",
         "batch 2, accumulation 2: 8.00 GiB",
         "batch 1, accumulation 4: 6.00 GiB",
         "fsdp 2 as it is, batch 4: 6.00 GiB on each device",
@@ -271,6 +271,62 @@ def test_what_would_fit_is_said(monkeypatch):
     together = "batch 1, accumulation 8; QLoRA, base in nf4"
     assert found[0] == f"all of these together ({together}): 2.00 GiB"
     assert found[1] == "fsdp 8 as it is, batch 8: 1.50 GiB on each device"
+
+
+def test_the_fastest_that_fits_is_chosen(monkeypatch):
+    """By a model of memory: a row takes 1, 4 or 9 GiB by what is kept of it, the weights 2."""
+    tried = []
+
+    class Found(NamedTuple):
+        settings: StepSettings
+        weights: int = 2 * GIB
+
+        @property
+        def kept(self) -> int:
+            s = self.settings
+            row = {"full": 1, "projections": 4, "none": 9}.get(str(s.remat), 3)
+            return row * s.batch * GIB // (s.mesh["fsdp"] * s.mesh["data"])
+
+        @property
+        def arguments(self) -> int:
+            return self.weights
+
+        @property
+        def total(self) -> int:
+            return self.weights + self.kept
+
+        def fits(self, device_memory: int) -> bool:
+            return self.total <= device_memory
+
+    def estimated(name: str, config: Any, settings: StepSettings) -> Any:
+        tried.append((settings.batch, settings.remat))
+        return Found(settings)
+
+    def chosen(limit: int, **settings) -> tuple:
+        found = fit.fastest(config_of(LLAMA)[1], StepSettings(**settings), limit * GIB).settings
+        assert found.batch * found.accumulation == 8
+        return found.batch, found.accumulation, found.remat
+
+    monkeypatch.setattr(fit, "estimate", estimated)
+    monkeypatch.setattr(fit, "remedies", lambda *_: ["more devices"])
+    eight = dict(batch=4, accumulation=2, length=2048)
+    assert chosen(80, **eight) == (8, 1, "none")
+    assert chosen(40, **eight) == (4, 2, "none")
+    assert chosen(10, **eight) == (2, 4, "projections")
+    assert chosen(5, **eight) == (2, 4, "full")
+    # Each device has at least a row.
+    assert chosen(5, **eight, mesh={"fsdp": 4}) == (8, 1, "full")
+    # A policy stays.
+    assert chosen(8, **eight, remat="dots_saveable") == (2, 4, "dots_saveable")
+    tried.clear()
+    chosen(5, **eight)
+    assert (8, "none") not in tried and len(tried) == len(set(tried)) <= 5
+    message = (
+        r"`device_memory` is 2.00 GiB, and the smallest step takes about 3.00 GiB \(batch_size 1, "
+        r"accumulation 8, remat full\). A shorter `max_length` .* more devices"
+    )
+    with pytest.raises(ValueError, match=message):
+        chosen(2, **eight)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +360,7 @@ def test_a_hub_id_may_have_dots(monkeypatch, tmp_path, name):
         (LLAMA, dict(batch=0), "`batch` must be a whole number above 0, got 0"),
         (LLAMA, dict(length=5000), "`length` 5000 is more than the model's context of 4096"),
         (LLAMA, dict(dtype="int3"), "`dtype` must be one of float32, bfloat16"),
-        (LLAMA, dict(remat="some"), "`remat` must be False, True, `projections`"),
+        (LLAMA, dict(remat="some"), "`remat` must be one of none, projections, full"),
         (LLAMA, dict(optimizer="adam2"), "`optimizer` must be one of adamw, lion"),
         (LLAMA, dict(adapter=None, quantize="nf4"), "`quantize` is for a frozen base"),
         (LLAMA, dict(quantize="nf3"), "nf3"),

@@ -1,0 +1,79 @@
+"""Settings of a training run that fit the memory of a device."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from lora_jax.analysis.step_memory.estimate import in_units
+from lora_jax.analysis.step_memory.fit import fastest, parse_bytes
+from lora_jax.analysis.step_memory.step import StepSettings
+from lora_jax.config.lora import LoraConfig
+from lora_jax.models.remat import remat_name
+from lora_jax.quant.array import Backend, is_quant
+from lora_jax.sharding import AXES
+from lora_jax.train import preparation
+from lora_jax.train.config import TrainConfig
+from lora_jax.train.examples import Example
+from lora_jax.train.memory import device_bytes
+from lora_jax.tree import split
+
+_KERNELS: Mapping[str, Backend] = {"gpu": "gpu", "tpu": "tpu"}
+
+
+def fitted(
+    model: Any,
+    params: Any,
+    data: Sequence[Example],
+    *,
+    device_memory: str,
+    lora_config: LoraConfig,
+    config: TrainConfig,
+    log: Callable[[str], None],
+) -> tuple[Any, TrainConfig]:
+    """The model and the run with the fastest settings that fit, which are logged in a line.
+
+    Args:
+      model, params: the model, and its parameters with adapters.
+      data: what it trains on.
+      device_memory: as `parse_bytes` reads it.
+      lora_config: the adapter's config.
+      config: the run; its rows a step, `batch_size * accumulation`, stay as they are.
+      log: receives the line.
+
+    Raises:
+      ValueError: nothing fits; the message has the smallest step and what would help.
+    """
+    found = preparation.layout(model, data, config).loader
+    forward, base = model.forward, split(params)[1]
+    held = [x for x in jax.tree.leaves(model.params, is_leaf=is_quant) if is_quant(x)]
+    places = (getattr(x, "sharding", None) for x in jax.tree.leaves(base))
+    mesh = next((s.mesh.shape for s in places if isinstance(s, NamedSharding)), {})
+    settings = StepSettings(
+        # The start decides numbers, not shapes.
+        adapter=dataclasses.replace(lora_config, init="default", loftq_config={}),
+        quantize=held[0].format if held else None,
+        batch=config.batch_size,
+        accumulation=config.accumulation,
+        length=max(found.ladder),
+        packing=found.by_rank is not None,
+        dtype=forward.dtype,
+        remat=forward.remat,
+        offload=forward.offload,
+        clip=config.clip is not None,
+        mesh={axis: mesh[axis] for axis in AXES if axis in mesh},
+        backend=_KERNELS.get(jax.default_backend(), "reference"),
+    )
+    # Files may hold blocks of several formats: the bytes of the base are those that lie there.
+    limit = parse_bytes(device_memory)
+    best = fastest(forward.config, settings, limit, weights=device_bytes(base))
+    chosen = best.settings
+    log(
+        f"for {device_memory}: batch_size {chosen.batch}, accumulation {chosen.accumulation}, "
+        f"remat {remat_name(chosen.remat)}, about {in_units(best.total)}"
+    )
+    config = dataclasses.replace(config, batch_size=chosen.batch, accumulation=chosen.accumulation)
+    forward = dataclasses.replace(forward, remat=chosen.remat)
+    return dataclasses.replace(model, forward=forward), config

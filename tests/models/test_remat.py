@@ -1,0 +1,110 @@
+"""What is kept for the backward pass changes no number, wherever it lies."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from lora_jax import models
+from lora_jax.models.remat import remat_name
+
+from tests.support.tiny import SMALL
+
+pytestmark = pytest.mark.once
+
+POLICIES = jax.checkpoint_policies
+OFFLOADED = POLICIES.offload_dot_with_no_batch_dims("device", "pinned_host")
+CASES = {
+    "none": dict(remat="none"),
+    "full": dict(remat="full"),
+    "projections": dict(remat="projections"),
+    "a policy's name": dict(remat="dots_with_no_batch_dims_saveable"),
+    "a policy": dict(remat=POLICIES.save_only_these_names("projection")),
+    "full, offloaded": dict(remat="full", offload=True),
+    "projections, offloaded": dict(remat="projections", offload=True),
+    "products, offloaded": dict(remat="dots_with_no_batch_dims_saveable", offload=True),
+    "a policy that offloads": dict(remat=OFFLOADED),
+}
+CONFIG = dataclasses.replace(SMALL, num_hidden_layers=3)
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
+
+
+def adapter_gradient(**options):
+    """The function from adapters to their gradient, as training has it, and the adapters."""
+    model = models.init(jax.random.key(0), CONFIG, **options)
+    config = lora.LoraConfig(rank=2, target_modules="all-linear", init="random")
+    plan = lora.plan(config, model.apply, model.params, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    trainable, frozen = lora.split(lora.init(jax.random.key(1), plan, model.params))
+    apply = lora.lorafy(model.apply, reverse_only=True)
+
+    def loss(trainable):
+        return jnp.sum(jnp.sin(apply(lora.combine(trainable, frozen), TOKENS)))
+
+    return jax.grad(loss), trainable
+
+
+QUICK = ("full", "projections", "full, offloaded", "projections, offloaded")
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
+def test_gradients_are_those_of_no_rematerialization(case):
+    gradient, trainable = adapter_gradient(**CASES[case])
+    got = jax.jit(gradient)(trainable)
+    want = jax.jit(adapter_gradient()[0])(trainable)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+
+
+def kept(**options):
+    """Shapes of what the forward scan keeps for the backward one, and where they lie."""
+    gradient, trainable = adapter_gradient(**options)
+    text = str(jax.make_jaxpr(gradient)(trainable))
+    # Of the three layers and the two rows of nine tokens.
+    rows = re.escape("[3,2,9,")
+    return {found for found in re.findall(rf"f32(?:<host>)?{rows}\d+\]", text)}
+
+
+def test_full_keeps_what_goes_from_block_to_block():
+    assert kept(remat="full") == {"f32[3,2,9,32]"}
+    # Widths of the block's input and outputs, of the keys and values, and of the MLP.
+    assert kept(remat="projections") == {"f32[3,2,9,32]", "f32[3,2,9,16]", "f32[3,2,9,64]"}
+
+
+def test_what_is_offloaded_lies_on_the_host():
+    assert kept(remat="full", offload=True) == {"f32<host>[3,2,9,32]"}
+    assert kept(remat="projections", offload=True) == {
+        "f32<host>[3,2,9,32]", "f32<host>[3,2,9,16]", "f32<host>[3,2,9,64]"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(remat="everything"),
+         "`remat` must be one of none, projections, full, .*got 'everything'"),
+        (dict(remat="save_only_these_names"), "makes a policy from arguments: pass what `jax"),
+        (dict(offload=True), '`offload` is for `remat` full, projections, .* got "none": choose'),
+        (dict(remat="dots_saveable", offload=True), '`offload` is for .* got "dots_saveable"'),
+        (dict(remat=OFFLOADED, offload=True), "or pass a policy that offloads, .*, without `off"),
+    ],
+)  # fmt: skip
+def test_wrong_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        models.init(jax.random.key(0), SMALL, **options)
+
+
+def test_an_encoder_is_not_offloaded():
+    config = models.config_from_hf({"model_type": "bert", "architectures": ["BertModel"]})
+    with pytest.raises(ValueError, match="`offload` is for decoders, and `bert` is an encoder"):
+        models.init(jax.random.key(0), config, remat="full", offload=True)
+
+
+def test_names():
+    assert [remat_name(x) for x in (True, False, "full")] == ["full", "none", "full"]
+    assert remat_name(OFFLOADED) == "offload_dot_with_no_batch_dims"
