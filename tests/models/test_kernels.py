@@ -274,7 +274,7 @@ def test_a_named_row_that_lacks_a_case_gives_the_reason_once(wanted, change, mes
 def test_a_name_that_is_none():
     message = "`attention` must be one of auto, splash, cudnn, xla, got 'flash'"
     with pytest.raises(ValueError, match=message):
-        models.init(jax.random.key(0), SMALL, attention="flash")
+        models.init(jax.random.key(0), SMALL, attention="flash")  # type: ignore[arg-type]
 
 
 def test_an_encoder_has_no_kernel():
