@@ -78,21 +78,21 @@ class Row(NamedTuple):
 
     Attributes:
       name: its name.
+      kinds: the masks and caps that it takes.
       platform: the only platform that it runs on; None for any.
       since: the least compute capability.
       dtypes: the dtypes that it takes; () for any.
       sizes: whether it takes heads of a size, and the same in words.
-      kinds: the masks and caps that it takes.
       run: `run(q, k, v, ids, *, window, scale, softcap) -> mixed values`; None for XLA's.
     """
 
     name: AttentionName
-    platform: str | None
-    since: int
-    dtypes: tuple[str, ...]
-    sizes: tuple[Callable[[int], bool], str]
     kinds: frozenset[Kind]
-    run: Callable | None
+    platform: str | None = None
+    since: int = 0
+    dtypes: tuple[str, ...] = ()
+    sizes: tuple[Callable[[int], bool], str] = (lambda h: True, "")
+    run: Callable | None = None
 
 
 def splash(
@@ -173,16 +173,23 @@ def cudnn(
 
 _16_BITS = ("bfloat16", "float16")
 _ALL: frozenset[Kind] = frozenset(get_args(Kind))
+_WINDOWS: frozenset[Kind] = frozenset({"windows"})
 
 TABLE: tuple[Row, ...] = (
-    Row("splash", "tpu", 0, ("bfloat16", "float32"),
-        (lambda h: h < _LANES or h % _LANES == 0, "below 128, or multiples of 128"), _ALL, splash),
+    Row(
+        name="splash", platform="tpu", dtypes=("bfloat16", "float32"), kinds=_ALL, run=splash,
+        sizes=(lambda h: h < _LANES or h % _LANES == 0, "below 128, or multiples of 128"),
+    ),
     # The limits of cuDNN, from Hopper on and before.
-    Row("cudnn", "gpu", 9, _16_BITS, (lambda h: h % 8 == 0 and h <= 256, "multiples of 8 to 256"),
-        frozenset({"windows"}), cudnn),
-    Row("cudnn", "gpu", 8, _16_BITS, (lambda h: h % 8 == 0 and h <= 128, "multiples of 8 to 128"),
-        frozenset({"windows"}), cudnn),
-    Row("xla", None, 0, (), (lambda h: True, ""), _ALL, None),
+    Row(
+        name="cudnn", platform="gpu", since=9, dtypes=_16_BITS, kinds=_WINDOWS, run=cudnn,
+        sizes=(lambda h: h % 8 == 0 and h <= 256, "multiples of 8 to 256"),
+    ),
+    Row(
+        name="cudnn", platform="gpu", since=8, dtypes=_16_BITS, kinds=_WINDOWS, run=cudnn,
+        sizes=(lambda h: h % 8 == 0 and h <= 128, "multiples of 8 to 128"),
+    ),
+    Row(name="xla", kinds=_ALL),
 )  # fmt: skip
 
 
@@ -223,7 +230,7 @@ def kernel_for(
 
     def of(window: int | None) -> Callable:
         own = functools.partial(run, window=window, scale=scale, softcap=softcap)
-        return lambda q, k, v: _on_devices(own, q, k, v, ids)
+        return lambda q, k, v: _on_devices(own, q, k, v, ids=ids)
 
     def kernel(q: Array, k: Array, v: Array) -> Array:
         if isinstance(slides, bool):
@@ -320,6 +327,7 @@ def _on_devices(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b t k h"],
     v: Float[Array, "b t k h"],
+    *,
     ids: Int[AnyArray, "b t"] | None,
 ) -> Float[Array, "b t n h"]:
     """`run(q, k, v, ids)`, on a mesh by each device for its rows and heads."""
