@@ -47,8 +47,8 @@ _LACKS: Mapping[Kind, str] = {
     "soft caps": "has no soft cap of the scores",
     "padding": "takes no mask of padding",
     # Through `jax.nn.dot_product_attention` cuDNN gets a mask as a bias of all pairs of tokens.
-    # JAX's private call has offsets of texts, but steps through the keys by the number of query
-    # heads: with grouped heads every text but the first would read another's keys.
+    # Its private call has offsets of texts, which JAX 0.10 counts by query heads for keys too: with
+    # grouped heads every text but the first would read another's keys, without an error.
     "segments": "cannot keep texts of one row apart",
 }
 
