@@ -312,7 +312,7 @@ def apart() -> str:
         alone = jax.device_count() == 1
         return "" if alone else "needs the mesh of several devices in `jax.set_mesh`"
     open_axes = _open_axes(mesh)
-    if AxisType.Explicit in mesh.axis_types:
+    if open_axes and AxisType.Explicit in mesh.axis_types:
         return "takes no mesh with explicit axes"
     return "takes no tokens spread over the axis 'context'" if "context" in open_axes else ""
 
