@@ -58,7 +58,7 @@ def from_hugging_face(
     check_argument(order, "weights", weights, (str, os.PathLike, Weights))
     check_argument(order, "using", using, NameMap)
     if not isinstance(weights, Weights):
-        weights = open_directory(weights)
+        weights = open_directory(Path(weights))
     if (mesh is None) != (rules is None):
         raise ValueError("`mesh` and `rules` go together: give both, or neither")
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
