@@ -17,6 +17,7 @@ import numpy as np
 
 from lora_jax import processes
 from lora_jax.checkpoint.agreement import check_adapter, check_finite
+from lora_jax.checkpoint.checksums import check_arrays, with_checksums
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
 from lora_jax.checkpoint.flat import (
     check_outline,
@@ -28,7 +29,6 @@ from lora_jax.checkpoint.flat import (
     unflatten,
 )
 from lora_jax.checkpoint.folder import (
-    check_arrays,
     check_space,
     checkpointer,
     is_folder,
@@ -40,7 +40,6 @@ from lora_jax.checkpoint.folder import (
     replace,
     shapes_of,
     steps_in,
-    with_checksums,
 )
 from lora_jax.checkpoint.planned import planned
 from lora_jax.compat import require
@@ -388,8 +387,7 @@ def _read_arrays(stored: Stored, like: dict[str, Any] | None) -> dict[str, jax.A
         n: _struct(like[n[cut:]] if n.startswith(stored.prefix) else x, here)
         for n, x in found.items()
     }
-    with checkpointer(stored.item) as opened:
-        arrays = read_arrays(opened, stored.directory, stored.item, wanted)
+    arrays = read_arrays(stored.directory, stored.item, wanted)
     check_arrays(arrays, stored.arrays, stored.directory)
     return {n: arrays[stored.prefix + n] for n in like}
 

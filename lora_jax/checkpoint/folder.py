@@ -1,13 +1,10 @@
 """Orbax folders with arrays under one name and JSON under `meta`, and errors of the disk.
 
-`meta` holds a checksum of every array and of itself. Orbax has none for arrays: a byte that a disk
-or a copy has changed would be read as another number.
+`meta` holds a checksum of every array and of itself, see `checksums`.
 """
 
 import contextlib
 import errno
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -17,23 +14,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 
 from lora_jax import processes
-from lora_jax.checkpoint.flat import describe, parse
+from lora_jax.checkpoint.checksums import CHECKSUMS, DamagedError, split_checksums
+from lora_jax.checkpoint.flat import parse
 from lora_jax.compat import require
 from lora_jax.files import replacing
 
 T = TypeVar("T")
 
-_CHECKSUMS = "checksums"
-
-
-class DamagedError(ValueError):
-    """A checkpoint that cannot be read, or holds other bytes than were written."""
-
-
-_AT_A_TIME = 1 << 27  # bytes of arrays that are read at a time, or those of the largest
+_AT_A_TIME = 1 << 25  # bytes of arrays that are read at a time, or those of the largest read
 
 
 def checkpointer(item: str, *, largest: int = 0, together: bool = False) -> Any:
@@ -43,7 +33,7 @@ def checkpointer(item: str, *, largest: int = 0, together: bool = False) -> Any:
 
     Args:
       item: name of the arrays.
-      largest: bytes of the largest array that will be read.
+      largest: bytes of the largest read of an array.
       together: all processes write their parts of the arrays into one folder.
     """
     ocp = require("orbax.checkpoint")
@@ -122,74 +112,6 @@ def replace(directory: Path, write: Callable[[Path], None], *, together: bool = 
         ) from error
 
 
-def with_checksums(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of a folder with checksums of itself and of the arrays beside it.
-
-    Args:
-      meta: JSON values.
-      arrays: the arrays by name.
-    """
-    sums = _sums(arrays)
-    return {**meta, _CHECKSUMS: {"meta": _digest_of_json([meta, sums]), "arrays": sums}}
-
-
-def _sums(arrays: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _sum(x) for name, x in sorted(arrays.items())}
-
-
-def split_checksums(meta: Any, directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The JSON without its checksums, and those of the arrays: `float32[576,8] 9f86d081...`.
-
-    Raises:
-      DamagedError: the JSON has changed since it was written.
-    """
-    try:
-        plain = {name: value for name, value in meta.items() if name != _CHECKSUMS}
-        arrays = dict(meta[_CHECKSUMS]["arrays"])
-        intact = meta[_CHECKSUMS]["meta"] == _digest_of_json([plain, arrays])
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise DamagedError(
-            f"{directory}: its `meta` has no checksums: it is damaged, or written by a version "
-            "without them"
-        ) from None
-    if not intact:
-        raise DamagedError(f"{directory}: its `meta` has changed since it was written")
-    return plain, arrays
-
-
-def check_arrays(arrays: Mapping[str, Any], sums: Mapping[str, str], directory: Path) -> None:
-    """Compares arrays with their checksums.
-
-    Raises:
-      DamagedError: an array is missing or has changed since it was written.
-    """
-    # In one order, as processes take turns with arrays that several of them hold.
-    for name, expected in sorted(sums.items()):
-        if name not in arrays:
-            raise DamagedError(f"{directory}: array `{name}` is missing")
-        if _sum(arrays[name]) != expected:
-            raise DamagedError(f"{directory}: array `{name}` has changed since it was written")
-
-
-def _sum(array: Any) -> str:
-    # Of the bytes in C order, on the host: the same for every sharding and device.
-    data = np.ascontiguousarray(jax.device_get(processes.whole(_alias(array))))
-    digest = hashlib.sha256(data.reshape(-1).view(np.uint8).data).hexdigest()[:16]
-    return f"{describe(array)} {digest}"
-
-
-def _alias(x: Any) -> Any:
-    """Another array of the same buffers: the copy on the host that JAX keeps with it goes away."""
-    if not isinstance(x, jax.Array):
-        return x
-    shards = [shard.data for shard in x.addressable_shards]
-    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
-
-
-def _digest_of_json(meta: Any) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def read_meta(
     directory: Path, expected: str, *, part: str | None = None, needs: tuple[str, ...] = ()
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -210,7 +132,7 @@ def read_meta(
     run = meta if part is None or not isinstance(meta, dict) else meta.get(part)
     found = run.get("format") if isinstance(run, dict) else None
     # Older formats have no checksums: the format is named before they are missed.
-    if found != expected and (not isinstance(meta, dict) or _CHECKSUMS not in meta):
+    if found != expected and (not isinstance(meta, dict) or CHECKSUMS not in meta):
         raise ValueError(f"{directory}: expected format {expected!r}, got {found!r}")
     plain, sums = split_checksums(meta, directory)
     run = plain if part is None else plain[part]
@@ -258,11 +180,10 @@ def newest_whole(directory: Path, steps: Sequence[int], read: Callable[[int], T]
     )
 
 
-def read_arrays(opened: Any, directory: Path, item: str, wanted: Any) -> Any:
+def read_arrays(directory: Path, item: str, wanted: Any) -> Any:
     """The arrays of a folder.
 
     Args:
-      opened: from `checkpointer`.
       directory: the folder.
       item: the part of it with the arrays.
       wanted: tree of `jax.ShapeDtypeStruct`s with the shardings.
@@ -273,7 +194,23 @@ def read_arrays(opened: Any, directory: Path, item: str, wanted: Any) -> Any:
     ocp = require("orbax.checkpoint")
     args = ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)})
     with readable(directory, "arrays"):
-        return opened.restore(directory, args)[item]
+        with checkpointer(item) as opened:
+            stored = opened.metadata(directory).item_metadata[item].tree
+        reads = jax.tree.leaves(jax.tree.map(_read_bytes, wanted, stored))
+        with checkpointer(item, largest=max(reads, default=0)) as opened:
+            return opened.restore(directory, args)[item]
+
+
+def _read_bytes(wanted: jax.ShapeDtypeStruct, stored: Any) -> int:
+    """Bytes of the largest read of an array: that of a shard, in whole chunks of the file."""
+    shape, where = wanted.shape, wanted.sharding
+    size = wanted.dtype.itemsize
+    shard = shape if where is None else where.shard_shape(shape)
+    for whole, n, chunk in zip(shape, shard, stored.storage.chunk_shape, strict=True):
+        # A shard that does not begin with a chunk may reach into one more.
+        apart = bool(n % chunk and chunk % n)
+        size *= min(-(-n // chunk) + apart, -(-whole // chunk)) * chunk
+    return size
 
 
 @contextlib.contextmanager

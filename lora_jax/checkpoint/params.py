@@ -5,7 +5,6 @@ folder/
   meta/     JSON: format, the fingerprint of the leaves, checksums
 """
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ import jax
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from lora_jax.array import check_plain
+from lora_jax.checkpoint.checksums import check_arrays, with_checksums
 from lora_jax.checkpoint.fingerprint import fingerprint, kinds
 from lora_jax.checkpoint.flat import differences, flatten, nested, parse, summary, unflatten
 from lora_jax.checkpoint.folder import (
-    check_arrays,
     check_space,
     checkpointer,
     is_folder,
@@ -27,7 +26,6 @@ from lora_jax.checkpoint.folder import (
     read_meta,
     replace,
     shapes_of,
-    with_checksums,
 )
 from lora_jax.compat import require
 from lora_jax.models.sharding import RULES
@@ -112,9 +110,7 @@ def restore_params(
         raise ValueError(f"{directory} does not fit the model: {summary(phrases)}")
     where = {} if mesh is None else flatten(shardings(like, mesh, rules))
     wanted = {n: placed(x, where.get(n)) for n, x in named.items()}
-    largest = max((math.prod(x.shape) * x.dtype.itemsize for x in wanted.values()), default=0)
-    with checkpointer(ITEM, largest=largest) as opened:
-        arrays = flatten(read_arrays(opened, directory, ITEM, nested(wanted)))
+    arrays = flatten(read_arrays(directory, ITEM, nested(wanted)))
     check_arrays(arrays, sums, directory)
     return unflatten(like, arrays)
 

@@ -20,10 +20,14 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_jax import processes
-from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
-from lora_jax.checkpoint.folder import (
+from lora_jax.checkpoint.checksums import (
     DamagedError,
     check_arrays,
+    split_checksums,
+    with_checksums,
+)
+from lora_jax.checkpoint.flat import differences, flatten, summary, unflatten
+from lora_jax.checkpoint.folder import (
     check_space,
     checkpointer,
     newest_whole,
@@ -32,8 +36,6 @@ from lora_jax.checkpoint.folder import (
     read_arrays,
     readable,
     shapes_of,
-    split_checksums,
-    with_checksums,
 )
 from lora_jax.compat import require
 
@@ -212,12 +214,8 @@ def _restore_step(
     wanted = {n: _placed(w, named[n]) for n, w in wanted.items()}
     place = Path(opened.directory) / str(step)
 
-    def read() -> dict[str, Any]:
-        with checkpointer("state") as own:
-            return read_arrays(own, place, "state", wanted)
-
     # A process reads its own parts, so that only one of several may find the damage.
-    arrays = processes.together(read, DamagedError)
+    arrays = processes.together(lambda: read_arrays(place, "state", wanted), DamagedError)
     check_arrays(arrays, sums, place)
     typed = {n: _typed(x, named[n]) if _is_key(named[n]) else x for n, x in arrays.items()}
     return Checkpoint(step, unflatten(like, typed), meta)

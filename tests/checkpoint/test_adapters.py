@@ -11,9 +11,10 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import checkpoint, files
-from lora_jax.checkpoint import adapters, folder
+from lora_jax.checkpoint import adapters, checksums
+from lora_jax.checkpoint.checksums import split_checksums, with_checksums
 from lora_jax.checkpoint.flat import differences, flatten, unflatten
-from lora_jax.checkpoint.folder import check_space, one_line, split_checksums, with_checksums
+from lora_jax.checkpoint.folder import check_space, one_line
 
 from tests.support.random_arrays import moved
 from tests.support.train_toys import (
@@ -294,7 +295,7 @@ def test_what_is_no_adapter_is_refused(tmp_path, saved, monkeypatch):
     def rewrite(**changes):
         meta, sums = split_checksums(json.loads(path.read_text()), saved)
         meta = {k: v for k, v in {**meta, **changes}.items() if v is not None}
-        monkeypatch.setattr(folder, "_sums", lambda arrays: sums)
+        monkeypatch.setattr(checksums, "_sums", lambda arrays: sums)
         path.write_text(json.dumps(with_checksums(meta, {})))
 
     rewrite(format="lora_jax adapter 9")
@@ -346,11 +347,11 @@ def test_fingerprint_sees_the_order_of_a_quantized_weights_dims():
 def test_an_array_that_changed_on_disk_is_damaged(tmp_path):
     arrays = {"a": np.arange(6.0), "b": np.ones(3)}
     _, sums = split_checksums(with_checksums({}, arrays), tmp_path)
-    folder.check_arrays(arrays, sums, tmp_path)
-    with pytest.raises(folder.DamagedError, match="array `b` has changed since it was written"):
-        folder.check_arrays({**arrays, "b": np.ones(3) + 1e-7}, sums, tmp_path)
-    with pytest.raises(folder.DamagedError, match="array `a` is missing"):
-        folder.check_arrays({"b": arrays["b"]}, sums, tmp_path)
+    checksums.check_arrays(arrays, sums, tmp_path)
+    with pytest.raises(checksums.DamagedError, match="array `b` has changed since it was written"):
+        checksums.check_arrays({**arrays, "b": np.ones(3) + 1e-7}, sums, tmp_path)
+    with pytest.raises(checksums.DamagedError, match="array `a` is missing"):
+        checksums.check_arrays({"b": arrays["b"]}, sums, tmp_path)
 
 
 def test_flat_names_every_leaf_once():

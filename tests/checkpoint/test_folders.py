@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
-from lora_jax import checkpoint, files
-from lora_jax.checkpoint import adapters
+from lora_jax import checkpoint, files, models
+from lora_jax.checkpoint import adapters, checksums, folder
 from lora_jax.sharding import LeafDims, Rules
 
 from tests.support.places import ROOT
@@ -226,3 +226,27 @@ def test_codes_are_not_read_as_those_of_another_format(tmp_path):
         other = lora.quantize(w, ["w"], block_size=16, **options)
         with pytest.raises(ValueError, match=rf"`w` is nf4-16:float32\[32,32\], expected {got}"):
             checkpoint.restore_params(tmp_path / "m", other)
+
+
+@pytest.mark.parametrize("axes", [dict(fsdp=8), dict(fsdp=2), None], ids=str)
+def test_arrays_above_the_limit_of_a_read_are_restored(tmp_path, monkeypatch, axes):
+    monkeypatch.setattr(folder, "_AT_A_TIME", 64)
+    spread = NamedSharding(models.make_mesh(fsdp=8), P(None, "fsdp"))
+    params = {"w": jax.device_put(np.arange(128.0, dtype=np.float32).reshape(8, 16), spread)}
+    checkpoint.save_params(tmp_path / "p", params)
+    like = {"w": jax.ShapeDtypeStruct((8, 16), "float32")}
+    if axes is not None:
+        devices = jax.devices()[: axes["fsdp"]]
+        mesh = models.make_mesh(devices=devices, **axes)
+        where = NamedSharding(mesh, P("fsdp", None))
+        like = {"w": jax.ShapeDtypeStruct((8, 16), "float32", sharding=where)}
+    got = checkpoint.restore_params(tmp_path / "p", like)
+    np.testing.assert_array_equal(got["w"], params["w"])
+
+
+@pytest.mark.parametrize("spec", [P("fsdp", None), P(None, "fsdp"), P(None, None)])
+def test_checksums_do_not_depend_on_the_shards(monkeypatch, spec):
+    monkeypatch.setattr(checksums, "_HASHED", 100)
+    x = np.random.default_rng(0).normal(size=(24, 8)).astype(np.float32)
+    placed = jax.device_put(x, NamedSharding(models.make_mesh(fsdp=8), spec))
+    assert checksums._sum(placed) == checksums._sum(x)
