@@ -186,7 +186,8 @@ def attach(
         # The file holds tables of its own, which train whole.
         config = settled
         plan, saved = planned(config)
-    blank = _blank(plan, config, params, source)
+    check_tying(config, tensors, plan, source)
+    blank = _blank(plan, params, source)
     if places is None:
         return fill(blank, config, tensors, source=source, model_type=model_type), config
     blank = with_saved(blank, saved, plan)
@@ -213,9 +214,8 @@ def _plan(
     return plan_of(wanted), saved
 
 
-def _blank(plan: Plan, config: LoraConfig, params: Any, source: str) -> Any:
+def _blank(plan: Plan, params: Any, source: str) -> Any:
     """The tree with the new adapters of a plan."""
-    check_tying(config, plan, source)
     # The key has no effect: every factor drawn with it is replaced.
     return init(jax.random.key(0), as_read(plan, params, source=source), params)
 

@@ -5,7 +5,7 @@ PEFT has two modules, `embed_tokens` and `lm_head`, and changes both only where 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -93,8 +93,14 @@ def tied_by_file(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> LoraC
     return config
 
 
-def check_tying(config: LoraConfig, plan: Plan, source: str) -> None:
-    """Refuses an adapter that changes a table as an embedding only where it is the head too.
+def check_tying(config: LoraConfig, tensors: Iterable[str], plan: Plan, source: str) -> None:
+    """Refuses an adapter that changes one of embedding and head where one table is both.
+
+    Args:
+      config: the adapter's config.
+      tensors: names of the adapter's own tensors, without copies of the base's.
+      plan: of the config on the model.
+      source: what messages call the adapter.
 
     Raises:
       ValueError: the config does not tie the adapters of a table that the model also uses as its
@@ -102,6 +108,14 @@ def check_tying(config: LoraConfig, plan: Plan, source: str) -> None:
     """
     if ties(config):
         return
+    table = next((leaf.path for leaf in plan.leaves if leaf.tied), None)
+    head = next((key for key in tensors if key.startswith(f"{PREFIX}{HEAD}.")), None)
+    if table is not None and head is not None:
+        raise ValueError(
+            f"{source}: the adapter changes the output head only (`{head}`), but this model uses "
+            f"`{table}` as its head and its embedding; train it in PEFT with {TYING}=True, or load "
+            "a model whose head is not tied"
+        )
     for leaf in (*plan.adapted, *plan.saved):
         if leaf.kind != "rows" and leaf.tied:
             raise ValueError(

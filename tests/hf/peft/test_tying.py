@@ -1,5 +1,7 @@
 """Which table is the output head is read off the model, not off names or sizes."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax.array import leaves_by_path
-from lora_jax.hf.peft.directory import TENSOR_FILE
+from lora_jax.hf.peft.directory import CONFIG_FILE, TENSOR_FILE
 from lora_jax.hf.peft.save import with_task
 
 pytestmark = pytest.mark.once
@@ -72,4 +74,26 @@ def test_a_tied_heads_copy_that_differs_is_refused(part, tmp_path):
     key = f"base_model.model.lm_head.{part}.weight"
     save_file({**tensors, key: tensors[key] + 1}, tmp_path / TENSOR_FILE)
     with pytest.raises(ValueError, match=f"`{key}` differs from the embedding's"):
+        lora.hf.load_peft(tmp_path, decoder, base, TOKENS)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_an_adapter_of_a_tied_head_alone_is_refused(field, tmp_path):
+    """PEFT gives the head a matrix of its own, where nothing in its config ties it."""
+    base = params()
+    config = lora.LoraConfig(rank=2, target_modules=("mix",))
+    plan = lora.plan(config, decoder, base, TOKENS)
+    lora.hf.save_peft(tmp_path, lora.init(jax.random.key(0), plan, base), config)
+    fields = json.loads((tmp_path / CONFIG_FILE).read_text())
+    fields[field] = [*(fields[field] or []), "lm_head"]
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(fields))
+    head = {
+        "target_modules": {"lora_A.weight": np.ones((2, D)), "lora_B.weight": np.ones((V, 2))},
+        "modules_to_save": {"weight": np.ones((V, D))},
+    }[field]
+    own = {f"base_model.model.lm_head.{k}": x.astype(np.float32) for k, x in head.items()}
+    save_file({**load_file(tmp_path / TENSOR_FILE), **own}, tmp_path / TENSOR_FILE)
+    with pytest.raises(
+        ValueError, match="changes the output head only .*lm_head.*, but .*wte.* is not tied"
+    ):
         lora.hf.load_peft(tmp_path, decoder, base, TOKENS)
