@@ -113,7 +113,8 @@ def generate_texts(
       first: number of the first question. What is sampled for a question depends on the seed and
         its number, not on the batches.
       stream: called with an index of `questions` and what has been added to its answer. The texts
-        joined are the answer, or its beginning where a tokenizer changes characters afterwards.
+        joined are the answer but for its end, which may still change, and for characters that the
+        tokenizer changes after they were passed on (bytes that turn out to be no text).
 
     Returns:
       One text for each question, without special tokens.
