@@ -41,6 +41,8 @@ def parse_bytes(text: str | int) -> int:
 # A forward pass and the products of the backward pass take a unit each. `full` repeats the forward
 # pass; what `projections` repeats has no products.
 _WORK = {"none": 1.0, "projections": 1.03, "full": 1.5}
+# On a CPU what `none` stores and reads takes longer than computing it again.
+_WORK_CPU = {**_WORK, "none": 1.1}
 # A pass reads the weights, which takes as long as the products of this many tokens: an H200's
 # 989 TFLOP/s over its 4.8 TB/s, with 2 bytes and 2 operations a weight.
 _READING = 206
@@ -67,9 +69,11 @@ def fastest(
     kinds = tuple(_WORK) if settings.remat in _WORK and not settings.offload else (settings.remat,)
     sizes = [n for n in range(parts, rows + 1, parts) if rows % n == 0]
 
+    work = _WORK_CPU if settings.backend == "reference" else _WORK
+
     def seconds(size: int, remat: Any) -> float:
         passes = rows // size
-        return passes * (size // parts * settings.length + _READING) * _WORK.get(remat, 1.0)
+        return passes * (size // parts * settings.length + _READING) * work.get(remat, 1.0)
 
     @functools.cache
     def found(size: int, remat: Any) -> MemoryEstimate:
