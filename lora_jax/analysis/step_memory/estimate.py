@@ -144,7 +144,7 @@ class MemoryEstimate:
                 + " x ".join(f"{name} {n}" for name, n in self.settings.mesh.items() if n > 1)
             )
             if not self.exact:
-                text.append(f"  {memory_mesh.mesh_note(self.settings.backend)}")
+                text.append(f"  {memory_mesh.MESH_NOTE}")
         return "\n".join(line.rstrip() for line in text)
 
     def __str__(self) -> str:

@@ -74,13 +74,11 @@ def one_device(config: Any, mesh: Mapping[str, int]) -> Any:
     return dataclasses.replace(config, head_dim=config.head_dim, **share)
 
 
-def mesh_note(backend: str) -> str:
-    """The assumptions behind an estimate on a mesh, in a line."""
-    line = (
-        "as `train.fit` and `lora-jax train --mesh` run it; in a loop of your own without "
-        'Forward(rows=("data", "fsdp")) XLA holds up to twice the activations'
-    )
-    return line + ("; not checked against a TPU's compiler" if backend == "tpu" else "")
+# The assumptions behind an estimate on a mesh, in a line.
+MESH_NOTE = (
+    "as `train.fit` and `lora-jax train --mesh` run it; in a loop of your own without "
+    'Forward(rows=("data", "fsdp")) XLA holds up to twice the activations'
+)
 
 
 def parts(spec: PartitionSpec, mesh: Mapping[str, int], *axes: str) -> int:
