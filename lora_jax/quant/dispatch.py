@@ -3,7 +3,8 @@
     reference  jnp, any shape                       gpu  Pallas, Triton lowering
     tpu        Pallas, Mosaic lowering              *_interpret  the same, interpreted on a CPU
 
-A shape that no kernel takes uses the reference, with one warning, and so does a TPU on a mesh.
+A shape that no kernel takes uses the reference, with one warning; and so do TPUs on a mesh with
+an axis `tensor`.
 """
 
 import dataclasses
@@ -14,14 +15,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import get_args
 
-import jax
-from jax.sharding import AxisType
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lora_jax import compat
 from lora_jax.quant.array import Backend, QuantArray, form_of
 from lora_jax.quant.formats import Coded, Pass, decode
+from lora_jax.quant.kernels.partition import spread_mesh, used_whole
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 # What "auto" chooses on JAX's platforms; the reference on any other.
@@ -29,7 +29,7 @@ _OF_PLATFORM: Mapping[str, Backend] = {"gpu": "gpu", "cuda": "gpu", "tpu": "tpu"
 
 
 class ReferenceWarning(UserWarning):
-    """A quantized product runs without a kernel: none takes its shape, or a TPU is on a mesh."""
+    """A quantized product runs without a kernel: none takes its shape, or XLA cannot split it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,28 +96,27 @@ def choose_kernel(
         from lora_jax.quant.kernels import tpu as kernels
     form = form_of(q)
     # On a CPU, where they are interpreted, XLA splits them.
-    spread = backend == "tpu" and not interpreted and _on_mesh()
-    if reason := _UNSPLIT if spread else kernels.obstacle(form, q.block, packed):
+    mesh = spread_mesh() if backend == "tpu" and not interpreted else None
+    unsplit = "" if mesh is None or used_whole(mesh) else _UNSPLIT
+    if reason := unsplit or kernels.obstacle(form, q.block, packed):
         _warn_once(f"{backend}: {reason}; the reference decodes it")
         return Kernel(_reference, reason=reason)
     options = {"interpret": bool(interpreted)}
     decoder = functools.partial(kernels.decode, **options)
     limit = fused_rows(backend, form.name, packed[-1], transposed=transposed)
     # For many rows the device's own product of a decoded copy beats a fused kernel.
-    if rows > limit or kernels.fused_obstacle(form, q.block, packed, dtype):
+    # A fused one would be given the rows of all devices.
+    if rows > limit or mesh is not None or kernels.fused_obstacle(form, q.block, packed, dtype):
         return Kernel(decoder)
     return Kernel(decoder, functools.partial(kernels.matmul, **options))
 
 
 # JAX wires `custom_partitioning`, by which the GPU's kernels are split, to no TPU
 # (https://github.com/jax-ml/jax/issues/38196): the program would not compile.
-_UNSPLIT = "XLA cannot split its kernels over the devices of a mesh"
-
-
-def _on_mesh() -> bool:
-    """Whether the context has a mesh of several devices, outside of a `shard_map`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size > 1 and AxisType.Manual not in mesh.axis_types
+_UNSPLIT = (
+    "XLA cannot split its kernels over this mesh (axes other than data, fsdp and context, or "
+    "explicit ones)"
+)
 
 
 def _reference(w: Coded, *, dtype: DTypeLike, name: Pass) -> Float[Array, "k n"]:

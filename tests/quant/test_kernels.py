@@ -1,18 +1,21 @@
 """Kernels: interpreted on the CPU against plain jnp, and lowered for CUDA and TPU from here."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
 
 from lora_jax import quant
 from lora_jax.quant import dispatch
 from lora_jax.quant.array import coded
 from lora_jax.quant.formats import decode
 from lora_jax.quant.kernels import gpu, reference, tpu
+from lora_jax.quant.kernels.partition import whole_decode
 
 KERNELS = {"gpu": gpu, "tpu": tpu}
 
@@ -99,23 +102,40 @@ def test_the_table_decides_by_rows_and_a_shape_no_kernel_takes_is_told():
         way(1, q=dataclasses.replace(q, backend="cuda"))
 
 
-def test_a_tpu_on_a_mesh_decodes_without_kernels():
+def test_kernels_of_tpus_on_a_mesh_decode_whole_weights():
     """JAX gives XLA no rule there by which it could split them."""
     q = dataclasses.replace(quantized(128, 128, block_size=64), backend="tpu")
 
-    def reason(q=q):
-        return dispatch.choose_kernel(q, 4, (64, 128), transposed=False, dtype=jnp.bfloat16).reason
+    def kernel(q=q):
+        return dispatch.choose_kernel(q, 4, (64, 128), transposed=False, dtype=jnp.bfloat16)
 
-    assert not reason()
-    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-    with jax.set_mesh(mesh):
-        with pytest.warns(quant.ReferenceWarning, match="tpu: XLA cannot split its kernels"):
-            assert reason()
-        assert not reason(dataclasses.replace(q, backend="tpu_interpret"))
+    def mesh(*sizes, kind=AxisType.Auto):
+        return jax.make_mesh(sizes, ("fsdp", "tensor"), axis_types=(kind,) * 2)
+
+    assert kernel().fused
+    with jax.set_mesh(mesh(8, 1)):
+        assert not kernel().fused and not kernel().is_reference
+        assert kernel(dataclasses.replace(q, backend="tpu_interpret")).fused
         inside = jax.shard_map(
-            lambda x: x if reason() else 2 * x, in_specs=jax.P(), out_specs=jax.P()
+            lambda x: 2 * x if kernel().fused else x, in_specs=jax.P(), out_specs=jax.P()
         )
         assert inside(jnp.float32(1)) == 2
+    for other in (mesh(4, 2), mesh(8, 1, kind=AxisType.Explicit)):
+        with jax.set_mesh(other), warnings.catch_warnings():
+            # Once a process.
+            warnings.simplefilter("ignore", quant.ReferenceWarning)
+            assert kernel().is_reference and "cannot split its kernels" in kernel().reason
+
+
+def test_every_device_decodes_a_whole_weight_from_its_part_of_the_codes():
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    parts = (np.arange(64.0, dtype=np.float32).reshape(8, 8), np.ones(8, np.float32))
+    placed = jax.device_put(parts, NamedSharding(mesh, jax.P("fsdp")))
+    with jax.set_mesh(mesh):
+        decode = jax.jit(lambda *parts: whole_decode(lambda a, b: a @ a + b, *parts))
+        got, text = decode(*placed), decode.lower(*placed).compile().as_text()
+    np.testing.assert_array_equal(got, parts[0] @ parts[0] + 1)
+    assert got.sharding.is_fully_replicated and text.count(" all-gather(") == 2
 
 
 def _lowered(f, platform, *args) -> str:

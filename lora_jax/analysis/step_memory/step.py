@@ -1,7 +1,6 @@
 """The training step of an estimate: the step of `lora_jax.train`, traced over shapes."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -231,9 +230,9 @@ def _base(forward: Any, settings: StepSettings) -> Any:
     if form is None:
         return shapes
 
-    # On a mesh a TPU runs no kernels, see `lora_jax.quant.dispatch`.
-    spread = settings.backend == "tpu" and math.prod(settings.mesh.values()) > 1
-    backend: Backend = "reference" if spread else settings.backend
+    # On such a mesh a TPU runs no kernels, see `lora_jax.quant.dispatch`.
+    unsplit = settings.backend == "tpu" and settings.mesh["tensor"] > 1
+    backend: Backend = "reference" if unsplit else settings.backend
 
     def quantized(params: Any) -> Any:
         return quantize(params, is_kernel, format=form, backend=backend)

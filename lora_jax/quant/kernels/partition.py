@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
@@ -38,7 +38,38 @@ def sharded_decode(run: functools.partial, *parts: AnyArray) -> jax.Array:
 def _inside_shard_map() -> bool:
     # In a `shard_map` each device already has its own part, and the call runs as it is.
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and jax.sharding.AxisType.Manual in mesh.axis_types
+    return not mesh.empty and AxisType.Manual in mesh.axis_types
+
+
+def spread_mesh() -> AbstractMesh | None:
+    """The context's mesh if it has several devices, outside of a `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or _inside_shard_map() else mesh
+
+
+# Axes of `lora_jax.models.sharding` along which the devices have other rows or tokens, and use
+# weights whole.
+_ROWS = ("data", "fsdp", "context")
+
+
+def used_whole(mesh: AbstractMesh) -> bool:
+    """Whether every device of the mesh uses the weights whole."""
+    others = (n for axis, n in mesh.shape.items() if axis not in _ROWS)
+    return all(n == 1 for n in others) and AxisType.Explicit not in mesh.axis_types
+
+
+def whole_decode(run: Callable, *parts: AnyArray) -> jax.Array:
+    """`run(*parts)` by every device of the context's mesh, to which all parts are brought."""
+    mesh, whole = jax.sharding.get_abstract_mesh(), PartitionSpec()
+    mapped = jax.shard_map(
+        run,
+        in_specs=whole,
+        out_specs=whole,
+        axis_names=set(mesh.axis_names),
+        # A kernel's results are not typed by the axes that they differ along.
+        check_vma=False,
+    )
+    return mapped(*parts)
 
 
 @functools.cache

@@ -19,7 +19,12 @@ from jaxtyping import Array, Float, Integer
 from lora_jax.dims import AnyArray
 from lora_jax.quant import formats
 from lora_jax.quant.kernels import reference
-from lora_jax.quant.kernels.partition import sharded_decode, sharded_matmul
+from lora_jax.quant.kernels.partition import (
+    sharded_decode,
+    sharded_matmul,
+    spread_mesh,
+    whole_decode,
+)
 
 # A block of an array in memory, as a kernel gets it; Pallas names no public type for it.
 Ref = Any
@@ -102,7 +107,10 @@ def decode(
     run = functools.partial(
         _decode_blocks, form=w.form, dtype=jnp.dtype(dtype), name=name, interpret=interpret
     )
-    return sharded_decode(run, *_blocks(w)).reshape(-1, w.packed.shape[1])
+    # JAX wires `custom_partitioning` to no TPU (https://github.com/jax-ml/jax/issues/38196).
+    spread = not interpret and spread_mesh() is not None
+    decoded = (whole_decode if spread else sharded_decode)(run, *_blocks(w))
+    return decoded.reshape(-1, w.packed.shape[1])
 
 
 def _decode_blocks(
