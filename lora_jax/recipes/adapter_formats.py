@@ -102,6 +102,7 @@ def _load_peft(
 
     content = _read_peft(source, model_type=model.config.model_type)
     loaded = _attach(content, model, source, plan_of)
+    # Orbax adapters are compared with the whole base, and GGUF files hold nothing about it.
     warn_of_base(trained_over(source), loaded[0], str(source))
     return loaded
 

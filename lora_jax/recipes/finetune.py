@@ -287,6 +287,8 @@ def _weights_for_start(model: Any, job: FinetuneConfig, config: LoraConfig) -> A
         return None
     if job.quantize is not None:
         return load_model(job.model, dtype=job.dtype).params
+    # Checked here as well as in `lora.init`, whose error has calls of Python for a remedy: here
+    # they are settings.
     for leaf in plan_model(model, config).adapted:
         if inputs := undivided(leaf):
             raise ValueError(

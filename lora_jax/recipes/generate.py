@@ -203,10 +203,13 @@ def answer_prompts(
     """
     left, first = iter(prompts), 0
     gap = "\n\n" if labels else "\n"
+    # Not all prompts are read at once: whoever sends them may wait for an answer first. Live, a
+    # batch would only delay that answer.
     while some := list(islice(left, 1 if live else config.batch_size)):
         questions = [question(prompt) for prompt in some]
         heads = [f"> {prompt}\n" if labels else "" for prompt in some]
         if live:
+            # Before the prompt is read and its first token compiled, which takes seconds.
             write(heads[0])
             _answer_live(model, params, questions, config, first=first, write=write)
             write(gap)
