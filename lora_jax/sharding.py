@@ -255,12 +255,12 @@ def spreading(
 
 
 def _warn_of_whole(whole: Sequence[str], mesh: Mesh, *, stacklevel: int) -> None:
-    """Warns of leaves that every device holds whole, in one warning."""
+    """Warns of leaves that devices along an axis hold whole, in one warning."""
     if whole:
         more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
         warnings.warn(
-            f"every device holds all of {', '.join(whole[:3])}{more}: an axis of the mesh "
-            f"{dict(mesh.shape)} divides none of their dims that it may shard",
+            f"every device holds all of {', '.join(whole[:3])}{more}: the axis divides none of "
+            f"the dims that it may shard, of the mesh {dict(mesh.shape)}",
             stacklevel=stacklevel,
         )
 
@@ -325,7 +325,8 @@ def _leaf_spec(
         if d is not None:
             spec[d] += (axis,)
         elif whole is not None:
-            whole.append(f"`{path}` {tuple(x.shape)}")
+            # Other axes may still shard it.
+            whole.append(f'`{path}` {tuple(x.shape)} along "{axis}"')
         else:
             raise ValueError(
                 f'`mesh` axis "{axis}" = {mesh_shape[axis]} divides no dim of `{path}` '

@@ -238,6 +238,8 @@ def test_a_dim_that_does_not_divide_is_whole_and_named(tmp_path):
     (warning,) = (w for w in caught if "holds all" in str(w.message))
     # Checked annotations put frames of their own between.
     assert os.environ.get("LORA_JAX_TYPES") or warning.filename == __file__
+    # 509 tokens divide by neither axis, 500 units by 4 and by 2 but not by both.
+    assert '(509, 512) along "tensor"' in str(warning.message)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), found, model.params)
 
 
@@ -351,6 +353,23 @@ def test_two_processes_read_what_their_devices_hold(files, tmp_path, kind, held,
         assert each["largest"] <= alone["largest"]
     together = found[0]["shards"] | found[1]["shards"]
     assert together == alone["shards"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held", [None, dict(block_size=16)], ids=spelled)
+def test_a_bad_number_that_one_process_reads_ends_all(files, tmp_path, held):
+    (tmp_path / "config.json").write_text((files["safetensors"] / "config.json").read_text())
+    tensors = load_file(files["safetensors"] / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][:, -1] = np.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    job = {"source": str(tmp_path), "quantize": held, "mesh": dict(fsdp=2), "count": 2}
+    jobs = [{"id": n, "port": free_port(), **job} for n in range(2)]
+    jobs[1]["port"] = jobs[0]["port"]
+    ended = ends_of([[str(WORKER), json.dumps(each)] for each in jobs], 1, [None] * 2)
+    (first, _), (second, _) = ended
+    assert all(status not in (0, None) for _, status in ended)
+    assert "up_proj.weight` has" in second.splitlines()[-1]
+    assert "process 1: " in first and "up_proj.weight` has" in first
 
 
 def write_big(directory: Path) -> int:

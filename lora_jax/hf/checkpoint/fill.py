@@ -131,7 +131,17 @@ def filled(
         total=total, desc="loading", unit="tensor", disable=None if shown else True
     ) as bar:
         source = _Source(weights, quantize, spread, bar.update)
-        return [_filled(leaf, source) for leaf in leaves]
+
+        def fill_all() -> list[Any]:
+            return [_filled(leaf, source) for leaf in leaves]
+
+        # A number that is not finite is found by the process alone that reads it. Where processes
+        # exchange scales, which is during the loop, its end is what the others notice.
+        exchanges = quantize is not None and quantize.double_quant
+        if is_shared(spread) and not exchanges:
+            return processes.together(fill_all, ValueError)
+        with processes.reachable():
+            return fill_all()
 
 
 def _leaf(path: str, like: jax.ShapeDtypeStruct, family: Family) -> Leaf:
