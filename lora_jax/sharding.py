@@ -28,7 +28,7 @@ from lora_jax.transform.labels import part_spec
 
 __all__ = ["LeafDims", "Rules", "partition_specs", "place", "shardings", "specs"]
 
-Factors = TypeVar("Factors", LoraArray, LoraStack)
+Factors = TypeVar("Factors", bound=LoraArray | LoraStack)
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -87,7 +87,9 @@ def generate(
         chance=chance,
     )
     with entered(at), processes.reachable():
-        return _answers(model, prompts, max_new_tokens, chunks, stop_tokens, stream=stream)
+        return _answers(
+            model, prompts, max_new_tokens, chunks, stop_tokens=stop_tokens, stream=stream
+        )
 
 
 def _answers(
@@ -95,8 +97,8 @@ def _answers(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     chunks: Callable,
-    stop_tokens: Sequence[int],
     *,
+    stop_tokens: Sequence[int],
     stream: Callable[[list[list[int]]], None] | None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, of which `chunks` makes some at a time."""
