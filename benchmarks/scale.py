@@ -86,14 +86,10 @@ ROWS: list[tuple[str, str, FormatName | None, dict[str, int]]] = [
     ("H200", "405B", None, {"fsdp": 8}),
     ("H200", "405B", "nf4", {"fsdp": 8}),
     ("v5e", "8B", None, {"fsdp": 16}),
-    ("v5e", "8B", None, {"fsdp": 8, "tensor": 2}),
-    ("v5e", "8B", "nf4", {"data": 16}),
     ("v5e", "8B", "nf4", {"fsdp": 16}),
     ("v5e", "70B", "nf4", {"fsdp": 16}),
     ("v5p", "70B", None, {"fsdp": 16}),
     ("v5p", "70B", None, {"fsdp": 8, "tensor": 2}),
-    ("v5p", "70B", "nf4", {"fsdp": 16}),
-    ("v5p", "405B", None, {"fsdp": 16}),
     ("v5p", "405B", "nf4", {"fsdp": 16}),
 ]
 KEY = ("chip", "model", "base", "mesh")  # what names a row
