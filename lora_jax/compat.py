@@ -216,12 +216,17 @@ def varying_axes(x: Any) -> frozenset:
 
 def spec_of(x: jax.typing.ArrayLike) -> tuple | None:
     """The mesh axes of each dim of `x` under an explicit mesh, None under any other."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    explicit = jax.sharding.AxisType.Explicit
-    if sharding is None or mesh is None or mesh.empty or explicit not in mesh.axis_types:
+    if explicit_mesh(x) is None:
         return None
-    return tuple(sharding.spec) + (None,) * (np.ndim(x) - len(sharding.spec))
+    spec = jax.typeof(x).sharding.spec
+    return tuple(spec) + (None,) * (np.ndim(x) - len(spec))
+
+
+def explicit_mesh(x: jax.typing.ArrayLike) -> Any:
+    """The abstract mesh that `x` is typed by if it has explicit axes, else None."""
+    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    explicit = jax.sharding.AxisType.Explicit
+    return None if mesh is None or mesh.empty or explicit not in mesh.axis_types else mesh
 
 
 def is_traceable(x: Any) -> bool:

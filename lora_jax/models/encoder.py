@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lora_jax.dims import AnyArray
 from lora_jax.models import bert
 from lora_jax.models.bert_config import FEATURES, BertConfig
-from lora_jax.models.layers import Specs
+from lora_jax.models.layers import Specs, automatic
 from lora_jax.models.model import (
     Dtype,
     check_inputs,
@@ -83,14 +84,9 @@ class EncoderForward:
           ValueError: an input of the wrong shape or dtype, or more tokens than the model's context.
         """
         _check(self.config, tokens, mask, token_type_ids=token_type_ids, positions=positions)
-        return self._apply(
-            params,
-            tokens,
-            mask=mask,
-            token_type_ids=token_type_ids,
-            positions=positions,
-            return_hidden=return_hidden,
-        )
+        run = partial(self._apply, return_hidden=return_hidden)
+        inputs = {"mask": mask, "token_type_ids": token_type_ids, "positions": positions}
+        return automatic(run, params, tokens, **inputs)
 
     @eager.compiled("self", "return_hidden")
     def _apply(
@@ -132,8 +128,12 @@ class EncoderForward:
 
     def head(self, params: Any, hidden: Float[Array, "b t d"]) -> bert.Features | Array:
         """The task's result from the hidden states of `apply(..., return_hidden=True)`."""
-        module = nnx.merge(structure(self)[0], params)
-        return self._result(module, bert.encoder_of(module, self.config), hidden)
+
+        def run(params: Any, hidden: Float[Array, "b t d"]) -> bert.Features | Array:
+            module = nnx.merge(structure(self)[0], params)
+            return self._result(module, bert.encoder_of(module, self.config), hidden)
+
+        return automatic(run, params, hidden)
 
     def shapes(self) -> dict[str, Any]:
         """The parameter tree as `jax.ShapeDtypeStruct`s."""

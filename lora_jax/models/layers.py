@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from lora_jax import compat
 from lora_jax.dims import AnyArray
 from lora_jax.paths import spell
 
@@ -194,3 +195,27 @@ def run_blocks(
     else:
         body, xs = wrap(partial(one, graph)), (*xs, jnp.asarray(each))
     return lax.scan(lambda carry, x: (body(*x[:2], carry, *x[2:]), None), carry, xs)[0]
+
+
+def automatic(run: Callable, params: Any, rows: Array, **others: Any) -> Any:
+    """`run(params, rows, **others)`, where explicit axes of a mesh are left to XLA's partitioner.
+
+    `jax.make_mesh` makes explicit axes, for which every operation of a model must state the
+    placement of its result. The models here state none but that of the rows.
+
+    Args:
+      run: the model.
+      params: its weights.
+      rows: an array whose first dim has the rows of the batch; the results keep their places.
+      others: further arrays, or None.
+    """
+    mesh = next(
+        (m for x in jax.tree.leaves((params, rows)) if (m := compat.explicit_mesh(x))), None
+    )
+    if mesh is None:
+        return run(params, rows, **others)
+    places = PartitionSpec(*(compat.spec_of(rows) or (None,))[:1])
+    free = jax.sharding.auto_axes(lambda p, r, o: run(p, r, **o), out_sharding=places)
+    # Outside `jax.set_mesh` the arrays alone have the mesh.
+    with jax.sharding.use_abstract_mesh(mesh):
+        return free(params, rows, others)

@@ -6,7 +6,7 @@ for one model serves all others of the same shape. `Model` adds parameters and t
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache, Stored, attention, positions_of, starts_of
 from lora_jax.models.kernels import AttentionName, check_attention
-from lora_jax.models.layers import Specs, on_rows, run_blocks
+from lora_jax.models.layers import Specs, automatic, on_rows, run_blocks
 from lora_jax.models.llama import CausalLM
 from lora_jax.models.remat import Remat, check_remat, rematerialized
 from lora_jax.quant.array import is_quant
@@ -101,15 +101,9 @@ class Forward:
         """
         check_inputs(tokens, mask, positions)
         check_segments(tokens, segments, mask=mask, cache=cache)
-        return self._apply(
-            params,
-            tokens,
-            positions=positions,
-            mask=mask,
-            segments=segments,
-            cache=cache,
-            return_hidden=return_hidden,
-        )
+        run = partial(self._apply, return_hidden=return_hidden)
+        inputs = {"positions": positions, "mask": mask, "segments": segments, "cache": cache}
+        return automatic(run, params, tokens, **inputs)
 
     @eager.compiled("self", "return_hidden")
     def _apply(
@@ -132,7 +126,11 @@ class Forward:
 
     def head(self, params: Any, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Float32 logits of hidden states that `apply(..., return_hidden=True)` returned."""
-        return nnx.merge(structure(self)[0], params).head(hidden)
+
+        def run(params: Any, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+            return nnx.merge(structure(self)[0], params).head(hidden)
+
+        return automatic(run, params, hidden)
 
     def _hidden_states(
         self,

@@ -149,7 +149,7 @@ def _gradients(
         sums = jax.tree.map(lambda s, g: s + g.astype(jnp.float32), sums, grads)
         return (total + value, sums), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable)
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), trainable)
     start = (jnp.zeros((), jnp.float32), zeros)
     (total, grads), _ = jax.lax.scan(add, start, (jnp.arange(count), batch))
     return total, grads

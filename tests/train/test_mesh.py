@@ -1,5 +1,6 @@
 """Training on a mesh of eight devices: the losses and adapters of one device."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -66,6 +67,44 @@ def test_a_base_that_the_user_has_spread_trains_inside_set_mesh(kind):
     with jax.set_mesh(mesh):
         losses, _ = run(model, {}, {})
     np.testing.assert_allclose(losses, one_device("lora")[0], rtol=1e-5)
+
+
+# What `jax.make_mesh` makes unless it is told otherwise.
+@pytest.mark.filterwarnings("ignore:every device holds all of")
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    "kind", [k if k in ("lora", "nf4") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
+def test_explicit_axes_train_as_automatic_ones(kind, inside):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    options, settings, training = KINDS[kind]
+    model = make(**options)
+    model = dataclasses.replace(model, params=lora.sharding.place(model.params, mesh, RULES))
+    with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+        losses, _ = run(model, settings, training)
+    relative = 1e-5 if kind != "bfloat16" else 1e-2
+    np.testing.assert_allclose(losses, one_device(kind)[0], rtol=relative)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_models_run_on_a_mesh_with_explicit_axes(inside):
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
+    tokens = jax.numpy.arange(32, dtype="int32").reshape(4, 8)
+    rows = jax.device_put(tokens, NamedSharding(mesh, P("data")))
+    config = models.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=16, task="sequence-classification",
+        labels=("no", "yes"),
+    )  # fmt: skip
+    for model in (make(), models.init(jax.random.key(0), config)):
+        placed = lora.sharding.place(model.params, mesh, RULES)
+        want = model.apply(model.params, tokens)
+        with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+            found = model.apply(placed, rows)
+            again = model.forward.head(placed, model.apply(placed, rows, return_hidden=True))
+        assert found.sharding.spec[0] == "data"
+        np.testing.assert_allclose(found, want, atol=1e-5)
+        np.testing.assert_allclose(again, want, atol=1e-5)
 
 
 def test_evaluation_gives_the_loss_of_one_device():
