@@ -70,11 +70,11 @@ def memory(trainable: Any, frozen: Any, opt_state: Any, compiled: Iterable[Any] 
     temporary = [b for c in compiled if (b := temporary_bytes(c)) is not None]
     shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves((frozen, trainable))]
     return Memory(
-        device_bytes(frozen),
-        device_bytes(trainable),
-        device_bytes(opt_state),
-        max(temporary, default=None),
-        max((s.num_devices for s in shardings if s is not None), default=1),
+        base=device_bytes(frozen),
+        adapters=device_bytes(trainable),
+        optimizer=device_bytes(opt_state),
+        temporary=max(temporary, default=None),
+        devices=max((s.num_devices for s in shardings if s is not None), default=1),
     )
 
 
