@@ -54,7 +54,7 @@ def peft_wrote(
         (randomized or randomize)(adapted)
         with tempfile.TemporaryDirectory() as scratch:
             adapted.save_pretrained(scratch)
-            _sort_sets(Path(scratch) / CONFIG)
+            sort_sets(Path(scratch) / CONFIG)
             answer = contents(Path(scratch))
             # Nothing of PEFT's bytes is lost.
             write_contents(Path(scratch) / "again", answer)
@@ -158,7 +158,8 @@ def close(one, other) -> None:
     np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
 
 
-def _sort_sets(path: Path) -> None:
+def sort_sets(path: Path) -> None:
+    """Orders what PEFT writes out of a set: its order is another in every process."""
     text = path.read_text()
     fields = json.loads(text)
     # Sorting is all that changes here.

@@ -14,11 +14,13 @@ from lora_jax.hf import load_peft, save_peft
 from tests.support.oracle import oracle
 from tests.support.peft_llama import TOKENS, jax_logits, torch_logits
 from tests.support.peft_oracle import (
+    CONFIG,
     TENSORS,
     close,
     contents,
     peft_wrote,
     randomize,
+    sort_sets,
     write_contents,
 )
 from tests.support.torch_models import saver
@@ -74,6 +76,7 @@ def resized(name: str, made, how: str):
         randomize(adapted, 0.1)
         with tempfile.TemporaryDirectory() as scratch:
             adapted.save_pretrained(scratch)
+            sort_sets(Path(scratch) / CONFIG)
             answer = contents(Path(scratch))
         # PEFT sees the resize by the directory, whose name is another in every run.
         answer["config"] = answer["config"].replace(str(old.directory), "old")
