@@ -142,7 +142,9 @@ def test_train_names_file_and_line_of_a_bad_record(model, tmp_path, capsys):
 def test_train_names_the_nearest_target(model, data, tmp_path, capsys):
     line = ["train", "--model", model, "--train-data", data, "--output-dir", str(tmp_path / "o")]
     assert main([*line, "--target-modules", "q_prj"]) == 1
-    assert re.match(r'lora-jax train: `--target-modules` entry "q_prj" .*q_proj', capsys.readouterr().err)
+    assert re.match(
+        r'lora-jax train: `--target-modules` entry "q_prj" .*q_proj', capsys.readouterr().err
+    )
 
 
 def test_generate_with_and_without_adapter(model, run, capsys):

@@ -105,7 +105,7 @@ def test_place_leaves_whole_what_an_axis_does_not_divide_and_warns():
         "q_proj": {"kernel": jax.numpy.ones((12, 20))},
         "o_proj": {"kernel": jax.numpy.ones((16, 8))},
     }
-    with pytest.warns(UserWarning, match=r"all of `q_proj.kernel` \(12, 20\): an axis of the mesh"):
+    with pytest.warns(UserWarning, match=r"all of `q_proj.kernel` \(12, 20\) along \"fsdp\""):
         placed = lora.sharding.place(tree, mesh, RULES)
     assert placed["q_proj"]["kernel"].sharding.is_fully_replicated
     assert placed["o_proj"]["kernel"].addressable_shards[0].data.shape == (2, 8)
