@@ -197,7 +197,7 @@ def run_blocks(
     return lax.scan(lambda carry, x: (body(*x[:2], carry, *x[2:]), None), carry, xs)[0]
 
 
-def automatic(run: Callable, params: Any, rows: Array, **others: Any) -> Any:
+def automatic(run: Callable, params: Any, rows: AnyArray, **others: Any) -> Any:
     """`run(params, rows, **others)`, where explicit axes of a mesh are left to XLA's partitioner.
 
     `jax.make_mesh` makes explicit axes, for which every operation of a model must state the
@@ -215,7 +215,7 @@ def automatic(run: Callable, params: Any, rows: Array, **others: Any) -> Any:
     if mesh is None:
         return run(params, rows, **others)
     places = PartitionSpec(*(compat.spec_of(rows) or (None,))[:1])
-    free = jax.sharding.auto_axes(lambda p, r, o: run(p, r, **o), out_sharding=places)
+    free: Any = jax.sharding.auto_axes(lambda p, r, o: run(p, r, **o), out_sharding=places)
     # Outside `jax.set_mesh` the arrays alone have the mesh.
     with jax.sharding.use_abstract_mesh(mesh):
         return free(params, rows, others)
