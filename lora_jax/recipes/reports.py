@@ -74,7 +74,7 @@ def _speed(steps: Sequence[dict], first_step: float | None, peak: int | None) ->
     # A run that an older release began has records without these.
     if all("flops_per_second" in r for r in steps):
         flops = sum(r["flops_per_second"] * r["seconds"] for r in steps) / took
-        parts.append(f"{flops / 1e12:.3g} model TFLOP/s")
+        parts.append(f"{flops / 1e12:.3g} model TFLOP/s a device")
     if all("mfu" in r for r in steps):
         parts.append(f"MFU {100 * sum(r['mfu'] * r['seconds'] for r in steps) / took:.1f} %")
     if all("padding" in r for r in steps):

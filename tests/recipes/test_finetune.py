@@ -166,8 +166,8 @@ def test_the_summary_has_the_speed_of_the_steps():
     ]
     text = summary(records, 9, Path("run"), first_step=4.26, peak=3 << 29)
     assert text.splitlines()[1] == (
-        "600 tokens/s, 200 model TFLOP/s, MFU 20.0 %, padding 33.3 %, first step after 4.3 s, "
-        "peak memory 1.50 GiB"
+        "600 tokens/s, 200 model TFLOP/s a device, MFU 20.0 %, padding 33.3 %, "
+        "first step after 4.3 s, peak memory 1.50 GiB"
     )
 
 

@@ -89,12 +89,12 @@ def fastest(
             if found(size, remat).fits(device_memory):
                 return found(size, remat)
     least = min((found(parts, remat) for remat in kinds), key=lambda one: one.total)
-    others = "; so would ".join(["", *remedies(config, least, device_memory)])
+    others = "".join(f"\n  {line}" for line in remedies(config, least, device_memory))
     raise ValueError(
         f"`device_memory` is {in_units(device_memory)}, and the smallest step takes about "
         f"{in_units(least.total)} (batch_size {least.settings.batch}, accumulation "
         f"{least.settings.accumulation}, remat {remat_name(least.settings.remat)}). "
-        f"A shorter `max_length` takes less{others}"
+        f"A shorter `max_length` takes less; beyond that:{others}"
     )
 
 
@@ -138,7 +138,7 @@ def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]
         return lines
     return [
         f"no change here is enough: with {_joined_names(names)} the step still takes "
-        f"{best.total / GIB:.2f} GiB on each of {_MOST_DEVICES} devices or fewer"
+        f"{in_units(best.total)} on each of {_MOST_DEVICES} devices or fewer"
     ]
 
 
