@@ -5,14 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax.models.mesh import (
-    Placement,
-    check_rows,
-    entered,
-    model_on,
-    params_on,
-    placement,
-)
+from lora_jax.models.mesh import Placement, check_rows, entered, model_on, params_on, placement
 from lora_jax.train.batches import Batch, loader, once
 from lora_jax.train.examples import Example
 from lora_jax.train.loss import TOGETHER, Rows, losses_of, summed_loss

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from lora_jax import compat
+from lora_jax.train.step import shape_of
 from lora_jax.transform.primitive import inner_jaxpr
 from lora_jax.transform.primitives import row_of
 
@@ -74,7 +75,7 @@ class StepFlops:
 
     def __call__(self, trainable: Any, frozen: Any, batch: Any) -> float | None:
         """The FLOPs, or None as `training_flops`; `batch` has an axis of microbatches."""
-        shape = (*batch.tokens.shape, batch.positions.shape[-1])
+        shape = shape_of(batch)
         if shape not in self._counted:
 
             def first(trainable: Any, frozen: Any, batch: Any) -> Any:
@@ -168,13 +169,9 @@ _BODIES: dict[str, Callable[[Any, list[bool]], _Count]] = {
 
 
 def _dot(eqn: Any) -> float:
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
-    return 2.0 * out.size * math.prod(lhs.shape[d] for d in contracted)
-
-
-def _ragged_dot(eqn: Any) -> float:
-    (contracted, _), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    ragged = eqn.params.get("ragged_dot_dimension_numbers")
+    numbers = ragged.dot_dimension_numbers if ragged else eqn.params["dimension_numbers"]
+    (contracted, _), _ = numbers
     lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
     return 2.0 * out.size * math.prod(lhs.shape[d] for d in contracted)
 
@@ -208,8 +205,8 @@ def _kernel(eqn: Any) -> float:
 
 _PRODUCTS: dict[str, Callable[[Any], float]] = {
     "dot_general": _dot,
-    "ragged_dot": _ragged_dot,
-    "ragged_dot_general": _ragged_dot,
+    "ragged_dot": _dot,
+    "ragged_dot_general": _dot,
     "conv_general_dilated": _convolution,
     "dot_product_attention_fwd_wrapper": _cudnn_attention,
     "pallas_call": _kernel,

@@ -16,14 +16,7 @@ import numpy as np
 
 from lora_jax import processes
 from lora_jax.config.lora import LoraConfig
-from lora_jax.models.mesh import (
-    Placement,
-    check_rows,
-    entered,
-    model_on,
-    params_on,
-    placement,
-)
+from lora_jax.models.mesh import Placement, check_rows, entered, model_on, params_on, placement
 from lora_jax.train import archive as archives
 from lora_jax.train import mesh as meshes
 from lora_jax.train import metrics, preparation
@@ -34,13 +27,7 @@ from lora_jax.train.examples import Example
 from lora_jax.train.flops import StepFlops
 from lora_jax.train.loss import Rows
 from lora_jax.train.memory import Memory, memory
-from lora_jax.train.progress import (
-    interruptible,
-    interruption,
-    plot_loss,
-    progress,
-    show_record,
-)
+from lora_jax.train.progress import interruptible, interruption, plot_loss, progress, show_record
 from lora_jax.train.speed import Clock, Trace, train_record
 from lora_jax.train.step import (
     Metrics,
@@ -336,6 +323,8 @@ def _run(job: _Job, state: TrainState, start: int, items: Any) -> TrainState:
 
 def _compile(job: _Job, state: TrainState, batch: Batch) -> None:
     job.programs.compile(state, job.frozen, batch)
+    # Counted here, as it traces the loss once more: no step's time has it.
+    job.flops(state.trainable, job.frozen, batch)
     if len(job.programs.compiled) == 1 and job.hooks.memory is not None:
         job.hooks.memory(_memory(job, state))
 

@@ -80,11 +80,11 @@ class Programs:
 
     def has(self, batch: Any) -> bool:
         """Whether the program for this batch's shape is already compiled."""
-        return _shape(batch) in self.compiled
+        return shape_of(batch) in self.compiled
 
     def compile(self, *args: Any) -> Any:
         """Compiles the program for the shape of the last argument if needed, without running it."""
-        shape = _shape(args[-1])
+        shape = shape_of(args[-1])
         if shape not in self.compiled:
             lowered = self._jitted.lower(*args)
             self.compiled[shape] = lowered.compile(compiler_options=compat.compiler_options())
@@ -94,7 +94,8 @@ class Programs:
         return self.compile(*args)(*args)
 
 
-def _shape(batch: Any) -> tuple[int, ...]:
+def shape_of(batch: Any) -> tuple[int, ...]:
+    """(A, B, T, P): microbatches, rows, tokens of a row, and places of a loss in a microbatch."""
     return (*batch.tokens.shape, batch.positions.shape[-1])
 
 
