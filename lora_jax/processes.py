@@ -100,6 +100,15 @@ def by_first(do: Callable[[], Any]) -> None:
     together(lambda: do() if is_first() else None)
 
 
+def in_first(call: Callable[..., None]) -> Callable[..., None]:
+    """The function itself in process 0; one that does nothing in the others, as for a log."""
+    return call if is_first() else _nothing
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What the other processes do, whose texts would repeat those of the first."""
+
+
 def check_same(found: Mapping[str, str]) -> None:
     """Checks that all processes have the same values.
 

@@ -122,7 +122,7 @@ def generate(arguments: argparse.Namespace) -> None:
         _prompts(arguments.prompts),
         replace(config, batch_size=1) if waits else config,
         question=lambda prompt: as_question([prompt])[0],
-        write=_write if processes.is_first() else finetune.no_log,
+        write=processes.in_first(_write),
         # All processes have to run the same programs.
         live=processes.exchange(sys.stdout.isatty())[0],
         # One answer stands alone, so that a script can read it; several need their prompts.

@@ -115,7 +115,7 @@ def finetune(
         raise SettingsError('LoftQ in 8 bits needs a base in 8 bits: add quantize="int8"')
     if job.device_memory is not None:
         parse_bytes(job.device_memory)
-    log = log if processes.is_first() else no_log
+    log = processes.in_first(log)
     check_new_run(train_config)
     if job.adapter is not None:
         convert.check_source(job.adapter, step=None)
@@ -173,10 +173,6 @@ def join(job: Devices) -> None:
         processes.join(job.coordinator, job.processes, job.process_id)
     elif job.coordinator is not None:
         raise SettingsError("`coordinator` is for a run of several processes: add distributed=True")
-
-
-def no_log(text: str) -> None:
-    """The log of a process whose texts would repeat those of the first."""
 
 
 def continued(model: Any, source: str | Path, config: LoraConfig) -> tuple[Any, LoraConfig]:

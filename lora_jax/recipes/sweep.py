@@ -20,7 +20,7 @@ from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import write_text
 from lora_jax.models.mesh import Placement, check_rows, entered, model_on, placement
-from lora_jax.recipes.finetune import join, load_model, no_log
+from lora_jax.recipes.finetune import join, load_model
 from lora_jax.recipes.generate import generate_texts
 from lora_jax.recipes.settings import Devices, Dtype, GenerateConfig
 from lora_jax.train.batches import (
@@ -94,7 +94,7 @@ def sweep_language_model(
     if output_dir is None:
         raise SettingsError("`output_dir` is missing: give a folder for the sweep")
     join(job)
-    log = log if processes.is_first() else no_log
+    log = processes.in_first(log)
     train, scored = (
         load_jsonl(path, fields=job.fields) for path in (job.train_data, job.eval_data)
     )

@@ -61,12 +61,8 @@ def rank_sweep(
     at = placement(None, task.params)
     check_processes(at)
     with entered(at), processes.reachable():
-        log = log if processes.is_first() else _no_log
+        log = processes.in_first(log)
         return _run(plan_sweep(task, sweep, lora_config, train_config, log=log))
-
-
-def _no_log(text: str) -> None:
-    """The log of a process whose lines would repeat those of the first."""
 
 
 def _run(plan: SweepPlan) -> Sweep:

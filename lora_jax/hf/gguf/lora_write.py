@@ -95,12 +95,7 @@ def save_gguf_lora(
       save_gguf_lora("adapter.gguf", params, config, base=base_of(model.config))
     """
     content = to_gguf(to_peft(lora_params, config)[1], config, base)
-
-    def write() -> None:
-        if processes.is_first():
-            write_gguf_lora(path, content, base, dtype=dtype, name=name)
-
-    processes.together(write)
+    processes.by_first(lambda: write_gguf_lora(path, content, base, dtype=dtype, name=name))
 
 
 def to_gguf(tensors: Mapping[str, np.ndarray], config: LoraConfig, base: Base) -> Content:

@@ -280,11 +280,9 @@ def save_peft(
         fields["base_model_name_or_path"] = base_model_name
 
     def write() -> None:
-        if not processes.is_first():
-            return
         auto_class = auto_class_of(leaves, fields["task_type"])
         # LoftQ's adapters have their base in PEFT's config.
         base = None if config.init == "loftq" else quantization_of(lora_params)
         write_directory(directory, fields, tensors, auto_class=auto_class, base=base)
 
-    processes.together(write)
+    processes.by_first(write)
