@@ -87,15 +87,19 @@ def params_on(params: Any, at: Placement | None) -> Any:
     """The tree with every leaf on the mesh: adapters like their weights, the rest copied to all."""
     if at is None:
         return params
-    return jax.tree.map(lambda x: on_mesh(x, at.mesh), sharding.follow(params))
+    return on_mesh(sharding.follow(params), at.mesh)
 
 
-def on_mesh(x: Any, mesh: Mesh) -> Any:
-    """The array itself if it lies on the mesh, else a copy on every device of it."""
-    found = getattr(x, "sharding", None)
-    if isinstance(found, NamedSharding) and found.mesh == mesh:
-        return x
-    return processes.put(x, NamedSharding(mesh, PartitionSpec()))
+def on_mesh(tree: Any, mesh: Mesh) -> Any:
+    """The tree's arrays that lie on the mesh as they are, of others a copy on every device."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def placed(x: Any) -> Any:
+        found = getattr(x, "sharding", None)
+        lies = isinstance(found, NamedSharding) and found.mesh == mesh
+        return x if lies else processes.put(x, everywhere)
+
+    return jax.tree.map(placed, tree)
 
 
 def entered(at: Placement | None) -> contextlib.AbstractContextManager:

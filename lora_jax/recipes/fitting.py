@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 
 from lora_jax.analysis.step_memory.estimate import in_units
 from lora_jax.analysis.step_memory.fit import fastest, parse_bytes
 from lora_jax.analysis.step_memory.step import StepSettings
 from lora_jax.config.lora import LoraConfig
+from lora_jax.models.mesh import placement
 from lora_jax.models.remat import remat_name
 from lora_jax.quant.array import Backend, is_quant
 from lora_jax.sharding import AXES
@@ -49,8 +49,8 @@ def fitted(
     found = preparation.layout(model, data, config).loader
     forward, base = model.forward, split(params)[1]
     held = [x for x in jax.tree.leaves(model.params, is_leaf=is_quant) if is_quant(x)]
-    places = (getattr(x, "sharding", None) for x in jax.tree.leaves(base))
-    mesh = next((s.mesh.shape for s in places if isinstance(s, NamedSharding)), {})
+    at = placement(model, params)
+    mesh = {} if at is None else at.mesh.shape
     settings = StepSettings(
         # The start decides numbers, not shapes.
         adapter=dataclasses.replace(lora_config, init="default", loftq_config={}),

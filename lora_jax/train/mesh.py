@@ -26,10 +26,10 @@ def state_on(
         tx, lambda m, p: processes.put(m, p.sharding), state.opt_state, state.trainable
     )
     state = state._replace(opt_state=moments)
-    return jax.tree.map(lambda x: on_mesh(x, at.mesh), state)
+    return on_mesh(state, at.mesh)
 
 
-def results(state: TrainState, at: Placement | None) -> Any:
+def results(state: Any, at: Placement | None) -> Any:
     """The shardings of a step's results, so that the next step can take them; None off a mesh."""
     if at is None:
         return None

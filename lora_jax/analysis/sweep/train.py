@@ -24,6 +24,7 @@ from lora_jax.array import is_lora, is_stack
 from lora_jax.models.mesh import Placement, on_mesh, params_on, placement
 from lora_jax.multi.stack import stack
 from lora_jax.train.config import TrainConfig
+from lora_jax.train.mesh import results
 from lora_jax.train.progress import interruptible, interruption
 from lora_jax.train.step import optimizer, split_full
 from lora_jax.transform.lorafy import lorafy
@@ -207,7 +208,7 @@ class _Run:
                 # By the step's number, so that a resumed run draws the same dropout.
                 step_key = jax.random.fold_in(key, number)
                 # Each process has the whole of a batch, and the loss takes its rows.
-                placed = batch if self.at is None else _on_all(batch, self.at)
+                placed = batch if self.at is None else on_mesh(batch, self.at.mesh)
                 at = self._taken(at, frozen, placed, step=step, key=step_key, seen=seen)
                 advance(float(np.mean(at.losses[number])))
                 if keeper is not None:
@@ -232,15 +233,14 @@ class _Run:
         axes = self.axes or [0] * len(leaves)
         where = [_first_axis(x.sharding, axis) for x, axis in zip(leaves, axes, strict=True)]
         fresh = optax.tree.map_params(self.tx, processes.put, fresh, where)
-        return _on_all(fresh, self.at)
+        return on_mesh(fresh, self.at.mesh)
 
     def _compiled(self, state: tuple) -> Callable:
         """The step; on a mesh its results lie as its arguments do, which the next step takes."""
-        whole = self.at and NamedSharding(self.at.mesh, PartitionSpec())
         return jax.jit(
             self._step,
             donate_argnums=0,
-            out_shardings=whole and (jax.tree.map(lambda x: x.sharding, state), whole),
+            out_shardings=results(state, self.at),
             compiler_options=compat.compiler_options(),
         )
 
@@ -293,10 +293,6 @@ class _Run:
             updates = [jnp.moveaxis(u, 0, at) for u, at in zip(updates, self.axes, strict=True)]
         moved = [x + u for x, u in zip(leaves, updates, strict=True)]
         return (moved, opt_state), out
-
-
-def _on_all(tree: Any, at: Placement) -> Any:
-    return jax.tree.map(lambda x: on_mesh(x, at.mesh), tree)
 
 
 def _first_axis(where: Any, axis: int) -> NamedSharding:
