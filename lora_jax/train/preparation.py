@@ -42,18 +42,28 @@ def check_same(
     """
     if not processes.several():
         return
-    settings = {name: repr(value) for name, value in asdict(config).items()}
-    # Of all settings only this one may differ: it changes nothing that others wait for.
-    del settings["progress"]
-    shapes = repr(jax.tree.map(lambda x: (x.shape, str(x.dtype)), params))
     processes.check_same(
         {
-            **settings,
+            **settings_of(config),
             "train_data": data_hash(train_data),
             "eval_data": data_hash(eval_data or ()),
-            "lora_params": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+            "lora_params": shapes_hash(params),
         }
     )
+
+
+def settings_of(*configs: Any) -> dict[str, str]:
+    """The settings of dataclasses as text, as far as all processes must have the same."""
+    found = {name: repr(value) for one in configs for name, value in asdict(one).items()}
+    # Of all settings only this one may differ: it changes nothing that others wait for.
+    found.pop("progress", None)
+    return found
+
+
+def shapes_hash(tree: Any) -> str:
+    """A hash of the shapes and dtypes of a tree."""
+    shapes = repr(jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree))
+    return hashlib.sha256(shapes.encode()).hexdigest()[:16]
 
 
 def halves(lora_params: Any, full: bool, lora_config: LoraConfig | None) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ from lora_jax.dims import sizes
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.plan.leaf import Plan
 from lora_jax.train.config import TrainConfig, fixed_fields
+from lora_jax.train.preparation import settings_of, shapes_hash
 
 
 class Job(NamedTuple):
@@ -126,11 +127,9 @@ def _check_same(
     task: Task, sweep: SweepConfig, lora_config: LoraConfig, train_config: TrainConfig
 ) -> None:
     """Checks that all processes run the same sweep."""
-    configs = (sweep, lora_config, dataclasses.replace(train_config, progress=False))
-    settings = {k: repr(v) for one in configs for k, v in dataclasses.asdict(one).items()}
-    shapes = repr(jax.tree.map(lambda x: (x.shape, str(x.dtype)), task.params))
-    params = hashlib.sha256(shapes.encode()).hexdigest()[:16]
-    processes.check_same({**settings, "task.data": task.data, "task.params": params})
+    settings = settings_of(sweep, lora_config, train_config)
+    where = {"task.data": task.data, "task.params": shapes_hash(task.params)}
+    processes.check_same({**settings, **where})
 
 
 def _check_ranks(ranks: Sequence[int], plan: Plan) -> None:
