@@ -58,6 +58,8 @@ def test_a_use_as_an_array_names_lorafy(leaf, use):
         USES[use](LEAVES[leaf])
 
 
+# From Python 3.13 on, an error inside the `PyObject_HasAttr` of jaxlib's C++ is also printed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_a_function_of_lax_names_lorafy_in_the_cause(leaf):
     w = LEAVES[leaf]
