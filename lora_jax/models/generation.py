@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int
 
 from lora_jax import processes
 from lora_jax.models.decoding import NO_TOKEN, Chance, has_stacks, read, write
-from lora_jax.models.mesh import Placement, entered, model_on, placement
+from lora_jax.models.mesh import Placement, entered, model_on, params_on, placement
 from lora_jax.models.model import Forward, Model
 from lora_jax.transform.many.rows import select
 
@@ -69,6 +69,7 @@ def generate(
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
     at = placement(model, params)
+    params = params_on(params, at)
     if adapter_ids is not None:
         params = select(params, jnp.asarray(adapter_ids))
     stops = np.full(bucket(len(stop_tokens), _SMALLEST_STOPS), NO_TOKEN, np.int32)

@@ -19,12 +19,15 @@ class Placement(NamedTuple):
     """Where the arrays of a run lie.
 
     Attributes:
-      mesh: the devices.
+      mesh: the devices. The models of this package run on automatic axes: where the axes of the
+        user's mesh are explicit, this is the same mesh with automatic ones.
       rows: the mesh axes that the rows of a batch are spread over; () copies every batch to all.
+      given: the mesh of the user's own arrays, on which results are returned.
     """
 
     mesh: Mesh
     rows: tuple[str, ...]
+    given: Mesh
 
     @property
     def parts(self) -> int:
@@ -36,20 +39,22 @@ def placement(model: Any, params: Any) -> Placement | None:
     """The placement that follows from the base's own arrays; None on a single device.
 
     The mesh is that of the parameters, or else that of `jax.set_mesh`. Rows are spread over the
-    axes that the model names (`forward.rows`), or else over `data` and `fsdp`. Where axes are
-    explicit the model has to name them: there every operation of a model must state how it treats
-    sharded rows.
+    axes that the model names (`forward.rows`), or else over `data` and `fsdp`. On explicit axes a
+    model of the user's own has to name them: there every operation of a model must state how it
+    treats sharded rows.
     """
     shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(params))
     meshes = (s.mesh for s in shardings if isinstance(s, NamedSharding))
-    mesh = next((m for m in meshes if isinstance(m, Mesh) and m.size > 1), None) or _mesh_in_use()
-    if mesh is None:
+    given = next((m for m in meshes if isinstance(m, Mesh) and m.size > 1), None) or _mesh_in_use()
+    if given is None:
         return None
-    rows = getattr(getattr(model, "forward", None), "rows", ())
+    forward = getattr(model, "forward", None)
+    mesh = Mesh(given.devices, given.axis_names) if hasattr(forward, "rows") else given
+    rows = getattr(forward, "rows", ())
     # Models of others have no `rows`: XLA's partitioner then finds the places of activations.
     if not rows and AxisType.Explicit not in mesh.axis_types:
         rows = (a for a in ROWS if a in mesh.axis_names)
-    return Placement(mesh, tuple(rows))
+    return Placement(mesh, tuple(rows), given)
 
 
 def _mesh_in_use() -> Mesh | None:
@@ -60,10 +65,10 @@ def _mesh_in_use() -> Mesh | None:
 def model_on(model: Any, params: Any, at: Placement | None) -> Any:
     """The model with its activations kept where the rows are, to which its weights are brought.
 
-    Explicit axes keep them there by themselves; so does a model without a `forward` of ours.
+    A model of the user's own keeps its activations where they are by itself.
     """
     forward: Any = getattr(model, "forward", None)
-    if at is None or not hasattr(forward, "rows") or AxisType.Explicit in at.mesh.axis_types:
+    if at is None or not hasattr(forward, "rows"):
         return model
     forward = dataclasses.replace(forward, rows=at.rows, gathered=gathered_of(params, at))
     return dataclasses.replace(model, forward=forward)
@@ -91,13 +96,21 @@ def params_on(params: Any, at: Placement | None) -> Any:
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
-    """The tree's arrays that lie on the mesh as they are, of others a copy on every device."""
+    """The tree's arrays that lie on these devices where they are, of others a copy on each one."""
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def placed(x: Any) -> Any:
         found = getattr(x, "sharding", None)
-        lies = isinstance(found, NamedSharding) and found.mesh == mesh
-        return x if lies else processes.put(x, everywhere)
+        if not isinstance(found, NamedSharding) or not isinstance(found.mesh, Mesh):
+            return processes.put(x, everywhere)
+        if found.mesh == mesh:
+            return x
+        if found.mesh.axis_names != mesh.axis_names or (found.mesh.devices != mesh.devices).any():
+            return processes.put(x, everywhere)
+        # The same mesh with axes of another type: the parts stay as they are.
+        parts = [shard.data for shard in x.addressable_shards]
+        where = NamedSharding(mesh, found.spec, memory_kind=found.memory_kind)
+        return jax.make_array_from_single_device_arrays(x.shape, where, parts)
 
     return jax.tree.map(placed, tree)
 

@@ -19,7 +19,14 @@ from lora_jax.compat import EXTRAS, check_installed, require
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import write_text
-from lora_jax.models.mesh import Placement, check_rows, entered, model_on, placement
+from lora_jax.models.mesh import (
+    Placement,
+    check_rows,
+    entered,
+    model_on,
+    params_on,
+    placement,
+)
 from lora_jax.recipes.finetune import join, load_model
 from lora_jax.recipes.generate import generate_texts
 from lora_jax.recipes.settings import Devices, Dtype, GenerateConfig
@@ -191,6 +198,7 @@ def language_task(
     )
     at = placement(model, model.params)
     check_rows(at, config.batch_size)
+    model = dataclasses.replace(model, params=params_on(model.params, at))
     rows = rows_of(at, model.params)
     losses = losses_of(model_on(model, model.params, at), rows)
 

@@ -16,7 +16,15 @@ import numpy as np
 
 from lora_jax import processes
 from lora_jax.config.lora import LoraConfig
-from lora_jax.models.mesh import Placement, check_rows, entered, model_on, params_on, placement
+from lora_jax.models.mesh import (
+    Placement,
+    check_rows,
+    entered,
+    model_on,
+    on_mesh,
+    params_on,
+    placement,
+)
 from lora_jax.train import archive as archives
 from lora_jax.train import mesh as meshes
 from lora_jax.train import metrics, preparation
@@ -151,7 +159,7 @@ def fit(
     with entered(at), processes.reachable():
         placed = params_on(lora_params, at)
         model = model_on(model, placed, at)
-        return _fit(
+        result = _fit(
             model,
             placed,
             at,
@@ -162,6 +170,9 @@ def fit(
             lora_config=lora_config,
             hooks=hooks,
         )
+    if at is None:
+        return result
+    return result._replace(lora_params=on_mesh(result.lora_params, at.given))
 
 
 def _fit(

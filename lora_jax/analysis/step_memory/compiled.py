@@ -50,7 +50,8 @@ def placement(settings: StepSettings, devices: Sequence[Any] | None = None) -> P
     # Without devices of another kind, a step on one device needs no shardings.
     if devices is None and math.prod(settings.mesh.values()) == 1:
         return None
-    return Placement(_grid(settings, jax.devices() if devices is None else devices), ROWS)
+    mesh = _grid(settings, jax.devices() if devices is None else devices)
+    return Placement(mesh, ROWS, mesh)
 
 
 def temporaries(program: Any) -> int:
