@@ -314,14 +314,14 @@ def _dropped(changes: Float[Array, "n i o"], options: _Options) -> Float[Array, 
 
 
 def _sum(
-    changes: Float[Array, "n i o"], weights: Float[Array, "n"], options: _Options
+    changes: Float[Array, "n i o"], weights: Float[Array, " n"], options: _Options
 ) -> Float[Array, "i o"]:
     del options
     return jnp.tensordot(weights, changes, 1, precision=_HIGHEST)
 
 
 def _elected(
-    changes: Float[Array, "n i o"], weights: Float[Array, "n"], options: _Options
+    changes: Float[Array, "n i o"], weights: Float[Array, " n"], options: _Options
 ) -> Float[Array, "i o"]:
     """For each number the mean over the adapters whose sign wins."""
     votes = changes if options.majority_sign == "total" else jnp.sign(changes)

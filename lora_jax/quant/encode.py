@@ -289,7 +289,7 @@ def _kept_spec(w: Array, where: NamedSharding, how: _How, name: str) -> Partitio
     return PartitionSpec(*kept)
 
 
-def _found(flags: Bool[Array, "devices *n"]) -> Bool[np.ndarray, "*n"]:
+def _found(flags: Bool[Array, " devices *n"]) -> Bool[np.ndarray, " *n"]:
     """Which flags a device of this process has set; an error in one process ends the others."""
     mine = [np.asarray(shard.data)[0] for shard in flags.addressable_shards]
     return np.asarray(np.any(mine, axis=0))

@@ -195,7 +195,7 @@ def unpack(
 
 
 def unpack_rows(
-    packed: Integer[AnyArray, "*s p n"], rows: Integer[AnyArray, "m"], form: Format, block: int
+    packed: Integer[AnyArray, "*s p n"], rows: Integer[AnyArray, " m"], form: Format, block: int
 ) -> Integer[Array, "*s m n"]:
     """The codes of some rows of a matrix, without unpacking the others.
 

@@ -29,8 +29,8 @@ class Example(NamedTuple):
       source: file and line, `data.jsonl:3`.
     """
 
-    tokens: Int32[np.ndarray, "t"]  # noqa: F821
-    learned: Bool[np.ndarray, "t"]  # noqa: F821
+    tokens: Int32[np.ndarray, " t"]
+    learned: Bool[np.ndarray, " t"]
     source: str
 
 

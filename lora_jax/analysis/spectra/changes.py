@@ -30,8 +30,8 @@ _EPSILON = float(np.finfo(np.float64).eps)
 class Factors(NamedTuple):
     """A change `A @ B`; `a` includes the adapter's scale."""
 
-    a: Float[np.ndarray, "n r"]  # noqa: F722
-    b: Float[np.ndarray, "r m"]  # noqa: F722
+    a: Float[np.ndarray, "n r"]
+    b: Float[np.ndarray, "r m"]
 
 
 class Change(NamedTuple):
@@ -46,8 +46,8 @@ class Change(NamedTuple):
 
     path: str
     index: tuple[int, ...]
-    before: Float[np.ndarray, "n m"]  # noqa: F722
-    delta: "Float[np.ndarray, 'n m'] | Factors"  # noqa: F722
+    before: Float[np.ndarray, "n m"]
+    delta: "Float[np.ndarray, 'n m'] | Factors"
 
     @property
     def name(self) -> str:
@@ -64,9 +64,9 @@ class Directions(NamedTuple):
       outputs: right vectors.
     """
 
-    inputs: Float[np.ndarray, "n k"]  # noqa: F722
+    inputs: Float[np.ndarray, "n k"]
     values: Float[np.ndarray, " k"]
-    outputs: Float[np.ndarray, "m k"]  # noqa: F722
+    outputs: Float[np.ndarray, "m k"]
 
 
 def changes(

@@ -355,7 +355,7 @@ def _code(name: str, state: State, raw: _Raw) -> Float[np.ndarray, "16"]:
     return code
 
 
-def _eight_bits(name: str, raw: _Raw, part: Part) -> Float[np.ndarray, "out in"]:  # noqa: F722
+def _eight_bits(name: str, raw: _Raw, part: Part) -> Float[np.ndarray, "out in"]:
     shape = raw.shapes[name]
     scales = raw.stored(name.removesuffix(".weight") + _SCB, np.float32, shape[:1], part[:1])
     if not np.isfinite(scales).all():

@@ -316,7 +316,7 @@ def _written(stack: jax.Array, layer: jax.Array, at: tuple[int, ...]) -> jax.Arr
 def _writer(where: NamedSharding | None) -> Callable:
     """Writes a layer into its stack, in place, on every device."""
 
-    def write(stack: Array, layer: Array, at: Int[Array, "depth"]) -> Array:
+    def write(stack: Array, layer: Array, at: Int[Array, " depth"]) -> Array:
         start = [*at, *[0] * (stack.ndim - at.size)]
         return lax.dynamic_update_slice(stack, layer, start)
 

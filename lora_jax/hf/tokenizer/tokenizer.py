@@ -35,9 +35,9 @@ class TokenBatch(NamedTuple):
       token_type_ids: which of two texts a token belongs to.
     """
 
-    tokens: Int[np.ndarray, "b t"]  # noqa: F722
-    mask: Bool[np.ndarray, "b t"]  # noqa: F722
-    token_type_ids: Int[np.ndarray, "b t"]  # noqa: F722
+    tokens: Int[np.ndarray, "b t"]
+    mask: Bool[np.ndarray, "b t"]
+    token_type_ids: Int[np.ndarray, "b t"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
