@@ -382,6 +382,7 @@ def check_plain(params: PyTree, also: str = "") -> None:
     Raises:
       ValueError: a leaf has an adapter; the message names it.
     """
+    check_tree("params", params)
     for path, leaf in leaves_by_path(params).items():
         if is_lora(leaf):
             raise ValueError(

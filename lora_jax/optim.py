@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from lora_jax import paths
 from lora_jax.array import FROZEN_FIELDS, TRAINED_FIELDS, is_lora
 from lora_jax.compat import require
+from lora_jax.config.arguments import check_tree
 from lora_jax.tree import combine, split
 
 
@@ -102,6 +103,7 @@ def trainable_mask(lora_params: PyTree) -> PyTree:
             x, **{n: mark if getattr(x, n) is not None else None for n, mark in marks.items()}
         )
 
+    check_tree("lora_params", lora_params)
     return jax.tree.map(mark, lora_params, is_leaf=is_lora)
 
 

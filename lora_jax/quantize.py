@@ -13,6 +13,7 @@ from lora_jax import paths
 from lora_jax.array import is_leaf
 from lora_jax.compat import require
 from lora_jax.config import matching
+from lora_jax.config.arguments import check_tree
 from lora_jax.plan.leaf import Plan
 from lora_jax.quant.array import Backend, QuantArray, ScaleDtype, is_quant
 from lora_jax.quant.dispatch import check_backend
@@ -67,6 +68,7 @@ def quantize(
     Source: Dettmers et al. 2023, "QLoRA", section 3.
     """
     check_backend(backend)
+    check_tree("params", params)
     flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     named = [(paths.spell(path), leaf) for path, leaf in flat]
     chosen = _chosen(where, named)
@@ -176,6 +178,7 @@ def _matches(entry: str, name: str, *, pattern: bool) -> bool:
 
 def dequantize(params: PyTree) -> PyTree:
     """Turns the quantized leaves of a tree into arrays of their dtype."""
+    check_tree("params", params)
     return jax.tree.map(
         lambda x: x.dequantize() if isinstance(x, QuantArray) else x, params, is_leaf=is_leaf
     )

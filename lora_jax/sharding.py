@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.core
@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 
 from lora_jax import compat, paths, processes
 from lora_jax.array import LoraArray, LoraStack, RowsArray, SavedArray, is_leaf
-from lora_jax.config.arguments import check_argument
+from lora_jax.config.arguments import check_argument, check_tree, kind_of
 from lora_jax.dims import in_dims
 from lora_jax.quant import sharding as quant_sharding
 from lora_jax.quant.array import QuantArray, form_of, is_quant
@@ -60,9 +60,12 @@ class Rules:
     """Which mesh axes shard which dims.
 
     Attributes:
-      axes: a logical dim to the mesh axes that may shard it.
-      leaves: the logical dims of every leaf; the first row that matches counts, and a leaf that
-        none matches is copied to every device.
+      axes: a logical dim to the mesh axes that may shard it. An axis of a mesh that is named for
+        no dim copies the weights, with a warning unless it is "data"; name an axis of the rows for
+        a dim of its own, `"rows": ("batch",)`.
+      leaves: the logical dims of every leaf; the first row that matches counts. A leaf that none
+        matches is copied to every device, with a warning if it is a matrix; a row without dims
+        copies in silence.
     """
 
     axes: Mapping[str, tuple[str, ...]]
@@ -183,14 +186,15 @@ def place(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
 
     Args:
       params: parameters, plain, quantized or adapted.
-      mesh: the devices; an axis that no rule names copies the weights.
+      mesh: the devices.
       rules: which axes shard which dims, such as `lora_jax.models.sharding.RULES`.
 
     Returns:
       The tree with every array on the mesh.
 
     Warns:
-      UserWarning: leaves that every device holds whole, because an axis divides none of their dims.
+      UserWarning: leaves that every device holds whole, because an axis divides none of their dims,
+        or because no rule names the axis or the leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -201,6 +205,7 @@ def place(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
       PartitionSpec('fsdp', None)
     """
     call = "sharding.place(params, mesh, rules)"
+    check_tree("params", params)
     check_argument(call, "mesh", mesh, Mesh)
     check_argument(call, "rules", rules, Rules)
     placed = shardings(params, mesh, rules)
@@ -209,7 +214,7 @@ def place(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
 
 def shardings(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     """The `NamedSharding` of every array of a tree that `place` would put on the mesh."""
-    whole: list[str] = []
+    whole = _Whole([], [])
     found = jax.tree_util.tree_map_with_path(
         lambda path, x: _leaf_specs(
             x, leaf_sharding(paths.spell(path), x, mesh, rules, whole=whole).spec
@@ -217,22 +222,20 @@ def shardings(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
         params,
         is_leaf=is_leaf,
     )
-    _warn_of_whole(whole, mesh, stacklevel=4)  # the caller of `place`
+    _warn_of_whole(whole, mesh, rules, stacklevel=4)  # the caller of `place`
     return jax.tree.map(
         lambda s: NamedSharding(mesh, s), found, is_leaf=lambda s: isinstance(s, PartitionSpec)
     )
 
 
-def leaf_sharding(
-    path: str, x: Any, mesh: Mesh, rules: Rules, *, whole: list[str]
-) -> NamedSharding:
-    """The sharding of a weight's own dims; `whole` receives it if it cannot be divided.
+def leaf_sharding(path: str, x: Any, mesh: Mesh, rules: Rules, *, whole: "_Whole") -> NamedSharding:
+    """The sharding of a weight's own dims.
 
     Args:
       path: of the leaf.
       x: the leaf; a `QuantArray` needs no arrays.
       mesh, rules: as in `place`.
-      whole: receives the leaf's path and shape.
+      whole: receives the leaf if it is not divided.
     """
     return NamedSharding(mesh, _leaf_spec(path, x, rules, mesh.shape, whole=whole))
 
@@ -243,31 +246,73 @@ def spreading(
 ) -> Iterator[Callable[[str, Any], NamedSharding] | None]:
     """Yields (path, leaf) -> `leaf_sharding`, or None without a mesh.
 
+    Raises:
+      TypeError: the mesh is something else.
+
     Warns:
       UserWarning: at the end, of leaves that every device holds whole.
     """
     if mesh is None:
         yield None
         return
-    whole: list[str] = []
-    yield lambda path, x: leaf_sharding(path, x, mesh, rules, whole=whole)
-    _warn_of_whole(whole, mesh, stacklevel=5)  # the caller of the loader
-
-
-def _warn_of_whole(whole: Sequence[str], mesh: Mesh, *, stacklevel: int) -> None:
-    """Warns of leaves that devices along an axis hold whole, in one warning."""
-    if whole:
-        more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
-        warnings.warn(
-            f"every device holds all of {', '.join(whole[:3])}{more}: the axis divides none of "
-            f"the dims that it may shard, of the mesh {dict(mesh.shape)}",
-            stacklevel=stacklevel,
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"`mesh` must be a `jax.sharding.Mesh`, got {kind_of(mesh)}: "
+            "`lora.models.make_mesh(fsdp=-1)` makes one of all devices"
         )
+    whole = _Whole([], [])
+    yield lambda path, x: leaf_sharding(path, x, mesh, rules, whole=whole)
+    _warn_of_whole(whole, mesh, rules, stacklevel=5)  # the caller of the loader
 
 
-def specs(
-    shapes: Any, rules: Rules, mesh_shape: Mapping[str, int], *, whole: list[str] | None = None
-) -> Any:
+class _Whole(NamedTuple):
+    """The paths and shapes of leaves that devices hold whole."""
+
+    undivided: list[str]  # an axis divides none of their dims
+    unnamed: list[str]  # matrices that no row of the rules matches
+
+
+def _warn_of_whole(whole: _Whole, mesh: Mesh, rules: Rules, *, stacklevel: int) -> None:
+    """Warns of what devices along an axis hold whole, once for each cause."""
+    shape, known = dict(mesh.shape), _axes(rules)
+    texts = []
+    if whole.undivided:
+        texts.append(
+            f"every device holds all of {_first(whole.undivided)}: the axis divides none of the "
+            f"dims that it may shard, of the mesh {shape}"
+        )
+    used = [a for a, n in shape.items() if n > 1]
+    if unknown := [a for a in used if a != "data" and a not in known]:
+        texts.append(
+            f"every device holds all weights along {_quoted(unknown)} of the mesh {shape}: the "
+            f"rules name {_quoted(known) or 'no axis'}; take a mesh of axes that they name "
+            "(`lora.models.make_mesh`), or rules that name the mesh's"
+        )
+    if whole.unnamed and any(a in known for a in used):
+        texts.append(
+            f"every device holds all of {_first(whole.unnamed)}: none of the rules' `leaves` "
+            "matches; add a `LeafDims` with the dims, or one without dims where a copy is meant"
+        )
+    for text in texts:
+        warnings.warn(text, stacklevel=stacklevel)
+
+
+def _first(named: Sequence[str]) -> str:
+    more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+    return ", ".join(named[:3]) + more
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def _axes(rules: Rules) -> list[str]:
+    """The mesh axes that the rules name, those first that may shard the fewest dims."""
+    named = [axis for axes in rules.axes.values() for axis in axes]
+    return sorted(dict.fromkeys(named), key=named.count)
+
+
+def specs(shapes: Any, rules: Rules, mesh_shape: Mapping[str, int]) -> Any:
     """The `PartitionSpec` of every weight of a model.
 
     Args:
@@ -275,13 +320,12 @@ def specs(
         leaf.
       rules: which axes shard which dims, such as `lora_jax.models.sharding.RULES` or a copy of it.
       mesh_shape: mesh axis to number of devices; an axis that is missing has one.
-      whole: receives the paths of leaves that an axis cannot divide; None raises for them.
 
     Returns:
       A tree like `shapes` with a `PartitionSpec` at each leaf.
 
     Raises:
-      ValueError: without `whole`, an axis divides none of the dims of a leaf that it may shard.
+      ValueError: an axis divides none of the dims of a leaf that it may shard, or no rule names it.
 
     Example:
       >>> import dataclasses, jax
@@ -292,28 +336,38 @@ def specs(
       >>> specs(shapes, whole, {"fsdp": 4, "tensor": 2})["lm_head"]["kernel"]
       PartitionSpec('fsdp', None)
     """
+    check_tree("shapes", shapes)
+    known = ["data", *_axes(rules)]
+    if unknown := [a for a, n in mesh_shape.items() if n > 1 and a not in known]:
+        raise ValueError(
+            f"`mesh_shape` has the axis {_quoted(unknown)}, and the rules name "
+            f"{_quoted(_axes(rules))}: take their axes, or rules that name yours"
+        )
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: _leaf_spec(paths.spell(path), x, rules, mesh_shape, whole=whole),
+        lambda path, x: _leaf_spec(paths.spell(path), x, rules, mesh_shape, whole=None),
         shapes,
         is_leaf=is_leaf,
     )
 
 
 def _leaf_spec(
-    path: str, x: Any, rules: Rules, mesh_shape: Mapping[str, int], *, whole: list[str] | None
+    path: str, x: Any, rules: Rules, mesh_shape: Mapping[str, int], *, whole: _Whole | None
 ) -> PartitionSpec:
     x = getattr(x, "w", x)  # an adapted leaf is spread like its weight
     row = next((row for row in rules.leaves if re.search(row.pattern, path)), None)
-    if row is None or x.ndim < len(row.dims):
+    if row is None and x.ndim > 1 and whole is not None:
+        whole.unnamed.append(f"`{path}` {tuple(x.shape)}")
+    if row is None or not row.dims or x.ndim < len(row.dims):
         return PartitionSpec()
     # Scanned layers stand before the dims that a row names.
     first = x.ndim - len(row.dims)
     names = ("layers",) * first + row.dims
     order = [*(first + d for d in row.order), *range(first)]
     spec: list[tuple[str, ...]] = [()] * x.ndim
-    # `tensor` first: only one dim fits it, while `fsdp` can shard any, behind `tensor` on its dim
-    # too: outputs are gathered as a transposed copy of all layers, inputs as they lie.
-    for axis in ("tensor", "fsdp", "data"):
+    # The axis with the fewest dims has its choice first: `tensor` before `fsdp`, which can shard
+    # any dim, behind `tensor` on its dim too: outputs are gathered as a transposed copy of all
+    # layers, inputs as they lie.
+    for axis in _axes(rules):
         # Under fsdp a weight is gathered for each use, which does not pay for a vector.
         if mesh_shape.get(axis, 1) == 1 or (axis == "fsdp" and len(row.dims) == 1):
             continue
@@ -326,7 +380,7 @@ def _leaf_spec(
             spec[d] += (axis,)
         elif whole is not None:
             # Other axes may still shard it.
-            whole.append(f'`{path}` {tuple(x.shape)} along "{axis}"')
+            whole.undivided.append(f'`{path}` {tuple(x.shape)} along "{axis}"')
         else:
             raise ValueError(
                 f'`mesh` axis "{axis}" = {mesh_shape[axis]} divides no dim of `{path}` '

@@ -26,7 +26,7 @@ from lora_jax.array import (
     register_leaves,
     widened,
 )
-from lora_jax.config.arguments import check_argument, check_key
+from lora_jax.config.arguments import check_argument, check_key, check_tree
 from lora_jax.dims import b_dims, stack_dims
 from lora_jax.methods import start_function
 from lora_jax.plan.leaf import LeafPlan, Plan
@@ -59,6 +59,7 @@ def init(key: PRNGKeyArray, plan: Plan, params: PyTree, *, weights: Any = None) 
     """
     check_argument("init(key, plan, params)", "plan", plan, Plan)
     check_key("key", key)
+    check_tree("params", params)
     register_leaves()
     flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     planned = plan.by_path()
@@ -191,6 +192,7 @@ def split(lora_params: PyTree) -> tuple[PyTree, PyTree]:
       `(trainable, frozen)`: two trees of the same structure, each with `None` in the other's
       places. `trainable` holds `a`, `b`, DoRA magnitudes and saved values only.
     """
+    check_tree("lora_params", lora_params)
     trainable = jax.tree.map(lambda x: _keep(x, TRAINED_FIELDS), lora_params, is_leaf=is_lora)
     frozen = jax.tree.map(lambda x: _keep(x, FROZEN_FIELDS), lora_params, is_leaf=is_lora)
     return trainable, frozen
@@ -259,6 +261,7 @@ def count_parameters(lora_params: PyTree) -> Count:
     The padding of smaller ranks and of left-out layers is allocated, so it counts. DoRA's
     magnitudes and saved values are trainable; the originals of saved leaves count too, as in PEFT.
     """
+    check_tree("lora_params", lora_params)
     trainable = total = 0
     for x in jax.tree.leaves(lora_params, is_leaf=is_leaf):
         if not is_lora(x):

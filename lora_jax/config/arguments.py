@@ -38,7 +38,7 @@ def check_argument(call: str, name: str, value: Any, kinds: type | tuple[type, .
         classes = kinds if isinstance(kinds, tuple) else (kinds,)
         raise TypeError(
             f"`{name}` must be {' or '.join(f'`{kind.__name__}`' for kind in classes)}, got "
-            f"{_kind_of(value)}: call `lora.{call}` with the arguments in this order"
+            f"{kind_of(value)}: call `lora.{call}` with the arguments in this order"
         )
 
 
@@ -46,7 +46,7 @@ def check_tree(name: str, value: Any) -> None:
     """Checks that an argument is a tree, and not what holds or makes one.
 
     Raises:
-      TypeError: it is a function, or a module with adapters inside.
+      TypeError: it is a function, a model, or a module with adapters inside.
     """
     # An `nnx.Adapted` is a tree too, of Flax's variables, in which no leaf of ours would be found.
     if callable(getattr(type(value), "lora_params", None)):
@@ -54,8 +54,12 @@ def check_tree(name: str, value: Any) -> None:
             f"`{name}` must be a tree of parameters, got `{type(value).__name__}`: pass what its "
             "method `lora_params()` returns"
         )
+    # A state of the user's own that is a tree with a field of this name is fine.
+    if isinstance(getattr(value, "params", None), Mapping) and jax.tree_util.all_leaves([value]):
+        kind = type(value).__name__
+        raise TypeError(f"`{name}` must be a tree of parameters, got `{kind}`: pass its `params`")
     if inspect.isroutine(value):
-        raise TypeError(f"`{name}` must be a tree of parameters, got {_kind_of(value)}: call it")
+        raise TypeError(f"`{name}` must be a tree of parameters, got {kind_of(value)}: call it")
 
 
 def check_function(call: str, fn: Any) -> None:
@@ -77,7 +81,7 @@ def check_function(call: str, fn: Any) -> None:
             )
     if not callable(fn):
         raise TypeError(
-            f"`fn` must be a function of the parameters, got {_kind_of(fn)}: call `lora.{call}` "
+            f"`fn` must be a function of the parameters, got {kind_of(fn)}: call `lora.{call}` "
             "with the arguments in this order"
         )
 
@@ -92,11 +96,11 @@ def check_key(name: str, key: Any) -> None:
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not typed and (dtype != jnp.uint32 or not getattr(key, "ndim", 0)):
         raise TypeError(
-            f"`{name}` must be a PRNG key, got {_kind_of(key)}: `jax.random.key(0)` makes one"
+            f"`{name}` must be a PRNG key, got {kind_of(key)}: `jax.random.key(0)` makes one"
         )
 
 
-def _kind_of(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """A value in an error text: its class, and itself where it is short."""
     if callable(value) and not isinstance(value, type) and hasattr(value, "__name__"):
         return f"the function `{value.__name__}`"

@@ -49,6 +49,8 @@ RULES = Rules(
         LeafDims(r"(^|\.)lm_head\.bias$", ("vocabulary",), (0,)),
         LeafDims(r"(^|\.)embedding$", ("other", "hidden"), (1, 0)),
         LeafDims(r"(^|\.)kernel$", ("other", "other")),
+        # Norms and other biases, layers stacked or not: copied.
+        LeafDims(r"(^|\.)(scale|bias)$", ()),
     ),
 )
 

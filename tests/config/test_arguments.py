@@ -2,6 +2,7 @@
 
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+import dataclasses
 import re
 from typing import Any
 
@@ -205,3 +206,36 @@ def test_a_tree_is_no_function_and_no_module():
             check(Adapted())
         with pytest.raises(TypeError, match="got the function `lora_params`: call it"):
             check(Adapted().lora_params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What holds parameters, as `lora.models.load` returns it."""
+
+    params: dict
+
+
+TREES = {
+    "plan": lambda tree: lora.plan(CONFIG, model, tree, X),
+    "init": lambda tree: lora.init(jax.random.key(0), PLAN, tree),
+    "lorafy": lambda tree: lora.lorafy(model)(tree, X),
+    "merge": lora.merge,
+    "split": lora.split,
+    "count": lora.count_parameters,
+    "mask": lora.trainable_mask,
+    "quantize": lambda tree: lora.quantize(tree, ["kernel"]),
+    "dequantize": lora.dequantize,
+    "place": lambda tree: lora.sharding.place(
+        tree, lora.models.make_mesh(fsdp=-1), lora.models.sharding.RULES
+    ),
+    "specs": lambda tree: lora.sharding.specs(tree, lora.models.sharding.RULES, {"fsdp": 8}),
+    "save_params": lambda tree: lora.checkpoint.save_params("unused", tree),
+    "to_peft": lambda tree: lora.hf.to_peft(tree, CONFIG),
+}
+
+
+@pytest.mark.parametrize("call", TREES)
+@pytest.mark.wrong_types
+def test_a_model_is_no_tree_of_parameters(call):
+    with pytest.raises(TypeError, match="must be a tree of parameters, got `Loaded`: pass its `p"):
+        TREES[call](Loaded(PARAMS))

@@ -160,3 +160,67 @@ def test_a_model_on_a_mesh_generates_the_same_tokens(saved):
     prompts = [[1, 2, 3], [4, 5]]
     tokens = [lora.models.generate(m, m.params, prompts, max_new_tokens=4) for m in (found, want)]
     assert tokens[0] == tokens[1]
+
+
+AUTOMATIC = (jax.sharding.AxisType.Auto,)
+
+
+def misspelt():
+    """A mesh whose axis the rules do not name, and rules whose axis the mesh does not have."""
+    own = dataclasses.replace(RULES, axes={"other": ("fdsp",)})
+    return [
+        (
+            jax.make_mesh((8,), ("model",), axis_types=AUTOMATIC),
+            RULES,
+            '"model"',
+            '"tensor", "fsdp"',
+        ),
+        (lora.models.make_mesh(fsdp=8), own, '"fsdp"', '"fdsp"'),
+        (lora.models.make_mesh(fsdp=8), dataclasses.replace(RULES, axes={}), '"fsdp"', "no axis"),
+    ]
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_an_axis_that_no_rule_names_is_a_warning(case):
+    mesh, rules, axis, known = misspelt()[case]
+    tree = {"q_proj": {"kernel": jax.numpy.ones((16, 8))}}
+    text = f"all weights along {axis} of the mesh .*: the rules name {known}; take a mesh of"
+    with pytest.warns(UserWarning, match=text):
+        placed = lora.sharding.place(tree, mesh, rules)
+    assert placed["q_proj"]["kernel"].sharding.is_fully_replicated
+
+
+def test_axes_of_the_rows_are_named_without_a_warning():
+    tree = {"q_proj": {"kernel": jax.numpy.ones((16, 8))}}
+    lora.sharding.place(tree, lora.models.make_mesh(data=8), RULES)
+    mesh = jax.make_mesh((4, 2), ("batch", "wide"), axis_types=AUTOMATIC * 2)
+    rules = lora.sharding.Rules(
+        {"rows": ("batch",), "width": ("wide",)}, (LeafDims(r"kernel$", ("width", "other")),)
+    )
+    placed = lora.sharding.place(tree, mesh, rules)
+    assert placed["q_proj"]["kernel"].sharding.spec == P("wide", None)
+
+
+def test_a_matrix_that_no_row_names_is_a_warning_and_an_empty_row_copies_it():
+    mesh = lora.models.make_mesh(fsdp=8)
+    tree = {"dense": {"w": jax.numpy.ones((16, 8)), "b": jax.numpy.ones(8)}}
+    with pytest.warns(
+        UserWarning, match=r"all of `dense.w` \(16, 8\): none of the rules' `leaves`"
+    ):
+        lora.sharding.place(tree, mesh, RULES)
+    copied = dataclasses.replace(RULES, leaves=(LeafDims(r"w$", ()), *RULES.leaves))
+    placed = lora.sharding.place(tree, mesh, copied)
+    assert placed["dense"]["w"].sharding.is_fully_replicated
+
+
+def test_specs_refuse_an_axis_that_no_rule_names():
+    with pytest.raises(
+        ValueError, match='`mesh_shape` has the axis "fdsp", and the rules name "te'
+    ):
+        specs(kernel("q_proj", 16, 8), RULES, {"fdsp": 8})
+
+
+@pytest.mark.parametrize("mesh", [8, "fsdp=8", {"fsdp": 8}])
+def test_a_mesh_that_is_none_is_refused_before_anything_is_read(mesh, tmp_path):
+    with pytest.raises(TypeError, match=r"`mesh` must be a `jax.sharding.Mesh`, got .*make_mesh"):
+        lora.models.load(tmp_path / "missing", mesh=mesh)
