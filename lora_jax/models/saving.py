@@ -26,7 +26,7 @@ import numpy as np
 from lora_jax import processes
 from lora_jax.array import LoraArray, SavedArray, check_plain, check_whole, dense, is_leaf, is_lora
 from lora_jax.files import check_new, replacing
-from lora_jax.hf.checkpoint.names import Family, module_name, stack_depth, tensor_of
+from lora_jax.hf.checkpoint.names import Family, module_name, stack_depth, tensors_of
 from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, cast, size_of, write_shards
 from lora_jax.hf.checkpoint.weights import shape_there
 from lora_jax.hf.tokenizer.directory import SETTINGS, TEMPLATE, template_of
@@ -157,7 +157,8 @@ def _blocks(modules: Modules, family: Family) -> list[_Block]:
 
     # By number, so that block 10 follows block 9; modules beside the blocks come last.
     def place(block: _Block) -> list[tuple[int, int, str]]:
-        parts = module_name(block.module, block.index, family=family).split(".")
+        # With the place of a parameter: experts are numbered before it.
+        parts = module_name(f"{block.module}._", block.index, family=family).split(".")
         return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
     return sorted(blocks, key=place)
@@ -168,8 +169,11 @@ def _entries(
 ) -> Iterator[NewTensor]:
     """Names and shapes of a block's tensors."""
     for parameter, leaf in modules[block.module].items():
-        name, axes = tensor_of(f"{block.module}.{parameter}", block.index, family=family)
-        yield NewTensor(name, shape_there(leaf.shape[len(block.index) :], axes), dtype)
+        parts = tensors_of(f"{block.module}.{parameter}", block.index, family=family)
+        shape = leaf.shape[len(block.index) :]
+        shape = (*shape[:-1], shape[-1] // len(parts))
+        for name, axes in parts:
+            yield NewTensor(name, shape_there(shape, axes), dtype)
 
 
 def _values(
@@ -183,9 +187,12 @@ def _values(
         label = ".".join("*" if part.isdigit() else part for part in block.module.split("."))
         parts = _merged(label, parts, index)
     for parameter, part in parts.items():
-        name, axes = tensor_of(f"{block.module}.{parameter}", index, family=family)
-        there = np.asarray(processes.whole(dense(part)))
-        yield cast(there if axes is None else there.transpose(np.argsort(axes)), dtype, name)
+        tensors = tensors_of(f"{block.module}.{parameter}", index, family=family)
+        whole = np.asarray(processes.whole(dense(part)))
+        for (name, axes), there in zip(
+            tensors, np.split(whole, len(tensors), axis=-1), strict=True
+        ):
+            yield cast(there if axes is None else there.transpose(np.argsort(axes)), dtype, name)
 
 
 @partial(jax.jit, static_argnums=0)

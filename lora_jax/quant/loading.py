@@ -105,9 +105,10 @@ def in_format(config: QuantConfig, w: jax.Array, name: str) -> QuantArray:
 
 
 def is_kernel(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
-    """Whether a leaf is the kernel of a layer, and not of a head."""
+    """Whether a leaf is the kernel of a layer or of experts, and not of a head."""
     *modules, last = path.split(".")
-    return last == "kernel" and len(leaf.shape) > 1 and not _HEADS & set(modules)
+    kernel = last == "kernel" or modules[-1:] == ["experts"]
+    return kernel and len(leaf.shape) > 1 and not _HEADS & set(modules)
 
 
 def _own_format(

@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 
 from lora_jax import processes
 from lora_jax.compat import require
-from lora_jax.hf.checkpoint.names import ANY, Family, stack_depth, tensor_of
+from lora_jax.hf.checkpoint.names import ANY, Family, stack_depth, tensors_of
 from lora_jax.hf.checkpoint.weights import Part, Weights, check_fit, shape_there
 from lora_jax.paths import spell
 from lora_jax.quant import ops
@@ -51,6 +51,35 @@ class _Tensor(NamedTuple):
         """A part of the leaf's layer, with a slice of each of its dims; () is all of it."""
         found = weights.read(self.name, shape_there(part, self.axes if part else None))
         return found if self.axes is None else found.transpose(self.axes)
+
+
+class _Beside(NamedTuple):
+    """Tensors side by side along the last dim of a leaf's layer, all of one size."""
+
+    parts: tuple[_Tensor, ...]
+    size: int
+
+    @property
+    def name(self) -> str:
+        """What messages call them."""
+        return " and ".join(part.name for part in self.parts)
+
+    @property
+    def axes(self) -> tuple[int, ...] | None:
+        """The order of the dims of each."""
+        return self.parts[0].axes
+
+    def read(self, weights: Weights, part: Part) -> np.ndarray:
+        """As `_Tensor.read`."""
+        *rest, last = part or (slice(0, len(self.parts) * self.size),)
+        found = []
+        for number, tensor in enumerate(self.parts):
+            low, high = (
+                min(max(end - number * self.size, 0), self.size) for end in (last.start, last.stop)
+            )
+            if low < high:
+                found.append(tensor.read(weights, (*rest, slice(low, high)) if part else ()))
+        return np.concatenate(found, axis=-1)
 
 
 class Leaf(NamedTuple):
@@ -109,9 +138,10 @@ def fill(
     flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
     leaves = [_leaf(spell(path), like, family) for path, like in flat]
     wanted = {
-        tensor.name: shape_there(leaf.like.shape[leaf.depth :], tensor.axes)
+        name: shape
         for leaf in leaves
         for tensor in leaf.tensors.values()
+        for name, shape in _wanted(tensor, leaf.like.shape[leaf.depth :])
     }
     check_fit(wanted, weights, ignored=family.ignored)
     return jax.tree.unflatten(tree, filled(leaves, weights, quantize=quantize, spread=spread))
@@ -148,7 +178,20 @@ def _leaf(path: str, like: jax.ShapeDtypeStruct, family: Family) -> Leaf:
     # Leading dims are layers (or experts), each a tensor of its own in the checkpoint.
     depth = stack_depth(path, family=family)
     indices = product(*map(range, like.shape[:depth]))
-    return Leaf(path, like, {i: _Tensor(*tensor_of(path, i, family=family)) for i in indices})
+
+    def tensor(index: tuple[int, ...]) -> _Tensor | _Beside:
+        parts = tuple(_Tensor(*part) for part in tensors_of(path, index, family=family))
+        return parts[0] if len(parts) == 1 else _Beside(parts, like.shape[-1] // len(parts))
+
+    return Leaf(path, like, {index: tensor(index) for index in indices})
+
+
+def _wanted(tensor: Any, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes in the checkpoint of a leaf's layer."""
+    if isinstance(tensor, _Beside):
+        shape = (*shape[:-1], tensor.size)
+        return [(part.name, shape_there(shape, part.axes)) for part in tensor.parts]
+    return [(tensor.name, shape_there(shape, tensor.axes))]
 
 
 def _filled(leaf: Leaf, source: _Source) -> Any:

@@ -42,6 +42,19 @@ class Rule(NamedTuple):
     axes: tuple[int, ...] | None = None
 
 
+class Moved(NamedTuple):
+    """A parameter whose names there no rule gives: another module's, or those of several tensors.
+
+    Attributes:
+      ours: the end of its path, behind the block: "mlp.experts.gate_up_proj".
+      theirs: the ends of the tensors' names, which lie side by side along our last dim. A `{}` is
+        the number of an expert.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Family:
     """The names of one family of models.
@@ -55,6 +68,7 @@ class Family:
         without its head leave out.
       starts: other starts of names in some checkpoints, and what they are replaced by.
       tied: the tensor that may be left out because it repeats another, and that other one.
+      moved: parameters that the rules do not name, all of them matrices that are (out, in) there.
     """
 
     name: str
@@ -64,6 +78,7 @@ class Family:
     prefix: str = ""
     starts: tuple[tuple[str, str], ...] = ()
     tied: tuple[str, str] | None = None
+    moved: tuple[Moved, ...] = ()
 
 
 class Tensor(NamedTuple):
@@ -96,6 +111,32 @@ LLAMA = Family(
     ignored=("*.rotary_emb.inv_freq",),
     prefix="model.",
     tied=("lm_head.weight", "model.embed_tokens.weight"),
+)
+
+# Experts lie in one leaf of a block here, gate beside up, as in transformers 5 and its adapters;
+# there each is a module of its own.
+EXPERTS = replace(
+    LLAMA,
+    name="experts",
+    moved=(
+        Moved(
+            "mlp.experts.gate_up_proj",
+            ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+        ),
+        Moved("mlp.experts.down_proj", ("mlp.experts.{}.down_proj.weight",)),
+    ),
+)
+MIXTRAL = replace(
+    LLAMA,
+    name="mixtral",
+    moved=(
+        Moved("mlp.gate.kernel", ("block_sparse_moe.gate.weight",)),
+        Moved(
+            "mlp.experts.gate_up_proj",
+            ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+        ),
+        Moved("mlp.experts.down_proj", ("block_sparse_moe.experts.{}.w2.weight",)),
+    ),
 )
 
 # A decoder inside a model of images and texts, whose vision tower and projector are not loaded.
@@ -187,6 +228,23 @@ def tensor_of(path: str, index: Sequence[int] = (), *, family: Family = ANY) -> 
         f"leaf `{path}`: the {family.name} names have no parameter `{parameter}` there; "
         f"its parameters end in {known}"
     )
+
+
+def tensors_of(path: str, index: Sequence[int] = (), *, family: Family) -> tuple[Tensor, ...]:
+    """The Hugging Face tensors of a leaf, or of one block (one expert) of a stacked leaf.
+
+    As `tensor_of`; several lie side by side along the last dim of ours.
+    """
+    for ours, theirs in family.moved:
+        if path.endswith(f".{ours}"):
+            own = len(index) - ("{}" in theirs[0])  # the last number is the expert's
+            block, expert = path.removesuffix(f".{ours}"), index[own:]
+            ends = (end.format(*expert) for end in theirs)
+            return tuple(
+                Tensor(module_name(f"{block}.{end}", index[:own], family=family), (1, 0))
+                for end in ends
+            )
+    return (tensor_of(path, index, family=family),)
 
 
 def leaf_of(name: str, *, family: Family = ANY, stacked: bool = True) -> Leaf:
