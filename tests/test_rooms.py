@@ -29,8 +29,6 @@ MOST_ROOT_FILES = 15
 
 # Files of fewer than 60 lines that one file imports, and why they stand alone.
 SMALL = {
-    "lora_jax/models/families/llama.py": "one file a family",
-    "lora_jax/models/families/qwen.py": "one file a family",
     "lora_jax/cli/__main__.py": "python -m lora_jax.cli",
 }
 

@@ -32,6 +32,12 @@ class LlamaConfig:
       vocab_size: rows of the embedding table.
       hidden_size: width of the residual stream.
       intermediate_size: width of the gated MLP.
+      num_experts: parts of an MLP that is a mixture of experts, see `lora_jax.models.experts`; None
+        is one dense MLP.
+      num_experts_per_tok: experts that a token uses.
+      moe_intermediate_size: width of an expert; None is `intermediate_size`.
+      norm_topk_prob: the weights of a token's experts add up to 1.
+      router_aux_loss_coef: weight of the load-balancing loss, for whoever adds it.
       num_hidden_layers: blocks.
       num_attention_heads: query heads.
       num_key_value_heads: key and value heads; each serves as many query heads.
@@ -46,6 +52,8 @@ class LlamaConfig:
       tie_word_embeddings: the output head is the embedding table.
       qkv_bias, o_bias, mlp_bias: which projections have a bias.
       qk_norm: queries and keys are normalized head by head.
+      qk_norm_whole: with `qk_norm`, all heads of a token are normalized together.
+      clip_qkv: queries, keys and values are limited to `[-clip_qkv, clip_qkv]`, or None.
       fused_projections: queries, keys and values are one projection, gate and up another.
       sliding_window: tokens that a token attends to, itself included, or None for all before it.
       sliding_layers: for each block whether it slides; None is all of them, if there is a window.
@@ -66,6 +74,11 @@ class LlamaConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    num_experts: int | None = None
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.0
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -81,6 +94,8 @@ class LlamaConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    clip_qkv: float | None = None
     fused_projections: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
@@ -99,7 +114,9 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, {name: name for name in _SIZES})
-        check_numbers(self, _POSITIVE, ("rms_norm_eps", "initializer_range"))
+        check_numbers(
+            self, _POSITIVE, ("rms_norm_eps", "initializer_range", "router_aux_loss_coef")
+        )
         check_kinds(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -120,6 +137,18 @@ class LlamaConfig:
             )
         if self.sliding_window is not None:
             check_sizes(self, {"sliding_window": "sliding_window"})
+        if self.num_experts is not None:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        check_sizes(self, {name: name for name in ("num_experts", "num_experts_per_tok")})
+        if self.moe_intermediate_size is not None:
+            check_sizes(self, {"moe_intermediate_size": "moe_intermediate_size"})
+        if self.num_experts_per_tok > (self.num_experts or 0):
+            raise ValueError(
+                f"config: `num_experts_per_tok` is {self.num_experts_per_tok}, of only "
+                f"{self.num_experts} experts"
+            )
 
     @property
     def context(self) -> int:
@@ -141,6 +170,11 @@ class LlamaConfig:
         if scaling is None or scaling.rope_type != "longrope":
             return None
         return scaling.original_max_position_embeddings
+
+    @property
+    def expert_size(self) -> int:
+        """Width of an expert."""
+        return self.moe_intermediate_size or self.intermediate_size
 
     @property
     def rotary_dim(self) -> int:
@@ -195,8 +229,9 @@ class LlamaConfig:
 
 _POSITIVE = (
     "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "query_pre_attn_scalar",
-    "attn_logit_softcapping", "final_logit_softcapping",
+    "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv",
 )  # fmt: skip
+_NOT_NEGATIVE = ("rms_norm_eps", "initializer_range", "router_aux_loss_coef")
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",

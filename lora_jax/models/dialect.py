@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.hf.checkpoint import bnb
+from lora_jax.hf.checkpoint.names import LLAMA, Family
 from lora_jax.models.rope import scaling_from_hf
 
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
@@ -91,6 +92,7 @@ class Dialect(NamedTuple):
       activation: the field that names the MLP's activation.
       activations: what it may be, Hugging Face's name -> ours.
       rope: the raw object, with defaults -> the fields of `LlamaConfig` about RoPE.
+      names: Hugging Face's names of the tensors.
     """
 
     architecture: str
@@ -101,6 +103,7 @@ class Dialect(NamedTuple):
     activation: str = "hidden_act"
     activations: Mapping[str, str] = {"silu": "silu", "swish": "silu"}
     rope: Callable[[Mapping[str, Any]], dict[str, Any]] = read_rope
+    names: Family = LLAMA
 
 
 def refuse_unsupported(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Attend, Rotations, Stored, choose
 from lora_jax.models.config import LlamaConfig
+from lora_jax.models.experts import MixtureMLP
 from lora_jax.models.layers import ACTIVATIONS, Embedding, RMSNorm, kept, logits_of
 from lora_jax.models.rope import RopeScaling, Rotation, rotation
 
@@ -48,9 +49,12 @@ class Attention(nnx.Module):
             self.v_proj = linear(width, pairs, config.qkv_bias)
         self.o_proj = linear(queries, width, config.o_bias)
         self.qk_norm = config.qk_norm
+        self.norm_whole = config.qk_norm_whole
+        self.limit = config.clip_qkv
         if config.qk_norm:
-            self.q_norm = _norm(config, size, param_dtype)
-            self.k_norm = _norm(config, size, param_dtype)
+            whole = config.qk_norm_whole
+            self.q_norm = _norm(config, queries if whole else size, param_dtype)
+            self.k_norm = _norm(config, pairs if whole else size, param_dtype)
 
     def project(
         self, x: Float[Array, "b t d"]
@@ -64,10 +68,15 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t d"], attend: Attend, stored: Stored, block: Int[Array, ""]
     ) -> tuple[Float[Array, "b t d"], Stored]:
+        q, k, v = self.project(x)
+        # Norms come before the rotation, which `attend` does.
+        if self.qk_norm and self.norm_whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.limit is not None:
+            q, k, v = (jnp.clip(y, -self.limit, self.limit) for y in (q, k, v))
         # (b, t, n, h) and (b, t, k, h)
-        q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in self.project(x))
-        # Before the rotation, which `attend` does.
-        if self.qk_norm:
+        q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in (q, k, v))
+        if self.qk_norm and not self.norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
         mixed, stored = attend(q, k, v, stored=stored, block=block)  # (b, t, n, h)
         return kept(self.o_proj(mixed.reshape(*x.shape[:2], -1))), stored
@@ -121,7 +130,8 @@ class Block(nnx.Module):
             return _norm(config, config.hidden_size, param_dtype)
 
         self.self_attn = Attention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.mlp = MLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        mlp = MLP if config.num_experts is None else MixtureMLP
+        self.mlp = mlp(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
         self.norm_outputs = config.norm_outputs

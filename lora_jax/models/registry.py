@@ -51,8 +51,8 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     **{
-        kind: Architecture(CAUSAL_LM, LlamaConfig.from_hf, Forward, names.LLAMA)
-        for kind in DIALECTS
+        kind: Architecture(CAUSAL_LM, LlamaConfig.from_hf, Forward, dialect.names)
+        for kind, dialect in DIALECTS.items()
     },
     **{kind: Architecture(CAUSAL_LM, text_of, Forward, names.WRAPPED) for kind in WRAPPERS},
     "gpt2": Architecture(

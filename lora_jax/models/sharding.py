@@ -8,6 +8,7 @@
     q, k, v, gate, up, head  (in, out)        P("fsdp", "tensor")
     o, down                  (in, out)        P(("tensor", "fsdp"), None)
     table                    (vocabulary, d)  P("tensor", "fsdp")
+    experts                  (E, in, out)     as gate, up and down: no device holds whole experts
     norms, biases                             copied (biases of the first row: P("tensor"))
 
 Adapters follow the weights they belong to, see `lora_jax.partition_specs`.
@@ -41,6 +42,8 @@ RULES = Rules(
         LeafDims(r"(^|\.)embed_tokens\.embedding$", ("vocabulary", "hidden"), (1, 0)),
         LeafDims(r"(^|\.)(q_proj|k_proj|v_proj|qkv_proj)\.kernel$", ("hidden", "heads")),
         LeafDims(r"(^|\.)(gate_proj|up_proj|gate_up_proj)\.kernel$", ("hidden", "mlp")),
+        LeafDims(r"(^|\.)experts\.gate_up_proj$", ("hidden", "mlp")),
+        LeafDims(r"(^|\.)experts\.down_proj$", ("mlp", "hidden")),
         LeafDims(r"(^|\.)lm_head\.kernel$", ("hidden", "vocabulary")),
         LeafDims(r"(^|\.)o_proj\.kernel$", ("heads", "hidden")),
         LeafDims(r"(^|\.)down_proj\.kernel$", ("mlp", "hidden")),

@@ -8,7 +8,7 @@ an entry here.
 from collections.abc import Mapping
 
 from lora_jax.models.dialect import Dialect
-from lora_jax.models.families import gemma, llama, phi3, qwen
+from lora_jax.models.families import experts, gemma, llama, phi3, qwen
 
 DIALECTS: Mapping[str, Dialect] = {
     "llama": llama.LLAMA,
@@ -19,4 +19,7 @@ DIALECTS: Mapping[str, Dialect] = {
     "gemma2": gemma.GEMMA2,
     "gemma3_text": gemma.GEMMA3,
     "phi3": phi3.PHI3,
+    "mixtral": experts.MIXTRAL,
+    "qwen3_moe": experts.QWEN3_MOE,
+    "olmoe": experts.OLMOE,
 }

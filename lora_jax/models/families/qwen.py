@@ -36,14 +36,14 @@ def _write(config: Any) -> dict[str, Any]:
 
 
 _FIELDS = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")
-_DEFAULTS = {"num_key_value_heads": 32, "max_window_layers": 28, "sliding_window": 4096}
+DEFAULTS = {"num_key_value_heads": 32, "max_window_layers": 28, "sliding_window": 4096}
 
 QWEN2 = Dialect(
     architecture="Qwen2ForCausalLM",
     fields=_FIELDS,
     read=_read_qwen2,
     write=_write,
-    defaults=_DEFAULTS,
+    defaults=DEFAULTS,
 )
 
 QWEN3 = Dialect(
@@ -51,5 +51,5 @@ QWEN3 = Dialect(
     fields=(*_FIELDS, "attention_bias"),
     read=_read_qwen3,
     write=_write,
-    defaults={**_DEFAULTS, "head_dim": 128},
+    defaults={**DEFAULTS, "head_dim": 128},
 )

@@ -1,0 +1,170 @@
+"""A mixture of experts: an MLP of which each token uses a few parts.
+
+    p = softmax(x · W_gate)                              float32, over the E experts
+    y = Σ_e p_e · W_down,e (act(W_gate,e x) * W_up,e x)  over the k experts with the largest p_e
+
+Tokens are sorted by expert. An expert's rows are then multiplied by its weights alone, so that cost
+grows with the k experts of a token and not with E: by `lax.ragged_dot` where that is one operation
+(TPU), elsewhere by tiles of rows of one expert, because XLA makes of `ragged_dot` a dense product
+with all experts there.
+
+M tokens, K experts of a token, E experts, D width, F inner size of an expert.
+
+Source: Shazeer et al. 2017, arXiv:1701.06538; Jiang et al. 2024, "Mixtral", arXiv:2401.04088.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from lora_jax.models.config import LlamaConfig
+from lora_jax.models.layers import ACTIVATIONS, kept
+
+# Backends on which `ragged_dot` is one operation.
+_RAGGED = frozenset({"tpu"})
+
+
+class Chosen(NamedTuple):
+    """The experts of each token, the likeliest first, and how much each of them counts."""
+
+    experts: Int[Array, "m k"]
+    weights: Float[Array, "m k"]
+
+
+class Order(NamedTuple):
+    """The rows `token · K + choice`, sorted by expert.
+
+    Attributes:
+      source: the row at each sorted place.
+      place: the sorted place of each row.
+      sizes: rows of each expert.
+    """
+
+    source: Int[Array, " rows"]
+    place: Int[Array, " rows"]
+    sizes: Int[Array, " e"]
+
+
+class Experts(nnx.Module):
+    """The weights of all experts, gate and up side by side: (E, D, 2F) and (E, F, D)."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike) -> None:
+        count, width, inner = config.num_experts, config.hidden_size, config.expert_size
+        assert count is not None  # a configuration without experts has an `MLP`
+        self.dtype = dtype
+        self.activation = config.hidden_activation
+        self.gate_up_proj = nnx.Param(jnp.zeros((count, width, 2 * inner), param_dtype))
+        self.down_proj = nnx.Param(jnp.zeros((count, inner, width), param_dtype))
+
+    def __call__(self, x: Float[Array, "m d"], chosen: Chosen) -> Float[Array, "m d"]:
+        first, second = self.gate_up_proj.get_value(), self.down_proj.get_value()
+        order = sort_by_expert(chosen.experts, first.shape[0])
+        product = ragged if jax.default_backend() in _RAGGED else tiled
+        rows = jnp.take(x, order.source // chosen.experts.shape[1], axis=0)  # (rows, d)
+        gate, up = jnp.split(kept(product(rows, first.astype(self.dtype), order)), 2, axis=-1)
+        inner = ACTIVATIONS[self.activation](gate) * up  # (rows, f)
+        out = product(inner, second.astype(self.dtype), order)
+        out = jnp.take(out, order.place, axis=0).reshape(*chosen.experts.shape, -1)  # (m, k, d)
+        # In float32: the sum of a token's experts is rounded once.
+        return jnp.einsum("mkd,mk->md", out.astype(jnp.float32), chosen.weights).astype(x.dtype)
+
+
+class MixtureMLP(nnx.Module):
+    """A router and its experts, in the place of an MLP."""
+
+    def __init__(
+        self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        assert config.num_experts is not None
+        self.gate = nnx.Linear(
+            config.hidden_size,
+            config.num_experts,
+            use_bias=False,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.experts = Experts(config, dtype=dtype, param_dtype=param_dtype)
+        self.count = config.num_experts_per_tok
+        self.normalized = config.norm_topk_prob
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        rows = x.reshape(-1, x.shape[-1])  # (m, d)
+        chosen = choose_experts(self.gate(rows), self.count, normalized=self.normalized)
+        return self.experts(rows, chosen).reshape(x.shape)
+
+
+def choose_experts(logits: Float[Array, "m e"], count: int, *, normalized: bool) -> Chosen:
+    """The `count` likeliest experts of each token; `normalized` weights add up to 1."""
+    likely = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    weights, experts = lax.top_k(likely, count)
+    if normalized:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    return Chosen(experts, weights)
+
+
+def sort_by_expert(experts: Int[Array, "m k"], count: int) -> Order:
+    """Sorts the choices of all tokens by expert; those of one expert stay in their order."""
+    flat = experts.reshape(-1)
+    source = jnp.argsort(flat, stable=True)
+    return Order(source, jnp.argsort(source), jnp.bincount(flat, length=count))
+
+
+def ragged(
+    rows: Float[Array, "rows i"], weights: Float[Array, "e i o"], order: Order
+) -> Float[Array, "rows o"]:
+    """Each sorted row times its expert's weights, in one operation."""
+    return lax.ragged_dot(rows, weights, order.sizes)
+
+
+def tiled(
+    rows: Float[Array, "rows i"], weights: Float[Array, "e i o"], order: Order
+) -> Float[Array, "rows o"]:
+    """As `ragged`, a tile of rows of one expert at a time.
+
+    Each expert's last tile is filled up with zeros, so that sizes do not depend on the choices.
+    """
+    count, experts = rows.shape[0], weights.shape[0]
+    size = tile_size(count, experts)
+    tiles = tile_count(count, experts)
+    needed = -(-order.sizes // size)  # tiles of each expert
+    ends = jnp.cumsum(needed)
+    # The last tiles may be no expert's: they hold zeros, and any weights do for them.
+    owner = jnp.searchsorted(ends, jnp.arange(tiles), side="right").clip(max=experts - 1)
+    # How far an expert's rows move: its first tile's place less its first sorted place.
+    shift = (ends - needed) * size - (jnp.cumsum(order.sizes) - order.sizes)
+    at = jnp.arange(count) + jnp.repeat(shift, order.sizes, total_repeat_length=count)
+    apart = jnp.zeros((tiles * size, rows.shape[1]), rows.dtype)
+    apart = apart.at[at].set(rows, unique_indices=True, indices_are_sorted=True)
+    out = _each_tile(apart.reshape(tiles, size, -1), owner, weights)
+    return jnp.take(out.reshape(tiles * size, -1), at, axis=0, unique_indices=True)
+
+
+def _each_tile(
+    tiles: Float[Array, "tiles rows i"], owner: Int[Array, " tiles"], weights: Float[Array, "e i o"]
+) -> Float[Array, "tiles rows o"]:
+    # One after another: all at once would copy the weights for each tile.
+    def one(each: tuple[Array, Array]) -> Array:
+        x, expert = each
+        return x @ lax.dynamic_index_in_dim(weights, expert, keepdims=False)
+
+    return lax.map(one, (tiles, owner))
+
+
+def tile_size(rows: int, experts: int) -> int:
+    """Rows of one tile: a quarter of an expert's share, in whole eights where there are enough.
+
+    Each expert adds at most a tile of filling, so that a quarter is added to the work.
+    """
+    quarter = rows / experts / 4
+    return 1 if quarter < 4 else min(256, 8 * max(1, round(quarter / 8)))
+
+
+def tile_count(rows: int, experts: int) -> int:
+    """How many tiles there are at most, whatever tokens choose."""
+    return rows // tile_size(rows, experts) + min(rows, experts)

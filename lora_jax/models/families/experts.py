@@ -1,0 +1,152 @@
+"""Mixtral, Qwen3-MoE and OLMoE: decoders whose MLPs are mixtures of experts.
+
+Mixtral is Mistral with experts, Qwen3-MoE is Qwen3 with experts. OLMoE normalizes the queries, and
+the keys, of all heads together.
+
+Sources: arXiv:2401.04088, arXiv:2505.09388, arXiv:2409.02060.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.hf.checkpoint import names
+from lora_jax.models.dialect import Dialect
+from lora_jax.models.families import llama, qwen
+
+# `num_local_experts` is Mixtral's name, `num_experts` that of the others; transformers reads both.
+_COUNTS = ("num_local_experts", "num_experts")
+_FIELDS = (*_COUNTS, "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
+
+
+def _read(raw: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The fields of all three; `count` is the number of experts where none is stated."""
+    counts = {raw[name] for name in _COUNTS if raw.get(name) is not None}
+    if len(counts) > 1:
+        raise ValueError(
+            f"config: `num_local_experts` and `num_experts` are two numbers, {counts}: leave one "
+            "out"
+        )
+    return {
+        "num_experts": counts.pop() if counts else count,
+        "num_experts_per_tok": raw["num_experts_per_tok"],
+        "router_aux_loss_coef": float(raw["router_aux_loss_coef"]),
+    }
+
+
+def _write(config: Any, name: str) -> dict[str, Any]:
+    return {
+        name: config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+    }
+
+
+def _read_mixtral(raw: Mapping[str, Any]) -> dict[str, Any]:
+    if raw.get("router_jitter_noise"):
+        raise ValueError(
+            f"config: `router_jitter_noise` = {raw['router_jitter_noise']!r} is not supported"
+        )
+    return {"sliding_window": raw.get("sliding_window"), **_read(raw, 8)}
+
+
+def _write_mixtral(config: Any) -> dict[str, Any]:
+    return {"sliding_window": config.sliding_window, **_write(config, "num_local_experts")}
+
+
+def _read_qwen3(raw: Mapping[str, Any]) -> dict[str, Any]:
+    for name, plain in (("mlp_only_layers", ([], None)), ("decoder_sparse_step", (1,))):
+        if raw.get(name, plain[0]) not in plain:
+            raise ValueError(
+                f"config: `{name}` = {raw[name]!r} is not supported: some blocks would have "
+                "experts and others none"
+            )
+    return {
+        **qwen.QWEN3.read(raw),
+        **_read(raw, 128),
+        "moe_intermediate_size": raw["moe_intermediate_size"],
+        "norm_topk_prob": bool(raw["norm_topk_prob"]),
+    }
+
+
+def _write_qwen3(config: Any) -> dict[str, Any]:
+    return {
+        **qwen.QWEN3.write(config),
+        **_write(config, "num_experts"),
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "norm_topk_prob": config.norm_topk_prob,
+    }
+
+
+def _read_olmoe(raw: Mapping[str, Any]) -> dict[str, Any]:
+    bias = bool(raw.get("attention_bias", False))
+    return {
+        **_read(raw, 64),
+        "norm_topk_prob": bool(raw["norm_topk_prob"]),
+        "clip_qkv": raw.get("clip_qkv"),
+        "qk_norm": True,
+        "qk_norm_whole": True,
+        "qkv_bias": bias,
+        "o_bias": bias,
+    }
+
+
+def _write_olmoe(config: Any) -> dict[str, Any]:
+    return {
+        **_write(config, "num_experts"),
+        "norm_topk_prob": config.norm_topk_prob,
+        "clip_qkv": config.clip_qkv,
+        "attention_bias": config.qkv_bias,
+    }
+
+
+MIXTRAL = Dialect(
+    architecture="MixtralForCausalLM",
+    fields=(*_FIELDS, *llama.MISTRAL.fields, "router_jitter_noise"),
+    read=_read_mixtral,
+    write=_write_mixtral,
+    names=names.MIXTRAL,
+    defaults={
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
+    },
+)
+
+QWEN3_MOE = Dialect(
+    architecture="Qwen3MoeForCausalLM",
+    fields=(
+        *_FIELDS, *qwen.QWEN3.fields, "decoder_sparse_step", "mlp_only_layers",
+        "moe_intermediate_size", "norm_topk_prob",
+    ),
+    read=_read_qwen3,
+    write=_write_qwen3,
+    names=names.EXPERTS,
+    defaults={
+        **qwen.DEFAULTS,
+        "num_key_value_heads": 4,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.001,
+    },
+)  # fmt: skip
+
+OLMOE = Dialect(
+    architecture="OlmoeForCausalLM",
+    fields=(*_FIELDS, "attention_bias", "clip_qkv", "norm_topk_prob"),
+    read=_read_olmoe,
+    write=_write_olmoe,
+    names=names.EXPERTS,
+    defaults={
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 1,
+        "eos_token_id": 50279,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.01,
+    },
+)
