@@ -10,7 +10,7 @@ numbered as layers are.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,6 +28,9 @@ PREFIX = "base_model.model."
 # The order in which models register the parameters of their experts, which decides how PEFT nests
 # the adapters of several parameters of one module.
 REGISTERED = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
+
+# The parameter that shows that a module holds fused experts.
+_FUSED = ".experts.gate_up_proj"
 
 Kind = Literal["module", "parameter", "saved", "rows"]
 
@@ -76,6 +79,12 @@ class AdapterIndex:
         """Full names of the modules that carry an adapter, in the tree's order; no parameters."""
         rows = (row for of_leaf in self.rows.values() for row in of_leaf)
         return [row.name for row in rows if row.kind == "module" and row.rank]
+
+    @property
+    def parameters(self) -> list[str]:
+        """Full names of the parameters that carry an adapter, in the tree's order."""
+        rows = (row for of_leaf in self.rows.values() for row in of_leaf)
+        return [row.name for row in rows if row.kind == "parameter" and row.rank]
 
 
 def make_index(leaves: Mapping[str, Any], config: LoraConfig) -> AdapterIndex:
@@ -151,6 +160,28 @@ def parameters_of(path: str, leaf: Any, config: LoraConfig) -> dict[tuple[int, .
     }
     targeted = any(matching.names_parameter(config, name) for name in found.values())
     return found if targeted else {}
+
+
+def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraConfig:
+    """The config with adapted experts, gate beside up in one array, among `target_parameters`.
+
+    transformers has such experts as parameters of one module; PEFT finds no module for each.
+    """
+    fused = {
+        bare(path).removesuffix(".gate_up_proj") for path in leaves if bare(path).endswith(_FUSED)
+    }
+    entries: list[str] = []
+    for path, leaf in leaves.items():
+        module, _, parameter = bare(path).rpartition(".")
+        if module not in fused or not isinstance(leaf, LoraArray):
+            continue
+        if parameters_of(path, leaf, config):
+            continue
+        ranks = {row.layer[:-1]: row.rank for row in _rows(path, leaf, config)}
+        named = [f"{names.module_name(module, at)}.{parameter}" for at, r in ranks.items() if r]
+        short = ".".join((*module.split(".")[-2:], parameter))
+        entries += [short] if len(named) == len(ranks) else named
+    return replace(config, target_parameters=(*config.target_parameters, *entries))
 
 
 def their_parameter(path: str) -> str:

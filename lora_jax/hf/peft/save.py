@@ -12,7 +12,13 @@ from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.hf.peft import directory
 from lora_jax.hf.peft.card import WRAPPED, is_decoder, is_encoder, parts_of
-from lora_jax.hf.peft.index import AdapterIndex, IndexRow, make_index, named_targets
+from lora_jax.hf.peft.index import (
+    AdapterIndex,
+    IndexRow,
+    make_index,
+    named_targets,
+    with_fused_experts,
+)
 from lora_jax.hf.peft.tensors import TensorSpec, read_leaf, tensor_specs
 from lora_jax.hf.peft.tying import HEAD, tied_config, ties
 from lora_jax.multi.single import check_single
@@ -29,7 +35,8 @@ def to_peft(lora_params: Any, config: LoraConfig) -> tuple[dict[str, Any], dict[
     check_argument("hf.to_peft(lora_params, config)", "config", config, LoraConfig)
     check_whole(lora_params)
     check_single(lora_params)
-    return content_of(make_index(leaves_by_path(lora_params), config))
+    leaves = leaves_by_path(lora_params)
+    return content_of(make_index(leaves, with_fused_experts(leaves, config)))
 
 
 def with_task(
@@ -54,6 +61,7 @@ def with_task(
     # PEFT ties head and embedding of decoders; an encoder's head is a matrix of its own.
     if task_type == "CAUSAL_LM" or (task_type == AUTO and not is_encoder(leaves)):
         config = tied_config(leaves, config)
+    config = with_fused_experts(leaves, config)
     fields, tensors = content_of(make_index(leaves, config), model_type=model_type)
     if task_type == AUTO:
         task_type = task_of(leaves, tensors)
@@ -90,8 +98,10 @@ def content_of(
     if any(name.startswith(WRAPPED) for name in index.adapted) and not _is_exact(config):
         # PEFT would adapt the vision tower too, whose modules have the same last names.
         fields["target_modules"] = sorted(index.adapted)
-    elif config.target_modules == ALL_LINEAR or not all(
-        matching.is_target(config, name) for name in index.adapted
+    elif (
+        config.target_modules == ALL_LINEAR
+        or any(matching.is_target(config, name) for name in index.parameters)
+        or not all(matching.is_target(config, name) for name in index.adapted)
     ):
         # PEFT has no paths of stacked layers: names that match the same modules there.
         fields["target_modules"] = named_targets(index)
