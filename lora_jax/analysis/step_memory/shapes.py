@@ -70,6 +70,16 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         **_LLAMA_2, **_sizes(width=4096, mlp=14336, layers=32, heads=32, kv=8),
         "model_type": "mistral", "max_position_embeddings": 32768, "sliding_window": 4096,
     },
+    "mixtral-8x7b": {
+        **_LLAMA_2, **_sizes(width=4096, mlp=14336, layers=32, heads=32, kv=8),
+        "model_type": "mixtral", "max_position_embeddings": 32768, "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3-30b-a3b": {
+        **_QWEN_3, **_sizes(width=2048, mlp=6144, layers=48, heads=32, kv=4),
+        "model_type": "qwen3_moe", "moe_intermediate_size": 768, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True,
+    },
     "qwen2.5-0.5b": {
         **_QWEN_2, **_sizes(width=896, mlp=4864, layers=24, heads=14, kv=2),
         "tie_word_embeddings": True,
