@@ -85,7 +85,8 @@ def collectives(text: str) -> list[Collective]:
 
     walk("ENTRY", 1, False)
     found = [_read(line, times[line], line in loops) for line in times]
-    return _merged(found)
+    # Layouts in tiles are libtpu's.
+    return _merged(found) if ":T(" in text else found
 
 
 def _computations(text: str) -> dict[str, list[str]]:
@@ -125,7 +126,10 @@ def _has_collectives(bodies: dict[str, list[str]], name: str) -> bool:
 
 
 def _merged(found: list[Collective]) -> list[Collective]:
-    """One collective a channel: the part of it that runs least often is its start."""
+    """Of libtpu's, one collective a channel: the part of it that runs least often is its start.
+
+    Others number the channels of a `shard_map`'s collectives all the same.
+    """
     parts: dict[str, list[Collective]] = defaultdict(list)
     for one in found:
         channel = re.search(r"channel_id=(\d+)", one.line)

@@ -118,6 +118,12 @@ def scan_counts(params: dict, operands: int) -> tuple[int, int]:
     return len(groups[0].vals), len(groups[1].vals)
 
 
+def mapped_axes(params: dict) -> frozenset:
+    """The mesh axes of a `shard_map`, whose parameter has one of two names by the release."""
+    new, old = "newly_manual_axes", "manual_axes"
+    return frozenset(params[new if new in params else old])
+
+
 def segment(jaxpr: Any, eqns: list, invars: list, outvars: list) -> Any:
     """The open jaxpr of some consecutive equations of `jaxpr`."""
     # The effects of the whole jaxpr may be more than those of these equations.

@@ -30,7 +30,7 @@ __all__ = ["LeafDims", "Rules", "partition_specs", "place", "shardings", "specs"
 
 Factors = TypeVar("Factors", bound=LoraArray | LoraStack)
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "context")
 
 # Field of a `LoraArray` -> its name in `part_spec`; a magnitude has the dims of a gain.
 _PARTS = {"a": "a", "b": "b", "scale": "scale", "m": "gain", "bias": "bias"}

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models import kernels
+from lora_jax.models.context import check_tokens, of_whole_rows, over_tokens
 from lora_jax.models.rope import Rotation, rotate
 from lora_jax.models.sharding import ROWS
 
@@ -85,6 +86,7 @@ def attention(
     mixing: Mixing,
     rotations: Rotations,
     wanted: kernels.AttentionName = "auto",
+    over: str | None = None,
 ) -> tuple[AttendOf, Stored, Cache | None]:
     """How the blocks of one call attend.
 
@@ -97,14 +99,17 @@ def attention(
       mixing: how queries weigh keys.
       rotations: the rotation of a block's queries and keys.
       wanted: the implementation without a cache, see `lora_jax.models.kernels`.
+      over: the axis of the mesh that the tokens of a row are spread over without a cache, or None.
 
     Returns:
       How a block attends; the stored keys and values that blocks take and return; and the cache
       with the new tokens counted in `valid` and `length`.
     """
     if cache is None:
+        check_tokens(tokens.shape[1], over)
+        mask, segments = (of_whole_rows(x, over) for x in (mask, segments))
         attend_of = _without_cache(
-            mask, segments, mixing=mixing, rotations=rotations, wanted=wanted
+            mask, segments, mixing=mixing, rotations=rotations, wanted=wanted, over=over
         )
         return attend_of, None, None
     count = tokens.shape[1]
@@ -151,6 +156,7 @@ def _without_cache(
     mixing: Mixing,
     rotations: Rotations,
     wanted: kernels.AttentionName,
+    over: str | None,
 ) -> AttendOf:
     # Padding on the right needs no mask: under causal attention only padding attends to it.
     unmasked = mask is None and segments is None
@@ -171,14 +177,14 @@ def _without_cache(
             q, k = rotate(q, by), rotate(k, by)
             kernel = kernels.kernel_for(
                 wanted, q, mask, segments, slides=slides, window=mixing.window,
-                scale=mixing.scale, softcap=mixing.softcap,
+                scale=mixing.scale, softcap=mixing.softcap, over=over,
             )  # fmt: skip
             if kernel is not None:
                 return kernel(q, k, v), stored
 
             # The mask is made where it is used, and fused with the causal one into the softmax:
             # outside it would be an array of all pairs of tokens.
-            def mix(q: Array, k: Array, v: Array, first: int | Array) -> Array:
+            def mix(mask: Any, segments: Any, q: Array, k: Array, v: Array, first: Any) -> Array:
                 whole = q.shape[1] == k.shape[1]
                 # JAX's attention has no soft cap, and its window is a static number.
                 if whole and isinstance(slides, bool) and mixing.softcap is None:
@@ -192,7 +198,10 @@ def _without_cache(
                 seen = seen if unmasked else seen & _seen_by(mask, segments, at)  # (b, 1, t, s)
                 return _mix(q, k, v, seen=seen, mixing=mixing)
 
-            return _in_parts(mix, q, k, v), stored
+            def in_parts(q: Array, k: Array, v: Array, first: Any, *others: Any) -> Array:
+                return _in_parts(partial(mix, *others), q, k, v, first)
+
+            return over_tokens(in_parts, q, k, v, mask, segments, axis=over), stored
 
         return attend
 
@@ -245,10 +254,11 @@ def _with_cache(
 def _in_parts(
     mix: Callable,
     q: Float[Array, "b t n h"],
-    k: Float[Array, "b t k h"],
-    v: Float[Array, "b t k h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    first: int | Array,
 ) -> Float[Array, "b t n h"]:
-    """`mix(q, k, v, 0)`; where its scores are large, a part at a time and again when backward.
+    """`mix(q, k, v, first)`; where its scores are large, a part at a time and again when backward.
 
     A part has some of the heads, or of one key head some of the queries: so memory grows with the
     length of a row, not with its square. The float32 scores of all heads at once would be the
@@ -257,21 +267,23 @@ def _in_parts(
     b, t, n, h = q.shape
     heads = k.shape[2]
     rows, tensor = _spread_over(b, heads)
-    scores = 4 * b * n * t * t // (rows * tensor)  # bytes on a device
+    scores = 4 * b * n * t * k.shape[1] // (rows * tensor)  # bytes on a device
     # Key heads are never split: the fewest equal parts of a device's own whose scores fit.
     own = heads // tensor
     fits = [p for p in range(1, own + 1) if own % p == 0 and scores <= p * MOST_SCORES]
     parts = fits[0] if fits else own
     pieces = min(t, -(-scores // (parts * MOST_SCORES)))
     if parts == pieces == 1:
-        return mix(q, k, v, 0)
-    some = partial(_by_queries, mix, pieces)
+        return mix(q, k, v, first)
+    some = partial(_by_queries, mix, pieces, first)
     if parts == 1:
         return some(q, k, v)
 
     group = n // heads  # query heads of a key head
 
-    def split(x: Float[Array, "b t n h"], each: int) -> Float[Array, "parts b t m h"]:
+    def split(
+        x: Float[Array, "b t n h"] | Float[Array, "b s k h"], each: int
+    ) -> Float[Array, "parts b t m h"]:
         # A part takes every `parts`-th key head, so that each device of a mesh has equally many of
         # its own heads in every part, and none is sent.
         x = x.reshape((*x.shape[:2], heads // parts, parts, each, h))
@@ -286,22 +298,23 @@ def _in_parts(
 def _by_queries(
     mix: Callable,
     pieces: int,
+    first: int | Array,
     q: Float[Array, "b t m h"],
-    k: Float[Array, "b t k h"],
-    v: Float[Array, "b t k h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
 ) -> Float[Array, "b t m h"]:
     """`mix`, by so many pieces of the queries one after another."""
     if pieces == 1:
-        return jax.checkpoint(partial(mix, first=0))(q, k, v)
+        return jax.checkpoint(partial(mix, first=first))(q, k, v)
     b, t, m, h = q.shape
     size = -(-t // pieces)
     pieces = -(-t // size)
     padded = jnp.pad(q, ((0, 0), (0, size * pieces - t), (0, 0), (0, 0)))
     apart = jnp.moveaxis(padded.reshape((b, pieces, size, m, h)), 1, 0)  # (pieces, b, size, m, h)
-    one = jax.checkpoint(lambda q, first: mix(q, k, v, first))
+    one = jax.checkpoint(lambda q, at: mix(q, k, v, at))
     # Bound to the queries: a scan over heads or blocks would compute the masks of all pieces, which
     # it finds the same in every turn, beforehand.
-    apart, firsts = lax.optimization_barrier((apart, jnp.arange(pieces) * size))
+    apart, firsts = lax.optimization_barrier((apart, first + jnp.arange(pieces) * size))
     mixed = lax.map(lambda each: one(*each), (apart, firsts))
     mixed = jnp.moveaxis(mixed, 0, 1).reshape(b, size * pieces, m, h)[:, :t]
     return kernels.in_place(mixed, q)

@@ -13,7 +13,7 @@ Sources: Devlin et al. 2018, arXiv:1810.04805; Liu et al. 2019, arXiv:1907.11692
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models.bert_config import CLASSIFICATION, MASKED_LM, BertConfig
+from lora_jax.models.context import check_tokens, of_whole_rows, over_tokens
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -33,8 +34,17 @@ from lora_jax.models.layers import (
     run_blocks,
 )
 
-# Which keys a query attends to; None for all.
-Seen = Bool[AnyArray, "b 1 1 t"] | None
+
+class Attending(NamedTuple):
+    """What a query attends to.
+
+    Attributes:
+      mask: true at the keys, of all heads; None for all.
+      over: the axis of the mesh that the tokens of a row are spread over, or None.
+    """
+
+    mask: Bool[AnyArray, "b s"] | None
+    over: str | None
 
 
 class Features(NamedTuple):
@@ -103,13 +113,19 @@ class SelfAttention(nnx.Module):
         self.key = build.linear(width, width)
         self.value = build.linear(width, width)
 
-    def __call__(self, x: Float[Array, "b t d"], seen: Seen) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"], by: Attending) -> Float[Array, "b t d"]:
         # (b, t, n, h) each
         q, k, v = (
             kept(project(x)).reshape(*x.shape[:2], self.heads, -1)
             for project in (self.query, self.key, self.value)
         )
-        return jax.nn.dot_product_attention(q, k, v, mask=seen).reshape(x.shape)
+
+        def mix(q: Array, k: Array, v: Array, first: Any, mask: Any) -> Array:
+            del first
+            seen = None if mask is None else jnp.asarray(mask)[:, None, None, :]  # (b, 1, 1, s)
+            return jax.nn.dot_product_attention(q, k, v, mask=seen)
+
+        return over_tokens(mix, q, k, v, by.mask, axis=by.over).reshape(x.shape)
 
 
 class Output(nnx.Module):
@@ -150,8 +166,8 @@ class Layer(nnx.Module):
         self.intermediate = Dense(config.intermediate_size, build)
         self.output = Output(config.intermediate_size, build)
 
-    def __call__(self, x: Float[Array, "b t d"], seen: Seen) -> Float[Array, "b t d"]:
-        x = self.attention.output(self.attention.self(x, seen), x)
+    def __call__(self, x: Float[Array, "b t d"], by: Attending) -> Float[Array, "b t d"]:
+        x = self.attention.output(self.attention.self(x, by), x)
         wide = kept(self.intermediate.dense(x))  # (b, t, f)
         return self.output(ACTIVATIONS[self.act](wide), x)
 
@@ -262,6 +278,7 @@ def hidden_states(
     positions: Int[AnyArray, "b t"] | None,
     wrap: Callable[[Callable], Callable],
     rows: tuple[str, ...] = (),
+    over: str | None = None,
 ) -> Float[Array, "b t d"]:
     """Runs the encoder up to its last block.
 
@@ -274,21 +291,23 @@ def hidden_states(
       positions: rows of the position table; None counts them as the family does.
       wrap: applied to the function that runs one block (rematerialization).
       rows: axes of the mesh that shard the batch, see `lora_jax.models.layers.on_rows`.
+      over: the axis that the tokens of a row are spread over, or None.
 
     Returns:
       Hidden states; those at padding are meaningless.
     """
+    check_tokens(tokens.shape[1], over)
     if positions is None:
         positions = _positions(tokens, config)
     if token_type_ids is None:
         token_type_ids = jnp.zeros_like(tokens)
     # Keys that all queries and heads attend to, (b, 1, 1, t).
-    seen = None if mask is None else jnp.asarray(mask)[:, None, None, :]
+    by = Attending(of_whole_rows(mask, over), over)
     x = encoder.embeddings(tokens, token_type_ids, positions)
     return run_blocks(
         encoder.encoder.layer,
-        on_rows(x, rows),
-        lambda block, x, number, own: on_rows(block(on_rows(x, rows), seen), rows),
+        on_rows(x, rows, over),
+        lambda block, x, number, own: on_rows(block(on_rows(x, rows, over), by), rows, over),
         wrap=wrap,
         each=(False,) * config.num_hidden_layers,
     )

@@ -35,6 +35,7 @@ class EncoderForward:
       scan: stack the blocks on a leading axis and scan over them, or keep them apart by number.
       remat: recompute each block in the backward pass; see `Forward`.
       rows: axes of the mesh that shard the batch; see `Forward`.
+      tokens: axis of the mesh that the tokens of a row are spread over; see `Forward`.
       gathered: what a block gathers of its weights; see `Forward`.
     """
 
@@ -44,6 +45,7 @@ class EncoderForward:
     scan: bool = True
     remat: Remat = False
     rows: tuple[str, ...] = ()
+    tokens: str | None = None
     gathered: Specs = ()
 
     def __post_init__(self) -> None:
@@ -108,8 +110,9 @@ class EncoderForward:
             mask=mask,
             token_type_ids=token_type_ids,
             positions=positions,
-            wrap=rematerialized(self.remat, self.gathered),
+            wrap=rematerialized(self.remat, self.gathered, tokens=self.tokens),
             rows=self.rows,
+            over=self.tokens,
         )
         if return_hidden:
             return hidden

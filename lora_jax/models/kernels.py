@@ -203,6 +203,7 @@ def kernel_for(
     window: int | None,
     scale: float | None,
     softcap: float | None,
+    over: str | None = None,
 ) -> Callable | None:
     """The kernel for whole rows, `(q, k, v) -> mixed values`; None where it is XLA's attention.
 
@@ -212,6 +213,7 @@ def kernel_for(
       mask, segments: see `lora_jax.models.attention.attention`.
       slides: whether this block has a window; an array in a scan over blocks that differ.
       window, scale, softcap: see `lora_jax.models.attention.Mixing`.
+      over: the axis that the tokens of a row are spread over.
     """
     t = q.shape[1]
     window = window if window is not None and window < t else None
@@ -222,7 +224,8 @@ def kernel_for(
         "segments": segments is not None,
     }
     kinds: frozenset[Kind] = frozenset(kind for kind, needed in needs.items() if needed)
-    case = Case(*target(), dtype=q.dtype, size=q.shape[-1], kinds=kinds, apart=apart())
+    lack = apart() if over is None else f"takes no tokens spread over the axis '{over}'"
+    case = Case(*target(), dtype=q.dtype, size=q.shape[-1], kinds=kinds, apart=lack)
     if t < KERNELS_FROM or (run := choose(wanted, case).run) is None:
         return None
     # Padding sees padding alone, as a text of its own would.
@@ -311,15 +314,25 @@ def apart() -> str:
         # Of a program on several devices a kernel must be given the parts.
         alone = jax.device_count() == 1
         return "" if alone else "needs the mesh of several devices in `jax.set_mesh`"
-    open_axes = _open_axes(mesh)
-    if open_axes and AxisType.Explicit in mesh.axis_types:
-        return "takes no mesh with explicit axes"
-    return "takes no tokens spread over the axis 'context'" if "context" in open_axes else ""
+    explicit = _open_axes(mesh) and AxisType.Explicit in mesh.axis_types
+    return "takes no mesh with explicit axes" if explicit else ""
 
 
 def _open_axes(mesh: Any) -> dict[str, int]:
     """The axes of several devices that a program is partitioned over, and their sizes."""
     return {a: n for a, n in mesh.shape.items() if n > 1 and a not in mesh.manual_axes}
+
+
+def spread(mesh: Any, rows: int, heads: int) -> tuple[tuple[str, ...] | None, str | None]:
+    """The axes that each device's rows, and key heads, are divided by in a `shard_map`.
+
+    What an axis does not divide is computed on all of its devices.
+    """
+    axes = _open_axes(mesh)
+    found = tuple(a for a in ROWS if a in axes)
+    divided = found and rows % math.prod(axes[a] for a in found) == 0
+    apart = "tensor" in axes and heads % axes["tensor"] == 0
+    return (found if divided else None), ("tensor" if apart else None)
 
 
 def _on_devices(
@@ -332,17 +345,13 @@ def _on_devices(
 ) -> Float[Array, "b t n h"]:
     """`run(q, k, v, ids)`, on a mesh by each device for its rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
-    axes = _open_axes(mesh)
-    if not axes:
+    if not _open_axes(mesh):
         return run(q, k, v, ids)
-    rows = tuple(a for a in ROWS if a in axes)
-    rows = () if q.shape[0] % math.prod(axes[a] for a in rows) else rows
-    # A number of heads that the axis does not divide is computed on all of its devices.
-    heads = "tensor" if "tensor" in axes and k.shape[2] % axes["tensor"] == 0 else None
-    whole = PartitionSpec(rows or None, None, heads, None)
+    rows, heads = spread(mesh, q.shape[0], k.shape[2])
+    whole = PartitionSpec(rows, None, heads, None)
     return jax.shard_map(
         run,
-        in_specs=(whole, whole, whole, None if ids is None else PartitionSpec(rows or None, None)),
+        in_specs=(whole, whole, whole, None if ids is None else PartitionSpec(rows, None)),
         out_specs=whole,
         # Pallas wants all axes to be the kernel's, those of one device too.
         axis_names=set(mesh.axis_names) - set(mesh.manual_axes),

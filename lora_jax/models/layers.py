@@ -43,7 +43,7 @@ def kept(x: Array) -> Array:
     return checkpoint_name(x, PROJECTION)
 
 
-def on_rows(x: Float[Array, "b ..."], axes: Sequence[str]) -> Array:
+def on_rows(x: Float[Array, "b ..."], axes: Sequence[str], tokens: str | None = None) -> Array:
     """Shards the rows of a batch, and so of its gradients, over these axes of the mesh.
 
     Without the constraint, XLA's partitioner takes the sharding of the residual stream from the
@@ -52,9 +52,34 @@ def on_rows(x: Float[Array, "b ..."], axes: Sequence[str]) -> Array:
 
     Args:
       x: the array; its other dims are not sharded.
-      axes: axes of the mesh in `jax.set_mesh`; none leaves `x` as it is.
+      axes: axes of the mesh in `jax.set_mesh`.
+      tokens: the axis of the mesh that the second dim is sharded over, or None. Without any axis
+        `x` stays as it is.
     """
-    return lax.with_sharding_constraint(x, PartitionSpec(tuple(axes))) if axes else x
+    # Inside of a `shard_map` over the axis `x` has a device's own tokens.
+    if tokens in jax.sharding.get_abstract_mesh().manual_axes:
+        tokens = None
+    if not axes and tokens is None:
+        return x
+    return lax.with_sharding_constraint(x, PartitionSpec(tuple(axes), tokens))
+
+
+def on_tokens(x: Any, axes: Sequence[str], tokens: str | None) -> Any:
+    """Shards tokens before and after their embedding, with rows over the axes but `fsdp`.
+
+    That axis has a part of the table's features on each device, of which the next `on_rows` makes
+    a part of the rows. XLA's partitioner finds no way to rows and tokens in one step: it would
+    gather both.
+
+    Args:
+      x: (b, t), or (b, t, d).
+      axes, tokens: as in `on_rows`; without `tokens` `x` stays as it is.
+    """
+    if tokens is None or tokens in jax.sharding.get_abstract_mesh().manual_axes:
+        return x
+    rows = tuple(a for a in axes if a != "fsdp")
+    others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 2)
+    return lax.with_sharding_constraint(x, PartitionSpec(rows, tokens, *others))
 
 
 def gather(params: Any, specs: Specs) -> Any:

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lora_jax import processes, sharding
 from lora_jax.array import is_lora, leaves_by_path
 from lora_jax.models.layers import Specs
-from lora_jax.models.sharding import ROWS
+from lora_jax.models.sharding import ROWS, TOKENS
 from lora_jax.quant.sharding import axes_of
 
 
@@ -23,16 +23,23 @@ class Placement(NamedTuple):
         user's mesh are explicit, this is the same mesh with automatic ones.
       rows: the mesh axes that the rows of a batch are spread over; () copies every batch to all.
       given: the mesh of the user's own arrays, on which results are returned.
+      tokens: the mesh axis that the tokens of a row are spread over, or None.
     """
 
     mesh: Mesh
     rows: tuple[str, ...]
     given: Mesh
+    tokens: str | None = None
 
     @property
     def parts(self) -> int:
         """The number of devices that the rows are spread over."""
         return math.prod(self.mesh.shape[a] for a in self.rows)
+
+    @property
+    def spans(self) -> int:
+        """The number of devices that the tokens of a row are spread over."""
+        return 1 if self.tokens is None else self.mesh.shape[self.tokens]
 
 
 def placement(model: Any, params: Any) -> Placement | None:
@@ -54,7 +61,8 @@ def placement(model: Any, params: Any) -> Placement | None:
     # Models of others have no `rows`: XLA's partitioner then finds the places of activations.
     if not rows and AxisType.Explicit not in mesh.axis_types:
         rows = (a for a in ROWS if a in mesh.axis_names)
-    return Placement(mesh, tuple(rows), given)
+    spreads = hasattr(forward, "tokens") and mesh.shape.get(TOKENS, 1) > 1
+    return Placement(mesh, tuple(rows), given, TOKENS if spreads else None)
 
 
 def _mesh_in_use() -> Mesh | None:
@@ -70,18 +78,20 @@ def model_on(model: Any, params: Any, at: Placement | None) -> Any:
     forward: Any = getattr(model, "forward", None)
     if at is None or not hasattr(forward, "rows"):
         return model
-    forward = dataclasses.replace(forward, rows=at.rows, gathered=gathered_of(params, at))
-    return dataclasses.replace(model, forward=forward)
+    found = {"rows": at.rows, "gathered": gathered_of(params, at)}
+    if hasattr(forward, "tokens"):
+        found["tokens"] = at.tokens
+    return dataclasses.replace(model, forward=dataclasses.replace(forward, **found))
 
 
 def gathered_of(params: Any, at: Placement) -> Specs:
-    """Where weights are used that are stored over the axes of the rows too: on all of those."""
-    found = []
+    """Where weights are used that are stored over the axes of a batch too: on all of those."""
+    found, spread = [], (*at.rows, at.tokens)
     for path, leaf in leaves_by_path(params).items():
         stored = getattr(leaf.w if is_lora(leaf) else leaf, "sharding", None)
         if not isinstance(stored, NamedSharding):
             continue
-        left = ([a for a in axes_of(entry) if a not in at.rows] for entry in stored.spec)
+        left = ([a for a in axes_of(entry) if a not in spread] for entry in stored.spec)
         used = PartitionSpec(*map(tuple, left))
         if used != stored.spec:
             found.append((path, used))
@@ -121,13 +131,20 @@ def entered(at: Placement | None) -> contextlib.AbstractContextManager:
 
 
 def check_rows(at: Placement | None, batch_size: int, name: str = "batch_size") -> None:
-    """Checks that the rows of a batch can be spread evenly.
+    """Checks that a batch can be spread over the mesh.
 
     Raises:
-      ValueError: the axes of the rows have a number of devices that does not divide the batch.
+      ValueError: the axes of the rows have a number of devices that does not divide the batch, or
+        the model cannot spread the tokens of a row.
     """
     if at is None:
         return
+    if at.tokens is None and at.mesh.shape.get(TOKENS, 1) > 1:
+        raise ValueError(
+            f'`mesh` has {at.mesh.shape[TOKENS]} devices along "{TOKENS}", which spreads the '
+            "tokens of a row, and of the models only those of `lora_jax.models` do that: use "
+            "`data`, `fsdp` or `tensor`, or an axis of another name"
+        )
     if batch_size % at.parts:
         axes = " x ".join(f"{a}={at.mesh.shape[a]}" for a in at.rows)
         raise ValueError(

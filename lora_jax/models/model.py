@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache, Stored, attention, positions_of, starts_of
 from lora_jax.models.kernels import AttentionName, check_attention
-from lora_jax.models.layers import Specs, automatic, on_rows, run_blocks
+from lora_jax.models.layers import Specs, automatic, on_rows, on_tokens, run_blocks
 from lora_jax.models.llama import CausalLM
 from lora_jax.models.remat import Remat, check_remat, rematerialized
 from lora_jax.quant.array import is_quant
@@ -47,6 +47,8 @@ class Forward:
       module: the NNX class, with the methods of `lora_jax.models.llama.CausalLM`.
       rows: axes of the mesh (`jax.set_mesh`) that the batch's rows are spread over, such as
         ("data", "fsdp"); see `lora_jax.models.layers.on_rows`. () adds no constraint.
+      tokens: axis of the mesh that the tokens of a row are spread over, "context", in calls without
+        a cache; it must divide a row's length. See `lora_jax.models.context`.
       gathered: what a block gathers of its weights before it uses them, by path; see
         `lora_jax.models.layers.gather`. What is not here is left to XLA's partitioner.
     """
@@ -60,6 +62,7 @@ class Forward:
     attention: AttentionName = "auto"
     module: Callable[..., Any] = CausalLM
     rows: tuple[str, ...] = ()
+    tokens: str | None = None
     gathered: Specs = ()
 
     def __post_init__(self) -> None:
@@ -154,10 +157,15 @@ class Forward:
                 positions = positions + cache.valid.sum(axis=1, dtype=jnp.int32)[:, None]
         config = self.config
         rotations = lm.rotations(config, positions)
+        # The new tokens after a cache are few.
+        over = self.tokens if cache is None else None
         attend_of, stored, cache = attention(
             tokens, mask, cache, segments=segments, mixing=config.mixing, rotations=rotations,
-            wanted=self.attention,
+            wanted=self.attention, over=over,
         )  # fmt: skip
+
+        embedded = lm.embed(on_tokens(tokens, self.rows, over), positions)
+        embedded = on_tokens(embedded, self.rows, over)
 
         # What is the same for every block is computed before their scan.
         known = {slides: attend_of(slides) for slides in set(config.mixing.slides)}
@@ -170,14 +178,14 @@ class Forward:
         ) -> tuple[Float[Array, "b t d"], Stored]:
             x, stored = carry
             attend = known[slides] if isinstance(slides, bool) else attend_of(slides)
-            x, stored = block(on_rows(x, self.rows), attend, stored, number)
-            return on_rows(x, self.rows), stored
+            x, stored = block(on_rows(x, self.rows, over), attend, stored, number)
+            return on_rows(x, self.rows, over), stored
 
         x, stored = run_blocks(
             reduce(getattr, lm.blocks(config), lm),  # by its names, such as `lm.model.layers`
-            (on_rows(lm.embed(tokens, positions), self.rows), stored),
+            (on_rows(embedded, self.rows, over), stored),
             run,
-            wrap=rematerialized(self.remat, self.gathered, offload=self.offload),
+            wrap=rematerialized(self.remat, self.gathered, offload=self.offload, tokens=over),
             each=config.mixing.slides,
         )
         if cache is not None:

@@ -67,14 +67,14 @@ def check_remat(remat: Remat, offload: bool = False) -> None:
 
 
 def rematerialized(
-    remat: Remat, gathered: Specs = (), *, offload: bool = False
+    remat: Remat, gathered: Specs = (), *, offload: bool = False, tokens: str | None = None
 ) -> Callable[[Callable], Callable]:
     """Wraps the function that runs one block; options as in `Forward`."""
     name = remat_name(remat)
-    if name == "none" and not gathered:
+    if name == "none" and not gathered and tokens is None:
         return lambda run: run
-    # With weights that are gathered the backward pass gathers again: else every device would keep
-    # all layers until then.
+    # What is gathered the backward pass gathers again: else every device would keep the weights of
+    # all layers, and the keys of all tokens, until then.
     policy = _unless_gathered if name == "none" else _policy(remat, offload)
 
     def wrap(run: Callable) -> Callable:
@@ -91,9 +91,9 @@ def rematerialized(
 
 
 def _unless_gathered(primitive: Any, *inputs: Any, **params: Any) -> bool:
-    """A policy of `jax.checkpoint` that keeps all but weights, and rows, that were moved."""
+    """A policy of `jax.checkpoint` that keeps all but what came from other devices."""
     del inputs, params
-    return primitive.name != "sharding_constraint"
+    return primitive.name not in ("sharding_constraint", "all_gather")
 
 
 def _policy(remat: Remat, offload: bool) -> Callable | None:

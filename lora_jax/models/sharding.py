@@ -4,6 +4,7 @@
     fsdp     rows of the batch, and one dim of every matrix and table: each device keeps a part of
              weights, adapters, gradients and optimizer state, and gathers a layer to use it
     tensor   heads, the hidden units of the MLP and the vocabulary, for decoders of the Llama family
+    context  the tokens of a row, see `lora_jax.models.context`; every weight is copied
 
     q, k, v, gate, up, head  (in, out)        P("fsdp", "tensor")
     o, down                  (in, out)        P(("tensor", "fsdp"), None)
@@ -26,6 +27,7 @@ from jax.sharding import AxisType, Mesh
 from lora_jax.sharding import AXES, LeafDims, Rules
 
 ROWS = ("data", "fsdp")  # the axes that the rows of a batch are spread over
+TOKENS = "context"  # the axis that the tokens of a row are spread over
 
 # Matrices prefer their inputs for `fsdp`: to gather outputs takes a transposed copy of every layer.
 # The tables' rows are looked up, so their features come first.
@@ -37,6 +39,8 @@ RULES = Rules(
         "hidden": ("fsdp",),
         "other": ("fsdp",),
         "layers": (),
+        # Of activations, which no leaf has.
+        "tokens": (TOKENS,),
     },
     leaves=(
         LeafDims(r"(^|\.)embed_tokens\.embedding$", ("vocabulary", "hidden"), (1, 0)),
@@ -63,7 +67,8 @@ def make_mesh(*, devices: Sequence[jax.Device] | None = None, **axes: int) -> Me
 
     Args:
       devices: all of them by default, those of other processes included.
-      axes: number of devices along `data`, `fsdp` and `tensor`; -1, once, is what the others leave.
+      axes: number of devices along `data`, `fsdp`, `tensor` and `context`; -1, once, is what the
+        others leave.
 
     Returns:
       The mesh, for `models.load(source, mesh=mesh)` and `lora_jax.sharding.place`.

@@ -41,7 +41,7 @@ from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import pad_id_of
 from lora_jax.train.examples import Example, examples
 from lora_jax.train.jsonl import Record, load_jsonl
-from lora_jax.train.loss import losses_of
+from lora_jax.train.loss import Rows, losses_of
 from lora_jax.train.mesh import batch_on, rows_of
 
 METRICS = ("loss", "exact", "bleu")
@@ -210,7 +210,7 @@ def language_task(
     sums = _Sums(losses, at)
 
     def summed(params: Any, data: Sequence[Example]) -> np.ndarray:
-        return sums(params, _once(model, data, size, parts=rows.parts))
+        return sums(params, _once(model, data, size, rows=rows))
 
     hash_of = "-".join(data_hash(part) for part in (data, choosing, judged))
     # Functions, as the generating metrics check the records when they are made.
@@ -226,7 +226,7 @@ def language_task(
     return Task(
         params=model.params,
         loss=loss,
-        batches=lambda seed: _batches(model, data, config, seed, parts=rows.parts),
+        batches=lambda seed: _batches(model, data, config, seed, rows=rows),
         tuning=lambda params: _per_token(summed(params, choosing)),
         metric={"loss": "loss", "exact": "exact match", "bleu": "BLEU"}[metric],
         data=hash_of,
@@ -235,7 +235,7 @@ def language_task(
 
 
 def _batches(
-    model: Any, data: Sequence[Example], config: TrainConfig, seed: int, *, parts: int
+    model: Any, data: Sequence[Example], config: TrainConfig, seed: int, *, rows: Rows
 ) -> Iterator[Batch]:
     steps = config.steps or 1
     layout = loader(
@@ -244,15 +244,22 @@ def _batches(
         buckets=config.buckets,
         pad_id=pad_id_of(model.tokenizer),
         seed=seed,
-        parts=parts,
+        parts=rows.parts,
+        spans=rows.spans,
         # As many epochs as the steps need, since each seed's order is laid out in advance.
         epochs=-(-steps * config.batch_size // len(data)),
     )
     return (_first(item.batch) for item in iterate(layout, steps, prefetch=config.prefetch))
 
 
-def _once(model: Any, data: Sequence[Example], size: int, *, parts: int) -> list[Batch]:
-    layout = loader(data, batch_size=size, pad_id=pad_id_of(model.tokenizer), parts=parts)
+def _once(model: Any, data: Sequence[Example], size: int, *, rows: Rows) -> list[Batch]:
+    layout = loader(
+        data,
+        batch_size=size,
+        pad_id=pad_id_of(model.tokenizer),
+        parts=rows.parts,
+        spans=rows.spans,
+    )
     return [_first(batch) for batch in once(layout)]
 
 

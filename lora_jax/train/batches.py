@@ -6,7 +6,8 @@ the rung, the maximum over the batches of the planned epochs. If most of many ba
 fewer, the rung has a second, smaller P. So each rung compiles once or twice.
 
 On a mesh the rows are divided into as many parts as they are spread over, and each part has its
-share of the positions, so that no device needs the outputs of another one's rows.
+share of the positions, so that no device needs the outputs of another one's rows. Where the tokens
+of a row are spread too, P is every place, in the order of the devices.
 
 Packed rows have one rung, and several examples side by side, told apart by `segments`.
 
@@ -81,6 +82,7 @@ class Loader(NamedTuple):
       pad_id: the padding token.
       seed: seed of the order.
       parts: number of parts of equally many rows that a microbatch has on a mesh.
+      spans: number of parts of equally many tokens that a row has on a mesh.
       by_rank: of packed rows, the row of each example, see `rows_by_rank`.
     """
 
@@ -93,6 +95,7 @@ class Loader(NamedTuple):
     pad_id: int
     seed: int
     parts: int = 1
+    spans: int = 1
     by_rank: np.ndarray | None = None
 
 
@@ -106,6 +109,7 @@ def loader(
     seed: int = 0,
     epochs: int = 1,
     parts: int = 1,
+    spans: int = 1,
     packed: int | None = None,
 ) -> Loader:
     """Prepares a dataset in length buckets, or packed.
@@ -119,6 +123,7 @@ def loader(
       seed: seed of the shuffle.
       epochs: maximum number of epochs.
       parts: number of devices that the rows of a forward pass are spread over.
+      spans: number of devices that the tokens of a row are spread over.
       packed: tokens of a row that holds several examples, in place of buckets.
 
     Raises:
@@ -127,7 +132,7 @@ def loader(
     lengths = lengths_of(data)
     prepared = Loader(
         examples=data,
-        ladder=ladder_of(buckets, lengths) if packed is None else (packed,),
+        ladder=ladder_of(buckets, lengths, spans) if packed is None else (packed,),
         places={},
         epochs=epochs,
         batch_size=batch_size,
@@ -135,8 +140,13 @@ def loader(
         pad_id=pad_id,
         seed=seed,
         parts=parts,
+        spans=spans,
         by_rank=None if packed is None else rows_by_rank(lengths, packed),
     )
+    if spans > 1:
+        # How many of a span's tokens are learned depends on where each example begins.
+        whole = {rung: (batch_size // parts * rung,) for rung in prepared.ladder}
+        return prepared._replace(places=whole)
     # All epochs are planned here, because P is the maximum over them.
     plans = [_once(prepared), *(_epoch(prepared, e) for e in range(epochs))]
     return prepared._replace(places=_places(data, batch_size // parts, plans))
@@ -271,7 +281,10 @@ def make_batch(loader: Loader, bucket: Bucket) -> Batch:
     parts = [
         _part(rows[i : i + size], length, places, loader.pad_id) for i in range(0, len(rows), size)
     ]
-    tokens, segments, positions, *others = (np.stack(part) for part in zip(*parts, strict=True))
+    tokens, segments, *placed = (np.stack(part) for part in zip(*parts, strict=True))
+    if loader.spans > 1:
+        placed = (_by_span(x, size, loader.spans) for x in placed)
+    positions, *others = placed
     # Positions count through all parts of a microbatch, in which part i begins at row i * size.
     starts = np.arange(len(parts), dtype=np.int32) % loader.parts * (size * length)
     positions += starts[:, None]
@@ -308,6 +321,12 @@ def _part(
     weights = predicts.reshape(-1)[positions].astype(np.float32)
     targets = targets.reshape(-1)[positions] * weights.astype(np.int32)
     return tokens, segments, positions, targets, weights
+
+
+def _by_span(x: np.ndarray, size: int, spans: int) -> np.ndarray:
+    """What (parts, rows · tokens) have, first of all rows' first tokens."""
+    apart = x.reshape(len(x), size, spans, -1)
+    return apart.swapaxes(1, 2).reshape(len(x), -1)
 
 
 def _pick(wanted: np.ndarray, places: int) -> np.ndarray:

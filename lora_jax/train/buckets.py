@@ -8,6 +8,7 @@ An epoch is planned as a whole by a pure function of (lengths, seed, epoch), so 
 known without making the n - 1 batches before it. This makes a run resumable.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,15 +37,43 @@ class Bucket(NamedTuple):
         return np.concatenate([np.atleast_1d(row) for row in self.rows])
 
 
-def ladder_of(buckets: int | Sequence[int], lengths: Sequence[int]) -> tuple[int, ...]:
+def ladder_of(
+    buckets: int | Sequence[int], lengths: Sequence[int], spans: int = 1
+) -> tuple[int, ...]:
     """The ladder of so many rungs that pads these lengths least, or the one that is given.
 
+    Args:
+      buckets: the number of rungs, or the rungs.
+      lengths: tokens of each example.
+      spans: the number of devices that the tokens of a row are spread over.
+
     Raises:
-      ValueError: as `best_ladder` and `check_ladder`.
+      ValueError: as `best_ladder` and `check_ladder`, or a rung that the devices do not divide.
     """
     if isinstance(buckets, int):
-        return best_ladder(lengths, buckets)
-    return check_ladder(buckets, lengths)
+        return best_ladder(lengths, buckets, multiple=row_multiple(spans))
+    ladder = check_ladder(buckets, lengths)
+    for rung in ladder:
+        check_spans("buckets", rung, spans)
+    return ladder
+
+
+def row_multiple(spans: int) -> int:
+    """What the length of a row is a multiple of, on so many devices."""
+    return math.lcm(MULTIPLE, spans)
+
+
+def check_spans(name: str, length: int, spans: int) -> None:
+    """Checks that the tokens of a row can be spread over so many devices.
+
+    Raises:
+      ValueError: they do not divide its length.
+    """
+    if length % spans:
+        raise ValueError(
+            f"`{name}` has rows of {length} tokens, which the {spans} devices of the mesh axis "
+            f'"context" do not divide: take a multiple of {spans}'
+        )
 
 
 def check_ladder(ladder: Sequence[int], lengths: Sequence[int]) -> tuple[int, ...]:

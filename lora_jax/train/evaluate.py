@@ -64,6 +64,7 @@ def evaluator(
         buckets=buckets,
         pad_id=pad_id_of(model.tokenizer),
         parts=rows.parts,
+        spans=rows.spans,
     )
     return Evaluator(once(layout), Programs(summed), at)
 

@@ -126,7 +126,7 @@ def _shards(eqn: Any) -> int:
     """The devices that each run the body of a `shard_map`; 1 for any other call."""
     if compat.name_of(eqn) != "shard_map":
         return 1
-    return math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["manual_axes"])
+    return math.prod(eqn.params["mesh"].shape[a] for a in compat.mapped_axes(eqn.params))
 
 
 def _scan(eqn: Any, learned: list[bool]) -> _Count:

@@ -191,11 +191,12 @@ def _fit(
     clock = Clock()
     trainable, frozen = preparation.halves(lora_params, full, lora_config)
     rows = meshes.rows_of(at, lora_params)
-    data, total, text = preparation.layout(model, train_data, config, rows.parts)
+    data, total, text = preparation.layout(model, train_data, config, rows)
     preparation.check_profile(config, total)
     if hooks.layout is not None:
         hooks.layout(text)
-    preparation.check_tokens(model, lora_params, [*train_data, *(eval_data or ())])
+    every = [*train_data, *(eval_data or ())]
+    preparation.check_tokens(model, lora_params, every, length=data.ladder[0])
     tx = optimizer(config, total)
     fresh = meshes.state_on(init_state(jax.random.key(config.seed), trainable, tx), tx, at)
     loss = lora_loss(model, rows)

@@ -34,11 +34,20 @@ class Rows(NamedTuple):
         `loader`.
       weights: what is gathered of the parameters before the head is applied, see
         `lora_jax.models.layers.gather`.
+      tokens: the axis that the tokens of a row are spread over, or None.
+      spans: the number of devices along it.
     """
 
     axes: tuple[str, ...] = ()
     parts: int = 1
     weights: Specs = ()
+    tokens: str | None = None
+    spans: int = 1
+
+    @property
+    def count(self) -> int:
+        """The number of devices that a batch is spread over."""
+        return self.parts * self.spans
 
 
 TOGETHER = Rows()
@@ -98,7 +107,7 @@ def losses_of(model: Any, rows: Rows = TOGETHER, *, chunk_bytes: int = CHUNK_BYT
         packed = {} if segments is None else {"segments": segments}
         hidden = model.apply(params, tokens, **packed, return_hidden=True)
         hidden = _pick_apart(hidden, positions, rows)
-        targets = targets.reshape(rows.parts, -1)
+        targets = targets.reshape(rows.count, -1)
         # Once, and not for every chunk.
         params = gather(params, rows.weights) if rows.weights else params
 
@@ -138,9 +147,16 @@ def _in_chunks(
 def _pick_apart(
     hidden: Float[Array, "b t d"], positions: Int[AnyArray, " p"], rows: Rows
 ) -> Float[Array, "n q d"]:
-    """As `pick`, in each part of the rows on its own device: P/n positions of n parts."""
-    if rows.parts == 1:
+    """As `pick`, in each part of the batch on its own device: P/n positions of n parts."""
+    if rows.count == 1:
         return pick(hidden, positions)[None]
+    if rows.spans > 1:
+        # `loader` gives all places, span by span.
+        apart = hidden.reshape(
+            rows.parts, -1, rows.spans, hidden.shape[1] // rows.spans, hidden.shape[2]
+        )
+        apart = jnp.moveaxis(apart, 2, 1)  # (parts, spans, rows, t, d)
+        return _spread(apart.reshape(rows.count, -1, hidden.shape[-1]), rows)
     parts = _spread(hidden.reshape(rows.parts, -1, *hidden.shape[1:]), rows)
     starts = jnp.arange(rows.parts) * (parts.shape[1] * parts.shape[2])
     places = positions.reshape(rows.parts, -1) - starts[:, None]
@@ -148,11 +164,12 @@ def _pick_apart(
 
 
 def _spread(x: Array, rows: Rows) -> Array:
-    """The first dim over the axes of the rows; the others, such as a vocabulary, as they are."""
-    if rows.parts == 1:
+    """The first dim over the axes of the batch; the others, such as a vocabulary, as they are."""
+    if rows.count == 1:
         return x
+    axes = rows.axes if rows.tokens is None else (*rows.axes, rows.tokens)
     others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows.axes, *others))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *others))
 
 
 def pick(hidden: Float[Array, "b t d"], positions: Int[AnyArray, " p"]) -> Float[Array, "p d"]:

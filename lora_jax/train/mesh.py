@@ -73,13 +73,21 @@ def batch_on(batch: Any, at: Placement | None) -> Any:
     if at is None:
         return batch
     # A training step's tokens begin with the number of the microbatch.
-    apart = NamedSharding(at.mesh, PartitionSpec(*[None] * (batch.tokens.ndim - 2), at.rows))
-    # Positions are apart where each part of the rows has its own, see `Rows`.
-    others = apart if rows_of(at).parts > 1 else NamedSharding(at.mesh, PartitionSpec())
-    by_row = ("tokens", "segments")
+    first = [None] * (batch.tokens.ndim - 2)
+    every = at.rows if at.tokens is None else (*at.rows, at.tokens)
+    # Positions are apart where each part of the batch has its own, see `Rows`.
+    others = PartitionSpec(*first, every) if rows_of(at).count > 1 else PartitionSpec()
+    # Every device compares its tokens' texts with those of all keys of a row.
+    by_row = {
+        "tokens": PartitionSpec(*first, at.rows, at.tokens),
+        "segments": PartitionSpec(*first, at.rows),
+    }
     fields = {name: x for name, x in batch._asdict().items() if x is not None}
     return batch._replace(
-        **{n: processes.put(x, apart if n in by_row else others) for n, x in fields.items()}
+        **{
+            name: processes.put(x, NamedSharding(at.mesh, by_row.get(name, others)))
+            for name, x in fields.items()
+        }
     )
 
 
@@ -93,7 +101,8 @@ def rows_of(at: Placement | None, params: Any = None) -> Rows:
     if at is None or AxisType.Explicit in at.mesh.axis_types:
         return TOGETHER
     # Those of the blocks are not the head's, and nothing is done for them.
-    return Rows(at.rows, at.parts, () if params is None else gathered_of(params, at))
+    weights = () if params is None else gathered_of(params, at)
+    return Rows(at.rows, at.parts, weights, at.tokens, at.spans)
 
 
 def check_processes(at: Placement | None) -> None:

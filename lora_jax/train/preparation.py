@@ -12,11 +12,11 @@ from lora_jax import processes
 from lora_jax.compat import check_installed
 from lora_jax.config.lora import LoraConfig
 from lora_jax.train.batches import Loader, data_hash, lengths_of, loader
-from lora_jax.train.buckets import MULTIPLE, ladder_of
+from lora_jax.train.buckets import check_spans, ladder_of, row_multiple
 from lora_jax.train.config import TrainConfig, profiled_steps, total_steps
 from lora_jax.train.evaluate import pad_id_of
 from lora_jax.train.examples import Example
-from lora_jax.train.loss import outputs_of
+from lora_jax.train.loss import TOGETHER, Rows, outputs_of
 from lora_jax.train.packing import choose
 from lora_jax.train.step import split_full
 from lora_jax.transform.lorafy import lorafy
@@ -116,18 +116,20 @@ class Layout(NamedTuple):
     text: str
 
 
-def layout(model: Any, data: Sequence[Example], config: TrainConfig, parts: int = 1) -> Layout:
+def layout(
+    model: Any, data: Sequence[Example], config: TrainConfig, rows: Rows = TOGETHER
+) -> Layout:
     """Lays the data out in buckets, or in packed rows.
 
     Raises:
       ValueError: there is no data, it does not fit, or the model takes no packed rows.
     """
     lengths = lengths_of(data)
-    ladder = ladder_of(config.buckets, lengths)
+    ladder = ladder_of(config.buckets, lengths, rows.spans)
     choice = choose(
         lengths,
         ladder,
-        _row_length(config, lengths),
+        _row_length(config, lengths, rows.spans),
         rows=config.batch_size * config.accumulation,
         # A model of the user's own may have no config: that of a small one.
         width=getattr(getattr(model, "config", None), "hidden_size", _SMALL),
@@ -143,14 +145,18 @@ def layout(model: Any, data: Sequence[Example], config: TrainConfig, parts: int 
         pad_id=pad_id_of(model.tokenizer),
         seed=config.seed,
         epochs=-(-total // choice.steps),
-        parts=parts,
+        parts=rows.parts,
+        spans=rows.spans,
     )
     return Layout(prepared, total, choice.text)
 
 
-def _row_length(config: TrainConfig, lengths: Sequence[int]) -> int:
+def _row_length(config: TrainConfig, lengths: Sequence[int], spans: int) -> int:
     """Tokens of a packed row: by default no more than those of the longest bucket."""
-    return config.packed_length or -(-max(lengths) // MULTIPLE) * MULTIPLE
+    if config.packed_length:
+        check_spans("packed_length", config.packed_length, spans)
+        return config.packed_length
+    return -(-max(lengths) // row_multiple(spans)) * row_multiple(spans)
 
 
 def _takes_packed(model: Any, config: TrainConfig) -> bool:
@@ -169,15 +175,20 @@ def _takes_packed(model: Any, config: TrainConfig) -> bool:
     return able
 
 
-def check_tokens(model: Any, lora_params: Any, data: Sequence[Example]) -> None:
+def check_tokens(model: Any, lora_params: Any, data: Sequence[Example], *, length: int) -> None:
     """Checks that every token is in the vocabulary; the lookup of any other raises no error.
+
+    Args:
+      model, lora_params: the model, and its parameters with adapters.
+      data: the examples.
+      length: a number of tokens that the model takes.
 
     Raises:
       ValueError: a token is outside the vocabulary.
     """
     logits = lorafy(outputs_of(model))
     # Shapes alone: nothing is computed.
-    token, place = (jax.ShapeDtypeStruct(s, "int32") for s in ((1, 2), (1,)))
+    token, place = (jax.ShapeDtypeStruct(s, "int32") for s in ((1, length), (1,)))
     known = jax.eval_shape(logits, lora_params, token, place).shape[-1]
     for example in data:
         if not 0 <= example.tokens.min() <= example.tokens.max() < known:

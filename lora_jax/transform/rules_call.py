@@ -125,15 +125,13 @@ def shard_map(context: Context, eqn: Any, values: list) -> list:
         return [context.fall_back(x, eqn, "it is returned from shard_map") if is_implicit(x) else x
                 for x in outs]  # fmt: skip
 
-    # The name of the parameter depends on the JAX version.
-    axes = p.get("newly_manual_axes", p.get("manual_axes"))
     mapped = jax.shard_map(
         context.resumable(run),
         mesh=p["mesh"],
         in_specs=tuple(flat_specs),
         out_specs=list(p["out_specs"]),
         check_vma=p["check_vma"],
-        axis_names=frozenset(axes),
+        axis_names=compat.mapped_axes(p),
     )
     return mapped(*leaves)
 

@@ -173,7 +173,7 @@ def misspelt():
             jax.make_mesh((8,), ("model",), axis_types=AUTOMATIC),
             RULES,
             '"model"',
-            '"tensor", "fsdp"',
+            '"context", "tensor", "fsdp"',
         ),
         (lora.models.make_mesh(fsdp=8), own, '"fsdp"', '"fdsp"'),
         (lora.models.make_mesh(fsdp=8), dataclasses.replace(RULES, axes={}), '"fsdp"', "no axis"),
@@ -215,7 +215,7 @@ def test_a_matrix_that_no_row_names_is_a_warning_and_an_empty_row_copies_it():
 
 def test_specs_refuse_an_axis_that_no_rule_names():
     with pytest.raises(
-        ValueError, match='`mesh_shape` has the axis "fdsp", and the rules name "te'
+        ValueError, match='`mesh_shape` has the axis "fdsp", and the rules name "context", "te'
     ):
         specs(kernel("q_proj", 16, 8), RULES, {"fdsp": 8})
 

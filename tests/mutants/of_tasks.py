@@ -134,7 +134,7 @@ FAULTS = [
     *in_file(
         "models/mesh.py",
         "tests/train/test_wire.py tests/train/test_mesh.py",
-        ("for a in axes_of(entry) if a not in at.rows]", "for a in axes_of(entry)]"),
+        ("for a in axes_of(entry) if a not in spread]", "for a in axes_of(entry)]"),
         ("if batch_size % at.parts:", "if False:"),
         ("not isinstance(found, NamedSharding) or", "True or"),
     ),

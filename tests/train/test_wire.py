@@ -84,7 +84,7 @@ def step_program(
     at = placement(model, params)
     with entered(at):
         model, rows = model_on(model, params, at), meshes.rows_of(at, params)
-        layout, total, _ = preparation.layout(model, data(), config, rows.parts)
+        layout, total, _ = preparation.layout(model, data(), config, rows)
         tx = train.optimizer(config, total)
         trainable, frozen = lora.split(params)
         state = meshes.state_on(train.init_state(jax.random.key(0), trainable, tx), tx, at)
@@ -179,6 +179,34 @@ def test_adapters_add_no_collective_to_tensor_parallelism(quantize):
     base = count(model.apply, model.params)
     assert base["all-reduce"] >= 2
     assert count(lora.lorafy(model.apply), adapted(model, {})[1]) == base
+
+
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_context_axis_gathers_keys_and_values_alone(remat):
+    """Those of whole rows, forward and backward, and their gradients are summed and scattered."""
+    program = step_program("context=4", batch=4, remat=remat)
+    whole, part = (4, 16, 8, 32), (4, 4, 8, 32)  # keys of 16 tokens, and of a device's four
+    loops = [x for collective in program for x in collective if x.loop]
+    moved = Counter((x.kind, x.shape, x.backward) for x in loops if x.kind != "all-reduce")
+    assert moved == {
+        ("all-gather", whole, False): 2,
+        ("all-gather", whole, True): 2,
+        ("reduce-scatter", part, True): 2,
+    }
+    # The gradients of the adapters; outside of the loop two numbers, and no hidden states.
+    assert all(RANK in x.shape for x in loops if x.kind == "all-reduce")
+    assert {(x.kind, x.shape) for c in program for x in c if not x.loop} == {("all-reduce", ())}
+
+
+def test_a_context_axis_leaves_rows_and_heads_on_their_devices():
+    program = step_program("fsdp=2,context=2,tensor=2", batch=4)
+    gathered = Counter(
+        x.shape for x in arrays(program, "all-gather", loop=True) if len(x.shape) > 2
+    )
+    assert gathered == {(2, 16, 4, 32): 4}  # of a device's rows and heads, forward and backward
+    # The embedding goes from features to rows, and is never whole.
+    assert not [x for x in arrays(program, "all-gather", loop=False) if len(x.shape) > 2]
+    assert not arrays(program, "collective-permute")
 
 
 def test_attention_in_parts_sends_no_heads(monkeypatch):
