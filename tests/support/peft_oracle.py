@@ -116,8 +116,11 @@ def contents(directory: Path) -> dict:
     with safe_open(str(directory / TENSORS), "numpy") as file:
         metadata = file.metadata()
     tensors = dict(sorted(load_file(directory / TENSORS).items()))
-    config = (directory / CONFIG).read_text()
-    return {"config": config, "metadata": metadata, "tensors": tensors}
+    config = json.loads((directory / CONFIG).read_text())
+    # PEFT has a set here, whose order changes from process to process.
+    config["target_modules"] = sorted(config["target_modules"])
+    text = json.dumps(config, indent=2, sort_keys=True)
+    return {"config": text, "metadata": metadata, "tensors": tensors}
 
 
 def write_contents(directory: Path, answer: dict) -> None:

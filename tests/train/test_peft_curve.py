@@ -54,7 +54,7 @@ def labelled():
     )
     for item in train.iterate(layout, STEPS):
         parts = []
-        for tokens, at, targets, weights in zip(*item.batch, strict=True):
+        for tokens, at, targets, weights in zip(*item.batch[:4], strict=True):
             labels = np.full(tokens.shape, -100)
             where = at[weights > 0] + 1  # the place after the one that predicts
             labels.reshape(-1)[where] = tokens.reshape(-1)[where]
