@@ -8,6 +8,7 @@ So any adapter fits any slot, and a compiled function keeps working when adapter
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -95,18 +96,25 @@ def check_finite(leaves: Mapping[str, Any]) -> None:
         for field in adapter_fields(x)
         if not isinstance(getattr(x, field), jax.core.Tracer)
     }
-    # One transfer for all of them: on an accelerator each would wait for the device.
-    found = jax.device_get({
-        key: jnp.all(jnp.isfinite(jnp.moveaxis(x, axis, 0)), axis=range(1, x.ndim))
-        for key, (axis, x) in arrays.items()
-    })  # fmt: skip
-    for (name, field), finite in found.items():
+    # One program and one transfer for all of them: each would wait for the compiler and the device.
+    axes = tuple(axis for axis, _ in arrays.values())
+    found = jax.device_get(_finite(tuple(x for _, x in arrays.values()), axes))
+    for (name, field), finite in zip(arrays, found, strict=True):
         if not finite.all():
             whose = f"adapter {finite.argmin()}" if len(finite) > 1 else "the adapter"
             raise ValueError(
                 f"{whose} holds NaN or infinity in `{field}` of `{name}`, so "
                 "every output would: take an earlier checkpoint of it"
             )
+
+
+@partial(jax.jit, static_argnums=1)
+def _finite(arrays: tuple[Array, ...], axes: tuple[int, ...]) -> list[Array]:
+    """For each array, which indices along its axis hold finite numbers alone."""
+    return [
+        jnp.all(jnp.isfinite(jnp.moveaxis(x, axis, 0)), axis=range(1, x.ndim))
+        for x, axis in zip(arrays, axes, strict=True)
+    ]
 
 
 def check_list(adapters: Any) -> None:
