@@ -37,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.debug:
         warnings.formatwarning = _warning_lines(arguments)
     try:
-        arguments.run(arguments)
-        # Here, where a closed pipe is caught, and not at exit.
-        sys.stdout.flush()
+        with errors.ending_by_signals():
+            arguments.run(arguments)
+            # Here, where a closed pipe is caught, and not at exit.
+            sys.stdout.flush()
         return 0
     except KeyboardInterrupt as interrupt:
         return _fail(arguments, str(interrupt) or "interrupted", errors.INTERRUPTED)
-    except SystemExit as end:  # of training, after a signal
+    except SystemExit as end:  # after a signal
         return _fail(arguments, str(end), getattr(end, "status", errors.FAILURE))
     except BrokenPipeError:
         # The reader of our output has exited (`| head`). Python would fail again when it flushes
@@ -51,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
-        line = errors.explain(error, flags_of(arguments.parser))
-        return _fail(arguments, line, errors.status_of(error))
+        flags = flags_of(arguments.parser)
+        return _fail(arguments, errors.explain(error, flags), errors.status_of(error, flags))
 
 
 def _fail(arguments: argparse.Namespace, line: str, status: int) -> int:

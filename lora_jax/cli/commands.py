@@ -5,10 +5,12 @@ all commands and does not wait for the imports of any.
 """
 
 import argparse
+import itertools
 import os
+import select
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -97,6 +99,11 @@ def generate(arguments: argparse.Namespace) -> None:
     config, devices = _from_flags(generate_sections(), arguments)
     if devices.distributed and "-" in arguments.prompts:
         raise UsageError("with --distributed every process needs the prompts: write them out")
+    prompts = _prompts(arguments.prompts)
+    piped = "-" in arguments.prompts and not sys.stdin.isatty()
+    if piped:
+        # An empty pipe ends here, before the model is loaded.
+        prompts = _not_empty(prompts)
     finetune.join(devices)
     processes.check_same({"prompts": str(arguments.prompts), "settings": str(config)})
     model = finetune.load_model(
@@ -114,19 +121,22 @@ def generate(arguments: argparse.Namespace) -> None:
         raw=arguments.raw,
         system=arguments.system,
     )
+    # One answer stands alone, so that a script can read it; several need their prompts.
+    labels = len(arguments.prompts) > 1 or "-" in arguments.prompts
+    if piped and len(arguments.prompts) == 1:
+        prompts, labels = _several(prompts)
     # Whoever types prompts, or sends them through a pipe, waits for each answer.
     waits = "-" in arguments.prompts and not _is_file(sys.stdin)
     answer_prompts(
         model,
         params,
-        _prompts(arguments.prompts),
+        prompts,
         replace(config, batch_size=1) if waits else config,
         question=lambda prompt: as_question([prompt])[0],
         write=processes.in_first(_write),
         # All processes have to run the same programs.
         live=processes.exchange(sys.stdout.isatty())[0],
-        # One answer stands alone, so that a script can read it; several need their prompts.
-        labels=len(arguments.prompts) > 1 or "-" in arguments.prompts,
+        labels=labels,
     )
 
 
@@ -138,7 +148,29 @@ def _is_file(stream: Any) -> bool:
         return False
 
 
-def _prompts(given: list[str]) -> Iterable[str]:
+def _not_empty(prompts: Iterator[str]) -> Iterator[str]:
+    first = next(prompts, None)
+    if first is None:
+        raise UsageError("standard input holds no prompt: write one a line to it")
+    return itertools.chain([first], prompts)
+
+
+def _several(prompts: Iterator[str]) -> tuple[Iterator[str], bool]:
+    """The prompts of a pipe or a file, and whether there is, or may still come, a second one."""
+    first = next(prompts)
+    try:
+        # At its end a stream is ready too. By now the model is loaded, which takes longer than
+        # the writer of a single prompt takes to close its pipe.
+        ready = bool(select.select([sys.stdin], [], [], 0)[0])
+    except (OSError, ValueError):  # it has no descriptor
+        ready = True
+    if not ready:
+        return itertools.chain([first], prompts), True
+    read = [first, *itertools.islice(prompts, 1)]
+    return itertools.chain(read, prompts), len(read) > 1
+
+
+def _prompts(given: list[str]) -> Iterator[str]:
     for prompt in given:
         if prompt == "-":
             yield from (line.rstrip("\n") for line in sys.stdin if line.strip())

@@ -1,10 +1,15 @@
 """Turns an exception into one line of text, and defines the exit statuses."""
 
+import contextlib
 import errno
+import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 from lora_jax.cli.flags import in_flags
 
@@ -15,6 +20,42 @@ INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
 class UsageError(Exception):
     """A wrong command line or settings file; the text spells flags and keys as they stand there."""
+
+
+class EndedError(SystemExit):
+    """SIGTERM or SIGHUP came while a command had nothing to save.
+
+    Attributes:
+      status: the exit status that shells give the signal, 128 + its number.
+    """
+
+    status: int = 128 + signal.SIGTERM
+
+
+@contextlib.contextmanager
+def ending_by_signals() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP into `EndedError`, as Python turns Ctrl-C into KeyboardInterrupt.
+
+    Training has handlers of its own, which finish and save the step first. A signal that is
+    ignored, as SIGHUP under `nohup`, stays ignored; other threads than the main one get none.
+    """
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        both = (signal.SIGTERM, signal.SIGHUP)
+        ours = [each for each in both if signal.getsignal(each) == signal.SIG_DFL]
+
+    def end(number: int, frame: Any) -> NoReturn:
+        error = EndedError(f"ended by {signal.Signals(number).name} before it was done")
+        error.status = 128 + number
+        raise error
+
+    for each in ours:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
 
 
 # Errors in the arguments or the files, whose texts are written for users. Any other exception is a
@@ -65,12 +106,20 @@ def explain(error: BaseException, flags: Collection[str] = ()) -> str:
     )
 
 
-def status_of(error: BaseException) -> int:
-    """The exit status: that of argparse for a wrong command line."""
+def status_of(error: BaseException, flags: Collection[str] = ()) -> int:
+    """The exit status: that of argparse for a wrong command line.
+
+    An error about a setting begins with the setting: "`--mesh` has no axis ...". One about a file
+    or the data begins with a path.
+    """
     # Known where a setting's error was raised; jax need not be loaded for it.
     arguments = sys.modules.get("lora_jax.config.arguments")
-    usage = arguments is not None and isinstance(error, arguments.SettingsError)
-    return USAGE if usage or isinstance(error, UsageError) else FAILURE
+    if arguments is not None and isinstance(error, arguments.SettingsError):
+        return USAGE
+    about_setting = isinstance(error, ValueError | TypeError) and re.match(
+        "`?--", in_flags(_line(str(error)), flags)
+    )
+    return USAGE if about_setting or isinstance(error, UsageError) else FAILURE
 
 
 def _expected(error: BaseException) -> bool:

@@ -176,7 +176,8 @@ Prints the model's answer to each prompt. The prompt has the form that the
 adapter was trained on. Without an adapter it is sent as a chat message if the
 model has a chat template, unless --raw is given. `-` reads prompts from
 standard input, one per line. A terminal gets the words as they come, a file or
-a pipe whole answers; several answers stand under their prompts.
+a pipe whole answers. Several answers stand under their prompts, and so do those
+to prompts that are typed, or that come through a pipe that stays open.
 
 examples:
   lora-jax generate smollm2 "What is the capital of Norway?" --max-new-tokens 30

@@ -29,6 +29,12 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
         for field, entry in unmatched
         if not (field == "modules_to_save" and _is_other_head(config.modules_to_save, entry, names))
     ]
+    paths_of = [leaf.path for leaf in leaves] + [paths.module_of(leaf.path) for leaf in leaves]
+    problems += [
+        f'`roles` entry "{entry}" matches no leaf; nearest: {paths.nearest(entry, paths_of)}'
+        for entry in config.roles
+        if not any(matching.matched_pattern([entry], path) for path in paths_of)
+    ]
     for entry in config.modules_to_save:
         of_entry = [
             x.leaf for x in drafts if any(matching.saved_by(entry, n) for n in x.names.every)

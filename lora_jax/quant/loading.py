@@ -117,8 +117,8 @@ def _own_format(
     """The file's format of a leaf's layers; None where they are floats."""
     if weights.formats is None:
         raise ValueError(
-            f'{weights.source}: `quantize="file"` keeps blocks that a file holds, and this one '
-            f'holds floats; use "nf4" or another format'
+            f'`quantize="file"` keeps blocks that a file holds, and {weights.source} holds floats; '
+            'use "nf4" or another format'
         )
     found = {name: weights.formats.get(name) for name, _ in tensors}
     first = next(iter(found.values()))

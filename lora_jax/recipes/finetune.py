@@ -26,7 +26,7 @@ from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
 from lora_jax.recipes.fitting import fitted
 from lora_jax.recipes.forms import TrainedForm, form_of, read_form, write_form
-from lora_jax.recipes.reports import show_evaluations, show_memory, summary
+from lora_jax.recipes.reports import idle_devices, show_evaluations, show_memory, summary
 from lora_jax.recipes.settings import Devices, Dtype, Quantization
 from lora_jax.train.archive import check_new_run
 from lora_jax.train.config import TrainConfig
@@ -37,6 +37,7 @@ ADAPTER = "adapter"  # the PEFT directory inside a run's output_dir
 # Fields of an adapter's config that may change when its training goes on.
 # `extra` are fields that change no number.
 _FREE = ("dropout", "extra")
+BLOCK = 64  # the default of `quantize_block`
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the name of "smollm2" on the hub
 
 
@@ -78,7 +79,7 @@ class FinetuneConfig(Devices):
     too_long: TooLong = "error"
     dtype: Dtype = "float32"
     quantize: Quantization | None = None
-    quantize_block: int = 64
+    quantize_block: int = BLOCK
     remat: bool | str = "projections"
     offload: bool = False
     device_memory: str | None = None
@@ -141,6 +142,8 @@ def finetune(
         weights = _weights_for_start(model, job, lora_config)
         params = init_adapter(model, lora_config, seed=train_config.seed, weights=weights)
     log(format_trainable_parameters(params))
+    if hint := idle_devices(job.mesh):
+        log(hint)
     if job.device_memory is not None:
         model, train_config = fitted(
             model, params, data, device_memory=job.device_memory, lora_config=lora_config,
@@ -171,8 +174,10 @@ def join(job: Devices) -> None:
     """Joins the other processes of the run, before JAX starts its devices."""
     if job.distributed:
         processes.join(job.coordinator, job.processes, job.process_id)
-    elif job.coordinator is not None:
-        raise SettingsError("`coordinator` is for a run of several processes: add distributed=True")
+        return
+    for name in ("coordinator", "processes", "process_id"):
+        if getattr(job, name) is not None:
+            raise SettingsError(f"`{name}` is for a run of several processes: add distributed=True")
 
 
 def continued(model: Any, source: str | Path, config: LoraConfig) -> tuple[Any, LoraConfig]:
@@ -221,7 +226,8 @@ def _keeping(output: Path, form: TrainedForm, log: Callable[[str], None]) -> Cal
 def _examples(
     model: Any, records: Sequence[train.Record], job: FinetuneConfig
 ) -> list[train.Example]:
-    length = job.max_length or model.config.context
+    context = model.config.context
+    length = context if job.max_length is None else job.max_length
     if length > model.config.context:
         warnings.warn(
             f"`max_length` {length} is above the model's context of {model.config.context} tokens: "
@@ -238,7 +244,7 @@ def load_model(
     remat: Remat = "projections",
     offload: bool = False,
     quantize: str | None = None,
-    quantize_block: int = 64,
+    quantize_block: int = BLOCK,
     attention: AttentionName = "auto",
     mesh: Mapping[str, Any] | None = None,
 ) -> Any:
@@ -247,6 +253,11 @@ def load_model(
         raise SettingsError(
             "`offload` moves activations from a device to its host, and this device is the host: "
             "leave it out"
+        )
+    if quantize is None and quantize_block != BLOCK:
+        raise SettingsError(
+            f"`quantize_block` is {quantize_block}, and the base is not quantized: add "
+            'quantize="nf4", or leave it out'
         )
     form = cast(Any, quantize)  # `QuantConfig` checks it
     held = None if quantize is None else QuantConfig(format=form, block_size=quantize_block)
@@ -311,7 +322,7 @@ def export_adapter(
     model_dtype: Dtype = "float32",
     step: int | None = None,
     quantize: str | None = None,
-    quantize_block: int = 64,
+    quantize_block: int = BLOCK,
 ) -> None:
     """Loads an adapter of any format onto its model and writes it in another format.
 
@@ -352,7 +363,7 @@ def merge_adapter(
     *,
     dtype: str = "float32",
     quantize: str | None = None,
-    quantize_block: int = 64,
+    quantize_block: int = BLOCK,
 ) -> None:
     """Merges an adapter into its model and writes the model as a Hugging Face directory.
 

@@ -70,10 +70,17 @@ def fitted(
     limit = parse_bytes(device_memory)
     best = fastest(forward.config, settings, limit, weights=device_bytes(base))
     chosen = best.settings
-    log(
-        f"for {device_memory}: batch_size {chosen.batch}, accumulation {chosen.accumulation}, "
-        f"remat {remat_name(chosen.remat)}, about {in_units(best.total)}"
+    changes = {
+        "batch_size": (settings.batch, chosen.batch),
+        "accumulation": (settings.accumulation, chosen.accumulation),
+        "remat": (remat_name(settings.remat), remat_name(chosen.remat)),
+    }
+    # Given settings and defaults alike: which of the two they were is not known here.
+    shown = ", ".join(
+        f"{name} {after}{'' if after == before else f' (instead of {before})'}"
+        for name, (before, after) in changes.items()
     )
+    log(f"for {device_memory}: {shown}, about {in_units(best.total)}")
     config = dataclasses.replace(config, batch_size=chosen.batch, accumulation=chosen.accumulation)
     forward = dataclasses.replace(forward, remat=chosen.remat)
     return dataclasses.replace(model, forward=forward), config

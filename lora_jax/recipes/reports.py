@@ -1,12 +1,15 @@
 """What a run prints: its memory, its evaluations, and how it ended."""
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from lora_jax.compat import require
 from lora_jax.train import format_memory
+from lora_jax.train.speed import PROFILE
 
 
 def show_memory(log: Callable[[str], None]) -> Callable:
@@ -19,6 +22,17 @@ def show_memory(log: Callable[[str], None]) -> Callable:
             log(f"memory:\n{textwrap.indent(format_memory(used), '  ')}\n")
 
     return show
+
+
+def idle_devices(mesh: Mapping[str, int] | None) -> str:
+    """A hint where a run without a mesh leaves devices idle; empty where there is none."""
+    count = jax.device_count()
+    if mesh is not None or count == 1:
+        return ""
+    return (
+        f"one of {count} devices is used: --mesh data=-1 spreads the rows over all of them, "
+        "--mesh fsdp=-1 rows and weights"
+    )
 
 
 def show_evaluations(log: Callable[[str], None]) -> Callable:
@@ -63,7 +77,10 @@ def summary(
     if last > _RISEN * first:
         lines.append("the loss rose: train again with a lower learning rate")
     lines.append(_speed(steps, first_step, peak))
-    return "\n".join([*lines, f"plot and metrics: {directory / 'loss.png'}, metrics.jsonl"])
+    lines.append(f"plot and metrics: {directory / 'loss.png'}, metrics.jsonl")
+    if (directory / PROFILE).is_dir():
+        lines.append(f"trace: {directory / PROFILE}, for TensorBoard's profile plugin or Perfetto")
+    return "\n".join(lines)
 
 
 def _speed(steps: Sequence[dict], first_step: float | None, peak: int | None) -> str:

@@ -39,6 +39,9 @@ class DemoConfig:
     seed: int = 0
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        _check_counts(self, "steps", "batch_size", "test_examples")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Devices:
@@ -142,11 +145,15 @@ class GenerateConfig:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        _check_counts(self, "max_new_tokens", "batch_size")
         _check_number("temperature", self.temperature, lambda x: x >= 0, "at least 0")
         _check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
+
+
+def _check_counts(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(config, name)}")
 
 
 def _check_number(name: str, value: Any, fine: Callable[[float], bool], expected: str) -> None:

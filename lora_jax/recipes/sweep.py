@@ -29,6 +29,7 @@ from lora_jax.models.mesh import (
 )
 from lora_jax.recipes.finetune import join, load_model
 from lora_jax.recipes.generate import generate_texts
+from lora_jax.recipes.reports import idle_devices
 from lora_jax.recipes.settings import Devices, Dtype, GenerateConfig
 from lora_jax.train.batches import (
     Batch,
@@ -110,6 +111,8 @@ def sweep_language_model(
     else:
         tuning = load_jsonl(job.tuning_data, fields=job.fields)
     model = load_model(job.model, dtype=job.dtype, mesh=job.mesh)
+    if hint := idle_devices(job.mesh):
+        log(hint)
     task = language_task(
         model,
         train,
@@ -192,7 +195,7 @@ def language_task(
     # "auto" packs nothing here: the ranks are scored an example a row.
     if config.packing is True:
         raise ValueError("a sweep has no packed rows: leave `packing` out")
-    length = max_length or model.config.context
+    length = model.config.context if max_length is None else max_length
     data, choosing, judged = (
         examples(part, model.tokenizer, max_length=length) for part in (train, tuning, scored)
     )

@@ -121,6 +121,10 @@ class TrainConfig:
         _check(self, "schedule", self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES))
         packs = self.packing == "auto" or isinstance(self.packing, bool)
         _check(self, "packing", packs, '"auto", True or False')
+        if self.packed_length is not None and self.packing is False:
+            raise ValueError(
+                "`packed_length` is for packed rows: add packing=True, or leave it out"
+            )
         traced = self.profile is None or profiled_steps(self) is not None
         _check(self, "profile", traced, 'the first and the last step as "10:13"')
         if self.profile is not None and self.output_dir is None:

@@ -33,11 +33,13 @@ class Choice(NamedTuple):
       length: tokens of a packed row; None pads examples in buckets.
       steps: optimizer steps of an epoch.
       text: the choice and the share of padding, for the log of a run.
+      padding: the share of padding in packed rows, and in buckets.
     """
 
     length: int | None
     steps: int
     text: str
+    padding: tuple[float, float]
 
 
 def rows_by_rank(lengths: Sequence[int], length: int) -> np.ndarray:
@@ -145,18 +147,21 @@ def choose(
     packed = [(length, steps * rows)]
     buckets = [(b.rung, rows) for b in plan_once(lengths, ladder, rows)]
     real = sum(map(int, lengths))
-    shares = [1 - real / sum(t * n for t, n in shapes) for shapes in (packed, buckets)]
+    packed_share, bucket_share = (
+        1 - real / sum(t * n for t, n in shapes) for shapes in (packed, buckets)
+    )
     saves = steps >= LEAST_STEPS and _work(packed, width) <= WORTH * _work(buckets, width)
     if packing is True or (packing == "auto" and saves):
-        text = f"packed rows of {length} tokens, {shares[0]:.1%} padding"
-        beside = f"{shares[1]:.1%} in buckets"
+        text = f"packed rows of {length} tokens, {packed_share:.1%} padding"
+        beside = f"{bucket_share:.1%} in buckets"
         chosen, steps = length, steps
     else:
-        text = f"buckets of {', '.join(map(str, ladder))} tokens, {shares[1]:.1%} padding"
-        beside = f"{shares[0]:.1%} in packed rows of {length}"
+        text = f"buckets of {', '.join(map(str, ladder))} tokens, {bucket_share:.1%} padding"
+        beside = f"{packed_share:.1%} in packed rows of {length}"
         chosen, steps = None, len(buckets)
     plural = "" if steps == 1 else "s"
-    return Choice(chosen, steps, f"{text} ({beside}), {steps:,} step{plural} an epoch")
+    text = f"{text} ({beside}), {steps:,} step{plural} an epoch"
+    return Choice(chosen, steps, text, (packed_share, bucket_share))
 
 
 def _work(shapes: Sequence[tuple[int, int]], width: int) -> float:

@@ -89,10 +89,10 @@ def check_profile(config: TrainConfig, total: int) -> None:
     """Checks that the run reaches the steps to trace.
 
     Raises:
-      ValueError: it ends before the first one.
+      ValueError: it ends before the last one.
     """
     steps = profiled_steps(config)
-    if steps is not None and steps[0] > total:
+    if steps is not None and steps[1] > total:
         raise ValueError(
             f"`profile` is {config.profile!r}, but the run ends after step {total}: choose earlier "
             "steps"
@@ -100,6 +100,7 @@ def check_profile(config: TrainConfig, total: int) -> None:
 
 
 _SMALL = 576
+_PADDED = 0.2  # the share of padding from which the log names `packing`, where that halves it
 
 
 class Layout(NamedTuple):
@@ -126,6 +127,7 @@ def layout(
     """
     lengths = lengths_of(data)
     ladder = ladder_of(config.buckets, lengths, rows.spans)
+    able = _takes_packed(model, config)
     choice = choose(
         lengths,
         ladder,
@@ -133,8 +135,10 @@ def layout(
         rows=config.batch_size * config.accumulation,
         # A model of the user's own may have no config: that of a small one.
         width=getattr(getattr(model, "config", None), "hidden_size", _SMALL),
-        packing=config.packing if _takes_packed(model, config) else False,
+        packing=config.packing if able else False,
     )
+    packed, padded = choice.padding
+    worth = able and config.packing is False and padded > _PADDED and 2 * packed < padded
     total = total_steps(config, choice.steps)
     prepared = loader(
         data,
@@ -148,7 +152,8 @@ def layout(
         parts=rows.parts,
         spans=rows.spans,
     )
-    return Layout(prepared, total, choice.text)
+    hint = "; consider packing=True (--packing)" if worth else ""
+    return Layout(prepared, total, choice.text + hint)
 
 
 def _row_length(config: TrainConfig, lengths: Sequence[int], spans: int) -> int:

@@ -1,6 +1,7 @@
 """The command line: help for a person, one line for an error, the right exit status."""
 
 import errno
+import io
 import os
 import re
 import signal
@@ -109,7 +110,6 @@ def test_a_wrong_command_line_is_one_line_and_status_2(capsys, argv, message):
         (["import", "no.gguf", "a.gguf", "b"], "a.gguf: no such file"),
         (["convert", "a", "b", "--to", "peft"], "a: there is no such directory"),
         (["inspect", "no/adapter"], "`no/adapter` is not a local directory"),
-        (["demo", "--steps", "0"], "train and test must be between 1 and"),
     ],
 )
 def test_an_error_is_one_line_and_status_1(capsys, tmp_path, monkeypatch, argv, message):
@@ -240,6 +240,40 @@ def test_settings_in_an_error_are_spelled_as_flags(text, line):
     assert errors.explain(ValueError(text), FLAGS) == line
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("`mesh` has no axis 'fdsp'; expected data"), 2),
+        (ValueError("target_modules=('q', 'v') adapts nothing"), 2),
+        (TypeError("`rank` must be a whole number"), 2),
+        (ValueError("`rows` has no flag"), 1),
+        (ValueError("d.jsonl:1: the example has 6 tokens, more than `max_length`, 3"), 1),
+        (FloatingPointError("the loss is nan: lower `learning_rate`"), 1),
+        (FileExistsError("runs: there is a run; pass resume=True"), 1),
+    ],
+)
+def test_an_error_that_begins_with_a_setting_is_a_wrong_command_line(error, status):
+    assert errors.status_of(error, FLAGS) == status
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_before_there_is_anything_to_save_ends_in_a_sentence(
+    capsys, monkeypatch, name, status
+):
+    number = getattr(signal, name)
+    monkeypatch.setattr(commands, "inspect", lambda arguments: signal.raise_signal(number))
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        line = f"lora-jax inspect: ended by {name} before it was done\n"
+        assert run(capsys, "inspect", "x") == (status, "", line)
+        assert signal.getsignal(number) == signal.SIG_DFL
+        # As under `nohup`.
+        signal.signal(number, signal.SIG_IGN)
+        assert run(capsys, "inspect", "x") == (0, "", "")
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_a_terminal_of_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
@@ -270,10 +304,33 @@ def test_a_warning_is_one_line_that_names_flags(capsys, monkeypatch):
 
 
 def test_prompts_come_from_arguments_and_standard_input(monkeypatch):
-    import io
-
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
     assert list(commands._prompts(["zero", "-"])) == ["zero", "one", "two"]
+
+
+@pytest.mark.parametrize(("text", "several"), [("one\n\n", False), ("one\ntwo\n", True)])
+@pytest.mark.parametrize("open_", [True, False])
+def test_the_only_prompt_of_a_pipe_is_known_when_the_pipe_is_closed(
+    monkeypatch, text, several, open_
+):
+    read, write = os.pipe()
+    os.write(write, text.encode())
+    if not open_:
+        os.close(write)
+    with os.fdopen(read) as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        prompts, found = commands._several(commands._not_empty(commands._prompts(["-"])))
+        # Where the pipe is open, another prompt may come.
+        assert found == (several or open_)
+        if open_:
+            os.close(write)
+        assert list(prompts) == text.split()
+
+
+def test_an_empty_pipe_is_a_wrong_command_line_before_the_model_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
+    line = "lora-jax generate: standard input holds no prompt: write one a line to it\n"
+    assert run(capsys, "generate", "missing", "-") == (2, "", line)
 
 
 def test_a_reader_that_leaves_is_no_error():

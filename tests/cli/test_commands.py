@@ -116,7 +116,7 @@ def test_train_on_a_mesh_gives_the_losses_of_one_device(model, data, tmp_path, c
         str(tmp_path / "no"),
     ]
     capsys.readouterr()
-    assert main([*command, "--target-modules", "q_proj", "--mesh", "fsdp=3"]) == 1
+    assert main([*command, "--target-modules", "q_proj", "--mesh", "fsdp=3"]) == 2
     assert "the number of devices is 8" in capsys.readouterr().err
 
 
@@ -143,7 +143,7 @@ def test_train_names_file_and_line_of_a_bad_record(model, tmp_path, capsys):
 
 def test_train_names_the_nearest_target(model, data, tmp_path, capsys):
     line = ["train", "--model", model, "--train-data", data, "--output-dir", str(tmp_path / "o")]
-    assert main([*line, "--target-modules", "q_prj"]) == 1
+    assert main([*line, "--target-modules", "q_prj"]) == 2
     assert re.match(
         r'lora-jax train: `--target-modules` entry "q_prj" .*q_proj', capsys.readouterr().err
     )
@@ -367,3 +367,48 @@ def test_a_pipe_gets_each_answer_before_it_sends_the_next_prompt(
         assert main(["generate", model, "-", "--raw", "--max-new-tokens", "2"]) == 0
     assert seen == ([1, 1, 1] if waits else [3])
     assert re.findall("^> (.*)$", capsys.readouterr().out, re.M) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--remat ful", "`--remat` must be one of none, projections, full"),
+        ("--device-memory 2", "`--device-memory` needs a unit: write 2GB or 2GiB"),
+        ("--mesh data=3", "`--mesh` is data=3, but the number of devices is 8"),
+        ("--mesh fdsp=8", "`--mesh` has no axis 'fdsp'"),
+        ("--mesh data=4 fsdp=2 --batch-size 6", "`--batch-size` is 6, but its rows are spread"),
+        ("--packed-length 8", "`--packed-length` is for packed rows: add --packing, or leave it"),
+        ("--packing --packed-length 8", "`--packed-length` is 8 tokens, but an example has"),
+        ("--profile 2:5", "`--profile` is '2:5', but the run ends after step 2"),
+        ("--max-length 0", "`--max-length` must be at least 2 tokens, got 0"),
+        ("--roles zz=io", '`--roles` entry "zz" matches no leaf; nearest'),
+        ("--processes 2", "`--processes` is for a run of several processes: add --distributed"),
+        ("--quantize-block 32", "`--quantize-block` is 32, and the base is not quantized"),
+        ("--quantize file", "`--quantize file` keeps blocks that a file holds, and"),
+    ],
+)
+def test_a_wrong_setting_is_a_sentence_with_status_2(model, data, tmp_path, capsys, flags, message):
+    line = ["train", "--model", model, "--train-data", data, "--output-dir", str(tmp_path / "o")]
+    assert main([*line, "--steps", "2", "--no-progress", *flags.split()]) == 2
+    assert capsys.readouterr().err.startswith(f"lora-jax train: {message}")
+
+
+def test_one_prompt_on_standard_input_has_the_answer_of_one_on_the_command_line(
+    model, capsys, monkeypatch
+):
+    line = ["generate", model, "--raw", "--max-new-tokens", "4"]
+    assert main([*line, "one"]) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n"))
+    assert main([*line, "-"]) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_a_trace_lies_where_the_summary_says(model, data, tmp_path, capsys):
+    out = tmp_path / "o"
+    line = ["train", "--model", model, "--train-data", data, "--output-dir", str(out)]
+    assert main([*line, "--steps", "2", "--no-progress", "--profile", "2:2"]) == 0
+    printed = capsys.readouterr().out
+    assert f"trace: {out / 'profile'}, for TensorBoard" in printed
+    assert list((out / "profile").rglob("*.xplane.pb"))
+    assert "one of 8 devices is used: --mesh data=-1 spreads" in printed

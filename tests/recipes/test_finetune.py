@@ -65,7 +65,9 @@ def test_a_run_chooses_what_fits_the_memory_of_a_device(job, tmp_path):
     config = dataclasses.replace(RUN, output_dir=tmp_path / "fits", steps=1, accumulation=2)
     result = finetune.finetune(job, LORA, config, log=lines.append)
     line = next(x for x in lines if x.startswith("for 1GB: "))
-    assert line.startswith("for 1GB: batch_size 4, accumulation 1, remat projections, about ")
+    assert line.startswith(
+        "for 1GB: batch_size 4 (instead of 2), accumulation 1 (instead of 2), remat projections, ab"
+    )
     # One pass of all four rows.
     assert [shape[:2] for shape in result.compiled] == [(1, 4)]
     # The weights alone are more than 200 KB.

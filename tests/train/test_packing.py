@@ -323,7 +323,8 @@ def test_rows_that_fill_up_a_batch_count_as_padding():
 def test_a_row_too_short_for_an_example_is_refused_where_rows_are_packed():
     with pytest.raises(ValueError, match="`packed_length` is 8 tokens, but an example has 15"):
         fit(packing=True, packed_length=8)
-    fit(packing=False, packed_length=8, steps=1)
+    with pytest.raises(ValueError, match="`packed_length` is for packed rows: add packing=True"):
+        TrainConfig(packed_length=8)
 
 
 @pytest.mark.parametrize("packing", ["on", 1, None])
