@@ -31,6 +31,7 @@ __all__ = ["LeafDims", "Rules", "partition_specs", "place", "shardings", "specs"
 Factors = TypeVar("Factors", bound=LoraArray | LoraStack)
 
 AXES = ("data", "fsdp", "tensor", "context")
+COPIED = ("data", "context")  # those along which every weight is copied
 
 # Field of a `LoraArray` -> its name in `part_spec`; a magnitude has the dims of a gain.
 _PARTS = {"a": "a", "b": "b", "scale": "scale", "m": "gain", "bias": "bias"}
@@ -61,8 +62,8 @@ class Rules:
 
     Attributes:
       axes: a logical dim to the mesh axes that may shard it. An axis of a mesh that is named for
-        no dim copies the weights, with a warning unless it is "data"; name an axis of the rows for
-        a dim of its own, `"rows": ("batch",)`.
+        no dim copies the weights, with a warning unless it is "data" or "context"; name an axis of
+        the rows for a dim of its own, `"rows": ("batch",)`.
       leaves: the logical dims of every leaf; the first row that matches counts. A leaf that none
         matches is copied to every device, with a warning if it is a matrix; a row without dims
         copies in silence.
@@ -282,7 +283,7 @@ def _warn_of_whole(whole: _Whole, mesh: Mesh, rules: Rules, *, stacklevel: int) 
             f"dims that it may shard, of the mesh {shape}"
         )
     used = [a for a, n in shape.items() if n > 1]
-    if unknown := [a for a in used if a != "data" and a not in known]:
+    if unknown := [a for a in used if a not in (*COPIED, *known)]:
         texts.append(
             f"every device holds all weights along {_quoted(unknown)} of the mesh {shape}: the "
             f"rules name {_quoted(known) or 'no axis'}; take a mesh of axes that they name "
@@ -298,8 +299,7 @@ def _warn_of_whole(whole: _Whole, mesh: Mesh, rules: Rules, *, stacklevel: int) 
 
 
 def _first(named: Sequence[str]) -> str:
-    more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-    return ", ".join(named[:3]) + more
+    return ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
 
 
 def _quoted(names: Sequence[str]) -> str:
@@ -337,11 +337,11 @@ def specs(shapes: Any, rules: Rules, mesh_shape: Mapping[str, int]) -> Any:
       PartitionSpec('fsdp', None)
     """
     check_tree("shapes", shapes)
-    known = ["data", *_axes(rules)]
-    if unknown := [a for a, n in mesh_shape.items() if n > 1 and a not in known]:
+    known = _axes(rules)
+    if unknown := [a for a, n in mesh_shape.items() if n > 1 and a not in (*COPIED, *known)]:
         raise ValueError(
             f"`mesh_shape` has the axis {_quoted(unknown)}, and the rules name "
-            f"{_quoted(_axes(rules))}: take their axes, or rules that name yours"
+            f"{_quoted(known)}: take their axes, or rules that name yours"
         )
     return jax.tree_util.tree_map_with_path(
         lambda path, x: _leaf_spec(paths.spell(path), x, rules, mesh_shape, whole=None),
