@@ -18,6 +18,7 @@ from lora_jax.train import preparation
 from lora_jax.train.config import TrainConfig
 from lora_jax.train.examples import Example
 from lora_jax.train.memory import device_bytes
+from lora_jax.train.mesh import rows_of
 from lora_jax.tree import split
 
 _KERNELS: Mapping[str, Backend] = {"gpu": "gpu", "tpu": "tpu"}
@@ -46,10 +47,10 @@ def fitted(
     Raises:
       ValueError: nothing fits; the message has the smallest step and what would help.
     """
-    found = preparation.layout(model, data, config).loader
+    at = placement(model, params)
+    found = preparation.layout(model, data, config, rows_of(at)).loader
     forward, base = model.forward, split(params)[1]
     held = [x for x in jax.tree.leaves(model.params, is_leaf=is_quant) if is_quant(x)]
-    at = placement(model, params)
     mesh = {} if at is None else at.mesh.shape
     settings = StepSettings(
         # The start decides numbers, not shapes.

@@ -88,7 +88,7 @@ class EstimateConfig:
       offload: what is kept for the backward pass lies in the host's memory, which is not counted.
       optimizer: the optimizer, whose state takes memory.
       mesh: number of devices by axis: "data" shards the rows, "fsdp" rows and weights, "tensor"
-        heads, the MLP and the vocabulary.
+        heads, the MLP and the vocabulary, "context" the tokens of a row.
       backend: kernels of quantized products; "reference" is those of a CPU.
       device_memory: memory of a device, "80GB" or "24GiB": marks the steps that fit, and lists
         changes with which the others would.

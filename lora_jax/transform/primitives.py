@@ -282,6 +282,8 @@ PRIMITIVES: dict[str, Primitive] = {
     ),
     **dict.fromkeys("random_bits threefry2x32 custom_call".split(), _KERNEL),
     "ragged_dot": _activations(dim_maps.SAME_SHAPE, token_axis.lost, "product"),
+    "all_gather": _KERNEL,
+    "reduce_scatter": _KERNEL,
     "pallas_call": _activations(dim_maps.SAME_SHAPE, token_axis.lost, "kernel"),
     # cuDNN's attention, which `jax.nn.dot_product_attention` takes on NVIDIA GPUs.
     "dot_product_attention_fwd_wrapper": _activations(

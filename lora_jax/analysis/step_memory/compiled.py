@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from lora_jax.analysis.step_memory.step import AbstractStep, Spread, StepSettings, placed
 from lora_jax.models.mesh import Placement, entered
-from lora_jax.models.sharding import ROWS
+from lora_jax.models.sharding import ROWS, TOKENS
 from lora_jax.train.mesh import results
 
 
@@ -51,7 +51,7 @@ def placement(settings: StepSettings, devices: Sequence[Any] | None = None) -> P
     if devices is None and math.prod(settings.mesh.values()) == 1:
         return None
     mesh = _grid(settings, jax.devices() if devices is None else devices)
-    return Placement(mesh, ROWS, mesh)
+    return Placement(mesh, ROWS, mesh, TOKENS if settings.mesh[TOKENS] > 1 else None)
 
 
 def temporaries(program: Any) -> int:

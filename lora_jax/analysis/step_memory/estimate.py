@@ -33,6 +33,7 @@ from lora_jax.analysis.step_memory.shapes import config_of
 from lora_jax.analysis.step_memory.step import AbstractStep, OptimizerName, Spread, StepSettings
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.remat import Remat, remat_name
+from lora_jax.models.sharding import ROWS, TOKENS
 from lora_jax.quant.array import Backend
 from lora_jax.quant.formats import FormatName
 from lora_jax.tree import Count, count_parameters, format_count
@@ -300,15 +301,12 @@ def _device_bytes(tree: Any, specs: Any, settings: StepSettings) -> _Bytes:
 def _peak(
     config: Any, settings: StepSettings, step: AbstractStep, places: Spread, *, trained: int
 ) -> Alive:
-    """Temporaries of one device's part of the step, from the jaxpr.
-
-    `trained` is the size of the gradients on this device.
-    """
-    # With other rows or heads on a device than in the whole step, its part is traced instead.
-    rows = settings.batch // memory_mesh.parts(places.batch.tokens, settings.mesh)
+    """Temporaries of one device's part of the step; `trained` is the size of its gradients."""
+    # Where a device has other rows, tokens or heads than the step, its part is traced.
+    rows = settings.batch // memory_mesh.parts(places.batch.tokens, settings.mesh, *ROWS)
     own = memory_mesh.one_device(config, settings.mesh)
-    if rows != settings.batch or own is not config:
-        step = memory_step.abstract_step(own, settings, batch=rows)
+    if rows != settings.batch or own is not config or settings.mesh[TOKENS] > 1:
+        step = memory_step.device_step(own, settings, batch=rows)
 
     def counts(specs: Any) -> list[int]:
         return [memory_mesh.parts(s, settings.mesh, "fsdp") for s in memory_mesh.leaves(specs)]
@@ -396,5 +394,5 @@ def _described(settings: StepSettings) -> str:
     if settings.quantize:
         parts.append(f"base in {settings.quantize}")
     name = settings.optimizer if isinstance(settings.optimizer, str) else "custom optimizer"
-    kept = f"remat {remat_name(settings.remat)}"
-    return ", ".join([*parts, kept, *["offloaded"] * settings.offload, name])
+    parts.append(f"remat {remat_name(settings.remat)}")
+    return ", ".join([*parts, *["offloaded"] * settings.offload, name])

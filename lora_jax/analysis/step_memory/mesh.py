@@ -22,19 +22,19 @@ import jax
 from jax.sharding import PartitionSpec
 
 from lora_jax.models.config import LlamaConfig
-from lora_jax.models.sharding import AXES, ROWS, check_axes
+from lora_jax.models.sharding import AXES, ROWS, TOKENS, check_axes
 from lora_jax.quant.sharding import axes_of
 
 # The sizes of a configuration that the axis `tensor` divides.
 _DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 
 
-def check_mesh(mesh: Mapping[str, int], *, batch: int) -> dict[str, int]:
+def check_mesh(mesh: Mapping[str, int], *, batch: int, length: int) -> dict[str, int]:
     """The mesh with all axes; those that are left out have one device.
 
     Raises:
-      ValueError: an unknown axis, a size that is not a whole number above 0, or a batch that the
-        devices do not divide.
+      ValueError: an unknown axis, a size that is not a whole number above 0, or a batch or a row
+        that the devices do not divide.
     """
     check_axes(mesh, rest=False)
     full = {name: mesh.get(name, 1) for name in AXES}
@@ -43,6 +43,11 @@ def check_mesh(mesh: Mapping[str, int], *, batch: int) -> dict[str, int]:
         raise ValueError(
             f"`batch` {batch} cannot be divided among the {spread} devices of the axes "
             f"{' and '.join(ROWS)}: take a multiple of {spread}"
+        )
+    if length % full[TOKENS]:
+        raise ValueError(
+            f"`length` {length} cannot be divided among the {full[TOKENS]} devices of the axis "
+            f"{TOKENS}: take a multiple of {full[TOKENS]}"
         )
     return full
 

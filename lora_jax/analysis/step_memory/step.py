@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.analysis.step_memory import mesh as memory_mesh
 from lora_jax.config.arguments import set_plain_fields
@@ -19,7 +19,7 @@ from lora_jax.models.mesh import Placement
 from lora_jax.models.model import check_options
 from lora_jax.models.registry import CAUSAL_LM, architecture_of, forward_of
 from lora_jax.models.remat import Remat, remat_name
-from lora_jax.models.sharding import ROWS, RULES
+from lora_jax.models.sharding import ROWS, RULES, TOKENS
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import formats
 from lora_jax.quant.array import Backend
@@ -112,7 +112,7 @@ class StepSettings:
         if self.backend not in BACKENDS:
             raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {self.backend}")
         # With every axis, so that readers need no defaults.
-        mesh = memory_mesh.check_mesh(self.mesh, batch=self.batch)
+        mesh = memory_mesh.check_mesh(self.mesh, batch=self.batch, length=self.length)
         object.__setattr__(self, "mesh", mesh)
 
     @property
@@ -147,7 +147,12 @@ class AbstractStep(NamedTuple):
 
 
 def abstract_step(
-    config: Any, settings: StepSettings, *, batch: int, at: Placement | None = None
+    config: Any,
+    settings: StepSettings,
+    *,
+    batch: int,
+    at: Placement | None = None,
+    tokens: str | None = None,
 ) -> AbstractStep:
     """The training step of a model, traced over shapes.
 
@@ -157,6 +162,8 @@ def abstract_step(
       batch: rows of one forward pass.
       at: the mesh, for the step as `train.fit` runs it there; it must then be traced under
         `jax.set_mesh`. None leaves out what the model does for a mesh.
+      tokens: without `at`, the axis that tokens are spread over, if the step is traced as a
+        device's own under it.
 
     Raises:
       ValueError: a length above the model's context, targets that match nothing, a rank that is
@@ -190,11 +197,13 @@ def abstract_step(
     tx = settings.tx
     # Abstractly: a model of any size is planned, initialized and traced without its arrays.
     state = jax.eval_shape(lambda t: init_state(jax.random.key(0), t, tx), trainable)
+    forward = dataclasses.replace(forward, tokens=tokens if at is None else at.tokens)
     if architecture.kind == CAUSAL_LM:
         forward, rows = _on_mesh(forward, settings, base=base, params=params, at=at)
         loss = lora_loss(forward, rows)
     else:
-        loss = _encoder_loss(dataclasses.replace(forward, rows=() if at is None else at.rows))
+        rows = () if at is None else at.rows
+        loss = _encoder_loss(dataclasses.replace(forward, rows=rows))
     # A classifier has one target per row, a masked LM one per token, as a language model.
     one_a_row = getattr(config, "task", None) == CLASSIFICATION
     places = batch if one_a_row else batch * settings.length
@@ -213,6 +222,30 @@ def _on_mesh(
     places = partition_specs(params, specs(base, RULES, settings.mesh))
     rows = meshes.rows_of(at, placed(params, places, at.mesh))
     return dataclasses.replace(forward, rows=at.rows, gathered=rows.weights), rows
+
+
+def device_step(config: Any, settings: StepSettings, *, batch: int) -> AbstractStep:
+    """The part of a step that one device computes: of so many rows, its own tokens.
+
+    Args:
+      config: the configuration of a device's part of the model.
+      settings: the settings of the whole step.
+      batch: rows of one forward pass on a device.
+    """
+    spans = settings.mesh[TOKENS]
+    if spans == 1:
+        return abstract_step(config, settings, batch=batch)
+    own = dataclasses.replace(
+        settings, batch=batch, length=settings.length // spans,
+        mesh={"tensor": settings.mesh["tensor"]},
+    )  # fmt: skip
+    step = abstract_step(config, own, batch=batch, tokens=TOKENS)
+    whole = PartitionSpec()
+    fn = jax.shard_map(
+        step.fn, mesh=AbstractMesh((spans,), (TOKENS,)), in_specs=whole, out_specs=whole,
+        check_vma=False,
+    )  # fmt: skip
+    return step._replace(fn=fn)
 
 
 def placed(shapes: Any, specs: Any, mesh: Mesh) -> Any:
@@ -302,6 +335,16 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
         transform_non_params=lambda x: copied,
     )
     # Microbatches follow one another in time: their rows are sharded, not they.
-    rows: Any = PartitionSpec(None, ROWS)
+    rows = PartitionSpec(None, ROWS)
+    # A classifier has one place a row.
+    by_token = step.batch.positions.size == step.batch.tokens.size
+    places = PartitionSpec(None, (*ROWS, TOKENS)) if by_token else rows
+    batch: Any = Batch(
+        tokens=PartitionSpec(None, ROWS, TOKENS),
+        positions=places,
+        targets=places,
+        weights=places,
+        segments=None if step.batch.segments is None else rows,
+    )
     state = TrainState(copied, trainable, moments, copied)
-    return Spread(params, state, frozen, jax.tree.map(lambda x: rows, step.batch))
+    return Spread(params, state, frozen, batch)

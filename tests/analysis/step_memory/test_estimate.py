@@ -185,6 +185,13 @@ def _slow(method: str, remat, **mesh: int):
         _slow("full", True, tensor=4),
         _slow("full", False, fsdp=2, tensor=4),
         _slow("full", True, fsdp=2, tensor=4),
+        ("lora", dict(context=4), True),
+        _slow("lora", False, context=4),
+        _slow("lora", "projections", context=8),
+        _slow("lora", True, data=2, context=2, tensor=2),
+        _slow("qlora", True, data=2, context=4),
+        _slow("full", True, context=4),
+        _slow("full", True, fsdp=2, context=2, tensor=2),
     ],
     ids=str,
 )
@@ -197,6 +204,11 @@ def test_an_estimate_on_a_mesh_is_within_a_tenth_of_the_compiled_step(method, me
     # whose memory the estimate is for, it gathers each where it is used (benchmarks/estimate.py).
     least = 0.7 if mesh.get("fsdp", 1) > 1 else 0.9
     assert least < found.total / compiled.total < 1.1
+
+
+def test_a_row_that_the_devices_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="`length` 254 .* the 4 devices of the axis context"):
+        estimated(length=254, mesh=dict(context=4))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert-base"])
