@@ -10,13 +10,16 @@ from typing import Any
 
 from lora_jax.models.attention import Mixing
 from lora_jax.models.dialect import (
+    BEFORE,
     Dialect,
+    Norms,
     check_kinds,
     check_numbers,
     check_sizes,
     refuse_unsupported,
     scalar_if_one,
     tuple_of,
+    unknown_type,
 )
 from lora_jax.models.families import DIALECTS
 from lora_jax.models.layers import ACTIVATIONS
@@ -31,7 +34,8 @@ class LlamaConfig:
       model_type: the family, a key of `lora_jax.models.families.DIALECTS`.
       vocab_size: rows of the embedding table.
       hidden_size: width of the residual stream.
-      intermediate_size: width of the gated MLP.
+      intermediate_size: width of the MLP.
+      gated_mlp: the MLP is `W_down (act(W_gate x) * W_up x)`, else `W_down act(W_up x)`.
       num_experts: parts of an MLP that is a mixture of experts, see `lora_jax.models.experts`; None
         is one dense MLP.
       num_experts_per_tok: experts that a token uses.
@@ -49,18 +53,26 @@ class LlamaConfig:
       rope_local_base_freq: base wavelength in blocks that slide, without scaling; None is the same
         embedding in all blocks.
       partial_rotary_factor: the part of each head that is rotated.
+      rope_interleaved: the two numbers that are rotated together lie side by side.
+      rope_layers: for each block whether it rotates queries and keys; None is all of them. With
+        windows, those with one rotate.
       tie_word_embeddings: the output head is the embedding table.
       qkv_bias, o_bias, mlp_bias: which projections have a bias.
       qk_norm: queries and keys are normalized head by head.
       qk_norm_whole: with `qk_norm`, all heads of a token are normalized together.
       clip_qkv: queries, keys and values are limited to `[-clip_qkv, clip_qkv]`, or None.
-      fused_projections: queries, keys and values are one projection, gate and up another.
+      fused_projections: queries, keys and values are one projection.
+      fused_mlp: gate and up are one projection.
       sliding_window: tokens that a token attends to, itself included, or None for all before it.
       sliding_layers: for each block whether it slides; None is all of them, if there is a window.
       hidden_activation: a key of `lora_jax.models.layers.ACTIVATIONS`.
       norm_offset: norms multiply by `1 + scale`.
-      norm_outputs: what attention and MLP return is normalized as well, before it is added.
+      norms: the names of a block's norms: before and after attention and MLP.
       scale_embeddings: embeddings are multiplied by the root of the width.
+      embedding_multiplier: factor of the embeddings.
+      residual_multiplier: factor of what attention and MLP add to the residual stream.
+      logits_scaling: divides the logits.
+      attention_multiplier: factor of the products of queries and keys, in place of the root.
       query_pre_attn_scalar: queries are divided by its root; None is the size of a head.
       attn_logit_softcapping, final_logit_softcapping: c in `c tanh(logits / c)`, or None.
       bos_token_id, pad_token_id: or None.
@@ -74,6 +86,7 @@ class LlamaConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    gated_mlp: bool = True
     num_experts: int | None = None
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
@@ -89,6 +102,8 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     rope_local_base_freq: float | None = None
     partial_rotary_factor: float = 1.0
+    rope_interleaved: bool = False
+    rope_layers: tuple[bool, ...] | None = None
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -97,12 +112,17 @@ class LlamaConfig:
     qk_norm_whole: bool = False
     clip_qkv: float | None = None
     fused_projections: bool = False
+    fused_mlp: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
     hidden_activation: str = "silu"
     norm_offset: bool = False
-    norm_outputs: bool = False
+    norms: Norms = BEFORE
     scale_embeddings: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    attention_multiplier: float | None = None
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
@@ -125,11 +145,11 @@ class LlamaConfig:
             )
         if self.rotary_dim % 2 or not self.rotary_dim:
             raise ValueError(f"config: `head_dim` must be even for RoPE, got {self.rotary_dim}")
-        if self.sliding_layers is not None and len(self.sliding_layers) != self.num_hidden_layers:
-            raise ValueError(
-                f"config: {len(self.sliding_layers)} `layer_types` for {self.num_hidden_layers} "
-                "`num_hidden_layers`"
-            )
+        for name, each in (("layer_types", self.sliding_layers), ("rope_layers", self.rope_layers)):
+            if each is not None and len(each) != self.num_hidden_layers:
+                raise ValueError(
+                    f"config: {len(each)} `{name}` for {self.num_hidden_layers} `num_hidden_layers`"
+                )
         if self.hidden_activation not in ACTIVATIONS:
             raise ValueError(
                 f"config: `hidden_activation` `{self.hidden_activation}` is not one of "
@@ -183,15 +203,19 @@ class LlamaConfig:
 
     @property
     def mixing(self) -> Mixing:
-        """How queries weigh keys, and which blocks slide."""
+        """How queries weigh keys, and which blocks slide.
+
+        Without a window the blocks that rotate stand for those that slide: the two kinds of blocks
+        then differ in their rotations alone.
+        """
         slides = self.sliding_layers or (True,) * self.num_hidden_layers
         if self.sliding_window is None:
-            slides = (False,) * self.num_hidden_layers
+            slides = self.rope_layers or (False,) * self.num_hidden_layers
         scalar = self.query_pre_attn_scalar
         return Mixing(
             slides=slides,
             window=self.sliding_window,
-            scale=None if scalar is None else scalar**-0.5,
+            scale=self.attention_multiplier if scalar is None else scalar**-0.5,
             softcap=self.attn_logit_softcapping,
         )
 
@@ -210,8 +234,7 @@ class LlamaConfig:
         """
         kind = str(raw.get("model_type"))
         if kind not in DIALECTS:
-            known = ", ".join(DIALECTS)
-            raise ValueError(f"config: model_type `{kind}` is not one of {known}")
+            raise unknown_type(kind, DIALECTS)
         return _from_hf(raw, DIALECTS[kind])
 
     def to_hf(self) -> dict[str, Any]:
@@ -229,7 +252,8 @@ class LlamaConfig:
 
 _POSITIVE = (
     "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "query_pre_attn_scalar",
-    "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv",
+    "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "embedding_multiplier",
+    "residual_multiplier", "logits_scaling", "attention_multiplier",
 )  # fmt: skip
 _NOT_NEGATIVE = ("rms_norm_eps", "initializer_range", "router_aux_loss_coef")
 _SIZES = (
@@ -278,9 +302,13 @@ def _from_hf(raw: Mapping[str, Any], dialect: Dialect) -> LlamaConfig:
 
 def _plain_windows(config: LlamaConfig) -> LlamaConfig:
     """The same windows in one form, so that equal models have equal configurations."""
+    if config.rope_layers is not None and all(config.rope_layers):
+        config = replace(config, rope_layers=None)
     slides = config.mixing.slides
-    if not any(slides):
+    if config.sliding_window is None or not any(slides):
         return replace(config, sliding_window=None, sliding_layers=None)
+    if config.rope_layers not in (None, slides):
+        raise ValueError("config: blocks with a window that do not rotate are not supported")
     return replace(config, sliding_layers=None if all(slides) else slides)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from lora_jax.hf.checkpoint import bnb
 from lora_jax.hf.checkpoint.names import LLAMA, Family
 from lora_jax.models.rope import scaling_from_hf
+from lora_jax.paths import nearest
 
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
@@ -61,6 +62,9 @@ NEUTRAL: Mapping[str, tuple] = {
 }
 
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
 def read_rope(given: Mapping[str, Any]) -> dict[str, Any]:
     """Theta and scaling, from the two fields before transformers 5 or its single one."""
     scaling = given.get("rope_scaling") or given.get("rope_parameters") or {}
@@ -78,6 +82,51 @@ def read_rope(given: Mapping[str, Any]) -> dict[str, Any]:
     context = given["max_position_embeddings"]
     theta = float(theta) if type(theta) is int else theta
     return {"rope_theta": theta, "rope_scaling": scaling_from_hf(scaling, context=context)}
+
+
+def read_two_ropes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the rotary bases of full and of sliding blocks: flat fields, or one object for each.
+
+    transformers 5 writes `rope_parameters` with an object for each kind of block.
+    """
+    nested = given.get("rope_parameters") or {}
+    local_base = given.get("rope_local_base_freq")
+    if not ({FULL, SLIDING} & set(nested)):
+        full = read_rope(given)
+        return {**full, "rope_local_base_freq": float(local_base or full["rope_theta"])}
+    full = read_rope({**given, "rope_scaling": nested.get(FULL), "rope_parameters": None})
+    local = read_rope(
+        {
+            **given,
+            "rope_theta": local_base or given.get("rope_theta"),
+            "rope_scaling": nested.get(SLIDING),
+            "rope_parameters": None,
+        }
+    )
+    if local["rope_scaling"] is not None:
+        raise ValueError(
+            "config: `rope_parameters` of type "
+            f"`{local['rope_scaling'].rope_type}` in `{SLIDING}` are not supported"
+        )
+    return {**full, "rope_local_base_freq": local["rope_theta"]}
+
+
+class Norms(NamedTuple):
+    """The names of a block's norms, by their places; None is no norm there."""
+
+    before_attention: str | None
+    after_attention: str | None
+    before_mlp: str | None
+    after_mlp: str | None
+
+
+# Llama's `post_attention_layernorm` precedes the MLP; Gemma 2's and OLMo 2's follow the attention.
+BEFORE = Norms("input_layernorm", None, "post_attention_layernorm", None)
+BOTH = Norms(
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)  # fmt: skip
+AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 
 
 class Dialect(NamedTuple):
@@ -104,6 +153,15 @@ class Dialect(NamedTuple):
     activations: Mapping[str, str] = {"silu": "silu", "swish": "silu"}
     rope: Callable[[Mapping[str, Any]], dict[str, Any]] = read_rope
     names: Family = LLAMA
+
+
+def unknown_type(kind: str, known: Collection[str]) -> ValueError:
+    """The error of a model type that is not in a table."""
+    return ValueError(
+        f"config: model_type `{kind}` is not one of {', '.join(known)}; nearest: "
+        f"{nearest(kind, known)}. Any other model can be adapted as a function of its own "
+        "parameters, with a name map for its checkpoint: see guides/name-map"
+    )
 
 
 def refuse_unsupported(
@@ -210,9 +268,6 @@ def scalar_if_one(ids: tuple[int, ...]) -> int | list[int] | None:
     if not ids:
         return None
     return ids[0] if len(ids) == 1 else list(ids)
-
-
-SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def read_layer_types(raw: Mapping[str, Any], default: tuple[bool, ...]) -> tuple[bool, ...]:

@@ -48,6 +48,7 @@ class Attention(nnx.Module):
             self.k_proj = linear(width, pairs, config.qkv_bias)
             self.v_proj = linear(width, pairs, config.qkv_bias)
         self.o_proj = linear(queries, width, config.o_bias)
+        self.interleaved = config.rotary_dim if config.rope_interleaved else 0
         self.qk_norm = config.qk_norm
         self.norm_whole = config.qk_norm_whole
         self.limit = config.clip_qkv
@@ -78,12 +79,14 @@ class Attention(nnx.Module):
         q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in (q, k, v))
         if self.qk_norm and not self.norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.interleaved:
+            q, k = (_by_halves(y, self.interleaved) for y in (q, k))
         mixed, stored = attend(q, k, v, stored=stored, block=block)  # (b, t, n, h)
         return kept(self.o_proj(mixed.reshape(*x.shape[:2], -1))), stored
 
 
 class MLP(nnx.Module):
-    """`W_down (act(W_gate x) * W_up x)`."""
+    """`W_down (act(W_gate x) * W_up x)`, or `W_down act(W_up x)`."""
 
     def __init__(
         self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
@@ -100,55 +103,57 @@ class MLP(nnx.Module):
 
         width, inner = config.hidden_size, config.intermediate_size
         self.activation = config.hidden_activation
-        self.fused = config.fused_projections
+        self.fused, self.gated = config.fused_mlp, config.gated_mlp
         if self.fused:
             self.gate_up_proj = linear(width, 2 * inner)
         else:
-            self.gate_proj = linear(width, inner)
             self.up_proj = linear(width, inner)
+        if self.gated and not self.fused:
+            self.gate_proj = linear(width, inner)
         self.down_proj = linear(inner, width)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        activation = ACTIVATIONS[self.activation]
+        if not self.gated:
+            return self.down_proj(activation(kept(self.up_proj(x))))
         if self.fused:
             gate, up = jnp.split(kept(self.gate_up_proj(x)), 2, axis=-1)
         else:
             gate, up = kept(self.gate_proj(x)), kept(self.up_proj(x))
-        return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
+        return self.down_proj(activation(gate) * up)
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each on normalized input and added to the residual stream.
-
-    With `norm_outputs` their outputs are normalized too, with Gemma 2's names: there
-    `post_attention_layernorm` follows the attention; in Llama it precedes the MLP.
-    """
+    """Attention and MLP, each added to the residual stream, with norms before or after them."""
 
     def __init__(
         self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        def norm() -> RMSNorm:
-            return _norm(config, config.hidden_size, param_dtype)
-
         self.self_attn = Attention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         mlp = MLP if config.num_experts is None else MixtureMLP
         self.mlp = mlp(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.input_layernorm = norm()
-        self.post_attention_layernorm = norm()
-        self.norm_outputs = config.norm_outputs
-        if config.norm_outputs:
-            self.pre_feedforward_layernorm = norm()
-            self.post_feedforward_layernorm = norm()
+        self.norms = config.norms
+        self.factor = config.residual_multiplier
+        for name in filter(None, config.norms):
+            setattr(self, name, _norm(config, config.hidden_size, param_dtype))
 
     def __call__(
         self, x: Float[Array, "b t d"], attend: Attend, stored: Stored, block: Int[Array, ""]
     ) -> tuple[Float[Array, "b t d"], Stored]:
-        mixed, stored = self.self_attn(self.input_layernorm(x), attend, stored, block)
-        if not self.norm_outputs:
-            x = x + mixed
-            return x + self.mlp(self.post_attention_layernorm(x)), stored
-        x = x + self.post_attention_layernorm(mixed)
-        out = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.post_feedforward_layernorm(out), stored
+        norms = self.norms
+        inputs = self.normalized(norms.before_attention, x)
+        mixed, stored = self.self_attn(inputs, attend, stored, block)
+        x = x + self.scaled(self.normalized(norms.after_attention, mixed))
+        out = self.mlp(self.normalized(norms.before_mlp, x))
+        return x + self.scaled(self.normalized(norms.after_mlp, out)), stored
+
+    def normalized(self, name: str | None, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """`x` after the norm of this name, if there is one."""
+        return x if name is None else getattr(self, name)(x)
+
+    def scaled(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """`x` times the factor of what is added."""
+        return x if self.factor == 1 else x * self.factor
 
 
 class Decoder(nnx.Module):
@@ -203,7 +208,9 @@ class CausalLM(nnx.Module):
         self.model = Wrapper(decoder) if config.wrapper else decoder
         self.tied = config.tie_word_embeddings
         self.softcap = config.final_logit_softcapping
-        self.embedding_scale = config.hidden_size**0.5 if config.scale_embeddings else None
+        scale = config.hidden_size**0.5 if config.scale_embeddings else 1.0
+        self.embedding_scale = scale * config.embedding_multiplier
+        self.logits_scaling = config.logits_scaling
         if not self.tied:
             self.lm_head = nnx.Linear(
                 config.hidden_size,
@@ -232,7 +239,7 @@ class CausalLM(nnx.Module):
         x = self.decoder.embed_tokens(tokens)
         # Gemma's own code rounds the factor to the compute dtype first: in bfloat16 the root of
         # 3072, 55.4256, becomes 55.5.
-        return x if self.embedding_scale is None else x * jnp.asarray(self.embedding_scale, x.dtype)
+        return x if self.embedding_scale == 1 else x * jnp.asarray(self.embedding_scale, x.dtype)
 
     def final(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """The input of the head."""
@@ -243,6 +250,7 @@ class CausalLM(nnx.Module):
         # (v, d), or (d, v)
         weight = self.decoder.embed_tokens.embedding if self.tied else self.lm_head.kernel
         logits = logits_of(hidden, weight.get_value(), tied=self.tied, dtype=self.dtype)
+        logits = logits if self.logits_scaling == 1 else logits / self.logits_scaling
         return logits if self.softcap is None else jnp.tanh(logits / self.softcap) * self.softcap
 
     @staticmethod
@@ -267,11 +275,24 @@ class CausalLM(nnx.Module):
             )
 
         full = turn(config.rope_theta, config.rope_scaling)
+        if config.rope_layers is not None:
+            # In a scan over blocks that differ, the others rotate by an angle of 0.
+            still = Rotation(jnp.ones_like(full.cos), jnp.zeros_like(full.sin))
+            return lambda rotates: None if rotates is False else choose(rotates, full, still)
         if config.rope_local_base_freq is None or not any(config.mixing.slides):
             return lambda slides: full
         # No distance within a window exceeds the trained context, so nothing is scaled here.
         local = turn(config.rope_local_base_freq, None)
         return lambda slides: choose(slides, local, full)
+
+
+def _by_halves(x: Float[Array, "b t n h"], size: int) -> Float[Array, "b t n h"]:
+    """Heads whose first `size` dims are rotated in pairs, in the order of `rotate`, by halves.
+
+    Queries and keys in another order of dims have the same products.
+    """
+    pairs = x[..., :size].reshape(*x.shape[:-1], -1, 2)  # (b, t, n, planes, 2)
+    return jnp.concatenate((pairs[..., 0], pairs[..., 1], x[..., size:]), axis=-1)
 
 
 def _norm(config: LlamaConfig, size: int, param_dtype: DTypeLike) -> RMSNorm:

@@ -22,6 +22,7 @@ from typing import Any, Final, Literal, NamedTuple
 from lora_jax.hf.checkpoint import names
 from lora_jax.models.bert_config import KINDS, BertConfig
 from lora_jax.models.config import LlamaConfig
+from lora_jax.models.dialect import unknown_type
 from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.families import DIALECTS
 from lora_jax.models.gpt2 import GPT2LM, GPT2Config
@@ -78,8 +79,7 @@ def architecture_of(model_type: str) -> Architecture:
       ValueError: the model type is unknown.
     """
     if model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"config: model_type `{model_type}` is not one of {known}")
+        raise unknown_type(model_type, ARCHITECTURES)
     return ARCHITECTURES[model_type]
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from lora_jax import models
 from lora_jax.models import GPT2Config, LlamaConfig, config_from_hf
+from lora_jax.models.dialect import BEFORE, BOTH
 from lora_jax.models.rope import RopeScaling
 
 pytestmark = pytest.mark.once
@@ -144,7 +145,7 @@ SEEN = {
             "norm_offset": True,
             "scale_embeddings": True,
             "tie_word_embeddings": True,
-            "norm_outputs": False,
+            "norms": BEFORE,
             "sliding_window": None,
         },
     ),
@@ -153,7 +154,7 @@ SEEN = {
         {
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
-            "norm_outputs": True,
+            "norms": BOTH,
             "qk_norm": False,
             "query_pre_attn_scalar": 256,
             "sliding_layers": (True, False, True, False),

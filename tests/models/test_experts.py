@@ -177,8 +177,8 @@ CHOICES = {
 def test_both_products_are_those_of_each_row_alone(case):
     experts = jnp.asarray(CHOICES[case])
     draw = np.random.default_rng(1)
-    rows = draw.normal(size=(experts.size, 6)).astype("f4")
-    weights = draw.normal(size=(5, 6, 7)).astype("f4")
+    rows = jnp.asarray(draw.normal(size=(experts.size, 6)), "float32")
+    weights = jnp.asarray(draw.normal(size=(5, 6, 7)), "float32")
     order = sort_by_expert(experts, 5)
     at = np.asarray(order.source)
     want = np.einsum("mi,mio->mo", rows[at], weights[np.asarray(experts).reshape(-1)[at]])
@@ -215,10 +215,10 @@ def training_step(experts: int, chosen: int):
 def test_the_cost_of_a_step_grows_with_the_experts_chosen():
     """And not with those there are, of which it has eight times as many."""
     few, many, more = (
-        training_flops(*training_step(*counts)) for counts in ((4, 2), (32, 2), (32, 4))
+        training_flops(*training_step(*counts)) or 0 for counts in ((4, 2), (32, 2), (32, 4))
     )
     # The router and the filling of tiles grow.
-    assert many < 1.2 * few
+    assert 0 < many < 1.2 * few
     assert more > 1.3 * many
 
 

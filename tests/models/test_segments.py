@@ -14,7 +14,7 @@ from lora_jax.models.attention import starts_of
 from lora_jax.models.registry import ARCHITECTURES, CAUSAL_LM
 from lora_jax.models.wrapped import WRAPPERS
 
-from tests.support.decoders import FAMILIES, LENGTHS, family, packed
+from tests.support.decoders import FAMILIES, LATER, LENGTHS, family, packed
 from tests.support.tiny import SMALL
 
 pytestmark = pytest.mark.once
@@ -33,7 +33,9 @@ def test_every_decoder_is_tested():
     assert set(FAMILIES) == kinds
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k in LATER else k for k in FAMILIES]
+)
 def test_packed_texts_have_the_losses_and_gradients_of_single_ones(kind):
     model = family(kind)
     tokens, segments, texts = packed()

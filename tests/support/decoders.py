@@ -26,8 +26,25 @@ FAMILIES = {
     "gemma2": GEMMA2,
     "gemma3_text": dict(WINDOW, head_dim=8, query_pre_attn_scalar=9, sliding_window_pattern=2),
     "phi3": dict(partial_rotary_factor=0.5, sliding_window=3),
+    "ministral": dict(WINDOW, layer_types=["sliding_attention", "full_attention"]),
+    "smollm3": dict(no_rope_layers=[1, 0]),
+    "granite": dict(residual_multiplier=0.5, attention_multiplier=0.2),
+    "seed_oss": dict(head_dim=8),
+    "arcee": dict(hidden_act="relu2"),
+    "olmo2": {},
+    "olmo3": WINDOW,
+    "exaone4": dict(WINDOW, sliding_window_pattern=2),
+    "glm4": dict(head_dim=8),
+    "mixtral": dict(num_local_experts=3),
+    "qwen3_moe": dict(head_dim=8, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
+    "olmoe": dict(num_experts=3, num_experts_per_tok=2),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=16),
 }
+# These share what attends with others: only among all tests.
+LATER = (
+    "ministral", "granite", "seed_oss", "arcee", "olmo2", "olmo3", "glm4", "mixtral", "qwen3_moe",
+    "olmoe",
+)  # fmt: skip
 LENGTHS = ((7, 1, 5, 9), (16, 6), (3, 3, 3, 3, 3))
 LENGTH = 24
 

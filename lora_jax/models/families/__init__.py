@@ -8,7 +8,7 @@ an entry here.
 from collections.abc import Mapping
 
 from lora_jax.models.dialect import Dialect
-from lora_jax.models.families import experts, gemma, llama, phi3, qwen
+from lora_jax.models.families import experts, gemma, llama, olmo, phi3, qwen
 
 DIALECTS: Mapping[str, Dialect] = {
     "llama": llama.LLAMA,
@@ -19,6 +19,15 @@ DIALECTS: Mapping[str, Dialect] = {
     "gemma2": gemma.GEMMA2,
     "gemma3_text": gemma.GEMMA3,
     "phi3": phi3.PHI3,
+    "ministral": llama.MINISTRAL,
+    "smollm3": llama.SMOLLM3,
+    "granite": llama.GRANITE,
+    "seed_oss": llama.SEED_OSS,
+    "arcee": llama.ARCEE,
+    "olmo2": olmo.OLMO2,
+    "olmo3": olmo.OLMO3,
+    "exaone4": olmo.EXAONE4,
+    "glm4": olmo.GLM4,
     "mixtral": experts.MIXTRAL,
     "qwen3_moe": experts.QWEN3_MOE,
     "olmoe": experts.OLMOE,

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.models.dialect import (
-    FULL,
+    BOTH,
     SLIDING,
     Dialect,
     read_layer_types,
-    read_rope,
+    read_two_ropes,
     write_layer_types,
 )
 
@@ -43,7 +43,7 @@ def _read_gemma2(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **_read_gemma(raw),
         **{name: raw[name] for name in (*_CAPS, "query_pre_attn_scalar")},
-        "norm_outputs": True,
+        "norms": BOTH,
         **_windows(raw, _PERIOD_2),
     }
 
@@ -75,31 +75,6 @@ def _write_gemma2(config: Any) -> dict[str, Any]:
 
 def _write_gemma3(config: Any) -> dict[str, Any]:
     return {**_write_gemma2(config), "rope_local_base_freq": config.rope_local_base_freq}
-
-
-def _read_two_ropes(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the rotary bases of full and of sliding blocks: flat fields, or one object for each.
-
-    transformers 5 writes `rope_parameters` with an object for each kind of block.
-    """
-    nested = given.get("rope_parameters") or {}
-    if not ({FULL, SLIDING} & set(nested)):
-        return {**read_rope(given), "rope_local_base_freq": float(given["rope_local_base_freq"])}
-    full = read_rope({**given, "rope_scaling": nested.get(FULL), "rope_parameters": None})
-    local = read_rope(
-        {
-            **given,
-            "rope_theta": given["rope_local_base_freq"],
-            "rope_scaling": nested.get(SLIDING),
-            "rope_parameters": None,
-        }
-    )
-    if local["rope_scaling"] is not None:
-        raise ValueError(
-            "config: `rope_parameters` of type "
-            f"`{local['rope_scaling'].rope_type}` in `{SLIDING}` are not supported"
-        )
-    return {**full, "rope_local_base_freq": local["rope_theta"]}
 
 
 # The first Gemma checkpoints have "gelu" in config.json but are trained with the tanh
@@ -164,5 +139,5 @@ GEMMA3 = Dialect(
     },
     activation="hidden_activation",
     activations=_TANH_ONLY,
-    rope=_read_two_ropes,
+    rope=read_two_ropes,
 )

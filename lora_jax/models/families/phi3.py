@@ -17,7 +17,11 @@ def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("resid_pdrop", "embd_pdrop"):
         if raw.get(name):
             raise ValueError(f"config: `{name}` = {raw[name]!r} is not supported")
-    return {"fused_projections": True, "sliding_window": raw.get("sliding_window")}
+    return {
+        "fused_projections": True,
+        "fused_mlp": True,
+        "sliding_window": raw.get("sliding_window"),
+    }
 
 
 def _read_rope(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""OLMo 2 and 3, EXAONE 4 and GLM-4: norms after attention and MLP.
+
+OLMo normalizes the queries, and the keys, of all heads together; OLMo 3 adds a window in three of
+four blocks, whose rotations are not scaled. EXAONE 4 normalizes them head by head, and in models
+with windows only blocks with one rotate. GLM-4 also has norms before, fuses gate and up, and
+rotates numbers that lie side by side.
+
+Sources: arXiv:2501.00656, arXiv:2507.11407, arXiv:2406.12793.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.models.dialect import (
+    AFTER,
+    FULL,
+    SLIDING,
+    Dialect,
+    Norms,
+    read_layer_types,
+    read_rope,
+    read_two_ropes,
+    write_layer_types,
+)
+from lora_jax.models.rope import scaling_to_hf
+
+# Every fourth block has no window.
+_PERIOD = 4
+_THETA = 5e5  # OLMo 3's rotary base
+_PART = "partial_rotary_factor"
+_OLMO = {"norms": AFTER, "qk_norm": True, "qk_norm_whole": True}
+_GLM_NORMS = Norms(
+    "input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm",
+    "post_mlp_layernorm",
+)  # fmt: skip
+
+
+def _read_olmo2(raw: Mapping[str, Any]) -> dict[str, Any]:
+    bias = bool(raw.get("attention_bias", False))
+    return {**_OLMO, "qkv_bias": bias, "o_bias": bias}
+
+
+def _write_olmo2(config: Any) -> dict[str, Any]:
+    return {"attention_bias": config.qkv_bias}
+
+
+def _windows(raw: Mapping[str, Any], period: int) -> dict[str, Any]:
+    blocks = tuple((block + 1) % period != 0 for block in range(raw["num_hidden_layers"]))
+    return {
+        "sliding_window": raw["sliding_window"],
+        "sliding_layers": read_layer_types(raw, blocks),
+    }
+
+
+def _write_windows(config: Any) -> dict[str, Any]:
+    return {"sliding_window": config.sliding_window, "layer_types": write_layer_types(config)}
+
+
+def _write_olmo3(config: Any) -> dict[str, Any]:
+    out = {**_write_olmo2(config), **_write_windows(config)}
+    local, full = config.rope_local_base_freq, config.rope_theta
+    if local in (None, _THETA) and full == _THETA:
+        return out
+    # Of the flat fields transformers 5 takes the base for blocks without a window only.
+    scaling = scaling_to_hf(config.rope_scaling) or {"rope_type": "default"}
+    ropes = {
+        FULL: {**scaling, "rope_theta": full},
+        SLIDING: {"rope_type": "default", "rope_theta": local or full},
+    }
+    return {**out, "rope_parameters": ropes}
+
+
+def _read_exaone4(raw: Mapping[str, Any]) -> dict[str, Any]:
+    common = {"norms": AFTER, "qk_norm": True}
+    if raw["sliding_window"] is None:
+        return common
+    pattern = raw["sliding_window_pattern"]
+    if isinstance(pattern, str):  # "LLLG": one letter a block of a period, G without a window
+        pattern = len(pattern)
+    windows = _windows(raw, pattern)
+    return {**common, **windows, "rope_layers": windows["sliding_layers"]}
+
+
+def _read_glm4(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "norms": _GLM_NORMS,
+        "fused_mlp": True,
+        "rope_interleaved": True,
+        "qkv_bias": bool(raw["attention_bias"]),
+    }
+
+
+def _write_glm4(config: Any) -> dict[str, Any]:
+    return {"attention_bias": config.qkv_bias, _PART: config.partial_rotary_factor}
+
+
+def _read_part(given: Mapping[str, Any]) -> dict[str, Any]:
+    """As Llama's, plus the rotated share of a head; half of it where none is stated."""
+    nested = dict(given.get("rope_parameters") or {})
+    part = nested.pop(_PART, None) or given.get(_PART) or 0.5
+    return {**read_rope({**given, "rope_parameters": nested}), _PART: float(part)}
+
+
+OLMO2 = Dialect(
+    architecture="Olmo2ForCausalLM",
+    fields=("attention_bias",),
+    read=_read_olmo2,
+    write=_write_olmo2,
+    defaults={"rms_norm_eps": 1e-5, "pad_token_id": 1, "eos_token_id": 50279},
+)
+
+OLMO3 = Dialect(
+    architecture="Olmo3ForCausalLM",
+    fields=("attention_bias", "layer_types", "sliding_window"),
+    read=lambda raw: {**_read_olmo2(raw), **_windows(raw, _PERIOD)},
+    write=_write_olmo3,
+    defaults={**OLMO2.defaults, "rope_theta": _THETA, "sliding_window": 4096},
+    rope=read_two_ropes,
+)
+
+EXAONE4 = Dialect(
+    architecture="Exaone4ForCausalLM",
+    fields=("layer_types", "sliding_window", "sliding_window_pattern"),
+    read=_read_exaone4,
+    write=_write_windows,
+    defaults={
+        "rms_norm_eps": 1e-5,
+        "sliding_window": 4096,
+        "sliding_window_pattern": _PERIOD,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    },
+)
+
+GLM4 = Dialect(
+    architecture="Glm4ForCausalLM",
+    fields=("attention_bias", _PART),
+    read=_read_glm4,
+    write=_write_glm4,
+    defaults={
+        "attention_bias": True,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rms_norm_eps": 1.5625e-7,
+        "pad_token_id": 151329,
+        "eos_token_id": [151329, 151336, 151338],
+    },
+    rope=_read_part,
+)
