@@ -42,12 +42,22 @@ FAMILIES = {
     "gemma2": dict(SIZES, model_type="gemma2", head_dim=8, sliding_window=4),
     "gemma3": dict(SIZES, model_type="gemma3_text", head_dim=8, sliding_window=4),
     "phi3": dict(SIZES, model_type="phi3"),
+    "olmo2": dict(SIZES, model_type="olmo2"),
+    "exaone4": dict(SIZES, model_type="exaone4", sliding_window=4),
+    "glm4": dict(SIZES, model_type="glm4", head_dim=8),
+    "smollm3": dict(SIZES, model_type="smollm3", no_rope_layers=[1, 0]),
+    "granite": dict(SIZES, model_type="granite", residual_multiplier=0.5),
+    "seed_oss": dict(SIZES, model_type="seed_oss", head_dim=8),
+    "arcee": dict(SIZES, model_type="arcee"),
     "gpt2": dict(model_type="gpt2", vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=32),
 }
+# These differ from the others in what they compute, not in their modules.
+LATER = ("exaone4", "glm4", "smollm3", "granite", "seed_oss", "arcee")
 # What the modules are called: attention, the table, a norm, the head if it is no table.
 LLAMA = ("q_proj", "down_proj", "embed_tokens", "post_attention_layernorm")
 MODULES = {
     **dict.fromkeys(FAMILIES, LLAMA),
+    "glm4": ("q_proj", "gate_up_proj", "embed_tokens", "post_attention_layernorm"),
     "phi3": ("qkv_proj", "gate_up_proj", "embed_tokens", "post_attention_layernorm"),
     "gpt2": ("c_attn", "mlp.c_proj", "wte", "ln_2"),
 }
@@ -76,7 +86,10 @@ def families(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(f, marks=pytest.mark.slow) if f in LATER else f for f in FAMILIES],
+)
 def family(request, families) -> Family:
     return families(request.param)
 
