@@ -27,9 +27,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import ctypes  # noqa: E402
 import gc  # noqa: E402
 import importlib.util  # noqa: E402
 import re  # noqa: E402
+import resource  # noqa: E402
 import signal  # noqa: E402
 
 import jax  # noqa: E402
@@ -52,6 +54,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 MOST_COMPILED = 1 << 29
+# Compiled programs are most of a worker's memory; without a limit they take 7 GB.
+MOST_RESIDENT = 3 << 30
 # All tests of a file are slow.
 SLOW_FILE = re.compile(r"^pytestmark = [^\]]*?pytest\.mark\.slow", re.MULTILINE)
 TORCH_IMPORT = re.compile(r"^(import|from) (torch|peft|transformers)\b", re.MULTILINE)
@@ -109,6 +113,19 @@ def pytest_terminal_summary(terminalreporter):
         "LEFT OUT: no torch here; recorded answers were compared with, live ones not: "
         + ", ".join(left_out)
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """Drops the programs of earlier files when a worker has become large (Linux)."""
+    yield
+    statm = Path("/proc/self/statm")  # in pages; the second number is what is resident
+    pages = int(statm.read_text().split()[1]) if statm.exists() else 0
+    if pages * resource.getpagesize() > MOST_RESIDENT:
+        jax.clear_caches()
+        # The C library keeps what is freed in pieces, unless it is asked for it.
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)
 
 
 @pytest.fixture
