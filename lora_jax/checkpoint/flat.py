@@ -91,6 +91,13 @@ def parse(described: str) -> tuple[str, tuple[int, ...]]:
     return dtype, tuple(int(n) for n in sizes.split(",") if n)
 
 
+def quantization(described: str) -> tuple[str, int] | None:
+    """Format and block size from a text of a fingerprint, `nf4-64:float32[8,4]`; None of floats."""
+    kind, colon, _ = described.partition(" ")[0].partition(":")
+    name, block, *_ = [*kind.split("-"), ""]
+    return (name, int(block)) if colon else None
+
+
 def summary(phrases: list[str]) -> str:
     """The first few phrases in one line, and the number of the others."""
     more = f"; and {len(phrases) - _SHOWN} more" if len(phrases) > _SHOWN else ""

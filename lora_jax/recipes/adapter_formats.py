@@ -20,8 +20,22 @@ from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.peft.index import make_index
 from lora_jax.hf.peft.tensors import tensor_specs
 
-# The config, and PEFT's tensors by name: the form between two formats.
-Content = tuple[LoraConfig, dict[str, np.ndarray]]
+
+class Content(NamedTuple):
+    """An adapter between two formats.
+
+    Attributes:
+      config: its config.
+      tensors: PEFT's tensors by name.
+      base: how the base was quantized, as PEFT directories hold it; None for floats, or where the
+        format does not hold it.
+    """
+
+    config: LoraConfig
+    tensors: dict[str, np.ndarray]
+    base: str | None = None
+
+
 # Plans a config on the model: reading an adapter must not depend on how a model is run.
 PlanOf = Callable[[LoraConfig], Any]
 
@@ -90,7 +104,10 @@ def _refuse_step(source: str | Path, step: int | None) -> None:
 
 
 def _read_peft(source: str | Path, base: Any = None, *, model_type: str | None = None) -> Content:
-    return hf.read_peft(source, model_type=model_type)
+    from lora_jax.hf.peft.directory import trained_over
+
+    content = hf.read_peft(source, model_type=model_type)
+    return Content(*content, trained_over(source))
 
 
 def _load_peft(
@@ -98,12 +115,11 @@ def _load_peft(
 ) -> tuple[Any, LoraConfig]:
     _refuse_step(source, step)
     from lora_jax.hf.peft.base import warn_of_base
-    from lora_jax.hf.peft.directory import trained_over
 
     content = _read_peft(source, model_type=model.config.model_type)
     loaded = _attach(content, model, source, plan_of)
     # Orbax adapters are compared with the whole base, and GGUF files hold nothing about it.
-    warn_of_base(trained_over(source), loaded[0], str(source))
+    warn_of_base(content.base, loaded[0], str(source))
     return loaded
 
 
@@ -113,7 +129,8 @@ def _attach(
     from lora_jax.hf.peft.api import attach
 
     model_type = model.config.model_type
-    return attach(*content, plan_of, model.params, source=str(source), model_type=model_type)
+    config, tensors, _ = content
+    return attach(config, tensors, plan_of, model.params, source=str(source), model_type=model_type)
 
 
 def _save_peft(
@@ -139,11 +156,11 @@ def _write_peft(
     from lora_jax.hf.peft.directory import write_directory
     from lora_jax.hf.peft.vllm import for_vllm
 
-    config, tensors = content
+    config, tensors, trained_over = content
     fields = config.to_peft()
     if target == "vllm":
         fields, tensors = for_vllm(fields, tensors, config)
-    write_directory(output, fields, tensors)
+    write_directory(output, fields, tensors, base=trained_over)
 
 
 # llama.cpp ---------------------------------------------------------------------------------------
@@ -159,7 +176,7 @@ def _check_gguf(source: str | Path, step: int | None) -> None:
 
 
 def _read_gguf(source: str | Path, base: Any) -> Content:
-    return hf.read_gguf_lora(source, base=base)
+    return Content(*hf.read_gguf_lora(source, base=base))
 
 
 def _load_gguf(
@@ -179,7 +196,7 @@ def _save_gguf(
 def _write_gguf(content: Content, output: str | Path, *, base: Any, dtype: str) -> None:
     from lora_jax.hf.gguf.lora_write import to_gguf, write_gguf_lora
 
-    config, tensors = content
+    config, tensors, _ = content
     write_gguf_lora(output, to_gguf(tensors, config, base), base, dtype=dtype)
 
 
@@ -228,7 +245,8 @@ def _save_orbax(
 def _read_orbax(source: str | Path, base: Any) -> Content:
     """An Orbax adapter as PEFT names it; of its base only names and shapes are known."""
     from lora_jax.checkpoint import adapters
-    from lora_jax.checkpoint.flat import nested, parse
+    from lora_jax.checkpoint.flat import nested, parse, quantization
+    from lora_jax.hf.peft.base import described
     from lora_jax.hf.peft.save import content_of
 
     stored = adapters.find(source)
@@ -249,7 +267,13 @@ def _read_orbax(source: str | Path, base: Any) -> Content:
             "repeats or compares the base's numbers; export the adapter over its model"
         )
     fields, tensors = content_of(index)
-    return LoraConfig.from_peft(fields), tensors
+    # LoftQ's adapters have their base in PEFT's config.
+    held = {} if config.init == "loftq" else {name: stored.base[name] for name in leaves}
+    return Content(
+        LoraConfig.from_peft(fields),
+        tensors,
+        described(filter(None, map(quantization, held.values()))),
+    )
 
 
 ADAPTER_FORMATS: Mapping[str, AdapterFormat] = {

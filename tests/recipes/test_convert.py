@@ -1,5 +1,6 @@
 """Adapters from format to format: over the model and without it, to the same bits."""
 
+import dataclasses
 import re
 
 import jax
@@ -12,6 +13,7 @@ from lora_jax import checkpoint, models
 from lora_jax.files import read_json
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.hf.peft.api import load_peft, save_peft
+from lora_jax.hf.peft.directory import trained_over
 from lora_jax.models import loading
 from lora_jax.models.saving import save_model
 from lora_jax.recipes import convert, inspect_adapter
@@ -248,3 +250,14 @@ def test_plain_parameters_are_described(model, tmp_path):
     text = inspect(str(tmp_path / "p"), tensors=True)
     count = sum(x.size for x in jax.tree.leaves(model.params))
     assert f"{count:,} float32" in text and "model.layers.mlp.up_proj.kernel" in text
+
+
+@pytest.mark.parametrize("source", ["peft", "orbax"])
+def test_what_the_base_was_quantized_with_goes_from_file_to_file(model, tmp_path, source):
+    held = dataclasses.replace(
+        model, params=lora.quantize(model.params, ["q_proj"], format="int4", block_size=32)
+    )
+    config = config_with(target_modules=("q_proj",))
+    convert.save_adapter(held, adapted(held, config), config, tmp_path / source, to=source)
+    convert.convert(tmp_path / source, tmp_path / "again", to="peft")
+    assert trained_over(tmp_path / "again") == 'format="int4", block_size=32'

@@ -64,7 +64,12 @@ def as_read(plan: Plan, params: Any, *, source: str, checked: bool = False) -> P
 def quantization_of(lora_params: Any) -> str | None:
     """How the adapted weights of a tree are quantized, `format="nf4", block_size=64`, or None."""
     adapted = [x.w for x in leaves_by_path(lora_params).values() if is_lora(x)]
-    found = {f'format="{w.format}", block_size={w.block}' for w in adapted if is_quant(w)}
+    return described((w.format, w.block) for w in adapted if is_quant(w))
+
+
+def described(formats: Iterable[tuple[str, int]]) -> str | None:
+    """Formats and block sizes as the file of an adapter holds them; None where there are none."""
+    found = {f'format="{name}", block_size={block}' for name, block in formats}
     return " and ".join(sorted(found)) or None
 
 
