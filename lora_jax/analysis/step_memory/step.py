@@ -335,12 +335,13 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
         transform_non_params=lambda x: copied,
     )
     # Microbatches follow one another in time: their rows are sharded, not they.
-    rows = PartitionSpec(None, ROWS)
+    rows: Any = PartitionSpec(None, ROWS)
+    tokens: Any = PartitionSpec(None, ROWS, TOKENS)
     # A classifier has one place a row.
     by_token = step.batch.positions.size == step.batch.tokens.size
-    places = PartitionSpec(None, (*ROWS, TOKENS)) if by_token else rows
+    places: Any = PartitionSpec(None, (*ROWS, TOKENS)) if by_token else rows
     batch: Any = Batch(
-        tokens=PartitionSpec(None, ROWS, TOKENS),
+        tokens=tokens,
         positions=places,
         targets=places,
         weights=places,
