@@ -356,7 +356,9 @@ def test_two_processes_read_what_their_devices_hold(files, tmp_path, kind, held,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("held", [None, dict(block_size=16)], ids=spelled)
+@pytest.mark.parametrize(
+    "held", [None, dict(block_size=16), dict(block_size=16, double_quant=True)], ids=spelled
+)
 def test_a_bad_number_that_one_process_reads_ends_all(files, tmp_path, held):
     (tmp_path / "config.json").write_text((files["safetensors"] / "config.json").read_text())
     tensors = load_file(files["safetensors"] / "model.safetensors")

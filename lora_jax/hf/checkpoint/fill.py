@@ -103,12 +103,16 @@ class Leaf(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """A checkpoint, how its weights are held, and what is called after each tensor."""
+    """A checkpoint, how its weights are held, and what is called after each tensor.
+
+    `failures` receives the errors of parts that other processes wait for; None raises them.
+    """
 
     weights: Weights
     quantize: QuantConfig | None
     spread: Spread | None
     advance: Callable[[int], Any]
+    failures: list[Exception] | None = None
 
 
 def fill(
@@ -160,18 +164,21 @@ def filled(
     with require("tqdm").tqdm(
         total=total, desc="loading", unit="tensor", disable=None if shown else True
     ) as bar:
-        source = _Source(weights, quantize, spread, bar.update)
+        # A number that is not finite is found by the process alone that reads it. Where the others
+        # exchange scales with it, it goes on with zeros to the end.
+        shared = is_shared(spread)
+        failures: list[Exception] = []
+        exchanges = shared and quantize is not None and quantize.double_quant
+        source = _Source(weights, quantize, spread, bar.update, failures if exchanges else None)
 
         def fill_all() -> list[Any]:
-            return [_filled(leaf, source) for leaf in leaves]
+            found = [_filled(leaf, source) for leaf in leaves]
+            if failures:
+                raise failures[0]
+            return found
 
-        # A number that is not finite is found by the process alone that reads it. Where processes
-        # exchange scales, which is during the loop, its end is what the others notice.
-        exchanges = quantize is not None and quantize.double_quant
-        if is_shared(spread) and not exchanges:
-            return processes.together(fill_all, ValueError)
         with processes.reachable():
-            return fill_all()
+            return processes.together(fill_all, ValueError) if shared else fill_all()
 
 
 def _leaf(path: str, like: jax.ShapeDtypeStruct, family: Family) -> Leaf:
@@ -251,10 +258,25 @@ def _pieces(
         elif config.format == FILE:
             made = _assembled(shape, where, piece.blocks)
         else:
-            numbers = _assembled(shape, where, piece.floats)
+            numbers = _assembled(shape, where, _or_zeros(piece, source.failures))
             made = in_format(config, numbers, leaf.tensors[at].name).astype(leaf.like.dtype)
         source.advance(math.prod(stack))
         yield at, made
+
+
+def _or_zeros(piece: "_Piece", failures: list[Exception] | None) -> Callable[[_Ends], np.ndarray]:
+    """`piece.floats`; where there are `failures`, they receive its error, and it gives zeros."""
+
+    def made(ends: _Ends) -> np.ndarray:
+        try:
+            return piece.floats(ends)
+        except (OSError, ValueError) as error:
+            if failures is None:
+                raise
+            failures.append(error)
+            return np.zeros([end - start for start, end in ends], piece.leaf.like.dtype)
+
+    return made
 
 
 class _Piece(NamedTuple):
