@@ -67,6 +67,8 @@ class LlamaConfig:
       sliding_layers: for each block whether it slides; None is all of them, if there is a window.
       hidden_activation: a key of `lora_jax.models.layers.ACTIVATIONS`.
       norm_offset: norms multiply by `1 + scale`.
+      norm_centered: norms subtract the mean first.
+      parallel_mlp: the MLP reads what the attention reads, and both are added at once.
       norms: the names of a block's norms: before and after attention and MLP.
       scale_embeddings: embeddings are multiplied by the root of the width.
       embedding_multiplier: factor of the embeddings.
@@ -117,6 +119,8 @@ class LlamaConfig:
     sliding_layers: tuple[bool, ...] | None = None
     hidden_activation: str = "silu"
     norm_offset: bool = False
+    norm_centered: bool = False
+    parallel_mlp: bool = False
     norms: Norms = BEFORE
     scale_embeddings: bool = False
     embedding_multiplier: float = 1.0

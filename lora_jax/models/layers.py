@@ -109,24 +109,33 @@ def gather(params: Any, specs: Specs) -> Any:
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * scale`, the mean in float32.
 
-    With `offset` (Gemma) the factor is `1 + scale`, and the product is rounded once.
+    With `offset` (Gemma) the factor is `1 + scale`; with `centered` (Cohere) the mean is subtracted
+    from `x` first. Then the product is rounded once.
     """
 
     def __init__(
-        self, size: int, *, eps: float, param_dtype: DTypeLike, offset: bool = False
+        self,
+        size: int,
+        *,
+        eps: float,
+        param_dtype: DTypeLike,
+        offset: bool = False,
+        centered: bool = False,
     ) -> None:
         self.eps = eps
-        self.offset = offset
+        self.offset, self.centered = offset, centered
         # Either way a fresh norm multiplies by 1.
         fresh = jnp.zeros if offset else jnp.ones
         self.scale = nnx.Param(fresh((size,), param_dtype))
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         wide = x.astype(jnp.float32)
+        if self.centered:
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normal = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         scale = self.scale.get_value()  # (d,)
-        if self.offset:
-            return (normal * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+        if self.offset or self.centered:
+            return (normal * (scale.astype(jnp.float32) + int(self.offset))).astype(x.dtype)
         # Llama rounds before it multiplies, Gemma after; in 16 bits the results differ.
         return scale.astype(x.dtype) * normal.astype(x.dtype)
 

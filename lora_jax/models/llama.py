@@ -133,6 +133,7 @@ class Block(nnx.Module):
         mlp = MLP if config.num_experts is None else MixtureMLP
         self.mlp = mlp(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.norms = config.norms
+        self.parallel = config.parallel_mlp
         self.factor = config.residual_multiplier
         for name in filter(None, config.norms):
             setattr(self, name, _norm(config, config.hidden_size, param_dtype))
@@ -143,6 +144,8 @@ class Block(nnx.Module):
         norms = self.norms
         inputs = self.normalized(norms.before_attention, x)
         mixed, stored = self.self_attn(inputs, attend, stored, block)
+        if self.parallel:
+            return x + self.scaled(mixed) + self.scaled(self.mlp(inputs)), stored
         x = x + self.scaled(self.normalized(norms.after_attention, mixed))
         out = self.mlp(self.normalized(norms.before_mlp, x))
         return x + self.scaled(self.normalized(norms.after_mlp, out)), stored
@@ -297,5 +300,9 @@ def _by_halves(x: Float[Array, "b t n h"], size: int) -> Float[Array, "b t n h"]
 
 def _norm(config: LlamaConfig, size: int, param_dtype: DTypeLike) -> RMSNorm:
     return RMSNorm(
-        size, eps=config.rms_norm_eps, param_dtype=param_dtype, offset=config.norm_offset
+        size,
+        eps=config.rms_norm_eps,
+        param_dtype=param_dtype,
+        offset=config.norm_offset,
+        centered=config.norm_centered,
     )

@@ -63,11 +63,27 @@ CASES = {
         mlp_bias=True,
     ),
     "arcee": dict(SIZES, model_type="arcee", mlp_bias=True),
+    "cohere": dict(SIZES, model_type="cohere", logit_scale=0.5),
+    "cohere2": dict(
+        SIZES, **WINDOW, model_type="cohere2", layer_types=[SLIDING, FULL, SLIDING],
+        attention_bias=True,
+    ),
+    "cohere2 by default": dict(SIZES, **WINDOW, model_type="cohere2", num_hidden_layers=4),
     "ministral": dict(
         SIZES, **WINDOW, model_type="ministral", head_dim=8, layer_types=[SLIDING, FULL, SLIDING]
     ),
 }  # fmt: skip
-ONE_EACH = ("olmo3", "exaone4", "glm4", "smollm3", "granite", "seed_oss", "arcee", "ministral")
+ONE_EACH = (
+    "olmo3",
+    "exaone4",
+    "glm4",
+    "smollm3",
+    "granite",
+    "seed_oss",
+    "arcee",
+    "ministral",
+    "cohere2",
+)
 COSTLY = [c if c in ONE_EACH else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
 
 
@@ -94,7 +110,9 @@ def test_logits_are_transformers(saved, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["olmo3", "exaone4", "glm4", "smollm3", "granite", "arcee"])
+@pytest.mark.parametrize(
+    "case", ["olmo3", "exaone4", "glm4", "smollm3", "granite", "arcee", "cohere2"]
+)
 def test_greedy_text_is_transformers(saved, case):
     """From prompts of 12, 7 and 1 tokens, beyond windows."""
     there, directory = saved(case)

@@ -8,7 +8,7 @@ an entry here.
 from collections.abc import Mapping
 
 from lora_jax.models.dialect import Dialect
-from lora_jax.models.families import experts, gemma, llama, olmo, phi3, qwen
+from lora_jax.models.families import cohere, experts, gemma, llama, olmo, phi3, qwen
 
 DIALECTS: Mapping[str, Dialect] = {
     "llama": llama.LLAMA,
@@ -28,6 +28,8 @@ DIALECTS: Mapping[str, Dialect] = {
     "olmo3": olmo.OLMO3,
     "exaone4": olmo.EXAONE4,
     "glm4": olmo.GLM4,
+    "cohere": cohere.COHERE,
+    "cohere2": cohere.COHERE2,
     "mixtral": experts.MIXTRAL,
     "qwen3_moe": experts.QWEN3_MOE,
     "olmoe": experts.OLMOE,

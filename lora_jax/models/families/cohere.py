@@ -1,0 +1,76 @@
+"""Cohere's Command models, of the first and the second kind.
+
+Attention and MLP both read the block's one norm, which subtracts the mean and has no bias. Numbers
+that lie side by side are rotated together. Cohere 2 has a window in three of four blocks, and only
+those rotate.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.models.dialect import Dialect, Norms, read_layer_types, write_layer_types
+
+_PERIOD = 4  # every fourth block has no window
+_FIELDS = ("attention_bias", "layer_norm_eps", "logit_scale")
+_DEFAULTS = {
+    "layer_norm_eps": 1e-5,
+    "logit_scale": 0.0625,
+    "tie_word_embeddings": True,
+    "bos_token_id": 5,
+    "eos_token_id": 255001,
+    "pad_token_id": 0,
+}
+
+
+def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
+    if raw.get("use_qk_norm"):
+        raise ValueError("config: `use_qk_norm` is not supported for `cohere`")
+    bias = bool(raw.get("attention_bias", False))
+    return {
+        "norms": Norms("input_layernorm", None, None, None),
+        "parallel_mlp": True,
+        "norm_centered": True,
+        "rms_norm_eps": raw["layer_norm_eps"],
+        "rope_interleaved": True,
+        "logits_scaling": 1 / raw["logit_scale"],
+        "qkv_bias": bias,
+        "o_bias": bias,
+    }
+
+
+def _write(config: Any) -> dict[str, Any]:
+    return {
+        "attention_bias": config.qkv_bias,
+        "layer_norm_eps": config.rms_norm_eps,
+        "logit_scale": 1 / config.logits_scaling,
+    }
+
+
+def _read2(raw: Mapping[str, Any]) -> dict[str, Any]:
+    period = raw["sliding_window_pattern"]
+    blocks = tuple((block + 1) % period != 0 for block in range(raw["num_hidden_layers"]))
+    slides = read_layer_types(raw, blocks)
+    windows = {"sliding_window": raw["sliding_window"], "sliding_layers": slides}
+    return {**_read(raw), **windows, "rope_layers": slides}
+
+
+def _write2(config: Any) -> dict[str, Any]:
+    windows = {"sliding_window": config.sliding_window, "layer_types": write_layer_types(config)}
+    return {**_write(config), **windows}
+
+
+COHERE = Dialect(
+    architecture="CohereForCausalLM",
+    fields=(*_FIELDS, "use_qk_norm"),
+    read=_read,
+    write=_write,
+    defaults=_DEFAULTS,
+)
+
+COHERE2 = Dialect(
+    architecture="Cohere2ForCausalLM",
+    fields=(*_FIELDS, "layer_types", "sliding_window", "sliding_window_pattern"),
+    read=_read2,
+    write=_write2,
+    defaults={**_DEFAULTS, "sliding_window": 4096, "sliding_window_pattern": _PERIOD},
+)
