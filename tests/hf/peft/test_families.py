@@ -49,14 +49,16 @@ FAMILIES = {
     "granite": dict(SIZES, model_type="granite", residual_multiplier=0.5),
     "seed_oss": dict(SIZES, model_type="seed_oss", head_dim=8),
     "arcee": dict(SIZES, model_type="arcee"),
+    "cohere2": dict(SIZES, model_type="cohere2", sliding_window=4),
     "gpt2": dict(model_type="gpt2", vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=32),
 }
 # These differ from the others in what they compute, not in their modules.
-LATER = ("exaone4", "glm4", "smollm3", "granite", "seed_oss", "arcee")
+LATER = ("exaone4", "glm4", "smollm3", "granite", "seed_oss", "arcee", "cohere2")
 # What the modules are called: attention, the table, a norm, the head if it is no table.
 LLAMA = ("q_proj", "down_proj", "embed_tokens", "post_attention_layernorm")
 MODULES = {
     **dict.fromkeys(FAMILIES, LLAMA),
+    "cohere2": ("q_proj", "down_proj", "embed_tokens", "input_layernorm"),
     "glm4": ("q_proj", "gate_up_proj", "embed_tokens", "post_attention_layernorm"),
     "phi3": ("qkv_proj", "gate_up_proj", "embed_tokens", "post_attention_layernorm"),
     "gpt2": ("c_attn", "mlp.c_proj", "wte", "ln_2"),
