@@ -92,7 +92,13 @@ class QuantArray:
 
     def dequantize(self) -> Float[Array, "..."]:
         """The weight as an array of `shape` and `dtype`, computed in float32 and rounded once."""
-        return from_matrix(matrix(self), self.shape, self.roles)
+        # One program: each step of its own would hold the whole weight once more.
+        return _dequantized(self)
+
+
+@jax.jit
+def _dequantized(q: QuantArray) -> Float[Array, "..."]:
+    return from_matrix(matrix(q), q.shape, q.roles)
 
 
 def is_quant(x: Any) -> bool:
