@@ -156,3 +156,89 @@ def test_what_is_saved_is_the_same_to_transformers(saved, case, tmp_path):
 
     answer = oracle(f"{PLACE}/{case}.again", read)
     assert answer == {"from": written(again), "same": True}
+
+
+COMMON = dict(
+    vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192, use_cache=True,
+    torch_dtype="bfloat16", initializer_range=0.02, attention_dropout=0.0, attention_bias=False,
+    rope_scaling=None,
+)  # fmt: skip
+# The fields that files on the hub have beside these, with their values.
+PUBLIC = {
+    "SmolLM3-3B": dict(
+        model_type="smollm3", max_window_layers=28, no_rope_layer_interval=4, pretraining_tp=2,
+        no_rope_layers=[1, 1, 1, 0], layer_types=[FULL] * 4, sliding_window=None,
+        use_sliding_window=False, mlp_bias=False, rms_norm_eps=1e-6, rope_theta=5e6,
+    ),
+    "granite-3.0-2b": dict(
+        model_type="granite", attention_dropout=0.1, attention_multiplier=0.015625,
+        embedding_multiplier=12.0, logits_scaling=8.0, residual_multiplier=0.22, mlp_bias=False,
+    ),
+    "Seed-OSS-36B": dict(
+        model_type="seed_oss", attention_bias=True, attention_dropout=0.1, residual_dropout=0.1,
+        attention_out_bias=False, head_dim=16, mlp_bias=False, pretraining_tp=1,
+    ),
+    "Olmo-3-7B": dict(
+        model_type="olmo3", sliding_window=4096, layer_types=[SLIDING, SLIDING, SLIDING, FULL],
+        rope_theta=500000, rms_norm_eps=1e-6,
+        rope_scaling=dict(
+            YARN, attention_factor=1.2079441541679836, beta_fast=32.0, beta_slow=1.0
+        ),
+    ),
+    "EXAONE-4.0-32B": dict(
+        model_type="exaone4", sliding_window=4096, sliding_window_pattern="LLLG", head_dim=16,
+        rope_theta=1000000, layer_types=[SLIDING, SLIDING, SLIDING, FULL],
+    ),
+    "EXAONE-4.0-1.2B": dict(
+        model_type="exaone4", sliding_window=None, sliding_window_pattern=None, head_dim=16,
+        layer_types=[FULL] * 4,
+    ),
+    "GLM-4-9B-0414": dict(
+        model_type="glm4", head_dim=16, partial_rotary_factor=0.5, rms_norm_eps=1e-5,
+        eos_token_id=[151329, 151336, 151338], pad_token_id=151329,
+    ),
+    "c4ai-command-r7b": dict(
+        model_type="cohere2", cache_implementation="hybrid", head_dim=16, layer_norm_eps=1e-5,
+        layer_switch=4, logit_scale=0.25, order_of_interleaved_layers="local_attn_first",
+        position_embedding_type="rope_gptj", rotary_pct=1.0, sliding_window=4096,
+        sliding_window_pattern=4, use_embedding_sharing=True, use_gated_activation=True,
+        use_parallel_block=True, use_parallel_embedding=True, use_qk_norm=False,
+    ),
+    "Qwen3-30B-A3B": dict(
+        model_type="qwen3_moe", decoder_sparse_step=1, head_dim=16, max_window_layers=4,
+        mlp_only_layers=[], moe_intermediate_size=24, norm_topk_prob=True, num_experts=8,
+        num_experts_per_tok=2, output_router_logits=False, router_aux_loss_coef=0.001,
+        sliding_window=None, use_sliding_window=False,
+    ),
+    "Mixtral-8x7B": dict(
+        model_type="mixtral", num_experts_per_tok=2, num_local_experts=8, sliding_window=None,
+        output_router_logits=False, router_aux_loss_coef=0.02, rms_norm_eps=1e-5,
+    ),
+    "OLMoE-1B-7B": dict(
+        model_type="olmoe", clip_qkv=None, norm_topk_prob=False, num_experts=64,
+        num_experts_per_tok=8, output_router_logits=False, router_aux_loss_coef=0.01,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_configurations_are_read_and_come_back(name):
+    config = config_from_hf({**COMMON, **PUBLIC[name]})
+    assert config.model_type == PUBLIC[name]["model_type"]
+    assert config_from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(model_type="cohere", use_qk_norm=True), "`use_qk_norm` = True is not supported"),
+        (dict(model_type="cohere2", rotary_pct=0.5), "`rotary_pct` = 0.5 is not supported"),
+        (dict(model_type="smollm3", use_sliding_window=True), "`use_sliding_window` is not"),
+        (dict(model_type="smollm3", no_rope_layers=[1]), "1 `rope_layers` for 3"),
+        (dict(model_type="olmo4"), "nearest: `olmo2`.* see guides/name-map"),
+    ],
+)
+def test_what_differs_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf({**SIZES, **fields})

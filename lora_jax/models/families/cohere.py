@@ -22,9 +22,24 @@ _DEFAULTS = {
 }
 
 
+# Fields of the hub's files, with the one value that the forward has.
+_FIXED = {
+    "layer_switch": _PERIOD,
+    "order_of_interleaved_layers": "local_attn_first",
+    "position_embedding_type": "rope_gptj",
+    "rotary_pct": 1.0,
+    "use_embedding_sharing": True,
+    "use_gated_activation": True,
+    "use_parallel_block": True,
+    "use_parallel_embedding": True,
+    "use_qk_norm": False,
+}
+
+
 def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
-    if raw.get("use_qk_norm"):
-        raise ValueError("config: `use_qk_norm` is not supported for `cohere`")
+    for name, value in _FIXED.items():
+        if raw.get(name, value) not in (value, None):
+            raise ValueError(f"config: `{name}` = {raw[name]!r} is not supported, only {value!r}")
     bias = bool(raw.get("attention_bias", False))
     return {
         "norms": Norms("input_layernorm", None, None, None),
@@ -61,15 +76,15 @@ def _write2(config: Any) -> dict[str, Any]:
 
 COHERE = Dialect(
     architecture="CohereForCausalLM",
-    fields=(*_FIELDS, "use_qk_norm"),
+    fields=(*_FIELDS, *_FIXED),
     read=_read,
     write=_write,
-    defaults=_DEFAULTS,
+    defaults={**_DEFAULTS, "rope_theta": 5e5},
 )
 
 COHERE2 = Dialect(
     architecture="Cohere2ForCausalLM",
-    fields=(*_FIELDS, "layer_types", "sliding_window", "sliding_window_pattern"),
+    fields=(*_FIELDS, *_FIXED, "layer_types", "sliding_window", "sliding_window_pattern"),
     read=_read2,
     write=_write2,
     defaults={**_DEFAULTS, "sliding_window": 4096, "sliding_window_pattern": _PERIOD},

@@ -12,6 +12,8 @@ from lora_jax.models.dialect import Dialect, read_layer_types, write_layer_types
 _FACTORS = (
     "embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier",
 )  # fmt: skip
+# For training from the start; an adapter has its own dropout.
+_DROPOUT = ("attention_dropout", "residual_dropout")
 _ROTATES = ("no_rope_layers", "no_rope_layer_interval")
 
 
@@ -90,7 +92,14 @@ MINISTRAL = Dialect(
 
 SMOLLM3 = Dialect(
     architecture="SmolLM3ForCausalLM",
-    fields=(*LLAMA.fields, *_ROTATES, "layer_types", "sliding_window", "use_sliding_window"),
+    fields=(
+        *LLAMA.fields,
+        *_ROTATES,
+        "layer_types",
+        "max_window_layers",
+        "sliding_window",
+        "use_sliding_window",
+    ),
     read=_read_smollm3,
     write=_write_smollm3,
     defaults={
@@ -106,7 +115,7 @@ SMOLLM3 = Dialect(
 
 GRANITE = Dialect(
     architecture="GraniteForCausalLM",
-    fields=(*LLAMA.fields, *_FACTORS),
+    fields=(*LLAMA.fields, *_FACTORS, *_DROPOUT),
     read=_read_granite,
     write=_write_granite,
     defaults={**dict.fromkeys(_FACTORS, 1.0), "bos_token_id": 1, "eos_token_id": 2},
@@ -114,8 +123,7 @@ GRANITE = Dialect(
 
 SEED_OSS = Dialect(
     architecture="SeedOssForCausalLM",
-    # Dropout is for training from the start; an adapter has its own.
-    fields=(*LLAMA.fields, "attention_dropout", "attention_out_bias", "residual_dropout"),
+    fields=(*LLAMA.fields, *_DROPOUT, "attention_out_bias"),
     read=_read_seed_oss,
     write=_write_seed_oss,
     defaults={
