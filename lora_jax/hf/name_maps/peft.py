@@ -65,6 +65,12 @@ def in_our_names(
         for path, placed in places.items()
         if any(part.path in adapted for part in placed.parts)
     )
+    if not targets and not saved and config.target_modules:
+        ours = ", ".join(f"`{path}`" for path in list(places)[:3]) or "no leaf of the model"
+        raise ValueError(
+            f"{source}: name map `{name_map.name}` leads none of the adapter's modules "
+            f"({config.target_modules!r}) to a leaf; it has rules for {ours}"
+        )
     here = {module_of(p.path): module_of(path) for path, x in places.items() for p in x.parts}
     named = dataclasses.replace(
         config,

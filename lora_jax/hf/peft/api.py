@@ -47,7 +47,7 @@ from lora_jax.hf.peft.settle import plannable
 from lora_jax.hf.peft.tying import check_tying, tied_by_file
 from lora_jax.hf.peft.vllm import for_vllm
 from lora_jax.multi.single import check_single
-from lora_jax.paths import bare
+from lora_jax.paths import bare, module_of
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.plan.leaf import Plan
 from lora_jax.tree import init
@@ -207,11 +207,28 @@ def _plan(
 ) -> tuple[Plan, Saved]:
     """The plan of a config in Hugging Face's names, and under a name map what trains whole."""
     if places is None or name_map is None:
-        return plan_of(plannable(config, leaves, source)), {}
+        wanted = plannable(config, leaves, source)
+        try:
+            return plan_of(wanted), {}
+        except ValueError as error:
+            raise ValueError(_with_map(error, wanted, leaves, source)) from None
     # Plan and init see our names, config and file Hugging Face's.
     wanted = plannable(config, translated.to_theirs(leaves, places), source)
     wanted, saved = in_our_names(wanted, places, source=source, name_map=name_map)
     return plan_of(wanted), saved
+
+
+def _with_map(error: ValueError, config: LoraConfig, leaves: Mapping[str, Any], source: str) -> str:
+    """The text of a plan's error, which names the map where the model has none of the modules."""
+    targets = config.target_modules
+    last = {module_of(path).rpartition(".")[2] for path in leaves}
+    names = () if isinstance(targets, str) else targets
+    if not names or any(name.rpartition(".")[2] in last for name in names):
+        return f"{source}: {error}"
+    return (
+        f"{source}: {error}. The model has none of the adapter's modules: give Hugging Face's "
+        "names of its parameters by `name_map` (lora.hf.name_map)"
+    )
 
 
 def _blank(plan: Plan, params: Any, source: str) -> Any:

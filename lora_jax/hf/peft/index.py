@@ -294,8 +294,8 @@ def _named(path: str, layer: tuple[int, ...], stack: tuple[int, ...]) -> str:
     raise ValueError(
         f"leaf `{path}` stacks {len(layer)} dimension(s) of layers, but its path has no place for "
         "their numbers in a PEFT name; rename the tree so that a component such as `layers` holds "
-        "the stacked modules, or unstack it (experts stored as one array are written where "
-        "`target_parameters` names them)"
+        "the stacked modules, unstack it, or give Hugging Face's names by `name_map` (experts "
+        "stored as one array are written where `target_parameters` names them)"
     )
 
 

@@ -74,6 +74,13 @@ def test_an_adapted_leaf_without_a_rule_is_named(tmp_path):
         lora.hf.load_peft(tmp_path / "a", toy, toy_params(), TOKENS, name_map=PARTIAL)
 
 
+def test_without_a_map_the_errors_name_it(tmp_path):
+    params, config = adapted("q")
+    lora.hf.save_peft(tmp_path / "a", params, config, name_map=MAP)
+    with pytest.raises(ValueError, match="a: .*none of the adapter's modules: .* by `name_map`"):
+        lora.hf.load_peft(tmp_path / "a", toy, toy_params(), TOKENS)
+
+
 @pytest.mark.parametrize("size", ["5GB", 600])
 def test_merged_weights_are_a_checkpoint(tmp_path, size):
     merged = lora.merge(adapted("q", "out")[0])
