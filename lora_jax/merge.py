@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from lora_jax import paths
 from lora_jax.array import (
@@ -129,8 +129,9 @@ def _bias_changes(flat: Sequence) -> dict[int, jax.Array]:
     return changes
 
 
-def _finite(x: AnyArray) -> bool:
-    return bool(jnp.all(jnp.isfinite(x)))
+@jax.jit
+def _finite(x: AnyArray) -> Bool[Array, ""]:
+    return jnp.all(jnp.isfinite(x))
 
 
 def unmerge(params: PyTree, lora_params: PyTree) -> PyTree:

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Int, Shaped
 
 from lora_jax import compat, processes
 from lora_jax.array import is_lora
 from lora_jax.checkpoint.flat import describe, flatten, summary
+from lora_jax.dims import AnyArray
 from lora_jax.quant.array import arrays, default_roles, is_quant
 
 _SAMPLES = 64
@@ -112,8 +113,13 @@ def _from_shards(leaf: jax.Array, where: tuple[np.ndarray, ...]) -> np.ndarray:
         # Replicas hold the same elements: one of them is enough.
         if shard.replica_id == 0 and inside.any():
             with _alone(shard.device):
-                out[inside] = shard.data[tuple(jnp.asarray(i[inside]) for i in local)]
+                out[inside] = _picked(shard.data, tuple(i[inside] for i in local))
     return out
+
+
+@jax.jit
+def _picked(x: AnyArray, places: tuple[Int[AnyArray, " n"], ...]) -> Shaped[Array, " n"]:
+    return x[places]
 
 
 def _alone(device: jax.Device) -> contextlib.AbstractContextManager:

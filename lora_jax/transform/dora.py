@@ -17,6 +17,7 @@ from lora_jax.array import LoraArray, LoraStack, dense, widened
 from lora_jax.dims import out_dims, sizes, to_matrix
 
 
+@jax.jit
 def norm(x: LoraArray) -> Float[Array, "..."]:
     """`‖W + s·A·B‖` over the in dims, for each stack index and output, in float32 or wider.
 

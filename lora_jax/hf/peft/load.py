@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import processes
@@ -161,7 +160,7 @@ def on_device(new: np.ndarray, old: Any) -> jax.Array:
     sharding = getattr(old, "sharding", None)
     # Other shardings are those of one device, which is left to JAX.
     named = isinstance(sharding, jax.sharding.NamedSharding)
-    return processes.put(new, sharding) if named else jnp.asarray(new)
+    return processes.put(new, sharding) if named else jax.device_put(new)
 
 
 def _check_repeats(
