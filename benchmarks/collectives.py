@@ -144,7 +144,7 @@ def _read(line: str, times: int, loop: bool) -> Collective:
         (dtype, tuple(int(n) for n in dims.split(",") if n))
         for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
     ]
-    if match[3] and match[2] in ("all-gather", "collective-permute"):
+    if match[3] and match[2] in ("all-gather", "reduce-scatter", "collective-permute"):
         # The operands stand before the results, and a permutation's two tokens behind them.
         arrays = [a for a in arrays if a != ("u32", ())]
         arrays = arrays[len(arrays) // 2 :]

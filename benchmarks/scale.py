@@ -39,7 +39,8 @@ from lora_jax.train.memory import tree_bytes
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 
 GIB = 2**30
-LENGTH = 2048
+LENGTH = 2048  # tokens of a row
+LONG = 32768  # of a row that a mesh with the axis `context` spreads
 
 
 class Chip(NamedTuple):
@@ -50,7 +51,8 @@ class Chip(NamedTuple):
       topology: libtpu's name of the slice.
       count: devices.
       backend: the kernels of quantized products.
-      attention: its implementation; what "auto" takes on the chip cannot be compiled here.
+      attention: its implementation. Kernels hide their products, which are counted here; XLA's in
+        parts takes the most memory (`memory.py` has the others).
       flops: dense products in bfloat16, per second.
       memory: bytes per second.
       network: bytes per second that a chip sends to the others.
@@ -85,6 +87,9 @@ ROWS: list[tuple[str, str, FormatName | None, dict[str, int]]] = [
     ("H200", "70B", "nf4", {"fsdp": 8}),
     ("H200", "405B", None, {"fsdp": 8}),
     ("H200", "405B", "nf4", {"fsdp": 8}),
+    ("H200", "8B", None, {"context": 8}),
+    ("H200", "8B", None, {"fsdp": 2, "context": 4}),
+    ("H200", "70B", "nf4", {"fsdp": 2, "context": 4}),
     ("v5e", "8B", None, {"fsdp": 16}),
     ("v5e", "8B", "nf4", {"fsdp": 16}),
     ("v5e", "70B", "nf4", {"fsdp": 16}),
@@ -128,7 +133,8 @@ def row(name: str, size: str, form: FormatName | None, mesh: dict[str, int]) -> 
     chip, (_, config) = CHIPS[name], config_of(MODELS[size])
     settings = StepSettings(
         adapter=LoraConfig(rank=16), quantize=form, batch=mesh.get("data", 1) * mesh.get("fsdp", 1),
-        length=LENGTH, mesh=mesh, backend=chip.backend, attention=chip.attention,
+        length=LONG if "context" in mesh else LENGTH, mesh=mesh, backend=chip.backend,
+        attention=chip.attention,
     )  # fmt: skip
     devices = targets.devices(chip.platform, chip.count, topology=chip.topology)
     at = compiled.placement(settings, devices)
@@ -156,6 +162,7 @@ def row(name: str, size: str, form: FormatName | None, mesh: dict[str, int]) -> 
         "base": f"QLoRA, {form}" if form else "LoRA, bfloat16",
         "mesh": " x ".join(f"{axis} {n}" for axis, n in mesh.items()),
         "rows": settings.batch,
+        "length": settings.length,
         "arguments_gib": found.arguments / GIB,
         "temporaries_gib": beside / GIB,
         "total_gib": (found.arguments + beside) / GIB,
@@ -182,7 +189,7 @@ def main():
             rows[tuple(new[k] for k in KEY)] = new
     # `scale_losses.py` writes the losses.
     others = {"losses": old["losses"]} if "losses" in old else {}
-    report("scale", f"Training steps of {LENGTH} tokens a row", list(rows.values()), **others)
+    report("scale", "Training steps on many chips", list(rows.values()), **others)
 
 
 if __name__ == "__main__":

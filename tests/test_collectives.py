@@ -21,6 +21,8 @@ HloModule jit_step, is_scheduled=true
 %body (state: (s32[], bf16[512,16])) -> (s32[], bf16[512,16]) {{
   %all-gather-start.1 = ((bf16[512,16]{{1,0}}, bf16[512,1024]{{1,0}}), (bf16[4096,16]{{1,0}}, bf16[4096,1024]{{1,0}})) all-gather-start(%a, %b), channel_id=1, {MESH}, dimensions={{0}}
   %all-gather-done.1 = (bf16[4096,16]{{1,0}}, bf16[4096,1024]{{1,0}}) all-gather-done(%all-gather-start.1)
+  %reduce-scatter-start = ((bf16[1,8192]{{1,0}}, bf16[1,64]{{1,0}}), (bf16[1,1024]{{1,0}}, bf16[1,8]{{1,0}})) reduce-scatter-start(%f, %g), channel_id=1, {MESH}, dimensions={{1}}, to_apply=%add
+  %reduce-scatter-done = (bf16[1,1024]{{1,0}}, bf16[1,8]{{1,0}}) reduce-scatter-done(%reduce-scatter-start)
   %all-reduce-start.1 = f32[16,4096]{{1,0}} all-reduce-start(%c), channel_id=2, {MESH}, to_apply=%add
   %all-reduce-done.1 = f32[16,4096]{{1,0}} all-reduce-done(%all-reduce-start.1)
 }}
@@ -110,6 +112,8 @@ def found(text):
 def test_pairs_of_start_and_done_in_a_loop_of_noted_length():
     assert found(GPU) == {
         "all-gather": (8, 32, True, 4096 * (16 + 1024) * 2 * 7 / 8),
+        # Of one channel with the gather, as those of a `shard_map` are.
+        "reduce-scatter": (8, 32, True, (8192 + 64) * 2 * 7 / 8),
         "all-reduce": (8, 32, True, 2 * 16 * 4096 * 4 * 7 / 8),
         "all-to-all": (8, 1, False, 8 * 64 * 2 * 7 / 8),
         "collective-permute": (2, 1, False, 2048 * 4),
