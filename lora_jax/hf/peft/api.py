@@ -40,6 +40,7 @@ from lora_jax.hf.peft.directory import (
     trained_over,
     write_directory,
 )
+from lora_jax.hf.peft.experts import fused
 from lora_jax.hf.peft.load import check_task, fill
 from lora_jax.hf.peft.prefixes import respelled, without_module
 from lora_jax.hf.peft.save import AUTO, with_task
@@ -168,6 +169,7 @@ def attach(
     leaves = leaves_by_path(params)
     tensors = without_module(tensors, leaves, source)
     config, tensors = respelled(config, tensors, map(bare, leaves))
+    config, tensors = fused(config, tensors, map(bare, leaves), source)
     places = None if name_map is None else places_of(leaves, name_map)
     planned = partial(
         _plan, leaves=leaves, places=places, plan_of=plan_of, source=source, name_map=name_map

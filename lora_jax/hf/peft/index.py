@@ -30,7 +30,7 @@ PREFIX = "base_model.model."
 REGISTERED = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
 
 # The parameter that shows that a module holds fused experts.
-_FUSED = ".experts.gate_up_proj"
+FUSED = ".experts.gate_up_proj"
 
 Kind = Literal["module", "parameter", "saved", "rows"]
 
@@ -168,7 +168,7 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
     transformers has such experts as parameters of one module; PEFT finds no module for each.
     """
     fused = {
-        bare(path).removesuffix(".gate_up_proj") for path in leaves if bare(path).endswith(_FUSED)
+        bare(path).removesuffix(".gate_up_proj") for path in leaves if bare(path).endswith(FUSED)
     }
     entries: list[str] = []
     for path, leaf in leaves.items():

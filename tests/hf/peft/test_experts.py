@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
 
+from tests.support.oracle import oracle, seeded
 from tests.support.peft_llama import TOKENS, jax_logits, torch_logits
 from tests.support.peft_oracle import assert_same_files, close, peft_reads, peft_wrote
 from tests.support.peft_trees import noisy
@@ -164,3 +165,70 @@ def test_gradients_are_pefts(family, saved, tmp_path):
     for name, value in want.items():
         # float32 sums of hundreds of terms, against the largest slope.
         np.testing.assert_allclose(got[name], value, atol=1e-4 * size, err_msg=name)
+
+
+# The names of an expert's layers before transformers 5: gate, up, down.
+BEFORE_5 = {
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+def write_before_5(directory, base, family: str, **fields) -> None:
+    """The file of an adapter on every expert's layers, the router and the queries."""
+    module, layers = BEFORE_5[family]
+    config = base.config
+    width, inner, rank = config.hidden_size, config.expert_size, 2
+    shapes = {"self_attn.q_proj": (width, 4 * config.head_dim)}
+    shapes[f"{module}.gate"] = (width, config.num_experts)
+    for expert, layer in np.ndindex(config.num_experts, 3):
+        down = (inner, width) if layer == 2 else (width, inner)
+        shapes[f"{module}.experts.{expert}.{layers[layer]}"] = down
+    tensors = {}
+    for block in range(config.num_hidden_layers):
+        for name, (fan_in, fan_out) in shapes.items():
+            key = f"base_model.model.model.layers.{block}.{name}.lora_"
+            tensors[f"{key}A.weight"] = seeded(f"{key}A", (rank, fan_in))
+            tensors[f"{key}B.weight"] = seeded(f"{key}B", (fan_out, rank))
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    modules = ["q_proj", "gate", *layers]
+    written = dict(peft_type="LORA", r=rank, lora_alpha=3, target_modules=modules, **fields)
+    (directory / "adapter_config.json").write_text(json.dumps(written))
+
+
+@pytest.mark.parametrize("family", BEFORE_5)
+def test_an_adapter_from_before_transformers_5(family, saved, tmp_path):
+    there, directory = saved(family)
+    base = lora.models.load(directory)
+    write_before_5(tmp_path / "a", base, family)
+
+    def ask():
+        import peft
+
+        model = copy.deepcopy(there())
+        return torch_logits(peft.PeftModel.from_pretrained(model, str(tmp_path / "a")).eval())
+
+    want = oracle(f"{PLACE}/{family}/before 5.logits", ask)
+    params, config = load_peft(tmp_path / "a", base.apply, base.params, TOKENS, model_type=family)
+    close(jax_logits(base.apply, params, strict=True), want)
+    save_peft(tmp_path / "b", params, config, model_type=family)
+    again, _ = load_peft(tmp_path / "b", base.apply, base.params, TOKENS, model_type=family)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+@pytest.mark.parametrize("case", ["one layer", "one expert", "patterns"])
+def test_an_adapter_of_some_experts_layers_is_refused(case, saved, tmp_path):
+    base = lora.models.load(saved("mixtral")[1])
+    fields = {"rank_pattern": {"w1": 4}} if case == "patterns" else {}
+    write_before_5(tmp_path / "a", base, "mixtral", **fields)
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    without = {"one layer": ".w3.", "one expert": ".experts.0.w2.", "patterns": " "}[case]
+    save_file({k: v for k, v in load_file(path).items() if without not in k}, path)
+    messages = {
+        "one layer": "only one of gate and up has an adapter",
+        "one expert": r"the experts \[1, 2, 3\] have a lora_A of down; all of them",
+        "patterns": "`rank_pattern` {'w1': 4} with an adapter for each expert's layers",
+    }
+    with pytest.raises(ValueError, match=messages[case]):
+        load_peft(tmp_path / "a", base.apply, base.params, TOKENS, model_type="mixtral")

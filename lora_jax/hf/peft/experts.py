@@ -1,0 +1,151 @@
+"""Adapters from before transformers 5, where each expert was a few linear layers.
+
+transformers 5 has the experts of a block in two arrays, gate beside up, which `target_parameters`
+names. An expert's adapters of gate and up, of rank r each, become one of rank 2r: both A's below
+each other, both B's on a diagonal. PEFT reads such files in the same way.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.peft.index import FUSED, PREFIX
+
+_Layer = Literal["gate", "up", "down"]
+# Mixtral's names, and those of all others.
+_LAYERS: Mapping[str, _Layer] = {
+    "w1": "gate", "w3": "up", "w2": "down",
+    "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
+}  # fmt: skip
+_KEY = re.compile(
+    r"(?P<block>.+)\.(?:block_sparse_moe|mlp)\.experts\.(?P<expert>\d+)\.(?P<layer>\w+)"
+    r"\.lora_(?P<part>[AB])\.weight"
+)
+# (block, layer, "A" or "B") -> the tensors of its experts, by number
+_Found = dict[tuple[str, _Layer, str], dict[int, np.ndarray]]
+
+
+def fused(
+    config: LoraConfig, tensors: Mapping[str, np.ndarray], paths: Iterable[str], source: str
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """An adapter as transformers 5 has its modules, where the model has fused experts.
+
+    Args:
+      config: the adapter's config.
+      tensors: PEFT's tensors by name.
+      paths: of the model's leaves.
+      source: what messages call the adapter.
+
+    Raises:
+      ValueError: some experts lack an adapter, ranks differ, or a pattern names single experts.
+    """
+    found: _Found = {}
+    rest = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None or match["layer"] not in _LAYERS:
+            rest[key.replace(".block_sparse_moe.gate.", ".mlp.gate.")] = tensor
+            continue
+        place = (match["block"], _LAYERS[match["layer"]], match["part"])
+        found.setdefault(place, {})[int(match["expert"])] = tensor
+    if not found or not any(path.endswith(FUSED) for path in paths):
+        return config, dict(tensors)
+    _check_patterns(config, source)
+    entries, ranks = [], set()
+    for block in dict.fromkeys(block for block, _, _ in found):
+        module = f"{block}.mlp.experts"
+        layers: set[_Layer] = {layer for place, layer, _ in found if place == block}
+        if len(layers & {"gate", "up"}) == 1:
+            raise ValueError(
+                f"{source}: of the experts in `{block}` only one of gate and up has an adapter; "
+                "they are one array in this model, and both need one"
+            )
+        # PEFT nests the adapters of a module's parameters: the first one is the inner one.
+        inner = ".base_layer" if {"gate", "down"} <= layers else ""
+        pairs = {layer: _stacked(found, block, layer, source) for layer in layers}
+        if "gate" in pairs:
+            ranks.add(pairs["gate"][0].shape[1])
+            rest |= _in_one(f"{module}{inner}", *_side_by_side(pairs["gate"], pairs["up"], source))
+            entries.append(f"{module}.gate_up_proj".removeprefix(PREFIX))
+        if "down" in pairs:
+            rest |= _in_one(module, *pairs["down"])
+            entries.append(f"{module}.down_proj".removeprefix(PREFIX))
+    if len(ranks) > 1:
+        raise ValueError(f"{source}: experts of different blocks have ranks {sorted(ranks)}")
+    return _renamed(config, rest, entries, ranks.pop() if ranks else None), rest
+
+
+def _check_patterns(config: LoraConfig, source: str) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        if getattr(config, field):
+            raise ValueError(
+                f"{source}: `{field}` {getattr(config, field)!r} with an adapter for each expert's "
+                "layers is not supported; load and save the adapter with PEFT first"
+            )
+
+
+def _stacked(
+    found: _Found, block: str, layer: _Layer, source: str
+) -> tuple[Float[np.ndarray, "e r in"], Float[np.ndarray, "e out r"]]:
+    """A and B of all experts."""
+    stacks = []
+    for part in ("A", "B"):
+        experts = found.get((block, layer, part), {})
+        if sorted(experts) != list(range(len(experts))) or not experts:
+            raise ValueError(
+                f"{source}: in `{block}` the experts {sorted(experts)} have a lora_{part} of "
+                f"{layer}; all of them, from 0 on, need one"
+            )
+        shapes = {x.shape for x in experts.values()}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{source}: the experts' lora_{part} of {layer} in `{block}` have the shapes "
+                f"{sorted(shapes)}; all need one rank"
+            )
+        stacks.append(np.stack([experts[i] for i in range(len(experts))]))
+    return stacks[0], stacks[1]
+
+
+def _side_by_side(
+    gate: tuple[np.ndarray, np.ndarray], up: tuple[np.ndarray, np.ndarray], source: str
+) -> tuple[Float[np.ndarray, "e 2r in"], Float[np.ndarray, "e 2out 2r"]]:
+    if gate[0].shape != up[0].shape or gate[1].shape != up[1].shape:
+        raise ValueError(
+            f"{source}: the adapters of gate {gate[0].shape} and up {up[0].shape} differ in shape"
+        )
+    zeros = np.zeros_like(gate[1])
+    rows = (np.concatenate((gate[1], zeros), 2), np.concatenate((zeros, up[1]), 2))
+    return np.concatenate((gate[0], up[0]), 1), np.concatenate(rows, 1)
+
+
+def _in_one(
+    module: str, a: Float[np.ndarray, "e r in"], b: Float[np.ndarray, "e out r"]
+) -> dict[str, np.ndarray]:
+    """PEFT's tensors of a parameter: (E·r, in) and (out, r·E)."""
+    return {
+        f"{module}.lora_A.weight": a.reshape(-1, a.shape[2]),
+        f"{module}.lora_B.weight": b.transpose(1, 2, 0).reshape(b.shape[1], -1),
+    }
+
+
+def _renamed(
+    config: LoraConfig, rest: Iterable[str], entries: list[str], rank: int | None
+) -> LoraConfig:
+    """The config of the fused adapter, of whose modules each has a tensor in `rest`."""
+    modules = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in rest if ".lora_" in key}
+    modules = {module for module in modules if not module.endswith((".experts", ".base_layer"))}
+    changed: dict[str, Any] = {
+        "target_modules": tuple(sorted(modules)),
+        "target_parameters": tuple(entries),
+    }
+    if rank is not None:
+        # Twice the rank at the same scale: alpha / r, or alpha / √r with rsLoRA.
+        alpha = config.alpha * (2**0.5 if config.use_rslora else 2)
+        changed["rank_pattern"] = {r".*\.gate_up_proj": 2 * rank}
+        changed["alpha_pattern"] = {r".*\.gate_up_proj": alpha}
+    return dataclasses.replace(config, **changed)
