@@ -32,15 +32,25 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C, 143 after
       SIGTERM, 129 after SIGHUP.
     """
-    arguments = parse(argv)
+    with errors.ending_by_signals():
+        try:
+            # Takes a second or two, as it imports what the command's flags are made of.
+            arguments = parse(argv)
+        except (KeyboardInterrupt, errors.EndedError) as end:
+            print(f"lora-jax: {str(end) or 'interrupted'}", file=sys.stderr)
+            return getattr(end, "status", errors.INTERRUPTED)
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Runs the command, and prints a line where it ends early."""
     # With --debug, Python's own format, which names the line of code.
     if not arguments.debug:
         warnings.formatwarning = _warning_lines(arguments)
     try:
-        with errors.ending_by_signals():
-            arguments.run(arguments)
-            # Here, where a closed pipe is caught, and not at exit.
-            sys.stdout.flush()
+        arguments.run(arguments)
+        # Here, where a closed pipe is caught, and not at exit.
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt as interrupt:
         return _fail(arguments, str(interrupt) or "interrupted", errors.INTERRUPTED)

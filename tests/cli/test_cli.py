@@ -12,6 +12,7 @@ import warnings
 
 import pytest
 
+from lora_jax import cli
 from lora_jax.cli import commands, errors, main
 from lora_jax.cli.parser import make_parser
 
@@ -272,6 +273,21 @@ def test_a_signal_before_there_is_anything_to_save_ends_in_a_sentence(
         assert run(capsys, "inspect", "x") == (0, "", "")
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "text"),
+    [("SIGTERM", 143, "ended by SIGTERM before it was done"), ("SIGINT", 130, "interrupted")],
+)
+def test_a_signal_while_the_flags_are_read_ends_in_a_sentence(
+    capsys, monkeypatch, name, status, text
+):
+    monkeypatch.setattr(cli, "parse", lambda argv: signal.raise_signal(getattr(signal, name)))
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert run(capsys, "inspect", "x") == (status, "", f"lora-jax: {text}\n")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
