@@ -225,13 +225,21 @@ def reachable() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        text = str(error)
-        if not several() or not any(word in text for word in _TRANSPORTS):
+        found = unreachable(error)
+        if found is None:
             raise
-        raise ConnectionError(
-            f"another process of the run has ended or cannot be reached ({text[:200]}): see its "
-            "output, and start all processes again with resume=True"
-        ) from error
+        raise found from error
+
+
+def unreachable(error: Exception) -> ConnectionError | None:
+    """The error to raise in place of that of a collective whose other processes have ended."""
+    text = str(error)
+    if not several() or not any(word in text for word in _TRANSPORTS):
+        return None
+    return ConnectionError(
+        f"another process of the run has ended or cannot be reached ({text[:200]}): see its "
+        "output, and start all processes again with resume=True"
+    )
 
 
 _TRANSPORTS = ("Gloo", "NCCL", "Connection", "coordination service")  # in XLA's errors

@@ -118,6 +118,9 @@ def save_state(opened: Any, step: int, state: Any, meta: dict) -> None:
     except Exception as error:
         if processes.is_first():
             sweep(Path(opened.directory), f"{step}.")
+        # Orbax raises it under another type.
+        if (lost := processes.unreachable(error)) is not None:
+            raise lost from error
         # Orbax caches the list of steps, which may include the failed one.
         opened.reload()
         last = max((s for s in opened.all_steps() if s != step), default=None)

@@ -296,6 +296,20 @@ def make_batch(loader: Loader, bucket: Bucket) -> Batch:
     )
 
 
+def by_place(batch: Batch) -> tuple[np.ndarray, ...]:
+    """What a batch holds, in an order that is the same on every mesh: tokens, and targets.
+
+    The targets are those of all places, -1 where nothing is learned.
+    """
+    learned = np.where(np.asarray(batch.weights) > 0, batch.targets, -1)
+    tokens, positions = np.asarray(batch.tokens), np.asarray(batch.positions)
+    # A batch of one forward pass has no axis of microbatches.
+    targets = np.full((*positions.shape[:-1], tokens.shape[-2] * tokens.shape[-1]), -1)
+    np.put_along_axis(targets, positions, learned, axis=-1)
+    segments = () if batch.segments is None else (np.asarray(batch.segments),)
+    return (tokens, targets, *segments)
+
+
 def _part(
     rows: Sequence[Sequence[Example]], rung: int, places: int, pad_id: int
 ) -> tuple[np.ndarray, ...]:

@@ -1,13 +1,15 @@
 """`lora-jax sweep` and `lora-jax generate` in two processes, against one."""
 
 import json
+import re
+import signal
 
 import numpy as np
 import pytest
 
 from lora_jax.cli import main
 
-from tests.support.several import command
+from tests.support.several import command, signalled
 from tests.support.tiny import write_tiny
 
 pytestmark = [pytest.mark.once, pytest.mark.slow]
@@ -51,6 +53,34 @@ def test_a_sweep_in_two_processes_finds_what_one_finds(tmp_path, metric):
         assert status == 1 and "there is a sweep already" in text
     for text, status in command([*sweep, "--resume"], [], ["--ranks", "2"]):
         assert status == 1 and "the processes disagree: `--ranks` is (1, 4) in process 0" in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_that_is_stopped_in_one_process_goes_on_in_another_number(tmp_path, number):
+    data, alone, together = (tmp_path / name for name in ("data.jsonl", "alone", "together"))
+    data.write_text("".join(json.dumps(line) + "\n" for line in LINES * 6))
+    sweep = ["sweep", "--model", str(write_tiny(tmp_path / "model")), "--train-data", str(data)]
+    sweep += ["--eval-data", str(data), "--ranks", "2", "--steps", "60", "--learning-rates"]
+    sweep += ["1e-2", "--batch-size", "4", "--buckets", "1", "--epsilon", "1e-3", "--no-full"]
+    sweep += ["--no-progress", "--target-modules", "q_proj", "v_proj"]
+    assert main([*sweep, "--output-dir", str(alone)]) == 0
+    sweep += ["--output-dir", str(together), "--save-every", "0"]
+    stop = signalled(number, together, "unfinished/*/[!.]*")
+    (first, status), (second, other) = command([*sweep, "--mesh", "fsdp=2"], meanwhile=stop)
+    if number == signal.SIGTERM:
+        assert (status, other) == (143, 143), (first, second)
+        assert "after step" in first and "saved in" in first
+    else:
+        assert other == -9 and status not in (0, None)
+        assert re.search("another process of the run|another task died", first)
+    assert list(together.glob("unfinished/*"))
+    assert main([*sweep, "--resume"]) == 0
+    (run,), (want,) = (
+        [r for name, r in runs_of(folder).items() if "base" not in name]
+        for folder in (together, alone)
+    )
+    np.testing.assert_allclose(run["losses"], want["losses"], rtol=1e-4)
+    np.testing.assert_allclose(run["values"], want["values"], rtol=1e-4)
 
 
 def test_two_processes_write_the_texts_of_one(tmp_path, capsys):

@@ -29,6 +29,7 @@ from lora_jax.checkpoint import check_base, manager, read_meta_of, restore_state
 from lora_jax.files import kept, replacing, write_text
 from lora_jax.models.mesh import on_mesh, placement
 from lora_jax.train.archive import check_shared
+from lora_jax.train.batches import Batch, by_place
 from lora_jax.tree import combine, split
 
 COMMON = "sweep.json"
@@ -196,8 +197,10 @@ def digest(before: str, batch: Any) -> str:
 
     Args:
       before: the digest without it; empty for the first.
-      batch: a tree of arrays.
+      batch: a tree of arrays; of a `train.Batch` the order of its places does not count, which
+        depends on the mesh.
     """
+    batch = by_place(batch) if isinstance(batch, Batch) else batch
     found = hashlib.sha256(before.encode())
     # With dtype and shape: the same bytes in another shape are another batch.
     for leaf in jax.tree.leaves(batch):
