@@ -119,6 +119,7 @@ def contents(directory: Path) -> dict:
     config = json.loads((directory / CONFIG).read_text())
     # PEFT has a set here, whose order changes from process to process.
     if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
     text = json.dumps(config, indent=2, sort_keys=True)
     return {"config": text, "metadata": metadata, "tensors": tensors}
 
