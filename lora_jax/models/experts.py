@@ -148,7 +148,9 @@ def tiled(
 def _each_tile(
     tiles: Float[Array, "tiles rows i"], owner: Int[Array, " tiles"], weights: Float[Array, "e i o"]
 ) -> Float[Array, "tiles rows o"]:
-    # One after another: all at once would copy the weights for each tile.
+    # One after another: all at once would copy the weights for each tile. The checkpoint keeps the
+    # backward pass from holding those copies: it takes the expert's weights again.
+    @jax.checkpoint
     def one(each: tuple[Array, Array]) -> Array:
         x, expert = each
         return x @ lax.dynamic_index_in_dim(weights, expert, keepdims=False)
