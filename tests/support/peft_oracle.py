@@ -18,7 +18,7 @@ from tests.support.oracle import assert_same, oracle
 
 FILES = TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # PEFT keeps these as sets: the order in its file changes from run to run.
-SETS = ("target_modules", "modules_to_save", "exclude_modules")
+SETS = ("target_modules", "target_parameters", "modules_to_save", "exclude_modules")
 
 
 def peft_wrote(

@@ -113,7 +113,7 @@ def _stacked(
 
 def _side_by_side(
     gate: tuple[np.ndarray, np.ndarray], up: tuple[np.ndarray, np.ndarray], source: str
-) -> tuple[Float[np.ndarray, "e 2r in"], Float[np.ndarray, "e 2out 2r"]]:
+) -> tuple[Float[np.ndarray, "e ranks in"], Float[np.ndarray, "e outs ranks"]]:
     if gate[0].shape != up[0].shape or gate[1].shape != up[1].shape:
         raise ValueError(
             f"{source}: the adapters of gate {gate[0].shape} and up {up[0].shape} differ in shape"
