@@ -43,6 +43,7 @@ def test_sigterm_on_one_process_saves_a_step_that_all_have_finished(tmp_path):
         (4, 2, {"fsdp": 4, "tensor": 2}, "lora"),
         (4, 1, {"data": 4}, "dora"),
         (2, 2, {"data": 2, "fsdp": 2}, "packed"),
+        (2, 2, {"data": 2, "context": 2}, "packed"),
     ],
 )
 def test_losses_and_files_are_those_of_one_device(tmp_path, count, devices, mesh, kind):
@@ -173,6 +174,24 @@ def test_the_command_trains_in_two_processes(tmp_path):
     for text, status in command([*run, "--resume"], [], ["--seed", "1"]):
         assert status == 1
         assert "lora-jax train: the processes disagree: `--seed` is 0 in process 0 and 1 in" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "batch", "expected"),
+    [
+        ("fsdp=3", 6, "`--mesh` is fsdp=3, but the number of devices is 2"),
+        ("fdsp=2", 2, "`--mesh` has no axis 'fdsp'; expected data, fsdp, tensor, context"),
+        ("fsdp=2", 3, r"`--batch-size` is 3, but its rows are spread over 2 devices \(fsdp=2\)"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_by_all(tmp_path, mesh, batch, expected):
+    model, data = write_tiny(tmp_path / "model"), tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "red: ", "completion": "rouge"}\n' * 8)
+    run = ["train", "--model", str(model), "--train-data", str(data), "--steps", "2"]
+    run += ["--batch-size", str(batch), "--mesh", mesh, "--output-dir", str(tmp_path / "run")]
+    for text, status in command(run):
+        assert status == 2 and re.search(f"lora-jax train: {expected}", text), text
 
 
 @pytest.mark.parametrize(
