@@ -27,6 +27,7 @@ def show_memory(log: Callable[[str], None]) -> Callable:
 def idle_devices(mesh: Mapping[str, int] | None) -> str:
     """A hint where a run without a mesh leaves devices idle; empty where there is none."""
     count = jax.device_count()
+    # No mesh is made by default: it would decide which batch sizes are valid.
     if mesh is not None or count == 1:
         return ""
     return (

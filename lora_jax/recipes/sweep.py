@@ -195,6 +195,7 @@ def language_task(
     # "auto" packs nothing here: the ranks are scored an example a row.
     if config.packing is True:
         raise ValueError("a sweep has no packed rows: leave `packing` out")
+    # A length of 0 is an error of `examples`, not the model's context.
     length = model.config.context if max_length is None else max_length
     data, choosing, judged = (
         examples(part, model.tokenizer, max_length=length) for part in (train, tuning, scored)
