@@ -162,7 +162,7 @@ def totals(model, params, batches):
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=pytest.mark.slow if kind in ("tied head", "layers apart") else ())
+        pytest.param(kind, marks=() if kind in ("lora", "nf4") else pytest.mark.slow)
         for kind in LOSSES
     ],
 )
@@ -208,9 +208,8 @@ def test_under_dropout_a_changed_example_changes_no_loss_of_its_neighbours():
 @pytest.mark.parametrize(
     "kind",
     [
-        "nf4",
         "accumulation",
-        *(pytest.param(k, marks=pytest.mark.slow) for k in ("lora", "dropout")),
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("lora", "nf4", "dropout")),
     ],
 )
 def test_on_a_mesh_the_losses_are_those_of_one_device(kind):
