@@ -1,10 +1,11 @@
-"""Llama's decoder: grouped-query attention and a gated MLP, with a norm before each.
+"""Llama's decoder: grouped-query attention and an MLP or a mixture of experts, with norms.
 
     x <- x + Attention(RMSNorm(x))
     x <- x + W_down (act(W_gate n) * W_up n),  n = RMSNorm(x)
 
-Modules and parameters are Flax NNX's, module names are Hugging Face's. The families that
-share this decoder differ only in their configuration (`lora_jax.models.families`).
+Modules and parameters are Flax NNX's, module names are Hugging Face's. The families that share this
+decoder differ only in their configuration (`lora_jax.models.families`): in where the norms are,
+which blocks rotate or have a window, factors, biases, and the kind of MLP.
 
 B batch, T new tokens, D width, N query heads, K key/value heads, H size of a head, V vocabulary.
 """
