@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models import kernels
-from lora_jax.models.context import check_tokens, of_whole_rows, over_tokens
+from lora_jax.models.context import check_tokens, over_tokens
 from lora_jax.models.rope import Rotation, rotate
 from lora_jax.models.sharding import ROWS
 
@@ -92,7 +92,7 @@ def attention(
 
     Args:
       tokens: (b, t) new tokens; only their shape is read.
-      mask: true at real tokens; None where all are.
+      mask: true at real tokens of whole rows; None where all are.
       cache: the tokens before these, or None.
       segments: the text of each token where rows hold several, without a cache; no token attends
         to another text's.
@@ -107,7 +107,6 @@ def attention(
     """
     if cache is None:
         check_tokens(tokens.shape[1], over)
-        mask, segments = (of_whole_rows(x, over) for x in (mask, segments))
         attend_of = _without_cache(
             mask, segments, mixing=mixing, rotations=rotations, wanted=wanted, over=over
         )

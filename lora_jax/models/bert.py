@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models.bert_config import CLASSIFICATION, MASKED_LM, BertConfig
-from lora_jax.models.context import check_tokens, of_whole_rows, over_tokens
+from lora_jax.models.context import check_tokens, of_own_tokens, of_whole_rows, over_tokens
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -298,7 +298,7 @@ def hidden_states(
     """
     check_tokens(tokens.shape[1], over)
     if positions is None:
-        positions = _positions(tokens, config)
+        positions = of_own_tokens(_positions(of_whole_rows(tokens, over), config), over)
     if token_type_ids is None:
         token_type_ids = jnp.zeros_like(tokens)
     # Keys that all queries and heads attend to, (b, 1, 1, t).

@@ -60,11 +60,20 @@ def over_tokens(
     return in_place(mixed, q)
 
 
-def of_whole_rows(x: AnyArray | None, axis: str | None) -> AnyArray | None:
-    """A mask or the like, (b, t), for all tokens of a row; outside of a `shard_map` it is that."""
+def of_whole_rows(x: Any, axis: str | None) -> Any:
+    """Tokens, a mask or the like, (b, t), of whole rows, which it is outside of a `shard_map`."""
     if x is None or axis not in jax.sharding.get_abstract_mesh().manual_axes:
         return x
     return lax.all_gather(x, axis, axis=1, tiled=True)
+
+
+def of_own_tokens(x: Array, axis: str | None) -> Array:
+    """Of whole rows, (b, s), a device's own part inside of a `shard_map`, and all of it outside."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if axis not in mesh.manual_axes:
+        return x
+    size = x.shape[1] // mesh.shape[axis]
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * size, size, axis=1)
 
 
 def check_tokens(count: int, axis: str | None) -> None:

@@ -196,8 +196,8 @@ TABLE: tuple[Row, ...] = (
 def kernel_for(
     wanted: AttentionName,
     q: Float[Array, "b t n h"],
-    mask: Bool[AnyArray, "b t"] | None,
-    segments: Int[AnyArray, "b t"] | None,
+    mask: Bool[AnyArray, "b s"] | None,
+    segments: Int[AnyArray, "b s"] | None,
     *,
     slides: bool | Array,
     window: int | None,

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache, Stored, attention, positions_of, starts_of
+from lora_jax.models.context import of_own_tokens, of_whole_rows
 from lora_jax.models.kernels import AttentionName, check_attention
 from lora_jax.models.layers import Specs, automatic, on_rows, on_tokens, run_blocks
 from lora_jax.models.llama import CausalLM
@@ -146,8 +147,12 @@ class Forward:
         cache: Cache | None,
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         """Runs the decoder up to its final norm; returns that and the cache."""
+        # The new tokens after a cache are few.
+        over = self.tokens if cache is None else None
+        mask, segments = (of_whole_rows(x, over) for x in (mask, segments))
         if positions is None:
-            counted = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]  # (1, t)
+            count = of_whole_rows(tokens, over).shape[1]
+            counted = jnp.arange(count, dtype=jnp.int32)[None]  # (1, t)
             positions = counted if mask is None else positions_of(mask)
             if segments is not None:
                 # Padding is at 0, which makes no text longer than it is.
@@ -155,10 +160,9 @@ class Forward:
             if cache is not None:
                 # Real tokens only: padding in the cache has no position.
                 positions = positions + cache.valid.sum(axis=1, dtype=jnp.int32)[:, None]
+            positions = of_own_tokens(positions, over)
         config = self.config
         rotations = lm.rotations(config, positions)
-        # The new tokens after a cache are few.
-        over = self.tokens if cache is None else None
         attend_of, stored, cache = attention(
             tokens, mask, cache, segments=segments, mixing=config.mixing, rotations=rotations,
             wanted=self.attention, over=over,

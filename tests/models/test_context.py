@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax import models
@@ -111,6 +112,25 @@ def test_adapters_for_each_token_compute_as_on_one_device():
     with jax.set_mesh(models.make_mesh(**SIZES)):
         got = of(spread(model.forward))
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("others", ["segments", pytest.param("mask", marks=pytest.mark.slow)])
+def test_inside_a_shard_map_each_device_has_its_own_tokens(others):
+    model = family("llama")
+    tokens, segments, _ = packed(lengths=((7, 1, 5, 9), (16, 6)))
+    inputs = {"segments": segments} if others == "segments" else {"mask": segments > 0}
+    forward = dataclasses.replace(model.forward, tokens="context")
+
+    def own(params, tokens, inputs):
+        return forward.apply(params, tokens, **inputs)
+
+    apart = P(None, "context")
+    with jax.set_mesh(models.make_mesh(context=8)):
+        mapped = jax.shard_map(own, in_specs=(P(), apart, apart), out_specs=apart, check_vma=False)
+        got = jax.jit(mapped)(model.params, tokens, inputs)
+    want = jax.jit(model.apply)(model.params, tokens, **inputs)
+    real = segments > 0
+    assert np.abs(got - want)[real].max() <= 1e-5 * np.abs(want).max()
 
 
 def test_tokens_that_the_devices_cannot_share_are_refused():
