@@ -132,6 +132,18 @@ FAULTS = [
         ("(given.needs_base or wanted.needs_base)", "given.needs_base"),
     ),
     *in_file(
+        "models/context.py",
+        "tests/models/test_context.py tests/train/test_wire.py",
+        ("lax.axis_index(axis) * q.shape[1], *others", "0, *others"),
+        ("PartitionSpec(rows, axis, heads)", "PartitionSpec(None, axis, None)"),
+        ("if count % mesh.shape[axis]:", "if False:"),
+    ),
+    *in_file(
+        "train/batches.py",
+        "tests/train/test_context.py",
+        ("return apart.swapaxes(1, 2)", "return apart"),
+    ),
+    *in_file(
         "models/mesh.py",
         "tests/train/test_wire.py tests/train/test_mesh.py",
         ("for a in axes_of(entry) if a not in spread]", "for a in axes_of(entry)]"),

@@ -10,10 +10,14 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models, train
+from lora_jax.models.mesh import entered, model_on, placement
 from lora_jax.models.sharding import RULES
 from lora_jax.train.batches import by_place, make_batch
 from lora_jax.train.buckets import Bucket
 from lora_jax.train.examples import Example
+from lora_jax.train.loss import losses_of
+from lora_jax.train.mesh import batch_on, rows_of
+from lora_jax.train.preparation import layout
 
 from tests.support.mesh_runs import KINDS, LLAMA, adapted, data, make, one_device, run
 
@@ -75,12 +79,39 @@ def test_evaluation_and_generation_give_the_numbers_of_one_device():
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
+def test_a_loss_in_chunks_is_that_of_one_device():
+    model = make()
+
+    def of(params: Any, chunk: int) -> tuple[Any, Any]:
+        at = placement(model, params)
+        with entered(at):
+            rows = rows_of(at, params)
+            config = train.TrainConfig(batch_size=8, buckets=1, steps=1, progress=False)
+            loader = layout(model, data(), config, rows).loader
+            batch = batch_on(jax.tree.map(lambda x: x[0], train.once(loader)[0]), at)
+            losses = losses_of(model_on(model, params, at), rows, chunk_bytes=chunk)
+
+            def loss(params: Any) -> jax.Array:
+                each = losses(params, batch.tokens, batch.positions, batch.targets)
+                return (each * batch.weights).sum()
+
+            return jax.jit(jax.value_and_grad(loss))(params)
+
+    want, wanted = of(model.params, 2**27)
+    mesh = models.make_mesh(fsdp=2, context=2, tensor=2)
+    got, found = of(lora.sharding.place(model.params, mesh, RULES), 4 * 128 * 3)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
+
+
 def batch_of(lengths: Sequence[int], **sizes: int) -> train.Batch:
     """The one batch of examples with tokens 1, 2, ... of which the later half is learned."""
     numbers = [np.arange(1, n + 1, dtype=np.int32) for n in lengths]
     examples = [Example(x, x > len(x) // 2, "") for x in numbers]
-    layout = train.loader(examples, batch_size=len(lengths), buckets=1, **sizes)
-    return make_batch(layout, Bucket(layout.ladder[0], np.arange(len(lengths))))
+    loader = train.loader(examples, batch_size=len(lengths), buckets=1, **sizes)
+    return make_batch(loader, Bucket(loader.ladder[0], np.arange(len(lengths))))
 
 
 def test_places_follow_the_devices_that_hold_their_tokens():
