@@ -146,6 +146,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         _check_counts(self, "max_new_tokens", "batch_size")
+        _check_number("seed", self.seed, lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1")
         _check_number("temperature", self.temperature, lambda x: x >= 0, "at least 0")
         _check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
 

@@ -164,6 +164,7 @@ def test_a_model_without_tokenizer(model):
     [
         ("max_new_tokens", 0),
         ("batch_size", 0),
+        ("seed", -1),
         ("temperature", -1),
         ("top_p", 0),
         ("top_p", 1.1),
