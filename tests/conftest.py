@@ -33,28 +33,9 @@ import importlib.util  # noqa: E402
 import re  # noqa: E402
 import resource  # noqa: E402
 import signal  # noqa: E402
-import threading  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-
-# A context of MLIR takes 8 ms of each compilation. Later releases of JAX take each one ten times,
-# as is done here for 0.10; more often would let what it has interned grow.
-if metadata.version("jax").startswith("0.10."):
-    from jax._src.interpreters import mlir
-
-    class _Reused(threading.local):
-        context, left = None, 0
-
-    _reused, _make_ir_context = _Reused(), mlir.make_ir_context
-
-    def _context():
-        if not _reused.left:
-            _reused.context, _reused.left = _make_ir_context(), 10
-        _reused.left -= 1
-        return _reused.context
-
-    mlir.make_ir_context = _context
 
 # LORA_JAX_TYPES=1, as in `make check` and `make test-all`, compares annotated shapes with the
 # arrays.
