@@ -13,10 +13,12 @@ import jax.numpy as jnp
 
 from lora_jax import hf, models, processes, train
 from lora_jax.analysis.step_memory.fit import parse_bytes
+from lora_jax.array import leaves_by_path
 from lora_jax.compat import EXTRAS, check_installed
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import check_new
+from lora_jax.hf.peft.index import with_fused_experts
 from lora_jax.methods.loftq import undivided
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.remat import Remat
@@ -141,6 +143,8 @@ def finetune(
     else:
         weights = _weights_for_start(model, job, lora_config)
         params = init_adapter(model, lora_config, seed=train_config.seed, weights=weights)
+    # What cannot be saved at the end is refused before the first step.
+    with_fused_experts(leaves_by_path(params), lora_config)
     log(format_trainable_parameters(params))
     if hint := idle_devices(job.mesh):
         log(hint)

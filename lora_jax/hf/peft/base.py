@@ -124,6 +124,8 @@ def check_names(tensors: Iterable[str], base: str) -> None:
     if any(fnmatchcase(name, glob) for name in names for glob in WRAPPED.ignored):
         # transformers renames old checkpoints of images and texts when it loads them.
         names |= unified(names, WRAPPED).keys()
+    # So it does with the modules of Mixtral.
+    names |= {name.replace(".block_sparse_moe.", ".mlp.") for name in names}
     there = {name.rpartition(".")[0] for name in names}
     for key in tensors:
         module = key.removeprefix(PREFIX).partition(".lora_")[0]

@@ -166,6 +166,9 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
     """The config with adapted experts, gate beside up in one array, among `target_parameters`.
 
     transformers has such experts as parameters of one module; PEFT finds no module for each.
+
+    Raises:
+      ValueError: the config has what PEFT does not have for parameters.
     """
     fused = {
         bare(path).removesuffix(".gate_up_proj") for path in leaves if bare(path).endswith(FUSED)
@@ -181,6 +184,12 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
         named = [f"{names.module_name(module, at)}.{parameter}" for at, r in ranks.items() if r]
         short = ".".join((*module.split(".")[-2:], parameter))
         entries += [short] if len(named) == len(ranks) else named
+    for name in ("use_dora", "lora_bias", "dropout") if entries else ():
+        if getattr(config, name):
+            raise ValueError(
+                f"`{name}` does not work with experts in PEFT, and `{entries[0]}` is adapted: "
+                f"leave `{name}` out, or the experts (`exclude_modules` of gate_up_proj, down_proj)"
+            )
     return replace(config, target_parameters=(*config.target_parameters, *entries))
 
 

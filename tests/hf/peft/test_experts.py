@@ -124,6 +124,35 @@ def test_our_adapter_in_peft_and_back(family, case, saved, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+def test_a_directory_of_mixtral_is_the_base_of_its_adapter(saved, tmp_path):
+    """transformers 5 renames the modules of its files."""
+    directory = saved("mixtral")[1]
+    base = lora.models.load(directory)
+    config = lora.LoraConfig(rank=2, target_modules="all-linear")
+    plan = lora.plan(config, base.apply, base.params, TOKENS)
+    params = noisy(lora.init(jax.random.key(0), plan, base.params))
+    save_peft(tmp_path / "a", params, config, base_model_name=str(directory))
+    fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == str(directory)
+
+
+@pytest.mark.parametrize("option", [dict(use_dora=True), dict(dropout=0.1), dict(lora_bias=True)])
+def test_what_peft_lacks_for_experts_is_refused(option, saved, tmp_path):
+    base = lora.models.load(saved("mixtral")[1])
+    config = lora.LoraConfig(rank=2, target_modules="all-linear", **option)
+    plan = lora.plan(config, base.apply, base.params, TOKENS)
+    params = lora.init(jax.random.key(0), plan, base.params)
+    (name,) = option
+    with pytest.raises(ValueError, match=f"`{name}` does not work with experts in PEFT, and .mlp"):
+        save_peft(tmp_path / "a", params, config, model_type="mixtral")
+    without = lora.LoraConfig(
+        rank=2, target_modules="all-linear", exclude_modules=("gate_up_proj", "down_proj"), **option
+    )
+    plan = lora.plan(without, base.apply, base.params, TOKENS)
+    params = lora.init(jax.random.key(0), plan, base.params)
+    save_peft(tmp_path / "b", params, without, model_type="mixtral")
+
+
 def torch_gradients(model) -> dict:
     """Gradients of `sum(sin(logits))` for PEFT's adapters, by the names in its file."""
     import peft
