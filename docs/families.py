@@ -43,7 +43,7 @@ def table() -> str:
             kind in gguf,
             decoder,
         )
-        mesh = "rows, fsdp, tensor" if kind in DIALECTS else "rows, fsdp"
+        mesh = "rows, tokens, fsdp, tensor" if kind in DIALECTS else "rows, tokens, fsdp"
         rows.append((f"`{kind}`", *("yes" if fact else "" for fact in facts), mesh))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

@@ -49,7 +49,7 @@ class Devices:
 
     Attributes:
       mesh: spread weights and rows over the devices: `axis=devices` separated by spaces, of the
-        axes `data`, `fsdp` and `tensor`; -1 is what the others leave.
+        axes `data`, `fsdp`, `tensor` and `context`; -1 is what the others leave.
       distributed: the run has several processes, each started with the same command, as SLURM,
         Open MPI, Kubernetes or a TPU pod describes them, or the next three settings.
       coordinator: HOST:PORT of process 0, where no such scheduler describes the processes.
