@@ -56,13 +56,18 @@ def placement(model: Any, params: Any) -> Placement | None:
     if given is None:
         return None
     forward = getattr(model, "forward", None)
-    mesh = Mesh(given.devices, given.axis_names) if hasattr(forward, "rows") else given
+    mesh = _automatic(given) if hasattr(forward, "rows") else given
     rows = getattr(forward, "rows", ())
     # Models of others have no `rows`: XLA's partitioner then finds the places of activations.
     if not rows and AxisType.Explicit not in mesh.axis_types:
         rows = (a for a in ROWS if a in mesh.axis_names)
     spreads = hasattr(forward, "tokens") and mesh.shape.get(TOKENS, 1) > 1
     return Placement(mesh, tuple(rows), given, TOKENS if spreads else None)
+
+
+def _automatic(mesh: Mesh) -> Mesh:
+    """The same mesh with automatic axes, whatever the types of its own."""
+    return Mesh(mesh.devices, mesh.axis_names)
 
 
 def _mesh_in_use() -> Mesh | None:
@@ -111,11 +116,10 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
 
     def placed(x: Any) -> Any:
         found = getattr(x, "sharding", None)
-        if not isinstance(found, NamedSharding) or not isinstance(found.mesh, Mesh):
-            return processes.put(x, everywhere)
-        if found.mesh == mesh:
+        lies = isinstance(found, NamedSharding) and isinstance(found.mesh, Mesh)
+        if lies and found.mesh == mesh:
             return x
-        if found.mesh.axis_names != mesh.axis_names or (found.mesh.devices != mesh.devices).any():
+        if not lies or _automatic(found.mesh) != _automatic(mesh):
             return processes.put(x, everywhere)
         # The same mesh with axes of another type: the parts stay as they are.
         parts = [shard.data for shard in x.addressable_shards]

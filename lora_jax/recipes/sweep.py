@@ -19,14 +19,7 @@ from lora_jax.compat import EXTRAS, check_installed, require
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import write_text
-from lora_jax.models.mesh import (
-    Placement,
-    check_rows,
-    entered,
-    model_on,
-    params_on,
-    placement,
-)
+from lora_jax.models.mesh import Placement, check_rows, entered, model_on, params_on, placement
 from lora_jax.recipes.finetune import join, load_model
 from lora_jax.recipes.generate import generate_texts
 from lora_jax.recipes.reports import idle_devices

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax import models, train
-from lora_jax.models.mesh import Placement, placement
+from lora_jax.models.mesh import Placement, on_mesh, placement
 from lora_jax.models.sharding import RULES
 from lora_jax.train.memory import format_memory, memory
 
@@ -100,6 +100,14 @@ def test_explicit_axes_spread_the_rows_too_and_get_the_results():
         results.append((result.memory, evaluated, texts))
     # The same bytes in a step: rows that every device computes take eight times as many.
     assert results[0] == results[1]
+
+
+def test_what_lies_on_a_mesh_of_another_shape_is_copied():
+    one, other = models.make_mesh(data=2, fsdp=4), models.make_mesh(data=4, fsdp=2)
+    x = jax.device_put(np.arange(8.0), NamedSharding(one, P("fsdp")))
+    moved = on_mesh({"x": x}, other)["x"]
+    assert moved.sharding == NamedSharding(other, P())
+    np.testing.assert_array_equal(moved, x)
 
 
 @pytest.mark.parametrize("inside", [False, True])
