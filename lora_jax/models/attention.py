@@ -22,7 +22,6 @@ from lora_jax.dims import AnyArray
 from lora_jax.models import kernels
 from lora_jax.models.context import check_tokens, over_tokens
 from lora_jax.models.rope import Rotation, rotate
-from lora_jax.models.sharding import ROWS
 
 # Bytes of float32 scores that training holds at once on a device.
 MOST_SCORES = 2**28
@@ -320,16 +319,11 @@ def _by_queries(
 
 
 def _spread_over(rows: int, heads: int) -> tuple[int, int]:
-    """The devices that rows, and key heads, are spread over in the mesh of the context.
-
-    By the axes of `lora_jax.models.sharding`. A number that they do not divide is not spread.
-    """
+    """The devices that rows, and key heads, are spread over in the mesh of the context."""
     mesh = jax.sharding.get_abstract_mesh()
-    # Inside `shard_map` shapes are a device's own along the axes that are mapped.
-    sizes = {a: n for a, n in mesh.shape.items() if a not in mesh.manual_axes}
-    devices = math.prod(sizes.get(axis, 1) for axis in ROWS)
-    tensor = sizes.get("tensor", 1)
-    return (1 if rows % devices else devices), (1 if heads % tensor else tensor)
+    of_rows, of_heads = kernels.spread(mesh, rows, heads)
+    devices = math.prod(mesh.shape[axis] for axis in of_rows or ())
+    return devices, 1 if of_heads is None else mesh.shape[of_heads]
 
 
 def _near(
