@@ -290,6 +290,23 @@ def read_layer_types(raw: Mapping[str, Any], default: tuple[bool, ...]) -> tuple
     return tuple(kind == SLIDING for kind in raw["layer_types"])
 
 
+def all_but_every(period: int, blocks: int) -> tuple[bool, ...]:
+    """True but for every block whose number is a multiple of the period, counted from 1."""
+    return tuple((block + 1) % period != 0 for block in range(blocks))
+
+
+def read_windows(raw: Mapping[str, Any], period: int) -> dict[str, Any]:
+    """The window, and which blocks slide: as `layer_types` has them, or all but one of a period."""
+    default = all_but_every(period, raw["num_hidden_layers"])
+    slides = read_layer_types(raw, default)
+    return {"sliding_window": raw["sliding_window"], "sliding_layers": slides}
+
+
+def write_windows(config: Any) -> dict[str, Any]:
+    """The reverse of `read_windows`."""
+    return {"sliding_window": config.sliding_window, "layer_types": write_layer_types(config)}
+
+
 def write_layer_types(config: Any) -> list[str]:
     """The reverse of `read_layer_types`."""
     return [SLIDING if slides else FULL for slides in config.mixing.slides]

@@ -8,7 +8,7 @@ those rotate.
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.dialect import Dialect, Norms, read_layer_types, write_layer_types
+from lora_jax.models.dialect import Dialect, Norms, read_windows, write_windows
 
 _PERIOD = 4  # every fourth block has no window
 _FIELDS = ("attention_bias", "layer_norm_eps", "logit_scale")
@@ -62,16 +62,12 @@ def _write(config: Any) -> dict[str, Any]:
 
 
 def _read2(raw: Mapping[str, Any]) -> dict[str, Any]:
-    period = raw["sliding_window_pattern"]
-    blocks = tuple((block + 1) % period != 0 for block in range(raw["num_hidden_layers"]))
-    slides = read_layer_types(raw, blocks)
-    windows = {"sliding_window": raw["sliding_window"], "sliding_layers": slides}
-    return {**_read(raw), **windows, "rope_layers": slides}
+    windows = read_windows(raw, raw["sliding_window_pattern"])
+    return {**_read(raw), **windows, "rope_layers": windows["sliding_layers"]}
 
 
 def _write2(config: Any) -> dict[str, Any]:
-    windows = {"sliding_window": config.sliding_window, "layer_types": write_layer_types(config)}
-    return {**_write(config), **windows}
+    return {**_write(config), **write_windows(config)}
 
 
 COHERE = Dialect(

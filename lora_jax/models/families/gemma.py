@@ -15,9 +15,9 @@ from lora_jax.models.dialect import (
     BOTH,
     SLIDING,
     Dialect,
-    read_layer_types,
     read_two_ropes,
-    write_layer_types,
+    read_windows,
+    write_windows,
 )
 
 # Every second (Gemma 2) or sixth (Gemma 3) block has no window.
@@ -44,32 +44,23 @@ def _read_gemma2(raw: Mapping[str, Any]) -> dict[str, Any]:
         **_read_gemma(raw),
         **{name: raw[name] for name in (*_CAPS, "query_pre_attn_scalar")},
         "norms": BOTH,
-        **_windows(raw, _PERIOD_2),
+        **read_windows(raw, _PERIOD_2),
     }
 
 
 def _read_gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
-    windows = _windows(raw, raw["sliding_window_pattern"])
+    windows = read_windows(raw, raw["sliding_window_pattern"])
     if windows["sliding_window"] is None and any(windows["sliding_layers"]):
         # They would attend to all tokens, but with the rotary base of the sliding blocks.
         raise ValueError(f"config: `{SLIDING}` blocks without a `sliding_window` are not supported")
     return {**_read_gemma2(raw), "qk_norm": True, **windows}
 
 
-def _windows(raw: Mapping[str, Any], period: int) -> dict[str, Any]:
-    blocks = tuple((block + 1) % period != 0 for block in range(raw["num_hidden_layers"]))
-    return {
-        "sliding_window": raw["sliding_window"],
-        "sliding_layers": read_layer_types(raw, blocks),
-    }
-
-
 def _write_gemma2(config: Any) -> dict[str, Any]:
     return {
         **_write_gemma(config),
         **{name: getattr(config, name) for name in (*_CAPS, "query_pre_attn_scalar")},
-        "sliding_window": config.sliding_window,
-        "layer_types": write_layer_types(config),
+        **write_windows(config),
     }
 
 

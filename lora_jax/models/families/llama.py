@@ -7,7 +7,7 @@ keys, Granite factors, Seed-OSS a bias of its own on the output, Arcee an MLP wi
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.dialect import Dialect, read_layer_types, write_layer_types
+from lora_jax.models.dialect import Dialect, all_but_every, read_layer_types, write_windows
 
 _FACTORS = (
     "embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier",
@@ -31,18 +31,13 @@ def _read_ministral(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window": raw["sliding_window"], "sliding_layers": slides}
 
 
-def _write_ministral(config: Any) -> dict[str, Any]:
-    return {"sliding_window": config.sliding_window, "layer_types": write_layer_types(config)}
-
-
 def _read_smollm3(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Despite its name, `no_rope_layers` has 1 for blocks that rotate."""
     if raw.get("use_sliding_window") or any(read_layer_types(raw, ())):
         raise ValueError("config: `use_sliding_window` is not supported for `smollm3`")
     layers = raw.get("no_rope_layers")
     if layers is None:
-        each, count = raw["no_rope_layer_interval"], raw["num_hidden_layers"]
-        layers = [(block + 1) % each != 0 for block in range(count)]
+        layers = all_but_every(raw["no_rope_layer_interval"], raw["num_hidden_layers"])
     return {**_read_llama(raw), "rope_layers": tuple(bool(rotates) for rotates in layers)}
 
 
@@ -86,7 +81,7 @@ MINISTRAL = Dialect(
     architecture="MinistralForCausalLM",
     fields=("layer_types", "sliding_window"),
     read=_read_ministral,
-    write=_write_ministral,
+    write=write_windows,
     defaults=MISTRAL.defaults,
 )
 

@@ -17,10 +17,10 @@ from lora_jax.models.dialect import (
     SLIDING,
     Dialect,
     Norms,
-    read_layer_types,
     read_rope,
     read_two_ropes,
-    write_layer_types,
+    read_windows,
+    write_windows,
 )
 from lora_jax.models.rope import scaling_to_hf
 
@@ -44,20 +44,8 @@ def _write_olmo2(config: Any) -> dict[str, Any]:
     return {"attention_bias": config.qkv_bias}
 
 
-def _windows(raw: Mapping[str, Any], period: int) -> dict[str, Any]:
-    blocks = tuple((block + 1) % period != 0 for block in range(raw["num_hidden_layers"]))
-    return {
-        "sliding_window": raw["sliding_window"],
-        "sliding_layers": read_layer_types(raw, blocks),
-    }
-
-
-def _write_windows(config: Any) -> dict[str, Any]:
-    return {"sliding_window": config.sliding_window, "layer_types": write_layer_types(config)}
-
-
 def _write_olmo3(config: Any) -> dict[str, Any]:
-    out = {**_write_olmo2(config), **_write_windows(config)}
+    out = {**_write_olmo2(config), **write_windows(config)}
     local, full = config.rope_local_base_freq, config.rope_theta
     if local in (None, _THETA) and full == _THETA:
         return out
@@ -77,7 +65,7 @@ def _read_exaone4(raw: Mapping[str, Any]) -> dict[str, Any]:
     pattern = raw["sliding_window_pattern"]
     if isinstance(pattern, str):  # "LLLG": one letter a block of a period, G without a window
         pattern = len(pattern)
-    windows = _windows(raw, pattern)
+    windows = read_windows(raw, pattern)
     return {**common, **windows, "rope_layers": windows["sliding_layers"]}
 
 
@@ -112,7 +100,7 @@ OLMO2 = Dialect(
 OLMO3 = Dialect(
     architecture="Olmo3ForCausalLM",
     fields=("attention_bias", "layer_types", "sliding_window"),
-    read=lambda raw: {**_read_olmo2(raw), **_windows(raw, _PERIOD)},
+    read=lambda raw: {**_read_olmo2(raw), **read_windows(raw, _PERIOD)},
     write=_write_olmo3,
     defaults={**OLMO2.defaults, "rope_theta": _THETA, "sliding_window": 4096},
     rope=read_two_ropes,
@@ -122,7 +110,7 @@ EXAONE4 = Dialect(
     architecture="Exaone4ForCausalLM",
     fields=("layer_types", "sliding_window", "sliding_window_pattern"),
     read=_read_exaone4,
-    write=_write_windows,
+    write=write_windows,
     defaults={
         "rms_norm_eps": 1e-5,
         "sliding_window": 4096,
