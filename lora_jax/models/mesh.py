@@ -50,9 +50,8 @@ def placement(model: Any, params: Any) -> Placement | None:
     model of the user's own has to name them: there every operation of a model must state how it
     treats sharded rows.
     """
-    shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(params))
-    meshes = (s.mesh for s in shardings if isinstance(s, NamedSharding))
-    given = next((m for m in meshes if isinstance(m, Mesh) and m.size > 1), None) or _mesh_in_use()
+    meshes = map(_mesh_of, jax.tree.leaves(params))
+    given = next((m for m in meshes if m is not None and m.size > 1), None) or _mesh_in_use()
     if given is None:
         return None
     forward = getattr(model, "forward", None)
@@ -68,6 +67,12 @@ def placement(model: Any, params: Any) -> Placement | None:
 def _automatic(mesh: Mesh) -> Mesh:
     """The same mesh with automatic axes, whatever the types of its own."""
     return Mesh(mesh.devices, mesh.axis_names)
+
+
+def _mesh_of(x: Any) -> Mesh | None:
+    """The mesh that an array lies on, or None."""
+    mesh = getattr(getattr(x, "sharding", None), "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
 
 
 def _mesh_in_use() -> Mesh | None:
@@ -115,15 +120,14 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def placed(x: Any) -> Any:
-        found = getattr(x, "sharding", None)
-        lies = isinstance(found, NamedSharding) and isinstance(found.mesh, Mesh)
-        if lies and found.mesh == mesh:
+        found = _mesh_of(x)
+        if found == mesh:
             return x
-        if not lies or _automatic(found.mesh) != _automatic(mesh):
+        if found is None or _automatic(found) != _automatic(mesh):
             return processes.put(x, everywhere)
         # The same mesh with axes of another type: the parts stay as they are.
         parts = [shard.data for shard in x.addressable_shards]
-        where = NamedSharding(mesh, found.spec, memory_kind=found.memory_kind)
+        where = NamedSharding(mesh, x.sharding.spec, memory_kind=x.sharding.memory_kind)
         return jax.make_array_from_single_device_arrays(x.shape, where, parts)
 
     return jax.tree.map(placed, tree)

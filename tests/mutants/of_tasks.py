@@ -148,7 +148,7 @@ FAULTS = [
         "tests/train/test_wire.py tests/train/test_mesh.py",
         ("for a in axes_of(entry) if a not in spread]", "for a in axes_of(entry)]"),
         ("if batch_size % at.parts:", "if False:"),
-        ("lies = isinstance(found, NamedSharding) and", "lies = False and"),
+        ("if found is None or _automatic", "if True or _automatic"),
     ),
     *in_file(
         "processes.py",
