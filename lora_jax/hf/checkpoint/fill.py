@@ -47,6 +47,10 @@ class _Tensor(NamedTuple):
     name: str
     axes: tuple[int, ...] | None
 
+    def wanted(self, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape in the checkpoint, of a leaf's layer of this shape."""
+        return [(self.name, shape_there(shape, self.axes))]
+
     def read(self, weights: Weights, part: Part) -> np.ndarray:
         """A part of the leaf's layer, with a slice of each of its dims; () is all of it."""
         found = weights.read(self.name, shape_there(part, self.axes if part else None))
@@ -68,6 +72,11 @@ class _Beside(NamedTuple):
     def axes(self) -> tuple[int, ...] | None:
         """The order of the dims of each."""
         return self.parts[0].axes
+
+    def wanted(self, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+        """As `_Tensor.wanted`, of each."""
+        each = (*shape[:-1], self.size)
+        return [found for part in self.parts for found in part.wanted(each)]
 
     def read(self, weights: Weights, part: Part) -> np.ndarray:
         """As `_Tensor.read`."""
@@ -145,7 +154,7 @@ def fill(
         name: shape
         for leaf in leaves
         for tensor in leaf.tensors.values()
-        for name, shape in _wanted(tensor, leaf.like.shape[leaf.depth :])
+        for name, shape in tensor.wanted(leaf.like.shape[leaf.depth :])
     }
     check_fit(wanted, weights, ignored=family.ignored)
     return jax.tree.unflatten(tree, filled(leaves, weights, quantize=quantize, spread=spread))
@@ -191,14 +200,6 @@ def _leaf(path: str, like: jax.ShapeDtypeStruct, family: Family) -> Leaf:
         return parts[0] if len(parts) == 1 else _Beside(parts, like.shape[-1] // len(parts))
 
     return Leaf(path, like, {index: tensor(index) for index in indices})
-
-
-def _wanted(tensor: Any, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes in the checkpoint of a leaf's layer."""
-    if isinstance(tensor, _Beside):
-        shape = (*shape[:-1], tensor.size)
-        return [(part.name, shape_there(shape, part.axes)) for part in tensor.parts]
-    return [(tensor.name, shape_there(shape, tensor.axes))]
 
 
 def _filled(leaf: Leaf, source: _Source) -> Any:
