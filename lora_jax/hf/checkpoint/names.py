@@ -230,6 +230,11 @@ def tensor_of(path: str, index: Sequence[int] = (), *, family: Family = ANY) -> 
     )
 
 
+def renamed(name: str) -> str:
+    """A name of a checkpoint's router as transformers 5 and PEFT have it."""
+    return name.replace(".block_sparse_moe.gate.", ".mlp.gate.")
+
+
 def tensors_of(path: str, index: Sequence[int] = (), *, family: Family) -> tuple[Tensor, ...]:
     """The Hugging Face tensors of a leaf, or of one block (one expert) of a stacked leaf.
 

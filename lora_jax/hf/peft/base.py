@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_jax.array import is_lora, leaves_by_path
 from lora_jax.files import read_json
-from lora_jax.hf.checkpoint.names import WRAPPED, unified
+from lora_jax.hf.checkpoint.names import WRAPPED, renamed, unified
 from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.peft.index import PREFIX
 from lora_jax.hf.peft.tying import HEAD
@@ -124,8 +124,7 @@ def check_names(tensors: Iterable[str], base: str) -> None:
     if any(fnmatchcase(name, glob) for name in names for glob in WRAPPED.ignored):
         # transformers renames old checkpoints of images and texts when it loads them.
         names |= unified(names, WRAPPED).keys()
-    # So it does with the modules of Mixtral.
-    names |= {name.replace(".block_sparse_moe.", ".mlp.") for name in names}
+    names |= set(map(renamed, names))
     there = {name.rpartition(".")[0] for name in names}
     for key in tensors:
         module = key.removeprefix(PREFIX).partition(".lora_")[0]

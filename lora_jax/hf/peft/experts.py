@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lora_jax.config.lora import LoraConfig
+from lora_jax.hf.checkpoint.names import renamed
 from lora_jax.hf.peft.index import FUSED, PREFIX
 
 _Layer = Literal["gate", "up", "down"]
@@ -49,7 +50,7 @@ def fused(
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None or match["layer"] not in _LAYERS:
-            rest[key.replace(".block_sparse_moe.gate.", ".mlp.gate.")] = tensor
+            rest[renamed(key)] = tensor
             continue
         place = (match["block"], _LAYERS[match["layer"]], match["part"])
         found.setdefault(place, {})[int(match["expert"])] = tensor
