@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 
 from lora_jax import compat, paths, processes
 from lora_jax.array import LoraArray, LoraStack, RowsArray, SavedArray, is_leaf
-from lora_jax.config.arguments import check_argument, check_tree, kind_of
+from lora_jax.config.arguments import check_argument, check_tree, kind_of, quoted
 from lora_jax.dims import in_dims
 from lora_jax.quant import sharding as quant_sharding
 from lora_jax.quant.array import QuantArray, form_of, is_quant
@@ -282,14 +282,13 @@ def _warn_of_whole(whole: _Whole, mesh: Mesh, rules: Rules, *, stacklevel: int) 
             f"every device holds all of {_first(whole.undivided)}: the axis divides none of the "
             f"dims that it may shard, of the mesh {shape}"
         )
-    used = [a for a, n in shape.items() if n > 1]
-    if unknown := [a for a in used if a not in (*COPIED, *known)]:
+    if unknown := _unknown_axes(rules, shape):
         texts.append(
-            f"every device holds all weights along {_quoted(unknown)} of the mesh {shape}: the "
-            f"rules name {_quoted(known) or 'no axis'}; take a mesh of axes that they name "
+            f"every device holds all weights along {quoted(unknown)} of the mesh {shape}: the "
+            f"rules name {quoted(known) or 'no axis'}; take a mesh of axes that they name "
             "(`lora.models.make_mesh`), or rules that name the mesh's"
         )
-    if whole.unnamed and any(a in known for a in used):
+    if whole.unnamed and any(shape.get(a, 1) > 1 for a in known):
         texts.append(
             f"every device holds all of {_first(whole.unnamed)}: none of the rules' `leaves` "
             "matches; add a `LeafDims` with the dims, or one without dims where a copy is meant"
@@ -302,14 +301,16 @@ def _first(named: Sequence[str]) -> str:
     return ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
 
 
-def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names)
-
-
 def _axes(rules: Rules) -> list[str]:
     """The mesh axes that the rules name, those first that may shard the fewest dims."""
     named = [axis for axes in rules.axes.values() for axis in axes]
     return sorted(dict.fromkeys(named), key=named.count)
+
+
+def _unknown_axes(rules: Rules, mesh_shape: Mapping[str, int]) -> list[str]:
+    """The axes of several devices that no rule names, without those that copy weights."""
+    known = (*COPIED, *_axes(rules))
+    return [axis for axis, size in mesh_shape.items() if size > 1 and axis not in known]
 
 
 def specs(shapes: Any, rules: Rules, mesh_shape: Mapping[str, int]) -> Any:
@@ -337,11 +338,10 @@ def specs(shapes: Any, rules: Rules, mesh_shape: Mapping[str, int]) -> Any:
       PartitionSpec('fsdp', None)
     """
     check_tree("shapes", shapes)
-    known = _axes(rules)
-    if unknown := [a for a, n in mesh_shape.items() if n > 1 and a not in (*COPIED, *known)]:
+    if unknown := _unknown_axes(rules, mesh_shape):
         raise ValueError(
-            f"`mesh_shape` has the axis {_quoted(unknown)}, and the rules name "
-            f"{_quoted(known)}: take their axes, or rules that name yours"
+            f"`mesh_shape` has the axis {quoted(unknown)}, and the rules name "
+            f"{quoted(_axes(rules))}: take their axes, or rules that name yours"
         )
     return jax.tree_util.tree_map_with_path(
         lambda path, x: _leaf_spec(paths.spell(path), x, rules, mesh_shape, whole=None),

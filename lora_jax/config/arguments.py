@@ -3,7 +3,7 @@
 import functools
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -106,6 +106,11 @@ def kind_of(value: Any) -> str:
         return f"the function `{value.__name__}`"
     shown = f" {value!r}" if isinstance(value, bool | int | float | str) else ""
     return f"`{type(value).__name__}`{shown}"
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Names in an error text, in quotation marks."""
+    return ", ".join(f'"{name}"' for name in names)
 
 
 def plain(value: Any) -> Any:

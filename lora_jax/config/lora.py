@@ -6,20 +6,22 @@ The names follow PEFT's where they mean the same; `from_peft` and `to_peft` tran
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
 import regex
 
-from lora_jax.config.arguments import set_plain_fields, with_known_fields
+from lora_jax.config.arguments import quoted, set_plain_fields, with_known_fields
 from lora_jax.config.peft import fields_from_peft, fields_to_peft, with_peft_names
 from lora_jax.config.starts import STARTS, find_start
 
 ALL_LINEAR = "all-linear"
 
 BIASES = ("none", "all", "lora_only")
+# What PEFT does not have for `target_parameters`.
+NOT_FOR_PARAMETERS = ("use_dora", "lora_bias", "dropout")
 
 
 # Static, like a plan: an argument of `jit` that is compared, not traced.
@@ -311,9 +313,9 @@ def _check_layers(config: LoraConfig) -> None:
 
 def _check_choices(config: LoraConfig) -> None:
     if config.bias not in BIASES:
-        raise ValueError(f"`bias` must be one of {_spelled(BIASES)}, got {config.bias!r}")
+        raise ValueError(f"`bias` must be one of {quoted(BIASES)}, got {config.bias!r}")
     init = config.init
-    known = _spelled(start.name for start in STARTS if start.known)
+    known = quoted(start.name for start in STARTS if start.known)
     if not isinstance(init, str):
         raise TypeError(
             f'`init` must be one of {known}, got {init!r}; PEFT\'s True is "default", its False is '
@@ -369,13 +371,9 @@ def _check_combinations(config: LoraConfig) -> None:
         raise ValueError(
             f'lora_bias=True works with init="default" or "random" only, got "{config.init}"'
         )
-    for name in ("use_dora", "lora_bias", "dropout") if config.target_parameters else ():
+    for name in NOT_FOR_PARAMETERS if config.target_parameters else ():
         if getattr(config, name):
             raise ValueError(
                 f"`target_parameters` does not work with {name}={getattr(config, name)!r} in PEFT: "
                 "leave one out, or name the parameters in `target_modules`"
             )
-
-
-def _spelled(names: Iterable[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names)

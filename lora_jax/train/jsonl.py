@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lora_jax.config.arguments import quoted
 from lora_jax.files import half_character
 from lora_jax.train import messages
 from lora_jax.train.messages import Message, kind_of
@@ -161,7 +162,7 @@ def _form_of(
     if len(found) == 1:
         return found[0]
     what = "none of them" if not found else " and ".join(f'"{names[f]}"' for f in found)
-    have = ", ".join(f'"{k}"' for k in value) or "no field"
+    have = quoted(value) or "no field"
     choose = f"; choose by `fields`: {found[0]}={names[found[0]]}" if found else ""
     raise ValueError(f"{source}: expected {_HOW}, got {what} (fields: {have}){choose}")
 

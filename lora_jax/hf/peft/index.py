@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_jax.array import LoraArray, RowsArray, SavedArray
 from lora_jax.config import matching
-from lora_jax.config.lora import LoraConfig
+from lora_jax.config.lora import NOT_FOR_PARAMETERS, LoraConfig
 from lora_jax.dims import sizes, stack_dims
 from lora_jax.hf.checkpoint import names
 from lora_jax.paths import bare, expand, module_of
@@ -184,7 +184,7 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
         named = [f"{names.module_name(module, at)}.{parameter}" for at, r in ranks.items() if r]
         short = ".".join((*module.split(".")[-2:], parameter))
         entries += [short] if len(named) == len(ranks) else named
-    for name in ("use_dora", "lora_bias", "dropout") if entries else ():
+    for name in NOT_FOR_PARAMETERS if entries else ():
         if getattr(config, name):
             raise ValueError(
                 f"`{name}` does not work with experts in PEFT, and `{entries[0]}` is adapted: "
