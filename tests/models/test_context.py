@@ -40,6 +40,23 @@ def close(got, want, gradients, wanted):
         assert np.linalg.norm(a - b) <= 1e-5 * max(np.linalg.norm(b), 1e-3)
 
 
+def check_spread(model, tokens, real, **inputs):
+    """Values at real tokens, and gradients, with tokens spread and on one device."""
+
+    def of(forward):
+        def loss(params):
+            out = forward.apply(params, tokens, **inputs)
+            return jnp.sum(jnp.sin(out) * real[..., None]), out
+
+        (_, out), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.params)
+        return np.asarray(out)[real], gradient
+
+    want, wanted = of(model.forward)
+    with jax.set_mesh(models.make_mesh(**SIZES)):
+        got, gradient = of(spread(model.forward))
+    close(got, want, gradient, wanted)
+
+
 def cases():
     for case in CASES:
         quick = case in (("gemma3_text", "segments", 800), ("gemma2", "mask", None))
@@ -55,18 +72,7 @@ def test_a_decoder_computes_as_on_one_device(kind, others, scores, monkeypatch):
     real = segments > 0
     inputs = {"segments": segments} if others == "segments" else {"mask": real}
 
-    def of(forward):
-        def loss(params):
-            logits = forward.apply(params, tokens, **inputs)
-            return jnp.sum(jnp.sin(logits) * real[..., None]), logits
-
-        (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.params)
-        return np.asarray(logits)[real], gradient
-
-    want, wanted = of(model.forward)
-    with jax.set_mesh(models.make_mesh(**SIZES)):
-        got, gradient = of(spread(model.forward))
-    close(got, want, gradient, wanted)
+    check_spread(model, tokens, real, **inputs)
 
 
 @pytest.mark.parametrize("model_type", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
@@ -82,18 +88,7 @@ def test_an_encoder_computes_as_on_one_device(model_type):
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 2, 64)
     mask = jnp.arange(16) < jnp.array([[16], [11]])
 
-    def of(forward):
-        def loss(params):
-            out = forward.apply(params, tokens, mask=mask, return_hidden=True)
-            return jnp.sum(jnp.sin(out) * mask[..., None]), out
-
-        (_, out), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.params)
-        return np.asarray(out)[mask], gradient
-
-    want, wanted = of(model.forward)
-    with jax.set_mesh(models.make_mesh(**SIZES)):
-        got, gradient = of(spread(model.forward))
-    close(got, want, gradient, wanted)
+    check_spread(model, tokens, mask, mask=mask, return_hidden=True)
 
 
 @pytest.mark.slow

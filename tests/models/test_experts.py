@@ -1,39 +1,35 @@
 """Mixtures of experts: Mixtral, Qwen3-MoE and OLMoE against transformers, and the cost."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.array import delta, dense, is_lora
 from lora_jax.models import config_from_hf
 from lora_jax.models.experts import ragged, sort_by_expert, tile_count, tile_size, tiled
-from lora_jax.models.saving import save_merged
 from lora_jax.quant import QuantConfig
 from lora_jax.train.flops import training_flops
 
-from tests.support.oracle import oracle
+from tests.support.decoder_checks import (
+    check_blocks_apart,
+    check_greedy_text,
+    check_logits,
+    check_saved_again,
+    quick_jit,
+)
 from tests.support.torch_models import (
     DECODER_SIZES,
     TOLERANCE,
-    both_paddings,
-    greedy,
-    load,
     saver,
     texts,
-    theirs,
-    written,
 )
 
 pytestmark = pytest.mark.once
 
 PLACE = "models/experts"
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SIZES = dict(DECODER_SIZES, pad_token_id=0)
 QWEN3 = dict(
     SIZES, model_type="qwen3_moe", head_dim=8, moe_intermediate_size=12, num_experts=6,
@@ -61,70 +57,31 @@ def saved(tmp_path_factory):
     return saver(PLACE, CASES, tmp_path_factory)
 
 
-def positions_of(mask):
-    return np.maximum(mask.cumsum(1) - 1, 0)
-
-
 @pytest.mark.oracle
 @pytest.mark.parametrize(
     "case", [c if c in ONE_EACH else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
 )
 def test_logits_are_transformers(saved, case):
-    there, directory = saved(case)
-    model = models.load(directory)
-    tokens, mask = both_paddings()
-    want = oracle(
-        f"{PLACE}/{case}.logits", lambda: theirs(there(), tokens, mask, positions_of(mask))
-    )
-    got = np.asarray(quick_jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
-    assert np.abs(got - want)[mask].max() <= TOLERANCE
-    assert config_from_hf(model.config.to_hf()) == model.config
+    check_logits(saved, PLACE, case)
 
 
 @pytest.mark.oracle
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["mixtral with a window", "qwen3_moe", "olmoe"])
 def test_greedy_text_is_transformers(saved, case):
-    """From prompts of 12, 7 and 1 tokens."""
-    there, directory = saved(case)
-    model = models.load(directory)
-    tokens, mask = texts("left")
-    prompts = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
-    want = oracle(f"{PLACE}/{case}.greedy", lambda: greedy(there(), tokens, mask, 16))
-    assert models.generate(model, model.params, prompts, max_new_tokens=16) == want
+    check_greedy_text(saved, PLACE, case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["mixtral", "olmoe"])
 def test_blocks_that_are_not_stacked_compute_the_same(saved, case):
-    _, directory = saved(case)
-    stacked, apart = (models.load(directory, scan=scan) for scan in (True, False))
-    tokens, mask = texts("left")
-    mask = jnp.asarray(mask)
-    a = np.asarray(quick_jit(stacked.apply)(stacked.params, tokens, mask=mask))
-    b = np.asarray(quick_jit(apart.apply)(apart.params, tokens, mask=mask))
-    np.testing.assert_allclose(a[mask], b[mask], atol=2e-5)
+    check_blocks_apart(saved, case)
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
 def test_what_is_saved_is_the_same_to_transformers(saved, case, tmp_path):
-    there, directory = saved(case)
-    model = models.load(directory)
-    again = tmp_path / "again"
-    save_merged(again, model, model.params)
-    ours, base = (load_file(place / "model.safetensors") for place in (again, directory))
-    assert ours.keys() == base.keys()
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], base[name], err_msg=name)
-
-    def read():
-        tokens, mask = texts("right")
-        got, want = (theirs(m, tokens, mask, positions_of(mask)) for m in (load(again), there()))
-        return {"from": written(again), "same": bool((got[mask] == want[mask]).all())}
-
-    answer = oracle(f"{PLACE}/{case}.again", read)
-    assert answer == {"from": written(again), "same": True}
+    check_saved_again(saved, PLACE, case, tmp_path)
 
 
 def adapted(model, **fields):

@@ -1,24 +1,27 @@
 """Gemma, Gemma 2, Gemma 3, Phi-3, GPT-2, and Qwen's mixed windows, against transformers."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.array import delta, is_lora
-from lora_jax.models import config_from_hf
 from lora_jax.models.saving import save_merged
 
+from tests.support.decoder_checks import (
+    check_blocks_apart,
+    check_greedy_text,
+    check_logits,
+    check_saved_again,
+    positions_of,
+    quick_jit,
+)
 from tests.support.oracle import oracle
 from tests.support.torch_models import (
     DECODER_SIZES,
     TOLERANCE,
-    both_paddings,
     greedy,
     load,
     saver,
@@ -31,8 +34,6 @@ pytestmark = pytest.mark.once
 
 PLACE = "models/families"
 
-# Compiling is most of what these tests do.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SIZES = dict(DECODER_SIZES, pad_token_id=0)
 SLIDING, FULL = "sliding_attention", "full_attention"
 GEMMA2 = dict(SIZES, model_type="gemma2", head_dim=16, sliding_window=4, query_pre_attn_scalar=9)
@@ -88,22 +89,10 @@ def saved(tmp_path_factory):
     return saver(PLACE, CASES, tmp_path_factory)
 
 
-def positions_of(mask):
-    return np.maximum(mask.cumsum(1) - 1, 0)
-
-
 @pytest.mark.oracle
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_transformers(saved, case):
-    there, directory = saved(case)
-    model = models.load(directory)
-    tokens, mask = both_paddings()
-    positions = positions_of(mask)
-    want = oracle(f"{PLACE}/{case}.logits", lambda: theirs(there(), tokens, mask, positions))
-    got = np.asarray(quick_jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
-    assert got.dtype == np.float32
-    assert np.abs(got - want)[mask].max() <= TOLERANCE
-    assert config_from_hf(model.config.to_hf()) == model.config
+    check_logits(saved, PLACE, case)
 
 
 @pytest.mark.oracle
@@ -132,13 +121,7 @@ def test_the_text_model_of_a_gemma3_that_sees_images(tmp_path_factory):
 @pytest.mark.oracle
 @pytest.mark.parametrize("case", ONE_EACH[1:])
 def test_greedy_text_is_transformers(saved, case):
-    """From prompts of 12, 7 and 1 tokens, beyond windows."""
-    there, directory = saved(case)
-    model = models.load(directory)
-    tokens, mask = texts("left")
-    prompts = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
-    want = oracle(f"{PLACE}/{case}.greedy", lambda: greedy(there(), tokens, mask, 16))
-    assert models.generate(model, model.params, prompts, max_new_tokens=16) == want
+    check_greedy_text(saved, PLACE, case)
 
 
 @pytest.mark.oracle
@@ -167,14 +150,7 @@ def test_draws_are_counted_on_where_a_text_outgrows_the_trained_context(saved):
 
 @pytest.mark.parametrize("case", ["gemma3", "phi3", "gpt2"])
 def test_blocks_that_are_not_stacked_compute_the_same(saved, case):
-    _, directory = saved(case)
-    stacked, apart = (models.load(directory, scan=scan) for scan in (True, False))
-    tokens, mask = texts("left")
-    mask = jnp.asarray(mask)
-    a = np.asarray(quick_jit(stacked.apply)(stacked.params, tokens, mask=mask))
-    b = np.asarray(quick_jit(apart.apply)(apart.params, tokens, mask=mask))
-    # The same operations; XLA may fuse them differently.
-    np.testing.assert_allclose(a[mask], b[mask], atol=2e-5)
+    check_blocks_apart(saved, case)
 
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -256,20 +232,4 @@ def test_adapters_stay_low_rank_and_train(saved, case, tmp_path):
     "case", ["gemma3 that reaches far", "phi3 long", "qwen3 mixed", "gpt2 with a head of its own"]
 )
 def test_what_is_saved_is_the_same_to_transformers(saved, case, tmp_path):
-    there, directory = saved(case)
-    model = models.load(directory)
-    again = tmp_path / "again"
-    save_merged(again, model, model.params)
-    ours, base = (load_file(place / "model.safetensors") for place in (again, directory))
-    assert ours.keys() == base.keys()
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], base[name], err_msg=name)
-
-    def read():
-        tokens, mask = texts("right")
-        positions = positions_of(mask)
-        got, want = (theirs(m, tokens, mask, positions) for m in (load(again), there()))
-        return {"from": written(again), "same": bool((got[mask] == want[mask]).all())}
-
-    answer = oracle(f"{PLACE}/{case}.again", read)
-    assert answer == {"from": written(again), "same": True}
+    check_saved_again(saved, PLACE, case, tmp_path)

@@ -12,12 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax import models
 
+from tests.support.decoder_checks import check_greedy_text
 from tests.support.oracle import oracle
 from tests.support.torch_models import (
     DECODER_SIZES,
     TOLERANCE,
     both_paddings,
-    greedy,
     saver,
     texts,
     theirs,
@@ -162,13 +162,7 @@ def test_a_saved_bfloat16_model_loads_exactly(saved, tmp_path):
 @pytest.mark.oracle
 @pytest.mark.parametrize("case", ["llama3", "mistral that sees 3 tokens", "qwen3"])
 def test_greedy_text_is_transformers(saved, case):
-    there, directory = saved(case)
-    model = models.load(directory)
-    tokens, mask = texts("left")
-    prompts = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
-    want = oracle(f"{PLACE}/{case}.greedy", lambda: greedy(there(), tokens, mask, 20))
-    got = models.generate(model, model.params, prompts, max_new_tokens=20)
-    assert got == want
+    check_greedy_text(saved, PLACE, case, count=20)
 
 
 @pytest.mark.oracle

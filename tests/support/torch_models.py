@@ -28,6 +28,17 @@ DECODER_SIZES = dict(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
+# Of models whose adapters are compared with PEFT's.
+ADAPTED_SIZES = dict(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=32,
+    pad_token_id=0,
+)
 
 # The spread of tensors that transformers begins with a constant.
 AROUND = 0.1

@@ -20,22 +20,12 @@ from tests.support.oracle import oracle, seeded
 from tests.support.peft_llama import TOKENS, jax_logits, torch_logits
 from tests.support.peft_oracle import assert_same_files, close, peft_reads, peft_wrote
 from tests.support.peft_trees import noisy
-from tests.support.torch_models import saver
+from tests.support.torch_models import ADAPTED_SIZES, saver
 
 pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
 PLACE = "hf/peft/experts"
-SIZES = dict(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=32,
-    num_experts_per_tok=2,
-    pad_token_id=0,
-)
+SIZES = dict(ADAPTED_SIZES, num_experts_per_tok=2)
 FAMILIES = {
     "mixtral": dict(SIZES, model_type="mixtral", num_local_experts=4),
     "qwen3_moe": dict(

@@ -18,38 +18,30 @@ from lora_jax.hf import load_peft, save_peft
 from tests.support.peft_llama import TOKENS, jax_logits, torch_logits
 from tests.support.peft_oracle import assert_same_files, close, peft_reads, peft_wrote
 from tests.support.peft_trees import noisy
-from tests.support.torch_models import saver
+from tests.support.torch_models import ADAPTED_SIZES, saver
 
 pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
 PLACE = "hf/peft/families"
 
-SIZES = dict(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=32,
-    pad_token_id=0,
-)
 FAMILIES = {
-    "mistral": dict(SIZES, model_type="mistral", sliding_window=4, tie_word_embeddings=False),
-    "qwen2": dict(SIZES, model_type="qwen2", tie_word_embeddings=False),
-    "qwen3": dict(SIZES, model_type="qwen3", head_dim=8),
-    "gemma": dict(SIZES, model_type="gemma", head_dim=8, attention_bias=True),
-    "gemma2": dict(SIZES, model_type="gemma2", head_dim=8, sliding_window=4),
-    "gemma3": dict(SIZES, model_type="gemma3_text", head_dim=8, sliding_window=4),
-    "phi3": dict(SIZES, model_type="phi3"),
-    "olmo2": dict(SIZES, model_type="olmo2"),
-    "exaone4": dict(SIZES, model_type="exaone4", sliding_window=4),
-    "glm4": dict(SIZES, model_type="glm4", head_dim=8),
-    "smollm3": dict(SIZES, model_type="smollm3", no_rope_layers=[1, 0]),
-    "granite": dict(SIZES, model_type="granite", residual_multiplier=0.5),
-    "seed_oss": dict(SIZES, model_type="seed_oss", head_dim=8),
-    "arcee": dict(SIZES, model_type="arcee"),
-    "cohere2": dict(SIZES, model_type="cohere2", sliding_window=4),
+    "mistral": dict(
+        ADAPTED_SIZES, model_type="mistral", sliding_window=4, tie_word_embeddings=False
+    ),
+    "qwen2": dict(ADAPTED_SIZES, model_type="qwen2", tie_word_embeddings=False),
+    "qwen3": dict(ADAPTED_SIZES, model_type="qwen3", head_dim=8),
+    "gemma": dict(ADAPTED_SIZES, model_type="gemma", head_dim=8, attention_bias=True),
+    "gemma2": dict(ADAPTED_SIZES, model_type="gemma2", head_dim=8, sliding_window=4),
+    "gemma3": dict(ADAPTED_SIZES, model_type="gemma3_text", head_dim=8, sliding_window=4),
+    "phi3": dict(ADAPTED_SIZES, model_type="phi3"),
+    "olmo2": dict(ADAPTED_SIZES, model_type="olmo2"),
+    "exaone4": dict(ADAPTED_SIZES, model_type="exaone4", sliding_window=4),
+    "glm4": dict(ADAPTED_SIZES, model_type="glm4", head_dim=8),
+    "smollm3": dict(ADAPTED_SIZES, model_type="smollm3", no_rope_layers=[1, 0]),
+    "granite": dict(ADAPTED_SIZES, model_type="granite", residual_multiplier=0.5),
+    "seed_oss": dict(ADAPTED_SIZES, model_type="seed_oss", head_dim=8),
+    "arcee": dict(ADAPTED_SIZES, model_type="arcee"),
+    "cohere2": dict(ADAPTED_SIZES, model_type="cohere2", sliding_window=4),
     "gpt2": dict(model_type="gpt2", vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=32),
 }
 # These differ from the others in what they compute, not in their modules.
