@@ -102,3 +102,15 @@ def run(model, settings: dict, training: dict, mesh=None, *, stop_after: int | N
 def one_device(kind: str):
     options, settings, training = KINDS[kind]
     return run(make(**options), settings, training)
+
+
+def check_mesh(kind: str, mesh: Any) -> None:
+    """A kind of run has the losses and adapters of one device."""
+    options, settings, training = KINDS[kind]
+    losses, adapters = run(make(**options), settings, training, mesh)
+    want, expected = one_device(kind)
+    relative = 1e-5 if kind != "bfloat16" else 1e-2
+    np.testing.assert_allclose(losses, want, rtol=relative)
+    for x, y in zip(jax.tree.leaves(adapters), jax.tree.leaves(expected), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert np.linalg.norm(x - y) <= relative * np.linalg.norm(y)
