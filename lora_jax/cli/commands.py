@@ -66,7 +66,7 @@ def sweep_sections() -> list[Section]:
     # A sweep sets these itself, or gives every rank the same.
     chosen = {"rank_pattern", "alpha_pattern", "extra"}
     swept = {"learning_rate", "seed", "eval_every", "save_every", "keep", "tensorboard",
-             "accumulation", "packing", "packed_length"}  # fmt: skip
+             "accumulation", "balance_experts", "packing", "packed_length"}  # fmt: skip
     return [
         Section("", LanguageSweepConfig),
         Section("sweep", SweepConfig),

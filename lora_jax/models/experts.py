@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.layers import ACTIVATIONS, kept
@@ -34,6 +34,18 @@ class Chosen(NamedTuple):
 
     experts: Int[Array, "m k"]
     weights: Float[Array, "m k"]
+
+
+class Load(NamedTuple):
+    """How tokens are spread over experts: sums over tokens, and over the blocks so far.
+
+    Attributes:
+      chosen: how many tokens chose each expert.
+      likely: the probabilities of each expert.
+    """
+
+    chosen: Float[Array, " e"]
+    likely: Float[Array, " e"]
 
 
 class Order(NamedTuple):
@@ -94,9 +106,17 @@ class MixtureMLP(nnx.Module):
         self.normalized = config.norm_topk_prob
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return self.counted(x, None)[0]
+
+    def counted(
+        self, x: Float[Array, "b t d"], real: Bool[Array, "b t"] | None
+    ) -> tuple[Float[Array, "b t d"], Load | None]:
+        """The output, and the load of the experts by the tokens that are `real`, if given."""
         rows = x.reshape(-1, x.shape[-1])  # (m, d)
-        chosen = choose_experts(self.gate(rows), self.count, normalized=self.normalized)
-        return self.experts(rows, chosen).reshape(x.shape)
+        logits = self.gate(rows)
+        chosen = choose_experts(logits, self.count, normalized=self.normalized)
+        load = None if real is None else load_of(logits, chosen.experts, real.reshape(-1))
+        return self.experts(rows, chosen).reshape(x.shape), load
 
 
 def choose_experts(logits: Float[Array, "m e"], count: int, *, normalized: bool) -> Chosen:
@@ -106,6 +126,27 @@ def choose_experts(logits: Float[Array, "m e"], count: int, *, normalized: bool)
     if normalized:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     return Chosen(experts, weights)
+
+
+def load_of(
+    logits: Float[Array, "m e"], experts: Int[Array, "m k"], real: Bool[Array, " m"]
+) -> Load:
+    """The load of one block's experts."""
+    count, weights = logits.shape[1], real.astype(jnp.float32)
+    chosen = jnp.zeros(count).at[experts].add(weights[:, None])
+    return Load(chosen, weights @ jax.nn.softmax(logits.astype(jnp.float32), axis=-1))
+
+
+def balance(load: Load) -> Float[Array, ""]:
+    """The load-balancing loss, E Σ_e f_e p_e, as transformers' `load_balancing_loss_func`.
+
+    f_e is the share of tokens that chose e, p_e the mean probability; K if all are alike.
+
+    Source: Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6.
+    """
+    # A token's probabilities add up to 1, so that this is the number of tokens.
+    tokens = jnp.maximum(lax.stop_gradient(load.likely.sum()), 1.0)
+    return load.chosen.size * jnp.sum(load.chosen / tokens * load.likely / tokens)
 
 
 def sort_by_expert(experts: Int[Array, "m k"], count: int) -> Order:

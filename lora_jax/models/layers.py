@@ -232,7 +232,9 @@ def run_blocks(
     return lax.scan(lambda carry, x: (body(*x[:2], carry, *x[2:]), None), carry, xs)[0]
 
 
-def automatic(run: Callable, params: Any, rows: AnyArray, **others: Any) -> Any:
+def automatic(
+    run: Callable, params: Any, rows: AnyArray, *, with_number: bool = False, **others: Any
+) -> Any:
     """`run(params, rows, **others)`, where explicit axes of a mesh are left to XLA's partitioner.
 
     `jax.make_mesh` makes explicit axes, for which every operation of a model must state the
@@ -242,6 +244,7 @@ def automatic(run: Callable, params: Any, rows: AnyArray, **others: Any) -> Any:
       run: the model.
       params: its weights.
       rows: an array whose first dim has the rows of the batch; the results keep their places.
+      with_number: the result is a pair of such results and a number.
       others: further arrays, or None.
     """
     mesh = next(
@@ -250,7 +253,8 @@ def automatic(run: Callable, params: Any, rows: AnyArray, **others: Any) -> Any:
     if mesh is None:
         return run(params, rows, **others)
     places = PartitionSpec(*(compat.spec_of(rows) or (None,))[:1])
-    free: Any = jax.sharding.auto_axes(lambda p, r, o: run(p, r, **o), out_sharding=places)
+    found: Any = (places, PartitionSpec()) if with_number else places
+    free: Any = jax.sharding.auto_axes(lambda p, r, o: run(p, r, **o), out_sharding=found)
     # Outside `jax.set_mesh` the arrays alone have the mesh.
     with jax.sharding.use_abstract_mesh(mesh):
         return free(params, rows, others)

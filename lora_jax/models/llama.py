@@ -13,12 +13,12 @@ B batch, T new tokens, D width, N query heads, K key/value heads, H size of a he
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Attend, Rotations, Stored, choose
 from lora_jax.models.config import LlamaConfig
-from lora_jax.models.experts import MixtureMLP
+from lora_jax.models.experts import Load, MixtureMLP
 from lora_jax.models.layers import ACTIVATIONS, Embedding, RMSNorm, kept, logits_of
 from lora_jax.models.rope import RopeScaling, Rotation, rotation
 
@@ -142,14 +142,35 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t d"], attend: Attend, stored: Stored, block: Int[Array, ""]
     ) -> tuple[Float[Array, "b t d"], Stored]:
+        return self.counted(x, attend, stored, block=block, real=None)[:2]
+
+    def counted(
+        self,
+        x: Float[Array, "b t d"],
+        attend: Attend,
+        stored: Stored,
+        *,
+        block: Int[Array, ""],
+        real: Bool[Array, "b t"] | None,
+    ) -> tuple[Float[Array, "b t d"], Stored, Load | None]:
+        """As a call, and the load of the experts by the tokens that are `real`, if given."""
         norms = self.norms
         inputs = self.normalized(norms.before_attention, x)
         mixed, stored = self.self_attn(inputs, attend, stored, block)
         if self.parallel:
-            return x + self.scaled(mixed) + self.scaled(self.mlp(inputs)), stored
+            out, load = self.run_mlp(inputs, real)
+            return x + self.scaled(mixed) + self.scaled(out), stored, load
         x = x + self.scaled(self.normalized(norms.after_attention, mixed))
-        out = self.mlp(self.normalized(norms.before_mlp, x))
-        return x + self.scaled(self.normalized(norms.after_mlp, out)), stored
+        out, load = self.run_mlp(self.normalized(norms.before_mlp, x), real)
+        return x + self.scaled(self.normalized(norms.after_mlp, out)), stored, load
+
+    def run_mlp(
+        self, x: Float[Array, "b t d"], real: Bool[Array, "b t"] | None
+    ) -> tuple[Float[Array, "b t d"], Load | None]:
+        """The MLP's output, and the load of its experts, if it has any."""
+        if real is None or not isinstance(self.mlp, MixtureMLP):
+            return self.mlp(x), None
+        return self.mlp.counted(x, real)
 
     def normalized(self, name: str | None, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """`x` after the norm of this name, if there is one."""

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache, Stored, attention, positions_of, starts_of
 from lora_jax.models.context import of_own_tokens, of_whole_rows
+from lora_jax.models.experts import Load, balance
 from lora_jax.models.kernels import AttentionName, check_attention
 from lora_jax.models.layers import Specs, automatic, on_rows, on_tokens, run_blocks
 from lora_jax.models.llama import CausalLM
@@ -80,6 +81,7 @@ class Forward:
         segments: Int[AnyArray, "b t"] | None = None,
         cache: Cache | None = None,
         return_hidden: bool = False,
+        balanced: bool = False,
     ) -> Any:
         """Logits, or hidden states, of new tokens.
 
@@ -95,21 +97,28 @@ class Forward:
             own text alone, and positions begin at 0 in each. Not with `mask` or `cache`.
           cache: from `init_cache` or an earlier call. It must have room for the tokens.
           return_hidden: return the input of the head instead of logits.
+          balanced: return the load-balancing loss of the experts too, see
+            `lora_jax.models.experts.balance`.
 
         Returns:
-          Float32 logits (b, t, v), or hidden states (b, t, d) in the compute dtype; with a cache,
-          the pair of that and the new cache.
+          Float32 logits (b, t, v), or hidden states (b, t, d) in the compute dtype; if `balanced`,
+          the pair of that and float32 (); with a cache, the pair of that and the new cache.
 
         Raises:
           ValueError: tokens, mask, segments or positions of another shape or dtype.
         """
         check_inputs(tokens, mask, positions)
         check_segments(tokens, segments, mask=mask, cache=cache)
-        run = partial(self._apply, return_hidden=return_hidden)
+        if balanced and getattr(self.config, "num_experts", None) is None:
+            raise ValueError(
+                f"`balanced` is for mixtures of experts, and `{self.config.model_type}` has no "
+                "experts: leave it out"
+            )
+        run = partial(self._apply, return_hidden=return_hidden, balanced=balanced)
         inputs = {"positions": positions, "mask": mask, "segments": segments, "cache": cache}
-        return automatic(run, params, tokens, **inputs)
+        return automatic(run, params, tokens, with_number=balanced, **inputs)
 
-    @eager.compiled("self", "return_hidden")
+    @eager.compiled("self", "return_hidden", "balanced")
     def _apply(
         self,
         params: Any,
@@ -120,12 +129,19 @@ class Forward:
         segments: Int[AnyArray, "b t"] | None,
         cache: Cache | None,
         return_hidden: bool,
+        balanced: bool,
     ) -> Any:
         lm = nnx.merge(structure(self)[0], params)
-        hidden, new_cache = self._hidden_states(
-            lm, tokens, positions=positions, mask=mask, segments=segments, cache=cache
+        real = None
+        if balanced:
+            everywhere = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
+            real = everywhere if segments is None else jnp.asarray(segments) > 0
+        hidden, new_cache, load = self._hidden_states(
+            lm, tokens, positions=positions, mask=mask, segments=segments, cache=cache, real=real
         )
         out = hidden if return_hidden else lm.head(hidden)
+        if load is not None:
+            out = out, balance(load)
         return out if cache is None else (out, new_cache)
 
     def head(self, params: Any, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
@@ -145,7 +161,8 @@ class Forward:
         mask: Bool[AnyArray, "b t"] | None,
         segments: Int[AnyArray, "b t"] | None,
         cache: Cache | None,
-    ) -> tuple[Float[Array, "b t d"], Cache | None]:
+        real: Bool[AnyArray, "b t"] | None,
+    ) -> tuple[Float[Array, "b t d"], Cache | None, Load | None]:
         """Runs the decoder up to its final norm; returns that and the cache."""
         # The new tokens after a cache are few.
         over = self.tokens if cache is None else None
@@ -175,26 +192,34 @@ class Forward:
         known = {slides: attend_of(slides) for slides in set(config.mixing.slides)}
 
         def run(
-            block: nnx.Module,
-            carry: tuple[Float[Array, "b t d"], Stored],
+            block: Any,
+            carry: tuple[Float[Array, "b t d"], Stored, Load | None],
             number: Int[Array, ""],
             slides: bool | Bool[Array, ""],
-        ) -> tuple[Float[Array, "b t d"], Stored]:
-            x, stored = carry
+        ) -> tuple[Float[Array, "b t d"], Stored, Load | None]:
+            x, stored, load = carry
             attend = known[slides] if isinstance(slides, bool) else attend_of(slides)
-            x, stored = block(on_rows(x, self.rows, over), attend, stored, number)
-            return on_rows(x, self.rows, over), stored
+            x = on_rows(x, self.rows, over)
+            if real is None:
+                x, stored = block(x, attend, stored, number)
+            else:
+                x, stored, own = block.counted(x, attend, stored, block=number, real=real)
+                load = load if own is None else jax.tree.map(jnp.add, load, own)
+            return on_rows(x, self.rows, over), stored, load
 
-        x, stored = run_blocks(
+        load = None
+        if real is not None:
+            load = Load(*(jnp.zeros(config.num_experts) for _ in Load._fields))
+        x, stored, load = run_blocks(
             reduce(getattr, lm.blocks(config), lm),  # by its names, such as `lm.model.layers`
-            (on_rows(embedded, self.rows, over), stored),
+            (on_rows(embedded, self.rows, over), stored, load),
             run,
             wrap=rematerialized(self.remat, self.gathered, offload=self.offload, tokens=over),
             each=config.mixing.slides,
         )
         if cache is not None:
             cache = cache._replace(keys=stored[0], values=stored[1])
-        return lm.final(x), cache
+        return lm.final(x), cache, load
 
     def shapes(self) -> dict[str, Any]:
         """The parameter tree as `jax.ShapeDtypeStruct`s."""

@@ -59,7 +59,7 @@ def fitted(
         batch=config.batch_size,
         accumulation=config.accumulation,
         length=max(found.ladder),
-        packing=found.by_rank is not None,
+        packing=found.segmented,
         dtype=forward.dtype,
         remat=forward.remat,
         offload=forward.offload,

@@ -188,6 +188,8 @@ def language_task(
     # "auto" packs nothing here: the ranks are scored an example a row.
     if config.packing is True:
         raise ValueError("a sweep has no packed rows: leave `packing` out")
+    if config.balance_experts:
+        raise ValueError("a sweep has no `balance_experts`: leave it out")
     # A length of 0 is an error of `examples`, not the model's context.
     length = model.config.context if max_length is None else max_length
     data, choosing, judged = (

@@ -45,7 +45,8 @@ class Batch(NamedTuple):
         token is predicted (the token before it); P == B*T means every place, in order.
       targets: int32 (A, P), the token to be predicted there.
       weights: float32 (A, P), 1 where a learned token is predicted, 0 at fillers.
-      segments: int32 (A, B, T), of packed rows: 1, 2, ... in a row's examples, 0 at padding.
+      segments: int32 (A, B, T): 1, 2, ... in a row's examples, 0 at padding; None of rows that
+        are not packed, unless the loader is `segmented`.
     """
 
     tokens: np.ndarray
@@ -84,6 +85,7 @@ class Loader(NamedTuple):
       parts: number of parts of equally many rows that a microbatch has on a mesh.
       spans: number of parts of equally many tokens that a row has on a mesh.
       by_rank: of packed rows, the row of each example, see `rows_by_rank`.
+      segmented: batches have `segments` even where rows are not packed.
     """
 
     examples: Sequence[Example]
@@ -97,6 +99,7 @@ class Loader(NamedTuple):
     parts: int = 1
     spans: int = 1
     by_rank: np.ndarray | None = None
+    segmented: bool = False
 
 
 def loader(
@@ -111,6 +114,7 @@ def loader(
     parts: int = 1,
     spans: int = 1,
     packed: int | None = None,
+    segmented: bool = False,
 ) -> Loader:
     """Prepares a dataset in length buckets, or packed.
 
@@ -125,6 +129,7 @@ def loader(
       parts: number of devices that the rows of a forward pass are spread over.
       spans: number of devices that the tokens of a row are spread over.
       packed: tokens of a row that holds several examples, in place of buckets.
+      segmented: batches have `segments` even where rows are not packed.
 
     Raises:
       ValueError: the dataset is empty, or the buckets or rows are too short.
@@ -142,6 +147,7 @@ def loader(
         parts=parts,
         spans=spans,
         by_rank=None if packed is None else rows_by_rank(lengths, packed),
+        segmented=segmented or packed is not None,
     )
     if spans > 1:
         # How many of a span's tokens are learned depends on where each example begins.
@@ -292,7 +298,7 @@ def make_batch(loader: Loader, bucket: Bucket) -> Batch:
     return Batch(
         tokens.reshape(shape),
         *(x.reshape(loader.accumulation, -1) for x in (positions, *others)),
-        segments=None if loader.by_rank is None else segments.reshape(shape),
+        segments=segments.reshape(shape) if loader.segmented else None,
     )
 
 

@@ -46,6 +46,9 @@ class TrainConfig:
       beta2: decay rate of AdamW's mean of the squared gradient.
       epsilon: added by AdamW to the root of the mean square.
       clip: maximum global norm of the gradient; None does not clip.
+      balance_experts: add the load-balancing loss of a mixture of experts to the loss of training,
+        times `router_aux_loss_coef` of its config.json, as transformers with
+        `output_router_logits`. The evaluation loss stays without it.
       seed: seed of the data order and of dropout.
       buckets: number of lengths that batches are padded to (chosen to pad the data least), or the
         lengths themselves.
@@ -81,6 +84,7 @@ class TrainConfig:
     beta2: float = 0.999
     epsilon: float = 1e-8
     clip: float | None = 1.0
+    balance_experts: bool = False
     seed: int = 0
     buckets: int | tuple[int, ...] = 4
     packing: Packing = False
@@ -164,6 +168,9 @@ def fixed_fields(config: TrainConfig) -> dict:
     # Of packing, what was chosen counts; the checkpoint has it from the loader.
     free = FREE_FIELDS | {"packing", "packed_length"}
     values = {k: v for k, v in asdict(config).items() if k not in free}
+    # Left out where it adds nothing, so that checkpoints from before it match.
+    if not config.balance_experts:
+        del values["balance_experts"]
     if isinstance(values["buckets"], tuple):
         values["buckets"] = list(values["buckets"])
     return values

@@ -28,14 +28,14 @@ class Evaluator(NamedTuple):
     at: Placement | None
 
 
-def lora_loss(model: Any, rows: Rows = TOGETHER) -> Callable:
+def lora_loss(model: Any, rows: Rows = TOGETHER, *, balance: float = 0.0) -> Callable:
     """The loss that training differentiates: `(trainable, frozen, batch, key) -> sum`.
 
     Args:
       model: see `losses_of`.
-      rows: the same.
+      rows, balance: the same.
     """
-    losses = lorafy(losses_of(model, rows), reverse_only=True)
+    losses = lorafy(losses_of(model, rows, balance=balance), reverse_only=True)
     loss = summed_loss(
         lambda *inputs, **packed: losses(*inputs[:-1], lora_key=inputs[-1], **packed)
     )

@@ -199,7 +199,7 @@ def _fit(
     preparation.check_tokens(model, lora_params, every, length=data.ladder[0])
     tx = optimizer(config, total)
     fresh = meshes.state_on(init_state(jax.random.key(config.seed), trainable, tx), tx, at)
-    loss = lora_loss(model, rows)
+    loss = lora_loss(model, rows, balance=preparation.balance_of(model, config))
     programs = Programs(make_step(loss, tx), donate=(0,), results=meshes.results(fresh, at))
     # Computed once: the base does not change, and reading it takes seconds where it is large.
     described = archives.describe(

@@ -77,7 +77,9 @@ def outputs_of(model: Any) -> Callable:
     return logits
 
 
-def losses_of(model: Any, rows: Rows = TOGETHER, *, chunk_bytes: int = CHUNK_BYTES) -> Callable:
+def losses_of(
+    model: Any, rows: Rows = TOGETHER, *, chunk_bytes: int = CHUNK_BYTES, balance: float = 0.0
+) -> Callable:
     """The model as a function `(params, tokens, positions, targets) -> losses` at those positions.
 
     `lorafy` transforms this function for training. Logits exist for as many positions at a time as
@@ -88,6 +90,8 @@ def losses_of(model: Any, rows: Rows = TOGETHER, *, chunk_bytes: int = CHUNK_BYT
       rows: how the rows of the batch are spread over a mesh.
       chunk_bytes: the largest array of logits on a device. A head of V outputs takes 4·V bytes a
         position.
+      balance: weight of the load-balancing loss of experts, which is added at every position: in
+        a weighted mean it counts once. `model.apply` then has the argument `balanced`.
 
     Returns:
       `losses(params, tokens, positions, targets, *, segments=None)`: tokens int32 (B, T),
@@ -105,7 +109,10 @@ def losses_of(model: Any, rows: Rows = TOGETHER, *, chunk_bytes: int = CHUNK_BYT
     ) -> Float[Array, " p"]:
         # Models of others may have no such argument: their rows are not packed.
         packed = {} if segments is None else {"segments": segments}
-        hidden = model.apply(params, tokens, **packed, return_hidden=True)
+        if balance:
+            hidden, load = model.apply(params, tokens, **packed, return_hidden=True, balanced=True)
+        else:
+            hidden, load = model.apply(params, tokens, **packed, return_hidden=True), 0.0
         hidden = _pick_apart(hidden, positions, rows)
         targets = targets.reshape(rows.count, -1)
         # Once, and not for every chunk.
@@ -122,8 +129,10 @@ def losses_of(model: Any, rows: Rows = TOGETHER, *, chunk_bytes: int = CHUNK_BYT
         vocabulary = jax.eval_shape(model.head, params, one).shape[-1]
         count = -(-4 * vocabulary * hidden.shape[1] // chunk_bytes)
         if count <= 1:
-            return part(hidden, targets)
-        return _in_chunks(jax.checkpoint(part), min(count, hidden.shape[1]), hidden, targets)
+            found = part(hidden, targets)
+        else:
+            found = _in_chunks(jax.checkpoint(part), min(count, hidden.shape[1]), hidden, targets)
+        return found + balance * load if balance else found
 
     return losses
 

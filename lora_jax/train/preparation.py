@@ -151,9 +151,29 @@ def layout(
         epochs=-(-total // choice.steps),
         parts=rows.parts,
         spans=rows.spans,
+        # Without them the load of experts would count padding.
+        segmented=config.balance_experts,
     )
     hint = "; consider packing=True (--packing)" if worth else ""
     return Layout(prepared, total, choice.text + hint)
+
+
+def balance_of(model: Any, config: TrainConfig) -> float:
+    """The weight of the load-balancing loss of experts; 0 unless it is asked for.
+
+    Raises:
+      ValueError: it is asked for, and the model has none.
+    """
+    if not config.balance_experts:
+        return 0.0
+    given = getattr(model, "config", None)
+    weight = getattr(given, "router_aux_loss_coef", 0.0)
+    if getattr(given, "num_experts", None) is None or not weight:
+        raise ValueError(
+            "`balance_experts` is for a mixture of experts whose config.json has a "
+            "`router_aux_loss_coef` above 0: leave it out"
+        )
+    return weight
 
 
 def _row_length(config: TrainConfig, lengths: Sequence[int], spans: int) -> int:
