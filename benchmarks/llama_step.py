@@ -14,6 +14,7 @@ from lora_jax import models, train
 LINEAR = r"model\.layers\..*kernel"
 SIZES = {
     "tiny": dict(hidden=128, inner=256, layers=2, heads=4, kv=2, vocab=512),
+    "3B": dict(hidden=3072, inner=8192, layers=28, heads=24, kv=8, vocab=128256, tied=True),
     "7B": dict(hidden=4096, inner=11008, layers=32, heads=32, kv=32, vocab=32000),
     "8B": dict(hidden=4096, inner=14336, layers=32, heads=32, kv=8, vocab=128256),
     "13B": dict(hidden=5120, inner=13824, layers=40, heads=40, kv=40, vocab=32000),
@@ -21,8 +22,10 @@ SIZES = {
 }
 
 
-def forward_of(size: str, *, length: int, layers: int | None = None) -> models.Forward:
-    """A Llama of a known size, in bfloat16, its blocks scanned and rematerialized."""
+def forward_of(
+    size: str, *, length: int, layers: int | None = None, remat: bool | str = True
+) -> models.Forward:
+    """A Llama of a known size, in bfloat16, its blocks scanned and, by default, rematerialized."""
     s = SIZES[size]
     config = models.LlamaConfig.from_hf(
         {
@@ -30,11 +33,11 @@ def forward_of(size: str, *, length: int, layers: int | None = None) -> models.F
             "num_hidden_layers": layers or s["layers"], "num_attention_heads": s["heads"],
             "num_key_value_heads": s["kv"], "vocab_size": s["vocab"],
             "max_position_embeddings": max(length, 256), "rope_theta": 10000.0,
-            "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "hidden_act": "silu",
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": s.get("tied", False), "hidden_act": "silu",
         }
     )  # fmt: skip
     return models.Forward(
-        config=config, dtype="bfloat16", param_dtype="bfloat16", scan=True, remat=True
+        config=config, dtype="bfloat16", param_dtype="bfloat16", scan=True, remat=remat
     )
 
 
@@ -60,9 +63,9 @@ def base_params(params, form: str | None, *, backend: str):
     return lora.quantize(params, LINEAR, format=form, backend=backend)
 
 
-def adapted(forward: models.Forward, params, *, rank: int, tokens):
-    """LoRA parameters of every linear layer inside the blocks; works on shapes."""
-    config = lora.LoraConfig(rank=rank, alpha=16, target_modules="all-linear")
+def adapted(forward: models.Forward, params, *, rank: int, tokens, targets="all-linear"):
+    """LoRA parameters, by default of every linear layer inside the blocks; works on shapes."""
+    config = lora.LoraConfig(rank=rank, alpha=16, target_modules=targets)
     plan = lora.plan(config, forward.apply, params, tokens)
     return lora.init(jax.random.key(0), plan, params)
 
