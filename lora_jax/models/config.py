@@ -12,6 +12,7 @@ from lora_jax.models.attention import Mixing
 from lora_jax.models.dialect import (
     BEFORE,
     Dialect,
+    Modules,
     Norms,
     check_kinds,
     check_numbers,
@@ -57,19 +58,23 @@ class LlamaConfig:
       rope_layers: for each block whether it rotates queries and keys; None is all of them. With
         windows, those with one rotate.
       tie_word_embeddings: the output head is the embedding table.
-      qkv_bias, o_bias, mlp_bias: which projections have a bias.
+      qkv_bias, o_bias, mlp_bias, head_bias: which projections have a bias.
       qk_norm: queries and keys are normalized head by head.
       qk_norm_whole: with `qk_norm`, all heads of a token are normalized together.
       clip_qkv: queries, keys and values are limited to `[-clip_qkv, clip_qkv]`, or None.
       fused_projections: queries, keys and values are one projection.
+      qkv_by_head: with `fused_projections`, those of each head lie side by side.
       fused_mlp: gate and up are one projection.
       sliding_window: tokens that a token attends to, itself included, or None for all before it.
       sliding_layers: for each block whether it slides; None is all of them, if there is a window.
       hidden_activation: a key of `lora_jax.models.layers.ACTIVATIONS`.
       norm_offset: norms multiply by `1 + scale`.
       norm_centered: norms subtract the mean first.
-      parallel_mlp: the MLP reads what the attention reads, and both are added at once.
+      norm_bias: norms that are centered add a bias.
+      parallel_mlp: the MLP reads what the attention reads, each with its norm or both with the one
+        before the attention, and both are added at once.
       norms: the names of a block's norms: before and after attention and MLP.
+      modules: the names of other modules.
       scale_embeddings: embeddings are multiplied by the root of the width.
       embedding_multiplier: factor of the embeddings.
       residual_multiplier: factor of what attention and MLP add to the residual stream.
@@ -110,18 +115,22 @@ class LlamaConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False
     clip_qkv: float | None = None
     fused_projections: bool = False
+    qkv_by_head: bool = False
     fused_mlp: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
     hidden_activation: str = "silu"
     norm_offset: bool = False
     norm_centered: bool = False
+    norm_bias: bool = False
     parallel_mlp: bool = False
     norms: Norms = BEFORE
+    modules: Modules = Modules()
     scale_embeddings: bool = False
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0

@@ -111,6 +111,15 @@ def read_two_ropes(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**full, "rope_local_base_freq": local["rope_theta"]}
 
 
+def read_partial_rope(given: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """As Llama's, plus the rotated share of a head, which is `share` where none is stated."""
+    name = "partial_rotary_factor"
+    nested = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
+    part = nested.pop(name, None) or given.get(name) or share
+    rest = {**given, "rope_parameters": nested, "rope_scaling": None}
+    return {**read_rope(rest), name: float(part)}
+
+
 class Norms(NamedTuple):
     """The names of a block's norms, by their places; None is no norm there."""
 
@@ -127,6 +136,19 @@ BOTH = Norms(
     "post_feedforward_layernorm",
 )  # fmt: skip
 AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+
+
+class Modules(NamedTuple):
+    """Hugging Face's names of modules that differ between families: by default Llama's."""
+
+    decoder: str = "model"
+    table: str = "embed_tokens"
+    attention: str = "self_attn"
+    fused: str = "qkv_proj"
+    output: str = "o_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    last_norm: str = "norm"
 
 
 class Dialect(NamedTuple):
@@ -190,6 +212,17 @@ def refuse_unsupported(
             )
         if name in neutral and value not in neutral[name]:
             raise ValueError(f"config: `{name}` = {value!r} is not supported")
+
+
+def check_fixed(raw: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Refuses fields that have another value than the one that the forward has.
+
+    Raises:
+      ValueError: one has; null is none.
+    """
+    for name, value in fixed.items():
+        if raw.get(name, value) not in (value, None):
+            raise ValueError(f"config: `{name}` = {raw[name]!r} is not supported, only {value!r}")
 
 
 # More blocks than any model has; what holds a value for each of them must not fill the memory.

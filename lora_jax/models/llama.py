@@ -19,7 +19,7 @@ from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Attend, Rotations, Stored, choose
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.experts import Load, MixtureMLP
-from lora_jax.models.layers import ACTIVATIONS, Embedding, RMSNorm, kept, logits_of
+from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, RMSNorm, kept, logits_of
 from lora_jax.models.rope import RopeScaling, Rotation, rotation
 
 
@@ -41,14 +41,15 @@ class Attention(nnx.Module):
         self.head_dim = size
         # Where a fused projection is cut.
         self.parts = (queries, queries + pairs)
-        self.fused = config.fused_projections
+        self.names, self.fused = config.modules, config.fused_projections
+        self.by_head = config.qkv_by_head
         if self.fused:
-            self.qkv_proj = linear(width, queries + 2 * pairs, config.qkv_bias)
+            setattr(self, self.names.fused, linear(width, queries + 2 * pairs, config.qkv_bias))
         else:
             self.q_proj = linear(width, queries, config.qkv_bias)
             self.k_proj = linear(width, pairs, config.qkv_bias)
             self.v_proj = linear(width, pairs, config.qkv_bias)
-        self.o_proj = linear(queries, width, config.o_bias)
+        setattr(self, self.names.output, linear(queries, width, config.o_bias))
         self.interleaved = config.rotary_dim if config.rope_interleaved else 0
         self.qk_norm = config.qk_norm
         self.norm_whole = config.qk_norm_whole
@@ -63,7 +64,12 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t nh"], Float[Array, "b t kh"], Float[Array, "b t kh"]]:
         """Queries, keys and values of all heads."""
         if self.fused:
-            q, k, v = jnp.split(kept(self.qkv_proj(x)), self.parts, axis=-1)
+            fused = kept(getattr(self, self.names.fused)(x))
+            if self.by_head:
+                apart = fused.reshape(*x.shape[:2], -1, 3, self.head_dim)  # (b, t, n, 3, h)
+                q, k, v = (apart[..., i, :].reshape(*x.shape[:2], -1) for i in range(3))
+            else:
+                q, k, v = jnp.split(fused, self.parts, axis=-1)
             return q, k, v
         return kept(self.q_proj(x)), kept(self.k_proj(x)), kept(self.v_proj(x))
 
@@ -83,7 +89,8 @@ class Attention(nnx.Module):
         if self.interleaved:
             q, k = (_by_halves(y, self.interleaved) for y in (q, k))
         mixed, stored = attend(q, k, v, stored=stored, block=block)  # (b, t, n, h)
-        return kept(self.o_proj(mixed.reshape(*x.shape[:2], -1))), stored
+        output = getattr(self, self.names.output)
+        return kept(output(mixed.reshape(*x.shape[:2], -1))), stored
 
 
 class MLP(nnx.Module):
@@ -103,25 +110,26 @@ class MLP(nnx.Module):
             )
 
         width, inner = config.hidden_size, config.intermediate_size
-        self.activation = config.hidden_activation
+        self.names, self.activation = config.modules, config.hidden_activation
         self.fused, self.gated = config.fused_mlp, config.gated_mlp
         if self.fused:
             self.gate_up_proj = linear(width, 2 * inner)
         else:
-            self.up_proj = linear(width, inner)
+            setattr(self, self.names.up, linear(width, inner))
         if self.gated and not self.fused:
             self.gate_proj = linear(width, inner)
-        self.down_proj = linear(inner, width)
+        setattr(self, self.names.down, linear(inner, width))
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         activation = ACTIVATIONS[self.activation]
+        down = getattr(self, self.names.down)
         if not self.gated:
-            return self.down_proj(activation(kept(self.up_proj(x))))
+            return down(activation(kept(getattr(self, self.names.up)(x))))
         if self.fused:
             gate, up = jnp.split(kept(self.gate_up_proj(x)), 2, axis=-1)
         else:
-            gate, up = kept(self.gate_proj(x)), kept(self.up_proj(x))
-        return self.down_proj(activation(gate) * up)
+            gate, up = kept(self.gate_proj(x)), kept(getattr(self, self.names.up)(x))
+        return down(activation(gate) * up)
 
 
 class Block(nnx.Module):
@@ -130,7 +138,9 @@ class Block(nnx.Module):
     def __init__(
         self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        self.self_attn = Attention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.names = config.modules
+        attention = Attention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        setattr(self, self.names.attention, attention)
         mlp = MLP if config.num_experts is None else MixtureMLP
         self.mlp = mlp(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.norms = config.norms
@@ -156,8 +166,10 @@ class Block(nnx.Module):
         """As a call, and the load of the experts by the tokens that are `real`, if given."""
         norms = self.norms
         inputs = self.normalized(norms.before_attention, x)
-        mixed, stored = self.self_attn(inputs, attend, stored, block)
+        mixed, stored = getattr(self, self.names.attention)(inputs, attend, stored, block)
         if self.parallel:
+            if norms.before_mlp is not None:
+                inputs = self.normalized(norms.before_mlp, x)
             out, load = self.run_mlp(inputs, real)
             return x + self.scaled(mixed) + self.scaled(out), stored, load
         x = x + self.scaled(self.normalized(norms.after_attention, mixed))
@@ -200,13 +212,25 @@ class Decoder(nnx.Module):
         def block() -> Block:
             return Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-        self.embed_tokens = Embedding(
+        self.names = config.modules
+        table = Embedding(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype
         )
+        setattr(self, self.names.table, table)
         numbers = range(config.num_hidden_layers)
         # One block stands for all: `model.stacked` gives its parameters their leading axis.
         self.layers = block() if scan else nnx.Dict({str(i): block() for i in numbers})
-        self.norm = _norm(config, config.hidden_size, param_dtype)
+        setattr(self, self.names.last_norm, _norm(config, config.hidden_size, param_dtype))
+
+    @property
+    def table(self) -> Embedding:
+        """The embedding."""
+        return getattr(self, self.names.table)
+
+    @property
+    def last_norm(self) -> RMSNorm | LayerNorm:
+        """The norm after the last block."""
+        return getattr(self, self.names.last_norm)
 
 
 class Wrapper(nnx.Module):
@@ -230,7 +254,8 @@ class CausalLM(nnx.Module):
     ) -> None:
         self.dtype = dtype
         decoder = Decoder(config, dtype=dtype, param_dtype=param_dtype, scan=scan, rngs=rngs)
-        self.model = Wrapper(decoder) if config.wrapper else decoder
+        self.name = config.modules.decoder
+        setattr(self, self.name, Wrapper(decoder) if config.wrapper else decoder)
         self.tied = config.tie_word_embeddings
         self.softcap = config.final_logit_softcapping
         scale = config.hidden_size**0.5 if config.scale_embeddings else 1.0
@@ -240,7 +265,7 @@ class CausalLM(nnx.Module):
             self.lm_head = nnx.Linear(
                 config.hidden_size,
                 config.vocab_size,
-                use_bias=False,
+                use_bias=config.head_bias,
                 dtype=dtype,
                 param_dtype=param_dtype,
                 rngs=rngs,
@@ -249,32 +274,36 @@ class CausalLM(nnx.Module):
     @property
     def decoder(self) -> Decoder:
         """The decoder, wherever it is."""
-        return self.model.language_model if isinstance(self.model, Wrapper) else self.model
+        found = getattr(self, self.name)
+        return found.language_model if isinstance(found, Wrapper) else found
 
     @staticmethod
     def blocks(config: LlamaConfig) -> tuple[str, ...]:
         """Where the blocks are in the model."""
-        return ("model", "language_model", "layers") if config.wrapper else ("model", "layers")
+        inside = ("language_model",) if config.wrapper else ()
+        return (config.modules.decoder, *inside, "layers")
 
     def embed(
         self, tokens: Int[AnyArray, "b t"], positions: Int[AnyArray, "#b t"]
     ) -> Float[Array, "b t d"]:
         """The input of the first block."""
         del positions  # the blocks rotate by them
-        x = self.decoder.embed_tokens(tokens)
+        x = self.decoder.table(tokens)
         # Gemma's own code rounds the factor to the compute dtype first: in bfloat16 the root of
         # 3072, 55.4256, becomes 55.5.
         return x if self.embedding_scale == 1 else x * jnp.asarray(self.embedding_scale, x.dtype)
 
     def final(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """The input of the head."""
-        return self.decoder.norm(x)
+        return self.decoder.last_norm(x)
 
     def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Logits in float32; products in the compute dtype, sums in float32."""
         # (v, d), or (d, v)
-        weight = self.decoder.embed_tokens.embedding if self.tied else self.lm_head.kernel
+        weight = self.decoder.table.embedding if self.tied else self.lm_head.kernel
         logits = logits_of(hidden, weight.get_value(), tied=self.tied, dtype=self.dtype)
+        if not self.tied and self.lm_head.bias is not None:
+            logits = logits + self.lm_head.bias.get_value().astype(logits.dtype)
         logits = logits if self.logits_scaling == 1 else logits / self.logits_scaling
         return logits if self.softcap is None else jnp.tanh(logits / self.softcap) * self.softcap
 
@@ -320,7 +349,9 @@ def _by_halves(x: Float[Array, "b t n h"], size: int) -> Float[Array, "b t n h"]
     return jnp.concatenate((pairs[..., 0], pairs[..., 1], x[..., size:]), axis=-1)
 
 
-def _norm(config: LlamaConfig, size: int, param_dtype: DTypeLike) -> RMSNorm:
+def _norm(config: LlamaConfig, size: int, param_dtype: DTypeLike) -> RMSNorm | LayerNorm:
+    if config.norm_bias:
+        return LayerNorm(size, eps=config.rms_norm_eps, param_dtype=param_dtype)
     return RMSNorm(
         size,
         eps=config.rms_norm_eps,

@@ -29,6 +29,17 @@ from lora_jax.sharding import AXES, LeafDims, Rules
 ROWS = ("data", "fsdp")  # the axes that the rows of a batch are spread over
 TOKENS = "context"  # the axis that the tokens of a row are spread over
 
+# Of all families; StarCoder2's `c_fc` and `c_proj` are in `layers`, GPT-2's are not.
+_QKV = "q_proj|k_proj|v_proj|qkv_proj|query_key_value"
+_OUT = r"o_proj|self_attn\.dense|attention\.dense"
+_UP = r"gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h|layers\.(\d+\.)?mlp\.c_fc"
+_DOWN = r"down_proj|fc2|dense_4h_to_h|layers\.(\d+\.)?mlp\.c_proj"
+
+
+def _named(modules: str, parameter: str) -> str:
+    return rf"(^|\.)({modules})\.{parameter}$"
+
+
 # Matrices prefer their inputs for `fsdp`: to gather outputs takes a transposed copy of every layer.
 # The tables' rows are looked up, so their features come first.
 RULES = Rules(
@@ -43,16 +54,16 @@ RULES = Rules(
         "tokens": (TOKENS,),
     },
     leaves=(
-        LeafDims(r"(^|\.)embed_tokens\.embedding$", ("vocabulary", "hidden"), (1, 0)),
-        LeafDims(r"(^|\.)(q_proj|k_proj|v_proj|qkv_proj)\.kernel$", ("hidden", "heads")),
-        LeafDims(r"(^|\.)(gate_proj|up_proj|gate_up_proj)\.kernel$", ("hidden", "mlp")),
+        LeafDims(_named("embed_tokens|embed_in", "embedding"), ("vocabulary", "hidden"), (1, 0)),
+        LeafDims(_named(_QKV, "kernel"), ("hidden", "heads")),
+        LeafDims(_named(_UP, "kernel"), ("hidden", "mlp")),
         LeafDims(r"(^|\.)experts\.gate_up_proj$", ("hidden", "mlp")),
         LeafDims(r"(^|\.)experts\.down_proj$", ("mlp", "hidden")),
         LeafDims(r"(^|\.)lm_head\.kernel$", ("hidden", "vocabulary")),
-        LeafDims(r"(^|\.)o_proj\.kernel$", ("heads", "hidden")),
-        LeafDims(r"(^|\.)down_proj\.kernel$", ("mlp", "hidden")),
-        LeafDims(r"(^|\.)(q_proj|k_proj|v_proj|qkv_proj)\.bias$", ("heads",), (0,)),
-        LeafDims(r"(^|\.)(gate_proj|up_proj|gate_up_proj)\.bias$", ("mlp",), (0,)),
+        LeafDims(_named(_OUT, "kernel"), ("heads", "hidden")),
+        LeafDims(_named(_DOWN, "kernel"), ("mlp", "hidden")),
+        LeafDims(_named(_QKV, "bias"), ("heads",), (0,)),
+        LeafDims(_named(_UP, "bias"), ("mlp",), (0,)),
         LeafDims(r"(^|\.)lm_head\.bias$", ("vocabulary",), (0,)),
         LeafDims(r"(^|\.)embedding$", ("other", "hidden"), (1, 0)),
         LeafDims(r"(^|\.)kernel$", ("other", "other")),

@@ -22,6 +22,7 @@ SIZES = dict(DECODER_SIZES, pad_token_id=0, eos_token_id=1)
 SLIDING, FULL = "sliding_attention", "full_attention"
 WINDOW = dict(sliding_window=4)
 YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=8)
+NEOX = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"} | {"model_type": "gpt_neox"}
 CASES = {
     "olmo2": dict(SIZES, model_type="olmo2"),
     "olmo3": dict(
@@ -58,6 +59,19 @@ CASES = {
         attention_bias=True,
     ),
     "cohere2 by default": dict(SIZES, **WINDOW, model_type="cohere2", num_hidden_layers=4),
+    "starcoder2": dict(SIZES, **WINDOW, model_type="starcoder2"),
+    "starcoder2 without biases": dict(
+        SIZES, model_type="starcoder2", use_bias=False, tie_word_embeddings=False
+    ),
+    "gpt_neox": dict(NEOX, rotary_pct=0.5),
+    "gpt_neox in a row": dict(
+        NEOX, use_parallel_residual=False, rotary_pct=1.0, attention_bias=False, hidden_act="relu"
+    ),
+    "phi": dict(SIZES, model_type="phi"),
+    "phi that rotates all": dict(
+        SIZES, model_type="phi", partial_rotary_factor=1.0,
+        rope_scaling=dict(rope_type="linear", factor=2.0),
+    ),
     "ministral": dict(
         SIZES, **WINDOW, model_type="ministral", head_dim=8, layer_types=[SLIDING, FULL, SLIDING]
     ),
@@ -72,6 +86,9 @@ ONE_EACH = (
     "arcee",
     "ministral",
     "cohere2",
+    "starcoder2",
+    "gpt_neox",
+    "phi",
 )
 COSTLY = [c if c in ONE_EACH else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
 
@@ -88,14 +105,26 @@ def test_logits_are_transformers(saved, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", ["olmo3", "exaone4", "glm4", "smollm3", "granite", "arcee", "cohere2"]
+    "case",
+    [
+        "olmo3",
+        "exaone4",
+        "glm4",
+        "smollm3",
+        "granite",
+        "arcee",
+        "cohere2",
+        "starcoder2",
+        "gpt_neox",
+        "phi",
+    ],
 )
 def test_greedy_text_is_transformers(saved, case):
     check_greedy_text(saved, PLACE, case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["exaone4", "smollm3"])
+@pytest.mark.parametrize("case", ["exaone4", "smollm3", "gpt_neox"])
 def test_blocks_that_are_not_stacked_compute_the_same(saved, case):
     check_blocks_apart(saved, case)
 
@@ -167,6 +196,25 @@ PUBLIC = {
         model_type="olmoe", clip_qkv=None, norm_topk_prob=False, num_experts=64,
         num_experts_per_tok=8, output_router_logits=False, router_aux_loss_coef=0.01,
     ),
+    "pythia-1b": dict(
+        model_type="gpt_neox", num_key_value_heads=None, attention_bias=True, bos_token_id=0,
+        eos_token_id=0, hidden_act="gelu", layer_norm_eps=1e-5, rotary_emb_base=10000,
+        rotary_pct=0.25, tie_word_embeddings=False, use_parallel_residual=True,
+        classifier_dropout=0.1, hidden_dropout=0.0,
+    ),
+    "phi-2": dict(
+        model_type="phi", num_key_value_heads=4, embd_pdrop=0.0, resid_pdrop=0.1,
+        hidden_act="gelu_new", layer_norm_eps=1e-5, partial_rotary_factor=0.5,
+        qk_layernorm=False, rope_theta=10000.0, tie_word_embeddings=False, eos_token_id=50256,
+    ),
+    "starcoder2-3b": dict(
+        model_type="starcoder2", activation_function="gelu_pytorch_tanh",
+        attention_softmax_in_fp32=True, embedding_dropout=0.1, residual_dropout=0.1,
+        hidden_act="gelu_pytorch_tanh", layer_norm_epsilon=1e-5, norm_epsilon=1e-5,
+        mlp_type="default", norm_type="layer_norm", rope_theta=999999.4420358813,
+        scale_attention_softmax_in_fp32=True, scale_attn_weights=True, sliding_window=4096,
+        use_bias=True,
+    ),
 }  # fmt: skip
 
 
@@ -184,6 +232,9 @@ def test_public_configurations_are_read_and_come_back(name):
         (dict(model_type="cohere2", rotary_pct=0.5), "`rotary_pct` = 0.5 is not supported"),
         (dict(model_type="smollm3", use_sliding_window=True), "`use_sliding_window` is not"),
         (dict(model_type="smollm3", no_rope_layers=[1]), "1 `rope_layers` for 3"),
+        (dict(model_type="phi", qk_layernorm=True), "`qk_layernorm` = True is not supported"),
+        (dict(model_type="phi", tie_word_embeddings=True), "`tie_word_embeddings` = True is not"),
+        (dict(model_type="starcoder2", norm_type="rms_norm"), "`norm_type` = 'rms_norm' is not"),
         (dict(model_type="olmo4"), "nearest: `olmo2`.* see guides/name-map"),
     ],
 )

@@ -37,6 +37,9 @@ FAMILIES = {
     "glm4": dict(head_dim=8),
     "cohere": {},
     "cohere2": dict(WINDOW, sliding_window_pattern=2),
+    "starcoder2": WINDOW,
+    "gpt_neox": dict(rotary_pct=0.5, num_key_value_heads=4),
+    "phi": {},
     "mixtral": dict(num_local_experts=3),
     "qwen3_moe": dict(head_dim=8, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
     "olmoe": dict(num_experts=3, num_experts_per_tok=2),
@@ -45,7 +48,7 @@ FAMILIES = {
 # These share what attends with others: only among all tests.
 LATER = (
     "ministral", "granite", "seed_oss", "arcee", "olmo2", "olmo3", "glm4", "mixtral", "qwen3_moe",
-    "olmoe", "cohere", "cohere2",
+    "olmoe", "cohere", "cohere2", "starcoder2", "phi",
 )  # fmt: skip
 LENGTHS = ((7, 1, 5, 9), (16, 6), (3, 3, 3, 3, 3))
 LENGTH = 24

@@ -98,6 +98,7 @@ class Leaf(NamedTuple):
 
 _NORM = Rule("*norm", "weight", "scale")
 _EMBEDDING = Rule("*embed_tokens", "weight", "embedding")
+_EMBEDDING_IN = Rule("*embed_in", "weight", "embedding")
 _LINEAR = Rule("*", "weight", "kernel", (1, 0))
 _BIAS = Rule("*", "bias", "bias")
 
@@ -137,6 +138,24 @@ MIXTRAL = replace(
         ),
         Moved("mlp.experts.down_proj", ("block_sparse_moe.experts.{}.w2.weight",)),
     ),
+)
+
+# Linear layers under the names of GPT-2's Conv1D.
+_STARCODER2_RULES = tuple(
+    Rule(f"*layers.mlp.{name}", "weight", "kernel", (1, 0)) for name in ("c_fc", "c_proj")
+)
+STARCODER2 = replace(LLAMA, name="starcoder2", rules=(*_STARCODER2_RULES, *LLAMA.rules))
+
+# transformers 5 has the head as `lm_head`, and in files as `embed_out`.
+NEOX = replace(
+    LLAMA,
+    name="gpt_neox",
+    ignored=(*LLAMA.ignored, "*.attention.bias", "*.attention.masked_bias"),
+    rules=(_NORM, _EMBEDDING_IN, _LINEAR, _BIAS),
+    prefix="gpt_neox.",
+    starts=(("lm_head.", "embed_out."),),
+    tied=("embed_out.weight", "gpt_neox.embed_in.weight"),
+    moved=(Moved("lm_head.kernel", ("embed_out.weight",)),),
 )
 
 # A decoder inside a model of images and texts, whose vision tower and projector are not loaded.
@@ -194,7 +213,16 @@ BERT = Family(
 ANY = Family(
     name="known",
     stacks=("layers", "experts", "h", "layer"),
-    rules=(_NORM, _EMBEDDING, *_GPT2_RULES, *_BERT_RULES, _LINEAR, _BIAS),
+    rules=(
+        _NORM,
+        _EMBEDDING,
+        _EMBEDDING_IN,
+        *_STARCODER2_RULES,
+        *_GPT2_RULES,
+        *_BERT_RULES,
+        _LINEAR,
+        _BIAS,
+    ),
     ignored=LLAMA.ignored,
 )
 
@@ -241,12 +269,12 @@ def tensors_of(path: str, index: Sequence[int] = (), *, family: Family) -> tuple
     As `tensor_of`; several lie side by side along the last dim of ours.
     """
     for ours, theirs in family.moved:
-        if path.endswith(f".{ours}"):
+        if f".{path}".endswith(f".{ours}"):
             own = len(index) - ("{}" in theirs[0])  # the last number is the expert's
-            block, expert = path.removesuffix(f".{ours}"), index[own:]
+            block, expert = path.removesuffix(ours), index[own:]
             ends = (end.format(*expert) for end in theirs)
             return tuple(
-                Tensor(module_name(f"{block}.{end}", index[:own], family=family), (1, 0))
+                Tensor(module_name(f"{block}{end}", index[:own], family=family), (1, 0))
                 for end in ends
             )
     return (tensor_of(path, index, family=family),)

@@ -8,7 +8,17 @@ an entry here.
 from collections.abc import Mapping
 
 from lora_jax.models.dialect import Dialect
-from lora_jax.models.families import cohere, experts, gemma, llama, olmo, phi3, qwen
+from lora_jax.models.families import (
+    cohere,
+    experts,
+    gemma,
+    llama,
+    neox,
+    olmo,
+    phi3,
+    qwen,
+    starcoder2,
+)
 
 DIALECTS: Mapping[str, Dialect] = {
     "llama": llama.LLAMA,
@@ -30,6 +40,9 @@ DIALECTS: Mapping[str, Dialect] = {
     "glm4": olmo.GLM4,
     "cohere": cohere.COHERE,
     "cohere2": cohere.COHERE2,
+    "starcoder2": starcoder2.STARCODER2,
+    "gpt_neox": neox.GPT_NEOX,
+    "phi": neox.PHI,
     "mixtral": experts.MIXTRAL,
     "qwen3_moe": experts.QWEN3_MOE,
     "olmoe": experts.OLMOE,

@@ -8,7 +8,7 @@ those rotate.
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.dialect import Dialect, Norms, read_windows, write_windows
+from lora_jax.models.dialect import Dialect, Norms, check_fixed, read_windows, write_windows
 
 _PERIOD = 4  # every fourth block has no window
 _FIELDS = ("attention_bias", "layer_norm_eps", "logit_scale")
@@ -37,9 +37,7 @@ _FIXED = {
 
 
 def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
-    for name, value in _FIXED.items():
-        if raw.get(name, value) not in (value, None):
-            raise ValueError(f"config: `{name}` = {raw[name]!r} is not supported, only {value!r}")
+    check_fixed(raw, _FIXED)
     bias = bool(raw.get("attention_bias", False))
     return {
         "norms": Norms("input_layernorm", None, None, None),

@@ -9,6 +9,7 @@ Sources: arXiv:2501.00656, arXiv:2507.11407, arXiv:2406.12793.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from lora_jax.models.dialect import (
@@ -17,7 +18,7 @@ from lora_jax.models.dialect import (
     SLIDING,
     Dialect,
     Norms,
-    read_rope,
+    read_partial_rope,
     read_two_ropes,
     read_windows,
     write_windows,
@@ -82,13 +83,6 @@ def _write_glm4(config: Any) -> dict[str, Any]:
     return {"attention_bias": config.qkv_bias, _PART: config.partial_rotary_factor}
 
 
-def _read_part(given: Mapping[str, Any]) -> dict[str, Any]:
-    """As Llama's, plus the rotated share of a head; half of it where none is stated."""
-    nested = dict(given.get("rope_parameters") or {})
-    part = nested.pop(_PART, None) or given.get(_PART) or 0.5
-    return {**read_rope({**given, "rope_parameters": nested}), _PART: float(part)}
-
-
 OLMO2 = Dialect(
     architecture="Olmo2ForCausalLM",
     fields=("attention_bias",),
@@ -133,5 +127,5 @@ GLM4 = Dialect(
         "pad_token_id": 151329,
         "eos_token_id": [151329, 151336, 151338],
     },
-    rope=_read_part,
+    rope=partial(read_partial_rope, share=0.5),
 )

@@ -42,10 +42,27 @@ FAMILIES = {
     "seed_oss": dict(ADAPTED_SIZES, model_type="seed_oss", head_dim=8),
     "arcee": dict(ADAPTED_SIZES, model_type="arcee"),
     "cohere2": dict(ADAPTED_SIZES, model_type="cohere2", sliding_window=4),
+    "starcoder2": dict(ADAPTED_SIZES, model_type="starcoder2", sliding_window=4),
+    "gpt_neox": dict(
+        {k: v for k, v in ADAPTED_SIZES.items() if k != "num_key_value_heads"},
+        model_type="gpt_neox",
+        rotary_pct=0.5,
+    ),
+    "phi": dict(ADAPTED_SIZES, model_type="phi"),
     "gpt2": dict(model_type="gpt2", vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=32),
 }
 # These differ from the others in what they compute, not in their modules.
-LATER = ("exaone4", "glm4", "smollm3", "granite", "seed_oss", "arcee", "cohere2")
+LATER = (
+    "exaone4",
+    "glm4",
+    "smollm3",
+    "granite",
+    "seed_oss",
+    "arcee",
+    "cohere2",
+    "starcoder2",
+    "phi",
+)
 # What the modules are called: attention, the table, a norm, the head if it is no table.
 LLAMA = ("q_proj", "down_proj", "embed_tokens", "post_attention_layernorm")
 MODULES = {
@@ -53,6 +70,9 @@ MODULES = {
     "cohere2": ("q_proj", "down_proj", "embed_tokens", "input_layernorm"),
     "glm4": ("q_proj", "gate_up_proj", "embed_tokens", "post_attention_layernorm"),
     "phi3": ("qkv_proj", "gate_up_proj", "embed_tokens", "post_attention_layernorm"),
+    "starcoder2": ("q_proj", "c_fc", "embed_tokens", "post_attention_layernorm"),
+    "gpt_neox": ("query_key_value", "dense_4h_to_h", "embed_in", "post_attention_layernorm"),
+    "phi": ("q_proj", "fc2", "embed_tokens", "input_layernorm"),
     "gpt2": ("c_attn", "mlp.c_proj", "wte", "ln_2"),
 }
 
