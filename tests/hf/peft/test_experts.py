@@ -8,7 +8,6 @@ import copy
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -17,6 +16,7 @@ import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
 
 from tests.support.oracle import oracle, seeded
+from tests.support.peft_gradients import check_gradients
 from tests.support.peft_llama import TOKENS, jax_logits, torch_logits
 from tests.support.peft_oracle import assert_same_files, close, peft_reads, peft_wrote
 from tests.support.peft_trees import noisy
@@ -143,47 +143,15 @@ def test_what_peft_lacks_for_experts_is_refused(option, saved, tmp_path):
     save_peft(tmp_path / "b", params, without, model_type="mixtral")
 
 
-def torch_gradients(model) -> dict:
-    """Gradients of `sum(sin(logits))` for PEFT's adapters, by the names in its file."""
-    import peft
-    import torch
-
-    torch.sin(model(torch.tensor(TOKENS, dtype=torch.long)).logits).sum().backward()
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.data = parameter.grad
-    state = peft.get_peft_model_state_dict(model)
-    return {name: value.detach().numpy() for name, value in sorted(state.items())}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_pefts(family, saved, tmp_path):
     there, directory = saved(family)
     base = lora.models.load(directory)
     fields = {"task_type": "CAUSAL_LM", **THEIRS["parameters"]}
-    want = peft_wrote(
-        f"{PLACE}/{family}/gradients",
-        tmp_path / "a",
-        lambda: copy.deepcopy(there()),
-        fields,
-        torch_gradients,
+    check_gradients(
+        f"{PLACE}/{family}/gradients", tmp_path, lambda: copy.deepcopy(there()), base, fields
     )
-    params, config = load_peft(tmp_path / "a", base.apply, base.params, TOKENS, model_type=family)
-    trainable, frozen = lora.split(params)
-
-    def loss(trainable):
-        run = lora.lorafy(base.apply, strict=True)
-        return jnp.sin(run(lora.combine(trainable, frozen), TOKENS)).sum()
-
-    slopes = lora.combine(jax.grad(loss)(trainable), frozen)
-    save_peft(tmp_path / "b", slopes, config, model_type=family)
-    got = load_file(tmp_path / "b" / "adapter_model.safetensors")
-    assert got.keys() == want.keys()
-    size = max(np.abs(x).max() for x in want.values())
-    for name, value in want.items():
-        # float32 sums of hundreds of terms, against the largest slope.
-        np.testing.assert_allclose(got[name], value, atol=1e-4 * size, err_msg=name)
 
 
 # The names of an expert's layers before transformers 5: gate, up, down.

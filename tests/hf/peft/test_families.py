@@ -15,6 +15,7 @@ import pytest
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
 
+from tests.support.peft_gradients import check_gradients
 from tests.support.peft_llama import TOKENS, jax_logits, torch_logits
 from tests.support.peft_oracle import assert_same_files, close, peft_reads, peft_wrote
 from tests.support.peft_trees import noisy
@@ -35,12 +36,21 @@ FAMILIES = {
     "gemma3": dict(ADAPTED_SIZES, model_type="gemma3_text", head_dim=8, sliding_window=4),
     "phi3": dict(ADAPTED_SIZES, model_type="phi3"),
     "olmo2": dict(ADAPTED_SIZES, model_type="olmo2"),
+    "olmo3": dict(ADAPTED_SIZES, model_type="olmo3", sliding_window=4),
+    "ministral": dict(
+        ADAPTED_SIZES,
+        model_type="ministral",
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "exaone4": dict(ADAPTED_SIZES, model_type="exaone4", sliding_window=4),
     "glm4": dict(ADAPTED_SIZES, model_type="glm4", head_dim=8),
     "smollm3": dict(ADAPTED_SIZES, model_type="smollm3", no_rope_layers=[1, 0]),
     "granite": dict(ADAPTED_SIZES, model_type="granite", residual_multiplier=0.5),
     "seed_oss": dict(ADAPTED_SIZES, model_type="seed_oss", head_dim=8),
     "arcee": dict(ADAPTED_SIZES, model_type="arcee"),
+    "cohere": dict(ADAPTED_SIZES, model_type="cohere", logit_scale=0.5),
     "cohere2": dict(ADAPTED_SIZES, model_type="cohere2", sliding_window=4),
     "starcoder2": dict(ADAPTED_SIZES, model_type="starcoder2", sliding_window=4),
     "gpt_neox": dict(
@@ -53,6 +63,9 @@ FAMILIES = {
 }
 # These differ from the others in what they compute, not in their modules.
 LATER = (
+    "olmo3",
+    "ministral",
+    "cohere",
     "exaone4",
     "glm4",
     "smollm3",
@@ -67,6 +80,7 @@ LATER = (
 LLAMA = ("q_proj", "down_proj", "embed_tokens", "post_attention_layernorm")
 MODULES = {
     **dict.fromkeys(FAMILIES, LLAMA),
+    "cohere": ("q_proj", "down_proj", "embed_tokens", "input_layernorm"),
     "cohere2": ("q_proj", "down_proj", "embed_tokens", "input_layernorm"),
     "glm4": ("q_proj", "gate_up_proj", "embed_tokens", "post_attention_layernorm"),
     "phi3": ("qkv_proj", "gate_up_proj", "embed_tokens", "post_attention_layernorm"),
@@ -180,6 +194,13 @@ def test_our_adapter_in_peft_and_back(family, tmp_path):
     again, _ = load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+@pytest.mark.slow
+def test_slopes_are_pefts(family, tmp_path):
+    name, there, base = family
+    fields = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": "all-linear"}
+    check_gradients(f"{PLACE}/{name}/slopes", tmp_path, there, base, fields)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma"], indirect=True)
