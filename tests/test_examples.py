@@ -1,5 +1,6 @@
 """The examples run, and do what they say."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -80,3 +81,26 @@ def test_every_example_is_tested_here():
 def test_every_example_says_what_it_shows(path):
     lines = path.read_text("utf-8").splitlines()
     assert lines[0].startswith('"""') and lines[0].endswith(".")
+
+
+INTEGRATIONS = sorted((ROOT / "examples" / "integrations").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", INTEGRATIONS, ids=lambda p: p.stem)
+def test_every_integration_is_short_tested_recorded_and_on_the_page(path):
+    lines = path.read_text("utf-8").splitlines()
+    assert lines[0].startswith('"""') and len(lines) <= 60
+    tests = "".join(p.read_text("utf-8") for p in (ROOT / "tests/integrations").glob("test_*.py"))
+    assert f'figures_of("{path.stem}"' in tests
+    page = ROOT / "docs" / "integrations"
+    record = json.loads((page / "figures" / f"{path.stem}.json").read_text("utf-8"))
+    assert record["lines"] == len(lines), "LORA_JAX_FIGURES=record make integrations"
+    assert f"`{path.stem}.py`" in (page / "index.md").read_text("utf-8").rpartition("| ")[2]
+
+
+def test_the_table_of_integrations_is_that_of_the_figures():
+    page = runpy.run_path(str(ROOT / "docs" / "integrations.py"))
+    text = page["PAGE"].read_text("utf-8")
+    assert page["START"] + page["table"]() + page["END"] in text, (
+        "run `python docs/integrations.py`"
+    )
