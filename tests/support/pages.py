@@ -38,7 +38,7 @@ PYTHON = [name for name, path in PAGES.items() if any(b.language == "python" for
 # The pages that load a language model.
 LANGUAGE_MODELS = [
     name for name in PYTHON
-    if any('"smollm2"' in b.text for b in blocks(PAGES[name]) if b.language == "python")
+    if any("smollm2" in b.text for b in blocks(PAGES[name]) if b.language == "python")
 ]  # fmt: skip
 
 
