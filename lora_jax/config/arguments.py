@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import operator
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -98,6 +99,32 @@ def check_key(name: str, key: Any) -> None:
         raise TypeError(
             f"`{name}` must be a PRNG key, got {kind_of(key)}: `jax.random.key(0)` makes one"
         )
+
+
+def integer(value: Any) -> int:
+    """A number as Python's integer, where no digit is lost.
+
+    Raises:
+      TypeError: it is a fraction, true or false, or no number.
+    """
+    if isinstance(value, bool):
+        raise TypeError(f"got {value}")
+    return operator.index(value)
+
+
+def check_count(name: str, value: Any, *, least: int = 1) -> int:
+    """A number of things as Python's integer.
+
+    Raises:
+      ValueError: it is no integer, or below `least`.
+    """
+    try:
+        count = integer(value)
+    except TypeError:
+        count = least - 1
+    if count < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}")
+    return count
 
 
 def kind_of(value: Any) -> str:

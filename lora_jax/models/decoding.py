@@ -22,6 +22,7 @@ from lora_jax.transform import lorafy
 from lora_jax.transform.many.rows import by_row
 
 NO_TOKEN = -1  # in place of a token, where a row has none
+NOT_FINITE = -2  # in place of a token, where logits are NaN or infinite
 
 
 class Chance(NamedTuple):
@@ -44,7 +45,7 @@ class State(NamedTuple):
       step: new tokens so far.
       last: the newest token of each row.
       done: rows that have stopped.
-      out: the new tokens, `NO_TOKEN` where there is none.
+      out: the new tokens, `NO_TOKEN` where there is none, or `NOT_FINITE`.
       cache: the model's.
     """
 
@@ -137,12 +138,14 @@ def _chosen(
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if sample:
         token = _draw(logits, chance, first + state.step)
-    out = jnp.where(state.done, NO_TOKEN, token)
+    # The maximum is NaN if any logit is; -inf alone may rule a token out.
+    broken = ~jnp.isfinite(jnp.max(logits, axis=-1))
+    out = jnp.where(state.done, NO_TOKEN, jnp.where(broken, NOT_FINITE, token))
     # A stop token is written too: `generate` cuts the row there.
     return state._replace(
         step=state.step + 1,
         last=token,
-        done=state.done | (token[:, None] == stops).any(axis=1),
+        done=state.done | broken | (token[:, None] == stops).any(axis=1),
         out=lax.dynamic_update_slice(state.out, out[:, None], (0, state.step)),
     )
 
@@ -216,6 +219,10 @@ def runner(forward: Forward, params: Any, rows: int, cache_length: int) -> Runne
 def _by_row(forward: Forward, params: Any, rows: int, cache_length: int) -> Runner:
     """As `runner`, where `params` has an adapter for each row."""
     parts = by_row(params)
+    if not parts.arrays:
+        raise ValueError(
+            "`params` is a stack of adapters: choose one for each prompt with `adapter_ids`"
+        )
     if (chosen := parts.arrays[0].shape[parts.axes[0]]) != rows:
         raise ValueError(f"adapters are chosen for {chosen} rows, but there are {rows} prompts")
     run, head = lorafy(forward.apply), lorafy(forward.head)

@@ -5,8 +5,8 @@ loop that ends when every row has stopped. Shapes are bucketed and everything el
 stop tokens, number of tokens) is data, so that a second call seldom compiles.
 """
 
-import operator
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from lora_jax import processes
-from lora_jax.models.decoding import NO_TOKEN, Chance, has_stacks, read, write
+from lora_jax.config.arguments import check_count, check_key, check_tree, integer, kind_of
+from lora_jax.models.decoding import NO_TOKEN, NOT_FINITE, Chance, has_stacks, read, write
 from lora_jax.models.mesh import Placement, entered, model_on, params_on, placement
 from lora_jax.models.model import Forward, Model
 from lora_jax.transform.many.rows import select
@@ -26,6 +27,8 @@ from lora_jax.transform.many.rows import select
 _SMALLEST_PROMPT, _SMALLEST_NEW, _SMALLEST_STOPS = 16, 16, 4
 # New tokens between two calls of `stream`: few enough to read along, many to keep a device busy.
 _STREAMED = 4
+# Logits divided by less than this may overflow in float32.
+_LOWEST_TEMPERATURE = 1e-30
 
 
 def generate(
@@ -63,15 +66,19 @@ def generate(
     Raises:
       ValueError: an empty prompt, a prompt that leaves no room in the context, or options out of
         range.
+      FloatingPointError: the logits after a prompt hold NaN or an infinity.
     """
-    _check_sampling(max_new_tokens, temperature, top_p, key)
-    _check_prompts(model, prompts, max_new_tokens)
+    max_new_tokens = check_count("max_new_tokens", max_new_tokens, least=0)
+    _check_sampling(temperature, top_p, key)
+    stop_tokens = checked_stops(stop_tokens)
+    prompts = _checked_prompts(model, prompts, max_new_tokens)
+    check_tree("params", params)
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
     at = placement(model, params)
     params = params_on(params, at)
     if adapter_ids is not None:
-        params = select(params, jnp.asarray(adapter_ids))
+        params = select(params, adapter_ids)
     stops = np.full(bucket(len(stop_tokens), _SMALLEST_STOPS), NO_TOKEN, np.int32)
     stops[: len(stop_tokens)] = stop_tokens
     keys = _row_keys(key, len(prompts)) if temperature > 0 else None
@@ -115,6 +122,11 @@ def _answers(
         texts = [[*old, *new] for old, new in zip(prompts, filled, strict=True)]
         done = start
         for new in chunks(texts, end - start, done=start):
+            if len(rows := (new == NOT_FINITE).any(axis=1).nonzero()[0]):
+                raise FloatingPointError(
+                    f"prompt {rows[0]}: the logits are not finite; the numbers of the base or of "
+                    "the adapter are too large for the model's dtype, or hold NaN"
+                )
             # A row that has stopped has fewer tokens than there were.
             fresh = [
                 _until(row, stop_tokens) if len(answer) == done else []
@@ -197,12 +209,31 @@ def _before_longrope(model: Model, prompts: Sequence[Sequence[int]], count: int)
 
 def check_decoder(model: Model) -> Forward:
     """The model's functions, if it is a decoder."""
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"`model` must be a `Model`, as `models.load` returns it, got {kind_of(model)}"
+        )
     if not isinstance(model.forward, Forward):
         raise ValueError(
             f"`model` is a `{model.config.model_type}`, an encoder, which writes nothing: pass a "
             "decoder"
         )
     return model.forward
+
+
+def checked_stops(tokens: Sequence[int]) -> tuple[int, ...]:
+    """Stop tokens as Python integers, without those that no vocabulary has.
+
+    Raises:
+      ValueError: something else than integers.
+    """
+    try:
+        # Files have -1 for "none".
+        return tuple(x for x in map(integer, _in_order(tokens, unordered=())) if 0 <= x < 2**31)
+    except TypeError as error:
+        raise ValueError(
+            f"`stop_tokens` must be a sequence of integers, the token ids: {error}"
+        ) from None
 
 
 def checked_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> list[int]:
@@ -212,8 +243,8 @@ def checked_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> list[in
       ValueError: it is empty, or has what is no token of the vocabulary.
     """
     try:
-        # Floats would be cut off to integers without a word.
-        tokens = [operator.index(token) for token in prompt]
+        # Floats would be cut off to integers without a word, and a mask be taken for tokens.
+        tokens = list(map(integer, _in_order(prompt)))
     except TypeError as error:
         raise ValueError(
             f"{name} must be a sequence of integers, the token ids: {error}; a text is encoded by "
@@ -228,28 +259,54 @@ def checked_prompt(name: str, prompt: Sequence[int], vocab_size: int) -> list[in
     return tokens
 
 
-def _check_sampling(
-    max_new_tokens: int, temperature: float, top_p: float, key: Array | None
-) -> None:
-    if max_new_tokens < 0:
-        raise ValueError(f"`max_new_tokens` must be at least 0, got {max_new_tokens}")
-    if temperature < 0 or not 0 < top_p <= 1:
+def _in_order(tokens: Any, unordered: tuple[type, ...] = (Set, Mapping)) -> Any:
+    # The items of `bytes` are integers too, but no tokens.
+    if isinstance(tokens, (str, bytes, *unordered)):
+        raise TypeError(f"got {kind_of(tokens)}")
+    return tokens
+
+
+def _check_sampling(temperature: float, top_p: float, key: Array | None) -> None:
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if isinstance(value, str | bool) or not _is_number(value):
+            raise ValueError(f"`{name}` must be a number, got {value!r}")
+    if not (temperature >= 0 and 0 < top_p <= 1):
         raise ValueError(
             f"`temperature` must be at least 0 and `top_p` in (0, 1], got {temperature}, {top_p}"
         )
+    if 0 < temperature < _LOWEST_TEMPERATURE:
+        raise ValueError(
+            f"`temperature` = {temperature} is too small to divide by: 0 takes the most likely "
+            "token"
+        )
     if temperature > 0 and key is None:
         raise ValueError("`key` is needed to sample: pass jax.random.key(seed), or temperature=0")
+    if temperature > 0:
+        check_key("key", key)
 
 
-def _check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _is_number(value: Any) -> bool:
+    try:
+        return not math.isnan(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def _checked_prompts(model: Model, prompts: Any, max_new_tokens: int) -> list[list[int]]:
     check_decoder(model)
+    if prompts is None or isinstance(prompts, str | bytes | Set | Mapping):
+        raise ValueError(
+            f"`prompts` must be a list of prompts, each a list of token ids, got {kind_of(prompts)}"
+        )
+    checked = []
     for number, prompt in enumerate(prompts):
-        checked_prompt(f"prompt {number}", prompt, model.config.vocab_size)
-        if len(prompt) + max_new_tokens > model.config.context:
+        checked.append(checked_prompt(f"prompt {number}", prompt, model.config.vocab_size))
+        if len(checked[-1]) + max_new_tokens > model.config.context:
             raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens; with {max_new_tokens} new ones that is "
-                f"more than the model's context of {model.config.context}"
+                f"prompt {number} has {len(checked[-1])} tokens; with {max_new_tokens} new ones "
+                f"that is more than the model's context of {model.config.context}"
             )
+    return checked
 
 
 def left_padded(

@@ -6,7 +6,6 @@ gathered once, when its request is admitted; decoding steps gather nothing.
 """
 
 import functools
-import operator
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,9 +19,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from lora_jax.config.arguments import check_count, kind_of
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache
-from lora_jax.models.generation import bucket, check_decoder, checked_prompt, left_padded
+from lora_jax.models.decoding import NOT_FINITE
+from lora_jax.models.generation import (
+    bucket,
+    check_decoder,
+    checked_prompt,
+    checked_stops,
+    left_padded,
+)
 from lora_jax.models.model import Forward, Model
 from lora_jax.multi.pool import AdapterPool
 from lora_jax.multi.single import stack_of_one
@@ -31,7 +38,6 @@ from lora_jax.transform.many.rows import by_row, select
 
 # Seconds that a step waits for an adapter when no row is running.
 _LONGEST_WAIT = 0.05
-_NOT_FINITE = -1  # in place of a token, where logits are NaN or infinite
 
 
 class _State(NamedTuple):
@@ -114,16 +120,17 @@ class Server:
           stop_tokens: a request ends before the first of these.
 
         Raises:
-          ValueError: an encoder, `rows` or `room` below 1, more room than the model's context, or
-            a pool over another base.
+          ValueError: an encoder, `rows` or `room` below 1, more room than the model's context,
+            stop tokens that are no integers, or a pool over another base.
         """
         forward = check_decoder(model)
-        if rows < 1 or room < 1:
-            raise ValueError(f"`rows` and `room` must be at least 1, got {rows} and {room}")
+        if not isinstance(pool, AdapterPool):
+            raise TypeError(f"`pool` must be an `AdapterPool`, got {kind_of(pool)}")
+        rows, room = check_count("rows", rows), check_count("room", room)
         if room > model.config.context:
             raise ValueError(f"`room` is {room}, but the model's context is {model.config.context}")
         self.rows, self.room, self.steps = rows, room, 0
-        self._model, self._pool, self._stops = model, pool, frozenset(stop_tokens)
+        self._model, self._pool, self._stops = model, pool, frozenset(checked_stops(stop_tokens))
         self._waiting: deque[_Waiting] = deque()
         self._running: list[Request | None] = [None] * rows
         self._queue, self._turn = threading.Lock(), threading.Lock()  # `_waiting`; one step
@@ -161,14 +168,7 @@ class Server:
         """
         config = self._model.config
         tokens = checked_prompt("`prompt`", prompt, config.vocab_size)
-        try:
-            limit = operator.index(max_new_tokens)
-        except TypeError:
-            limit = 0
-        if limit < 1:
-            raise ValueError(
-                f"`max_new_tokens` must be an integer of at least 1, got {max_new_tokens!r}"
-            )
+        limit = check_count("max_new_tokens", max_new_tokens)
         if (wanted := bucket(len(tokens)) + limit) > self.room:
             raise ValueError(
                 f"the prompt (in a bucket of {bucket(len(tokens))} tokens) and {limit} "
@@ -288,7 +288,7 @@ class Server:
         request = self._running[row]
         if request is None:
             return
-        if token == _NOT_FINITE:
+        if token == NOT_FINITE:
             _fail(
                 request,
                 FloatingPointError(
@@ -342,7 +342,7 @@ def _next_token(
     logits = lorafy(decoder.forward.head)(params, hidden[:, -1:])[0, 0]  # (v,)
     # The maximum is NaN if any logit is; -inf alone may rule a token out.
     finite = jnp.isfinite(jnp.max(logits))
-    return jnp.where(finite, jnp.argmax(logits), _NOT_FINITE).astype(jnp.int32), cache
+    return jnp.where(finite, jnp.argmax(logits), NOT_FINITE).astype(jnp.int32), cache
 
 
 def _advance(decoder: _Decoder, base: list, state: _State) -> tuple[_State, Int[Array, " rows"]]:

@@ -21,6 +21,7 @@ from jaxtyping import Array, PyTree
 
 from lora_jax import paths
 from lora_jax.array import LoraStack, SavedStack, is_leaf, is_lora, is_stack
+from lora_jax.config.arguments import check_count, kind_of
 from lora_jax.multi.single import stack_of_one
 from lora_jax.multi.stack import adapter_fields, stack
 
@@ -73,8 +74,14 @@ class AdapterPool:
           workers: number of threads that load.
 
         Raises:
-          ValueError: the budget does not hold one adapter.
+          ValueError: the budget does not hold one adapter, or a number is no integer in range.
+          TypeError: `load` is no function.
         """
+        if not callable(load):
+            raise TypeError(f"`load` must be a function of a name, got {kind_of(load)}")
+        byte_budget = check_count("byte_budget", byte_budget)
+        rank = rank if rank is None else check_count("rank", rank)
+        host, workers = check_count("host", host, least=0), check_count("workers", workers)
         blank = _emptied(stack([template], rank=rank))
         size = sum(x.nbytes for x in _arrays(blank))
         if byte_budget < size:
@@ -133,7 +140,7 @@ class AdapterPool:
         """
         with self._lock:
             # A dict keeps its order, so loads start in the order of the rows.
-            wanted = [name for name in dict.fromkeys(names) if name is not None]
+            wanted = _wanted(names)
             futures = {name: self._future(name) for name in wanted if name not in self._where}
             self._trim_host()
             return futures
@@ -184,7 +191,7 @@ class AdapterPool:
 
     def _make_room(self, names: Sequence[str | None], keep: Sequence[str]) -> None:
         """Puts adapters on the device. The caller holds the lock once; loads release it."""
-        wanted = [name for name in dict.fromkeys(names) if name is not None]
+        wanted = _wanted(names)
         loaded: dict[str, list[np.ndarray]] = {}
         evictions = self._evictions
         while True:
@@ -265,6 +272,16 @@ class AdapterPool:
         self._handed_out = [ref for ref in self._handed_out if ref() is not None]
         self._handed_out += [weakref.ref(x) for x in _stacks(stacked)]
         return stacked
+
+
+def _wanted(names: Sequence[str | None]) -> list[str]:
+    """The adapters of a batch's rows, once each and in the rows' order."""
+    if not isinstance(names, Sequence | np.ndarray) or isinstance(names, str):
+        raise TypeError(f"`names` must be a list of adapters, one a row, got {kind_of(names)}")
+    for name in names:
+        if not isinstance(name, str | None):
+            raise TypeError(f"`names` has {name!r}, which is neither an adapter's name nor None")
+    return [name for name in dict.fromkeys(names) if name is not None]
 
 
 def _on_host(form: PyTree, adapter: PyTree) -> list[np.ndarray]:

@@ -190,7 +190,19 @@ def test_a_second_call_in_the_same_buckets_compiles_nothing(model):
         ),
         ([[1]], {"temperature": -1.0}, "`temperature` must be at least 0 and `top_p` in"),
         ([[1]], {"top_p": 0.0}, r"`top_p` in \(0, 1\], got 0.0, 0.0"),
-        ([[1]], {"count": -1}, "`max_new_tokens` must be at least 0"),
+        ([[1]], {"count": -1}, "`max_new_tokens` must be an integer of at least 0, got -1"),
+        ([[1]], {"count": 2.5}, "`max_new_tokens` must be an integer .* got 2.5"),
+        ([[1]], {"temperature": "hot"}, "`temperature` must be a number, got 'hot'"),
+        ([[1]], {"temperature": float("nan")}, "`temperature` must be a number, got nan"),
+        ([[1]], {"temperature": 1e-45}, "`temperature` = 1e-45 is too small"),
+        ([[1]], {"top_p": None}, "`top_p` must be a number, got None"),
+        ([[1]], {"stop_tokens": [1.5]}, "`stop_tokens` must be a sequence of integers"),
+        ([[1]], {"stop_tokens": "</s>"}, "`stop_tokens` must be a sequence .* got `str`"),
+        ([[True, False]], {}, "prompt 0 must be a sequence of integers.* got True"),
+        ([{1, 2}], {}, "prompt 0 must be a sequence of integers.* got `set`"),
+        ([b"ab"], {}, "prompt 0 must be a sequence of integers.* got `bytes`"),
+        ("ab", {}, "`prompts` must be a list of prompts.* got `str` 'ab'"),
+        ([[1]], {"adapter_ids": ["ann"]}, "`adapter_ids` must be integers .* got \\['ann'\\]"),
     ],
 )
 def test_refused(model, prompts, options, text):
@@ -198,8 +210,51 @@ def test_refused(model, prompts, options, text):
         generate(model, prompts, **options)
 
 
+def test_prompts_and_stop_tokens_of_any_kind_of_sequence(model):
+    want = generate(model, [[1, 2], [3, 4]], 4, stop_tokens=(7, 9))
+    array = np.array([[1, 2], [3, 4]])
+    for prompts, stops in (
+        (array, np.array([7, 9])),
+        (jnp.asarray(array), jnp.array([7, 9])),
+        ((iter(x) for x in array), {9, 7}),
+        ([(1, 2), range(3, 5)], [9, -1, 7, 2**40]),  # files have -1 for "none"
+    ):
+        assert generate(model, prompts, 4, stop_tokens=stops) == want
+
+
+def test_logits_that_are_not_finite_end_it_by_the_prompt(model):
+    plan = lora.plan(
+        lora.LoraConfig(rank=2, target_modules=("q_proj",)),
+        model.apply,
+        model.params,
+        jax.ShapeDtypeStruct((1, 4), "int32"),
+    )
+    good = lora.init(jax.random.key(0), plan, model.params)
+    trainable, frozen = lora.split(good)
+    huge = lora.combine(jax.tree.map(lambda x: jnp.full_like(x, 1e30), trainable), frozen)
+
+    def both(ids, **options):
+        stack = lora.stack([good, huge])
+        return models.generate(
+            model, stack, [[1, 2], [3]], max_new_tokens=3, adapter_ids=ids, **options
+        )
+
+    assert both([0, -1]) == models.generate(model, model.params, [[1, 2], [3]], max_new_tokens=3)
+    for options in ({}, {"temperature": 1.0, "key": jax.random.key(0)}):
+        with pytest.raises(FloatingPointError, match="prompt 1: the logits are not finite"):
+            both([0, 1], **options)
+
+
+def test_parameters_that_are_none(model):
+    with pytest.raises(TypeError, match="`params` must be a tree of parameters, got `Model`"):
+        models.generate(model, model, [[1]], max_new_tokens=1)
+    with pytest.raises(TypeError, match="`model` must be a `Model`, .* got `dict`"):
+        models.generate(model.params, model.params, [[1]], max_new_tokens=1)
+
+
 def test_an_encoder_writes_nothing():
-    bert: Any = SimpleNamespace(config=SimpleNamespace(model_type="bert"), forward=object())
+    forward: Any = SimpleNamespace(config=SimpleNamespace(model_type="bert"))
+    bert = models.Model(forward, {}, None)
     with pytest.raises(ValueError, match="`model` is a `bert`, an encoder, which writes nothing"):
         models.generate(bert, {}, PROMPTS, max_new_tokens=3)
 

@@ -142,8 +142,26 @@ def test_refused_requests(model, adapters):
     ):
         with pytest.raises(ValueError, match=text):
             server.submit(prompt, adapter="ann", max_new_tokens=count)
-    with pytest.raises(ValueError, match="`rows` and `room` must be at least 1"):
-        Server(model, pool_of(adapters, 2), rows=0, room=8)
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [({"rows": 0}, "`rows` must be an integer of at least 1, got 0"),
+     ({"rows": True}, "`rows` must be an integer of at least 1, got True"),
+     ({"room": 8.5}, "`room` must be an integer of at least 1, got 8.5"),
+     ({"room": 257}, "`room` is 257, but the model's context is 256"),
+     ({"stop_tokens": 2}, "`stop_tokens` must be a sequence of integers"),
+     ({"stop_tokens": "ab"}, "`stop_tokens` must be a sequence of integers"),
+     ({"stop_tokens": [1.0]}, "`stop_tokens` must be a sequence of integers"),
+     ({"stop_tokens": [None]}, "`stop_tokens` must be a sequence of integers"),
+     ({"pool": {}}, "`pool` must be an `AdapterPool`, got `dict`"),
+     ({"model": None}, "`model` must be a `Model`, .* got `NoneType`")],
+)  # fmt: skip
+def test_a_server_of_wrong_arguments_is_refused(model, adapters, options, text):
+    right = {"model": model, "pool": pool_of(adapters, 1), "rows": 1, "room": 8}
+    given = {**right, **options}
+    with pytest.raises((ValueError, TypeError), match=text):
+        Server(given.pop("model"), given.pop("pool"), **given)
 
 
 SMALL_PROMPT = [5, 6, 7]
@@ -299,7 +317,9 @@ def test_a_failing_device_ends_the_running_requests_only(shared, program):
     "prompt, text",
     [([1.5, 2.0], "sequence of integers"), ("ab", "sequence of integers"), (7, "sequence of"),
      ([[1, 2]], "sequence of integers"), (np.zeros((2, 2), int), "sequence of integers"),
-     ([None], "sequence of integers"), ([-1], "has token -1, which is outside"),
+     ([None], "sequence of integers"), ([True], "sequence of integers"),
+     ({5, 6}, "sequence of integers"), (b"ab", "sequence of integers"),
+     ([-1], "has token -1, which is outside"),
      (np.array([], int), "is empty")],
 )  # fmt: skip
 def test_a_prompt_that_is_no_list_of_tokens_is_refused(shared, prompt, text):

@@ -246,3 +246,26 @@ def test_every_leaf_of_a_handed_out_tree_is_watched():
     del stacked
     check(pool, "a1")
     assert not part.a.is_deleted()
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [({"byte_budget": 2e6}, "`byte_budget` must be an integer of at least 1, got 2000000.0"),
+     ({"byte_budget": "1GB"}, "`byte_budget` must be an integer"),
+     ({"rank": 2.5}, "`rank` must be an integer of at least 1, got 2.5"),
+     ({"host": -1}, "`host` must be an integer of at least 0, got -1"),
+     ({"workers": 0}, "`workers` must be an integer of at least 1, got 0"),
+     ({"load": ADAPTERS}, "`load` must be a function of a name, got `dict`")],
+)  # fmt: skip
+def test_wrong_settings_are_refused(options, text):
+    given = {"load": ADAPTERS.__getitem__, "byte_budget": 1 << 20, **options}
+    with pytest.raises((ValueError, TypeError), match=text):
+        AdapterPool(adapter(0), given.pop("load"), **given)
+
+
+@pytest.mark.parametrize("names", ["a", None, {"a"}, ["a", 3], [["a"]]])
+def test_names_that_are_no_list_of_names_are_refused(names):
+    pool = pool_of()
+    for call in (pool.lookup, pool.ids, pool.prefetch):
+        with pytest.raises(TypeError, match="`names` (must be a list|has .* neither an adapter's)"):
+            call(names)

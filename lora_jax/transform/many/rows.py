@@ -58,7 +58,12 @@ def checked(stacked: Any, ids: Any) -> Any:
     Raises:
       ValueError: no integers of one or two dims, or one out of range (unless they are traced).
     """
-    ids = jnp.asarray(ids)
+    try:
+        ids = jnp.asarray(ids)
+    except (TypeError, ValueError):  # names of adapters, or None in place of -1
+        raise ValueError(
+            f"`adapter_ids` must be integers of shape (rows,) or (rows, tokens), got {ids!r}"
+        ) from None
     if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
             "`adapter_ids` must be integers of shape (rows,) or (rows, tokens), got "
