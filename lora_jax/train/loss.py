@@ -132,6 +132,7 @@ def losses_of(
             found = part(hidden, targets)
         else:
             found = _in_chunks(jax.checkpoint(part), min(count, hidden.shape[1]), hidden, targets)
+            found = _before_gradients(found)
         return found + balance * load if balance else found
 
     return losses
@@ -151,6 +152,29 @@ def _in_chunks(
     found = jax.lax.map(lambda chunk: fn(*chunk), (chunks(hidden), chunks(targets)))
     found = jnp.moveaxis(found.reshape(count, parts, size), 0, 1)
     return found.reshape(parts, -1)[:, :places].reshape(-1)
+
+
+@jax.custom_vjp
+def _before_gradients(losses: Float[Array, " p"]) -> Float[Array, " p"]:
+    """The losses, which are computed before their gradients are.
+
+    The gradients apply the head again and do not depend on the losses: libtpu leaves the losses for
+    the end of the step where it can, and holds the head that it has gathered for both until then.
+    """
+    return losses
+
+
+def _losses_fwd(losses: Float[Array, " p"]) -> tuple[Float[Array, " p"], Float[Array, " p"]]:
+    return losses, losses
+
+
+def _losses_bwd(losses: Float[Array, " p"], g: Float[Array, " p"]) -> tuple[Float[Array, " p"]]:
+    # XLA removes a barrier of which one result has no reader. The gradients of a loss that is not a
+    # number are none either.
+    return (jnp.where(jnp.isnan(losses), losses, g),)
+
+
+_before_gradients.defvjp(_losses_fwd, _losses_bwd)
 
 
 def _pick_apart(

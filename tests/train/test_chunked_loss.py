@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 import lora_jax as lora
 from lora_jax import models, train
@@ -114,3 +115,24 @@ def test_the_logits_of_all_positions_are_never_held():
     whole, parts = temporaries(1 << 30), temporaries(1 << 20)
     assert whole > 32 << 20
     assert parts < 5 << 20
+
+
+def test_the_losses_come_before_their_gradients():
+    """libtpu would otherwise leave them for the end, and hold the gathered head until then."""
+    model = decoder(**UNTIED)
+    losses = train.losses_of(model, chunk_bytes=PART)
+
+    def loss(params: Any) -> Any:
+        return jnp.sum(losses(params, TOKENS, POSITIONS, TARGETS))
+
+    eqns = jax.make_jaxpr(jax.value_and_grad(loss))(model.params).eqns
+    forward, backward = (e for e in eqns if e.primitive.name == "scan" and e.params["length"] == 4)
+    made = {v for v in forward.outvars if v.aval.shape == (4, 2)}
+
+    def reads(eqn: core.JaxprEqn) -> bool:
+        return not made.isdisjoint(v for v in eqn.invars if isinstance(v, core.Var))
+
+    for eqn in eqns[eqns.index(forward) + 1 : eqns.index(backward)]:
+        if reads(eqn):
+            made.update(eqn.outvars)
+    assert made and reads(backward)

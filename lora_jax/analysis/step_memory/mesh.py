@@ -8,9 +8,7 @@ embedding table: all devices of an axis hold all rows, and up to twice the tempo
 
 The totals over XLA's own figures are in `benchmarks/results/estimate.json` and `scale.json`. For a
 CPU, XLA gathers all weights of a layer before the first is used: with `fsdp` the temporaries of
-adapters are up to a third more than estimated. For a TPU it may compute the loss's value after the
-backward pass, and keeps the gathered head until then: 2 GiB of a 70B model, which the estimate
-leaves out, as libtpu does not do so for an 8B model.
+adapters are up to a third more than estimated.
 """
 
 import dataclasses
