@@ -69,16 +69,19 @@ def on_tokens(x: Any, axes: Sequence[str], tokens: str | None) -> Any:
     """Shards tokens before and after their embedding, with rows over the axes but `fsdp`.
 
     That axis has a part of the table's features on each device, of which the next `on_rows` makes
-    a part of the rows. XLA's partitioner finds no way to rows and tokens in one step: it would
-    gather both.
+    a part of the rows. XLA's partitioner finds no way to the rows of two axes, or to rows and
+    tokens, in one step: it would gather both.
 
     Args:
       x: (b, t), or (b, t, d).
-      axes, tokens: as in `on_rows`; without `tokens` `x` stays as it is.
+      axes, tokens: as in `on_rows`; without `tokens`, and where `fsdp` is not one of several
+        axes, `x` stays as it is.
     """
-    if tokens is None or tokens in jax.sharding.get_abstract_mesh().manual_axes:
+    if tokens in jax.sharding.get_abstract_mesh().manual_axes:
         return x
     rows = tuple(a for a in axes if a != "fsdp")
+    if tokens is None and rows in ((), tuple(axes)):
+        return x
     others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 2)
     return lax.with_sharding_constraint(x, PartitionSpec(rows, tokens, *others))
 

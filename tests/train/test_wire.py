@@ -154,6 +154,18 @@ def test_logits_and_hidden_states_stay_with_their_rows():
     assert {x.kind for x in rows} <= {"all-to-all"}
 
 
+@pytest.mark.parametrize(
+    "sizes", ["data=2,fsdp=2,tensor=2", pytest.param("data=2,fsdp=4", marks=pytest.mark.slow)]
+)
+def test_rows_over_two_axes_are_embedded_where_they_are(sizes):
+    """No device has all rows or another part of the vocabulary, which is as large as the head."""
+    program = step_program(sizes)
+    outside = [x for collective in program for x in collective if not x.loop]
+    gathered = [x for x in outside if x.kind == "all-gather" and x.dtype == "f32"]
+    assert [x.shape[0] for x in gathered] == [256]  # the head alone
+    assert "collective-permute" not in {x.kind for x in outside}
+
+
 def test_the_head_is_gathered_once_for_all_chunks():
     program = step_program("fsdp=4", chunk=4 * 128 * 8)
     heads = [x for x in arrays(program, "all-gather") if x.shape == (256, 128)]
