@@ -48,18 +48,21 @@ class Mixing(NamedTuple):
       window: tokens that a token attends to in such blocks, itself included.
       scale: factor of the products; None is `1 / sqrt(H)`.
       softcap: limits the scores to `(-softcap, softcap)`; None leaves them.
+      sinks: each head has a score of its own in the softmax, of no key.
     """
 
     slides: tuple[bool, ...]
     window: int | None = None
     scale: float | None = None
     softcap: float | None = None
+    sinks: bool = False
 
 
 # Keys and values of all blocks, `(l, b, s, k, h)` each; None without a cache.
 Stored = tuple[Array, Array] | None
 
 # (queries, keys, values, stored=, block=) -> (mixed values, stored); `block` is the block's number.
+# Where heads have sinks, `with_sinks(queries, sinks)` is what stands for the queries.
 Attend = Callable[..., tuple[Array, Stored]]
 
 # By whether the block slides: a bool, or an array in a scan over blocks that differ.
@@ -172,10 +175,10 @@ def _without_cache(
             stored: Stored,
             block: Int[Array, ""],
         ) -> tuple[Float[Array, "b t n h"], Stored]:
-            q, k = rotate(q, by), rotate(k, by)
+            q, k = _rotated(q, by, mixing), rotate(k, by)
             kernel = kernels.kernel_for(
                 wanted, q, mask, segments, slides=slides, window=mixing.window,
-                scale=mixing.scale, softcap=mixing.softcap, over=over,
+                scale=mixing.scale, softcap=mixing.softcap, sinks=mixing.sinks, over=over,
             )  # fmt: skip
             if kernel is not None:
                 return kernel(q, k, v), stored
@@ -184,8 +187,8 @@ def _without_cache(
             # outside it would be an array of all pairs of tokens.
             def mix(mask: Any, segments: Any, q: Array, k: Array, v: Array, first: Any) -> Array:
                 whole = q.shape[1] == k.shape[1]
-                # JAX's attention has no soft cap, and its window is a static number.
-                if whole and isinstance(slides, bool) and mixing.softcap is None:
+                # The window of JAX's attention is a static number.
+                if whole and isinstance(slides, bool) and _is_plain(mixing):
                     return jax.nn.dot_product_attention(
                         q, k, v, mask=_seen_by(mask, segments), scale=mixing.scale,
                         is_causal=True, local_window_size=near,
@@ -231,7 +234,7 @@ def _with_cache(
             stored: tuple[Float[Array, "l b s k h"], Float[Array, "l b s k h"]],
             block: Int[Array, ""],
         ) -> tuple[Float[Array, "b t n h"], Stored]:
-            q, k = rotate(q, by), rotate(k, by)
+            q, k = _rotated(q, by, mixing), rotate(k, by)
             at = (block, 0, start, 0, 0)
             keys, values = (
                 lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
@@ -262,8 +265,8 @@ def _in_parts(
     length of a row, not with its square. The float32 scores of all heads at once would be the
     largest arrays of a training step over a quantized base.
     """
-    b, t, n, h = q.shape
-    heads = k.shape[2]
+    b, t, n, _ = q.shape
+    heads, h = v.shape[2:]
     rows, tensor = _spread_over(b, heads)
     scores = 4 * b * n * t * k.shape[1] // (rows * tensor)  # bytes on a device
     # Key heads are never split: the fewest equal parts of a device's own whose scores fit.
@@ -284,8 +287,9 @@ def _in_parts(
     ) -> Float[Array, "parts b t m h"]:
         # A part takes every `parts`-th key head, so that each device of a mesh has equally many of
         # its own heads in every part, and none is sent.
-        x = x.reshape((*x.shape[:2], heads // parts, parts, each, h))
-        return jnp.moveaxis(x, 3, 0).reshape(parts, *x.shape[:2], -1, h)
+        size = x.shape[-1]
+        x = x.reshape((*x.shape[:2], heads // parts, parts, each, size))
+        return jnp.moveaxis(x, 3, 0).reshape(parts, *x.shape[:2], -1, size)
 
     operands = (split(q, group), split(k, 1), split(v, 1))
     mixed = lax.map(lambda each: some(*each), operands)  # (parts, b, t, m, h)
@@ -304,17 +308,18 @@ def _by_queries(
     """`mix`, by so many pieces of the queries one after another."""
     if pieces == 1:
         return jax.checkpoint(partial(mix, first=first))(q, k, v)
-    b, t, m, h = q.shape
+    b, t, m, wide = q.shape
     size = -(-t // pieces)
     pieces = -(-t // size)
     padded = jnp.pad(q, ((0, 0), (0, size * pieces - t), (0, 0), (0, 0)))
-    apart = jnp.moveaxis(padded.reshape((b, pieces, size, m, h)), 1, 0)  # (pieces, b, size, m, h)
+    apart = padded.reshape((b, pieces, size, m, wide))
+    apart = jnp.moveaxis(apart, 1, 0)  # (pieces, b, size, m, h)
     one = jax.checkpoint(lambda q, at: mix(q, k, v, at))
     # Bound to the queries: a scan over heads or blocks would compute the masks of all pieces, which
     # it finds the same in every turn, beforehand.
     apart, firsts = lax.optimization_barrier((apart, first + jnp.arange(pieces) * size))
     mixed = lax.map(lambda each: one(*each), (apart, firsts))
-    mixed = jnp.moveaxis(mixed, 0, 1).reshape(b, size * pieces, m, h)[:, :t]
+    mixed = jnp.moveaxis(mixed, 0, 1).reshape(b, size * pieces, m, -1)[:, :t]
     return kernels.in_place(mixed, q)
 
 
@@ -349,17 +354,39 @@ def _mix(
     mixing: Mixing,
 ) -> Float[Array, "b t n h"]:
     """Values weighted by their keys: `softmax(cap(scale · q kᵀ)) v`."""
-    # JAX's own attention where it can: only a soft cap, which it lacks, is written out here.
-    if mixing.softcap is None:
+    if _is_plain(mixing):
         return jax.nn.dot_product_attention(q, k, v, mask=seen, scale=mixing.scale)
+    q, sinks = (q[..., :-1], q[..., -1]) if mixing.sinks else (q, None)  # sinks: (b, t, n)
     b, t, n, h = q.shape
     groups = q.reshape((b, t, k.shape[2], -1, h))  # g query heads for each key head
     logits = jnp.einsum("btkgh,bskh->bkgts", groups, k, preferred_element_type=jnp.float32)
     # The scale before the cap, as in Gemma 2.
     logits = logits * (h**-0.5 if mixing.scale is None else mixing.scale)
-    logits = jnp.tanh(logits / mixing.softcap) * mixing.softcap
+    if mixing.softcap is not None:
+        logits = jnp.tanh(logits / mixing.softcap) * mixing.softcap
     # Not -inf: a row of padding attends to nothing, and its gradient would be NaN. The factor is
     # that of `jax.nn.dot_product_attention`.
     logits = jnp.where(seen[:, :, None], logits, -0.7 * jnp.finfo(jnp.float32).max)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    if sinks is not None:
+        sinks = jnp.moveaxis(sinks, 1, 2).reshape(*logits.shape[:3], t, 1)
+        logits = jnp.concatenate((logits, sinks.astype(logits.dtype)), axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)[..., : k.shape[1]].astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h)
+
+
+def with_sinks(q: Float[Array, "b t n h"], sinks: Float[Array, " n"]) -> Float[Array, "b t n h+1"]:
+    """Queries that carry the sink of their head as a last number, wherever they are split."""
+    last = jnp.broadcast_to(sinks.astype(q.dtype)[:, None], (*q.shape[:3], 1))
+    return jnp.concatenate((q, last), axis=-1)
+
+
+def _rotated(q: Array, by: Rotation | None, mixing: Mixing) -> Array:
+    """The rotated queries; what is behind them is no part of a head."""
+    if not mixing.sinks:
+        return rotate(q, by)
+    return jnp.concatenate((rotate(q[..., :-1], by), q[..., -1:]), axis=-1)
+
+
+def _is_plain(mixing: Mixing) -> bool:
+    """Whether JAX's own attention computes it: it has no soft caps and no sinks."""
+    return mixing.softcap is None and not mixing.sinks

@@ -42,6 +42,10 @@ class LlamaConfig:
       num_experts_per_tok: experts that a token uses.
       moe_intermediate_size: width of an expert; None is `intermediate_size`.
       norm_topk_prob: the weights of a token's experts add up to 1.
+      expert_bias: the router and the experts have biases.
+      swiglu_limit: c, where experts compute `g sigmoid(swiglu_alpha g) (u + 1)`, with the gate g at
+        most c, u in `[-c, c]`, and their numbers in turns; None is the MLP's activation.
+      swiglu_alpha: the factor there.
       router_aux_loss_coef: weight of the load-balancing loss, for whoever adds it.
       num_hidden_layers: blocks.
       num_attention_heads: query heads.
@@ -61,6 +65,7 @@ class LlamaConfig:
       qkv_bias, o_bias, mlp_bias, head_bias: which projections have a bias.
       qk_norm: queries and keys are normalized head by head.
       qk_norm_whole: with `qk_norm`, all heads of a token are normalized together.
+      attention_sinks: each head has a score of its own in the softmax, of no key.
       clip_qkv: queries, keys and values are limited to `[-clip_qkv, clip_qkv]`, or None.
       fused_projections: queries, keys and values are one projection.
       qkv_by_head: with `fused_projections`, those of each head lie side by side.
@@ -98,6 +103,9 @@ class LlamaConfig:
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
     norm_topk_prob: bool = True
+    expert_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
     router_aux_loss_coef: float = 0.0
     num_hidden_layers: int
     num_attention_heads: int
@@ -118,6 +126,7 @@ class LlamaConfig:
     head_bias: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False
+    attention_sinks: bool = False
     clip_qkv: float | None = None
     fused_projections: bool = False
     qkv_by_head: bool = False
@@ -230,6 +239,7 @@ class LlamaConfig:
             window=self.sliding_window,
             scale=self.attention_multiplier if scalar is None else scalar**-0.5,
             softcap=self.attn_logit_softcapping,
+            sinks=self.attention_sinks,
         )
 
     @property
@@ -266,7 +276,8 @@ class LlamaConfig:
 _POSITIVE = (
     "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "query_pre_attn_scalar",
     "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "embedding_multiplier",
-    "residual_multiplier", "logits_scaling", "attention_multiplier",
+    "residual_multiplier", "logits_scaling", "attention_multiplier", "swiglu_limit",
+    "swiglu_alpha",
 )  # fmt: skip
 _NOT_NEGATIVE = ("rms_norm_eps", "initializer_range", "router_aux_loss_coef")
 _SIZES = (

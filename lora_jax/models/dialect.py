@@ -148,6 +148,7 @@ class Modules(NamedTuple):
     output: str = "o_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    router: str = "gate"
     last_norm: str = "norm"
 
 

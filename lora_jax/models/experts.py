@@ -72,18 +72,41 @@ class Experts(nnx.Module):
         self.activation = config.hidden_activation
         self.gate_up_proj = nnx.Param(jnp.zeros((count, width, 2 * inner), param_dtype))
         self.down_proj = nnx.Param(jnp.zeros((count, inner, width), param_dtype))
+        self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
+        self.biased = config.expert_bias
+        if self.biased:
+            self.gate_up_proj_bias = nnx.Param(jnp.zeros((count, 2 * inner), param_dtype))
+            self.down_proj_bias = nnx.Param(jnp.zeros((count, width), param_dtype))
 
     def __call__(self, x: Float[Array, "m d"], chosen: Chosen) -> Float[Array, "m d"]:
         first, second = self.gate_up_proj.get_value(), self.down_proj.get_value()
         order = sort_by_expert(chosen.experts, first.shape[0])
         product = ragged if jax.default_backend() in _RAGGED else tiled
         rows = jnp.take(x, order.source // chosen.experts.shape[1], axis=0)  # (rows, d)
-        gate, up = jnp.split(kept(product(rows, first.astype(self.dtype), order)), 2, axis=-1)
-        inner = ACTIVATIONS[self.activation](gate) * up  # (rows, f)
-        out = product(inner, second.astype(self.dtype), order)
+        wide = kept(product(rows, first.astype(self.dtype), order))  # (rows, 2f)
+        if self.biased:
+            owner = jnp.take(chosen.experts.reshape(-1), order.source)  # (rows,)
+            wide = wide + _of_each(self.gate_up_proj_bias, owner, wide)
+        out = product(self.gated(wide), second.astype(self.dtype), order)  # (rows, d)
+        if self.biased:
+            out = out + _of_each(self.down_proj_bias, owner, out)
         out = jnp.take(out, order.place, axis=0).reshape(*chosen.experts.shape, -1)  # (m, k, d)
         # In float32: the sum of a token's experts is rounded once.
         return jnp.einsum("mkd,mk->md", out.astype(jnp.float32), chosen.weights).astype(x.dtype)
+
+    def gated(self, wide: Float[Array, "rows f2"]) -> Float[Array, "rows f"]:
+        """What goes into the second product, of gate and up."""
+        if self.limit is None:
+            gate, up = jnp.split(wide, 2, axis=-1)
+            return ACTIVATIONS[self.activation](gate) * up
+        gate = jnp.minimum(wide[:, ::2], self.limit)
+        up = jnp.clip(wide[:, 1::2], -self.limit, self.limit)
+        return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
+
+
+def _of_each(bias: nnx.Param, owner: Int[Array, " rows"], like: Array) -> Float[Array, "rows o"]:
+    """The bias of each row's expert."""
+    return jnp.take(bias.get_value(), owner, axis=0).astype(like.dtype)
 
 
 class MixtureMLP(nnx.Module):
@@ -93,14 +116,16 @@ class MixtureMLP(nnx.Module):
         self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         assert config.num_experts is not None
-        self.gate = nnx.Linear(
+        self.name = config.modules.router
+        router = nnx.Linear(
             config.hidden_size,
             config.num_experts,
-            use_bias=False,
+            use_bias=config.expert_bias,
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,
         )
+        setattr(self, self.name, router)
         self.experts = Experts(config, dtype=dtype, param_dtype=param_dtype)
         self.count = config.num_experts_per_tok
         self.normalized = config.norm_topk_prob
@@ -113,7 +138,7 @@ class MixtureMLP(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Load | None]:
         """The output, and the load of the experts by the tokens that are `real`, if given."""
         rows = x.reshape(-1, x.shape[-1])  # (m, d)
-        logits = self.gate(rows)
+        logits = getattr(self, self.name)(rows)
         chosen = choose_experts(logits, self.count, normalized=self.normalized)
         load = None if real is None else load_of(logits, chosen.experts, real.reshape(-1))
         return self.experts(rows, chosen).reshape(x.shape), load

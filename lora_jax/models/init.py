@@ -60,7 +60,7 @@ def draw(key: Array, shapes: Any, config: Any) -> Any:
 def _fresh(key: Array, name: str, shape: jax.ShapeDtypeStruct, config: Any) -> Float[Array, "..."]:
     if name == "scale":
         return jnp.full(shape.shape, config.fresh_scale, shape.dtype)
-    if name == "bias":
+    if name.endswith("bias"):
         return jnp.zeros(shape.shape, shape.dtype)
     # Drawn in float32, so that a model in 16 bits starts as the same one rounded.
     return (jax.random.normal(key, shape.shape) * config.initializer_range).astype(shape.dtype)

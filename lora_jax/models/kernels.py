@@ -1,7 +1,7 @@
 """Attention over whole rows by kernels that never write the scores to memory, and their table.
 
-    splash    TPU: Pallas' kernel. Windows, soft caps, padding and texts side by side.
-    cudnn     NVIDIA GPU: cuDNN's, 16 bits. Windows; no soft caps, padding or texts side by side.
+    splash    TPU: Pallas' kernel. Windows, soft caps, padding and texts side by side; no sinks.
+    cudnn     NVIDIA GPU: cuDNN's, 16 bits. Windows; none of the others.
     xla       anything: JAX's own, some heads and queries at a time (`lora_jax.models.attention`).
 
 `attention="auto"` takes the first row of `TABLE` that takes the case; a name takes that row, or
@@ -32,7 +32,7 @@ from lora_jax.models.sharding import ROWS
 
 AttentionName = Literal["auto", "splash", "cudnn", "xla"]
 ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
-Kind = Literal["windows", "soft caps", "padding", "segments"]
+Kind = Literal["windows", "soft caps", "sinks", "padding", "segments"]
 
 # Tokens: the scores of fewer are small.
 KERNELS_FROM = 128
@@ -45,6 +45,7 @@ _BLOCK = 512
 _LACKS: Mapping[Kind, str] = {
     "windows": "has no sliding windows",
     "soft caps": "has no soft cap of the scores",
+    "sinks": "has no sinks of heads",
     "padding": "takes no mask of padding",
     # Through `jax.nn.dot_product_attention` cuDNN gets a mask as a bias of all pairs of tokens.
     # Its private call has offsets of texts, which JAX 0.10 counts by query heads for keys too: with
@@ -174,10 +175,11 @@ def cudnn(
 _16_BITS = ("bfloat16", "float16")
 _ALL: frozenset[Kind] = frozenset(get_args(Kind))
 _WINDOWS: frozenset[Kind] = frozenset({"windows"})
+_NO_SINKS: frozenset[Kind] = _ALL - {"sinks"}
 
 TABLE: tuple[Row, ...] = (
     Row(
-        name="splash", platform="tpu", dtypes=("bfloat16", "float32"), kinds=_ALL, run=splash,
+        name="splash", platform="tpu", dtypes=("bfloat16", "float32"), kinds=_NO_SINKS, run=splash,
         sizes=(lambda h: h < _LANES or h % _LANES == 0, "below 128, or multiples of 128"),
     ),
     # The limits of cuDNN, from Hopper on and before.
@@ -203,6 +205,7 @@ def kernel_for(
     window: int | None,
     scale: float | None,
     softcap: float | None,
+    sinks: bool = False,
     over: str | None = None,
 ) -> Callable | None:
     """The kernel for whole rows, `(q, k, v) -> mixed values`; None where it is XLA's attention.
@@ -212,7 +215,7 @@ def kernel_for(
       q: the queries; only their shape and dtype are read.
       mask, segments: see `lora_jax.models.attention.attention`.
       slides: whether this block has a window; an array in a scan over blocks that differ.
-      window, scale, softcap: see `lora_jax.models.attention.Mixing`.
+      window, scale, softcap, sinks: see `lora_jax.models.attention.Mixing`.
       over: the axis that the tokens of a row are spread over.
     """
     t = q.shape[1]
@@ -220,6 +223,7 @@ def kernel_for(
     needs: dict[Kind, bool] = {
         "windows": slides is not False and window is not None,
         "soft caps": softcap is not None,
+        "sinks": sinks,
         "padding": mask is not None,
         "segments": segments is not None,
     }
@@ -363,7 +367,9 @@ def _on_devices(
 def in_place(mixed: Float[Array, "b t n h"], q: Float[Array, "b t n h"]) -> Array:
     """Always `mixed`, with the tokens' axis of the queries; nothing once compiled.
 
+    Queries may be longer than values, by what `lora_jax.models.attention.with_sinks` adds.
+
     Adapters for each token follow the tokens' axis through the program, and lose it in a kernel or
     where it is cut in pieces.
     """
-    return lax.select(jnp.ones(mixed.shape, bool), mixed, q)
+    return lax.select(jnp.ones(mixed.shape, bool), mixed, q[..., : mixed.shape[-1]])

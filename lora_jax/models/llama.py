@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
-from lora_jax.models.attention import Attend, Rotations, Stored, choose
+from lora_jax.models.attention import Attend, Rotations, Stored, choose, with_sinks
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.experts import Load, MixtureMLP
 from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, RMSNorm, kept, logits_of
@@ -54,6 +54,9 @@ class Attention(nnx.Module):
         self.qk_norm = config.qk_norm
         self.norm_whole = config.qk_norm_whole
         self.limit = config.clip_qkv
+        self.sunk = config.attention_sinks
+        if self.sunk:
+            self.sinks = nnx.Param(jnp.zeros((config.num_attention_heads,), param_dtype))
         if config.qk_norm:
             whole = config.qk_norm_whole
             self.q_norm = _norm(config, queries if whole else size, param_dtype)
@@ -88,6 +91,8 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.interleaved:
             q, k = (_by_halves(y, self.interleaved) for y in (q, k))
+        if self.sunk:
+            q = with_sinks(q, self.sinks.get_value())
         mixed, stored = attend(q, k, v, stored=stored, block=block)  # (b, t, n, h)
         output = getattr(self, self.names.output)
         return kept(output(mixed.reshape(*x.shape[:2], -1))), stored

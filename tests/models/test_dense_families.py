@@ -196,6 +196,17 @@ PUBLIC = {
         model_type="olmoe", clip_qkv=None, norm_topk_prob=False, num_experts=64,
         num_experts_per_tok=8, output_router_logits=False, router_aux_loss_coef=0.01,
     ),
+    "gpt-oss-20b-BF16": dict(
+        model_type="gpt_oss", attention_bias=True, experts_per_token=2, head_dim=16,
+        initial_context_length=4096, num_experts_per_tok=2, num_local_experts=8,
+        output_router_logits=False, router_aux_loss_coef=0.9, rms_norm_eps=1e-5,
+        rope_theta=150000, sliding_window=128, swiglu_limit=7.0, hidden_act="silu",
+        layer_types=[SLIDING, FULL, SLIDING, FULL], eos_token_id=200002, pad_token_id=199999,
+        rope_scaling=dict(
+            beta_fast=32.0, beta_slow=1.0, factor=32.0, original_max_position_embeddings=4096,
+            rope_type="yarn", truncate=False,
+        ),
+    ),
     "pythia-1b": dict(
         model_type="gpt_neox", num_key_value_heads=None, attention_bias=True, bos_token_id=0,
         eos_token_id=0, hidden_act="gelu", layer_norm_eps=1e-5, rotary_emb_base=10000,

@@ -42,6 +42,15 @@ CASES = {
     ),
     "qwen3_moe": dict(QWEN3, norm_topk_prob=True),
     "qwen3_moe with plain weights": dict(QWEN3, norm_topk_prob=False, attention_bias=True),
+    "gpt_oss": dict(
+        SIZES, model_type="gpt_oss", head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+        sliding_window=4, swiglu_limit=1.0,
+    ),
+    "gpt_oss without scaling": dict(
+        SIZES, model_type="gpt_oss", head_dim=8, num_local_experts=3, num_experts_per_tok=1,
+        sliding_window=4, layer_types=["full_attention"] * 3, attention_bias=False,
+        rope_parameters=dict(rope_type="default", rope_theta=500.0),
+    ),
     "olmoe": dict(SIZES, model_type="olmoe", num_experts=4, num_experts_per_tok=2),
     "olmoe with limits": dict(
         SIZES, model_type="olmoe", num_experts=4, num_experts_per_tok=4, clip_qkv=0.5,
@@ -49,7 +58,7 @@ CASES = {
     ),
 }  # fmt: skip
 
-ONE_EACH = ("mixtral with a window", "qwen3_moe", "olmoe with limits")
+ONE_EACH = ("mixtral with a window", "qwen3_moe", "olmoe with limits", "gpt_oss")
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +76,19 @@ def test_logits_are_transformers(saved, case):
 
 @pytest.mark.oracle
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["mixtral with a window", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("case", ["mixtral with a window", "qwen3_moe", "olmoe", "gpt_oss"])
 def test_greedy_text_is_transformers(saved, case):
     check_greedy_text(saved, PLACE, case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["mixtral", "olmoe"])
+@pytest.mark.parametrize("case", ["mixtral", "olmoe", "gpt_oss"])
 def test_blocks_that_are_not_stacked_compute_the_same(saved, case):
     check_blocks_apart(saved, case)
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "gpt_oss", "gpt_oss without scaling"])
 def test_what_is_saved_is_the_same_to_transformers(saved, case, tmp_path):
     check_saved_again(saved, PLACE, case, tmp_path)
 

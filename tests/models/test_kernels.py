@@ -125,7 +125,10 @@ def test_a_family_by_splash_attention(kind, monkeypatch):
         assert np.linalg.norm((a - b) * real) <= 1e-5 * max(np.linalg.norm(b * real), 1e-3)
     real = (segments > 0) & ~places
     np.testing.assert_array_equal(np.asarray(one[0])[real], np.asarray(two[0])[real])
-    jax.tree.map(np.testing.assert_array_equal, one[1], two[1])
+    # Other tokens put an expert's rows in other tiles, whose sums are added in another order.
+    most = 0 if getattr(model.config, "num_experts", None) is None else 1e-5
+    for a, b in zip(jax.tree.leaves(one[1]), jax.tree.leaves(two[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=most)
 
 
 def test_adapters_of_tokens_pass_through_a_kernel(monkeypatch):

@@ -42,6 +42,7 @@ FAMILIES = {
     "phi": {},
     "mixtral": dict(num_local_experts=3),
     "qwen3_moe": dict(head_dim=8, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
+    "gpt_oss": dict(WINDOW, head_dim=8, num_local_experts=3, num_experts_per_tok=2),
     "olmoe": dict(num_experts=3, num_experts_per_tok=2),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=16),
 }
@@ -49,6 +50,7 @@ FAMILIES = {
 LATER = (
     "ministral", "granite", "seed_oss", "arcee", "olmo2", "olmo3", "glm4", "mixtral", "qwen3_moe",
     "olmoe", "cohere", "cohere2", "starcoder2", "phi",
+    "gpt_oss",
 )  # fmt: skip
 LENGTHS = ((7, 1, 5, 9), (16, 6), (3, 3, 3, 3, 3))
 LENGTH = 24

@@ -140,6 +140,19 @@ MIXTRAL = replace(
     ),
 )
 
+# Experts are one array of a block, (E, in, out) as here.
+GPT_OSS = replace(
+    LLAMA,
+    name="gpt_oss",
+    stacks=("layers",),
+    rules=(
+        *(Rule("*experts", name, name) for name in ("gate_up_proj", "down_proj")),
+        *(Rule("*experts", name, name) for name in ("gate_up_proj_bias", "down_proj_bias")),
+        Rule("*self_attn", "sinks", "sinks"),
+        *LLAMA.rules,
+    ),
+)
+
 # Linear layers under the names of GPT-2's Conv1D.
 _STARCODER2_RULES = tuple(
     Rule(f"*layers.mlp.{name}", "weight", "kernel", (1, 0)) for name in ("c_fc", "c_proj")

@@ -165,7 +165,8 @@ def parameters_of(path: str, leaf: Any, config: LoraConfig) -> dict[tuple[int, .
 def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraConfig:
     """The config with adapted experts, gate beside up in one array, among `target_parameters`.
 
-    transformers has such experts as parameters of one module; PEFT finds no module for each.
+    transformers has such experts as parameters of one module; PEFT finds no module for each. Nor
+    does it take gpt-oss' router, which is no linear layer there.
 
     Raises:
       ValueError: the config has what PEFT does not have for parameters.
@@ -175,12 +176,14 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
     }
     entries: list[str] = []
     for path, leaf in leaves.items():
-        module, _, parameter = bare(path).rpartition(".")
-        if module not in fused or not isinstance(leaf, LoraArray):
+        module = bare(path).rpartition(".")[0]
+        beside = module.removesuffix("router") + "experts"
+        if not {module, beside} & fused or not isinstance(leaf, LoraArray):
             continue
         if parameters_of(path, leaf, config):
             continue
-        ranks = {row.layer[:-1]: row.rank for row in _rows(path, leaf, config)}
+        parameter, depth = their_parameter(bare(path)), names.stack_depth(module)
+        ranks = {row.layer[:depth]: row.rank for row in _rows(path, leaf, config)}
         named = [f"{names.module_name(module, at)}.{parameter}" for at, r in ranks.items() if r]
         short = ".".join((*module.split(".")[-2:], parameter))
         entries += [short] if len(named) == len(ranks) else named

@@ -15,11 +15,11 @@ from lora_jax.models.families import llama, qwen
 
 # `num_local_experts` is Mixtral's name, `num_experts` that of the others; transformers reads both.
 _COUNTS = ("num_local_experts", "num_experts")
-_FIELDS = (*_COUNTS, "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
+FIELDS = (*_COUNTS, "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
 
 
-def _read(raw: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The fields of all three; `count` is the number of experts where none is stated."""
+def read_experts(raw: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The fields of every mixture; `count` is the number of experts where none is stated."""
     counts = {raw[name] for name in _COUNTS if raw.get(name) is not None}
     if len(counts) > 1:
         raise ValueError(
@@ -33,7 +33,7 @@ def _read(raw: Mapping[str, Any], count: int) -> dict[str, Any]:
     }
 
 
-def _write(config: Any, name: str) -> dict[str, Any]:
+def write_experts(config: Any, name: str) -> dict[str, Any]:
     return {
         name: config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
@@ -46,11 +46,11 @@ def _read_mixtral(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"config: `router_jitter_noise` = {raw['router_jitter_noise']!r} is not supported"
         )
-    return {"sliding_window": raw.get("sliding_window"), **_read(raw, 8)}
+    return {"sliding_window": raw.get("sliding_window"), **read_experts(raw, 8)}
 
 
 def _write_mixtral(config: Any) -> dict[str, Any]:
-    return {"sliding_window": config.sliding_window, **_write(config, "num_local_experts")}
+    return {"sliding_window": config.sliding_window, **write_experts(config, "num_local_experts")}
 
 
 def _read_qwen3(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _read_qwen3(raw: Mapping[str, Any]) -> dict[str, Any]:
             )
     return {
         **qwen.QWEN3.read(raw),
-        **_read(raw, 128),
+        **read_experts(raw, 128),
         "moe_intermediate_size": raw["moe_intermediate_size"],
         "norm_topk_prob": bool(raw["norm_topk_prob"]),
     }
@@ -71,7 +71,7 @@ def _read_qwen3(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _write_qwen3(config: Any) -> dict[str, Any]:
     return {
         **qwen.QWEN3.write(config),
-        **_write(config, "num_experts"),
+        **write_experts(config, "num_experts"),
         "moe_intermediate_size": config.moe_intermediate_size,
         "norm_topk_prob": config.norm_topk_prob,
     }
@@ -80,7 +80,7 @@ def _write_qwen3(config: Any) -> dict[str, Any]:
 def _read_olmoe(raw: Mapping[str, Any]) -> dict[str, Any]:
     bias = bool(raw.get("attention_bias", False))
     return {
-        **_read(raw, 64),
+        **read_experts(raw, 64),
         "norm_topk_prob": bool(raw["norm_topk_prob"]),
         "clip_qkv": raw.get("clip_qkv"),
         "qk_norm": True,
@@ -92,7 +92,7 @@ def _read_olmoe(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_olmoe(config: Any) -> dict[str, Any]:
     return {
-        **_write(config, "num_experts"),
+        **write_experts(config, "num_experts"),
         "norm_topk_prob": config.norm_topk_prob,
         "clip_qkv": config.clip_qkv,
         "attention_bias": config.qkv_bias,
@@ -101,7 +101,7 @@ def _write_olmoe(config: Any) -> dict[str, Any]:
 
 MIXTRAL = Dialect(
     architecture="MixtralForCausalLM",
-    fields=(*_FIELDS, *llama.MISTRAL.fields, "router_jitter_noise"),
+    fields=(*FIELDS, *llama.MISTRAL.fields, "router_jitter_noise"),
     read=_read_mixtral,
     write=_write_mixtral,
     names=names.MIXTRAL,
@@ -119,7 +119,7 @@ MIXTRAL = Dialect(
 QWEN3_MOE = Dialect(
     architecture="Qwen3MoeForCausalLM",
     fields=(
-        *_FIELDS, *qwen.QWEN3.fields, "decoder_sparse_step", "mlp_only_layers",
+        *FIELDS, *qwen.QWEN3.fields, "decoder_sparse_step", "mlp_only_layers",
         "moe_intermediate_size", "norm_topk_prob",
     ),
     read=_read_qwen3,
@@ -137,7 +137,7 @@ QWEN3_MOE = Dialect(
 
 OLMOE = Dialect(
     architecture="OlmoeForCausalLM",
-    fields=(*_FIELDS, "attention_bias", "clip_qkv", "norm_topk_prob"),
+    fields=(*FIELDS, "attention_bias", "clip_qkv", "norm_topk_prob"),
     read=_read_olmoe,
     write=_write_olmoe,
     names=names.EXPERTS,
