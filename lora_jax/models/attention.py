@@ -4,8 +4,8 @@ One function, `Attend`, does what happens between a block's projections and its 
 queries and keys, stores keys and values, and mixes the values. Blocks with a sliding window (a
 token attends to a fixed number before it) need another one than the rest: `AttendOf` has both.
 
-B batch, T new tokens, S length of the cache, N query heads, K key/value heads, H size of a head,
-L blocks.
+B batch, T new tokens, S length of the cache, N query heads, K key/value heads, H size of a head
+(HQ with what `with_sinks` adds to a query), L blocks.
 """
 
 import math
@@ -168,7 +168,7 @@ def _without_cache(
         near = (window - 1, 0) if slides is True and window is not None else None
 
         def attend(
-            q: Float[Array, "b t n h"],
+            q: Float[Array, "b t n hq"],
             k: Float[Array, "b t k h"],
             v: Float[Array, "b t k h"],
             *,
@@ -227,7 +227,7 @@ def _with_cache(
         # The cache is the scan's carry, which is written in place: as input and output of the scan
         # the whole of it would be copied for every token.
         def attend(
-            q: Float[Array, "b t n h"],
+            q: Float[Array, "b t n hq"],
             k: Float[Array, "b t k h"],
             v: Float[Array, "b t k h"],
             *,
@@ -254,7 +254,7 @@ def _with_cache(
 
 def _in_parts(
     mix: Callable,
-    q: Float[Array, "b t n h"],
+    q: Float[Array, "b t n hq"],
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],
     first: int | Array,
@@ -301,7 +301,7 @@ def _by_queries(
     mix: Callable,
     pieces: int,
     first: int | Array,
-    q: Float[Array, "b t m h"],
+    q: Float[Array, "b t m hq"],
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],
 ) -> Float[Array, "b t m h"]:
@@ -346,7 +346,7 @@ def _near(
 
 
 def _mix(
-    q: Float[Array, "b t n h"],
+    q: Float[Array, "b t n hq"],
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],
     *,

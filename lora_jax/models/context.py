@@ -23,7 +23,7 @@ from lora_jax.models.kernels import in_place, spread
 
 def over_tokens(
     mix: Callable[..., Array],
-    q: Float[Array, "b t n h"],
+    q: Float[Array, "b t n hq"],
     k: Float[Array, "b t k h"],
     v: Float[Array, "b t k h"],
     *others: AnyArray | None,

@@ -364,7 +364,7 @@ def _on_devices(
     )(q, k, v, ids)
 
 
-def in_place(mixed: Float[Array, "b t n h"], q: Float[Array, "b t n h"]) -> Array:
+def in_place(mixed: Float[Array, "b t n h"], q: Float[Array, "b t n hq"]) -> Array:
     """Always `mixed`, with the tokens' axis of the queries; nothing once compiled.
 
     Queries may be longer than values, by what `lora_jax.models.attention.with_sinks` adds.
