@@ -1,4 +1,4 @@
-"""A small Llama or GPT-2, its data, and ten steps of it: on one device, on meshes, in processes."""
+"""A small Llama, Mixtral or GPT-2, and ten steps of it: on one device, on meshes, in processes."""
 
 import dataclasses
 import os
@@ -39,6 +39,7 @@ GPT2 = models.GPT2Config(
 # Names of the small Llama's stacked tensors in a file.
 OWN = lora.hf.name_map("own", [(f"*.{x}", "*.weight") for x in ("kernel", "embedding", "scale")])
 TARGETS = ("q_proj", "down_proj")
+EXPERTS = dict(target_modules=("q_proj", "experts.gate_up_proj", "experts.down_proj"))
 # Model, adapters, training: what differs from a float32 Llama with LoRA on two targets.
 KINDS: dict[str, tuple[dict, dict, dict]] = {
     "lora": ({}, {}, {}),
@@ -51,6 +52,13 @@ KINDS: dict[str, tuple[dict, dict, dict]] = {
     "dropout": ({}, dict(dropout=0.2), {}),
     "packed": ({}, {}, dict(packing=True, packed_length=48, batch_size=8)),
     "layers apart": (dict(scan=False), {}, {}),
+    "experts": (dict(experts=4), EXPERTS, {}),
+    "experts, nf4": (dict(experts=4, quantize=True), EXPERTS, {}),
+    "experts, packed": (
+        dict(experts=8),
+        EXPERTS,
+        dict(packing=True, packed_length=48, batch_size=8),
+    ),
 }
 
 
@@ -61,8 +69,12 @@ def data() -> list[Example]:
     return [Example(row, np.arange(len(row)) > 0, f"example {i}") for i, row in enumerate(rows)]
 
 
-def make(*, tied=False, gpt2=False, quantize=False, **options) -> models.Model:
+def make(*, tied=False, gpt2=False, quantize=False, experts=None, **options) -> models.Model:
     config = GPT2 if gpt2 else dataclasses.replace(LLAMA, tie_word_embeddings=tied)
+    if experts:
+        config = dataclasses.replace(
+            config, model_type="mixtral", num_experts=experts, moe_intermediate_size=64
+        )
     model = models.init(jax.random.key(0), config, **options)
     if quantize:
         model = dataclasses.replace(

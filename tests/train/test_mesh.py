@@ -26,6 +26,7 @@ MESHES: dict[str, dict[str, Any]] = {
     "data=2,fsdp=4": dict(data=2, fsdp=4),
     "fsdp=4,tensor=2": dict(fsdp=4, tensor=2),
     "tensor=8": dict(tensor=8),
+    "data=2,fsdp=2,tensor=2": dict(data=2, fsdp=2, tensor=2),
 }
 MIXED = ("data=2,fsdp=4", "fsdp=4,tensor=2")
 
