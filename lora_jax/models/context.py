@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from lora_jax.dims import AnyArray
 from lora_jax.models.kernels import in_place, spread
+from lora_jax.models.sharding import check_length
 
 
 def over_tokens(
@@ -90,8 +91,4 @@ def check_tokens(count: int, axis: str | None) -> None:
             f'`forward.tokens` is "{axis}", an axis that the mesh of the context does not have: '
             "call under jax.set_mesh(mesh)"
         )
-    if count % mesh.shape[axis]:
-        raise ValueError(
-            f"`tokens` has rows of {count}, which the {mesh.shape[axis]} devices of the axis "
-            f'"{axis}" do not divide: pad them to a multiple of {mesh.shape[axis]}'
-        )
+    check_length("tokens", count, mesh.shape[axis])

@@ -123,6 +123,24 @@ def check_axes(axes: Mapping[str, int], *, rest: bool) -> None:
             )
 
 
+def check_length(name: str, length: int, devices: int) -> None:
+    """Checks that the tokens of a row can be spread over so many devices.
+
+    Args:
+      name: the argument that the length comes from.
+      length: tokens of a row.
+      devices: the number of devices along `TOKENS`.
+
+    Raises:
+      ValueError: they do not divide it.
+    """
+    if length % devices:
+        raise ValueError(
+            f"`{name}` has rows of {length} tokens, which the {devices} devices of the mesh axis "
+            f'"{TOKENS}" do not divide: take a multiple of {devices}'
+        )
+
+
 def mesh_sizes(axes: Mapping[str, int], devices: int) -> dict[str, int]:
     """The sizes of a mesh's axes, with -1 replaced by the number of devices that are left.
 

@@ -243,8 +243,7 @@ def _batches(
         buckets=config.buckets,
         pad_id=pad_id_of(model.tokenizer),
         seed=seed,
-        parts=rows.parts,
-        spans=rows.spans,
+        rows=rows,
         # As many epochs as the steps need, since each seed's order is laid out in advance.
         epochs=-(-steps * config.batch_size // len(data)),
     )
@@ -256,8 +255,7 @@ def _once(model: Any, data: Sequence[Example], size: int, *, rows: Rows) -> list
         data,
         batch_size=size,
         pad_id=pad_id_of(model.tokenizer),
-        parts=rows.parts,
-        spans=rows.spans,
+        rows=rows,
     )
     return [_first(batch) for batch in once(layout)]
 

@@ -25,6 +25,7 @@ import numpy as np
 from lora_jax.compat import require
 from lora_jax.train.buckets import Bucket, ladder_of, plan_epoch, plan_once
 from lora_jax.train.examples import Example
+from lora_jax.train.loss import TOGETHER, Rows
 from lora_jax.train.packing import pack_epoch, pack_once, rows_by_rank
 
 # Above this share of the grid, selecting positions costs more than the outputs it saves.
@@ -82,8 +83,7 @@ class Loader(NamedTuple):
       accumulation: A, microbatches of a step.
       pad_id: the padding token.
       seed: seed of the order.
-      parts: number of parts of equally many rows that a microbatch has on a mesh.
-      spans: number of parts of equally many tokens that a row has on a mesh.
+      rows: how a microbatch is spread over a mesh, in parts of equally many rows and tokens.
       by_rank: of packed rows, the row of each example, see `rows_by_rank`.
       segmented: batches have `segments` even where rows are not packed.
     """
@@ -96,8 +96,7 @@ class Loader(NamedTuple):
     accumulation: int
     pad_id: int
     seed: int
-    parts: int = 1
-    spans: int = 1
+    rows: Rows = TOGETHER
     by_rank: np.ndarray | None = None
     segmented: bool = False
 
@@ -111,8 +110,7 @@ def loader(
     pad_id: int = 0,
     seed: int = 0,
     epochs: int = 1,
-    parts: int = 1,
-    spans: int = 1,
+    rows: Rows = TOGETHER,
     packed: int | None = None,
     segmented: bool = False,
 ) -> Loader:
@@ -126,8 +124,7 @@ def loader(
       pad_id: the padding token.
       seed: seed of the shuffle.
       epochs: maximum number of epochs.
-      parts: number of devices that the rows of a forward pass are spread over.
-      spans: number of devices that the tokens of a row are spread over.
+      rows: how the rows of a forward pass are spread over a mesh.
       packed: tokens of a row that holds several examples, in place of buckets.
       segmented: batches have `segments` even where rows are not packed.
 
@@ -137,25 +134,24 @@ def loader(
     lengths = lengths_of(data)
     prepared = Loader(
         examples=data,
-        ladder=ladder_of(buckets, lengths, spans) if packed is None else (packed,),
+        ladder=ladder_of(buckets, lengths, rows.spans) if packed is None else (packed,),
         places={},
         epochs=epochs,
         batch_size=batch_size,
         accumulation=accumulation,
         pad_id=pad_id,
         seed=seed,
-        parts=parts,
-        spans=spans,
+        rows=rows,
         by_rank=None if packed is None else rows_by_rank(lengths, packed),
         segmented=segmented or packed is not None,
     )
-    if spans > 1:
+    if rows.spans > 1:
         # How many of a span's tokens are learned depends on where each example begins.
-        whole = {rung: (batch_size // parts * rung,) for rung in prepared.ladder}
+        whole = {rung: (batch_size // rows.parts * rung,) for rung in prepared.ladder}
         return prepared._replace(places=whole)
     # All epochs are planned here, because P is the maximum over them.
     plans = [_once(prepared), *(_epoch(prepared, e) for e in range(epochs))]
-    return prepared._replace(places=_places(data, batch_size // parts, plans))
+    return prepared._replace(places=_places(data, batch_size // rows.parts, plans))
 
 
 def lengths_of(data: Sequence[Example]) -> list[int]:
@@ -276,7 +272,7 @@ def once(loader: Loader) -> list[Batch]:
 def make_batch(loader: Loader, bucket: Bucket) -> Batch:
     """The padded batch of a bucket."""
     rows = [[loader.examples[i] for i in np.atleast_1d(row)] for row in bucket.rows]
-    size, length = loader.batch_size // loader.parts, bucket.rung
+    size, length = loader.batch_size // loader.rows.parts, bucket.rung
     learned = [sum(int(e.learned[1:].sum()) for e in row) for row in rows]
     needed = max(sum(learned[i : i + size]) for i in range(0, len(rows), size))
     places = next(p for p in loader.places[length] if p >= needed)
@@ -288,11 +284,11 @@ def make_batch(loader: Loader, bucket: Bucket) -> Batch:
         _part(rows[i : i + size], length, places, loader.pad_id) for i in range(0, len(rows), size)
     ]
     tokens, segments, *placed = (np.stack(part) for part in zip(*parts, strict=True))
-    if loader.spans > 1:
-        placed = (_by_span(x, size, loader.spans) for x in placed)
+    if loader.rows.spans > 1:
+        placed = (_by_span(x, size, loader.rows.spans) for x in placed)
     positions, *others = placed
     # Positions count through all parts of a microbatch, in which part i begins at row i * size.
-    starts = np.arange(len(parts), dtype=np.int32) % loader.parts * (size * length)
+    starts = np.arange(len(parts), dtype=np.int32) % loader.rows.parts * (size * length)
     positions += starts[:, None]
     shape = (loader.accumulation, -1, length)
     return Batch(

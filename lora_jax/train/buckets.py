@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lora_jax.models.sharding import check_length
+
 MULTIPLE = 8  # rungs are multiples of this: whole vector registers on a CPU, tiles elsewhere
 
 _MOST_RUNGS = 512
@@ -54,26 +56,13 @@ def ladder_of(
         return best_ladder(lengths, buckets, multiple=row_multiple(spans))
     ladder = check_ladder(buckets, lengths)
     for rung in ladder:
-        check_spans("buckets", rung, spans)
+        check_length("buckets", rung, spans)
     return ladder
 
 
 def row_multiple(spans: int) -> int:
     """What the length of a row is a multiple of, on so many devices."""
     return math.lcm(MULTIPLE, spans)
-
-
-def check_spans(name: str, length: int, spans: int) -> None:
-    """Checks that the tokens of a row can be spread over so many devices.
-
-    Raises:
-      ValueError: they do not divide its length.
-    """
-    if length % spans:
-        raise ValueError(
-            f"`{name}` has rows of {length} tokens, which the {spans} devices of the mesh axis "
-            f'"context" do not divide: take a multiple of {spans}'
-        )
 
 
 def check_ladder(ladder: Sequence[int], lengths: Sequence[int]) -> tuple[int, ...]:

@@ -63,8 +63,7 @@ def evaluator(
         batch_size=batch_size,
         buckets=buckets,
         pad_id=pad_id_of(model.tokenizer),
-        parts=rows.parts,
-        spans=rows.spans,
+        rows=rows,
     )
     return Evaluator(once(layout), Programs(summed), at)
 

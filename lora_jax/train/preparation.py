@@ -11,8 +11,9 @@ import jax
 from lora_jax import processes
 from lora_jax.compat import check_installed
 from lora_jax.config.lora import LoraConfig
+from lora_jax.models.sharding import check_length
 from lora_jax.train.batches import Loader, data_hash, lengths_of, loader
-from lora_jax.train.buckets import check_spans, ladder_of, row_multiple
+from lora_jax.train.buckets import ladder_of, row_multiple
 from lora_jax.train.config import TrainConfig, profiled_steps, total_steps
 from lora_jax.train.evaluate import pad_id_of
 from lora_jax.train.examples import Example
@@ -149,8 +150,7 @@ def layout(
         pad_id=pad_id_of(model.tokenizer),
         seed=config.seed,
         epochs=-(-total // choice.steps),
-        parts=rows.parts,
-        spans=rows.spans,
+        rows=rows,
         # Without them the load of experts would count padding.
         segmented=config.balance_experts,
     )
@@ -179,7 +179,7 @@ def balance_of(model: Any, config: TrainConfig) -> float:
 def _row_length(config: TrainConfig, lengths: Sequence[int], spans: int) -> int:
     """Tokens of a packed row: by default no more than those of the longest bucket."""
     if config.packed_length:
-        check_spans("packed_length", config.packed_length, spans)
+        check_length("packed_length", config.packed_length, spans)
         return config.packed_length
     return -(-max(lengths) // row_multiple(spans)) * row_multiple(spans)
 

@@ -132,7 +132,7 @@ def test_tokens_that_the_devices_cannot_share_are_refused():
     model = models.init(jax.random.key(0), SMALL)
     forward = dataclasses.replace(model.forward, tokens="context")
     with jax.set_mesh(models.make_mesh(data=2, context=4)):
-        with pytest.raises(ValueError, match=r"rows of 6, which the 4 devices of the axis"):
+        with pytest.raises(ValueError, match=r"`tokens` has rows of 6 tokens, which the 4 devices"):
             forward.apply(model.params, jnp.zeros((2, 6), jnp.int32))
     with pytest.raises(ValueError, match=r"under jax.set_mesh\(mesh\)"):
         forward.apply(model.params, jnp.zeros((2, 8), jnp.int32))

@@ -15,7 +15,7 @@ from lora_jax.models.sharding import RULES
 from lora_jax.train.batches import by_place, make_batch
 from lora_jax.train.buckets import Bucket
 from lora_jax.train.examples import Example
-from lora_jax.train.loss import losses_of
+from lora_jax.train.loss import TOGETHER, Rows, losses_of
 from lora_jax.train.mesh import batch_on, rows_of
 from lora_jax.train.preparation import layout
 
@@ -99,16 +99,16 @@ def test_a_loss_in_chunks_is_that_of_one_device():
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
 
 
-def batch_of(lengths: Sequence[int], **sizes: int) -> train.Batch:
+def batch_of(lengths: Sequence[int], rows: Rows = TOGETHER) -> train.Batch:
     """The one batch of examples with tokens 1, 2, ... of which the later half is learned."""
     numbers = [np.arange(1, n + 1, dtype=np.int32) for n in lengths]
     examples = [Example(x, x > len(x) // 2, "") for x in numbers]
-    loader = train.loader(examples, batch_size=len(lengths), buckets=1, **sizes)
+    loader = train.loader(examples, batch_size=len(lengths), buckets=1, rows=rows)
     return make_batch(loader, Bucket(loader.ladder[0], np.arange(len(lengths))))
 
 
 def test_places_follow_the_devices_that_hold_their_tokens():
-    one, spread = batch_of((16, 9, 12, 5)), batch_of((16, 9, 12, 5), parts=2, spans=4)
+    one, spread = batch_of((16, 9, 12, 5)), batch_of((16, 9, 12, 5), rows=Rows(parts=2, spans=4))
     assert spread.positions.shape == (1, 4 * 16)
     # Of two rows on two devices each, their four tokens.
     assert spread.positions[0, :8].tolist() == [0, 1, 2, 3, 16, 17, 18, 19]
@@ -121,9 +121,9 @@ def test_places_follow_the_devices_that_hold_their_tokens():
 def test_lengths_that_the_devices_do_not_divide():
     examples = [Example(np.arange(9, dtype=np.int32), np.ones(9, bool), "")]
     # By default rows are padded to a multiple.
-    assert train.loader(examples, batch_size=1, spans=3).ladder == (24,)
+    assert train.loader(examples, batch_size=1, rows=Rows(spans=3)).ladder == (24,)
     with pytest.raises(ValueError, match=r"`buckets` has rows of 10 .* take a multiple of 4"):
-        train.loader(examples, batch_size=1, buckets=[10], spans=4)
+        train.loader(examples, batch_size=1, buckets=[10], rows=Rows(spans=4))
     mesh = models.make_mesh(data=2, context=4)
     with pytest.raises(ValueError, match=r"`packed_length` has rows of 18 .* a multiple of 4"):
         run(make(), {}, dict(packing=True, packed_length=18), mesh)

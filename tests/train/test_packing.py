@@ -17,6 +17,7 @@ import lora_jax as lora
 from lora_jax import models, train
 from lora_jax.train import Example, TrainConfig, batches_per_epoch, iterate, loader, once
 from lora_jax.train.batches import padding_share
+from lora_jax.train.loss import Rows
 from lora_jax.train.packing import choose, pack_epoch, rows_by_rank
 from lora_jax.train.preparation import layout
 
@@ -102,7 +103,7 @@ def test_batches_ask_for_exactly_what_is_learned(accumulation, parts):
     data = [example(int(n), i) for i, n in enumerate([5, 9, 17, 30, 8, 3, 3, 1, 2, 12, 25, 4])]
     # Of a mark at an example's first token nothing is learned: nothing predicts it.
     data[0] = data[0]._replace(learned=np.ones(5, bool))
-    plan = loader(data, batch_size=2, accumulation=accumulation, packed=32, pad_id=0, parts=parts)
+    plan = loader(data, batch_size=2, accumulation=accumulation, packed=32, rows=Rows(parts=parts))
     batches = once(plan)
     want = sorted(
         (int(e.tokens[t - 1]), int(e.tokens[t])) for e in data for t in range(1, len(e.tokens))

@@ -20,7 +20,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from lora_jax.models.config import LlamaConfig
-from lora_jax.models.sharding import AXES, ROWS, TOKENS, check_axes
+from lora_jax.models.sharding import AXES, ROWS, TOKENS, check_axes, check_length
 from lora_jax.quant.sharding import axes_of
 
 # The sizes of a configuration that the axis `tensor` divides.
@@ -42,11 +42,7 @@ def check_mesh(mesh: Mapping[str, int], *, batch: int, length: int) -> dict[str,
             f"`batch` {batch} cannot be divided among the {spread} devices of the axes "
             f"{' and '.join(ROWS)}: take a multiple of {spread}"
         )
-    if length % full[TOKENS]:
-        raise ValueError(
-            f"`length` {length} cannot be divided among the {full[TOKENS]} devices of the axis "
-            f"{TOKENS}: take a multiple of {full[TOKENS]}"
-        )
+    check_length("length", length, full[TOKENS])
     return full
 
 
