@@ -15,6 +15,7 @@ import lora_jax as lora
 
 CONFIG = lora.LoraConfig(rank=4, target_modules=("q_proj", "v_proj"))
 SIZE = dict(num_layers=2, vocab_size=64, embed_dim=32, hidden_dim=64, num_heads=4, head_dim=8)
+SIZE |= dict(num_kv_heads=2, rope_theta=10_000, norm_eps=1e-5)
 TOKENS, MASK = np.arange(32).reshape(4, 8) % 7 + 1, np.ones((4, 8), bool)
 CAUSAL = MASK[:, None] & np.tri(8, dtype=bool)
 INPUTS = dict(positions=jnp.tile(jnp.arange(8), (4, 1)), attention_mask=CAUSAL)
@@ -35,9 +36,7 @@ def trainer(model, folder):
 
 
 def main():
-    base = Llama3(
-        ModelConfig(**SIZE, num_kv_heads=2, rope_theta=1e4, norm_eps=1e-5), rngs=nnx.Rngs(0)
-    )
+    base = Llama3(ModelConfig(**SIZE), rngs=nnx.Rngs(0))
     model, again, policy = adapted(base), adapted(base), adapted(base)
     with tempfile.TemporaryDirectory() as folder:
         first = trainer(model, folder)
@@ -45,8 +44,7 @@ def main():
         trainer(again, folder)  # restores tunix's checkpoint of the adapters
     # The policy's own base: the two share their variables, so there is no second copy of it.
     config = dpo.DPOTrainingConfig(eval_every_n_steps=99, max_steps=30)
-    half = MASK[:, :4]
-    pairs = dpo.TrainingInput(TOKENS, MASK, TOKENS[:, :4], half, TOKENS[:, 4:] + 9, half)
+    pairs = dpo.TrainingInput(TOKENS, MASK, TOKENS, MASK, TOKENS + 9, MASK)
     dpo.DPOTrainer(policy, policy.base, optax.adam(1e-2), config).train([pairs] * 30)
     moments, before = nnx.state(first.optimizer, nnx.optimizer.OptState), logits(base)
     return {

@@ -60,7 +60,9 @@ def _dense_call(jaxpr: Any, eqn: Any) -> Callable[..., list]:
     part = compat.segment(jaxpr, [eqn], variables, list(eqn.outvars))
 
     def call(*xs: Any) -> list:
-        given = dict(zip(eqn.invars, xs, strict=True))
+        # A constant among the operands is in the equation already.
+        pairs = zip(eqn.invars, xs, strict=True)
+        given = {v: x for v, x in pairs if isinstance(v, compat.Var)}
         return compat.eval_segment(part, [given[v] for v in variables])
 
     return call
