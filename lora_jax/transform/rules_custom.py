@@ -34,9 +34,10 @@ _REASON = "a custom derivative rule takes the weight"
 def _operands(context: Context, eqn: Any, values: Sequence) -> list:
     """The operands, each weight as base and two factors: what the derivatives are taken by."""
     ready = []
-    for x in values:
+    for v, x in zip(eqn.invars, values, strict=True):
         if not is_implicit(x):
-            ready.append(x)
+            # A constant may be a number of Python, which has no dtype.
+            ready.append(x if compat.is_array(x) else jnp.asarray(x, v.aval.dtype))
             continue
         if x.key is not None and x.dropout > 0:
             # The rule's backward cannot use the mask that its forward drew.
@@ -120,7 +121,9 @@ def custom_vjp(context: Context, eqn: Any, values: list) -> list:
     operands = _operands(context, eqn, values)
 
     def differentiate(run: Callable, xs: Sequence) -> None:
-        outs, pull = jax.vjp(run, *xs)
+        # A rule that is told what varies may refuse some operands; weights are what trains.
+        symbolic = eqn.params.get("symbolic_zeros", False)
+        outs, pull = _vjp(run, [is_implicit(x) or not symbolic for x in xs], xs)
         pull([jnp.zeros_like(x) for x in outs])
 
     _probe(context, lambda quiet: _vjp_function(quiet, eqn), differentiate, operands)
@@ -134,9 +137,19 @@ def _vjp_function(context: Context, eqn: Any) -> Callable[..., list]:
         outs = enter(context, eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr")), xs)
         return _as_arrays(context, eqn, outs)
 
+    symbolic = eqn.params.get("symbolic_zeros", False)
+
     def forward(*xs: Any) -> tuple:
+        if symbolic:
+            # Such a rule sees which operands have tangents, and may refuse some that do.
+            varies = [_varies(x) for x in xs]
+            xs = jax.tree.map(lambda leaf: leaf.value, xs, is_leaf=_is_primal)
+        else:
+            varies = [_is_inexact(x) for x in xs]
+        seen["varies"] = varies
+
         def dense(*given: Any) -> tuple:
-            outs, pull = jax.vjp(call, *given)
+            outs, pull = _vjp(call, varies, given)
             # JAX's pullback is a tree: its leaves are what the rule saves, its structure the rest.
             saved, seen["pull"] = jax.tree.flatten(pull)
             return outs, saved
@@ -149,26 +162,51 @@ def _vjp_function(context: Context, eqn: Any) -> Callable[..., list]:
 
     def backward(kept: tuple, cotangents: list) -> tuple:
         xs, saved = kept
+        if symbolic:
+            cotangents = [_instantiated(x) for x in cotangents]
 
         def dense(saved: list, given: list) -> list:
-            gradients = jax.tree.unflatten(seen["pull"], saved)(given)
-            return [g for g, x in zip(gradients, xs, strict=True) if _is_inexact(x)]
+            return list(jax.tree.unflatten(seen["pull"], saved)(given))
 
         jaxpr = jax.make_jaxpr(dense)(_avals(saved), _avals(cotangents))
         jaxpr, consts = compat.open_jaxpr(jaxpr)
         found = evaluate(context, jaxpr, consts, [*saved, *cotangents])
-        # The gradient of an integer or a bool is of dtype float0.
         gradients = iter(_as_arrays(context, eqn, found))
         return tuple(
-            _gradient(x, next(gradients))
-            if _is_inexact(x)
-            else np.zeros(jnp.shape(x), jax.dtypes.float0)
-            for x in xs
+            _gradient(x, next(gradients)) if varies else jax.tree.map(_zero_tangent, x)
+            for x, varies in zip(xs, seen["varies"], strict=True)
         )
 
     run = jax.custom_vjp(context.resumable(primal))
-    run.defvjp(context.resumable(forward), context.resumable(backward))
+    run.defvjp(context.resumable(forward), context.resumable(backward), symbolic_zeros=symbolic)
     return run
+
+
+def _vjp(fn: Callable, varies: Sequence[bool], xs: Sequence) -> tuple[Any, Callable]:
+    """`jax.vjp` by the operands that vary."""
+
+    def of_varying(*moved: Any) -> Any:
+        moving = iter(moved)
+        return fn(*[next(moving) if v else x for v, x in zip(varies, xs, strict=True)])
+
+    return jax.vjp(of_varying, *[x for v, x in zip(varies, xs, strict=True) if v])
+
+
+def _is_primal(x: Any) -> bool:
+    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def _varies(x: Any) -> bool:
+    """Whether an operand of a rule with `symbolic_zeros` has a tangent."""
+    leaves = jax.tree.leaves(x, is_leaf=_is_primal)
+    return any(leaf.perturbed and _is_inexact(leaf.value) for leaf in leaves)
+
+
+def _instantiated(x: Any) -> Any:
+    if not isinstance(x, jax.custom_derivatives.SymbolicZero):
+        return x
+    aval: Any = x.aval
+    return jnp.zeros(aval.shape, aval.dtype)
 
 
 def _gradient(x: Any, g: Any) -> Any:
@@ -244,7 +282,9 @@ def _jvp_function(context: Context, eqn: Any) -> Callable[..., list]:
         if not any(map(is_implicit, xs)):
             return outs, first
         _, second = run_on([_tangent(xs[k], tangents[k], of_b=True) for k in loose])
-        return outs, [a + b for a, b in zip(first, second, strict=True)]
+        # An integer's tangent, of dtype float0, has no numbers to add.
+        pairs = zip(first, second, strict=True)
+        return outs, [a if a.dtype == jax.dtypes.float0 else a + b for a, b in pairs]
 
     run = jax.custom_jvp(context.resumable(primal))
     run.defjvp(context.resumable(derivative))

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
@@ -131,6 +132,37 @@ def _linear(w, x):
 _linear.defvjp(
     lambda w, x: (x @ w, (w, x)), lambda r, g: (jnp.einsum("bti,bto->io", r[1], g), g @ r[0].T)
 )
+
+
+@jax.custom_vjp
+def _times(w, x, count):
+    return count * (x @ w)
+
+
+def _times_forward(w, x, count):
+    # As the rules of equinox do, on which diffrax's and optimistix's loops are built.
+    assert not count.perturbed
+    return _times(w.value, x.value, count.value), (w.value, x.value, count.value)
+
+
+def _times_backward(saved, g):
+    w, x, count = saved
+    return count * jnp.einsum("bti,bto->io", x, g), count * (g @ w.T), None
+
+
+_times.defvjp(_times_forward, _times_backward, symbolic_zeros=True)
+
+
+@jax.custom_jvp
+def _counted(w, x):
+    return x @ w, jnp.sum(x > 0)
+
+
+@_counted.defjvp
+def _counted_derivative(primals, tangents):
+    (w, x), (dw, dx) = primals, tangents
+    out, count = _counted(w, x)
+    return (out, count), (x @ dw + dx @ w, np.zeros((), jax.dtypes.float0))
 
 
 @jax.custom_jvp
@@ -289,12 +321,16 @@ _CALLS = (
     Case("custom_vjp_on_activations", _one(lambda w, x: _attend(x @ w, x @ w.T)), {"w": "io"}),
     Case("custom_vjp_takes_weight", _one(lambda w, x: _linear(w, x)), {"w": "io"},
          dropout=False),
+    Case("custom_vjp_sees_what_varies", _one(lambda w, x: _times(w, x, 2.0)), {"w": "io"},
+         dropout=False),
     Case("custom_vjp_closure_converted", _one(_adjoint), {"w": "io"}, dropout=False),
     Case("custom_root", _one(_fixed_point), {"w": "io"}, _ROOT_FALLBACKS, dropout=False,
          config={"roles": {"w": "io"}}, linear=("w",)),
     Case("custom_linear_solve", _one(_linear_solve), {"w": "io"}),
     Case("custom_jvp_on_activations", _one(lambda w, x: _squash(x @ w)), {"w": "io"}),
     Case("custom_jvp_takes_weight", _one(lambda w, x: _product(x, w)), {"w": "io"},
+         dropout=False),
+    Case("custom_jvp_returns_an_integer", _one(lambda w, x: _counted(w, x)[0]), {"w": "io"},
          dropout=False),
     Case("custom_jvp_of_a_weight", _one(lambda w, x: x @ jax.nn.relu(w)), {"w": "io"},
          frozenset({("w", "custom_jvp_call")}), numerical=False),
