@@ -17,19 +17,10 @@ TIMES = jnp.linspace(0.0, 1.0, 5)
 
 def solve(field, start, adjoint):
     """The states at TIMES of dy/dt = field(y)."""
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, y, field: field(y)),
-        diffrax.Tsit5(),
-        t0=0.0,
-        t1=1.0,
-        dt0=0.1,
-        y0=start,
-        args=field,
-        saveat=diffrax.SaveAt(ts=TIMES),
-        stepsize_controller=diffrax.PIDController(rtol=1e-5, atol=1e-5),
-        adjoint=adjoint,
-    )
-    return solution.ys
+    term, times = diffrax.ODETerm(lambda t, y, field: field(y)), diffrax.SaveAt(ts=TIMES)
+    steps = diffrax.PIDController(rtol=1e-5, atol=1e-5)
+    options = dict(saveat=times, stepsize_controller=steps, adjoint=adjoint)
+    return diffrax.diffeqsolve(term, diffrax.Tsit5(), 0.0, 1.0, 0.1, start, field, **options).ys
 
 
 def main():

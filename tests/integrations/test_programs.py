@@ -44,6 +44,27 @@ def test_equinox_modules():
     assert found["restored_difference"] == 0 < found["least_gradient"]
 
 
+def test_orbax_safetensors():
+    found = figures_of("orbax_safetensors", "orbax-checkpoint", "safetensors")
+    assert found["difference"] < CLOSE < 1 < found["moved"]
+    assert found["parts"] == [[32, 16], [32, 16]] and "fsdp" in found["factor_sharding"]
+
+
+def test_fit_data():
+    found = figures_of("fit_data", "grain", "datasets")
+    for name in ("grain", "datasets"):
+        assert found[f"{name}_rows"] == 15
+        assert found[f"{name}_losses"][1] < 0.5 * found[f"{name}_losses"][0]
+
+
+def test_diffrax_ode():
+    found = figures_of("diffrax_ode", "diffrax", "equinox")
+    for name in ("checkpoints", "direct", "backsolve"):
+        # The solver's own tolerance: its steps depend on the rounding of the field.
+        assert found[f"{name}_difference"] < CLOSE
+        assert found[f"{name}_gradient_difference"] < 10 * CLOSE
+
+
 def test_a_changed_call_is_named(monkeypatch, tmp_path):
     from tests.support import integrations
 
