@@ -77,10 +77,12 @@ def on_tokens(x: Any, axes: Sequence[str], tokens: str | None) -> Any:
       axes, tokens: as in `on_rows`; without `tokens`, and where `fsdp` is not one of several
         axes, `x` stays as it is.
     """
-    if tokens in jax.sharding.get_abstract_mesh().manual_axes:
+    mesh = jax.sharding.get_abstract_mesh()
+    if tokens in mesh.manual_axes:
         return x
     rows = tuple(a for a in axes if a != "fsdp")
-    if tokens is None and rows in ((), tuple(axes)):
+    several = "fsdp" in axes and any(mesh.shape[a] > 1 for a in rows)
+    if tokens is None and not several:
         return x
     others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 2)
     return lax.with_sharding_constraint(x, PartitionSpec(rows, tokens, *others))
