@@ -1,15 +1,11 @@
-"""The encoder: blocks of full attention and an MLP, a norm after each (BERT, RoBERTa).
-
-    x <- LayerNorm(x + W_o Attention(x) + b_o)
-    x <- LayerNorm(x + W_2 act(W_1 x + b_1) + b_2)
+"""Encoders (BERT, RoBERTa, ELECTRA, DistilBERT): embeddings, blocks, and the head of a task.
 
 Modules and parameters are Flax NNX's, module names are Hugging Face's. The blocks run as one
 `jax.lax.scan` over their stacked parameters, or one after the other if they are not stacked.
-Dropout of the base model is not applied: adapters have their own.
 
-B batch, T tokens, D width, N heads, H size of a head, L blocks, C classes, V vocabulary.
+B batch, T tokens, D width, C classes, V vocabulary.
 
-Sources: Devlin et al. 2018, arXiv:1810.04805; Liu et al. 2019, arXiv:1907.11692.
+Sources: Liu et al. 2019, arXiv:1907.11692; Clark et al. 2020, arXiv:2003.10555.
 """
 
 from collections.abc import Callable
@@ -23,28 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models.bert_config import CLASSIFICATION, MASKED_LM, BertConfig
-from lora_jax.models.context import check_tokens, of_own_tokens, of_whole_rows, over_tokens
-from lora_jax.models.layers import (
-    ACTIVATIONS,
-    Embedding,
-    LayerNorm,
-    kept,
-    logits_of,
-    on_rows,
-    run_blocks,
-)
-
-
-class Attending(NamedTuple):
-    """What a query attends to.
-
-    Attributes:
-      mask: true at the keys, of all heads; None for all.
-      over: the axis of the mesh that the tokens of a row are spread over, or None.
-    """
-
-    mask: Bool[AnyArray, "b s"] | None
-    over: str | None
+from lora_jax.models.bert_parts import Attending, Build, Dense, DistilLayer, Embeddings, Layer
+from lora_jax.models.context import check_tokens, of_own_tokens, of_whole_rows
+from lora_jax.models.layers import ACTIVATIONS, logits_of, on_rows, run_blocks
 
 
 class Features(NamedTuple):
@@ -59,119 +36,6 @@ class Features(NamedTuple):
     pooled: Float[Array, "b d"] | None
 
 
-class _Build(NamedTuple):
-    """The options that all modules share."""
-
-    config: BertConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    rngs: nnx.Rngs
-
-    def linear(self, inputs: int, outputs: int) -> nnx.Linear:
-        return nnx.Linear(
-            inputs, outputs, dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs
-        )
-
-    def norm(self) -> LayerNorm:
-        config = self.config
-        return LayerNorm(
-            config.hidden_size, eps=config.layer_norm_eps, param_dtype=self.param_dtype
-        )
-
-    def table(self, rows: int) -> Embedding:
-        width = self.config.hidden_size
-        return Embedding(rows, width, dtype=self.dtype, param_dtype=self.param_dtype)
-
-
-class Embeddings(nnx.Module):
-    """The sum of a token's, its type's and its position's vectors, normalized."""
-
-    def __init__(self, build: _Build) -> None:
-        config = build.config
-        self.word_embeddings = build.table(config.vocab_size)
-        self.position_embeddings = build.table(config.max_position_embeddings)
-        self.token_type_embeddings = build.table(config.type_vocab_size)
-        self.LayerNorm = build.norm()
-
-    def __call__(
-        self,
-        tokens: Int[AnyArray, "b t"],
-        token_type_ids: Int[AnyArray, "b t"],
-        positions: Int[AnyArray, "#b t"],
-    ) -> Float[Array, "b t d"]:
-        x = self.word_embeddings(tokens) + self.token_type_embeddings(token_type_ids)
-        return self.LayerNorm(x + self.position_embeddings(positions))
-
-
-class SelfAttention(nnx.Module):
-    """Every token attends to every real token."""
-
-    def __init__(self, build: _Build) -> None:
-        width = build.config.hidden_size
-        self.heads = build.config.num_attention_heads
-        self.query = build.linear(width, width)
-        self.key = build.linear(width, width)
-        self.value = build.linear(width, width)
-
-    def __call__(self, x: Float[Array, "b t d"], by: Attending) -> Float[Array, "b t d"]:
-        # (b, t, n, h) each
-        q, k, v = (
-            kept(project(x)).reshape(*x.shape[:2], self.heads, -1)
-            for project in (self.query, self.key, self.value)
-        )
-
-        def mix(q: Array, k: Array, v: Array, first: Any, mask: Any) -> Array:
-            del first
-            seen = None if mask is None else jnp.asarray(mask)[:, None, None, :]  # (b, 1, 1, s)
-            return jax.nn.dot_product_attention(q, k, v, mask=seen)
-
-        return over_tokens(mix, q, k, v, by.mask, axis=by.over).reshape(x.shape)
-
-
-class Output(nnx.Module):
-    """`LayerNorm(residual + W x + b)`: the last step of attention and of the MLP."""
-
-    def __init__(self, inputs: int, build: _Build) -> None:
-        self.dense = build.linear(inputs, build.config.hidden_size)
-        self.LayerNorm = build.norm()
-
-    def __call__(
-        self, x: Float[Array, "b t f"], residual: Float[Array, "b t d"]
-    ) -> Float[Array, "b t d"]:
-        return self.LayerNorm(residual + kept(self.dense(x)))
-
-
-class Attention(nnx.Module):
-    """Attention and its output layer; `Layer` calls the two."""
-
-    def __init__(self, build: _Build) -> None:
-        self.self = SelfAttention(build)
-        self.output = Output(build.config.hidden_size, build)
-
-
-class Dense(nnx.Module):
-    """A dense layer one level deeper, as Hugging Face names it (`intermediate.dense`)."""
-
-    def __init__(self, outputs: int, build: _Build) -> None:
-        self.dense = build.linear(build.config.hidden_size, outputs)
-
-
-class Layer(nnx.Module):
-    """One block."""
-
-    def __init__(self, build: _Build) -> None:
-        config = build.config
-        self.act = config.hidden_act
-        self.attention = Attention(build)
-        self.intermediate = Dense(config.intermediate_size, build)
-        self.output = Output(config.intermediate_size, build)
-
-    def __call__(self, x: Float[Array, "b t d"], by: Attending) -> Float[Array, "b t d"]:
-        x = self.attention.output(self.attention.self(x, by), x)
-        wide = kept(self.intermediate.dense(x))  # (b, t, f)
-        return self.output(ACTIVATIONS[self.act](wide), x)
-
-
 class Stack(nnx.Module):
     """The blocks.
 
@@ -179,25 +43,41 @@ class Stack(nnx.Module):
     blocks named by their number.
     """
 
-    def __init__(self, build: _Build, *, scan: bool) -> None:
+    def __init__(self, build: Build, *, scan: bool) -> None:
         numbers = range(build.config.num_hidden_layers)
-        self.layer = Layer(build) if scan else nnx.Dict({str(i): Layer(build) for i in numbers})
+        block = DistilLayer if build.config.kind.head == "distilbert" else Layer
+        self.layer = block(build) if scan else nnx.Dict({str(i): block(build) for i in numbers})
 
 
 class Encoder(nnx.Module):
     """Embeddings, blocks and, where the config has one, the pooler."""
 
-    def __init__(self, build: _Build, *, scan: bool) -> None:
+    def __init__(self, build: Build, *, scan: bool) -> None:
+        config = build.config
+        self.blocks = config.kind.blocks
         self.embeddings = Embeddings(build)
-        self.encoder = Stack(build, scan=scan)
-        if build.config.pooler:
-            self.pooler = Dense(build.config.hidden_size, build)
+        self.projects = config.embedded_size != config.hidden_size
+        if self.projects:
+            self.embeddings_project = build.linear(config.embedded_size, config.hidden_size)
+        setattr(self, self.blocks, Stack(build, scan=scan))
+        if config.pooler:
+            self.pooler = Dense(config.hidden_size, build)
+
+    def embed(
+        self,
+        tokens: Int[AnyArray, "b t"],
+        token_type_ids: Int[AnyArray, "b t"],
+        positions: Int[AnyArray, "#b t"],
+    ) -> Float[Array, "b t d"]:
+        """The input of the first block."""
+        x = self.embeddings(tokens, token_type_ids, positions)
+        return self.embeddings_project(x) if self.projects else x
 
 
 class Transform(nnx.Module):
     """BERT's dense layer and norm before the vocabulary."""
 
-    def __init__(self, build: _Build) -> None:
+    def __init__(self, build: Build) -> None:
         self.dense = build.linear(build.config.hidden_size, build.config.hidden_size)
         self.LayerNorm = build.norm()
 
@@ -205,7 +85,7 @@ class Transform(nnx.Module):
 class Predictions(nnx.Module):
     """BERT's masked-LM head; its table is the word embedding."""
 
-    def __init__(self, build: _Build) -> None:
+    def __init__(self, build: Build) -> None:
         self.transform = Transform(build)
         self.bias = nnx.Param(jnp.zeros((build.config.vocab_size,), build.param_dtype))
 
@@ -213,23 +93,30 @@ class Predictions(nnx.Module):
 class Cls(nnx.Module):
     """The level that Hugging Face names `cls` around BERT's masked-LM head."""
 
-    def __init__(self, build: _Build) -> None:
+    def __init__(self, build: Build) -> None:
         self.predictions = Predictions(build)
 
 
 class LMHead(nnx.Module):
     """RoBERTa's masked-LM head; its table is the word embedding."""
 
-    def __init__(self, build: _Build) -> None:
+    def __init__(self, build: Build) -> None:
         self.dense = build.linear(build.config.hidden_size, build.config.hidden_size)
         self.layer_norm = build.norm()
         self.bias = nnx.Param(jnp.zeros((build.config.vocab_size,), build.param_dtype))
 
 
-class FirstTokenHead(nnx.Module):
-    """RoBERTa's classification head: `W_2 tanh(W_1 x + b_1) + b_2` of the first hidden state."""
+class Bias(nnx.Module):
+    """What DistilBERT's masked-LM head has of its own beside the word embedding."""
 
-    def __init__(self, build: _Build) -> None:
+    def __init__(self, build: Build) -> None:
+        self.bias = nnx.Param(jnp.zeros((build.config.vocab_size,), build.param_dtype))
+
+
+class FirstTokenHead(nnx.Module):
+    """`W_2 act(W_1 x + b_1) + b_2` of the first hidden state: act is RoBERTa's tanh, or a gelu."""
+
+    def __init__(self, build: Build) -> None:
         width = build.config.hidden_size
         self.dense = build.linear(width, width)
         self.out_proj = build.linear(width, len(build.config.labels))
@@ -238,17 +125,23 @@ class FirstTokenHead(nnx.Module):
 class Headed(nnx.Module):
     """An encoder under its family's name, and the head of a task."""
 
-    def __init__(self, build: _Build, *, scan: bool) -> None:
+    def __init__(self, build: Build, *, scan: bool) -> None:
         config = build.config
         # `bert` or `roberta`, as the checkpoint's tensors begin.
         setattr(self, config.kind.prefix, Encoder(build, scan=scan))
-        roberta = config.kind.roberta_heads
-        if config.task == CLASSIFICATION:
-            classes = len(config.labels)
-            # BERT's classifier reads the pooler's result, which `logits` gives it.
-            pooled = FirstTokenHead if roberta else lambda b: b.linear(config.hidden_size, classes)
-            self.classifier = pooled(build)
-        elif roberta:
+        head, width = config.kind.head, config.hidden_size
+        if config.task == CLASSIFICATION and head in ("roberta", "electra"):
+            self.classifier = FirstTokenHead(build)
+        elif config.task == CLASSIFICATION:
+            # It reads the result of another layer, which `logits` gives it: BERT's pooler, or this.
+            if head == "distilbert":
+                self.pre_classifier = build.linear(width, width)
+            self.classifier = build.linear(width, len(config.labels))
+        elif head == "distilbert":
+            self.vocab_transform = build.linear(width, width)
+            self.vocab_layer_norm = build.norm()
+            self.vocab_projector = Bias(build)
+        elif head == "roberta":
             self.lm_head = LMHead(build)
         else:
             self.cls = Cls(build)
@@ -258,7 +151,7 @@ def make(
     config: BertConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, scan: bool, rngs: nnx.Rngs
 ) -> nnx.Module:
     """Makes the module for a config's task: the bare encoder, or one with a head."""
-    build = _Build(config, dtype, param_dtype, rngs)
+    build = Build(config, dtype, param_dtype, rngs)
     headed = config.task in (CLASSIFICATION, MASKED_LM)
     return (Headed if headed else Encoder)(build, scan=scan)
 
@@ -303,9 +196,9 @@ def hidden_states(
         token_type_ids = jnp.zeros_like(tokens)
     # Keys that all queries and heads attend to, (b, 1, 1, t).
     by = Attending(of_whole_rows(mask, over), over)
-    x = encoder.embeddings(tokens, token_type_ids, positions)
+    x = encoder.embed(tokens, token_type_ids, positions)
     return run_blocks(
-        encoder.encoder.layer,
+        getattr(encoder, encoder.blocks).layer,
         on_rows(x, rows, over),
         lambda block, x, number, own: on_rows(block(on_rows(x, rows, over), by), rows, over),
         wrap=wrap,
@@ -323,17 +216,25 @@ def logits(module: Headed, config: BertConfig, hidden: Float[Array, "b t d"]) ->
     encoder = encoder_of(module, config)
     if config.task == MASKED_LM:
         return _vocabulary(module, config, hidden)
-    if not config.kind.roberta_heads:
-        return module.classifier(pooled(encoder, hidden)).astype(jnp.float32)
-    head = module.classifier
-    return head.out_proj(jnp.tanh(head.dense(hidden[:, 0]))).astype(jnp.float32)
+    head: Any = module.classifier
+    first = hidden[:, 0]
+    if config.kind.head == "bert":
+        return head(pooled(encoder, hidden)).astype(jnp.float32)
+    if config.kind.head == "distilbert":
+        return head(jax.nn.relu(module.pre_classifier(first))).astype(jnp.float32)
+    act = jnp.tanh if config.kind.head == "roberta" else ACTIVATIONS["gelu"]
+    return head.out_proj(act(head.dense(first))).astype(jnp.float32)
 
 
 def _vocabulary(
     module: Headed, config: BertConfig, hidden: Float[Array, "b t d"]
 ) -> Float[Array, "b t v"]:
     """Scores of the words: a dense layer, an activation and a norm before the tied table."""
-    if config.kind.roberta_heads:
+    if config.kind.head == "distilbert":
+        head = module.vocab_projector
+        x = ACTIVATIONS[config.hidden_act](module.vocab_transform(hidden))
+        x = module.vocab_layer_norm(x)
+    elif config.kind.head == "roberta":
         head = module.lm_head
         # transformers' RobertaLMHead has a gelu, whatever `hidden_act` is.
         x = head.layer_norm(ACTIVATIONS["gelu"](head.dense(hidden)))

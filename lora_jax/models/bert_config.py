@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 from lora_jax.models.dialect import (
+    check_fixed,
     check_kinds,
     check_numbers,
     check_sizes,
@@ -35,18 +36,26 @@ class Kind(NamedTuple):
     Attributes:
       prefix: the module that holds the encoder in a model with a head.
       classes: Hugging Face's class for each task.
+      defaults: the values that transformers uses for fields missing in config.json.
+      head: whose heads it has. Only BERT's classifier reads a pooler; the others have layers of
+        their own on the first hidden state.
       offset_positions: count positions over the tokens that are not padding, from
         `pad_token_id + 1` (as fairseq does), not from 0 over all tokens.
-      roberta_heads: the classification head has its own layers (`dense`, `out_proj`) on the
-        first hidden state and no pooler; the masked-LM head is `lm_head`.
-      defaults: the values that transformers uses for fields missing in config.json.
+      blocks: the module that holds the blocks.
+      typed: tokens have types, with vectors of their own.
+      fields: our names of fields and those in config.json, where these differ.
+      fixed: fields of config.json with the one value that the forward has.
     """
 
     prefix: str
     classes: Mapping[Task, str]
-    offset_positions: bool
-    roberta_heads: bool
     defaults: Mapping[str, Any]
+    head: Literal["bert", "roberta", "electra", "distilbert"] = "bert"
+    offset_positions: bool = False
+    blocks: str = "encoder"
+    typed: bool = True
+    fields: Mapping[str, str] = {}
+    fixed: Mapping[str, Any] = {}
 
 
 def _classes(name: str) -> dict[Task, str]:
@@ -55,6 +64,17 @@ def _classes(name: str) -> dict[Task, str]:
         CLASSIFICATION: f"{name}ForSequenceClassification",
         MASKED_LM: f"{name}ForMaskedLM",
     }
+
+
+_ELECTRA_CLASSES: Mapping[Task, str] = {
+    FEATURES: "ElectraModel", CLASSIFICATION: "ElectraForSequenceClassification",
+}  # fmt: skip
+_DISTILBERT_FIELDS = {
+    "hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads", "hidden_act": "activation", "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "classifier_dropout": "seq_classif_dropout",
+}  # fmt: skip
 
 
 _BERT_DEFAULTS = {
@@ -70,24 +90,39 @@ def _roberta(name: str, vocab_size: int) -> Kind:
     return Kind(
         prefix="roberta",
         classes=_classes(name),
-        offset_positions=True,
-        roberta_heads=True,
         defaults={**_ROBERTA_DEFAULTS, "vocab_size": vocab_size},
+        head="roberta",
+        offset_positions=True,
     )
 
 
 KINDS: Mapping[str, Kind] = {
-    "bert": Kind(
-        prefix="bert",
-        classes=_classes("Bert"),
-        offset_positions=False,
-        roberta_heads=False,
-        defaults=_BERT_DEFAULTS,
-    ),
+    "bert": Kind(prefix="bert", classes=_classes("Bert"), defaults=_BERT_DEFAULTS),
     "roberta": _roberta("Roberta", 50265),
     "xlm-roberta": _roberta("XLMRoberta", 30522),
     "camembert": _roberta("Camembert", 30522),
-}
+    "electra": Kind(
+        prefix="electra",
+        classes=_ELECTRA_CLASSES,
+        defaults={
+            **_BERT_DEFAULTS, "embedding_size": 128, "hidden_size": 256, "num_attention_heads": 4,
+            "intermediate_size": 1024,
+        },
+        head="electra",
+    ),
+    "distilbert": Kind(
+        prefix="distilbert",
+        classes=_classes("DistilBert"),
+        defaults={
+            **_BERT_DEFAULTS, "num_hidden_layers": 6, "classifier_dropout": 0.2,
+        },
+        head="distilbert",
+        blocks="transformer",
+        typed=False,
+        fields=_DISTILBERT_FIELDS,
+        fixed={"layer_norm_eps": 1e-12, "type_vocab_size": 2},
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +133,7 @@ class BertConfig:
       model_type: the family, a key of `KINDS`.
       vocab_size: rows of the embedding table.
       hidden_size: width of the residual stream.
+      embedding_size: width of the tables, where it is another one; None is `hidden_size`.
       intermediate_size: width of the MLP.
       num_hidden_layers: number of blocks.
       num_attention_heads: number of heads; each has `hidden_size / num_attention_heads` dimensions.
@@ -121,6 +157,7 @@ class BertConfig:
     model_type: str = "bert"
     vocab_size: int
     hidden_size: int
+    embedding_size: int | None = None
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
@@ -159,6 +196,10 @@ class BertConfig:
                 f"config: task `{self.task}` of `{self.model_type}` needs `pooler` "
                 f"{self.needs_pooler}, got {self.pooler}"
             )
+        if self.embedding_size is not None:
+            check_sizes(self, {"embedding_size": "embedding_size"})
+        if self.task not in self.kind.classes:
+            raise ValueError(f"config: task `{self.task}` of `{self.model_type}` is not supported")
         if self.kind.offset_positions and self.pad_token_id is None:
             raise ValueError(f"config: `{self.model_type}` counts positions from `pad_token_id`")
 
@@ -168,6 +209,11 @@ class BertConfig:
         return KINDS[self.model_type]
 
     @property
+    def embedded_size(self) -> int:
+        """Width of the tables."""
+        return self.embedding_size or self.hidden_size
+
+    @property
     def fresh_scale(self) -> float:
         """Initial value of a norm's `scale`."""
         return 1.0
@@ -175,16 +221,19 @@ class BertConfig:
     @property
     def needs_pooler(self) -> bool:
         """Whether the task's head reads the pooler's result."""
-        return self.task == CLASSIFICATION and not self.kind.roberta_heads
+        return self.task == CLASSIFICATION and self.kind.head == "bert"
 
     @property
     def head_modules(self) -> tuple[str, ...]:
         """Prefixes of the tensors of the task's head."""
         if self.task == FEATURES:
             return ()
+        distilled = self.kind.head == "distilbert"
         if self.task == CLASSIFICATION:
-            return ("classifier.",)
-        return ("lm_head.",) if self.kind.roberta_heads else ("cls.predictions.",)
+            return ("classifier.", "pre_classifier.") if distilled else ("classifier.",)
+        if distilled:
+            return ("vocab_",)
+        return ("lm_head.",) if self.kind.head == "roberta" else ("cls.predictions.",)
 
     @property
     def context(self) -> int:
@@ -207,7 +256,12 @@ class BertConfig:
         """
         _one_of("model_type", str(raw.get("model_type")), KINDS)
         kind = KINDS[raw["model_type"]]
+        ours = {theirs: ours for ours, theirs in kind.fields.items()}
+        raw = {ours.get(name, name): value for name, value in raw.items()}
         refuse_unsupported(raw, (*_PLAIN, *_CARRIED), _NEUTRAL)
+        check_fixed(raw, kind.fixed)
+        if kind.head != "electra":
+            check_fixed(raw, {"embedding_size": None})
         set_to_null = {k: None for k in _MAYBE_NULL if k in raw}
         given = {**kind.defaults, **set_to_null, **{k: v for k, v in raw.items() if v is not None}}
         task = task or _task(raw, kind)
@@ -218,13 +272,18 @@ class BertConfig:
             **plain,
             eos_token_ids=tuple_of(given.get("eos_token_id")),
             task=task,
-            pooler=task == FEATURES or (task == CLASSIFICATION and not kind.roberta_heads),
+            pooler=(task == FEATURES and kind.head in ("bert", "roberta"))
+            or (task == CLASSIFICATION and kind.head == "bert"),
             labels=_labels(given),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The object for config.json; `from_hf` reads it back."""
-        out = {name: getattr(self, name) for name in _PLAIN}
+        kind = self.kind
+        plain = {name: getattr(self, name) for name in _PLAIN if name not in kind.fixed}
+        if self.embedding_size is None:
+            del plain["embedding_size"]
+        out = {kind.fields.get(name, name): value for name, value in plain.items()}
         out["eos_token_id"] = scalar_if_one(self.eos_token_ids)
         out["architectures"] = [self.kind.classes[self.task]]
         out["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
@@ -237,9 +296,9 @@ _SIZES = (
     "max_position_embeddings", "type_vocab_size",
 )  # fmt: skip
 _PLAIN = (
-    "model_type", *_SIZES, "hidden_act", "layer_norm_eps", "initializer_range", "pad_token_id",
-    "bos_token_id", "problem_type", "hidden_dropout_prob", "attention_probs_dropout_prob",
-    "classifier_dropout",
+    "model_type", *_SIZES, "embedding_size", "hidden_act", "layer_norm_eps", "initializer_range",
+    "pad_token_id", "bos_token_id", "problem_type", "hidden_dropout_prob",
+    "attention_probs_dropout_prob", "classifier_dropout",
 )  # fmt: skip
 
 # Fields where null means "none", not "the default".
@@ -249,7 +308,6 @@ _MAYBE_NULL = ("bos_token_id", "pad_token_id", "eos_token_id")
 _NEUTRAL: Mapping[str, tuple] = {
     "add_cross_attention": (False, None),
     "cross_attention_hidden_size": (None,),
-    "embedding_size": (None,),
     "is_decoder": (False,),
     "is_encoder_decoder": (False,),
     "position_embedding_type": ("absolute", None),
@@ -261,7 +319,9 @@ _CARRIED = frozenset(
     {
         "directionality", "eos_token_id", "gradient_checkpointing", "num_labels", "output_past",
         "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
-        "pooler_size_per_head", "pooler_type", "tie_word_embeddings",
+        "pooler_size_per_head", "pooler_type", "qa_dropout", "sinusoidal_pos_embds",
+        "summary_activation", "summary_last_dropout", "summary_type", "summary_use_proj",
+        "tie_weights_", "tie_word_embeddings",
     }
 )  # fmt: skip
 

@@ -87,7 +87,11 @@ class EncoderForward:
         """
         _check(self.config, tokens, mask, token_type_ids=token_type_ids, positions=positions)
         run = partial(self._apply, return_hidden=return_hidden)
-        inputs = {"mask": mask, "token_type_ids": token_type_ids, "positions": positions}
+        inputs: dict[str, Any] = {
+            "mask": mask,
+            "token_type_ids": token_type_ids,
+            "positions": positions,
+        }
         return automatic(run, params, tokens, **inputs)
 
     @eager.compiled("self", "return_hidden")
@@ -144,7 +148,11 @@ class EncoderForward:
         # Only a model with a head has the family's prefix around the encoder.
         inside = () if self.config.task == FEATURES else (self.config.kind.prefix,)
         count = self.config.num_hidden_layers
-        return stacked(shapes, (*inside, "encoder", "layer"), count) if self.scan else shapes
+        return (
+            stacked(shapes, (*inside, self.config.kind.blocks, "layer"), count)
+            if self.scan
+            else shapes
+        )
 
 
 def _check(
@@ -155,6 +163,11 @@ def _check(
     if shape[1] > config.context:
         raise ValueError(
             f"`tokens` of shape {shape} are longer than the model's context of {config.context}"
+        )
+    if token_type_ids is not None and not config.kind.typed:
+        raise ValueError(
+            f"`token_type_ids` came for `{config.model_type}`, whose tokens have no types: leave "
+            "them out"
         )
     for name, value in (("token_type_ids", token_type_ids), ("positions", positions)):
         if value is None:

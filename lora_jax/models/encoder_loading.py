@@ -26,7 +26,7 @@ from lora_jax.processes import put
 from lora_jax.sharding import Rules, spreading
 
 # Prefixes of an encoder's tensors; all others in a checkpoint belong to a head.
-_ENCODER = ("embeddings.", "encoder.", "pooler.")
+_ENCODER = ("embeddings.", "embeddings_project.", "encoder.", "transformer.", "pooler.")
 # Buffers that old checkpoints store: 0, 1, 2, ... and zeros. They hold nothing learned.
 _CONSTANTS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
@@ -44,7 +44,7 @@ def load_encoder(
     mesh: Mesh | None = None,
     rules: Rules = RULES,
 ) -> Model:
-    """Loads an encoder (BERT, RoBERTa, XLM-RoBERTa, CamemBERT) and its tokenizer.
+    """Loads an encoder (BERT, DistilBERT, ELECTRA, RoBERTa and others) and its tokenizer.
 
     Without `task` the model is the one that config.json names, and every tensor of the checkpoint
     must be used. With `task` the heads of other tasks are left out; a missing head is an error
@@ -195,17 +195,18 @@ def _with_fresh_head(
         rest = {name: s for name, s in shapes[prefix].items() if name not in drawn}
     else:
         drawn, rest = (), shapes[prefix]
+    own = {part.removesuffix(".") for part in config.head_modules} & {*shapes}
     kept = {n: s for n, s in weights.shapes.items() if n.startswith(f"{prefix}.")}
     weights = weights._replace(shapes=kept)
     loaded = fill({prefix: rest}, weights, family=BERT, spread=spread)[prefix]
     made = draw(
         key,
-        {"classifier": shapes["classifier"], prefix: {n: shapes[prefix][n] for n in drawn}},
+        {**{n: shapes[n] for n in own}, prefix: {n: shapes[prefix][n] for n in drawn}},
         config,
     )
     if spread is not None:
         made = jax.tree_util.tree_map_with_path(lambda p, x: put(x, spread(spell(p), x)), made)
-    return {prefix: {**loaded, **made[prefix]}, "classifier": made["classifier"]}
+    return {**made, prefix: {**loaded, **made[prefix]}}
 
 
 def _without_tied(weights: Weights, config: BertConfig, *, shared: bool) -> Weights:
@@ -219,6 +220,7 @@ def _without_tied(weights: Weights, config: BertConfig, *, shared: bool) -> Weig
         "cls.predictions.decoder.bias": "cls.predictions.bias",
         "lm_head.decoder.weight": table,
         "lm_head.decoder.bias": "lm_head.bias",
+        "vocab_projector.weight": table,
     }
     found = [n for n in repeats if n in weights.shapes and repeats[n] in weights.shapes]
     for name in found:

@@ -17,6 +17,11 @@ _MULTIMODAL, _MASKED = "AutoModelForImageTextToText", "AutoModelForMaskedLM"
 # Every class that a card may name; None is that of the task.
 CLASSES = (None, *_OF_TASK.values(), _MULTIMODAL, _MASKED, "AutoModel")
 
+# Modules that an encoder has before a classifier of whole texts, but not before one of tokens; and
+# those of masked language models.
+OF_TEXTS = frozenset({"pooler", "out_proj", "pre_classifier"})
+OF_WORDS = frozenset({"cls", "lm_head", "vocab_projector"})
+
 # The start of the names of a decoder that is part of a model of images and texts.
 WRAPPED = "model.language_model."
 
@@ -29,7 +34,9 @@ def parts_of(names: Iterable[str]) -> set[str]:
 def is_encoder(paths: Collection[str]) -> bool:
     """Whether leaves of these paths are an encoder of BERT's kind, with any head or none."""
     parts = parts_of(paths)
-    return {"word_embeddings", "encoder"} <= parts and "decoder" not in parts
+    # Of BERT's kind, or DistilBERT's.
+    blocks = "encoder" in parts or {"transformer", "layer"} <= parts
+    return "word_embeddings" in parts and blocks and "decoder" not in parts
 
 
 def is_decoder(parts: Collection[str]) -> bool:
@@ -57,10 +64,10 @@ def auto_class_of(paths: Collection[str], task_type: str | None) -> str | None:
     if not is_encoder(paths):
         return "AutoModelForCausalLM" if "lm_head" in parts else None
     if "classifier" in parts:
-        return _OF_TASK["SEQ_CLS" if {"pooler", "out_proj"} & parts else "TOKEN_CLS"]
+        return _OF_TASK["SEQ_CLS" if OF_TEXTS & parts else "TOKEN_CLS"]
     if "qa_outputs" in parts:
         return _OF_TASK["QUESTION_ANS"]
-    return _MASKED if {"cls", "lm_head"} & parts else None
+    return _MASKED if OF_WORDS & parts else None
 
 
 _LINES = (

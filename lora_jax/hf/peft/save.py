@@ -11,7 +11,7 @@ from lora_jax.config.arguments import check_argument
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.hf.peft import directory
-from lora_jax.hf.peft.card import WRAPPED, is_decoder, is_encoder, parts_of
+from lora_jax.hf.peft.card import OF_TEXTS, OF_WORDS, WRAPPED, is_decoder, is_encoder, parts_of
 from lora_jax.hf.peft.index import (
     AdapterIndex,
     IndexRow,
@@ -241,12 +241,11 @@ def task_of(paths: Collection[str], tensors: Collection[str]) -> str | None:
     if not is_encoder(paths):
         return "CAUSAL_LM" if is_decoder(parts) else None
     if "classifier" in parts:
-        whole = bool({"pooler", "out_proj"} & parts)  # classifiers of tokens have neither
-        found = "SEQ_CLS" if whole else "TOKEN_CLS"
+        found = "SEQ_CLS" if OF_TEXTS & parts else "TOKEN_CLS"
         return found if "classifier" in parts_of(tensors) else None
     if "qa_outputs" in parts:
         return "QUESTION_ANS" if "qa_outputs" in parts_of(tensors) else None
-    return None if {"cls", "lm_head"} & parts else "FEATURE_EXTRACTION"
+    return None if OF_WORDS & parts else "FEATURE_EXTRACTION"
 
 
 def _check_head(task_type: str | None, paths: Collection[str], tensors: Collection[str]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,19 @@ CLASSIFIER = dict(SIZES, auto="AutoModelForSequenceClassification")
 MODELS = {
     "bert": dict(CLASSIFIER, model_type="bert"),
     "roberta": dict(CLASSIFIER, model_type="roberta"),
+    "electra": dict(CLASSIFIER, model_type="electra", embedding_size=8),
+    "distilbert": dict(
+        auto="AutoModelForSequenceClassification",
+        model_type="distilbert",
+        vocab_size=40,
+        dim=16,
+        hidden_dim=24,
+        n_layers=3,
+        n_heads=4,
+        max_position_embeddings=24,
+        num_labels=3,
+        pad_token_id=1,
+    ),
     "bare": dict(SIZES, model_type="bert", auto="AutoModel"),
 }
 TOKENS = np.array([[3, 5, 9, 30, 2, 17], [4, 4, 39, 7, 1, 1]], np.int32)
@@ -106,7 +120,7 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bases(made):
     """Our models of both kinds, each loaded once."""
-    return {kind: lora.models.load(made(kind).directory) for kind in ("bert", "roberta")}
+    return {kind: lora.models.load(made(kind).directory) for kind in MODELS if kind != "bare"}
 
 
 def of_both(cases, *robertas):
@@ -126,7 +140,36 @@ def restore_originals(model, base) -> None:
                 weight.copy_(state[plain])
 
 
-@pytest.mark.parametrize("kind, case", of_both(CASES, "bias-saved", "saved-norm"))
+OTHERS = [
+    *(("electra", case) for case in ("all-linear-rslora", "dora", "embedding")),
+    # "all-linear" of PEFT takes DistilBERT's classifier, and then cannot train it whole.
+    *(("distilbert", case) for case in CASES if case not in ("one-layer", "all-linear-rslora")),
+]
+DISTIL = {
+    "query": "q_lin", "key": "k_lin", "value": "v_lin", "output.dense": "lin2",
+    r"layer\.1\.attention\.self\.query": r"layer\.1\.attention\.q_lin",
+    r".*\.2\.output\.dense": r".*\.2\.ffn\.lin2", "LayerNorm": "sa_layer_norm",
+}  # fmt: skip
+
+
+def spelled(kind: str, fields: Any) -> Any:
+    """The fields by the names of a model's modules."""
+    if kind != "distilbert":
+        return fields
+    if isinstance(fields, dict):
+        return {DISTIL.get(k, k): spelled(kind, v) for k, v in fields.items()}
+    if isinstance(fields, list):
+        return [DISTIL.get(x, x) for x in fields]
+    return fields
+
+
+@pytest.mark.parametrize(
+    "kind, case",
+    [
+        *of_both(CASES, "bias-saved", "saved-norm"),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in OTHERS),
+    ],
+)
 def test_pefts_adapter_here_and_back(case, kind, made, bases, tmp_path):
     base, there = bases[kind], made(kind).torch
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
@@ -135,7 +178,7 @@ def test_pefts_adapter_here_and_back(case, kind, made, bases, tmp_path):
         randomize(model)
         restore_originals(model, there())
 
-    fields = {"task_type": "SEQ_CLS", **CASES[case]}
+    fields = {"task_type": "SEQ_CLS", **spelled(kind, CASES[case])}
     name = f"{PLACE}/{kind}/{case}"
     want = peft_wrote(name, theirs, there, fields, torch_logits, randomized=randomized)
     params, config = load_peft(theirs, base.apply, base.params, TOKENS)
@@ -166,7 +209,13 @@ OURS = {
 }
 
 
-@pytest.mark.parametrize("kind, case", of_both(OURS, "all-linear"))
+@pytest.mark.parametrize(
+    "kind, case",
+    [
+        *of_both(OURS, "all-linear"),
+        *(pytest.param(k, "all-linear", marks=pytest.mark.slow) for k in ("electra", "distilbert")),
+    ],
+)
 def test_our_adapter_in_peft_and_back(case, kind, made, bases, tmp_path):
     base = bases[kind]
     config = OURS[case]
