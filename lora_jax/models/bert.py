@@ -18,7 +18,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
-from lora_jax.models.bert_config import CLASSIFICATION, MASKED_LM, BertConfig
+from lora_jax.models.bert_config import (
+    ANSWERS,
+    CLASSIFICATION,
+    FEATURES,
+    MASKED_LM,
+    TOKENS,
+    BertConfig,
+)
 from lora_jax.models.bert_parts import Attending, Build, Dense, DistilLayer, Embeddings, Layer
 from lora_jax.models.context import check_tokens, of_own_tokens, of_whole_rows
 from lora_jax.models.layers import ACTIVATIONS, logits_of, on_rows, run_blocks
@@ -130,7 +137,11 @@ class Headed(nnx.Module):
         # `bert` or `roberta`, as the checkpoint's tensors begin.
         setattr(self, config.kind.prefix, Encoder(build, scan=scan))
         head, width = config.kind.head, config.hidden_size
-        if config.task == CLASSIFICATION and head in ("roberta", "electra"):
+        if config.task == TOKENS:
+            self.classifier = build.linear(width, len(config.labels))
+        elif config.task == ANSWERS:
+            self.qa_outputs = build.linear(width, 2)
+        elif config.task == CLASSIFICATION and head in ("roberta", "electra"):
             self.classifier = FirstTokenHead(build)
         elif config.task == CLASSIFICATION:
             # It reads the result of another layer, which `logits` gives it: BERT's pooler, or this.
@@ -152,8 +163,7 @@ def make(
 ) -> nnx.Module:
     """Makes the module for a config's task: the bare encoder, or one with a head."""
     build = Build(config, dtype, param_dtype, rngs)
-    headed = config.task in (CLASSIFICATION, MASKED_LM)
-    return (Headed if headed else Encoder)(build, scan=scan)
+    return (Encoder if config.task == FEATURES else Headed)(build, scan=scan)
 
 
 def encoder_of(module: nnx.Module, config: BertConfig) -> Encoder:
@@ -212,11 +222,15 @@ def pooled(encoder: Encoder, hidden: Float[Array, "b t d"]) -> Float[Array, "b d
 
 
 def logits(module: Headed, config: BertConfig, hidden: Float[Array, "b t d"]) -> Array:
-    """The head's float32 logits: (b, c) of a classifier, (b, t, v) of a masked LM."""
+    """The head's float32 logits: (b, c) of a classifier, else (b, t, ·), two for answers."""
     encoder = encoder_of(module, config)
     if config.task == MASKED_LM:
         return _vocabulary(module, config, hidden)
+    if config.task == ANSWERS:
+        return module.qa_outputs(hidden).astype(jnp.float32)
     head: Any = module.classifier
+    if config.task == TOKENS:
+        return head(hidden).astype(jnp.float32)
     first = hidden[:, 0]
     if config.kind.head == "bert":
         return head(pooled(encoder, hidden)).astype(jnp.float32)

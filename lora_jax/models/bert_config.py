@@ -6,7 +6,7 @@ written but not applied: adapters have their own.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 from lora_jax.models.dialect import (
     check_fixed,
@@ -22,8 +22,13 @@ from lora_jax.models.layers import ACTIVATIONS
 FEATURES: Final = "features"
 CLASSIFICATION: Final = "sequence-classification"
 MASKED_LM: Final = "masked-lm"
-Task = Literal["features", "sequence-classification", "masked-lm"]
-TASKS: tuple[Task, ...] = (FEATURES, CLASSIFICATION, MASKED_LM)
+TOKENS: Final = "token-classification"
+ANSWERS: Final = "question-answering"
+Task = Literal[
+    "features", "sequence-classification", "masked-lm", "token-classification",
+    "question-answering",
+]  # fmt: skip
+TASKS: tuple[Task, ...] = get_args(Task)
 
 
 # Hugging Face's names of the losses of a classifier.
@@ -63,12 +68,11 @@ def _classes(name: str) -> dict[Task, str]:
         FEATURES: f"{name}Model",
         CLASSIFICATION: f"{name}ForSequenceClassification",
         MASKED_LM: f"{name}ForMaskedLM",
+        TOKENS: f"{name}ForTokenClassification",
+        ANSWERS: f"{name}ForQuestionAnswering",
     }
 
 
-_ELECTRA_CLASSES: Mapping[Task, str] = {
-    FEATURES: "ElectraModel", CLASSIFICATION: "ElectraForSequenceClassification",
-}  # fmt: skip
 _DISTILBERT_FIELDS = {
     "hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads", "hidden_act": "activation", "hidden_dropout_prob": "dropout",
@@ -103,7 +107,8 @@ KINDS: Mapping[str, Kind] = {
     "camembert": _roberta("Camembert", 30522),
     "electra": Kind(
         prefix="electra",
-        classes=_ELECTRA_CLASSES,
+        # Its masked-LM head belongs to another model, the generator.
+        classes={task: name for task, name in _classes("Electra").items() if task != MASKED_LM},
         defaults={
             **_BERT_DEFAULTS, "embedding_size": 128, "hidden_size": 256, "num_attention_heads": 4,
             "intermediate_size": 1024,
@@ -145,8 +150,8 @@ class BertConfig:
       pad_token_id: the padding token; RoBERTa's positions skip it.
       bos_token_id: or None.
       eos_token_ids: or empty.
-      task: what the model returns: "features" (hidden states and pooled state),
-        "sequence-classification" or "masked-lm".
+      task: what the model returns: "features" (hidden states and pooled state), or the logits of
+        "sequence-classification", "masked-lm", "token-classification" or "question-answering".
       pooler: whether there is a pooler (`tanh` of a dense layer on the first hidden state).
       labels: the classes' names, in the order of the logits.
       problem_type: the loss that transformers would use, or None; read and written only.
@@ -189,7 +194,12 @@ class BertConfig:
         _one_of("model_type", self.model_type, KINDS)
         _one_of("task", self.task, TASKS)
         _one_of("hidden_act", self.hidden_act, ACTIVATIONS)
-        if self.task == CLASSIFICATION and not self.labels:
+        if self.task == ANSWERS and len(self.labels) != 2:
+            raise ValueError(
+                f"config: task `{ANSWERS}` has two logits a token, start and end, got "
+                f"{len(self.labels)} `labels`"
+            )
+        if self.task in (CLASSIFICATION, TOKENS) and not self.labels:
             raise ValueError("config: `labels` is empty: name at least one class")
         if self.pooler != self.needs_pooler and self.task != FEATURES:
             raise ValueError(
@@ -231,6 +241,8 @@ class BertConfig:
         distilled = self.kind.head == "distilbert"
         if self.task == CLASSIFICATION:
             return ("classifier.", "pre_classifier.") if distilled else ("classifier.",)
+        if self.task in (TOKENS, ANSWERS):
+            return ("classifier.",) if self.task == TOKENS else ("qa_outputs.",)
         if distilled:
             return ("vocab_",)
         return ("lm_head.",) if self.kind.head == "roberta" else ("cls.predictions.",)
@@ -264,6 +276,8 @@ class BertConfig:
             check_fixed(raw, {"embedding_size": None})
         set_to_null = {k: None for k in _MAYBE_NULL if k in raw}
         given = {**kind.defaults, **set_to_null, **{k: v for k, v in raw.items() if v is not None}}
+        if task == ANSWERS:  # the names are those of another task's classes
+            given |= {"id2label": None, "num_labels": 2}
         task = task or _task(raw, kind)
         if task == MASKED_LM and raw.get("tie_word_embeddings") is False:
             raise ValueError("config: an untied masked-LM head is not supported")

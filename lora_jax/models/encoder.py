@@ -79,8 +79,9 @@ class EncoderForward:
 
         Returns:
           "features": `bert.Features`; "sequence-classification": float32 logits (b, c);
-          "masked-lm": float32 logits (b, t, v); with `return_hidden`: hidden states (b, t, d)
-          in the compute dtype.
+          "masked-lm", "token-classification": float32 logits (b, t, v), (b, t, c);
+          "question-answering": those of starts and ends of answers, (b, t, 2); with
+          `return_hidden`: hidden states (b, t, d) in the compute dtype.
 
         Raises:
           ValueError: an input of the wrong shape or dtype, or more tokens than the model's context.

@@ -16,7 +16,15 @@ from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, renamed, same
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
-from lora_jax.models.bert_config import CLASSIFICATION, FEATURES, TASKS, BertConfig, Task
+from lora_jax.models.bert_config import (
+    ANSWERS,
+    CLASSIFICATION,
+    FEATURES,
+    TASKS,
+    TOKENS,
+    BertConfig,
+    Task,
+)
 from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.init import draw
 from lora_jax.models.model import Dtype, Model
@@ -27,6 +35,8 @@ from lora_jax.sharding import Rules, spreading
 
 # Prefixes of an encoder's tensors; all others in a checkpoint belong to a head.
 _ENCODER = ("embeddings.", "embeddings_project.", "encoder.", "transformer.", "pooler.")
+# Tasks whose heads can be drawn, and what their heads are called.
+_DRAWN = {CLASSIFICATION: "classification", TOKENS: "classification", ANSWERS: "answering"}
 # Buffers that old checkpoints store: 0, 1, 2, ... and zeros. They hold nothing learned.
 _CONSTANTS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
@@ -52,10 +62,11 @@ def load_encoder(
 
     Args:
       source: a Hugging Face directory or a hub id.
-      task: "features", "sequence-classification" or "masked-lm".
+      task: "features", "sequence-classification", "masked-lm", "token-classification" or
+        "question-answering".
       labels: names of the classes of a fresh classification head.
-      fresh_head: PRNG key; draws a classification head (and BERT's pooler, if the checkpoint
-        has none) and ignores the checkpoint's.
+      fresh_head: PRNG key; draws the head (and BERT's pooler, if it is needed and the checkpoint
+        has none) and ignores the checkpoint's; not a masked LM's.
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters, `dtype` by default.
       scan: stack the blocks and scan over them; otherwise they are kept apart and unrolled.
@@ -121,8 +132,9 @@ def _config(
 ) -> BertConfig:
     if task is not None and task not in TASKS:
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}")
-    if fresh_head is not None and task != CLASSIFICATION:
-        raise ValueError(f'`fresh_head` needs task="{CLASSIFICATION}", got task={task!r}')
+    if fresh_head is not None and task not in _DRAWN:
+        known = " or ".join(f'"{name}"' for name in _DRAWN)
+        raise ValueError(f"`fresh_head` needs task={known}, got task={task!r}")
     if labels is not None and fresh_head is None:
         raise ValueError("`labels` are the checkpoint's own unless `fresh_head` draws a new head")
     raw = read_object(path)
@@ -175,10 +187,11 @@ def _fill(
 
 def _hint(weights: Weights, config: BertConfig) -> str:
     heads = [n for n in weights.shapes if n.startswith(config.head_modules)]
-    if config.task == CLASSIFICATION and not heads:
+    if config.task in _DRAWN and not heads:
+        labels = "" if config.task == ANSWERS else ", `labels`"
         return (
-            "; the checkpoint has no classification head: pass `fresh_head` (a PRNG key), "
-            f'`labels` and task="{CLASSIFICATION}" to draw one'
+            f"; the checkpoint has no {_DRAWN[config.task]} head: pass `fresh_head` (a PRNG key)"
+            f'{labels} and task="{config.task}" to draw one'
         )
     return "; pass `task` to leave out the heads of other tasks"
 

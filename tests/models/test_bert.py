@@ -40,6 +40,8 @@ CLASSES = {
     "features": "AutoModel",
     "sequence-classification": "AutoModelForSequenceClassification",
     "masked-lm": "AutoModelForMaskedLM",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
 }
 SPREAD = {"initializer_range": 0.02}
 CASES = {
@@ -52,6 +54,13 @@ CASES = {
     "roberta guesses words": ("roberta", "masked-lm", dict(hidden_act="gelu_new")),
     "xlm-roberta": ("xlm-roberta", "sequence-classification", dict(pad_token_id=3)),
     "camembert": ("camembert", "masked-lm", {}),
+    "bert marks tokens": ("bert", "token-classification", dict(num_labels=5)),
+    "bert finds answers": ("bert", "question-answering", {}),
+    "roberta marks tokens": ("roberta", "token-classification", dict(num_labels=5)),
+    "roberta finds answers": ("roberta", "question-answering", {}),
+    "electra marks tokens": ("electra", "token-classification", dict(embedding_size=16)),
+    "distilbert marks tokens": ("distilbert", "token-classification", dict(num_labels=5)),
+    "distilbert finds answers": ("distilbert", "question-answering", {}),
     "electra": ("electra", "features", dict(embedding_size=16)),
     "electra classifies": ("electra", "sequence-classification", dict(embedding_size=32)),
     "distilbert": ("distilbert", "features", {}),
@@ -119,7 +128,10 @@ def compare(model, got, want, mask):
             close(got.pooled, want["pooler_output"])
         else:
             assert got.pooled is None
-    elif model.config.task == "masked-lm":
+    elif model.config.task == "question-answering":
+        ends = np.stack([want["start_logits"], want["end_logits"]], axis=-1)
+        close(got[mask], ends[mask])
+    elif model.config.task != "sequence-classification":
         close(got[mask], want["logits"][mask])
     else:
         close(got, want["logits"])
@@ -132,7 +144,13 @@ def answer(saved, case, mask, tokens, types):
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+# Their blocks are those of other cases.
+LATER = [case for case in CASES if case.endswith((" tokens", " answers"))]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c in LATER[1:-1] else c for c in CASES]
+)
 def test_numbers_are_transformers_there_and_back(saved, case, tmp_path):
     there, directory = saved(case)
     model = models.load(directory)
@@ -406,7 +424,7 @@ def test_the_written_config_is_read_by_transformers(kind, task):
 
     there = oracle(f"{PLACE}/{kind} {task}.config", read)
     assert there["from"] == json.loads(json.dumps(written))
-    assert (there["labels"], there["padding"]) == (3, 1)
+    assert (there["labels"], there["padding"]) == (2 if task == "question-answering" else 3, 1)
     assert [there["class"]] == written["architectures"]
 
 

@@ -56,6 +56,10 @@ MODELS = {
         num_labels=3,
         pad_token_id=1,
     ),
+    "tokens": dict(SIZES, model_type="bert", auto="AutoModelForTokenClassification"),
+    "answers": dict(
+        {**SIZES, "num_labels": 2}, model_type="roberta", auto="AutoModelForQuestionAnswering"
+    ),
     "bare": dict(SIZES, model_type="bert", auto="AutoModel"),
 }
 TOKENS = np.array([[3, 5, 9, 30, 2, 17], [4, 4, 39, 7, 1, 1]], np.int32)
@@ -120,7 +124,10 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bases(made):
     """Our models of both kinds, each loaded once."""
-    return {kind: lora.models.load(made(kind).directory) for kind in MODELS if kind != "bare"}
+    return {
+        kind: lora.models.load(made(kind).directory)
+        for kind in ("bert", "roberta", "electra", "distilbert")
+    }
 
 
 def of_both(cases, *robertas):
@@ -227,6 +234,31 @@ def test_our_adapter_in_peft_and_back(case, kind, made, bases, tmp_path):
     close(peft_reads(name, tmp_path / "a", there, torch_logits), jax_logits(base, params))
     again, _ = load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
     assert jax.tree.structure(again) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, task, head",
+    [("tokens", "TOKEN_CLS", "classifier"), ("answers", "QUESTION_ANS", "qa_outputs")],
+)
+def test_heads_of_tokens_and_answers(kind, task, head, made, tmp_path):
+    there, base = made(kind).torch, lora.models.load(made(kind).directory)
+
+    def logits(model) -> np.ndarray:
+        out = torch_outputs(model)
+        if kind == "tokens":
+            return out.logits.numpy()
+        return np.stack([out.start_logits.numpy(), out.end_logits.numpy()], axis=-1)
+
+    config = lora.LoraConfig(rank=2, target_modules=("query", "value"), modules_to_save=(head,))
+    plan = lora.plan(config, base.apply, base.params, TOKENS)
+    params = noisy(lora.init(jax.random.key(0), plan, base.params))
+    save_peft(tmp_path / "a", params, config)
+    assert task_type(tmp_path / "a") == task
+    want = peft_reads(f"{PLACE}/{kind}/ours", tmp_path / "a", there, logits)
+    close(want[MASK], jax_logits(base, params)[MASK])
+    again, _ = load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
