@@ -65,6 +65,21 @@ def test_diffrax_ode():
         assert found[f"{name}_gradient_difference"] < 10 * CLOSE
 
 
+def test_qwix_base():
+    found = figures_of("qwix_base", "qwix", "flax")
+    for bits in ("int8", "int4"):
+        # Both decode, then multiply: the same numbers but for the order of sums.
+        assert found[f"{bits}_difference"] < CLOSE
+        assert found[f"{bits}_losses"][1] < 0.6 * found[f"{bits}_losses"][0]
+
+
+def test_openpi_lora():
+    found = figures_of("openpi_lora", "flax")
+    # Sums of a hundred products of normal numbers.
+    assert found["difference"] < 10 * CLOSE
+    assert found["read"] == 3 * found["merged"] == 12
+
+
 def test_a_changed_call_is_named(monkeypatch, tmp_path):
     from tests.support import integrations
 
