@@ -38,6 +38,13 @@ CASES = {
     "glm4 that rotates all": dict(
         SIZES, model_type="glm4", head_dim=8, partial_rotary_factor=1.0, attention_bias=False
     ),
+    "glm": dict(SIZES, model_type="glm", head_dim=8),
+    "ernie4_5": dict(SIZES, model_type="ernie4_5", head_dim=8, use_bias=True),
+    "helium": dict(SIZES, model_type="helium", head_dim=8, attention_bias=True, mlp_bias=True),
+    "stablelm": dict(SIZES, model_type="stablelm", partial_rotary_factor=0.5, use_qkv_bias=True),
+    "stablelm side by side": dict(
+        SIZES, model_type="stablelm", partial_rotary_factor=0.5, use_parallel_residual=True
+    ),
     "smollm3": dict(SIZES, model_type="smollm3", no_rope_layers=[1, 0, 1]),
     "smollm3 by default": dict(
         SIZES, model_type="smollm3", num_hidden_layers=4, attention_bias=True,
@@ -117,6 +124,10 @@ def test_logits_are_transformers(saved, case):
         "starcoder2",
         "gpt_neox",
         "phi",
+        "glm",
+        "ernie4_5",
+        "helium",
+        "stablelm",
     ],
 )
 def test_greedy_text_is_transformers(saved, case):
@@ -206,6 +217,19 @@ PUBLIC = {
             beta_fast=32.0, beta_slow=1.0, factor=32.0, original_max_position_embeddings=4096,
             rope_type="yarn", truncate=False,
         ),
+    ),
+    "stablelm-2-1_6b": dict(
+        model_type="stablelm", hidden_dropout=0.0, layer_norm_eps=1e-5, partial_rotary_factor=0.25,
+        qk_layernorm=False, use_parallel_residual=False, use_qkv_bias=True, rope_theta=10000,
+        hidden_act="silu", num_key_value_heads=4,
+    ),
+    "ERNIE-4.5-0.3B": dict(
+        model_type="ernie4_5", head_dim=16, hidden_act="silu", use_bias=False, rope_theta=500000.0,
+        rms_norm_eps=1e-5, tie_word_embeddings=True, pad_token_id=0,
+    ),
+    "glm-4-9b-chat-hf": dict(
+        model_type="glm", attention_bias=True, head_dim=16, partial_rotary_factor=0.5,
+        rms_norm_eps=1.5625e-7, rope_theta=10000.0, eos_token_id=[151329, 151336, 151338],
     ),
     "pythia-1b": dict(
         model_type="gpt_neox", num_key_value_heads=None, attention_bias=True, bos_token_id=0,

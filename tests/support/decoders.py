@@ -34,7 +34,11 @@ FAMILIES = {
     "olmo2": {},
     "olmo3": WINDOW,
     "exaone4": dict(WINDOW, sliding_window_pattern=2),
+    "glm": dict(head_dim=8),
     "glm4": dict(head_dim=8),
+    "ernie4_5": dict(head_dim=8),
+    "helium": dict(head_dim=8),
+    "stablelm": dict(partial_rotary_factor=0.5),
     "cohere": {},
     "cohere2": dict(WINDOW, sliding_window_pattern=2),
     "starcoder2": WINDOW,
@@ -50,7 +54,7 @@ FAMILIES = {
 LATER = (
     "ministral", "granite", "seed_oss", "arcee", "olmo2", "olmo3", "glm4", "mixtral", "qwen3_moe",
     "olmoe", "cohere", "cohere2", "starcoder2", "phi",
-    "gpt_oss",
+    "gpt_oss", "glm", "ernie4_5", "helium", "stablelm",
 )  # fmt: skip
 LENGTHS = ((7, 1, 5, 9), (16, 6), (3, 3, 3, 3, 3))
 LENGTH = 24

@@ -1,15 +1,13 @@
-"""OLMo 2 and 3, EXAONE 4 and GLM-4: norms after attention and MLP.
+"""OLMo 2 and 3, and EXAONE 4: norms after attention and MLP.
 
 OLMo normalizes the queries, and the keys, of all heads together; OLMo 3 adds a window in three of
 four blocks, whose rotations are not scaled. EXAONE 4 normalizes them head by head, and in models
-with windows only blocks with one rotate. GLM-4 also has norms before, fuses gate and up, and
-rotates numbers that lie side by side.
+with windows only blocks with one rotate.
 
-Sources: arXiv:2501.00656, arXiv:2507.11407, arXiv:2406.12793.
+Sources: arXiv:2501.00656, arXiv:2507.11407.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from lora_jax.models.dialect import (
@@ -17,8 +15,6 @@ from lora_jax.models.dialect import (
     FULL,
     SLIDING,
     Dialect,
-    Norms,
-    read_partial_rope,
     read_two_ropes,
     read_windows,
     write_windows,
@@ -28,12 +24,7 @@ from lora_jax.models.rope import scaling_to_hf
 # Every fourth block has no window.
 _PERIOD = 4
 _THETA = 5e5  # OLMo 3's rotary base
-_PART = "partial_rotary_factor"
 _OLMO = {"norms": AFTER, "qk_norm": True, "qk_norm_whole": True}
-_GLM_NORMS = Norms(
-    "input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm",
-    "post_mlp_layernorm",
-)  # fmt: skip
 
 
 def _read_olmo2(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,19 +61,6 @@ def _read_exaone4(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {**common, **windows, "rope_layers": windows["sliding_layers"]}
 
 
-def _read_glm4(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "norms": _GLM_NORMS,
-        "fused_mlp": True,
-        "rope_interleaved": True,
-        "qkv_bias": bool(raw["attention_bias"]),
-    }
-
-
-def _write_glm4(config: Any) -> dict[str, Any]:
-    return {"attention_bias": config.qkv_bias, _PART: config.partial_rotary_factor}
-
-
 OLMO2 = Dialect(
     architecture="Olmo2ForCausalLM",
     fields=("attention_bias",),
@@ -112,20 +90,4 @@ EXAONE4 = Dialect(
         "bos_token_id": 0,
         "eos_token_id": 2,
     },
-)
-
-GLM4 = Dialect(
-    architecture="Glm4ForCausalLM",
-    fields=("attention_bias", _PART),
-    read=_read_glm4,
-    write=_write_glm4,
-    defaults={
-        "attention_bias": True,
-        "num_key_value_heads": 2,
-        "head_dim": 128,
-        "rms_norm_eps": 1.5625e-7,
-        "pad_token_id": 151329,
-        "eos_token_id": [151329, 151336, 151338],
-    },
-    rope=partial(read_partial_rope, share=0.5),
 )

@@ -1,13 +1,17 @@
-"""StarCoder2: Mistral's attention, with biases, GPT-2's norms and GPT-2's MLP.
+"""StarCoder2 and StableLM: decoders with GPT-2's norms.
 
-Source: arXiv:2402.19173.
+StarCoder2 has Mistral's attention, with biases, and GPT-2's MLP; StableLM has Llama's MLP, and
+rotates a part of each head.
+
+Sources: arXiv:2402.19173, arXiv:2402.17834.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from lora_jax.hf.checkpoint import names
-from lora_jax.models.dialect import Dialect, Modules, check_fixed
+from lora_jax.models.dialect import BEFORE, Dialect, Modules, Norms, check_fixed, read_partial_rope
 
 # Of the code it was trained with: how it computes, and second names of fields below.
 _WITHOUT_EFFECT = (
@@ -18,6 +22,9 @@ _WITHOUT_EFFECT = (
 _DROPOUT = ("attention_dropout", "embedding_dropout", "residual_dropout")
 # With the one value that the forward has.
 _FIXED = {"mlp_type": "default", "norm_type": "layer_norm", "scale_attn_weights": True}
+
+
+_PART = "partial_rotary_factor"
 
 
 def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,4 +68,46 @@ STARCODER2 = Dialect(
     },
     activations={"gelu_pytorch_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "gelu_new": "gelu_new"},
     names=names.STARCODER2,
+)  # fmt: skip
+
+
+def _read_stablelm(raw: Mapping[str, Any]) -> dict[str, Any]:
+    check_fixed(raw, {"qk_layernorm": False})
+    parallel = bool(raw["use_parallel_residual"])
+    return {
+        "norm_centered": True,
+        "norm_bias": True,
+        "rms_norm_eps": raw["layer_norm_eps"],
+        "parallel_mlp": parallel,
+        "norms": Norms("input_layernorm", None, None, None) if parallel else BEFORE,
+        "qkv_bias": bool(raw["use_qkv_bias"]),
+    }
+
+
+def _write_stablelm(config: Any) -> dict[str, Any]:
+    return {
+        "layer_norm_eps": config.rms_norm_eps,
+        "use_parallel_residual": config.parallel_mlp,
+        "use_qkv_bias": config.qkv_bias,
+        _PART: config.partial_rotary_factor,
+    }
+
+
+STABLELM = Dialect(
+    architecture="StableLmForCausalLM",
+    fields=(
+        "attention_dropout", "hidden_dropout", "layer_norm_eps", _PART, "qk_layernorm",
+        "use_parallel_residual", "use_qkv_bias",
+    ),
+    read=_read_stablelm,
+    write=_write_stablelm,
+    defaults={
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": False,
+        "use_qkv_bias": False,
+        "num_key_value_heads": 32,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    rope=partial(read_partial_rope, share=0.25),
 )  # fmt: skip

@@ -46,6 +46,10 @@ FAMILIES = {
     ),
     "exaone4": dict(ADAPTED_SIZES, model_type="exaone4", sliding_window=4),
     "glm4": dict(ADAPTED_SIZES, model_type="glm4", head_dim=8),
+    "glm": dict(ADAPTED_SIZES, model_type="glm", head_dim=8),
+    "ernie4_5": dict(ADAPTED_SIZES, model_type="ernie4_5", head_dim=8),
+    "helium": dict(ADAPTED_SIZES, model_type="helium", head_dim=4),
+    "stablelm": dict(ADAPTED_SIZES, model_type="stablelm", partial_rotary_factor=0.5),
     "smollm3": dict(ADAPTED_SIZES, model_type="smollm3", no_rope_layers=[1, 0]),
     "granite": dict(ADAPTED_SIZES, model_type="granite", residual_multiplier=0.5),
     "seed_oss": dict(ADAPTED_SIZES, model_type="seed_oss", head_dim=8),
@@ -75,6 +79,10 @@ LATER = (
     "cohere2",
     "starcoder2",
     "phi",
+    "glm",
+    "ernie4_5",
+    "helium",
+    "stablelm",
 )
 # What the modules are called: attention, the table, a norm, the head if it is no table.
 LLAMA = ("q_proj", "down_proj", "embed_tokens", "post_attention_layernorm")
@@ -82,6 +90,7 @@ MODULES = {
     **dict.fromkeys(FAMILIES, LLAMA),
     "cohere": ("q_proj", "down_proj", "embed_tokens", "input_layernorm"),
     "cohere2": ("q_proj", "down_proj", "embed_tokens", "input_layernorm"),
+    "glm": ("q_proj", "gate_up_proj", "embed_tokens", "post_attention_layernorm"),
     "glm4": ("q_proj", "gate_up_proj", "embed_tokens", "post_attention_layernorm"),
     "phi3": ("qkv_proj", "gate_up_proj", "embed_tokens", "post_attention_layernorm"),
     "starcoder2": ("q_proj", "c_fc", "embed_tokens", "post_attention_layernorm"),
