@@ -23,7 +23,6 @@ _DROPOUT = ("attention_dropout", "embedding_dropout", "residual_dropout")
 # With the one value that the forward has.
 _FIXED = {"mlp_type": "default", "norm_type": "layer_norm", "scale_attn_weights": True}
 
-
 _PART = "partial_rotary_factor"
 
 

@@ -79,6 +79,7 @@ LATER = (
     "cohere2",
     "starcoder2",
     "phi",
+    "gpt_neox",
     "glm",
     "ernie4_5",
     "helium",
