@@ -6,7 +6,8 @@ The sum and N run over all rows and all microbatches of a step, so accumulation 
 but not the loss. The output head, the largest matrix of a small model, is applied only at the
 positions that predict a learned token; the others do not contribute to the loss. Where the float32
 logits of all these positions would take more than `CHUNK_BYTES`, head and cross entropy run over a
-part of the positions at a time.
+part of the positions at a time. So the dropout of an adapter of the head depends on how the
+positions are spread over a mesh, and on the parts.
 """
 
 from collections.abc import Callable
