@@ -1,5 +1,7 @@
 """Mixtures of experts: Mixtral, Qwen3-MoE and OLMoE against transformers, and the cost."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,6 +211,13 @@ def test_the_compiled_step_has_no_product_with_all_experts():
 def test_experts_that_cannot_be(fields, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf({**CASES["mixtral"], **fields})
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_the_width_of_an_expert_is_written(family):
+    config = config_from_hf(dict(CASES[family]))
+    wide = dataclasses.replace(config, moe_intermediate_size=20)
+    assert config_from_hf(wide.to_hf()).expert_size == 20
 
 
 def test_qwen3_blocks_without_experts_are_refused():

@@ -50,7 +50,12 @@ def _read_mixtral(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_mixtral(config: Any) -> dict[str, Any]:
-    return {"sliding_window": config.sliding_window, **write_experts(config, "num_local_experts")}
+    return {
+        **write_experts(config, "num_local_experts"),
+        "sliding_window": config.sliding_window,
+        # Beside experts there is no MLP, and no field for a width of its own.
+        "intermediate_size": config.expert_size,
+    }
 
 
 def _read_qwen3(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +77,7 @@ def _write_qwen3(config: Any) -> dict[str, Any]:
     return {
         **qwen.QWEN3.write(config),
         **write_experts(config, "num_experts"),
-        "moe_intermediate_size": config.moe_intermediate_size,
+        "moe_intermediate_size": config.expert_size,
         "norm_topk_prob": config.norm_topk_prob,
     }
 
@@ -93,6 +98,7 @@ def _read_olmoe(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _write_olmoe(config: Any) -> dict[str, Any]:
     return {
         **write_experts(config, "num_experts"),
+        "intermediate_size": config.expert_size,
         "norm_topk_prob": config.norm_topk_prob,
         "clip_qkv": config.clip_qkv,
         "attention_bias": config.qkv_bias,
