@@ -367,6 +367,7 @@ def _mix(
     # Not -inf: a row of padding attends to nothing, and its gradient would be NaN. The factor is
     # that of `jax.nn.dot_product_attention`.
     logits = jnp.where(seen[:, :, None], logits, -0.7 * jnp.finfo(jnp.float32).max)
+    # A sink takes its share of the softmax, and has no value to add.
     if sinks is not None:
         sinks = jnp.moveaxis(sinks, 1, 2).reshape(*logits.shape[:3], t, 1)
         logits = jnp.concatenate((logits, sinks.astype(logits.dtype)), axis=-1)

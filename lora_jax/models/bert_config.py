@@ -294,6 +294,7 @@ class BertConfig:
     def to_hf(self) -> dict[str, Any]:
         """The object for config.json; `from_hf` reads it back."""
         kind = self.kind
+        # What a family fixes is no field of its config.json.
         plain = {name: getattr(self, name) for name in _PLAIN if name not in kind.fixed}
         if self.embedding_size is None:
             del plain["embedding_size"]

@@ -99,6 +99,7 @@ class Experts(nnx.Module):
         if self.limit is None:
             gate, up = jnp.split(wide, 2, axis=-1)
             return ACTIVATIONS[self.activation](gate) * up
+        # As gpt-oss stores them, in turns: PEFT's adapters have the outputs in that order.
         gate = jnp.minimum(wide[:, ::2], self.limit)
         up = jnp.clip(wide[:, 1::2], -self.limit, self.limit)
         return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
@@ -157,6 +158,7 @@ def load_of(
     logits: Float[Array, "m e"], experts: Int[Array, "m k"], real: Bool[Array, " m"]
 ) -> Load:
     """The load of one block's experts."""
+    # In float32: bfloat16 counts to 256 only.
     count, weights = logits.shape[1], real.astype(jnp.float32)
     chosen = jnp.zeros(count).at[experts].add(weights[:, None])
     return Load(chosen, weights @ jax.nn.softmax(logits.astype(jnp.float32), axis=-1))

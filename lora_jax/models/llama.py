@@ -68,6 +68,7 @@ class Attention(nnx.Module):
         """Queries, keys and values of all heads."""
         if self.fused:
             fused = kept(getattr(self, self.names.fused)(x))
+            # Made for tensor parallelism: a device's part of the projection has whole heads.
             if self.by_head:
                 apart = fused.reshape(*x.shape[:2], -1, 3, self.head_dim)  # (b, t, n, 3, h)
                 q, k, v = (apart[..., i, :].reshape(*x.shape[:2], -1) for i in range(3))
@@ -173,6 +174,7 @@ class Block(nnx.Module):
         inputs = self.normalized(norms.before_attention, x)
         mixed, stored = getattr(self, self.names.attention)(inputs, attend, stored, block)
         if self.parallel:
+            # GPT-NeoX has a norm for each of the two; Cohere and Phi have one for both.
             if norms.before_mlp is not None:
                 inputs = self.normalized(norms.before_mlp, x)
             out, load = self.run_mlp(inputs, real)
@@ -185,6 +187,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "b t d"], real: Bool[Array, "b t"] | None
     ) -> tuple[Float[Array, "b t d"], Load | None]:
         """The MLP's output, and the load of its experts, if it has any."""
+        # Without the loss nothing is counted: the program is that of a plain call.
         if real is None or not isinstance(self.mlp, MixtureMLP):
             return self.mlp(x), None
         return self.mlp.counted(x, real)
@@ -307,6 +310,7 @@ class CausalLM(nnx.Module):
         # (v, d), or (d, v)
         weight = self.decoder.table.embedding if self.tied else self.lm_head.kernel
         logits = logits_of(hidden, weight.get_value(), tied=self.tied, dtype=self.dtype)
+        # Only Phi's head has one, which no table shares.
         if not self.tied and self.lm_head.bias is not None:
             logits = logits + self.lm_head.bias.get_value().astype(logits.dtype)
         logits = logits if self.logits_scaling == 1 else logits / self.logits_scaling

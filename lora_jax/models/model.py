@@ -209,6 +209,8 @@ class Forward:
 
         load = None
         if real is not None:
+            # Summed over the blocks before the product, as transformers does: its loss is one of
+            # all blocks together, not the sum of theirs.
             load = Load(*(jnp.zeros(config.num_experts) for _ in Load._fields))
         x, stored, load = run_blocks(
             reduce(getattr, lm.blocks(config), lm),  # by its names, such as `lm.model.layers`

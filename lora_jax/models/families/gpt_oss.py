@@ -35,6 +35,7 @@ def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: Any) -> dict[str, Any]:
+    # Without the field transformers would scale.
     plain = {} if config.rope_scaling else {"rope_scaling": {"rope_type": "default"}}
     return {
         **write_experts(config, "num_local_experts"),

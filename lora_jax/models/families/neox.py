@@ -32,6 +32,7 @@ _NEOX = Modules(
     output="dense", up="dense_h_to_4h", down="dense_4h_to_h", last_norm="final_layer_norm",
 )  # fmt: skip
 _PHI = Modules(output="dense", up="fc1", down="fc2", last_norm="final_layernorm")
+# Later models of the family differ from the first in it.
 _GELU = {name: name for name in ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")}
 
 
@@ -69,6 +70,7 @@ def _write_neox(config: Any) -> dict[str, Any]:
 
 
 def _read_neox_rope(given: Mapping[str, Any]) -> dict[str, Any]:
+    # Old files have its own names, transformers 5 writes `rope_parameters`.
     own = {ours: given[theirs] for theirs, ours in _ROTARY.items() if theirs in given}
     return read_partial_rope({**given, **own}, share=0.25)
 
