@@ -10,14 +10,12 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 
 from lora_jax.models.dialect import (
     check_fixed,
-    check_kinds,
-    check_numbers,
-    check_sizes,
     refuse_unsupported,
     scalar_if_one,
     tuple_of,
 )
 from lora_jax.models.layers import ACTIVATIONS
+from lora_jax.models.ranges import check_fields, check_raw
 
 FEATURES: Final = "features"
 CLASSIFICATION: Final = "sequence-classification"
@@ -183,9 +181,7 @@ class BertConfig:
     classifier_dropout: float | None = None
 
     def __post_init__(self) -> None:
-        check_sizes(self, {name: name for name in _SIZES})
-        check_numbers(self, (), ("layer_norm_eps", "initializer_range"))
-        check_kinds(self)
+        check_fields(self, KINDS[self.model_type].fields if self.model_type in KINDS else None)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"config: `hidden_size` ({self.hidden_size}) is not a multiple of "
@@ -206,12 +202,15 @@ class BertConfig:
                 f"config: task `{self.task}` of `{self.model_type}` needs `pooler` "
                 f"{self.needs_pooler}, got {self.pooler}"
             )
-        if self.embedding_size is not None:
-            check_sizes(self, {"embedding_size": "embedding_size"})
         if self.task not in self.kind.classes:
             raise ValueError(f"config: task `{self.task}` of `{self.model_type}` is not supported")
         if self.kind.offset_positions and self.pad_token_id is None:
             raise ValueError(f"config: `{self.model_type}` counts positions from `pad_token_id`")
+        if self.context < 1:
+            raise ValueError(
+                f"config: `pad_token_id` ({self.pad_token_id}) leaves no position of "
+                f"`max_position_embeddings` ({self.max_position_embeddings})"
+            )
 
     @property
     def kind(self) -> Kind:
@@ -268,6 +267,7 @@ class BertConfig:
         """
         _one_of("model_type", str(raw.get("model_type")), KINDS)
         kind = KINDS[raw["model_type"]]
+        check_raw(raw)
         ours = {theirs: ours for ours, theirs in kind.fields.items()}
         raw = {ours.get(name, name): value for name, value in raw.items()}
         refuse_unsupported(raw, (*_PLAIN, *_CARRIED), _NEUTRAL)
@@ -362,5 +362,7 @@ def _task(raw: Mapping[str, Any], kind: Kind) -> Task:
 def _labels(given: Mapping[str, Any]) -> tuple[str, ...]:
     names = given.get("id2label")
     if names:
+        if not all(str(i).isdecimal() for i in names):
+            raise ValueError(f"config: `id2label` must have numbers as keys, got {list(names)}")
         return tuple(str(names[i]) for i in sorted(names, key=int))
     return tuple(f"LABEL_{i}" for i in range(given.get("num_labels", 2)))

@@ -14,9 +14,6 @@ from lora_jax.models.dialect import (
     Dialect,
     Modules,
     Norms,
-    check_kinds,
-    check_numbers,
-    check_sizes,
     refuse_unsupported,
     scalar_if_one,
     tuple_of,
@@ -24,6 +21,7 @@ from lora_jax.models.dialect import (
 )
 from lora_jax.models.families import DIALECTS
 from lora_jax.models.layers import ACTIVATIONS
+from lora_jax.models.ranges import RANGES, check_fields, check_range, check_raw
 from lora_jax.models.rope import RopeScaling, scaling_to_hf
 
 
@@ -155,11 +153,7 @@ class LlamaConfig:
     wrapper: str | None = None
 
     def __post_init__(self) -> None:
-        check_sizes(self, {name: name for name in _SIZES})
-        check_numbers(
-            self, _POSITIVE, ("rms_norm_eps", "initializer_range", "router_aux_loss_coef")
-        )
-        check_kinds(self)
+        check_fields(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config: `num_attention_heads` ({self.num_attention_heads}) is not a multiple of "
@@ -178,15 +172,10 @@ class LlamaConfig:
                 f"{', '.join(ACTIVATIONS)}"
             )
         if self.sliding_window is not None:
-            check_sizes(self, {"sliding_window": "sliding_window"})
-        if self.num_experts is not None:
-            self._check_experts()
-
-    def _check_experts(self) -> None:
-        check_sizes(self, {name: name for name in ("num_experts", "num_experts_per_tok")})
-        if self.moe_intermediate_size is not None:
-            check_sizes(self, {"moe_intermediate_size": "moe_intermediate_size"})
-        if self.num_experts_per_tok > (self.num_experts or 0):
+            check_range(
+                "sliding_window", self.sliding_window, RANGES["sliding_window"]._replace(least=1)
+            )
+        if self.num_experts is not None and self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"config: `num_experts_per_tok` is {self.num_experts_per_tok}, of only "
                 f"{self.num_experts} experts"
@@ -273,13 +262,6 @@ class LlamaConfig:
         return {**out, **fixed, **dialect.write(self)}
 
 
-_POSITIVE = (
-    "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "query_pre_attn_scalar",
-    "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "embedding_multiplier",
-    "residual_multiplier", "logits_scaling", "attention_multiplier", "swiglu_limit",
-    "swiglu_alpha",
-)  # fmt: skip
-_NOT_NEGATIVE = ("rms_norm_eps", "initializer_range", "router_aux_loss_coef")
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -293,6 +275,10 @@ _READ = (*_PLAIN, "rope_scaling", "rope_parameters", "eos_token_id")
 
 # Fields where null means "none", not "the default".
 _MAYBE_NONE = ("bos_token_id", "pad_token_id", "eos_token_id")
+_MAY_LACK = (
+    *_MAYBE_NONE, "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping",
+    "sliding_window",
+)  # fmt: skip
 _REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings",
@@ -302,19 +288,14 @@ _REQUIRED = (
 def _from_hf(raw: Mapping[str, Any], dialect: Dialect) -> LlamaConfig:
     known = (*_READ, *dialect.fields, dialect.activation)
     refuse_unsupported(raw, known)
-    # A family's own fields may be null on purpose (no window, no cap); null in a shared one means
-    # its default.
-    with_nulls = {**dialect.defaults, **raw}
+    check_raw(raw, known)
+    # Some of a family's own fields are null on purpose (no window, no cap).
+    set_ = {k: v for k, v in raw.items() if v is not None or k in _MAY_LACK}
+    with_nulls = {**dialect.defaults, **set_}
     given = {**dialect.defaults, **{k: v for k, v in raw.items() if v is not None}}
     given.update({name: with_nulls[name] for name in _MAYBE_NONE if name in with_nulls})
     if missing := [name for name in _REQUIRED if name not in given]:
         raise ValueError(f"config: config.json lacks {', '.join(f'`{m}`' for m in missing)}")
-    # Divided by below; every size is checked again as a part of the configuration.
-    for name in ("hidden_size", "num_attention_heads"):
-        if type(given[name]) is not int or given[name] < 1:
-            raise ValueError(
-                f"config: `{name}` must be a whole number above 0, got {given[name]!r}"
-            )
     given.setdefault("num_key_value_heads", given["num_attention_heads"])
     given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
     fields = {name: given[name] for name in _PLAIN if name in given}

@@ -4,19 +4,14 @@ A field that could change results is never ignored: an unknown one is an error u
 the neutral one. The fields `layer_types` and RoPE, which several families share, are read here.
 """
 
-import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from lora_jax.hf.checkpoint import bnb
 from lora_jax.hf.checkpoint.names import LLAMA, Family
+from lora_jax.models.ranges import RANGES, check_range
 from lora_jax.models.rope import scaling_from_hf
 from lora_jax.paths import nearest
-
-_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 # Fields about how a model was saved, trained or is served, which do not change its results.
 IGNORED = frozenset(
@@ -226,70 +221,6 @@ def check_fixed(raw: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
             raise ValueError(f"config: `{name}` = {raw[name]!r} is not supported, only {value!r}")
 
 
-# More blocks than any model has; what holds a value for each of them must not fill the memory.
-_MOST_LAYERS = 100_000
-
-
-def check_sizes(config: Any, names: Mapping[str, str]) -> None:
-    """Checks that fields of a configuration are whole numbers above 0.
-
-    Args:
-      config: a dataclass.
-      names: its fields, with their names in config.json.
-
-    Raises:
-      ValueError: one is not, or is too large.
-    """
-    for ours, theirs in names.items():
-        most = _MOST_LAYERS if ours == "num_hidden_layers" else 2**31
-        # `type`, not `isinstance`: JSON's true is an `int` of Python.
-        if type(value := getattr(config, ours)) is not int or value < 1:
-            raise ValueError(f"config: `{theirs}` must be a whole number above 0, got {value!r}")
-        if value > most:
-            raise ValueError(f"config: `{theirs}` is {value}, more than {most}; the file is wrong")
-
-
-def check_numbers(config: Any, positive: Collection[str], others: Collection[str] = ()) -> None:
-    """Checks that fields are finite numbers in float32; None is valid where it is the default.
-
-    Args:
-      config: a dataclass.
-      positive: fields that must be above 0.
-      others: fields that must be at least 0.
-
-    Raises:
-      ValueError: one is not.
-    """
-    defaults = {f.name: f.default for f in fields(config)}
-    for name in (*positive, *others):
-        value = getattr(config, name)
-        if value is None and defaults[name] is None:
-            continue
-        number: float = value if type(value) in (int, float) else math.nan  # pyright: ignore
-        # Compared as the model computes with it: 1e300 is infinite in float32, and 1e-60 is 0.
-        if abs(number) <= _LARGEST and (number >= _SMALLEST or (number == 0 and name in others)):
-            continue
-        least = "above 0" if name in positive else "of at least 0"
-        raise ValueError(f"config: `{name}` must be a finite number {least}, got {value!r}")
-
-
-def check_kinds(config: Any) -> None:
-    """Checks that flags are true or false, and ids of tokens whole numbers.
-
-    Raises:
-      ValueError: one is not.
-    """
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if isinstance(field.default, bool) and not isinstance(value, bool):
-            raise ValueError(f"config: `{field.name}` must be true or false, got {value!r}")
-        ids: tuple = value if field.name == "eos_token_ids" else (value,)  # pyright: ignore
-        if field.name.endswith(("_token_id", "_token_ids")) and not all(
-            x is None or type(x) is int for x in ids
-        ):
-            raise ValueError(f"config: `{field.name}` must be whole numbers, got {value!r}")
-
-
 def tuple_of(ids: int | list[int] | None) -> tuple[int, ...]:
     """Token ids, from one, several or none."""
     if ids is None:
@@ -331,6 +262,7 @@ def all_but_every(period: int, blocks: int) -> tuple[bool, ...]:
 
 def read_windows(raw: Mapping[str, Any], period: int) -> dict[str, Any]:
     """The window, and which blocks slide: as `layer_types` has them, or all but one of a period."""
+    check_range("sliding_window_pattern", period, RANGES["sliding_window_pattern"])
     default = all_but_every(period, raw["num_hidden_layers"])
     slides = read_layer_types(raw, default)
     return {"sliding_window": raw["sliding_window"], "sliding_layers": slides}

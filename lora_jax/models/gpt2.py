@@ -23,14 +23,12 @@ from jaxtyping import Array, Float, Int
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Attend, Mixing, Stored
 from lora_jax.models.dialect import (
-    check_kinds,
-    check_numbers,
-    check_sizes,
     refuse_unsupported,
     scalar_if_one,
     tuple_of,
 )
 from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, kept, logits_of
+from lora_jax.models.ranges import check_fields, check_raw
 
 # Fields of config.json -> ours.
 _NAMES = {
@@ -65,7 +63,6 @@ _DEFAULTS = {
     "bos_token_id": 50256,
     "eos_token_id": 50256,
 }
-_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 _MAYBE_NONE = ("bos_token_id", "pad_token_id", "eos_token_id")
 
 
@@ -114,12 +111,7 @@ class GPT2Config:
     longrope_limit: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        sizes = {ours: theirs for theirs, ours in _NAMES.items() if theirs in _SIZES}
-        if self.intermediate_size is not None:
-            sizes |= {"intermediate_size": "n_inner"}
-        check_sizes(self, sizes)
-        check_numbers(self, (), ("layer_norm_epsilon", "initializer_range"))
-        check_kinds(self)
+        check_fields(self, {ours: theirs for theirs, ours in _NAMES.items()})
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"config: `n_embd` ({self.hidden_size}) is not a multiple of `n_head` "
@@ -161,6 +153,7 @@ class GPT2Config:
           ValueError: an invalid size, or a field whose value changes results and is not supported.
         """
         refuse_unsupported(raw, (*_NAMES, *_DROPOUT, *_WITHOUT_EFFECT, "eos_token_id"))
+        check_raw(raw)
         if raw.get("n_ctx", (stated := raw.get("n_positions", 1024))) != stated:
             raise ValueError(f"config: `n_ctx` is {raw['n_ctx']}, but `n_positions` {stated}")
         set_ = {k: v for k, v in raw.items() if v is not None or k in _MAYBE_NONE}

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lora_jax.dims import AnyArray
+from lora_jax.models.ranges import check_raw
 
 RopeType = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
 # Required and optional keys of each variant.
@@ -126,20 +127,9 @@ def _check_keys(
             f"`rope_scaling` of type `{kind}`: missing {missing or 'nothing'}, "
             f"unknown {extra or 'nothing'}"
         )
-    for name, value in given.items():
-        if name in _LISTS:
-            if not isinstance(value, list | tuple) or not all(map(_is_number, value)):
-                raise ValueError(f"`rope_scaling`: `{name}` must list numbers, got {value!r}")
-        elif not (isinstance(value, bool) if name == "truncate" else _is_number(value)):
-            raise ValueError(f"`rope_scaling`: `{name}` must be a number, got {value!r}")
-    if given.get("factor", 1) < 1:
-        raise ValueError(f"`rope_scaling`: `factor` must be at least 1, got {given['factor']}")
+    check_raw(given, prefix="config: `rope_scaling`: ")
     if kind == "llama3" and not given["low_freq_factor"] < given["high_freq_factor"]:
         raise ValueError("`rope_scaling`: `low_freq_factor` must be below `high_freq_factor`")
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -146,7 +146,7 @@ def test_an_encoder_writes_no_text():
         (dict(task="sequence-classification", labels=()), "`labels` is empty"),
         (dict(task="sequence-classification", pooler=False), "needs `pooler` True, got False"),
         (dict(model_type="roberta", pad_token_id=None), "counts positions from `pad_token_id`"),
-        (dict(hidden_size=0), "`hidden_size` must be a whole number above 0, got 0"),
+        (dict(hidden_size=0), "`hidden_size` must be a whole number from 1 to .*, got 0"),
     ],
 )
 def test_a_config_that_makes_no_sense(fields, text):

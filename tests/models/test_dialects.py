@@ -303,7 +303,7 @@ REFUSED = {
     "factors that are none": (
         PHI3,
         {"rope_scaling": {**LONGROPE, "long_factor": ["a"] * 48}},
-        "`long_factor` must list numbers",
+        "`long_factor` must be a number from 1e-06 to 1e.06, got .a.",
     ),
     "two trained contexts": (
         PHI3,
@@ -314,7 +314,7 @@ REFUSED = {
     "two contexts": (GPT2, {"n_ctx": 512}, "`n_ctx` is 512, but `n_positions` 1024"),
     "no activation": (GPT2, {"activation_function": "mish"}, "`mish` is not one of silu"),
     "uneven heads": (GPT2, {"n_head": 7}, r"`n_embd` \(768\) is not a multiple of `n_head` \(7\)"),
-    "no heads": (GPT2, {"n_head": 0}, "`n_head` must be a whole number above 0, got 0"),
+    "no heads": (GPT2, {"n_head": 0}, "`n_head` must be a whole number from 1 to .*, got 0"),
     "cross attention": (GPT2, {"add_cross_attention": True}, "`add_cross_attention` = True is not"),
     "unknown": (GPT2, {"n_experts": 3}, "field `n_experts` = 3 is not known for model_type `gpt2`"),
 }

@@ -205,7 +205,10 @@ def test_the_compiled_step_has_no_product_with_all_experts():
         ({"num_experts": 5}, "are two numbers, {4, 5}|are two numbers, {5, 4}"),
         ({"num_experts_per_tok": 5}, "`num_experts_per_tok` is 5, of only 4 experts"),
         ({"router_jitter_noise": 0.1}, "`router_jitter_noise` = 0.1 is not supported"),
-        ({"num_local_experts": 0}, "`num_experts` must be a whole number above 0"),
+        (
+            {"num_local_experts": 0},
+            "`num_local_experts` must be a whole number from 1 to 1",
+        ),
     ],
 )
 def test_experts_that_cannot_be(fields, message):

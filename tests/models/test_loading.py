@@ -108,7 +108,11 @@ def test_a_config_that_is_broken(tmp_path, model, text, error, match):
 @pytest.mark.parametrize(
     "name, value, text",
     [
-        ("num_hidden_layers", 10**6, "`num_hidden_layers` is 1000000, more than 100000"),
+        (
+            "num_hidden_layers",
+            10**6,
+            "`num_hidden_layers` must be a whole number from 1 to 100000, got 1000000",
+        ),
         (
             "num_hidden_layers",
             99_999,

@@ -38,6 +38,8 @@ def _read_smollm3(raw: Mapping[str, Any]) -> dict[str, Any]:
     layers = raw.get("no_rope_layers")
     if layers is None:
         layers = all_but_every(raw["no_rope_layer_interval"], raw["num_hidden_layers"])
+    if any(rotates not in (0, 1) for rotates in layers):
+        raise ValueError(f"config: `no_rope_layers` must list 0 or 1, got {layers!r}")
     return {**_read_llama(raw), "rope_layers": tuple(bool(rotates) for rotates in layers)}
 
 

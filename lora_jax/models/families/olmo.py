@@ -56,6 +56,11 @@ def _read_exaone4(raw: Mapping[str, Any]) -> dict[str, Any]:
         return common
     pattern = raw["sliding_window_pattern"]
     if isinstance(pattern, str):  # "LLLG": one letter a block of a period, G without a window
+        if not pattern or pattern != "L" * (len(pattern) - 1) + "G":
+            raise ValueError(
+                f"config: `sliding_window_pattern` = {pattern!r} is not supported, only a number "
+                'or letters as in "LLLG"'
+            )
         pattern = len(pattern)
     windows = read_windows(raw, pattern)
     return {**common, **windows, "rope_layers": windows["sliding_layers"]}

@@ -1,0 +1,150 @@
+"""The kinds and ranges of config.json's fields, checked before anything is computed from them.
+
+Ranges are wider than any public checkpoint: what is outside is a damaged file, which would end in
+an error far from its cause, or fill the memory.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import Field, fields
+from typing import Any, NamedTuple
+
+
+class Range(NamedTuple):
+    """The numbers that a field may have, both ends included."""
+
+    least: float
+    most: float
+    whole: bool = False
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        return f"{kind} from {self.least:g} to {self.most:g}"
+
+
+_SIZE = Range(1, 2**31 - 1, whole=True)
+# Counts of what a value is held for, which must not fill the memory.
+_COUNT = Range(1, 100_000, whole=True)
+_EPSILON, _SHARE, _RATE = Range(0, 1), Range(1e-6, 1), Range(0, 1)
+_FACTOR, _WEIGHT, _BASE = Range(1e-6, 1e6), Range(0, 1e6), Range(1, 1e15)
+
+# By their names in config.json, of which GPT-2, DistilBERT and GPT-NeoX have some of their own.
+RANGES: Mapping[str, Range] = {
+    **dict.fromkeys(
+        ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim",
+         "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "type_vocab_size",
+         "original_max_position_embeddings", "initial_context_length", "num_labels", "n_positions",
+         "n_ctx", "n_embd", "n_head", "n_inner", "embedding_size", "dim", "hidden_dim", "n_heads"),
+        _SIZE),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_experts", "num_local_experts",
+         "num_experts_per_tok", "experts_per_token", "no_rope_layer_interval", "sliding_window_pattern"), _COUNT),
+    # 0 in files whose `use_sliding_window` is false.
+    "sliding_window": Range(0, 2**31 - 1, whole=True),
+    "max_window_layers": Range(0, 2**31 - 1, whole=True),
+    **dict.fromkeys(
+        ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"), _EPSILON),
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq", "rotary_emb_base"), _BASE),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), _SHARE),
+    **dict.fromkeys(
+        ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv",
+         "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale",
+         "attention_multiplier", "swiglu_limit", "swiglu_alpha", "low_freq_factor",
+         "high_freq_factor", "attention_factor"), _FACTOR),
+    "factor": Range(1, 1e6),
+    **dict.fromkeys(
+        ("initializer_range", "router_aux_loss_coef", "beta_fast", "beta_slow", "mscale",
+         "mscale_all_dim"), _WEIGHT),
+    **dict.fromkeys(
+        ("attention_dropout", "hidden_dropout", "residual_dropout", "classifier_dropout",
+         "embedding_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop",
+         "embd_pdrop", "attn_pdrop", "dropout", "qa_dropout", "seq_classif_dropout"), _RATE),
+    # -1 is written for "none".
+    **dict.fromkeys(
+        ("bos_token_id", "eos_token_id", "pad_token_id"), Range(-1, 2**31 - 1, whole=True)),
+}  # fmt: skip
+# Numbers, each within the range.
+_LISTS = {"short_factor": _FACTOR, "long_factor": _FACTOR}
+_FLAGS = (
+    "attention_bias", "attention_out_bias", "mlp_bias", "norm_topk_prob", "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx", "tie_word_embeddings", "truncate", "use_bias",
+    "use_parallel_residual", "use_sliding_window",
+)  # fmt: skip
+_ROPES = ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention")
+_OBJECTS = ("id2label", *_ROPES)
+_LISTED = ("architectures", "layer_types", "no_rope_layers", *_LISTS)
+
+
+def check_range(name: str, value: Any, allowed: Range, prefix: str = "config: ") -> None:
+    """Refuses a value outside a range.
+
+    Raises:
+      ValueError: it is outside, or no number.
+    """
+    # `type`, not `isinstance`: JSON's true is an `int` of Python. NaN fails both comparisons.
+    number = type(value) is int or (type(value) is float and not allowed.whole)
+    if not number or not allowed.least <= value <= allowed.most:
+        raise ValueError(f"{prefix}`{name}` must be {allowed}, got {_short(value)}")
+
+
+def check_raw(
+    raw: Mapping[str, Any], known: Collection[str] = (), prefix: str = "config: "
+) -> None:
+    """Checks the fields of an object of config.json, and of the objects inside; null is a default.
+
+    Args:
+      raw: the object.
+      known: the fields that are read; all of them by default.
+      prefix: the start of an error.
+
+    Raises:
+      ValueError: a number outside its range, or a value of another kind.
+    """
+    for name, value in raw.items():
+        if value is None or (known and name not in known):
+            continue
+        for names, kind, expected in (
+            (_FLAGS, bool, "true or false"),
+            (_OBJECTS, Mapping, "an object"),
+            (_LISTED, list | tuple, "a list"),
+        ):
+            if name in names and not isinstance(value, kind):
+                raise ValueError(f"{prefix}`{name}` must be {expected}, got {_short(value)}")
+        allowed = _LISTS.get(name) or RANGES.get(name)
+        if name in _ROPES:
+            check_raw(value, prefix=f"{prefix}`{name}`: ")
+        # EXAONE 4 spells its pattern, "LLLG".
+        elif allowed and not (name == "sliding_window_pattern" and isinstance(value, str)):
+            several = name in (*_LISTS, "eos_token_id") and isinstance(value, list | tuple)
+            for one in value if several else (value,):
+                check_range(name, one, allowed, prefix)
+
+
+def check_fields(config: Any, names: Mapping[str, str] | None = None) -> None:
+    """Checks the fields of a configuration; None is valid where it is the default.
+
+    Args:
+      config: a dataclass.
+      names: its fields that have other names in config.json.
+
+    Raises:
+      ValueError: a number outside its range, or a flag that is none.
+    """
+    for field in fields(config):
+        value: Any = getattr(config, field.name)
+        name = (names or {}).get(field.name, field.name)
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise ValueError(f"config: `{name}` must be true or false, got {_short(value)}")
+        if field.name == "eos_token_ids":
+            for one in config.eos_token_ids:
+                check_range("eos_token_id", one, RANGES["eos_token_id"])
+        elif name in RANGES and not (value is None and _may_lack(field)):
+            check_range(name, value, RANGES[name])
+
+
+def _may_lack(field: Field) -> bool:
+    # RoBERTa's padding has a default, and may be none all the same.
+    return field.default is None or field.name.endswith("_token_id")
+
+
+def _short(value: Any) -> str:
+    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
