@@ -37,7 +37,8 @@ RANGES: Mapping[str, Range] = {
         _SIZE),
     **dict.fromkeys(
         ("num_hidden_layers", "n_layer", "n_layers", "num_experts", "num_local_experts",
-         "num_experts_per_tok", "experts_per_token", "no_rope_layer_interval", "sliding_window_pattern"), _COUNT),
+         "num_experts_per_tok", "experts_per_token", "no_rope_layer_interval",
+         "sliding_window_pattern"), _COUNT),
     # 0 in files whose `use_sliding_window` is false.
     "sliding_window": Range(0, 2**31 - 1, whole=True),
     "max_window_layers": Range(0, 2**31 - 1, whole=True),
@@ -137,13 +138,14 @@ def check_fields(config: Any, names: Mapping[str, str] | None = None) -> None:
         if field.name == "eos_token_ids":
             for one in config.eos_token_ids:
                 check_range("eos_token_id", one, RANGES["eos_token_id"])
-        elif name in RANGES and not (value is None and _may_lack(field)):
+        # GPT-2's three rates are one field.
+        elif name in RANGES and not isinstance(value, tuple) and not _is_default(value, field):
             check_range(name, value, RANGES[name])
 
 
-def _may_lack(field: Field) -> bool:
-    # RoBERTa's padding has a default, and may be none all the same.
-    return field.default is None or field.name.endswith("_token_id")
+def _is_default(value: Any, field: Field) -> bool:
+    # BERT's padding has a default, and may be none all the same.
+    return value is None and (field.default is None or field.name.endswith("_token_id"))
 
 
 def _short(value: Any) -> str:

@@ -6,11 +6,12 @@ from lora_jax.plan.leaf import LeafPlan, Use
 from lora_jax.transform.many import token_axis
 from lora_jax.transform.primitives import PRIMITIVES
 
+_SCATTERS = ("scatter", "scatter-add", "scatter_add")
 # A parameter that only these operations combine with features is a bias, a scale, or a prompt: rows
 # put beside the features.
 _BESIDE_FEATURES = frozenset(
     name for name, row in PRIMITIVES.items() if row.tokens is token_axis.elementwise
-) | {"concatenate", "dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "pad"}
+) | {"concatenate", "dynamic_update_slice", "pad", *_SCATTERS}
 
 
 def inferred(
@@ -93,6 +94,9 @@ def override(leaf: LeafPlan) -> str:
         return ""
     picked = frozenset().union(*(use.picked for use in leaf.uses))
     large = [d for d, n in enumerate(leaf.shape) if n > 1 and d not in picked]
+    if len(large) == 1 and any(u.constant and u.primitive in _SCATTERS for u in leaf.uses):
+        # One row or column is put into a constant: its index numbers no layers.
+        picked, large = frozenset[int](), [d for d, n in enumerate(leaf.shape) if n > 1]
     if len(large) < 2 or (leaf.uses and all(map(_joins_features, leaf.uses))):
         return ""
     summed = frozenset().union(*(u.contracted for u in leaf.uses if u.kind == "contract"))

@@ -169,3 +169,21 @@ def test_stopped_gradients_are_in_the_plan():
     stopped = {leaf.path for leaf in plan.adapted if "stop_gradient" in leaf.reason}
     assert stopped == {"encoder", "frozen"}
     assert "no gradient reaches it" in str(plan)
+
+
+@pytest.mark.parametrize("place", [
+    lambda w: jnp.zeros((6, 5)).at[2].set(w[1]),
+    lambda w: jnp.zeros((6, 5)).at[2].add(w[1]).at[3].set(w[0]),
+    lambda w: jnp.zeros((6, 5)).at[:, 1].set(w[:, 1]),
+    lambda w: jnp.zeros((6, 5)).at[:3, :2].set(w[:3, :2]),
+])  # fmt: skip
+def test_a_row_put_into_zeros_names_the_roles_that_adapt_it(place):
+    def fn(params, x):
+        return x @ place(params["w"])
+
+    params, x = {"w": jnp.ones((6, 5))}, jnp.ones((3, 6))
+    for targets in ("w", "all-linear"):
+        with pytest.raises(ValueError, match="only `scatter.*set roles={'w': 'io'} to adapt it"):
+            lora.plan(lora.LoraConfig(rank=2, target_modules=targets), fn, params, x)
+    config = lora.LoraConfig(rank=2, target_modules="w", roles={"w": "io"})
+    assert [leaf.kind for leaf in lora.plan(config, fn, params, x).leaves] == ["lora"]
