@@ -115,7 +115,7 @@ class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * scale`, the mean in float32.
 
     With `offset` (Gemma) the factor is `1 + scale`; with `centered` (Cohere) the mean is subtracted
-    from `x` first. Then the product is rounded once.
+    from `x` first. With these, or `wide` (gpt-oss), the product is rounded once.
     """
 
     def __init__(
@@ -126,8 +126,10 @@ class RMSNorm(nnx.Module):
         param_dtype: DTypeLike,
         offset: bool = False,
         centered: bool = False,
+        wide: bool = False,
     ) -> None:
         self.eps = eps
+        self.wide = wide or offset or centered
         self.offset, self.centered = offset, centered
         # Either way a fresh norm multiplies by 1.
         fresh = jnp.zeros if offset else jnp.ones
@@ -139,9 +141,9 @@ class RMSNorm(nnx.Module):
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normal = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         scale = self.scale.get_value()  # (d,)
-        if self.offset or self.centered:
+        if self.wide:
             return (normal * (scale.astype(jnp.float32) + int(self.offset))).astype(x.dtype)
-        # Llama rounds before it multiplies, Gemma after; in 16 bits the results differ.
+        # Llama rounds before it multiplies, the others after; in 16 bits the results differ.
         return scale.astype(x.dtype) * normal.astype(x.dtype)
 
 

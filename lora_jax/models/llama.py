@@ -367,4 +367,5 @@ def _norm(config: LlamaConfig, size: int, param_dtype: DTypeLike) -> RMSNorm | L
         param_dtype=param_dtype,
         offset=config.norm_offset,
         centered=config.norm_centered,
+        wide=config.norm_wide,
     )

@@ -12,6 +12,7 @@ from lora_jax import models
 from lora_jax.array import delta, dense, is_lora
 from lora_jax.models import config_from_hf
 from lora_jax.models.experts import ragged, sort_by_expert, tile_count, tile_size, tiled
+from lora_jax.models.layers import RMSNorm
 from lora_jax.quant import QuantConfig
 from lora_jax.train.flops import training_flops
 
@@ -226,3 +227,18 @@ def test_the_width_of_an_expert_is_written(family):
 def test_qwen3_blocks_without_experts_are_refused():
     with pytest.raises(ValueError, match="`mlp_only_layers` = .* some blocks would have experts"):
         config_from_hf({**QWEN3, "mlp_only_layers": [0]})
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "helium", "llama"])
+def test_where_norms_round_in_16_bits(kind):
+    fields = CASES["gpt_oss"] if kind == "gpt_oss" else SIZES
+    config = config_from_hf({**fields, "model_type": kind})
+    norm = RMSNorm(8, eps=1e-6, param_dtype=jnp.bfloat16, wide=config.norm_wide)
+    x, scale = jax.random.normal(jax.random.key(0), (2, 64, 8), jnp.bfloat16)
+    norm.scale.set_value(scale[0])
+    wide = x.astype(jnp.float32)
+    normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)
+    once = (normal * scale[0].astype(jnp.float32)).astype(jnp.bfloat16)
+    twice = normal.astype(jnp.bfloat16) * scale[0]
+    assert (once != twice).any()
+    np.testing.assert_array_equal(norm(x), twice if kind == "llama" else once)

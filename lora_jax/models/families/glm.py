@@ -40,7 +40,7 @@ def _read_ernie(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_helium(raw: Mapping[str, Any]) -> dict[str, Any]:
     # Its output projection has no bias, whatever `attention_bias` is.
-    return {**LLAMA.read(raw), "rope_interleaved": True, "o_bias": False}
+    return {**LLAMA.read(raw), "rope_interleaved": True, "norm_wide": True, "o_bias": False}
 
 
 GLM = Dialect(

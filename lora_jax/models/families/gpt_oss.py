@@ -28,6 +28,7 @@ def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
         **{name: float(raw[name]) for name in _SWIGLU},
         "modules": Modules(router="router"),
         "expert_bias": True,
+        "norm_wide": True,
         "attention_sinks": True,
         "qkv_bias": bias,
         "o_bias": bias,
