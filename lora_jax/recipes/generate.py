@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from lora_jax import models
+from lora_jax.config.arguments import SettingsError
 from lora_jax.recipes.forms import FORM_FILE, TrainedForm
 from lora_jax.recipes.settings import GenerateConfig
 
@@ -120,12 +121,17 @@ def generate_texts(
       One text for each question, without special tokens.
 
     Raises:
-      ValueError: the model has no tokenizer.
+      ValueError: the model has no tokenizer, or a prompt no room in its context.
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(
             "this model has no tokenizer, so it cannot read text: put tokenizer.json beside it"
+        )
+    if config.max_new_tokens >= (context := model.config.context):
+        raise SettingsError(
+            f"`max_new_tokens` is {config.max_new_tokens}, but the model's context, with the "
+            f"prompt, is {context} tokens"
         )
     prompts = [_tokens(tokenizer, question) for question in questions]
     # A chat model ends a turn with another token than a text; both are ends.

@@ -133,6 +133,8 @@ class TrainConfig:
         _check(self, "profile", traced, 'the first and the last step as "10:13"')
         if self.profile is not None and self.output_dir is None:
             raise ValueError("`profile` needs an `output_dir`, where the trace is written")
+        if self.steps is not None:
+            check_profile(self, self.steps)
         seeds = isinstance(self.seed, int) and 0 <= self.seed < 2**32
         _check(self, "seed", seeds, "a whole number from 0 to 2**32 - 1")
 
@@ -161,6 +163,20 @@ def profiled_steps(config: TrainConfig) -> tuple[int, int] | None:
         return None
     first, last = int(found[1]), int(found[2])
     return (first, last) if first <= last else None
+
+
+def check_profile(config: TrainConfig, total: int) -> None:
+    """Checks that the run reaches the steps to trace.
+
+    Raises:
+      ValueError: it ends before the last one.
+    """
+    steps = profiled_steps(config)
+    if steps is not None and steps[1] > total:
+        raise ValueError(
+            f"`profile` is {config.profile!r}, but the run ends after step {total}: choose earlier "
+            "steps"
+        )
 
 
 def fixed_fields(config: TrainConfig) -> dict:

@@ -14,7 +14,7 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.models.sharding import check_length
 from lora_jax.train.batches import Loader, data_hash, lengths_of, loader
 from lora_jax.train.buckets import ladder_of, row_multiple
-from lora_jax.train.config import TrainConfig, profiled_steps, total_steps
+from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import pad_id_of
 from lora_jax.train.examples import Example
 from lora_jax.train.loss import TOGETHER, Rows, outputs_of
@@ -84,20 +84,6 @@ def halves(lora_params: Any, full: bool, lora_config: LoraConfig | None) -> tupl
             "train every parameter"
         )
     return trainable, frozen
-
-
-def check_profile(config: TrainConfig, total: int) -> None:
-    """Checks that the run reaches the steps to trace.
-
-    Raises:
-      ValueError: it ends before the last one.
-    """
-    steps = profiled_steps(config)
-    if steps is not None and steps[1] > total:
-        raise ValueError(
-            f"`profile` is {config.profile!r}, but the run ends after step {total}: choose earlier "
-            "steps"
-        )
 
 
 _SMALL = 576

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from lora_jax import models
+from lora_jax.config.arguments import SettingsError
 from lora_jax.recipes.generate import (
     _as_text,
     answer_prompts,
@@ -157,6 +158,12 @@ def test_a_model_without_tokenizer(model):
     bare = models.Model(model.forward, model.params, None)
     with pytest.raises(ValueError, match="has no tokenizer, so it cannot read text"):
         generate_texts(bare, bare.params, ["Hi"], CONFIG)
+
+
+def test_more_tokens_than_the_context_are_a_wrong_setting(model):
+    config = dataclasses.replace(CONFIG, max_new_tokens=model.config.context)
+    with pytest.raises(SettingsError, match="`max_new_tokens` is 256, but .* context, with the pr"):
+        generate_texts(model, model.params, ["Hi"], config)
 
 
 @pytest.mark.parametrize(
