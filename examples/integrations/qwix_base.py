@@ -10,7 +10,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lora_jax as lora
 
-
 MODEL = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(4)])
 
 

@@ -80,6 +80,20 @@ def test_openpi_lora():
     assert found["read"] == 3 * found["merged"] == 12
 
 
+@pytest.mark.filterwarnings("ignore::lora_jax.MaterializedWarning")
+def test_optimistix_fit():
+    found = figures_of("optimistix_fit", "optimistix", "equinox")
+    assert len(found) == 4 and max(found.values()) < CLOSE
+
+
+def test_xllamacpp_adapter():
+    found = figures_of("xllamacpp_adapter", "xllamacpp")
+    # llama.cpp rounds activations to eight bits, which turns a near tie of the base; what was trained
+    # is far from ties.
+    assert found["equal_adapted"] == found["prompts"] == 5
+    assert " quite black today." in found["answers"]
+
+
 def test_a_changed_call_is_named(monkeypatch, tmp_path):
     from tests.support import integrations
 
