@@ -88,8 +88,7 @@ def test_optimistix_fit():
 
 def test_xllamacpp_adapter():
     found = figures_of("xllamacpp_adapter", "xllamacpp")
-    # llama.cpp rounds activations to eight bits, which turns a near tie of the base; what was trained
-    # is far from ties.
+    # llama.cpp rounds activations to eight bits, which turns near ties of the base alone.
     assert found["equal_adapted"] == found["prompts"] == 5
     assert " quite black today." in found["answers"]
 
