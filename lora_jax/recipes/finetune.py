@@ -33,6 +33,7 @@ from lora_jax.recipes.settings import Devices, Dtype, Quantization
 from lora_jax.train.archive import check_new_run
 from lora_jax.train.config import TrainConfig
 from lora_jax.train.examples import TooLong
+from lora_jax.train.preparation import settings_of
 from lora_jax.tree import format_trainable_parameters, init
 
 ADAPTER = "adapter"  # the PEFT directory inside a run's output_dir
@@ -113,7 +114,7 @@ def finetune(
     if train_config.output_dir is None:
         raise SettingsError("`output_dir` is missing: give a folder for the run")
     output = Path(train_config.output_dir)
-    join(job)
+    join(job, lora_config)
     if lora_config.loftq_config.get("loftq_bits") == 8 and job.quantize is None:
         raise SettingsError('LoftQ in 8 bits needs a base in 8 bits: add quantize="int8"')
     if job.device_memory is not None:
@@ -174,12 +175,17 @@ def finetune(
     return result
 
 
-def join(job: Devices) -> None:
-    """Joins the other processes of the run, before JAX starts its devices."""
+def join(job: Devices, *configs: Any) -> None:
+    """Joins the processes of the run, which need the same settings, before JAX starts devices."""
+    own = ("coordinator", "processes", "process_id")
     if job.distributed:
         processes.join(job.coordinator, job.processes, job.process_id)
+        # Loading onto another mesh would wait for ever. What is in the files, `fit` compares.
+        own = (*own, "model", "train_data", "eval_data", "tuning_data", "adapter")
+        every = settings_of(job, *configs)
+        processes.check_same({name: every[name] for name in every if name not in own})
         return
-    for name in ("coordinator", "processes", "process_id"):
+    for name in own:
         if getattr(job, name) is not None:
             raise SettingsError(f"`{name}` is for a run of several processes: add distributed=True")
 

@@ -94,3 +94,5 @@ def test_two_processes_write_the_texts_of_one(tmp_path, capsys):
     assert want in first and "food" not in second
     for text, status in command([*generate[:2], "-"]):
         assert status == 2 and "every process needs the prompts" in text
+    for text, status in command(generate, ["--mesh", "data=2"], ["--mesh", "fsdp=2"]):
+        assert status == 1 and "disagree: `--mesh` is {'data': 2} in process 0 and {'fsdp'" in text
