@@ -93,6 +93,12 @@ def test_xllamacpp_adapter():
     assert " quite black today." in found["answers"]
 
 
+def test_keras_hub_backbone():
+    found = figures_of("keras_hub_backbone", "keras", "keras-hub")
+    assert len(found["adapted"]) == 4 and all(x.endswith("kernel ioo") for x in found["adapted"])
+    assert found["merge_difference"] < CLOSE < 0.1 < found["moved"]
+
+
 def test_a_changed_call_is_named(monkeypatch, tmp_path):
     from tests.support import integrations
 
