@@ -116,3 +116,15 @@ def test_one_process_writes_what_all_make(in_each, monkeypatch):
     # A value that cannot be made fails in all.
     errors = in_each(program(True, [], bad=1), program(False, [], bad=1))
     assert [str(e) for e in errors] == ["1 is not finite"] * 2
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_a_broken_connection_is_explained_whatever_its_type(kind, monkeypatch):
+    monkeypatch.setattr(processes, "several", lambda: True)
+    with pytest.raises(ConnectionError, match=r"another process of the run has ended .* Gloo"):
+        with processes.reachable():
+            raise kind("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+    for other in (ValueError("`batch_size` is 3"), OSError("No connection to the disk: Gloo")):
+        with pytest.raises(type(other), match=str(other)):
+            with processes.reachable():
+                raise other
