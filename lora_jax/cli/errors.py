@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import re
 import signal
 import sys
@@ -16,6 +17,7 @@ from lora_jax.cli.flags import in_flags
 USAGE = 2  # a wrong command line, as in argparse
 FAILURE = 1
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
+_AGAIN = 0.1  # seconds
 
 
 class UsageError(Exception):
@@ -49,13 +51,28 @@ def ending_by_signals() -> Iterator[None]:
         error.status = 128 + number
         raise error
 
+    previous = sys.unraisablehook
+
+    def unraisable(found: Any) -> None:
+        if not isinstance(found.exc_value, EndedError):
+            previous(found)
+            return
+        # It was raised in a callback or a `__del__`, where Python drops errors: come again soon.
+        again = threading.Timer(_AGAIN, os.kill, (os.getpid(), found.exc_value.status - 128))
+        again.daemon = True
+        again.start()
+
     for each in ours:
         signal.signal(each, end)
+    if ours:
+        sys.unraisablehook = unraisable
     try:
         yield
     finally:
         for each in ours:
             signal.signal(each, signal.SIG_DFL)
+        if ours:
+            sys.unraisablehook = previous
 
 
 # Errors in the arguments or the files, whose texts are written for users. Any other exception is a

@@ -273,6 +273,26 @@ def test_an_error_that_begins_with_a_setting_is_a_wrong_command_line(error, stat
     assert errors.status_of(error, FLAGS) == status
 
 
+class EndsInDel:
+    """Gets SIGTERM where Python drops errors."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+        sum(range(10))  # the handler runs between two lines of Python
+
+
+def test_a_signal_whose_error_is_dropped_comes_again():
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(errors.EndedError, match="ended by SIGTERM"):
+            with errors.ending_by_signals():
+                EndsInDel()
+                for _ in range(500):
+                    time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_before_there_is_anything_to_save_ends_in_a_sentence(
     capsys, monkeypatch, name, status
