@@ -13,6 +13,7 @@ The first step is tracing, compiling and running; compiled programs are dropped 
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import qwix
-from common import interleaved, ratio, report
+from common import ratio, report
 from flax import nnx
 from tunix.models.llama3.model import Llama3, ModelConfig
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
@@ -100,7 +101,7 @@ def our_step() -> Callable[[], object]:
             "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "hidden_act": "silu",
         }
     )  # fmt: skip
-    model = models.init(jax.random.key(0), config)
+    model = models.init(jax.random.key(0), config, remat="projections")
     targets = lora.LoraConfig(rank=RANK, alpha=16, target_modules=TARGETS)
     plan = lora.plan(targets, model.apply, model.params, jnp.asarray(TOKENS))
     trainable, frozen = lora.split(lora.init(jax.random.key(1), plan, model.params))
@@ -136,17 +137,33 @@ MAKERS = {
 }
 
 
-def first_steps(rounds: int) -> tuple[dict[str, Callable], dict[str, list[float]]]:
-    """The steps, and the seconds of the first step of each, made anew in every round."""
+def timed(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds of one call: by the clock, and of all its threads on the processor."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    jax.block_until_ready(run())
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def first_steps(rounds: int) -> tuple[dict[str, Callable], dict[str, list]]:
+    """The steps, and the times of the first step of each, made anew in every round."""
     runs, times = {}, {name: [] for name in MAKERS}
     for _ in range(rounds):
         for name, make in MAKERS.items():
             runs[name] = make()
             jax.clear_caches()
-            start = time.perf_counter()
-            jax.block_until_ready(runs[name]())
-            times[name].append(time.perf_counter() - start)
+            times[name].append(timed(runs[name]))
     return runs, times
+
+
+def row(name: str, first: dict[str, list], later: dict[str, list]) -> dict:
+    """Medians of one program, and of its ratios to ours within a round."""
+    cells: dict = {"name": name}
+    for step, times in (("step", later), ("first_step", first)):
+        for clock in ("wall", "cpu"):
+            seconds = {n: [t[clock] for t in found] for n, found in times.items()}
+            cells[f"{step}_{clock}_s"] = statistics.median(seconds[name])
+            cells[f"{step}_{clock}_over_ours"] = ratio(seconds, name, OURS)
+    return cells
 
 
 def main() -> None:
@@ -155,25 +172,21 @@ def main() -> None:
     parser.add_argument("--first-rounds", type=int, default=3)
     args = parser.parse_args()
     runs, first = first_steps(args.first_rounds)
-    times = interleaved(runs, rounds=args.rounds, warmup=1)
-    rows = [
-        {
-            "name": name,
-            "step_s": statistics.median(times[name]),
-            "first_step_s": statistics.median(first[name]),
-            "step_over_ours": ratio(times, name, OURS),
-            "first_step_over_ours": ratio(first, name, OURS),
-        }
-        for name in runs
-    ]
+    later = {name: [] for name in runs}
+    for number in range(args.rounds + 1):
+        for name, run in runs.items():
+            found = timed(run)
+            if number:  # the first round warms up
+                later[name].append(found)
     versions = {name: metadata.version(name) for name in ("google-tunix", "qwix", "flax")}
     report(
         "tunix_step",
         "How long is a LoRA step of google-tunix with qwix beside ours?",
-        rows,
+        [row(name, first, later) for name in runs],
         versions=versions,
         rounds=args.rounds,
         first_rounds=args.first_rounds,
+        load=os.getloadavg(),
     )
 
 

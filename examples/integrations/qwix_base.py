@@ -18,6 +18,8 @@ def ours(tree):
     flat = flatten_dict(nn.unbox(tree))
     for path, leaf in flat.items():
         if isinstance(q := getattr(leaf, "array", leaf), qwix.QArray):
+            if q.zero_point is not None:
+                raise ValueError(f"{path}: codes with a zero point are not read here")
             bits, codes = jnp.dtype(q.qtype).name, np.asarray(q.qvalue, np.int8)
             # Codes of four bits are 0 to 15 here, and 8 stands for zero.
             codes = codes if bits == "int8" else (codes + 8).astype(np.uint8)
