@@ -32,6 +32,7 @@ from lora_jax.recipes.reports import idle_devices, show_evaluations, show_memory
 from lora_jax.recipes.settings import Devices, Dtype, Quantization
 from lora_jax.train.archive import check_new_run
 from lora_jax.train.config import TrainConfig
+from lora_jax.train.evaluate import check_causal
 from lora_jax.train.examples import TooLong
 from lora_jax.train.preparation import settings_of
 from lora_jax.tree import format_trainable_parameters, init
@@ -136,6 +137,7 @@ def finetune(
         attention=job.attention,
         mesh=job.mesh,
     )
+    check_causal(model)
     data = _examples(model, records, job)
     eval_data = _examples(model, held_out, job) if held_out else None
     if job.adapter is not None:
@@ -146,9 +148,8 @@ def finetune(
         params = init_adapter(model, lora_config, seed=train_config.seed, weights=weights)
     # What cannot be saved at the end is refused before the first step.
     with_fused_experts(leaves_by_path(params), lora_config)
-    log(format_trainable_parameters(params))
-    if hint := idle_devices(job.mesh):
-        log(hint)
+    for line in filter(None, (format_trainable_parameters(params), idle_devices(job.mesh))):
+        log(line)
     if job.device_memory is not None:
         model, train_config = fitted(
             model, params, data, device_memory=job.device_memory, lora_config=lora_config,

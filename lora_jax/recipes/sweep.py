@@ -32,7 +32,7 @@ from lora_jax.train.batches import (
     once,
 )
 from lora_jax.train.config import TrainConfig, total_steps
-from lora_jax.train.evaluate import pad_id_of
+from lora_jax.train.evaluate import check_causal, pad_id_of
 from lora_jax.train.examples import Example, examples
 from lora_jax.train.jsonl import Record, load_jsonl
 from lora_jax.train.loss import Rows, losses_of
@@ -190,6 +190,7 @@ def language_task(
         raise ValueError("a sweep has no packed rows: leave `packing` out")
     if config.balance_experts:
         raise ValueError("a sweep has no `balance_experts`: leave it out")
+    check_causal(model)
     # A length of 0 is an error of `examples`, not the model's context.
     length = model.config.context if max_length is None else max_length
     data, choosing, judged = (

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lora_jax.config.arguments import SettingsError
+from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.mesh import Placement, check_rows, entered, model_on, params_on, placement
 from lora_jax.train.batches import Batch, loader, once
 from lora_jax.train.examples import Example
@@ -87,7 +89,11 @@ def evaluate(
       lora_params: the model's params, adapted or plain.
       data: tokenized examples.
       batch_size: rows of a forward pass; does not change the result.
+
+    Raises:
+      ValueError: an encoder, or a batch that the mesh does not divide.
     """
+    check_causal(model)
     at = placement(model, lora_params)
     check_rows(at, batch_size)
     with entered(at):
@@ -96,6 +102,20 @@ def evaluate(
         rows = rows_of(at, placed)
         prepared = evaluator(model, data, batch_size=batch_size, at=at, rows=rows)
         return mean_loss(prepared, *split(placed))
+
+
+def check_causal(model: Any) -> None:
+    """Refuses an encoder: each of its outputs depends on the token that it would have to predict.
+
+    Raises:
+      ValueError: it is one.
+    """
+    if isinstance(getattr(model, "forward", None), EncoderForward):
+        raise SettingsError(
+            f"`model` is a `{model.config.model_type}`, an encoder, whose outputs depend on the "
+            "tokens that they would have to predict: pass a decoder, or train the encoder on its "
+            "own task in a loop of your own (`lora_jax.lorafy(model.apply)`)"
+        )
 
 
 def pad_id_of(tokenizer: Any) -> int:

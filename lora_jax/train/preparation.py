@@ -15,7 +15,7 @@ from lora_jax.models.sharding import check_length
 from lora_jax.train.batches import Loader, data_hash, lengths_of, loader
 from lora_jax.train.buckets import ladder_of, row_multiple
 from lora_jax.train.config import TrainConfig, total_steps
-from lora_jax.train.evaluate import pad_id_of
+from lora_jax.train.evaluate import check_causal, pad_id_of
 from lora_jax.train.examples import Example
 from lora_jax.train.loss import TOGETHER, Rows, outputs_of
 from lora_jax.train.packing import choose
@@ -110,8 +110,9 @@ def layout(
     """Lays the data out in buckets, or in packed rows.
 
     Raises:
-      ValueError: there is no data, it does not fit, or the model takes no packed rows.
+      ValueError: an encoder, there is no data, it does not fit, or the model takes no packed rows.
     """
+    check_causal(model)
     lengths = lengths_of(data)
     ladder = ladder_of(config.buckets, lengths, rows.spans)
     able = _takes_packed(model, config)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax import train
+from lora_jax import models, train
 from lora_jax.train.step import Programs
 
 from tests.support.places import ROOT
@@ -53,6 +53,20 @@ def whole(tmp_path_factory):
 
 def steps_on_disk(directory):
     return sorted(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_an_encoder_is_refused():
+    """Its outputs depend on the tokens that they would have to predict: any loss is low."""
+    config = models.BertConfig(
+        model_type="bert", vocab_size=16, hidden_size=8, intermediate_size=8,
+        num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16, task="masked-lm",
+        pooler=False,
+    )  # fmt: skip
+    model = models.init(jax.random.key(0), config)
+    with pytest.raises(ValueError, match="`model` is a `bert`, an encoder, whose outputs"):
+        train.evaluate(model, model.params, toy_data())
+    with pytest.raises(ValueError, match="`model` is a `bert`, an encoder, whose outputs"):
+        train.fit(model, model.params, toy_data(), None, CONFIG, full=True)
 
 
 def test_it_learns_and_changes_adapters_only():
@@ -117,7 +131,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from tests.support.train_toys import toy_fit
-from lora_jax import train
+from lora_jax import models, train
 
 where, directory, step = sys.argv[2], sys.argv[3], int(sys.argv[4])
 

@@ -166,7 +166,7 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
     """The config with adapted experts, gate beside up in one array, among `target_parameters`.
 
     transformers has such experts as parameters of one module; PEFT finds no module for each. Nor
-    does it take gpt-oss' router, which is no linear layer there.
+    does it take gpt-oss' router, no linear layer there, which lies beside experts with biases.
 
     Raises:
       ValueError: the config has what PEFT does not have for parameters.
@@ -174,11 +174,15 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
     fused = {
         bare(path).removesuffix(".gate_up_proj") for path in leaves if bare(path).endswith(FUSED)
     }
+    routers = {
+        f"{module.removesuffix('experts')}router"
+        for path in leaves
+        if (module := bare(path).removesuffix(".gate_up_proj_bias")) in fused
+    }
     entries: list[str] = []
     for path, leaf in leaves.items():
         module = bare(path).rpartition(".")[0]
-        beside = module.removesuffix("router") + "experts"
-        if not {module, beside} & fused or not isinstance(leaf, LoraArray):
+        if module not in fused | routers or not isinstance(leaf, LoraArray):
             continue
         if parameters_of(path, leaf, config):
             continue
