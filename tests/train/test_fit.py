@@ -66,7 +66,7 @@ def test_an_encoder_is_refused():
     with pytest.raises(ValueError, match="`model` is a `bert`, an encoder, whose outputs"):
         train.evaluate(model, model.params, toy_data())
     with pytest.raises(ValueError, match="`model` is a `bert`, an encoder, whose outputs"):
-        train.fit(model, model.params, toy_data(), None, CONFIG, full=True)
+        train.fit(model, model.params, toy_data(), None, train.TrainConfig(steps=1), full=True)
 
 
 def test_it_learns_and_changes_adapters_only():
