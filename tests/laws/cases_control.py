@@ -1,6 +1,7 @@
 """Cases of control flow, custom derivatives, kernels and meshes around a weight's use."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +160,7 @@ def _counted(w, x):
 
 
 @_counted.defjvp
-def _counted_derivative(primals, tangents):
+def _counted_derivative(primals, tangents) -> Any:
     (w, x), (dw, dx) = primals, tangents
     out, count = _counted(w, x)
     return (out, count), (x @ dw + dx @ w, np.zeros((), jax.dtypes.float0))
