@@ -52,10 +52,10 @@ def _run(arguments: argparse.Namespace) -> int:
         # Here, where a closed pipe is caught, and not at exit.
         sys.stdout.flush()
         return 0
-    except KeyboardInterrupt as interrupt:
-        return _fail(arguments, str(interrupt) or "interrupted", errors.INTERRUPTED)
-    except SystemExit as end:  # after a signal
-        return _fail(arguments, str(end), getattr(end, "status", errors.FAILURE))
+    except (KeyboardInterrupt, SystemExit) as end:  # Ctrl-C, or another signal
+        usual = errors.INTERRUPTED if isinstance(end, KeyboardInterrupt) else errors.FAILURE
+        line = in_flags(str(end) or "interrupted", flags_of(arguments.parser))
+        return _fail(arguments, line, getattr(end, "status", usual))
     except BrokenPipeError:
         # The reader of our output has exited (`| head`). Python would fail again when it flushes
         # stdout at exit, so stdout is redirected.

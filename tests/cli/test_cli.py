@@ -182,8 +182,8 @@ def test_a_key_of_the_file_that_is_no_setting(capsys, tmp_path):
 def test_ctrl_c_is_status_130(capsys, monkeypatch):
     failing(monkeypatch, KeyboardInterrupt())
     assert run(capsys, "inspect", "x") == (130, "", "lora-jax inspect: interrupted\n")
-    failing(monkeypatch, KeyboardInterrupt("stopped after step 3"))
-    assert run(capsys, "inspect", "x")[2] == "lora-jax inspect: stopped after step 3\n"
+    failing(monkeypatch, KeyboardInterrupt("stopped at step 3; pass check=True"))
+    assert run(capsys, "inspect", "x")[2] == "lora-jax inspect: stopped at step 3; pass --check\n"
 
 
 def test_debug_shows_the_traceback(capsys, monkeypatch):
