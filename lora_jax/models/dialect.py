@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from lora_jax.hf.checkpoint import bnb
 from lora_jax.hf.checkpoint.names import LLAMA, Family
-from lora_jax.models.ranges import RANGES, check_range
+from lora_jax.models.ranges import COUNT, check_range
 from lora_jax.models.rope import scaling_from_hf
 from lora_jax.paths import nearest
 
@@ -262,7 +262,7 @@ def all_but_every(period: int, blocks: int) -> tuple[bool, ...]:
 
 def read_windows(raw: Mapping[str, Any], period: int) -> dict[str, Any]:
     """The window, and which blocks slide: as `layer_types` has them, or all but one of a period."""
-    check_range("sliding_window_pattern", period, RANGES["sliding_window_pattern"])
+    check_range("sliding_window_pattern", period, COUNT)
     default = all_but_every(period, raw["num_hidden_layers"])
     slides = read_layer_types(raw, default)
     return {"sliding_window": raw["sliding_window"], "sliding_layers": slides}

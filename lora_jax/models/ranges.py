@@ -23,7 +23,7 @@ class Range(NamedTuple):
 
 _SIZE = Range(1, 2**31 - 1, whole=True)
 # Counts of what a value is held for, which must not fill the memory.
-_COUNT = Range(1, 100_000, whole=True)
+COUNT = Range(1, 100_000, whole=True)
 _EPSILON, _SHARE, _RATE = Range(0, 1), Range(1e-6, 1), Range(0, 1)
 _FACTOR, _WEIGHT, _BASE = Range(1e-6, 1e6), Range(0, 1e6), Range(1, 1e15)
 
@@ -37,8 +37,9 @@ RANGES: Mapping[str, Range] = {
         _SIZE),
     **dict.fromkeys(
         ("num_hidden_layers", "n_layer", "n_layers", "num_experts", "num_local_experts",
-         "num_experts_per_tok", "experts_per_token", "no_rope_layer_interval",
-         "sliding_window_pattern"), _COUNT),
+         "num_experts_per_tok", "experts_per_token", "no_rope_layer_interval"), COUNT),
+    # 0 in EXAONE 4's files without windows.
+    "sliding_window_pattern": Range(0, COUNT.most, whole=True),
     # 0 in files whose `use_sliding_window` is false.
     "sliding_window": Range(0, 2**31 - 1, whole=True),
     "max_window_layers": Range(0, 2**31 - 1, whole=True),
