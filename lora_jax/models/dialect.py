@@ -13,6 +13,8 @@ from lora_jax.models.ranges import COUNT, check_range
 from lora_jax.models.rope import scaling_from_hf
 from lora_jax.paths import nearest
 
+PART = "partial_rotary_factor"  # the field of the rotated share of a head
+
 # Fields about how a model was saved, trained or is served, which do not change its results.
 IGNORED = frozenset(
     {
@@ -46,7 +48,7 @@ NEUTRAL: Mapping[str, tuple] = {
     "is_encoder_decoder": (False,),
     "lm_head_bias": (False, None),
     "mlp_bias": (False, None),
-    "partial_rotary_factor": (1.0, None),
+    PART: (1.0, None),
     "pruned_heads": ({}, None),
     "rope_interleaved": (False, None),
     "sliding_window": (None,),
@@ -72,8 +74,8 @@ def read_rope(given: Mapping[str, Any]) -> dict[str, Any]:
         10000.0,
     )
     # transformers 5 has it in `rope_parameters`; 1 is the whole head.
-    if scaling.get("partial_rotary_factor") == 1:
-        del scaling["partial_rotary_factor"]
+    if scaling.get(PART) == 1:
+        del scaling[PART]
     context = given["max_position_embeddings"]
     theta = float(theta) if type(theta) is int else theta
     return {"rope_theta": theta, "rope_scaling": scaling_from_hf(scaling, context=context)}
@@ -106,13 +108,17 @@ def read_two_ropes(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**full, "rope_local_base_freq": local["rope_theta"]}
 
 
+def take_part(scaling: dict[str, Any], given: Mapping[str, Any], share: float) -> float:
+    """Takes the rotated share of a head out of an object of RoPE; `share` where none is stated."""
+    return scaling.pop(PART, None) or given.get(PART) or share
+
+
 def read_partial_rope(given: Mapping[str, Any], share: float) -> dict[str, Any]:
     """As Llama's, plus the rotated share of a head, which is `share` where none is stated."""
-    name = "partial_rotary_factor"
     nested = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
-    part = nested.pop(name, None) or given.get(name) or share
+    part = take_part(nested, given, share)
     rest = {**given, "rope_parameters": nested, "rope_scaling": None}
-    return {**read_rope(rest), name: float(part)}
+    return {**read_rope(rest), PART: float(part)}
 
 
 class Norms(NamedTuple):
@@ -131,6 +137,13 @@ BOTH = Norms(
     "post_feedforward_layernorm",
 )  # fmt: skip
 AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+# One norm for attention and MLP, which lie beside each other.
+SHARED = Norms("input_layernorm", None, None, None)
+
+
+def layer_norms(eps: float) -> dict[str, Any]:
+    """The fields of norms that subtract the mean and add a bias, as GPT-2's."""
+    return {"norm_centered": True, "norm_bias": True, "rms_norm_eps": eps}
 
 
 class Modules(NamedTuple):

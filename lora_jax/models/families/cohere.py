@@ -8,7 +8,7 @@ those rotate.
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.dialect import Dialect, Norms, check_fixed, read_windows, write_windows
+from lora_jax.models.dialect import SHARED, Dialect, check_fixed, read_windows, write_windows
 
 _PERIOD = 4  # every fourth block has no window
 _FIELDS = ("attention_bias", "layer_norm_eps", "logit_scale")
@@ -40,7 +40,7 @@ def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
     check_fixed(raw, _FIXED)
     bias = bool(raw.get("attention_bias", False))
     return {
-        "norms": Norms("input_layernorm", None, None, None),
+        "norms": SHARED,
         "parallel_mlp": True,
         "norm_centered": True,
         "rms_norm_eps": raw["layer_norm_eps"],

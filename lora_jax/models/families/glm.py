@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from lora_jax.models.dialect import BEFORE, Dialect, Norms, read_partial_rope
+from lora_jax.models.dialect import BEFORE, PART, Dialect, Norms, read_partial_rope
 from lora_jax.models.families.llama import LLAMA
 
-_PART = "partial_rotary_factor"
 _NORMS = Norms(
     "input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm",
     "post_mlp_layernorm",
@@ -30,7 +29,7 @@ def _read_glm(raw: Mapping[str, Any], *, norms: Norms) -> dict[str, Any]:
 
 
 def _write_glm(config: Any) -> dict[str, Any]:
-    return {"attention_bias": config.qkv_bias, _PART: config.partial_rotary_factor}
+    return {"attention_bias": config.qkv_bias, PART: config.partial_rotary_factor}
 
 
 def _read_ernie(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def _read_helium(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 GLM = Dialect(
     architecture="GlmForCausalLM",
-    fields=("attention_bias", _PART),
+    fields=("attention_bias", PART),
     read=partial(_read_glm, norms=BEFORE),
     write=_write_glm,
     defaults={

@@ -14,19 +14,20 @@ from typing import Any
 from lora_jax.hf.checkpoint import names
 from lora_jax.models.dialect import (
     BEFORE,
+    PART,
+    SHARED,
     Dialect,
     Modules,
-    Norms,
     check_fixed,
+    layer_norms,
     read_partial_rope,
 )
 
-_PART = "partial_rotary_factor"
 # For training from the start; an adapter has its own dropout.
 _DROPOUT = ("attention_dropout", "hidden_dropout", "classifier_dropout")
 _DROPOUT_PHI = ("attention_dropout", "embd_pdrop", "resid_pdrop")
 # GPT-NeoX's names, and those of the other families.
-_ROTARY = {"rotary_pct": _PART, "rotary_emb_base": "rope_theta"}
+_ROTARY = {"rotary_pct": PART, "rotary_emb_base": "rope_theta"}
 _NEOX = Modules(
     decoder="gpt_neox", table="embed_in", attention="attention", fused="query_key_value",
     output="dense", up="dense_h_to_4h", down="dense_4h_to_h", last_norm="final_layer_norm",
@@ -39,9 +40,7 @@ _GELU = {name: name for name in ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu"
 def _read(raw: Mapping[str, Any], *, bias: bool) -> dict[str, Any]:
     """The fields of both."""
     return {
-        "norm_centered": True,
-        "norm_bias": True,
-        "rms_norm_eps": raw["layer_norm_eps"],
+        **layer_norms(raw["layer_norm_eps"]),
         "gated_mlp": False,
         "mlp_bias": True,
         "qkv_bias": bias,
@@ -80,14 +79,14 @@ def _read_phi(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **_read(raw, bias=True),
         "modules": _PHI,
-        "norms": Norms("input_layernorm", None, None, None),
+        "norms": SHARED,
         "parallel_mlp": True,
         "head_bias": True,
     }
 
 
 def _write_phi(config: Any) -> dict[str, Any]:
-    return {"layer_norm_eps": config.rms_norm_eps, _PART: config.partial_rotary_factor}
+    return {"layer_norm_eps": config.rms_norm_eps, PART: config.partial_rotary_factor}
 
 
 GPT_NEOX = Dialect(
@@ -109,7 +108,7 @@ GPT_NEOX = Dialect(
 
 PHI = Dialect(
     architecture="PhiForCausalLM",
-    fields=(*_DROPOUT_PHI, _PART, "layer_norm_eps", "qk_layernorm"),
+    fields=(*_DROPOUT_PHI, PART, "layer_norm_eps", "qk_layernorm"),
     read=_read_phi,
     write=_write_phi,
     defaults={"layer_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2},

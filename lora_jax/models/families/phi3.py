@@ -7,7 +7,7 @@ whatever `factor` a config.json has, as in transformers.
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.dialect import Dialect, read_rope
+from lora_jax.models.dialect import PART, Dialect, read_rope, take_part
 from lora_jax.models.rope import RopeScaling, scaling_to_hf
 
 _TRAINED = "original_max_position_embeddings"
@@ -28,7 +28,7 @@ def _read_rope(given: Mapping[str, Any]) -> dict[str, Any]:
     """As Llama's, plus the rotated share of a head and the trained context at the top level."""
     name = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
     scaling = dict(given.get(name) or {})
-    part = scaling.pop("partial_rotary_factor", None) or given.get("partial_rotary_factor") or 1.0
+    part = take_part(scaling, given, 1.0)
     kind = scaling.pop("type", None) or "default"
     kind = scaling.pop("rope_type", kind)
     if kind == "default":
@@ -41,7 +41,7 @@ def _read_rope(given: Mapping[str, Any]) -> dict[str, Any]:
     scaling = {**scaling, "rope_type": kind}
     read = read_rope({**given, "rope_scaling": scaling, "rope_parameters": None})
     _check_planes(read["rope_scaling"], int(given["head_dim"] * part) // 2)
-    return {**read, "partial_rotary_factor": part}
+    return {**read, PART: part}
 
 
 def _check_planes(scaling: RopeScaling | None, planes: int) -> None:
@@ -58,7 +58,7 @@ def _check_planes(scaling: RopeScaling | None, planes: int) -> None:
 def _write(config: Any) -> dict[str, Any]:
     out: dict[str, Any] = {
         "sliding_window": config.sliding_window,
-        "partial_rotary_factor": config.partial_rotary_factor,
+        PART: config.partial_rotary_factor,
     }
     if config.rope_scaling is None:
         return out
@@ -71,7 +71,7 @@ def _write(config: Any) -> dict[str, Any]:
 
 PHI3 = Dialect(
     architecture="Phi3ForCausalLM",
-    fields=("embd_pdrop", "partial_rotary_factor", "resid_pdrop", "sliding_window", _TRAINED),
+    fields=("embd_pdrop", PART, "resid_pdrop", "sliding_window", _TRAINED),
     read=_read,
     write=_write,
     defaults={

@@ -11,7 +11,16 @@ from functools import partial
 from typing import Any
 
 from lora_jax.hf.checkpoint import names
-from lora_jax.models.dialect import BEFORE, Dialect, Modules, Norms, check_fixed, read_partial_rope
+from lora_jax.models.dialect import (
+    BEFORE,
+    PART,
+    SHARED,
+    Dialect,
+    Modules,
+    check_fixed,
+    layer_norms,
+    read_partial_rope,
+)
 
 # Of the code it was trained with: how it computes, and second names of fields below.
 _WITHOUT_EFFECT = (
@@ -23,8 +32,6 @@ _DROPOUT = ("attention_dropout", "embedding_dropout", "residual_dropout")
 # With the one value that the forward has.
 _FIXED = {"mlp_type": "default", "norm_type": "layer_norm", "scale_attn_weights": True}
 
-_PART = "partial_rotary_factor"
-
 
 def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
     check_fixed(raw, _FIXED)
@@ -32,9 +39,7 @@ def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "modules": Modules(up="c_fc", down="c_proj"),
         "sliding_window": raw.get("sliding_window"),
-        "norm_centered": True,
-        "norm_bias": True,
-        "rms_norm_eps": raw["norm_epsilon"],
+        **layer_norms(raw["norm_epsilon"]),
         "gated_mlp": False,
         "mlp_bias": bias,
         "qkv_bias": bias,
@@ -74,11 +79,9 @@ def _read_stablelm(raw: Mapping[str, Any]) -> dict[str, Any]:
     check_fixed(raw, {"qk_layernorm": False})
     parallel = bool(raw["use_parallel_residual"])
     return {
-        "norm_centered": True,
-        "norm_bias": True,
-        "rms_norm_eps": raw["layer_norm_eps"],
+        **layer_norms(raw["layer_norm_eps"]),
         "parallel_mlp": parallel,
-        "norms": Norms("input_layernorm", None, None, None) if parallel else BEFORE,
+        "norms": SHARED if parallel else BEFORE,
         "qkv_bias": bool(raw["use_qkv_bias"]),
     }
 
@@ -88,14 +91,14 @@ def _write_stablelm(config: Any) -> dict[str, Any]:
         "layer_norm_eps": config.rms_norm_eps,
         "use_parallel_residual": config.parallel_mlp,
         "use_qkv_bias": config.qkv_bias,
-        _PART: config.partial_rotary_factor,
+        PART: config.partial_rotary_factor,
     }
 
 
 STABLELM = Dialect(
     architecture="StableLmForCausalLM",
     fields=(
-        "attention_dropout", "hidden_dropout", "layer_norm_eps", _PART, "qk_layernorm",
+        "attention_dropout", "hidden_dropout", "layer_norm_eps", PART, "qk_layernorm",
         "use_parallel_residual", "use_qkv_bias",
     ),
     read=_read_stablelm,
