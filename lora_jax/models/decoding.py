@@ -123,6 +123,12 @@ def write(
     return lax.while_loop(is_going, advance, state)
 
 
+def not_finite(logits: Float[Array, "*b v"]) -> Bool[Array, "*b"]:
+    """Whether logits hold NaN or an infinity; -inf alone may rule a token out."""
+    # The maximum is NaN if any of them is.
+    return ~jnp.isfinite(jnp.max(logits, axis=-1))
+
+
 def _chosen(
     decoder: "Runner",
     state: State,
@@ -138,8 +144,7 @@ def _chosen(
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if sample:
         token = _draw(logits, chance, first + state.step)
-    # The maximum is NaN if any logit is; -inf alone may rule a token out.
-    broken = ~jnp.isfinite(jnp.max(logits, axis=-1))
+    broken = not_finite(logits)
     out = jnp.where(state.done, NO_TOKEN, jnp.where(broken, NOT_FINITE, token))
     # A stop token is written too: `generate` cuts the row there.
     return state._replace(

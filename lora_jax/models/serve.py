@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Int
 from lora_jax.config.arguments import check_count, kind_of
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache
-from lora_jax.models.decoding import NOT_FINITE
+from lora_jax.models.decoding import NOT_FINITE, not_finite
 from lora_jax.models.generation import (
     bucket,
     check_decoder,
@@ -340,9 +340,8 @@ def _next_token(
         params, tokens, mask=mask, cache=cache, return_hidden=True
     )
     logits = lorafy(decoder.forward.head)(params, hidden[:, -1:])[0, 0]  # (v,)
-    # The maximum is NaN if any logit is; -inf alone may rule a token out.
-    finite = jnp.isfinite(jnp.max(logits))
-    return jnp.where(finite, jnp.argmax(logits), NOT_FINITE).astype(jnp.int32), cache
+    token = jnp.where(not_finite(logits), NOT_FINITE, jnp.argmax(logits))
+    return token.astype(jnp.int32), cache
 
 
 def _advance(decoder: _Decoder, base: list, state: _State) -> tuple[_State, Int[Array, " rows"]]:
