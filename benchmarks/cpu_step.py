@@ -19,15 +19,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from common import add_data_option, report
-from packing import DATA, examples
+from packing import DATA, Steps, examples
 
-import lora_jax as lora
 from lora_jax import models, train
-from lora_jax.train.batches import iterate
-from lora_jax.train.evaluate import lora_loss
-from lora_jax.train.flops import StepFlops
 from lora_jax.train.preparation import layout
-from lora_jax.train.step import Programs, init_state, make_step, optimizer
 
 # text, rows of a batch, packed
 CASES = (("SST-2", 8, False), ("SST-2", 32, False), ("GSM8K", 4, False), ("SST-2", 2, True))
@@ -42,40 +37,9 @@ KINDS = {
 }
 
 
-class Ours:
-    """Steps of `lora_jax.train`."""
-
-    def __init__(self, model: models.Model) -> None:
-        config = lora.LoraConfig(rank=8, target_modules="all-linear")
-        plan = lora.plan(config, model.apply, model.params, jax.ShapeDtypeStruct((1, 16), "int32"))
-        trainable, self.frozen = lora.split(lora.init(jax.random.key(0), plan, model.params))
-        tx = optimizer(train.TrainConfig(learning_rate=1e-4), 1000)
-        loss = lora_loss(model)
-        self.programs = {packed: Programs(make_step(loss, tx), donate=(0,)) for packed in (0, 1)}
-        self.counted = {packed: StepFlops(loss, 1) for packed in (0, 1)}
-        self.state = init_state(jax.random.key(0), trainable, tx)
-
-    def __call__(self, item) -> float:
-        """Takes a step; its loss."""
-        packed = item.batch.segments is not None
-        self.state, out = self.programs[packed](self.state, self.frozen, item.batch)
-        return float(out.loss)
-
-    def flops(self, item) -> float:
-        """Floating-point operations of a step, padding included."""
-        packed = item.batch.segments is not None
-        return self.counted[packed](self.state.trainable, self.frozen, item.batch) or float("nan")
-
-
-def items_of(model: models.Model, data, ours: Ours, **options) -> Iterator:
-    """Batches of training, after a step of every shape, which compiles it."""
-    found = layout(model, data, train.TrainConfig(seed=0, **options))
-    items = list(itertools.islice(iterate(found.loader, found.steps), min(found.steps, 400)))
-    shapes = {(x.batch.tokens.shape, x.batch.positions.shape): x for x in items}
-    for item in shapes.values():
-        ours(item)
-        ours.flops(item)
-    return itertools.cycle(items)
+def items_of(model: models.Model, data, ours: Steps, **options) -> Iterator:
+    """Batches of training without an end, after a step of every shape, which compiles it."""
+    return itertools.cycle(ours.warm(layout(model, data, train.TrainConfig(seed=0, **options))))
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -130,7 +94,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     model = models.load(models.find_smollm2(), remat="projections")
-    ours = Ours(model)
+    ours = Steps(model)
     rows = []
     for name, size, packed in CASES:
         data = examples(DATA[name](options.data)[:400], model.tokenizer)

@@ -16,7 +16,6 @@ import gc
 import importlib.util
 import os
 import statistics
-import time
 from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
@@ -24,7 +23,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs m
 import jax
 import jax.numpy as jnp
 import llama_step
-from common import report
+from common import interleaved, report
 
 import lora_jax as lora
 from lora_jax.models import kernels
@@ -97,13 +96,7 @@ def attention_of(forward) -> str:
 
 def timed(runs: dict, rounds: int) -> dict[str, float]:
     """Median seconds of each, called in turn; the first round is not counted."""
-    times: dict[str, list] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if number:
-                times[name].append(time.perf_counter() - start)
+    times = interleaved(runs, rounds=rounds)
     return {name: statistics.median(t) for name, t in times.items()}
 
 

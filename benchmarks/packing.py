@@ -25,6 +25,7 @@ import lora_jax as lora
 from lora_jax import models, train
 from lora_jax.train.batches import iterate, padding_share
 from lora_jax.train.evaluate import lora_loss
+from lora_jax.train.flops import StepFlops
 from lora_jax.train.preparation import layout
 from lora_jax.train.step import Programs, init_state, make_step, optimizer
 
@@ -86,39 +87,50 @@ def layouts(model, data: list[train.Example]) -> dict:
     }
 
 
-def stepper(model) -> Callable:
-    """A function of an `Item` that takes one step; every shape is compiled at its first item."""
-    config = lora.LoraConfig(rank=8, target_modules="all-linear")
-    plan = lora.plan(config, model.apply, model.params, jax.ShapeDtypeStruct((1, 16), "int32"))
-    trainable, frozen = lora.split(lora.init(jax.random.key(0), plan, model.params))
-    tx = optimizer(train.TrainConfig(learning_rate=1e-4), 1000)
-    # One for packed rows, whose batches have one more array.
-    programs = {kind: Programs(make_step(lora_loss(model), tx), donate=(0,)) for kind in KINDS}
-    state = [init_state(jax.random.key(0), trainable, tx)]
+class Steps:
+    """Steps of `lora_jax.train` with rank 8 on all linear layers."""
 
-    def step(kind: str, item) -> None:
-        state[0], out = programs[kind](state[0], frozen, item.batch)
-        jax.block_until_ready(out)
+    def __init__(self, model: models.Model) -> None:
+        config = lora.LoraConfig(rank=8, target_modules="all-linear")
+        plan = lora.plan(config, model.apply, model.params, jax.ShapeDtypeStruct((1, 16), "int32"))
+        trainable, self.frozen = lora.split(lora.init(jax.random.key(0), plan, model.params))
+        tx = optimizer(train.TrainConfig(learning_rate=1e-4), 1000)
+        loss = lora_loss(model)
+        # One for packed rows, whose batches have one more array.
+        self.programs = {packed: Programs(make_step(loss, tx), donate=(0,)) for packed in (0, 1)}
+        self.counted = {packed: StepFlops(loss, 1) for packed in (0, 1)}
+        self.state = init_state(jax.random.key(0), trainable, tx)
 
-    return step
+    def __call__(self, item) -> float:
+        """Takes a step; its loss."""
+        packed = item.batch.segments is not None
+        self.state, out = self.programs[packed](self.state, self.frozen, item.batch)
+        return float(out.loss)
+
+    def flops(self, item) -> float:
+        """Floating-point operations of a step, padding included."""
+        packed = item.batch.segments is not None
+        return self.counted[packed](self.state.trainable, self.frozen, item.batch) or float("nan")
+
+    def warm(self, found) -> list:
+        """The first 400 items of a layout at most, after a step of every shape, which compiles."""
+        count = min(found.steps, 400)
+        items = list(itertools.islice(iterate(found.loader, found.steps), count))
+        for item in {(x.batch.tokens.shape, x.batch.positions.shape): x for x in items}.values():
+            self(item)
+        return items
 
 
-def speeds(step: Callable, planned: dict, rounds: int, tokens: int) -> dict[str, list[float]]:
+def speeds(step: Steps, planned: dict, rounds: int, tokens: int) -> dict[str, list[float]]:
     """Real tokens a second of each layout, in turn; a round has about so many tokens of each."""
-    streams = {}
-    for kind, found in planned.items():
-        items = list(itertools.islice(iterate(found.loader, found.steps), found.steps))
-        shapes = {(x.batch.tokens.shape, x.batch.positions.shape): x for x in items}
-        for item in shapes.values():
-            step(kind, item)
-        streams[kind] = itertools.cycle(items)
+    streams = {kind: itertools.cycle(step.warm(found)) for kind, found in planned.items()}
     times: dict[str, list[float]] = {kind: [] for kind in planned}
     for _ in range(rounds):
         for kind, stream in streams.items():
             start, done = time.perf_counter(), 0
             while done < tokens:
                 item = next(stream)
-                step(kind, item)
+                step(item)
                 done += item.tokens
             times[kind].append(done / (time.perf_counter() - start))
     return times
@@ -136,7 +148,7 @@ def main() -> None:
     for name, read in DATA.items():
         data = examples(read(options.data), model.tokenizer)
         planned = layouts(model, data)
-        times = speeds(stepper(model), planned, options.rounds, options.tokens)
+        times = speeds(Steps(model), planned, options.rounds, options.tokens)
         chosen = layout(model, data, train.TrainConfig(batch_size=ROWS, packing="auto"))
         auto = "buckets" if chosen.loader.by_rank is None else "packed"
         for kind, found in planned.items():

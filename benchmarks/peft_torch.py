@@ -23,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from common import add_data_option, report
-from cpu_step import Ours, items_of, matrix_rate, timed
-from packing import DATA, LENGTH, examples
+from cpu_step import items_of, matrix_rate, timed
+from packing import DATA, LENGTH, Steps, examples
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
@@ -117,7 +117,7 @@ def taken(stream: Iterator, tokens: int, count: Callable) -> tuple[list, int]:
 
 
 def compare(
-    ours: Ours, theirs: Theirs, items: Iterator, batches: Iterator, *, rounds: int, tokens: int
+    ours: Steps, theirs: Theirs, items: Iterator, batches: Iterator, *, rounds: int, tokens: int
 ) -> list[Round]:
     """Rounds of about so many tokens on both sides, in turn; the first is not counted."""
     found = []
@@ -166,7 +166,7 @@ def main() -> None:
     torch.set_num_threads(2)
     source = models.find_smollm2()
     model = models.load(source, remat="projections")  # as `lora-jax train` loads it
-    ours, theirs = Ours(model), Theirs(source)
+    ours, theirs = Steps(model), Theirs(source)
     texts = {
         name: examples(DATA[name](options.data)[:2000], model.tokenizer)
         for name in dict.fromkeys(name for name, _ in CASES)
