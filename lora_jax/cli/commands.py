@@ -238,6 +238,24 @@ def convert(arguments: argparse.Namespace) -> None:
     _print(f"wrote the adapter to {arguments.output}")
 
 
+def push_sections() -> list[Section]:
+    """The settings of `push`."""
+    from lora_jax.recipes.settings import PushConfig
+
+    return [Section("", PushConfig)]
+
+
+def push(arguments: argparse.Namespace) -> None:
+    """`lora-jax push`."""
+    from lora_jax import hf
+
+    config = _from_flags(push_sections(), arguments)[0]
+    pushed = hf.push(arguments.directory, arguments.repo, **vars(config))
+    _print(f"pushed {', '.join(pushed.files)} to {pushed.url}")
+    if pushed.left_out:
+        _print(f"not pushed: {', '.join(pushed.left_out)}")
+
+
 def inspect(arguments: argparse.Namespace) -> None:
     """`lora-jax inspect`."""
     from lora_jax.recipes.inspect import inspect

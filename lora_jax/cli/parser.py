@@ -342,6 +342,22 @@ examples:
     parser.add_argument("--check", action="store_true", help="fail if an adapter has any problem")
 
 
+def _push(command: Callable) -> None:
+    parser = command(
+        commands.push,
+        """\
+Uploads a PEFT directory or a merged model to the Hugging Face hub, in one
+commit: its own files and the model card, and nothing else that lies beside
+them. The token is that of `hf auth login`, or HF_TOKEN.
+
+example:
+  lora-jax push outputs/first/adapter me/first --private""",
+    )
+    parser.add_argument("directory", help="a PEFT directory or a merged model")
+    parser.add_argument("repo", help="a hub id, owner/name; made if it does not exist")
+    settings.add_flags(parser, settings.options(commands.push_sections()))
+
+
 def _estimate(command: Callable) -> None:
     parser = command(
         commands.estimate,
@@ -376,6 +392,7 @@ COMMANDS = {
     "export": ("write an adapter for PEFT, vLLM, llama.cpp or Orbax, or the merged model", _export),
     "import": ("import an adapter of PEFT or llama.cpp", _import),
     "convert": ("convert an adapter to another format without its model", _convert),
+    "push": ("upload an adapter or a merged model to the Hugging Face hub", _push),
     "inspect": ("print the contents of a model, an adapter or a checkpoint", _inspect),
     "estimate": ("estimate the memory of a training step from a config.json", _estimate),
 }

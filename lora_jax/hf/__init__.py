@@ -15,6 +15,7 @@ _NAMES = {
     "load_gguf_lora": "lora_jax.hf.gguf.lora_read",
     "load_peft": "lora_jax.hf.peft.api",
     "name_map": "lora_jax.hf.name_maps.rules",
+    "push": "lora_jax.hf.upload",
     "read_base": "lora_jax.hf.gguf.names",
     "read_gguf_lora": "lora_jax.hf.gguf.lora_read",
     "read_peft": "lora_jax.hf.peft.api",

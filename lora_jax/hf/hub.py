@@ -1,5 +1,6 @@
 """Fetching a model's directory from the Hugging Face hub."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,12 @@ from lora_jax.compat import require
 
 # What a model needs; pickle weights are not fetched at all.
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
+_NAME = r"[\w-][\w.-]*"
+
+
+def is_hub_id(name: str, *, owner: bool = True) -> bool:
+    """Whether a name is spelled as a hub id: `owner/name`, or `gpt2` where none has to be there."""
+    return bool(re.fullmatch(f"{_NAME}/{_NAME}" if owner else f"({_NAME}/)?{_NAME}", name))
 
 
 def snapshot(name: str, *, revision: str | None = None, patterns: Sequence[str] = PATTERNS) -> Path:
@@ -39,7 +46,8 @@ def snapshot(name: str, *, revision: str | None = None, patterns: Sequence[str] 
             f"`{name}`: the hub has no such model or revision, or it is gated: "
             f"{str(error).splitlines()[0]}"
         ) from None
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+    # HTTPError is that of the HTTP client of huggingface_hub, whose errors are no OSErrors.
+    except (errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:
         raise ConnectionError(
             f"`{name}` is not a local directory, and the hub cannot be reached to fetch it "
             f"({type(error).__name__}); download it elsewhere and give its directory"

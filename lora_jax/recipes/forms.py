@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lora_jax.files import read_json, write_text
+from lora_jax.hf.peft.directory import FORM_FILE, local
 from lora_jax.train.jsonl import Record
 
-FORM_FILE = "training_form.json"
 TrainedForm = Literal["prompt", "messages", "text", "mixed"]
 
 
@@ -29,12 +29,12 @@ def write_form(directory: str | Path, form: TrainedForm) -> None:
 
 
 def read_form(adapter: str | Path) -> TrainedForm | None:
-    """The form that is kept beside an adapter, or None.
+    """The form that is kept beside an adapter, a hub id's too, or None.
 
     Raises:
       ValueError: the file is not one that `write_form` wrote.
     """
-    path = Path(adapter) / FORM_FILE
+    path = local(adapter) / FORM_FILE
     if not path.is_file():
         return None
     # The file may have come with an adapter from elsewhere.

@@ -151,6 +151,23 @@ class GenerateConfig:
         _check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """Where on the hub a folder is pushed to.
+
+    Attributes:
+      private: only you may read the repository, which must be new or private already.
+      revision: the branch, made if it does not exist; none takes the default branch.
+      message: message of the commit; none says what is uploaded.
+      base_model: hub id of the base, in place of the path that the adapter's config has.
+    """
+
+    private: bool = False
+    revision: str | None = None
+    message: str | None = None
+    base_model: str | None = None
+
+
 def _check_counts(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:

@@ -3,6 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from lora_jax.hf.hub import is_hub_id
+
 CARD_FILE = "README.md"
 
 # PEFT's task type -> the class of transformers that loads the base model.
@@ -87,12 +89,20 @@ _FLAGS = (
 )
 
 
-def card(fields: Mapping[str, Any], auto_class: str | None = None) -> str:
+def classes_of(text: str, fields: Mapping[str, Any]) -> list[str | None]:
+    """The values of `auto_class` for which `card` gives this text; none if a user changed it."""
+    return [name for name in CLASSES if card(fields, name) == text]
+
+
+def card(
+    fields: Mapping[str, Any], auto_class: str | None = None, *, place: str = "this directory"
+) -> str:
     """The text of a model card.
 
     Args:
       fields: PEFT's config.
       auto_class: the class that loads the base; None is that of the config's task.
+      place: where PEFT reads the adapter from.
 
     Returns:
       Markdown, with the front matter that the Hub reads.
@@ -110,9 +120,9 @@ def card(fields: Mapping[str, Any], auto_class: str | None = None) -> str:
         )
     if fields.get("bias", "none") != "none":
         facts.append(f"- biases of the base trained: {fields['bias']}")
-    # The Hub lists the adapter under its base by this front matter.
+    # The Hub lists the adapter under its base by this front matter, and takes no path in it.
     front = ["---", "library_name: peft", "tags:", "- lora", "- lora_jax"]
-    front[1:1] = [f"base_model: {_quoted(base)}"] if base else []
+    front[1:1] = [f"base_model: '{base}'"] if is_hub_id(base or "", owner=False) else []
     model = auto_class or _OF_TASK.get(fields.get("task_type") or "", "AutoModel")
     code = [
         "```python",
@@ -120,7 +130,7 @@ def card(fields: Mapping[str, Any], auto_class: str | None = None) -> str:
         f"from transformers import {model}",
         "",
         f"base = {model}.from_pretrained({base or 'the base model'!r})",
-        "model = PeftModel.from_pretrained(base, 'this directory')",
+        f"model = PeftModel.from_pretrained(base, {place!r})",
         "```",
     ]
     parts = [front, ["---", "", "# LoRA adapter", ""], facts, ["", "Loading it:", ""], code]
@@ -136,8 +146,3 @@ def _spelled(value: Any) -> str:
         more = f" and {len(value) - 12} more" if len(value) > 12 else ""
         return ", ".join(shown) + more
     return f"`{value}`" if isinstance(value, str) else str(value)
-
-
-def _quoted(text: str) -> str:
-    """The text as a quoted YAML string."""
-    return "'" + text.replace("'", "''").replace("\n", " ") + "'"

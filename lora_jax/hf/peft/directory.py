@@ -16,18 +16,18 @@ from lora_jax.compat import is_finite
 from lora_jax.config.peft import check_type
 from lora_jax.files import check_links, parse_json, replacing, sweep, sync, temporary_beside
 from lora_jax.hf.checkpoint.safetensors import PICKLES, read_header
-from lora_jax.hf.hub import snapshot
-from lora_jax.hf.peft.card import CARD_FILE, CLASSES, card
+from lora_jax.hf.hub import is_hub_id, snapshot
+from lora_jax.hf.peft.card import CARD_FILE, card, classes_of
 from lora_jax.hf.peft.prefixes import plain_fields, plain_keys
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+FORM_FILE = "training_form.json"  # which `lora_jax.recipes.forms` writes beside the two
 _BASE = "lora_jax.base"  # an entry of the tensor file's metadata, which PEFT does not read
 
 
 # A config of PEFT has a few kilobytes; the limit keeps a wrong file from being read whole.
 _MAX_CONFIG_BYTES = 16 * 2**20
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _DTYPES = ("F32", "F16", "BF16")
 
 
@@ -46,7 +46,7 @@ def read_directory(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[s
       ValueError: the config is of another method than LoRA; or a file is damaged, is a link out
         of the directory, is a pickle, or holds tensors that cannot be an adapter's.
     """
-    root = _root(directory)
+    root = local(directory)
     if not root.exists():
         raise FileNotFoundError(f"{root}: there is no such directory")
     if not root.is_dir():
@@ -69,14 +69,15 @@ def trained_over(directory: str | os.PathLike) -> str | None:
     Returns:
       What `write_directory` was given as `base`; None for floats, and for other writers' files.
     """
-    with safe_open(str(_root(directory) / TENSOR_FILE), framework="numpy") as file:
+    with safe_open(str(local(directory) / TENSOR_FILE), framework="numpy") as file:
         return (file.metadata() or {}).get(_BASE)
 
 
-def _root(directory: str | os.PathLike) -> Path:
+def local(directory: str | os.PathLike) -> Path:
+    """The directory itself, or that of a hub id in huggingface_hub's cache."""
     root = Path(directory)
-    is_hub_id = not root.exists() and _HUB_ID.fullmatch(str(directory))
-    return snapshot(str(directory)) if is_hub_id else root
+    is_remote = not root.exists() and is_hub_id(str(directory))
+    return snapshot(str(directory)) if is_remote else root
 
 
 def _existing(root: Path, name: str) -> Path:
@@ -252,6 +253,6 @@ def _may_replace_card(root: Path) -> bool:
         return True
     try:
         fields, text = _read_json(root / CONFIG_FILE), (root / CARD_FILE).read_text("utf-8")
-        return any(text == card(fields, name) for name in CLASSES)
+        return bool(classes_of(text, fields))
     except (OSError, ValueError, TypeError, AttributeError):  # no config of ours, or no text
         return False

@@ -281,12 +281,15 @@ def test_a_model_of_one_s_own_has_no_task_unless_it_is_given(tmp_path):
 
 def test_the_model_card_says_what_it_is_and_a_users_own_stays(tree, tmp_path):
     place = tmp_path / "a"
-    api.save_peft(place, tree, QV, base_model_name="org/it's")
+    api.save_peft(place, tree, QV, base_model_name="org/it's\nname: other")  # no hub id
     text = (place / "README.md").read_text()
-    assert text.startswith("---\nbase_model: 'org/it''s'\nlibrary_name: peft\n")
+    assert text.startswith("---\nlibrary_name: peft\n")
+    api.save_peft(place, tree, QV, base_model_name="org/base")
+    text = (place / "README.md").read_text()
+    assert text.startswith("---\nbase_model: 'org/base'\nlibrary_name: peft\n")
     for line in ("- rank: 4", "- alpha: 6", "- adapted modules: `q_proj`, `v_proj`"):
         assert line in text.splitlines()
-    assert 'AutoModelForCausalLM.from_pretrained("org/it\'s")' in text
+    assert "AutoModelForCausalLM.from_pretrained('org/base')" in text
     api.save_peft(place, tree, QV, task_type="SEQ_CLS")  # the card of what is replaced goes too
     text = (place / "README.md").read_text()
     assert "- base model: not recorded" in text and "SequenceClassification" in text
