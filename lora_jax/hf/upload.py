@@ -209,8 +209,8 @@ def _explained(error: Exception, repo: str) -> OSError:
     """The error of huggingface_hub in one sentence."""
     # What a thread raises while it uploads is the cause of a RuntimeError.
     cause = error.__cause__ if isinstance(error, RuntimeError) else None
-    response = getattr(cause or error, "response", None)
-    kind, remedy = _REMEDIES.get(getattr(response, "status_code", None), _OTHER)
+    status = getattr(getattr(cause or error, "response", None), "status_code", 0)
+    kind, remedy = _REMEDIES.get(status, _OTHER)
     lines = [line.strip() for line in str(cause or error).splitlines() if line.strip()]
     said = lines[0].rstrip(".") if lines else type(error).__name__
     return kind(f"`{repo}`: {remedy} ({said})")
