@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, get_args
 
+from lora_jax.models.classifier import labels_of, write_labels
 from lora_jax.models.dialect import (
     check_fixed,
     refuse_unsupported,
@@ -288,7 +289,7 @@ class BertConfig:
             task=task,
             pooler=(task == FEATURES and kind.head in ("bert", "roberta"))
             or (task == CLASSIFICATION and kind.head == "bert"),
-            labels=_labels(given),
+            labels=labels_of(given),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -301,9 +302,7 @@ class BertConfig:
         out = {kind.fields.get(name, name): value for name, value in plain.items()}
         out["eos_token_id"] = scalar_if_one(self.eos_token_ids)
         out["architectures"] = [self.kind.classes[self.task]]
-        out["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
-        out["label2id"] = {label: i for i, label in enumerate(self.labels)}
-        return out
+        return {**out, **write_labels(self.labels)}
 
 
 _SIZES = (
@@ -357,12 +356,3 @@ def _task(raw: Mapping[str, Any], kind: Kind) -> Task:
         f"{', '.join(kind.classes.values())}; set `task` to one of "
         f"{', '.join(f'`{t}`' for t in TASKS)}"
     )
-
-
-def _labels(given: Mapping[str, Any]) -> tuple[str, ...]:
-    names = given.get("id2label")
-    if names:
-        if not all(str(i).isdecimal() for i in names):
-            raise ValueError(f"config: `id2label` must have numbers as keys, got {list(names)}")
-        return tuple(str(names[i]) for i in sorted(names, key=int))
-    return tuple(f"LABEL_{i}" for i in range(given.get("num_labels", 2)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_jax.models.attention import Mixing
+from lora_jax.models.classifier import read_classes, write_classes
 from lora_jax.models.dialect import (
     BEFORE,
     Dialect,
@@ -91,6 +92,9 @@ class LlamaConfig:
       initializer_range: standard deviation of fresh weights.
       wrapper: model type of the vision-language model that holds this decoder, or None; the
         parameters then have that model's names.
+      labels: the classes of a head `score`, which classifies texts in place of a language model's
+        head, see `lora_jax.models.classifier`; () is a language model.
+      problem_type: Hugging Face's name of the classifier's loss, or None.
     """
 
     model_type: str = "llama"
@@ -153,6 +157,8 @@ class LlamaConfig:
     eos_token_ids: tuple[int, ...] = ()
     initializer_range: float = 0.02
     wrapper: str | None = None
+    labels: tuple[str, ...] = ()
+    problem_type: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -258,7 +264,7 @@ class LlamaConfig:
         out["rope_scaling"] = scaling_to_hf(self.rope_scaling)
         dialect = DIALECTS[self.model_type]
         fixed = {
-            "architectures": [dialect.architecture],
+            **write_classes(self, dialect.architecture),
             dialect.activation: self.hidden_activation,
         }
         return {**out, **fixed, **dialect.write(self)}
@@ -303,7 +309,8 @@ def _from_hf(raw: Mapping[str, Any], dialect: Dialect) -> LlamaConfig:
     fields = {name: given[name] for name in _PLAIN if name in given}
     fields |= {"hidden_activation": _activation(given, dialect)}
     fields |= {"eos_token_ids": tuple_of(given.get("eos_token_id"))}
-    config = LlamaConfig(**{**fields, **dialect.rope(given), **dialect.read(with_nulls)})
+    own = {**dialect.rope(given), **dialect.read(with_nulls), **read_classes(raw)}
+    config = LlamaConfig(**{**fields, **own})
     return _plain_windows(config)
 
 

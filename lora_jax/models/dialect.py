@@ -23,7 +23,7 @@ IGNORED = frozenset(
         "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "finetuning_task",
         "forced_bos_token_id", "forced_eos_token_id", "id2label", "is_llama_config", "label2id",
         "max_length", "max_sequence_length", "min_length", "model_type", "no_repeat_ngram_size",
-        "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
+        "num_beam_groups", "num_beams", "num_labels", "num_return_sequences", "output_attentions",
         "output_hidden_states", "output_scores", "prefix", "problem_type", "remove_invalid_values",
         "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
         "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k",

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -29,8 +28,6 @@ from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.init import draw
 from lora_jax.models.model import Dtype, Model
 from lora_jax.models.sharding import RULES
-from lora_jax.paths import spell
-from lora_jax.processes import put
 from lora_jax.sharding import Rules, spreading
 
 # Prefixes of an encoder's tensors; all others in a checkpoint belong to a head.
@@ -216,9 +213,8 @@ def _with_fresh_head(
         key,
         {**{n: shapes[n] for n in own}, prefix: {n: shapes[prefix][n] for n in drawn}},
         config,
+        spread=spread,
     )
-    if spread is not None:
-        made = jax.tree_util.tree_map_with_path(lambda p, x: put(x, spread(spell(p), x)), made)
     return {**made, prefix: {**loaded, **made[prefix]}}
 
 

@@ -218,6 +218,10 @@ def check_decoder(model: Model) -> Forward:
             f"`model` is a `{model.config.model_type}`, an encoder, which writes nothing: pass a "
             "decoder"
         )
+    if model.config.labels:
+        raise ValueError(
+            "`model` classifies texts, and writes nothing: pass a language model (...ForCausalLM)"
+        )
     return model.forward
 
 

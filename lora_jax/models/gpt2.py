@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Attend, Mixing, Stored
+from lora_jax.models.classifier import HEAD, read_classes, write_classes
 from lora_jax.models.dialect import (
     refuse_unsupported,
     scalar_if_one,
@@ -87,6 +88,7 @@ class GPT2Config:
       bos_token_id, pad_token_id: or None.
       eos_token_ids: the tokens that end a text.
       initializer_range: standard deviation of fresh weights.
+      labels, problem_type: of a classifier, as in `LlamaConfig`.
     """
 
     model_type: str = "gpt2"
@@ -106,6 +108,8 @@ class GPT2Config:
     pad_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     initializer_range: float = 0.02
+    labels: tuple[str, ...] = ()
+    problem_type: str | None = None
 
     fresh_scale: ClassVar[float] = 1.0
     longrope_limit: ClassVar[None] = None
@@ -161,13 +165,14 @@ class GPT2Config:
         fields = {ours: given[theirs] for theirs, ours in _NAMES.items() if theirs in given}
         rates = tuple(float(given.get(name, 0.1)) for name in _DROPOUT)
         ends = tuple_of(given["eos_token_id"])
-        return GPT2Config(**fields, dropout=rates, eos_token_ids=ends)
+        fields |= {"dropout": rates, "eos_token_ids": ends, **read_classes(raw)}
+        return GPT2Config(**fields)
 
     def to_hf(self) -> dict[str, Any]:
         """The object for config.json; `from_hf` reads it back unchanged."""
         return {
             "model_type": "gpt2",
-            "architectures": ["GPT2LMHeadModel"],
+            **write_classes(self, "GPT2LMHeadModel"),
             **{theirs: getattr(self, ours) for theirs, ours in _NAMES.items()},
             **dict(zip(_DROPOUT, self.dropout, strict=True)),
             "eos_token_id": scalar_if_one(self.eos_token_ids),
@@ -284,15 +289,17 @@ class GPT2LM(nnx.Module):
             config, dtype=dtype, param_dtype=param_dtype, scan=scan, rngs=rngs
         )
         self.tied = config.tie_word_embeddings
+        self.name = HEAD if config.labels else "lm_head"
         if not self.tied:
-            self.lm_head = nnx.Linear(
+            head = nnx.Linear(
                 config.hidden_size,
-                config.vocab_size,
+                len(config.labels) or config.vocab_size,
                 use_bias=False,
                 dtype=dtype,
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
+            setattr(self, self.name, head)
 
     def embed(
         self, tokens: Int[AnyArray, "b t"], positions: Int[AnyArray, "#b t"]
@@ -307,7 +314,7 @@ class GPT2LM(nnx.Module):
     def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Logits in float32."""
         # (v, d), or (d, v)
-        weight = self.transformer.wte.embedding if self.tied else self.lm_head.kernel
+        weight = self.transformer.wte.embedding if self.tied else getattr(self, self.name).kernel
         return logits_of(hidden, weight.get_value(), tied=self.tied, dtype=self.dtype)
 
     @staticmethod

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lora_jax.hf.checkpoint.fill import Spread
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.model import Dtype, Model
 from lora_jax.models.registry import forward_of
 from lora_jax.models.remat import Remat
+from lora_jax.paths import spell
+from lora_jax.processes import put
 
 
 def init(
@@ -46,15 +49,21 @@ def init(
     return Model(forward, draw(key, forward.shapes(), config))
 
 
-def draw(key: Array, shapes: Any, config: Any) -> Any:
-    """Fresh parameters of these shapes: nested dictionaries of `jax.ShapeDtypeStruct`s."""
+def draw(key: Array, shapes: Any, config: Any, *, spread: Spread | None = None) -> Any:
+    """Fresh parameters of these shapes: nested dictionaries of `jax.ShapeDtypeStruct`s.
+
+    `spread` is as in `lora_jax.hf.checkpoint.fill`; without one they are on one device.
+    """
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     keys = jax.random.split(key, len(leaves))
     params = [
         _fresh(key, path[-1].key, shape, config)
         for key, (path, shape) in zip(keys, leaves, strict=True)
     ]
-    return jax.tree.unflatten(tree, params)
+    made = jax.tree.unflatten(tree, params)
+    if spread is None:
+        return made
+    return jax.tree_util.tree_map_with_path(lambda p, x: put(x, spread(spell(p), x)), made)
 
 
 def _fresh(key: Array, name: str, shape: jax.ShapeDtypeStruct, config: Any) -> Float[Array, "..."]:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Attend, Rotations, Stored, choose, with_sinks
+from lora_jax.models.classifier import HEAD
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.experts import Load, MixtureMLP
 from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, RMSNorm, kept, logits_of
@@ -249,7 +250,7 @@ class Wrapper(nnx.Module):
 
 
 class CausalLM(nnx.Module):
-    """The decoder and, unless it is tied to the embedding, its head."""
+    """The decoder and its head, unless that is the embedding: a language model's, or `score`."""
 
     def __init__(
         self,
@@ -265,19 +266,21 @@ class CausalLM(nnx.Module):
         self.name = config.modules.decoder
         setattr(self, self.name, Wrapper(decoder) if config.wrapper else decoder)
         self.tied = config.tie_word_embeddings
+        self.head_name = HEAD if config.labels else "lm_head"
         self.softcap = config.final_logit_softcapping
         scale = config.hidden_size**0.5 if config.scale_embeddings else 1.0
         self.embedding_scale = scale * config.embedding_multiplier
         self.logits_scaling = config.logits_scaling
         if not self.tied:
-            self.lm_head = nnx.Linear(
+            head = nnx.Linear(
                 config.hidden_size,
-                config.vocab_size,
-                use_bias=config.head_bias,
+                len(config.labels) or config.vocab_size,
+                use_bias=config.head_bias and not config.labels,
                 dtype=dtype,
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
+            setattr(self, self.head_name, head)
 
     @property
     def decoder(self) -> Decoder:
@@ -307,12 +310,15 @@ class CausalLM(nnx.Module):
 
     def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Logits in float32; products in the compute dtype, sums in float32."""
+        head = None if self.tied else getattr(self, self.head_name)
         # (v, d), or (d, v)
-        weight = self.decoder.table.embedding if self.tied else self.lm_head.kernel
+        weight = self.decoder.table.embedding if head is None else head.kernel
         logits = logits_of(hidden, weight.get_value(), tied=self.tied, dtype=self.dtype)
+        if self.head_name == HEAD:  # what follows is of words
+            return logits
         # Only Phi's head has one, which no table shares.
-        if not self.tied and self.lm_head.bias is not None:
-            logits = logits + self.lm_head.bias.get_value().astype(logits.dtype)
+        if head is not None and head.bias is not None:
+            logits = logits + head.bias.get_value().astype(logits.dtype)
         logits = logits if self.logits_scaling == 1 else logits / self.logits_scaling
         return logits if self.softcap is None else jnp.tanh(logits / self.softcap) * self.softcap
 

@@ -1,12 +1,14 @@
 """Loading a model from a Hugging Face directory, a hub id or a GGUF file."""
 
+import dataclasses
 import importlib.metadata
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from lora_jax.files import check_links, named, read_object
 from lora_jax.hf.checkpoint.fill import Spread, fill, is_shared
@@ -17,8 +19,10 @@ from lora_jax.hf.gguf.file import open_gguf, rope_divisors, weights_of
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.hf.tokenizer.tokenizer import from_gguf
+from lora_jax.models.classifier import CLASSIFIER, HEAD, WITHOUT
 from lora_jax.models.encoder_loading import read_encoder
 from lora_jax.models.gguf import config_of
+from lora_jax.models.init import draw
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.model import Dtype, Model
 from lora_jax.models.registry import (
@@ -49,10 +53,14 @@ def load(
     quantize: str | QuantConfig | None = None,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
+    labels: Sequence[str] | None = None,
+    fresh_head: Array | None = None,
 ) -> Model:
     """Loads a model and its tokenizer.
 
-    An encoder gets the task that config.json names; `load_encoder` loads it for another one.
+    A decoder whose config.json names a class ...ForSequenceClassification classifies texts; any
+    other one does with `labels`. An encoder gets the task that config.json names; `load_encoder`
+    loads it for another one.
 
     Args:
       source: a Hugging Face directory, a hub id, or a path to a .gguf file.
@@ -68,6 +76,8 @@ def load(
         process reads the parts of its own devices, which quantize them, so that beside the weights
         there is never more than one tensor in memory.
       rules: which mesh axes shard which dims.
+      labels: names of the classes of a decoder that is to classify texts, with a fresh head.
+      fresh_head: PRNG key, which draws that head.
 
     Returns:
       The model; its tokenizer is None if the source has none.
@@ -89,8 +99,13 @@ def load(
         attention=attention,
     )
     quant = quant_config(quantize)
+    head = _Head(tuple(labels or ()), fresh_head)
+    if bool(head.labels) != (fresh_head is not None):
+        raise ValueError(
+            "`labels`, the names of at least one class, and `fresh_head`, a PRNG key, come together"
+        )
     with spreading(mesh, rules) as spread:
-        return _load(Path(source), str(source), options, quant=quant, spread=spread)
+        return _load(Path(source), str(source), options, quant=quant, spread=spread, head=head)
 
 
 def _load(
@@ -100,15 +115,36 @@ def _load(
     *,
     quant: QuantConfig | None,
     spread: Spread | None,
+    head: "_Head",
 ) -> Model:
     if path.suffix == ".gguf":
-        return _load_gguf(path, options, quant, spread)
+        return _load_gguf(path, options, quant, spread, head)
     if not path.is_dir():
         if path.exists():
             refuse_pickle(path)
             raise ValueError(f"{path}: not a directory and not a .gguf file")
         path = snapshot(source)
-    return _load_directory(path, options, quant, spread)
+    return _load_directory(path, options, quant, spread, head)
+
+
+class _Head(NamedTuple):
+    """A fresh head that classifies texts: its classes, and the key that draws it; () is none."""
+
+    labels: tuple[str, ...]
+    key: Array | None
+
+    def on(self, config: Any, source: Path) -> Any:
+        """The configuration with the head, if there is one."""
+        if not self.labels:
+            return config
+        if config.labels or config.wrapper or config.model_type in WITHOUT:
+            why = (
+                "is a classifier, whose classes are its own" if config.labels
+                else f"is a `{config.wrapper or config.model_type}`, of which transformers has no "
+                "classifier of texts"
+            )  # fmt: skip
+            raise ValueError(f"{source}: `labels` came for a model that {why}: leave them out")
+        return dataclasses.replace(config, labels=self.labels, tie_word_embeddings=False)
 
 
 def find_smollm2() -> Path:
@@ -131,7 +167,11 @@ def find_smollm2() -> Path:
 
 
 def _load_directory(
-    directory: Path, options: dict[str, Any], quant: QuantConfig | None, spread: Spread | None
+    directory: Path,
+    options: dict[str, Any],
+    quant: QuantConfig | None,
+    spread: Spread | None,
+    head: _Head,
 ) -> Model:
     check_links(directory)
     path = directory / "config.json"
@@ -143,8 +183,9 @@ def _load_directory(
             raise ValueError(f"{path}: {error}") from None
     architecture = architecture_of(config.model_type)
     if architecture.kind == ENCODER:
-        if quant is not None:
-            raise ValueError(f"{path}: `quantize` is for decoders, not for `{config.model_type}`")
+        for name, given in (("quantize", quant), ("labels", head.key)):
+            if given is not None:
+                raise ValueError(f"{path}: `{name}` is for decoders, not for `{config.model_type}`")
         forward_of(config, **options)  # refuses what is a decoder's
         own = {name: value for name, value in options.items() if name not in DECODERS_OWN}
         return read_encoder(directory, own, spread=spread)
@@ -153,23 +194,27 @@ def _load_directory(
     check_counts(config, weights, path)
     with named(path):
         _check_class(raw, path, weights, config)
+    config = head.on(config, path)
     forward = forward_of(config, **options)
     # Read before the weights, so that an error in them is raised at once.
     with named(directory):
         tokenizer = from_directory(directory)
         generation = read_object(directory / "generation_config.json", optional=True)
-    params = _fill(forward, weights, quant, spread)
+    params = _fill(forward, weights, quant, spread, head)
     wrapped = directory if getattr(config, "wrapper", None) else None
     return Model(forward, params, tokenizer, generation, checkpoint=wrapped)
 
 
 def _check_class(raw: Mapping[str, Any], path: Path, weights: Weights, config: Any) -> None:
-    """Refuses a decoder of another class than a language model, by the class's name."""
+    """Refuses a decoder of another class than a language model or a classifier of texts."""
     found = str((raw.get("architectures") or [""])[0])
+    if config.labels:
+        return
     if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w+$", found):
         raise ValueError(
             f"{path}: `architectures` names `{found}`, whose head is not that of a language model; "
-            "of decoders only language models (...ForCausalLM) can be loaded"
+            "of decoders language models (...ForCausalLM) can be loaded, and classifiers of texts "
+            f"(...{CLASSIFIER})"
         )
     # `AutoModel` saves no head, which a tied one does not need.
     tied = names_of(config).tied
@@ -183,27 +228,41 @@ def _check_class(raw: Mapping[str, Any], path: Path, weights: Weights, config: A
 
 
 def _load_gguf(
-    path: Path, options: dict[str, Any], quant: QuantConfig | None, spread: Spread | None
+    path: Path,
+    options: dict[str, Any],
+    quant: QuantConfig | None,
+    spread: Spread | None,
+    head: _Head,
 ) -> Model:
     file = open_gguf(path)
     weights = weights_of(file)
     with named(path):
         config = config_of(file.metadata, weights.shapes, path=path, divisors=rope_divisors(file))
     check_counts(config, weights, path)
-    forward = forward_of(config, **options)
-    params = _fill(forward, weights, quant, spread)
+    forward = forward_of(head.on(config, path), **options)
+    params = _fill(forward, weights, quant, spread, head)
     return Model(forward, params, from_gguf(file.metadata, path=path))
 
 
 def _fill(
-    forward: Any, weights: Weights, quant: QuantConfig | None, spread: Spread | None
+    forward: Any,
+    weights: Weights,
+    quant: QuantConfig | None,
+    spread: Spread | None,
+    head: _Head,
 ) -> dict[str, Any]:
     family = names_of(forward.config)
     weights = renamed(weights, unified(weights.shapes, family))
-    tied = family.tied
+    tied, shapes = family.tied, forward.shapes()
+    if head.key is not None:
+        made = draw(head.key, {HEAD: shapes[HEAD]}, forward.config, spread=spread)
+        rest = {name: each for name, each in shapes.items() if name != HEAD}
+        kept = {n: s for n, s in weights.shapes.items() if n.startswith(family.prefix)}
+        weights = weights._replace(shapes=kept)
+        return {**fill(rest, weights, family=family, quantize=quant, spread=spread), **made}
     if tied is not None and tied[0] in weights.shapes and forward.config.tie_word_embeddings:
         weights = _without_tied(weights, *tied, shared=is_shared(spread))
-    return fill(forward.shapes(), weights, family=family, quantize=quant, spread=spread)
+    return fill(shapes, weights, family=family, quantize=quant, spread=spread)
 
 
 def _without_tied(weights: Weights, head: str, table: str, *, shared: bool) -> Weights:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache, Stored, attention, positions_of, starts_of
+from lora_jax.models.classifier import last_states
 from lora_jax.models.context import of_own_tokens, of_whole_rows
 from lora_jax.models.experts import Load, balance
 from lora_jax.models.kernels import AttentionName, check_attention
@@ -101,8 +102,9 @@ class Forward:
             `lora_jax.models.experts.balance`.
 
         Returns:
-          Float32 logits (b, t, v), or hidden states (b, t, d) in the compute dtype; if `balanced`,
-          the pair of that and float32 (); with a cache, the pair of that and the new cache.
+          Float32 logits (b, t, v), of a classifier of texts (b, c); or hidden states (b, t, d) in
+          the compute dtype; if `balanced`, the pair of that and float32 (); with a cache, the pair
+          of that and the new cache.
 
         Raises:
           ValueError: tokens, mask, segments or positions of another shape or dtype.
@@ -113,6 +115,11 @@ class Forward:
             raise ValueError(
                 f"`balanced` is for mixtures of experts, and `{self.config.model_type}` has no "
                 "experts: leave it out"
+            )
+        if segments is not None and self.config.labels and not return_hidden:
+            raise ValueError(
+                "`segments` came for a classifier, which reads the last token of a row: give one "
+                "text a row, or take `return_hidden=True` and `head`"
             )
         run = partial(self._apply, return_hidden=return_hidden, balanced=balanced)
         inputs = {"positions": positions, "mask": mask, "segments": segments, "cache": cache}
@@ -139,7 +146,12 @@ class Forward:
         hidden, new_cache, load = self._hidden_states(
             lm, tokens, positions=positions, mask=mask, segments=segments, cache=cache, real=real
         )
-        out = hidden if return_hidden else lm.head(hidden)
+        if return_hidden:
+            out = hidden
+        elif self.config.labels:
+            out = lm.head(last_states(hidden, tokens, mask, self.config.pad_token_id))[:, 0]
+        else:
+            out = lm.head(hidden)
         if load is not None:
             out = out, balance(load)
         return out if cache is None else (out, new_cache)

@@ -3,14 +3,14 @@
 To add one: a configuration, a forward, a table of names and an entry in `ARCHITECTURES`.
 
 A configuration is a frozen dataclass with at least `model_type`, `num_hidden_layers`,
-`initializer_range`, `fresh_scale` (initial `scale` of norms), `max_position_embeddings` and
-`to_hf()`.
+`initializer_range`, `fresh_scale` (initial `scale` of norms), `max_position_embeddings`, `labels`
+(the names of classes, or ()) and `to_hf()`.
 
 A forward is a hashable object made by `forward(config=, dtype=, param_dtype=, scan=, remat=)`, with
 `config`, `shapes()` (the parameter tree as `jax.ShapeDtypeStruct`s) and `apply(params, tokens, *,
-mask=None, ...)`, a pure function. A `causal_lm` returns logits (b, t, v) and also has `head`,
-`init_cache` and the options of `lora_jax.models.model.Forward.apply`. An `encoder` takes
-`token_type_ids=` too and returns its head's result: (b, classes) for a classifier.
+mask=None, ...)`, a pure function. A `causal_lm` returns logits (b, t, v), with `labels` (b, c),
+and also has `head`, `init_cache` and the options of `lora_jax.models.model.Forward.apply`. An
+`encoder` takes `token_type_ids=` too and returns its head's result: (b, classes) for a classifier.
 `lora_jax.models.model` has the functions that forwards share: `structure`, `stacked`,
 `rematerialized`, `check_options`, `check_inputs`; `lora_jax.models.layers` has `run_blocks`.
 """

@@ -26,7 +26,7 @@ from lora_jax.models.saving import save_merged
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
-from lora_jax.recipes.fitting import fitted
+from lora_jax.recipes.fitting import fitted, join, with_head
 from lora_jax.recipes.forms import TrainedForm, form_of, read_form, write_form
 from lora_jax.recipes.reports import idle_devices, show_evaluations, show_memory, summary
 from lora_jax.recipes.settings import Devices, Dtype, Quantization
@@ -34,7 +34,6 @@ from lora_jax.train.archive import check_new_run
 from lora_jax.train.config import TrainConfig
 from lora_jax.train.evaluate import check_causal
 from lora_jax.train.examples import TooLong
-from lora_jax.train.preparation import settings_of
 from lora_jax.tree import format_trainable_parameters, init
 
 ADAPTER = "adapter"  # the PEFT directory inside a run's output_dir
@@ -56,6 +55,8 @@ class FinetuneConfig(Devices):
       eval_data: JSON-lines file to evaluate the loss on during training.
       fields: other names of the data's fields, prompt=question completion=answer; of several
         forms in a row, the one whose fields are given is taken.
+      labels: names of the classes, where a language model is to classify texts: it gets a fresh
+        head, and learns the field "label" of each "text".
       adapter: an adapter to go on from, with its rank and targets: a PEFT directory, a GGUF LoRA
         file, the folder of a run, or one of lora_jax.checkpoint.save.
       max_length: maximum number of tokens of an example; none takes the model's context.
@@ -78,6 +79,7 @@ class FinetuneConfig(Devices):
     train_data: Path
     eval_data: Path | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
+    labels: Sequence[str] = ()
     adapter: str | None = None
     max_length: int | None = None
     too_long: TooLong = "error"
@@ -136,6 +138,8 @@ def finetune(
         quantize_block=job.quantize_block,
         attention=job.attention,
         mesh=job.mesh,
+        labels=job.labels,
+        seed=train_config.seed,
     )
     check_causal(model)
     data = _examples(model, records, job)
@@ -144,6 +148,7 @@ def finetune(
         params, lora_config = continued(model, job.adapter, lora_config)
         log(f"goes on from {job.adapter}: {_described(lora_config)}")
     else:
+        lora_config = with_head(model, lora_config)
         weights = _weights_for_start(model, job, lora_config)
         params = init_adapter(model, lora_config, seed=train_config.seed, weights=weights)
     # What cannot be saved at the end is refused before the first step.
@@ -174,21 +179,6 @@ def finetune(
         write_form(adapter, form)
     log(f"wrote the adapter to {adapter}")
     return result
-
-
-def join(job: Devices, *configs: Any) -> None:
-    """Joins the processes of the run, which need the same settings, before JAX starts devices."""
-    own = ("coordinator", "processes", "process_id")
-    if job.distributed:
-        processes.join(job.coordinator, job.processes, job.process_id)
-        # Loading onto another mesh would wait for ever. What is in the files, `fit` compares.
-        own = (*own, "model", "train_data", "eval_data", "tuning_data", "adapter")
-        every = settings_of(job, *configs)
-        processes.check_same({name: every[name] for name in every if name not in own})
-        return
-    for name in own:
-        if getattr(job, name) is not None:
-            raise SettingsError(f"`{name}` is for a run of several processes: add distributed=True")
 
 
 def continued(model: Any, source: str | Path, config: LoraConfig) -> tuple[Any, LoraConfig]:
@@ -245,7 +235,10 @@ def _examples(
             "it was not trained on the positions beyond",
             stacklevel=2,
         )
-    return train.examples(records, model.tokenizer, max_length=length, too_long=job.too_long)
+    return train.examples(
+        records, model.tokenizer, max_length=length, too_long=job.too_long,
+        labels=model.config.labels,
+    )  # fmt: skip
 
 
 def load_model(
@@ -258,6 +251,8 @@ def load_model(
     quantize_block: int = BLOCK,
     attention: AttentionName = "auto",
     mesh: Mapping[str, Any] | None = None,
+    labels: Sequence[str] = (),
+    seed: int = 0,
 ) -> Any:
     """Loads a model; "smollm2" is the installed demo model. Settings as in `FinetuneConfig`."""
     if offload and jax.default_backend() == "cpu":
@@ -280,6 +275,8 @@ def load_model(
         attention=attention,
         quantize=held,
         mesh=None if mesh is None else models.make_mesh(**mesh),
+        labels=labels,
+        fresh_head=jax.random.key(seed) if labels else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Settings of a training run that fit the memory of a device."""
+"""Settings of a training run that fit the model, its processes, or the memory of a device."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -6,22 +6,49 @@ from typing import Any
 
 import jax
 
+from lora_jax import processes
 from lora_jax.analysis.step_memory.estimate import in_units
 from lora_jax.analysis.step_memory.fit import fastest, parse_bytes
 from lora_jax.analysis.step_memory.step import StepSettings
+from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
+from lora_jax.models.classifier import HEAD
 from lora_jax.models.mesh import placement
 from lora_jax.models.remat import remat_name
 from lora_jax.quant.array import Backend, is_quant
+from lora_jax.recipes.settings import Devices
 from lora_jax.sharding import AXES
 from lora_jax.train import preparation
 from lora_jax.train.config import TrainConfig
 from lora_jax.train.examples import Example
 from lora_jax.train.memory import device_bytes
 from lora_jax.train.mesh import rows_of
+from lora_jax.train.preparation import settings_of
 from lora_jax.tree import split
 
 _KERNELS: Mapping[str, Backend] = {"gpu": "gpu", "tpu": "tpu"}
+
+
+def join(job: Devices, *configs: Any) -> None:
+    """Joins the processes of the run, which need the same settings, before JAX starts devices."""
+    own = ("coordinator", "processes", "process_id")
+    if job.distributed:
+        processes.join(job.coordinator, job.processes, job.process_id)
+        # Loading onto another mesh would wait for ever. What is in the files, `fit` compares.
+        own = (*own, "model", "train_data", "eval_data", "tuning_data", "adapter")
+        every = settings_of(job, *configs)
+        processes.check_same({name: every[name] for name in every if name not in own})
+        return
+    for name in own:
+        if getattr(job, name) is not None:
+            raise SettingsError(f"`{name}` is for a run of several processes: add distributed=True")
+
+
+def with_head(model: Any, config: LoraConfig) -> LoraConfig:
+    """The adapter's config; of a classifier of texts, whose head trains whole, as in PEFT."""
+    if not model.config.labels or HEAD in config.modules_to_save:
+        return config
+    return dataclasses.replace(config, modules_to_save=(*config.modules_to_save, HEAD))
 
 
 def fitted(

@@ -20,7 +20,8 @@ from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import write_text
 from lora_jax.models.mesh import Placement, check_rows, entered, model_on, params_on, placement
-from lora_jax.recipes.finetune import join, load_model
+from lora_jax.recipes.finetune import load_model
+from lora_jax.recipes.fitting import join
 from lora_jax.recipes.generate import generate_texts
 from lora_jax.recipes.reports import idle_devices
 from lora_jax.recipes.settings import Devices, Dtype, GenerateConfig

@@ -108,8 +108,16 @@ def check_causal(model: Any) -> None:
     """Refuses an encoder: each of its outputs depends on the token that it would have to predict.
 
     Raises:
-      ValueError: it is one.
+      ValueError: it is one, or a classifier whose loss is not the cross entropy of one class.
     """
+    config = getattr(model, "config", None)
+    if labels := getattr(config, "labels", ()):
+        problem = "regression" if len(labels) == 1 else config.problem_type
+        if problem not in (None, "single_label_classification"):
+            raise SettingsError(
+                f"`model` is a classifier for `{problem}`, and training has the loss of one class "
+                "a text: train it in a loop of your own (`lora_jax.lorafy(model.apply)`)"
+            )
     if isinstance(getattr(model, "forward", None), EncoderForward):
         raise SettingsError(
             f"`model` is a `{model.config.model_type}`, an encoder, whose outputs depend on the "

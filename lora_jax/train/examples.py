@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from lora_jax.config.arguments import quoted
 from lora_jax.train.chat import Marked, chat_examples
 from lora_jax.train.jsonl import Record, load_jsonl
 from lora_jax.train.messages import is_empty, is_learned
@@ -48,12 +49,18 @@ def load_examples(
 
 
 def examples(
-    records: Iterable[Record], tokenizer: Any, *, max_length: int, too_long: TooLong = "error"
+    records: Iterable[Record],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    too_long: TooLong = "error",
+    labels: Sequence[str] = (),
 ) -> list[Example]:
     """Tokenizes records and marks the learned tokens.
 
     A chat whose template writes earlier answers differently in later turns becomes one example an
-    answer, each as it is generated.
+    answer, each as it is generated. For a classifier the number of a text's class follows its
+    tokens, as the one that is learned.
 
     Args:
       records: from `load_jsonl` or `record_of`.
@@ -61,6 +68,7 @@ def examples(
         `eos_id`, `stop_ids`, and for messages `render_chat` and `marked_chat`.
       max_length: maximum number of tokens of an example, usually the model's context.
       too_long: how to treat longer examples: "error", "truncate" (drop the end) or "skip".
+      labels: the classes of a classifier, `model.config.labels`.
 
     Returns:
       At least one example.
@@ -81,8 +89,11 @@ def examples(
     # The records may be a generator, and are read twice.
     records = list(records)
     _check_answers(records)
-    made = [example for record in records for example in _tokenize(record, tokenizer)]
-    fitted = (_fit(example, max_length, too_long) for example in made)
+    if labels:
+        made = [_classified(record, tokenizer, labels) for record in records]
+    else:
+        made = [example for record in records for example in _tokenize(record, tokenizer)]
+    fitted = (_fit(example, max_length, too_long, ends=bool(labels)) for example in made)
     kept = [example for example in fitted if example is not None]
     if not kept:
         why = (
@@ -91,7 +102,8 @@ def examples(
             else (f"all {len(made)} examples are longer than {max_length} tokens and skipped")
         )
         raise ValueError(f"the dataset is empty: {why}; give more or shorter examples")
-    _check_ends(kept, tokenizer)
+    if not labels:
+        _check_ends(kept, tokenizer)
     return kept
 
 
@@ -127,7 +139,8 @@ def _check_ends(kept: Sequence[Example], tokenizer: Any) -> None:
     )
 
 
-def _fit(example: Example, max_length: int, too_long: TooLong) -> Example | None:
+def _fit(example: Example, max_length: int, too_long: TooLong, *, ends: bool) -> Example | None:
+    """The example, cut to the length; `ends` keeps the last token, which is a class."""
     length = len(example.tokens)
     if length > max_length:
         if too_long == "skip":
@@ -137,9 +150,8 @@ def _fit(example: Example, max_length: int, too_long: TooLong) -> Example | None
                 f"{example.source}: the example has {length} tokens, more than"
                 f' `max_length`, {max_length}; shorten it, or pass too_long="truncate" or "skip"'
             )
-        example = example._replace(
-            tokens=example.tokens[:max_length], learned=example.learned[:max_length]
-        )
+        kept = np.r_[: max_length - ends, length - ends : length]
+        example = example._replace(tokens=example.tokens[kept], learned=example.learned[kept])
     if not example.learned.any():
         cut = f" after truncation to {max_length} tokens" if length > max_length else ""
         raise ValueError(
@@ -157,6 +169,25 @@ def _tokenize(record: Record, tokenizer: Any) -> list[Example]:
         learned[:1] = False
         made.append(Example(np.asarray(tokens, np.int32), learned, record.source))
     return made
+
+
+def _classified(record: Record, tokenizer: Any, labels: Sequence[str]) -> Example:
+    """A text, and the number of its class after it, which no token of the text attends to."""
+    named = record.label
+    known = isinstance(named, str) and named in labels
+    if not known and not (type(named) is int and 0 <= named < len(labels)):
+        got = "none" if named is None else repr(named)
+        raise ValueError(
+            f'{record.source}: field "label" must be one of {quoted(labels)}, or its number from '
+            f"0 to {len(labels) - 1}, got {got}"
+        )
+    if record.form != "text":
+        raise ValueError(f'{record.source}: a classifier reads "text", got "{record.form}"')
+    number = labels.index(named) if isinstance(named, str) else named
+    tokens = [*tokenizer.encode_prompt(record.fields[0]), number]
+    return Example(
+        np.asarray(tokens, np.int32), np.arange(len(tokens)) == len(tokens) - 1, record.source
+    )
 
 
 def _text(record: Record, tokenizer: Any) -> list[Marked]:

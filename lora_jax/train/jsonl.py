@@ -3,6 +3,7 @@
     {"prompt": "...", "completion": "..."}                      the completion is learned
     {"messages": [{"role": "user", "content": "..."}, ...]}     the assistant's turns are learned
     {"text": "..."}                                             everything is learned
+    {"text": "...", "label": "..."}                             the class, by a classifier
     {"conversations": [{"from": "human", "value": "..."}]}      ShareGPT: as messages
     {"instruction": "...", "input": "...", "output": "..."}     Alpaca: as messages
 
@@ -34,7 +35,7 @@ _FORMS: Mapping[str, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
 }
 # Optional fields, which may be renamed too.
-_MORE = ("input", "system", "tools", "documents")
+_MORE = ("input", "system", "tools", "documents", "label")
 _HOW = '"prompt" and "completion", or "messages", or "text"'
 
 
@@ -47,12 +48,14 @@ class Record(NamedTuple):
         `content` and what else it has.
       source: file and line for error messages: `data.jsonl:3`.
       options: further variables of the chat template: `tools`, `documents`, ...
+      label: the class of a text, for a classifier: its name or number; None where there is none.
     """
 
     form: Form
     fields: tuple
     source: str
     options: Mapping[str, Any] = {}  # noqa: RUF012
+    label: Any = None
 
 
 def load_jsonl(path: str | os.PathLike, *, fields: Mapping[str, str] | None = None) -> list[Record]:
@@ -142,7 +145,8 @@ def record_of(
     beside = {part: value[names[part]] for part in _MORE if value.get(names[part]) is not None}
     if form == "text" or (form == "prompt" and not isinstance(given["prompt"], list)):
         parts = tuple(_text(given[part], names[part], source) for part in _FORMS[form])
-        return Record("prompt" if form == "prompt" else "text", parts, source)
+        kind: Form = "prompt" if form == "prompt" else "text"
+        return Record(kind, parts, source, label=beside.get("label"))
     turns = _turns(form, given, beside, names=names, source=source)
     if beside.get("system") is not None and turns[0]["role"] != "system":
         # An empty system prompt means none; a template would write an empty turn.

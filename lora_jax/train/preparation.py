@@ -202,10 +202,20 @@ def check_tokens(model: Any, lora_params: Any, data: Sequence[Example], *, lengt
     # Shapes alone: nothing is computed.
     token, place = (jax.ShapeDtypeStruct(s, "int32") for s in ((1, length), (1,)))
     known = jax.eval_shape(logits, lora_params, token, place).shape[-1]
+    labels = getattr(getattr(model, "config", None), "labels", ())
     for example in data:
-        if not 0 <= example.tokens.min() <= example.tokens.max() < known:
+        tokens = example.tokens
+        if labels:
+            classes, known = tokens[example.learned], model.config.vocab_size
+            if not example.learned[-1] or len(classes) > 1 or not 0 <= classes[0] < len(labels):
+                raise ValueError(
+                    f"{example.source}: the example does not end in one of {len(labels)} classes; "
+                    "make it with `examples(..., labels=model.config.labels)`"
+                )
+            tokens = tokens[:-1]
+        if not 0 <= tokens.min() <= tokens.max() < known:
             raise ValueError(
                 f"{example.source}: the example has token"
-                f" {max(example.tokens, key=lambda t: (t < 0, t))}, but the vocabulary ends at"
+                f" {max(tokens, key=lambda t: (t < 0, t))}, but the vocabulary ends at"
                 f" {known - 1}; tokenize with the model's own tokenizer"
             )

@@ -41,7 +41,7 @@ def test_a_directory_comes_back(tmp_path, model):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
 
 
-@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+@pytest.mark.parametrize("kind", ["QuestionAnswering", "TokenClassification"])
 def test_a_decoder_with_another_head_is_named(kind, tmp_path, model):
     path = save(tmp_path, model) / "config.json"
     fields = {**model.config.to_hf(), "architectures": [f"LlamaFor{kind}"]}

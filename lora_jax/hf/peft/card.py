@@ -44,7 +44,7 @@ def is_encoder(paths: Collection[str]) -> bool:
 def is_decoder(parts: Collection[str]) -> bool:
     """Whether these components of paths are those of a language model of transformers'."""
     known = {"embed_tokens", "layers"} <= {*parts} or {"wte", "h"} <= {*parts}
-    return known and not {"encoder", "score", "classifier"} & {*parts}
+    return known and not {"encoder", "classifier"} & {*parts}
 
 
 def auto_class_of(paths: Collection[str], task_type: str | None) -> str | None:
@@ -64,6 +64,8 @@ def auto_class_of(paths: Collection[str], task_type: str | None) -> str | None:
     # An adapter without a task was made on a model with a head that it leaves alone.
     parts = parts_of(paths)
     if not is_encoder(paths):
+        if "score" in parts and is_decoder(parts):
+            return _OF_TASK["SEQ_CLS"]
         return "AutoModelForCausalLM" if "lm_head" in parts else None
     if "classifier" in parts:
         return _OF_TASK["SEQ_CLS" if OF_TEXTS & parts else "TOKEN_CLS"]

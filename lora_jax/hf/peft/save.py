@@ -233,13 +233,15 @@ def task_of(paths: Collection[str], tensors: Collection[str]) -> str | None:
 
     Returns:
       "CAUSAL_LM" for a decoder under Hugging Face's names; "SEQ_CLS", "TOKEN_CLS" or
-      "QUESTION_ANS" for an encoder with such a head, where its head is written too, as PEFT expects
+      "QUESTION_ANS" for a model with such a head, where its head is written too, as PEFT expects
       of these types; "FEATURE_EXTRACTION" without a head; None (any model) otherwise: for a model
       of one's own, or with the head of a masked language model.
     """
     parts = parts_of(paths)
     if not is_encoder(paths):
-        return "CAUSAL_LM" if is_decoder(parts) else None
+        task = "SEQ_CLS" if "score" in parts else "CAUSAL_LM"
+        written = task == "CAUSAL_LM" or "score" in parts_of(tensors)
+        return task if is_decoder(parts) and written else None
     if "classifier" in parts:
         found = "SEQ_CLS" if OF_TEXTS & parts else "TOKEN_CLS"
         return found if "classifier" in parts_of(tensors) else None

@@ -1,6 +1,7 @@
-"""Adapters of encoders between `lora_jax.models` and the real `peft`: the same logits both ways."""
+"""Adapters of encoders and classifiers in `lora_jax.models` and the real `peft`: both ways."""
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
 
+from tests.support.peft_gradients import check_gradients
 from tests.support.peft_llama import Base
 from tests.support.peft_oracle import (
     assert_orbax_keeps,
@@ -55,6 +57,11 @@ MODELS = {
         max_position_embeddings=24,
         num_labels=3,
         pad_token_id=1,
+    ),
+    "llama": dict(
+        {name: size for name, size in CLASSIFIER.items() if name != "type_vocab_size"},
+        model_type="llama",
+        num_key_value_heads=2,
     ),
     "tokens": dict(SIZES, model_type="bert", auto="AutoModelForTokenClassification"),
     "answers": dict(
@@ -126,7 +133,7 @@ def bases(made):
     """Our models of both kinds, each loaded once."""
     return {
         kind: lora.models.load(made(kind).directory)
-        for kind in ("bert", "roberta", "electra", "distilbert")
+        for kind in ("bert", "roberta", "electra", "distilbert", "llama")
     }
 
 
@@ -151,7 +158,14 @@ OTHERS = [
     *(("electra", case) for case in ("all-linear-rslora", "dora", "embedding")),
     # "all-linear" of PEFT takes DistilBERT's classifier, and then cannot train it whole.
     *(("distilbert", case) for case in CASES if case not in ("one-layer", "all-linear-rslora")),
+    *(("llama", case) for case in CASES if case != "bias-saved"),
 ]
+LLAMA = {
+    "query": "q_proj", "key": "k_proj", "value": "v_proj", "output.dense": "down_proj",
+    "intermediate.dense": "up_proj", "word_embeddings": "embed_tokens", "classifier": "score",
+    r"layer\.1\.attention\.self\.query": r"layers\.1\.self_attn\.q_proj",
+    r".*\.2\.output\.dense": r".*\.2\.mlp\.down_proj", "LayerNorm": "input_layernorm",
+}  # fmt: skip
 DISTIL = {
     "query": "q_lin", "key": "k_lin", "value": "v_lin", "output.dense": "lin2",
     r"layer\.1\.attention\.self\.query": r"layer\.1\.attention\.q_lin",
@@ -161,13 +175,10 @@ DISTIL = {
 
 def spelled(kind: str, fields: Any) -> Any:
     """The fields by the names of a model's modules."""
-    if kind != "distilbert":
-        return fields
+    names = {"distilbert": DISTIL, "llama": LLAMA}.get(kind, {})
     if isinstance(fields, dict):
-        return {DISTIL.get(k, k): spelled(kind, v) for k, v in fields.items()}
-    if isinstance(fields, list):
-        return [DISTIL.get(x, x) for x in fields]
-    return fields
+        return {names.get(k, k): spelled(kind, v) for k, v in fields.items()}
+    return [names.get(x, x) for x in fields] if isinstance(fields, list) else fields
 
 
 @pytest.mark.parametrize(
@@ -221,11 +232,14 @@ OURS = {
     [
         *of_both(OURS, "all-linear"),
         *(pytest.param(k, "all-linear", marks=pytest.mark.slow) for k in ("electra", "distilbert")),
+        ("llama", "all-linear"),
     ],
 )
 def test_our_adapter_in_peft_and_back(case, kind, made, bases, tmp_path):
     base = bases[kind]
-    config = OURS[case]
+    config = dataclasses.replace(
+        OURS[case], modules_to_save=tuple(spelled(kind, list(OURS[case].modules_to_save)))
+    )
     plan = lora.plan(config, base.apply, base.params, TOKENS)
     params = noisy(lora.init(jax.random.key(0), plan, base.params))
     save_peft(tmp_path / "a", params, config)
@@ -235,6 +249,13 @@ def test_our_adapter_in_peft_and_back(case, kind, made, bases, tmp_path):
     again, _ = load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+@pytest.mark.slow
+def test_slopes_of_a_decoders_classes_are_pefts(made, bases, tmp_path):
+    fields = {"task_type": "SEQ_CLS", "r": 2, "target_modules": "all-linear"}
+    there = made("llama").torch
+    check_gradients(f"{PLACE}/llama/slopes", tmp_path, there, bases["llama"], fields)
 
 
 @pytest.mark.slow
