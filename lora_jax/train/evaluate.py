@@ -110,7 +110,7 @@ def check_causal(model: Any) -> None:
     Raises:
       ValueError: it is one, or a classifier whose loss is not the cross entropy of one class.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if labels := getattr(config, "labels", ()):
         problem = "regression" if len(labels) == 1 else config.problem_type
         if problem not in (None, "single_label_classification"):

@@ -177,7 +177,7 @@ def test_what_a_classifier_cannot_do_is_refused(language_model):
     )
     assert (len(long.tokens), long.tokens[-1], list(long.learned)) == (2, 0, [False, True])
     with pytest.raises(ValueError, match="`model` classifies texts, and writes nothing"):
-        models.generate(model, model.params, ["a"], max_new_tokens=1)
+        models.generate(model, model.params, [[1]], max_new_tokens=1)
     with pytest.raises(ValueError, match="`segments` came for a classifier"):
         model.apply(model.params, jnp.ones((1, 2), jnp.int32), segments=jnp.ones((1, 2), jnp.int32))
     with pytest.raises(ValueError, match="`labels`, .* and `fresh_head`, .* come together"):

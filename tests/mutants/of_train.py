@@ -44,7 +44,7 @@ FAULTS = [
     *in_file(
         "train/preparation.py",
         "tests/train/test_fit.py tests/train/test_full.py",
-        ("<= example.tokens.max() < known:", "<= example.tokens.max() <= known:"),
+        ("<= tokens.max() < known:", "<= tokens.max() <= known:"),
     ),
     *in_file(
         "train/metrics.py",
