@@ -6,8 +6,8 @@ The sum and N run over all rows and all microbatches of a step, so accumulation 
 but not the loss. The output head, the largest matrix of a small model, is applied only at the
 positions that predict a learned token; the others do not contribute to the loss. Where the float32
 logits of all these positions would take more than `CHUNK_BYTES`, head and cross entropy run over a
-part of the positions at a time. So the dropout of an adapter of the head depends on how the
-positions are spread over a mesh, and on the parts.
+part of the positions at a time. The dropout of an adapter of the head has one mask for each place
+of the grid, whatever part or device computes it.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from lora_jax import compat
 from lora_jax.dims import AnyArray
 from lora_jax.models.layers import Specs, gather
+from lora_jax.transform.low_rank import at_places
 
 # Logits at one time, float32. The backward pass holds about two more arrays of this size.
 CHUNK_BYTES = 128 << 20
@@ -72,8 +73,9 @@ def outputs_of(model: Any) -> Callable:
         params: Any, tokens: Int[AnyArray, "b t"], positions: Int[AnyArray, " p"]
     ) -> Float[Array, "p v"]:
         hidden = model.apply(params, tokens, return_hidden=True)
-        picked = pick(hidden, positions)
-        return model.head(params, picked[None])[0].astype(jnp.float32)
+        picked = pick(hidden, positions)[None]
+        params = _head(model, params, picked).at(params, positions[None])
+        return model.head(params, picked)[0].astype(jnp.float32)
 
     return logits
 
@@ -115,42 +117,70 @@ def losses_of(
         else:
             hidden, load = model.apply(params, tokens, **packed, return_hidden=True), 0.0
         hidden = _pick_apart(hidden, positions, rows)
-        targets = targets.reshape(rows.count, -1)
+        places, targets = (x.reshape(rows.count, -1) for x in (positions, targets))
         # Once, and not for every chunk.
         params = gather(params, rows.weights) if rows.weights else params
+        head = _head(model, params, hidden)
+        params = head.at(params, places)
 
         def part(
-            hidden: Float[Array, "n c d"], targets: Int[AnyArray, "n c"]
+            hidden: Float[Array, "n c d"],
+            places: Int[AnyArray, "n c"],
+            targets: Int[AnyArray, "n c"],
         ) -> Float[Array, " n*c"]:
             # The head's weight travels, not the rows: there are more of them than inputs.
-            logits = _spread(model.head(params, hidden), rows)
+            logits = _spread(model.head(head.at(params, places), hidden), rows)
             return token_losses(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
 
-        one = jax.ShapeDtypeStruct((1, 1, hidden.shape[-1]), hidden.dtype)
-        vocabulary = jax.eval_shape(model.head, params, one).shape[-1]
-        count = -(-4 * vocabulary * hidden.shape[1] // chunk_bytes)
+        count = -(-4 * head.outputs * hidden.shape[1] // chunk_bytes)
         if count <= 1:
-            found = part(hidden, targets)
+            found = part(hidden, places, targets)
         else:
-            found = _in_chunks(jax.checkpoint(part), min(count, hidden.shape[1]), hidden, targets)
+            count = min(count, hidden.shape[1])
+            found = _in_chunks(jax.checkpoint(part), count, hidden, places, targets)
             found = _before_gradients(found)
         return found + balance * load if balance else found
 
     return losses
 
 
-def _in_chunks(
-    fn: Callable, count: int, hidden: Float[Array, "n q d"], targets: Int[AnyArray, "n q"]
-) -> Float[Array, " n*q"]:
-    """`fn(hidden, targets)`, by `count` chunks of each part's positions one after another."""
-    parts, places = targets.shape
+class _Head(NamedTuple):
+    """What is known of a model's head before it is applied.
+
+    Attributes:
+      weights: the numbers of the parameters that it reads, among all.
+      outputs: how many logits a position has.
+    """
+
+    weights: frozenset[int]
+    outputs: int
+
+    def at(self, params: Any, places: Int[AnyArray, "n c"]) -> Any:
+        """The parameters for hidden states of these places, see `at_places`."""
+        leaves, tree = jax.tree.flatten(params)
+        marked = at_places({i: leaves[i] for i in self.weights}, places)
+        return jax.tree.unflatten(tree, [marked.get(i, x) for i, x in enumerate(leaves)])
+
+
+def _head(model: Any, params: Any, hidden: Float[Array, "n q d"]) -> _Head:
+    one = jax.ShapeDtypeStruct((1, 1, hidden.shape[-1]), hidden.dtype)
+    jaxpr, _ = compat.open_jaxpr(jax.make_jaxpr(model.head)(params, one))
+    # The others would go through the loop of chunks for nothing.
+    read = {v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, compat.Var)}
+    numbered = enumerate(jaxpr.invars[:-1])
+    return _Head(frozenset(i for i, v in numbered if v in read), jaxpr.outvars[0].aval.shape[-1])
+
+
+def _in_chunks(fn: Callable, count: int, *inputs: AnyArray) -> Float[Array, " n*q"]:
+    """`fn(*inputs)`, by `count` chunks of each part's positions, (n, q, ...), one by one."""
+    parts, places = inputs[0].shape[:2]
     size = -(-places // count)
 
     def chunks(x: AnyArray) -> Array:
         padded = jnp.pad(x, [(0, 0), (0, size * count - places)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(padded.reshape(parts, count, size, *x.shape[2:]), 1, 0)
 
-    found = jax.lax.map(lambda chunk: fn(*chunk), (chunks(hidden), chunks(targets)))
+    found = jax.lax.map(lambda chunk: fn(*chunk), tuple(map(chunks, inputs)))
     found = jnp.moveaxis(found.reshape(count, parts, size), 0, 1)
     return found.reshape(parts, -1)[:, :places].reshape(-1)
 

@@ -56,6 +56,8 @@ class Implicit:
         what the product or the lookup itself costs.
       adapter_count: how many adapters the factors hold (scale, gain and bias too), numbered on
         the axis after the stack dims; 0 for one adapter without such an axis.
+      places: int32, a number for each row of the other operand, which dropout draws its mask for;
+        None where the mask is drawn for all rows together.
     """
 
     w: Any
@@ -71,6 +73,7 @@ class Implicit:
     bias: Any = None
     derived: bool = dataclasses.field(metadata={"static": True}, default=False)
     adapter_count: int = dataclasses.field(metadata={"static": True}, default=0)
+    places: Any = None
 
     shape, ndim, dtype = base_shape, base_ndim, base_dtype
 

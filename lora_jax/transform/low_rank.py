@@ -1,6 +1,8 @@
 """The one low-rank contraction, and the dropout of its input."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -143,8 +145,51 @@ def with_dropout(v: Implicit, x: Any, use: int) -> Any:
     while key.ndim:
         key = key[0]
     # Inverted dropout: the expectation stays, and evaluation needs no factor.
-    mask = jax.random.bernoulli(jax.random.fold_in(key, use), 1 - v.dropout, x.shape)
+    mask = _mask(jax.random.fold_in(key, use), 1 - v.dropout, x.shape, v.places)
     return jnp.where(mask, x / jnp.asarray(1 - v.dropout, x.dtype), jnp.zeros((), x.dtype))
+
+
+def _mask(key: Array, keep: float, shape: tuple[int, ...], places: Any) -> Array:
+    if places is None or places.size * shape[-1] != math.prod(shape):
+        return jax.random.bernoulli(key, keep, shape)
+
+    def row(place: Array) -> Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, place), keep, shape[-1:])
+
+    return jax.vmap(row)(places.reshape(-1)).reshape(shape)
+
+
+def at_places(weights: Any, places: Any) -> Any:
+    """The weights, for products with activations whose rows have these numbers.
+
+    The dropout of an adapter then draws each row's mask from the row's number: the mask does not
+    depend on which rows are computed together, nor on their order. Plain weights stay as they are.
+
+    Args:
+      weights: a tree of arrays.
+      places: int32, of the shape of the activations without their last axis, the features.
+    """
+    return _marked(weights, places)
+
+
+def _same(weights: Any, places: Any) -> Any:
+    del places
+    return weights
+
+
+# The interpreter finds the call by this name.
+AT_PLACES = _same.__name__ = "lora_jax_at_places"
+_marked = jax.jit(_same)
+
+
+def masked_at(values: Sequence) -> list:
+    """What `at_places` gives of weights and, last, the places."""
+    *weights, places = values
+    drops = [isinstance(v, Implicit) and v.key is not None and v.dropout > 0 for v in weights]
+    return [
+        dataclasses.replace(v, places=places) if masked else v
+        for v, masked in zip(weights, drops, strict=True)
+    ]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

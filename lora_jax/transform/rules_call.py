@@ -17,6 +17,7 @@ from lora_jax.transform import base_weight
 from lora_jax.transform.implicit import Implicit, is_implicit
 from lora_jax.transform.interpret import Context, enter
 from lora_jax.transform.labels import PARTS, part_spec
+from lora_jax.transform.low_rank import AT_PLACES, masked_at
 
 # Added to the number of a repeated call of one inner jit, apart from the numbers of uses.
 _CALL_SITES = 1 << 20
@@ -43,10 +44,13 @@ def forwarded(inner: Any, values: Sequence) -> dict[int, Any]:
 
 
 def fold_keys(values: Sequence, number: Any) -> list:
-    """Folds a number into the dropout key of every implicit array."""
+    """Folds a number into the dropout key of every implicit array.
+
+    Masks of places depend on nothing else: not on the round of a loop that has a part of them.
+    """
 
     def fold(v: Any) -> Any:
-        if not is_implicit(v) or v.key is None:
+        if not is_implicit(v) or v.key is None or v.places is not None:
             return v
         # `fold_in` takes one key; a stack has one for each index.
         keys = jax.vmap(lambda k: jax.random.fold_in(k, number))(v.key.reshape(-1))
@@ -62,6 +66,8 @@ def has_dropout(values: Sequence) -> bool:
 def jit(context: Context, eqn: Any, values: list) -> list:
     """An inner jit: one jitted function, shared by every call with the same structure."""
     inner, name = eqn.params["jaxpr"], eqn.params["name"]
+    if name == AT_PLACES:
+        return masked_at(values)
     # By identity, as comparing jaxprs is slow. The memo keeps the jaxpr, so its id stays its own.
     leaves, tree = jax.tree.flatten(values)
     key = (id(compat.open_jaxpr(inner)[0]), tree)
@@ -111,7 +117,7 @@ def shard_map(context: Context, eqn: Any, values: list) -> list:
         if is_implicit(v):
             w, w_spec, w_there = base_weight.for_shard_map(v, spec, p["mesh"])
             spec = dataclasses.replace(_part_specs(v, spec), w=w_spec)
-            v = dataclasses.replace(v, w=w)
+            v = dataclasses.replace(v, w=w, places=None)
             there = v if w_there is None else dataclasses.replace(v, w=w_there)
         specs.append(spec)
         inputs.append(v)

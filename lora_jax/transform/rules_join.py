@@ -100,7 +100,7 @@ def common_form(values: Sequence) -> Implicit:
     derived = all(v.derived for v in parts)
     bias = next((jnp.zeros_like(v.bias) for v in parts if v.bias is not None), None)
     w = base_array(form, "a variable")
-    return dataclasses.replace(form, w=w, bias=bias, derived=derived, **factors)
+    return dataclasses.replace(form, w=w, bias=bias, derived=derived, places=None, **factors)
 
 
 def in_form(x: Any, form: Implicit) -> Implicit:
@@ -114,9 +114,8 @@ def in_form(x: Any, form: Implicit) -> Implicit:
     bias = v.bias
     if bias is None and form.bias is not None:
         bias = jnp.zeros(form.bias.shape, form.bias.dtype)
-    return dataclasses.replace(
-        v, w=base_array(v, "a variable"), bias=bias, derived=form.derived, **parts
-    )
+    parts |= {"w": base_array(v, "a variable"), "bias": bias, "places": None}
+    return dataclasses.replace(v, derived=form.derived, **parts)
 
 
 def add(values: Sequence, bind: Callable) -> Implicit:

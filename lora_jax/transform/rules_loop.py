@@ -195,7 +195,7 @@ def _scannable(context: Context, eqn: Any, x: Any) -> Any:
         x = owned(x, [0], "s")
     if x.roles[0] != "s":
         return context.fall_back(x, eqn, f"it is scanned over a dim of role `{x.roles[0]}`")
-    return base_weight.scannable(x)
+    return dataclasses.replace(base_weight.scannable(x), places=None)
 
 
 def _sliced(x: Any) -> Any:

@@ -50,6 +50,12 @@ KINDS: dict[str, tuple[dict, dict, dict]] = {
     "gpt2": (dict(gpt2=True), dict(target_modules=("c_attn", "c_proj")), {}),
     "accumulation": ({}, {}, dict(batch_size=8, accumulation=2)),
     "dropout": ({}, dict(dropout=0.2), {}),
+    "head, dropout": ({}, dict(target_modules=("q_proj", "lm_head"), dropout=0.2), {}),
+    "tied head, dropout": (
+        dict(tied=True),
+        dict(target_modules=("embed_tokens",), dropout=0.2),
+        {},
+    ),
     "packed": ({}, {}, dict(packing=True, packed_length=48, batch_size=8)),
     "layers apart": (dict(scan=False), {}, {}),
     "experts": (dict(experts=4), EXPERTS, {}),

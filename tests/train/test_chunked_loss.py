@@ -76,6 +76,30 @@ def test_parts_change_no_number(kind: str):
         np.testing.assert_allclose(part, want, rtol=1e-6, atol=1e-6 * largest)
 
 
+@pytest.mark.parametrize("kind", ["tied, adapted", "adapted", "DoRA"])
+def test_dropout_of_the_head_belongs_to_the_place(kind: str):
+    """The same masks by parts, for some of the places, and in the logits."""
+    model_fields, lora_fields = KINDS[kind]
+    model = decoder(**model_fields)
+    params, key = adapted(model, dropout=0.5, **lora_fields), jax.random.key(2)
+
+    def losses(at: Any, chunk_bytes: int, key: Any = key) -> Any:
+        each = jax.jit(lora.lorafy(train.losses_of(model, chunk_bytes=chunk_bytes)))
+        return each(params, TOKENS, POSITIONS[at], TARGETS[at], lora_key=key)
+
+    everywhere = jnp.arange(7)
+    want = losses(everywhere, 1 << 30)
+    np.testing.assert_allclose(losses(everywhere, PART), want, rtol=1e-6)
+    for at in (jnp.array([2, 3, 6]), jnp.array([0, 4])):
+        np.testing.assert_allclose(losses(at, PART), want[at], rtol=1e-6)
+    logits = lora.lorafy(train.outputs_of(model))(params, TOKENS, POSITIONS, lora_key=key)
+    of_logits = [-jax.nn.log_softmax(row)[t] for row, t in zip(logits, TARGETS, strict=True)]
+    np.testing.assert_allclose(of_logits, want, rtol=1e-6)
+    # Places have masks of their own, and keys have other masks.
+    other = losses(everywhere, PART, jax.random.key(3))
+    assert not np.any(np.isclose(other, want, rtol=1e-6))
+
+
 def test_losses_are_those_of_the_logits():
     model = decoder(**UNTIED)
     logits = train.outputs_of(model)(model.params, TOKENS, POSITIONS)
