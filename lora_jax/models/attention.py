@@ -8,7 +8,6 @@ B batch, T new tokens, S length of the cache, N query heads, K key/value heads, 
 (HQ with what `with_sinks` adds to a query), L blocks.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,10 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from lora_jax.dims import AnyArray
 from lora_jax.models import kernels
 from lora_jax.models.context import check_tokens, over_tokens
+from lora_jax.models.mixing import Mixing, in_runs, mix
 from lora_jax.models.rope import Rotation, rotate
-
-# Bytes of float32 scores that training holds at once on a device.
-MOST_SCORES = 2**28
 
 
 class Cache(NamedTuple):
@@ -38,24 +35,6 @@ class Cache(NamedTuple):
     values: Float[Array, "l b s k h"]
     valid: Bool[Array, "b s"]
     length: Int[Array, ""]
-
-
-class Mixing(NamedTuple):
-    """Options of a decoder's attention.
-
-    Attributes:
-      slides: for each block, whether it has a sliding window.
-      window: tokens that a token attends to in such blocks, itself included.
-      scale: factor of the products; None is `1 / sqrt(H)`.
-      softcap: limits the scores to `(-softcap, softcap)`; None leaves them.
-      sinks: each head has a score of its own in the softmax, of no key.
-    """
-
-    slides: tuple[bool, ...]
-    window: int | None = None
-    scale: float | None = None
-    softcap: float | None = None
-    sinks: bool = False
 
 
 # Keys and values of all blocks, `(l, b, s, k, h)` each; None without a cache.
@@ -164,8 +143,8 @@ def _without_cache(
 
     def attend_of(slides: bool | Array) -> Attend:
         by = rotations(slides)
-        window = mixing.window
-        near = (window - 1, 0) if slides is True and window is not None else None
+        # In a scan over blocks that differ, `slides` is data.
+        window = mixing.window if slides is True else None
 
         def attend(
             q: Float[Array, "b t n hq"],
@@ -185,24 +164,15 @@ def _without_cache(
 
             # The mask is made where it is used, and fused with the causal one into the softmax:
             # outside it would be an array of all pairs of tokens.
-            def mix(mask: Any, segments: Any, q: Array, k: Array, v: Array, first: Any) -> Array:
-                whole = q.shape[1] == k.shape[1]
-                # The window of JAX's attention is a static number.
-                if whole and isinstance(slides, bool) and _is_plain(mixing):
-                    return jax.nn.dot_product_attention(
-                        q, k, v, mask=_seen_by(mask, segments), scale=mixing.scale,
-                        is_causal=True, local_window_size=near,
-                    )  # fmt: skip
+            def some(q: Array, k: Array, v: Array, first: Any, mask: Any, segments: Any) -> Array:
                 at = first + jnp.arange(q.shape[1])
                 back = at[:, None] - jnp.arange(k.shape[1])
                 seen = _near(back, mixing, slides)[None, None]  # (1, 1, t, s)
                 seen = seen if unmasked else seen & _seen_by(mask, segments, at)  # (b, 1, t, s)
-                return _mix(q, k, v, seen=seen, mixing=mixing)
+                return mix(q, k, v, seen=seen, by=mixing)
 
-            def in_parts(q: Array, k: Array, v: Array, first: Any, *others: Any) -> Array:
-                return _in_parts(partial(mix, *others), q, k, v, first)
-
-            return over_tokens(in_parts, q, k, v, mask, segments, axis=over), stored
+            by_runs = partial(in_runs, some, window)
+            return over_tokens(by_runs, q, k, v, mask, segments, axis=over), stored
 
         return attend
 
@@ -245,90 +215,11 @@ def _with_cache(
                 lax.dynamic_index_in_dim(kept, block, keepdims=False).astype(q.dtype)
                 for kept in (keys, values)
             )
-            return _mix(q, own_keys, own_values, seen=seen, mixing=mixing), (keys, values)
+            return mix(q, own_keys, own_values, seen=seen, by=mixing), (keys, values)
 
         return attend
 
     return attend_of
-
-
-def _in_parts(
-    mix: Callable,
-    q: Float[Array, "b t n hq"],
-    k: Float[Array, "b s k h"],
-    v: Float[Array, "b s k h"],
-    first: int | Array,
-) -> Float[Array, "b t n h"]:
-    """`mix(q, k, v, first)`; where its scores are large, a part at a time and again when backward.
-
-    A part has some of the heads, or of one key head some of the queries: so memory grows with the
-    length of a row, not with its square. The float32 scores of all heads at once would be the
-    largest arrays of a training step over a quantized base.
-    """
-    b, t, n, _ = q.shape
-    heads, h = v.shape[2:]
-    rows, tensor = _spread_over(b, heads)
-    scores = 4 * b * n * t * k.shape[1] // (rows * tensor)  # bytes on a device
-    # Key heads are never split: the fewest equal parts of a device's own whose scores fit.
-    own = heads // tensor
-    fits = [p for p in range(1, own + 1) if own % p == 0 and scores <= p * MOST_SCORES]
-    parts = fits[0] if fits else own
-    pieces = min(t, -(-scores // (parts * MOST_SCORES)))
-    if parts == pieces == 1:
-        return mix(q, k, v, first)
-    some = partial(_by_queries, mix, pieces, first)
-    if parts == 1:
-        return some(q, k, v)
-
-    group = n // heads  # query heads of a key head
-
-    def split(
-        x: Float[Array, "b t n h"] | Float[Array, "b s k h"], each: int
-    ) -> Float[Array, "parts b t m h"]:
-        # A part takes every `parts`-th key head, so that each device of a mesh has equally many of
-        # its own heads in every part, and none is sent.
-        size = x.shape[-1]
-        x = x.reshape((*x.shape[:2], heads // parts, parts, each, size))
-        return jnp.moveaxis(x, 3, 0).reshape(parts, *x.shape[:2], -1, size)
-
-    operands = (split(q, group), split(k, 1), split(v, 1))
-    mixed = lax.map(lambda each: some(*each), operands)  # (parts, b, t, m, h)
-    mixed = mixed.reshape((parts, b, t, heads // parts, group, h))
-    return jnp.moveaxis(mixed, 0, 3).reshape(b, t, n, h)
-
-
-def _by_queries(
-    mix: Callable,
-    pieces: int,
-    first: int | Array,
-    q: Float[Array, "b t m hq"],
-    k: Float[Array, "b s k h"],
-    v: Float[Array, "b s k h"],
-) -> Float[Array, "b t m h"]:
-    """`mix`, by so many pieces of the queries one after another."""
-    if pieces == 1:
-        return jax.checkpoint(partial(mix, first=first))(q, k, v)
-    b, t, m, wide = q.shape
-    size = -(-t // pieces)
-    pieces = -(-t // size)
-    padded = jnp.pad(q, ((0, 0), (0, size * pieces - t), (0, 0), (0, 0)))
-    apart = padded.reshape((b, pieces, size, m, wide))
-    apart = jnp.moveaxis(apart, 1, 0)  # (pieces, b, size, m, h)
-    one = jax.checkpoint(lambda q, at: mix(q, k, v, at))
-    # Bound to the queries: a scan over heads or blocks would compute the masks of all pieces, which
-    # it finds the same in every turn, beforehand.
-    apart, firsts = lax.optimization_barrier((apart, first + jnp.arange(pieces) * size))
-    mixed = lax.map(lambda each: one(*each), (apart, firsts))
-    mixed = jnp.moveaxis(mixed, 0, 1).reshape(b, size * pieces, m, -1)[:, :t]
-    return kernels.in_place(mixed, q)
-
-
-def _spread_over(rows: int, heads: int) -> tuple[int, int]:
-    """The devices that rows, and key heads, are spread over in the mesh of the context."""
-    mesh = jax.sharding.get_abstract_mesh()
-    of_rows, of_heads = kernels.spread(mesh, rows, heads)
-    devices = math.prod(mesh.shape[axis] for axis in of_rows or ())
-    return devices, 1 if of_heads is None else mesh.shape[of_heads]
 
 
 def _near(
@@ -345,36 +236,6 @@ def _near(
     return (back >= 0) & ((back < mixing.window) | ~slides)
 
 
-def _mix(
-    q: Float[Array, "b t n hq"],
-    k: Float[Array, "b s k h"],
-    v: Float[Array, "b s k h"],
-    *,
-    seen: Bool[Array, "#b 1 t s"],
-    mixing: Mixing,
-) -> Float[Array, "b t n h"]:
-    """Values weighted by their keys: `softmax(cap(scale · q kᵀ)) v`."""
-    if _is_plain(mixing):
-        return jax.nn.dot_product_attention(q, k, v, mask=seen, scale=mixing.scale)
-    q, sinks = (q[..., :-1], q[..., -1]) if mixing.sinks else (q, None)  # sinks: (b, t, n)
-    b, t, n, h = q.shape
-    groups = q.reshape((b, t, k.shape[2], -1, h))  # g query heads for each key head
-    logits = jnp.einsum("btkgh,bskh->bkgts", groups, k, preferred_element_type=jnp.float32)
-    # The scale before the cap, as in Gemma 2.
-    logits = logits * (h**-0.5 if mixing.scale is None else mixing.scale)
-    if mixing.softcap is not None:
-        logits = jnp.tanh(logits / mixing.softcap) * mixing.softcap
-    # Not -inf: a row of padding attends to nothing, and its gradient would be NaN. The factor is
-    # that of `jax.nn.dot_product_attention`.
-    logits = jnp.where(seen[:, :, None], logits, -0.7 * jnp.finfo(jnp.float32).max)
-    # A sink takes its share of the softmax, and has no value to add.
-    if sinks is not None:
-        sinks = jnp.moveaxis(sinks, 1, 2).reshape(*logits.shape[:3], t, 1)
-        logits = jnp.concatenate((logits, sinks.astype(logits.dtype)), axis=-1)
-    weights = jax.nn.softmax(logits, axis=-1)[..., : k.shape[1]].astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h)
-
-
 def with_sinks(q: Float[Array, "b t n h"], sinks: Float[Array, " n"]) -> Float[Array, "b t n h+1"]:
     """Queries that carry the sink of their head as a last number, wherever they are split."""
     last = jnp.broadcast_to(sinks.astype(q.dtype)[:, None], (*q.shape[:3], 1))
@@ -386,8 +247,3 @@ def _rotated(q: Array, by: Rotation | None, mixing: Mixing) -> Array:
     if not mixing.sinks:
         return rotate(q, by)
     return jnp.concatenate((rotate(q[..., :-1], by), q[..., -1:]), axis=-1)
-
-
-def _is_plain(mixing: Mixing) -> bool:
-    """Whether JAX's own attention computes it: it has no soft caps and no sinks."""
-    return mixing.softcap is None and not mixing.sinks

@@ -13,7 +13,6 @@ Sources: Devlin et al. 2018, arXiv:1810.04805; Sanh et al. 2019, arXiv:1910.0110
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -23,6 +22,7 @@ from lora_jax.dims import AnyArray
 from lora_jax.models.bert_config import BertConfig
 from lora_jax.models.context import over_tokens
 from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, kept
+from lora_jax.models.mixing import mix
 
 
 class Attending(NamedTuple):
@@ -110,12 +110,12 @@ def attended(
     # (b, t, n, h) each
     q, k, v = (kept(project(x)).reshape(*x.shape[:2], heads, -1) for project in projections)
 
-    def mix(q: Array, k: Array, v: Array, first: Any, mask: Any) -> Array:
+    def both_ways(q: Array, k: Array, v: Array, first: Any, mask: Any) -> Array:
         del first
         seen = None if mask is None else jnp.asarray(mask)[:, None, None, :]  # (b, 1, 1, s)
-        return jax.nn.dot_product_attention(q, k, v, mask=seen)
+        return mix(q, k, v, seen=seen)
 
-    return over_tokens(mix, q, k, v, by.mask, axis=by.over).reshape(x.shape)
+    return over_tokens(both_ways, q, k, v, by.mask, axis=by.over).reshape(x.shape)
 
 
 class Output(nnx.Module):

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_jax.models.attention import Mixing
 from lora_jax.models.classifier import read_classes, write_classes
 from lora_jax.models.dialect import (
     BEFORE,
@@ -22,6 +21,7 @@ from lora_jax.models.dialect import (
 )
 from lora_jax.models.families import DIALECTS
 from lora_jax.models.layers import ACTIVATIONS
+from lora_jax.models.mixing import Mixing
 from lora_jax.models.ranges import RANGES, check_fields, check_range, check_raw
 from lora_jax.models.rope import RopeScaling, scaling_to_hf
 

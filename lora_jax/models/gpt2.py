@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lora_jax.dims import AnyArray
-from lora_jax.models.attention import Attend, Mixing, Stored
+from lora_jax.models.attention import Attend, Stored
 from lora_jax.models.classifier import HEAD, read_classes, write_classes
 from lora_jax.models.dialect import (
     refuse_unsupported,
@@ -29,6 +29,7 @@ from lora_jax.models.dialect import (
     tuple_of,
 )
 from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, kept, logits_of
+from lora_jax.models.mixing import Mixing
 from lora_jax.models.ranges import check_fields, check_raw
 
 # Fields of config.json -> ours.

@@ -2,7 +2,7 @@
 
     splash    TPU: Pallas' kernel. Windows, soft caps, padding and texts side by side; no sinks.
     cudnn     NVIDIA GPU: cuDNN's, 16 bits. Windows; none of the others.
-    xla       anything: JAX's own, some heads and queries at a time (`lora_jax.models.attention`).
+    xla       anything: plain JAX, some heads and queries at a time (`lora_jax.models.mixing`).
 
 `attention="auto"` takes the first row of `TABLE` that takes the case; a name takes that row, or
 the next one that does, with a warning that has the reason. Memory grows with a row's length in
@@ -215,7 +215,7 @@ def kernel_for(
       q: the queries; only their shape and dtype are read.
       mask, segments: see `lora_jax.models.attention.attention`.
       slides: whether this block has a window; an array in a scan over blocks that differ.
-      window, scale, softcap, sinks: see `lora_jax.models.attention.Mixing`.
+      window, scale, softcap, sinks: see `lora_jax.models.mixing.Mixing`.
       over: the axis that the tokens of a row are spread over.
     """
     t = q.shape[1]

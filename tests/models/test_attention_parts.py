@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax import models
-from lora_jax.models import attention
+from lora_jax.models import attention, mixing
 
 from tests.support.tiny import SMALL
 
@@ -32,7 +32,7 @@ def test_heads_in_parts_give_the_same_logits_and_gradients(monkeypatch):
         return jnp.sum(jnp.sin(model.apply(params, tokens, mask=mask)) * mask[..., None])
 
     want = jax.jit(jax.value_and_grad(loss))(model.params)
-    monkeypatch.setattr(attention, "MOST_SCORES", 4 * 2 * 8 * 8 * 8 // 2)  # two heads of four
+    monkeypatch.setattr(mixing, "MOST_SCORES", 4 * 2 * 8 * 8 * 8 // 2)  # two heads of four
     got = jax.jit(lambda p: jax.value_and_grad(loss)(p))(model.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
 
@@ -46,8 +46,9 @@ FAMILIES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("runs", [1, 3])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_some_queries_at_a_time_give_the_same_logits_and_gradients(kind, monkeypatch):
+def test_some_queries_at_a_time_give_the_same_logits_and_gradients(kind, runs, monkeypatch):
     fields = dict(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
@@ -63,16 +64,38 @@ def test_some_queries_at_a_time_give_the_same_logits_and_gradients(kind, monkeyp
 
     want = jax.jit(jax.value_and_grad(loss))(model.params)
     # Key heads one by one, each in four pieces of four queries, of which the last has one.
-    monkeypatch.setattr(attention, "MOST_SCORES", 4 * 2 * 4 * 13 * 13 // 2 // 4 + 1)
+    monkeypatch.setattr(mixing, "MOST_SCORES", 4 * 2 * 4 * 13 * 13 // 2 // 4 + 1)
+    monkeypatch.setattr(mixing, "SHORTEST_RUN", 13 // runs)
     got = jax.jit(lambda p: jax.value_and_grad(loss)(p))(model.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
+@pytest.mark.parametrize("window, share", [(None, 0.625), (32, 0.341)])
+def test_most_pairs_behind_the_mask_take_no_products(window, share, monkeypatch):
+    """Of 256 queries in four runs: 64, 128, 192 and 256 keys, or 64 and three times 95."""
+    by = mixing.Mixing(slides=(window is not None,), window=window)
+    q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
+
+    def mixed(q):
+        attend_of, _, _ = attention.attention(
+            jnp.zeros((1, 256), jnp.int32), None, None, mixing=by, rotations=lambda _: None
+        )
+        return attend_of(by.slides[0])(q, q, q, stored=None, block=jnp.int32(0))[0]
+
+    def flops():
+        costs = jax.jit(lambda q: mixed(q)).lower(q).compile().cost_analysis()
+        return costs["flops"]
+
+    found = flops()
+    monkeypatch.setattr(mixing, "MOST_RUNS", 1)
+    np.testing.assert_allclose(found / flops(), share, rtol=0.01)  # elementwise ones
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_memory_grows_with_the_length_of_a_row(softcap, monkeypatch):
     """Of a gradient through packed rows; the square of the length is 16 times as large."""
-    monkeypatch.setattr(attention, "MOST_SCORES", 2**20)
-    mixing = attention.Mixing(slides=(False,), softcap=softcap)
+    monkeypatch.setattr(mixing, "MOST_SCORES", 2**20)
+    by = mixing.Mixing(slides=(False,), softcap=softcap)
 
     def temporaries(length):
         q = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
@@ -80,7 +103,7 @@ def test_memory_grows_with_the_length_of_a_row(softcap, monkeypatch):
 
         def loss(q, segments):
             attend_of, _, _ = attention.attention(
-                segments, None, None, segments=segments, mixing=mixing, rotations=lambda _: None
+                segments, None, None, segments=segments, mixing=by, rotations=lambda _: None
             )
             return jnp.sum(attend_of(False)(q, q, q, stored=None, block=jnp.int32(0))[0] ** 2)
 
@@ -91,7 +114,7 @@ def test_memory_grows_with_the_length_of_a_row(softcap, monkeypatch):
 
 
 def test_a_scan_over_blocks_holds_no_mask_of_all_pairs(monkeypatch):
-    monkeypatch.setattr(attention, "MOST_SCORES", 2**20)
+    monkeypatch.setattr(mixing, "MOST_SCORES", 2**20)
 
     def temporaries(length):
         config = dataclasses.replace(SMALL, max_position_embeddings=length)

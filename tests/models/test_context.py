@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.models import attention
+from lora_jax.models import mixing
 
 from tests.support.decoders import FAMILIES, family, packed
 from tests.support.mesh_runs import adapted
@@ -66,7 +66,7 @@ def cases():
 @pytest.mark.parametrize(("kind", "others", "scores"), cases())
 def test_a_decoder_computes_as_on_one_device(kind, others, scores, monkeypatch):
     if scores is not None:
-        monkeypatch.setattr(attention, "MOST_SCORES", scores)
+        monkeypatch.setattr(mixing, "MOST_SCORES", scores)
     model = family(kind, remat="projections" if others == "segments" else False)
     tokens, segments, _ = packed(lengths=((7, 1, 5, 9), (16, 6)))
     real = segments > 0

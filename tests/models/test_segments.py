@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.models import attention
+from lora_jax.models import mixing
 from lora_jax.models.attention import starts_of
 from lora_jax.models.registry import ARCHITECTURES, CAUSAL_LM
 from lora_jax.models.wrapped import WRAPPERS
@@ -58,8 +58,8 @@ def test_packed_texts_have_the_losses_and_gradients_of_single_ones(kind):
         assert np.linalg.norm(a - b) <= 1e-5 * max(np.linalg.norm(b), 1e-3)
 
 
-# XLA's attention at once, by heads, and by five of the 24 queries; one written out for soft caps,
-# and one for scanned blocks of which some slide. The scores have 27,648 bytes.
+# Attention without a kernel at once, by heads, by five of the 24 queries, and in four runs of six.
+# The scores have 27,648 bytes.
 IMPLEMENTATIONS = {
     "at once": ("llama", None),
     "by heads": ("llama", 14_000),
@@ -70,6 +70,9 @@ IMPLEMENTATIONS = {
     "mixed": ("gemma3_text", None),
     "mixed, by queries": ("gemma3_text", 3000),
     "learned positions": ("gpt2", None),
+    "in runs": ("llama", None),
+    "sliding, in runs": ("mistral", None),
+    "mixed, in runs, by queries": ("gemma3_text", 800),
 }
 
 
@@ -77,7 +80,9 @@ IMPLEMENTATIONS = {
 def test_a_changed_text_changes_no_number_of_its_neighbours(case, monkeypatch):
     kind, scores = IMPLEMENTATIONS[case]
     if scores is not None:
-        monkeypatch.setattr(attention, "MOST_SCORES", scores)
+        monkeypatch.setattr(mixing, "MOST_SCORES", scores)
+    if "in runs" in case:
+        monkeypatch.setattr(mixing, "SHORTEST_RUN", 6)
     model = family(kind, remat="projections")
     tokens, segments, _ = packed()
     changed = tokens.copy()
@@ -134,7 +139,7 @@ def test_the_mask_is_not_kept_for_the_backward_pass():
 
 @pytest.mark.parametrize("kind, scores", [("llama", 2**28), ("llama", 3000), ("gpt2", 2**28)])
 def test_an_adapter_for_each_text_of_a_row(kind, scores, monkeypatch):
-    monkeypatch.setattr(attention, "MOST_SCORES", scores)
+    monkeypatch.setattr(mixing, "MOST_SCORES", scores)
     model = family(kind)
     targets = ("c_attn", "c_fc") if kind == "gpt2" else "all-linear"
     config = lora.LoraConfig(rank=2, target_modules=targets, init="random")

@@ -17,10 +17,13 @@ FAULTS = [
         "tests/models/test_attention_parts.py tests/models/test_families.py",
         ("if slides is True:\n        return (back >= 0) & (back < mixing.window)",
          "if slides is True:\n        return (back >= 0) & (back <= mixing.window)"),
-        ("near = (window - 1, 0)", "near = (window, 0)"),
-        ("jnp.tanh(logits / mixing.softcap) * mixing.softcap", "jnp.tanh(logits / mixing.softcap)"),
         ("seen if unmasked else seen & _seen_by(mask, segments, at)", "seen"),
-        ("(h**-0.5 if mixing.scale is None else mixing.scale)", "h**-0.5"),
+    ),
+    *in_file(
+        "models/mixing.py",
+        "tests/models/test_attention_parts.py tests/models/test_families.py",
+        ("jnp.tanh(logits / by.softcap) * by.softcap", "jnp.tanh(logits / by.softcap)"),
+        ("h**-0.5 if by.scale is None else by.scale", "h**-0.5"),
     ),
     *in_file(
         "models/attention.py",

@@ -58,8 +58,8 @@ def test_a_long_row_takes_less_memory_on_each_device():
         assert memory is not None and memory.temporary is not None
         return memory.temporary
 
-    # Keys and values of whole rows stay.
-    assert temporaries(8) <= 0.2 * temporaries(1)
+    # Keys and values of whole rows stay, and one device leaves out pairs behind the causal mask.
+    assert temporaries(8) <= 0.22 * temporaries(1)
 
 
 def test_evaluation_and_generation_give_the_numbers_of_one_device():

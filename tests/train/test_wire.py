@@ -11,7 +11,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models, train
-from lora_jax.models import attention
+from lora_jax.models import mixing
 from lora_jax.models.mesh import entered, model_on, placement
 from lora_jax.models.sharding import RULES
 from lora_jax.train import mesh as meshes
@@ -223,7 +223,7 @@ def test_a_context_axis_leaves_rows_and_heads_on_their_devices():
 
 def test_attention_in_parts_sends_no_heads(monkeypatch):
     """Its loop runs over parts of each device's own heads."""
-    monkeypatch.setattr(attention, "MOST_SCORES", 1)
+    monkeypatch.setattr(mixing, "MOST_SCORES", 1)
     program = step_program("fsdp=2,tensor=2", batch=4)
     loops = [x for collective in program for x in collective if x.loop]
     gathered = {x.shape[-1] for x in loops if x.kind == "all-gather"}

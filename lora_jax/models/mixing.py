@@ -1,0 +1,225 @@
+"""Attention without a kernel: the scores of some heads and queries at a time, in plain JAX.
+
+B batch, T queries, S keys, N query heads, K key/value heads, H size of a head (HQ with what
+`lora_jax.models.attention.with_sinks` adds to a query).
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from lora_jax.dims import AnyArray
+from lora_jax.models.kernels import in_place, spread
+
+# Bytes of float32 scores that training holds at once on a device.
+MOST_SCORES = 2**28
+# A row's queries are cut into at most so many runs of at least so many tokens, each with the keys
+# up to its end: four runs take 5/8 of the products of all pairs.
+MOST_RUNS, SHORTEST_RUN = 4, 64
+
+
+class Mixing(NamedTuple):
+    """Options of a decoder's attention.
+
+    Attributes:
+      slides: for each block, whether it has a sliding window.
+      window: tokens that a token attends to in such blocks, itself included.
+      scale: factor of the products; None is `1 / sqrt(H)`.
+      softcap: limits the scores to `(-softcap, softcap)`; None leaves them.
+      sinks: each head has a score of its own in the softmax, of no key.
+    """
+
+    slides: tuple[bool, ...]
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+
+PLAIN = Mixing(slides=())
+
+
+def in_runs(
+    mix: Callable,
+    window: int | None,
+    q: Float[Array, "b t n hq"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    first: int | Array,
+    *others: AnyArray | None,
+) -> Float[Array, "b t n h"]:
+    """Causal `mix(q, k, v, first, *others)`, without most of the pairs that the mask leaves out.
+
+    Args:
+      mix: attention of queries of which the first stands at `first` among the keys.
+      window: tokens that every token attends to, itself included; None for all before it.
+      q, k, v, first: of a whole row, or queries from `first` on.
+      others: masks and the like of the keys, (b, s), or None.
+    """
+    mixed = []
+    for run, keys in _runs(q.shape[1], k.shape[1], window):
+        own = [None if x is None else x[:, keys] for x in others]
+
+        def some(q: Array, k: Array, v: Array, first: Any, own: Any = own) -> Array:
+            return mix(q, k, v, first, *own)
+
+        at = first + run.start - keys.start
+        mixed.append(_in_parts(some, q[:, run], k[:, keys], v[:, keys], at))
+    return in_place(jnp.concatenate(mixed, axis=1), q)
+
+
+def _runs(queries: int, keys: int, window: int | None) -> list[tuple[slice, slice]]:
+    """Runs of a row's queries, and the keys that those of a run attend to.
+
+    Source: the blocks above the diagonal that FlashAttention-2 skips, Dao 2023, arXiv:2307.08691,
+    section 3.1.
+    """
+    # Of a row that is spread over devices, a device does not know the place of its queries.
+    if queries != keys:
+        return [(slice(0, queries), slice(0, keys))]
+    size = -(-queries // max(1, min(MOST_RUNS, queries // SHORTEST_RUN)))
+    first = [
+        0 if window is None else max(0, begin - window + 1) for begin in range(0, queries, size)
+    ]
+    ends = [min(begin + size, queries) for begin in range(0, queries, size)]
+    return [(slice(i * size, end), slice(first[i], end)) for i, end in enumerate(ends)]
+
+
+def _in_parts(
+    mix: Callable,
+    q: Float[Array, "b t n hq"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    first: int | Array,
+) -> Float[Array, "b t n h"]:
+    """`mix(q, k, v, first)`; where its scores are large, a part at a time and again when backward.
+
+    A part has some of the heads, or of one key head some of the queries: so memory grows with the
+    length of a row, not with its square. The float32 scores of all heads at once would be the
+    largest arrays of a training step over a quantized base.
+    """
+    b, t, n, _ = q.shape
+    heads, h = v.shape[2:]
+    rows, tensor = _spread_over(b, heads)
+    scores = 4 * b * n * t * k.shape[1] // (rows * tensor)  # bytes on a device
+    # Key heads are never split: the fewest equal parts of a device's own whose scores fit.
+    own = heads // tensor
+    fits = [p for p in range(1, own + 1) if own % p == 0 and scores <= p * MOST_SCORES]
+    parts = fits[0] if fits else own
+    pieces = min(t, -(-scores // (parts * MOST_SCORES)))
+    if parts == pieces == 1:
+        return mix(q, k, v, first)
+    some = partial(_by_queries, mix, pieces, first)
+    if parts == 1:
+        return some(q, k, v)
+
+    group = n // heads  # query heads of a key head
+
+    def split(
+        x: Float[Array, "b t n h"] | Float[Array, "b s k h"], each: int
+    ) -> Float[Array, "parts b t m h"]:
+        # A part takes every `parts`-th key head, so that each device of a mesh has equally many of
+        # its own heads in every part, and none is sent.
+        size = x.shape[-1]
+        x = x.reshape((*x.shape[:2], heads // parts, parts, each, size))
+        return jnp.moveaxis(x, 3, 0).reshape(parts, *x.shape[:2], -1, size)
+
+    operands = (split(q, group), split(k, 1), split(v, 1))
+    mixed = lax.map(lambda each: some(*each), operands)  # (parts, b, t, m, h)
+    mixed = mixed.reshape((parts, b, t, heads // parts, group, h))
+    return jnp.moveaxis(mixed, 0, 3).reshape(b, t, n, h)
+
+
+def _by_queries(
+    mix: Callable,
+    pieces: int,
+    first: int | Array,
+    q: Float[Array, "b t m hq"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+) -> Float[Array, "b t m h"]:
+    """`mix`, by so many pieces of the queries one after another."""
+    if pieces == 1:
+        return jax.checkpoint(partial(mix, first=first))(q, k, v)
+    b, t, m, wide = q.shape
+    size = -(-t // pieces)
+    pieces = -(-t // size)
+    padded = jnp.pad(q, ((0, 0), (0, size * pieces - t), (0, 0), (0, 0)))
+    apart = padded.reshape((b, pieces, size, m, wide))
+    apart = jnp.moveaxis(apart, 1, 0)  # (pieces, b, size, m, h)
+    one = jax.checkpoint(lambda q, at: mix(q, k, v, at))
+    # Bound to the queries: a scan over heads or blocks would compute the masks of all pieces, which
+    # it finds the same in every turn, beforehand.
+    apart, firsts = lax.optimization_barrier((apart, first + jnp.arange(pieces) * size))
+    mixed = lax.map(lambda each: one(*each), (apart, firsts))
+    return jnp.moveaxis(mixed, 0, 1).reshape(b, size * pieces, m, -1)[:, :t]
+
+
+def _spread_over(rows: int, heads: int) -> tuple[int, int]:
+    """The devices that rows, and key heads, are spread over in the mesh of the context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    of_rows, of_heads = spread(mesh, rows, heads)
+    devices = math.prod(mesh.shape[axis] for axis in of_rows or ())
+    return devices, 1 if of_heads is None else mesh.shape[of_heads]
+
+
+def mix(
+    q: Float[Array, "b t n hq"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    *,
+    seen: Bool[Array, "#b 1 #t s"] | None,
+    by: Mixing = PLAIN,
+) -> Float[Array, "b t n h"]:
+    """Values weighted by their keys: `softmax(cap(scale · q kᵀ)) v`.
+
+    The M = T·N/K queries of a key head are one matrix, and all arrays of scores have this order of
+    axes: on a CPU, the transposes of scores take longer than the products. The softmax divides the
+    sums of values, which are fewer than the weights.
+
+    Args:
+      q: queries, with the sinks of `with_sinks` where heads have them.
+      k, v: keys and values.
+      seen: the keys that each query attends to; None for all.
+      by: scale, soft cap and sinks.
+    """
+    q, sinks = (q[..., :-1], q[..., -1]) if by.sinks else (q, None)  # sinks: (b, t, n)
+    (b, t, n, h), (s, heads) = q.shape, k.shape[1:3]
+
+    def by_key_heads(x: Float[Array, "b t n *h"]) -> Float[Array, "b k m *h"]:
+        x = jnp.moveaxis(x.reshape(b, t, heads, n // heads, *x.shape[3:]), 1, 3)
+        return x.reshape(b, heads, -1, *x.shape[4:])
+
+    # The scale before the cap, as in Gemma 2.
+    scale = h**-0.5 if by.scale is None else by.scale
+    logits = jnp.einsum("bkmh,bskh->bkms", by_key_heads(q), k, preferred_element_type=jnp.float32)
+    logits = logits * scale
+    if by.softcap is not None:
+        logits = jnp.tanh(logits / by.softcap) * by.softcap
+    if seen is not None:
+        # Not -inf: a row of padding attends to nothing, and its gradient would be NaN. The factor
+        # is that of `jax.nn.dot_product_attention`.
+        least = -0.7 * jnp.finfo(jnp.float32).max
+        logits = jnp.where(seen[:, :, None], logits.reshape(b, heads, -1, t, s), least)
+        logits = logits.reshape(b, heads, -1, s)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    if sinks is not None:
+        sinks = by_key_heads(sinks)[..., None].astype(top.dtype)
+        top = jnp.maximum(top, sinks)
+    # Any number is right for `top`: it cancels.
+    top = lax.stop_gradient(top)
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    # A sink takes its share of the softmax, and has no value to add.
+    total = total if sinks is None else total + jnp.exp(sinks - top)
+    mixed = jnp.einsum(
+        "bkms,bskh->bkmh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    mixed = (mixed / total).astype(v.dtype).reshape(b, heads, n // heads, t, -1)
+    return in_place(jnp.moveaxis(mixed, 3, 1).reshape(b, t, n, -1), q)
