@@ -11,7 +11,7 @@ Which file wins is transformers' order.
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ _KEPT = (SETTINGS, _MAP, _ADDED, TEMPLATE, _OLD_TEMPLATE)
 _SPECIAL = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -47,7 +48,8 @@ def from_directory(directory: str | Path) -> Tokenizer | None:
     """
     directory = Path(directory)
     settings = read_object(directory / SETTINGS, optional=True)
-    named, its = _special_tokens(directory, settings), None
+    given = _with_map(directory, settings)
+    named, its = _special_tokens(given), None
     if (directory / "tokenizer.json").is_file():
         backend = _saved(directory / "tokenizer.json")
         backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
@@ -60,13 +62,14 @@ def from_directory(directory: str | Path) -> Tokenizer | None:
     else:
         _refuse_slow(directory)
         return None
-    _add_declared(backend, directory, settings, named)
-    special = _add_named(backend, directory, settings, named)
+    _add_declared(backend, directory, settings, {*named.values(), *map(_text, _extra(given))})
+    special = _add_named(backend, directory, given, named)
     templates = _templates(directory, settings)
     ends = _ends(directory, backend)
     special = _with_eos(special, ends, backend)
     if its is not None:
-        special = _add_defaults(backend, directory, its, special)
+        empty = {name: None for name in its.special if name in given and given[name] is None}
+        special = _add_defaults(backend, directory, its, {**empty, **special})
         surround(backend, its, special)
     return Tokenizer(
         backend=backend,
@@ -100,15 +103,21 @@ def _read(path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from None
 
 
-def _special_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> text of the special tokens, the model's own (`image_token`) among them."""
-    given = dict(settings)
+def _with_map(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json with what special_tokens_map.json says of the special tokens."""
     # A directory that lists its added tokens has everything in tokenizer_config.json; in others
     # special_tokens_map.json is the newer of the two.
-    if "added_tokens_decoder" not in settings:
-        given |= read_object(directory / _MAP, optional=True)
+    listed = "added_tokens_decoder" in settings
+    newer = {} if listed else read_object(directory / _MAP, optional=True)
+    # But its tokens without a name count only where the other file has no list.
+    newer = {n: x for n, x in newer.items() if n not in _LISTS or n not in settings}
+    return {**settings, **newer}
+
+
+def _special_tokens(given: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> text of the special tokens, the model's own (`image_token`) among them."""
     own = given.get("extra_special_tokens")
-    given |= own if isinstance(own, dict) else {}
+    given = {**given, **(own if isinstance(own, dict) else {})}
     names = (*_SPECIAL, *(n for n in given if n.endswith("_token") and not n.startswith("add_")))
     return {name: text for name in names if (text := _text(given.get(name))) is not None}
 
@@ -134,16 +143,16 @@ def _saved(path: Path) -> Any:
 
 
 def _add_declared(
-    backend: Any, directory: Path, settings: Mapping[str, Any], named: Mapping[str, str]
+    backend: Any, directory: Path, settings: Mapping[str, Any], special: Collection[str | None]
 ) -> None:
     """Adds the tokens that tokenizer_config.json or added_tokens.json declare with their ids."""
     path, declared = directory / SETTINGS, settings.get("added_tokens_decoder")
     if declared is None:
         path = directory / _ADDED
-        special = {*named.values(), *(_text(token) for token in _extra(settings))}
         declared = {
-            number: {"content": text, "special": text in special, "normalized": text not in special}
-            for text, number in read_object(path, optional=True).items()
+            # As text, which `int` reads below: a wrong file may have any value here.
+            str(number): {"content": x, "special": x in special, "normalized": x not in special}
+            for x, number in read_object(path, optional=True).items()
         }
     try:
         tokens = {int(number): _added(token, {}) for number, token in declared.items()}
@@ -162,7 +171,7 @@ def _add_declared(
 
 
 def _add_named(
-    backend: Any, directory: Path, settings: Mapping[str, Any], named: Mapping[str, str]
+    backend: Any, directory: Path, given: Mapping[str, Any], named: Mapping[str, str]
 ) -> dict[str, str]:
     """Adds special tokens that have a name and no id; returns those that can be used.
 
@@ -170,10 +179,12 @@ def _add_named(
     for that id cannot use it.
     """
     rows = _rows(directory)
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     special = dict(named)
     plain = {"normalized": False, "special": True}
-    for name, token in [*named.items(), *((None, token) for token in _extra(settings))]:
+    # The files may give a named token as an object with flags.
+    tokens = [(name, given.get(name, text)) for name, text in named.items()]
+    for name, token in [*tokens, *((None, token) for token in _extra(given))]:
         text = _text(token) or ""
         number = backend.token_to_id(text)
         fresh = backend.get_vocab_size(with_added_tokens=True)
@@ -185,9 +196,11 @@ def _add_named(
                 stacklevel=4,
             )
             special.pop(name or "", None)
-        elif text not in added:
-            backend.add_tokens([_added(token, plain)])
-            added.add(text)
+        elif text not in added or (name and not added[text].special):
+            # A token that is there keeps its flags, but text leaves special tokens out.
+            added[text] = _added(token, plain) if text not in added else added[text]
+            added[text].special = True
+            backend.add_tokens([added[text]])
     return special
 
 
@@ -200,10 +213,18 @@ def _rows(directory: Path) -> float:
 
 
 def _add_defaults(
-    backend: Any, directory: Path, its: Class, special: Mapping[str, str]
+    backend: Any, directory: Path, its: Class, special: Mapping[str, str | None]
 ) -> dict[str, str]:
-    """The special tokens with those of the class; those the model has no row for are left out."""
-    rows, found = _rows(directory), dict(special)
+    """The special tokens with those of the class; those the model has no row for are left out.
+
+    Args:
+      backend: gets the tokens it lacks.
+      directory: has the model's config.json.
+      its: the class.
+      special: name -> text of the special tokens; None for one that the files leave empty, which
+        the class does not fill.
+    """
+    rows, found = _rows(directory), {name: text for name, text in special.items() if text}
     missing = {name: text for name, text in its.special.items() if name not in special}
     for name, text in [*missing.items(), *(("", text) for text in its.extra)]:
         if backend.token_to_id(text) is None:

@@ -40,9 +40,9 @@ _NOT_FOLLOWED = frozenset(
 # by `tokenizer_class` alone.
 _OF_TYPE = {
     **dict.fromkeys(("mistral", "mistral3", "mixtral", "ministral", "phi3", "llava", "olmo2",
-                     "granite", "stablelm"), ""),
+                     "granite", "stablelm", "ernie4_5", "glm", "glm4", "olmo3", "llava_next"), ""),
     **dict.fromkeys(("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen2_vl", "qwen2_5_vl",
-                     "qwen3_vl", "qwen3_vl_moe"), "Qwen2Tokenizer"),
+                     "qwen3_vl", "qwen3_vl_moe", "internvl"), "Qwen2Tokenizer"),
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
     **dict.fromkeys(("gpt2", "gpt_neo", "gptj", "opt", "phi", "starcoder2"), "GPT2Tokenizer"),
     **dict.fromkeys(("gpt_neox", "olmo", "olmoe", "mpt", "mamba"), "GPTNeoXTokenizer"),

@@ -112,6 +112,13 @@ def test_the_special_tokens_of_a_class(tmp_path, name):
     assert_same(f"{name}.no names", directory)
 
 
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GPT2Tokenizer", "GPTNeoXTokenizer"])
+def test_a_special_token_that_the_files_leave_empty(tmp_path, name):
+    settings = {**NAMES, "tokenizer_class": name, "bos_token": None, "eos_token": None}
+    directory = write(tmp_path, backend_of(CLASSES.get(name, "byte_level")), settings)
+    assert_same(f"{name}.empty", directory)
+
+
 # model_type, tokenizer_class, the file's kind.
 CHOICES = [
     ("mistral", "LlamaTokenizer", "sentencepiece"),
@@ -133,6 +140,11 @@ CHOICES = [
     ("xlm-roberta", "PreTrainedTokenizerFast", "unigram"),
     ("t5", None, "unigram"),
     ("llama", "TheirOwnTokenizer", "byte_level"),
+    ("glm4", "GPT2Tokenizer", "byte_level"),
+    ("olmo3", "GPT2Tokenizer", "byte_level"),
+    ("ernie4_5", "LlamaTokenizer", "sentencepiece"),
+    ("llava_next", "LlamaTokenizer", "sentencepiece"),
+    ("internvl", None, "byte_level"),
 ]
 
 

@@ -80,6 +80,14 @@ CASES = {
         {"added_tokens_decoder": {"0": {"content": "<unk>", **FLAGS}}},
         {"special_tokens_map.json": {"eos_token": "<|e|>"}},
     ),
+    "a named token has its object's flags": (None, {"eos_token": OBJECT}, {}),
+    "special_tokens_map.json lists more": (
+        None, {}, {"special_tokens_map.json": {"additional_special_tokens": ["<|b|>", "<|e|>"]}},
+    ),
+    "special_tokens_map.json's list is not read": (
+        None, {"additional_special_tokens": ["<|e|>"]},
+        {"special_tokens_map.json": {"additional_special_tokens": ["<|b|>"]}},
+    ),
     "special tokens are split": (None, {"split_special_tokens": True}, {}),
 }  # fmt: skip
 
@@ -176,6 +184,22 @@ def test_an_end_token_that_the_model_has_no_row_for(tmp_path):
 def test_added_tokens_that_cannot_be_right(tmp_path, declared, text):
     directory = write(tmp_path, backend_of("byte_level"), {"added_tokens_decoder": declared})
     with pytest.raises(ValueError, match=f"tokenizer_config.json: .*{text}"):
+        from_directory(directory)
+
+
+def test_a_named_token_is_left_out_of_text_whatever_its_file_says(tmp_path):
+    backend = backend_of("byte_level")
+    backend.add_tokens(["<|e|>"])
+    number, files = backend.token_to_id("<|e|>"), write(tmp_path, backend, {"eos_token": "<|e|>"})
+    assert from_directory(files).decode([number]) == ""
+
+
+@pytest.mark.parametrize("value", [{}, [], "x", 2.5, None])
+def test_an_id_that_is_no_number(tmp_path, value):
+    directory = write(
+        tmp_path, backend_of("byte_level"), {}, {"added_tokens.json": {"<|b|>": value}}
+    )
+    with pytest.raises(ValueError, match="added_tokens.json: the added tokens are not ids with"):
         from_directory(directory)
 
 
