@@ -148,9 +148,9 @@ FAULTS = [
         "tests/hf/tokenizer/test_directory.py",
         ("fresh >= rows:", "fresh > rows:"),
         ('bool(settings.get("split_special_tokens", False))', "False"),
-        ("given |= own if isinstance(own, dict) else {}", "pass"),
+        ("given = {**given, **(own if isinstance(own, dict) else {})}", "pass"),
         ("    if not texts:  # a processor's file\n", "    if False:\n"),
-        ('"special": text in special,', ""),
+        ('"special": x in special, ', ""),
     ),
     *in_file(
         "hf/tokenizer/chat.py",
