@@ -23,7 +23,7 @@ from lora_jax.array import LoraArray, LoraStack, RowsArray, SavedArray, is_leaf
 from lora_jax.config.arguments import check_argument, check_tree, kind_of, quoted
 from lora_jax.dims import in_dims
 from lora_jax.quant import sharding as quant_sharding
-from lora_jax.quant.array import QuantArray, form_of, is_quant
+from lora_jax.quant.array import QuantArray, is_quant, units
 from lora_jax.transform.labels import part_spec
 
 __all__ = ["LeafDims", "Rules", "partition_specs", "place", "shardings", "specs"]
@@ -395,6 +395,6 @@ def _divided(x: Any, dims: list[int], sizes: Sequence[int]) -> int | None:
         return next((d for d in dims if x.shape[d] % sizes[d] == 0), None)
     # A quantized matrix is stored in superblocks of inputs, which must stay whole: where there are
     # too few of them it is spread by its outputs.
-    inputs, unit = in_dims(x.roles), form_of(x).rows(x.block)
-    order = [(d, unit) for d in dims] + [(d, 1) for d in dims[::-1] if d not in inputs]
+    inputs, (unit, outputs) = in_dims(x.roles), units(x)
+    order = [(d, unit) for d in dims] + [(d, outputs) for d in dims[::-1] if d not in inputs]
     return next((d for d, unit in order if x.shape[d] % (sizes[d] * unit) == 0), None)

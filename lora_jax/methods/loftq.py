@@ -116,7 +116,7 @@ def _quantize(x: Array, w: Any, like: QuantArray | None, leaf: LeafPlan) -> Quan
             scale_dtype="float32",
             name=leaf.path,
         )
-    double = like.scale2 is not None
+    double = like.scale_map is not None
     q = quantize_array(
         x,
         format=like.format,

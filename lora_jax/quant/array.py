@@ -17,8 +17,11 @@ from jaxtyping import Array, Float
 from lora_jax.dims import from_matrix, in_dims, out_dims, sizes, stack_dims
 from lora_jax.leaf_class import leaf_class
 from lora_jax.quant import formats
+from lora_jax.quant import scales as stored_scales
+from lora_jax.quant.scales import HELD, Held, HeldName, Stored
 
-_DATA = ("packed", "scale", "bias", "scale2", "offset", "scale_map")
+# The fields that hold arrays.
+ARRAYS = ("packed", "scale", "bias", "scale2", "offset", "scale_map", "order")
 # Static: two weights that differ here have different tree structures, and compile apart.
 _META = ("format", "block", "shape", "roles", "dtype", "backend")
 # Which kernels multiply with a weight: "auto" follows JAX's default device, "..._interpret" runs a
@@ -26,6 +29,7 @@ _META = ("format", "block", "shape", "roles", "dtype", "backend")
 Backend = Literal["auto", "reference", "gpu", "tpu", "gpu_interpret", "tpu_interpret"]
 ScaleDtype = Literal["float32", "bfloat16", "float16"]
 SCALE_DTYPES: tuple[ScaleDtype, ...] = get_args(ScaleDtype)
+_PLAIN = Stored()
 
 
 @leaf_class(_META)
@@ -34,15 +38,19 @@ class QuantArray:
     """A block-quantized weight.
 
     Attributes:
-      packed: codes, uint8 `(stack..., K/2, N)` two a byte, or int8 `(stack..., K, N)`. K is
-        padded to whole superblocks.
-      scale: `(stack..., K/B, N)` float, or uint8 codes where the scales are quantized too.
-      bias: `(stack..., K/B, N)` of the affine format, else None.
-      scale2: float32 `(stack..., ⌈K/B·N/256⌉)`, the scales of the scales, or None.
+      packed: codes, uint8 `(stack..., K·bits/8, N)`, for example two a byte, or int8
+        `(stack..., K, N)`. K is padded to whole superblocks.
+      scale: `(stack..., K/B, N)` float, or uint8 codes where the scales are quantized too, or as
+        `lora_jax.quant.scales.HELD` has it.
+      bias: `(stack..., K/B, N)` of an affine format, else None; or as `HELD` has it.
+      scale2: float32 `(stack..., ⌈K/B·N/256⌉)`, the scales of the scales, or None; or as `HELD`
+        has it.
       offset: float32 `(stack...)`, subtracted from the scales before they were quantized.
       scale_map: float32 `(stack..., 256)`, the values of the scales' codes. It is stored because
         bitsandbytes computes it on each machine, not always to the same last bit.
-      format: a name of `formats.FORMATS`.
+      order: int32 `(stack..., inputs)`, the input of each row of the matrix, where they are stored in
+        another order (GPTQ's act-order), or None. Nothing is padded then.
+      format: a name of `formats.FORMATS` or of `scales.HELD`.
       block: inputs that share a scale.
       shape: of the weight.
       roles: one letter a dim of the weight: s stack, i in, o out, u a unit dim.
@@ -61,7 +69,8 @@ class QuantArray:
     scale2: Any = None
     offset: Any = None
     scale_map: Any = None
-    format: formats.FormatName = "nf4"
+    order: Any = None
+    format: formats.FormatName | HeldName = "nf4"
     block: int = 64
     shape: tuple[int, ...] = ()
     roles: str = "io"
@@ -108,11 +117,35 @@ def is_quant(x: Any) -> bool:
 
 def arrays(q: QuantArray) -> list:
     """The arrays of a weight, without the fields that are None."""
-    return [x for x in (getattr(q, name) for name in _DATA) if x is not None]
+    return [x for x in (getattr(q, name) for name in ARRAYS) if x is not None]
 
 
 def form_of(q: QuantArray) -> formats.Format:
-    return formats.FORMATS[q.format]
+    """The format of the codes."""
+    return known(q.format)[0]
+
+
+def known(name: str) -> tuple[formats.Format, Held | None]:
+    """A format by name, and how its scales are held where that is not as plain floats.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if name in HELD:
+        return HELD[name].form, HELD[name]
+    return formats.known_format(name), None
+
+
+def units(q: QuantArray) -> tuple[int, int]:
+    """Inputs and outputs that no shard may divide: their codes or scales lie together."""
+    form, held = known(q.format)
+    blocks, outputs = (0, 1) if held is None else held.units
+    return max(form.packing.slabs, blocks) * q.block, outputs
+
+
+def stored_inputs(q: QuantArray) -> int:
+    """K with its padding."""
+    return q.packed.shape[-2] * 8 // sum(form_of(q).packing.planes)
 
 
 def matrix_sizes(q: QuantArray) -> tuple[tuple[int, ...], int, int]:
@@ -120,18 +153,19 @@ def matrix_sizes(q: QuantArray) -> tuple[tuple[int, ...], int, int]:
     return sizes(q.shape, q.roles)
 
 
-def scales(q: QuantArray) -> Float[Array, "*s b n"]:
-    """The scales as floats, `(stack..., K/B, N)`, decoded if they are quantized."""
-    if q.scale2 is None:
-        return q.scale
-    return formats.expand_scales(q.scale, q.scale2, q.offset, q.scale_map, blocks=_true_blocks(q))
-
-
 def expanded(q: QuantArray) -> QuantArray:
-    """The same weight with its scales in floats."""
-    return q if q.scale2 is None else dataclasses.replace(
-        q, scale=scales(q), scale2=None, offset=None, scale_map=None
-    )  # fmt: skip
+    """The same weight in a plain format, its scales `(stack..., K/B, N)` in floats."""
+    if q.scale_map is not None:
+        scale = stored_scales.expand_scales(
+            q.scale, q.scale2, q.offset, q.scale_map, blocks=_true_blocks(q)
+        )
+        return dataclasses.replace(q, scale=scale, scale2=None, offset=None, scale_map=None)
+    form, held = known(q.format)
+    if held is None:
+        return q
+    blocks = stored_inputs(q) // q.block
+    scale, bias = held.floats(q.scale, q.bias, q.scale2, blocks, q.packed.shape[-1])
+    return dataclasses.replace(q, format=form.name, scale=scale, bias=bias, scale2=None)
 
 
 def _true_blocks(q: QuantArray) -> int:
@@ -140,13 +174,21 @@ def _true_blocks(q: QuantArray) -> int:
 
 
 def coded(q: QuantArray) -> formats.Coded:
-    """The weight's matrices with their scales in floats."""
-    return formats.Coded(q.packed, scales(q), q.bias, form=form_of(q), block=q.block)
+    """The weight's matrices, rows as they are stored, with their scales in floats."""
+    q = expanded(q)
+    return formats.Coded(q.packed, q.scale, q.bias, form=form_of(q), block=q.block)
 
 
 def matrix(q: QuantArray) -> Float[Array, "*s k n"]:
     """The decoded matrix with its padding, in the weight's dtype."""
-    return formats.decode(coded(q), q.dtype)
+    return in_order(formats.decode(coded(q), q.dtype), q)
+
+
+def in_order(m: Float[Array, "*s k n"], q: QuantArray) -> Float[Array, "*s k n"]:
+    """Decoded rows, or some columns of them, in the order of the weight's inputs."""
+    if q.order is None:
+        return m
+    return jnp.take_along_axis(m, jnp.argsort(q.order)[..., None], axis=-2)
 
 
 def default_roles(ndim: int) -> str:
@@ -160,22 +202,26 @@ def check(q: QuantArray, name: str = "w") -> QuantArray:
     Raises:
       ValueError: the metadata disagrees with the arrays.
     """
-    form = formats.known_format(q.format)
+    form, held = known(q.format)
     stack, fan_in, fan_out = matrix_sizes(q)
     # K counts padding in `packed` and `scale`, but not in `scale2`: bitsandbytes has no padding.
-    rows = formats.padded_inputs(fan_in, form, q.block)
-    blocks = (*stack, rows // q.block, fan_out)
+    unit = units(q)[0]
+    blocks = -(-fan_in // unit) * unit // q.block
     packing = form.packing
-    wanted: dict = {"packed": ((*stack, rows // packing.slabs, fan_out), (packing.dtype,))}
-    double = q.scale2 is not None
-    wanted["scale"] = (blocks, ("uint8",) if double else SCALE_DTYPES)
-    if form.affine:
-        wanted["bias"] = (blocks, SCALE_DTYPES)
-    if double:
-        count = -(-_true_blocks(q) * fan_out // formats.SCALE_BLOCK)
+    stored = blocks * q.block * sum(packing.planes) // 8
+    wanted: dict = {"packed": ((*stack, stored, fan_out), (packing.dtype,))}
+    kept = held or Held(form, tuple, bias=_PLAIN if form.affine else None)
+    for part in ("scale", "bias", "scale2"):
+        if (array := getattr(kept, part)) is not None:
+            wanted[part] = ((*stack, *array.shape(blocks, fan_out)), array.dtypes)
+    if q.scale_map is not None:
+        count = -(-_true_blocks(q) * fan_out // stored_scales.SCALE_BLOCK)
+        wanted |= {"scale": (wanted["scale"][0], ("uint8",))}
         wanted |= {"scale2": ((*stack, count), ("float32",)), "offset": (stack, ("float32",))}
         wanted["scale_map"] = ((*stack, 256), ("float32",))
-    for part in _DATA:
+    if q.order is not None:
+        wanted["order"] = ((*stack, fan_in), ("int32",))
+    for part in ARRAYS:
         have = getattr(q, part)
         if part not in wanted and have is None:
             continue

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 from lora_jax.dims import AnyArray, in_dims, out_dims, sizes, to_matrix
 from lora_jax.quant import formats
 from lora_jax.quant.array import SCALE_DTYPES, QuantArray, ScaleDtype, default_roles
+from lora_jax.quant.scales import compress_scales, expand_scales
 from lora_jax.quant.sharding import matrix_spec, parts_of
 
 
@@ -51,8 +52,8 @@ def quantize_array(
     Args:
       w: floating-point array. One that is spread over a mesh stays so, and has the codes that it
         has on one device.
-      format: "nf4", "fp4", "int4" (signed scales), "uint4" (a scale and a bias a block) or
-        "int8".
+      format: a name of `formats.FORMATS`, such as "nf4", "int4" (signed scales), "uint4" (a scale
+        and a bias a block), "int8" or "fp8".
       block_size: inputs that share a scale, a power of two of at least 16.
       scale_dtype: of the scales: "bfloat16" by default. With `double_quant` it is "float32" and
         no other, as in bitsandbytes: the scales are quantized from that.
@@ -126,7 +127,7 @@ def _check_format(form: formats.Format, block: int, scale_dtype: str, double: bo
         )
     if double and form.scale != "absmax":
         raise ValueError(
-            f"`double_quant` needs a format whose scales are magnitudes (nf4, fp4, int8), got "
+            f"`double_quant` needs a format whose scales are magnitudes (nf4, fp4, int8, fp8), got "
             f'"{form.name}"'
         )
 
@@ -204,8 +205,8 @@ def _compressed(
     scale: Float[Array, "*s b n"], how: _How, blocks: int, dtype: DTypeLike
 ) -> tuple[dict[str, Any], Bool[Array, ""]]:
     """The fields of scales that are quantized too, and whether decoded ones are lost."""
-    found = _over_stack(lambda s: formats.compress_scales(s, blocks), scale)
-    decoded = formats.expand_scales(
+    found = _over_stack(lambda s: compress_scales(s, blocks), scale)
+    decoded = expand_scales(
         found["scale"], found["scale2"], found["offset"], found["scale_map"], blocks=blocks
     )
     return found, ~jnp.all(jnp.isfinite(_extremes(decoded, None, how.form, dtype)))
@@ -219,9 +220,7 @@ def _extremes(
 ) -> Float[Array, "2 *s b n"]:
     """The lowest and the highest value that each block's codes stand for, in the weight's dtype."""
     size = jnp.abs(scale.astype(jnp.float32))
-    # int8 codes are their own values.
-    values = (-127, 127) if form.codebook is None else form.codebook
-    ends = [size * v for v in (min(values), max(values))]
+    ends = [size * v for v in form.ends]
     if bias is not None:
         ends = [end + bias.astype(jnp.float32) for end in ends]
     return jnp.stack(ends).astype(dtype)

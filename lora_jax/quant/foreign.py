@@ -25,6 +25,7 @@ from lora_jax.quant.array import (
     form_of,
     matrix_sizes,
 )
+from lora_jax.quant.scales import SCALE_BLOCK, dynamic_map
 
 _STATE = "quant_state.bitsandbytes__"
 
@@ -272,8 +273,8 @@ def with_nested(
     """
     table = np.asarray(tensors["nested_quant_map"], np.float32).reshape(-1)
     # bitsandbytes computes this table on the machine that quantizes, so its last bits differ.
-    _same_table(table, formats.dynamic_map(), "nested_quant_map", name, ulp=4)
-    if int(state["nested_blocksize"]) != formats.SCALE_BLOCK:
+    _same_table(table, dynamic_map(), "nested_quant_map", name, ulp=4)
+    if int(state["nested_blocksize"]) != SCALE_BLOCK:
         raise ValueError(f"`{name}`: nested_blocksize is {state['nested_blocksize']}, not 256")
     return dataclasses.replace(
         q,
@@ -327,7 +328,7 @@ def to_bitsandbytes(q: QuantArray, *, name: str = "weight") -> dict[str, np.ndar
     }
     if q.scale2 is not None:
         out |= {"nested_absmax": np.asarray(q.scale2), "nested_quant_map": np.asarray(q.scale_map)}
-        state |= {"nested_blocksize": formats.SCALE_BLOCK, "nested_dtype": "float32",
+        state |= {"nested_blocksize": SCALE_BLOCK, "nested_dtype": "float32",
                   "nested_offset": float(q.offset)}  # fmt: skip
     out[_STATE + q.format] = np.frombuffer(json.dumps(state).encode(), np.uint8)
     return out

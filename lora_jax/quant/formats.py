@@ -11,13 +11,18 @@ contiguous slabs with one scale row each, in the forward and in the transposed p
 
     packed[jB + r, n] = code(2jB + r, n) | code(2jB + B + r, n) << 4
 
+Codes of 3, 5 and 6 bits are cut into planes of 1, 2 or 4 bits, each of which is stored so; the planes
+of a superblock follow each other, the lowest bits first.
+
 Source: Dettmers et al. 2023, "QLoRA", section 3 and appendix E (NF4's values are bitsandbytes').
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -38,8 +43,21 @@ _FP4_POSITIVE = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 _FP4 = tuple(x / 12 for x in _FP4_POSITIVE) + tuple(-x / 12 for x in _FP4_POSITIVE)
 
 
+# FP4 with two bits of exponent and one of mantissa: MXFP4, NVFP4.
+_E2M1_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1 = _E2M1_POSITIVE + tuple(-x for x in _E2M1_POSITIVE)
+# ggml's table for IQ4_NL and IQ4_XS.
+_IQ4 = (
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0,
+    89.0, 113.0,
+)  # fmt: skip
+
+
 # The keys of `FORMATS`, for annotations.
-FormatName = Literal["nf4", "fp4", "int4", "uint4", "int8"]
+FormatName = Literal[
+    "nf4", "fp4", "int4", "uint4", "int8", "fp8", "e2m1", "iq4", "uint2", "int3", "int5", "uint5",
+    "int6",
+]  # fmt: skip
 # What a weight is decoded for; kernels have it in their names, see `lora_jax.quant.matmul`.
 Pass = Literal["forward", "backward"]
 
@@ -48,26 +66,59 @@ Pass = Literal["forward", "backward"]
 class Packing:
     """How codes share bytes, for JAX and NumPy arrays and inside kernels.
 
+    A superblock has as many blocks (slabs) as codes of the narrowest plane share a byte.
+
     Attributes:
+      planes: bits of each plane, the lowest first; 1, 2, 4 or 8.
       dtype: of the packed array.
-      slabs: blocks of a superblock, whose codes share their bytes.
-      join: the codes of each slab (unsigned where several share a byte) to bytes.
-      split: bytes to the codes of each slab.
     """
 
-    dtype: Literal["uint8", "int8"]
-    slabs: int
-    join: Callable[[list], Any]
-    split: Callable[[Any], list]
+    planes: tuple[int, ...]
+    dtype: Literal["uint8", "int8"] = "uint8"
+
+    @property
+    def slabs(self) -> int:
+        """Blocks of a superblock, whose codes share their bytes."""
+        return 8 // min(self.planes)
+
+    @property
+    def rows(self) -> int:
+        """Blocks of bytes that a superblock takes."""
+        return self.slabs * sum(self.planes) // 8
+
+    def join(self, slabs: list) -> list:
+        """The codes of each slab (unsigned where several share a byte) to blocks of bytes."""
+        out, low = [], 0
+        for bits in self.planes:
+            cut = [_bits(slab, low, bits) for slab in slabs] if len(self.planes) > 1 else slabs
+            for first in range(0, len(cut), 8 // bits):
+                byte, *others = cut[first : first + 8 // bits]
+                for place, codes in enumerate(others, start=1):
+                    byte = byte | (codes << bits * place)
+                out.append(byte)
+            low += bits
+        return out
+
+    def split(self, blocks: Sequence) -> list:
+        """Blocks of bytes to the codes of each slab."""
+        slabs, low, at = [0] * self.slabs, 0, 0
+        for bits in self.planes:
+            for slab in range(self.slabs):
+                block, place = divmod(slab, 8 // bits)
+                part = _bits(blocks[at + block], bits * place, bits)
+                slabs[slab] = part if low == 0 else slabs[slab] | (part << low)
+            low, at = low + bits, at + self.slabs * bits // 8
+        return slabs
 
 
-NIBBLES = Packing(
-    "uint8",
-    2,
-    lambda halves: halves[0] | (halves[1] << 4),
-    lambda packed: [packed & 15, packed >> 4],
-)
-BYTES = Packing("int8", 1, lambda slabs: slabs[0], lambda byte: [byte])
+def _bits(byte: Any, low: int, count: int) -> Any:
+    """Some bits of a byte, as a number."""
+    part = byte >> low if low else byte
+    return part if low + count == 8 else part & (2**count - 1)
+
+
+NIBBLES = Packing((4,))
+BYTES = Packing((8,), "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +128,17 @@ class Format:
     Attributes:
       name: as in `quantize(format=)`.
       packing: how its codes share bytes.
-      codebook: value of each code; None for codes that are their own value.
-      scale: "absmax" (largest magnitude becomes 1), "signed" (it becomes the lowest code, so the
-        scale takes its sign: an eighth less error than a symmetric one), or "range" (lowest and
-        highest value become the first and the last code, and there is a bias).
+      codebook: value of each code; None for codes that are their own value, "e4m3" for those that
+        are the bits of an 8-bit float.
+      scale: "absmax" (the largest magnitude becomes the codebook's), "signed" (it becomes the first
+        code, so the scale takes its sign: an eighth less error than a symmetric one), or "range"
+        (lowest and highest value become the first and the last code, and there is a bias).
       zero: the code that padding is filled with; its value is 0 (or its scale is).
     """
 
     name: FormatName
     packing: Packing
-    codebook: tuple[float, ...] | None
+    codebook: tuple[float, ...] | Literal["e4m3"] | None
     scale: Literal["absmax", "signed", "range"]
     zero: int
 
@@ -94,20 +146,44 @@ class Format:
     def affine(self) -> bool:
         return self.scale == "range"
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest value of a code; -128 stays unused."""
+        if isinstance(self.codebook, tuple):
+            return min(self.codebook), max(self.codebook)
+        return (-127.0, 127.0) if self.codebook is None else (-448.0, 448.0)
+
+    @property
+    def table(self) -> tuple[float, ...] | None:
+        """The codebook, where values cannot be computed from codes."""
+        if not isinstance(self.codebook, tuple) or np.all(np.diff(self.codebook) == 1.0):
+            return None
+        return self.codebook
+
     def rows(self, block: int) -> int:
         """Inputs of one superblock: their codes lie together."""
         return self.packing.slabs * block
 
 
-_SIGNED = tuple(float(c - 8) for c in range(16))
-_UNSIGNED = tuple(float(c) for c in range(16))
+def _integers(bits: int, first: int = 0) -> tuple[float, ...]:
+    return tuple(float(first + c) for c in range(2**bits))
+
+
 FORMATS: dict[str, Format] = {
     # Codes start at the lowest value, and 7 is NF4's exact zero.
     "nf4": Format("nf4", NIBBLES, _NF4, scale="absmax", zero=7),
     "fp4": Format("fp4", NIBBLES, _FP4, scale="absmax", zero=0),
-    "int4": Format("int4", NIBBLES, _SIGNED, scale="signed", zero=8),
-    "uint4": Format("uint4", NIBBLES, _UNSIGNED, scale="range", zero=0),
+    "int4": Format("int4", NIBBLES, _integers(4, -8), scale="signed", zero=8),
+    "uint4": Format("uint4", NIBBLES, _integers(4), scale="range", zero=0),
     "int8": Format("int8", BYTES, None, scale="absmax", zero=0),
+    "fp8": Format("fp8", Packing((8,)), "e4m3", scale="absmax", zero=0),
+    "e2m1": Format("e2m1", NIBBLES, _E2M1, scale="absmax", zero=0),
+    "iq4": Format("iq4", NIBBLES, _IQ4, scale="signed", zero=8),
+    "uint2": Format("uint2", Packing((2,)), _integers(2), scale="range", zero=0),
+    "int3": Format("int3", Packing((2, 1)), _integers(3, -4), scale="signed", zero=4),
+    "int5": Format("int5", Packing((4, 1)), _integers(5, -16), scale="signed", zero=16),
+    "uint5": Format("uint5", Packing((4, 1)), _integers(5), scale="range", zero=0),
+    "int6": Format("int6", Packing((4, 2)), _integers(6, -32), scale="signed", zero=32),
 }
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -152,11 +228,12 @@ def code_values(codes: Integer[Array, "*c"], form: Format) -> Float[Array, "*c"]
     """The codebook's value of each code, float32: arithmetic and selects only, no gather."""
     if form.codebook is None:
         return codes.astype(jnp.float32)
-    # Codebooks of consecutive integers need no table.
-    steps = np.diff(form.codebook)
-    if np.all(steps == 1.0):
-        return codes.astype(jnp.int32).astype(jnp.float32) + np.float32(form.codebook[0])
     wide = codes.astype(jnp.int32)
+    if form.codebook == "e4m3":
+        return _e4m3(wide)
+    # Codebooks of consecutive integers need no table.
+    if form.table is None:
+        return wide.astype(jnp.float32) + np.float32(form.codebook[0])
     # The lowest bit chooses between two constants. As a select XLA:CPU would move both, at the
     # weight's full size, out of a loop over layers: 16 float32 copies of it.
     # 0 or -1: a mask of no or all 32 bits.
@@ -174,24 +251,48 @@ def code_values(codes: Integer[Array, "*c"], form: Format) -> Float[Array, "*c"]
     return level[0]
 
 
+def _e4m3(bits: Integer[Array, "*c"]) -> Float[Array, "*c"]:
+    """The 8-bit floats with four bits of exponent and three of mantissa, without infinity.
+
+    In integers, because devices flush the small float32 that a shift of the bits would give.
+    """
+    exponent, mantissa = (bits >> 3) & 15, bits & 7
+    # Numbers whose exponent is 0 have no leading 1, and the step of those above them.
+    whole = jnp.where(exponent == 0, mantissa, mantissa + 8).astype(jnp.float32)
+    # The bits of a float32 that is a power of two: its step is 2^(exponent - 10).
+    step = lax.bitcast_convert_type((jnp.maximum(exponent, 1) + 117) << 23, jnp.float32)
+    return jnp.where(bits >= 128, -whole, whole) * step
+
+
 def pack(codes: Integer[AnyArray, "*s k n"], form: Format, block: int) -> Any:
     """Puts the codes of whole superblocks into bytes."""
     packing = form.packing
     *stack, rows, cols = codes.shape
     # K is (superblock, slab, row of the slab); the slabs of a superblock share their bytes.
     by_slab = codes.reshape(*stack, rows // form.rows(block), packing.slabs, block, cols)
-    packed = packing.join([by_slab[..., i, :, :] for i in range(packing.slabs)])
-    return packed.astype(packing.dtype).reshape(*stack, rows // packing.slabs, cols)
+    blocks = packing.join([by_slab[..., i, :, :] for i in range(packing.slabs)])
+    stacked = blocks[0] if len(blocks) == 1 else _stack(blocks)
+    stored = rows * packing.rows // packing.slabs
+    return stacked.astype(packing.dtype).reshape(*stack, stored, cols)
+
+
+def _stack(parts: Sequence[AnyArray]) -> Any:
+    """Blocks of rows one below the other: `(..., s, b, n)`."""
+    of = jnp if isinstance(parts[0], jax.Array) else np
+    return of.stack(parts, axis=-3)
 
 
 def unpack(
     packed: Integer[AnyArray, "*s p n"], form: Format, block: int
 ) -> Integer[Array, "*s k n"]:
     """The codes `(..., K, N)`: the inverse of `pack`."""
-    *stack, rows, cols = packed.shape
-    slabs = form.packing.split(packed.reshape(*stack, rows // block, block, cols))
+    *stack, stored, cols = packed.shape
+    packing = form.packing
+    blocks = packed.reshape(*stack, stored // (packing.rows * block), packing.rows, block, cols)
+    slabs = packing.split([blocks[..., i, :, :] for i in range(packing.rows)])
     # The slab goes between superblock and row, so that flattening restores the order of K.
-    return jnp.stack(slabs, axis=-3).reshape(*stack, len(slabs) * rows, cols)
+    rows = stored // packing.rows * packing.slabs
+    return jnp.stack(slabs, axis=-3).reshape(*stack, rows, cols)
 
 
 def unpack_rows(
@@ -205,8 +306,10 @@ def unpack_rows(
       form, block: how to read it.
     """
     superblock, inside = rows // form.rows(block), rows % form.rows(block)
-    byte = jnp.take(packed, superblock * block + inside % block, axis=packed.ndim - 2)
-    first, *others = form.packing.split(byte)
+    first_byte = superblock * form.packing.rows * block + inside % block
+    take = functools.partial(jnp.take, packed, axis=packed.ndim - 2)
+    bytes_ = [take(first_byte + i * block) for i in range(form.packing.rows)]
+    first, *others = form.packing.split(bytes_)
     for slab, codes in enumerate(others, start=1):
         first = jnp.where((inside // block == slab)[:, None], codes, first)
     return first
@@ -235,36 +338,40 @@ def encode(
         bias = low.astype(scale_dtype)
         # 16 codes span 15 steps. Codes are counted from the bias as it is stored, so its rounding
         # shifts them and not the weight.
-        scale = (jnp.max(blocks, axis=-2) - low) / 15
+        scale = (jnp.max(blocks, axis=-2) - low) / form.ends[1]
         blocks = blocks - bias.astype(jnp.float32)[..., None, :]
     else:
         scale = _magnitude(blocks, form)
     scale = scale.astype(scale_dtype)
-    inverse = _inverse(scale.astype(jnp.float32))[..., None, :]
-    codes = _nearest(blocks * inverse, form)
+    factor = inverse(scale.astype(jnp.float32))[..., None, :]
+    codes = _nearest(blocks * factor, form)
     return codes.reshape(*stack, rows, cols), scale, bias
 
 
 def _magnitude(blocks: Float[Array, "*s b k n"], form: Format) -> Float[Array, "*s b n"]:
     largest = jnp.max(jnp.abs(blocks), axis=-2)
-    # Only -8 has magnitude 8: the extreme value takes it, whichever sign it has.
+    # Of int4 only -8 has magnitude 8: the extreme value takes it, whichever sign it has.
     if form.scale == "signed":
         top, bottom = jnp.max(blocks, axis=-2), jnp.min(blocks, axis=-2)
-        return jnp.where(top > -bottom, top, bottom) / -8
-    # -128 stays unused, so that both signs reach equally far.
-    return largest / 127 if form.codebook is None else largest
+        return jnp.where(top > -bottom, top, bottom) / form.ends[0]
+    return largest / form.ends[1]
 
 
-def _inverse(scale: Float[AnyArray, "*s"]) -> Float[Array, "*s"]:
+def inverse(scale: Float[AnyArray, "*s"]) -> Float[Array, "*s"]:
+    """1 / scale, and 0 for a scale of 0."""
     # Like bitsandbytes, one division a block and then products: codes at a tie depend on it.
     return jnp.where(scale == 0, 0.0, 1 / jnp.where(scale == 0, 1.0, scale))
 
 
 def _nearest(x: Float[Array, "*s"], form: Format) -> Integer[Array, "*s"]:
+    first, last = form.ends
     if form.codebook is None:
-        return jnp.clip(jnp.round(x), -127, 127).astype(jnp.int8)
-    first, last = form.codebook[0], form.codebook[-1]
-    if form.scale != "absmax":
+        return jnp.clip(jnp.round(x), first, last).astype(jnp.int8)
+    if form.codebook == "e4m3":
+        # The scale is rounded, so that a value may lie beyond the last one, which has no code.
+        float8 = jnp.clip(x, first, last).astype(jnp.float8_e4m3fn)
+        return lax.bitcast_convert_type(float8, jnp.uint8)
+    if form.table is None:
         return (jnp.clip(jnp.round(x), first, last) - first).astype(jnp.uint8)
     order, middles = _ladder(form)
     place: Any = sum((x > m).astype(jnp.uint8) for m in middles)  # a tie takes the lower code
@@ -292,89 +399,3 @@ def decode(w: Coded, dtype: DTypeLike) -> Float[Array, "*s k n"]:
     if w.bias is not None:
         values = values + w.bias.astype(jnp.float32)[..., None, :]
     return values.reshape(*stack, rows, cols).astype(dtype)
-
-
-def dynamic_map() -> np.ndarray:
-    """bitsandbytes' signed dynamic map: the 256 values of an 8-bit code of a scale, ascending.
-
-    Source: Dettmers 2015, "8-Bit Approximations for Parallelism in Deep Learning", section 2.1.3;
-    bitsandbytes `create_dynamic_map(signed=True)`.
-    """
-    # 254 midpoints of both signs follow, which reach neither 0 nor 1; together 256 codes.
-    values = [0.0, 1.0]
-    for exponent in range(7):
-        edges = _linspace(0.1, 1.0, 2**exponent + 1)
-        means = (edges[:-1] + edges[1:]) / np.float32(2)
-        tens = np.float32(10.0 ** (exponent - 6))
-        values += [*(tens * means).tolist(), *(-tens * means).tolist()]
-    return np.sort(np.asarray(values, np.float32))
-
-
-def _linspace(first: float, last: float, count: int) -> np.ndarray:
-    """float32 points counted from both ends, as torch.linspace does, whose bits the map has."""
-    step = np.float32((np.float32(last) - np.float32(first)) / np.float32(count - 1))
-    number = np.arange(count)
-    up = np.float32(first) + step * number.astype(np.float32)
-    down = np.float32(last) - step * (count - 1 - number).astype(np.float32)
-    return np.where(number < count / 2, up, down).astype(np.float32)
-
-
-SCALE_BLOCK = 256  # scales that share a scale
-
-
-def compress_scales(scale: Float[Array, "b n"], blocks: int) -> dict:
-    """Quantizes the scales of one matrix.
-
-    Args:
-      scale: float32 `(K/B, N)`; the last blocks may be padding.
-      blocks: how many are not padding.
-
-    Returns:
-      The fields of a `QuantArray`: `scale` as uint8 codes, `scale2`, `offset` and `scale_map`.
-    """
-    rows, cols = scale.shape
-    # bitsandbytes numbers scales along the rows of `(N, K)`. They are all positive: without their
-    # mean they use both halves of the signed map.
-    flat = scale[:blocks].T.reshape(-1)
-    offset = jnp.mean(flat)
-    count = -(-flat.size // SCALE_BLOCK)
-    rest = jnp.pad(flat - offset, (0, count * SCALE_BLOCK - flat.size)).reshape(count, SCALE_BLOCK)
-    scale2 = jnp.max(jnp.abs(rest), axis=1)
-    scaled = rest * _inverse(scale2)[:, None]
-    table = dynamic_map()
-    middles = (table[1:] + table[:-1]) / np.float32(2)
-    # "left" gives a tie the lower code, as in `_nearest`.
-    codes = jnp.searchsorted(jnp.asarray(middles), scaled, side="left").astype(jnp.uint8)
-    codes = codes.reshape(-1)[: flat.size].reshape(cols, blocks).T
-    filled = jnp.zeros((rows - blocks, cols), jnp.uint8)
-    return {
-        "scale": jnp.concatenate([codes, filled]),
-        "scale2": scale2,
-        "offset": offset,
-        "scale_map": jnp.asarray(table),
-    }
-
-
-def expand_scales(
-    codes: Integer[AnyArray, "*s b n"],
-    scale2: Float[AnyArray, "*s groups"],
-    offset: Float[AnyArray, "*s"],
-    scale_map: Float[AnyArray, "*s 256"],
-    *,
-    blocks: int,
-) -> Float[Array, "*s b n"]:
-    """The scales as float32 numbers, `(stack..., K/B, N)`.
-
-    Args:
-      codes: uint8 `(stack..., K/B, N)`.
-      scale2, offset, scale_map: of `compress_scales`, with the same stack.
-      blocks: how many of `K/B` are not padding.
-    """
-    *stack, rows, cols = codes.shape
-    # Padding takes the group of the last true block: the index must exist, and the codes under it
-    # decode to 0 with any scale.
-    row = jnp.minimum(lax.broadcasted_iota(jnp.int32, (rows, cols), 0), blocks - 1)
-    group = (lax.broadcasted_iota(jnp.int32, (rows, cols), 1) * blocks + row) // SCALE_BLOCK
-    number = codes.astype(jnp.int32).reshape(*stack, rows * cols)
-    value = jnp.take_along_axis(scale_map, number, axis=-1).reshape(codes.shape)
-    return value * jnp.take(scale2, group, axis=-1) + offset[..., None, None]

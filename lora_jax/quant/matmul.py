@@ -18,14 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from lora_jax import compat
 from lora_jax.dims import AnyArray, from_matrix
 from lora_jax.quant import dispatch
-from lora_jax.quant.array import QuantArray, expanded, form_of, matrix_sizes
+from lora_jax.quant.array import QuantArray, expanded, form_of, in_order, matrix_sizes
 from lora_jax.quant.formats import Coded, Pass
 from lora_jax.quant.kernels import reference
+from lora_jax.quant.scales import HELD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +114,26 @@ _product.defvjp(_product_forward, _product_backward)
 
 def _apart(q: QuantArray) -> QuantArray:
     """The same weight behind a barrier, so that XLA does not keep the forward pass's scales."""
-    if q.scale2 is None:
+    if q.scale_map is None and q.format not in HELD:
         return q
-    return dataclasses.replace(q, scale=lax.optimization_barrier(q.scale))
+    return dataclasses.replace(q, **lax.optimization_barrier({"scale": q.scale, "bias": q.bias}))
 
 
 def _multiply(form: _Form, x: AnyArray, q: QuantArray, direction: Pass) -> Array:
     """The products of a stack in turn, so that only one matrix is decoded at a time."""
+    if q.order is not None and not form.transposed:
+        x = _taken(x, q.order)
     # (stack..., m..., K) · (stack..., K, N)
-    return _each_matrix(q, lambda w, x: _single(form, x, w, q=q, direction=direction), x)
+    y = _each_matrix(q, lambda w, x: _single(form, x, w, q=q, direction=direction), x)
+    return _taken(y, jnp.argsort(q.order)) if q.order is not None and form.transposed else y
+
+
+def _taken(x: Float[AnyArray, "*m k"], order: Integer[AnyArray, "*s k"]) -> Float[Array, "*m k"]:
+    """The last dim of `x` (stack..., m..., K) in an order of each matrix."""
+    take = functools.partial(jnp.take, axis=-1)
+    for _ in order.shape[:-1]:
+        take = jax.vmap(take)
+    return take(x, order)
 
 
 def _each_matrix(q: QuantArray, call: Callable[..., Array], *arrays: AnyArray) -> Array:
@@ -160,7 +172,7 @@ def _single(
     )
     if kernel.matmul is not None:
         flat = x.reshape(rows, x.shape[-1])
-        padding = w.packed.shape[0] * w.form.packing.slabs - fan_in
+        padding = w.scale.shape[0] * w.block - fan_in
         if padding and not form.transposed:
             # A fused kernel contracts K with its padding; zeros add nothing.
             flat = jnp.pad(flat, ((0, 0), (0, padding)))
@@ -237,7 +249,7 @@ def _decoded(q: QuantArray, direction: Pass) -> Float[Array, "..."]:
     if kernel.is_reference:
         return q.dequantize()
     m = _each_matrix(expanded(q), lambda w: kernel.decode(w, dtype=q.dtype, name=direction))
-    return from_matrix(m, q.shape, q.roles)
+    return from_matrix(in_order(m, q), q.shape, q.roles)
 
 
 @jax.tree_util.register_dataclass

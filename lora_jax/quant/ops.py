@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from lora_jax.dims import AnyArray, in_dims, in_range, out_dims, reshape_roles, stack_dims
 from lora_jax.quant import formats
-from lora_jax.quant.array import QuantArray, coded, form_of, scales
+from lora_jax.quant.array import QuantArray, coded, expanded, form_of, in_order
 from lora_jax.quant.matmul import linear, matmul
 
 
@@ -120,6 +120,8 @@ def gather(
         return _pick_stack(q, index, valid, dim=dim, numbers=numbers)
     if role == "u" or [d for d in range(q.ndim) if q.roles[d] == role] != [dim]:
         return None
+    if role == "i" and q.order is not None:
+        return None
     rows = _rows(q, index) if role == "i" else _columns(q, index)
     if valid is not None:
         # NaN is what `jnp.take` fills float arrays with.
@@ -142,7 +144,7 @@ def take(q: QuantArray, index: Any, dim: int) -> Array:
       dim: alone in its role (in or out); otherwise the whole weight is decoded.
     """
     index, role = jnp.asarray(index), q.roles[dim]
-    if role not in "io" or q.roles.count(role) > 1:
+    if role not in "io" or q.roles.count(role) > 1 or (role == "i" and q.order is not None):
         return jnp.moveaxis(jnp.take(q.dequantize(), index, axis=dim), dim, 0)
     return _rows(q, index) if role == "i" else _columns(q, index)
 
@@ -159,12 +161,12 @@ def _index(
 
 def _rows(q: QuantArray, index: Integer[Array, "*m"]) -> Float[Array, "..."]:
     """`W[index]` of an in dim: `(index..., the other dims)`."""
-    form, block = form_of(q), q.block
+    q, form, block = expanded(q), form_of(q), q.block
     number = index.reshape(-1)
     take = functools.partial(jnp.take, axis=-2)
     values = formats.code_values(formats.unpack_rows(q.packed, number, form, block), form)
     # Every row has the scale of its block.
-    values = values * take(scales(q), number // block).astype(jnp.float32)
+    values = values * take(q.scale, number // block).astype(jnp.float32)
     if q.bias is not None:
         values = values + take(q.bias, number // block).astype(jnp.float32)
     return _shaped(q, index, values, axis=-2, role="i")
@@ -181,7 +183,7 @@ def _columns(q: QuantArray, index: Integer[Array, "*m"]) -> Float[Array, "..."]:
         scale=take(w.scale),
         bias=None if w.bias is None else take(w.bias),
     )
-    values = formats.decode(few, jnp.float32)
+    values = in_order(formats.decode(few, jnp.float32), q)
     # A column is decoded with its padding, which is cut off here.
     fan_in = math.prod(q.shape[d] for d in in_dims(q.roles))
     return _shaped(q, index, values[..., :fan_in, :], axis=-1, role="o")

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import processes
 from lora_jax.dims import in_dims, out_dims, stack_dims
-from lora_jax.quant.array import QuantArray, form_of, matrix_sizes
+from lora_jax.quant.array import ARRAYS, QuantArray, known, matrix_sizes, stored_inputs, units
 
 
 def matrix_spec(q: QuantArray, spec: PartitionSpec) -> PartitionSpec:
@@ -40,16 +40,16 @@ def matrix_spec(q: QuantArray, spec: PartitionSpec) -> PartitionSpec:
 def array_specs(q: QuantArray, spec: PartitionSpec) -> QuantArray:
     """A `QuantArray` with a spec in place of each array."""
     matrix = matrix_spec(q, spec)
-    # The scales of scales run over the whole matrix and follow only its stack.
+    # The scales of scales run over the whole matrix and follow only its stack, as orders do.
     stack = PartitionSpec(*tuple(matrix)[:-2])
+    specs = dict.fromkeys(ARRAYS, stack) | dict.fromkeys(("packed", "scale", "bias"), matrix)
+    held = known(q.format)[1]
+    for name in ("scale", "bias", "scale2") if held else ():
+        # One row for all inputs is the same in every part of them.
+        if (array := getattr(held, name)) is not None:
+            specs[name] = matrix if array.blocks else PartitionSpec(*stack, None, matrix[-1])
     return dataclasses.replace(
-        q,
-        packed=matrix,
-        scale=matrix,
-        bias=None if q.bias is None else matrix,
-        scale2=None if q.scale2 is None else stack,
-        offset=None if q.offset is None else stack,
-        scale_map=None if q.scale_map is None else stack,
+        q, **{name: spec for name, spec in specs.items() if getattr(q, name) is not None}
     )
 
 
@@ -70,8 +70,19 @@ def check_shards(q: QuantArray, spec: PartitionSpec, mesh: Mesh | AbstractMesh) 
     """
     parts = _parts(q, spec, mesh)
     # The halves of a superblock share bytes: a shard cannot end between them.
-    rows = form_of(q).rows(q.block)
-    blocks = q.scale.shape[-2] * q.block // rows
+    rows, outputs = units(q)
+    blocks = stored_inputs(q) // rows
+    if parts > 1 and q.order is not None:
+        raise ValueError(
+            f"a quantized weight of shape {q.shape}, roles {q.roles}, has its inputs in an order of "
+            "their own (act-order): they cannot be split among devices; shard another dim"
+        )
+    columns = parts_of(mesh, matrix_spec(q, spec)[-1])
+    if outputs > 1 and q.packed.shape[-1] % (outputs * columns) and columns > 1:
+        raise ValueError(
+            f"a quantized weight of shape {q.shape}, roles {q.roles}, has a scale for {outputs} "
+            f"outputs: they cannot be split among {columns} devices; shard another dim"
+        )
     if blocks % parts:
         raise ValueError(
             f"a quantized weight of shape {q.shape}, roles {q.roles}, has {blocks} superblocks of "
@@ -118,7 +129,7 @@ def local_part(q: QuantArray, spec: PartitionSpec, mesh: Mesh | AbstractMesh) ->
       ValueError: a shard's inputs are not whole superblocks of its own.
     """
     check_shards(q, spec, mesh)
-    stored, inputs = q.scale.shape[-2] * q.block, matrix_sizes(q)[1]
+    stored, inputs = stored_inputs(q), matrix_sizes(q)[1]
     # All padding is at the end, so the last shard would have fewer true inputs than the others.
     if stored != inputs and _parts(q, spec, mesh) > 1:
         raise ValueError(

@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-# The formats of a quantized base; "file" keeps the blocks of a GGUF or bitsandbytes file.
-Quantization = Literal["nf4", "fp4", "int4", "uint4", "int8", "file"]
+# The formats of a quantized base; "file" keeps the blocks of a quantized file.
+Quantization = Literal[
+    "nf4", "fp4", "int4", "uint4", "int8", "fp8", "e2m1", "iq4", "uint2", "int3", "int5", "uint5",
+    "int6", "file",
+]  # fmt: skip
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -103,7 +106,10 @@ class EstimateConfig:
     packing: bool = False
     rank: int = 16
     target_modules: Sequence[str] | str = "all-linear"
-    quantize: Literal["nf4", "fp4", "int4", "uint4", "int8"] = "nf4"
+    quantize: Literal[
+        "nf4", "fp4", "int4", "uint4", "int8", "fp8", "e2m1", "iq4", "uint2", "int3", "int5",
+        "uint5", "int6",
+    ] = "nf4"  # fmt: skip
     dtype: Dtype = "bfloat16"
     train_dtype: Dtype = "float32"
     remat: str = "full"

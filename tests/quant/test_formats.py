@@ -13,7 +13,7 @@ from gguf import quants as gguf_quants
 
 import lora_jax as lora
 from lora_jax import quant
-from lora_jax.quant import array, foreign, formats
+from lora_jax.quant import array, foreign, formats, scales
 from lora_jax.quant.formats import FORMATS, FormatName
 
 pytestmark = pytest.mark.once
@@ -124,7 +124,7 @@ def test_codes_lie_as_bitsandbytes_lays_them_and_decode_to_its_numbers():
 
 
 def test_dynamic_map_has_the_published_ends():
-    table = formats.dynamic_map()
+    table = scales.dynamic_map()
     assert len(table) == 256 and np.all(np.diff(table) > 0)
     assert table[0] == pytest.approx(-0.99297, abs=1e-5) and table[-1] == 1.0
 
@@ -179,7 +179,7 @@ def test_scales_of_scales_leave_the_padding_out():
     w *= np.geomspace(1, 1000, 300, dtype=np.float32)
     q = quant.quantize_array(w, block_size=32, double_quant=True)
     assert q.scale.shape == (4, 300) and q.scale2.shape == (4,)
-    got = np.asarray(array.scales(q))
+    got = np.asarray(array.expanded(q).scale)
     assert np.isfinite(got).all()
     # Of one output after the other; steps of the map are at most 1.4 % of a group's largest.
     want = np.abs(w.reshape(3, 32, 300)).max(1).T.reshape(-1)
@@ -187,7 +187,7 @@ def test_scales_of_scales_leave_the_padding_out():
     assert (np.abs(got[:3].T.reshape(-1) - want) <= most).all()
     # 768 fill whole groups: the last block of padding has none of its own.
     whole = quant.quantize_array(w[:, :256], block_size=32, double_quant=True)
-    assert np.isfinite(array.scales(whole)).all()
+    assert np.isfinite(array.expanded(whole).scale).all()
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
@@ -200,10 +200,10 @@ def test_a_tie_takes_the_lower_code(format):
 
 
 def test_a_tie_of_scales_takes_the_lower_code():
-    table = formats.dynamic_map()
+    table = scales.dynamic_map()
     middle = (table[200] + table[201]) / np.float32(2)
     # Their mean is 0 and their largest is 1.
-    codes = formats.compress_scales(jnp.array([[1, -1, middle, -middle]]).T, 4)["scale"]
+    codes = scales.compress_scales(jnp.array([[1, -1, middle, -middle]]).T, 4)["scale"]
     assert int(codes[2, 0]) == 200
 
 
@@ -225,7 +225,7 @@ def test_quantization_is_traced_abstractly_and_under_jit():
 @pytest.mark.parametrize(
     "options, text",
     [
-        (dict(format="nf3"), "`format` must be one of nf4, fp4, int4, uint4, int8, got 'nf3'"),
+        (dict(format="nf3"), "`format` must be one of nf4, fp4, int4, .*, int6, got 'nf3'"),
         (dict(block_size=48), "`block_size` must be one of 16, 32, .* got 48"),
         (dict(block_size=128), "`block_size` 128 does not divide the 96 inputs of `w`"),
         (dict(scale_dtype="int8"), "`scale_dtype` must be one of float32, bfloat16, float16"),

@@ -60,8 +60,8 @@ def fused_obstacle(
     form: formats.Format, block: int, packed: tuple[int, ...], dtype: DTypeLike
 ) -> str:
     """Why `matmul` does not take it, or ""."""
-    if form.packing.slabs != 2:
-        return "8-bit codes are multiplied after decoding"
+    if form.packing != formats.NIBBLES:
+        return "codes of other than 4 bits are multiplied after decoding"
     if block not in _FUSED_BLOCKS:
         return f"blocks of {block} do not fit the registers"
     if jnp.dtype(dtype).itemsize != 2:
@@ -70,16 +70,13 @@ def fused_obstacle(
 
 
 def _table(form: formats.Format) -> Float[np.ndarray, "16"]:
-    """The codebook in float32."""
-    if form.codebook is None:
-        # 8-bit codes need no table, but the kernel has one argument for it.
-        return np.zeros((16,), np.float32)
-    return np.asarray(form.codebook, np.float32)
+    """The codebook in float32, or zeros where it is computed."""
+    return np.asarray(form.table or [0.0] * 16, np.float32)
 
 
 def _values(codes: Array, form: formats.Format, table_ref: Ref) -> Array:
     """The value of each code in float32."""
-    if form.codebook is None or np.all(np.diff(form.codebook) == 1):
+    if form.table is None:
         return formats.code_values(codes, form)
     return _load(table_ref, codes.astype(jnp.int32))
 
@@ -91,14 +88,14 @@ def _load(table_ref: Ref, index: Array) -> Array:
 
 
 def _slabs(
-    codes: Integer[Array, "b n"],
+    codes: list[Integer[Array, "b n"]],
     form: formats.Format,
     *,
     scale: list[Array],
     bias: list[Array] | None,
     table_ref: Ref,
 ) -> list[Array]:
-    """The halves of a superblock as float32 slabs, each with its own row of scales."""
+    """The slabs of a superblock as float32, each with its own row of scales."""
     halves = form.packing.split(codes)
     out = []
     for i, half in enumerate(halves):
@@ -141,7 +138,9 @@ def _decode_kernel(
 ) -> None:
     bias = None if bias_ref is None else [bias_ref[i, :] for i in range(bias_ref.shape[0])]
     scale = [scale_ref[i, :] for i in range(scale_ref.shape[0])]
-    slabs = _slabs(packed_ref[...], form, scale=scale, bias=bias, table_ref=table_ref)
+    # Planes apart: Triton cuts no array in registers.
+    codes = [packed_ref[i, :, :] for i in range(packed_ref.shape[0])]
+    slabs = _slabs(codes, form, scale=scale, bias=bias, table_ref=table_ref)
     for i, slab in enumerate(slabs):
         out_ref[i, :, :] = slab.astype(out_ref.dtype)
 
@@ -158,12 +157,12 @@ def decode(
       interpret: run the kernel's Python instead of compiling it.
     """
     # One for 8-bit codes, which fill a byte each.
-    halves = w.form.packing.slabs
-    supers, cols = w.packed.shape[0] // w.block, w.packed.shape[1]
+    halves, planes = w.form.packing.slabs, w.form.packing.rows
+    supers, cols = w.packed.shape[0] // (planes * w.block), w.packed.shape[1]
     run = functools.partial(
         _decode_blocks, form=w.form, dtype=jnp.dtype(dtype), name=name, interpret=interpret
     )
-    parts = [w.packed.reshape(supers, w.block, cols), w.scale.reshape(supers, halves, cols)]
+    parts = [w.packed.reshape(supers, planes, w.block, cols), w.scale.reshape(supers, halves, cols)]
     if w.bias is not None:
         parts.append(w.bias.reshape(supers, halves, cols))
     parts.append(jnp.asarray(_table(w.form)))
@@ -171,7 +170,7 @@ def decode(
 
 
 def _decode_blocks(
-    packed: Integer[AnyArray, "s b n"],
+    packed: Integer[AnyArray, "s p b n"],
     scale: Float[AnyArray, "s h n"],
     *rest: AnyArray,
     form: formats.Format,
@@ -180,20 +179,20 @@ def _decode_blocks(
     interpret: bool,
 ) -> Float[Array, "s h b n"]:
     """`decode` with a dim for superblocks; `rest` are perhaps biases, and the table."""
-    supers, block, cols = packed.shape
+    supers, planes, block, cols = packed.shape
     halves, bn, rows = scale.shape[1], _columns(cols), min(block, _ROWS)
     if not bn:  # a shard may have an odd number of outputs where the whole has an even one
         return reference.decode_blocks(packed, scale, *rest[:-1], form=form, dtype=dtype)
 
     def codes_at(s: Any, r: Any, j: Any) -> tuple:
-        return s, r, j
+        return s, 0, r, j
 
     def scales_at(s: Any, r: Any, j: Any) -> tuple:
         # The rows of a block share their scale.
         return s, 0, j
 
     scales = pl.BlockSpec((None, halves, bn), scales_at)
-    specs = [pl.BlockSpec((None, rows, bn), codes_at), scales] + [scales] * (len(rest) - 1)
+    specs = [pl.BlockSpec((None, planes, rows, bn), codes_at), scales] + [scales] * (len(rest) - 1)
     specs.append(pl.BlockSpec((16,), lambda s, r, j: (0,)))
 
     def kernel(packed_ref: Ref, scale_ref: Ref, *refs: Ref) -> None:
@@ -298,7 +297,7 @@ def _forward(
             codes = packed_ref[pl.ds(j * block, block), :]
             read = [[ref[2 * j + h, :] for h in range(2)] for ref in scale_refs]
             bias = read[1] if len(read) > 1 else None
-            slabs = _slabs(codes, w.form, scale=read[0], bias=bias, table_ref=table_ref)
+            slabs = _slabs([codes], w.form, scale=read[0], bias=bias, table_ref=table_ref)
             for h, slab in enumerate(slabs):
                 left = x_ref[:, pl.ds((2 * j + h) * block, block)]
                 # 16-bit operands for the tensor cores, sums in float32.

@@ -23,7 +23,7 @@ from lora_jax.quant.formats import Coded, Format
 
 
 def sharded_decode(run: functools.partial, *parts: AnyArray) -> jax.Array:
-    """`run(codes (S, B, N), scales (S, t, N), ...) -> (S, t, B, N)`, on shards of S and N.
+    """`run(codes (S, p, B, N), scales (S, t, N), ...) -> (S, t, B, N)`, on shards of S and N.
 
     Args:
       run: a `functools.partial` of a kernel, with hashable options.
@@ -82,8 +82,8 @@ def _partitioned(run: Callable, options: tuple, dims: tuple[int, ...]) -> Callab
 
     def result_of(mesh: Mesh, arguments: tuple) -> NamedSharding:
         # Rows of a superblock stay together: `t` and `B` are never sharded.
-        spec = tuple(arguments[0].sharding.spec) + (None,) * 3
-        return NamedSharding(mesh, PartitionSpec(spec[0], None, None, spec[2]))
+        spec = tuple(arguments[0].sharding.spec) + (None,) * 4
+        return NamedSharding(mesh, PartitionSpec(spec[0], None, None, spec[3]))
 
     def infer(mesh: Mesh, arguments: tuple, result: Any) -> NamedSharding:
         return result_of(mesh, arguments)
@@ -91,10 +91,13 @@ def _partitioned(run: Callable, options: tuple, dims: tuple[int, ...]) -> Callab
     def partition(mesh: Mesh, arguments: tuple, result: Any) -> tuple:
         # A result's spec may leave out trailing dims.
         spec = tuple(result.sharding.spec) + (None,) * 4
-        own = NamedSharding(mesh, PartitionSpec(spec[0], None, spec[3]))
+        own = {
+            n: NamedSharding(mesh, PartitionSpec(spec[0], *[None] * (n - 2), spec[3]))
+            for n in (3, 4)
+        }
         out = NamedSharding(mesh, PartitionSpec(spec[0], None, None, spec[3]))
         whole = NamedSharding(mesh, PartitionSpec())
-        return mesh, kernel, out, tuple(own if n == 3 else whole for n in dims)
+        return mesh, kernel, out, tuple(whole if n == 1 else own[n] for n in dims)
 
     # GSPMD calls `infer` and `partition`; Shardy reads the rule, then calls `partition`.
     wrapped.def_partition(
@@ -107,7 +110,7 @@ def _partitioned(run: Callable, options: tuple, dims: tuple[int, ...]) -> Callab
 
 def _rule(dims: tuple[int, ...]) -> str:
     """Shardy's rule: superblocks `s` and outputs `n` may be sharded, no other dim."""
-    operands = ["s b n", *("s t n" if n == 3 else "c" for n in dims[1:])]
+    operands = ["s p b n", *("s t n" if n == 3 else "c" for n in dims[1:])]
     return f"{', '.join(operands)} -> s t b n"
 
 

@@ -16,7 +16,7 @@ from lora_jax.quant import formats
 
 
 def decode_blocks(
-    packed: Integer[AnyArray, "s b n"],
+    packed: Integer[AnyArray, "s p b n"],
     scale: Float[AnyArray, "s h n"],
     bias: Float[AnyArray, "s h n"] | None = None,
     *,
@@ -24,7 +24,7 @@ def decode_blocks(
     dtype: DTypeLike,
 ) -> Float[Array, "s h b n"]:
     """`formats.decode` with a dim for superblocks, as the kernels have it."""
-    supers, block, cols = packed.shape
+    supers, _, block, cols = packed.shape
     bias = None if bias is None else bias.reshape(-1, cols)
     w = formats.Coded(
         packed.reshape(-1, cols), scale.reshape(-1, cols), bias, form=form, block=block

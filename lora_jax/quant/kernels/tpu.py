@@ -57,8 +57,8 @@ def fused_obstacle(
     form: formats.Format, block: int, packed: tuple[int, ...], dtype: DTypeLike
 ) -> str:
     """Why `matmul` does not take it, or ""."""
-    if form.packing.slabs != 2:
-        return "8-bit codes are multiplied after decoding"
+    if form.packing != formats.NIBBLES:
+        return "codes of other than 4 bits are multiplied after decoding"
     supers = packed[0] // block
     if _steps(supers) * 2 * block % _LANES and _steps(supers) != supers:
         return f"{supers} superblocks of {2 * block} inputs fill no tile of {_LANES} lanes"
@@ -68,8 +68,8 @@ def fused_obstacle(
 def _slabs(
     i: int, packed_ref: Ref, scale_ref: Ref, bias_ref: Ref | None, *, form: formats.Format
 ) -> list[Array]:
-    """The halves of superblock `i` of a tile, in float32."""
-    codes = packed_ref[i].astype(jnp.int32)
+    """The slabs of superblock `i` of a tile, in float32."""
+    codes = [packed_ref[i, p].astype(jnp.int32) for p in range(packed_ref.shape[1])]
     halves = form.packing.split(codes)
     out = []
     for h, half in enumerate(halves):
@@ -82,10 +82,10 @@ def _slabs(
 
 
 def _blocks(w: formats.Coded) -> list[AnyArray]:
-    """Codes `(S, B, N)`, scales and biases `(S, halves, N)`."""
-    halves = w.form.packing.slabs
-    supers, cols = w.packed.shape[0] // w.block, w.packed.shape[1]
-    out = [w.packed.reshape(supers, w.block, cols)]
+    """Codes `(S, planes, B, N)`, scales and biases `(S, slabs, N)`."""
+    halves, planes = w.form.packing.slabs, w.form.packing.rows
+    supers, cols = w.packed.shape[0] // (planes * w.block), w.packed.shape[1]
+    out = [w.packed.reshape(supers, planes, w.block, cols)]
     for x in (w.scale, w.bias):
         if x is not None:
             # A TPU has no float16.
@@ -114,7 +114,7 @@ def decode(
 
 
 def _decode_blocks(
-    packed: Integer[AnyArray, "s b n"],
+    packed: Integer[AnyArray, "s p b n"],
     scale: Float[AnyArray, "s h n"],
     bias: Float[AnyArray, "s h n"] | None = None,
     *,
@@ -124,7 +124,7 @@ def _decode_blocks(
     interpret: bool,
 ) -> Float[Array, "s h b n"]:
     """`decode` with a dim for superblocks."""
-    supers, block, cols = packed.shape
+    supers, planes, block, cols = packed.shape
     halves, bn, steps = scale.shape[1], _columns(cols), _steps(supers)
     if not bn:  # a shard may have an odd number of outputs where the whole has an even one
         return reference.decode_blocks(packed, scale, bias, form=form, dtype=dtype)
@@ -136,14 +136,12 @@ def _decode_blocks(
             for h, slab in enumerate(slabs):
                 rest[-1][i, h] = slab.astype(dtype)
 
-    def at(s: Any, j: Any) -> tuple:
-        return s, 0, j
-
-    scales = pl.BlockSpec((steps, halves, bn), at)
+    scales = pl.BlockSpec((steps, halves, bn), lambda s, j: (s, 0, j))
+    codes = pl.BlockSpec((steps, planes, block, bn), lambda s, j: (s, 0, 0, j))
     return pl.pallas_call(
         kernel,
         grid=(supers // steps, cols // bn),
-        in_specs=[pl.BlockSpec((steps, block, bn), at), scales] + [scales] * (bias is not None),
+        in_specs=[codes, scales] + [scales] * (bias is not None),
         out_specs=pl.BlockSpec((steps, halves, block, bn), lambda s, j: (s, 0, 0, j)),
         out_shape=jax.ShapeDtypeStruct((supers, halves, block, cols), dtype),
         compiler_params=_compiler("parallel", "parallel"),
@@ -192,6 +190,9 @@ def _fused(
     def of_weight(i: Any, a: Any, b: Any) -> tuple:
         return (a, 0, b) if transposed else (b, 0, a)
 
+    def codes_at(i: Any, a: Any, b: Any) -> tuple:
+        return (a, 0, 0, b) if transposed else (b, 0, 0, a)
+
     scales = pl.BlockSpec((steps, 2, bn), of_weight)
     y = pl.pallas_call(
         functools.partial(
@@ -200,7 +201,7 @@ def _fused(
         grid=tiles,
         in_specs=[
             pl.BlockSpec((bm, bn if transposed else bk), lambda i, a, b: (i, b)),
-            pl.BlockSpec((steps, block, bn), of_weight),
+            pl.BlockSpec((steps, 1, block, bn), codes_at),
             *[scales] * (len(parts) - 1),
         ],
         out_specs=pl.BlockSpec((bm, bk if transposed else bn), lambda i, a, b: (i, a)),
@@ -236,7 +237,7 @@ def _fused_kernel(
     """
     *bias_refs, out_ref, sum_ref = rest
     bias_ref = bias_refs[0] if bias_refs else None
-    rows = 2 * packed_ref.shape[1]
+    rows = 2 * packed_ref.shape[2]
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
