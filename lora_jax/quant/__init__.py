@@ -1,4 +1,4 @@
-"""Block-quantized base weights: NF4, int4, int8, and products that never keep a float copy."""
+"""Block-quantized base weights: NF4, int4, FP8 and others, and products that never keep a float copy."""
 
 from lora_jax.quant.array import QuantArray, check, is_quant
 from lora_jax.quant.dispatch import ReferenceWarning
@@ -6,10 +6,10 @@ from lora_jax.quant.encode import quantize_array
 from lora_jax.quant.foreign import (
     from_bitsandbytes,
     from_codes,
-    from_gguf,
     stack_weights,
     to_bitsandbytes,
 )
+from lora_jax.quant.gguf import from_gguf
 from lora_jax.quant.loading import QuantConfig
 from lora_jax.quant.matmul import matmul
 

@@ -1,4 +1,4 @@
-"""Weights quantized elsewhere, without loss: bitsandbytes, GGUF, GPTQ and AWQ.
+"""Weights quantized elsewhere, without loss: of given codes, and of bitsandbytes.
 
 Codes and scales are only put in another order, which is exact in both directions.
 """
@@ -6,7 +6,7 @@ Codes and scales are only put in another order, which is exact in both direction
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,43 +23,24 @@ from lora_jax.quant.array import (
     check,
     default_roles,
     form_of,
+    known,
     matrix_sizes,
+    units,
 )
-from lora_jax.quant.scales import SCALE_BLOCK, dynamic_map
+from lora_jax.quant.scales import SCALE_BLOCK, HeldName, dynamic_map
 
 _STATE = "quant_state.bitsandbytes__"
-
-
-class GgufKind(NamedTuple):
-    """A type of GGUF's tensors.
-
-    Attributes:
-      format: ours with the same codes.
-      size: bytes of a block.
-      head: of which the float16 scale, and minimum if there is one, come first.
-    """
-
-    format: formats.FormatName
-    size: int
-    head: int
-
-
-# Q4_0 is (code - 8) · scale, Q4_1 is code · scale + minimum, Q8_0 is code · scale.
-GGUF_KINDS: Mapping[str, GgufKind] = {
-    "Q4_0": GgufKind("int4", size=18, head=2),
-    "Q4_1": GgufKind("uint4", size=20, head=4),
-    "Q8_0": GgufKind("int8", size=34, head=2),
-}
-GGUF_BLOCK = 32
 
 
 def from_codes(
     codes: Any,
     scale: Any,
     bias: Any = None,
+    scale2: Any = None,
     *,
-    format: formats.FormatName,
+    format: formats.FormatName | HeldName,
     block_size: int,
+    order: Any = None,
     roles: str | None = None,
     shape: Sequence[int] | None = None,
     dtype: DTypeLike = "float32",
@@ -67,14 +48,18 @@ def from_codes(
 ) -> QuantArray:
     """A `QuantArray` of given codes, scales and biases: `w = codebook[code]·scale + bias`.
 
-    GPTQ's and AWQ's `(code − zero)·scale` is the format "uint4" with `bias = −zero·scale` in
-    float32, which is exact: a product of four and eleven bits.
+    GPTQ's and AWQ's `(code − zero)·scale` is "uint4_zero", with the zero points of two blocks in a
+    byte; or "uint4" with `bias = −zero·scale` in float32, which is exact: a product of four and
+    eleven bits.
 
     Args:
       codes: `(stack..., K, N)` uint8 below 16, or int8 for "int8".
       scale: `(stack..., K/block_size, N)` in float32, bfloat16 or float16.
-      bias: likewise, for "uint4" only.
-      format, block_size: as in `quantize_array`.
+      bias: likewise, for affine formats only.
+      scale2: of formats that have one. Those of `lora_jax.quant.scales.HELD` have all three as
+        their row says.
+      format, block_size: as in `quantize_array`, or a name of `HELD`.
+      order: integers `(stack..., K)`, the input that each row of codes belongs to, or None.
       roles: of the weight; `...sio` by default.
       shape: of the weight; that of `codes` by default.
       dtype: of the weight.
@@ -83,42 +68,49 @@ def from_codes(
     Raises:
       ValueError: the arrays do not fit each other.
     """
-    form = formats.known_format(format)
-    codes, scale = np.asarray(codes), np.asarray(scale)
+    form, held = known(format)
+    codes = np.asarray(codes)
     roles = roles or default_roles(codes.ndim)
     shape = tuple(codes.shape if shape is None else shape)
     *stack, fan_in, fan_out = codes.shape
-    fits = sizes(shape, roles) == (tuple(stack), fan_in, fan_out) and not fan_in % block_size
-    if not fits or scale.shape != (*stack, fan_in // block_size, fan_out):
+    q = QuantArray(
+        codes, scale, format=format, block=block_size, shape=shape, roles=roles,
+        dtype=jnp.dtype(dtype),
+    )  # fmt: skip
+    unit = units(q)[0]
+    blocks = -(-fan_in // unit) * unit // block_size
+    given = {"scale": scale, "bias": bias, "scale2": scale2}
+    parts = {name: np.asarray(x) for name, x in given.items() if x is not None}
+    whole = held is not None or not fan_in % block_size
+    fits = sizes(shape, roles) == (tuple(stack), fan_in, fan_out) and whole
+    if not fits or held is None and parts["scale"].shape != (*stack, fan_in // block_size, fan_out):
         raise ValueError(
-            f"`{name}`: codes {list(codes.shape)} and scales {list(scale.shape)} do not fit a "
-            f"weight of shape {shape}, roles {roles}, in blocks of {block_size}: expected "
+            f"`{name}`: codes {list(codes.shape)} and scales {list(parts['scale'].shape)} do not "
+            f"fit a weight of shape {shape}, roles {roles}, in blocks of {block_size}: expected "
             f"(stack..., K, N) and (stack..., K/{block_size}, N), the block dividing K"
         )
-    _check_scales(scale, bias, name)
-    rows = formats.padded_inputs(fan_in, form, block_size)
-    blocks = rows // block_size
+    _check_scales([*parts.values()], name, plain=held is None)
     # Padding decodes to zero: its code has the value 0, or its scale and bias are 0.
-    q = QuantArray(
-        jnp.asarray(formats.pack(_fill(codes, rows, form.zero), form, block_size)),
-        jnp.asarray(_fill(scale, blocks)),
-        None if bias is None else jnp.asarray(_fill(np.asarray(bias), blocks)),
-        format=form.name,
-        block=block_size,
-        shape=shape,
-        roles=roles,
-        dtype=jnp.dtype(dtype),
+    rows = {
+        part: getattr(held, part).shape(blocks, fan_out)[0] if held else blocks for part in parts
+    }
+    packed = formats.pack(_fill(codes, blocks * block_size, form.zero), form, block_size)
+    q = dataclasses.replace(
+        q,
+        packed=jnp.asarray(packed),
+        **{part: jnp.asarray(_fill(x, rows[part])) for part, x in parts.items()},
+        order=None if order is None else jnp.asarray(order, jnp.int32),
     )
     return check(q, name)
 
 
-def _check_scales(scale: np.ndarray, bias: Any, name: str) -> None:
-    for x in (scale,) if bias is None else (scale, bias):
+def _check_scales(parts: Sequence[np.ndarray], name: str, *, plain: bool) -> None:
+    for x in parts:
         if not is_finite(x):
             raise ValueError(f"`{name}`: its scales hold NaN or infinity; the file is damaged")
-    if str(scale.dtype) not in SCALE_DTYPES:
+    if plain and str(parts[0].dtype) not in SCALE_DTYPES:
         raise ValueError(
-            f"`{name}`: scales are {scale.dtype}, expected {' or '.join(SCALE_DTYPES)}"
+            f"`{name}`: scales are {parts[0].dtype}, expected {' or '.join(SCALE_DTYPES)}"
         )
 
 
@@ -133,67 +125,6 @@ def codes_of(q: QuantArray) -> Integer[np.ndarray, "*s k n"]:
     form = form_of(q)
     codes = np.asarray(formats.unpack(q.packed, form, q.block))
     return codes[..., : matrix_sizes(q)[1], :]
-
-
-def from_gguf(
-    blocks: np.ndarray,
-    kind: str,
-    *,
-    roles: str = "io",
-    shape: Sequence[int] | None = None,
-    dtype: DTypeLike = "float32",
-    name: str = "w",
-) -> QuantArray:
-    """A `QuantArray` of a GGUF tensor, in its blocks of 32 and with its float16 scales.
-
-    Args:
-      blocks: the tensor's bytes, uint8 `(outputs, bytes a row)`; rows keep their order.
-      kind: "Q4_0", "Q4_1" or "Q8_0".
-      roles: "io" for a kernel `(in, out)`, "oi" for one `(out, in)` such as an embedding table,
-        or more letters with `shape`.
-      shape: of the weight, where it is not a matrix.
-      dtype: of the weight.
-      name: of the weight, for errors.
-
-    Returns:
-      The weight; `dequantize()` gives the gguf package's numbers to the bit.
-
-    Raises:
-      ValueError: another kind, or rows that are not whole blocks.
-
-    Source: ggml's `block_q4_0`, `block_q4_1`, `block_q8_0`.
-    """
-    if kind not in GGUF_KINDS:
-        raise ValueError(
-            f"`{name}` has GGUF type {kind}: only {', '.join(GGUF_KINDS)} are held as they are; "
-            f"dequantize it, then `lora.quantize`"
-        )
-    format, size, head = GGUF_KINDS[kind]
-    if blocks.ndim != 2 or blocks.dtype != np.uint8 or blocks.shape[1] % size:
-        raise ValueError(
-            f"`{name}`: expected the bytes of whole {kind} blocks, uint8 (outputs, n·{size}), got "
-            f"{blocks.dtype}{list(blocks.shape)}"
-        )
-    parts = blocks.reshape(len(blocks), -1, size)  # (outputs, blocks of a row, bytes)
-    fields = np.ascontiguousarray(parts[..., :head]).view(np.float16)
-    data = parts[..., head:]
-    # Low four bits hold inputs 0 to 15 of a block, high four bits 16 to 31.
-    codes = data.view(np.int8) if format == "int8" else np.concatenate([data & 15, data >> 4], -1)
-    outputs, fan_in = len(blocks), parts.shape[1] * GGUF_BLOCK
-    if shape is None:
-        shape = (fan_in, outputs) if roles.index("i") < roles.index("o") else (outputs, fan_in)
-    return from_codes(
-        # GGUF's rows are outputs.
-        codes.reshape(outputs, fan_in).T,
-        fields[..., 0].T,
-        fields[..., 1].T if format == "uint4" else None,
-        format=format,
-        block_size=GGUF_BLOCK,
-        roles=roles,
-        shape=shape,
-        dtype=dtype,
-        name=name,
-    )
 
 
 def from_bitsandbytes(
@@ -332,6 +263,30 @@ def to_bitsandbytes(q: QuantArray, *, name: str = "weight") -> dict[str, np.ndar
                   "nested_offset": float(q.offset)}  # fmt: skip
     out[_STATE + q.format] = np.frombuffer(json.dumps(state).encode(), np.uint8)
     return out
+
+
+def beside(parts: Sequence[QuantArray], name: str) -> QuantArray:
+    """Weights of the same inputs side by side, along the last dim, their outputs.
+
+    Raises:
+      ValueError: they have scales in common, or inputs in an order of their own.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    outputs = units(first)[1]
+    apart = first.scale_map is None and first.order is None and first.roles[-1] == "o"
+    kinds = {
+        (q.format, q.block, jax.tree.structure(dataclasses.replace(q, shape=()))) for q in parts
+    }
+    if not apart or len(kinds) > 1 or any(q.shape[-1] % outputs for q in parts[:-1]):
+        raise ValueError(
+            f"`{name}` are one weight here, and their blocks cannot be put side by side (double "
+            'quantization, an order of inputs, or different formats): use a format such as "nf4"'
+        )
+    shape = (*first.shape[:-1], sum(q.shape[-1] for q in parts))
+    same = [dataclasses.replace(q, shape=shape) for q in parts]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=-1), *same)
 
 
 def stack_weights(parts: Sequence[QuantArray]) -> QuantArray:

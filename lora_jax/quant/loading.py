@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 
@@ -21,9 +21,9 @@ class QuantConfig:
     """How a model's weights are quantized while they are loaded.
 
     Attributes:
-      format: "nf4", "fp4", "int4", "uint4" or "int8", of the kernels but for the output head's;
-        or "file": weights that the file has in blocks stay in them (GGUF's Q4_0, Q4_1 and Q8_0,
-        bitsandbytes' 4 bits), the others stay floats.
+      format: "nf4", "int4", "fp8" or another of `formats.FORMATS`, of the kernels but for the
+        output head's; or "file": weights that the file has in blocks stay in them (GGUF's,
+        bitsandbytes' 4 bits, FP8, MXFP4, GPTQ, AWQ), the others stay floats.
       block_size: inputs that share a scale.
       double_quant: quantize the scales too.
       scale_dtype: of the scales, "bfloat16" if None.
@@ -51,8 +51,18 @@ def quant_config(quantize: "str | QuantConfig | None") -> QuantConfig | None:
     return QuantConfig(format=formats.FORMATS[quantize].name)
 
 
-# The name of a layer's tensor, and the order of its dims in the leaf; None leaves them.
-Tensor = tuple[str, Sequence[int] | None]
+class Tensor(Protocol):
+    """A layer's tensors, one or several side by side."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Their names."""
+        ...
+
+    @property
+    def axes(self) -> Sequence[int] | None:
+        """The order of their dims in the leaf; None leaves them."""
+        ...
 
 
 def outline(
@@ -77,9 +87,7 @@ def outline(
     """
     roles = default_roles(len(leaf.shape))
     if config.format == FILE:
-        form = _own_format(weights, path, tensors)
-        # A file's matrices are (out, in).
-        roles = roles if tensors[0][1] else roles[:-2] + "oi"
+        form, roles = _own_format(weights, path, tensors, roles)
     else:
         form = (config.format, config.block_size) if is_kernel(path, leaf) else None
     if form is None:
@@ -112,15 +120,15 @@ def is_kernel(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
 
 
 def _own_format(
-    weights: Any, path: str, tensors: Sequence[Tensor]
-) -> tuple[formats.FormatName, int] | None:
-    """The file's format of a leaf's layers; None where they are floats."""
+    weights: Any, path: str, tensors: Sequence[Tensor], roles: str
+) -> tuple[tuple[Any, int] | None, str]:
+    """The file's format and block size of a leaf's layers, None where they are floats; roles."""
     if weights.formats is None:
         raise ValueError(
             f'`quantize="file"` keeps blocks that a file holds, and {weights.source} holds floats; '
             'use "nf4" or another format'
         )
-    found = {name: weights.formats.get(name) for name, _ in tensors}
+    found = {name: weights.formats.get(name) for part in tensors for name in part.names}
     first = next(iter(found.values()))
     if any(form != first for form in found.values()):
         name, form = next((n, form) for n, form in found.items() if form != first)
@@ -129,4 +137,8 @@ def _own_format(
             f"{weights.source}: tensor `{name}` is {kinds[0]}, not {kinds[1]} as the first layer "
             f'of `{path}`: load with `scan=False`, or use a format such as "nf4"'
         )
-    return first
+    if first is None:
+        return None, roles
+    there, axes = first.roles, tensors[0].axes
+    own = there if axes is None else "".join(there[a] for a in axes)
+    return (first.format, first.block), roles[: len(roles) - len(own)] + own

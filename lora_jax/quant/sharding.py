@@ -74,8 +74,8 @@ def check_shards(q: QuantArray, spec: PartitionSpec, mesh: Mesh | AbstractMesh) 
     blocks = stored_inputs(q) // rows
     if parts > 1 and q.order is not None:
         raise ValueError(
-            f"a quantized weight of shape {q.shape}, roles {q.roles}, has its inputs in an order of "
-            "their own (act-order): they cannot be split among devices; shard another dim"
+            f"a quantized weight of shape {q.shape}, roles {q.roles}, has its inputs in an order "
+            "of their own (act-order): they cannot be split among devices; shard another dim"
         )
     columns = parts_of(mesh, matrix_spec(q, spec)[-1])
     if outputs > 1 and q.packed.shape[-1] % (outputs * columns) and columns > 1:

@@ -28,10 +28,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, Integer
 
-from lora_jax.hf.checkpoint.weights import Part, Weights
+from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights
 from lora_jax.quant.array import QuantArray
 from lora_jax.quant.foreign import from_bitsandbytes, with_nested
-from lora_jax.quant.formats import FORMATS
+from lora_jax.quant.formats import FORMATS, known_format
 
 CODES = {name: np.asarray(FORMATS[name].codebook) for name in ("nf4", "fp4")}
 
@@ -126,7 +126,10 @@ def dequantized(plain: Weights, dtypes: Mapping[str, str], stored: Stored) -> We
         shapes=shapes,
         read=read,
         # 8-bit weights have a scale for a whole row, which no block format holds.
-        formats={name: (state.kind, state.block) for name, state in states.items()},
+        formats={
+            name: Blocks(known_format(state.kind).name, state.block)
+            for name, state in states.items()
+        },
         blocks=lambda name, part=(): four_bit_blocks(name, states[name], raw, part),
     )
 

@@ -28,6 +28,7 @@ from lora_jax.paths import spell
 from lora_jax.quant import ops
 from lora_jax.quant import sharding as quant_sharding
 from lora_jax.quant.array import QuantArray
+from lora_jax.quant.foreign import beside
 from lora_jax.quant.loading import FILE, QuantConfig, in_format, outline
 
 # (path, leaf) -> the sharding of the leaf's own dims
@@ -47,6 +48,11 @@ class _Tensor(NamedTuple):
     name: str
     axes: tuple[int, ...] | None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of the tensors."""
+        return (self.name,)
+
     def wanted(self, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
         """Name and shape in the checkpoint, of a leaf's layer of this shape."""
         return [(self.name, shape_there(shape, self.axes))]
@@ -55,6 +61,14 @@ class _Tensor(NamedTuple):
         """A part of the leaf's layer, with a slice of each of its dims; () is all of it."""
         found = weights.read(self.name, shape_there(part, self.axes if part else None))
         return found if self.axes is None else found.transpose(self.axes)
+
+    def blocks(self, weights: Weights, part: Part) -> QuantArray:
+        """As `read`, in the file's blocks."""
+        assert weights.blocks is not None  # `outline` has looked the format up
+        q = weights.blocks(self.name, shape_there(part, self.axes if part else None))
+        turned = q if self.axes is None else ops.transpose(q, self.axes)
+        assert turned is not None  # a matrix of one stack, whose roles stay in order
+        return turned
 
 
 class _Beside(NamedTuple):
@@ -69,6 +83,11 @@ class _Beside(NamedTuple):
         return " and ".join(part.name for part in self.parts)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """As `_Tensor.names`."""
+        return tuple(part.name for part in self.parts)
+
+    @property
     def axes(self) -> tuple[int, ...] | None:
         """The order of the dims of each."""
         return self.parts[0].axes
@@ -80,15 +99,21 @@ class _Beside(NamedTuple):
 
     def read(self, weights: Weights, part: Part) -> np.ndarray:
         """As `_Tensor.read`."""
+        return np.concatenate([t.read(weights, cut) for t, cut in self._cuts(part)], axis=-1)
+
+    def blocks(self, weights: Weights, part: Part) -> QuantArray:
+        """As `_Tensor.blocks`."""
+        return beside([t.blocks(weights, cut) for t, cut in self._cuts(part)], self.name)
+
+    def _cuts(self, part: Part) -> Iterator[tuple[_Tensor, Part]]:
+        """The tensors that a part takes from, and what it takes of each."""
         *rest, last = part or (slice(0, len(self.parts) * self.size),)
-        found = []
         for number, tensor in enumerate(self.parts):
             low, high = (
                 min(max(end - number * self.size, 0), self.size) for end in (last.start, last.stop)
             )
             if low < high:
-                found.append(tensor.read(weights, (*rest, slice(low, high)) if part else ()))
-        return np.concatenate(found, axis=-1)
+                yield tensor, (*rest, slice(low, high)) if part else ()
 
 
 class Leaf(NamedTuple):
@@ -310,11 +335,7 @@ class _Piece(NamedTuple):
     def blocks(self, ends: _Ends) -> QuantArray:
         """A part in the file's blocks."""
         tensor, part = self.find(ends)
-        assert self.weights.blocks is not None  # `outline` has looked the format up
-        q = self.weights.blocks(tensor.name, shape_there(part, tensor.axes))
-        turned = q if tensor.axes is None else ops.transpose(q, tensor.axes)
-        assert turned is not None  # a matrix of one stack, whose roles stay in order
-        q = turned
+        q = tensor.blocks(self.weights, part)
         for _ in range(self.leaf.depth):
             q = ops.with_stack(jax.tree.map(lambda x: x[None], q), 1)
         return q.astype(self.leaf.like.dtype)

@@ -14,11 +14,20 @@ from lora_jax import processes
 from lora_jax.paths import nearest
 from lora_jax.quant.array import QuantArray
 from lora_jax.quant.formats import FormatName
+from lora_jax.quant.scales import HeldName
 
 T = TypeVar("T")
 _SHOWN = 3
 # A part of a tensor: a slice of each dim, with its ends; () is all of it.
 Part = tuple[slice, ...]
+
+
+class Blocks(NamedTuple):
+    """How a tensor is quantized in its file: the format, its block size, roles of the dims."""
+
+    format: FormatName | HeldName
+    block: int
+    roles: str = "oi"
 
 
 class Weights(NamedTuple):
@@ -30,7 +39,7 @@ class Weights(NamedTuple):
       read: (name, part) -> that part of the tensor in floats. No other bytes of the file are read,
         but those of a quantized block that the part cuts.
       where: name -> the file that holds it.
-      formats: format and block size of the tensors that are quantized in the file, or None for a
+      formats: how the tensors are quantized, of those that are quantized in the file, or None for a
         file without any.
       blocks: (name, part) -> the part in the file's blocks, for the names in `formats`; the part
         must not cut one. Its scales of scales are those of the whole tensor.
@@ -40,7 +49,7 @@ class Weights(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[..., np.ndarray]
     where: Callable[[str], str]
-    formats: Mapping[str, tuple[FormatName, int]] | None = None
+    formats: Mapping[str, Blocks] | None = None
     blocks: Callable[..., QuantArray] | None = None
 
 

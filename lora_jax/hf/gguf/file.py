@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from lora_jax.compat import require
-from lora_jax.hf.checkpoint.weights import Part, Weights, read_array
+from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights, read_array
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES, gguf_architecture
 from lora_jax.quant.array import QuantArray
-from lora_jax.quant.foreign import GGUF_BLOCK, GGUF_KINDS, from_gguf
+from lora_jax.quant.gguf import GGUF_KINDS, from_gguf
 
 # "GGUF" read as a little-endian number, and the type numbers of keys' values.
 _MAGIC = 0x46554747
@@ -166,10 +166,7 @@ def weights_of(file: Gguf) -> Weights:
 
     def blocks(name: str, part: Part = ()) -> QuantArray:
         rows = file.stored(theirs[name], _of_bytes(file, theirs[name], there(name, part))[0])
-        held = from_gguf(rows, types[name], roles="oi", name=name)
-        for numbers in (held.scale, held.bias):
-            _check_finite(np.zeros(0) if numbers is None else numbers, theirs[name], file)
-        return held
+        return from_gguf(rows, types[name], roles="oi", name=f"{file.path}: {theirs[name]}")
 
     held = {name for name in theirs if types[name] in GGUF_KINDS and len(shapes[name]) == 2}
     return Weights(
@@ -177,7 +174,7 @@ def weights_of(file: Gguf) -> Weights:
         shapes=shapes,
         read=read,
         where=lambda name: file.path.name,
-        formats={name: (GGUF_KINDS[types[name]].format, GGUF_BLOCK) for name in held},
+        formats={n: Blocks(GGUF_KINDS[types[n]].format, GGUF_KINDS[types[n]].block) for n in held},
         blocks=blocks,
     )
 
