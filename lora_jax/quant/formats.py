@@ -11,8 +11,8 @@ contiguous slabs with one scale row each, in the forward and in the transposed p
 
     packed[jB + r, n] = code(2jB + r, n) | code(2jB + B + r, n) << 4
 
-Codes of 3, 5 and 6 bits are cut into planes of 1, 2 or 4 bits, each of which is stored so; the planes
-of a superblock follow each other, the lowest bits first.
+Codes of 3, 5 and 6 bits are cut into planes of 1, 2 or 4 bits, each of which is stored so; the
+planes of a superblock follow each other, the lowest bits first.
 
 Source: Dettmers et al. 2023, "QLoRA", section 3 and appendix E (NF4's values are bitsandbytes').
 """

@@ -1,8 +1,8 @@
 """Scales that are not stored as floats: how they lie, and the floats that they stand for.
 
-Two ways. Scales are quantized again with bitsandbytes' own 8-bit codes, in any format whose scales are
-magnitudes; or a row of `HELD` says how files of some kind have them: one for a whole output, one
-for 128 outputs, powers of two, small integers times a scale of their own, with zero points.
+Two ways. Scales are quantized again with bitsandbytes' own 8-bit codes, in any format whose scales
+are magnitudes; or a row of `HELD` says how files of some kind have them: one for a whole output,
+one for 128 outputs, powers of two, small integers times a scale of their own, with zero points.
 
 Products know none of this: `lora_jax.quant.array.expanded` first makes of a matrix's scales the
 floats `(K/B, N)` of a plain format, which are few beside the weight, and which no pass keeps.

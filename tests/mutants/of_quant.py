@@ -81,7 +81,7 @@ FAULTS = [
         "tests/quant/test_sharding.py",
         ("if stored != inputs and _parts(q, spec, mesh) > 1:", "if False:"),
         ("if any(full[d] is not None for d in group[1:]):", "if False:"),
-        ("q.scale2 is None else stack", "q.scale2 is None else matrix"),
+        ("dict.fromkeys(ARRAYS, stack)", "dict.fromkeys(ARRAYS, matrix)"),
         ("shape[d] //= parts_of(mesh, axes)", "pass"),
     ),
     *in_file(

@@ -17,6 +17,8 @@ from lora_jax.quant.formats import decode
 from lora_jax.quant.kernels import gpu, reference, tpu
 from lora_jax.quant.kernels.partition import whole_decode
 
+from tests.support.compilations import lowered
+
 KERNELS = {"gpu": gpu, "tpu": tpu}
 
 
@@ -138,15 +140,6 @@ def test_every_device_decodes_a_whole_weight_from_its_part_of_the_codes():
     assert got.sharding.is_fully_replicated and text.count(" all-gather(") == 2
 
 
-def _lowered(f, platform, *args) -> str:
-    if jax.__version_info__ >= (0, 11) and platform == "cuda":
-        device = jax.sharding.AbstractDevice("NVIDIA H200", 132, platform="gpu")
-        mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-        with jax.sharding.use_abstract_mesh(mesh):
-            return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
-    return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
-
-
 @pytest.mark.parametrize("platform, backend", [("cuda", "gpu"), ("tpu", "tpu")])
 @pytest.mark.parametrize("rows, format", [(4, "nf4"), (4, "int4"), (512, "nf4")])
 def test_kernels_lower_for_the_device_from_here(platform, backend, rows, format, monkeypatch):
@@ -159,7 +152,7 @@ def test_kernels_lower_for_the_device_from_here(platform, backend, rows, format,
     def loss(x, q):
         return jnp.sum(quant.matmul(x, q).astype(jnp.float32) ** 2)
 
-    text = _lowered(jax.grad(loss), platform, x, q)
+    text = lowered(jax.grad(loss), platform, x, q)
     call = "__gpu$xla.gpu.triton" if platform == "cuda" else "tpu_custom_call"
     fused = rows <= 256 and (platform == "tpu" or format == "int4")
     forward, backward = "matmul" if fused else "decode", "decode"

@@ -1,0 +1,136 @@
+"""Weights held as files have them: numbers of the formats' own libraries, products, kernels."""
+
+import contextlib
+import dataclasses
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import quant
+from lora_jax.quant import dispatch
+from lora_jax.quant.array import coded
+from lora_jax.quant.formats import decode
+from lora_jax.quant.gguf import GGUF_KINDS
+from lora_jax.quant.kernels import gpu, tpu
+from lora_jax.quant.scales import HELD
+
+from tests.support.compilations import lowered
+
+pytestmark = pytest.mark.once
+
+K, N = 512, 256
+
+
+def gguf_bytes(kind, outputs=N, inputs=K, seed=0):
+    """Random blocks: every bit of codes and scales of integers, halves near 1/100."""
+    rng, row = np.random.default_rng(seed), GGUF_KINDS[kind]
+    raw = rng.integers(0, 256, (outputs, inputs // row.inputs, row.size)).astype(np.uint8)
+    for field in (row.scale, row.bias, row.scale2):
+        if field is not None and field[2] == "float16":
+            halves = rng.standard_normal((*raw.shape[:2], 1)).astype(np.float16) / 100
+            raw[..., field[0] : field[1]] = halves.view(np.uint8)
+    return raw.reshape(outputs, -1)
+
+
+def made(name):
+    """A weight in a format of `HELD`, with every code and every kind of scale."""
+    kinds = {row.format: kind for kind, row in GGUF_KINDS.items()}
+    if name in kinds:
+        return quant.from_gguf(gguf_bytes(kinds[name]), kinds[name], roles="io")
+    rng, held, block = np.random.default_rng(0), HELD[name], 128 if "block" in name else 32
+    bits = sum(held.form.packing.planes)
+    codes = rng.integers(0, 2**bits, (K, N)).astype(np.uint8)
+    codes = np.where(codes & 127 == 127, 0, codes) if bits == 8 else codes  # NaN of e4m3
+    parts = {}
+    for part in ("scale", "bias", "scale2"):
+        if (stored := getattr(held, part)) is None:
+            continue
+        shape = stored.shape(K // block, N)
+        if stored.dtypes == ("uint8",):
+            parts[part] = rng.integers(1, 120, shape).astype(np.uint8)
+        else:
+            parts[part] = (rng.random(shape) + 0.5).astype(np.float32)
+    codes = codes.astype(held.form.packing.dtype)
+    return quant.from_codes(codes, **parts, format=name, block_size=block)
+
+
+@pytest.mark.parametrize("kind", GGUF_KINDS)
+def test_ggufs_numbers_come_to_the_bit_in_as_many_bytes(kind):
+    raw = gguf_bytes(kind)
+    want = gguf.dequantize(raw, gguf.GGMLQuantizationType[kind])
+    q = quant.from_gguf(raw, kind, roles="oi")
+    np.testing.assert_array_equal(q.dequantize(), want)
+    assert q.nbytes == raw.size
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_products_gradients_and_rows_are_those_of_the_floats(name):
+    q = made(name)
+    w = q.dequantize()
+    size = jnp.abs(w).max()  # powers of two reach far
+    x = jax.random.normal(jax.random.key(1), (5, K))
+
+    def loss(x, w):
+        y = quant.matmul(x, w) if isinstance(w, quant.QuantArray) else x @ w
+        return jnp.sum(jnp.sin(y / size))
+
+    both = jax.jit(lambda x: [jax.value_and_grad(loss)(x, each) for each in (q, w)])
+    (got, got_dx), (want, want_dx) = both(x)
+    # Sums of float32 in another order.
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(got_dx, want_dx, rtol=1e-4, atol=1e-4)
+    index = jnp.array([0, 3, 255])
+    take = jax.jit(quant.ops.take, static_argnums=2)
+    np.testing.assert_array_equal(take(q, index, 0), w[index])
+    np.testing.assert_array_equal(take(q, index, 1), w[:, index].T)
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "fp8_block", "mxfp4"])
+@pytest.mark.parametrize("kernels", [gpu, tpu], ids=["gpu", "tpu"])
+def test_kernels_decode_held_weights_to_the_bit(kernels, name):
+    q = made(name)
+    if kernels.obstacle(coded(q).form, q.block, q.packed.shape):
+        assert kernels is tpu and q.block == 16  # the reference decodes it there
+        return
+    got = kernels.decode(coded(q), dtype=jnp.bfloat16, name="forward", interpret=True)
+    want = decode(coded(q), jnp.bfloat16)
+    np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("platform, backend", [("cuda", "gpu"), ("tpu", "tpu")])
+@pytest.mark.parametrize("name", ["q3_k", "q4_k", "q5_k", "q6_k", "fp8_channel", "nvfp4"])
+def test_held_weights_lower_for_the_device_from_here(platform, backend, name, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+    q = dataclasses.replace(made(name), backend=backend, dtype=jnp.dtype("bfloat16"))
+    x = jax.ShapeDtypeStruct((512, K), jnp.bfloat16)
+
+    def loss(x, q):
+        return jnp.sum(quant.matmul(x, q).astype(jnp.float32) ** 2)
+
+    call = "__gpu$xla.gpu.triton" if platform == "cuda" else "tpu_custom_call"
+    kernel = backend == "gpu" or q.block >= 32
+    dispatch._warn_once.cache_clear()
+    with contextlib.nullcontext() if kernel else pytest.warns(quant.ReferenceWarning):
+        text = lowered(jax.grad(loss), platform, x, q)
+    assert text.count(call) == (2 if kernel else 0)
+
+
+def test_an_order_of_inputs_is_undone():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, (2, 96, 24)).astype(np.uint8)
+    scale = rng.random((2, 3, 24)).astype(np.float16)
+    zeros = rng.integers(0, 256, (2, 2, 24)).astype(np.uint8)
+    order = np.stack([rng.permutation(96), rng.permutation(96)])
+    options = dict(bias=zeros, format="uint4_zero", block_size=32)
+    plain = quant.from_codes(codes, scale, **options).dequantize()
+    q = quant.from_codes(codes, scale, **options, order=order)
+    want = np.stack([np.asarray(w)[np.argsort(o)] for w, o in zip(plain, order, strict=True)])
+    np.testing.assert_array_equal(q.dequantize(), want)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 96))
+    np.testing.assert_allclose(quant.matmul(x, q), x @ want, rtol=1e-4, atol=1e-4)
+    dx = jax.grad(lambda x: jnp.sum(quant.matmul(x, q) ** 2))(x)
+    dense = jax.grad(lambda x: jnp.sum((x @ want) ** 2))(x)
+    np.testing.assert_allclose(dx, dense, rtol=1e-3, atol=1e-2)
