@@ -1,4 +1,4 @@
-"""Block-quantized base weights: NF4, int4, FP8 and others, and products that never keep a float copy."""
+"""Block-quantized base weights (NF4, int4, FP8, ...), and products that keep no float copy."""
 
 from lora_jax.quant.array import QuantArray, check, is_quant
 from lora_jax.quant.dispatch import ReferenceWarning

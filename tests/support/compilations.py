@@ -1,7 +1,9 @@
-"""How many programs XLA compiles."""
+"""How many programs XLA compiles, and programs for devices that are not there."""
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 from jax import monitoring
 
 

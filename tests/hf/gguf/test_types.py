@@ -8,10 +8,12 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 from gguf.constants import GGML_QUANT_SIZES
 
+import lora_jax as lora
 from lora_jax import models
 from lora_jax.hf.gguf.file import open_gguf, read_tensor, weights_of
 from lora_jax.hf.gguf.lora_read import read_gguf_lora
 from lora_jax.models.gguf import base_of, config_of
+from lora_jax.quant.array import is_quant
 
 from tests.support.gguf_files import (
     NAMES,
@@ -128,10 +130,21 @@ def test_a_model_of_mixed_k_quants(tmp_path):
             raw = random_rows(kind, *tensor.shape)
             raws[name] = dequantized(raw, kind).reshape(tensor.shape)
             writer.add_tensor(name, raw, raw_dtype=kind)
-    loaded = tensors_of(models.load(path))
+    floats = models.load(path)
+    loaded = tensors_of(floats)
     assert len(raws) == 8 and {n.split(".")[-2] for n in raws} >= set(kinds) <= set(NAMES.values())
     for name, want in raws.items():
         np.testing.assert_array_equal(loaded[name], want)
+    held = models.load(path, quantize="file")
+    jax.tree.map(np.testing.assert_array_equal, lora.dequantize(held.params), floats.params)
+    bytes_ = sum(x.nbytes for x in jax.tree.leaves(held.params, is_leaf=is_quant))
+    assert bytes_ <= 1.02 * path.stat().st_size
+    tokens = np.arange(8)[None]
+    apply = jax.jit(lambda params, ids: lora.lorafy(held.apply)(params, ids))
+    # Sums of float32 in another order.
+    np.testing.assert_allclose(
+        apply(held.params, tokens), floats.apply(floats.params, tokens), rtol=1e-4, atol=1e-4
+    )
 
 
 def damaged(raw, data):
