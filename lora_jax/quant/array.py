@@ -48,8 +48,8 @@ class QuantArray:
       offset: float32 `(stack...)`, subtracted from the scales before they were quantized.
       scale_map: float32 `(stack..., 256)`, the values of the scales' codes. It is stored because
         bitsandbytes computes it on each machine, not always to the same last bit.
-      order: int32 `(stack..., inputs)`, the input of each row of the matrix, where they are stored in
-        another order (GPTQ's act-order), or None. Nothing is padded then.
+      order: int32 `(stack..., inputs)`, the input of each row, where they are stored in
+        another order (GPTQ's act-order), or None.
       format: a name of `formats.FORMATS` or of `scales.HELD`.
       block: inputs that share a scale.
       shape: of the weight.

@@ -245,7 +245,7 @@ def test_blocks_of_a_part_are_those_of_the_whole(tmp_path, golden, case):
     weights = open_directory(saved(tmp_path / "m", part(golden, case)))
     name = f"{case}.weight"
     rows, columns = weights.shapes[name]
-    _, block = weights.formats[name]
+    block = weights.formats[name].block
     if columns % block:
         pytest.skip("blocks cross rows")
     half = min(max(columns // 2 // (2 * block), 1) * 2 * block, columns)
