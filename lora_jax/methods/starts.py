@@ -2,6 +2,7 @@
 
 A start has the name of its row in `lora_jax.config.starts`. Only a start with `base_change` there
 changes `w`: it moves a part of the weight into the factors, and `W + s·A·B` is still that weight.
+A lookup table starts as by `default` whatever the start, as in PEFT, except by LoftQ.
 """
 
 from typing import Any
@@ -67,6 +68,8 @@ def orthogonal(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) ->
 
     Source: PEFT `init_lora_weights="orthogonal"`; the scale 1/10 is PEFT's.
     """
+    if leaf.lookup:
+        return default(key, config, leaf, w)
     if leaf.rank % 2:
         raise ValueError(
             f'init="orthogonal" needs an even rank, got {leaf.rank} for `{leaf.path}`: change '
@@ -91,6 +94,8 @@ def pissa(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Star
 
     Source: Meng et al. 2024, "PiSSA", eq. 2 and 3.
     """
+    if leaf.lookup:
+        return default(key, config, leaf, w)
     uniform_rank(leaf, "pissa")
     s = scale_of(leaf)
     a, b = principal(matrix_of(leaf, w), leaf.rank, s)
@@ -102,6 +107,8 @@ def olora(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Star
 
     Source: Büyükakyüz 2024, "OLoRA"; as PEFT, without division by the scale.
     """
+    if leaf.lookup:
+        return default(key, config, leaf, w)
     uniform_rank(leaf, "olora")
     # PEFT decomposes torch's (out, in), which is the transpose of ours.
     q, r = jnp.linalg.qr(jnp.swapaxes(matrix_of(leaf, w), -1, -2))

@@ -86,13 +86,14 @@ def test_the_spread_of_a_start(name, part, spread):
         np.testing.assert_array_equal(start(name).b, 0)
 
 
-@pytest.mark.parametrize("init", ["default", "gaussian"])
+@pytest.mark.parametrize("init", ["default", "gaussian", "pissa", "olora", "orthogonal"])
 def test_a_table_starts_with_a_of_zeros(init):
     """As PEFT's embeddings: A is looked up, and B is drawn."""
     config = lora.LoraConfig(rank=RANK, target_modules=("w",), init=init)
     plan = lora.plan(config, lambda p, i: p["w"][i], {"w": W}, jnp.zeros(2, int))
     leaf = lora.init(jax.random.key(1), plan, {"w": W})["w"]
     np.testing.assert_array_equal(leaf.a, 0)
+    np.testing.assert_array_equal(leaf.w, W)
     assert np.std(leaf.b) == pytest.approx(1, rel=0.12)
 
 

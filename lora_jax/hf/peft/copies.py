@@ -21,6 +21,7 @@ import numpy as np
 from lora_jax.array import dense
 from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
+from lora_jax.config.starts import base_change
 from lora_jax.hf.name_maps.rules import Part, Placed, block_there, shape_there
 from lora_jax.hf.peft.index import PREFIX, is_embedding
 from lora_jax.hf.peft.tensors import TOKEN_ROWS
@@ -137,8 +138,10 @@ def without_copies(
             continue
         whole = f"{PREFIX}{module}.weight"
         if ending in _BASE:
-            # An original is not compared: the trained table beside it replaces it in any case.
-            if ending != _ORIGINAL and not _equal(tables[module].read(), tensor):
+            # An original is not compared: the trained table beside it replaces it in any case. Nor
+            # is what PiSSA or OLoRA left of a head, which depends on rounding.
+            left = ending == _ORIGINAL or base_change(config.init) != "none"
+            if not left and not _equal(tables[module].read(), tensor):
                 raise ValueError(
                     f"{source}: `{key}` is not this model's base weight; the adapter was made on "
                     "another model, or on one whose vocabulary was resized: load that one"

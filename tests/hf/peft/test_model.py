@@ -162,12 +162,19 @@ def test_what_was_imported_to_orbax_can_be_read(case, there, base, tmp_path):
     orbax_keeps(tmp_path, base)
 
 
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "up_proj"], ["q_proj", "embed_tokens"], ["lm_head"]]
+)
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_inits_that_change_the_base_are_repeated(init, there, base, tmp_path):
-    """PEFT's file holds A and B only: the residual base is made anew from the original."""
-    fields = {"r": 2, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": init}
+def test_inits_that_change_the_base_are_repeated(init, targets, there, base, tmp_path):
+    """PEFT's file holds A and B only: the residual base is made anew from the original.
+
+    An embedding is not decomposed, and the head is in the file with its residual.
+    """
+    fields = {"r": 2, "target_modules": targets, "init_lora_weights": init}
     fields |= {"task_type": "CAUSAL_LM"}
-    want = peft_wrote(f"{PLACE}/{init}", tmp_path / "a", there.torch, fields, torch_logits)
+    name = f"{PLACE}/{init}" + (f".{targets[-1]}" if targets[-1] != "up_proj" else "")
+    want = peft_wrote(name, tmp_path / "a", there.torch, fields, torch_logits)
     params, config = load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
     assert config.init == init
     close(jax_logits(base.apply, params), want)
