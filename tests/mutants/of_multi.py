@@ -16,7 +16,11 @@ FAULTS = [
     *in_file(
         "methods/starts.py",
         "tests/methods/test_starts.py",
-        ("if leaf.lookup:\n        return default", "if False:\n        return default"),
+        (
+            "if leaf.lookup:\n        return default(key, config, leaf, w)\n    a_shape",
+            "if False:\n        return default(key, config, leaf, w)\n    a_shape",
+        ),
+
         ('uniform_rank(leaf, "pissa")', "pass"),
         ("if leaf.rank % 2:", "if False:"),
         ('mask(leaf, b.astype(dtype), rank_axis="b")', "b.astype(dtype)"),
