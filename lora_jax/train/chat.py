@@ -8,8 +8,10 @@ What is learned is what the model has to generate: from the end of the prompt th
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax.train.messages import Message, is_learned
+from lora_jax.train.messages import REASONING, Message, is_learned
 
+# Fields of an answer beside its content; those in one row are names of the same thing.
+_FIELDS = (("tool_calls",), REASONING)
 # Tokens, and which of them are learned.
 Marked = tuple[list[int], list[bool]]
 
@@ -49,6 +51,53 @@ def chat_examples(
         end = _end(after, len(before), tokenizer)
         learned[len(before) : end] = [True] * (end - len(before))
     return [(whole, learned)]
+
+
+def unwritten(
+    messages: Sequence[Message], options: Mapping[str, Any], tokenizer: Any, known: set[str]
+) -> tuple[list[str], bool]:
+    """The fields of a chat that its template leaves out: tools, calls of them, reasoning.
+
+    Args:
+      messages, options, tokenizer: as for `chat_examples`.
+      known: fields that the template is known to write; this chat's are added.
+
+    Returns:
+      The fields, and whether a learned answer is empty without them.
+    """
+    lost, empty = [], False
+    for name in ("tools", "documents"):
+        if name in options and not _writes((name,), messages, options, tokenizer, known):
+            lost.append(name)
+    for i, message in enumerate(messages):
+        fields = [x for x in _FIELDS if is_learned(message) and any(map(message.get, x))]
+        here = messages[: i + 1]
+        gone = [x for x in fields if not _writes(x, here, options, tokenizer, known)]
+        lost += [next(filter(message.get, names)) for names in gone]
+        empty |= bool(fields) and gone == fields and not message["content"]
+    return list(dict.fromkeys(lost)), empty
+
+
+def _writes(
+    names: Sequence[str],
+    messages: Sequence[Message],
+    options: Mapping[str, Any],
+    tokenizer: Any,
+    known: set[str],
+) -> bool:
+    """Whether the text is another one without these fields of the chat and its last message."""
+    if known.isdisjoint(names):
+        *before, last = messages
+        bare = {name: x for name, x in last.items() if name not in names}
+        rest = {name: x for name, x in options.items() if name not in names}
+        try:
+            text = tokenizer.render_chat(messages, False, **options)
+            if tokenizer.render_chat([*before, bare], False, **rest) == text:
+                return False
+        except ValueError:  # what the template refuses, `chat_examples` says
+            return True
+        known.update(names)
+    return True
 
 
 def _as_marked(marked: Marked, messages: Sequence[Message]) -> Marked:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from lora_jax.config.arguments import quoted
-from lora_jax.train.chat import Marked, chat_examples
+from lora_jax.train.chat import Marked, chat_examples, unwritten
 from lora_jax.train.jsonl import Record, load_jsonl
 from lora_jax.train.messages import is_empty, is_learned
 
@@ -78,7 +78,8 @@ def examples(
         learn, its chat template cannot be followed, or no example is left.
 
     Warns:
-      UserWarning: no example teaches the model to end its answer.
+      UserWarning: no example teaches the model to end its answer, or the chat template leaves out
+        tools, calls of them, or reasoning.
     """
     if too_long not in TOO_LONG:
         raise ValueError(f"`too_long` must be one of {', '.join(TOO_LONG)}, got {too_long!r}")
@@ -92,6 +93,7 @@ def examples(
     if labels:
         made = [_classified(record, tokenizer, labels) for record in records]
     else:
+        _check_written(records, tokenizer)
         made = [example for record in records for example in _tokenize(record, tokenizer)]
     fitted = (_fit(example, max_length, too_long, ends=bool(labels)) for example in made)
     kept = [example for example in fitted if example is not None]
@@ -113,6 +115,28 @@ def _check_answers(records: Sequence[Record]) -> None:
     if empty:
         more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
         raise ValueError(f"{empty[0]}{more}: the answer is empty; remove such rows, or fill them")
+
+
+def _check_written(records: Sequence[Record], tokenizer: Any) -> None:
+    """Refuses answers that are empty as the template writes them; warns of other lost fields."""
+    known: set[str] = set()
+    lost: dict[str, list[str]] = {}
+    for record in (r for r in records if r.form == "messages"):
+        fields, empty = unwritten(record.fields[0], record.options, tokenizer, known)
+        if empty:
+            raise ValueError(
+                f"{record.source}: the chat template does not write {quoted(fields)}, so the "
+                "answer is empty; remove such rows, or take a template that writes them"
+            )
+        for name in fields:
+            lost.setdefault(name, []).append(record.source)
+    for name, sources in lost.items():
+        more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+        warnings.warn(
+            f"{sources[0]}{more}: the chat template does not write `{name}`, so the model is "
+            "trained without it",
+            stacklevel=3,
+        )
 
 
 def _has_empty_answer(record: Record) -> bool:

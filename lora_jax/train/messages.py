@@ -15,8 +15,9 @@ _SPEAKERS = {
     "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
     "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
+REASONING = ("reasoning_content", "reasoning", "thinking")
 # Fields that are an answer beside `content`.
-_ANSWERS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_ANSWERS = ("tool_calls", "function_call", *REASONING)
 
 
 def from_list(value: Any, name: str, source: str) -> tuple[Message, ...]:

@@ -137,6 +137,7 @@ def test_file_keeps_order_skips_blank_lines_and_renames_fields(tmp_path):
 
 GOOD = {"prompt": "a", "completion": "b"}
 USER = {"role": "user", "content": "x"}
+TURN = [USER, {"role": "assistant", "content": "y"}]
 
 
 @pytest.mark.parametrize(
@@ -313,12 +314,22 @@ def test_a_message_of_weight_0_is_not_learned():
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
-def test_calls_tools_and_reasoning_reach_the_template():
-    class Seeing(Tokenizer):
-        def render_chat(self, messages, add_generation_prompt=False, **options):
-            self.seen = messages, options
-            return super().render_chat(messages, add_generation_prompt)
+class Writing(Tokenizer):
+    """A template that writes all that a conversation holds."""
 
+    def render_chat(self, messages, add_generation_prompt=False, **options):
+        self.seen = messages, options
+        turns = [
+            {**m, "content": m["content"] + "".join(f"{m[n]}" for n in m if n not in BARE)}
+            for m in messages
+        ]
+        return f"{options or ''}" + super().render_chat(turns, add_generation_prompt)
+
+
+BARE = ("role", "content", "weight")
+
+
+def test_calls_tools_and_reasoning_reach_the_template():
     turns = [
         {"role": "user", "content": "a", "name": None},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
@@ -326,8 +337,8 @@ def test_calls_tools_and_reasoning_reach_the_template():
     ]
     tools = [{"type": "function", "function": {"name": "f"}}]
     row = {"messages": turns, "tools": json.dumps(tools), "chat_template_kwargs": {"think": True}}
-    tokenizer = Seeing()
-    examples([record_of(row)], tokenizer, max_length=99)
+    tokenizer = Writing()
+    examples([record_of(row)], tokenizer, max_length=999)
     messages, options = tokenizer.seen
     assert options == {"tools": tools, "think": True}
     assert [dict(m) for m in messages] == [
@@ -364,7 +375,47 @@ def test_what_cannot_reach_the_template_is_refused(row, text):
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_alone_is_no_empty_answer(field):
     row = {"messages": [USER, {"role": "assistant", "content": "", field: "why"}]}
-    assert len(examples([record_of(row)], Tokenizer(), max_length=99)) == 1
+    assert len(examples([record_of(row)], Writing(), max_length=99)) == 1
+
+
+@pytest.mark.parametrize("field", ["tool_calls", "reasoning_content", "thinking"])
+def test_an_answer_that_the_template_leaves_empty_is_refused(field):
+    value = [CALL] if field == "tool_calls" else "why"
+    row = {"messages": [USER, {"role": "assistant", "content": None, field: value}, *TURN]}
+    text = f'd:1: the chat template does not write "{field}", so the answer is empty; remove'
+    with pytest.raises(ValueError, match=text):
+        examples([record_of(row, source="d:1")], Tokenizer(), max_length=99)
+
+
+def test_what_the_template_leaves_out_is_warned_of_once():
+    turns = [USER, {"role": "assistant", "content": "b", "reasoning": "why", "tool_calls": [CALL]}]
+    rows = [GOOD, {"messages": turns, "tools": [CALL]}, {"messages": turns}]
+    records = [record_of(row, source=f"d:{i}") for i, row in enumerate(rows)]
+    with pytest.warns(UserWarning) as caught:
+        assert len(examples(records, Tokenizer(), max_length=99)) == 3
+    texts = [str(w.message) for w in caught]
+    assert [text.partition(", so")[0] for text in texts] == [
+        "d:1: the chat template does not write `tools`",
+        "d:1 and 1 more: the chat template does not write `tool_calls`",
+        "d:1 and 1 more: the chat template does not write `reasoning`",
+    ]
+    assert len(examples(records, Writing(), max_length=999)) == 3
+
+
+def test_a_template_that_drops_earlier_reasoning_writes_it():
+    answer = {"role": "assistant", "content": "b", "reasoning_content": "why"}
+
+    class Last(Writing):
+        def render_chat(self, messages, add_generation_prompt=False, **options):
+            last = len(messages) - 1
+            turns = [
+                m if i == last else {**m, "reasoning_content": ""} for i, m in enumerate(messages)
+            ]
+            return super().render_chat(turns, add_generation_prompt, **options)
+
+    row = {"messages": [USER, answer, *TURN]}
+    first, second = examples([record_of(row)], Last(), max_length=99)
+    assert b"why" in bytes(first.tokens.tolist()) and b"why" not in bytes(second.tokens.tolist())
 
 
 def test_empty_answers_are_refused_together():
