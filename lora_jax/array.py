@@ -288,8 +288,7 @@ def rows_as_lora(x: RowsArray) -> LoraArray:
     one_hot = jnp.zeros((x.shape[x.axis], n), wide).at[jnp.asarray(x.ids), jnp.arange(n)].set(1)
     # Zero at the start. Gradients stop at the frozen rows, which do not train.
     change = x.rows.astype(wide) - jax.lax.stop_gradient(base_rows(x)).astype(wide)
-    roles = "io" if x.axis == 0 else "oi"
-    return LoraArray(x.w, one_hot, change, jnp.ones((), jnp.float32), roles=roles)
+    return LoraArray(x.w, one_hot, change, jnp.float32(1), roles="io" if x.axis == 0 else "oi")
 
 
 def widened(*dtypes) -> np.dtype:

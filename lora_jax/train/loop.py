@@ -160,16 +160,9 @@ def fit(
         placed = params_on(lora_params, at)
         model = model_on(model, placed, at)
         result = _fit(
-            model,
-            placed,
-            at,
-            train_data=train_data,
-            eval_data=eval_data,
-            config=config,
-            full=full,
-            lora_config=lora_config,
-            hooks=hooks,
-        )
+            model, placed, at, train_data, eval_data, config,
+            full=full, lora_config=lora_config, hooks=hooks,
+        )  # fmt: skip
     if at is None:
         return result
     return result._replace(lora_params=on_mesh(result.lora_params, at.given))
@@ -179,10 +172,10 @@ def _fit(
     model: Any,
     lora_params: Any,
     at: Placement | None,
-    *,
     train_data: Sequence[Example],
     eval_data: Sequence[Example] | None,
     config: TrainConfig,
+    *,
     full: bool,
     lora_config: LoraConfig | None,
     hooks: Hooks,
