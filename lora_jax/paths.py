@@ -3,10 +3,13 @@
 A *path* is the dotted spelling of where a leaf sits in a parameter tree:
 `model.layers.self_attn.q_proj.kernel`. Its *module* is the path without the parameter's own
 name (`model.layers.self_attn.q_proj`). A leaf that stacks layers also has one *expanded* name for
-each layer (`model.layers.3.self_attn.q_proj`), which is how Hugging Face spells it.
+each layer (`model.layers.3.self_attn.q_proj`), which is how Hugging Face spells it. Where layers
+are of several kinds, a component says which of them a leaf stacks, as Python's slices do:
+`model.layers.3:61.mlp.gate.kernel`, or every second one from layer 1 on, `model.layers.1:48:2`.
 """
 
 import difflib
+import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -71,6 +74,18 @@ def bare(path: str) -> str:
     return path.removeprefix("params.")
 
 
+def numbers_of(part: str) -> range | None:
+    """The numbers of the layers that a component such as `3:61` or `1:48:2` names, if it does."""
+    found = re.fullmatch(r"(\d+):(\d+)(?::(\d+))?", part)
+    return None if found is None else range(*(int(n) for n in found.groups(default="1")))
+
+
+def slice_of(numbers: range) -> str:
+    """The reverse of `numbers_of`."""
+    step = "" if numbers.step == 1 else f":{numbers.step}"
+    return f"{numbers.start}:{numbers.stop}{step}"
+
+
 def expand(path: str, layers: int) -> list[str]:
     """The expanded name of each stacked layer.
 
@@ -84,8 +99,10 @@ def expand(path: str, layers: int) -> list[str]:
     parts = path.split(".")
     for i, part in enumerate(parts[:-1]):
         if part in STACK_NAMES and not parts[i + 1].isdigit():
-            head, tail = ".".join(parts[: i + 1]), ".".join(parts[i + 1 :])
-            return [f"{head}.{layer}.{tail}" for layer in range(layers)]
+            numbers = numbers_of(parts[i + 1])
+            rest = i + 1 if numbers is None else i + 2
+            head, tail = ".".join(parts[: i + 1]), ".".join(parts[rest:])
+            return [f"{head}.{layer}.{tail}" for layer in numbers or range(layers)]
     return []
 
 

@@ -14,6 +14,7 @@ from lora_jax.models.dialect import (
     Dialect,
     Modules,
     Norms,
+    Routing,
     refuse_unsupported,
     scalar_if_one,
     tuple_of,
@@ -40,6 +41,11 @@ class LlamaConfig:
         is one dense MLP.
       num_experts_per_tok: experts that a token uses.
       moe_intermediate_size: width of an expert; None is `intermediate_size`.
+      dense_layers: for each block whether it has one dense MLP beside others with experts; None is
+        none of them.
+      routing: experts are chosen in groups, by sigmoids; None is by a softmax over all of them.
+      shared_expert_size: width of an MLP that every token uses beside its experts, or None.
+      shared_gate: what that MLP adds is multiplied by a sigmoid of each token.
       norm_topk_prob: the weights of a token's experts add up to 1.
       expert_bias: the router and the experts have biases.
       swiglu_limit: c, where experts compute `g sigmoid(swiglu_alpha g) (u + 1)`, with the gate g at
@@ -47,9 +53,16 @@ class LlamaConfig:
       swiglu_alpha: the factor there.
       router_aux_loss_coef: weight of the load-balancing loss, for whoever adds it.
       num_hidden_layers: blocks.
+      predicting_layers: further ones in the files, which predict tokens beyond the next and are not
+        loaded.
       num_attention_heads: query heads.
       num_key_value_heads: key and value heads; each serves as many query heads.
       head_dim: size of one head.
+      kv_lora_rank: size of the vector of a token that its keys and values are made of, see
+        `lora_jax.models.latent`; None is a projection each.
+      q_lora_rank: size of the one for the queries, or None.
+      qk_rope_head_dim, v_head_dim: with `kv_lora_rank`, the dims of a head that are rotated, and
+        those of its values.
       max_position_embeddings: the context, in tokens.
       rms_norm_eps: added to the mean square before the root.
       rope_theta: base wavelength of the rotary embedding.
@@ -105,15 +118,24 @@ class LlamaConfig:
     num_experts: int | None = None
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
+    dense_layers: tuple[bool, ...] | None = None
+    routing: Routing | None = None
+    shared_expert_size: int | None = None
+    shared_gate: bool = False
     norm_topk_prob: bool = True
     expert_bias: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
     router_aux_loss_coef: float = 0.0
     num_hidden_layers: int
+    predicting_layers: int = 0
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -169,7 +191,11 @@ class LlamaConfig:
             )
         if self.rotary_dim % 2 or not self.rotary_dim:
             raise ValueError(f"config: `head_dim` must be even for RoPE, got {self.rotary_dim}")
-        for name, each in (("layer_types", self.sliding_layers), ("rope_layers", self.rope_layers)):
+        for name, each in (
+            ("layer_types", self.sliding_layers),
+            ("rope_layers", self.rope_layers),
+            ("dense_layers", self.dense_layers),
+        ):
             if each is not None and len(each) != self.num_hidden_layers:
                 raise ValueError(
                     f"config: {len(each)} `{name}` for {self.num_hidden_layers} `num_hidden_layers`"
@@ -218,7 +244,17 @@ class LlamaConfig:
     @property
     def rotary_dim(self) -> int:
         """Dimensions of a head that are rotated."""
-        return int(self.head_dim * self.partial_rotary_factor)
+        return self.qk_rope_head_dim or int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def value_dim(self) -> int:
+        """Dimensions of a head's values."""
+        return self.v_head_dim or self.head_dim
+
+    @property
+    def dense(self) -> tuple[bool, ...]:
+        """For each block whether its MLP is a dense one."""
+        return self.dense_layers or (self.num_experts is None,) * self.num_hidden_layers
 
     @property
     def mixing(self) -> Mixing:
@@ -284,7 +320,7 @@ _READ = (*_PLAIN, "rope_scaling", "rope_parameters", "eos_token_id")
 # Fields where null means "none", not "the default".
 _MAYBE_NONE = ("bos_token_id", "pad_token_id", "eos_token_id")
 _MAY_LACK = (
-    *_MAYBE_NONE, "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping",
+    *_MAYBE_NONE, "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping", "q_lora_rank",
     "sliding_window",
 )  # fmt: skip
 _REQUIRED = (

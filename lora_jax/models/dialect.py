@@ -158,6 +158,21 @@ class Modules(NamedTuple):
     down: str = "down_proj"
     router: str = "gate"
     last_norm: str = "norm"
+    shared: str = "shared_experts"
+
+
+class Routing(NamedTuple):
+    """How experts are chosen in groups, see `lora_jax.models.experts.choose_grouped`.
+
+    Attributes:
+      groups: groups of experts of one size.
+      chosen: groups that a token's experts come from.
+      scale: factor of the weights.
+    """
+
+    groups: int
+    chosen: int
+    scale: float
 
 
 class Dialect(NamedTuple):

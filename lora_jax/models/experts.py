@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.models.config import LlamaConfig
+from lora_jax.models.dialect import Routing
 from lora_jax.models.layers import ACTIVATIONS, kept
 
 # Backends on which `ragged_dot` is one operation.
@@ -127,6 +128,17 @@ class MixtureMLP(nnx.Module):
             rngs=rngs,
         )
         setattr(self, self.name, router)
+        self.routing = config.routing
+        if self.routing is not None:
+            bias = jnp.zeros((config.num_experts,), param_dtype)
+            setattr(router, "e_score_correction_bias", nnx.Param(bias))  # noqa: B010
+        self.shared = config.modules.shared if config.shared_expert_size else ""
+        self.shared_gate = config.shared_gate
+        if self.shared_gate:
+            self.shared_expert_gate = nnx.Linear(
+                config.hidden_size, 1, use_bias=False, dtype=dtype, param_dtype=param_dtype,
+                rngs=rngs,
+            )  # fmt: skip
         self.experts = Experts(config, dtype=dtype, param_dtype=param_dtype)
         self.count = config.num_experts_per_tok
         self.normalized = config.norm_topk_prob
@@ -139,10 +151,25 @@ class MixtureMLP(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Load | None]:
         """The output, and the load of the experts by the tokens that are `real`, if given."""
         rows = x.reshape(-1, x.shape[-1])  # (m, d)
-        logits = getattr(self, self.name)(rows)
-        chosen = choose_experts(logits, self.count, normalized=self.normalized)
+        router = getattr(self, self.name)
+        logits = router(rows)
+        if self.routing is None:
+            chosen = choose_experts(logits, self.count, normalized=self.normalized)
+        else:
+            bias = router.e_score_correction_bias.get_value()
+            chosen = choose_grouped(
+                logits, bias, self.count, self.routing, normalized=self.normalized
+            )
         load = None if real is None else load_of(logits, chosen.experts, real.reshape(-1))
-        return self.experts(rows, chosen).reshape(x.shape), load
+        out = self.experts(rows, chosen).reshape(x.shape)
+        if self.shared:
+            out = out + self.of_all(x)
+        return out, load
+
+    def of_all(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """What the experts that every token uses add, which `Block` sets."""
+        out = getattr(self, self.shared)(x)
+        return out * jax.nn.sigmoid(self.shared_expert_gate(x)) if self.shared_gate else out
 
 
 def choose_experts(logits: Float[Array, "m e"], count: int, *, normalized: bool) -> Chosen:
@@ -152,6 +179,35 @@ def choose_experts(logits: Float[Array, "m e"], count: int, *, normalized: bool)
     if normalized:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     return Chosen(experts, weights)
+
+
+def choose_grouped(
+    logits: Float[Array, "m e"],
+    bias: Float[Array, " e"],
+    count: int,
+    routing: Routing,
+    *,
+    normalized: bool,
+) -> Chosen:
+    """As `choose_experts`, by sigmoids, among the experts of each token's best groups.
+
+    The bias balances the load: it decides which experts are chosen, not how much they count. A
+    group is as good as its two best experts.
+
+    Source: DeepSeek-AI 2024, arXiv:2412.19437, section 2.1.2.
+    """
+    likely = jax.nn.sigmoid(logits.astype(jnp.float32))
+    scores = likely + bias.astype(jnp.float32)
+    grouped = scores.reshape(len(scores), routing.groups, -1)  # (m, g, e/g)
+    best = lax.top_k(grouped, 2)[0].sum(axis=-1)
+    groups = lax.top_k(best, routing.chosen)[1]  # (m, chosen)
+    within = (groups[:, :, None] == jnp.arange(routing.groups)).any(axis=1)  # (m, g)
+    scores = jnp.where(within[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
+    experts = lax.top_k(scores, count)[1]
+    weights = jnp.take_along_axis(likely, experts, axis=1)
+    if normalized:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return Chosen(experts, weights * routing.scale)
 
 
 def load_of(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax import compat
 from lora_jax.dims import AnyArray
-from lora_jax.paths import spell
+from lora_jax.paths import numbers_of, slice_of, spell
 
 # The ends of the paths of weights, and the spec of each.
 Specs = tuple[tuple[str, PartitionSpec], ...]
@@ -207,7 +207,8 @@ def run_blocks(
     """Runs blocks one after the other: one `lax.scan` where they are stacked.
 
     Args:
-      layers: one block whose parameters carry a leading axis, or an `nnx.Dict` of blocks by number.
+      layers: one block whose parameters carry a leading axis; an `nnx.Dict` of such blocks, one of
+        each kind, by the numbers that `groups_of` has; or one of all blocks by number.
       carry: what the first block gets.
       call: `(block, carry, number, own) -> carry`; `number` is an int32 scalar.
       wrap: applied to the function that runs one block (rematerialization).
@@ -225,18 +226,84 @@ def run_blocks(
     ) -> Any:
         return call(nnx.merge(graph, state), carry, i, own)
 
-    if isinstance(layers, nnx.Dict):
+    if isinstance(layers, nnx.Dict) and "0" in layers:
         for number, own in enumerate(each):
             graph, state = nnx.split(layers[str(number)])
             carry = wrap(partial(one, graph, own=own))(state, jnp.int32(number), carry)
         return carry
-    graph, states = nnx.split(layers)
-    xs: tuple = (states, jnp.arange(len(each), dtype=jnp.int32))
-    if len(set(each)) == 1:
-        body = wrap(partial(one, graph, own=each[0]))
+    if not isinstance(layers, nnx.Dict):
+        turns = [[(range(len(each)), layers)]]
     else:
-        body, xs = wrap(partial(one, graph)), (*xs, jnp.asarray(each))
-    return lax.scan(lambda carry, x: (body(*x[:2], carry, *x[2:]), None), carry, xs)[0]
+        stacks = [(numbers, layers[slice_of(numbers)]) for numbers in _groups_in(layers)]
+        # Kinds that take turns run in one scan, a block of each; runs of blocks one after another.
+        turns = [stacks] if stacks[0][0].step > 1 else [[stack] for stack in stacks]
+    for stacks in turns:
+        carry = _scanned(stacks, carry, one, wrap=wrap, each=each)
+    return carry
+
+
+def groups_of(kinds: Sequence[Any]) -> tuple[range, ...]:
+    """The numbers of the blocks that are stacked together: each group has one kind.
+
+    Kinds that repeat, such as dense, sparse, dense, sparse, are a group for each place of the
+    period. Else a group is a run of blocks of one kind.
+    """
+    count = len(kinds)
+    if len(set(kinds)) == 1:
+        return (range(count),)
+    for period in range(2, count // 2 + 1):
+        if count % period == 0 and kinds[period:] == kinds[:-period]:
+            return tuple(range(first, count, period) for first in range(period))
+    starts = [i for i in range(count) if i == 0 or kinds[i] != kinds[i - 1]]
+    return tuple(range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True))
+
+
+def stack_of(kinds: Sequence[Any], make: Callable[[Any], Any], *, scan: bool) -> Any:
+    """The blocks of a model: one for each group that is scanned, or each for itself.
+
+    Args:
+      kinds: the kind of each block.
+      make: kind -> a block.
+      scan: whether blocks are stacked. A block stands for all of its group then:
+        `lora_jax.models.model.stacked` gives its parameters their leading axis.
+    """
+    if not scan:
+        return nnx.Dict({str(number): make(kind) for number, kind in enumerate(kinds)})
+    groups = groups_of(kinds)
+    if len(groups) == 1:
+        return make(kinds[0])
+    return nnx.Dict({slice_of(numbers): make(kinds[numbers[0]]) for numbers in groups})
+
+
+def _groups_in(layers: nnx.Dict) -> list[range]:
+    found = (numbers_of(name) for name in layers)
+    return sorted((numbers for numbers in found if numbers), key=lambda numbers: numbers.start)
+
+
+def _scanned(
+    stacks: Sequence[tuple[range, Any]],
+    carry: Any,
+    one: Callable[..., Any],
+    *,
+    wrap: Callable[[Callable], Callable],
+    each: Sequence[bool],
+) -> Any:
+    """Runs a block of each stack in turns, in one `lax.scan`; arguments as in `run_blocks`."""
+    bodies, xs = [], []
+    for numbers, layer in stacks:
+        graph, states = nnx.split(layer)
+        places = jnp.asarray(numbers, jnp.int32)
+        own = [each[number] for number in numbers]
+        alike = len(set(own)) == 1
+        bodies.append(wrap(partial(one, graph, own=own[0]) if alike else partial(one, graph)))
+        xs.append((states, places) if alike else (states, places, jnp.asarray(own)))
+
+    def turn(carry: Any, found: Any) -> tuple[Any, None]:
+        for body, x in zip(bodies, found, strict=True):
+            carry = body(*x[:2], carry, *x[2:])
+        return carry, None
+
+    return lax.scan(turn, carry, tuple(xs))[0]
 
 
 def automatic(

@@ -10,6 +10,8 @@ which blocks rotate or have a window, factors, biases, and the kind of MLP.
 B batch, T new tokens, D width, N query heads, K key/value heads, H size of a head, V vocabulary.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -20,8 +22,17 @@ from lora_jax.models.attention import Attend, Rotations, Stored, choose, with_si
 from lora_jax.models.classifier import HEAD
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.experts import Load, MixtureMLP
-from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, RMSNorm, kept, logits_of
-from lora_jax.models.rope import RopeScaling, Rotation, rotation
+from lora_jax.models.latent import LatentAttention
+from lora_jax.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    LayerNorm,
+    RMSNorm,
+    kept,
+    logits_of,
+    stack_of,
+)
+from lora_jax.models.rope import RopeScaling, Rotation, by_halves, rotation
 
 
 class Attention(nnx.Module):
@@ -92,7 +103,7 @@ class Attention(nnx.Module):
         if self.qk_norm and not self.norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.interleaved:
-            q, k = (_by_halves(y, self.interleaved) for y in (q, k))
+            q, k = (by_halves(y, self.interleaved) for y in (q, k))
         if self.sunk:
             q = with_sinks(q, self.sinks.get_value())
         mixed, stored = attend(q, k, v, stored=stored, block=block)  # (b, t, n, h)
@@ -101,10 +112,16 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """`W_down (act(W_gate x) * W_up x)`, or `W_down act(W_up x)`."""
+    """`W_down (act(W_gate x) * W_up x)`, or `W_down act(W_up x)`; `size` is its width."""
 
     def __init__(
-        self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        config: LlamaConfig,
+        *,
+        size: int | None = None,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ) -> None:
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(
@@ -116,7 +133,7 @@ class MLP(nnx.Module):
                 rngs=rngs,
             )
 
-        width, inner = config.hidden_size, config.intermediate_size
+        width, inner = config.hidden_size, size or config.intermediate_size
         self.names, self.activation = config.modules, config.hidden_activation
         self.fused, self.gated = config.fused_mlp, config.gated_mlp
         if self.fused:
@@ -143,13 +160,22 @@ class Block(nnx.Module):
     """Attention and MLP, each added to the residual stream, with norms before or after them."""
 
     def __init__(
-        self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        config: LlamaConfig,
+        *,
+        dense: bool,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ) -> None:
         self.names = config.modules
-        attention = Attention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        setattr(self, self.names.attention, attention)
-        mlp = MLP if config.num_experts is None else MixtureMLP
-        self.mlp = mlp(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        options: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        attention = Attention if config.kv_lora_rank is None else LatentAttention
+        setattr(self, self.names.attention, attention(config, **options))
+        self.mlp = (MLP if dense else MixtureMLP)(config, **options)
+        if not dense and config.shared_expert_size is not None:
+            shared = MLP(config, size=config.shared_expert_size, **options)
+            setattr(self.mlp, self.names.shared, shared)
         self.norms = config.norms
         self.parallel = config.parallel_mlp
         self.factor = config.residual_multiplier
@@ -205,8 +231,8 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, blocks, final norm.
 
-    `layers` is one block whose parameters have a leading axis L (`scan`), or a dictionary of L
-    blocks named by their number.
+    `layers` is one block whose parameters have a leading axis L (`scan`), a dictionary of such
+    blocks where they are of two kinds, or one of L blocks named by their number.
     """
 
     def __init__(
@@ -218,17 +244,15 @@ class Decoder(nnx.Module):
         scan: bool,
         rngs: nnx.Rngs,
     ) -> None:
-        def block() -> Block:
-            return Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        def block(dense: bool) -> Block:
+            return Block(config, dense=dense, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.names = config.modules
         table = Embedding(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype
         )
         setattr(self, self.names.table, table)
-        numbers = range(config.num_hidden_layers)
-        # One block stands for all: `model.stacked` gives its parameters their leading axis.
-        self.layers = block() if scan else nnx.Dict({str(i): block() for i in numbers})
+        self.layers = stack_of(config.dense, block, scan=scan)
         setattr(self, self.names.last_norm, _norm(config, config.hidden_size, param_dtype))
 
     @property
@@ -353,15 +377,6 @@ class CausalLM(nnx.Module):
         # No distance within a window exceeds the trained context, so nothing is scaled here.
         local = turn(config.rope_local_base_freq, None)
         return lambda slides: choose(slides, local, full)
-
-
-def _by_halves(x: Float[Array, "b t n h"], size: int) -> Float[Array, "b t n h"]:
-    """Heads whose first `size` dims are rotated in pairs, in the order of `rotate`, by halves.
-
-    Queries and keys in another order of dims have the same products.
-    """
-    pairs = x[..., :size].reshape(*x.shape[:-1], -1, 2)  # (b, t, n, planes, 2)
-    return jnp.concatenate((pairs[..., 0], pairs[..., 1], x[..., size:]), axis=-1)
 
 
 def _norm(config: LlamaConfig, size: int, param_dtype: DTypeLike) -> RMSNorm | LayerNorm:

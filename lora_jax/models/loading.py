@@ -251,7 +251,10 @@ def _fill(
     spread: Spread | None,
     head: _Head,
 ) -> dict[str, Any]:
-    family = names_of(forward.config)
+    family, config = names_of(forward.config), forward.config
+    beyond = range(getattr(config, "predicting_layers", 0))
+    more = (f"*.layers.{config.num_hidden_layers + i}.*" for i in beyond)
+    family = dataclasses.replace(family, ignored=(*family.ignored, *more))
     weights = renamed(weights, unified(weights.shapes, family))
     tied, shapes = family.tied, forward.shapes()
     if head.key is not None:

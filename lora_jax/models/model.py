@@ -24,6 +24,7 @@ from lora_jax.models.kernels import AttentionName, check_attention
 from lora_jax.models.layers import Specs, automatic, on_rows, on_tokens, run_blocks
 from lora_jax.models.llama import CausalLM
 from lora_jax.models.remat import Remat, check_remat, rematerialized
+from lora_jax.paths import numbers_of
 from lora_jax.quant.array import is_quant
 from lora_jax.transform import eager, lorafy
 
@@ -383,5 +384,13 @@ def stacked(shapes: dict[str, Any], blocks: tuple[str, ...], count: int) -> dict
     inner = shapes[first]
     if rest:
         return {**shapes, first: stacked(inner, tuple(rest), count)}
-    many = jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), inner)
-    return {**shapes, first: many}
+
+    def many(inner: Any, count: int) -> Any:
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), inner)
+
+    named = {name: numbers_of(name) for name in inner}
+    if not all(named.values()):
+        return {**shapes, first: many(inner, count)}
+    # Blocks of several kinds: one of each kind.
+    each = {name: many(inner[name], len(numbers)) for name, numbers in named.items() if numbers}
+    return {**shapes, first: each}

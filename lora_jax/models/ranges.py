@@ -31,13 +31,17 @@ _FACTOR, _WEIGHT, _BASE = Range(1e-6, 1e6), Range(0, 1e6), Range(1, 1e15)
 RANGES: Mapping[str, Range] = {
     **dict.fromkeys(
         ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim",
+         "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
+         "shared_expert_intermediate_size", "n_shared_experts",
          "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "type_vocab_size",
          "original_max_position_embeddings", "initial_context_length", "num_labels", "n_positions",
          "n_ctx", "n_embd", "n_head", "n_inner", "embedding_size", "dim", "hidden_dim", "n_heads"),
         _SIZE),
     **dict.fromkeys(
         ("num_hidden_layers", "n_layer", "n_layers", "num_experts", "num_local_experts",
-         "num_experts_per_tok", "experts_per_token", "no_rope_layer_interval"), COUNT),
+         "num_experts_per_tok", "experts_per_token", "no_rope_layer_interval", "n_routed_experts",
+         "n_group", "topk_group", "decoder_sparse_step"), COUNT),
+    "first_k_dense_replace": Range(0, COUNT.most, whole=True),
     # 0 in EXAONE 4's files without windows.
     "sliding_window_pattern": Range(0, COUNT.most, whole=True),
     # 0 in files whose `use_sliding_window` is false.
@@ -50,8 +54,10 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(
         ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv",
          "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale",
-         "attention_multiplier", "swiglu_limit", "swiglu_alpha", "low_freq_factor",
-         "high_freq_factor", "attention_factor"), _FACTOR),
+         "attention_multiplier", "routed_scaling_factor", "swiglu_limit", "swiglu_alpha",
+         "low_freq_factor", "high_freq_factor", "attention_factor"), _FACTOR),
+    **dict.fromkeys(
+        ("num_nextn_predict_layers", "num_mtp_layers"), Range(0, COUNT.most, whole=True)),
     "factor": Range(1, 1e6),
     **dict.fromkeys(
         ("initializer_range", "router_aux_loss_coef", "beta_fast", "beta_slow", "mscale",
@@ -69,11 +75,11 @@ _LISTS = {"short_factor": _FACTOR, "long_factor": _FACTOR}
 _FLAGS = (
     "attention_bias", "attention_out_bias", "mlp_bias", "norm_topk_prob", "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx", "tie_word_embeddings", "truncate", "use_bias",
-    "use_parallel_residual", "use_sliding_window",
+    "use_parallel_residual", "use_sliding_window", "qkv_bias", "rope_interleave", "use_qk_norm",
 )  # fmt: skip
 _ROPES = ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention")
 _OBJECTS = ("id2label", *_ROPES)
-_LISTED = ("architectures", "layer_types", "no_rope_layers", *_LISTS)
+_LISTED = ("architectures", "layer_types", "mlp_only_layers", "no_rope_layers", *_LISTS)
 
 
 def check_range(name: str, value: Any, allowed: Range, prefix: str = "config: ") -> None:

@@ -186,6 +186,15 @@ def rotate(x: Float[Array, "b t n d"], by: Rotation | None) -> Float[Array, "b t
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
+def by_halves(x: Float[Array, "b t n h"], size: int) -> Float[Array, "b t n h"]:
+    """Heads whose first `size` dims are rotated in pairs, in the order of `rotate`, by halves.
+
+    Queries and keys in another order of dims have the same products.
+    """
+    pairs = x[..., :size].reshape(*x.shape[:-1], -1, 2)  # (b, t, n, planes, 2)
+    return jnp.concatenate((pairs[..., 0], pairs[..., 1], x[..., size:]), axis=-1)
+
+
 def static_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Planes:
     """The `d/2` frequencies of a variant that does not depend on the length of the text."""
     plain = _plain(head_dim, theta)

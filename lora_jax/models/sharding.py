@@ -68,7 +68,10 @@ RULES = Rules(
         LeafDims(r"(^|\.)embedding$", ("other", "hidden"), (1, 0)),
         LeafDims(r"(^|\.)kernel$", ("other", "other")),
         # Norms and other biases, layers stacked or not: copied.
-        LeafDims(r"(^|\.)(scale|bias|sinks|gate_up_proj_bias|down_proj_bias)$", ()),
+        LeafDims(
+            r"(^|\.)(scale|bias|sinks|(gate_up_proj|down_proj|e_score_correction)_bias)$",
+            (),
+        ),
     ),
 )
 

@@ -199,6 +199,31 @@ PUBLIC = {
         num_experts_per_tok=2, output_router_logits=False, router_aux_loss_coef=0.001,
         sliding_window=None, use_sliding_window=False,
     ),
+    "Qwen1.5-MoE-A2.7B": dict(
+        model_type="qwen2_moe", decoder_sparse_step=1, max_window_layers=4, sliding_window=32768,
+        moe_intermediate_size=24, norm_topk_prob=False, num_experts=8, num_experts_per_tok=4,
+        output_router_logits=False, router_aux_loss_coef=0.001, use_sliding_window=False,
+        shared_expert_intermediate_size=96,
+    ),
+    "GLM-4.5-Air": dict(
+        model_type="glm4_moe", attention_bias=True, head_dim=16, first_k_dense_replace=1,
+        moe_intermediate_size=24, n_group=1, topk_group=1, n_routed_experts=8, n_shared_experts=1,
+        norm_topk_prob=True, num_experts_per_tok=2, num_nextn_predict_layers=1,
+        partial_rotary_factor=0.5, rope_theta=1000000, routed_scaling_factor=1.0,
+        use_qk_norm=False, eos_token_id=[151329, 151336, 151338], pad_token_id=151329,
+    ),
+    "DeepSeek-V3": dict(
+        model_type="deepseek_v3", num_key_value_heads=4, ep_size=1, first_k_dense_replace=3,
+        kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+        moe_intermediate_size=24, moe_layer_freq=1, n_group=4, n_routed_experts=8,
+        n_shared_experts=1, norm_topk_prob=True, num_experts_per_tok=2, topk_group=2,
+        num_nextn_predict_layers=1, routed_scaling_factor=2.5, scoring_func="sigmoid",
+        topk_method="noaux_tc", aux_loss_alpha=0.001, seq_aux=True, rope_theta=10000,
+        rope_scaling=dict(
+            beta_fast=32, beta_slow=1, factor=40, mscale=1.0, mscale_all_dim=1.0,
+            original_max_position_embeddings=4096, type="yarn",
+        ),
+    ),
     "Mixtral-8x7B": dict(
         model_type="mixtral", num_experts_per_tok=2, num_local_experts=8, sliding_window=None,
         output_router_logits=False, router_aux_loss_coef=0.02, rms_norm_eps=1e-5,

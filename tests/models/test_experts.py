@@ -1,18 +1,22 @@
-"""Mixtures of experts: Mixtral, Qwen3-MoE and OLMoE against transformers, and the cost."""
+"""Mixtures of experts, alone or beside dense blocks, against transformers, and the cost."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.array import delta, dense, is_lora
 from lora_jax.models import config_from_hf
 from lora_jax.models.experts import ragged, sort_by_expert, tile_count, tile_size, tiled
-from lora_jax.models.layers import RMSNorm
+from lora_jax.models.layers import RMSNorm, groups_of
+from lora_jax.paths import numbers_of, slice_of
 from lora_jax.quant import QuantConfig
 from lora_jax.train.flops import training_flops
 
@@ -61,7 +65,45 @@ CASES = {
     ),
 }  # fmt: skip
 
-ONE_EACH = ("mixtral with a window", "qwen3_moe", "olmoe with limits", "gpt_oss")
+GROUPS = dict(
+    moe_intermediate_size=16, n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2
+)
+LATENT = dict(
+    SIZES, **GROUPS, model_type="deepseek_v3", num_key_value_heads=4, kv_lora_rank=16,
+    qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+)  # fmt: skip
+CASES |= {
+    "qwen3_moe in turns": dict(QWEN3, num_hidden_layers=4, decoder_sparse_step=2),
+    "qwen3_moe with a dense block": dict(QWEN3, mlp_only_layers=[1]),
+    "qwen2_moe": dict(
+        SIZES, model_type="qwen2_moe", moe_intermediate_size=12, num_experts=6,
+        num_experts_per_tok=3, shared_expert_intermediate_size=20, mlp_only_layers=[0],
+    ),
+    "qwen2_moe without biases": dict(
+        SIZES, model_type="qwen2_moe", moe_intermediate_size=12, num_experts=4, qkv_bias=False,
+        norm_topk_prob=True,
+    ),
+    "glm4_moe": dict(
+        SIZES, **GROUPS, model_type="glm4_moe", head_dim=8, use_qk_norm=True, attention_bias=True,
+        routed_scaling_factor=1.7,
+    ),
+    "glm4_moe of one group": dict(
+        SIZES, model_type="glm4_moe", head_dim=8, moe_intermediate_size=12, n_routed_experts=4,
+        num_experts_per_tok=2, first_k_dense_replace=0, norm_topk_prob=False, n_shared_experts=2,
+    ),
+    "deepseek_v3": dict(
+        LATENT, q_lora_rank=16, first_k_dense_replace=1,
+        rope_scaling=dict(
+            rope_type="yarn", factor=8.0, original_max_position_embeddings=8, mscale=1.0,
+            mscale_all_dim=0.7, beta_fast=32, beta_slow=1, rope_theta=500.0,
+        ),
+    ),
+    "deepseek_v3 with plain queries": dict(
+        {**LATENT, "v_head_dim": 12}, q_lora_rank=None, first_k_dense_replace=2,
+        rope_interleave=False, attention_bias=True,
+    ),
+}  # fmt: skip
+ONE_EACH = ("mixtral with a window", "qwen3_moe", "olmoe with limits", "gpt_oss", "deepseek_v3")
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +121,37 @@ def test_logits_are_transformers(saved, case):
 
 @pytest.mark.oracle
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["mixtral with a window", "qwen3_moe", "olmoe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "case",
+    ["mixtral with a window", "qwen3_moe", "olmoe", "gpt_oss", "qwen3_moe in turns", "qwen2_moe",
+     "glm4_moe", "deepseek_v3"],
+)  # fmt: skip
 def test_greedy_text_is_transformers(saved, case):
     check_greedy_text(saved, PLACE, case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["mixtral", "olmoe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "case", ["mixtral", "olmoe", "gpt_oss", "qwen3_moe in turns", "deepseek_v3"]
+)
 def test_blocks_that_are_not_stacked_compute_the_same(saved, case):
     check_blocks_apart(saved, case)
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "gpt_oss", "gpt_oss without scaling"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "mixtral",
+        "qwen3_moe",
+        "gpt_oss",
+        "gpt_oss without scaling",
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in ("qwen3_moe in turns", "qwen2_moe", "glm4_moe", "deepseek_v3")
+        ),
+    ],
+)
 def test_what_is_saved_is_the_same_to_transformers(saved, case, tmp_path):
     check_saved_again(saved, PLACE, case, tmp_path)
 
@@ -224,9 +284,67 @@ def test_the_width_of_an_expert_is_written(family):
     assert config_from_hf(wide.to_hf()).expert_size == 20
 
 
-def test_qwen3_blocks_without_experts_are_refused():
-    with pytest.raises(ValueError, match="`mlp_only_layers` = .* some blocks would have experts"):
-        config_from_hf({**QWEN3, "mlp_only_layers": [0]})
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(QWEN3, mlp_only_layers=[0, 1, 2]), "`decoder_sparse_step` leave no block with exp"),
+        (dict(LATENT, first_k_dense_replace=3), "`first_k_dense_replace` leaves no block with"),
+        (dict(LATENT, n_group=3), "`n_group` 3 must divide `n_routed_experts` 8 into groups of"),
+        (dict(LATENT, topk_method="greedy"), "`topk_method` = 'greedy' is not supported"),
+        ({**LATENT, "v_head_dim": 20}, "`v_head_dim` 20 is above the size of a key"),
+    ],
+)
+def test_blocks_and_groups_that_cannot_be(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(fields)
+
+
+@pytest.mark.parametrize(
+    "kinds, groups",
+    [
+        ("aaaa", ["0:4"]),
+        ("dsdsds", ["0:6:2", "1:6:2"]),
+        ("llfllf", ["0:6:3", "1:6:3", "2:6:3"]),
+        ("dss", ["0:1", "1:3"]),
+        ("dsdsd", ["0:1", "1:2", "2:3", "3:4", "4:5"]),
+    ],
+)
+def test_blocks_of_one_kind_are_stacked(kinds, groups):
+    assert [slice_of(numbers) for numbers in groups_of(kinds)] == groups
+    assert sorted(i for group in groups for i in numbers_of(group) or ()) == [*range(len(kinds))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", [None, QuantConfig(block_size=16)])
+@pytest.mark.parametrize("case", ["glm4_moe", "deepseek_v3"])
+def test_adapters_of_blocks_of_two_kinds(saved, case, quantize):
+    """Adapters on every linear layer; those of one block alone change no other."""
+    model = models.load(saved(case)[1], quantize=quantize)
+    tokens, mask = texts("left")
+    run = quick_jit(lora.lorafy(model.apply, strict=True))
+    one = dict(target_modules=("o_proj", "up_proj", "down_proj"), layers_to_transform=(1,))
+    for fields in (one, dict(target_modules="all-linear")):
+        params = lora.combine(*adapted(model, **fields))
+        got = np.asarray(run(params, tokens, mask=jnp.asarray(mask)))
+        merged = np.asarray(run(lora.merge(params), tokens, mask=jnp.asarray(mask)))
+        # Logits of about 10 in float32.
+        np.testing.assert_allclose(got[mask], merged[mask], atol=5e-4)
+
+
+def test_layers_that_predict_further_tokens_are_not_loaded(saved, tmp_path):
+    directory = saved("glm4_moe")[1]
+    shutil.copytree(directory, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    more = {"model.layers.3.eh_proj.weight": np.zeros((2, 2), np.float32)}
+    save_file({**load_file(file), **more}, file)
+    model, plain = (models.load(folder) for folder in (tmp_path / "model", directory))
+    jax.tree.map(np.testing.assert_array_equal, model.params, plain.params)
+    fields = json.loads((directory / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({**fields, "num_nextn_predict_layers": 0})
+    )
+    with pytest.raises(ValueError, match=r"1 not part of the model: `model.layers.3.eh_proj"):
+        models.load(tmp_path / "model")
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "helium", "llama"])

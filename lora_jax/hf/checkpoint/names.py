@@ -8,7 +8,8 @@ the parameter (`kernel` for a `Linear`'s `weight`), the order of its dimensions 
     model.layers.self_attn.q_proj.kernel    (L, in, out) ours, index (3,)
 
 A path may carry its numbers itself (`model.layers.3...`, an unstacked tree): then its index is
-empty. With two stacks (layers of experts) the index has two numbers, in the path's order.
+empty. With two stacks (layers of experts) the index has two numbers, in the path's order. Of layers
+of several kinds a path says which it stacks: in `model.layers.3:61.mlp...` index 0 is layer 3.
 
 Reading or writing a whole model (`weights.fill`, `save_model`) uses the table of its architecture
 (`lora_jax.models.registry`). Every function here defaults to `ANY`, the union of the known tables.
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from lora_jax.paths import nearest
+from lora_jax.paths import nearest, numbers_of
 
 
 class Rule(NamedTuple):
@@ -126,6 +127,13 @@ EXPERTS = replace(
         ),
         Moved("mlp.experts.down_proj", ("mlp.experts.{}.down_proj.weight",)),
     ),
+)
+# DeepSeek-V3's and GLM-4's router has a number for each expert that decides the choice alone. The
+# layers beyond the last predict further tokens, and are not loaded.
+GROUPED = replace(
+    EXPERTS,
+    name="grouped experts",
+    rules=(Rule("*mlp.gate", "e_score_correction_bias", "e_score_correction_bias"), *LLAMA.rules),
 )
 MIXTRAL = replace(
     LLAMA,
@@ -357,9 +365,12 @@ def module_name(module: str, index: Sequence[int] = (), *, family: Family = ANY)
     parts, numbers, out = module.split("."), list(index), []
     wanted = sum(_is_open_stack(parts, i, family) for i in range(len(parts)))
     for i, part in enumerate(parts):
+        if i and parts[i - 1] in family.stacks and numbers_of(part):
+            continue  # the number of one of its layers is there
         out.append(part)
         if numbers and _is_open_stack(parts, i, family):
-            out.append(str(numbers.pop(0)))
+            number, named = numbers.pop(0), numbers_of(parts[i + 1])
+            out.append(str(named[number] if named else number))
     if len(index) != wanted:
         raise ValueError(
             f"module `{module}`: its blocks are numbered by {wanted} number(s), "
@@ -389,6 +400,6 @@ def _without_numbers(module: str, family: Family) -> tuple[str, tuple[int, ...]]
     for before, part in zip(parts, parts[1:], strict=False):
         if before in family.stacks and part.isdigit():
             index.append(int(part))
-        else:
+        elif not (before in family.stacks and numbers_of(part)):
             plain.append(part)
     return ".".join(plain), tuple(index)

@@ -31,6 +31,8 @@ REGISTERED = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "
 
 # The parameter that shows that a module holds fused experts.
 FUSED = ".experts.gate_up_proj"
+# Names that PEFT takes for those of experts, as they were before transformers 5.
+_TAKEN = (".gate_proj", ".up_proj", ".down_proj")
 
 Kind = Literal["module", "parameter", "saved", "rows"]
 
@@ -166,7 +168,9 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
     """The config with adapted experts, gate beside up in one array, among `target_parameters`.
 
     transformers has such experts as parameters of one module; PEFT finds no module for each. Nor
-    does it take gpt-oss' router, no linear layer there, which lies beside experts with biases.
+    does it take gpt-oss' router, no linear layer there, which lies beside experts with biases. Of
+    models that have other MLPs too it takes the names of their layers, and that of the router, for
+    those of experts: they are parameters here as well.
 
     Raises:
       ValueError: the config has what PEFT does not have for parameters.
@@ -179,6 +183,11 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
         for path in leaves
         if (module := bare(path).removesuffix(".gate_up_proj_bias")) in fused
     }
+    modules = {module_of(bare(path)) for path in leaves} if fused else set()
+    plain = {module for module in modules if module.rpartition(".")[0] not in fused}
+    beside = {module for module in plain if module.endswith(_TAKEN)}
+    if beside:
+        routers |= beside | {module for module in modules if module.endswith(".mlp.gate")}
     entries: list[str] = []
     for path, leaf in leaves.items():
         module = bare(path).rpartition(".")[0]
@@ -197,7 +206,12 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
                 f"`{name}` does not work with experts in PEFT, and `{entries[0]}` is adapted: "
                 f"leave `{name}` out, or the experts (`exclude_modules` of gate_up_proj, down_proj)"
             )
-    return replace(config, target_parameters=(*config.target_parameters, *entries))
+    patterns = {
+        name: {**found, **{rf"{key}\.weight": value for key, value in found.items()}}
+        for name in ("rank_pattern", "alpha_pattern")
+        if (found := getattr(config, name)) and beside and entries
+    }
+    return replace(config, target_parameters=(*config.target_parameters, *entries), **patterns)
 
 
 def their_parameter(path: str) -> str:

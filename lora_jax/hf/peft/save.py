@@ -22,6 +22,7 @@ from lora_jax.hf.peft.index import (
 from lora_jax.hf.peft.tensors import TensorSpec, read_leaf, tensor_specs
 from lora_jax.hf.peft.tying import HEAD, tied_config, ties
 from lora_jax.multi.single import check_single
+from lora_jax.paths import module_of
 
 AUTO = "auto"
 
@@ -100,7 +101,10 @@ def content_of(
         fields["target_modules"] = sorted(index.adapted)
     elif (
         config.target_modules == ALL_LINEAR
-        or any(matching.is_target(config, name) for name in index.parameters)
+        or any(
+            matching.is_target(config, name) or matching.is_target(config, module_of(name))
+            for name in index.parameters
+        )
         or not all(matching.is_target(config, name) for name in index.adapted)
     ):
         # PEFT has no paths of stacked layers: names that match the same modules there.

@@ -14,6 +14,7 @@ from lora_jax.models.families import (
     gemma,
     glm,
     gpt_oss,
+    grouped,
     llama,
     neox,
     olmo,
@@ -51,6 +52,9 @@ DIALECTS: Mapping[str, Dialect] = {
     "phi": neox.PHI,
     "gpt_oss": gpt_oss.GPT_OSS,
     "mixtral": experts.MIXTRAL,
+    "qwen2_moe": experts.QWEN2_MOE,
     "qwen3_moe": experts.QWEN3_MOE,
     "olmoe": experts.OLMOE,
+    "glm4_moe": grouped.GLM4_MOE,
+    "deepseek_v3": grouped.DEEPSEEK_V3,
 }

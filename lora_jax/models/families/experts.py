@@ -1,7 +1,8 @@
-"""Mixtral, Qwen3-MoE and OLMoE: decoders whose MLPs are mixtures of experts.
+"""Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE: decoders whose MLPs are mixtures of experts.
 
-Mixtral is Mistral with experts, Qwen3-MoE is Qwen3 with experts. OLMoE normalizes the queries, and
-the keys, of all heads together.
+Mixtral is Mistral with experts, Qwen3-MoE is Qwen3 with experts, and Qwen2-MoE Qwen2 with experts
+and an MLP that every token uses; in both some blocks may have one MLP in their place. OLMoE
+normalizes the queries, and the keys, of all heads together.
 
 Sources: arXiv:2401.04088, arXiv:2505.09388, arXiv:2409.02060.
 """
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.hf.checkpoint import names
-from lora_jax.models.dialect import Dialect
+from lora_jax.models.dialect import Dialect, Modules
 from lora_jax.models.families import llama, qwen
 
 # `num_local_experts` is Mixtral's name, `num_experts` that of the others; transformers reads both.
@@ -58,25 +59,65 @@ def _write_mixtral(config: Any) -> dict[str, Any]:
     }
 
 
-def _read_qwen3(raw: Mapping[str, Any]) -> dict[str, Any]:
-    for name, plain in (("mlp_only_layers", ([], None)), ("decoder_sparse_step", (1,))):
-        if raw.get(name, plain[0]) not in plain:
-            raise ValueError(
-                f"config: `{name}` = {raw[name]!r} is not supported: some blocks would have "
-                "experts and others none"
-            )
+def read_dense(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The blocks that have one MLP: those listed, and all but each `decoder_sparse_step`-th."""
+    step, listed = raw["decoder_sparse_step"], raw["mlp_only_layers"] or ()
+    dense = tuple(i in listed or (i + 1) % step != 0 for i in range(raw["num_hidden_layers"]))
+    if all(dense):
+        raise ValueError(
+            "config: `mlp_only_layers` and `decoder_sparse_step` leave no block with experts: take "
+            "the model type without"
+        )
+    return {"dense_layers": dense if any(dense) else None}
+
+
+def write_dense(config: Any) -> dict[str, Any]:
+    """The reverse of `read_dense`."""
+    listed = [i for i, dense in enumerate(config.dense) if dense]
+    return {"decoder_sparse_step": 1, "mlp_only_layers": listed}
+
+
+def _read_qwen2(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        **qwen.QWEN3.read(raw),
-        **read_experts(raw, 128),
+        **qwen.QWEN2.read(raw),
+        **_read_qwen(raw, 60),
+        "qkv_bias": bool(raw["qkv_bias"]),
+        "modules": Modules(shared="shared_expert"),
+        "shared_expert_size": raw["shared_expert_intermediate_size"],
+        "shared_gate": True,
+    }
+
+
+def _write_qwen2(config: Any) -> dict[str, Any]:
+    return {
+        **_write_qwen(config),
+        **qwen.QWEN2.write(config),
+        "qkv_bias": config.qkv_bias,
+        "shared_expert_intermediate_size": config.shared_expert_size,
+    }
+
+
+def _read_qwen3(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {**qwen.QWEN3.read(raw), **_read_qwen(raw, 128)}
+
+
+def _write_qwen3(config: Any) -> dict[str, Any]:
+    return {**qwen.QWEN3.write(config), **_write_qwen(config)}
+
+
+def _read_qwen(raw: Mapping[str, Any], count: int) -> dict[str, Any]:
+    return {
+        **read_experts(raw, count),
+        **read_dense(raw),
         "moe_intermediate_size": raw["moe_intermediate_size"],
         "norm_topk_prob": bool(raw["norm_topk_prob"]),
     }
 
 
-def _write_qwen3(config: Any) -> dict[str, Any]:
+def _write_qwen(config: Any) -> dict[str, Any]:
     return {
-        **qwen.QWEN3.write(config),
         **write_experts(config, "num_experts"),
+        **write_dense(config),
         "moe_intermediate_size": config.expert_size,
         "norm_topk_prob": config.norm_topk_prob,
     }
@@ -122,24 +163,44 @@ MIXTRAL = Dialect(
     },
 )
 
+_QWEN = ("decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob")
+_QWEN_DEFAULTS = {
+    **qwen.DEFAULTS,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.001,
+}
+
+QWEN2_MOE = Dialect(
+    architecture="Qwen2MoeForCausalLM",
+    fields=(*FIELDS, *qwen.QWEN2.fields, *_QWEN, "qkv_bias", "shared_expert_intermediate_size"),
+    read=_read_qwen2,
+    write=_write_qwen2,
+    names=names.EXPERTS,
+    defaults={
+        **_QWEN_DEFAULTS,
+        "num_key_value_heads": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "qkv_bias": True,
+    },
+)
+
 QWEN3_MOE = Dialect(
     architecture="Qwen3MoeForCausalLM",
-    fields=(
-        *FIELDS, *qwen.QWEN3.fields, "decoder_sparse_step", "mlp_only_layers",
-        "moe_intermediate_size", "norm_topk_prob",
-    ),
+    fields=(*FIELDS, *qwen.QWEN3.fields, *_QWEN),
     read=_read_qwen3,
     write=_write_qwen3,
     names=names.EXPERTS,
     defaults={
-        **qwen.DEFAULTS,
+        **_QWEN_DEFAULTS,
         "num_key_value_heads": 4,
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
-        "norm_topk_prob": False,
-        "router_aux_loss_coef": 0.001,
     },
-)  # fmt: skip
+)
 
 OLMOE = Dialect(
     architecture="OlmoeForCausalLM",

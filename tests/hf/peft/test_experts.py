@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("
 
 PLACE = "hf/peft/experts"
 SIZES = dict(ADAPTED_SIZES, num_experts_per_tok=2)
-FAMILIES = {
+FAMILIES: dict[str, Any] = {
     "mixtral": dict(SIZES, model_type="mixtral", num_local_experts=4),
     "qwen3_moe": dict(
         SIZES, model_type="qwen3_moe", head_dim=8, moe_intermediate_size=12, num_experts=3
@@ -40,6 +40,37 @@ FAMILIES = {
         num_local_experts=3,
         sliding_window=4,
         swiglu_limit=1.0,
+    ),
+    "qwen2_moe": dict(
+        SIZES,
+        model_type="qwen2_moe",
+        moe_intermediate_size=12,
+        num_experts=3,
+        shared_expert_intermediate_size=20,
+        mlp_only_layers=[0],
+    ),
+    "glm4_moe": dict(
+        SIZES,
+        model_type="glm4_moe",
+        head_dim=8,
+        moe_intermediate_size=12,
+        n_routed_experts=4,
+        n_group=2,
+        first_k_dense_replace=1,
+    ),
+    "deepseek_v3": dict(
+        {**SIZES, "num_key_value_heads": 4},
+        model_type="deepseek_v3",
+        moe_intermediate_size=12,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        q_lora_rank=12,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=6,
     ),
     # Square experts: their shapes do not show the order of their dims.
     "olmoe": dict(SIZES, model_type="olmoe", num_experts=3, intermediate_size=16),
@@ -64,15 +95,16 @@ OURS = {
         rank_pattern={"gate_up_proj": 3},
         alpha_pattern={"down_proj": 5},
     ),
-    "regex": dict(target_modules=r".*(q_proj|down_proj)"),
+    "regex": dict(target_modules=r".*(q_proj|q_b_proj|down_proj)"),
 }
 
 
 def of(family: str, fields: dict) -> Any:
     """The fields by the names of a family."""
-    if family != "gpt_oss":
-        return fields
-    swaps = {"gate": "router", "gate.weight": "router.weight"}
+    swaps = {
+        "gpt_oss": {"gate": "router", "gate.weight": "router.weight"},
+        "deepseek_v3": {"q_proj": "q_b_proj", "v_proj": "kv_b_proj"},
+    }.get(family, {})
     return {
         key: type(x)(swaps.get(name, name) for name in x) if isinstance(x, list | tuple) else x
         for key, x in fields.items()
@@ -175,7 +207,7 @@ def test_what_peft_lacks_for_experts_is_refused(option, saved, tmp_path):
 def test_gradients_are_pefts(family, saved, tmp_path):
     there, directory = saved(family)
     base = lora.models.load(directory)
-    fields = {"task_type": "CAUSAL_LM", **THEIRS["parameters"]}
+    fields = {"task_type": "CAUSAL_LM", **of(family, THEIRS["parameters"])}
     check_gradients(
         f"{PLACE}/{family}/gradients", tmp_path, lambda: copy.deepcopy(there()), base, fields
     )
