@@ -188,3 +188,11 @@ def test_refused(ids, fields, text):
     with pytest.raises((ValueError, TypeError), match=text):
         config = lora.LoraConfig(rank=2, trainable_token_indices=ids, **fields)
         lora.plan(config, untied, PARAMS, TOKENS)
+
+
+def test_rows_of_a_tied_head_name_its_table():
+    config = lora.LoraConfig(
+        rank=2, target_modules=("proj",), trainable_token_indices={"lm_head": IDS}
+    )
+    with pytest.raises(ValueError, match="head is tied to the embedding: name `embed_tokens.embe"):
+        lora.plan(config, tied, PARAMS, TOKENS)

@@ -55,9 +55,21 @@ def mask(leaf: LeafPlan, factor: Array, *, rank_axis: str) -> Array:
     return factor * keep.reshape(shape).astype(factor.dtype)
 
 
+def cut(leaf: LeafPlan, a: Array, b: Array) -> tuple[Array, Array]:
+    """Factors `(stack..., in, r)` and `(stack..., r, out)` of each layer's own rank.
+
+    A principal part or a QR decomposition of a smaller rank is the start of a larger one.
+    """
+    stack, _, _ = sizes(leaf.shape, leaf.roles)
+    keep = np.arange(leaf.rank) < np.asarray(leaf.ranks)[:, None]
+    keep = keep.reshape(*stack, leaf.rank)
+    # Not a product: the scale of a layer that is left out is 0, by which `principal` divides.
+    return jnp.where(keep[..., None, :], a, 0), jnp.where(keep[..., :, None], b, 0)
+
+
 def uniform_rank(leaf: LeafPlan, name: str) -> None:
     """Raises `ValueError` where the layers of a stack have different ranks."""
-    # A decomposition cut at the largest rank would be masked to a worse one in the other layers.
+    # The numbers of a start of one rank are not among those of a larger one.
     if len(set(leaf.ranks)) > 1:
         raise ValueError(
             f'init="{name}" needs one rank for the whole stack `{leaf.path}`, got ranks '

@@ -16,6 +16,7 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import factor_shapes, sizes
 from lora_jax.methods.factors import (
     Started,
+    cut,
     factor_dtype,
     mask,
     matrix_of,
@@ -96,9 +97,8 @@ def pissa(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Star
     """
     if leaf.lookup:
         return default(key, config, leaf, w)
-    uniform_rank(leaf, "pissa")
     s = scale_of(leaf)
-    a, b = principal(matrix_of(leaf, w), leaf.rank, s)
+    a, b = cut(leaf, *principal(matrix_of(leaf, w), leaf.rank, s))
     return residual(leaf, w, a, b, s=s), *shaped(leaf, a, b)
 
 
@@ -109,11 +109,10 @@ def olora(key: PRNGKeyArray, config: LoraConfig, leaf: LeafPlan, w: Any) -> Star
     """
     if leaf.lookup:
         return default(key, config, leaf, w)
-    uniform_rank(leaf, "olora")
     # PEFT decomposes torch's (out, in), which is the transpose of ours.
     q, r = jnp.linalg.qr(jnp.swapaxes(matrix_of(leaf, w), -1, -2))
     a = jnp.swapaxes(r[..., : leaf.rank, :], -1, -2)
-    b = jnp.swapaxes(q[..., : leaf.rank], -1, -2)
+    a, b = cut(leaf, a, jnp.swapaxes(q[..., : leaf.rank], -1, -2))
     return residual(leaf, w, a, b, s=scale_of(leaf)), *shaped(leaf, a, b)
 
 

@@ -125,9 +125,11 @@ def _named_table(entry: str, drafts: Sequence[Draft]) -> LeafPlan:
         return found[0]
     tables = {names.module for leaf, names, _ in drafts if leaf.lookup}
     several = f"{len(found)} tables ({', '.join(f'`{x.path}`' for x in found[:3])})"
+    tied = next((f"`{leaf.path}`" for leaf, _, _ in drafts if leaf.tied), None)
+    head = f"; the head is tied to the embedding: name {tied}" if tied and not found else ""
     raise ValueError(
         f"`trainable_token_indices`: `{entry}` matches {several if found else 'no table'}; "
-        f"nearest: {paths.nearest(entry, tables)}"
+        f"nearest: {paths.nearest(entry, tables)}{head}"
     )
 
 

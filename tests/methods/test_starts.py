@@ -124,12 +124,52 @@ def test_the_spread_of_each_layers_own_rank():
     assert np.std(a[1]) == pytest.approx(1 / 8, rel=0.1)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
-def test_a_decomposition_needs_one_rank_for_the_whole_stack(init):
+def stacked_and_apart(init):
+    """Three layers of the ranks 4, 2 and 0: as one leaf, and each of its own."""
+    w = np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32)
+    ranks = {"1.proj": 2}
+    config = lora.LoraConfig(
+        rank=4, alpha=6, target_modules=("proj",), init=init, rank_pattern=ranks,
+        layers_to_transform=(0, 1),
+    )  # fmt: skip
+    stack = {"model": {"layers": {"proj": {"kernel": jnp.asarray(w)}}}}
+    each = {f"{i}": {"proj": {"kernel": jnp.asarray(w[i])}} for i in range(3)}
+    apart = {"model": {"layers": each}}
+
+    def fn(p, x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, p["model"]["layers"]["proj"]["kernel"])
+
+    def one(p, x):
+        return [x @ p["model"]["layers"][f"{i}"]["proj"]["kernel"] for i in range(3)]
+
+    return [
+        lora.init(jax.random.key(0), lora.plan(config, f, params, jnp.ones((1, 8))), params)
+        for f, params in ((fn, stack), (one, apart))
+    ]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_decomposition_has_each_layers_own_rank(init):
+    stacked, apart = stacked_and_apart(init)
+    leaf = stacked["model"]["layers"]["proj"]["kernel"]
+    for i, rank in enumerate((4, 2)):
+        own = apart["model"]["layers"][f"{i}"]["proj"]["kernel"]
+        # Two programs for the decomposition round differently.
+        np.testing.assert_allclose(leaf.w[i], own.w, atol=2e-5)
+        np.testing.assert_allclose(leaf.a[i, :, :rank], own.a, atol=2e-5)
+        np.testing.assert_array_equal(leaf.a[i, :, rank:], 0)
+        np.testing.assert_array_equal(leaf.b[i, rank:], 0)
+    np.testing.assert_array_equal(leaf.w[2], apart["model"]["layers"]["2"]["proj"]["kernel"])
+    np.testing.assert_array_equal(leaf.a[2], 0)
+
+
+def test_the_orthogonal_start_needs_one_rank_for_the_whole_stack():
     params = {"layers": {"proj": {"kernel": jnp.ones((2, 8, 8))}}}
     fn = lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["layers"]["proj"]["kernel"])  # noqa: E731
     ranks = {"layers.1.proj": 2}
-    config = lora.LoraConfig(rank=4, target_modules=("proj",), init=init, rank_pattern=ranks)
+    config = lora.LoraConfig(
+        rank=4, target_modules=("proj",), init="orthogonal", rank_pattern=ranks
+    )
     plan = lora.plan(config, fn, params, jnp.ones((1, 8)))
     with pytest.raises(ValueError, match=r"needs one rank for the whole stack .* got ranks \[2, 4"):
         lora.init(jax.random.key(0), plan, params)

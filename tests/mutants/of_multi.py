@@ -21,7 +21,7 @@ FAULTS = [
             "if False:\n        return default(key, config, leaf, w)\n    a_shape",
         ),
 
-        ('uniform_rank(leaf, "pissa")', "pass"),
+        ('uniform_rank(leaf, "orthogonal")', "pass"),
         ("if leaf.rank % 2:", "if False:"),
         ('mask(leaf, b.astype(dtype), rank_axis="b")', "b.astype(dtype)"),
         ("q[..., : leaf.rank]", "q[..., -leaf.rank :]"),

@@ -74,14 +74,18 @@ def settled(config: LoraConfig, leaves: Mapping[str, Any]) -> LoraConfig:
     # A plan also matches the paths themselves, without the numbers of stacked layers.
     every += dict.fromkeys(name for path in leaves for name in (path, module_of(path)))
     unused = set(matching.unmatched(config, every))
-    free = [name for name in every if not matching.is_excluded(config, name)]
+    free = [
+        name
+        for name in every
+        if not matching.is_excluded(config, name) and matching.in_layers(config, name)
+    ]
     kept: dict[str, Any] = {}
     for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         value = getattr(config, field)
         if isinstance(value, tuple):
             kept[field] = tuple(entry for entry in value if (field, entry) not in unused)
     if "target_modules" in kept:
-        # An entry that matches excluded modules only is unused too.
+        # An entry that matches only modules that are excluded, or of other layers, is unused too.
         used = (e for e in kept["target_modules"] if any(matching.ends_with(n, e) for n in free))
         # With none left, the error of `plan` lists the nearest names.
         kept["target_modules"] = tuple(used) or config.target_modules

@@ -137,6 +137,7 @@ ALLOWED = {
         "modules_to_save": ["score"],
     },
     "excluded-regex": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.v_proj"},
+    "of-other-layers": {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [1]},
     "high-rank": {"target_modules": ["k_proj"], "r": 40},
     "high-pattern": {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 20, "dense": 2}},
 }
