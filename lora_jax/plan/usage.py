@@ -363,7 +363,8 @@ def _consumption(
         stacked = whole(track.dims, axes[1]) | track.picked
         kind: UseKind = "contract" if contracted - stacked else "other"
         # Times a constant matrix it is another weight, which is contracted with features later.
-        with_features = fed or any(f.tracks for f in others)
+        # What other weights made of constants, as in a network over positions, are features.
+        with_features = fed or any(f.tracks or f.made for f in others)
         if kind == "contract" and name == "dot_general" and not with_features:
             kind = "transform"
         # The first product counts where it was of fixed positions with a kernel, and not a resize.

@@ -66,6 +66,14 @@ def _selective_scan(p, x):
     return jnp.moveaxis(ys, 0, 1) @ p["out"]
 
 
+def _implicit_filter(p, x):
+    """Hyena: a filter over positions, from a small network, convolved with the features."""
+    t = jnp.linspace(0, 1, x.shape[1], dtype=x.dtype)[:, None]
+    h = jnp.sin(jnp.concatenate([t, jnp.cos(9 * t), jnp.sin(9 * t)], -1) @ p["first"])
+    h = jnp.fft.rfft(jnp.sin(h @ p["hidden"]) @ p["last"], 10, axis=0)
+    return jnp.fft.irfft(jnp.fft.rfft(x, 10, axis=1) * h, 10, axis=1)[:, :5]
+
+
 def _recurrent(p, x):
     def step(h, row):
         return jnp.tanh(row @ p["x"] + h @ p["h"]), h @ p["y"]
@@ -161,6 +169,9 @@ CASES = (
     Case("block_diagonal", _model(_block_diagonal, w=(2, 4, 6)), {"w": "sio"}),
     Case("block_selective_scan", _model(_selective_scan, **{"in": (8, 12), "out": (6, 8)}),
          {"in": "io", "out": "io"}),
+    Case("block_implicit_filter", _model(_implicit_filter, first=(3, 6), hidden=(6, 6),
+                                         last=(6, 8)),
+         {n: "io" for n in ("first", "hidden", "last")}),
     Case("block_recurrent", _model(_recurrent, x=(8, 6), h=(6, 6), y=(6, 4)),
          {"x": "io", "h": "io", "y": "io"}),
     Case("block_mixed_scan", _model(_mixed_scan, layers=(3, 8, 8), shared=(8, 8),

@@ -21,7 +21,7 @@ def low(tree):
 
 
 # JAX has no FFT and no complex numbers of bfloat16, so these base models do not run.
-FULL = ("block_fourier_kernel", "complex_of_two")
+FULL = ("block_fourier_kernel", "block_implicit_filter", "complex_of_two")
 HALF_CASES = [case for case in CASES if case.name not in FULL]
 
 
