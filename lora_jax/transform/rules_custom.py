@@ -7,6 +7,7 @@ optimistix's adjoints) reach a weight this way, through `jax.closure_convert`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,8 +32,12 @@ from lora_jax.transform.many.rules import row_adapter
 _REASON = "a custom derivative rule takes the weight"
 
 
-def _operands(context: Context, eqn: Any, values: Sequence) -> list:
-    """The operands, each weight as base and two factors: what the derivatives are taken by."""
+def _operands(context: Context, eqn: Any, values: Sequence) -> tuple[list, list]:
+    """The operands, each weight as base and two factors: what the derivatives are taken by.
+
+    Returns:
+      The arrays that the function closes over, by which JAX refuses to differentiate, and the rest.
+    """
     ready = []
     for v, x in zip(eqn.invars, values, strict=True):
         if not is_implicit(x):
@@ -46,7 +51,8 @@ def _operands(context: Context, eqn: Any, values: Sequence) -> list:
             raise Unsupported(f"{_REASON}, of a quantized base or with a bias")
         x = row_adapter(context, x, eqn, _REASON) if has_many(x) else x
         ready.append(dataclasses.replace(_transposable(folded(x)), key=None, dropout=0.0))
-    return ready
+    held = eqn.params.get("num_consts", 0)
+    return ready[:held], ready[held:]
 
 
 def _transposable(x: Any) -> Any:
@@ -118,7 +124,7 @@ def custom_vjp(context: Context, eqn: Any, values: list) -> list:
 
     The rule gives dW as an array, of which the gradients of the factors are made.
     """
-    operands = _operands(context, eqn, values)
+    held, operands = _operands(context, eqn, values)
 
     def differentiate(run: Callable, xs: Sequence) -> None:
         # A rule that is told what varies may refuse some operands; weights are what trains.
@@ -126,15 +132,16 @@ def custom_vjp(context: Context, eqn: Any, values: list) -> list:
         outs, pull = _vjp(run, [is_implicit(x) or not symbolic for x in xs], xs)
         pull([jnp.zeros_like(x) for x in outs])
 
-    _probe(context, lambda quiet: _vjp_function(quiet, eqn), differentiate, operands)
-    return _vjp_function(context, eqn)(*operands)
+    _probe(context, lambda quiet: _vjp_function(quiet, eqn, held), differentiate, operands)
+    return _vjp_function(context, eqn, held)(*operands)
 
 
-def _vjp_function(context: Context, eqn: Any) -> Callable[..., list]:
+def _vjp_function(context: Context, eqn: Any, held: Sequence) -> Callable[..., list]:
     call, seen = _dense_call(_owner_jaxpr(eqn), eqn), {}
 
     def primal(*xs: Any) -> list:
-        outs = enter(context, eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr")), xs)
+        inner = eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
+        outs = enter(context, inner, [*held, *xs])
         return _as_arrays(context, eqn, outs)
 
     symbolic = eqn.params.get("symbolic_zeros", False)
@@ -148,15 +155,15 @@ def _vjp_function(context: Context, eqn: Any) -> Callable[..., list]:
             varies = [_is_inexact(x) for x in xs]
         seen["varies"] = varies
 
-        def dense(*given: Any) -> tuple:
-            outs, pull = _vjp(call, varies, given)
+        def dense(held: list, given: list) -> tuple:
+            outs, pull = _vjp(functools.partial(call, *held), varies, given)
             # JAX's pullback is a tree: its leaves are what the rule saves, its structure the rest.
             saved, seen["pull"] = jax.tree.flatten(pull)
             return outs, saved
 
-        jaxpr, consts = compat.open_jaxpr(jax.make_jaxpr(dense)(*_avals(xs)))
+        jaxpr, consts = compat.open_jaxpr(jax.make_jaxpr(dense)(_avals(held), _avals(xs)))
         # A weight that the rule saves is saved as base and factors, not materialized.
-        results = evaluate(context, jaxpr, consts, xs)
+        results = evaluate(context, jaxpr, consts, [*held, *xs])
         count = len(eqn.outvars)
         return _as_arrays(context, eqn, results[:count]), (xs, results[count:])
 
@@ -238,42 +245,43 @@ def custom_jvp(context: Context, eqn: Any, values: list) -> list:
     The tangent of a weight is the sum of two weights, `dW + dA·B` and `A·dB`; the rule is linear
     in tangents, so it runs on each.
     """
-    operands = _operands(context, eqn, values)
+    held, operands = _operands(context, eqn, values)
 
     def differentiate(run: Callable, xs: Sequence) -> None:
         tangents = [jax.tree.map(_zero_tangent, x) for x in xs]
         jax.jvp(run, tuple(xs), tuple(tangents))
 
-    _probe(context, lambda quiet: _jvp_function(quiet, eqn), differentiate, operands)
-    return _jvp_function(context, eqn)(*operands)
+    _probe(context, lambda quiet: _jvp_function(quiet, eqn, held), differentiate, operands)
+    return _jvp_function(context, eqn, held)(*operands)
 
 
 def _zero_tangent(x: Any) -> Any:
     return jnp.zeros_like(x) if _is_inexact(x) else np.zeros(jnp.shape(x), jax.dtypes.float0)
 
 
-def _jvp_function(context: Context, eqn: Any) -> Callable[..., list]:
+def _jvp_function(context: Context, eqn: Any, held: Sequence) -> Callable[..., list]:
     call = _dense_call(_owner_jaxpr(eqn), eqn)
 
     def primal(*xs: Any) -> list:
-        return _as_arrays(context, eqn, enter(context, eqn.params["call_jaxpr"], xs))
+        outs = enter(context, eqn.params["call_jaxpr"], [*held, *xs])
+        return _as_arrays(context, eqn, outs)
 
     def derivative(xs: tuple, tangents: tuple) -> tuple:
         loose = [k for k, x in enumerate(xs) if _is_inexact(x)]
 
-        def dense(given: list, dots: list) -> tuple:
+        def dense(held: list, given: list, dots: list) -> tuple:
             full = [np.zeros(jnp.shape(x), jax.dtypes.float0) for x in xs]
             for k, dot in zip(loose, dots, strict=True):
                 full[k] = dot
-            return jax.jvp(call, given, full)
+            return jax.jvp(functools.partial(call, *held), given, full)
 
         avals = _avals(xs)
-        jaxpr = jax.make_jaxpr(dense)(avals, [avals[k] for k in loose])
+        jaxpr = jax.make_jaxpr(dense)(_avals(held), avals, [avals[k] for k in loose])
         jaxpr, consts = compat.open_jaxpr(jaxpr)
         count = len(eqn.outvars)
 
         def run_on(dots: list) -> tuple[list, list]:
-            outs = evaluate(context, jaxpr, consts, [*xs, *dots])
+            outs = evaluate(context, jaxpr, consts, [*held, *xs, *dots])
             outs = _as_arrays(context, eqn, outs)
             return outs[:count], outs[count:]
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
+from jax.experimental.ode import odeint
 from jax.sharding import PartitionSpec as P
 
 from tests.laws.case import Case, features, normal
@@ -182,6 +183,41 @@ def _product(x, w):
 _product.defjvp(lambda xs, ts: (xs[0] @ xs[1], ts[0] @ xs[1] + xs[0] @ ts[1]))
 
 
+_TABLE = np.asarray(normal(51, 8))
+
+
+def _with_a_table(rule):
+    """A custom rule that closes over an array, which becomes an operand of the equation."""
+
+    def fn(w, x):
+        with jax.ensure_compile_time_eval():
+            table = jnp.asarray(_TABLE)
+
+        def plain(w, x):
+            return jnp.sin((x * table) @ w)
+
+        return rule(plain)(w, x)
+
+    return jax.jit(fn)
+
+
+def _vjp_rule(plain):
+    run = jax.custom_vjp(plain)
+    run.defvjp(lambda w, x: (plain(w, x), (w, x)), lambda saved, g: jax.vjp(plain, *saved)[1](g))
+    return run
+
+
+def _jvp_rule(plain):
+    run = jax.custom_jvp(plain)
+    run.defjvp(lambda xs, ts: jax.jvp(plain, xs, ts))
+    return run
+
+
+def _neural_ode(w, x):
+    """JAX's own solver, its adjoint a custom rule that closes over the method's coefficients."""
+    return odeint(lambda y, t, w: jnp.tanh(y @ w) * 0.3, x, jnp.array([0.0, 0.5]), w)[-1]
+
+
 def _adjoint(w, x):
     """As diffrax and optimistix do it: a rule on what a closure-converted function holds."""
     f, held = jax.closure_convert(lambda x: jnp.tanh(x @ w), x)
@@ -325,6 +361,10 @@ _CALLS = (
     Case("custom_vjp_sees_what_varies", _one(lambda w, x: _times(w, x, 2.0)), {"w": "io"},
          dropout=False),
     Case("custom_vjp_closure_converted", _one(_adjoint), {"w": "io"}, dropout=False),
+    Case("custom_vjp_with_a_table", _one(_with_a_table(_vjp_rule)), {"w": "io"}, dropout=False),
+    Case("custom_jvp_with_a_table", _one(_with_a_table(_jvp_rule)), {"w": "io"}, dropout=False),
+    Case("custom_vjp_of_an_ode", _one(_neural_ode, x=features(2, 8)), {"w": "io"}, dropout=False,
+         mapped=False),
     Case("custom_root", _one(_fixed_point), {"w": "io"}, _ROOT_FALLBACKS, dropout=False,
          config={"roles": {"w": "io"}}, linear=("w",)),
     Case("custom_linear_solve", _one(_linear_solve), {"w": "io"}),
