@@ -16,6 +16,7 @@ from lora_jax.transform.implicit import (
     Implicit,
     Unsupported,
     folded,
+    has_many,
     owned,
     rebuild,
     wide_dtype,
@@ -86,9 +87,9 @@ def common_form(values: Sequence) -> Implicit:
     Returns:
       A weight of the form: of the roles, the dtypes and the largest rank; its numbers mean nothing.
     """
-    parts = with_same_roles(values)
-    if any(v.adapter_count for v in parts):
+    if any(map(has_many, values)):
         raise Unsupported("it holds many adapters")
+    parts = with_same_roles(values)
     if parts[0].key is not None and not all(isinstance(v, Implicit) for v in values):
         raise Unsupported("one of them has no adapter, and the other's has dropout")
     rank, form = max(v.rank for v in parts), parts[0]

@@ -488,3 +488,22 @@ def test_each_token_has_its_adapter_in_a_weight_made_of_weights(change):
     each = jnp.stack([fn(lora.merge(tree), FLOATS) for tree in adapters] + [fn(WEIGHT, FLOATS)])
     want = jnp.take_along_axis(each, ids[None, ..., None] % 3, 0)[0]
     np.testing.assert_allclose(run(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_each_row_starts_a_loop_from_its_own_adapters_weight():
+    """Fast weights, as of a delta rule: the state starts as the parameter, each step changes it."""
+
+    def fn(p, x):
+        def step(w, token):
+            y = token @ w
+            return w - 0.1 * token[:, None] * y, y
+
+        return jax.vmap(lambda x: lax.scan(step, p["w"], x)[1])(x)
+
+    adapters, _, _ = of_floats(lambda p, x: x @ p["w"])
+    rows = [fn(tree, FLOATS[k : k + 1]) for k, tree in enumerate([lora.merge(adapters[1]), WEIGHT])]
+    run = lora.lorafy(fn, adapter_strategy="grouped")
+    with pytest.warns(lora.MaterializedWarning, match="in `scan`.*the loop changes it"):
+        got = run(lora.stack(adapters), FLOATS[:2], adapter_ids=jnp.array([1, -1]))
+    # Products rounded apart, five steps deep.
+    np.testing.assert_allclose(got, jnp.concatenate(rows), rtol=1e-4, atol=1e-5)
