@@ -43,7 +43,7 @@ class LlamaConfig:
       moe_intermediate_size: width of an expert; None is `intermediate_size`.
       dense_layers: for each block whether it has one dense MLP beside others with experts; None is
         none of them.
-      routing: experts are chosen in groups, by sigmoids; None is by a softmax over all of them.
+      routing: how experts are chosen in groups; None is by a softmax over all of them.
       shared_expert_size: width of an MLP that every token uses beside its experts, or None.
       shared_gate: what that MLP adds is multiplied by a sigmoid of each token.
       norm_topk_prob: the weights of a token's experts add up to 1.

@@ -168,11 +168,13 @@ class Routing(NamedTuple):
       groups: groups of experts of one size.
       chosen: groups that a token's experts come from.
       scale: factor of the weights.
+      softmax: the weights are a softmax over all experts, in place of a sigmoid of each.
     """
 
     groups: int
     chosen: int
     scale: float
+    softmax: bool = False
 
 
 class Dialect(NamedTuple):

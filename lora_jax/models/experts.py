@@ -129,7 +129,7 @@ class MixtureMLP(nnx.Module):
         )
         setattr(self, self.name, router)
         self.routing = config.routing
-        if self.routing is not None:
+        if self.routing is not None and not self.routing.softmax:
             bias = jnp.zeros((config.num_experts,), param_dtype)
             setattr(router, "e_score_correction_bias", nnx.Param(bias))  # noqa: B010
         self.shared = config.modules.shared if config.shared_expert_size else ""
@@ -156,7 +156,9 @@ class MixtureMLP(nnx.Module):
         if self.routing is None:
             chosen = choose_experts(logits, self.count, normalized=self.normalized)
         else:
-            bias = router.e_score_correction_bias.get_value()
+            bias = None
+            if not self.routing.softmax:
+                bias = router.e_score_correction_bias.get_value()
             chosen = choose_grouped(
                 logits, bias, self.count, self.routing, normalized=self.normalized
             )
@@ -183,23 +185,24 @@ def choose_experts(logits: Float[Array, "m e"], count: int, *, normalized: bool)
 
 def choose_grouped(
     logits: Float[Array, "m e"],
-    bias: Float[Array, " e"],
+    bias: Float[Array, " e"] | None,
     count: int,
     routing: Routing,
     *,
     normalized: bool,
 ) -> Chosen:
-    """As `choose_experts`, by sigmoids, among the experts of each token's best groups.
+    """As `choose_experts`, among the experts of each token's best groups.
 
-    The bias balances the load: it decides which experts are chosen, not how much they count. A
-    group is as good as its two best experts.
+    By a softmax a group is as good as its best expert, by sigmoids as its two best. The bias
+    balances the load: it decides which experts are chosen, not how much they count.
 
-    Source: DeepSeek-AI 2024, arXiv:2412.19437, section 2.1.2.
+    Source: DeepSeek-AI 2024, arXiv:2405.04434, section 2.2.2; arXiv:2412.19437, section 2.1.2.
     """
-    likely = jax.nn.sigmoid(logits.astype(jnp.float32))
-    scores = likely + bias.astype(jnp.float32)
+    wide = logits.astype(jnp.float32)
+    likely = jax.nn.softmax(wide, axis=-1) if routing.softmax else jax.nn.sigmoid(wide)
+    scores = likely if bias is None else likely + bias.astype(jnp.float32)
     grouped = scores.reshape(len(scores), routing.groups, -1)  # (m, g, e/g)
-    best = lax.top_k(grouped, 2)[0].sum(axis=-1)
+    best = lax.top_k(grouped, 1 if routing.softmax else 2)[0].sum(axis=-1)
     groups = lax.top_k(best, routing.chosen)[1]  # (m, chosen)
     within = (groups[:, :, None] == jnp.arange(routing.groups)).any(axis=1)  # (m, g)
     scores = jnp.where(within[:, :, None], grouped, -jnp.inf).reshape(scores.shape)

@@ -79,7 +79,14 @@ _FLAGS = (
 )  # fmt: skip
 _ROPES = ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention")
 _OBJECTS = ("id2label", *_ROPES)
-_LISTED = ("architectures", "layer_types", "mlp_only_layers", "no_rope_layers", *_LISTS)
+_LISTED = (
+    "architectures",
+    "layer_types",
+    "mlp_layer_types",
+    "mlp_only_layers",
+    "no_rope_layers",
+    *_LISTS,
+)
 
 
 def check_range(name: str, value: Any, allowed: Range, prefix: str = "config: ") -> None:

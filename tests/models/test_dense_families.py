@@ -212,6 +212,18 @@ PUBLIC = {
         partial_rotary_factor=0.5, rope_theta=1000000, routed_scaling_factor=1.0,
         use_qk_norm=False, eos_token_id=[151329, 151336, 151338], pad_token_id=151329,
     ),
+    "DeepSeek-V2-Lite": dict(
+        model_type="deepseek_v2", num_key_value_heads=4, aux_loss_alpha=0.001, ep_size=1,
+        first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=16,
+        qk_rope_head_dim=8, v_head_dim=16, moe_intermediate_size=24, moe_layer_freq=1, n_group=1,
+        n_routed_experts=8, n_shared_experts=2, norm_topk_prob=False, num_experts_per_tok=2,
+        topk_group=1, topk_method="greedy", routed_scaling_factor=1.0, scoring_func="softmax",
+        seq_aux=True, rope_theta=10000,
+        rope_scaling=dict(
+            beta_fast=32, beta_slow=1, factor=40, mscale=0.707, mscale_all_dim=0.707,
+            original_max_position_embeddings=4096, type="yarn",
+        ),
+    ),
     "DeepSeek-V3": dict(
         model_type="deepseek_v3", num_key_value_heads=4, ep_size=1, first_k_dense_replace=3,
         kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,

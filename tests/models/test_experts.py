@@ -98,6 +98,19 @@ CASES |= {
             mscale_all_dim=0.7, beta_fast=32, beta_slow=1, rope_theta=500.0,
         ),
     ),
+    "deepseek_v2": {
+        **LATENT, "model_type": "deepseek_v2", "topk_method": "group_limited_greedy",
+        "q_lora_rank": 16, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
+        "num_experts_per_tok": 3,
+    },
+    "deepseek_v2 without groups": {
+        **LATENT, "model_type": "deepseek_v2", "q_lora_rank": None, "n_group": None,
+        "topk_group": None, "v_head_dim": 12,
+    },
+    "glm4_moe_lite": {
+        **LATENT, "model_type": "glm4_moe_lite", "q_lora_rank": 16, "v_head_dim": 12,
+        "num_hidden_layers": 4, "mlp_layer_types": ["dense", "sparse"] * 2,
+    },
     "deepseek_v3 with plain queries": dict(
         {**LATENT, "v_head_dim": 12}, q_lora_rank=None, first_k_dense_replace=2,
         rope_interleave=False, attention_bias=True,
@@ -124,7 +137,7 @@ def test_logits_are_transformers(saved, case):
 @pytest.mark.parametrize(
     "case",
     ["mixtral with a window", "qwen3_moe", "olmoe", "gpt_oss", "qwen3_moe in turns", "qwen2_moe",
-     "glm4_moe", "deepseek_v3"],
+     "glm4_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite"],
 )  # fmt: skip
 def test_greedy_text_is_transformers(saved, case):
     check_greedy_text(saved, PLACE, case)
@@ -148,7 +161,14 @@ def test_blocks_that_are_not_stacked_compute_the_same(saved, case):
         "gpt_oss without scaling",
         *(
             pytest.param(case, marks=pytest.mark.slow)
-            for case in ("qwen3_moe in turns", "qwen2_moe", "glm4_moe", "deepseek_v3")
+            for case in (
+                "qwen3_moe in turns",
+                "qwen2_moe",
+                "glm4_moe",
+                "deepseek_v3",
+                "deepseek_v2",
+                "glm4_moe_lite",
+            )  # fmt: skip
         ),
     ],
 )
@@ -291,6 +311,7 @@ def test_the_width_of_an_expert_is_written(family):
         (dict(LATENT, first_k_dense_replace=3), "`first_k_dense_replace` leaves no block with"),
         (dict(LATENT, n_group=3), "`n_group` 3 must divide `n_routed_experts` 8 into groups of"),
         (dict(LATENT, topk_method="greedy"), "`topk_method` = 'greedy' is not supported"),
+        ({**LATENT, "model_type": "deepseek_v2", "topk_method": "noaux_tc"}, "is not one of gre"),
         ({**LATENT, "v_head_dim": 20}, "`v_head_dim` 20 is above the size of a key"),
     ],
 )

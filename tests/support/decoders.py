@@ -73,6 +73,28 @@ FAMILIES = {
         v_head_dim=6,
         num_key_value_heads=4,
     ),
+    "deepseek_v2": dict(
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        kv_lora_rank=16,
+        q_lora_rank=None,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=6,
+        num_key_value_heads=4,
+    ),
+    "glm4_moe_lite": dict(
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        kv_lora_rank=16,
+        q_lora_rank=12,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=12,
+        num_key_value_heads=4,
+    ),
     "qwen3_moe": dict(head_dim=8, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
     "gpt_oss": dict(WINDOW, head_dim=8, num_local_experts=3, num_experts_per_tok=2),
     "olmoe": dict(num_experts=3, num_experts_per_tok=2),
@@ -81,8 +103,8 @@ FAMILIES = {
 # These share what attends with others: only among all tests.
 LATER = (
     "ministral", "granite", "seed_oss", "arcee", "olmo2", "olmo3", "glm4", "mixtral", "qwen3_moe",
-    "qwen2_moe", "glm4_moe", "deepseek_v3", "olmoe", "cohere", "cohere2", "starcoder2", "phi",
-    "gpt_neox",
+    "qwen2_moe", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "olmoe", "cohere",
+    "cohere2", "starcoder2", "phi", "gpt_neox",
     "gpt_oss", "glm", "ernie4_5", "helium", "stablelm",
 )  # fmt: skip
 LENGTHS = ((7, 1, 5, 9), (16, 6), (3, 3, 3, 3, 3))

@@ -56,5 +56,7 @@ DIALECTS: Mapping[str, Dialect] = {
     "qwen3_moe": experts.QWEN3_MOE,
     "olmoe": experts.OLMOE,
     "glm4_moe": grouped.GLM4_MOE,
+    "glm4_moe_lite": grouped.GLM4_MOE_LITE,
+    "deepseek_v2": grouped.DEEPSEEK_V2,
     "deepseek_v3": grouped.DEEPSEEK_V3,
 }

@@ -1,9 +1,10 @@
-"""GLM-4 MoE and DeepSeek-V3: experts in groups, some for every token, behind dense blocks.
+"""GLM-4 MoE and DeepSeek-V2 and V3: experts in groups, some for every token, behind dense blocks.
 
-Their routers choose among the best groups by sigmoids. DeepSeek-V3 makes keys and values of a short
-vector a token; GLM-4 MoE rotates half of a head.
+Their routers choose among the best groups, by sigmoids or (DeepSeek-V2) by a softmax. DeepSeek's
+models, and GLM-4.7 Flash, make keys and values of a short vector a token; GLM-4 MoE rotates half of
+a head.
 
-Sources: arXiv:2412.19437; arXiv:2508.06471.
+Sources: arXiv:2405.04434; arXiv:2412.19437; arXiv:2508.06471.
 """
 
 import math
@@ -29,14 +30,25 @@ _FIXED = {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_
 
 def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
     check_fixed(raw, _FIXED)
-    count, blocks = raw["n_routed_experts"], raw["num_hidden_layers"]
-    groups, chosen = raw["n_group"], raw["topk_group"]
-    if count % groups or count < 2 * groups or chosen > groups:
+    return _read_any(raw, Routing(raw["n_group"], raw["topk_group"], _scale(raw)))
+
+
+def _scale(raw: Mapping[str, Any]) -> float:
+    return float(raw["routed_scaling_factor"])
+
+
+def _read_any(raw: Mapping[str, Any], routing: Routing) -> dict[str, Any]:
+    count, least = raw["n_routed_experts"], 1 if routing.softmax else 2
+    if count % routing.groups or count < least * routing.groups or routing.chosen > routing.groups:
         raise ValueError(
-            f"config: `n_group` {groups} must divide `n_routed_experts` {count} into groups of at "
-            f"least two, of which `topk_group` {chosen} are chosen"
+            f"config: `n_group` {routing.groups} must divide `n_routed_experts` {count} into "
+            f"groups of at least {least}, of which `topk_group` {routing.chosen} are chosen"
         )
-    dense = tuple(i < raw["first_k_dense_replace"] for i in range(blocks))
+    first = raw.get("first_k_dense_replace", 1)
+    kinds = raw.get("mlp_layer_types") or [
+        "dense" if i < first else "sparse" for i in range(raw["num_hidden_layers"])
+    ]
+    dense = tuple(kind == "dense" for kind in kinds)
     if all(dense):
         raise ValueError("config: `first_k_dense_replace` leaves no block with experts")
     return {
@@ -45,7 +57,7 @@ def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
         "moe_intermediate_size": raw["moe_intermediate_size"],
         "norm_topk_prob": bool(raw["norm_topk_prob"]),
         "dense_layers": dense if any(dense) else None,
-        "routing": Routing(groups, chosen, float(raw["routed_scaling_factor"])),
+        "routing": routing,
         "shared_expert_size": raw["moe_intermediate_size"] * raw["n_shared_experts"],
         "qkv_bias": bool(raw["attention_bias"]),
         "predicting_layers": raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers", 1)),
@@ -76,13 +88,12 @@ def _write_glm(config: Any) -> dict[str, Any]:
     return {**_write(config), "use_qk_norm": config.qk_norm, PART: config.partial_rotary_factor}
 
 
-def _read_deepseek(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _read_latent(raw: Mapping[str, Any]) -> dict[str, Any]:
     turned, plain, values = (raw[f"{n}_head_dim"] for n in ("qk_rope", "qk_nope", "v"))
     heads = raw["num_attention_heads"]
     if values > turned + plain:
         raise ValueError(f"config: `v_head_dim` {values} is above the size of a key")
     return {
-        **_read(raw),
         "o_bias": bool(raw["attention_bias"]),
         "num_key_value_heads": heads,
         "head_dim": turned + plain,
@@ -92,6 +103,22 @@ def _read_deepseek(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _read_v2(raw: Mapping[str, Any]) -> dict[str, Any]:
+    check_fixed(raw, {"moe_layer_freq": 1, "norm_topk_prob": False, "scoring_func": "softmax"})
+    kinds = {"greedy": (1, 1), "group_limited_greedy": (raw["n_group"], raw["topk_group"])}
+    if raw["topk_method"] not in kinds:
+        raise ValueError(
+            f"config: `topk_method` = {raw['topk_method']!r} is not one of {', '.join(kinds)}"
+        )
+    groups, chosen = kinds[raw["topk_method"]]
+    routing = Routing(groups, chosen, _scale(raw), softmax=True)
+    return {**_read_any(raw, routing), **_read_latent({**raw, "rope_interleave": True})}
+
+
+def _read_v3(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_read_latent(raw), **_read(raw)}
+
+
 def _temperature(raw: Mapping[str, Any]) -> float:
     """What YaRN multiplies queries and keys by, apart from their rotation."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
@@ -99,14 +126,28 @@ def _temperature(raw: Mapping[str, Any]) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _write_deepseek(config: Any) -> dict[str, Any]:
+def _write_latent(config: Any) -> dict[str, Any]:
     return {
         **_write(config),
         **{name: getattr(config, name) for name in _RANKS if name != "qk_nope_head_dim"},
         "qk_nope_head_dim": config.head_dim - config.rotary_dim,
         "head_dim": config.rotary_dim,
-        "rope_interleave": config.rope_interleaved,
     }
+
+
+def _write_v2(config: Any) -> dict[str, Any]:
+    grouped = config.routing.groups > 1
+    return {**_write_latent(config), "topk_method": "group_limited_greedy" if grouped else "greedy"}
+
+
+def _write_v3(config: Any) -> dict[str, Any]:
+    return {**_write_latent(config), "rope_interleave": config.rope_interleaved}
+
+
+def _write_lite(config: Any) -> dict[str, Any]:
+    kinds = ["dense" if dense else "sparse" for dense in config.dense]
+    written = {**_write_v3(config), "mlp_layer_types": kinds}
+    return {name: x for name, x in written.items() if name != "first_k_dense_replace"}
 
 
 GLM4_MOE = Dialect(
@@ -123,11 +164,39 @@ GLM4_MOE = Dialect(
         "first_k_dense_replace": 1, "norm_topk_prob": True, "use_qk_norm": False,
     },
 )  # fmt: skip
+DEEPSEEK_V2 = Dialect(
+    architecture="DeepseekV2ForCausalLM",
+    fields=(*FIELDS, *_RANKS, "qk_head_dim"),
+    read=_read_v2,
+    write=_write_v2,
+    names=names.EXPERTS,
+    defaults={
+        "attention_bias": False, "moe_intermediate_size": 1407, "n_shared_experts": 2,
+        "n_routed_experts": 64, "routed_scaling_factor": 1.0, "kv_lora_rank": 512,
+        "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128,
+        "n_group": 1, "topk_group": 1, "topk_method": "greedy", "first_k_dense_replace": 0,
+        "norm_topk_prob": False, "bos_token_id": 1, "eos_token_id": 2,
+    },
+)  # fmt: skip
+GLM4_MOE_LITE = Dialect(
+    architecture="Glm4MoeLiteForCausalLM",
+    fields=(*FIELDS, *_RANKS, PART, "mlp_layer_types", "qk_head_dim", "rope_interleave"),
+    read=_read_v3,
+    write=_write_lite,
+    names=names.GROUPED,
+    defaults={
+        "attention_bias": False, "moe_intermediate_size": 1536, "n_shared_experts": 1,
+        "n_routed_experts": 64, "routed_scaling_factor": 1.8, "kv_lora_rank": 512,
+        "q_lora_rank": 768, "qk_rope_head_dim": 64, "v_head_dim": 256, "qk_nope_head_dim": 192,
+        "n_group": 1, "topk_group": 1, "num_experts_per_tok": 4, "norm_topk_prob": True,
+        "rope_interleave": True, "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 1,
+    },
+)  # fmt: skip
 DEEPSEEK_V3 = Dialect(
     architecture="DeepseekV3ForCausalLM",
     fields=(*FIELDS, *_RANKS, "rope_interleave", "qk_head_dim"),
-    read=_read_deepseek,
-    write=_write_deepseek,
+    read=_read_v3,
+    write=_write_v3,
     names=names.GROUPED,
     defaults={
         "attention_bias": False, "moe_intermediate_size": 2048, "n_shared_experts": 1,

@@ -72,6 +72,34 @@ FAMILIES: dict[str, Any] = {
         qk_nope_head_dim=8,
         v_head_dim=6,
     ),
+    "deepseek_v2": dict(
+        {**SIZES, "num_key_value_heads": 4},
+        model_type="deepseek_v2",
+        moe_intermediate_size=12,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        topk_method="group_limited_greedy",
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        q_lora_rank=12,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=6,
+    ),
+    "glm4_moe_lite": dict(
+        {**SIZES, "num_key_value_heads": 4},
+        model_type="glm4_moe_lite",
+        moe_intermediate_size=12,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        kv_lora_rank=16,
+        q_lora_rank=12,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=6,
+    ),
     # Square experts: their shapes do not show the order of their dims.
     "olmoe": dict(SIZES, model_type="olmoe", num_experts=3, intermediate_size=16),
 }
@@ -103,7 +131,10 @@ def of(family: str, fields: dict) -> Any:
     """The fields by the names of a family."""
     swaps = {
         "gpt_oss": {"gate": "router", "gate.weight": "router.weight"},
-        "deepseek_v3": {"q_proj": "q_b_proj", "v_proj": "kv_b_proj"},
+        **dict.fromkeys(
+            ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+            {"q_proj": "q_b_proj", "v_proj": "kv_b_proj"},
+        ),
     }.get(family, {})
     return {
         key: type(x)(swaps.get(name, name) for name in x) if isinstance(x, list | tuple) else x
