@@ -228,10 +228,13 @@ def locked(directory: Path) -> Iterator[None]:
             stack.close()
             stack.enter_context(locked(directory))
         else:
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             # Callbacks run last in, first out: the file is removed while it is still locked.
             stack.callback(path.unlink, missing_ok=True)
+            lock.truncate(0)
+            try:
+                lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            except OSError as error:  # a full disk, whose error has no name
+                raise OSError(error.errno, error.strerror, str(path)) from error
         yield
 
 

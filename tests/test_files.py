@@ -1,6 +1,7 @@
 """Files and folders are there whole or not at all, and one process writes in a folder."""
 
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -215,3 +216,15 @@ def test_what_was_computed_is_kept(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"part.json: not JSON .* remove the file"):
             files.kept(path, dict)
+
+
+def test_a_lock_on_a_full_disk_names_its_file(tmp_path):
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, most))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*run/\.lock"):
+            with files.locked(tmp_path / "run"):
+                pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert not list((tmp_path / "run").iterdir())

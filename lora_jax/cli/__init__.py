@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C, 143 after
       SIGTERM, 129 after SIGHUP.
     """
+    errors.quiet_threads()
     with errors.ending_by_signals():
         try:
             # Takes a second or two, as it imports what the command's flags are made of.
@@ -71,6 +72,8 @@ def _fail(arguments: argparse.Namespace, line: str, status: int) -> int:
         import traceback
 
         traceback.print_exc()
+    else:
+        errors.quiet_logs()
     print(f"lora-jax {arguments.command}: {line}", file=sys.stderr)
     # Not imported here: an error must not wait for jax to load.
     if joined := sys.modules.get("lora_jax.processes"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import signal
@@ -73,6 +74,25 @@ def ending_by_signals() -> Iterator[None]:
             signal.signal(each, signal.SIG_DFL)
         if ours:
             sys.unraisablehook = previous
+
+
+def quiet_threads() -> None:
+    """Keeps off the screen what TensorStore's threads print of a failure that its caller raises."""
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _unraisable
+
+
+def _unraisable(found: Any) -> None:
+    # A write that ends after the event loop that waited for it.
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
+
+
+def quiet_logs() -> None:
+    """As `quiet_threads`, for what Orbax's threads log after the line about the error."""
+    # Not made here: absl wants a class of its own for its logger.
+    if "absl.logging" in sys.modules:
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 # Errors in the arguments or the files, whose texts are written for users. Any other exception is a

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 
 import pytest
@@ -279,6 +280,19 @@ class EndsInDel:
     def __del__(self):
         signal.raise_signal(signal.SIGTERM)
         sum(range(10))  # the handler runs between two lines of Python
+
+
+def test_a_write_that_ends_after_its_loop_prints_nothing(monkeypatch):
+    """TensorStore's threads print such a traceback for each array, on a full disk."""
+    printed = []
+    monkeypatch.setattr(sys, "__unraisablehook__", printed.append)
+    dropped = [types.SimpleNamespace(exc_value=RuntimeError(text)) for text in (CLOSED, "another")]
+    for each in dropped:
+        errors._unraisable(each)
+    assert printed == dropped[1:]
+
+
+CLOSED = "Event loop is closed"
 
 
 def test_a_signal_whose_error_is_dropped_comes_again():

@@ -1,7 +1,7 @@
 """A config that came with an adapter, made one that `lora_jax.plan` accepts."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_jax.config import matching
@@ -74,11 +74,6 @@ def settled(config: LoraConfig, leaves: Mapping[str, Any]) -> LoraConfig:
     # A plan also matches the paths themselves, without the numbers of stacked layers.
     every += dict.fromkeys(name for path in leaves for name in (path, module_of(path)))
     unused = set(matching.unmatched(config, every))
-    free = [
-        name
-        for name in every
-        if not matching.is_excluded(config, name) and matching.in_layers(config, name)
-    ]
     kept: dict[str, Any] = {}
     for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         value = getattr(config, field)
@@ -86,7 +81,7 @@ def settled(config: LoraConfig, leaves: Mapping[str, Any]) -> LoraConfig:
             kept[field] = tuple(entry for entry in value if (field, entry) not in unused)
     if "target_modules" in kept:
         # An entry that matches only modules that are excluded, or of other layers, is unused too.
-        used = (e for e in kept["target_modules"] if any(matching.ends_with(n, e) for n in free))
+        used = (entry for entry in kept["target_modules"] if _is_used(entry, config, every))
         # With none left, the error of `plan` lists the nearest names.
         kept["target_modules"] = tuple(used) or config.target_modules
     if ("exclude_modules", config.exclude_modules) in unused:
@@ -96,6 +91,12 @@ def settled(config: LoraConfig, leaves: Mapping[str, Any]) -> LoraConfig:
         value = getattr(config, field)
         kept[field] = {k: v for k, v in value.items() if (field, k) not in unused}
     return dataclasses.replace(config, **kept)
+
+
+def _is_used(entry: str, config: LoraConfig, names: Iterable[str]) -> bool:
+    """Whether an entry of target_modules names a module that is adapted."""
+    alone = dataclasses.replace(config, target_modules=(entry,))
+    return any(matching.is_target(alone, name) for name in names)
 
 
 def _without_tied_rows(config: LoraConfig, every: list[str]) -> Any:

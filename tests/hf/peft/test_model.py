@@ -138,6 +138,8 @@ ALLOWED = {
     },
     "excluded-regex": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.v_proj"},
     "of-other-layers": {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [1]},
+    # `lm_head` is a whole name, to which layers do not apply.
+    "head-beside-layers": {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]},
     "high-rank": {"target_modules": ["k_proj"], "r": 40},
     "high-pattern": {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 20, "dense": 2}},
 }
