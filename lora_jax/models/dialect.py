@@ -7,7 +7,7 @@ the neutral one. The fields `layer_types` and RoPE, which several families share
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from lora_jax.hf.checkpoint import bnb
+from lora_jax.hf.checkpoint import quantized
 from lora_jax.hf.checkpoint.names import LLAMA, Family
 from lora_jax.models.ranges import COUNT, check_range
 from lora_jax.models.rope import scaling_from_hf
@@ -227,7 +227,7 @@ def refuse_unsupported(
         neutral one.
     """
     if raw.get("quantization_config"):
-        bnb.check_config(raw["quantization_config"])
+        quantized.check_config(raw["quantization_config"])
     for name, value in raw.items():
         if name in IGNORED or name in known or name.startswith("_"):
             continue

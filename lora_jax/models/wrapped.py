@@ -135,9 +135,13 @@ def rest_of(directory: Path, family: Family, decoder: Collection[str], dtype: st
     # A copy of a tied table would be the table from before the merge.
     dropped = {*decoder, *(family.tied[:1] if family.tied else ())}
     kept = [old for name, old in names.items() if name not in dropped]
-    # Packed by bitsandbytes, in bytes or in floats of any kind: dequantized, as the decoder is.
+    # Quantized, in bytes or in floats of any kind: dequantized, as the decoder is.
     packed = {
-        n for n in kept if exact[n].dtype in ("U8", "I8") or exact[n].shape != weights.shapes[n]
+        n
+        for n in kept
+        if n not in exact
+        or exact[n].dtype in ("U8", "I8", "F8_E4M3")
+        or exact[n].shape != weights.shapes[n]
     }
 
     def read(name: str) -> np.ndarray:

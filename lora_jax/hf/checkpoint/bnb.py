@@ -367,8 +367,12 @@ def _eight_bits(name: str, raw: _Raw, part: Part) -> Float[np.ndarray, "out in"]
     return codes.astype(np.float32) * scales[:, None] * _EIGHTH
 
 
-def check_config(settings: Any) -> None:
+def check_config(settings: Any, *, also: Iterable[str] = ()) -> None:
     """Refuses a `quantization_config` of config.json that is not of bitsandbytes.
+
+    Args:
+      settings: the object.
+      also: other methods that can be read, for the message.
 
     Raises:
       ValueError: another method, whose weights cannot be read.
@@ -377,8 +381,9 @@ def check_config(settings: Any) -> None:
     bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
     # Older configs have no `quant_method`, only bitsandbytes' own flags.
     kind = settings.get("quant_method", "bitsandbytes" if bits else "unknown")
+    known = ("bitsandbytes", *also)
     if kind != "bitsandbytes":
         raise ValueError(
             f"config: the weights are quantized (`quantization_config`, method `{kind}`), which "
-            "cannot be read; load the unquantized model, or one of bitsandbytes"
+            f"cannot be read; load the unquantized model, or one of {', '.join(known)}"
         )

@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax.files import parse_json, read_json
-from lora_jax.hf.checkpoint import bnb
+from lora_jax.files import parse_json, read_json, read_object
+from lora_jax.hf.checkpoint import bnb, quantized
 from lora_jax.hf.checkpoint.weights import Part, Weights, read_array
 
 SINGLE = "model.safetensors"
@@ -31,6 +31,7 @@ NUMPY = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64,
     "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INDICES = ("I64", "I32", "BOOL")
@@ -103,8 +104,8 @@ def _read(path: Path, entry: Entry, part: Part = ()) -> np.ndarray:
 def open_directory(directory: str | Path) -> Weights:
     """Opens the weights of a Hugging Face directory, single or sharded.
 
-    Weights that bitsandbytes quantized are dequantized when they are read
-    (`lora_jax.hf.checkpoint.bnb`).
+    Quantized weights are dequantized when they are read (`lora_jax.hf.checkpoint.bnb`, and
+    `quantized` beside it for the methods that config.json may state).
     Indices may be there, as old checkpoints' position numbers are, but not be read.
 
     Args:
@@ -141,10 +142,22 @@ def open_directory(directory: str | Path) -> Weights:
     if bnb.is_quantized(entries):
         dtypes = {name: entry.dtype for name, entry in entries.items()}
         return bnb.dequantized(weights, dtypes, stored)
+    settings = _settings(directory)
+    if quantized.is_known(settings):
+        dtypes = {name: entry.dtype for name, entry in entries.items()}
+        return quantized.held(quantized.File(weights, dtypes, stored, settings))
     for name, entry in entries.items():
         if entry.dtype not in (*_FLOATS, *_INDICES):
             raise ValueError(_not_a_weight(owner[name], name, entry.dtype))
     return weights
+
+
+def _settings(directory: Path) -> Any:
+    """The `quantization_config` of config.json, or None."""
+    config = read_object(directory / "config.json", optional=True)
+    inner = config.get("text_config")
+    inside = inner.get("quantization_config") if isinstance(inner, dict) else None
+    return config.get("quantization_config") or inside
 
 
 def open_exact(

@@ -122,7 +122,7 @@ def test_a_model_loads_as_its_dequantized_self(model_directory, dtype):
 
 def test_another_method_is_refused():
     bnb.check_config({"load_in_8bit": True})
-    for settings, kind in (({"quant_method": "awq"}, "awq"), ({}, "unknown"), ([1], "unknown")):
+    for settings, kind in (({"quant_method": "hqq"}, "hqq"), ({}, "unknown"), ([1], "unknown")):
         with pytest.raises(ValueError, match=f"method `{kind}`.*load the unquantized model"):
             bnb.check_config(settings)
 
