@@ -8,8 +8,8 @@
     awq                 X.qweight I32 (in, out/8), .qzeros I32 (groups, out/8), .scales
     compressed-tensors  X.weight or .weight_packed, .weight_scale, .weight_zero_point and others
 
-Each is held without loss in a format of `lora_jax.quant`; as floats, weights are computed in float32
-and rounded once, to the dtype that the model is loaded in.
+Each is held without loss in a format of `lora_jax.quant`; as floats, weights are computed in
+float32 and rounded once, to the dtype that the model is loaded in.
 
 Source: transformers 5, `integrations/finegrained_fp8.py`, `integrations/mxfp4.py`; AutoGPTQ
 `qlinear_cuda_old.py`, AutoAWQ `linear/gemm.py`, compressed-tensors `compressors/`.

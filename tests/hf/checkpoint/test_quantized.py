@@ -1,4 +1,4 @@
-"""Directories of FP8, MXFP4, GPTQ, AWQ and compressed-tensors: their own numbers, held as they are."""
+"""FP8, MXFP4, GPTQ, AWQ and compressed-tensors: their own numbers, held as they are."""
 
 import json
 
@@ -199,9 +199,9 @@ def test_a_weight_has_the_numbers_of_its_format(case, tmp_path):
     q = weights.blocks("up.weight")
     np.testing.assert_array_equal(q.dequantize(), want)
     bytes_ = sum(x.numel() * x.element_size() for x in tensors.values())
-    # A float for each output is 1 % of 384 inputs, and three blocks are filled up to pairs.
-    assert q.nbytes <= (1.05 if case in ("fp8_tensor", "gptq", "nvfp4", "packed_integers",
-                                         "packed_symmetric") else 1.02) * bytes_  # fmt: skip
+    # A float for an output is 1 % of 384 inputs; three blocks, or 320 inputs, are filled up.
+    more = {"fp8_odd": 1.2, "gptq": 1.05, "packed_integers": 1.05, "packed_symmetric": 1.05}
+    assert q.nbytes <= more.get(case, 1.02) * bytes_
 
 
 def test_experts_of_mxfp4_have_transformers_numbers(tmp_path):
@@ -211,11 +211,7 @@ def test_experts_of_mxfp4_have_transformers_numbers(tmp_path):
     want = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).numpy()
     tensors = {"experts.down_proj_blocks": blocks, "experts.down_proj_scales": scales}
     weights = saved(tmp_path / "m", {"quant_method": "mxfp4"}, tensors)
-    assert (
-        dict(weights.shapes)
-        == {"experts.down_proj": (2, 128, 96)}
-        == {"experts.down_proj": want.shape}
-    )
+    assert dict(weights.shapes) == {"experts.down_proj": want.shape}
     np.testing.assert_array_equal(weights.read("experts.down_proj"), want)
     part = (slice(1, 2), slice(40, 90), slice(5, 50))
     np.testing.assert_array_equal(weights.read("experts.down_proj", part), want[part])
@@ -245,11 +241,11 @@ def test_broken_files_are_one_sentence(case, tmp_path):
         weights.read("up.weight")
 
 
-def tiny(directory, settings, make):
+def tiny(directory, settings, make, width=128):
     """A small Llama whose projections are quantized; its float twin's tensors."""
     config = models.LlamaConfig(
-        vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=64,
+        vocab_size=64, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=width // 4, max_position_embeddings=64,
     )  # fmt: skip
     model = models.init(jax.random.key(0), config)
     save_model(directory, model, model.params)
@@ -267,6 +263,7 @@ def tiny(directory, settings, make):
 
 
 def in_squares(rng, weight):
+    """As DeepSeek's."""
     grid = [n // 128 for n in weight.shape]
     blocks = weight.reshape(grid[0], 128, grid[1], 128)
     scale = np.abs(blocks).max((1, 3)) / 448
@@ -287,9 +284,10 @@ def in_groups(rng, weight):
         "scales": scale,
         "g_idx": index,
     }
-    return {name: torch.from_numpy(x) for name, x in found.items()}
+    return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, make",
     [
@@ -328,3 +326,96 @@ def test_a_model_is_held_adapted_merged_and_saved(settings, make, tmp_path):
     merged = models.load(tmp_path / "merged")
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
     jax.tree.map(np.testing.assert_array_equal, merged.params, lora.merge(adapted))
+
+
+def same_logits(a, b, tokens):
+    apply = [jax.jit(lambda p, t, m=m: lora.lorafy(m.apply)(p, t)) for m in (a, b)]
+    got, want = apply[0](a.params, tokens), apply[1](b.params, tokens)
+    # Sums of float32 in another order.
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp8", "gptq"])
+def test_blocks_lie_on_a_mesh_as_floats_do(kind, tmp_path):
+    settings, make = {
+        "fp8": ({"quant_method": "fp8"}, in_squares),
+        "gptq": ({"quant_method": "gptq", "bits": 4}, lambda r, w: _in_turn(in_groups(r, w))),
+    }[kind]
+    directory = tiny(tmp_path / "m", settings, make, width=256)
+    mesh = models.make_mesh(fsdp=2, tensor=2, data=2)
+    here, there = (models.load(directory, quantize="file", mesh=m) for m in (None, mesh))
+    assert not all(x.sharding.is_fully_replicated for x in jax.tree.leaves(there.params))
+    jax.tree.map(np.testing.assert_array_equal, there.params, here.params)
+    with jax.set_mesh(mesh):
+        tokens = np.arange(16).reshape(2, 8)
+        got = jax.jit(lambda p, t: lora.lorafy(there.apply)(p, t))(there.params, tokens)
+    want = jax.jit(lambda p, t: lora.lorafy(here.apply)(p, t))(here.params, tokens)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
+def _in_turn(tensors):
+    inputs = len(tensors["g_idx"])
+    return {**tensors, "g_idx": torch.arange(inputs, dtype=torch.int32) // 32}
+
+
+def rewritten(directory, settings, make):
+    """A saved model with some tensors replaced: `make(name, weight)` gives them, or None."""
+    tensors = {}
+    for name, weight in load_file(directory / "model.safetensors").items():
+        tensors |= make(name, weight) or {name: torch.from_numpy(weight)}
+    save_file(tensors, directory / "model.safetensors")
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**raw, "quantization_config": settings}))
+
+
+SIZES = dict(
+    vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=64,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_gpt_oss_loads_as_it_is_shipped(tmp_path):
+    raw = {"model_type": "gpt_oss", **SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = models.init(jax.random.key(0), models.LlamaConfig.from_hf(raw))
+    save_model(tmp_path / "m", model, model.params)
+    rng = np.random.default_rng(0)
+
+    def make(name, weight):
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            return None
+        experts, inputs, outputs = weight.shape
+        shape = (experts, outputs, inputs // 32)
+        blocks = rng.integers(0, 256, (*shape, 16)).astype(np.uint8)
+        scales = rng.integers(118, 123, shape).astype(np.uint8)
+        return {
+            f"{name}_blocks": torch.from_numpy(blocks),
+            f"{name}_scales": torch.from_numpy(scales),
+        }
+
+    rewritten(tmp_path / "m", {"quant_method": "mxfp4"}, make)
+    floats, held = models.load(tmp_path / "m"), models.load(tmp_path / "m", quantize="file")
+    experts = held.params["model"]["layers"]["mlp"]["experts"]
+    assert experts["down_proj"].format == "mxfp4"
+    jax.tree.map(np.testing.assert_array_equal, lora.dequantize(held.params), floats.params)
+    same_logits(held, floats, np.arange(16).reshape(2, 8))
+
+
+@pytest.mark.slow
+def test_experts_apart_in_a_file_are_held_side_by_side(tmp_path):
+    raw = {"model_type": "qwen3_moe", **SIZES, "moe_intermediate_size": 128, "num_experts": 4,
+           "num_experts_per_tok": 2}  # fmt: skip
+    model = models.init(jax.random.key(0), models.LlamaConfig.from_hf(raw))
+    save_model(tmp_path / "m", model, model.params)
+
+    def make(name, weight):
+        found = in_squares(None, weight) if name.endswith("_proj.weight") else {}
+        return {f"{name.removesuffix('.weight')}.{n}": x for n, x in found.items()}
+
+    rewritten(tmp_path / "m", {"quant_method": "fp8"}, make)
+    floats, held = models.load(tmp_path / "m"), models.load(tmp_path / "m", quantize="file")
+    experts = held.params["model"]["layers"]["mlp"]["experts"]
+    assert experts["gate_up_proj"].format == "fp8_block"
+    jax.tree.map(np.testing.assert_array_equal, lora.dequantize(held.params), floats.params)
+    same_logits(held, floats, np.arange(16).reshape(2, 8))
