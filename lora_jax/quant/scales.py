@@ -90,7 +90,7 @@ def _powers(scale: Any, bias: Any, scale2: Any, blocks: int, outputs: int) -> Sc
 
 def _of_float8(scale: Any, bias: Any, scale2: Any, blocks: int, outputs: int) -> Scales:
     """8-bit floats, divided by a float of the output."""
-    # The barrier keeps XLA from making `(code · a) / b` of `code · (a / b)`, whose last bit differs.
+    # The barrier keeps XLA from making `(code · a) / b` of it, whose last bit differs.
     return lax.optimization_barrier(code_values(scale, FORMATS["fp8"]) / scale2), None
 
 

@@ -245,7 +245,8 @@ def tiny(directory, settings, make, width=128):
     """A small Llama whose projections are quantized; its float twin's tensors."""
     config = models.LlamaConfig(
         vocab_size=64, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=width // 4, max_position_embeddings=64,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=width // 4,
+        max_position_embeddings=64,
     )  # fmt: skip
     model = models.init(jax.random.key(0), config)
     save_model(directory, model, model.params)
