@@ -1,6 +1,7 @@
 """FP8, MXFP4, GPTQ, AWQ and compressed-tensors: their own numbers, held as they are."""
 
 import json
+from functools import partial
 
 import jax
 import ml_dtypes
@@ -193,11 +194,13 @@ def test_a_weight_has_the_numbers_of_its_format(case, tmp_path):
     settings, tensors, want = CASES[case](np.random.default_rng(0))
     weights = saved(tmp_path / "m", settings, {f"up.{n}": x for n, x in tensors.items()})
     assert dict(weights.shapes) == {"up.weight": want.shape}
-    np.testing.assert_array_equal(weights.read("up.weight"), want)
+    # XLA's division on CPUs, of NVFP4's scales alone, misses the last bit of some numbers.
+    equal = partial(np.testing.assert_allclose, rtol=2e-7 if case == "nvfp4" else 0)
+    equal(weights.read("up.weight"), want)
     part = (slice(3, 133), slice(70, 201))
-    np.testing.assert_array_equal(weights.read("up.weight", part), want[part])
+    equal(weights.read("up.weight", part), want[part])
     q = weights.blocks("up.weight")
-    np.testing.assert_array_equal(q.dequantize(), want)
+    equal(q.dequantize(), want)
     bytes_ = sum(x.numel() * x.element_size() for x in tensors.values())
     # A float for an output is 1 % of 384 inputs; three blocks, or 320 inputs, are filled up.
     more = {"fp8_odd": 1.2, "gptq": 1.05, "packed_integers": 1.05, "packed_symmetric": 1.05}
@@ -405,7 +408,7 @@ def test_gpt_oss_loads_as_it_is_shipped(tmp_path):
 
 @pytest.mark.slow
 def test_experts_apart_in_a_file_are_held_side_by_side(tmp_path):
-    raw = {"model_type": "qwen3_moe", **SIZES, "moe_intermediate_size": 128, "num_experts": 4,
+    raw = {"model_type": "qwen3_moe", **SIZES, "moe_intermediate_size": 256, "num_experts": 4,
            "num_experts_per_tok": 2}  # fmt: skip
     model = models.init(jax.random.key(0), models.LlamaConfig.from_hf(raw))
     save_model(tmp_path / "m", model, model.params)
