@@ -29,7 +29,6 @@ _META = ("format", "block", "shape", "roles", "dtype", "backend")
 Backend = Literal["auto", "reference", "gpu", "tpu", "gpu_interpret", "tpu_interpret"]
 ScaleDtype = Literal["float32", "bfloat16", "float16"]
 SCALE_DTYPES: tuple[ScaleDtype, ...] = get_args(ScaleDtype)
-_PLAIN = Stored()
 
 
 @leaf_class(_META)
@@ -210,9 +209,9 @@ def check(q: QuantArray, name: str = "w") -> QuantArray:
     packing = form.packing
     stored = blocks * q.block * sum(packing.planes) // 8
     wanted: dict = {"packed": ((*stack, stored, fan_out), (packing.dtype,))}
-    kept = held or Held(form, tuple, bias=_PLAIN if form.affine else None)
-    for part in ("scale", "bias", "scale2"):
-        if (array := getattr(kept, part)) is not None:
+    plain = {"scale": Stored(), "bias": Stored() if form.affine else None}
+    for part, array in (plain if held is None else held.arrays).items():
+        if array is not None:
             wanted[part] = ((*stack, *array.shape(blocks, fan_out)), array.dtypes)
     if q.scale_map is not None:
         count = -(-_true_blocks(q) * fan_out // stored_scales.SCALE_BLOCK)

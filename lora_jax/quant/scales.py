@@ -67,9 +67,14 @@ class Held(NamedTuple):
     scale2: Stored | None = None
 
     @property
+    def arrays(self) -> dict[str, Stored | None]:
+        """How each array is stored, by its field."""
+        return {"scale": self.scale, "bias": self.bias, "scale2": self.scale2}
+
+    @property
     def units(self) -> tuple[int, int]:
         """Blocks of inputs, and outputs, that no shard may divide."""
-        parts = [x for x in (self.scale, self.bias, self.scale2) if x is not None]
+        parts = [x for x in self.arrays.values() if x is not None]
         return max(x.blocks for x in parts), max(x.outputs for x in parts)
 
 

@@ -44,9 +44,9 @@ def array_specs(q: QuantArray, spec: PartitionSpec) -> QuantArray:
     stack = PartitionSpec(*tuple(matrix)[:-2])
     specs = dict.fromkeys(ARRAYS, stack) | dict.fromkeys(("packed", "scale", "bias"), matrix)
     held = known(q.format)[1]
-    for name in ("scale", "bias", "scale2") if held else ():
+    for name, array in held.arrays.items() if held else ():
         # One row for all inputs is the same in every part of them.
-        if (array := getattr(held, name)) is not None:
+        if array is not None:
             specs[name] = matrix if array.blocks else PartitionSpec(*stack, None, matrix[-1])
     return dataclasses.replace(
         q, **{name: spec for name, spec in specs.items() if getattr(q, name) is not None}

@@ -196,8 +196,8 @@ REFUSED = {
     "partial rotation": ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor` = 0.5 is not"),
     "interleaved": ({"rope_interleaved": True}, "`rope_interleaved` = True is not supported"),
     "quantized": (
-        {"quantization_config": {"quant_method": "gptq"}},
-        "the weights are quantized .*method `gptq`",
+        {"quantization_config": {"quant_method": "hqq"}},
+        "the weights are quantized .*method `hqq`",
     ),
     "a size missing": ({"hidden_size": None}, "config.json lacks `hidden_size`"),
     "no blocks": ({"num_hidden_layers": 0}, "`num_hidden_layers` must be a whole number from 1"),

@@ -209,7 +209,8 @@ def _fp8(file: File, scale_end: str) -> list[Tensor]:
 def _scaled(file: File, module: str, scales: str) -> Tensor:
     """8 bits a number, FP8 or int8, with one scale, one an output or one a square of 128."""
     name = f"{module}.weight"
-    outputs, inputs = shape = file.shape(name, "F8_E4M3", "I8", count=2)
+    outputs, inputs = file.shape(name, "F8_E4M3", "I8", count=2)
+    shape = (outputs, inputs)
     have = file.shape(scales, *_FLOATS, "F8_E8M0")
     grid = (-(-outputs // 128), -(-inputs // 128))
     float8, squares = file.dtypes[name] == "F8_E4M3", have == grid and have != (1, 1)

@@ -85,7 +85,7 @@ def _blocks(w: formats.Coded) -> list[AnyArray]:
     """Codes `(S, planes, B, N)`, scales and biases `(S, slabs, N)`."""
     halves, planes = w.form.packing.slabs, w.form.packing.rows
     supers, cols = w.packed.shape[0] // (planes * w.block), w.packed.shape[1]
-    out = [w.packed.reshape(supers, planes, w.block, cols)]
+    out: list[AnyArray] = [w.packed.reshape(supers, planes, w.block, cols)]
     for x in (w.scale, w.bias):
         if x is not None:
             # A TPU has no float16.
