@@ -42,7 +42,8 @@ def array_specs(q: QuantArray, spec: PartitionSpec) -> QuantArray:
     matrix = matrix_spec(q, spec)
     # The scales of scales run over the whole matrix and follow only its stack, as orders do.
     stack = PartitionSpec(*tuple(matrix)[:-2])
-    specs = dict.fromkeys(ARRAYS, stack) | dict.fromkeys(("packed", "scale", "bias"), matrix)
+    specs: dict[str, PartitionSpec] = {name: stack for name in ARRAYS}
+    specs |= {name: matrix for name in ("packed", "scale", "bias")}
     held = known(q.format)[1]
     for name, array in held.arrays.items() if held else ():
         # One row for all inputs is the same in every part of them.
