@@ -102,6 +102,9 @@ def test_sampling_depends_on_key_and_row_only(model):
     assert a == generate(model, key=jax.random.key(1), **options)
     assert a != generate(model, key=jax.random.key(2), **options)
     assert a[:1] == generate(model, PROMPTS[:1], key=jax.random.key(1), **options)
+    # A hot row draws every token anew: no token is the one before it again and again.
+    hot = generate(model, PROMPTS[:1], key=jax.random.key(1), temperature=1e6)[0]
+    assert len(set(hot)) > len(hot) // 2
     # With keys of their own, rows do not depend on their places.
     keys = jax.random.split(jax.random.key(5), len(PROMPTS))
     b = generate(model, key=keys, **options)

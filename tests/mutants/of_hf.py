@@ -1,6 +1,6 @@
 """Faults in the files of others: PEFT, safetensors, bitsandbytes, GGUF, name maps, tokenizers."""
 
-from tests.mutants.fault import Fault, in_file
+from tests.mutants.fault import in_file
 
 FAULTS = [
     *in_file(
@@ -99,8 +99,11 @@ FAULTS = [
         ("if packed != -(-state.count // 2):", "if packed < state.count // 2:"),
         ("code[scales] * outer[group]", "code[scales] * outer[group - group[0, 0]]"),
     ),
-    Fault("hf/checkpoint/bnb.py", "start, end = first // state.block,", "start, end = 0 * first,",
-          "tests/hf/checkpoint/test_bnb.py", "more is read, and what is before the part is cut"),
+    *in_file(
+        "hf/checkpoint/bnb.py",
+        "tests/hf/checkpoint/test_bnb.py",
+        ("start, end = first // state.block,", "start, end = 0 * first,"),
+    ),
     *in_file(
         "hf/checkpoint/weights.py",
         "tests/hf/name_map/test_weights.py tests/hf/checkpoint/test_safetensors.py",

@@ -197,6 +197,13 @@ def test_another_scale_is_an_error(tree):
         to_peft(changed(tree, scale=jnp.full(L, 3.0)), QV)
 
 
+def test_a_scale_may_be_off_by_its_rounding_alone(tree):
+    """An optimizer on the whole tree moves the scale by little in its first steps."""
+    to_peft(changed(tree, scale=jnp.full(L, np.nextafter(np.float32(1.5), 2))), QV)
+    with pytest.raises(ValueError, match=r"has scale 1\.5, but"):
+        to_peft(changed(tree, scale=jnp.full(L, 1.5 + 5e-7)), QV)
+
+
 def test_an_adapter_the_config_does_not_mean_is_an_error(tree):
     other = dataclasses.replace(QV, target_modules=("v_proj",))
     with pytest.raises(ValueError, match="q_proj` has a trained adapter, and the config does"):
