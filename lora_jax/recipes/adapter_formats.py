@@ -163,6 +163,46 @@ def _write_peft(
     write_directory(output, fields, tensors, base=trained_over)
 
 
+# MLX ---------------------------------------------------------------------------------------------
+
+
+def _is_mlx(path: Path) -> bool:
+    from lora_jax.hf.mlx import MLX_FILE
+
+    return (path / MLX_FILE).is_file()
+
+
+def _check_mlx(source: str | Path, step: int | None) -> None:
+    _refuse_step(source, step)
+    _read_mlx(source)
+
+
+def _read_mlx(source: str | Path, base: Any = None) -> Content:
+    from lora_jax.hf.mlx import read_mlx
+
+    return Content(*read_mlx(source))
+
+
+def _load_mlx(
+    model: Any, source: str | Path, plan_of: PlanOf, step: int | None
+) -> tuple[Any, LoraConfig]:
+    _refuse_step(source, step)
+    return _attach(_read_mlx(source), model, source, plan_of)
+
+
+def _save_mlx(
+    adapter: OnModel, output: str | Path, *, base_model_name: str | None, dtype: str
+) -> None:
+    fields, tensors = hf.to_peft(adapter.lora_params, adapter.config)
+    _write_mlx(Content(LoraConfig.from_peft(fields), tensors), output, base=None, dtype=dtype)
+
+
+def _write_mlx(content: Content, output: str | Path, *, base: Any, dtype: str) -> None:
+    from lora_jax.hf.mlx import write_mlx
+
+    write_mlx(output, content.config, content.tensors)
+
+
 # llama.cpp ---------------------------------------------------------------------------------------
 
 
@@ -300,6 +340,16 @@ ADAPTER_FORMATS: Mapping[str, AdapterFormat] = {
         is_at=_is_gguf,
         needs_base=True,
         has_dtype=True,
+    ),
+    "mlx": AdapterFormat(
+        summary="a directory for MLX: mlx_lm.generate --adapter-path DIR",
+        save=_save_mlx,
+        write=_write_mlx,
+        check=_check_mlx,
+        load=_load_mlx,
+        read=_read_mlx,
+        is_at=_is_mlx,
+        replaces=False,
     ),
     "hf": AdapterFormat(
         summary="the merged model, as a directory that transformers loads",

@@ -22,6 +22,7 @@ from lora_jax.dims import sizes
 from lora_jax.files import read_object
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.hf.gguf.file import open_gguf, read_tensor
+from lora_jax.hf.mlx import read_mlx
 from lora_jax.hf.peft.directory import CONFIG_FILE, TENSOR_FILE
 from lora_jax.hf.peft.index import REGISTERED, modules_of
 from lora_jax.hf.peft.prefixes import plain_fields, plain_keys
@@ -81,7 +82,7 @@ def read(source: str | Path) -> Adapter:
       ValueError: a file that cannot be read at all.
     """
     # vLLM's form is a PEFT directory too, and a merged model is no adapter.
-    readers = {"peft": _read_peft, "gguf": _read_gguf, "orbax": _read_orbax}
+    readers = {"peft": _read_peft, "mlx": _read_mlx, "gguf": _read_gguf, "orbax": _read_orbax}
     return readers[kind_of(source)](Path(source))
 
 
@@ -219,6 +220,12 @@ def _read_peft(path: Path) -> Adapter:
         others=rest,
         problems=tuple(wrong),
     )
+
+
+def _read_mlx(path: Path) -> Adapter:
+    config, tensors = read_mlx(path)
+    shown = {"r": config.rank, "lora_alpha": config.alpha}
+    return Adapter("MLX adapter", shown, _pairs(tensors, config), {})
 
 
 def _pairs(tensors: Mapping[str, np.ndarray], config: LoraConfig | None) -> list[Module]:

@@ -93,6 +93,11 @@ def test_xllamacpp_adapter():
     assert " quite black today." in found["answers"]
 
 
+def test_mlx_lm_adapter():
+    found = figures_of("mlx_lm_adapter", "mlx", "mlx-lm")
+    assert found["difference"] < CLOSE and found["read_difference"] < CLOSE < 1 < found["moved"]
+
+
 def test_keras_hub_backbone():
     found = figures_of("keras_hub_backbone", "keras", "keras-hub")
     assert len(found["adapted"]) == 4 and all(x.endswith("kernel ioo") for x in found["adapted"])

@@ -59,7 +59,7 @@ def read_directory(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[s
         check_type(fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    tensors = _read_tensors(_existing(root, TENSOR_FILE))
+    tensors = read_tensors(_existing(root, TENSOR_FILE))
     return plain_fields(fields), plain_keys(tensors, str(root))
 
 
@@ -115,7 +115,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of an adapter's file, all finite floats.
+
+    Raises:
+      ValueError: the file is damaged, or holds tensors that cannot be an adapter's.
+    """
     # The header is checked against the file before anything is allocated.
     header = read_header(path)
     for name, entry in header.items():

@@ -24,7 +24,11 @@ _B = (".lora_B.weight", ".lora_embedding_B")
 
 
 def for_vllm(
-    fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config: LoraConfig
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    config: LoraConfig,
+    *,
+    reader: str = "vLLM",
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Rewrites the content of a PEFT directory for vLLM; PEFT computes the same with it.
 
@@ -32,6 +36,7 @@ def for_vllm(
       fields: the JSON object of PEFT's config.
       tensors: PEFT's tensors by name.
       config: our config with the same content.
+      reader: for errors: MLX has one rank and one scale too.
 
     Returns:
       Fields and tensors. Where all modules share rank and alpha, B keeps its numbers.
@@ -40,7 +45,7 @@ def for_vllm(
       ValueError: the adapter has DoRA, trained biases or saved modules, or its initialisation
         changed the base.
     """
-    _check_servable(config)
+    _check_servable(config, reader)
     modules = [k.removesuffix(s) for k in tensors for s in _A if k.endswith(s)]
     scales, ranks = {}, {}
     for module in modules:
@@ -65,7 +70,7 @@ def for_vllm(
     return _fields(fields, modules, None if uniform else rank), out
 
 
-def _check_servable(config: LoraConfig) -> None:
+def _check_servable(config: LoraConfig, reader: str) -> None:
     for on, what in (
         (config.use_dora, "DoRA (use_dora=True)"),
         (config.lora_bias, "biases of its own (lora_bias=True)"),
@@ -77,7 +82,7 @@ def _check_servable(config: LoraConfig) -> None:
     ):
         if on:
             raise ValueError(
-                f"vLLM cannot serve an adapter with {what}; merge the adapter into the model "
+                f"{reader} cannot serve an adapter with {what}; merge the adapter into the model "
                 "(lora_jax.merge) and serve the merged model instead"
             )
 
