@@ -8,6 +8,7 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
+import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
@@ -195,12 +196,25 @@ def default_roles(ndim: int) -> str:
     return "s" * (ndim - 2) + "io"
 
 
-def check(q: QuantArray, name: str = "w") -> QuantArray:
-    """Checks that the arrays of a `QuantArray`, such as one from a file, fit its metadata.
+def abstract(w: Any, name: str) -> QuantArray:
+    """A weight in a format of `HELD` without its arrays: a `ShapeDtypeStruct` for each.
 
-    Raises:
-      ValueError: the metadata disagrees with the arrays.
+    Args:
+      w: its shape and dtype.
+      name: of the format, in the block size that its files have.
     """
+    q = QuantArray(
+        None, None, format=HELD[name].name, block=HELD[name].block, shape=tuple(w.shape),
+        roles=default_roles(len(w.shape)), dtype=w.dtype,
+    )  # fmt: skip
+    parts = {
+        part: jax.ShapeDtypeStruct(shape, dtypes[0]) for part, (shape, dtypes) in _wanted(q).items()
+    }
+    return dataclasses.replace(q, **parts)
+
+
+def _wanted(q: QuantArray) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shape and possible dtypes of each array, by its field."""
     form, held = known(q.format)
     stack, fan_in, fan_out = matrix_sizes(q)
     # K counts padding in `packed` and `scale`, but not in `scale2`: bitsandbytes has no padding.
@@ -220,6 +234,16 @@ def check(q: QuantArray, name: str = "w") -> QuantArray:
         wanted["scale_map"] = ((*stack, 256), ("float32",))
     if q.order is not None:
         wanted["order"] = ((*stack, fan_in), ("int32",))
+    return wanted
+
+
+def check(q: QuantArray, name: str = "w") -> QuantArray:
+    """Checks that the arrays of a `QuantArray`, such as one from a file, fit its metadata.
+
+    Raises:
+      ValueError: the metadata disagrees with the arrays.
+    """
+    wanted = _wanted(q)
     for part in ARRAYS:
         have = getattr(q, part)
         if part not in wanted and have is None:

@@ -336,8 +336,7 @@ def encode(
     if form.affine:
         low = jnp.min(blocks, axis=-2)
         bias = low.astype(scale_dtype)
-        # 16 codes span 15 steps. Codes are counted from the bias as it is stored, so its rounding
-        # shifts them and not the weight.
+        # Counted from the bias as it is stored, so that its rounding shifts codes, not the weight.
         scale = (jnp.max(blocks, axis=-2) - low) / form.ends[1]
         blocks = blocks - bias.astype(jnp.float32)[..., None, :]
     else:

@@ -55,12 +55,16 @@ class Held(NamedTuple):
     """A format of files, whose weights are held as they come.
 
     Attributes:
+      name: its own.
       form: the plain format with the same codes.
+      block: inputs that share a scale in the files of the format, mostly.
       floats: `(scale, bias, scale2, blocks, outputs)`, as they are stored, to those of `form`.
       scale, bias, scale2: how they are stored, or None.
     """
 
+    name: HeldName
     form: Format
+    block: int
     floats: Callable[..., Scales]
     scale: Stored = Stored()
     bias: Stored | None = None
@@ -162,23 +166,44 @@ def _iq4_xs(scale: Any, bias: Any, scale2: Any, blocks: int, outputs: int) -> Sc
 
 
 _HALF, _BYTE = ("float16",), ("uint8",)
+_HALF_FIRST = ("float16", "bfloat16", "float32")
 _EIGHTS, _SIXTEENS = Stored(_HALF, blocks=8), Stored(_HALF, blocks=16)
 # Source of the last six: ggml's `block_q2_K` to `block_q6_K` and `block_iq4_xs`.
 HELD: Mapping[str, Held] = {
-    "fp8_channel": Held(FORMATS["fp8"], _shared, Stored(blocks=0)),
-    "fp8_block": Held(FORMATS["fp8"], _shared, Stored(outputs=128)),
-    "mxfp4": Held(FORMATS["e2m1"], _powers, Stored(_BYTE)),
-    "uint4_zero": Held(FORMATS["uint4"], _zero_points, bias=Stored(_BYTE, blocks=2)),
-    "int8_channel": Held(FORMATS["int8"], _shared, Stored(blocks=0)),
-    "nvfp4": Held(
-        FORMATS["e2m1"], _of_float8, Stored(_BYTE), scale2=Stored(("float32",), blocks=0)
+    "fp8_channel": Held("fp8_channel", FORMATS["fp8"], 128, _shared, Stored(blocks=0)),
+    "fp8_block": Held("fp8_block", FORMATS["fp8"], 128, _shared, Stored(outputs=128)),
+    "mxfp4": Held("mxfp4", FORMATS["e2m1"], 32, _powers, Stored(_BYTE)),
+    "uint4_zero": Held(
+        "uint4_zero",
+        FORMATS["uint4"],
+        128,
+        _zero_points,
+        Stored(_HALF_FIRST),
+        bias=Stored(_BYTE, blocks=2),
     ),
-    "q2_k": Held(FORMATS["uint2"], _q2_k, Stored(_BYTE), _SIXTEENS, _SIXTEENS),
-    "q3_k": Held(FORMATS["int3"], _q3_k, Stored(_BYTE, blocks=16, rows=12), scale2=_SIXTEENS),
-    "q4_k": Held(FORMATS["uint4"], _q4_k, Stored(_BYTE, blocks=8, rows=12), _EIGHTS, _EIGHTS),
-    "q5_k": Held(FORMATS["uint5"], _q4_k, Stored(_BYTE, blocks=8, rows=12), _EIGHTS, _EIGHTS),
-    "q6_k": Held(FORMATS["int6"], _q6_k, Stored(("int8",)), scale2=_SIXTEENS),
-    "iq4_xs": Held(FORMATS["iq4"], _iq4_xs, Stored(_BYTE, blocks=8, rows=6), scale2=_EIGHTS),
+    "int8_channel": Held("int8_channel", FORMATS["int8"], 128, _shared, Stored(blocks=0)),
+    "nvfp4": Held(
+        "nvfp4",
+        FORMATS["e2m1"],
+        16,
+        _of_float8,
+        Stored(_BYTE),
+        scale2=Stored(("float32",), blocks=0),
+    ),
+    "q2_k": Held("q2_k", FORMATS["uint2"], 16, _q2_k, Stored(_BYTE), _SIXTEENS, _SIXTEENS),
+    "q3_k": Held(
+        "q3_k", FORMATS["int3"], 16, _q3_k, Stored(_BYTE, blocks=16, rows=12), scale2=_SIXTEENS
+    ),
+    "q4_k": Held(
+        "q4_k", FORMATS["uint4"], 32, _q4_k, Stored(_BYTE, blocks=8, rows=12), _EIGHTS, _EIGHTS
+    ),
+    "q5_k": Held(
+        "q5_k", FORMATS["uint5"], 32, _q4_k, Stored(_BYTE, blocks=8, rows=12), _EIGHTS, _EIGHTS
+    ),
+    "q6_k": Held("q6_k", FORMATS["int6"], 16, _q6_k, Stored(("int8",)), scale2=_SIXTEENS),
+    "iq4_xs": Held(
+        "iq4_xs", FORMATS["iq4"], 32, _iq4_xs, Stored(_BYTE, blocks=8, rows=6), scale2=_EIGHTS
+    ),
 }
 
 

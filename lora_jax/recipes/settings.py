@@ -83,7 +83,7 @@ class EstimateConfig:
       packing: rows hold several examples side by side, as `train --packing` makes them.
       rank: rank of the adapters.
       target_modules: the adapted modules, as in `train`.
-      quantize: format of the base in QLoRA.
+      quantize: format of the base in QLoRA, as files hold it too: GPTQ and AWQ are "uint4_zero".
       dtype: dtype of the computation and of frozen weights that are not quantized.
       train_dtype: dtype of the weights in full fine-tuning, their gradients and optimizer state.
       remat: what the backward pass recomputes of a block: "full" everything, "projections"
@@ -108,7 +108,8 @@ class EstimateConfig:
     target_modules: Sequence[str] | str = "all-linear"
     quantize: Literal[
         "nf4", "fp4", "int4", "uint4", "int8", "fp8", "e2m1", "iq4", "uint2", "int3", "int5",
-        "uint5", "int6",
+        "uint5", "int6", "fp8_channel", "fp8_block", "mxfp4", "uint4_zero", "int8_channel", "nvfp4",
+        "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs",
     ] = "nf4"  # fmt: skip
     dtype: Dtype = "bfloat16"
     train_dtype: Dtype = "float32"

@@ -19,6 +19,28 @@ FAULTS = [
         ("* blocks + row) // SCALE_BLOCK", "* rows + row) // SCALE_BLOCK"),
     ),
     *in_file(
+        "quant/scales.py",
+        "tests/quant/test_held.py tests/hf/checkpoint/test_quantized.py",
+        ("-(zeros * scale.astype", "(zeros * scale.astype"),
+        ("raw[j] >> 6 << 4", "raw[j] >> 4 << 4"),
+        ("jnp.repeat(scale, 128, axis=-1)", "jnp.tile(scale, 128)"),
+        ("wide << 23)", "wide << 22)"),
+    ),
+    *in_file(
+        "hf/checkpoint/integers.py",
+        "tests/hf/checkpoint/test_quantized.py",
+        ("[:, inside] + less) & 15", "[:, inside]) & 15"),
+        ("codes if order is None else codes[order]", "codes"),
+        ("np.any(np.bincount(group, minlength=count) != groups.size)", "False"),
+        ("[..., _AWQ_NIBBLES]", ""),
+        ("inputs // block) % 2 and block % 2 == 0", "inputs // block) % 2 and False"),
+    ),
+    *in_file(
+        "hf/checkpoint/quantized.py",
+        "tests/hf/checkpoint/test_quantized.py",
+        ("if float8 and np.any(codes & 127 == 127):", "if False:"),
+    ),
+    *in_file(
         "quant/matmul.py",
         "tests/quant/test_kernels.py tests/quant/test_transform.py",
         ("y = y[:, : fan_in if form.transposed else fan_out]\n", "\n"),

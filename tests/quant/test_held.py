@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from lora_jax import quant
 from lora_jax.quant import dispatch
-from lora_jax.quant.array import coded
+from lora_jax.quant.array import abstract, coded
 from lora_jax.quant.formats import decode
 from lora_jax.quant.gguf import GGUF_KINDS
 from lora_jax.quant.kernels import gpu, tpu
 from lora_jax.quant.scales import HELD
+from lora_jax.quant.sharding import check_shards
 
 from tests.support.compilations import lowered
 
@@ -140,3 +142,28 @@ def test_an_order_of_inputs_is_undone():
     dx = jax.grad(lambda x: jnp.sum(quant.matmul(x, q) ** 2))(x)
     dense = jax.grad(lambda x: jnp.sum((x @ want) ** 2))(x)
     np.testing.assert_allclose(dx, dense, rtol=1e-3, atol=1e-2)
+
+
+def test_what_lies_together_is_not_divided():
+    mesh = jax.sharding.AbstractMesh((4,), ("x",))
+    codes, scale = np.zeros((256, 256), np.uint8), np.ones((2, 2), np.float32)
+    squares = quant.from_codes(codes, scale, format="fp8_block", block_size=128)
+    for spec, text in [(P(None, "x"), "a scale for 128 outputs"), (P("x"), "2 superblocks of 128")]:
+        with pytest.raises(ValueError, match=text):
+            check_shards(squares, spec, mesh)
+    ordered = quant.from_codes(
+        codes, np.ones((8, 256), np.float32), np.zeros((4, 256), np.uint8), format="uint4_zero",
+        block_size=32, order=np.arange(256)[::-1],
+    )  # fmt: skip
+    check_shards(ordered, P(None, "x"), mesh)
+    with pytest.raises(ValueError, match=r"in an order of their own \(act-order\)"):
+        check_shards(ordered, P("x"), mesh)
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_format_is_known_without_its_arrays(name):
+    q = abstract(jax.ShapeDtypeStruct((K, N), jnp.bfloat16), name)
+    real = dataclasses.replace(made(name), format=name)
+    assert q.packed.shape == real.packed.shape
+    bits = 8 * q.nbytes / (K * N)
+    assert sum(HELD[name].form.packing.planes) <= bits < 1.3 * sum(HELD[name].form.packing.planes)

@@ -36,6 +36,7 @@ from lora_jax.models.remat import Remat, remat_name
 from lora_jax.models.sharding import ROWS, TOKENS
 from lora_jax.quant.array import Backend
 from lora_jax.quant.formats import FormatName
+from lora_jax.quant.scales import HeldName
 from lora_jax.tree import Count, count_parameters, format_count
 
 GIB = 2**30
@@ -156,7 +157,7 @@ def memory(
     model: str | Path | Mapping[str, Any] | Any,
     *,
     adapter: LoraConfig | None = LoraConfig(),  # noqa: B008 (frozen)
-    quantize: FormatName | None = None,
+    quantize: FormatName | HeldName | None = None,
     batch: int = 1,
     length: int | None = None,
     accumulation: int = 1,
@@ -177,7 +178,7 @@ def memory(
       model: a known shape ("llama-2-7b", see `analysis.step_memory.shapes.SHAPES`), a config.json,
         its directory, a hub id, the parsed JSON, or a configuration of `lora_jax.models`.
       adapter: the adapter's config; None is full fine-tuning.
-      quantize: format of the frozen base ("nf4", "int4", ...): QLoRA. As in
+      quantize: format of the frozen base ("nf4", "q4_k", ...): QLoRA. As in
         `models.load(quantize=)` every matrix except the head and the embedding tables is quantized.
       batch: rows of one forward pass, on all devices together.
       length: tokens of a row; the smaller of 2048 and the model's context by default.

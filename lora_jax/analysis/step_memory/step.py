@@ -20,11 +20,13 @@ from lora_jax.models.model import check_options
 from lora_jax.models.registry import CAUSAL_LM, architecture_of, forward_of
 from lora_jax.models.remat import Remat, remat_name
 from lora_jax.models.sharding import ROWS, RULES, TOKENS
+from lora_jax.paths import spell
 from lora_jax.plan.decide import plan as make_plan
-from lora_jax.quant import formats
-from lora_jax.quant.array import Backend
+from lora_jax.quant.array import Backend, known
 from lora_jax.quant.dispatch import BACKENDS
+from lora_jax.quant.formats import FormatName
 from lora_jax.quant.loading import is_kernel
+from lora_jax.quant.scales import HELD, HeldName
 from lora_jax.quantize import quantize
 from lora_jax.sharding import partition_specs, specs
 from lora_jax.train import mesh as meshes
@@ -72,7 +74,7 @@ class StepSettings:
     """
 
     adapter: LoraConfig | None = dataclasses.field(default_factory=LoraConfig)
-    quantize: formats.FormatName | None = None
+    quantize: FormatName | HeldName | None = None
     batch: int = 1
     length: int = 2048
     accumulation: int = 1
@@ -97,7 +99,7 @@ class StepSettings:
         if isinstance(self.remat, bool):
             object.__setattr__(self, "remat", remat_name(self.remat))
         if self.quantize is not None:
-            formats.known_format(self.quantize)
+            known(self.quantize)
             if self.adapter is None:
                 raise ValueError(
                     "`quantize` is for a frozen base, and full fine-tuning trains it: pass an "
@@ -266,6 +268,14 @@ def _base(forward: Any, settings: StepSettings) -> Any:
     # On such a mesh a TPU runs no kernels, see `lora_jax.quant.dispatch`.
     unsplit = settings.backend == "tpu" and settings.mesh["tensor"] > 1
     backend: Backend = "reference" if unsplit else settings.backend
+
+    def held(path: Any, x: Any) -> Any:
+        if not is_kernel(spell(path), x):
+            return x
+        return dataclasses.replace(abstract(x, form), backend=backend)
+
+    if form in HELD:
+        return jax.tree_util.tree_map_with_path(held, shapes)
 
     def quantized(params: Any) -> Any:
         return quantize(params, is_kernel, format=form, backend=backend)

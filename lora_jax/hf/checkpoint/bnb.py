@@ -30,7 +30,7 @@ from jaxtyping import Float, Integer
 
 from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights
 from lora_jax.quant.array import QuantArray
-from lora_jax.quant.foreign import from_bitsandbytes, with_nested
+from lora_jax.quant.foreign import from_bitsandbytes, from_codes, with_nested
 from lora_jax.quant.formats import FORMATS, known_format
 
 CODES = {name: np.asarray(FORMATS[name].codebook) for name in ("nf4", "fp4")}
@@ -125,12 +125,15 @@ def dequantized(plain: Weights, dtypes: Mapping[str, str], stored: Stored) -> We
     return plain._replace(
         shapes=shapes,
         read=read,
-        # 8-bit weights have a scale for a whole row, which no block format holds.
         formats={
-            name: Blocks(known_format(state.kind).name, state.block)
-            for name, state in states.items()
+            **{n: Blocks(known_format(s.kind).name, s.block) for n, s in states.items()},
+            **{n: Blocks("int8_channel", math.gcd(raw.shapes[n][1], 128)) for n in eights},
         },
-        blocks=lambda name, part=(): four_bit_blocks(name, states[name], raw, part),
+        blocks=lambda name, part=(): (
+            four_bit_blocks(name, states[name], raw, part)
+            if name in states
+            else _eight_bit_blocks(name, raw, part)
+        ),
     )
 
 
@@ -359,12 +362,27 @@ def _code(name: str, state: State, raw: _Raw) -> Float[np.ndarray, "16"]:
 
 
 def _eight_bits(name: str, raw: _Raw, part: Part) -> Float[np.ndarray, "out in"]:
+    codes, scales = _rows(name, raw, part)
+    return codes.astype(np.float32) * scales[:, None] * _EIGHTH
+
+
+def _eight_bit_blocks(name: str, raw: _Raw, part: Part) -> QuantArray:
+    """A part as it is on disk; its numbers may differ in the last bit of a float32."""
+    codes, scales = _rows(name, raw, part)
+    block = math.gcd(raw.shapes[name][1], 128)
+    return from_codes(
+        codes.T, (scales * _EIGHTH)[None], format="int8_channel", block_size=block, roles="oi",
+        shape=codes.shape, name=name,
+    )  # fmt: skip
+
+
+def _rows(name: str, raw: _Raw, part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Codes, and the scale of each row, before its division by 127."""
     shape = raw.shapes[name]
     scales = raw.stored(name.removesuffix(".weight") + _SCB, np.float32, shape[:1], part[:1])
     if not np.isfinite(scales).all():
         raise ValueError(f"{_file(name, raw)}: tensor `{name}`: its SCB holds NaN or infinity")
-    codes = raw.stored(name, np.int8, shape, part)
-    return codes.astype(np.float32) * scales[:, None] * _EIGHTH
+    return raw.stored(name, np.int8, shape, part), scales
 
 
 def check_config(settings: Any, *, also: Iterable[str] = ()) -> None:

@@ -22,13 +22,13 @@ from jaxtyping import Array, Int
 
 from lora_jax import processes
 from lora_jax.compat import require
+from lora_jax.hf.checkpoint.layer import Beside, LayerTensor
 from lora_jax.hf.checkpoint.names import ANY, Family, stack_depth, tensors_of
-from lora_jax.hf.checkpoint.weights import Part, Weights, check_fit, shape_there
+from lora_jax.hf.checkpoint.weights import Part, Weights, check_fit
 from lora_jax.paths import spell
 from lora_jax.quant import ops
 from lora_jax.quant import sharding as quant_sharding
 from lora_jax.quant.array import QuantArray
-from lora_jax.quant.foreign import beside
 from lora_jax.quant.loading import FILE, QuantConfig, in_format, outline
 
 # (path, leaf) -> the sharding of the leaf's own dims
@@ -42,87 +42,13 @@ def is_shared(spread: Spread | None) -> bool:
     return spread is not None and not spread("", nothing).is_fully_addressable
 
 
-class _Tensor(NamedTuple):
-    """A tensor of a leaf: its name there, and the order of its dims in the leaf."""
-
-    name: str
-    axes: tuple[int, ...] | None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Those of the tensors."""
-        return (self.name,)
-
-    def wanted(self, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-        """Name and shape in the checkpoint, of a leaf's layer of this shape."""
-        return [(self.name, shape_there(shape, self.axes))]
-
-    def read(self, weights: Weights, part: Part) -> np.ndarray:
-        """A part of the leaf's layer, with a slice of each of its dims; () is all of it."""
-        found = weights.read(self.name, shape_there(part, self.axes if part else None))
-        return found if self.axes is None else found.transpose(self.axes)
-
-    def blocks(self, weights: Weights, part: Part) -> QuantArray:
-        """As `read`, in the file's blocks."""
-        assert weights.blocks is not None  # `outline` has looked the format up
-        q = weights.blocks(self.name, shape_there(part, self.axes if part else None))
-        turned = q if self.axes is None else ops.transpose(q, self.axes)
-        assert turned is not None  # a matrix of one stack, whose roles stay in order
-        return turned
-
-
-class _Beside(NamedTuple):
-    """Tensors side by side along the last dim of a leaf's layer, all of one size."""
-
-    parts: tuple[_Tensor, ...]
-    size: int
-
-    @property
-    def name(self) -> str:
-        """What messages call them."""
-        return " and ".join(part.name for part in self.parts)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """As `_Tensor.names`."""
-        return tuple(part.name for part in self.parts)
-
-    @property
-    def axes(self) -> tuple[int, ...] | None:
-        """The order of the dims of each."""
-        return self.parts[0].axes
-
-    def wanted(self, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-        """As `_Tensor.wanted`, of each."""
-        each = (*shape[:-1], self.size)
-        return [found for part in self.parts for found in part.wanted(each)]
-
-    def read(self, weights: Weights, part: Part) -> np.ndarray:
-        """As `_Tensor.read`."""
-        return np.concatenate([t.read(weights, cut) for t, cut in self._cuts(part)], axis=-1)
-
-    def blocks(self, weights: Weights, part: Part) -> QuantArray:
-        """As `_Tensor.blocks`."""
-        return beside([t.blocks(weights, cut) for t, cut in self._cuts(part)], self.name)
-
-    def _cuts(self, part: Part) -> Iterator[tuple[_Tensor, Part]]:
-        """The tensors that a part takes from, and what it takes of each."""
-        *rest, last = part or (slice(0, len(self.parts) * self.size),)
-        for number, tensor in enumerate(self.parts):
-            low, high = (
-                min(max(end - number * self.size, 0), self.size) for end in (last.start, last.stop)
-            )
-            if low < high:
-                yield tensor, (*rest, slice(low, high)) if part else ()
-
-
 class Leaf(NamedTuple):
     """A leaf that is to be filled, and the tensor of each of its layers (or experts).
 
     Attributes:
       path: of the leaf.
       like: its shape and dtype.
-      tensors: index of a layer -> what has `read`, as `_Tensor` does, and where the leaf may be
+      tensors: index of a layer -> what has `read`, as `LayerTensor` does, and where the leaf may be
         quantized its other attributes.
     """
 
@@ -220,9 +146,9 @@ def _leaf(path: str, like: jax.ShapeDtypeStruct, family: Family) -> Leaf:
     depth = stack_depth(path, family=family)
     indices = product(*map(range, like.shape[:depth]))
 
-    def tensor(index: tuple[int, ...]) -> _Tensor | _Beside:
-        parts = tuple(_Tensor(*part) for part in tensors_of(path, index, family=family))
-        return parts[0] if len(parts) == 1 else _Beside(parts, like.shape[-1] // len(parts))
+    def tensor(index: tuple[int, ...]) -> LayerTensor | Beside:
+        parts = tuple(LayerTensor(*part) for part in tensors_of(path, index, family=family))
+        return parts[0] if len(parts) == 1 else Beside(parts, like.shape[-1] // len(parts))
 
     return Leaf(path, like, {index: tensor(index) for index in indices})
 

@@ -1,0 +1,201 @@
+"""Weights `(code - zero) · scale` in four bits: GPTQ's, AWQ's and compressed-tensors'.
+
+    gptq                X.qweight I32 (in/8, out), .qzeros I32 (groups, out/8), .scales, .g_idx
+    awq                 X.qweight I32 (in, out/8), .qzeros I32 (groups, out/8), .scales
+    compressed-tensors  X.weight_packed I32 (out, in/8), .weight_scale (out, groups),
+                        .weight_zero_point I32 (out/8, groups), .weight_g_idx
+
+Source: AutoGPTQ `qlinear_cuda_old.py`, AutoAWQ `linear/gemm.py`, compressed-tensors
+`pack_quantized.py`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from lora_jax.hf.checkpoint.held import (
+    FLOATS,
+    File,
+    Tensor,
+    cut_groups,
+    made,
+    modules_of,
+    power,
+    tensor_of,
+)
+from lora_jax.hf.checkpoint.weights import Part
+
+# The column of each of an AWQ number's eight nibbles, turned round: the nibble of each column.
+_AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
+_LARGEST_BLOCK = 1024
+
+
+def _nibbles(words: np.ndarray, axis: int) -> np.ndarray:
+    """Eight numbers of four bits for each word, along an axis."""
+    raw = words.view(np.uint32)
+    parts = [(raw >> np.uint32(4 * j) & np.uint32(15)).astype(np.uint8) for j in range(8)]
+    shape = list(words.shape)
+    shape[axis] *= 8
+    return np.stack(parts, axis=axis + 1).reshape(shape)
+
+
+def _of_eight(part: slice) -> tuple[slice, slice]:
+    """The words that have some of their numbers, and where these are in the numbers of all."""
+    words = cut_groups(part, 8)
+    return words, slice(part.start - 8 * words.start, part.stop - 8 * words.start)
+
+
+class _Groups(NamedTuple):
+    """Groups of inputs that share a scale and a zero point, and the blocks that they become."""
+
+    size: int
+    block: int
+
+    def repeat(self, x: np.ndarray) -> np.ndarray:
+        """A row for each block."""
+        return np.repeat(x, self.size // self.block, axis=0)
+
+
+def _groups_of(inputs: int, count: int) -> _Groups:
+    """Two blocks share bytes: blocks that are not in pairs would be filled up."""
+    size = inputs // count
+    block = size if size <= _LARGEST_BLOCK else power(size, _LARGEST_BLOCK)
+    while (inputs // block) % 2 and block % 2 == 0:
+        block //= 2
+    return _Groups(size, block)
+
+
+def _zero_pairs(zeros: np.ndarray) -> np.ndarray:
+    """The zero points of two blocks in a byte."""
+    even = np.pad(zeros, [(0, len(zeros) % 2), (0, 0)])
+    return even[::2] | even[1::2] << 4
+
+
+def _order(file: File, name: str, inputs: int, groups: _Groups) -> np.ndarray | None:
+    """The inputs in the order of their groups; None where they are in it."""
+    if name not in file.plain.shapes:
+        return None
+    file.same(name, (inputs,), "I32")
+    group = file.stored(name, np.int32, (inputs,), (slice(None),))
+    count = inputs // groups.size
+    if group.min() < 0 or np.any(np.bincount(group, minlength=count) != groups.size):
+        raise file.error(name, f"does not name {count} groups of {groups.size} inputs each")
+    order = np.argsort(group, kind="stable")
+    return None if np.array_equal(order, np.arange(inputs)) else order
+
+
+def _four_bits(
+    file: File, module: str, names: tuple[str, ...], shape: tuple[int, int], count: int,
+    read: Callable[[Part, slice], tuple[np.ndarray, np.ndarray, np.ndarray]], order_name: str,
+) -> Tensor:  # fmt: skip
+    """A weight `(code - zero) · scale`.
+
+    Args:
+      file, module, names, shape: of the weight.
+      count: its groups of inputs.
+      read: `(part, groups)` to codes `(in, out)`, scales and zero points `(groups, out)`.
+      order_name: the tensor with the group of each input, which need not be there.
+    """
+    name, inputs = names[0], shape[1]
+    if not count or inputs % count:
+        raise file.error(name, f"has {inputs} inputs, which are no {count} groups of one size")
+    groups = _groups_of(inputs, count)
+    order = _order(file, order_name, inputs, groups)
+
+    def make(part: Part) -> QuantArray:
+        codes, scale, zeros = read(part, cut_groups(part[1], groups.size))
+        return made(
+            codes if order is None else codes[order],
+            groups.repeat(scale),
+            _zero_pairs(groups.repeat(zeros)),
+            name=name,
+            format="uint4_zero",
+            block=groups.block,
+            order=order,
+        )
+
+    used = (*names, order_name) if order_name in file.plain.shapes else names
+    return tensor_of(
+        file, used, module, shape, make, "uint4_zero", groups.block, whole=order is not None
+    )
+
+
+def gptq(file: File) -> list[Tensor]:
+    return [_gptq_weight(file, m) for m in modules_of(file, ".qweight")]
+
+
+def _gptq_weight(file: File, module: str) -> Tensor:
+    weight, zeros_, scales = names = tuple(f"{module}.{n}" for n in ("qweight", "qzeros", "scales"))
+    words, outputs = file.shape(weight, "I32", count=2)
+    count = file.shape(scales, *FLOATS, count=2)[0]
+    file.same(scales, (count, outputs), *FLOATS)
+    file.same(zeros_, (count, -(-outputs // 8)), "I32")
+    # Version 1 of the files has zero points less one.
+    less = 0 if file.settings.get("checkpoint_format") == "gptq_v2" else 1
+
+    def read(part: Part, groups: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows, columns = part
+        of, inside = _of_eight(columns)
+        codes = _nibbles(file.stored(weight, np.int32, (words, outputs), (of, rows)), 0)[inside]
+        scale = file.floats(scales, (count, outputs), (groups, rows))
+        of, inside = _of_eight(rows)
+        raw = file.stored(zeros_, np.int32, (count, -(-outputs // 8)), (groups, of))
+        return codes, scale, (_nibbles(raw, 1)[:, inside] + less) & 15
+
+    shape = (outputs, 8 * words)
+    return _four_bits(file, module, names, shape, count, read, f"{module}.g_idx")
+
+
+def awq(file: File) -> list[Tensor]:
+    return [_awq_weight(file, m) for m in modules_of(file, ".qweight")]
+
+
+def _awq_weight(file: File, module: str) -> Tensor:
+    weight, zeros_, scales = names = tuple(f"{module}.{n}" for n in ("qweight", "qzeros", "scales"))
+    inputs, words = file.shape(weight, "I32", count=2)
+    count = file.shape(scales, *FLOATS, count=2)[0]
+    file.same(scales, (count, 8 * words), *FLOATS)
+    file.same(zeros_, (count, words), "I32")
+
+    def columns_of(name: str, rows: int, part: Part) -> np.ndarray:
+        of, inside = _of_eight(part[1])
+        raw = _nibbles(file.stored(name, np.int32, (rows, words), (part[0], of)), 1)
+        each = raw.reshape(len(raw), -1, 8)[..., _AWQ_NIBBLES]
+        return each.reshape(len(raw), -1)[:, inside]
+
+    def read(part: Part, groups: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows, columns = part
+        scale = file.floats(scales, (count, 8 * words), (groups, rows))
+        codes = columns_of(weight, inputs, (columns, rows))
+        return codes, scale, columns_of(zeros_, count, (groups, rows))
+
+    return _four_bits(file, module, names, (8 * words, inputs), count, read, f"{module}.g_idx")
+
+
+def packed_weight(file: File, module: str) -> Tensor:
+    """compressed-tensors' integers."""
+    weight, scales = (f"{module}.{n}" for n in ("weight_packed", "weight_scale"))
+    outputs, words = file.shape(weight, "I32", count=2)
+    count = file.shape(scales, *FLOATS, count=2)[1]
+    file.same(scales, (outputs, count), *FLOATS)
+    zeros_, packed = f"{module}.weight_zero_point", -(-outputs // 8)
+    names = (weight, scales)
+    if zeros_ in file.plain.shapes:
+        file.same(zeros_, (packed, count), "I32")
+        names = (*names, zeros_)
+
+    def read(part: Part, groups: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows, columns = part
+        of, inside = _of_eight(columns)
+        codes = _nibbles(file.stored(weight, np.int32, (outputs, words), (rows, of)), 1)[:, inside]
+        scale = file.floats(scales, (outputs, count), (rows, groups)).T
+        zeros = np.full(scale.shape, 8, np.uint8)
+        if len(names) == 3:
+            of, inside = _of_eight(rows)
+            raw = file.stored(zeros_, np.int32, (packed, count), (of, groups))
+            zeros = _nibbles(raw, 0)[inside].T
+        return codes.T, scale, zeros
+
+    order = f"{module}.weight_g_idx"
+    return _four_bits(file, module, names, (outputs, 8 * words), count, read, order)
