@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from lora_jax.models.remat import Remat, remat_name
 from lora_jax.models.sharding import ROWS, RULES, TOKENS
 from lora_jax.paths import spell
 from lora_jax.plan.decide import plan as make_plan
-from lora_jax.quant.array import Backend, known
+from lora_jax.quant.array import Backend, abstract, known
 from lora_jax.quant.dispatch import BACKENDS
 from lora_jax.quant.formats import FormatName
 from lora_jax.quant.loading import is_kernel
@@ -278,7 +278,7 @@ def _base(forward: Any, settings: StepSettings) -> Any:
         return jax.tree_util.tree_map_with_path(held, shapes)
 
     def quantized(params: Any) -> Any:
-        return quantize(params, is_kernel, format=form, backend=backend)
+        return quantize(params, is_kernel, format=cast(FormatName, form), backend=backend)
 
     return jax.eval_shape(quantized, shapes)
 

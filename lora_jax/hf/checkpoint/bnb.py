@@ -22,7 +22,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -383,25 +383,3 @@ def _rows(name: str, raw: _Raw, part: Part) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(scales).all():
         raise ValueError(f"{_file(name, raw)}: tensor `{name}`: its SCB holds NaN or infinity")
     return raw.stored(name, np.int8, shape, part), scales
-
-
-def check_config(settings: Any, *, also: Iterable[str] = ()) -> None:
-    """Refuses a `quantization_config` of config.json that is not of bitsandbytes.
-
-    Args:
-      settings: the object.
-      also: other methods that can be read, for the message.
-
-    Raises:
-      ValueError: another method, whose weights cannot be read.
-    """
-    settings = settings if isinstance(settings, Mapping) else {}
-    bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
-    # Older configs have no `quant_method`, only bitsandbytes' own flags.
-    kind = settings.get("quant_method", "bitsandbytes" if bits else "unknown")
-    known = ("bitsandbytes", *also)
-    if kind != "bitsandbytes":
-        raise ValueError(
-            f"config: the weights are quantized (`quantization_config`, method `{kind}`), which "
-            f"cannot be read; load the unquantized model, or one of {', '.join(known)}"
-        )

@@ -25,6 +25,7 @@ from lora_jax.hf.checkpoint.held import (
     tensor_of,
 )
 from lora_jax.hf.checkpoint.weights import Part
+from lora_jax.quant.array import QuantArray
 
 # The column of each of an AWQ number's eight nibbles, turned round: the nibble of each column.
 _AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.hf.checkpoint import bnb
 from lora_jax.hf.checkpoint.held import (
     FLOATS,
     File,
@@ -50,15 +49,22 @@ def check_config(settings: Any) -> None:
     Raises:
       ValueError: an unknown method, or a number of bits that is not read.
     """
-    kind = settings.get("quant_method") if isinstance(settings, Mapping) else None
-    if kind not in METHODS:
-        bnb.check_config(settings, also=METHODS)
-    elif kind in ("gptq", "awq") and settings.get("bits", settings.get("w_bit")) != 4:
+    settings = settings if isinstance(settings, Mapping) else {}
+    bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    # Older configs have no `quant_method`, only bitsandbytes' own flags.
+    kind = settings.get("quant_method", "bitsandbytes" if bits else "unknown")
+    known = ("bitsandbytes", *METHODS)
+    if kind not in known:
+        raise ValueError(
+            f"config: the weights are quantized (`quantization_config`, method `{kind}`), which "
+            f"cannot be read; load the unquantized model, or one of {', '.join(known)}"
+        )
+    if kind in ("gptq", "awq") and settings.get("bits", settings.get("w_bit")) != 4:
         raise ValueError(
             f"config: `quantization_config` has {settings.get('bits')} bits of method `{kind}`, of "
             "which 4 can be read; load a model in 4 bits, or the unquantized one"
         )
-    elif kind == "awq" and str(settings.get("version", "gemm")).lower() != "gemm":
+    if kind == "awq" and str(settings.get("version", "gemm")).lower() != "gemm":
         raise ValueError(
             f"config: AWQ's version `{settings['version']}` cannot be read, only `gemm`; load the "
             "model in that, or the unquantized one"
