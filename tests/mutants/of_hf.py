@@ -95,7 +95,6 @@ FAULTS = [
     *in_file(
         "hf/checkpoint/bnb.py",
         "tests/hf/checkpoint/test_bnb.py",
-        ('load_in_4bit") or settings.get("load_in_8bit")', 'load_in_4bit")'),
         ("if packed != -(-state.count // 2):", "if packed < state.count // 2:"),
         ("code[scales] * outer[group]", "code[scales] * outer[group - group[0, 0]]"),
     ),

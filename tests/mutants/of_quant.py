@@ -41,6 +41,11 @@ FAULTS = [
         ("if float8 and np.any(codes & 127 == 127):", "if False:"),
     ),
     *in_file(
+        "hf/checkpoint/quantized.py",
+        "tests/hf/checkpoint/test_bnb.py",
+        ('load_in_4bit") or settings.get("load_in_8bit")', 'load_in_4bit")'),
+    ),
+    *in_file(
         "quant/matmul.py",
         "tests/quant/test_kernels.py tests/quant/test_transform.py",
         ("y = y[:, : fan_in if form.transposed else fan_out]\n", "\n"),

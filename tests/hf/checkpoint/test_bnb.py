@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from lora_jax import models, quant
-from lora_jax.hf.checkpoint import bnb, quantized, safetensors
+from lora_jax.hf.checkpoint import bnb, safetensors
+from lora_jax.hf.checkpoint.quantized import check_config
 from lora_jax.hf.checkpoint.safetensors import load_file, open_directory
 from lora_jax.models.saving import save_model
 
@@ -121,10 +122,10 @@ def test_a_model_loads_as_its_dequantized_self(model_directory, dtype):
 
 
 def test_another_method_is_refused():
-    quantized.check_config({"load_in_8bit": True})
+    check_config({"load_in_8bit": True})
     for settings, kind in (({"quant_method": "hqq"}, "hqq"), ({}, "unknown"), ([1], "unknown")):
         with pytest.raises(ValueError, match=f"method `{kind}`.*load the unquantized model"):
-            quantized.check_config(settings)
+            check_config(settings)
 
 
 def changed(golden, case, **changes):
