@@ -109,10 +109,11 @@ def generate(arguments: argparse.Namespace) -> None:
     model = finetune.load_model(
         arguments.model, dtype=arguments.dtype, mesh=devices.mesh, **_quantization(arguments)
     )
-    params, form = model.params, None
+    params = model.params
+    # A merged model has the form of its adapter.
+    form = read_form(arguments.adapter or arguments.model)
     if arguments.adapter is not None:
         params, _ = finetune.load_adapter(model, arguments.adapter)
-        form = read_form(arguments.adapter)
     as_question = partial(
         as_trained,
         chat=model.tokenizer is not None and model.tokenizer.has_template,

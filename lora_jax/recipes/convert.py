@@ -11,6 +11,7 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.files import check_new
 from lora_jax.hf.hub import snapshot
 from lora_jax.recipes.adapter_formats import ADAPTER_FORMATS, AdapterFormat, OnModel, PlanOf
+from lora_jax.recipes.forms import carry_form
 
 # The formats that can be written without loading the model.
 CONVERTED = {name: form for name, form in ADAPTER_FORMATS.items() if form.write is not None}
@@ -138,6 +139,7 @@ def convert(
     known = None if base is None else hf.read_base(_local(str(base)))
     assert given.read is not None and wanted.write is not None
     wanted.write(given.read(source, known), output, base=known, dtype=dtype)
+    carry_form(source, output)
 
 
 def _local(source: str) -> str | Path:

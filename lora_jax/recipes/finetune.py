@@ -27,7 +27,7 @@ from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
 from lora_jax.recipes.fitting import fitted, join, with_head
-from lora_jax.recipes.forms import TrainedForm, form_of, read_form, write_form
+from lora_jax.recipes.forms import TrainedForm, carry_form, form_of, write_form
 from lora_jax.recipes.reports import idle_devices, show_evaluations, show_memory, summary
 from lora_jax.recipes.settings import Devices, Dtype, Quantization
 from lora_jax.train.archive import check_new_run
@@ -358,10 +358,7 @@ def export_adapter(
     convert.save_adapter(
         model, params, config, output, to=to, base_model_name=hub_name(source), dtype=dtype
     )
-    # A GGUF file has no place beside it for the form.
-    form = read_form(adapter)
-    if form is not None and Path(output).is_dir():
-        write_form(output, form)
+    carry_form(adapter, output)
 
 
 def merge_adapter(
@@ -392,6 +389,7 @@ def merge_adapter(
     model = load_model(source, quantize=quantize, quantize_block=quantize_block)
     params, _ = load_adapter(model, adapter)
     save_merged(output, model, params, dtype=dtype)
+    carry_form(adapter, output)
 
 
 # Dimension roles are inferred from a trace, which needs only the shape of some tokens.

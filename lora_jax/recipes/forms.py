@@ -28,6 +28,17 @@ def write_form(directory: str | Path, form: TrainedForm) -> None:
     write_text(Path(directory) / FORM_FILE, json.dumps({"form": form}) + "\n")
 
 
+def carry_form(adapter: str | Path, output: str | Path) -> None:
+    """Gives a copy of an adapter the form that is kept beside it, in place of an older one's."""
+    # A GGUF file has no place beside it.
+    if not Path(output).is_dir():
+        return
+    if form := read_form(adapter):
+        write_form(output, form)
+    else:
+        (Path(output) / FORM_FILE).unlink(missing_ok=True)
+
+
 def read_form(adapter: str | Path) -> TrainedForm | None:
     """The form that is kept beside an adapter, a hub id's too, or None.
 

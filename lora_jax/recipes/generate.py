@@ -16,11 +16,16 @@ from lora_jax.recipes.settings import GenerateConfig
 
 Messages = Sequence[Mapping[str, Any]]
 
-# Settings of generation_config.json that change what is sampled and are not applied here, with
-# the value at which they change nothing.
-_NOT_APPLIED = {
+# Settings of generation_config.json that are not applied here, with the value at which they change
+# nothing: those of sampling, and those that also change what is most likely.
+_NOT_SAMPLED = {
     "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+}  # fmt: skip
+_NOT_APPLIED = {
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "guidance_scale": 1.0,
+    "min_length": 0, "min_new_tokens": 0, "suppress_tokens": [], "begin_suppress_tokens": [],
+    "bad_words_ids": [], "sequence_bias": {}, "stop_strings": [], "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
 }  # fmt: skip
 _TRAINED_ON = {
     "prompt": "prompts and completions",
@@ -259,19 +264,20 @@ def sampling_of(config: GenerateConfig, generation: Mapping[str, Any]) -> Sampli
       ValueError: the model's temperature or top-p is out of range.
 
     Warns:
-      UserWarning: the model's own sampling has settings that are not applied.
+      UserWarning: the model's own generation has settings that are not applied.
     """
     sampled = generation.get("do_sample") is True
     temperature, top_p = config.temperature, config.top_p
     if temperature is None:
         # transformers ignores the sampling settings of a model with `do_sample` false.
         temperature = generation.get("temperature") or 1.0 if sampled else 0.0
-        left = [n for n, none in _NOT_APPLIED.items() if generation.get(n) not in (None, none)]
-        if sampled and left:
+        known = (_NOT_SAMPLED if sampled else {}) | _NOT_APPLIED
+        left = [n for n, none in known.items() if generation.get(n) not in (None, none)]
+        if left:
             warnings.warn(
                 "generation_config.json's "
                 f"{', '.join(f'`{n}` = {generation[n]}' for n in left)} is not applied; give "
-                "`temperature`, 0 for the most likely tokens, to sample without it",
+                "`temperature`, 0 for the most likely tokens, to generate without it",
                 stacklevel=3,
             )
     if top_p is None:

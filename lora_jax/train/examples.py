@@ -187,7 +187,11 @@ def _fit(example: Example, max_length: int, too_long: TooLong, *, ends: bool) ->
 
 def _tokenize(record: Record, tokenizer: Any) -> list[Example]:
     made = []
-    for tokens, marks in _FORMS[record.form](record, tokenizer):
+    try:
+        found = _FORMS[record.form](record, tokenizer)
+    except ValueError as error:  # a template that refuses the chat, a text that cannot be read
+        raise ValueError(f"{record.source}: {error}") from None
+    for tokens, marks in found:
         learned = np.asarray(marks, bool)
         # No token before the first one predicts it.
         learned[:1] = False
@@ -236,10 +240,7 @@ def _with_eos(tokens: list[int], tokenizer: Any) -> list[int]:
 
 
 def _chat(record: Record, tokenizer: Any) -> list[Marked]:
-    try:
-        return chat_examples(record.fields[0], record.options, tokenizer)
-    except ValueError as error:  # no template, or one that rejects these roles
-        raise ValueError(f"{record.source}: {error}") from None
+    return chat_examples(record.fields[0], record.options, tokenizer)
 
 
 _FORMS = {"text": _text, "prompt": _completion, "messages": _chat}

@@ -126,7 +126,7 @@ FAULTS = [
         ("numbers = first + np.arange(len(prompts))", "numbers = 0 * np.arange(len(prompts))"),
         ("{*model.config.eos_token_ids, *tokenizer.stop_ids}", "{*model.config.eos_token_ids}"),
         ('if form in (None, "mixed") else', "if form is None else"),
-        ("if sampled and left:", "if left:"),
+        ("_NOT_SAMPLED if sampled else {}", "_NOT_SAMPLED"),
     ),
     *in_file(
         "recipes/convert.py",

@@ -12,7 +12,7 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.recipes import finetune
 from lora_jax.recipes.finetune import FinetuneConfig
-from lora_jax.recipes.forms import FORM_FILE, form_of, read_form, write_form
+from lora_jax.recipes.forms import FORM_FILE, carry_form, form_of, read_form, write_form
 from lora_jax.recipes.reports import summary
 from lora_jax.train import TrainConfig, record_of
 
@@ -144,6 +144,19 @@ def test_forms(tmp_path):
     (tmp_path / FORM_FILE).write_text('{"form": "poem"}')
     with pytest.raises(ValueError, match=f"{FORM_FILE}: `form` must be one of prompt, .*'poem'"):
         read_form(tmp_path)
+
+
+def test_a_copy_of_an_adapter_has_its_form(tmp_path):
+    known, unknown, output = (tmp_path / name for name in ("known", "unknown", "output"))
+    for folder in (known, unknown, output):
+        folder.mkdir()
+    write_form(known, "text")
+    carry_form(known, output)
+    assert read_form(output) == "text"
+    carry_form(unknown, output)
+    assert read_form(output) is None
+    (tmp_path / "a.gguf").touch()
+    carry_form(known, tmp_path / "a.gguf")
 
 
 def record(step: int, loss: float) -> dict:

@@ -263,6 +263,12 @@ def test_the_sampling_of_a_model_that_does_not_sample_is_no_warning():
 def test_sampling_that_is_not_applied_is_warned_of():
     with pytest.warns(UserWarning, match="`top_k` = 20, `repetition_penalty` = 1.1 is not applied"):
         sampling_of(GenerateConfig(), {**OWN, "top_k": 20, "repetition_penalty": 1.1})
+    # What changes the most likely tokens counts without sampling too.
+    for name, value in {"repetition_penalty": 1.1, "num_beams": 4, "suppress_tokens": [3]}.items():
+        with pytest.warns(UserWarning, match=f"`{name}` = .* is not applied"):
+            sampling_of(GenerateConfig(), {name: value, "top_k": 20})
+    assert sampling_of(GenerateConfig(temperature=0.0), {"num_beams": 4}) == (0.0, 1.0)
+    assert sampling_of(GenerateConfig(), {"num_beams": 1, "suppress_tokens": []}) == (0.0, 1.0)
     with pytest.raises(ValueError, match="`temperature` must be at least 0, got 'hot'"):
         sampling_of(GenerateConfig(), {**OWN, "temperature": "hot"})
 

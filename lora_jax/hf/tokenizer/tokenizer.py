@@ -3,7 +3,8 @@
 `directory` reads a tokenizer from a Hugging Face directory, `from_gguf` from a GGUF's metadata.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -100,7 +101,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokens of a text, with those the tokenizer puts around a text (BOS, EOS)."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._encoded(text, add_special_tokens=add_special_tokens).ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """Tokens of a text that is continued: with what opens a text, without what closes one.
@@ -113,7 +114,7 @@ class Tokenizer:
     @cached_property
     def _opening(self) -> list[int]:
         """What the tokenizer puts before every text."""
-        row = self.backend.encode("a")
+        row = self._encoded("a")
         # The mask has 1 at what was put around the text; the text itself is at least one token.
         mask = row.special_tokens_mask
         return row.ids[: mask.index(0)] if 0 in mask else []
@@ -134,7 +135,8 @@ class Tokenizer:
                 f"{None if pairs is None else len(pairs)}"
             )
         given = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        rows = self.backend.encode_batch(given)
+        with _no_panic():
+            rows = self.backend.encode_batch(given)
         width = max(len(row.ids) for row in rows)
         tokens = np.full((len(rows), width), self.pad_id, np.int32)
         types = np.zeros(tokens.shape, np.int32)
@@ -185,7 +187,7 @@ class Tokenizer:
         if not chat.marks_answers(self._template(options)):
             return None
         rendered = self._render(messages, False, options)
-        row = self.backend.encode(rendered.text, add_special_tokens=False)
+        row = self._encoded(rendered.text, add_special_tokens=False)
         answers = rendered.answers
         # As transformers: a token belongs to an answer if one of its characters does.
         marks = [any(start < b and a < end for a, b in answers) for start, end in row.offsets]
@@ -218,9 +220,29 @@ class Tokenizer:
             **context,
         )
 
+    def _encoded(self, text: str, **options: Any) -> Any:
+        with _no_panic():
+            return self.backend.encode(text, **options)
+
     def _id(self, name: str) -> int | None:
         token = self.special.get(name)
         return None if token is None else self.backend.token_to_id(token)
+
+
+@contextlib.contextmanager
+def _no_panic() -> Iterator[None]:
+    """Makes an error of what the library raises, or panics with, where it cannot read a text."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        # A panic of Rust is no Exception.
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the tokenizer cannot read a text ({why}); if that is about a regular expression, it "
+            "is one in tokenizer.json that takes too long"
+        ) from None
 
 
 def _with_reasoning(message: Message) -> dict[str, Any]:

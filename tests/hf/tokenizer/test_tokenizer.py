@@ -4,9 +4,10 @@ import functools
 import json
 
 import pytest
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from lora_jax import train
 from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.hf.tokenizer.tokenizer import Tokenizer, from_gguf
@@ -236,6 +237,26 @@ def test_templates_that_cannot_be_used(template, messages, text):
     tokenizer = Tokenizer(backend=small(), chat_template=template)
     with pytest.raises(ValueError, match=text):
         tokenizer.apply_chat_template(messages)
+
+
+def test_an_expression_that_takes_too_long_is_an_error():
+    """The library panics, which is no Exception; the regex of a downloaded file may be any."""
+    backend = small()
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    text = "a" * 40 + "!"
+    ours = Tokenizer(
+        backend=backend, chat_template="{% generation %}" + text + "{% endgeneration %}"
+    )
+    for read in (
+        lambda: ours.encode(text),
+        lambda: ours.encode_prompt(text),
+        lambda: ours.encode_batch([text]),
+        lambda: ours.marked_chat([{"role": "user", "content": ""}]),
+    ):
+        with pytest.raises(ValueError, match="cannot read a text .*retry-limit.* takes too long"):
+            read()
+    with pytest.raises(ValueError, match="^d:7: the tokenizer cannot read a text"):
+        train.examples([train.record_of({"text": text}, source="d:7")], ours, max_length=99)
 
 
 GGUF = {
