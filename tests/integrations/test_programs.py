@@ -93,6 +93,13 @@ def test_xllamacpp_adapter():
     assert " quite black today." in found["answers"]
 
 
+def test_haliax_mlp():
+    found = figures_of("haliax_mlp", "marin-haliax", "equinox")
+    assert found["adapted"] == ["up.weight oi", "down.weight oi"]
+    assert found["merge_difference"] < CLOSE < 1 < found["moved"]
+    assert found["losses"][1] < 0.5 * found["losses"][0]
+
+
 def test_mlx_lm_adapter():
     found = figures_of("mlx_lm_adapter", "mlx", "mlx-lm")
     assert found["difference"] < CLOSE and found["read_difference"] < CLOSE < 1 < found["moved"]
