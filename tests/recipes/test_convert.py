@@ -49,7 +49,7 @@ def trained(model):
 def folder(tmp_path_factory, model, trained):
     """The adapter in every format, and its base."""
     folder = tmp_path_factory.mktemp("formats")
-    for to in ("peft", "vllm", "orbax"):
+    for to in ("peft", "vllm", "mlx", "orbax"):
         convert.save_adapter(model, trained, CONFIG, folder / to, to=to)
     convert.save_adapter(model, trained, CONFIG, folder / "a.gguf", to="gguf")
     save_model(folder / "base", model, model.params)
@@ -60,16 +60,17 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("peft", "peft"), ("vllm", "peft"), ("orbax", "orbax"), ("a.gguf", "gguf")]
-)
+KINDS = {"peft": "peft", "vllm": "peft", "mlx": "mlx", "orbax": "orbax", "a.gguf": "gguf"}
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
 def test_every_format_is_recognized_and_loads(folder, model, trained, name, kind):
     assert convert.kind_of(folder / name) == kind
     loaded, read = convert.load_adapter(model, folder / name, lambda c: plan_model(model, c))
     merged, want = lora.merge(loaded), lora.merge(trained)
     if kind == "orbax":
         assert read == CONFIG
-    if name == "vllm":  # each scale was multiplied into B
+    if name in ("vllm", "mlx"):  # each scale was multiplied into B
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), merged, want)
     else:
         same(merged, want)
