@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
+from lora_jax.models import modernbert
 from lora_jax.models.bert_config import (
     ANSWERS,
     CLASSIFICATION,
@@ -69,6 +70,15 @@ class Encoder(nnx.Module):
         setattr(self, self.blocks, Stack(build, scan=scan))
         if config.pooler:
             self.pooler = Dense(config.hidden_size, build)
+
+    @property
+    def stack(self) -> Any:
+        """The blocks."""
+        return getattr(self, self.blocks).layer
+
+    def final(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """The hidden states, which are the last block's."""
+        return x
 
     def embed(
         self,
@@ -163,12 +173,15 @@ def make(
 ) -> nnx.Module:
     """Makes the module for a config's task: the bare encoder, or one with a head."""
     build = Build(config, dtype, param_dtype, rngs)
+    if config.own is not None:
+        return modernbert.make(build, scan=scan)
     return (Encoder if config.task == FEATURES else Headed)(build, scan=scan)
 
 
 def encoder_of(module: nnx.Module, config: BertConfig) -> Encoder:
     """The encoder in a model."""
-    return getattr(module, config.kind.prefix) if isinstance(module, Headed) else module  # type: ignore[return-value]
+    found: Any = module
+    return found if config.task == FEATURES else getattr(found, config.kind.prefix)
 
 
 def hidden_states(
@@ -205,15 +218,17 @@ def hidden_states(
     if token_type_ids is None:
         token_type_ids = jnp.zeros_like(tokens)
     # Keys that all queries and heads attend to, (b, 1, 1, t).
-    by = Attending(of_whole_rows(mask, over), over)
+    turned = () if config.own is None else modernbert.rotations(config, positions)
+    by = Attending(of_whole_rows(mask, over), over, turned)
     x = encoder.embed(tokens, token_type_ids, positions)
-    return run_blocks(
-        getattr(encoder, encoder.blocks).layer,
+    x = run_blocks(
+        encoder.stack,
         on_rows(x, rows, over),
-        lambda block, x, number, own: on_rows(block(on_rows(x, rows, over), by), rows, over),
+        lambda block, x, number, own: on_rows(block(on_rows(x, rows, over), by, own), rows, over),
         wrap=wrap,
-        each=(False,) * config.num_hidden_layers,
+        each=config.slides,
     )
+    return encoder.final(x)
 
 
 def pooled(encoder: Encoder, hidden: Float[Array, "b t d"]) -> Float[Array, "b d"]:
@@ -221,8 +236,15 @@ def pooled(encoder: Encoder, hidden: Float[Array, "b t d"]) -> Float[Array, "b d
     return jnp.tanh(encoder.pooler.dense(hidden[:, 0]))
 
 
-def logits(module: Headed, config: BertConfig, hidden: Float[Array, "b t d"]) -> Array:
+def logits(
+    module: Any,
+    config: BertConfig,
+    hidden: Float[Array, "b t d"],
+    mask: Bool[AnyArray, "b t"] | None = None,
+) -> Array:
     """The head's float32 logits: (b, c) of a classifier, else (b, t, ·), two for answers."""
+    if config.own is not None:
+        return modernbert.logits(module, config, hidden, mask)
     encoder = encoder_of(module, config)
     if config.task == MASKED_LM:
         return _vocabulary(module, config, hidden)

@@ -16,6 +16,7 @@ from lora_jax.models.dialect import (
     tuple_of,
 )
 from lora_jax.models.layers import ACTIVATIONS
+from lora_jax.models.modern_config import KNOWN, read_modern, write_modern
 from lora_jax.models.ranges import check_fields, check_raw
 
 FEATURES: Final = "features"
@@ -49,17 +50,19 @@ class Kind(NamedTuple):
       typed: tokens have types, with vectors of their own.
       fields: our names of fields and those in config.json, where these differ.
       fixed: fields of config.json with the one value that the forward has.
+      own: ModernBERT's fields are read too, as `BertConfig.own`.
     """
 
     prefix: str
     classes: Mapping[Task, str]
     defaults: Mapping[str, Any]
-    head: Literal["bert", "roberta", "electra", "distilbert"] = "bert"
+    head: Literal["bert", "roberta", "electra", "distilbert", "modernbert"] = "bert"
     offset_positions: bool = False
     blocks: str = "encoder"
     typed: bool = True
     fields: Mapping[str, str] = {}
     fixed: Mapping[str, Any] = {}
+    own: bool = False
 
 
 def _classes(name: str) -> dict[Task, str]:
@@ -126,6 +129,27 @@ KINDS: Mapping[str, Kind] = {
         fields=_DISTILBERT_FIELDS,
         fixed={"layer_norm_eps": 1e-12, "type_vocab_size": 2},
     ),
+    "modernbert": Kind(
+        prefix="model",
+        classes=_classes("ModernBert"),
+        defaults={
+            "vocab_size": 50368, "hidden_size": 768, "num_hidden_layers": 22,
+            "num_attention_heads": 12, "intermediate_size": 1152, "max_position_embeddings": 8192,
+            "pad_token_id": 50283, "bos_token_id": 50281, "eos_token_id": 50282,
+            "layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.0, "classifier_dropout": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        head="modernbert",
+        blocks="layers",
+        typed=False,
+        fields={
+            "hidden_act": "hidden_activation", "layer_norm_eps": "norm_eps",
+            "hidden_dropout_prob": "mlp_dropout",
+            "attention_probs_dropout_prob": "attention_dropout",
+        },
+        fixed={"type_vocab_size": 2},
+        own=True,
+    ),
 }  # fmt: skip
 
 
@@ -156,6 +180,7 @@ class BertConfig:
       problem_type: the loss that transformers would use, or None; read and written only.
       hidden_dropout_prob, attention_probs_dropout_prob, classifier_dropout: read and
         written only.
+      own: what ModernBERT has beside these, or None.
     """
 
     model_type: str = "bert"
@@ -180,6 +205,7 @@ class BertConfig:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     classifier_dropout: float | None = None
+    own: Any = None
 
     def __post_init__(self) -> None:
         check_fields(self, KINDS[self.model_type].fields if self.model_type in KINDS else None)
@@ -219,6 +245,11 @@ class BertConfig:
         return KINDS[self.model_type]
 
     @property
+    def slides(self) -> tuple[bool, ...]:
+        """For each block whether its tokens attend to those nearby alone."""
+        return (False,) * self.num_hidden_layers if self.own is None else self.own.slides
+
+    @property
     def embedded_size(self) -> int:
         """Width of the tables."""
         return self.embedding_size or self.hidden_size
@@ -241,6 +272,8 @@ class BertConfig:
         distilled = self.kind.head == "distilbert"
         if self.task == CLASSIFICATION:
             return ("classifier.", "pre_classifier.") if distilled else ("classifier.",)
+        if self.own is not None:
+            return ("head.", "decoder." if self.task == MASKED_LM else "classifier.")
         if self.task in (TOKENS, ANSWERS):
             return ("classifier.",) if self.task == TOKENS else ("qa_outputs.",)
         if distilled:
@@ -270,8 +303,10 @@ class BertConfig:
         kind = KINDS[raw["model_type"]]
         check_raw(raw)
         ours = {theirs: ours for ours, theirs in kind.fields.items()}
-        raw = {ours.get(name, name): value for name, value in raw.items()}
-        refuse_unsupported(raw, (*_PLAIN, *_CARRIED), _NEUTRAL)
+        # Under their own names: ModernBERT's files have BERT's `layer_norm_eps` too, unused.
+        stated = {name: x for name, x in raw.items() if kind.fields.get(name) not in raw}
+        raw = {ours.get(name, name): value for name, value in stated.items()}
+        refuse_unsupported(raw, (*_PLAIN, *_CARRIED, *(KNOWN if kind.own else ())), _NEUTRAL)
         check_fixed(raw, kind.fixed)
         if kind.head != "electra":
             check_fixed(raw, {"embedding_size": None})
@@ -290,6 +325,7 @@ class BertConfig:
             pooler=(task == FEATURES and kind.head in ("bert", "roberta"))
             or (task == CLASSIFICATION and kind.head == "bert"),
             labels=labels_of(given),
+            own=read_modern(given) if kind.own else None,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -302,7 +338,8 @@ class BertConfig:
         out = {kind.fields.get(name, name): value for name, value in plain.items()}
         out["eos_token_id"] = scalar_if_one(self.eos_token_ids)
         out["architectures"] = [self.kind.classes[self.task]]
-        return {**out, **write_labels(self.labels)}
+        more = {} if self.own is None else write_modern(self.own)
+        return {**out, **write_labels(self.labels), **more}
 
 
 _SIZES = (

@@ -23,6 +23,7 @@ from lora_jax.models.bert_config import BertConfig
 from lora_jax.models.context import over_tokens
 from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, kept
 from lora_jax.models.mixing import mix
+from lora_jax.models.rope import Rotation
 
 
 class Attending(NamedTuple):
@@ -31,10 +32,12 @@ class Attending(NamedTuple):
     Attributes:
       mask: true at the keys, of all heads; None for all.
       over: the axis of the mesh that the tokens of a row are spread over, or None.
+      rotations: of queries and keys, in blocks that slide and in others; () is none.
     """
 
     mask: Bool[AnyArray, "b s"] | None
     over: str | None
+    rotations: tuple[Rotation, ...] = ()
 
 
 class Build(NamedTuple):
@@ -45,10 +48,11 @@ class Build(NamedTuple):
     param_dtype: DTypeLike
     rngs: nnx.Rngs
 
-    def linear(self, inputs: int, outputs: int) -> nnx.Linear:
+    def linear(self, inputs: int, outputs: int, *, bias: bool = True) -> nnx.Linear:
         return nnx.Linear(
-            inputs, outputs, dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs
-        )
+            inputs, outputs, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype,
+            rngs=self.rngs,
+        )  # fmt: skip
 
     def norm(self, size: int | None = None) -> LayerNorm:
         config = self.config
@@ -156,7 +160,10 @@ class Layer(nnx.Module):
         self.intermediate = Dense(config.intermediate_size, build)
         self.output = Output(config.intermediate_size, build)
 
-    def __call__(self, x: Float[Array, "b t d"], by: Attending) -> Float[Array, "b t d"]:
+    def __call__(
+        self, x: Float[Array, "b t d"], by: Attending, slides: bool = False
+    ) -> Float[Array, "b t d"]:
+        del slides  # no block does
         x = self.attention.output(self.attention.self(x, by), x)
         wide = kept(self.intermediate.dense(x))  # (b, t, f)
         return self.output(ACTIVATIONS[self.act](wide), x)
@@ -200,6 +207,9 @@ class DistilLayer(nnx.Module):
         self.ffn = DistilMLP(build)
         self.output_layer_norm = build.norm()
 
-    def __call__(self, x: Float[Array, "b t d"], by: Attending) -> Float[Array, "b t d"]:
+    def __call__(
+        self, x: Float[Array, "b t d"], by: Attending, slides: bool = False
+    ) -> Float[Array, "b t d"]:
+        del slides  # no block does
         x = self.sa_layer_norm(x + self.attention(x, by))
         return self.output_layer_norm(x + self.ffn(x))

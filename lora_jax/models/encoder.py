@@ -121,39 +121,46 @@ class EncoderForward:
         )
         if return_hidden:
             return hidden
-        return self._result(module, encoder, hidden)
+        return self._result(module, encoder, hidden, mask)
 
     def _result(
         self,
         module: Any,
         encoder: bert.Encoder,
         hidden: Float[Array, "b t d"],
+        mask: Bool[AnyArray, "b t"] | None,
     ) -> bert.Features | Array:
         if self.config.task == FEATURES:
             state = bert.pooled(encoder, hidden) if self.config.pooler else None
             return bert.Features(hidden, state)
-        return bert.logits(module, self.config, hidden)
+        return bert.logits(module, self.config, hidden, mask)
 
-    def head(self, params: Any, hidden: Float[Array, "b t d"]) -> bert.Features | Array:
-        """The task's result from the hidden states of `apply(..., return_hidden=True)`."""
+    def head(
+        self,
+        params: Any,
+        hidden: Float[Array, "b t d"],
+        *,
+        mask: Bool[AnyArray, "b t"] | None = None,
+    ) -> bert.Features | Array:
+        """The task's result from the hidden states of `apply(..., return_hidden=True)`.
 
-        def run(params: Any, hidden: Float[Array, "b t d"]) -> bert.Features | Array:
+        A classifier that reads the mean of all tokens needs the mask, where there is padding.
+        """
+
+        def run(params: Any, hidden: Float[Array, "b t d"], mask: Any) -> bert.Features | Array:
             module = nnx.merge(structure(self)[0], params)
-            return self._result(module, bert.encoder_of(module, self.config), hidden)
+            return self._result(module, bert.encoder_of(module, self.config), hidden, mask)
 
-        return automatic(run, params, hidden)
+        return automatic(run, params, hidden, mask=mask)
 
     def shapes(self) -> dict[str, Any]:
         """The parameter tree as `jax.ShapeDtypeStruct`s."""
         shapes = structure(self)[1]
         # Only a model with a head has the family's prefix around the encoder.
         inside = () if self.config.task == FEATURES else (self.config.kind.prefix,)
-        count = self.config.num_hidden_layers
-        return (
-            stacked(shapes, (*inside, self.config.kind.blocks, "layer"), count)
-            if self.scan
-            else shapes
-        )
+        count, kind = self.config.num_hidden_layers, self.config.kind
+        blocks = (kind.blocks,) if kind.own else (kind.blocks, "layer")
+        return stacked(shapes, (*inside, *blocks), count) if self.scan else shapes
 
 
 def _check(

@@ -31,7 +31,10 @@ from lora_jax.models.sharding import RULES
 from lora_jax.sharding import Rules, spreading
 
 # Prefixes of an encoder's tensors; all others in a checkpoint belong to a head.
-_ENCODER = ("embeddings.", "embeddings_project.", "encoder.", "transformer.", "pooler.")
+_ENCODER = (
+    "embeddings.", "embeddings_project.", "encoder.", "transformer.", "pooler.", "layers.",
+    "final_norm.",
+)  # fmt: skip
 # Tasks whose heads can be drawn, and what their heads are called.
 _DRAWN = {CLASSIFICATION: "classification", TOKENS: "classification", ANSWERS: "answering"}
 # Buffers that old checkpoints store: 0, 1, 2, ... and zeros. They hold nothing learned.
@@ -51,7 +54,7 @@ def load_encoder(
     mesh: Mesh | None = None,
     rules: Rules = RULES,
 ) -> Model:
-    """Loads an encoder (BERT, DistilBERT, ELECTRA, RoBERTa and others) and its tokenizer.
+    """Loads an encoder (BERT, ELECTRA, ModernBERT, RoBERTa and others) and its tokenizer.
 
     Without `task` the model is the one that config.json names, and every tensor of the checkpoint
     must be used. With `task` the heads of other tasks are left out; a missing head is an error
@@ -230,6 +233,7 @@ def _without_tied(weights: Weights, config: BertConfig, *, shared: bool) -> Weig
         "lm_head.decoder.weight": table,
         "lm_head.decoder.bias": "lm_head.bias",
         "vocab_projector.weight": table,
+        "decoder.weight": f"{config.kind.prefix}.embeddings.tok_embeddings.weight",
     }
     found = [n for n in repeats if n in weights.shapes and repeats[n] in weights.shapes]
     for name in found:

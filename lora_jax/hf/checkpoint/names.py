@@ -218,7 +218,7 @@ GPT2 = Family(
     tied=("lm_head.weight", "transformer.wte.weight"),
 )
 
-# Encoders with numbered `layer`s: BERT, RoBERTa.
+# Encoders with numbered `layer`s, BERT and RoBERTa, or `layers`, ModernBERT.
 _BERT_RULES = (
     Rule("*LayerNorm", "weight", "scale"),
     Rule("*_embeddings", "weight", "embedding"),
@@ -227,7 +227,7 @@ _BERT_RULES = (
 # The norm of RoBERTa's masked-LM head is called `layer_norm`.
 BERT = Family(
     name="bert",
-    stacks=("layer",),
+    stacks=("layer", "layers"),
     rules=(*_BERT_RULES, _NORM, _LINEAR, _BIAS),
 )
 

@@ -22,7 +22,7 @@ CLASSES = (None, *_OF_TASK.values(), _MULTIMODAL, _MASKED, "AutoModel")
 # Modules that an encoder has before a classifier of whole texts, but not before one of tokens; and
 # those of masked language models.
 OF_TEXTS = frozenset({"pooler", "out_proj", "pre_classifier"})
-OF_WORDS = frozenset({"cls", "lm_head", "vocab_projector"})
+OF_WORDS = frozenset({"cls", "lm_head", "vocab_projector", "decoder"})
 
 # The start of the names of a decoder that is part of a model of images and texts.
 WRAPPED = "model.language_model."
@@ -36,6 +36,8 @@ def parts_of(names: Iterable[str]) -> set[str]:
 def is_encoder(paths: Collection[str]) -> bool:
     """Whether leaves of these paths are an encoder of BERT's kind, with any head or none."""
     parts = parts_of(paths)
+    if {"tok_embeddings", "layers", "attn"} <= parts:  # ModernBERT
+        return True
     # Of BERT's kind, or DistilBERT's.
     blocks = "encoder" in parts or {"transformer", "layer"} <= parts
     return "word_embeddings" in parts and blocks and "decoder" not in parts
@@ -67,7 +69,7 @@ def auto_class_of(paths: Collection[str], task_type: str | None) -> str | None:
         if "score" in parts and is_decoder(parts):
             return _OF_TASK["SEQ_CLS"]
         return "AutoModelForCausalLM" if "lm_head" in parts else None
-    if "classifier" in parts:
+    if "classifier" in parts and "tok_embeddings" not in parts:
         return _OF_TASK["SEQ_CLS" if OF_TEXTS & parts else "TOKEN_CLS"]
     if "qa_outputs" in parts:
         return _OF_TASK["QUESTION_ANS"]

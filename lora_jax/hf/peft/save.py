@@ -246,6 +246,9 @@ def task_of(paths: Collection[str], tensors: Collection[str]) -> str | None:
         task = "SEQ_CLS" if "score" in parts else "CAUSAL_LM"
         written = task == "CAUSAL_LM" or "score" in parts_of(tensors)
         return task if is_decoder(parts) and written else None
+    if "tok_embeddings" in parts:
+        # ModernBERT's heads of texts, tokens and answers have the same modules.
+        return None if "head" in parts else "FEATURE_EXTRACTION"
     if "classifier" in parts:
         found = "SEQ_CLS" if OF_TEXTS & parts else "TOKEN_CLS"
         return found if "classifier" in parts_of(tensors) else None

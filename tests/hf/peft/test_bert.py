@@ -63,6 +63,14 @@ MODELS = {
         model_type="llama",
         num_key_value_heads=2,
     ),
+    "modernbert": dict(
+        {name: size for name, size in CLASSIFIER.items() if name != "type_vocab_size"},
+        model_type="modernbert",
+        local_attention=4,
+        classifier_pooling="mean",
+        bos_token_id=2,
+        eos_token_id=3,
+    ),
     "tokens": dict(SIZES, model_type="bert", auto="AutoModelForTokenClassification"),
     "answers": dict(
         {**SIZES, "num_labels": 2}, model_type="roberta", auto="AutoModelForQuestionAnswering"
@@ -133,7 +141,7 @@ def bases(made):
     """Our models of both kinds, each loaded once."""
     return {
         kind: lora.models.load(made(kind).directory)
-        for kind in ("bert", "roberta", "electra", "distilbert", "llama")
+        for kind in ("bert", "roberta", "electra", "distilbert", "llama", "modernbert")
     }
 
 
@@ -158,6 +166,7 @@ OTHERS = [
     *(("electra", case) for case in ("all-linear-rslora", "dora", "embedding")),
     # "all-linear" of PEFT takes DistilBERT's classifier, and then cannot train it whole.
     *(("distilbert", case) for case in CASES if case not in ("one-layer", "all-linear-rslora")),
+    *(("modernbert", case) for case in CASES if case not in ("bias-saved", "one-layer")),
     *(("llama", case) for case in CASES if case != "bias-saved"),
 ]
 LLAMA = {
@@ -165,6 +174,12 @@ LLAMA = {
     "intermediate.dense": "up_proj", "word_embeddings": "embed_tokens", "classifier": "score",
     r"layer\.1\.attention\.self\.query": r"layers\.1\.self_attn\.q_proj",
     r".*\.2\.output\.dense": r".*\.2\.mlp\.down_proj", "LayerNorm": "input_layernorm",
+}  # fmt: skip
+MODERN = {
+    "query": "Wqkv", "key": "attn.Wo", "value": "Wi", "output.dense": "mlp.Wo",
+    "word_embeddings": "tok_embeddings", "LayerNorm": "mlp_norm",
+    r"layer\.1\.attention\.self\.query": r"layers\.1\.attn\.Wqkv",
+    r".*\.2\.output\.dense": r".*\.2\.mlp\.Wo",
 }  # fmt: skip
 DISTIL = {
     "query": "q_lin", "key": "k_lin", "value": "v_lin", "output.dense": "lin2",
@@ -175,7 +190,7 @@ DISTIL = {
 
 def spelled(kind: str, fields: Any) -> Any:
     """The fields by the names of a model's modules."""
-    names = {"distilbert": DISTIL, "llama": LLAMA}.get(kind, {})
+    names = {"distilbert": DISTIL, "llama": LLAMA, "modernbert": MODERN}.get(kind, {})
     if isinstance(fields, dict):
         return {names.get(k, k): spelled(kind, v) for k, v in fields.items()}
     return [names.get(x, x) for x in fields] if isinstance(fields, list) else fields
@@ -233,6 +248,7 @@ OURS = {
         *of_both(OURS, "all-linear"),
         *(pytest.param(k, "all-linear", marks=pytest.mark.slow) for k in ("electra", "distilbert")),
         ("llama", "all-linear"),
+        pytest.param("modernbert", "all-linear", marks=pytest.mark.slow),
     ],
 )
 def test_our_adapter_in_peft_and_back(case, kind, made, bases, tmp_path):
@@ -243,7 +259,8 @@ def test_our_adapter_in_peft_and_back(case, kind, made, bases, tmp_path):
     plan = lora.plan(config, base.apply, base.params, TOKENS)
     params = noisy(lora.init(jax.random.key(0), plan, base.params))
     save_peft(tmp_path / "a", params, config)
-    assert task_type(tmp_path / "a") == "SEQ_CLS"
+    # ModernBERT's heads of texts and of tokens have the same modules.
+    assert task_type(tmp_path / "a") == (None if kind == "modernbert" else "SEQ_CLS")
     there, name = made(kind).torch, f"{PLACE}/{kind}/ours/{case}"
     close(peft_reads(name, tmp_path / "a", there, torch_logits), jax_logits(base, params))
     again, _ = load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
@@ -252,10 +269,10 @@ def test_our_adapter_in_peft_and_back(case, kind, made, bases, tmp_path):
 
 
 @pytest.mark.slow
-def test_slopes_of_a_decoders_classes_are_pefts(made, bases, tmp_path):
+@pytest.mark.parametrize("kind", ["llama", "modernbert"])
+def test_slopes_of_classifiers_are_pefts(kind, made, bases, tmp_path):
     fields = {"task_type": "SEQ_CLS", "r": 2, "target_modules": "all-linear"}
-    there = made("llama").torch
-    check_gradients(f"{PLACE}/llama/slopes", tmp_path, there, bases["llama"], fields)
+    check_gradients(f"{PLACE}/{kind}/slopes", tmp_path, made(kind).torch, bases[kind], fields)
 
 
 @pytest.mark.slow
