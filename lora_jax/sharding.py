@@ -30,7 +30,7 @@ __all__ = ["LeafDims", "Rules", "partition_specs", "place", "shardings", "specs"
 
 Factors = TypeVar("Factors", bound=LoraArray | LoraStack)
 
-AXES = ("data", "fsdp", "tensor", "context")
+AXES = ("data", "fsdp", "tensor", "expert", "context")
 COPIED = ("data", "context")  # those along which every weight is copied
 
 # Field of a `LoraArray` -> its name in `part_spec`; a magnitude has the dims of a gain.

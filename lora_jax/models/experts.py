@@ -8,23 +8,32 @@ grows with the k experts of a token and not with E: by `lax.ragged_dot` where th
 (TPU), elsewhere by tiles of rows of one expert, because XLA makes of `ragged_dot` a dense product
 with all experts there.
 
+On a mesh every device sorts its own tokens. Along the axis `expert` each device has some of the
+experts: it gathers the tokens of all devices of the axis, those of one device after the other take
+its experts, and the sums go back to the tokens' devices. Choices of other devices' experts cost
+nothing but their places.
+
 M tokens, K experts of a token, E experts, D width, F inner size of an expert.
 
 Source: Shazeer et al. 2017, arXiv:1701.06538; Jiang et al. 2024, "Mixtral", arXiv:2401.04088.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.dialect import Routing
+from lora_jax.models.kernels import open_axes, spread
 from lora_jax.models.layers import ACTIVATIONS, kept
+from lora_jax.models.sharding import EXPERTS, TOKENS
 
 # Backends on which `ragged_dot` is one operation.
 _RAGGED = frozenset({"tpu"})
@@ -33,8 +42,8 @@ _RAGGED = frozenset({"tpu"})
 class Chosen(NamedTuple):
     """The experts of each token, the likeliest first, and how much each of them counts."""
 
-    experts: Int[Array, "m k"]
-    weights: Float[Array, "m k"]
+    experts: Int[Array, "*m k"]
+    weights: Float[Array, "*m k"]
 
 
 class Load(NamedTuple):
@@ -55,12 +64,14 @@ class Order(NamedTuple):
     Attributes:
       source: the row at each sorted place.
       place: the sorted place of each row.
-      sizes: rows of each expert.
+      sizes: rows of each expert. What is left of the rows comes last: other devices' experts.
+      count: of the experts that the rows are spread over, on all devices.
     """
 
     source: Int[Array, " rows"]
     place: Int[Array, " rows"]
     sizes: Int[Array, " e"]
+    count: int
 
 
 class Experts(nnx.Module):
@@ -69,7 +80,7 @@ class Experts(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike) -> None:
         count, width, inner = config.num_experts, config.hidden_size, config.expert_size
         assert count is not None  # a configuration without experts has an `MLP`
-        self.dtype = dtype
+        self.dtype, self.count = dtype, count
         self.activation = config.hidden_activation
         self.gate_up_proj = nnx.Param(jnp.zeros((count, width, 2 * inner), param_dtype))
         self.down_proj = nnx.Param(jnp.zeros((count, inner, width), param_dtype))
@@ -79,21 +90,38 @@ class Experts(nnx.Module):
             self.gate_up_proj_bias = nnx.Param(jnp.zeros((count, 2 * inner), param_dtype))
             self.down_proj_bias = nnx.Param(jnp.zeros((count, width), param_dtype))
 
-    def __call__(self, x: Float[Array, "m d"], chosen: Chosen) -> Float[Array, "m d"]:
-        first, second = self.gate_up_proj.get_value(), self.down_proj.get_value()
-        order = sort_by_expert(chosen.experts, first.shape[0])
+    def __call__(
+        self, x: Float[Array, "b t d"], logits: Float[Array, "b t e"], choose: Callable
+    ) -> Float[Array, "b t d"]:
+        weights = {
+            name: getattr(self, name).get_value()
+            for name in ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+            if self.biased or not name.endswith("bias")
+        }
+        return over_experts(self.mixed, choose, x, logits, weights)
+
+    def mixed(
+        self, x: Float[Array, "m d"], chosen: Chosen, weights: dict[str, Array], first: int | Array
+    ) -> Float[Array, "m d"]:
+        """The sums over those of each token's experts that `weights` has, from `first` on."""
+        up, down = weights["gate_up_proj"], weights["down_proj"]
+        order = sort_by_expert(chosen.experts - first, self.count, own=up.shape[0])
         product = ragged if jax.default_backend() in _RAGGED else tiled
         rows = jnp.take(x, order.source // chosen.experts.shape[1], axis=0)  # (rows, d)
-        wide = kept(product(rows, first.astype(self.dtype), order))  # (rows, 2f)
+        wide = kept(product(rows, up.astype(self.dtype), order))  # (rows, 2f)
         if self.biased:
-            owner = jnp.take(chosen.experts.reshape(-1), order.source)  # (rows,)
-            wide = wide + _of_each(self.gate_up_proj_bias, owner, wide)
-        out = product(self.gated(wide), second.astype(self.dtype), order)  # (rows, d)
+            owner = jnp.take((chosen.experts - first).reshape(-1), order.source)  # (rows,)
+            wide = wide + _of_each(weights["gate_up_proj_bias"], owner, wide)
+        out = product(self.gated(wide), down.astype(self.dtype), order)  # (rows, d)
         if self.biased:
-            out = out + _of_each(self.down_proj_bias, owner, out)
+            out = out + _of_each(weights["down_proj_bias"], owner, out)
         out = jnp.take(out, order.place, axis=0).reshape(*chosen.experts.shape, -1)  # (m, k, d)
+        shares = chosen.weights
+        if up.shape[0] < self.count:
+            local = chosen.experts - first
+            shares = jnp.where((local >= 0) & (local < up.shape[0]), shares, 0.0)
         # In float32: the sum of a token's experts is rounded once.
-        return jnp.einsum("mkd,mk->md", out.astype(jnp.float32), chosen.weights).astype(x.dtype)
+        return jnp.einsum("mkd,mk->md", out.astype(jnp.float32), shares).astype(x.dtype)
 
     def gated(self, wide: Float[Array, "rows f2"]) -> Float[Array, "rows f"]:
         """What goes into the second product, of gate and up."""
@@ -106,9 +134,86 @@ class Experts(nnx.Module):
         return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
 
 
-def _of_each(bias: nnx.Param, owner: Int[Array, " rows"], like: Array) -> Float[Array, "rows o"]:
-    """The bias of each row's expert."""
-    return jnp.take(bias.get_value(), owner, axis=0).astype(like.dtype)
+def _of_each(bias: Array, owner: Int[Array, " rows"], like: Array) -> Float[Array, "rows o"]:
+    """The bias of each row's expert; anything for the experts of other devices."""
+    return jnp.take(bias, owner, axis=0, mode="clip").astype(like.dtype)
+
+
+def over_experts(
+    mixed: Callable[..., Array],
+    choose: Callable[[Array], Chosen],
+    x: Float[Array, "b t d"],
+    logits: Float[Array, "b t e"],
+    weights: dict[str, Array],
+) -> Float[Array, "b t d"]:
+    """`mixed(x, chosen, weights, first)` by each device, for its tokens or for its experts.
+
+    Args:
+      mixed: the experts of tokens (m, d), where `weights` begin with the expert `first`.
+      choose: of logits to what tokens choose.
+      x, logits: of all tokens; inside of a `shard_map` over `EXPERTS`, of a device's own.
+      weights: (E, ...), in a `shard_map` a device's own; none is spread along other axes than
+        `EXPERTS` and "tensor".
+    """
+    mesh, count = jax.sharding.get_abstract_mesh(), logits.shape[-1]
+    axes = open_axes(mesh)
+    rows, _ = spread(mesh, x.shape[0], 1)
+    if EXPERTS in mesh.manual_axes and len(weights["down_proj"]) < count:
+        return _with_others(mixed, x, choose(logits), weights, apart=True)
+    apart = count % axes.get(EXPERTS, 1) == 0 and EXPERTS in axes
+    tokens = TOKENS if TOKENS in axes and x.shape[1] % axes[TOKENS] == 0 else None
+    # XLA spreads what `tensor` divides by itself.
+    if not apart and (not (rows or tokens) or "tensor" in axes):
+        return _flat(mixed, x, choose(logits), weights, 0)
+
+    def own(x: Array, logits: Array, weights: dict[str, Array]) -> Array:
+        # Here and not before: XLA would choose for all tokens on every device.
+        chosen = choose(logits)
+        if not apart:
+            return _flat(mixed, x, chosen, weights, 0)
+        return _with_others(mixed, x, chosen, weights, apart=EXPERTS in (rows or ()))
+
+    here = PartitionSpec(rows, tokens)
+    return jax.shard_map(
+        own,
+        in_specs=(here, here, PartitionSpec(EXPERTS if apart else None)),
+        out_specs=here,
+        axis_names={*(rows or ()), *filter(None, [tokens]), *([EXPERTS] if apart else [])},
+        check_vma=False,
+    )(x, logits, weights)
+
+
+def _flat(mixed: Callable, x: Array, chosen: Chosen, weights: dict, first: int | Array) -> Array:
+    """The experts of all tokens of some rows."""
+    tokens, *others = (y.reshape(-1, y.shape[-1]) for y in (x, *chosen))
+    return mixed(tokens, Chosen(*others), weights, first).reshape(x.shape)
+
+
+def _with_others(mixed: Callable, x: Array, chosen: Chosen, weights: dict, *, apart: bool) -> Array:
+    """A device's experts for the tokens of all devices, and the sums of its own tokens.
+
+    Args:
+      mixed, weights: as in `over_experts`.
+      x, chosen: tokens of this device, or of all if not `apart`.
+      apart: whether each device has its own tokens.
+    """
+    first = lax.axis_index(EXPERTS) * len(weights["down_proj"])
+    if not apart:
+        return lax.psum(_flat(mixed, x, chosen, weights, first), EXPERTS)
+
+    # One device's tokens after the other, and again in the backward pass: at once their rows would
+    # take as many times the memory.
+    @jax.checkpoint
+    def one(each: tuple[Array, Chosen]) -> Array:
+        return _flat(mixed, *each, weights, first)
+
+    # The backward pass gathers again: else every device would keep the tokens of all layers.
+    @jax.checkpoint
+    def everyone(x: Array, chosen: Chosen) -> Array:
+        gathered = jax.tree.map(lambda y: lax.all_gather(y, EXPERTS), (x, chosen))
+        return lax.psum_scatter(lax.map(one, gathered), EXPERTS)
+
+    return everyone(x, chosen)
 
 
 class MixtureMLP(nnx.Module):
@@ -150,23 +255,26 @@ class MixtureMLP(nnx.Module):
         self, x: Float[Array, "b t d"], real: Bool[Array, "b t"] | None
     ) -> tuple[Float[Array, "b t d"], Load | None]:
         """The output, and the load of the experts by the tokens that are `real`, if given."""
-        rows = x.reshape(-1, x.shape[-1])  # (m, d)
-        router = getattr(self, self.name)
-        logits = router(rows)
-        if self.routing is None:
-            chosen = choose_experts(logits, self.count, normalized=self.normalized)
-        else:
-            bias = None
-            if not self.routing.softmax:
-                bias = router.e_score_correction_bias.get_value()
-            chosen = choose_grouped(
-                logits, bias, self.count, self.routing, normalized=self.normalized
-            )
-        load = None if real is None else load_of(logits, chosen.experts, real.reshape(-1))
-        out = self.experts(rows, chosen).reshape(x.shape)
+        logits = getattr(self, self.name)(x)  # (b, t, e)
+        load = None if real is None else load_of(logits, self.chosen(logits).experts, real)
+        out = self.experts(x, logits, self.chosen)
         if self.shared:
             out = out + self.of_all(x)
         return out, load
+
+    def chosen(self, logits: Float[Array, "b t e"]) -> Chosen:
+        """What tokens with these logits choose."""
+        flat = logits.reshape(-1, logits.shape[-1])
+        if self.routing is None:
+            chosen = choose_experts(flat, self.count, normalized=self.normalized)
+        else:
+            bias = None
+            if not self.routing.softmax:
+                bias = getattr(self, self.name).e_score_correction_bias.get_value()
+            chosen = choose_grouped(
+                flat, bias, self.count, self.routing, normalized=self.normalized
+            )
+        return Chosen(*(y.reshape(*logits.shape[:-1], -1) for y in chosen))
 
     def of_all(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """What the experts that every token uses add, which `Block` sets."""
@@ -214,13 +322,14 @@ def choose_grouped(
 
 
 def load_of(
-    logits: Float[Array, "m e"], experts: Int[Array, "m k"], real: Bool[Array, " m"]
+    logits: Float[Array, "b t e"], experts: Int[Array, "b t k"], real: Bool[Array, "b t"]
 ) -> Load:
     """The load of one block's experts."""
     # In float32: bfloat16 counts to 256 only.
-    count, weights = logits.shape[1], real.astype(jnp.float32)
-    chosen = jnp.zeros(count).at[experts].add(weights[:, None])
-    return Load(chosen, weights @ jax.nn.softmax(logits.astype(jnp.float32), axis=-1))
+    count, weights = logits.shape[-1], real.astype(jnp.float32)
+    chosen = jnp.zeros(count).at[experts].add(weights[..., None])
+    likely = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    return Load(chosen, jnp.einsum("bt,bte->e", weights, likely))
 
 
 def balance(load: Load) -> Float[Array, ""]:
@@ -235,18 +344,32 @@ def balance(load: Load) -> Float[Array, ""]:
     return load.chosen.size * jnp.sum(load.chosen / tokens * load.likely / tokens)
 
 
-def sort_by_expert(experts: Int[Array, "m k"], count: int) -> Order:
-    """Sorts the choices of all tokens by expert; those of one expert stay in their order."""
+def sort_by_expert(experts: Int[Array, "m k"], count: int, *, own: int | None = None) -> Order:
+    """Sorts the choices of all tokens by expert; those of one expert stay in their order.
+
+    Args:
+      experts: numbers of experts.
+      count: of the experts on all devices.
+      own: how many a device has; the choices of others, which have other numbers than 0 to
+        `own` - 1, come last.
+    """
+    own = count if own is None else own
     flat = experts.reshape(-1)
+    if own < count:
+        flat = jnp.where((flat >= 0) & (flat < own), flat, own)
     source = jnp.argsort(flat, stable=True)
-    return Order(source, jnp.argsort(source), jnp.bincount(flat, length=count))
+    return Order(source, jnp.argsort(source), jnp.bincount(flat, length=own), count)
 
 
 def ragged(
     rows: Float[Array, "rows i"], weights: Float[Array, "e i o"], order: Order
 ) -> Float[Array, "rows o"]:
     """Each sorted row times its expert's weights, in one operation."""
-    return lax.ragged_dot(rows, weights, order.sizes)
+    out = lax.ragged_dot(rows, weights, order.sizes)
+    if weights.shape[0] == order.count:
+        return out
+    # What stands behind the last group of a grouped product is not defined.
+    return jnp.where((jnp.arange(len(rows)) < order.sizes.sum())[:, None], out, 0)
 
 
 def tiled(
@@ -255,10 +378,11 @@ def tiled(
     """As `ragged`, a tile of rows of one expert at a time.
 
     Each expert's last tile is filled up with zeros, so that sizes do not depend on the choices.
+    Where a device has some of the experts, it leaves out the tiles without a row.
     """
     count, experts = rows.shape[0], weights.shape[0]
-    size = tile_size(count, experts)
-    tiles = tile_count(count, experts)
+    size = tile_size(count, order.count)
+    tiles = tile_count(count, order.count, own=experts)
     needed = -(-order.sizes // size)  # tiles of each expert
     ends = jnp.cumsum(needed)
     # The last tiles may be no expert's: they hold zeros, and any weights do for them.
@@ -266,23 +390,39 @@ def tiled(
     # How far an expert's rows move: its first tile's place less its first sorted place.
     shift = (ends - needed) * size - (jnp.cumsum(order.sizes) - order.sizes)
     at = jnp.arange(count) + jnp.repeat(shift, order.sizes, total_repeat_length=count)
+    skipped = None
+    if experts < order.count:
+        # Beyond the tiles: what is written there is dropped, what is read from there is 0.
+        at = jnp.where(jnp.arange(count) < order.sizes.sum(), at, tiles * size + jnp.arange(count))
+        skipped = jnp.arange(tiles) >= ends[-1]
     apart = jnp.zeros((tiles * size, rows.shape[1]), rows.dtype)
-    apart = apart.at[at].set(rows, unique_indices=True, indices_are_sorted=True)
-    out = _each_tile(apart.reshape(tiles, size, -1), owner, weights)
-    return jnp.take(out.reshape(tiles * size, -1), at, axis=0, unique_indices=True)
+    apart = apart.at[at].set(rows, unique_indices=True, indices_are_sorted=True, mode="drop")
+    out = _each_tile(apart.reshape(tiles, size, -1), owner, weights, skipped)
+    return jnp.take(
+        out.reshape(tiles * size, -1), at, axis=0, unique_indices=True, mode="fill", fill_value=0
+    )
 
 
 def _each_tile(
-    tiles: Float[Array, "tiles rows i"], owner: Int[Array, " tiles"], weights: Float[Array, "e i o"]
+    tiles: Float[Array, "tiles rows i"],
+    owner: Int[Array, " tiles"],
+    weights: Float[Array, "e i o"],
+    skipped: Bool[Array, " tiles"] | None,
 ) -> Float[Array, "tiles rows o"]:
     # One after another: all at once would copy the weights for each tile. The checkpoint keeps the
     # backward pass from holding those copies: it takes the expert's weights again.
     @jax.checkpoint
-    def one(each: tuple[Array, Array]) -> Array:
-        x, expert = each
-        return x @ lax.dynamic_index_in_dim(weights, expert, keepdims=False)
+    def one(each: tuple[Array, Array, Array | None]) -> Array:
+        x, expert, skip = each
 
-    return lax.map(one, (tiles, owner))
+        def product() -> Array:
+            return x @ lax.dynamic_index_in_dim(weights, expert, keepdims=False)
+
+        if skip is None:
+            return product()
+        return lax.cond(skip, lambda: jnp.zeros((len(x), weights.shape[2]), x.dtype), product)
+
+    return lax.map(one, (tiles, owner, skipped))
 
 
 def tile_size(rows: int, experts: int) -> int:
@@ -294,6 +434,6 @@ def tile_size(rows: int, experts: int) -> int:
     return 1 if quarter < 4 else min(256, 8 * max(1, round(quarter / 8)))
 
 
-def tile_count(rows: int, experts: int) -> int:
-    """How many tiles there are at most, whatever tokens choose."""
-    return rows // tile_size(rows, experts) + min(rows, experts)
+def tile_count(rows: int, experts: int, *, own: int | None = None) -> int:
+    """How many tiles there are at most, whatever tokens choose, of a device's own experts."""
+    return rows // tile_size(rows, experts) + min(rows, experts if own is None else own)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lora_jax import processes, sharding
 from lora_jax.array import is_lora, leaves_by_path
 from lora_jax.models.layers import Specs
-from lora_jax.models.sharding import ROWS, TOKENS
+from lora_jax.models.sharding import EXPERTS, ROWS, TOKENS
 from lora_jax.quant.sharding import axes_of
 
 
@@ -96,7 +96,8 @@ def model_on(model: Any, params: Any, at: Placement | None) -> Any:
 
 def gathered_of(params: Any, at: Placement) -> Specs:
     """Where weights are used that are stored over the axes of a batch too: on all of those."""
-    found, spread = [], (*at.rows, at.tokens)
+    # Experts stay where they are: the tokens come to them.
+    found, spread = [], {*at.rows, at.tokens} - {EXPERTS}
     for path, leaf in leaves_by_path(params).items():
         stored = getattr(leaf.w if is_lora(leaf) else leaf, "sharding", None)
         if not isinstance(stored, NamedSharding):

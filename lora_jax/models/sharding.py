@@ -4,13 +4,16 @@
     fsdp     rows of the batch, and one dim of every matrix and table: each device keeps a part of
              weights, adapters, gradients and optimizer state, and gathers a layer to use it
     tensor   heads, the hidden units of the MLP and the vocabulary, for decoders of the Llama family
+    expert   rows of the batch, and the experts of a mixture, see `lora_jax.models.experts`; every
+             other weight is copied
     context  the tokens of a row, see `lora_jax.models.context`; every weight is copied
 
     q, k, v, gate, up, head  (in, out)        P("fsdp", "tensor")
     o, down                  (in, out)        P(("tensor", "fsdp"), None)
     table                    (vocabulary, d)  P("tensor", "fsdp")
-    experts                  (E, in, out)     as gate, up and down: no device holds whole experts
-    norms, biases                             copied (biases of the first row: P("tensor"))
+    experts                  (E, in, out)     as gate, up and down, and E by "expert"
+    norms, biases                             copied (biases of the first row: P("tensor"), of
+                                              experts: P("expert"))
 
 Adapters follow the weights they belong to, see `lora_jax.partition_specs`.
 
@@ -26,7 +29,8 @@ from jax.sharding import AxisType, Mesh
 
 from lora_jax.sharding import AXES, LeafDims, Rules
 
-ROWS = ("data", "fsdp")  # the axes that the rows of a batch are spread over
+EXPERTS = "expert"  # the axis that the experts of a mixture are spread over, and rows
+ROWS = ("data", "fsdp", EXPERTS)  # the axes that the rows of a batch are spread over
 TOKENS = "context"  # the axis that the tokens of a row are spread over
 
 # Of all families; StarCoder2's `c_fc` and `c_proj` are in `layers`, GPT-2's are not.
@@ -50,6 +54,7 @@ RULES = Rules(
         "hidden": ("fsdp",),
         "other": ("fsdp",),
         "layers": (),
+        "experts": (EXPERTS,),
         # Of activations, which no leaf has.
         "tokens": (TOKENS,),
     },
@@ -57,8 +62,9 @@ RULES = Rules(
         LeafDims(_named("embed_tokens|embed_in", "embedding"), ("vocabulary", "hidden"), (1, 0)),
         LeafDims(_named(_QKV, "kernel"), ("hidden", "heads")),
         LeafDims(_named(_UP, "kernel"), ("hidden", "mlp")),
-        LeafDims(r"(^|\.)experts\.gate_up_proj$", ("hidden", "mlp")),
-        LeafDims(r"(^|\.)experts\.down_proj$", ("mlp", "hidden")),
+        LeafDims(r"(^|\.)experts\.gate_up_proj$", ("experts", "hidden", "mlp"), (0, 1, 2)),
+        LeafDims(r"(^|\.)experts\.down_proj$", ("experts", "mlp", "hidden"), (0, 1, 2)),
+        LeafDims(r"(^|\.)experts\.(gate_up|down)_proj_bias$", ("experts", "outputs")),
         LeafDims(r"(^|\.)lm_head\.kernel$", ("hidden", "vocabulary")),
         LeafDims(_named(_OUT, "kernel"), ("heads", "hidden")),
         LeafDims(_named(_DOWN, "kernel"), ("mlp", "hidden")),
@@ -68,10 +74,7 @@ RULES = Rules(
         LeafDims(r"(^|\.)embedding$", ("other", "hidden"), (1, 0)),
         LeafDims(r"(^|\.)kernel$", ("other", "other")),
         # Norms and other biases, layers stacked or not: copied.
-        LeafDims(
-            r"(^|\.)(scale|bias|sinks|(gate_up_proj|down_proj|e_score_correction)_bias)$",
-            (),
-        ),
+        LeafDims(r"(^|\.)(scale|bias|sinks|e_score_correction_bias)$", ()),
     ),
 )
 
@@ -81,8 +84,8 @@ def make_mesh(*, devices: Sequence[jax.Device] | None = None, **axes: int) -> Me
 
     Args:
       devices: all of them by default, those of other processes included.
-      axes: number of devices along `data`, `fsdp`, `tensor` and `context`; -1, once, is what the
-        others leave.
+      axes: number of devices along `data`, `fsdp`, `tensor`, `expert` and `context`; -1, once, is
+        what the others leave.
 
     Returns:
       The mesh, for `models.load(source, mesh=mesh)` and `lora_jax.sharding.place`.

@@ -52,7 +52,7 @@ class Devices:
 
     Attributes:
       mesh: spread weights and rows over the devices: `axis=devices` separated by spaces, of the
-        axes `data`, `fsdp`, `tensor` and `context`; -1 is what the others leave.
+        axes `data`, `fsdp`, `tensor`, `expert` and `context`; -1 is what the others leave.
       distributed: the run has several processes, each started with the same command, as SLURM,
         Open MPI, Kubernetes or a TPU pod describes them, or the next three settings.
       coordinator: HOST:PORT of process 0, where no such scheduler describes the processes.
@@ -91,7 +91,7 @@ class EstimateConfig:
       offload: what is kept for the backward pass lies in the host's memory, which is not counted.
       optimizer: the optimizer, whose state takes memory.
       mesh: number of devices by axis: "data" shards the rows, "fsdp" rows and weights, "tensor"
-        heads, the MLP and the vocabulary, "context" the tokens of a row.
+        heads, the MLP and the vocabulary, "expert" rows and experts, "context" the tokens of a row.
       backend: kernels of quantized products; "reference" is those of a CPU.
       device_memory: memory of a device, "80GB" or "24GiB": marks the steps that fit, and lists
         changes with which the others would.

@@ -381,3 +381,39 @@ def test_where_norms_round_in_16_bits(kind):
     twice = normal.astype(jnp.bfloat16) * scale[0]
     assert (once != twice).any()
     np.testing.assert_array_equal(norm(x), twice if kind == "llama" else once)
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_a_device_computes_its_own_experts_alone(case, monkeypatch):
+    """The sums of two devices are those of one, which has as many tiles as both."""
+    chosen = jnp.asarray(CHOICES[case])
+    draw = np.random.default_rng(1)
+    rows = jnp.asarray(draw.normal(size=(chosen.size, 6)), "float32")
+    weights = jnp.asarray(draw.normal(size=(6, 6, 7)), "float32")
+    computed, look_up = [], jax.lax.dynamic_index_in_dim
+
+    def counted(w, expert, **options):
+        jax.debug.callback(lambda e: computed.append(int(e)), expert)
+        return look_up(w, expert, **options)
+
+    monkeypatch.setattr(jax.lax, "dynamic_index_in_dim", counted)
+
+    def product(first, own):
+        order = sort_by_expert(chosen - first, 6, own=own)
+        out = tiled(rows[order.source], weights[first : first + own], order)[order.place]
+        np.testing.assert_allclose(
+            ragged(rows[order.source], weights[first : first + own], order)[order.place],
+            out,
+            atol=1e-5,
+        )
+        jax.effects_barrier()
+        return out
+
+    whole = product(0, 6)
+    computed.clear()
+    parts = [product(first, 3) for first in (0, 3)]
+    size = tile_size(chosen.size, 6)
+    needed = -(-np.bincount(np.asarray(chosen).reshape(-1), minlength=6) // size)
+    # By their own numbers: 0 to 2 on either device.
+    assert sorted(computed) == sorted(e % 3 for e in range(6) for _ in range(needed[e]))
+    np.testing.assert_allclose(sum(parts), whole, atol=1e-6)

@@ -60,6 +60,11 @@ KINDS: dict[str, tuple[dict, dict, dict]] = {
     "layers apart": (dict(scan=False), {}, {}),
     "experts": (dict(experts=4), EXPERTS, {}),
     "experts, nf4": (dict(experts=4, quantize=True), EXPERTS, {}),
+    "experts, balanced": (
+        dict(experts=4, balance=0.3),
+        {**EXPERTS, "modules_to_save": ("gate",)},
+        dict(balance_experts=True),
+    ),
     "experts, packed": (
         dict(experts=8),
         EXPERTS,
@@ -75,12 +80,15 @@ def data() -> list[Example]:
     return [Example(row, np.arange(len(row)) > 0, f"example {i}") for i, row in enumerate(rows)]
 
 
-def make(*, tied=False, gpt2=False, quantize=False, experts=None, **options) -> models.Model:
+def make(
+    *, tied=False, gpt2=False, quantize=False, experts=None, balance=0.0, **options
+) -> models.Model:
     config = GPT2 if gpt2 else dataclasses.replace(LLAMA, tie_word_embeddings=tied)
     if experts:
         config = dataclasses.replace(
-            config, model_type="mixtral", num_experts=experts, moe_intermediate_size=64
-        )
+            config, model_type="mixtral", num_experts=experts, moe_intermediate_size=64,
+            router_aux_loss_coef=balance,
+        )  # fmt: skip
     model = models.init(jax.random.key(0), config, **options)
     if quantize:
         model = dataclasses.replace(

@@ -27,6 +27,9 @@ MESHES: dict[str, dict[str, Any]] = {
     "fsdp=4,tensor=2": dict(fsdp=4, tensor=2),
     "tensor=8": dict(tensor=8),
     "data=2,fsdp=2,tensor=2": dict(data=2, fsdp=2, tensor=2),
+    "data=2,expert=4": dict(data=2, expert=4),
+    "fsdp=2,expert=2,tensor=2": dict(fsdp=2, expert=2, tensor=2),
+    "expert=2,context=4": dict(expert=2, context=4),
 }
 MIXED = ("data=2,fsdp=4", "fsdp=4,tensor=2")
 
@@ -34,6 +37,8 @@ MIXED = ("data=2,fsdp=4", "fsdp=4,tensor=2")
 def cases():
     for kind in KINDS:
         for mesh in MESHES:
+            if "expert" in mesh and not kind.startswith(("experts", "lora")):
+                continue
             quick = mesh in MIXED[:1] and kind in ("lora", "nf4", "dropout")
             quick = quick or (kind == "lora" and mesh == MIXED[1])
             yield pytest.param(kind, mesh, marks=[] if quick else pytest.mark.slow)

@@ -19,7 +19,7 @@ from lora_jax.train import preparation
 from lora_jax.train.loss import CHUNK_BYTES, losses_of
 
 from benchmarks.collectives import Collective, collectives
-from tests.support.mesh_runs import LLAMA, adapted, data
+from tests.support.mesh_runs import EXPERTS, LLAMA, adapted, data
 
 pytestmark = pytest.mark.once
 
@@ -69,23 +69,29 @@ def _backward(one: Collective) -> bool:
 
 @cache
 def step_program(
-    sizes: str, quantize: bool = False, chunk: int = CHUNK_BYTES, batch: int = 16, **options: Any
+    sizes: str,
+    quantize: bool = False,
+    chunk: int = CHUNK_BYTES,
+    batch: int = 16,
+    config: models.LlamaConfig = WIDE,
+    **options: Any,
 ) -> list[list[Sent]]:
     """The collectives of a compiled training step."""
-    model = models.init(jax.random.key(0), WIDE, **options)
+    model = models.init(jax.random.key(0), config, **options)
     if quantize:
         params = lora.quantize(model.params, r".*_proj", format="nf4")
         model = dataclasses.replace(model, params=params)
     axes = {a: int(n) for a, n in (part.split("=") for part in sizes.split(","))}
     devices = jax.devices()[: int(np.prod(list(axes.values())))]
     mesh = models.make_mesh(devices=devices, **axes)
-    params = lora.sharding.place(adapted(model, {})[1], mesh, RULES)
-    config = train.TrainConfig(batch_size=batch, buckets=1, steps=3, progress=False)
+    settings = EXPERTS if config.num_experts else {}
+    params = lora.sharding.place(adapted(model, settings)[1], mesh, RULES)
+    job = train.TrainConfig(batch_size=batch, buckets=1, steps=3, progress=False)
     at = placement(model, params)
     with entered(at):
         model, rows = model_on(model, params, at), meshes.rows_of(at, params)
-        layout, total, _ = preparation.layout(model, data(), config, rows)
-        tx = train.optimizer(config, total)
+        layout, total, _ = preparation.layout(model, data(), job, rows)
+        tx = train.optimizer(job, total)
         trainable, frozen = lora.split(params)
         state = meshes.state_on(train.init_state(jax.random.key(0), trainable, tx), tx, at)
         losses = lora.lorafy(losses_of(model, rows, chunk_bytes=chunk), reverse_only=True)
@@ -219,6 +225,37 @@ def test_a_context_axis_leaves_rows_and_heads_on_their_devices():
     # The embedding goes from features to rows, and is never whole.
     assert not [x for x in arrays(program, "all-gather", loop=False) if len(x.shape) > 2]
     assert not arrays(program, "collective-permute")
+
+
+MIXTURE = dataclasses.replace(WIDE, model_type="mixtral", num_experts=8, moe_intermediate_size=64)
+
+
+@pytest.mark.parametrize("remat", [False, pytest.param("projections", marks=pytest.mark.slow)])
+def test_an_expert_axis_sends_tokens_and_their_sums_alone(remat):
+    """To the experts and back: in the forward pass, and again for the gradients."""
+    program = step_program("expert=4", config=MIXTURE, remat=remat)
+    whole, part = (4, 4, 16, 256), (4, 16, 256)  # the rows of four devices, and a device's own
+    loops = [x for collective in program for x in collective if x.loop]
+    moved = Counter((x.kind, x.shape, x.backward) for x in loops if x.shape[-1:] == (256,))
+    reduced = {key: n for key, n in moved.items() if key[0] == "all-reduce"}
+    assert moved - Counter(reduced) == {
+        ("all-gather", whole, False): 1,
+        # The tokens again, and the gradients of the sums.
+        ("all-gather", whole, True): 2,
+        ("reduce-scatter", part, False): 1,
+        ("reduce-scatter", part, True): 1,
+    }
+    # Gradients of attention's adapters alone: each expert's adapter has one device.
+    assert {x.shape for x in loops if x.kind == "all-reduce"} == {(RANK, 256)}
+    # What tokens choose, and how much of it.
+    others = {x.shape[-1] for x in loops if x.shape[-1:] != (256,) and x.kind != "all-reduce"}
+    assert others == {2}
+
+
+def test_experts_of_a_data_mesh_send_no_tokens():
+    loops = [x for c in step_program("data=4", config=MIXTURE) for x in c if x.loop]
+    assert {x.kind for x in loops} == {"all-reduce"}
+    assert all(RANK in x.shape for x in loops)
 
 
 def test_attention_in_parts_sends_no_heads(monkeypatch):

@@ -33,7 +33,7 @@ from lora_jax.analysis.step_memory.shapes import config_of
 from lora_jax.analysis.step_memory.step import AbstractStep, OptimizerName, Spread, StepSettings
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.remat import Remat, remat_name
-from lora_jax.models.sharding import ROWS, TOKENS
+from lora_jax.models.sharding import EXPERTS, ROWS, TOKENS
 from lora_jax.quant.array import Backend
 from lora_jax.quant.formats import FormatName
 from lora_jax.quant.scales import HeldName
@@ -306,7 +306,8 @@ def _peak(
     # Where a device has other rows, tokens or heads than the step, its part is traced.
     rows = settings.batch // memory_mesh.parts(places.batch.tokens, settings.mesh, *ROWS)
     own = memory_mesh.one_device(config, settings.mesh)
-    if rows != settings.batch or own is not config or settings.mesh[TOKENS] > 1:
+    alone = settings.mesh[TOKENS] == settings.mesh[EXPERTS] == 1
+    if rows != settings.batch or own is not config or not alone:
         step = memory_step.device_step(own, settings, batch=rows)
 
     def counts(specs: Any) -> list[int]:

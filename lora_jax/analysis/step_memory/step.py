@@ -19,10 +19,11 @@ from lora_jax.models.mesh import Placement
 from lora_jax.models.model import check_options
 from lora_jax.models.registry import CAUSAL_LM, architecture_of, forward_of
 from lora_jax.models.remat import Remat, remat_name
-from lora_jax.models.sharding import ROWS, RULES, TOKENS
+from lora_jax.models.sharding import EXPERTS, ROWS, RULES, TOKENS
 from lora_jax.paths import spell
 from lora_jax.plan.decide import plan as make_plan
-from lora_jax.quant.array import Backend, abstract, known
+from lora_jax.quant import sharding as quant_sharding
+from lora_jax.quant.array import Backend, QuantArray, abstract, known
 from lora_jax.quant.dispatch import BACKENDS
 from lora_jax.quant.formats import FormatName
 from lora_jax.quant.loading import is_kernel
@@ -155,6 +156,7 @@ def abstract_step(
     batch: int,
     at: Placement | None = None,
     tokens: str | None = None,
+    experts: int = 1,
 ) -> AbstractStep:
     """The training step of a model, traced over shapes.
 
@@ -166,6 +168,8 @@ def abstract_step(
         `jax.set_mesh`. None leaves out what the model does for a mesh.
       tokens: without `at`, the axis that tokens are spread over, if the step is traced as a
         device's own under it.
+      experts: the number of devices that the experts are spread over, if the step is traced as a
+        device's own under their axis.
 
     Raises:
       ValueError: a length above the model's context, targets that match nothing, a rank that is
@@ -193,6 +197,8 @@ def abstract_step(
         offload=settings.offload,
     )
     base = _base(forward, settings)
+    if experts > 1:
+        base = _own_experts(base, experts)
     adapter = settings.adapter
     params = base if adapter is None else _adapted(forward, base, adapter)
     trainable, frozen = split_full(params) if whole else split(params)
@@ -234,20 +240,35 @@ def device_step(config: Any, settings: StepSettings, *, batch: int) -> AbstractS
       settings: the settings of the whole step.
       batch: rows of one forward pass on a device.
     """
-    spans = settings.mesh[TOKENS]
-    if spans == 1:
+    spans, experts = settings.mesh[TOKENS], settings.mesh[EXPERTS]
+    if spans == experts == 1:
         return abstract_step(config, settings, batch=batch)
     own = dataclasses.replace(
         settings, batch=batch, length=settings.length // spans,
         mesh={"tensor": settings.mesh["tensor"]},
     )  # fmt: skip
-    step = abstract_step(config, own, batch=batch, tokens=TOKENS)
+    over = TOKENS if spans > 1 else None
+    step = abstract_step(config, own, batch=batch, tokens=over, experts=experts)
     whole = PartitionSpec()
     fn = jax.shard_map(
-        step.fn, mesh=AbstractMesh((spans,), (TOKENS,)), in_specs=whole, out_specs=whole,
-        check_vma=False,
+        step.fn, mesh=AbstractMesh((spans, experts), (TOKENS, EXPERTS)), in_specs=whole,
+        out_specs=whole, check_vma=False,
     )  # fmt: skip
     return step._replace(fn=fn)
+
+
+def _own_experts(base: Any, devices: int) -> Any:
+    """The shapes of a device's weights, which has some of the experts."""
+    spread = specs(base, RULES, {EXPERTS: devices})
+    mesh = AbstractMesh((devices,), (EXPERTS,))
+
+    def own(x: Any, spec: PartitionSpec) -> Any:
+        if isinstance(x, QuantArray):
+            parts = jax.tree.map(own, x, quant_sharding.array_specs(x, spec))
+            return dataclasses.replace(parts, shape=NamedSharding(mesh, spec).shard_shape(x.shape))
+        return jax.ShapeDtypeStruct(NamedSharding(mesh, spec).shard_shape(x.shape), x.dtype)
+
+    return jax.tree.map(own, base, spread, is_leaf=lambda x: isinstance(x, QuantArray))
 
 
 def placed(shapes: Any, specs: Any, mesh: Mesh) -> Any:

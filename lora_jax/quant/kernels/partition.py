@@ -36,9 +36,10 @@ def sharded_decode(run: functools.partial, *parts: AnyArray) -> jax.Array:
 
 
 def _inside_shard_map() -> bool:
-    # In a `shard_map` each device already has its own part, and the call runs as it is.
+    # In a `shard_map` over all axes each device already has its own part: the call runs as it is.
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and AxisType.Manual in mesh.axis_types
+    left = [a for a, n in mesh.shape.items() if n > 1 and a not in mesh.manual_axes]
+    return not mesh.empty and AxisType.Manual in mesh.axis_types and not left
 
 
 def spread_mesh() -> AbstractMesh | None:
@@ -49,7 +50,7 @@ def spread_mesh() -> AbstractMesh | None:
 
 # Axes of `lora_jax.models.sharding` along which the devices have other rows or tokens, and use
 # weights whole.
-_ROWS = ("data", "fsdp", "context")
+_ROWS = ("data", "fsdp", "expert", "context")
 
 
 def used_whole(mesh: AbstractMesh) -> bool:
