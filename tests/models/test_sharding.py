@@ -173,7 +173,7 @@ def misspelt():
             jax.make_mesh((8,), ("model",), axis_types=AUTOMATIC),
             RULES,
             '"model"',
-            '"context", "tensor", "fsdp"',
+            '"expert", "context", "tensor", "fsdp"',
         ),
         (lora.models.make_mesh(fsdp=8), own, '"fsdp"', '"fdsp"'),
         (lora.models.make_mesh(fsdp=8), dataclasses.replace(RULES, axes={}), '"fsdp"', "no axis"),

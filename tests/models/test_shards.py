@@ -1,6 +1,7 @@
 """Loading straight into shards: every kind of file and format, on each mesh, byte by byte."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -315,6 +316,46 @@ def test_an_adapter_goes_from_mesh_to_mesh_over_shards_that_were_quantized(files
             np.testing.assert_array_equal(x, y)
     a = again["model"]["layers"]["self_attn"]["q_proj"]["kernel"].a
     assert len(a.sharding.device_set) == 1  # where the last base lies
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held", [None, block()], ids=spelled)
+def test_experts_are_read_by_their_devices_and_adapters_come_back(tmp_path, read, held):
+    """Bit by bit, a quarter of each leaf; one device gets the same adapter and text."""
+    config = dataclasses.replace(
+        CONFIG, model_type="mixtral", num_experts=4, moe_intermediate_size=256
+    )
+    first = models.init(jax.random.key(0), config)
+    save_model(tmp_path / "model", first, first.params)
+    plain = models.load(tmp_path / "model", quantize=held)
+    read.clear()
+    mesh = models.make_mesh(data=2, expert=4)
+    spread = models.load(tmp_path / "model", quantize=held, mesh=mesh)
+    largest = max(size for _, size in read)
+    assert largest <= 4 * 512 * 512 * 1.1  # a matrix of one expert, of its head or of attention
+    for x, y in zip(jax.tree.leaves(spread.params), jax.tree.leaves(plain.params), strict=True):
+        np.testing.assert_array_equal(x, y)
+    experts = spread.params["model"]["layers"]["mlp"]["experts"]
+    for x in jax.tree.leaves(experts):
+        assert {s.data.nbytes for s in x.addressable_shards} == {x.nbytes // 4}
+    tokens = jax.ShapeDtypeStruct((1, 4), "int32")
+    targets = ("q_proj", "experts.gate_up_proj", "experts.down_proj")
+    adapter = lora.LoraConfig(rank=2, target_modules=targets, init="random")
+    plan = lora.plan(adapter, spread.apply, spread.params, tokens)
+    params = lora.init(jax.random.key(0), plan, spread.params)
+    leaf = params["model"]["layers"]["mlp"]["experts"]["down_proj"]
+    assert leaf.a.sharding.spec[1] == leaf.b.sharding.spec[1] == "expert"
+    lora.checkpoint.save(tmp_path / "adapter", params, adapter)
+    back, _ = lora.checkpoint.restore(tmp_path / "adapter", plain.apply, plain.params, tokens)
+    name = {"model_type": "mixtral"}
+    lora.hf.save_peft(tmp_path / "peft", params, adapter, **name)
+    theirs, _ = lora.hf.load_peft(tmp_path / "peft", plain.apply, plain.params, tokens, **name)
+    prompts = [[1, 2, 3], [4, 5]]
+    want = models.generate(plain, back, prompts, max_new_tokens=4)
+    assert models.generate(spread, params, prompts, max_new_tokens=4) == want
+    for other in (back, theirs):
+        for x, y in zip(*(jax.tree.leaves(lora.split(p)[0]) for p in (other, params)), strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 # Real processes.
