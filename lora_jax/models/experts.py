@@ -394,7 +394,9 @@ def tiled(
     if experts < order.count:
         # Beyond the tiles: what is written there is dropped, what is read from there is 0.
         at = jnp.where(jnp.arange(count) < order.sizes.sum(), at, tiles * size + jnp.arange(count))
-        skipped = jnp.arange(tiles) >= ends[-1]
+        # Where XLA spreads the product over more axes, all devices have to reach its collectives.
+        if not open_axes(jax.sharding.get_abstract_mesh()):
+            skipped = jnp.arange(tiles) >= ends[-1]
     apart = jnp.zeros((tiles * size, rows.shape[1]), rows.dtype)
     apart = apart.at[at].set(rows, unique_indices=True, indices_are_sorted=True, mode="drop")
     out = _each_tile(apart.reshape(tiles, size, -1), owner, weights, skipped)
