@@ -215,7 +215,7 @@ def test_a_matrix_that_no_row_names_is_a_warning_and_an_empty_row_copies_it():
 
 def test_specs_refuse_an_axis_that_no_rule_names():
     with pytest.raises(
-        ValueError, match='`mesh_shape` has the axis "fdsp", and the rules name "context", "te'
+        ValueError, match='`mesh_shape` has the axis "fdsp", and the rules name "expert", "context'
     ):
         specs(kernel("q_proj", 16, 8), RULES, {"fdsp": 8})
 
