@@ -14,7 +14,7 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.array import delta, dense, is_lora
 from lora_jax.models import config_from_hf
-from lora_jax.models.experts import ragged, sort_by_expert, tile_count, tile_size, tiled
+from lora_jax.models.expert_rows import ragged, sort_by_expert, tile_count, tile_size, tiled
 from lora_jax.models.layers import RMSNorm, groups_of
 from lora_jax.paths import numbers_of, slice_of
 from lora_jax.quant import QuantConfig
