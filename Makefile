@@ -21,7 +21,7 @@ IN = $(VENV)/bin/
 unexport PYTHONDONTWRITEBYTECODE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo check test test-all test-core integrations oracles mutants lint format docs aot aot-quick aot-wheels clean
+.PHONY: help demo check test test-all test-core integrations integrations-quick oracles mutants lint format docs aot aot-quick aot-wheels clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,11 @@ integrations: $(VENV_INTEGRATIONS)/.stamp $(VENV_TUNIX)/.stamp  ## programs of e
 	LORA_JAX_INTEGRATIONS=1 $(VENV_INTEGRATIONS)/bin/python -m pytest -q tests/integrations \
 		--ignore tests/integrations/test_tunix.py
 	LORA_JAX_INTEGRATIONS=1 $(VENV_TUNIX)/bin/python -m pytest -q -p no:xdist tests/integrations/test_tunix.py
+
+# Those whose packages the test environment has.
+integrations-quick: $(VENV)/.stamp-test  ## the programs of make integrations that need no other environment
+	LORA_JAX_INTEGRATIONS=1 $(IN)python -m pytest -q -p no:xdist tests/integrations/test_programs.py \
+		-k "jax_export or flax or nnx or optax or equinox or orbax or openpi or changed_call"
 
 oracles: $(VENV)/.stamp-test $(VENV)/.stamp-model  ## record tests/golden again from torch and peft
 	LORA_JAX_ORACLES=record $(IN)python -m pytest $(PYTEST_ARGS) -m oracle

@@ -1,7 +1,10 @@
 """Orbax v1: safetensors files read straight onto a mesh, as the base of an adapted function."""
 
+import os
 import tempfile
 
+# Two devices on a CPU too; before JAX is imported.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +15,6 @@ from safetensors.numpy import save_file
 
 import lora_jax as lora
 
-# Two devices on a CPU too; before JAX makes any array.
-jax.config.update("jax_num_cpu_devices", 2)
 SPECS = {"up.weight": P("fsdp", None), "down.weight": P(None, "fsdp")}
 
 
