@@ -13,14 +13,9 @@ from lora_jax.dims import AnyArray
 from lora_jax.models import bert
 from lora_jax.models.bert_config import FEATURES, BertConfig
 from lora_jax.models.layers import Specs, automatic
-from lora_jax.models.model import (
-    Dtype,
-    check_inputs,
-    check_options,
-    stacked,
-    structure,
-)
+from lora_jax.models.model import Dtype, check_inputs, check_options
 from lora_jax.models.remat import Remat, rematerialized
+from lora_jax.models.structure import module_with, stacked, structure
 from lora_jax.transform import eager
 
 
@@ -84,7 +79,8 @@ class EncoderForward:
           `return_hidden`: hidden states (b, t, d) in the compute dtype.
 
         Raises:
-          ValueError: an input of the wrong shape or dtype, or more tokens than the model's context.
+          ValueError: an input of the wrong shape or dtype, more tokens than the model's context, or
+            parameters of another model.
         """
         _check(self.config, tokens, mask, token_type_ids=token_type_ids, positions=positions)
         run = partial(self._apply, return_hidden=return_hidden)
@@ -106,7 +102,7 @@ class EncoderForward:
         positions: Int[AnyArray, "b t"] | None,
         return_hidden: bool,
     ) -> bert.Features | Array:
-        module = nnx.merge(structure(self)[0], params)
+        module = module_with(self, params)
         encoder = bert.encoder_of(module, self.config)
         hidden = bert.hidden_states(
             encoder,
@@ -148,7 +144,7 @@ class EncoderForward:
         """
 
         def run(params: Any, hidden: Float[Array, "b t d"], mask: Any) -> bert.Features | Array:
-            module = nnx.merge(structure(self)[0], params)
+            module = module_with(self, params)
             return self._result(module, bert.encoder_of(module, self.config), hidden, mask)
 
         return automatic(run, params, hidden, mask=mask)

@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
@@ -24,7 +23,7 @@ from lora_jax.models.kernels import AttentionName, check_attention
 from lora_jax.models.layers import Specs, automatic, on_rows, on_tokens, run_blocks
 from lora_jax.models.llama import CausalLM
 from lora_jax.models.remat import Remat, check_remat, rematerialized
-from lora_jax.paths import numbers_of
+from lora_jax.models.structure import module_with, stacked, structure
 from lora_jax.quant.array import is_quant
 from lora_jax.transform import eager, lorafy
 
@@ -108,7 +107,8 @@ class Forward:
           of that and the new cache.
 
         Raises:
-          ValueError: tokens, mask, segments or positions of another shape or dtype.
+          ValueError: tokens, mask, segments or positions of another shape or dtype, or parameters
+            of another model.
         """
         check_inputs(tokens, mask, positions)
         check_segments(tokens, segments, mask=mask, cache=cache)
@@ -139,7 +139,7 @@ class Forward:
         return_hidden: bool,
         balanced: bool,
     ) -> Any:
-        lm = nnx.merge(structure(self)[0], params)
+        lm = module_with(self, params)
         real = None
         if balanced:
             everywhere = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
@@ -161,7 +161,7 @@ class Forward:
         """Float32 logits of hidden states that `apply(..., return_hidden=True)` returned."""
 
         def run(params: Any, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-            return nnx.merge(structure(self)[0], params).head(hidden)
+            return module_with(self, params).head(hidden)
 
         return automatic(run, params, hidden)
 
@@ -348,49 +348,3 @@ def check_segments(tokens: Any, segments: Any, *, mask: Any, cache: Any) -> None
                 f"`segments` came with a `{name}`: mark padding by segment 0, and generate one "
                 "text a row"
             )
-
-
-# Every call of a model needs it, and only sizes and options decide it.
-@lru_cache(maxsize=64)
-def structure(forward: Any) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """The module's graph without arrays, and the shapes of its parameters, of one block each.
-
-    Args:
-      forward: has `module`, `config`, `dtype`, `param_dtype` and `scan`, as `Forward`.
-    """
-    # Abstract: no parameter of the module is ever allocated.
-    module = nnx.eval_shape(
-        lambda: forward.module(
-            forward.config,
-            dtype=jnp.dtype(forward.dtype),
-            param_dtype=jnp.dtype(forward.param_dtype),
-            scan=forward.scan,
-            rngs=nnx.Rngs(0),
-        )
-    )
-    graph, state = nnx.split(module)
-    return graph, nnx.to_pure_dict(state)
-
-
-def stacked(shapes: dict[str, Any], blocks: tuple[str, ...], count: int) -> dict[str, Any]:
-    """The shapes of `count` stacked blocks, from those of one.
-
-    Args:
-      shapes: nested dictionaries of `jax.ShapeDtypeStruct`s.
-      blocks: where the block is in them.
-      count: how many there are.
-    """
-    first, *rest = blocks
-    inner = shapes[first]
-    if rest:
-        return {**shapes, first: stacked(inner, tuple(rest), count)}
-
-    def many(inner: Any, count: int) -> Any:
-        return jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), inner)
-
-    named = {name: numbers_of(name) for name in inner}
-    if not all(named.values()):
-        return {**shapes, first: many(inner, count)}
-    # Blocks of several kinds: one of each kind.
-    each = {name: many(inner[name], len(numbers)) for name, numbers in named.items() if numbers}
-    return {**shapes, first: each}

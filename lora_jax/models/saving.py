@@ -32,6 +32,7 @@ from lora_jax.hf.checkpoint.weights import shape_there
 from lora_jax.hf.tokenizer.directory import SETTINGS, TEMPLATE, template_of
 from lora_jax.merge import merge
 from lora_jax.models.registry import names_of
+from lora_jax.models.structure import check_params
 from lora_jax.models.wrapped import rest_of
 from lora_jax.paths import spell
 
@@ -99,7 +100,8 @@ def save_merged(
 
     Raises:
       FileExistsError: the directory exists already.
-      ValueError: a sum that is not finite, or numbers that the dtype cannot hold.
+      ValueError: parameters of another model, a sum that is not finite, or numbers that the dtype
+        cannot hold.
       OSError: the directory cannot be written.
     """
     directory = Path(directory)
@@ -108,6 +110,7 @@ def save_merged(
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
     most, family = size_of(max_shard_size), names_of(model.config)
     modules = _modules(lora_params)
+    check_params(model.forward, lora_params)
     blocks = _blocks(modules, family)
     entries = [x for block in blocks for x in _entries(block, modules, family, DTYPES[dtype])]
     values = (x for block in blocks for x in _values(block, modules, family, DTYPES[dtype]))

@@ -1,6 +1,7 @@
 """The decoder against transformers on the same random weights, in float32."""
 
 import copy
+import dataclasses
 import json
 import shutil
 
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_jax import models
+from lora_jax import hf, models, train
 
 from tests.support.decoder_checks import check_greedy_text
 from tests.support.oracle import oracle
+from tests.support.tiny import SMALLEST
 from tests.support.torch_models import (
     DECODER_SIZES,
     TOLERANCE,
@@ -208,3 +210,35 @@ def test_shards_load_as_one(saved, tmp_path):
         save_file(part, tmp_path / shard, {"format": "pt"})
     one, many = models.load(directory), models.load(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, one.params, many.params)
+
+
+def _used(name, model, params, folder):
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    row = train.Example(np.arange(4, dtype=np.int32), np.ones(4, bool), "a row")
+    job = train.TrainConfig(steps=1, batch_size=1, progress=False)
+    calls = {
+        "apply": lambda: model.apply(params, tokens),
+        "generate": lambda: models.generate(model, params, [[1, 2]], max_new_tokens=2),
+        "evaluate": lambda: train.evaluate(model, params, [row]),
+        "fit": lambda: train.fit(model, params, [row], None, job, full=True),
+        "save_merged": lambda: hf.save_merged(folder, model, params),
+    }
+    return calls[name]()
+
+
+@pytest.mark.parametrize("name", ["apply", "generate", "evaluate", "fit", "save_merged"])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"intermediate_size": 9}, r"has an array of shape \(2, 9, 4\) at `model.layers.mlp"),
+        ({"num_hidden_layers": 3}, r"has an array of shape \(3, 4\) at `model.layers.input_l"),
+        (None, "has nothing at `lm_head.kernel`, expected an array of shape|nothing to train"),
+    ],
+)
+def test_parameters_of_another_model_are_refused(name, change, text, tmp_path):
+    model = models.init(jax.random.key(0), SMALLEST)
+    params: dict = {}
+    if change is not None:
+        params = models.init(jax.random.key(0), dataclasses.replace(SMALLEST, **change)).params
+    with pytest.raises(ValueError, match=text):
+        _used(name, model, params, tmp_path / "merged")
