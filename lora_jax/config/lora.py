@@ -369,7 +369,7 @@ def _check_combinations(config: LoraConfig) -> None:
     start = find_start(config.init)
     if config.lora_bias and not (start and start.allows_bias):
         raise ValueError(
-            f'lora_bias=True works with init="default" or "random" only, got "{config.init}"'
+            f'lora_bias=True works with init="default" or init="random" only, got "{config.init}"'
         )
     for name in NOT_FOR_PARAMETERS if config.target_parameters else ():
         if getattr(config, name):

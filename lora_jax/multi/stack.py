@@ -70,8 +70,12 @@ def stack(
             f"`slots` is {slots}, but there are {len(adapters)} adapters: give as many at least"
         )
     columns, tree, names = columns_of(adapters)
-    if not any(is_lora(x) for column in columns for x in column):
-        raise ValueError("no adapter in `adapters` has a LoRA leaf: pass trees from `lora.init`")
+    for number, leaves in enumerate(zip(*columns, strict=True)):
+        if not any(map(is_lora, leaves)):
+            raise ValueError(
+                f"`adapters[{number}]` has no LoRA leaf: pass trees from `lora.init`; rows of the "
+                "plain base have adapter id -1"
+            )
     leaves = [
         _stack_leaf(name, column, slots=slots, rank=rank, train=train)
         for name, column in zip(names, columns, strict=True)

@@ -150,6 +150,8 @@ def finetune(
     else:
         lora_config = with_head(model, lora_config)
         weights = _weights_for_start(model, job, lora_config)
+        if lora_config.init == "loftq":
+            log("PEFT quantizes the base again to load a LoftQ adapter: it needs bitsandbytes")
         params = init_adapter(model, lora_config, seed=train_config.seed, weights=weights)
     # What cannot be saved at the end is refused before the first step.
     with_fused_experts(leaves_by_path(params), lora_config)

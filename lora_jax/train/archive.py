@@ -19,7 +19,9 @@ from lora_jax.checkpoint.adapters import RUN_CHECKPOINTS, RUN_FORMAT, config_jso
 from lora_jax.checkpoint.fingerprint import check_base, fingerprint
 from lora_jax.checkpoint.flat import outline
 from lora_jax.checkpoint.folder import steps_in
+from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
+from lora_jax.config.peft import MAPPED
 from lora_jax.files import locked, write_text
 from lora_jax.train import metrics
 from lora_jax.train.batches import Loader, data_hash
@@ -101,8 +103,8 @@ def _check_empty(directory: Path, step: int | None) -> None:
     if step is not None or (directory / metrics.METRICS).exists():
         newest = "no checkpoint yet" if step is None else f"newest checkpoint: step {step}"
         raise FileExistsError(
-            f"{directory} holds a run already ({newest}); pass resume=True to continue it,"
-            " or choose another `output_dir`"
+            f"`output_dir` holds a run already: {directory} ({newest}); pass resume=True to"
+            " continue it, or choose another folder"
         )
 
 
@@ -204,7 +206,7 @@ def _check(was: dict, now: dict, lora_params: Any, *, where: str, newest: int) -
         # A finished run goes on: its schedule is now that of the longer run.
         kept = [{k: v for k, v in run.items() if k not in _LENGTH} for run in kept]
     _check_same(*kept, where)
-    _check_same(was["lora"] or {}, now["lora"] or {}, where)
+    _check_same(_named(was["lora"]), _named(now["lora"]), where)
     if was["data"] != now["data"]:
         raise ValueError(
             f"{where} was trained on other data; resume with the same examples in the same order,"
@@ -215,6 +217,11 @@ def _check(was: dict, now: dict, lora_params: Any, *, where: str, newest: int) -
 _LENGTH = ("steps", "epochs")
 
 
+def _named(fields: dict | None) -> dict:
+    """PEFT's fields of an adapter under the names of `LoraConfig`."""
+    return {MAPPED[k][0] if k in MAPPED else k: value for k, value in (fields or {}).items()}
+
+
 def _check_same(was: dict, now: dict, where: str) -> None:
     changed = [
         f"`{name}` was {was.get(name)!r} and is {now.get(name)!r}"
@@ -222,7 +229,7 @@ def _check_same(was: dict, now: dict, where: str) -> None:
         if was.get(name) != now.get(name)
     ]
     if changed:
-        raise ValueError(
+        raise SettingsError(
             f"{where} is of a run with another config: {'; '.join(changed)}; resume with the same"
             " config, or choose another `output_dir`"
         )

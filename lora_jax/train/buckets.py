@@ -76,8 +76,8 @@ def check_ladder(ladder: Sequence[int], lengths: Sequence[int]) -> tuple[int, ..
         raise ValueError(f"`buckets` must be increasing lengths of at least 1, got {ladder}")
     if ladder[-1] < max(lengths):
         raise ValueError(
-            f"`buckets` end at {ladder[-1]} tokens, but an example has {max(lengths)}; add a rung"
-            " or shorten the examples"
+            f"`buckets` end at {ladder[-1]} tokens, but an example has {max(lengths)}; add a longer"
+            " one, or shorten the examples"
         )
     return ladder
 

@@ -134,7 +134,7 @@ class TrainConfig:
         if self.profile is not None and self.output_dir is None:
             raise ValueError("`profile` needs an `output_dir`, where the trace is written")
         if self.steps is not None:
-            check_profile(self, self.steps)
+            check_total(self, self.steps)
         seeds = isinstance(self.seed, int) and 0 <= self.seed < 2**32
         _check(self, "seed", seeds, "a whole number from 0 to 2**32 - 1")
 
@@ -165,12 +165,17 @@ def profiled_steps(config: TrainConfig) -> tuple[int, int] | None:
     return (first, last) if first <= last else None
 
 
-def check_profile(config: TrainConfig, total: int) -> None:
-    """Checks that the run reaches the steps to trace.
+def check_total(config: TrainConfig, total: int) -> None:
+    """Checks that the run reaches the end of its warm-up, and the steps to trace.
 
     Raises:
-      ValueError: it ends before the last one.
+      ValueError: it ends before.
     """
+    if warmup_steps(config, total) > total:
+        raise ValueError(
+            f"`warmup` is {config.warmup:g} steps, but the run ends after step {total}: choose"
+            " fewer, or a share of the run below 1"
+        )
     steps = profiled_steps(config)
     if steps is not None and steps[1] > total:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from lora_jax.config.arguments import quoted
+from lora_jax.config.arguments import SettingsError, quoted
 from lora_jax.train.chat import Marked, chat_examples, unwritten
 from lora_jax.train.jsonl import Record, load_jsonl
 from lora_jax.train.messages import is_empty, is_learned
@@ -170,9 +170,10 @@ def _fit(example: Example, max_length: int, too_long: TooLong, *, ends: bool) ->
         if too_long == "skip":
             return None
         if too_long == "error":
-            raise ValueError(
+            raise SettingsError(
                 f"{example.source}: the example has {length} tokens, more than"
-                f' `max_length`, {max_length}; shorten it, or pass too_long="truncate" or "skip"'
+                f' `max_length`, {max_length}; shorten it, or pass too_long="truncate" or'
+                ' too_long="skip"'
             )
         kept = np.r_[: max_length - ends, length - ends : length]
         example = example._replace(tokens=example.tokens[kept], learned=example.learned[kept])

@@ -229,7 +229,7 @@ FLAGS = (
         ("a holds a run; pass resume=True to go on", "a holds a run; pass --resume to go on"),
         ("give `resume=True`", "give `--resume`"),
         ("with progress=False", "with --no-progress"),
-        ('pass too_long="truncate" or "skip"', 'pass --too-long truncate or "skip"'),
+        ('too_long="truncate" or too_long="skip"', "--too-long truncate or --too-long skip"),
         ("`steps` was 3 and is 4", "`--steps` was 3 and is 4"),
         ("`format` must be one of nf4", "`--quantize` must be one of nf4"),
         ("`clip` must be above 0", "`--clip` must be above 0"),

@@ -124,9 +124,9 @@ def test_train_refuses_a_folder_that_holds_a_run(run, model, data, capsys):
     before = (run / "metrics.jsonl").read_bytes()
     # Before the model is loaded: there is none of this name.
     line = ["train", "--model", "no.gguf", "--train-data", data, "--output-dir", str(run)]
-    assert main([*line, "--no-progress"]) == 1
+    assert main([*line, "--no-progress"]) == 2
     error = capsys.readouterr().err
-    assert "holds a run already" in error and error.count("\n") == 1
+    assert "--output-dir` holds a run already" in error and error.count("\n") == 1
     assert (run / "metrics.jsonl").read_bytes() == before
 
 

@@ -128,7 +128,11 @@ BAD = [
         "layers_pattern` must be a name or a list of names, got 3",
     ),
     ({"lora_bias": True, "use_dora": True}, ValueError, "lora_bias=True does not work with use_d"),
-    ({"lora_bias": True, "init": "olora"}, ValueError, 'init="default" or "random" only, got "olo'),
+    (
+        {"lora_bias": True, "init": "olora"},
+        ValueError,
+        'init="default" or init="random" only, got "olo',
+    ),
     ({"lora_bias": None}, TypeError, "lora_bias` must be True or False, got None"),
     ({"target_parameters": "up"}, TypeError, "target_parameters` must be a tuple or list"),
     (

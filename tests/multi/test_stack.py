@@ -347,6 +347,8 @@ def test_clear_errors():
         lora.merge(stacked)
     with pytest.raises(ValueError, match="`rank` is 1, but an adapter has rank 2"):
         lora.stack([one], rank=1)
+    with pytest.raises(ValueError, match=r"`adapters\[1\]` has no LoRA leaf: .* adapter id -1"):
+        lora.stack([one, lora.unmerge(lora.merge(other), other)])
     with pytest.raises(ValueError, match="`slots` is 1"):
         lora.stack([one, other], slots=1)
     with pytest.raises(ValueError, match="make the stack with a larger `rank`"):

@@ -303,7 +303,7 @@ def test_unwritable_folder_is_one_line(tmp_path):
 
 def test_resuming_another_run_is_refused(whole):
     directory, _ = whole
-    with pytest.raises(FileExistsError, match=r"holds a run already \(.*: step 12\); pass"):
+    with pytest.raises(FileExistsError, match=r"holds a run already: .* \(.*: step 12\); pass"):
         toy_fit(directory)
     with pytest.raises(ValueError, match=r"another config: `learning_rate` was 0.05 and is 0.06;"):
         toy_fit(directory, resume=True, learning_rate=0.06)

@@ -275,6 +275,14 @@ def test_steps_to_trace_are_checked(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_warm_up_ends_before_the_run():
+    train.TrainConfig(steps=5, warmup=5)
+    with pytest.raises(ValueError, match="`warmup` is 6 steps, but the run ends after step 5"):
+        train.TrainConfig(steps=5, warmup=6)
+    with pytest.raises(ValueError, match="`warmup` is 90 steps, but the run ends after step"):
+        toy_fit(steps=None, epochs=1, warmup=90)
+
+
 def test_a_trace_of_some_steps_is_read_by_the_profilers(tmp_path):
     whole = toy_fit(evals=0, steps=5)
     traced = toy_fit(tmp_path, evals=0, steps=5, profile="2:3")
