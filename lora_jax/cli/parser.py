@@ -298,7 +298,9 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         choices=typing.get_args(Quantization),
-        help="quantize the base as in training (QLoRA), or keep its file's blocks",
+        metavar="NAME",
+        help="quantize the base as in training (QLoRA), or keep its file's blocks; one of "
+        + ", ".join(typing.get_args(Quantization)),
     )
     parser.add_argument(
         "--quantize-block",

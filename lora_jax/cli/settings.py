@@ -141,6 +141,10 @@ def add_flags(parser: argparse.ArgumentParser, found: Iterable[Option]) -> None:
         # The docstring is Python's: on the command line None is "none", and {"up": 16} is up=16.
         help_text = option.help.replace("%", "%%").replace("None ", "none ")
         help_text = re.sub(r'\{"([^"]+)": "?([^"}]+)"?\}', r"\1=\2", help_text)
+        kind = _argparse_kind(option)
+        if kind.get("metavar") == _ONE_OF_MANY:
+            choices = ", ".join(_choices(kinds.alternatives(option.kind)))
+            help_text = f"{help_text.rstrip('.')}; one of {choices}"
         if option.default is not dataclasses.MISSING:
             help_text += f" (default: {kinds.spelled(option.default)})".replace("%", "%%")
         groups[title].add_argument(
@@ -148,7 +152,7 @@ def add_flags(parser: argparse.ArgumentParser, found: Iterable[Option]) -> None:
             dest=f"{option.section}.{option.name}",
             default=argparse.SUPPRESS,
             help=help_text,
-            **_argparse_kind(option),
+            **kind,
         )
 
 
@@ -165,14 +169,30 @@ def _argparse_kind(option: Option) -> dict[str, Any]:
     return {"nargs": "+" if many else None, "metavar": _metavar(allowed)}
 
 
+# Stands for choices that do not fit a line of help.
+_ONE_OF_MANY = "NAME"
+
+
 def _metavar(allowed: list) -> str:
     if any(kinds.is_mapping(kind) for kind in allowed):
         return "NAME=VALUE"
-    plain = [typing.get_args(k)[0] if kinds.is_list(k) else k for k in allowed]
-    if kinds.is_choice(plain[0]):
-        switch = ("true", "false") if bool in plain else ()
-        return "{" + ",".join((*typing.get_args(plain[0]), *switch)) + "}"
+    if choices := _choices(allowed):
+        text = "{" + ",".join(choices) + "}"
+        return text if len(text) <= 50 else _ONE_OF_MANY
+    plain = _without_lists(allowed)
     return {int: "N", float: "X"}.get(plain[0], "PATH" if Path in plain else "TEXT")
+
+
+def _choices(allowed: list) -> tuple[str, ...]:
+    """The words that a setting may be; () for a setting of another type."""
+    plain = _without_lists(allowed)
+    if not kinds.is_choice(plain[0]):
+        return ()
+    return (*typing.get_args(plain[0]), *(("true", "false") if bool in plain else ()))
+
+
+def _without_lists(allowed: list) -> list:
+    return [typing.get_args(k)[0] if kinds.is_list(k) else k for k in allowed]
 
 
 def from_flags(namespace: argparse.Namespace, found: Iterable[Option]) -> Values:

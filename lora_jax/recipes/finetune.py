@@ -62,7 +62,7 @@ class FinetuneConfig(Devices):
       max_length: maximum number of tokens of an example; none takes the model's context.
       too_long: what to do with a longer example; "truncate" drops its end.
       dtype: dtype of the computation; the adapters stay float32.
-      quantize: quantize the base in 4 or 8 bits (QLoRA), or keep the blocks of a GGUF or
+      quantize: quantize the base in 2 to 8 bits (QLoRA), or keep the blocks of a GGUF or
         bitsandbytes file ("file"); none keeps it in `dtype`.
       quantize_block: inputs that share a scale, unless the file sets it.
       remat: what the backward pass recomputes of a block: "full" everything but what goes from
