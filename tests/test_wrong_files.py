@@ -121,6 +121,7 @@ def kinds(tmp_path_factory) -> dict[str, Kind]:
     data = root / "data.jsonl"
     turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
     rows = [{"prompt": "w1", "completion": "w2"}, {"text": "w3"}, {"messages": turns}]
+    rows += [{"conversations": [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}]}]
     data.write_text("\n".join(map(json.dumps, rows)))
     toml = root / "settings.toml"
     toml.write_text(

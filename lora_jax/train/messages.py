@@ -117,7 +117,7 @@ def _message(message: Any, where: str) -> Message:
 
 def _from_sharegpt(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     speaker = given["from"]
-    if speaker not in _SPEAKERS:
+    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
         raise ValueError(
             f'{where}: "from" is {speaker!r}, expected one of {", ".join(_SPEAKERS)}; write it as '
             '"role" and "content"'

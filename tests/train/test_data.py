@@ -362,6 +362,7 @@ def test_calls_tools_and_reasoning_reach_the_template():
         ({**chat(*HELLO), "chat_template_kwargs": 1}, '"chat_template_kwargs" must be an object'),
         ({**chat(*HELLO), "system": 1}, 'field "system" must be text, got a number'),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, "is 'narrator', expected"),
+        ({"conversations": [{"from": {"a": 1}, "value": "x"}]}, "is {'a': 1}, expected one of"),
         ({"conversations": [{"from": "human"}]}, 'missing field "value"'),
         ({"instruction": "a", "input": 3, "output": "b"}, 'field "input" must be text'),
         ({"prompt": [USER], "completion": [USER]}, '"completion" has no message of role "assist'),
