@@ -27,7 +27,7 @@ from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
 from lora_jax.recipes.fitting import fitted, join, with_head
-from lora_jax.recipes.forms import TrainedForm, carry_form, form_of, write_form
+from lora_jax.recipes.forms import TrainedForm, carry_form, form_of, read_labels, write_form
 from lora_jax.recipes.reports import idle_devices, show_evaluations, show_memory, summary
 from lora_jax.recipes.settings import Devices, Dtype, Quantization
 from lora_jax.train.archive import check_new_run
@@ -130,17 +130,10 @@ def finetune(
     records = train.load_jsonl(job.train_data, fields=job.fields)
     held_out = () if job.eval_data is None else train.load_jsonl(job.eval_data, fields=job.fields)
     model = load_model(
-        job.model,
-        dtype=job.dtype,
-        remat=job.remat,
-        offload=job.offload,
-        quantize=job.quantize,
-        quantize_block=job.quantize_block,
-        attention=job.attention,
-        mesh=job.mesh,
-        labels=job.labels,
-        seed=train_config.seed,
-    )
+        job.model, dtype=job.dtype, remat=job.remat, offload=job.offload, quantize=job.quantize,
+        quantize_block=job.quantize_block, attention=job.attention, mesh=job.mesh,
+        labels=job.labels, seed=train_config.seed,
+    )  # fmt: skip
     check_causal(model)
     data = _examples(model, records, job)
     eval_data = _examples(model, held_out, job) if held_out else None
@@ -163,7 +156,7 @@ def finetune(
             config=train_config, log=log,
         )  # fmt: skip
     started, form = time.perf_counter(), form_of(records)
-    hooks = train.Hooks(show_evaluations(log), _keeping(output, form, log), layout=log)
+    hooks = train.Hooks(show_evaluations(log), _keeping(output, form, job.labels, log), layout=log)
     result = train.fit(
         model,
         params,
@@ -178,7 +171,7 @@ def finetune(
     adapter = output / ADAPTER
     hf.save_peft(adapter, result.lora_params, lora_config, base_model_name=hub_name(job.model))
     if processes.is_first():
-        write_form(adapter, form)
+        write_form(adapter, form, job.labels)
     log(f"wrote the adapter to {adapter}")
     return result
 
@@ -213,14 +206,16 @@ def _described(config: LoraConfig) -> str:
     return f"rank {config.rank}, alpha {config.alpha:g}, on {names}"
 
 
-def _keeping(output: Path, form: TrainedForm, log: Callable[[str], None]) -> Callable:
+def _keeping(
+    output: Path, form: TrainedForm, labels: Sequence[str], log: Callable[[str], None]
+) -> Callable:
     """A hook that keeps the form of the data with the run, and prints its memory."""
     show = show_memory(log)
 
     def memory(used: Any) -> None:
         # By now the run has locked its folder.
         if processes.is_first():
-            write_form(output, form)
+            write_form(output, form, labels)
         show(used)
 
     return memory
@@ -303,7 +298,7 @@ def _weights_for_start(model: Any, job: FinetuneConfig, config: LoraConfig) -> A
     if config.init != "loftq":
         return None
     if job.quantize is not None:
-        return load_model(job.model, dtype=job.dtype).params
+        return load_model(job.model, dtype=job.dtype, labels=job.labels).params
     # Checked here as well as in `lora.init`, whose error has calls of Python for a remedy: here
     # they are settings.
     for leaf in plan_model(model, config).adapted:
@@ -355,7 +350,10 @@ def export_adapter(
     # Before the model is loaded, as that takes a while.
     convert.check_source(adapter, step=step)
     convert.check_output(output, to=to)
-    model = load_model(source, dtype=model_dtype, quantize=quantize, quantize_block=quantize_block)
+    model = load_model(
+        source, dtype=model_dtype, quantize=quantize, quantize_block=quantize_block,
+        labels=read_labels(adapter),
+    )  # fmt: skip
     params, config = load_adapter(model, adapter, step=step)
     convert.save_adapter(
         model, params, config, output, to=to, base_model_name=hub_name(source), dtype=dtype
@@ -388,7 +386,8 @@ def merge_adapter(
     """
     check_new(output)
     # In float32, whatever is written: the sum is rounded once.
-    model = load_model(source, quantize=quantize, quantize_block=quantize_block)
+    labels = read_labels(adapter)
+    model = load_model(source, quantize=quantize, quantize_block=quantize_block, labels=labels)
     params, _ = load_adapter(model, adapter)
     save_merged(output, model, params, dtype=dtype)
     carry_form(adapter, output)

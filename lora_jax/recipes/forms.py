@@ -6,7 +6,7 @@ had learned nothing.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -23,9 +23,13 @@ def form_of(records: Iterable[Record]) -> TrainedForm:
     return found.pop() if len(found) == 1 else "mixed"
 
 
-def write_form(directory: str | Path, form: TrainedForm) -> None:
-    """Writes the form beside an adapter, or into the folder of a run."""
-    write_text(Path(directory) / FORM_FILE, json.dumps({"form": form}) + "\n")
+def write_form(directory: str | Path, form: TrainedForm, labels: Sequence[str] = ()) -> None:
+    """Writes the form beside an adapter, or into the folder of a run.
+
+    `labels` are the classes of a classifier whose head was fresh: no file of its base has them.
+    """
+    named = {"labels": list(labels)} if labels else {}
+    write_text(Path(directory) / FORM_FILE, json.dumps({"form": form, **named}) + "\n")
 
 
 def carry_form(adapter: str | Path, output: str | Path) -> None:
@@ -34,9 +38,16 @@ def carry_form(adapter: str | Path, output: str | Path) -> None:
     if not Path(output).is_dir():
         return
     if form := read_form(adapter):
-        write_form(output, form)
+        write_form(output, form, read_labels(adapter))
     else:
         (Path(output) / FORM_FILE).unlink(missing_ok=True)
+
+
+def read_labels(adapter: str | Path) -> tuple[str, ...]:
+    """The classes that are kept beside an adapter; () for a language model's, or without a form."""
+    path = local(adapter) / FORM_FILE
+    value = read_json(path) if path.is_file() else None
+    return tuple(value.get("labels") or ()) if isinstance(value, dict) else ()
 
 
 def read_form(adapter: str | Path) -> TrainedForm | None:

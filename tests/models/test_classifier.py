@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import lora_jax as lora
 from lora_jax import models
@@ -163,6 +164,11 @@ def test_the_recipe_trains_and_writes_the_head(language_model, tmp_path):
     fields = json.loads((adapter / "adapter_config.json").read_text())
     assert (fields["task_type"], fields["modules_to_save"]) == ("SEQ_CLS", ["score"])
     finetune.load_adapter(fresh(language_model), adapter)
+    finetune.merge_adapter(str(language_model), adapter, tmp_path / "merged")
+    merged = models.load(tmp_path / "merged")
+    assert merged.config.labels == ("book", "cancel")
+    head = load_file(adapter / "adapter_model.safetensors")["base_model.model.score.weight"]
+    np.testing.assert_array_equal(merged.params["score"]["kernel"], head.T)
     with pytest.raises(ValueError, match="trains the head `score`, which this model does not have"):
         finetune.load_adapter(models.load(language_model), adapter)
 
