@@ -42,6 +42,11 @@ def close(got, want, gradients, wanted):
 
 def check_spread(model, tokens, real, **inputs):
     """Values at real tokens, and gradients, with tokens spread and on one device."""
+    check_on(models.make_mesh(**SIZES), model, spread(model.forward), tokens, real, **inputs)
+
+
+def check_on(mesh, model, forward, tokens, real, **inputs):
+    """As `check_spread`, for `forward` on a mesh."""
 
     def of(forward):
         def loss(params):
@@ -52,8 +57,8 @@ def check_spread(model, tokens, real, **inputs):
         return np.asarray(out)[real], gradient
 
     want, wanted = of(model.forward)
-    with jax.set_mesh(models.make_mesh(**SIZES)):
-        got, gradient = of(spread(model.forward))
+    with jax.set_mesh(mesh):
+        got, gradient = of(forward)
     close(got, want, gradient, wanted)
 
 
@@ -145,3 +150,22 @@ def test_a_kernel_for_whole_rows_is_replaced_by_xlas_with_a_warning():
     mesh = models.make_mesh(context=8)
     with jax.set_mesh(mesh), pytest.warns(UserWarning, match='"xla" takes its place'):
         jax.eval_shape(forward.apply, model.params, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if "experts" in str(FAMILIES[kind])])
+def test_experts_on_devices_of_their_own_compute_as_on_one(kind):
+    """Values, and gradients of every weight, of tokens that go to their experts and back."""
+    model = family(kind)
+    count = 2 if model.config.num_experts % 2 == 0 else 3
+    tokens, segments, _ = packed(lengths=((7, 1, 5), (11, 6)) * count)
+    sizes = dict(data=2, expert=count)
+    with_rows = dataclasses.replace(model.forward, rows=("data", "expert"))
+    check_on(
+        models.make_mesh(**sizes, devices=jax.devices()[: 2 * count]),
+        model,
+        with_rows,
+        tokens,
+        segments > 0,
+        segments=segments,
+    )

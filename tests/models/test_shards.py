@@ -347,9 +347,10 @@ def test_experts_are_read_by_their_devices_and_adapters_come_back(tmp_path, read
     assert leaf.a.sharding.spec[1] == leaf.b.sharding.spec[1] == "expert"
     lora.checkpoint.save(tmp_path / "adapter", params, adapter)
     back, _ = lora.checkpoint.restore(tmp_path / "adapter", plain.apply, plain.params, tokens)
-    name = {"model_type": "mixtral"}
-    lora.hf.save_peft(tmp_path / "peft", params, adapter, **name)
-    theirs, _ = lora.hf.load_peft(tmp_path / "peft", plain.apply, plain.params, tokens, **name)
+    lora.hf.save_peft(tmp_path / "peft", params, adapter, model_type="mixtral")
+    theirs, _ = lora.hf.load_peft(
+        tmp_path / "peft", plain.apply, plain.params, tokens, model_type="mixtral"
+    )
     prompts = [[1, 2, 3], [4, 5]]
     want = models.generate(plain, back, prompts, max_new_tokens=4)
     assert models.generate(spread, params, prompts, max_new_tokens=4) == want
