@@ -22,6 +22,7 @@ from lora_jax.methods.factors import Started, principal, scale_of, shaped, unifo
 from lora_jax.plan.leaf import LeafPlan
 from lora_jax.quant.array import QuantArray, is_quant
 from lora_jax.quant.encode import quantize_array
+from lora_jax.quant.formats import FORMATS
 
 
 def loftq(
@@ -116,10 +117,16 @@ def _quantize(x: Array, w: Any, like: QuantArray | None, leaf: LeafPlan) -> Quan
             scale_dtype="float32",
             name=leaf.path,
         )
+    form = FORMATS.get(like.format)
+    if form is None:
+        raise ValueError(
+            f"`{leaf.path}` is held as its file has it ({like.format}), and LoftQ's second turn "
+            'would quantize it anew: set loftq_config={"loftq_iter": 1}, or quantize the base'
+        )
     double = like.scale_map is not None
     q = quantize_array(
         x,
-        format=like.format,
+        format=form.name,
         block_size=like.block,
         scale_dtype=None if double else like.scale.dtype.name,
         double_quant=double,

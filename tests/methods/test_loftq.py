@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -185,3 +186,24 @@ def test_scales_that_differ_within_a_stack(init, base):
     made = deep(base["layers"], init=init, alpha_pattern={"layers.1.up": 64})
     assert len(set(made.scale.tolist())) == 2
     np.testing.assert_allclose(made.w + lora.delta(made), base["layers"], atol=1e-5)
+
+
+def test_blocks_of_a_file_are_not_quantized_anew():
+    floats = np.random.default_rng(0).standard_normal((256, 8)).astype(np.float32)
+    raw = gguf.quantize(floats.T, gguf.GGMLQuantizationType.Q4_0)
+    plain = {"out": quant.from_gguf(raw, "Q4_0", roles="io")}
+    raw = np.random.default_rng(0).integers(0, 60, (8, 144)).astype(np.uint8)
+    held = {"out": quant.from_gguf(raw, "Q4_K", roles="io")}
+
+    def start(params, turns):
+        config = lora.LoraConfig(rank=2, target_modules=("out",), init="loftq",
+                                 loftq_config={"loftq_iter": turns})  # fmt: skip
+        plan = lora.plan(config, lambda p, x: x @ p["out"], params, jnp.ones((1, 256)))
+        return lora.init(jax.random.key(0), plan, params, weights={"out": floats})["out"]
+
+    assert error(start(plain, 2), floats) <= error(start(plain, 1), floats)
+    # What is lost of other numbers is not small: factors of rank 2 take the largest part of it.
+    lost = np.linalg.norm(floats - held["out"].dequantize())
+    assert error(start(held, 1), floats) < lost
+    with pytest.raises(ValueError, match=r"`out` is held as its file has it \(q4_k\), and LoftQ's"):
+        start(held, 2)
