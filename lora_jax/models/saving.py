@@ -32,7 +32,6 @@ from lora_jax.hf.checkpoint.weights import shape_there
 from lora_jax.hf.tokenizer.directory import SETTINGS, TEMPLATE, template_of
 from lora_jax.merge import merge
 from lora_jax.models.registry import names_of
-from lora_jax.models.structure import check_params
 from lora_jax.models.wrapped import rest_of
 from lora_jax.paths import spell
 
@@ -110,9 +109,9 @@ def save_merged(
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
     most, family = size_of(max_shard_size), names_of(model.config)
     modules = _modules(lora_params)
-    check_params(model.forward, lora_params)
     blocks = _blocks(modules, family)
     entries = [x for block in blocks for x in _entries(block, modules, family, DTYPES[dtype])]
+    _check_entries(entries, model, family)
     values = (x for block in blocks for x in _values(block, modules, family, DTYPES[dtype]))
     texts, files = _texts(model, dtype), {}
     if wrapper := getattr(model.config, "wrapper", None):
@@ -177,6 +176,22 @@ def _entries(
         shape = (*shape[:-1], shape[-1] // len(parts))
         for name, axes in parts:
             yield NewTensor(name, shape_there(shape, axes), dtype)
+
+
+def _check_entries(entries: list[NewTensor], model: Any, family: Family) -> None:
+    """Refuses the tensors of another model; blocks may be stacked or not."""
+    modules = _modules(model.forward.shapes())
+    every = (
+        _entries(block, modules, family, np.dtype("float32")) for block in _blocks(modules, family)
+    )
+    wanted = {entry.name: entry.shape for entry in chain.from_iterable(every)}
+    given = {entry.name: entry.shape for entry in entries}
+    for name in (*wanted, *given):
+        if wanted.get(name) != given.get(name):
+            raise ValueError(
+                f"`lora_params` gives `{name}` the shape {given.get(name)}, expected "
+                f"{wanted.get(name)}: these are no parameters of this model"
+            )
 
 
 def _values(

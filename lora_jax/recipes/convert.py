@@ -11,7 +11,6 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.files import check_new
 from lora_jax.hf.hub import snapshot
 from lora_jax.recipes.adapter_formats import ADAPTER_FORMATS, AdapterFormat, OnModel, PlanOf
-from lora_jax.recipes.forms import carry_form
 
 # The formats that can be written without loading the model.
 CONVERTED = {name: form for name, form in ADAPTER_FORMATS.items() if form.write is not None}
@@ -128,6 +127,9 @@ def convert(
         the adapter.
       OSError: it cannot be written.
     """
+    # It reads tensors' files, which the help of the command need not.
+    from lora_jax.recipes.forms import carry_form
+
     _check_target(to, CONVERTED, dtype)
     given, wanted = ADAPTER_FORMATS[kind_of(source)], ADAPTER_FORMATS[to]
     # llama.cpp permutes rows of q and k, by numbers of heads that only the model has.

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lora
 from lora_jax import models, quant
 from lora_jax.hf.checkpoint import fill, safetensors, weights
+from lora_jax.hf.checkpoint.layer import LayerTensor
 from lora_jax.hf.checkpoint.names import tensor_of
 from lora_jax.hf.gguf import file as gguf_file
 from lora_jax.models.registry import architecture_of, names_of
@@ -292,9 +293,7 @@ def test_a_part_of_a_tensor_is_that_part_of_the_leaf():
     axes = (2, 3, 1, 0)  # of an image's kernel; no permutation that is its own inverse
     ends = ((1, 3), (0, 5), (2, 3), (0, 1))
     source = weights.Weights("a", {}, read=lambda name, part: theirs[part], where=str)
-    leaf = fill.Leaf(
-        "w", jax.ShapeDtypeStruct((4, 5, 3, 2), "int64"), {(): fill._Tensor("w", axes)}
-    )
+    leaf = fill.Leaf("w", jax.ShapeDtypeStruct((4, 5, 3, 2), "int64"), {(): LayerTensor("w", axes)})
     got = fill._Piece(leaf, source, (), ()).floats(ends)
     np.testing.assert_array_equal(got, theirs.transpose(axes)[tuple(slice(*e) for e in ends)])
 
