@@ -15,6 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax import models
+from lora_jax.array import RowsArray
+
+from tests.support.random_arrays import normal
 
 D = 64
 TP = {"w1": P(None, "model"), "w2": P("model", None)}
@@ -132,6 +135,21 @@ def test_partition_specs_of_a_stack(mesh):
 
 
 @pytest.mark.wrong_types
+def test_partition_specs_of_scanned_layers_and_of_rows():
+    """A stack's adapters come behind the layers, which may be sharded."""
+    layers, x = {"w": normal(1, 4, 8, 6)}, jnp.ones((2, 8))
+    config = lora.LoraConfig(rank=2, target_modules=("w",), roles={"w": "sio"})
+    plan = lora.plan(config, lambda p, x: x @ p["w"][0], layers, x)
+    many = lora.stack([lora.init(jax.random.key(k), plan, layers) for k in (1, 2)])
+    specs = lora.partition_specs(many, {"w": P("data", None, "model")})["w"]
+    assert specs.a == P("data", None, None, None) and specs.b == P("data", None, None, "model")
+    assert specs.scale == P("data", None)
+    for axis, features in ((0, "model"), (1, "data")):
+        leaf = RowsArray(normal(2, 9, 6), jnp.ones((2, 6 if axis == 0 else 9)), (1, 3), axis)
+        rows = lora.partition_specs({"t": leaf}, {"t": P("data", "model")})["t"].rows
+        assert rows == P(None, features)
+
+
 def test_specs_and_meshes_that_do_not_fit_are_errors(mesh):
     tree = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
     with pytest.raises(ValueError, match="a `PartitionSpec` at each leaf; it differs at `b`$"):

@@ -328,6 +328,56 @@ def test_refused(case):
     assert "\n" not in str(error.value)
 
 
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def test_what_holds_where_a_config_says_nothing():
+    glm = config_from_hf({**SIZES, "model_type": "glm"})
+    assert glm.partial_rotary_factor == 0.5
+    # Helium's output projection has no bias, whatever the field says.
+    helium = config_from_hf({**SIZES, "model_type": "helium", "attention_bias": True})
+    assert (helium.qkv_bias, helium.o_bias) == (True, False)
+
+
+def test_blocks_with_experts_are_each_so_many():
+    raw = {**SIZES, "model_type": "qwen3_moe", "moe_intermediate_size": 8}
+    raw |= {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    config = config_from_hf(raw)
+    assert config.dense_layers == (True, False, True, True)
+    assert config_from_hf(config.to_hf()).dense_layers == config.dense_layers
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_the_sum_of_an_olmoes_experts_is_what_its_config_says(flag):
+    config = config_from_hf({**SIZES, "model_type": "olmoe", "norm_topk_prob": flag})
+    assert config.norm_topk_prob is config.to_hf()["norm_topk_prob"] is flag
+
+
+@pytest.mark.parametrize("local, full, written", [
+    (None, 5e5, None), (1e4, 5e5, (1e4, 5e5)), (1e4, 1e4, (1e4, 1e4)), (None, 1e6, (1e6, 1e6)),
+])  # fmt: skip
+def test_both_rotary_bases_of_an_olmo_3_are_written(local, full, written):
+    """transformers 5 takes a flat field for the blocks without a window only."""
+    config = dataclasses.replace(
+        config_from_hf({**SIZES, "model_type": "olmo3"}),
+        rope_local_base_freq=local,
+        rope_theta=full,
+    )
+    ropes = config.to_hf().get("rope_parameters")
+    kinds = ("sliding_attention", "full_attention")
+    assert (ropes and tuple(ropes[kind]["rope_theta"] for kind in kinds)) == written
+
+
+def test_the_window_of_a_gpt_oss_is_written():
+    raw = {**SIZES, "model_type": "gpt_oss", "num_local_experts": 4, "sliding_window": 16}
+    config = config_from_hf(raw)
+    assert config.to_hf()["sliding_window"] == config.sliding_window == 16 and config.norm_wide
+
+
 def test_every_architecture_is_known_by_its_name():
     assert {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2"} < set(models.ARCHITECTURES)
     with pytest.raises(ValueError, match="model_type `mamba` is not one of llama, mistral"):

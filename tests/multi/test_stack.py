@@ -357,6 +357,8 @@ def test_clear_errors():
         lora.replace(lora.stack([one]), 0, make("all", 3))
     with pytest.raises(ValueError, match="slots 0 to 1"):
         lora.replace(stacked, 2, one)
+    with pytest.raises(ValueError, match="`index` is 2, but the stack has slots 0 to 1"):
+        lora.multi.adapter(stacked, 2)
     elsewhere = jax.tree.map(lambda x: x + 1, PARAMS)
     plan = lora.plan(CONFIGS["plain"], NET.apply, elsewhere, TOKENS)
     with pytest.raises(ValueError, match="the bases of adapter 0 and of adapter 1 differ"):
