@@ -162,4 +162,34 @@ FAULTS = [
         (".sum(axis=0, dtype=np.uint8)", "[0]"),
         ("enumerate(others, start=1)", "enumerate(others)"),
     ),
+    *in_file(
+        "models/families/glm.py",
+        "tests/models/test_dialects.py",
+        ("share=0.5", "share=1.0"),
+        ('"o_bias": False}', "}"),
+    ),
+    *in_file(
+        "models/families/olmo.py",
+        "tests/models/test_dialects.py",
+        ("local in (None, _THETA) and full == _THETA", "local in (None, full)"),
+        ('"rope_theta": local or full', '"rope_theta": full'),
+    ),
+    *in_file(
+        "models/families/experts.py",
+        "tests/models/test_dialects.py",
+        ("(i + 1) % step != 0", "i % step != 0"),
+        ('"norm_topk_prob": bool(raw["norm_topk_prob"]),\n        "clip', '"clip'),
+    ),
+    *in_file(
+        "models/families/gpt_oss.py",
+        "tests/models/test_dialects.py",
+        ("config.sliding_window or _WINDOW", "_WINDOW"),
+        ('"norm_wide": True', '"norm_wide": False'),
+    ),
+    *in_file(
+        "sharding.py",
+        "tests/test_sharding.py",
+        ("PartitionSpec(None, full[1 - x.axis])", "PartitionSpec(None, full[x.axis])"),
+        ("PartitionSpec(*own[: x.axis], None, *own[x.axis :])", "PartitionSpec(None, *own)"),
+    ),
 ]  # fmt: skip

@@ -135,4 +135,13 @@ FAULTS = [
         ("tx.update(trainable, state, now)", "tx.update(trainable, state, params)"),
         ("np.uint8 if x.dtype == jax.dtypes.float0 else x.dtype", "x.dtype"),
     ),
+    *in_file(
+        "train/loss.py",
+        "tests/train/test_chunked_loss.py",
+        ("parts.shape[1] * parts.shape[2])", "parts.shape[1])"),
+        ("jnp.moveaxis(padded.reshape(parts, count, size, *x.shape[2:]), 1, 0)",
+         "padded.reshape(count, parts, size, *x.shape[2:])"),
+        ("jnp.moveaxis(found.reshape(count, parts, size), 0, 1)",
+         "found.reshape(parts, count, size)"),
+    ),
 ]  # fmt: skip

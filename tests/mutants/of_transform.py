@@ -124,4 +124,24 @@ FAULTS = [
         ("frozenset().union(*ins) - gone", "frozenset().union(*ins)"),
         ("frozenset(d - 1 for d in a if d > 0)", "frozenset(a)"),
     ),
+    *in_file(
+        "transform/rules_custom.py",
+        "tests/laws/test_gradient.py",
+        ('eqn.params.get("num_consts", 0)', "0"),
+    ),
+    *in_file(
+        "plan/usage.py",
+        "tests/laws/test_plan.py",
+        ("any(f.tracks or f.made for f in others)", "any(f.tracks for f in others)"),
+    ),
+    *in_file(
+        "transform/rules_join.py",
+        "tests/transform/many/test_run.py",
+        ("if any(map(has_many, values)):", "if False:"),
+    ),
+    *in_file(
+        "transform/rules_rearrange.py",
+        "tests/laws/test_value.py tests/laws/test_gradient.py",
+        ("enumerate(dims) if d in dimensions])", "enumerate(dims) if d in dimensions][:1])"),
+    ),
 ]  # fmt: skip

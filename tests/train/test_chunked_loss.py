@@ -11,6 +11,7 @@ from jax.extend import core
 
 import lora_jax as lora
 from lora_jax import models, train
+from lora_jax.train.loss import Rows
 
 pytestmark = pytest.mark.once
 
@@ -106,6 +107,20 @@ def test_losses_are_those_of_the_logits():
     want = [-jax.nn.log_softmax(row)[t] for row, t in zip(logits, TARGETS, strict=True)]
     got = train.losses_of(model, chunk_bytes=PART)(model.params, TOKENS, POSITIONS, TARGETS)
     np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1 << 30, PART], ids=["whole", "by parts"])
+def test_each_device_has_the_losses_of_its_own_rows(chunk_bytes: int):
+    """Two rows a device, at places in both; three positions in two chunks."""
+    model, tokens = decoder(**UNTIED), jnp.concatenate([TOKENS, TOKENS[::-1] + 1]) % VOCAB
+    positions, targets = jnp.array([0, 9, 16, 20, 27, 35]), TARGETS[:6]
+    want = train.losses_of(model)(model.params, tokens, positions, targets)
+    losses = train.losses_of(model, Rows(axes=("data",), parts=2), chunk_bytes=chunk_bytes)
+    auto = (jax.sharding.AxisType.Auto,)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=auto, devices=jax.devices()[:2])):
+        got = jax.jit(losses)(model.params, tokens, positions, targets)
+    # A product of other shapes sums in another order.
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_the_logits_of_all_positions_are_never_held():
