@@ -85,11 +85,11 @@ class Tensor(NamedTuple):
 
 
 def tensor_of(
-    file: File, names: tuple[str, ...], module: str, shape: tuple[int, int],
+    names: tuple[str, ...], module: str, shape: tuple[int, int],
     make: Callable[[Part], QuantArray], format: HeldName, block: int, *, whole: bool = False,
 ) -> Tensor:  # fmt: skip
-    name = f"{module}.weight"
-    return Tensor(name, names, shape, Blocks(format, block), make, whole)
+    """The weight of a linear layer, torch's (out, in), made of these tensors."""
+    return Tensor(f"{module}.weight", names, shape, Blocks(format, block), make, whole)
 
 
 def modules_of(file: File, end: str) -> list[str]:

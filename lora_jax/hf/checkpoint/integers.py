@@ -117,9 +117,7 @@ def _four_bits(
         )
 
     used = (*names, order_name) if order_name in file.plain.shapes else names
-    return tensor_of(
-        file, used, module, shape, make, "uint4_zero", groups.block, whole=order is not None
-    )
+    return tensor_of(used, module, shape, make, "uint4_zero", groups.block, whole=order is not None)
 
 
 def gptq(file: File) -> list[Tensor]:

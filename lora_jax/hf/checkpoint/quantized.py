@@ -59,9 +59,10 @@ def check_config(settings: Any) -> None:
             f"config: the weights are quantized (`quantization_config`, method `{kind}`), which "
             f"cannot be read; load the unquantized model, or one of {', '.join(known)}"
         )
-    if kind in ("gptq", "awq") and settings.get("bits", settings.get("w_bit")) != 4:
+    count = settings.get("bits", settings.get("w_bit"))
+    if kind in ("gptq", "awq") and count != 4:
         raise ValueError(
-            f"config: `quantization_config` has {settings.get('bits')} bits of method `{kind}`, of "
+            f"config: `quantization_config` has {count} bits of method `{kind}`, of "
             "which 4 can be read; load a model in 4 bits, or the unquantized one"
         )
     if kind == "awq" and str(settings.get("version", "gemm")).lower() != "gemm":
@@ -161,7 +162,7 @@ def _scaled(file: File, module: str, scales: str) -> Tensor:
             scale = np.broadcast_to(every, (outputs,))[None, rows]
         return made(codes.T, scale, name=name, format=format, block=block)
 
-    return tensor_of(file, (name, scales), module, shape, make, format, block)
+    return tensor_of((name, scales), module, shape, make, format, block)
 
 
 def _pairs(raw: np.ndarray) -> np.ndarray:
@@ -195,7 +196,7 @@ def _float4_weight(file: File, module: str, weight: str, scales: str) -> Tensor:
             rest = (None, np.repeat(outer[None], codes.shape[1], axis=1))
         return made(codes, scale, *rest, name=weight, format=format, block=block)
 
-    return tensor_of(file, names, module, (outputs, 2 * half), make, format, block)
+    return tensor_of(names, module, (outputs, 2 * half), make, format, block)
 
 
 def _packed(file: File, module: str) -> Tensor:
