@@ -15,10 +15,11 @@ from lora_jax.compat import require
 from lora_jax.config import matching
 from lora_jax.config.arguments import check_tree
 from lora_jax.plan.leaf import Plan
-from lora_jax.quant.array import Backend, QuantArray, ScaleDtype, is_quant
+from lora_jax.quant.array import Backend, QuantArray, is_quant
 from lora_jax.quant.dispatch import check_backend
 from lora_jax.quant.encode import quantize_array
 from lora_jax.quant.formats import FormatName
+from lora_jax.quant.scales import ScaleDtype
 
 # Names, a regular expression, a `lora_jax.Plan`, or `f(path, leaf)`.
 Where = str | Sequence[str] | Plan | Callable[[str, Any], Any]

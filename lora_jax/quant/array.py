@@ -6,7 +6,7 @@ It has the shape, dtype and roles of its weight. Its arrays are those of the mat
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.core
@@ -28,8 +28,6 @@ _META = ("format", "block", "shape", "roles", "dtype", "backend")
 # Which kernels multiply with a weight: "auto" follows JAX's default device, "..._interpret" runs a
 # kernel in Pallas' interpreter.
 Backend = Literal["auto", "reference", "gpu", "tpu", "gpu_interpret", "tpu_interpret"]
-ScaleDtype = Literal["float32", "bfloat16", "float16"]
-SCALE_DTYPES: tuple[ScaleDtype, ...] = get_args(ScaleDtype)
 
 
 @leaf_class(_META)

@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float
 
 from lora_jax.dims import AnyArray, in_dims, out_dims, sizes, to_matrix
 from lora_jax.quant import formats
-from lora_jax.quant.array import SCALE_DTYPES, QuantArray, ScaleDtype, default_roles
-from lora_jax.quant.scales import compress_scales, expand_scales
+from lora_jax.quant.array import QuantArray, default_roles
+from lora_jax.quant.scales import SCALE_DTYPES, ScaleDtype, compress_scales, expand_scales
 from lora_jax.quant.sharding import matrix_spec, parts_of
 
 

@@ -18,7 +18,6 @@ from lora_jax.compat import is_finite
 from lora_jax.dims import sizes
 from lora_jax.quant import formats
 from lora_jax.quant.array import (
-    SCALE_DTYPES,
     QuantArray,
     check,
     default_roles,
@@ -27,7 +26,7 @@ from lora_jax.quant.array import (
     matrix_sizes,
     units,
 )
-from lora_jax.quant.scales import SCALE_BLOCK, HeldName, dynamic_map
+from lora_jax.quant.scales import SCALE_BLOCK, SCALE_DTYPES, HeldName, dynamic_map
 
 _STATE = "quant_state.bitsandbytes__"
 

@@ -7,8 +7,9 @@ from typing import Any, Literal, Protocol
 import jax
 
 from lora_jax.quant import formats
-from lora_jax.quant.array import QuantArray, ScaleDtype, default_roles
+from lora_jax.quant.array import QuantArray, default_roles
 from lora_jax.quant.encode import quantize_array
+from lora_jax.quant.scales import ScaleDtype
 
 FILE = "file"
 

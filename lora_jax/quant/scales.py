@@ -9,7 +9,7 @@ floats `(K/B, N)` of a plain format, which are few beside the weight, and which 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Integer
 from lora_jax.dims import AnyArray
 from lora_jax.quant.formats import FORMATS, Format, code_values, inverse
 
-FLOATS = ("float32", "bfloat16", "float16")
+ScaleDtype = Literal["float32", "bfloat16", "float16"]
+SCALE_DTYPES: tuple[ScaleDtype, ...] = get_args(ScaleDtype)
 
 # The keys of `HELD`, for annotations.
 HeldName = Literal[
@@ -40,7 +41,7 @@ class Stored(NamedTuple):
       outputs: how many outputs share a column.
     """
 
-    dtypes: tuple[str, ...] = FLOATS
+    dtypes: tuple[str, ...] = SCALE_DTYPES
     blocks: int = 1
     rows: int = 1
     outputs: int = 1

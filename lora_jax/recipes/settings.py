@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lora_jax.quant.formats import FormatName
+from lora_jax.quant.scales import HeldName
+
 # The formats of a quantized base; "file" keeps the blocks of a quantized file.
-Quantization = Literal[
-    "nf4", "fp4", "int4", "uint4", "int8", "fp8", "e2m1", "iq4", "uint2", "int3", "int5", "uint5",
-    "int6", "file",
-]  # fmt: skip
+Quantization = Literal[FormatName, "file"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -106,11 +106,7 @@ class EstimateConfig:
     packing: bool = False
     rank: int = 16
     target_modules: Sequence[str] | str = "all-linear"
-    quantize: Literal[
-        "nf4", "fp4", "int4", "uint4", "int8", "fp8", "e2m1", "iq4", "uint2", "int3", "int5",
-        "uint5", "int6", "fp8_channel", "fp8_block", "mxfp4", "uint4_zero", "int8_channel", "nvfp4",
-        "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs",
-    ] = "nf4"  # fmt: skip
+    quantize: Literal[FormatName, HeldName] = "nf4"
     dtype: Dtype = "bfloat16"
     train_dtype: Dtype = "float32"
     remat: str = "full"
