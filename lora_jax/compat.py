@@ -235,6 +235,11 @@ def explicit_mesh(x: jax.typing.ArrayLike) -> Any:
     return None if mesh is None or mesh.empty or explicit not in mesh.axis_types else mesh
 
 
+def open_axes(mesh: Any) -> dict[str, int]:
+    """The axes of several devices that a program is partitioned over, and their sizes."""
+    return {a: n for a, n in mesh.shape.items() if n > 1 and a not in mesh.manual_axes}
+
+
 def is_traceable(x: Any) -> bool:
     """Whether a function's output is an array (or key) rather than a Python object."""
     return isinstance(x, jax.Array | jax.core.Tracer) or (

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from lora_jax.models.kernels import open_axes
+from lora_jax import compat
 
 # Backends on which `ragged_dot` is one operation.
 _RAGGED = frozenset({"tpu"})
@@ -91,7 +91,7 @@ def tiled(
         # Beyond the tiles: what is written there is dropped, what is read from there is 0.
         at = jnp.where(jnp.arange(count) < order.sizes.sum(), at, tiles * size + jnp.arange(count))
         # Where XLA spreads the product over more axes, all devices have to reach its collectives.
-        if not open_axes(jax.sharding.get_abstract_mesh()):
+        if not compat.open_axes(jax.sharding.get_abstract_mesh()):
             skipped = jnp.arange(tiles) >= ends[-1]
     apart = jnp.zeros((tiles * size, rows.shape[1]), rows.dtype)
     apart = apart.at[at].set(rows, unique_indices=True, indices_are_sorted=True, mode="drop")

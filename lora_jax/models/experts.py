@@ -27,10 +27,11 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from lora_jax import compat
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.dialect import Routing
 from lora_jax.models.expert_rows import product, sort_by_expert
-from lora_jax.models.kernels import open_axes, spread
+from lora_jax.models.kernels import spread
 from lora_jax.models.layers import ACTIVATIONS, kept
 from lora_jax.models.sharding import EXPERTS, TOKENS
 
@@ -135,7 +136,7 @@ def over_experts(
         `EXPERTS` and "tensor".
     """
     mesh, count = jax.sharding.get_abstract_mesh(), logits.shape[-1]
-    axes = open_axes(mesh)
+    axes = compat.open_axes(mesh)
     rows, _ = spread(mesh, x.shape[0], 1)
     if EXPERTS in mesh.manual_axes and len(weights["down_proj"]) < count:
         return _with_others(mixed, x, choose(logits), weights, apart=True)

@@ -318,13 +318,8 @@ def apart() -> str:
         # Of a program on several devices a kernel must be given the parts.
         alone = jax.device_count() == 1
         return "" if alone else "needs the mesh of several devices in `jax.set_mesh`"
-    explicit = open_axes(mesh) and AxisType.Explicit in mesh.axis_types
+    explicit = compat.open_axes(mesh) and AxisType.Explicit in mesh.axis_types
     return "takes no mesh with explicit axes" if explicit else ""
-
-
-def open_axes(mesh: Any) -> dict[str, int]:
-    """The axes of several devices that a program is partitioned over, and their sizes."""
-    return {a: n for a, n in mesh.shape.items() if n > 1 and a not in mesh.manual_axes}
 
 
 def spread(mesh: Any, rows: int, heads: int) -> tuple[tuple[str, ...] | None, str | None]:
@@ -332,7 +327,7 @@ def spread(mesh: Any, rows: int, heads: int) -> tuple[tuple[str, ...] | None, st
 
     What an axis does not divide is computed on all of its devices.
     """
-    axes = open_axes(mesh)
+    axes = compat.open_axes(mesh)
     found = tuple(a for a in ROWS if a in axes)
     divided = found and rows % math.prod(axes[a] for a in found) == 0
     apart = "tensor" in axes and heads % axes["tensor"] == 0
@@ -349,7 +344,7 @@ def _on_devices(
 ) -> Float[Array, "b t n h"]:
     """`run(q, k, v, ids)`, on a mesh by each device for its rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
-    if not open_axes(mesh):
+    if not compat.open_axes(mesh):
         return run(q, k, v, ids)
     rows, heads = spread(mesh, q.shape[0], k.shape[2])
     whole = PartitionSpec(rows, None, heads, None)

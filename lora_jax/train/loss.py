@@ -121,6 +121,7 @@ def losses_of(
         # Once, and not for every chunk.
         params = gather(params, rows.weights) if rows.weights else params
         head = _head(model, params, hidden)
+        # Here and in each chunk: the loop of chunks gives no key of its own to what is marked.
         params = head.at(params, places)
 
         def part(

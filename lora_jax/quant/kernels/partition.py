@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from lora_jax import compat
 from lora_jax.dims import AnyArray
 from lora_jax.quant.formats import Coded, Format
 
@@ -38,7 +39,7 @@ def sharded_decode(run: functools.partial, *parts: AnyArray) -> jax.Array:
 def _inside_shard_map() -> bool:
     # In a `shard_map` over all axes each device already has its own part: the call runs as it is.
     mesh = jax.sharding.get_abstract_mesh()
-    left = [a for a, n in mesh.shape.items() if n > 1 and a not in mesh.manual_axes]
+    left = compat.open_axes(mesh)
     return not mesh.empty and AxisType.Manual in mesh.axis_types and not left
 
 
