@@ -11,6 +11,7 @@ B batch, T tokens, S tokens of a whole row, D width, N heads, F inner size of th
 Sources: Devlin et al. 2018, arXiv:1810.04805; Sanh et al. 2019, arXiv:1910.01108.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -113,13 +114,33 @@ def attended(
     """Values weighted by their keys, from the projections of queries, keys and values."""
     # (b, t, n, h) each
     q, k, v = (kept(project(x)).reshape(*x.shape[:2], heads, -1) for project in projections)
+    return both_ways(q, k, v, by=by).reshape(x.shape)
 
-    def both_ways(q: Array, k: Array, v: Array, first: Any, mask: Any) -> Array:
-        del first
+
+def both_ways(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b t n h"],
+    v: Float[Array, "b t n h"],
+    *,
+    by: Attending,
+    near: Callable[[Int[Array, "t s"]], Bool[Array, "t s"]] | None = None,
+) -> Float[Array, "b t n h"]:
+    """Values weighted by the keys on both sides.
+
+    Args:
+      q, k, v: of all tokens, or of a device's own.
+      by: what all queries attend to.
+      near: of how many places a key lies before a query, whether it is attended to; None for all.
+    """
+
+    def some(q: Array, k: Array, v: Array, first: Any, mask: Any) -> Array:
         seen = None if mask is None else jnp.asarray(mask)[:, None, None, :]  # (b, 1, 1, s)
+        if near is not None:
+            own = near(first + jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1]))
+            seen = own[None, None] if seen is None else own & seen  # (b, 1, t, s)
         return mix(q, k, v, seen=seen)
 
-    return over_tokens(both_ways, q, k, v, by.mask, axis=by.over).reshape(x.shape)
+    return over_tokens(some, q, k, v, by.mask, axis=by.over)
 
 
 class Output(nnx.Module):

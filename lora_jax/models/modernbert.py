@@ -19,10 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import choose
 from lora_jax.models.bert_config import CLASSIFICATION, FEATURES, MASKED_LM
-from lora_jax.models.bert_parts import Attending, Build
-from lora_jax.models.context import over_tokens
+from lora_jax.models.bert_parts import Attending, Build, both_ways
 from lora_jax.models.layers import ACTIVATIONS, LayerNorm, RMSNorm, kept, logits_of, stack_of
-from lora_jax.models.mixing import mix
 from lora_jax.models.rope import Rotation, rotate, rotation
 
 
@@ -58,15 +56,10 @@ class Attention(nnx.Module):
         turned = choose(slides, *by.rotations)
         q, k = rotate(q, turned), rotate(k, turned)
 
-        def both_ways(q: Array, k: Array, v: Array, first: Any, mask: Any) -> Array:
-            back = first + jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])
-            seen = ((jnp.abs(back) <= self.reach) | ~jnp.asarray(slides))[None, None]
-            if mask is not None:
-                seen = seen & jnp.asarray(mask)[:, None, None, :]  # (b, 1, t, s)
-            return mix(q, k, v, seen=seen)
+        def near(back: Int[Array, "t s"]) -> Bool[Array, "t s"]:
+            return (jnp.abs(back) <= self.reach) | ~jnp.asarray(slides)
 
-        mixed = over_tokens(both_ways, q, k, v, by.mask, axis=by.over)
-        return kept(self.Wo(mixed.reshape(x.shape)))
+        return kept(self.Wo(both_ways(q, k, v, by=by, near=near).reshape(x.shape)))
 
 
 class MLP(nnx.Module):
