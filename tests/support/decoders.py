@@ -16,6 +16,11 @@ GEMMA2 = dict(
     WINDOW, head_dim=8, query_pre_attn_scalar=9, attn_logit_softcapping=2.0,
     final_logit_softcapping=3.0, hidden_activation="gelu_pytorch_tanh",
 )  # fmt: skip
+# Of the experts and the latent attention of DeepSeek's models and GLM-4.7 Flash.
+LATENT = dict(
+    n_routed_experts=4, num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=12,
+    qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6, num_key_value_heads=4,
+)  # fmt: skip
 # Fields that make a family differ from Llama as much as it can.
 FAMILIES = {
     "llama": {},
@@ -60,41 +65,10 @@ FAMILIES = {
         n_group=2,
     ),
     "deepseek_v3": dict(
-        moe_intermediate_size=24,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-        kv_lora_rank=16,
-        q_lora_rank=12,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=8,
-        v_head_dim=6,
-        num_key_value_heads=4,
+        LATENT, moe_intermediate_size=24, n_group=2, topk_group=1, first_k_dense_replace=1
     ),
-    "deepseek_v2": dict(
-        moe_intermediate_size=24,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        kv_lora_rank=16,
-        q_lora_rank=None,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=8,
-        v_head_dim=6,
-        num_key_value_heads=4,
-    ),
-    "glm4_moe_lite": dict(
-        moe_intermediate_size=24,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        kv_lora_rank=16,
-        q_lora_rank=12,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=8,
-        v_head_dim=12,
-        num_key_value_heads=4,
-    ),
+    "deepseek_v2": dict(LATENT, moe_intermediate_size=24, q_lora_rank=None),
+    "glm4_moe_lite": dict(LATENT, moe_intermediate_size=24, v_head_dim=12),
     "qwen3_moe": dict(head_dim=8, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
     "gpt_oss": dict(WINDOW, head_dim=8, num_local_experts=3, num_experts_per_tok=2),
     "olmoe": dict(num_experts=3, num_experts_per_tok=2),

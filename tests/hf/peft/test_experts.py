@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
 
+from tests.support.decoders import LATENT
 from tests.support.oracle import oracle, seeded
 from tests.support.peft_gradients import check_gradients
 from tests.support.peft_llama import TOKENS, jax_logits, torch_logits
@@ -28,6 +29,7 @@ pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("
 
 PLACE = "hf/peft/experts"
 SIZES = dict(ADAPTED_SIZES, num_experts_per_tok=2)
+GROUPS = {**SIZES, **LATENT, "moe_intermediate_size": 12, "n_group": 2, "topk_group": 1}
 FAMILIES: dict[str, Any] = {
     "mixtral": dict(SIZES, model_type="mixtral", num_local_experts=4),
     "qwen3_moe": dict(
@@ -58,48 +60,14 @@ FAMILIES: dict[str, Any] = {
         n_group=2,
         first_k_dense_replace=1,
     ),
-    "deepseek_v3": dict(
-        {**SIZES, "num_key_value_heads": 4},
-        model_type="deepseek_v3",
-        moe_intermediate_size=12,
-        n_routed_experts=4,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-        kv_lora_rank=16,
-        q_lora_rank=12,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=8,
-        v_head_dim=6,
-    ),
+    "deepseek_v3": dict(GROUPS, model_type="deepseek_v3", first_k_dense_replace=1),
     "deepseek_v2": dict(
-        {**SIZES, "num_key_value_heads": 4},
+        GROUPS,
         model_type="deepseek_v2",
-        moe_intermediate_size=12,
-        n_routed_experts=4,
-        n_group=2,
-        topk_group=1,
         topk_method="group_limited_greedy",
         first_k_dense_replace=1,
-        kv_lora_rank=16,
-        q_lora_rank=12,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=8,
-        v_head_dim=6,
     ),
-    "glm4_moe_lite": dict(
-        {**SIZES, "num_key_value_heads": 4},
-        model_type="glm4_moe_lite",
-        moe_intermediate_size=12,
-        n_routed_experts=4,
-        n_group=2,
-        topk_group=1,
-        kv_lora_rank=16,
-        q_lora_rank=12,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=8,
-        v_head_dim=6,
-    ),
+    "glm4_moe_lite": dict(GROUPS, model_type="glm4_moe_lite"),
     # Square experts: their shapes do not show the order of their dims.
     "olmoe": dict(SIZES, model_type="olmoe", num_experts=3, intermediate_size=16),
 }
