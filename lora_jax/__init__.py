@@ -22,6 +22,7 @@ A sub-package is imported when it is used.
 import importlib as _importlib
 import typing as _typing
 
+from lora_jax import compat as _compat
 from lora_jax import quant as quant
 from lora_jax import sharding as sharding
 from lora_jax.array import LoraArray as LoraArray
@@ -133,6 +134,14 @@ _LAZY = {
     "recipes": "lora_jax.recipes",
     "train": "lora_jax.train",
 }
+_moved = _compat.moved(
+    "lora_jax",
+    {
+        "answer": "lora_jax.recipes.generate",
+        "describe": "lora_jax.recipes.inspect",
+        "exchange": "lora_jax.recipes.convert",
+    },
+)
 
 
 if not _typing.TYPE_CHECKING:  # a type checker would take any name for one of these
@@ -140,7 +149,7 @@ if not _typing.TYPE_CHECKING:  # a type checker would take any name for one of t
     def __getattr__(name: str) -> _typing.Any:
         if name in _LAZY:
             return _importlib.import_module(_LAZY[name])
-        raise AttributeError(f"module `lora_jax` has no attribute `{name}`")
+        return _moved(name)
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,8 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,6 +50,32 @@ EXTRAS = {
 
 # Primitives that go by several names across releases, by the one name our tables use.
 _RENAMED = {"pjit": "jit", "checkpoint": "remat", "remat2": "remat", "core_call": "closed_call"}
+
+
+def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Makes the `__getattr__` of a module that finds what has another name now.
+
+    Args:
+      module: its full name.
+      names: the former names, and what each is now: a module, or `module:name`.
+
+    Returns:
+      A function of a name, which warns of a former one.
+
+    Raises:
+      AttributeError: (from the function) the name is none of them.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module `{module}` has no attribute `{name}`")
+        place, _, attribute = names[name].partition(":")
+        new = names[name].replace(":", ".")
+        warnings.warn(f"`{module}.{name}` is now `{new}`", DeprecationWarning, stacklevel=2)
+        found = importlib.import_module(place)
+        return getattr(found, attribute) if attribute else found
+
+    return find
 
 
 def require(module: str) -> Any:

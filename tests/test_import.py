@@ -136,3 +136,23 @@ def test_an_old_jax_is_refused():
     compat.check_jax((0, 10, 0))
     with pytest.raises(ImportError, match=r"needs jax 0\.10 or later, found 0\.9\.2: pip install"):
         compat.check_jax((0, 9, 2))
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("lora_jax", "answer"),
+        ("lora_jax", "describe"),
+        ("lora_jax", "exchange"),
+        ("lora_jax.multi.serve", "Server"),
+        ("lora_jax.recipes.generate", "AnswerConfig"),
+        ("lora_jax.recipes.generate", "answer"),
+        ("lora_jax.recipes.generate", "as_question"),
+    ],
+)
+def test_former_names_are_found_and_their_new_ones_said(place, name):
+    module = importlib.import_module(place)
+    with pytest.deprecated_call(match=f"{name}` is now `lora_jax"):
+        assert getattr(module, name).__doc__
+    with pytest.raises(AttributeError, match=f"`{place}` has no attribute `nothing`"):
+        module.nothing  # noqa: B018

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from lora_jax import models
+from lora_jax.compat import moved
 from lora_jax.config.arguments import SettingsError
 from lora_jax.recipes.forms import FORM_FILE, TrainedForm
 from lora_jax.recipes.settings import GenerateConfig
@@ -32,6 +33,15 @@ _TRAINED_ON = {
     "text": "texts",
     "messages": "messages of the chat template",
 }
+
+__getattr__ = moved(
+    __name__,
+    {
+        "AnswerConfig": "lora_jax.recipes.generate:GenerateConfig",
+        "answer": "lora_jax.recipes.generate:generate_texts",
+        "as_question": "lora_jax.recipes.generate:as_messages",
+    },
+)
 
 
 class Sampling(NamedTuple):
