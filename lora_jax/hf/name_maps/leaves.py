@@ -85,10 +85,13 @@ def _orders(path: str, leaf: LoraArray, placed: Placed) -> tuple[np.ndarray, np.
     """The orders of the in and of the out dims."""
     stacks = tuple(stack_dims(leaf.roles))
     if leaf.window is not None or stacks != placed.layout.stacks:
+        wanted = "".join(
+            "s" if d in placed.layout.stacks else role for d, role in enumerate(leaf.roles)
+        )
         raise ValueError(
             f"leaf `{path}`: its adapter has roles `{leaf.roles}`, which stack dims {stacks}, but "
             f"layout `{placed.layout.text}` stacks {placed.layout.stacks}; only matrices, stacked "
-            "alike, can be exchanged under a name map"
+            f'alike, can be exchanged under a name map: plan it with roles={{"{path}": "{wanted}"}}'
         )
     try:
         ins = order(placed.layout, in_dims(leaf.roles), placed.sizes)

@@ -12,9 +12,10 @@
     )
 
 Left is a leaf's path here, right the tensor there; `*` is anything and `{}` a number, the same on
-both sides. A `{}` on the right only numbers the layers stacked on the leaf. The third
-entry is the layout of the dimensions (`lora_jax.hf.name_maps.layout`); without it they are in the
-same order, after the stacks. The first rule that matches a leaf applies.
+both sides. A `{}` on the right only numbers the layers stacked on the leaf, and `{k,v}` names what is
+stacked: `self_attn.{k,v}_proj.weight` are two tensors of one leaf. The third entry is the layout of
+the dimensions (`lora_jax.hf.name_maps.layout`); without it they are in the same order, after the
+stacks. The first rule that matches a leaf applies.
 
 A tree in Hugging Face's terms is a flat dictionary of leaves, one for each tensor, under the paths
 that `lora_jax.hf.checkpoint.names.ANY` gives them.
@@ -32,6 +33,9 @@ from lora_jax.array import dense, is_lora, leaves_by_path
 from lora_jax.hf.checkpoint import names
 from lora_jax.hf.name_maps.layout import Layout, measured, parse, their_shape, to_ours, to_theirs
 from lora_jax.paths import bare, nearest
+
+# A stack in a tensor's name: `{}` numbers it, `{k,v}` names it.
+_STACK = re.compile(r"\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -171,19 +175,29 @@ def _match(rule: MapRule, path: str) -> str | None:
 
 
 def _place(template: str, shape: Sequence[int], text: str, sizes: Mapping[str, int]) -> Placed:
-    stacks = template.count("{}")
-    layout = parse(text, sizes) if text else _same(stacks, len(shape))
-    if len(layout.stacks) != stacks:
+    listed = _STACK.findall(template)
+    layout = parse(text, sizes) if text else _same(len(listed), len(shape))
+    if len(layout.stacks) != len(listed):
         raise ValueError(
             f"layout `{layout.text}` has {len(layout.stacks)} stacks, but `{template}` numbers "
-            f"{stacks}"
+            f"{len(listed)}"
         )
     known = measured(layout, shape)
-    # The `{}` of a rule are filled in the order of the leaf's stacks.
-    counts = [range(shape[d]) for d in layout.stacks]
+    # The braces of a rule are filled in the order of the leaf's stacks.
+    counts = [shape[d] for d in layout.stacks]
+    words = [
+        x.split(",") if x else [str(i) for i in range(n)]
+        for x, n in zip(listed, counts, strict=True)
+    ]
+    if [len(one) for one in words] != counts:
+        raise ValueError(
+            f"`{template}` does not have as many names as the stacks of layout `{layout.text}` are "
+            f"long, {counts}"
+        )
     parts = []
-    for index in product(*counts):
-        tensor = template.format(*index)
+    for index in product(*map(range, counts)):
+        filled = iter([one[i] for one, i in zip(words, index, strict=True)])
+        tensor = _STACK.sub(lambda _, filled=filled: next(filled), template)
         leaf = names.leaf_of(tensor, stacked=False)
         parts.append(Part(tensor, index, leaf.path, leaf.axes))
     return Placed(layout, known, tuple(parts))

@@ -9,7 +9,14 @@ import pytest
 from safetensors.numpy import save_file
 
 import lora_jax as lora
-from lora_jax.hf import from_hugging_face, load_peft, name_map, save_peft, to_hugging_face
+from lora_jax.hf import (
+    from_hugging_face,
+    load_peft,
+    name_map,
+    save_peft,
+    save_weights,
+    to_hugging_face,
+)
 from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.models.saving import save_model
 
@@ -149,7 +156,63 @@ def test_the_file_speaks_hugging_faces_names(base, tmp_path):
     assert fields["layers_to_transform"] is None
 
 
+# Gate and up in one leaf, as gemma and openpi have them.
+JOINED = name_map(
+    "joined",
+    [
+        (
+            "blocks.mlp.both",
+            "model.layers.{}.mlp.{gate,up}_proj.weight",
+            "o i -> l c i o",
+        ),
+        *((r.ours, r.theirs, r.layout) for r in MAP.rules),
+    ],
+    sizes=dict(MAP.sizes),
+)
+
+
+def joined(params):
+    mlp = dict(params["blocks"]["mlp"])
+    mlp["both"] = jnp.stack([mlp.pop("gate"), mlp.pop("up")], axis=1)
+    return {**params, "blocks": {**params["blocks"], "mlp": mlp}}
+
+
+def joined_forward(params, tokens):
+    """The decoder with gate and up in one leaf (l, 2, d, f)."""
+    mlp = dict(params["blocks"]["mlp"])
+    both = mlp.pop("both")
+    mlp |= {"gate": both[:, 0], "up": both[:, 1]}
+    return own_decoder.forward({**params, "blocks": {**params["blocks"], "mlp": mlp}}, tokens)
+
+
+def test_a_leaf_of_tensors_with_other_names(there, directory, base, tmp_path):
+    shapes = jax.eval_shape(joined, PARAMS)
+    params = from_hugging_face(shapes, open_directory(directory), JOINED)
+    jax.tree.map(np.testing.assert_array_equal, params, joined(base))
+    save_weights(tmp_path / "weights", params, JOINED)
+    again = from_hugging_face(PARAMS, open_directory(tmp_path / "weights"), MAP)
+    jax.tree.map(np.testing.assert_array_equal, again, base)
+    roles = {"mlp.both": "ssio"}
+    config = lora.LoraConfig(rank=2, target_modules=("both", "down"), roles=roles)
+    tree = noisy(
+        lora.init(jax.random.key(0), lora.plan(config, joined_forward, params, TOKENS), params)
+    )
+    save_peft(tmp_path / "a", tree, config, name_map=JOINED)
+    want = peft_reads(f"{PLACE}/ours/joined", tmp_path / "a", there.torch, torch_logits)
+    close(want, jax_logits(joined_forward, tree))
+    loaded, _ = load_peft(
+        tmp_path / "a", joined_forward, params, TOKENS, name_map=JOINED, roles=roles
+    )
+    jax.tree.map(np.testing.assert_array_equal, loaded, tree)
+
+
 # ---- what is refused
+
+
+def test_a_stack_with_fewer_names_than_tensors():
+    short = name_map("short", [("w", "{a,b}.weight", "o i -> c i o")])
+    with pytest.raises(ValueError, match=r"leaf `w`: `\{a,b\}.weight` does not have .*\[3\]"):
+        to_hugging_face({"w": np.ones((3, 2, 2), np.float32)}, short)
 
 
 def test_pefts_target_parameters(base, tmp_path):
