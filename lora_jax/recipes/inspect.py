@@ -14,7 +14,7 @@ from lora_jax.compat import require
 from lora_jax.files import read_json
 from lora_jax.hf.checkpoint.safetensors import open_directory, read_header
 from lora_jax.hf.gguf.file import kind_of_file, open_gguf
-from lora_jax.hf.hub import snapshot
+from lora_jax.hf.hub import is_hub_id, snapshot
 from lora_jax.recipes import inspect_adapter as report
 from lora_jax.train.metrics import read_metrics
 
@@ -26,7 +26,7 @@ def inspect(source: str, *, tensors: bool = False, check: bool = False) -> str:
     """Describes the content of a path.
 
     Args:
-      source: a path, a hub id whose files are cached, or "smollm2".
+      source: a path, a hub id, or "smollm2". Of a hub id an adapter is looked for first.
       tensors: list every tensor.
       check: raise the problems of an adapter, instead of listing them.
 
@@ -37,7 +37,7 @@ def inspect(source: str, *, tensors: bool = False, check: bool = False) -> str:
       FileNotFoundError: there is nothing of that name.
       ValueError: it is none of these, a file is damaged, or a check failed.
     """
-    path = Path(source)
+    path = _fetched(source)
     if _is_adapter(path):
         return _adapter(path, tensors, check)
     if (path / "params").is_dir() and (path / "meta").is_dir():
@@ -45,6 +45,15 @@ def inspect(source: str, *, tensors: bool = False, check: bool = False) -> str:
     if path.suffix == ".safetensors":
         return "\n".join(["safetensors file", *_tensor_lines(_header(path), tensors)])
     return _model(source, tensors)
+
+
+def _fetched(source: str) -> Path:
+    """The path, or that of the files of an adapter on the hub."""
+    path = Path(source)
+    if path.exists() or not is_hub_id(source):
+        return path
+    found = snapshot(source, patterns=("*config.json", "adapter*.safetensors"))
+    return found if _is_adapter(found) else path
 
 
 def _is_adapter(path: Path) -> bool:

@@ -82,6 +82,29 @@ def test_an_adapter_goes_up_whole_and_comes_back_by_its_hub_id(there, adapter, t
     assert read_form(REPO) == "prompt"
 
 
+def test_a_hub_id_is_inspected_as_what_it_holds(there, adapter, tmp_path, capsys):
+    push(adapter, REPO, private=True)
+    # A base beside the adapter, as some have it, is neither fetched nor shown.
+    files = there.repos[REPO].files("main")
+    there.repos[REPO].add("main", {**files, "model.safetensors": b"big"}, "base")
+    assert main(["inspect", REPO, "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert main(["inspect", str(adapter), "--check"]) == 0
+    assert shown == capsys.readouterr().out and shown.startswith("PEFT")
+    assert {p.name for p in snapshot(REPO, patterns=()).iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+def test_a_model_of_the_hub_is_inspected(there, merged, capsys):
+    push(merged, f"{OWNER}/model")
+    assert main(["inspect", f"{OWNER}/model", "--tensors"]) == 0
+    assert "lm_head.weight" in capsys.readouterr().out
+    assert main(["inspect", f"{OWNER}/nothing"]) == 1
+    assert "the hub has no such model or revision" in capsys.readouterr().err
+
+
 def test_the_same_again_changes_nothing_and_a_branch_is_made(there, adapter):
     push(adapter, REPO)
     first = there.repos[REPO].files("main")
