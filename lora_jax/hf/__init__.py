@@ -1,4 +1,4 @@
-"""Files of others: PEFT, safetensors, llama.cpp, bitsandbytes; name maps for models of your own.
+"""Files of others: PEFT, safetensors, llama.cpp, MLX, bitsandbytes; name maps.
 
 Each name is imported at its first use, so that `import lora_jax` stays light. `__init__.pyi` lists
 the same names for type checkers and editors.
@@ -13,14 +13,17 @@ _NAMES = {
     "base_of": "lora_jax.models.gguf",
     "from_hugging_face": "lora_jax.hf.name_maps.weights",
     "load_gguf_lora": "lora_jax.hf.gguf.lora_read",
+    "load_mlx": "lora_jax.hf.mlx",
     "load_peft": "lora_jax.hf.peft.api",
     "name_map": "lora_jax.hf.name_maps.rules",
     "push": "lora_jax.hf.upload",
     "read_base": "lora_jax.hf.gguf.names",
     "read_gguf_lora": "lora_jax.hf.gguf.lora_read",
+    "read_mlx": "lora_jax.hf.mlx",
     "read_peft": "lora_jax.hf.peft.api",
     "save_gguf_lora": "lora_jax.hf.gguf.lora_write",
     "save_merged": "lora_jax.models.saving",
+    "save_mlx": "lora_jax.hf.mlx",
     "save_peft": "lora_jax.hf.peft.api",
     "save_weights": "lora_jax.hf.name_maps.weights",
     "to_hugging_face": "lora_jax.hf.name_maps.rules",

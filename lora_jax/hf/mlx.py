@@ -12,19 +12,28 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from lora_jax.config.arguments import check_count
+from lora_jax import processes
+from lora_jax.array import check_whole, leaves_by_path
+from lora_jax.config.arguments import check_argument, check_count, check_function
 from lora_jax.config.lora import LoraConfig
 from lora_jax.files import check_links, check_new, read_object, replacing
-from lora_jax.hf.peft.directory import CONFIG_FILE, read_tensors
+from lora_jax.hf.name_maps.peft import in_their_names
+from lora_jax.hf.name_maps.rules import NameMap, recognise
+from lora_jax.hf.peft.api import attach
+from lora_jax.hf.peft.directory import CONFIG_FILE, local, read_tensors
 from lora_jax.hf.peft.index import PREFIX
+from lora_jax.hf.peft.save import with_task
 from lora_jax.hf.peft.vllm import for_vllm
+from lora_jax.multi.single import check_single
+from lora_jax.plan.decide import plan
 
 MLX_FILE = "adapters.safetensors"
 # MLX's end of a tensor's name -> PEFT's of a linear layer, and of an embedding.
@@ -33,6 +42,82 @@ _ENDS = {
     ".lora_b": (".lora_B.weight", ".lora_embedding_B"),
 }
 _TABLES = ("embed_tokens", "wte", "embed_in")
+
+
+def save_mlx(
+    directory: str | os.PathLike,
+    lora_params: Any,
+    config: LoraConfig,
+    *,
+    name_map: NameMap | None = None,
+) -> None:
+    """Writes an adapter for MLX (`mlx_lm.generate --adapter-path`), whole or not at all.
+
+    MLX has one rank and one scale: other scales are multiplied into B, and ranks filled up with
+    zeros. Of several processes all have to call it, and the first one writes.
+
+    Args:
+      directory: to be made; nothing may be there yet.
+      lora_params: tree with the adapter.
+      config: the config the adapter was made with.
+      name_map: as for `save_peft`.
+
+    Raises:
+      FileExistsError: the directory exists.
+      ValueError: MLX has no place for a part of the adapter, such as DoRA or whole modules; the
+        tree and the config disagree; or a number is not finite.
+
+    Example:
+      lora.hf.save_mlx("adapter-mlx", lora_params, config)
+    """
+    order = "hf.save_mlx(directory, lora_params, config)"
+    check_argument(order, "directory", directory, (str, os.PathLike))
+    check_argument(order, "config", config, LoraConfig)
+    check_whole(lora_params)
+    check_single(lora_params)
+    leaves, config = in_their_names(leaves_by_path(lora_params), config, name_map)
+    fields, tensors = with_task(leaves, config, None)
+    found = LoraConfig.from_peft(fields)
+    processes.by_first(lambda: write_mlx(directory, found, tensors))
+
+
+def load_mlx(
+    directory: str | os.PathLike,
+    fn: Callable,
+    params: Any,
+    *args: Any,
+    name_map: NameMap | None = None,
+    roles: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> tuple[Any, LoraConfig]:
+    """Loads an adapter of mlx-lm onto a model: as `load_peft`, from MLX's two files.
+
+    Args:
+      directory: as for `read_mlx`.
+      fn: the model, a function of its parameters.
+      params: the base parameters.
+      *args: example arguments for `fn`, shapes are enough; see `lora_jax.plan`.
+      name_map: as for `load_peft`.
+      roles: as for `load_peft`.
+      **kwargs: more example arguments for `fn`.
+
+    Returns:
+      `params` with LoRA leaves, and the config.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_mlx`; also when the adapter is of another model: one
+        message names all that is missing, left over or misshapen.
+    """
+    check_function("hf.load_mlx(directory, fn, params, *args)", fn)
+    config, tensors = read_mlx(directory)
+    return attach(
+        config,
+        tensors,
+        lambda c: plan(replace(c, roles=roles or {}), fn, params, *args, **kwargs),
+        params,
+        source=str(directory),
+        name_map=name_map or recognise(leaves_by_path(params)),
+    )
 
 
 def write_mlx(
@@ -76,6 +161,10 @@ def write_mlx(
 def read_mlx(directory: str | os.PathLike) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """Reads an adapter of mlx-lm without a model.
 
+    Args:
+      directory: holds `adapter_config.json` and `adapters.safetensors`; a Hub id (`owner/name`) is
+        looked for in the cache, then fetched.
+
     Returns:
       The config, whose targets are the whole names of the modules, and PEFT's tensors by name.
 
@@ -83,7 +172,7 @@ def read_mlx(directory: str | os.PathLike) -> tuple[LoraConfig, dict[str, np.nda
       FileNotFoundError: a file is missing.
       ValueError: a file is damaged, or the adapter is no LoRA (`fine_tune_type`).
     """
-    root = Path(directory)
+    root = local(directory)
     check_links(root)
     path = root / CONFIG_FILE
     fields = read_object(path)

@@ -178,9 +178,7 @@ def _check_mlx(source: str | Path, step: int | None) -> None:
 
 
 def _read_mlx(source: str | Path, base: Any = None) -> Content:
-    from lora_jax.hf.mlx import read_mlx
-
-    return Content(*read_mlx(source))
+    return Content(*hf.read_mlx(source))
 
 
 def _load_mlx(
@@ -193,8 +191,7 @@ def _load_mlx(
 def _save_mlx(
     adapter: OnModel, output: str | Path, *, base_model_name: str | None, dtype: str
 ) -> None:
-    fields, tensors = hf.to_peft(adapter.lora_params, adapter.config)
-    _write_mlx(Content(LoraConfig.from_peft(fields), tensors), output, base=None, dtype=dtype)
+    hf.save_mlx(output, adapter.lora_params, adapter.config)
 
 
 def _write_mlx(content: Content, output: str | Path, *, base: Any, dtype: str) -> None:

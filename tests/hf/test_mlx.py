@@ -2,10 +2,12 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import lora_jax as lora
 from lora_jax import hf
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.mlx import MLX_FILE, read_mlx, write_mlx
@@ -67,6 +69,26 @@ def test_it_is_converted_from_and_to_peft_and_described(tmp_path):
         np.testing.assert_array_equal(other[name], one[name])
     assert hf.read_peft(tmp_path / "peft")[0].alpha == config.alpha
     assert "MLX adapter" in inspect(str(tmp_path / "a"))
+
+
+def test_a_tree_goes_to_mlx_and_back_under_a_name_map(tmp_path):
+    using = hf.name_map(
+        "two layers", [("blocks.w", "model.layers.{}.mlp.up_proj.weight", "o i -> l i o")]
+    )
+    params = {"blocks": {"w": np.ones((2, 6, 4), np.float32)}}
+    x = np.ones((3, 6), np.float32)
+
+    def model(params, x):
+        return jax.lax.map(lambda w: x @ w, params["blocks"]["w"])
+
+    config = LoraConfig(rank=2, alpha=6, target_modules=("w",), init="random")
+    tree = lora.init(jax.random.key(0), lora.plan(config, model, params, x), params)
+    hf.save_mlx(tmp_path / "a", tree, config, name_map=using)
+    saved = load_file(tmp_path / "a" / MLX_FILE)
+    assert saved["model.layers.1.mlp.up_proj.lora_a"].shape == (6, 2)
+    again, found = hf.load_mlx(tmp_path / "a", model, params, x, name_map=using)
+    assert found.rank == 2 and found.alpha == 6
+    jax.tree.map(np.testing.assert_array_equal, again, tree)
 
 
 @pytest.mark.parametrize(
