@@ -12,8 +12,8 @@
     )
 
 Left is a leaf's path here, right the tensor there; `*` is anything and `{}` a number, the same on
-both sides. A `{}` on the right only numbers the layers stacked on the leaf, and `{k,v}` names what is
-stacked: `self_attn.{k,v}_proj.weight` are two tensors of one leaf. The third entry is the layout of
+both sides. A `{}` on the right only numbers the layers stacked on the leaf, and `{k,v}` names them:
+`self_attn.{k,v}_proj.weight` are two tensors of one leaf. The third entry is the layout of
 the dimensions (`lora_jax.hf.name_maps.layout`); without it they are in the same order, after the
 stacks. The first rule that matches a leaf applies.
 
