@@ -64,12 +64,16 @@ def _deciding(uses: Sequence[Use]) -> Use | None:
     """The use that decides the roles: a lookup, else the first contraction, else a similar use.
 
     A contraction with an argument comes before one with a constant, such as the vectors of a
-    spectral norm.
+    spectral norm, and rows by constant indices that no argument meets are those of a table, such as
+    one of distances between tokens.
     """
+    table = any(use.kind == "rows" for use in uses)
     # A table that is tied to the head is both looked up and contracted: the lookup decides, as in
     # PEFT.
     for kind in ("lookup", "contract", "transform", "rows"):
         of_kind = [use for use in uses if use.kind == kind]
+        if kind == "contract" and table and all(use.constant for use in of_kind):
+            continue
         if of_kind:
             # `min` returns the first of equals, in the order of the function.
             return min(of_kind, key=lambda use: use.constant and kind == "contract")

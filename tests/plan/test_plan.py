@@ -268,3 +268,22 @@ def test_python_branches_on_concrete_parameters_are_allowed():
     config = lora.LoraConfig(rank=2, target_modules=("w",))
     plan = lora.plan(config, branching, params, shaped(1, 8), True)
     assert len(plan.by_path()["w"].uses) == 2
+
+
+def test_rows_by_constant_indices_that_meet_weights_alone_are_a_tables():
+    """A table of distances between tokens, which the projection of keys maps."""
+    rows = np.array([3, 0, 1, 1])
+
+    def scores(p, x):
+        return (x @ p["k"]) @ (p["table"][rows] @ p["k"]).T
+
+    params = {"k": shaped(8, 6), "table": shaped(4, 8)}
+    leaf = lora.plan(lora.LoraConfig(rank=2, target_modules="table"), scores, params, shaped(2, 8))
+    assert leaf.by_path()["table"].roles == "io" and leaf.by_path()["table"].lookup
+
+    def permuted(p, x):
+        return x @ p["table"][rows]
+
+    params = {"table": shaped(4, 8)}
+    leaf = lora.plan(lora.LoraConfig(rank=2), permuted, params, shaped(2, 4)).by_path()["table"]
+    assert leaf.roles == "io" and not leaf.lookup
