@@ -1,4 +1,4 @@
-"""Encoders (BERT, RoBERTa, ELECTRA, DistilBERT): embeddings, blocks, and the head of a task.
+"""Encoders of the BERT family: embeddings, blocks, and the head of a task.
 
 Modules and parameters are Flax NNX's, module names are Hugging Face's. The blocks run as one
 `jax.lax.scan` over their stacked parameters, or one after the other if they are not stacked.
@@ -9,6 +9,7 @@ Sources: Liu et al. 2019, arXiv:1907.11692; Clark et al. 2020, arXiv:2003.10555.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
-from lora_jax.models import modernbert
+from lora_jax.models import deberta, modernbert
 from lora_jax.models.bert_config import (
     ANSWERS,
     CLASSIFICATION,
@@ -48,12 +49,21 @@ class Stack(nnx.Module):
     """The blocks.
 
     `layer` is one block whose parameters have a leading axis L (`scan`), or a dictionary of L
-    blocks named by their number.
+    blocks named by their number. DeBERTa's have a table of distances in common.
     """
 
     def __init__(self, build: Build, *, scan: bool) -> None:
-        numbers = range(build.config.num_hidden_layers)
-        block = DistilLayer if build.config.kind.head == "distilbert" else Layer
+        config = build.config
+        numbers = range(config.num_hidden_layers)
+        block = {
+            "distilbert": DistilLayer,
+            "deberta": partial(Layer, attention=deberta.SelfAttention),
+        }.get(config.kind.head, Layer)
+        if config.kind.head == "deberta":
+            if config.own.distances:
+                self.rel_embeddings = build.table(2 * config.own.span)
+            if config.own.normed:
+                self.LayerNorm = build.norm()
         self.layer = block(build) if scan else nnx.Dict({str(i): block(build) for i in numbers})
 
 
@@ -62,7 +72,8 @@ class Encoder(nnx.Module):
 
     def __init__(self, build: Build, *, scan: bool) -> None:
         config = build.config
-        self.blocks = config.kind.blocks
+        self.blocks, self.own = config.kind.blocks, config.own
+        self.measured = config.kind.head == "deberta" and config.own.distances > 0
         self.embeddings = Embeddings(build)
         self.projects = config.embedded_size != config.hidden_size
         if self.projects:
@@ -75,6 +86,14 @@ class Encoder(nnx.Module):
     def stack(self) -> Any:
         """The blocks."""
         return getattr(self, self.blocks).layer
+
+    def distances(self, tokens: int) -> Float[Array, "c d"] | None:
+        """DeBERTa's vectors of the distances between so many tokens."""
+        if not self.measured:
+            return None
+        found: Any = getattr(self, self.blocks)
+        vectors = found.rel_embeddings(deberta.distance_rows(tokens, self.own))
+        return found.LayerNorm(vectors) if self.own.normed else vectors
 
     def final(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """The hidden states, which are the last block's."""
@@ -123,6 +142,22 @@ class LMHead(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((build.config.vocab_size,), build.param_dtype))
 
 
+class WordHead(nnx.Module):
+    """DeBERTa's masked-LM head; its table is the word embedding."""
+
+    def __init__(self, build: Build) -> None:
+        self.dense = build.linear(build.config.hidden_size, build.config.hidden_size)
+        self.LayerNorm = build.norm()
+        self.bias = nnx.Param(jnp.zeros((build.config.vocab_size,), build.param_dtype))
+
+
+class LMPredictions(nnx.Module):
+    """The level that Hugging Face names `lm_predictions` around DeBERTa's masked-LM head."""
+
+    def __init__(self, build: Build) -> None:
+        self.lm_head = WordHead(build)
+
+
 class Bias(nnx.Module):
     """What DistilBERT's masked-LM head has of its own beside the word embedding."""
 
@@ -154,9 +189,12 @@ class Headed(nnx.Module):
         elif config.task == CLASSIFICATION and head in ("roberta", "electra"):
             self.classifier = FirstTokenHead(build)
         elif config.task == CLASSIFICATION:
-            # It reads the result of another layer, which `logits` gives it: BERT's pooler, or this.
+            # It reads the result of another layer, which `logits` gives it: BERT's pooler, or one
+            # of these.
             if head == "distilbert":
                 self.pre_classifier = build.linear(width, width)
+            elif head == "deberta":
+                self.pooler = Dense(width, build)
             self.classifier = build.linear(width, len(config.labels))
         elif head == "distilbert":
             self.vocab_transform = build.linear(width, width)
@@ -164,6 +202,8 @@ class Headed(nnx.Module):
             self.vocab_projector = Bias(build)
         elif head == "roberta":
             self.lm_head = LMHead(build)
+        elif head == "deberta" and not config.own.legacy:
+            self.lm_predictions = LMPredictions(build)
         else:
             self.cls = Cls(build)
 
@@ -173,7 +213,7 @@ def make(
 ) -> nnx.Module:
     """Makes the module for a config's task: the bare encoder, or one with a head."""
     build = Build(config, dtype, param_dtype, rngs)
-    if config.own is not None:
+    if config.kind.head == "modernbert":
         return modernbert.make(build, scan=scan)
     return (Encoder if config.task == FEATURES else Headed)(build, scan=scan)
 
@@ -218,8 +258,9 @@ def hidden_states(
     if token_type_ids is None:
         token_type_ids = jnp.zeros_like(tokens)
     # Keys that all queries and heads attend to, (b, 1, 1, t).
-    turned = () if config.own is None else modernbert.rotations(config, positions)
-    by = Attending(of_whole_rows(mask, over), over, turned)
+    modern = config.kind.head == "modernbert"
+    turned = modernbert.rotations(config, positions) if modern else ()
+    by = Attending(of_whole_rows(mask, over), over, turned, encoder.distances(tokens.shape[1]))
     x = encoder.embed(tokens, token_type_ids, positions)
     x = run_blocks(
         encoder.stack,
@@ -243,7 +284,7 @@ def logits(
     mask: Bool[AnyArray, "b t"] | None = None,
 ) -> Array:
     """The head's float32 logits: (b, c) of a classifier, else (b, t, ·), two for answers."""
-    if config.own is not None:
+    if config.kind.head == "modernbert":
         return modernbert.logits(module, config, hidden, mask)
     encoder = encoder_of(module, config)
     if config.task == MASKED_LM:
@@ -256,6 +297,9 @@ def logits(
     first = hidden[:, 0]
     if config.kind.head == "bert":
         return head(pooled(encoder, hidden)).astype(jnp.float32)
+    if config.kind.head == "deberta":
+        act = ACTIVATIONS[config.own.pooler_act]
+        return head(act(module.pooler.dense(first))).astype(jnp.float32)
     if config.kind.head == "distilbert":
         return head(jax.nn.relu(module.pre_classifier(first))).astype(jnp.float32)
     act = jnp.tanh if config.kind.head == "roberta" else ACTIVATIONS["gelu"]
@@ -274,6 +318,9 @@ def _vocabulary(
         head = module.lm_head
         # transformers' RobertaLMHead has a gelu, whatever `hidden_act` is.
         x = head.layer_norm(ACTIVATIONS["gelu"](head.dense(hidden)))
+    elif config.kind.head == "deberta" and not config.own.legacy:
+        head = module.lm_predictions.lm_head
+        x = head.LayerNorm(ACTIVATIONS[config.hidden_act](head.dense(hidden)))
     else:
         head = module.cls.predictions
         x = ACTIVATIONS[config.hidden_act](head.transform.dense(hidden))

@@ -6,8 +6,19 @@ written but not applied: adapters have their own.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Literal
 
+from lora_jax.models.bert_kinds import (
+    ANSWERS,
+    CLASSIFICATION,
+    FEATURES,
+    KINDS,
+    MASKED_LM,
+    TASKS,
+    TOKENS,
+    Kind,
+    Task,
+)
 from lora_jax.models.classifier import labels_of, write_labels
 from lora_jax.models.dialect import (
     check_fixed,
@@ -16,141 +27,10 @@ from lora_jax.models.dialect import (
     tuple_of,
 )
 from lora_jax.models.layers import ACTIVATIONS
-from lora_jax.models.modern_config import KNOWN, read_modern, write_modern
 from lora_jax.models.ranges import check_fields, check_raw
-
-FEATURES: Final = "features"
-CLASSIFICATION: Final = "sequence-classification"
-MASKED_LM: Final = "masked-lm"
-TOKENS: Final = "token-classification"
-ANSWERS: Final = "question-answering"
-Task = Literal[
-    "features", "sequence-classification", "masked-lm", "token-classification",
-    "question-answering",
-]  # fmt: skip
-TASKS: tuple[Task, ...] = get_args(Task)
-
 
 # Hugging Face's names of the losses of a classifier.
 Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
-
-
-class Kind(NamedTuple):
-    """How one model type differs from BERT.
-
-    Attributes:
-      prefix: the module that holds the encoder in a model with a head.
-      classes: Hugging Face's class for each task.
-      defaults: the values that transformers uses for fields missing in config.json.
-      head: whose heads it has. Only BERT's classifier reads a pooler; the others have layers of
-        their own on the first hidden state.
-      offset_positions: count positions over the tokens that are not padding, from
-        `pad_token_id + 1` (as fairseq does), not from 0 over all tokens.
-      blocks: the module that holds the blocks.
-      typed: tokens have types, with vectors of their own.
-      fields: our names of fields and those in config.json, where these differ.
-      fixed: fields of config.json with the one value that the forward has.
-      own: ModernBERT's fields are read too, as `BertConfig.own`.
-    """
-
-    prefix: str
-    classes: Mapping[Task, str]
-    defaults: Mapping[str, Any]
-    head: Literal["bert", "roberta", "electra", "distilbert", "modernbert"] = "bert"
-    offset_positions: bool = False
-    blocks: str = "encoder"
-    typed: bool = True
-    fields: Mapping[str, str] = {}
-    fixed: Mapping[str, Any] = {}
-    own: bool = False
-
-
-def _classes(name: str) -> dict[Task, str]:
-    return {
-        FEATURES: f"{name}Model",
-        CLASSIFICATION: f"{name}ForSequenceClassification",
-        MASKED_LM: f"{name}ForMaskedLM",
-        TOKENS: f"{name}ForTokenClassification",
-        ANSWERS: f"{name}ForQuestionAnswering",
-    }
-
-
-_DISTILBERT_FIELDS = {
-    "hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads", "hidden_act": "activation", "hidden_dropout_prob": "dropout",
-    "attention_probs_dropout_prob": "attention_dropout",
-    "classifier_dropout": "seq_classif_dropout",
-}  # fmt: skip
-
-
-_BERT_DEFAULTS = {
-    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "intermediate_size": 3072, "max_position_embeddings": 512, "pad_token_id": 0,
-}  # fmt: skip
-_ROBERTA_DEFAULTS = {
-    **_BERT_DEFAULTS, "vocab_size": 50265, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
-}  # fmt: skip
-
-
-def _roberta(name: str, vocab_size: int) -> Kind:
-    return Kind(
-        prefix="roberta",
-        classes=_classes(name),
-        defaults={**_ROBERTA_DEFAULTS, "vocab_size": vocab_size},
-        head="roberta",
-        offset_positions=True,
-    )
-
-
-KINDS: Mapping[str, Kind] = {
-    "bert": Kind(prefix="bert", classes=_classes("Bert"), defaults=_BERT_DEFAULTS),
-    "roberta": _roberta("Roberta", 50265),
-    "xlm-roberta": _roberta("XLMRoberta", 30522),
-    "camembert": _roberta("Camembert", 30522),
-    "electra": Kind(
-        prefix="electra",
-        # Its masked-LM head belongs to another model, the generator.
-        classes={task: name for task, name in _classes("Electra").items() if task != MASKED_LM},
-        defaults={
-            **_BERT_DEFAULTS, "embedding_size": 128, "hidden_size": 256, "num_attention_heads": 4,
-            "intermediate_size": 1024,
-        },
-        head="electra",
-    ),
-    "distilbert": Kind(
-        prefix="distilbert",
-        classes=_classes("DistilBert"),
-        defaults={
-            **_BERT_DEFAULTS, "num_hidden_layers": 6, "classifier_dropout": 0.2,
-        },
-        head="distilbert",
-        blocks="transformer",
-        typed=False,
-        fields=_DISTILBERT_FIELDS,
-        fixed={"layer_norm_eps": 1e-12, "type_vocab_size": 2},
-    ),
-    "modernbert": Kind(
-        prefix="model",
-        classes=_classes("ModernBert"),
-        defaults={
-            "vocab_size": 50368, "hidden_size": 768, "num_hidden_layers": 22,
-            "num_attention_heads": 12, "intermediate_size": 1152, "max_position_embeddings": 8192,
-            "pad_token_id": 50283, "bos_token_id": 50281, "eos_token_id": 50282,
-            "layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.0, "classifier_dropout": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-        },
-        head="modernbert",
-        blocks="layers",
-        typed=False,
-        fields={
-            "hidden_act": "hidden_activation", "layer_norm_eps": "norm_eps",
-            "hidden_dropout_prob": "mlp_dropout",
-            "attention_probs_dropout_prob": "attention_dropout",
-        },
-        fixed={"type_vocab_size": 2},
-        own=True,
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +60,7 @@ class BertConfig:
       problem_type: the loss that transformers would use, or None; read and written only.
       hidden_dropout_prob, attention_probs_dropout_prob, classifier_dropout: read and
         written only.
-      own: what ModernBERT has beside these, or None.
+      own: what ModernBERT or DeBERTa have beside these, or None.
     """
 
     model_type: str = "bert"
@@ -217,6 +97,11 @@ class BertConfig:
         _one_of("model_type", self.model_type, KINDS)
         _one_of("task", self.task, TASKS)
         _one_of("hidden_act", self.hidden_act, ACTIVATIONS)
+        if self.kind.typed and self.type_vocab_size < 1 and self.kind.head != "deberta":
+            raise ValueError(
+                f"config: `type_vocab_size` of `{self.model_type}` must be at least 1, got "
+                f"{self.type_vocab_size}"
+            )
         if self.task == ANSWERS and len(self.labels) != 2:
             raise ValueError(
                 f"config: task `{ANSWERS}` has two logits a token, start and end, got "
@@ -247,7 +132,18 @@ class BertConfig:
     @property
     def slides(self) -> tuple[bool, ...]:
         """For each block whether its tokens attend to those nearby alone."""
-        return (False,) * self.num_hidden_layers if self.own is None else self.own.slides
+        modern = self.kind.head == "modernbert"
+        return self.own.slides if modern else (False,) * self.num_hidden_layers
+
+    @property
+    def typed(self) -> bool:
+        """Whether tokens have types, with vectors of their own."""
+        return self.kind.typed and self.type_vocab_size > 0
+
+    @property
+    def placed(self) -> bool:
+        """Whether there is a table of positions."""
+        return self.kind.head != "deberta" or self.own.placed
 
     @property
     def embedded_size(self) -> int:
@@ -271,13 +167,16 @@ class BertConfig:
             return ()
         distilled = self.kind.head == "distilbert"
         if self.task == CLASSIFICATION:
-            return ("classifier.", "pre_classifier.") if distilled else ("classifier.",)
-        if self.own is not None:
+            before = {"distilbert": ("pre_classifier.",), "deberta": ("pooler.",)}
+            return ("classifier.", *before.get(self.kind.head, ()))
+        if self.kind.head == "modernbert":
             return ("head.", "decoder." if self.task == MASKED_LM else "classifier.")
         if self.task in (TOKENS, ANSWERS):
             return ("classifier.",) if self.task == TOKENS else ("qa_outputs.",)
         if distilled:
             return ("vocab_",)
+        if self.kind.head == "deberta" and not self.own.legacy:
+            return ("lm_predictions.",)
         return ("lm_head.",) if self.kind.head == "roberta" else ("cls.predictions.",)
 
     @property
@@ -306,7 +205,8 @@ class BertConfig:
         # Under their own names: ModernBERT's files have BERT's `layer_norm_eps` too, unused.
         stated = {name: x for name, x in raw.items() if kind.fields.get(name) not in raw}
         raw = {ours.get(name, name): value for name, value in stated.items()}
-        refuse_unsupported(raw, (*_PLAIN, *_CARRIED, *(KNOWN if kind.own else ())), _NEUTRAL)
+        own = kind.own.known if kind.own else ()
+        refuse_unsupported(raw, (*_PLAIN, *_CARRIED, *own), _NEUTRAL)
         check_fixed(raw, kind.fixed)
         if kind.head != "electra":
             check_fixed(raw, {"embedding_size": None})
@@ -325,7 +225,7 @@ class BertConfig:
             pooler=(task == FEATURES and kind.head in ("bert", "roberta"))
             or (task == CLASSIFICATION and kind.head == "bert"),
             labels=labels_of(given),
-            own=read_modern(given) if kind.own else None,
+            own=kind.own.read(given) if kind.own else None,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -338,7 +238,7 @@ class BertConfig:
         out = {kind.fields.get(name, name): value for name, value in plain.items()}
         out["eos_token_id"] = scalar_if_one(self.eos_token_ids)
         out["architectures"] = [self.kind.classes[self.task]]
-        more = {} if self.own is None else write_modern(self.own)
+        more = {} if kind.own is None else kind.own.write(self.own)
         return {**out, **write_labels(self.labels), **more}
 
 

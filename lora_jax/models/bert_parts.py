@@ -34,11 +34,13 @@ class Attending(NamedTuple):
       mask: true at the keys, of all heads; None for all.
       over: the axis of the mesh that the tokens of a row are spread over, or None.
       rotations: of queries and keys, in blocks that slide and in others; () is none.
+      distances: DeBERTa's vectors of all distances, see `lora_jax.models.deberta`.
     """
 
     mask: Bool[AnyArray, "b s"] | None
     over: str | None
     rotations: tuple[Rotation, ...] = ()
+    distances: Float[Array, "c d"] | None = None
 
 
 class Build(NamedTuple):
@@ -72,8 +74,9 @@ class Embeddings(nnx.Module):
     def __init__(self, build: Build) -> None:
         config = build.config
         self.word_embeddings = build.table(config.vocab_size)
-        self.position_embeddings = build.table(config.max_position_embeddings)
-        self.typed = config.kind.typed
+        self.placed, self.typed = config.placed, config.typed
+        if self.placed:
+            self.position_embeddings = build.table(config.max_position_embeddings)
         if self.typed:
             self.token_type_embeddings = build.table(config.type_vocab_size)
         self.LayerNorm = build.norm(config.embedded_size)
@@ -84,7 +87,9 @@ class Embeddings(nnx.Module):
         token_type_ids: Int[AnyArray, "b t"],
         positions: Int[AnyArray, "#b t"],
     ) -> Float[Array, "b t d"]:
-        x = self.word_embeddings(tokens) + self.position_embeddings(positions)
+        x = self.word_embeddings(tokens)
+        if self.placed:
+            x = x + self.position_embeddings(positions)
         if self.typed:
             x = x + self.token_type_embeddings(token_type_ids)
         return self.LayerNorm(x)
@@ -159,8 +164,8 @@ class Output(nnx.Module):
 class Attention(nnx.Module):
     """Attention and its output layer; `Layer` calls the two."""
 
-    def __init__(self, build: Build) -> None:
-        self.self = SelfAttention(build)
+    def __init__(self, build: Build, attention: Callable[[Build], Any]) -> None:
+        self.self = attention(build)
         self.output = Output(build.config.hidden_size, build)
 
 
@@ -174,10 +179,10 @@ class Dense(nnx.Module):
 class Layer(nnx.Module):
     """One block."""
 
-    def __init__(self, build: Build) -> None:
+    def __init__(self, build: Build, *, attention: Callable[[Build], Any] = SelfAttention) -> None:
         config = build.config
         self.act = config.hidden_act
-        self.attention = Attention(build)
+        self.attention = Attention(build, attention)
         self.intermediate = Dense(config.intermediate_size, build)
         self.output = Output(config.intermediate_size, build)
 

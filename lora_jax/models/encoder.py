@@ -45,6 +45,12 @@ class EncoderForward:
 
     def __post_init__(self) -> None:
         check_options(self.dtype, self.param_dtype, self.remat)
+        if self.tokens is not None and self.config.kind.head == "deberta":
+            raise ValueError(
+                f'the mesh has an axis "{self.tokens}", but attention by distance of '
+                f"`{self.config.model_type}` needs whole rows: spread rows and weights instead "
+                "(data, fsdp)"
+            )
 
     @property
     def module(self) -> Callable[..., nnx.Module]:
@@ -155,7 +161,7 @@ class EncoderForward:
         # Only a model with a head has the family's prefix around the encoder.
         inside = () if self.config.task == FEATURES else (self.config.kind.prefix,)
         count, kind = self.config.num_hidden_layers, self.config.kind
-        blocks = (kind.blocks,) if kind.own else (kind.blocks, "layer")
+        blocks = (kind.blocks,) if kind.blocks == "layers" else (kind.blocks, "layer")
         return stacked(shapes, (*inside, *blocks), count) if self.scan else shapes
 
 
@@ -164,11 +170,16 @@ def _check(
 ) -> None:
     check_inputs(tokens, mask)
     shape = jnp.shape(tokens)
-    if shape[1] > config.context:
+    if config.placed and shape[1] > config.context:
         raise ValueError(
             f"`tokens` of shape {shape} are longer than the model's context of {config.context}"
         )
-    if token_type_ids is not None and not config.kind.typed:
+    if positions is not None and not config.placed:
+        raise ValueError(
+            f"`positions` came for `{config.model_type}`, which has no table of them: leave them "
+            "out"
+        )
+    if token_type_ids is not None and not config.typed:
         raise ValueError(
             f"`token_type_ids` came for `{config.model_type}`, whose tokens have no types: leave "
             "them out"

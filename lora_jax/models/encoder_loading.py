@@ -159,6 +159,8 @@ def _as_ours(weights: Weights, config: BertConfig, *, chosen: bool) -> Weights:
         bare = name.removeprefix(prefix) if inside else name
         if bare in _CONSTANTS or (chosen and not _belongs(bare, inside, config)):
             continue
+        if not config.placed and bare == "embeddings.position_embeddings.weight":
+            continue  # Microsoft's files have a table that is not used
         ours = prefix + bare if inside and config.task != FEATURES else bare
         ours = ours.replace("LayerNorm.gamma", "LayerNorm.weight")
         theirs[ours.replace("LayerNorm.beta", "LayerNorm.bias")] = name

@@ -176,8 +176,9 @@ def mix(
     *,
     seen: Bool[Array, "#b 1 #t s"] | None,
     by: Mixing = PLAIN,
+    bias: Float[Array, "#b n t s"] | None = None,
 ) -> Float[Array, "b t n h"]:
-    """Values weighted by their keys: `softmax(cap(scale · q kᵀ)) v`.
+    """Values weighted by their keys: `softmax(cap(scale · q kᵀ) + bias) v`.
 
     The M = T·N/K queries of a key head are one matrix, and all arrays of scores have this order of
     axes: on a CPU, the transposes of scores take longer than the products. The softmax divides the
@@ -188,6 +189,7 @@ def mix(
       k, v: keys and values.
       seen: the keys that each query attends to; None for all.
       by: scale, soft cap and sinks.
+      bias: added to the scores; None adds nothing.
     """
     q, sinks = (q[..., :-1], q[..., -1]) if by.sinks else (q, None)  # sinks: (b, t, n)
     (b, t, n, h), (s, heads) = q.shape, k.shape[1:3]
@@ -202,6 +204,8 @@ def mix(
     logits = logits * scale
     if by.softcap is not None:
         logits = jnp.tanh(logits / by.softcap) * by.softcap
+    if bias is not None:
+        logits = logits + bias.reshape(-1, heads, logits.shape[2], s)
     if seen is not None:
         # Not -inf: a row of padding attends to nothing, and its gradient would be NaN. The factor
         # is that of `jax.nn.dot_product_attention`.

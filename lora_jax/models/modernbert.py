@@ -103,6 +103,9 @@ class Encoder(nnx.Module):
         self.layers = stack_of(first, lambda one: Layer(build, first=one), scan=scan)
         self.final_norm = _norm(build)
 
+    def distances(self, tokens: int) -> None:
+        """None: DeBERTa alone has a table of distances."""
+
     @property
     def stack(self) -> Any:
         """The blocks."""

@@ -1,6 +1,7 @@
 """The encoders against transformers on the same random weights, in float32."""
 
 import copy
+import dataclasses
 import json
 import warnings
 from typing import Any
@@ -84,7 +85,33 @@ CASES = {
     ),
     "modernbert marks tokens": ("modernbert", "token-classification", dict(num_labels=5)),
     "modernbert finds answers": ("modernbert", "question-answering", {}),
+    "deberta": ("deberta-v2", "features", {}),
+    "deberta classifies": ("deberta-v2", "sequence-classification", dict(num_labels=3)),
+    "deberta guesses words": ("deberta-v2", "masked-lm", {}),
+    "deberta guesses words by the new head": ("deberta-v2", "masked-lm", dict(legacy=False)),
+    "deberta with projections of distances": (
+        "deberta-v2", "token-classification",
+        dict(
+            num_labels=5, share_att_key=False, position_buckets=-1, max_relative_positions=5,
+            norm_rel_ebd="none",
+        ),
+    ),
+    "deberta by the distance of queries": (
+        "deberta-v2", "features",
+        dict(
+            share_att_key=False, pos_att_type=["c2p"], position_biased_input=True,
+            type_vocab_size=2,
+        ),
+    ),
+    "deberta without distances": ("deberta-v2", "features", dict(relative_attention=False)),
+    "deberta finds answers": ("deberta-v2", "question-answering", {}),
 }  # fmt: skip
+# As the public files of version 3, but that distances share rows of the table from 3 on.
+DEBERTA = dict(
+    SIZES, relative_attention=True, position_buckets=4, norm_rel_ebd="layer_norm",
+    share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0,
+    max_relative_positions=-1,
+)  # fmt: skip
 MODERN = dict(
     {name: size for name, size in SIZES.items() if name != "type_vocab_size"}, local_attention=4,
     bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3,
@@ -96,7 +123,7 @@ def saved(tmp_path_factory):
     """Makes and saves the model of a case, once."""
     fields = {
         case: {
-            **{"distilbert": DISTIL, "modernbert": MODERN}.get(kind, SIZES),
+            **{"distilbert": DISTIL, "modernbert": MODERN, "deberta-v2": DEBERTA}.get(kind, SIZES),
             "model_type": kind,
             "auto": CLASSES[task],
             **SPREAD,
@@ -118,7 +145,7 @@ def texts(padding_id=1):
 
 def typed(config, types) -> dict:
     """The types of tokens, for a model that has any."""
-    untyped = config.model_type in ("distilbert", "modernbert")
+    untyped = config.model_type in ("distilbert", "modernbert") or not config.type_vocab_size
     return {} if untyped else {"token_type_ids": types}
 
 
@@ -156,8 +183,8 @@ def compare(model, got, want, mask):
         close(got[mask], ends[mask])
     elif model.config.task != "sequence-classification":
         close(got[mask], want["logits"][mask])
-    elif getattr(model.config.own, "pooling", None) == "cls":
-        # With a window, what padding in the first place attends to is nothing.
+    elif model.config.own is not None and getattr(model.config.own, "pooling", "cls") == "cls":
+        # With a window, and in DeBERTa, what padding in the first place attends to is nothing.
         close(got[mask[:, 0]], want["logits"][mask[:, 0]])
     else:
         close(got, want["logits"])
@@ -172,7 +199,9 @@ def answer(saved, case, mask, tokens, types):
 
 # Their blocks are those of other cases.
 LATER = [case for case in CASES if case.endswith((" tokens", " answers"))]
-LATER[1:1] = [case for case in CASES if case.startswith("modernbert") and case not in LATER][1:]
+LATER[1:1] = [
+    case for case in CASES if case.startswith(("modernbert ", "deberta ")) and case not in LATER
+]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +269,61 @@ def test_modernbert_reads_what_its_files_had_before(saved):
     ropes = {"full_attention": {"rope_type": "yarn", "factor": 2.0}}
     with pytest.raises(ValueError, match="`rope_parameters` of type `yarn` are not supported"):
         BertConfig.from_hf({**fields, "rope_parameters": ropes})
+
+
+@pytest.mark.slow
+def test_deberta_reads_microsofts_files(saved, tmp_path):
+    """Words for lists, no class, a table of positions that is not used, and two other heads."""
+    case = "deberta guesses words by the new head"
+    model = models.load(saved(case).directory)
+    raw = {**model.config.to_hf(), "pos_att_type": "p2c|c2p", "norm_rel_ebd": "layer_norm"}
+    del raw["architectures"], raw["legacy"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    tensors = load_file(saved(case).directory / "model.safetensors")
+    unused = np.ones((40, 32), np.float32)
+    tensors |= {"deberta.embeddings.position_embeddings.weight": unused}
+    tensors |= {"mask_predictions.dense.weight": unused}
+    save_file(tensors, tmp_path / "model.safetensors")
+    options: Any = dict(
+        task="sequence-classification", labels=("a", "b"), fresh_head=jax.random.key(0)
+    )
+    read = models.load_encoder(tmp_path, **options)
+    for name in ("embeddings", "encoder"):
+        jax.tree.map(
+            np.testing.assert_array_equal, read.params["deberta"][name],
+            model.params["deberta"][name],
+        )  # fmt: skip
+    assert set(read.params) == {"deberta", "pooler", "classifier"}
+
+
+@pytest.mark.slow
+def test_deberta_reads_rows_longer_than_its_distances(saved):
+    case = "deberta with projections of distances"
+    model = models.load(saved(case).directory)
+    tokens = np.array(jax.random.randint(jax.random.key(2), (2, 60), 4, 97))
+    mask = np.arange(60) < np.array([[60], [51]])
+    want = oracle(
+        f"{PLACE}/{case}.long", lambda: theirs(saved(case).model(), tokens, mask, 0 * tokens)
+    )
+    got = quick(model.apply)(model.params, tokens, mask=jnp.asarray(mask))
+    compare(model, got, want, mask)
+
+
+def test_what_deberta_has_not_is_refused(saved):
+    raw = models.load(saved("deberta").directory).config.to_hf()
+    for fields, text in (
+        (dict(conv_kernel_size=3), "`conv_kernel_size` 3 is not supported for `deberta-v2`"),
+        (dict(norm_rel_ebd="batch_norm"), "`norm_rel_ebd` must be of none, layer_norm"),
+        (dict(pos_att_type=["p2p"]), "`pos_att_type` must be of c2p, p2c"),
+        (dict(position_buckets=2.5), "`position_buckets` must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            BertConfig.from_hf({**raw, **fields})
+    model = models.load(saved("deberta").directory)
+    with pytest.raises(ValueError, match="`positions` came for `deberta-v2`, which has no table"):
+        model.apply(model.params, np.ones((1, 3), int), positions=np.ones((1, 3), int))
+    with pytest.raises(ValueError, match='axis "context", but attention by distance'):
+        dataclasses.replace(model.forward, tokens="context")
 
 
 def test_roberta_counts_tokens_by_the_padding_id_not_by_the_mask(saved):

@@ -71,6 +71,17 @@ MODELS = {
         bos_token_id=2,
         eos_token_id=3,
     ),
+    "deberta": dict(
+        CLASSIFIER,
+        model_type="deberta-v2",
+        type_vocab_size=0,
+        relative_attention=True,
+        position_buckets=4,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+    ),
     "tokens": dict(SIZES, model_type="bert", auto="AutoModelForTokenClassification"),
     "answers": dict(
         {**SIZES, "num_labels": 2}, model_type="roberta", auto="AutoModelForQuestionAnswering"
@@ -141,7 +152,7 @@ def bases(made):
     """Our models of both kinds, each loaded once."""
     return {
         kind: lora.models.load(made(kind).directory)
-        for kind in ("bert", "roberta", "electra", "distilbert", "llama", "modernbert")
+        for kind in ("bert", "roberta", "electra", "distilbert", "llama", "modernbert", "deberta")
     }
 
 
@@ -167,6 +178,7 @@ OTHERS = [
     # "all-linear" of PEFT takes DistilBERT's classifier, and then cannot train it whole.
     *(("distilbert", case) for case in CASES if case not in ("one-layer", "all-linear-rslora")),
     *(("modernbert", case) for case in CASES if case not in ("bias-saved", "one-layer")),
+    *(("deberta", case) for case in CASES),
     *(("llama", case) for case in CASES if case != "bias-saved"),
 ]
 LLAMA = {
@@ -181,6 +193,12 @@ MODERN = {
     r"layer\.1\.attention\.self\.query": r"layers\.1\.attn\.Wqkv",
     r".*\.2\.output\.dense": r".*\.2\.mlp\.Wo",
 }  # fmt: skip
+DEBERTA = {
+    "query": "query_proj",
+    "key": "key_proj",
+    "value": "value_proj",
+    r"layer\.1\.attention\.self\.query": r"layer\.1\.attention\.self\.query_proj",
+}
 DISTIL = {
     "query": "q_lin", "key": "k_lin", "value": "v_lin", "output.dense": "lin2",
     r"layer\.1\.attention\.self\.query": r"layer\.1\.attention\.q_lin",
@@ -190,7 +208,8 @@ DISTIL = {
 
 def spelled(kind: str, fields: Any) -> Any:
     """The fields by the names of a model's modules."""
-    names = {"distilbert": DISTIL, "llama": LLAMA, "modernbert": MODERN}.get(kind, {})
+    known = {"distilbert": DISTIL, "llama": LLAMA, "modernbert": MODERN, "deberta": DEBERTA}
+    names = known.get(kind, {})
     if isinstance(fields, dict):
         return {names.get(k, k): spelled(kind, v) for k, v in fields.items()}
     return [names.get(x, x) for x in fields] if isinstance(fields, list) else fields
@@ -248,6 +267,7 @@ OURS = {
         *of_both(OURS, "all-linear"),
         *(pytest.param(k, "all-linear", marks=pytest.mark.slow) for k in ("electra", "distilbert")),
         ("llama", "all-linear"),
+        pytest.param("deberta", "all-linear", marks=pytest.mark.slow),
         pytest.param("modernbert", "all-linear", marks=pytest.mark.slow),
     ],
 )
@@ -269,7 +289,7 @@ def test_our_adapter_in_peft_and_back(case, kind, made, bases, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "modernbert"])
+@pytest.mark.parametrize("kind", ["llama", "modernbert", "deberta"])
 def test_slopes_of_classifiers_are_pefts(kind, made, bases, tmp_path):
     fields = {"task_type": "SEQ_CLS", "r": 2, "target_modules": "all-linear"}
     check_gradients(f"{PLACE}/{kind}/slopes", tmp_path, made(kind).torch, bases[kind], fields)
