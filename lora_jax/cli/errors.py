@@ -153,7 +153,7 @@ def status_of(error: BaseException, flags: Collection[str] = ()) -> int:
     arguments = sys.modules.get("lora_jax.config.arguments")
     if arguments is not None and isinstance(error, arguments.SettingsError):
         return USAGE
-    about_setting = isinstance(error, ValueError | TypeError | FileExistsError) and re.match(
+    about_setting = isinstance(error, ValueError | TypeError | OSError) and re.match(
         "`?--", in_flags(_line(str(error)), flags)
     )
     return USAGE if about_setting or isinstance(error, UsageError) else FAILURE

@@ -5,12 +5,13 @@
 B batch, T tokens, D width, C classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lora_jax.config.arguments import quoted
 from lora_jax.dims import AnyArray
 
 HEAD = "score"
@@ -31,6 +32,12 @@ def labels_of(given: Mapping[str, Any]) -> tuple[str, ...]:
             raise ValueError(f"config: `id2label` must have numbers as keys, got {list(names)}")
         return tuple(str(names[i]) for i in sorted(names, key=int))
     return tuple(f"LABEL_{i}" for i in range(given.get("num_labels", 2)))
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Refuses names of classes of which two are the same, or one is empty."""
+    if "" in labels or len({*labels}) < len(labels):
+        raise ValueError(f"`labels` must be different names, got {quoted(labels)}")
 
 
 def write_labels(labels: tuple[str, ...]) -> dict[str, Any]:

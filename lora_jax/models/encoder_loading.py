@@ -24,6 +24,7 @@ from lora_jax.models.bert_config import (
     BertConfig,
     Task,
 )
+from lora_jax.models.classifier import check_labels
 from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.init import draw
 from lora_jax.models.model import Dtype, Model
@@ -137,6 +138,7 @@ def _config(
         raise ValueError(f"`fresh_head` needs task={known}, got task={task!r}")
     if labels is not None and fresh_head is None:
         raise ValueError("`labels` are the checkpoint's own unless `fresh_head` draws a new head")
+    check_labels(tuple(labels or ()))
     raw = read_object(path)
     try:
         config = BertConfig.from_hf(raw, task=task)

@@ -19,7 +19,7 @@ from lora_jax.hf.gguf.file import open_gguf, rope_divisors, weights_of
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.hf.tokenizer.tokenizer import from_gguf
-from lora_jax.models.classifier import CLASSIFIER, HEAD, WITHOUT
+from lora_jax.models.classifier import CLASSIFIER, HEAD, WITHOUT, check_labels
 from lora_jax.models.encoder_loading import read_encoder
 from lora_jax.models.gguf import config_of
 from lora_jax.models.init import draw
@@ -99,6 +99,7 @@ def load(
         attention=attention,
     )
     quant = quant_config(quantize)
+    check_labels(tuple(labels or ()))
     head = _Head(tuple(labels or ()), fresh_head)
     if bool(head.labels) != (fresh_head is not None):
         raise ValueError(
@@ -175,6 +176,11 @@ def _load_directory(
 ) -> Model:
     check_links(directory)
     path = directory / "config.json"
+    if not path.exists() and (directory / "adapter_config.json").exists():
+        raise ValueError(
+            f"{directory}: an adapter, not a model: load the model that it was trained on, and the "
+            "adapter onto it (`lora_jax.hf.load_peft`)"
+        )
     raw = read_object(path)
     with named(path):
         try:

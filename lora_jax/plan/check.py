@@ -44,7 +44,8 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
             problems.append(
                 f'`modules_to_save` entry "{entry}" trains nothing: `{leaf.path}` is {leaf.dtype}'
             )
-    if not isinstance(config.target_modules, str):
+    problems += _other_layers(config, names)
+    if not problems and not isinstance(config.target_modules, str):
         problems += _useless_targets(config.target_modules, drafts, excluded)
     adapted = [leaf for leaf in leaves if leaf.kind == "lora"]
     problems += [
@@ -55,9 +56,22 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
     problems += [f"{found[0]}: {found[1]}" for leaf in adapted if (found := too_high(leaf))]
     # The most general problem: only where none of the others explains it.
     if not problems and all(leaf.kind == "frozen" for leaf in leaves):
-        problems.append(_nothing(config.target_modules, leaves, modules))
+        problems.append(
+            _nothing(config.target_modules, leaves, modules, excluded=excluded >= names)
+        )
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _other_layers(config: LoraConfig, names: set[str]) -> list[str]:
+    """A problem where none of the layers that are to be adapted exists."""
+    layers = config.layers_to_transform
+    wanted = {layers} if isinstance(layers, int) else {*(layers or ())}
+    there = {matching.layer_number(name, config.layers_pattern) for name in names} - {None}
+    if not wanted or not there or wanted & there:
+        return []
+    least, most = min(there), max(there)
+    return [f"`layers_to_transform` is {layers}, and layers are numbered {least} to {most}"]
 
 
 def _is_other_head(saved: Sequence[str], entry: str, names: set[str]) -> bool:
@@ -115,7 +129,15 @@ def too_high(leaf: LeafPlan) -> tuple[str, str] | None:
     )
 
 
-def _nothing(targets: Sequence[str] | str, leaves: Sequence[LeafPlan], modules: set[str]) -> str:
+def _nothing(
+    targets: Sequence[str] | str,
+    leaves: Sequence[LeafPlan],
+    modules: set[str],
+    *,
+    excluded: bool,
+) -> str:
+    if excluded:
+        return "`exclude_modules` leaves out every module: nothing is left to adapt"
     # First those that are named, then those that could be.
     likely = sorted(leaves, key=lambda leaf: (not leaf.left_out, not leaf.roles))
     some = "; ".join(_why(leaf) for leaf in likely[:5])

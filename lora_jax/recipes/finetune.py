@@ -26,7 +26,7 @@ from lora_jax.models.saving import save_merged
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
-from lora_jax.recipes.fitting import fitted, join, with_head
+from lora_jax.recipes.fitting import fitted, join, labels_of, with_head
 from lora_jax.recipes.forms import TrainedForm, carry_form, form_of, read_labels, write_form
 from lora_jax.recipes.reports import idle_devices, show_evaluations, show_memory, summary
 from lora_jax.recipes.settings import Devices, Dtype, Quantization
@@ -126,6 +126,7 @@ def finetune(
     check_new_run(train_config)
     if job.adapter is not None:
         convert.check_source(job.adapter, step=None)
+    job = dataclasses.replace(job, labels=labels_of(job))
     # The data is read before the model, which takes longer: an error in it is raised first.
     records = train.load_jsonl(job.train_data, fields=job.fields)
     held_out = () if job.eval_data is None else train.load_jsonl(job.eval_data, fields=job.fields)

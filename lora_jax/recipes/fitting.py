@@ -10,12 +10,13 @@ from lora_jax import processes
 from lora_jax.analysis.step_memory.estimate import in_units
 from lora_jax.analysis.step_memory.fit import fastest, parse_bytes
 from lora_jax.analysis.step_memory.step import StepSettings
-from lora_jax.config.arguments import SettingsError
+from lora_jax.config.arguments import SettingsError, quoted
 from lora_jax.config.lora import LoraConfig
-from lora_jax.models.classifier import HEAD
+from lora_jax.models.classifier import HEAD, check_labels
 from lora_jax.models.mesh import placement
 from lora_jax.models.remat import remat_name
 from lora_jax.quant.array import Backend, is_quant
+from lora_jax.recipes.forms import read_labels
 from lora_jax.recipes.settings import Devices
 from lora_jax.sharding import AXES
 from lora_jax.train import preparation
@@ -42,6 +43,25 @@ def join(job: Devices, *configs: Any) -> None:
     for name in own:
         if getattr(job, name) is not None:
             raise SettingsError(f"`{name}` is for a run of several processes: add distributed=True")
+
+
+def labels_of(job: Any) -> tuple[str, ...]:
+    """The classes of a fine-tuning: its own, or those of the adapter that it goes on from.
+
+    Raises:
+      SettingsError: a single class, or other classes than the adapter's.
+    """
+    given = tuple(job.labels)
+    if len(given) == 1:
+        raise SettingsError(f'`labels` must be at least two classes, got "{given[0]}"')
+    check_labels(given)
+    known = () if job.adapter is None else read_labels(job.adapter)
+    if known and given not in ((), known):
+        raise SettingsError(
+            f"`labels` are {quoted(given)}, but the head of the adapter {job.adapter} has "
+            f"{quoted(known)}, in this order: leave them out"
+        )
+    return known or given
 
 
 def with_head(model: Any, config: LoraConfig) -> LoraConfig:

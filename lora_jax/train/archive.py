@@ -8,6 +8,7 @@ output_dir/loss.png
 
 import contextlib
 import json
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,10 +94,21 @@ def check_new_run(config: TrainConfig) -> None:
 
     Raises:
       FileExistsError: it holds one.
+      OSError: it cannot be written.
     """
+    if config.output_dir is not None:
+        _check_writable(config.output_dir)
     if config.output_dir is not None and not config.resume:
         steps = steps_in(config.output_dir / RUN_CHECKPOINTS)
         _check_empty(config.output_dir, steps[0] if steps else None)
+
+
+def _check_writable(directory: Path) -> None:
+    there = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"`output_dir` is {directory}, and {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"`output_dir` is {directory}, and {there} cannot be written")
 
 
 def _check_empty(directory: Path, step: int | None) -> None:

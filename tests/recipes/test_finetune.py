@@ -12,6 +12,7 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.recipes import finetune
 from lora_jax.recipes.finetune import FinetuneConfig
+from lora_jax.recipes.fitting import labels_of
 from lora_jax.recipes.forms import FORM_FILE, carry_form, form_of, read_form, write_form
 from lora_jax.recipes.reports import summary
 from lora_jax.train import TrainConfig, record_of
@@ -121,6 +122,42 @@ def test_a_missing_adapter_is_refused_before_anything_is_loaded(job, tmp_path):
     job = dataclasses.replace(job, adapter=str(tmp_path / "none"), train_data=tmp_path / "x")
     with pytest.raises(FileNotFoundError, match="none"):
         finetune.finetune(job, LORA, dataclasses.replace(RUN, output_dir=tmp_path / "out"))
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_is_loaded(job, tmp_path):
+    (tmp_path / "a").touch()
+    job = dataclasses.replace(job, train_data=tmp_path / "none")
+    config = dataclasses.replace(RUN, output_dir=tmp_path / "a" / "out")
+    with pytest.raises(NotADirectoryError, match="`output_dir` is .*out, and .*a is a file"):
+        finetune.finetune(job, LORA, config)
+
+
+def test_an_adapter_in_place_of_a_model_is_named(run):
+    with pytest.raises(ValueError, match="adapter: an adapter, not a model: load the model"):
+        finetune.load_model(str(run[0] / "adapter"))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "want"),
+    [
+        ("ab", None, ("a", "b")),
+        ("", "ba", ("b", "a")),
+        ("ba", "ba", ("b", "a")),
+        ("ab", "ba", '`labels` are "a", "b", but the head .* has "b", "a", in this order'),
+        ("a", None, '`labels` must be at least two classes, got "a"'),
+        ("aba", None, '`labels` must be different names, got "a", "b", "a"'),
+    ],
+)
+def test_classes_are_those_of_the_adapter(job, tmp_path, given, kept, want):
+    if kept is not None:
+        write_form(tmp_path, "text", tuple(kept))
+    adapter = None if kept is None else str(tmp_path)
+    job = dataclasses.replace(job, labels=tuple(given), adapter=adapter)
+    if isinstance(want, tuple):
+        assert labels_of(job) == want
+    else:
+        with pytest.raises(ValueError, match=want):
+            labels_of(job)
 
 
 def test_loftq_names_the_settings_for_smaller_blocks(job, tmp_path):

@@ -89,12 +89,12 @@ def fastest(
             if found(size, remat).fits(device_memory):
                 return found(size, remat)
     least = min((found(parts, remat) for remat in kinds), key=lambda one: one.total)
-    others = "".join(f"\n  {line}" for line in remedies(config, least, device_memory))
+    others = "; ".join(remedies(config, least, device_memory))
     raise ValueError(
         f"`device_memory` is {in_units(device_memory)}, and the smallest step takes about "
         f"{in_units(least.total)} (batch_size {least.settings.batch}, accumulation "
         f"{least.settings.accumulation}, remat {remat_name(least.settings.remat)}). "
-        f"A shorter `max_length` takes less; beyond that:{others}"
+        f"A shorter `max_length` takes less; beyond that: {others}"
     )
 
 
@@ -137,8 +137,8 @@ def remedies(model: Any, found: MemoryEstimate, device_memory: int) -> list[str]
     if best is None or lines:
         return lines
     return [
-        f"no change here is enough: with {_joined_names(names)} the step still takes "
-        f"{in_units(best.total)} on each of {_MOST_DEVICES} devices or fewer"
+        f"no change here is enough: with {_joined_names(names)} on {_MOST_DEVICES} devices the "
+        f"step still takes {in_units(best.total)} on each of them"
     ]
 
 

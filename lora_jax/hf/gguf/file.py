@@ -133,7 +133,7 @@ def _check_kind(metadata: Mapping[str, Any], wanted: str, path: Path) -> None:
     # A file without the key is a model.
     if (kind := metadata.get("general.type", "model")) != wanted:
         article = "an" if wanted[0] in "aeiou" else "a"
-        raise ValueError(f"{path}: holds a GGUF of type `{kind}`, not {article} {wanted}")
+        raise ValueError(f'{path}: holds a GGUF of type "{kind}", not {article} {wanted}')
 
 
 def weights_of(file: Gguf) -> Weights:

@@ -84,7 +84,7 @@ def load_gguf_lora(
 def _check_metadata(metadata: Mapping[str, Any], base: Base, path: Path) -> float:
     """The alpha; llama.cpp takes 0 for the scale 1."""
     if (kind := metadata.get("adapter.type")) != "lora":
-        raise ValueError(f"{path}: expected an adapter of type `lora`, got `{kind}`")
+        raise ValueError(f'{path}: expected an adapter of type "lora", got "{kind}"')
     if (arch := metadata.get("general.architecture")) != base.architecture:
         raise ValueError(
             f"{path}: the adapter is for a `{arch}`, the model is a `{base.architecture}`; load "

@@ -20,6 +20,7 @@ from lora_jax.hf.peft.tying import HEAD
 from lora_jax.paths import nearest
 from lora_jax.plan.leaf import Plan
 from lora_jax.quant.array import is_quant
+from lora_jax.quant.scales import HELD
 
 
 def as_read(plan: Plan, params: Any, *, source: str, checked: bool = False) -> Plan:
@@ -85,7 +86,14 @@ def warn_of_base(trained: str | None, lora_params: Any, source: str) -> None:
       UserWarning: the base is in floats, or quantized in another way.
     """
     here = quantization_of(lora_params)
-    if trained is not None and here != trained:
+    if here is None and any(f'format="{name}"' in (trained or "") for name in HELD):
+        warnings.warn(
+            f"{source}: the adapter was trained over the quantized weights of a file ({trained}), "
+            "and this base is in floats: outputs are those in training if the base comes from that "
+            'file; quantize="file" keeps its blocks',
+            stacklevel=3,
+        )
+    elif trained is not None and here != trained:
         warnings.warn(
             f"{source}: the adapter was trained over a base quantized with {trained}, but this one "
             f"is {f'quantized with {here}' if here else 'in floats'}: outputs differ from those in "

@@ -124,7 +124,7 @@ def test_stated_rope_scalings(tmp_path, tiny):
     [
         ({"llama.logit_scale": ("float32", 2.0)}, "key `logit_scale` = 2.0 is not known and may"),
         ({"split.count": ("uint16", 2)}, "one of 2 parts of a model; join them first"),
-        ({"general.type": ("string", "adapter")}, "a GGUF of type `adapter`, not a model"),
+        ({"general.type": ("string", "adapter")}, "a GGUF of type \"adapter\", not a model"),
         ({"llama.expert_count": ("uint32", 8)}, "a mixture of 8 experts is not supported"),
         ({"llama.rope.dimension_count": ("uint32", 4)}, "RoPE over a part of each head"),
         ({"llama.attention.key_length": ("uint32", 8), "llama.attention.value_length":

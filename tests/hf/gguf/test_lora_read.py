@@ -45,8 +45,8 @@ def test_a_modules_last_name_is_a_target_only_where_no_other_has_it(tmp_path):
 
 
 BROKEN = {
-    "a model": (pair(), dict(kind="model"), "holds a GGUF of type `model`, not an adapter"),
-    "another kind": (pair(), dict(keys={"adapter.type": "ia3"}), "of type `lora`, got `ia3`"),
+    "a model": (pair(), dict(kind="model"), "holds a GGUF of type .model., not an adapter"),
+    "another kind": (pair(), dict(keys={"adapter.type": "ia3"}), "of type .lora., got .ia3."),
     "another model": (pair(), dict(arch="qwen2"), "for a `qwen2`, the model is a `llama`"),
     "alpha": (pair(), dict(alpha=float("nan")), "`adapter.lora.alpha` must be a number above 0"),
     "half a pair": (dict(list(pair().items())[:1]), {}, "`blk.0.attn_v.weight.lora_b` is missing"),
