@@ -8,6 +8,7 @@ import pytest
 from lora_jax.array import leaves_by_path
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.peft import api
+from lora_jax.hf.peft.base import warn_of_base
 from lora_jax.hf.peft.index import make_index
 from lora_jax.plan.decide import plan
 from lora_jax.quant.array import QuantArray
@@ -131,6 +132,9 @@ def test_another_base_than_the_quantized_one_of_the_training_is_a_warning(tmp_pa
         loaded, _ = api.load_peft(four, fn, params, x)
     with pytest.warns(UserWarning, match=f'{trained}quantized with format="nf4", block_size=32'):
         api.load_peft(four, fn, base(format="nf4", block_size=32), x)
+    kept = 'format="q4_k", block_size=32'
+    with pytest.warns(UserWarning, match=r'four: .* of a file \(format="q4_k".* quantize="file"'):
+        warn_of_base(kept, params, "four")
     # Written again over floats, it is an adapter over floats; those say nothing of a base.
     api.save_peft(tmp_path / "again", loaded, config)
     for over in (params, base(format="int8")):
