@@ -67,7 +67,8 @@ def _other_layers(config: LoraConfig, names: set[str]) -> list[str]:
     """A problem where none of the layers that are to be adapted exists."""
     layers = config.layers_to_transform
     wanted = {layers} if isinstance(layers, int) else {*(layers or ())}
-    there = {matching.layer_number(name, config.layers_pattern) for name in names} - {None}
+    numbers = (matching.layer_number(name, config.layers_pattern) for name in names)
+    there = {number for number in numbers if number is not None}
     if not wanted or not there or wanted & there:
         return []
     least, most = min(there), max(there)
