@@ -28,7 +28,14 @@ from lora_jax.models.dialect import (
     scalar_if_one,
     tuple_of,
 )
-from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, kept, logits_of
+from lora_jax.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    LayerNorm,
+    kept,
+    logits_of,
+    stack_of,
+)
 from lora_jax.models.mixing import Mixing
 from lora_jax.models.ranges import check_fields, check_raw
 
@@ -249,7 +256,7 @@ class Decoder(nnx.Module):
         *,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
-        scan: bool,
+        scan: bool | tuple[int, ...],
         rngs: nnx.Rngs,
     ) -> None:
         size = config.hidden_size
@@ -263,13 +270,12 @@ class Decoder(nnx.Module):
         def table(rows: int) -> Embedding:
             return Embedding(rows, size, dtype=dtype, param_dtype=param_dtype)
 
-        def block() -> Block:
+        def block(_: None) -> Block:
             return Block(config, norm=norm, linear=linear)
 
         self.wte = table(config.vocab_size)
         self.wpe = table(config.max_position_embeddings)
-        numbers = range(config.num_hidden_layers)
-        self.h = block() if scan else nnx.Dict({str(i): block() for i in numbers})
+        self.h = stack_of([None] * config.num_hidden_layers, block, scan=scan)
         self.ln_f = norm()
 
 
@@ -282,7 +288,7 @@ class GPT2LM(nnx.Module):
         *,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
-        scan: bool,
+        scan: bool | tuple[int, ...],
         rngs: nnx.Rngs,
     ) -> None:
         self.dtype = dtype

@@ -234,9 +234,11 @@ def run_blocks(
     if not isinstance(layers, nnx.Dict):
         turns = [[(range(len(each)), layers)]]
     else:
-        stacks = [(numbers, layers[slice_of(numbers)]) for numbers in _groups_in(layers)]
+        turns, rest = [], _groups_in(layers)
         # Kinds that take turns run in one scan, a block of each; runs of blocks one after another.
-        turns = [stacks] if stacks[0][0].step > 1 else [[stack] for stack in stacks]
+        while rest:
+            some, rest = rest[: rest[0].step], rest[rest[0].step :]
+            turns.append([(numbers, layers[slice_of(numbers)]) for numbers in some])
     for stacks in turns:
         carry = _scanned(stacks, carry, one, wrap=wrap, each=each)
     return carry
@@ -245,31 +247,39 @@ def run_blocks(
 def groups_of(kinds: Sequence[Any]) -> tuple[range, ...]:
     """The numbers of the blocks that are stacked together: each group has one kind.
 
-    Kinds that repeat, such as dense, sparse, dense, sparse, are a group for each place of the
-    period. Else a group is a run of blocks of one kind.
+    Blocks one after another whose kinds repeat, such as dense, sparse, dense, sparse, are a group
+    for each place of the period; a run of blocks of one kind is one. Of all ways to cut the blocks
+    so, this is the one with the fewest groups: each is compiled once.
     """
-    count = len(kinds)
-    if len(set(kinds)) == 1:
-        return (range(count),)
-    for period in range(2, count // 2 + 1):
-        if count % period == 0 and kinds[period:] == kinds[:-period]:
-            return tuple(range(first, count, period) for first in range(period))
-    starts = [i for i in range(count) if i == 0 or kinds[i] != kinds[i - 1]]
-    return tuple(range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True))
+    # Of the first blocks: the groups, and how many runs they are in, which decides among equals.
+    best: list[tuple[int, int, tuple[range, ...]]] = [(0, 0, ())]
+    for stop in range(1, len(kinds) + 1):
+        ways = []
+        for start in range(stop):
+            some, (groups, runs, before) = kinds[start:stop], best[start]
+            period = next((p for p in range(1, len(some)) if some[p:] == some[:-p]), 1)
+            if len(some) % period == 0 and (len(some) == 1 or some[period:] == some[:-period]):
+                found = (range(start + first, stop, period) for first in range(period))
+                ways.append((groups + period, runs + 1, (*before, *found)))
+        best.append(min(ways, key=lambda way: way[:2]))
+    return best[-1][2]
 
 
-def stack_of(kinds: Sequence[Any], make: Callable[[Any], Any], *, scan: bool) -> Any:
+def stack_of(
+    kinds: Sequence[Any], make: Callable[[Any], Any], *, scan: bool | tuple[int, ...]
+) -> Any:
     """The blocks of a model: one for each group that is scanned, or each for itself.
 
     Args:
       kinds: the kind of each block.
       make: kind -> a block.
-      scan: whether blocks are stacked. A block stands for all of its group then:
-        `lora_jax.models.model.stacked` gives its parameters their leading axis.
+      scan: whether blocks are stacked; a number for each block also keeps those with other numbers
+        apart. A block stands for all of its group then: `lora_jax.models.structure.stacked` gives
+        its parameters their leading axis.
     """
     if not scan:
         return nnx.Dict({str(number): make(kind) for number, kind in enumerate(kinds)})
-    groups = groups_of(kinds)
+    groups = groups_of(kinds if scan is True else tuple(zip(kinds, scan, strict=True)))
     if len(groups) == 1:
         return make(kinds[0])
     return nnx.Dict({slice_of(numbers): make(kinds[numbers[0]]) for numbers in groups})

@@ -241,7 +241,7 @@ class Decoder(nnx.Module):
         *,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
-        scan: bool,
+        scan: bool | tuple[int, ...],
         rngs: nnx.Rngs,
     ) -> None:
         def block(dense: bool) -> Block:
@@ -282,7 +282,7 @@ class CausalLM(nnx.Module):
         *,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
-        scan: bool,
+        scan: bool | tuple[int, ...],
         rngs: nnx.Rngs,
     ) -> None:
         self.dtype = dtype

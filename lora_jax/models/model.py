@@ -39,7 +39,8 @@ class Forward:
       config: the architecture.
       dtype: dtype of the computation; norms, softmax, rotations and logits stay float32.
       param_dtype: dtype of the parameters.
-      scan: blocks stacked on a leading axis and scanned, or kept apart by number.
+      scan: blocks stacked on a leading axis and scanned, or kept apart by number. With a number for
+        each block, those that have one number are stacked: the others are held in other formats.
       remat: what the backward pass recomputes of a block: "full" (or True) everything but what goes
         from block to block; "projections" what is cheap (norms, rotations, softmax, activations),
         on a CPU a third of the memory of "none" and a little faster than it; "none" (or False)
@@ -59,7 +60,7 @@ class Forward:
     config: Any
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
-    scan: bool = True
+    scan: bool | tuple[int, ...] = True
     remat: Remat = False
     offload: bool = False
     attention: AttentionName = "auto"
@@ -260,8 +261,8 @@ class Model:
       params: nested dictionaries of arrays under Hugging Face's module names.
       tokenizer: what turns text into its tokens, or None.
       generation: its generation_config.json: end tokens, temperature, top-p; empty without one.
-      checkpoint: the directory of the vision-language model that holds this decoder: a merge
-        copies the rest of it. None for other models.
+      checkpoint: the directory or .gguf file that it was loaded from, or None: a merge copies the
+        rest of a vision-language model, and of a quantized one, from there.
     """
 
     forward: Any

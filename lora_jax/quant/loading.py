@@ -136,7 +136,7 @@ def _own_format(
         kinds = [f"{f[0]} in blocks of {f[1]}" if f else "floats" for f in (form, first)]
         raise ValueError(
             f"{weights.source}: tensor `{name}` is {kinds[0]}, not {kinds[1]} as the first layer "
-            f'of `{path}`: load with `scan=False`, or use a format such as "nf4"'
+            f'of `{path}`: use a format such as "nf4"'
         )
     if first is None:
         return None, roles

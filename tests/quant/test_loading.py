@@ -144,7 +144,7 @@ def test_gguf_blocks_of_smollm2_are_its_numbers(smollm2):
     for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"):
         name = f"model.layers.7.{name}.weight"
         assert weights.formats is not None and weights.blocks is not None
-        assert weights.formats[name] == ("uint4", 32, "oi")
+        assert weights.formats[name] == ("uint4", 32, "oi", False)
         held = weights.blocks(name)
         assert (held.format, held.block, held.roles) == ("uint4", 32, "oi")
         np.testing.assert_array_equal(held.dequantize(), weights.read(name))

@@ -173,7 +173,7 @@ def _filled(leaf: Leaf, source: _Source) -> Any:
         if len(kinds) > 1:
             raise ValueError(
                 f"{source.weights.source}: the layers of `{leaf.path}` are quantized differently: "
-                'load with `scan=False`, or use a format such as "nf4"'
+                'use a format such as "nf4"'
             )
         stacks = out or [_empty(leaf, x, where) for x in arrays]
         out = [_written(stack, x, at) for stack, x in zip(stacks, arrays, strict=True)]

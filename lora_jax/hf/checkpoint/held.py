@@ -11,6 +11,7 @@ import numpy as np
 from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights
 from lora_jax.quant.array import QuantArray
 from lora_jax.quant.foreign import from_codes
+from lora_jax.quant.formats import FormatName
 from lora_jax.quant.scales import HeldName
 
 FLOATS = ("F32", "BF16", "F16")
@@ -73,7 +74,6 @@ class Tensor(NamedTuple):
       shape: its own.
       blocks: format, block size and roles.
       make: a part, with a slice of each dim, to blocks.
-      whole: its inputs cannot be cut.
     """
 
     name: str
@@ -81,15 +81,16 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     blocks: Blocks
     make: Callable[[Part], QuantArray]
-    whole: bool = False
 
 
 def tensor_of(
     names: tuple[str, ...], module: str, shape: tuple[int, int],
-    make: Callable[[Part], QuantArray], format: HeldName, block: int, *, whole: bool = False,
+    make: Callable[[Part], QuantArray], format: FormatName | HeldName, block: int, *,
+    ordered: bool = False,
 ) -> Tensor:  # fmt: skip
     """The weight of a linear layer, torch's (out, in), made of these tensors."""
-    return Tensor(f"{module}.weight", names, shape, Blocks(format, block), make, whole)
+    blocks = Blocks(format, block, ordered=ordered)
+    return Tensor(f"{module}.weight", names, shape, blocks, make)
 
 
 def modules_of(file: File, end: str) -> list[str]:
@@ -98,8 +99,8 @@ def modules_of(file: File, end: str) -> list[str]:
 
 
 def made(
-    codes: np.ndarray, scale: np.ndarray, *rest: Any, name: str, format: HeldName, block: int,
-    order: Any = None,
+    codes: np.ndarray, scale: np.ndarray, *rest: Any, name: str, format: FormatName | HeldName,
+    block: int, order: Any = None,
 ) -> QuantArray:  # fmt: skip
     """The blocks of a matrix, torch's (out, in)."""
     return from_codes(

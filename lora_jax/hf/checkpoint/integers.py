@@ -28,7 +28,7 @@ from lora_jax.hf.checkpoint.weights import Part
 from lora_jax.quant.array import QuantArray
 
 # The column of each of an AWQ number's eight nibbles, turned round: the nibble of each column.
-_AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
+AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 _LARGEST_BLOCK = 1024
 
 
@@ -117,7 +117,8 @@ def _four_bits(
         )
 
     used = (*names, order_name) if order_name in file.plain.shapes else names
-    return tensor_of(used, module, shape, make, "uint4_zero", groups.block, whole=order is not None)
+    ordered = order is not None
+    return tensor_of(used, module, shape, make, "uint4_zero", groups.block, ordered=ordered)
 
 
 def gptq(file: File) -> list[Tensor]:
@@ -160,7 +161,7 @@ def _awq_weight(file: File, module: str) -> Tensor:
     def columns_of(name: str, rows: int, part: Part) -> np.ndarray:
         of, inside = _of_eight(part[1])
         raw = _nibbles(file.stored(name, np.int32, (rows, words), (part[0], of)), 1)
-        each = raw.reshape(len(raw), -1, 8)[..., _AWQ_NIBBLES]
+        each = raw.reshape(len(raw), -1, 8)[..., AWQ_NIBBLES]
         return each.reshape(len(raw), -1)[:, inside]
 
     def read(part: Part, groups: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -196,5 +197,42 @@ def packed_weight(file: File, module: str) -> Tensor:
             zeros = _nibbles(raw, 0)[inside].T
         return codes.T, scale, zeros
 
+    if _bits_of(file) == 8:
+        return _eights(file, module, names, count)
     order = f"{module}.weight_g_idx"
     return _four_bits(file, module, names, (outputs, 8 * words), count, read, order)
+
+
+def _bits_of(file: File) -> int:
+    """The bits of packed integers; a checkpoint has one kind of them."""
+    groups = file.settings.get("config_groups")
+    weights = [g.get("weights") or {} for g in groups.values()] if groups else []
+    bits = {w.get("num_bits", 4) for w in weights} or {4}
+    if not bits <= {4, 8} or len(bits) > 1:
+        raise ValueError(
+            f"{file.plain.source}: `config_groups` has {sorted(bits)} bits, of which one of 4 and "
+            "8 can be read; load the unquantized model"
+        )
+    return bits.pop()
+
+
+def _eights(file: File, module: str, names: tuple[str, ...], count: int) -> Tensor:
+    """Integers of eight bits without zero points, four in a word."""
+    weight, scales = names[:2]
+    if len(names) > 2:
+        raise file.error(names[2], "is there: of 8 bits only symmetric ones can be read")
+    outputs, words = file.shape(weight, "I32", count=2)
+    inputs = 4 * words
+    if not count or inputs % count:
+        raise file.error(weight, f"has {inputs} inputs, which are no {count} groups of one size")
+    groups = _Groups(inputs // count, power(inputs // count, _LARGEST_BLOCK))
+
+    def make(part: Part) -> QuantArray:
+        rows, columns = part
+        codes = file.stored(weight, np.uint8, (outputs, inputs), (rows, columns))
+        of = (rows, cut_groups(columns, groups.size))
+        scale = groups.repeat(file.floats(scales, (outputs, count), of).T)
+        signed = (codes ^ 128).view(np.int8).T  # as they are stored, 128 stands for 0
+        return made(signed, scale, name=weight, format="int8", block=groups.block)
+
+    return tensor_of(names, module, (outputs, inputs), make, "int8", groups.block)

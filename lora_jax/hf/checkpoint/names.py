@@ -267,7 +267,7 @@ def tensor_of(path: str, index: Sequence[int] = (), *, family: Family = ANY) -> 
       Tensor(name='model.layers.3.self_attn.q_proj.weight', axes=(1, 0))
     """
     module, _, parameter = path.rpartition(".")
-    plain = _without_numbers(module, family)[0]
+    plain = without_numbers(module, family)[0]
     for rule in family.rules:
         if rule.ours in (parameter, "*") and fnmatchcase(plain, rule.module):
             theirs = parameter if rule.theirs == "*" else rule.theirs
@@ -316,7 +316,7 @@ def leaf_of(name: str, *, family: Family = ANY, stacked: bool = True) -> Leaf:
       ValueError: no rule knows the tensor.
     """
     module, _, parameter = name.rpartition(".")
-    plain, index = _without_numbers(module, family)
+    plain, index = without_numbers(module, family)
     for rule in family.rules:
         if rule.theirs in (parameter, "*") and fnmatchcase(plain, rule.module):
             ours = parameter if rule.ours == "*" else rule.ours
@@ -394,7 +394,8 @@ def _is_open_stack(parts: Sequence[str], i: int, family: Family) -> bool:
     return parts[i] in family.stacks and i + 1 < len(parts) and not parts[i + 1].isdigit()
 
 
-def _without_numbers(module: str, family: Family) -> tuple[str, tuple[int, ...]]:
+def without_numbers(module: str, family: Family) -> tuple[str, tuple[int, ...]]:
+    """The name of a module or tensor without the numbers of its blocks, and those."""
     parts = module.split(".")
     plain, index = parts[:1], []
     for before, part in zip(parts, parts[1:], strict=False):

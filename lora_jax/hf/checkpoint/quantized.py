@@ -94,7 +94,7 @@ def held(file: File) -> Weights:
         tensor = found[name]
         part = part or tuple(slice(0, n) for n in tensor.shape)
         inputs = tensor.blocks.roles.index("i")
-        if tensor.whole and part[inputs] != slice(0, tensor.shape[inputs]):
+        if tensor.blocks.ordered and part[inputs] != slice(0, tensor.shape[inputs]):
             raise file.error(
                 tensor.of[0],
                 "has its inputs in an order of their own (act-order), which devices cannot share: "
@@ -120,7 +120,7 @@ def _numbers(tensor: Tensor, part: Part) -> np.ndarray:
     """A part of a weight in float32, cut out of whole superblocks."""
     empty = QuantArray(None, None, format=tensor.blocks.format, block=tensor.blocks.block)
     unit = dict(zip("io", units(empty), strict=True), s=1)
-    if tensor.whole:
+    if tensor.blocks.ordered:
         unit["i"] = max(tensor.shape)
     wide, cut = [], []
     part = part or tuple(slice(0, n) for n in tensor.shape)

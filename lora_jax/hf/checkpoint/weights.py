@@ -23,11 +23,15 @@ Part = tuple[slice, ...]
 
 
 class Blocks(NamedTuple):
-    """How a tensor is quantized in its file: the format, its block size, roles of the dims."""
+    """How a tensor is quantized in its file: the format, its block size, roles of the dims.
+
+    `ordered` has inputs in an order of their own (act-order), which cannot be cut.
+    """
 
     format: FormatName | HeldName
     block: int
     roles: str = "oi"
+    ordered: bool = False
 
 
 class Weights(NamedTuple):

@@ -112,13 +112,14 @@ def test_a_scale_that_is_not_finite(tmp_path, name):
 
 
 def test_a_model_of_mixed_k_quants(tmp_path):
-    """As llama.cpp mixes them in a Q4_K_M file."""
+    """As llama.cpp mixes them in a Q4_K_M file: some blocks have more bits."""
     config = models.LlamaConfig.from_hf(
         {**TIED.to_hf(), "hidden_size": 256, "intermediate_size": 256, "head_dim": 64,
-         "num_hidden_layers": 1}
+         "num_hidden_layers": 4}
     )  # fmt: skip
     model = models.init(jax.random.key(0), config)
-    kinds = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "ffn_up": "Q5_K", "attn_q": "Q3_K"}
+    kinds = {"ffn_up": "Q5_K", "attn_q": "Q3_K"}
+    more = dict.fromkeys(f"blk.{i}.{part}" for i in (0, 3) for part in ("attn_v", "ffn_down"))
     path, raws = tmp_path / "mixed.gguf", {}
     with writing(path) as writer:
         add_config(writer, config)
@@ -126,17 +127,22 @@ def test_a_model_of_mixed_k_quants(tmp_path):
             if tensor.ndim == 1:
                 writer.add_tensor(name, tensor)
                 continue
-            kind = GGMLQuantizationType[kinds.get(name.split(".")[-2], "Q4_K")]
+            own = "Q6_K" if name.removesuffix(".weight") in more else "Q4_K"
+            kind = GGMLQuantizationType[kinds.get(name.split(".")[-2], own)]
             raw = random_rows(kind, *tensor.shape)
             raws[name] = dequantized(raw, kind).reshape(tensor.shape)
             writer.add_tensor(name, raw, raw_dtype=kind)
     floats = models.load(path)
     loaded = tensors_of(floats)
-    assert len(raws) == 8 and {n.split(".")[-2] for n in raws} >= set(kinds) <= set(NAMES.values())
+    assert len(raws) == 29 and {n.split(".")[-2] for n in raws} >= set(kinds) <= set(NAMES.values())
     for name, want in raws.items():
         np.testing.assert_array_equal(loaded[name], want)
     held = models.load(path, quantize="file")
-    jax.tree.map(np.testing.assert_array_equal, lora.dequantize(held.params), floats.params)
+    layers = lora.dequantize(held.params)["model"].pop("layers")
+    assert list(layers) == ["0:1", "1:3", "3:4"]
+    for part, block in (("0:1", slice(1)), ("1:3", slice(1, 3)), ("3:4", slice(3, 4))):
+        own = jax.tree.map(lambda x, i=block: x[i], floats.params["model"]["layers"])
+        jax.tree.map(np.testing.assert_array_equal, layers[part], own)
     bytes_ = sum(x.nbytes for x in jax.tree.leaves(held.params, is_leaf=is_quant))
     assert bytes_ <= 1.02 * path.stat().st_size
     tokens = np.arange(8)[None]
