@@ -340,14 +340,14 @@ def encode(
         scale = (jnp.max(blocks, axis=-2) - low) / form.ends[1]
         blocks = blocks - bias.astype(jnp.float32)[..., None, :]
     else:
-        scale = _magnitude(blocks, form)
+        scale = magnitude(blocks, form)
     scale = scale.astype(scale_dtype)
     factor = inverse(scale.astype(jnp.float32))[..., None, :]
-    codes = _nearest(blocks * factor, form)
+    codes = nearest(blocks * factor, form)
     return codes.reshape(*stack, rows, cols), scale, bias
 
 
-def _magnitude(blocks: Float[Array, "*s b k n"], form: Format) -> Float[Array, "*s b n"]:
+def magnitude(blocks: Float[Array, "*s b k n"], form: Format) -> Float[Array, "*s b n"]:
     largest = jnp.max(jnp.abs(blocks), axis=-2)
     # Of int4 only -8 has magnitude 8: the extreme value takes it, whichever sign it has.
     if form.scale == "signed":
@@ -362,7 +362,7 @@ def inverse(scale: Float[AnyArray, "*s"]) -> Float[Array, "*s"]:
     return jnp.where(scale == 0, 0.0, 1 / jnp.where(scale == 0, 1.0, scale))
 
 
-def _nearest(x: Float[Array, "*s"], form: Format) -> Integer[Array, "*s"]:
+def nearest(x: Float[Array, "*s"], form: Format) -> Integer[Array, "*s"]:
     first, last = form.ends
     if form.codebook is None:
         return jnp.clip(jnp.round(x), first, last).astype(jnp.int8)

@@ -6,6 +6,7 @@ Source: ggml's `block_q4_0` to `block_iq4_xs` (ggml-common.h).
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import UInt8
 
 from lora_jax.quant.array import QuantArray
-from lora_jax.quant.foreign import from_codes
+from lora_jax.quant.foreign import codes_of, from_codes
 from lora_jax.quant.formats import FormatName
 from lora_jax.quant.scales import HeldName
 
@@ -178,3 +179,42 @@ def from_gguf(
         dtype=dtype,
         name=name,
     )
+
+
+def to_gguf(q: QuantArray, kind: str) -> UInt8[np.ndarray, "o bytes"]:
+    """The bytes of a matrix's blocks, a row for each output: the inverse of `from_gguf`."""
+    held = GGUF_KINDS[kind]
+    codes = codes_of(q).T
+    outputs, fan_in = codes.shape
+    places, numbers = _places(kind)
+    raw = np.empty((outputs, fan_in // held.inputs, held.size), np.uint8)
+    # A byte for each bit, so a part of the rows at a time.
+    step = max(1, (1 << 22) // fan_in)
+    for first in range(0, outputs, step):
+        part = np.ascontiguousarray(codes[first : first + step]).view(np.uint8)
+        wide = np.unpackbits(part.reshape(-1, held.inputs), axis=-1, bitorder="little")
+        bits = np.zeros((len(wide), 8 * held.size), np.uint8)
+        bits[:, places] = wide[:, numbers]
+        packed = np.packbits(bits, axis=-1, bitorder="little")
+        raw[first : first + step] = packed.reshape(len(part), -1, held.size)
+    for field, array in ((held.scale, q.scale), (held.bias, q.bias), (held.scale2, q.scale2)):
+        if field is not None:
+            start, end, dtype = field
+            rows = np.ascontiguousarray(np.asarray(array).T.astype(dtype))  # (outputs, numbers)
+            raw[..., start:end] = rows.view(np.uint8).reshape(*raw.shape[:2], end - start)
+    return raw.reshape(outputs, -1)
+
+
+@lru_cache
+def _places(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Which bits of a block are bits of codes, and which of their bits each is.
+
+    Found by reading blocks of which one bit is set.
+    """
+    held = GGUF_KINDS[kind]
+    count = 8 * held.size
+    single = np.packbits(np.eye(count, dtype=np.uint8), axis=-1, bitorder="little")
+    codes = held.codes(single.reshape(count, 1, held.size)).reshape(count, held.inputs)
+    found = np.unpackbits(codes.view(np.uint8), axis=-1, bitorder="little")
+    places, numbers = np.nonzero(found)
+    return places, numbers

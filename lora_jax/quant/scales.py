@@ -236,12 +236,15 @@ def _linspace(first: float, last: float, count: int) -> np.ndarray:
 SCALE_BLOCK = 256  # scales that share a scale
 
 
-def compress_scales(scale: Float[Array, "b n"], blocks: int) -> dict:
+def compress_scales(
+    scale: Float[Array, "b n"], blocks: int, offset: Float[Array, ""] | None = None
+) -> dict:
     """Quantizes the scales of one matrix.
 
     Args:
       scale: float32 `(K/B, N)`; the last blocks may be padding.
       blocks: how many are not padding.
+      offset: what is subtracted first; None is their mean.
 
     Returns:
       The fields of a `QuantArray`: `scale` as uint8 codes, `scale2`, `offset` and `scale_map`.
@@ -250,14 +253,14 @@ def compress_scales(scale: Float[Array, "b n"], blocks: int) -> dict:
     # bitsandbytes numbers scales along the rows of `(N, K)`. They are all positive: without their
     # mean they use both halves of the signed map.
     flat = scale[:blocks].T.reshape(-1)
-    offset = jnp.mean(flat)
+    offset = jnp.mean(flat) if offset is None else offset
     count = -(-flat.size // SCALE_BLOCK)
     rest = jnp.pad(flat - offset, (0, count * SCALE_BLOCK - flat.size)).reshape(count, SCALE_BLOCK)
     scale2 = jnp.max(jnp.abs(rest), axis=1)
     scaled = rest * inverse(scale2)[:, None]
     table = dynamic_map()
     middles = (table[1:] + table[:-1]) / np.float32(2)
-    # "left" gives a tie the lower code, as in `formats._nearest`.
+    # "left" gives a tie the lower code, as in `formats.nearest`.
     codes = jnp.searchsorted(jnp.asarray(middles), scaled, side="left").astype(jnp.uint8)
     codes = codes.reshape(-1)[: flat.size].reshape(cols, blocks).T
     filled = jnp.zeros((rows - blocks, cols), jnp.uint8)

@@ -145,9 +145,7 @@ def weights_of(file: Gguf) -> Weights:
       ValueError: an architecture that is not known, or a tensor that has no place in it.
     """
     architecture = GGUF_ARCHITECTURES[gguf_architecture(file.metadata, file.path)]
-    # `rope_freqs.weight` holds no weight but divisors of RoPE; `rope_divisors` reads it.
-    theirs = {_hf_name(name, file): name for name in file.tensors if name != "rope_freqs.weight"}
-
+    theirs = names_there(file)
     kinds = require("gguf").GGMLQuantizationType
     types = {name: kinds(file.tensors[original].kind).name for name, original in theirs.items()}
     shapes = {name: file.tensors[original].shape for name, original in theirs.items()}
@@ -155,7 +153,7 @@ def weights_of(file: Gguf) -> Weights:
     def there(name: str, part: Part) -> tuple[Any, ...]:
         """The part in the file's order of rows."""
         # The converter reorders the rows of q and k for `llama`, see `architectures`.
-        count = _heads(file).get(name.split(".")[-2]) if architecture.permuted else None
+        count = heads(file).get(name.split(".")[-2]) if architecture.permuted else None
         if count is None:
             return part
         rows, *rest = part or (slice(None),)
@@ -177,6 +175,12 @@ def weights_of(file: Gguf) -> Weights:
         formats={n: Blocks(GGUF_KINDS[types[n]].format, GGUF_KINDS[types[n]].block) for n in held},
         blocks=blocks,
     )
+
+
+def names_there(file: Gguf) -> dict[str, str]:
+    """The name in the file of each tensor, by Hugging Face's."""
+    # `rope_freqs.weight` holds no weight but divisors of RoPE; `rope_divisors` reads it.
+    return {_hf_name(name, file): name for name in file.tensors if name != "rope_freqs.weight"}
 
 
 def rope_divisors(file: Gguf) -> np.ndarray | None:
@@ -321,7 +325,7 @@ def _hf_name(name: str, file: Gguf) -> str:
     raise ValueError(f"{file.path}: tensor `{name}` has no place in a Llama-family decoder")
 
 
-def _heads(file: Gguf) -> dict[str, int]:
+def heads(file: Gguf) -> dict[str, int]:
     """Heads of the projections whose rows llama.cpp reorders."""
     kind = file.metadata["general.architecture"]
     queries = file.metadata[f"{kind}.attention.head_count"]
