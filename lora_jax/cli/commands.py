@@ -181,15 +181,18 @@ def _prompts(given: list[str]) -> Iterator[str]:
 
 def merge(arguments: argparse.Namespace) -> None:
     """`lora-jax merge`."""
-    from lora_jax.recipes.finetune import merge_adapter
+    from lora_jax.recipes.export import merge_adapter
 
-    merge_adapter(
+    rounded = merge_adapter(
         arguments.model,
         arguments.adapter,
         arguments.output,
         dtype=arguments.dtype,
+        requantize=arguments.requantize,
         **_quantization(arguments),
     )
+    if rounded is not None:
+        _print(str(rounded))
     _print(f"wrote the merged model to {arguments.output}")
 
 
@@ -210,7 +213,7 @@ def convert_formats() -> tuple[str, ...]:
 def export(arguments: argparse.Namespace) -> None:
     """`lora-jax export`, and `import`, which is an export to Orbax."""
     from lora_jax.recipes.adapter_formats import ADAPTER_FORMATS
-    from lora_jax.recipes.finetune import export_adapter
+    from lora_jax.recipes.export import export_adapter
 
     export_adapter(
         arguments.model,

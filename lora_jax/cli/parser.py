@@ -206,14 +206,17 @@ def _merge(command: Callable) -> None:
 Computes W + s·A·B for every adapted weight and writes the whole model as a
 Hugging Face directory that transformers loads without PEFT.
 
-example:
-  lora-jax merge smollm2 outputs/demo/adapter outputs/merged""",
+examples:
+  lora-jax merge smollm2 outputs/demo/adapter outputs/merged
+  lora-jax merge base.gguf outputs/first/adapter merged.gguf --requantize""",
     )
     parser.add_argument("model", help=MODEL)
     parser.add_argument("adapter", type=Path, help=ADAPTER)
     parser.add_argument("output", type=Path, help="the directory to write; must not exist yet")
     _add_dtype(parser, "float32", "dtype of the written weights")
     _add_quantize(parser)
+    rounded = "write the quantized format of the base, its file's or --quantize's; says the error"
+    parser.add_argument("--requantize", action="store_true", help=rounded)
 
 
 def _export(command: Callable) -> None:
@@ -287,11 +290,9 @@ examples:
 
 def _add_output_dtype(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
-        "--output-dtype",
-        default="float32",
-        choices=_NUMBERS,
+        "--output-dtype", default="float32", choices=_NUMBERS,
         help=f"dtype of the tensors in {what} (default: float32)",
-    )
+    )  # fmt: skip
 
 
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
@@ -299,16 +300,12 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         choices=typing.get_args(Quantization),
         metavar="NAME",
-        help="quantize the base as in training (QLoRA), or keep its file's blocks; one of "
+        help="quantize the base as in training (QLoRA), or hold it as its files have it (file: "
+        "GGUF, GPTQ, AWQ, FP8, MXFP4, bitsandbytes, compressed-tensors); one of "
         + ", ".join(typing.get_args(Quantization)),
     )
-    parser.add_argument(
-        "--quantize-block",
-        type=int,
-        default=64,
-        metavar="N",
-        help="inputs that share a scale, unless the file sets it (default: 64)",
-    )
+    shared = "inputs that share a scale, unless the file sets it (default: 64)"
+    parser.add_argument("--quantize-block", type=int, default=64, metavar="N", help=shared)
 
 
 def _add_step(parser: argparse.ArgumentParser) -> None:

@@ -41,7 +41,7 @@ MAX_SHARD_SIZE = "5GB"
 Modules = Mapping[str, Mapping[str, Any]]
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """One block of a module, by the indices of its stack dims."""
 
     module: str
@@ -108,12 +108,12 @@ def save_merged(
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
     most, family = size_of(max_shard_size), names_of(model.config)
-    modules = _modules(lora_params)
-    blocks = _blocks(modules, family)
-    entries = [x for block in blocks for x in _entries(block, modules, family, DTYPES[dtype])]
-    _check_entries(entries, model, family)
-    values = (x for block in blocks for x in _values(block, modules, family, DTYPES[dtype]))
-    texts, files = _texts(model, dtype), {}
+    modules = modules_of(lora_params)
+    blocks = blocks_of(modules, family)
+    entries = [x for block in blocks for x in entries_of(block, modules, family, DTYPES[dtype])]
+    check_entries(entries, model, family)
+    values = (x for block in blocks for x in values_of(block, modules, family, DTYPES[dtype]))
+    texts, files = texts_of(model, dtype), {}
     if wrapper := getattr(model.config, "wrapper", None):
         if model.checkpoint is None:
             raise ValueError(
@@ -130,16 +130,14 @@ def save_merged(
         with replacing(directory) as new:
             new.mkdir()
             write_shards(new, entries, values, max_shard_size=most)
-            for name, text in texts.items():
-                (new / name).parent.mkdir(exist_ok=True)
-                (new / name).write_text(text, encoding="utf-8")
+            write_texts(new, texts)
             for name, path in files.items():
                 shutil.copyfile(path, new / name)
 
     processes.write_in_first(values, write)
 
 
-def _modules(params: Any) -> Modules:
+def modules_of(params: Any) -> Modules:
     """The leaves of every module together: an adapter's bias is merged into its module's."""
     check_whole(params)
     modules: dict[str, dict[str, Any]] = {}
@@ -149,16 +147,16 @@ def _modules(params: Any) -> Modules:
     return modules
 
 
-def _blocks(modules: Modules, family: Family) -> list[_Block]:
+def blocks_of(modules: Modules, family: Family) -> list[Block]:
     """Every block of every module, layer after layer, whether the tree stacks them or not."""
     blocks = []
     for module, leaves in modules.items():
         name, leaf = next(iter(leaves.items()))
         depth = stack_depth(f"{module}.{name}", family=family)
-        blocks += [_Block(module, i) for i in product(*(range(n) for n in leaf.shape[:depth]))]
+        blocks += [Block(module, i) for i in product(*(range(n) for n in leaf.shape[:depth]))]
 
     # By number, so that block 10 follows block 9; modules beside the blocks come last.
-    def place(block: _Block) -> list[tuple[int, int, str]]:
+    def place(block: Block) -> list[tuple[int, int, str]]:
         # With the place of a parameter: experts are numbered before it.
         parts = module_name(f"{block.module}._", block.index, family=family).split(".")
         return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
@@ -166,8 +164,8 @@ def _blocks(modules: Modules, family: Family) -> list[_Block]:
     return sorted(blocks, key=place)
 
 
-def _entries(
-    block: _Block, modules: Modules, family: Family, dtype: np.dtype
+def entries_of(
+    block: Block, modules: Modules, family: Family, dtype: np.dtype
 ) -> Iterator[NewTensor]:
     """Names and shapes of a block's tensors."""
     for parameter, leaf in modules[block.module].items():
@@ -178,11 +176,12 @@ def _entries(
             yield NewTensor(name, shape_there(shape, axes), dtype)
 
 
-def _check_entries(entries: list[NewTensor], model: Any, family: Family) -> None:
+def check_entries(entries: list[NewTensor], model: Any, family: Family) -> None:
     """Refuses the tensors of another model; blocks may be stacked or not."""
-    modules = _modules(model.forward.shapes())
+    modules = modules_of(model.forward.shapes())
     every = (
-        _entries(block, modules, family, np.dtype("float32")) for block in _blocks(modules, family)
+        entries_of(block, modules, family, np.dtype("float32"))
+        for block in blocks_of(modules, family)
     )
     wanted = {entry.name: entry.shape for entry in chain.from_iterable(every)}
     given = {entry.name: entry.shape for entry in entries}
@@ -194,12 +193,12 @@ def _check_entries(entries: list[NewTensor], model: Any, family: Family) -> None
             )
 
 
-def _values(
-    block: _Block, modules: Modules, family: Family, dtype: np.dtype
+def values_of(
+    block: Block, modules: Modules, family: Family, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
     """Their numbers, in Hugging Face's order of dimensions."""
     leaves, index = modules[block.module], block.index
-    parts = {name: x if _is_low_rank(x) else _part(x, index) for name, x in leaves.items()}
+    parts = {name: x if _is_low_rank(x) else part_of(x, index) for name, x in leaves.items()}
     if any(map(is_lora, parts.values())):
         # The label is a static argument: without numbers, all layers share one compiled program.
         label = ".".join("*" if part.isdigit() else part for part in block.module.split("."))
@@ -216,7 +215,7 @@ def _values(
 @partial(jax.jit, static_argnums=0)
 def _merged(label: str, leaves: dict[str, Any], index: tuple[int, ...]) -> dict[str, Any]:
     """One block of a module merged; compiled once for all blocks of its shape."""
-    cut = {name: _part(x, index) if _is_low_rank(x) else x for name, x in leaves.items()}
+    cut = {name: part_of(x, index) if _is_low_rank(x) else x for name, x in leaves.items()}
     return merge({label: cut})[label]
 
 
@@ -224,7 +223,7 @@ def _is_low_rank(x: Any) -> bool:
     return isinstance(x, LoraArray)
 
 
-def _part(leaf: Any, index: tuple[int, ...]) -> Any:
+def part_of(leaf: Any, index: tuple[int, ...]) -> Any:
     """One block of a leaf, as a leaf of its own."""
     if not index:
         return leaf
@@ -233,7 +232,7 @@ def _part(leaf: Any, index: tuple[int, ...]) -> Any:
     if _is_low_rank(leaf):
         whole = dataclasses.replace(leaf, w=None)
         cut = jax.tree.map(lambda x: x[index], whole)
-        return dataclasses.replace(cut, w=_part(leaf.w, index), roles=leaf.roles[len(index) :])
+        return dataclasses.replace(cut, w=part_of(leaf.w, index), roles=leaf.roles[len(index) :])
     if hasattr(leaf, "dequantize"):
         cut = jax.tree.map(lambda x: x[index], leaf)
         return dataclasses.replace(
@@ -242,7 +241,14 @@ def _part(leaf: Any, index: tuple[int, ...]) -> Any:
     return leaf[index]
 
 
-def _texts(model: Any, dtype: str) -> dict[str, str]:
+def write_texts(directory: Path, texts: Mapping[str, str]) -> None:
+    """Writes configuration and tokenizer, by the names of their files."""
+    for name, text in texts.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+def texts_of(model: Any, dtype: str) -> dict[str, str]:
     config = {**model.config.to_hf(), "torch_dtype": dtype}
     tokens = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # The base's own file wins: its end tokens may be more than config.json has.

@@ -7,6 +7,7 @@ if typing.TYPE_CHECKING:
     from lora_jax.recipes import convert as convert
     from lora_jax.recipes import demo as demo
     from lora_jax.recipes import estimate as estimate
+    from lora_jax.recipes import export as export
     from lora_jax.recipes import finetune as finetune
     from lora_jax.recipes import forms as forms
     from lora_jax.recipes import generate as generate
@@ -18,6 +19,7 @@ __all__ = [
     "convert",
     "demo",
     "estimate",
+    "export",
     "finetune",
     "forms",
     "generate",

@@ -1,4 +1,4 @@
-"""Fine-tunes a model on a data file; loads, exports and merges adapters."""
+"""Fine-tunes a model on a data file; loads models and adapters."""
 
 import dataclasses
 import time
@@ -17,17 +17,15 @@ from lora_jax.array import leaves_by_path
 from lora_jax.compat import EXTRAS, check_installed
 from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
-from lora_jax.files import check_new
 from lora_jax.hf.peft.index import with_fused_experts
 from lora_jax.methods.loftq import undivided
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.remat import Remat
-from lora_jax.models.saving import save_merged
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
 from lora_jax.recipes.fitting import fitted, join, labels_of, with_head
-from lora_jax.recipes.forms import TrainedForm, carry_form, form_of, read_labels, write_form
+from lora_jax.recipes.forms import TrainedForm, form_of, write_form
 from lora_jax.recipes.reports import idle_devices, show_evaluations, show_memory, summary
 from lora_jax.recipes.settings import Devices, Dtype, Quantization
 from lora_jax.train.archive import check_new_run
@@ -62,8 +60,8 @@ class FinetuneConfig(Devices):
       max_length: maximum number of tokens of an example; none takes the model's context.
       too_long: what to do with a longer example; "truncate" drops its end.
       dtype: dtype of the computation; the adapters stay float32.
-      quantize: quantize the base in 2 to 8 bits (QLoRA), or keep the blocks of a GGUF or
-        bitsandbytes file ("file"); none keeps it in `dtype`.
+      quantize: quantize the base in 2 to 8 bits (QLoRA), or hold it as its files have it ("file"):
+        GGUF, GPTQ, AWQ, FP8, MXFP4, bitsandbytes, compressed-tensors; none keeps it in `dtype`.
       quantize_block: inputs that share a scale, unless the file sets it.
       remat: what the backward pass recomputes of a block: "full" everything but what goes from
         block to block, which saves memory and costs time; "projections" all but the results of
@@ -316,82 +314,6 @@ def load_adapter(
 ) -> tuple[Any, LoraConfig]:
     """Reads an adapter of any format onto a model; see `lora_jax.recipes.convert.load_adapter`."""
     return convert.load_adapter(model, source, lambda config: plan_model(model, config), step=step)
-
-
-def export_adapter(
-    source: str,
-    adapter: str | Path,
-    output: Path,
-    *,
-    to: str = "peft",
-    dtype: str = "float32",
-    model_dtype: Dtype = "float32",
-    step: int | None = None,
-    quantize: str | None = None,
-    quantize_block: int = BLOCK,
-) -> None:
-    """Loads an adapter of any format onto its model and writes it in another format.
-
-    Args:
-      source: the model it is for, as for `load_model`.
-      adapter: a PEFT directory, a GGUF LoRA file, the folder of a run (its newest checkpoint), or
-        a folder of `lora_jax.checkpoint.save`.
-      output: the directory or file to write.
-      to: the format, a name in `lora_jax.recipes.adapter_formats.ADAPTER_FORMATS`.
-      dtype: dtype of the tensors in a GGUF file or a merged model.
-      model_dtype: the dtype the adapter was trained in.
-      step: of a run; the newest by default.
-      quantize, quantize_block: the quantization of the base in training (QLoRA). A merged model
-        then has the dequantized weights.
-
-    Raises:
-      FileNotFoundError: there is no adapter.
-      ValueError: it is for another model, dtype or quantization, or the format cannot hold it.
-    """
-    # Before the model is loaded, as that takes a while.
-    convert.check_source(adapter, step=step)
-    convert.check_output(output, to=to)
-    model = load_model(
-        source, dtype=model_dtype, quantize=quantize, quantize_block=quantize_block,
-        labels=read_labels(adapter),
-    )  # fmt: skip
-    params, config = load_adapter(model, adapter, step=step)
-    convert.save_adapter(
-        model, params, config, output, to=to, base_model_name=hub_name(source), dtype=dtype
-    )
-    carry_form(adapter, output)
-
-
-def merge_adapter(
-    source: str,
-    adapter: Path,
-    output: Path,
-    *,
-    dtype: str = "float32",
-    quantize: str | None = None,
-    quantize_block: int = BLOCK,
-) -> None:
-    """Merges an adapter into its model and writes the model as a Hugging Face directory.
-
-    Args:
-      source: the model, as for `load_model`.
-      adapter: a PEFT directory.
-      output: the directory to write; nothing may be there yet.
-      dtype: of the weights that are written.
-      quantize, quantize_block: as for `export_adapter`: the model that the adapter was trained
-        on is the one whose weights were quantized.
-
-    Raises:
-      FileExistsError: there is something at `output`.
-      ValueError: the adapter is for another model, or the sum is not finite.
-    """
-    check_new(output)
-    # In float32, whatever is written: the sum is rounded once.
-    labels = read_labels(adapter)
-    model = load_model(source, quantize=quantize, quantize_block=quantize_block, labels=labels)
-    params, _ = load_adapter(model, adapter)
-    save_merged(output, model, params, dtype=dtype)
-    carry_form(adapter, output)
 
 
 # Dimension roles are inferred from a trace, which needs only the shape of some tokens.

@@ -13,7 +13,7 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.models import config_from_hf
 from lora_jax.models.saving import save_merged
-from lora_jax.recipes import finetune
+from lora_jax.recipes import export, finetune
 from lora_jax.train import TrainConfig, examples, fit, record_of
 from lora_jax.train.evaluate import check_causal
 
@@ -164,7 +164,7 @@ def test_the_recipe_trains_and_writes_the_head(language_model, tmp_path):
     fields = json.loads((adapter / "adapter_config.json").read_text())
     assert (fields["task_type"], fields["modules_to_save"]) == ("SEQ_CLS", ["score"])
     finetune.load_adapter(fresh(language_model), adapter)
-    finetune.merge_adapter(str(language_model), adapter, tmp_path / "merged")
+    export.merge_adapter(str(language_model), adapter, tmp_path / "merged")
     merged = models.load(tmp_path / "merged")
     assert merged.config.labels == ("book", "cancel")
     head = load_file(adapter / "adapter_model.safetensors")["base_model.model.score.weight"]

@@ -142,7 +142,7 @@ def open_directory(directory: str | Path) -> Weights:
     if bnb.is_quantized(entries):
         dtypes = {name: entry.dtype for name, entry in entries.items()}
         return bnb.dequantized(weights, dtypes, stored)
-    settings = _settings(directory)
+    settings = settings_of(directory)
     if quantized.is_known(settings):
         dtypes = {name: entry.dtype for name, entry in entries.items()}
         return quantized.held(quantized.File(weights, dtypes, stored, settings))
@@ -152,12 +152,31 @@ def open_directory(directory: str | Path) -> Weights:
     return weights
 
 
-def _settings(directory: Path) -> Any:
+def settings_of(directory: Path) -> Any:
     """The `quantization_config` of config.json, or None."""
     config = read_object(directory / "config.json", optional=True)
     inner = config.get("text_config")
     inside = inner.get("quantization_config") if isinstance(inner, dict) else None
     return config.get("quantization_config") or inside
+
+
+def overwrite(directory: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes tensors into the files of a directory, which have them in the same shapes and dtypes.
+
+    Raises:
+      FileNotFoundError, ValueError: as `open_directory`, or a tensor that the files lack.
+    """
+    for path, entries in _files(directory).items():
+        with path.open("r+b") as file:
+            for name in entries.keys() & tensors.keys():
+                entry, array = entries[name], np.ascontiguousarray(tensors[name])
+                if (array.dtype, array.shape) != (entry.numpy, entry.shape):
+                    raise ValueError(
+                        f"{path}: tensor `{name}` is {entry.dtype} of shape {entry.shape}, and "
+                        f"{array.dtype} of shape {array.shape} was to be written"
+                    )
+                file.seek(entry.start)
+                file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def open_exact(

@@ -1,0 +1,149 @@
+"""Merges into the format of the base: unchanged bytes, numbers read back, the error said."""
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+import lora_jax as lora
+from lora_jax import models, quant
+from lora_jax.hf.checkpoint.packed import fitted, method_of
+from lora_jax.hf.checkpoint.safetensors import load_file, open_exact
+from lora_jax.models.requantizing import save_requantized
+from lora_jax.quant.array import is_quant
+from lora_jax.quant.gguf import GGUF_KINDS, from_gguf, to_gguf
+from lora_jax.quant.requantize import requantized
+
+from tests.hf.checkpoint.test_quantized import CASES, in_groups, in_squares, saved, tiny
+from tests.quant.test_held import gguf_bytes
+from tests.support.gguf_files import TIED, adapted, config_with, tensors_of, write_model
+from tests.support.tiny import write_tiny
+
+pytestmark = pytest.mark.once
+
+TOKENS = jnp.arange(12).reshape(2, 6)
+CONFIG = config_with(target_modules=("q_proj", "down_proj"))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c not in ("nvfp4",)])
+def test_a_weight_is_packed_to_the_bytes_it_was_read_from(case, tmp_path):
+    settings, tensors, _ = CASES[case](np.random.default_rng(0))
+    weights = saved(tmp_path / "m", settings, {f"a.{n}": x for n, x in tensors.items()})
+    q = weights.blocks("a.weight")
+    entries, read = open_exact(tmp_path / "m")
+    packed = method_of(settings, q, "a").pack(q)
+    names = {f"a{end}" for end in packed} & set(entries)
+    # All but what is only read: indices, sizes, scales of activations.
+    assert {n.split(".")[-1] for n in set(entries) - names} <= {
+        "g_idx", "weight_shape", "activation_scale",
+    }  # fmt: skip
+    for name in names:
+        got = fitted(packed[name.removeprefix("a")], entries[name], name)
+        assert got.tobytes() == read(name).tobytes(), name
+
+
+@pytest.mark.parametrize("kind", GGUF_KINDS)
+def test_blocks_of_gguf_are_packed_to_the_bytes_they_were_read_from(kind):
+    raw = gguf_bytes(kind, 8, 512)
+    np.testing.assert_array_equal(to_gguf(from_gguf(raw, kind), kind), raw)
+
+
+# llama.cpp's own `ggml_quantize_chunk` (xllamacpp 2026.10) leaves these errors in the weight below.
+GGML = {"Q2_K": 0.29729, "Q3_K": 0.15163, "Q4_K": 0.07185, "Q5_K": 0.03653, "Q6_K": 0.01778,
+        "IQ4_XS": 0.07682}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k == "Q4_K" else pytest.mark.slow) for k in GGML]
+)
+def test_k_quants_are_as_near_as_llama_cpps(kind):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 1024)) * np.exp(rng.standard_normal((64, 1)) * 0.5) * 0.02
+    x = x.astype(np.float32)
+    like = from_gguf(gguf_bytes(kind, 64, 1024), kind)
+    q = requantized(jnp.asarray(x.T), like, name="w")
+    np.testing.assert_array_equal(
+        gguf.dequantize(to_gguf(q, kind), GGMLQuantizationType[kind]).T, q.dequantize()
+    )
+    error = np.linalg.norm(q.dequantize().T - x) / np.linalg.norm(x)
+    assert error < 1.01 * GGML[kind]
+
+
+def merged_error(result, path, model, params):
+    """The error of a merge by its own numbers: those that are read back."""
+    back = models.load(path, quantize="file")
+    want = lora.merge(params)
+    got, changed = lora.dequantize(back.params), 0
+    squares = [0.0, 0.0]
+    pairs = zip(
+        jax.tree.leaves(want),
+        jax.tree.leaves(got),
+        jax.tree.leaves(model.params, is_leaf=is_quant),
+        strict=True,
+    )
+    for wanted, found, base in pairs:
+        base = base.dequantize() if is_quant(base) else base
+        for i in range(wanted.shape[0]) if wanted.ndim == 3 else [...]:
+            if np.array_equal(wanted[i], base[i]):
+                np.testing.assert_array_equal(found[i], wanted[i])
+                continue
+            changed += 1
+            squares[0] += float(jnp.sum((found[i] - wanted[i]) ** 2))
+            squares[1] += float(jnp.sum(wanted[i] ** 2))
+    assert changed == result.weights
+    np.testing.assert_allclose(result.error, (squares[0] / squares[1]) ** 0.5, rtol=1e-4)
+    assert 0 < result.error <= result.worst_error < 0.3
+    return back
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(format="nf4"),
+        dict(format="nf4", double_quant=True),
+        dict(format="int4"),
+        dict(format="int8"),
+    ],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
+def test_what_we_quantized_becomes_a_directory_of_its_format(options, tmp_path):
+    source = write_tiny(tmp_path / "m", tied=False)
+    model = models.load(source, quantize=quant.QuantConfig(block_size=16, **options))
+    params = adapted(model, CONFIG)
+    result = save_requantized(tmp_path / "out", model, params)
+    merged_error(result, tmp_path / "out", model, params)
+
+
+@pytest.mark.parametrize(
+    "settings, make",
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, in_squares),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}, in_groups),
+    ],
+    ids=["fp8", "gptq"],
+)
+def test_a_quantized_directory_is_copied_and_written_into(settings, make, tmp_path):
+    source = tiny(tmp_path / "m", settings, make)
+    model = models.load(source, quantize="file")
+    params = adapted(model, CONFIG)
+    result = save_requantized(tmp_path / "out", model, params)
+    merged_error(result, tmp_path / "out", model, params)
+    old, new = (load_file(d / "model.safetensors") for d in (source, tmp_path / "out"))
+    same = {n for n in old if np.array_equal(old[n].view(np.uint8), new[n].view(np.uint8))}
+    assert all(
+        ("q_proj" in n or "down_proj" in n) != (n in same)
+        for n in old
+        if "g_idx" not in n and "qzeros" not in n
+    )
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_a_gguf_file_is_copied_and_written_into(kind, tmp_path):
+    tensors = tensors_of(models.init(jax.random.key(0), TIED))
+    source = write_model(tmp_path / "m.gguf", TIED, tensors, GGMLQuantizationType[kind])
+    model = models.load(source, quantize="file")
+    params = adapted(model, CONFIG)
+    result = save_requantized(tmp_path / "out.gguf", model, params)
+    merged_error(result, tmp_path / "out.gguf", model, params)
