@@ -25,6 +25,7 @@ _NAMES = {
     "save_merged": "lora_jax.models.saving",
     "save_mlx": "lora_jax.hf.mlx",
     "save_peft": "lora_jax.hf.peft.api",
+    "save_requantized": "lora_jax.models.requantizing",
     "save_weights": "lora_jax.hf.name_maps.weights",
     "to_hugging_face": "lora_jax.hf.name_maps.rules",
     "to_peft": "lora_jax.hf.peft.save",

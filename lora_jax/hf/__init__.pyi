@@ -26,4 +26,5 @@ from lora_jax.hf.peft.api import save_peft as save_peft
 from lora_jax.hf.peft.save import to_peft as to_peft
 from lora_jax.hf.upload import push as push
 from lora_jax.models.gguf import base_of as base_of
+from lora_jax.models.requantizing import save_requantized as save_requantized
 from lora_jax.models.saving import save_merged as save_merged

@@ -101,10 +101,10 @@ def merged_error(result, path, model, params):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(format="nf4"),
-        dict(format="nf4", double_quant=True),
+        pytest.param(dict(format="nf4"), marks=pytest.mark.slow),
+        pytest.param(dict(format="nf4", double_quant=True), marks=pytest.mark.slow),
         dict(format="int4"),
-        dict(format="int8"),
+        pytest.param(dict(format="int8"), marks=pytest.mark.slow),
     ],
     ids=lambda o: "-".join(map(str, o.values())),
 )
@@ -119,8 +119,16 @@ def test_what_we_quantized_becomes_a_directory_of_its_format(options, tmp_path):
 @pytest.mark.parametrize(
     "settings, make",
     [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, in_squares),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}, in_groups),
+        pytest.param(
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            in_squares,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
+            in_groups,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["fp8", "gptq"],
 )
@@ -139,7 +147,7 @@ def test_a_quantized_directory_is_copied_and_written_into(settings, make, tmp_pa
     )
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", pytest.param("Q8_0", marks=pytest.mark.slow)])
 def test_a_gguf_file_is_copied_and_written_into(kind, tmp_path):
     tensors = tensors_of(models.init(jax.random.key(0), TIED))
     source = write_model(tmp_path / "m.gguf", TIED, tensors, GGMLQuantizationType[kind])
@@ -147,3 +155,14 @@ def test_a_gguf_file_is_copied_and_written_into(kind, tmp_path):
     params = adapted(model, CONFIG)
     result = save_requantized(tmp_path / "out.gguf", model, params)
     merged_error(result, tmp_path / "out.gguf", model, params)
+
+
+def test_what_cannot_be_requantized_is_one_sentence(tmp_path):
+    source = write_tiny(tmp_path / "m", tied=False)
+    plain = models.load(source)
+    with pytest.raises(ValueError, match="`model` is not quantized: load it with `quantize`"):
+        save_requantized(tmp_path / "out", plain, adapted(plain, CONFIG))
+    model = models.load(source, quantize=quant.QuantConfig(format="fp8", block_size=16))
+    with pytest.raises(ValueError, match="held in fp8 of `quant_method` .*only read"):
+        save_requantized(tmp_path / "out", model, adapted(model, CONFIG))
+    assert not (tmp_path / "out").exists()

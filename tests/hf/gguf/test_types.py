@@ -147,9 +147,9 @@ def test_a_model_of_mixed_k_quants(tmp_path):
     assert bytes_ <= 1.02 * path.stat().st_size
     tokens = np.arange(8)[None]
     apply = jax.jit(lambda params, ids: lora.lorafy(held.apply)(params, ids))
-    # Sums of float32 in another order.
+    # Sums of float32 in another order, through four blocks of weights up to 1,000.
     np.testing.assert_allclose(
-        apply(held.params, tokens), floats.apply(floats.params, tokens), rtol=1e-4, atol=1e-4
+        apply(held.params, tokens), floats.apply(floats.params, tokens), rtol=1e-3, atol=1e-3
     )
 
 
