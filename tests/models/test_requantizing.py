@@ -16,9 +16,15 @@ from lora_jax.quant.array import is_quant
 from lora_jax.quant.gguf import GGUF_KINDS, from_gguf, to_gguf
 from lora_jax.quant.requantize import requantized
 
-from tests.hf.checkpoint.test_quantized import CASES, in_groups, in_squares, saved, tiny
-from tests.quant.test_held import gguf_bytes
-from tests.support.gguf_files import TIED, adapted, config_with, tensors_of, write_model
+from tests.support.gguf_files import (
+    TIED,
+    adapted,
+    config_with,
+    gguf_bytes,
+    tensors_of,
+    write_model,
+)
+from tests.support.quantized_files import CASES, in_groups, in_squares, saved, tiny
 from tests.support.tiny import write_tiny
 
 pytestmark = pytest.mark.once

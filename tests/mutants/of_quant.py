@@ -32,7 +32,7 @@ FAULTS = [
         ("[:, inside] + less) & 15", "[:, inside]) & 15"),
         ("codes if order is None else codes[order]", "codes"),
         ("np.any(np.bincount(group, minlength=count) != groups.size)", "False"),
-        ("[..., _AWQ_NIBBLES]", ""),
+        ("[..., AWQ_NIBBLES]", ""),
         ("inputs // block) % 2 and block % 2 == 0", "inputs // block) % 2 and False"),
     ),
     *in_file(

@@ -21,21 +21,11 @@ from lora_jax.quant.scales import HELD
 from lora_jax.quant.sharding import check_shards
 
 from tests.support.compilations import lowered
+from tests.support.gguf_files import gguf_bytes
 
 pytestmark = pytest.mark.once
 
 K, N = 512, 256
-
-
-def gguf_bytes(kind, outputs=N, inputs=K, seed=0):
-    """Random blocks: every bit of codes and scales of integers, halves near 1/100."""
-    rng, row = np.random.default_rng(seed), GGUF_KINDS[kind]
-    raw = rng.integers(0, 256, (outputs, inputs // row.inputs, row.size)).astype(np.uint8)
-    for field in (row.scale, row.bias, row.scale2):
-        if field is not None and field[2] == "float16":
-            halves = rng.standard_normal((*raw.shape[:2], 1)).astype(np.float16) / 100
-            raw[..., field[0] : field[1]] = halves.view(np.uint8)
-    return raw.reshape(outputs, -1)
 
 
 def made(name):

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 
 import lora_jax as lora
 from lora_jax import models
+from lora_jax.quant.gguf import GGUF_KINDS
 from lora_jax.recipes.finetune import plan_model
 
 from tests.support.peft_trees import randomized
@@ -204,3 +205,14 @@ def as_llama_cpp(base_path: Path, adapter_path: Path) -> dict[str, np.ndarray]:
             change = values[1] @ values[0]  # mul_mat(b, mul_mat(a, x))
         out[name] = out[name] + (scale * change).astype(np.float32)
     return out
+
+
+def gguf_bytes(kind, outputs=256, inputs=512, seed=0):
+    """Random blocks: every bit of codes and scales of integers, halves near 1/100."""
+    rng, row = np.random.default_rng(seed), GGUF_KINDS[kind]
+    raw = rng.integers(0, 256, (outputs, inputs // row.inputs, row.size)).astype(np.uint8)
+    for field in (row.scale, row.bias, row.scale2):
+        if field is not None and field[2] == "float16":
+            halves = rng.standard_normal((*raw.shape[:2], 1)).astype(np.float16) / 100
+            raw[..., field[0] : field[1]] = halves.view(np.uint8)
+    return raw.reshape(outputs, -1)
