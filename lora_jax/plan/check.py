@@ -123,7 +123,7 @@ def too_high(leaf: LeafPlan) -> tuple[str, str] | None:
     # A dim wrongly read as a stack leaves a smaller matrix.
     stacked = f"; its dims are read as {leaf.roles}, `roles` overrides" if "s" in leaf.roles else ""
     return (
-        f"rank {leaf.rank} is above the smallest dimension {limit} of `{leaf.path}` "
+        f"`rank` {leaf.rank} is above the smallest dimension {limit} of `{leaf.path}` "
         f"(in {fan_in}, out {fan_out}), where full rank is reached",
         "lower `rank`, or set "
         f"rank_pattern={{{paths.module_of(leaf.path).rsplit('.', 1)[-1]!r}: {limit}}}{stacked}",

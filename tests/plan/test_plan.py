@@ -73,15 +73,15 @@ def test_all_linear_warns_of_a_matrix_smaller_than_the_rank():
         fn, x = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], shaped(2, 8)
         return lora.plan(lora.LoraConfig(**fields), fn, params, x, strict=fields["rank"] == 5)
 
-    left = r"rank 4 is above the smallest dimension 3 of `down` \(in 16, out 3\).*lower `rank`, or"
+    left = r"`rank` 4 is above the smallest dimension 3 of `down` \(in 16, out 3\).*lower `rank`"
     with pytest.warns(lora.LeftOutWarning, match=left):
         assert "1 named matrix left out" in str(plan(rank=4))
     # The remedy is followed.
     assert len(plan(rank=4, rank_pattern={"down": 3}).adapted) == 2
-    with pytest.raises(ValueError, match="rank 5 is above .*`strict=True` forbids that"):
+    with pytest.raises(ValueError, match="`rank` 5 is above .*`strict=True` forbids that"):
         plan(rank=5)
     with pytest.raises(
-        ValueError, match="target_modules='all-linear' adapts nothing: `down`: rank"
+        ValueError, match="target_modules='all-linear' adapts nothing: `down`: .rank"
     ):
         plan(rank=100000)
 
@@ -216,8 +216,8 @@ def test_saved_modules_are_trained_whole():
         ({"target_modules": "nothing.*"}, r"target_modules` entry .nothing.\*. matches no module"),
         ({"target_modules": ("norm",)}, r"target_modules` entry .norm. adapts nothing "
          r"\(`model.layers.norm.scale`: no contraction and no lookup uses it, only `mul`\)"),
-        ({"target_modules": ("q_proj",), "rank": 7}, r"rank 7 is above the smallest dimension 6 of "
-         r"`model.layers.attn.q_proj.kernel` \(in 8, out 6\)"),
+        ({"target_modules": ("q_proj",), "rank": 7}, r"`rank` 7 is above the smallest dimension 6 "
+         r"of `model.layers.attn.q_proj.kernel` \(in 8, out 6\)"),
         ({"target_modules": ("q_proj",), "modules_to_save": ("score",)},
          "modules_to_save` entry .score. matches no module"),
         ({"target_modules": ("q_proj",), "layers_to_transform": (7, 9)},

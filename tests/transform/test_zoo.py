@@ -145,7 +145,7 @@ def test_router_smaller_than_the_rank():
     ):
         plan = check(_routed, params, features(2, 5, 8), rank=4)
     assert {leaf.path: leaf.roles for leaf in plan.adapted} == {"experts": "oio"}
-    assert "rank 4 is above the smallest dimension 3" in plan.by_path()["router"].reason
+    assert "`rank` 4 is above the smallest dimension 3" in plan.by_path()["router"].reason
     for config in ({"target_modules": ("router",)}, {"rank": 9}):
         with pytest.raises(ValueError, match=r"above the smallest dimension 3 of `router`"):
             lora.plan(_config(**({"rank": 4} | config)), _routed, params, features(2, 5, 8))
