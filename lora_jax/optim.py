@@ -13,7 +13,7 @@ from lora_jax import paths
 from lora_jax.array import FROZEN_FIELDS, TRAINED_FIELDS, is_lora
 from lora_jax.compat import require
 from lora_jax.config.arguments import check_tree
-from lora_jax.tree import combine, split
+from lora_jax.tree import combine, trained_and_frozen
 
 
 def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
@@ -47,7 +47,7 @@ def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
     """
 
     def run(lora_params: PyTree, *args, **kwargs) -> Any:
-        trainable, frozen = split(lora_params)
+        trainable, frozen = trained_and_frozen(lora_params)
         check_trainable(trainable, "lora_params")
 
         # The frozen half is a constant of the function that is differentiated.
@@ -125,15 +125,15 @@ def masked(tx: Any) -> Any:
     optax = require("optax")
 
     def start(params: PyTree) -> Any:
-        trainable, frozen = split(params)
+        trainable, frozen = trained_and_frozen(params)
         # optax itself calls `init` with trees that hold no array at all: those pass.
         if jax.tree.leaves(frozen):
             check_trainable(trainable, "params")
         return tx.init(trainable)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        trainable, frozen = split(updates)
-        now, base = (None, None) if params is None else split(params)
+        trainable, frozen = trained_and_frozen(updates)
+        now, base = (None, None) if params is None else trained_and_frozen(params)
         # `tx` sees the trainable half in every argument, so weight decay never reaches the base.
         changes, state = tx.update(trainable, state, now)
         # One of the arguments may be a whole tree: the updates then have its structure.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -190,11 +191,24 @@ def split(lora_params: PyTree) -> tuple[PyTree, PyTree]:
 
     Returns:
       `(trainable, frozen)`: two trees of the same structure, each with `None` in the other's
-      places. `trainable` holds `a`, `b`, DoRA magnitudes and saved values only.
+      places. `trainable` holds `a`, `b`, DoRA magnitudes and saved values only. It is empty, with
+      a warning, where `lora_params` has no LoRA leaf.
     """
     check_tree("lora_params", lora_params)
-    trainable = jax.tree.map(lambda x: _keep(x, TRAINED_FIELDS), lora_params, is_leaf=is_lora)
-    frozen = jax.tree.map(lambda x: _keep(x, FROZEN_FIELDS), lora_params, is_leaf=is_lora)
+    leaves = jax.tree.leaves(lora_params, is_leaf=is_lora)
+    if leaves and not any(map(is_lora, leaves)):
+        warnings.warn(
+            "`lora_params` has no adapter, so the trainable half is empty: pass the tree that "
+            "`lora.init(key, plan, params)` returns",
+            stacklevel=2,
+        )
+    return trained_and_frozen(lora_params)
+
+
+def trained_and_frozen(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """`split` of a tree that may have no LoRA leaf."""
+    trainable = jax.tree.map(lambda x: _keep(x, TRAINED_FIELDS), tree, is_leaf=is_lora)
+    frozen = jax.tree.map(lambda x: _keep(x, FROZEN_FIELDS), tree, is_leaf=is_lora)
     return trainable, frozen
 
 

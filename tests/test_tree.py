@@ -100,6 +100,14 @@ def test_layers_left_out_and_smaller_ranks_are_zero_and_stay_so():
     assert not grads.a[0, :, 2:].any() and not grads.b[2, 2:].any()
 
 
+def test_split_of_a_base_warns_of_the_empty_half():
+    base = {"w": jnp.ones((2, 3))}
+    with pytest.warns(UserWarning, match=r"`lora_params` has no adapter.*`lora.init\(key, plan"):
+        trainable, frozen = lora.split(base)
+    assert not jax.tree.leaves(trainable) and frozen == base
+    assert lora.split({}) == ({}, {})
+
+
 def test_split_and_combine_are_inverse():
     tree = made(modules_to_save=("out",), target_modules=("up",))
     trainable, frozen = lora.split(tree)

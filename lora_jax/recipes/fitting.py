@@ -25,7 +25,7 @@ from lora_jax.train.examples import Example
 from lora_jax.train.memory import device_bytes
 from lora_jax.train.mesh import rows_of
 from lora_jax.train.preparation import settings_of
-from lora_jax.tree import split
+from lora_jax.tree import trained_and_frozen
 
 _KERNELS: Mapping[str, Backend] = {"gpu": "gpu", "tpu": "tpu"}
 
@@ -96,7 +96,7 @@ def fitted(
     """
     at = placement(model, params)
     found = preparation.layout(model, data, config, rows_of(at)).loader
-    forward, base = model.forward, split(params)[1]
+    forward, base = model.forward, trained_and_frozen(params)[1]
     held = [x for x in jax.tree.leaves(model.params, is_leaf=is_quant) if is_quant(x)]
     mesh = {} if at is None else at.mesh.shape
     settings = StepSettings(

@@ -14,7 +14,7 @@ from lora_jax.train.loss import TOGETHER, Rows, losses_of, summed_loss
 from lora_jax.train.mesh import batch_on, rows_of
 from lora_jax.train.step import Programs
 from lora_jax.transform.lorafy import lorafy
-from lora_jax.tree import combine, split
+from lora_jax.tree import combine, trained_and_frozen
 
 
 class Evaluator(NamedTuple):
@@ -101,7 +101,7 @@ def evaluate(
         model = model_on(model, placed, at)
         rows = rows_of(at, placed)
         prepared = evaluator(model, data, batch_size=batch_size, at=at, rows=rows)
-        return mean_loss(prepared, *split(placed))
+        return mean_loss(prepared, *trained_and_frozen(placed))
 
 
 def check_causal(model: Any) -> None:

@@ -21,7 +21,7 @@ from lora_jax.train.loss import TOGETHER, Rows, outputs_of
 from lora_jax.train.packing import choose
 from lora_jax.train.step import split_full
 from lora_jax.transform.lorafy import lorafy
-from lora_jax.tree import split
+from lora_jax.tree import trained_and_frozen
 
 
 def check_extra(config: TrainConfig) -> None:
@@ -77,7 +77,7 @@ def halves(lora_params: Any, full: bool, lora_config: LoraConfig | None) -> tupl
         if lora_config is not None:
             raise ValueError("`full` trains without an adapter: leave `lora_config` out")
         return split_full(lora_params)
-    trainable, frozen = split(lora_params)
+    trainable, frozen = trained_and_frozen(lora_params)
     if not jax.tree.leaves(trainable):
         raise ValueError(
             "`lora_params` has nothing to train; make it with lora.init, or pass full=True to "

@@ -30,7 +30,7 @@ from lora_jax.files import kept, replacing, write_text
 from lora_jax.models.mesh import on_mesh, placement
 from lora_jax.train.archive import check_shared
 from lora_jax.train.batches import Batch, by_place
-from lora_jax.tree import combine, split
+from lora_jax.tree import combine, trained_and_frozen
 
 COMMON = "sweep.json"
 _UNFINISHED = "unfinished"
@@ -266,7 +266,7 @@ class Store:
         """
         if run.name in self._trees:
             return self._trees[run.name]
-        moved, still = split(like)
+        moved, still = trained_and_frozen(like)
         # A tree of full fine-tuning has no adapters: all its leaves are in the file.
         whole = not jax.tree.leaves(moved)
         leaves, tree = jax.tree.flatten(like if whole else moved)
@@ -337,7 +337,7 @@ class Store:
 
 def _moved(tree: Any) -> Any:
     """The trained leaves: the trainable half, or the whole tree of full fine-tuning."""
-    moved, _ = split(tree)
+    moved, _ = trained_and_frozen(tree)
     return moved if jax.tree.leaves(moved) else tree
 
 
