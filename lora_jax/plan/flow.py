@@ -191,15 +191,14 @@ def _is_whole_matrix(shape: Sequence[int], track: Track) -> bool:
 
 
 def is_constant_matrix(found: Usage, eqn: Any, k: int, track: Track) -> bool:
-    """Whether a weight is combined with a constant of its shape, such as a mask.
+    """Whether a weight is combined with a constant of its shape, or written into a constant.
 
     A mask made outside the function counts like one made inside. Where no argument of the function
     is an array, an array that it closes over may be the data, and is no constant.
     """
     shape = eqn.invars[k].aval.shape
-    return (
-        not found.closed and eqn.outvars[0].aval.shape == shape and _is_whole_matrix(shape, track)
-    )
+    of_one_shape = k == 2 or eqn.outvars[0].aval.shape == shape  # 2: what a scatter writes
+    return not found.closed and of_one_shape and _is_whole_matrix(shape, track)
 
 
 def kernel_window(eqn: Any, track: Track, name: str) -> Window | None:

@@ -6,12 +6,11 @@ from lora_jax.plan.leaf import LeafPlan, Use
 from lora_jax.transform.many import token_axis
 from lora_jax.transform.primitives import PRIMITIVES
 
-_SCATTERS = ("scatter", "scatter-add", "scatter_add")
 # A parameter that only these operations combine with features is a bias, a scale, or a prompt: rows
 # put beside the features.
 _BESIDE_FEATURES = frozenset(
     name for name, row in PRIMITIVES.items() if row.tokens is token_axis.elementwise
-) | {"concatenate", "dynamic_update_slice", "pad", *_SCATTERS}
+) | {"concatenate", "dynamic_update_slice", "pad"}
 
 
 def inferred(
@@ -98,8 +97,8 @@ def override(leaf: LeafPlan) -> str:
         return ""
     picked = frozenset().union(*(use.picked for use in leaf.uses))
     large = [d for d, n in enumerate(leaf.shape) if n > 1 and d not in picked]
-    if len(large) == 1 and any(u.constant and u.primitive in _SCATTERS for u in leaf.uses):
-        # One row or column is put into a constant: its index numbers no layers.
+    if len(large) < 2 and any(u.constant and _is_scatter(u) for u in leaf.uses):
+        # A row, a column or a number is put into a constant: its index numbers no layers.
         picked, large = frozenset[int](), [d for d, n in enumerate(leaf.shape) if n > 1]
     if len(large) < 2 or (leaf.uses and all(map(_joins_features, leaf.uses))):
         return ""
@@ -119,4 +118,9 @@ def _joins_features(use: Use) -> bool:
     """Whether a use adds a parameter to features, scales them by it, or puts it beside them."""
     if use.primitive == "dot_general":
         return use.kind == "other"  # an einsum that sums nothing: a scale
-    return use.kind == "other" and not use.constant and use.primitive in _BESIDE_FEATURES
+    beside = use.primitive in _BESIDE_FEATURES or _is_scatter(use)
+    return use.kind == "other" and not use.constant and beside
+
+
+def _is_scatter(use: Use) -> bool:
+    return use.primitive.startswith("scatter")

@@ -114,6 +114,19 @@ def gathered(eqn: Any, shape: tuple) -> list[Map] | None:
     return [[(next(survive),) if i in numbers.offset_dims else picked for i in range(rank)]]
 
 
+def written(eqn: Any, k: int) -> list[Map] | None:
+    """Of a write at indices: the dims of what is written into, or of what is written."""
+    if k != 2:
+        return same_shape(eqn, k)
+    numbers, rank = eqn.params["dimension_numbers"], len(_shape(eqn, 0))
+    rows = tuple(d for d in range(len(_shape(eqn, 2))) if d not in numbers.update_window_dims)
+    # One row alone has no dim that its place could be made of.
+    if numbers.operand_batching_dims or (numbers.inserted_window_dims and not rows):
+        return None
+    windows = iter(numbers.update_window_dims)
+    return [[rows if d in numbers.inserted_window_dims else (next(windows),) for d in range(rank)]]
+
+
 def squeezed(eqn: Any, shape: tuple) -> list[Map]:
     gone = {d % len(shape) for d in eqn.params["dimensions"]}
     return [[(d,) for d in range(len(shape)) if d not in gone]]
@@ -211,6 +224,7 @@ UNCHANGED = SAME_SHAPE._replace(keeps_rows=always)
 PAIRWISE = UNCHANGED._replace(pairwise=True)
 SCALED = SAME_SHAPE._replace(keeps_rows=scales, takes_data=scales)
 DIVIDED = SAME_SHAPE._replace(keeps_rows=is_scaled, takes_data=is_scaled)
+WRITTEN = SAME_SHAPE._replace(maps=written)
 REDUCED = SAME_SHAPE._replace(maps=reduced)
 SAME_RANK = SAME_SHAPE._replace(maps=same_rank)
 

@@ -13,6 +13,7 @@ from lora_jax.transform import (
     rules_loop,
     rules_rearrange,
     rules_reduce,
+    rules_write,
 )
 from lora_jax.transform.many import lookup, token_axis
 from lora_jax.transform.many import rules as many_rules
@@ -72,7 +73,9 @@ _REDUCTION = _activations(dim_maps.REDUCED, token_axis.reduction, "sum")
 _WINDOWED = _activations(dim_maps.SAME_SHAPE, token_axis.lost, "sum")
 # Random bits and custom calls: one kernel each, which the compiler fuses with nothing.
 _KERNEL = _activations(dim_maps.SAME_SHAPE, token_axis.lost, "reader")
-_SCATTER_ADD = _joining(rules.scatter_add, dim_maps.SAME_SHAPE, token_axis.first, "adds")
+_SCATTER_ADD = _joining(
+    rules.writing(rules_write.scatter_add), dim_maps.WRITTEN, token_axis.first, "adds"
+)
 _CUSTOM_VJP = _control(rules_custom.custom_vjp, "call", "call")
 
 # Read by the interpreter, the dataflow, the token follower and the memory estimate, by the name
@@ -274,7 +277,9 @@ PRIMITIVES: dict[str, Primitive] = {
     # Moves numbers along one dim by their size.
     "sort": _activations(dim_maps.MIXED, token_axis.except_along("dimension"), "reader"),
     "top_k": _activations(dim_maps.SAME_SHAPE, token_axis.top_k, "reader"),
-    "scatter": _joining(rules.scatter, dim_maps.SAME_SHAPE, token_axis.first, "reader"),
+    "scatter": _joining(
+        rules.writing(rules_write.scatter), dim_maps.WRITTEN, token_axis.first, "reader"
+    ),
     "scatter-add": _SCATTER_ADD,
     "scatter_add": _SCATTER_ADD,
     "dynamic_update_slice": _joining(

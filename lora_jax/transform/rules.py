@@ -192,14 +192,16 @@ def conj(context: Context, eqn: Any, values: list) -> Any:
     return rules_join.conjugate(values[0], binder(eqn))
 
 
-def scatter(context: Context, eqn: Any, values: list) -> Any:
-    v, indices, updates = values
-    return rules_write.scatter(v, indices, updates, binder(eqn), **eqn.params)
+def writing(rule: Callable) -> Rule:
+    """A rule of a write at indices, into a weight or of one; beside features it is no weight."""
 
+    def apply(context: Context, eqn: Any, values: list) -> Any:
+        written = is_implicit(values[2])
+        if written and origin_of(context.origins, eqn.invars[0]) == DATA:
+            raise Unsupported("it is written into features")
+        return rule(*values, binder(eqn), **eqn.params)
 
-def scatter_add(context: Context, eqn: Any, values: list) -> Any:
-    v, indices, updates = values
-    return rules_write.scatter_add(v, indices, updates, binder(eqn))
+    return apply
 
 
 def dynamic_update_slice(context: Context, eqn: Any, values: list) -> Any:

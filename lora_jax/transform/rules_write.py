@@ -1,6 +1,7 @@
 """Rules for writing into a weight, and for writing a weight into a buffer."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from jax import Array, lax
 
 from lora_jax.transform.base_weight import base_array
 from lora_jax.transform.implicit import Implicit, Unsupported, folded, owned, rebuild, without_gain
-from lora_jax.transform.labels import RANK, expand_to, labels
+from lora_jax.transform.labels import PARTS, RANK, expand_to, labels, reorder
 
 
 def scatter(
@@ -21,17 +22,20 @@ def scatter(
     dimension_numbers: lax.ScatterDimensionNumbers,
     **params: Any,
 ) -> Implicit:
-    """Rows or columns of a weight written over: its change is zero there.
+    """Rows or columns of a weight written over, where its change is zero, or written elsewhere.
 
     Args:
-      v, indices, updates: the operands.
+      v, indices, updates: the operands, the first or the last of them a weight.
       bind: binds the original primitive to dense operands.
       dimension_numbers: of the primitive.
       **params: its other parameters.
     """
     numbers = dimension_numbers
-    if not isinstance(v, Implicit) or isinstance(updates, Implicit):
-        raise Unsupported("a weight is written, at indices, into another array")
+    if params["update_jaxpr"] is not None:  # `w.at[rows].apply(f)`
+        raise Unsupported("a function of a part of its numbers")
+    if isinstance(updates, Implicit):
+        write = functools.partial(lax.scatter, mode=params["mode"])
+        return _placed_at(updates, v, indices, numbers=numbers, bind=bind, write=write)
     if numbers.operand_batching_dims:
         raise Unsupported("batched scatter")
     kept = [d for d in range(v.ndim) if d not in numbers.inserted_window_dims]
@@ -63,10 +67,19 @@ def scatter(
     return _written(v, cut, outside, lambda w: bind(w, indices, updates))
 
 
-def scatter_add(v: Any, indices: Any, updates: Any, bind: Callable, **_: Any) -> Implicit:
-    """Numbers added to a weight, which its base takes."""
-    if not isinstance(v, Implicit) or isinstance(updates, Implicit):
-        raise Unsupported("a weight is added, at indices, to another array")
+def scatter_add(
+    v: Any,
+    indices: Any,
+    updates: Any,
+    bind: Callable,
+    *,
+    dimension_numbers: lax.ScatterDimensionNumbers,
+    **params: Any,
+) -> Implicit:
+    """Numbers added to a weight, which its base takes, or a weight added to rows or columns."""
+    if isinstance(updates, Implicit):
+        write = functools.partial(lax.scatter_add, mode=params["mode"])
+        return _placed_at(updates, v, indices, numbers=dimension_numbers, bind=bind, write=write)
     v = without_gain(v)
     return dataclasses.replace(v, w=bind(base_array(v, "scatter-add"), indices, updates))
 
@@ -129,3 +142,77 @@ def _placed(
         return lax.dynamic_update_slice(jnp.zeros(sizes, array.dtype), array, where), dims
 
     return rebuild(v, bind(buffer, base_array(v, "a write"), *starts), v.roles, place)
+
+
+def _placed_at(
+    v: Implicit,
+    buffer: Any,
+    indices: Any,
+    *,
+    numbers: lax.ScatterDimensionNumbers,
+    bind: Callable,
+    write: Callable,
+) -> Implicit:
+    """A weight written into a buffer at indices: each factor is, into zeros.
+
+    Args:
+      v: the weight; its dims are those of windows and those of the indices.
+      buffer, indices: the other operands.
+      numbers: which dims of the buffer a window covers, and which ones the indices choose.
+      bind: binds the original primitive to dense operands.
+      write: `f(buffer, indices, updates, numbers)` writes a factor as the primitive does.
+    """
+    if isinstance(buffer, Implicit):
+        raise Unsupported("a weight is written into another one")
+    if numbers.operand_batching_dims:
+        raise Unsupported("batched scatter")
+    chosen = numbers.scatter_dims_to_operand_dims
+    kept = [d for d in range(buffer.ndim) if d not in numbers.inserted_window_dims]
+    # For each dim of the buffer that a window covers, the weight's; the rank stays what it is.
+    window: dict = dict(zip(kept, numbers.update_window_dims, strict=True))
+    cut = [d for d, n in enumerate(buffer.shape) if d not in window or v.shape[window[d]] != n]
+    if not set(chosen) <= set(cut):
+        raise Unsupported("a write that moves a window along a dim it covers")
+    rows = [axis for axis in range(v.ndim) if axis not in numbers.update_window_dims]
+    role = _role_of_rows(v, rows)
+    v = without_gain(v)
+    placed = {*rows, *(window[d] for d in cut if d in window)}
+    v = owned(v, [axis for axis in placed if v.roles[axis] == "u"], role)
+    roles = "".join(v.roles[window[d]] if d in window else role for d in range(buffer.ndim))
+    # Of several rows one factor alone may know the places; those of a stack would be in both.
+    if indices[..., 0].size > 1 and {roles[d] for d in chosen} - {role} | {role} & {"s"}:
+        raise Unsupported("indices choose dims of both factors")
+    if v.key is not None and any(roles[d] == "s" for d in cut):
+        raise Unsupported("a stack with dropout is written into a buffer")
+
+    def place(array: Array, part: str) -> Array:
+        have, want = labels(v.roles, part), labels(roles, part)
+        # In a scatter's updates the dims of the indices come first here.
+        own: list = [axis for axis in rows if axis in have]
+        order = own + [window.get(d, d) for d in want if d in window or d == RANK]
+        array = reorder(array, have, order)
+        if not set(want) & set(cut):
+            return array
+        columns = jnp.array([k for k, d in enumerate(chosen) if d in want], int)
+        where = indices if own else indices.reshape(-1, indices.shape[-1])[0]
+        sizes = [array.shape[order.index(d)] if d == RANK else buffer.shape[d] for d in want]
+        part_numbers = lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(range(len(own), array.ndim)),
+            inserted_window_dims=tuple(i for i, d in enumerate(want) if d not in (*window, RANK)),
+            scatter_dims_to_operand_dims=tuple(want.index(d) for d in chosen if d in want),
+        )
+        return write(jnp.zeros(sizes, array.dtype), where[..., columns], array, part_numbers)
+
+    parts = {p: place(x, p) for p in PARTS if (x := getattr(v, p)) is not None}
+    return dataclasses.replace(
+        v, w=bind(buffer, indices, base_array(v, "a write")), roles=roles, **parts
+    )
+
+
+def _role_of_rows(v: Implicit, rows: Sequence[int]) -> str:
+    """The role of the dims that a write's indices choose, from those of the weight's rows."""
+    found = {v.roles[axis] for axis in rows} - {"u"}
+    if len(found) > 1:
+        raise Unsupported("indices choose dims of both factors")
+    # Where no factor has them (one row, or copies of one), they go to the factor that has none.
+    return found.pop() if found else next((role for role in "io" if role not in v.roles), "s")

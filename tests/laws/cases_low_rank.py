@@ -3,6 +3,7 @@
 None of them may form `W + s·A·B`; `test_low_rank_forms` looks for it.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -12,6 +13,7 @@ from tests.laws.case import Case, features, normal
 # Closed over by the models, as masks and permutations are.
 COLUMNS = np.array([1, 0, 2, 3, 5, 4])
 ROWS = np.array([3, 1, 2, 0, 7, 6, 5, 4])
+PLACES = np.array([7, 2, 5, 1])
 MASK = np.asarray(normal(50, 8, 6))
 
 
@@ -121,6 +123,19 @@ CASES = (
     Case("written_into_a_stack", _many(lambda p, x: jnp.einsum("btd,edf->btef", x,
         lax.dynamic_update_slice(p["buffer"], p["w"][None], (1, 0, 0))), w=(8, 6),
         buffer=(3, 8, 6)), IO, linear=("w", "buffer"), dropout=False),
+    Case("rows_placed", _one(lambda w, x: x @ jnp.zeros((8, 6)).at[PLACES].set(w), 4, 6), IO),
+    Case("columns_placed", _one(lambda w, x: x @ jnp.asarray(MASK, w.dtype).at[
+        :, PLACES - 1].add(w, mode="drop"), 8, 4), IO),
+    Case("rows_placed_in_a_parameter", _many(lambda p, x: x @ p["frozen"].at[PLACES].set(p["w"]),
+         w=(4, 6), frozen=(8, 6)), IO, linear=("w", "frozen")),
+    Case("rows_placed_in_experts", _one(lambda w, x: jnp.einsum(
+        "btd,edf->btef", x, jnp.zeros((3, 8, 6)).at[:, PLACES].set(w)), 3, 4, 6),
+        {"w": "sio"}, config={"roles": {"w": "sio"}}),
+    Case("block_placed", _one(lambda w, x: x @ jnp.zeros((8, 6)).at[1:, 2:].set(w), 7, 4), IO),
+    Case("one_row_placed", _one(lambda w, x: x @ jnp.zeros((8, 6)).at[2].set(w[1])), IO,
+         config={"roles": IO}),
+    Case("rows_summed_by_segment", _one(lambda w, x: x[..., :3] @ jax.ops.segment_sum(
+        w, np.array([0, 2, 2, 1, 0, 1, 2, 0]), 3)), IO),
     Case("summed_by_hand", _one(lambda w, x: jnp.sum(x[..., None] * w, -2)), IO,
          config={"roles": IO}, linear=("w",)),
 )  # fmt: skip

@@ -196,6 +196,13 @@ CASES = (
     Case("weight_repeated", _one(lambda w, x: x @ jnp.tile(w, (1, 2)), 8, 6), {"w": "io"}),
     Case("weight_written_to", _one(lambda w, x: x @ w.at[0, 1].set(1.0), 8, 6), {"w": "io"},
          frozenset({("w", "scatter")})),
+    Case("row_applied", _one(lambda w, x: x @ w.at[2].apply(jnp.tanh), 8, 6), {"w": "io"},
+         frozenset({("w", "scatter")}), reverse=False),
+    Case("diagonal_placed", _one(lambda w, x: x @ jnp.zeros((8, 8)).at[
+        jnp.arange(8), jnp.arange(8)].set(w[:, 0]), 8, 6), {"w": "io"},
+        config={"roles": {"w": "io"}}),
+    Case("placed_in_features", _one(lambda w, x: x.at[:, jnp.array([0, 3])].set(w), 2, 8),
+         {"w": "io"}, frozenset({("w", "scatter")}), config={"roles": {"w": "io"}}),
     Case("weight_symmetrised", _one(lambda w, x: x @ (w + w.T), 8, 8), {"w": "io"}),
     Case("experts_averaged", _one(lambda w, x: x @ w.sum(0) + jnp.tanh(x @ w[0]), 3, 8, 6),
          {"w": "sio"}, config={"roles": {"w": "sio"}}),

@@ -43,10 +43,10 @@ def merged_is_met(fn, params, plan, tolerance=2e-5):
     assert jnp.abs(got - want).max() < tolerance * max(1, float(jnp.abs(want).max()))
 
 
-# Forms that show no roles: a linear solve, a weight written into a buffer, heads of vectors.
+# Forms that show no roles: a linear solve, the larger of a weight and a constant, heads of vectors.
 HIDDEN = {
     "solve": (lambda w, x: jnp.linalg.solve(w, x.mT).mT, (8, 8), "io"),
-    "buffer": (lambda w, x: x @ jnp.zeros((8, 9)).at[:, 1:].set(w), (8, 8), "io"),
+    "larger": (lambda w, x: x @ jnp.zeros((8, 9)).at[:, 1:].max(w), (8, 8), "io"),
     "vectors of heads": (
         lambda w, x: jnp.einsum("bthk,hk->bth", x.reshape(2, 5, 2, 4), w),
         (2, 4),
@@ -175,7 +175,9 @@ def test_stopped_gradients_are_in_the_plan():
     lambda w: jnp.zeros((6, 5)).at[2].set(w[1]),
     lambda w: jnp.zeros((6, 5)).at[2].add(w[1]).at[3].set(w[0]),
     lambda w: jnp.zeros((6, 5)).at[:, 1].set(w[:, 1]),
-    lambda w: jnp.zeros((6, 5)).at[:3, :2].set(w[:3, :2]),
+    lambda w: jnp.ones((6, 5)).at[2].mul(w[1]),
+    lambda w: jnp.ones((6, 5)).at[2].max(w[1]),
+    lambda w: jnp.zeros((6, 5)).at[2, 3].set(w[1, 1]),
 ])  # fmt: skip
 def test_a_row_put_into_zeros_names_the_roles_that_adapt_it(place):
     def fn(params, x):
