@@ -167,7 +167,10 @@ class BertConfig:
             return ()
         distilled = self.kind.head == "distilbert"
         if self.task == CLASSIFICATION:
-            before = {"distilbert": ("pre_classifier.",), "deberta": ("pooler.",)}
+            before = {
+                "distilbert": ("pre_classifier.",), "deberta": ("pooler.",),
+                "modernbert": ("head.",),
+            }  # fmt: skip
             return ("classifier.", *before.get(self.kind.head, ()))
         if self.kind.head == "modernbert":
             return ("head.", "decoder." if self.task == MASKED_LM else "classifier.")

@@ -213,16 +213,19 @@ def _with_fresh_head(
     else:
         drawn, rest = (), shapes[prefix]
     own = {part.removesuffix(".") for part in config.head_modules} & {*shapes}
-    kept = {n: s for n, s in weights.shapes.items() if n.startswith(f"{prefix}.")}
-    weights = weights._replace(shapes=kept)
-    loaded = fill({prefix: rest}, weights, family=BERT, spread=spread)[prefix]
+    wanted = {prefix: rest}
+    if "head.dense.weight" in weights.shapes:  # ModernBERT's, which its tasks have in common
+        wanted["head"] = shapes["head"]
+        own -= {"head"}
+    kept = {n: s for n, s in weights.shapes.items() if n.partition(".")[0] in wanted}
+    loaded = fill(wanted, weights._replace(shapes=kept), family=BERT, spread=spread)
     made = draw(
         key,
         {**{n: shapes[n] for n in own}, prefix: {n: shapes[prefix][n] for n in drawn}},
         config,
         spread=spread,
     )
-    return {**made, prefix: {**loaded, **made[prefix]}}
+    return {**made, **loaded, prefix: {**loaded[prefix], **made[prefix]}}
 
 
 def _without_tied(weights: Weights, config: BertConfig, *, shared: bool) -> Weights:

@@ -19,6 +19,7 @@ from lora_jax.hf.gguf.file import open_gguf, rope_divisors, weights_of
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.hf.tokenizer.tokenizer import from_gguf
+from lora_jax.models.bert_kinds import CLASSIFICATION
 from lora_jax.models.classifier import CLASSIFIER, HEAD, WITHOUT, check_labels
 from lora_jax.models.encoder_loading import read_encoder
 from lora_jax.models.gguf import config_of
@@ -58,9 +59,9 @@ def load(
 ) -> Model:
     """Loads a model and its tokenizer.
 
-    A decoder whose config.json names a class ...ForSequenceClassification classifies texts; any
-    other one does with `labels`. An encoder gets the task that config.json names; `load_encoder`
-    loads it for another one.
+    A model whose config.json names a class ...ForSequenceClassification classifies texts; any
+    other one does with `labels`. An encoder has the task that config.json names otherwise;
+    `load_encoder` loads it for another one.
 
     Args:
       source: a Hugging Face directory, a hub id, or a path to a .gguf file.
@@ -77,7 +78,7 @@ def load(
         process reads the parts of its own devices, which quantize them, so that beside the weights
         there is never more than one tensor in memory.
       rules: which mesh axes shard which dims.
-      labels: names of the classes of a decoder that is to classify texts, with a fresh head.
+      labels: names of the classes of a model that is to classify texts, with a fresh head.
       fresh_head: PRNG key, which draws that head.
 
     Returns:
@@ -190,12 +191,16 @@ def _load_directory(
             raise ValueError(f"{path}: {error}") from None
     architecture = architecture_of(config.model_type)
     if architecture.kind == ENCODER:
-        for name, given in (("quantize", quant), ("labels", head.key)):
-            if given is not None:
-                raise ValueError(f"{path}: `{name}` is for decoders, not for `{config.model_type}`")
+        if quant is not None:
+            raise ValueError(f"{path}: `quantize` is for decoders, not for `{config.model_type}`")
         forward_of(config, **options)  # refuses what is a decoder's
         own = {name: value for name, value in options.items() if name not in DECODERS_OWN}
-        return read_encoder(directory, own, spread=spread)
+        if head.key is None:
+            return read_encoder(directory, own, spread=spread)
+        return read_encoder(
+            directory, own, task=CLASSIFICATION, labels=head.labels, fresh_head=head.key,
+            spread=spread,
+        )  # fmt: skip
     weights = open_directory(directory)
     # Before anything of the stated sizes is allocated.
     check_counts(config, weights, path)

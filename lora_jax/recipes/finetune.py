@@ -53,8 +53,8 @@ class FinetuneConfig(Devices):
       eval_data: JSON-lines file to evaluate the loss on during training.
       fields: other names of the data's fields, prompt=question completion=answer; of several
         forms in a row, the one whose fields are given is taken.
-      labels: names of the classes, where a language model is to classify texts: it gets a fresh
-        head, and learns the field "label" of each "text".
+      labels: names of the classes, where a decoder or an encoder is to classify texts: it gets a
+        fresh head, and learns the field "label" of each "text".
       adapter: an adapter to go on from, with its rank and targets: a PEFT directory, a GGUF LoRA
         file, the folder of a run, or one of lora_jax.checkpoint.save.
       max_length: maximum number of tokens of an example; none takes the model's context.

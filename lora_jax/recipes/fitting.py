@@ -22,6 +22,7 @@ from lora_jax.sharding import AXES
 from lora_jax.train import preparation
 from lora_jax.train.config import TrainConfig
 from lora_jax.train.examples import Example
+from lora_jax.train.loss import reads_both_ways
 from lora_jax.train.memory import device_bytes
 from lora_jax.train.mesh import rows_of
 from lora_jax.train.preparation import settings_of
@@ -66,9 +67,17 @@ def labels_of(job: Any) -> tuple[str, ...]:
 
 def with_head(model: Any, config: LoraConfig) -> LoraConfig:
     """The adapter's config; of a classifier of texts, whose head trains whole, as in PEFT."""
-    if not model.config.labels or HEAD in config.modules_to_save:
+    if not model.config.labels:
         return config
-    return dataclasses.replace(config, modules_to_save=(*config.modules_to_save, HEAD))
+    heads, extra = [HEAD], config.extra
+    if reads_both_ways(model):
+        # What a checkpoint of a bare encoder lacks is drawn, BERT's pooler too.
+        heads = [name.removesuffix(".") for name in model.config.head_modules]
+        heads += ["pooler"] if model.config.pooler else []
+        extra = {"task_type": "SEQ_CLS", **extra}  # ModernBERT's heads do not tell
+    more = [name for name in heads if name not in config.modules_to_save]
+    saved = (*config.modules_to_save, *more)
+    return dataclasses.replace(config, modules_to_save=saved, extra=extra)
 
 
 def fitted(

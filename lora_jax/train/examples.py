@@ -95,7 +95,8 @@ def examples(
     else:
         _check_written(records, tokenizer)
         made = [example for record in records for example in _tokenize(record, tokenizer)]
-    fitted = (_fit(example, max_length, too_long, ends=bool(labels)) for example in made)
+    ends = 1 + tokenizer.closing if labels else 0
+    fitted = (_fit(example, max_length, too_long, ends=ends) for example in made)
     kept = [example for example in fitted if example is not None]
     if not kept:
         why = (
@@ -163,8 +164,8 @@ def _check_ends(kept: Sequence[Example], tokenizer: Any) -> None:
     )
 
 
-def _fit(example: Example, max_length: int, too_long: TooLong, *, ends: bool) -> Example | None:
-    """The example, cut to the length; `ends` keeps the last token, which is a class."""
+def _fit(example: Example, max_length: int, too_long: TooLong, *, ends: int) -> Example | None:
+    """The example, cut to the length before so many last tokens: a text's closing, its class."""
     length = len(example.tokens)
     if length > max_length:
         if too_long == "skip":
@@ -175,7 +176,7 @@ def _fit(example: Example, max_length: int, too_long: TooLong, *, ends: bool) ->
                 f' `max_length`, {max_length}; shorten it, or pass too_long="truncate" or'
                 ' too_long="skip"'
             )
-        kept = np.r_[: max_length - ends, length - ends : length]
+        kept = np.r_[: max(max_length - ends, 0), length - ends : length]
         example = example._replace(tokens=example.tokens[kept], learned=example.learned[kept])
     if not example.learned.any():
         cut = f" after truncation to {max_length} tokens" if length > max_length else ""
@@ -201,7 +202,7 @@ def _tokenize(record: Record, tokenizer: Any) -> list[Example]:
 
 
 def _classified(record: Record, tokenizer: Any, labels: Sequence[str]) -> Example:
-    """A text, and the number of its class after it, which no token of the text attends to."""
+    """A text as the tokenizer closes it, and its class after it, to which no token attends."""
     named = record.label
     known = isinstance(named, str) and named in labels
     if not known and not (type(named) is int and 0 <= named < len(labels)):
@@ -213,7 +214,7 @@ def _classified(record: Record, tokenizer: Any, labels: Sequence[str]) -> Exampl
     if record.form != "text":
         raise ValueError(f'{record.source}: a classifier reads "text", got "{record.form}"')
     number = labels.index(named) if isinstance(named, str) else named
-    tokens = [*tokenizer.encode_prompt(record.fields[0]), number]
+    tokens = [*tokenizer.encode(record.fields[0]), number]
     return Example(
         np.asarray(tokens, np.int32), np.arange(len(tokens)) == len(tokens) - 1, record.source
     )

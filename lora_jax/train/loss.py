@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax import compat
 from lora_jax.dims import AnyArray
+from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.layers import Specs, gather
 from lora_jax.transform.low_rank import at_places
 
@@ -102,6 +103,9 @@ def losses_of(
       -log softmax(logits)[target], float32 (P,).
     """
 
+    if reads_both_ways(model):
+        return _of_whole_texts(model, rows)
+
     def losses(
         params: Any,
         tokens: Int[AnyArray, "b t"],
@@ -141,6 +145,36 @@ def losses_of(
             found = _in_chunks(jax.checkpoint(part), count, hidden, places, targets)
             found = _before_gradients(found)
         return found + balance * load if balance else found
+
+    return losses
+
+
+def reads_both_ways(model: Any) -> bool:
+    """Whether a model is an encoder, whose tokens attend to those after them too."""
+    return isinstance(getattr(model, "forward", None), EncoderForward)
+
+
+def _of_whole_texts(model: Any, rows: Rows) -> Callable:
+    """`losses_of` of an encoder that classifies texts, one in a row and its class after it.
+
+    No token may attend to the class: the mask ends before it.
+    """
+
+    def losses(
+        params: Any,
+        tokens: Int[AnyArray, "b t"],
+        positions: Int[AnyArray, " p"],
+        targets: Int[AnyArray, " p"],
+        *,
+        segments: Int[AnyArray, "b t"],
+    ) -> Float[Array, " p"]:
+        text = jnp.pad(segments[:, 1:] > 0, ((0, 0), (0, 1)))
+        logits = model.apply(params, tokens, mask=text)  # (b, c)
+        apart = _spread(logits.reshape(rows.parts, -1, logits.shape[-1]), rows)
+        places = positions.reshape(rows.parts, -1) // tokens.shape[1]
+        starts = jnp.arange(rows.parts) * apart.shape[1]
+        found = jax.vmap(lambda some, row: some[row])(apart, places - starts[:, None])
+        return token_losses(found.reshape(-1, found.shape[-1]), targets)
 
     return losses
 

@@ -17,7 +17,7 @@ from lora_jax.train.buckets import ladder_of, row_multiple
 from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import check_causal, pad_id_of
 from lora_jax.train.examples import Example
-from lora_jax.train.loss import TOGETHER, Rows, outputs_of
+from lora_jax.train.loss import TOGETHER, Rows, outputs_of, reads_both_ways
 from lora_jax.train.packing import choose
 from lora_jax.train.step import split_full
 from lora_jax.transform.lorafy import lorafy
@@ -138,8 +138,8 @@ def layout(
         seed=config.seed,
         epochs=-(-total // choice.steps),
         rows=rows,
-        # Without them the load of experts would count padding.
-        segmented=config.balance_experts,
+        # Without them the load of experts would count padding, and an encoder would read it.
+        segmented=config.balance_experts or reads_both_ways(model),
     )
     hint = "; consider packing=True (--packing)" if worth else ""
     return Layout(prepared, total, choice.text + hint)

@@ -119,6 +119,12 @@ class Tokenizer:
         mask = row.special_tokens_mask
         return row.ids[: mask.index(0)] if 0 in mask else []
 
+    @cached_property
+    def closing(self) -> int:
+        """How many tokens the tokenizer puts after every text."""
+        mask = self._encoded("a").special_tokens_mask
+        return mask[::-1].index(0) if 0 in mask else 0
+
     def encode_batch(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> TokenBatch:
         """Tokens of several texts, or pairs of texts, as an encoder takes them.
 

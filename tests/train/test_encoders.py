@@ -1,0 +1,157 @@
+"""Encoders that learn to classify texts: by `fit`, by the recipe, and on a mesh."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from lora_jax import models
+from lora_jax.models.saving import save_model
+from lora_jax.recipes import export, finetune
+from lora_jax.train import TrainConfig, evaluate, examples, fit, record_of
+from lora_jax.train.evaluate import check_causal
+
+from tests.support.tiny import tiny_tokenizer
+
+pytestmark = pytest.mark.once
+
+LABELS = ("book", "cancel")
+TEXTS = ("Table for two", "Dinner for 4 guests", "Cancel it", "Please cancel our table")
+SIZES = dict(
+    vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, max_position_embeddings=64, pad_token_id=1, initializer_range=0.2,
+)  # fmt: skip
+KINDS = {
+    "bert": {},
+    "roberta": {},
+    "distilbert": {},
+    "electra": dict(embedding_size=16),
+    "modernbert": dict(classifier_pooling="mean", local_attention=4),
+    "deberta-v2": dict(
+        relative_attention=True, position_buckets=8, share_att_key=True,
+        pos_att_type="p2c|c2p", position_biased_input=False, norm_rel_ebd="layer_norm",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """The directory of a kind's bare encoder, with a tokenizer."""
+
+    def make(kind: str):
+        place = tmp_path_factory.mktemp("bare") / kind
+        config = models.BertConfig.from_hf({**SIZES, **KINDS[kind], "model_type": kind})
+        fresh = models.init(jax.random.key(0), config)
+        model = models.Model(fresh.forward, fresh.params, tiny_tokenizer())
+        save_model(place, model, model.params)
+        return place
+
+    return make
+
+
+def head_of(directory, **options):
+    return models.load(directory, labels=LABELS, fresh_head=jax.random.key(1), **options)
+
+
+def data_of(model, texts=TEXTS):
+    rows = [{"text": text, "label": i // 2 % 2} for i, text in enumerate(texts)]
+    records = [record_of(row) for row in rows]
+    return examples(records, model.tokenizer, max_length=64, labels=model.config.labels)
+
+
+def adapted(model):
+    config = finetune.with_head(model, lora.LoraConfig(rank=2))
+    plan = lora.plan(config, model.apply, model.params, jnp.zeros((1, 4), jnp.int32))
+    return config, lora.init(jax.random.key(0), plan, model.params)
+
+
+def losses(model, params, data):
+    """The cross entropy of each text's class, each text alone and without padding."""
+    run = lora.lorafy(model.apply)
+    texts = [(jnp.asarray(each.tokens[None, :-1]), int(each.tokens[-1])) for each in data]
+    return [float(-jax.nn.log_softmax(run(params, text))[0, at]) for text, at in texts]
+
+
+def settings(**more):
+    return TrainConfig(batch_size=4, progress=False, tensorboard=False, buckets=1, **more)
+
+
+@pytest.mark.parametrize(
+    "kind", [k if k == "deberta-v2" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
+def test_the_loss_is_that_of_texts_alone(bare, kind):
+    """No text attends to its class or to padding, and the classes are learned."""
+    model = head_of(bare(kind))
+    (config, params), data = adapted(model), data_of(model)
+    assert config.extra["task_type"] == "SEQ_CLS" and "classifier" in config.modules_to_save
+    run = settings(steps=8, learning_rate=0.01)
+    result = fit(model, params, data, None, run, lora_config=config)
+    want = losses(model, params, data)
+    # float32, of a batch of another shape.
+    np.testing.assert_allclose(result.history[0]["loss"], np.mean(want), atol=1e-4)
+    np.testing.assert_allclose(
+        evaluate(model, params, data, batch_size=3), np.mean(want), atol=1e-4
+    )
+    assert np.mean(losses(model, result.lora_params, data)) < 0.7 * np.mean(want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_the_recipe_writes_the_whole_head(bare, kind, tmp_path):
+    place = bare(kind)
+    rows = [{"text": text, "label": LABELS[i // 2]} for i, text in enumerate(TEXTS)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    job = finetune.FinetuneConfig(
+        model=str(place), train_data=tmp_path / "data.jsonl", labels=LABELS
+    )
+    run = settings(steps=2, output_dir=tmp_path / "out")
+    result = finetune.finetune(job, lora.LoraConfig(rank=2), run, log=lambda line: None)
+    adapter = tmp_path / "out" / "adapter"
+    fields = json.loads((adapter / "adapter_config.json").read_text())
+    more = {"bert": ["classifier", "pooler"], "modernbert": ["classifier", "head"]}[kind]
+    assert (fields["task_type"], fields["modules_to_save"]) == ("SEQ_CLS", more)
+    export.merge_adapter(str(place), adapter, tmp_path / "merged")
+    merged = models.load(tmp_path / "merged")
+    assert merged.config.labels == LABELS
+    want = lora.merge(result.lora_params)
+    # float32, summed in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged.params, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["roberta", "deberta-v2"])
+def test_a_mesh_gives_the_losses_of_one_device(bare, kind):
+    place, run = bare(kind), settings(steps=4, accumulation=2, learning_rate=0.01)
+    found = []
+    for options in ({}, {"mesh": models.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])}):
+        model = head_of(place, **options)
+        config, params = adapted(model)
+        result = fit(model, params, data_of(model, TEXTS * 3), None, run, lora_config=config)
+        found.append([line["loss"] for line in result.history if "loss" in line])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
+def test_the_end_of_a_long_text_is_kept(bare):
+    """As transformers cuts a text: before the tokens that close it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>",
+        special_tokens=[
+            (t, tokenizer.backend.token_to_id(t)) for t in ("<|im_start|>", "<|im_end|>")
+        ],
+    )
+    record = record_of({"text": TEXTS[3], "label": 1})
+    (cut,) = examples([record], tokenizer, max_length=5, too_long="truncate", labels=LABELS)
+    whole = tokenizer.encode(TEXTS[3])
+    assert cut.tokens.tolist() == [*whole[:3], whole[-1], 1]
+
+
+def test_an_encoder_of_another_task_is_refused():
+    config = models.BertConfig.from_hf({**SIZES, "model_type": "bert"}, task="masked-lm")
+    with pytest.raises(ValueError, match="an encoder, .*: pass a decoder, name `labels` to classi"):
+        check_causal(models.init(jax.random.key(0), config))
