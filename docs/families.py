@@ -31,7 +31,7 @@ def table() -> str:
     from lora_jax.models.registry import ARCHITECTURES, CAUSAL_LM
     from lora_jax.models.wrapped import WRAPPERS
 
-    gguf = {architecture.model_type for architecture in GGUF_ARCHITECTURES.values()}
+    gguf = {architecture.model_type for architecture in GGUF_ARCHITECTURES.values()} | {"mixtral"}
     outputs, greedy, peft = (tested(*kind) for kind in KINDS)
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
     for kind in sorted(set(ARCHITECTURES) - set(WRAPPERS)):

@@ -1,9 +1,10 @@
 """The configuration that a GGUF file's metadata states.
 
-llama.cpp's architecture `llama` covers Llama, SmolLM2 and Mistral. A key of the architecture that
-is not known here is an error: it may change the numbers.
+llama.cpp's architecture `llama` covers Llama, SmolLM2, Mistral and Mixtral. A key of the
+architecture that is not known here is an error: it may change the numbers.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES, gguf_architecture
 from lora_jax.hf.gguf.names import Base, base_from_hf
 from lora_jax.models.config import LlamaConfig
+from lora_jax.models.registry import config_from_hf
 from lora_jax.models.rope import RopeScaling, static_frequencies
 
-# Keys of the architecture, without its prefix -> our fields.
+# Keys of the architecture, without its prefix -> the fields of config.json.
 _SIZES = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -24,9 +26,8 @@ _SIZES = {
     "attention.head_count": "num_attention_heads",
 }
 _NUMBERS = (
-    "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor",
-    "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
+    "rope.freq_base", "rope.scaling.factor", "rope.scaling.original_context_length",
+    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
 )  # fmt: skip
 _UNDERSTOOD = frozenset(
     {
@@ -34,9 +35,15 @@ _UNDERSTOOD = frozenset(
         *_NUMBERS,
         "attention.head_count_kv", "attention.key_length", "attention.value_length",
         "rope.dimension_count", "rope.scaling.type", "rope.scaling.finetuned", "vocab_size",
-        "expert_count", "expert_used_count",
+        "expert_count", "expert_used_count", "expert_gating_func",
+        # Converters write the one that config.json has, whichever the architecture reads.
+        "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
     }
 )  # fmt: skip
+# Whose values a file rounds to float32.
+_SHORT = frozenset({"rms_norm_eps", "layer_norm_eps", "norm_epsilon"})
+# What `expert_gating_func` has for the families with grouped experts (sigmoid), and for others.
+_GATING = {"glm4moe": 2}
 
 
 def config_of(
@@ -59,57 +66,89 @@ def config_of(
       ValueError: a size missing, or a key that may change the numbers.
     """
     kind = gguf_architecture(metadata, path)
+    row = GGUF_ARCHITECTURES[kind]
     facts = {k[len(kind) + 1 :]: v for k, v in metadata.items() if k.startswith(f"{kind}.")}
-    _check(facts, path)
-    if "model.embed_tokens.weight" not in shapes:
+    model_type, keys = row.model_type, row.keys
+    # llama.cpp has Mixtral as a Llama with experts.
+    if kind == "llama" and facts.get("expert_count"):
+        model_type = "mixtral"
+        keys = {
+            **keys,
+            "expert_count": "num_local_experts",
+            "expert_used_count": "num_experts_per_tok",
+        }
+    _check(facts, keys, kind, path)
+    table = f"{row.outer[0]}.weight"
+    if table not in shapes:
         raise ValueError(f"{path}: the tensor `token_embd.weight` is missing")
-    sizes = {ours: facts[key] for key, ours in _SIZES.items()}
-    heads, tokens = sizes["num_attention_heads"], metadata.get("tokenizer.ggml.eos_token_id")
-    head_dim = facts.get("attention.key_length", sizes["hidden_size"] // heads)
-    if facts.get("rope.dimension_count", head_dim) != head_dim:
+    heads, tokens = facts["attention.head_count"], metadata.get("tokenizer.ggml.eos_token_id")
+    head_dim = facts.get("attention.key_length", facts["embedding_length"] // heads)
+    rotary = facts.get("rope.dimension_count", head_dim)
+    if rotary != head_dim and row.rotary is None:
         raise ValueError(f"{path}: RoPE over a part of each head is not supported")
     theta = float(facts.get("rope.freq_base", 10000.0))
     # Llama 3's files hold the divisors of each frequency instead of keys that describe them.
     scaling = _scaling(facts, path)
     if divisors is not None:
         scaling = _llama3(divisors, head_dim, theta, path)
-    fields: dict[str, Any] = dict(
-        model_type=GGUF_ARCHITECTURES[kind].model_type,
-        **sizes,
-        vocab_size=shapes["model.embed_tokens.weight"][0],
+    read = {field: facts[key] for key, field in keys.items() if key in facts}
+    read = {field: _short(x) if field in _SHORT else x for field, x in read.items()}
+    if row.rotary is not None:
+        read[row.rotary] = rotary / head_dim
+    raw: dict[str, Any] = dict(
+        model_type=model_type,
+        **{ours: facts[key] for key, ours in _SIZES.items()},
+        vocab_size=shapes[table][0],
         num_key_value_heads=facts.get("attention.head_count_kv", heads),
         head_dim=head_dim,
-        rms_norm_eps=_short(facts["attention.layer_norm_rms_epsilon"]),
         rope_theta=theta,
-        rope_scaling=scaling,
-        # No key states these: the tensors show them.
-        tie_word_embeddings="lm_head.weight" not in shapes,
-        qkv_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
-        qk_norm="model.layers.0.self_attn.q_norm.weight" in shapes,
-        o_bias="model.layers.0.self_attn.o_proj.bias" in shapes,
-        mlp_bias="model.layers.0.mlp.up_proj.bias" in shapes,
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
         pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
-        eos_token_ids=() if tokens is None else (tokens,),
+        eos_token_id=tokens,
+        # No key states it: the tensors show it.
+        tie_word_embeddings=f"{row.outer[1]}.weight" not in shapes,
+        **row.fixed,
+        **read,
     )
+    raw["num_hidden_layers"] -= read.get("num_nextn_predict_layers", 0)
     try:
-        return LlamaConfig(**fields)
+        return _with_tensors(config_from_hf(raw), shapes, row.stack, scaling)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _check(facts: Mapping[str, Any], path: Path) -> None:
-    needed = (*_SIZES, "attention.layer_norm_rms_epsilon")
-    if missing := [key for key in needed if key not in facts]:
+def _with_tensors(
+    config: LlamaConfig, shapes: Mapping[str, Any], stack: str, scaling: RopeScaling | None
+) -> LlamaConfig:
+    """What no key states, and tensors show: biases and norms of queries and keys."""
+    names = config.modules
+
+    def has(*modules: str) -> bool:
+        return any(f"{stack}.0.{module}" in shapes for module in modules)
+
+    attention = names.attention
+    return dataclasses.replace(
+        config,
+        rope_scaling=scaling,
+        qkv_bias=has(f"{attention}.q_proj.bias", f"{attention}.{names.fused}.bias"),
+        qk_norm=has(f"{attention}.q_norm.weight"),
+        o_bias=has(f"{attention}.{names.output}.bias"),
+        mlp_bias=has(f"mlp.{names.up}.bias"),
+    )
+
+
+def _check(facts: Mapping[str, Any], keys: Mapping[str, str], kind: str, path: Path) -> None:
+    epsilon = next(key for key in keys if key.endswith("epsilon"))
+    if missing := [key for key in (*_SIZES, epsilon) if key not in facts]:
         raise ValueError(f"{path}: metadata lacks {', '.join(f'`{m}`' for m in missing)}")
     for key in (*_SIZES, "attention.head_count_kv", "attention.key_length"):
         if type(facts.get(key, 1)) is not int and not isinstance(facts[key], list):
             raise ValueError(f"{path}: `{key}` must be a whole number, got {facts[key]!r}")
-    for key in _NUMBERS:
+    for key in (*_NUMBERS, *keys):
         if not isinstance(facts.get(key, 1), int | float):
             raise ValueError(f"{path}: `{key}` must be a number, got {facts[key]!r}")
     for key, value in facts.items():
-        if key not in _UNDERSTOOD:
+        if key not in _UNDERSTOOD and key not in keys:
             raise ValueError(
                 f"{path}: metadata key `{key}` = {str(value)[:60]} is not known and may change "
                 "the model's numbers"
@@ -118,8 +157,11 @@ def _check(facts: Mapping[str, Any], path: Path) -> None:
             raise ValueError(f"{path}: `{key}` differs from block to block, which is not supported")
     if facts["attention.head_count"] < 1 or facts.get("attention.head_count_kv", 1) < 1:
         raise ValueError(f"{path}: `attention.head_count` and `_kv` must be above 0")
-    if facts.get("expert_count", 0):
+    if facts.get("expert_count", 0) and "expert_count" not in keys:
         raise ValueError(f"{path}: a mixture of {facts['expert_count']} experts is not supported")
+    gating, wanted = facts.get("expert_gating_func"), _GATING.get(kind, 1)
+    if gating not in (None, wanted):
+        raise ValueError(f"{path}: `expert_gating_func` is {gating}, only {wanted} is supported")
     if facts.get("attention.value_length") not in (None, facts.get("attention.key_length")):
         raise ValueError(f"{path}: keys and values of different sizes are not supported")
 

@@ -15,7 +15,8 @@ from lora_jax.hf.checkpoint.fill import Spread, fill, is_shared
 from lora_jax.hf.checkpoint.names import Family, unified, without_numbers
 from lora_jax.hf.checkpoint.safetensors import open_directory, refuse_pickle
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, renamed, same
-from lora_jax.hf.gguf.file import open_gguf, rope_divisors, weights_of
+from lora_jax.hf.gguf.file import open_gguf, rope_divisors
+from lora_jax.hf.gguf.weights import weights_of
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.hf.tokenizer.tokenizer import from_gguf

@@ -123,8 +123,12 @@ FAULTS = [
     *in_file(
         "hf/gguf/file.py",
         "tests/hf/gguf/test_file.py",
-        ('file.metadata.get(f"{kind}.attention.head_count_kv", queries)', "queries"),
         ("int) and parts > 1:", "int) and parts > 2:"),
+    ),
+    *in_file(
+        "hf/gguf/weights.py",
+        "tests/hf/gguf/test_file.py",
+        ('file.metadata.get(f"{kind}.attention.head_count_kv", heads)', "heads"),
     ),
     *in_file(
         "hf/gguf/lora_read.py",

@@ -10,7 +10,8 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import checkpoint, models, quant
-from lora_jax.hf.gguf.file import open_gguf, weights_of
+from lora_jax.hf.gguf.file import open_gguf
+from lora_jax.hf.gguf.weights import weights_of
 from lora_jax.quant.array import is_quant
 
 from tests.support.tiny import write_tiny

@@ -1,42 +1,223 @@
-"""The llama.cpp architectures whose models can be loaded, and how their rows are stored.
+"""The llama.cpp architectures that are known here: their modules, and how files state their sizes.
 
-llama.cpp pairs the two numbers that RoPE rotates side by side, Hugging Face half a head apart. The
-converter of architecture `llama` reorders the rows of q and k for that; the others rotate halves.
+llama.cpp's name of a module follows from Hugging Face's by the `gguf` package's table. llama.cpp
+pairs the two numbers that RoPE rotates side by side, Hugging Face half a head apart. The converters
+of Llama's relatives reorder the rows of q and k for that; the others rotate halves.
+
+Source: gguf's `tensor_mapping.py`; llama.cpp's `convert_hf_to_gguf.py`.
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from lora_jax.compat import require
+
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+_DENSE = (*_ATTENTION, *_MLP)
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
+_FOUR = (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+# All experts of a block are one tensor there; Hugging Face numbers them behind `experts`.
+_EXPERTS = ("mlp.gate", *(f"mlp.experts.{name}_proj" for name in ("gate", "up", "down")))
+_MIXTRAL = ("block_sparse_moe.gate", *(f"block_sparse_moe.experts.w{n}" for n in (1, 2, 3)))
 
 
 class GgufArchitecture(NamedTuple):
     """One architecture of llama.cpp.
 
     Attributes:
-      model_type: Hugging Face's name of the family.
+      model_type: Hugging Face's name of the family; None for one whose models are not read here.
+      linears: a block's modules that may carry an adapter.
+      others: its other modules.
+      stack: the list of blocks.
+      outer: the modules around the blocks: embedding, head, and what carries no adapter.
       permuted: the rows of q and k are reordered in the file.
+      by_head: query, key and value of each head lie side by side in Hugging Face's fused
+        projection, and one kind after the other in the file.
+      keys: key of the metadata, without its prefix -> the field of config.json.
+      fixed: fields of config.json that every model of the architecture has.
+      rotary: the field with the share of a head that is rotated, or None.
     """
 
-    model_type: str
-    permuted: bool
+    model_type: str | None
+    linears: tuple[str, ...] = _DENSE
+    others: tuple[str, ...] = _NORMS
+    stack: str = "model.layers"
+    outer: tuple[str, ...] = ("model.embed_tokens", "lm_head", "model.norm")
+    permuted: bool = False
+    by_head: bool = False
+    keys: Mapping[str, str] = {}
+    fixed: Mapping[str, Any] = {}
+    rotary: str | None = None
 
 
-# Only `llama` has its rows reordered by the converter.
+_RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+_LAYER_NORM = {"attention.layer_norm_epsilon": "layer_norm_eps"}
+_CHOSEN = {**_RMS, "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
+_MOE = {**_CHOSEN, "expert_feed_forward_length": "moe_intermediate_size"}
+_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+# Modules whose rows some architectures reorder.
+_REORDERED = ("q_proj", "k_proj")
+_GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
 GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
-    "llama": GgufArchitecture("llama", permuted=True),
-    "qwen2": GgufArchitecture("qwen2", permuted=False),
-    "qwen3": GgufArchitecture("qwen3", permuted=False),
-}
+    "llama": GgufArchitecture("llama", others=(*_NORMS, *_MIXTRAL), permuted=True, keys=_RMS),
+    "qwen2": GgufArchitecture("qwen2", keys=_RMS),
+    "qwen3": GgufArchitecture("qwen3", others=(*_NORMS, *_QK_NORMS), keys=_RMS),
+    "qwen2moe": GgufArchitecture(
+        "qwen2_moe",
+        (*_ATTENTION, *(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down"))),
+        (*_NORMS, *_EXPERTS, "mlp.shared_expert_gate"),
+        keys={**_MOE, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        fixed={**_SPARSE, "norm_topk_prob": False},
+    ),
+    "qwen3moe": GgufArchitecture(
+        "qwen3_moe",
+        _ATTENTION,
+        (*_NORMS, *_EXPERTS, *_QK_NORMS),
+        keys=_MOE,
+        fixed={**_SPARSE, "norm_topk_prob": True},
+    ),
+    "olmoe": GgufArchitecture(
+        "olmoe",
+        _ATTENTION,
+        (*_NORMS, *_EXPERTS, *_QK_NORMS),
+        keys=_CHOSEN,
+        fixed={"norm_topk_prob": False},
+    ),
+    "glm4moe": GgufArchitecture(
+        "glm4_moe",
+        (*_DENSE, *(f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down"))),
+        (*_NORMS, *_EXPERTS, *_QK_NORMS, "mlp.gate.e_score_correction"),
+        keys={
+            **_MOE, "expert_count": "n_routed_experts", "expert_shared_count": "n_shared_experts",
+            "leading_dense_block_count": "first_k_dense_replace",
+            "expert_weights_scale": "routed_scaling_factor",
+            "expert_weights_norm": "norm_topk_prob",
+            "nextn_predict_layers": "num_nextn_predict_layers", "expert_group_count": "n_group",
+            "expert_group_used_count": "topk_group",
+        },
+        rotary="partial_rotary_factor",
+    ),
+    "starcoder2": GgufArchitecture(
+        "starcoder2",
+        (*_ATTENTION, "mlp.c_fc", "mlp.c_proj"),
+        keys={"attention.layer_norm_epsilon": "norm_epsilon"},
+    ),
+    "cohere2": GgufArchitecture(
+        "cohere2",
+        others=("input_layernorm",),
+        keys={**_LAYER_NORM, "logit_scale": "logit_scale",
+              "attention.sliding_window": "sliding_window"},
+    ),
+    "granite": GgufArchitecture(
+        "granite",
+        permuted=True,
+        keys={**_RMS, "attention.scale": "attention_multiplier",
+              "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
+              "logit_scale": "logits_scaling"},
+    ),
+    "arcee": GgufArchitecture(
+        "arcee", (*_ATTENTION, "mlp.up_proj", "mlp.down_proj"), permuted=True, keys=_RMS
+    ),
+    "smollm3": GgufArchitecture("smollm3", permuted=True, keys=_RMS),
+    "ernie4_5": GgufArchitecture("ernie4_5", keys=_RMS),
+    "olmo2": GgufArchitecture("olmo2", others=(*_AFTER, *_QK_NORMS), keys=_RMS),
+    "seed_oss": GgufArchitecture("seed_oss", keys=_RMS),
+    "stablelm": GgufArchitecture(
+        "stablelm",
+        keys={**_LAYER_NORM, "use_parallel_residual": "use_parallel_residual"},
+        rotary="partial_rotary_factor",
+    ),
+    "gptneox": GgufArchitecture(
+        "gpt_neox",
+        ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        stack="gpt_neox.layers",
+        outer=("gpt_neox.embed_in", "embed_out", "gpt_neox.final_layer_norm"),
+        by_head=True,
+        keys={**_LAYER_NORM, "use_parallel_residual": "use_parallel_residual"},
+        rotary="rotary_pct",
+    ),
+    "phi2": GgufArchitecture(
+        "phi",
+        (*_ATTENTION[:3], "self_attn.dense", "mlp.fc1", "mlp.fc2"),
+        ("input_layernorm",),
+        outer=("model.embed_tokens", "lm_head", "model.final_layernorm"),
+        keys=_LAYER_NORM,
+        rotary="partial_rotary_factor",
+    ),
+    # Adapters of these are written and read, models are not read.
+    "gemma": GgufArchitecture(None),
+    "gemma2": GgufArchitecture(None, others=_FOUR),
+    "gemma3": GgufArchitecture(None, others=(*_FOUR, *_QK_NORMS)),
+    "phi3": GgufArchitecture(None, _FUSED),
+    "gpt2": GgufArchitecture(
+        None, _GPT2, ("ln_1", "ln_2"), stack="transformer.h",
+        outer=("transformer.wte", "lm_head", "transformer.ln_f", "transformer.wpe"),
+    ),
+}  # fmt: skip
 
 
 def gguf_architecture(metadata: Mapping[str, Any], path: Path) -> str:
     """The architecture that a file's metadata names.
 
     Raises:
-      ValueError: it is not one of `GGUF_ARCHITECTURES`.
+      ValueError: models of it are not read.
     """
     kind = str(metadata.get("general.architecture"))
-    if kind not in GGUF_ARCHITECTURES:
-        known = ", ".join(GGUF_ARCHITECTURES)
-        raise ValueError(f"{path}: architecture `{kind}` is not one of {known}")
+    known = [name for name, row in GGUF_ARCHITECTURES.items() if row.model_type]
+    if kind not in known:
+        raise ValueError(f"{path}: architecture `{kind}` is not one of {', '.join(known)}")
     return kind
+
+
+# The gguf package fills a table of every known spelling at each call, which is slow.
+@lru_cache
+def their_names(architecture: str) -> dict[str, str]:
+    """llama.cpp's name of each module, by Hugging Face's; those of a block without its start.
+
+    Raises:
+      ValueError: the architecture is not known here.
+    """
+    gguf = require("gguf")
+    if architecture not in GGUF_ARCHITECTURES:
+        known = ", ".join(GGUF_ARCHITECTURES)
+        raise ValueError(f"architecture `{architecture}` is not one of {known}")
+    row = GGUF_ARCHITECTURES[architecture]
+    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    # One block is enough: the names of the others differ in its number only.
+    table = gguf.get_tensor_name_map(arch, 1)
+    outer = {module: table[module] for module in row.outer if module in table}
+    inner = (*row.linears, *row.others)
+    blocks = {m: table[f"{row.stack}.0.{m}"].removeprefix("blk.0.") for m in inner}
+    return {**outer, **blocks}
+
+
+def row_order(
+    architecture: str, module: str, rows: int, *, heads: int, kv_heads: int
+) -> Int[np.ndarray, " rows"] | None:
+    """Which of Hugging Face's rows each row of a file is; None where they are the same.
+
+    Raises:
+      ValueError: the rows are not whole heads.
+    """
+    row, last = GGUF_ARCHITECTURES[architecture], module.rpartition(".")[2]
+    numbers = np.arange(rows)
+    if row.permuted and last in _REORDERED:
+        count = heads if last == "q_proj" else kv_heads
+        if rows % (2 * count):
+            raise ValueError(f"{rows} rows, not whole pairs for each of {count} heads")
+        return numbers.reshape(count, 2, -1).swapaxes(1, 2).reshape(-1)
+    if row.by_head and last == "query_key_value":
+        if rows % (3 * heads):
+            raise ValueError(f"{rows} rows, not three for each of {heads} heads")
+        return numbers.reshape(heads, 3, -1).swapaxes(0, 1).reshape(-1)
+    return None

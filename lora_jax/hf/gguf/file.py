@@ -18,10 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from lora_jax.compat import require
-from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights, read_array
-from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES, gguf_architecture
-from lora_jax.quant.array import QuantArray
-from lora_jax.quant.gguf import GGUF_KINDS, from_gguf
+from lora_jax.hf.checkpoint.weights import read_array
 
 # "GGUF" read as a little-endian number, and the type numbers of keys' values.
 _MAGIC = 0x46554747
@@ -38,23 +35,6 @@ _LEAST = {kind: struct.calcsize(code) for kind, code in _SCALARS.items()} | {_ST
 # number of dimensions (4), type (4) and offset (8). ggml has tensors of at most four dimensions.
 _LEAST_KEY, _LEAST_RECORD = 13, 24
 _MOST_DIMENSIONS, _MOST_NESTED = 4, 4
-
-
-# llama.cpp's names of the parts of a block, and of what is around the blocks.
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_INNER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 class TensorPlace(NamedTuple):
@@ -134,53 +114,6 @@ def _check_kind(metadata: Mapping[str, Any], wanted: str, path: Path) -> None:
     if (kind := metadata.get("general.type", "model")) != wanted:
         article = "an" if wanted[0] in "aeiou" else "a"
         raise ValueError(f'{path}: holds a GGUF of type "{kind}", not {article} {wanted}')
-
-
-def weights_of(file: Gguf) -> Weights:
-    """The file's weights under Hugging Face's names, dequantized when they are read.
-
-    Tensors may only be read after `config_of` has checked the metadata.
-
-    Raises:
-      ValueError: an architecture that is not known, or a tensor that has no place in it.
-    """
-    architecture = GGUF_ARCHITECTURES[gguf_architecture(file.metadata, file.path)]
-    theirs = names_there(file)
-    kinds = require("gguf").GGMLQuantizationType
-    types = {name: kinds(file.tensors[original].kind).name for name, original in theirs.items()}
-    shapes = {name: file.tensors[original].shape for name, original in theirs.items()}
-
-    def there(name: str, part: Part) -> tuple[Any, ...]:
-        """The part in the file's order of rows."""
-        # The converter reorders the rows of q and k for `llama`, see `architectures`.
-        count = heads(file).get(name.split(".")[-2]) if architecture.permuted else None
-        if count is None:
-            return part
-        rows, *rest = part or (slice(None),)
-        return to_halves(np.arange(shapes[name][0]), count)[rows], *rest
-
-    def read(name: str, part: Part = ()) -> np.ndarray:
-        return read_tensor(file, theirs[name], there(name, part))
-
-    def blocks(name: str, part: Part = ()) -> QuantArray:
-        rows = file.stored(theirs[name], _of_bytes(file, theirs[name], there(name, part))[0])
-        return from_gguf(rows, types[name], roles="oi", name=f"{file.path}: {theirs[name]}")
-
-    held = {name for name in theirs if types[name] in GGUF_KINDS and len(shapes[name]) == 2}
-    return Weights(
-        source=str(file.path),
-        shapes=shapes,
-        read=read,
-        where=lambda name: file.path.name,
-        formats={n: Blocks(GGUF_KINDS[types[n]].format, GGUF_KINDS[types[n]].block) for n in held},
-        blocks=blocks,
-    )
-
-
-def names_there(file: Gguf) -> dict[str, str]:
-    """The name in the file of each tensor, by Hugging Face's."""
-    # `rope_freqs.weight` holds no weight but divisors of RoPE; `rope_divisors` reads it.
-    return {_hf_name(name, file): name for name in file.tensors if name != "rope_freqs.weight"}
 
 
 def rope_divisors(file: Gguf) -> np.ndarray | None:
@@ -314,26 +247,7 @@ def _place(
     return out
 
 
-def _hf_name(name: str, file: Gguf) -> str:
-    """`blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
-    parts = name.split(".")
-    if len(parts) == 2 and parts[0] in _OUTER and parts[1] in ("weight", "bias"):
-        return f"{_OUTER[parts[0]]}.{parts[1]}"
-    known = len(parts) == 4 and parts[0] == "blk" and parts[1].isdigit() and parts[2] in _INNER
-    if known and parts[3] in ("weight", "bias"):
-        return f"model.layers.{int(parts[1])}.{_INNER[parts[2]]}.{parts[3]}"
-    raise ValueError(f"{file.path}: tensor `{name}` has no place in a Llama-family decoder")
-
-
-def heads(file: Gguf) -> dict[str, int]:
-    """Heads of the projections whose rows llama.cpp reorders."""
-    kind = file.metadata["general.architecture"]
-    queries = file.metadata[f"{kind}.attention.head_count"]
-    keys = file.metadata.get(f"{kind}.attention.head_count_kv", queries)
-    return {"q_proj": queries, "k_proj": keys}
-
-
-def _of_bytes(file: Gguf, name: str, part: tuple[Any, ...]) -> tuple[tuple[Any, ...], slice]:
+def of_bytes(file: Gguf, name: str, part: tuple[Any, ...]) -> tuple[tuple[Any, ...], slice]:
     """The part of a tensor's bytes that has a part of its numbers, and their place in it."""
     place, gguf = file.tensors[name], require("gguf")
     if len(part) < len(place.shape) or not part:  # rows are whole
@@ -363,7 +277,7 @@ def read_tensor(file: Gguf, name: str, part: tuple[Any, ...] = ()) -> np.ndarray
         return read_tensor(file, name)[part]
     kinds = gguf.GGMLQuantizationType
     kind = kinds(record.kind)
-    there, inside = _of_bytes(file, name, part)
+    there, inside = of_bytes(file, name, part)
     rows = file.stored(name, there)
     if kind == kinds.F32:
         tensor = rows.view(np.float32)
@@ -387,15 +301,3 @@ def read_tensor(file: Gguf, name: str, part: tuple[Any, ...] = ()) -> np.ndarray
 def _check_finite(values: Any, name: str, file: Gguf) -> None:
     if not np.isfinite(np.asarray(values)).all():
         raise ValueError(f"{file.path}: tensor `{name}` holds NaN or infinity; download it again")
-
-
-def to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from halves (Hugging Face's RoPE) to pairs side by side (ggml's)."""
-    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
-def to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `to_pairs`."""
-    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax.config.lora import LoraConfig
-from lora_jax.hf.gguf.file import open_gguf, read_tensor, to_halves
+from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
+from lora_jax.hf.gguf.file import open_gguf, read_tensor
 from lora_jax.hf.gguf.lora_write import EMBEDDING, LINEAR, FactorPair
-from lora_jax.hf.gguf.names import MODULES, Base, gguf_names, heads_of
+from lora_jax.hf.gguf.names import Base, gguf_names, row_order_of
 from lora_jax.hf.peft.api import attach
 from lora_jax.hf.peft.directory import check_tensor
 from lora_jax.hf.peft.index import PREFIX
@@ -147,12 +148,12 @@ def _pair(
         )
     for ending, tensor in zip(_OURS, (a, b), strict=True):
         check_tensor(f"{theirs}.weight{ending}", tensor, path)
-    if (heads := heads_of(module, base)) is not None:
-        if b.shape[0] % (2 * heads):
-            raise ValueError(f"{path}: `{theirs}.weight.lora_b` has {b.shape[0]} rows, not whole "
-                             f"pairs for each of {heads} heads")  # fmt: skip
-        # The outputs of q and k are reordered, so only B is.
-        b = to_halves(b, heads)
+    try:
+        order = row_order_of(module, len(b), base)
+    except ValueError as error:
+        raise ValueError(f"{path}: `{theirs}.weight.lora_b` has {error}") from None
+    if order is not None:  # outputs are reordered, so only B is
+        b = b[np.argsort(order)]
     # Without an alpha every scale is 1.
     alpha = alpha or a.shape[0]
     return FactorPair(np.ascontiguousarray(a), np.ascontiguousarray(b), alpha, embedding)
@@ -192,7 +193,8 @@ def _short(number: float) -> float:
 
 def _targets(modules: list[str], base: Base) -> tuple[str, ...]:
     """Entries for target_modules that match exactly these: ends of names that all blocks share."""
-    stack, inner, _ = MODULES[base.architecture]
+    row = GGUF_ARCHITECTURES[base.architecture]
+    stack, inner = row.stack, row.linears
     rest, targets = set(modules), []
     for module in inner:
         # A module that every block adapts is one short entry; others are listed by whole names.

@@ -27,8 +27,8 @@ from lora_jax.config import matching
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.files import replacing
-from lora_jax.hf.gguf.file import open_gguf, to_pairs
-from lora_jax.hf.gguf.names import Base, gguf_names, heads_of
+from lora_jax.hf.gguf.file import open_gguf
+from lora_jax.hf.gguf.names import Base, gguf_names, row_order_of
 from lora_jax.hf.peft.index import PREFIX
 from lora_jax.hf.peft.prefixes import respelled
 from lora_jax.hf.peft.save import to_peft
@@ -191,9 +191,9 @@ def _in_file(
     # Where the file's alpha is right, B is written to the bit.
     if np.float32(pair.alpha) != np.float32(alpha):
         b = b * np.float32(pair.alpha / alpha)
-    if (heads := heads_of(module, base)) is not None:
+    if (order := row_order_of(module, len(b), base)) is not None:
         # The base's rows are in llama.cpp's order: the adapter's must be too.
-        b = to_pairs(b, heads)
+        b = b[order]
     return np.ascontiguousarray(a.T if pair.embedding else a), np.ascontiguousarray(b)
 
 

@@ -1,50 +1,26 @@
 """llama.cpp's names of a model's modules, and the facts about its base that an adapter needs.
 
-llama.cpp's name of a module follows from Hugging Face's by the `gguf` package's table. Here are
-the modules of each architecture, and whether llama.cpp reorders the rows of q and k for its RoPE.
-
-Source: gguf's `tensor_mapping.py`; llama.cpp's `convert_hf_to_gguf.py` (`LlamaModel.permute`).
+The modules of each architecture are in `architectures` beside this file.
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_jax.compat import require
+import numpy as np
+
 from lora_jax.files import read_json
+from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES, row_order, their_names
 from lora_jax.hf.gguf.file import open_gguf
-
-_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-_OUTER = ("model.embed_tokens", "lm_head")
-_LLAMA = ("model.layers", (*_ATTENTION, *_MLP), _OUTER)
-
-
-# llama.cpp's architecture -> the list of blocks, a block's modules, the modules around them.
-MODULES: Mapping[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"), _LLAMA),
-    "phi3": ("model.layers", _FUSED, _OUTER),
-    "gpt2": (
-        "transformer.h",
-        ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-        ("transformer.wte", "lm_head"),
-    ),
-}
-
 
 # Hugging Face's model_type -> llama.cpp's architecture.
 ARCHITECTURE_OF: Mapping[str, str] = {
-    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma",
-    "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "gpt2": "gpt2",
+    **{row.model_type: name for name, row in GGUF_ARCHITECTURES.items() if row.model_type},
+    "mistral": "llama", "mixtral": "llama", "gemma": "gemma", "gemma2": "gemma2",
+    "gemma3_text": "gemma3", "phi3": "phi3", "gpt2": "gpt2",
 }  # fmt: skip
 # Families that tie head and embedding where config.json has no `tie_word_embeddings`.
-_TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "gpt2")
-
-
-# Modules of the architecture `llama` whose rows are reordered, and whose heads count.
-_REORDERED = {"q_proj": "heads", "k_proj": "kv_heads"}
+_TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "gpt2", "starcoder2", "cohere2")
 
 
 class Base(NamedTuple):
@@ -121,8 +97,9 @@ def _from_gguf(path: Path) -> Base:
     file = open_gguf(path)
     kind = str(file.metadata.get("general.architecture"))
     facts = {k.removeprefix(f"{kind}."): v for k, v in file.metadata.items()}
-    if kind not in MODULES:
-        raise ValueError(f"{path}: architecture `{kind}` is not one of {', '.join(MODULES)}")
+    if kind not in GGUF_ARCHITECTURES:
+        known = ", ".join(GGUF_ARCHITECTURES)
+        raise ValueError(f"{path}: architecture `{kind}` is not one of {known}")
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{path}: the tensor `token_embd.weight` is missing")
     heads = facts.get("attention.head_count", 0)
@@ -143,29 +120,22 @@ def _from_gguf(path: Path) -> Base:
     )
 
 
-# The gguf package fills a table of every known spelling at each call, which is slow.
-@lru_cache(maxsize=16)
 def gguf_names(architecture: str, layers: int) -> dict[str, str]:
     """llama.cpp's name of every module that may carry an adapter, by Hugging Face's name.
 
     Raises:
       ValueError: the architecture is not known here.
     """
-    gguf = require("gguf")
-    if architecture not in MODULES:
-        raise ValueError(f"architecture `{architecture}` is not one of {', '.join(MODULES)}")
-    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    # One block is enough: the names of the others differ in its number only.
-    table = gguf.get_tensor_name_map(arch, 1)
-    stack, inner, outer = MODULES[architecture]
-    names = {module: table[module] for module in outer if module in table}
-    for module in inner:
-        theirs = table[f"{stack}.0.{module}"].removeprefix("blk.0.")
-        names |= {f"{stack}.{i}.{module}": f"blk.{i}.{theirs}" for i in range(layers)}
+    table = their_names(architecture)
+    row = GGUF_ARCHITECTURES[architecture]
+    names = {module: table[module] for module in row.outer[:2] if module in table}
+    for module in row.linears:
+        theirs = table[module]
+        names |= {f"{row.stack}.{i}.{module}": f"blk.{i}.{theirs}" for i in range(layers)}
     return names
 
 
-def heads_of(name: str, base: Base) -> int | None:
-    """Heads over which llama.cpp reorders a module's rows; None where it leaves them."""
-    kind = _REORDERED.get(name.rpartition(".")[2])
-    return getattr(base, kind) if kind and base.architecture == "llama" else None
+def row_order_of(name: str, rows: int, base: Base) -> np.ndarray | None:
+    """As `row_order`, of a module of this base."""
+    heads, kv_heads = base.heads, base.kv_heads
+    return row_order(base.architecture, name, rows, heads=heads, kv_heads=kv_heads)

@@ -3,7 +3,6 @@
 Types, shapes and places stay, so that metadata and all other tensors are those of the file.
 """
 
-import math
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from lora_jax.compat import require
-from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES, gguf_architecture
-from lora_jax.hf.gguf.file import Gguf, heads, names_there, read_tensor, to_halves, to_pairs
+from lora_jax.hf.gguf.file import Gguf, read_tensor
+from lora_jax.hf.gguf.weights import order_of, places_of
 from lora_jax.quant.gguf import GGUF_KINDS, from_gguf, to_gguf
 from lora_jax.quant.requantize import requantized
 
@@ -31,22 +30,25 @@ def rewrite(file: Gguf, name: str, numbers: Float[np.ndarray, "..."]) -> Float[n
     Raises:
       ValueError: there is no such tensor, a type that is only read, or numbers not finite there.
     """
-    original = names_there(file).get(name)
-    if original is None:
+    place = places_of(file).get(name)
+    if place is None:
         raise ValueError(
             f"{file.path}: it has no tensor for `{name}`, which the adapter changes (a tied or a "
             "fresh head); merge without `requantize`"
         )
-    permuted = GGUF_ARCHITECTURES[gguf_architecture(file.metadata, file.path)].permuted
-    count = heads(file).get(name.split(".")[-2]) if permuted else None
-    there = numbers if count is None else to_pairs(numbers, count)
-    place = file.tensors[original]
-    raw = _encoded(file, original, there)
+    order = order_of(file, place)
+    there = numbers if order is None else numbers[order]
+    tensor, part = file.tensors[place.tensor], ()
+    if place.expert is not None:  # all experts are one tensor
+        part = (slice(place.expert, place.expert + 1), *(slice(0, n) for n in numbers.shape))
+    raw = _encoded(file, place.tensor, there)
+    size = tensor.size if place.expert is None else tensor.size // tensor.shape[0]
     with Path(file.path).open("r+b") as out:
-        out.seek(place.start)
+        out.seek(tensor.start + (place.expert or 0) * size)
         out.write(np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data)
-    back = read_tensor(file, original)
-    return back if count is None else to_halves(back, count)
+    back = read_tensor(file, place.tensor, part)
+    back = back if place.expert is None else back[0]
+    return back if order is None else back[np.argsort(order)]
 
 
 def _encoded(file: Gguf, name: str, numbers: np.ndarray) -> np.ndarray:
@@ -65,7 +67,7 @@ def _encoded(file: Gguf, name: str, numbers: np.ndarray) -> np.ndarray:
                     f"{file.path}: tensor `{name}` has type {kind.name}, which is only read; take "
                     f"a file of {', '.join(GGUF_KINDS)}, or merge without `requantize`"
                 ) from None
-    rows = file.stored(name)
-    like = from_gguf(rows.reshape(math.prod(rows.shape[:-1]), -1), kind.name, roles="oi", name=name)
-    matrix = jnp.asarray(numbers.reshape(like.shape))
-    return to_gguf(requantized(matrix, like, name=name), kind.name)
+    size = GGUF_KINDS[kind.name].size * numbers.shape[1] // GGUF_KINDS[kind.name].inputs
+    blank = np.zeros((len(numbers), size), np.uint8)
+    like = from_gguf(blank, kind.name, roles="oi", name=name)
+    return to_gguf(requantized(jnp.asarray(numbers), like, name=name), kind.name)

@@ -10,8 +10,9 @@ from gguf.constants import GGML_QUANT_SIZES
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.hf.gguf.file import open_gguf, read_tensor, weights_of
+from lora_jax.hf.gguf.file import open_gguf, read_tensor
 from lora_jax.hf.gguf.lora_read import read_gguf_lora
+from lora_jax.hf.gguf.weights import weights_of
 from lora_jax.models.gguf import base_of, config_of
 from lora_jax.quant.array import is_quant
 

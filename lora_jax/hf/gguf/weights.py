@@ -1,0 +1,129 @@
+"""A GGUF file's weights under Hugging Face's names, whole or in parts, in floats or in blocks."""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.compat import require
+from lora_jax.hf.checkpoint.weights import Blocks, Part, Weights
+from lora_jax.hf.gguf.architectures import (
+    GGUF_ARCHITECTURES,
+    gguf_architecture,
+    row_order,
+    their_names,
+)
+from lora_jax.hf.gguf.file import Gguf, of_bytes, read_tensor
+from lora_jax.quant.array import QuantArray
+from lora_jax.quant.gguf import GGUF_KINDS, from_gguf
+
+
+class Place(NamedTuple):
+    """Where a weight lies: its tensor, Hugging Face's module, the number of an expert in it."""
+
+    tensor: str
+    module: str
+    expert: int | None = None
+
+
+def weights_of(file: Gguf) -> Weights:
+    """The file's weights under Hugging Face's names, dequantized when they are read.
+
+    Tensors may only be read after `config_of` has checked the metadata.
+
+    Raises:
+      ValueError: an architecture that is not known, or a tensor that has no place in it.
+    """
+    theirs = places_of(file)
+    kinds = require("gguf").GGMLQuantizationType
+    types = {name: kinds(file.tensors[t.tensor].kind).name for name, t in theirs.items()}
+    shapes = {n: file.tensors[t.tensor].shape[t.expert is not None :] for n, t in theirs.items()}
+
+    def there(name: str, part: Part) -> tuple[Any, ...]:
+        """The part in the file's order of rows."""
+        place = theirs[name]
+        found: tuple[Any, ...] = part
+        if (order := order_of(file, place)) is not None:
+            rows, *rest = part or (slice(None),)
+            found = np.argsort(order)[rows], *rest
+        if place.expert is None:
+            return found
+        every = tuple(slice(0, n) for n in shapes[name])
+        return slice(place.expert, place.expert + 1), *(found or every)
+
+    def one(name: str, found: np.ndarray) -> np.ndarray:
+        return found if theirs[name].expert is None else found[0]
+
+    def read(name: str, part: Part = ()) -> np.ndarray:
+        return one(name, read_tensor(file, theirs[name].tensor, there(name, part)))
+
+    def blocks(name: str, part: Part = ()) -> QuantArray:
+        tensor = theirs[name].tensor
+        rows = one(name, file.stored(tensor, of_bytes(file, tensor, there(name, part))[0]))
+        return from_gguf(rows, types[name], roles="oi", name=f"{file.path}: {tensor}")
+
+    held = {name for name in theirs if types[name] in GGUF_KINDS and len(shapes[name]) == 2}
+    return Weights(
+        source=str(file.path),
+        shapes=shapes,
+        read=read,
+        where=lambda name: file.path.name,
+        formats={n: Blocks(GGUF_KINDS[types[n]].format, GGUF_KINDS[types[n]].block) for n in held},
+        blocks=blocks,
+    )
+
+
+def places_of(file: Gguf) -> dict[str, Place]:
+    """Where each weight lies, by Hugging Face's name."""
+    kind = gguf_architecture(file.metadata, file.path)
+    ours = {theirs: module for module, theirs in their_names(kind).items()}
+    stack, found = GGUF_ARCHITECTURES[kind].stack, {}
+    beyond = _main_blocks(file, kind)
+    for name, tensor in file.tensors.items():
+        block, part, ending = _parts(name)
+        # The first holds no weight but divisors of RoPE, which `rope_divisors` reads; blocks beyond
+        # the last predict further tokens.
+        if name == "rope_freqs.weight" or block is not None and block >= beyond:
+            continue
+        module = ours.get(part)
+        if module is None or ending not in ("weight", "bias"):
+            where = f"no place in a decoder of the architecture `{kind}`"
+            raise ValueError(f"{file.path}: tensor `{name}` has {where}")
+        start = "" if block is None else f"{stack}.{block}."
+        if module.endswith("e_score_correction"):
+            module, ending = module.removesuffix(".e_score_correction"), "e_score_correction_bias"
+        first, experts, last = module.partition(".experts.")
+        if experts and len(tensor.shape) == 3:
+            for n in range(tensor.shape[0]):
+                found[f"{start}{first}{experts}{n}.{last}.{ending}"] = Place(name, module, n)
+        else:
+            found[f"{start}{module}.{ending}"] = Place(name, module)
+    return found
+
+
+def _parts(name: str) -> tuple[int | None, str, str]:
+    """`blk.3.attn_q.weight` is (3, "attn_q", "weight"), `output.weight` (None, "output", ...)."""
+    found = re.fullmatch(r"(?:blk\.(\d{1,9})\.)?(.+?)(?:\.(\w+))?", name, re.DOTALL)
+    block, part, ending = found.groups(default="") if found else ("", "", "")
+    return int(block) if block else None, part, ending
+
+
+def _main_blocks(file: Gguf, kind: str) -> float:
+    """The number of blocks without those that predict further tokens."""
+    count, further = (
+        file.metadata.get(f"{kind}.{key}", 0) for key in ("block_count", "nextn_predict_layers")
+    )
+    return count - further if type(count) is type(further) is int and further else math.inf
+
+
+def order_of(file: Gguf, place: Place) -> np.ndarray | None:
+    """Which of Hugging Face's rows each row of a tensor is; see `row_order`."""
+    kind = gguf_architecture(file.metadata, file.path)
+    heads = file.metadata[f"{kind}.attention.head_count"]
+    kv_heads = file.metadata.get(f"{kind}.attention.head_count_kv", heads)
+    rows = file.tensors[place.tensor].shape[0]
+    try:
+        return row_order(kind, place.module, rows, heads=heads, kv_heads=kv_heads)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: tensor `{place.tensor}` has {error}") from None

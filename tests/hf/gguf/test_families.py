@@ -1,0 +1,160 @@
+"""GGUF bases of many families, written under the gguf package's names as the converter does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, quants
+from gguf.tensor_mapping import get_tensor_name_map
+
+import lora_jax as lora
+from lora_jax import models
+from lora_jax.hf.checkpoint.safetensors import load_file
+from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
+from lora_jax.hf.gguf.lora_read import load_gguf_lora
+from lora_jax.hf.gguf.lora_write import save_gguf_lora
+from lora_jax.models.gguf import base_of
+from lora_jax.models.registry import config_from_hf
+from lora_jax.models.requantizing import save_requantized
+from lora_jax.models.saving import save_model
+
+from tests.support.gguf_files import adapted, config_with, writing
+
+pytestmark = pytest.mark.once
+
+TOKENS = jnp.arange(16).reshape(2, 8) % 64
+SIZES = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    num_attention_heads=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    pad_token_id=0,
+)  # fmt: skip
+GROUPED = dict(SIZES, num_key_value_heads=2)
+MOE = dict(GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+CASES = {
+    "llama": dict(GROUPED, model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "qwen2moe": dict(
+        MOE, model_type="qwen2_moe", shared_expert_intermediate_size=64, norm_topk_prob=False
+    ),
+    "qwen3moe": dict(MOE, model_type="qwen3_moe", head_dim=8, norm_topk_prob=True),
+    "olmoe": dict(GROUPED, model_type="olmoe", num_experts=4, num_experts_per_tok=2),
+    "glm4moe": dict(
+        GROUPED, model_type="glm4_moe", head_dim=8, use_qk_norm=True, attention_bias=True,
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1,
+        topk_group=1, routed_scaling_factor=1.7, first_k_dense_replace=1,
+        num_nextn_predict_layers=0,
+    ),
+    "starcoder2": dict(GROUPED, model_type="starcoder2"),
+    "cohere2": dict(
+        GROUPED, model_type="cohere2", sliding_window=4, num_hidden_layers=4, logit_scale=0.5
+    ),
+    "granite": dict(
+        GROUPED, model_type="granite", embedding_multiplier=3.0, residual_multiplier=0.4,
+        logits_scaling=1.5, attention_multiplier=0.2,
+    ),
+    "arcee": dict(GROUPED, model_type="arcee"),
+    "smollm3": dict(GROUPED, model_type="smollm3", num_hidden_layers=4),
+    "ernie4_5": dict(GROUPED, model_type="ernie4_5", head_dim=8),
+    "olmo2": dict(GROUPED, model_type="olmo2"),
+    "seed_oss": dict(GROUPED, model_type="seed_oss", head_dim=8),
+    "stablelm": dict(GROUPED, model_type="stablelm", partial_rotary_factor=0.5, use_qkv_bias=True),
+    "gptneox": dict(SIZES, model_type="gpt_neox", rotary_pct=0.5),
+    "phi2": dict(SIZES, model_type="phi", num_key_value_heads=4, partial_rotary_factor=0.5),
+}  # fmt: skip
+QUICK = ("llama", "glm4moe", "gptneox")
+EACH = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
+# llama.cpp's key of each size -> config.json's field.
+STATED = {
+    "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta", "block_count": "num_hidden_layers",
+}  # fmt: skip
+PARTIAL = ("partial_rotary_factor", "rotary_pct")
+
+
+def as_converter(tensors, config, arch):
+    """Hugging Face's tensors under llama.cpp's names, in its order of rows, experts together."""
+    kind = next(a for a, name in MODEL_ARCH_NAMES.items() if name == arch)
+    table = get_tensor_name_map(kind, config.num_hidden_layers)
+    experts, out = {}, {}
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, x in tensors.items():
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        if ".experts." in name:
+            before, _, after = name.partition(".experts.")
+            number, _, rest = after.partition(".")
+            experts.setdefault(f"{before}.experts.{rest}", {})[int(number)] = x
+            continue
+        part = name.split(".")[-2]
+        if arch in ("llama", "granite", "arcee", "smollm3") and part in heads:
+            x = x.reshape(heads[part], 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+        if part == "query_key_value":
+            x = x.reshape(4, 3, 8, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+        out[table.get_name(name, try_suffixes=(".weight", ".bias"))] = x
+    for name, each in experts.items():
+        stacked = np.stack([each[n] for n in sorted(each)])
+        out[table.get_name(name, try_suffixes=(".weight",))] = stacked
+    assert None not in out
+    return out
+
+
+def write(path, arch, kind=GGMLQuantizationType.F32):
+    """A random model, and the file of it."""
+    raw = config_from_hf(CASES[arch]).to_hf()
+    model = models.init(jax.random.key(0), config_from_hf(CASES[arch]))
+    keys = iter(jax.random.split(jax.random.key(1), 200))
+    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), model.params)
+    save_model(path.parent / "hf", model, params)
+    tensors = as_converter(load_file(path.parent / "hf/model.safetensors"), model.config, arch)
+    row = GGUF_ARCHITECTURES[arch]
+    stated = {**STATED, **{key: field for key, field in row.keys.items()}}
+    if arch == "llama":
+        stated |= {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+    with writing(path, arch) as writer:
+        for key, field in stated.items():
+            value = {**CASES[arch], **raw}.get(field)
+            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+            if value is not None:
+                add[type(value)](f"{arch}.{key}", value)
+        if row.rotary:
+            writer.add_rope_dimension_count(model.config.rotary_dim)
+        writer.add_eos_token_id(2)
+        for name, x in tensors.items():
+            own = kind if x.ndim > 1 else GGMLQuantizationType.F32
+            writer.add_tensor(name, quants.quantize(np.ascontiguousarray(x), own), raw_dtype=own)
+    return model, params
+
+
+@pytest.mark.parametrize("arch", EACH)
+def test_a_base_is_the_model_it_was_made_of(arch, tmp_path):
+    model, params = write(tmp_path / "m.gguf", arch)
+    loaded = models.load(tmp_path / "m.gguf")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    got, want = loaded.apply(loaded.params, TOKENS), model.apply(params, TOKENS)
+    # float32; the file rounds factors to it.
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    config = config_with(target_modules=GGUF_ARCHITECTURES[arch].linears[:2])
+    tree = adapted(loaded, config)
+    save_gguf_lora(tmp_path / "a.gguf", tree, config, base=base_of(loaded.config))
+    back, _ = load_gguf_lora(
+        tmp_path / "a.gguf", loaded.apply, loaded.params, TOKENS, base=base_of(loaded.config)
+    )
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+
+
+@pytest.mark.parametrize("arch", [pytest.param("qwen3moe", marks=pytest.mark.slow), "llama"])
+def test_experts_are_held_and_merged_into_their_blocks(arch, tmp_path):
+    write(tmp_path / "m.gguf", arch, GGMLQuantizationType.Q8_0)
+    held = models.load(tmp_path / "m.gguf", quantize="file")
+    floats = models.load(tmp_path / "m.gguf")
+    jax.tree.map(np.testing.assert_array_equal, lora.dequantize(held.params), floats.params)
+    config = config_with(target_modules=("q_proj",), target_parameters=("experts.down_proj",))
+    tree = adapted(held, config)
+    result = save_requantized(tmp_path / "out.gguf", held, tree)
+    assert result.weights == 2 + 2 * 4 and 0 < result.error < 0.02
+    back = models.load(tmp_path / "out.gguf")
+    for got, want in zip(
+        jax.tree.leaves(back.params), jax.tree.leaves(lora.merge(tree)), strict=True
+    ):
+        # Q8_0 rounds to 1/254 of the largest number of a block, by a scale in float16.
+        np.testing.assert_allclose(got, want, atol=float(jnp.abs(want).max()) / 250)
