@@ -24,6 +24,9 @@ CLASSES = (None, *_OF_TASK.values(), _MULTIMODAL, _MASKED, "AutoModel")
 OF_TEXTS = frozenset({"pooler", "out_proj", "pre_classifier"})
 OF_WORDS = frozenset({"cls", "lm_head", "vocab_projector", "decoder"})
 
+# The table and the blocks of a decoder: Llama's, GPT-NeoX', GPT-2's.
+_DECODERS = (("embed_tokens", "layers"), ("embed_in", "layers"), ("wte", "h"))
+
 # The start of the names of a decoder that is part of a model of images and texts.
 WRAPPED = "model.language_model."
 
@@ -45,7 +48,7 @@ def is_encoder(paths: Collection[str]) -> bool:
 
 def is_decoder(parts: Collection[str]) -> bool:
     """Whether these components of paths are those of a language model of transformers'."""
-    known = {"embed_tokens", "layers"} <= {*parts} or {"wte", "h"} <= {*parts}
+    known = any({*both} <= {*parts} for both in _DECODERS)
     return known and not {"encoder", "classifier"} & {*parts}
 
 

@@ -260,6 +260,7 @@ def test_a_folder_of_orbax_is_sent_to_its_reader(tree, tmp_path):
     [
         (("model.embed_tokens.embedding", "model.layers.mlp.up_proj.kernel"), "CAUSAL_LM"),
         (("transformer.wte.embedding", "transformer.h.0.attn.c_attn.kernel"), "CAUSAL_LM"),
+        (("gpt_neox.embed_in.embedding", "gpt_neox.layers.mlp.dense_h_to_4h.kernel"), "CAUSAL_LM"),
         (("up.kernel", "down.kernel"), None),
         (("encoder.layers.up.kernel", "shared.embed_tokens.embedding"), None),
         (("model.embed_tokens.embedding", "model.layers.up.kernel", "score.kernel"), None),
