@@ -5,7 +5,7 @@ import ast
 import difflib
 import re
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_jax.config.elsewhere import ELSEWHERE
@@ -16,19 +16,30 @@ def flags_of(parser: argparse.ArgumentParser) -> list[str]:
     return [f for a in parser._actions for f in a.option_strings if f.startswith("--")]
 
 
-def instead(unknown: str, parser: argparse.ArgumentParser) -> str:
+def instead_of_flag(unknown: str, parser: argparse.ArgumentParser) -> str:
     """What to write for a flag that the command has not; empty where nothing is known."""
     # transformers' scripts spell flags with underscores, and some people write --flag=value.
-    flags, name = flags_of(parser), unknown.partition("=")[0].replace("_", "-")
-    if not name.startswith("-"):
+    flag = unknown.partition("=")[0].replace("_", "-")
+    if not flag.startswith("-"):
         return ""
-    setting, _, value = ELSEWHERE.get(name[2:].replace("-", "_"), "").partition("=")
-    ours = name if name in flags else f"--{setting.replace('_', '-')}"
-    if ours in flags:
-        return f": it is {f'{ours} {value}'.strip()} here"
-    # Below some likeness the nearest flag has nothing to do with what was meant.
-    like = difflib.get_close_matches(name, flags, n=3, cutoff=0.7)
-    listed = ", ".join(f"`{flag}`" for flag in like)
+    return instead(flag[2:], {known[2:]: known for known in flags_of(parser)}, "{} {}")
+
+
+def instead(unknown: str, spelled: Mapping[str, str], with_value: str) -> str:
+    """What to write for a setting that there is not.
+
+    Args:
+      unknown: its name, with dashes.
+      spelled: the names that there are, with dashes, and how each is written.
+      with_value: the form of a setting with its value, `"{} {}"`.
+    """
+    setting, _, value = ELSEWHERE.get(unknown.replace("-", "_"), "").partition("=")
+    name = unknown if unknown in spelled else setting.replace("_", "-")
+    if name in spelled:
+        return f": it is {with_value.format(spelled[name], value) if value else spelled[name]} here"
+    # Below some likeness the nearest name has nothing to do with what was meant.
+    like = difflib.get_close_matches(unknown, spelled, n=3, cutoff=0.65)
+    listed = ", ".join(f"`{spelled[name]}`" for name in like)
     return f"; the nearest are {listed}" if like else ", and none is like it"
 
 

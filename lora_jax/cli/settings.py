@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.cli import kinds
-from lora_jax.paths import nearest
+from lora_jax.cli.flags import instead
 
 
 class Section(NamedTuple):
@@ -315,9 +315,10 @@ def from_toml(path: str | Path, found: Sequence[Option]) -> Values:
             tables = ", ".join(f"[{section}]" for section in sorted(sections - {""}))
             raise ValueError(f"{path}: there is no table [{key}]; the tables are {tables}")
         if key not in known:
-            raise ValueError(
-                f"{path}: there is no setting `{key}`; the nearest are {nearest(key, known)}"
-            )
+            # Python's spelling, whichever table it stands in.
+            spelled = {option.flag[2:]: option.key for option in found}
+            hint = instead(key.rpartition(".")[2].replace("_", "-"), spelled, '{} = "{}"')
+            raise ValueError(f"{path}: there is no setting `{key}`{hint}")
         values[known[key].section, known[key].name] = _checked(known[key], value, path)
     return values
 

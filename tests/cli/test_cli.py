@@ -174,8 +174,8 @@ def test_a_key_of_the_file_that_is_no_setting(capsys, tmp_path):
     status, _, err = run(capsys, "train", str(path))
     assert status == 2
     assert err.startswith(
-        f"lora-jax train: {path}: there is no setting `lora.learning_rate`; the nearest are "
-        "`training.learning_rate`, "
+        f"lora-jax train: {path}: there is no setting `lora.learning_rate`: it is "
+        "training.learning_rate here"
     )
     assert err.count("\n") == 1
 
