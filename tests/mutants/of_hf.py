@@ -154,7 +154,7 @@ FAULTS = [
         "tests/hf/tokenizer/test_directory.py",
         ("fresh >= rows:", "fresh > rows:"),
         ('bool(settings.get("split_special_tokens", False))', "False"),
-        ("given = {**given, **(own if isinstance(own, dict) else {})}", "pass"),
+        ("own |= more if isinstance(more, dict) else {}", "pass"),
         ("    if not texts:  # a processor's file\n", "    if False:\n"),
         ('"special": x in special, ', ""),
     ),

@@ -9,7 +9,7 @@ Source: transformers 5.23, the `__init__` of each class in `models/*/tokenizatio
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lora_jax.hf.tokenizer.backends import QWEN2
 
@@ -65,7 +65,9 @@ class Class(NamedTuple):
       special: its special tokens, where tokenizer_config.json names none.
       single, pair: what it puts around one text and two: names of special tokens, "$A" and "$B:1"
         with their type ids; empty if tokenizer.json decides.
-      extra: further special tokens, added where the vocabulary lacks them.
+      extra: further special tokens, where the files list none.
+      again: how it adds its special tokens again: "plain", without `lstrip`, `single_word` and the
+        others; "special", those without a name as special ones; "" for not at all.
     """
 
     model: str
@@ -74,6 +76,7 @@ class Class(NamedTuple):
     single: str = ""
     pair: str = ""
     extra: tuple[str, ...] = ()
+    again: Literal["", "plain", "special"] = ""
 
 
 def _bytes(prefix: bool, regex: bool = True) -> dict[str, Any]:
@@ -184,6 +187,10 @@ def _end(text: str) -> dict[str, str]:
 
 
 _S = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_INFILL = {
+    "prefix_token": "▁<PRE>", "middle_token": "▁<MID>", "suffix_token": "▁<SUF>",
+    "eot_token": "▁<EOT>", "fill_token": "<FILL_ME>",
+}  # fmt: skip
 _ROBERTA_SPECIAL = {
     **_S, "sep_token": "</s>", "pad_token": "<pad>", "cls_token": "<s>", "mask_token": "<mask>",
 }  # fmt: skip
@@ -204,12 +211,12 @@ _TEXT_END = _end("<|endoftext|>")
 CLASSES: Mapping[str, Class] = {
     "LlamaTokenizer": Class("BPE", _llama, _S),
     "CodeLlamaTokenizer": Class(
-        "BPE", _code_llama, _S, single="bos_token $A", pair="bos_token $A bos_token:1 $B:1",
-        extra=("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", "<FILL_ME>"),
+        "BPE", _code_llama, {**_S, **_INFILL}, single="bos_token $A",
+        pair="bos_token $A bos_token:1 $B:1",
     ),
     "GemmaTokenizer": Class("BPE", _gemma, _GEMMA_SPECIAL),
     "Qwen2Tokenizer": Class(
-        "BPE", _qwen(QWEN2), {**_TEXT_END, "pad_token": "<|endoftext|>"}
+        "BPE", _qwen(QWEN2), {**_TEXT_END, "pad_token": "<|endoftext|>"}, again="plain"
     ),
     "Qwen3_5Tokenizer": Class(
         "BPE", _qwen(_QWEN3_5), {**_TEXT_END, "pad_token": "<|endoftext|>"}
@@ -219,7 +226,7 @@ CLASSES: Mapping[str, Class] = {
         "BPE", _neox, {**_TEXT_END, "bos_token": "<|endoftext|>", "pad_token": "<|padding|>"},
         single="$A", pair="$A $B:1",
     ),
-    "CohereTokenizer": Class("BPE", _cohere, _COHERE_SPECIAL),
+    "CohereTokenizer": Class("BPE", _cohere, _COHERE_SPECIAL, again="special"),
     "RobertaTokenizer": Class(
         "BPE", _gpt2, _ROBERTA_SPECIAL, single="cls_token $A sep_token",
         pair="cls_token $A sep_token sep_token $B sep_token",

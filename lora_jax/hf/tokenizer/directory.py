@@ -32,7 +32,8 @@ _KEPT = (SETTINGS, _MAP, _ADDED, TEMPLATE, _OLD_TEMPLATE)
 _SPECIAL = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
-_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_LISTS = ("extra_special_tokens", "additional_special_tokens")
+_NO_TOKENS = ("add_bos_token", "add_eos_token")  # flags
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -49,34 +50,42 @@ def from_directory(directory: str | Path) -> Tokenizer | None:
     directory = Path(directory)
     settings = read_object(directory / SETTINGS, optional=True)
     given = _with_map(directory, settings)
-    named, its = _special_tokens(given), None
+    found, extra, its = _special_tokens(given), _extra(given), None
+    named = found
     if (directory / "tokenizer.json").is_file():
-        backend = _saved(directory / "tokenizer.json")
-        backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
+        backend, fills = _saved(directory / "tokenizer.json")
         config = read_object(directory / "config.json", optional=True)
-        its = rebuild(backend, class_of(settings, config, backend), settings, named)
+        name = class_of(settings, config, backend)
+        its, backend = rebuild(backend, name, settings, _texts(named))
+        backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
+        named = _completed(named, its, fills, _empty(given))
     elif (directory / "vocab.txt").is_file():
         named = {**wordpiece.SPECIAL, **named}
-        known = {name: named[name] for name in wordpiece.SPECIAL}
+        known = {name: _texts(named)[name] for name in wordpiece.SPECIAL}
         backend = wordpiece.build(directory / "vocab.txt", settings, known)
     else:
         _refuse_slow(directory)
         return None
-    _add_declared(backend, directory, settings, {*named.values(), *map(_text, _extra(given))})
-    special = _add_named(backend, directory, given, named)
+    _add_declared(backend, directory, settings, _texts(named), extra or ())
+    # A class has its own extra tokens where the files list none.
+    of_class = its.extra if its is not None and extra is None else ()
+    special = _add_undeclared(backend, directory, named, extra or of_class, found)
+    if its is not None and its.again:
+        _add_again(backend, special.values(), extra or (), plain=its.again == "plain")
     templates = _templates(directory, settings)
     ends = _ends(directory, backend)
-    special = _with_eos(special, ends, backend)
     if its is not None:
-        empty = {name: None for name in its.special if name in given and given[name] is None}
-        special = _add_defaults(backend, directory, its, {**empty, **special})
-        surround(backend, its, special)
+        surround(backend, its, {**its.special, **special}, directory)
+    if ends and not ("eos_token" in found and "eos_token" in special):
+        # The model's end token, where the tokenizer's files name none that it has.
+        special["eos_token"] = backend.id_to_token(ends[0])
     return Tokenizer(
         backend=backend,
         special=special,
         chat_template=templates.pop("default", None),
         templates=templates,
         ends=ends,
+        clean_up=_cleans_up(settings, backend),
         files=_files(directory),
     )
 
@@ -114,12 +123,45 @@ def _with_map(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **newer}
 
 
-def _special_tokens(given: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> text of the special tokens, the model's own (`image_token`) among them."""
-    own = given.get("extra_special_tokens")
-    given = {**given, **(own if isinstance(own, dict) else {})}
-    names = (*_SPECIAL, *(n for n in given if n.endswith("_token") and not n.startswith("add_")))
-    return {name: text for name in names if (text := _text(given.get(name))) is not None}
+def _special_tokens(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> text or object of the special tokens, the model's own (`image_token`) last."""
+    own = {n: given[n] for n in given if n.endswith("_token") and n not in (*_SPECIAL, *_NO_TOKENS)}
+    # In transformers' order, in which new tokens are numbered: objects first.
+    own = {n: own[n] for n in sorted(own, key=lambda n: isinstance(own[n], str))}
+    listed = given.get("extra_special_tokens")
+    texts = any(isinstance(token, str) for token in own.values()) or isinstance(listed, dict)
+    more = listed if texts else given.get("model_specific_special_tokens")
+    own |= more if isinstance(more, dict) else {}
+    named = {name: given.get(name) for name in _SPECIAL} | own
+    return {name: token for name, token in named.items() if _text(token) is not None}
+
+
+def _empty(given: Mapping[str, Any]) -> set[str]:
+    """The special tokens that the files leave empty."""
+    return {name for name, token in given.items() if token is None}
+
+
+def _completed(
+    named: Mapping[str, Any], its: Class | None, fills: str | None, empty: Collection[str]
+) -> dict[str, Any]:
+    """The special tokens with those that a class has by default, in the order of transformers.
+
+    Args:
+      named: those of the files.
+      its: the class, or None.
+      fills: the padding token in tokenizer.json.
+      empty: names that the files leave empty, which nothing fills.
+    """
+    defaults = {} if its is None else dict(its.special)
+    if fills is not None:
+        defaults.setdefault("pad_token", fills)
+    found = {name: text for name, text in defaults.items() if name not in empty} | dict(named)
+    return {name: found[name] for name in (*_SPECIAL, *defaults, *named) if name in found}
+
+
+def _texts(named: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> text of special tokens."""
+    return {name: text for name, token in named.items() if (text := _text(token)) is not None}
 
 
 def _text(token: Any) -> str | None:
@@ -128,7 +170,8 @@ def _text(token: Any) -> str | None:
     return text if isinstance(text, str) and text else None
 
 
-def _saved(path: Path) -> Any:
+def _saved(path: Path) -> tuple[Any, str | None]:
+    """The backend of tokenizer.json, and the padding token that the file has."""
     tokenizers = require("tokenizers")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
@@ -137,31 +180,45 @@ def _saved(path: Path) -> Any:
     except BaseException as error:  # bare Exceptions, and panics that are none
         raise ValueError(f"{path}: not a tokenizer: {error}") from None
     # A saved tokenizer may carry the padding and truncation of the run that saved it.
+    fills = None if backend.padding is None else backend.padding["pad_token"]
     backend.no_padding()
     backend.no_truncation()
-    return backend
+    return backend, fills
 
 
 def _add_declared(
-    backend: Any, directory: Path, settings: Mapping[str, Any], special: Collection[str | None]
+    backend: Any,
+    directory: Path,
+    settings: Mapping[str, Any],
+    named: Mapping[str, str],
+    extra: Collection[Any],
 ) -> None:
-    """Adds the tokens that tokenizer_config.json or added_tokens.json declare with their ids."""
+    """Adds the tokens that tokenizer_config.json or added_tokens.json declare with their ids.
+
+    Without a list in tokenizer_config.json those of tokenizer.json are declared too. A declared
+    token that has a name is special.
+    """
     path, declared = directory / SETTINGS, settings.get("added_tokens_decoder")
+    tokens = backend.get_added_tokens_decoder()
+    there = {number: repr(token) for number, token in tokens.items()}
+    tokens = {} if declared is not None else tokens
     if declared is None:
         path = directory / _ADDED
+        special = {*(named[n] for n in _SPECIAL if n in named), *map(_text, extra)}
         declared = {
             # As text, which `int` reads below: a wrong file may have any value here.
             str(number): {"content": x, "special": x in special, "normalized": x not in special}
             for x, number in read_object(path, optional=True).items()
         }
     try:
-        tokens = {int(number): _added(token, {}) for number, token in declared.items()}
+        tokens = {int(number): _added(token, {}) for number, token in declared.items()} | tokens
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: the added tokens are not ids with texts: {error!r}") from None
-    there = backend.get_added_tokens_decoder()
     # In the order of their ids, because the library numbers new tokens one after the other.
     for number, token in sorted(tokens.items()):
-        if repr(there.get(number)) != repr(token):
+        if token.content in named.values():
+            token.special = True
+        if there.get(number) != repr(token):
             backend.add_tokens([token])
         if (got := backend.token_to_id(token.content)) != number:
             raise ValueError(
@@ -170,38 +227,55 @@ def _add_declared(
             )
 
 
-def _add_named(
-    backend: Any, directory: Path, given: Mapping[str, Any], named: Mapping[str, str]
+def _add_undeclared(
+    backend: Any,
+    directory: Path,
+    named: Mapping[str, Any],
+    extra: Collection[Any],
+    from_files: Collection[str],
 ) -> dict[str, str]:
     """Adds special tokens that have a name and no id; returns those that can be used.
 
     A text that is no token of the vocabulary gets the next id. A model whose embedding has no row
-    for that id cannot use it.
+    for that id cannot use it; of those in its files that is said.
     """
     rows = _rows(directory)
-    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    special = dict(named)
-    plain = {"normalized": False, "special": True}
-    # The files may give a named token as an object with flags.
-    tokens = [(name, given.get(name, text)) for name, text in named.items()]
-    for name, token in [*tokens, *((None, token) for token in _extra(given))]:
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    seen: set[str] = set()
+    special = _texts(named)
+    for name, token in [*named.items(), *((None, token) for token in extra)]:
         text = _text(token) or ""
-        number = backend.token_to_id(text)
+        # Of two spellings of one token, as text or with flags, the last counts in transformers.
+        if text in added or repr(token) in seen:
+            continue
+        seen.add(repr(token))
         fresh = backend.get_vocab_size(with_added_tokens=True)
-        if number is None and fresh >= rows:
-            what = "an extra special token" if name is None else f"`{name}`"
-            warnings.warn(
-                f"{directory}: {what} is {text!r}, which is not in the vocabulary of {rows} tokens "
-                "and is left out",
-                stacklevel=4,
-            )
+        if backend.token_to_id(text) is None and fresh >= rows:
+            if name in from_files or isinstance(extra, list) and name is None:
+                what = "an extra special token" if name is None else f"`{name}`"
+                warnings.warn(
+                    f"{directory}: {what} is {text!r}, which is not in the vocabulary of {rows} "
+                    "tokens and is left out",
+                    stacklevel=4,
+                )
             special.pop(name or "", None)
-        elif text not in added or (name and not added[text].special):
-            # A token that is there keeps its flags, but text leaves special tokens out.
-            added[text] = _added(token, plain) if text not in added else added[text]
-            added[text].special = True
-            backend.add_tokens([added[text]])
+            continue
+        made = _added(token, {"normalized": False, "special": True})
+        made.special |= name is not None
+        backend.add_tokens([made])
     return special
+
+
+def _add_again(
+    backend: Any, named: Collection[str], extra: Collection[Any], *, plain: bool
+) -> None:
+    """Makes all special tokens special; `plain` ignores `lstrip`, `single_word` and the others."""
+    tokens = [*named, *map(_text, extra)] if plain else extra
+    for token in tokens:
+        if backend.token_to_id(_text(token) or "") is not None:
+            made = _added(token, {"special": True})
+            made.special = True
+            backend.add_tokens([made])
 
 
 def _rows(directory: Path) -> float:
@@ -212,33 +286,12 @@ def _rows(directory: Path) -> float:
     return rows if isinstance(rows, int) else float("inf")
 
 
-def _add_defaults(
-    backend: Any, directory: Path, its: Class, special: Mapping[str, str | None]
-) -> dict[str, str]:
-    """The special tokens with those of the class; those the model has no row for are left out.
-
-    Args:
-      backend: gets the tokens it lacks.
-      directory: has the model's config.json.
-      its: the class.
-      special: name -> text of the special tokens; None for one that the files leave empty, which
-        the class does not fill.
-    """
-    rows, found = _rows(directory), {name: text for name, text in special.items() if text}
-    missing = {name: text for name, text in its.special.items() if name not in special}
-    for name, text in [*missing.items(), *(("", text) for text in its.extra)]:
-        if backend.token_to_id(text) is None:
-            if backend.get_vocab_size(with_added_tokens=True) >= rows:
-                continue
-        backend.add_tokens([_added(text, {"normalized": False, "special": True})])
-        found |= {name: text} if name else {}
-    return found
-
-
-def _extra(settings: Mapping[str, Any]) -> list[Any]:
-    """The special tokens without a name: texts, or objects with flags."""
-    found: Any = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
-    return [x for x in found if _text(x)] if isinstance(found, list) else []
+def _extra(given: Mapping[str, Any]) -> list[Any] | None:
+    """The special tokens without a name: texts, or objects with flags; None without a list."""
+    lists = [given[name] for name in _LISTS if isinstance(given.get(name), list)]
+    if not lists:
+        return None
+    return [token for token in next(filter(None, lists), []) if _text(token)]
 
 
 def _added(token: Any, flags: Mapping[str, bool]) -> Any:
@@ -259,11 +312,11 @@ def _ends(directory: Path, backend: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _with_eos(special: dict[str, str], ends: tuple[int, ...], backend: Any) -> dict[str, str]:
-    """The special tokens with the model's end token, where the tokenizer's files name none."""
-    if "eos_token" in special or not ends:
-        return special
-    return {**special, "eos_token": backend.id_to_token(ends[0])}
+def _cleans_up(settings: Mapping[str, Any], backend: Any) -> bool:
+    """Whether spaces before punctuation are taken out of decoded text."""
+    forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    plain = type(backend.model).__name__ != "BPE" or bool(settings.get(forced))
+    return plain and bool(settings.get("clean_up_tokenization_spaces"))
 
 
 def _templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:

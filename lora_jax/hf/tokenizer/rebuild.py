@@ -7,6 +7,7 @@
 import json
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lora_jax.compat import require
@@ -39,22 +40,48 @@ _NOT_FOLLOWED = frozenset(
 # model_type -> its class; "" is a type whose tokenizer.json is followed. Types that are missing go
 # by `tokenizer_class` alone.
 _OF_TYPE = {
-    **dict.fromkeys(("mistral", "mistral3", "mixtral", "ministral", "phi3", "llava", "olmo2",
-                     "granite", "stablelm", "ernie4_5", "glm", "glm4", "olmo3", "llava_next"), ""),
-    **dict.fromkeys(("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen2_vl", "qwen2_5_vl",
-                     "qwen3_vl", "qwen3_vl_moe", "internvl"), "Qwen2Tokenizer"),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
-    **dict.fromkeys(("gpt2", "gpt_neo", "gptj", "opt", "phi", "starcoder2"), "GPT2Tokenizer"),
-    **dict.fromkeys(("gpt_neox", "olmo", "olmoe", "mpt", "mamba"), "GPTNeoXTokenizer"),
-    **dict.fromkeys(("cohere", "cohere2"), "CohereTokenizer"),
-    **dict.fromkeys(("bert", "distilbert", "electra"), "BertTokenizer"),
-    **dict.fromkeys(("roberta", "bart"), "RobertaTokenizer"),
-    **dict.fromkeys(("t5", "mt5"), "T5Tokenizer"),
-    "code_llama": "CodeLlamaTokenizer",
-    "xlm-roberta": "XLMRobertaTokenizer",
+    **dict.fromkeys(
+        ("mistral", "mistral3", "mixtral", "ministral", "ministral3", "pixtral", "phi3", "phimoe",
+         "llava", "llava_next", "vipllava", "smolvlm", "olmo2", "olmo3", "olmo_hybrid", "flex_olmo",
+         "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "stablelm", "ernie4_5",
+         "ernie4_5_moe", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "glm4v", "glm4v_moe",
+         "minimax_m2", "mimo_v2_flash", "kimi_linear", "nemotron", "jamba", "gpt_bigcode",
+         "hyperclovax", "arctic", "modernbert", "modernbert-decoder", "xlm-roberta-xl", "umt5"),
+        "",
+    ),
+    **dict.fromkeys(
+        ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen2_vl", "qwen2_5_vl",
+         "qwen3_vl", "qwen3_vl_moe", "qwen2_5_omni", "qwen3_omni_moe", "internvl", "ovis2"),
+        "Qwen2Tokenizer",
+    ),
+    **dict.fromkeys(
+        ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), "Qwen3_5Tokenizer"
+    ),
+    **dict.fromkeys(
+        ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "recurrent_gemma"),
+        "GemmaTokenizer",
+    ),
+    **dict.fromkeys(
+        ("gpt2", "gpt_neo", "gptj", "opt", "phi", "starcoder2", "dbrx"), "GPT2Tokenizer"
+    ),
+    **dict.fromkeys(
+        ("gpt_neox", "olmo", "olmoe", "mpt", "mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"),
+        "GPTNeoXTokenizer",
+    ),
+    **dict.fromkeys(("cohere", "cohere2", "aya_vision"), "CohereTokenizer"),
+    **dict.fromkeys(
+        ("bert", "distilbert", "electra", "convbert", "ernie", "megatron-bert", "squeezebert"),
+        "BertTokenizer",
+    ),
+    **dict.fromkeys(
+        ("roberta", "bart", "longformer", "data2vec-text", "roberta-prelayernorm"),
+        "RobertaTokenizer",
+    ),
+    **dict.fromkeys(("t5", "mt5", "switch_transformers"), "T5Tokenizer"),
+    **dict.fromkeys(("xlm-roberta", "xmod"), "XLMRobertaTokenizer"),
 }  # fmt: skip
 # Types whose directories often name a wrong class: the type decides.
-_TYPE_DECIDES = ("qwen2", "phi3", "llava")
+_TYPE_DECIDES = ("qwen2", "phi3", "llava", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text")
 
 
 def class_of(settings: Mapping[str, Any], config: Mapping[str, Any], backend: Any) -> str:
@@ -86,33 +113,61 @@ def class_of(settings: Mapping[str, Any], config: Mapping[str, Any], backend: An
 
 def rebuild(
     backend: Any, name: str, settings: Mapping[str, Any], named: Mapping[str, str]
-) -> Class | None:
+) -> tuple[Class | None, Any]:
     """Sets the parts that a class sets.
 
     Args:
-      backend: the tokenizer of tokenizer.json, which is changed.
+      backend: the tokenizer of tokenizer.json, which may be changed.
       name: the class.
       settings: tokenizer_config.json.
       named: name -> text of the special tokens that the files name.
 
     Returns:
-      The class, or None if tokenizer.json is followed.
+      The class, or None if tokenizer.json is followed, and the backend.
     """
     if (its := CLASSES.get(name)) is None:
         if name in _NOT_FOLLOWED:
             _warn(name, "its normalizer, pre-tokenizer and decoder")
-        return None
+        return None, backend
     kind = type(backend.model).__name__
     if kind != its.model:
         _warn(name, f"a model of kind {its.model} in place of {kind}")
-        return None
+        return None, backend
+    backend = _without_undeclared(backend, settings)
     characters = _characters(_state(backend.normalizer))
     parts = its.parts(Given(settings, {**its.special, **named}, characters))
     for field in ("normalizer", "pre_tokenizer", "decoder"):
         if _state(getattr(backend, field)) != getattr(parts, field):
             setattr(backend, field, getattr(_shell(parts), field))
     _set_model(backend, parts.model)
-    return its
+    return its, backend
+
+
+def _without_undeclared(backend: Any, settings: Mapping[str, Any]) -> Any:
+    """The backend without the added tokens that tokenizer_config.json's list, if any, has not.
+
+    A class takes the vocabulary from tokenizer.json, and the added tokens from that list.
+    """
+    declared = settings.get("added_tokens_decoder")
+    if not isinstance(declared, Mapping):
+        return backend
+    there = backend.get_added_tokens_decoder()
+    lost = {number: x.content for number, x in there.items() if str(number) not in declared}
+    if not lost:
+        return backend
+    first = backend.get_vocab_size(with_added_tokens=False)
+    fresh = min((number for number in lost if number >= first), default=None)
+    if fresh is not None and any(number > fresh for number in there.keys() - lost.keys()):
+        warnings.warn(
+            f"tokenizer.json has added tokens, such as {lost[fresh]!r}, that the list in "
+            "tokenizer_config.json has not: transformers leaves them out and numbers those after "
+            "them anew; here they are kept",
+            stacklevel=4,
+        )
+        return backend
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [x for x in state["added_tokens"] if x["id"] not in lost]
+    return require("tokenizers").Tokenizer.from_str(json.dumps(state))
 
 
 def _warn(name: str, difference: str) -> None:
@@ -124,7 +179,10 @@ def _warn(name: str, difference: str) -> None:
 
 
 def _byte_level(backend: Any) -> bool:
-    return any("ByteLevel" in repr(part) for part in (backend.pre_tokenizer, backend.decoder))
+    parts = (
+        backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder
+    )  # fmt: skip
+    return any("ByteLevel" in repr(part) for part in parts)
 
 
 def _state(part: Any) -> Part:
@@ -166,10 +224,21 @@ def _set_model(backend: Any, fields: Mapping[str, Any]) -> None:
         backend.model = require("tokenizers").models.Unigram(pieces, fields["unk_id"], False)
 
 
-def surround(backend: Any, its: Class, special: Mapping[str, str]) -> None:
-    """Sets what a class puts around a text, where the class decides it and not tokenizer.json."""
+def surround(backend: Any, its: Class, special: Mapping[str, str], directory: Path) -> None:
+    """Sets what a class puts around a text, where the class decides it and not tokenizer.json.
+
+    Raises:
+      ValueError: the model has no row for one of these tokens.
+    """
     if not its.single:
         return
+    names = {step.partition(":")[0] for step in its.single.split()} - {"$A"}
+    lost = [name for name in sorted(names) if backend.token_to_id(special[name]) is None]
+    if lost:
+        raise ValueError(
+            f"{directory}: the tokenizer's class puts a `{lost[0]}` around every text, and the "
+            "model has no token for it; name the model's own in tokenizer_config.json"
+        )
 
     def written(template: str) -> list[str]:
         texts = []
@@ -178,7 +247,6 @@ def surround(backend: Any, its: Class, special: Mapping[str, str]) -> None:
             texts.append(special.get(token, token) + colon + number)
         return texts
 
-    names = {step.partition(":")[0] for step in its.single.split()} - {"$A"}
     backend.post_processor = require("tokenizers").processors.TemplateProcessing(
         single=written(its.single),
         pair=written(its.pair),

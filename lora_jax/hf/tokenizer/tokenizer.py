@@ -53,6 +53,8 @@ class Tokenizer:
       templates: further templates by name; `tool_use` is taken for a conversation with tools.
       ends: ids that end an answer beside `eos_id`: those of config.json and
         generation_config.json.
+      clean_up: take spaces before punctuation out of decoded text, as transformers does where
+        `clean_up_tokenization_spaces` is set.
       files: text of the settings files it was read from, which a saved model gets back.
     """
 
@@ -61,6 +63,7 @@ class Tokenizer:
     chat_template: str | None = None
     templates: Mapping[str, str] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
+    clean_up: bool = False
     files: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -154,7 +157,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of tokens; special tokens are left out by default."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        text = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return _cleaned(text) if self.clean_up else text
 
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, **options: Any
@@ -233,6 +237,16 @@ class Tokenizer:
     def _id(self, name: str) -> int | None:
         token = self.special.get(name)
         return None if token is None else self.backend.token_to_id(token)
+
+
+def _cleaned(text: str) -> str:
+    """The text as `clean_up_tokenization` of transformers has it: in this order."""
+    for mark in (".", "?", "!", ","):
+        text = text.replace(f" {mark}", mark)
+    text = text.replace(" ' ", "'")
+    for end in ("n't", "'m", "'s", "'ve", "'re"):
+        text = text.replace(f" {end}", end)
+    return text
 
 
 @contextlib.contextmanager

@@ -119,6 +119,62 @@ def test_a_special_token_that_the_files_leave_empty(tmp_path, name):
     assert_same(f"{name}.empty", directory)
 
 
+@pytest.mark.parametrize("name", ["GPTNeoXTokenizer", "GemmaTokenizer", "T5Tokenizer"])
+def test_new_tokens_are_numbered_as_transformers_numbers_them(tmp_path, name):
+    """The class's own before the model's, and those before what has no name."""
+    more = {"additional_special_tokens": ["<|b|>"], "image_token": "<extra_id_3>"}
+    directory = write(tmp_path, backend_of(CLASSES[name]), {"tokenizer_class": name, **more})
+    assert_same(f"{name}.numbers", directory)
+
+
+@pytest.mark.parametrize("name", ["CodeLlamaTokenizer", "T5Tokenizer"])
+def test_a_list_takes_the_place_of_the_classes_extra_tokens(tmp_path, name):
+    more = {"extra_special_tokens": ["<|b|>"]}
+    directory = write(
+        tmp_path, backend_of(CLASSES[name]), {"tokenizer_class": name, **NAMES, **more}
+    )
+    assert_same(f"{name}.list", directory)
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_added_tokens_that_the_list_has_not(tmp_path, name):
+    """A class takes them from the list; where there is none, tokenizer.json is followed."""
+    backend = backend_of("sentencepiece")
+    backend.add_tokens(["<|b|>"])
+    listed = {"1": {"content": "<s>", "special": True, "normalized": False}}
+    settings = {"tokenizer_class": name, **NAMES, "added_tokens_decoder": listed}
+    assert_same(f"{name}.not listed", write(tmp_path, backend, settings))
+
+
+def test_added_tokens_without_which_others_would_have_other_ids(tmp_path):
+    backend = backend_of("sentencepiece")
+    backend.add_tokens(["<|b|>", "<mask>"])
+    number = backend.get_vocab_size() - 1
+    listed = {str(number): {"content": "<mask>", "special": True}}
+    settings = {"tokenizer_class": "LlamaTokenizer", **NAMES, "added_tokens_decoder": listed}
+    with pytest.warns(UserWarning, match=r"such as '<\|b\|>', that the list in .* here they are"):
+        ours = from_directory(write(tmp_path, backend, settings))
+    assert ours.encode("<|b|><mask>", add_special_tokens=False) == [number - 1, number]
+
+
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "GPT2Tokenizer", "CohereTokenizer"])
+def test_the_flags_of_special_tokens(tmp_path, name):
+    """Qwen 2's class ignores them; of two spellings of one token the last counts."""
+    flags = {"lstrip": True, "rstrip": True, "single_word": True, "normalized": False}
+    spelled = [{"__type": "AddedToken", "content": x, **flags} for x in ("<|b|>", "<mask>")]
+    settings = {"tokenizer_class": name, **NAMES, "image_token": spelled[0],
+                "audio_token": "<|b|>", "additional_special_tokens": spelled[1:]}  # fmt: skip
+    assert_same(f"{name}.flags", write(tmp_path, backend_of("byte_level"), settings))
+
+
+def test_a_class_whose_tokens_the_model_has_no_row_for(tmp_path):
+    backend = backend_of("wordpiece")
+    config = {"model_type": "bert", "vocab_size": backend.get_vocab_size()}
+    directory = write(tmp_path, backend, NAMES, config=config)
+    with pytest.raises(ValueError, match="class puts a `cls_token` around every text, and the"):
+        from_directory(directory)
+
+
 # model_type, tokenizer_class, the file's kind.
 CHOICES = [
     ("mistral", "LlamaTokenizer", "sentencepiece"),
@@ -143,6 +199,9 @@ CHOICES = [
     ("glm4", "GPT2Tokenizer", "byte_level"),
     ("olmo3", "GPT2Tokenizer", "byte_level"),
     ("ernie4_5", "LlamaTokenizer", "sentencepiece"),
+    ("qwen3_5", "PreTrainedTokenizerFast", "byte_level"),
+    ("umt5", "T5Tokenizer", "unigram"),
+    ("mamba2", None, "byte_level"),
     ("llava_next", "LlamaTokenizer", "sentencepiece"),
     ("internvl", None, "byte_level"),
 ]

@@ -71,6 +71,11 @@ CASES = {
     "named extra tokens": (
         None, {"extra_special_tokens": {"image_token": "<|b|>"}, "audio_token": "<|e|>"}, {},
     ),
+    "named extra tokens as objects": (
+        None,
+        {"model_specific_special_tokens": {"image_token": "<|b|>", "audio_token": OBJECT}},
+        {},
+    ),
     "a new end token": (None, {"eos_token": "<|e|>"}, {}),
     "special_tokens_map.json wins": (
         None, {}, {"special_tokens_map.json": {"eos_token": {"content": "<|e|>", "lstrip": False}}},
@@ -124,6 +129,29 @@ def test_tokens_are_transformers(tmp_path, kind, case):
     if processor is not None:
         backend.post_processor = processor
     assert_same(f"{kind}.{case}", write(tmp_path, backend, settings, files))
+
+
+@pytest.mark.parametrize("kind", ["unigram", "wordpiece", "sentencepiece"])
+def test_text_is_cleaned_up_as_transformers_does(tmp_path, kind):
+    """Not the text of BPE, which it would damage."""
+    settings = {"clean_up_tokenization_spaces": True, "tokenizer_class": "PreTrainedTokenizerFast"}
+    directory = write(tmp_path, backend_of(kind), settings)
+    texts = ["it 's . a , b ! c ? d ' e", "don n't I 'm we 've they 're 've"]
+
+    def decode(tokenizer):
+        return [tokenizer.decode(tokenizer.encode(t), skip_special_tokens=False) for t in texts]
+
+    ours = from_directory(directory)
+    assert decode(ours) == transformers_reads(f"{kind}.clean", directory, decode)
+
+
+def test_padding_in_the_file_names_the_padding_token(tmp_path):
+    backend = backend_of("byte_level")
+    backend.enable_padding(pad_id=3, pad_token="<pad>")
+    directory = write(tmp_path, backend, {})
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert_same("padding", directory)
 
 
 @pytest.mark.parametrize("legacy", [None, False, True])
