@@ -45,7 +45,7 @@ from lora_jax.hf.peft.load import check_task, fill
 from lora_jax.hf.peft.prefixes import respelled, without_module
 from lora_jax.hf.peft.save import AUTO, with_task
 from lora_jax.hf.peft.settle import plannable
-from lora_jax.hf.peft.tying import check_tying, tied_by_file
+from lora_jax.hf.peft.tying import HEAD, TYING, check_tying, tied_by_file
 from lora_jax.hf.peft.vllm import for_vllm
 from lora_jax.multi.single import check_single
 from lora_jax.paths import bare, module_of
@@ -227,6 +227,12 @@ def _with_map(error: ValueError, config: LoraConfig, leaves: Mapping[str, Any], 
     names = () if isinstance(targets, str) else targets
     if not names or any(name.rpartition(".")[2] in last for name in names):
         return f"{source}: {error}"
+    if {name.rpartition(".")[2] for name in names} == {HEAD}:
+        return (
+            f"{source}: the adapter changes the output head only (`{HEAD}`), and the model has no "
+            f"head beside its embedding; train it in PEFT with {TYING}=True, or load a model whose "
+            "head is not tied"
+        )
     return (
         f"{source}: {error}. The model has none of the adapter's modules: give Hugging Face's "
         "names of its parameters by `name_map` (lora.hf.name_map)"

@@ -238,3 +238,11 @@ def test_an_embedding_that_peft_does_not_tie_is_refused(families, tmp_path):
     peft_wrote(f"{PLACE}/gpt2/untied", tmp_path / "a", there, fields, torch_logits)
     with pytest.raises(ValueError, match="`transformer.wte.embedding` as an embedding only"):
         load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
+
+
+def test_an_adapter_of_a_tied_head_alone_is_refused(families, tmp_path):
+    _, there, base = families("gpt2")
+    fields = {"r": 2, "target_modules": ["lm_head"]}
+    peft_wrote(f"{PLACE}/gpt2/head", tmp_path / "a", there, fields, torch_logits)
+    with pytest.raises(ValueError, match="the output head only .* ensure_weight_tying=True, or"):
+        load_peft(tmp_path / "a", base.apply, base.params, TOKENS)
