@@ -4,12 +4,13 @@ Only `main` turns an error into a line on stderr and an exit status.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from lora_jax.cli import errors
 from lora_jax.cli.flags import flags_of, in_flags
@@ -41,6 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"lora-jax: {str(end) or 'interrupted'}", file=sys.stderr)
             return getattr(end, "status", errors.INTERRUPTED)
         return _run(arguments)
+
+
+def start() -> NoReturn:
+    """Runs the command of the process, and ends the process."""
+    status = main()
+    if status in (errors.INTERRUPTED, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
+        # A thread of XLA may still compile, and would crash in Python's own exit (SIGSEGV).
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _run(arguments: argparse.Namespace) -> int:

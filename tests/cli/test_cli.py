@@ -340,6 +340,17 @@ def test_a_signal_while_the_flags_are_read_ends_in_a_sentence(
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize(("status", "left"), [(143, [143]), (130, [130]), (0, []), (2, [])])
+def test_a_process_that_a_signal_ends_leaves_at_once(monkeypatch, status, left):
+    """Threads of XLA that still compile crash in Python's own exit."""
+    found = []
+    monkeypatch.setattr(cli, "main", lambda: status)
+    monkeypatch.setattr(os, "_exit", found.append)
+    with pytest.raises(SystemExit) as end:
+        cli.start()
+    assert (end.value.code, found) == (status, left)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_a_terminal_of_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
