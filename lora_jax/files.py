@@ -207,7 +207,10 @@ def locked(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
     with contextlib.ExitStack() as stack:
-        lock = stack.enter_context(open(path, "a+b", buffering=0))
+        # The file is written over, and a symbolic link may lead to any other.
+        lock = stack.enter_context(
+            open(path, "a+b", 0, opener=lambda p, how: os.open(p, how | os.O_NOFOLLOW, 0o666))
+        )
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -218,6 +218,16 @@ def test_what_was_computed_is_kept(tmp_path):
             files.kept(path, dict)
 
 
+def test_a_lock_that_is_a_link_is_not_written_over(tmp_path):
+    (tmp_path / "other").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / files.LOCK).symlink_to(tmp_path / "other")
+    with pytest.raises(OSError, match=r"symbolic links: .*run/\.lock"):
+        with files.locked(tmp_path / "run"):
+            pass
+    assert (tmp_path / "other").read_text() == "kept"
+
+
 def test_a_lock_on_a_full_disk_names_its_file(tmp_path):
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, most))

@@ -109,6 +109,7 @@ _DISK = {
     errno.ENOTDIR: "a part of the path is a file, not a folder: give another path",
     errno.EISDIR: "it is a folder, and a file was expected: give the path of a file",
     errno.EEXIST: "there is a file of that name already: give another path",
+    errno.ELOOP: "it is a symbolic link, or links lead in a circle: remove it",
     errno.ENOENT: "there is no such file or folder: check the path",
 }
 
