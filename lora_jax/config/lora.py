@@ -238,9 +238,19 @@ def _check_strings(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` holds an empty name, which would match every module")
 
 
+# `regex` writes repetitions out: `a{99999999}` in a downloaded adapter would take 24 GB.
+_MOST_REPEATS = 10_000
+
+
 def _check_regex(name: str, pattern: Any) -> None:
     if not isinstance(pattern, str) or not pattern:
         raise TypeError(f"`{name}` must be a regular expression (a string), got {pattern!r}")
+    counts = [int(digits[:9]) for digits in re.findall(r"\{(\d+)", pattern)]
+    if math.prod(max(count, 1) for count in counts) > _MOST_REPEATS:
+        raise ValueError(
+            f"`{name}`: {pattern!r} repeats a part more than {_MOST_REPEATS:,} times, which takes "
+            "memory for each: write `*` or `+`"
+        )
     try:
         re.compile(pattern)  # PEFT's own
         regex.compile(pattern)  # what matches here, see `matching.fits`

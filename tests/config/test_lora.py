@@ -97,6 +97,8 @@ BAD = [
     ({"target_modules": "*.q_proj"}, ValueError, r"target_modules`: .\*\.q_proj. is not a regular"),
     ({"target_modules": ""}, TypeError, "target_modules` must be a regular expression"),
     ({"exclude_modules": "(q"}, ValueError, r"exclude_modules`: .\(q. is not a regular expression"),
+    ({"exclude_modules": "a{99999999}"}, ValueError, r"a part more than 10,000 times, which takes"),
+    ({"rank_pattern": {"((q{99}){99}){9}": 3}}, ValueError, "a part more than 10,000 times"),
     ({"exclude_modules": 3}, TypeError, "exclude_modules` must be a tuple or list"),
     ({"modules_to_save": "lm_head"}, TypeError, "modules_to_save` must be a tuple or list"),
     ({"modules_to_save": ["("]}, ValueError, r"modules_to_save`: .\(. is not a regular expression"),
