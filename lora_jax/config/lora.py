@@ -213,8 +213,9 @@ def _check_rank(name: str, value: Any) -> None:
 def _check_alpha(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number above 0, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a finite number above 0, got {value}")
+    # The scale is held in float32.
+    if not 1e-30 <= value <= 1e30:
+        raise ValueError(f"`{name}` must be a number from 1e-30 to 1e30, got {value}")
 
 
 def _check_numbers(config: LoraConfig) -> None:
@@ -240,19 +241,25 @@ def _check_strings(name: str, value: Any) -> None:
 
 # `regex` writes repetitions out: `a{99999999}` in a downloaded adapter would take 24 GB.
 _MOST_REPEATS = 10_000
+# Each is an expression, which every module is compared with.
+_MOST_SAVED = 1000
 
 
-def _check_regex(name: str, pattern: Any) -> None:
-    if not isinstance(pattern, str) or not pattern:
-        raise TypeError(f"`{name}` must be a regular expression (a string), got {pattern!r}")
+def _check_repeats(name: str, pattern: str) -> None:
     counts = [int(digits[:9]) for digits in re.findall(r"\{(\d+)", pattern)]
     if math.prod(max(count, 1) for count in counts) > _MOST_REPEATS:
         raise ValueError(
             f"`{name}`: {pattern!r} repeats a part more than {_MOST_REPEATS:,} times, which takes "
             "memory for each: write `*` or `+`"
         )
+
+
+def _check_regex(name: str, pattern: Any) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise TypeError(f"`{name}` must be a regular expression (a string), got {pattern!r}")
     try:
         re.compile(pattern)  # PEFT's own
+        _check_repeats(name, pattern)
         regex.compile(pattern)  # what matches here, see `matching.fits`
     except (re.error, regex.error, OverflowError, RecursionError) as error:
         raise ValueError(
@@ -278,6 +285,8 @@ def _check_names(config: LoraConfig) -> None:
         _check_strings("exclude_modules", excluded)
     _check_strings("target_parameters", config.target_parameters)
     _check_strings("modules_to_save", config.modules_to_save)
+    if (count := len(config.modules_to_save)) > _MOST_SAVED:
+        raise ValueError(f"`modules_to_save` has {count:,} names, more than {_MOST_SAVED:,}")
     for name in config.modules_to_save:
         # PEFT puts these names into a regular expression as well.
         _check_regex("modules_to_save", name)
