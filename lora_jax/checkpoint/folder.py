@@ -166,7 +166,8 @@ def newest_whole(directory: Path, steps: Sequence[int], read: Callable[[int], T]
         try:
             found = read(step)
         except DamagedError as error:
-            reasons.append(str(error))
+            if (directory / str(step)).exists():  # else a run has just replaced it by a newer one
+                reasons.append(str(error))
             continue
         # Only now is it known which one is used.
         for reason in reasons:
@@ -174,6 +175,10 @@ def newest_whole(directory: Path, steps: Sequence[int], read: Callable[[int], T]
                 f"damaged checkpoint: {reason}; that of step {step} is used instead", stacklevel=3
             )
         return step, found
+    if steps and not reasons:
+        raise DamagedError(
+            f"{directory}: a run replaces its checkpoints meanwhile; read them again"
+        )
     raise DamagedError(
         f"{directory}: no checkpoint is whole ({'; '.join(reasons)}); remove {directory} to start "
         "from the beginning"

@@ -51,6 +51,14 @@ def test_an_old_folder_that_waits_is_named_and_put_back(tmp_path, trained):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+def test_checkpoints_that_a_run_replaces_are_not_called_damaged(tmp_path):
+    def read(step):
+        raise checksums.DamagedError(f"{tmp_path}/{step}: its `meta` cannot be read")
+
+    with pytest.raises(ValueError, match="a run replaces its checkpoints meanwhile; read them"):
+        folder.newest_whole(tmp_path, (8, 4), read)
+
+
 # An adapter is being replaced when the process is killed.
 KILLED = """
     import os, signal, sys
