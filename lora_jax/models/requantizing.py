@@ -30,9 +30,10 @@ from lora_jax.hf.checkpoint.safetensors import (
     overwrite,
     settings_of,
 )
-from lora_jax.hf.checkpoint.shards import NewTensor, size_of, write_shards
+from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, cast, size_of, write_shards
 from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.gguf.rewrite import rewrite
+from lora_jax.hf.gguf.weights import weights_of
 from lora_jax.models.registry import names_of
 from lora_jax.models.saving import (
     MAX_SHARD_SIZE,
@@ -109,7 +110,12 @@ class _Errors:
 
 
 def save_requantized(
-    path: str | Path, model: Any, lora_params: Any, *, max_shard_size: int | str = MAX_SHARD_SIZE
+    path: str | Path,
+    model: Any,
+    lora_params: Any,
+    *,
+    dtype: str = "float32",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Requantized:
     """Merges adapters into a quantized model and writes it in the format of its base.
 
@@ -119,6 +125,7 @@ def save_requantized(
       path: to be made: a directory, or a .gguf file where the base came from one.
       model: from `lora_jax.models.load(..., quantize=...)`.
       lora_params: its parameters with adapters.
+      dtype: of what is left in floats; a copy of the base's files keeps theirs.
       max_shard_size: of a directory that is written anew, see `save_merged`.
 
     Returns:
@@ -132,17 +139,32 @@ def save_requantized(
     check_new(path)
     if processes.several():
         raise ValueError("`save_requantized` writes a model that one process holds: merge there")
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
     held = [x for x in jax.tree.leaves(model.params, is_leaf=is_quant) if is_quant(x)]
     source = model.checkpoint
-    if source is not None and source.suffix == ".gguf":
-        return _into_gguf(path, model, lora_params)
-    if not held:
+    in_gguf = source is not None and source.suffix == ".gguf"
+    if not held and not in_gguf:
         raise ValueError(
             "`model` is not quantized: load it with `quantize`, or merge without `requantize`"
         )
-    if source is not None and open_directory(source).formats is not None:
-        return _into_copy(path, model, lora_params)
-    return _into_new(path, model, lora_params, held[0], size_of(max_shard_size))
+    if held and held[0].format not in _formats_in(source):
+        return _into_new(path, model, lora_params, dtype, size_of(max_shard_size))
+    if dtype != "float32":
+        raise ValueError(
+            f"`dtype` is {dtype!r}, and the merge is written into a copy of {source}, which keeps "
+            "its own: leave it out"
+        )
+    return (_into_gguf if in_gguf else _into_copy)(path, model, lora_params)
+
+
+def _formats_in(source: Path | None) -> set[str]:
+    """The formats of the base's files."""
+    if source is None:
+        return set()
+    gguf = source.suffix == ".gguf"
+    weights = weights_of(open_gguf(source)) if gguf else open_directory(source)
+    return {blocks.format for blocks in (weights.formats or {}).values()}
 
 
 def _weights(model: Any, lora_params: Any, *, numbers: bool = True) -> Iterator[_Weight]:
@@ -230,9 +252,7 @@ def _into_copy(path: Path, model: Any, lora_params: Any) -> Requantized:
     return errors.result()
 
 
-def _into_new(
-    path: Path, model: Any, lora_params: Any, first: QuantArray, most: int
-) -> Requantized:
+def _into_new(path: Path, model: Any, lora_params: Any, dtype: str, most: int) -> Requantized:
     """A directory of its own, for a base that was quantized while it was loaded."""
     if getattr(model.config, "wrapper", None):
         raise ValueError(
@@ -240,15 +260,15 @@ def _into_new(
             "only: merge without `requantize`"
         )
     shapes = list(_weights(model, model.params, numbers=False))
-    settings = _settings_of(first, shapes)
+    settings = _settings_of(shapes)
     errors, entries = _Errors(), []
     for weight in shapes:
-        found = _tensors(weight, settings, errors)
+        found = _tensors(weight, settings, errors, dtype)
         entries += [NewTensor(name, x.shape, x.dtype) for name, x in found.items()]
-    texts = texts_of(model, "float32")
+    texts = texts_of(model, dtype)
     config = {**json.loads(texts["config.json"]), "quantization_config": settings}
     texts["config.json"] = json.dumps(config, indent=2) + "\n"
-    each = (_tensors(x, settings, errors).values() for x in _weights(model, lora_params))
+    each = (_tensors(x, settings, errors, dtype).values() for x in _weights(model, lora_params))
     with replacing(path) as new:
         new.mkdir()
         write_shards(new, entries, chain.from_iterable(each), max_shard_size=most)
@@ -257,20 +277,19 @@ def _into_new(
 
 
 def _tensors(
-    weight: _Weight, settings: Mapping[str, Any], errors: _Errors
+    weight: _Weight, settings: Mapping[str, Any], errors: _Errors, dtype: str = "float32"
 ) -> dict[str, np.ndarray]:
     """The tensors of a weight under their whole names."""
     if weight.held is None:
-        return {weight.name: weight.numbers}
-    module, method = (
-        weight.name.removesuffix(".weight"),
-        method_of(settings, weight.held, weight.name),
-    )
+        return {weight.name: cast(weight.numbers, DTYPES[dtype], weight.name)}
+    module = weight.name.removesuffix(".weight")
+    method = method_of(settings, weight.held, weight.name)
     return {f"{module}{end}": x for end, x in method.pack(_rounded(weight, errors)).items()}
 
 
-def _settings_of(first: QuantArray, weights: Sequence[_Weight]) -> dict[str, Any]:
+def _settings_of(weights: Sequence[_Weight]) -> dict[str, Any]:
     """The `quantization_config` of a directory with weights that we quantized."""
+    first = next(x.held for x in weights if x.held is not None)
     for weight in weights:
         held = weight.held or first
         if (held.format, held.block) != (first.format, first.block):

@@ -91,7 +91,7 @@ def merge_adapter(
     model = load_model(source, quantize=quantize, quantize_block=quantize_block, labels=labels)
     params, _ = load_adapter(model, adapter)
     if requantize:
-        found = save_requantized(output, model, params)
+        found = save_requantized(output, model, params, dtype=dtype)
     else:
         found = save_merged(output, model, params, dtype=dtype)
     carry_form(adapter, output)

@@ -171,4 +171,15 @@ def test_what_cannot_be_requantized_is_one_sentence(tmp_path):
     model = models.load(source, quantize=quant.QuantConfig(format="fp8", block_size=16))
     with pytest.raises(ValueError, match="held in fp8 of `quant_method` .*only read"):
         save_requantized(tmp_path / "out", model, adapted(model, CONFIG))
+    model = models.load(source, quantize=quant.QuantConfig(format="int4", block_size=16))
+    with pytest.raises(ValueError, match="`dtype` must be one of float32, bfloat16, float16, got"):
+        save_requantized(tmp_path / "out", model, adapted(model, CONFIG), dtype="int8")
+    tensors = tensors_of(models.init(jax.random.key(0), TIED))
+    path = write_model(tmp_path / "m.gguf", TIED, tensors, GGMLQuantizationType.Q4_0)
+    model = models.load(path, quantize="file")
+    params = adapted(model, CONFIG)
+    with pytest.raises(ValueError, match="`dtype` is 'float16', and the merge is written into a c"):
+        save_requantized(tmp_path / "out.gguf", model, params, dtype="float16")
+    with pytest.raises(ValueError, match="the base is a GGUF file: give a name with .gguf"):
+        save_requantized(tmp_path / "out", model, params)
     assert not (tmp_path / "out").exists()
