@@ -40,8 +40,6 @@ _UNDERSTOOD = frozenset(
         "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
     }
 )  # fmt: skip
-# Whose values a file rounds to float32.
-_SHORT = frozenset({"rms_norm_eps", "layer_norm_eps", "norm_epsilon"})
 # What `expert_gating_func` has for the families with grouped experts (sigmoid), and for others.
 _GATING = {"glm4moe": 2}
 
@@ -92,7 +90,7 @@ def config_of(
     if divisors is not None:
         scaling = _llama3(divisors, head_dim, theta, path)
     read = {field: facts[key] for key, field in keys.items() if key in facts}
-    read = {field: _short(x) if field in _SHORT else x for field, x in read.items()}
+    read = {field: _short(x) if isinstance(x, float) else x for field, x in read.items()}
     if row.rotary is not None:
         read[row.rotary] = rotary / head_dim
     raw: dict[str, Any] = dict(
