@@ -243,6 +243,7 @@ ANY = Family(
         *_BERT_RULES,
         _LINEAR,
         _BIAS,
+        Rule("*", "weight", "embedding"),  # of a module of the user's own
     ),
     ignored=LLAMA.ignored,
 )
@@ -274,8 +275,8 @@ def tensor_of(path: str, index: Sequence[int] = (), *, family: Family = ANY) -> 
             return Tensor(_join(module_name(module, index, family=family), theirs), rule.axes)
     known = ", ".join(dict.fromkeys(f"`{r.ours}`" for r in family.rules))
     raise ValueError(
-        f"leaf `{path}`: the {family.name} names have no parameter `{parameter}` there; "
-        f"its parameters end in {known}"
+        f"leaf `{path}`: the {family.name} names have no parameter `{parameter}` there, but "
+        f"{known}: a name map says what it is (`name_map`)"
     )
 
 

@@ -352,3 +352,8 @@ def _match(config: LoraConfig, path: str, name: str, *, whole: bool = False) -> 
 def is_embedding(path: str) -> bool:
     """Whether a leaf is a lookup table, which PEFT names differently: Flax calls it so."""
     return path.rpartition(".")[2] == "embedding"
+
+
+def is_table(path: str, leaf: Any) -> bool:
+    """Whether a leaf is a lookup table by its path, or as the plan of its adapter found."""
+    return is_embedding(path) or (isinstance(leaf, LoraArray) and leaf.tied is not None)

@@ -25,7 +25,7 @@ from lora_jax.config import matching
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.dims import in_dims, out_dims, stack_dims
 from lora_jax.hf.checkpoint import names
-from lora_jax.hf.peft.index import PREFIX, AdapterIndex, IndexRow, is_embedding, nesting
+from lora_jax.hf.peft.index import PREFIX, AdapterIndex, IndexRow, is_table, nesting
 from lora_jax.hf.peft.tying import EMBEDDING_MODULES, HEAD, tied_tables, ties
 from lora_jax.paths import bare, module_of
 
@@ -132,7 +132,7 @@ def tensor_specs(
 def _module_specs(row: IndexRow) -> Iterator[TensorSpec]:
     for part, layout in _layouts(row).items():
         if getattr(row.leaf, part) is not None:
-            key = f"{PREFIX}{row.name}.{_SUFFIX[part][is_embedding(row.path)]}"
+            key = f"{PREFIX}{row.name}.{_SUFFIX[part][is_table(row.path, row.leaf)]}"
             yield _lora_spec(row, key, part, layout)
 
 
@@ -284,7 +284,12 @@ def _repeats_base(config: LoraConfig) -> bool:
 
 def _base_spec(row: IndexRow) -> TensorSpec:
     shape = row.leaf.shape[len(row.layer) :]
-    layout = _whole(row.path, shape, names.tensor_of(bare(row.path), row.layer).axes)
+    if is_table(row.path, row.leaf):  # (vocabulary, features) there, as looked up here
+        roles = row.leaf.roles[len(row.layer) :]
+        axes = None if roles.startswith("i") else (1, 0)
+    else:
+        axes = names.tensor_of(bare(row.path), row.layer).axes
+    layout = _whole(row.path, shape, axes)
     return TensorSpec(
         key=f"{PREFIX}{row.name}.base_layer.weight",
         shape=layout.shape,

@@ -13,7 +13,7 @@ import numpy as np
 from lora_jax.array import LoraArray, SavedArray
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.matching import fits
-from lora_jax.hf.peft.index import PREFIX, is_embedding
+from lora_jax.hf.peft.index import PREFIX, is_embedding, is_table
 from lora_jax.paths import module_of
 from lora_jax.plan.leaf import Plan
 
@@ -47,7 +47,7 @@ def tied_tables(leaves: Mapping[str, Any]) -> list[str]:
     trained = [
         path
         for path, leaf in leaves.items()
-        if is_embedding(path) and isinstance(leaf, LoraArray | SavedArray)
+        if is_table(path, leaf) and isinstance(leaf, LoraArray | SavedArray)
     ]
     return [path for path in trained if _is_tied(path, leaves)]
 

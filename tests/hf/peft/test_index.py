@@ -139,3 +139,38 @@ def test_another_base_than_the_quantized_one_of_the_training_is_a_warning(tmp_pa
     api.save_peft(tmp_path / "again", loaded, config)
     for over in (params, base(format="int8")):
         api.load_peft(tmp_path / "again", fn, over, x)
+
+
+def test_tables_of_a_model_of_ones_own_are_embeddings_of_peft(tmp_path):
+    """By what the plan found, whatever the leaf is called; a tied one is the head too."""
+    ids = jnp.arange(6).reshape(2, 3)
+    table = jax.random.normal(jax.random.key(0), (10, 8))
+
+    def keys(fn, params, target):
+        config = LoraConfig(rank=2, target_modules=(target,), init="random")
+        tree = init(jax.random.key(0), plan(config, fn, params, ids), params)
+        api.save_peft(tmp_path / "a", tree, config)
+        again, _ = api.load_peft(tmp_path / "a", fn, params, ids)
+        jax.tree.map(np.testing.assert_array_equal, again, tree)
+        found = {name: x.shape for name, x in api.read_peft(tmp_path / "a")[1].items()}
+        return {name.removeprefix("base_model.model."): shape for name, shape in found.items()}
+
+    def looked_up(params, ids):
+        return params["emb"]["weight"][ids] @ params["out"]["kernel"]
+
+    params = {"emb": {"weight": table}, "out": {"kernel": jnp.ones((8, 5))}}
+    factors = {"emb.lora_embedding_A": (2, 10), "emb.lora_embedding_B": (8, 2)}
+    assert keys(looked_up, params, "emb") == factors
+
+    def named(params, ids):
+        return params["embed_tokens"]["weight"][ids] @ params["out"]["kernel"]
+
+    params = {"embed_tokens": {"weight": table}, "out": {"kernel": jnp.ones((8, 5))}}
+    assert keys(named, params, "embed_tokens")["embed_tokens.base_layer.weight"] == (10, 8)
+
+    def tied(params, ids):
+        return params["emb"]["embedding"][ids] @ params["emb"]["embedding"].T
+
+    of_head = {"lm_head.lora_A.weight": (2, 8), "lm_head.lora_B.weight": (10, 2)}
+    found = keys(tied, {"emb": {"embedding": table}}, "emb")
+    assert {name: x for name, x in found.items() if "base_layer" not in name} == factors | of_head
