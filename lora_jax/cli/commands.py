@@ -93,8 +93,10 @@ def generate(arguments: argparse.Namespace) -> None:
     """`lora-jax generate`."""
     from lora_jax import processes
     from lora_jax.recipes import finetune
-    from lora_jax.recipes.forms import read_form
+    from lora_jax.recipes.classify import classify_prompts
+    from lora_jax.recipes.forms import read_form, read_labels
     from lora_jax.recipes.generate import answer_prompts, as_trained
+    from lora_jax.train.loss import classifies
 
     config, devices = _from_flags(generate_sections(), arguments)
     if devices.distributed and "-" in arguments.prompts:
@@ -106,9 +108,11 @@ def generate(arguments: argparse.Namespace) -> None:
         prompts = _not_empty(prompts)
     finetune.join(devices)
     processes.check_same({"prompts": str(arguments.prompts), "settings": str(config)})
+    known = () if arguments.adapter is None else read_labels(arguments.adapter)
     model = finetune.load_model(
-        arguments.model, dtype=arguments.dtype, mesh=devices.mesh, **_quantization(arguments)
-    )
+        arguments.model, dtype=arguments.dtype, mesh=devices.mesh, labels=known,
+        **_quantization(arguments),
+    )  # fmt: skip
     params = model.params
     # A merged model has the form of its adapter.
     form = read_form(arguments.adapter or arguments.model)
@@ -128,6 +132,10 @@ def generate(arguments: argparse.Namespace) -> None:
         prompts, labels = _several(prompts)
     # Whoever types prompts, or sends them through a pipe, waits for each answer.
     waits = "-" in arguments.prompts and not _is_file(sys.stdin)
+    if classifies(model):
+        size, write = 1 if waits else config.batch_size, processes.in_first(_write)
+        classify_prompts(model, params, prompts, batch_size=size, write=write, heads=labels)
+        return
     answer_prompts(
         model,
         params,

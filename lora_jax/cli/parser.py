@@ -387,7 +387,7 @@ COMMANDS = {
     "demo": ("fine-tune a small model on this machine, and score it before and after", _demo),
     "train": ("fine-tune a model on JSON lines", _train),
     "sweep": ("find the smallest rank that matches full fine-tuning", _sweep),
-    "generate": ("answer prompts with a model, with or without an adapter", _generate),
+    "generate": ("answer prompts, or classify texts, with or without an adapter", _generate),
     "merge": ("merge an adapter into its model and write the model", _merge),
     "export": ("write an adapter for PEFT, vLLM, llama.cpp or Orbax, or the merged model", _export),
     "import": ("import an adapter of PEFT or llama.cpp", _import),

@@ -4,6 +4,7 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
+    from lora_jax.recipes import classify as classify
     from lora_jax.recipes import convert as convert
     from lora_jax.recipes import demo as demo
     from lora_jax.recipes import estimate as estimate
@@ -16,6 +17,7 @@ if typing.TYPE_CHECKING:
     from lora_jax.recipes import sweep as sweep
 
 __all__ = [
+    "classify",
     "convert",
     "demo",
     "estimate",

@@ -24,7 +24,7 @@ from lora_jax.models.remat import Remat
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
-from lora_jax.recipes.fitting import fitted, join, labels_of, with_head
+from lora_jax.recipes.fitting import check_mesh, fitted, join, labels_of, with_head
 from lora_jax.recipes.forms import TrainedForm, form_of, write_form
 from lora_jax.recipes.reports import idle_devices, show_evaluations, show_memory, summary
 from lora_jax.recipes.settings import Devices, Dtype, Quantization
@@ -116,6 +116,7 @@ def finetune(
         raise SettingsError("`output_dir` is missing: give a folder for the run")
     output = Path(train_config.output_dir)
     join(job, lora_config)
+    check_mesh(job, train_config)
     if lora_config.loftq_config.get("loftq_bits") == 8 and job.quantize is None:
         raise SettingsError('LoftQ in 8 bits needs a base in 8 bits: add quantize="int8"')
     if job.device_memory is not None:

@@ -13,8 +13,9 @@ from lora_jax.analysis.step_memory.step import StepSettings
 from lora_jax.config.arguments import SettingsError, quoted
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.classifier import HEAD, check_labels
-from lora_jax.models.mesh import placement
+from lora_jax.models.mesh import Placement, check_rows, placement
 from lora_jax.models.remat import remat_name
+from lora_jax.models.sharding import ROWS, TOKENS, make_mesh
 from lora_jax.quant.array import Backend, is_quant
 from lora_jax.recipes.forms import read_labels
 from lora_jax.recipes.settings import Devices
@@ -44,6 +45,20 @@ def join(job: Devices, *configs: Any) -> None:
     for name in own:
         if getattr(job, name) is not None:
             raise SettingsError(f"`{name}` is for a run of several processes: add distributed=True")
+
+
+def check_mesh(job: Any, config: TrainConfig) -> None:
+    """Checks before a model is loaded that its mesh exists and divides the rows of a batch.
+
+    Raises:
+      ValueError: it does not.
+    """
+    if job.mesh is None or job.device_memory is not None:  # which chooses the rows
+        return
+    mesh = make_mesh(**job.mesh)
+    rows = tuple(axis for axis in ROWS if axis in mesh.axis_names)
+    spans = TOKENS if mesh.shape.get(TOKENS, 1) > 1 else None
+    check_rows(Placement(mesh, rows, mesh, spans), config.batch_size)
 
 
 def labels_of(job: Any) -> tuple[str, ...]:

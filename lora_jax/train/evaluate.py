@@ -6,11 +6,17 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_jax.config.arguments import SettingsError
-from lora_jax.models.bert_kinds import CLASSIFICATION
 from lora_jax.models.mesh import Placement, check_rows, entered, model_on, params_on, placement
 from lora_jax.train.batches import Batch, loader, once
 from lora_jax.train.examples import Example
-from lora_jax.train.loss import TOGETHER, Rows, losses_of, reads_both_ways, summed_loss
+from lora_jax.train.loss import (
+    TOGETHER,
+    Rows,
+    classifies,
+    losses_of,
+    reads_both_ways,
+    summed_loss,
+)
 from lora_jax.train.mesh import batch_on, rows_of
 from lora_jax.train.step import Programs
 from lora_jax.transform.lorafy import lorafy
@@ -112,15 +118,14 @@ def check_causal(model: Any) -> None:
       ValueError: it is one, or a classifier whose loss is not the cross entropy of one class.
     """
     config: Any = getattr(model, "config", None)
-    classifies = not reads_both_ways(model) or config.task == CLASSIFICATION
-    if classifies and (labels := getattr(config, "labels", ())):
-        problem = "regression" if len(labels) == 1 else config.problem_type
+    if classifies(model):
+        problem = "regression" if len(config.labels) == 1 else config.problem_type
         if problem not in (None, "single_label_classification"):
             raise SettingsError(
                 f"`model` is a classifier for `{problem}`, and training has the loss of one class "
                 "a text: train it in a loop of your own (`lora_jax.lorafy(model.apply)`)"
             )
-    if reads_both_ways(model) and config.task != CLASSIFICATION:
+    elif reads_both_ways(model):
         raise SettingsError(
             f"`model` is a `{model.config.model_type}`, an encoder, whose outputs depend on the "
             "tokens that they would have to predict: pass a decoder, name `labels` to classify "

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax import compat
 from lora_jax.dims import AnyArray
+from lora_jax.models.bert_kinds import CLASSIFICATION
 from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.layers import Specs, gather
 from lora_jax.transform.low_rank import at_places
@@ -152,6 +153,13 @@ def losses_of(
 def reads_both_ways(model: Any) -> bool:
     """Whether a model is an encoder, whose tokens attend to those after them too."""
     return isinstance(getattr(model, "forward", None), EncoderForward)
+
+
+def classifies(model: Any) -> bool:
+    """Whether a model's outputs are classes of texts."""
+    config = getattr(model, "config", None)
+    labels = getattr(config, "labels", ())
+    return bool(labels) and (not reads_both_ways(model) or model.config.task == CLASSIFICATION)
 
 
 def _of_whole_texts(model: Any, rows: Rows) -> Callable:

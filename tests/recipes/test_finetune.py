@@ -124,6 +124,13 @@ def test_a_missing_adapter_is_refused_before_anything_is_loaded(job, tmp_path):
         finetune.finetune(job, LORA, dataclasses.replace(RUN, output_dir=tmp_path / "out"))
 
 
+def test_rows_that_a_mesh_does_not_divide_are_refused_before_anything_is_loaded(job, tmp_path):
+    job = dataclasses.replace(job, train_data=tmp_path / "none", mesh={"fsdp": 8})
+    config = dataclasses.replace(RUN, output_dir=tmp_path / "out", batch_size=6)
+    with pytest.raises(ValueError, match="`batch_size` is 6, but its rows are spread over 8 dev"):
+        finetune.finetune(job, LORA, config)
+
+
 def test_an_output_that_is_a_file_is_refused_before_anything_is_loaded(job, tmp_path):
     (tmp_path / "a").touch()
     job = dataclasses.replace(job, train_data=tmp_path / "none")

@@ -9,8 +9,10 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models
+from lora_jax.cli import main
 from lora_jax.models.saving import save_model
 from lora_jax.recipes import export, finetune
+from lora_jax.recipes.classify import classify_texts
 from lora_jax.train import TrainConfig, evaluate, examples, fit, record_of
 from lora_jax.train.evaluate import check_causal
 
@@ -100,7 +102,7 @@ def test_the_loss_is_that_of_texts_alone(bare, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
-def test_the_recipe_writes_the_whole_head(bare, kind, tmp_path):
+def test_the_recipe_writes_the_whole_head(bare, kind, tmp_path, capsys):
     place = bare(kind)
     rows = [{"text": text, "label": LABELS[i // 2]} for i, text in enumerate(TEXTS)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -119,6 +121,20 @@ def test_the_recipe_writes_the_whole_head(bare, kind, tmp_path):
     want = lora.merge(result.lora_params)
     # float32, summed in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged.params, want)
+
+    found = classify_texts(merged, merged.params, TEXTS, batch_size=3)
+    shares = [
+        np.asarray(jax.nn.softmax(merged.apply(merged.params, jnp.asarray([row]))))[0]
+        for row in map(merged.tokenizer.encode, TEXTS)
+    ]
+    assert [each.label for each in found] == [LABELS[share.argmax()] for share in shares]
+    np.testing.assert_allclose([x.probability for x in found], [x.max() for x in shares], atol=1e-5)
+    with pytest.raises(ValueError, match="a text has 81 tokens, more than the model's context of"):
+        classify_texts(merged, merged.params, ["9" * 81])
+    capsys.readouterr()
+    assert main(["generate", str(place), "--adapter", str(adapter), TEXTS[0]]) == 0
+    label, share = capsys.readouterr().out.split()
+    assert (label, float(share)) == (found[0].label, round(found[0].probability, 3))
 
 
 @pytest.mark.slow
