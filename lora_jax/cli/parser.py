@@ -215,6 +215,11 @@ examples:
     parser.add_argument("adapter", type=Path, help=ADAPTER)
     parser.add_argument("output", type=Path, help="the directory to write; must not exist yet")
     _add_dtype(parser, "float32", "dtype of the written weights")
+    # As `export` calls it, whose --dtype is the adapter's.
+    parser.add_argument(
+        "--output-dtype", dest="dtype", choices=_NUMBERS, default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )  # fmt: skip
     _add_quantize(parser)
     rounded = "write the quantized format of the base, its file's or --quantize's; says the error"
     parser.add_argument("--requantize", action="store_true", help=rounded)

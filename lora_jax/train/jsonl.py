@@ -141,7 +141,8 @@ def record_of(
             f"{source}: expected a JSON object with {_HOW}, got {type(value).__name__}"
         )
     form = _form_of(value, names, fields or {}, source)
-    given = {part: _get(value, names[part], source) for part in _FORMS[form]}
+    hint = "; `fields` gives it another name"
+    given = {part: _get(value, names[part], source, hint) for part in _FORMS[form]}
     beside = {part: value[names[part]] for part in _MORE if value.get(names[part]) is not None}
     if form == "text" or (form == "prompt" and not isinstance(given["prompt"], list)):
         parts = tuple(_text(given[part], names[part], source) for part in _FORMS[form])
@@ -167,7 +168,9 @@ def _form_of(
         return found[0]
     what = "none of them" if not found else " and ".join(f'"{names[f]}"' for f in found)
     have = quoted(value) or "no field"
-    choose = f"; choose by `fields`: {found[0]}={names[found[0]]}" if found else ""
+    choose = '; where they have other names, give `fields`, as in "prompt=question"'
+    if found:
+        choose = f"; choose by `fields`: {found[0]}={names[found[0]]}"
     raise ValueError(f"{source}: expected {_HOW}, got {what} (fields: {have}){choose}")
 
 
@@ -180,9 +183,10 @@ def _field_names(fields: Mapping[str, str] | None) -> dict[str, str]:
     return {**known, **(fields or {})}
 
 
-def _get(value: Mapping[str, Any], name: str, source: str) -> Any:
+def _get(value: Mapping[str, Any], name: str, source: str, hint: str = "") -> Any:
     if name not in value:
-        raise ValueError(f'{source}: missing field "{name}"')
+        there = quoted(value) or "none"
+        raise ValueError(f'{source}: missing field "{name}" (fields: {there}){hint}')
     return value[name]
 
 

@@ -126,7 +126,7 @@ def make_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
         # Weight decay reads the parameters, hence the third argument.
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = Metrics(total / count, optax.global_norm(grads), learned)
+        metrics = Metrics(total / count, optax.tree.norm(grads), learned)
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 
     return step

@@ -148,7 +148,14 @@ TURN = [USER, {"role": "assistant", "content": "y"}]
         ("[" * 20000, r":2: not JSON that can be read"),
         ("[1, 2]", ":2: expected a JSON object with .*, got list"),
         (r'{"prompt": "\ud83d", "completion": "b"}', ":2: .* is half of a character; remove it"),
-        ({"prompt": "a"}, ':2: missing field "completion"'),
+        (
+            {"prompt": "a"},
+            r':2: missing field "completion" \(fields: "prompt"\); `fields` gives it',
+        ),
+        (
+            {"question": "a", "answer": "b"},
+            r':2: .* \(fields: "question", "answer"\).* give `fields`',
+        ),
         ({"completion": "a", "id": 3}, ':2: missing field "prompt"'),
         ({"question": "a"}, r":2: expected .*, got none of them \(fields: \"question\"\)"),
         ({"prompt": "a", "completion": 3}, ':2: field "completion" must be text, got a number'),
