@@ -20,12 +20,27 @@ from jaxtyping import Array, Bool, Float, Int
 from lora_jax.dims import AnyArray
 from lora_jax.models import kernels
 from lora_jax.models.context import check_tokens, over_tokens
+from lora_jax.models.delta_net import among, recurrence
 from lora_jax.models.mixing import Mixing, in_runs, mix
 from lora_jax.models.rope import Rotation, rotate
 
 
+class Kept(NamedTuple):
+    """What blocks keep of the tokens so far, those of one kind in one array.
+
+    Attributes:
+      keys, values: of the L blocks with attention.
+      convs, states: of the blocks with a delta net, see `lora_jax.models.delta_net`; None without.
+    """
+
+    keys: Float[Array, "l b s k h"]
+    values: Float[Array, "l b s k h"]
+    convs: Float[Array, "m b w c"] | None = None
+    states: Float[Array, "m b n k v"] | None = None
+
+
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, filled from the left.
+    """What is kept of the tokens so far: keys and values, filled from the left, and delta nets'.
 
     A call writes its T tokens at positions `length .. length + T`; the caller makes the cache long
     enough. Positions that hold padding are never attended to.
@@ -35,17 +50,20 @@ class Cache(NamedTuple):
     values: Float[Array, "l b s k h"]
     valid: Bool[Array, "b s"]
     length: Int[Array, ""]
+    convs: Float[Array, "m b w c"] | None = None
+    states: Float[Array, "m b n k v"] | None = None
 
 
-# Keys and values of all blocks, `(l, b, s, k, h)` each; None without a cache.
-Stored = tuple[Array, Array] | None
+# None without a cache.
+Stored = Kept | None
 
 # (queries, keys, values, stored=, block=) -> (mixed values, stored); `block` is the block's number.
 # Where heads have sinks, `with_sinks(queries, sinks)` is what stands for the queries.
 Attend = Callable[..., tuple[Array, Stored]]
 
-# By whether the block slides: a bool, or an array in a scan over blocks that differ.
-AttendOf = Callable[[bool | Array], Attend]
+# By whether the block slides: a bool, or an array in a scan over blocks that differ. Of None, a
+# delta net's, it is a `lora_jax.models.delta_net.Recur`.
+AttendOf = Callable[[bool | Array | None], Attend]
 
 # Whether a block slides -> how its queries and keys are rotated, or None.
 Rotations = Callable[[bool | Array], Rotation | None]
@@ -91,13 +109,34 @@ def attention(
         attend_of = _without_cache(
             mask, segments, mixing=mixing, rotations=rotations, wanted=wanted, over=over
         )
-        return attend_of, None, None
+        return _or_recur(attend_of, mask, segments, mixing, over), None, None
     count = tokens.shape[1]
     new = jnp.ones(tokens.shape, bool) if mask is None else mask  # (b, t)
     valid = lax.dynamic_update_slice(cache.valid, new, (0, cache.length))  # (b, s)
     attend_of = _with_cache(valid, cache.length, count, mixing=mixing, rotations=rotations)
     counted = cache._replace(valid=valid, length=cache.length + count)
-    return attend_of, (cache.keys, cache.values), counted
+    kept = Kept(cache.keys, cache.values, cache.convs, cache.states)
+    return _or_recur(attend_of, mask, None, mixing, None), kept, counted
+
+
+def _or_recur(
+    attend_of: AttendOf,
+    mask: Bool[AnyArray, "b t"] | None,
+    segments: Int[AnyArray, "b t"] | None,
+    mixing: Mixing,
+    over: str | None,
+) -> AttendOf:
+    """How every block mixes tokens, those with a delta net too."""
+    if mixing.delta is None:
+        return attend_of
+    recur = recurrence(
+        mask,
+        None if segments is None else starts_of(segments),
+        sizes=mixing.delta,
+        place=among([slides is None for slides in mixing.slides]),
+        over=over,
+    )
+    return lambda slides: recur if slides is None else attend_of(slides)
 
 
 def positions_of(valid: Bool[AnyArray, "b t"]) -> Int[Array, "b t"]:
@@ -189,6 +228,7 @@ def _with_cache(
 ) -> AttendOf:
     # How many slots each key lies before each query, (t, s); negative ones come after it.
     back = start + jnp.arange(count)[:, None] - jnp.arange(valid.shape[1])
+    place = among([slides is not None for slides in mixing.slides])
 
     def attend_of(slides: bool | Array) -> Attend:
         by = rotations(slides)
@@ -201,21 +241,23 @@ def _with_cache(
             k: Float[Array, "b t k h"],
             v: Float[Array, "b t k h"],
             *,
-            stored: tuple[Float[Array, "l b s k h"], Float[Array, "l b s k h"]],
+            stored: Kept,
             block: Int[Array, ""],
         ) -> tuple[Float[Array, "b t n h"], Stored]:
             q, k = _rotated(q, by, mixing), rotate(k, by)
-            at = (block, 0, start, 0, 0)
+            number = place(block)
+            at = (number, 0, start, 0, 0)
             keys, values = (
                 lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
-                for old, new in zip(stored, (k, v), strict=True)
+                for old, new in ((stored.keys, k), (stored.values, v))
             )
             # This block's, (b, s, k, h).
             own_keys, own_values = (
-                lax.dynamic_index_in_dim(kept, block, keepdims=False).astype(q.dtype)
+                lax.dynamic_index_in_dim(kept, number, keepdims=False).astype(q.dtype)
                 for kept in (keys, values)
             )
-            return mix(q, own_keys, own_values, seen=seen, by=mixing), (keys, values)
+            mixed = mix(q, own_keys, own_values, seen=seen, by=mixing)
+            return mixed, stored._replace(keys=keys, values=values)
 
         return attend
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_jax.models.classifier import read_classes, write_classes
+from lora_jax.models.delta_rule import DeltaSizes
 from lora_jax.models.dialect import (
     BEFORE,
     Dialect,
@@ -77,6 +78,8 @@ class LlamaConfig:
       qkv_bias, o_bias, mlp_bias, head_bias: which projections have a bias.
       qk_norm: queries and keys are normalized head by head.
       qk_norm_whole: with `qk_norm`, all heads of a token are normalized together.
+      attention_gate: what a head mixes is multiplied by a sigmoid of numbers that the projection of
+        queries has beside its own.
       attention_sinks: each head has a score of its own in the softmax, of no key.
       clip_qkv: queries, keys and values are limited to `[-clip_qkv, clip_qkv]`, or None.
       fused_projections: queries, keys and values are one projection.
@@ -84,6 +87,9 @@ class LlamaConfig:
       fused_mlp: gate and up are one projection.
       sliding_window: tokens that a token attends to, itself included, or None for all before it.
       sliding_layers: for each block whether it slides; None is all of them, if there is a window.
+      linear_layers: for each block whether it has a gated delta net in place of attention, see
+        `lora_jax.models.delta_net`; None is none of them.
+      delta: the sizes of those nets, or None.
       hidden_activation: a key of `lora_jax.models.layers.ACTIVATIONS`.
       norm_offset: norms multiply by `1 + scale`.
       norm_centered: norms subtract the mean first.
@@ -151,6 +157,7 @@ class LlamaConfig:
     head_bias: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False
+    attention_gate: bool = False
     attention_sinks: bool = False
     clip_qkv: float | None = None
     fused_projections: bool = False
@@ -158,6 +165,8 @@ class LlamaConfig:
     fused_mlp: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
+    linear_layers: tuple[bool, ...] | None = None
+    delta: DeltaSizes | None = None
     hidden_activation: str = "silu"
     norm_offset: bool = False
     norm_centered: bool = False
@@ -195,6 +204,7 @@ class LlamaConfig:
             ("layer_types", self.sliding_layers),
             ("rope_layers", self.rope_layers),
             ("dense_layers", self.dense_layers),
+            ("linear_layers", self.linear_layers),
         ):
             if each is not None and len(each) != self.num_hidden_layers:
                 raise ValueError(
@@ -257,8 +267,13 @@ class LlamaConfig:
         return self.dense_layers or (self.num_experts is None,) * self.num_hidden_layers
 
     @property
+    def linear(self) -> tuple[bool, ...]:
+        """For each block whether it has a gated delta net."""
+        return self.linear_layers or (False,) * self.num_hidden_layers
+
+    @property
     def mixing(self) -> Mixing:
-        """How queries weigh keys, and which blocks slide.
+        """How queries weigh keys, and which blocks slide or have a delta net.
 
         Without a window the blocks that rotate stand for those that slide: the two kinds of blocks
         then differ in their rotations alone.
@@ -268,11 +283,12 @@ class LlamaConfig:
             slides = self.rope_layers or (False,) * self.num_hidden_layers
         scalar = self.query_pre_attn_scalar
         return Mixing(
-            slides=slides,
+            slides=tuple(None if n else s for n, s in zip(self.linear, slides, strict=True)),
             window=self.sliding_window,
             scale=self.attention_multiplier if scalar is None else scalar**-0.5,
             softcap=self.attn_logit_softcapping,
             sinks=self.attention_sinks,
+            delta=self.delta,
         )
 
     @property

@@ -59,7 +59,7 @@ NEUTRAL: Mapping[str, tuple] = {
 }
 
 
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 
 
 def read_rope(given: Mapping[str, Any]) -> dict[str, Any]:

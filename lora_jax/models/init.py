@@ -57,7 +57,7 @@ def draw(key: Array, shapes: Any, config: Any, *, spread: Spread | None = None) 
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     keys = jax.random.split(key, len(leaves))
     params = [
-        _fresh(key, path[-1].key, shape, config)
+        _fresh(key, spell(path), shape, config)
         for key, (path, shape) in zip(keys, leaves, strict=True)
     ]
     made = jax.tree.unflatten(tree, params)
@@ -66,7 +66,13 @@ def draw(key: Array, shapes: Any, config: Any, *, spread: Spread | None = None) 
     return jax.tree_util.tree_map_with_path(lambda p, x: put(x, spread(spell(p), x)), made)
 
 
-def _fresh(key: Array, name: str, shape: jax.ShapeDtypeStruct, config: Any) -> Float[Array, "..."]:
+def _fresh(key: Array, path: str, shape: jax.ShapeDtypeStruct, config: Any) -> Float[Array, "..."]:
+    name = path.rpartition(".")[2]
+    if name == "dt_bias" or path.endswith("linear_attn.norm.scale"):
+        return jnp.ones(shape.shape, shape.dtype)
+    if name == "A_log":
+        # Rates up to 16, as Mamba 2 draws them; of 0 there would be no logarithm.
+        return jnp.log(jax.random.uniform(key, shape.shape, minval=0.01, maxval=16.0))
     if name == "scale":
         return jnp.full(shape.shape, config.fresh_scale, shape.dtype)
     if name.endswith("bias"):

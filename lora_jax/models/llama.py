@@ -10,8 +10,10 @@ which blocks rotate or have a window, factors, biases, and the kind of MLP.
 B batch, T new tokens, D width, N query heads, K key/value heads, H size of a head, V vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -21,6 +23,7 @@ from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Attend, Rotations, Stored, choose, with_sinks
 from lora_jax.models.classifier import HEAD
 from lora_jax.models.config import LlamaConfig
+from lora_jax.models.delta_net import GatedDeltaNet
 from lora_jax.models.experts import Load, MixtureMLP
 from lora_jax.models.latent import LatentAttention
 from lora_jax.models.layers import (
@@ -58,7 +61,8 @@ class Attention(nnx.Module):
         if self.fused:
             setattr(self, self.names.fused, linear(width, queries + 2 * pairs, config.qkv_bias))
         else:
-            self.q_proj = linear(width, queries, config.qkv_bias)
+            gates = queries if config.attention_gate else 0
+            self.q_proj = linear(width, queries + gates, config.qkv_bias)
             self.k_proj = linear(width, pairs, config.qkv_bias)
             self.v_proj = linear(width, pairs, config.qkv_bias)
         setattr(self, self.names.output, linear(queries, width, config.o_bias))
@@ -66,7 +70,7 @@ class Attention(nnx.Module):
         self.qk_norm = config.qk_norm
         self.norm_whole = config.qk_norm_whole
         self.limit = config.clip_qkv
-        self.sunk = config.attention_sinks
+        self.sunk, self.gated = config.attention_sinks, config.attention_gate
         if self.sunk:
             self.sinks = nnx.Param(jnp.zeros((config.num_attention_heads,), param_dtype))
         if config.qk_norm:
@@ -93,6 +97,9 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b t d"], attend: Attend, stored: Stored, block: Int[Array, ""]
     ) -> tuple[Float[Array, "b t d"], Stored]:
         q, k, v = self.project(x)
+        if self.gated:  # beside each head's queries
+            both = q.reshape(*x.shape[:2], -1, 2, self.head_dim)
+            q, gate = (both[..., i, :].reshape(*x.shape[:2], -1) for i in range(2))
         # Norms come before the rotation, which `attend` does.
         if self.qk_norm and self.norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -107,8 +114,9 @@ class Attention(nnx.Module):
         if self.sunk:
             q = with_sinks(q, self.sinks.get_value())
         mixed, stored = attend(q, k, v, stored=stored, block=block)  # (b, t, n, h)
-        output = getattr(self, self.names.output)
-        return kept(output(mixed.reshape(*x.shape[:2], -1))), stored
+        mixed = mixed.reshape(*x.shape[:2], -1)
+        mixed = mixed * jax.nn.sigmoid(gate) if self.gated else mixed
+        return kept(getattr(self, self.names.output)(mixed)), stored
 
 
 class MLP(nnx.Module):
@@ -162,16 +170,18 @@ class Block(nnx.Module):
     def __init__(
         self,
         config: LlamaConfig,
+        kind: tuple[bool, bool],
         *,
-        dense: bool,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        self.names = config.modules
+        dense, linear = kind
         options: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.names = config.modules
+        self.mixer = "linear_attn" if linear else self.names.attention
         attention = Attention if config.kv_lora_rank is None else LatentAttention
-        setattr(self, self.names.attention, attention(config, **options))
+        setattr(self, self.mixer, (GatedDeltaNet if linear else attention)(config, **options))
         self.mlp = (MLP if dense else MixtureMLP)(config, **options)
         if not dense and config.shared_expert_size is not None:
             shared = MLP(config, size=config.shared_expert_size, **options)
@@ -199,7 +209,7 @@ class Block(nnx.Module):
         """As a call, and the load of the experts by the tokens that are `real`, if given."""
         norms = self.norms
         inputs = self.normalized(norms.before_attention, x)
-        mixed, stored = getattr(self, self.names.attention)(inputs, attend, stored, block)
+        mixed, stored = getattr(self, self.mixer)(inputs, attend, stored, block)
         if self.parallel:
             # GPT-NeoX has a norm for each of the two; Cohere and Phi have one for both.
             if norms.before_mlp is not None:
@@ -244,15 +254,14 @@ class Decoder(nnx.Module):
         scan: bool | tuple[int, ...],
         rngs: nnx.Rngs,
     ) -> None:
-        def block(dense: bool) -> Block:
-            return Block(config, dense=dense, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-
+        block = partial(Block, config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.names = config.modules
         table = Embedding(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype
         )
         setattr(self, self.names.table, table)
-        self.layers = stack_of(config.dense, block, scan=scan)
+        kinds = tuple(zip(config.dense, config.linear, strict=True))
+        self.layers = stack_of(kinds, block, scan=scan)
         setattr(self, self.names.last_norm, _norm(config, config.hidden_size, param_dtype))
 
     @property

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from lora_jax.dims import AnyArray
+from lora_jax.models.delta_rule import DeltaSizes
 from lora_jax.models.kernels import in_place, spread
 
 # Bytes of float32 scores that training holds at once on a device.
@@ -28,18 +29,20 @@ class Mixing(NamedTuple):
     """Options of a decoder's attention.
 
     Attributes:
-      slides: for each block, whether it has a sliding window.
+      slides: for each block, whether it has a sliding window; None where it has a delta net.
       window: tokens that a token attends to in such blocks, itself included.
       scale: factor of the products; None is `1 / sqrt(H)`.
       softcap: limits the scores to `(-softcap, softcap)`; None leaves them.
       sinks: each head has a score of its own in the softmax, of no key.
+      delta: the sizes of delta nets, where blocks have them.
     """
 
-    slides: tuple[bool, ...]
+    slides: tuple[bool | None, ...]
     window: int | None = None
     scale: float | None = None
     softcap: float | None = None
     sinks: bool = False
+    delta: DeltaSizes | None = None
 
 
 PLAIN = Mixing(slides=())

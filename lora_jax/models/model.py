@@ -18,6 +18,7 @@ from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache, Stored, attention, positions_of, starts_of
 from lora_jax.models.classifier import last_states
 from lora_jax.models.context import of_own_tokens, of_whole_rows
+from lora_jax.models.delta_net import first_states
 from lora_jax.models.experts import Load, balance
 from lora_jax.models.kernels import AttentionName, check_attention
 from lora_jax.models.layers import Specs, automatic, on_rows, on_tokens, run_blocks
@@ -209,10 +210,10 @@ class Forward:
             block: Any,
             carry: tuple[Float[Array, "b t d"], Stored, Load | None],
             number: Int[Array, ""],
-            slides: bool | Bool[Array, ""],
+            slides: bool | Bool[Array, ""] | None,
         ) -> tuple[Float[Array, "b t d"], Stored, Load | None]:
             x, stored, load = carry
-            attend = known[slides] if isinstance(slides, bool) else attend_of(slides)
+            attend = attend_of(slides) if isinstance(slides, Array) else known[slides]
             x = on_rows(x, self.rows, over)
             if real is None:
                 x, stored = block(x, attend, stored, number)
@@ -234,7 +235,7 @@ class Forward:
             each=config.mixing.slides,
         )
         if cache is not None:
-            cache = cache._replace(keys=stored[0], values=stored[1])
+            cache = cache._replace(**stored._asdict())
         return lm.final(x), cache, load
 
     def shapes(self) -> dict[str, Any]:
@@ -246,10 +247,12 @@ class Forward:
     def init_cache(self, batch: int, cache_length: int) -> Cache:
         """An empty cache of `cache_length` tokens a row."""
         config = self.config
-        heads, size = config.num_key_value_heads, config.head_dim
-        shape = (config.num_hidden_layers, batch, cache_length, heads, size)
-        empty = jnp.zeros(shape, self.dtype)
-        return Cache(empty, empty, jnp.zeros((batch, cache_length), bool), jnp.int32(0))
+        heads, size, delta = config.num_key_value_heads, config.head_dim, config.mixing.delta
+        nets = config.mixing.slides.count(None)
+        shape = (config.num_hidden_layers - nets, batch, cache_length, heads, size)
+        empty, valid = jnp.zeros(shape, self.dtype), jnp.zeros((batch, cache_length), bool)
+        more = () if delta is None else first_states(delta, nets, batch, self.dtype)
+        return Cache(empty, empty, valid, jnp.int32(0), *more)
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,9 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(
         ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim",
          "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
-         "shared_expert_intermediate_size", "n_shared_experts",
+         "shared_expert_intermediate_size", "n_shared_experts", "linear_conv_kernel_dim",
+         "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads",
+         "linear_num_value_heads",
          "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
          "original_max_position_embeddings", "initial_context_length", "num_labels", "n_positions",
          "n_ctx", "n_embd", "n_head", "n_inner", "embedding_size", "dim", "hidden_dim", "n_heads"),
@@ -40,7 +42,7 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(
         ("num_hidden_layers", "n_layer", "n_layers", "num_experts", "num_local_experts",
          "num_experts_per_tok", "experts_per_token", "no_rope_layer_interval", "n_routed_experts",
-         "n_group", "topk_group", "decoder_sparse_step"), COUNT),
+         "n_group", "topk_group", "decoder_sparse_step", "full_attention_interval"), COUNT),
     "type_vocab_size": Range(0, 2**31 - 1, whole=True),  # 0: tokens have no types
     "first_k_dense_replace": Range(0, COUNT.most, whole=True),
     # 0 in EXAONE 4's files without windows.

@@ -34,8 +34,8 @@ ROWS = ("data", "fsdp", EXPERTS)  # the axes that the rows of a batch are spread
 TOKENS = "context"  # the axis that the tokens of a row are spread over
 
 # Of all families; StarCoder2's `c_fc` and `c_proj` are in `layers`, GPT-2's are not.
-_QKV = "q_proj|k_proj|v_proj|qkv_proj|query_key_value"
-_OUT = r"o_proj|self_attn\.dense|attention\.dense"
+_QKV = "q_proj|k_proj|v_proj|qkv_proj|query_key_value|in_proj_(qkvz?|z|ba?|a)"
+_OUT = r"o_proj|self_attn\.dense|attention\.dense|linear_attn\.out_proj"
 _UP = r"gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h|layers\.(\d+\.)?mlp\.c_fc"
 _DOWN = r"down_proj|fc2|dense_4h_to_h|layers\.(\d+\.)?mlp\.c_proj"
 
@@ -72,9 +72,10 @@ RULES = Rules(
         LeafDims(_named(_UP, "bias"), ("mlp",), (0,)),
         LeafDims(r"(^|\.)lm_head\.bias$", ("vocabulary",), (0,)),
         LeafDims(r"(^|\.)embedding$", ("other", "hidden"), (1, 0)),
+        LeafDims(_named("conv1d", "kernel"), ()),
         LeafDims(r"(^|\.)kernel$", ("other", "other")),
         # Norms and other biases, layers stacked or not: copied.
-        LeafDims(r"(^|\.)(scale|bias|sinks|e_score_correction_bias)$", ()),
+        LeafDims(r"(^|\.)(scale|bias|sinks|e_score_correction_bias|dt_bias|A_log)$", ()),
     ),
 )
 

@@ -33,11 +33,11 @@ def positions_of(mask):
     return np.maximum(mask.cumsum(1) - 1, 0)
 
 
-def check_logits(saved, place, case):
-    """The logits, and the config as it is written and read again."""
+def check_logits(saved, place, case, *lengths):
+    """The logits of texts of these lengths, and the config as it is written and read again."""
     there, directory = saved(case)
     model = models.load(directory)
-    tokens, mask = both_paddings()
+    tokens, mask = both_paddings(*lengths)
     positions = positions_of(mask)
     want = oracle(f"{place}/{case}.logits", lambda: theirs(there(), tokens, mask, positions))
     got = np.asarray(quick_jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
@@ -46,11 +46,11 @@ def check_logits(saved, place, case):
     assert config_from_hf(model.config.to_hf()) == model.config
 
 
-def check_greedy_text(saved, place, case, *, count=16):
-    """From prompts of 12, 7 and 1 tokens, beyond windows."""
+def check_greedy_text(saved, place, case, *lengths, count=16):
+    """From prompts of 12, 7 and 1 tokens, or of these lengths, beyond windows."""
     there, directory = saved(case)
     model = models.load(directory)
-    tokens, mask = texts("left")
+    tokens, mask = texts("left", *lengths)
     prompts = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
     want = oracle(f"{place}/{case}.greedy", lambda: greedy(there(), tokens, mask, count))
     assert models.generate(model, model.params, prompts, max_new_tokens=count) == want

@@ -21,6 +21,12 @@ LATENT = dict(
     n_routed_experts=4, num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=12,
     qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6, num_key_value_heads=4,
 )  # fmt: skip
+# Of gated delta nets, one to each block with attention. Their norms enlarge the rounding of what
+# they read, which large weights make small.
+DELTA = dict(
+    head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+    linear_value_head_dim=6, full_attention_interval=2, initializer_range=0.1,
+)  # fmt: skip
 # Fields that make a family differ from Llama as much as it can.
 FAMILIES = {
     "llama": {},
@@ -70,6 +76,13 @@ FAMILIES = {
     "deepseek_v2": dict(LATENT, moe_intermediate_size=24, q_lora_rank=None),
     "glm4_moe_lite": dict(LATENT, moe_intermediate_size=24, v_head_dim=12),
     "qwen3_moe": dict(head_dim=8, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
+    "qwen3_next": dict(
+        DELTA,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        shared_expert_intermediate_size=16,
+    ),
     "gpt_oss": dict(WINDOW, head_dim=8, num_local_experts=3, num_experts_per_tok=2),
     "olmoe": dict(num_experts=3, num_experts_per_tok=2),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=16),
@@ -77,7 +90,8 @@ FAMILIES = {
 # These share what attends with others: only among all tests.
 LATER = (
     "ministral", "granite", "seed_oss", "arcee", "olmo2", "olmo3", "glm4", "mixtral", "qwen3_moe",
-    "qwen2_moe", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "olmoe", "cohere",
+    "qwen2_moe", "qwen3_next", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "olmoe",
+    "cohere",
     "cohere2", "starcoder2", "phi", "gpt_neox",
     "gpt_oss", "glm", "ernie4_5", "helium", "stablelm",
 )  # fmt: skip

@@ -86,7 +86,8 @@ def specification(fields: dict, scratch: Path) -> dict:
     tensors = {}
     for name, x in sorted(load_file(scratch / "model.safetensors").items()):
         mean = float(x.flat[0]) if np.ptp(x) == 0 else 0.0
-        tensors[name] = [list(x.shape), mean, AROUND if np.ptp(x) == 0 else 0.3]
+        spread = AROUND if np.ptp(x) == 0 else fields["initializer_range"]
+        tensors[name] = [list(x.shape), mean, spread]
     return {"config": json.loads((scratch / "config.json").read_text()), "tensors": tensors}
 
 
@@ -123,16 +124,18 @@ def load(directory: Path):
     return model
 
 
-def texts(padding):
-    """Three texts of 12, 7 and 1 tokens, padded on one side with a token that is a real one."""
-    tokens = np.asarray(jax.random.randint(jax.random.key(1), (3, 12), 0, 97))
-    mask = np.arange(12) < np.array([[12], [7], [1]])
+def texts(padding, lengths=(12, 7, 1)):
+    """Texts, the longest first, padded on one side with a token that is a real one."""
+    shape = len(lengths), lengths[0]
+    tokens = np.asarray(jax.random.randint(jax.random.key(1), shape, 0, 97))
+    mask = np.arange(lengths[0]) < np.array(lengths)[:, None]
     return tokens, mask if padding == "right" else mask[:, ::-1].copy()
 
 
-def both_paddings():
+def both_paddings(*lengths):
     """The texts, padded on the left and on the right, in one batch."""
-    return (np.concatenate(both) for both in zip(texts("left"), texts("right"), strict=True))
+    sides = (texts(side, *lengths) for side in ("left", "right"))
+    return (np.concatenate(both) for both in zip(*sides, strict=True))
 
 
 def theirs(model, tokens, mask, positions):

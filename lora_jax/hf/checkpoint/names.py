@@ -148,6 +148,19 @@ MIXTRAL = replace(
     ),
 )
 
+# Of gated delta nets; the kernel of the convolution is (taps, 1, channels) here.
+_DELTA = (
+    *(Rule("*linear_attn", name, name) for name in ("A_log", "dt_bias")),
+    Rule("*linear_attn.conv1d", "weight", "kernel", (2, 1, 0)),
+)
+# The layers that predict further tokens have names of their own.
+QWEN3_NEXT = replace(
+    EXPERTS,
+    name="qwen3_next",
+    rules=(*_DELTA, *LLAMA.rules),
+    ignored=(*LLAMA.ignored, "mtp.*"),
+)
+
 # Experts are one array of a block, (E, in, out) as here.
 GPT_OSS = replace(
     LLAMA,
@@ -235,6 +248,7 @@ ANY = Family(
     name="known",
     stacks=("layers", "experts", "h", "layer"),
     rules=(
+        *_DELTA,
         _NORM,
         _EMBEDDING,
         _EMBEDDING_IN,

@@ -20,6 +20,7 @@ from lora_jax.models.families import (
     olmo,
     phi3,
     qwen,
+    qwen_next,
     starcoder2,
 )
 
@@ -50,6 +51,7 @@ DIALECTS: Mapping[str, Dialect] = {
     "starcoder2": starcoder2.STARCODER2,
     "gpt_neox": neox.GPT_NEOX,
     "phi": neox.PHI,
+    "qwen3_next": qwen_next.QWEN3_NEXT,
     "gpt_oss": gpt_oss.GPT_OSS,
     "mixtral": experts.MIXTRAL,
     "qwen2_moe": experts.QWEN2_MOE,

@@ -77,23 +77,37 @@ def write_dense(config: Any) -> dict[str, Any]:
     return {"decoder_sparse_step": 1, "mlp_only_layers": listed}
 
 
-def _read_qwen2(raw: Mapping[str, Any]) -> dict[str, Any]:
+def read_shared(raw: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The fields of Qwen's experts beside an MLP with a gate, which every token uses."""
     return {
-        **qwen.QWEN2.read(raw),
-        **_read_qwen(raw, 60),
-        "qkv_bias": bool(raw["qkv_bias"]),
+        **_read_qwen(raw, count),
         "modules": Modules(shared="shared_expert"),
         "shared_expert_size": raw["shared_expert_intermediate_size"],
         "shared_gate": True,
     }
 
 
-def _write_qwen2(config: Any) -> dict[str, Any]:
+def write_shared(config: Any) -> dict[str, Any]:
+    """The reverse of `read_shared`."""
     return {
         **_write_qwen(config),
+        "shared_expert_intermediate_size": config.shared_expert_size,
+    }
+
+
+def _read_qwen2(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **qwen.QWEN2.read(raw),
+        **read_shared(raw, 60),
+        "qkv_bias": bool(raw["qkv_bias"]),
+    }
+
+
+def _write_qwen2(config: Any) -> dict[str, Any]:
+    return {
+        **write_shared(config),
         **qwen.QWEN2.write(config),
         "qkv_bias": config.qkv_bias,
-        "shared_expert_intermediate_size": config.shared_expert_size,
     }
 
 
@@ -164,6 +178,7 @@ MIXTRAL = Dialect(
 )
 
 _QWEN = ("decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob")
+SHARED_FIELDS = (*FIELDS, *_QWEN, "shared_expert_intermediate_size")
 _QWEN_DEFAULTS = {
     **qwen.DEFAULTS,
     "decoder_sparse_step": 1,
@@ -174,7 +189,7 @@ _QWEN_DEFAULTS = {
 
 QWEN2_MOE = Dialect(
     architecture="Qwen2MoeForCausalLM",
-    fields=(*FIELDS, *qwen.QWEN2.fields, *_QWEN, "qkv_bias", "shared_expert_intermediate_size"),
+    fields=(*SHARED_FIELDS, *qwen.QWEN2.fields, "qkv_bias"),
     read=_read_qwen2,
     write=_write_qwen2,
     names=names.EXPERTS,

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
 
-from tests.support.decoders import LATENT
+from tests.support.decoders import DELTA, LATENT
 from tests.support.oracle import oracle, seeded
 from tests.support.peft_gradients import check_gradients
 from tests.support.peft_llama import TOKENS, jax_logits, torch_logits
@@ -68,6 +68,13 @@ FAMILIES: dict[str, Any] = {
         first_k_dense_replace=1,
     ),
     "glm4_moe_lite": dict(GROUPS, model_type="glm4_moe_lite"),
+    "qwen3_next": dict(
+        {**SIZES, **DELTA},
+        model_type="qwen3_next",
+        moe_intermediate_size=12,
+        num_experts=3,
+        shared_expert_intermediate_size=20,
+    ),
     # Square experts: their shapes do not show the order of their dims.
     "olmoe": dict(SIZES, model_type="olmoe", num_experts=3, intermediate_size=16),
 }
