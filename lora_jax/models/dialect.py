@@ -13,6 +13,7 @@ from lora_jax.models.ranges import COUNT, check_range
 from lora_jax.models.rope import scaling_from_hf
 from lora_jax.paths import nearest
 
+ROPES = ("rope_scaling", "rope_parameters")  # the fields with an object of RoPE
 PART = "partial_rotary_factor"  # the field of the rotated share of a head
 
 # Fields about how a model was saved, trained or is served, which do not change its results.
@@ -106,6 +107,13 @@ def read_two_ropes(given: Mapping[str, Any]) -> dict[str, Any]:
             f"`{local['rope_scaling'].rope_type}` in `{SLIDING}` are not supported"
         )
     return {**full, "rope_local_base_freq": local["rope_theta"]}
+
+
+def without_mrope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of RoPE that concern texts, of which the three positions of a token are equal."""
+    images = ("mrope_section", "mrope_interleaved")
+    plain = {name: value for name, value in rope.items() if name not in images}
+    return {name: "default" if value == "mrope" else value for name, value in plain.items()}
 
 
 def take_part(scaling: dict[str, Any], given: Mapping[str, Any], share: float) -> float:

@@ -16,6 +16,7 @@ from lora_jax.hf.checkpoint.names import Family, unified
 from lora_jax.hf.checkpoint.safetensors import INDEX, PICKLES, open_directory, open_exact
 from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor
 from lora_jax.models.config import LlamaConfig
+from lora_jax.models.dialect import ROPES, without_mrope
 
 # Vision-language model types -> the type of their text model, where `text_config` has none.
 WRAPPERS: Mapping[str, str] = {
@@ -28,6 +29,7 @@ WRAPPERS: Mapping[str, str] = {
     "qwen2_vl": "qwen2",
     "qwen2_5_vl": "qwen2",
     "qwen3_vl": "qwen3",
+    "qwen3_5": "qwen3_5_text",
 }
 # Their decoders have a model type of their own, and compute what the text model does: of a text
 # without images the three positions of each token are equal (multimodal RoPE).
@@ -45,7 +47,6 @@ _OUTSIDE = (
 _TIES = "tie_word_embeddings"
 # Starts of the fields that a flat config.json (Qwen2-VL before 4.52) has for images.
 _IMAGES = ("vision_", "image_", "video_")
-_MROPE = ("mrope_section", "mrope_interleaved")
 
 
 def text_of(raw: Mapping[str, Any]) -> LlamaConfig:
@@ -66,17 +67,11 @@ def text_of(raw: Mapping[str, Any]) -> LlamaConfig:
     ties = [part[_TIES] for part in (raw, text) if part.get(_TIES) is not None]
     outside |= {_TIES: any(ties)} if ties else {}
     text = {name: value for name, value in text.items() if name != _TIES}
-    for field in ("rope_scaling", "rope_parameters"):
+    for field in ROPES:
         if isinstance(text.get(field), Mapping):
-            text[field] = _without_mrope(text[field])
+            text[field] = without_mrope(text[field])
     inner = WRAPPERS[kind] if kind in _OWN_TYPE else text.get("model_type", WRAPPERS[kind])
     return replace(LlamaConfig.from_hf({**outside, **text, "model_type": inner}), wrapper=kind)
-
-
-def _without_mrope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of RoPE that concern texts."""
-    plain = {name: value for name, value in rope.items() if name not in _MROPE}
-    return {name: "default" if value == "mrope" else value for name, value in plain.items()}
 
 
 def check_readable(raw: Mapping[str, Any], known: Collection[str]) -> None:

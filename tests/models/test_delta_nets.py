@@ -55,6 +55,17 @@ CASES = {
             partial_rotary_factor=0.5, rope_theta=500.0,
         ),
     ),
+    "qwen3_5": dict(
+        SIZES, model_type="qwen3_5_text", linear_num_value_heads=2,
+        rope_parameters=dict(
+            rope_type="default", rope_theta=500.0, partial_rotary_factor=0.5,
+            mrope_section=[1, 1, 0], mrope_interleaved=True,
+        ),
+    ),
+    "qwen3_5 with a tied head": dict(
+        SIZES, model_type="qwen3_5_text", tie_word_embeddings=True, num_hidden_layers=3,
+        layer_types=[LINEAR, FULL, LINEAR], attention_bias=True,
+    ),
 }  # fmt: skip
 
 
@@ -180,7 +191,7 @@ def test_a_changed_text_changes_no_number_of_its_neighbours(text):
 @pytest.mark.slow
 @pytest.mark.parametrize("texts", [None, np.repeat([1, 2], [5, 4])[None]])
 def test_slopes_of_the_rule(texts):
-    rule = quick_jit(partial(delta_rule, chunk=4, texts=texts))
+    rule = jax.jit(partial(delta_rule, chunk=4, texts=texts))
     # Differences of float32.
     check_grads(rule, drawn(9, rows=1, keys=1, heads=2), 1, atol=2e-2, rtol=2e-2)
 
@@ -209,7 +220,7 @@ def test_padding_is_passed_over_wherever_it_is():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["qwen3_next", "qwen3_next in turns"])
+@pytest.mark.parametrize("case", ["qwen3_next", "qwen3_5"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_steps_of_a_cache_are_the_full_pass(saved, case, side):
     """With padding that the next tokens follow."""

@@ -73,6 +73,7 @@ IMPLEMENTATIONS = {
     "in runs": ("llama", None),
     "sliding, in runs": ("mistral", None),
     "mixed, in runs, by queries": ("gemma3_text", 800),
+    "delta nets": ("qwen3_5_text", None),
 }
 
 

@@ -76,6 +76,7 @@ FAMILIES = {
     "deepseek_v2": dict(LATENT, moe_intermediate_size=24, q_lora_rank=None),
     "glm4_moe_lite": dict(LATENT, moe_intermediate_size=24, v_head_dim=12),
     "qwen3_moe": dict(head_dim=8, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
+    "qwen3_5_text": DELTA,
     "qwen3_next": dict(
         DELTA,
         moe_intermediate_size=24,
@@ -90,9 +91,8 @@ FAMILIES = {
 # These share what attends with others: only among all tests.
 LATER = (
     "ministral", "granite", "seed_oss", "arcee", "olmo2", "olmo3", "glm4", "mixtral", "qwen3_moe",
-    "qwen2_moe", "qwen3_next", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "olmoe",
-    "cohere",
-    "cohere2", "starcoder2", "phi", "gpt_neox",
+    "qwen2_moe", "qwen3_next", "qwen3_5_text", "glm4_moe", "glm4_moe_lite",
+    "deepseek_v2", "deepseek_v3", "olmoe", "cohere", "cohere2", "starcoder2", "phi", "gpt_neox",
     "gpt_oss", "glm", "ernie4_5", "helium", "stablelm",
 )  # fmt: skip
 LENGTHS = ((7, 1, 5, 9), (16, 6), (3, 3, 3, 3, 3))

@@ -161,6 +161,8 @@ QWEN3_NEXT = replace(
     ignored=(*LLAMA.ignored, "mtp.*"),
 )
 
+QWEN3_5 = replace(QWEN3_NEXT, name="qwen3_5", moved=())
+
 # Experts are one array of a block, (E, in, out) as here.
 GPT_OSS = replace(
     LLAMA,
@@ -197,9 +199,10 @@ NEOX = replace(
 WRAPPED = replace(
     LLAMA,
     name="multimodal",
+    rules=(*_DELTA, *LLAMA.rules),
     ignored=(
         *LLAMA.ignored,
-        *("*vision_tower.*", "*multi_modal_projector.*", "*image_newline", "*visual.*"),
+        *("*vision_tower.*", "*multi_modal_projector.*", "*image_newline", "*visual.*", "mtp.*"),
     ),
     prefix="model.language_model.",
     starts=(

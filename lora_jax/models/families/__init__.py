@@ -52,6 +52,7 @@ DIALECTS: Mapping[str, Dialect] = {
     "gpt_neox": neox.GPT_NEOX,
     "phi": neox.PHI,
     "qwen3_next": qwen_next.QWEN3_NEXT,
+    "qwen3_5_text": qwen_next.QWEN3_5,
     "gpt_oss": gpt_oss.GPT_OSS,
     "mixtral": experts.MIXTRAL,
     "qwen2_moe": experts.QWEN2_MOE,

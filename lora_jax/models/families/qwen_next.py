@@ -1,7 +1,8 @@
-"""Qwen3-Next: three blocks with a gated delta net to one with attention, and experts.
+"""Qwen3-Next and Qwen3.5: three blocks with a gated delta net to one with attention.
 
 The attention rotates a quarter of a head and has a gate; the factors of norms are 1 + scale, but
-for the norm inside a delta net.
+for the norm inside a delta net. Qwen3-Next and Qwen3.5-MoE have experts; Qwen3.5's delta nets have
+four projections for Qwen3-Next's two, and it is the decoder of a model of images and texts.
 
 Sources: arXiv:2412.06464; arXiv:2505.06708; transformers' configurations.
 """
@@ -11,7 +12,17 @@ from typing import Any
 
 from lora_jax.hf.checkpoint import names
 from lora_jax.models.delta_rule import DeltaSizes
-from lora_jax.models.dialect import FULL, LINEAR, PART, Dialect, all_but_every, read_partial_rope
+from lora_jax.models.dialect import (
+    FULL,
+    LINEAR,
+    PART,
+    ROPES,
+    Dialect,
+    all_but_every,
+    check_fixed,
+    read_partial_rope,
+    without_mrope,
+)
 from lora_jax.models.families import experts
 
 _SIZES = (
@@ -66,7 +77,8 @@ def write_delta(config: Any) -> dict[str, Any]:
 
 
 def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return read_partial_rope(raw, 0.25)
+    given = {name: without_mrope(raw[name]) for name in ROPES if raw.get(name)}
+    return read_partial_rope({**raw, **given}, 0.25)
 
 
 def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,4 +107,27 @@ QWEN3_NEXT = Dialect(
         "moe_intermediate_size": 512,
         "shared_expert_intermediate_size": 512,
     },
+)
+
+# What Qwen3.5's files have beside: options with one value, and layers that are not loaded.
+_OTHERS = (
+    "attn_output_gate", "mamba_ssm_dtype", "mlp_only_layers", "mtp_num_hidden_layers",
+    "mtp_use_dedicated_embeddings",
+)  # fmt: skip
+_FIXED = {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "mlp_only_layers": []}
+
+
+def _read_text(raw: Mapping[str, Any]) -> dict[str, Any]:
+    check_fixed(raw, _FIXED)
+    return read_delta(raw, fused=False)
+
+
+QWEN3_5 = Dialect(
+    architecture="Qwen3_5ForCausalLM",
+    fields=(*FIELDS, *_OTHERS),
+    read=_read_text,
+    write=write_delta,
+    rope=_rope,
+    names=names.QWEN3_5,
+    defaults={**DEFAULTS, "intermediate_size": 12288, "num_key_value_heads": 4},
 )

@@ -15,6 +15,7 @@ import pytest
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
 
+from tests.support.decoders import DELTA
 from tests.support.peft_gradients import check_gradients
 from tests.support.peft_llama import TOKENS, jax_logits, torch_logits
 from tests.support.peft_oracle import assert_same_files, close, peft_reads, peft_wrote
@@ -63,6 +64,7 @@ FAMILIES = {
         rotary_pct=0.5,
     ),
     "phi": dict(ADAPTED_SIZES, model_type="phi"),
+    "qwen3_5_text": dict({**ADAPTED_SIZES, **DELTA}, model_type="qwen3_5_text"),
     "gpt2": dict(model_type="gpt2", vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=32),
 }
 # These differ from the others in what they compute, not in their modules.
@@ -84,6 +86,7 @@ LATER = (
     "ernie4_5",
     "helium",
     "stablelm",
+    "qwen3_5_text",
 )
 # What the modules are called: attention, the table, a norm, the head if it is no table.
 LLAMA = ("q_proj", "down_proj", "embed_tokens", "post_attention_layernorm")
@@ -94,6 +97,7 @@ MODULES = {
     "glm": ("q_proj", "gate_up_proj", "embed_tokens", "post_attention_layernorm"),
     "glm4": ("q_proj", "gate_up_proj", "embed_tokens", "post_attention_layernorm"),
     "phi3": ("qkv_proj", "gate_up_proj", "embed_tokens", "post_attention_layernorm"),
+    "qwen3_5_text": ("in_proj_qkv", "down_proj", "embed_tokens", "post_attention_layernorm"),
     "starcoder2": ("q_proj", "c_fc", "embed_tokens", "post_attention_layernorm"),
     "gpt_neox": ("query_key_value", "dense_4h_to_h", "embed_in", "post_attention_layernorm"),
     "phi": ("q_proj", "fc2", "embed_tokens", "input_layernorm"),
