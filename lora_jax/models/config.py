@@ -272,6 +272,11 @@ class LlamaConfig:
         return self.linear_layers or (False,) * self.num_hidden_layers
 
     @property
+    def kinds(self) -> tuple[tuple[bool, bool], ...]:
+        """What decides the parameters of each block: whether it is dense, and linear."""
+        return tuple(zip(self.dense, self.linear, strict=True))
+
+    @property
     def mixing(self) -> Mixing:
         """How queries weigh keys, and which blocks slide or have a delta net.
 

@@ -260,8 +260,7 @@ class Decoder(nnx.Module):
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype
         )
         setattr(self, self.names.table, table)
-        kinds = tuple(zip(config.dense, config.linear, strict=True))
-        self.layers = stack_of(kinds, block, scan=scan)
+        self.layers = stack_of(config.kinds, block, scan=scan)
         setattr(self, self.names.last_norm, _norm(config, config.hidden_size, param_dtype))
 
     @property
