@@ -63,7 +63,7 @@ Attend = Callable[..., tuple[Array, Stored]]
 
 # By whether the block slides: a bool, or an array in a scan over blocks that differ. Of None, a
 # delta net's, it is a `lora_jax.models.delta_net.Recur`.
-AttendOf = Callable[[bool | Array | None], Attend]
+AttendOf = Callable[[Any], Attend]
 
 # Whether a block slides -> how its queries and keys are rotated, or None.
 Rotations = Callable[[bool | Array], Rotation | None]

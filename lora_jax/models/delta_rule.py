@@ -51,12 +51,12 @@ class DeltaSizes(NamedTuple):
 
 
 def delta_rule(
-    q: Float[Array, "b t g k"],
-    k: Float[Array, "b t g k"],
-    v: Float[Array, "b t n v"],
-    decay: Float[Array, "b t n"],
-    beta: Float[Array, "b t n"],
-    state: Float[Array, "b n k v"],
+    q: Float[AnyArray, "b t g k"],
+    k: Float[AnyArray, "b t g k"],
+    v: Float[AnyArray, "b t n v"],
+    decay: Float[AnyArray, "b t n"],
+    beta: Float[AnyArray, "b t n"],
+    state: Float[AnyArray, "b n k v"],
     *,
     texts: Int[AnyArray, "b t"] | None = None,
     chunk: int = CHUNK,
@@ -85,9 +85,9 @@ def delta_rule(
     # The text that the state is of; before the first chunk it is 0, whatever it is of.
     before = None if ids is None else jnp.concatenate((ids[:1, :, 0], ids[:-1, :, -1]))
     xs = (*map(cut, (q, k, v, decay, beta)), ids, before)
-    state, out = lax.scan(jax.checkpoint(_step), state.astype(jnp.float32), xs)
+    after, out = lax.scan(jax.checkpoint(_step), jnp.asarray(state, jnp.float32), xs)
     out = jnp.moveaxis(out, 0, 1)  # (b, chunks, c, n, v)
-    return out.reshape(len(q), -1, *out.shape[3:])[:, :count], state
+    return out.reshape(len(q), -1, *out.shape[3:])[:, :count], after
 
 
 def _step(
@@ -144,9 +144,9 @@ def _inverse(lower: Float[Array, "*b c c"]) -> Float[Array, "*b c c"]:
 
 
 def convolved(
-    x: Float[Array, "b t c"],
-    kernel: Float[Array, "w 1 c"],
-    before: Float[Array, "b w-1 c"],
+    x: Float[AnyArray, "b t c"],
+    kernel: Float[AnyArray, "w 1 c"],
+    before: Float[AnyArray, "b w-1 c"],
     *,
     mask: Bool[AnyArray, "b t"] | None = None,
     texts: Int[AnyArray, "b t"] | None = None,

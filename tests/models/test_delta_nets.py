@@ -1,6 +1,7 @@
 """Gated delta nets: the rule itself, and decoders with them, against transformers."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from jax.test_util import check_grads
 
 from lora_jax import models
 from lora_jax.models import config_from_hf
-from lora_jax.models.delta_rule import CHUNK, convolved, delta_rule
+from lora_jax.models import delta_rule as delta_rules
+from lora_jax.models.delta_rule import CHUNK, convolved
 
 from tests.support.decoder_checks import (
     check_blocks_apart,
@@ -22,6 +24,8 @@ from tests.support.decoder_checks import (
 from tests.support.oracle import oracle
 from tests.support.torch_models import DECODER_SIZES, TOLERANCE, saver, texts
 
+# Called with as many arrays as tests have.
+delta_rule: Any = delta_rules.delta_rule
 pytestmark = pytest.mark.once
 
 PLACE = "models/delta_nets"
@@ -102,7 +106,7 @@ def test_what_is_saved_is_the_same_to_transformers(saved, case, tmp_path):
     check_saved_again(saved, PLACE, case, tmp_path)
 
 
-def drawn(count, *, rows=2, keys=2, heads=4, seed=0):
+def drawn(count, *, rows=2, keys=2, heads=4, seed=0) -> Any:
     """q, k, v, decay, beta and a state, of `count` tokens."""
     draw = np.random.default_rng(seed)
     over = rows, count
