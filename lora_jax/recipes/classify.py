@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
 from lora_jax.models.mesh import entered, placement
+from lora_jax.train.examples import Example
 from lora_jax.transform.lorafy import lorafy
 
 _ROUND = 32  # rows are padded to a multiple of it: each length compiles once
@@ -53,19 +56,46 @@ def classify_texts(
                 f"a text has {len(row)} tokens, more than the model's context of "
                 f"{model.config.context}: {text[:40]!r}"
             )
-    run, found = _compiled(model.forward), []
-    with entered(placement(model, params)):
+    shares = _shares(model, params, rows, batch_size)
+    names = model.config.labels
+    return [Classified(names[row.argmax()], float(row.max())) for row in shares]
+
+
+def accuracy(model: Any, params: Any, data: Sequence[Example], *, batch_size: int = 8) -> float:
+    """The share of texts whose most likely class is theirs.
+
+    Args:
+      model, params, batch_size: as for `classify_texts`.
+      data: from `lora_jax.train.examples`, which end in their class.
+    """
+    rows = [each.tokens[:-1].tolist() for each in data]
+    found = _shares(model, params, rows, batch_size).argmax(axis=-1)
+    return float(np.mean(found == [each.tokens[-1] for each in data]))
+
+
+def _shares(
+    model: Any, params: Any, rows: Sequence[Sequence[int]], batch_size: int
+) -> Float[np.ndarray, "b c"]:
+    """The classes' probabilities of each text, from its tokens."""
+    at, found = placement(model, params), []
+    run = _compiled(model.forward, None if at is None else at.mesh)
+    with entered(at):
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]
             tokens, mask = _padded(some, batch_size, model.config.context, model.tokenizer.pad_id)
-            logits = run(params, tokens, mask=mask)
-            found += _classified(np.asarray(jax.nn.softmax(logits))[: len(some)], model)
-    return found
+            found.append(np.asarray(run(params, tokens, mask))[: len(some)])
+    return np.concatenate(found)
 
 
 @lru_cache(maxsize=8)
-def _compiled(forward: Any) -> Callable:
-    return jax.jit(lorafy(forward.apply))
+def _compiled(forward: Any, mesh: Mesh | None) -> Callable:
+    apply = lorafy(forward.apply)
+
+    def shares(params: Any, tokens: Any, mask: Any) -> Any:
+        return jax.nn.softmax(apply(params, tokens, mask=mask))
+
+    # Whole on every device: each process reads them.
+    return jax.jit(shares, out_shardings=None if mesh is None else NamedSharding(mesh, P()))
 
 
 def _padded(
@@ -79,12 +109,6 @@ def _padded(
     tokens = np.full(mask.shape, 0 if pad is None else pad, np.int32)
     tokens[mask] = np.concatenate(rows)
     return jnp.asarray(tokens), jnp.asarray(mask)
-
-
-def _classified(shares: Float[np.ndarray, "b c"], model: Any) -> list[Classified]:
-    best = shares.argmax(axis=-1)
-    names = model.config.labels
-    return [Classified(names[i], float(row[i])) for i, row in zip(best, shares, strict=True)]
 
 
 def classify_prompts(

@@ -24,6 +24,7 @@ from lora_jax.models.remat import Remat
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
+from lora_jax.recipes.classify import accuracy
 from lora_jax.recipes.fitting import check_mesh, fitted, join, labels_of, with_head
 from lora_jax.recipes.forms import TrainedForm, form_of, write_form
 from lora_jax.recipes.reports import idle_devices, show_evaluations, show_memory, summary
@@ -32,6 +33,7 @@ from lora_jax.train.archive import check_new_run
 from lora_jax.train.config import TrainConfig
 from lora_jax.train.evaluate import check_causal
 from lora_jax.train.examples import TooLong
+from lora_jax.train.loss import classifies
 from lora_jax.tree import format_trainable_parameters, init
 
 ADAPTER = "adapter"  # the PEFT directory inside a run's output_dir
@@ -168,6 +170,9 @@ def finetune(
     )
     seconds, peak = time.perf_counter() - started, train.peak_bytes()
     log(summary(result.history, seconds, output, first_step=result.first_step, peak=peak))
+    if eval_data and classifies(model):
+        right = accuracy(model, result.lora_params, eval_data, batch_size=train_config.batch_size)
+        log(f"accuracy {right:.3f} on the {len(eval_data)} texts of {job.eval_data}")
     adapter = output / ADAPTER
     hf.save_peft(adapter, result.lora_params, lora_config, base_model_name=hub_name(job.model))
     if processes.is_first():

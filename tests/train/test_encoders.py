@@ -12,7 +12,7 @@ from lora_jax import models
 from lora_jax.cli import main
 from lora_jax.models.saving import save_model
 from lora_jax.recipes import export, finetune
-from lora_jax.recipes.classify import classify_texts
+from lora_jax.recipes.classify import accuracy, classify_texts
 from lora_jax.train import TrainConfig, evaluate, examples, fit, record_of
 from lora_jax.train.evaluate import check_causal
 
@@ -107,10 +107,11 @@ def test_the_recipe_writes_the_whole_head(bare, kind, tmp_path, capsys):
     rows = [{"text": text, "label": LABELS[i // 2]} for i, text in enumerate(TEXTS)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     job = finetune.FinetuneConfig(
-        model=str(place), train_data=tmp_path / "data.jsonl", labels=LABELS
-    )
-    run = settings(steps=2, output_dir=tmp_path / "out")
-    result = finetune.finetune(job, lora.LoraConfig(rank=2), run, log=lambda line: None)
+        model=str(place), train_data=tmp_path / "data.jsonl", labels=LABELS,
+        eval_data=tmp_path / "data.jsonl",
+    )  # fmt: skip
+    run, lines = settings(steps=2, output_dir=tmp_path / "out"), []
+    result = finetune.finetune(job, lora.LoraConfig(rank=2), run, log=lines.append)
     adapter = tmp_path / "out" / "adapter"
     fields = json.loads((adapter / "adapter_config.json").read_text())
     more = {"bert": ["classifier", "pooler"], "modernbert": ["classifier", "head"]}[kind]
@@ -128,6 +129,8 @@ def test_the_recipe_writes_the_whole_head(bare, kind, tmp_path, capsys):
         for row in map(merged.tokenizer.encode, TEXTS)
     ]
     assert [each.label for each in found] == [LABELS[share.argmax()] for share in shares]
+    right = np.mean([each.label == LABELS[i // 2] for i, each in enumerate(found)])
+    assert lines[-2] == f"accuracy {right:.3f} on the 4 texts of {job.eval_data}"
     np.testing.assert_allclose([x.probability for x in found], [x.max() for x in shares], atol=1e-5)
     with pytest.raises(ValueError, match="a text has 81 tokens, more than the model's context of"):
         classify_texts(merged, merged.params, ["9" * 81])
@@ -147,6 +150,10 @@ def test_a_mesh_gives_the_losses_of_one_device(bare, kind):
         config, params = adapted(model)
         result = fit(model, params, data_of(model, TEXTS * 3), None, run, lora_config=config)
         found.append([line["loss"] for line in result.history if "loss" in line])
+        # Of two classes the likelier one has more than half.
+        each = np.array(losses(model, result.lora_params, data_of(model)))
+        right = np.mean(each < np.log(2))
+        assert accuracy(model, result.lora_params, data_of(model)) == right
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
