@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ from jaxtyping import PyTree
 from lora_jax import paths
 from lora_jax.array import FROZEN_FIELDS, TRAINED_FIELDS, is_lora
 from lora_jax.compat import require
-from lora_jax.config.arguments import check_tree
+from lora_jax.config.arguments import check_alone, check_tree
 from lora_jax.tree import combine, trained_and_frozen
 
 
-def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
+def value_and_grad(fn: Callable, *misplaced: Never, has_aux: bool = False) -> Callable:
     """`jax.value_and_grad` of a function of LoRA parameters, for the trainable half only.
 
     `jax.grad` computes the base's gradients too, and rejects a quantized base, whose codes are
@@ -46,6 +46,8 @@ def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
       ((2, 8), None)
     """
 
+    check_alone("value_and_grad(fn)(lora_params, ...)", misplaced)
+
     def run(lora_params: PyTree, *args, **kwargs) -> Any:
         trainable, frozen = trained_and_frozen(lora_params)
         check_trainable(trainable, "lora_params")
@@ -59,8 +61,9 @@ def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
     return run
 
 
-def grad(fn: Callable, *, has_aux: bool = False) -> Callable:
+def grad(fn: Callable, *misplaced: Never, has_aux: bool = False) -> Callable:
     """`value_and_grad` without the value: `f(...) -> gradients`, or `(gradients, aux)`."""
+    check_alone("grad(fn)(lora_params, ...)", misplaced)
     both = value_and_grad(fn, has_aux=has_aux)
 
     def run(lora_params: PyTree, *args, **kwargs) -> Any:

@@ -4,7 +4,7 @@ import functools
 import inspect
 import operator
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -84,6 +84,24 @@ def check_function(call: str, fn: Any) -> None:
         raise TypeError(
             f"`fn` must be a function of the parameters, got {kind_of(fn)}: call `lora.{call}` "
             "with the arguments in this order"
+        )
+
+
+def check_alone(call: str, misplaced: Sequence) -> None:
+    """Checks that a function which makes another one was not given that one's arguments too.
+
+    Args:
+      call: the right one, for the message: `lorafy(fn)(lora_params, ...)`.
+      misplaced: further positional arguments.
+
+    Raises:
+      TypeError: there is one.
+    """
+    if misplaced:
+        name = call.partition("(")[0]
+        raise TypeError(
+            f"`lora.{name}` takes the function alone, got {kind_of(misplaced[0])} behind it: call "
+            f"`lora.{call}`, with the parameters in a second call"
         )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from lora_jax.array import (
     is_stack,
     rows_as_lora,
 )
-from lora_jax.config.arguments import check_function, check_key
+from lora_jax.config.arguments import check_alone, check_function, check_key
 from lora_jax.dims import stack_dims
 from lora_jax.quant.array import QuantArray
 from lora_jax.transform import base_weight, dora, eager, origins
@@ -38,9 +38,12 @@ from lora_jax.transform.many.token_axis import follow
 from lora_jax.transform.primitives import PRIMITIVES
 
 
+_CALL = "lorafy(fn)(lora_params, ...)"
+
+
 def lorafy(
     fn: Callable,
-    *,
+    *misplaced: Never,
     strict: bool = False,
     reverse_only: bool = False,
     row_axes: Any = 0,
@@ -106,7 +109,8 @@ def lorafy(
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3.
     """
 
-    check_function("lorafy(fn)(lora_params, ...)", fn)
+    check_function(_CALL, fn)
+    check_alone(_CALL, misplaced)
 
     def one(
         tree: Any, *, args: tuple, kwargs: dict, key: Any, adapters: RowAdapters | None = None

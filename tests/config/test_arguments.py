@@ -101,6 +101,13 @@ def test_another_order_is_an_error_with_the_order(order, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", ["lorafy", "grad", "value_and_grad"])
+@pytest.mark.wrong_types
+def test_parameters_beside_the_function_are_an_error_with_the_call(name: str):
+    with pytest.raises(TypeError, match=rf"takes the function alone.*`lora.{name}\(fn\)\(lora_p"):
+        getattr(lora, name)(model, TREE)
+
+
 WHOLE = {
     "merge": lambda tree, new: lora.merge(tree),
     "unmerge": lambda tree, new: lora.unmerge(PARAMS, tree),

@@ -103,6 +103,13 @@ def test_scales_of_scanned_layers_are_no_matrices():
     assert [leaf.path for leaf in planned(fn, params, ".*", strict=True).adapted] == ["up"]
 
 
+def test_a_stack_of_vectors_one_of_which_is_put_into_features_is_no_matrix():
+    def fn(p, x):
+        return (x.at[:, 0].set(p["vectors"][0]) @ p["vectors"][1])[..., None] + x @ p["w"]
+
+    assert [leaf.path for leaf in planned(fn, {"vectors": W, "w": W}, ".*").adapted] == ["w"]
+
+
 def test_an_unused_matrix_is_warned_of_where_it_is_named():
     params = {"w": W, "unused": W}
 

@@ -98,6 +98,19 @@ def test_training_adds_it_and_evaluation_does_not():
     assert plain[0]["eval_loss"] == balanced[0]["eval_loss"]
 
 
+def test_it_grows_with_its_weight():
+    model, params = tiny()
+    layout = train.loader(examples(), batch_size=3, buckets=1, segmented=True)
+    batch = jax.tree.map(lambda x: x[0], train.once(layout)[0])
+
+    def losses(halves):
+        return [train.lora_loss(model, balance=b)(*halves, batch, None) for b in (0.0, 0.1, 0.4)]
+
+    none, some, more = quick_jit(losses)(lora.split(params))
+    assert some - none > 0.1
+    np.testing.assert_allclose(more - none, 4 * (some - none), rtol=1e-3)  # float32 sums
+
+
 @pytest.mark.parametrize("without", ["num_experts", "router_aux_loss_coef"])
 def test_a_model_without_it_is_refused(without):
     model, _ = tiny()

@@ -96,16 +96,23 @@ def run(
 
 
 def _rows(row: Callable, tree: Any, ids: Any, call: Call) -> Any:
-    return rowwise(
-        row,
-        tree,
-        ids,
-        args=call.args,
-        kwargs=call.kwargs,
-        key=call.key,
-        row_axes=call.row_axes,
-        out_axes=call.out_axes,
-    )
+    try:
+        return rowwise(
+            row,
+            tree,
+            ids,
+            args=call.args,
+            kwargs=call.kwargs,
+            key=call.key,
+            row_axes=call.row_axes,
+            out_axes=call.out_axes,
+        )
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            "many adapters in one batch need `jax.vmap` of the function over its rows, and JAX has "
+            f"none for an operation in it ({error}): call it once for each adapter, with the rows "
+            "of that adapter and `lora.multi.adapter(stacked, index)`"
+        ) from error
 
 
 def _saved_chosen(stacked: Any, ids: Any) -> Any:

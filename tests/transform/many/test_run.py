@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import extend, lax
 from jax.experimental import checkify
 
 import lora_jax as lora
@@ -507,3 +507,19 @@ def test_each_row_starts_a_loop_from_its_own_adapters_weight():
         got = run(lora.stack(adapters), FLOATS[:2], adapter_ids=jnp.array([1, -1]))
     # Products rounded apart, five steps deep.
     np.testing.assert_allclose(got, jnp.concatenate(rows), rtol=1e-4, atol=1e-5)
+
+
+def test_an_operation_that_jax_cannot_vmap_names_the_way_out():
+    """As `jax.lax.ragged_dot` is on some releases."""
+    unmapped = extend.core.Primitive("unmapped")
+    unmapped.def_abstract_eval(lambda x: x)
+    unmapped.def_impl(lambda x: x)
+
+    def fn(params, x):
+        return unmapped.bind(x) @ params["w"]
+
+    params, x = {"w": normal(1, 4, 6)}, normal(2, 2, 4)
+    plan = lora.plan(lora.LoraConfig(rank=2, target_modules="w"), fn, params, x)
+    tree = lora.init(jax.random.key(0), plan, params)
+    with pytest.raises(NotImplementedError, match=r"unmapped.*call it once for each adapter"):
+        lora.lorafy(fn)(lora.stack([tree, tree]), x, adapter_ids=np.array([1, 0]))
