@@ -47,7 +47,7 @@ def check_tree(name: str, value: Any) -> None:
     """Checks that an argument is a tree, and not what holds or makes one.
 
     Raises:
-      TypeError: it is a function, a model, or a module with adapters inside.
+      TypeError: it is a function, a model, a module with adapters inside, or holds no number.
     """
     # An `nnx.Adapted` is a tree too, of Flax's variables, in which no leaf of ours would be found.
     if callable(getattr(type(value), "lora_params", None)):
@@ -61,6 +61,21 @@ def check_tree(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be a tree of parameters, got `{kind}`: pass its `params`")
     if inspect.isroutine(value):
         raise TypeError(f"`{name}` must be a tree of parameters, got {kind_of(value)}: call it")
+    leaves, structure = jax.tree.flatten(value)
+    # Half a tree may be None at every leaf, and an empty dict or tuple is a tree too.
+    empty = structure.num_nodes == 1 and not isinstance(value, Mapping | list | tuple)
+    if not any(map(_is_number, leaves)) if leaves else empty:
+        raise TypeError(
+            f"`{name}` must be a tree of parameters, got {kind_of(value)}, which holds no array"
+        )
+
+
+def _is_number(x: Any) -> bool:
+    """Whether a leaf may be a parameter, a gradient or a mark: no text, class or PRNG key."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:
+        return isinstance(x, bool | int | float | complex)
+    return not jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def check_function(call: str, fn: Any) -> None:
@@ -147,8 +162,8 @@ def check_count(name: str, value: Any, *, least: int = 1) -> int:
 
 def kind_of(value: Any) -> str:
     """A value in an error text: its class, and itself where it is short."""
-    if callable(value) and not isinstance(value, type) and hasattr(value, "__name__"):
-        return f"the function `{value.__name__}`"
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the {'class' if isinstance(value, type) else 'function'} `{value.__name__}`"
     shown = f" {value!r}" if isinstance(value, bool | int | float | str) else ""
     return f"`{type(value).__name__}`{shown}"
 

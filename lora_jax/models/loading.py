@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from lora_jax.config.arguments import check_argument
 from lora_jax.files import check_links, named, read_object
 from lora_jax.hf.checkpoint.fill import Spread, fill, is_shared
 from lora_jax.hf.checkpoint.names import Family, unified, without_numbers
@@ -101,6 +103,7 @@ def load(
         offload=offload,
         attention=attention,
     )
+    check_argument("models.load(source)", "source", source, (str, os.PathLike))
     quant = quant_config(quantize)
     check_labels(tuple(labels or ()))
     head = _Head(tuple(labels or ()), fresh_head)

@@ -126,7 +126,7 @@ def check_list(adapters: Any) -> None:
 
     A dict would be read as the list of its keys.
     """
-    if isinstance(adapters, Mapping) or not isinstance(adapters, Iterable):
+    if isinstance(adapters, str | Mapping) or not isinstance(adapters, Iterable):
         raise TypeError(
             f"`adapters` must be a list of trees, got `{type(adapters).__name__}`: pass "
             "`[adapter, ...]`"

@@ -37,7 +37,6 @@ from lora_jax.transform.many.rules import RowAdapters
 from lora_jax.transform.many.token_axis import follow
 from lora_jax.transform.primitives import PRIMITIVES
 
-
 _CALL = "lorafy(fn)(lora_params, ...)"
 
 

@@ -47,8 +47,10 @@ ORDERS = {
     ],
     "hf.to_peft(lora_params, config)": [lambda _: lora.hf.to_peft(CONFIG, TREE)],
     "hf.load_peft(directory, fn, params, *args)": [
-        lambda new: lora.hf.load_peft(new, PARAMS, model, X)
+        lambda new: lora.hf.load_peft(new, PARAMS, model, X),
+        lambda new: lora.hf.load_peft(PARAMS, model, new, X),
     ],
+    "models.load(source)": [lambda _: lora.models.load(PARAMS), lambda _: lora.models.load(None)],
     "checkpoint.save(directory, lora_params, config)": [
         lambda new: lora.checkpoint.save(new, CONFIG, TREE),
         lambda new: lora.checkpoint.save(TREE, new, CONFIG),
@@ -106,6 +108,34 @@ def test_another_order_is_an_error_with_the_order(order, tmp_path):
 def test_parameters_beside_the_function_are_an_error_with_the_call(name: str):
     with pytest.raises(TypeError, match=rf"takes the function alone.*`lora.{name}\(fn\)\(lora_p"):
         getattr(lora, name)(model, TREE)
+
+
+NO_TREES = {
+    "None": (None, "`NoneType`"),
+    "path": ("run/adapter", "`str` 'run/adapter'"),
+    "class": (lora.LoraConfig, "the class `LoraConfig`"),
+    "config": (CONFIG, "`LoraConfig`"),
+    "plan": (PLAN, "`Plan`"),
+    "module": (linen.Dense(4), "`Dense`"),
+    "key": (KEY, "`PRNGKeyArray`"),
+}
+
+
+@pytest.mark.parametrize("name", NO_TREES)
+@pytest.mark.wrong_types
+def test_what_holds_no_array_is_no_tree(name: str):
+    value, shown = NO_TREES[name]
+    text = re.escape(f"must be a tree of parameters, got {shown}, which holds no array")
+    for call in (lora.split, lora.merge, lora.count_parameters, lora.trainable_mask,
+                 lora.dequantize, lambda x: lora.plan(CONFIG, model, x, X)):  # fmt: skip
+        with pytest.raises(TypeError, match=text):
+            call(value)
+
+
+def test_a_tree_without_leaves_is_one():
+    half = jax.tree.map(lambda _: None, PARAMS)
+    for tree in ({}, (), [None], half):
+        assert lora.count_parameters(tree) == (0, 0) and lora.merge(tree) == tree
 
 
 WHOLE = {

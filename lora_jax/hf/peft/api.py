@@ -56,6 +56,9 @@ from lora_jax.tree import init
 TARGETS = ("peft", "vllm")
 
 
+_LOAD = "hf.load_peft(directory, fn, params, *args)"
+
+
 def read_peft(
     directory: str | os.PathLike, *, model_type: str | None = None
 ) -> tuple[LoraConfig, dict[str, np.ndarray]]:
@@ -121,7 +124,8 @@ def load_peft(
     Example:
       lora_params, config = load_peft("adapter", model.apply, model.params, tokens)
     """
-    check_function("hf.load_peft(directory, fn, params, *args)", fn)
+    check_argument(_LOAD, "directory", directory, (str, os.PathLike))
+    check_function(_LOAD, fn)
     config, tensors = read_peft(directory, model_type=model_type)
     loaded = attach(
         config,
