@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 from lora_jax import compat, paths, processes
 from lora_jax.array import LoraArray, LoraStack, RowsArray, SavedArray, is_leaf
 from lora_jax.config.arguments import check_argument, check_tree, kind_of, quoted
-from lora_jax.dims import in_dims
+from lora_jax.dims import in_dims, stack_dims
 from lora_jax.quant import sharding as quant_sharding
 from lora_jax.quant.array import QuantArray, is_quant, units
 from lora_jax.transform.labels import part_spec
@@ -393,8 +393,7 @@ def _divided(x: Any, dims: list[int], sizes: Sequence[int]) -> int | None:
     """The first of the dims that can be cut into its number of parts, `sizes[d]`."""
     if not is_quant(x):
         return next((d for d in dims if x.shape[d] % sizes[d] == 0), None)
-    # A quantized matrix is stored in superblocks of inputs, which must stay whole: where there are
-    # too few of them it is spread by its outputs.
-    inputs, (unit, outputs) = in_dims(x.roles), units(x)
-    order = [(d, unit) for d in dims] + [(d, outputs) for d in dims[::-1] if d not in inputs]
-    return next((d for d, unit in order if x.shape[d] % (sizes[d] * unit) == 0), None)
+    # A quantized matrix is stored in superblocks of inputs, which must stay whole.
+    inputs, stack, (rows, columns) = in_dims(x.roles), stack_dims(x.roles), units(x)
+    unit = {d: rows if d in inputs else 1 if d in stack else columns for d in dims}
+    return next((d for d in dims if x.shape[d] % (sizes[d] * unit[d]) == 0), None)

@@ -11,7 +11,8 @@
     q, k, v, gate, up, head  (in, out)        P("fsdp", "tensor")
     o, down                  (in, out)        P(("tensor", "fsdp"), None)
     table                    (vocabulary, d)  P("tensor", "fsdp")
-    experts                  (E, in, out)     as gate, up and down, and E by "expert"
+    experts                  (E, in, out)     P(("expert", "fsdp"), None, "tensor"), and the inner
+                                              size of down by "tensor"
     norms, biases                             copied (biases of the first row: P("tensor"), of
                                               experts: P("expert"))
 
@@ -45,6 +46,7 @@ def _named(modules: str, parameter: str) -> str:
 
 
 # Matrices prefer their inputs for `fsdp`: to gather outputs takes a transposed copy of every layer.
+# Of experts that is the first dim too: their inputs would be copied, those of all layers at once.
 # The tables' rows are looked up, so their features come first.
 RULES = Rules(
     axes={
@@ -54,7 +56,7 @@ RULES = Rules(
         "hidden": ("fsdp",),
         "other": ("fsdp",),
         "layers": (),
-        "experts": (EXPERTS,),
+        "experts": (EXPERTS, "fsdp"),
         # Of activations, which no leaf has.
         "tokens": (TOKENS,),
     },

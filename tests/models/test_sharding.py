@@ -68,6 +68,24 @@ def test_an_axis_takes_the_first_dim_that_it_divides(mesh, expected):
     assert specs(kernel("o_proj", 64, 320), RULES, mesh)["o_proj"]["kernel"] == expected
 
 
+@pytest.mark.parametrize(
+    ("mesh", "expected"),
+    [
+        ({"fsdp": 4}, P(None, "fsdp", None, None)),
+        ({"expert": 2, "fsdp": 4}, P(None, ("expert", "fsdp"), None, None)),
+        ({"fsdp": 4, "tensor": 2}, P(None, "fsdp", None, "tensor")),
+        ({"fsdp": 16}, P(None, None, "fsdp", None)),  # divides the inputs only
+    ],
+)
+@pytest.mark.parametrize("form", [None, "nf4"])
+def test_experts_are_cut_between_experts_first(mesh, expected, form):
+    """To gather their inputs XLA copies the shards of all layers, turned round."""
+    params = {"experts": {"gate_up_proj": jax.numpy.ones((2, 8, 2048, 64))}}
+    if form:
+        params = lora.quantize(params, ["gate_up_proj"], format=form, roles={"*": "ssio"})
+    assert specs(params, RULES, mesh)["experts"]["gate_up_proj"] == expected
+
+
 def test_biases_follow_tensor_and_are_never_gathered():
     tree = {"q_proj": {"bias": shape(64)}, "o_proj": {"bias": shape(64)}}
     found = specs(tree, RULES, MESH)
