@@ -61,6 +61,8 @@ class Habits(NamedTuple):
         if it is far smaller.
       sums_read: a reduction reads its operand from memory: a slice of a stack is copied for it,
         and a value with other readers is written.
+      iteration: the program is an iteration of a loop, whose zeros are all allocated at its start:
+        those that a scatter adds to, and the stacks that a loop in it fills.
     """
 
     in_place: bool = True
@@ -68,6 +70,7 @@ class Habits(NamedTuple):
     early_gathers: bool = False
     turned: bool = False
     sums_read: bool = False
+    iteration: bool = False
 
 
 # By the backend of `StepSettings`, from the buffer assignments that each compiler printed.
@@ -187,11 +190,14 @@ def _kernels(program: Program, habits: Habits) -> list[_Kernel]:
             copy = Value(x.aval, node=node)
             found.append(_Kernel(x.node.at + 0.25 if x.node else at - 0.25, None, [copy], [x]))
             reads = [copy if y is x else y for y in reads]
-        if node.op == "scan" and habits.early_zeros:
+        if habits.iteration and all(x.source & HELD and not x.aval.ndim for x in node.ins):
+            at = -1  # zeros
+        if node.op == "scan" and (habits.early_zeros or habits.iteration):
             _, carries = compat.scan_counts(node.eqn.params, len(node.eqn.invars))
-            if before is not None:
+            start = -1 if habits.iteration else before
+            if start is not None:
                 # Behind the carries, the results are the stacks that the loop fills.
-                found.append(_Kernel(before + 0.5, None, writes[carries:], []))
+                found.append(_Kernel(start + 0.5, None, writes[carries:], []))
                 writes = writes[:carries]
             before = node.at
         found.append(_Kernel(at, node, writes, reads))
@@ -315,7 +321,8 @@ def _inside(kernel: _Kernel, habits: Habits) -> Alive:
         consts, carries = compat.scan_counts(node.eqn.params, len(node.eqn.invars))
         rest = len(inner.invars) - consts - carries
         sources = [HELD] * consts + [OWNED] * carries + [SLICE] * rest
-        return _peak_of(inner, sources, stacked_from=carries, habits=habits)
+        inside = habits._replace(iteration=True)
+        return _peak_of(inner, sources, stacked_from=carries, habits=inside)
     if node.op in ("cond", "while"):
         bodies = node.eqn.params.get("branches") or (node.eqn.params["body_jaxpr"],)
         every = [compat.open_jaxpr(body)[0] for body in bodies]
