@@ -78,10 +78,34 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def exchange(value: Any) -> list[Any]:
-    """The JSON values that all processes pass, in the order of the processes."""
+def exchange(value: Any, at: str = "") -> list[Any]:
+    """The JSON values that all processes pass, in the order of the processes.
+
+    Args:
+      value: of this process.
+      at: the public function that calls this first, where processes may still go different ways.
+
+    Raises:
+      ValueError: the processes have reached different functions.
+    """
     if not several():
         return [value]
+    rows = _gathered([at, value])
+    for number, (other, _) in enumerate(rows):
+        if other != rows[0][0]:
+            raise ValueError(
+                "the processes go different ways: process 0 has reached "
+                f"{_named(rows[0][0])} and process {number} {_named(other)}; all of them must call "
+                "the same functions in the same order, with meshes of the same devices"
+            )
+    return [each for _, each in rows]
+
+
+def _named(at: str) -> str:
+    return f"`{at}`" if at else "something else"
+
+
+def _gathered(value: Any) -> list[Any]:
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(data.size))
     # A gather needs one shape in all processes.
@@ -109,16 +133,17 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """What the other processes do, whose texts would repeat those of the first."""
 
 
-def check_same(found: Mapping[str, str]) -> None:
+def check_same(found: Mapping[str, str], at: str = "") -> None:
     """Checks that all processes have the same values.
 
     Args:
       found: values by name, as this process has them.
+      at: as in `exchange`.
 
     Raises:
       ValueError: they differ; in every process, with the first name.
     """
-    first, *others = exchange(dict(found))
+    first, *others = exchange(dict(found), at)
     for number, other in enumerate(others, start=1):
         for name in sorted(first.keys() | other.keys()):
             if first.get(name) != other.get(name):
@@ -129,12 +154,13 @@ def check_same(found: Mapping[str, str]) -> None:
                 )
 
 
-def together(do: Callable[[], T], error: type[Exception] = OSError) -> T:
+def together(do: Callable[[], T], error: type[Exception] = OSError, at: str = "") -> T:
     """Calls a function in every process, and raises in all of them if it raises in any.
 
     Args:
       do: it must not wait for other processes.
       error: what the processes raise in which it did not raise.
+      at: as in `exchange`.
     """
     if not several():
         return do()
@@ -142,7 +168,7 @@ def together(do: Callable[[], T], error: type[Exception] = OSError) -> T:
         result, failure = do(), None
     except Exception as raised:
         result, failure = None, raised
-    texts = exchange(None if failure is None else " ".join(str(failure).split()))
+    texts = exchange(None if failure is None else " ".join(str(failure).split()), at)
     if failure is not None:
         raise failure
     for number, text in enumerate(texts):

@@ -28,6 +28,7 @@ from lora_jax.models.classifier import check_labels
 from lora_jax.models.encoder import EncoderForward
 from lora_jax.models.init import draw
 from lora_jax.models.model import Dtype, Model
+from lora_jax.models.opening import Opened, read_together
 from lora_jax.models.sharding import RULES
 from lora_jax.sharding import Rules, spreading
 
@@ -91,22 +92,24 @@ def load_encoder(
                            labels=("no", "yes"), fresh_head=jax.random.key(0))
     """
     options = dict(dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat)
+    own = dict(task=task, labels=labels, fresh_head=fresh_head, mesh=mesh, rules=rules)
     with spreading(mesh, rules) as spread:
-        return read_encoder(
-            source, options, task=task, labels=labels, fresh_head=fresh_head, spread=spread
+        return read_together(
+            lambda: open_encoder(source, options, task=task, labels=labels, fresh_head=fresh_head),
+            spread,
+            {**options, **own},
         )
 
 
-def read_encoder(
+def open_encoder(
     source: str | Path,
     options: Mapping[str, Any],
     *,
     task: Task | None = None,
     labels: Sequence[str] | None = None,
     fresh_head: Array | None = None,
-    spread: Spread | None = None,
-) -> Model:
-    """As `load_encoder`; `spread` as in `fill`, the other options those of `EncoderForward`."""
+) -> Opened:
+    """As `load_encoder`; the other options are those of `EncoderForward`."""
     directory = _directory(source)
     check_links(directory)
     config = _config(directory / "config.json", task, labels, fresh_head)
@@ -116,8 +119,12 @@ def read_encoder(
     if config.task == FEATURES:
         config = replace(config, pooler="pooler.dense.weight" in weights.shapes)
     forward = EncoderForward(config=config, **options)
-    params = _fill(forward, weights, fresh_head, spread)
-    return Model(forward, params, from_directory(directory))
+    tokenizer = from_directory(directory)
+    return Opened(
+        forward,
+        weights,
+        lambda spread: Model(forward, _fill(forward, weights, fresh_head, spread), tokenizer),
+    )
 
 
 def _directory(source: str | Path) -> Path:

@@ -24,11 +24,12 @@ from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.hf.tokenizer.tokenizer import from_gguf
 from lora_jax.models.bert_kinds import CLASSIFICATION
 from lora_jax.models.classifier import CLASSIFIER, HEAD, WITHOUT, check_labels
-from lora_jax.models.encoder_loading import read_encoder
+from lora_jax.models.encoder_loading import open_encoder
 from lora_jax.models.gguf import config_of
 from lora_jax.models.init import draw
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.model import Dtype, Model
+from lora_jax.models.opening import Opened, read_together
 from lora_jax.models.registry import (
     DECODERS_OWN,
     ENCODER,
@@ -111,27 +112,26 @@ def load(
         raise ValueError(
             "`labels`, the names of at least one class, and `fresh_head`, a PRNG key, come together"
         )
+    own = dict(quantize=quant, mesh=mesh, rules=rules, labels=head.labels, fresh_head=fresh_head)
     with spreading(mesh, rules) as spread:
-        return _load(Path(source), str(source), options, quant=quant, spread=spread, head=head)
+        return read_together(
+            lambda: _open(Path(source), str(source), options, quant=quant, head=head),
+            spread,
+            {**options, **own},
+        )
 
 
-def _load(
-    path: Path,
-    source: str,
-    options: dict[str, Any],
-    *,
-    quant: QuantConfig | None,
-    spread: Spread | None,
-    head: "_Head",
-) -> Model:
+def _open(
+    path: Path, source: str, options: dict[str, Any], *, quant: QuantConfig | None, head: "_Head"
+) -> Opened:
     if path.suffix == ".gguf":
-        return _load_gguf(path, options, quant, spread, head)
+        return _open_gguf(path, options, quant, head)
     if not path.is_dir():
         if path.exists():
             refuse_pickle(path)
             raise ValueError(f"{path}: not a directory and not a .gguf file")
         path = snapshot(source)
-    return _load_directory(path, options, quant, spread, head)
+    return _open_directory(path, options, quant, head)
 
 
 class _Head(NamedTuple):
@@ -173,13 +173,9 @@ def find_smollm2() -> Path:
     raise FileNotFoundError(f"the wheel {SMOLLM2_WHEEL} is installed without its .gguf file")
 
 
-def _load_directory(
-    directory: Path,
-    options: dict[str, Any],
-    quant: QuantConfig | None,
-    spread: Spread | None,
-    head: _Head,
-) -> Model:
+def _open_directory(
+    directory: Path, options: dict[str, Any], quant: QuantConfig | None, head: _Head
+) -> Opened:
     check_links(directory)
     path = directory / "config.json"
     if not path.exists() and (directory / "adapter_config.json").exists():
@@ -200,11 +196,10 @@ def _load_directory(
         forward_of(config, **options)  # refuses what is a decoder's
         own = {name: value for name, value in options.items() if name not in DECODERS_OWN}
         if head.key is None:
-            return read_encoder(directory, own, spread=spread)
-        return read_encoder(
-            directory, own, task=CLASSIFICATION, labels=head.labels, fresh_head=head.key,
-            spread=spread,
-        )  # fmt: skip
+            return open_encoder(directory, own)
+        return open_encoder(
+            directory, own, task=CLASSIFICATION, labels=head.labels, fresh_head=head.key
+        )
     weights = open_directory(directory)
     # Before anything of the stated sizes is allocated.
     check_counts(config, weights, path)
@@ -216,8 +211,12 @@ def _load_directory(
     with named(directory):
         tokenizer = from_directory(directory)
         generation = read_object(directory / "generation_config.json", optional=True)
-    forward, params = _fill(forward, weights, quant, spread, head)
-    return Model(forward, params, tokenizer, generation, checkpoint=directory)
+
+    def read(spread: Spread | None) -> Model:
+        own, params = _fill(forward, weights, quant, spread, head)
+        return Model(own, params, tokenizer, generation, checkpoint=directory)
+
+    return Opened(forward, weights, read)
 
 
 def _check_class(raw: Mapping[str, Any], path: Path, weights: Weights, config: Any) -> None:
@@ -242,21 +241,22 @@ def _check_class(raw: Mapping[str, Any], path: Path, weights: Weights, config: A
             )
 
 
-def _load_gguf(
-    path: Path,
-    options: dict[str, Any],
-    quant: QuantConfig | None,
-    spread: Spread | None,
-    head: _Head,
-) -> Model:
+def _open_gguf(
+    path: Path, options: dict[str, Any], quant: QuantConfig | None, head: _Head
+) -> Opened:
     file = open_gguf(path)
     weights = weights_of(file)
     with named(path):
         config = config_of(file.metadata, weights.shapes, path=path, divisors=rope_divisors(file))
     check_counts(config, weights, path)
     forward = forward_of(head.on(config, path), **options)
-    forward, params = _fill(forward, weights, quant, spread, head)
-    return Model(forward, params, from_gguf(file.metadata, path=path), checkpoint=path)
+    tokenizer = from_gguf(file.metadata, path=path)
+
+    def read(spread: Spread | None) -> Model:
+        own, params = _fill(forward, weights, quant, spread, head)
+        return Model(own, params, tokenizer, checkpoint=path)
+
+    return Opened(forward, weights, read)
 
 
 def _fill(

@@ -153,7 +153,7 @@ def fit(
     preparation.check_extra(config)
     hooks = hooks or Hooks()
     at = placement(model, lora_params)
-    meshes.check_processes(at)
+    processes.together(lambda: meshes.check_processes(at), ValueError, "train.fit")
     preparation.check_same(config, train_data, eval_data, lora_params)
     check_rows(at, config.batch_size)
     with entered(at), processes.reachable():

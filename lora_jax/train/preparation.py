@@ -49,7 +49,8 @@ def check_same(
             "train_data": data_hash(train_data),
             "eval_data": data_hash(eval_data or ()),
             "lora_params": shapes_hash(params),
-        }
+        },
+        at="train.fit",
     )
 
 
