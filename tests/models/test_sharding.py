@@ -82,7 +82,7 @@ def test_experts_are_cut_between_experts_first(mesh, expected, form):
     """To gather their inputs XLA copies the shards of all layers, turned round."""
     params = {"experts": {"gate_up_proj": jax.numpy.ones((2, 8, 2048, 64))}}
     if form:
-        params = lora.quantize(params, ["gate_up_proj"], format=form, roles={"*": "ssio"})
+        params = lora.quantize(params, ["gate_up_proj"], format=form, roles={".*": "ssio"})
     assert specs(params, RULES, mesh)["experts"]["gate_up_proj"] == expected
 
 
