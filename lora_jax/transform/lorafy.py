@@ -23,6 +23,7 @@ from lora_jax.array import (
     is_lora,
     is_stack,
     rows_as_lora,
+    widened,
 )
 from lora_jax.config.arguments import check_alone, check_function, check_key
 from lora_jax.dims import stack_dims
@@ -358,8 +359,8 @@ def _enter(
         a=_without_dropout(x.a) if off else x.a,
         b=x.b,
         # Its gradient is not stopped: an optimizer on the whole tree, which moves the base, moves
-        # the scale too, and that is how `save_peft` notices it.
-        scale=x.scale,
+        # the scale too, and that is how `save_peft` notices it. A model in float64 may scale it.
+        scale=x.scale.astype(widened(x.w.dtype)),
         gain=gain,
         key=key,
         roles=x.roles,

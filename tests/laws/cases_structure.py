@@ -203,6 +203,7 @@ CASES = (
         config={"roles": {"w": "io"}}),
     Case("placed_in_features", _one(lambda w, x: x.at[:, jnp.array([0, 3])].set(w), 2, 8),
          {"w": "io"}, frozenset({("w", "scatter")}), config={"roles": {"w": "io"}}),
+    Case("divided_by_a_number", _one(lambda w, x: x @ (w / 2.3), 8, 6), {"w": "io"}),
     Case("weight_symmetrised", _one(lambda w, x: x @ (w + w.T), 8, 8), {"w": "io"}),
     Case("experts_averaged", _one(lambda w, x: x @ w.sum(0) + jnp.tanh(x @ w[0]), 3, 8, 6),
          {"w": "sio"}, config={"roles": {"w": "sio"}}),

@@ -104,9 +104,10 @@ def test_bfloat16_is_near_the_float32_merge():
     assert float(jnp.max(jnp.abs(got - want))) <= 2e-2 * float(jnp.max(jnp.abs(want)))
 
 
-def test_float64_is_kept():
+@pytest.mark.parametrize("name", ["dot_matmul", "divided_by_a_number", "norm_frobenius"])
+def test_float64_is_kept(name: str):
     with jax.enable_x64(True):
-        case = by_name("dot_matmul")
+        case = by_name(name)
         fn, params, args = case.build()
         params, args = jax.tree.map(lambda x: x.astype(jnp.float64), (params, args))
         plan = lora.plan(config_of(case), fn, params, *args)
@@ -114,7 +115,7 @@ def test_float64_is_kept():
         leaf = lora_params["w"]
         assert (leaf.a.dtype, leaf.b.dtype) == (jnp.float64, jnp.float64)
         got = lora.lorafy(fn)(lora_params, *args)
-        want = args[0] @ (params["w"] + leaf.scale * (leaf.a @ leaf.b))
+        want = fn({"w": params["w"] + leaf.scale * (leaf.a @ leaf.b)}, *args)
         assert got.dtype == jnp.float64
         assert float(jnp.max(jnp.abs(got - want))) < 1e-14 * float(jnp.max(jnp.abs(want))) * 10
 
