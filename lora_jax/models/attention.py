@@ -19,10 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models import kernels
-from lora_jax.models.context import check_tokens, over_tokens
+from lora_jax.models.context import check_tokens, of_whole_rows, over_tokens
 from lora_jax.models.delta_net import among, recurrence
 from lora_jax.models.mixing import Mixing, in_runs, mix
-from lora_jax.models.rope import Rotation, rotate
 
 
 class Kept(NamedTuple):
@@ -65,8 +64,11 @@ Attend = Callable[..., tuple[Array, Stored]]
 # delta net's, it is a `lora_jax.models.delta_net.Recur`.
 AttendOf = Callable[[Any], Attend]
 
-# Whether a block slides -> how its queries and keys are rotated, or None.
-Rotations = Callable[[bool | Array], Rotation | None]
+# (queries, keys) -> both as their products take them: rotated, by their places.
+Turn = Callable[[Array, Array], tuple[Array, Array]]
+
+# By whether a block slides; None leaves queries and keys as they are.
+Turns = Callable[[bool | Array], Turn | None]
 
 
 def choose(slides: bool | Array, sliding: Any, full: Any) -> Any:
@@ -83,7 +85,7 @@ def attention(
     *,
     segments: Int[AnyArray, "b t"] | None = None,
     mixing: Mixing,
-    rotations: Rotations,
+    turns: Turns,
     wanted: kernels.AttentionName = "auto",
     over: str | None = None,
 ) -> tuple[AttendOf, Stored, Cache | None]:
@@ -96,7 +98,7 @@ def attention(
       segments: the text of each token where rows hold several, without a cache; no token attends
         to another text's.
       mixing: how queries weigh keys.
-      rotations: the rotation of a block's queries and keys.
+      turns: what a block does to queries and keys by their places in their texts.
       wanted: the implementation without a cache, see `lora_jax.models.kernels`.
       over: the axis of the mesh that the tokens of a row are spread over without a cache, or None.
 
@@ -106,14 +108,18 @@ def attention(
     """
     if cache is None:
         check_tokens(tokens.shape[1], over)
+        cut = None
+        if mixing.chunked:
+            shape = of_whole_rows(tokens, over).shape
+            cut = pieces_of(mask, segments, shape, mixing.window)
         attend_of = _without_cache(
-            mask, segments, mixing=mixing, rotations=rotations, wanted=wanted, over=over
+            mask, segments, cut, mixing=mixing, turns=turns, wanted=wanted, over=over
         )
         return _or_recur(attend_of, mask, segments, mixing, over), None, None
     count = tokens.shape[1]
     new = jnp.ones(tokens.shape, bool) if mask is None else mask  # (b, t)
     valid = lax.dynamic_update_slice(cache.valid, new, (0, cache.length))  # (b, s)
-    attend_of = _with_cache(valid, cache.length, count, mixing=mixing, rotations=rotations)
+    attend_of = _with_cache(valid, cache.length, count, mixing=mixing, turns=turns)
     counted = cache._replace(valid=valid, length=cache.length + count)
     kept = Kept(cache.keys, cache.values, cache.convs, cache.states)
     return _or_recur(attend_of, mask, None, mixing, None), kept, counted
@@ -152,6 +158,32 @@ def starts_of(segments: Int[AnyArray, "b t"]) -> Int[Array, "b t"]:
     return lax.cummax(jnp.where(first, at, 0), axis=1)
 
 
+def pieces_of(
+    mask: Bool[AnyArray, "b t"] | None,
+    segments: Int[AnyArray, "b t"] | None,
+    shape: tuple[int, int],
+    size: int | None,
+) -> Int[Array, "b t"]:
+    """Segments of at most so many tokens that the texts of a row are cut into.
+
+    A text begins with its first real token, after which padding counts.
+
+    Args:
+      mask, segments: of whole rows, as for `attention`.
+      shape: (b, t).
+      size: tokens of a piece; None leaves the texts whole.
+    """
+    if segments is None:
+        real = jnp.ones(shape, bool) if mask is None else mask
+        texts = jnp.cumsum(real, axis=1) > 0
+    else:
+        real, texts = segments > 0, segments
+    if size is None:
+        return jnp.where(real, texts, 0)
+    begins = (jnp.arange(shape[1]) - starts_of(texts)) % size == 0
+    return jnp.where(real, jnp.cumsum(begins, axis=1), 0)
+
+
 def _seen_by(
     mask: Bool[AnyArray, "b t"] | None,
     segments: Int[AnyArray, "b t"] | None,
@@ -171,17 +203,23 @@ def _seen_by(
 def _without_cache(
     mask: Bool[AnyArray, "b t"] | None,
     segments: Int[AnyArray, "b t"] | None,
+    cut: Int[Array, "b t"] | None,
     *,
     mixing: Mixing,
-    rotations: Rotations,
+    turns: Turns,
     wanted: kernels.AttentionName,
     over: str | None,
 ) -> AttendOf:
-    # Padding on the right needs no mask: under causal attention only padding attends to it.
-    unmasked = mask is None and segments is None
+    """`cut` are the pieces of the texts, which stand for the texts in blocks that slide."""
 
     def attend_of(slides: bool | Array) -> Attend:
-        by = rotations(slides)
+        turn = turns(slides)
+        real, texts = mask, segments
+        if cut is not None and slides is not False:
+            whole = pieces_of(mask, segments, cut.shape, None)
+            real, texts = None, choose(slides, cut, whole)
+        # Padding on the right needs no mask: under causal attention only padding attends to it.
+        unmasked = real is None and texts is None
         # In a scan over blocks that differ, `slides` is data.
         window = mixing.window if slides is True else None
 
@@ -193,9 +231,9 @@ def _without_cache(
             stored: Stored,
             block: Int[Array, ""],
         ) -> tuple[Float[Array, "b t n h"], Stored]:
-            q, k = _rotated(q, by, mixing), rotate(k, by)
+            q, k = _turned(q, k, turn, mixing)
             kernel = kernels.kernel_for(
-                wanted, q, mask, segments, slides=slides, window=mixing.window,
+                wanted, q, real, texts, slides=slides, window=mixing.window,
                 scale=mixing.scale, softcap=mixing.softcap, sinks=mixing.sinks, over=over,
             )  # fmt: skip
             if kernel is not None:
@@ -211,7 +249,7 @@ def _without_cache(
                 return mix(q, k, v, seen=seen, by=mixing)
 
             by_runs = partial(in_runs, some, window)
-            return over_tokens(by_runs, q, k, v, mask, segments, axis=over), stored
+            return over_tokens(by_runs, q, k, v, real, texts, axis=over), stored
 
         return attend
 
@@ -224,15 +262,22 @@ def _with_cache(
     count: int,
     *,
     mixing: Mixing,
-    rotations: Rotations,
+    turns: Turns,
 ) -> AttendOf:
     # How many slots each key lies before each query, (t, s); negative ones come after it.
     back = start + jnp.arange(count)[:, None] - jnp.arange(valid.shape[1])
     place = among([slides is not None for slides in mixing.slides])
+    together = None
+    if mixing.chunked:
+        pieces = pieces_of(valid, None, valid.shape, mixing.window)
+        own = lax.dynamic_slice_in_dim(pieces, start, count, axis=1)  # (b, t)
+        together = own[:, None, :, None] == pieces[:, None, None, :]  # (b, 1, t, s)
 
     def attend_of(slides: bool | Array) -> Attend:
-        by = rotations(slides)
+        turn = turns(slides)
         seen = valid[:, None, None, :] & _near(back, mixing, slides)  # (b, 1, t, s)
+        if together is not None:
+            seen = seen & (together | ~jnp.asarray(slides))
 
         # The cache is the scan's carry, which is written in place: as input and output of the scan
         # the whole of it would be copied for every token.
@@ -244,7 +289,7 @@ def _with_cache(
             stored: Kept,
             block: Int[Array, ""],
         ) -> tuple[Float[Array, "b t n h"], Stored]:
-            q, k = _rotated(q, by, mixing), rotate(k, by)
+            q, k = _turned(q, k, turn, mixing)
             number = place(block)
             at = (number, 0, start, 0, 0)
             keys, values = (
@@ -284,8 +329,11 @@ def with_sinks(q: Float[Array, "b t n h"], sinks: Float[Array, " n"]) -> Float[A
     return jnp.concatenate((q, last), axis=-1)
 
 
-def _rotated(q: Array, by: Rotation | None, mixing: Mixing) -> Array:
-    """The rotated queries; what is behind them is no part of a head."""
+def _turned(q: Array, k: Array, turn: Turn | None, mixing: Mixing) -> tuple[Array, Array]:
+    """Queries and keys by their places; what is behind a query is no part of a head."""
+    if turn is None:
+        return q, k
     if not mixing.sinks:
-        return rotate(q, by)
-    return jnp.concatenate((rotate(q[..., :-1], by), q[..., -1:]), axis=-1)
+        return turn(q, k)
+    turned, k = turn(q[..., :-1], k)
+    return jnp.concatenate((turned, q[..., -1:]), axis=-1), k

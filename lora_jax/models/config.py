@@ -5,26 +5,24 @@ the neutral one.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from lora_jax.models.classifier import read_classes, write_classes
+from lora_jax.models.classifier import write_classes
 from lora_jax.models.delta_rule import DeltaSizes
 from lora_jax.models.dialect import (
     BEFORE,
-    Dialect,
     Modules,
     Norms,
     Routing,
-    refuse_unsupported,
     scalar_if_one,
-    tuple_of,
     unknown_type,
 )
 from lora_jax.models.families import DIALECTS
 from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.mixing import Mixing
-from lora_jax.models.ranges import RANGES, check_fields, check_range, check_raw
+from lora_jax.models.ranges import RANGES, check_fields, check_range
+from lora_jax.models.reading import PLAIN, read_fields, with_plain_windows
 from lora_jax.models.rope import RopeScaling, scaling_to_hf
 
 
@@ -48,6 +46,8 @@ class LlamaConfig:
       shared_expert_size: width of an MLP that every token uses beside its experts, or None.
       shared_gate: what that MLP adds is multiplied by a sigmoid of each token.
       norm_topk_prob: the weights of a token's experts add up to 1.
+      expert_inputs_scaled: what goes into an expert is multiplied by the sigmoid of its logit, in
+        place of what comes out by a weight.
       expert_bias: the router and the experts have biases.
       swiglu_limit: c, where experts compute `g sigmoid(swiglu_alpha g) (u + 1)`, with the gate g at
         most c, u in `[-c, c]`, and their numbers in turns; None is the MLP's activation.
@@ -80,6 +80,11 @@ class LlamaConfig:
       qk_norm_whole: with `qk_norm`, all heads of a token are normalized together.
       attention_gate: what a head mixes is multiplied by a sigmoid of numbers that the projection of
         queries has beside its own.
+      qk_norm_plain: queries and keys are normalized head by head, without a scale, in blocks that
+        rotate them.
+      floor_scale: in blocks that do not rotate, queries grow with every so many tokens of a text,
+        by `1 + attn_scale log(1 + floor((p + 1) / floor_scale))` at position p; None is never.
+      attn_scale: the factor there.
       attention_sinks: each head has a score of its own in the softmax, of no key.
       clip_qkv: queries, keys and values are limited to `[-clip_qkv, clip_qkv]`, or None.
       fused_projections: queries, keys and values are one projection.
@@ -90,6 +95,8 @@ class LlamaConfig:
       linear_layers: for each block whether it has a gated delta net in place of attention, see
         `lora_jax.models.delta_net`; None is none of them.
       delta: the sizes of those nets, or None.
+      chunked: windows do not slide: a text is cut into pieces of `sliding_window` tokens, and a
+        token attends to those before it in its piece.
       hidden_activation: a key of `lora_jax.models.layers.ACTIVATIONS`.
       norm_offset: norms multiply by `1 + scale`.
       norm_centered: norms subtract the mean first.
@@ -129,6 +136,7 @@ class LlamaConfig:
     shared_expert_size: int | None = None
     shared_gate: bool = False
     norm_topk_prob: bool = True
+    expert_inputs_scaled: bool = False
     expert_bias: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
@@ -158,6 +166,9 @@ class LlamaConfig:
     qk_norm: bool = False
     qk_norm_whole: bool = False
     attention_gate: bool = False
+    qk_norm_plain: bool = False
+    floor_scale: int | None = None
+    attn_scale: float = 0.1
     attention_sinks: bool = False
     clip_qkv: float | None = None
     fused_projections: bool = False
@@ -167,6 +178,7 @@ class LlamaConfig:
     sliding_layers: tuple[bool, ...] | None = None
     linear_layers: tuple[bool, ...] | None = None
     delta: DeltaSizes | None = None
+    chunked: bool = False
     hidden_activation: str = "silu"
     norm_offset: bool = False
     norm_centered: bool = False
@@ -224,6 +236,17 @@ class LlamaConfig:
                 f"config: `num_experts_per_tok` is {self.num_experts_per_tok}, of only "
                 f"{self.num_experts} experts"
             )
+
+    @property
+    def held_with_head(self) -> bool:
+        """Whether the vision-language model holds the language model whole, its head included."""
+        return self.wrapper in ("llama4",)
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """Where the decoder is, by the names of modules."""
+        place = (*filter(None, [self.wrapper and "language_model"]), self.modules.decoder)
+        return place if self.held_with_head else place[::-1]
 
     @property
     def context(self) -> int:
@@ -290,6 +313,7 @@ class LlamaConfig:
         return Mixing(
             slides=tuple(None if n else s for n, s in zip(self.linear, slides, strict=True)),
             window=self.sliding_window,
+            chunked=self.chunked,
             scale=self.attention_multiplier if scalar is None else scalar**-0.5,
             softcap=self.attn_logit_softcapping,
             sinks=self.attention_sinks,
@@ -312,11 +336,11 @@ class LlamaConfig:
         kind = str(raw.get("model_type"))
         if kind not in DIALECTS:
             raise unknown_type(kind, DIALECTS)
-        return _from_hf(raw, DIALECTS[kind])
+        return with_plain_windows(LlamaConfig(**read_fields(raw, DIALECTS[kind])))
 
     def to_hf(self) -> dict[str, Any]:
         """The object for config.json; `from_hf` reads it back unchanged."""
-        out = {name: getattr(self, name) for name in _PLAIN}
+        out = {name: getattr(self, name) for name in PLAIN}
         out["eos_token_id"] = scalar_if_one(self.eos_token_ids)
         out["rope_scaling"] = scaling_to_hf(self.rope_scaling)
         dialect = DIALECTS[self.model_type]
@@ -325,67 +349,3 @@ class LlamaConfig:
             dialect.activation: self.hidden_activation,
         }
         return {**out, **fixed, **dialect.write(self)}
-
-
-_SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings",
-)  # fmt: skip
-_PLAIN = (
-    "model_type", *_SIZES, "rms_norm_eps", "rope_theta", "tie_word_embeddings", "bos_token_id",
-    "pad_token_id", "initializer_range",
-)  # fmt: skip
-_READ = (*_PLAIN, "rope_scaling", "rope_parameters", "eos_token_id")
-
-
-# Fields where null means "none", not "the default".
-_MAYBE_NONE = ("bos_token_id", "pad_token_id", "eos_token_id")
-_MAY_LACK = (
-    *_MAYBE_NONE, "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping", "q_lora_rank",
-    "sliding_window",
-)  # fmt: skip
-_REQUIRED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "max_position_embeddings",
-)  # fmt: skip
-
-
-def _from_hf(raw: Mapping[str, Any], dialect: Dialect) -> LlamaConfig:
-    known = (*_READ, *dialect.fields, dialect.activation)
-    refuse_unsupported(raw, known)
-    check_raw(raw, known)
-    # Some of a family's own fields are null on purpose (no window, no cap).
-    set_ = {k: v for k, v in raw.items() if v is not None or k in _MAY_LACK}
-    with_nulls = {**dialect.defaults, **set_}
-    given = {**dialect.defaults, **{k: v for k, v in raw.items() if v is not None}}
-    given.update({name: with_nulls[name] for name in _MAYBE_NONE if name in with_nulls})
-    if missing := [name for name in _REQUIRED if name not in given]:
-        raise ValueError(f"config: config.json lacks {', '.join(f'`{m}`' for m in missing)}")
-    given.setdefault("num_key_value_heads", given["num_attention_heads"])
-    given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
-    fields = {name: given[name] for name in _PLAIN if name in given}
-    fields |= {"hidden_activation": _activation(given, dialect)}
-    fields |= {"eos_token_ids": tuple_of(given.get("eos_token_id"))}
-    own = {**dialect.rope(given), **dialect.read(with_nulls), **read_classes(raw)}
-    config = LlamaConfig(**{**fields, **own})
-    return _plain_windows(config)
-
-
-def _plain_windows(config: LlamaConfig) -> LlamaConfig:
-    """The same windows in one form, so that equal models have equal configurations."""
-    if config.rope_layers is not None and all(config.rope_layers):
-        config = replace(config, rope_layers=None)
-    slides = config.mixing.slides
-    if config.sliding_window is None or not any(slides):
-        return replace(config, sliding_window=None, sliding_layers=None)
-    if config.rope_layers not in (None, slides):
-        raise ValueError("config: blocks with a window that do not rotate are not supported")
-    return replace(config, sliding_layers=None if all(slides) else slides)
-
-
-def _activation(given: Mapping[str, Any], dialect: Dialect) -> str:
-    first = next(iter(dialect.activations))
-    if (act := given.get(dialect.activation, first)) not in dialect.activations:
-        known = " or ".join(f"`{name}`" for name in dict.fromkeys(dialect.activations.values()))
-        raise ValueError(f"config: `{dialect.activation}` `{act}` is not supported, only {known}")
-    return dialect.activations[act]

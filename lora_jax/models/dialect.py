@@ -60,7 +60,8 @@ NEUTRAL: Mapping[str, tuple] = {
 }
 
 
-SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
+SLIDING, FULL, CHUNKED = "sliding_attention", "full_attention", "chunked_attention"
+LINEAR = "linear_attention"
 
 
 def read_rope(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,6 +161,7 @@ class Modules(NamedTuple):
     decoder: str = "model"
     table: str = "embed_tokens"
     attention: str = "self_attn"
+    mlp: str = "mlp"
     fused: str = "qkv_proj"
     output: str = "o_proj"
     up: str = "up_proj"

@@ -66,7 +66,7 @@ class Experts(nnx.Module):
         self.gate_up_proj = nnx.Param(jnp.zeros((count, width, 2 * inner), param_dtype))
         self.down_proj = nnx.Param(jnp.zeros((count, inner, width), param_dtype))
         self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
-        self.biased = config.expert_bias
+        self.biased, self.scaled = config.expert_bias, config.expert_inputs_scaled
         if self.biased:
             self.gate_up_proj_bias = nnx.Param(jnp.zeros((count, 2 * inner), param_dtype))
             self.down_proj_bias = nnx.Param(jnp.zeros((count, width), param_dtype))
@@ -88,6 +88,10 @@ class Experts(nnx.Module):
         up, down = weights["gate_up_proj"], weights["down_proj"]
         order = sort_by_expert(chosen.experts - first, self.count, own=up.shape[0])
         rows = jnp.take(x, order.source // chosen.experts.shape[1], axis=0)  # (rows, d)
+        shares = chosen.weights
+        if self.scaled:
+            rows = rows * jnp.take(shares.reshape(-1), order.source)[:, None].astype(rows.dtype)
+            shares = jnp.ones_like(shares)
         wide = kept(product(rows, up.astype(self.dtype), order))  # (rows, 2f)
         if self.biased:
             owner = jnp.take((chosen.experts - first).reshape(-1), order.source)  # (rows,)
@@ -96,7 +100,6 @@ class Experts(nnx.Module):
         if self.biased:
             out = out + _of_each(weights["down_proj_bias"], owner, out)
         out = jnp.take(out, order.place, axis=0).reshape(*chosen.experts.shape, -1)  # (m, k, d)
-        shares = chosen.weights
         if up.shape[0] < self.count:
             local = chosen.experts - first
             shares = jnp.where((local >= 0) & (local < up.shape[0]), shares, 0.0)
@@ -226,7 +229,7 @@ class MixtureMLP(nnx.Module):
             )  # fmt: skip
         self.experts = Experts(config, dtype=dtype, param_dtype=param_dtype)
         self.count = config.num_experts_per_tok
-        self.normalized = config.norm_topk_prob
+        self.normalized, self.scaled = config.norm_topk_prob, config.expert_inputs_scaled
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         return self.counted(x, None)[0]
@@ -245,7 +248,10 @@ class MixtureMLP(nnx.Module):
     def chosen(self, logits: Float[Array, "b t e"]) -> Chosen:
         """What tokens with these logits choose."""
         flat = logits.reshape(-1, logits.shape[-1])
-        if self.routing is None:
+        if self.scaled:
+            scores, experts = lax.top_k(flat, self.count)
+            chosen = Chosen(experts, jax.nn.sigmoid(scores.astype(jnp.float32)))
+        elif self.routing is None:
             chosen = choose_experts(flat, self.count, normalized=self.normalized)
         else:
             bias = None

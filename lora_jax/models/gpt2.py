@@ -331,7 +331,7 @@ class GPT2LM(nnx.Module):
         return "transformer", "h"
 
     @staticmethod
-    def rotations(config: GPT2Config, positions: Int[AnyArray, "b t"]) -> Callable[..., None]:
+    def turns(config: GPT2Config, positions: Int[AnyArray, "b t"]) -> Callable[..., None]:
         """No rotation: positions are embedded."""
         del config, positions
         return lambda slides: None

@@ -10,7 +10,7 @@ which blocks rotate or have a window, factors, biases, and the kind of MLP.
 B batch, T new tokens, D width, N query heads, K key/value heads, H size of a head, V vocabulary.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
-from lora_jax.models.attention import Attend, Rotations, Stored, choose, with_sinks
+from lora_jax.models.attention import Attend, Stored, Turns, with_sinks
 from lora_jax.models.classifier import HEAD
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.delta_net import GatedDeltaNet
@@ -35,7 +35,8 @@ from lora_jax.models.layers import (
     logits_of,
     stack_of,
 )
-from lora_jax.models.rope import RopeScaling, Rotation, by_halves, rotation
+from lora_jax.models.rope import by_halves
+from lora_jax.models.turns import turns_of
 
 
 class Attention(nnx.Module):
@@ -73,7 +74,7 @@ class Attention(nnx.Module):
         self.sunk, self.gated = config.attention_sinks, config.attention_gate
         if self.sunk:
             self.sinks = nnx.Param(jnp.zeros((config.num_attention_heads,), param_dtype))
-        if config.qk_norm:
+        if self.qk_norm:
             whole = config.qk_norm_whole
             self.q_norm = _norm(config, queries if whole else size, param_dtype)
             self.k_norm = _norm(config, pairs if whole else size, param_dtype)
@@ -182,10 +183,11 @@ class Block(nnx.Module):
         self.mixer = "linear_attn" if linear else self.names.attention
         attention = Attention if config.kv_lora_rank is None else LatentAttention
         setattr(self, self.mixer, (GatedDeltaNet if linear else attention)(config, **options))
-        self.mlp = (MLP if dense else MixtureMLP)(config, **options)
+        mlp = (MLP if dense else MixtureMLP)(config, **options)
         if not dense and config.shared_expert_size is not None:
             shared = MLP(config, size=config.shared_expert_size, **options)
-            setattr(self.mlp, self.names.shared, shared)
+            setattr(mlp, self.names.shared, shared)
+        setattr(self, self.names.mlp, mlp)
         self.norms = config.norms
         self.parallel = config.parallel_mlp
         self.factor = config.residual_multiplier
@@ -224,10 +226,11 @@ class Block(nnx.Module):
         self, x: Float[Array, "b t d"], real: Bool[Array, "b t"] | None
     ) -> tuple[Float[Array, "b t d"], Load | None]:
         """The MLP's output, and the load of its experts, if it has any."""
+        mlp = getattr(self, self.names.mlp)
         # Without the loss nothing is counted: the program is that of a plain call.
-        if real is None or not isinstance(self.mlp, MixtureMLP):
-            return self.mlp(x), None
-        return self.mlp.counted(x, real)
+        if real is None or not isinstance(mlp, MixtureMLP):
+            return mlp(x), None
+        return mlp.counted(x, real)
 
     def normalized(self, name: str | None, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """`x` after the norm of this name, if there is one."""
@@ -274,11 +277,12 @@ class Decoder(nnx.Module):
         return getattr(self, self.names.last_norm)
 
 
-class Wrapper(nnx.Module):
-    """Holds the decoder of a vision-language model under that model's names, which adapters use."""
+class Holder(nnx.Module):
+    """Holds modules of a vision-language model under that model's names, which adapters use."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.language_model = decoder
+    def __init__(self, **modules: nnx.Module) -> None:
+        for name, module in modules.items():
+            setattr(self, name, module)
 
 
 class CausalLM(nnx.Module):
@@ -295,8 +299,9 @@ class CausalLM(nnx.Module):
     ) -> None:
         self.dtype = dtype
         decoder = Decoder(config, dtype=dtype, param_dtype=param_dtype, scan=scan, rngs=rngs)
-        self.name = config.modules.decoder
-        setattr(self, self.name, Wrapper(decoder) if config.wrapper else decoder)
+        self.place = config.place
+        *holders, own = self.place
+        parts: dict[str, nnx.Module] = {own: decoder}
         self.tied = config.tie_word_embeddings
         self.head_name = HEAD if config.labels else "lm_head"
         self.softcap = config.final_logit_softcapping
@@ -304,7 +309,7 @@ class CausalLM(nnx.Module):
         self.embedding_scale = scale * config.embedding_multiplier
         self.logits_scaling = config.logits_scaling
         if not self.tied:
-            head = nnx.Linear(
+            parts[self.head_name] = nnx.Linear(
                 config.hidden_size,
                 len(config.labels) or config.vocab_size,
                 use_bias=config.head_bias and not config.labels,
@@ -312,19 +317,23 @@ class CausalLM(nnx.Module):
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
-            setattr(self, self.head_name, head)
+        self.with_head = config.held_with_head
+        if holders and not self.with_head:
+            parts[holders[0]] = Holder(**{own: parts.pop(own)})
+        elif holders:
+            parts = {holders[0]: Holder(**parts)}
+        for name, module in parts.items():
+            setattr(self, name, module)
 
     @property
     def decoder(self) -> Decoder:
         """The decoder, wherever it is."""
-        found = getattr(self, self.name)
-        return found.language_model if isinstance(found, Wrapper) else found
+        return reduce(getattr, self.place, self)
 
     @staticmethod
     def blocks(config: LlamaConfig) -> tuple[str, ...]:
         """Where the blocks are in the model."""
-        inside = ("language_model",) if config.wrapper else ()
-        return (config.modules.decoder, *inside, "layers")
+        return (*config.place, "layers")
 
     def embed(
         self, tokens: Int[AnyArray, "b t"], positions: Int[AnyArray, "#b t"]
@@ -342,7 +351,8 @@ class CausalLM(nnx.Module):
 
     def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Logits in float32; products in the compute dtype, sums in float32."""
-        head = None if self.tied else getattr(self, self.head_name)
+        within = getattr(self, self.place[0]) if self.with_head else self
+        head = None if self.tied else getattr(within, self.head_name)
         # (v, d), or (d, v)
         weight = self.decoder.table.embedding if head is None else head.kernel
         logits = logits_of(hidden, weight.get_value(), tied=self.tied, dtype=self.dtype)
@@ -355,36 +365,9 @@ class CausalLM(nnx.Module):
         return logits if self.softcap is None else jnp.tanh(logits / self.softcap) * self.softcap
 
     @staticmethod
-    def rotations(config: LlamaConfig, positions: Int[AnyArray, "b t"]) -> Rotations:
-        """Rotations of queries and keys at the given positions.
-
-        Args:
-          config: the configuration.
-          positions: each new token's place in its text.
-
-        Returns:
-          The rotation of a block, by whether it has a sliding window.
-        """
-
-        def turn(theta: float, scaling: RopeScaling | None) -> Rotation:
-            return rotation(
-                positions,
-                head_dim=config.rotary_dim,
-                theta=theta,
-                scaling=scaling,
-                context=config.max_position_embeddings,
-            )
-
-        full = turn(config.rope_theta, config.rope_scaling)
-        if config.rope_layers is not None:
-            # In a scan over blocks that differ, the others rotate by an angle of 0.
-            still = Rotation(jnp.ones_like(full.cos), jnp.zeros_like(full.sin))
-            return lambda rotates: None if rotates is False else choose(rotates, full, still)
-        if config.rope_local_base_freq is None or not any(config.mixing.slides):
-            return lambda slides: full
-        # No distance within a window exceeds the trained context, so nothing is scaled here.
-        local = turn(config.rope_local_base_freq, None)
-        return lambda slides: choose(slides, local, full)
+    def turns(config: LlamaConfig, positions: Int[AnyArray, "b t"]) -> Turns:
+        """What blocks do to queries and keys at these positions."""
+        return turns_of(config, positions)
 
 
 def _norm(config: LlamaConfig, size: int, param_dtype: DTypeLike) -> RMSNorm | LayerNorm:

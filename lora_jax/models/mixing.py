@@ -31,6 +31,7 @@ class Mixing(NamedTuple):
     Attributes:
       slides: for each block, whether it has a sliding window; None where it has a delta net.
       window: tokens that a token attends to in such blocks, itself included.
+      chunked: the window is a piece of the text, see `lora_jax.models.config`.
       scale: factor of the products; None is `1 / sqrt(H)`.
       softcap: limits the scores to `(-softcap, softcap)`; None leaves them.
       sinks: each head has a score of its own in the softmax, of no key.
@@ -39,6 +40,7 @@ class Mixing(NamedTuple):
 
     slides: tuple[bool | None, ...]
     window: int | None = None
+    chunked: bool = False
     scale: float | None = None
     softcap: float | None = None
     sinks: bool = False

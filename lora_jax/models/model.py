@@ -194,9 +194,9 @@ class Forward:
                 positions = positions + cache.valid.sum(axis=1, dtype=jnp.int32)[:, None]
             positions = of_own_tokens(positions, over)
         config = self.config
-        rotations = lm.rotations(config, positions)
+        turns = lm.turns(config, positions)
         attend_of, stored, cache = attention(
-            tokens, mask, cache, segments=segments, mixing=config.mixing, rotations=rotations,
+            tokens, mask, cache, segments=segments, mixing=config.mixing, turns=turns,
             wanted=self.attention, over=over,
         )  # fmt: skip
 

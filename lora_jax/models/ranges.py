@@ -31,10 +31,11 @@ _FACTOR, _WEIGHT, _BASE = Range(1e-6, 1e6), Range(0, 1e6), Range(1, 1e15)
 RANGES: Mapping[str, Range] = {
     **dict.fromkeys(
         ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim",
+         "intermediate_size_mlp",
          "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
          "shared_expert_intermediate_size", "n_shared_experts", "linear_conv_kernel_dim",
          "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads",
-         "linear_num_value_heads",
+         "linear_num_value_heads", "attention_chunk_size", "floor_scale",
          "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
          "original_max_position_embeddings", "initial_context_length", "num_labels", "n_positions",
          "n_ctx", "n_embd", "n_head", "n_inner", "embedding_size", "dim", "hidden_dim", "n_heads"),
@@ -42,7 +43,8 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(
         ("num_hidden_layers", "n_layer", "n_layers", "num_experts", "num_local_experts",
          "num_experts_per_tok", "experts_per_token", "no_rope_layer_interval", "n_routed_experts",
-         "n_group", "topk_group", "decoder_sparse_step", "full_attention_interval"), COUNT),
+         "n_group", "topk_group", "decoder_sparse_step", "full_attention_interval",
+         "interleave_moe_layer_step"), COUNT),
     "type_vocab_size": Range(0, 2**31 - 1, whole=True),  # 0: tokens have no types
     "first_k_dense_replace": Range(0, COUNT.most, whole=True),
     # 0 in EXAONE 4's files without windows.
@@ -63,8 +65,8 @@ RANGES: Mapping[str, Range] = {
         ("num_nextn_predict_layers", "num_mtp_layers"), Range(0, COUNT.most, whole=True)),
     "factor": Range(1, 1e6),
     **dict.fromkeys(
-        ("initializer_range", "router_aux_loss_coef", "beta_fast", "beta_slow", "mscale",
-         "mscale_all_dim"), _WEIGHT),
+        ("initializer_range", "router_aux_loss_coef", "attn_scale", "beta_fast", "beta_slow",
+         "mscale", "mscale_all_dim"), _WEIGHT),
     **dict.fromkeys(
         ("attention_dropout", "hidden_dropout", "residual_dropout", "classifier_dropout",
          "embedding_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop",
@@ -87,6 +89,7 @@ _LISTED = (
     "layer_types",
     "mlp_layer_types",
     "mlp_only_layers",
+    "moe_layers",
     "no_rope_layers",
     *_LISTS,
 )

@@ -56,6 +56,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         for kind, dialect in DIALECTS.items()
     },
     **{kind: Architecture(CAUSAL_LM, text_of, Forward, names.WRAPPED) for kind in WRAPPERS},
+    "llama4": Architecture(CAUSAL_LM, text_of, Forward, names.WITH_HEAD),
     "gpt2": Architecture(
         CAUSAL_LM, GPT2Config.from_hf, partial(Forward, module=GPT2LM), names.GPT2
     ),
@@ -68,8 +69,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 def names_of(config: Any) -> names.Family:
     """Hugging Face's names of the tensors of a model that was loaded."""
+    own = architecture_of(config.model_type).names
     wrapper = getattr(config, "wrapper", None)
-    return architecture_of(wrapper or config.model_type).names
+    return own if wrapper is None else names.within(own, architecture_of(wrapper).names)
 
 
 def architecture_of(model_type: str) -> Architecture:

@@ -128,8 +128,8 @@ def _check_keys(
             f"unknown {extra or 'nothing'}"
         )
     check_raw(given, prefix="config: `rope_scaling`: ")
-    if kind == "llama3" and not given["low_freq_factor"] < given["high_freq_factor"]:
-        raise ValueError("`rope_scaling`: `low_freq_factor` must be below `high_freq_factor`")
+    if kind == "llama3" and given["low_freq_factor"] > given["high_freq_factor"]:
+        raise ValueError("`rope_scaling`: `low_freq_factor` must not be above `high_freq_factor`")
 
 
 def scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -258,7 +258,8 @@ def _llama3(plain: Planes, head_dim: int, theta: float, scaling: RopeScaling) ->
     # Full turns of each plane within the trained context: a plane that completes many of them
     # encodes nearby distances, which a longer context does not change.
     turns = _set(scaling.original_max_position_embeddings) * plain / (2 * math.pi)
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    # Llama 4's edges are one: there is nothing between slow and fast.
+    keep = turns >= low if low == high else np.clip((turns - low) / (high - low), 0.0, 1.0)
     return ((1 - keep) * plain / scaling.factor + keep * plain).astype(np.float32)
 
 

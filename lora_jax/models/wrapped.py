@@ -22,6 +22,7 @@ from lora_jax.models.dialect import ROPES, without_mrope
 WRAPPERS: Mapping[str, str] = {
     "gemma3": "gemma3_text",
     "internvl": "qwen2",
+    "llama4": "llama4_text",
     "llava": "llama",
     "llava_next": "llama",
     "llava_onevision": "qwen2",

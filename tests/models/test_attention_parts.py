@@ -77,7 +77,7 @@ def test_most_pairs_behind_the_mask_take_no_products(window, share, monkeypatch)
 
     def mixed(q):
         attend_of, _, _ = attention.attention(
-            jnp.zeros((1, 256), jnp.int32), None, None, mixing=by, rotations=lambda _: None
+            jnp.zeros((1, 256), jnp.int32), None, None, mixing=by, turns=lambda _: None
         )
         return attend_of(by.slides[0])(q, q, q, stored=None, block=jnp.int32(0))[0]
 
@@ -102,7 +102,7 @@ def test_memory_grows_with_the_length_of_a_row(softcap, monkeypatch):
 
         def loss(q, segments):
             attend_of, _, _ = attention.attention(
-                segments, None, None, segments=segments, mixing=by, rotations=lambda _: None
+                segments, None, None, segments=segments, mixing=by, turns=lambda _: None
             )
             return jnp.sum(attend_of(False)(q, q, q, stored=None, block=jnp.int32(0))[0] ** 2)
 

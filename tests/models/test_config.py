@@ -231,8 +231,8 @@ REFUSED = {
         "`factor` must be a number from 1 to 1e.06, got 'two'",
     ),
     "rope edges": (
-        {"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}},
-        "`low_freq_factor` must be below `high_freq_factor`",
+        {"rope_scaling": {**LLAMA3, "high_freq_factor": 0.5}},
+        "`low_freq_factor` must not be above `high_freq_factor`",
     ),
 }
 

@@ -55,7 +55,7 @@ def mixed(*, heads=2, segments=None, mask=None, slides=False, **options):
     def loss(q, k, v, slides):
         attend_of, _, _ = attention.attention(
             jnp.zeros((1, T), jnp.int32), mask, None, segments=segments, mixing=mixing,
-            rotations=lambda _: None,
+            turns=lambda _: None,
         )  # fmt: skip
         out, _ = attend_of(slides)(q, k, v, stored=None, block=jnp.int32(0))
         out = jnp.where(real[..., None, None], out, 0)
@@ -204,7 +204,7 @@ def lowered_for_cuda(monkeypatch, window=None, scale=None):
 
     def loss(q, k, v):
         attend_of, _, _ = attention.attention(
-            jnp.zeros((1, 256), jnp.int32), None, None, mixing=mixing, rotations=lambda _: None
+            jnp.zeros((1, 256), jnp.int32), None, None, mixing=mixing, turns=lambda _: None
         )
         out, _ = attend_of(window is not None)(q, k, v, stored=None, block=jnp.int32(0))
         return jnp.sum(out.astype(jnp.float32))

@@ -63,6 +63,15 @@ FAMILIES = {
         mlp_only_layers=[0],
         shared_expert_intermediate_size=16,
     ),
+    "llama4_text": dict(
+        head_dim=8,
+        intermediate_size_mlp=40,
+        num_local_experts=4,
+        interleave_moe_layer_step=2,
+        attention_chunk_size=5,
+        no_rope_layers=[1, 0],
+        floor_scale=2,
+    ),
     "glm4_moe": dict(
         head_dim=8,
         moe_intermediate_size=24,
@@ -91,7 +100,7 @@ FAMILIES = {
 # These share what attends with others: only among all tests.
 LATER = (
     "ministral", "granite", "seed_oss", "arcee", "olmo2", "olmo3", "glm4", "mixtral", "qwen3_moe",
-    "qwen2_moe", "qwen3_next", "qwen3_5_text", "glm4_moe", "glm4_moe_lite",
+    "qwen2_moe", "qwen3_next", "qwen3_5_text", "llama4_text", "glm4_moe", "glm4_moe_lite",
     "deepseek_v2", "deepseek_v3", "olmoe", "cohere", "cohere2", "starcoder2", "phi", "gpt_neox",
     "gpt_oss", "glm", "ernie4_5", "helium", "stablelm",
 )  # fmt: skip

@@ -164,15 +164,22 @@ QWEN3_NEXT = replace(
 QWEN3_5 = replace(QWEN3_NEXT, name="qwen3_5", moved=())
 
 # Experts are one array of a block, (E, in, out) as here.
-GPT_OSS = replace(
+LLAMA4 = replace(
     LLAMA,
-    name="gpt_oss",
+    name="llama4",
     stacks=("layers",),
     rules=(
         *(Rule("*experts", name, name) for name in ("gate_up_proj", "down_proj")),
+        *LLAMA.rules,
+    ),
+)
+GPT_OSS = replace(
+    LLAMA4,
+    name="gpt_oss",
+    rules=(
         *(Rule("*experts", name, name) for name in ("gate_up_proj_bias", "down_proj_bias")),
         Rule("*self_attn", "sinks", "sinks"),
-        *LLAMA.rules,
+        *LLAMA4.rules,
     ),
 )
 
@@ -215,6 +222,15 @@ WRAPPED = replace(
         ("language_model.", "model.language_model."),
     ),
     tied=("lm_head.weight", "model.language_model.embed_tokens.weight"),
+)
+
+# Llama 4's holds the whole language model, its head included.
+WITH_HEAD = replace(
+    LLAMA,
+    name="multimodal",
+    ignored=(*LLAMA.ignored, "vision_model.*", "multi_modal_projector.*"),
+    prefix="language_model.model.",
+    tied=("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
 )
 
 _GPT2_RULES = (
@@ -264,6 +280,11 @@ ANY = Family(
     ),
     ignored=LLAMA.ignored,
 )
+
+
+def within(own: Family, whole: Family) -> Family:
+    """The names of a decoder inside a model of images and texts."""
+    return replace(whole, stacks=own.stacks, rules=own.rules, moved=own.moved)
 
 
 def tensor_of(path: str, index: Sequence[int] = (), *, family: Family = ANY) -> Tensor:

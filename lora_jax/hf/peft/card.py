@@ -28,7 +28,7 @@ OF_WORDS = frozenset({"cls", "lm_head", "vocab_projector", "decoder"})
 _DECODERS = (("embed_tokens", "layers"), ("embed_in", "layers"), ("wte", "h"))
 
 # The start of the names of a decoder that is part of a model of images and texts.
-WRAPPED = "model.language_model."
+WRAPPED = ("model.language_model.", "language_model.model.")
 
 
 def parts_of(names: Iterable[str]) -> set[str]:

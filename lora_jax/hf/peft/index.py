@@ -168,9 +168,10 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
     """The config with adapted experts, gate beside up in one array, among `target_parameters`.
 
     transformers has such experts as parameters of one module; PEFT finds no module for each. Nor
-    does it take gpt-oss' router, no linear layer there, which lies beside experts with biases. Of
-    models that have other MLPs too it takes the names of their layers, and that of the router, for
-    those of experts: they are parameters here as well.
+    does it take the routers of gpt-oss, no linear layer there, which lies beside experts with
+    biases, and of Llama 4, which returns two results. Of models that have other MLPs too, in an
+    `mlp`, it takes the names of their layers, and that of the router, for those of experts: they
+    are parameters here as well.
 
     Raises:
       ValueError: the config has what PEFT does not have for parameters.
@@ -178,14 +179,12 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
     fused = {
         bare(path).removesuffix(".gate_up_proj") for path in leaves if bare(path).endswith(FUSED)
     }
-    routers = {
-        f"{module.removesuffix('experts')}router"
-        for path in leaves
-        if (module := bare(path).removesuffix(".gate_up_proj_bias")) in fused
-    }
+    biased = {bare(path).removesuffix(".gate_up_proj_bias") for path in leaves} & fused
+    llama4 = {module for module in fused if module.endswith(".feed_forward.experts")}
+    routers = {f"{module.removesuffix('experts')}router" for module in biased | llama4}
     modules = {module_of(bare(path)) for path in leaves} if fused else set()
     plain = {module for module in modules if module.rpartition(".")[0] not in fused}
-    beside = {module for module in plain if module.endswith(_TAKEN)}
+    beside = {module for module in plain if module.endswith(_TAKEN)} if fused != llama4 else set()
     if beside:
         routers |= beside | {module for module in modules if module.endswith(".mlp.gate")}
     entries: list[str] = []

@@ -133,8 +133,8 @@ def without_module(
     return {renamed[key]: tensor for key, tensor in tensors.items()}
 
 
-# What the names of one decoder begin with: inside a model of images and texts, inside one of
-# transformers before 4.52, and on its own.
+# What the names of one decoder begin with: inside a model of images and texts, inside Llama 4's or
+# one of transformers before 4.52, both with their head, and on its own.
 _PLACES = ("model.language_model.", "language_model.model.", "model.")
 _INSIDE = ("layers.", "embed_tokens.", "norm.")
 
@@ -157,12 +157,14 @@ def respelled(
     ours = _place(paths)
     if theirs is None or ours is None or theirs == ours:
         return config, dict(tensors)
+    inside = "language_model." if ours == _PLACES[1] else ""  # where our head is
 
     def name(text: str) -> str:
         if text.startswith(theirs):
             return ours + text.removeprefix(theirs)
-        # The old names had the head inside, too.
-        return text.removeprefix("language_model.") if "lm_head" in text else text
+        if "lm_head" not in text:
+            return text
+        return inside + text.removeprefix("language_model.")
 
     moved = {PREFIX + name(key.removeprefix(PREFIX)): x for key, x in tensors.items()}
     modules = dict.fromkeys(

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.hf.checkpoint import names
-from lora_jax.models.dialect import Dialect, Modules
+from lora_jax.models.dialect import Dialect, Modules, check_fixed
 from lora_jax.models.families import llama, qwen
 
 # `num_local_experts` is Mixtral's name, `num_experts` that of the others; transformers reads both.
 _COUNTS = ("num_local_experts", "num_experts")
+# Noise of a router in training, which is not supported.
+UNSHAKEN = {"router_jitter_noise": 0.0}
 FIELDS = (*_COUNTS, "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
 
 
@@ -43,10 +45,7 @@ def write_experts(config: Any, name: str) -> dict[str, Any]:
 
 
 def _read_mixtral(raw: Mapping[str, Any]) -> dict[str, Any]:
-    if raw.get("router_jitter_noise"):
-        raise ValueError(
-            f"config: `router_jitter_noise` = {raw['router_jitter_noise']!r} is not supported"
-        )
+    check_fixed(raw, UNSHAKEN)
     return {"sliding_window": raw.get("sliding_window"), **read_experts(raw, 8)}
 
 
@@ -162,7 +161,7 @@ def _write_olmoe(config: Any) -> dict[str, Any]:
 
 MIXTRAL = Dialect(
     architecture="MixtralForCausalLM",
-    fields=(*FIELDS, *llama.MISTRAL.fields, "router_jitter_noise"),
+    fields=(*FIELDS, *llama.MISTRAL.fields, *UNSHAKEN),
     read=_read_mixtral,
     write=_write_mixtral,
     names=names.MIXTRAL,

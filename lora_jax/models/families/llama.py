@@ -32,20 +32,29 @@ def _read_ministral(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_smollm3(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Despite its name, `no_rope_layers` has 1 for blocks that rotate."""
     if raw.get("use_sliding_window") or any(read_layer_types(raw, ())):
         raise ValueError("config: `use_sliding_window` is not supported for `smollm3`")
+    return {**_read_llama(raw), "rope_layers": read_rotating(raw)}
+
+
+def read_rotating(raw: Mapping[str, Any]) -> tuple[bool, ...]:
+    """For each block whether it rotates. Despite its name, `no_rope_layers` has 1 for those."""
     layers = raw.get("no_rope_layers")
     if layers is None:
         layers = all_but_every(raw["no_rope_layer_interval"], raw["num_hidden_layers"])
     if any(rotates not in (0, 1) for rotates in layers):
         raise ValueError(f"config: `no_rope_layers` must list 0 or 1, got {layers!r}")
-    return {**_read_llama(raw), "rope_layers": tuple(bool(rotates) for rotates in layers)}
+    return tuple(bool(rotates) for rotates in layers)
+
+
+def write_rotating(config: Any) -> dict[str, Any]:
+    """The reverse of `read_rotating`."""
+    rotates = config.rope_layers or (True,) * config.num_hidden_layers
+    return {"no_rope_layers": [int(x) for x in rotates]}
 
 
 def _write_smollm3(config: Any) -> dict[str, Any]:
-    rotates = config.rope_layers or (True,) * config.num_hidden_layers
-    return {**_write_llama(config), "no_rope_layers": [int(x) for x in rotates]}
+    return {**_write_llama(config), **write_rotating(config)}
 
 
 def _read_granite(raw: Mapping[str, Any]) -> dict[str, Any]:

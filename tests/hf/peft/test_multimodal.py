@@ -97,6 +97,14 @@ BASES = {
                        "patch_size": 4, "intermediate_size": 8, "deepstack_visual_indexes": [0],
                        "num_position_embeddings": 16},
     ),
+    "llama4": dict(
+        model_type="llama4", auto=AUTO, image_token_index=39, boi_token_index=38,
+        eoi_token_index=37,
+        text_config={**TEXT, "intermediate_size_mlp": 20, "num_local_experts": 2,
+                     "interleave_moe_layer_step": 2, "attention_chunk_size": 4, "pad_token_id": 0},
+        vision_config={**VISION, "vision_output_dim": 8, "projector_input_dim": 8,
+                       "projector_output_dim": 8, "pixel_shuffle_ratio": 0.5},
+    ),
     "mistral3": dict(
         model_type="mistral3", auto=AUTO, image_token_index=39, spatial_merge_size=1,
         text_config={**TEXT, "model_type": "mistral"},
@@ -104,7 +112,7 @@ BASES = {
     ),
 }  # fmt: skip
 # The others have the same names: adapters of these go to PEFT and back.
-BOTH_WAYS = ("gemma3", "llava", "mistral3", "qwen2_vl")
+BOTH_WAYS = ("gemma3", "llama4", "llava", "mistral3", "qwen2_vl")
 REGEX = r".*language_model.*(q_proj|v_proj)"
 
 
@@ -151,7 +159,8 @@ def test_adapters_both_ways(kind, made, tmp_path):
     want = ours(base, params)
     close(peft_reads(name, tmp_path / "ours", there.model, torch_logits), want)
     targets = json.loads((tmp_path / "ours" / CONFIG).read_text())["target_modules"]
-    assert targets and all(t.startswith("model.language_model.layers.") for t in targets)
+    place = "language_model.model." if kind == "llama4" else "model.language_model."
+    assert targets and all(t.startswith(f"{place}layers.") for t in targets)
     check_merged(kind, base, params, want, tmp_path)
 
 
@@ -191,6 +200,25 @@ def test_other_names_of_the_same_decoder(start, gemma, tmp_path):
     fields["rank_pattern"] = {rf"^{start}layers.1.self_attn.q_proj".replace(".", r"\."): 3}
     (tmp_path / CONFIG).write_text(json.dumps(fields))
     again, _ = load_peft(tmp_path, gemma.apply, gemma.params, TOKENS)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_an_adapter_of_llama4s_text_model_in_the_whole_model(made, tmp_path):
+    """With the head, which the whole model has inside."""
+    base = lora.models.load(made("llama4").directory)
+    config = lora.LoraConfig(
+        rank=2, target_modules=("q_proj",), modules_to_save=("lm_head",), alpha=3
+    )
+    params = trained(base, config)
+    save_peft(tmp_path, params, config)
+    tensors = load_file(tmp_path / TENSORS)
+    assert "base_model.model.language_model.lm_head.weight" in tensors
+    moved = {k.replace("model.language_model.", "model.", 1): x for k, x in tensors.items()}
+    save_file(moved, tmp_path / TENSORS)
+    fields = json.loads((tmp_path / CONFIG).read_text())
+    fields |= {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    (tmp_path / CONFIG).write_text(json.dumps(fields))
+    again, _ = load_peft(tmp_path, base.apply, base.params, TOKENS)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
