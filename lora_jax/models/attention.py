@@ -161,7 +161,7 @@ def starts_of(segments: Int[AnyArray, "b t"]) -> Int[Array, "b t"]:
 def pieces_of(
     mask: Bool[AnyArray, "b t"] | None,
     segments: Int[AnyArray, "b t"] | None,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     size: int | None,
 ) -> Int[Array, "b t"]:
     """Segments of at most so many tokens that the texts of a row are cut into.
