@@ -60,7 +60,8 @@ def spell(key_path: Sequence) -> str:
 def _is_wrapper(key: Any) -> bool:
     if isinstance(key, jax.tree_util.GetAttrKey):
         return key.name in _WRAPPERS
-    return isinstance(key, jax.tree_util.FlattenedIndexKey)
+    # The first leaf of a class that names none; the others keep their numbers.
+    return isinstance(key, jax.tree_util.FlattenedIndexKey) and key.key == 0
 
 
 def module_of(path: str) -> str:

@@ -23,6 +23,21 @@ class Layer:
     weight: Any
 
 
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass
+class Unnamed:
+    """As many libraries register a class: its leaves have numbers alone."""
+
+    leaves: tuple
+
+    def tree_flatten(self):
+        return self.leaves, None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        return cls(tuple(leaves))
+
+
 def spelled(tree) -> list[str]:
     return [paths.spell(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
@@ -46,6 +61,11 @@ ONE = jnp.ones(())
 )
 def test_spell(tree, want: str):
     assert spelled(tree) == [want]
+
+
+def test_leaves_without_names_have_paths_of_their_own():
+    inner = Unnamed((ONE, ONE))
+    assert spelled({"a": Unnamed((inner, ONE, inner))}) == ["a", "a.0.1", "a.1", "a.2", "a.2.1"]
 
 
 def test_spell_nnx_state():
