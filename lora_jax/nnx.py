@@ -193,7 +193,13 @@ class Adapted(nnx.Module):
                 name=name,
             ) from None
         bound = inspect.ismethod(found) and found.__self__ is self.base
-        return functools.partial(self.call, name) if bound else found
+        return self._method(name, found) if bound else found
+
+    def _method(self, name: str, found: Callable) -> Callable:
+        """A method of the base with the adapters on; trainers look at its signature."""
+        method = functools.partial(self.call, name)
+        method.__signature__ = inspect.signature(found)  # pyright: ignore[reportAttributeAccessIssue]
+        return method
 
     def __setattr__(self, name: str, value: Any) -> None:
         # What is read from the base is set there: `eval()` sets `deterministic` wherever it is.
@@ -217,8 +223,10 @@ class Adapted(nnx.Module):
         trained = {name: x.get_value() for name, x in self.adapters[_name(path)].items()}
         return make_leaf(self.plan, planned, w, **trained)
 
-    def __call__(self, *args, **kwargs) -> Any:
-        return self.call("__call__", *args, **kwargs)
+    @property
+    def __call__(self) -> Callable:
+        """The base's call with the adapters on: a property, as each base has its own signature."""
+        return self._method("__call__", self.base.__call__)
 
     def call(self, method: str, *args, lora_key: PRNGKeyArray | None = None, **kwargs) -> Any:
         """Calls any method of the base with the adapters on.

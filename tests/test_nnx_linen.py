@@ -1,5 +1,6 @@
 """linen and NNX modules to functions and back: state kept, adapters inside, called as before."""
 
+import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -148,6 +149,16 @@ def test_the_base_s_methods_run_with_the_adapters(encoder):
     close(encoder.head(hidden), encoder.base.head(hidden))
     with pytest.raises(AttributeError, match="'Encoder' object has no attribute 'pool'"):
         encoder.call("pool", X)
+
+
+def test_a_method_has_the_base_s_signature():
+    # Trainers ask it what a model takes (google-tunix, for its segments).
+    module = NnxNet(nnx.Rngs(0))
+    model = lora.nnx.adapt(module, CONFIG, X, key=jax.random.key(0))
+    for name in ("__call__", "features"):
+        found = inspect.signature(getattr(model, name))
+        assert found == inspect.signature(getattr(module, name)), name
+    assert callable(model) and list(inspect.signature(model.features).parameters) == ["x"]
 
 
 def test_what_is_read_from_the_base_is_set_there(encoder):
