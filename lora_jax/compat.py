@@ -114,10 +114,10 @@ def check_installed(*packages: str) -> None:
 
 
 def _not_installed(package: str) -> ModuleNotFoundError:
-    extra = next((f"[{e}]" for e, packages in EXTRAS.items() if package in packages), "")
-    return ModuleNotFoundError(
-        f"`{package}` is not installed: pip install 'lora-jax{extra}'", name=package
-    )
+    extras = (f"'lora-jax[{e}]'" for e, packages in EXTRAS.items() if package in packages)
+    # What is in no extra comes with the package whose files are read, such as h5py with Keras.
+    wanted = next(extras, package)
+    return ModuleNotFoundError(f"`{package}` is not installed: pip install {wanted}", name=package)
 
 
 def name_of(eqn: Any) -> str:

@@ -12,6 +12,8 @@ from lora_jax.hf.gguf.lora_read import load_gguf_lora as load_gguf_lora
 from lora_jax.hf.gguf.lora_read import read_gguf_lora as read_gguf_lora
 from lora_jax.hf.gguf.lora_write import save_gguf_lora as save_gguf_lora
 from lora_jax.hf.gguf.names import read_base as read_base
+from lora_jax.hf.keras import load_keras_lora as load_keras_lora
+from lora_jax.hf.keras import save_keras_lora as save_keras_lora
 from lora_jax.hf.mlx import load_mlx as load_mlx
 from lora_jax.hf.mlx import read_mlx as read_mlx
 from lora_jax.hf.mlx import save_mlx as save_mlx

@@ -111,6 +111,14 @@ def test_keras_hub_backbone():
     assert found["merge_difference"] < CLOSE < 0.1 < found["moved"]
 
 
+def test_keras_hub_lora():
+    found = figures_of("keras_hub_lora", "keras", "keras-hub")
+    differences = found["read_difference"], found["written_difference"]
+    assert max(differences) < CLOSE < 1 < min(found["moved"])
+    # The query's A for all heads takes as many ranks there as a head has numbers.
+    assert found["rank"] == 32 // 4
+
+
 def test_a_changed_call_is_named(monkeypatch, tmp_path):
     from tests.support import integrations
 
