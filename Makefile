@@ -6,6 +6,7 @@ VENV_CORE ?= .venv312
 VENV_AOT ?= .venv-aot
 VENV_INTEGRATIONS ?= .venv-integrations
 VENV_TUNIX ?= .venv-tunix
+VENV_312 ?= .venv-integrations312
 AOT_WHEELS ?= .aot-wheels
 PYTEST_ARGS ?= -n 2 --dist loadfile -q
 # The versions of constraints.txt; torch as its build for CPUs.
@@ -21,7 +22,7 @@ IN = $(VENV)/bin/
 unexport PYTHONDONTWRITEBYTECODE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo check test test-all test-core integrations integrations-quick oracles mutants lint format docs aot aot-quick aot-wheels clean
+.PHONY: help demo check test test-all test-core integrations integrations-quick integrations312 oracles mutants lint format docs aot aot-quick aot-wheels clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,8 +62,12 @@ test-core: $(VENV_CORE)/.stamp-core  ## what depends on the release of JAX, in a
 # A newer package: install it into $(VENV_INTEGRATIONS) and run this again.
 integrations: $(VENV_INTEGRATIONS)/.stamp $(VENV_TUNIX)/.stamp  ## programs of examples/integrations with the packages they are for
 	LORA_JAX_INTEGRATIONS=1 $(VENV_INTEGRATIONS)/bin/python -m pytest -q tests/integrations \
-		--ignore tests/integrations/test_tunix.py
+		--ignore tests/integrations/test_tunix.py --ignore tests/integrations/test_vllm.py \
+		--ignore tests/integrations/test_python312.py
 	LORA_JAX_INTEGRATIONS=1 $(VENV_TUNIX)/bin/python -m pytest -q -p no:xdist tests/integrations/test_tunix.py
+
+integrations312: $(VENV_312)/.stamp  ## the same for gemma, with PYTHON=python3.12
+	LORA_JAX_INTEGRATIONS=1 $(VENV_312)/bin/python -m pytest -q -p no:xdist tests/integrations/test_python312.py
 
 # Those whose packages the test environment has.
 integrations-quick: $(VENV)/.stamp-test  ## the programs of make integrations that need no other environment
@@ -155,6 +160,14 @@ $(VENV_TUNIX)/.stamp: pyproject.toml constraints.txt tests/integrations/requirem
 	$(PYTHON) -m venv $(VENV_TUNIX)
 	$(VENV_TUNIX)/bin/pip install -q -c constraints.txt setuptools
 	$(VENV_TUNIX)/bin/pip install -q --no-build-isolation -e . -r tests/integrations/requirements-tunix.txt
+	@touch $@
+
+$(VENV_312)/.stamp: pyproject.toml constraints-py312.txt tests/integrations/requirements-312.txt
+	$(PYTHON) -m venv $(VENV_312)
+	$(VENV_312)/bin/pip install -q -c constraints-py312.txt setuptools
+	$(VENV_312)/bin/pip install -q -c constraints-py312.txt --no-build-isolation -e '.[core-test]' \
+		-r tests/integrations/requirements-312.txt
+	$(VENV_312)/bin/pip install -q --no-deps gemma==4.0.1 kauldron==1.4.4
 	@touch $@
 
 $(VENV_AOT)/.stamp-aot: pyproject.toml constraints.txt | $(VENV)/bin/python

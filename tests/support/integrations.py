@@ -30,7 +30,10 @@ def figures_of(name: str, *packages: str) -> dict[str, Any]:
     path = PROGRAMS / f"{name}.py"
     versions = {package: metadata.version(package) for package in (*packages, "jax", "lora-jax")}
     try:
-        figures = runpy.run_path(str(path))["main"]()
+        # As for `python PATH`: what programs share lies beside them.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(path.parent)
+            figures = runpy.run_path(str(path))["main"]()
     except Exception as error:
         pytest.fail(changed_call(path, error, versions))
     record = {
