@@ -8,8 +8,8 @@ import ast
 
 import pytest
 from safetensors import safe_open
-from vllm.config.lora import LoRAConfig
-from vllm.lora.peft_helper import PEFTHelper
+from vllm.config.lora import LoRAConfig  # pyright: ignore[reportMissingImports]
+from vllm.lora.peft_helper import PEFTHelper  # pyright: ignore[reportMissingImports]
 
 import lora_jax as lora
 from lora_jax.array import leaves_by_path
