@@ -73,7 +73,7 @@ def marked(cases, *, slow) -> list:
 # What is compiled once and run once: the laws are about mathematics, not about LLVM's tuning.
 QUICK = {"xla_backend_optimization_level": 0}
 TEXT = re.compile(
-    r"`(?P<path>[^`]+)` has no low-rank form in `(?P<primitive>\w+)` at (?P<line>.+?): "
+    r"`(?P<path>[^`]+)` has no low-rank form in `(?P<primitive>[\w-]+)` at (?P<line>.+?): "
 )
 
 

@@ -198,6 +198,9 @@ CASES = (
          frozenset({("w", "scatter")})),
     Case("row_applied", _one(lambda w, x: x @ w.at[2].apply(jnp.tanh), 8, 6), {"w": "io"},
          frozenset({("w", "scatter")}), reverse=False),
+    Case("experts_added_to_others", _one(lambda w, x: jnp.einsum("btd,edf->btef", x,
+        jnp.zeros((2, 8, 6)).at[jnp.array([0, 1, 0])].add(w)), 3, 8, 6), {"w": "sio"},
+        frozenset({("w", "scatter-add")}), config={"roles": {"w": "sio"}}),
     Case("diagonal_placed", _one(lambda w, x: x @ jnp.zeros((8, 8)).at[
         jnp.arange(8), jnp.arange(8)].set(w[:, 0]), 8, 6), {"w": "io"},
         config={"roles": {"w": "io"}}),

@@ -39,6 +39,7 @@ FAULTS = [
         ('partial(lax.scatter, mode=params["mode"])', "partial(lax.scatter)"),
         ('partial(lax.scatter_add, mode=params["mode"])', "partial(lax.scatter_add)"),
         ('if params["update_jaxpr"] is not None:', "if False:"),
+        ('- {role} | {role} & {"s"}', "- {role}"),
     ),
     *in_file(
         "transform/lorafy.py",
