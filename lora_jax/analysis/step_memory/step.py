@@ -36,7 +36,7 @@ from lora_jax.train.evaluate import lora_loss
 from lora_jax.train.loss import TOGETHER, Rows, cross_entropy
 from lora_jax.train.step import TrainState, init_state, make_step, split_full
 from lora_jax.transform.lorafy import lorafy
-from lora_jax.tree import combine, init, split
+from lora_jax.tree import combine, init, split, trained_and_frozen
 
 OptimizerName = Literal["adamw", "lion", "momentum", "sgd"]
 
@@ -355,7 +355,7 @@ def spread(step: AbstractStep, settings: StepSettings) -> Spread:
     if settings.adapter is None:
         trainable, frozen = params, step.frozen
     else:
-        trainable, frozen = split(params)
+        trainable, frozen = trained_and_frozen(params)
     copied: Any = PartitionSpec()
     moments = optax.tree_utils.tree_map_params(
         settings.tx,
