@@ -41,7 +41,8 @@ def join(
       process_id: the number of this one, from 0.
 
     Raises:
-      ValueError: only some of the arguments are given, or there is no scheduler that JAX detects.
+      ValueError: only some of the arguments are given, the number is none of a process, or there is
+        no scheduler that JAX detects.
       RuntimeError: JAX has started its devices already, or the other processes do not come.
     """
     given = {"coordinator": coordinator, "processes": processes, "process_id": process_id}
@@ -51,6 +52,11 @@ def join(
                 f"`{missing[0]}` is missing: give `coordinator`, `processes` and `process_id`, or "
                 "none of them where a scheduler (SLURM, Open MPI, Kubernetes, a TPU pod) has them"
             )
+    if processes is not None and process_id is not None and not 0 <= process_id < processes:
+        raise ValueError(
+            f"`process_id` is {process_id}, and `processes` is {processes}: the processes are "
+            "numbered from 0 to one less than there are"
+        )
     # JAX's handler of SIGTERM would swallow the signal while a model loads; `fit` has its own.
     jax.config.update("jax_enable_preemption_service", False)
     try:

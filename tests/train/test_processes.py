@@ -199,6 +199,8 @@ def test_a_mesh_that_does_not_fit_is_refused_by_all(tmp_path, mesh, batch, expec
     [
         (dict(coordinator="localhost:1"), "`processes` is missing: give `coordinator`"),
         (dict(coordinator="localhost:1", processes=2), "`process_id` is missing"),
+        (dict(coordinator="localhost:1", processes=2, process_id=2), "`process_id` is 2, and"),
+        (dict(coordinator="localhost:1", processes=0, process_id=0), "and `processes` is 0: the"),
     ],
 )
 def test_half_a_description_of_the_processes_is_refused(arguments, expected):
