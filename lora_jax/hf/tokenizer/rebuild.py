@@ -133,7 +133,7 @@ def rebuild(
     if kind != its.model:
         _warn(name, f"a model of kind {its.model} in place of {kind}")
         return None, backend
-    backend = _without_undeclared(backend, settings)
+    backend = _without_added(backend, settings)
     characters = _characters(_state(backend.normalizer))
     parts = its.parts(Given(settings, {**its.special, **named}, characters))
     for field in ("normalizer", "pre_tokenizer", "decoder"):
@@ -143,21 +143,20 @@ def rebuild(
     return its, backend
 
 
-def _without_undeclared(backend: Any, settings: Mapping[str, Any]) -> Any:
-    """The backend without the added tokens that tokenizer_config.json's list, if any, has not.
+def _without_added(backend: Any, settings: Mapping[str, Any]) -> Any:
+    """The backend without its added tokens, where tokenizer_config.json has a list of others.
 
-    A class takes the vocabulary from tokenizer.json, and the added tokens from that list.
+    A class takes the vocabulary from tokenizer.json, and the added tokens from that list, which
+    are added to what this returns.
     """
     declared = settings.get("added_tokens_decoder")
     if not isinstance(declared, Mapping):
         return backend
     there = backend.get_added_tokens_decoder()
     lost = {number: x.content for number, x in there.items() if str(number) not in declared}
-    if not lost:
-        return backend
     first = backend.get_vocab_size(with_added_tokens=False)
     fresh = min((number for number in lost if number >= first), default=None)
-    if fresh is not None and any(number > fresh for number in there.keys() - lost.keys()):
+    if fresh is not None and any(n.isdecimal() and int(n) > fresh for n in declared):
         warnings.warn(
             f"tokenizer.json has added tokens, such as {lost[fresh]!r}, that the list in "
             "tokenizer_config.json has not: transformers leaves them out and numbers those after "
@@ -165,8 +164,10 @@ def _without_undeclared(backend: Any, settings: Mapping[str, Any]) -> Any:
             stacklevel=4,
         )
         return backend
-    state = json.loads(backend.to_str())
-    state["added_tokens"] = [x for x in state["added_tokens"] if x["id"] not in lost]
+    plain = {n for n, x in declared.items() if isinstance(x, Mapping) and not x.get("special")}
+    if not lost and not any(x.special and str(n) in plain for n, x in there.items()):
+        return backend
+    state = {**json.loads(backend.to_str()), "added_tokens": []}
     return require("tokenizers").Tokenizer.from_str(json.dumps(state))
 
 

@@ -146,6 +146,14 @@ def test_added_tokens_that_the_list_has_not(tmp_path, name):
     assert_same(f"{name}.not listed", write(tmp_path, backend, settings))
 
 
+def test_a_list_may_make_an_added_token_plain(tmp_path):
+    names = {"bos_token": "<s>", "unk_token": "<unk>", "eos_token": "</s>"}
+    listed = {"3": {"content": "<pad>", "special": False, "normalized": False}}
+    settings = {"tokenizer_class": "LlamaTokenizer", **names, "added_tokens_decoder": listed}
+    ours = from_directory(write(tmp_path, backend_of("sentencepiece"), settings))
+    assert ours.decode([3]) == "<pad>"
+
+
 def test_added_tokens_without_which_others_would_have_other_ids(tmp_path):
     backend = backend_of("sentencepiece")
     backend.add_tokens(["<|b|>", "<mask>"])
