@@ -1,10 +1,12 @@
-"""Building a tokenizer from the vocabulary, merges and token types in a GGUF file.
+"""Building a tokenizer from the vocabulary, merges or scores, and token types in a GGUF file.
 
-How text is split before merging is not in the file: `tokenizer.ggml.pre` has llama.cpp's name for
-it. An unknown name is an error, because another split gives other tokens.
+How byte-level BPE splits text before merging is not in the file: `tokenizer.ggml.pre` has
+llama.cpp's name for it. An unknown name is an error, because another split gives other tokens.
+SentencePiece (Llama 2, Mistral, Gemma) splits nothing; the piece of the highest score is merged
+first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from lora_jax.compat import require
 
 # llama.cpp's token types. Both kinds are cut out of a text before it is split.
 _CONTROL, _USER_DEFINED = 3, 4
+_SPACE = "\u2581"  # SentencePiece's sign for a space
 
 # The expressions of the models' own tokenizer.json: digits in groups of three, and singly.
 _LLAMA3 = (
@@ -61,10 +64,13 @@ def build(metadata: Mapping[str, Any], *, path: Path) -> Any:
       ValueError: a kind or split that is not known, or tables that do not belong together.
     """
     kind = metadata["tokenizer.ggml.model"]
+    if kind == "llama":
+        return _sentence_pieces(metadata, path)
     if kind != "gpt2":
         raise ValueError(
             f"{path}: a tokenizer of kind `{kind}` cannot be built from a GGUF file, only `gpt2` "
-            "(byte-level BPE); load the model from its Hugging Face directory"
+            "(byte-level BPE) and `llama` (SentencePiece); load the model from its Hugging Face "
+            "directory"
         )
     name = str(metadata.get("tokenizer.ggml.pre"))
     # No default: a wrong split gives valid tokens that the model never saw.
@@ -93,6 +99,67 @@ def _byte_level(metadata: Mapping[str, Any], split: Split, path: Path) -> Any:
         tokenizer.normalizer = library.normalizers.NFC()
     tokenizer.pre_tokenizer = _pre_tokenizer(split)
     tokenizer.decoder = library.decoders.ByteLevel()
+    _add_special(tokenizer, metadata, tokens, path)
+    plain = library.processors.ByteLevel(trim_offsets=False)
+    around = _around(metadata, tokens, bos=split.bos)
+    tokenizer.post_processor = (
+        plain if around is None else library.processors.Sequence([plain, around])
+    )
+    return tokenizer
+
+
+def _sentence_pieces(metadata: Mapping[str, Any], path: Path) -> Any:
+    """Source: llama.cpp's `llm_tokenizer_spm`, and transformers' `generate_merges`."""
+    library = require("tokenizers")
+    tokens = _texts(metadata, "tokens", path)
+    found = metadata.get("tokenizer.ggml.scores")
+    scores = [x for x in found if isinstance(x, int | float)] if isinstance(found, list) else []
+    if len(scores) != len(tokens):
+        raise ValueError(f"{path}: the tokenizer does not give every token its score")
+    unknown = special_token(metadata, tokens, "unknown_token_id")
+    tokenizer = library.Tokenizer(
+        library.models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=_merges_of(tokens, scores),
+            unk_token=tokens[0] if unknown is None else unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    normalizers, decoders = library.normalizers, library.decoders
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", _SPACE)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(_SPACE), spaces] if prefix else [spaces]
+    )
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(
+        [*steps, decoders.Strip(content=" ", left=1)] if prefix else steps
+    )
+    _add_special(tokenizer, metadata, tokens, path)
+    around = _around(metadata, tokens, bos=True)
+    if around is not None:
+        tokenizer.post_processor = around
+    return tokenizer
+
+
+def _merges_of(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """The pairs of tokens that make a token, that of the highest score first."""
+    numbers = {token: i for i, token in enumerate(tokens)}
+    found = [
+        (-score, number, token[:cut], token[cut:])
+        for number, (token, score) in enumerate(zip(tokens, scores, strict=True))
+        for cut in range(1, len(token))
+        if token[:cut] in numbers and token[cut:] in numbers
+    ]
+    return [(left, right) for _, _, left, right in sorted(found, key=lambda each: each[:2])]
+
+
+def _add_special(
+    tokenizer: Any, metadata: Mapping[str, Any], tokens: list[str], path: Path
+) -> None:
+    """Adds the tokens that are cut out of a text before it is split."""
+    library = require("tokenizers")
     types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise ValueError(f"{path}: the tokenizer does not give every token its type")
@@ -105,20 +172,22 @@ def _byte_level(metadata: Mapping[str, Any], split: Split, path: Path) -> Any:
                 if its == kind
             ]
         )
-    tokenizer.post_processor = _post_processor(metadata, tokens, split)
-    return tokenizer
+
+
+def _texts(metadata: Mapping[str, Any], name: str, path: Path) -> list[str]:
+    """A list of texts, none of them twice among tokens."""
+    texts = metadata.get(f"tokenizer.ggml.{name}", [])
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{path}: the tokenizer's {name} are not a list of texts")
+    if not texts:
+        raise ValueError(f"{path}: the tokenizer lacks its {name}")
+    if name == "tokens" and len(set(texts)) < len(texts):
+        raise ValueError(f"{path}: the tokenizer has the same token twice")
+    return texts
 
 
 def _tables(metadata: Mapping[str, Any], path: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
-    merges: list[str] = metadata.get("tokenizer.ggml.merges", [])
-    for table in (tokens, merges):
-        if not isinstance(table, list) or not all(isinstance(t, str) for t in table):
-            raise ValueError(f"{path}: the tokenizer's tokens or merges are not lists of text")
-    if not tokens or not merges:
-        raise ValueError(f"{path}: the tokenizer lacks its tokens or its merges")
-    if len(set(tokens)) < len(tokens):
-        raise ValueError(f"{path}: the tokenizer has the same token twice")
+    tokens, merges = (_texts(metadata, name, path) for name in ("tokens", "merges"))
     known, pairs = set(tokens), []
     for merge in merges:
         # Byte-level tokens hold no space: it is written "Ġ".
@@ -146,21 +215,22 @@ def _pre_tokenizer(split: Split) -> Any:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
 
 
-def _post_processor(metadata: Mapping[str, Any], tokens: list[str], split: Split) -> Any:
-    """Byte-level offsets, and BOS or EOS around a text where the file's flags add them."""
+def _around(metadata: Mapping[str, Any], tokens: list[str], *, bos: bool) -> Any:
+    """BOS or EOS around a text, where the file's flags add them; None for neither.
+
+    `bos` says whether BOS is added where the file does not.
+    """
     processors = require("tokenizers").processors
 
     def token_around(name: str, default: bool) -> str | None:
         add = metadata.get(f"tokenizer.ggml.add_{name}_token", default)
         return special_token(metadata, tokens, f"{name}_token_id") if add else None
 
-    bos, eos = token_around("bos", split.bos), token_around("eos", False)
-    plain = processors.ByteLevel(trim_offsets=False)
-    if bos is None and eos is None:
-        return plain
-    around = [t for t in (bos, eos) if t is not None]
-    single = " ".join(t for t in (bos and f"{bos}:0", "$A:0", eos and f"{eos}:0") if t)
-    template = processors.TemplateProcessing(
+    first, last = token_around("bos", bos), token_around("eos", False)
+    if first is None and last is None:
+        return None
+    around = [t for t in (first, last) if t is not None]
+    single = " ".join(t for t in (first and f"{first}:0", "$A:0", last and f"{last}:0") if t)
+    return processors.TemplateProcessing(
         single=single, special_tokens=[(t, tokens.index(t)) for t in around]
     )
-    return processors.Sequence([plain, template])
