@@ -187,18 +187,24 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
     beside = {module for module in plain if module.endswith(_TAKEN)} if fused != llama4 else set()
     if beside:
         routers |= beside | {module for module in modules if module.endswith(".mlp.gate")}
-    entries: list[str] = []
+    named: dict[str, list[str]] = {}  # the end of parameters' names -> the adapted ones
+    partly = set()  # the ends of those of which a layer, of any stack, has no adapter
     for path, leaf in leaves.items():
         module = bare(path).rpartition(".")[0]
-        if module not in fused | routers or not isinstance(leaf, LoraArray):
+        if module not in fused | routers:
+            continue
+        parameter, depth = their_parameter(bare(path)), names.stack_depth(module)
+        short = ".".join((*module.split(".")[-2:], parameter))
+        if not isinstance(leaf, LoraArray):
+            partly.add(short)
             continue
         if parameters_of(path, leaf, config):
             continue
-        parameter, depth = their_parameter(bare(path)), names.stack_depth(module)
         ranks = {row.layer[:depth]: row.rank for row in _rows(path, leaf, config)}
-        named = [f"{names.module_name(module, at)}.{parameter}" for at, r in ranks.items() if r]
-        short = ".".join((*module.split(".")[-2:], parameter))
-        entries += [short] if len(named) == len(ranks) else named
+        own = [f"{names.module_name(module, at)}.{parameter}" for at, r in ranks.items() if r]
+        partly |= {short} if len(own) < len(ranks) else set()
+        named[short] = [*named.get(short, ()), *own]
+    entries = [x for end, own in named.items() for x in (own if end in partly else [end])]
     for name in NOT_FOR_PARAMETERS if entries else ():
         if getattr(config, name):
             raise ValueError(

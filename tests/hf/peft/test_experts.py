@@ -139,8 +139,6 @@ def rows(cases, quick):
         pytest.param(family, case, marks=() if (family, case) in quick else pytest.mark.slow)
         for family in FAMILIES
         for case in cases
-        # Not yet: PEFT finds other modules than ours in one layer of two with shared experts.
-        if (family, case) != ("qwen3_next", "one layer")
     ]
 
 
