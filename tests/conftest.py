@@ -88,7 +88,9 @@ MOST_COMPILED = 1 << 29
 MOST_RESIDENT = 3 << 30
 # All tests of a file are slow.
 SLOW_FILE = re.compile(r"^pytestmark = [^\]]*?pytest\.mark\.slow", re.MULTILINE)
-TORCH_IMPORT = re.compile(r"^(import|from) (torch|peft|transformers)\b", re.MULTILINE)
+TORCH_IMPORT = re.compile(
+    r"^(import|from) (torch|peft|transformers|tests\.support\.quantized_files)\b", re.MULTILINE
+)
 
 
 def _needs_torch(path: Path) -> bool:
