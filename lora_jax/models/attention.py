@@ -32,8 +32,8 @@ class Kept(NamedTuple):
       convs, states: of the blocks with a delta net, see `lora_jax.models.delta_net`; None without.
     """
 
-    keys: Float[Array, "l b s k h"]
-    values: Float[Array, "l b s k h"]
+    keys: Any
+    values: Any
     convs: Float[Array, "m b w c"] | None = None
     states: Float[Array, "m b n k v"] | None = None
 
@@ -42,21 +42,24 @@ class Cache(NamedTuple):
     """What is kept of the tokens so far: keys and values, filled from the left, and delta nets'.
 
     A call writes its T tokens at positions `length .. length + T`; the caller makes the cache long
-    enough. Positions that hold padding are never attended to.
+    enough. Positions that hold padding are never attended to. Where blocks that slide have keys of
+    other sizes (`Mixing.apart`), keys and values are those of each kind, by whether they slide.
     """
 
-    keys: Float[Array, "l b s k h"]
-    values: Float[Array, "l b s k h"]
+    keys: Float[Array, "l b s k h"] | dict[bool, Array]
+    values: Float[Array, "l b s k h"] | dict[bool, Array]
     valid: Bool[Array, "b s"]
     length: Int[Array, ""]
     convs: Float[Array, "m b w c"] | None = None
     states: Float[Array, "m b n k v"] | None = None
 
 
-# None without a cache.
+# None without a cache; but where blocks share keys (`Mixing.shared`), those of the last block that has
+# its own, by whether it slides.
 Stored = Kept | None
 
 # (queries, keys, values, stored=, block=) -> (mixed values, stored); `block` is the block's number.
+# Keys and values are None in a block that shares those of another.
 # Where heads have sinks, `with_sinks(queries, sinks)` is what stands for the queries.
 Attend = Callable[..., tuple[Array, Stored]]
 
@@ -225,13 +228,17 @@ def _without_cache(
 
         def attend(
             q: Float[Array, "b t n hq"],
-            k: Float[Array, "b t k h"],
-            v: Float[Array, "b t k h"],
+            k: Float[Array, "b t k h"] | None,
+            v: Float[Array, "b t k h"] | None,
             *,
             stored: Stored,
             block: Int[Array, ""],
         ) -> tuple[Float[Array, "b t n h"], Stored]:
             q, k = _turned(q, k, turn, mixing)
+            if stored is not None and k is not None:
+                stored = Kept({**stored.keys, slides: k}, {**stored.values, slides: v})
+            elif stored is not None:
+                k, v = stored.keys[slides], stored.values[slides]
             kernel = kernels.kernel_for(
                 wanted, q, real, texts, slides=slides, window=mixing.window,
                 scale=mixing.scale, softcap=mixing.softcap, sinks=mixing.sinks, over=over,
@@ -267,6 +274,9 @@ def _with_cache(
     # How many slots each key lies before each query, (t, s); negative ones come after it.
     back = start + jnp.arange(count)[:, None] - jnp.arange(valid.shape[1])
     place = among([slides is not None for slides in mixing.slides])
+    if mixing.apart:
+        places = _places(mixing)
+        place = lambda block: places[block]
     together = None
     if mixing.chunked:
         pieces = pieces_of(valid, None, valid.shape, mixing.window)
@@ -283,30 +293,44 @@ def _with_cache(
         # the whole of it would be copied for every token.
         def attend(
             q: Float[Array, "b t n hq"],
-            k: Float[Array, "b t k h"],
-            v: Float[Array, "b t k h"],
+            k: Float[Array, "b t k h"] | None,
+            v: Float[Array, "b t k h"] | None,
             *,
             stored: Kept,
             block: Int[Array, ""],
         ) -> tuple[Float[Array, "b t n h"], Stored]:
             q, k = _turned(q, k, turn, mixing)
+            before: tuple[Any, Any] = (stored.keys, stored.values)
+            kept = tuple(old[slides] for old in before) if mixing.apart else before
             number = place(block)
-            at = (number, 0, start, 0, 0)
-            keys, values = (
-                lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
-                for old, new in ((stored.keys, k), (stored.values, v))
-            )
+            if k is not None:
+                at = (number, 0, start, 0, 0)
+                kept = tuple(
+                    lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
+                    for old, new in zip(kept, (k, v), strict=True)
+                )
             # This block's, (b, s, k, h).
             own_keys, own_values = (
-                lax.dynamic_index_in_dim(kept, number, keepdims=False).astype(q.dtype)
-                for kept in (keys, values)
+                lax.dynamic_index_in_dim(x, number, keepdims=False).astype(q.dtype) for x in kept
             )
             mixed = mix(q, own_keys, own_values, seen=seen, by=mixing)
-            return mixed, stored._replace(keys=keys, values=values)
+            if mixing.apart:
+                kept = tuple({**old, slides: x} for old, x in zip(before, kept, strict=True))
+            return mixed, stored._replace(keys=kept[0], values=kept[1])
 
         return attend
 
     return attend_of
+
+
+def _places(mixing: Mixing) -> Int[Array, " l"]:
+    """The place of each block's keys among those of blocks that slide as it does."""
+    counts, places = {True: 0, False: 0}, []
+    for block, slides in enumerate(mixing.slides):
+        if block < len(mixing.slides) - mixing.shared:
+            counts[slides] += 1
+        places.append(counts[slides] - 1)
+    return jnp.asarray(places, jnp.int32)
 
 
 def _near(
@@ -329,10 +353,14 @@ def with_sinks(q: Float[Array, "b t n h"], sinks: Float[Array, " n"]) -> Float[A
     return jnp.concatenate((q, last), axis=-1)
 
 
-def _turned(q: Array, k: Array, turn: Turn | None, mixing: Mixing) -> tuple[Array, Array]:
+def _turned(
+    q: Array, k: Array | None, turn: Turn | None, mixing: Mixing
+) -> tuple[Array, Array | None]:
     """Queries and keys by their places; what is behind a query is no part of a head."""
     if turn is None:
         return q, k
+    if k is None:
+        return turn(q, q)[0], None
     if not mixing.sinks:
         return turn(q, k)
     turned, k = turn(q[..., :-1], k)

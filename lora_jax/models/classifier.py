@@ -18,7 +18,8 @@ HEAD = "score"
 CLASSIFIER = "ForSequenceClassification"
 # Decoders of which transformers has no class with such a head.
 WITHOUT = (
-    "cohere", "cohere2", "ernie4_5", "glm4_moe", "glm4_moe_lite", "granite", "llama4_text", "olmoe",
+    "cohere", "cohere2", "ernie4_5", "gemma4_text", "glm4_moe", "glm4_moe_lite", "granite",
+    "llama4_text", "olmoe",
 )  # fmt: skip
 # Starts of the names of classes, where they are not those of the language models.
 _STARTS = {"Gemma3": "Gemma3Text"}

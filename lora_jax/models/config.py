@@ -12,6 +12,7 @@ from lora_jax.models.classifier import write_classes
 from lora_jax.models.delta_rule import DeltaSizes
 from lora_jax.models.dialect import (
     BEFORE,
+    Kind,
     Modules,
     Norms,
     Routing,
@@ -59,6 +60,18 @@ class LlamaConfig:
       num_attention_heads: query heads.
       num_key_value_heads: key and value heads; each serves as many query heads.
       head_dim: size of one head.
+      global_head_dim, num_global_key_value_heads: those in blocks that do not slide; None are the
+        same, of `num_global_key_value_heads` also where `global_head_dim` is set.
+      k_eq_v: in blocks that do not slide, values are the keys before norm and rotation.
+      v_norm: values are normalized head by head, without a scale.
+      num_kv_shared_layers: last blocks, which attend to the keys and values of the last one before
+        them that slides as they do.
+      wide_shared_mlp: the MLPs of those blocks are twice as wide.
+      per_layer_size: size of a vector that each block has for each token and multiplies into what
+        it adds last, see `lora_jax.models.beside`; None is none.
+      per_layer_vocab: rows of the table of those vectors.
+      layer_scalar: what a block returns is multiplied by a number of its own.
+      experts_beside: experts lie beside the MLP of every block, see `lora_jax.models.beside`.
       kv_lora_rank: size of the vector of a token that its keys and values are made of, see
         `lora_jax.models.latent`; None is a projection each.
       q_lora_rank: size of the one for the queries, or None.
@@ -146,6 +159,16 @@ class LlamaConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    global_head_dim: int | None = None
+    num_global_key_value_heads: int | None = None
+    k_eq_v: bool = False
+    v_norm: bool = False
+    num_kv_shared_layers: int = 0
+    wide_shared_mlp: bool = False
+    per_layer_size: int | None = None
+    per_layer_vocab: int = 0
+    layer_scalar: bool = False
+    experts_beside: bool = False
     kv_lora_rank: int | None = None
     q_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
@@ -279,6 +302,16 @@ class LlamaConfig:
         """Dimensions of a head that are rotated."""
         return self.qk_rope_head_dim or int(self.head_dim * self.partial_rotary_factor)
 
+    def rotary_dim_of(self, slides: bool) -> int:
+        """As `rotary_dim`, in blocks that slide or in others."""
+        return self.rotary_dim if slides or not self.global_head_dim else self.global_head_dim
+
+    def heads_of(self, slides: bool | None) -> tuple[int, int]:
+        """Key heads, and the size of a head, of blocks that slide or not."""
+        if slides is not False or self.global_head_dim is None:
+            return self.num_key_value_heads, self.head_dim
+        return self.num_global_key_value_heads or self.num_key_value_heads, self.global_head_dim
+
     @property
     def value_dim(self) -> int:
         """Dimensions of a head's values."""
@@ -295,9 +328,12 @@ class LlamaConfig:
         return self.linear_layers or (False,) * self.num_hidden_layers
 
     @property
-    def kinds(self) -> tuple[tuple[bool, bool], ...]:
-        """What decides the parameters of each block: whether it is dense, and linear."""
-        return tuple(zip(self.dense, self.linear, strict=True))
+    def kinds(self) -> tuple[Kind, ...]:
+        """What decides the parameters of each block."""
+        slides = self.mixing.slides if self.global_head_dim else (None,) * self.num_hidden_layers
+        first = self.num_hidden_layers - self.num_kv_shared_layers
+        each = enumerate(zip(self.dense, self.linear, slides, strict=True))
+        return tuple(Kind(*facts, i >= first) for i, facts in each)
 
     @property
     def mixing(self) -> Mixing:
@@ -314,6 +350,8 @@ class LlamaConfig:
             slides=tuple(None if n else s for n, s in zip(self.linear, slides, strict=True)),
             window=self.sliding_window,
             chunked=self.chunked,
+            apart=self.global_head_dim is not None,
+            shared=self.num_kv_shared_layers,
             scale=self.attention_multiplier if scalar is None else scalar**-0.5,
             softcap=self.attn_logit_softcapping,
             sinks=self.attention_sinks,

@@ -155,6 +155,22 @@ def layer_norms(eps: float) -> dict[str, Any]:
     return {"norm_centered": True, "norm_bias": True, "rms_norm_eps": eps}
 
 
+class Kind(NamedTuple):
+    """What sets the parameters of a block apart from those of another.
+
+    Attributes:
+      dense: its MLP is a dense one.
+      linear: it has a gated delta net in place of attention.
+      slides: it has a sliding window, where such blocks have heads of other sizes; else None.
+      shares: it attends to the keys and values of an earlier block.
+    """
+
+    dense: bool
+    linear: bool = False
+    slides: bool | None = None
+    shares: bool = False
+
+
 class Modules(NamedTuple):
     """Hugging Face's names of modules that differ between families: by default Llama's."""
 

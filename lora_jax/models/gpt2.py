@@ -314,6 +314,9 @@ class GPT2LM(nnx.Module):
         """The input of the first block: each token's vector plus its position's."""
         return self.transformer.wte(tokens) + self.transformer.wpe(positions)
 
+    def of_blocks(self, tokens: Int[AnyArray, "b t"], embedded: Float[Array, "b t d"]) -> None:
+        """Blocks have no inputs of their own."""
+
     def final(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """The input of the head."""
         return self.transformer.ln_f(x)

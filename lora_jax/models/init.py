@@ -68,7 +68,9 @@ def draw(key: Array, shapes: Any, config: Any, *, spread: Spread | None = None) 
 
 def _fresh(key: Array, path: str, shape: jax.ShapeDtypeStruct, config: Any) -> Float[Array, "..."]:
     name = path.rpartition(".")[2]
-    if name == "dt_bias" or path.endswith("linear_attn.norm.scale"):
+    if name in ("dt_bias", "per_expert_scale", "layer_scalar") or path.endswith(
+        "linear_attn.norm.scale"
+    ):
         return jnp.ones(shape.shape, shape.dtype)
     if name == "A_log":
         # Rates up to 16, as Mamba 2 draws them; of 0 there would be no logarithm.

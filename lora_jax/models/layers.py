@@ -147,6 +147,12 @@ class RMSNorm(nnx.Module):
         return scale.astype(x.dtype) * normal.astype(x.dtype)
 
 
+def normal(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
+    """`RMSNorm` without a scale."""
+    wide = x.astype(jnp.float32)
+    return (wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
 class LayerNorm(nnx.Module):
     """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias`, mean and variance in float32."""
 
@@ -203,6 +209,7 @@ def run_blocks(
     *,
     wrap: Callable[[Callable], Callable],
     each: Sequence[bool],
+    given: Array | None = None,
 ) -> Any:
     """Runs blocks one after the other: one `lax.scan` where they are stacked.
 
@@ -215,6 +222,7 @@ def run_blocks(
       each: what sets each block apart, one value a block. `own` is a Python value where it is
         known when tracing: in blocks that are not stacked, and where all values are the same, so
         that blocks that do not differ cost nothing.
+      given: an array of which `call` gets each block's, on the leading axis, as `given`, or None.
 
     Returns:
       What the last block returned.
@@ -222,14 +230,21 @@ def run_blocks(
 
     # `wrap` finds the parameters in the first argument that is data.
     def one(
-        graph: nnx.GraphDef, state: Any, i: Int[Array, ""], carry: Any, own: bool | Bool[Array, ""]
+        graph: nnx.GraphDef,
+        state: Any,
+        i: Int[Array, ""],
+        carry: Any,
+        given: Array | None,
+        own: bool | Bool[Array, ""],
     ) -> Any:
-        return call(nnx.merge(graph, state), carry, i, own)
+        more = {} if given is None else {"given": given}
+        return call(nnx.merge(graph, state), carry, i, own, **more)
 
     if isinstance(layers, nnx.Dict) and "0" in layers:
         for number, own in enumerate(each):
             graph, state = nnx.split(layers[str(number)])
-            carry = wrap(partial(one, graph, own=own))(state, jnp.int32(number), carry)
+            some = None if given is None else given[number]
+            carry = wrap(partial(one, graph, own=own))(state, jnp.int32(number), carry, some)
         return carry
     if not isinstance(layers, nnx.Dict):
         turns = [[(range(len(each)), layers)]]
@@ -240,7 +255,7 @@ def run_blocks(
             some, rest = rest[: rest[0].step], rest[rest[0].step :]
             turns.append([(numbers, layers[slice_of(numbers)]) for numbers in some])
     for stacks in turns:
-        carry = _scanned(stacks, carry, one, wrap=wrap, each=each)
+        carry = _scanned(stacks, carry, one, wrap=wrap, each=each, given=given)
     return carry
 
 
@@ -297,6 +312,7 @@ def _scanned(
     *,
     wrap: Callable[[Callable], Callable],
     each: Sequence[bool],
+    given: Array | None,
 ) -> Any:
     """Runs a block of each stack in turns, in one `lax.scan`; arguments as in `run_blocks`."""
     bodies, xs = [], []
@@ -306,7 +322,8 @@ def _scanned(
         own = [each[number] for number in numbers]
         alike = len(set(own)) == 1
         bodies.append(wrap(partial(one, graph, own=own[0]) if alike else partial(one, graph)))
-        xs.append((states, places) if alike else (states, places, jnp.asarray(own)))
+        some = None if given is None else given[slice(numbers.start, numbers.stop, numbers.step)]
+        xs.append((states, places, some) if alike else (states, places, some, jnp.asarray(own)))
 
     def turn(carry: Any, found: Any) -> tuple[Any, None]:
         for body, x in zip(bodies, found, strict=True):

@@ -268,7 +268,10 @@ def _fill(
 ) -> tuple[Any, dict[str, Any]]:
     family, config = names_of(forward.config), forward.config
     beyond = range(getattr(config, "predicting_layers", 0))
-    more = (f"*.layers.{config.num_hidden_layers + i}.*" for i in beyond)
+    more = [f"*.layers.{config.num_hidden_layers + i}.*" for i in beyond]
+    # Files may hold projections that a block does not use: it has the keys of another.
+    kinds = getattr(config, "kinds", ())
+    more += [f"*.layers.{i}.self_attn.[kv]_*" for i, kind in enumerate(kinds) if kind.shares]
     family = dataclasses.replace(family, ignored=(*family.ignored, *more))
     weights = renamed(weights, unified(weights.shapes, family))
     if quant is not None and quant.format == FILE and forward.scan and weights.formats:

@@ -32,6 +32,9 @@ class Mixing(NamedTuple):
       slides: for each block, whether it has a sliding window; None where it has a delta net.
       window: tokens that a token attends to in such blocks, itself included.
       chunked: the window is a piece of the text, see `lora_jax.models.config`.
+      apart: keys of blocks that slide and of others have different sizes.
+      shared: last blocks, which have no keys: they attend to those of the last block before them
+        that slides as they do. Only with `apart`.
       scale: factor of the products; None is `1 / sqrt(H)`.
       softcap: limits the scores to `(-softcap, softcap)`; None leaves them.
       sinks: each head has a score of its own in the softmax, of no key.
@@ -41,6 +44,8 @@ class Mixing(NamedTuple):
     slides: tuple[bool | None, ...]
     window: int | None = None
     chunked: bool = False
+    apart: bool = False
+    shared: int = 0
     scale: float | None = None
     softcap: float | None = None
     sinks: bool = False

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
-from lora_jax.models.attention import Cache, Stored, attention, positions_of, starts_of
+from lora_jax.models.attention import Cache, Kept, Stored, attention, positions_of, starts_of
 from lora_jax.models.classifier import last_states
 from lora_jax.models.context import of_own_tokens, of_whole_rows
 from lora_jax.models.delta_net import first_states
@@ -201,7 +201,15 @@ class Forward:
         )  # fmt: skip
 
         embedded = lm.embed(on_tokens(tokens, self.rows, over), positions)
+        given = lm.of_blocks(tokens, embedded)
         embedded = on_tokens(embedded, self.rows, over)
+        if stored is None and config.mixing.shared:
+            # A scan goes on with arrays of the same shapes: these are never attended to.
+            empty = {
+                each: jnp.zeros((*tokens.shape, *config.heads_of(each)), embedded.dtype)
+                for each in set(config.mixing.slides)
+            }
+            stored = Kept(empty, empty)
 
         # What is the same for every block is computed before their scan.
         known = {slides: attend_of(slides) for slides in set(config.mixing.slides)}
@@ -211,14 +219,16 @@ class Forward:
             carry: tuple[Float[Array, "b t d"], Stored, Load | None],
             number: Int[Array, ""],
             slides: bool | Bool[Array, ""] | None,
+            given: Array | None = None,
         ) -> tuple[Float[Array, "b t d"], Stored, Load | None]:
             x, stored, load = carry
             attend = attend_of(slides) if isinstance(slides, Array) else known[slides]
             x = on_rows(x, self.rows, over)
+            more = {} if given is None else {"given": given}
             if real is None:
-                x, stored = block(x, attend, stored, number)
+                x, stored = block(x, attend, stored, number, **more)
             else:
-                x, stored, own = block.counted(x, attend, stored, block=number, real=real)
+                x, stored, own = block.counted(x, attend, stored, block=number, real=real, **more)
                 load = load if own is None else jax.tree.map(jnp.add, load, own)
             return on_rows(x, self.rows, over), stored, load
 
@@ -233,6 +243,7 @@ class Forward:
             run,
             wrap=rematerialized(self.remat, self.gathered, offload=self.offload, tokens=over),
             each=config.mixing.slides,
+            given=given,
         )
         if cache is not None:
             cache = cache._replace(**stored._asdict())
@@ -247,12 +258,20 @@ class Forward:
     def init_cache(self, batch: int, cache_length: int) -> Cache:
         """An empty cache of `cache_length` tokens a row."""
         config = self.config
-        heads, size, delta = config.num_key_value_heads, config.head_dim, config.mixing.delta
-        nets = config.mixing.slides.count(None)
-        shape = (config.num_hidden_layers - nets, batch, cache_length, heads, size)
-        empty, valid = jnp.zeros(shape, self.dtype), jnp.zeros((batch, cache_length), bool)
+        delta, slides = config.mixing.delta, config.mixing.slides
+        nets = slides.count(None)
+        slides = slides[: len(slides) - config.mixing.shared]
+
+        def empty(count: int, heads: int, size: int) -> Array:
+            return jnp.zeros((count, batch, cache_length, heads, size), self.dtype)
+
+        if config.mixing.apart:
+            kept = {each: empty(slides.count(each), *config.heads_of(each)) for each in set(slides)}
+        else:
+            kept = empty(len(slides) - nets, config.num_key_value_heads, config.head_dim)
+        valid = jnp.zeros((batch, cache_length), bool)
         more = () if delta is None else first_states(delta, nets, batch, self.dtype)
-        return Cache(empty, empty, valid, jnp.int32(0), *more)
+        return Cache(kept, kept, valid, jnp.int32(0), *more)
 
 
 @dataclass(frozen=True, eq=False)

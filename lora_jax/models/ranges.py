@@ -31,7 +31,8 @@ _FACTOR, _WEIGHT, _BASE = Range(1e-6, 1e6), Range(0, 1e6), Range(1, 1e15)
 RANGES: Mapping[str, Range] = {
     **dict.fromkeys(
         ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim",
-         "intermediate_size_mlp",
+         "intermediate_size_mlp", "global_head_dim", "num_global_key_value_heads",
+         "vocab_size_per_layer_input",
          "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
          "shared_expert_intermediate_size", "n_shared_experts", "linear_conv_kernel_dim",
          "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads",
@@ -44,7 +45,10 @@ RANGES: Mapping[str, Range] = {
         ("num_hidden_layers", "n_layer", "n_layers", "num_experts", "num_local_experts",
          "num_experts_per_tok", "experts_per_token", "no_rope_layer_interval", "n_routed_experts",
          "n_group", "topk_group", "decoder_sparse_step", "full_attention_interval",
-         "interleave_moe_layer_step"), COUNT),
+         "interleave_moe_layer_step", "top_k_experts"), COUNT),
+    # 0: blocks are given nothing, or share nothing.
+    "hidden_size_per_layer_input": Range(0, 2**31 - 1, whole=True),
+    "num_kv_shared_layers": Range(0, COUNT.most, whole=True),
     "type_vocab_size": Range(0, 2**31 - 1, whole=True),  # 0: tokens have no types
     "first_k_dense_replace": Range(0, COUNT.most, whole=True),
     # 0 in EXAONE 4's files without windows.
@@ -81,9 +85,10 @@ _FLAGS = (
     "attention_bias", "attention_out_bias", "mlp_bias", "norm_topk_prob", "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx", "tie_word_embeddings", "truncate", "use_bias",
     "use_parallel_residual", "use_sliding_window", "qkv_bias", "rope_interleave", "use_qk_norm",
+    "attention_k_eq_v", "enable_moe_block", "use_double_wide_mlp",
 )  # fmt: skip
 _ROPES = ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention")
-_OBJECTS = ("id2label", *_ROPES)
+_OBJECTS = ("id2label", "per_layer_config", *_ROPES)
 _LISTED = (
     "architectures",
     "layer_types",

@@ -26,8 +26,8 @@ _READ = (*PLAIN, "rope_scaling", "rope_parameters", "eos_token_id")
 # Fields where null means "none", not "the default".
 _MAYBE_NONE = ("bos_token_id", "pad_token_id", "eos_token_id")
 _MAY_LACK = (
-    *_MAYBE_NONE, "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping", "q_lora_rank",
-    "sliding_window",
+    *_MAYBE_NONE, "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping",
+    "hidden_size_per_layer_input", "q_lora_rank", "sliding_window",
 )  # fmt: skip
 _REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

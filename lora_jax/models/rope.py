@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from lora_jax.dims import AnyArray
 from lora_jax.models.ranges import check_raw
 
-RopeType = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
+RopeType = Literal["linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 # Required and optional keys of each variant.
 VARIANTS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
@@ -35,6 +35,7 @@ VARIANTS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("factor", "original_max_position_embeddings"),
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
+    "proportional": ((), ("factor", "partial_rotary_factor")),
     "longrope": (
         ("short_factor", "long_factor", "original_max_position_embeddings"),
         ("attention_factor", "factor"),
@@ -59,6 +60,7 @@ class RopeScaling:
       beta_fast, beta_slow: edges of YaRN's blend, in turns per trained context.
       attention_factor, mscale, mscale_all_dim: scale of the rotated vectors (yarn, longrope).
       truncate: whether YaRN rounds the edges of its blend to whole planes.
+      partial_rotary_factor: the share of the planes that proportional RoPE rotates, the fastest.
       short_factor, long_factor: LongRoPE's divisor of each plane's frequency, for texts up to the
         trained context and for longer ones.
     """
@@ -74,6 +76,7 @@ class RopeScaling:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool | None = None
+    partial_rotary_factor: float | None = None
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
 
@@ -251,6 +254,14 @@ def _linear(plain: Planes, head_dim: int, theta: float, scaling: RopeScaling) ->
     return plain / np.float32(_set(scaling.factor))
 
 
+def _proportional(plain: Planes, head_dim: int, theta: float, scaling: RopeScaling) -> Planes:
+    """The planes behind the first few stay; the head counts whole in the wavelengths."""
+    del theta
+    part = 1.0 if scaling.partial_rotary_factor is None else scaling.partial_rotary_factor
+    turns = np.arange(len(plain)) < int(part * head_dim // 2)
+    return np.where(turns, plain / np.float32(scaling.factor or 1.0), 0).astype(np.float32)
+
+
 def _llama3(plain: Planes, head_dim: int, theta: float, scaling: RopeScaling) -> Planes:
     """Slow planes are slowed by `factor`, fast ones stay, those between are blended."""
     del head_dim, theta
@@ -284,7 +295,7 @@ def _yarn(plain: Planes, head_dim: int, theta: float, scaling: RopeScaling) -> P
     return (plain / scaling.factor * slow + plain * (1 - slow)).astype(np.float32)
 
 
-_STATIC = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+_STATIC = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "proportional": _proportional}
 _BY_LENGTH = {"dynamic": _dynamic, "longrope": _longrope}
 
 

@@ -77,7 +77,11 @@ RULES = Rules(
         LeafDims(_named("conv1d", "kernel"), ()),
         LeafDims(r"(^|\.)kernel$", ("other", "other")),
         # Norms and other biases, layers stacked or not: copied.
-        LeafDims(r"(^|\.)(scale|bias|sinks|e_score_correction_bias|dt_bias|A_log)$", ()),
+        LeafDims(
+            r"(^|\.)(scale|bias|sinks|e_score_correction_bias|dt_bias|A_log|per_expert_scale"
+            r"|layer_scalar)$",
+            (),
+        ),
     ),
 )
 

@@ -12,12 +12,12 @@ Sources: RoPE arXiv:2104.09864; temperature tuning arXiv:2501.19399.
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Turn, Turns, choose
 from lora_jax.models.config import LlamaConfig
+from lora_jax.models.layers import normal
 from lora_jax.models.rope import RopeScaling, Rotation, rotate, rotation
 
 
@@ -45,7 +45,7 @@ def turns_of(config: LlamaConfig, positions: Int[AnyArray, "b t"]) -> Turns:
             q, k = rotate(q, by), rotate(k, by)
             if config.qk_norm_plain:
                 eps = config.rms_norm_eps
-                q, k = choose(rotates, (_normal(q, eps), _normal(k, eps)), (q, k))
+                q, k = choose(rotates, (normal(q, eps), normal(k, eps)), (q, k))
             if factor is not None:
                 q = choose(rotates, q, (q * factor).astype(q.dtype))
             return q, k
@@ -58,10 +58,10 @@ def turns_of(config: LlamaConfig, positions: Int[AnyArray, "b t"]) -> Turns:
 def _rotations(config: LlamaConfig, positions: Int[AnyArray, "b t"]) -> Callable:
     """The rotation of a block, or None, by whether it slides; arguments as for `turns_of`."""
 
-    def turn(theta: float, scaling: RopeScaling | None) -> Rotation:
+    def turn(theta: float, scaling: RopeScaling | None, *, slides: bool = False) -> Rotation:
         return rotation(
             positions,
-            head_dim=config.rotary_dim,
+            head_dim=config.rotary_dim_of(slides),
             theta=theta,
             scaling=scaling,
             context=config.max_position_embeddings,
@@ -75,12 +75,5 @@ def _rotations(config: LlamaConfig, positions: Int[AnyArray, "b t"]) -> Callable
     if config.rope_local_base_freq is None or not any(config.mixing.slides):
         return lambda slides: full
     # No distance within a window exceeds the trained context, so nothing is scaled here.
-    local = turn(config.rope_local_base_freq, None)
+    local = turn(config.rope_local_base_freq, None, slides=True)
     return lambda slides: choose(slides, local, full)
-
-
-def _normal(x: Float[Array, "b t n h"], eps: float) -> Float[Array, "b t n h"]:
-    """Each head divided by its root mean square."""
-    wide = x.astype(jnp.float32)
-    normal = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return normal.astype(x.dtype)

@@ -21,6 +21,7 @@ from lora_jax.models.dialect import ROPES, without_mrope
 # Vision-language model types -> the type of their text model, where `text_config` has none.
 WRAPPERS: Mapping[str, str] = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "internvl": "qwen2",
     "llama4": "llama4_text",
     "llava": "llama",

@@ -63,6 +63,23 @@ FAMILIES = {
         mlp_only_layers=[0],
         shared_expert_intermediate_size=16,
     ),
+    "gemma4_text": dict(
+        WINDOW,
+        head_dim=8,
+        global_head_dim=16,
+        num_hidden_layers=4,
+        attention_k_eq_v=True,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_global_key_value_heads=1,
+        hidden_size_per_layer_input=6,
+        vocab_size_per_layer_input=61,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=12,
+    ),
     "llama4_text": dict(
         head_dim=8,
         intermediate_size_mlp=40,
@@ -100,7 +117,8 @@ FAMILIES = {
 # These share what attends with others: only among all tests.
 LATER = (
     "ministral", "granite", "seed_oss", "arcee", "olmo2", "olmo3", "glm4", "mixtral", "qwen3_moe",
-    "qwen2_moe", "qwen3_next", "qwen3_5_text", "llama4_text", "glm4_moe", "glm4_moe_lite",
+    "qwen2_moe", "qwen3_next", "qwen3_5_text", "gemma4_text", "llama4_text", "glm4_moe",
+    "glm4_moe_lite",
     "deepseek_v2", "deepseek_v3", "olmoe", "cohere", "cohere2", "starcoder2", "phi", "gpt_neox",
     "gpt_oss", "glm", "ernie4_5", "helium", "stablelm",
 )  # fmt: skip

@@ -98,6 +98,13 @@ class Leaf(NamedTuple):
 
 
 _NORM = Rule("*norm", "weight", "scale")
+# Gemma 4's: norms with a number, a second table, and scales of routers and layers.
+_GEMMA4_RULES = (
+    Rule("*norm_?", "weight", "scale"),
+    Rule("*embed_tokens_per_layer", "weight", "embedding"),
+    *(Rule("*router", name, name) for name in ("scale", "per_expert_scale")),
+    Rule("*layers", "layer_scalar", "layer_scalar"),
+)
 _EMBEDDING = Rule("*embed_tokens", "weight", "embedding")
 _EMBEDDING_IN = Rule("*embed_in", "weight", "embedding")
 _LINEAR = Rule("*", "weight", "kernel", (1, 0))
@@ -183,6 +190,18 @@ GPT_OSS = replace(
     ),
 )
 
+# Experts are one array of a block, (E, out, in) there.
+GEMMA4 = replace(
+    LLAMA,
+    name="gemma4",
+    stacks=("layers",),
+    rules=(
+        *(Rule("*experts", name, name, (0, 2, 1)) for name in ("gate_up_proj", "down_proj")),
+        *_GEMMA4_RULES,
+        *LLAMA.rules,
+    ),
+)
+
 # Linear layers under the names of GPT-2's Conv1D.
 _STARCODER2_RULES = tuple(
     Rule(f"*layers.mlp.{name}", "weight", "kernel", (1, 0)) for name in ("c_fc", "c_proj")
@@ -210,6 +229,7 @@ WRAPPED = replace(
     ignored=(
         *LLAMA.ignored,
         *("*vision_tower.*", "*multi_modal_projector.*", "*image_newline", "*visual.*", "mtp.*"),
+        *("*audio_tower.*", "*embed_vision.*", "*embed_audio.*"),
     ),
     prefix="model.language_model.",
     starts=(
@@ -271,6 +291,7 @@ ANY = Family(
         _NORM,
         _EMBEDDING,
         _EMBEDDING_IN,
+        *_GEMMA4_RULES,
         *_STARCODER2_RULES,
         *_GPT2_RULES,
         *_BERT_RULES,
@@ -403,6 +424,8 @@ def module_name(module: str, index: Sequence[int] = (), *, family: Family = ANY)
     """
     parts, numbers, out = module.split("."), list(index), []
     wanted = sum(_is_open_stack(parts, i, family) for i in range(len(parts)))
+    # A layer itself, which may have parameters beside its modules.
+    is_layer = parts[-1] in family.stacks and len(index) == wanted + 1
     for i, part in enumerate(parts):
         if i and parts[i - 1] in family.stacks and numbers_of(part):
             continue  # the number of one of its layers is there
@@ -410,7 +433,9 @@ def module_name(module: str, index: Sequence[int] = (), *, family: Family = ANY)
         if numbers and _is_open_stack(parts, i, family):
             number, named = numbers.pop(0), numbers_of(parts[i + 1])
             out.append(str(named[number] if named else number))
-    if len(index) != wanted:
+    if is_layer:
+        out.append(str(numbers.pop()))
+    elif len(index) != wanted:
         raise ValueError(
             f"module `{module}`: its blocks are numbered by {wanted} number(s), "
             f"got index {tuple(index)}"

@@ -184,7 +184,8 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
     routers = {f"{module.removesuffix('experts')}router" for module in biased | llama4}
     modules = {module_of(bare(path)) for path in leaves} if fused else set()
     plain = {module for module in modules if module.rpartition(".")[0] not in fused}
-    beside = {module for module in plain if module.endswith(_TAKEN)} if fused != llama4 else set()
+    renamed = any(module.endswith(".mlp.experts") for module in fused)
+    beside = {module for module in plain if module.endswith(_TAKEN)} if renamed else set()
     if beside:
         routers |= beside | {module for module in modules if module.endswith(".mlp.gate")}
     named: dict[str, list[str]] = {}  # the end of parameters' names -> the adapted ones
@@ -194,7 +195,9 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
         if module not in fused | routers:
             continue
         parameter, depth = their_parameter(bare(path)), names.stack_depth(module)
-        short = ".".join((*module.split(".")[-2:], parameter))
+        # Gemma 4's experts lie in a layer itself, whose number would stand between.
+        last = [part for part in module.split(".")[-2:] if part not in names.ANY.stacks[:1]]
+        short = ".".join((*last, parameter))
         if not isinstance(leaf, LoraArray):
             partly.add(short)
             continue

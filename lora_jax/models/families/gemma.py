@@ -73,9 +73,7 @@ def _write_gemma3(config: Any) -> dict[str, Any]:
 _TANH: Mapping[str, str] = dict.fromkeys(
     ("gelu_pytorch_tanh", "gelu_new", "gelu"), "gelu_pytorch_tanh"
 )
-_TANH_ONLY: Mapping[str, str] = dict.fromkeys(
-    ("gelu_pytorch_tanh", "gelu_new"), "gelu_pytorch_tanh"
-)
+TANH_ONLY: Mapping[str, str] = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu_pytorch_tanh")
 _DEFAULTS = {
     "head_dim": 256,
     "tie_word_embeddings": True,
@@ -108,7 +106,7 @@ GEMMA2 = Dialect(
     write=_write_gemma2,
     defaults={**_DEFAULTS_2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     activation="hidden_activation",
-    activations=_TANH_ONLY,
+    activations=TANH_ONLY,
 )
 GEMMA3 = Dialect(
     architecture="Gemma3ForCausalLM",
@@ -129,6 +127,6 @@ GEMMA3 = Dialect(
         "sliding_window_pattern": _PERIOD_3,
     },
     activation="hidden_activation",
-    activations=_TANH_ONLY,
+    activations=TANH_ONLY,
     rope=read_two_ropes,
 )

@@ -63,6 +63,21 @@ FAMILIES: dict[str, Any] = {
         no_rope_layers=[1, 0],
         attention_chunk_size=4,
     ),
+    "gemma4_text": dict(
+        ADAPTED_SIZES,
+        model_type="gemma4_text",
+        head_dim=4,
+        global_head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        enable_moe_block=True,
+        num_experts=3,
+        top_k_experts=2,
+        moe_intermediate_size=12,
+    ),
     "glm4_moe": dict(
         SIZES,
         model_type="glm4_moe",
@@ -122,6 +137,7 @@ def of(family: str, fields: dict) -> Any:
         **dict.fromkeys(
             ("gpt_oss", "llama4_text"), {"gate": "router", "gate.weight": "router.weight"}
         ),
+        "gemma4_text": {"gate": "router.proj", "gate.weight": "proj.weight"},
         **dict.fromkeys(
             ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
             {"q_proj": "q_b_proj", "v_proj": "kv_b_proj"},

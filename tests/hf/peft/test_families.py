@@ -65,6 +65,20 @@ FAMILIES = {
     ),
     "phi": dict(ADAPTED_SIZES, model_type="phi"),
     "qwen3_5_text": dict({**ADAPTED_SIZES, **DELTA}, model_type="qwen3_5_text"),
+    # Shared keys, and vectors of each token for each block.
+    "gemma4": dict(
+        ADAPTED_SIZES,
+        model_type="gemma4_text",
+        head_dim=4,
+        global_head_dim=8,
+        sliding_window=4,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=6,
+        vocab_size_per_layer_input=40,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+    ),
     # Mixed blocks; the experts' own adapters are in test_experts.py.
     "llama4": dict(
         ADAPTED_SIZES,
@@ -98,6 +112,7 @@ LATER = (
     "helium",
     "stablelm",
     "qwen3_5_text",
+    "gemma4",
     "llama4",
 )
 # What the modules are called: attention, the table, a norm, the head if it is no table.

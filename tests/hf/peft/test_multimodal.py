@@ -98,6 +98,17 @@ BASES = {
                        "patch_size": 4, "intermediate_size": 8, "deepstack_visual_indexes": [0],
                        "num_position_embeddings": 16},
     ),
+    "gemma4": dict(
+        model_type="gemma4", auto=AUTO, image_token_id=39, boi_token_id=38, eoi_token_id=37,
+        video_token_id=36, audio_token_id=35, boa_token_id=34, eoa_token_index=33,
+        text_config={**TEXT, "global_head_dim": 8, "sliding_window": 4, "pad_token_id": 0,
+                     "layer_types": ["sliding_attention", "full_attention"],
+                     "hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 40},
+        vision_config={"model_type": "gemma4_vision", "hidden_size": 8, "intermediate_size": 8,
+                       "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+                       "head_dim": 4, "patch_size": 4, "position_embedding_size": 16},
+        audio_config=None,
+    ),
     "llama4": dict(
         model_type="llama4", auto=AUTO, image_token_index=39, boi_token_index=38,
         eoi_token_index=37,
@@ -122,7 +133,7 @@ BASES = {
     ),
 }  # fmt: skip
 # The others have the same names: adapters of these go to PEFT and back.
-BOTH_WAYS = ("gemma3", "llama4", "llava", "mistral3", "qwen2_vl", "qwen3_5")
+BOTH_WAYS = ("gemma3", "gemma4", "llama4", "llava", "mistral3", "qwen2_vl", "qwen3_5")
 REGEX = r".*language_model.*(q_proj|v_proj)"
 
 
