@@ -54,8 +54,8 @@ class Cache(NamedTuple):
     states: Float[Array, "m b n k v"] | None = None
 
 
-# None without a cache; but where blocks share keys (`Mixing.shared`), those of the last block that has
-# its own, by whether it slides.
+# None without a cache; where blocks share keys, those of the last block that has its own, by
+# whether it slides.
 Stored = Kept | None
 
 # (queries, keys, values, stored=, block=) -> (mixed values, stored); `block` is the block's number.
@@ -274,9 +274,7 @@ def _with_cache(
     # How many slots each key lies before each query, (t, s); negative ones come after it.
     back = start + jnp.arange(count)[:, None] - jnp.arange(valid.shape[1])
     place = among([slides is not None for slides in mixing.slides])
-    if mixing.apart:
-        places = _places(mixing)
-        place = lambda block: places[block]
+    place = _place_among_own(mixing) if mixing.apart else place
     together = None
     if mixing.chunked:
         pieces = pieces_of(valid, None, valid.shape, mixing.window)
@@ -323,14 +321,14 @@ def _with_cache(
     return attend_of
 
 
-def _places(mixing: Mixing) -> Int[Array, " l"]:
+def _place_among_own(mixing: Mixing) -> Callable[[Array], Array]:
     """The place of each block's keys among those of blocks that slide as it does."""
     counts, places = {True: 0, False: 0}, []
     for block, slides in enumerate(mixing.slides):
         if block < len(mixing.slides) - mixing.shared:
             counts[slides] += 1
         places.append(counts[slides] - 1)
-    return jnp.asarray(places, jnp.int32)
+    return jnp.asarray(places, jnp.int32).__getitem__
 
 
 def _near(
