@@ -70,7 +70,7 @@ class LlamaConfig:
       per_layer_size: size of a vector that each block has for each token and multiplies into what
         it adds last, see `lora_jax.models.beside`; None is none.
       per_layer_vocab: rows of the table of those vectors.
-      layer_scalar: what a block returns is multiplied by a number of its own.
+      layer_scalar: what a block returns is multiplied by a number of its own, which does not train.
       experts_beside: experts lie beside the MLP of every block, see `lora_jax.models.beside`.
       kv_lora_rank: size of the vector of a token that its keys and values are made of, see
         `lora_jax.models.latent`; None is a projection each.

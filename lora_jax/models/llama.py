@@ -15,6 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -117,7 +118,8 @@ class Block(nnx.Module):
             out, load = beside.with_experts(self, x, out, real)
         x = x + self.scaled(self.normalized(norms.after_mlp, out))
         x = x if given is None else x + beside.of_token(self, x, given)
-        x = x * self.layer_scalar.get_value().astype(x.dtype) if self.scalar else x
+        if self.scalar:
+            x = x * lax.stop_gradient(self.layer_scalar.get_value()).astype(x.dtype)
         return x, stored, load
 
     def run_mlp(

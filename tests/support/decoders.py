@@ -63,8 +63,10 @@ FAMILIES = {
         mlp_only_layers=[0],
         shared_expert_intermediate_size=16,
     ),
+    # Products of queries and keys are not scaled down, so that rounding grows with the weights.
     "gemma4_text": dict(
         WINDOW,
+        initializer_range=0.1,
         head_dim=8,
         global_head_dim=16,
         num_hidden_layers=4,

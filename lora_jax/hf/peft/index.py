@@ -196,8 +196,8 @@ def with_fused_experts(leaves: Mapping[str, Any], config: LoraConfig) -> LoraCon
             continue
         parameter, depth = their_parameter(bare(path)), names.stack_depth(module)
         # Gemma 4's experts lie in a layer itself, whose number would stand between.
-        last = [part for part in module.split(".")[-2:] if part not in names.ANY.stacks[:1]]
-        short = ".".join((*last, parameter))
+        last = names.module_name(module, (0,) * depth).split(".")[-2:]
+        short = ".".join((*(part for part in last if not part.isdigit()), parameter))
         if not isinstance(leaf, LoraArray):
             partly.add(short)
             continue
