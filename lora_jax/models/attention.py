@@ -10,7 +10,7 @@ B batch, T new tokens, S length of the cache, N query heads, K key/value heads, 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -216,7 +216,7 @@ def _without_cache(
     """`cut` are the pieces of the texts, which stand for the texts in blocks that slide."""
 
     def attend_of(slides: bool | Array) -> Attend:
-        turn = turns(slides)
+        turn, kind = turns(slides), cast(Any, slides)
         real, texts = mask, segments
         if cut is not None and slides is not False:
             whole = pieces_of(mask, segments, cut.shape, None)
@@ -236,9 +236,10 @@ def _without_cache(
         ) -> tuple[Float[Array, "b t n h"], Stored]:
             q, k = _turned(q, k, turn, mixing)
             if stored is not None and k is not None:
-                stored = Kept({**stored.keys, slides: k}, {**stored.values, slides: v})
+                stored = Kept({**stored.keys, kind: k}, {**stored.values, kind: v})
             elif stored is not None:
-                k, v = stored.keys[slides], stored.values[slides]
+                k, v = stored.keys[kind], stored.values[kind]
+            assert k is not None and v is not None
             kernel = kernels.kernel_for(
                 wanted, q, real, texts, slides=slides, window=mixing.window,
                 scale=mixing.scale, softcap=mixing.softcap, sinks=mixing.sinks, over=over,
@@ -282,7 +283,7 @@ def _with_cache(
         together = own[:, None, :, None] == pieces[:, None, None, :]  # (b, 1, t, s)
 
     def attend_of(slides: bool | Array) -> Attend:
-        turn = turns(slides)
+        turn, kind = turns(slides), cast(Any, slides)
         seen = valid[:, None, None, :] & _near(back, mixing, slides)  # (b, 1, t, s)
         if together is not None:
             seen = seen & (together | ~jnp.asarray(slides))
@@ -299,9 +300,9 @@ def _with_cache(
         ) -> tuple[Float[Array, "b t n h"], Stored]:
             q, k = _turned(q, k, turn, mixing)
             before: tuple[Any, Any] = (stored.keys, stored.values)
-            kept = tuple(old[slides] for old in before) if mixing.apart else before
+            kept = tuple(old[kind] for old in before) if mixing.apart else before
             number = place(block)
-            if k is not None:
+            if k is not None and v is not None:
                 at = (number, 0, start, 0, 0)
                 kept = tuple(
                     lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
@@ -313,7 +314,7 @@ def _with_cache(
             )
             mixed = mix(q, own_keys, own_values, seen=seen, by=mixing)
             if mixing.apart:
-                kept = tuple({**old, slides: x} for old, x in zip(before, kept, strict=True))
+                kept = tuple({**old, kind: x} for old, x in zip(before, kept, strict=True))
             return mixed, stored._replace(keys=kept[0], values=kept[1])
 
         return attend
@@ -323,7 +324,7 @@ def _with_cache(
 
 def _place_among_own(mixing: Mixing) -> Callable[[Array], Array]:
     """The place of each block's keys among those of blocks that slide as it does."""
-    counts, places = {True: 0, False: 0}, []
+    counts, places = dict.fromkeys(mixing.slides, 0), []
     for block, slides in enumerate(mixing.slides):
         if block < len(mixing.slides) - mixing.shared:
             counts[slides] += 1

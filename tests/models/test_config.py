@@ -212,7 +212,7 @@ REFUSED = {
     "odd heads": ({"head_dim": 7}, "`head_dim` must be even for RoPE, got 7"),
     "unknown rope": (
         {"rope_scaling": {"rope_type": "su", "factor": 2.0}},
-        "rope_type `su` is not one of default, linear, dynamic, llama3, yarn, longrope",
+        "rope_type `su` is not one of default, linear, .*, yarn, proportional, longrope",
     ),
     "rope lacks": (
         {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},

@@ -329,7 +329,10 @@ def test_qwen_before_transformers_4_52(made, tmp_path):
             "paligemma",
             "inside a `paligemma` cannot be read: it attends to its whole prompt in both",
         ),
-        ("idefics3", "inside a `idefics3` cannot be read; of models of images .* gemma3, internvl"),
+        (
+            "idefics3",
+            "inside a `idefics3` cannot be read; of models of images .* gemma3, gemma4, internvl",
+        ),
     ],
 )
 def test_decoders_that_are_not_read(kind, text, tmp_path):
