@@ -12,11 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
+from lora_jax.models.generation import bucket
 from lora_jax.models.mesh import entered, placement
+from lora_jax.train.evaluate import pad_id_of
 from lora_jax.train.examples import Example
 from lora_jax.transform.lorafy import lorafy
-
-_ROUND = 32  # rows are padded to a multiple of it: each length compiles once
 
 
 class Classified(NamedTuple):
@@ -82,7 +82,7 @@ def _shares(
     with entered(at):
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]
-            tokens, mask = _padded(some, batch_size, model.config.context, model.tokenizer.pad_id)
+            tokens, mask = _padded(some, batch_size, model)
             found.append(np.asarray(run(params, tokens, mask))[: len(some)])
     return np.concatenate(found)
 
@@ -99,14 +99,14 @@ def _compiled(forward: Any, mesh: Mesh | None) -> Callable:
 
 
 def _padded(
-    rows: Sequence[Sequence[int]], size: int, context: int, pad: int | None
+    rows: Sequence[Sequence[int]], size: int, model: Any
 ) -> tuple[Int[jax.Array, "b t"], Bool[jax.Array, "b t"]]:
-    """Tokens and mask; the rows that are missing repeat the first."""
+    """Tokens and mask, of a few lengths; the rows that are missing repeat the first."""
     rows = [*rows, *[rows[0]] * (size - len(rows))]
     longest = max(map(len, rows))
-    width = max(longest, min(-(-longest // _ROUND) * _ROUND, context))
+    width = max(longest, min(bucket(longest), model.config.context))
     mask = np.arange(width) < np.array([[len(row)] for row in rows])
-    tokens = np.full(mask.shape, 0 if pad is None else pad, np.int32)
+    tokens = np.full(mask.shape, pad_id_of(model.tokenizer), np.int32)
     tokens[mask] = np.concatenate(rows)
     return jnp.asarray(tokens), jnp.asarray(mask)
 
