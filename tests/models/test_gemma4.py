@@ -1,6 +1,5 @@
 """Gemma 4's text model against transformers: heads of two sizes, shared keys, vectors, experts."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -14,9 +13,9 @@ from tests.support.decoder_checks import (
     check_greedy_text,
     check_logits,
     check_saved_again,
-    quick_jit,
+    check_steps,
 )
-from tests.support.torch_models import DECODER_SIZES, TOLERANCE, saver, texts
+from tests.support.torch_models import DECODER_SIZES, saver
 
 pytestmark = pytest.mark.once
 
@@ -97,17 +96,7 @@ def test_what_is_saved_is_the_same_to_transformers(saved, case, tmp_path):
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("case", ["E2B", pytest.param("26B-A4B", marks=pytest.mark.slow)])
 def test_steps_over_a_cache_are_the_whole_text(saved, case, new):
-    model = models.load(saved(case)[1])
-    tokens, mask = texts("left")
-    whole = np.asarray(quick_jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
-    cache, step, parts = model.init_cache(3, 12), quick_jit(model.apply), []
-    for at in range(0, 12, new):
-        some = slice(at, at + new)
-        logits, cache = step(
-            model.params, tokens[:, some], mask=jnp.asarray(mask[:, some]), cache=cache
-        )
-        parts.append(np.asarray(logits))
-    assert np.abs(np.concatenate(parts, axis=1) - whole)[mask].max() <= TOLERANCE
+    check_steps(saved, case, "left", new)
 
 
 def test_a_cache_has_no_room_for_blocks_that_share(saved):

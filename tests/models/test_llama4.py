@@ -12,6 +12,7 @@ from tests.support.decoder_checks import (
     check_greedy_text,
     check_logits,
     check_saved_again,
+    check_steps,
     positions_of,
     quick_jit,
 )
@@ -105,17 +106,7 @@ def test_queries_grow_with_their_own_text(saved):
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_steps_over_a_cache_are_the_whole_text(saved, padding, new):
     """Calls that begin and end within pieces of five tokens."""
-    model = models.load(saved("growing")[1])
-    tokens, mask = texts(padding)
-    whole = np.asarray(quick_jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
-    cache, step, parts = model.init_cache(3, 12), quick_jit(model.apply), []
-    for at in range(0, 12, new):
-        some = slice(at, at + new)
-        seen = jnp.asarray(mask[:, some])
-        logits, cache = step(model.params, tokens[:, some], mask=seen, cache=cache)
-        parts.append(np.asarray(logits))
-    got = np.concatenate(parts, axis=1)
-    assert np.abs(got - whole)[mask].max() <= TOLERANCE
+    check_steps(saved, "growing", padding, new)
 
 
 @pytest.mark.parametrize(

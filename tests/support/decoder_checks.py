@@ -56,6 +56,20 @@ def check_greedy_text(saved, place, case, *lengths, count=16):
     assert models.generate(model, model.params, prompts, max_new_tokens=count) == want
 
 
+def check_steps(saved, case, padding, new):
+    """Calls of so many new tokens over a cache give the logits of the whole text."""
+    model = models.load(saved(case)[1])
+    tokens, mask = texts(padding)
+    whole = np.asarray(quick_jit(model.apply)(model.params, tokens, mask=jnp.asarray(mask)))
+    cache, step, parts = model.init_cache(3, 12), quick_jit(model.apply), []
+    for at in range(0, 12, new):
+        some = slice(at, at + new)
+        seen = jnp.asarray(mask[:, some])
+        logits, cache = step(model.params, tokens[:, some], mask=seen, cache=cache)
+        parts.append(np.asarray(logits))
+    assert np.abs(np.concatenate(parts, axis=1) - whole)[mask].max() <= TOLERANCE
+
+
 def check_blocks_apart(saved, case):
     """Blocks that are not stacked compute the same."""
     _, directory = saved(case)
