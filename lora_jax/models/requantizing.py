@@ -30,7 +30,7 @@ from lora_jax.hf.checkpoint.safetensors import (
     overwrite,
     settings_of,
 )
-from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, cast, size_of, write_shards
+from lora_jax.hf.checkpoint.shards import NewTensor, cast, dtype_of, size_of, write_shards
 from lora_jax.hf.gguf.file import open_gguf
 from lora_jax.hf.gguf.rewrite import rewrite
 from lora_jax.hf.gguf.weights import weights_of
@@ -139,8 +139,7 @@ def save_requantized(
     check_new(path)
     if processes.several():
         raise ValueError("`save_requantized` writes a model that one process holds: merge there")
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    dtype_of(dtype)
     held = [x for x in jax.tree.leaves(model.params, is_leaf=is_quant) if is_quant(x)]
     source = model.checkpoint
     in_gguf = source is not None and source.suffix == ".gguf"
@@ -281,7 +280,7 @@ def _tensors(
 ) -> dict[str, np.ndarray]:
     """The tensors of a weight under their whole names."""
     if weight.held is None:
-        return {weight.name: cast(weight.numbers, DTYPES[dtype], weight.name)}
+        return {weight.name: cast(weight.numbers, dtype_of(dtype), weight.name)}
     module = weight.name.removesuffix(".weight")
     method = method_of(settings, weight.held, weight.name)
     return {f"{module}{end}": x for end, x in method.pack(_rounded(weight, errors)).items()}

@@ -27,7 +27,7 @@ from lora_jax import processes
 from lora_jax.array import LoraArray, SavedArray, check_plain, check_whole, dense, is_leaf, is_lora
 from lora_jax.files import check_new, replacing
 from lora_jax.hf.checkpoint.names import Family, module_name, stack_depth, tensors_of
-from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, cast, size_of, write_shards
+from lora_jax.hf.checkpoint.shards import NewTensor, cast, dtype_of, size_of, write_shards
 from lora_jax.hf.checkpoint.weights import shape_there
 from lora_jax.hf.tokenizer.directory import SETTINGS, TEMPLATE, template_of
 from lora_jax.merge import merge
@@ -105,14 +105,13 @@ def save_merged(
     """
     directory = Path(directory)
     processes.together(lambda: check_new(directory), FileExistsError)
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    numbers = dtype_of(dtype)
     most, family = size_of(max_shard_size), names_of(model.config)
     modules = modules_of(lora_params)
     blocks = blocks_of(modules, family)
-    entries = [x for block in blocks for x in entries_of(block, modules, family, DTYPES[dtype])]
+    entries = [x for block in blocks for x in entries_of(block, modules, family, numbers)]
     check_entries(entries, model, family)
-    values = (x for block in blocks for x in values_of(block, modules, family, DTYPES[dtype]))
+    values = (x for block in blocks for x in values_of(block, modules, family, numbers))
     texts, files = texts_of(model, dtype), {}
     if wrapper := getattr(model.config, "wrapper", None):
         if model.checkpoint is None:

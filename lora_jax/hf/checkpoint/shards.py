@@ -25,6 +25,19 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+
+
+def dtype_of(name: str) -> np.dtype:
+    """The dtype in which tensors are written.
+
+    Raises:
+      ValueError: no dtype that files are written in.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
 _NAMES = {np.dtype(here): there for there, here in NUMPY.items()}
 # Hugging Face counts GB in powers of ten, GiB in powers of two.
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}

@@ -17,7 +17,7 @@ from lora_jax.config.arguments import check_argument
 from lora_jax.files import check_new, replacing
 from lora_jax.hf.checkpoint.fill import Leaf, filled
 from lora_jax.hf.checkpoint.safetensors import open_directory
-from lora_jax.hf.checkpoint.shards import DTYPES, NewTensor, cast, size_of, write_shards
+from lora_jax.hf.checkpoint.shards import NewTensor, cast, dtype_of, size_of, write_shards
 from lora_jax.hf.checkpoint.weights import Weights, check_fit
 from lora_jax.hf.name_maps.layout import part_to_ours, their_shape, to_ours, to_theirs
 from lora_jax.hf.name_maps.rules import NameMap, Placed, at, place
@@ -156,20 +156,19 @@ def save_weights(
     check_argument(order, "name_map", name_map, NameMap)
     directory = Path(directory)
     processes.together(lambda: check_new(directory), FileExistsError)
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    numbers = dtype_of(dtype)
     check_plain(params)
     leaves = leaves_by_path(params)
     places = {path: _place(path, leaf, name_map) for path, leaf in leaves.items()}
     entries = [
-        NewTensor(part.tensor, tuple(their_shape(placed.layout, placed.sizes)), DTYPES[dtype])
+        NewTensor(part.tensor, tuple(their_shape(placed.layout, placed.sizes)), numbers)
         for placed in places.values()
         for part in placed.parts
     ]
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"name map `{name_map.name}`: two leaves are tensor `{twice[0]}`")
-    values = (x for path in leaves for x in _tensors(leaves[path], places[path], dtype))
+    values = (x for path in leaves for x in _tensors(leaves[path], places[path], numbers))
     most = size_of(max_shard_size)
 
     def write(values: Iterator[np.ndarray]) -> None:
@@ -186,9 +185,9 @@ def _place(path: str, leaf: Any, name_map: NameMap) -> Placed:
     return place(path, leaf.shape, name_map)
 
 
-def _tensors(leaf: Any, placed: Placed, dtype: str) -> Iterator[np.ndarray]:
+def _tensors(leaf: Any, placed: Placed, dtype: np.dtype) -> Iterator[np.ndarray]:
     """A leaf's tensors, one after the other; only one leaf is on the host at a time."""
     value = np.asarray(processes.whole(dense(leaf)))
     for part in placed.parts:
         block = value[at(part.index, placed.layout.stacks, value.ndim)]
-        yield cast(to_theirs(placed.layout, block, placed.sizes), DTYPES[dtype], part.tensor)
+        yield cast(to_theirs(placed.layout, block, placed.sizes), dtype, part.tensor)
