@@ -1,5 +1,6 @@
 """Llama's decoder written in a manner of its own, in plain JAX: heads apart, rotary pairs side by
-side, layers on whichever axis, names that are nobody's."""
+side, layers on whichever axis, names that are nobody's. Scores are divided by the root of a head's
+size in the weights of q; the embedding and the head hold a quarter and the double of Llama's."""
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +33,12 @@ LAYER = "model.layers.{}"
 MAP = name_map(
     "own decoder",
     [
-        ("embed.table", "model.embed_tokens.weight"),
-        ("blocks.attn.q", f"{LAYER}.self_attn.q_proj.weight", "(n p h) d -> d l n (h p)"),
+        ("embed.table", "model.embed_tokens.weight", "", 4.0),
+        ("blocks.attn.q", f"{LAYER}.self_attn.q_proj.weight", "(n p h) d -> d l n (h p)", H**0.5),
         ("blocks.attn.k", f"{LAYER}.self_attn.k_proj.weight", "(n p h) d -> d l n (h p)"),
         ("blocks.attn.v", f"{LAYER}.self_attn.v_proj.weight", "(n h) d -> l n d h"),
         ("blocks.attn.o", f"{LAYER}.self_attn.o_proj.weight", "d (n h) -> l n h d"),
-        ("blocks.attn.q_shift", f"{LAYER}.self_attn.q_proj.bias", "(n p h) -> l n (h p)"),
+        ("blocks.attn.q_shift", f"{LAYER}.self_attn.q_proj.bias", "(n p h) -> l n (h p)", H**0.5),
         ("blocks.attn.k_shift", f"{LAYER}.self_attn.k_proj.bias", "(n p h) -> l n (h p)"),
         ("blocks.attn.v_shift", f"{LAYER}.self_attn.v_proj.bias", "(n h) -> l n h"),
         ("blocks.attn.o_shift", f"{LAYER}.self_attn.o_proj.bias"),
@@ -45,7 +46,7 @@ MAP = name_map(
         ("blocks.before_attn", f"{LAYER}.input_layernorm.weight"),
         ("blocks.before_mlp", f"{LAYER}.post_attention_layernorm.weight"),
         ("last_norm", "model.norm.weight"),
-        ("out", "lm_head.weight", "v d -> d v"),
+        ("out", "lm_head.weight", "v d -> d v", 0.5),
     ],
     sizes={"p": 2},
 )
@@ -53,12 +54,12 @@ MAP = name_map(
 
 def forward(params, tokens):
     """Logits (b, t, v) of tokens (b, t)."""
-    x = params["embed"]["table"][tokens]
+    x = 4 * params["embed"]["table"][tokens]
     attn = params["blocks"]["attn"]
     # A scan goes over leading axes: those of q and k are brought there first.
     moved = {**attn, "q": jnp.moveaxis(attn["q"], 1, 0), "k": jnp.moveaxis(attn["k"], 1, 0)}
     x, _ = jax.lax.scan(_block, x, {**params["blocks"], "attn": moved})
-    return _norm(x, params["last_norm"]) @ params["out"]
+    return _norm(x, params["last_norm"]) @ params["out"] / 2
 
 
 def _block(x, p):
@@ -67,7 +68,7 @@ def _block(x, p):
     q = _turned(jnp.einsum("btd,dnh->btnh", h, a["q"]) + a["q_shift"])
     k = _turned(jnp.einsum("btd,dnh->btnh", h, a["k"]) + a["k_shift"])
     v = jnp.einsum("btd,ndh->btnh", h, a["v"]) + a["v_shift"]
-    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=1.0)
     x = x + jnp.einsum("btnh,nhd->btd", mixed, a["o"]) + a["o_shift"]
     h = _norm(x, p["before_mlp"])
     return x + (jax.nn.silu(h @ m["gate"]) * (h @ m["up"])) @ m["down"], None

@@ -19,7 +19,7 @@ from lora_jax.array import LoraArray, RowsArray, SavedArray, is_lora
 from lora_jax.config.lora import LoraConfig
 from lora_jax.dims import in_dims, out_dims, sizes, stack_dims
 from lora_jax.hf.name_maps.layout import order
-from lora_jax.hf.name_maps.rules import Part, Placed, at, block_here, block_there
+from lora_jax.hf.name_maps.rules import Part, Placed, at, block_here, block_there, scaled
 from lora_jax.hf.name_maps.rules import shape_there as shape_of_part
 from lora_jax.hf.peft.index import adapts, is_embedding
 from lora_jax.hf.peft.tying import HEAD
@@ -107,17 +107,17 @@ def _lora_apart(path: str, leaf: LoraArray, placed: Placed) -> list[LoraArray]:
     host = {p: np.asarray(getattr(leaf, p)) for p in ("a", "b", "scale")}
     rows = {p: None if (x := getattr(leaf, p)) is None else np.asarray(x) for p in ("m", "bias")}
     # theirs_flat = ours_flat[argsort(order)], the inverse of the order.
-    back_in, back_out = np.argsort(ins), np.argsort(outs)
+    back_in, back_out, factor = np.argsort(ins), np.argsort(outs), placed.factor
 
     def one(part: Part) -> LoraArray:
         vectors = {
-            p: None if x is None else x[part.index].reshape(fan_out)[back_out]
+            p: None if x is None else scaled(x[part.index].reshape(fan_out)[back_out], factor)
             for p, x in rows.items()
         }
         return LoraArray(
             w=_base(leaf, placed, part, (fan_in, fan_out)),
             a=host["a"][part.index].reshape(fan_in, -1)[back_in],
-            b=host["b"][part.index].reshape(-1, fan_out)[:, back_out],
+            b=scaled(host["b"][part.index].reshape(-1, fan_out)[:, back_out], factor),
             scale=host["scale"][part.index],
             roles="io",
             dropout=leaf.dropout,
@@ -155,7 +155,8 @@ def _rows_apart(path: str, leaf: RowsArray, placed: Placed) -> list[RowsArray]:
     table = block_there(np.asarray(leaf.w), placed, part)
     # Under Hugging Face's path a table is (vocabulary, features), a head (features, vocabulary).
     axis = 0 if is_embedding(part.path) else 1
-    return [RowsArray(w=table, rows=np.asarray(leaf.rows)[:, back], ids=leaf.ids, axis=axis)]
+    rows = scaled(np.asarray(leaf.rows)[:, back], placed.factor)
+    return [RowsArray(w=table, rows=rows, ids=leaf.ids, axis=axis)]
 
 
 def _features(path: str, leaf: RowsArray, placed: Placed) -> np.ndarray:
@@ -211,11 +212,13 @@ def _lora_whole(path: str, leaf: LoraArray, placed: Placed, found: list[Any]) ->
         if not isinstance(one, LoraArray):
             continue
         a[(*part.index, ..., slice(one.rank))] = np.asarray(one.a)[ins].reshape(*shape_in, one.rank)
-        b[(*part.index, slice(one.rank))] = np.asarray(one.b)[:, outs].reshape(one.rank, *shape_out)
+        outwards = scaled(np.asarray(one.b)[:, outs], 1 / placed.factor)
+        b[(*part.index, slice(one.rank))] = outwards.reshape(one.rank, *shape_out)
         scale[part.index] = one.scale
         for name, x in rows.items():
             if x is not None:
-                x[part.index] = np.asarray(getattr(one, name))[outs].reshape(shape_out)
+                row = np.asarray(getattr(one, name))[outs].reshape(shape_out)
+                x[part.index] = scaled(row, 1 / placed.factor)
     return dataclasses.replace(leaf, **_like(leaf, {"a": a, "b": b, "scale": scale, **rows}))
 
 
@@ -230,6 +233,7 @@ def _saved_whole(path: str, leaf: SavedArray, placed: Placed, found: list[Any]) 
 
 def _rows_whole(path: str, leaf: RowsArray, placed: Placed, found: list[Any]) -> RowsArray:
     rows = np.asarray(found[0].rows)[:, _features(path, leaf, placed)]
+    rows = scaled(rows, 1 / placed.factor)
     return dataclasses.replace(leaf, **_like(leaf, {"rows": rows}))
 
 

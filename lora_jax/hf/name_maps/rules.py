@@ -15,12 +15,14 @@ Left is a leaf's path here, right the tensor there; `*` is anything and `{}` a n
 both sides. A `{}` on the right only numbers the layers stacked on the leaf, and `{k,v}` names them:
 `self_attn.{k,v}_proj.weight` are two tensors of one leaf. The third entry is the layout of
 the dimensions (`lora_jax.hf.name_maps.layout`); without it they are in the same order, after the
-stacks. The first rule that matches a leaf applies.
+stacks. The fourth is a factor: the tensor there is the leaf times it. The first rule that matches a
+leaf applies.
 
 A tree in Hugging Face's terms is a flat dictionary of leaves, one for each tensor, under the paths
 that `lora_jax.hf.checkpoint.names.ANY` gives them.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,11 +48,13 @@ class MapRule:
       ours: pattern of the leaf's path.
       theirs: pattern of the tensor's name.
       layout: order of the dimensions, or "" for the same order after the stacks.
+      factor: above 0; the tensor is the leaf times it.
     """
 
     ours: str
     theirs: str
     layout: str = ""
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,16 +91,32 @@ class Part(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """A leaf in Hugging Face's terms: its layout, the sizes in it, and the tensors."""
+    """A leaf in Hugging Face's terms.
+
+    Attributes:
+      layout: how its dimensions lie.
+      sizes: of the names in the layout.
+      parts: the tensors.
+      factor: the tensors are the leaf times it.
+    """
 
     layout: Layout
     sizes: dict[str, int]
     parts: tuple[Part, ...]
+    factor: float = 1.0
+
+    def there(self, block: Any) -> Any:
+        """The tensor that a block of the leaf is."""
+        return scaled(to_theirs(self.layout, block, self.sizes), self.factor)
+
+    def here(self, tensor: Any) -> Any:
+        """The block of the leaf that a tensor is."""
+        return scaled(to_ours(self.layout, tensor, self.sizes), 1 / self.factor)
 
 
 def name_map(
     name: str,
-    rules: Sequence[tuple[str, str] | tuple[str, str, str]],
+    rules: Sequence[tuple[str, str] | tuple[str, str, str] | tuple[str, str, str, float]],
     *,
     sizes: Mapping[str, int] | None = None,
     ignored: Sequence[str] = (),
@@ -105,16 +125,22 @@ def name_map(
 
     Args:
       name: what messages call it.
-      rules: (path here, tensor there) or (path, tensor, layout).
+      rules: (path here, tensor there), (path, tensor, layout) or (path, tensor, layout, factor).
       sizes: sizes of names that layouts use inside parentheses on both sides.
       ignored: globs of tensors that checkpoints hold and this model does not have, such as a
         head that only repeats the embedding.
 
     Raises:
-      ValueError: a layout that cannot be read, or a rule whose numbers do not agree.
+      ValueError: a layout that cannot be read, a rule whose numbers do not agree, or a factor that
+        is not above 0.
     """
     made = tuple(MapRule(*rule) for rule in rules)
     for rule in made:
+        if not (isinstance(rule.factor, int | float) and 0 < rule.factor < math.inf):
+            raise ValueError(
+                f"name map `{name}`, rule `{rule.ours}`: the factor is {rule.factor!r}, expected a "
+                "finite number above 0"
+            )
         if rule.layout:
             parse(rule.layout)
         # Each `*` and `{}` of the left is copied to the right; further `{}` number stacked layers.
@@ -141,7 +167,8 @@ def place(path: str, shape: Sequence[int], using: NameMap) -> Placed:
     for rule in using.rules:
         if (found := _match(rule, bare(path))) is not None:
             try:
-                return _place(found, shape, rule.layout, dict(using.sizes))
+                placed = _place(found, shape, rule.layout, dict(using.sizes))
+                return placed._replace(factor=rule.factor)
             except ValueError as error:
                 raise ValueError(f"leaf `{path}`: {error}") from None
     near = nearest(bare(path), (rule.ours for rule in using.rules))
@@ -221,14 +248,22 @@ def at(index: Sequence[int], stacks: Sequence[int], ndim: int) -> tuple[Any, ...
 def block_there(value: Any, placed: Placed, part: Part) -> Any:
     """One tensor out of a leaf, laid out as under `part.path`."""
     block = value[at(part.index, placed.layout.stacks, value.ndim)]
-    tensor = to_theirs(placed.layout, block, placed.sizes)
+    tensor = placed.there(block)
     return tensor if part.axes is None else tensor.transpose(part.axes)
 
 
 def block_here(array: Any, placed: Placed, part: Part) -> Any:
     """The block of a leaf that an array under `part.path` is."""
     tensor = array if part.axes is None else array.transpose(np.argsort(part.axes))
-    return to_ours(placed.layout, tensor, placed.sizes)
+    return placed.here(tensor)
+
+
+def scaled(x: Any, factor: float) -> Any:
+    """An array times a factor, rounded once to its own dtype."""
+    if factor == 1:
+        return x
+    wide = np.promote_types(x.dtype, np.float32)
+    return (x.astype(wide) * wide.type(factor)).astype(x.dtype)
 
 
 def shape_there(placed: Placed, part: Part) -> tuple[int, ...]:

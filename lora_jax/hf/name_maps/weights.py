@@ -19,8 +19,8 @@ from lora_jax.hf.checkpoint.fill import Leaf, filled
 from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.checkpoint.shards import NewTensor, cast, dtype_of, size_of, write_shards
 from lora_jax.hf.checkpoint.weights import Weights, check_fit
-from lora_jax.hf.name_maps.layout import part_to_ours, their_shape, to_ours, to_theirs
-from lora_jax.hf.name_maps.rules import NameMap, Placed, at, place
+from lora_jax.hf.name_maps.layout import part_to_ours, their_shape
+from lora_jax.hf.name_maps.rules import NameMap, Placed, at, place, scaled
 from lora_jax.paths import spell
 from lora_jax.sharding import Rules, spreading
 
@@ -86,9 +86,10 @@ class _Layer(NamedTuple):
 
     def read(self, weights: Weights, part: tuple[slice, ...]) -> np.ndarray:
         """A part of the block, with a slice of each of its dims; () is all of it."""
-        layout, known = self.placed.layout, self.placed.sizes
-        read = partial(weights.read, self.tensor)
-        return part_to_ours(layout, read, known, part) if part else to_ours(layout, read(), known)
+        placed, read = self.placed, partial(weights.read, self.tensor)
+        if not part:
+            return placed.here(read())
+        return scaled(part_to_ours(placed.layout, read, placed.sizes, part), 1 / placed.factor)
 
 
 class _Layers(NamedTuple):
@@ -190,4 +191,4 @@ def _tensors(leaf: Any, placed: Placed, dtype: np.dtype) -> Iterator[np.ndarray]
     value = np.asarray(processes.whole(dense(leaf)))
     for part in placed.parts:
         block = value[at(part.index, placed.layout.stacks, value.ndim)]
-        yield cast(to_theirs(placed.layout, block, placed.sizes), dtype, part.tensor)
+        yield cast(placed.there(block), dtype, part.tensor)

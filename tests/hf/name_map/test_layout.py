@@ -99,6 +99,11 @@ RULES = {
     "twice": ([("w", "w.weight", "a a -> a b")], "`a` occurs twice on one side"),
     "left": ([("w", "w.weight", "a b -> a")], "`b` occurs on the left only"),
     "name": ([("w", "w.weight", "a ? -> a b")], r"`\?` is not the name of a dimension"),
+    "factor": (
+        [("w", "w.weight", "", 0.0)],
+        "rule `w`: the factor is 0.0, expected a finite number",
+    ),
+    "text for a factor": ([("w", "w.weight", "", "2")], "rule `w`: the factor is '2', expected"),
     "stack": ([("w", "w.weight", "a -> (l m) a")], "a stack must be a dimension of its own"),
 }
 

@@ -165,7 +165,7 @@ JOINED = name_map(
             "model.layers.{}.mlp.{gate,up}_proj.weight",
             "o i -> l c i o",
         ),
-        *((r.ours, r.theirs, r.layout) for r in MAP.rules),
+        *((r.ours, r.theirs, r.layout, r.factor) for r in MAP.rules),
     ],
     sizes=dict(MAP.sizes),
 )
