@@ -7,6 +7,7 @@ VENV_AOT ?= .venv-aot
 VENV_INTEGRATIONS ?= .venv-integrations
 VENV_TUNIX ?= .venv-tunix
 VENV_312 ?= .venv-integrations312
+VLLM ?= .vllm
 AOT_WHEELS ?= .aot-wheels
 PYTEST_ARGS ?= -n 2 --dist loadfile -q
 # The versions of constraints.txt; torch as its build for CPUs.
@@ -22,7 +23,7 @@ IN = $(VENV)/bin/
 unexport PYTHONDONTWRITEBYTECODE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo check test test-all test-core integrations integrations-quick integrations312 oracles mutants lint format docs aot aot-quick aot-wheels clean
+.PHONY: help demo check test test-all test-core integrations integrations-quick integrations312 integrations-vllm oracles mutants lint format docs aot aot-quick aot-wheels clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,8 +67,12 @@ integrations: $(VENV_INTEGRATIONS)/.stamp $(VENV_TUNIX)/.stamp  ## programs of e
 		--ignore tests/integrations/test_python312.py
 	LORA_JAX_INTEGRATIONS=1 $(VENV_TUNIX)/bin/python -m pytest -q -p no:xdist tests/integrations/test_tunix.py
 
-integrations312: $(VENV_312)/.stamp  ## the same for gemma, with PYTHON=python3.12
+integrations312: $(VENV_312)/.stamp  ## the same for gemma and MaxText, with PYTHON=python3.12
 	LORA_JAX_INTEGRATIONS=1 $(VENV_312)/bin/python -m pytest -q -p no:xdist tests/integrations/test_python312.py
+
+# The wheel has 800 MB of compiled parts, which need a GPU; what runs here are its Python checks.
+integrations-vllm: $(VLLM)/.stamp  ## exported adapters in vLLM's own checks
+	LORA_JAX_INTEGRATIONS=1 PYTHONPATH=$(VLLM) $(IN)python -m pytest -q -p no:xdist tests/integrations/test_vllm.py
 
 # Those whose packages the test environment has.
 integrations-quick: $(VENV)/.stamp-test  ## the programs of make integrations that need no other environment
@@ -107,7 +112,7 @@ aot-quick: $(AOT_WHEELS)/.stamp  ## the hardest case of make aot, for the GPU al
 aot-wheels: $(AOT_WHEELS)/.stamp
 
 clean:  ## removes the environments and what runs have left
-	rm -rf $(VENV) .venv312 .venv313 $(VENV_AOT) $(VENV_INTEGRATIONS) $(VENV_TUNIX) $(AOT_WHEELS) outputs site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv312 .venv313 $(VENV_AOT) $(VENV_INTEGRATIONS) $(VENV_TUNIX) $(VENV_312) $(VLLM) $(AOT_WHEELS) outputs site .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later was found: set PYTHON=" >&2; exit 1; }
@@ -167,7 +172,11 @@ $(VENV_312)/.stamp: pyproject.toml constraints-py312.txt tests/integrations/requ
 	$(VENV_312)/bin/pip install -q -c constraints-py312.txt setuptools
 	$(VENV_312)/bin/pip install -q -c constraints-py312.txt --no-build-isolation -e '.[core-test]' \
 		-r tests/integrations/requirements-312.txt
-	$(VENV_312)/bin/pip install -q --no-deps gemma==4.0.1 kauldron==1.4.4
+	$(VENV_312)/bin/pip install -q --no-deps gemma==4.0.1 kauldron==1.4.4 maxtext==0.2.5
+	@touch $@
+
+$(VLLM)/.stamp: tests/integrations/requirements-vllm.txt | $(VENV)/.stamp-test
+	$(IN)pip install -q --no-deps --target $(VLLM) -r tests/integrations/requirements-vllm.txt
 	@touch $@
 
 $(VENV_AOT)/.stamp-aot: pyproject.toml constraints.txt | $(VENV)/bin/python

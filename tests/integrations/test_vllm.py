@@ -21,7 +21,8 @@ from tests.support.vllm_source import root, taken
 # The classes that vLLM's registry has, where they are not `Xxx` of the family `xxx`.
 ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3", "ernie4_5": "Ernie4_5",
-    "gemma3_text": "Gemma3", "glm4_moe": "Glm4Moe", "glm4_moe_lite": "Glm4MoeLite",
+    "gemma3_text": "Gemma3", "gemma4_text": "Gemma4", "glm4_moe": "Glm4Moe",
+    "glm4_moe_lite": "Glm4MoeLite",
     "gpt_neox": "GPTNeoX", "gpt_oss": "GptOss", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe",
     "llama4_text": "Llama4", "qwen3_5_text": "Qwen3_5", "qwen3_next": "Qwen3Next",
     "seed_oss": "SeedOss", "smollm3": "SmolLM3", "stablelm": "StableLm",
