@@ -134,7 +134,8 @@ def name_map(
       ValueError: a layout that cannot be read, a rule whose numbers do not agree, or a factor that
         is not above 0.
     """
-    made = tuple(MapRule(*rule) for rule in rules)
+    table: Sequence[Any] = rules
+    made = tuple(MapRule(*rule) for rule in table)
     for rule in made:
         if not (isinstance(rule.factor, int | float) and 0 < rule.factor < math.inf):
             raise ValueError(
