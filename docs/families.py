@@ -44,7 +44,8 @@ def table() -> str:
             decoder,
         )
         mesh = "rows, tokens, fsdp, tensor" if kind in DIALECTS else "rows, tokens, fsdp"
-        mesh = "rows, fsdp" if kind == "deberta-v2" else mesh  # attends by distance in whole rows
+        # These attend in whole rows: by distance, or to the patches of an image.
+        mesh = "rows, fsdp" if kind in ("deberta-v2", "vit") else mesh
         rows.append((f"`{kind}`", *("yes" if fact else "" for fact in facts), mesh))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

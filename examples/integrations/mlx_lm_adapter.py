@@ -38,7 +38,7 @@ def main():
     tree = finetune.init_adapter(model, config, seed=1)
     with tempfile.TemporaryDirectory() as folder:
         base, ours, other = (f"{folder}/{name}" for name in ("base", "ours", "other"))
-        models.saving.save_model(base, model, model.params)
+        models.save_model(base, model, model.params)
         convert.save_adapter(model, tree, config, ours, to="mlx")
         found = {"difference": difference(model, tree, theirs(base, ours))}
         adapted, settings = theirs(base), {"rank": 3, "scale": 5.0, "dropout": 0.0}

@@ -11,7 +11,10 @@ from lora_jax.models.init import init
 from lora_jax.models.loading import find_smollm2, load
 from lora_jax.models.model import Forward, Model
 from lora_jax.models.registry import ARCHITECTURES, Architecture, config_from_hf
+from lora_jax.models.saving import save_merged, save_model
 from lora_jax.models.sharding import make_mesh
+from lora_jax.models.vit import ImageForward
+from lora_jax.models.vit_config import ViTConfig
 
 __all__ = [
     "ARCHITECTURES",
@@ -21,8 +24,10 @@ __all__ = [
     "EncoderForward",
     "Forward",
     "GPT2Config",
+    "ImageForward",
     "LlamaConfig",
     "Model",
+    "ViTConfig",
     "config_from_hf",
     "find_smollm2",
     "generate",
@@ -30,6 +35,8 @@ __all__ = [
     "load",
     "load_encoder",
     "make_mesh",
+    "save_merged",
+    "save_model",
 ]
 
 

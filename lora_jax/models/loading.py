@@ -33,6 +33,7 @@ from lora_jax.models.opening import Opened, read_together
 from lora_jax.models.registry import (
     DECODERS_OWN,
     ENCODER,
+    IMAGE_ENCODER,
     architecture_of,
     config_from_hf,
     forward_of,
@@ -40,6 +41,7 @@ from lora_jax.models.registry import (
 )
 from lora_jax.models.remat import Remat
 from lora_jax.models.sharding import RULES
+from lora_jax.models.vit_loading import open_images
 from lora_jax.quant.loading import FILE, QuantConfig, quant_config
 from lora_jax.sharding import Rules, spreading
 
@@ -190,11 +192,13 @@ def _open_directory(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     architecture = architecture_of(config.model_type)
-    if architecture.kind == ENCODER:
+    if architecture.kind in (ENCODER, IMAGE_ENCODER):
         if quant is not None:
             raise ValueError(f"{path}: `quantize` is for decoders, not for `{config.model_type}`")
         forward_of(config, **options)  # refuses what is a decoder's
         own = {name: value for name, value in options.items() if name not in DECODERS_OWN}
+        if architecture.kind == IMAGE_ENCODER:
+            return open_images(directory, own, labels=head.labels, fresh_head=head.key)
         if head.key is None:
             return open_encoder(directory, own)
         return open_encoder(

@@ -11,6 +11,7 @@ A forward is a hashable object made by `forward(config=, dtype=, param_dtype=, s
 mask=None, ...)`, a pure function. A `causal_lm` returns logits (b, t, v), with `labels` (b, c),
 and also has `head`, `init_cache` and the options of `lora_jax.models.model.Forward.apply`. An
 `encoder` takes `token_type_ids=` too and returns its head's result: (b, classes) for a classifier.
+An `image_encoder` takes pixels (b, c, h, w) for the tokens.
 `lora_jax.models.model` has the functions that forwards share: `structure`, `stacked`,
 `rematerialized`, `check_options`, `check_inputs`; `lora_jax.models.layers` has `run_blocks`.
 """
@@ -18,6 +19,9 @@ and also has `head`, `init_cache` and the options of `lora_jax.models.model.Forw
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from lora_jax.hf.checkpoint import names
 from lora_jax.models.bert_config import KINDS, BertConfig
@@ -28,23 +32,26 @@ from lora_jax.models.families import DIALECTS
 from lora_jax.models.gpt2 import GPT2LM, GPT2Config
 from lora_jax.models.kernels import AttentionName, check_attention
 from lora_jax.models.model import Forward
+from lora_jax.models.vit import ImageForward
+from lora_jax.models.vit_config import ViTConfig
 from lora_jax.models.wrapped import WRAPPERS, check_readable, text_of
 
 CAUSAL_LM: Final = "causal_lm"
 ENCODER: Final = "encoder"
+IMAGE_ENCODER: Final = "image_encoder"
 
 
 class Architecture(NamedTuple):
     """A model type.
 
     Attributes:
-      kind: `CAUSAL_LM` or `ENCODER`; decides what `apply` takes and returns.
+      kind: `CAUSAL_LM`, `ENCODER` or `IMAGE_ENCODER`; decides what `apply` takes and returns.
       from_hf: the object in config.json -> the configuration; unknown fields raise.
       forward: makes the forward, see above.
       names: Hugging Face's names of its tensors.
     """
 
-    kind: Literal["causal_lm", "encoder"]
+    kind: Literal["causal_lm", "encoder", "image_encoder"]
     from_hf: Callable[[Mapping[str, Any]], Any]
     forward: Callable[..., Any]
     names: names.Family
@@ -64,6 +71,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         kind: Architecture(ENCODER, BertConfig.from_hf, EncoderForward, names.BERT)
         for kind in KINDS
     },
+    "vit": Architecture(IMAGE_ENCODER, ViTConfig.from_hf, ImageForward, names.VIT),
 }
 
 
@@ -108,6 +116,13 @@ def forward_of(
                 "are short: leave it out"
             )
     return architecture.forward(config=config, **options)
+
+
+def inputs_of(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What `apply` takes behind the parameters, as shapes: enough for a trace, such as a plan's."""
+    if architecture_of(config.model_type).kind == IMAGE_ENCODER:
+        return (jax.ShapeDtypeStruct((1, config.num_channels, *config.image_size), jnp.float32),)
+    return (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> Any:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax import hf, models, processes, train
 from lora_jax.analysis.step_memory.fit import parse_bytes
@@ -20,6 +19,7 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.peft.index import with_fused_experts
 from lora_jax.methods.loftq import undivided
 from lora_jax.models.kernels import AttentionName
+from lora_jax.models.registry import inputs_of
 from lora_jax.models.remat import Remat
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
@@ -289,7 +289,8 @@ def hub_name(source: str) -> str:
 
 def plan_model(model: Any, config: LoraConfig) -> Any:
     """Plans a config on a language model."""
-    return make_plan(config, model.apply, model.params, _TOKENS)
+    # Dimension roles are inferred from a trace, which needs only the shapes of some inputs.
+    return make_plan(config, model.apply, model.params, *inputs_of(model.config))
 
 
 def init_adapter(model: Any, config: LoraConfig, *, seed: int, weights: Any = None) -> Any:
@@ -320,7 +321,3 @@ def load_adapter(
 ) -> tuple[Any, LoraConfig]:
     """Reads an adapter of any format onto a model; see `lora_jax.recipes.convert.load_adapter`."""
     return convert.load_adapter(model, source, lambda config: plan_model(model, config), step=step)
-
-
-# Dimension roles are inferred from a trace, which needs only the shape of some tokens.
-_TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)

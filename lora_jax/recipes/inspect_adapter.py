@@ -234,9 +234,10 @@ def _pairs(tensors: Mapping[str, np.ndarray], config: LoraConfig | None) -> list
     for name, value in tensors.items():
         for ends in _PEFT_PAIRS:
             for half, end in enumerate(ends):
-                if name.endswith(end) and value.ndim == 2:
+                if name.endswith(end) and value.ndim >= 2:
                     module = name.removesuffix(end).removeprefix(_PREFIX)
-                    halves.setdefault(module, {})[half] = value
+                    # Of a convolution: A reads a window, B has one of a single place.
+                    halves.setdefault(module, {})[half] = value.reshape(len(value), -1)
     return [_module(config, name, found.get(0), found.get(1)) for name, found in halves.items()]
 
 

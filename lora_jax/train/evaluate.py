@@ -7,6 +7,7 @@ import jax
 
 from lora_jax.config.arguments import SettingsError
 from lora_jax.models.mesh import Placement, check_rows, entered, model_on, params_on, placement
+from lora_jax.models.vit import ImageForward
 from lora_jax.train.batches import Batch, loader, once
 from lora_jax.train.examples import Example
 from lora_jax.train.loss import (
@@ -115,9 +116,16 @@ def check_causal(model: Any) -> None:
     """Refuses an encoder that classifies no texts: its outputs depend on what they would predict.
 
     Raises:
-      ValueError: it is one, or a classifier whose loss is not the cross entropy of one class.
+      ValueError: it is one, reads images, or is a classifier whose loss is not the cross entropy of
+        one class.
     """
     config: Any = getattr(model, "config", None)
+    if isinstance(getattr(model, "forward", None), ImageForward):
+        raise SettingsError(
+            f"`model` is a `{config.model_type}`, which reads images, and the rows of data are "
+            "texts: train it in a loop of your own (`lora_jax.lorafy(model.apply)`, see "
+            "guides/images)"
+        )
     if classifies(model):
         problem = "regression" if len(config.labels) == 1 else config.problem_type
         if problem not in (None, "single_label_classification"):

@@ -17,7 +17,7 @@ from lora_jax.models.bert_config import CLASSIFICATION
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.mesh import Placement
 from lora_jax.models.model import check_options
-from lora_jax.models.registry import CAUSAL_LM, architecture_of, forward_of
+from lora_jax.models.registry import CAUSAL_LM, IMAGE_ENCODER, architecture_of, forward_of
 from lora_jax.models.remat import Remat, remat_name
 from lora_jax.models.sharding import EXPERTS, ROWS, RULES, TOKENS
 from lora_jax.paths import spell
@@ -176,6 +176,11 @@ def abstract_step(
         too large, or a block size that divides nothing.
     """
     architecture = architecture_of(config.model_type)
+    if architecture.kind == IMAGE_ENCODER:
+        raise ValueError(
+            f"`{config.model_type}` reads images, and the memory of a step is estimated for models "
+            "of texts: compile your own step, whose `memory_analysis()` tells it"
+        )
     context = getattr(config, "context", config.max_position_embeddings)
     if settings.length > context:
         raise ValueError(

@@ -46,7 +46,7 @@ class Family:
         without its head leave out.
       starts: other starts of names in some checkpoints, and what they are replaced by.
       tied: the tensor that may be left out because it repeats another, and that other one.
-      moved: parameters that the rules do not name, all of them matrices that are (out, in) there.
+      moved: parameters that the rules do not name; kernels and experts are (out, in) there.
     """
 
     name: str
@@ -245,6 +245,34 @@ BERT = Family(
     rules=(*_BERT_RULES, _NORM, _LINEAR, _BIAS),
 )
 
+# transformers 5 has other modules in its classes, and the old ones in files; the kernel of the
+# patches is (height, width, in, out) here.
+_VIT_RULES = (
+    Rule("*layernorm_before", "weight", "scale"),
+    Rule("*layernorm_after", "weight", "scale"),
+    *(Rule("*embeddings", name, name) for name in ("cls_token", "position_embeddings")),
+    Rule("*patch_embeddings.projection", "weight", "kernel", (2, 3, 1, 0)),
+)
+_VIT_LAYERS = {
+    **{f"attention.{x[0]}_proj": f"attention.attention.{x}" for x in ("query", "key", "value")},
+    "attention.o_proj": "attention.output.dense",
+    "layernorm_before": "layernorm_before",
+    "layernorm_after": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+VIT = Family(
+    name="vit",
+    stacks=("layers", "layer"),
+    rules=(*_VIT_RULES, _NORM, _LINEAR, _BIAS),
+    moved=tuple(
+        Moved(f"layers.{ours}.{parameter}", (f"encoder.layer.{theirs}.{there}",))
+        for ours, theirs in _VIT_LAYERS.items()
+        for parameter, there in (("kernel", "weight"), ("scale", "weight"), ("bias", "bias"))
+        if (parameter == "kernel") == ("norm" not in ours) or parameter == "bias"
+    ),
+)
+
 ANY = Family(
     name="known",
     stacks=("layers", "experts", "h", "layer"),
@@ -257,6 +285,7 @@ ANY = Family(
         *_STARCODER2_RULES,
         *_GPT2_RULES,
         *_BERT_RULES,
+        *_VIT_RULES,
         _LINEAR,
         _BIAS,
         Rule("*", "weight", "embedding"),  # of a module of the user's own

@@ -37,6 +37,7 @@ from lora_jax.hf.checkpoint.name_tables import NEOX as NEOX
 from lora_jax.hf.checkpoint.name_tables import QWEN3_5 as QWEN3_5
 from lora_jax.hf.checkpoint.name_tables import QWEN3_NEXT as QWEN3_NEXT
 from lora_jax.hf.checkpoint.name_tables import STARCODER2 as STARCODER2
+from lora_jax.hf.checkpoint.name_tables import VIT as VIT
 from lora_jax.hf.checkpoint.name_tables import WITH_HEAD as WITH_HEAD
 from lora_jax.hf.checkpoint.name_tables import WRAPPED as WRAPPED
 from lora_jax.hf.checkpoint.name_tables import Family as Family
@@ -103,12 +104,15 @@ def tensors_of(path: str, index: Sequence[int] = (), *, family: Family) -> tuple
     As `tensor_of`; several lie side by side along the last dim of ours.
     """
     for ours, theirs in family.moved:
-        if f".{path}".endswith(f".{ours}"):
+        plain, numbers = without_numbers(path, family) if "layers." in ours else (path, ())
+        if f".{plain}".endswith(f".{ours}"):
+            index = (*numbers, *index)
             own = len(index) - ("{}" in theirs[0])  # the last number is the expert's
-            block, expert = path.removesuffix(ours), index[own:]
+            block, expert = plain.removesuffix(ours), index[own:]
             ends = (end.format(*expert) for end in theirs)
+            axes = None if ours.endswith((".scale", ".bias")) else (1, 0)
             return tuple(
-                Tensor(module_name(f"{block}{end}", index[:own], family=family), (1, 0))
+                Tensor(module_name(f"{block}{end}", index[:own], family=family), axes)
                 for end in ends
             )
     return (tensor_of(path, index, family=family),)

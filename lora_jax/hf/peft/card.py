@@ -16,8 +16,9 @@ _OF_TASK = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 _MULTIMODAL, _MASKED = "AutoModelForImageTextToText", "AutoModelForMaskedLM"
+_IMAGES = "AutoModelForImageClassification"
 # Every class that a card may name; None is that of the task.
-CLASSES = (None, *_OF_TASK.values(), _MULTIMODAL, _MASKED, "AutoModel")
+CLASSES = (None, *_OF_TASK.values(), _MULTIMODAL, _MASKED, _IMAGES, "AutoModel")
 
 # Modules that an encoder has before a classifier of whole texts, but not before one of tokens; and
 # those of masked language models.
@@ -68,6 +69,8 @@ def auto_class_of(paths: Collection[str], task_type: str | None) -> str | None:
         return None
     # An adapter without a task was made on a model with a head that it leaves alone.
     parts = parts_of(paths)
+    if {"vit", "patch_embeddings", "classifier"} <= parts:
+        return _IMAGES
     if not is_encoder(paths):
         if "score" in parts and is_decoder(parts):
             return _OF_TASK["SEQ_CLS"]

@@ -1,0 +1,76 @@
+"""Loading a vision transformer from a Hugging Face directory, complete or with a fresh head."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Array
+
+from lora_jax.files import read_object
+from lora_jax.hf.checkpoint.fill import Spread, fill
+from lora_jax.hf.checkpoint.names import VIT
+from lora_jax.hf.checkpoint.safetensors import open_directory
+from lora_jax.hf.checkpoint.weights import Weights, check_counts, renamed
+from lora_jax.models.bert_kinds import FEATURES
+from lora_jax.models.init import draw
+from lora_jax.models.model import Model
+from lora_jax.models.opening import Opened
+from lora_jax.models.vit import ImageForward
+from lora_jax.models.vit_config import IMAGES, ViTConfig
+
+_PREFIX, _HEAD = "vit.", "classifier"
+
+
+def open_images(
+    directory: Path,
+    options: Mapping[str, Any],
+    *,
+    labels: Sequence[str] = (),
+    fresh_head: Array | None = None,
+) -> Opened:
+    """As `lora_jax.models.load` on a directory; the options are those of `ImageForward`.
+
+    Args:
+      directory: a Hugging Face directory.
+      options: dtype, param_dtype, scan, remat.
+      labels, fresh_head: the classes of a head that is drawn; the checkpoint's is left out.
+    """
+    path = directory / "config.json"
+    try:
+        config = ViTConfig.from_hf(read_object(path), task=IMAGES if labels else None)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    weights = open_directory(directory)
+    check_counts(config, weights, path)
+    weights = _as_ours(weights, config, fresh=bool(labels))
+    if config.task == FEATURES:
+        config = replace(config, pooler="pooler.dense.weight" in weights.shapes)
+    if labels:
+        config = replace(config, labels=tuple(labels))
+    forward = ImageForward(config=config, **options)
+
+    def read(spread: Spread | None) -> Model:
+        shapes = forward.shapes()
+        if fresh_head is None:
+            return Model(forward, fill(shapes, weights, family=VIT, spread=spread))
+        made = draw(fresh_head, {_HEAD: shapes[_HEAD]}, config, spread=spread)
+        rest = {name: each for name, each in shapes.items() if name != _HEAD}
+        return Model(forward, {**fill(rest, weights, family=VIT, spread=spread), **made})
+
+    return Opened(forward, weights, read)
+
+
+def _as_ours(weights: Weights, config: ViTConfig, *, fresh: bool) -> Weights:
+    """The checkpoint under the names of the task's class, without the parts it does not have."""
+    prefixed = any(name.startswith(_PREFIX) for name in weights.shapes)
+    theirs = {}
+    for name in weights.shapes:
+        head = name.startswith(f"{_HEAD}.")
+        bare = name.removeprefix(_PREFIX)
+        pooler = bare.startswith("pooler.") and config.task == IMAGES
+        if (head and fresh) or (pooler and not prefixed):
+            continue
+        inside = config.task == IMAGES and not head
+        theirs[f"{_PREFIX}{bare}" if inside else bare] = name
+    return renamed(weights, theirs)
