@@ -8,11 +8,10 @@ B batch, T tokens, D width, C classes, V vocabulary.
 Sources: Liu et al. 2019, arXiv:1907.11692; Clark et al. 2020, arXiv:2003.10555.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -20,16 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models import deberta, modernbert
-from lora_jax.models.bert_config import (
-    ANSWERS,
-    CLASSIFICATION,
-    FEATURES,
-    MASKED_LM,
-    TOKENS,
-    BertConfig,
-)
+from lora_jax.models.bert_config import BertConfig
 from lora_jax.models.bert_parts import Attending, Build, Dense, DistilLayer, Embeddings, Layer
 from lora_jax.models.context import check_tokens, of_own_tokens, of_whole_rows
+from lora_jax.models.heads import FEATURES, Head, nested
 from lora_jax.models.layers import ACTIVATIONS, logits_of, on_rows, run_blocks
 
 
@@ -58,8 +51,8 @@ class Stack(nnx.Module):
         block = {
             "distilbert": DistilLayer,
             "deberta": partial(Layer, attention=deberta.SelfAttention),
-        }.get(config.kind.head, Layer)
-        if config.kind.head == "deberta":
+        }.get(config.kind.family, Layer)
+        if config.kind.family == "deberta":
             if config.own.distances:
                 self.rel_embeddings = build.table(2 * config.own.span)
             if config.own.normed:
@@ -73,7 +66,7 @@ class Encoder(nnx.Module):
     def __init__(self, build: Build, *, scan: bool) -> None:
         config = build.config
         self.blocks, self.own = config.kind.blocks, config.own
-        self.measured = config.kind.head == "deberta" and config.own.distances > 0
+        self.measured = config.kind.family == "deberta" and config.own.distances > 0
         self.embeddings = Embeddings(build)
         self.projects = config.embedded_size != config.hidden_size
         if self.projects:
@@ -86,6 +79,11 @@ class Encoder(nnx.Module):
     def stack(self) -> Any:
         """The blocks."""
         return getattr(self, self.blocks).layer
+
+    @property
+    def table(self) -> Any:
+        """The embedding of the words."""
+        return self.embeddings.word_embeddings
 
     def distances(self, tokens: int) -> Float[Array, "c d"] | None:
         """DeBERTa's vectors of the distances between so many tokens."""
@@ -110,102 +108,28 @@ class Encoder(nnx.Module):
         return self.embeddings_project(x) if self.projects else x
 
 
-class Transform(nnx.Module):
-    """BERT's dense layer and norm before the vocabulary."""
+class Layers(nnx.Module):
+    """The modules and parameters of a head, under Hugging Face's names."""
 
-    def __init__(self, build: Build) -> None:
-        self.dense = build.linear(build.config.hidden_size, build.config.hidden_size)
-        self.LayerNorm = build.norm()
-
-
-class Predictions(nnx.Module):
-    """BERT's masked-LM head; its table is the word embedding."""
-
-    def __init__(self, build: Build) -> None:
-        self.transform = Transform(build)
-        self.bias = nnx.Param(jnp.zeros((build.config.vocab_size,), build.param_dtype))
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        for name, part in parts.items():
+            setattr(self, name, Layers(part) if isinstance(part, dict) else part)
 
 
-class Cls(nnx.Module):
-    """The level that Hugging Face names `cls` around BERT's masked-LM head."""
-
-    def __init__(self, build: Build) -> None:
-        self.predictions = Predictions(build)
-
-
-class LMHead(nnx.Module):
-    """RoBERTa's masked-LM head; its table is the word embedding."""
-
-    def __init__(self, build: Build) -> None:
-        self.dense = build.linear(build.config.hidden_size, build.config.hidden_size)
-        self.layer_norm = build.norm()
-        self.bias = nnx.Param(jnp.zeros((build.config.vocab_size,), build.param_dtype))
-
-
-class WordHead(nnx.Module):
-    """DeBERTa's masked-LM head; its table is the word embedding."""
-
-    def __init__(self, build: Build) -> None:
-        self.dense = build.linear(build.config.hidden_size, build.config.hidden_size)
-        self.LayerNorm = build.norm()
-        self.bias = nnx.Param(jnp.zeros((build.config.vocab_size,), build.param_dtype))
-
-
-class LMPredictions(nnx.Module):
-    """The level that Hugging Face names `lm_predictions` around DeBERTa's masked-LM head."""
-
-    def __init__(self, build: Build) -> None:
-        self.lm_head = WordHead(build)
-
-
-class Bias(nnx.Module):
-    """What DistilBERT's masked-LM head has of its own beside the word embedding."""
-
-    def __init__(self, build: Build) -> None:
-        self.bias = nnx.Param(jnp.zeros((build.config.vocab_size,), build.param_dtype))
-
-
-class FirstTokenHead(nnx.Module):
-    """`W_2 act(W_1 x + b_1) + b_2` of the first hidden state: act is RoBERTa's tanh, or a gelu."""
-
-    def __init__(self, build: Build) -> None:
-        width = build.config.hidden_size
-        self.dense = build.linear(width, width)
-        self.out_proj = build.linear(width, len(build.config.labels))
-
-
-class Headed(nnx.Module):
-    """An encoder under its family's name, and the head of a task."""
-
-    def __init__(self, build: Build, *, scan: bool) -> None:
-        config = build.config
-        # `bert` or `roberta`, as the checkpoint's tensors begin.
-        setattr(self, config.kind.prefix, Encoder(build, scan=scan))
-        head, width = config.kind.head, config.hidden_size
-        if config.task == TOKENS:
-            self.classifier = build.linear(width, len(config.labels))
-        elif config.task == ANSWERS:
-            self.qa_outputs = build.linear(width, 2)
-        elif config.task == CLASSIFICATION and head in ("roberta", "electra"):
-            self.classifier = FirstTokenHead(build)
-        elif config.task == CLASSIFICATION:
-            # It reads the result of another layer, which `logits` gives it: BERT's pooler, or one
-            # of these.
-            if head == "distilbert":
-                self.pre_classifier = build.linear(width, width)
-            elif head == "deberta":
-                self.pooler = Dense(width, build)
-            self.classifier = build.linear(width, len(config.labels))
-        elif head == "distilbert":
-            self.vocab_transform = build.linear(width, width)
-            self.vocab_layer_norm = build.norm()
-            self.vocab_projector = Bias(build)
-        elif head == "roberta":
-            self.lm_head = LMHead(build)
-        elif head == "deberta" and not config.own.legacy:
-            self.lm_predictions = LMPredictions(build)
-        else:
-            self.cls = Cls(build)
+def head_layers(build: Build) -> dict[str, Any]:
+    """The layers of the task's head, as nested dictionaries; BERT's pooler is the encoder's."""
+    config, head = build.config, build.config.head
+    width, (first, last) = config.hidden_size, head.biased
+    layers = {}
+    if head.dense is not None and not config.needs_pooler:
+        layers[head.dense] = build.linear(width, width, bias=first)
+    if head.norm is not None:
+        layers[head.norm] = build.norm()
+    if head.last is not None:
+        layers[head.last] = build.linear(width, len(config.labels), bias=last)
+    elif head.bias is not None and last:
+        layers[head.bias] = nnx.Param(jnp.zeros((config.vocab_size,), build.param_dtype))
+    return nested(layers.items())
 
 
 def make(
@@ -213,9 +137,12 @@ def make(
 ) -> nnx.Module:
     """Makes the module for a config's task: the bare encoder, or one with a head."""
     build = Build(config, dtype, param_dtype, rngs)
-    if config.kind.head == "modernbert":
-        return modernbert.make(build, scan=scan)
-    return (Encoder if config.task == FEATURES else Headed)(build, scan=scan)
+    modern = config.kind.family == "modernbert"
+    encoder = (modernbert.Encoder if modern else Encoder)(build, scan=scan)
+    if config.task == FEATURES:
+        return encoder
+    # `bert` or `roberta`, as the checkpoint's tensors begin.
+    return Layers({config.kind.prefix: encoder, **head_layers(build)})
 
 
 def encoder_of(module: nnx.Module, config: BertConfig) -> Encoder:
@@ -258,7 +185,7 @@ def hidden_states(
     if token_type_ids is None:
         token_type_ids = jnp.zeros_like(tokens)
     # Keys that all queries and heads attend to, (b, 1, 1, t).
-    modern = config.kind.head == "modernbert"
+    modern = config.kind.family == "modernbert"
     turned = modernbert.rotations(config, positions) if modern else ()
     by = Attending(of_whole_rows(mask, over), over, turned, encoder.distances(tokens.shape[1]))
     x = encoder.embed(tokens, token_type_ids, positions)
@@ -284,51 +211,37 @@ def logits(
     mask: Bool[AnyArray, "b t"] | None = None,
 ) -> Array:
     """The head's float32 logits: (b, c) of a classifier, else (b, t, ·), two for answers."""
-    if config.kind.head == "modernbert":
-        return modernbert.logits(module, config, hidden, mask)
-    encoder = encoder_of(module, config)
-    if config.task == MASKED_LM:
-        return _vocabulary(module, config, hidden)
-    if config.task == ANSWERS:
-        return module.qa_outputs(hidden).astype(jnp.float32)
-    head: Any = module.classifier
-    if config.task == TOKENS:
-        return head(hidden).astype(jnp.float32)
-    first = hidden[:, 0]
-    if config.kind.head == "bert":
-        return head(pooled(encoder, hidden)).astype(jnp.float32)
-    if config.kind.head == "deberta":
-        act = ACTIVATIONS[config.own.pooler_act]
-        return head(act(module.pooler.dense(first))).astype(jnp.float32)
-    if config.kind.head == "distilbert":
-        return head(jax.nn.relu(module.pre_classifier(first))).astype(jnp.float32)
-    act = jnp.tanh if config.kind.head == "roberta" else ACTIVATIONS["gelu"]
-    return head.out_proj(act(head.dense(first))).astype(jnp.float32)
+    head: Head = config.head
 
+    def layer(path: str) -> Any:
+        return reduce(getattr, path.split("."), module)
 
-def _vocabulary(
-    module: Headed, config: BertConfig, hidden: Float[Array, "b t d"]
-) -> Float[Array, "b t v"]:
-    """Scores of the words: a dense layer, an activation and a norm before the tied table."""
-    if config.kind.head == "distilbert":
-        head = module.vocab_projector
-        x = ACTIVATIONS[config.hidden_act](module.vocab_transform(hidden))
-        x = module.vocab_layer_norm(x)
-    elif config.kind.head == "roberta":
-        head = module.lm_head
-        # transformers' RobertaLMHead has a gelu, whatever `hidden_act` is.
-        x = head.layer_norm(ACTIVATIONS["gelu"](head.dense(hidden)))
-    elif config.kind.head == "deberta" and not config.own.legacy:
-        head = module.lm_predictions.lm_head
-        x = head.LayerNorm(ACTIVATIONS[config.hidden_act](head.dense(hidden)))
-    else:
-        head = module.cls.predictions
-        x = ACTIVATIONS[config.hidden_act](head.transform.dense(hidden))
-        x = head.transform.LayerNorm(x)
-    # (v, d)
-    table = encoder_of(module, config).embeddings.word_embeddings.embedding.get_value()
+    x = _read(head, hidden, mask)
+    if head.dense is not None:
+        x = ACTIVATIONS[head.act or config.hidden_act](layer(head.dense)(x))
+    if head.norm is not None:
+        x = layer(head.norm)(x)
+    if head.last is not None:
+        return layer(head.last)(x).astype(jnp.float32)
+    table = encoder_of(module, config).table.embedding.get_value()  # (v, d)
     scores = logits_of(x, table, tied=True, dtype=x.dtype)
-    return scores + head.bias.get_value().astype(jnp.float32)
+    if head.bias is None or not head.biased[1]:
+        return scores
+    return scores + layer(head.bias).get_value().astype(jnp.float32)
+
+
+def _read(
+    head: Head, hidden: Float[Array, "b t d"], mask: Bool[AnyArray, "b t"] | None
+) -> Float[Array, "b *t d"]:
+    """The hidden states that a head reads."""
+    if head.reads == "each":
+        return hidden
+    if head.reads == "first":
+        return hidden[:, 0]
+    real = jnp.ones(hidden.shape[:2], bool) if mask is None else jnp.asarray(mask)
+    weights = real.astype(jnp.float32)
+    summed = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), weights)
+    return (summed / weights.sum(axis=1)[:, None]).astype(hidden.dtype)
 
 
 def _positions(tokens: Int[AnyArray, "b t"], config: BertConfig) -> Int[Array, "#b t"]:

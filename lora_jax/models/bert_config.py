@@ -6,19 +6,9 @@ written but not applied: adapters have their own.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from lora_jax.models.bert_kinds import (
-    ANSWERS,
-    CLASSIFICATION,
-    FEATURES,
-    KINDS,
-    MASKED_LM,
-    TASKS,
-    TOKENS,
-    Kind,
-    Task,
-)
+from lora_jax.models.bert_kinds import KINDS, Kind
 from lora_jax.models.classifier import labels_of, write_labels
 from lora_jax.models.dialect import (
     check_fixed,
@@ -26,11 +16,19 @@ from lora_jax.models.dialect import (
     scalar_if_one,
     tuple_of,
 )
+from lora_jax.models.heads import (
+    ANSWERS,
+    CLASSIFICATION,
+    FEATURES,
+    MASKED_LM,
+    TASKS,
+    TOKENS,
+    Head,
+    Problem,
+    Task,
+)
 from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.ranges import check_fields, check_raw
-
-# Hugging Face's names of the losses of a classifier.
-Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +95,7 @@ class BertConfig:
         _one_of("model_type", self.model_type, KINDS)
         _one_of("task", self.task, TASKS)
         _one_of("hidden_act", self.hidden_act, ACTIVATIONS)
-        if self.kind.typed and self.type_vocab_size < 1 and self.kind.head != "deberta":
+        if self.kind.typed and self.type_vocab_size < 1 and self.kind.family != "deberta":
             raise ValueError(
                 f"config: `type_vocab_size` of `{self.model_type}` must be at least 1, got "
                 f"{self.type_vocab_size}"
@@ -132,7 +130,7 @@ class BertConfig:
     @property
     def slides(self) -> tuple[bool, ...]:
         """For each block whether its tokens attend to those nearby alone."""
-        modern = self.kind.head == "modernbert"
+        modern = self.kind.family == "modernbert"
         return self.own.slides if modern else (False,) * self.num_hidden_layers
 
     @property
@@ -143,7 +141,7 @@ class BertConfig:
     @property
     def placed(self) -> bool:
         """Whether there is a table of positions."""
-        return self.kind.head != "deberta" or self.own.placed
+        return self.kind.family != "deberta" or self.own.placed
 
     @property
     def embedded_size(self) -> int:
@@ -156,31 +154,28 @@ class BertConfig:
         return 1.0
 
     @property
+    def norm_bias(self) -> bool:
+        """Whether norms have a bias."""
+        return self.kind.family != "modernbert" or self.own.norm_bias
+
+    @property
+    def head(self) -> Head:
+        """The layers of the task's head."""
+        row = self.kind.heads[self.task]
+        return row if self.kind.own is None else self.kind.own.head(self.own, self.task, row)
+
+    @property
     def needs_pooler(self) -> bool:
         """Whether the task's head reads the pooler's result."""
-        return self.task == CLASSIFICATION and self.kind.head == "bert"
+        return self.task != FEATURES and self.kind.pools(self.task)
 
     @property
     def head_modules(self) -> tuple[str, ...]:
         """Prefixes of the tensors of the task's head."""
         if self.task == FEATURES:
             return ()
-        distilled = self.kind.head == "distilbert"
-        if self.task == CLASSIFICATION:
-            before = {
-                "distilbert": ("pre_classifier.",), "deberta": ("pooler.",),
-                "modernbert": ("head.",),
-            }  # fmt: skip
-            return ("classifier.", *before.get(self.kind.head, ()))
-        if self.kind.head == "modernbert":
-            return ("head.", "decoder." if self.task == MASKED_LM else "classifier.")
-        if self.task in (TOKENS, ANSWERS):
-            return ("classifier.",) if self.task == TOKENS else ("qa_outputs.",)
-        if distilled:
-            return ("vocab_",)
-        if self.kind.head == "deberta" and not self.own.legacy:
-            return ("lm_predictions.",)
-        return ("lm_head.",) if self.kind.head == "roberta" else ("cls.predictions.",)
+        outer = (path.partition(".")[0] for path in self.head.paths)
+        return tuple(dict.fromkeys(f"{name}." for name in outer if name != self.kind.prefix))
 
     @property
     def context(self) -> int:
@@ -211,7 +206,7 @@ class BertConfig:
         own = kind.own.known if kind.own else ()
         refuse_unsupported(raw, (*_PLAIN, *_CARRIED, *own), _NEUTRAL)
         check_fixed(raw, kind.fixed)
-        if kind.head != "electra":
+        if "embedding_size" not in kind.defaults:
             check_fixed(raw, {"embedding_size": None})
         set_to_null = {k: None for k in _MAYBE_NULL if k in raw}
         given = {**kind.defaults, **set_to_null, **{k: v for k, v in raw.items() if v is not None}}
@@ -225,8 +220,7 @@ class BertConfig:
             **plain,
             eos_token_ids=tuple_of(given.get("eos_token_id")),
             task=task,
-            pooler=(task == FEATURES and kind.head in ("bert", "roberta"))
-            or (task == CLASSIFICATION and kind.head == "bert"),
+            pooler=kind.pools(task),
             labels=labels_of(given),
             own=kind.own.read(given) if kind.own else None,
         )

@@ -1,28 +1,25 @@
 """The families of encoders as data: what each has beside BERT, or otherwise."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from lora_jax.models import deberta_config, modern_config
-
-FEATURES: Final = "features"
-CLASSIFICATION: Final = "sequence-classification"
-MASKED_LM: Final = "masked-lm"
-TOKENS: Final = "token-classification"
-ANSWERS: Final = "question-answering"
-Task = Literal[
-    "features", "sequence-classification", "masked-lm", "token-classification",
-    "question-answering",
-]  # fmt: skip
-TASKS: tuple[Task, ...] = get_args(Task)
+from lora_jax.models.heads import FEATURES, HEADS, MASKED_LM, NAMED, Head, Task
 
 
 class Own(NamedTuple):
-    """How fields of config.json that BERT has not are read and written."""
+    """How fields of config.json that BERT has not are read and written, and what heads they make.
+
+    Attributes:
+      known: the fields.
+      read, write: from them and back.
+      head: a task's head, from its row of `HEADS`.
+    """
 
     known: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Any]
     write: Callable[[Any], dict[str, Any]]
+    head: Callable[[Any, Task, Head], Head]
 
 
 class Kind(NamedTuple):
@@ -32,8 +29,10 @@ class Kind(NamedTuple):
       prefix: the module that holds the encoder in a model with a head.
       classes: Hugging Face's class for each task.
       defaults: the values that transformers uses for fields missing in config.json.
-      head: whose heads it has. Only BERT's classifier reads a pooler; the others have layers of
-        their own on the first hidden state.
+      heads: the layers of its heads. Only BERT's classifier reads a pooler; the others have layers
+        of their own on the first hidden state.
+      family: whose blocks it has.
+      pooled: the bare encoder has a pooler, unless its file lacks one.
       offset_positions: count positions over the tokens that are not padding, from
         `pad_token_id + 1` (as fairseq does), not from 0 over all tokens.
       blocks: the module that holds the blocks.
@@ -46,7 +45,9 @@ class Kind(NamedTuple):
     prefix: str
     classes: Mapping[Task, str]
     defaults: Mapping[str, Any]
-    head: Literal["bert", "roberta", "electra", "distilbert", "modernbert", "deberta"] = "bert"
+    heads: Mapping[Task, Head]
+    family: Literal["bert", "distilbert", "modernbert", "deberta"] = "bert"
+    pooled: bool = False
     offset_positions: bool = False
     blocks: str = "encoder"
     typed: bool = True
@@ -54,15 +55,15 @@ class Kind(NamedTuple):
     fixed: Mapping[str, Any] = {}
     own: Own | None = None
 
+    def pools(self, task: Task) -> bool:
+        """Whether a task's model has a pooler."""
+        if task == FEATURES:
+            return self.pooled
+        return (self.heads[task].dense or "").startswith(f"{self.prefix}.")
+
 
 def _classes(name: str) -> dict[Task, str]:
-    return {
-        FEATURES: f"{name}Model",
-        CLASSIFICATION: f"{name}ForSequenceClassification",
-        MASKED_LM: f"{name}ForMaskedLM",
-        TOKENS: f"{name}ForTokenClassification",
-        ANSWERS: f"{name}ForQuestionAnswering",
-    }
+    return {task: f"{name}{named.ending}" for task, named in NAMED.items()}
 
 
 _DISTILBERT_FIELDS = {
@@ -87,13 +88,17 @@ def _roberta(name: str, vocab_size: int) -> Kind:
         prefix="roberta",
         classes=_classes(name),
         defaults={**_ROBERTA_DEFAULTS, "vocab_size": vocab_size},
-        head="roberta",
+        heads=HEADS["roberta"],
+        pooled=True,
         offset_positions=True,
     )
 
 
 KINDS: Mapping[str, Kind] = {
-    "bert": Kind(prefix="bert", classes=_classes("Bert"), defaults=_BERT_DEFAULTS),
+    "bert": Kind(
+        prefix="bert", classes=_classes("Bert"), defaults=_BERT_DEFAULTS, heads=HEADS["bert"],
+        pooled=True,
+    ),
     "roberta": _roberta("Roberta", 50265),
     "xlm-roberta": _roberta("XLMRoberta", 30522),
     "camembert": _roberta("Camembert", 30522),
@@ -105,7 +110,7 @@ KINDS: Mapping[str, Kind] = {
             **_BERT_DEFAULTS, "embedding_size": 128, "hidden_size": 256, "num_attention_heads": 4,
             "intermediate_size": 1024,
         },
-        head="electra",
+        heads=HEADS["electra"],
     ),
     "distilbert": Kind(
         prefix="distilbert",
@@ -113,7 +118,8 @@ KINDS: Mapping[str, Kind] = {
         defaults={
             **_BERT_DEFAULTS, "num_hidden_layers": 6, "classifier_dropout": 0.2,
         },
-        head="distilbert",
+        heads=HEADS["distilbert"],
+        family="distilbert",
         blocks="transformer",
         typed=False,
         fields=_DISTILBERT_FIELDS,
@@ -129,7 +135,8 @@ KINDS: Mapping[str, Kind] = {
             "layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.0, "classifier_dropout": 0.0,
             "attention_probs_dropout_prob": 0.0,
         },
-        head="modernbert",
+        heads=HEADS["modernbert"],
+        family="modernbert",
         blocks="layers",
         typed=False,
         fields={
@@ -138,7 +145,10 @@ KINDS: Mapping[str, Kind] = {
             "attention_probs_dropout_prob": "attention_dropout",
         },
         fixed={"type_vocab_size": 2},
-        own=Own(modern_config.KNOWN, modern_config.read_modern, modern_config.write_modern),
+        own=Own(
+            modern_config.KNOWN, modern_config.read_modern, modern_config.write_modern,
+            modern_config.head_of,
+        ),
     ),
     # Versions 2 and 3, which differ in how they were trained.
     "deberta-v2": Kind(
@@ -149,7 +159,11 @@ KINDS: Mapping[str, Kind] = {
             "num_attention_heads": 24, "intermediate_size": 6144, "type_vocab_size": 0,
             "layer_norm_eps": 1e-7,
         },
-        head="deberta",
-        own=Own(deberta_config.KNOWN, deberta_config.read_deberta, deberta_config.write_deberta),
+        heads=HEADS["deberta"],
+        family="deberta",
+        own=Own(
+            deberta_config.KNOWN, deberta_config.read_deberta, deberta_config.write_deberta,
+            deberta_config.head_of,
+        ),
     ),
 }  # fmt: skip

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lora_jax.dims import AnyArray
 from lora_jax.models.bert_config import BertConfig
 from lora_jax.models.context import over_tokens
-from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, kept
+from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, RMSNorm, kept
 from lora_jax.models.mixing import mix
 from lora_jax.models.rope import Rotation
 
@@ -57,11 +57,11 @@ class Build(NamedTuple):
             rngs=self.rngs,
         )  # fmt: skip
 
-    def norm(self, size: int | None = None) -> LayerNorm:
-        config = self.config
-        return LayerNorm(
-            size or config.hidden_size, eps=config.layer_norm_eps, param_dtype=self.param_dtype
-        )
+    def norm(self, size: int | None = None) -> LayerNorm | RMSNorm:
+        width, eps = size or self.config.hidden_size, self.config.layer_norm_eps
+        if self.config.norm_bias:
+            return LayerNorm(width, eps=eps, param_dtype=self.param_dtype)
+        return RMSNorm(width, eps=eps, param_dtype=self.param_dtype, centered=True)
 
     def table(self, rows: int) -> Embedding:
         width = self.config.embedded_size

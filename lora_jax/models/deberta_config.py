@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from lora_jax.models.heads import MASKED_LM, Head, Task, of_words
 from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.ranges import COUNT, check_range
 
@@ -120,3 +121,10 @@ def write_deberta(own: Deberta) -> dict[str, Any]:
         "relative_attention": own.distances > 0,
         "share_att_key": own.shared,
     }
+
+
+def head_of(own: Deberta, task: Task, head: Head) -> Head:
+    """A task's head: the classifier's activation, and the masked-LM head that is not BERT's."""
+    if task == MASKED_LM:
+        return head if own.legacy else of_words("lm_predictions.lm_head")
+    return head._replace(act=own.pooler_act)

@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models import bert
-from lora_jax.models.bert_config import FEATURES, BertConfig
+from lora_jax.models.bert_config import BertConfig
+from lora_jax.models.heads import FEATURES
 from lora_jax.models.layers import Specs, automatic
 from lora_jax.models.model import Dtype, check_inputs, check_options
 from lora_jax.models.remat import Remat, rematerialized
@@ -45,7 +46,7 @@ class EncoderForward:
 
     def __post_init__(self) -> None:
         check_options(self.dtype, self.param_dtype, self.remat)
-        if self.tokens is not None and self.config.kind.head == "deberta":
+        if self.tokens is not None and self.config.kind.family == "deberta":
             raise ValueError(
                 f'the mesh has an axis "{self.tokens}", but attention by distance of '
                 f"`{self.config.model_type}` needs whole rows: spread rows and weights instead "

@@ -15,17 +15,10 @@ from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, renamed, same
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
-from lora_jax.models.bert_config import (
-    ANSWERS,
-    CLASSIFICATION,
-    FEATURES,
-    TASKS,
-    TOKENS,
-    BertConfig,
-    Task,
-)
+from lora_jax.models.bert_config import BertConfig
 from lora_jax.models.classifier import check_labels
 from lora_jax.models.encoder import EncoderForward
+from lora_jax.models.heads import ANSWERS, FEATURES, NAMED, TASKS, Task
 from lora_jax.models.init import draw
 from lora_jax.models.model import Dtype, Model
 from lora_jax.models.opening import Opened, read_together
@@ -38,7 +31,9 @@ _ENCODER = (
     "final_norm.",
 )  # fmt: skip
 # Tasks whose heads can be drawn, and what their heads are called.
-_DRAWN = {CLASSIFICATION: "classification", TOKENS: "classification", ANSWERS: "answering"}
+_DRAWN = {task: named.drawn for task, named in NAMED.items() if named.drawn}
+# BERT's head that says whether a text follows another one, beside the one of words.
+_NEXT = "cls.seq_relationship."
 # Buffers that old checkpoints store: 0, 1, 2, ... and zeros. They hold nothing learned.
 _CONSTANTS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
@@ -180,7 +175,7 @@ def _belongs(bare: str, inside: bool, config: BertConfig) -> bool:
     """Whether a tensor is part of the task: of the encoder, or of the task's own head."""
     if inside:
         return not bare.startswith("pooler.") or config.task == FEATURES or config.needs_pooler
-    return bare.startswith(config.head_modules)
+    return bare.startswith(config.head_modules) and not bare.startswith(_NEXT)
 
 
 def _fill(

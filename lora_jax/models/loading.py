@@ -22,10 +22,10 @@ from lora_jax.hf.gguf.weights import weights_of
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.hf.tokenizer.tokenizer import from_gguf
-from lora_jax.models.bert_kinds import CLASSIFICATION
 from lora_jax.models.classifier import CLASSIFIER, HEAD, WITHOUT, check_labels
 from lora_jax.models.encoder_loading import open_encoder
 from lora_jax.models.gguf import config_of
+from lora_jax.models.heads import CLASSIFICATION
 from lora_jax.models.init import draw
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.model import Dtype, Model

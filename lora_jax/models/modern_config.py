@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast
 
 from lora_jax.models.dialect import FULL, SLIDING, read_layer_types
+from lora_jax.models.heads import CLASSIFICATION, MASKED_LM, Head, Task
 from lora_jax.models.ranges import COUNT, RANGES, check_range
 
 _BIASES = ("attention_bias", "classifier_bias", "decoder_bias", "mlp_bias", "norm_bias")
@@ -95,3 +96,13 @@ def write_modern(modern: Modern) -> dict[str, Any]:
             FULL: {"rope_type": "default", "rope_theta": whole},
         },
     }
+
+
+def head_of(own: Modern, task: Task, head: Head) -> Head:
+    """A task's head: what a classifier of texts reads, its activation and biases."""
+    means = task == CLASSIFICATION and own.pooling == "mean"
+    return head._replace(
+        reads="mean" if means else head.reads,
+        act=own.activation,
+        biased=(own.classifier_bias, own.decoder_bias or task != MASKED_LM),
+    )

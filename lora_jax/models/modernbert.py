@@ -5,7 +5,7 @@
 
 Modules and parameters are Flax NNX's, module names are Hugging Face's.
 
-B batch, T tokens, S tokens of a whole row, D width, N heads, H size of a head, C classes.
+B batch, T tokens, S tokens of a whole row, D width, N heads, H size of a head.
 
 Source: Warner et al. 2024, arXiv:2412.13663.
 """
@@ -18,17 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import choose
-from lora_jax.models.bert_config import CLASSIFICATION, FEATURES, MASKED_LM
 from lora_jax.models.bert_parts import Attending, Build, both_ways
-from lora_jax.models.layers import ACTIVATIONS, LayerNorm, RMSNorm, kept, logits_of, stack_of
+from lora_jax.models.layers import ACTIVATIONS, kept, stack_of
 from lora_jax.models.rope import Rotation, rotate, rotation
-
-
-def _norm(build: Build) -> LayerNorm | RMSNorm:
-    size, eps = build.config.hidden_size, build.config.layer_norm_eps
-    if build.config.own.norm_bias:
-        return LayerNorm(size, eps=eps, param_dtype=build.param_dtype)
-    return RMSNorm(size, eps=eps, param_dtype=build.param_dtype, centered=True)
 
 
 class Embeddings(nnx.Module):
@@ -36,7 +28,7 @@ class Embeddings(nnx.Module):
 
     def __init__(self, build: Build) -> None:
         self.tok_embeddings = build.table(build.config.vocab_size)
-        self.norm = _norm(build)
+        self.norm = build.norm()
 
 
 class Attention(nnx.Module):
@@ -82,9 +74,9 @@ class Layer(nnx.Module):
     def __init__(self, build: Build, *, first: bool) -> None:
         self.first = first
         if not first:
-            self.attn_norm = _norm(build)
+            self.attn_norm = build.norm()
         self.attn = Attention(build)
-        self.mlp_norm = _norm(build)
+        self.mlp_norm = build.norm()
         self.mlp = MLP(build)
 
     def __call__(
@@ -101,7 +93,7 @@ class Encoder(nnx.Module):
         self.embeddings = Embeddings(build)
         first = tuple(number == 0 for number in range(build.config.num_hidden_layers))
         self.layers = stack_of(first, lambda one: Layer(build, first=one), scan=scan)
-        self.final_norm = _norm(build)
+        self.final_norm = build.norm()
 
     def distances(self, tokens: int) -> None:
         """None: DeBERTa alone has a table of distances."""
@@ -110,6 +102,11 @@ class Encoder(nnx.Module):
     def stack(self) -> Any:
         """The blocks."""
         return self.layers
+
+    @property
+    def table(self) -> Any:
+        """The embedding of the words."""
+        return self.embeddings.tok_embeddings
 
     def embed(
         self,
@@ -126,44 +123,6 @@ class Encoder(nnx.Module):
         return self.final_norm(x)
 
 
-class Head(nnx.Module):
-    """`LayerNorm(act(W x))`, before every task's last layer."""
-
-    def __init__(self, build: Build) -> None:
-        width, own = build.config.hidden_size, build.config.own
-        self.act = own.activation
-        self.dense = build.linear(width, width, bias=own.classifier_bias)
-        self.norm = _norm(build)
-
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        return self.norm(ACTIVATIONS[self.act](self.dense(x)))
-
-
-class Decoder(nnx.Module):
-    """What the masked-LM head has of its own beside the table."""
-
-    def __init__(self, build: Build) -> None:
-        self.bias = nnx.Param(jnp.zeros((build.config.vocab_size,), build.param_dtype))
-
-
-class Headed(nnx.Module):
-    """An encoder and the head of a task."""
-
-    def __init__(self, build: Build, *, scan: bool) -> None:
-        config = build.config
-        self.model = Encoder(build, scan=scan)
-        self.head = Head(build)
-        if config.task != MASKED_LM:
-            self.classifier = build.linear(config.hidden_size, len(config.labels))
-        elif config.own.decoder_bias:
-            self.decoder = Decoder(build)
-
-
-def make(build: Build, *, scan: bool) -> nnx.Module:
-    """Makes the module for a config's task."""
-    return (Encoder if build.config.task == FEATURES else Headed)(build, scan=scan)
-
-
 def rotations(config: Any, positions: Int[AnyArray, "#b t"]) -> tuple[Rotation, Rotation]:
     """The rotations of blocks that slide, and of the others."""
     size = config.hidden_size // config.num_attention_heads
@@ -175,27 +134,3 @@ def rotations(config: Any, positions: Int[AnyArray, "#b t"]) -> tuple[Rotation, 
         for theta in config.own.thetas
     )  # fmt: skip
     return local, whole
-
-
-def logits(
-    module: Headed,
-    config: Any,
-    hidden: Float[Array, "b t d"],
-    mask: Bool[AnyArray, "b t"] | None,
-) -> Array:
-    """The task's float32 logits: (b, c) of a classifier of texts, else (b, t, ·)."""
-    if config.task == CLASSIFICATION and config.own.pooling == "mean":
-        real = jnp.ones(hidden.shape[:2], bool) if mask is None else jnp.asarray(mask)
-        weights = real.astype(jnp.float32)
-        summed = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), weights)
-        hidden = (summed / weights.sum(axis=1)[:, None]).astype(hidden.dtype)
-    elif config.task == CLASSIFICATION:
-        hidden = hidden[:, 0]
-    x = module.head(hidden)
-    if config.task != MASKED_LM:
-        return module.classifier(x).astype(jnp.float32)
-    table = module.model.embeddings.tok_embeddings.embedding.get_value()  # (v, d)
-    scores = logits_of(x, table, tied=True, dtype=x.dtype)
-    if not config.own.decoder_bias:
-        return scores
-    return scores + module.decoder.bias.get_value().astype(jnp.float32)

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax import compat
 from lora_jax.dims import AnyArray
-from lora_jax.models.bert_kinds import CLASSIFICATION
 from lora_jax.models.encoder import EncoderForward
+from lora_jax.models.heads import CLASSIFICATION
 from lora_jax.models.layers import Specs, gather
 from lora_jax.transform.low_rank import at_places
 

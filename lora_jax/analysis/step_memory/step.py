@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from lora_jax.analysis.step_memory import mesh as memory_mesh
 from lora_jax.config.arguments import set_plain_fields
 from lora_jax.config.lora import LoraConfig
-from lora_jax.models.bert_config import CLASSIFICATION
+from lora_jax.models.heads import CLASSIFICATION
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.mesh import Placement
 from lora_jax.models.model import check_options
