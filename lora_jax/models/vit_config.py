@@ -111,6 +111,11 @@ class ViTConfig:
         return 1.0
 
     @property
+    def norm_bias(self) -> bool:
+        """Whether norms subtract the mean and have a bias."""
+        return True
+
+    @property
     def embedded_size(self) -> int:
         """Width of the tables."""
         return self.hidden_size
