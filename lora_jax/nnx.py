@@ -321,11 +321,19 @@ def adapt(
     Returns:
       A module whose `LoraParam`s train.
 
+    Raises:
+      ValueError: the module has adapters already.
+
     Example:
       model = lora.nnx.adapt(model, lora.LoraConfig(target_modules=("query",)), x, key=key)
       optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=lora.nnx.LoraParam)
     """
     _check_module("module", module)
+    if isinstance(module, Adapted):
+        raise ValueError(
+            "`module` has adapters already: train it as it is, or adapt the module that it was "
+            "made from, or `lora.nnx.merged(module)`"
+        )
     check_argument("nnx.adapt(module, config, *args, key=key)", "config", config, LoraConfig)
     fn, params, state = functional(module, method=method)
     plan = make_plan(config, fn, params, *args, state=state, **kwargs)
@@ -334,5 +342,6 @@ def adapt(
 
 def merged(model: Adapted) -> nnx.Module:
     """A copy of the base module with the adapters merged into its parameters."""
+    check_argument("nnx.merged(model)", "model", model, Adapted)
     graph, params, held = _split(model.base)
     return nnx.merge(graph, merge_tree(model._adapted(params)), held, copy=True)

@@ -1,7 +1,7 @@
 """linen and NNX modules to functions and back: state kept, adapters inside, called as before."""
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -316,3 +316,15 @@ def test_adapted_module_with_saved_leaf_and_pissa():
     close(model(X), module(X))
     assert set(model.adapters["down/kernel"]) == {"value"}
     assert not np.allclose(model.base.up.kernel.get_value(), module.up.kernel.get_value())
+
+
+def test_what_has_adapters_and_what_has_none():
+    module = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    config = lora.LoraConfig(rank=2, target_modules="all-linear")
+    model = lora.nnx.adapt(module, config, jnp.ones((1, 4)), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="`module` has adapters already: train it as it is, or"):
+        lora.nnx.adapt(model, config, jnp.ones((1, 4)), key=jax.random.key(0))
+    with pytest.raises(TypeError, match=r"nnx.merged\(model\)"):
+        lora.nnx.merged(cast(Any, module))
+    again = lora.nnx.adapt(lora.nnx.merged(model), config, jnp.ones((1, 4)), key=jax.random.key(1))
+    np.testing.assert_array_equal(again(jnp.ones((1, 4))), module(jnp.ones((1, 4))))

@@ -1,5 +1,6 @@
 """Checks of a plan against its config: every entry matches, and every rank fits."""
 
+import re
 from collections.abc import Sequence
 
 from lora_jax import paths
@@ -69,8 +70,16 @@ def _other_layers(config: LoraConfig, names: set[str]) -> list[str]:
     wanted = {layers} if isinstance(layers, int) else {*(layers or ())}
     numbers = (matching.layer_number(name, config.layers_pattern) for name in names)
     there = {number for number in numbers if number is not None}
-    if not wanted or not there or wanted & there:
+    if not wanted or wanted & there:
         return []
+    if not there:
+        behind = (re.search(r"([^.]+)\.\d+\.", name) for name in sorted(names))
+        lists = next((found[1] for found in behind if found), None)
+        way_out = "leave it out" if lists is None else f'name the list, `layers_pattern="{lists}"`'
+        return [
+            f"`layers_to_transform` is {layers}, and no module has a layer's number behind two "
+            f"other names, as `model.layers.0.q` has: {way_out}"
+        ]
     least, most = min(there), max(there)
     return [f"`layers_to_transform` is {layers}, and layers are numbered {least} to {most}"]
 

@@ -290,3 +290,26 @@ def test_rows_by_constant_indices_that_meet_weights_alone_are_a_tables():
     params = {"table": shaped(4, 8)}
     leaf = lora.plan(lora.LoraConfig(rank=2), permuted, params, shaped(2, 4)).by_path()["table"]
     assert leaf.roles == "io" and not leaf.lookup
+
+
+@pytest.mark.parametrize(
+    "tree, way_out",
+    [
+        ({"q": {"kernel": 0}}, "leave it out"),
+        ({"layers": [{"q": {"kernel": 0}}] * 2}, 'layers_pattern="layers"'),
+    ],
+)
+def test_layers_to_transform_without_layers(tree, way_out):
+    """PEFT counts layers behind two names; in a tree without such names it would be no filter."""
+    params = jax.tree.map(lambda n: jnp.ones((4, 4)), tree)
+
+    def call(params, x):
+        for w in jax.tree.leaves(params):
+            x = x @ w
+        return x
+
+    config = lora.LoraConfig(rank=2, target_modules=("q",), layers_to_transform=(0,))
+    with pytest.raises(
+        ValueError, match=f"no module has a layer's number behind two.*: .*{way_out}"
+    ):
+        lora.plan(config, call, params, jnp.ones((1, 4)))
