@@ -7,6 +7,7 @@ VENV_AOT ?= .venv-aot
 VENV_INTEGRATIONS ?= .venv-integrations
 VENV_TUNIX ?= .venv-tunix
 VENV_312 ?= .venv-integrations312
+VENV_EASYDEL ?= .venv-easydel
 VLLM ?= .vllm
 AOT_WHEELS ?= .aot-wheels
 PYTEST_ARGS ?= -n 2 --dist loadfile -q
@@ -23,7 +24,7 @@ IN = $(VENV)/bin/
 unexport PYTHONDONTWRITEBYTECODE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo check test test-all test-core integrations integrations-quick integrations312 integrations-vllm oracles mutants lint format docs aot aot-quick aot-wheels clean
+.PHONY: help demo check test test-all test-core integrations integrations-quick integrations312 integrations-vllm integrations-easydel oracles mutants lint format docs aot aot-quick aot-wheels clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,7 +65,7 @@ test-core: $(VENV_CORE)/.stamp-core  ## what depends on the release of JAX, in a
 integrations: $(VENV_INTEGRATIONS)/.stamp $(VENV_TUNIX)/.stamp  ## programs of examples/integrations with the packages they are for
 	LORA_JAX_INTEGRATIONS=1 $(VENV_INTEGRATIONS)/bin/python -m pytest -q tests/integrations \
 		--ignore tests/integrations/test_tunix.py --ignore tests/integrations/test_vllm.py \
-		--ignore tests/integrations/test_python312.py
+		--ignore tests/integrations/test_python312.py --ignore tests/integrations/test_easydel.py
 	LORA_JAX_INTEGRATIONS=1 $(VENV_TUNIX)/bin/python -m pytest -q -p no:xdist tests/integrations/test_tunix.py
 
 integrations312: $(VENV_312)/.stamp  ## the same for gemma and MaxText, with PYTHON=python3.12
@@ -73,6 +74,9 @@ integrations312: $(VENV_312)/.stamp  ## the same for gemma and MaxText, with PYT
 # The wheel has 800 MB of compiled parts, which need a GPU; what runs here are its Python checks.
 integrations-vllm: $(VLLM)/.stamp  ## exported adapters in vLLM's own checks
 	LORA_JAX_INTEGRATIONS=1 PYTHONPATH=$(VLLM) $(IN)python -m pytest -q -p no:xdist tests/integrations/test_vllm.py
+
+integrations-easydel: $(VENV_EASYDEL)/.stamp  ## the same for EasyDeL
+	LORA_JAX_INTEGRATIONS=1 $(VENV_EASYDEL)/bin/python -m pytest -q -p no:xdist tests/integrations/test_easydel.py
 
 # Those whose packages the test environment has.
 integrations-quick: $(VENV)/.stamp-test  ## the programs of make integrations that need no other environment
@@ -112,7 +116,7 @@ aot-quick: $(AOT_WHEELS)/.stamp  ## the hardest case of make aot, for the GPU al
 aot-wheels: $(AOT_WHEELS)/.stamp
 
 clean:  ## removes the environments and what runs have left
-	rm -rf $(VENV) .venv312 .venv313 $(VENV_AOT) $(VENV_INTEGRATIONS) $(VENV_TUNIX) $(VENV_312) $(VLLM) $(AOT_WHEELS) outputs site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv312 .venv313 $(VENV_AOT) $(VENV_INTEGRATIONS) $(VENV_TUNIX) $(VENV_312) $(VENV_EASYDEL) $(VLLM) $(AOT_WHEELS) outputs site .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later was found: set PYTHON=" >&2; exit 1; }
@@ -173,6 +177,14 @@ $(VENV_312)/.stamp: pyproject.toml constraints-py312.txt tests/integrations/requ
 	$(VENV_312)/bin/pip install -q -c constraints-py312.txt --no-build-isolation -e '.[core-test]' \
 		-r tests/integrations/requirements-312.txt
 	$(VENV_312)/bin/pip install -q --no-deps gemma==4.0.1 kauldron==1.4.4 maxtext==0.2.5
+	@touch $@
+
+# EasyDeL asks for an older JAX than lora_jax takes, and runs with this one.
+$(VENV_EASYDEL)/.stamp: pyproject.toml tests/integrations/requirements-easydel.txt
+	$(PYTHON) -m venv $(VENV_EASYDEL)
+	$(VENV_EASYDEL)/bin/pip install -q -r tests/integrations/requirements-easydel.txt
+	$(VENV_EASYDEL)/bin/pip install -q --no-deps jax==0.10.2 jaxlib==0.10.2 torch==2.13.0 peft==0.21.2 accelerate==1.15.0
+	$(VENV_EASYDEL)/bin/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(VLLM)/.stamp: tests/integrations/requirements-vllm.txt | $(VENV)/.stamp-test
