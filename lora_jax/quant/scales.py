@@ -226,11 +226,12 @@ def dynamic_map() -> np.ndarray:
 
 def _linspace(first: float, last: float, count: int) -> np.ndarray:
     """float32 points counted from both ends, as torch.linspace does, whose bits the map has."""
-    step = np.float32((np.float32(last) - np.float32(first)) / np.float32(count - 1))
+    begin, end = np.float32(first), np.float32(last)
+    # torch adds and multiplies at once: only the sum is rounded.
+    step = np.float64((end - begin) / np.float32(count - 1))
     number = np.arange(count)
-    up = np.float32(first) + step * number.astype(np.float32)
-    down = np.float32(last) - step * (count - 1 - number).astype(np.float32)
-    return np.where(number < count / 2, up, down).astype(np.float32)
+    points = np.where(number < count / 2, begin + step * number, end - step * (count - 1 - number))
+    return points.astype(np.float32)
 
 
 SCALE_BLOCK = 256  # scales that share a scale

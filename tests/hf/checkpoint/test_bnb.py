@@ -16,6 +16,7 @@ from lora_jax.hf.checkpoint import bnb, safetensors
 from lora_jax.hf.checkpoint.quantized import check_config
 from lora_jax.hf.checkpoint.safetensors import load_file, open_directory
 from lora_jax.models.saving import save_model
+from lora_jax.quant.scales import dynamic_map
 
 from tests.support.gguf_files import TIED
 from tests.support.places import GOLDEN
@@ -45,6 +46,10 @@ def saved(directory, tensors):
 def test_the_golden_file_is_bitsandbytes_own():
     with safe_open(str(BITSANDBYTES), "numpy") as file:
         assert file.metadata()["made_by"].startswith("bitsandbytes 0.50.2")
+
+
+def test_the_map_of_scales_is_bitsandbytes_own_to_the_bit(golden):
+    np.testing.assert_array_equal(dynamic_map(), golden["double.weight.nested_quant_map"])
 
 
 @pytest.mark.parametrize("case", CASES)
