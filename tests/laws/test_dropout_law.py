@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import lora_jax as lora
+from lora_jax.transform.low_rank import at_places
 
 from tests.laws.case import normal
 from tests.laws.cases import CASES, QUICK, Case, assert_near, model, outputs, with_dropout
@@ -195,6 +196,16 @@ def test_kept_inputs_are_scaled_up():
     np.testing.assert_allclose(kept, np.round(kept), atol=1e-3)
     # Standard error of the mean of 2000 sums of 32 coins: 2·√(32·0.25/0.75/2000) = 0.15.
     assert abs(float(out.mean()) - 2 * D) < 0.7
+
+
+def test_masks_at_places_are_the_places_own():
+    """Whatever rows are computed together, and in whatever order."""
+    places = jnp.array([4, 9, 0, 2, 7, 5])
+    run = lora.lorafy(lambda p, x, places: x @ at_places(p, places)["w"])
+    whole = run({"w": masks_of()}, ONES, places, lora_key=KEY)
+    assert distinct(whole.tolist()) > 1
+    some = run({"w": masks_of()}, ONES[:3], places[3:], lora_key=KEY)
+    np.testing.assert_array_equal(some, whole[3:])
 
 
 def test_concatenated_weights_are_dropped_out():

@@ -74,3 +74,18 @@ def test_gains_of_stacked_layers_are_each_adapters_own():
     got = dora.gains(stacked)
     assert got is not None
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_a_weight_that_its_change_cancels_has_a_norm():
+    """The three terms of its square may round to below zero."""
+    a, b = jax.random.normal(KEYS[0], (16, 3)), jax.random.normal(KEYS[1], (3, 200))
+    found = dora.norm(lora.LoraArray(-0.5 * a @ b, a, b, jnp.float32(0.5)))
+    # Roots of the rounding of squares of 16 numbers.
+    np.testing.assert_allclose(found, np.zeros(200), atol=2e-2)
+
+
+def test_the_norm_of_a_half_weight_is_of_single_precision():
+    w = W.astype(jnp.bfloat16)
+    found = dora.norm(lora.LoraArray(w, A, B, SCALE))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, jnp.linalg.norm(w + SCALE * A @ B, axis=0), rtol=1e-5)

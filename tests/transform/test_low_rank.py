@@ -69,3 +69,11 @@ def test_thin_products_have_sixteen_bits_at_least():
     narrow: Any = SimpleNamespace(dtype=jnp.dtype(jnp.float8_e4m3fn))
     weight: Any = SimpleNamespace(dtype=narrow.dtype, a=narrow, b=narrow)
     assert compute_dtype(narrow, weight) == jnp.bfloat16
+
+
+def test_the_scale_comes_before_the_thin_array_is_rounded():
+    """257 has nine bits and 1/257 no end: in bfloat16 their product is 255/256."""
+    one = jnp.ones((1, 1), "bfloat16")
+    a, b = jnp.array([[256.0], [1.0]], "bfloat16"), one.astype("float32")
+    narrow = lora.LoraArray(jnp.zeros((2, 1), "bfloat16"), a, b, jnp.float32(1 / 257))
+    assert lora.lorafy(model)({"w": narrow}, jnp.ones((1, 2), "bfloat16")) == 1
