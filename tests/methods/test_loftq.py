@@ -142,10 +142,10 @@ def test_what_loftq_needs_is_said(base):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_remedies_of_a_base_in_floats_work(bits):
-    params = {"out": jax.random.normal(jax.random.key(0), (24, 32))}
+    params = {"out": jax.random.normal(jax.random.key(0), (72, 32))}
     config = lora.LoraConfig(rank=RANK, init="loftq", loftq_config={"loftq_bits": bits})
-    plan = lora.plan(config, lambda p, x: x @ p["out"], params, jnp.ones((2, 24)))
-    text = "has 24 inputs, and LoftQ .* blocks of 64" if bits == 4 else "needs a base .* quantized"
+    plan = lora.plan(config, lambda p, x: x @ p["out"], params, jnp.ones((2, 72)))
+    text = "has 72 inputs, and LoftQ .* blocks of 64" if bits == 4 else "needs a base .* quantized"
     with pytest.raises(ValueError, match=f"`out`.*{text}.*, plan, base, weights=params"):
         lora.init(jax.random.key(0), plan, params)
     form: Any = dict(format="nf4" if bits == 4 else "int8")
