@@ -12,7 +12,9 @@ from jax.test_util import check_grads
 from lora_jax import models
 from lora_jax.models import config_from_hf
 from lora_jax.models import delta_rule as delta_rules
-from lora_jax.models.delta_rule import CHUNK, convolved
+from lora_jax.models.attention import Kept
+from lora_jax.models.delta_net import among, first_states, recurrence
+from lora_jax.models.delta_rule import CHUNK, DeltaSizes, convolved
 
 from tests.support.decoder_checks import (
     check_blocks_apart,
@@ -157,15 +159,18 @@ def test_the_rule_goes_on_where_it_stopped():
 TEXTS = np.repeat([3, 9, 4, 5], [60, 1, 20, 69])[None].repeat(2, 0)
 
 
-@pytest.mark.parametrize("chunk", [CHUNK, 7])
+# A text begins with the fourth chunk of 20.
+@pytest.mark.parametrize("chunk", [CHUNK, 20])
 def test_texts_side_by_side_are_read_alone(chunk):
     *inputs, _ = drawn(150)
     state = np.zeros((2, 4, 5, 3), np.float32)
-    got, _ = delta_rule(*inputs, state, texts=TEXTS, chunk=chunk)
+    got, after = delta_rule(*inputs, state, texts=TEXTS, chunk=chunk)
+    last = None
     for text in (3, 9, 4, 5):
         at = np.flatnonzero(TEXTS[0] == text)
-        own, _ = delta_rule(*(x[:, at] for x in inputs), state)
+        own, last = delta_rule(*(x[:, at] for x in inputs), state)
         np.testing.assert_allclose(got[:, at], own, atol=2e-6)
+    np.testing.assert_allclose(after, last, atol=2e-6)
 
 
 @pytest.mark.parametrize("text", [3, 9, 4, 5])
@@ -243,6 +248,47 @@ def test_steps_of_a_cache_are_the_full_pass(saved, case, side):
     for row, keep in enumerate(kept):
         want = run(model.params, every[row, keep][None])[0]
         np.testing.assert_allclose(got[row, keep], want, atol=TOLERANCE)
+
+
+NET = DeltaSizes(taps=3, key_heads=1, value_heads=2, key_dim=4, value_dim=3, fused=False)
+NET_KERNEL = np.random.default_rng(0).normal(size=(3, 1, 14))
+
+
+def net_heads(mixed):
+    q, k, v = jnp.split(mixed, (4, 8), axis=-1)
+    return q[:, :, None], k[:, :, None], v.reshape(*v.shape[:2], 2, 3)
+
+
+def net_inputs():
+    draw = np.random.default_rng(1)
+    x, decay, beta = draw.normal(size=(2, 8, 14)), -draw.uniform(size=(2, 8, 2)), np.ones((2, 8, 2))
+    return tuple(map(jnp.float32, (x, decay, beta)))
+
+
+def test_a_nets_state_has_its_place_among_the_nets():
+    place = among([False, True, False, True])
+    assert [int(place(block)) for block in (1, 3)] == [0, 1]
+    recur = recurrence(None, None, sizes=NET, place=lambda block: 1 - block, over=None)
+    stored = Kept(None, None, *first_states(NET, 2, 2, jnp.float32))
+    parts: Any = dict(kernel=NET_KERNEL, heads=net_heads, stored=stored, block=jnp.int32(0))
+    _, after = recur(*net_inputs(), **parts)
+    for array in (after.convs, after.states):
+        assert not array[0].any() and array[1].any()
+
+
+def test_a_net_whose_tokens_are_spread_reads_whole_rows():
+    def run(over):
+        recur = recurrence(None, None, sizes=NET, place=lambda block: block, over=over)
+        parts: Any = dict(kernel=NET_KERNEL, heads=net_heads, stored=None, block=0)
+        return lambda *inputs: recur(*inputs, **parts)[0]
+
+    rows = jax.P(None, "context")
+    spread = jax.shard_map(
+        run("context"), mesh=models.make_mesh(context=2, devices=jax.devices()[:2]),
+        in_specs=rows, out_specs=rows, check_vma=False,
+    )  # fmt: skip
+    # float32 of another program.
+    np.testing.assert_allclose(jax.jit(spread)(*net_inputs()), run(None)(*net_inputs()), atol=1e-6)
 
 
 @pytest.mark.parametrize(
