@@ -14,7 +14,9 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.array import delta, dense, is_lora
 from lora_jax.models import config_from_hf
+from lora_jax.models.dialect import Routing
 from lora_jax.models.expert_rows import ragged, sort_by_expert, tile_count, tile_size, tiled
+from lora_jax.models.experts import Chosen, Experts, Load, balance, choose_grouped, load_of
 from lora_jax.models.layers import RMSNorm, groups_of
 from lora_jax.paths import numbers_of, slice_of
 from lora_jax.quant import QuantConfig
@@ -421,3 +423,46 @@ def test_a_device_computes_its_own_experts_alone(case, monkeypatch):
     # By their own numbers: 0 to 2 on either device.
     assert sorted(computed) == sorted(e % 3 for e in range(6) for _ in range(needed[e]))
     np.testing.assert_allclose(sum(parts), whole, atol=1e-6)
+
+
+def test_the_load_is_that_of_real_tokens():
+    draw = np.random.default_rng(0)
+    logits, real = np.float32(draw.normal(size=(2, 5, 4))), np.arange(10).reshape(2, 5) % 3 > 0
+    experts = np.argsort(-logits, axis=-1)[..., :2]
+    load = load_of(jnp.asarray(logits), jnp.asarray(experts), jnp.asarray(real))
+    np.testing.assert_array_equal(load.chosen, np.bincount(experts[real].reshape(-1)))
+    shares = np.exp(logits[real]) / np.exp(logits[real]).sum(-1, keepdims=True)
+    np.testing.assert_allclose(load.likely, shares.sum(0), rtol=1e-5)
+
+
+def test_the_balance_is_the_papers_and_its_tokens_are_a_constant():
+    chosen, likely = np.float32([3, 1, 0, 2]), np.float32([1.5, 0.5, 0.4, 0.6])
+    value, slope = jax.value_and_grad(lambda x: balance(Load(jnp.asarray(chosen), x)))(likely)
+    assert float(value) == pytest.approx(4 * np.dot(chosen / 3, likely / 3))
+    np.testing.assert_allclose(slope, 4 * chosen / 9, rtol=1e-5)
+
+
+def test_experts_come_from_the_chosen_groups_whatever_the_bias():
+    """All scores are below 0 here."""
+    logits, bias = jnp.array([[0.0, 1.0, 2.0, -1.0]]), jnp.full(4, -3.0)
+    found = choose_grouped(logits, bias, 2, Routing(groups=2, chosen=1, scale=1.5), normalized=True)
+    shares = 1 / (1 + np.exp(-np.array([1.0, 0.0])))
+    assert found.experts.tolist() == [[1, 0]]
+    np.testing.assert_allclose(found.weights[0], 1.5 * shares / shares.sum(), rtol=1e-5)
+
+
+def test_the_sum_of_a_tokens_experts_is_rounded_once():
+    config = config_from_hf(CASES["mixtral"])
+    experts = Experts(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    keys = jax.random.split(jax.random.key(0), 4)
+    weights = {
+        name: jax.random.normal(key, getattr(experts, name).get_value().shape, jnp.bfloat16)
+        for key, name in zip(keys, ("gate_up_proj", "down_proj"), strict=False)
+    }
+    x = jax.random.normal(keys[2], (5, config.hidden_size), jnp.bfloat16)
+    shares, numbers = jax.random.uniform(keys[3], (5, 2)), jnp.array([[0, 3]] * 5)
+    got = experts.mixed(x, Chosen(numbers, shares), weights, 0)
+    each = [experts.mixed(x, Chosen(numbers[:, i : i + 1], jnp.ones((5, 1))), weights, 0)
+            for i in (0, 1)]  # fmt: skip
+    want = sum(y.astype(jnp.float32) * shares[:, i : i + 1] for i, y in enumerate(each))
+    np.testing.assert_array_equal(got, jnp.asarray(want).astype(jnp.bfloat16))
