@@ -15,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.models.bert_config import BertConfig
+from lora_jax.models.deberta import distance_rows
+from lora_jax.models.deberta_config import Deberta
 from lora_jax.models.saving import save_model
 
 from tests.support.oracle import oracle
@@ -294,6 +296,14 @@ def test_deberta_reads_microsofts_files(saved, tmp_path):
             model.params["deberta"][name],
         )  # fmt: skip
     assert set(read.params) == {"deberta", "pooler", "classifier"}
+
+
+def test_distances_beyond_half_of_the_buckets_share_rows():
+    """By the logarithm, `ceil(2 log(d / 3) / log(7 / 3)) + 3`; the farthest have the last row."""
+    rows = distance_rows(9, Deberta(distances=8, buckets=6))
+    assert rows.tolist() == [0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 11, 11, 11]
+    rows = distance_rows(5, Deberta(distances=3))
+    assert rows.tolist() == [0, 0, 1, 2, 3, 4, 5, 5, 5]
 
 
 @pytest.mark.slow

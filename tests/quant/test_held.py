@@ -17,7 +17,7 @@ from lora_jax.quant.array import abstract, coded
 from lora_jax.quant.formats import decode
 from lora_jax.quant.gguf import GGUF_KINDS
 from lora_jax.quant.kernels import gpu, tpu
-from lora_jax.quant.scales import HELD
+from lora_jax.quant.scales import HELD, _powers
 from lora_jax.quant.sharding import check_shards
 
 from tests.support.compilations import lowered
@@ -157,3 +157,13 @@ def test_a_format_is_known_without_its_arrays(name):
     assert q.packed.shape == real.packed.shape
     bits = 8 * q.nbytes / (K * N)
     assert sum(HELD[name].form.packing.planes) <= bits < 1.4 * sum(HELD[name].form.packing.planes)
+
+
+def test_scales_that_are_powers_of_two_have_the_lowest_one():
+    """2^-127 is no normal float32: a processor may take it for 0, its bits are what counts."""
+    name = next(n for n, held in HELD.items() if held.floats is _powers)
+    scale, _ = HELD[name].floats(jnp.array([[0, 1, 127, 254]], jnp.uint8), None, None, 1, 4)
+    got = np.asarray(scale).view(np.uint32)
+    np.testing.assert_array_equal(
+        got, np.float32([[2**-127, 2**-126, 1, 2.0**127]]).view(np.uint32)
+    )

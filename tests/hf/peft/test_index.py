@@ -1,5 +1,7 @@
 """The index of an adapter: one row a layer, with PEFT's name, rank, alpha and scale."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,8 +148,8 @@ def test_tables_of_a_model_of_ones_own_are_embeddings_of_peft(tmp_path):
     ids = jnp.arange(6).reshape(2, 3)
     table = jax.random.normal(jax.random.key(0), (10, 8))
 
-    def keys(fn, params, target):
-        config = LoraConfig(rank=2, target_modules=(target,), init="random")
+    def keys(fn, params, target, **fields):
+        config = LoraConfig(rank=2, target_modules=(target,), init="random", **fields)
         tree = init(jax.random.key(0), plan(config, fn, params, ids), params)
         api.save_peft(tmp_path / "a", tree, config)
         again, _ = api.load_peft(tmp_path / "a", fn, params, ids)
@@ -166,7 +168,11 @@ def test_tables_of_a_model_of_ones_own_are_embeddings_of_peft(tmp_path):
         return params["embed_tokens"]["weight"][ids] @ params["out"]["kernel"]
 
     params = {"embed_tokens": {"weight": table}, "out": {"kernel": jnp.ones((8, 5))}}
-    assert keys(named, params, "embed_tokens")["embed_tokens.base_layer.weight"] == (10, 8)
+    base = "embed_tokens.base_layer.weight"
+    assert keys(named, params, "embed_tokens")[base] == (10, 8)
+    # PEFT leaves it out where rows of a table train.
+    rows: Any = {"trainable_token_indices": {"out": (1,)}}
+    assert base not in keys(named, params, "embed_tokens", **rows)
 
     def tied(params, ids):
         return params["emb"]["embedding"][ids] @ params["emb"]["embedding"].T
@@ -174,3 +180,9 @@ def test_tables_of_a_model_of_ones_own_are_embeddings_of_peft(tmp_path):
     of_head = {"lm_head.lora_A.weight": (2, 8), "lm_head.lora_B.weight": (10, 2)}
     found = keys(tied, {"emb": {"embedding": table}}, "emb")
     assert {name: x for name, x in found.items() if "base_layer" not in name} == factors | of_head
+    read = api.read_peft(tmp_path / "a")[1]
+    for of_head, of_table in (("A", "B"), ("B", "A")):
+        np.testing.assert_array_equal(
+            read[f"base_model.model.lm_head.lora_{of_head}.weight"],
+            read[f"base_model.model.emb.lora_embedding_{of_table}"].T,
+        )
