@@ -113,6 +113,14 @@ def test_factors_are_placed_as_their_weight_is(mesh, specs):
         assert lp[name].a.sharding.mesh == mesh
 
 
+def test_factors_of_a_weight_on_one_device_stay_where_they_are():
+    one = NamedSharding(jax.make_mesh((1,), ("data",), devices=jax.devices()[1:2]), P())
+    leaf = lora.LoraArray(
+        jax.device_put(jnp.ones((8, 6)), one), jnp.ones((8, 2)), jnp.ones((2, 6)), jnp.float32(1)
+    )
+    assert lora.sharding.place_factors(leaf) is leaf
+
+
 def test_partition_specs_of_a_stack(mesh):
     spec = P(None, "data", "model", None)
     shape = jax.ShapeDtypeStruct

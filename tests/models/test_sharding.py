@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lora
 from lora_jax.models.saving import save_model
 from lora_jax.models.sharding import RULES
-from lora_jax.sharding import LeafDims, specs
+from lora_jax.sharding import LeafDims, Rules, specs
 
 MESH = {"data": 1, "fsdp": 4, "tensor": 2}
 CONFIG = lora.models.LlamaConfig(
@@ -242,3 +242,12 @@ def test_specs_refuse_an_axis_that_no_rule_names():
 def test_a_mesh_that_is_none_is_refused_before_anything_is_read(mesh, tmp_path):
     with pytest.raises(TypeError, match=r"`mesh` must be a `jax.sharding.Mesh`, got .*make_mesh"):
         lora.models.load(tmp_path / "missing", mesh=mesh)
+
+
+def test_a_leafs_own_dims_come_before_those_of_layers():
+    row = LeafDims(r"kernel$", ("hidden", "mlp"), (1, 0))
+    rules = Rules({"layers": ("fsdp",), "hidden": ("fsdp",), "mlp": ("fsdp",)}, (row,))
+    for width, expected in ((8, P(None, None, "fsdp")), (6, P(None, "fsdp", None))):
+        tree = {"kernel": shape(4, 8, width)}
+        assert specs(tree, rules, {"fsdp": 4})["kernel"] == expected
+    assert specs({"kernel": shape(4, 6, 6)}, rules, {"fsdp": 4})["kernel"] == P("fsdp", None, None)

@@ -178,6 +178,16 @@ def test_dare_keeps_the_mean_and_the_key_decides():
     assert np.isfinite(changes(elected)["up"]["kernel"]).all()
 
 
+def test_a_density_keeps_whole_numbers_rounded_down():
+    """As PEFT's `int(density · size)`: of 80 numbers 0.495 are 39."""
+    adapter = make(1, target_modules=("up",))
+    pruned = multi.add_weighted_adapter(
+        [adapter], [1.0], method="magnitude_prune", density=0.495, rank=8
+    )
+    kept = np.abs(changes(pruned)["up"]["kernel"]) > 1e-5
+    assert kept.sum() == 39
+
+
 def test_dare_drops_other_places_in_each_leaf():
     params = {name: {"kernel": jnp.zeros((IN, OUT))} for name in ("one", "two")}
     config = lora.LoraConfig(rank=3, init="random", target_modules=("one", "two"))

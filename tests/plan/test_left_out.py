@@ -164,6 +164,15 @@ def test_a_mask_among_the_parameters(kind: str, concrete: bool):
     assert {leaf.path for leaf in plan.adapted} == {"w", "up"}
 
 
+def test_a_weight_that_starts_at_zero_is_no_mask():
+    def fn(p, x):
+        return x @ (p["w"] * p["gate"]) @ p["up"]
+
+    params = {"w": jnp.zeros((8, 8)), "gate": normal(1, 8, 8), "up": normal(2, 8, 6)}
+    with pytest.warns(LeftOutWarning, match="`w` .*either may be a mask"):
+        planned(fn, params)
+
+
 def test_stopped_gradients_are_in_the_plan():
     def fn(p, x):
         h = lax.stop_gradient(x @ p["encoder"])

@@ -86,6 +86,23 @@ def test_all_linear_warns_of_a_matrix_smaller_than_the_rank():
         plan(rank=100000)
 
 
+def test_a_rank_that_a_pattern_gives_is_not_lowered_for_all_linear():
+    fn, x = lambda p, x: x @ p["down"] + x @ p["up"], shaped(2, 8)
+    config = lora.LoraConfig(rank=2, target_modules="all-linear", rank_pattern={"down": 4})
+    with pytest.raises(ValueError, match="`rank` 4 is above the smallest dimension 3 of `down`"):
+        lora.plan(config, fn, {"down": shaped(8, 3), "up": shaped(8, 3)}, x)
+
+
+def test_ten_matrices_left_out_are_named():
+    params = {f"w{i}": shaped(8, 3) for i in range(12)} | {"up": shaped(8, 8)}
+
+    def fn(p, x):
+        return sum((x @ p[f"w{i}"] for i in range(12)), 0.0), x @ p["up"]
+
+    with pytest.warns(lora.LeftOutWarning, match="`w7`.*; and 2 more"):
+        lora.plan(lora.LoraConfig(rank=4), fn, params, shaped(2, 8))
+
+
 def test_integers_neither_train_nor_get_advice_that_fails():
     def fn(p, x):
         return x @ p["attn"]["w"] + p["attn"]["ids"].astype(jnp.float32)[:, 0]

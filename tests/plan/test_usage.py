@@ -6,6 +6,8 @@ import pytest
 from jax import lax
 
 from lora_jax.plan import usage
+from lora_jax.plan.leaf import Use
+from lora_jax.plan.roles import inferred
 
 
 def uses(fn, *shapes, x=(2, 5, 8), ids=None):
@@ -112,3 +114,16 @@ def test_lines_are_the_models():
     given = jax.ShapeDtypeStruct((2, 8), jnp.float32)
     found = usage.usage(fn, leaves, jax.tree.structure(leaves), args=(given,), kwargs={})
     assert found.uses[0][0].line.startswith("test_usage.py:")
+
+
+def test_a_contraction_with_an_argument_decides_before_one_with_a_constant():
+    constant = Use("dot_general", "", "contract", frozenset({1}), constant=True)
+    argument = Use("dot_general", "", "contract", frozenset({0}))
+    assert inferred([constant, argument], (8, 6), set())[0] == "io"
+
+
+def test_an_axis_that_leaves_no_outputs_is_none_of_experts():
+    use = Use("dot_general", "", "contract", frozenset({1}))
+    assert inferred([use], (3, 8, 6), {0})[0] == "sio"
+    for shape in ((3, 8), (3, 8, 1)):
+        assert inferred([use], shape, {0})[0] == "oio"[: len(shape)]

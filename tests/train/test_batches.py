@@ -47,6 +47,8 @@ def test_best_ladder_is_the_best(lengths, count):
 
 
 def test_best_ladder_coarsens_a_long_tail():
+    # 512 multiples of 8 are not too many.
+    assert list(best_ladder(range(16, 8 * 514, 8), 1)) == [8 * 513]
     lengths = np.arange(1, 100_000, 7)
     ladder = best_ladder(lengths.tolist(), 4)
     assert len(ladder) == 4 and padded(lengths, ladder) < 1.3 * lengths.sum()

@@ -313,7 +313,19 @@ def test_auto_packs_where_it_saves_work(case):
     assert found.text.startswith(kind) and f"{found.steps:,} steps an epoch" in found.text
 
 
+def test_the_row_of_the_longest_example_is_not_always_the_first():
+    lengths = list(range(1, 17))
+    by_rank = rows_by_rank(lengths, 16)
+
+    def place(epoch):
+        plan = pack_epoch(lengths, by_rank, 16, rows=1, seed=0, epoch=epoch)
+        return [15 in bucket.examples for bucket in plan].index(True)
+
+    assert len({place(epoch) for epoch in range(6)}) > 2
+
+
 def test_rows_that_fill_up_a_batch_count_as_padding():
+    assert choose([8, 8, 8], (8,), 8, rows=1, width=64, packing=True).steps == 3
     found = choose([7, 1, 5], (8,), 8, rows=3, width=64, packing=True)
     assert found.text.startswith(
         "packed rows of 8 tokens, 45.8% padding (45.8% in buckets), 1 step "
