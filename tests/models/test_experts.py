@@ -427,7 +427,8 @@ def test_a_device_computes_its_own_experts_alone(case, monkeypatch):
 
 def test_the_load_is_that_of_real_tokens():
     draw = np.random.default_rng(0)
-    logits, real = np.float32(draw.normal(size=(2, 5, 4))), np.arange(10).reshape(2, 5) % 3 > 0
+    logits = draw.normal(size=(2, 5, 4)).astype(np.float32)
+    real = np.arange(10).reshape(2, 5) % 3 > 0
     experts = np.argsort(-logits, axis=-1)[..., :2]
     load = load_of(jnp.asarray(logits), jnp.asarray(experts), jnp.asarray(real))
     np.testing.assert_array_equal(load.chosen, np.bincount(experts[real].reshape(-1)))
@@ -436,7 +437,7 @@ def test_the_load_is_that_of_real_tokens():
 
 
 def test_the_balance_is_the_papers_and_its_tokens_are_a_constant():
-    chosen, likely = np.float32([3, 1, 0, 2]), np.float32([1.5, 0.5, 0.4, 0.6])
+    chosen, likely = np.array([[3, 1, 0, 2], [1.5, 0.5, 0.4, 0.6]], np.float32)
     value, slope = jax.value_and_grad(lambda x: balance(Load(jnp.asarray(chosen), x)))(likely)
     assert float(value) == pytest.approx(4 * np.dot(chosen / 3, likely / 3))
     np.testing.assert_allclose(slope, 4 * chosen / 9, rtol=1e-5)

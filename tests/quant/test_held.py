@@ -163,7 +163,5 @@ def test_scales_that_are_powers_of_two_have_the_lowest_one():
     """2^-127 is no normal float32: a processor may take it for 0, its bits are what counts."""
     name = next(n for n, held in HELD.items() if held.floats is _powers)
     scale, _ = HELD[name].floats(jnp.array([[0, 1, 127, 254]], jnp.uint8), None, None, 1, 4)
-    got = np.asarray(scale).view(np.uint32)
-    np.testing.assert_array_equal(
-        got, np.float32([[2**-127, 2**-126, 1, 2.0**127]]).view(np.uint32)
-    )
+    want = np.array([[2**-127, 2**-126, 1, 2.0**127]], np.float32)
+    np.testing.assert_array_equal(np.asarray(scale).view(np.uint32), want.view(np.uint32))
