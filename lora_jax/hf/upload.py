@@ -105,6 +105,8 @@ def push(
       lora.hf.push("outputs/first/adapter", "me/first", private=True)
     """
     root = Path(directory)
+    if not is_hub_id(repo):
+        raise ValueError(f"`repo` must be a hub id, `owner/name`, got {repo!r}")
     kind = _kind_of(root)
     kind.check(root)
     files = sorted({p for each in kind.files for p in root.glob(each) if p.is_file()})

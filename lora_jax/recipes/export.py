@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lora_jax.config.arguments import SettingsError
 from lora_jax.files import check_new
 from lora_jax.models.requantizing import Requantized, save_requantized
 from lora_jax.models.saving import save_merged
@@ -85,6 +86,11 @@ def merge_adapter(
       ValueError: the adapter is for another model, or the sum is not finite.
     """
     check_new(output)
+    if output.suffix == ".gguf" and not requantize:
+        raise SettingsError(
+            f"`output` {output} ends as a GGUF file, and a merge in floats writes a directory: "
+            "name one, or add requantize=True for a base that is a .gguf file"
+        )
     # In float32, whatever is written: the sum is rounded once.
     labels = read_labels(adapter)
     quantize = "file" if requantize and quantize is None else quantize

@@ -17,6 +17,7 @@ from lora_jax.hf.peft.directory import trained_over
 from lora_jax.models import loading
 from lora_jax.models.saving import save_model
 from lora_jax.recipes import convert, inspect_adapter
+from lora_jax.recipes.export import merge_adapter
 from lora_jax.recipes.finetune import plan_model
 from lora_jax.recipes.inspect import inspect
 
@@ -74,6 +75,12 @@ def test_every_format_is_recognized_and_loads(folder, model, trained, name, kind
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), merged, want)
     else:
         same(merged, want)
+
+
+def test_a_merge_in_floats_is_no_gguf_file(tmp_path):
+    with pytest.raises(ValueError, match="ends as a GGUF file.*requantize=True"):
+        merge_adapter("smollm2", tmp_path, tmp_path / "new.gguf")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_merged_model_and_the_gguf_file_say_the_same(folder, model, trained, tmp_path):
