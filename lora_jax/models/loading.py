@@ -14,7 +14,7 @@ from jaxtyping import Array
 from lora_jax.config.arguments import check_argument
 from lora_jax.files import check_links, named, read_object
 from lora_jax.hf.checkpoint.fill import Spread, fill, is_shared
-from lora_jax.hf.checkpoint.names import Family, unified, without_numbers
+from lora_jax.hf.checkpoint.names import Family, as_held, unified, without_numbers
 from lora_jax.hf.checkpoint.safetensors import open_directory, refuse_pickle
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, renamed, same
 from lora_jax.hf.gguf.file import open_gguf, rope_divisors
@@ -270,7 +270,7 @@ def _fill(
     spread: Spread | None,
     head: _Head,
 ) -> tuple[Any, dict[str, Any]]:
-    family, config = names_of(forward.config), forward.config
+    family, config = as_held(names_of(forward.config), weights.shapes), forward.config
     beyond = range(getattr(config, "predicting_layers", 0))
     more = [f"*.layers.{config.num_hidden_layers + i}.*" for i in beyond]
     # Files may hold projections that a block does not use: it has the keys of another.

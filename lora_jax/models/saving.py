@@ -26,7 +26,8 @@ import numpy as np
 from lora_jax import processes
 from lora_jax.array import LoraArray, SavedArray, check_plain, check_whole, dense, is_leaf, is_lora
 from lora_jax.files import check_new, replacing
-from lora_jax.hf.checkpoint.names import Family, module_name, stack_depth, tensors_of
+from lora_jax.hf.checkpoint.names import Family, as_held, module_name, stack_depth, tensors_of
+from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.checkpoint.shards import NewTensor, cast, dtype_of, size_of, write_shards
 from lora_jax.hf.checkpoint.weights import shape_there
 from lora_jax.hf.tokenizer.directory import SETTINGS, TEMPLATE, template_of
@@ -106,19 +107,14 @@ def save_merged(
     directory = Path(directory)
     processes.together(lambda: check_new(directory), FileExistsError)
     numbers = dtype_of(dtype)
-    most, family = size_of(max_shard_size), names_of(model.config)
+    most, family = size_of(max_shard_size), _names_of(model)
     modules = modules_of(lora_params)
     blocks = blocks_of(modules, family)
     entries = [x for block in blocks for x in entries_of(block, modules, family, numbers)]
     check_entries(entries, model, family)
     values = (x for block in blocks for x in values_of(block, modules, family, numbers))
     texts, files = texts_of(model, dtype), {}
-    if wrapper := getattr(model.config, "wrapper", None):
-        if model.checkpoint is None:
-            raise ValueError(
-                f"`model` is the decoder inside a `{wrapper}`, whose other tensors are not known: "
-                "take the model that `lora.models.load` returns, with its `checkpoint`"
-            )
+    if getattr(model.config, "wrapper", None):
         rest = rest_of(model.checkpoint, family, [entry.name for entry in entries], dtype)
         entries = [entry._replace(name=rest.names.get(entry.name, entry.name)) for entry in entries]
         entries, values = [*entries, *rest.entries], chain(values, rest.values())
@@ -134,6 +130,19 @@ def save_merged(
                 shutil.copyfile(path, new / name)
 
     processes.write_in_first(values, write)
+
+
+def _names_of(model: Any) -> Family:
+    """The names that its tensors are written under: in a copy of its checkpoint, those there."""
+    family, wrapper = names_of(model.config), getattr(model.config, "wrapper", None)
+    if wrapper is None:
+        return family
+    if model.checkpoint is None:
+        raise ValueError(
+            f"`model` is the decoder inside a `{wrapper}`, whose other tensors are not known: "
+            "take the model that `lora.models.load` returns, with its `checkpoint`"
+        )
+    return as_held(family, open_directory(model.checkpoint).shapes)
 
 
 def modules_of(params: Any) -> Modules:

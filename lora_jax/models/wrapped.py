@@ -32,6 +32,7 @@ WRAPPERS: Mapping[str, str] = {
     "qwen2_5_vl": "qwen2",
     "qwen3_vl": "qwen3",
     "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
 }
 # Their decoders have a model type of their own, and compute what the text model does: of a text
 # without images the three positions of each token are equal (multimodal RoPE).

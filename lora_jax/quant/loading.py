@@ -114,10 +114,13 @@ def in_format(config: QuantConfig, w: jax.Array, name: str) -> QuantArray:
 
 
 def is_kernel(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
-    """Whether a leaf is the kernel of a layer or of experts, and not of a head."""
+    """Whether a leaf is the kernel of a layer or of experts, and not of a head.
+
+    Kernels of one input stay floats: a convolution's that has a filter for each channel.
+    """
     *modules, last = path.split(".")
     kernel = last == "kernel" or modules[-1:] == ["experts"]
-    return kernel and len(leaf.shape) > 1 and not _HEADS & set(modules)
+    return kernel and leaf.shape[-2:-1] > (1,) and not _HEADS & set(modules)
 
 
 def _own_format(

@@ -24,7 +24,8 @@ ARCHITECTURES = {
     "gemma3_text": "Gemma3", "gemma4_text": "Gemma4", "glm4_moe": "Glm4Moe",
     "glm4_moe_lite": "Glm4MoeLite",
     "gpt_neox": "GPTNeoX", "gpt_oss": "GptOss", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe",
-    "llama4_text": "Llama4", "qwen3_5_text": "Qwen3_5", "qwen3_next": "Qwen3Next",
+    "llama4_text": "Llama4", "qwen3_5_text": "Qwen3_5",
+    "qwen3_5_moe_text": "Qwen3_5Moe", "qwen3_next": "Qwen3Next",
     "seed_oss": "SeedOss", "smollm3": "SmolLM3", "stablelm": "StableLm",
 }  # fmt: skip
 # vLLM 0.33 takes no adapters for the first two, and has no model of its own for the others.

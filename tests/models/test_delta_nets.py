@@ -61,6 +61,14 @@ CASES = {
             partial_rotary_factor=0.5, rope_theta=500.0,
         ),
     ),
+    "qwen3_5_moe": dict(
+        {k: v for k, v in SIZES.items() if k != "intermediate_size"}, **EXPERTS,
+        model_type="qwen3_5_moe_text", linear_num_value_heads=2,
+    ),
+    "qwen3_5_moe with a tied head": dict(
+        SIZES, **EXPERTS, model_type="qwen3_5_moe_text", tie_word_embeddings=True,
+        num_hidden_layers=3, layer_types=[LINEAR, FULL, LINEAR], attention_bias=True,
+    ),
     "qwen3_5": dict(
         SIZES, model_type="qwen3_5_text", linear_num_value_heads=2,
         rope_parameters=dict(
@@ -229,7 +237,7 @@ def test_padding_is_passed_over_wherever_it_is():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["qwen3_next", "qwen3_5"])
+@pytest.mark.parametrize("case", ["qwen3_next", "qwen3_5", "qwen3_5_moe"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_steps_of_a_cache_are_the_full_pass(saved, case, side):
     """With padding that the next tokens follow."""

@@ -27,6 +27,10 @@ DELTA = dict(
     head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
     linear_value_head_dim=6, full_attention_interval=2, initializer_range=0.1,
 )  # fmt: skip
+SHARED = dict(
+    moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2,
+    shared_expert_intermediate_size=16,
+)  # fmt: skip
 # Fields that make a family differ from Llama as much as it can.
 FAMILIES = {
     "llama": {},
@@ -105,13 +109,8 @@ FAMILIES = {
     "glm4_moe_lite": dict(LATENT, moe_intermediate_size=24, v_head_dim=12),
     "qwen3_moe": dict(head_dim=8, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
     "qwen3_5_text": DELTA,
-    "qwen3_next": dict(
-        DELTA,
-        moe_intermediate_size=24,
-        num_experts=4,
-        num_experts_per_tok=2,
-        shared_expert_intermediate_size=16,
-    ),
+    "qwen3_next": dict(DELTA, **SHARED),
+    "qwen3_5_moe_text": dict(DELTA, **SHARED),
     "gpt_oss": dict(WINDOW, head_dim=8, num_local_experts=3, num_experts_per_tok=2),
     "olmoe": dict(num_experts=3, num_experts_per_tok=2),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=16),
@@ -119,10 +118,9 @@ FAMILIES = {
 # These share what attends with others: only among all tests.
 LATER = (
     "ministral", "granite", "seed_oss", "arcee", "olmo2", "olmo3", "glm4", "mixtral", "qwen3_moe",
-    "qwen2_moe", "qwen3_next", "qwen3_5_text", "gemma4_text", "llama4_text", "glm4_moe",
-    "glm4_moe_lite",
-    "deepseek_v2", "deepseek_v3", "olmoe", "cohere", "cohere2", "starcoder2", "phi", "gpt_neox",
-    "gpt_oss", "glm", "ernie4_5", "helium", "stablelm",
+    "qwen2_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "gemma4_text", "llama4_text",
+    "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "olmoe", "cohere", "cohere2",
+    "starcoder2", "phi", "gpt_neox", "gpt_oss", "glm", "ernie4_5", "helium", "stablelm",
 )  # fmt: skip
 LENGTHS = ((7, 1, 5, 9), (16, 6), (3, 3, 3, 3, 3))
 LENGTH = 24

@@ -1,5 +1,6 @@
 """Hugging Face's names of parameters as data: a table of rules for each family of models."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -132,6 +133,9 @@ QWEN3_NEXT = replace(
 
 QWEN3_5 = replace(QWEN3_NEXT, name="qwen3_5", moved=())
 
+# Experts are one array of a block, (E, out, in) there.
+_FUSED = tuple(Rule("*experts", name, name, (0, 2, 1)) for name in ("gate_up_proj", "down_proj"))
+
 # Experts are one array of a block, (E, in, out) as here.
 LLAMA4 = replace(
     LLAMA,
@@ -152,16 +156,11 @@ GPT_OSS = replace(
     ),
 )
 
-# Experts are one array of a block, (E, out, in) there.
 GEMMA4 = replace(
     LLAMA,
     name="gemma4",
     stacks=("layers",),
-    rules=(
-        *(Rule("*experts", name, name, (0, 2, 1)) for name in ("gate_up_proj", "down_proj")),
-        *_GEMMA4_RULES,
-        *LLAMA.rules,
-    ),
+    rules=(*_FUSED, *_GEMMA4_RULES, *LLAMA.rules),
 )
 
 # Linear layers under the names of GPT-2's Conv1D.
@@ -297,3 +296,16 @@ ANY = Family(
 def within(own: Family, whole: Family) -> Family:
     """The names of a decoder inside a model of images and texts."""
     return replace(whole, stacks=own.stacks, rules=own.rules, moved=own.moved)
+
+
+def as_held(family: Family, names: Iterable[str]) -> Family:
+    """The names in a checkpoint of these tensors, whose experts may be one array of a block.
+
+    Qwen3.5-MoE's are in the files of images and texts; transformers writes each of them.
+    """
+    if not any(name.endswith(".experts.gate_up_proj") for name in names):
+        return family
+    moved = tuple(each for each in family.moved if "{}" not in each.theirs[0])
+    stacks = tuple(stack for stack in family.stacks if stack != "experts")
+    fused = () if moved == family.moved else _FUSED
+    return replace(family, stacks=stacks, rules=(*fused, *family.rules), moved=moved)

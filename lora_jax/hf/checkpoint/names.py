@@ -43,6 +43,7 @@ from lora_jax.hf.checkpoint.name_tables import WRAPPED as WRAPPED
 from lora_jax.hf.checkpoint.name_tables import Family as Family
 from lora_jax.hf.checkpoint.name_tables import Moved as Moved
 from lora_jax.hf.checkpoint.name_tables import Rule as Rule
+from lora_jax.hf.checkpoint.name_tables import as_held as as_held
 from lora_jax.hf.checkpoint.name_tables import within as within
 from lora_jax.paths import nearest, numbers_of
 

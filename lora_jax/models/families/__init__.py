@@ -56,6 +56,7 @@ DIALECTS: Mapping[str, Dialect] = {
     "phi": neox.PHI,
     "qwen3_next": qwen_next.QWEN3_NEXT,
     "qwen3_5_text": qwen_next.QWEN3_5,
+    "qwen3_5_moe_text": qwen_next.QWEN3_5_MOE,
     "gpt_oss": gpt_oss.GPT_OSS,
     "mixtral": experts.MIXTRAL,
     "qwen2_moe": experts.QWEN2_MOE,

@@ -1,8 +1,8 @@
 """Qwen3-Next and Qwen3.5: three blocks with a gated delta net to one with attention.
 
 The attention rotates a quarter of a head and has a gate; the factors of norms are 1 + scale, but
-for the norm inside a delta net. Qwen3-Next and Qwen3.5-MoE have experts; Qwen3.5's delta nets have
-four projections for Qwen3-Next's two, and it is the decoder of a model of images and texts.
+for the norm inside a delta net. Qwen3-Next and Qwen3.5-MoE have experts; the delta nets of Qwen3.5
+have four projections for Qwen3-Next's two, and it is the decoder of a model of images and texts.
 
 Sources: arXiv:2412.06464; arXiv:2505.06708; transformers' configurations.
 """
@@ -117,9 +117,24 @@ _OTHERS = (
 _FIXED = {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "mlp_only_layers": []}
 
 
+# Of its experts there are no such options; every block has them.
+_SPARSE = {"decoder_sparse_step": 1, "norm_topk_prob": True}
+
+
 def _read_text(raw: Mapping[str, Any]) -> dict[str, Any]:
     check_fixed(raw, _FIXED)
     return read_delta(raw, fused=False)
+
+
+def _read_moe(raw: Mapping[str, Any]) -> dict[str, Any]:
+    check_fixed(raw, _SPARSE)
+    shared = experts.read_shared({**raw, **_SPARSE}, 256)
+    return {**shared, **_read_text(raw), "intermediate_size": raw["moe_intermediate_size"]}
+
+
+def _write_moe(config: Any) -> dict[str, Any]:
+    written = {**experts.write_shared(config), **write_delta(config)}
+    return {name: x for name, x in written.items() if name not in {**_SPARSE, **_FIXED}}
 
 
 QWEN3_5 = Dialect(
@@ -130,4 +145,23 @@ QWEN3_5 = Dialect(
     rope=_rope,
     names=names.QWEN3_5,
     defaults={**DEFAULTS, "intermediate_size": 12288, "num_key_value_heads": 4},
+)
+
+QWEN3_5_MOE = Dialect(
+    architecture="Qwen3_5MoeForCausalLM",
+    fields=(*dict.fromkeys((*FIELDS, *_OTHERS, *experts.SHARED_FIELDS)),),
+    read=_read_moe,
+    write=_write_moe,
+    rope=_rope,
+    names=names.QWEN3_NEXT,
+    defaults={
+        **DEFAULTS,
+        **_SPARSE,
+        "intermediate_size": 512,  # no block has an MLP of this width
+        "mlp_only_layers": [],
+        "router_aux_loss_coef": 0.001,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+    },
 )

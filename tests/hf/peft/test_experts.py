@@ -102,6 +102,13 @@ FAMILIES: dict[str, Any] = {
         num_experts=3,
         shared_expert_intermediate_size=20,
     ),
+    "qwen3_5_moe_text": dict(
+        {**SIZES, **DELTA},
+        model_type="qwen3_5_moe_text",
+        moe_intermediate_size=12,
+        num_experts=3,
+        shared_expert_intermediate_size=20,
+    ),
     # Square experts: their shapes do not show the order of their dims.
     "olmoe": dict(SIZES, model_type="olmoe", num_experts=3, intermediate_size=16),
 }

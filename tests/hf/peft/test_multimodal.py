@@ -16,7 +16,7 @@ from lora_jax.hf import load_peft, save_peft
 from lora_jax.hf.peft.base import check_names
 from lora_jax.models.saving import save_merged
 
-from tests.support.decoders import DELTA
+from tests.support.decoders import DELTA, SHARED
 from tests.support.oracle import oracle
 from tests.support.peft_oracle import (
     CONFIG,
@@ -117,15 +117,18 @@ BASES = {
         vision_config={**VISION, "vision_output_dim": 8, "projector_input_dim": 8,
                        "projector_output_dim": 8, "pixel_shuffle_ratio": 0.5},
     ),
-    "qwen3_5": dict(
-        model_type="qwen3_5", auto=AUTO, **QWEN_IDS,
-        text_config={**TEXT, **DELTA, "rope_parameters": {
-            "rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 1, 0],
-            "partial_rotary_factor": 0.5}},
-        vision_config={"depth": 1, "hidden_size": 8, "num_heads": 2, "out_hidden_size": 16,
-                       "patch_size": 4, "intermediate_size": 8, "num_position_embeddings": 16},
-        initializer_range=0.1,
-    ),
+    **{
+        kind: dict(
+            model_type=kind, auto=AUTO, **QWEN_IDS,
+            text_config={**TEXT, **DELTA, **more, "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 1, 0],
+                "partial_rotary_factor": 0.5}},
+            vision_config={"depth": 1, "hidden_size": 8, "num_heads": 2, "out_hidden_size": 16,
+                           "patch_size": 4, "intermediate_size": 8, "num_position_embeddings": 16},
+            initializer_range=0.1,
+        )
+        for kind, more in (("qwen3_5", {}), ("qwen3_5_moe", SHARED))
+    },
     "mistral3": dict(
         model_type="mistral3", auto=AUTO, image_token_index=39, spatial_merge_size=1,
         text_config={**TEXT, "model_type": "mistral"},
@@ -133,7 +136,16 @@ BASES = {
     ),
 }  # fmt: skip
 # The others have the same names: adapters of these go to PEFT and back.
-BOTH_WAYS = ("gemma3", "gemma4", "llama4", "llava", "mistral3", "qwen2_vl", "qwen3_5")
+BOTH_WAYS = (
+    "gemma3",
+    "gemma4",
+    "llama4",
+    "llava",
+    "mistral3",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+)
 REGEX = r".*language_model.*(q_proj|v_proj)"
 
 
