@@ -25,6 +25,12 @@ QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Words begin where a lower letter is followed by an upper one.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class Split(NamedTuple):
@@ -45,11 +51,18 @@ class Split(NamedTuple):
     bos: bool = False
 
 
+_LLAMA3_SPLIT = Split(regex=_LLAMA3, whole_words=True, bos=True)
 SPLITS: Mapping[str, Split] = {
     "gpt-2": Split(),
-    "smollm": Split(digits=True),
-    "llama-bpe": Split(regex=_LLAMA3, whole_words=True, bos=True),
-    "qwen2": Split(regex=QWEN2, normalize=True),
+    "phi-2": Split(),
+    "olmo": Split(normalize=True),
+    **dict.fromkeys(("smollm", "starcoder", "refact"), Split(digits=True)),
+    "command-r": Split(digits=True, normalize=True),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3_SPLIT),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), Split(regex=_LLAMA3)),
+    **dict.fromkeys(("qwen2", "stablelm2"), Split(regex=QWEN2, normalize=True)),
+    "deepseek-r1-qwen": Split(regex=QWEN2),
+    "tekken": Split(regex=_TEKKEN, whole_words=True, bos=True),
 }
 
 

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as Backend
 
 from lora_jax import train
 from lora_jax.hf.gguf.file import open_gguf
+from lora_jax.hf.tokenizer.backends import SPLITS
 from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.hf.tokenizer.tokenizer import Tokenizer, from_gguf
 
@@ -283,6 +284,28 @@ def test_a_gguf_may_ask_for_bos_and_eos(tmp_path):
     assert encode(pre="llama-bpe", add_bos_token=False) == [2, 4]
 
 
+# The pieces of a text as the real llama.cpp (xllamacpp 2026.10) cuts it; `_` is a space.
+TEXT = "camelCase's 1234\r\n  -- //\n "
+SPLIT = {
+    "gpt-2 phi-2 olmo": "camelCase|'s|_1234|\r\n_|_--|_//|\n_",
+    "smollm starcoder refact command-r": "camelCase|'s|_|1|2|3|4|\r\n_|_--|_//|\n_",
+    "llama-bpe llama3 llama-v3 dbrx smaug-bpe glm4 chatglm-bpe": (
+        "camelCase|'s|_|123|4|\r\n|_|_--|_//\n|_"
+    ),
+    "qwen2 stablelm2 deepseek-r1-qwen": "camelCase|'s|_|1|2|3|4|\r\n|_|_--|_//\n|_",
+    "tekken": "camel|Case|'s|_|1|2|3|4|\r\n|_|_--|_//\n|_",
+}
+
+
+def test_byte_level_tokenizers_of_gguf_cut_texts_as_llama_cpp(tmp_path):
+    found = {}
+    for name in SPLITS:
+        tokenizer = from_gguf({**GGUF, "tokenizer.ggml.pre": name}, path=tmp_path)
+        pieces = tokenizer.backend.pre_tokenizer.pre_tokenize_str(TEXT)
+        found[name] = "|".join(TEXT[a:b] for _, (a, b) in pieces).replace(" ", "_")
+    assert found == {name: pieces for names, pieces in SPLIT.items() for name in names.split()}
+
+
 def test_a_gguf_may_name_more_end_tokens(tmp_path):
     keys = {"tokenizer.ggml.eot_token_id": 4, "tokenizer.ggml.eom_token_id": 99}
     assert from_gguf(GGUF, path=tmp_path).stop_ids == (3,)
@@ -310,7 +333,7 @@ def test_llama3_takes_a_word_of_the_vocabulary_whole(tmp_path):
     "change, text",
     [
         ({"model": "bert"}, "tokenizer of kind `bert` cannot be built"),
-        ({"pre": "viking"}, "`tokenizer.ggml.pre` is `viking`, not one of gpt-2, smollm"),
+        ({"pre": "viking"}, "`tokenizer.ggml.pre` is `viking`, not one of gpt-2, phi-2"),
         ({"pre": None}, "`tokenizer.ggml.pre` is `None`"),
         ({"merges": None}, "merges are not a list of texts"),
         ({"tokens": 3}, "tokens are not a list of texts"),
