@@ -90,9 +90,14 @@ def config_of(
     if divisors is not None:
         scaling = _llama3(divisors, head_dim, theta, path)
     read = {field: facts[key] for key, field in keys.items() if key in facts}
+    if read.get("sliding_window") == 0:  # Phi-4 has none
+        del read["sliding_window"]
     read = {field: _short(x) if isinstance(x, float) else x for field, x in read.items()}
     if row.rotary is not None:
         read[row.rotary] = rotary / head_dim
+    if row.whole_at is not None:
+        whole = facts["block_count"] == row.whole_at
+        read["query_pre_attn_scalar"] = facts["embedding_length"] // heads if whole else head_dim
     raw: dict[str, Any] = dict(
         model_type=model_type,
         **{ours: facts[key] for key, ours in _SIZES.items()},

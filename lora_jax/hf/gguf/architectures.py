@@ -45,6 +45,9 @@ class GgufArchitecture(NamedTuple):
       keys: key of the metadata, without its prefix -> the field of config.json.
       fixed: fields of config.json that every model of the architecture has.
       rotary: the field with the share of a head that is rotated, or None.
+      added: what the file has added to the scales of norms.
+      whole_at: the number of blocks of the one model whose queries are divided by the root of the
+        width by heads, and not of the size of a head; no key states it.
     """
 
     model_type: str | None
@@ -57,12 +60,19 @@ class GgufArchitecture(NamedTuple):
     keys: Mapping[str, str] = {}
     fixed: Mapping[str, Any] = {}
     rotary: str | None = None
+    added: float = 0.0
+    whole_at: int | None = None
 
 
 _RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 _LAYER_NORM = {"attention.layer_norm_epsilon": "layer_norm_eps"}
 _CHOSEN = {**_RMS, "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
 _MOE = {**_CHOSEN, "expert_feed_forward_length": "moe_intermediate_size"}
+_GEMMA = {
+    **_RMS,
+    "attention.sliding_window": "sliding_window",
+    **{f"{name}_logit_softcapping": f"{name}_logit_softcapping" for name in ("attn", "final")},
+}
 _SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 # Modules whose rows some architectures reorder.
 _REORDERED = ("q_proj", "k_proj")
@@ -154,11 +164,23 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         keys=_LAYER_NORM,
         rotary="partial_rotary_factor",
     ),
-    # Adapters of these are written and read, models are not read.
-    "gemma": GgufArchitecture(None),
-    "gemma2": GgufArchitecture(None, others=_FOUR),
-    "gemma3": GgufArchitecture(None, others=(*_FOUR, *_QK_NORMS)),
-    "phi3": GgufArchitecture(None, _FUSED),
+    "gemma": GgufArchitecture("gemma", keys=_RMS, added=1.0),
+    "gemma2": GgufArchitecture("gemma2", others=_FOUR, keys=_GEMMA, added=1.0, whole_at=46),
+    "gemma3": GgufArchitecture(
+        "gemma3_text",
+        others=(*_FOUR, *_QK_NORMS),
+        keys={**_GEMMA, "rope.freq_base_swa": "rope_local_base_freq",
+              "attention.sliding_window_pattern": "sliding_window_pattern"},
+        added=1.0,
+        whole_at=62,
+    ),
+    "phi3": GgufArchitecture(
+        "phi3",
+        _FUSED,
+        keys={**_RMS, "attention.sliding_window": "sliding_window"},
+        rotary="partial_rotary_factor",
+    ),
+    # Its adapters are written and read, models are not read.
     "gpt2": GgufArchitecture(
         None, _GPT2, ("ln_1", "ln_2"), stack="transformer.h",
         outer=("transformer.wte", "lm_head", "transformer.ln_f", "transformer.wpe"),

@@ -16,9 +16,8 @@ from lora_jax.hf.gguf.file import open_gguf
 # Hugging Face's model_type -> llama.cpp's architecture.
 ARCHITECTURE_OF: Mapping[str, str] = {
     **{row.model_type: name for name, row in GGUF_ARCHITECTURES.items() if row.model_type},
-    "mistral": "llama", "mixtral": "llama", "gemma": "gemma", "gemma2": "gemma2",
-    "gemma3_text": "gemma3", "phi3": "phi3", "gpt2": "gpt2",
-}  # fmt: skip
+    **{"mistral": "llama", "mixtral": "llama", "gpt2": "gpt2"},
+}
 # Families that tie head and embedding where config.json has no `tie_word_embeddings`.
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "gpt2", "starcoder2", "cohere2")
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from lora_jax.compat import require
 from lora_jax.hf.gguf.file import Gguf, read_tensor
-from lora_jax.hf.gguf.weights import order_of, places_of
+from lora_jax.hf.gguf.weights import added_to, order_of, places_of
 from lora_jax.quant.gguf import GGUF_KINDS, from_gguf, to_gguf
 from lora_jax.quant.requantize import requantized
 
@@ -36,8 +36,8 @@ def rewrite(file: Gguf, name: str, numbers: Float[np.ndarray, "..."]) -> Float[n
             f"{file.path}: it has no tensor for `{name}`, which the adapter changes (a tied or a "
             "fresh head); merge without `requantize`"
         )
-    order = order_of(file, place)
-    there = numbers if order is None else numbers[order]
+    order, added = order_of(file, place), added_to(file, place)
+    there = (numbers if order is None else numbers[order]) + added
     tensor, part = file.tensors[place.tensor], ()
     if place.expert is not None:  # all experts are one tensor
         part = (slice(place.expert, place.expert + 1), *(slice(0, n) for n in numbers.shape))
@@ -46,7 +46,7 @@ def rewrite(file: Gguf, name: str, numbers: Float[np.ndarray, "..."]) -> Float[n
     with Path(file.path).open("r+b") as out:
         out.seek(tensor.start + (place.expert or 0) * size)
         out.write(np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data)
-    back = read_tensor(file, place.tensor, part)
+    back = read_tensor(file, place.tensor, part) - added
     back = back if place.expert is None else back[0]
     return back if order is None else back[np.argsort(order)]
 

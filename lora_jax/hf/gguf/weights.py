@@ -56,7 +56,8 @@ def weights_of(file: Gguf) -> Weights:
         return found if theirs[name].expert is None else found[0]
 
     def read(name: str, part: Part = ()) -> np.ndarray:
-        return one(name, read_tensor(file, theirs[name].tensor, there(name, part)))
+        found = one(name, read_tensor(file, theirs[name].tensor, there(name, part)))
+        return found - added if (added := added_to(file, theirs[name])) else found
 
     def blocks(name: str, part: Part = ()) -> QuantArray:
         tensor = theirs[name].tensor
@@ -115,6 +116,12 @@ def _main_blocks(file: Gguf, kind: str) -> float:
         file.metadata.get(f"{kind}.{key}", 0) for key in ("block_count", "nextn_predict_layers")
     )
     return count - further if type(count) is type(further) is int and further else math.inf
+
+
+def added_to(file: Gguf, place: Place) -> np.float32:
+    """What the file has added to each number of a weight."""
+    row = GGUF_ARCHITECTURES[gguf_architecture(file.metadata, file.path)]
+    return np.float32(row.added if place.module.endswith("norm") else 0)
 
 
 def order_of(file: Gguf, place: Place) -> np.ndarray | None:

@@ -13,6 +13,7 @@ from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
 from lora_jax.hf.gguf.lora_read import load_gguf_lora
 from lora_jax.hf.gguf.lora_write import save_gguf_lora
+from lora_jax.hf.gguf.names import ARCHITECTURE_OF
 from lora_jax.models.gguf import base_of
 from lora_jax.models.registry import config_from_hf
 from lora_jax.models.requantizing import save_requantized
@@ -30,42 +31,54 @@ SIZES = dict(
 )  # fmt: skip
 GROUPED = dict(SIZES, num_key_value_heads=2)
 MOE = dict(GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+# Families whose models are read, with fields that are no defaults.
 CASES = {
-    "llama": dict(GROUPED, model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
-    "qwen2moe": dict(
-        MOE, model_type="qwen2_moe", shared_expert_intermediate_size=64, norm_topk_prob=False
-    ),
-    "qwen3moe": dict(MOE, model_type="qwen3_moe", head_dim=8, norm_topk_prob=True),
-    "olmoe": dict(GROUPED, model_type="olmoe", num_experts=4, num_experts_per_tok=2),
-    "glm4moe": dict(
-        GROUPED, model_type="glm4_moe", head_dim=8, use_qk_norm=True, attention_bias=True,
+    "llama": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": dict(GROUPED, head_dim=8),
+    "mixtral": dict(GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": dict(MOE, shared_expert_intermediate_size=64, norm_topk_prob=False),
+    "qwen3_moe": dict(MOE, head_dim=8, norm_topk_prob=True),
+    "olmoe": dict(GROUPED, num_experts=4, num_experts_per_tok=2),
+    "glm4_moe": dict(
+        GROUPED, head_dim=8, use_qk_norm=True, attention_bias=True,
         n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1,
         topk_group=1, routed_scaling_factor=1.7, first_k_dense_replace=1,
         num_nextn_predict_layers=0,
     ),
-    "starcoder2": dict(GROUPED, model_type="starcoder2"),
-    "cohere2": dict(
-        GROUPED, model_type="cohere2", sliding_window=4, num_hidden_layers=4, logit_scale=0.5
-    ),
+    "starcoder2": GROUPED,
+    "cohere2": dict(GROUPED, sliding_window=4, num_hidden_layers=4, logit_scale=0.5),
     "granite": dict(
-        GROUPED, model_type="granite", embedding_multiplier=3.0, residual_multiplier=0.4,
-        logits_scaling=1.5, attention_multiplier=0.2,
+        GROUPED, embedding_multiplier=3.0, residual_multiplier=0.4, logits_scaling=1.5,
+        attention_multiplier=0.2,
     ),
-    "arcee": dict(GROUPED, model_type="arcee"),
-    "smollm3": dict(GROUPED, model_type="smollm3", num_hidden_layers=4),
-    "ernie4_5": dict(GROUPED, model_type="ernie4_5", head_dim=8),
-    "olmo2": dict(GROUPED, model_type="olmo2"),
-    "seed_oss": dict(GROUPED, model_type="seed_oss", head_dim=8),
-    "stablelm": dict(GROUPED, model_type="stablelm", partial_rotary_factor=0.5, use_qkv_bias=True),
-    "gptneox": dict(SIZES, model_type="gpt_neox", rotary_pct=0.5),
-    "phi2": dict(SIZES, model_type="phi", num_key_value_heads=4, partial_rotary_factor=0.5),
+    "arcee": GROUPED,
+    "smollm3": dict(GROUPED, num_hidden_layers=4),
+    "ernie4_5": dict(GROUPED, head_dim=8),
+    "olmo2": GROUPED,
+    "seed_oss": dict(GROUPED, head_dim=8),
+    "stablelm": dict(GROUPED, partial_rotary_factor=0.5, use_qkv_bias=True),
+    "gpt_neox": dict(SIZES, rotary_pct=0.5),
+    "phi3": dict(GROUPED, partial_rotary_factor=0.5, sliding_window=4),
+    "gemma": dict(GROUPED, head_dim=16),
+    "gemma2": dict(
+        GROUPED, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0, sliding_window=4,
+    ),
+    # No key states the bases of the blocks that slide, and which do: their defaults.
+    "gemma3_text": dict(
+        GROUPED, head_dim=16, query_pre_attn_scalar=16, sliding_window=4, num_hidden_layers=7,
+        rope_theta=500.0,
+    ),
+    "phi": dict(SIZES, num_key_value_heads=4, partial_rotary_factor=0.5),
 }  # fmt: skip
-QUICK = ("llama", "glm4moe", "gptneox")
+QUICK = ("mixtral", "glm4_moe", "gpt_neox")
 EACH = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
 # llama.cpp's key of each size -> config.json's field.
 STATED = {
     "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
+    "attention.value_length": "head_dim",
     "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
     "rope.freq_base": "rope_theta", "block_count": "num_hidden_layers",
 }  # fmt: skip
@@ -90,6 +103,8 @@ def as_converter(tensors, config, arch):
             x = x.reshape(heads[part], 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
         if part == "query_key_value":
             x = x.reshape(4, 3, 8, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            x = x + 1
         out[table.get_name(name, try_suffixes=(".weight", ".bias"))] = x
     for name, each in experts.items():
         stacked = np.stack([each[n] for n in sorted(each)])
@@ -98,21 +113,21 @@ def as_converter(tensors, config, arch):
     return out
 
 
-def write(path, arch, kind=GGMLQuantizationType.F32):
+def write(path, family, kind=GGMLQuantizationType.F32):
     """A random model, and the file of it."""
-    raw = config_from_hf(CASES[arch]).to_hf()
-    model = models.init(jax.random.key(0), config_from_hf(CASES[arch]))
+    config, arch = config_from_hf({**CASES[family], "model_type": family}), ARCHITECTURE_OF[family]
+    raw, model = config.to_hf(), models.init(jax.random.key(0), config)
     keys = iter(jax.random.split(jax.random.key(1), 200))
     params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), model.params)
     save_model(path.parent / "hf", model, params)
     tensors = as_converter(load_file(path.parent / "hf/model.safetensors"), model.config, arch)
     row = GGUF_ARCHITECTURES[arch]
     stated = {**STATED, **{key: field for key, field in row.keys.items()}}
-    if arch == "llama":
+    if family == "mixtral":
         stated |= {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
     with writing(path, arch) as writer:
         for key, field in stated.items():
-            value = {**CASES[arch], **raw}.get(field)
+            value = {**CASES[family], **raw}.get(field)
             add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
             if value is not None:
                 add[type(value)](f"{arch}.{key}", value)
@@ -125,15 +140,24 @@ def write(path, arch, kind=GGMLQuantizationType.F32):
     return model, params
 
 
-@pytest.mark.parametrize("arch", EACH)
-def test_a_base_is_the_model_it_was_made_of(arch, tmp_path):
-    model, params = write(tmp_path / "m.gguf", arch)
+def test_every_family_is_tested():
+    rows = GGUF_ARCHITECTURES.values()
+    assert set(CASES) == {row.model_type for row in rows if row.model_type} | {"mixtral"}
+
+
+@pytest.mark.parametrize("family", EACH)
+def test_a_base_is_the_model_it_was_made_of(family, tmp_path):
+    model, params = write(tmp_path / "m.gguf", family)
     loaded = models.load(tmp_path / "m.gguf")
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    # float32: of Gemma's norms the file has 1 + scale.
+    off = 2**-23 if family.startswith("gemma") else 0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=off), loaded.params, params
+    )
     got, want = loaded.apply(loaded.params, TOKENS), model.apply(params, TOKENS)
     # float32; the file rounds factors to it.
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    config = config_with(target_modules=GGUF_ARCHITECTURES[arch].linears[:2])
+    config = config_with(target_modules=GGUF_ARCHITECTURES[ARCHITECTURE_OF[family]].linears[:2])
     tree = adapted(loaded, config)
     save_gguf_lora(tmp_path / "a.gguf", tree, config, base=base_of(loaded.config))
     back, _ = load_gguf_lora(
@@ -142,9 +166,9 @@ def test_a_base_is_the_model_it_was_made_of(arch, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, back, tree)
 
 
-@pytest.mark.parametrize("arch", [pytest.param("qwen3moe", marks=pytest.mark.slow), "llama"])
-def test_experts_are_held_and_merged_into_their_blocks(arch, tmp_path):
-    write(tmp_path / "m.gguf", arch, GGMLQuantizationType.Q8_0)
+@pytest.mark.parametrize("family", [pytest.param("qwen3_moe", marks=pytest.mark.slow), "mixtral"])
+def test_experts_are_held_and_merged_into_their_blocks(family, tmp_path):
+    write(tmp_path / "m.gguf", family, GGMLQuantizationType.Q8_0)
     held = models.load(tmp_path / "m.gguf", quantize="file")
     floats = models.load(tmp_path / "m.gguf")
     jax.tree.map(np.testing.assert_array_equal, lora.dequantize(held.params), floats.params)
