@@ -2,8 +2,8 @@
 
     python docs/families.py
 
-What can be done comes from the registry; what is compared with transformers and PEFT comes from
-their recorded answers in tests/golden/oracles.
+Every column is what tests run: outputs, greedy text and PEFT by the answers of transformers and
+PEFT in tests/golden/oracles, the others by the families that a test is parametrized with.
 """
 
 import sys
@@ -17,6 +17,10 @@ START, END = "<!-- table -->\n", "<!-- end of the table -->\n"
 COLUMNS = ("`model_type`", "outputs", "greedy text", "PEFT", "GGUF", "quantized base", "mesh")
 
 
+# What is spread, and over which axis of the mesh; rows over `data` as well.
+PARTS = (("rows", "fsdp"), ("tokens", "context"), ("fsdp", "fsdp"), ("tensor", "tensor"))
+
+
 def main() -> None:
     """Writes the table."""
     before, rest = PAGE.read_text("utf-8").split(START)
@@ -26,27 +30,22 @@ def main() -> None:
 
 def table() -> str:
     """The rows of all model types but those of models of images and texts."""
-    from lora_jax.hf.gguf.architectures import GGUF_ARCHITECTURES
-    from lora_jax.models.families import DIALECTS
-    from lora_jax.models.registry import ARCHITECTURES, CAUSAL_LM
+    from lora_jax.models.registry import ARCHITECTURES
     from lora_jax.models.wrapped import WRAPPERS
 
-    gguf = {architecture.model_type for architecture in GGUF_ARCHITECTURES.values()} | {"mixtral"}
+    from tests.hf.gguf.test_families import CASES as GGUF
+    from tests.models.test_every_decoder import SPREAD
+    from tests.models.test_vit import SPREAD as IMAGES
+    from tests.support.decoders import FAMILIES
+    from tests.train.test_encoders import SPREAD as ENCODERS
+
     outputs, greedy, peft = (tested(*kind) for kind in KINDS)
+    meshes = {**SPREAD, **ENCODERS, **IMAGES}
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
     for kind in sorted(set(ARCHITECTURES) - set(WRAPPERS)):
-        decoder = ARCHITECTURES[kind].kind == CAUSAL_LM
-        facts = (
-            kind in outputs,
-            kind in greedy,
-            kind in peft,
-            kind in gguf,
-            decoder,
-        )
-        mesh = "rows, tokens, fsdp, tensor" if kind in DIALECTS else "rows, tokens, fsdp"
-        # These attend in whole rows: by distance, or to the patches of an image.
-        mesh = "rows, fsdp" if kind in ("deberta-v2", "vit") else mesh
-        rows.append((f"`{kind}`", *("yes" if fact else "" for fact in facts), mesh))
+        columns = (outputs, greedy, peft, GGUF, FAMILIES)
+        mesh = ", ".join(part for part, axis in PARTS if axis in meshes.get(kind, ()))
+        rows.append((f"`{kind}`", *("yes" if kind in of else "" for of in columns), mesh))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

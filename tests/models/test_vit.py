@@ -112,6 +112,10 @@ def test_a_fresh_head(saved, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, again.params, made.params)
 
 
+# The mesh, for the page of families.
+SPREAD = {"vit": {"fsdp": -1}}
+
+
 def test_it_trains_on_a_mesh_as_on_one_device(saved):
     """Rows and weights spread over the devices; adapters of every layer, in two steps."""
     directory = saved("mild").directory
@@ -145,7 +149,7 @@ def test_it_trains_on_a_mesh_as_on_one_device(saved):
     alone = losses(None)
     assert alone[2] < alone[0]
     # Sums of float32 in another order.
-    np.testing.assert_allclose(losses(lora.models.make_mesh(fsdp=-1)), alone, rtol=1e-5)
+    np.testing.assert_allclose(losses(lora.models.make_mesh(**SPREAD["vit"])), alone, rtol=1e-5)
 
 
 REFUSED = {

@@ -139,17 +139,21 @@ def method_of(settings: Mapping[str, Any], q: QuantArray, name: str) -> Method:
     """How a weight is written, by the `quantization_config` of its checkpoint.
 
     Raises:
-      ValueError: the method, or the format, is only read.
+      ValueError: the method, or the format, is only read; or all experts of a block are one tensor.
     """
     kind = settings.get("quant_method", "bitsandbytes")
     kind = "gptq_v2" if settings.get("checkpoint_format") == "gptq_v2" else kind
+    if matrix_sizes(q)[0]:
+        raise ValueError(
+            f"`{name}` of shape {q.shape} has all experts of a block, which no files of "
+            f"`quant_method` `{kind}` hold in one tensor: merge without `requantize`"
+        )
     for method in PACKED.get(str(kind), ()):
-        if q.format in method.formats and not matrix_sizes(q)[0]:
+        if q.format in method.formats:
             return method
     raise ValueError(
         f"`{name}` of shape {q.shape} is held in {q.format} of `quant_method` `{kind}`, and such "
-        f"weights are only read; merge "
-        f"without `requantize`, or over a base of {', '.join(PACKED)}"
+        f"weights are only read; merge without `requantize`, or over a base of {', '.join(PACKED)}"
     )
 
 
