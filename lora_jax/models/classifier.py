@@ -19,10 +19,10 @@ CLASSIFIER = "ForSequenceClassification"
 # Decoders of which transformers has no class with such a head.
 WITHOUT = (
     "cohere", "cohere2", "ernie4_5", "gemma4_text", "glm4_moe", "glm4_moe_lite", "granite",
-    "llama4_text", "olmoe",
+    "llama4_text", "olmoe", "qwen3_5_moe_text",
 )  # fmt: skip
 # Starts of the names of classes, where they are not those of the language models.
-_STARTS = {"Gemma3": "Gemma3Text"}
+_STARTS = {"Gemma3": "Gemma3Text", "Qwen3_5": "Qwen3_5Text"}
 
 
 def labels_of(given: Mapping[str, Any]) -> tuple[str, ...]:

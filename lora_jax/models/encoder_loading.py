@@ -115,11 +115,12 @@ def open_encoder(
         config = replace(config, pooler="pooler.dense.weight" in weights.shapes)
     forward = EncoderForward(config=config, **options)
     tokenizer = from_directory(directory)
-    return Opened(
-        forward,
-        weights,
-        lambda spread: Model(forward, _fill(forward, weights, fresh_head, spread), tokenizer),
-    )
+
+    def read(spread: Spread | None) -> Model:
+        params = _fill(forward, weights, fresh_head, spread)
+        return Model(forward, params, tokenizer, checkpoint=directory)
+
+    return Opened(forward, weights, read)
 
 
 def _directory(source: str | Path) -> Path:

@@ -5,8 +5,9 @@ directory/model.safetensors                 every weight under Hugging Face's na
 directory/model-00001-of-0000N.safetensors  shards of them, with model.safetensors.index.json
 directory/tokenizer.json, tokenizer_config.json, chat_template.jinja   if there is a tokenizer
 
-What the base's generation_config.json and tokenizer files hold is written back whole. A decoder
-inside a vision-language model is written among that model's tensors and files.
+What the base's config.json, generation_config.json and tokenizer files hold is written back whole,
+but for the dtype and how weights were quantized. A decoder inside a vision-language model is
+written among that model's tensors and files.
 
 Weights are merged, cast and written one block of one module at a time.
 """
@@ -25,15 +26,16 @@ import numpy as np
 
 from lora_jax import processes
 from lora_jax.array import LoraArray, SavedArray, check_plain, check_whole, dense, is_leaf, is_lora
-from lora_jax.files import check_new, replacing
+from lora_jax.files import check_new, read_object, replacing
 from lora_jax.hf.checkpoint.names import Family, as_held, module_name, stack_depth, tensors_of
 from lora_jax.hf.checkpoint.safetensors import open_directory
 from lora_jax.hf.checkpoint.shards import NewTensor, cast, dtype_of, size_of, write_shards
 from lora_jax.hf.checkpoint.weights import shape_there
 from lora_jax.hf.tokenizer.directory import SETTINGS, TEMPLATE, template_of
 from lora_jax.merge import merge
-from lora_jax.models.registry import names_of
-from lora_jax.models.wrapped import rest_of
+from lora_jax.models.dialect import IGNORED
+from lora_jax.models.registry import config_from_hf, names_of
+from lora_jax.models.wrapped import as_written, rest_of
 from lora_jax.paths import spell
 
 MAX_SHARD_SIZE = "5GB"
@@ -115,7 +117,8 @@ def save_merged(
     values = (x for block in blocks for x in values_of(block, modules, family, numbers))
     texts, files = texts_of(model, dtype), {}
     if getattr(model.config, "wrapper", None):
-        rest = rest_of(model.checkpoint, family, [entry.name for entry in entries], dtype)
+        decoder = {x.name for x in entries} | _names_read(model, modules)
+        rest = rest_of(model.checkpoint, family, decoder, dtype)
         entries = [entry._replace(name=rest.names.get(entry.name, entry.name)) for entry in entries]
         entries, values = [*entries, *rest.entries], chain(values, rest.values())
         texts["config.json"] = _json(rest.config)
@@ -133,7 +136,10 @@ def save_merged(
 
 
 def _names_of(model: Any) -> Family:
-    """The names that its tensors are written under: in a copy of its checkpoint, those there."""
+    """The names that its tensors are written under, as transformers reads them.
+
+    In a copy of a checkpoint whose experts are one tensor of a block they stay so.
+    """
     family, wrapper = names_of(model.config), getattr(model.config, "wrapper", None)
     if wrapper is None:
         return family
@@ -142,7 +148,14 @@ def _names_of(model: Any) -> Family:
             f"`model` is the decoder inside a `{wrapper}`, whose other tensors are not known: "
             "take the model that `lora.models.load` returns, with its `checkpoint`"
         )
-    return as_held(family, open_directory(model.checkpoint).shapes)
+    return as_held(family, open_directory(model.checkpoint).shapes) if family.moved else family
+
+
+def _names_read(model: Any, modules: Modules) -> set[str]:
+    """The names that its tensors were read under."""
+    family = as_held(names_of(model.config), open_directory(model.checkpoint).shapes)
+    blocks = blocks_of(modules, family)
+    return {x.name for b in blocks for x in entries_of(b, modules, family, np.dtype("float32"))}
 
 
 def modules_of(params: Any) -> Modules:
@@ -257,7 +270,7 @@ def write_texts(directory: Path, texts: Mapping[str, str]) -> None:
 
 
 def texts_of(model: Any, dtype: str) -> dict[str, str]:
-    config = {**model.config.to_hf(), "torch_dtype": dtype}
+    config = _config_of(model, dtype)
     tokens = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # The base's own file wins: its end tokens may be more than config.json has.
     generation = {**tokens, **model.generation}
@@ -265,6 +278,27 @@ def texts_of(model: Any, dtype: str) -> dict[str, str]:
     if model.tokenizer is not None:
         texts |= _tokenizer_texts(model.tokenizer, model.config.max_position_embeddings)
     return texts
+
+
+def _config_of(model: Any, dtype: str) -> dict[str, Any]:
+    """The checkpoint's config.json with what the model has otherwise: a fresh head's classes.
+
+    Without a checkpoint, or where its fields do not say the same, our own; fields that change no
+    results stay.
+    """
+    own, source = model.config.to_hf(), model.checkpoint
+    raw = {}
+    if source is not None and source.is_dir():
+        raw = read_object(source / "config.json", optional=True)
+    if raw:
+        # The class is that of the tensors that are written.
+        raw["architectures"] = own["architectures"]
+        stated = config_from_hf(raw).to_hf()
+        both = {**raw, **{name: x for name, x in own.items() if stated.get(name) != x}}
+        same = config_from_hf(both).to_hf() == own
+        own = both if same else {**{name: raw[name] for name in raw if name in IGNORED}, **own}
+    own |= {} if "dtype" in own else {"torch_dtype": dtype}
+    return as_written(own, dtype)
 
 
 def _tokenizer_texts(tokenizer: Any, length: int) -> dict[str, str]:

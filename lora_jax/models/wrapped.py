@@ -41,6 +41,7 @@ _OWN_TYPE = ("gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 _DIFFERS = {
     "paligemma": "it attends to its whole prompt in both directions",
     "mllama": "it has blocks that attend to images",
+    "gemma3n": "its blocks carry several streams of hidden states",
 }
 
 # Fields that a multimodal config.json has beside its `text_config` but that the text model needs.
@@ -48,6 +49,8 @@ _OUTSIDE = (
     "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "tie_word_embeddings",
 )  # fmt: skip
 _TIES = "tie_word_embeddings"
+# What is left out of a merge's config.json: its weights are floats, and code is not copied.
+_LEFT = ("quantization_config", "auto_map")
 # Starts of the fields that a flat config.json (Qwen2-VL before 4.52) has for images.
 _IMAGES = ("vision_", "image_", "video_")
 
@@ -149,18 +152,18 @@ def rest_of(directory: Path, family: Family, decoder: Collection[str], dtype: st
 
     dtypes = {n: DTYPES[dtype] if n in packed else exact[n].numpy for n in kept}
     entries = [NewTensor(n, weights.shapes[n], dtypes[n]) for n in kept]
-    config = _as_written(read_object(directory / "config.json"), dtype)
+    config = as_written(read_object(directory / "config.json"), dtype)
     return Rest(names, entries, read, files=_files(directory), config=config)
 
 
-def _as_written(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def as_written(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """config.json for tensors of another dtype that are not quantized."""
-    config = {name: value for name, value in config.items() if name != "quantization_config"}
+    config = {name: value for name, value in config.items() if name not in _LEFT}
     for field in ("dtype", "torch_dtype"):
         if field in config:
             config[field] = dtype
     if isinstance(text := config.get("text_config"), dict):
-        config["text_config"] = _as_written(text, dtype)
+        config["text_config"] = as_written(text, dtype)
     return config
 
 

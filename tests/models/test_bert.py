@@ -19,6 +19,7 @@ from lora_jax.models.deberta import distance_rows
 from lora_jax.models.deberta_config import Deberta
 from lora_jax.models.saving import save_model
 
+from tests.support.decoder_checks import check_config_kept, without_source
 from tests.support.oracle import oracle
 from tests.support.torch_models import TOLERANCE, load, saver
 
@@ -217,7 +218,8 @@ def test_numbers_are_transformers_there_and_back(saved, case, tmp_path):
     got = quick(model.apply)(model.params, tokens, mask=jnp.asarray(mask), **own)
     compare(model, got, answer(saved, case, mask, tokens, types), mask)
 
-    save_model(tmp_path / "again", model, model.params)
+    check_config_kept(model, tmp_path / "kept")
+    save_model(tmp_path / "again", without_source(model), model.params)
     written = json.loads((tmp_path / "again" / "config.json").read_text())
     tensors = load_file(tmp_path / "again" / "model.safetensors")
     original = load_file(directory / "model.safetensors")

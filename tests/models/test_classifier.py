@@ -18,7 +18,13 @@ from lora_jax.train import TrainConfig, examples, fit, record_of
 from lora_jax.train.evaluate import check_causal
 
 from tests.support import tiny
-from tests.support.decoder_checks import positions_of, quick_jit
+from tests.support.decoder_checks import (
+    check_config_kept,
+    positions_of,
+    quick_jit,
+    without_source,
+)
+from tests.support.decoders import DELTA, SHARED
 from tests.support.oracle import oracle
 from tests.support.torch_models import (
     DECODER_SIZES,
@@ -37,6 +43,7 @@ PLACE = "models/classifier"
 SIZES = dict(
     DECODER_SIZES, auto="AutoModelForSequenceClassification", num_labels=3, pad_token_id=96
 )
+NETS = {**DELTA, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 GPT2 = {k: v for k, v in SIZES.items() if k in ("auto", "num_labels", "pad_token_id", "vocab_size")}
 CASES = {
     "llama": dict(SIZES, model_type="llama", tie_word_embeddings=True),
@@ -49,6 +56,14 @@ CASES = {
     "phi": dict(SIZES, model_type="phi"),
     "gpt_neox": {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
     | {"model_type": "gpt_neox"},
+    "qwen3_5": dict(SIZES, **NETS, model_type="qwen3_5_text"),
+    "qwen3_next": dict(
+        SIZES,
+        **NETS,
+        **SHARED,
+        model_type="qwen3_next",
+        mlp_only_layers=[1],
+    ),
     "gpt2": dict(GPT2, model_type="gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64),
 }
 QUICK = ("llama", "gemma3", "gpt2")
@@ -83,7 +98,8 @@ def test_classes_are_transformers(saved, case, tmp_path):
     np.testing.assert_allclose(run(model.params, tokens[3:]), want[3:], atol=TOLERANCE)
     assert config_from_hf(model.config.to_hf()) == model.config
     again = tmp_path / "again"
-    save_merged(again, model, model.params)
+    check_config_kept(model, tmp_path / "kept")
+    save_merged(again, without_source(model), model.params)
 
     def read():
         same = (theirs(load(again), tokens, mask, places) == want).all()

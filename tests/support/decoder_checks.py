@@ -3,6 +3,8 @@
 Each check takes `saved`, of `torch_models.saver`, the place of the recorded answers, and the case.
 """
 
+import dataclasses
+import json
 from functools import partial
 
 import jax
@@ -82,12 +84,29 @@ def check_blocks_apart(saved, case):
     np.testing.assert_allclose(a[mask], b[mask], atol=2e-5)
 
 
+def without_source(model):
+    """The model, whose config.json is then written anew."""
+    return dataclasses.replace(model, checkpoint=None)
+
+
+def check_config_kept(model, folder):
+    """What is saved has the config.json that was read, and fields that change no results."""
+    path = model.checkpoint / "config.json"
+    before = path.read_text()
+    stated = {**json.loads(before), "sep_token_id": 3, "temperature": 0.5, "_name_or_path": "a/b"}
+    path.write_text(json.dumps(stated))
+    save_merged(folder, model, model.params, dtype="bfloat16")
+    path.write_text(before)
+    assert json.loads((folder / "config.json").read_text()) == {**stated, "dtype": "bfloat16"}
+
+
 def check_saved_again(saved, place, case, scratch):
     """What is saved has the tensors that were read, and is the same model to transformers."""
     there, directory = saved(case)
     model = models.load(directory)
     again = scratch / "again"
-    save_merged(again, model, model.params)
+    check_config_kept(model, scratch / "kept")
+    save_merged(again, without_source(model), model.params)
     ours, base = (load_file(folder / "model.safetensors") for folder in (again, directory))
     assert ours.keys() == base.keys()
     for name in ours:

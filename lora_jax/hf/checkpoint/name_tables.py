@@ -298,14 +298,26 @@ def within(own: Family, whole: Family) -> Family:
     return replace(whole, stacks=own.stacks, rules=own.rules, moved=own.moved)
 
 
-def as_held(family: Family, names: Iterable[str]) -> Family:
-    """The names in a checkpoint of these tensors, whose experts may be one array of a block.
+# Each expert's modules have names of their own there.
+_APART = (
+    Moved("experts.gate_up_proj", ("experts.{}.gate_proj.weight", "experts.{}.up_proj.weight")),
+    Moved("experts.down_proj", ("experts.{}.down_proj.weight",)),
+)
 
-    Qwen3.5-MoE's are in the files of images and texts; transformers writes each of them.
+
+def as_held(family: Family, names: Iterable[str]) -> Family:
+    """The names in a checkpoint of these tensors, in which experts may lie otherwise.
+
+    Qwen3.5-MoE's own files have the experts of a block in one array, where transformers writes each
+    of them; and quantized files of Llama 4 each of them, where transformers has one array.
     """
-    if not any(name.endswith(".experts.gate_up_proj") for name in names):
+    names = list(names)
+    rest = tuple(each for each in family.moved if "{}" not in each.theirs[0])
+    if rest != family.moved:
+        if not any(name.endswith(".experts.gate_up_proj") for name in names):
+            return family
+        stacks = tuple(stack for stack in family.stacks if stack != "experts")
+        return replace(family, stacks=stacks, rules=(*_FUSED, *family.rules), moved=rest)
+    if not any(".experts.0.gate_proj." in name for name in names):
         return family
-    moved = tuple(each for each in family.moved if "{}" not in each.theirs[0])
-    stacks = tuple(stack for stack in family.stacks if stack != "experts")
-    fused = () if moved == family.moved else _FUSED
-    return replace(family, stacks=stacks, rules=(*fused, *family.rules), moved=moved)
+    return replace(family, stacks=(*family.stacks, "experts"), moved=(*rest, *_APART))
