@@ -162,3 +162,27 @@ def greedy(model, tokens, mask, count):
             do_sample=False,
             eos_token_id=None,
         )[:, tokens.shape[1] :].tolist()
+
+
+def experts_in_one(tensors):
+    """The tensors with a block's experts in one, (E, out, in)."""
+    found: dict[str, list] = {}
+    for name in sorted(name for name in tensors if ".experts." in name):
+        start, _, layer, _ = name.rsplit(".", 3)
+        found.setdefault(f"{start}.{layer}", []).append(tensors.pop(name))
+    for start in {name.rpartition(".")[0] for name in found}:
+        gate, up, down = (np.stack(found[f"{start}.{n}_proj"]) for n in ("gate", "up", "down"))
+        tensors[f"{start}.gate_up_proj"] = np.concatenate((gate, up), axis=1)
+        tensors[f"{start}.down_proj"] = down
+    return tensors
+
+
+def each_expert_apart(tensors):
+    """The tensors with a module for each layer of an expert; a block's are (E, in, out) in one."""
+    for name in [name for name in tensors if ".experts." in name]:
+        start, _, layer = name.rpartition(".")
+        for number, expert in enumerate(tensors.pop(name)):
+            names = ["gate_proj", "up_proj"] if layer == "gate_up_proj" else [layer]
+            for part, x in zip(names, np.split(expert.T, len(names)), strict=True):
+                tensors[f"{start}.{number}.{part}.weight"] = np.ascontiguousarray(x)
+    return tensors

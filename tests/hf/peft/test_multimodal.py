@@ -27,7 +27,7 @@ from tests.support.peft_oracle import (
     peft_wrote,
 )
 from tests.support.peft_trees import noisy
-from tests.support.torch_models import saver
+from tests.support.torch_models import each_expert_apart, experts_in_one, saver
 
 pytestmark = [pytest.mark.once, pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
@@ -219,6 +219,26 @@ def whole(directory) -> np.ndarray:
     return torch_logits(model)
 
 
+@pytest.mark.parametrize(
+    ("kind", "other"), [("qwen3_5_moe", experts_in_one), ("llama4", each_expert_apart)]
+)
+def test_experts_may_lie_otherwise(kind, other, made, tmp_path):
+    """As in Qwen's own files, and in quantized ones of Llama 4; transformers reads the merge."""
+    directory = shutil.copytree(made(kind).directory, tmp_path / "one")
+    usual = load_file(directory / WEIGHTS)
+    tensors = other(dict(usual))
+    assert tensors.keys() != usual.keys()
+    save_file(tensors, directory / WEIGHTS, {"format": "pt"})
+    base, apart = lora.models.load(directory), lora.models.load(made(kind).directory)
+    jax.tree.map(np.testing.assert_array_equal, base.params, apart.params)
+    params = trained(base, lora.LoraConfig(rank=2, target_modules=("q_proj", "down_proj")))
+    save_merged(tmp_path / "merged", base, params)
+    names = (tensors if kind == "qwen3_5_moe" else usual).keys()
+    assert load_file(tmp_path / "merged" / WEIGHTS).keys() == names
+    want = oracle(f"{PLACE}/{kind}.otherwise", lambda: whole(tmp_path / "merged"))
+    close(want, ours(base, params))
+
+
 @pytest.mark.parametrize("start", ["language_model.model.", "model."])
 def test_other_names_of_the_same_decoder(start, gemma, tmp_path):
     """Of transformers before 4.52, and of the text model's own class."""
@@ -341,6 +361,7 @@ def test_qwen_before_transformers_4_52(made, tmp_path):
             "paligemma",
             "inside a `paligemma` cannot be read: it attends to its whole prompt in both",
         ),
+        ("gemma3n", "inside a `gemma3n` cannot be read: its blocks carry several streams"),
         (
             "idefics3",
             "inside a `idefics3` cannot be read; of models of images .* gemma3, gemma4, internvl",
