@@ -197,7 +197,8 @@ def _columns(q: QuantArray, number: int, count: int) -> QuantArray:
         return x[..., number * width : (number + 1) * width]
 
     shape = (*q.shape[:-1], q.shape[-1] // count)
-    return dataclasses.replace(jax.tree.map(cut, q), shape=shape)
+    part = jax.tree.map(cut, dataclasses.replace(q, order=None))  # which has no outputs
+    return dataclasses.replace(part, shape=shape, order=q.order)
 
 
 def _rounded(weight: _Weight, errors: _Errors) -> QuantArray:

@@ -268,24 +268,27 @@ def beside(parts: Sequence[QuantArray], name: str) -> QuantArray:
     """Weights of the same inputs side by side, along the last dim, their outputs.
 
     Raises:
-      ValueError: they have scales in common, or inputs in an order of their own.
+      ValueError: they have scales in common, or their inputs in different orders.
     """
     first = parts[0]
     if len(parts) == 1:
         return first
     outputs = units(first)[1]
-    apart = first.scale_map is None and first.order is None and first.roles[-1] == "o"
+    apart = first.scale_map is None and first.roles[-1] == "o"
+    orders = [q.order for q in parts if q.order is not None]
+    apart &= len(orders) in (0, len(parts)) and all(np.array_equal(orders[0], x) for x in orders)
     kinds = {
         (q.format, q.block, jax.tree.structure(dataclasses.replace(q, shape=()))) for q in parts
     }
     if not apart or len(kinds) > 1 or any(q.shape[-1] % outputs for q in parts[:-1]):
         raise ValueError(
             f"`{name}` are one weight here, and their blocks cannot be put side by side (double "
-            'quantization, an order of inputs, or different formats): use a format such as "nf4"'
+            'quantization, different formats or orders of inputs): use a format such as "nf4"'
         )
     shape = (*first.shape[:-1], sum(q.shape[-1] for q in parts))
-    same = [dataclasses.replace(q, shape=shape) for q in parts]
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=-1), *same)
+    same = [dataclasses.replace(q, shape=shape, order=None) for q in parts]
+    whole = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=-1), *same)
+    return dataclasses.replace(whole, order=first.order)
 
 
 def stack_weights(parts: Sequence[QuantArray]) -> QuantArray:

@@ -4,6 +4,7 @@ import json
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -13,9 +14,11 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.hf.checkpoint.safetensors import load_file
+from lora_jax.models.requantizing import save_requantized
 from lora_jax.models.saving import save_merged, save_model
 from lora_jax.quant.array import is_quant
 
+from tests.support.gguf_files import adapted, config_with
 from tests.support.quantized_files import (
     CASES,
     in_groups,
@@ -197,20 +200,38 @@ def test_gpt_oss_loads_as_it_is_shipped(tmp_path):
     same_logits(held, floats, np.arange(16).reshape(2, 8))
 
 
+# Gate and up of an expert have the same inputs, and so the same order of them.
+APART = {
+    "fp8_block": ({"quant_method": "fp8"}, in_squares),
+    "uint4_zero": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
+        lambda _, weight: in_groups(np.random.default_rng(0), weight),
+    ),
+}
+
+
 @pytest.mark.slow
-def test_experts_apart_in_a_file_are_held_side_by_side(tmp_path):
+@pytest.mark.parametrize("format", APART)
+def test_experts_apart_in_a_file_are_held_side_by_side(format, tmp_path):
+    settings, packed = APART[format]
     raw = {"model_type": "qwen3_moe", **SIZES, "moe_intermediate_size": 256, "num_experts": 4,
            "num_experts_per_tok": 2}  # fmt: skip
     model = models.init(jax.random.key(0), models.LlamaConfig.from_hf(raw))
     save_model(tmp_path / "m", model, model.params)
 
     def make(name, weight):
-        found = in_squares(None, weight) if name.endswith("_proj.weight") else {}
+        found = packed(None, weight) if name.endswith("_proj.weight") else {}
         return {f"{name.removesuffix('.weight')}.{n}": x for n, x in found.items()}
 
-    rewritten(tmp_path / "m", {"quant_method": "fp8"}, make)
+    rewritten(tmp_path / "m", settings, make)
     floats, held = models.load(tmp_path / "m"), models.load(tmp_path / "m", quantize="file")
     experts = held.params["model"]["layers"]["mlp"]["experts"]
-    assert experts["gate_up_proj"].format == "fp8_block"
+    assert experts["gate_up_proj"].format == format
     jax.tree.map(np.testing.assert_array_equal, lora.dequantize(held.params), floats.params)
     same_logits(held, floats, np.arange(16).reshape(2, 8))
+    tree = adapted(held, config_with(target_parameters=("gate_up_proj",)))
+    save_requantized(tmp_path / "out", held, tree)
+    # The halves are rounded each by itself, to 4 or 8 bits once more.
+    back = models.load(tmp_path / "out").params["model"]["layers"]["mlp"]["experts"]
+    want = lora.merge(tree)["model"]["layers"]["mlp"]["experts"]["gate_up_proj"]
+    assert jnp.linalg.norm(back["gate_up_proj"] - want) < 0.1 * jnp.linalg.norm(want)
