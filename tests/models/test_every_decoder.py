@@ -1,6 +1,7 @@
 """What the page of families says of every decoder: quantized bases, and weights over a mesh."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def test_a_quantized_base_has_the_gradients_of_its_numbers(kind, format):
 
 
 # The meshes, for the page of families. GPT-2's weights have no rules of their own for `tensor`.
-SPREAD = {
+SPREAD: dict[str, Any] = {
     **dict.fromkeys(FAMILIES, dict(fsdp=2, context=2, tensor=2)),
     "gpt2": dict(fsdp=4, context=2),
 }

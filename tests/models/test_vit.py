@@ -1,6 +1,7 @@
 """Vision transformers against transformers on the same random weights, in float32."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -113,7 +114,7 @@ def test_a_fresh_head(saved, tmp_path):
 
 
 # The mesh, for the page of families.
-SPREAD = {"vit": {"fsdp": -1}}
+SPREAD: dict[str, Any] = {"vit": {"fsdp": -1}}
 
 
 def test_it_trains_on_a_mesh_as_on_one_device(saved):

@@ -1,6 +1,7 @@
 """Encoders that learn to classify texts: by `fit`, by the recipe, and on a mesh."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,7 @@ def test_the_recipe_writes_the_whole_head(bare, kind, tmp_path, capsys):
 
 
 # The meshes, for the page of families. DeBERTa attends by distance in whole rows.
-SPREAD = {
+SPREAD: dict[str, Any] = {
     **dict.fromkeys([*KINDS, "camembert", "xlm-roberta"], dict(data=2, fsdp=2, context=2)),
     "deberta-v2": dict(data=4, fsdp=2),
 }
