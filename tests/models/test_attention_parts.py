@@ -127,3 +127,22 @@ def test_a_scan_over_blocks_holds_no_mask_of_all_pairs(monkeypatch):
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(8192) <= 5 * temporaries(2048)
+
+
+def test_far_scores_and_sinks_are_finite():
+    """A seen key counts however low its score, and a sink takes its share however high it is."""
+    q, k = jnp.ones((1, 1, 1, 4)), jnp.full((1, 2, 1, 4), -1e4)
+    v = jnp.array([1.0, 2.0]).reshape(1, 2, 1, 1)
+    seen = jnp.array([True, False]).reshape(1, 1, 1, 2)
+    assert mixing.mix(q, k, v, seen=seen).item() == 1
+
+    def mixed(sink):
+        queries = attention.with_sinks(q, sink[None])
+        return mixing.mix(queries, 0 * k, v, seen=None, by=mixing.Mixing((), sinks=True))[
+            0, 0, 0, 0
+        ]
+
+    run = jax.jit(jax.value_and_grad(mixed))
+    assert run(jnp.float32(150.0)) == (0, 0)
+    shares = np.exp([0.0, 0.0, 1.5]) / np.exp([0.0, 0.0, 1.5]).sum()
+    np.testing.assert_allclose(run(jnp.float32(1.5))[0], shares[:2] @ [1, 2], rtol=1e-6)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.models import config_from_hf
+from lora_jax.models.classifier import labels_of
 from lora_jax.models.saving import save_merged
 from lora_jax.recipes import export, finetune
 from lora_jax.train import TrainConfig, examples, fit, record_of
@@ -106,6 +107,12 @@ def test_classes_are_transformers(saved, case, tmp_path):
         return {"from": written(again), "same": bool(same)}
 
     assert oracle(f"{PLACE}/{case}.again", read) == {"from": written(again), "same": True}
+
+
+def test_labels_are_in_the_order_of_their_numbers():
+    names = {str(i): f"kind {i}" for i in reversed(range(12))}
+    assert labels_of({"id2label": names}) == tuple(f"kind {i}" for i in range(12))
+    assert labels_of({}) == ("LABEL_0", "LABEL_1")  # transformers' two
 
 
 TEXTS = ("Table for two", "Dinner for 4 guests", "Cancel it", "Please cancel our table")

@@ -1,20 +1,24 @@
 """Merges into the format of the base: unchanged bytes, numbers read back, the error said."""
 
+import dataclasses
+from typing import Any
+
 import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
+from safetensors.numpy import save_file
 
 import lora_jax as lora
 from lora_jax import models, quant
-from lora_jax.hf.checkpoint.packed import fitted, method_of
-from lora_jax.hf.checkpoint.safetensors import load_file, open_exact
-from lora_jax.models.requantizing import save_requantized
+from lora_jax.hf.checkpoint.packed import fitted, method_of, words_of
+from lora_jax.hf.checkpoint.safetensors import load_file, open_directory, open_exact
+from lora_jax.models.requantizing import _columns, _weights, save_requantized
 from lora_jax.quant.array import is_quant
 from lora_jax.quant.gguf import GGUF_KINDS, from_gguf, to_gguf
-from lora_jax.quant.requantize import requantized
+from lora_jax.quant.requantize import _in_units, requantized
 
 from tests.support.gguf_files import (
     TIED,
@@ -24,6 +28,7 @@ from tests.support.gguf_files import (
     tensors_of,
     write_model,
 )
+from tests.support.places import GOLDEN
 from tests.support.quantized_files import CASES, in_groups, in_squares, saved, tiny
 from tests.support.tiny import write_tiny
 
@@ -183,3 +188,91 @@ def test_what_cannot_be_requantized_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="the base is a GGUF file: give a name with .gguf"):
         save_requantized(tmp_path / "out", model, params)
     assert not (tmp_path / "out").exists()
+
+
+def in_four_bits(zeros):
+    """128 inputs in an order of their own, in two groups of two blocks."""
+    draw = np.random.default_rng(0)
+    codes, order = draw.integers(0, 16, (128, 4)).astype(np.uint8), draw.permutation(128)
+    codes[::32], codes[1::32] = 0, 15
+    scale = np.array([[0.5], [0.5], [2.0], [2.0]], np.float32) * np.arange(1, 5, dtype=np.float32)
+    zeros = np.repeat(np.array(zeros, np.uint8)[:, None], 4, axis=1)
+    form: Any = dict(format="uint4_zero", block_size=32, order=order)
+    return quant.from_codes(codes, scale, zeros[::2] | zeros[1::2] << 4, **form)
+
+
+@pytest.mark.parametrize("zeros", [[8, 8, 8, 8], [3, 3, 11, 11]])
+def test_numbers_of_four_bits_come_back_in_their_order_and_groups(zeros):
+    held = in_four_bits(zeros)
+    again = requantized(held.dequantize(), held, name="w")
+    # Scales and zero points of least squares, in float32.
+    np.testing.assert_allclose(again.dequantize(), held.dequantize(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(again.bias, held.bias)
+
+
+def test_groups_of_other_numbers_keep_one_scale_and_their_zeros():
+    held = in_four_bits([8, 8, 8, 8])
+    got = requantized(jnp.abs(held.dequantize()), held, name="w")
+    np.testing.assert_array_equal(got.scale[::2], got.scale[1::2])
+    np.testing.assert_array_equal(got.bias, 0x88)
+
+
+@pytest.mark.parametrize("name, outputs", [("fp8_block", 200), ("fp8_channel", 3)])
+def test_shared_scales_reach_every_number_and_no_further(name, outputs):
+    draw = np.random.default_rng(0)
+    w = draw.normal(size=(128, outputs)).astype(np.float32)
+    count = -(-outputs // 128) if name == "fp8_block" else outputs
+    # Scales that differ: equal ones are a tensor's.
+    like = np.arange(1, count + 1, dtype=np.float32)[None].astype(jnp.bfloat16)
+    held = quant.from_codes(np.zeros_like(w, np.uint8), like, format=name, block_size=128)
+    got = np.asarray(requantized(jnp.asarray(w), held, name="w").scale, np.float32)[0]
+    parts = np.split(np.abs(w), [128] if name == "fp8_block" else [1, 2], axis=1)
+    reach = np.array([x.max() for x in parts]) / 448
+    # bfloat16, rounded up.
+    assert (reach <= got).all() and (got <= reach * (1 + 2**-7)).all()
+
+
+def test_weights_with_compressed_scales_come_back_to_the_bit():
+    form: Any = dict(format="nf4", block_size=16, double_quant=True, pad=True)
+    w = jax.random.normal(jax.random.key(0), (80, 24))
+    held = quant.quantize_array(w, **form)
+    again = requantized(w, held, name="w")
+    for name in ("packed", "scale", "scale2"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(held, name), name)
+
+
+def test_the_outermost_scale_takes_the_lowest_integer():
+    scales = jnp.array([[32.0], [-5.0], [2.6], [1.0]])
+    whole, unit = _in_units(scales, 4, 31, signed=True)
+    assert whole.reshape(-1).tolist() == [-32, 5, -3, -1] and unit.item() == -1
+
+
+def test_weights_side_by_side_are_cut_apart():
+    w = jax.random.normal(jax.random.key(0), (32, 12))
+    both = quant.quantize_array(w, format="int8", block_size=16)
+    for i in (0, 1):
+        part = _columns(both, i, 2)
+        np.testing.assert_array_equal(part.dequantize(), both.dequantize()[:, 6 * i : 6 * i + 6])
+
+
+def test_a_bias_beside_an_adapted_weight_is_written_too():
+    """An adapter's bias is merged into it."""
+    model = models.init(jax.random.key(0), dataclasses.replace(TIED, qkv_bias=True))
+    params = adapted(model, config_with(target_modules=("q_proj",)))
+    changed = {x.name.split(".", 3)[-1] for x in _weights(model, params) if x.changed}
+    assert changed == {"self_attn.q_proj.weight", "self_attn.q_proj.bias"}
+
+
+def test_words_are_filled_up():
+    np.testing.assert_array_equal(words_of(np.array([[1, 2, 3]]), 1), [[0x321]])
+
+
+def test_eight_bits_of_bitsandbytes_are_packed_as_its_own(tmp_path):
+    tensors = {n: x for n, x in load_file(GOLDEN / "bitsandbytes.safetensors").items()
+               if n.startswith("eight.")}  # fmt: skip
+    save_file(tensors, tmp_path / "model.safetensors")
+    q = open_directory(tmp_path).blocks("eight.weight")
+    packed = method_of({"quant_method": "bitsandbytes"}, q, "eight").pack(q)
+    np.testing.assert_array_equal(packed[".weight"], tensors["eight.weight"])
+    # It is held divided by 127.
+    np.testing.assert_allclose(packed[".SCB"], tensors["eight.SCB"], rtol=2e-7)

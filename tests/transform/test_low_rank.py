@@ -77,3 +77,30 @@ def test_the_scale_comes_before_the_thin_array_is_rounded():
     a, b = jnp.array([[256.0], [1.0]], "bfloat16"), one.astype("float32")
     narrow = lora.LoraArray(jnp.zeros((2, 1), "bfloat16"), a, b, jnp.float32(1 / 257))
     assert lora.lorafy(model)({"w": narrow}, jnp.ones((1, 2), "bfloat16")) == 1
+
+
+TURNS = jnp.exp(1j * jnp.arange(8.0))
+
+
+@pytest.mark.parametrize("fn", [  # of a weight with DoRA's gain, a stack, and rows
+    lambda w, s, x: x @ jnp.broadcast_to(w, (3, 64, 8)).sum(0),
+    lambda w, s, x: x @ s.sum(0),
+    lambda w, s, x: x @ jnp.cumsum(w, axis=1),
+    lambda w, s, x: x[:, 1:] @ lax.pad(w, 0.0, ((-1, 0, 0), (0, 2, 0))),
+    lambda w, s, x: x @ (lax.complex(s[0], s[1]) * TURNS).real,
+], ids=["copies", "scales", "gains added up", "rows cut off", "complex factors"])  # fmt: skip
+def test_forms_of_weights_whose_scales_or_gains_differ(fn):
+    keys = jax.random.split(jax.random.key(1), 4)
+    stack = lora.LoraArray(
+        jnp.stack([LEAF.w, 2 * LEAF.w]), jax.random.normal(keys[0], (2, 64, 2)),
+        jax.random.normal(keys[1], (2, 2, 8)), jnp.array([0.5, 2.0]), roles="sio",
+    )  # fmt: skip
+    dora = lora.LoraArray(LEAF.w, LEAF.a, LEAF.b, LEAF.scale, m=jnp.arange(1.0, 9.0))
+    tree = {"w": dora, "s": stack}
+
+    def run(p, x):
+        return fn(p["w"], p["s"], x)
+
+    got, want = lora.lorafy(run, strict=True)(tree, X), run(lora.merge(tree), X)
+    # float32 of sums of 64 in another order.
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)

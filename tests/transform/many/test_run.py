@@ -523,3 +523,23 @@ def test_an_operation_that_jax_cannot_vmap_names_the_way_out():
     tree = lora.init(jax.random.key(0), plan, params)
     with pytest.raises(NotImplementedError, match=r"unmapped.*call it once for each adapter"):
         lora.lorafy(fn)(lora.stack([tree, tree]), x, adapter_ids=np.array([1, 0]))
+
+
+def test_tokens_of_a_product_with_the_weight_on_the_left():
+    """Heads are batched, so that each token's own factors are taken: `(h, o, b, t)`."""
+    keys = jax.random.split(jax.random.key(0), 7)
+    w = jax.random.normal(keys[0], (2, 3, 4))
+    parts = [(jax.random.normal(keys[i], (2, 3, 2)), jax.random.normal(keys[i + 1], (2, 4)))
+             for i in (1, 3)]  # fmt: skip
+    leaves = [lora.LoraArray(w, a, b, jnp.float32(i + 1), roles="iio")
+              for i, (a, b) in enumerate(parts)]  # fmt: skip
+    x, ids = jax.random.normal(keys[5], (2, 5, 2, 3)), jnp.array([[0, 1, 1, -1, 0], [1] * 5])
+
+    def heads(p, x):
+        return lax.dot_general(p["w"], x, (((1,), (3,)), ((0,), (2,)))).transpose(2, 3, 0, 1)
+
+    stacked = lora.stack([{"w": leaf} for leaf in leaves])
+    got = lora.lorafy(heads)(stacked, x, adapter_ids=ids)
+    every = jnp.stack([w, *(lora.merge({"w": leaf})["w"] for leaf in leaves)])
+    want = jnp.einsum("bthk,bthko->btho", x, every[ids + 1])
+    np.testing.assert_allclose(got, want, atol=1e-5)
