@@ -253,7 +253,10 @@ def _gains(v: Implicit, factor: Array, *, divide: bool) -> Implicit:
     part = "a" if "i" in roles else "b"
     v = owned(v, [d for d in varies if v.roles[d] == "u"], "i" if "i" in roles else "o")
     array = getattr(v, part)
-    own = lax.reshape(factor, [factor.shape[d] for d in varies]).astype(array.dtype)
+    own = lax.reshape(factor, [factor.shape[d] for d in varies])
+    # Complex gains make a complex factor.
+    is_complex = jnp.issubdtype(own.dtype, jnp.complexfloating)
+    own = own.astype(jnp.promote_types(array.dtype, own.dtype) if is_complex else array.dtype)
     own = expand_to(own, varies, labels(v.roles, part))
     w = base_array(v, "div") / factor if divide else base_array(v, "mul") * factor
     return dataclasses.replace(v, w=w, **{part: array / own if divide else array * own})
