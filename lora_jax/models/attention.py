@@ -38,12 +38,26 @@ class Kept(NamedTuple):
     states: Float[Array, "m b n k v"] | None = None
 
 
+class Read(NamedTuple):
+    """What a decoder attends to of the text that its encoder has read.
+
+    Attributes:
+      keys, values: of the L blocks.
+      mask: true at the text's tokens.
+    """
+
+    keys: Float[Array, "l b s n h"]
+    values: Float[Array, "l b s n h"]
+    mask: Bool[Array, "b s"]
+
+
 class Cache(NamedTuple):
     """What is kept of the tokens so far: keys and values, filled from the left, and delta nets'.
 
     A call writes its T tokens at positions `length .. length + T`; the caller makes the cache long
     enough. Positions that hold padding are never attended to. Where blocks that slide have keys of
     other sizes (`Mixing.apart`), keys and values are those of each kind, by whether they slide.
+    `read` is what an encoder-decoder has read, which stays as it is.
     """
 
     keys: Float[Array, "l b s k h"] | dict[bool, Array]
@@ -52,6 +66,7 @@ class Cache(NamedTuple):
     length: Int[Array, ""]
     convs: Float[Array, "m b w c"] | None = None
     states: Float[Array, "m b n k v"] | None = None
+    read: Read | None = None
 
 
 # None without a cache; where blocks share keys, those of the last block that has its own, by

@@ -20,7 +20,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.dims import AnyArray
-from lora_jax.models.bert_config import BertConfig
 from lora_jax.models.context import over_tokens
 from lora_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, RMSNorm, kept
 from lora_jax.models.mixing import mix
@@ -44,9 +43,9 @@ class Attending(NamedTuple):
 
 
 class Build(NamedTuple):
-    """The options that all modules share."""
+    """The options that all modules share: of `BertConfig`, or of T5's."""
 
-    config: BertConfig
+    config: Any
     dtype: DTypeLike
     param_dtype: DTypeLike
     rngs: nnx.Rngs

@@ -190,7 +190,7 @@ class Runner(NamedTuple):
 
 
 # The row axis of each field of the caches; all rows share `length`.
-ROWS = Cache._make((0, 0, 0, None, 0, 0))
+ROWS = Cache._make((0, 0, 0, None, 0, 0, 0))
 
 
 def has_stacks(params: Any) -> bool:

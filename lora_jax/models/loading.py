@@ -14,7 +14,7 @@ from jaxtyping import Array
 from lora_jax.config.arguments import check_argument
 from lora_jax.files import check_links, named, read_object
 from lora_jax.hf.checkpoint.fill import Spread, fill, is_shared
-from lora_jax.hf.checkpoint.names import Family, as_held, unified, without_numbers
+from lora_jax.hf.checkpoint.names import Family, as_held, copies, unified, without_numbers
 from lora_jax.hf.checkpoint.safetensors import open_directory, refuse_pickle
 from lora_jax.hf.checkpoint.weights import Weights, check_counts, renamed, same
 from lora_jax.hf.gguf.file import open_gguf, rope_divisors
@@ -33,6 +33,7 @@ from lora_jax.models.opening import Opened, read_together
 from lora_jax.models.registry import (
     DECODERS_OWN,
     ENCODER,
+    ENCODER_DECODER,
     IMAGE_ENCODER,
     architecture_of,
     config_from_hf,
@@ -146,6 +147,11 @@ class _Head(NamedTuple):
         """The configuration with the head, if there is one."""
         if not self.labels:
             return config
+        if architecture_of(config.model_type).kind == ENCODER_DECODER:
+            raise ValueError(
+                f"{source}: `labels` came for a `{config.model_type}`, an encoder-decoder, which "
+                "writes the name of a class as its answer: leave them out"
+            )
         if config.labels or config.wrapper or config.model_type in WITHOUT:
             why = (
                 "is a classifier, whose classes are its own" if config.labels
@@ -210,6 +216,10 @@ def _open_directory(
     with named(path):
         _check_class(raw, path, weights, config)
     config = head.on(config, path)
+    if architecture.kind == ENCODER_DECODER and "lm_head.weight" in weights.shapes:
+        # transformers 5 writes `tie_word_embeddings` beside a head of its own.
+        tied = config.tie_word_embeddings and config.scaled
+        config = dataclasses.replace(config, tie_word_embeddings=tied)
     forward = forward_of(config, **options)
     # Read before the weights, so that an error in them is raised at once.
     with named(directory):
@@ -277,6 +287,12 @@ def _fill(
     kinds = getattr(config, "kinds", ())
     more += [f"*.layers.{i}.self_attn.[kv]_*" for i, kind in enumerate(kinds) if kind.shares]
     family = dataclasses.replace(family, ignored=(*family.ignored, *more))
+    for name, other in copies(weights.shapes, family):
+        if not same(weights, name, other, shared=is_shared(spread)):
+            raise ValueError(
+                f"{weights.source}: `{other}` differs from `{name}`, but the model has one tensor "
+                "for the two"
+            )
     weights = renamed(weights, unified(weights.shapes, family))
     if quant is not None and quant.format == FILE and forward.scan and weights.formats:
         forward = dataclasses.replace(forward, scan=_by_format(weights, family, config))

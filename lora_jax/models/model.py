@@ -270,7 +270,7 @@ class Forward:
         else:
             kept = empty(len(slides) - nets, config.num_key_value_heads, config.head_dim)
         valid = jnp.zeros((batch, cache_length), bool)
-        more = () if delta is None else first_states(delta, nets, batch, self.dtype)
+        more: Any = () if delta is None else first_states(delta, nets, batch, self.dtype)
         return Cache(kept, kept, valid, jnp.int32(0), *more)
 
 
@@ -333,19 +333,19 @@ def check_options(dtype: str, param_dtype: str, remat: Remat, offload: bool = Fa
     check_remat(remat, offload)
 
 
-def check_inputs(tokens: Any, mask: Any, positions: Any = None) -> None:
-    """Refuses tokens, masks and positions of another shape or dtype."""
+def check_inputs(tokens: Any, mask: Any, positions: Any = None, of: str = "") -> None:
+    """Refuses tokens, masks and positions of another shape or dtype; `of` starts their names."""
     if jnp.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
         raise ValueError(
-            f"`tokens` must be integers of shape (batch, length), got {jnp.result_type(tokens)} of "
-            f"shape {jnp.shape(tokens)}"
+            f"`{of}tokens` must be integers of shape (batch, length), got "
+            f"{jnp.result_type(tokens)} of shape {jnp.shape(tokens)}"
         )
     if mask is not None and (
         jnp.shape(mask) != jnp.shape(tokens) or jnp.result_type(mask) != jnp.bool_
     ):
         raise ValueError(
-            f"`mask` must be bool, true at real tokens, of the tokens' shape {jnp.shape(tokens)}, "
-            f"got {jnp.result_type(mask)} of shape {jnp.shape(mask)}"
+            f"`{of}mask` must be bool, true at real tokens, of the tokens' shape "
+            f"{jnp.shape(tokens)}, got {jnp.result_type(mask)} of shape {jnp.shape(mask)}"
         )
     if positions is not None and jnp.shape(positions)[-1:] != jnp.shape(tokens)[-1:]:
         raise ValueError(

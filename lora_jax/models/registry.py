@@ -11,6 +11,7 @@ A forward is a hashable object made by `forward(config=, dtype=, param_dtype=, s
 mask=None, ...)`, a pure function. A `causal_lm` returns logits (b, t, v), with `labels` (b, c),
 and also has `head`, `init_cache` and the options of `lora_jax.models.model.Forward.apply`. An
 `encoder` takes `token_type_ids=` too and returns its head's result: (b, classes) for a classifier.
+An `encoder_decoder` takes two texts, see `lora_jax.models.encoder_decoder`.
 An `image_encoder` takes pixels (b, c, h, w) for the tokens.
 `lora_jax.models.model` has the functions that forwards share: `structure`, `stacked`,
 `rematerialized`, `check_options`, `check_inputs`; `lora_jax.models.layers` has `run_blocks`.
@@ -28,10 +29,13 @@ from lora_jax.models.bert_config import KINDS, BertConfig
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.dialect import unknown_type
 from lora_jax.models.encoder import EncoderForward
+from lora_jax.models.encoder_decoder import EncoderDecoderForward
 from lora_jax.models.families import DIALECTS
 from lora_jax.models.gpt2 import GPT2LM, GPT2Config
 from lora_jax.models.kernels import AttentionName, check_attention
 from lora_jax.models.model import Forward
+from lora_jax.models.t5_config import KINDS as T5_KINDS
+from lora_jax.models.t5_config import T5Config
 from lora_jax.models.vit import ImageForward
 from lora_jax.models.vit_config import ViTConfig
 from lora_jax.models.wrapped import WRAPPERS, check_readable, text_of
@@ -39,19 +43,21 @@ from lora_jax.models.wrapped import WRAPPERS, check_readable, text_of
 CAUSAL_LM: Final = "causal_lm"
 ENCODER: Final = "encoder"
 IMAGE_ENCODER: Final = "image_encoder"
+ENCODER_DECODER: Final = "encoder_decoder"
 
 
 class Architecture(NamedTuple):
     """A model type.
 
     Attributes:
-      kind: `CAUSAL_LM`, `ENCODER` or `IMAGE_ENCODER`; decides what `apply` takes and returns.
+      kind: `CAUSAL_LM`, `ENCODER`, `ENCODER_DECODER` or `IMAGE_ENCODER`; decides what `apply` takes
+        and returns.
       from_hf: the object in config.json -> the configuration; unknown fields raise.
       forward: makes the forward, see above.
       names: Hugging Face's names of its tensors.
     """
 
-    kind: Literal["causal_lm", "encoder", "image_encoder"]
+    kind: Literal["causal_lm", "encoder", "encoder_decoder", "image_encoder"]
     from_hf: Callable[[Mapping[str, Any]], Any]
     forward: Callable[..., Any]
     names: names.Family
@@ -70,6 +76,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     **{
         kind: Architecture(ENCODER, BertConfig.from_hf, EncoderForward, names.BERT)
         for kind in KINDS
+    },
+    **{
+        kind: Architecture(ENCODER_DECODER, T5Config.from_hf, EncoderDecoderForward, names.T5)
+        for kind in T5_KINDS
     },
     "vit": Architecture(IMAGE_ENCODER, ViTConfig.from_hf, ImageForward, names.VIT),
 }
@@ -93,7 +103,7 @@ def architecture_of(model_type: str) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
-# Options of `Forward` that an encoder has not.
+# Options of `Forward` that an encoder has not; an encoder-decoder lacks the first.
 DECODERS_OWN = ("attention", "offload")
 
 
@@ -109,20 +119,26 @@ def forward_of(
     if architecture.kind == CAUSAL_LM:
         return architecture.forward(config=config, attention=attention, offload=offload, **options)
     check_attention(attention)
-    for name, given in (("attention", attention not in ("auto", "xla")), ("offload", offload)):
+    both = architecture.kind == ENCODER_DECODER
+    for name, given in (
+        ("attention", attention not in ("auto", "xla")),
+        ("offload", offload and not both),
+    ):
         if given:
             raise ValueError(
-                f"`{name}` is for decoders, and `{config.model_type}` is an encoder, whose texts "
-                "are short: leave it out"
+                f"`{name}` is for decoders, and `{config.model_type}` is an "
+                f"encoder{'-decoder' if both else ', whose texts are short'}: leave it out"
             )
-    return architecture.forward(config=config, **options)
+    more = {"offload": offload} if both else {}
+    return architecture.forward(config=config, **more, **options)
 
 
 def inputs_of(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What `apply` takes behind the parameters, as shapes: enough for a trace, such as a plan's."""
-    if architecture_of(config.model_type).kind == IMAGE_ENCODER:
+    kind, tokens = architecture_of(config.model_type).kind, jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    if kind == IMAGE_ENCODER:
         return (jax.ShapeDtypeStruct((1, config.num_channels, *config.image_size), jnp.float32),)
-    return (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
+    return (tokens, tokens) if kind == ENCODER_DECODER else (tokens,)
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> Any:

@@ -272,6 +272,8 @@ def write_texts(directory: Path, texts: Mapping[str, str]) -> None:
 def texts_of(model: Any, dtype: str) -> dict[str, str]:
     config = _config_of(model, dtype)
     tokens = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if (start := config.get("decoder_start_token_id")) is not None:
+        tokens["decoder_start_token_id"] = start
     # The base's own file wins: its end tokens may be more than config.json has.
     generation = {**tokens, **model.generation}
     texts = {"config.json": _json(config), "generation_config.json": _json(generation)}

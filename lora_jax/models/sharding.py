@@ -3,7 +3,8 @@
     data     rows of the batch; every weight is copied
     fsdp     rows of the batch, and one dim of every matrix and table: each device keeps a part of
              weights, adapters, gradients and optimizer state, and gathers a layer to use it
-    tensor   heads, the hidden units of the MLP and the vocabulary, for decoders of the Llama family
+    tensor   heads, the hidden units of the MLP and the vocabulary, for T5 and decoders of Llama's
+             family
     expert   rows of the batch, and the experts of a mixture, see `lora_jax.models.experts`; every
              other weight is copied
     context  the tokens of a row, see `lora_jax.models.context`; every weight is copied
@@ -35,10 +36,11 @@ ROWS = ("data", "fsdp", EXPERTS)  # the axes that the rows of a batch are spread
 TOKENS = "context"  # the axis that the tokens of a row are spread over
 
 # Of all families; StarCoder2's `c_fc` and `c_proj` are in `layers`, GPT-2's are not.
-_QKV = "q_proj|k_proj|v_proj|qkv_proj|query_key_value|in_proj_(qkvz?|z|ba?|a)"
-_OUT = r"o_proj|self_attn\.dense|attention\.dense|linear_attn\.out_proj"
-_UP = r"gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h|layers\.(\d+\.)?mlp\.c_fc"
-_DOWN = r"down_proj|fc2|dense_4h_to_h|layers\.(\d+\.)?mlp\.c_proj"
+_T5 = r"(Self|EncDec)Attention\."
+_QKV = f"q_proj|k_proj|v_proj|qkv_proj|query_key_value|in_proj_(qkvz?|z|ba?|a)|{_T5}[qkv]"
+_OUT = rf"o_proj|self_attn\.dense|attention\.dense|linear_attn\.out_proj|{_T5}o"
+_UP = r"gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h|layers\.(\d+\.)?mlp\.c_fc|wi(_[01])?"
+_DOWN = r"down_proj|fc2|dense_4h_to_h|layers\.(\d+\.)?mlp\.c_proj|wo"
 
 
 def _named(modules: str, parameter: str) -> str:
@@ -61,7 +63,9 @@ RULES = Rules(
         "tokens": (TOKENS,),
     },
     leaves=(
-        LeafDims(_named("embed_tokens|embed_in", "embedding"), ("vocabulary", "hidden"), (1, 0)),
+        LeafDims(
+            _named("embed_tokens|embed_in|shared", "embedding"), ("vocabulary", "hidden"), (1, 0)
+        ),
         LeafDims(_named(_QKV, "kernel"), ("hidden", "heads")),
         LeafDims(_named(_UP, "kernel"), ("hidden", "mlp")),
         LeafDims(r"(^|\.)experts\.gate_up_proj$", ("experts", "hidden", "mlp"), (0, 1, 2)),
@@ -73,6 +77,7 @@ RULES = Rules(
         LeafDims(_named(_QKV, "bias"), ("heads",), (0,)),
         LeafDims(_named(_UP, "bias"), ("mlp",), (0,)),
         LeafDims(r"(^|\.)lm_head\.bias$", ("vocabulary",), (0,)),
+        LeafDims(_named("relative_attention_bias", "embedding"), ()),
         LeafDims(r"(^|\.)embedding$", ("other", "hidden"), (1, 0)),
         LeafDims(_named("conv1d", "kernel"), ()),
         LeafDims(r"(^|\.)kernel$", ("other", "other")),

@@ -272,6 +272,24 @@ VIT = Family(
     ),
 )
 
+# Encoder, decoder and, unless it is tied, the head have one table in common.
+T5 = Family(
+    name="t5",
+    stacks=("block",),
+    rules=(
+        _NORM,
+        *(
+            Rule(f"*{name}", "weight", "embedding")
+            for name in ("shared", "relative_attention_bias")
+        ),
+        _LINEAR,
+    ),
+    # Of old checkpoints; the attention to the encoder's text has no distances.
+    ignored=("*.EncDecAttention.relative_attention_bias.weight",),
+    starts=(("encoder.embed_tokens.", "shared."), ("decoder.embed_tokens.", "shared.")),
+    tied=("lm_head.weight", "shared.weight"),
+)
+
 ANY = Family(
     name="known",
     stacks=("layers", "experts", "h", "layer"),

@@ -37,6 +37,7 @@ from lora_jax.hf.checkpoint.name_tables import NEOX as NEOX
 from lora_jax.hf.checkpoint.name_tables import QWEN3_5 as QWEN3_5
 from lora_jax.hf.checkpoint.name_tables import QWEN3_NEXT as QWEN3_NEXT
 from lora_jax.hf.checkpoint.name_tables import STARCODER2 as STARCODER2
+from lora_jax.hf.checkpoint.name_tables import T5 as T5
 from lora_jax.hf.checkpoint.name_tables import VIT as VIT
 from lora_jax.hf.checkpoint.name_tables import WITH_HEAD as WITH_HEAD
 from lora_jax.hf.checkpoint.name_tables import WRAPPED as WRAPPED
@@ -160,6 +161,13 @@ def unified(names: Iterable[str], family: Family) -> dict[str, str]:
     return {n if n == head else f"{family.prefix}{n}": old for n, old in there.items()}
 
 
+def copies(names: Iterable[str], family: Family) -> list[tuple[str, str]]:
+    """The tensors of a checkpoint that are one here, in pairs."""
+    first: dict[str, str] = {}
+    pairs = ((first.setdefault(_start(name, family), name), name) for name in names)
+    return [(one, other) for one, other in pairs if one != other]
+
+
 def _start(name: str, family: Family) -> str:
     for theirs, ours in family.starts:
         if name.startswith(theirs):
@@ -185,7 +193,7 @@ def module_name(module: str, index: Sequence[int] = (), *, family: Family = ANY)
     # A layer itself, which may have parameters beside its modules.
     is_layer = parts[-1] in family.stacks and len(index) == wanted + 1
     for i, part in enumerate(parts):
-        if i and parts[i - 1] in family.stacks and numbers_of(part):
+        if i and numbers_of(part):
             continue  # the number of one of its layers is there
         out.append(part)
         if numbers and _is_open_stack(parts, i, family):
@@ -213,7 +221,11 @@ def _join(module: str, parameter: str) -> str:
 
 def _is_open_stack(parts: Sequence[str], i: int, family: Family) -> bool:
     """Whether a block number belongs after `parts[i]` and is not there."""
-    return parts[i] in family.stacks and i + 1 < len(parts) and not parts[i + 1].isdigit()
+    if i + 1 == len(parts):
+        return False
+    # A component such as `3:61` tells a stack of any name.
+    stacks = parts[i] in family.stacks or numbers_of(parts[i + 1]) is not None
+    return stacks and not parts[i + 1].isdigit()
 
 
 def without_numbers(module: str, family: Family) -> tuple[str, tuple[int, ...]]:
@@ -223,6 +235,6 @@ def without_numbers(module: str, family: Family) -> tuple[str, tuple[int, ...]]:
     for before, part in zip(parts, parts[1:], strict=False):
         if before in family.stacks and part.isdigit():
             index.append(int(part))
-        elif not (before in family.stacks and numbers_of(part)):
+        elif not numbers_of(part):
             plain.append(part)
     return ".".join(plain), tuple(index)

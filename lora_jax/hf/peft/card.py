@@ -53,6 +53,11 @@ def is_decoder(parts: Collection[str]) -> bool:
     return known and not {"encoder", "classifier"} & {*parts}
 
 
+def is_encoder_decoder(parts: Collection[str]) -> bool:
+    """Whether these components of paths are those of T5 or its like."""
+    return "EncDecAttention" in parts
+
+
 def auto_class_of(paths: Collection[str], task_type: str | None) -> str | None:
     """The class that loads the base, in which the adapter's names are those of its modules.
 
@@ -74,6 +79,8 @@ def auto_class_of(paths: Collection[str], task_type: str | None) -> str | None:
     if not is_encoder(paths):
         if "score" in parts and is_decoder(parts):
             return _OF_TASK["SEQ_CLS"]
+        if is_encoder_decoder(parts):
+            return _OF_TASK["SEQ_2_SEQ_LM"]
         return "AutoModelForCausalLM" if "lm_head" in parts else None
     if "classifier" in parts and "tok_embeddings" not in parts:
         return _OF_TASK["SEQ_CLS" if OF_TEXTS & parts else "TOKEN_CLS"]

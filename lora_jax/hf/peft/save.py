@@ -11,7 +11,15 @@ from lora_jax.config.arguments import check_argument
 from lora_jax.config.lora import ALL_LINEAR, LoraConfig
 from lora_jax.config.starts import base_change
 from lora_jax.hf.peft import directory
-from lora_jax.hf.peft.card import OF_TEXTS, OF_WORDS, WRAPPED, is_decoder, is_encoder, parts_of
+from lora_jax.hf.peft.card import (
+    OF_TEXTS,
+    OF_WORDS,
+    WRAPPED,
+    is_decoder,
+    is_encoder,
+    is_encoder_decoder,
+    parts_of,
+)
 from lora_jax.hf.peft.index import (
     AdapterIndex,
     IndexRow,
@@ -236,12 +244,14 @@ def task_of(paths: Collection[str], tensors: Collection[str]) -> str | None:
       tensors: PEFT's names of the tensors in the file.
 
     Returns:
-      "CAUSAL_LM" for a decoder under Hugging Face's names; "SEQ_CLS", "TOKEN_CLS" or
-      "QUESTION_ANS" for a model with such a head, where its head is written too, as PEFT expects
-      of these types; "FEATURE_EXTRACTION" without a head; None (any model) otherwise: for a model
-      of one's own, or with the head of a masked language model.
+      "CAUSAL_LM" for a decoder under Hugging Face's names, "SEQ_2_SEQ_LM" for T5; "SEQ_CLS",
+      "TOKEN_CLS" or "QUESTION_ANS" for a model with such a head, where its head is written too, as
+      PEFT expects of these types; "FEATURE_EXTRACTION" without a head; None (any model) otherwise:
+      for a model of one's own, or with the head of a masked language model.
     """
     parts = parts_of(paths)
+    if is_encoder_decoder(parts):
+        return "SEQ_2_SEQ_LM"
     if not is_encoder(paths):
         task = "SEQ_CLS" if "score" in parts else "CAUSAL_LM"
         written = task == "CAUSAL_LM" or "score" in parts_of(tensors)
