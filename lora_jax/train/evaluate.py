@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lora_jax.array import is_leaf, is_lora
 from lora_jax.config.arguments import SettingsError
 from lora_jax.models.mesh import Placement, check_rows, entered, model_on, params_on, placement
 from lora_jax.models.vit import ImageForward
@@ -37,18 +38,40 @@ class Evaluator(NamedTuple):
     at: Placement | None
 
 
-def lora_loss(model: Any, rows: Rows = TOGETHER, *, balance: float = 0.0) -> Callable:
+def lora_loss(
+    model: Any, rows: Rows = TOGETHER, *, balance: float = 0.0, trains: bool = True
+) -> Callable:
     """The loss that training differentiates: `(trainable, frozen, batch, key) -> sum`.
 
     Args:
       model: see `losses_of`.
       rows, balance: the same.
+      trains: it is differentiated, by `trainable` alone; an evaluation is not.
     """
-    losses = lorafy(losses_of(model, rows, balance=balance), reverse_only=True)
-    loss = summed_loss(
-        lambda *inputs, **packed: losses(*inputs[:-1], lora_key=inputs[-1], **packed)
+
+    def loss(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        still = _still(trainable, frozen) if trains else frozenset()
+        losses = lorafy(losses_of(model, rows, balance=balance, frozen=still), reverse_only=True)
+        summed = summed_loss(
+            lambda *inputs, **packed: losses(*inputs[:-1], lora_key=inputs[-1], **packed)
+        )
+        return summed(combine(trainable, frozen), batch, key)
+
+    return loss
+
+
+def _still(trainable: Any, frozen: Any) -> frozenset[int]:
+    """The numbers of the leaves that do not train, quantized ones among them."""
+    halves = (jax.tree.leaves(x, is_leaf=_is_whole) for x in (trainable, frozen))
+    return frozenset(
+        number
+        for number, (trains, held) in enumerate(zip(*halves, strict=True))
+        if trains is None and not is_lora(held)
     )
-    return lambda trainable, frozen, batch, key: loss(combine(trainable, frozen), batch, key)
+
+
+def _is_whole(x: Any) -> bool:
+    return x is None or is_leaf(x)
 
 
 def evaluator(
@@ -61,7 +84,7 @@ def evaluator(
     rows: Rows = TOGETHER,
 ) -> Evaluator:
     """Prepares the batches of an evaluation, to lie at `at` by `rows`; compiles nothing yet."""
-    loss = lora_loss(model, rows)
+    loss = lora_loss(model, rows, trains=False)
 
     def summed(trainable: Any, frozen: Any, batch: Any) -> Any:
         # The first axis holds one microbatch; without a key there is no dropout.

@@ -6,8 +6,13 @@ The sum and N run over all rows and all microbatches of a step, so accumulation 
 but not the loss. The output head, the largest matrix of a small model, is applied only at the
 positions that predict a learned token; the others do not contribute to the loss. Where the float32
 logits of all these positions would take more than `CHUNK_BYTES`, head and cross entropy run over a
-part of the positions at a time. The dropout of an adapter of the head has one mask for each place
-of the grid, whatever part or device computes it.
+part of the positions at a time. A head that does not train gives the gradient of its input in the
+same pass,
+
+    d loss_i / d h_i = (softmax(head(h_i)) - onehot(target_i)) · d head / d h_i
+
+which is all that the backward pass needs of it; another one is applied again there. The dropout of
+an adapter of the head has one mask for each place of the grid, whatever part or device computes it.
 """
 
 from collections.abc import Callable
@@ -83,7 +88,12 @@ def outputs_of(model: Any) -> Callable:
 
 
 def losses_of(
-    model: Any, rows: Rows = TOGETHER, *, chunk_bytes: int = CHUNK_BYTES, balance: float = 0.0
+    model: Any,
+    rows: Rows = TOGETHER,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    balance: float = 0.0,
+    frozen: frozenset[int] = frozenset(),
 ) -> Callable:
     """The model as a function `(params, tokens, positions, targets) -> losses` at those positions.
 
@@ -97,6 +107,9 @@ def losses_of(
         position.
       balance: weight of the load-balancing loss of experts, which is added at every position: in
         a weighted mean it counts once. `model.apply` then has the argument `balanced`.
+      frozen: numbers of the leaves of `params` that get no gradient. Where the head reads no other,
+        chunks give the gradient of the hidden states with the losses: leave it out where only the
+        losses are wanted, which would take twice as long.
 
     Returns:
       `losses(params, tokens, positions, targets, *, segments=None)`: tokens int32 (B, T),
@@ -138,12 +151,13 @@ def losses_of(
             logits = _spread(model.head(head.at(params, places), hidden), rows)
             return token_losses(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
 
-        count = -(-4 * head.outputs * hidden.shape[1] // chunk_bytes)
+        count = min(-(-4 * head.outputs * hidden.shape[1] // chunk_bytes), hidden.shape[1])
         if count <= 1:
             found = part(hidden, places, targets)
+        elif head.weights <= frozen:
+            found = _with_gradients(part, count, hidden, places, targets)
         else:
-            count = min(count, hidden.shape[1])
-            found = _in_chunks(jax.checkpoint(part), count, hidden, places, targets)
+            found = _in_chunks(jax.checkpoint(part), count, hidden, places, targets).reshape(-1)
             found = _before_gradients(found)
         return found + balance * load if balance else found
 
@@ -214,8 +228,36 @@ def _head(model: Any, params: Any, hidden: Float[Array, "n q d"]) -> _Head:
     return _Head(frozenset(i for i, v in numbered if v in read), jaxpr.outvars[0].aval.shape[-1])
 
 
-def _in_chunks(fn: Callable, count: int, *inputs: AnyArray) -> Float[Array, " n*q"]:
-    """`fn(*inputs)`, by `count` chunks of each part's positions, (n, q, ...), one by one."""
+def _with_gradients(
+    part: Callable,
+    count: int,
+    hidden: Float[Array, "n q d"],
+    places: Int[AnyArray, "n q"],
+    targets: Int[AnyArray, "n q"],
+) -> Float[Array, " n*q"]:
+    """The losses of `part` by chunks, whose backward pass does not apply the head again."""
+
+    def both(
+        hidden: Float[Array, "n c d"],
+        places: Int[AnyArray, "n c"],
+        targets: Int[AnyArray, "n c"],
+    ) -> tuple[Float[Array, " n*c"], Float[Array, "n c d"]]:
+        losses, pull = jax.vjp(lambda h: part(h, places, targets), hidden)
+        # A position's loss depends on its own hidden state alone, so the sum has all gradients.
+        return losses, pull(jnp.ones_like(losses))[0]
+
+    held = jax.lax.stop_gradient(hidden)
+    losses, slopes = _in_chunks(both, count, held, places, targets)
+    # 0 to add, with these gradients.
+    moved = (hidden - held).astype(jnp.float32)
+    return (losses + jnp.sum(slopes.astype(jnp.float32) * moved, axis=-1)).reshape(-1)
+
+
+def _in_chunks(fn: Callable, count: int, *inputs: AnyArray) -> Any:
+    """`fn(*inputs)`, by `count` chunks of each part's positions, (n, q, ...), one by one.
+
+    Its results have positions first, (n·c,) or (n, c, ...); they are put together as (n, q, ...).
+    """
     parts, places = inputs[0].shape[:2]
     size = -(-places // count)
 
@@ -223,9 +265,13 @@ def _in_chunks(fn: Callable, count: int, *inputs: AnyArray) -> Float[Array, " n*
         padded = jnp.pad(x, [(0, 0), (0, size * count - places)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(padded.reshape(parts, count, size, *x.shape[2:]), 1, 0)
 
+    def joined(x: Array) -> Array:
+        inner = x.shape[3:] if x.ndim > 2 else ()
+        apart = jnp.moveaxis(x.reshape(count, parts, size, *inner), 0, 1)
+        return apart.reshape(parts, -1, *inner)[:, :places]
+
     found = jax.lax.map(lambda chunk: fn(*chunk), tuple(map(chunks, inputs)))
-    found = jnp.moveaxis(found.reshape(count, parts, size), 0, 1)
-    return found.reshape(parts, -1)[:, :places].reshape(-1)
+    return jax.tree.map(joined, found)
 
 
 @jax.custom_vjp

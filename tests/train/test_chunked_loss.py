@@ -11,6 +11,7 @@ from jax.extend import core
 
 import lora_jax as lora
 from lora_jax import models, train
+from lora_jax.array import is_lora
 from lora_jax.train.loss import Rows
 
 pytestmark = pytest.mark.once
@@ -75,6 +76,48 @@ def test_parts_change_no_number(kind: str):
     for part, want in zip(jax.tree.leaves(parts_grads), jax.tree.leaves(whole_grads), strict=True):
         largest = float(jnp.abs(want).max())
         np.testing.assert_allclose(part, want, rtol=1e-6, atol=1e-6 * largest)
+
+
+STILL = {
+    "tied": dict(tie_word_embeddings=True),
+    "untied": UNTIED,
+    "soft cap": {**UNTIED, "final_logit_softcapping": 3.0},
+    "quantized": UNTIED,
+}
+
+
+@pytest.mark.parametrize("kind", STILL)
+def test_a_frozen_head_is_applied_once(kind: str):
+    """Its chunks give the gradient of its input, where another head is applied again."""
+    model = decoder(**STILL[kind])
+    if kind == "quantized":
+        params = lora.quantize(model.params, r"lm_head.*", format="int8", block_size=16)
+        model = dataclasses.replace(model, params=params)
+    tree = adapted(model, target_modules=("q_proj", "down_proj"))
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: is_lora(x) or isinstance(x, lora.QuantArray))
+    still = frozenset(i for i, x in enumerate(leaves) if not is_lora(x))
+    trainable, frozen = lora.split(tree)
+
+    def results(chunk_bytes: int, still: frozenset[int]) -> Any:
+        made = train.losses_of(model, chunk_bytes=chunk_bytes, frozen=still)
+        losses = lora.lorafy(made, reverse_only=True)
+
+        def summed(t: Any) -> Any:
+            each = losses(lora.combine(t, frozen), TOKENS, POSITIONS, TARGETS)
+            return jnp.sum(each * jnp.arange(1, 8)), each
+
+        run = jax.value_and_grad(summed, has_aux=True)
+        products = str(jax.make_jaxpr(run)(trainable)).count(f"f32[1,2,{VOCAB}] = dot_general")
+        return jax.jit(run)(trainable), products
+
+    (((_, parts), parts_grads), once), (((_, whole), whole_grads), _) = (
+        results(*case) for case in ((PART, still), (1 << 30, frozenset()))
+    )
+    np.testing.assert_allclose(parts, whole, rtol=1e-6)
+    for part, want in zip(jax.tree.leaves(parts_grads), jax.tree.leaves(whole_grads), strict=True):
+        np.testing.assert_allclose(part, want, rtol=1e-6, atol=1e-6 * float(jnp.abs(want).max()))
+    if kind != "quantized":  # whose products are others
+        assert (once, results(PART, frozenset())[1]) == (1, 2)
 
 
 @pytest.mark.parametrize("kind", ["tied, adapted", "adapted", "DoRA"])
