@@ -10,6 +10,7 @@ import optax
 
 import lora_jax as lora
 from lora_jax import models, train
+from lora_jax.train.evaluate import frozen_leaves
 
 LINEAR = r"model\.layers\..*kernel"
 SIZES = {
@@ -41,9 +42,9 @@ def forward_of(
     )
 
 
-def loss_of(forward: models.Forward):
+def loss_of(forward: models.Forward, frozen: frozenset[int] = frozenset()):
     """Mean next-token cross entropy, `(params, tokens) -> ()`, by the trainer's own loss."""
-    losses = train.losses_of(forward)
+    losses = train.losses_of(forward, frozen=frozen)
 
     def loss(params, tokens):
         at = jnp.arange(tokens.size)
@@ -76,9 +77,11 @@ def optimizer() -> optax.GradientTransformation:
 
 def lora_step(forward: models.Forward):
     """`step(trainable, opt_state, frozen, tokens) -> (trainable, opt_state, loss)`."""
-    loss, tx = lora.lorafy(loss_of(forward), reverse_only=True), optimizer()
+    tx = optimizer()
 
     def step(trainable, state, frozen, tokens):
+        still = frozen_leaves(trainable, frozen)
+        loss = lora.lorafy(loss_of(forward, still), reverse_only=True)
         value, grads = jax.value_and_grad(
             lambda t: loss(lora.combine(t, frozen), tokens)
         )(trainable)  # fmt: skip

@@ -50,7 +50,7 @@ def lora_loss(
     """
 
     def loss(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
-        still = _still(trainable, frozen) if trains else frozenset()
+        still = frozen_leaves(trainable, frozen) if trains else frozenset()
         losses = lorafy(losses_of(model, rows, balance=balance, frozen=still), reverse_only=True)
         summed = summed_loss(
             lambda *inputs, **packed: losses(*inputs[:-1], lora_key=inputs[-1], **packed)
@@ -60,8 +60,8 @@ def lora_loss(
     return loss
 
 
-def _still(trainable: Any, frozen: Any) -> frozenset[int]:
-    """The numbers of the leaves that do not train, quantized ones among them."""
+def frozen_leaves(trainable: Any, frozen: Any) -> frozenset[int]:
+    """The numbers of the leaves that do not train, quantized ones among them, for `losses_of`."""
     halves = (jax.tree.leaves(x, is_leaf=_is_whole) for x in (trainable, frozen))
     return frozenset(
         number
