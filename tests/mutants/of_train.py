@@ -141,7 +141,9 @@ FAULTS = [
         ("parts.shape[1] * parts.shape[2])", "parts.shape[1])"),
         ("jnp.moveaxis(padded.reshape(parts, count, size, *x.shape[2:]), 1, 0)",
          "padded.reshape(count, parts, size, *x.shape[2:])"),
-        ("jnp.moveaxis(found.reshape(count, parts, size), 0, 1)",
-         "found.reshape(parts, count, size)"),
+        ("jnp.moveaxis(x.reshape(count, parts, size, *inner), 0, 1)",
+         "x.reshape(parts, count, size, *inner)"),
+        ("held = jax.lax.stop_gradient(hidden)", "held = hidden"),
+        ("head.weights <= frozen", "not head.weights & frozen"),
     ),
 ]  # fmt: skip
