@@ -3,7 +3,7 @@
 The faults of a review, and those of no room below; the rest stands in one file for each room.
 """
 
-from tests.mutants import of_hf, of_multi, of_quant, of_tasks, of_train, of_transform
+from tests.mutants import of_hf, of_models, of_multi, of_quant, of_tasks, of_train, of_transform
 from tests.mutants.fault import Fault
 
 DORA = "tests/transform/test_dora.py tests/multi/test_stack.py"
@@ -184,5 +184,5 @@ MORE = [
           "at.seconds if at.timed", "tests/analysis/sweep/test_sweep.py"),
 ]  # fmt: skip
 
-_ROOMS = (of_transform, of_quant, of_multi, of_hf, of_train, of_tasks)
+_ROOMS = (of_transform, of_quant, of_multi, of_hf, of_train, of_models, of_tasks)
 FAULTS = [*NAMED, *MORE, *(fault for room in _ROOMS for fault in room.FAULTS)]

@@ -177,4 +177,10 @@ FAULTS = [
         ('settings.get("strip_accents")', 'settings.get("do_lower_case")'),
         ('(lines[:-1] if lines[-1] == "" else lines)', "lines"),
     ),
+    *in_file(
+        "hf/peft/tensors.py",
+        "tests/hf/peft/test_index.py",
+        ("or config.trainable_token_indices:", "or False:"),
+        ("shape[::-1], None", "shape[::-1], axes"),
+    ),
 ]  # fmt: skip

@@ -99,4 +99,25 @@ FAULTS = [
         ("* x.scale[..., None, None]", "* 1"),
         ("if len(saved) > 1 or parts:", "if len(saved) > 1:"),
     ),
+    *in_file(
+        "methods/starts.py",
+        "tests/methods/test_starts.py",
+        ('mask(leaf, b, rank_axis="b")\n    a = uniform', "b\n    a = uniform"),
+        ("first, second = jax.random.split(key)", "first = second = key"),
+    ),
+    *in_file(
+        "methods/factors.py",
+        "tests/methods/test_starts.py",
+        ("return (w.astype(a.dtype) - ", "return (w - "),
+    ),
+    *in_file(
+        "methods/loftq.py",
+        "tests/methods/test_loftq.py",
+        ("return inputs if inputs % _BLOCK else 0", "return inputs if inputs < _BLOCK else 0"),
+    ),
+    *in_file(
+        "multi/weighted.py",
+        "tests/multi/test_weighted.py",
+        ("int(options.density * changes[0].size)", "round(options.density * changes[0].size)"),
+    ),
 ]  # fmt: skip

@@ -146,4 +146,16 @@ FAULTS = [
         ("held = jax.lax.stop_gradient(hidden)", "held = hidden"),
         ("head.weights <= frozen", "not head.weights & frozen"),
     ),
+    *in_file(
+        "train/buckets.py",
+        "tests/train/test_batches.py",
+        ("if len(rungs) <= _MOST_RUNGS:", "if len(rungs) < _MOST_RUNGS:"),
+    ),
+    *in_file(
+        "train/packing.py",
+        "tests/train/test_packing.py",
+        ("return _batches(shuffle(packed, seed, epoch), length, rows)",
+         "return _batches(packed, length, rows)"),
+        ("steps = -(-(int(by_rank.max()) + 1) // rows)", "steps = -(-int(by_rank.max()) // rows)"),
+    ),
 ]  # fmt: skip

@@ -167,4 +167,56 @@ FAULTS = [
         "tests/laws/test_value.py tests/laws/test_gradient.py",
         ("enumerate(dims) if d in dimensions])", "enumerate(dims) if d in dimensions][:1])"),
     ),
+    *in_file(
+        "transform/low_rank.py",
+        "tests/transform/test_low_rank.py",
+        ("    wide = wide_dtype(compute)\n", "    wide = compute\n"),
+        ("preferred=wide,\n", "preferred=compute,\n"),
+    ),
+    *in_file(
+        "transform/low_rank.py",
+        "tests/laws/test_dropout_law.py",
+        ("jax.random.fold_in(key, place), keep", "key, keep"),
+    ),
+    *in_file(
+        "transform/dora.py",
+        "tests/transform/test_dora.py",
+        ("jnp.sqrt(jnp.maximum(square, 0))", "jnp.sqrt(square)"),
+        ("    wide = widened(w.dtype)\n", "    wide = w.dtype\n"),
+    ),
+    *in_file(
+        "transform/rules_rearrange.py",
+        "tests/transform/test_low_rank.py",
+        ("jnp.promote_types(array.dtype, own.dtype) if is_complex else array.dtype", "array.dtype"),
+    ),
+    *in_file(
+        "transform/rules_reduce.py",
+        "tests/transform/test_low_rank.py",
+        ("scale=result.scale * copies", "scale=result.scale"),
+        ('v = without_gain(v) if v.roles[axis] == "o" else v', "pass"),
+        ("v = folded(v) if stacked else without_gain(v)", "v = without_gain(v)"),
+    ),
+    *in_file(
+        "transform/rules_join.py",
+        "tests/transform/test_low_rank.py",
+        ("[(ar, br), (-ai, bi)]", "[(ar, br), (ai, bi)]"),
+    ),
+    *in_file(
+        "transform/many/rules.py",
+        "tests/transform/many/test_run.py",
+        ("free.index(token) + (kept if side == 0 else 0)", "free.index(token)"),
+    ),
+    *in_file(
+        "plan/roles.py",
+        "tests/plan/test_usage.py",
+        ("if moved and any(shape[d] > 1 for d in outs - moved):", "if moved:"),
+        ('min(of_kind, key=lambda use: use.constant and kind == "contract")', "of_kind[0]"),
+    ),
+    *in_file(
+        "plan/decide.py",
+        "tests/plan/test_plan.py tests/plan/test_left_out.py",
+        ("        and bool(jnp.any(leaf == 1))\n", ""),
+        ("adapted.rank == config.rank and", "True and"),
+        ("len(left_out) - 10} more", "len(left_out)} more"),
+    ),
 ]  # fmt: skip
