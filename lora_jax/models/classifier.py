@@ -36,7 +36,9 @@ def labels_of(given: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Refuses names of classes of which two are the same, or one is empty."""
+    """Refuses a text in place of names, and names of which two are the same or one is empty."""
+    if isinstance(labels, str):
+        raise TypeError(f"`labels` must be a list of names, got {quoted((labels,))}: a text")
     if "" in labels or len({*labels}) < len(labels):
         raise ValueError(f"`labels` must be different names, got {quoted(labels)}")
 

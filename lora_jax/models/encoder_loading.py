@@ -141,7 +141,7 @@ def _config(
         raise ValueError(f"`fresh_head` needs task={known}, got task={task!r}")
     if labels is not None and fresh_head is None:
         raise ValueError("`labels` are the checkpoint's own unless `fresh_head` draws a new head")
-    check_labels(tuple(labels or ()))
+    check_labels(labels or ())
     raw = read_object(path)
     try:
         config = BertConfig.from_hf(raw, task=task)

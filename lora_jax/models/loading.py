@@ -109,7 +109,7 @@ def load(
     )
     check_argument("models.load(source)", "source", source, (str, os.PathLike))
     quant = quant_config(quantize)
-    check_labels(tuple(labels or ()))
+    check_labels(labels or ())
     head = _Head(tuple(labels or ()), fresh_head)
     if bool(head.labels) != (fresh_head is not None):
         raise ValueError(

@@ -293,6 +293,14 @@ class Model:
     generation: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
 
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.params, is_leaf=is_quant)
+        count, size = (sum(getattr(x, f) for x in leaves) for f in ("size", "nbytes"))
+        return (
+            f"<Model: `{self.config.model_type}`, {self.config.num_hidden_layers} layers, "
+            f"{count:,} parameters in {size / 2**20:,.1f} MiB, computing in {self.forward.dtype}>"
+        )
+
     @property
     def config(self) -> Any:
         """The architecture."""

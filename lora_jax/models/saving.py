@@ -14,6 +14,7 @@ Weights are merged, cast and written one block of one module at a time.
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -26,6 +27,7 @@ import numpy as np
 
 from lora_jax import processes
 from lora_jax.array import LoraArray, SavedArray, check_plain, check_whole, dense, is_leaf, is_lora
+from lora_jax.config.arguments import check_argument
 from lora_jax.files import check_new, read_object, replacing
 from lora_jax.hf.checkpoint.names import Family, as_held, module_name, stack_depth, tensors_of
 from lora_jax.hf.checkpoint.safetensors import open_directory
@@ -34,6 +36,7 @@ from lora_jax.hf.checkpoint.weights import shape_there
 from lora_jax.hf.tokenizer.directory import SETTINGS, TEMPLATE, template_of
 from lora_jax.merge import merge
 from lora_jax.models.dialect import IGNORED
+from lora_jax.models.model import Model
 from lora_jax.models.registry import config_from_hf, names_of
 from lora_jax.models.wrapped import as_written, rest_of
 from lora_jax.paths import spell
@@ -106,6 +109,9 @@ def save_merged(
         cannot hold.
       OSError: the directory cannot be written.
     """
+    order = "models.save_merged(directory, model, lora_params)"
+    check_argument(order, "directory", directory, (str, os.PathLike))
+    check_argument(order, "model", model, Model)
     directory = Path(directory)
     processes.together(lambda: check_new(directory), FileExistsError)
     numbers = dtype_of(dtype)

@@ -240,6 +240,8 @@ class AdapterPool:
     def _read(self, name: str) -> list[np.ndarray]:
         try:
             tree = self._load(name)
+        except KeyError as error:  # whose text is the key alone
+            raise KeyError(f"adapter `{name}` cannot be loaded: {error!r}") from error
         except Exception:
             raise
         except BaseException as error:

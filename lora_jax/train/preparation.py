@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_jax import processes
+from lora_jax.checkpoint.agreement import check_adapter
 from lora_jax.compat import check_installed
 from lora_jax.config.lora import LoraConfig
 from lora_jax.models.sharding import check_length
@@ -72,7 +73,7 @@ def halves(lora_params: Any, full: bool, lora_config: LoraConfig | None) -> tupl
     """The trainable and the frozen tree.
 
     Raises:
-      ValueError: nothing trains, or an adapter's config came with `full`.
+      ValueError: nothing trains, the adapter is of another config, or a config came with `full`.
     """
     if full:
         if lora_config is not None:
@@ -84,6 +85,8 @@ def halves(lora_params: Any, full: bool, lora_config: LoraConfig | None) -> tupl
             "`lora_params` has nothing to train; make it with lora.init, or pass full=True to "
             "train every parameter"
         )
+    if lora_config is not None:
+        check_adapter(lora_params, lora_config)
     return trainable, frozen
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -215,3 +216,8 @@ def test_what_a_classifier_cannot_do_is_refused(language_model):
     forward = dataclasses.replace(model.forward, config=several)
     with pytest.raises(ValueError, match="a classifier for `multi_label_classification`"):
         check_causal(dataclasses.replace(model, forward=forward))
+
+
+def test_a_text_is_no_list_of_names(tmp_path):
+    with pytest.raises(TypeError, match='`labels` must be a list of names, got "ab": a text'):
+        models.load(tmp_path, labels=cast(Any, "ab"), fresh_head=jax.random.key(0))

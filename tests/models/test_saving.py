@@ -130,6 +130,16 @@ def test_nothing_is_overwritten(pair):
         save_model(directory, model, model.params)
 
 
+def test_arguments_in_another_order(pair, tmp_path):
+    model = pair[0]
+    with pytest.raises(
+        TypeError, match=r"`model` must be `Model`, got .*save_merged\(directory, m"
+    ):
+        save_merged(tmp_path / "a", model.params, model)  # the other way round
+    # Not its arrays and its vocabulary.
+    assert repr(model).startswith("<Model: `llama`, ") and len(repr(model)) < 120
+
+
 def test_an_unknown_dtype(pair, tmp_path):
     with pytest.raises(ValueError, match="`dtype` must be one of float32, bfloat16, float16, got"):
         save_model(tmp_path / "x", pair[0], pair[0].params, dtype="int4")

@@ -1,5 +1,7 @@
 """Full fine-tuning by the same loop, against the steps written out with optax."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     adapter = toy_config(tmp_path, steps=6, resume=True)
     with pytest.raises(ValueError, match="is of another run"):
         train.fit(Toy(), toy_lora(), toy_data(), None, adapter)
+
+
+def test_a_config_of_another_adapter():
+    other = dataclasses.replace(CONFIG, rank=CONFIG.rank + 1)
+    with pytest.raises(
+        ValueError, match="has rank .* and `config` gives it .*: pass the config that"
+    ):
+        train.fit(Toy(), toy_lora(), toy_data(), None, toy_config(), lora_config=other)
 
 
 def test_what_cannot_train_whole_is_named():
