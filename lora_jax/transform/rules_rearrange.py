@@ -13,7 +13,14 @@ from lora_jax.dims import reshape_groups, reshape_roles
 from lora_jax.quant import ops
 from lora_jax.quant.array import QuantArray
 from lora_jax.transform.base_weight import base_array, moved, rearranged, unchanged
-from lora_jax.transform.implicit import Implicit, Unsupported, folded, owned, rebuild
+from lora_jax.transform.implicit import (
+    Implicit,
+    Unsupported,
+    folded,
+    owned,
+    rebuild,
+    wide_dtype,
+)
 from lora_jax.transform.labels import PARTS, RANK, expand_to, labels, part_sharding
 
 
@@ -253,10 +260,9 @@ def _gains(v: Implicit, factor: Array, *, divide: bool) -> Implicit:
     part = "a" if "i" in roles else "b"
     v = owned(v, [d for d in varies if v.roles[d] == "u"], "i" if "i" in roles else "o")
     array = getattr(v, part)
-    own = lax.reshape(factor, [factor.shape[d] for d in varies])
     # Complex gains make a complex factor.
-    is_complex = jnp.issubdtype(own.dtype, jnp.complexfloating)
-    own = own.astype(jnp.promote_types(array.dtype, own.dtype) if is_complex else array.dtype)
+    kind = wide_dtype(array.dtype, factor.dtype)
+    own = lax.reshape(factor, [factor.shape[d] for d in varies]).astype(kind)
     own = expand_to(own, varies, labels(v.roles, part))
     w = base_array(v, "div") / factor if divide else base_array(v, "mul") * factor
     return dataclasses.replace(v, w=w, **{part: array / own if divide else array * own})

@@ -201,7 +201,7 @@ def in_four_bits(zeros):
     return quant.from_codes(codes, scale, zeros[::2] | zeros[1::2] << 4, **form)
 
 
-@pytest.mark.parametrize("zeros", [[8, 8, 8, 8], [3, 3, 11, 11]])
+@pytest.mark.parametrize("zeros", [[8, 8, 8, 8], [3, 3, 11, 11], [3, 11, 5, 9]])
 def test_numbers_of_four_bits_come_back_in_their_order_and_groups(zeros):
     held = in_four_bits(zeros)
     again = requantized(held.dequantize(), held, name="w")

@@ -187,7 +187,7 @@ FAULTS = [
     *in_file(
         "transform/rules_rearrange.py",
         "tests/transform/test_low_rank.py",
-        ("jnp.promote_types(array.dtype, own.dtype) if is_complex else array.dtype", "array.dtype"),
+        ("kind = wide_dtype(array.dtype, factor.dtype)", "kind = array.dtype"),
     ),
     *in_file(
         "transform/rules_reduce.py",
@@ -218,5 +218,10 @@ FAULTS = [
         ("        and bool(jnp.any(leaf == 1))\n", ""),
         ("adapted.rank == config.rank and", "True and"),
         ("len(left_out) - 10} more", "len(left_out)} more"),
+    ),
+    *in_file(
+        "transform/rules_write.py",
+        "tests/transform/test_low_rank.py",
+        ('else next((role for role in "io" if role not in v.roles), "s")', 'else "i"'),
     ),
 ]  # fmt: skip

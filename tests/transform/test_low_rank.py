@@ -88,7 +88,10 @@ TURNS = jnp.exp(1j * jnp.arange(8.0))
     lambda w, s, x: x @ jnp.cumsum(w, axis=1),
     lambda w, s, x: x[:, 1:] @ lax.pad(w, 0.0, ((-1, 0, 0), (0, 2, 0))),
     lambda w, s, x: x @ (lax.complex(s[0], s[1]) * TURNS).real,
-], ids=["copies", "scales", "gains added up", "rows cut off", "complex factors"])  # fmt: skip
+    lambda w, s, x: lax.scan(lambda c, v: (c + x @ v, None), 0 * x[:, :8],
+                             jnp.zeros((3, 64, 8)).at[1].set(w))[0],
+], ids=["copies", "scales", "gains added up", "rows cut off", "complex factors", "a layer placed"]
+)  # fmt: skip
 def test_forms_of_weights_whose_scales_or_gains_differ(fn):
     keys = jax.random.split(jax.random.key(1), 4)
     stack = lora.LoraArray(
