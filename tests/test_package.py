@@ -9,6 +9,7 @@ else. Nothing is downloaded.
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -108,7 +109,8 @@ def test_the_wheel_holds_every_file_of_the_package(built):
     with zipfile.ZipFile(built.wheel) as archive:
         names = set(archive.namelist())
     inside = {name for name in names if ".dist-info/" not in name}
-    assert inside == {name for name in tracked() if name.startswith("lora_jax/")}
+    wanted = {name for name in tracked() if name.startswith("lora_jax/")}
+    assert inside == {"lora_jax_command.py", *wanted}
     assert {"lora_jax/py.typed", "lora_jax/quant/dispatch.json"} <= inside
 
 
@@ -237,6 +239,22 @@ def test_the_installed_command_helps(everything, tmp_path):
     assert done.returncode == 0 and all(command in done.stdout for command in COMMANDS)
     lines = [f"helps({command!r})" for command in COMMANDS]
     _runs(everything, "\n".join([AWAY, HELPS, *lines]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (signal.SIGTERM, "ended by SIGTERM before it was done"),
+        (signal.SIGHUP, "ended by SIGHUP before it was done"),
+        (signal.SIGINT, "interrupted"),
+    ],
+)
+def test_a_signal_during_the_imports_ends_in_a_sentence(core, tmp_path, number, text):
+    """The first import of jax, here a file that sends the signal."""
+    (tmp_path / "jax.py").write_text(f"import os\nos.kill(os.getpid(), {number:d})\n", "utf-8")
+    code = "import sys; sys.path.insert(0, '.'); import lora_jax_command; lora_jax_command.start()"
+    done = run(core.python, "-c", code, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (128 + number, f"lora-jax: {text}\n")
 
 
 def test_the_core_needs_no_extra(core, tmp_path):
