@@ -220,7 +220,8 @@ def _linear_forward(
     # Inside a `shard_map` an array's type has the axes along which it varies: an empty part of `x`
     # keeps it.
     empty = x.reshape(-1)[:0] if compat.varying_axes(x) else None
-    like = _Like(jax.ShapeDtypeStruct(x.shape, x.dtype))
+    place = jax.typeof(x).sharding if compat.explicit_mesh(x) else None
+    like = _Like(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place))
     return op(x, _decoded(q, "forward"), *rest), (q, rest, like, empty)
 
 

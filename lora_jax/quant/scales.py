@@ -8,14 +8,18 @@ Products know none of this: `lora_jax.quant.array.expanded` first makes of a mat
 floats `(K/B, N)` of a plain format, which are few beside the weight, and which no pass keeps.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Integer
 
+from lora_jax import compat
 from lora_jax.dims import AnyArray
 from lora_jax.quant.formats import FORMATS, Format, code_values, inverse
 
@@ -293,6 +297,18 @@ def expand_scales(
     # decode to 0 with any scale.
     row = jnp.minimum(lax.broadcasted_iota(jnp.int32, (rows, cols), 0), blocks - 1)
     group = (lax.broadcasted_iota(jnp.int32, (rows, cols), 1) * blocks + row) // SCALE_BLOCK
-    number = codes.astype(jnp.int32).reshape(*stack, rows * cols)
-    value = jnp.take_along_axis(scale_map, number, axis=-1).reshape(codes.shape)
+    look_up = functools.partial(_look_up, place=_place(codes, len(stack)))
+    for _ in stack:
+        look_up = jax.vmap(look_up)
+    value = look_up(scale_map, codes.astype(jnp.int32))
     return value * jnp.take(scale2, group, axis=-1) + offset[..., None, None]
+
+
+def _look_up(table: Float[Array, "256"], number: Integer[Array, "b n"], *, place: Any) -> Array:
+    return table.at[number].get(out_sharding=place)
+
+
+def _place(codes: Integer[AnyArray, "*s b n"], stacked: int) -> NamedSharding | None:
+    """The sharding of the codes of one matrix under explicit axes, where a lookup needs it."""
+    mesh, spec = compat.explicit_mesh(codes), compat.spec_of(codes)
+    return None if spec is None else NamedSharding(mesh, PartitionSpec(*spec[stacked:]))
