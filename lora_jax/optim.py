@@ -106,7 +106,7 @@ def trainable_mask(lora_params: PyTree) -> PyTree:
             x, **{n: mark if getattr(x, n) is not None else None for n, mark in marks.items()}
         )
 
-    check_tree("lora_params", lora_params)
+    check_tree("lora_params", lora_params, state=True)
     return jax.tree.map(mark, lora_params, is_leaf=is_lora)
 
 

@@ -206,7 +206,7 @@ def place(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
       PartitionSpec('fsdp', None)
     """
     call = "sharding.place(params, mesh, rules)"
-    check_tree("params", params)
+    check_tree("params", params, state=True)
     check_argument(call, "mesh", mesh, Mesh)
     check_argument(call, "rules", rules, Rules)
     placed = shardings(params, mesh, rules)
@@ -337,7 +337,7 @@ def specs(shapes: Any, rules: Rules, mesh_shape: Mapping[str, int]) -> Any:
       >>> specs(shapes, whole, {"fsdp": 4, "tensor": 2})["lm_head"]["kernel"]
       PartitionSpec('fsdp', None)
     """
-    check_tree("shapes", shapes)
+    check_tree("shapes", shapes, state=True)
     if unknown := _unknown_axes(rules, mesh_shape):
         raise ValueError(
             f"`mesh_shape` has the axis {quoted(unknown)}, and the rules name "

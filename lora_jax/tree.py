@@ -194,7 +194,7 @@ def split(lora_params: PyTree) -> tuple[PyTree, PyTree]:
       places. `trainable` holds `a`, `b`, DoRA magnitudes and saved values only. It is empty, with
       a warning, where `lora_params` has no LoRA leaf.
     """
-    check_tree("lora_params", lora_params)
+    check_tree("lora_params", lora_params, state=True)
     leaves = jax.tree.leaves(lora_params, is_leaf=is_lora)
     if leaves and not any(map(is_lora, leaves)):
         warnings.warn(
@@ -258,6 +258,8 @@ def _join(path: Sequence, x: Any, y: Any) -> Any:
     fields = {}
     for name in (*TRAINED_FIELDS[type(x)], *FROZEN_FIELDS[type(x)]):
         mine, other = getattr(x, name), getattr(y, name)
+        if mine is not None and other is not None:
+            raise ValueError(f"at `{paths.spell(path)}` both have a value of `{name}`")
         fields[name] = other if mine is None else mine
     return dataclasses.replace(x, **fields)
 
@@ -275,7 +277,7 @@ def count_parameters(lora_params: PyTree) -> Count:
     The padding of smaller ranks and of left-out layers is allocated, so it counts. DoRA's
     magnitudes and saved values are trainable; the originals of saved leaves count too, as in PEFT.
     """
-    check_tree("lora_params", lora_params)
+    check_tree("lora_params", lora_params, state=True)
     trainable = total = 0
     for x in jax.tree.leaves(lora_params, is_leaf=is_leaf):
         if not is_lora(x):

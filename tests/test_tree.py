@@ -125,6 +125,9 @@ def test_combine_of_what_does_not_belong_together_is_an_error():
         lora.combine({"embed": trainable["embed"]}, frozen)
     with pytest.raises(ValueError, match=r"results of `lora.split` \(at `.*` both have a value"):
         lora.combine(tree, tree)
+    for whole, half in ((tree, frozen), (trainable, tree)):
+        with pytest.raises(ValueError, match=r"\(at `.*` both have a value of `\w+`\)"):
+            lora.combine(whole, half)
     swapped = {**frozen, "layers": {**frozen["layers"], "up": {"kernel": jnp.ones(3)}}}
     with pytest.raises(ValueError, match="at `layers.up.kernel` one has a `LoraArray`, the other"):
         lora.combine(trainable, swapped)

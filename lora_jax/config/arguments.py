@@ -43,12 +43,23 @@ def check_argument(call: str, name: str, value: Any, kinds: type | tuple[type, .
         )
 
 
-def check_tree(name: str, value: Any) -> None:
+def check_tree(name: str, value: Any, *, state: bool = False) -> None:
     """Checks that an argument is a tree, and not what holds or makes one.
 
+    Args:
+      name: of the argument.
+      value: of the argument.
+      state: whether it may be an optimizer's state.
+
     Raises:
-      TypeError: it is a function, a model, a module with adapters inside, or holds no number.
+      TypeError: it is a function, a model, a module with adapters inside, an optimizer's state, or
+        holds no number.
     """
+    if not state and (found := _state_in(value)):
+        raise TypeError(
+            f"`{name}` must be a tree of parameters, got the state of an optimizer (`{found}`): "
+            "pass the parameters it updates"
+        )
     # An `nnx.Adapted` is a tree too, of Flax's variables, in which no leaf of ours would be found.
     if callable(getattr(type(value), "lora_params", None)):
         raise TypeError(
@@ -68,6 +79,16 @@ def check_tree(name: str, value: Any) -> None:
         raise TypeError(
             f"`{name}` must be a tree of parameters, got {kind_of(value)}, which holds no array"
         )
+
+
+def _state_in(value: Any) -> str | None:
+    """The class of the first state of optax's in a tree."""
+
+    def is_state(x: Any) -> bool:
+        return isinstance(x, tuple) and type(x).__module__.startswith("optax.")
+
+    found = (x for x in jax.tree.leaves(value, is_leaf=is_state) if is_state(x))
+    return next((type(x).__name__ for x in found), None)
 
 
 def _is_number(x: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 
@@ -130,6 +131,17 @@ def test_what_holds_no_array_is_no_tree(name: str):
                  lora.dequantize, lambda x: lora.plan(CONFIG, model, x, X)):  # fmt: skip
         with pytest.raises(TypeError, match=text):
             call(value)
+
+
+@pytest.mark.wrong_types
+def test_an_optimizer_state_is_no_tree_of_parameters():
+    state = optax.adam(1e-3).init(TREE)
+    text = r"got the state of an optimizer \(`ScaleByAdamState`\): pass the parameters"
+    for call in (lora.merge, lora.dequantize, lambda x: lora.plan(CONFIG, model, x, X)):
+        with pytest.raises(TypeError, match=text):
+            call(state)
+    trainable, frozen = lora.split(state)
+    assert jax.tree.leaves(trainable) and jax.tree.leaves(frozen)
 
 
 def test_a_tree_without_leaves_is_one():

@@ -143,6 +143,24 @@ def test_arguments_and_outputs_that_number_their_rows_elsewhere():
         np.testing.assert_allclose(out["mean"][row], one["mean"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("fields", "error", "text"),
+    [
+        ({"row_axes": (0,)}, ValueError, r"`row_axes` must be a prefix of `\(args, kwargs\)`, got"),
+        ({"row_axes": "0"}, TypeError, "`row_axes` must hold integers or None, got `str` '0'"),
+        ({"row_axes": True}, TypeError, "`row_axes` must hold integers or None, got `bool` True"),
+        ({"row_axes": -4}, ValueError, "have that many along axis -4; pass `row_axes`"),
+        ({"out_axes": {"y": 0}}, ValueError, "`out_axes` must be a prefix of the output, got"),
+        ({"out_axes": 0.5}, TypeError, "`out_axes` must hold integers or None, got `float` 0.5"),
+        ({"out_axes": -4}, ValueError, "no axis of size 1 at -4: set `out_axes`"),
+    ],
+)
+def test_wrong_axes_of_rows_are_errors(fields, error, text):
+    stacked = lora.stack([make("all", 1), make("all", 2)])
+    with pytest.raises(error, match=text):
+        lora.lorafy(NET.apply, **fields)(stacked, TOKENS, adapter_ids=jnp.zeros(5, int))
+
+
 def test_experts_each_row_its_own():
     def fn(params, x):
         up = jnp.einsum("btd,edf->btef", x, params["up"])

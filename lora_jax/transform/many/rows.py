@@ -19,6 +19,7 @@ from jax.experimental import checkify
 
 from lora_jax import compat
 from lora_jax.array import Gain, LoraArray, LoraStack, SavedStack, count, is_lora, is_stack
+from lora_jax.config.arguments import kind_of
 from lora_jax.dims import checked_index
 from lora_jax.transform.dora import gains
 from lora_jax.transform.many.grouped import nan_outside, take_adapters
@@ -250,9 +251,7 @@ def axes_of(row_axes: Any, flat: list, tree: Any, rows: int) -> list[int | None]
       ValueError: an argument has another number of entries there.
     """
     full = jax.tree.unflatten(tree, flat)
-    axes = jax.tree.leaves(
-        jax.tree.broadcast(row_axes, full, is_leaf=lambda x: x is None), is_leaf=lambda x: x is None
-    )
+    axes = _axis_of_each("row_axes", row_axes, full, "`(args, kwargs)`")
     found: list[int | None] = []
     for x, axis in zip(flat, axes, strict=True):
         shape = getattr(x, "shape", None)
@@ -261,7 +260,7 @@ def axes_of(row_axes: Any, flat: list, tree: Any, rows: int) -> list[int | None]
         if axis is None or loose:
             found.append(None)
             continue
-        if shape is None or axis >= len(shape) or shape[axis] != rows:
+        if shape is None or not -len(shape) <= axis < len(shape) or shape[axis] != rows:
             raise ValueError(
                 f"`adapter_ids` has {rows} rows, but an argument of shape {shape} does not "
                 f"have that many along axis {axis}; pass `row_axes` to state where arguments "
@@ -271,12 +270,34 @@ def axes_of(row_axes: Any, flat: list, tree: Any, rows: int) -> list[int | None]
     return found
 
 
+def _axis_of_each(name: str, axes: Any, whole: Any, what: str) -> list[int | None]:
+    """The axis of each leaf of `whole`, from a prefix of it.
+
+    Raises:
+      ValueError: `axes` is no prefix.
+      TypeError: something in it is no axis.
+    """
+    try:
+        spread = jax.tree.broadcast(axes, whole, is_leaf=lambda x: x is None)
+    except ValueError:
+        raise ValueError(
+            f"`{name}` must be a prefix of {what}, got {axes!r}: pass one integer for all arrays, "
+            f"or a tree that begins like {what}, with an integer or None (what all rows share)"
+        ) from None
+    found = jax.tree.leaves(spread, is_leaf=lambda x: x is None)
+    for axis in found:
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
+            raise TypeError(
+                f"`{name}` must hold integers or None, got {kind_of(axis)}: give the axis that "
+                "numbers the rows, None for what all rows share"
+            )
+    return found
+
+
 def _split_outputs(out: Sequence, out_axes: Any, seen: dict) -> tuple[list, list]:
     """The outputs that differ by row, and those that all rows share; notes how to join them."""
     flat, tree = jax.tree.flatten(out, is_leaf=lambda x: x is None)
-    axes = jax.tree.leaves(
-        jax.tree.broadcast(out_axes, out, is_leaf=lambda x: x is None), is_leaf=lambda x: x is None
-    )
+    axes = _axis_of_each("out_axes", out_axes, out, "the output")
     row: list = []
     shared: list = []
     seen.update(tree=tree, kinds=[], axes=[], static=[])
@@ -298,7 +319,7 @@ def _split_outputs(out: Sequence, out_axes: Any, seen: dict) -> tuple[list, list
 def _one_row(x: Any, axis: int) -> Any:
     if not x.ndim:
         return x
-    if axis >= x.ndim or x.shape[axis] != 1:
+    if not -x.ndim <= axis < x.ndim or x.shape[axis] != 1:
         raise ValueError(
             f"an output of shape {x.shape} for a batch of one row has no axis of size 1 at {axis}: "
             "set `out_axes` to where outputs number their rows (None for what all rows share)"
