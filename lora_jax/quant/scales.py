@@ -297,10 +297,10 @@ def expand_scales(
     # decode to 0 with any scale.
     row = jnp.minimum(lax.broadcasted_iota(jnp.int32, (rows, cols), 0), blocks - 1)
     group = (lax.broadcasted_iota(jnp.int32, (rows, cols), 1) * blocks + row) // SCALE_BLOCK
-    look_up = functools.partial(_look_up, place=_place(codes, len(stack)))
+    look_up: Callable = functools.partial(_look_up, place=_place(codes, len(stack)))
     for _ in stack:
         look_up = jax.vmap(look_up)
-    value = look_up(scale_map, codes.astype(jnp.int32))
+    value = look_up(jnp.asarray(scale_map), jnp.asarray(codes).astype(jnp.int32))
     return value * jnp.take(scale2, group, axis=-1) + offset[..., None, None]
 
 
