@@ -206,13 +206,14 @@ def test_pissa_takes_the_best_change_of_its_rank_out_whatever_the_scale(alpha):
     np.testing.assert_allclose(w - leaf.w, u[:, :2] * s[:2] @ vt[:2], atol=1e-5)
 
 
-def test_the_random_start_fills_its_bounds():
+def test_uniform_starts_fill_their_bounds():
     leaf = start("random")
     # Drawn apart: of one key they would begin alike. 640 numbers are alike by 0.04.
     a, b = (np.asarray(x).reshape(-1)[:640] for x in (leaf.a, leaf.b))
     assert abs(np.corrcoef(a, b)[0, 1]) < 0.2
     # Of 640 uniform numbers the largest is within 5 % of the bound; 96 is not 80.
-    for factor, bound in ((leaf.a, 96**-0.5), (leaf.b, RANK**-0.5)):
+    plain = start("default")
+    for factor, bound in ((leaf.a, 96**-0.5), (leaf.b, RANK**-0.5), (plain.a, 96**-0.5)):
         assert 0.95 * bound < float(jnp.abs(factor).max()) <= bound
 
 

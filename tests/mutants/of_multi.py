@@ -104,6 +104,8 @@ FAULTS = [
         "tests/methods/test_starts.py",
         ('mask(leaf, b, rank_axis="b")\n    a = uniform', "b\n    a = uniform"),
         ("first, second = jax.random.split(key)", "first = second = key"),
+        ("1 / np.sqrt(sizes(leaf.shape, leaf.roles)[1]), dtype)\n    return",
+         "1 / np.sqrt(sizes(leaf.shape, leaf.roles)[2]), dtype)\n    return"),
     ),
     *in_file(
         "methods/factors.py",
