@@ -228,6 +228,8 @@ def test_the_orthogonal_start_needs_an_even_rank():
 def test_the_orthogonal_start_has_two_factors_whose_product_is_zero():
     leaf = start("orthogonal")
     np.testing.assert_allclose(leaf.a @ leaf.b, np.zeros((96, 80)), atol=1e-6)
+    # Half of the rank each, drawn apart.
+    assert np.linalg.matrix_rank(np.hstack([leaf.a[:80], leaf.b.T]), tol=1e-4) == RANK
     # Normal numbers times half of an orthogonal matrix, and PEFT's 1/10.
     for factor in (leaf.a, leaf.b):
         np.testing.assert_allclose(float(jnp.std(factor)), 0.5**0.5 / 10, rtol=0.1)

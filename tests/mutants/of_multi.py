@@ -104,6 +104,7 @@ FAULTS = [
         "tests/methods/test_starts.py",
         ('mask(leaf, b, rank_axis="b")\n    a = uniform', "b\n    a = uniform"),
         ("first, second = jax.random.split(key)", "first = second = key"),
+        ("jax.random.normal(keys[2],", "jax.random.normal(keys[1],"),
         ("1 / np.sqrt(sizes(leaf.shape, leaf.roles)[1]), dtype)\n    return",
          "1 / np.sqrt(sizes(leaf.shape, leaf.roles)[2]), dtype)\n    return"),
     ),
