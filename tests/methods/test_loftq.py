@@ -77,6 +77,16 @@ def test_the_error_is_that_of_the_papers_algorithm(base, turns):
         assert np.linalg.norm(lost) == pytest.approx(least, rel=1e-3)
 
 
+def test_the_error_of_a_half_base_is_not_rounded(base):
+    params, _ = started({name: jnp.asarray(x, "bfloat16") for name, x in base.items()})
+    out = params["out"]
+    lost = np.asarray(jnp.asarray(base["out"], "bfloat16"), np.float32)
+    lost = lost - out.w.astype("float32").dequantize()
+    u, s, vt = np.linalg.svd(lost)
+    change = out.scale * out.a @ out.b
+    np.testing.assert_allclose(change, u[:, :RANK] * s[:RANK] @ vt[:RANK], atol=1e-5)
+
+
 def test_a_table_is_quantized_in_blocks_of_its_rows(base):
     """As PEFT's, whose embeddings are (vocabulary, features); other weights in blocks of inputs."""
     table = base["out"][:, :32]

@@ -117,6 +117,7 @@ FAULTS = [
         "methods/loftq.py",
         "tests/methods/test_loftq.py",
         ("return inputs if inputs % _BLOCK else 0", "return inputs if inputs < _BLOCK else 0"),
+        ("lost = full - q.astype(full.dtype).dequantize()", "lost = full - q.dequantize()"),
     ),
     *in_file(
         "multi/weighted.py",
