@@ -94,9 +94,9 @@ def generate(arguments: argparse.Namespace) -> None:
     from lora_jax import processes
     from lora_jax.recipes import finetune
     from lora_jax.recipes.classify import classify_prompts
-    from lora_jax.recipes.forms import read_form, read_labels
+    from lora_jax.recipes.forms import NOTHING, read_trained
     from lora_jax.recipes.generate import answer_prompts, as_trained
-    from lora_jax.train.loss import classifies
+    from lora_jax.train.goals import goal_of
 
     config, devices = _from_flags(generate_sections(), arguments)
     if devices.distributed and "-" in arguments.prompts:
@@ -108,20 +108,20 @@ def generate(arguments: argparse.Namespace) -> None:
         prompts = _not_empty(prompts)
     finetune.join(devices)
     processes.check_same({"prompts": str(arguments.prompts), "settings": str(config)})
-    known = () if arguments.adapter is None else read_labels(arguments.adapter)
+    # A merged model has the form of its adapter, and a head of its own.
+    trained = read_trained(arguments.adapter or arguments.model)
+    head = NOTHING if arguments.adapter is None else trained
     model = finetune.load_model(
-        arguments.model, dtype=arguments.dtype, mesh=devices.mesh, labels=known,
+        arguments.model, dtype=arguments.dtype, mesh=devices.mesh, head=head,
         **_quantization(arguments),
     )  # fmt: skip
     params = model.params
-    # A merged model has the form of its adapter.
-    form = read_form(arguments.adapter or arguments.model)
     if arguments.adapter is not None:
         params, _ = finetune.load_adapter(model, arguments.adapter)
     as_question = partial(
         as_trained,
         chat=model.tokenizer is not None and model.tokenizer.has_template,
-        form=form,
+        form=trained.form,
         adapter=arguments.adapter is not None,
         raw=arguments.raw,
         system=arguments.system,
@@ -132,7 +132,7 @@ def generate(arguments: argparse.Namespace) -> None:
         prompts, labels = _several(prompts)
     # Whoever types prompts, or sends them through a pipe, waits for each answer.
     waits = "-" in arguments.prompts and not _is_file(sys.stdin)
-    if classifies(model):
+    if goal_of(model.config) is not None:
         size, write = 1 if waits else config.batch_size, processes.in_first(_write)
         classify_prompts(model, params, prompts, batch_size=size, write=write, heads=labels)
         return

@@ -1,6 +1,7 @@
-"""A decoder that classifies texts: its classes in config.json, and where its head `score` reads.
+"""A decoder with the head of a task: its classes in config.json, and which tokens its head reads.
 
-    logits = W_score · h      h the hidden state of a text's last token, W_score (c, d)
+    logits = W h + b      W (c, d), h the hidden state of each token, or of a text's last one; of
+                          a classifier of texts, `score`, without b
 
 B batch, T tokens, D width, C classes.
 """
@@ -13,16 +14,46 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.config.arguments import quoted
 from lora_jax.dims import AnyArray
+from lora_jax.models.heads import ANSWERS, CLASSIFICATION, DECODER_HEADS, NAMED, TOKENS
 
-HEAD = "score"
-CLASSIFIER = "ForSequenceClassification"
-# Decoders of which transformers has no class with such a head.
-WITHOUT = (
+# Decoders of which transformers has a class with a head for tokens or for answers, under the names
+# of this package.
+_TOKENS = (
+    "apertus", "arcee", "deepseek_v3", "exaone4", "gemma", "gemma2", "glm", "glm4", "gpt_oss",
+    "helium", "llama", "ministral", "ministral3", "mistral", "mixtral", "phi", "phi3", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3",
+    "stablelm", "starcoder2",
+)  # fmt: skip
+_ANSWERS = (
+    "arcee", "exaone4", "llama", "ministral", "ministral3", "mistral", "mixtral", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3",
+)  # fmt: skip
+# Those whose class for answers holds the decoder under another name.
+_TRANSFORMER = (
+    "arcee", "exaone4", "llama", "ministral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next",
+    "seed_oss", "smollm3",
+)  # fmt: skip
+# Decoders of which transformers has no class that classifies texts.
+_WITHOUT = (
     "cohere", "cohere2", "ernie4_5", "gemma4_text", "glm4_moe", "glm4_moe_lite", "granite",
     "llama4_text", "olmoe", "qwen3_5_moe_text",
 )  # fmt: skip
+
+
+def has_head(model_type: str, task: str) -> bool:
+    """Whether transformers has a decoder's class for a task."""
+    if task == CLASSIFICATION:
+        return model_type not in _WITHOUT
+    return model_type in {TOKENS: _TOKENS, ANSWERS: _ANSWERS}.get(task, ())
+
+
 # Starts of the names of classes, where they are not those of the language models.
 _STARTS = {"Gemma3": "Gemma3Text", "Qwen3_5": "Qwen3_5Text"}
+
+
+def renamed_decoder(config: Any) -> bool:
+    """Whether transformers' class holds the decoder as `transformer`, not as `model`."""
+    return getattr(config, "task", None) == ANSWERS and config.model_type in _TRANSFORMER
 
 
 def labels_of(given: Mapping[str, Any]) -> tuple[str, ...]:
@@ -52,15 +83,18 @@ def write_labels(labels: tuple[str, ...]) -> dict[str, Any]:
 
 
 def read_classes(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a decoder's configuration, if `architectures` names a classifier of texts."""
-    if not str((raw.get("architectures") or [""])[0]).endswith(CLASSIFIER):
-        return {}
-    # There is no head that could repeat the embedding.
-    return {
-        "labels": labels_of(raw),
-        "problem_type": raw.get("problem_type"),
-        "tie_word_embeddings": False,
-    }
+    """The fields of a decoder's configuration, if `architectures` names a class with a head."""
+    named = str((raw.get("architectures") or [""])[0])
+    for task, known in NAMED.items():
+        if task in DECODER_HEADS and named.endswith(known.ending):
+            # There is no head that could repeat the embedding.
+            return {
+                "task": task,
+                "labels": ("start", "end") if task == ANSWERS else labels_of(raw),
+                "problem_type": raw.get("problem_type"),
+                "tie_word_embeddings": False,
+            }
+    return {}
 
 
 def write_classes(config: Any, architecture: str) -> dict[str, Any]:
@@ -73,9 +107,10 @@ def write_classes(config: Any, architecture: str) -> dict[str, Any]:
     if not config.labels:
         return {"architectures": [architecture]}
     start = architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-    found = {"architectures": [f"{_STARTS.get(start, start)}{CLASSIFIER}"]}
+    found = {"architectures": [f"{_STARTS.get(start, start)}{NAMED[config.task].ending}"]}
     more = {} if config.problem_type is None else {"problem_type": config.problem_type}
-    return {**found, **write_labels(config.labels), **more}
+    named = {} if config.task == ANSWERS else write_labels(config.labels)
+    return {**found, **named, **more}
 
 
 def last_states(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_jax.models.classifier import write_classes
+from lora_jax.models.classifier import renamed_decoder, write_classes
 from lora_jax.models.delta_rule import DeltaSizes
 from lora_jax.models.dialect import (
     BEFORE,
@@ -20,6 +20,7 @@ from lora_jax.models.dialect import (
     unknown_type,
 )
 from lora_jax.models.families import DIALECTS
+from lora_jax.models.heads import LANGUAGE
 from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.mixing import Mixing
 from lora_jax.models.ranges import RANGES, check_fields, check_range
@@ -131,8 +132,8 @@ class LlamaConfig:
       initializer_range: standard deviation of fresh weights.
       wrapper: model type of the vision-language model that holds this decoder, or None; the
         parameters then have that model's names.
-      labels: the classes of a head `score`, which classifies texts in place of a language model's
-        head, see `lora_jax.models.classifier`; () is a language model.
+      task: what the head is for, a key of `lora_jax.models.heads.DECODER_HEADS`, or "causal-lm".
+      labels: the classes of such a head; () is a language model.
       problem_type: Hugging Face's name of the classifier's loss, or None.
     """
 
@@ -223,6 +224,7 @@ class LlamaConfig:
     eos_token_ids: tuple[int, ...] = ()
     initializer_range: float = 0.02
     wrapper: str | None = None
+    task: str = LANGUAGE
     labels: tuple[str, ...] = ()
     problem_type: str | None = None
 
@@ -268,7 +270,8 @@ class LlamaConfig:
     @property
     def place(self) -> tuple[str, ...]:
         """Where the decoder is, by the names of modules."""
-        place = (*filter(None, [self.wrapper and "language_model"]), self.modules.decoder)
+        own = "transformer" if renamed_decoder(self) else self.modules.decoder
+        place = (*filter(None, [self.wrapper and "language_model"]), own)
         return place if self.held_with_head else place[::-1]
 
     @property

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -18,7 +18,7 @@ from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.models.bert_config import BertConfig
 from lora_jax.models.classifier import check_labels
 from lora_jax.models.encoder import EncoderForward
-from lora_jax.models.heads import ANSWERS, FEATURES, NAMED, TASKS, Task
+from lora_jax.models.heads import ANSWERS, FEATURES, NAMED, TASKS, Problem, Task
 from lora_jax.models.init import draw
 from lora_jax.models.model import Dtype, Model
 from lora_jax.models.opening import Opened, read_together
@@ -44,6 +44,7 @@ def load_encoder(
     task: Task | None = None,
     labels: Sequence[str] | None = None,
     fresh_head: Array | None = None,
+    problem: Problem | None = None,
     dtype: Dtype = "float32",
     param_dtype: Dtype | None = None,
     scan: bool = True,
@@ -64,6 +65,7 @@ def load_encoder(
       labels: names of the classes of a fresh classification head.
       fresh_head: PRNG key; draws the head (and BERT's pooler, if it is needed and the checkpoint
         has none) and ignores the checkpoint's; not a masked LM's.
+      problem: of a fresh head for texts, as in `load`.
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters, `dtype` by default.
       scan: stack the blocks and scan over them; otherwise they are kept apart and unrolled.
@@ -87,10 +89,11 @@ def load_encoder(
                            labels=("no", "yes"), fresh_head=jax.random.key(0))
     """
     options = dict(dtype=dtype, param_dtype=param_dtype or dtype, scan=scan, remat=remat)
-    own = dict(task=task, labels=labels, fresh_head=fresh_head, mesh=mesh, rules=rules)
+    head = dict(task=task, labels=labels, fresh_head=fresh_head, problem=problem)
+    own = dict(**head, mesh=mesh, rules=rules)
     with spreading(mesh, rules) as spread:
         return read_together(
-            lambda: open_encoder(source, options, task=task, labels=labels, fresh_head=fresh_head),
+            lambda: open_encoder(source, options, **cast(Any, head)),
             spread,
             {**options, **own},
         )
@@ -103,11 +106,14 @@ def open_encoder(
     task: Task | None = None,
     labels: Sequence[str] | None = None,
     fresh_head: Array | None = None,
+    problem: Problem | None = None,
 ) -> Opened:
     """As `load_encoder`; the other options are those of `EncoderForward`."""
     directory = _directory(source)
     check_links(directory)
     config = _config(directory / "config.json", task, labels, fresh_head)
+    if fresh_head is not None:
+        config = replace(config, problem_type=problem)
     there = open_directory(directory)
     check_counts(config, there, directory / "config.json")
     weights = _as_ours(there, config, chosen=task is not None)

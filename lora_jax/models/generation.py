@@ -220,7 +220,8 @@ def check_decoder(model: Model) -> Forward:
         )
     if model.config.labels:
         raise ValueError(
-            "`model` classifies texts, and writes nothing: pass a language model (...ForCausalLM)"
+            f"`model` has a head for {model.config.task}, and writes nothing: pass a language "
+            "model (...ForCausalLM)"
         )
     return model.forward
 

@@ -22,12 +22,13 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Attend, Stored
-from lora_jax.models.classifier import HEAD, read_classes, write_classes
+from lora_jax.models.classifier import read_classes, write_classes
 from lora_jax.models.dialect import (
     refuse_unsupported,
     scalar_if_one,
     tuple_of,
 )
+from lora_jax.models.heads import LANGUAGE
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -96,7 +97,7 @@ class GPT2Config:
       bos_token_id, pad_token_id: or None.
       eos_token_ids: the tokens that end a text.
       initializer_range: standard deviation of fresh weights.
-      labels, problem_type: of a classifier, as in `LlamaConfig`.
+      task, labels, problem_type: of a classifier, as in `LlamaConfig`.
     """
 
     model_type: str = "gpt2"
@@ -116,6 +117,7 @@ class GPT2Config:
     pad_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     initializer_range: float = 0.02
+    task: str = LANGUAGE
     labels: tuple[str, ...] = ()
     problem_type: str | None = None
 
@@ -296,7 +298,7 @@ class GPT2LM(nnx.Module):
             config, dtype=dtype, param_dtype=param_dtype, scan=scan, rngs=rngs
         )
         self.tied = config.tie_word_embeddings
-        self.name = HEAD if config.labels else "lm_head"
+        self.name = "score" if config.labels else "lm_head"
         if not self.tied:
             head = nnx.Linear(
                 config.hidden_size,

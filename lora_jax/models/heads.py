@@ -12,6 +12,7 @@ CLASSIFICATION: Final = "sequence-classification"
 MASKED_LM: Final = "masked-lm"
 TOKENS: Final = "token-classification"
 ANSWERS: Final = "question-answering"
+LANGUAGE: Final = "causal-lm"  # of decoders
 Task = Literal[
     "features", "sequence-classification", "masked-lm", "token-classification",
     "question-answering",
@@ -115,6 +116,14 @@ HEADS: Mapping[str, Mapping[Task, Head]] = {
         ANSWERS: _MODERN,
     },
 }  # fmt: skip
+
+
+# Of decoders, beside a language model's.
+DECODER_HEADS: Mapping[str, Head] = {
+    CLASSIFICATION: Head("score", biased=(False, False)),
+    TOKENS: Head("score"),
+    ANSWERS: Head("qa_outputs"),
+}
 
 
 def nested(layers: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from jaxtyping import Array, Bool, Float, Int
 from lora_jax.dims import AnyArray
 from lora_jax.models import beside
 from lora_jax.models.attention import Attend, Stored, Turns
-from lora_jax.models.classifier import HEAD
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.delta_net import GatedDeltaNet
 from lora_jax.models.dialect import Kind
 from lora_jax.models.experts import Experts, Load, MixtureMLP
+from lora_jax.models.heads import DECODER_HEADS
 from lora_jax.models.latent import LatentAttention
 from lora_jax.models.layers import Embedding, LayerNorm, RMSNorm, logits_of, stack_of
 from lora_jax.models.llama_parts import MLP, Attention, norm_of
@@ -209,10 +209,11 @@ class CausalLM(nnx.Module):
         self.dtype = dtype
         decoder = Decoder(config, dtype=dtype, param_dtype=param_dtype, scan=scan, rngs=rngs)
         self.place = config.place
-        *holders, own = self.place
-        parts: dict[str, nnx.Module] = {own: decoder}
+        *holders, last = self.place
+        parts: dict[str, nnx.Module] = {last: decoder}
         self.tied = config.tie_word_embeddings
-        self.head_name = HEAD if config.labels else "lm_head"
+        own = DECODER_HEADS.get(config.task)
+        self.head_name = "lm_head" if own is None else str(own.last)
         self.softcap = config.final_logit_softcapping
         scale = config.hidden_size**0.5 if config.scale_embeddings else 1.0
         self.embedding_scale = scale * config.embedding_multiplier
@@ -221,14 +222,14 @@ class CausalLM(nnx.Module):
             parts[self.head_name] = nnx.Linear(
                 config.hidden_size,
                 len(config.labels) or config.vocab_size,
-                use_bias=config.head_bias and not config.labels,
+                use_bias=config.head_bias if own is None else own.biased[1],
                 dtype=dtype,
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
         self.with_head = config.held_with_head
         if holders and not self.with_head:
-            parts[holders[0]] = Holder(**{own: parts.pop(own)})
+            parts[holders[0]] = Holder(**{last: parts.pop(last)})
         elif holders:
             parts = {holders[0]: Holder(**parts)}
         for name, module in parts.items():
@@ -272,11 +273,11 @@ class CausalLM(nnx.Module):
         # (v, d), or (d, v)
         weight = self.decoder.table.embedding if head is None else head.kernel
         logits = logits_of(hidden, weight.get_value(), tied=self.tied, dtype=self.dtype)
-        if self.head_name == HEAD:  # what follows is of words
-            return logits
-        # Only Phi's head has one, which no table shares.
+        # Of a language model only Phi's head has one, which no table shares.
         if head is not None and head.bias is not None:
             logits = logits + head.bias.get_value().astype(logits.dtype)
+        if self.head_name != "lm_head":  # what follows is of words
+            return logits
         logits = logits if self.logits_scaling == 1 else logits / self.logits_scaling
         return logits if self.softcap is None else jnp.tanh(logits / self.softcap) * self.softcap
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -22,10 +22,18 @@ from lora_jax.hf.gguf.weights import weights_of
 from lora_jax.hf.hub import snapshot
 from lora_jax.hf.tokenizer.directory import from_directory
 from lora_jax.hf.tokenizer.tokenizer import from_gguf
-from lora_jax.models.classifier import CLASSIFIER, HEAD, WITHOUT, check_labels
+from lora_jax.models.classifier import check_labels, has_head
 from lora_jax.models.encoder_loading import open_encoder
 from lora_jax.models.gguf import config_of
-from lora_jax.models.heads import CLASSIFICATION
+from lora_jax.models.heads import (
+    ANSWERS,
+    CLASSIFICATION,
+    DECODER_HEADS,
+    NAMED,
+    TOKENS,
+    Problem,
+    Task,
+)
 from lora_jax.models.init import draw
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.model import Dtype, Model
@@ -63,12 +71,14 @@ def load(
     rules: Rules = RULES,
     labels: Sequence[str] | None = None,
     fresh_head: Array | None = None,
+    task: str | None = None,
+    problem: Problem | None = None,
 ) -> Model:
     """Loads a model and its tokenizer.
 
-    A model whose config.json names a class ...ForSequenceClassification classifies texts; any
-    other one does with `labels`. An encoder has the task that config.json names otherwise;
-    `load_encoder` loads it for another one.
+    A model has the head of the class that config.json names (...ForSequenceClassification,
+    ...ForTokenClassification, ...ForQuestionAnswering), or a fresh one with `fresh_head`. For the
+    other tasks of an encoder there is `load_encoder`.
 
     Args:
       source: a Hugging Face directory, a hub id, or a path to a .gguf file.
@@ -85,8 +95,12 @@ def load(
         process reads the parts of its own devices, which quantize them, so that beside the weights
         there is never more than one tensor in memory.
       rules: which mesh axes shard which dims.
-      labels: names of the classes of a model that is to classify texts, with a fresh head.
+      labels: names of the classes of a fresh head, or of its values.
       fresh_head: PRNG key, which draws that head.
+      task: what the fresh head is for: "sequence-classification" (the default),
+        "token-classification", or "question-answering", which has no `labels`.
+      problem: of a head for texts: "single_label_classification", "multi_label_classification"
+        or "regression"; None is one class of several `labels`, and a value with one.
 
     Returns:
       The model; its tokenizer is None if the source has none.
@@ -110,12 +124,9 @@ def load(
     check_argument("models.load(source)", "source", source, (str, os.PathLike))
     quant = quant_config(quantize)
     check_labels(labels or ())
-    head = _Head(tuple(labels or ()), fresh_head)
-    if bool(head.labels) != (fresh_head is not None):
-        raise ValueError(
-            "`labels`, the names of at least one class, and `fresh_head`, a PRNG key, come together"
-        )
-    own = dict(quantize=quant, mesh=mesh, rules=rules, labels=head.labels, fresh_head=fresh_head)
+    head = _head(tuple(labels or ()), fresh_head, task, problem)
+    own = dict(quantize=quant, mesh=mesh, rules=rules, fresh_head=fresh_head)
+    own |= dict(labels=head.labels, task=head.task, problem=problem)
     with spreading(mesh, rules) as spread:
         return read_together(
             lambda: _open(Path(source), str(source), options, quant=quant, head=head),
@@ -138,28 +149,54 @@ def _open(
 
 
 class _Head(NamedTuple):
-    """A fresh head that classifies texts: its classes, and the key that draws it; () is none."""
+    """A fresh head: its classes, the key that draws it (None without one), and what it is for."""
 
     labels: tuple[str, ...]
     key: Array | None
+    task: Task
+    problem: Problem | None
 
     def on(self, config: Any, source: Path) -> Any:
         """The configuration with the head, if there is one."""
-        if not self.labels:
+        if self.key is None:
             return config
         if architecture_of(config.model_type).kind == ENCODER_DECODER:
             raise ValueError(
                 f"{source}: `labels` came for a `{config.model_type}`, an encoder-decoder, which "
                 "writes the name of a class as its answer: leave them out"
             )
-        if config.labels or config.wrapper or config.model_type in WITHOUT:
+        if config.labels or config.wrapper or not has_head(config.model_type, self.task):
             why = (
                 "is a classifier, whose classes are its own" if config.labels
                 else f"is a `{config.wrapper or config.model_type}`, of which transformers has no "
-                "classifier of texts"
+                f"class ...{NAMED[self.task].ending}"
             )  # fmt: skip
-            raise ValueError(f"{source}: `labels` came for a model that {why}: leave them out")
-        return dataclasses.replace(config, labels=self.labels, tie_word_embeddings=False)
+            raise ValueError(f"{source}: `fresh_head` came for a model that {why}: leave it out")
+        return dataclasses.replace(
+            config, task=self.task, labels=self.labels, problem_type=self.problem,
+            tie_word_embeddings=False,
+        )  # fmt: skip
+
+
+def _head(
+    labels: tuple[str, ...], key: Array | None, task: str | None, problem: Problem | None
+) -> _Head:
+    if task not in (None, *DECODER_HEADS):
+        raise ValueError(f"`task` must be one of {', '.join(DECODER_HEADS)}, got {task!r}")
+    if problem not in (None, *get_args(Problem)):
+        raise ValueError(
+            f"`problem` must be one of {', '.join(get_args(Problem))}, got {problem!r}"
+        )
+    if task == ANSWERS and labels:
+        raise ValueError(f'`labels` came for task="{ANSWERS}", which has none: leave them out')
+    if (key is None) != (not labels and task != ANSWERS) or (task and key is None):
+        raise ValueError(
+            "`labels`, the names of at least one class, and `fresh_head`, a PRNG key, come together"
+        )
+    if problem is not None and (key is None or task in (TOKENS, ANSWERS)):
+        raise ValueError("`problem` is for a fresh head of texts: leave it out")
+    found: Any = CLASSIFICATION if task is None else task
+    return _Head(("start", "end") if task == ANSWERS else labels, key, found, problem)
 
 
 def find_smollm2() -> Path:
@@ -208,8 +245,9 @@ def _open_directory(
         if head.key is None:
             return open_encoder(directory, own)
         return open_encoder(
-            directory, own, task=CLASSIFICATION, labels=head.labels, fresh_head=head.key
-        )
+            directory, own, task=head.task, labels=None if head.task == ANSWERS else head.labels,
+            fresh_head=head.key, problem=head.problem,
+        )  # fmt: skip
     weights = open_directory(directory)
     # Before anything of the stated sizes is allocated.
     check_counts(config, weights, path)
@@ -234,15 +272,18 @@ def _open_directory(
 
 
 def _check_class(raw: Mapping[str, Any], path: Path, weights: Weights, config: Any) -> None:
-    """Refuses a decoder of another class than a language model or a classifier of texts."""
+    """Refuses a decoder of another class than those that are known."""
     found = str((raw.get("architectures") or [""])[0])
-    if config.labels:
+    if config.labels and has_head(config.model_type, config.task):
         return
+    known = ["...ForCausalLM"]
+    for task, known_as in NAMED.items():
+        if task in DECODER_HEADS and has_head(config.model_type, task):
+            known.append(f"...{known_as.ending}")
     if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w+$", found):
         raise ValueError(
             f"{path}: `architectures` names `{found}`, whose head is not that of a language model; "
-            "of decoders language models (...ForCausalLM) can be loaded, and classifiers of texts "
-            f"(...{CLASSIFIER})"
+            f"of `{config.model_type}` these classes can be loaded: {', '.join(known)}"
         )
     # `AutoModel` saves no head, which a tied one does not need.
     tied = names_of(config).tied
@@ -298,8 +339,9 @@ def _fill(
         forward = dataclasses.replace(forward, scan=_by_format(weights, family, config))
     tied, shapes = family.tied, forward.shapes()
     if head.key is not None:
-        made = draw(head.key, {HEAD: shapes[HEAD]}, forward.config, spread=spread)
-        rest = {name: each for name, each in shapes.items() if name != HEAD}
+        own = str(DECODER_HEADS[head.task].last)
+        made = draw(head.key, {own: shapes[own]}, config, spread=spread)
+        rest = {name: each for name, each in shapes.items() if name != own}
         kept = {n: s for n, s in weights.shapes.items() if n.startswith(family.prefix)}
         weights = weights._replace(shapes=kept)
         rest = fill(rest, weights, family=family, quantize=quant, spread=spread)

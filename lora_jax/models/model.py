@@ -20,6 +20,7 @@ from lora_jax.models.classifier import last_states
 from lora_jax.models.context import of_own_tokens, of_whole_rows
 from lora_jax.models.delta_net import first_states
 from lora_jax.models.experts import Load, balance
+from lora_jax.models.heads import CLASSIFICATION
 from lora_jax.models.kernels import AttentionName, check_attention
 from lora_jax.models.layers import Specs, automatic, on_rows, on_tokens, run_blocks
 from lora_jax.models.llama import CausalLM
@@ -104,9 +105,9 @@ class Forward:
             `lora_jax.models.experts.balance`.
 
         Returns:
-          Float32 logits (b, t, v), of a classifier of texts (b, c); or hidden states (b, t, d) in
-          the compute dtype; if `balanced`, the pair of that and float32 (); with a cache, the pair
-          of that and the new cache.
+          Float32 logits (b, t, v), of classes of texts (b, c), of tokens (b, t, c), of answers
+          (b, t, 2); or hidden states (b, t, d) in the compute dtype; if `balanced`, the pair of
+          that and float32 (); with a cache, the pair of that and the new cache.
 
         Raises:
           ValueError: tokens, mask, segments or positions of another shape or dtype, or parameters
@@ -119,7 +120,7 @@ class Forward:
                 f"`balanced` is for mixtures of experts, and `{self.config.model_type}` has no "
                 "experts: leave it out"
             )
-        if segments is not None and self.config.labels and not return_hidden:
+        if segments is not None and self._of_texts and not return_hidden:
             raise ValueError(
                 "`segments` came for a classifier, which reads the last token of a row: give one "
                 "text a row, or take `return_hidden=True` and `head`"
@@ -127,6 +128,11 @@ class Forward:
         run = partial(self._apply, return_hidden=return_hidden, balanced=balanced)
         inputs = {"positions": positions, "mask": mask, "segments": segments, "cache": cache}
         return automatic(run, params, tokens, with_number=balanced, **inputs)
+
+    @property
+    def _of_texts(self) -> bool:
+        """Whether the head reads the last token of each row alone."""
+        return self.config.task == CLASSIFICATION
 
     @eager.compiled("self", "return_hidden", "balanced")
     def _apply(
@@ -151,7 +157,7 @@ class Forward:
         )
         if return_hidden:
             out = hidden
-        elif self.config.labels:
+        elif self._of_texts:
             out = lm.head(last_states(hidden, tokens, mask, self.config.pad_token_id))[:, 0]
         else:
             out = lm.head(hidden)

@@ -3,8 +3,8 @@
 To add one: a configuration, a forward, a table of names and an entry in `ARCHITECTURES`.
 
 A configuration is a frozen dataclass with at least `model_type`, `num_hidden_layers`,
-`initializer_range`, `fresh_scale` (initial `scale` of norms), `max_position_embeddings`, `labels`
-(the names of classes, or ()) and `to_hf()`.
+`initializer_range`, `fresh_scale` (initial `scale` of norms), `max_position_embeddings`, `task`
+(see `lora_jax.models.heads`), `labels` (the names of classes, or ()) and `to_hf()`.
 
 A forward is a hashable object made by `forward(config=, dtype=, param_dtype=, scan=, remat=)`, with
 `config`, `shapes()` (the parameter tree as `jax.ShapeDtypeStruct`s) and `apply(params, tokens, *,
@@ -18,6 +18,7 @@ An `image_encoder` takes pixels (b, c, h, w) for the tokens.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Literal, NamedTuple
 
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 
 from lora_jax.hf.checkpoint import names
 from lora_jax.models.bert_config import KINDS, BertConfig
+from lora_jax.models.classifier import renamed_decoder
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.dialect import unknown_type
 from lora_jax.models.encoder import EncoderForward
@@ -88,6 +90,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 def names_of(config: Any) -> names.Family:
     """Hugging Face's names of the tensors of a model that was loaded."""
     own = architecture_of(config.model_type).names
+    if renamed_decoder(config):
+        own = replace(own, prefix="transformer.", starts=(("model.", "transformer."),))
     wrapper = getattr(config, "wrapper", None)
     return own if wrapper is None else names.within(own, architecture_of(wrapper).names)
 

@@ -14,7 +14,7 @@ from lora_jax.quant.scales import ScaleDtype
 FILE = "file"
 
 # Modules that bitsandbytes leaves in floats too: their errors go straight into the logits.
-_HEADS = frozenset({"lm_head", "score", "classifier", "pooler"})
+_HEADS = frozenset({"lm_head", "score", "classifier", "pooler", "qa_outputs"})
 
 
 @dataclass(frozen=True, kw_only=True)

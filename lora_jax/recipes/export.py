@@ -8,7 +8,7 @@ from lora_jax.models.requantizing import Requantized, save_requantized
 from lora_jax.models.saving import save_merged
 from lora_jax.recipes import convert
 from lora_jax.recipes.finetune import BLOCK, hub_name, load_adapter, load_model
-from lora_jax.recipes.forms import carry_form, read_labels
+from lora_jax.recipes.forms import carry_form, read_trained
 from lora_jax.recipes.settings import Dtype
 
 
@@ -47,7 +47,7 @@ def export_adapter(
     convert.check_output(output, to=to)
     model = load_model(
         source, dtype=model_dtype, quantize=quantize, quantize_block=quantize_block,
-        labels=read_labels(adapter),
+        head=read_trained(adapter),
     )  # fmt: skip
     params, config = load_adapter(model, adapter, step=step)
     convert.save_adapter(
@@ -92,9 +92,9 @@ def merge_adapter(
             "name one, or add requantize=True for a base that is a .gguf file"
         )
     # In float32, whatever is written: the sum is rounded once.
-    labels = read_labels(adapter)
+    head = read_trained(adapter)
     quantize = "file" if requantize and quantize is None else quantize
-    model = load_model(source, quantize=quantize, quantize_block=quantize_block, labels=labels)
+    model = load_model(source, quantize=quantize, quantize_block=quantize_block, head=head)
     params, _ = load_adapter(model, adapter)
     if requantize:
         found = save_requantized(output, model, params, dtype=dtype)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 
@@ -18,22 +18,24 @@ from lora_jax.config.arguments import SettingsError
 from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.peft.index import with_fused_experts
 from lora_jax.methods.loftq import undivided
+from lora_jax.models.classifier import renamed_decoder
+from lora_jax.models.heads import ANSWERS, Problem
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.registry import inputs_of
 from lora_jax.models.remat import Remat
 from lora_jax.plan.decide import plan as make_plan
 from lora_jax.quant import QuantConfig
 from lora_jax.recipes import convert
-from lora_jax.recipes.classify import accuracy
-from lora_jax.recipes.fitting import check_mesh, fitted, join, labels_of, with_head
-from lora_jax.recipes.forms import TrainedForm, form_of, write_form
+from lora_jax.recipes.classify import scores
+from lora_jax.recipes.fitting import check_mesh, fitted, head_of, join, with_head
+from lora_jax.recipes.forms import NOTHING, Trained, TrainedForm, form_of, write_form
 from lora_jax.recipes.reports import idle_devices, show_evaluations, show_memory, summary
 from lora_jax.recipes.settings import Devices, Dtype, Quantization
 from lora_jax.train.archive import check_new_run
 from lora_jax.train.config import TrainConfig
 from lora_jax.train.evaluate import check_causal
 from lora_jax.train.examples import TooLong
-from lora_jax.train.loss import classifies
+from lora_jax.train.goals import goal_of
 from lora_jax.tree import format_trainable_parameters, init
 
 ADAPTER = "adapter"  # the PEFT directory inside a run's output_dir
@@ -41,6 +43,8 @@ ADAPTER = "adapter"  # the PEFT directory inside a run's output_dir
 # `extra` are fields that change no number.
 _FREE = ("dropout", "extra")
 BLOCK = 64  # the default of `quantize_block`
+# The tasks of `lora_jax.models.heads` whose heads are trained.
+HeadTask = Literal["sequence-classification", "token-classification", "question-answering"]
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the name of "smollm2" on the hub
 
 
@@ -55,12 +59,17 @@ class FinetuneConfig(Devices):
       eval_data: JSON-lines file to evaluate the loss on during training.
       fields: other names of the data's fields, prompt=question completion=answer; of several
         forms in a row, the one whose fields are given is taken.
-      labels: names of the classes, where a decoder or an encoder is to classify texts: it gets a
-        fresh head, and learns the field "label" of each "text".
+      labels: names of the classes, where a decoder or an encoder is to classify: it gets a fresh
+        head, and learns the field "label" of each "text", or as `task` says.
+      task: what the fresh head is for: texts ("sequence-classification"), words of "tokens"
+        ("token-classification"), or answers to "question" in "context" ("question-answering").
+      problem: of a head for texts: one class, several ("multi_label_classification", by the field
+        "labels"), or numbers ("regression").
       adapter: an adapter to go on from, with its rank and targets: a PEFT directory, a GGUF LoRA
         file, the folder of a run, or one of lora_jax.checkpoint.save.
       max_length: maximum number of tokens of an example; none takes the model's context.
-      too_long: what to do with a longer example; "truncate" drops its end.
+      too_long: what to do with a longer example; "truncate" drops its end, "windows" divides the
+        context of a question.
       dtype: dtype of the computation; the adapters stay float32.
       quantize: quantize the base in 2 to 8 bits (QLoRA), or hold it as its files have it ("file"):
         GGUF, GPTQ, AWQ, FP8, MXFP4, bitsandbytes, compressed-tensors; none keeps it in `dtype`.
@@ -80,6 +89,8 @@ class FinetuneConfig(Devices):
     eval_data: Path | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     labels: Sequence[str] = ()
+    task: HeadTask | None = None
+    problem: Problem | None = None
     adapter: str | None = None
     max_length: int | None = None
     too_long: TooLong = "error"
@@ -127,14 +138,14 @@ def finetune(
     check_new_run(train_config)
     if job.adapter is not None:
         convert.check_source(job.adapter, step=None)
-    job = dataclasses.replace(job, labels=labels_of(job))
+    head = head_of(job)
     # The data is read before the model, which takes longer: an error in it is raised first.
     records = train.load_jsonl(job.train_data, fields=job.fields)
     held_out = () if job.eval_data is None else train.load_jsonl(job.eval_data, fields=job.fields)
     model = load_model(
         job.model, dtype=job.dtype, remat=job.remat, offload=job.offload, quantize=job.quantize,
         quantize_block=job.quantize_block, attention=job.attention, mesh=job.mesh,
-        labels=job.labels, seed=train_config.seed,
+        head=head, seed=train_config.seed,
     )  # fmt: skip
     check_causal(model)
     data = _examples(model, records, job)
@@ -144,10 +155,15 @@ def finetune(
         log(f"goes on from {job.adapter}: {_described(lora_config)}")
     else:
         lora_config = with_head(model, lora_config)
-        weights = _weights_for_start(model, job, lora_config)
+        weights = _weights_for_start(model, job, head, lora_config)
         if lora_config.init == "loftq":
             log("PEFT quantizes the base again to load a LoftQ adapter: it needs bitsandbytes")
         params = init_adapter(model, lora_config, seed=train_config.seed, weights=weights)
+        if head.task == ANSWERS and job.adapter is None and renamed_decoder(model.config):
+            log(
+                "transformers reads no model without a head for answers into its class with one "
+                "(other names): merge the adapter for it, with lora-jax merge"
+            )
     # What cannot be saved at the end is refused before the first step.
     with_fused_experts(leaves_by_path(params), lora_config)
     for line in filter(None, (format_trainable_parameters(params), idle_devices(job.mesh))):
@@ -158,7 +174,7 @@ def finetune(
             config=train_config, log=log,
         )  # fmt: skip
     started, form = time.perf_counter(), form_of(records)
-    hooks = train.Hooks(show_evaluations(log), _keeping(output, form, job.labels, log), layout=log)
+    hooks = train.Hooks(show_evaluations(log), _keeping(output, form, head, log), layout=log)
     result = train.fit(
         model,
         params,
@@ -170,13 +186,15 @@ def finetune(
     )
     seconds, peak = time.perf_counter() - started, train.peak_bytes()
     log(summary(result.history, seconds, output, first_step=result.first_step, peak=peak))
-    if eval_data and classifies(model):
-        right = accuracy(model, result.lora_params, eval_data, batch_size=train_config.batch_size)
-        log(f"accuracy {right:.3f} on the {len(eval_data)} texts of {job.eval_data}")
+    if eval_data and goal_of(model.config) is not None:
+        size, params = train_config.batch_size, result.lora_params
+        found = scores(model, params, eval_data, held_out, batch_size=size)
+        said = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+        log(f"{said} on the {len(held_out)} texts of {job.eval_data}")
     adapter = output / ADAPTER
     hf.save_peft(adapter, result.lora_params, lora_config, base_model_name=hub_name(job.model))
     if processes.is_first():
-        write_form(adapter, form, job.labels)
+        write_form(adapter, form, head)
     log(f"wrote the adapter to {adapter}")
     return result
 
@@ -212,7 +230,7 @@ def _described(config: LoraConfig) -> str:
 
 
 def _keeping(
-    output: Path, form: TrainedForm, labels: Sequence[str], log: Callable[[str], None]
+    output: Path, form: TrainedForm, head: Trained, log: Callable[[str], None]
 ) -> Callable:
     """A hook that keeps the form of the data with the run, and prints its memory."""
     show = show_memory(log)
@@ -220,7 +238,7 @@ def _keeping(
     def memory(used: Any) -> None:
         # By now the run has locked its folder.
         if processes.is_first():
-            write_form(output, form, labels)
+            write_form(output, form, head)
         show(used)
 
     return memory
@@ -239,7 +257,7 @@ def _examples(
         )
     return train.examples(
         records, model.tokenizer, max_length=length, too_long=job.too_long,
-        labels=model.config.labels,
+        config=model.config,
     )  # fmt: skip
 
 
@@ -253,7 +271,7 @@ def load_model(
     quantize_block: int = BLOCK,
     attention: AttentionName = "auto",
     mesh: Mapping[str, Any] | None = None,
-    labels: Sequence[str] = (),
+    head: Trained = NOTHING,
     seed: int = 0,
 ) -> Any:
     """Loads a model; "smollm2" is the installed demo model. Settings as in `FinetuneConfig`."""
@@ -277,8 +295,10 @@ def load_model(
         attention=attention,
         quantize=held,
         mesh=None if mesh is None else models.make_mesh(**mesh),
-        labels=labels,
-        fresh_head=jax.random.key(seed) if labels else None,
+        labels=() if head.task == ANSWERS else head.labels,
+        fresh_head=jax.random.key(seed) if head.has_head else None,
+        task=head.task,
+        problem=head.problem,
     )
 
 
@@ -299,12 +319,12 @@ def init_adapter(model: Any, config: LoraConfig, *, seed: int, weights: Any = No
     return init(jax.random.key(seed), plan, model.params, weights=weights)
 
 
-def _weights_for_start(model: Any, job: FinetuneConfig, config: LoraConfig) -> Any:
+def _weights_for_start(model: Any, job: FinetuneConfig, head: Trained, config: LoraConfig) -> Any:
     """The base in floats for LoftQ, which starts from the error of the quantization."""
     if config.init != "loftq":
         return None
     if job.quantize is not None:
-        return load_model(job.model, dtype=job.dtype, labels=job.labels).params
+        return load_model(job.model, dtype=job.dtype, head=head).params
     # Checked here as well as in `lora.init`, whose error has calls of Python for a remedy: here
     # they are settings.
     for leaf in plan_model(model, config).adapted:

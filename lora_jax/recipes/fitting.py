@@ -12,17 +12,19 @@ from lora_jax.analysis.step_memory.fit import fastest, parse_bytes
 from lora_jax.analysis.step_memory.step import StepSettings
 from lora_jax.config.arguments import SettingsError, quoted
 from lora_jax.config.lora import LoraConfig
-from lora_jax.models.classifier import HEAD, check_labels
+from lora_jax.models.classifier import check_labels
+from lora_jax.models.heads import ANSWERS, CLASSIFICATION, DECODER_HEADS, NAMED
 from lora_jax.models.mesh import Placement, check_rows, placement
 from lora_jax.models.remat import remat_name
 from lora_jax.models.sharding import ROWS, TOKENS, make_mesh
 from lora_jax.quant.array import Backend, is_quant
-from lora_jax.recipes.forms import read_labels
+from lora_jax.recipes.forms import NOTHING, Trained, read_trained
 from lora_jax.recipes.settings import Devices
 from lora_jax.sharding import AXES
 from lora_jax.train import preparation
 from lora_jax.train.config import TrainConfig
 from lora_jax.train.examples import Example
+from lora_jax.train.goals import goal_of
 from lora_jax.train.loss import reads_both_ways
 from lora_jax.train.memory import device_bytes
 from lora_jax.train.mesh import rows_of
@@ -61,37 +63,54 @@ def check_mesh(job: Any, config: TrainConfig) -> None:
     check_rows(Placement(mesh, rows, mesh, spans), config.batch_size)
 
 
-def labels_of(job: Any) -> tuple[str, ...]:
-    """The classes of a fine-tuning: its own, or those of the adapter that it goes on from.
+def head_of(job: Any) -> Trained:
+    """The fresh head of a fine-tuning: its own, or that of the adapter that it goes on from.
 
     Raises:
-      SettingsError: a single class, or other classes than the adapter's.
+      SettingsError: settings that contradict each other, or another head than the adapter's.
     """
-    given = tuple(job.labels)
-    if len(given) == 1:
-        raise SettingsError(f'`labels` must be at least two classes, got "{given[0]}"')
-    check_labels(given)
-    known = () if job.adapter is None else read_labels(job.adapter)
-    if known and given not in ((), known):
+    given = Trained(None, tuple(job.labels), job.task, job.problem)
+    values = given.problem == "regression"
+    if given.task == ANSWERS and given.labels:
+        raise SettingsError('`labels` are for classes, and task="question-answering" has none')
+    if given.problem is not None and given.task not in (None, CLASSIFICATION):
+        raise SettingsError(f'`problem` is for a head of texts, and `task` is "{given.task}"')
+    if values and not given.labels:
+        given = given._replace(labels=("LABEL_0",))  # transformers' name
+    elif not given.labels and (given.problem or given.task not in (None, ANSWERS)):
         raise SettingsError(
-            f"`labels` are {quoted(given)}, but the head of the adapter {job.adapter} has "
-            f"{quoted(known)}, in this order: leave them out"
+            f"`labels` are missing: name the classes of `{given.problem or given.task}`"
         )
-    return known or given
+    if len(given.labels) == 1 and not values:
+        raise SettingsError(
+            f'`labels` must be at least two classes, got "{given.labels[0]}"; for a number add '
+            'problem="regression"'
+        )
+    check_labels(given.labels)
+    known = NOTHING if job.adapter is None else read_trained(job.adapter)._replace(form=None)
+    if known.has_head and given not in (NOTHING, known):
+        raise SettingsError(
+            f"`labels` are {quoted(given.labels)}, but the head of the adapter {job.adapter} has "
+            f"{quoted(known.labels)}, in this order, for {known.task or CLASSIFICATION}: leave "
+            "them out, `task` and `problem` too"
+        )
+    return known if known.has_head else given
 
 
 def with_head(model: Any, config: LoraConfig) -> LoraConfig:
-    """The adapter's config; of a classifier of texts, whose head trains whole, as in PEFT."""
-    if not model.config.labels:
+    """The adapter's config; of a model with the head of a task, which trains whole, as in PEFT."""
+    if goal_of(model.config) is None:
         return config
-    heads, extra = [HEAD], config.extra
     if reads_both_ways(model):
         # What a checkpoint of a bare encoder lacks is drawn, BERT's pooler too.
         heads = [name.removesuffix(".") for name in model.config.head_modules]
         heads += ["pooler"] if model.config.pooler else []
-        extra = {"task_type": "SEQ_CLS", **extra}  # ModernBERT's heads do not tell
+    else:
+        heads = [str(DECODER_HEADS[model.config.task].last)]
     more = [name for name in heads if name not in config.modules_to_save]
     saved = (*config.modules_to_save, *more)
+    # ModernBERT's heads do not tell.
+    extra = {"task_type": NAMED[model.config.task].peft, **config.extra}
     return dataclasses.replace(config, modules_to_save=saved, extra=extra)
 
 

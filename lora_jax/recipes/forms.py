@@ -6,15 +6,40 @@ had learned nothing.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from lora_jax.files import read_json, write_text
 from lora_jax.hf.peft.directory import FORM_FILE, local
+from lora_jax.models.heads import TASKS, Problem, Task
 from lora_jax.train.jsonl import Record
 
-TrainedForm = Literal["prompt", "messages", "text", "mixed"]
+TrainedForm = Literal["prompt", "messages", "text", "tokens", "question", "mixed"]
+
+
+class Trained(NamedTuple):
+    """What is kept beside an adapter.
+
+    Attributes:
+      form: of its data; None where nothing is kept.
+      labels: the classes of a head that was fresh, of which no file of its base has the names.
+      task: what that head is for; None for a language model's, or for texts.
+      problem: of such a head for texts, see `lora_jax.models.load`.
+    """
+
+    form: TrainedForm | None = None
+    labels: tuple[str, ...] = ()
+    task: Task | None = None
+    problem: Problem | None = None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head was fresh."""
+        return bool(self.labels) or self.task is not None
+
+
+NOTHING = Trained()
 
 
 def form_of(records: Iterable[Record]) -> TrainedForm:
@@ -23,13 +48,13 @@ def form_of(records: Iterable[Record]) -> TrainedForm:
     return found.pop() if len(found) == 1 else "mixed"
 
 
-def write_form(directory: str | Path, form: TrainedForm, labels: Sequence[str] = ()) -> None:
-    """Writes the form beside an adapter, or into the folder of a run.
-
-    `labels` are the classes of a classifier whose head was fresh: no file of its base has them.
-    """
-    named = {"labels": list(labels)} if labels else {}
-    write_text(Path(directory) / FORM_FILE, json.dumps({"form": form, **named}) + "\n")
+def write_form(directory: str | Path, form: TrainedForm | None, head: Trained = NOTHING) -> None:
+    """Writes the form and a fresh head's facts beside an adapter, or into a run's folder."""
+    known = {
+        "form": form, "labels": list(head.labels), "task": head.task, "problem": head.problem
+    }  # fmt: skip
+    text = json.dumps({name: value for name, value in known.items() if value})
+    write_text(Path(directory) / FORM_FILE, text + "\n")
 
 
 def carry_form(adapter: str | Path, output: str | Path) -> None:
@@ -37,33 +62,36 @@ def carry_form(adapter: str | Path, output: str | Path) -> None:
     # A GGUF file has no place beside it.
     if not Path(output).is_dir():
         return
-    if form := read_form(adapter):
-        write_form(output, form, read_labels(adapter))
+    found = read_trained(adapter)
+    if found.form:
+        write_form(output, found.form, found)
     else:
         (Path(output) / FORM_FILE).unlink(missing_ok=True)
 
 
-def read_labels(adapter: str | Path) -> tuple[str, ...]:
-    """The classes that are kept beside an adapter; () for a language model's, or without a form."""
-    path = local(adapter) / FORM_FILE
-    value = read_json(path) if path.is_file() else None
-    return tuple(value.get("labels") or ()) if isinstance(value, dict) else ()
-
-
 def read_form(adapter: str | Path) -> TrainedForm | None:
-    """The form that is kept beside an adapter, a hub id's too, or None.
+    """The form that is kept beside an adapter; as `read_trained`."""
+    return read_trained(adapter).form
+
+
+def read_trained(adapter: str | Path) -> Trained:
+    """What is kept beside an adapter, a hub id's too.
 
     Raises:
       ValueError: the file is not one that `write_form` wrote.
     """
     path = local(adapter) / FORM_FILE
     if not path.is_file():
-        return None
+        return NOTHING
     # The file may have come with an adapter from elsewhere.
     value = read_json(path)
-    form = value.get("form") if isinstance(value, dict) else None
-    if form not in get_args(TrainedForm):
-        raise ValueError(
-            f"{path}: `form` must be one of {', '.join(get_args(TrainedForm))}, got {form!r}"
-        )
-    return form
+    value = value if isinstance(value, dict) else {}
+    known = {"form": get_args(TrainedForm), "task": TASKS, "problem": get_args(Problem)}
+    for name, values in known.items():
+        given = value.get(name)
+        if given not in values and (given is not None or name == "form"):
+            raise ValueError(f"{path}: `{name}` must be one of {', '.join(values)}, got {given!r}")
+    labels = value.get("labels") or ()
+    if not isinstance(labels, list | tuple) or not all(isinstance(x, str) for x in labels):
+        raise ValueError(f"{path}: `labels` must be a list of names, got {labels!r}")
+    return Trained(value["form"], tuple(labels), value.get("task"), value.get("problem"))

@@ -195,7 +195,8 @@ def language_task(
     # A length of 0 is an error of `examples`, not the model's context.
     length = model.config.context if max_length is None else max_length
     data, choosing, judged = (
-        examples(part, model.tokenizer, max_length=length) for part in (train, tuning, scored)
+        examples(part, model.tokenizer, max_length=length, config=model.config)
+        for part in (train, tuning, scored)
     )
     at = placement(model, model.params)
     check_rows(at, config.batch_size)

@@ -43,11 +43,12 @@ class Batch(NamedTuple):
     Attributes:
       tokens: int32 (A, B, T), padded on the right.
       positions: int32 (A, P), increasing places of the flattened (B, T) grid where a learned
-        token is predicted (the token before it); P == B*T means every place, in order.
-      targets: int32 (A, P), the token to be predicted there.
+        token is predicted (the token before it), or that have a target of their own; P == B*T means
+        every place, in order.
+      targets: int32 (A, P), the token to be predicted there, or what `Example.targets` has.
       weights: float32 (A, P), 1 where a learned token is predicted, 0 at fillers.
-      segments: int32 (A, B, T): 1, 2, ... in a row's examples, 0 at padding; None of rows that
-        are not packed, unless the loader is `segmented`.
+      segments: int32 (A, B, T): 1, 2, ... in a row's examples, or in both texts of its pair, 0 at
+        padding; None of rows that are not packed, unless the loader is `segmented`.
     """
 
     tokens: np.ndarray
@@ -169,7 +170,7 @@ def _places(
     data: Sequence[Example], size: int, plans: Sequence[list[Bucket]]
 ) -> dict[int, tuple[int, ...]]:
     """The one or two P of each rung that the batches of these plans need."""
-    learned = np.array([int(e.learned[1:].sum()) for e in data])
+    learned = np.array([e.count for e in data])
     needs: dict[int, list[int]] = {}
     for bucket in (bucket for plan in plans for bucket in plan):
         needs.setdefault(bucket.rung, []).append(_needed(learned, bucket, size))
@@ -273,12 +274,12 @@ def make_batch(loader: Loader, bucket: Bucket) -> Batch:
     """The padded batch of a bucket."""
     rows = [[loader.examples[i] for i in np.atleast_1d(row)] for row in bucket.rows]
     size, length = loader.batch_size // loader.rows.parts, bucket.rung
-    learned = [sum(int(e.learned[1:].sum()) for e in row) for row in rows]
+    learned = [sum(e.count for e in row) for row in rows]
     needed = max(sum(learned[i : i + size]) for i in range(0, len(rows), size))
     places = next(p for p in loader.places[length] if p >= needed)
     # Missing rows of an epoch's last batch repeat the first one without learned tokens: in a row of
     # only padding, attention would take a softmax over no token.
-    spare = [e._replace(learned=np.zeros_like(e.learned)) for e in rows[0]]
+    spare = [e.spare() for e in rows[0]]
     rows += [spare] * (_rows(loader) - len(rows))
     parts = [
         _part(rows[i : i + size], length, places, loader.pad_id) for i in range(0, len(rows), size)
@@ -293,7 +294,7 @@ def make_batch(loader: Loader, bucket: Bucket) -> Batch:
     shape = (loader.accumulation, -1, length)
     return Batch(
         tokens.reshape(shape),
-        *(x.reshape(loader.accumulation, -1) for x in (positions, *others)),
+        *(x.reshape(loader.accumulation, -1, *x.shape[2:]) for x in (positions, *others)),
         segments=segments.reshape(shape) if loader.segmented else None,
     )
 
@@ -303,13 +304,16 @@ def by_place(batch: Batch) -> tuple[np.ndarray, ...]:
 
     The targets are those of all places, -1 where nothing is learned.
     """
-    learned = np.where(np.asarray(batch.weights) > 0, batch.targets, -1)
     tokens, positions = np.asarray(batch.tokens), np.asarray(batch.positions)
+    targets, weights = np.asarray(batch.targets), np.asarray(batch.weights)
+    places, *one = positions.shape[:-1], *targets.shape[positions.ndim :]
     # A batch of one forward pass has no axis of microbatches.
-    targets = np.full((*positions.shape[:-1], tokens.shape[-2] * tokens.shape[-1]), -1)
-    np.put_along_axis(targets, positions, learned, axis=-1)
+    whole = np.full((*places, tokens.shape[-2] * tokens.shape[-1], *one), -1, targets.dtype)
+    spread = (*positions.shape, *(1 for _ in one))
+    learned = np.where(weights.reshape(spread) > 0, targets, -1)
+    np.put_along_axis(whole, positions.reshape(spread), learned, axis=positions.ndim - 1)
     segments = () if batch.segments is None else (np.asarray(batch.segments),)
-    return (tokens, targets, *segments)
+    return (tokens, whole, *segments)
 
 
 def _part(
@@ -318,31 +322,29 @@ def _part(
     """Tokens and segments (rows, rung); positions, targets and weights (places,)."""
     tokens = np.full((len(rows), rung), pad_id, np.int32)
     segments = np.zeros((len(rows), rung), np.int32)
-    learned = np.zeros((len(rows), rung), bool)
+    predicts = np.zeros((len(rows), rung), bool)
+    _, one = rows[0][0].predicted()
+    targets = np.zeros((len(rows), rung, *one.shape[1:]), one.dtype)
     for i, row in enumerate(rows):
         start = 0
         for number, example in enumerate(row, start=1):
             end = start + len(example.tokens)
             tokens[i, start:end] = example.tokens
-            segments[i, start:end] = number
+            segments[i, start:end] = number if example.types is None else number + example.types
             # The last token of one example does not predict the first of the next.
-            learned[i, start + 1 : end] = example.learned[1:]
+            predicts[i, start:end], targets[i, start:end] = example.predicted()
             start = end
-    # Position t predicts token t + 1; the last position of a row predicts nothing.
-    predicts = np.zeros_like(learned)
-    predicts[:, :-1] = learned[:, 1:]
-    targets = np.zeros_like(tokens)
-    targets[:, :-1] = tokens[:, 1:]
     positions = _pick(predicts.reshape(-1), places)
     weights = predicts.reshape(-1)[positions].astype(np.float32)
-    targets = targets.reshape(-1)[positions] * weights.astype(np.int32)
+    targets = targets.reshape(-1, *one.shape[1:])[positions]
+    targets[weights == 0] = 0
     return tokens, segments, positions, targets, weights
 
 
 def _by_span(x: np.ndarray, size: int, spans: int) -> np.ndarray:
     """What (parts, rows · tokens) have, first of all rows' first tokens."""
-    apart = x.reshape(len(x), size, spans, -1)
-    return apart.swapaxes(1, 2).reshape(len(x), -1)
+    apart = x.reshape(len(x), size, spans, x.shape[1] // (size * spans), *x.shape[2:])
+    return apart.swapaxes(1, 2).reshape(x.shape)
 
 
 def _pick(wanted: np.ndarray, places: int) -> np.ndarray:
@@ -360,6 +362,8 @@ def data_hash(data: Sequence[Example]) -> str:
         digest.update(len(example.tokens).to_bytes(8, "little"))
         digest.update(np.ascontiguousarray(example.tokens, np.int32).tobytes())
         digest.update(np.ascontiguousarray(example.learned, bool).tobytes())
+        for more in (example.targets, example.types):
+            digest.update(b"" if more is None else np.ascontiguousarray(more).tobytes())
     # 64 bits are enough against a mistake, which is all that this guards against.
     return digest.hexdigest()[:16]
 

@@ -11,14 +11,8 @@ from lora_jax.models.mesh import Placement, check_rows, entered, model_on, param
 from lora_jax.models.vit import ImageForward
 from lora_jax.train.batches import Batch, loader, once
 from lora_jax.train.examples import Example
-from lora_jax.train.loss import (
-    TOGETHER,
-    Rows,
-    classifies,
-    losses_of,
-    reads_both_ways,
-    summed_loss,
-)
+from lora_jax.train.goals import goal_of
+from lora_jax.train.loss import TOGETHER, Rows, losses_of, reads_both_ways, summed_loss
 from lora_jax.train.mesh import batch_on, rows_of
 from lora_jax.train.step import Programs
 from lora_jax.transform.lorafy import lorafy
@@ -96,7 +90,7 @@ def evaluator(
         buckets=buckets,
         pad_id=pad_id_of(model.tokenizer),
         rows=rows,
-        segmented=reads_both_ways(model),
+        segmented=whole_rows(model),
     )
     return Evaluator(once(layout), Programs(summed), at)
 
@@ -136,32 +130,30 @@ def evaluate(
 
 
 def check_causal(model: Any) -> None:
-    """Refuses an encoder that classifies no texts: its outputs depend on what they would predict.
+    """Refuses an encoder without the head of a task: its outputs depend on what they predict.
 
     Raises:
-      ValueError: it is one, reads images, or is a classifier whose loss is not the cross entropy of
-        one class.
+      ValueError: it is one, or reads images.
     """
-    config: Any = getattr(model, "config", None)
     if isinstance(getattr(model, "forward", None), ImageForward):
         raise SettingsError(
-            f"`model` is a `{config.model_type}`, which reads images, and the rows of data are "
-            "texts: train it in a loop of your own (`lora_jax.lorafy(model.apply)`, see "
+            f"`model` is a `{model.config.model_type}`, which reads images, and the rows of data "
+            "are texts: train it in a loop of your own (`lora_jax.lorafy(model.apply)`, see "
             "guides/images)"
         )
-    if classifies(model):
-        problem = "regression" if len(config.labels) == 1 else config.problem_type
-        if problem not in (None, "single_label_classification"):
-            raise SettingsError(
-                f"`model` is a classifier for `{problem}`, and training has the loss of one class "
-                "a text: train it in a loop of your own (`lora_jax.lorafy(model.apply)`)"
-            )
-    elif reads_both_ways(model):
+    if reads_both_ways(model) and goal_of(model.config) is None:
         raise SettingsError(
             f"`model` is a `{model.config.model_type}`, an encoder, whose outputs depend on the "
             "tokens that they would have to predict: pass a decoder, name `labels` to classify "
-            "texts, or train it in a loop of your own (`lora_jax.lorafy(model.apply)`)"
+            "texts or another `task`, or train it in a loop of your own "
+            "(`lora_jax.lorafy(model.apply)`)"
         )
+
+
+def whole_rows(model: Any) -> bool:
+    """Whether the loss reads which tokens of a row are real: an encoder's, and that of answers."""
+    goal = goal_of(getattr(model, "config", None))
+    return reads_both_ways(model) or (goal is not None and goal.per == "answer")
 
 
 def pad_id_of(tokenizer: Any) -> int:

@@ -1,7 +1,8 @@
 """Tokenized examples, and which of their tokens are learned.
 
 `learned[t]` is true if token t is a label of the loss. The first token is never learned, because
-there is no token before it to predict it from.
+there is no token before it to predict it from. Of a model with the head of a task `learned` marks
+the tokens that have a target of their own.
 """
 
 import os
@@ -14,10 +15,12 @@ from jaxtyping import Bool, Int32
 
 from lora_jax.config.arguments import SettingsError, quoted
 from lora_jax.train.chat import Marked, chat_examples, unwritten
+from lora_jax.train.goals import Goal, goal_of
 from lora_jax.train.jsonl import Record, load_jsonl
+from lora_jax.train.labelled import rows_of
 from lora_jax.train.messages import is_empty, is_learned
 
-TooLong = Literal["error", "truncate", "skip"]
+TooLong = Literal["error", "truncate", "skip", "windows"]
 TOO_LONG: tuple[TooLong, ...] = get_args(TooLong)
 
 
@@ -26,13 +29,50 @@ class Example(NamedTuple):
 
     Attributes:
       tokens: int32 (T,), the token ids, unpadded.
-      learned: bool (T,), true at learned tokens; `learned[0]` is false.
+      learned: bool (T,), true at learned tokens; `learned[0]` is false without `targets`.
       source: file and line, `data.jsonl:3`.
+      targets: what is learned at each of those, (n, ...), by the head of a task
+        (`lora_jax.train.goals`); None where the tokens themselves are learned.
+      types: int32 (T,), which of two texts a token belongs to; None for one text.
     """
 
     tokens: Int32[np.ndarray, " t"]
     learned: Bool[np.ndarray, " t"]
     source: str
+    targets: np.ndarray | None = None
+    types: Int32[np.ndarray, " t"] | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of places with a target."""
+        return int(self.learned[1 if self.targets is None else 0 :].sum())
+
+    def predicted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where something is predicted, (T,), and what, (T, ...): the next token, or a target."""
+        if self.targets is None:
+            after = np.append(self.tokens[1:], np.int32(0))
+            return np.append(self.learned[1:], False), after
+        all_ = np.zeros((len(self.tokens), *self.targets.shape[1:]), self.targets.dtype)
+        all_[self.learned] = self.targets
+        return self.learned, all_
+
+    def kept(self, places: np.ndarray, *, whole: bool) -> "Example":
+        """Some of its tokens; the last of them has the target of a `whole` text."""
+        if whole:
+            last = np.arange(len(places)) == len(places) - 1
+            types = None if self.types is None else self.types[places]
+            return self._replace(tokens=self.tokens[places], learned=last, types=types)
+        found = self._replace(tokens=self.tokens[places], learned=self.learned[places])
+        if self.targets is None:
+            return found
+        some = np.isin(np.flatnonzero(self.learned), places)
+        types = None if self.types is None else self.types[places]
+        return found._replace(targets=self.targets[some], types=types)
+
+    def spare(self) -> "Example":
+        """The same tokens, of which none is learned."""
+        targets = None if self.targets is None else self.targets[:0]
+        return self._replace(learned=np.zeros_like(self.learned), targets=targets)
 
 
 def load_examples(
@@ -54,21 +94,22 @@ def examples(
     *,
     max_length: int,
     too_long: TooLong = "error",
-    labels: Sequence[str] = (),
+    config: Any = None,
 ) -> list[Example]:
     """Tokenizes records and marks the learned tokens.
 
     A chat whose template writes earlier answers differently in later turns becomes one example an
-    answer, each as it is generated. For a classifier the number of a text's class follows its
-    tokens, as the one that is learned.
+    answer, each as it is generated. For a model with the head of a task `config` says which, and
+    the examples have its targets.
 
     Args:
       records: from `load_jsonl` or `record_of`.
       tokenizer: a `lora_jax.hf.Tokenizer`, or an object with its `encode`, `encode_prompt`,
         `eos_id`, `stop_ids`, and for messages `render_chat` and `marked_chat`.
       max_length: maximum number of tokens of an example, usually the model's context.
-      too_long: how to treat longer examples: "error", "truncate" (drop the end) or "skip".
-      labels: the classes of a classifier, `model.config.labels`.
+      too_long: how to treat longer examples: "error", "truncate" (drop the end), "skip", or
+        "windows" of a question's context, which have a third in common.
+      config: of the model with a head, `model.config`.
 
     Returns:
       At least one example.
@@ -88,15 +129,25 @@ def examples(
     if tokenizer is None:
         raise ValueError("`tokenizer` is None: this model came without one; pass a tokenizer")
     # The records may be a generator, and are read twice.
-    records = list(records)
+    records, goal = list(records), goal_of(config)
+    if (too_long == "windows") > (goal is not None and goal.per == "answer"):
+        raise SettingsError('`too_long` "windows" is for answers in long contexts: use "truncate"')
     _check_answers(records)
-    if labels:
-        made = [_classified(record, tokenizer, labels) for record in records]
+    if goal is not None:
+        window = max_length if too_long == "windows" else None
+        made = [
+            each
+            for record in records
+            for each in _labelled(record, goal, tokenizer, config, window)
+        ]
     else:
         _check_written(records, tokenizer)
         made = [example for record in records for example in _tokenize(record, tokenizer)]
-    ends = 1 + tokenizer.closing if labels else 0
-    fitted = (_fit(example, max_length, too_long, ends=ends) for example in made)
+    ends = 0 if goal is None else tokenizer.closing
+    if goal is not None and goal.per == "answer" and too_long == "truncate":
+        raise SettingsError('`too_long` "truncate" would cut answers off: use "windows"')
+    whole = goal is not None and goal.per == "text"
+    fitted = (_fit(example, max_length, too_long, ends=ends, whole=whole) for example in made)
     kept = [example for example in fitted if example is not None]
     if not kept:
         why = (
@@ -105,7 +156,7 @@ def examples(
             else (f"all {len(made)} examples are longer than {max_length} tokens and skipped")
         )
         raise ValueError(f"the dataset is empty: {why}; give more or shorter examples")
-    if not labels:
+    if goal is None:
         _check_ends(kept, tokenizer)
     return kept
 
@@ -164,8 +215,10 @@ def _check_ends(kept: Sequence[Example], tokenizer: Any) -> None:
     )
 
 
-def _fit(example: Example, max_length: int, too_long: TooLong, *, ends: int) -> Example | None:
-    """The example, cut to the length before so many last tokens: a text's closing, its class."""
+def _fit(
+    example: Example, max_length: int, too_long: TooLong, *, ends: int, whole: bool
+) -> Example | None:
+    """The example, cut to the length before so many last tokens, those that close a text."""
     length = len(example.tokens)
     if length > max_length:
         if too_long == "skip":
@@ -177,7 +230,7 @@ def _fit(example: Example, max_length: int, too_long: TooLong, *, ends: int) -> 
                 ' too_long="skip"'
             )
         kept = np.r_[: max(max_length - ends, 0), length - ends : length]
-        example = example._replace(tokens=example.tokens[kept], learned=example.learned[kept])
+        example = example.kept(kept, whole=whole)
     if not example.learned.any():
         cut = f" after truncation to {max_length} tokens" if length > max_length else ""
         raise ValueError(
@@ -201,23 +254,18 @@ def _tokenize(record: Record, tokenizer: Any) -> list[Example]:
     return made
 
 
-def _classified(record: Record, tokenizer: Any, labels: Sequence[str]) -> Example:
-    """A text as the tokenizer closes it, and its class after it, to which no token attends."""
-    named = record.label
-    known = isinstance(named, str) and named in labels
-    if not known and not (type(named) is int and 0 <= named < len(labels)):
-        got = "none" if named is None else repr(named)
-        raise ValueError(
-            f'{record.source}: field "label" must be one of {quoted(labels)}, or its number from '
-            f"0 to {len(labels) - 1}, got {got}"
+def _labelled(
+    record: Record, goal: Goal, tokenizer: Any, config: Any, window: int | None
+) -> list[Example]:
+    """The examples of a row for the head of a task."""
+    typed = getattr(config, "typed", False)
+    return [
+        Example(
+            np.asarray(row.tokens, np.int32), row.learned, record.source, row.targets,
+            np.asarray(row.types, np.int32) if typed and any(row.types) else None,
         )
-    if record.form != "text":
-        raise ValueError(f'{record.source}: a classifier reads "text", got "{record.form}"')
-    number = labels.index(named) if isinstance(named, str) else named
-    tokens = [*tokenizer.encode(record.fields[0]), number]
-    return Example(
-        np.asarray(tokens, np.int32), np.arange(len(tokens)) == len(tokens) - 1, record.source
-    )
+        for row in rows_of(record, goal, tokenizer, config.labels, window=window)
+    ]  # fmt: skip
 
 
 def _text(record: Record, tokenizer: Any) -> list[Marked]:
@@ -245,4 +293,14 @@ def _chat(record: Record, tokenizer: Any) -> list[Marked]:
     return chat_examples(record.fields[0], record.options, tokenizer)
 
 
-_FORMS = {"text": _text, "prompt": _completion, "messages": _chat}
+def _of_a_head(record: Record, tokenizer: Any) -> list[Marked]:
+    raise ValueError(
+        f'a row of the form "{record.form}" is for a model with such a head: name `task`, or load '
+        "a model that has it"
+    )
+
+
+_FORMS = {
+    "text": _text, "prompt": _completion, "messages": _chat, "tokens": _of_a_head,
+    "question": _of_a_head,
+}  # fmt: skip

@@ -3,7 +3,11 @@
     {"prompt": "...", "completion": "..."}                      the completion is learned
     {"messages": [{"role": "user", "content": "..."}, ...]}     the assistant's turns are learned
     {"text": "..."}                                             everything is learned
-    {"text": "...", "label": "..."}                             the class, by a classifier
+    {"text": "...", "label": "..."}                             a classifier learns the label
+    {"text": "...", "text_pair": "...", "label": 3.5}           of two texts, here a number
+    {"text": "...", "labels": ["...", "..."]}                   several classes
+    {"tokens": ["...", "..."], "labels": ["O", "..."]}          words, and the class of each
+    {"question": "...", "context": "...", "answers": {...}}     SQuAD: the answer's place
     {"conversations": [{"from": "human", "value": "..."}]}      ShareGPT: as messages
     {"instruction": "...", "input": "...", "output": "..."}     Alpaca: as messages
 
@@ -17,25 +21,30 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from lora_jax.config.arguments import quoted
 from lora_jax.files import half_character
 from lora_jax.train import messages
 from lora_jax.train.messages import Message, kind_of
 
-Form = Literal["prompt", "messages", "text"]
+Form = Literal["prompt", "messages", "text", "tokens", "question"]
 
 # The fields of each form; the first names it in messages.
 _FORMS: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt": ("prompt", "completion"),
     "text": ("text",),
+    "tokens": ("tokens",),
+    "question": ("question", "context"),
     "conversations": ("conversations",),
     "instruction": ("instruction", "output"),
 }
+# For heads of tasks: taken where there is no other form.
+_OF_HEADS = ("tokens", "question")
 # Optional fields, which may be renamed too.
-_MORE = ("input", "system", "tools", "documents", "label")
+_LABELS = ("label", "labels", "ner_tags", "answers")
+_MORE = ("input", "system", "tools", "documents", "text_pair", *_LABELS)
 _HOW = '"prompt" and "completion", or "messages", or "text"'
 
 
@@ -43,12 +52,13 @@ class Record(NamedTuple):
     """One training example as text.
 
     Attributes:
-      form: "prompt", "messages" or "text".
-      fields: (prompt, completion), (messages,) or (text,); a message is a dict with `role`,
-        `content` and what else it has.
+      form: "prompt", "messages" or "text"; "tokens" or "question" for heads of tasks.
+      fields: (prompt, completion), (messages,), (text,) or (text, text_pair), (tokens,), (question,
+        context); a message is a dict with `role`, `content` and what else it has.
       source: file and line for error messages: `data.jsonl:3`.
       options: further variables of the chat template: `tools`, `documents`, ...
-      label: the class of a text, for a classifier: its name or number; None where there is none.
+      label: what a head learns, as the row has it: a class, by name or number, a number, a list of
+        them, or SQuAD's answers; None where there is none.
     """
 
     form: Form
@@ -144,10 +154,17 @@ def record_of(
     hint = "; `fields` gives it another name"
     given = {part: _get(value, names[part], source, hint) for part in _FORMS[form]}
     beside = {part: value[names[part]] for part in _MORE if value.get(names[part]) is not None}
-    if form == "text" or (form == "prompt" and not isinstance(given["prompt"], list)):
-        parts = tuple(_text(given[part], names[part], source) for part in _FORMS[form])
-        kind: Form = "prompt" if form == "prompt" else "text"
-        return Record(kind, parts, source, label=beside.get("label"))
+    label = next((beside[name] for name in _LABELS if name in beside), None)
+    if form == "tokens":
+        return Record(
+            "tokens", (_words(given["tokens"], names["tokens"], source),), source, {}, label
+        )
+    if form in ("text", "question") or (form == "prompt" and not isinstance(given["prompt"], list)):
+        given |= {
+            part: beside[part] for part in ("text_pair",) if form == "text" and part in beside
+        }
+        parts = tuple(_text(x, names[part], source) for part, x in given.items())
+        return Record(cast(Form, form), parts, source, label=label)
     turns = _turns(form, given, beside, names=names, source=source)
     if beside.get("system") is not None and turns[0]["role"] != "system":
         # An empty system prompt means none; a template would write an empty turn.
@@ -162,6 +179,9 @@ def _form_of(
     """The form whose fields are all there; those named in `fields` come first."""
     some = [form for form, parts in _FORMS.items() if any(names[p] in value for p in parts)]
     whole = [form for form in some if all(names[p] in value for p in _FORMS[form])]
+    # Tables of texts have columns of these names for other things too.
+    some = [form for form in some if form not in _OF_HEADS]
+    whole = [form for form in whole if form not in _OF_HEADS or form in fields or not some]
     chosen = [form for form in whole if any(part in fields for part in _FORMS[form])]
     found = chosen or whole or some
     if len(found) == 1:
@@ -194,6 +214,12 @@ def _text(value: Any, name: str, source: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f'{source}: field "{name}" must be text, got {kind_of(value)}')
     return value
+
+
+def _words(value: Any, name: str, source: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'{source}: field "{name}" must be a list of words, got {value!r}')
+    return tuple(_text(word, name, source) for word in value)
 
 
 def _turns(

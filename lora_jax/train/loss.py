@@ -26,8 +26,8 @@ from jaxtyping import Array, Float, Int
 from lora_jax import compat
 from lora_jax.dims import AnyArray
 from lora_jax.models.encoder import EncoderForward
-from lora_jax.models.heads import CLASSIFICATION
 from lora_jax.models.layers import Specs, gather
+from lora_jax.train.goals import Goal, answer_losses, goal_of, token_losses
 from lora_jax.transform.low_rank import at_places
 
 # Logits at one time, float32. The backward pass holds about two more arrays of this size.
@@ -114,11 +114,13 @@ def losses_of(
     Returns:
       `losses(params, tokens, positions, targets, *, segments=None)`: tokens int32 (B, T),
       positions and targets int32 (P,), and for packed rows segments int32 (B, T);
-      -log softmax(logits)[target], float32 (P,).
+      -log softmax(logits)[target], float32 (P,). Of a head of a task the loss is that of its
+      `lora_jax.train.goals.Goal`, and targets are as it has them, (P, ...).
     """
-
-    if reads_both_ways(model):
-        return _of_whole_texts(model, rows)
+    goal = goal_of(getattr(model, "config", None))
+    if goal is not None and (reads_both_ways(model) or goal.per == "answer"):
+        return _of_whole_texts(model, goal, rows)
+    loss_of = token_losses if goal is None else goal.loss
 
     def losses(
         params: Any,
@@ -135,7 +137,8 @@ def losses_of(
         else:
             hidden, load = model.apply(params, tokens, **packed, return_hidden=True), 0.0
         hidden = _pick_apart(hidden, positions, rows)
-        places, targets = (x.reshape(rows.count, -1) for x in (positions, targets))
+        places = positions.reshape(rows.count, -1)
+        targets = targets.reshape(*places.shape, *targets.shape[1:])
         # Once, and not for every chunk.
         params = gather(params, rows.weights) if rows.weights else params
         head = _head(model, params, hidden)
@@ -145,11 +148,12 @@ def losses_of(
         def part(
             hidden: Float[Array, "n c d"],
             places: Int[AnyArray, "n c"],
-            targets: Int[AnyArray, "n c"],
+            targets: AnyArray,
         ) -> Float[Array, " n*c"]:
             # The head's weight travels, not the rows: there are more of them than inputs.
             logits = _spread(model.head(head.at(params, places), hidden), rows)
-            return token_losses(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+            flat = targets.reshape(-1, *targets.shape[2:])
+            return loss_of(logits.reshape(-1, logits.shape[-1]), flat)
 
         count = min(-(-4 * head.outputs * hidden.shape[1] // chunk_bytes), hidden.shape[1])
         if count <= 1:
@@ -169,34 +173,36 @@ def reads_both_ways(model: Any) -> bool:
     return isinstance(getattr(model, "forward", None), EncoderForward)
 
 
-def classifies(model: Any) -> bool:
-    """Whether a model's outputs are classes of texts."""
-    config = getattr(model, "config", None)
-    labels = getattr(config, "labels", ())
-    return bool(labels) and (not reads_both_ways(model) or model.config.task == CLASSIFICATION)
+def _of_whole_texts(model: Any, goal: Goal, rows: Rows) -> Callable:
+    """`losses_of` of an encoder, and of answers: a text in a row, or two, the second in segment 2.
 
-
-def _of_whole_texts(model: Any, rows: Rows) -> Callable:
-    """`losses_of` of an encoder that classifies texts, one in a row and its class after it.
-
-    No token may attend to the class: the mask ends before it.
+    No token attends to padding.
     """
+    both_ways = reads_both_ways(model)
+    typed = both_ways and model.config.typed
 
     def losses(
         params: Any,
         tokens: Int[AnyArray, "b t"],
         positions: Int[AnyArray, " p"],
-        targets: Int[AnyArray, " p"],
+        targets: AnyArray,
         *,
         segments: Int[AnyArray, "b t"],
     ) -> Float[Array, " p"]:
-        text = jnp.pad(segments[:, 1:] > 0, ((0, 0), (0, 1)))
-        logits = model.apply(params, tokens, mask=text)  # (b, c)
-        apart = _spread(logits.reshape(rows.parts, -1, logits.shape[-1]), rows)
-        places = positions.reshape(rows.parts, -1) // tokens.shape[1]
-        starts = jnp.arange(rows.parts) * apart.shape[1]
-        found = jax.vmap(lambda some, row: some[row])(apart, places - starts[:, None])
-        return token_losses(found.reshape(-1, found.shape[-1]), targets)
+        real = segments > 0
+        types = {"token_type_ids": (segments > 1).astype(tokens.dtype)} if typed else {}
+        logits = model.apply(params, tokens, **({"mask": real, **types} if both_ways else {}))
+        numbers = positions // tokens.shape[1]
+        if goal.per == "answer":
+            return answer_losses(logits, real, numbers, targets)
+        if goal.per == "token":
+            found = _pick_apart(logits, positions, rows)
+        else:
+            apart = _spread(logits.reshape(rows.parts, -1, logits.shape[-1]), rows)
+            starts = jnp.arange(rows.parts) * apart.shape[1]
+            own = numbers.reshape(rows.parts, -1) - starts[:, None]
+            found = jax.vmap(lambda some, row: some[row])(apart, own)
+        return goal.loss(found.reshape(-1, found.shape[-1]), targets)
 
     return losses
 
@@ -348,19 +354,6 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """The weighted sum of -log softmax(logits)[target], in float32 (not yet divided by N)."""
     return jnp.sum(token_losses(logits, targets) * weights)
-
-
-def token_losses(logits: Float[Array, "p v"], targets: Int[AnyArray, " p"]) -> Float[Array, " p"]:
-    """-log softmax(logits)[target] of each position, in float32."""
-    # bfloat16 would round a loss near 10 to multiples of 1/16.
-    logits = logits.astype(jnp.float32)
-    if any(compat.spec_of(logits) or ()):
-        # A look-up along an explicitly sharded dim has no rule in JAX; a sum has.
-        chosen = jnp.arange(logits.shape[-1]) == targets[:, None]
-        target = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
-    else:
-        target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=-1) - target
 
 
 def summed_loss(losses: Callable) -> Callable:

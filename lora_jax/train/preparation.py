@@ -16,9 +16,10 @@ from lora_jax.models.sharding import check_length
 from lora_jax.train.batches import Loader, data_hash, lengths_of, loader
 from lora_jax.train.buckets import ladder_of, row_multiple
 from lora_jax.train.config import TrainConfig, total_steps
-from lora_jax.train.evaluate import check_causal, pad_id_of
+from lora_jax.train.evaluate import check_causal, pad_id_of, whole_rows
 from lora_jax.train.examples import Example
-from lora_jax.train.loss import TOGETHER, Rows, outputs_of, reads_both_ways
+from lora_jax.train.goals import Goal, goal_of
+from lora_jax.train.loss import TOGETHER, Rows, outputs_of
 from lora_jax.train.packing import choose
 from lora_jax.train.step import split_full
 from lora_jax.transform.lorafy import lorafy
@@ -143,7 +144,7 @@ def layout(
         epochs=-(-total // choice.steps),
         rows=rows,
         # Without them the load of experts would count padding, and an encoder would read it.
-        segmented=config.balance_experts or reads_both_ways(model),
+        segmented=config.balance_experts or whole_rows(model),
     )
     hint = "; consider packing=True (--packing)" if worth else ""
     return Layout(prepared, total, choice.text + hint)
@@ -181,12 +182,13 @@ def _takes_packed(model: Any, config: TrainConfig) -> bool:
     Raises:
       ValueError: it does not, and `packing` is True.
     """
-    able = "segments" in inspect.signature(model.apply).parameters
+    able = "segments" in inspect.signature(model.apply).parameters and not whole_rows(model)
     if config.packing is True and not able:
         raise ValueError(
             "`packing` is True, but the model's `apply` has no argument `segments`, without which "
-            "the examples of a row attend to each other: leave `packing` out, or give `apply` the "
-            "argument, as `lora_jax.models.Forward.apply` has it"
+            "the examples of a row attend to each other, or its head finds answers, in rows of "
+            "their own: leave `packing` out, or give `apply` the argument, as "
+            "`lora_jax.models.Forward.apply` has it"
         )
     return able
 
@@ -202,24 +204,41 @@ def check_tokens(model: Any, lora_params: Any, data: Sequence[Example], *, lengt
     Raises:
       ValueError: a token is outside the vocabulary.
     """
-    logits = lorafy(outputs_of(model))
-    # Shapes alone: nothing is computed.
-    token, place = (jax.ShapeDtypeStruct(s, "int32") for s in ((1, length), (1,)))
-    known = jax.eval_shape(logits, lora_params, token, place).shape[-1]
-    labels = getattr(getattr(model, "config", None), "labels", ())
+    config = getattr(model, "config", None)
+    if (goal := goal_of(config)) is not None:
+        known = model.config.vocab_size
+    else:
+        logits = lorafy(outputs_of(model))
+        # Shapes alone: nothing is computed.
+        token, place = (jax.ShapeDtypeStruct(s, "int32") for s in ((1, length), (1,)))
+        known = jax.eval_shape(logits, lora_params, token, place).shape[-1]
     for example in data:
         tokens = example.tokens
-        if labels:
-            classes, known = tokens[example.learned], model.config.vocab_size
-            if not example.learned[-1] or len(classes) > 1 or not 0 <= classes[0] < len(labels):
-                raise ValueError(
-                    f"{example.source}: the example does not end in one of {len(labels)} classes; "
-                    "make it with `examples(..., labels=model.config.labels)`"
-                )
-            tokens = tokens[:-1]
+        _check_targets(example, goal, config)
         if not 0 <= tokens.min() <= tokens.max() < known:
             raise ValueError(
                 f"{example.source}: the example has token"
                 f" {max(tokens, key=lambda t: (t < 0, t))}, but the vocabulary ends at"
                 f" {known - 1}; tokenize with the model's own tokenizer"
+            )
+
+
+def _check_targets(example: Example, goal: Goal | None, config: Any) -> None:
+    """Refuses an example of another head than the model's."""
+    targets = example.targets
+    shape, dtype = ((), "") if goal is None else goal.target(config)
+    if (targets is None) != (goal is None) or (
+        targets is not None and (targets.shape[1:], targets.dtype.name) != (shape, dtype)
+    ):
+        raise ValueError(
+            f"{example.source}: the example is not for this model"
+            f"{'' if goal is None else f', whose head is for {goal.name}'}; make it with "
+            "`examples(..., config=model.config)`"
+        )
+    if targets is not None and dtype == "int32" and len(targets):
+        last = len(example.tokens) if shape else len(config.labels)
+        if not 0 <= targets.min() <= targets.max() < last:
+            raise ValueError(
+                f"{example.source}: the example has target {targets.max()}, expected 0 to "
+                f"{last - 1}"
             )

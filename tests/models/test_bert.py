@@ -21,25 +21,12 @@ from lora_jax.models.saving import save_model
 
 from tests.support.decoder_checks import check_config_kept, without_source
 from tests.support.oracle import oracle
-from tests.support.torch_models import TOLERANCE, load, saver
+from tests.support.torch_models import DEBERTA, DISTIL, MODERN, TOLERANCE, load, saver
+from tests.support.torch_models import ENCODER_SIZES as SIZES
 
 pytestmark = [pytest.mark.once, pytest.mark.oracle]
 
 PLACE = "models/bert"
-SIZES = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    max_position_embeddings=40,
-    type_vocab_size=2,
-    pad_token_id=1,
-)
-DISTIL = dict(
-    vocab_size=97, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=40,
-    pad_token_id=1,
-)  # fmt: skip
 CLASSES = {
     "features": "AutoModel",
     "sequence-classification": "AutoModelForSequenceClassification",
@@ -109,16 +96,6 @@ CASES = {
     "deberta without distances": ("deberta-v2", "features", dict(relative_attention=False)),
     "deberta finds answers": ("deberta-v2", "question-answering", {}),
 }  # fmt: skip
-# As the public files of version 3, but that distances share rows of the table from 3 on.
-DEBERTA = dict(
-    SIZES, relative_attention=True, position_buckets=4, norm_rel_ebd="layer_norm",
-    share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0,
-    max_relative_positions=-1,
-)  # fmt: skip
-MODERN = dict(
-    {name: size for name, size in SIZES.items() if name != "type_vocab_size"}, local_attention=4,
-    bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from lora_jax.config.lora import LoraConfig
 from lora_jax.hf.checkpoint.safetensors import load_file
 from lora_jax.recipes import finetune
 from lora_jax.recipes.finetune import FinetuneConfig
-from lora_jax.recipes.fitting import labels_of
-from lora_jax.recipes.forms import FORM_FILE, carry_form, form_of, read_form, write_form
+from lora_jax.recipes.fitting import head_of
+from lora_jax.recipes.forms import FORM_FILE, Trained, carry_form, form_of, read_form, write_form
 from lora_jax.recipes.reports import summary
 from lora_jax.train import TrainConfig, record_of
 
@@ -157,14 +157,14 @@ def test_an_adapter_in_place_of_a_model_is_named(run):
 )
 def test_classes_are_those_of_the_adapter(job, tmp_path, given, kept, want):
     if kept is not None:
-        write_form(tmp_path, "text", tuple(kept))
+        write_form(tmp_path, "text", Trained(labels=tuple(kept)))
     adapter = None if kept is None else str(tmp_path)
     job = dataclasses.replace(job, labels=tuple(given), adapter=adapter)
     if isinstance(want, tuple):
-        assert labels_of(job) == want
+        assert head_of(job).labels == want
     else:
         with pytest.raises(ValueError, match=want):
-            labels_of(job)
+            head_of(job)
 
 
 def test_loftq_names_the_settings_for_smaller_blocks(job, tmp_path):

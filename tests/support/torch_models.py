@@ -28,6 +28,30 @@ DECODER_SIZES = dict(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
+ENCODER_SIZES = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=40,
+    type_vocab_size=2,
+    pad_token_id=1,
+)
+DISTIL = dict(
+    vocab_size=97, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=40,
+    pad_token_id=1,
+)  # fmt: skip
+# As the public files of version 3, but that distances share rows of the table from 3 on.
+DEBERTA = dict(
+    ENCODER_SIZES, relative_attention=True, position_buckets=4, norm_rel_ebd="layer_norm",
+    share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0,
+    max_relative_positions=-1,
+)  # fmt: skip
+MODERN = dict(
+    {name: size for name, size in ENCODER_SIZES.items() if name != "type_vocab_size"},
+    local_attention=4, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3,
+)  # fmt: skip
 # Of models whose adapters are compared with PEFT's.
 ADAPTED_SIZES = dict(
     vocab_size=40,

@@ -227,7 +227,10 @@ def test_nothing_left_to_learn_is_an_error():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"too_long": "cut"}, "`too_long` must be one of error, truncate, skip, got 'cut'"),
+        (
+            {"too_long": "cut"},
+            "`too_long` must be one of error, truncate, skip, windows, got 'cut'",
+        ),
         ({"max_length": 1}, "`max_length` must be at least 2 tokens, got 1"),
         ({"tokenizer": None}, "`tokenizer` is None"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -23,6 +24,9 @@ from tests.support.tiny import tiny_tokenizer
 pytestmark = pytest.mark.once
 
 LABELS = ("book", "cancel")
+CLASSES = SimpleNamespace(
+    task="sequence-classification", labels=LABELS, problem_type=None, typed=False
+)
 TEXTS = ("Table for two", "Dinner for 4 guests", "Cancel it", "Please cancel our table")
 SIZES = dict(
     vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -63,7 +67,7 @@ def head_of(directory, **options):
 def data_of(model, texts=TEXTS):
     rows = [{"text": text, "label": i // 2 % 2} for i, text in enumerate(texts)]
     records = [record_of(row) for row in rows]
-    return examples(records, model.tokenizer, max_length=64, labels=model.config.labels)
+    return examples(records, model.tokenizer, max_length=64, config=model.config)
 
 
 def adapted(model):
@@ -75,7 +79,7 @@ def adapted(model):
 def losses(model, params, data):
     """The cross entropy of each text's class, each text alone and without padding."""
     run = lora.lorafy(model.apply)
-    texts = [(jnp.asarray(each.tokens[None, :-1]), int(each.tokens[-1])) for each in data]
+    texts = [(jnp.asarray(each.tokens[None]), int(each.targets[0])) for each in data]
     return [float(-jax.nn.log_softmax(run(params, text))[0, at]) for text, at in texts]
 
 
@@ -179,9 +183,9 @@ def test_the_end_of_a_long_text_is_kept(bare):
         ],
     )
     record = record_of({"text": TEXTS[3], "label": 1})
-    (cut,) = examples([record], tokenizer, max_length=5, too_long="truncate", labels=LABELS)
+    (cut,) = examples([record], tokenizer, max_length=5, too_long="truncate", config=CLASSES)
     whole = tokenizer.encode(TEXTS[3])
-    assert cut.tokens.tolist() == [*whole[:3], whole[-1], 1]
+    assert cut.tokens.tolist() == [*whole[:4], whole[-1]] and cut.targets.tolist() == [1]
 
 
 def test_an_encoder_of_another_task_is_refused():

@@ -13,7 +13,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from lora_jax.analysis.step_memory import mesh as memory_mesh
 from lora_jax.config.arguments import set_plain_fields
 from lora_jax.config.lora import LoraConfig
-from lora_jax.models.heads import CLASSIFICATION
 from lora_jax.models.kernels import AttentionName
 from lora_jax.models.mesh import Placement
 from lora_jax.models.model import check_options
@@ -33,6 +32,7 @@ from lora_jax.sharding import partition_specs, specs
 from lora_jax.train import mesh as meshes
 from lora_jax.train.batches import Batch
 from lora_jax.train.evaluate import lora_loss
+from lora_jax.train.goals import goal_of
 from lora_jax.train.loss import TOGETHER, Rows, cross_entropy
 from lora_jax.train.step import TrainState, init_state, make_step, split_full
 from lora_jax.transform.lorafy import lorafy
@@ -217,10 +217,7 @@ def abstract_step(
     else:
         rows = () if at is None else at.rows
         loss = _encoder_loss(dataclasses.replace(forward, rows=rows))
-    # A classifier has one target per row, a masked LM one per token, as a language model.
-    one_a_row = getattr(config, "task", None) == CLASSIFICATION
-    places = batch if one_a_row else batch * settings.length
-    shapes = _batch(settings, batch, places)
+    shapes = _batch(settings, batch, config, decodes=architecture.kind == CAUSAL_LM)
     return AbstractStep(
         fn=make_step(loss, tx), params=params, state=state, frozen=frozen, batch=shapes, base=base
     )
@@ -316,15 +313,25 @@ def _adapted(forward: Any, base: Any, adapter: LoraConfig) -> Any:
     return jax.eval_shape(lambda p: init(jax.random.key(0), plan, p), base)
 
 
-def _batch(settings: StepSettings, batch: int, places: int) -> Batch:
+def _batch(settings: StepSettings, batch: int, config: Any, *, decodes: bool) -> Batch:
     # The microbatches of a step are stacked: (accumulation, ...).
-    def whole(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct((settings.accumulation, *shape), jnp.int32)
+    def whole(*shape: int, dtype: Any = "int32") -> Any:
+        return jax.ShapeDtypeStruct((settings.accumulation, *shape), dtype)
 
-    weights: Any = jax.ShapeDtypeStruct((settings.accumulation, places), jnp.float32)
-    segments = whole(batch, settings.length) if settings.packing else None
-    tokens = whole(batch, settings.length)
-    return Batch(tokens, whole(places), whole(places), weights, segments=segments)
+    goal = goal_of(config)
+    answers = goal is not None and goal.per == "answer" and decodes
+    # A classifier has one target per row, a masked LM one per token, as a language model.
+    one_a_row = answers or (goal is not None and goal.per == "text")
+    places = batch if one_a_row else batch * settings.length
+    shape, dtype = goal.target(config) if goal is not None and decodes else ((), "int32")
+    segments = whole(batch, settings.length) if settings.packing or answers else None
+    return Batch(
+        tokens=whole(batch, settings.length),
+        positions=whole(places),
+        targets=whole(places, *shape, dtype=dtype),
+        weights=whole(places, dtype="float32"),
+        segments=segments,
+    )
 
 
 def _encoder_loss(forward: Any) -> Callable[..., jax.Array]:

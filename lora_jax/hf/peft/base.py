@@ -133,6 +133,8 @@ def check_names(tensors: Iterable[str], base: str) -> None:
         # transformers renames old checkpoints of images and texts when it loads them.
         names |= unified(names, WRAPPED).keys()
     names |= set(map(renamed, names))
+    # transformers' class for answers holds some decoders so.
+    names |= {f"transformer.{n.removeprefix('model.')}" for n in names if n.startswith("model.")}
     there = {name.rpartition(".")[0] for name in names}
     for key in tensors:
         module = key.removeprefix(PREFIX).partition(".lora_")[0]

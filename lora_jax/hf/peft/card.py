@@ -78,7 +78,10 @@ def auto_class_of(paths: Collection[str], task_type: str | None) -> str | None:
         return _IMAGES
     if not is_encoder(paths):
         if "score" in parts and is_decoder(parts):
-            return _OF_TASK["SEQ_CLS"]
+            biased = any(path.endswith("score.bias") for path in paths)
+            return _OF_TASK["TOKEN_CLS" if biased else "SEQ_CLS"]
+        if "qa_outputs" in parts and is_decoder(parts):
+            return _OF_TASK["QUESTION_ANS"]
         if is_encoder_decoder(parts):
             return _OF_TASK["SEQ_2_SEQ_LM"]
         return "AutoModelForCausalLM" if "lm_head" in parts else None

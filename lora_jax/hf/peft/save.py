@@ -253,9 +253,9 @@ def task_of(paths: Collection[str], tensors: Collection[str]) -> str | None:
     if is_encoder_decoder(parts):
         return "SEQ_2_SEQ_LM"
     if not is_encoder(paths):
-        task = "SEQ_CLS" if "score" in parts else "CAUSAL_LM"
-        written = task == "CAUSAL_LM" or "score" in parts_of(tensors)
-        return task if is_decoder(parts) and written else None
+        head = next((name for name in ("score", "qa_outputs") if name in parts), None)
+        written = head is None or head in parts_of(tensors)
+        return _of_decoder(paths, head) if is_decoder(parts) and written else None
     if "tok_embeddings" in parts:
         # ModernBERT's heads of texts, tokens and answers have the same modules.
         return None if "head" in parts else "FEATURE_EXTRACTION"
@@ -265,6 +265,13 @@ def task_of(paths: Collection[str], tensors: Collection[str]) -> str | None:
     if "qa_outputs" in parts:
         return "QUESTION_ANS" if "qa_outputs" in parts_of(tensors) else None
     return None if OF_WORDS & parts else "FEATURE_EXTRACTION"
+
+
+def _of_decoder(paths: Collection[str], head: str | None) -> str:
+    """The task of a decoder with such a head: the one of tokens has a bias."""
+    if head == "score":
+        return "TOKEN_CLS" if any(path.endswith("score.bias") for path in paths) else "SEQ_CLS"
+    return "CAUSAL_LM" if head is None else "QUESTION_ANS"
 
 
 def _check_head(task_type: str | None, paths: Collection[str], tensors: Collection[str]) -> None:

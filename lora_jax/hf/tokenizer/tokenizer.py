@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -155,6 +156,42 @@ class Tokenizer:
         mask = np.arange(width) < np.array([[len(row.ids)] for row in rows])
         return TokenBatch(tokens, mask, types)
 
+    def encoded(
+        self, text: str, pair: str | None = None, *, window: int | None = None, stride: int = 0
+    ) -> Any:
+        """The `tokenizers.Encoding` of a text or a pair of texts: ids, types and offsets.
+
+        Args:
+          text, pair: the texts.
+          window: tokens of a row at most; what more the second text has is in further rows
+            (`overflowing`).
+          stride: tokens that two of those have in common.
+        """
+        if window is None:
+            return self._encoded(text, pair)
+        with _no_panic():
+            self._cutting.enable_truncation(window, stride=stride, strategy="only_second")
+            return self._cutting.encode(text, pair)
+
+    @cached_property
+    def _cutting(self) -> Any:
+        # A copy, as the backend is told how to cut before it reads a text.
+        return copy.deepcopy(self.backend)
+
+    def encoded_words(self, words: Sequence[str]) -> Any:
+        """The `tokenizers.Encoding` of words, each tokenized alone behind a space.
+
+        As transformers' `is_split_into_words`, for which it wants `add_prefix_space`.
+        """
+        with _no_panic():
+            return self._of_words.encode(list(words), is_pretokenized=True)
+
+    @cached_property
+    def _of_words(self) -> Any:
+        text = self.backend.to_str()
+        spaced = text.replace('"add_prefix_space":false', '"add_prefix_space":true')
+        return self.backend if spaced == text else type(self.backend).from_str(spaced)
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of tokens; special tokens are left out by default."""
         text = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -230,9 +267,9 @@ class Tokenizer:
             **context,
         )
 
-    def _encoded(self, text: str, **options: Any) -> Any:
+    def _encoded(self, text: str, pair: str | None = None, **options: Any) -> Any:
         with _no_panic():
-            return self.backend.encode(text, **options)
+            return self.backend.encode(text, pair, **options)
 
     def _id(self, name: str) -> int | None:
         token = self.special.get(name)
