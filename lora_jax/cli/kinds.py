@@ -56,7 +56,7 @@ def spelled_kind(kind: Any) -> str:
     words = []
     for one in all_kinds(kind):
         if is_mapping(one):
-            words.append("a table of NAME=VALUE")
+            words.append("NAME=VALUE pairs")
         elif is_choice(one):
             words.append(f"one of {', '.join(typing.get_args(one))}")
         elif is_list(one):

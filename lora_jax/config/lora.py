@@ -256,7 +256,7 @@ def _check_repeats(name: str, pattern: str) -> None:
 
 def _check_regex(name: str, pattern: Any) -> None:
     if not isinstance(pattern, str) or not pattern:
-        raise TypeError(f"`{name}` must be a regular expression (a string), got {pattern!r}")
+        raise TypeError(f"`{name}` must be a regular expression, not empty, got {pattern!r}")
     try:
         re.compile(pattern)  # PEFT's own
         _check_repeats(name, pattern)

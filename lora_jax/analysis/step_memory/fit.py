@@ -29,8 +29,7 @@ def parse_bytes(text: str | int) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
         raise ValueError(
-            f"`device_memory` must be a size above 0 such as 80GB, 24GiB or a number of bytes, "
-            f"got {text!r}"
+            f"`device_memory` must be a size above 0 such as 80GB or 24GiB, got {text!r}"
         )
     size = int(float(found[1]) * _UNITS[found[2].upper()])
     if not found[2] and size < _UNITS["MIB"]:
