@@ -41,12 +41,12 @@ def test_a_directory_comes_back(tmp_path, model):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
 
 
-@pytest.mark.parametrize("kind", ["QuestionAnswering", "TokenClassification"])
-def test_a_decoder_with_another_head_is_named(kind, tmp_path, model):
+def test_a_decoder_with_another_head_is_named(tmp_path, model):
     path = save(tmp_path, model) / "config.json"
-    fields = {**model.config.to_hf(), "architectures": [f"LlamaFor{kind}"]}
+    fields = {**model.config.to_hf(), "architectures": ["LlamaForMultipleChoice"]}
     path.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=f"names `LlamaFor{kind}`, whose head is not that of a"):
+    what = "`LlamaForMultipleChoice`, whose head is not .*: ...ForCausalLM, ...ForSequenceClassif"
+    with pytest.raises(ValueError, match=what):
         models.load(tmp_path)
 
 
