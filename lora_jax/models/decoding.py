@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lora_jax.array import is_lora, is_stack
 from lora_jax.dims import AnyArray
 from lora_jax.models.attention import Cache
-from lora_jax.models.model import Forward
+from lora_jax.models.encoder_decoder import EncoderDecoderForward
 from lora_jax.transform import lorafy
 from lora_jax.transform.many.rows import by_row
 
@@ -58,7 +58,7 @@ class State(NamedTuple):
 
 @partial(jax.jit, static_argnames=("forward", "room", "sample"))
 def read(
-    forward: Forward,
+    forward: Any,
     params: Any,
     tokens: Int[AnyArray, "b t"],
     mask: Bool[AnyArray, "b t"],
@@ -68,21 +68,29 @@ def read(
     chance: Chance,
     stops: Int[AnyArray, " stops"],
     first: Int[AnyArray, ""],
+    start: Int[AnyArray, ""],
 ) -> State:
     """Reads a batch of prompts and chooses the first new token of each.
 
     Args:
-      forward, params: the decoder.
+      forward, params: the decoder, or an encoder-decoder, whose encoder reads the prompts.
       tokens, mask: the prompts, padded on the left.
       room: the most new tokens; a shape.
       sample: whether tokens are drawn, or are the likeliest.
       chance: how they are drawn.
       stops: tokens that end a row, filled up with `NO_TOKEN`.
       first: how many of a row's new tokens are in its prompt already; counts its draws.
+      start: the token that an encoder-decoder's answers start with.
     """
     rows, width = tokens.shape
-    decoder = runner(forward, params, rows, width + room)
-    hidden, cache = decoder.apply(tokens, mask, decoder.cache)
+    if isinstance(forward, EncoderDecoderForward):
+        decoder = runner(forward, params, rows, 1 + room)
+        cache = decoder.encode(tokens, mask)
+        tokens, mask = jnp.full((rows, 1), start, jnp.int32), None
+    else:
+        decoder = runner(forward, params, rows, width + room)
+        cache = decoder.cache
+    hidden, cache = decoder.apply(tokens, mask, cache)
     empty = State(
         step=jnp.int32(0),
         last=jnp.zeros(rows, jnp.int32),
@@ -96,7 +104,7 @@ def read(
 # The state is donated: its cache is the largest array there is besides the weights.
 @partial(jax.jit, static_argnames=("forward", "sample"), donate_argnames=("state",))
 def write(
-    forward: Forward,
+    forward: Any,
     params: Any,
     state: State,
     *,
@@ -181,12 +189,14 @@ class Runner(NamedTuple):
     Attributes:
       apply: `(tokens (b, t), mask (b, t) or None, cache) -> (hidden states (b, t, d), cache)`.
       head: `(hidden states (b, 1, d)) -> logits (b, 1, v)`.
-      cache: an empty cache.
+      cache: an empty cache; None of an encoder-decoder, whose first one `encode` makes.
+      encode: `(tokens (b, s), mask (b, s)) -> cache` of an encoder-decoder.
     """
 
     apply: Callable
     head: Callable
-    cache: Cache
+    cache: Cache | None
+    encode: Callable
 
 
 # The row axis of each field of the caches; all rows share `length`.
@@ -198,11 +208,11 @@ def has_stacks(params: Any) -> bool:
     return any(is_stack(x) for x in jax.tree.leaves(params, is_leaf=is_lora))
 
 
-def runner(forward: Forward, params: Any, rows: int, cache_length: int) -> Runner:
+def runner(forward: Any, params: Any, rows: int, cache_length: int) -> Runner:
     """Binds a decoder to parameters, shared by all rows or chosen for each.
 
     Args:
-      forward: a decoder's `Forward`.
+      forward: a decoder's `Forward`, or an encoder-decoder's.
       params: its parameters, plain or with LoRA leaves, or with an adapter per row
         (`lora.select`).
       rows: rows of the batch.
@@ -210,18 +220,32 @@ def runner(forward: Forward, params: Any, rows: int, cache_length: int) -> Runne
     """
     if has_stacks(params):
         return _by_row(forward, params, rows, cache_length)
-    run, head = lorafy(forward.apply), lorafy(forward.head)
+    run, head, encode = _functions(forward, cache_length)
 
     def apply(
         tokens: Int[AnyArray, "b t"], mask: Bool[AnyArray, "b t"] | None, cache: Cache
     ) -> tuple[Float[Array, "b t d"], Cache]:
         return run(params, tokens, mask=mask, cache=cache, return_hidden=True)
 
-    cache = forward.init_cache(rows, cache_length)
-    return Runner(apply, lambda hidden: head(params, hidden), cache)
+    cache = None if encode else forward.init_cache(rows, cache_length)
+    return Runner(
+        apply,
+        lambda hidden: head(params, hidden),
+        cache,
+        lambda tokens, mask: encode(params, tokens, mask=mask),
+    )
 
 
-def _by_row(forward: Forward, params: Any, rows: int, cache_length: int) -> Runner:
+def _functions(forward: Any, cache_length: int) -> tuple[Callable, Callable, Any]:
+    """What continues texts, its head, and what reads the first text of an encoder-decoder."""
+    head = lorafy(forward.head)
+    if isinstance(forward, EncoderDecoderForward):
+        encode = partial(forward.encode, cache_length=cache_length)
+        return lorafy(forward.decode), head, lorafy(encode)
+    return lorafy(forward.apply), head, None
+
+
+def _by_row(forward: Any, params: Any, rows: int, cache_length: int) -> Runner:
     """As `runner`, where `params` has an adapter for each row."""
     parts = by_row(params)
     if not parts.arrays:
@@ -230,7 +254,7 @@ def _by_row(forward: Forward, params: Any, rows: int, cache_length: int) -> Runn
         )
     if (chosen := parts.arrays[0].shape[parts.axes[0]]) != rows:
         raise ValueError(f"adapters are chosen for {chosen} rows, but there are {rows} prompts")
-    run, head = lorafy(forward.apply), lorafy(forward.head)
+    run, head, encode = _functions(forward, cache_length)
 
     # A row is a batch of one; its cache keeps that axis.
     def one(
@@ -257,7 +281,16 @@ def _by_row(forward: Forward, params: Any, rows: int, cache_length: int) -> Runn
 
         return jax.vmap(one_head, in_axes=(parts.axes, 0))(parts.arrays, hidden)
 
+    def read(tokens: Int[AnyArray, "b s"], mask: Bool[AnyArray, "b s"]) -> Cache:
+        def one_text(own: list[AnyArray], tokens: Any, mask: Any) -> Cache:
+            return encode(parts.join(own, parts.base), tokens[None], mask=mask[None])
+
+        each = jax.vmap(one_text, in_axes=(parts.axes, 0, 0), out_axes=ROWS)
+        return each(parts.arrays, tokens, mask)
+
+    if encode:
+        return Runner(apply, logits, None, read)
     cache = forward.init_cache(1, cache_length)
     # (b, l, 1, s, k, h): rows first, so that the map over them moves nothing.
     wide = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), cache)
-    return Runner(apply, logits, wide._replace(length=cache.length))
+    return Runner(apply, logits, wide._replace(length=cache.length), read)

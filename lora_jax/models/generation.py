@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Int
 from lora_jax import processes
 from lora_jax.config.arguments import check_count, check_key, check_tree, integer, kind_of
 from lora_jax.models.decoding import NO_TOKEN, NOT_FINITE, Chance, has_stacks, read, write
+from lora_jax.models.encoder_decoder import EncoderDecoderForward
 from lora_jax.models.mesh import Placement, entered, model_on, params_on, placement
 from lora_jax.models.model import Forward, Model
 from lora_jax.transform.many.rows import select
@@ -49,7 +50,7 @@ def generate(
     Args:
       model: the model; its own `params` are not used.
       params: its parameters, with or without LoRA leaves.
-      prompts: token ids; lengths may differ.
+      prompts: token ids; lengths may differ. An encoder-decoder reads them and writes answers.
       max_new_tokens: maximum number of new tokens for each prompt.
       temperature: 0 takes the most likely token; otherwise logits are divided by it and sampled.
       top_p: samples from the fewest most likely tokens whose probabilities reach this sum.
@@ -85,6 +86,9 @@ def generate(
     chance = Chance(np.float32(temperature), np.float32(top_p), keys)
     # Rows with an adapter each are computed one by one, which leaves no batch to spread.
     own = adapter_ids is not None or has_stacks(params)
+    # As in transformers, the one of generation_config.json comes first.
+    start = model.generation.get("decoder_start_token_id")
+    start = getattr(model.config, "decoder_start_token_id", 0) if start is None else start
     chunks = partial(
         _chunks,
         model.forward if own else model_on(model, params, at).forward,
@@ -93,6 +97,7 @@ def generate(
         chunk=max_new_tokens if stream is None else _STREAMED,
         stops=stops,
         chance=chance,
+        starts=start,
     )
     with entered(at), processes.reachable():
         return _answers(
@@ -155,7 +160,7 @@ _folded = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 
 
 def _chunks(
-    forward: Forward,
+    forward: Any,
     params: Any,
     prompts: Sequence[Sequence[int]],
     count: int,
@@ -164,9 +169,13 @@ def _chunks(
     chunk: int,
     stops: Int[np.ndarray, " stops"],
     chance: Chance,
+    starts: int,
     done: int,
 ) -> Iterator[Int[np.ndarray, "b chunk"]]:
-    """`count` more tokens of each prompt, after the `done` first, some at a time."""
+    """`count` more tokens of each prompt, after the `done` first, some at a time.
+
+    An encoder-decoder's answer `starts` with a token.
+    """
     tokens, mask = left_padded(prompts)
     if at is not None:
         (tokens, mask, keys) = (_on_rows(x, at) for x in (tokens, mask, chance.keys))
@@ -177,7 +186,8 @@ def _chunks(
         "stops": stops,
         "first": np.int32(done),
     }
-    state = read(forward, params, tokens, mask, room=bucket(count, _SMALLEST_NEW), **options)
+    room = bucket(count, _SMALLEST_NEW)
+    state = read(forward, params, tokens, mask, room=room, start=np.int32(starts), **options)
     for start in range(0, count, chunk):
         end = min(start + chunk, count)
         # The first token is there already.
@@ -207,13 +217,13 @@ def _before_longrope(model: Model, prompts: Sequence[Sequence[int]], count: int)
     return count if point is None or longest > point else min(count, point - longest + 1)
 
 
-def check_decoder(model: Model) -> Forward:
-    """The model's functions, if it is a decoder."""
+def check_decoder(model: Model) -> Forward | EncoderDecoderForward:
+    """The model's functions, if it writes texts."""
     if not isinstance(model, Model):
         raise TypeError(
             f"`model` must be a `Model`, as `models.load` returns it, got {kind_of(model)}"
         )
-    if not isinstance(model.forward, Forward):
+    if not isinstance(model.forward, Forward | EncoderDecoderForward):
         raise ValueError(
             f"`model` is a `{model.config.model_type}`, an encoder, which writes nothing: pass a "
             "decoder"
@@ -306,7 +316,9 @@ def _checked_prompts(model: Model, prompts: Any, max_new_tokens: int) -> list[li
     checked = []
     for number, prompt in enumerate(prompts):
         checked.append(checked_prompt(f"prompt {number}", prompt, model.config.vocab_size))
-        if len(checked[-1]) + max_new_tokens > model.config.context:
+        # An encoder-decoder has no table of positions, and its answer is a text of its own.
+        limited = isinstance(model.forward, Forward)
+        if limited and len(checked[-1]) + max_new_tokens > model.config.context:
             raise ValueError(
                 f"prompt {number} has {len(checked[-1])} tokens; with {max_new_tokens} new ones "
                 f"that is more than the model's context of {model.config.context}"

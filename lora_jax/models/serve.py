@@ -124,6 +124,11 @@ class Server:
             stop tokens that are no integers, or a pool over another base.
         """
         forward = check_decoder(model)
+        if not isinstance(forward, Forward):
+            raise ValueError(
+                f"`model` is a `{model.config.model_type}`, an encoder-decoder, of which requests "
+                "cannot be served together: answer a batch at a time with `models.generate`"
+            )
         if not isinstance(pool, AdapterPool):
             raise TypeError(f"`pool` must be an `AdapterPool`, got {kind_of(pool)}")
         rows, room = check_count("rows", rows), check_count("room", room)

@@ -14,6 +14,7 @@ from lora_jax.compat import moved
 from lora_jax.config.arguments import SettingsError
 from lora_jax.recipes.forms import FORM_FILE, TrainedForm
 from lora_jax.recipes.settings import GenerateConfig
+from lora_jax.train.loss import reads_first
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -143,12 +144,13 @@ def generate_texts(
         raise ValueError(
             "this model has no tokenizer, so it cannot read text: put tokenizer.json beside it"
         )
-    if config.max_new_tokens >= (context := model.config.context):
+    context = model.config.context
+    if config.max_new_tokens >= context and not reads_first(model):
         raise SettingsError(
             f"`max_new_tokens` is {config.max_new_tokens}, but the model's context, with the "
             f"prompt, is {context} tokens"
         )
-    prompts = [_tokens(tokenizer, question) for question in questions]
+    prompts = [_tokens(model, question) for question in questions]
     # A chat model ends a turn with another token than a text; both are ends.
     stops = sorted({*model.config.eos_token_ids, *tokenizer.stop_ids})
     sampling = sampling_of(config, model.generation)
@@ -297,7 +299,10 @@ def sampling_of(config: GenerateConfig, generation: Mapping[str, Any]) -> Sampli
     return Sampling(checked.temperature or 0.0, 1.0 if checked.top_p is None else checked.top_p)
 
 
-def _tokens(tokenizer: Any, question: Messages | str) -> list[int]:
+def _tokens(model: Any, question: Messages | str) -> list[int]:
+    tokenizer = model.tokenizer
     if isinstance(question, str):
-        return list(tokenizer.encode_prompt(question))
+        # An encoder reads a whole text, its end included.
+        whole = reads_first(model)
+        return list(tokenizer.encode(question) if whole else tokenizer.encode_prompt(question))
     return list(tokenizer.apply_chat_template(question, add_generation_prompt=True))

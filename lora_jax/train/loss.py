@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from lora_jax import compat
 from lora_jax.dims import AnyArray
 from lora_jax.models.encoder import EncoderForward
+from lora_jax.models.encoder_decoder import EncoderDecoderForward
 from lora_jax.models.layers import Specs, gather
 from lora_jax.train.goals import Goal, answer_losses, goal_of, token_losses
 from lora_jax.transform.low_rank import at_places
@@ -171,6 +172,11 @@ def losses_of(
 def reads_both_ways(model: Any) -> bool:
     """Whether a model is an encoder, whose tokens attend to those after them too."""
     return isinstance(getattr(model, "forward", None), EncoderForward)
+
+
+def reads_first(model: Any) -> bool:
+    """Whether a model is an encoder-decoder, which reads one text and writes another."""
+    return isinstance(getattr(model, "forward", None), EncoderDecoderForward)
 
 
 def _of_whole_texts(model: Any, goal: Goal, rows: Rows) -> Callable:

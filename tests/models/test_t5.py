@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import lora_jax as lora
 from lora_jax import models
+from lora_jax.models.registry import inputs_of
 from lora_jax.models.saving import save_merged
 from lora_jax.models.t5_config import T5Config
 
 from tests.support.decoder_checks import quick_jit
 from tests.support.oracle import oracle
+from tests.support.peft_trees import noisy
 from tests.support.torch_models import TOLERANCE, load, saver, written
 
 pytestmark = [pytest.mark.once, pytest.mark.oracle]
@@ -183,3 +186,51 @@ def test_what_an_encoder_decoder_has_not_is_refused(saved):
         model.apply(model.params, first, second[:2])
     with pytest.raises(ValueError, match="`decoder_mask` must be bool"):
         model.apply(model.params, first, second, decoder_mask=mask)
+
+
+def their_answers(model, prompts):
+    import torch
+
+    width = max(map(len, prompts))
+    rows = torch.tensor([[*row, *[0] * (width - len(row))] for row in prompts])
+    mask = torch.tensor([[*[1] * len(row), *[0] * (width - len(row))] for row in prompts])
+    with torch.no_grad():
+        found = model.generate(
+            rows, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None
+        )
+    return found[:, 1:].tolist()
+
+
+@pytest.mark.parametrize("case", ["t5", pytest.param("umt5", marks=pytest.mark.slow)])
+def test_greedy_text_is_transformers(saved, case):
+    there, directory = saved(case)
+    model = models.load(directory)
+    prompts = [row[keep].tolist() for row, keep in zip(*texts()[::2], strict=True)]
+    want = oracle(f"{PLACE}/{case}.greedy", lambda: their_answers(there(), prompts))
+    assert models.generate(model, model.params, prompts, max_new_tokens=20) == want
+    # A stop token ends a row, and the start is that of generation_config.json.
+    stop = want[0][5]
+    (got,) = models.generate(
+        model, model.params, prompts[:1], max_new_tokens=20, stop_tokens=(stop,)
+    )
+    assert got == want[0][: want[0].index(stop)]
+    other = models.Model(model.forward, model.params, generation={"decoder_start_token_id": 7})
+    again = models.generate(other, model.params, prompts, max_new_tokens=20)
+    assert again != want
+
+
+@pytest.mark.slow
+def test_each_prompt_has_an_adapter_of_its_own(saved):
+    model = models.load(saved("t5").directory)
+    config = lora.LoraConfig(rank=2, target_modules=("q", "wo"))
+    plan = lora.plan(config, model.apply, model.params, *inputs_of(model.config))
+    some = [noisy(lora.init(jax.random.key(i), plan, model.params), seed=i) for i in (1, 2)]
+    prompts = [[5, 9, 30, 1], [44, 8, 1], [3, 3, 3, 12, 1]]
+    many = models.generate(
+        model, lora.stack(some), prompts, max_new_tokens=9, adapter_ids=[0, 1, -1]
+    )
+    alone = [
+        models.generate(model, params, [prompt], max_new_tokens=9)[0]
+        for params, prompt in zip((*some, model.params), prompts, strict=True)
+    ]
+    assert many == alone
