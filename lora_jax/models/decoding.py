@@ -86,11 +86,10 @@ def read(
     if isinstance(forward, EncoderDecoderForward):
         decoder = runner(forward, params, rows, 1 + room)
         cache = decoder.encode(tokens, mask)
-        tokens, mask = jnp.full((rows, 1), start, jnp.int32), None
+        hidden, cache = decoder.apply(jnp.full((rows, 1), start, jnp.int32), None, cache)
     else:
         decoder = runner(forward, params, rows, width + room)
-        cache = decoder.cache
-    hidden, cache = decoder.apply(tokens, mask, cache)
+        hidden, cache = decoder.apply(tokens, mask, decoder.cache)
     empty = State(
         step=jnp.int32(0),
         last=jnp.zeros(rows, jnp.int32),
