@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lora_jax import compat
 from lora_jax.array import dense, widened
+from lora_jax.config.arguments import SettingsError
 from lora_jax.dims import factor_shapes, from_matrix, sizes, stack_dims, to_matrix
 from lora_jax.plan.leaf import LeafPlan
 from lora_jax.quant.array import is_quant
@@ -109,9 +110,9 @@ def residual(leaf: LeafPlan, w: Any, a: Array, b: Array, *, s: np.ndarray) -> Ar
     """The weight without the factors' product: `W − s·A·B`."""
     # The residual would have to be quantized once more, with a new error.
     if is_quant(w):
-        raise ValueError(
+        raise SettingsError(
             f"`{leaf.path}` is quantized, and this `init` changes the base: start from the floats, "
-            'then quantize; or use init="default" or "loftq"'
+            'then quantize; or use init="default" or init="loftq"'
         )
     change = s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
     return (w.astype(a.dtype) - from_matrix(change, leaf.shape, leaf.roles)).astype(w.dtype)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from lora_jax.config.arguments import check_argument
+from lora_jax.config.arguments import SettingsError, check_argument
 from lora_jax.files import check_links, named, read_object
 from lora_jax.hf.checkpoint.fill import Spread, fill, is_shared
 from lora_jax.hf.checkpoint.names import Family, as_held, copies, unified, without_numbers
@@ -161,7 +161,7 @@ class _Head(NamedTuple):
         if self.key is None:
             return config
         if architecture_of(config.model_type).kind == ENCODER_DECODER:
-            raise ValueError(
+            raise SettingsError(
                 f"{source}: `labels` came for a `{config.model_type}`, an encoder-decoder, which "
                 "writes the name of a class as its answer: leave them out"
             )
@@ -171,7 +171,9 @@ class _Head(NamedTuple):
                 else f"is a `{config.wrapper or config.model_type}`, of which transformers has no "
                 f"class ...{NAMED[self.task].ending}"
             )  # fmt: skip
-            raise ValueError(f"{source}: `fresh_head` came for a model that {why}: leave it out")
+            raise SettingsError(
+                f"{source}: `fresh_head`, or `labels`, came for a model that {why}: leave it out"
+            )
         return dataclasses.replace(
             config, task=self.task, labels=self.labels, problem_type=self.problem,
             tie_word_embeddings=False,

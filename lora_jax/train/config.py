@@ -121,7 +121,7 @@ class TrainConfig:
         share = _finite(self.final_learning_rate)
         _check(self, "final_learning_rate", 0 <= share <= 1, "a share of the peak, 0 to 1")
         clips = self.clip is None or _finite(self.clip) > 0
-        _check(self, "clip", clips, "a number above 0, or None for no clipping")
+        _check(self, "clip", clips, "a number above 0, or `clip=None` for no clipping")
         _check(self, "schedule", self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES))
         packs = self.packing == "auto" or isinstance(self.packing, bool)
         _check(self, "packing", packs, '"auto", True or False')

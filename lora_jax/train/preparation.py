@@ -146,7 +146,7 @@ def layout(
         # Without them the load of experts would count padding, and an encoder would read it.
         segmented=config.balance_experts or whole_rows(model),
     )
-    hint = "; consider packing=True (--packing)" if worth else ""
+    hint = "; consider packing" if worth else ""
     return Layout(prepared, total, choice.text + hint)
 
 

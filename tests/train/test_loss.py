@@ -301,7 +301,7 @@ def test_counting_steps():
         ("warmup", -0.1, "a number of at least 0, got -0.1"),
         ("beta2", 1.0, "at least 0 and below 1, got 1.0"),
         ("final_learning_rate", 2, "a share of the peak, 0 to 1, got 2"),
-        ("clip", 0, "a number above 0, or None for no clipping, got 0"),
+        ("clip", 0, "a number above 0, or `clip=None` for no clipping, got 0"),
         ("schedule", "cos", "one of cosine, linear, constant, got 'cos'"),
         ("seed", -1, r"a whole number from 0 to 2\*\*32 - 1, got -1"),
         ("keep", 0, "a whole number of at least 1, got 0"),

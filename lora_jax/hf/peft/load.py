@@ -210,7 +210,10 @@ def _check_keys(
         *_listed("misshapen", shapes[:_SHOWN], len(shapes)),
     ]
     if missing or shapes:
-        problems.append("a weight whose dims are read otherwise than in PEFT needs `roles`")
+        problems.append(
+            "pass an adapter of this model; where a model of your own has dims that are read "
+            "otherwise than in PEFT, state them by `lora.hf.load_peft(..., roles=...)`"
+        )
     if problems:
         raise ValueError(f"{source}: the adapter does not fit this model; {'; '.join(problems)}")
 
