@@ -120,7 +120,7 @@ def examples(
 
     Warns:
       UserWarning: no example teaches the model to end its answer, or the chat template leaves out
-        tools, calls of them, or reasoning.
+        tools, calls of them, or reasoning; or records have classes, and there are no `labels`.
     """
     if too_long not in TOO_LONG:
         raise ValueError(f"`too_long` must be one of {', '.join(TOO_LONG)}, got {too_long!r}")
@@ -142,6 +142,12 @@ def examples(
         ]
     else:
         _check_written(records, tokenizer)
+        if classes := [record.source for record in records if record.label is not None]:
+            warnings.warn(
+                f'{classes[0]}: "label" is not learned, the text alone is: name the classes in '
+                "`labels` to train a classifier",
+                stacklevel=2,
+            )
         made = [example for record in records for example in _tokenize(record, tokenizer)]
     ends = 0 if goal is None else tokenizer.closing
     if goal is not None and goal.per == "answer" and too_long == "truncate":

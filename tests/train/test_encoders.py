@@ -171,6 +171,12 @@ def test_a_mesh_gives_the_losses_of_one_device(bare, kind):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
+def test_classes_without_labels_are_not_lost_in_silence():
+    record = record_of({"text": TEXTS[3], "label": 1})
+    with pytest.warns(UserWarning, match='"label" is not learned, .*: name the classes in `labels'):
+        examples([record], tiny_tokenizer(), max_length=64)
+
+
 def test_the_end_of_a_long_text_is_kept(bare):
     """As transformers cuts a text: before the tokens that close it."""
     from tokenizers.processors import TemplateProcessing
