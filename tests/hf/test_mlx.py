@@ -1,5 +1,6 @@
 """MLX's two files, written and read; `make integrations` compares with mlx-lm itself."""
 
+import dataclasses
 import json
 
 import jax
@@ -56,6 +57,14 @@ def test_both_files_hold_the_change_of_every_module(tmp_path):
     b, a = (read[f"{TABLE}.lora_embedding_{x}"] for x in "BA")
     b0, a0 = (tensors[f"{TABLE}.lora_embedding_{x}"] for x in "BA")
     np.testing.assert_allclose(scale * b @ a, 3 / 3**0.5 * b0 @ a0, rtol=1e-5)
+
+
+def test_one_scale_of_rslora_is_mlxs(tmp_path):
+    tensors = {name: x for name, x in random_tensors().items() if name.startswith(NAME)}
+    config = dataclasses.replace(CONFIG, rank_pattern={}, target_modules=("up_proj",))
+    write_mlx(tmp_path / "a", config, tensors)
+    fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert fields["lora_parameters"]["scale"] == pytest.approx(3 / 2**0.5)
 
 
 def test_it_is_converted_from_and_to_peft_and_described(tmp_path):

@@ -183,4 +183,24 @@ FAULTS = [
         ("or config.trainable_token_indices:", "or False:"),
         ("shape[::-1], None", "shape[::-1], axes"),
     ),
+    *in_file(
+        "hf/peft/experts.py",
+        "tests/hf/peft/test_experts.py",
+        ("(2**0.5 if config.use_rslora else 2)", "2"),
+        ("b.transpose(1, 2, 0).reshape(b.shape[1], -1)",
+         "b.transpose(1, 0, 2).reshape(b.shape[1], -1)"),
+    ),
+    *in_file(
+        "hf/mlx.py",
+        "tests/hf/test_mlx.py",
+        ('(math.sqrt(rank) if fields["use_rslora"] else rank)', "rank"),
+    ),
+    *in_file(
+        "hf/keras.py",
+        "tests/hf/test_keras.py",
+        ("np.asarray(leaf.b) * np.asarray(leaf.scale)", "np.asarray(leaf.b)"),
+        ("(u[:, :rank] * s[:rank])", "u[:, :rank]"),
+        ("pair.a.transpose([*stacks, *ins,", "pair.a.transpose([*ins, *stacks,"),
+        ("np.finfo(np.float32).eps).sum()", "1e-2).sum()"),
+    ),
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax.hf import load_peft, save_peft
+from lora_jax.hf.peft.experts import fused
 
 from tests.support.decoders import DELTA, LATENT
 from tests.support.oracle import oracle, seeded
@@ -324,3 +325,18 @@ def test_an_adapter_of_some_experts_layers_is_refused(case, saved, tmp_path):
     }
     with pytest.raises(ValueError, match=messages[case]):
         load_peft(tmp_path / "a", base.apply, base.params, TOKENS, model_type="mixtral")
+
+
+@pytest.mark.parametrize("rslora, factor", [(False, 2), (True, 2**0.5)])
+def test_gate_and_up_in_one_have_the_scale_of_each(rslora, factor):
+    """Of twice the rank: alpha / r, or alpha / √r."""
+    block = "base_model.model.model.layers.0.mlp.experts"
+    tensors = {
+        f"{block}.{expert}.{layer}.lora_{part}.weight": np.ones(shape, np.float32)
+        for expert in (0, 1) for layer in ("w1", "w3")
+        for part, shape in (("A", (3, 8)), ("B", (6, 3)))
+    }  # fmt: skip
+    config = lora.LoraConfig(rank=3, alpha=5, target_modules=("w1", "w3"), use_rslora=rslora)
+    found, _ = fused(config, tensors, ["model.layers.0.mlp.experts.gate_up_proj"], "file")
+    assert found.rank_pattern == {r".*\.gate_up_proj": 6}
+    assert found.alpha_pattern == {r".*\.gate_up_proj": 5 * factor}
