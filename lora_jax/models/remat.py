@@ -91,9 +91,13 @@ def rematerialized(
 
 
 def _unless_gathered(primitive: Any, *inputs: Any, **params: Any) -> bool:
-    """A policy of `jax.checkpoint` that keeps all but what came from other devices."""
+    """A policy of `jax.checkpoint` that keeps all but weights and tokens of other devices.
+
+    Inside of a block, it takes the place of the policies of other checkpoints: the weights that
+    each tile of a mixture picks must not be kept either, see `models.expert_rows`.
+    """
     del inputs, params
-    return primitive.name not in ("sharding_constraint", "all_gather")
+    return primitive.name not in ("sharding_constraint", "all_gather", "dynamic_slice", "squeeze")
 
 
 def _policy(remat: Remat, offload: bool) -> Callable | None:

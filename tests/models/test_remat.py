@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import lora_jax as lora
 from lora_jax import models
+from lora_jax.analysis.step_memory.compiled import placement
+from lora_jax.analysis.step_memory.step import StepSettings, abstract_step, placed, spread
+from lora_jax.models.mesh import entered
 from lora_jax.models.remat import remat_name
 
 from tests.support.tiny import SMALL
@@ -108,3 +112,42 @@ def test_an_encoder_is_not_offloaded():
 def test_names():
     assert [remat_name(x) for x in (True, False, "full")] == ["full", "none", "full"]
     assert remat_name(OFFLOADED) == "offload_dot_with_no_batch_dims"
+
+
+@pytest.mark.parametrize("form", [None, "nf4"])
+def test_no_weight_of_other_devices_is_kept(form):
+    """Neither the gathered experts nor the one that each tile of rows picks."""
+    config = dataclasses.replace(
+        CONFIG, model_type="mixtral", num_experts=8, hidden_size=128, head_dim=32,
+        moe_intermediate_size=256,
+    )  # fmt: skip
+    settings = StepSettings(
+        adapter=lora.LoraConfig(rank=2, target_modules=("q_proj", "experts.down_proj")),
+        quantize=form, batch=8, length=8, remat="none", mesh={"fsdp": 8}, backend="reference",
+    )  # fmt: skip
+    at = placement(settings)
+    step = abstract_step(config, settings, batch=8, at=at)
+    places = spread(step, settings)
+    specs = (places.state, places.frozen, places.batch)
+    args = placed((step.state, step.frozen, step.batch), specs, at.mesh)
+    with entered(at):
+        loops = scans(jax.make_jaxpr(step.fn)(*args).jaxpr)
+    found = [x.aval for eqn in loops for x in eqn.outvars[eqn.params["num_carry"] :]]
+    found = [x for x in found if x.shape[0] == config.num_hidden_layers]
+    assert len(found) > 10
+    # The fewest bytes of experts: the codes of down.
+    assert max(x.size for x in found) < 3 * 8 * 256 * 128 // 2
+
+
+def scans(jaxpr):
+    """The loops of a program, those inside of others included."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
+                yield from scans(getattr(inner, "jaxpr", inner))
+
+
+def is_jaxpr(x):
+    return isinstance(x, Jaxpr | ClosedJaxpr)
