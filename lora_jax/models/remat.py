@@ -31,6 +31,8 @@ _POLICIES = (
 _INPUT = "block_input"
 _KEPT = {"full": (_INPUT,), "projections": (_INPUT, PROJECTION)}
 _DOTS = ("dots_with_no_batch_dims_saveable", "checkpoint_dots_with_no_batch_dims")
+# How weights and tokens of other devices come, and how a part of them is picked.
+_BROUGHT = ("sharding_constraint", "all_gather", "dynamic_slice", "squeeze", "reshape")
 _PLACES = {"offload_src": "device", "offload_dst": "pinned_host"}
 
 
@@ -97,7 +99,7 @@ def _unless_gathered(primitive: Any, *inputs: Any, **params: Any) -> bool:
     each tile of a mixture picks must not be kept either, see `models.expert_rows`.
     """
     del inputs, params
-    return primitive.name not in ("sharding_constraint", "all_gather", "dynamic_slice", "squeeze")
+    return primitive.name not in _BROUGHT
 
 
 def _policy(remat: Remat, offload: bool) -> Callable | None:
