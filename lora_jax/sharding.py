@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 from lora_jax import compat, paths, processes
 from lora_jax.array import LoraArray, LoraStack, RowsArray, SavedArray, is_leaf
 from lora_jax.config.arguments import check_argument, check_tree, kind_of, quoted
+from lora_jax.config.sharding import LeafDims, Rules
 from lora_jax.dims import in_dims, stack_dims
 from lora_jax.quant import sharding as quant_sharding
 from lora_jax.quant.array import QuantArray, is_quant, units
@@ -39,38 +40,6 @@ _PARTS = {"a": "a", "b": "b", "scale": "scale", "m": "gain", "bias": "bias"}
 
 def __dir__() -> list[str]:
     return __all__
-
-
-@dataclasses.dataclass(frozen=True)
-class LeafDims:
-    """The logical dims of the leaves whose path a pattern matches.
-
-    Attributes:
-      pattern: a regular expression, searched for in the path.
-      dims: names of the last dims; a dim before them is `layers`.
-      order: the positions in `dims` in the order in which a mesh axis tries them.
-    """
-
-    pattern: str
-    dims: tuple[str, ...]
-    order: tuple[int, ...] = (0, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """Which mesh axes shard which dims.
-
-    Attributes:
-      axes: a logical dim to the mesh axes that may shard it. An axis of a mesh that is named for
-        no dim copies the weights, with a warning unless it is "data" or "context"; name an axis of
-        the rows for a dim of its own, `"rows": ("batch",)`.
-      leaves: the logical dims of every leaf; the first row that matches counts. A leaf that none
-        matches is copied to every device, with a warning if it is a matrix; a row without dims
-        copies in silence.
-    """
-
-    axes: Mapping[str, tuple[str, ...]]
-    leaves: tuple[LeafDims, ...]
 
 
 def partition_specs(lora_params: PyTree, specs: PyTree) -> PyTree:

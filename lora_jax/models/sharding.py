@@ -103,6 +103,7 @@ def make_mesh(*, devices: Sequence[jax.Device] | None = None, **axes: int) -> Me
       The mesh, for `models.load(source, mesh=mesh)` and `lora_jax.sharding.place`.
 
     Raises:
+      TypeError: a number as `devices`.
       ValueError: an unknown axis, or numbers that do not multiply up to the devices.
 
     Example:
@@ -110,6 +111,11 @@ def make_mesh(*, devices: Sequence[jax.Device] | None = None, **axes: int) -> Me
       >>> dict(lora.models.make_mesh(fsdp=-1).shape)["fsdp"] >= 1
       True
     """
+    if isinstance(devices, int):
+        raise TypeError(
+            f"`devices` must be devices, such as `jax.devices()[:{devices}]`, got {devices}: their "
+            "number along an axis is that axis' argument, `fsdp=-1` for all of them"
+        )
     found = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(axes, len(found))
     return jax.make_mesh(

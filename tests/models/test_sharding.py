@@ -159,6 +159,28 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes, message):
         lora.models.make_mesh(**axes)
 
 
+def test_a_number_of_devices_is_refused():
+    with pytest.raises(TypeError, match=r"`devices` must be devices, such as .*`fsdp=-1`"):
+        lora.models.make_mesh(devices=8)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LeafDims("(", ("a", "b")), "`pattern` of `LeafDims` must be a regular expression"),
+        (lambda: LeafDims("w$", "hidden"), "`dims` of `LeafDims` must be a tuple of names"),
+        (lambda: LeafDims("w$", ("a", "b"), (0, 2)), "`order` of `LeafDims` must have positions"),
+        (lambda: LeafDims("w$", ("a",)), "0 to 0, got .0, 1."),
+        (lambda: Rules({"a": "fsdp"}, ()), r'`axes\["a"\]` of `Rules` must be a tuple of names'),
+        (lambda: Rules((), ()), "`axes` of `Rules` must map a logical dim to mesh axes"),
+        (lambda: Rules({}, ("w$",)), "`leaves` of `Rules` must be `LeafDims`, got `str` 'w.'"),
+    ],
+)
+def test_rules_that_name_no_dims_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def test_minus_one_is_what_the_other_axes_leave():
     assert dict(lora.models.make_mesh(data=2, fsdp=-1).shape) == {"data": 2, "fsdp": 4}
 
