@@ -1,6 +1,7 @@
 """The sharding rules of base models: the mesh axis of each dim, and how a user changes them."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import pytest
@@ -160,25 +161,26 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes, message):
 
 
 def test_a_number_of_devices_is_refused():
+    number: Any = 8
     with pytest.raises(TypeError, match=r"`devices` must be devices, such as .*`fsdp=-1`"):
-        lora.models.make_mesh(devices=8)
+        lora.models.make_mesh(devices=number)
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("cls", "given", "message"),
     [
-        (lambda: LeafDims("(", ("a", "b")), "`pattern` of `LeafDims` must be a regular expression"),
-        (lambda: LeafDims("w$", "hidden"), "`dims` of `LeafDims` must be a tuple of names"),
-        (lambda: LeafDims("w$", ("a", "b"), (0, 2)), "`order` of `LeafDims` must have positions"),
-        (lambda: LeafDims("w$", ("a",)), "0 to 0, got .0, 1."),
-        (lambda: Rules({"a": "fsdp"}, ()), r'`axes\["a"\]` of `Rules` must be a tuple of names'),
-        (lambda: Rules((), ()), "`axes` of `Rules` must map a logical dim to mesh axes"),
-        (lambda: Rules({}, ("w$",)), "`leaves` of `Rules` must be `LeafDims`, got `str` 'w.'"),
+        (LeafDims, ("(", ("a", "b")), "`pattern` of `LeafDims` must be a regular expression"),
+        (LeafDims, ("w$", "hidden"), "`dims` of `LeafDims` must be a tuple of names"),
+        (LeafDims, ("w$", ("a", "b"), (0, 2)), "`order` of `LeafDims` must have positions"),
+        (LeafDims, ("w$", ("a",)), "0 to 0, got .0, 1."),
+        (Rules, ({"a": "fsdp"}, ()), r'`axes\["a"\]` of `Rules` must be a tuple of names'),
+        (Rules, ((), ()), "`axes` of `Rules` must map a logical dim to mesh axes"),
+        (Rules, ({}, ("w$",)), "`leaves` of `Rules` must be `LeafDims`, got `str` 'w.'"),
     ],
 )
-def test_rules_that_name_no_dims_are_refused(make, message):
+def test_rules_that_name_no_dims_are_refused(cls, given, message):
     with pytest.raises(ValueError, match=message):
-        make()
+        cls(*given)
 
 
 def test_minus_one_is_what_the_other_axes_leave():
