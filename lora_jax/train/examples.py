@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from lora_jax.config.arguments import SettingsError, quoted
+from lora_jax.config.arguments import SettingsError, kind_of, quoted
 from lora_jax.train.chat import Marked, chat_examples, unwritten
 from lora_jax.train.goals import Goal, goal_of
 from lora_jax.train.jsonl import Record, load_jsonl
@@ -130,6 +130,7 @@ def examples(
         raise ValueError("`tokenizer` is None: this model came without one; pass a tokenizer")
     # The records may be a generator, and are read twice.
     records, goal = list(records), goal_of(config)
+    _check_records(records)
     if (too_long == "windows") > (goal is not None and goal.per == "answer"):
         raise SettingsError('`too_long` "windows" is for answers in long contexts: use "truncate"')
     _check_answers(records)
@@ -165,6 +166,16 @@ def examples(
     if goal is None:
         _check_ends(kept, tokenizer)
     return kept
+
+
+def _check_records(records: Sequence[Any]) -> None:
+    """Refuses what is no record."""
+    other = next((x for x in records if not isinstance(x, Record)), None)
+    if other is not None:
+        raise TypeError(
+            f"`records` must be `Record`s, got {kind_of(other)}: `lora.train.record_of(row)` makes "
+            "one of a dict, `load_jsonl` reads a file of them"
+        )
 
 
 def _check_answers(records: Sequence[Record]) -> None:

@@ -1,6 +1,7 @@
 """JSON lines to examples: what is learned, and what is said about bad data."""
 
 import json
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -519,3 +520,8 @@ def test_any_end_token_of_the_model_ends_a_turn():
 
     (example,) = examples([record_of(chat(*HELLO[:2]))], Two(), max_length=99)
     assert learned_tokens(example) == [ord("b"), EOS]
+
+
+def test_rows_that_are_no_records():
+    with pytest.raises(TypeError, match=r"must be `Record`s, got .*`lora.train.record_of\(row\)`"):
+        examples(cast(Any, [{"text": "yes"}]), Tokenizer(), max_length=64)
