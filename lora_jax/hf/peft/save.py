@@ -28,7 +28,7 @@ from lora_jax.hf.peft.index import (
     with_fused_experts,
 )
 from lora_jax.hf.peft.tensors import TensorSpec, read_leaf, tensor_specs
-from lora_jax.hf.peft.tying import HEAD, tied_config, ties
+from lora_jax.hf.peft.tying import HEAD, check_shared, tied_config, ties
 from lora_jax.multi.single import check_single
 from lora_jax.paths import module_of
 
@@ -72,6 +72,7 @@ def with_task(
         config = tied_config(leaves, config)
     config = with_fused_experts(leaves, config)
     fields, tensors = content_of(make_index(leaves, config), model_type=model_type)
+    check_shared(tensors, leaves, "lora_params")
     if task_type == AUTO:
         task_type = task_of(leaves, tensors)
     _check_head(task_type, leaves, tensors)

@@ -13,6 +13,7 @@ import numpy as np
 from lora_jax.array import LoraArray, SavedArray
 from lora_jax.config.lora import LoraConfig
 from lora_jax.config.matching import fits
+from lora_jax.hf.peft.card import is_encoder_decoder, parts_of
 from lora_jax.hf.peft.index import PREFIX, is_embedding, is_table
 from lora_jax.paths import module_of
 from lora_jax.plan.leaf import Plan
@@ -93,6 +94,31 @@ def tied_by_file(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> LoraC
     return config
 
 
+def check_shared(tensors: Iterable[str], paths: Iterable[str], source: str) -> None:
+    """Refuses an adapter on T5's table: in transformers, encoder and decoder read copies of it.
+
+    Where the head is tied too, PEFT gives trained rows to all of them.
+
+    Args:
+      tensors: PEFT's names of the adapter's tensors.
+      paths: of the model's leaves.
+      source: what messages call the adapter.
+
+    Raises:
+      ValueError: there is one.
+    """
+    parts = parts_of(paths)
+    if not is_encoder_decoder(parts):
+        return
+    rows = HEAD not in parts
+    for key in tensors:
+        if key.startswith(f"{PREFIX}shared.") and not (rows and ".token_adapter." in key):
+            raise ValueError(
+                f"{source}: `{key}` has no effect in PEFT, where encoder and decoder read copies "
+                "of `shared`: leave it out of the targets and of modules_to_save"
+            )
+
+
 def check_tying(config: LoraConfig, tensors: Iterable[str], plan: Plan, source: str) -> None:
     """Refuses an adapter that changes one of embedding and head where one table is both.
 
@@ -106,6 +132,7 @@ def check_tying(config: LoraConfig, tensors: Iterable[str], plan: Plan, source: 
       ValueError: the config does not tie the adapters of a table that the model also uses as its
         head.
     """
+    check_shared(tensors, [leaf.path for leaf in plan.leaves], source)
     if ties(config):
         return
     table = next((leaf.path for leaf in plan.leaves if leaf.tied), None)
