@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import array
+from lora_jax import array, processes
 from lora_jax.paths import component
 
 # Phrases of an error message, before it says how many more there are.
@@ -121,7 +121,7 @@ def _leaf(x: Any) -> dict:
     fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
     static = {n: _json(v) for n, v in fields.items() if v is None or _is_static(v)}
     # One scale per layer of a stacked leaf: an array, which JSON holds as nested lists.
-    scale = {"scale": np.asarray(x.scale).tolist()} if "scale" in fields else {}
+    scale = {"scale": np.asarray(processes.whole(x.scale)).tolist()} if "scale" in fields else {}
     rank = {"rank": x.rank} if isinstance(x, array.LoraArray) else {}
     # The weight's own shape and dtype: the leaf can then be built without the base.
     weight = {"kind": type(x).__name__, "shape": list(x.shape), "dtype": str(x.dtype)}
