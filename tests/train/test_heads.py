@@ -56,17 +56,29 @@ TARGETS = {
 }
 # Kind, class, classes, problem.
 CASES = {
+    "bert values": ("bert", TEXTS, 1, None),
     "bert several": ("bert", TEXTS, 3, SEVERAL),
+    "bert tokens": ("bert", "TokenClassification", 4, None),
     "roberta two values": ("roberta", TEXTS, 2, ONE),
     "electra several": ("electra", TEXTS, 3, SEVERAL),
+    "electra tokens": ("electra", "TokenClassification", 4, None),
+    "distilbert tokens": ("distilbert", "TokenClassification", 4, None),
+    "distilbert answers": ("distilbert", "QuestionAnswering", 2, None),
     "modernbert values": ("modernbert", TEXTS, 1, ONE),
+    "modernbert tokens": ("modernbert", "TokenClassification", 4, None),
+    "modernbert answers": ("modernbert", "QuestionAnswering", 2, None),
     "deberta several": ("deberta-v2", TEXTS, 3, SEVERAL),
+    "deberta answers": ("deberta-v2", "QuestionAnswering", 2, None),
     "llama one class": ("llama", TEXTS, 3, None),
     "llama values": ("llama", TEXTS, 1, None),
     "llama several": ("llama", TEXTS, 3, SEVERAL),
+    "llama tokens": ("llama", "TokenClassification", 4, None),
+    "llama answers": ("llama", "QuestionAnswering", 2, None),
+    "qwen2 answers": ("qwen2", "QuestionAnswering", 2, None),
+    "mistral answers": ("mistral", "QuestionAnswering", 2, None),
     "gpt2 values": ("gpt2", TEXTS, 1, ONE),
 }
-QUICK = ("bert several", "modernbert values", "llama several")
+QUICK = ("deberta answers", "modernbert tokens", "llama several")
 LENGTHS = (12, 7, 5)
 TYPES = {"TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
 
@@ -202,7 +214,9 @@ def test_loss_and_slopes_are_pefts(saved, case, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["bert several", "llama values"])
+@pytest.mark.parametrize(
+    "case", ["bert several", "bert tokens", "distilbert answers", "llama values", "llama answers"]
+)
 def test_a_mesh_gives_the_losses_of_one_device(saved, case):
     """Also where the tokens of a row are spread; losses of four steps."""
     _, directory = saved(case)
