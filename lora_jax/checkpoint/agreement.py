@@ -63,8 +63,15 @@ def _fields(leaf: LoraArray, config: LoraConfig) -> Iterator[tuple[str, float, s
     yield "rank", _rank(leaf, max(ranks)), ranks
     # A layer that a config leaves out has scale 0.
     scales = {0.0, *(scale_of(config, rank, alpha) for rank in ranks for alpha in alphas)}
-    for scale in np.unique(np.asarray(leaf.scale)):
+    for scale in np.unique(np.concatenate([np.ravel(part) for part in _own(leaf.scale)])):
         yield "scale", float(scale), scales
+
+
+def _own(x: Any) -> list[np.ndarray]:
+    """The parts of an array that this process has; all of it, where it is no array of JAX."""
+    return [np.asarray(part.data) for part in getattr(x, "addressable_shards", ())] or [
+        np.asarray(x)
+    ]
 
 
 def _rank(leaf: LoraArray, most: int) -> int:
@@ -74,7 +81,7 @@ def _rank(leaf: LoraArray, most: int) -> int:
     outs = (slice(None),) * leaf.roles.count("o")
     # A row of b without its column of a has no effect, and the reverse.
     beyond = (leaf.a[..., most:], leaf.b[(..., slice(most, None), *outs)])
-    return leaf.rank if all(np.any(np.asarray(x)) for x in beyond) else most
+    return leaf.rank if all(any(map(np.any, _own(x))) for x in beyond) else most
 
 
 def check_finite(arrays: Mapping[str, Any]) -> None:

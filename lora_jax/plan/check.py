@@ -45,7 +45,9 @@ def check(config: LoraConfig, drafts: Sequence[Draft]) -> None:
             problems.append(
                 f'`modules_to_save` entry "{entry}" trains nothing: `{leaf.path}` is {leaf.dtype}'
             )
-    problems += _other_layers(config, names)
+    # Layers under another name have an error of their own.
+    if all(x.names.numbered or "s" not in x.leaf.roles for x in drafts):
+        problems += _other_layers(config, names)
     if not problems and not isinstance(config.target_modules, str):
         problems += _useless_targets(config.target_modules, drafts, excluded)
     adapted = [leaf for leaf in leaves if leaf.kind == "lora"]

@@ -1,15 +1,19 @@
 """gemma and MaxText need Python 3.12: an environment of their own, `make integrations312`."""
 
-import pytest
-
 from tests.support.integrations import figures_of
 
+PEFT = ("flax", "peft", "transformers")
 
-@pytest.mark.parametrize(
-    "program, package", {"gemma_linen": "gemma", "maxtext_decoder": "maxtext"}.items()
-)
-def test_a_decoder_trained_here_and_loaded_by_peft(program, package):
-    found = figures_of(program, package, "flax", "peft", "transformers")
+
+def test_gemma_linen():
+    check_trained(figures_of("gemma_linen", "gemma", *PEFT))
+
+
+def test_maxtext_decoder():
+    check_trained(figures_of("maxtext_decoder", "maxtext", *PEFT))
+
+
+def check_trained(found):
     # float32, of logits up to ten.
     assert max(found["base_difference"], found["difference"]) < 1e-4 < 1 < found["moved"]
     assert found["losses"][1] < 0.1 * found["losses"][0]

@@ -6,7 +6,7 @@ hold them. A reader repeats LoftQ over the float base, or has a base that is qua
 
 import dataclasses
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def model_type_of(base: str | None) -> str | None:
     return fields.get("model_type") if isinstance(fields, dict) else None
 
 
-def check_names(tensors: Iterable[str], base: str) -> None:
+def check_names(tensors: Collection[str], base: str) -> None:
     """Refuses an adapter of modules that its base does not have: PEFT would load none of it.
 
     Args:
@@ -133,8 +133,10 @@ def check_names(tensors: Iterable[str], base: str) -> None:
         # transformers renames old checkpoints of images and texts when it loads them.
         names |= unified(names, WRAPPED).keys()
     names |= set(map(renamed, names))
-    # transformers' class for answers holds some decoders so.
-    names |= {f"transformer.{n.removeprefix('model.')}" for n in names if n.startswith("model.")}
+    if any(".qa_outputs." in key for key in tensors):
+        # transformers' class for answers holds some decoders so.
+        inside = (n.removeprefix("model.") for n in names if n.startswith("model."))
+        names |= {f"transformer.{n}" for n in inside}
     there = {name.rpartition(".")[0] for name in names}
     for key in tensors:
         module = key.removeprefix(PREFIX).partition(".lora_")[0]
