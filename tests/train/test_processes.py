@@ -44,6 +44,7 @@ def test_sigterm_on_one_process_saves_a_step_that_all_have_finished(tmp_path):
         (4, 1, {"data": 4}, "dora"),
         (2, 2, {"data": 2, "fsdp": 2}, "packed"),
         (2, 2, {"data": 2, "context": 2}, "packed"),
+        (2, 4, {"expert": 4, "fsdp": 2}, "experts"),
     ],
 )
 def test_losses_and_files_are_those_of_one_device(tmp_path, count, devices, mesh, kind):
@@ -64,7 +65,7 @@ def test_losses_and_files_are_those_of_one_device(tmp_path, count, devices, mesh
     expected = tmp_path / "expected"
     config, fresh = adapted(model := make(**options), settings)
     tree = lora.combine(adapters, lora.split(fresh)[1])
-    hf.save_peft(expected, tree, config)
+    hf.save_peft(expected, tree, config, model_type=model.config.model_type)
     found, expected = (
         load_file(p / "adapter_model.safetensors") for p in (tmp_path / "peft", expected)
     )
