@@ -37,13 +37,14 @@ def table() -> str:
     from tests.models.test_every_decoder import SPREAD
     from tests.models.test_vit import SPREAD as IMAGES
     from tests.support.decoders import FAMILIES
+    from tests.train.test_encoder_decoders import SPREAD as BOTH
     from tests.train.test_encoders import SPREAD as ENCODERS
 
     outputs, greedy, peft = (tested(*kind) for kind in KINDS)
-    meshes = {**SPREAD, **ENCODERS, **IMAGES}
+    meshes = {**SPREAD, **ENCODERS, **BOTH, **IMAGES}
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
     for kind in sorted(set(ARCHITECTURES) - set(WRAPPERS)):
-        columns = (outputs, greedy, peft, GGUF, FAMILIES)
+        columns = (outputs, greedy, peft, GGUF, (*FAMILIES, *BOTH))
         mesh = ", ".join(part for part, axis in PARTS if axis in meshes.get(kind, ()))
         rows.append((f"`{kind}`", *("yes" if kind in of else "" for of in columns), mesh))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

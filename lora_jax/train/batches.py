@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.compat import require
-from lora_jax.train.buckets import Bucket, ladder_of, plan_epoch, plan_once
+from lora_jax.train.buckets import Bucket, ladder_of, plan_epoch, plan_once, widths_of
 from lora_jax.train.examples import Example
 from lora_jax.train.loss import TOGETHER, Rows
 from lora_jax.train.packing import pack_epoch, pack_once, rows_by_rank
@@ -49,6 +49,7 @@ class Batch(NamedTuple):
       weights: float32 (A, P), 1 where a learned token is predicted, 0 at fillers.
       segments: int32 (A, B, T): 1, 2, ... in a row's examples, or in both texts of its pair, 0 at
         padding; None of rows that are not packed, unless the loader is `segmented`.
+      reads: int32 (A, B, S): what an encoder-decoder's encoder reads, -1 at padding; else None.
     """
 
     tokens: np.ndarray
@@ -56,6 +57,7 @@ class Batch(NamedTuple):
     targets: np.ndarray
     weights: np.ndarray
     segments: np.ndarray | None = None
+    reads: np.ndarray | None = None
 
 
 class Item(NamedTuple):
@@ -87,6 +89,7 @@ class Loader(NamedTuple):
       rows: how a microbatch is spread over a mesh, in parts of equally many rows and tokens.
       by_rank: of packed rows, the row of each example, see `rows_by_rank`.
       segmented: batches have `segments` even where rows are not packed.
+      widths: of each rung the length of tokens and of `reads`, where examples have both.
     """
 
     examples: Sequence[Example]
@@ -100,6 +103,11 @@ class Loader(NamedTuple):
     rows: Rows = TOGETHER
     by_rank: np.ndarray | None = None
     segmented: bool = False
+    widths: Mapping[int, tuple[int, ...]] | None = None
+
+    def width(self, rung: int) -> int:
+        """The padded length of a rung's tokens."""
+        return rung if self.widths is None else self.widths[rung][0]
 
 
 def loader(
@@ -146,13 +154,15 @@ def loader(
         by_rank=None if packed is None else rows_by_rank(lengths, packed),
         segmented=segmented or packed is not None,
     )
+    if data[0].read is not None:
+        prepared = prepared._replace(widths=widths_of([_sizes(e) for e in data], prepared.ladder))
     if rows.spans > 1:
         # How many of a span's tokens are learned depends on where each example begins.
         whole = {rung: (batch_size // rows.parts * rung,) for rung in prepared.ladder}
         return prepared._replace(places=whole)
     # All epochs are planned here, because P is the maximum over them.
     plans = [_once(prepared), *(_epoch(prepared, e) for e in range(epochs))]
-    return prepared._replace(places=_places(data, batch_size // rows.parts, plans))
+    return prepared._replace(places=_places(prepared, batch_size // rows.parts, plans))
 
 
 def lengths_of(data: Sequence[Example]) -> list[int]:
@@ -163,18 +173,21 @@ def lengths_of(data: Sequence[Example]) -> list[int]:
     """
     if len(data) == 0:
         raise ValueError("the dataset is empty; give at least one example")
-    return [len(e.tokens) for e in data]
+    return [sum(_sizes(e)) for e in data]
 
 
-def _places(
-    data: Sequence[Example], size: int, plans: Sequence[list[Bucket]]
-) -> dict[int, tuple[int, ...]]:
+def _sizes(example: Example) -> tuple[int, int]:
+    """The lengths of an example's tokens, and of what an encoder reads before."""
+    return len(example.tokens), 0 if example.read is None else len(example.read)
+
+
+def _places(loader: Loader, size: int, plans: Sequence[list[Bucket]]) -> dict[int, tuple[int, ...]]:
     """The one or two P of each rung that the batches of these plans need."""
-    learned = np.array([e.count for e in data])
+    learned = np.array([e.count for e in loader.examples])
     needs: dict[int, list[int]] = {}
     for bucket in (bucket for plan in plans for bucket in plan):
         needs.setdefault(bucket.rung, []).append(_needed(learned, bucket, size))
-    return {rung: _places_of(counts, size * rung) for rung, counts in needs.items()}
+    return {rung: _places_of(counts, size * loader.width(rung)) for rung, counts in needs.items()}
 
 
 def _needed(learned: np.ndarray, bucket: Bucket, size: int) -> int:
@@ -236,7 +249,7 @@ class _Batches:
     def __getitem__(self, index: int) -> Item:
         epoch, number = divmod(int(index), self.size)
         bucket = self.epoch(epoch)[number]
-        tokens = sum(len(self.loader.examples[i].tokens) for i in bucket.examples)
+        tokens = sum(sum(_sizes(self.loader.examples[i])) for i in bucket.examples)
         return Item(make_batch(self.loader, bucket), tokens, epoch)
 
 
@@ -273,10 +286,10 @@ def once(loader: Loader) -> list[Batch]:
 def make_batch(loader: Loader, bucket: Bucket) -> Batch:
     """The padded batch of a bucket."""
     rows = [[loader.examples[i] for i in np.atleast_1d(row)] for row in bucket.rows]
-    size, length = loader.batch_size // loader.rows.parts, bucket.rung
+    size, length = loader.batch_size // loader.rows.parts, loader.width(bucket.rung)
     learned = [sum(e.count for e in row) for row in rows]
     needed = max(sum(learned[i : i + size]) for i in range(0, len(rows), size))
-    places = next(p for p in loader.places[length] if p >= needed)
+    places = next(p for p in loader.places[bucket.rung] if p >= needed)
     # Missing rows of an epoch's last batch repeat the first one without learned tokens: in a row of
     # only padding, attention would take a softmax over no token.
     spare = [e.spare() for e in rows[0]]
@@ -296,7 +309,19 @@ def make_batch(loader: Loader, bucket: Bucket) -> Batch:
         tokens.reshape(shape),
         *(x.reshape(loader.accumulation, -1, *x.shape[2:]) for x in (positions, *others)),
         segments=segments.reshape(shape) if loader.segmented else None,
+        reads=_reads(loader, rows, bucket.rung),
     )
+
+
+def _reads(loader: Loader, rows: Sequence[Sequence[Example]], rung: int) -> np.ndarray | None:
+    """What the encoder reads of each row, (A, B, S)."""
+    if loader.widths is None:
+        return None
+    reads = np.full((len(rows), loader.widths[rung][1]), -1, np.int32)
+    for row, (example,) in zip(reads, rows, strict=True):
+        assert example.read is not None
+        row[: len(example.read)] = example.read
+    return reads.reshape(loader.accumulation, -1, reads.shape[1])
 
 
 def by_place(batch: Batch) -> tuple[np.ndarray, ...]:
@@ -312,8 +337,8 @@ def by_place(batch: Batch) -> tuple[np.ndarray, ...]:
     spread = (*positions.shape, *(1 for _ in one))
     learned = np.where(weights.reshape(spread) > 0, targets, -1)
     np.put_along_axis(whole, positions.reshape(spread), learned, axis=positions.ndim - 1)
-    segments = () if batch.segments is None else (np.asarray(batch.segments),)
-    return (tokens, whole, *segments)
+    others = (np.asarray(x) for x in (batch.segments, batch.reads) if x is not None)
+    return (tokens, whole, *others)
 
 
 def _part(
@@ -362,7 +387,7 @@ def data_hash(data: Sequence[Example]) -> str:
         digest.update(len(example.tokens).to_bytes(8, "little"))
         digest.update(np.ascontiguousarray(example.tokens, np.int32).tobytes())
         digest.update(np.ascontiguousarray(example.learned, bool).tobytes())
-        for more in (example.targets, example.types):
+        for more in (example.targets, example.types, example.read):
             digest.update(b"" if more is None else np.ascontiguousarray(more).tobytes())
     # 64 bits are enough against a mistake, which is all that this guards against.
     return digest.hexdigest()[:16]
@@ -370,5 +395,6 @@ def data_hash(data: Sequence[Example]) -> str:
 
 def padding_share(loader: Loader) -> float:
     """The share of an epoch's grid that is padding, 0 to 1."""
-    real = sum(len(e.tokens) for e in loader.examples)
-    return 1 - real / sum(bucket.rung * _rows(loader) for bucket in _epoch(loader, 0))
+    widths = loader.widths or {rung: (rung,) for rung in loader.ladder}
+    grid = sum(sum(widths[bucket.rung]) * _rows(loader) for bucket in _epoch(loader, 0))
+    return 1 - sum(lengths_of(loader.examples)) / grid

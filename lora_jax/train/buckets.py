@@ -125,6 +125,22 @@ def rung_of(ladder: Sequence[int], lengths: Sequence[int] | np.ndarray) -> np.nd
     return np.asarray(ladder)[np.searchsorted(ladder, lengths)]
 
 
+def widths_of(
+    sizes: Sequence[tuple[int, ...]], ladder: Sequence[int]
+) -> dict[int, tuple[int, ...]]:
+    """Of each rung, what the parts of its examples, or of lower rungs', are padded to.
+
+    Args:
+      sizes: tokens of each example's parts, which its length is the sum of.
+      ladder: of the lengths.
+    """
+    each, found = np.array(sizes), {}
+    for rung in ladder:
+        most = each[each.sum(axis=1) <= rung].max(axis=0, initial=1)
+        found[rung] = tuple((-(-most // MULTIPLE) * MULTIPLE).tolist())
+    return found
+
+
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of `count` numbers that depends only on `seed` and `epoch`.
 

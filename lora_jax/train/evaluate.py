@@ -12,7 +12,7 @@ from lora_jax.models.vit import ImageForward
 from lora_jax.train.batches import Batch, loader, once
 from lora_jax.train.examples import Example
 from lora_jax.train.goals import goal_of
-from lora_jax.train.loss import TOGETHER, Rows, losses_of, reads_both_ways, reads_first, summed_loss
+from lora_jax.train.loss import TOGETHER, Rows, losses_of, reads_both_ways, summed_loss
 from lora_jax.train.mesh import batch_on, rows_of
 from lora_jax.train.step import Programs
 from lora_jax.transform.lorafy import lorafy
@@ -135,11 +135,6 @@ def check_causal(model: Any) -> None:
     Raises:
       ValueError: it is one, or reads images.
     """
-    if reads_first(model):
-        raise SettingsError(
-            f"`model` is a `{model.config.model_type}`, an encoder-decoder, which is trained in a "
-            "loop of your own (`lora_jax.lorafy(model.apply)`): pass a decoder"
-        )
     if isinstance(getattr(model, "forward", None), ImageForward):
         raise SettingsError(
             f"`model` is a `{model.config.model_type}`, which reads images, and the rows of data "

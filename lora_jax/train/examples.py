@@ -34,6 +34,7 @@ class Example(NamedTuple):
       targets: what is learned at each of those, (n, ...), by the head of a task
         (`lora_jax.train.goals`); None where the tokens themselves are learned.
       types: int32 (T,), which of two texts a token belongs to; None for one text.
+      read: int32 (S,), what an encoder-decoder's encoder reads; None for other models.
     """
 
     tokens: Int32[np.ndarray, " t"]
@@ -41,6 +42,7 @@ class Example(NamedTuple):
     source: str
     targets: np.ndarray | None = None
     types: Int32[np.ndarray, " t"] | None = None
+    read: Int32[np.ndarray, " s"] | None = None
 
     @property
     def count(self) -> int:
@@ -109,7 +111,8 @@ def examples(
       max_length: maximum number of tokens of an example, usually the model's context.
       too_long: how to treat longer examples: "error", "truncate" (drop the end), "skip", or
         "windows" of a question's context, which have a third in common.
-      config: of the model with a head, `model.config`.
+      config: `model.config` of a model with a head, or of an encoder-decoder: its encoder reads the
+        prompt, the answer begins with `decoder_start_token_id`, and `max_length` is of each.
 
     Returns:
       At least one example.
@@ -130,6 +133,7 @@ def examples(
         raise ValueError("`tokenizer` is None: this model came without one; pass a tokenizer")
     # The records may be a generator, and are read twice.
     records, goal = list(records), goal_of(config)
+    start = getattr(config, "decoder_start_token_id", None)
     _check_records(records)
     if (too_long == "windows") > (goal is not None and goal.per == "answer"):
         raise SettingsError('`too_long` "windows" is for answers in long contexts: use "truncate"')
@@ -141,6 +145,8 @@ def examples(
             for record in records
             for each in _labelled(record, goal, tokenizer, config, window)
         ]
+    elif start is not None:
+        made = [_read_first(record, tokenizer, start) for record in records]
     else:
         _check_written(records, tokenizer)
         if classes := [record.source for record in records if record.label is not None]:
@@ -150,7 +156,7 @@ def examples(
                 stacklevel=2,
             )
         made = [example for record in records for example in _tokenize(record, tokenizer)]
-    ends = 0 if goal is None else tokenizer.closing
+    ends = 0 if goal is None and start is None else tokenizer.closing
     if goal is not None and goal.per == "answer" and too_long == "truncate":
         raise SettingsError('`too_long` "truncate" would cut answers off: use "windows"')
     whole = goal is not None and goal.per == "text"
@@ -237,6 +243,10 @@ def _fit(
 ) -> Example | None:
     """The example, cut to the length before so many last tokens, those that close a text."""
     length = len(example.tokens)
+    if example.read is not None:
+        length = max(length - 1, len(example.read))
+        if length > max_length and too_long == "truncate":
+            return _fit_both(example, max_length, ends or 1)
     if length > max_length:
         if too_long == "skip":
             return None
@@ -255,6 +265,17 @@ def _fit(
             " fits, or remove it"
         )
     return example
+
+
+def _fit_both(example: Example, max_length: int, ends: int) -> Example:
+    """Both texts of an encoder-decoder, cut to the length before their ends."""
+    tokens, read = example.tokens, example.read
+    assert read is not None
+    if len(read) > max_length:
+        read = read[np.r_[: max_length - ends, len(read) - ends : len(read)]]
+    if len(tokens) - 1 > max_length:
+        tokens = tokens[np.r_[:max_length, len(tokens) - 1]]
+    return example._replace(tokens=tokens, learned=np.arange(len(tokens)) > 0, read=read)
 
 
 def _tokenize(record: Record, tokenizer: Any) -> list[Example]:
@@ -283,6 +304,21 @@ def _labelled(
         )
         for row in rows_of(record, goal, tokenizer, config.labels, window=window)
     ]  # fmt: skip
+
+
+def _read_first(record: Record, tokenizer: Any, start: int) -> Example:
+    """What an encoder reads, and what the decoder writes, both as the tokenizer closes a text."""
+    if record.form != "prompt":
+        raise ValueError(
+            f'{record.source}: an encoder-decoder learns "completion" from "prompt", got '
+            f'"{record.form}"'
+        )
+    prompt, completion = record.fields
+    read = tokenizer.encode(prompt)
+    tokens = [start, *_with_eos(list(tokenizer.encode(completion)), tokenizer)]
+    learned = np.arange(len(tokens)) > 0
+    both = (np.asarray(x, np.int32) for x in (tokens, read))
+    return Example(next(both), learned, record.source, read=next(both))
 
 
 def _text(record: Record, tokenizer: Any) -> list[Marked]:

@@ -80,7 +80,9 @@ def outputs_of(model: Any) -> Callable:
     def logits(
         params: Any, tokens: Int[AnyArray, "b t"], positions: Int[AnyArray, " p"]
     ) -> Float[Array, "p v"]:
-        hidden = model.apply(params, tokens, return_hidden=True)
+        # Shapes matter here: an encoder-decoder may read what it writes.
+        both = (tokens, tokens) if reads_first(model) else (tokens,)
+        hidden = model.apply(params, *both, return_hidden=True)
         picked = pick(hidden, positions)[None]
         params = _head(model, params, picked).at(params, positions[None])
         return model.head(params, picked)[0].astype(jnp.float32)
@@ -113,10 +115,11 @@ def losses_of(
         losses are wanted, which would take twice as long.
 
     Returns:
-      `losses(params, tokens, positions, targets, *, segments=None)`: tokens int32 (B, T),
-      positions and targets int32 (P,), and for packed rows segments int32 (B, T);
-      -log softmax(logits)[target], float32 (P,). Of a head of a task the loss is that of its
-      `lora_jax.train.goals.Goal`, and targets are as it has them, (P, ...).
+      `losses(params, tokens, positions, targets, *, segments=None, reads=None)`: tokens int32
+      (B, T), positions and targets int32 (P,), for packed rows segments int32 (B, T), and for an
+      encoder-decoder reads int32 (B, S), -1 at padding; -log softmax(logits)[target], float32
+      (P,). Of a head of a task the loss is that of its `lora_jax.train.goals.Goal`, and targets are
+      as it has them, (P, ...).
     """
     goal = goal_of(getattr(model, "config", None))
     if goal is not None and (reads_both_ways(model) or goal.per == "answer"):
@@ -130,13 +133,16 @@ def losses_of(
         targets: Int[AnyArray, " p"],
         *,
         segments: Int[AnyArray, "b t"] | None = None,
+        reads: Int[AnyArray, "b s"] | None = None,
     ) -> Float[Array, " p"]:
         # Models of others may have no such argument: their rows are not packed.
-        packed = {} if segments is None else {"segments": segments}
+        packed, texts = {} if segments is None else {"segments": segments}, (tokens,)
+        if reads is not None:
+            packed, texts = {"mask": reads >= 0}, (jnp.maximum(reads, 0), tokens)
         if balance:
-            hidden, load = model.apply(params, tokens, **packed, return_hidden=True, balanced=True)
+            hidden, load = model.apply(params, *texts, **packed, return_hidden=True, balanced=True)
         else:
-            hidden, load = model.apply(params, tokens, **packed, return_hidden=True), 0.0
+            hidden, load = model.apply(params, *texts, **packed, return_hidden=True), 0.0
         hidden = _pick_apart(hidden, positions, rows)
         places = positions.reshape(rows.count, -1)
         targets = targets.reshape(*places.shape, *targets.shape[1:])
@@ -375,7 +381,8 @@ def summed_loss(losses: Callable) -> Callable:
     """
 
     def loss(params: Any, batch: Any, key: Any) -> Float[Array, ""]:
-        packed = {} if batch.segments is None else {"segments": batch.segments}
+        more = {"segments": batch.segments, "reads": batch.reads}
+        packed = {name: x for name, x in more.items() if x is not None}
         inputs = (params, batch.tokens, batch.positions, batch.targets, key)
         each = losses(*inputs, **packed)
         return jnp.sum(each * batch.weights)

@@ -81,6 +81,7 @@ def batch_on(batch: Any, at: Placement | None) -> Any:
     by_row = {
         "tokens": PartitionSpec(*first, at.rows, at.tokens),
         "segments": PartitionSpec(*first, at.rows),
+        "reads": PartitionSpec(*first, at.rows),
     }
     fields = {name: x for name, x in batch._asdict().items() if x is not None}
     return batch._replace(

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lora_jax import processes
 from lora_jax.checkpoint.agreement import check_adapter
@@ -19,7 +20,7 @@ from lora_jax.train.config import TrainConfig, total_steps
 from lora_jax.train.evaluate import check_causal, pad_id_of, whole_rows
 from lora_jax.train.examples import Example
 from lora_jax.train.goals import Goal, goal_of
-from lora_jax.train.loss import TOGETHER, Rows, outputs_of
+from lora_jax.train.loss import TOGETHER, Rows, outputs_of, reads_first
 from lora_jax.train.packing import choose
 from lora_jax.train.step import split_full
 from lora_jax.transform.lorafy import lorafy
@@ -215,6 +216,13 @@ def check_tokens(model: Any, lora_params: Any, data: Sequence[Example], *, lengt
     for example in data:
         tokens = example.tokens
         _check_targets(example, goal, config)
+        if reads_first(model):
+            if example.read is None:
+                raise ValueError(
+                    f"{example.source}: the example has nothing for the encoder to read; make it "
+                    "with `examples(..., config=model.config)`"
+                )
+            tokens = np.concatenate((tokens, example.read))
         if not 0 <= tokens.min() <= tokens.max() < known:
             raise ValueError(
                 f"{example.source}: the example has token"

@@ -95,8 +95,12 @@ class Programs:
 
 
 def shape_of(batch: Any) -> tuple[int, ...]:
-    """(A, B, T, P): microbatches, rows, tokens of a row, and places of a loss in a microbatch."""
-    return (*batch.tokens.shape, batch.positions.shape[-1])
+    """(A, B, T, P): microbatches, rows, tokens of a row, and places of a loss in a microbatch.
+
+    Of an encoder-decoder (A, B, T, P, S), with the tokens that its encoder reads.
+    """
+    reads = () if batch.reads is None else batch.reads.shape[-1:]
+    return (*batch.tokens.shape, batch.positions.shape[-1], *reads)
 
 
 def make_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:

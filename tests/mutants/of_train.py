@@ -8,7 +8,7 @@ FAULTS = [
         "tests/train/test_batches.py tests/train/test_data.py",
         ("if steps > loader.epochs * batches_per_epoch(loader):", "if False:"),
         ("np.full((len(rows), rung), pad_id, np.int32)", "np.zeros((len(rows), rung), np.int32)"),
-        ("bucket.rung * _rows(loader) for bucket", "bucket.rung * len(bucket.rows) for bucket"),
+        ("sum(widths[bucket.rung]) * _rows(loader)", "sum(widths[bucket.rung]) * len(bucket.rows)"),
     ),
     *in_file(
         "train/buckets.py",
@@ -31,7 +31,7 @@ FAULTS = [
         ("count = jnp.maximum(learned, 1.0)", "count = learned"),
         ("(step + 1) / max(warm, 1)", "step / max(warm, 1)"),
         ("eps=config.epsilon", "eps=1e-6"),
-        ("(*batch.tokens.shape, batch.positions.shape[-1])", "(*batch.tokens.shape,)"),
+        ("batch.positions.shape[-1], *reads)", "*reads)"),
         ("(step - warm) / max(total - warm, 1)", "step / max(total, 1)"),
     ),
     *in_file(
