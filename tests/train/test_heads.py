@@ -63,6 +63,8 @@ CASES = {
     "electra several": ("electra", TEXTS, 3, SEVERAL),
     "electra tokens": ("electra", "TokenClassification", 4, None),
     "distilbert tokens": ("distilbert", "TokenClassification", 4, None),
+    "bert answers": ("bert", "QuestionAnswering", 2, None),
+    "roberta answers": ("roberta", "QuestionAnswering", 2, None),
     "distilbert answers": ("distilbert", "QuestionAnswering", 2, None),
     "modernbert values": ("modernbert", TEXTS, 1, ONE),
     "modernbert tokens": ("modernbert", "TokenClassification", 4, None),
@@ -150,7 +152,8 @@ def theirs(model, rows: list[Example], ending: str, pad: int) -> dict:
         labels = {n: x if x.is_floating_point() else x.long() for n, x in labels.items()}
         mask = np.arange(width) < np.array([[len(row.tokens)] for row in some])
         typed = {} if some[0].types is None else {"token_type_ids": torch.tensor(types)}
-        return model(
+        # PEFT's own class for answers does not hand `token_type_ids` on.
+        return (model.base_model if ending == "QuestionAnswering" else model)(
             input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), **typed,
             **labels,
         ).loss  # fmt: skip
