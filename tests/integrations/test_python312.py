@@ -22,3 +22,8 @@ def check_trained(found):
 def test_maxtexts_own_adapters():
     found = figures_of("maxtext_lora", "maxtext", "flax")
     assert found == {"difference": 0.0, "merged": 4}
+
+
+def test_maxtext_linen():
+    found = figures_of("maxtext_linen", "maxtext", "flax")
+    assert found["difference"] < 1e-5 < 1 < found["moved"] and found["adapted"] == 7
