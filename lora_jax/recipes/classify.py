@@ -162,11 +162,6 @@ def scores(
     return goal.score(np.concatenate(logits), targets, model.config.labels)
 
 
-def accuracy(model: Any, params: Any, data: Sequence[Example], *, batch_size: int = 8) -> float:
-    """The share of texts, or of tokens, whose most likely class is theirs; as `scores`."""
-    return scores(model, params, data, batch_size=batch_size)["accuracy"]
-
-
 def _agreement(found: str, texts: Sequence[str]) -> tuple[float, float]:
     """Whether an answer is one of these, and the best F1 of their words, as SQuAD counts them."""
     own = _words(found)

@@ -15,7 +15,7 @@ from lora_jax import models
 from lora_jax.cli import main
 from lora_jax.models.saving import save_model
 from lora_jax.recipes import export, finetune
-from lora_jax.recipes.classify import accuracy, classify_texts
+from lora_jax.recipes.classify import classify_texts, scores
 from lora_jax.train import TrainConfig, evaluate, examples, fit, record_of
 from lora_jax.train.evaluate import check_causal
 
@@ -167,7 +167,7 @@ def test_a_mesh_gives_the_losses_of_one_device(bare, kind):
         # Of two classes the likelier one has more than half.
         each = np.array(losses(model, result.lora_params, data_of(model)))
         right = np.mean(each < np.log(2))
-        assert accuracy(model, result.lora_params, data_of(model)) == right
+        assert scores(model, result.lora_params, data_of(model)) == {"accuracy": right}
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
