@@ -150,7 +150,8 @@ def _marked(record: Record, tokenizer: Any, labels: Sequence[str], known: bool) 
         )
     encoded = tokenizer.encoded_words(words)
     ids = encoded.word_ids
-    first = np.array([i is not None and i not in ids[:at] for at, i in enumerate(ids)])
+    # The tokens of a word follow each other.
+    first = np.array([i is not None and i != j for i, j in zip(ids, [None, *ids], strict=False)])
     own = [i for i, one in zip(ids, first, strict=True) if one]
     names = record.label if known else [0] * len(words)
     # -100 is what transformers' examples give tokens without a class.
