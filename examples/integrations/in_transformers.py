@@ -1,4 +1,4 @@
-"""For gemma_linen.py: a training loop, and PEFT in transformers."""
+"""A training loop, and PEFT in transformers, for the programs of other libraries' decoders."""
 
 import tempfile
 
@@ -30,11 +30,11 @@ def trained(call, tree, tokens, steps=30):
 
 
 def logits_there(kind, config, params, tree, lora_config, name_map, tokens):
-    """The logits of a class of transformers with the base's weights, and with the adapter."""
+    """A transformers class's logits of the base, and with the adapter in vLLM's form."""
     with tempfile.TemporaryDirectory() as folder:
         lora.hf.save_weights(f"{folder}/base", params, name_map)
         config.save_pretrained(f"{folder}/base")
-        lora.hf.save_peft(f"{folder}/adapter", tree, lora_config, name_map=name_map)
+        lora.hf.save_peft(f"{folder}/adapter", tree, lora_config, name_map=name_map, target="vllm")
         model, ids = kind.from_pretrained(f"{folder}/base"), torch.tensor(np.asarray(tokens))
         with torch.no_grad():
             base = model(ids).logits.numpy()
